@@ -1,0 +1,1 @@
+"""The ground floor: errors, keys, the object store, files and logs; imports no torch."""

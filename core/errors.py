@@ -1,0 +1,51 @@
+"""The errors that Tapir raises, and the exit codes that they end in."""
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_WRONG_INPUT = 2
+EXIT_PREEMPTED = 75
+
+
+class TapirError(Exception):
+    """Something failed that the user did not cause; says what, where and what to do."""
+
+    exit_code = EXIT_FAILED
+
+
+class ConfigError(TapirError):
+    """The configuration cannot work; the message names every problem with its fix."""
+
+    exit_code = EXIT_WRONG_INPUT
+
+    @classmethod
+    def from_problems(cls, problems: list[str]) -> "ConfigError":
+        """Join all problems found at once into one error."""
+        return cls("\n".join(f"- {problem}" for problem in problems))
+
+
+class InputError(TapirError):
+    """What was given to read (a file, a caption, a bucket) cannot be used as it is."""
+
+    exit_code = EXIT_WRONG_INPUT
+
+
+class StoreError(TapirError):
+    """The object store refused or lost a request."""
+
+
+class StoreInputError(StoreError):
+    """The object store's address, bucket or key is wrong: asking again would not help."""
+
+    exit_code = EXIT_WRONG_INPUT
+
+
+class CorruptError(TapirError):
+    """Stored bytes differ from the digest written for them."""
+
+
+class CheckpointError(TapirError):
+    """A checkpoint cannot be read or does not fit the model."""
+
+
+class RankError(TapirError):
+    """A rank died or failed; the message names it."""

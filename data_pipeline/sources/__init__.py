@@ -1,0 +1,1 @@
+"""Where raw image-caption pairs come from; each source yields `Pair`s."""

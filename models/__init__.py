@@ -1,0 +1,1 @@
+"""The networks: dVAE, prior with its masks, CLIP, and counts of what they cost."""

@@ -1,0 +1,127 @@
+"""Sizes of the three networks; imports no torch, so that `--help` stays fast."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class DVAEConfig:
+    """A discrete VAE: pictures <-> a square grid of codes."""
+
+    pixels: int = 32
+    """Side of the square pictures, in pixels."""
+    width: int = 32
+    """Channels of the first encoder group; every later group doubles them."""
+    groups: int = 3
+    """Groups of residual blocks; a 2x2 max-pool follows each but the last."""
+    blocks: int = 1
+    """Residual blocks in a group."""
+    codebook: int = 512
+    """Number of codes (K)."""
+    code_width: int = 32
+    """Channels of a code's vector, the decoder's first layer."""
+    epsilon: float = 0.1
+    """Pixels are mapped into (epsilon, 1 - epsilon) before the logit-Laplace likelihood."""
+
+    @property
+    def grid(self) -> int:
+        """Side of the token grid."""
+        return self.pixels >> (self.groups - 1)
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens a picture."""
+        return self.grid**2
+
+    def problems(self) -> list[str]:
+        found = []
+        step = 1 << (self.groups - 1)
+        if self.pixels % step or self.pixels < step:
+            nearest = max(step, round(self.pixels / step) * step)
+            found.append(
+                f"model.pixels={self.pixels} is no multiple of {step}, which {self.groups} "
+                f"groups need; try {nearest}"
+            )
+        if not 2 <= self.codebook <= 65536:
+            found.append(f"model.codebook={self.codebook} must be 2 to 65536 (uint16 tokens)")
+        if not 0 < self.epsilon < 0.5:
+            found.append(f"model.epsilon={self.epsilon} must lie in (0, 0.5); the paper has 0.1")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorConfig:
+    """The autoregressive transformer over text and image tokens."""
+
+    dim: int = 192
+    """Width of the residual stream."""
+    heads: int = 3
+    """Attention heads; each has dim / heads channels."""
+    layers: int = 6
+    """Pairs of an attention and an MLP resblock."""
+    text_length: int = 24
+    """Positions for text; shorter captions are padded with learned per-position embeddings."""
+    text_weight: float = 0.125
+    """Share of the text loss; the image loss has the rest (the paper: 1/8 and 7/8)."""
+    conv_kernel: int = 11
+    """Side of the convolutional mask's window, odd (the paper: 11)."""
+    text_vocabulary: int = 0
+    """Entries of the tokenizer; 0 = taken from the token manifest."""
+    image_vocabulary: int = 0
+    """Codes of the dVAE; 0 = taken from the token manifest."""
+    grid: int = 0
+    """Side of the token grid; 0 = taken from the token manifest."""
+
+    @property
+    def image_length(self) -> int:
+        return self.grid**2
+
+    @property
+    def length(self) -> int:
+        """Positions of the whole stream."""
+        return self.text_length + self.image_length
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.dim % self.heads:
+            divisors = [h for h in range(1, 129) if self.dim % h == 0]
+            nearest = min(divisors, key=lambda h: abs(h - self.heads))
+            found.append(
+                f"model.heads={self.heads} does not divide model.dim={self.dim}; try {nearest}"
+            )
+        if self.conv_kernel % 2 == 0:
+            found.append(
+                f"model.conv_kernel={self.conv_kernel} must be odd; try {self.conv_kernel + 1}"
+            )
+        if not 0 <= self.text_weight <= 1:
+            found.append(f"model.text_weight={self.text_weight} must lie in [0, 1]")
+        if self.layers < 1 or self.text_length < 1:
+            found.append("model.layers and model.text_length must be at least 1")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    """A small contrastive image/text model that ranks candidates."""
+
+    pixels: int = 32
+    """Side of the square pictures, in pixels."""
+    patch: int = 4
+    """Side of an image patch; must divide pixels."""
+    dim: int = 128
+    """Width of both transformers and of the shared space."""
+    heads: int = 4
+    """Attention heads of both transformers."""
+    layers: int = 3
+    """Layers of each transformer."""
+    text_length: int = 24
+    """Text positions."""
+    text_vocabulary: int = 0
+    """Entries of the tokenizer; 0 = taken from it."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.pixels % self.patch:
+            found.append(f"model.patch={self.patch} does not divide model.pixels={self.pixels}")
+        if self.dim % self.heads:
+            found.append(f"model.heads={self.heads} does not divide model.dim={self.dim}")
+        return found

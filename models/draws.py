@@ -1,0 +1,51 @@
+"""Keyed randomness for torch: initial weights by parameter name, noise by sample."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from core.keys import KeyPart, key_int
+
+
+def generator(*parts: KeyPart) -> torch.Generator:
+    """Open a CPU generator that depends on the key alone."""
+    return torch.Generator().manual_seed(key_int(*parts))
+
+
+def gumbel_noise(shape: tuple[int, ...], *parts: KeyPart) -> Tensor:
+    """Standard Gumbel noise for one sample, from its key."""
+    drawn = torch.empty(shape).exponential_(generator=generator(*parts))
+    return -drawn.clamp_min(1e-20).log_()
+
+
+@torch.no_grad()
+def init_normal(module: nn.Module, seed: int, std: dict[str, float]) -> None:
+    """Draw every matrix of a module from N(0, std^2), keyed by the parameter's name.
+
+    `std` maps a name's ending to its standard deviation; parameters without an entry keep the
+    value that they were built with (zeros for biases, ones for gains).
+    Raises: KeyError if a matrix has no entry.
+    """
+    for name, parameter in module.named_parameters():
+        scale = next((value for end, value in std.items() if name.endswith(end)), None)
+        if scale is not None:
+            drawn = torch.randn(parameter.shape, generator=generator(seed, name, "init"))
+            parameter.copy_(drawn * scale)
+        elif parameter.dim() > 1:
+            raise KeyError(f"{name} has no initial scale")
+
+
+@torch.no_grad()
+def init_fan_in(module: nn.Module, seed: int) -> None:
+    """Draw convolutions from N(0, 1 / fan-in) and set biases to zero, keyed by name.
+
+    Source: openai/DALL-E, its Conv2d.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.dim() > 1:
+            fan_in = parameter[0].numel()
+            drawn = torch.randn(parameter.shape, generator=generator(seed, name, "init"))
+            parameter.copy_(drawn / math.sqrt(fan_in))
+        else:
+            parameter.zero_()

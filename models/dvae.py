@@ -1,0 +1,145 @@
+"""The discrete VAE: a convolutional encoder to code logits and a decoder back to pixels.
+
+Source: arXiv 2102.12092, section 2.1 and appendix A; layer layout of the public `dall_e` package.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.config import DVAEConfig
+from models.draws import init_fan_in
+from models.likelihood import (
+    gumbel_codes,
+    kl_to_uniform,
+    logit_laplace_log_prob,
+    squeeze_pixels,
+    unsqueeze_pixels,
+)
+
+CHANNELS = 3
+_conv = partial(nn.Conv2d, padding="same")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DVAETerms:
+    """The two terms of the bound, as means."""
+
+    log_likelihood: Tensor
+    """Nats a pixel value."""
+    kl: Tensor
+    """Nats a token position."""
+
+
+class ResidualBlock(nn.Module):
+    """id(x) + gain * (ReLU, conv) x 4, a bottleneck of a quarter of the width."""
+
+    def __init__(self, inward: int, outward: int, gain: float, kernels: tuple[int, ...]) -> None:
+        super().__init__()
+        self.gain = gain
+        same = inward == outward
+        self.identity = nn.Identity() if same else _conv(inward, outward, 1)
+        hidden = max(outward // 4, 1)
+        widths = (inward, hidden, hidden, hidden, outward)
+        self.convs = nn.ModuleList(
+            _conv(widths[i], widths[i + 1], kernel) for i, kernel in enumerate(kernels)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x
+        for conv in self.convs:
+            h = conv(F.relu(h))
+        out: Tensor = self.identity(x) + self.gain * h
+        return out
+
+
+class DVAE(nn.Module):
+    """Encoder, codebook and decoder.
+
+    Shapes: pictures are (B, 3, pixels, pixels) float32 in [0, 1]; codes are (B, grid, grid).
+    """
+
+    def __init__(self, config: DVAEConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = _encoder(config)
+        self.decoder = _decoder(config)
+        init_fan_in(self, seed)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def logits(self, image: Tensor) -> Tensor:
+        """Code logits: (B, 3, S, S) -> (B, K, grid, grid)."""
+        squeezed = squeeze_pixels(image, self.config.epsilon)
+        out: Tensor = self.encoder(squeezed.contiguous(memory_format=torch.channels_last))
+        return out
+
+    def decode(self, codes_bkhw: Tensor) -> tuple[Tensor, Tensor]:
+        """Location and log scale of the pixels: (B, K, grid, grid) -> twice (B, 3, S, S)."""
+        mu, log_scale = self.decoder(codes_bkhw).chunk(2, dim=1)
+        return mu, log_scale
+
+    def tokens(self, image: Tensor) -> Tensor:
+        """The most likely codes, without noise: (B, 3, S, S) -> (B, grid * grid) int64."""
+        return self.logits(image).argmax(1).flatten(1)
+
+    def picture(self, tokens: Tensor) -> Tensor:
+        """Pictures in [0, 1] from codes: (B, grid * grid) -> (B, 3, S, S)."""
+        grid = tokens.view(-1, self.config.grid, self.config.grid)
+        codes = F.one_hot(grid, self.config.codebook).permute(0, 3, 1, 2).float()
+        return unsqueeze_pixels(self.decode(codes)[0], self.config.epsilon)
+
+    def forward(self, image: Tensor, tau: Tensor, noise: Tensor) -> tuple[DVAETerms, Tensor]:
+        """The bound's terms and the code logits, for one relaxed draw."""
+        logits = self.logits(image)
+        mu, log_scale = self.decode(gumbel_codes(logits, tau, noise))
+        squeezed = squeeze_pixels(image, self.config.epsilon)
+        log_prob = logit_laplace_log_prob(squeezed, mu, log_scale)
+        terms = DVAETerms(log_likelihood=log_prob.mean(), kl=kl_to_uniform(logits).mean())
+        return terms, logits
+
+
+def negative_bound(terms: DVAETerms, beta: Tensor | float, config: DVAEConfig) -> Tensor:
+    """The loss: -(sum of log likelihoods - beta * sum of KLs) / number of pixel values.
+
+    Units: nats a pixel value.
+    """
+    values_a_token = CHANNELS * config.pixels**2 / config.tokens
+    return -(terms.log_likelihood - beta * terms.kl / values_a_token)
+
+
+def _encoder(config: DVAEConfig) -> nn.Sequential:
+    gain = 1 / (config.groups * config.blocks) ** 2
+    layers: list[tuple[str, nn.Module]] = [("input", _conv(CHANNELS, config.width, 7))]
+    width = config.width
+    for group in range(config.groups):
+        outward = config.width << group
+        for block in range(config.blocks):
+            layers.append(
+                (f"g{group}b{block}", ResidualBlock(width, outward, gain, (3, 3, 3, 1)))
+            )
+            width = outward
+        if group < config.groups - 1:
+            layers.append((f"g{group}pool", nn.MaxPool2d(2)))
+    layers += [("relu", nn.ReLU()), ("output", _conv(width, config.codebook, 1))]
+    return nn.Sequential(OrderedDict(layers))
+
+
+def _decoder(config: DVAEConfig) -> nn.Sequential:
+    gain = 1 / (config.groups * config.blocks) ** 2
+    layers: list[tuple[str, nn.Module]] = [("input", _conv(config.codebook, config.code_width, 1))]
+    width = config.code_width
+    for group in range(config.groups):
+        outward = config.width << (config.groups - 1 - group)
+        for block in range(config.blocks):
+            layers.append(
+                (f"g{group}b{block}", ResidualBlock(width, outward, gain, (1, 3, 3, 3)))
+            )
+            width = outward
+        if group < config.groups - 1:
+            layers.append((f"g{group}up", nn.Upsample(scale_factor=2, mode="nearest")))
+    layers += [("relu", nn.ReLU()), ("output", _conv(width, 2 * CHANNELS, 1))]
+    return nn.Sequential(OrderedDict(layers))
