@@ -15,6 +15,10 @@ class DVAEConfig:
     """Groups of residual blocks; a 2x2 max-pool follows each but the last."""
     blocks: int = 1
     """Residual blocks in a group."""
+    bottleneck: int = 2
+    """A block's hidden channels are its width divided by this (the paper: 4)."""
+    gain: float = 1.0
+    """Weight of a block's residual path; 0 = the paper's 1 / blocks^2."""
     codebook: int = 512
     """Number of codes (K)."""
     code_width: int = 32

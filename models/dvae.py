@@ -36,14 +36,16 @@ class DVAETerms:
 
 
 class ResidualBlock(nn.Module):
-    """id(x) + gain * (ReLU, conv) x 4, a bottleneck of a quarter of the width."""
+    """id(x) + gain * (ReLU, conv) x 4, with a bottleneck."""
 
-    def __init__(self, inward: int, outward: int, gain: float, kernels: tuple[int, ...]) -> None:
+    def __init__(
+        self, inward: int, outward: int, config: DVAEConfig, kernels: tuple[int, ...]
+    ) -> None:
         super().__init__()
-        self.gain = gain
+        self.gain = config.gain or 1 / (config.groups * config.blocks) ** 2
         same = inward == outward
         self.identity = nn.Identity() if same else _conv(inward, outward, 1)
-        hidden = max(outward // 4, 1)
+        hidden = max(outward // config.bottleneck, 1)
         widths = (inward, hidden, hidden, hidden, outward)
         self.convs = nn.ModuleList(
             _conv(widths[i], widths[i + 1], kernel) for i, kernel in enumerate(kernels)
@@ -112,14 +114,13 @@ def negative_bound(terms: DVAETerms, beta: Tensor | float, config: DVAEConfig) -
 
 
 def _encoder(config: DVAEConfig) -> nn.Sequential:
-    gain = 1 / (config.groups * config.blocks) ** 2
     layers: list[tuple[str, nn.Module]] = [("input", _conv(CHANNELS, config.width, 7))]
     width = config.width
     for group in range(config.groups):
         outward = config.width << group
         for block in range(config.blocks):
             layers.append(
-                (f"g{group}b{block}", ResidualBlock(width, outward, gain, (3, 3, 3, 1)))
+                (f"g{group}b{block}", ResidualBlock(width, outward, config, (3, 3, 3, 1)))
             )
             width = outward
         if group < config.groups - 1:
@@ -129,14 +130,13 @@ def _encoder(config: DVAEConfig) -> nn.Sequential:
 
 
 def _decoder(config: DVAEConfig) -> nn.Sequential:
-    gain = 1 / (config.groups * config.blocks) ** 2
     layers: list[tuple[str, nn.Module]] = [("input", _conv(config.codebook, config.code_width, 1))]
     width = config.code_width
     for group in range(config.groups):
         outward = config.width << (config.groups - 1 - group)
         for block in range(config.blocks):
             layers.append(
-                (f"g{group}b{block}", ResidualBlock(width, outward, gain, (1, 3, 3, 3)))
+                (f"g{group}b{block}", ResidualBlock(width, outward, config, (1, 3, 3, 3)))
             )
             width = outward
         if group < config.groups - 1:

@@ -1,0 +1,1 @@
+"""The logical checkpoint: global names and slices, readable by any mesh; no pickles."""

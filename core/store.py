@@ -1,0 +1,220 @@
+"""Where data lives: a folder, or a bucket of any S3-compatible object store.
+
+`open_store("s3://bucket/prefix")` reads AWS_ENDPOINT_URL and the credentials from the
+environment, as boto3 does; nothing of them is ever written down.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError, EndpointConnectionError, NoCredentialsError
+
+from core.errors import ConfigError, StoreError, StoreInputError
+from core.files import TEMPORARY, write_atomic
+
+_MISSING = ("404", "NoSuchKey", "NotFound")
+_DENIED = ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch")
+
+
+class Store(Protocol):
+    """A flat name space of immutable byte strings; names use forward slashes."""
+
+    url: str
+
+    def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        """Read an object or a range of it; StoreInputError if there is none."""
+
+    def put(self, name: str, data: bytes, if_absent: bool = False) -> bool:
+        """Write an object whole; with if_absent, returns False if somebody else was first."""
+
+    def names(self, prefix: str = "") -> list[str]:
+        """All names that begin with the prefix, sorted."""
+
+    def exists(self, name: str) -> bool:
+        """Say whether there is such an object."""
+
+    def etag(self, name: str) -> str:
+        """The store's version mark of an object."""
+
+
+class FolderStore:
+    """A folder of the file system."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.url = str(root)
+
+    def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        try:
+            with open(self._path(name), "rb") as file:
+                file.seek(start)
+                return file.read() if length is None else file.read(length)
+        except (FileNotFoundError, IsADirectoryError) as error:
+            raise StoreInputError(f"there is no {name} in {self.root}") from error
+        except OSError as error:
+            raise StoreError(f"cannot read {self._path(name)}: {error}") from error
+
+    def put(self, name: str, data: bytes, if_absent: bool = False) -> bool:
+        path = self._path(name)
+        try:
+            if not if_absent:
+                write_atomic(path, data)
+                return True
+            staged = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+            write_atomic(staged, data)
+            try:
+                os.link(staged, path)
+            except FileExistsError:
+                return False
+            finally:
+                staged.unlink(missing_ok=True)
+        except OSError as error:
+            raise StoreError(f"cannot write {path}: {error}") from error
+        return True
+
+    def names(self, prefix: str = "") -> list[str]:
+        files = (path for path in self.root.rglob("*") if path.is_file())
+        found = (
+            path.relative_to(self.root).as_posix()
+            for path in files
+            if not path.name.startswith(TEMPORARY)
+        )
+        return sorted(name for name in found if name.startswith(prefix))
+
+    def exists(self, name: str) -> bool:
+        return self._path(name).is_file()
+
+    def etag(self, name: str) -> str:
+        return hashlib.md5(self.get(name), usedforsecurity=False).hexdigest()
+
+    def _path(self, name: str) -> Path:
+        path = Path(os.path.normpath(self.root / name))
+        if not path.is_relative_to(os.path.normpath(self.root)):
+            raise StoreInputError(f"{name!r} points outside of {self.root}")
+        return path
+
+
+class S3Store:
+    """A prefix of an S3 bucket."""
+
+    def __init__(self, bucket: str, prefix: str) -> None:
+        self.bucket, self.prefix = bucket, prefix.strip("/")
+        self.url = f"s3://{bucket}/{self.prefix}".rstrip("/")
+        retries: Any = {"mode": "adaptive", "total_max_attempts": 6}
+        region = os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
+        path_style: Any = {"addressing_style": "path"}
+        config = Config(
+            retries=retries, connect_timeout=10, read_timeout=60, s3=path_style, region_name=region
+        )
+        self._client = boto3.session.Session().client("s3", config=config)
+
+    def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        if length == 0:
+            return b""
+        extra = {}
+        if start or length is not None:
+            extra["Range"] = f"bytes={start}-" + ("" if length is None else str(start + length - 1))
+        with self._explained(name):
+            answer = self._client.get_object(Bucket=self.bucket, Key=self._key(name), **extra)
+            return bytes(answer["Body"].read())
+
+    def put(self, name: str, data: bytes, if_absent: bool = False) -> bool:
+        extra: Any = {"IfNoneMatch": "*"} if if_absent else {}
+        try:
+            with self._explained(name):
+                self._client.put_object(
+                    Bucket=self.bucket, Key=self._key(name), Body=data, **extra
+                )
+        except StoreError as error:
+            if if_absent and _code(error.__cause__) in ("PreconditionFailed", "412"):
+                return False
+            raise
+        return True
+
+    def names(self, prefix: str = "") -> list[str]:
+        start = self._key(prefix)
+        cut = len(self.prefix) + 1 if self.prefix else 0
+        with self._explained(prefix):
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=start
+            )
+            return sorted(item["Key"][cut:] for page in pages for item in page.get("Contents", []))
+
+    def exists(self, name: str) -> bool:
+        return self._head(name) is not None
+
+    def etag(self, name: str) -> str:
+        head = self._head(name)
+        if head is None:
+            raise StoreInputError(f"there is no {name} in {self.url}")
+        return str(head["ETag"]).strip('"')
+
+    def make_bucket(self) -> None:
+        """Create the bucket if there is none; for stores that Tapir itself started."""
+        with self._explained(""):
+            self._client.create_bucket(Bucket=self.bucket)
+
+    def _head(self, name: str) -> Any:
+        try:
+            with self._explained(name):
+                return self._client.head_object(Bucket=self.bucket, Key=self._key(name))
+        except StoreError as error:
+            if _code(error.__cause__) in _MISSING:
+                return None
+            raise
+
+    def _key(self, name: str) -> str:
+        return f"{self.prefix}/{name}" if self.prefix else name
+
+    @contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except ClientError as error:
+            code = _code(error)
+            if code == "NoSuchBucket":
+                hint = f"there is no bucket {self.bucket!r} at this endpoint; create it or fix the URL"
+            elif code in _DENIED:
+                hint = (
+                    f"access denied to {self.url} ({code}); check AWS_ACCESS_KEY_ID, "
+                    "AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
+                )
+            elif code in _MISSING:
+                hint = f"there is no {name} in {self.url}"
+            else:
+                raise StoreError(f"{self.url}/{name}: {error}") from error
+            raise StoreInputError(hint) from error
+        except NoCredentialsError as error:
+            raise StoreInputError(
+                f"no credentials for {self.url}; export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            ) from error
+        except EndpointConnectionError as error:
+            raise StoreInputError(
+                f"nothing answers for {self.url}; check AWS_ENDPOINT_URL ({error})"
+            ) from error
+        except BotoCoreError as error:
+            raise StoreError(f"{self.url}/{name}: {error}") from error
+
+
+def open_store(url: str) -> Store:
+    """Open `s3://bucket/prefix` or a folder (which need not exist yet)."""
+    if url.startswith("s3://"):
+        bucket, _, prefix = url[5:].partition("/")
+        if not bucket:
+            raise ConfigError(f"{url!r} names no bucket; write s3://bucket/prefix")
+        return S3Store(bucket, prefix)
+    if "://" in url or url.startswith("pipe:"):
+        raise ConfigError(f"{url!r} is no store that Tapir reads; give s3://bucket/prefix or a folder")
+    return FolderStore(Path(url))
+
+
+def _code(error: BaseException | None) -> str:
+    if isinstance(error, ClientError):
+        return str(error.response.get("Error", {}).get("Code", ""))
+    return ""

@@ -1,0 +1,58 @@
+"""Byte-pair encoding of captions: trained and run by the `tokenizers` library.
+
+Merges happen only inside runs of a-z; digits, punctuation and spaces never merge, and every byte
+has a symbol, so that decoding is lossless. Source: the paper's author, openai/DALL-E issue 22.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from core.errors import InputError
+from core.files import sha256, write_atomic
+
+FILE = "tokenizer.json"
+
+
+def train_bpe(captions: Iterable[str], vocabulary: int) -> Tokenizer:
+    """Learn merges from captions.
+
+    Raises: InputError if the vocabulary has no room for the 256 bytes.
+    """
+    if not 256 < vocabulary <= 65536:
+        raise InputError(f"vocabulary={vocabulary} must be 257 to 65536 (256 of them are bytes)")
+    tokenizer = Tokenizer(models.BPE())
+    runs = pre_tokenizers.Split(Regex("[a-z]+|[^a-z]"), behavior="isolated")
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([runs, bytes_])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write tokenizer.json."""
+    write_atomic(folder / FILE, tokenizer.to_str(pretty=True).encode())
+
+
+def load_tokenizer(folder: Path) -> tuple[Tokenizer, str]:
+    """Read tokenizer.json; returns it with its sha256.
+
+    Raises: InputError if there is none.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        raise InputError(f"there is no {path}; make it with `tapir train bpe`")
+    data = path.read_bytes()
+    return Tokenizer.from_str(data.decode()), sha256(data)
+
+
+def encode(tokenizer: Tokenizer, caption: str) -> list[int]:
+    """Text ids of a cleaned caption."""
+    return list(tokenizer.encode(caption.lower()).ids)

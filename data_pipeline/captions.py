@@ -1,0 +1,27 @@
+"""Captions as text: checked, cleaned and lower-cased."""
+
+import unicodedata
+
+from core.errors import InputError
+
+LONGEST = 4096
+"""Characters of a caption that are kept."""
+
+
+def clean_caption(raw: bytes, where: str) -> str:
+    """Decode a caption, fold white space and lower its case.
+
+    Raises: InputError if it is not UTF-8 or holds no visible character.
+    """
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"the caption of {where} is not UTF-8 (byte {error.start}); convert the file, or pass "
+            "--max-rejects 0.01 to leave such pairs out"
+        ) from error
+    visible = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in text[:LONGEST])
+    folded = " ".join(visible.split()).lower()
+    if not folded:
+        raise InputError(f"the caption of {where} is empty; write one, or pass --max-rejects 0.01")
+    return folded

@@ -1,0 +1,75 @@
+"""What a data set consists of: shards with counts and digests, under one fingerprint."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from core.errors import CorruptError, InputError
+from core.files import canonical_json, seal, sha256, unseal
+from core.settings import from_json, to_json
+from core.store import Store
+
+NAME = "manifest.json"
+RAW = "tapir-raw-1"
+TOKENS = "tapir-tokens-1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One tar of a data set, with the index beside it."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    etag: str
+    index_sha256: str
+
+    @property
+    def index_name(self) -> str:
+        return self.name.removesuffix(".tar") + ".index.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """An immutable data set."""
+
+    format: str
+    """RAW or TOKENS."""
+    shards: list[Shard]
+    samples: int
+    facts: dict[str, Any]
+    """What the data was made from: source, split, dVAE hash, tokenizer hash, grid, ..."""
+    rejects: dict[str, int]
+    """Left-out pairs by reason."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of everything that a reader sees; equal data sets have equal ones."""
+        body = to_json(self)
+        return sha256(canonical_json({**body, "shards": [s["sha256"] for s in body["shards"]]}))
+
+
+def write_manifest(store: Store, prefix: str, manifest: Manifest) -> None:
+    """Write the manifest last, sealed with its own digest."""
+    body = {**to_json(manifest), "fingerprint": manifest.fingerprint}
+    store.put(prefix + NAME, seal(body))
+
+
+def read_manifest(store: Store, prefix: str, kind: str) -> Manifest:
+    """Read and check the manifest of a data set of this format.
+
+    Raises: InputError if there is none or it is of another kind; CorruptError if it is damaged.
+    """
+    where = f"{store.url}/{prefix}{NAME}"
+    if not store.exists(prefix + NAME):
+        verb = "pack" if kind == RAW else "tokenize"
+        raise InputError(f"there is no data set at {where}; make it with `tapir {verb}`")
+    body = unseal(store.get(prefix + NAME), where)
+    fingerprint = body.pop("fingerprint")
+    if body.get("format") != kind:
+        raise InputError(f"{where} has the format {body.get('format')!r}; this needs {kind!r}")
+    shards = [from_json(Shard, shard) for shard in body.pop("shards")]
+    manifest = Manifest(shards=shards, **body)
+    if manifest.fingerprint != fingerprint:
+        raise CorruptError(f"{where}: the fingerprint does not match the shards listed")
+    return manifest

@@ -1,0 +1,52 @@
+"""From the SRC of `tapir pack SRC DEST` to a stream of pairs."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from core.errors import InputError
+from data_pipeline.config import PackConfig
+from data_pipeline.images import encode_png
+from data_pipeline.sources.emoji import emoji_pairs
+from data_pipeline.sources.files import folder_pairs, tar_pairs
+from data_pipeline.sources.pair import Pair
+from data_pipeline.sources.shapes import draw_scene, render
+
+SHAPES_COUNT = 10_000
+
+
+def open_source(source: str, config: PackConfig) -> Iterator[Pair]:
+    """Open `shapes`, `emoji`, a folder of images and captions, a tar or a folder of tars.
+
+    Raises: InputError if there is no such source.
+    """
+    path = Path(source)
+    if source == "shapes":
+        return shapes_pairs(config.count or SHAPES_COUNT, config.pixels, config.seed)
+    if source == "emoji":
+        pairs = emoji_pairs(config.cache)
+    elif path.is_file() and path.suffix in (".tar", ".tgz", ".gz"):
+        pairs = tar_pairs([path])
+    elif path.is_dir():
+        tars = sorted(path.glob("*.tar"))
+        pairs = tar_pairs(tars) if tars else folder_pairs(path)
+    else:
+        raise InputError(
+            f"there is no source {source!r}; give shapes, emoji, a folder of images with .txt "
+            "captions, a tar or a folder of tars"
+        )
+    return islice(pairs, config.count) if config.count else pairs
+
+
+def shapes_pairs(count: int, pixels: int, seed: int) -> Iterator[Pair]:
+    """Yield the first `count` pictures of the shapes generator; captions decide the split."""
+    for index in range(count):
+        scene = draw_scene(seed, index)
+        yield Pair(
+            key=f"shapes-{index:09d}",
+            image=encode_png(render(scene, pixels, seed, index)),
+            extension="png",
+            caption=scene.caption.encode(),
+            split_key=scene.caption,
+            where=f"shapes #{index}",
+        )

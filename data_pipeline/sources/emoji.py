@@ -1,0 +1,81 @@
+"""Real captioned pictures from a package registry: emoji and their names."""
+
+import json
+import re
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from core.errors import InputError
+from core.files import write_atomic
+from data_pipeline.sources.pair import Pair
+
+PACKAGE = "emoji-datasource-google@16.0.0"
+_IMAGES = "package/img/google/64/"
+_WANTED = re.compile(r"package/(emoji\.json|img/google/64/[0-9a-z-]+\.png)")
+
+
+def emoji_pairs(cache: Path) -> Iterator[Pair]:
+    """Yield each emoji of Google's set with its name; skin tones are part of the caption.
+
+    Raises: InputError if npm is missing or cannot fetch the package.
+    """
+    archive = _fetch(cache)
+    with tarfile.open(archive) as tar:
+        files = {
+            member.name: tar.extractfile(member).read()  # type: ignore[union-attr]
+            for member in tar
+            if member.isfile() and _WANTED.fullmatch(member.name)
+        }
+    entries = json.loads(files["package/emoji.json"])
+    tones = {entry["unified"]: entry["name"].lower() for entry in entries}
+    for entry in sorted(entries, key=lambda entry: entry["unified"]):
+        name = entry["name"] or entry["short_name"].replace("_", " ")
+        yield from _pair(files, entry, name.lower(), name.lower())
+        for tone, variant in sorted(entry.get("skin_variations", {}).items()):
+            words = " and ".join(_tone(tones[part]) for part in tone.split("-"))
+            yield from _pair(files, variant, f"{name.lower()}, {words}", name.lower())
+
+
+def _tone(name: str) -> str:
+    """`emoji modifier fitzpatrick type-3` -> a word that people use."""
+    words = {"1-2": "light", "3": "medium-light", "4": "medium", "5": "medium-dark", "6": "dark"}
+    return f"{words[name.rsplit('type-', 1)[1]]} skin tone"
+
+
+def _pair(files: dict[str, bytes], entry: Any, caption: str, base: str) -> Iterator[Pair]:
+    image = files.get(_IMAGES + entry["image"])
+    if image is not None and entry.get("has_img_google", True):
+        yield Pair(
+            key=entry["unified"].lower(),
+            image=image,
+            extension="png",
+            caption=caption.encode(),
+            split_key=base,
+            where=f"{PACKAGE}/{entry['image']}",
+        )
+
+
+def _fetch(cache: Path) -> Path:
+    target = cache / (PACKAGE.replace("@", "-") + ".tgz")
+    if target.exists():
+        return target
+    if shutil.which("npm") is None:
+        raise InputError("the emoji pictures come through npm; install it with: apt install npm")
+    staging = cache / ".tmp-npm"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        done = subprocess.run(
+            ["npm", "pack", PACKAGE, "--silent"], cwd=staging, capture_output=True, text=True
+        )
+        packed = list(staging.glob("*.tgz"))
+        if done.returncode or not packed:
+            raise InputError(f"npm could not fetch {PACKAGE}: {done.stderr.strip()[-500:]}")
+        write_atomic(target, packed[0].read_bytes())
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target

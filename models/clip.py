@@ -1,0 +1,100 @@
+"""A small contrastive image/text model; its cosine ranks candidates.
+
+Source: arXiv 2103.00020, with two transformers that read all of their positions.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.config import ClipConfig
+from models.draws import init_normal
+
+PAD = -1
+INIT_STD = 0.03
+FIRST_SCALE = math.log(1 / 0.07)
+MOST_SCALE = math.log(100.0)
+
+Gather = Callable[[Tensor], Tensor]
+
+
+class _Tower(nn.Module):
+    """A transformer whose first state becomes the embedding."""
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(
+            config.dim,
+            config.heads,
+            4 * config.dim,
+            dropout=0.0,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
+        )
+        self.layers = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
+        self.summary = nn.Embedding(1, config.dim)
+        self.norm = nn.LayerNorm(config.dim)
+        self.project = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor, pad: Tensor | None = None) -> Tensor:
+        summary = self.summary.weight.expand(len(x), 1, -1)
+        if pad is not None:
+            pad = F.pad(pad, (1, 0), value=False)
+        states = self.layers(torch.cat([summary, x], dim=1), src_key_padding_mask=pad)
+        return F.normalize(self.project(self.norm(states[:, 0])), dim=-1)
+
+
+class Clip(nn.Module):
+    """Image and text towers with a learned temperature."""
+
+    def __init__(self, config: ClipConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        patches = (config.pixels // config.patch) ** 2
+        self.patch = nn.Conv2d(3, config.dim, config.patch, config.patch)
+        self.place = nn.Embedding(patches, config.dim)
+        self.image_tower = _Tower(config)
+        self.words = nn.Embedding(config.text_vocabulary, config.dim)
+        self.word_place = nn.Embedding(config.text_length, config.dim)
+        self.text_tower = _Tower(config)
+        self.log_scale = nn.Parameter(torch.tensor(FIRST_SCALE))
+        init_normal(self, seed, {"in_proj_weight": INIT_STD * 2, "weight": INIT_STD * 2})
+        for part in self.modules():
+            if isinstance(part, nn.LayerNorm):
+                nn.init.ones_(part.weight)
+
+    def embed_image(self, image: Tensor) -> Tensor:
+        """Unit vectors of pictures: (B, 3, S, S) in [0, 1] -> (B, dim)."""
+        patches = self.patch(2 * image - 1).flatten(2).transpose(1, 2)
+        out: Tensor = self.image_tower(patches + self.place.weight)
+        return out
+
+    def embed_text(self, text: Tensor) -> Tensor:
+        """Unit vectors of captions: (B, T) ids, PAD behind the caption -> (B, dim)."""
+        words = self.words(text.clamp_min(0)) + self.word_place.weight
+        out: Tensor = self.text_tower(words, text == PAD)
+        return out
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        scale = self.log_scale.clamp(max=MOST_SCALE).exp()
+        return self.embed_image(batch["pixels"]), self.embed_text(batch["text"]), scale
+
+
+def contrastive_loss(
+    images: Tensor, texts: Tensor, scale: Tensor, gather: Gather, offset: int
+) -> dict[str, Tensor]:
+    """Symmetric cross-entropy of each pair against all pairs of all ranks.
+
+    `gather` collects a rank's (b, dim) of every rank into (B, dim), with gradients; this rank's
+    rows begin at `offset`.
+    """
+    wanted = torch.arange(len(images), device=images.device) + offset
+    by_image = scale * images @ gather(texts).T
+    by_text = scale * texts @ gather(images).T
+    loss = (F.cross_entropy(by_image, wanted) + F.cross_entropy(by_text, wanted)) / 2
+    right = (by_image.argmax(1) == wanted).float().mean()
+    return {"loss": loss, "accuracy": right}

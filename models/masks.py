@@ -1,0 +1,48 @@
+"""Which earlier positions each position attends to: row, column and convolutional masks.
+
+Text attends to earlier text; an image position attends to all text, and to earlier image
+positions by its layer's mask. Source: arXiv 2102.12092, section 2.2 and appendix B.1.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["row", "column", "conv"]
+
+
+def layer_kind(layer: int, layers: int) -> Kind:
+    """The mask of layer 1..layers: column if (i - 2) mod 4 == 0, conv in the last, else row."""
+    if layer == layers:
+        return "conv"
+    return "column" if (layer - 2) % 4 == 0 else "row"
+
+
+def image_mask(kind: Kind, grid: int, conv_kernel: int = 11) -> Tensor:
+    """Image-to-image part of a mask, True where attention is allowed.
+
+    Shapes: returns (grid * grid, grid * grid) bool; rows are queries.
+    """
+    positions = torch.arange(grid * grid)
+    offset = positions[:, None] - positions[None, :]
+    causal = offset >= 0
+    if kind == "row":
+        return causal & (offset <= grid)
+    if kind == "column":
+        return causal & (offset % grid == 0)
+    half = min(conv_kernel // 2, grid // 2)
+    rows, columns = torch.arange(half + 1), torch.arange(-half, half + 1)
+    reach = (grid * rows[:, None] + columns[None, :]).reshape(-1)
+    return causal & torch.isin(offset, reach[reach >= 0])
+
+
+def full_mask(kind: Kind, text: int, grid: int, conv_kernel: int = 11) -> Tensor:
+    """The mask of the whole stream of `text` + grid * grid positions.
+
+    Shapes: returns (length, length) bool; rows are queries.
+    """
+    length = text + grid * grid
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    mask[text:, text:] = image_mask(kind, grid, conv_kernel)
+    return mask

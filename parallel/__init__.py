@@ -1,0 +1,1 @@
+"""How ranks are arranged, found and driven: mesh, engines, precision."""

@@ -1,0 +1,1 @@
+"""One protocol, three engines; only this package imports deepspeed."""

@@ -1,0 +1,105 @@
+"""Who am I among the ranks: our launcher, torchrun, mpirun and srun alike."""
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank's place, and the data-parallel group."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    group: "dist.ProcessGroup | None" = None
+    """None on one process: nothing needs to be reduced."""
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Average a small tensor over all ranks."""
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
+            values /= self.size
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.group is not None:
+            dist.barrier(group=self.group)
+
+    def gather_text(self, text: str) -> list[str]:
+        """Collect one string of every rank, on every rank."""
+        if self.group is None:
+            return [text]
+        found: list[str] = [""] * self.size
+        dist.all_gather_object(found, text, group=self.group)
+        return found
+
+
+def mpi_size(environment: Mapping[str, str] = os.environ) -> int:
+    """Ranks that an mpirun started, 0 if none did."""
+    for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):
+        if name in environment:
+            return int(environment[name])
+    return 0
+
+
+def join_world() -> World:
+    """Join the ranks that a launcher started, or be the only one.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK and TAPIR_RENDEZVOUS (our launcher) or MASTER_ADDR and
+    MASTER_PORT (torchrun); under mpirun, rank 0 chooses the address and MPI spreads it.
+    """
+    if mpi_size() and "RANK" not in os.environ:
+        _adopt_mpi_ranks()
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World()
+    rank = int(os.environ["RANK"])
+    dist.init_process_group(
+        "gloo" if not torch.cuda.is_available() else "cpu:gloo,cuda:nccl",
+        init_method=os.environ.get("TAPIR_RENDEZVOUS", "env://"),
+        rank=rank,
+        world_size=size,
+        timeout=TIMEOUT,
+    )
+    return World(rank, size, int(os.environ.get("LOCAL_RANK", "0")), dist.group.WORLD)
+
+
+def leave_world(world: World) -> None:
+    """Close the process group."""
+    if world.group is not None:
+        dist.destroy_process_group()
+
+
+def _adopt_mpi_ranks() -> None:
+    from mpi4py import MPI  # starts MPI: only under mpirun
+
+    everybody = MPI.COMM_WORLD
+    host = everybody.Split_type(MPI.COMM_TYPE_SHARED)
+    address = None
+    if everybody.rank == 0:
+        alone = host.size == everybody.size
+        address = ("127.0.0.1" if alone else socket.gethostname(), _free_port())
+    name, port = everybody.bcast(address)
+    os.environ.update(
+        RANK=str(everybody.rank),
+        WORLD_SIZE=str(everybody.size),
+        LOCAL_RANK=str(host.rank),
+        MASTER_ADDR=name,
+        MASTER_PORT=str(port),
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])
