@@ -23,6 +23,9 @@ class DVAEConfig:
     """Number of codes (K)."""
     code_width: int = 32
     """Channels of a code's vector, the decoder's first layer."""
+    least_log_scale: float = -1.5
+    """Floor of the likelihood's log scale; flat backgrounds would drive it to -inf and drown all
+    else (the paper's photos need none: -20)."""
     epsilon: float = 0.1
     """Pixels are mapped into (epsilon, 1 - epsilon) before the logit-Laplace likelihood."""
 

@@ -82,7 +82,7 @@ class DVAE(nn.Module):
     def decode(self, codes_bkhw: Tensor) -> tuple[Tensor, Tensor]:
         """Location and log scale of the pixels: (B, K, grid, grid) -> twice (B, 3, S, S)."""
         mu, log_scale = self.decoder(codes_bkhw).chunk(2, dim=1)
-        return mu, log_scale
+        return mu, log_scale.clamp_min(self.config.least_log_scale)
 
     def tokens(self, image: Tensor) -> Tensor:
         """The most likely codes, without noise: (B, 3, S, S) -> (B, grid * grid) int64."""

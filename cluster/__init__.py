@@ -1,0 +1,1 @@
+"""Processes and jobs: the launcher of ranks; imports core only, never torch."""

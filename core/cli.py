@@ -1,0 +1,36 @@
+"""Command lines from typed functions and configs, by tyro."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from core.settings import to_json
+
+T = TypeVar("T")
+
+
+def parse(function: Callable[..., T], arguments: Sequence[str], verb: str) -> T:
+    """Call a function with what the command line says; every parameter is a flag.
+
+    A wrong flag ends in exit code 2 with the nearest right one.
+    """
+    return tyro.cli(function, args=list(arguments), prog=f"tapir {verb}")
+
+
+def parse_over(
+    default: T, arguments: Sequence[str], verb: str, description: str | None = None
+) -> T:
+    """Change fields of a preset by flags."""
+    kind = type(default)
+    return tyro.cli(
+        kind, default=default, args=list(arguments), prog=f"tapir {verb}", description=description
+    )
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object as the last line of standard output."""
+    sys.stdout.write(json.dumps(to_json(value)) + "\n")
+    sys.stdout.flush()

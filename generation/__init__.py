@@ -1,0 +1,1 @@
+"""Pictures and numbers from finished models: sampling, reranking, evaluation, reports."""

@@ -1,0 +1,61 @@
+"""The front door: `tapir VERB`. Verbs are imported only when they are called."""
+
+import difflib
+import importlib
+import sys
+
+from core.errors import EXIT_FAILED, EXIT_WRONG_INPUT, TapirError
+
+VERBS = {
+    "demo": ("generation.commands:demo", "the whole way on this machine; ends with report.html"),
+    "pack": ("training.commands:pack", "raw pairs -> shards in a store, split by key"),
+    "train": ("training.commands:train", "train dvae | bpe | prior | clip PRESET"),
+    "tokenize": ("training.commands:tokenize", "raw shards -> token shards; --worker i/n"),
+    "sample": ("generation.commands:sample", "captions -> candidates, reranked, as a PNG grid"),
+    "evaluate": ("generation.commands:evaluate", "caption accuracy for best-of-N on shapes"),
+    "report": ("generation.commands:report", "write a demo folder's report.html again"),
+    "verify": ("training.commands:verify", "check every digest of a data set or checkpoint"),
+}
+
+
+def main() -> None:
+    """Run one verb and exit: 0 done, 2 wrong input or config, 1 anything else."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        sys.exit(0 if arguments else EXIT_WRONG_INPUT)
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        _fail(f"there is no verb {verb!r}{hint}\n{_help()}", EXIT_WRONG_INPUT)
+    module, function = VERBS[verb][0].split(":")
+    try:
+        from core.log import set_up_logging
+
+        set_up_logging()
+        getattr(importlib.import_module(module), function)(rest)
+    except TapirError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; all processes were ended", 130)
+    except BrokenPipeError:
+        sys.exit(EXIT_FAILED)
+
+
+def _help() -> str:
+    rows = "\n".join(f"  {verb:<10} {text}" for verb, (_, text) in VERBS.items())
+    return (
+        "usage: tapir VERB [--help] ...\n\n"
+        "Train DALL-E-class text-to-image models, from raw pairs to ranked pictures.\n\n"
+        f"{rows}\n\nEvery verb has --help. Exit codes: 0 done, 2 wrong input, 1 failed."
+    )
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"tapir: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

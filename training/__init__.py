@@ -1,0 +1,1 @@
+"""One loop for dVAE, prior and CLIP; configs, presets, metrics and run folders."""

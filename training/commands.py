@@ -1,0 +1,195 @@
+"""The verbs pack, train, tokenize and verify."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from checkpoint.reader import CheckpointReader, list_checkpoints
+from core.cli import parse, parse_over, print_json
+from core.errors import CorruptError, InputError
+from core.files import sha256
+from core.log import LOG
+from core.settings import check
+from core.store import Store, open_store
+from data_pipeline import pack as packing
+from data_pipeline.bpe import load_tokenizer
+from data_pipeline.config import PackConfig, TokenizeConfig
+from data_pipeline.manifest import NAME, RAW, TOKENS, read_manifest
+from data_pipeline.shards import read_index
+from data_pipeline.tokenize.worker import Encoders, run_worker
+from training.export import DESCRIPTION, load_dvae, read_model
+from training.main import train_stage, train_tokenizer
+from training.presets import PRESETS
+
+Source = Annotated[str, tyro.conf.Positional]
+_FLAT = tyro.conf.OmitArgPrefixes
+
+
+def pack(arguments: list[str]) -> None:
+    """`tapir pack SRC DEST`."""
+
+    def run(
+        source: Source,
+        dest: Source,
+        config: Annotated[PackConfig, _FLAT] = PackConfig(),  # noqa: B008
+        json: bool = False,
+    ) -> None:
+        """Write raw image-caption pairs as WebDataset shards, split into train and validation.
+
+        Args:
+            source: shapes, emoji, a folder of images with .txt captions, a tar or a folder of tars
+            dest: s3://bucket/prefix or a folder
+            config: settings
+            json: print a JSON object on the last line
+        """
+        manifests = packing.pack(source, open_store(dest), config)
+        for split, manifest in manifests.items():
+            LOG.info("%s: %d pairs in %d shards", split, manifest.samples, len(manifest.shards))
+        if json:
+            print_json({split: manifest.samples for split, manifest in manifests.items()})
+
+    parse(run, arguments, "pack")
+
+
+def train(arguments: list[str]) -> None:
+    """`tapir train STAGE PRESET [flags]`."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_train_help())
+        if not arguments:
+            raise InputError("name a stage and a preset, e.g. tapir train prior tiny")
+        return
+    stage, *rest = arguments
+    _choose("stage", stage, PRESETS)
+    if not rest or rest[0].startswith("-"):
+        rest = ["tiny", *rest]
+    preset, *flags = rest
+    _choose(f"{stage} preset", preset, PRESETS[stage])
+    function = PRESETS[stage][preset]
+    settings = parse_over(function(), flags, f"train {stage} {preset}", function.__doc__)
+    if stage == "bpe":
+        train_tokenizer(settings)
+    else:
+        train_stage(stage, settings)
+
+
+def tokenize(arguments: list[str]) -> None:
+    """`tapir tokenize RAW TOKENS`."""
+
+    def run(
+        raw: Source,
+        tokens: Source,
+        dvae: Path = Path("runs/dvae"),
+        bpe: Path = Path("runs/bpe"),
+        worker: str = "0/1",
+        config: Annotated[TokenizeConfig, _FLAT] = TokenizeConfig(),  # noqa: B008
+    ) -> None:
+        """Turn raw shards into token shards: dVAE codes and text ids; restartable.
+
+        Args:
+            raw: where `tapir pack` wrote
+            tokens: s3://bucket/prefix or a folder for the tokens
+            dvae: run folder of a finished dVAE
+            bpe: folder of tokenizer.json
+            worker: which part of the job this process does, i/n with i from 0
+            config: settings
+        """
+        check(config.problems())
+        number, count = _worker(worker)
+        tokenizer, tokenizer_hash = load_tokenizer(bpe)
+        model, model_hash = load_dvae(dvae)
+        encoders = Encoders(
+            dvae=model, dvae_hash=model_hash, tokenizer=tokenizer, tokenizer_hash=tokenizer_hash
+        )
+        made = run_worker(open_store(raw), open_store(tokens), encoders, config, number, count)
+        LOG.info("worker %d/%d made %d shards", number, count, made)
+
+    parse(run, arguments, "tokenize")
+
+
+def verify(arguments: list[str]) -> None:
+    """`tapir verify PATH`."""
+
+    def run(path: Source) -> None:
+        """Check every digest of a data set, a run folder, a checkpoint or a finished model.
+
+        Args:
+            path: s3://bucket/prefix or a folder
+        """
+        checked = verify_path(path)
+        if not checked:
+            raise InputError(f"{path} holds no data set, checkpoint or finished model")
+        print_json({"verified": checked})
+
+    parse(run, arguments, "verify")
+
+
+def verify_path(path: str) -> list[str]:
+    """Check all that lies there; returns what was checked.
+
+    Raises: CorruptError naming the first damaged file.
+    """
+    store, found = open_store(path), []
+    for split in packing.SPLITS:
+        if store.exists(f"{split}/{NAME}"):
+            _verify_split(store, split)
+            found.append(f"{path}/{split}")
+    folder = Path(path)
+    if "://" in path:
+        return found
+    if (folder / "manifest.json").exists() and folder.name.startswith("step-"):
+        CheckpointReader(folder)
+        found.append(str(folder))
+    for checkpoint in list_checkpoints(folder / "checkpoints"):
+        CheckpointReader(checkpoint)
+        found.append(str(checkpoint))
+    if (folder / DESCRIPTION).exists():
+        for stage in ("dvae", "prior", "clip"):
+            try:
+                read_model(folder, stage)
+                found.append(f"{folder}/{DESCRIPTION}")
+            except InputError:
+                continue
+    return found
+
+
+def _verify_split(store: Store, split: str) -> None:
+    body = store.get(f"{split}/{NAME}")
+    manifest = read_manifest(store, f"{split}/", RAW if RAW.encode() in body else TOKENS)
+    for shard in manifest.shards:
+        read_index(store, f"{split}/", shard)
+        data = store.get(f"{split}/{shard.name}")
+        if sha256(data) != shard.sha256:
+            raise CorruptError(
+                f"{store.url}/{split}/{shard.name} has sha256 {sha256(data)}, its manifest says "
+                f"{shard.sha256}"
+            )
+
+
+def _worker(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
+        raise InputError(f"--worker {text!r} must be i/n with 0 <= i < n, e.g. 0/4")
+    return int(number), int(count)
+
+
+def _choose(what: str, name: str, known: dict[str, object]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"there is no {what} {name!r}{hint} (known: {', '.join(known)})")
+
+
+def _train_help() -> str:
+    rows = [
+        f"  tapir train {stage} {preset:<8} {function.__doc__}"
+        for stage, presets in PRESETS.items()
+        for preset, function in presets.items()
+    ]
+    return (
+        "usage: tapir train STAGE PRESET [flags]\n\n"
+        + "\n".join(rows)
+        + "\n\nEvery field of a preset is a flag: tapir train prior tiny --help. Ranks are spawned\n"
+        "for the preset's mesh, or joined under torchrun and mpirun. The same command resumes."
+    )

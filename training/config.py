@@ -1,0 +1,149 @@
+"""Settings of the training stages, composed of each package's own; imports no torch."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data_pipeline.config import OrderConfig
+from models.config import ClipConfig, DVAEConfig, PriorConfig
+from parallel.config import EngineConfig, MeshConfig, OptimConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long to train, and how often to look."""
+
+    steps: int = 1000
+    """Optimiser steps of the whole run."""
+    batch: int = 64
+    """Global batch size: samples a step, over all ranks."""
+    seed: int = 0
+    """Seed of weights, order and noise."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    validate_every: int = 200
+    """Steps between two passes over held-out data; 0 = only at the end."""
+    validation_samples: int = 512
+    """Held-out samples of a pass."""
+    save_every: int = 200
+    """Steps between two checkpoints; one is always written at the end."""
+    keep: int = 2
+    """Checkpoints that are kept."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if min(self.steps, self.batch, self.log_every, self.save_every, self.keep) < 1:
+            found.append("loop.steps, batch, log_every, save_every and keep must be at least 1")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """What every training stage has."""
+
+    data: str = "data/raw"
+    """Where the data set lies: s3://bucket/prefix or a folder."""
+    out: Path = Path("runs/stage")
+    """Run folder: config, metrics, TensorBoard, checkpoints; the same folder resumes."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    """Length and intervals."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """AdamW."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """Arrangement of the ranks."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """Owner of the step."""
+    order: OrderConfig = field(default_factory=OrderConfig)
+    """Order of the records."""
+
+    def model_problems(self) -> list[str]:
+        """Problems of the network's sizes."""
+        return []
+
+    def problems(self, world: int | None = None) -> list[str]:
+        """Every problem at once; `world` is the number of ranks that a launcher started."""
+        found = self.loop.problems() + self.optim.problems() + self.mesh.problems(world)
+        found += self.model_problems()
+        ranks = max(self.mesh.data, 1)
+        found += self.order.problems(self.loop.batch, ranks)
+        found += self.engine.problems(max(self.loop.batch // ranks, 1))
+        if self.engine.name == "deepspeed_zero" and self.mesh.world < 2:
+            found.append(
+                "engine.name=deepspeed_zero needs mesh.data of at least 2; "
+                "on one process use --engine.name reference"
+            )
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class DVAETrain(StageConfig):
+    """Train the dVAE on images alone."""
+
+    out: Path = Path("runs/dvae")
+    """Run folder: config, metrics, TensorBoard, checkpoints; the same folder resumes."""
+    model: DVAEConfig = field(default_factory=DVAEConfig)
+    """The network."""
+    tau_first: float = 1.0
+    """Gumbel temperature at the first step."""
+    tau_last: float = 1 / 16
+    """Gumbel temperature at the end of its cosine."""
+    tau_share: float = 0.8
+    """Share of the run after which the temperature stays at its last value."""
+    beta: float = 6.6
+    """Final weight of the KL term; it rises from 0 by a cosine."""
+    beta_share: float = 0.3
+    """Share of the run in which beta rises."""
+
+    def model_problems(self) -> list[str]:
+        found = self.model.problems()
+        if not 0 < self.tau_last <= self.tau_first:
+            found.append("tau_last must be positive and not above tau_first")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorTrain(StageConfig):
+    """Train the transformer on the tokens of the token job."""
+
+    data: str = "data/tokens"
+    """Where the tokens lie: s3://bucket/prefix or a folder."""
+    out: Path = Path("runs/prior")
+    """Run folder: config, metrics, TensorBoard, checkpoints; the same folder resumes."""
+    model: PriorConfig = field(default_factory=PriorConfig)
+    """The network."""
+
+    def model_problems(self) -> list[str]:
+        return self.model.problems()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipTrain(StageConfig):
+    """Train the reranker on raw pairs."""
+
+    out: Path = Path("runs/clip")
+    """Run folder: config, metrics, TensorBoard, checkpoints; the same folder resumes."""
+    bpe: Path = Path("runs/bpe")
+    """Folder of tokenizer.json."""
+    model: ClipConfig = field(default_factory=ClipConfig)
+    """The network."""
+
+    def model_problems(self) -> list[str]:
+        return self.model.problems()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BPETrain:
+    """Learn the tokenizer's merges from the captions of the train split."""
+
+    data: str = "data/raw"
+    """Where the raw pairs lie: s3://bucket/prefix or a folder."""
+    out: Path = Path("runs/bpe")
+    """Folder for tokenizer.json."""
+    vocabulary: int = 512
+    """Entries, 256 of them bytes (the paper: 16384)."""
+    most_captions: int = 1_000_000
+    """Captions that are read, at most."""
+
+    def problems(self) -> list[str]:
+        if not 256 < self.vocabulary <= 65536:
+            return [f"vocabulary={self.vocabulary} must be 257 to 65536 (256 of them are bytes)"]
+        return []

@@ -1,0 +1,66 @@
+"""Entry points of the training stages: decide who the ranks are, then run the loop."""
+
+import importlib
+import json
+import os
+from typing import Any
+
+from cluster.launcher import launch
+from core.errors import ConfigError
+from core.log import LOG
+from core.settings import check, from_json, to_json
+from core.store import open_store
+from data_pipeline.bpe import save_tokenizer, train_bpe
+from data_pipeline.raw import RawSource
+from data_pipeline.stream import first_records
+from training.config import BPETrain, ClipTrain, DVAETrain, PriorTrain, StageConfig
+
+SETTINGS: dict[str, type[StageConfig]] = {
+    "dvae": DVAETrain,
+    "prior": PriorTrain,
+    "clip": ClipTrain,
+}
+PRELOAD = ["torch", "torch.distributed", "training.rank"]
+
+
+def train_stage(stage: str, settings: StageConfig) -> None:
+    """Train a stage: join the ranks that are there, or spawn the mesh's own.
+
+    Raises: ConfigError with every problem of the settings; RankError if a rank dies.
+    """
+    started = ranks_given()
+    check(settings.problems(started))
+    payload = json.dumps({"stage": stage, "settings": to_json(settings)})
+    if started is None and settings.mesh.world > 1:
+        engine = "parallel.engines." + settings.engine.name
+        preload = [*PRELOAD, engine]
+        launch("training.rank:run", payload, settings.mesh.world, preload)
+        return
+    importlib.import_module("training.rank").run(payload)
+
+
+def ranks_given() -> int | None:
+    """How many ranks torchrun, mpirun or our launcher started; None if nobody did."""
+    for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return None
+
+
+def parse_payload(payload: str) -> tuple[str, Any]:
+    """The stage and its settings, as a rank receives them."""
+    body = json.loads(payload)
+    return body["stage"], from_json(SETTINGS[body["stage"]], body["settings"])
+
+
+def train_tokenizer(settings: BPETrain) -> None:
+    """Learn merges from the train split's captions and write tokenizer.json."""
+    check(settings.problems())
+    if (ranks_given() or 1) > 1:
+        raise ConfigError("train bpe is one process; start it without mpirun or torchrun")
+    source = RawSource(open_store(settings.data), "train", 256)
+    captions = [record.caption for record in first_records(source, settings.most_captions)]
+    tokenizer = train_bpe(captions, settings.vocabulary)
+    save_tokenizer(tokenizer, settings.out)
+    entries = tokenizer.get_vocab_size()
+    LOG.info("%d captions -> %s with %d entries", len(captions), settings.out, entries)

@@ -1,0 +1,140 @@
+"""The two tasks that read raw pairs: the dVAE and CLIP."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
+
+from core.store import open_store
+from data_pipeline.bpe import encode, load_tokenizer
+from data_pipeline.raw import RawRecord, RawSource
+from data_pipeline.tokenize.worker import pictures_of
+from models.clip import Clip, contrastive_loss
+from models.config import ClipConfig
+from models.draws import gumbel_noise
+from models.dvae import DVAE, negative_bound
+from parallel.engines.protocol import Batch, Engine, Losses, Program
+from parallel.world import World
+from training.config import ClipTrain, DVAETrain
+from training.schedules import cosine
+from training.tasks import Pictures, pad_text, perplexity
+
+SHOWN = 8
+
+
+class _DVAELayer(nn.Module):
+    def __init__(self, dvae: DVAE) -> None:
+        super().__init__()
+        self.dvae = dvae
+
+    def forward(self, batch: Batch) -> Any:
+        terms, _ = self.dvae(batch["pixels"], batch["tau"], batch["noise"])
+        return terms
+
+
+class DVAETask:
+    """Pictures -> codes -> pictures."""
+
+    def __init__(self, settings: DVAETrain) -> None:
+        store = open_store(settings.data)
+        self.train = RawSource(store, "train", settings.order.block)
+        self.held_out = RawSource(store, "validation", settings.order.block)
+        self._settings = settings
+        self.model_config = settings.model
+        self.dvae = DVAE(settings.model, settings.loop.seed)
+        self.program = Program(layers=[("dvae", _DVAELayer(self.dvae))], loss=self._loss)
+        self.units = settings.model.tokens
+
+    def batch(self, records: Sequence[RawRecord], step: int) -> Batch:
+        config, settings = self.model_config, self._settings
+        shape = (config.codebook, config.grid, config.grid)
+        seed = settings.loop.seed
+        noise = [gumbel_noise(shape, seed, step, record.key, "gumbel") for record in records]
+        done = step / settings.loop.steps
+        tau = cosine(settings.tau_first, settings.tau_last, done / settings.tau_share)
+        beta = cosine(0.0, settings.beta, done / settings.beta_share)
+        return {
+            "pixels": pictures_of(list(records), config.pixels),
+            "noise": torch.stack(noise),
+            "tau": torch.tensor(tau),
+            "beta": torch.tensor(beta),
+        }
+
+    def facts(self) -> dict[str, Any]:
+        return {"raw": self.train.fingerprint}
+
+    @torch.no_grad()
+    def figures(
+        self, engine: Engine, records: Sequence[RawRecord]
+    ) -> tuple[dict[str, float], Pictures]:
+        pixels = pictures_of(list(records), self.model_config.pixels)
+        codes = torch.cat([self.dvae.tokens(part) for part in pixels.split(64)])
+        again = torch.cat([self.dvae.picture(part) for part in codes.split(64)])
+        mse = float(((again - pixels) ** 2).mean())
+        figures = {
+            "perplexity": perplexity(codes, self.model_config.codebook),
+            "codes_used": float(len(codes.unique())),
+            "psnr": -10 * float(np.log10(max(mse, 1e-10))),
+        }
+        return figures, {"reconstructions": _rows(pixels[:SHOWN], again[:SHOWN])}
+
+    def _loss(self, terms: Any, batch: Batch) -> Losses:
+        loss = negative_bound(terms, batch["beta"], self.model_config)
+        return {"loss": loss, "log_likelihood": terms.log_likelihood, "kl": terms.kl}
+
+
+class ClipTask:
+    """Pictures against captions."""
+
+    def __init__(self, settings: ClipTrain, world: World) -> None:
+        store = open_store(settings.data)
+        self.train = RawSource(store, "train", settings.order.block)
+        self.held_out = RawSource(store, "validation", settings.order.block)
+        self._tokenizer, self._tokenizer_hash = load_tokenizer(settings.bpe)
+        entries = self._tokenizer.get_vocab_size()
+        self.model_config = ClipConfig(**{**vars(settings.model), "text_vocabulary": entries})
+        clip = Clip(self.model_config, settings.loop.seed)
+        self._world = world
+        self.program = Program(layers=[("clip", clip)], loss=self._loss)
+        self.units = self.model_config.text_length
+
+    def batch(self, records: Sequence[RawRecord], step: int) -> Batch:
+        texts = [encode(self._tokenizer, record.caption) for record in records]
+        return {
+            "pixels": pictures_of(list(records), self.model_config.pixels),
+            "text": pad_text(texts, self.model_config.text_length),
+        }
+
+    def facts(self) -> dict[str, Any]:
+        return {"tokenizer": self._tokenizer_hash, "raw": self.train.fingerprint}
+
+    def figures(
+        self, engine: Engine, records: Sequence[RawRecord]
+    ) -> tuple[dict[str, float], Pictures]:
+        return {}, {}
+
+    def _loss(self, output: tuple[Tensor, Tensor, Tensor], batch: Batch) -> Losses:
+        together = self._world.group is not None and torch.is_grad_enabled()
+        offset = self._world.rank * len(output[0]) if together else 0
+        return contrastive_loss(*output, self._gather if together else _alone, offset)
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        group: Any = self._world.group or dist.group.WORLD
+        return torch.cat(all_gather(rows.contiguous(), group))
+
+
+def _alone(rows: Tensor) -> Tensor:
+    return rows
+
+
+def _rows(originals: Tensor, again: Tensor) -> np.ndarray:
+    """Originals above their reconstructions, (2 * S, n * S, 3) uint8."""
+    both = torch.stack([originals, again])
+    grid = both.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    return np.asarray((grid * 255).round().clamp(0, 255).byte().numpy())
+
+

@@ -1,0 +1,77 @@
+"""Presets: functions that return a stage's settings; every field stays a flag."""
+
+from collections.abc import Callable
+from typing import Any
+
+from data_pipeline.config import OrderConfig
+from models.config import ClipConfig, DVAEConfig, PriorConfig
+from parallel.config import EngineConfig, MeshConfig, OptimConfig
+from training.config import BPETrain, ClipTrain, DVAETrain, LoopConfig, PriorTrain
+
+
+def dvae_tiny() -> DVAETrain:
+    """32x32 pixels to 8x8 tokens of 128 codes: minutes on 2 cores."""
+    return DVAETrain(
+        model=DVAEConfig(width=16, bottleneck=1, codebook=128),
+        loop=LoopConfig(steps=1000, batch=64, validate_every=250, save_every=250),
+        optim=OptimConfig(lr=3e-3, final_lr=5e-5, weight_decay=1e-4, beta2=0.999, warmup=30),
+        mesh=MeshConfig(data=2),
+        beta=1.0,
+        tau_last=0.2,
+    )
+
+
+def bpe_tiny() -> BPETrain:
+    """512 entries: enough for generated captions and emoji names."""
+    return BPETrain(vocabulary=512)
+
+
+def prior_tiny() -> PriorTrain:
+    """About 2 million parameters over 8x8 image tokens: minutes on 2 cores."""
+    return PriorTrain(
+        model=PriorConfig(dim=192, heads=3, layers=4, text_length=24),
+        loop=LoopConfig(steps=1000, batch=64, validate_every=250, save_every=250),
+        optim=OptimConfig(lr=2e-3, final_lr=5e-5, warmup=50),
+        mesh=MeshConfig(data=2),
+        engine=EngineConfig(name="deepspeed_zero"),
+    )
+
+
+def clip_tiny() -> ClipTrain:
+    """Two 3-layer towers of width 128."""
+    return ClipTrain(
+        model=ClipConfig(),
+        loop=LoopConfig(steps=600, batch=128, validate_every=200, save_every=200),
+        optim=OptimConfig(lr=1e-3, final_lr=1e-5, warmup=50, beta2=0.98, clip_norm=1.0),
+        mesh=MeshConfig(data=2),
+    )
+
+
+def dvae_small() -> DVAETrain:
+    """64x64 pixels to 16x16 tokens of 1024 codes: hours on a workstation."""
+    tiny = dvae_tiny()
+    return DVAETrain(
+        model=DVAEConfig(pixels=64, width=64, blocks=2, codebook=1024, code_width=64),
+        loop=LoopConfig(steps=50_000, batch=128, validate_every=1000, save_every=1000),
+        optim=tiny.optim,
+        order=OrderConfig(lanes=64, block=128),
+    )
+
+
+def prior_small() -> PriorTrain:
+    """About 40 million parameters over 16x16 image tokens."""
+    return PriorTrain(
+        model=PriorConfig(dim=512, heads=8, layers=12, text_length=64),
+        loop=LoopConfig(steps=100_000, batch=256, validate_every=1000, save_every=1000),
+        optim=OptimConfig(lr=4.5e-4, warmup=5000),
+        order=OrderConfig(lanes=64, block=128),
+    )
+
+
+PRESETS: dict[str, dict[str, Callable[[], Any]]] = {
+    "dvae": {"tiny": dvae_tiny, "small": dvae_small},
+    "bpe": {"tiny": bpe_tiny},
+    "prior": {"tiny": prior_tiny, "small": prior_small},
+    "clip": {"tiny": clip_tiny},
+}
+

@@ -1,0 +1,119 @@
+"""The folder of a run: one owner at a time, metrics without gaps or doubles, checkpoints."""
+
+import fcntl
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import IO, Any
+
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from checkpoint.reader import CheckpointReader, list_checkpoints
+from core.errors import CheckpointError, ConfigError, CorruptError
+from core.files import Json, canonical_json, remove_leftovers, write_atomic
+from core.log import LOG
+
+
+class RunFolder:
+    """Rank 0's hold on a run folder; other ranks only read checkpoints."""
+
+    def __init__(self, root: Path, config: Json, writes: bool) -> None:
+        """Raises: ConfigError if another run holds the folder."""
+        self.root, self._writes = root, writes
+        self.checkpoints = root / "checkpoints"
+        self._lock: IO[str] | None = None
+        if writes:
+            try:
+                root.mkdir(parents=True, exist_ok=True)
+                self._lock = open(root / ".lock", "w")  # noqa: SIM115 - held for the whole run
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ConfigError(
+                    f"another run is working in {root}; wait for it or give another --out"
+                ) from error
+            except OSError as error:
+                raise ConfigError(f"cannot write the run folder {root}: {error}") from error
+            remove_leftovers(root)
+            self._config = canonical_json(config)
+        self._metrics = root / "metrics.jsonl"
+        self._board: SummaryWriter | None = None
+
+    def newest(self) -> CheckpointReader | None:
+        """The newest checkpoint that is whole; damaged ones are reported and passed over.
+
+        Raises: CheckpointError if there are finished checkpoints and all are damaged.
+        """
+        damaged = []
+        for folder in reversed(list_checkpoints(self.checkpoints)):
+            if not (folder / "manifest.json").exists():
+                continue
+            try:
+                return CheckpointReader(folder)
+            except CorruptError as error:
+                LOG.warning("%s; trying an older checkpoint", error)
+                damaged.append(str(error))
+        if damaged:
+            raise CheckpointError("no checkpoint of this run is whole:\n" + "\n".join(damaged))
+        return None
+
+    def begin(self, step: int) -> None:
+        """Start to write behind `step`: rows of later steps, written before a crash, are dropped."""
+        if not self._writes:
+            return
+        write_atomic(self.root / "config.json", self._config)
+        if self._metrics.exists():
+            rows = self._metrics.read_text().splitlines()
+            kept = [row for row in rows if _step_of(row) <= step]
+            write_atomic(self._metrics, "".join(row + "\n" for row in kept).encode())
+        board = str(self.root / "tensorboard")
+        self._board = SummaryWriter(board, purge_step=step + 1 if step else None)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append one row to metrics.jsonl and to TensorBoard."""
+        if not self._writes or self._board is None:
+            return
+        clean = {k: (v if not isinstance(v, float) or math.isfinite(v) else str(v)) for k, v in row.items()}
+        with open(self._metrics, "a") as file:
+            file.write(json.dumps(clean) + "\n")
+        prefix = row.get("split", "train")
+        for name, value in row.items():
+            if isinstance(value, int | float) and name != "step":
+                self._board.add_scalar(f"{prefix}/{name}", value, row["step"])
+
+    def picture(self, name: str, image: Any, step: int) -> None:
+        """Show an image, (H, W, 3) uint8, in TensorBoard."""
+        if self._board is not None:
+            self._board.add_image(name, image, step, dataformats="HWC")
+
+    def step_folder(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step}"
+
+    def prune(self, keep: int) -> None:
+        """Delete old checkpoints and unfinished ones."""
+        if not self._writes:
+            return
+        found = list_checkpoints(self.checkpoints)
+        finished = [path for path in found if (path / "manifest.json").exists()]
+        for path in found:
+            if path not in finished[-keep:]:
+                shutil.rmtree(path)
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+        if self._lock is not None:
+            self._lock.close()
+
+
+def _step_of(row: str) -> float:
+    try:
+        return float(json.loads(row)["step"])
+    except (ValueError, KeyError):
+        return math.inf
+
+
+def read_metrics(root: Path) -> list[dict[str, Any]]:
+    """All rows of a run's metrics.jsonl."""
+    path = root / "metrics.jsonl"
+    return [json.loads(row) for row in path.read_text().splitlines()] if path.exists() else []

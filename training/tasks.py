@@ -1,0 +1,128 @@
+"""The three things that are trained, as tasks for the one loop."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.keys import key_int
+from core.store import open_store
+from data_pipeline.stream import BlockSource
+from data_pipeline.tokens import TokenRecord, TokenSource
+from models.config import PriorConfig
+from models.prior import PAD, prior_layers, prior_loss
+from parallel.engines.protocol import Batch, Engine, Losses, Program
+from training.config import PriorTrain, StageConfig
+
+Record = TypeVar("Record")
+Settings = TypeVar("Settings", bound=StageConfig)
+Pictures = dict[str, Any]
+
+
+class Task(Protocol, Generic[Record]):
+    """What the loop needs to know about a stage."""
+
+    train: BlockSource[Record]
+    held_out: BlockSource[Record]
+    program: Program
+    units: int
+    """Tokens (or pixels' tokens) of a sample, for tokens/s."""
+    model_config: Any
+    """The network's sizes, all filled in."""
+
+    def batch(self, records: Sequence[Record], step: int) -> Batch:
+        """Tensors of some samples; randomness is keyed by (seed, step, sample)."""
+
+    def facts(self) -> dict[str, Any]:
+        """What a reader of the finished model must know."""
+
+    def figures(self, engine: Engine, records: Sequence[Record]) -> tuple[dict[str, float], Pictures]:
+        """Extra validation figures and pictures, on rank 0."""
+
+
+def pad_text(texts: Sequence[Any], length: int) -> Tensor:
+    """Ragged ids -> (B, length) int64, cut at `length`, PAD behind the end."""
+    out = torch.full((len(texts), length), PAD, dtype=torch.int64)
+    for row, text in zip(out, texts, strict=True):
+        ids = np.asarray(text, np.int64)[:length]
+        row[: len(ids)] = torch.from_numpy(ids)
+    return out
+
+
+def token_batch(records: Sequence[TokenRecord], text_length: int) -> Batch:
+    """Text ids and image codes of token records, int64."""
+    image = torch.from_numpy(np.stack([record.image for record in records]).astype(np.int64))
+    return {"text": pad_text([record.text for record in records], text_length), "image": image}
+
+
+class PriorTask:
+    """The transformer over text and image tokens."""
+
+    def __init__(self, settings: PriorTrain) -> None:
+        store = open_store(settings.data)
+        self.train = TokenSource(store, "train")
+        self.held_out = TokenSource(store, "validation")
+        facts = self.train.manifest.facts
+        self._settings, self._facts = settings, facts
+        self.model_config = PriorConfig(
+            **{
+                **vars(settings.model),
+                "text_vocabulary": facts["text_vocabulary"],
+                "image_vocabulary": facts["image_vocabulary"],
+                "grid": facts["grid"],
+            }
+        )
+        weight = settings.model.text_weight
+        self.program = Program(
+            layers=prior_layers(self.model_config, settings.loop.seed),
+            loss=lambda logits, batch: prior_loss(logits, batch, weight),
+        )
+        self.units = self.model_config.length
+
+    def batch(self, records: Sequence[TokenRecord], step: int) -> Batch:
+        return token_batch(records, self.model_config.text_length)
+
+    def facts(self) -> dict[str, Any]:
+        return {key: self._facts[key] for key in ("dvae", "tokenizer", "grid")}
+
+    def figures(
+        self, engine: Engine, records: Sequence[TokenRecord]
+    ) -> tuple[dict[str, float], Pictures]:
+        """The two bounds that a prior must beat on held-out images.
+
+        shuffled_caption_loss: the image loss with every caption given to another picture.
+        per_position_entropy: of the training codes at each position, averaged; nats a token.
+        """
+        batch = self.batch(records, 0)
+        shift = 1 + key_int(self._settings.loop.seed, "shuffle") % max(len(records) - 1, 1)
+        wrong: list[Losses] = []
+        text = batch["text"].roll(shift, 0)
+        for start in range(0, len(records), 64):
+            part = slice(start, start + 64)
+            wrong.append(engine.evaluate({"text": text[part], "image": batch["image"][part]}))
+        sizes = [min(64, len(records) - start) for start in range(0, len(records), 64)]
+        total = sum(float(row["image_loss"]) * n for row, n in zip(wrong, sizes, strict=True))
+        return {
+            "shuffled_caption_loss": total / len(records),
+            "per_position_entropy": self._entropy(),
+        }, {}
+
+    def _entropy(self) -> float:
+        counts = np.zeros((self.model_config.image_length, self.model_config.image_vocabulary))
+        positions = np.arange(self.model_config.image_length)
+        for block in range(min(len(self.train.sizes), 2000)):
+            for record in self.train.read(block):
+                counts[positions, record.image] += 1
+        shares = counts / counts.sum(1, keepdims=True)
+        safe = np.where(shares > 0, shares, 1.0)
+        return float(-(shares * np.log(safe)).sum(1).mean())
+
+
+def perplexity(codes: Tensor, codebook: int) -> float:
+    """exp of the entropy of how often each code is used: 1 = collapsed, K = uniform."""
+    shares = torch.bincount(codes.flatten(), minlength=codebook).double() / codes.numel()
+    safe = shares.clamp_min(1e-12)
+    return math.exp(float(-(shares * safe.log()).sum()))
