@@ -31,7 +31,7 @@ def save_checkpoint(
     tensors, rows = {}, []
     for i, part in enumerate(slices):
         key = f"{i:06d}"
-        tensors[key] = part.data.detach().float().contiguous()
+        tensors[key] = part.data.detach().float().clone()
         rows.append(
             {
                 "key": key,

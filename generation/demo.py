@@ -1,0 +1,208 @@
+"""`tapir demo`: every stage as its own command, against a private object store."""
+
+import json
+import os
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.object_server import ObjectServer, object_server
+from cluster.processes import start, stop
+from core.errors import TapirError
+from core.files import canonical_json, write_atomic
+from core.log import LOG
+from core.store import S3Store
+from generation.config import DemoConfig
+from generation.report import write_report
+from training.run_folder import read_metrics
+
+BUCKET = "tapir-demo"
+RAW, TOKENS = f"s3://{BUCKET}/raw", f"s3://{BUCKET}/tokens"
+TOKEN_WORKERS = 2
+SECONDS = "seconds.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One step of the demo: commands that run side by side."""
+
+    name: str
+    commands: list[list[str]]
+
+
+def run_demo(config: DemoConfig) -> Path:
+    """Walk all stages, write summary.json and report.html; finished stages are kept.
+
+    Raises: TapirError naming the stage that failed, with the end of its log.
+    """
+    folder = config.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    with object_server(folder / "store") as server:
+        _make_bucket(server)
+        stages = demo_stages(config)
+        for stage in stages:
+            _run(stage, folder, server)
+    seconds = _seconds(folder)
+    LOG.info("all stages in %.0f s", time.monotonic() - began)
+    summary = summarise(config, seconds, stages)
+    write_atomic(folder / "summary.json", canonical_json(summary))
+    return write_report(folder)
+
+
+def demo_stages(config: DemoConfig) -> list[Stage]:
+    """The demo as commands that a user could type."""
+    folder = config.folder
+    dvae, bpe, prior, clip = (folder / name for name in ("dvae", "bpe", "prior", "clip"))
+    sizes = _sizes(config)
+    models = [f"--prior={prior}", f"--dvae={dvae}", f"--clip={clip}", f"--bpe={bpe}"]
+    tokenize = ["tokenize", RAW, TOKENS, f"--dvae={dvae}", f"--bpe={bpe}"]
+    workers = [[*tokenize, f"--worker={i}/{TOKEN_WORKERS}"] for i in range(TOKEN_WORKERS)]
+    raw = f"--data={RAW}"
+    train_prior = ["train", "prior", "tiny", f"--data={TOKENS}", f"--out={prior}"]
+    train_clip = ["train", "clip", "tiny", raw, f"--out={clip}", f"--bpe={bpe}"]
+    evaluate = ["evaluate", RAW, f"--out={folder / 'samples'}", *models]
+    return [
+        Stage(name="pack", commands=[["pack", config.data, RAW, *sizes["pack"]]]),
+        Stage(name="bpe", commands=[["train", "bpe", "tiny", raw, f"--out={bpe}"]]),
+        Stage(name="dvae", commands=[["train", "dvae", "tiny", raw, f"--out={dvae}", *sizes["dvae"]]]),
+        Stage(name="tokens", commands=workers),
+        Stage(name="prior", commands=[[*train_prior, *sizes["prior"]]]),
+        Stage(name="clip", commands=[[*train_clip, *sizes["clip"]]]),
+        Stage(name="samples", commands=[[*evaluate, *sizes["samples"]]]),
+    ]
+
+
+def _sizes(config: DemoConfig) -> dict[str, list[str]]:
+    """What the demo changes about the presets."""
+    if config.size == "mini":
+        short = ["--loop.steps=6", "--loop.batch=32", "--loop.validation-samples=32"]
+        pack = ["--count=600"] if config.data == "shapes" else ["--count=300"]
+        return {
+            "pack": [*pack, "--validation=0.2", "--shard-pairs=200"],
+            "dvae": [*short, "--order.block=8"],
+            "prior": [*short, "--order.block=8"],
+            "clip": [*short, "--order.block=8"],
+            "samples": ["--prompts=8", "--candidates=4"],
+        }
+    shapes = config.data == "shapes"
+    return {
+        "pack": ["--count=20000"] if shapes else ["--validation=0.1"],
+        "dvae": [],
+        "prior": [] if shapes else ["--loop.steps=400"],
+        "clip": [] if shapes else ["--loop.steps=300"],
+        "samples": ["--prompts=512"] if shapes else ["--prompts=64"],
+    }
+
+
+def _run(stage: Stage, folder: Path, server: ObjectServer) -> None:
+    began = time.monotonic()
+    log = folder / stage.name / "log.txt"
+    LOG.info("stage %s: tapir %s", stage.name, " ".join(stage.commands[0]))
+    environment = {**os.environ, **server.environment}
+    running = []
+    try:
+        for command in stage.commands:
+            running.append(start([sys.executable, "-m", "tapir", *command], log, environment))
+        _wait(stage, running, log)
+    finally:
+        for process in running:
+            stop(process)
+    if stage.name in ("pack", "tokens"):
+        _copy_manifests(stage.name, folder, server)
+    done = {**_seconds(folder)}
+    done[stage.name] = round(max(done.get(stage.name, 0.0), time.monotonic() - began), 1)
+    write_atomic(folder / SECONDS, canonical_json(done))
+    LOG.info("stage %s took %.0f s", stage.name, time.monotonic() - began)
+
+
+def _wait(stage: Stage, running: list[Any], log: Path) -> None:
+    """Wait for all commands, and show what they log."""
+    shown = log.stat().st_size if log.exists() else 0
+    waiting = True
+    while waiting:
+        waiting = any(process.poll() is None for process in running)
+        with open(log, "rb") as file:
+            file.seek(shown)
+            news = file.read()
+        shown += len(news)
+        for line in news.decode(errors="replace").splitlines():
+            LOG.info("  %s", line)
+        failed = [process for process in running if process.poll() not in (None, 0)]
+        if failed:
+            raise TapirError(
+                f"stage {stage.name} failed with exit code {failed[0].returncode}; its log is "
+                f"{log}; the same command goes on from here"
+            )
+        time.sleep(0.5 if waiting else 0)
+
+
+def _make_bucket(server: ObjectServer) -> None:
+    before = {name: os.environ.get(name) for name in server.environment}
+    os.environ.update(server.environment)
+    try:
+        store = S3Store(BUCKET, "")
+        with suppress(TapirError):
+            store.make_bucket()
+    finally:
+        _restore(before)
+
+
+def _copy_manifests(name: str, folder: Path, server: ObjectServer) -> None:
+    before = {key: os.environ.get(key) for key in server.environment}
+    os.environ.update(server.environment)
+    try:
+        store = S3Store(BUCKET, "raw" if name == "pack" else "tokens")
+        for split in ("train", "validation"):
+            data = store.get(f"{split}/manifest.json")
+            write_atomic(folder / name / f"{split}-manifest.json", data)
+    finally:
+        _restore(before)
+
+
+def _restore(before: dict[str, str | None]) -> None:
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def _seconds(folder: Path) -> dict[str, float]:
+    path = folder / SECONDS
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def summarise(config: DemoConfig, seconds: dict[str, float], stages: list[Stage]) -> dict[str, Any]:
+    """Collect the demo's figures from the run folders."""
+    folder = config.folder
+    summary: dict[str, Any] = {"data": config.data, "size": config.size, "seconds": seconds}
+    summary["commands"] = [
+        "tapir " + " ".join(command) for stage in stages for command in stage.commands
+    ]
+    prior = json.loads((folder / "prior" / "config.json").read_text())
+    rows = read_metrics(folder / "prior")
+    steps = [row for row in rows if row.get("split") != "validation"]
+    held_out = [row for row in rows if row.get("split") == "validation"][-1]
+    rates = sorted(row["tokens_per_second"] for row in steps)
+    summary["prior"] = {
+        "engine": prior["engine"]["name"],
+        "mesh": prior["mesh"],
+        "first_loss": steps[0]["loss"],
+        "last_loss": steps[-1]["loss"],
+        "validation_loss": held_out["image_loss"],
+        "per_position_entropy": held_out["per_position_entropy"],
+        "shuffled_caption_loss": held_out["shuffled_caption_loss"],
+        "tokens_per_second": rates[len(rates) // 2],
+    }
+    images = [r for r in read_metrics(folder / "dvae") if r.get("split") == "validation"][-1]
+    summary["dvae"] = {key: images[key] for key in ("perplexity", "psnr", "codes_used")}
+    ranked = [r for r in read_metrics(folder / "clip") if r.get("split") == "validation"][-1]
+    summary["clip"] = {"accuracy": ranked["accuracy"]}
+    accuracy = folder / "samples" / "accuracy.json"
+    if accuracy.exists():
+        summary["caption_accuracy"] = json.loads(accuracy.read_text())
+    return summary

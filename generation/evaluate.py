@@ -1,0 +1,69 @@
+"""Draw candidates for held-out captions, measure them and keep what the report shows."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from core.files import canonical_json, write_atomic
+from core.log import LOG
+from core.store import open_store
+from data_pipeline.images import encode_png
+from data_pipeline.raw import RawRecord, RawSource
+from data_pipeline.stream import first_records
+from data_pipeline.tokenize.worker import pictures_of
+from generation.accuracy import caption_accuracy, draw_all
+from generation.pictures import Studio, picture_grid, to_bytes
+from generation.sampling import SampleConfig
+
+SHOWN_PROMPTS = 12
+SHOWN_PROMPTED = 6
+SCALE = 2
+
+
+def evaluate(
+    studio: Studio, data: str, out: Path, prompts: int, settings: SampleConfig
+) -> dict[str, float]:
+    """Write candidates, reconstructions, image prompts and (for shapes) the caption accuracy."""
+    source = RawSource(open_store(data), "validation", 64)
+    records = first_records(source, prompts)
+    drawn = draw_all(studio, [record.caption for record in records], settings)
+    rows = []
+    for i, row in enumerate(drawn[:SHOWN_PROMPTS]):
+        name = f"candidates-{i:02d}.png"
+        write_atomic(out / name, encode_png(picture_grid([row.pictures], SCALE)))
+        rows.append({"caption": row.caption, "file": name, "scores": row.scores.tolist()})
+    _reconstructions(studio, records[:16], out)
+    _image_prompts(studio, records[:SHOWN_PROMPTED], out, settings)
+    figures: dict[str, float] = {}
+    if source.manifest.facts["request"]["source"] == "shapes":
+        figures = caption_accuracy(studio, records, drawn, settings.seed)
+        write_atomic(out / "accuracy.json", canonical_json(figures))
+        LOG.info("caption accuracy: %s", figures)
+    write_atomic(out / "candidates.json", canonical_json({"rows": rows}))
+    return figures
+
+
+@torch.no_grad()
+def _reconstructions(studio: Studio, records: list[RawRecord], out: Path) -> None:
+    pixels = pictures_of(records, studio.dvae.config.pixels)
+    again = studio.decode(studio.dvae.tokens(pixels))
+    grid = picture_grid([to_bytes(pixels), to_bytes(again)], SCALE)
+    write_atomic(out / "reconstructions.png", encode_png(grid))
+
+
+@torch.no_grad()
+def _image_prompts(
+    studio: Studio, records: list[RawRecord], out: Path, settings: SampleConfig
+) -> None:
+    """A row a record: the picture, then candidates that keep the upper half of its tokens."""
+    kept = SampleConfig(
+        **{**vars(settings), "candidates": 4, "keep_rows": studio.sampler.config.grid // 2}
+    )
+    rows = []
+    for record in records:
+        pixels = pictures_of([record], studio.dvae.config.pixels)
+        prompt = studio.dvae.tokens(pixels)[0]
+        drawn = studio.draw([record.caption], kept, prompt)[0]
+        rows.append(np.concatenate([to_bytes(pixels), drawn.pictures]))
+    write_atomic(out / "image-prompts.png", encode_png(picture_grid(rows, SCALE)))
