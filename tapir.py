@@ -31,9 +31,7 @@ def main() -> None:
         _fail(f"there is no verb {verb!r}{hint}\n{_help()}", EXIT_WRONG_INPUT)
     module, function = VERBS[verb][0].split(":")
     try:
-        from core.log import set_up_logging
-
-        set_up_logging()
+        importlib.import_module("core.log").set_up_logging()
         getattr(importlib.import_module(module), function)(rest)
     except TapirError as error:
         _fail(str(error), error.exit_code)

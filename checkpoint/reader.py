@@ -90,7 +90,9 @@ class CheckpointReader:
         except SafetensorError as error:
             raise CorruptError(f"{path} is no safetensors file: {error}") from error
         for row in file["slices"]:
-            self._parts.setdefault((row["name"], row["kind"]), []).append((row, tensors[row["key"]]))
+            self._parts.setdefault((row["name"], row["kind"]), []).append(
+                (row, tensors[row["key"]])
+            )
 
 
 def list_checkpoints(root: Path) -> list[Path]:

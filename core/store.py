@@ -13,7 +13,12 @@ from typing import Any, Protocol
 
 import boto3
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, EndpointConnectionError, NoCredentialsError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    EndpointConnectionError,
+    NoCredentialsError,
+)
 
 from core.errors import ConfigError, StoreError, StoreInputError
 from core.files import TEMPORARY, write_atomic
@@ -128,9 +133,7 @@ class S3Store:
         extra: Any = {"IfNoneMatch": "*"} if if_absent else {}
         try:
             with self._explained(name):
-                self._client.put_object(
-                    Bucket=self.bucket, Key=self._key(name), Body=data, **extra
-                )
+                self._client.put_object(Bucket=self.bucket, Key=self._key(name), Body=data, **extra)
         except StoreError as error:
             if if_absent and _code(error.__cause__) in ("PreconditionFailed", "412"):
                 return False
@@ -179,7 +182,9 @@ class S3Store:
         except ClientError as error:
             code = _code(error)
             if code == "NoSuchBucket":
-                hint = f"there is no bucket {self.bucket!r} at this endpoint; create it or fix the URL"
+                hint = (
+                    f"there is no bucket {self.bucket!r} at this endpoint; create it or fix the URL"
+                )
             elif code in _DENIED:
                 hint = (
                     f"access denied to {self.url} ({code}); check AWS_ACCESS_KEY_ID, "
@@ -210,7 +215,9 @@ def open_store(url: str) -> Store:
             raise ConfigError(f"{url!r} names no bucket; write s3://bucket/prefix")
         return S3Store(bucket, prefix)
     if "://" in url or url.startswith("pipe:"):
-        raise ConfigError(f"{url!r} is no store that Tapir reads; give s3://bucket/prefix or a folder")
+        raise ConfigError(
+            f"{url!r} is no store that Tapir reads; give s3://bucket/prefix or a folder"
+        )
     return FolderStore(Path(url))
 
 

@@ -48,9 +48,7 @@ def square(image: NDArray[Any], pixels: int) -> NDArray[np.uint8]:
     middle = image[top : top + side, left : left + side]
     if side == pixels:
         return np.ascontiguousarray(middle)
-    return np.asarray(
-        cv2.resize(middle, (pixels, pixels), interpolation=cv2.INTER_AREA), np.uint8
-    )
+    return np.asarray(cv2.resize(middle, (pixels, pixels), interpolation=cv2.INTER_AREA), np.uint8)
 
 
 def encode_png(image: NDArray[Any]) -> bytes:

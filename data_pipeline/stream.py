@@ -106,7 +106,10 @@ class Stream(Generic[Record]):
             position = self._settled(self.state)
             ahead = pool.submit(self._read, position)
             while True:
-                current, position = position, self._settled(replace(position, step=position.step + 1))
+                current, position = (
+                    position,
+                    self._settled(replace(position, step=position.step + 1)),
+                )
                 batch = ahead.result()
                 ahead = pool.submit(self._read, position)
                 self.state = replace(current, step=current.step + 1)

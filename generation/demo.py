@@ -68,7 +68,9 @@ def demo_stages(config: DemoConfig) -> list[Stage]:
     return [
         Stage(name="pack", commands=[["pack", config.data, RAW, *sizes["pack"]]]),
         Stage(name="bpe", commands=[["train", "bpe", "tiny", raw, f"--out={bpe}"]]),
-        Stage(name="dvae", commands=[["train", "dvae", "tiny", raw, f"--out={dvae}", *sizes["dvae"]]]),
+        Stage(
+            name="dvae", commands=[["train", "dvae", "tiny", raw, f"--out={dvae}", *sizes["dvae"]]]
+        ),
         Stage(name="tokens", commands=workers),
         Stage(name="prior", commands=[[*train_prior, *sizes["prior"]]]),
         Stage(name="clip", commands=[[*train_clip, *sizes["clip"]]]),

@@ -107,7 +107,8 @@ def open_studio(prior: Path, dvae: Path, clip: Path, bpe: Path) -> Studio:
     ranker, clip_facts = load_clip(clip)
     tokenizer, tokenizer_hash = load_tokenizer(bpe)
     wrong = [
-        f"the prior in {prior} was trained on another dVAE than {dvae}" * (facts["dvae"] != dvae_hash),
+        f"the prior in {prior} was trained on another dVAE than {dvae}"
+        * (facts["dvae"] != dvae_hash),
         f"the prior in {prior} was trained with another tokenizer than {bpe}"
         * (facts["tokenizer"] != tokenizer_hash),
         f"the CLIP in {clip} was trained with another tokenizer than {bpe}"

@@ -14,7 +14,7 @@ from core.files import write_atomic
 from training.run_folder import read_metrics
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402 - the backend must be chosen first
+from matplotlib import pyplot
 
 TEMPLATE = Path(__file__).with_name("report.html")
 

@@ -106,7 +106,7 @@ class PriorBlock(nn.Module):
         return x + self._mlp(x)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        batch, length, dim = x.shape
+        batch, length, _ = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         return q, k, v
@@ -185,7 +185,9 @@ def prior_loss(
     Units: nats a token.
     """
     text = batch["text"]
-    each = F.cross_entropy(logits.text.flatten(0, 1), text.flatten(), ignore_index=PAD, reduction="none")
+    each = F.cross_entropy(
+        logits.text.flatten(0, 1), text.flatten(), ignore_index=PAD, reduction="none"
+    )
     counts = (text != PAD).sum(1).clamp_min(1)
     text_loss = (each.view_as(text).sum(1) / counts).mean()
     image_loss = F.cross_entropy(logits.image.flatten(0, 1), batch["image"].flatten())

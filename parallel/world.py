@@ -81,7 +81,7 @@ def leave_world(world: World) -> None:
 
 
 def _adopt_mpi_ranks() -> None:
-    from mpi4py import MPI  # starts MPI: only under mpirun
+    from mpi4py import MPI  # noqa: PLC0415 - importing it starts MPI: only under mpirun
 
     everybody = MPI.COMM_WORLD
     host = everybody.Split_type(MPI.COMM_TYPE_SHARED)

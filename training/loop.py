@@ -58,7 +58,10 @@ class Run:
         with progress(f"train {self.stage}", loop.steps, self.world.rank == 0) as meter:
             for result, seconds in self._steps():
                 self._report(result, seconds, meter)
-                if loop.validate_every and self.step % loop.validate_every == 0 < loop.steps - self.step:
+                if (
+                    loop.validate_every
+                    and self.step % loop.validate_every == 0 < loop.steps - self.step
+                ):
                     self.validate()
                 if self.step % loop.save_every == 0 and self.step < loop.steps:
                     self.save()
@@ -67,7 +70,10 @@ class Run:
     def validate(self) -> dict[str, float]:
         """Mean losses over held-out samples, logged as a row of split `validation`."""
         records = first_records(
-            self.task.held_out, self.settings.loop.validation_samples, self.world.rank, self.world.size
+            self.task.held_out,
+            self.settings.loop.validation_samples,
+            self.world.rank,
+            self.world.size,
         )
         totals: dict[str, float] = {}
         size = 64
@@ -117,7 +123,8 @@ class Run:
         while self.step < settings.loop.steps:
             records, _ = next(batches)
             micro = [
-                self.task.batch(part, self.step) for part in _split(records, settings.engine.accumulate)
+                self.task.batch(part, self.step)
+                for part in _split(records, settings.engine.accumulate)
             ]
             lr = learning_rate(settings.optim, self.step, settings.loop.steps)
             result = self.engine.step(micro, lr)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
+from torch.autograd import Function
 
 from core.store import open_store
 from data_pipeline.bpe import encode, load_tokenizer
@@ -123,8 +123,26 @@ class ClipTask:
         return contrastive_loss(*output, self._gather if together else _alone, offset)
 
     def _gather(self, rows: Tensor) -> Tensor:
-        group: Any = self._world.group or dist.group.WORLD
-        return torch.cat(all_gather(rows.contiguous(), group))
+        out: Tensor = _GatherRows.apply(rows, self._world)
+        return out
+
+
+class _GatherRows(Function):
+    """All-gather rows; the gradient of a row is the sum of what all ranks made of it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, world: World) -> Tensor:
+        ctx.world, ctx.count = world, len(rows)
+        parts = [torch.empty_like(rows) for _ in range(world.size)]
+        dist.all_gather(parts, rows.contiguous(), group=world.group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[0].contiguous()
+        dist.all_reduce(total, group=ctx.world.group)
+        start = ctx.world.rank * ctx.count
+        return total[start : start + ctx.count], None
 
 
 def _alone(rows: Tensor) -> Tensor:
@@ -136,5 +154,3 @@ def _rows(originals: Tensor, again: Tensor) -> np.ndarray:
     both = torch.stack([originals, again])
     grid = both.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
     return np.asarray((grid * 255).round().clamp(0, 255).byte().numpy())
-
-

@@ -74,4 +74,3 @@ PRESETS: dict[str, dict[str, Callable[[], Any]]] = {
     "prior": {"tiny": prior_tiny, "small": prior_small},
     "clip": {"tiny": clip_tiny},
 }
-

@@ -58,7 +58,7 @@ class RunFolder:
         return None
 
     def begin(self, step: int) -> None:
-        """Start to write behind `step`: rows of later steps, written before a crash, are dropped."""
+        """Start to write behind `step`; rows of later steps, written before a crash, go."""
         if not self._writes:
             return
         write_atomic(self.root / "config.json", self._config)
@@ -73,7 +73,10 @@ class RunFolder:
         """Append one row to metrics.jsonl and to TensorBoard."""
         if not self._writes or self._board is None:
             return
-        clean = {k: (v if not isinstance(v, float) or math.isfinite(v) else str(v)) for k, v in row.items()}
+        clean = {
+            k: (v if not isinstance(v, float) or math.isfinite(v) else str(v))
+            for k, v in row.items()
+        }
         with open(self._metrics, "a") as file:
             file.write(json.dumps(clean) + "\n")
         prefix = row.get("split", "train")

@@ -39,7 +39,9 @@ class Task(Protocol, Generic[Record]):
     def facts(self) -> dict[str, Any]:
         """What a reader of the finished model must know."""
 
-    def figures(self, engine: Engine, records: Sequence[Record]) -> tuple[dict[str, float], Pictures]:
+    def figures(
+        self, engine: Engine, records: Sequence[Record]
+    ) -> tuple[dict[str, float], Pictures]:
         """Extra validation figures and pictures, on rank 0."""
 
 

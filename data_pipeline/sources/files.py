@@ -19,7 +19,9 @@ def folder_pairs(root: Path) -> Iterator[Pair]:
     """
     images = [p for p in sorted(root.rglob("*")) if p.suffix.lower()[1:] in EXTENSIONS]
     if not images:
-        raise InputError(f"{root} holds no images; put NAME.png (or .jpg, .webp) and NAME.txt there")
+        raise InputError(
+            f"{root} holds no images; put NAME.png (or .jpg, .webp) and NAME.txt there"
+        )
     for path in images:
         text = path.with_suffix(".txt")
         if not text.exists():

@@ -92,7 +92,9 @@ def finish(raw: Store, tokens: Store, encoders: Encoders, config: TokenizeConfig
         shards = [Shard(**json.loads(tokens.get(name))) for name in done]
         samples = sum(shard.samples for shard in shards)
         if samples != source.samples:
-            raise InputError(f"{tokens.url}/{split} has {samples} records for {source.samples} pairs")
+            raise InputError(
+                f"{tokens.url}/{split} has {samples} records for {source.samples} pairs"
+            )
         facts = {**encoders.facts(config), "raw": source.fingerprint, "split": split}
         manifest = Manifest(format=TOKENS, shards=shards, samples=samples, facts=facts, rejects={})
         write_manifest(tokens, f"{split}/", manifest)

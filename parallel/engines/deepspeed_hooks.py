@@ -3,19 +3,21 @@
 import importlib.metadata
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidia0") else "cpu")
 
-import deepspeed  # noqa: E402 - the accelerator must be chosen first
-import torch  # noqa: E402
-from deepspeed.ops import __compatible_ops__  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import deepspeed
+import torch
+from deepspeed.ops import __compatible_ops__
+from torch import Tensor, nn
 
-from core.errors import ConfigError  # noqa: E402
+from core.errors import ConfigError
 
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 TESTED = ("0.19.8",)
 
 

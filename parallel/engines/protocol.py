@@ -93,9 +93,7 @@ class Engine(Protocol):
 Builder = Callable[[Program, OptimConfig, EngineConfig, World], Engine]
 
 
-def parameter_groups(
-    names: dict[str, nn.Parameter], optim: OptimConfig
-) -> list[dict[str, Any]]:
+def parameter_groups(names: dict[str, nn.Parameter], optim: OptimConfig) -> list[dict[str, Any]]:
     """Two optimiser groups: matrices decay, gains and biases do not.
 
     Parameters are sorted by name, so that every rank sees one order.

@@ -12,6 +12,8 @@ def mean_losses(seen: list[Losses], world: World) -> dict[str, float]:
     All ranks must hold batches of one size, so that the mean of means is the mean.
     """
     names = list(seen[0])
-    values = torch.stack([torch.stack([row[name].detach().float() for name in names]) for row in seen])
+    values = torch.stack(
+        [torch.stack([row[name].detach().float() for name in names]) for row in seen]
+    )
     averaged = world.mean(values.mean(0))
     return dict(zip(names, averaged.tolist(), strict=True))

@@ -1,0 +1,59 @@
+# Every target sets up what it needs; `make demo` and `make test` work on a fresh clone.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DATA ?= shapes
+OUT ?= $(if $(filter shapes,$(DATA)),runs/demo,runs/demo-$(DATA))
+STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
+export OMPI_ALLOW_RUN_AS_ROOT = 1
+
+.PHONY: install demo test test-fast check faults soak matrix slurm bench clean
+
+install: $(STAMP)
+
+$(STAMP): requirements.txt constraints/cpu.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -r requirements.txt -c constraints/cpu.txt
+	$(BIN)/pip install --quiet --no-deps -e .
+	touch $@
+
+$(DEV_STAMP): $(STAMP) requirements-dev.txt
+	$(BIN)/pip install --quiet -r requirements-dev.txt -c constraints/cpu.txt
+	touch $@
+
+demo: $(STAMP)
+	@[ "$(DATA)" != emoji ] || command -v npm >/dev/null || { echo "the emoji pictures come through npm: apt install npm"; exit 2; }
+	$(BIN)/tapir demo --data $(DATA) --out $(OUT)
+
+test: $(DEV_STAMP)
+	$(BIN)/python -m pytest
+
+test-fast: $(DEV_STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+check: $(DEV_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+faults: $(DEV_STAMP)
+	$(BIN)/python -m pytest tests/faults -v
+
+soak: $(DEV_STAMP)
+	TAPIR_SOAK_KILLS=$${KILLS:-10} $(BIN)/python -m pytest tests/faults/test_kill_and_resume.py -v
+
+matrix: $(DEV_STAMP)
+	$(BIN)/python -m pytest tests/multiprocess/test_checkpoint_matrix.py -v
+
+slurm: $(DEV_STAMP)
+	$(BIN)/python -m pytest tests/slurm -v
+
+bench: $(DEV_STAMP)
+	$(BIN)/python -m bench engines --json
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
