@@ -89,6 +89,7 @@ def _command(weed: str, folder: Path, identity: Path, ports: list[int]) -> list[
         "-volume.max=400",
         "-master.volumeSizeLimitMB=1024",
         "-volume.index=memory",
+        "-volume.preStopSeconds=0",
         "-master.volumePreallocate=false",
         "-master.telemetry=false",
         f"-master.port={master}",

@@ -111,6 +111,7 @@ class S3Store:
     def __init__(self, bucket: str, prefix: str) -> None:
         self.bucket, self.prefix = bucket, prefix.strip("/")
         self.url = f"s3://{bucket}/{self.prefix}".rstrip("/")
+        self._bucket_seen = False
         retries: Any = {"mode": "adaptive", "total_max_attempts": 6}
         region = os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
         path_style: Any = {"addressing_style": "path"}
@@ -168,9 +169,24 @@ class S3Store:
             with self._explained(name):
                 return self._client.head_object(Bucket=self.bucket, Key=self._key(name))
         except StoreError as error:
-            if _code(error.__cause__) in _MISSING:
-                return None
-            raise
+            if _code(error.__cause__) not in _MISSING:
+                raise
+            self._check_bucket()
+            return None
+
+    def _check_bucket(self) -> None:
+        """HEAD does not say whether the object or its bucket is missing: ask once."""
+        if self._bucket_seen:
+            return
+        try:
+            self._client.head_bucket(Bucket=self.bucket)
+        except ClientError as error:
+            if _code(error) in _MISSING:
+                raise StoreInputError(self._no_bucket()) from error
+        self._bucket_seen = True
+
+    def _no_bucket(self) -> str:
+        return f"there is no bucket {self.bucket!r} at this endpoint; create it or fix the URL"
 
     def _key(self, name: str) -> str:
         return f"{self.prefix}/{name}" if self.prefix else name
@@ -182,9 +198,7 @@ class S3Store:
         except ClientError as error:
             code = _code(error)
             if code == "NoSuchBucket":
-                hint = (
-                    f"there is no bucket {self.bucket!r} at this endpoint; create it or fix the URL"
-                )
+                hint = self._no_bucket()
             elif code in _DENIED:
                 hint = (
                     f"access denied to {self.url} ({code}); check AWS_ACCESS_KEY_ID, "

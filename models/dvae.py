@@ -68,8 +68,8 @@ class DVAE(nn.Module):
     def __init__(self, config: DVAEConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        self.encoder = _encoder(config)
-        self.decoder = _decoder(config)
+        self.encoder = build_encoder(config)
+        self.decoder = build_decoder(config)
         init_fan_in(self, seed)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -113,7 +113,8 @@ def negative_bound(terms: DVAETerms, beta: Tensor | float, config: DVAEConfig) -
     return -(terms.log_likelihood - beta * terms.kl / values_a_token)
 
 
-def _encoder(config: DVAEConfig) -> nn.Sequential:
+def build_encoder(config: DVAEConfig) -> nn.Sequential:
+    """Pixels -> code logits, with torch's own initial weights."""
     layers: list[tuple[str, nn.Module]] = [("input", _conv(CHANNELS, config.width, 7))]
     width = config.width
     for group in range(config.groups):
@@ -129,7 +130,8 @@ def _encoder(config: DVAEConfig) -> nn.Sequential:
     return nn.Sequential(OrderedDict(layers))
 
 
-def _decoder(config: DVAEConfig) -> nn.Sequential:
+def build_decoder(config: DVAEConfig) -> nn.Sequential:
+    """Relaxed codes -> location and log scale of each pixel value."""
     layers: list[tuple[str, nn.Module]] = [("input", _conv(config.codebook, config.code_width, 1))]
     width = config.code_width
     for group in range(config.groups):

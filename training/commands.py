@@ -191,5 +191,6 @@ def _train_help() -> str:
         "usage: tapir train STAGE PRESET [flags]\n\n"
         + "\n".join(rows)
         + "\n\nEvery field of a preset is a flag: tapir train prior tiny --help. Ranks are\n"
-        "spawned for the preset's mesh, or joined under torchrun and mpirun. The same command resumes."
+        "spawned for the preset's mesh, or joined under torchrun and mpirun. The same\n"
+        "command resumes."
     )

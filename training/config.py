@@ -88,10 +88,12 @@ class DVAETrain(StageConfig):
     """Gumbel temperature at the end of its cosine."""
     tau_share: float = 0.8
     """Share of the run after which the temperature stays at its last value."""
+    beta_first: float = 0.0
+    """Weight of the KL term at the first step (the paper: 0)."""
     beta: float = 6.6
-    """Final weight of the KL term; it rises from 0 by a cosine."""
+    """Final weight of the KL term, reached by a cosine (the paper: 6.6)."""
     beta_share: float = 0.3
-    """Share of the run in which beta rises."""
+    """Share of the run in which beta moves."""
 
     def model_problems(self) -> list[str]:
         found = self.model.problems()

@@ -56,7 +56,7 @@ class DVAETask:
         noise = [gumbel_noise(shape, seed, step, record.key, "gumbel") for record in records]
         done = step / settings.loop.steps
         tau = cosine(settings.tau_first, settings.tau_last, done / settings.tau_share)
-        beta = cosine(0.0, settings.beta, done / settings.beta_share)
+        beta = cosine(settings.beta_first, settings.beta, done / settings.beta_share)
         return {
             "pixels": pictures_of(list(records), config.pixels),
             "noise": torch.stack(noise),

@@ -16,8 +16,10 @@ def dvae_tiny() -> DVAETrain:
         loop=LoopConfig(steps=1000, batch=64, validate_every=250, save_every=250),
         optim=OptimConfig(lr=3e-3, final_lr=5e-5, weight_decay=1e-4, beta2=0.999, warmup=30),
         mesh=MeshConfig(data=2),
-        beta=1.0,
-        tau_last=0.2,
+        beta_first=3.0,
+        beta=0.2,
+        beta_share=0.7,
+        tau_last=0.25,
     )
 
 

@@ -1,0 +1,51 @@
+"""Small data sets and models that many tests share; made once a session."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.object_server import ObjectServer, object_server
+from tests.harness import tapir
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """600 packed shapes in three train shards."""
+    folder = tmp_path_factory.mktemp("raw")
+    flags = ["--count=600", "--validation=0.15", "--shard-pairs=200"]
+    tapir("pack", "shapes", str(folder), *flags)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bpe(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of the packed captions."""
+    folder = tmp_path_factory.mktemp("bpe")
+    tapir("train", "bpe", "tiny", f"--data={raw}", f"--out={folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dvae(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dVAE after a few steps."""
+    folder = tmp_path_factory.mktemp("dvae")
+    short = ["--loop.steps=6", "--loop.batch=32", "--order.block=8", "--mesh.data=1"]
+    tapir("train", "dvae", "tiny", f"--data={raw}", f"--out={folder}", *short)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokens(raw: Path, bpe: Path, dvae: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokens of the packed shapes."""
+    folder = tmp_path_factory.mktemp("tokens")
+    flags = [f"--bpe={bpe}", f"--dvae={dvae}", "--block=8"]
+    tapir("tokenize", str(raw), str(folder), *flags)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectServer]:
+    """A real SeaweedFS on loopback."""
+    with object_server(tmp_path_factory.mktemp("weed")) as server:
+        yield server

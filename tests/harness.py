@@ -1,0 +1,72 @@
+"""Worlds of real processes for tests: the project's own launcher, which reports every failure."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cluster.launcher import launch
+from training.main import PRELOAD
+
+ROOT = Path(__file__).parents[1]
+TAPIR = [sys.executable, "-m", "tapir"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def run_world(target: str, payload: dict[str, Any], ranks: int) -> list[Any]:
+    """Run `module:function` on some ranks; each may write result-RANK.json into payload['out'].
+
+    Raises: RankError if any rank fails.
+    """
+    launch(target, json.dumps(payload), ranks, PRELOAD)
+    found = [Path(payload["out"], f"result-{rank}.json") for rank in range(ranks)]
+    return [json.loads(path.read_text()) for path in found if path.exists()]
+
+
+def tapir(*arguments: str, code: int = 0, cwd: Path | None = None, **extra: str) -> str:
+    """Run the command line as a user does; returns its output, checks its exit code."""
+    done = subprocess.run(
+        [*TAPIR, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**ENVIRONMENT, **extra},
+        timeout=600,
+    )
+    text = done.stdout + done.stderr
+    assert done.returncode == code, f"exit {done.returncode}, not {code}:\n{text[-4000:]}"
+    return text
+
+
+def start_tapir(*arguments: str, log: Path) -> "subprocess.Popen[bytes]":
+    """Start the command line in the background, in a session of its own."""
+    with open(log, "ab") as output:
+        return subprocess.Popen(
+            [*TAPIR, *arguments],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=ENVIRONMENT,
+            start_new_session=True,
+        )
+
+
+def processes_with(text: str) -> list[int]:
+    """PIDs of living processes whose command line or environment holds a text."""
+    found = []
+    for process in psutil.process_iter(["pid", "cmdline", "status"]):
+        line = " ".join(process.info["cmdline"] or [])
+        if text in line and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process.info["pid"])
+    return found
+
+
+def rows_of(run: Path, split: str = "train") -> list[dict[str, Any]]:
+    """Metrics rows of one split."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    return [row for row in rows if (row.get("split") or "train") == split]

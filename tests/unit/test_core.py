@@ -1,0 +1,75 @@
+"""Keys, files, settings and the command line's manners."""
+
+from pathlib import Path
+
+import pytest
+
+from core.errors import ConfigError, CorruptError
+from core.files import remove_leftovers, seal, unseal, write_atomic
+from core.keys import key_fraction, key_int, keyed_rng
+from core.settings import from_json, to_json
+from parallel.config import MeshConfig
+from tests.harness import tapir
+from training.config import PriorTrain
+from training.presets import prior_tiny
+
+
+def test_keys_depend_on_every_part_and_type() -> None:
+    keys = {key_int(0, 1, "a"), key_int(1, 0, "a"), key_int(0, 1, "b"), key_int("0", 1, "a")}
+    assert len(keys) == 4
+    assert keyed_rng(3, "x").random() == keyed_rng(3, "x").random()
+    assert 0 <= key_fraction("a") < 1
+
+
+def test_sealed_json_refuses_every_flipped_bit() -> None:
+    data = seal({"a": 1, "b": ["x", 2.5]})
+    assert unseal(data, "here") == {"a": 1, "b": ["x", 2.5]}
+    for at in range(len(data)):
+        damaged = bytearray(data)
+        damaged[at] ^= 1
+        with pytest.raises(CorruptError, match="here"):
+            unseal(bytes(damaged), "here")
+
+
+def test_atomic_write_leaves_no_temporary_file(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "a" / "b", b"one")
+    (tmp_path / "a" / ".tmp-dead-b").write_bytes(b"half")
+    assert remove_leftovers(tmp_path) == 1
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["b"]
+
+
+def test_settings_survive_json() -> None:
+    settings = prior_tiny()
+    assert from_json(PriorTrain, to_json(settings)) == settings
+    with pytest.raises(ConfigError, match="did you mean 'loop'"):
+        from_json(PriorTrain, {"lop": {}})
+
+
+def test_problems_come_all_at_once_with_a_fix() -> None:
+    found = MeshConfig(data=2, tensor=2).problems(world=3)
+    assert len(found) == 2
+    assert "needs 4 ranks, but 3" in found[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trian"], "did you mean 'train'"),
+        (["train", "prio"], "did you mean 'prior'"),
+        (["train", "prior", "tinny"], "did you mean 'tiny'"),
+        (["train", "prior", "tiny", "--loop.stesp", "3"], "--loop.steps"),
+        (["pack", "shapes", "/tmp/x", "--cuont", "3"], "--count"),
+        (["pack", "no-such-source", "/tmp/x"], "no source 'no-such-source'"),
+        (["tokenize", "a", "b", "--worker", "4/4"], "i/n"),
+        (["train", "prior", "tiny", "--mesh.data", "3"], "do not divide order.lanes=8"),
+        (["train", "prior", "tiny", "--data", "/nowhere"], "tapir tokenize"),
+        (["sample"], "caption"),
+    ],
+)
+def test_wrong_command_lines_are_answered(arguments: list[str], expected: str) -> None:
+    assert expected in tapir(*arguments, code=2)
+
+
+def test_mesh_must_match_the_ranks_that_were_started() -> None:
+    text = tapir("train", "prior", "tiny", code=2, WORLD_SIZE="4", RANK="0")
+    assert "needs 2 ranks, but 4 were started; try --mesh.data 4" in text

@@ -1,0 +1,141 @@
+"""The prior sees no future, the cache equals the whole stream, CLIP ranks, draws are keyed."""
+
+import torch
+from torch import nn
+
+from generation.accuracy import best_of, wilson_low
+from generation.pictures import Candidates
+from generation.sampling import SampleConfig, Sampler
+from models.clip import Clip, contrastive_loss
+from models.config import ClipConfig, PriorConfig
+from models.prior import PAD, prior_layers, prior_loss
+
+CONFIG = PriorConfig(
+    dim=48, heads=3, layers=4, text_length=6, text_vocabulary=30, image_vocabulary=20, grid=4
+)
+
+
+def _batch(rows: int = 3) -> dict[str, torch.Tensor]:
+    draws = torch.Generator().manual_seed(1)
+    text = torch.randint(0, 30, (rows, 6), generator=draws)
+    text[0, 3:] = PAD
+    return {"text": text, "image": torch.randint(0, 20, (rows, 16), generator=draws)}
+
+
+def _logits(layers: nn.ModuleDict, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    state = batch
+    for layer in layers.values():
+        state = layer(state)
+    return state.image  # type: ignore[attr-defined, no-any-return]
+
+
+def _trained_like() -> nn.ModuleDict:
+    layers = nn.ModuleDict(dict(prior_layers(CONFIG, 0)))
+    with torch.no_grad():
+        for i, p in enumerate(layers.parameters()):
+            p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    return layers
+
+
+def test_no_position_sees_the_future() -> None:
+    layers, batch = _trained_like(), _batch()
+    before = _logits(layers, batch)
+    for position in range(16):
+        changed = {**batch, "image": batch["image"].clone()}
+        changed["image"][:, position] = (changed["image"][:, position] + 1) % 20
+        after = _logits(layers, changed)
+        assert after[:, : position + 1].equal(before[:, : position + 1])
+        if position < 15:
+            assert not after[:, position + 1 :].equal(before[:, position + 1 :])
+
+
+def test_every_caption_token_and_pad_matters() -> None:
+    layers, batch = _trained_like(), _batch()
+    before = _logits(layers, batch)
+    for position in range(5):
+        changed = {**batch, "text": batch["text"].clone()}
+        changed["text"][1, position] = PAD
+        assert not _logits(layers, changed)[1].equal(before[1])
+
+
+def test_sampling_with_the_cache_equals_the_whole_stream() -> None:
+    layers, batch = _trained_like(), _batch()
+    settings = SampleConfig(temperature=0.0)
+    keys = [(0, str(i), 0) for i in range(3)]
+    drawn = Sampler(layers, CONFIG).draw(batch["text"], keys, settings)
+    image = torch.zeros(3, 16, dtype=torch.int64)
+    with torch.no_grad():
+        for position in range(16):
+            logits = _logits(layers, {**batch, "image": image})
+            image[:, position] = logits[:, position].argmax(1)
+    assert drawn.equal(image)
+
+
+def test_a_draw_depends_on_its_key_and_not_on_the_batch() -> None:
+    sampler, batch = Sampler(_trained_like(), CONFIG), _batch()
+    keys = [(7, "caption", i) for i in range(3)]
+    whole = sampler.draw(batch["text"], keys, SampleConfig())
+    alone = [
+        sampler.draw(batch["text"][i : i + 1], keys[i : i + 1], SampleConfig()) for i in range(3)
+    ]
+    assert torch.cat(alone).equal(whole)
+    other = sampler.draw(batch["text"], [(8, "caption", i) for i in range(3)], SampleConfig())
+    assert not other.equal(whole)
+
+
+def test_given_rows_are_kept_exactly() -> None:
+    sampler, batch = Sampler(_trained_like(), CONFIG), _batch()
+    keys = [(0, "x", i) for i in range(3)]
+    given = batch["image"][:, :8]
+    drawn = sampler.draw(batch["text"], keys, SampleConfig(), given)
+    assert drawn[:, :8].equal(given)
+
+
+def test_loss_weights_and_pads() -> None:
+    layers, batch = nn.ModuleDict(dict(prior_layers(CONFIG, 0))), _batch()
+    state = batch
+    for layer in layers.values():
+        state = layer(state)
+    losses = prior_loss(state, batch, 0.125)  # type: ignore[arg-type]
+    expected = losses["text_loss"] / 8 + losses["image_loss"] * 7 / 8
+    assert torch.allclose(losses["loss"], expected)
+    assert 2.5 < float(losses["image_loss"]) < 3.5
+    parts = [
+        prior_loss(
+            type(state)(text=state.text[i : i + 1], image=state.image[i : i + 1]),  # type: ignore
+            {name: value[i : i + 1] for name, value in batch.items()},
+            0.125,
+        )["loss"]
+        for i in range(3)
+    ]
+    assert torch.allclose(torch.stack(parts).mean(), losses["loss"])
+
+
+def test_clip_learns_pairs() -> None:
+    clip = Clip(ClipConfig(pixels=8, patch=4, dim=32, heads=2, layers=1, text_vocabulary=9))
+    text = torch.full((4, 24), PAD)
+    text[:, 0] = torch.arange(4)
+    batch = {
+        "pixels": torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
+        "text": text,
+    }
+    optimizer = torch.optim.AdamW(clip.parameters(), 3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        losses = contrastive_loss(*clip(batch), lambda rows: rows, 0)
+        losses["loss"].backward()
+        optimizer.step()
+    assert float(losses["accuracy"]) == 1.0
+
+
+def test_best_of_n_counts_only_the_first_draws() -> None:
+    import numpy as np
+
+    row = Candidates(
+        caption="x",
+        pictures=np.zeros((4, 1, 1, 3), np.uint8),
+        scores=np.array([0.9, 0.8, 0.7, 0.6]),
+        drawn=np.array([3, 1, 0, 2]),
+    )
+    assert [best_of(row, n) for n in (1, 2, 4)] == [2, 1, 0]
+    assert 0.21 < wilson_low(0.25, 512) < 0.22

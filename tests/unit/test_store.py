@@ -1,0 +1,57 @@
+"""The object store on a real S3 server (SeaweedFS)."""
+
+import uuid
+from pathlib import Path
+
+import pytest
+
+from cluster.object_server import ObjectServer
+from core.errors import StoreInputError
+from core.store import FolderStore, S3Store, Store
+from tests.harness import tapir
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    s3: ObjectServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Store:
+    if request.param == "folder":
+        return FolderStore(tmp_path)
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    made = S3Store(f"b{uuid.uuid4().hex[:12]}", "some/prefix")
+    made.make_bucket()
+    return made
+
+
+def test_objects_ranges_and_names(store: Store) -> None:
+    store.put("a/x", b"0123456789")
+    store.put("a/y", b"")
+    store.put("b", b"b")
+    assert store.get("a/x") == b"0123456789"
+    assert store.get("a/x", 3, 4) == b"3456"
+    assert store.get("a/x", 8) == b"89"
+    assert store.names("a/") == ["a/x", "a/y"]
+    assert store.exists("b") and not store.exists("c")
+    assert len(store.etag("b")) == 32
+    with pytest.raises(StoreInputError, match="there is no c"):
+        store.get("c")
+
+
+def test_the_first_put_wins(store: Store) -> None:
+    assert store.put("x", b"first", if_absent=True)
+    assert not store.put("x", b"second", if_absent=True)
+    assert store.get("x") == b"first"
+
+
+def test_wrong_bucket_and_wrong_key_exit_2_without_secrets(s3: ObjectServer) -> None:
+    flags = ["train", "bpe", "tiny", "--data=s3://no-such-bucket/raw"]
+    text = tapir(*flags, code=2, **s3.environment)
+    assert "no bucket 'no-such-bucket'" in text
+    wrong = {**s3.environment, "AWS_SECRET_ACCESS_KEY": "wrongsecretvalue"}
+    text = tapir(*flags, code=2, **wrong)
+    assert "check AWS_ACCESS_KEY_ID" in text
+    assert "wrongsecretvalue" not in text
