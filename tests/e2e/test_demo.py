@@ -1,0 +1,49 @@
+"""The whole way in miniature, on real parts: SeaweedFS, DeepSpeed, npm."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.harness import processes_with, tapir
+
+STAGES = ["pack", "bpe", "dvae", "tokens", "prior", "clip", "samples"]
+
+
+@pytest.mark.slow
+def test_shapes_demo_in_miniature(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    text = tapir("demo", "--size=mini", f"--out={out}", TERM="dumb")
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(STAGES) <= set(summary["seconds"]) and len(summary["commands"]) == 8
+    assert summary["prior"]["engine"] == "deepspeed_zero"
+    assert summary["prior"]["mesh"] == {"data": 2, "tensor": 1, "pipeline": 1}
+    assert summary["caption_accuracy"]["checker_on_truth"] == 1.0
+    assert {"perplexity", "psnr"} <= set(summary["dvae"])
+    html = (out / "report.html").read_text()
+    assert html.count("data:image/png;base64,") >= 4 and "<svg" in html
+    assert "http://" not in html.replace("http://www.w3.org", "").replace(
+        "http://purl.org", ""
+    ).replace("http://creativecommons.org", "")
+    for stage in STAGES:
+        assert (out / stage).is_dir()
+    secrets = [line for line in text.splitlines() if "secret" in line.lower()]
+    assert not secrets and not processes_with(str(out))
+    again = tapir("demo", "--size=mini", f"--out={out}")
+    assert "already holds this data set" in again and "has all 6 steps already" in again
+    models = [f"--{name}={out / name}" for name in ("prior", "dvae", "clip", "bpe")]
+    grid = tmp_path / "grid.png"
+    tapir("sample", "a small red circle", f"--out={grid}", "--candidates=3", *models)
+    assert grid.stat().st_size > 100
+    assert "tapir train prior" in tapir("sample", "x", "--prior=/nowhere", code=2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("npm") is None, reason="the emoji come by npm: apt install npm")
+def test_emoji_demo_in_miniature(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    tapir("demo", "--size=mini", "--data=emoji", f"--out={out}")
+    summary = json.loads((out / "summary.json").read_text())
+    assert "caption_accuracy" not in summary and summary["prior"]["validation_loss"] > 0
+    assert (out / "report.html").exists()

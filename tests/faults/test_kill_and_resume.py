@@ -1,0 +1,128 @@
+"""kill -9 in the middle, then the same command: bit-equal to the unbroken run. No orphans."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.harness import processes_with, rows_of, start_tapir, tapir
+
+FLAGS = [
+    "--loop.steps=60",
+    "--loop.batch=32",
+    "--loop.log-every=1",
+    "--loop.save-every=7",
+    "--loop.validate-every=20",
+    "--loop.validation-samples=32",
+    "--order.block=8",
+]
+KILLS = int(os.environ.get("TAPIR_SOAK_KILLS", "2"))
+COMPARED = ("step", "epoch", "loss", "text_loss", "image_loss", "grad_norm", "lr")
+
+
+def _wait_for(condition, seconds: float = 90.0) -> None:  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never came true"
+        time.sleep(0.05)
+
+
+def _figures(run: Path) -> list[list[float]]:
+    return [[row[name] for name in COMPARED] for row in rows_of(run)]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("unbroken")
+    tapir("train", "prior", "tiny", f"--data={tokens}", f"--out={out}", *FLAGS)
+    return out
+
+
+@pytest.mark.slow
+def test_killed_runs_go_on_bit_equal(unbroken: Path, tokens: Path, tmp_path: Path) -> None:
+    command = ["train", "prior", "tiny", f"--data={tokens}", f"--out={tmp_path / 'run'}", *FLAGS]
+    run = tmp_path / "run"
+    moments = random.Random(3)
+    for kill in range(KILLS):
+        before = len(rows_of(run))
+        process = start_tapir(*command, log=tmp_path / "log")
+        least = min(before + moments.randint(3, max(4, 100 // KILLS)), 58)
+        _wait_for(lambda n=least, p=process: len(rows_of(run)) > n or p.poll() is not None)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        _wait_for(lambda: not processes_with(str(run)), 20)
+        assert (run / "checkpoints").exists() or kill == 0
+    tapir(*command)
+    assert "resumed from" in (tmp_path / "log").read_text() or KILLS < 2
+    assert _figures(run) == _figures(unbroken)
+    weights = [folder / "model.safetensors" for folder in (run, unbroken)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.slow
+def test_a_dead_rank_ends_all_and_is_named(tokens: Path, tmp_path: Path) -> None:
+    flags = ["--loop.steps=5000", *FLAGS[1:]]
+    run = tmp_path / "run"
+    command = ["train", "prior", "tiny", f"--data={tokens}", f"--out={run}", *flags]
+    process = start_tapir(*command, log=tmp_path / "log")
+    _wait_for(lambda: len(rows_of(run)) > 3)
+    ranks = _ranks_of(process.pid)
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    assert process.wait(30) == 1
+    text = (tmp_path / "log").read_text()
+    assert "died (SIGKILL)" in text or "failed" in text
+    _wait_for(lambda: not any(_alive(pid) for pid in ranks), 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_orphans_however_the_launcher_ends(
+    tokens: Path, tmp_path: Path, how: signal.Signals
+) -> None:
+    flags = ["--loop.steps=5000", *FLAGS[1:]]
+    run = tmp_path / "run"
+    command = ["train", "prior", "tiny", f"--data={tokens}", f"--out={run}", *flags]
+    process = start_tapir(*command, log=tmp_path / "log")
+    _wait_for(lambda: len(rows_of(run)) > 2)
+    ranks = _ranks_of(process.pid)
+    if how == signal.SIGINT:
+        os.killpg(process.pid, how)
+    else:
+        process.send_signal(how)
+    code = process.wait(30)
+    assert code == (-9 if how == signal.SIGKILL else 130)
+    _wait_for(lambda: not any(_alive(pid) for pid in ranks), 15)
+
+
+@pytest.mark.slow
+def test_two_runs_on_one_folder_and_changed_settings(tokens: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = ["train", "prior", "tiny", f"--data={tokens}", f"--out={run}", *FLAGS]
+    process = start_tapir(*command, log=tmp_path / "log")
+    _wait_for(lambda: len(rows_of(run)) > 8)
+    assert "another run is working in" in tapir(*command, code=2)
+    assert process.wait(120) == 0
+    text = tapir(*command, "--model.dim=96", "--optim.lr=0.1", code=2)
+    assert "model.dim: 192 in the checkpoint, 96 now" in text
+    assert "optim.lr: 0.002 in the checkpoint, 0.1 now" in text
+    assert "has all 60 steps already" in tapir(*command)
+
+
+def _ranks_of(launcher: int) -> list[int]:
+    import psutil
+
+    found = psutil.Process(launcher).children(recursive=True)
+    return [p.pid for p in found if p.num_threads() > 3]
+
+
+def _alive(pid: int) -> bool:
+    import psutil
+
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,24 @@
+"""The prior's logits on a GPU equal those on the CPU."""
+
+import torch
+from torch import nn
+
+from models.config import PriorConfig
+from models.prior import prior_layers
+
+
+def test_logits_equal_the_cpu() -> None:
+    config = PriorConfig(text_vocabulary=30, image_vocabulary=20, grid=8)
+    layers = nn.ModuleDict(dict(prior_layers(config, 0)))
+    batch = {
+        "text": torch.zeros(2, config.text_length, dtype=torch.int64),
+        "image": torch.zeros(2, 64, dtype=torch.int64),
+    }
+
+    def image_logits(device: str) -> torch.Tensor:
+        state = {name: value.to(device) for name, value in batch.items()}
+        for layer in layers.to(device).values():
+            state = layer(state)
+        return state.image.cpu()  # type: ignore[attr-defined, no-any-return]
+
+    assert torch.allclose(image_logits("cpu"), image_logits("cuda"), atol=1e-4)

@@ -1,0 +1,41 @@
+"""The token job: several workers, killed ones, doubled ones; the same bytes as one worker."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from core.store import FolderStore
+from tests.harness import start_tapir, tapir
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    store = FolderStore(folder)
+    return {name: store.get(name) for name in store.names()}
+
+
+@pytest.mark.slow
+def test_workers_killed_and_doubled_give_the_same_bytes(
+    raw: Path, bpe: Path, dvae: Path, tokens: Path, tmp_path: Path
+) -> None:
+    job = ["tokenize", str(raw), str(tmp_path / "t"), f"--bpe={bpe}", f"--dvae={dvae}", "--block=8"]
+    log = tmp_path / "log"
+    killed = start_tapir(*job, "--worker=0/2", log=log)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "t" / "train").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    both = [start_tapir(*job, f"--worker={i}", log=log) for i in ("0/2", "1/2", "0/2")]
+    assert [process.wait(120) for process in both] == [0, 0, 0]
+    assert _bytes(tmp_path / "t") == _bytes(tokens)
+    assert "made 0 shards" in tapir(*job, "--worker=1/2")
+
+
+def test_tokens_of_another_dvae_are_refused(
+    raw: Path, bpe: Path, dvae: Path, tokens: Path, tmp_path: Path
+) -> None:
+    job = ["tokenize", str(raw), str(tokens), f"--bpe={bpe}", f"--dvae={dvae}", "--block=16"]
+    assert "another dVAE, tokenizer or block size" in tapir(*job, code=2)
