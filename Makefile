@@ -49,11 +49,11 @@ soak: $(DEV_STAMP)
 matrix: $(DEV_STAMP)
 	$(BIN)/python -m pytest tests/multiprocess/test_checkpoint_matrix.py -v
 
-slurm: $(DEV_STAMP)
-	$(BIN)/python -m pytest tests/slurm -v
-
 bench: $(DEV_STAMP)
 	$(BIN)/python -m bench engines --json
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+
+slurm:
+	@echo "submission to Slurm is not built yet (issue '6 of 7'); see docs/LOG.md"; exit 2

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench NAME --json`; ratios of one run, interleaved, with their spread."""

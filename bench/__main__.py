@@ -1,0 +1,35 @@
+"""`python -m bench NAME [--json]`: run one benchmark and print its rows."""
+
+import argparse
+import json
+import os
+import platform
+import sys
+
+from bench import engines
+
+BENCHES = {"engines": engines.run}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench")
+    parser.add_argument("name", choices=sorted(BENCHES), help="which benchmark")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object on the last line"
+    )
+    chosen = parser.parse_args()
+    rows = BENCHES[chosen.name]()
+    for row in rows:
+        low, high = row["spread"]
+        print(
+            f"{row['name']:<40} {row['value']:>10.1f} {row['unit']}  "
+            f"{row['ratio']:.2f}x of {row['baseline']} [{low:.2f}, {high:.2f}]",
+            file=sys.stderr,
+        )
+    if chosen.json:
+        machine = {"cores": os.cpu_count(), "machine": platform.machine()}
+        print(json.dumps({"bench": chosen.name, "rows": rows, "machine": machine}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Tokens/s of the engines at 2 data-parallel ranks, against plain torch on one process.
+
+Each round trains the tiny prior for some steps under every engine in turn, on the same tokens.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROUNDS = 3
+STEPS = 25
+COUNTED = 15
+ENGINES = {
+    "reference, 1 process": ["--engine.name=reference", "--mesh.data=1"],
+    "reference, 2 ranks": ["--engine.name=reference", "--mesh.data=2"],
+    "deepspeed_zero, 2 ranks": ["--engine.name=deepspeed_zero", "--mesh.data=2"],
+}
+
+
+def run() -> list[dict[str, Any]]:
+    """One row an engine; ratio > 1 means faster than the reference on one process."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _tapir("pack", "shapes", str(folder / "raw"), "--count=1500", "--validation=0.1")
+        _tapir("train", "bpe", "tiny", f"--data={folder / 'raw'}", f"--out={folder / 'bpe'}")
+        short = ["--loop.steps=4", "--order.block=16"]
+        _tapir(
+            "train", "dvae", "tiny", f"--data={folder / 'raw'}", f"--out={folder / 'dvae'}", *short
+        )
+        models = [f"--dvae={folder / 'dvae'}", f"--bpe={folder / 'bpe'}", "--block=16"]
+        _tapir("tokenize", str(folder / "raw"), str(folder / "tokens"), *models)
+        rates: dict[str, list[float]] = {name: [] for name in ENGINES}
+        for i in range(ROUNDS):
+            for engine, flags in ENGINES.items():
+                rates[engine].append(_rate(folder, folder / f"{i}-{flags[0]}-{flags[1]}", flags))
+    baseline = next(iter(ENGINES))
+    rows = []
+    for engine, values in rates.items():
+        ratios = [value / base for value, base in zip(values, rates[baseline], strict=True)]
+        rows.append(
+            {
+                "name": engine,
+                "value": statistics.median(values),
+                "unit": "tokens/s",
+                "baseline": baseline,
+                "ratio": statistics.median(ratios),
+                "spread": [min(ratios), max(ratios)],
+            }
+        )
+    return rows
+
+
+def _rate(folder: Path, out: Path, flags: list[str]) -> float:
+    length = [f"--loop.steps={STEPS}", "--loop.log-every=1", "--loop.validation-samples=16"]
+    _tapir("train", "prior", "tiny", f"--data={folder / 'tokens'}", f"--out={out}", *length, *flags)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    train = [row["tokens_per_second"] for row in rows if "split" not in row]
+    return statistics.median(train[-COUNTED:])
+
+
+def _tapir(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "tapir", *arguments], check=True, capture_output=True)
