@@ -22,6 +22,8 @@ from models.likelihood import (
 )
 
 CHANNELS = 3
+FIRST_DECODER_SCALE = 0.3
+"""What `calibrate` leaves of the decoder's initial output weights."""
 _conv = partial(nn.Conv2d, padding="same")
 
 
@@ -93,6 +95,25 @@ class DVAE(nn.Module):
         grid = tokens.view(-1, self.config.grid, self.config.grid)
         codes = F.one_hot(grid, self.config.codebook).permute(0, 3, 1, 2).float()
         return unsqueeze_pixels(self.decode(codes)[0], self.config.epsilon)
+
+    @torch.no_grad()
+    def calibrate(self, image: Tensor) -> None:
+        """Fit the two output layers' scales to a first batch, so that training starts balanced.
+
+        Code logits get mean 0 and deviation 1 over the batch; the decoder starts at each
+        channel's median and mean deviation. Without it a flat background decides which code wins
+        everywhere, and the codebook collapses (docs/LOG.md).
+        Shapes: (B, 3, S, S) in [0, 1].
+        """
+        logits, last = self.logits(image), self.encoder[-1]
+        scale = 1 / logits.std((0, 2, 3)).clamp_min(1e-6)
+        last.bias.sub_(logits.mean((0, 2, 3))).mul_(scale)
+        last.weight.mul_(scale[:, None, None, None])
+        wanted = torch.logit(squeeze_pixels(image, self.config.epsilon)).transpose(0, 1).flatten(1)
+        median = wanted.median(1).values
+        spread = (wanted - median[:, None]).abs().mean(1).clamp_min(1e-3)
+        self.decoder[-1].weight.mul_(FIRST_DECODER_SCALE)
+        self.decoder[-1].bias.copy_(torch.cat([median, spread.log()]))
 
     def forward(self, image: Tensor, tau: Tensor, noise: Tensor) -> tuple[DVAETerms, Tensor]:
         """The bound's terms and the code logits, for one relaxed draw."""

@@ -12,6 +12,7 @@ from torch.autograd import Function
 from core.store import open_store
 from data_pipeline.bpe import encode, load_tokenizer
 from data_pipeline.raw import RawRecord, RawSource
+from data_pipeline.stream import first_records
 from data_pipeline.tokenize.worker import pictures_of
 from models.clip import Clip, contrastive_loss
 from models.config import ClipConfig
@@ -24,6 +25,8 @@ from training.schedules import cosine
 from training.tasks import Pictures, pad_text, perplexity
 
 SHOWN = 8
+CALIBRATED = 256
+"""Pictures that the dVAE's first scales are fitted to."""
 
 
 class _DVAELayer(nn.Module):
@@ -46,6 +49,9 @@ class DVAETask:
         self._settings = settings
         self.model_config = settings.model
         self.dvae = DVAE(settings.model, settings.loop.seed)
+        self.dvae.calibrate(
+            pictures_of(first_records(self.train, CALIBRATED), settings.model.pixels)
+        )
         self.program = Program(layers=[("dvae", _DVAELayer(self.dvae))], loss=self._loss)
         self.units = settings.model.tokens
 

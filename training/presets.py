@@ -13,12 +13,12 @@ def dvae_tiny() -> DVAETrain:
     """32x32 pixels to 8x8 tokens of 128 codes: minutes on 2 cores."""
     return DVAETrain(
         model=DVAEConfig(width=16, bottleneck=1, codebook=128),
-        loop=LoopConfig(steps=1000, batch=64, validate_every=250, save_every=250),
-        optim=OptimConfig(lr=3e-3, final_lr=5e-5, weight_decay=1e-4, beta2=0.999, warmup=30),
+        loop=LoopConfig(steps=1400, batch=64, validate_every=200, save_every=200),
+        optim=OptimConfig(lr=5e-3, final_lr=5e-5, weight_decay=1e-4, beta2=0.999, warmup=30),
         mesh=MeshConfig(data=2),
-        beta_first=3.0,
-        beta=0.2,
-        beta_share=0.7,
+        beta_first=2.0,
+        beta=0.05,
+        beta_share=0.25,
         tau_last=0.25,
     )
 

@@ -19,6 +19,7 @@ FLAGS = [
     "--order.block=8",
     "--optim.warmup=5",
     "--optim.clip-norm=0.5",
+    "--optim.lr=4.5e-4",
     "--engine.matmul-precision=highest",
     "--model.layers=4",
 ]
