@@ -63,9 +63,6 @@ class Clip(nn.Module):
         self.text_tower = _Tower(config)
         self.log_scale = nn.Parameter(torch.tensor(FIRST_SCALE))
         init_normal(self, seed, {"in_proj_weight": INIT_STD * 2, "weight": INIT_STD * 2})
-        for part in self.modules():
-            if isinstance(part, nn.LayerNorm):
-                nn.init.ones_(part.weight)
 
     def embed_image(self, image: Tensor) -> Tensor:
         """Unit vectors of pictures: (B, 3, S, S) in [0, 1] -> (B, dim)."""

@@ -1,6 +1,7 @@
 """Keyed randomness for torch: initial weights by parameter name, noise by sample."""
 
 import math
+import re
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +24,21 @@ def gumbel_noise(shape: tuple[int, ...], *parts: KeyPart) -> Tensor:
 def init_normal(module: nn.Module, seed: int, std: dict[str, float]) -> None:
     """Draw every matrix of a module from N(0, std^2), keyed by the parameter's name.
 
-    `std` maps a name's ending to its standard deviation; parameters without an entry keep the
-    value that they were built with (zeros for biases, ones for gains).
+    `std` maps a name's ending to its standard deviation, the first match counts. Biases become
+    zero and gains one: torch would draw some of them from its global state.
     Raises: KeyError if a matrix has no entry.
     """
     for name, parameter in module.named_parameters():
-        scale = next((value for end, value in std.items() if name.endswith(end)), None)
-        if scale is not None:
+        if parameter.dim() > 1:
+            scale = next((value for end, value in std.items() if name.endswith(end)), None)
+            if scale is None:
+                raise KeyError(f"{name} has no initial scale")
             drawn = torch.randn(parameter.shape, generator=generator(seed, name, "init"))
             parameter.copy_(drawn * scale)
-        elif parameter.dim() > 1:
-            raise KeyError(f"{name} has no initial scale")
+        elif name.endswith("bias"):
+            parameter.zero_()
+        elif name.endswith("norm.weight") or re.search(r"norm\d\.weight$", name):
+            parameter.fill_(1.0)
 
 
 @torch.no_grad()

@@ -156,23 +156,9 @@ def prior_layers(config: PriorConfig, seed: int) -> list[tuple[str, nn.Module]]:
     layers += [(f"block{i:03d}", block) for i, block in enumerate(blocks)]
     layers += [("head", PriorHead(config))]
     deep = INIT_STD / (2 * config.layers) ** 0.5
-    scales = {"out.weight": deep, "down.weight": deep, "norm.weight": None, "weight": INIT_STD}
-    for name, module in layers:
-        wanted = {end: std for end, std in scales.items() if std is not None}
-        _init(module, name, seed, wanted)
+    scales = {"out.weight": deep, "down.weight": deep, "weight": INIT_STD}
+    init_normal(nn.ModuleDict(dict(layers)), seed, scales)
     return layers
-
-
-def _init(module: nn.Module, name: str, seed: int, scales: dict[str, float]) -> None:
-    holder = nn.ModuleDict({name: module})
-    for norm in (m for m in module.modules() if isinstance(m, nn.LayerNorm)):
-        nn.init.ones_(norm.weight)
-    init_normal(holder, seed, scales)
-    for part in module.modules():
-        if isinstance(part, nn.LayerNorm):
-            nn.init.ones_(part.weight)
-        if isinstance(part, nn.Linear) and part.bias is not None:
-            nn.init.zeros_(part.bias)
 
 
 def prior_loss(

@@ -145,7 +145,7 @@ class _GatherRows(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        total = gradients[0].contiguous()
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=ctx.world.group)
         start = ctx.world.rank * ctx.count
         return total[start : start + ctx.count], None

@@ -13,10 +13,10 @@ def dvae_tiny() -> DVAETrain:
     """32x32 pixels to 8x8 tokens of 128 codes: minutes on 2 cores."""
     return DVAETrain(
         model=DVAEConfig(width=16, bottleneck=1, codebook=128),
-        loop=LoopConfig(steps=1400, batch=64, validate_every=200, save_every=200),
-        optim=OptimConfig(lr=5e-3, final_lr=5e-5, weight_decay=1e-4, beta2=0.999, warmup=30),
+        loop=LoopConfig(steps=1200, batch=64, validate_every=200, save_every=200),
+        optim=OptimConfig(lr=3e-3, final_lr=5e-5, weight_decay=1e-4, beta2=0.999, warmup=60),
         mesh=MeshConfig(data=2),
-        beta_first=2.0,
+        beta_first=1.2,
         beta=0.05,
         beta_share=0.25,
         tau_last=0.25,
@@ -32,7 +32,7 @@ def prior_tiny() -> PriorTrain:
     """About 2 million parameters over 8x8 image tokens: minutes on 2 cores."""
     return PriorTrain(
         model=PriorConfig(dim=192, heads=3, layers=4, text_length=24),
-        loop=LoopConfig(steps=1000, batch=64, validate_every=250, save_every=250),
+        loop=LoopConfig(steps=450, batch=64, validate_every=150, save_every=150),
         optim=OptimConfig(lr=2e-3, final_lr=5e-5, warmup=50),
         mesh=MeshConfig(data=2),
         engine=EngineConfig(name="deepspeed_zero"),
@@ -43,7 +43,7 @@ def clip_tiny() -> ClipTrain:
     """Two 3-layer towers of width 128."""
     return ClipTrain(
         model=ClipConfig(),
-        loop=LoopConfig(steps=600, batch=128, validate_every=200, save_every=200),
+        loop=LoopConfig(steps=300, batch=128, validate_every=100, save_every=100),
         optim=OptimConfig(lr=1e-3, final_lr=1e-5, warmup=50, beta2=0.98, clip_norm=1.0),
         mesh=MeshConfig(data=2),
     )

@@ -1,6 +1,5 @@
 """Every engine and mesh gives the training of one process; mpirun and torchrun join the same."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -83,17 +82,19 @@ def test_accumulated_micro_batches_give_the_same(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["dvae", "clip"])
+@pytest.mark.parametrize(("stage", "steps"), [("dvae", 3), ("clip", 8)])
 def test_picture_stages_do_not_depend_on_the_ranks(
-    stage: str, raw: Path, bpe: Path, tmp_path: Path
+    stage: str, steps: int, raw: Path, bpe: Path, tmp_path: Path
 ) -> None:
-    flags = [*FLAGS[:-1], f"--data={raw}", "--loop.steps=8"]
+    """The dVAE is compared over 3 steps: |logit x - mu| has kinks, and where mu starts at the
+    median of a flat background, rounding decides the sign of a pixel's gradient."""
+    flags = [*FLAGS[:-1], f"--data={raw}", f"--loop.steps={steps}"]
     flags += [f"--bpe={bpe}"] if stage == "clip" else []
     for ranks in (1, 2):
         out = f"--out={tmp_path / str(ranks)}"
         tapir("train", stage, "tiny", *flags, out, f"--mesh.data={ranks}")
     single, other = rows_of(tmp_path / "1"), rows_of(tmp_path / "2")
-    assert len(single) == len(other) == 8
+    assert len(single) == len(other) == steps
     assert largest_difference(single, other, "loss") < 1e-5
-    assert largest_difference(single, other, "grad_norm") < 1e-4
-    assert os.path.exists(tmp_path / "2" / "model.safetensors")
+    assert largest_difference(single, other, "grad_norm") < 1e-5
+    assert (tmp_path / "2" / "model.safetensors").exists()
