@@ -59,7 +59,7 @@ def demo_stages(config: DemoConfig) -> list[Stage]:
     dvae, bpe, prior, clip = (folder / name for name in ("dvae", "bpe", "prior", "clip"))
     sizes = _sizes(config)
     models = [f"--prior={prior}", f"--dvae={dvae}", f"--clip={clip}", f"--bpe={bpe}"]
-    tokenize = ["tokenize", RAW, TOKENS, f"--dvae={dvae}", f"--bpe={bpe}"]
+    tokenize = ["tokenize", RAW, TOKENS, f"--dvae={dvae}", f"--bpe={bpe}", *sizes["tokens"]]
     workers = [[*tokenize, f"--worker={i}/{TOKEN_WORKERS}"] for i in range(TOKEN_WORKERS)]
     raw = f"--data={RAW}"
     train_prior = ["train", "prior", "tiny", f"--data={TOKENS}", f"--out={prior}"]
@@ -86,6 +86,7 @@ def _sizes(config: DemoConfig) -> dict[str, list[str]]:
         return {
             "pack": [*pack, "--validation=0.2", "--shard-pairs=200"],
             "dvae": [*short, "--order.block=8"],
+            "tokens": ["--block=8"],
             "prior": [*short, "--order.block=8"],
             "clip": [*short, "--order.block=8"],
             "samples": ["--prompts=8", "--candidates=4"],
@@ -94,6 +95,7 @@ def _sizes(config: DemoConfig) -> dict[str, list[str]]:
     return {
         "pack": ["--count=20000"] if shapes else ["--validation=0.1"],
         "dvae": [],
+        "tokens": [],
         "prior": [] if shapes else ["--loop.steps=400"],
         "clip": [] if shapes else ["--loop.steps=300"],
         "samples": ["--prompts=512"] if shapes else ["--prompts=64"],
