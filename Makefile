@@ -7,7 +7,6 @@ DATA ?= shapes
 OUT ?= $(if $(filter shapes,$(DATA)),runs/demo,runs/demo-$(DATA))
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
-export OMPI_ALLOW_RUN_AS_ROOT = 1
 
 .PHONY: install demo test test-fast check faults soak matrix slurm bench clean
 

@@ -44,10 +44,6 @@ class CheckpointReader:
             if kind == "master"
         }
 
-    def has(self, name: str, kind: str) -> bool:
-        """Say whether this checkpoint holds that tensor."""
-        return (name, kind) in self._parts
-
     def tensor(self, name: str, kind: str) -> Tensor:
         """Put the slices of one global tensor together.
 

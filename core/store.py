@@ -24,6 +24,7 @@ from core.errors import ConfigError, StoreError, StoreInputError
 from core.files import TEMPORARY, write_atomic
 
 _MISSING = ("404", "NoSuchKey", "NotFound")
+_OURS_ALREADY = ("BucketAlreadyExists", "BucketAlreadyOwnedByYou")
 _DENIED = ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch")
 
 
@@ -161,8 +162,12 @@ class S3Store:
 
     def make_bucket(self) -> None:
         """Create the bucket if there is none; for stores that Tapir itself started."""
-        with self._explained(""):
-            self._client.create_bucket(Bucket=self.bucket)
+        try:
+            with self._explained(""):
+                self._client.create_bucket(Bucket=self.bucket)
+        except StoreError as error:
+            if _code(error.__cause__) not in _OURS_ALREADY:
+                raise
 
     def _head(self, name: str) -> Any:
         try:

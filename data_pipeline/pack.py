@@ -16,7 +16,7 @@ from data_pipeline.config import PackConfig
 from data_pipeline.images import decode_rgb
 from data_pipeline.manifest import NAME, RAW, Manifest, Shard, read_manifest, write_manifest
 from data_pipeline.shards import build_tar, list_members, put_shard
-from data_pipeline.sources.catalogue import open_source
+from data_pipeline.sources.catalogue import SHAPES_COUNT, open_source
 from data_pipeline.sources.pair import Pair
 
 SPLITS = ("train", "validation")
@@ -105,7 +105,7 @@ def _fill(
 ) -> int:
     seen = 0
     keys: set[str] = set()
-    expected = config.count or 10_000
+    expected = config.count or SHAPES_COUNT
     with progress("pack", expected) as meter:
         for pair, caption in _checked(open_source(source, config), rejects, config):
             if pair.key in keys:

@@ -4,7 +4,8 @@ import json
 import os
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,34 +146,28 @@ def _wait(stage: Stage, running: list[Any], log: Path) -> None:
 
 
 def _make_bucket(server: ObjectServer) -> None:
-    before = {name: os.environ.get(name) for name in server.environment}
-    os.environ.update(server.environment)
-    try:
-        store = S3Store(BUCKET, "")
-        with suppress(TapirError):
-            store.make_bucket()
-    finally:
-        _restore(before)
+    with _credentials(server):
+        S3Store(BUCKET, "").make_bucket()
 
 
 def _copy_manifests(name: str, folder: Path, server: ObjectServer) -> None:
-    before = {key: os.environ.get(key) for key in server.environment}
-    os.environ.update(server.environment)
-    try:
+    with _credentials(server):
         store = S3Store(BUCKET, "raw" if name == "pack" else "tokens")
         for split in ("train", "validation"):
             data = store.get(f"{split}/manifest.json")
             write_atomic(folder / name / f"{split}-manifest.json", data)
+
+
+@contextmanager
+def _credentials(server: ObjectServer) -> Iterator[None]:
+    """Have the server's credentials in the environment for a moment."""
+    before = dict(os.environ)
+    os.environ.update(server.environment)
+    try:
+        yield
     finally:
-        _restore(before)
-
-
-def _restore(before: dict[str, str | None]) -> None:
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _seconds(folder: Path) -> dict[str, float]:

@@ -97,7 +97,10 @@ class Run:
         return row
 
     def save(self) -> None:
-        """Write a checkpoint; a full disk is reported and training goes on."""
+        """Write a checkpoint, then delete those beyond loop.keep.
+
+        Raises: OSError if the disk is full; older checkpoints stay whole.
+        """
         facts = {
             "stage": self.stage,
             "step": self.step,

@@ -8,9 +8,6 @@ import torch
 import torch.distributed as dist
 
 from parallel.world import join_world, leave_world
-from training.loop import Run
-from training.main import parse_payload
-from training.rank import _task
 
 
 def fail_on_rank_one(payload: str) -> None:
@@ -28,16 +25,4 @@ def sum_ranks(payload: str) -> None:
     dist.all_reduce(value)
     out = Path(json.loads(payload)["out"])
     (out / f"result-{world.rank}.json").write_text(json.dumps([value.item(), os.getpid()]))
-    leave_world(world)
-
-
-def train_and_report_state(payload: str) -> None:
-    """Train a stage and report a digest of the weights, which all ranks must share."""
-    stage, settings = parse_payload(payload)
-    world = join_world()
-    run = Run(stage, _task(stage, settings, world), settings, world)
-    run.train()
-    total = sum(float(p.double().abs().sum()) for p in run.engine.model().parameters())
-    (settings.out / f"result-{world.rank}.json").write_text(json.dumps(total))
-    run.close()
     leave_world(world)
