@@ -98,6 +98,8 @@ def _command(weed: str, folder: Path, identity: Path, ports: list[int]) -> list[
         f"-filer.port={filer}",
         "-s3",
         f"-s3.port={s3}",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
         f"-s3.config={identity}",
     ]
 
