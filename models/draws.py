@@ -42,14 +42,16 @@ def init_normal(module: nn.Module, seed: int, std: dict[str, float]) -> None:
 
 
 @torch.no_grad()
-def init_fan_in(module: nn.Module, seed: int) -> None:
+def init_fan_in(module: nn.Module, seed: int, one_hot: str = "") -> None:
     """Draw convolutions from N(0, 1 / fan-in) and set biases to zero, keyed by name.
 
+    The layer named `one_hot` sees one input at a time, so its fan-in is one: scaled by the size
+    of a codebook, the codes would be too faint for the decoder to hear (docs/LOG.md).
     Source: openai/DALL-E, its Conv2d.
     """
     for name, parameter in module.named_parameters():
         if parameter.dim() > 1:
-            fan_in = parameter[0].numel()
+            fan_in = 1 if name == f"{one_hot}.weight" else parameter[0].numel()
             drawn = torch.randn(parameter.shape, generator=generator(seed, name, "init"))
             parameter.copy_(drawn / math.sqrt(fan_in))
         else:

@@ -72,7 +72,7 @@ class DVAE(nn.Module):
         self.config = config
         self.encoder = build_encoder(config)
         self.decoder = build_decoder(config)
-        init_fan_in(self, seed)
+        init_fan_in(self, seed, one_hot="decoder.input")
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def logits(self, image: Tensor) -> Tensor:

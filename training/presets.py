@@ -13,13 +13,14 @@ def dvae_tiny() -> DVAETrain:
     """32x32 pixels to 8x8 tokens of 128 codes: minutes on 2 cores."""
     return DVAETrain(
         model=DVAEConfig(width=16, bottleneck=1, codebook=128),
-        loop=LoopConfig(steps=1200, batch=64, validate_every=200, save_every=200),
+        loop=LoopConfig(steps=1800, batch=32, validate_every=300, save_every=300),
         optim=OptimConfig(lr=3e-3, final_lr=5e-5, weight_decay=1e-4, beta2=0.999, warmup=60),
         mesh=MeshConfig(data=2),
         beta_first=1.2,
         beta=0.05,
-        beta_share=0.25,
+        beta_share=0.2,
         tau_last=0.25,
+        tau_share=0.65,
     )
 
 
