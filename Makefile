@@ -8,7 +8,9 @@ OUT ?= $(if $(filter shapes,$(DATA)),runs/demo,runs/demo-$(DATA))
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
-.PHONY: install demo test test-fast check faults soak matrix slurm bench clean
+SYSTEM := npm
+
+.PHONY: install system demo test test-fast check faults soak matrix slurm bench clean
 
 install: $(STAMP)
 
@@ -22,11 +24,19 @@ $(DEV_STAMP): $(STAMP) requirements-dev.txt
 	$(BIN)/pip install --quiet -r requirements-dev.txt -c constraints/cpu.txt
 	touch $@
 
-demo: $(STAMP)
-	@[ "$(DATA)" != emoji ] || command -v npm >/dev/null || { echo "the emoji pictures come through npm: apt install npm"; exit 2; }
+# System packages: installed when we may (root with apt), else named; tests that need them then skip.
+system:
+	@for program in $(SYSTEM); do \
+		command -v $$program >/dev/null && continue; \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y $$program; \
+		else echo "missing: apt install $$program"; fi; \
+	done
+
+demo: $(STAMP) $(if $(filter emoji,$(DATA)),system)
 	$(BIN)/tapir demo --data $(DATA) --out $(OUT)
 
-test: $(DEV_STAMP)
+test: $(DEV_STAMP) system
 	$(BIN)/python -m pytest
 
 test-fast: $(DEV_STAMP)

@@ -10,9 +10,9 @@ from training.config import BPETrain, ClipTrain, DVAETrain, LoopConfig, PriorTra
 
 
 def dvae_tiny() -> DVAETrain:
-    """32x32 pixels to 8x8 tokens of 128 codes: minutes on 2 cores."""
+    """32x32 pixels to 8x8 tokens of 64 codes: minutes on 2 cores."""
     return DVAETrain(
-        model=DVAEConfig(width=16, bottleneck=1, codebook=128),
+        model=DVAEConfig(width=16, bottleneck=1, codebook=64),
         loop=LoopConfig(steps=1800, batch=32, validate_every=300, save_every=300),
         optim=OptimConfig(lr=3e-3, final_lr=5e-5, weight_decay=1e-4, beta2=0.999, warmup=60),
         mesh=MeshConfig(data=2),
