@@ -1,9 +1,7 @@
 """The errors that Tapir raises, and the exit codes that they end in."""
 
-EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_WRONG_INPUT = 2
-EXIT_PREEMPTED = 75
 
 
 class TapirError(Exception):

@@ -79,7 +79,7 @@ class Run:
         size = 64
         for start in range(0, len(records), size):
             part = records[start : start + size]
-            for name, value in self.engine.evaluate(self.task.batch(part, 0)).items():
+            for name, value in self.engine.evaluate(self.task.batch(part, self.step)).items():
                 totals[name] = totals.get(name, 0.0) + float(value) * len(part)
         names = sorted(totals)
         sums = torch.tensor([*(totals[name] for name in names), float(len(records))]).double()
