@@ -1,0 +1,1 @@
+"""Gradient compression on plain tensors; knows no engine."""

@@ -1,0 +1,221 @@
+"""PowerSGD with error feedback: low-rank all-reduce of gradient matrices.
+
+Source: arXiv 2102.12092, appendix E (fixed Q, epsilon shift, norm from the factors, non-finite
+rules); arXiv 1905.13727 (the method, warm start). Means over the group stand where the paper has
+sums over machines: P is orthogonalised, so its scale is immaterial, and Q carries the mean.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from core.keys import key_int
+
+SHIFT = 1e-6
+"""Added to P's diagonal, so that a zero gradient still has an orthonormal basis."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixShard:
+    """This rank's part of a gradient matrix, factored by itself."""
+
+    name: str
+    """Global parameter name; fixed Q is drawn from it, so that tied copies agree."""
+    rows: int
+    columns: int
+    shard: int = 0
+    """Which of the parameter's shards this is: each draws a Q of its own."""
+
+    @property
+    def oriented(self) -> tuple[int, int]:
+        """(short, long) side: the orthogonalisation runs over the short one."""
+        return min(self.rows, self.columns), max(self.rows, self.columns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reduced:
+    """What a reduction over the group found; the same on all of its ranks."""
+
+    gradients: dict[str, Tensor]
+    """Mean gradients: decompressed matrices, and the rest as it was sent."""
+    norm_squared: Tensor
+    """Sum of squares of all mean gradients, from the factors; infinite if any was not finite."""
+    raw_bytes: int
+    """What an uncompressed fp32 all-reduce would have carried."""
+    sent_bytes: int
+
+
+@dataclass
+class _Batch:
+    """All shards of one oriented shape, stacked, with the factors of the current update."""
+
+    members: list[MatrixShard]
+    error: Tensor
+    """(n, short, long): what earlier updates did not carry."""
+    q: Tensor
+    """(n, long, rank): what the error is multiplied by."""
+    p: Tensor = field(default_factory=lambda: torch.empty(0))
+    """(n, short, rank), orthonormal."""
+    q_mean: Tensor = field(default_factory=lambda: torch.empty(0))
+    """(n, long, rank): the mean of the transposed errors times P."""
+
+
+class PowerSGD:
+    """Keeps the error buffers and reduces gradients over one group of ranks."""
+
+    def __init__(
+        self,
+        shards: Sequence[MatrixShard],
+        *,
+        rank: int,
+        seed: int,
+        group: "dist.ProcessGroup | None",
+        warm_start: bool = False,
+        error_feedback: bool = True,
+    ) -> None:
+        """`rank` is that of a shard: the config's total rank divided by the shards.
+
+        Raises: ValueError for a rank below 1.
+        """
+        if rank < 1:
+            raise ValueError(f"a shard's rank must be at least 1, not {rank}")
+        self.rank, self._group = rank, group
+        self._size = dist.get_world_size(group) if group is not None else 1
+        self._warm, self._feedback = warm_start, error_feedback
+        by_shape: dict[tuple[int, int], list[MatrixShard]] = defaultdict(list)
+        for shard in shards:
+            by_shape[shard.oriented].append(shard)
+        self._batches = [
+            _Batch(
+                members=members,
+                error=torch.zeros(len(members), *shape),
+                q=torch.stack([_gaussian(m, shape, min(rank, shape[0]), seed) for m in members]),
+            )
+            for shape, members in by_shape.items()
+        ]
+        self.names = frozenset(shard.name for shard in shards)
+
+    @torch.no_grad()
+    def reduce(self, gradients: Mapping[str, Tensor]) -> Reduced:
+        """Average this rank's gradients over the group.
+
+        Matrices go as two factors, in one all-reduce for all P and one for all Q; everything else,
+        and the flag of non-finite gradients, in one fp32 all-reduce.
+        Shapes: a compressed gradient is (rows, columns); returns the same shapes, fp32.
+        """
+        finite = _all_finite(gradients.values())
+        if finite:
+            self._accumulate(gradients)
+        for batch in self._batches:
+            batch.p = batch.error @ batch.q
+        p_finite = self._average([batch.p for batch in self._batches])
+        for batch in self._batches:
+            batch.p = _orthonormal(batch.p)
+            batch.q_mean = batch.error.transpose(1, 2) @ batch.p
+        q_finite = self._average([batch.q_mean for batch in self._batches])
+        plain = {n: g.float() for n, g in gradients.items() if n not in self.names}
+        flag = torch.tensor([0.0 if finite else 1.0])
+        rest = [torch.nan_to_num(g, 0.0, 0.0, 0.0).clone() for g in plain.values()]
+        self._average([*rest, flag])
+        everywhere = p_finite and q_finite and float(flag) == 0.0
+        found = dict(zip(plain, rest, strict=True))
+        squares = torch.stack([t.square().sum() for t in [*rest, *self._q_means()]]).sum()
+        for batch in self._batches:
+            self._finish(batch, p_finite and q_finite, found)
+        raw = sum(gradient.numel() for gradient in gradients.values())
+        sent = sum(b.p.numel() + b.q_mean.numel() for b in self._batches)
+        sent += 1 + sum(t.numel() for t in rest)
+        return Reduced(
+            gradients=found,
+            norm_squared=squares if everywhere else torch.tensor(math.inf),
+            raw_bytes=4 * raw,
+            sent_bytes=4 * sent,
+        )
+
+    def errors(self) -> dict[str, Tensor]:
+        """The error buffers by name, as (rows, columns)."""
+        return {m.name: _turn(batch.error[i], m) for batch, i, m in self._members()}
+
+    def bases(self) -> dict[str, Tensor]:
+        """The Q of each shard by name, (long side, rank); differs from the drawn one if warm."""
+        return {m.name: batch.q[i] for batch, i, m in self._members()}
+
+    @torch.no_grad()
+    def load(self, errors: Mapping[str, Tensor], bases: Mapping[str, Tensor]) -> None:
+        """Take back what `errors` and `bases` gave."""
+        for batch, i, member in self._members():
+            batch.error[i].copy_(_turn(errors[member.name], member))
+            batch.q[i].copy_(bases[member.name])
+
+    def _members(self) -> list[tuple[_Batch, int, MatrixShard]]:
+        return [(b, i, member) for b in self._batches for i, member in enumerate(b.members)]
+
+    def _q_means(self) -> list[Tensor]:
+        return [batch.q_mean for batch in self._batches]
+
+    def _accumulate(self, gradients: Mapping[str, Tensor]) -> None:
+        for batch, i, member in self._members():
+            gradient = _turn(gradients[member.name].float(), member)
+            if self._feedback:
+                batch.error[i] += gradient
+            else:
+                batch.error[i] = gradient
+
+    def _average(self, tensors: list[Tensor]) -> bool:
+        """Average tensors in place in one all-reduce; infinities are clamped. True if finite."""
+        if not tensors:
+            return True
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        if self._group is not None:
+            dist.all_reduce(flat, group=self._group)
+            flat /= self._size
+        finite = bool(torch.isfinite(flat).all())
+        if not finite:
+            flat = torch.nan_to_num(flat)
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+        return finite
+
+    def _finish(self, batch: _Batch, finite: bool, found: dict[str, Tensor]) -> None:
+        """Hand out decompressed gradients, and keep what they lack."""
+        mean = batch.p @ batch.q_mean.transpose(1, 2)
+        for i, member in enumerate(batch.members):
+            found[member.name] = _turn(mean[i], member)
+        if finite and self._feedback:
+            batch.error -= mean
+        elif not bool(torch.isfinite(batch.error).all()):
+            batch.error.zero_()
+        if self._warm and finite:
+            batch.q = batch.q_mean.clone()
+
+
+def shard_rank(total: int, shards: int) -> int:
+    """The rank of one of m shards: the paper's 896 over 8 GPUs is 112 each."""
+    return max(1, total // shards)
+
+
+def _gaussian(shard: MatrixShard, shape: tuple[int, int], rank: int, seed: int) -> Tensor:
+    draws = torch.Generator().manual_seed(key_int(seed, shard.name, shard.shard, "powersgd"))
+    return torch.randn(shape[1], rank, generator=draws)
+
+
+def _orthonormal(p: Tensor) -> Tensor:
+    """Orthonormal columns that span P's, for a stack (n, rows, rank), by Householder."""
+    shifted = p.clone()
+    shifted.diagonal(dim1=1, dim2=2).add_(SHIFT)
+    basis: Tensor = torch.linalg.qr(shifted).Q
+    return basis
+
+
+def _turn(matrix: Tensor, shard: MatrixShard) -> Tensor:
+    """Between (rows, columns) and (short, long); its own inverse."""
+    return matrix if shard.rows <= shard.columns else matrix.transpose(-2, -1)
+
+
+def _all_finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in tensors)
