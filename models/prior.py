@@ -15,7 +15,6 @@ from models.config import PriorConfig
 from models.draws import init_normal
 from models.masks import full_mask, layer_kind
 
-INIT_STD = 0.02
 PAD = -1
 """Marks text positions behind the caption."""
 
@@ -139,9 +138,11 @@ class PriorHead(nn.Module):
         self.image = nn.Linear(config.dim, config.image_vocabulary)
 
     def forward(self, x: Tensor) -> PriorLogits:
-        x = self.norm(x)
-        text, image = x[:, : self.text_length], x[:, self.text_length :]
-        return PriorLogits(text=self.text(text), image=self.image(image))
+        """Logits in fp32, whatever the precision of the blocks (the paper, appendix D)."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = self.norm(x.float())
+            text, image = x[:, : self.text_length], x[:, self.text_length :]
+            return PriorLogits(text=self.text(text), image=self.image(image))
 
     def image_logits(self, x: Tensor) -> Tensor:
         """Code logits of image states."""
@@ -150,13 +151,19 @@ class PriorHead(nn.Module):
 
 
 def prior_layers(config: PriorConfig, seed: int) -> list[tuple[str, nn.Module]]:
-    """The named layers of a prior, initialised by key and parameter name."""
+    """The named layers of a prior, initialised by key and parameter name.
+
+    Matrices start with a deviation of dim^-1/2 (0.016 at the paper's width), what enters the
+    residual stream with that over the root of the resblocks. A fixed 0.02 makes narrow models
+    learn slowly: docs/LOG.md.
+    """
     blocks = [PriorBlock(config, layer) for layer in range(1, config.layers + 1)]
     layers: list[tuple[str, nn.Module]] = [("embedding", PriorEmbedding(config))]
     layers += [(f"block{i:03d}", block) for i, block in enumerate(blocks)]
     layers += [("head", PriorHead(config))]
-    deep = INIT_STD / (2 * config.layers) ** 0.5
-    scales = {"out.weight": deep, "down.weight": deep, "weight": INIT_STD}
+    std = config.dim**-0.5
+    deep = std / (2 * config.layers) ** 0.5
+    scales = {"out.weight": deep, "down.weight": deep, "weight": std}
     init_normal(nn.ModuleDict(dict(layers)), seed, scales)
     return layers
 

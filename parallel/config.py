@@ -82,6 +82,9 @@ class EngineConfig:
     """What deepspeed_zero shards over the data-parallel ranks: 1 = optimiser state."""
     accumulate: int = 1
     """Micro-batches a step, on each rank."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: matmuls in bf16 with fp32 accumulation; weights, moments, norms, logits and all-reduces
+    stay fp32."""
     matmul_precision: Literal["auto", "highest", "medium"] = "auto"
     """fp32 matmuls: auto = medium where a start-up probe finds it as accurate as highest."""
 

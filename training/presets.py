@@ -33,10 +33,10 @@ def prior_tiny() -> PriorTrain:
     """About 2 million parameters over 8x8 image tokens: minutes on 2 cores."""
     return PriorTrain(
         model=PriorConfig(dim=192, heads=3, layers=4, text_length=24),
-        loop=LoopConfig(steps=450, batch=64, validate_every=150, save_every=150),
+        loop=LoopConfig(steps=1000, batch=32, validate_every=250, save_every=250),
         optim=OptimConfig(lr=2e-3, final_lr=5e-5, warmup=50),
         mesh=MeshConfig(data=2),
-        engine=EngineConfig(name="deepspeed_zero"),
+        engine=EngineConfig(name="deepspeed_zero", precision="bf16"),
     )
 
 
@@ -44,7 +44,7 @@ def clip_tiny() -> ClipTrain:
     """Two 3-layer towers of width 128."""
     return ClipTrain(
         model=ClipConfig(),
-        loop=LoopConfig(steps=300, batch=128, validate_every=100, save_every=100),
+        loop=LoopConfig(steps=240, batch=128, validate_every=80, save_every=80),
         optim=OptimConfig(lr=1e-3, final_lr=1e-5, warmup=50, beta2=0.98, clip_norm=1.0),
         mesh=MeshConfig(data=2),
     )

@@ -37,7 +37,7 @@ class DeepSpeedZeroEngine:
             raise ConfigError(
                 "deepspeed_zero needs at least 2 ranks; use --engine.name reference on one process"
             )
-        self._whole = Whole(program)
+        self._whole = Whole(program, engine.precision)
         self._names = self._whole.global_names()
         self._world = world
         config = {

@@ -36,16 +36,18 @@ class Program:
 class Whole(nn.Module):
     """A program run on one process, layer after layer."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, precision: str) -> None:
         super().__init__()
         self.layers = program.module()
-        self._loss = program.loss
+        self._loss, self._bf16 = program.loss, precision == "bf16"
 
     def forward(self, batch: Batch) -> Losses:
         state: Any = batch
-        for layer in self.layers.values():
-            state = layer(state)
-        return self._loss(state, batch)
+        device = next(iter(batch.values())).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self._bf16):
+            for layer in self.layers.values():
+                state = layer(state)
+            return self._loss(state, batch)
 
     def global_names(self) -> dict[str, nn.Parameter]:
         """Global parameter name -> parameter."""

@@ -33,7 +33,7 @@ class ReferenceEngine:
     def __init__(
         self, program: Program, optim: OptimConfig, engine: EngineConfig, world: World
     ) -> None:
-        self._whole = Whole(program)
+        self._whole = Whole(program, engine.precision)
         self._names = self._whole.global_names()
         self._ordered = [self._names[name] for name in sorted(self._names)]
         self._optimizer = build_adamw(self._names, optim)
