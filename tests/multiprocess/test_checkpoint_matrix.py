@@ -17,6 +17,7 @@ FLAGS = [
     "--loop.keep=9",
     "--order.block=8",
     "--optim.warmup=2",
+    "--engine.precision=fp32",
     "--engine.matmul-precision=highest",
 ]
 MESHES = {

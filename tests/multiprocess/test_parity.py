@@ -19,6 +19,7 @@ FLAGS = [
     "--optim.warmup=5",
     "--optim.clip-norm=0.5",
     "--optim.lr=4.5e-4",
+    "--engine.precision=fp32",
     "--engine.matmul-precision=highest",
     "--model.layers=4",
 ]
@@ -86,10 +87,11 @@ def test_accumulated_micro_batches_give_the_same(
 def test_picture_stages_do_not_depend_on_the_ranks(
     stage: str, steps: int, raw: Path, bpe: Path, tmp_path: Path
 ) -> None:
-    """The dVAE is compared over 3 steps: |logit x - mu| has kinks, and where mu starts at the
-    median of a flat background, rounding decides the sign of a pixel's gradient."""
+    """The dVAE is compared over 3 steps, with an epsilon that keeps AdamW from amplifying tiny
+    gradients: later, one process with two threads differs as much from one with one (docs/LOG.md).
+    """
     flags = [*FLAGS[:-1], f"--data={raw}", f"--loop.steps={steps}"]
-    flags += [f"--bpe={bpe}"] if stage == "clip" else []
+    flags += [f"--bpe={bpe}"] if stage == "clip" else ["--optim.eps=0.01"]
     for ranks in (1, 2):
         out = f"--out={tmp_path / str(ranks)}"
         tapir("train", stage, "tiny", *flags, out, f"--mesh.data={ranks}")
