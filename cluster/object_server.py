@@ -1,6 +1,7 @@
 """A private S3 server on free loopback ports: SeaweedFS, with credentials made for the moment."""
 
 import json
+import os
 import secrets
 import shutil
 import socket
@@ -8,17 +9,19 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.processes import start, stop
-from core.errors import ConfigError, StoreError
+from core.errors import ConfigError, StoreError, TapirError
+from core.store import S3Store
 
 READY_SECONDS = 60
+_STOP_SECONDS = 1
+"""SeaweedFS takes 15 s to leave by itself; a kill loses nothing (tests/faults)."""
+_CANARY = ".tapir-ready"
 _GRPC_OFFSET = 10_000
 """SeaweedFS listens for gRPC at each port + 10000."""
 
@@ -32,10 +35,23 @@ class ObjectServer:
     environment: dict[str, str]
     """What a client must have in its environment."""
 
+    @contextmanager
+    def credentials(self) -> Iterator[None]:
+        """Have the server's credentials in this process's environment for a moment."""
+        before = dict(os.environ)
+        os.environ.update(self.environment)
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
 
 @contextmanager
-def object_server(folder: Path) -> Iterator[ObjectServer]:
+def object_server(folder: Path, bucket: str) -> Iterator[ObjectServer]:
     """Serve a folder over S3 until the context ends; what is stored stays in the folder.
+
+    The bucket exists, and what an earlier server stored is readable, when the context begins.
 
     Raises: ConfigError if `weed` is not installed; StoreError if it does not come up.
     """
@@ -51,15 +67,16 @@ def object_server(folder: Path) -> Iterator[ObjectServer]:
         endpoint = f"http://127.0.0.1:{ports[3]}"
         command = _command(weed, folder.resolve(), identity, ports)
         process = start(command, folder / "weed.log")
-        stack.callback(stop, process)
-        _wait_until_ready(endpoint, process, folder / "weed.log")
+        stack.callback(stop, process, grace=_STOP_SECONDS)
         environment = {
             "AWS_ENDPOINT_URL": endpoint,
             "AWS_ACCESS_KEY_ID": access,
             "AWS_SECRET_ACCESS_KEY": secret,
             "AWS_DEFAULT_REGION": "us-east-1",
         }
-        yield ObjectServer(endpoint=endpoint, pid=process.pid, environment=environment)
+        server = ObjectServer(endpoint=endpoint, pid=process.pid, environment=environment)
+        _wait_until_ready(server, bucket, process, folder / "weed.log")
+        yield server
 
 
 def find_weed() -> str:
@@ -125,16 +142,31 @@ def _free_ports(count: int) -> list[int]:
     return found
 
 
-def _wait_until_ready(endpoint: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+def _wait_until_ready(
+    server: ObjectServer, bucket: str, process: "subprocess.Popen[bytes]", log: Path
+) -> None:
+    """Wait until an earlier server's object reads back, then until a new one does.
+
+    SeaweedFS answers seconds before its volume server has told the master what it holds.
+    """
     deadline = time.monotonic() + READY_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
+    problem: TapirError | None = None
+    while process.poll() is None and time.monotonic() < deadline:
         try:
-            urllib.request.urlopen(endpoint, timeout=2).close()
+            with server.credentials():
+                _read_back(S3Store(bucket, "", attempts=1))
             return
-        except urllib.error.HTTPError:
-            return  # it answers: without credentials it refuses, as it should
-        except OSError:
+        except TapirError as error:
+            problem = error
             time.sleep(0.1)
-    raise StoreError(f"SeaweedFS did not come up at {endpoint}; its log is {log}")
+    raise StoreError(
+        f"SeaweedFS did not come up at {server.endpoint}; its log is {log} ({problem})"
+    )
+
+
+def _read_back(store: S3Store) -> None:
+    store.make_bucket()
+    if store.exists(_CANARY):
+        store.get(_CANARY)
+    store.put(_CANARY, b"ready")
+    store.get(_CANARY)

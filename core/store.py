@@ -109,11 +109,11 @@ class FolderStore:
 class S3Store:
     """A prefix of an S3 bucket."""
 
-    def __init__(self, bucket: str, prefix: str) -> None:
+    def __init__(self, bucket: str, prefix: str, attempts: int = 6) -> None:
         self.bucket, self.prefix = bucket, prefix.strip("/")
         self.url = f"s3://{bucket}/{self.prefix}".rstrip("/")
         self._bucket_seen = False
-        retries: Any = {"mode": "adaptive", "total_max_attempts": 6}
+        retries: Any = {"mode": "adaptive", "total_max_attempts": attempts}
         region = os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
         path_style: Any = {"addressing_style": "path"}
         config = Config(

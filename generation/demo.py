@@ -4,8 +4,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +40,7 @@ def run_demo(config: DemoConfig) -> Path:
     folder = config.folder
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    with object_server(folder / "store") as server:
-        _make_bucket(server)
+    with object_server(folder / "store", BUCKET) as server:
         stages = demo_stages(config)
         for stage in stages:
             _run(stage, folder, server)
@@ -145,29 +142,12 @@ def _wait(stage: Stage, running: list[Any], log: Path) -> None:
         time.sleep(0.5 if waiting else 0)
 
 
-def _make_bucket(server: ObjectServer) -> None:
-    with _credentials(server):
-        S3Store(BUCKET, "").make_bucket()
-
-
 def _copy_manifests(name: str, folder: Path, server: ObjectServer) -> None:
-    with _credentials(server):
+    with server.credentials():
         store = S3Store(BUCKET, "raw" if name == "pack" else "tokens")
         for split in ("train", "validation"):
             data = store.get(f"{split}/manifest.json")
             write_atomic(folder / name / f"{split}-manifest.json", data)
-
-
-@contextmanager
-def _credentials(server: ObjectServer) -> Iterator[None]:
-    """Have the server's credentials in the environment for a moment."""
-    before = dict(os.environ)
-    os.environ.update(server.environment)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def _seconds(folder: Path) -> dict[str, float]:

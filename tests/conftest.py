@@ -47,5 +47,5 @@ def tokens(raw: Path, bpe: Path, dvae: Path, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectServer]:
     """A real SeaweedFS on loopback."""
-    with object_server(tmp_path_factory.mktemp("weed")) as server:
+    with object_server(tmp_path_factory.mktemp("weed"), "tapir-tests") as server:
         yield server
