@@ -21,6 +21,7 @@ from core.store import S3Store
 READY_SECONDS = 60
 _STOP_SECONDS = 1
 """SeaweedFS takes 15 s to leave by itself; a kill loses nothing (tests/faults)."""
+_IDENTITIES = "s3.json"
 _CANARY = ".tapir-ready"
 _GRPC_OFFSET = 10_000
 """SeaweedFS listens for gRPC at each port + 10000."""
@@ -60,13 +61,14 @@ def object_server(folder: Path, bucket: str) -> Iterator[ObjectServer]:
     access, secret = secrets.token_hex(10), secrets.token_hex(20)
     with ExitStack() as stack:
         private = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tapir-s3-")))
-        identity = private / "s3.json"
+        identity = private / _IDENTITIES
         identity.touch(mode=0o600)
         identity.write_text(json.dumps(_identities(access, secret)))
         ports = _free_ports(4)
         endpoint = f"http://127.0.0.1:{ports[3]}"
-        command = _command(weed, folder.resolve(), identity, ports)
+        command = _command(weed, folder.resolve(), private, ports)
         process = start(command, folder / "weed.log")
+        stack.callback(_remove_sockets, ports)
         stack.callback(stop, process, grace=_STOP_SECONDS)
         environment = {
             "AWS_ENDPOINT_URL": endpoint,
@@ -94,7 +96,7 @@ def _identities(access: str, secret: str) -> dict[str, object]:
     return {"identities": [{"name": "tapir", "credentials": credentials, "actions": actions}]}
 
 
-def _command(weed: str, folder: Path, identity: Path, ports: list[int]) -> list[str]:
+def _command(weed: str, folder: Path, private: Path, ports: list[int]) -> list[str]:
     master, volume, filer, s3 = ports
     return [
         weed,
@@ -117,8 +119,17 @@ def _command(weed: str, folder: Path, identity: Path, ports: list[int]) -> list[
         f"-s3.port={s3}",
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
-        f"-s3.config={identity}",
+        f"-s3.config={private / _IDENTITIES}",
+        f"-s3.localSocket={private / 's3.sock'}",
+        f"-filer.localSocket={private / 'filer.sock'}",
     ]
+
+
+def _remove_sockets(ports: list[int]) -> None:
+    """Delete the sockets that a killed SeaweedFS leaves at places it does not let us choose."""
+    for port in ports:
+        for path in Path("/tmp").glob(f"seaweedfs-*-grpc-{port + _GRPC_OFFSET}.sock"):
+            path.unlink(missing_ok=True)
 
 
 def _free_ports(count: int) -> list[int]:

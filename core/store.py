@@ -25,6 +25,7 @@ from core.files import TEMPORARY, write_atomic
 
 _MISSING = ("404", "NoSuchKey", "NotFound")
 _OURS_ALREADY = ("BucketAlreadyExists", "BucketAlreadyOwnedByYou")
+_WRONG_FOLDER = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _DENIED = ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch")
 
 
@@ -80,6 +81,8 @@ class FolderStore:
                 return False
             finally:
                 staged.unlink(missing_ok=True)
+        except _WRONG_FOLDER as error:
+            raise StoreInputError(f"{self.root} cannot be written to: {error.strerror}") from error
         except OSError as error:
             raise StoreError(f"cannot write {path}: {error}") from error
         return True

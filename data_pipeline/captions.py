@@ -17,11 +17,10 @@ def clean_caption(raw: bytes, where: str) -> str:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(
-            f"the caption of {where} is not UTF-8 (byte {error.start}); convert the file, or pass "
-            "--max-rejects 0.01 to leave such pairs out"
+            f"the caption of {where} is not UTF-8 (byte {error.start}); convert the file"
         ) from error
     visible = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in text[:LONGEST])
     folded = " ".join(visible.split()).lower()
     if not folded:
-        raise InputError(f"the caption of {where} is empty; write one, or pass --max-rejects 0.01")
+        raise InputError(f"the caption of {where} is empty; write one")
     return folded

@@ -6,7 +6,7 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from core.errors import InputError
 
@@ -33,6 +33,10 @@ def decode_rgb(data: bytes, where: str) -> NDArray[np.uint8]:
                 white = Image.new("RGBA", colours.size, "white")
                 return np.asarray(Image.alpha_composite(white, colours).convert("RGB"))
             return np.asarray(upright.convert("RGB"))
+    except UnidentifiedImageError as error:
+        raise InputError(f"{where} is no PNG, JPEG or WebP, or its start is damaged") from error
+            f"{where} is no PNG, JPEG or WebP image, or its start is damaged"
+        ) from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{where} is no readable PNG, JPEG or WebP image: {error}") from error
 

@@ -84,6 +84,7 @@ def pack(source: str, store: Store, config: PackConfig) -> dict[str, Manifest]:
     if finished:
         LOG.info("%s already holds this data set", store.url)
         return finished
+    store.put(REJECTS, b"")  # a DEST that cannot be written to fails now, not after the work
     splits = {name: _Split(store, name, config) for name in SPLITS}
     rejects: list[dict[str, str]] = []
     seen = _fill(source, config, splits, rejects)
@@ -131,7 +132,9 @@ def _checked(
             decode_rgb(pair.image, pair.where)
         except InputError as error:
             if config.max_rejects == 0:
-                raise
+                raise InputError(
+                    f"{error}; to leave unusable pairs out and count them, pass --max-rejects 0.01"
+                ) from error
             rejects.append({"key": pair.key, "kind": kind, "reason": str(error)})
             continue
         yield pair, caption

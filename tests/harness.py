@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,13 @@ def start_tapir(*arguments: str, log: Path) -> "subprocess.Popen[bytes]":
             stderr=subprocess.STDOUT,
             env=ENVIRONMENT,
             start_new_session=True,
+            preexec_fn=_heed_interrupts,
         )
+
+
+def _heed_interrupts() -> None:
+    """A background job of a shell inherits SIGINT as ignored; what a test starts must not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def processes_with(text: str) -> list[int]:
