@@ -35,8 +35,6 @@ def decode_rgb(data: bytes, where: str) -> NDArray[np.uint8]:
             return np.asarray(upright.convert("RGB"))
     except UnidentifiedImageError as error:
         raise InputError(f"{where} is no PNG, JPEG or WebP, or its start is damaged") from error
-            f"{where} is no PNG, JPEG or WebP image, or its start is damaged"
-        ) from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{where} is no readable PNG, JPEG or WebP image: {error}") from error
 
