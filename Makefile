@@ -8,7 +8,8 @@ OUT ?= $(if $(filter shapes,$(DATA)),runs/demo,runs/demo-$(DATA))
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
-SYSTEM := npm
+# program:package
+SYSTEM := npm:npm ip:iproute2
 
 .PHONY: install system demo test test-fast check faults soak matrix slurm bench clean
 
@@ -26,21 +27,22 @@ $(DEV_STAMP): $(STAMP) requirements-dev.txt
 
 # System packages: installed when we may (root with apt), else named; tests that need them then skip.
 system:
-	@for program in $(SYSTEM); do \
+	@for pair in $(SYSTEM); do \
+		program=$${pair%%:*}; package=$${pair##*:}; \
 		command -v $$program >/dev/null && continue; \
 		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y $$program; \
-		else echo "missing: apt install $$program"; fi; \
+			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y $$package; \
+		else echo "missing: apt install $$package"; fi; \
 	done
 
 demo: $(STAMP) $(if $(filter emoji,$(DATA)),system)
-	$(BIN)/tapir demo --data $(DATA) --out $(OUT)
+	$(BIN)/tapir demo --data $(DATA) --out $(OUT) $(if $(MESH),--mesh $(MESH))
 
 test: $(DEV_STAMP) system
 	$(BIN)/python -m pytest
 
 test-fast: $(DEV_STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not big"
 
 check: $(DEV_STAMP)
 	$(BIN)/ruff check .
@@ -57,9 +59,12 @@ soak: $(DEV_STAMP)
 
 matrix: $(DEV_STAMP)
 	$(BIN)/python -m pytest tests/multiprocess/test_checkpoint_matrix.py -v
+	$(BIN)/python -m pytest tests/multiprocess/test_paper_block.py -v -m big
 
-bench: $(DEV_STAMP)
+bench: $(DEV_STAMP) system
 	$(BIN)/python -m bench engines --json
+	$(BIN)/python -m bench parity --json
+	$(BIN)/python -m bench network --json
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -4,7 +4,7 @@ import difflib
 import importlib
 import sys
 
-from core.errors import EXIT_FAILED, EXIT_WRONG_INPUT, TapirError
+from core.errors import EXIT_FAILED, EXIT_WRONG_INPUT, TapirError, of_files
 
 VERBS = {
     "demo": ("generation.commands:demo", "the whole way on this machine; ends with report.html"),
@@ -14,6 +14,7 @@ VERBS = {
     "sample": ("generation.commands:sample", "captions -> candidates, reranked, as a PNG grid"),
     "evaluate": ("generation.commands:evaluate", "caption accuracy for best-of-N on shapes"),
     "report": ("generation.commands:report", "write a demo folder's report.html again"),
+    "diverge": ("training.commands:diverge", "the first tensor in which two runs differ"),
     "verify": ("training.commands:verify", "check every digest of a data set or checkpoint"),
 }
 
@@ -35,10 +36,13 @@ def main() -> None:
         getattr(importlib.import_module(module), function)(rest)
     except TapirError as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted; all processes were ended", 130)
     except BrokenPipeError:
         sys.exit(EXIT_FAILED)
+    except OSError as error:
+        wrong = of_files(error)
+        _fail(str(wrong), wrong.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; all processes were ended", 130)
 
 
 def _help() -> str:
@@ -46,7 +50,7 @@ def _help() -> str:
     return (
         "usage: tapir VERB [--help] ...\n\n"
         "Train DALL-E-class text-to-image models, from raw pairs to ranked pictures.\n\n"
-        f"{rows}\n\nEvery verb has --help. Exit codes: 0 done, 2 wrong input, 1 failed."
+        f"{rows}\n\nEvery verb has --help. Exit codes: 0 done, 2 wrong input, 130 Ctrl-C, 1 failed."
     )
 
 

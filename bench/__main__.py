@@ -6,9 +6,15 @@ import os
 import platform
 import sys
 
-from bench import engines
+from bench import compression, engines, network, parity, scales
 
-BENCHES = {"engines": engines.run}
+BENCHES = {
+    "compression": compression.run,
+    "engines": engines.run,
+    "network": network.run,
+    "parity": parity.run,
+    "scales": scales.run,
+}
 
 
 def main() -> None:
@@ -22,7 +28,7 @@ def main() -> None:
     for row in rows:
         low, high = row["spread"]
         print(
-            f"{row['name']:<40} {row['value']:>10.1f} {row['unit']}  "
+            f"{row['name']:<40} {row['value']:>10.4g} {row['unit']}  "
             f"{row['ratio']:.2f}x of {row['baseline']} [{low:.2f}, {high:.2f}]",
             file=sys.stderr,
         )

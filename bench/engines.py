@@ -5,11 +5,11 @@ Each round trains the tiny prior for some steps under every engine in turn, on t
 
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from bench.tokens import make_tokens, run_tapir
 
 ROUNDS = 3
 STEPS = 25
@@ -25,18 +25,11 @@ def run() -> list[dict[str, Any]]:
     """One row an engine; ratio > 1 means faster than the reference on one process."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _tapir("pack", "shapes", str(folder / "raw"), "--count=1500", "--validation=0.1")
-        _tapir("train", "bpe", "tiny", f"--data={folder / 'raw'}", f"--out={folder / 'bpe'}")
-        short = ["--loop.steps=4", "--order.block=16"]
-        _tapir(
-            "train", "dvae", "tiny", f"--data={folder / 'raw'}", f"--out={folder / 'dvae'}", *short
-        )
-        models = [f"--dvae={folder / 'dvae'}", f"--bpe={folder / 'bpe'}", "--block=16"]
-        _tapir("tokenize", str(folder / "raw"), str(folder / "tokens"), *models)
+        tokens = make_tokens(folder, 1500, 4)
         rates: dict[str, list[float]] = {name: [] for name in ENGINES}
         for i in range(ROUNDS):
             for engine, flags in ENGINES.items():
-                rates[engine].append(_rate(folder, folder / f"{i}-{flags[0]}-{flags[1]}", flags))
+                rates[engine].append(_rate(tokens, folder / f"{i}-{flags[0]}-{flags[1]}", flags))
     baseline = next(iter(ENGINES))
     rows = []
     for engine, values in rates.items():
@@ -54,13 +47,9 @@ def run() -> list[dict[str, Any]]:
     return rows
 
 
-def _rate(folder: Path, out: Path, flags: list[str]) -> float:
+def _rate(tokens: str, out: Path, flags: list[str]) -> float:
     length = [f"--loop.steps={STEPS}", "--loop.log-every=1", "--loop.validation-samples=16"]
-    _tapir("train", "prior", "tiny", f"--data={folder / 'tokens'}", f"--out={out}", *length, *flags)
+    run_tapir("train", "prior", "tiny", f"--data={tokens}", f"--out={out}", *length, *flags)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     train = [row["tokens_per_second"] for row in rows if "split" not in row]
     return statistics.median(train[-COUNTED:])
-
-
-def _tapir(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "tapir", *arguments], check=True, capture_output=True)

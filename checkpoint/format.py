@@ -16,7 +16,8 @@ from torch import Tensor
 MANIFEST = "manifest.json"
 VERSION = 1
 KINDS = ("master", "exp_avg", "exp_avg_sq", "step")
-"""fp32 weights, AdamW's moments, and the optimiser's step count."""
+"""fp32 weights, AdamW's moments, and the optimiser's step count. Compression adds `error@R`, the
+error buffer of replica R, and `basis`, a warm-started Q."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class StateSlice:
     name: str
     """Global parameter name."""
     kind: str
-    """One of KINDS."""
+    """One of KINDS, `error@R` or `basis`."""
     shape: tuple[int, ...]
     """Shape of the global tensor."""
     box: tuple[tuple[int, int], ...]
@@ -51,6 +52,9 @@ class Reader(Protocol):
 
     def tensor(self, name: str, kind: str) -> Tensor:
         """The whole global tensor, float32; CheckpointError if parts are missing."""
+
+    def kinds(self, name: str) -> list[str]:
+        """What is stored of one parameter."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Global shape of every parameter."""

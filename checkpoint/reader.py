@@ -44,6 +44,10 @@ class CheckpointReader:
             if kind == "master"
         }
 
+    def kinds(self, name: str) -> list[str]:
+        """What is stored of one parameter."""
+        return sorted(kind for known, kind in self._parts if known == name)
+
     def tensor(self, name: str, kind: str) -> Tensor:
         """Put the slices of one global tensor together.
 

@@ -4,9 +4,13 @@ Ranks start from a forkserver that has imported torch once. Each writes its erro
 first one that fails decides the message and the exit code. No rank outlives the launcher.
 """
 
+import atexit
+import functools
 import importlib
 import multiprocessing
+import multiprocessing.process
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -17,12 +21,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cluster.processes import die_with, die_with_parent
-from core.errors import EXIT_FAILED, EXIT_WRONG_INPUT, RankError, TapirError
-from core.log import LOG, set_up_logging
+from cluster.processes import die_with, die_with_parent, is_stopped
+from core.errors import EXIT_FAILED, EXIT_WRONG_INPUT, RankError, TapirError, of_files
+from core.files import private_folder
+from core.log import set_up_logging
 
 GRACE = 5.0
 """Seconds between TERM and KILL."""
+STOPPED_SECONDS = 10.0
+"""A rank that is stopped (SIGSTOP) for so long counts as lost."""
 
 
 class RankInputError(RankError):
@@ -40,7 +47,7 @@ def launch(target: str, payload: str, ranks: int, preload: list[str]) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(preload)
-    with tempfile.TemporaryDirectory(prefix="tapir-ranks-") as folder, _terminable():
+    with tempfile.TemporaryDirectory(dir=_session_folder()) as folder, _terminable():
         started: list[Any] = []
         try:
             for rank in range(ranks):
@@ -53,19 +60,46 @@ def launch(target: str, payload: str, ranks: int, preload: list[str]) -> None:
             _end(started)
 
 
+@functools.cache
+def _session_folder() -> Path:
+    """This process's temporary folder; the forkserver's socket lies there too."""
+    folder = private_folder("tapir-ranks")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    multiprocessing.process.current_process()._config["tempdir"] = str(folder)  # type: ignore[attr-defined]
+    return folder
+
+
 def _wait(processes: list[Any], folder: Path) -> None:
     waiting = {process.sentinel: rank for rank, process in enumerate(processes)}
+    stopped: dict[int, float] = {}
     while waiting:
-        for sentinel in connection.wait(list(waiting)):
+        _refuse_stopped(processes, stopped)
+        for sentinel in connection.wait(list(waiting), timeout=STOPPED_SECONDS / 4):
             rank = waiting.pop(sentinel)  # type: ignore[arg-type]
             processes[rank].join()
             code = processes[rank].exitcode
             if code:
-                raise _explain(rank, len(processes), code, folder)
+                raise _explain(rank, processes, folder)
 
 
-def _explain(rank: int, ranks: int, code: int, folder: Path) -> TapirError:
-    time.sleep(0.2)  # a rank that failed first may still be writing its reason
+def _refuse_stopped(processes: list[Any], since: dict[int, float]) -> None:
+    """Raise RankError for a rank that has been stopped too long; the others wait for it."""
+    for rank, process in enumerate(processes):
+        if not is_stopped(process.pid):
+            since.pop(rank, None)
+        elif time.monotonic() - since.setdefault(rank, time.monotonic()) > STOPPED_SECONDS:
+            raise RankError(
+                f"rank {rank} of {len(processes)} is stopped (SIGSTOP) since {STOPPED_SECONDS:.0f} "
+                "s; all ranks were ended; the same command goes on from the last checkpoint"
+            )
+
+
+def _explain(rank: int, processes: list[Any], folder: Path) -> TapirError:
+    """Say why the world ended: a signal counts first, its victims' errors follow from it."""
+    time.sleep(0.2)  # a rank that failed first may still be writing its reason, or dying
+    killed = [i for i, process in enumerate(processes) if (process.exitcode or 0) < 0]
+    rank = killed[0] if killed else rank
+    code, ranks = processes[rank].exitcode, len(processes)
     reasons = sorted(folder.glob("error-*.txt"), key=lambda path: path.stat().st_mtime_ns)
     if code > 0 and reasons:
         text = reasons[0].read_text()
@@ -123,10 +157,10 @@ def _run_rank(target: str, payload: str, rank: int, ranks: int, folder: str) -> 
     try:
         module, function = target.split(":")
         getattr(importlib.import_module(module), function)(payload)
-    except TapirError as error:
-        Path(folder, f"error-{rank}.txt").write_text(str(error))
-        LOG.debug("rank %d: %s", rank, error)
-        sys.exit(error.exit_code)
+    except (TapirError, OSError) as error:
+        known = error if isinstance(error, TapirError) else of_files(error)
+        Path(folder, f"error-{rank}.txt").write_text(str(known))
+        sys.exit(known.exit_code)
     except Exception:
         Path(folder, f"error-{rank}.txt").write_text(traceback.format_exc())
         sys.exit(EXIT_FAILED)

@@ -16,12 +16,14 @@ from pathlib import Path
 
 from cluster.processes import start, stop
 from core.errors import ConfigError, StoreError, TapirError
+from core.files import private_folder
 from core.store import S3Store
 
 READY_SECONDS = 60
 _STOP_SECONDS = 1
 """SeaweedFS takes 15 s to leave by itself; a kill loses nothing (tests/faults)."""
-_IDENTITIES = "s3.json"
+_PRIVATE = "tapir-s3"
+_IDENTITIES, _PORTS = "s3.json", "ports.json"
 _CANARY = ".tapir-ready"
 _GRPC_OFFSET = 10_000
 """SeaweedFS listens for gRPC at each port + 10000."""
@@ -60,11 +62,14 @@ def object_server(folder: Path, bucket: str) -> Iterator[ObjectServer]:
     folder.mkdir(parents=True, exist_ok=True)
     access, secret = secrets.token_hex(10), secrets.token_hex(20)
     with ExitStack() as stack:
-        private = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tapir-s3-")))
+        _sweep_sockets()
+        private = private_folder(_PRIVATE)
+        stack.callback(shutil.rmtree, private, ignore_errors=True)
         identity = private / _IDENTITIES
         identity.touch(mode=0o600)
         identity.write_text(json.dumps(_identities(access, secret)))
         ports = _free_ports(4)
+        (private / _PORTS).write_text(json.dumps(ports))
         endpoint = f"http://127.0.0.1:{ports[3]}"
         command = _command(weed, folder.resolve(), private, ports)
         process = start(command, folder / "weed.log")
@@ -123,6 +128,14 @@ def _command(weed: str, folder: Path, private: Path, ports: list[int]) -> list[s
         f"-s3.localSocket={private / 's3.sock'}",
         f"-filer.localSocket={private / 'filer.sock'}",
     ]
+
+
+def _sweep_sockets() -> None:
+    """Delete the sockets of servers whose owner was killed."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_PRIVATE}-*/{_PORTS}"):
+        owner = left.parent.name.removeprefix(f"{_PRIVATE}-").split("-")[0]
+        if not Path(f"/proc/{owner}").exists():
+            _remove_sockets(json.loads(left.read_text()))
 
 
 def _remove_sockets(ports: list[int]) -> None:

@@ -29,6 +29,15 @@ def die_with(sentinel: Any) -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
+def is_stopped(pid: int) -> bool:
+    """Say whether a process (Linux) was stopped by a signal."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] == "T"
+
+
 def start(
     command: Sequence[str], log: Path, environment: dict[str, str] | None = None
 ) -> subprocess.Popen[bytes]:

@@ -45,5 +45,23 @@ class CheckpointError(TapirError):
     """A checkpoint cannot be read or does not fit the model."""
 
 
+_WRONG_PATHS = (
+    PermissionError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+)
+
+
+def of_files(error: OSError) -> TapirError:
+    """Say what the file system refused: a wrong path is wrong input, a full disk is not."""
+    where = f" {error.filename}" if error.filename else ""
+    reason = error.strerror or str(error)
+    if isinstance(error, _WRONG_PATHS):
+        return InputError(f"cannot use the path{where}: {reason}; give another one")
+    return TapirError(f"cannot read or write{where}: {reason}; what was finished before is whole")
+
+
 class RankError(TapirError):
     """A rank died or failed; the message names it."""

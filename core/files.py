@@ -1,17 +1,24 @@
 """Files that appear whole or not at all, with digests computed before they are written."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from core.errors import CorruptError
+from core.errors import CorruptError, InputError
 
 Json = dict[str, Any]
 _SELF_DIGEST = "digest"
 TEMPORARY = ".tmp-"
+LOCK = ".lock"
 
 
 def sha256(data: bytes) -> str:
@@ -41,6 +48,16 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.close(folder)
 
 
+def refuse_folder(path: Path) -> None:
+    """Make sure that a file can be written at a path, before the work that fills it.
+
+    Raises: OSError if its folder cannot be made, or there is a folder of that name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+
+
 def canonical_json(value: Json) -> bytes:
     """The one byte string of a JSON object: sorted keys, no spaces that vary."""
     return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
@@ -65,10 +82,41 @@ def unseal(data: bytes, where: str) -> Json:
         intact = False
     if not intact:
         raise CorruptError(
-            f"{where} is damaged: its digest does not match its content; restore it or make it "
-            "again with the command that wrote it"
+            f"{where} is damaged: its digest does not match its content; restore it, or make it "
+            "again by the command that wrote it (pack and tokenize: with --again)"
         )
     return body
+
+
+@contextmanager
+def held(folder: Path, what: str) -> Iterator[None]:
+    """Hold a folder, which is made if need be, for one process at a time.
+
+    Raises: InputError if another process holds it, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK, "w")  # noqa: SIM115 - held as long as the context
+    except OSError as error:
+        raise InputError(f"cannot write the folder {folder}: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"another {what} is working in {folder}; wait for it or give another --out"
+            ) from error
+        yield
+
+
+def private_folder(purpose: str) -> Path:
+    """Make a temporary folder for this process, and delete those whose process is gone."""
+    root = Path(tempfile.gettempdir())
+    for path in root.glob(f"{purpose}-*-*"):
+        owner = path.name.removeprefix(f"{purpose}-").split("-")[0]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            shutil.rmtree(path, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{purpose}-{os.getpid()}-"))
 
 
 def remove_leftovers(folder: Path) -> int:

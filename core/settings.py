@@ -19,6 +19,8 @@ def to_json(config: Any) -> Any:
         return str(config)
     if isinstance(config, list | tuple):
         return [to_json(item) for item in config]
+    if isinstance(config, dict):
+        return {name: to_json(item) for name, item in config.items()}
     return config
 
 

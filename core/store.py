@@ -18,6 +18,7 @@ from botocore.exceptions import (
     ClientError,
     EndpointConnectionError,
     NoCredentialsError,
+    ParamValidationError,
 )
 
 from core.errors import ConfigError, StoreError, StoreInputError
@@ -45,6 +46,9 @@ class Store(Protocol):
 
     def exists(self, name: str) -> bool:
         """Say whether there is such an object."""
+
+    def delete(self, name: str) -> None:
+        """Remove an object, if there is one."""
 
     def etag(self, name: str) -> str:
         """The store's version mark of an object."""
@@ -99,6 +103,9 @@ class FolderStore:
     def exists(self, name: str) -> bool:
         return self._path(name).is_file()
 
+    def delete(self, name: str) -> None:
+        self._path(name).unlink(missing_ok=True)
+
     def etag(self, name: str) -> str:
         return hashlib.md5(self.get(name), usedforsecurity=False).hexdigest()
 
@@ -122,7 +129,12 @@ class S3Store:
         config = Config(
             retries=retries, connect_timeout=10, read_timeout=60, s3=path_style, region_name=region
         )
-        self._client = boto3.session.Session().client("s3", config=config)
+        try:
+            self._client = boto3.session.Session().client("s3", config=config)
+        except ValueError as error:
+            raise StoreInputError(
+                f"AWS_ENDPOINT_URL is wrong ({error}); write it as http://host:port"
+            ) from error
 
     def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
         if length == 0:
@@ -156,6 +168,10 @@ class S3Store:
 
     def exists(self, name: str) -> bool:
         return self._head(name) is not None
+
+    def delete(self, name: str) -> None:
+        with self._explained(name):
+            self._client.delete_object(Bucket=self.bucket, Key=self._key(name))
 
     def etag(self, name: str) -> str:
         head = self._head(name)
@@ -221,6 +237,8 @@ class S3Store:
             raise StoreInputError(
                 f"no credentials for {self.url}; export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             ) from error
+        except ParamValidationError as error:
+            raise StoreInputError(f"{self.url} is no valid bucket or key: {error}") from error
         except EndpointConnectionError as error:
             raise StoreInputError(
                 f"nothing answers for {self.url}; check AWS_ENDPOINT_URL ({error})"

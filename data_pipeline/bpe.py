@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from core.errors import InputError
+from core.errors import CorruptError, InputError
 from core.files import sha256, write_atomic
 
 FILE = "tokenizer.json"
@@ -44,13 +44,18 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 def load_tokenizer(folder: Path) -> tuple[Tokenizer, str]:
     """Read tokenizer.json; returns it with its sha256.
 
-    Raises: InputError if there is none.
+    Raises: InputError if there is none; CorruptError if it cannot be read.
     """
     path = folder / FILE
     if not path.is_file():
         raise InputError(f"there is no {path}; make it with `tapir train bpe`")
     data = path.read_bytes()
-    return Tokenizer.from_str(data.decode()), sha256(data)
+    try:
+        return Tokenizer.from_str(data.decode()), sha256(data)
+    except Exception as error:  # the library raises nothing more precise
+        raise CorruptError(
+            f"{path} is no tokenizer ({error}); make it again with `tapir train bpe`"
+        ) from error
 
 
 def encode(tokenizer: Tokenizer, caption: str) -> list[int]:

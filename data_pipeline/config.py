@@ -33,8 +33,8 @@ class PackConfig:
             found.append("shard_pairs and shard_megabytes must be at least 1")
         if not 0 <= self.max_rejects < 1:
             found.append(f"max_rejects={self.max_rejects} is a share; it must lie in [0, 1)")
-        if self.count < 0 or self.pixels < 16:
-            found.append("count must not be negative, and pixels be at least 16")
+        if self.count < 0 or not 16 <= self.pixels <= 1024:
+            found.append("count must not be negative, and pixels be 16 to 1024")
         return found
 
 
@@ -50,20 +50,20 @@ class OrderConfig:
     """Records a block, read by one request."""
 
     def problems(self, global_batch: int, ranks: int) -> list[str]:
+        if min(self.lanes, self.window, self.block) < 1:
+            return ["order.lanes, order.window and order.block must be at least 1"]
+        lanes = self.lanes if self.lanes % ranks == 0 else ranks * max(1, self.lanes // ranks)
+        batch = max(lanes, round(global_batch / lanes) * lanes)
+        advice = f"try --order.lanes {lanes} --loop.batch {batch}"
         found = []
-        if global_batch % self.lanes:
-            near = max(self.lanes, round(global_batch / self.lanes) * self.lanes)
-            found.append(
-                f"order.lanes={self.lanes} does not divide loop.batch={global_batch}; "
-                f"try loop.batch={near}"
-            )
         if self.lanes % ranks:
             found.append(
-                f"{ranks} data-parallel ranks do not divide order.lanes={self.lanes}; "
-                f"try order.lanes={ranks * max(1, self.lanes // ranks)}"
+                f"{ranks} data-parallel ranks do not divide order.lanes={self.lanes}; {advice}"
             )
-        if min(self.lanes, self.window, self.block) < 1:
-            found.append("order.lanes, order.window and order.block must be at least 1")
+        elif global_batch % self.lanes:
+            found.append(
+                f"order.lanes={self.lanes} does not divide loop.batch={global_batch}; {advice}"
+            )
         return found
 
 

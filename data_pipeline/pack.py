@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from core.errors import InputError
+from core.errors import InputError, TapirError
+from core.files import canonical_json
 from core.keys import key_fraction
 from core.log import LOG, progress
 from core.settings import check, to_json
@@ -16,11 +17,11 @@ from data_pipeline.config import PackConfig
 from data_pipeline.images import decode_rgb
 from data_pipeline.manifest import NAME, RAW, Manifest, Shard, read_manifest, write_manifest
 from data_pipeline.shards import build_tar, list_members, put_shard
-from data_pipeline.sources.catalogue import SHAPES_COUNT, open_source
+from data_pipeline.sources.catalogue import SHAPES_COUNT, open_source, source_content
 from data_pipeline.sources.pair import Pair
 
 SPLITS = ("train", "validation")
-REJECTS = "rejects.jsonl"
+REJECTS, REQUEST = "rejects.jsonl", "request.json"
 
 
 class _Split:
@@ -73,18 +74,34 @@ def index_pairs(tar: bytes) -> dict[str, Any]:
     return {"samples": len(pairs), "pairs": pairs}
 
 
-def pack(source: str, store: Store, config: PackConfig) -> dict[str, Manifest]:
+def pack(source: str, store: Store, config: PackConfig, again: bool = False) -> dict[str, Manifest]:
     """Write SRC's pairs to the store; finished work with the same settings is kept.
 
+    `again` writes all of it anew, which mends damaged shards: the same SRC gives the same bytes.
     Raises: InputError for unusable pairs beyond max_rejects, or if DEST holds other data.
     """
     check(config.problems())
-    request = {"source": source, "config": {**to_json(config), "cache": ""}}
-    finished = _finished(store, request)
+    request = {
+        "source": source,
+        "content": source_content(source),
+        "config": {**to_json(config), "cache": ""},
+    }
+    mine = _claim(store, request)
+    finished = {} if again else _finished(store)
     if finished:
         LOG.info("%s already holds this data set", store.url)
         return finished
-    store.put(REJECTS, b"")  # a DEST that cannot be written to fails now, not after the work
+    try:
+        return _write(source, store, config, request)
+    except TapirError:
+        if mine:
+            store.delete(REQUEST)  # what was refused may be mended and packed here
+        raise
+
+
+def _write(
+    source: str, store: Store, config: PackConfig, request: dict[str, Any]
+) -> dict[str, Manifest]:
     splits = {name: _Split(store, name, config) for name in SPLITS}
     rejects: list[dict[str, str]] = []
     seen = _fill(source, config, splits, rejects)
@@ -149,17 +166,29 @@ def _refuse_empty(splits: dict[str, _Split], seen: int, config: PackConfig) -> N
             )
 
 
-def _finished(store: Store, request: dict[str, Any]) -> dict[str, Manifest]:
+def _claim(store: Store, request: dict[str, Any]) -> bool:
+    """Take DEST for this request, before any work; says whether it was free.
+
+    Raises: InputError if DEST is taken by another request; StoreError if it cannot be written.
+    """
+    wanted = canonical_json(request)
+    if store.put(REQUEST, wanted, if_absent=True):
+        return True
+    if store.get(REQUEST) == wanted:
+        return False
+    other = json.loads(store.get(REQUEST))
+    raise InputError(
+        f"{store.url} is taken by another data set ({other['source']!r}, or other settings or "
+        "content); choose an empty DEST"
+    )
+
+
+def _finished(store: Store) -> dict[str, Manifest]:
     found = {}
     for name in SPLITS:
         if not store.exists(f"{name}/{NAME}"):
             return {}
         found[name] = read_manifest(store, f"{name}/", RAW)
-        if found[name].facts["request"] != request:
-            raise InputError(
-                f"{store.url} holds another data set ({found[name].facts['request']['source']!r}, "
-                "or other settings); choose an empty DEST"
-            )
     return found
 
 

@@ -52,7 +52,7 @@ class RawSource:
                 raise CorruptError(
                     f"{self._store.url}/{self._prefix}{shard.name}: the pair {key!r} at offset "
                     f"{image_at} has crc32 {zlib.crc32(image + text):08x}, its index says "
-                    f"{crc:08x}; restore the shard or pack the data again"
+                    f"{crc:08x}; restore the shard or run its `tapir pack` with --again"
                 )
             records.append(RawRecord(key=str(key), image=image, caption=text.decode()))
         return records

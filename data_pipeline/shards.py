@@ -69,6 +69,7 @@ def read_index(store: Store, prefix: str, shard: Shard) -> Any:
     if sha256(data) != shard.index_sha256:
         raise CorruptError(
             f"{store.url}/{prefix}{shard.index_name} differs from its manifest: expected sha256 "
-            f"{shard.index_sha256}, got {sha256(data)}; pack the data again"
+            f"{shard.index_sha256}, got {sha256(data)}; mend it by the command that made it, with "
+            "--again"
         )
     return json.loads(data)

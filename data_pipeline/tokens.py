@@ -90,6 +90,6 @@ class TokenSource:
             raise CorruptError(
                 f"{self._store.url}/{self._prefix}{shard.name}: the block at offset {start} has "
                 f"crc32 {zlib.crc32(data):08x}, its index says {crc:08x}; restore the shard or "
-                "run `tapir tokenize` again"
+                "run `tapir tokenize` with --again"
             )
         return decode_block(data)

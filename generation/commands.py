@@ -1,5 +1,6 @@
 """The verbs demo, sample, evaluate and report."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -8,9 +9,10 @@ import tyro
 
 from core.cli import parse, print_json
 from core.errors import ConfigError
-from core.files import write_atomic
+from core.files import refuse_folder, write_atomic
 from core.log import LOG
 from core.settings import check
+from data_pipeline.captions import clean_caption
 from data_pipeline.images import encode_png
 from generation.config import DemoConfig
 from generation.sampling import SampleConfig
@@ -72,8 +74,10 @@ def sample(arguments: list[str]) -> None:
             raise ConfigError("--image and --keep-rows belong together: give both, or neither")
         studio = open_studio(prior, dvae, clip, bpe)
         check(config.problems(studio.sampler.config.grid))
+        refuse_folder(out)
         prompt = studio.codes_of_file(image) if image else None
-        drawn = studio.draw([caption.lower() for caption in captions], config, prompt)
+        texts = [clean_caption(os.fsencode(caption), repr(caption)) for caption in captions]
+        drawn = studio.draw(texts, config, prompt)
         grid = picture_grid([row.pictures[:show] for row in drawn], 4)
         write_atomic(out, encode_png(grid))
         print_json({row.caption: row.scores[:show].tolist() for row in drawn})
@@ -111,6 +115,7 @@ def evaluate(arguments: list[str]) -> None:
 
         if prompts < 1:
             raise ConfigError("--prompts must be at least 1")
+        out.mkdir(parents=True, exist_ok=True)
         studio = open_studio(prior, dvae, clip, bpe)
         settings = replace(config, keep_rows=0)
         figures = evaluation.evaluate(studio, data, out, prompts, settings)

@@ -13,6 +13,9 @@ class DemoConfig:
     """Generated pictures with a checker, or real emoji (through npm)."""
     out: Path | None = None
     """Folder of the demo; default runs/demo (runs/demo-emoji for emoji)."""
+    mesh: Literal["tp2pp2dp2", "1"] = "tp2pp2dp2"
+    """How the prior trains: 8 ranks with tensor, pipeline and data parallelism and compressed
+    gradients; 1 = every stage on one process."""
     size: Literal["tiny", "mini"] = "tiny"
     """tiny: minutes, pictures worth looking at. mini: a test of the plumbing."""
 

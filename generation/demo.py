@@ -10,8 +10,8 @@ from typing import Any
 
 from cluster.object_server import ObjectServer, object_server
 from cluster.processes import start, stop
-from core.errors import TapirError
-from core.files import canonical_json, write_atomic
+from core.errors import EXIT_WRONG_INPUT, InputError, TapirError
+from core.files import canonical_json, held, write_atomic
 from core.log import LOG
 from core.store import S3Store
 from generation.config import DemoConfig
@@ -22,6 +22,18 @@ BUCKET = "tapir-demo"
 RAW, TOKENS = f"s3://{BUCKET}/raw", f"s3://{BUCKET}/tokens"
 TOKEN_WORKERS = 2
 SECONDS = "seconds.json"
+MESHES = {
+    "1": ["--mesh.data=1", "--engine.name=reference"],
+    "tp2pp2dp2": [
+        "--mesh.tensor=2",
+        "--mesh.pipeline=2",
+        "--mesh.data=2",
+        "--engine.name=deepspeed_pipe",
+        "--engine.accumulate=4",
+        "--compress.rank=44",
+    ],
+}
+"""Flags of the prior; 44 is the paper's 0.226 times the width of 192."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +50,8 @@ def run_demo(config: DemoConfig) -> Path:
     Raises: TapirError naming the stage that failed, with the end of its log.
     """
     folder = config.folder
-    folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    with object_server(folder / "store", BUCKET) as server:
+    with held(folder, "demo"), object_server(folder / "store", BUCKET) as server:
         stages = demo_stages(config)
         for stage in stages:
             _run(stage, folder, server)
@@ -60,18 +71,18 @@ def demo_stages(config: DemoConfig) -> list[Stage]:
     tokenize = ["tokenize", RAW, TOKENS, f"--dvae={dvae}", f"--bpe={bpe}", *sizes["tokens"]]
     workers = [[*tokenize, f"--worker={i}/{TOKEN_WORKERS}"] for i in range(TOKEN_WORKERS)]
     raw = f"--data={RAW}"
+    alone = ["--mesh.data=1"] if config.mesh == "1" else []
+    train_dvae = ["train", "dvae", "tiny", raw, f"--out={dvae}"]
     train_prior = ["train", "prior", "tiny", f"--data={TOKENS}", f"--out={prior}"]
     train_clip = ["train", "clip", "tiny", raw, f"--out={clip}", f"--bpe={bpe}"]
     evaluate = ["evaluate", RAW, f"--out={folder / 'samples'}", *models]
     return [
         Stage(name="pack", commands=[["pack", config.data, RAW, *sizes["pack"]]]),
         Stage(name="bpe", commands=[["train", "bpe", "tiny", raw, f"--out={bpe}"]]),
-        Stage(
-            name="dvae", commands=[["train", "dvae", "tiny", raw, f"--out={dvae}", *sizes["dvae"]]]
-        ),
+        Stage(name="dvae", commands=[[*train_dvae, *sizes["dvae"], *alone]]),
         Stage(name="tokens", commands=workers),
-        Stage(name="prior", commands=[[*train_prior, *sizes["prior"]]]),
-        Stage(name="clip", commands=[[*train_clip, *sizes["clip"]]]),
+        Stage(name="prior", commands=[[*train_prior, *sizes["prior"], *MESHES[config.mesh]]]),
+        Stage(name="clip", commands=[[*train_clip, *sizes["clip"], *alone]]),
         Stage(name="samples", commands=[[*evaluate, *sizes["samples"]]]),
     ]
 
@@ -134,6 +145,11 @@ def _wait(stage: Stage, running: list[Any], log: Path) -> None:
         for line in news.decode(errors="replace").splitlines():
             LOG.info("  %s", line)
         failed = [process for process in running if process.poll() not in (None, 0)]
+        if failed and failed[0].returncode == EXIT_WRONG_INPUT:
+            raise InputError(
+                f"stage {stage.name} refused its input (above, and in {log}); mend it, or give "
+                "another --out"
+            )
         if failed:
             raise TapirError(
                 f"stage {stage.name} failed with exit code {failed[0].returncode}; its log is "
@@ -176,6 +192,7 @@ def summarise(config: DemoConfig, seconds: dict[str, float], stages: list[Stage]
         "per_position_entropy": held_out["per_position_entropy"],
         "shuffled_caption_loss": held_out["shuffled_caption_loss"],
         "tokens_per_second": rates[len(rates) // 2],
+        "compress_rank": prior["compress"]["rank"],
     }
     images = [r for r in read_metrics(folder / "dvae") if r.get("split") == "validation"][-1]
     summary["dvae"] = {key: images[key] for key in ("perplexity", "psnr", "codes_used")}

@@ -1,5 +1,6 @@
 """Draw image tokens from a prior with key/value caches, keyed for each candidate."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -32,8 +33,8 @@ class SampleConfig:
         found = []
         if self.candidates < 1 or self.batch < 1:
             found.append("candidates and batch must be at least 1")
-        if self.temperature < 0 or self.top_k < 0:
-            found.append("temperature and top_k must not be negative")
+        if not 0 <= self.temperature < math.inf or self.top_k < 0:
+            found.append("temperature and top_k must be numbers that are not negative")
         if not 0 <= self.keep_rows < grid:
             found.append(f"keep_rows={self.keep_rows} must leave rows to draw; try 0 to {grid - 1}")
         return found

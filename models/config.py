@@ -40,6 +40,11 @@ class DVAEConfig:
         return self.grid**2
 
     def problems(self) -> list[str]:
+        sizes = (self.pixels, self.width, self.groups, self.blocks, self.bottleneck)
+        if min(*sizes, self.code_width) < 1:
+            return [
+                "model.pixels, width, groups, blocks, bottleneck and code_width must be at least 1"
+            ]
         found = []
         step = 1 << (self.groups - 1)
         if self.pixels % step or self.pixels < step:
@@ -88,6 +93,8 @@ class PriorConfig:
         return self.text_length + self.image_length
 
     def problems(self) -> list[str]:
+        if min(self.dim, self.heads, self.layers, self.text_length, self.conv_kernel) < 1:
+            return ["model.dim, heads, layers, text_length and conv_kernel must be at least 1"]
         found = []
         if self.dim % self.heads:
             divisors = [h for h in range(1, 129) if self.dim % h == 0]
@@ -101,8 +108,6 @@ class PriorConfig:
             )
         if not 0 <= self.text_weight <= 1:
             found.append(f"model.text_weight={self.text_weight} must lie in [0, 1]")
-        if self.layers < 1 or self.text_length < 1:
-            found.append("model.layers and model.text_length must be at least 1")
         return found
 
 
@@ -126,6 +131,8 @@ class ClipConfig:
     """Entries of the tokenizer; 0 = taken from it."""
 
     def problems(self) -> list[str]:
+        if min(self.pixels, self.patch, self.dim, self.heads, self.layers, self.text_length) < 1:
+            return ["model.pixels, patch, dim, heads, layers and text_length must be at least 1"]
         found = []
         if self.pixels % self.patch:
             found.append(f"model.patch={self.patch} does not divide model.pixels={self.pixels}")

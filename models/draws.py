@@ -7,6 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from core.keys import KeyPart, key_int
+from parallel.placement import Placement, placement_of
+
+ROWS_A_KEY = 64
+"""Rows of a matrix that are drawn together."""
 
 
 def generator(*parts: KeyPart) -> torch.Generator:
@@ -21,11 +25,12 @@ def gumbel_noise(shape: tuple[int, ...], *parts: KeyPart) -> Tensor:
 
 
 @torch.no_grad()
-def init_normal(module: nn.Module, seed: int, std: dict[str, float]) -> None:
-    """Draw every matrix of a module from N(0, std^2), keyed by the parameter's name.
+def init_normal(module: nn.Module, seed: int, std: dict[str, float], prefix: str = "") -> None:
+    """Draw every matrix of a module from N(0, std^2), keyed by `prefix` + the parameter's name.
 
     `std` maps a name's ending to its standard deviation, the first match counts. Biases become
-    zero and gains one: torch would draw some of them from its global state.
+    zero and gains one: torch would draw some of them from its global state. A rank that holds
+    some rows of a matrix draws these alone, with the values that one rank would draw.
     Raises: KeyError if a matrix has no entry.
     """
     for name, parameter in module.named_parameters():
@@ -33,12 +38,27 @@ def init_normal(module: nn.Module, seed: int, std: dict[str, float]) -> None:
             scale = next((value for end, value in std.items() if name.endswith(end)), None)
             if scale is None:
                 raise KeyError(f"{name} has no initial scale")
-            drawn = torch.randn(parameter.shape, generator=generator(seed, name, "init"))
-            parameter.copy_(drawn * scale)
+            part = placement_of(parameter)
+            parameter[part.rows :].zero_()
+            parameter[: part.rows].copy_(_rows(part, seed, prefix + name) * scale)
         elif name.endswith("bias"):
             parameter.zero_()
         elif name.endswith("norm.weight") or re.search(r"norm\d\.weight$", name):
             parameter.fill_(1.0)
+
+
+def _rows(part: Placement, seed: int, name: str) -> Tensor:
+    """Standard normal rows of a placement, drawn in blocks whose keys hold the row number."""
+    width = part.shape[1:]
+    if part.rows == 0:
+        return torch.zeros(0, *width)
+    first, last = part.first // ROWS_A_KEY, (part.first + part.rows - 1) // ROWS_A_KEY
+    blocks = [
+        torch.randn(ROWS_A_KEY, *width, generator=generator(seed, name, block, "init"))
+        for block in range(first, last + 1)
+    ]
+    start = part.first - first * ROWS_A_KEY
+    return torch.cat(blocks)[start : start + part.rows]
 
 
 @torch.no_grad()

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 Kind = Literal["row", "column", "conv"]
+_HERE = "cpu"
+"""Masks are built on the CPU even where a model is laid out on the meta device."""
 
 
 def layer_kind(layer: int, layers: int) -> Kind:
@@ -24,7 +26,7 @@ def image_mask(kind: Kind, grid: int, conv_kernel: int = 11) -> Tensor:
 
     Shapes: returns (grid * grid, grid * grid) bool; rows are queries.
     """
-    positions = torch.arange(grid * grid)
+    positions = torch.arange(grid * grid, device=_HERE)
     offset = positions[:, None] - positions[None, :]
     causal = offset >= 0
     if kind == "row":
@@ -32,7 +34,8 @@ def image_mask(kind: Kind, grid: int, conv_kernel: int = 11) -> Tensor:
     if kind == "column":
         return causal & (offset % grid == 0)
     half = min(conv_kernel // 2, grid // 2)
-    rows, columns = torch.arange(half + 1), torch.arange(-half, half + 1)
+    rows = torch.arange(half + 1, device=_HERE)
+    columns = torch.arange(-half, half + 1, device=_HERE)
     reach = (grid * rows[:, None] + columns[None, :]).reshape(-1)
     return causal & torch.isin(offset, reach[reach >= 0])
 
@@ -43,6 +46,6 @@ def full_mask(kind: Kind, text: int, grid: int, conv_kernel: int = 11) -> Tensor
     Shapes: returns (length, length) bool; rows are queries.
     """
     length = text + grid * grid
-    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    mask = torch.ones(length, length, dtype=torch.bool, device=_HERE).tril()
     mask[text:, text:] = image_mask(kind, grid, conv_kernel)
     return mask

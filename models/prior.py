@@ -5,7 +5,9 @@ start-of-image and the image but its last token... position i predicts token i. 
 learned embedding for each text position and is attended to, but is no target of the text loss.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,24 +16,30 @@ from torch import Tensor, nn
 from models.config import PriorConfig
 from models.draws import init_normal
 from models.masks import full_mask, layer_kind
+from parallel.engines.protocol import Layer
+from parallel.scales import Branch
+from parallel.tensor.layers import ColumnLinear, RowLinear, VocabularyEmbedding, VocabularyHead
+from parallel.tensor.ops import TensorParallel
 
 PAD = -1
 """Marks text positions behind the caption."""
 
+BRANCHES = ("attention", "mlp")
+"""Resblocks of a layer, each with a gradient scale of its own."""
 Cache = tuple[Tensor, Tensor]
 
 
 class PriorEmbedding(nn.Module):
     """Tokens -> states: (B, T) text ids and (B, I) codes -> (B, T + I, dim)."""
 
-    def __init__(self, config: PriorConfig) -> None:
+    def __init__(self, config: PriorConfig, tensor: TensorParallel) -> None:
         super().__init__()
         dim = config.dim
         self.config = config
-        self.text = nn.Embedding(config.text_vocabulary, dim)
+        self.text = VocabularyEmbedding(config.text_vocabulary, dim, tensor)
         self.pad = nn.Embedding(config.text_length, dim)
         self.text_position = nn.Embedding(config.text_length, dim)
-        self.image = nn.Embedding(config.image_vocabulary, dim)
+        self.image = VocabularyEmbedding(config.image_vocabulary, dim, tensor)
         self.row = nn.Embedding(config.grid, dim)
         self.column = nn.Embedding(config.grid, dim)
         self.start = nn.Embedding(2, dim)
@@ -67,26 +75,44 @@ class PriorEmbedding(nn.Module):
 
 
 class PriorBlock(nn.Module):
-    """An attention resblock and an MLP resblock, normalised on the way in."""
+    """An attention resblock and an MLP resblock, normalised on the way in.
 
-    def __init__(self, config: PriorConfig, layer: int) -> None:
+    Keys have no bias: it would shift all logits of a query alike, which softmax does not see, and
+    AdamW would turn the rounding of its zero gradient into full steps.
+    """
+
+    def __init__(self, config: PriorConfig, layer: int, tensor: TensorParallel) -> None:
         super().__init__()
-        dim = config.dim
-        self.heads = config.heads
+        dim, head = config.dim, config.dim // config.heads
+        self._head, self._tensor = head, tensor
         self.attention_norm = nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
+        self.q = ColumnLinear(dim, dim, tensor, head)
+        self.k = ColumnLinear(dim, dim, tensor, head, bias=False)
+        self.v = ColumnLinear(dim, dim, tensor, head)
+        self.out = RowLinear(dim, dim, tensor, head)
+        self.attention_branch = Branch()
         self.mlp_norm = nn.LayerNorm(dim)
-        self.up = nn.Linear(dim, 4 * dim)
-        self.down = nn.Linear(4 * dim, dim)
+        self.up = ColumnLinear(dim, 4 * dim, tensor)
+        self.down = RowLinear(4 * dim, dim, tensor)
+        self.mlp_branch = Branch()
         kind = layer_kind(layer, config.layers)
         mask = full_mask(kind, config.text_length, config.grid, config.conv_kernel)
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self._heads(x)
-        x = x + self._join(F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask))
-        return x + self._mlp(x)
+        q, k, v = self._heads(self.attention_branch.enter(x))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+        x = x + self.attention_branch.leave(self._join(attended))
+        return x + self.mlp_branch.leave(self._mlp(self.mlp_branch.enter(x)))
+
+    def branches(self) -> dict[str, tuple[Branch, list[nn.Parameter]]]:
+        """The two resblocks' marks and parameters, for gradient scales."""
+        attention = (self.attention_norm, self.q, self.k, self.v, self.out)
+        mlp = (self.mlp_norm, self.up, self.down)
+        return {
+            "attention": (self.attention_branch, [p for m in attention for p in m.parameters()]),
+            "mlp": (self.mlp_branch, [p for m in mlp for p in m.parameters()]),
+        }
 
     def extend(self, x: Tensor, cache: Cache, start: int) -> Tensor:
         """Run positions start.. with the keys and values of all earlier ones in the cache.
@@ -105,9 +131,9 @@ class PriorBlock(nn.Module):
         return x + self._mlp(x)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        batch, length, _ = x.shape
-        qkv = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        shape = (*x.shape[:2], -1, self._head)
+        x = self._tensor.enter(self.attention_norm(x))
+        q, k, v = (project(x).view(shape).transpose(1, 2) for project in (self.q, self.k, self.v))
         return q, k, v
 
     def _join(self, attended: Tensor) -> Tensor:
@@ -115,34 +141,41 @@ class PriorBlock(nn.Module):
         return out
 
     def _mlp(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(F.gelu(self.up(self.mlp_norm(x)), approximate="tanh"))
+        wide = self.up(self._tensor.enter(self.mlp_norm(x)))
+        out: Tensor = self.down(F.gelu(wide, approximate="tanh"))
         return out
 
 
 @dataclass(frozen=True, kw_only=True)
 class PriorLogits:
-    """Text logits over the text vocabulary, image logits over the codebook."""
+    """Text logits over the text vocabulary, image logits over the codebook.
+
+    Under tensor parallelism the last axis is this rank's part of the vocabulary.
+    """
 
     text: Tensor
     image: Tensor
+    tensor: TensorParallel
 
 
 class PriorHead(nn.Module):
     """States -> logits, split: text positions over text, image positions over codes."""
 
-    def __init__(self, config: PriorConfig) -> None:
+    def __init__(self, config: PriorConfig, tensor: TensorParallel) -> None:
         super().__init__()
         self.text_length = config.text_length
+        self._tensor = tensor
         self.norm = nn.LayerNorm(config.dim)
-        self.text = nn.Linear(config.dim, config.text_vocabulary)
-        self.image = nn.Linear(config.dim, config.image_vocabulary)
+        self.text = VocabularyHead(config.dim, config.text_vocabulary, tensor)
+        self.image = VocabularyHead(config.dim, config.image_vocabulary, tensor)
 
     def forward(self, x: Tensor) -> PriorLogits:
         """Logits in fp32, whatever the precision of the blocks (the paper, appendix D)."""
         with torch.autocast(x.device.type, enabled=False):
-            x = self.norm(x.float())
+            x = self._tensor.enter(self.norm(x.float()))
             text, image = x[:, : self.text_length], x[:, self.text_length :]
-            return PriorLogits(text=self.text(text), image=self.image(image))
+            logits = self.text(text), self.image(image)
+            return PriorLogits(text=logits[0], image=logits[1], tensor=self._tensor)
 
     def image_logits(self, x: Tensor) -> Tensor:
         """Code logits of image states."""
@@ -150,22 +183,49 @@ class PriorHead(nn.Module):
         return out
 
 
-def prior_layers(config: PriorConfig, seed: int) -> list[tuple[str, nn.Module]]:
-    """The named layers of a prior, initialised by key and parameter name.
+def prior_layers(
+    config: PriorConfig, seed: int, tensor: TensorParallel | None = None
+) -> list[Layer]:
+    """The named layers of a prior, initialised by key and parameter name when they are built.
 
     Matrices start with a deviation of dim^-1/2 (0.016 at the paper's width), what enters the
     residual stream with that over the root of the resblocks. A fixed 0.02 makes narrow models
-    learn slowly: docs/LOG.md.
+    learn slowly: docs/LOG.md. A layer's cost is its multiplications a position.
     """
-    blocks = [PriorBlock(config, layer) for layer in range(1, config.layers + 1)]
-    layers: list[tuple[str, nn.Module]] = [("embedding", PriorEmbedding(config))]
-    layers += [(f"block{i:03d}", block) for i, block in enumerate(blocks)]
-    layers += [("head", PriorHead(config))]
+    group = tensor or TensorParallel()
     std = config.dim**-0.5
     deep = std / (2 * config.layers) ** 0.5
     scales = {"out.weight": deep, "down.weight": deep, "weight": std}
-    init_normal(nn.ModuleDict(dict(layers)), seed, scales)
-    return layers
+
+    def layer(
+        name: str, make: Callable[[], nn.Module], cost: int, branches: tuple[str, ...] = ()
+    ) -> Layer:
+        def build() -> nn.Module:
+            module = make()
+            init_normal(module, seed, scales, f"{name}.")
+            return module
+
+        return Layer(name=name, build=build, cost=cost, branches=branches)
+
+    dim, length = config.dim, max(config.length, 1)
+    block_cost = 12 * dim * dim + dim * length
+    entries = config.text_length * config.text_vocabulary
+    entries += config.image_length * config.image_vocabulary
+    layers = [layer("embedding", lambda: PriorEmbedding(config, group), dim)]
+    for i in range(config.layers):
+        make = partial(PriorBlock, config, i + 1, group)
+        layers.append(layer(f"block{i:03d}", make, block_cost, BRANCHES))
+    head_cost = dim * entries // length
+    return [*layers, layer("head", lambda: PriorHead(config, group), head_cost)]
+
+
+def build_prior(config: PriorConfig, seed: int = 0) -> nn.ModuleDict:
+    """All layers of a prior on one process."""
+    return nn.ModuleDict({layer.name: layer.build() for layer in prior_layers(config, seed)})
+
+
+COMPRESSED = tuple(f"{name}.weight" for name in ("q", "k", "v", "out", "up", "down"))
+"""Endings of the matrices whose gradients PowerSGD compresses (appendix E)."""
 
 
 def prior_loss(
@@ -177,12 +237,11 @@ def prior_loss(
     over its samples, however they are spread over ranks.
     Units: nats a token.
     """
-    text = batch["text"]
-    each = F.cross_entropy(
-        logits.text.flatten(0, 1), text.flatten(), ignore_index=PAD, reduction="none"
-    )
-    counts = (text != PAD).sum(1).clamp_min(1)
-    text_loss = (each.view_as(text).sum(1) / counts).mean()
-    image_loss = F.cross_entropy(logits.image.flatten(0, 1), batch["image"].flatten())
+    text, tensor = batch["text"], logits.tensor
+    real = (text != PAD).float()
+    each = tensor.cross_entropy(logits.text.flatten(0, 1), text.clamp_min(0).flatten())
+    counts = real.sum(1).clamp_min(1)
+    text_loss = ((each.view_as(real) * real).sum(1) / counts).mean()
+    image_loss = tensor.cross_entropy(logits.image.flatten(0, 1), batch["image"].flatten()).mean()
     loss = text_weight * text_loss + (1 - text_weight) * image_loss
     return {"loss": loss, "text_loss": text_loss, "image_loss": image_loss}

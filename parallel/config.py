@@ -1,9 +1,22 @@
 """Settings of the mesh, the engine and the optimiser; imports no torch."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
-EngineName = Literal["reference", "deepspeed_zero"]
+EngineName = Literal["reference", "deepspeed_zero", "deepspeed_pipe"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSizes:
+    """What a mesh must divide."""
+
+    heads: int = 1
+    """Attention heads; padded where the tensor degree does not divide them."""
+    layers: int = 1
+    """Layers that a pipeline can cut between."""
+    cuttable: bool = False
+    """True if the model's matrices can be cut over tensor ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,22 +26,52 @@ class MeshConfig:
     data: int = 1
     """Replicas that each read their own part of the global batch."""
     tensor: int = 1
-    """Ranks that share each matmul (degrees above 1 are not built yet)."""
+    """Ranks that share each matmul; heads are padded where it does not divide them."""
     pipeline: int = 1
-    """Stages that the layers are cut into (degrees above 1 are not built yet)."""
+    """Stages that the layers are cut into."""
+    machines: int = 1
+    """Machines that the replicas lie on; above 1, ZeRO-3 shards inside of a machine and gradients
+    are reduced (and compressed) between machines."""
 
     @property
     def world(self) -> int:
         return self.data * self.tensor * self.pipeline
 
-    def problems(self, world: int | None = None) -> list[str]:
+    @property
+    def local(self) -> int:
+        """Replicas on one machine."""
+        return self.data // self.machines
+
+    def problems(
+        self,
+        world: int | None = None,
+        sizes: ModelSizes = ModelSizes(),
+    ) -> list[str]:
         """What is impossible about this mesh; `world` is the number of ranks that were given."""
         found = []
-        if min(self.data, self.tensor, self.pipeline) < 1:
-            found.append("mesh.data, mesh.tensor and mesh.pipeline must be at least 1")
-        if self.tensor > 1 or self.pipeline > 1:
-            found.append("mesh.tensor and mesh.pipeline must be 1: only data parallelism is built")
-        block = max(1, self.tensor * self.pipeline)
+        if min(self.data, self.tensor, self.pipeline, self.machines) < 1:
+            return ["mesh.data, tensor, pipeline and machines must be at least 1"]
+        if not sizes.cuttable and self.tensor * self.pipeline > 1:
+            found.append(
+                "mesh.tensor and mesh.pipeline must be 1: this stage's model is trained by data "
+                f"parallelism alone; try --mesh.data {self.world}"
+            )
+        elif self.tensor > sizes.heads:
+            found.append(
+                f"mesh.tensor={self.tensor} is more than {sizes.heads} heads; try {sizes.heads}"
+            )
+        if sizes.cuttable and self.pipeline > sizes.layers:
+            found.append(
+                f"mesh.pipeline={self.pipeline} is more than {sizes.layers} layers; "
+                f"try {sizes.layers}"
+            )
+        if self.data % self.machines:
+            divisors = [d for d in range(1, self.data + 1) if self.data % d == 0]
+            near = min(divisors, key=lambda d: abs(d - self.machines))
+            found.append(
+                f"mesh.machines={self.machines} does not divide mesh.data={self.data}; try {near}"
+            )
+        block = self.tensor * self.pipeline
         if world is not None and world != self.world:
             hint = (
                 f"try --mesh.data {world // block}"
@@ -65,11 +108,38 @@ class OptimConfig:
 
     def problems(self) -> list[str]:
         found = []
-        if self.lr <= 0 or self.clip_norm <= 0:
-            found.append("optim.lr and optim.clip_norm must be positive")
+        if not (0 < self.lr < math.inf and self.clip_norm > 0 and 0 < self.eps < math.inf):
+            found.append("optim.lr, optim.eps and optim.clip_norm must be positive numbers")
+        if not (0 <= self.final_lr < math.inf and 0 <= self.weight_decay < math.inf):
+            found.append("optim.final_lr and optim.weight_decay must not be negative")
+        if self.warmup < 0:
+            found.append("optim.warmup must not be negative")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             found.append("optim.beta1 and optim.beta2 must lie in [0, 1)")
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressConfig:
+    """PowerSGD between replicas (the paper, appendix E)."""
+
+    rank: int | Literal["auto"] = 0
+    """Total rank of a compressed matrix, over its shards; 0 = off (the paper: 0.226 * dim); auto =
+    the paper's, if a measurement at start-up finds that it gains time on this link."""
+    warm_start: bool = False
+    """Start each step from the last Q instead of the fixed one (the paper: fixed)."""
+    error_feedback: bool = True
+    """Add what earlier steps did not carry to the next gradient."""
+
+    @property
+    def on(self) -> bool:
+        """True unless compression is switched off."""
+        return self.rank != 0
+
+    def problems(self) -> list[str]:
+        if self.rank != "auto" and self.rank < 0:
+            return [f"compress.rank={self.rank} must not be negative; 0 turns compression off"]
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,24 +147,65 @@ class EngineConfig:
     """Which engine owns the training step."""
 
     name: EngineName = "reference"
-    """reference (plain torch) or deepspeed_zero."""
+    """reference (plain torch), deepspeed_zero (ZeRO-1/2/3, with tensor parallelism) or
+    deepspeed_pipe (tensor x pipeline x data, ZeRO-1)."""
     zero_stage: int = 1
-    """What deepspeed_zero shards over the data-parallel ranks: 1 = optimiser state."""
+    """What deepspeed_zero shards over replicas: 1 = optimiser, 2 = gradients too, 3 = weights."""
     accumulate: int = 1
-    """Micro-batches a step, on each rank."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: matmuls in bf16 with fp32 accumulation; weights, moments, norms, logits and all-reduces
-    stay fp32."""
+    """Micro-batches a step, on each replica."""
+    recompute: bool = False
+    """Recompute each layer's activations in the backward pass instead of keeping them."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """bf16: matmuls in bf16 with fp32 accumulation. fp16: residual branches in fp16, each with a
+    gradient scale of its own; emulated on CPUs. In both, weights, moments, norms, logits and
+    all-reduces stay fp32."""
     matmul_precision: Literal["auto", "highest", "medium"] = "auto"
     """fp32 matmuls: auto = medium where a start-up probe finds it as accurate as highest."""
 
-    def problems(self, batch_per_rank: int) -> list[str]:
+    def problems(self, batch_per_replica: int, mesh: MeshConfig, compress: bool) -> list[str]:
+        """What this engine cannot do on this mesh, each with the nearest thing that it can."""
         found = []
-        if self.zero_stage != 1:
-            found.append(f"engine.zero_stage={self.zero_stage} is not built yet; use 1")
-        if self.accumulate < 1 or batch_per_rank % max(self.accumulate, 1):
+        if self.zero_stage not in (1, 2, 3):
+            found.append(f"engine.zero_stage={self.zero_stage} must be 1, 2 or 3; try 1")
+        if self.accumulate < 1 or batch_per_replica % max(self.accumulate, 1):
+            near = [n for n in range(1, batch_per_replica + 1) if batch_per_replica % n == 0]
+            best = min(near, key=lambda n: abs(n - self.accumulate), default=1)
             found.append(
-                f"engine.accumulate={self.accumulate} does not divide the {batch_per_rank} samples "
-                "of a rank; try 1"
+                f"engine.accumulate={self.accumulate} does not divide the {batch_per_replica} "
+                f"samples of a replica; try {best}"
+            )
+        if self.name == "reference" and mesh.tensor * mesh.pipeline > 1:
+            found.append(
+                "engine.name=reference has no tensor or pipeline ranks; use --engine.name "
+                + ("deepspeed_pipe" if mesh.pipeline > 1 else "deepspeed_zero")
+            )
+        if self.name == "deepspeed_zero" and mesh.pipeline > 1:
+            found.append(
+                "engine.name=deepspeed_zero has no pipeline; use --engine.name deepspeed_pipe"
+            )
+        if self.name == "deepspeed_pipe" and self.zero_stage != 1:
+            found.append(
+                f"engine.zero_stage={self.zero_stage} does not go with a pipeline: DeepSpeed "
+                "refuses it; use --engine.zero-stage 1"
+            )
+        if self.name != "reference" and mesh.world < 2:
+            found.append(
+                f"engine.name={self.name} needs at least 2 ranks, e.g. mesh.data=2; "
+                "on one process use --engine.name reference"
+            )
+        layout = self.name == "deepspeed_zero" and self.zero_stage == 3
+        if mesh.machines > 1 and not (layout and mesh.tensor == 1):
+            found.append(
+                f"mesh.machines={mesh.machines} is the paper's layout: it needs --engine.name "
+                "deepspeed_zero --engine.zero-stage 3 --mesh.tensor 1; otherwise --mesh.machines 1"
+            )
+        if compress and layout and mesh.machines == 1:
+            found.append(
+                "compress.rank: ZeRO-3 on one machine keeps no replica whose gradients could be "
+                "compressed; set mesh.machines, or --engine.zero-stage 1"
+            )
+        elif compress and mesh.data == 1:
+            found.append(
+                "compress.rank: with mesh.data=1 no gradients are sent; set --compress.rank 0"
             )
         return found

@@ -1,5 +1,6 @@
 """Small data sets and models that many tests share; made once a session."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 
 from cluster.object_server import ObjectServer, object_server
 from tests.harness import tapir
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before the first forkserver: worlds of 8 share 2 cores
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,7 @@ def pack(arguments: list[str]) -> None:
         source: Source,
         dest: Source,
         config: Annotated[PackConfig, _FLAT] = PackConfig(),  # noqa: B008
+        again: bool = False,
         json: bool = False,
     ) -> None:
         """Write raw image-caption pairs as WebDataset shards, split into train and validation.
@@ -42,9 +43,10 @@ def pack(arguments: list[str]) -> None:
             source: shapes, emoji, a folder of images with .txt captions, a tar or a folder of tars
             dest: s3://bucket/prefix or a folder
             config: settings
+            again: write a finished data set anew: mends damaged shards
             json: print a JSON object on the last line
         """
-        manifests = packing.pack(source, open_store(dest), config)
+        manifests = packing.pack(source, open_store(dest), config, again)
         for split, manifest in manifests.items():
             LOG.info("%s: %d pairs in %d shards", split, manifest.samples, len(manifest.shards))
         if json:
@@ -83,6 +85,7 @@ def tokenize(arguments: list[str]) -> None:
         dvae: Path = Path("runs/dvae"),
         bpe: Path = Path("runs/bpe"),
         worker: str = "0/1",
+        again: bool = False,
         config: Annotated[TokenizeConfig, _FLAT] = TokenizeConfig(),  # noqa: B008
     ) -> None:
         """Turn raw shards into token shards: dVAE codes and text ids; restartable.
@@ -93,6 +96,7 @@ def tokenize(arguments: list[str]) -> None:
             dvae: run folder of a finished dVAE
             bpe: folder of tokenizer.json
             worker: which part of the job this process does, i/n with i from 0
+            again: check finished shards and make damaged ones anew
             config: settings
         """
         check(config.problems())
@@ -102,10 +106,47 @@ def tokenize(arguments: list[str]) -> None:
         encoders = Encoders(
             dvae=model, dvae_hash=model_hash, tokenizer=tokenizer, tokenizer_hash=tokenizer_hash
         )
-        made = run_worker(open_store(raw), open_store(tokens), encoders, config, number, count)
+        stores = open_store(raw), open_store(tokens)
+        made = run_worker(*stores, encoders, config, number, count, again)
         LOG.info("worker %d/%d made %d shards", number, count, made)
 
     parse(run, arguments, "tokenize")
+
+
+def diverge(arguments: list[str]) -> None:
+    """`tapir diverge A B`."""
+
+    def run(
+        first: Annotated[Path, tyro.conf.Positional],
+        second: Annotated[Path, tyro.conf.Positional],
+        checkpoint: Path | None = None,
+        tolerance: float = 1e-5,
+        json: bool = False,
+    ) -> None:
+        """Find the first tensor in which two runs differ, over one step from one checkpoint.
+
+        Args:
+            first: run folder whose mesh and engine are taken for right
+            second: run folder to compare with it
+            checkpoint: a folder step-N to start from; default the newest of the first run
+            tolerance: relative difference of a tensor that still counts as equal
+            json: print a JSON object on the last line
+        """
+        from training import diverge as comparison  # noqa: PLC0415 - imports every engine's parts
+
+        found = comparison.diverge(first, second, checkpoint, tolerance)
+        for row in found[:1]:
+            where = f" on rank {row.rank}" if row.rank >= 0 else ""
+            LOG.info(
+                "first difference: %s pass, layer %s, %s%s: %.3g relative; %d tensors differ",
+                *(row.direction, row.layer, row.tensor, where, row.relative, len(found)),
+            )
+        if not found:
+            LOG.info("no tensor differs by more than %g", tolerance)
+        if json:
+            print_json({"differences": found})
+
+    parse(run, arguments, "diverge")
 
 
 def verify(arguments: list[str]) -> None:
@@ -163,7 +204,7 @@ def _verify_split(store: Store, split: str) -> None:
         if sha256(data) != shard.sha256:
             raise CorruptError(
                 f"{store.url}/{split}/{shard.name} has sha256 {sha256(data)}, its manifest says "
-                f"{shard.sha256}"
+                f"{shard.sha256}; mend it by the command that made it, with --again"
             )
 
 
@@ -183,7 +224,7 @@ def _choose(what: str, name: str, known: dict[str, object]) -> None:
 
 def _train_help() -> str:
     rows = [
-        f"  tapir train {stage} {preset:<8} {function.__doc__}"
+        f"  tapir train {stage:<5} {preset:<10} {function.__doc__}"
         for stage, presets in PRESETS.items()
         for preset, function in presets.items()
     ]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data_pipeline.config import OrderConfig
 from models.config import ClipConfig, DVAEConfig, PriorConfig
-from parallel.config import EngineConfig, MeshConfig, OptimConfig
+from parallel.config import CompressConfig, EngineConfig, MeshConfig, ModelSizes, OptimConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,14 @@ class LoopConfig:
 
     def problems(self) -> list[str]:
         found = []
-        if min(self.steps, self.batch, self.log_every, self.save_every, self.keep) < 1:
-            found.append("loop.steps, batch, log_every, save_every and keep must be at least 1")
+        least = (self.steps, self.batch, self.log_every, self.save_every, self.keep)
+        if min(*least, self.validation_samples) < 1:
+            found.append(
+                "loop.steps, batch, log_every, save_every, keep and validation_samples must be at "
+                "least 1"
+            )
+        if self.validate_every < 0:
+            found.append("loop.validate_every must not be negative; 0 = only at the end")
         return found
 
 
@@ -52,8 +58,14 @@ class StageConfig:
     """Arrangement of the ranks."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """Owner of the step."""
+    compress: CompressConfig = field(default_factory=CompressConfig)
+    """Gradient compression."""
     order: OrderConfig = field(default_factory=OrderConfig)
     """Order of the records."""
+
+    def sizes(self) -> ModelSizes:
+        """What the mesh must divide."""
+        return ModelSizes()
 
     def model_problems(self) -> list[str]:
         """Problems of the network's sizes."""
@@ -61,16 +73,12 @@ class StageConfig:
 
     def problems(self, world: int | None = None) -> list[str]:
         """Every problem at once; `world` is the number of ranks that a launcher started."""
-        found = self.loop.problems() + self.optim.problems() + self.mesh.problems(world)
+        found = self.loop.problems() + self.optim.problems() + self.compress.problems()
+        found += self.mesh.problems(world, self.sizes())
         found += self.model_problems()
-        ranks = max(self.mesh.data, 1)
-        found += self.order.problems(self.loop.batch, ranks)
-        found += self.engine.problems(max(self.loop.batch // ranks, 1))
-        if self.engine.name == "deepspeed_zero" and self.mesh.world < 2:
-            found.append(
-                "engine.name=deepspeed_zero needs mesh.data of at least 2; "
-                "on one process use --engine.name reference"
-            )
+        replicas = max(self.mesh.data, 1)
+        found += self.order.problems(self.loop.batch, replicas)
+        found += self.engine.problems(self.loop.batch // replicas, self.mesh, self.compress.on)
         return found
 
 
@@ -113,6 +121,9 @@ class PriorTrain(StageConfig):
     model: PriorConfig = field(default_factory=PriorConfig)
     """The network."""
 
+    def sizes(self) -> ModelSizes:
+        return ModelSizes(heads=self.model.heads, layers=self.model.layers, cuttable=True)
+
     def model_problems(self) -> list[str]:
         return self.model.problems()
 
@@ -148,4 +159,6 @@ class BPETrain:
     def problems(self) -> list[str]:
         if not 256 < self.vocabulary <= 65536:
             return [f"vocabulary={self.vocabulary} must be 257 to 65536 (256 of them are bytes)"]
+        if self.most_captions < 1:
+            return ["most_captions must be at least 1"]
         return []

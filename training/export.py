@@ -7,21 +7,22 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from checkpoint.format import Reader
 from core.errors import CorruptError, InputError
 from core.files import seal, sha256, unseal, write_atomic
 from models.clip import Clip
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from models.dvae import DVAE
-from models.prior import prior_layers
+from models.prior import build_prior
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 
 
 def save_model(
-    folder: Path, stage: str, config: dict[str, Any], facts: dict[str, Any], module: nn.Module
+    folder: Path, stage: str, config: dict[str, Any], facts: dict[str, Any], reader: Reader
 ) -> None:
-    """Write weights, then the description with their digest."""
-    tensors = {name: p.detach().float().contiguous() for name, p in module.named_parameters()}
+    """Write a checkpoint's fp32 weights, then the description with their digest."""
+    tensors = {name: reader.tensor(name, "master") for name in reader.shapes()}
     data = save(tensors)
     write_atomic(folder / WEIGHTS, data)
     body = {"stage": stage, "config": config, "facts": facts, "sha256": sha256(data)}
@@ -41,8 +42,19 @@ def read_model(folder: Path, stage: str) -> tuple[dict[str, Any], dict[str, Tens
         raise InputError(f"{folder} holds a {body['stage']}, not a {stage}")
     data = (folder / WEIGHTS).read_bytes() if (folder / WEIGHTS).is_file() else b""
     if sha256(data) != body["sha256"]:
-        raise CorruptError(f"{folder / WEIGHTS} is damaged or missing; train or export it again")
+        raise CorruptError(
+            f"{folder / WEIGHTS} is damaged or missing; the same `tapir train` makes it again"
+        )
     return body, load(data)
+
+
+def model_is_whole(folder: Path, stage: str) -> bool:
+    """Say whether a finished model is there and undamaged."""
+    try:
+        read_model(folder, stage)
+    except (CorruptError, InputError):
+        return False
+    return True
 
 
 def load_dvae(folder: Path) -> tuple[DVAE, str]:
@@ -57,7 +69,7 @@ def load_prior(folder: Path) -> tuple[nn.ModuleDict, PriorConfig, dict[str, Any]
     """A finished prior's layers, its sizes and its facts."""
     body, tensors = read_model(folder, "prior")
     config = PriorConfig(**body["config"])
-    layers = nn.ModuleDict(dict(prior_layers(config, 0)))
+    layers = build_prior(config)
     _fill(layers, tensors, "")
     return layers.eval(), config, body["facts"]
 

@@ -6,13 +6,14 @@ import os
 from typing import Any
 
 from cluster.launcher import launch
-from core.errors import ConfigError
+from core.errors import ConfigError, InputError
 from core.log import LOG
 from core.settings import check, from_json, to_json
 from core.store import open_store
 from data_pipeline.bpe import save_tokenizer, train_bpe
 from data_pipeline.raw import RawSource
 from data_pipeline.stream import first_records
+from parallel.engines.catalogue import modules_of
 from training.config import BPETrain, ClipTrain, DVAETrain, PriorTrain, StageConfig
 
 SETTINGS: dict[str, type[StageConfig]] = {
@@ -32,8 +33,8 @@ def train_stage(stage: str, settings: StageConfig) -> None:
     check(settings.problems(started))
     payload = json.dumps({"stage": stage, "settings": to_json(settings)})
     if started is None and settings.mesh.world > 1:
-        engine = "parallel.engines." + settings.engine.name
-        preload = [*PRELOAD, engine]
+        model_parallel = settings.mesh.world > settings.mesh.data
+        preload = [*PRELOAD, *modules_of(settings.engine.name, model_parallel)]
         launch("training.rank:run", payload, settings.mesh.world, preload)
         return
     importlib.import_module("training.rank").run(payload)
@@ -43,7 +44,10 @@ def ranks_given() -> int | None:
     """How many ranks torchrun, mpirun or our launcher started; None if nobody did."""
     for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):
         if name in os.environ:
-            return int(os.environ[name])
+            text = os.environ[name]
+            if not (text.isdigit() and int(text) > 0):
+                raise InputError(f"{name}={text!r} in the environment is no number of ranks")
+            return int(text)
     return None
 
 

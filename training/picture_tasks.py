@@ -18,11 +18,11 @@ from models.clip import Clip, contrastive_loss
 from models.config import ClipConfig
 from models.draws import gumbel_noise
 from models.dvae import DVAE, negative_bound
-from parallel.engines.protocol import Batch, Engine, Losses, Program
+from parallel.engines.protocol import Batch, Layer, Losses, Program
 from parallel.world import World
 from training.config import ClipTrain, DVAETrain
 from training.schedules import cosine
-from training.tasks import Pictures, pad_text, perplexity
+from training.tasks import Means, Pictures, pad_text, perplexity
 
 SHOWN = 8
 CALIBRATED = 256
@@ -52,7 +52,8 @@ class DVAETask:
         self.dvae.calibrate(
             pictures_of(first_records(self.train, CALIBRATED), settings.model.pixels)
         )
-        self.program = Program(layers=[("dvae", _DVAELayer(self.dvae))], loss=self._loss)
+        layer = _DVAELayer(self.dvae)
+        self.program = Program(layers=[Layer(name="dvae", build=lambda: layer)], loss=self._loss)
         self.units = settings.model.tokens
 
     def batch(self, records: Sequence[RawRecord], step: int) -> Batch:
@@ -75,7 +76,7 @@ class DVAETask:
 
     @torch.no_grad()
     def figures(
-        self, engine: Engine, records: Sequence[RawRecord]
+        self, means: Means, mine: Sequence[RawRecord], records: Sequence[RawRecord]
     ) -> tuple[dict[str, float], Pictures]:
         pixels = pictures_of(list(records), self.model_config.pixels)
         codes = torch.cat([self.dvae.tokens(part) for part in pixels.split(64)])
@@ -105,7 +106,7 @@ class ClipTask:
         self.model_config = ClipConfig(**{**vars(settings.model), "text_vocabulary": entries})
         clip = Clip(self.model_config, settings.loop.seed)
         self._world = world
-        self.program = Program(layers=[("clip", clip)], loss=self._loss)
+        self.program = Program(layers=[Layer(name="clip", build=lambda: clip)], loss=self._loss)
         self.units = self.model_config.text_length
 
     def batch(self, records: Sequence[RawRecord], step: int) -> Batch:
@@ -119,7 +120,7 @@ class ClipTask:
         return {"tokenizer": self._tokenizer_hash, "raw": self.train.fingerprint}
 
     def figures(
-        self, engine: Engine, records: Sequence[RawRecord]
+        self, means: Means, mine: Sequence[RawRecord], records: Sequence[RawRecord]
     ) -> tuple[dict[str, float], Pictures]:
         return {}, {}
 

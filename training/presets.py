@@ -5,7 +5,7 @@ from typing import Any
 
 from data_pipeline.config import OrderConfig
 from models.config import ClipConfig, DVAEConfig, PriorConfig
-from parallel.config import EngineConfig, MeshConfig, OptimConfig
+from parallel.config import CompressConfig, EngineConfig, MeshConfig, OptimConfig
 from training.config import BPETrain, ClipTrain, DVAETrain, LoopConfig, PriorTrain
 
 
@@ -71,9 +71,48 @@ def prior_small() -> PriorTrain:
     )
 
 
+def _paper_prior(dim: int, rank: int, mesh: MeshConfig) -> PriorTrain:
+    """64 layers of heads of 64 channels, 256 text and 32x32 image tokens, 430,000 updates."""
+    return PriorTrain(
+        model=PriorConfig(dim=dim, heads=dim // 64, layers=64, text_length=256),
+        loop=LoopConfig(steps=430_000, batch=1024, validate_every=5000, save_every=500),
+        optim=OptimConfig(lr=4.5e-4, final_lr=1.4e-5, warmup=5000),
+        mesh=mesh,
+        engine=EngineConfig(
+            name="deepspeed_pipe",
+            accumulate=1024 // mesh.data,
+            recompute=True,
+            precision="bf16",
+        ),
+        compress=CompressConfig(rank=rank),
+        order=OrderConfig(lanes=1024, block=128),
+    )
+
+
+def prior_paper_2_8b() -> PriorTrain:
+    """The paper's 2.8B prior on 128 GPUs: TP 2 x PP 2 x DP 32."""
+    return _paper_prior(1920, 512, MeshConfig(tensor=2, pipeline=2, data=32))
+
+
+def prior_paper_5_6b() -> PriorTrain:
+    """The paper's 5.6B prior on 256 GPUs: TP 2 x PP 4 x DP 32."""
+    return _paper_prior(2688, 640, MeshConfig(tensor=2, pipeline=4, data=32))
+
+
+def prior_paper_12b() -> PriorTrain:
+    """The paper's 12B prior on 1024 GPUs: TP 2 x PP 8 x DP 64."""
+    return _paper_prior(3968, 896, MeshConfig(tensor=2, pipeline=8, data=64))
+
+
 PRESETS: dict[str, dict[str, Callable[[], Any]]] = {
     "dvae": {"tiny": dvae_tiny, "small": dvae_small},
     "bpe": {"tiny": bpe_tiny},
-    "prior": {"tiny": prior_tiny, "small": prior_small},
+    "prior": {
+        "tiny": prior_tiny,
+        "small": prior_small,
+        "paper_2_8b": prior_paper_2_8b,
+        "paper_5_6b": prior_paper_5_6b,
+        "paper_12b": prior_paper_12b,
+    },
     "clip": {"tiny": clip_tiny},
 }

@@ -3,7 +3,9 @@
 from typing import Any
 
 from core.errors import ConfigError
-from parallel.world import World, join_world, leave_world
+from parallel.ledger import recorded
+from parallel.mesh import Mesh, build_mesh
+from parallel.world import join_world, leave_world
 from training.loop import Run
 from training.main import parse_payload
 from training.picture_tasks import ClipTask, DVAETask
@@ -18,18 +20,21 @@ def run(payload: str) -> None:
         problems = settings.problems(world.size)
         if problems:
             raise ConfigError.from_problems(problems)
-        active = Run(stage, _task(stage, settings, world), settings, world)
-        try:
-            active.train()
-        finally:
-            active.close()
+        mesh = build_mesh(settings.mesh, world)
+        with recorded(mesh) as ledger:
+            active = Run(stage, make_task(stage, settings, mesh), settings, mesh, ledger)
+            try:
+                active.train()
+            finally:
+                active.close()
     finally:
         leave_world(world)
 
 
-def _task(stage: str, settings: Any, world: World) -> Any:
+def make_task(stage: str, settings: Any, mesh: Mesh) -> Any:
+    """What the loop trains in this stage."""
     if stage == "dvae":
         return DVAETask(settings)
     if stage == "clip":
-        return ClipTask(settings, world)
-    return PriorTask(settings)
+        return ClipTask(settings, mesh.world)
+    return PriorTask(settings, mesh.shared)

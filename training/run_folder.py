@@ -1,17 +1,17 @@
 """The folder of a run: one owner at a time, metrics without gaps or doubles, checkpoints."""
 
-import fcntl
 import json
 import math
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from checkpoint.reader import CheckpointReader, list_checkpoints
-from core.errors import CheckpointError, ConfigError, CorruptError
-from core.files import Json, canonical_json, remove_leftovers, write_atomic
+from core.errors import CheckpointError, CorruptError
+from core.files import Json, canonical_json, held, remove_leftovers, write_atomic
 from core.log import LOG
 
 
@@ -19,21 +19,12 @@ class RunFolder:
     """Rank 0's hold on a run folder; other ranks only read checkpoints."""
 
     def __init__(self, root: Path, config: Json, writes: bool) -> None:
-        """Raises: ConfigError if another run holds the folder."""
+        """Raises: InputError if another run holds the folder, or it cannot be written."""
         self.root, self._writes = root, writes
         self.checkpoints = root / "checkpoints"
-        self._lock: IO[str] | None = None
+        self._lock = ExitStack()
         if writes:
-            try:
-                root.mkdir(parents=True, exist_ok=True)
-                self._lock = open(root / ".lock", "w")  # noqa: SIM115 - held for the whole run
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ConfigError(
-                    f"another run is working in {root}; wait for it or give another --out"
-                ) from error
-            except OSError as error:
-                raise ConfigError(f"cannot write the run folder {root}: {error}") from error
+            self._lock.enter_context(held(root, "run"))
             remove_leftovers(root)
             self._config = canonical_json(config)
         self._metrics = root / "metrics.jsonl"
@@ -54,7 +45,10 @@ class RunFolder:
                 LOG.warning("%s; trying an older checkpoint", error)
                 damaged.append(str(error))
         if damaged:
-            raise CheckpointError("no checkpoint of this run is whole:\n" + "\n".join(damaged))
+            raise CheckpointError(
+                "no checkpoint of this run is whole; restore one of these, or train in another "
+                "--out:\n" + "\n".join(damaged)
+            )
         return None
 
     def begin(self, step: int) -> None:
@@ -105,8 +99,7 @@ class RunFolder:
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
-        if self._lock is not None:
-            self._lock.close()
+        self._lock.close()
 
 
 def _step_of(row: str) -> float:

@@ -1,7 +1,7 @@
 """The three things that are trained, as tasks for the one loop."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -13,13 +13,16 @@ from core.store import open_store
 from data_pipeline.stream import BlockSource
 from data_pipeline.tokens import TokenRecord, TokenSource
 from models.config import PriorConfig
-from models.prior import PAD, prior_layers, prior_loss
-from parallel.engines.protocol import Batch, Engine, Losses, Program
+from models.prior import COMPRESSED, PAD, prior_layers, prior_loss
+from parallel.engines.protocol import Batch, Program
+from parallel.tensor.ops import TensorParallel
 from training.config import PriorTrain, StageConfig
 
 Record = TypeVar("Record")
 Settings = TypeVar("Settings", bound=StageConfig)
 Pictures = dict[str, Any]
+Means = Callable[..., dict[str, float]]
+"""(records, change of a batch or None) -> mean losses over all replicas."""
 
 
 class Task(Protocol, Generic[Record]):
@@ -40,9 +43,12 @@ class Task(Protocol, Generic[Record]):
         """What a reader of the finished model must know."""
 
     def figures(
-        self, engine: Engine, records: Sequence[Record]
+        self, means: Means, mine: Sequence[Record], records: Sequence[Record]
     ) -> tuple[dict[str, float], Pictures]:
-        """Extra validation figures and pictures, on rank 0."""
+        """Extra validation figures and pictures; all ranks call it together.
+
+        `means` evaluates this replica's records (`mine`) of all held-out ones.
+        """
 
 
 def pad_text(texts: Sequence[Any], length: int) -> Tensor:
@@ -63,7 +69,7 @@ def token_batch(records: Sequence[TokenRecord], text_length: int) -> Batch:
 class PriorTask:
     """The transformer over text and image tokens."""
 
-    def __init__(self, settings: PriorTrain) -> None:
+    def __init__(self, settings: PriorTrain, tensor: TensorParallel) -> None:
         store = open_store(settings.data)
         self.train = TokenSource(store, "train")
         self.held_out = TokenSource(store, "validation")
@@ -79,8 +85,9 @@ class PriorTask:
         )
         weight = settings.model.text_weight
         self.program = Program(
-            layers=prior_layers(self.model_config, settings.loop.seed),
+            layers=prior_layers(self.model_config, settings.loop.seed, tensor),
             loss=lambda logits, batch: prior_loss(logits, batch, weight),
+            compressed=COMPRESSED,
         )
         self.units = self.model_config.length
 
@@ -91,24 +98,23 @@ class PriorTask:
         return {key: self._facts[key] for key in ("dvae", "tokenizer", "grid")}
 
     def figures(
-        self, engine: Engine, records: Sequence[TokenRecord]
+        self, means: Means, mine: Sequence[TokenRecord], records: Sequence[TokenRecord]
     ) -> tuple[dict[str, float], Pictures]:
         """The two bounds that a prior must beat on held-out images.
 
         shuffled_caption_loss: the image loss with every caption given to another picture.
         per_position_entropy: of the training codes at each position, averaged; nats a token.
         """
-        batch = self.batch(records, 0)
         shift = 1 + key_int(self._settings.loop.seed, "shuffle") % max(len(records) - 1, 1)
-        wrong: list[Losses] = []
-        text = batch["text"].roll(shift, 0)
-        for start in range(0, len(records), 64):
-            part = slice(start, start + 64)
-            wrong.append(engine.evaluate({"text": text[part], "image": batch["image"][part]}))
-        sizes = [min(64, len(records) - start) for start in range(0, len(records), 64)]
-        total = sum(float(row["image_loss"]) * n for row, n in zip(wrong, sizes, strict=True))
+        places = {id(record): i for i, record in enumerate(records)}
+
+        def swap_captions(batch: Batch, start: int) -> Batch:
+            part = mine[start : start + len(batch["text"])]
+            others = [records[places[id(record)] - shift] for record in part]
+            return {**batch, "text": self.batch(others, 0)["text"]}
+
         return {
-            "shuffled_caption_loss": total / len(records),
+            "shuffled_caption_loss": means(mine, swap_captions)["image_loss"],
             "per_position_entropy": self._entropy(),
         }, {}
 

@@ -5,6 +5,7 @@ from itertools import islice
 from pathlib import Path
 
 from core.errors import InputError
+from core.files import sha256
 from data_pipeline.config import PackConfig
 from data_pipeline.images import encode_png
 from data_pipeline.sources.emoji import emoji_pairs
@@ -36,6 +37,17 @@ def open_source(source: str, config: PackConfig) -> Iterator[Pair]:
             "captions, a tar or a folder of tars"
         )
     return islice(pairs, config.count) if config.count else pairs
+
+
+def source_content(source: str) -> str:
+    """A digest of what a path holds (names, sizes and times), so that a changed one is noticed."""
+    path = Path(source)
+    if source in ("shapes", "emoji") or not path.exists():
+        return ""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    stats = [(str(file), file.stat()) for file in files]
+    rows = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
+    return sha256("\n".join(rows).encode())
 
 
 def shapes_pairs(count: int, pixels: int, seed: int) -> Iterator[Pair]:

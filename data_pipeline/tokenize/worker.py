@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from core.errors import InputError
+from core.errors import CorruptError, InputError, StoreError
 from core.files import canonical_json, sha256
 from core.keys import key_int
 from core.log import LOG
@@ -26,12 +26,12 @@ from data_pipeline.config import TokenizeConfig
 from data_pipeline.images import decode_rgb, square
 from data_pipeline.manifest import RAW, TOKENS, Manifest, Shard, read_manifest, write_manifest
 from data_pipeline.raw import RawRecord, RawSource
-from data_pipeline.shards import build_tar, list_members, put_shard
+from data_pipeline.shards import build_tar, list_members, put_shard, read_index
 from data_pipeline.tokens import TokenRecord, encode_block, index_blocks
 from models.dvae import DVAE
 
 SPLITS = ("train", "validation")
-DONE = "_done/"
+DONE, REQUEST = "_done/", "request.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,21 +57,29 @@ class Encoders:
 
 
 def run_worker(
-    raw: Store, tokens: Store, encoders: Encoders, config: TokenizeConfig, worker: int, workers: int
+    raw: Store,
+    tokens: Store,
+    encoders: Encoders,
+    config: TokenizeConfig,
+    worker: int,
+    workers: int,
+    again: bool = False,
 ) -> int:
-    """Make every shard that nobody has made yet, own ones (i % workers == worker) first.
+    """Make every shard of this worker (i % workers == worker) that nobody has made yet.
 
-    The last one to finish writes the manifests. Returns the number of shards made here.
+    `again` reads what is there, and makes damaged shards anew. The last worker to finish writes
+    the manifests. Returns the number of shards made here.
+    Raises: InputError if TOKENS holds tokens of other pairs or models.
     """
     torch.set_num_threads(config.threads)
-    _refuse_other_models(tokens, encoders, config)
+    _claim(raw, tokens, encoders, config)
     made = 0
     for split in SPLITS:
         source = RawSource(raw, split, config.block)
         jobs = [(shard, _name(shard, encoders, config)) for shard in source.manifest.shards]
         mine = jobs[worker::workers]
         for shard, name in mine:
-            if not tokens.exists(f"{split}/{DONE}{name}.json"):
+            if not _is_done(tokens, split, name, again):
                 _make(raw, tokens, split, shard, name, encoders, config)
                 made += 1
                 LOG.info("worker %d/%d: %s/%s -> %s", worker, workers, split, shard.name, name[:12])
@@ -112,9 +120,9 @@ def _make(
 ) -> None:
     data = raw.get(f"{split}/{shard.name}")
     if sha256(data) != shard.sha256:
-        raise InputError(
+        raise CorruptError(
             f"{raw.url}/{split}/{shard.name} differs from its manifest (sha256 {sha256(data)}, "
-            f"expected {shard.sha256}); restore it or pack the data again"
+            f"expected {shard.sha256}); restore it or run its `tapir pack` with --again"
         )
     source = RawSource(raw, split, config.block)
     blocks = [i for i in range(len(source.sizes)) if source.shard_of(i).name == shard.name]
@@ -162,12 +170,32 @@ def _name(shard: Shard, encoders: Encoders, config: TokenizeConfig) -> str:
     return sha256(canonical_json({"input": shard.sha256, **encoders.facts(config), "v": TOKENS}))
 
 
-def _refuse_other_models(tokens: Store, encoders: Encoders, config: TokenizeConfig) -> None:
-    for split in SPLITS:
-        if tokens.exists(f"{split}/manifest.json"):
-            manifest = read_manifest(tokens, f"{split}/", TOKENS)
-            if any(manifest.facts[k] != v for k, v in encoders.facts(config).items()):
-                raise InputError(
-                    f"{tokens.url} holds tokens of another dVAE, tokenizer or block size; "
-                    "choose an empty place for the tokens"
-                )
+def _is_done(tokens: Store, split: str, name: str, check: bool) -> bool:
+    """Say whether a shard is there, and (if asked) whole; a damaged one's record is taken back."""
+    record = f"{split}/{DONE}{name}.json"
+    if not tokens.exists(record):
+        return False
+    if not check:
+        return True
+    shard = Shard(**json.loads(tokens.get(record)))
+    prefix = f"{split}/"
+    try:
+        read_index(tokens, prefix, shard)
+        if sha256(tokens.get(prefix + shard.name)) == shard.sha256:
+            return True
+    except (CorruptError, StoreError) as error:
+        LOG.info("%s", error)
+    LOG.info("%s%s is damaged: made anew", prefix, shard.name)
+    return False
+
+
+def _claim(raw: Store, tokens: Store, encoders: Encoders, config: TokenizeConfig) -> None:
+    """Take TOKENS for these pairs and models; the first job wins."""
+    pairs = {split: read_manifest(raw, f"{split}/", RAW).fingerprint for split in SPLITS}
+    wanted = canonical_json({**encoders.facts(config), "raw": pairs})
+    if tokens.put(REQUEST, wanted, if_absent=True) or tokens.get(REQUEST) == wanted:
+        return
+    raise InputError(
+        f"{tokens.url} holds tokens of other pairs, or of another dVAE, tokenizer or block size; "
+        "choose an empty place for the tokens"
+    )

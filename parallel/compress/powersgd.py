@@ -43,11 +43,16 @@ class Reduced:
 
     gradients: dict[str, Tensor]
     """Mean gradients: decompressed matrices, and the rest as it was sent."""
-    norm_squared: Tensor
-    """Sum of squares of all mean gradients, from the factors; infinite if any was not finite."""
+    squares: dict[str, Tensor]
+    """Sum of squares of each mean gradient, from its factor; infinite if any was not finite."""
     raw_bytes: int
     """What an uncompressed fp32 all-reduce would have carried."""
     sent_bytes: int
+
+    @property
+    def norm_squared(self) -> Tensor:
+        """Sum of squares of all mean gradients."""
+        return torch.stack(list(self.squares.values())).sum()
 
 
 @dataclass
@@ -124,7 +129,11 @@ class PowerSGD:
         self._average([*rest, flag])
         everywhere = p_finite and q_finite and float(flag) == 0.0
         found = dict(zip(plain, rest, strict=True))
-        squares = torch.stack([t.square().sum() for t in [*rest, *self._q_means()]]).sum()
+        squares = {name: gradient.square().sum() for name, gradient in found.items()}
+        for batch, i, member in self._members():
+            squares[member.name] = batch.q_mean[i].square().sum()
+        if not everywhere:
+            squares = {name: torch.tensor(math.inf) for name in squares}
         for batch in self._batches:
             self._finish(batch, p_finite and q_finite, found)
         raw = sum(gradient.numel() for gradient in gradients.values())
@@ -132,7 +141,7 @@ class PowerSGD:
         sent += 1 + sum(t.numel() for t in rest)
         return Reduced(
             gradients=found,
-            norm_squared=squares if everywhere else torch.tensor(math.inf),
+            squares=squares,
             raw_bytes=4 * raw,
             sent_bytes=4 * sent,
         )
@@ -154,9 +163,6 @@ class PowerSGD:
 
     def _members(self) -> list[tuple[_Batch, int, MatrixShard]]:
         return [(b, i, member) for b in self._batches for i, member in enumerate(b.members)]
-
-    def _q_means(self) -> list[Tensor]:
-        return [batch.q_mean for batch in self._batches]
 
     def _accumulate(self, gradients: Mapping[str, Tensor]) -> None:
         for batch, i, member in self._members():

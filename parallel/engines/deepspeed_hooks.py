@@ -1,10 +1,17 @@
-"""DeepSpeed's private parts that Tapir touches, guarded by an exact version check."""
+"""DeepSpeed's private parts that Tapir touches, guarded by an exact version check.
 
+- the optimiser state's fragments (`_hp_mapping`, `grad_position`), for checkpoints without pickles;
+- `average_tensor` of ZeRO-1/2 and the step of ZeRO-3, where gradients are reduced, for compression;
+- the overflow check and norm of both, replaced by one number over all ranks.
+"""
+
+import contextlib
 import importlib.metadata
+import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,33 +19,78 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidia0")
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.ops import __compatible_ops__
+from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from core.errors import ConfigError
+from parallel.mesh import Mesh
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+__all__ = ["LayerSpec", "PipeModelDataParallelTopology", "PipelineModule"]
 TESTED = ("0.19.8",)
+
+Gradients = dict[str, Tensor]
+Reduce = Callable[[Gradients], Gradients]
+"""Local gradients by name -> gradients averaged over the replicas, flat."""
+Norm = Callable[[Gradients], float]
+"""Averaged gradients of this rank's partition by name -> the global norm, infinite if to skip."""
+
+
+class GroupsOfMesh:
+    """The groups that DeepSpeed asks an `mpu` for: `data` shards its state, `tensor` the model."""
+
+    def __init__(self, mesh: Mesh, data: str) -> None:
+        """`data` names the mesh's group over which DeepSpeed reduces and shards."""
+        chosen = getattr(mesh, data)
+        handle = mesh.tensor.handle
+        if handle is None:
+            own = [mesh.world.rank]
+            handle = dist.new_group(own, use_local_synchronization=True)
+        self._data, self._tensor, self._model = chosen, mesh.tensor, handle
+
+    def get_data_parallel_group(self) -> Any:
+        return self._data.handle
+
+    def get_data_parallel_world_size(self) -> int:
+        return int(self._data.size)
+
+    def get_data_parallel_rank(self) -> int:
+        return int(self._data.rank)
+
+    def get_model_parallel_group(self) -> Any:
+        return self._model
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._tensor.size
+
+    def get_model_parallel_rank(self) -> int:
+        return self._tensor.rank
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fragment:
-    """The part of a parameter whose optimiser state lives on this rank."""
+    """The part of a flat local parameter whose optimiser state lives on this rank."""
 
     master: Tensor
+    """A view: writing to it changes the fp32 weights."""
     start: int
-    """First element of the parameter, flat."""
-    stop: int
+    """First element of the flat local parameter."""
     state: dict[str, Tensor]
-    """Optimiser state of the whole partition."""
-    offset: int
-    """Where the fragment begins in the partition."""
+    """Views of the moments, and the step count."""
 
 
-def initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+def initialize(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: dict[str, Any],
+    mpu: GroupsOfMesh | None = None,
+) -> Any:
     """Build a DeepSpeed engine over the joined process group, without run-time C++ builds.
 
-    Raises: ConfigError for a version whose private parts were never tested.
+    Raises: ConfigError for a version whose private parts were never tested, and for overlap_comm.
     """
     version = importlib.metadata.version("deepspeed")
     if version not in TESTED:
@@ -46,34 +98,135 @@ def initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict
             f"deepspeed {version} is installed; the engine's hooks are tested with "
             f"{', '.join(TESTED)}: pip install deepspeed=={TESTED[-1]}"
         )
-    __compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    if config.get("zero_optimization", {}).get("overlap_comm"):
+        raise ConfigError(
+            "overlap_comm must be off: the hook that averages gradients does not wait for the "
+            "streams that DeepSpeed's own one waits for"
+        )
+    start_comm()
+    with quiet():
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=mpu)
     return engine
 
 
+def start_comm() -> None:
+    """Let DeepSpeed adopt the joined process group."""
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what DeepSpeed prints at start-up off standard output."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def hook_zero12(optimizer: Any, names: Mapping[str, nn.Parameter], norm: Norm) -> None:
+    """Let ZeRO-1/2 skip and clip by `norm`."""
+    name_of = {id(parameter): name for name, parameter in names.items()}
+
+    def check_overflow(partition_gradients: bool = True) -> None:
+        found: Gradients = {}
+        for i, parameters in enumerate(optimizer.params_in_partition):
+            real = (
+                g for g in optimizer.averaged_gradients[i] if not getattr(g, "_zero_padding", False)
+            )
+            for parameter, gradient in zip(parameters, real, strict=False):
+                found[name_of[id(parameter)]] = gradient
+        optimizer.tapir_norm = norm(found)
+        optimizer.overflow = optimizer.tapir_norm == float("inf")
+
+    def scaled_global_norm(norm_type: int = 2) -> Tensor:
+        return torch.tensor(optimizer.tapir_norm)
+
+    optimizer.check_grad_overflow = True
+    optimizer.check_overflow = check_overflow
+    optimizer.scaled_global_norm = scaled_global_norm
+
+
+def compress_zero12(optimizer: Any, names: Mapping[str, nn.Parameter], reduce: Reduce) -> None:
+    """Let ZeRO-1/2 average its bucket by `reduce`; the bucket must hold all parameters."""
+    name_of = {id(parameter): name for name, parameter in names.items()}
+
+    def average_tensor(tensor: Tensor, communication_data_type: torch.dtype) -> None:
+        views, at = {}, 0
+        for group, index, _ in optimizer.ipg_buckets[communication_data_type].params:
+            parameter = optimizer.bit16_groups[group][index]
+            views[name_of[id(parameter)]] = tensor.narrow(0, at, parameter.numel())
+            at += parameter.numel()
+        for name, gradient in reduce(views).items():
+            views[name].copy_(gradient)
+
+    optimizer.average_tensor = average_tensor
+
+
+def hook_zero3(optimizer: Any, names: Mapping[str, nn.Parameter], norm: Norm) -> None:
+    """Let ZeRO-3 skip and clip by `norm`, which may change the gradients' values first."""
+    name_of = {id(parameter): name for name, parameter in names.items()}
+
+    def check(update_scale: bool = True) -> bool:
+        found = {
+            name_of[id(parameter)]: gradient
+            for i, group in enumerate(optimizer.fp16_groups)
+            for parameter, gradient in zip(group, optimizer.averaged_gradients[i], strict=True)
+        }
+        optimizer.tapir_norm = norm(found)
+        optimizer.overflow = optimizer.tapir_norm == float("inf")
+        return bool(optimizer.overflow)
+
+    optimizer._overflow_check_and_loss_scale_update = check
+    optimizer._get_norm_groups = lambda: [torch.tensor(optimizer.tapir_norm)]
+
+
 def fragments(optimizer: Any, parameter: nn.Parameter) -> Iterator[Fragment]:
-    """The fragments of a parameter that this rank owns under ZeRO-1 (one or none)."""
-    mapping = getattr(parameter, "_hp_mapping", None)
-    if mapping is None:
-        return
-    partition = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-    address = mapping.lp_fragment_address
-    yield Fragment(
-        master=mapping.get_hp_fragment(),
-        start=address.start,
-        stop=address.start + address.numel,
-        state=optimizer.optimizer.state[partition],
-        offset=mapping.get_hp_fragment_address().start,
-    )
+    """The fragments of a parameter that this rank owns (one or none)."""
+    if hasattr(parameter, "ds_id"):
+        group, offset, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        partition = optimizer.fp32_partitioned_groups_flat[group]
+        place = slice(offset, offset + count)
+        start = count * optimizer._get_param_partition_rank(parameter)
+        master = partition.data[place]
+    else:
+        mapping = getattr(parameter, "_hp_mapping", None)
+        if mapping is None:
+            return
+        partition = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+        address = mapping.get_hp_fragment_address()
+        place = slice(address.start, address.start + address.numel)
+        start = mapping.lp_fragment_address.start
+        master = mapping.get_hp_fragment()
+    state = optimizer.optimizer.state[partition]
+    views = {name: value if name == "step" else value[place] for name, value in state.items()}
+    yield Fragment(master=master, start=start, state=views)
 
 
 def ensure_adam_state(optimizer: Any) -> None:
     """Give every partition zero moments, as its first step would."""
-    for partition in optimizer.single_partition_of_fp32_groups:
+    for partition in _partitions(optimizer):
         state = optimizer.optimizer.state[partition]
         if "exp_avg" not in state:
             state["step"] = torch.zeros(())
             state["exp_avg"] = torch.zeros_like(partition)
             state["exp_avg_sq"] = torch.zeros_like(partition)
+
+
+def publish_masters(optimizer: Any) -> None:
+    """Spread masters that were written through fragments into the weights of all ranks."""
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        persistent = optimizer.persistent_parameters
+        if persistent:
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+    else:
+        optimizer.update_lp_params()
+
+
+def _partitions(optimizer: Any) -> list[Tensor]:
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        return list(optimizer.fp32_partitioned_groups_flat)
+    return list(optimizer.single_partition_of_fp32_groups)

@@ -1,61 +1,90 @@
-"""DeepSpeed owns the step: ZeRO-1 over the data-parallel ranks."""
+"""DeepSpeed owns the step: ZeRO-1/2/3 over the replicas, with tensor parallelism.
+
+With mesh.machines above 1 this is the paper's layout: ZeRO-3 shards over the ranks of a machine,
+and gradient shards are reduced, compressed or not, between the machines.
+"""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from checkpoint.format import Reader, StateSlice, whole_box
+from checkpoint.format import Reader, StateSlice
 from core.errors import ConfigError
-from parallel.config import EngineConfig, OptimConfig
-from parallel.engines.deepspeed_hooks import ensure_adam_state, fragments, initialize
+from core.log import LOG
+from parallel.engines.common import build_compressor, global_norm, mean_losses, placements
+from parallel.engines.deepspeed_hooks import (
+    Gradients,
+    GroupsOfMesh,
+    compress_zero12,
+    hook_zero3,
+    hook_zero12,
+    initialize,
+)
+from parallel.engines.deepspeed_state import DeepSpeedState, zero_config
 from parallel.engines.protocol import (
     Batch,
+    EngineSettings,
     Losses,
     Program,
     StepResult,
     Whole,
     build_adamw,
+    scales_of,
 )
-from parallel.engines.results import mean_losses
-from parallel.world import World
-
-BUCKET = 2**20
-"""Elements reduced together; ZeRO allocates this much, so it is small on CPUs."""
+from parallel.mesh import Mesh
+from parallel.placement import Placement
 
 
 class DeepSpeedZeroEngine:
-    """Weights on every rank, optimiser state sharded."""
+    """Optimiser state (and gradients, and weights) sharded over the replicas."""
 
     name = "deepspeed_zero"
 
-    def __init__(
-        self, program: Program, optim: OptimConfig, engine: EngineConfig, world: World
-    ) -> None:
+    def __init__(self, program: Program, settings: EngineSettings, mesh: Mesh) -> None:
         """Raises: ConfigError on one process without a process group."""
-        if world.group is None:
+        if mesh.world.group is None:
             raise ConfigError(
                 "deepspeed_zero needs at least 2 ranks; use --engine.name reference on one process"
             )
-        self._whole = Whole(program, engine.precision)
-        self._names = self._whole.global_names()
-        self._world = world
-        config = {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": engine.accumulate,
-            "gradient_clipping": optim.clip_norm,
-            "zero_optimization": {
-                "stage": engine.zero_stage,
-                "overlap_comm": False,
-                "reduce_bucket_size": BUCKET,
-                "allgather_bucket_size": BUCKET,
-            },
-            "steps_per_print": 2**31,
-        }
-        self._engine = initialize(self._whole, build_adamw(self._names, optim), config)
+        self._mesh, self._stage = mesh, settings.engine.zero_stage
+        self._shards = mesh.machine if self._stage == 3 else mesh.data
+        self._whole = Whole(program, settings.engine)
+        names = self._whole.stage.global_names()
+        places = placements(names)
+        self._state = DeepSpeedState(
+            names, places, mesh, mesh.between.size, scales_of(program, self._whole.stage.scales)
+        )
+        compress = settings.compress.on
+        elements = sum(p.numel() for p in names.values()) if compress else None
+        engine = settings.engine
+        config = zero_config(settings.optim, self._stage, engine.accumulate, elements)
+        whole_world = mesh.data.size == mesh.world.size and mesh.between.size == 1
+        mpu = None if whole_world else GroupsOfMesh(mesh, "machine" if self._stage == 3 else "data")
+        optimizer = build_adamw(names, settings.optim)
+        self._engine = initialize(self._whole, optimizer, config, mpu)
+        self._state.optimizer = self._engine.optimizer
+        if self._stage == 3:
+            wanted = {n: p for n, p in places.items() if n.endswith(program.compressed)}
+            shards = {n: self._shard_of(n, p) for n, p in wanted.items()} if compress else {}
+            held = {n: p for n, p in shards.items() if p is not None}
+            self._state.compressor = build_compressor(
+                program, held, settings, mesh.between, mesh.machine
+            )
+            hook_zero3(self._engine.optimizer, names, self._norm_between_machines)
+        else:
+            compressor = build_compressor(program, places, settings, mesh.data, mesh.tensor)
+            self._state.compressor = compressor
+            hook_zero12(self._engine.optimizer, names, self._state.norm)
+            if compressor is not None:
+                reduce = compressor.reduce
+                compress_zero12(self._engine.optimizer, names, lambda g: reduce(g).gradients)
 
     def step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
         seen = []
+        self._engine.train()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         for batch in micro_batches:
@@ -63,60 +92,57 @@ class DeepSpeedZeroEngine:
             self._engine.backward(losses["loss"])
             self._engine.step()
             seen.append({name: value.detach() for name, value in losses.items()})
-        norm = float(self._engine.get_global_grad_norm())
-        return StepResult(losses=mean_losses(seen, self._world), grad_norm=norm)
+        norm = float(self._engine.optimizer.tapir_norm)
+        facts = self._state.facts()
+        return StepResult(losses=mean_losses(seen, self._mesh), grad_norm=norm, facts=facts)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Losses:
-        losses: Losses = self._whole(batch)
+        self._engine.eval()
+        losses: Losses = self._engine(batch)
         return losses
 
     def state_slices(self) -> Iterator[StateSlice]:
-        optimizer = self._engine.optimizer
-        for name, parameter in self._names.items():
-            shape = tuple(parameter.shape)
-            for part in fragments(optimizer, parameter):
-                inside = slice(part.offset, part.offset + part.stop - part.start)
-                tensors = {
-                    "master": part.master,
-                    "exp_avg": part.state["exp_avg"][inside],
-                    "exp_avg_sq": part.state["exp_avg_sq"][inside],
-                }
-                for kind, data in tensors.items():
-                    yield StateSlice(
-                        name=name,
-                        kind=kind,
-                        shape=shape,
-                        box=whole_box(shape),
-                        start=part.start,
-                        data=data.detach().reshape(-1),
-                    )
-                if part.start == 0:
-                    step = part.state["step"].reshape(1)
-                    yield StateSlice(name=name, kind="step", shape=(), box=(), start=0, data=step)
+        return self._state.slices()
 
-    @torch.no_grad()
     def load_slices(self, reader: Reader) -> None:
-        optimizer = self._engine.optimizer
-        ensure_adam_state(optimizer)
-        for name, parameter in self._names.items():
-            master = reader.tensor(name, "master")
-            parameter.copy_(master)
-            for part in fragments(optimizer, parameter):
-                wanted = slice(part.start, part.stop)
-                inside = slice(part.offset, part.offset + part.stop - part.start)
-                part.master.copy_(master.reshape(-1)[wanted])
-                for kind in ("exp_avg", "exp_avg_sq"):
-                    part.state[kind][inside] = reader.tensor(name, kind).reshape(-1)[wanted]
-                part.state["step"].copy_(reader.tensor(name, "step"))
+        self._state.load(reader)
 
-    def model(self) -> nn.ModuleDict:
-        return self._whole.layers
+    def layers(self) -> dict[str, nn.Module]:
+        return dict(self._whole.stage.layers.items())
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: place.shape for name, place in self._state.places.items()}
 
     def memory(self) -> dict[str, int]:
-        bytes_ = sum(p.numel() * p.element_size() for p in self._names.values())
-        shards = 3 * bytes_ // self._world.size
-        return {"parameters": bytes_, "gradients": bytes_, "optimizer": shards}
+        return self._state.memory(self._shards.size, self._stage)
 
     def close(self) -> None:
         self._engine.destroy()
+
+    def _shard_of(self, name: str, place: Placement) -> Placement | None:
+        """This rank's ZeRO-3 shard as rows of the matrix, or None if it cuts a row in two."""
+        parameter: Any = self._state.names[name]
+        shard = place.flat_shard(self._shards.rank, int(parameter.partition_numel()))
+        if shard is None:
+            LOG.warning("%s is cut inside of a row: its gradient cannot be compressed", name)
+        return shard
+
+    def _norm_between_machines(self, gradients: Gradients) -> float:
+        """Average shards over the machines (in place), then take the global norm."""
+        between = self._mesh.between
+        if between.size == 1:
+            return self._state.norm(gradients)
+        if self._state.compressor is not None:
+            reduced = self._state.compressor.reduce(gradients)
+            for name, gradient in gradients.items():
+                gradient.copy_(reduced.gradients[name].view_as(gradient))
+            squares: list[Tensor] = [s / between.size for s in reduced.squares.values()]
+            return global_norm(squares, self._mesh, self._state.scales)
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients.values()])
+        dist.all_reduce(flat, group=between.handle)
+        flat /= between.size
+        sizes = [gradient.numel() for gradient in gradients.values()]
+        for gradient, part in zip(gradients.values(), flat.split(sizes), strict=True):
+            gradient.copy_(part.view_as(gradient))
+        return self._state.norm(gradients)

@@ -10,10 +10,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from checkpoint.format import Reader, StateSlice
-from parallel.config import EngineConfig, OptimConfig
-from parallel.world import World
+from parallel.config import CompressConfig, EngineConfig, OptimConfig
+from parallel.mesh import Mesh
+from parallel.scales import Scale, Scales
 
 Batch = dict[str, Tensor]
 Losses = dict[str, Tensor]
@@ -21,37 +23,91 @@ Losses = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One layer of a program, built only by the ranks whose stage holds it."""
+
+    name: str
+    """First part of the global names of its parameters."""
+    build: Callable[[], nn.Module]
+    cost: int = 1
+    """What it costs beside the other layers; stages are balanced by it."""
+    branches: tuple[str, ...] = ()
+    """Keys of its module's `branches()`: residual branches that fp16 gives a scale each."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Program:
     """A model as a list of layers, with its loss."""
 
-    layers: list[tuple[str, nn.Module]]
-    """Names are the first part of global parameter names."""
+    layers: list[Layer]
     loss: Callable[[Any, Batch], Losses]
+    compressed: tuple[str, ...] = ()
+    """Endings of the names of matrices whose gradients may be compressed."""
 
-    def module(self) -> nn.ModuleDict:
-        """All layers under their names."""
-        return nn.ModuleDict(dict(self.layers))
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """All that an engine is configured by."""
+
+    optim: OptimConfig
+    engine: EngineConfig
+    compress: CompressConfig
+    seed: int
+
+
+class Stage(nn.Module):
+    """Some consecutive layers of a program, in the run's precision."""
+
+    def __init__(self, layers: Sequence[Layer], engine: EngineConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({layer.name: layer.build() for layer in layers})
+        self._precision = engine.precision
+        self._recompute = engine.recompute
+        self.scales: dict[str, Scale] = {}
+        """The gradient scale of each residual branch, in fp16 alone."""
+        if engine.precision == "fp16":
+            for layer in layers:
+                module: Any = self.layers[layer.name]
+                marks = module.branches() if layer.branches else {}
+                for key in layer.branches:
+                    branch, parameters = marks[key]
+                    self.scales[f"{layer.name}.{key}"] = Scale()
+                    branch.watch(parameters, self.scales[f"{layer.name}.{key}"])
+
+    def forward(self, state: Any) -> Any:
+        first = next(iter(state.values())) if isinstance(state, dict) else state
+        half = first.is_cuda and self._precision == "fp16"
+        dtype = torch.float16 if half else torch.bfloat16
+        enabled = half or self._precision == "bf16"
+        with torch.autocast(first.device.type, dtype, enabled=enabled):
+            for layer in self.layers.values():
+                if self._recompute and isinstance(state, Tensor) and torch.is_grad_enabled():
+                    state = checkpoint(layer, state, use_reentrant=False)
+                else:
+                    state = layer(state)
+        return state
+
+    def global_names(self) -> dict[str, nn.Parameter]:
+        """Global parameter name -> parameter, sorted by name, so that all ranks see one order."""
+        return dict(sorted(self.layers.named_parameters()))
+
+
+def scales_of(program: Program, here: dict[str, Scale]) -> Scales:
+    """The scales of a program's branches, of which this rank runs some."""
+    names = [f"{layer.name}.{key}" for layer in program.layers for key in layer.branches]
+    return Scales(names if here else [], here)
 
 
 class Whole(nn.Module):
-    """A program run on one process, layer after layer."""
+    """A program run on one process, layer after layer; returns its losses."""
 
-    def __init__(self, program: Program, precision: str) -> None:
+    def __init__(self, program: Program, engine: EngineConfig) -> None:
         super().__init__()
-        self.layers = program.module()
-        self._loss, self._bf16 = program.loss, precision == "bf16"
+        self.stage = Stage(program.layers, engine)
+        self._loss = program.loss
 
     def forward(self, batch: Batch) -> Losses:
-        state: Any = batch
-        device = next(iter(batch.values())).device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self._bf16):
-            for layer in self.layers.values():
-                state = layer(state)
-            return self._loss(state, batch)
-
-    def global_names(self) -> dict[str, nn.Parameter]:
-        """Global parameter name -> parameter."""
-        return dict(self.layers.named_parameters())
+        return self._loss(self.stage(batch), batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +117,8 @@ class StepResult:
     losses: dict[str, float]
     """Means over the global batch."""
     grad_norm: float
-    """Global norm of the gradients before clipping."""
+    """Global norm of the gradients before clipping; infinite if the update was skipped because a
+    gradient anywhere was not finite."""
     facts: dict[str, float] = field(default_factory=dict)
 
 
@@ -74,16 +131,22 @@ class Engine(Protocol):
         """Accumulate gradients, reduce them, clip, and update; the same result on every rank."""
 
     def evaluate(self, batch: Batch) -> Losses:
-        """Losses of this rank's batch, without gradients."""
+        """Losses of this replica's batch, without gradients, on all ranks of the replica.
+
+        All ranks must call it equally often, with batches of equal size.
+        """
 
     def state_slices(self) -> Iterator[StateSlice]:
-        """The parts of weights and moments that this rank saves."""
+        """The parts of weights, moments and compression buffers that this rank saves."""
 
     def load_slices(self, reader: Reader) -> None:
         """Take this rank's part of the state from a checkpoint of any mesh."""
 
-    def model(self) -> nn.ModuleDict:
-        """The layers with the current weights."""
+    def layers(self) -> dict[str, nn.Module]:
+        """The layers that this rank runs, in order, by name."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Global shapes of the parameters that this rank holds a part of."""
 
     def memory(self) -> dict[str, int]:
         """Bytes of parameters, gradients and optimiser state on this rank."""
@@ -92,7 +155,7 @@ class Engine(Protocol):
         """Free what the engine holds."""
 
 
-Builder = Callable[[Program, OptimConfig, EngineConfig, World], Engine]
+Builder = Callable[[Program, EngineSettings, Mesh], Engine]
 
 
 def parameter_groups(names: dict[str, nn.Parameter], optim: OptimConfig) -> list[dict[str, Any]]:

@@ -5,24 +5,33 @@ buckets change order after the first step: on more than two ranks that moves rou
 resumed run would no longer be bit-equal to an unbroken one.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from checkpoint.format import KINDS, Reader, StateSlice, whole_box
-from parallel.config import EngineConfig, OptimConfig
+from checkpoint.format import KINDS, Reader, StateSlice
+from parallel.engines.common import (
+    build_compressor,
+    global_norm,
+    load_scales,
+    mean_losses,
+    placements,
+    scale_slices,
+)
 from parallel.engines.protocol import (
     Batch,
+    EngineSettings,
     Losses,
     Program,
     StepResult,
     Whole,
     build_adamw,
+    scales_of,
 )
-from parallel.engines.results import mean_losses
-from parallel.world import World
+from parallel.mesh import Group, Mesh
 
 
 class ReferenceEngine:
@@ -30,14 +39,14 @@ class ReferenceEngine:
 
     name = "reference"
 
-    def __init__(
-        self, program: Program, optim: OptimConfig, engine: EngineConfig, world: World
-    ) -> None:
-        self._whole = Whole(program, engine.precision)
-        self._names = self._whole.global_names()
-        self._ordered = [self._names[name] for name in sorted(self._names)]
-        self._optimizer = build_adamw(self._names, optim)
-        self._clip_norm, self._world = optim.clip_norm, world
+    def __init__(self, program: Program, settings: EngineSettings, mesh: Mesh) -> None:
+        self._whole = Whole(program, settings.engine)
+        self._names = self._whole.stage.global_names()
+        self._places = placements(self._names)
+        self._optimizer = build_adamw(self._names, settings.optim)
+        self._scales = scales_of(program, self._whole.stage.scales)
+        self._clip_norm, self._mesh = settings.optim.clip_norm, mesh
+        self._compressor = build_compressor(program, self._places, settings, mesh.data, Group())
 
     def step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
         self._optimizer.zero_grad(set_to_none=True)
@@ -46,12 +55,15 @@ class ReferenceEngine:
             losses = self._whole(batch)
             (losses["loss"] / len(micro_batches)).backward()
             seen.append({name: value.detach() for name, value in losses.items()})
-        norm = self._reduce()
+        norm = global_norm(self._reduce(), self._mesh, self._scales)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        if torch.isfinite(norm):
+        if math.isfinite(norm):
+            self._clip(norm)
             self._optimizer.step()
-        return StepResult(losses=mean_losses(seen, self._world), grad_norm=float(norm))
+        facts = self._compressor.take_facts() if self._compressor else {}
+        facts |= self._scales.facts()
+        return StepResult(losses=mean_losses(seen, self._mesh), grad_norm=norm, facts=facts)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Losses:
@@ -59,20 +71,21 @@ class ReferenceEngine:
         return losses
 
     def state_slices(self) -> Iterator[StateSlice]:
-        if self._world.rank > 0:
+        if self._compressor is not None:
+            yield from self._compressor.slices()
+        yield from scale_slices(self._scales, self._mesh)
+        if self._mesh.world.rank > 0:
             return
         for name, parameter in self._names.items():
-            shape = tuple(parameter.shape)
-            state = self._optimizer.state[parameter]
-            tensors = {"master": parameter, **state}
+            tensors = {"master": parameter, **self._optimizer.state[parameter]}
             for kind in KINDS:
-                if kind in tensors:
-                    value: Tensor = tensors[kind]
-                    size = shape if value.dim() else ()
-                    flat = value.detach().reshape(-1)
-                    yield StateSlice(
-                        name=name, kind=kind, shape=size, box=whole_box(size), start=0, data=flat
-                    )
+                if kind == "step" and kind in tensors:
+                    data = tensors[kind].reshape(1)
+                    yield StateSlice(name=name, kind=kind, shape=(), box=(), start=0, data=data)
+                elif kind in tensors:
+                    part = self._places[name].slice(name, kind, 0, tensors[kind])
+                    if part is not None:
+                        yield part
 
     @torch.no_grad()
     def load_slices(self, reader: Reader) -> None:
@@ -80,29 +93,43 @@ class ReferenceEngine:
             parameter.copy_(reader.tensor(name, "master"))
             moments = ("exp_avg", "exp_avg_sq", "step")
             self._optimizer.state[parameter] = {k: reader.tensor(name, k) for k in moments}
+        load_scales(self._scales, reader)
+        if self._compressor is not None:
+            self._compressor.load(reader)
 
-    def model(self) -> nn.ModuleDict:
-        return self._whole.layers
+    def layers(self) -> dict[str, nn.Module]:
+        return dict(self._whole.stage.layers.items())
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: place.shape for name, place in self._places.items()}
 
     def memory(self) -> dict[str, int]:
-        bytes_ = sum(p.numel() * p.element_size() for p in self._ordered)
+        bytes_ = sum(p.numel() * p.element_size() for p in self._names.values())
         return {"parameters": bytes_, "gradients": bytes_, "optimizer": 2 * bytes_}
 
     def close(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
 
-    def _reduce(self) -> Tensor:
-        """Average gradients over the ranks, clip them by their global norm, and return it."""
-        gradients = [p.grad for p in self._ordered if p.grad is not None]
-        if self._world.group is not None:
-            flat = torch.cat([g.reshape(-1) for g in gradients])
-            dist.all_reduce(flat, group=self._world.group)
-            flat /= self._world.size
-            sizes = [g.numel() for g in gradients]
-            for gradient, part in zip(gradients, flat.split(sizes), strict=True):
+    def _reduce(self) -> list[Tensor]:
+        """Average gradients over the replicas; returns this rank's share of their squares."""
+        gradients = {n: p.grad for n, p in self._names.items() if p.grad is not None}
+        size = self._mesh.data.size
+        if self._compressor is not None:
+            reduced = self._compressor.reduce(gradients)
+            for name, gradient in gradients.items():
+                gradient.copy_(reduced.gradients[name].view_as(gradient))
+            return [square / size for square in reduced.squares.values()]
+        if size > 1:
+            flat = torch.cat([g.reshape(-1) for g in gradients.values()])
+            dist.all_reduce(flat, group=self._mesh.data.handle)
+            flat /= size
+            sizes = [g.numel() for g in gradients.values()]
+            for gradient, part in zip(gradients.values(), flat.split(sizes), strict=True):
                 gradient.copy_(part.view_as(gradient))
-        norm = nn.utils.get_total_norm(gradients)
-        scale = self._clip_norm / (norm + 1e-6)
-        if scale < 1:
-            torch._foreach_mul_(gradients, scale)
-        return norm
+        norms = torch.stack(torch._foreach_norm(list(gradients.values())))
+        return [norms.double().square().sum() / size]
+
+    def _clip(self, norm: float) -> None:
+        if norm + 1e-6 > self._clip_norm:
+            gradients = [p.grad for p in self._names.values() if p.grad is not None]
+            torch._foreach_mul_(gradients, self._clip_norm / (norm + 1e-6))

@@ -17,8 +17,8 @@ def test_shapes_demo_in_miniature(tmp_path: Path) -> None:
     text = tapir("demo", "--size=mini", f"--out={out}", TERM="dumb")
     summary = json.loads((out / "summary.json").read_text())
     assert set(STAGES) <= set(summary["seconds"]) and len(summary["commands"]) == 8
-    assert summary["prior"]["engine"] == "deepspeed_zero"
-    assert summary["prior"]["mesh"] == {"data": 2, "tensor": 1, "pipeline": 1}
+    assert summary["prior"]["engine"] == "deepspeed_pipe" and summary["prior"]["compress_rank"] > 0
+    assert summary["prior"]["mesh"] == {"data": 2, "tensor": 2, "pipeline": 2, "machines": 1}
     assert summary["caption_accuracy"]["checker_on_truth"] == 1.0
     assert {"perplexity", "psnr"} <= set(summary["dvae"])
     html = (out / "report.html").read_text()
@@ -43,7 +43,7 @@ def test_shapes_demo_in_miniature(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("npm") is None, reason="the emoji come by npm: apt install npm")
 def test_emoji_demo_in_miniature(tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    tapir("demo", "--size=mini", "--data=emoji", f"--out={out}")
+    tapir("demo", "--size=mini", "--data=emoji", f"--out={out}", "--mesh=1")
     summary = json.loads((out / "summary.json").read_text())
     assert "caption_accuracy" not in summary and summary["prior"]["validation_loss"] > 0
     assert (out / "report.html").exists()

@@ -1,15 +1,14 @@
 """The prior's logits on a GPU equal those on the CPU."""
 
 import torch
-from torch import nn
 
 from models.config import PriorConfig
-from models.prior import prior_layers
+from models.prior import build_prior
 
 
 def test_logits_equal_the_cpu() -> None:
     config = PriorConfig(text_vocabulary=30, image_vocabulary=20, grid=8)
-    layers = nn.ModuleDict(dict(prior_layers(config, 0)))
+    layers = build_prior(config)
     batch = {
         "text": torch.zeros(2, config.text_length, dtype=torch.int64),
         "image": torch.zeros(2, 64, dtype=torch.int64),

@@ -1,6 +1,7 @@
 """The token job: several workers, killed ones, doubled ones; the same bytes as one worker."""
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -34,8 +35,26 @@ def test_workers_killed_and_doubled_give_the_same_bytes(
     assert "made 0 shards" in tapir(*job, "--worker=1/2")
 
 
+@pytest.mark.slow
+def test_damaged_tokens_are_mended_and_other_pairs_refused(
+    raw: Path, bpe: Path, dvae: Path, tokens: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "t"
+    shutil.copytree(tokens, copy)
+    job = ["tokenize", str(raw), str(copy), f"--bpe={bpe}", f"--dvae={dvae}", "--block=8"]
+    shard = next((copy / "train").glob("*.tar"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:700] + bytes([whole[700] ^ 1]) + whole[701:])
+    assert "made 1 shards" in tapir(*job, "--again")
+    assert _bytes(copy) == _bytes(tokens)
+    other = tmp_path / "other"
+    tapir("pack", "shapes", str(other), "--count=60", "--validation=0.3", "--seed=5")
+    job[1] = str(other)
+    assert "holds tokens of other pairs" in tapir(*job, code=2)
+
+
 def test_tokens_of_another_dvae_are_refused(
     raw: Path, bpe: Path, dvae: Path, tokens: Path, tmp_path: Path
 ) -> None:
     job = ["tokenize", str(raw), str(tokens), f"--bpe={bpe}", f"--dvae={dvae}", "--block=16"]
-    assert "another dVAE, tokenizer or block size" in tapir(*job, code=2)
+    assert "of another dVAE, tokenizer or block size" in tapir(*job, code=2)

@@ -1,11 +1,13 @@
 """Keys, files, settings and the command line's manners."""
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from core.errors import ConfigError, CorruptError
-from core.files import remove_leftovers, seal, unseal, write_atomic
+from core.files import private_folder, remove_leftovers, seal, unseal, write_atomic
 from core.keys import key_fraction, key_int, keyed_rng
 from core.settings import from_json, to_json
 from parallel.config import MeshConfig
@@ -64,10 +66,35 @@ def test_problems_come_all_at_once_with_a_fix() -> None:
         (["train", "prior", "tiny", "--mesh.data", "3"], "do not divide order.lanes=8"),
         (["train", "prior", "tiny", "--data", "/nowhere"], "tapir tokenize"),
         (["sample"], "caption"),
+        (["train", "prior", "tiny", "--order.lanes=0"], "must be at least 1"),
+        (["train", "prior", "tiny", "--optim.lr=nan"], "must be positive numbers"),
+        (["train", "prior", "tiny", "--model.dim=0"], "must be at least 1"),
+        (["train", "bpe", "tiny", "--out=/proc/nothing", "--data=/nowhere"], "no data set"),
+        (["demo", "--out=/etc/hosts", "--size=mini"], "cannot write the folder"),
     ],
 )
 def test_wrong_command_lines_are_answered(arguments: list[str], expected: str) -> None:
     assert expected in tapir(*arguments, code=2)
+
+
+def test_wrong_environments_are_answered(tmp_path: Path) -> None:
+    flags = ["pack", "shapes", "s3://bucket/x"]
+    assert "http://host:port" in tapir(*flags, code=2, AWS_ENDPOINT_URL="127.0.0.1:9")
+    assert "number of ranks" in tapir("train", "prior", "tiny", code=2, WORLD_SIZE="abc")
+    (tmp_path / "tokenizer.json").write_text("garbage")
+    data = f"--data={tmp_path}"
+    assert "no data set" in tapir("train", "clip", "tiny", data, f"--bpe={tmp_path}", code=2)
+
+
+def test_a_folder_of_a_dead_process_is_swept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    dead, alive = tmp_path / "p-4194305-x", tmp_path / "p-1-x"
+    dead.mkdir()
+    alive.mkdir()
+    mine = private_folder("p")
+    assert not dead.exists() and alive.exists() and mine.name.startswith(f"p-{os.getpid()}-")
 
 
 def test_mesh_must_match_the_ranks_that_were_started() -> None:

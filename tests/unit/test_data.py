@@ -219,3 +219,28 @@ def test_stores_refuse_what_leaves_them(tmp_path: Path) -> None:
         FolderStore(tmp_path / "a").get("../b")
     with pytest.raises(ConfigError, match="no store"):
         open_store("pipe:cat /etc/passwd")
+
+
+def test_a_dest_belongs_to_one_request_and_again_mends_it(tmp_path: Path) -> None:
+    command = ["pack", "shapes", str(tmp_path / "d"), "--count=60", "--validation=0.3"]
+    tapir(*command)
+    assert "is taken by another data set" in tapir(*command, "--seed=7", code=2)
+    shard = tmp_path / "d" / "train" / "shard-000000.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:600] + bytes([whole[600] ^ 1]) + whole[601:])
+    assert "--again" in tapir("verify", str(tmp_path / "d"), code=1)
+    assert "already holds" in tapir(*command)
+    tapir(*command, "--again")
+    assert shard.read_bytes() == whole
+
+
+def test_a_changed_folder_is_another_data_set(tmp_path: Path) -> None:
+    source = tmp_path / "s"
+    source.mkdir()
+    for i in range(8):
+        (source / f"{i}.png").write_bytes(encode_png(np.full((20, 20, 3), 9 * i, np.uint8)))
+        (source / f"{i}.txt").write_text(f"number {i}")
+    command = ["pack", str(source), str(tmp_path / "d"), "--validation=0.4"]
+    tapir(*command)
+    (source / "0.txt").write_text("another caption")
+    assert "content); choose an empty DEST" in tapir(*command, code=2)

@@ -1,5 +1,7 @@
 """The prior sees no future, the cache equals the whole stream, CLIP ranks, draws are keyed."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -8,7 +10,7 @@ from generation.pictures import Candidates
 from generation.sampling import SampleConfig, Sampler
 from models.clip import Clip, contrastive_loss
 from models.config import ClipConfig, PriorConfig
-from models.prior import PAD, prior_layers, prior_loss
+from models.prior import PAD, build_prior, prior_loss
 
 CONFIG = PriorConfig(
     dim=48, heads=3, layers=4, text_length=6, text_vocabulary=30, image_vocabulary=20, grid=4
@@ -30,7 +32,7 @@ def _logits(layers: nn.ModuleDict, batch: dict[str, torch.Tensor]) -> torch.Tens
 
 
 def _trained_like() -> nn.ModuleDict:
-    layers = nn.ModuleDict(dict(prior_layers(CONFIG, 0)))
+    layers = build_prior(CONFIG)
     with torch.no_grad():
         for i, p in enumerate(layers.parameters()):
             p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
@@ -92,17 +94,17 @@ def test_given_rows_are_kept_exactly() -> None:
 
 
 def test_loss_weights_and_pads() -> None:
-    layers, batch = nn.ModuleDict(dict(prior_layers(CONFIG, 0))), _batch()
+    layers, batch = build_prior(CONFIG), _batch()
     state = batch
     for layer in layers.values():
         state = layer(state)
     losses = prior_loss(state, batch, 0.125)  # type: ignore[arg-type]
     expected = losses["text_loss"] / 8 + losses["image_loss"] * 7 / 8
     assert torch.allclose(losses["loss"], expected)
-    assert 2.5 < float(losses["image_loss"]) < 3.5
+    assert 3.0 < losses["image_loss"].item() < 4.0, "logits of unit variance: ln 20 + 1/2"
     parts = [
         prior_loss(
-            type(state)(text=state.text[i : i + 1], image=state.image[i : i + 1]),  # type: ignore
+            replace(state, text=state.text[i : i + 1], image=state.image[i : i + 1]),  # type: ignore
             {name: value[i : i + 1] for name, value in batch.items()},
             0.125,
         )["loss"]

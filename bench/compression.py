@@ -1,0 +1,84 @@
+"""Held-out loss of a prior against the rank of its compressed gradients, over some seeds.
+
+Trains on the token data set that TAPIR_BENCH_TOKENS names (default: makes one from shapes), two
+replicas each, 1,000 steps; runs that are there already are not repeated. docs/engine.md has the
+figures and what follows from them.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.tokens import make_tokens
+
+SEEDS = (0, 1, 2)
+STEPS = 1000
+WIDTHS = {96: (6, 12, 22, 43), 160: (36,)}
+"""Width -> ranks; 22 and 36 are the paper's 0.226 of the width."""
+PAPERS = {96: 22, 160: 36}
+FOLDER = Path(".cache/bench-compression")
+
+
+def run() -> list[dict[str, Any]]:
+    """One row a width, rank and variant; ratio > 1 means a lower loss than uncompressed."""
+    tokens = os.environ.get("TAPIR_BENCH_TOKENS") or make_tokens(FOLDER / "data")
+    rows = []
+    for width, ranks in WIDTHS.items():
+        plain = _losses(tokens, width, 0, "plain", [])
+        rows.append(_row(width, 0, "uncompressed", plain, plain))
+        for rank in ranks:
+            for variant, flags in _variants(rank == PAPERS[width] and width == 96).items():
+                found = _losses(tokens, width, rank, variant, flags)
+                rows.append(_row(width, rank, variant, found, plain))
+    return rows
+
+
+def saved_share(width: int, rank: int) -> float:
+    """Share of the bytes of a block's six matrices that factors of this rank do not send."""
+    shapes = [(width, width)] * 4 + [(4 * width, width)] * 2
+    raw = sum(rows * columns for rows, columns in shapes)
+    return 1 - sum(rank * (rows + columns) for rows, columns in shapes) / raw
+
+
+def _variants(without_feedback: bool) -> dict[str, list[str]]:
+    found = {"fixed Q": [], "warm Q": ["--compress.warm-start"]}
+    if without_feedback:
+        found["fixed Q, no error feedback"] = ["--compress.no-error-feedback"]
+    return found
+
+
+def _losses(tokens: str, width: int, rank: int, variant: str, flags: list[str]) -> list[float]:
+    return [_train(tokens, width, rank, variant, seed, flags) for seed in SEEDS]
+
+
+def _train(tokens: str, width: int, rank: int, variant: str, seed: int, flags: list[str]) -> float:
+    name = f"{width}-{rank}-{variant}-{seed}".replace(" ", "_").replace(",", "")
+    out = FOLDER / name
+    command = [sys.executable, "-m", "tapir", "train", "prior", "tiny"]
+    command += [f"--data={tokens}", f"--out={out}", f"--loop.steps={STEPS}", "--loop.batch=16"]
+    command += [f"--loop.seed={seed}", "--loop.validation-samples=512"]
+    command += [f"--loop.validate-every={STEPS}", f"--loop.save-every={STEPS}"]
+    command += [f"--model.dim={width}", f"--model.heads={width // 32}", "--engine.name=reference"]
+    command += ["--mesh.data=2", f"--compress.rank={rank}", *flags]
+    subprocess.run(command, check=True, capture_output=True)
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["split"] == "validation", f"{out} did not end with a validation row"
+    return float(last["loss"])
+
+
+def _row(
+    width: int, rank: int, variant: str, losses: list[float], plain: list[float]
+) -> dict[str, Any]:
+    mean, base = sum(losses) / len(losses), sum(plain) / len(plain)
+    saved = f", {saved_share(width, rank):.0%} saved" if rank else ""
+    return {
+        "name": f"width {width} rank {rank} {variant}{saved}",
+        "value": mean,
+        "unit": "nats",
+        "baseline": f"uncompressed {base:.4f} [{min(plain):.4f}, {max(plain):.4f}]",
+        "ratio": base / mean,
+        "spread": [min(losses), max(losses)],
+    }

@@ -1,0 +1,180 @@
+"""Largest difference of each mesh and engine from one process, over some steps.
+
+Every configuration trains the same small prior on the same random tokens; a row's value is the
+largest relative difference of loss and gradient norm over all steps.
+"""
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.launcher import launch
+from core.keys import key_int
+from core.settings import from_json
+from models.config import PriorConfig
+from models.prior import COMPRESSED, prior_layers, prior_loss
+from parallel.config import CompressConfig, EngineConfig, MeshConfig, OptimConfig
+from parallel.engines.catalogue import build_engine, modules_of
+from parallel.engines.protocol import Batch, Engine, EngineSettings, Program
+from parallel.ledger import Ledger, recorded
+from parallel.mesh import Mesh, build_mesh
+from parallel.world import join_world, leave_world
+
+MODEL = PriorConfig(
+    dim=48, heads=6, layers=5, text_length=6, text_vocabulary=50, image_vocabulary=30, grid=4
+)
+BATCH, STEPS, SEED = 16, 20, 5
+BOUND = {"fp32": 1e-5, "bf16": 2e-2}
+"""Largest allowed difference; bf16 has 8 bits of mantissa, and ranks add partial sums apart."""
+OPTIM = OptimConfig(lr=4.5e-4, warmup=5, clip_norm=0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One configuration."""
+
+    name: str
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    compress: CompressConfig = field(default_factory=CompressConfig)
+    steps: int = STEPS
+    model: PriorConfig = MODEL
+
+    def precise(self, precision: str) -> "Case":
+        """The same in another precision."""
+        engine = EngineConfig(**{**asdict(self.engine), "precision": precision})
+        return Case(**{**vars(self), "name": f"{self.name} {precision}", "engine": engine})
+
+
+def _pipe(tensor: int = 1, pipeline: int = 1, data: int = 1, **engine: Any) -> Case:
+    name = "x".join(
+        f"{axis}{n}" for axis, n in (("TP", tensor), ("PP", pipeline), ("DP", data)) if n > 1
+    )
+    settings = EngineConfig(name="deepspeed_pipe", accumulate=4, **engine)
+    mesh = MeshConfig(tensor=tensor, pipeline=pipeline, data=data)
+    return Case(name=f"{name} pipe", mesh=mesh, engine=settings)
+
+
+def _zero(stage: int, tensor: int = 1, data: int = 2, machines: int = 1) -> Case:
+    name = f"TP{tensor}xDP{data}" if tensor > 1 else f"DP{data}"
+    layout = f"paper layout, {machines} machines of {data // machines}"
+    return Case(
+        name=layout if machines > 1 else f"{name} ZeRO-{stage}",
+        mesh=MeshConfig(tensor=tensor, data=data, machines=machines),
+        engine=EngineConfig(name="deepspeed_zero", zero_stage=stage, accumulate=2),
+    )
+
+
+ONE = Case(name="one process")
+CASES = [
+    Case(name="DP2 reference", mesh=MeshConfig(data=2)),
+    _pipe(tensor=2),
+    _pipe(pipeline=2),
+    _pipe(pipeline=4),
+    _pipe(data=2),
+    _pipe(tensor=2, pipeline=2),
+    _pipe(tensor=2, pipeline=2, data=2),
+    _pipe(tensor=4),
+    *(_zero(stage) for stage in (1, 2, 3)),
+    *(_zero(stage, tensor=2) for stage in (1, 2, 3)),
+    _zero(3, data=4, machines=2),
+]
+"""TP4 has padded heads: 6 heads become 8."""
+
+
+def run() -> list[dict[str, Any]]:
+    """One row a configuration and precision; ratio > 1 means inside of the bound."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    rows = []
+    for precision, bound in BOUND.items():
+        single = train(ONE.precise(precision))
+        for case in CASES:
+            found = difference(single, train(case.precise(precision)))
+            rows.append(
+                {
+                    "name": f"{case.name} {precision}",
+                    "value": found,
+                    "unit": "relative difference",
+                    "baseline": f"bound {bound:g}",
+                    "ratio": bound / max(found, 1e-12),
+                    "spread": [found, found],
+                }
+            )
+    return rows
+
+
+def train(case: Case) -> list[dict[str, Any]]:
+    """Train under one configuration; returns losses, norm and facts of each step."""
+    with tempfile.TemporaryDirectory() as folder:
+        payload = json.dumps({**asdict(case), "out": folder})
+        split = case.mesh.world > case.mesh.data
+        preload = ["torch", "torch.distributed", *modules_of(case.engine.name, split)]
+        launch("bench.parity:train_rank", payload, case.mesh.world, [*preload, "bench.parity"])
+        rows: list[dict[str, Any]] = json.loads(Path(folder, "rows.json").read_text())
+        return rows
+
+
+def difference(
+    a: list[dict[str, Any]],
+    b: list[dict[str, Any]],
+    fields: tuple[str, ...] = ("loss", "grad_norm"),
+) -> float:
+    """Largest relative difference of loss and gradient norm over all steps."""
+    assert len(a) == len(b) > 0, "two runs of different length"
+    return max(
+        abs(x[name] - y[name]) / abs(x[name]) for x, y in zip(a, b, strict=True) for name in fields
+    )
+
+
+def batch_of(step: int, config: PriorConfig) -> Batch:
+    """The global batch of a step: random tokens."""
+    draws = torch.Generator().manual_seed(key_int(SEED, step, "parity"))
+    text = torch.randint(0, config.text_vocabulary, (BATCH, config.text_length), generator=draws)
+    text[: BATCH // 2, -2:] = -1
+    image = torch.randint(0, config.image_vocabulary, (BATCH, config.grid**2), generator=draws)
+    return {"text": text, "image": image}
+
+
+def train_rank(payload: str) -> None:
+    """Train on this rank; rank 0 writes rows.json."""
+    body = json.loads(payload)
+    out = Path(body.pop("out"))
+    case = from_json(Case, body)
+    torch.set_float32_matmul_precision("highest")
+    world = join_world()
+    mesh = build_mesh(case.mesh, world)
+    settings = EngineSettings(optim=OPTIM, engine=case.engine, compress=case.compress, seed=SEED)
+    program = Program(
+        layers=prior_layers(case.model, SEED, mesh.shared),
+        loss=lambda logits, batch: prior_loss(logits, batch, 0.125),
+        compressed=COMPRESSED,
+    )
+    with recorded(mesh) as ledger:
+        rows = _steps(case, build_engine(program, settings, mesh), mesh, ledger)
+    if world.rank == 0:
+        (out / "rows.json").write_text(json.dumps(rows))
+    leave_world(world)
+
+
+def _steps(case: Case, engine: Engine, mesh: Mesh, ledger: Ledger) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for step in range(case.steps):
+        whole = batch_of(step, case.model)
+        mine = {name: value[mesh.data.rank :: mesh.data.size] for name, value in whole.items()}
+        size = len(mine["text"]) // case.engine.accumulate
+        micro = [
+            {name: value[i * size : (i + 1) * size] for name, value in mine.items()}
+            for i in range(case.engine.accumulate)
+        ]
+        ledger.take()
+        result = engine.step(micro, OPTIM.lr * min(1.0, (step + 1) / OPTIM.warmup))
+        row = {**result.losses, "grad_norm": result.grad_norm, **result.facts}
+        rows.append({**row, "comm": ledger.take()})
+    rows[-1]["validation"] = float(engine.evaluate(mine)["loss"])
+    engine.close()
+    return rows

@@ -1,0 +1,135 @@
+"""Does compression pay on this link? Measured on the model's own shapes, in seconds.
+
+A step without compression sends all gradient bytes; with it, the factors and the rest, and it
+computes them. The break-even bandwidth is where both take equally long: below it, compression pays.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from core.log import LOG
+from parallel.compress.powersgd import MatrixShard, PowerSGD, shard_rank
+
+PAPER_SHARE = 0.226
+"""Rank over width that the paper found to cost no loss (896 of 3968)."""
+SHARES = (1 / 16, 1 / 8, PAPER_SHARE, 0.5)
+PROBES = (2**16, 2**22)
+"""Bytes of the two all-reduces that tell latency and bandwidth apart."""
+ROUNDS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """What an all-reduce over a group costs: latency + bytes / bandwidth."""
+
+    latency: float
+    """Seconds."""
+    bandwidth: float
+    """Bytes of payload a second."""
+
+    def seconds(self, count: float) -> float:
+        """Time of one all-reduce of `count` bytes."""
+        return self.latency + count / self.bandwidth
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """What one rank gains."""
+
+    rank: int
+    """Total rank, over the shards of a matrix."""
+    raw_bytes: int
+    sent_bytes: int
+    compute_ms: float
+    """Factors, orthogonalisation and decompression of one step."""
+    gained_ms: float
+    """Saved a step on this link; negative if compression costs time."""
+    break_even: float
+    """Bytes a second of all-reduce payload below which it pays."""
+
+
+def measure_link(group: "dist.ProcessGroup") -> Link:
+    """Time two sizes of all-reduce; every rank of the group must call it, and gets one answer."""
+    seconds = []
+    for count in PROBES:
+        payload = torch.ones(count // 4)
+        dist.all_reduce(payload, group=group)
+        best = min(_timed_all_reduce(payload, group) for _ in range(ROUNDS))
+        seconds.append(best)
+    agreed = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=group)
+    short, long = agreed.tolist()
+    bandwidth = (PROBES[1] - PROBES[0]) / max(long - short, 1e-9)
+    return Link(latency=max(short - PROBES[0] / bandwidth, 0.0), bandwidth=bandwidth)
+
+
+def measure_compute(shards: Sequence[MatrixShard], rank: int) -> float:
+    """Seconds that one step's factors take on this rank, without sending them."""
+    powersgd = PowerSGD(shards, rank=rank, seed=0, group=None)
+    gradients = {s.name: torch.randn(s.rows, s.columns) for s in shards}
+    powersgd.reduce(gradients)
+    best = float("inf")
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        powersgd.reduce(gradients)
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def advise(
+    shards: Sequence[MatrixShard], others: int, parts: int, link: Link, shares: Sequence[float]
+) -> list[Advice]:
+    """Weigh compression at some shares of the width; `others` elements are never compressed."""
+    width = min(shard.oriented[0] for shard in shards) * parts
+    raw = 4 * (sum(s.rows * s.columns for s in shards) + others)
+    found = []
+    for share in shares:
+        total = max(parts, round(share * width))
+        each = shard_rank(total, parts)
+        sent = 4 * others
+        sent += 4 * sum(min(each, min(s.oriented)) * (s.rows + s.columns) for s in shards)
+        compute = measure_compute(shards, each)
+        extra = compute + 2 * link.latency
+        saved = (raw - sent) / link.bandwidth
+        found.append(
+            Advice(
+                rank=total,
+                raw_bytes=raw,
+                sent_bytes=sent,
+                compute_ms=1e3 * compute,
+                gained_ms=1e3 * (saved - extra),
+                break_even=(raw - sent) / extra,
+            )
+        )
+    return found
+
+
+def chosen_rank(
+    shards: Sequence[MatrixShard], others: int, parts: int, group: "dist.ProcessGroup"
+) -> int:
+    """The paper's rank if it gains time here, else 0; every rank of the world gets one answer."""
+    link = measure_link(group)
+    table = advise(shards, others, parts, link, SHARES) if shards else []
+    LOG.info("link: %.1f MB/s, latency %.2f ms", link.bandwidth / 1e6, 1e3 * link.latency)
+    for row in table:
+        LOG.info(
+            "rank %d: %.1f of %.1f MB, %.1f ms of factors: %+.1f ms a step; pays below %.0f MB/s",
+            *(row.rank, row.sent_bytes / 1e6, row.raw_bytes / 1e6, row.compute_ms, row.gained_ms),
+            row.break_even / 1e6,
+        )
+    papers = table[SHARES.index(PAPER_SHARE)] if table else None
+    vote = torch.tensor([papers.gained_ms if papers else 0.0], dtype=torch.float64)
+    best = torch.tensor([papers.rank if papers else 0])
+    dist.all_reduce(vote)
+    dist.all_reduce(best, op=dist.ReduceOp.MAX)
+    return int(best) if float(vote) > 0 else 0
+
+
+def _timed_all_reduce(payload: torch.Tensor, group: "dist.ProcessGroup") -> float:
+    began = time.perf_counter()
+    dist.all_reduce(payload, group=group)
+    return time.perf_counter() - began

@@ -1,0 +1,239 @@
+"""What all engines share: one norm and finite flag, mean losses, compression of named gradients."""
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from checkpoint.format import Reader, StateSlice
+from core.errors import ConfigError
+from core.log import LOG
+from parallel.compress.advisor import chosen_rank
+from parallel.compress.powersgd import MatrixShard, PowerSGD, Reduced, shard_rank
+from parallel.engines.protocol import EngineSettings, Losses, Program
+from parallel.mesh import Group, Mesh
+from parallel.placement import Placement, placement_of
+from parallel.scales import Scales
+
+ERROR, BASIS, SCALE = "error@", "basis", "scale"
+
+
+def mean_losses(seen: list[Losses], mesh: Mesh) -> dict[str, float]:
+    """Average each loss over micro-batches, then over the replicas; known on every rank.
+
+    Only the last stage has seen losses. All replicas must hold batches of one size, so that the
+    mean of means is the mean.
+    """
+    names = list(seen[0]) if seen else []
+    if mesh.pipeline.size > 1:
+        lasting: list[list[str]] = [names]
+        assert mesh.pipeline.handle is not None, "a pipeline of several stages has a group"
+        source = dist.get_global_rank(mesh.pipeline.handle, mesh.pipeline.size - 1)
+        dist.broadcast_object_list(lasting, src=source, group=mesh.pipeline.handle)
+        names = lasting[0]
+    values = torch.zeros(len(names))
+    if seen:
+        rows = [torch.stack([row[name].detach().float() for name in names]) for row in seen]
+        values = torch.stack(rows).mean(0)
+        if mesh.data.size > 1:
+            dist.all_reduce(values, group=mesh.data.handle)
+            values /= mesh.data.size
+    if mesh.pipeline.size > 1:
+        dist.broadcast(values, src=source, group=mesh.pipeline.handle)
+    return dict(zip(names, values.tolist(), strict=True))
+
+
+def global_norm(squares: list[Tensor], mesh: Mesh, scales: Scales) -> float:
+    """The gradient norm over all ranks; infinite, on every rank, if anything is not finite.
+
+    `squares` are sums of squares of this rank's gradients, weighted so that the sum over the world
+    counts every element once. This is the one number by which all ranks decide what to do; the
+    gradient scales move by the flags that come with it.
+    """
+    zero = torch.zeros((), dtype=torch.float64)
+    total = torch.stack([zero, *(square.double() for square in squares)]).sum()
+    shared = torch.cat([total[None], scales.broken()])
+    if mesh.world.group is not None:
+        dist.all_reduce(shared, group=mesh.world.group)
+    scales.update(shared[1:])
+    norm = float(shared[0])
+    return math.sqrt(norm) if math.isfinite(norm) and not shared[1:].any() else math.inf
+
+
+def scale_slices(scales: Scales, mesh: Mesh) -> Iterator[StateSlice]:
+    """The gradient scales that this rank saves."""
+    if mesh.data.rank == 0 and mesh.tensor.rank == 0:
+        for name, scale in scales.here.items():
+            data = torch.tensor([scale.value, float(scale.since_division)])
+            yield StateSlice(name=name, kind=SCALE, shape=(2,), box=((0, 2),), start=0, data=data)
+
+
+def load_scales(scales: Scales, reader: Reader) -> None:
+    """Take back gradient scales; those that are not stored keep their first value."""
+    for name, scale in scales.here.items():
+        if SCALE in reader.kinds(name):
+            value, since = reader.tensor(name, SCALE).tolist()
+            scale.value, scale.since_division = value, int(since)
+
+
+def counts_once(placement: Placement, mesh: Mesh) -> bool:
+    """Say whether this tensor rank counts (and saves) a parameter that all of them may hold."""
+    return placement.split or mesh.tensor.rank == 0
+
+
+def placements(names: Mapping[str, nn.Parameter]) -> dict[str, Placement]:
+    """The placement of each parameter; ask before ZeRO-3 empties them."""
+    return {name: placement_of(parameter) for name, parameter in names.items()}
+
+
+def build_compressor(
+    program: Program,
+    held: Mapping[str, Placement],
+    settings: EngineSettings,
+    group: Group,
+    parts: Group,
+) -> "Compressor | None":
+    """Compression over `group` of matrices that are cut over `parts`; None if it is off.
+
+    Raises: ConfigError if this program has no compressible matrices.
+    """
+    if not settings.compress.on:
+        return None
+    matrices = {n: p for n, p in held.items() if n.endswith(program.compressed) and p.rows}
+    if not program.compressed:
+        raise ConfigError("only the prior's gradients can be compressed; set compress.rank to 0")
+    shards = _shards(matrices, parts)
+    rank = settings.compress.rank
+    if rank == "auto":
+        others = sum(p.numel for name, p in held.items() if name not in matrices)
+        assert group.handle is not None, "config.problems() asks for at least two replicas"
+        rank = chosen_rank(shards, others, parts.size, group.handle)
+        LOG.info("compression auto: %s", f"rank {rank}" if rank else "off, it would cost time here")
+    return Compressor(matrices, shards, rank, settings, group, parts) if rank else None
+
+
+def _shards(matrices: Mapping[str, Placement], parts: Group) -> list[MatrixShard]:
+    return [
+        MatrixShard(name=n, rows=p.rows, columns=p.shape[1], shard=parts.rank)
+        for n, p in matrices.items()
+    ]
+
+
+class Compressor:
+    """PowerSGD over the replicas of this rank's matrices, with its checkpoint."""
+
+    def __init__(
+        self,
+        matrices: Mapping[str, Placement],
+        shards: list[MatrixShard],
+        rank: int,
+        settings: EngineSettings,
+        group: Group,
+        parts: Group,
+    ) -> None:
+        """`rank` is the total one, over the parts of a matrix."""
+        self._matrices, self._group, self._parts = dict(matrices), group, parts
+        self.rank = shard_rank(rank, parts.size)
+        self._powersgd = PowerSGD(
+            shards,
+            rank=self.rank,
+            seed=settings.seed,
+            group=group.handle if group.size > 1 else None,
+            warm_start=settings.compress.warm_start,
+            error_feedback=settings.compress.error_feedback,
+        )
+        self._warm = settings.compress.warm_start
+        self.facts: dict[str, float] = {}
+        """Bytes of the last step, raw and sent."""
+        LOG.info(
+            "PowerSGD: %d matrices at rank %d between %d replicas",
+            len(matrices),
+            self.rank,
+            group.size,
+        )
+
+    def reduce(self, gradients: Mapping[str, Tensor]) -> Reduced:
+        """Average gradients over the replicas; padding rows come back as zero.
+
+        Shapes: flat or shaped local gradients; returned flat.
+        """
+        real = {
+            name: self._matrix(name, gradient) if name in self._matrices else gradient
+            for name, gradient in gradients.items()
+        }
+        reduced = self._powersgd.reduce(real)
+        found = {}
+        for name, gradient in gradients.items():
+            flat = torch.zeros(gradient.numel(), dtype=gradient.dtype)
+            part = reduced.gradients[name].reshape(-1)
+            flat[: part.numel()] = part
+            found[name] = flat
+        self.facts = {
+            "compress_raw_bytes": self.facts.get("compress_raw_bytes", 0) + reduced.raw_bytes,
+            "compress_sent_bytes": self.facts.get("compress_sent_bytes", 0) + reduced.sent_bytes,
+        }
+        return Reduced(
+            gradients=found,
+            squares=reduced.squares,
+            raw_bytes=reduced.raw_bytes,
+            sent_bytes=reduced.sent_bytes,
+        )
+
+    def take_facts(self) -> dict[str, float]:
+        """Bytes since the last call, raw and sent, and the rank."""
+        facts, self.facts = self.facts, {}
+        return {**facts, "compress_rank": self.rank}
+
+    def slices(self) -> Iterator[StateSlice]:
+        """The error buffers of this replica, and (once) the warm-started Q."""
+        for name, error in self._powersgd.errors().items():
+            kind = f"{ERROR}{self._group.rank}"
+            part = self._matrices[name].slice(name, kind, 0, error.contiguous())
+            if part is not None:
+                yield part
+        if self._warm and self._group.rank == 0:
+            for name, basis in self._powersgd.bases().items():
+                part = self._basis_place(basis).slice(name, BASIS, 0, basis)
+                if part is not None:
+                    yield part
+
+    def load(self, reader: Reader) -> None:
+        """Take back the buffers; from another number of replicas, their sum is divided."""
+        drawn = self._powersgd.bases()
+        errors, bases = {}, {}
+        for name, place in self._matrices.items():
+            kinds = [kind for kind in reader.kinds(name) if kind.startswith(ERROR)]
+            mine = f"{ERROR}{self._group.rank}"
+            count = place.numel
+            if len(kinds) == self._group.size and mine in kinds:
+                error = place.read(reader, name, mine, 0, count)
+            else:
+                parts = [place.read(reader, name, kind, 0, count) for kind in kinds]
+                error = sum(parts, torch.zeros(count)) / self._group.size
+            errors[name] = error.view(place.rows, -1)
+            bases[name] = self._basis(reader, name, drawn[name])
+        self._powersgd.load(errors, bases)
+
+    def _matrix(self, name: str, gradient: Tensor) -> Tensor:
+        place = self._matrices[name]
+        return gradient.reshape(-1)[: place.numel].view(place.rows, place.shape[1])
+
+    def _basis_place(self, basis: Tensor) -> Placement:
+        rows, rank = basis.shape
+        return Placement(
+            shape=(rows * self._parts.size, rank),
+            first=rows * self._parts.rank,
+            rows=rows,
+            split=True,
+        )
+
+    def _basis(self, reader: Reader, name: str, drawn: Tensor) -> Tensor:
+        """The stored Q if the matrix was cut as it is now, else the drawn one: it warms anew."""
+        if not self._warm or BASIS not in reader.kinds(name):
+            return drawn
+        place = self._basis_place(drawn)
+        if tuple(reader.tensor(name, BASIS).shape) != place.shape:
+            return drawn
+        return place.read(reader, name, BASIS, 0, place.numel).view_as(drawn)

@@ -1,0 +1,132 @@
+"""What the DeepSpeed engines share: optimiser state as slices, the global norm, compression."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from checkpoint.format import Reader, StateSlice
+from parallel.config import OptimConfig
+from parallel.engines.common import (
+    Compressor,
+    counts_once,
+    global_norm,
+    load_scales,
+    scale_slices,
+)
+from parallel.engines.deepspeed_hooks import (
+    Gradients,
+    ensure_adam_state,
+    fragments,
+    publish_masters,
+)
+from parallel.mesh import Mesh
+from parallel.placement import Placement
+from parallel.scales import Scales
+
+BUCKET = 2**20
+"""Elements reduced together; ZeRO allocates this much, so it is small on CPUs."""
+
+
+class DeepSpeedState:
+    """The named, sharded state behind a DeepSpeed optimiser."""
+
+    def __init__(
+        self,
+        names: Mapping[str, nn.Parameter],
+        places: Mapping[str, Placement],
+        mesh: Mesh,
+        copies: int,
+        scales: Scales,
+    ) -> None:
+        """`copies` are the ranks of other machines that hold the same partitions."""
+        self.names, self.places, self.mesh = names, places, mesh
+        self._copies, self.scales = copies, scales
+        self.optimizer: Any = None
+        self.compressor: Compressor | None = None
+
+    def norm(self, gradients: Gradients) -> float:
+        """The global norm of partitioned gradients; infinite if the update is to be skipped."""
+        squares = [
+            gradient.double().square().sum() / self._copies
+            for name, gradient in gradients.items()
+            if counts_once(self.places[name], self.mesh)
+        ]
+        return global_norm(squares, self.mesh, self.scales)
+
+    def slices(self) -> Iterator[StateSlice]:
+        """What this rank saves: ZeRO's fragments, and its compression buffers."""
+        if self.compressor is not None:
+            yield from self.compressor.slices()
+        yield from scale_slices(self.scales, self.mesh)
+        if self.mesh.between.rank > 0:
+            return
+        for name, parameter in self.names.items():
+            place = self.places[name]
+            if not counts_once(place, self.mesh):
+                continue
+            for part in fragments(self.optimizer, parameter):
+                tensors = {"master": part.master, **part.state}
+                for kind in ("master", "exp_avg", "exp_avg_sq"):
+                    found = place.slice(name, kind, part.start, tensors[kind])
+                    if found is not None:
+                        yield found
+                if part.start == 0 and place.first == 0:
+                    data = part.state["step"].reshape(1)
+                    yield StateSlice(name=name, kind="step", shape=(), box=(), start=0, data=data)
+
+    @torch.no_grad()
+    def load(self, reader: Reader) -> None:
+        """Fill masters and moments, and spread the weights."""
+        ensure_adam_state(self.optimizer)
+        for name, parameter in self.names.items():
+            place = self.places[name]
+            for part in fragments(self.optimizer, parameter):
+                count = part.master.numel()
+                part.master.copy_(place.read(reader, name, "master", part.start, count))
+                for kind in ("exp_avg", "exp_avg_sq"):
+                    part.state[kind].copy_(place.read(reader, name, kind, part.start, count))
+                part.state["step"].copy_(reader.tensor(name, "step"))
+        publish_masters(self.optimizer)
+        load_scales(self.scales, reader)
+        if self.compressor is not None:
+            self.compressor.load(reader)
+
+    def facts(self) -> dict[str, float]:
+        """Figures of the last step: compression and gradient scales."""
+        facts = self.compressor.take_facts() if self.compressor else {}
+        return {**facts, **self.scales.facts()}
+
+    def memory(self, shards: int, stage: int) -> dict[str, int]:
+        """Bytes on this rank, by what ZeRO's stage shards."""
+        bytes_ = 4 * sum(place.numel for place in self.places.values())
+        return {
+            "parameters": bytes_ // (shards if stage == 3 else 1),
+            "gradients": bytes_ // (shards if stage >= 2 else 1),
+            "optimizer": (2 if stage == 3 else 3) * bytes_ // shards,
+        }
+
+
+def zero_config(
+    optim: OptimConfig, stage: int, accumulate: int, elements: int | None
+) -> dict[str, Any]:
+    """DeepSpeed's config. `elements` sizes the bucket that compression needs whole."""
+    bucket = max(elements or 0, BUCKET)
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": BUCKET,
+    }
+    if stage == 3:
+        del zero["allgather_bucket_size"]
+        zero |= {"stage3_prefetch_bucket_size": BUCKET, "reduce_bucket_size": BUCKET}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": optim.clip_norm,
+        "zero_optimization": zero,
+        "steps_per_print": 2**31,
+    }

@@ -1,0 +1,131 @@
+"""A book of what this rank communicates: group, operation, calls and bytes.
+
+The functions of torch.distributed are wrapped, so that megatron-core's and DeepSpeed's traffic is
+in it as well as ours. Bytes are those of the larger side of an operation (what an all-gather puts
+out, what a reduce-scatter takes in), as this rank sees them, before any algorithm splits them.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.mesh import Mesh
+
+OPERATIONS = {
+    "all_reduce": ("tensor", 0),
+    "reduce": ("tensor", 0),
+    "broadcast": ("tensor", 0),
+    "all_gather": ("tensor_list", 0),
+    "all_gather_into_tensor": ("output_tensor", 0),
+    "reduce_scatter": ("input_list", 1),
+    "reduce_scatter_tensor": ("input", 1),
+    "all_to_all_single": ("input", 1),
+    "send": ("tensor", 0),
+    "recv": ("tensor", 0),
+    "isend": ("tensor", 0),
+    "irecv": ("tensor", 0),
+}
+"""Operation -> the name and place of the argument whose bytes count."""
+PAIRS = ("send", "recv", "isend", "irecv")
+"""Between two ranks; without a group, stages send them to their neighbours."""
+Counts = dict[str, dict[str, dict[str, int]]]
+"""group -> operation -> {"calls", "bytes"}."""
+
+
+class Ledger:
+    """Counts since the last `take`."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._labels: dict[tuple[int, ...], str] = {}
+        named = {
+            "world": mesh.world.group,
+            "machine": mesh.machine.handle,
+            "between": mesh.between.handle,
+            "data": mesh.data.handle,
+            "tensor": mesh.tensor.handle,
+            "pipeline": mesh.pipeline.handle,
+        }
+        for label, handle in named.items():
+            if handle is not None:
+                self._labels[tuple(dist.get_process_group_ranks(handle))] = label
+        self._group_labels: dict[Any, str] = {}
+        self._pairs = "pipeline" if mesh.pipeline.size > 1 else "world"
+        self._counts: Counts = {}
+        self.inside = False
+        """True while a noted operation runs: what it is made of is not noted again."""
+
+    def note(self, group: Any, operation: str, count: int) -> None:
+        """Add one operation of `count` bytes."""
+        label = self._group_labels.get(group)
+        if group is None and operation in PAIRS:
+            label = self._pairs
+        elif label is None:
+            ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
+            label = self._group_labels[group] = self._labels.get(ranks, "other")
+        row = self._counts.setdefault(label, {}).setdefault(operation, {"calls": 0, "bytes": 0})
+        row["calls"] += 1
+        row["bytes"] += count
+
+    def take(self) -> Counts:
+        """What was noted since the last call."""
+        found, self._counts = self._counts, {}
+        return found
+
+
+def total_bytes(counts: Counts) -> int:
+    """Bytes of all operations."""
+    return sum(row["bytes"] for group in counts.values() for row in group.values())
+
+
+@contextmanager
+def recorded(mesh: Mesh) -> Iterator[Ledger]:
+    """Keep a ledger while the context lasts; start DeepSpeed inside of it."""
+    ledger = Ledger(mesh)
+    if mesh.world.group is None:
+        yield ledger
+        return
+    before = {name: getattr(dist, name) for name in OPERATIONS}
+    modules = [dist, dist.distributed_c10d]
+    try:
+        for name, function in before.items():
+            for module in modules:
+                setattr(module, name, _noted(ledger, name, function))
+        yield ledger
+    finally:
+        for name, function in before.items():
+            for module in modules:
+                setattr(module, name, function)
+
+
+def _noted(ledger: Ledger, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    argument, place = OPERATIONS[name]
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **named: Any) -> Any:
+        if ledger.inside:
+            return function(*arguments, **named)
+        value = named[argument] if argument in named else arguments[place]
+        ledger.note(_group(named, arguments), name, _bytes(value))
+        ledger.inside = True
+        try:
+            return function(*arguments, **named)
+        finally:
+            ledger.inside = False
+
+    return call
+
+
+def _group(named: dict[str, Any], arguments: tuple[Any, ...]) -> Any:
+    if "group" in named:
+        return named["group"]
+    return next((a for a in arguments if isinstance(a, dist.ProcessGroup)), None)
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(_bytes(item) for item in value)

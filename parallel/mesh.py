@@ -1,0 +1,111 @@
+"""The grid of ranks and its process groups, passed as values.
+
+Rank = (stage * data + replica) * tensor + shard: tensor ranks are neighbours, stages are furthest
+apart. megatron-core builds the groups; they are checked against this formula, and the pipeline
+engine checks DeepSpeed's topology against it.
+"""
+
+import importlib
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch.distributed as dist
+
+from core.errors import TapirError
+from parallel.config import MeshConfig
+from parallel.tensor.ops import TensorParallel
+from parallel.world import World
+
+AXES = ("pipeline", "data", "tensor")
+MEGATRON = "parallel.tensor.megatron"
+"""Imported only by meshes that need it: it takes seconds."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some ranks that communicate, as one of them sees it."""
+
+    handle: "dist.ProcessGroup | None" = None
+    """None in a world of one rank, and for axes that no engine communicates over."""
+    rank: int = 0
+    """This rank's place among them."""
+    size: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """This rank's place in the grid, and the groups that it belongs to."""
+
+    world: World = field(default_factory=World)
+    data: Group = Group()
+    """Replicas that read different samples; all hold the same part of the model."""
+    tensor: Group = Group()
+    """Ranks that share each matmul."""
+    pipeline: Group = Group()
+    """The stages of one replica."""
+    machine: Group = Group()
+    """The data-parallel ranks of one machine: ZeRO-3 shards over them."""
+    between: Group = Group()
+    """The ranks of one ordinal on all machines: they hold the same shards."""
+
+    shared: TensorParallel = field(default_factory=TensorParallel)
+    """Operations of the tensor group, for the layers."""
+
+    @property
+    def first_stage(self) -> bool:
+        return self.pipeline.rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        return self.pipeline.rank == self.pipeline.size - 1
+
+
+def axis_ranks(config: MeshConfig, axis: str) -> list[list[int]]:
+    """The groups of ranks along one axis of the grid, in order."""
+    grid = np.arange(config.world).reshape(config.pipeline, config.data, config.tensor)
+    moved = np.moveaxis(grid, AXES.index(axis), -1)
+    return [[int(rank) for rank in row] for row in moved.reshape(-1, moved.shape[-1])]
+
+
+def build_mesh(config: MeshConfig, world: World) -> Mesh:
+    """Build all groups; every rank of the world must call it.
+
+    Raises: TapirError if megatron-core arranges the ranks in another way.
+    """
+    if world.group is None:
+        return Mesh(world=world)
+    groups = dict.fromkeys(AXES, Group())
+    shared = TensorParallel()
+    if config.data == world.size:
+        groups["data"] = Group(world.group, world.rank, world.size)
+    else:
+        megatron = importlib.import_module(MEGATRON)
+        built = megatron.megatron_groups(config.tensor, config.pipeline)
+        groups = {axis: _checked(config, axis, built[axis], world.rank) for axis in AXES}
+        shared = megatron.MegatronTensorParallel() if config.tensor > 1 else shared
+    machine, between = groups["data"], Group()
+    if config.machines > 1:
+        rows = np.asarray(axis_ranks(config, "data")).reshape(-1, config.machines, config.local)
+        machine = _subgroup(rows.reshape(-1, config.local), world.rank)
+        between = _subgroup(rows.swapaxes(1, 2).reshape(-1, config.machines), world.rank)
+    return Mesh(world=world, machine=machine, between=between, shared=shared, **groups)
+
+
+def _checked(config: MeshConfig, axis: str, handle: "dist.ProcessGroup", rank: int) -> Group:
+    wanted = next(row for row in axis_ranks(config, axis) if rank in row)
+    found = dist.get_process_group_ranks(handle)
+    if found != wanted:
+        raise TapirError(
+            f"rank {rank}: megatron-core's {axis} group is {found}, the mesh expects {wanted}; "
+            "the installed megatron-core arranges ranks differently from the tested 0.16"
+        )
+    return Group(handle, wanted.index(rank), len(wanted))
+
+
+def _subgroup(rows: "np.ndarray", rank: int) -> Group:
+    mine = Group()
+    for row in rows.tolist():
+        handle = dist.new_group(row) if len(row) > 1 else None
+        if rank in row:
+            mine = Group(handle, row.index(rank), len(row))
+    return mine

@@ -1,0 +1,100 @@
+"""Which part of a global tensor a rank's parameter holds.
+
+Tensor parallelism cuts every matrix along axis 0 (matrices whose input is cut are stored as
+(in, out)), so that a part is a run of rows, with padding rows behind it where the degree does not
+divide. Padding is zero, stays zero, and never reaches a checkpoint.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint.format import Reader, StateSlice
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Rows [first, first + rows) of a global tensor; the whole of one without axes."""
+
+    shape: tuple[int, ...]
+    """Global shape."""
+    first: int
+    rows: int
+    """Real rows; a parameter may have padding rows behind them."""
+    split: bool
+    """True if each tensor rank has rows of its own, False if all hold the same."""
+
+    @property
+    def numel(self) -> int:
+        """Real elements."""
+        return self.rows * prod(self.shape[1:]) if self.shape else 1
+
+    @property
+    def box(self) -> tuple[tuple[int, int], ...]:
+        """Range of each axis of the global tensor."""
+        if not self.shape:
+            return ()
+        return ((self.first, self.first + self.rows), *((0, size) for size in self.shape[1:]))
+
+    def flat_shard(self, rank: int, count: int) -> "Placement | None":
+        """The matrix rows in the rank-th run of `count` elements; None if a row is cut in two.
+
+        ZeRO-3 cuts the flat parameter into such runs.
+        """
+        columns = self.shape[-1] if len(self.shape) == 2 else 0
+        if not columns or count % columns:
+            return None
+        each = count // columns
+        before = min(each * rank, self.rows)
+        return Placement(
+            shape=self.shape,
+            first=self.first + before,
+            rows=min(each, self.rows - before),
+            split=True,
+        )
+
+    def slice(self, name: str, kind: str, start: int, data: Tensor) -> StateSlice | None:
+        """Describe elements start.. of the flat local parameter; None if they are all padding."""
+        real = min(data.numel(), max(0, self.numel - start))
+        if real == 0:
+            return None
+        flat = data.detach().reshape(-1)[:real]
+        return StateSlice(
+            name=name, kind=kind, shape=self.shape, box=self.box, start=start, data=flat
+        )
+
+    def read(self, reader: Reader, name: str, kind: str, start: int, count: int) -> Tensor:
+        """Elements [start, start + count) of the flat local parameter, zero where it is padding."""
+        whole = reader.tensor(name, kind)
+        rows = whole[self.first : self.first + self.rows] if self.shape else whole
+        real = rows.reshape(-1)[start : start + count]
+        found = torch.zeros(count)
+        found[: real.numel()] = real
+        return found
+
+
+def place(parameter: nn.Parameter, placement: Placement) -> None:
+    """Note on a parameter which part of the global tensor it is."""
+    parameter.tapir_placement = placement  # type: ignore[attr-defined]
+
+
+def placement_of(parameter: nn.Parameter) -> Placement:
+    """The placement that `place` noted; by default a parameter is whole."""
+    noted: Placement | None = getattr(parameter, "tapir_placement", None)
+    if noted is not None:
+        return noted
+    shape = tuple(parameter.shape)
+    return Placement(shape=shape, first=0, rows=shape[0] if shape else 1, split=False)
+
+
+def rows_of(rows: int, unit: int, rank: int, size: int) -> tuple[int, int, int]:
+    """Deal `rows` in whole units (heads, say) to `size` ranks.
+
+    Returns (first row, real rows, rows with padding) of a rank; all ranks have equal padded rows.
+    """
+    units = -(-rows // unit)
+    each = -(-units // size) * unit
+    first = min(rank * each, rows)
+    return first, min(each, rows - first), each

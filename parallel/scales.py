@@ -1,0 +1,160 @@
+"""Gradient scales of residual branches: 16-bit training without one global loss scale.
+
+The gradient that enters a branch is multiplied by the branch's own scale and cast to 16 bits; the
+gradient that leaves it is filtered (what is not finite becomes zero), divided by the scale and
+added in fp32 to the identity path's. Parameter gradients stay scaled in 16 bits and are unscaled
+in fp32. Source: arXiv 2102.12092, appendix D.
+
+Losses are means over a replica's batch here, while the paper divides by the global batch and
+multiplies its scales by the number of GPUs M: the two cancel, so that M is 1 in all constants.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+FIRST, LEAST, MOST = 2.0**13, 2.0**7, 2.0**24
+GROWTH, SHRINK = 2.0 ** (1 / 1000), 2.0**-0.5
+HOLD = 125
+"""Updates after a division in which the same scale is not divided again."""
+
+
+@dataclass
+class Counters:
+    """Gradient values that 16 bits could not hold, since the last look."""
+
+    seen: int = 0
+    """Values that were not zero before the cast."""
+    flushed: int = 0
+    """Of those, values that the cast made zero."""
+
+    def note(self, exact: Tensor, rounded: Tensor) -> None:
+        """Compare gradients before and after a cast."""
+        real = exact != 0
+        self.seen += int(real.sum())
+        self.flushed += int((real & (rounded == 0)).sum())
+
+
+@dataclass
+class Scale:
+    """One branch's scale and what its last backward pass found."""
+
+    value: float = FIRST
+    since_division: int = HOLD
+    """Updates since it was divided last."""
+    finite: bool = True
+    """False if a parameter gradient of this branch was not finite since the last update."""
+    counters: Counters = field(default_factory=Counters)
+
+    def update(self, finite: bool) -> None:
+        """Grow after a finite update, else divide, at most once in HOLD updates."""
+        self.since_division += 1
+        if finite:
+            self.value *= GROWTH
+        elif self.since_division > HOLD:
+            self.value *= SHRINK
+            self.since_division = 0
+        self.value = min(max(self.value, LEAST), MOST)
+        self.finite = True
+
+
+class Branch(nn.Module):
+    """Marks where a residual branch begins and ends; does nothing unless it has a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale: Scale | None = None
+        self.count = False
+        """Count what 16 bits flush; slow."""
+
+    def enter(self, x: Tensor) -> Tensor:
+        """States in fp32 -> 16 bits; backward, the gradient is filtered and unscaled to fp32."""
+        if self.scale is None:
+            return x
+        out: Tensor = _Enter.apply(x, self.scale)
+        return out
+
+    def leave(self, y: Tensor) -> Tensor:
+        """The branch's output -> fp32; backward, the gradient is scaled and cast to 16 bits."""
+        if self.scale is None:
+            return y
+        out: Tensor = _Leave.apply(y, self.scale, self.count)
+        return out
+
+    def watch(self, parameters: Sequence[nn.Parameter], scale: Scale) -> None:
+        """Switch on: matrices' gradients are rounded to 16 bits, all are noted and unscaled."""
+        self.scale = scale
+
+        def unscale(gradient: Tensor) -> Tensor:
+            rounded = gradient.half() if gradient.dim() > 1 else gradient
+            if self.count:
+                scale.counters.note(gradient, rounded)
+            scale.finite = scale.finite and bool(torch.isfinite(rounded).all())
+            return rounded.float() / scale.value
+
+        for parameter in parameters:
+            parameter.register_hook(unscale)
+
+
+class Scales:
+    """The scales of all branches of a model, of which this rank may run some."""
+
+    def __init__(self, everywhere: Sequence[str], here: Mapping[str, Scale]) -> None:
+        """`everywhere` names the branches of all stages, in one order on all ranks."""
+        self._everywhere, self.here = list(everywhere), dict(here)
+
+    def broken(self) -> Tensor:
+        """For each branch of the model, how many of this rank's passes broke: (branches,)."""
+        flags = [float(n in self.here and not self.here[n].finite) for n in self._everywhere]
+        return torch.tensor(flags, dtype=torch.float64)
+
+    def update(self, broken: Tensor) -> None:
+        """Move every scale by the sum of `broken` over all ranks."""
+        for name, count in zip(self._everywhere, broken.tolist(), strict=True):
+            if name in self.here:
+                self.here[name].update(count == 0)
+
+    def facts(self) -> dict[str, float]:
+        """The range of this rank's scales, for the metrics."""
+        values = [math.log2(scale.value) for scale in self.here.values()]
+        if not values:
+            return {}
+        return {"scale_log2_min": min(values), "scale_log2_max": max(values)}
+
+
+class _Enter(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Scale) -> Tensor:
+        ctx.scale = scale
+        return x.half().to(_inside(x))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient = gradients[0].half().float()
+        filtered = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
+        return filtered / ctx.scale.value, None
+
+
+class _Leave(Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, scale: Scale, count: bool) -> Tensor:
+        ctx.scale, ctx.count, ctx.dtype = scale, count, y.dtype
+        return y.float()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        exact = gradients[0] * ctx.scale.value
+        rounded = exact.half()
+        if ctx.count:
+            ctx.scale.counters.note(exact, rounded)
+        return rounded.to(ctx.dtype), None, None
+
+
+def _inside(x: Tensor) -> torch.dtype:
+    """What a branch computes in: fp16 on GPUs; fp32 on 16-bit values elsewhere (emulation)."""
+    return torch.float16 if x.is_cuda else torch.float32

@@ -1,0 +1,99 @@
+"""Linears and embeddings that a tensor group shares; weights are cut along axis 0.
+
+Every layer on one rank is the whole layer, so one model definition serves every degree.
+"""
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parallel.placement import Placement, place, rows_of
+from parallel.tensor.ops import TensorParallel
+
+MASKED = -1e30
+"""Logit of a padding row of the vocabulary."""
+
+
+class ColumnLinear(nn.Module):
+    """x W^T + b for this rank's rows of W: whole states in, a part of the channels out.
+
+    Shapes: weight (outputs, inputs); `unit` outputs (a head's, say) stay together. Call
+    `tensor.enter` on the input first, once for all linears that share it.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        tensor: TensorParallel,
+        unit: int = 1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        first, rows, padded = rows_of(outputs, unit, tensor.rank, tensor.size)
+        self.weight = nn.Parameter(torch.zeros(padded, inputs))
+        self.bias = nn.Parameter(torch.zeros(padded)) if bias else None
+        split = tensor.size > 1
+        place(self.weight, Placement(shape=(outputs, inputs), first=first, rows=rows, split=split))
+        if self.bias is not None:
+            place(self.bias, Placement(shape=(outputs,), first=first, rows=rows, split=split))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class RowLinear(nn.Module):
+    """x W + b over this rank's rows of W: a part of the channels in, whole states out.
+
+    Shapes: weight (inputs, outputs), so that the cut axis is the first one, as the paper cuts its
+    second MLP matrix (appendix E). The partial sums are added in fp32.
+    """
+
+    def __init__(self, inputs: int, outputs: int, tensor: TensorParallel, unit: int = 1) -> None:
+        super().__init__()
+        first, rows, padded = rows_of(inputs, unit, tensor.rank, tensor.size)
+        self._tensor = tensor
+        self.weight = nn.Parameter(torch.zeros(padded, outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        placement = Placement(
+            shape=(inputs, outputs), first=first, rows=rows, split=tensor.size > 1
+        )
+        place(self.weight, placement)
+
+    def forward(self, x: Tensor) -> Tensor:
+        partial = torch.matmul(x, self.weight)
+        if self._tensor.size > 1:
+            partial = self._tensor.leave(partial.float())
+        return partial + self.bias
+
+
+class VocabularyEmbedding(nn.Module):
+    """A table of vectors cut along the vocabulary; ids -> vectors on every rank."""
+
+    def __init__(self, entries: int, width: int, tensor: TensorParallel) -> None:
+        super().__init__()
+        first, rows, padded = rows_of(entries, 1, tensor.rank, tensor.size)
+        self.table = tensor.embedding(padded * tensor.size, width)
+        placement = Placement(shape=(entries, width), first=first, rows=rows, split=tensor.size > 1)
+        place(cast(nn.Parameter, self.table.weight), placement)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        vectors: Tensor = self.table(ids)
+        return vectors
+
+
+class VocabularyHead(ColumnLinear):
+    """States -> this rank's part of the logits; padding rows can never be drawn."""
+
+    def __init__(self, width: int, entries: int, tensor: TensorParallel) -> None:
+        super().__init__(width, entries, tensor)
+        _, self._rows, padded = rows_of(entries, 1, tensor.rank, tensor.size)
+        self._padding = padded - self._rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        if not self._padding:
+            return logits
+        return F.pad(logits[..., : self._rows], (0, self._padding), value=MASKED)

@@ -1,0 +1,59 @@
+"""megatron-core's process groups and tensor-parallel operations.
+
+Its linears are not used: their autograd function casts for CUDA alone, so that bf16 would fail on
+CPUs; its mappings between cut and whole regions, its vocabulary-parallel embedding and
+cross-entropy are (docs/decisions/002).
+"""
+
+import torch.distributed as dist
+from megatron.core import ModelParallelConfig, parallel_state
+from megatron.core.tensor_parallel import VocabParallelEmbedding, vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from torch import Tensor, nn
+
+from parallel.tensor.ops import TensorParallel
+
+
+def megatron_groups(tensor: int, pipeline: int) -> dict[str, "dist.ProcessGroup"]:
+    """Build megatron-core's groups over the joined world, by the names of the mesh's axes."""
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor, pipeline)
+    return {
+        "tensor": parallel_state.get_tensor_model_parallel_group(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_group(),
+        "data": parallel_state.get_data_parallel_group(),
+    }
+
+
+class MegatronTensorParallel(TensorParallel):
+    """The tensor group of megatron-core's `parallel_state`."""
+
+    def __init__(self) -> None:
+        self.group = parallel_state.get_tensor_model_parallel_group()
+        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+
+    def enter(self, x: Tensor) -> Tensor:
+        found: Tensor = copy_to_tensor_model_parallel_region(x, self.group)
+        return found
+
+    def leave(self, x: Tensor) -> Tensor:
+        found: Tensor = reduce_from_tensor_model_parallel_region(x.contiguous(), self.group)
+        return found
+
+    def embedding(self, rows: int, width: int) -> nn.Module:
+        config = ModelParallelConfig(
+            tensor_model_parallel_size=self.size,
+            use_cpu_initialization=True,
+            perform_initialization=False,
+        )
+        table: nn.Module = VocabParallelEmbedding(
+            rows, width, init_method=nn.init.zeros_, config=config, tp_group=self.group
+        )
+        return table
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        losses: Tensor = vocab_parallel_cross_entropy(logits, targets)
+        return losses
