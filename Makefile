@@ -56,6 +56,7 @@ faults: $(DEV_STAMP)
 
 soak: $(DEV_STAMP)
 	TAPIR_SOAK_KILLS=$${KILLS:-10} $(BIN)/python -m pytest tests/faults/test_kill_and_resume.py -v
+	TAPIR_ENDINGS=$${ENDINGS:-20} $(BIN)/python -m pytest tests/faults/test_endings.py -v
 
 matrix: $(DEV_STAMP)
 	$(BIN)/python -m pytest tests/multiprocess/test_checkpoint_matrix.py -v

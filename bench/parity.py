@@ -7,9 +7,9 @@ largest relative difference of loss and gradient norm over all steps.
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -42,6 +42,7 @@ class Case:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     compress: CompressConfig = field(default_factory=CompressConfig)
+    moments: Literal["fp32", "bf16"] = "fp32"
     steps: int = STEPS
     model: PriorConfig = MODEL
 
@@ -148,7 +149,8 @@ def train_rank(payload: str) -> None:
     torch.set_float32_matmul_precision("highest")
     world = join_world()
     mesh = build_mesh(case.mesh, world)
-    settings = EngineSettings(optim=OPTIM, engine=case.engine, compress=case.compress, seed=SEED)
+    optim = replace(OPTIM, moments=case.moments)
+    settings = EngineSettings(optim=optim, engine=case.engine, compress=case.compress, seed=SEED)
     program = Program(
         layers=prior_layers(case.model, SEED, mesh.shared),
         loss=lambda logits, batch: prior_loss(logits, batch, 0.125),

@@ -105,6 +105,8 @@ class OptimConfig:
     """Decoupled weight decay of matrices; gains and biases have none."""
     clip_norm: float = 4.0
     """Global gradient norm above which gradients are scaled down."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """How AdamW's moments are stored; bf16 takes half of the memory."""
 
     def problems(self) -> list[str]:
         found = []
@@ -116,6 +118,11 @@ class OptimConfig:
             found.append("optim.warmup must not be negative")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             found.append("optim.beta1 and optim.beta2 must lie in [0, 1)")
+        if self.moments == "bf16" and max(self.beta1, self.beta2) > 0.98:
+            found.append(
+                "optim.moments=bf16 cannot follow moments with a beta above 0.98; lower beta2 (the "
+                "paper: 0.96), or use --optim.moments fp32"
+            )
         return found
 
 

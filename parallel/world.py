@@ -2,7 +2,8 @@
 
 import os
 import socket
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -52,14 +53,25 @@ def mpi_size(environment: Mapping[str, str] = os.environ) -> int:
     return 0
 
 
+def srun_size(environment: Mapping[str, str] = os.environ) -> int:
+    """Ranks that an srun started, 0 if none did; a batch script alone is none."""
+    if "SLURM_STEP_ID" not in environment or "SLURM_PROCID" not in environment:
+        return 0
+    return int(environment.get("SLURM_STEP_NUM_TASKS", "0"))
+
+
 def join_world() -> World:
     """Join the ranks that a launcher started, or be the only one.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK and TAPIR_RENDEZVOUS (our launcher) or MASTER_ADDR and
-    MASTER_PORT (torchrun); under mpirun, rank 0 chooses the address and MPI spreads it.
+    MASTER_PORT (torchrun); under mpirun, rank 0 chooses the address and MPI spreads it; under srun
+    Slurm's variables and the first node's address are used.
     """
-    if mpi_size() and "RANK" not in os.environ:
-        _adopt_mpi_ranks()
+    if "RANK" not in os.environ:
+        if mpi_size():
+            _adopt_mpi_ranks()
+        elif srun_size() > 1:
+            os.environ.update(srun_ranks(os.environ, _address_of))
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World()
@@ -97,6 +109,31 @@ def _adopt_mpi_ranks() -> None:
         MASTER_ADDR=name,
         MASTER_PORT=str(port),
     )
+
+
+def srun_ranks(environment: Mapping[str, str], address_of: Callable[[str], str]) -> dict[str, str]:
+    """torch's variables from Slurm's; the port follows from the job and its step."""
+    step = int(environment["SLURM_JOB_ID"]) * 31 + int(environment["SLURM_STEP_ID"])
+    nodes = environment.get("SLURM_STEP_NODELIST", "")
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
+        "MASTER_ADDR": address_of(nodes),
+        "MASTER_PORT": str(20_000 + step % 20_000),
+    }
+
+
+def _address_of(nodes: str) -> str:
+    """NodeAddr of the first node of a Slurm list; a node's name need not resolve."""
+    first = _scontrol("show", "hostnames", nodes).split()[0]
+    shown = _scontrol("show", "node", first)
+    return next(w.split("=", 1)[1] for w in shown.split() if w.startswith("NodeAddr="))
+
+
+def _scontrol(*arguments: str) -> str:
+    done = subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
 
 
 def _free_port() -> int:

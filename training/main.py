@@ -14,6 +14,7 @@ from data_pipeline.bpe import save_tokenizer, train_bpe
 from data_pipeline.raw import RawSource
 from data_pipeline.stream import first_records
 from parallel.engines.catalogue import modules_of
+from parallel.world import srun_size
 from training.config import BPETrain, ClipTrain, DVAETrain, PriorTrain, StageConfig
 
 SETTINGS: dict[str, type[StageConfig]] = {
@@ -41,14 +42,14 @@ def train_stage(stage: str, settings: StageConfig) -> None:
 
 
 def ranks_given() -> int | None:
-    """How many ranks torchrun, mpirun or our launcher started; None if nobody did."""
+    """How many ranks torchrun, mpirun, srun or our launcher started; None if nobody did."""
     for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):
         if name in os.environ:
             text = os.environ[name]
             if not (text.isdigit() and int(text) > 0):
                 raise InputError(f"{name}={text!r} in the environment is no number of ranks")
             return int(text)
-    return None
+    return srun_size() or None
 
 
 def parse_payload(payload: str) -> tuple[str, Any]:

@@ -26,6 +26,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from core.errors import ConfigError
+from parallel.adamw import AdamW16
 from parallel.mesh import Mesh
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -205,12 +206,14 @@ def fragments(optimizer: Any, parameter: nn.Parameter) -> Iterator[Fragment]:
 
 def ensure_adam_state(optimizer: Any) -> None:
     """Give every partition zero moments, as its first step would."""
+    half = isinstance(optimizer.optimizer, AdamW16)
     for partition in _partitions(optimizer):
         state = optimizer.optimizer.state[partition]
         if "exp_avg" not in state:
             state["step"] = torch.zeros(())
-            state["exp_avg"] = torch.zeros_like(partition)
-            state["exp_avg_sq"] = torch.zeros_like(partition)
+            for name in ("exp_avg", "exp_avg_sq"):
+                dtype = torch.bfloat16 if half else partition.dtype
+                state[name] = torch.zeros_like(partition, dtype=dtype)
 
 
 def publish_masters(optimizer: Any) -> None:

@@ -128,5 +128,6 @@ def zero_config(
         "gradient_accumulation_steps": accumulate,
         "gradient_clipping": optim.clip_norm,
         "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
     }

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from checkpoint.format import Reader, StateSlice
+from parallel.adamw import AdamW16
 from parallel.config import CompressConfig, EngineConfig, OptimConfig
 from parallel.mesh import Mesh
 from parallel.scales import Scale, Scales
@@ -173,12 +174,9 @@ def parameter_groups(names: dict[str, nn.Parameter], optim: OptimConfig) -> list
     return [group for group in groups if group["params"]]
 
 
-def build_adamw(names: dict[str, nn.Parameter], optim: OptimConfig) -> torch.optim.AdamW:
-    """torch's AdamW over the groups."""
-    return torch.optim.AdamW(
-        parameter_groups(names, optim),
-        lr=optim.lr,
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.eps,
-        foreach=True,
-    )
+def build_adamw(names: dict[str, nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW over the groups, with moments in 32 or 16 bits."""
+    groups, betas = parameter_groups(names, optim), (optim.beta1, optim.beta2)
+    if optim.moments == "bf16":
+        return AdamW16(groups, lr=optim.lr, betas=betas, eps=optim.eps)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, foreach=True)

@@ -45,6 +45,7 @@ class ReferenceEngine:
         self._places = placements(self._names)
         self._optimizer = build_adamw(self._names, settings.optim)
         self._scales = scales_of(program, self._whole.stage.scales)
+        self._half = settings.optim.moments == "bf16"
         self._clip_norm, self._mesh = settings.optim.clip_norm, mesh
         self._compressor = build_compressor(program, self._places, settings, mesh.data, Group())
 
@@ -91,8 +92,9 @@ class ReferenceEngine:
     def load_slices(self, reader: Reader) -> None:
         for name, parameter in self._names.items():
             parameter.copy_(reader.tensor(name, "master"))
-            moments = ("exp_avg", "exp_avg_sq", "step")
-            self._optimizer.state[parameter] = {k: reader.tensor(name, k) for k in moments}
+            dtype = torch.bfloat16 if self._half else torch.float32
+            state = {k: reader.tensor(name, k).to(dtype) for k in ("exp_avg", "exp_avg_sq")}
+            self._optimizer.state[parameter] = {**state, "step": reader.tensor(name, "step")}
         load_scales(self._scales, reader)
         if self._compressor is not None:
             self._compressor.load(reader)

@@ -72,6 +72,17 @@ def test_full_rank_compression_equals_none_in_bf16(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["DP2 ZeRO-1", "paper", "PP2 pipe"])
+def test_16_bit_moments_equal_one_process(name: str) -> None:
+    """Also at full rank: AdamW16 is an optimiser class of its own to DeepSpeed."""
+    single = train(replace(ONE.precise("fp32"), moments="bf16"))
+    full = CompressConfig(rank=10**6) if name != "PP2 pipe" else CompressConfig()
+    other = train(replace(_case(name).precise("fp32"), moments="bf16", compress=full))
+    assert difference(single, other) < 1e-4
+    assert difference(single, _trained("one", "fp32")) > 1e-5, "the moments were not rounded"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["TP2xPP2 pipe", "DP2 ZeRO-3"])
 def test_fp16_scales_move_together_on_every_mesh(name: str) -> None:
     single, other = _trained("one", "fp16"), _trained(name, "fp16")

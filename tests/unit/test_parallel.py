@@ -21,6 +21,7 @@ from parallel.engines.protocol import EngineSettings
 from parallel.mesh import Group, axis_ranks
 from parallel.placement import Placement, placement_of, rows_of
 from parallel.tensor.ops import TensorParallel
+from parallel.world import srun_ranks, srun_size
 
 
 class _Rank(TensorParallel):
@@ -176,3 +177,21 @@ def test_the_papers_shards_save_what_the_paper_says(dim: int, rank: int, saved: 
     raw = sum(rows * columns for rows, columns in shapes)
     sent = sum(each * (rows + columns) for rows, columns in shapes)
     assert 1 - sent / raw == pytest.approx(saved, abs=6e-4)
+
+
+def test_ranks_of_srun_are_torchs() -> None:
+    slurm = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_ID": "2",
+        "SLURM_PROCID": "3",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_STEP_NODELIST": "node[1-2]",
+    }
+    assert srun_size(slurm) == 4
+    batch_script = {name: value for name, value in slurm.items() if "STEP" not in name}
+    assert srun_size(batch_script) == 0
+    found = srun_ranks(slurm, lambda nodes: f"first of {nodes}")
+    assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"]) == ("3", "1", "4")
+    assert found["MASTER_ADDR"] == "first of node[1-2]"
+    assert found["MASTER_PORT"] == str(20_000 + 7 * 31 + 2)
