@@ -29,7 +29,7 @@ MESHES = {
         "--mesh.pipeline=2",
         "--mesh.data=2",
         "--engine.name=deepspeed_pipe",
-        "--engine.accumulate=4",
+        "--engine.accumulate=2",
         "--compress.rank=44",
     ],
 }
@@ -105,7 +105,7 @@ def _sizes(config: DemoConfig) -> dict[str, list[str]]:
         "pack": ["--count=20000"] if shapes else ["--validation=0.1"],
         "dvae": [],
         "tokens": [],
-        "prior": [] if shapes else ["--loop.steps=900"],
+        "prior": ["--loop.steps=900"],
         "clip": [] if shapes else ["--loop.steps=300"],
         "samples": ["--prompts=512"] if shapes else ["--prompts=64"],
     }
