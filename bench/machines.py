@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
-BURST = "64kb"
+LEAST_BURST = 65_536
+"""Bytes; tbf needs at least a timer tick's worth at the rate."""
 
 
 @dataclass
@@ -24,7 +25,8 @@ class Machines:
         for name, device in zip(self.names, self.devices, strict=True):
             _run("ip", "netns", "exec", name, "tc", "qdisc", "del", "dev", device, "root", ok=False)
             if megabits is not None:
-                rate = ["rate", f"{megabits:g}mbit", "burst", BURST, "latency", "400ms"]
+                burst = max(LEAST_BURST, int(megabits * 1e6 / 8 / 100))
+                rate = ["rate", f"{megabits:g}mbit", "burst", str(burst), "latency", "400ms"]
                 tbf = ["tc", "qdisc", "add", "dev", device, "root", "tbf", *rate]
                 _run("ip", "netns", "exec", name, *tbf)
 

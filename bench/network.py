@@ -33,7 +33,7 @@ RANK = 64
 """An eighth of the width."""
 SLOW = 100.0
 """Megabits a second."""
-SWEEP = (1600.0, 2400.0, 3600.0, 5400.0, 8100.0)
+SWEEP = (300.0, 600.0, 900.0, 1300.0, 2000.0)
 STEPS, ROUNDS = 4, 3
 PORTS = iter(range(29_700, 29_990))
 

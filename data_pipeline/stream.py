@@ -68,12 +68,17 @@ class Stream(Generic[Record]):
         order: OrderConfig,
         rank: int = 0,
         ranks: int = 1,
+        reads: bool = True,
     ) -> None:
-        """`batch` is the global batch size; this rank reads its lanes' share of it."""
+        """`batch` is the global batch size; this rank reads its lanes' share of it.
+
+        Without `reads` the stream keeps its place and gives empty batches: the stages in the
+        middle of a pipeline see no data.
+        """
         problems = order.problems(batch, ranks)
         if problems:
             raise ConfigError.from_problems(problems)
-        self._source = source
+        self._source, self._reads = source, reads
         self._order = LaneOrder(source.sizes, seed, batch, order)
         self._lanes = order.lanes // ranks
         self._first_lane = rank * self._lanes
@@ -121,6 +126,8 @@ class Stream(Generic[Record]):
         return state
 
     def _read(self, state: StreamState) -> list[Record]:
+        if not self._reads:
+            return []
         places = self._order.places(state.epoch, state.step, self._first_lane, self._lanes)
         return [self._block(place.block)[place.record] for place in places]
 

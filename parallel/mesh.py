@@ -52,12 +52,9 @@ class Mesh:
     """Operations of the tensor group, for the layers."""
 
     @property
-    def first_stage(self) -> bool:
-        return self.pipeline.rank == 0
-
-    @property
-    def last_stage(self) -> bool:
-        return self.pipeline.rank == self.pipeline.size - 1
+    def needs_data(self) -> bool:
+        """True on the first stage, which reads inputs, and on the last, which reads targets."""
+        return self.pipeline.rank in (0, self.pipeline.size - 1)
 
 
 def axis_ranks(config: MeshConfig, axis: str) -> list[list[int]]:

@@ -62,6 +62,7 @@ class Run:
             order=settings.order,
             rank=mesh.data.rank,
             ranks=mesh.data.size,
+            reads=mesh.needs_data,
         )
         self.step = 0
         self.skipped = 0
@@ -154,10 +155,8 @@ class Run:
         batches = iter(self.stream)
         while self.step < settings.loop.steps:
             records, _ = next(batches)
-            micro = [
-                self.task.batch(part, self.step)
-                for part in _split(records, settings.engine.accumulate)
-            ]
+            parts = _split(records, settings.engine.accumulate)
+            micro = [self.task.batch(part, self.step) if part else {} for part in parts]
             lr = learning_rate(settings.optim, self.step, settings.loop.steps)
             self._ledger.take()
             result = self.engine.step(micro, lr)

@@ -6,22 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoint.format import Reader, StateSlice
-from core.errors import ConfigError, TapirError
+from core.errors import TapirError
 from parallel.balance import balanced_starts
 from parallel.config import EngineConfig
-from parallel.engines.common import build_compressor, mean_losses, placements
+from parallel.engines.common import mean_losses, placements
 from parallel.engines.deepspeed_hooks import (
     LayerSpec,
     PipelineModule,
     PipeModelDataParallelTopology,
-    compress_zero12,
-    hook_zero12,
     initialize,
     quiet,
     start_comm,
 )
-from parallel.engines.deepspeed_state import DeepSpeedState, zero_config
+from parallel.engines.deepspeed_state import DeepSpeedEngine, DeepSpeedState, zero_config
 from parallel.engines.protocol import (
     Batch,
     EngineSettings,
@@ -42,17 +39,14 @@ Fields = tuple[Tensor, ...]
 """A batch as a pipeline carries it: its tensors in the order of their names."""
 
 
-class DeepSpeedPipeEngine:
+class DeepSpeedPipeEngine(DeepSpeedEngine):
     """Stages of layers on different ranks, optimiser state sharded over the replicas."""
 
     name = "deepspeed_pipe"
 
     def __init__(self, program: Program, settings: EngineSettings, mesh: Mesh) -> None:
         """Raises: ConfigError on one process without a process group."""
-        if mesh.world.group is None:
-            raise ConfigError(
-                "deepspeed_pipe needs at least 2 ranks; use --engine.name reference on one process"
-            )
+        self._refuse_one_process(mesh)
         self._mesh, self._loss = mesh, program.loss
         self._fields: list[str] = []
         self._seen: list[Losses] = []
@@ -67,22 +61,14 @@ class DeepSpeedPipeEngine:
         elements = sum(p.numel() for p in names.values()) if settings.compress.on else None
         config = zero_config(settings.optim, 1, settings.engine.accumulate, elements)
         self._engine = initialize(self._module, build_adamw(names, settings.optim), config)
-        self._state.optimizer = self._engine.optimizer
-        compressor = build_compressor(program, places, settings, mesh.data, mesh.tensor)
-        self._state.compressor = compressor
-        hook_zero12(self._engine.optimizer, names, self._state.norm)
-        if compressor is not None:
-            reduce = compressor.reduce
-            compress_zero12(self._engine.optimizer, names, lambda g: reduce(g).gradients)
+        self._attach_zero12(program, settings)
 
     def step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._seen.clear()
         self._engine.train_batch(self._feed(micro_batches))
-        norm = float(self._engine.optimizer.tapir_norm)
-        facts = self._state.facts()
-        return StepResult(losses=mean_losses(self._seen, self._mesh), grad_norm=norm, facts=facts)
+        return self._result(self._seen)
 
     def evaluate(self, batch: Batch) -> Losses:
         self._seen.clear()
@@ -95,29 +81,17 @@ class DeepSpeedPipeEngine:
         means = mean_losses(self._seen, alone)
         return {name: torch.tensor(value) for name, value in means.items()}
 
-    def state_slices(self) -> Iterator[StateSlice]:
-        return self._state.slices()
-
-    def load_slices(self, reader: Reader) -> None:
-        self._state.load(reader)
-
     def layers(self) -> dict[str, nn.Module]:
         return {
             name: layer for stage in self._module.stages() for name, layer in stage.layers.items()
         }
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: place.shape for name, place in self._state.places.items()}
-
     def memory(self) -> dict[str, int]:
         return self._state.memory(self._mesh.data.size, 1)
 
-    def close(self) -> None:
-        self._engine.destroy()
-
     def _feed(self, batches: Sequence[Batch]) -> Iterator[tuple[Fields, Fields]]:
         """Batches as (inputs, labels): the first stage reads the former, the last the latter."""
-        self._fields[:] = sorted(batches[0])
+        self._fields[:] = sorted(batches[0])  # none in the middle, where no batch is looked at
         rows = [tuple(batch[name] for name in self._fields) for batch in batches]
         return iter([(row, row) for row in rows])
 

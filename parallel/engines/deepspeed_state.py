@@ -7,20 +7,26 @@ import torch
 from torch import nn
 
 from checkpoint.format import Reader, StateSlice
+from core.errors import ConfigError
 from parallel.config import OptimConfig
 from parallel.engines.common import (
     Compressor,
+    build_compressor,
     counts_once,
     global_norm,
     load_scales,
+    mean_losses,
     scale_slices,
 )
 from parallel.engines.deepspeed_hooks import (
     Gradients,
+    compress_zero12,
     ensure_adam_state,
     fragments,
+    hook_zero12,
     publish_masters,
 )
+from parallel.engines.protocol import EngineSettings, Losses, Program, StepResult
 from parallel.mesh import Mesh
 from parallel.placement import Placement
 from parallel.scales import Scales
@@ -106,6 +112,53 @@ class DeepSpeedState:
             "gradients": bytes_ // (shards if stage >= 2 else 1),
             "optimizer": (2 if stage == 3 else 3) * bytes_ // shards,
         }
+
+
+class DeepSpeedEngine:
+    """What both DeepSpeed engines do alike; a subclass builds `_engine` and `_state`."""
+
+    name: str
+    _engine: Any
+    _state: DeepSpeedState
+
+    def state_slices(self) -> Iterator[StateSlice]:
+        """The parts of weights, moments and compression buffers that this rank saves."""
+        return self._state.slices()
+
+    def load_slices(self, reader: Reader) -> None:
+        """Take this rank's part of the state from a checkpoint of any mesh."""
+        self._state.load(reader)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Global shapes of the parameters that this rank holds a part of."""
+        return {name: place.shape for name, place in self._state.places.items()}
+
+    def close(self) -> None:
+        """Free what the engine holds."""
+        self._engine.destroy()
+
+    def _refuse_one_process(self, mesh: Mesh) -> None:
+        if mesh.world.group is None:
+            raise ConfigError(
+                f"{self.name} needs at least 2 ranks; use --engine.name reference on one process"
+            )
+
+    def _attach_zero12(self, program: Program, settings: EngineSettings) -> None:
+        """Hook the norm, and compression over the replicas, into ZeRO-1 or ZeRO-2."""
+        state, mesh = self._state, self._state.mesh
+        state.optimizer = self._engine.optimizer
+        state.compressor = build_compressor(program, state.places, settings, mesh.data, mesh.tensor)
+        hook_zero12(state.optimizer, state.names, state.norm)
+        if state.compressor is not None:
+            reduce = state.compressor.reduce
+            compress_zero12(state.optimizer, state.names, lambda g: reduce(g).gradients)
+
+    def _result(self, seen: list[Losses]) -> StepResult:
+        return StepResult(
+            losses=mean_losses(seen, self._state.mesh),
+            grad_norm=float(self._state.optimizer.tapir_norm),
+            facts=self._state.facts(),
+        )
 
 
 def zero_config(

@@ -4,26 +4,22 @@ With mesh.machines above 1 this is the paper's layout: ZeRO-3 shards over the ra
 and gradient shards are reduced, compressed or not, between the machines.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from checkpoint.format import Reader, StateSlice
-from core.errors import ConfigError
 from core.log import LOG
-from parallel.engines.common import build_compressor, global_norm, mean_losses, placements
+from parallel.engines.common import build_compressor, global_norm, placements
 from parallel.engines.deepspeed_hooks import (
     Gradients,
     GroupsOfMesh,
-    compress_zero12,
     hook_zero3,
-    hook_zero12,
     initialize,
 )
-from parallel.engines.deepspeed_state import DeepSpeedState, zero_config
+from parallel.engines.deepspeed_state import DeepSpeedEngine, DeepSpeedState, zero_config
 from parallel.engines.protocol import (
     Batch,
     EngineSettings,
@@ -38,17 +34,14 @@ from parallel.mesh import Mesh
 from parallel.placement import Placement
 
 
-class DeepSpeedZeroEngine:
+class DeepSpeedZeroEngine(DeepSpeedEngine):
     """Optimiser state (and gradients, and weights) sharded over the replicas."""
 
     name = "deepspeed_zero"
 
     def __init__(self, program: Program, settings: EngineSettings, mesh: Mesh) -> None:
         """Raises: ConfigError on one process without a process group."""
-        if mesh.world.group is None:
-            raise ConfigError(
-                "deepspeed_zero needs at least 2 ranks; use --engine.name reference on one process"
-            )
+        self._refuse_one_process(mesh)
         self._mesh, self._stage = mesh, settings.engine.zero_stage
         self._shards = mesh.machine if self._stage == 3 else mesh.data
         self._whole = Whole(program, settings.engine)
@@ -75,12 +68,7 @@ class DeepSpeedZeroEngine:
             )
             hook_zero3(self._engine.optimizer, names, self._norm_between_machines)
         else:
-            compressor = build_compressor(program, places, settings, mesh.data, mesh.tensor)
-            self._state.compressor = compressor
-            hook_zero12(self._engine.optimizer, names, self._state.norm)
-            if compressor is not None:
-                reduce = compressor.reduce
-                compress_zero12(self._engine.optimizer, names, lambda g: reduce(g).gradients)
+            self._attach_zero12(program, settings)
 
     def step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
         seen = []
@@ -92,9 +80,7 @@ class DeepSpeedZeroEngine:
             self._engine.backward(losses["loss"])
             self._engine.step()
             seen.append({name: value.detach() for name, value in losses.items()})
-        norm = float(self._engine.optimizer.tapir_norm)
-        facts = self._state.facts()
-        return StepResult(losses=mean_losses(seen, self._mesh), grad_norm=norm, facts=facts)
+        return self._result(seen)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Losses:
@@ -102,23 +88,11 @@ class DeepSpeedZeroEngine:
         losses: Losses = self._engine(batch)
         return losses
 
-    def state_slices(self) -> Iterator[StateSlice]:
-        return self._state.slices()
-
-    def load_slices(self, reader: Reader) -> None:
-        self._state.load(reader)
-
     def layers(self) -> dict[str, nn.Module]:
         return dict(self._whole.stage.layers.items())
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: place.shape for name, place in self._state.places.items()}
-
     def memory(self) -> dict[str, int]:
         return self._state.memory(self._shards.size, self._stage)
-
-    def close(self) -> None:
-        self._engine.destroy()
 
     def _shard_of(self, name: str, place: Placement) -> Placement | None:
         """This rank's ZeRO-3 shard as rows of the matrix, or None if it cuts a row in two."""

@@ -29,12 +29,14 @@ MESHES = {
     "zero3-2": [ZERO, "--mesh.data=2", "--engine.zero-stage=3"],
     "zero2-tp2": [ZERO, "--mesh.data=2", "--mesh.tensor=2", "--engine.zero-stage=2"],
     "tp2-pp2": [PIPE, "--mesh.data=1", "--mesh.tensor=2", "--mesh.pipeline=2"],
+    "pp3": [PIPE, "--mesh.data=1", "--mesh.pipeline=3"],
     "tp4": [PIPE, "--mesh.data=1", "--mesh.tensor=4"],
     "paper": [ZERO, "--mesh.data=4", "--mesh.machines=2", "--engine.zero-stage=3"],
 }
 """TP 4 pads the 6 heads to 8."""
 PAIRS = [
     ("reference-1", "tp2-pp2"),
+    ("reference-1", "pp3"),
     ("tp2-pp2", "zero3-2"),
     ("zero3-2", "tp4"),
     ("paper", "zero2-tp2"),
