@@ -5,6 +5,7 @@ largest relative difference of loss and gradient norm over all steps.
 """
 
 import json
+import math
 import os
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
@@ -20,7 +21,7 @@ from models.config import PriorConfig
 from models.prior import COMPRESSED, prior_layers, prior_loss
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, OptimConfig
 from parallel.engines.catalogue import build_engine, modules_of
-from parallel.engines.protocol import Batch, Engine, EngineSettings, Program
+from parallel.engines.protocol import Batch, Engine, EngineSettings, Losses, Program
 from parallel.ledger import Ledger, recorded
 from parallel.mesh import Mesh, build_mesh
 from parallel.world import join_world, leave_world
@@ -45,6 +46,8 @@ class Case:
     moments: Literal["fp32", "bf16"] = "fp32"
     steps: int = STEPS
     model: PriorConfig = MODEL
+    broken_step: int = -1
+    """Step at which the last rank's loss is not a number; -1 = none."""
 
     def precise(self, precision: str) -> "Case":
         """The same in another precision."""
@@ -151,21 +154,27 @@ def train_rank(payload: str) -> None:
     mesh = build_mesh(case.mesh, world)
     optim = replace(OPTIM, moments=case.moments)
     settings = EngineSettings(optim=optim, engine=case.engine, compress=case.compress, seed=SEED)
-    program = Program(
-        layers=prior_layers(case.model, SEED, mesh.shared),
-        loss=lambda logits, batch: prior_loss(logits, batch, 0.125),
-        compressed=COMPRESSED,
-    )
+    breaks = [False]
+
+    def loss(logits: Any, batch: Batch) -> Losses:
+        found = prior_loss(logits, batch, 0.125)
+        return {**found, "loss": found["loss"] * math.nan} if breaks[0] else found
+
+    layers = prior_layers(case.model, SEED, mesh.shared)
+    program = Program(layers=layers, loss=loss, compressed=COMPRESSED)
     with recorded(mesh) as ledger:
-        rows = _steps(case, build_engine(program, settings, mesh), mesh, ledger)
+        rows = _steps(case, build_engine(program, settings, mesh), mesh, ledger, breaks)
     if world.rank == 0:
         (out / "rows.json").write_text(json.dumps(rows))
     leave_world(world)
 
 
-def _steps(case: Case, engine: Engine, mesh: Mesh, ledger: Ledger) -> list[dict[str, Any]]:
+def _steps(
+    case: Case, engine: Engine, mesh: Mesh, ledger: Ledger, breaks: list[bool]
+) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for step in range(case.steps):
+        breaks[0] = step == case.broken_step and mesh.world.rank == mesh.world.size - 1
         whole = batch_of(step, case.model)
         mine = {name: value[mesh.data.rank :: mesh.data.size] for name, value in whole.items()}
         size = len(mine["text"]) // case.engine.accumulate

@@ -106,7 +106,7 @@ def _sizes(config: DemoConfig) -> dict[str, list[str]]:
         "pack": ["--count=20000"] if shapes else ["--validation=0.1"],
         "dvae": [],
         "tokens": [],
-        "prior": ["--loop.steps=900"],
+        "prior": [] if shapes else ["--loop.steps=900"],
         "clip": [] if shapes else ["--loop.steps=300"],
         "samples": ["--prompts=512"] if shapes else ["--prompts=64"],
     }

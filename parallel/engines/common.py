@@ -146,7 +146,9 @@ class Compressor:
         )
         self._warm = settings.compress.warm_start
         self.facts: dict[str, float] = {}
-        """Bytes of the last step, raw and sent."""
+        """Bytes since the last `take_facts`, raw and sent."""
+        self.finite = True
+        """False if a gradient on any replica was not finite since the last `take_finite`."""
         LOG.info(
             "PowerSGD: %d matrices at rank %d between %d replicas",
             len(matrices),
@@ -164,6 +166,7 @@ class Compressor:
             for name, gradient in gradients.items()
         }
         reduced = self._powersgd.reduce(real)
+        self.finite = self.finite and bool(torch.isfinite(reduced.norm_squared))
         found = {}
         for name, gradient in gradients.items():
             flat = torch.zeros(gradient.numel(), dtype=gradient.dtype)
@@ -180,6 +183,11 @@ class Compressor:
             raw_bytes=reduced.raw_bytes,
             sent_bytes=reduced.sent_bytes,
         )
+
+    def take_finite(self) -> bool:
+        """Say whether all gradients since the last call were finite; what is handed out always is."""
+        finite, self.finite = self.finite, True
+        return finite
 
     def take_facts(self) -> dict[str, float]:
         """Bytes since the last call, raw and sent, and the rank."""

@@ -1,5 +1,6 @@
 """What the DeepSpeed engines share: optimiser state as slices, the global norm, compression."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -59,6 +60,8 @@ class DeepSpeedState:
             for name, gradient in gradients.items()
             if counts_once(self.places[name], self.mesh)
         ]
+        if self.compressor is not None and not self.compressor.take_finite():
+            squares.append(torch.tensor(math.inf))
         return global_norm(squares, self.mesh, self.scales)
 
     def slices(self) -> Iterator[StateSlice]:

@@ -1,5 +1,6 @@
 """Every mesh and engine trains as one process does; compression at full rank changes nothing."""
 
+import math
 from dataclasses import replace
 from functools import cache
 
@@ -129,3 +130,22 @@ def test_the_ledger_and_the_compressor_agree() -> None:
     losses, norm = 3 * 4, 8
     sent = row["comm"]["data"]["all_reduce"]["bytes"] - losses - norm
     assert sent == row["compress_sent_bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [("DP2 reference", 0), ("DP2 ZeRO-2", 8), ("DP2 pipe", 8), ("paper", 0), ("paper", 8)],
+)
+def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_update_on_all(
+    name: str, rank: int
+) -> None:
+    """The skipped step leaves weights and moments alone: the next ones go on as if it had not been.
+    Error buffers still hand over what they held, as in the paper (appendix E, step 12)."""
+    case = replace(_case(name).precise("fp32"), compress=CompressConfig(rank=rank))
+    broken = train(replace(case, steps=5, broken_step=2))
+    assert [math.isfinite(row["grad_norm"]) for row in broken] == [True, True, False, True, True]
+    if not rank:
+        single = train(replace(ONE.precise("fp32"), steps=5, broken_step=2))
+        kept = [0, 1, 3, 4]
+        assert difference([single[i] for i in kept], [broken[i] for i in kept]) < BOUND["fp32"]
