@@ -185,7 +185,7 @@ class Compressor:
         )
 
     def take_finite(self) -> bool:
-        """Say whether all gradients since the last call were finite; what is handed out always is."""
+        """Say if all gradients since the last call were finite; what is handed out always is."""
         finite, self.finite = self.finite, True
         return finite
 
