@@ -71,6 +71,11 @@ class MeshConfig:
             found.append(
                 f"mesh.machines={self.machines} does not divide mesh.data={self.data}; try {near}"
             )
+        elif self.machines > 1 and self.local < 2:
+            found.append(
+                f"mesh.machines={self.machines} leaves one replica a machine, and nothing to shard "
+                f"ZeRO-3 over; try --mesh.data {2 * self.machines}, or --mesh.machines 1"
+            )
         block = self.tensor * self.pipeline
         if world is not None and world != self.world:
             hint = (
