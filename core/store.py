@@ -17,6 +17,7 @@ from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     EndpointConnectionError,
+    EndpointProviderError,
     NoCredentialsError,
     ParamValidationError,
 )
@@ -239,7 +240,7 @@ class S3Store:
             ) from error
         except ParamValidationError as error:
             raise StoreInputError(f"{self.url} is no valid bucket or key: {error}") from error
-        except EndpointConnectionError as error:
+        except (EndpointConnectionError, EndpointProviderError) as error:
             raise StoreInputError(
                 f"nothing answers for {self.url}; check AWS_ENDPOINT_URL ({error})"
             ) from error

@@ -80,6 +80,10 @@ def test_wrong_command_lines_are_answered(arguments: list[str], expected: str) -
 def test_wrong_environments_are_answered(tmp_path: Path) -> None:
     flags = ["pack", "shapes", "s3://bucket/x"]
     assert "http://host:port" in tapir(*flags, code=2, AWS_ENDPOINT_URL="127.0.0.1:9")
+    wrong = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    for endpoint in ("http://127.0.0.1:99999", "http://127.0.0.1:9"):
+        text = tapir(*flags, code=2, AWS_ENDPOINT_URL=endpoint, **wrong)
+        assert "check AWS_ENDPOINT_URL" in text
     assert "number of ranks" in tapir("train", "prior", "tiny", code=2, WORLD_SIZE="abc")
     (tmp_path / "tokenizer.json").write_text("garbage")
     data = f"--data={tmp_path}"
