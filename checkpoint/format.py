@@ -42,11 +42,6 @@ class StateSlice:
         return self.start + self.data.numel()
 
 
-def whole_box(shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """The box that covers a tensor."""
-    return tuple((0, size) for size in shape)
-
-
 class Reader(Protocol):
     """Gives out tensors of a checkpoint, whatever mesh wrote them."""
 

@@ -16,10 +16,9 @@ from models.config import PriorConfig
 from models.prior import COMPRESSED, PAD, prior_layers, prior_loss
 from parallel.engines.protocol import Batch, Program
 from parallel.tensor.ops import TensorParallel
-from training.config import PriorTrain, StageConfig
+from training.config import PriorTrain
 
 Record = TypeVar("Record")
-Settings = TypeVar("Settings", bound=StageConfig)
 Pictures = dict[str, Any]
 Means = Callable[..., dict[str, float]]
 """(records, change of a batch or None) -> mean losses over all replicas."""

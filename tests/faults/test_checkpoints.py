@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint.format import StateSlice, whole_box
+from checkpoint.format import StateSlice
 from checkpoint.reader import CheckpointReader
 from checkpoint.writer import save_checkpoint
 from core.errors import CheckpointError, CorruptError
@@ -22,7 +22,7 @@ def _slices(value: float) -> list[StateSlice]:
             part = data[start : 5 if start == 0 else 12]
             found.append(
                 StateSlice(
-                    name="w", kind=kind, shape=(3, 4), box=whole_box((3, 4)), start=start, data=part
+                    name="w", kind=kind, shape=(3, 4), box=((0, 3), (0, 4)), start=start, data=part
                 )
             )
     return found
