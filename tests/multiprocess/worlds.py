@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from bench.parity import train_rank
 from parallel.world import join_world, leave_world
 
 
@@ -26,3 +27,11 @@ def sum_ranks(payload: str) -> None:
     out = Path(json.loads(payload)["out"])
     (out / f"result-{world.rank}.json").write_text(json.dumps([value.item(), os.getpid()]))
     leave_world(world)
+
+
+def train_case(payload: str) -> None:
+    """Say who I am, then train a case of the parity benchmark."""
+    out = Path(json.loads(payload)["out"])
+    (out / f".pid-{os.environ['RANK']}").write_text(str(os.getpid()))
+    (out / f".pid-{os.environ['RANK']}").rename(out / f"pid-{os.environ['RANK']}")
+    train_rank(payload)
