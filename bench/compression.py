@@ -60,7 +60,7 @@ def _train(tokens: str, width: int, rank: int, variant: str, seed: int, flags: l
     command = [sys.executable, "-m", "tapir", "train", "prior", "tiny"]
     command += [f"--data={tokens}", f"--out={out}", f"--loop.steps={STEPS}", "--loop.batch=16"]
     command += [f"--loop.seed={seed}", "--loop.validation-samples=512"]
-    command += [f"--loop.validate-every={STEPS}", f"--loop.save-every={STEPS}"]
+    command += [f"--loop.validate-every={STEPS}", f"--checkpoint.every={STEPS}"]
     command += [f"--model.dim={width}", f"--model.heads={width // 32}", "--engine.name=reference"]
     command += ["--mesh.data=2", f"--compress.rank={rank}", *flags]
     subprocess.run(command, check=True, capture_output=True)

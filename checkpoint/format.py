@@ -4,8 +4,8 @@
     step-N/rank-00001.safetensors   ...
     step-N/manifest.json            written last: every slice, every file's sha256, its own digest
 
-A slice is a flat, row-major range [start, stop) of a box of the global tensor; a box is a range
-for each axis (the whole axis, unless tensor parallelism cut it).
+A slice is a flat, row-major range [start, stop) of the global tensor: tensor parallelism cuts
+rows, ZeRO cuts flat ranges. It keeps the type that it has in memory.
 """
 
 from dataclasses import dataclass
@@ -14,10 +14,11 @@ from typing import Protocol
 from torch import Tensor
 
 MANIFEST = "manifest.json"
-VERSION = 1
+VERSION = 2
 KINDS = ("master", "exp_avg", "exp_avg_sq", "step")
 """fp32 weights, AdamW's moments, and the optimiser's step count. Compression adds `error@R`, the
-error buffer of replica R, and `basis`, a warm-started Q."""
+error buffer of replica R, and `basis`, a warm-started Q; fp16 adds `scale`; averaging adds `ema`.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +28,13 @@ class StateSlice:
     name: str
     """Global parameter name."""
     kind: str
-    """One of KINDS, `error@R` or `basis`."""
+    """One of KINDS, or what was added to them."""
     shape: tuple[int, ...]
     """Shape of the global tensor."""
-    box: tuple[tuple[int, int], ...]
-    """Range of each axis that the flat range lies in."""
     start: int
-    """First element of the flat range inside of the box."""
+    """First element of the flat global tensor."""
     data: Tensor
-    """The elements, flat, float32."""
+    """The elements, flat."""
 
     @property
     def stop(self) -> int:
@@ -47,6 +46,12 @@ class Reader(Protocol):
 
     def tensor(self, name: str, kind: str) -> Tensor:
         """The whole global tensor, float32; CheckpointError if parts are missing."""
+
+    def flat(self, name: str, kind: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flat global tensor, float32; reads no others."""
+
+    def shape(self, name: str, kind: str) -> tuple[int, ...]:
+        """The global tensor's shape."""
 
     def kinds(self, name: str) -> list[str]:
         """What is stored of one parameter."""

@@ -1,101 +1,142 @@
-"""Read a checkpoint of any mesh, after checking every byte of it."""
+"""Read a checkpoint of any mesh: check every byte once, then fetch only what is asked for."""
 
+import hashlib
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor
 
 from checkpoint.format import MANIFEST, VERSION
-from core.errors import CheckpointError, CorruptError
-from core.files import Json, sha256, unseal
+from checkpoint.writer import DTYPES
+from core.errors import CheckpointError, CorruptError, StoreInputError
+from core.files import Json, unseal
+from core.store import Store, open_store
+
+_CHUNK = 64 * 2**20
 
 
 class CheckpointReader:
-    """One verified checkpoint."""
+    """One checkpoint of a store."""
 
-    def __init__(self, folder: Path) -> None:
-        """Read and verify all files.
+    def __init__(self, store: Store, name: str) -> None:
+        """Read the manifest; call `verify` before the first tensor.
 
-        Raises: CorruptError naming the file that is damaged; CheckpointError if it is too new.
+        Raises: CorruptError if the manifest is damaged; CheckpointError if there is none, or it
+        has another format.
         """
-        self.folder = folder
-        path = folder / MANIFEST
-        if not path.is_file():
-            raise CheckpointError(f"{folder} holds no finished checkpoint (no {MANIFEST})")
-        manifest = unseal(path.read_bytes(), str(path))
+        self._store, self.name = store, name
+        self.url = f"{store.url}/{name}"
+        path = f"{self.url}/{MANIFEST}"
+        try:
+            data = store.get(f"{name}/{MANIFEST}")
+        except StoreInputError as error:
+            raise CheckpointError(
+                f"{self.url} holds no finished checkpoint (no {MANIFEST})"
+            ) from error
+        manifest = unseal(data, path)
         if manifest["version"] != VERSION:
             raise CheckpointError(
                 f"{path} has format version {manifest['version']}, this Tapir reads {VERSION}"
             )
         self.facts: Json = manifest["facts"]
-        self._parts: dict[tuple[str, str], list[tuple[dict[str, Any], Tensor]]] = {}
-        for file in manifest["files"]:
-            self._read(file)
+        self.files: list[Json] = manifest["files"]
+        self._rows: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        for file in self.files:
+            for row in file["slices"]:
+                kinds = self._rows.setdefault(row["name"], {})
+                kinds.setdefault(row["kind"], []).append({**row, "file": file["file"]})
+
+    def verify(self, rank: int = 0, ranks: int = 1) -> None:
+        """Check the digest of every `ranks`-th file, from `rank` on.
+
+        Raises: CorruptError naming the file that is missing or damaged.
+        """
+        for file in self.files[rank::ranks]:
+            path = f"{self.url}/{file['file']}"
+            if "/" in file["file"]:
+                raise CorruptError(f"{path} lies outside of its checkpoint")
+            digest, count = hashlib.sha256(), 0
+            try:
+                while part := self._store.get(f"{self.name}/{file['file']}", count, _CHUNK):
+                    digest.update(part)
+                    count += len(part)
+            except StoreInputError as error:
+                raise CorruptError(
+                    f"{path} is missing; an older checkpoint may be whole"
+                ) from error
+            if count != file["bytes"] or digest.hexdigest() != file["sha256"]:
+                raise CorruptError(
+                    f"{path} is damaged: {count} bytes with sha256 {digest.hexdigest()}, its "
+                    f"manifest says {file['bytes']} with {file['sha256']}"
+                )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Global shape of every parameter."""
-        return {
-            name: tuple(parts[0][0]["shape"])
-            for (name, kind), parts in self._parts.items()
-            if kind == "master"
-        }
+        named = [name for name, kinds in self._rows.items() if "master" in kinds]
+        return {name: self.shape(name, "master") for name in named}
+
+    def shape(self, name: str, kind: str) -> tuple[int, ...]:
+        """The global tensor's shape."""
+        return tuple(self._parts(name, kind)[0]["shape"])
 
     def kinds(self, name: str) -> list[str]:
         """What is stored of one parameter."""
-        return sorted(kind for known, kind in self._parts if known == name)
+        return sorted(self._rows.get(name, {}))
 
     def tensor(self, name: str, kind: str) -> Tensor:
-        """Put the slices of one global tensor together.
+        """The whole global tensor, float32.
 
         Raises: CheckpointError if there is no such tensor, or a part of it is missing.
         """
-        parts = self._parts.get((name, kind))
-        if not parts:
-            raise CheckpointError(f"{self.folder} has no {kind} of {name!r}")
-        shape = tuple(parts[0][0]["shape"])
-        whole = torch.empty(shape)
+        shape = self.shape(name, kind)
+        return self.flat(name, kind, 0, math.prod(shape)).view(shape)
+
+    def flat(self, name: str, kind: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flat global tensor, float32; reads no others.
+
+        Raises: CheckpointError if there is no such tensor, or some of them are missing.
+        """
+        found = torch.empty(max(stop - start, 0))
         covered = 0
-        for row, data in parts:
-            box = tuple(slice(*axis) for axis in row["box"])
-            target = whole[box]
-            flat = target.contiguous().view(-1)
-            flat[row["start"] : row["stop"]] = data
-            whole[box] = flat.view(target.shape)
-            covered += data.numel()
-        if covered != math.prod(shape):
+        for row in self._parts(name, kind):
+            first, last = max(start, row["start"]), min(stop, row["stop"])
+            if first < last:
+                found[first - start : last - start] = self._fetch(row, first, last)
+                covered += last - first
+        if covered != found.numel():
             raise CheckpointError(
-                f"{self.folder}: the slices of {name!r} ({kind}) hold {covered} of "
-                f"{math.prod(shape)} elements"
+                f"{self.url}: the slices of {name!r} ({kind}) hold {covered} of "
+                f"{found.numel()} elements"
             )
-        return whole
+        return found
 
-    def _read(self, file: dict[str, Any]) -> None:
-        path = self.folder / file["file"]
-        if path.parent != self.folder:
-            raise CorruptError(f"{path} lies outside of its checkpoint")
-        if not path.is_file():
-            raise CorruptError(f"{path} is missing; an older checkpoint may be whole")
-        data = path.read_bytes()
-        if len(data) != file["bytes"] or sha256(data) != file["sha256"]:
-            raise CorruptError(
-                f"{path} is damaged: {len(data)} bytes with sha256 {sha256(data)}, its manifest "
-                f"says {file['bytes']} with {file['sha256']}"
-            )
-        try:
-            tensors = load(data)
-        except SafetensorError as error:
-            raise CorruptError(f"{path} is no safetensors file: {error}") from error
-        for row in file["slices"]:
-            self._parts.setdefault((row["name"], row["kind"]), []).append(
-                (row, tensors[row["key"]])
-            )
+    def _parts(self, name: str, kind: str) -> list[dict[str, Any]]:
+        parts = self._rows.get(name, {}).get(kind)
+        if not parts:
+            raise CheckpointError(f"{self.url} has no {kind} of {name!r}")
+        return parts
+
+    def _fetch(self, row: dict[str, Any], first: int, last: int) -> Tensor:
+        dtype = DTYPES[row["dtype"]]
+        at = row["at"] + (first - row["start"]) * dtype.itemsize
+        count = (last - first) * dtype.itemsize
+        data = self._store.get(f"{self.name}/{row['file']}", at, count)
+        if len(data) != count:
+            raise CorruptError(f"{self.url}/{row['file']} ends before the slice of {row['name']!r}")
+        return torch.frombuffer(bytearray(data), dtype=dtype).float()
 
 
-def list_checkpoints(root: Path) -> list[Path]:
-    """Folders step-N, oldest first, finished or not."""
-    found = [p for p in root.glob("step-*") if p.name[5:].isdigit()] if root.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name[5:]))
+def open_checkpoint(url: str) -> CheckpointReader:
+    """Open and verify a checkpoint by its place, s3://bucket/.../step-N or a folder."""
+    root, _, name = url.rstrip("/").rpartition("/")
+    reader = CheckpointReader(open_store(root or "."), name)
+    reader.verify()
+    return reader
+
+
+def finished_steps(store: Store) -> list[int]:
+    """Steps of the checkpoints that have a manifest, oldest first."""
+    names = (name.split("/") for name in store.names("step-"))
+    found = {parts[0][5:] for parts in names if len(parts) == 2 and parts[1] == MANIFEST}
+    return sorted(int(step) for step in found if step.isdigit())

@@ -1,56 +1,112 @@
 """Write a checkpoint: digest in memory, write, fsync, rename; the manifest comes last."""
 
+import hashlib
 import json
-import shutil
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from safetensors.torch import save
+import torch
+from torch import Tensor
 
 from checkpoint.format import MANIFEST, VERSION, StateSlice
-from core.files import Json, seal, sha256, write_atomic
+from core.errors import StoreError
+from core.files import Json, seal
+from core.store import Store
+
+Gather = Callable[[str], list[str]]
+"""Collects one string of every rank on every rank."""
+_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
+DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_ERROR = "error"
 
 
-def save_checkpoint(
-    folder: Path,
-    slices: Iterable[StateSlice],
-    facts: Json,
-    rank: int,
-    gather: Callable[[str], list[str]],
+def write_checkpoint(
+    store: Store, name: str, slices: Iterable[StateSlice], facts: Json, rank: int, gather: Gather
 ) -> None:
     """Write this rank's slices; rank 0 adds the manifest when all ranks have written.
 
-    `gather` collects one string of every rank on every rank. A folder without a manifest is no
-    checkpoint, so a crash at any moment leaves the previous one as the newest.
-    Raises: OSError if the disk is full or cannot be written.
+    A folder without a manifest is no checkpoint, so a crash at any moment leaves the previous one
+    as the newest. If any rank cannot write, no rank's checkpoint counts.
+    Raises: StoreError, on every rank, naming the rank that could not write and why.
     """
-    if rank == 0 and folder.exists():
-        shutil.rmtree(folder)
-    gather("")
-    tensors, rows = {}, []
-    for i, part in enumerate(slices):
-        key = f"{i:06d}"
-        tensors[key] = part.data.detach().float().clone()
-        rows.append(
-            {
-                "key": key,
-                "name": part.name,
-                "kind": part.kind,
-                "shape": list(part.shape),
-                "box": [list(axis) for axis in part.box],
-                "start": part.start,
-                "stop": part.stop,
-            }
-        )
-    mine: dict[str, Any] = {}
-    if rows:
-        data = save(tensors)
-        name = f"rank-{rank:05d}.safetensors"
-        write_atomic(folder / name, data)
-        mine = {"file": name, "bytes": len(data), "sha256": sha256(data), "slices": rows}
+    try:
+        mine = _write_slices(store, name, list(slices), rank)
+    except StoreError as error:
+        mine = {_ERROR: f"rank {rank}: {error}"}
     parts = [json.loads(text) for text in gather(json.dumps(mine))]
-    if rank == 0:
+    errors = [part[_ERROR] for part in parts if _ERROR in part]
+    if rank == 0 and not errors:
         manifest = {"version": VERSION, "facts": facts, "files": [part for part in parts if part]}
-        write_atomic(folder / MANIFEST, seal(manifest))
-    gather("")
+        try:
+            store.put(f"{name}/{MANIFEST}", seal(manifest))
+        except StoreError as error:
+            errors = [str(error)]
+    outcome = next((text for text in gather("; ".join(errors)) if text), "")
+    if outcome:
+        raise StoreError(f"the checkpoint {store.url}/{name} was not written: {outcome}")
+
+
+def _write_slices(store: Store, name: str, slices: list[StateSlice], rank: int) -> Json:
+    """Write rank-R.safetensors; returns its row of the manifest, empty if there are no slices."""
+    if not slices:
+        return {}
+    header, rows = _layout(slices)
+    file = f"rank-{rank:05d}.safetensors"
+    digest = hashlib.sha256()
+
+    def parts() -> Iterator[bytes | memoryview]:
+        digest.update(header)
+        yield header
+        for part in slices:
+            view = _bytes(part.data)
+            digest.update(view)
+            yield view
+
+    store.put_parts(f"{name}/{file}", parts())
+    count = rows[-1]["at"] + rows[-1]["bytes"]
+    return {"file": file, "bytes": count, "sha256": digest.hexdigest(), "slices": rows}
+
+
+def _layout(slices: list[StateSlice]) -> tuple[bytes, list[dict[str, Any]]]:
+    """The safetensors header, and for each slice where its bytes lie in the file.
+
+    Ours, because the library can only build a whole file in memory or write it undigested.
+    """
+    entries: dict[str, Any] = {}
+    sizes: list[tuple[int, int, str]] = []
+    at = 0
+    for i, part in enumerate(slices):
+        size = part.data.numel() * part.data.element_size()
+        dtype, count = _NAMES[part.data.dtype], part.data.numel()
+        place = [at, at + size]
+        entries[f"{i:06d}"] = {"dtype": dtype, "shape": [count], "data_offsets": place}
+        sizes.append((at, size, dtype))
+        at += size
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    rows = [
+        {
+            "name": part.name,
+            "kind": part.kind,
+            "shape": list(part.shape),
+            "start": part.start,
+            "stop": part.stop,
+            "at": len(header) + at,
+            "bytes": size,
+            "dtype": dtype,
+        }
+        for part, (at, size, dtype) in zip(slices, sizes, strict=True)
+    ]
+    return header, rows
+
+
+def _bytes(data: Tensor) -> memoryview:
+    flat: Any = data.detach().reshape(-1).contiguous().cpu().view(torch.uint8).numpy()
+    return memoryview(flat)

@@ -5,8 +5,11 @@ first one that fails decides the message and the exit code. No rank outlives the
 """
 
 import atexit
+import contextlib
+import faulthandler
 import functools
 import importlib
+import json
 import multiprocessing
 import multiprocessing.process
 import os
@@ -21,41 +24,94 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cluster.processes import die_with, die_with_parent, is_stopped
-from core.errors import EXIT_FAILED, EXIT_WRONG_INPUT, RankError, TapirError, of_files
+from cluster.config import SupervisorConfig
+from cluster.hangs import Watch
+from cluster.processes import die_with, die_with_parent
+from core.errors import (
+    EXIT_FAILED,
+    EXIT_PREEMPTED,
+    EXIT_WRONG_INPUT,
+    Preempted,
+    RankError,
+    TapirError,
+    of_files,
+)
 from core.files import private_folder
+from core.heartbeat import FOLDER, read_beats
 from core.log import set_up_logging
+from core.stop import heed_stop_signals
 
-GRACE = 5.0
-"""Seconds between TERM and KILL."""
-STOPPED_SECONDS = 10.0
-"""A rank that is stopped (SIGSTOP) for so long counts as lost."""
+_LOOK = 0.5
+"""Seconds between two looks at living ranks."""
 
 
 class RankInputError(RankError):
     """A rank found that the input is wrong."""
 
     exit_code = EXIT_WRONG_INPUT
+    retry = False
 
 
-def launch(target: str, payload: str, ranks: int, preload: list[str]) -> None:
+class StopRequest:
+    """A wish to stop that is handed to the ranks that run."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.since = 0.0
+        self.processes: list[Any] = []
+
+    def ask(self) -> None:
+        """Send SIGUSR1 to the ranks; they save and end with EXIT_PREEMPTED."""
+        self.asked, self.since = True, time.monotonic()
+        for process in self.processes:
+            if process.pid and process.exitcode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGUSR1)
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, unless a stop is asked for."""
+        until = time.monotonic() + seconds
+        while not self.asked and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, 0.2))
+
+
+def launch(
+    target: str,
+    payload: str,
+    ranks: int,
+    preload: list[str],
+    config: SupervisorConfig | None = None,
+    stop: StopRequest | None = None,
+    reports: Path | None = None,
+) -> None:
     """Run `module:function` with the payload on every rank, and wait for all.
 
-    Raises: RankError naming the first rank that failed, after all others have ended.
+    `reports` is a folder for the stacks of ranks that hang.
+    Raises: RankError naming the first rank that failed, after all others have ended; Preempted if
+    the ranks were asked to stop and saved.
     """
+    config = config or SupervisorConfig()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(preload)
-    with tempfile.TemporaryDirectory(dir=_session_folder()) as folder, _terminable():
-        started: list[Any] = []
+    started: list[Any] = []
+    with tempfile.TemporaryDirectory(dir=_session_folder()) as name, _terminable(stop):
+        folder = Path(name)
         try:
             for rank in range(ranks):
-                arguments = (target, payload, rank, ranks, folder)
+                arguments = (target, payload, rank, ranks, name)
                 process = context.Process(target=_run_rank, args=arguments, name=f"rank-{rank}")
                 process.start()
                 started.append(process)
-            _wait(started, Path(folder))
+            if stop is not None:
+                stop.processes = started
+                if stop.asked:
+                    stop.ask()
+            _wait(started, folder, config, stop, Watch(started, folder, config, reports))
+        except RankError as error:
+            error.step = max((beat.step for beat in read_beats(folder, ranks)), default=-1)
+            raise
         finally:
             _end(started)
 
@@ -69,29 +125,34 @@ def _session_folder() -> Path:
     return folder
 
 
-def _wait(processes: list[Any], folder: Path) -> None:
+def _wait(
+    processes: list[Any],
+    folder: Path,
+    config: SupervisorConfig,
+    stop: StopRequest | None,
+    watch: Watch,
+) -> None:
     waiting = {process.sentinel: rank for rank, process in enumerate(processes)}
-    stopped: dict[int, float] = {}
+    saved = False
     while waiting:
-        _refuse_stopped(processes, stopped)
-        for sentinel in connection.wait(list(waiting), timeout=STOPPED_SECONDS / 4):
+        watch.look()
+        if stop is not None and stop.asked:
+            late = time.monotonic() - stop.since - config.grace_seconds
+            if late > 0:
+                raise RankError(
+                    f"the ranks did not save within {config.grace_seconds:.0f} s of the wish to "
+                    "stop; all were ended, the last checkpoint is whole"
+                )
+        for sentinel in connection.wait(list(waiting), timeout=_LOOK):
             rank = waiting.pop(sentinel)  # type: ignore[arg-type]
             processes[rank].join()
             code = processes[rank].exitcode
-            if code:
+            if code == EXIT_PREEMPTED:
+                saved = True
+            elif code:
                 raise _explain(rank, processes, folder)
-
-
-def _refuse_stopped(processes: list[Any], since: dict[int, float]) -> None:
-    """Raise RankError for a rank that has been stopped too long; the others wait for it."""
-    for rank, process in enumerate(processes):
-        if not is_stopped(process.pid):
-            since.pop(rank, None)
-        elif time.monotonic() - since.setdefault(rank, time.monotonic()) > STOPPED_SECONDS:
-            raise RankError(
-                f"rank {rank} of {len(processes)} is stopped (SIGSTOP) since {STOPPED_SECONDS:.0f} "
-                "s; all ranks were ended; the same command goes on from the last checkpoint"
-            )
+    if saved:
+        raise Preempted("stopped with a checkpoint saved; the same command goes on from it")
 
 
 def _explain(rank: int, processes: list[Any], folder: Path) -> TapirError:
@@ -100,40 +161,46 @@ def _explain(rank: int, processes: list[Any], folder: Path) -> TapirError:
     killed = [i for i, process in enumerate(processes) if (process.exitcode or 0) < 0]
     rank = killed[0] if killed else rank
     code, ranks = processes[rank].exitcode, len(processes)
-    reasons = sorted(folder.glob("error-*.txt"), key=lambda path: path.stat().st_mtime_ns)
+    reasons = sorted(folder.glob("error-*.json"), key=lambda path: path.stat().st_mtime_ns)
     if code > 0 and reasons:
-        text = reasons[0].read_text()
+        reason = json.loads(reasons[0].read_text())
         first = int(reasons[0].stem.split("-")[1])
         if code == EXIT_WRONG_INPUT:
-            return RankInputError(text)
-        return RankError(f"rank {first} of {ranks} failed: {text}")
+            return RankInputError(reason["text"])
+        error = RankError(f"rank {first} of {ranks} failed: {reason['text']}")
+        error.retry = reason["retry"]
+        return error
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    last = {beat.rank: beat for beat in read_beats(folder, ranks)}.get(rank)
+    where = f" at step {last.step + 1}, last in {last.doing}" if last else ""
     return RankError(
-        f"rank {rank} of {ranks} died ({how}); all ranks were ended; the same command goes on "
-        "from the last checkpoint"
+        f"rank {rank} of {ranks} died ({how}){where}; all ranks were ended; the same command goes "
+        "on from the last checkpoint"
     )
 
 
 def _end(processes: list[Any]) -> None:
+    """Kill what still runs: what matters was written whole, and a broken world cannot save."""
     for process in processes:
-        if process.is_alive():
-            process.terminate()
-    deadline = time.monotonic() + GRACE
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
         if process.is_alive():
             process.kill()
-            process.join()
+    for process in processes:
+        process.join()
 
 
 class _terminable:
-    """Turn TERM into KeyboardInterrupt, so that both end the ranks."""
+    """Turn TERM into KeyboardInterrupt, so that both end the ranks; a supervisor does more."""
+
+    def __init__(self, stop: StopRequest | None) -> None:
+        self._supervised = stop is not None
 
     def __enter__(self) -> None:
-        self._before = signal.signal(signal.SIGTERM, self._interrupt)
+        if not self._supervised:
+            self._before = signal.signal(signal.SIGTERM, self._interrupt)
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        if not self._supervised:
+            signal.signal(signal.SIGTERM, self._before)
 
     @staticmethod
     def _interrupt(_number: int, _frame: FrameType | None) -> None:
@@ -142,16 +209,21 @@ class _terminable:
 
 def _run_rank(target: str, payload: str, rank: int, ranks: int, folder: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    heed_stop_signals()
     die_with_parent()
     parent = multiprocessing.parent_process()
     if parent is not None:
         die_with(parent.sentinel)
+    stacks = open(Path(folder, f"stacks-{rank}.txt"), "w")  # noqa: SIM115 - until the rank ends
+    faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
     os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(ranks),
-        LOCAL_RANK=str(rank),
-        TAPIR_RENDEZVOUS=f"file://{folder}/rendezvous",
+        {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_RANK": str(rank),
+            "TAPIR_RENDEZVOUS": f"file://{folder}/rendezvous",
+            FOLDER: folder,
+        }
     )
     set_up_logging(rank)
     try:
@@ -159,8 +231,12 @@ def _run_rank(target: str, payload: str, rank: int, ranks: int, folder: str) -> 
         getattr(importlib.import_module(module), function)(payload)
     except (TapirError, OSError) as error:
         known = error if isinstance(error, TapirError) else of_files(error)
-        Path(folder, f"error-{rank}.txt").write_text(str(known))
+        _leave_reason(folder, rank, str(known), known.retry)
         sys.exit(known.exit_code)
     except Exception:
-        Path(folder, f"error-{rank}.txt").write_text(traceback.format_exc())
+        _leave_reason(folder, rank, traceback.format_exc(), True)
         sys.exit(EXIT_FAILED)
+
+
+def _leave_reason(folder: str, rank: int, text: str, retry: bool) -> None:
+    Path(folder, f"error-{rank}.json").write_text(json.dumps({"text": text, "retry": retry}))

@@ -2,12 +2,15 @@
 
 EXIT_FAILED = 1
 EXIT_WRONG_INPUT = 2
+EXIT_PREEMPTED = 75
 
 
 class TapirError(Exception):
     """Something failed that the user did not cause; says what, where and what to do."""
 
     exit_code = EXIT_FAILED
+    retry = True
+    """True if the same command may succeed when it is started again."""
 
 
 class ConfigError(TapirError):
@@ -40,9 +43,26 @@ class StoreInputError(StoreError):
 class CorruptError(TapirError):
     """Stored bytes differ from the digest written for them."""
 
+    retry = False
+
 
 class CheckpointError(TapirError):
     """A checkpoint cannot be read or does not fit the model."""
+
+    retry = False
+
+
+class TrainingError(TapirError):
+    """Training does not get on: the same data or settings would fail again."""
+
+    retry = False
+
+
+class Preempted(TapirError):
+    """The run was asked to stop and has saved a checkpoint: submit it again."""
+
+    exit_code = EXIT_PREEMPTED
+    retry = False
 
 
 _WRONG_PATHS = (
@@ -65,3 +85,6 @@ def of_files(error: OSError) -> TapirError:
 
 class RankError(TapirError):
     """A rank died or failed; the message names it."""
+
+    step = -1
+    """The last step that any rank had finished; -1 if there was none."""

@@ -5,13 +5,16 @@ environment, as boto3 does; nothing of them is ever written down.
 """
 
 import hashlib
+import io
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import boto3
+from boto3.exceptions import S3UploadFailedError
+from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
@@ -23,8 +26,10 @@ from botocore.exceptions import (
 )
 
 from core.errors import ConfigError, StoreError, StoreInputError
-from core.files import TEMPORARY, write_atomic
+from core.files import TEMPORARY, write_atomic, write_parts
 
+_PART = 16 * 2**20
+_TRANSFER = TransferConfig(multipart_threshold=_PART, multipart_chunksize=_PART, max_concurrency=4)
 _MISSING = ("404", "NoSuchKey", "NotFound")
 _OURS_ALREADY = ("BucketAlreadyExists", "BucketAlreadyOwnedByYou")
 _WRONG_FOLDER = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
@@ -41,6 +46,9 @@ class Store(Protocol):
 
     def put(self, name: str, data: bytes, if_absent: bool = False) -> bool:
         """Write an object whole; with if_absent, returns False if somebody else was first."""
+
+    def put_parts(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
+        """Write an object that comes in parts; it appears whole or not at all."""
 
     def names(self, prefix: str = "") -> list[str]:
         """All names that begin with the prefix, sorted."""
@@ -92,6 +100,15 @@ class FolderStore:
             raise StoreError(f"cannot write {path}: {error}") from error
         return True
 
+    def put_parts(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
+        path = self._path(name)
+        try:
+            write_parts(path, parts)
+        except _WRONG_FOLDER as error:
+            raise StoreInputError(f"{self.root} cannot be written to: {error.strerror}") from error
+        except OSError as error:
+            raise StoreError(f"cannot write {path}: {error}") from error
+
     def names(self, prefix: str = "") -> list[str]:
         files = (path for path in self.root.rglob("*") if path.is_file())
         found = (
@@ -105,7 +122,11 @@ class FolderStore:
         return self._path(name).is_file()
 
     def delete(self, name: str) -> None:
-        self._path(name).unlink(missing_ok=True)
+        path = self._path(name)
+        path.unlink(missing_ok=True)
+        if path.parent != self.root:
+            with suppress(OSError):  # others' files are in it, or it has gone
+                path.parent.rmdir()
 
     def etag(self, name: str) -> str:
         return hashlib.md5(self.get(name), usedforsecurity=False).hexdigest()
@@ -143,9 +164,14 @@ class S3Store:
         extra = {}
         if start or length is not None:
             extra["Range"] = f"bytes={start}-" + ("" if length is None else str(start + length - 1))
-        with self._explained(name):
-            answer = self._client.get_object(Bucket=self.bucket, Key=self._key(name), **extra)
-            return bytes(answer["Body"].read())
+        try:
+            with self._explained(name):
+                answer = self._client.get_object(Bucket=self.bucket, Key=self._key(name), **extra)
+                return bytes(answer["Body"].read())
+        except StoreError as error:
+            if _code(error.__cause__) == "InvalidRange":
+                return b""  # behind the end, as in a file
+            raise
 
     def put(self, name: str, data: bytes, if_absent: bool = False) -> bool:
         extra: Any = {"IfNoneMatch": "*"} if if_absent else {}
@@ -157,6 +183,12 @@ class S3Store:
                 return False
             raise
         return True
+
+    def put_parts(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
+        """A multipart upload; what an aborted one leaves is removed by boto3."""
+        body: Any = io.BufferedReader(_Parts(parts), _PART)
+        with self._explained(name):
+            self._client.upload_fileobj(body, self.bucket, self._key(name), Config=_TRANSFER)
 
     def names(self, prefix: str = "") -> list[str]:
         start = self._key(prefix)
@@ -244,8 +276,29 @@ class S3Store:
             raise StoreInputError(
                 f"nothing answers for {self.url}; check AWS_ENDPOINT_URL ({error})"
             ) from error
-        except BotoCoreError as error:
+        except (BotoCoreError, S3UploadFailedError) as error:
             raise StoreError(f"{self.url}/{name}: {error}") from error
+
+
+class _Parts(io.RawIOBase):
+    """Parts in a row, as a file to read from."""
+
+    def __init__(self, parts: Iterable[bytes | memoryview]) -> None:
+        self._parts = iter(parts)
+        self._rest = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            part = next(self._parts, None)
+            if part is None:
+                return 0
+            self._rest = memoryview(part).cast("B")
+        count = min(len(buffer), len(self._rest))
+        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
+        return count
 
 
 def open_store(url: str) -> Store:

@@ -7,7 +7,7 @@ saved with it reads the next batch first.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
@@ -44,6 +44,12 @@ class StreamState:
     epoch: int
     step: int
     """Steps of this epoch that are done."""
+    passed: tuple[tuple[int, int], ...] = ()
+    """(epoch, step) of batches that are passed over."""
+
+    def passing(self, batches: Iterable[tuple[int, int]]) -> "StreamState":
+        """The same position, with these batches passed over."""
+        return replace(self, passed=tuple(batches))
 
     def problems(self, other: "StreamState") -> list[str]:
         """What keeps a run with this state from going on with the other's data."""
@@ -104,7 +110,7 @@ class Stream(Generic[Record]):
         problems = self.state.problems(state)
         if problems:
             raise ConfigError.from_problems(problems)
-        self.state = state
+        self.state = replace(state, passed=tuple((e, s) for e, s in state.passed))
 
     def __iter__(self) -> Iterator[tuple[list[Record], StreamState]]:
         with ThreadPoolExecutor(1, "prefetch") as pool:
@@ -121,9 +127,13 @@ class Stream(Generic[Record]):
                 yield batch, self.state
 
     def _settled(self, state: StreamState) -> StreamState:
-        if state.step >= self._order.steps(state.epoch):
-            return replace(state, epoch=state.epoch + 1, step=0)
-        return state
+        while True:
+            if state.step >= self._order.steps(state.epoch):
+                state = replace(state, epoch=state.epoch + 1, step=0)
+            elif (state.epoch, state.step) in state.passed:
+                state = replace(state, step=state.step + 1)
+            else:
+                return state
 
     def _read(self, state: StreamState) -> list[Record]:
         if not self._reads:

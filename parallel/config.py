@@ -112,6 +112,11 @@ class OptimConfig:
     """Global gradient norm above which gradients are scaled down."""
     moments: Literal["fp32", "bf16"] = "fp32"
     """How AdamW's moments are stored; bf16 takes half of the memory."""
+    ema: float = 0.0
+    """Decay of a moving average of the weights, which is what is exported; 0 = none (the paper's
+    prior: 0.99)."""
+    ema_every: int = 25
+    """Steps between two updates of that average."""
 
     def problems(self) -> list[str]:
         found = []
@@ -123,6 +128,8 @@ class OptimConfig:
             found.append("optim.warmup must not be negative")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             found.append("optim.beta1 and optim.beta2 must lie in [0, 1)")
+        if not 0 <= self.ema < 1 or self.ema_every < 1:
+            found.append("optim.ema must lie in [0, 1), and optim.ema_every be at least 1")
         if self.moments == "bf16" and max(self.beta1, self.beta2) > 0.98:
             found.append(
                 "optim.moments=bf16 cannot follow moments with a beta above 0.98; lower beta2 (the "

@@ -6,6 +6,8 @@ out, what a reduce-scatter takes in), as this rank sees them, before any algorit
 """
 
 import functools
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from core.heartbeat import Heart
 from parallel.mesh import Mesh
 
 OPERATIONS = {
@@ -39,7 +42,8 @@ Counts = dict[str, dict[str, dict[str, int]]]
 class Ledger:
     """Counts since the last `take`."""
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, heart: Heart) -> None:
+        self._aside, self._heart = mesh.world.aside, heart
         self._labels: dict[tuple[int, ...], str] = {}
         named = {
             "world": mesh.world.group,
@@ -55,20 +59,41 @@ class Ledger:
         self._group_labels: dict[Any, str] = {}
         self._pairs = "pipeline" if mesh.pipeline.size > 1 else "world"
         self._counts: Counts = {}
-        self.inside = False
-        """True while a noted operation runs: what it is made of is not noted again."""
+        self._blocked = 0.0
+        self._local = threading.local()
 
-    def note(self, group: Any, operation: str, count: int) -> None:
-        """Add one operation of `count` bytes."""
+    def skips(self, group: Any) -> bool:
+        """True inside of a noted operation, whose parts are not noted again, and for the saver."""
+        return getattr(self._local, "inside", False) or (group is not None and group is self._aside)
+
+    @contextmanager
+    def note(self, group: Any, operation: str, count: int) -> Iterator[None]:
+        """Add one operation of `count` bytes, which runs in the context."""
+        label = self._label(group, operation)
+        row = self._counts.setdefault(label, {}).setdefault(operation, {"calls": 0, "bytes": 0})
+        row["calls"] += 1
+        row["bytes"] += count
+        self._heart.beat(f"{operation} over {label}")
+        began, self._local.inside = time.perf_counter(), True
+        try:
+            yield
+        finally:
+            self._local.inside = False
+            self._blocked += time.perf_counter() - began
+
+    def _label(self, group: Any, operation: str) -> str:
         label = self._group_labels.get(group)
         if group is None and operation in PAIRS:
             label = self._pairs
         elif label is None:
             ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
             label = self._group_labels[group] = self._labels.get(ranks, "other")
-        row = self._counts.setdefault(label, {}).setdefault(operation, {"calls": 0, "bytes": 0})
-        row["calls"] += 1
-        row["bytes"] += count
+        return label
+
+    def take_blocked(self) -> float:
+        """Seconds that this rank waited in collectives since the last call."""
+        found, self._blocked = self._blocked, 0.0
+        return found
 
     def take(self) -> Counts:
         """What was noted since the last call."""
@@ -82,9 +107,9 @@ def total_bytes(counts: Counts) -> int:
 
 
 @contextmanager
-def recorded(mesh: Mesh) -> Iterator[Ledger]:
+def recorded(mesh: Mesh, heart: Heart | None = None) -> Iterator[Ledger]:
     """Keep a ledger while the context lasts; start DeepSpeed inside of it."""
-    ledger = Ledger(mesh)
+    ledger = Ledger(mesh, heart or Heart(mesh.world.rank))
     if mesh.world.group is None:
         yield ledger
         return
@@ -106,15 +131,12 @@ def _noted(ledger: Ledger, name: str, function: Callable[..., Any]) -> Callable[
 
     @functools.wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:
-        if ledger.inside:
+        group = _group(named, arguments)
+        if ledger.skips(group):
             return function(*arguments, **named)
         value = named[argument] if argument in named else arguments[place]
-        ledger.note(_group(named, arguments), name, _bytes(value))
-        ledger.inside = True
-        try:
+        with ledger.note(group, name, _bytes(value)):
             return function(*arguments, **named)
-        finally:
-            ledger.inside = False
 
     return call
 

@@ -32,11 +32,9 @@ class Placement:
         return self.rows * prod(self.shape[1:]) if self.shape else 1
 
     @property
-    def box(self) -> tuple[tuple[int, int], ...]:
-        """Range of each axis of the global tensor."""
-        if not self.shape:
-            return ()
-        return ((self.first, self.first + self.rows), *((0, size) for size in self.shape[1:]))
+    def first_element(self) -> int:
+        """Where the rows begin in the flat global tensor."""
+        return self.first * prod(self.shape[1:]) if self.shape else 0
 
     def flat_shard(self, rank: int, count: int) -> "Placement | None":
         """The matrix rows in the rank-th run of `count` elements; None if a row is cut in two.
@@ -61,17 +59,15 @@ class Placement:
         if real == 0:
             return None
         flat = data.detach().reshape(-1)[:real]
-        return StateSlice(
-            name=name, kind=kind, shape=self.shape, box=self.box, start=start, data=flat
-        )
+        first = self.first_element + start
+        return StateSlice(name=name, kind=kind, shape=self.shape, start=first, data=flat)
 
     def read(self, reader: Reader, name: str, kind: str, start: int, count: int) -> Tensor:
         """Elements [start, start + count) of the flat local parameter, zero where it is padding."""
-        whole = reader.tensor(name, kind)
-        rows = whole[self.first : self.first + self.rows] if self.shape else whole
-        real = rows.reshape(-1)[start : start + count]
         found = torch.zeros(count)
-        found[: real.numel()] = real
+        real = min(count, max(0, self.numel - start))
+        first = self.first_element + start
+        found[:real] = reader.flat(name, kind, first, first + real)
         return found
 
 

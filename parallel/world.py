@@ -23,6 +23,8 @@ class World:
     local_rank: int = 0
     group: "dist.ProcessGroup | None" = None
     """None on one process: nothing needs to be reduced."""
+    aside: "dist.ProcessGroup | None" = None
+    """All ranks again, for the thread that saves: its collectives must not mix with the loop's."""
 
     def mean(self, values: Tensor) -> Tensor:
         """Average a small tensor over all ranks."""
@@ -38,10 +40,17 @@ class World:
 
     def gather_text(self, text: str) -> list[str]:
         """Collect one string of every rank, on every rank."""
-        if self.group is None:
+        return self._gather(text, self.group)
+
+    def gather_aside(self, text: str) -> list[str]:
+        """`gather_text` for a thread beside the loop."""
+        return self._gather(text, self.aside)
+
+    def _gather(self, text: str, group: "dist.ProcessGroup | None") -> list[str]:
+        if group is None:
             return [text]
         found: list[str] = [""] * self.size
-        dist.all_gather_object(found, text, group=self.group)
+        dist.all_gather_object(found, text, group=group)
         return found
 
 
@@ -83,7 +92,8 @@ def join_world() -> World:
         world_size=size,
         timeout=TIMEOUT,
     )
-    return World(rank, size, int(os.environ.get("LOCAL_RANK", "0")), dist.group.WORLD)
+    aside = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    return World(rank, size, int(os.environ.get("LOCAL_RANK", "0")), dist.group.WORLD, aside)
 
 
 def leave_world(world: World) -> None:

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from checkpoint.reader import CheckpointReader, list_checkpoints
+from checkpoint.format import MANIFEST
+from checkpoint.reader import finished_steps, open_checkpoint
 from core.cli import parse, parse_over, print_json
 from core.errors import CorruptError, InputError
 from core.files import sha256
@@ -176,15 +177,14 @@ def verify_path(path: str) -> list[str]:
         if store.exists(f"{split}/{NAME}"):
             _verify_split(store, split)
             found.append(f"{path}/{split}")
+    name = path.rstrip("/").rpartition("/")[2]
+    if name.startswith("step-") and store.exists(MANIFEST):
+        found.append(open_checkpoint(path).url)
+    for root in (path, f"{path.rstrip('/')}/checkpoints"):
+        found += [open_checkpoint(f"{root}/step-{n}").url for n in finished_steps(open_store(root))]
     folder = Path(path)
     if "://" in path:
         return found
-    if (folder / "manifest.json").exists() and folder.name.startswith("step-"):
-        CheckpointReader(folder)
-        found.append(str(folder))
-    for checkpoint in list_checkpoints(folder / "checkpoints"):
-        CheckpointReader(checkpoint)
-        found.append(str(checkpoint))
     if (folder / DESCRIPTION).exists():
         for stage in ("dvae", "prior", "clip"):
             try:

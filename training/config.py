@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cluster.config import SupervisorConfig
 from data_pipeline.config import OrderConfig
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, ModelSizes, OptimConfig
@@ -24,21 +25,64 @@ class LoopConfig:
     """Steps between two passes over held-out data; 0 = only at the end."""
     validation_samples: int = 512
     """Held-out samples of a pass."""
-    save_every: int = 200
-    """Steps between two checkpoints; one is always written at the end."""
-    keep: int = 2
-    """Checkpoints that are kept."""
 
     def problems(self) -> list[str]:
         found = []
-        least = (self.steps, self.batch, self.log_every, self.save_every, self.keep)
-        if min(*least, self.validation_samples) < 1:
-            found.append(
-                "loop.steps, batch, log_every, save_every, keep and validation_samples must be at "
-                "least 1"
-            )
+        if min(self.steps, self.batch, self.log_every, self.validation_samples) < 1:
+            found.append("loop.steps, batch, log_every and validation_samples must be at least 1")
         if self.validate_every < 0:
             found.append("loop.validate_every must not be negative; 0 = only at the end")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written, where, and which are kept."""
+
+    every: int = 200
+    """Steps between two checkpoints; one is always written at the end."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+    hours: float = 0.0
+    """Keep one for every so many hours, too; 0 = none."""
+    best: bool = False
+    """Keep the one with the lowest validation loss, too."""
+    to: str = ""
+    """s3://bucket/prefix or a folder; by default `checkpoints` in the run folder."""
+    background: bool = True
+    """Write while training goes on: takes memory for a copy of this rank's state."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if min(self.every, self.keep) < 1:
+            found.append("checkpoint.every and checkpoint.keep must be at least 1")
+        if self.hours < 0:
+            found.append("checkpoint.hours must not be negative; 0 = none")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What keeps a bad batch or a bad machine from spoiling a run."""
+
+    sigmas: float = 6.0
+    """Skip an update whose loss, or log of its gradient norm, lies so many standard deviations
+    above the mean of the updates before; 0 = never."""
+    window: int = 128
+    """Updates that the mean is taken over; none is skipped before half of them are there."""
+    rewind_after: int = 10
+    """So many skipped updates in a row go back to the last checkpoint and pass over their data."""
+    compare_every: int = 100
+    """Steps between two comparisons of the replicas' weights; 0 = only before a save."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.sigmas < 0 or self.compare_every < 0:
+            found.append("guard.sigmas and guard.compare_every must not be negative; 0 = off")
+        if self.window < 16:
+            found.append(f"guard.window={self.window} is too short for a deviation; try 128")
+        if self.rewind_after < 1:
+            found.append("guard.rewind_after must be at least 1")
         return found
 
 
@@ -62,6 +106,12 @@ class StageConfig:
     """Gradient compression."""
     order: OrderConfig = field(default_factory=OrderConfig)
     """Order of the records."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """Guards against spikes and corruption."""
+    supervisor: SupervisorConfig = field(default_factory=SupervisorConfig)
+    """Restarts, on ranks that this command starts itself."""
 
     def sizes(self) -> ModelSizes:
         """What the mesh must divide."""
@@ -74,6 +124,7 @@ class StageConfig:
     def problems(self, world: int | None = None) -> list[str]:
         """Every problem at once; `world` is the number of ranks that a launcher started."""
         found = self.loop.problems() + self.optim.problems() + self.compress.problems()
+        found += self.checkpoint.problems() + self.guard.problems() + self.supervisor.problems()
         found += self.mesh.problems(world, self.sizes())
         found += self.model_problems()
         replicas = max(self.mesh.data, 1)

@@ -17,11 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoint.reader import CheckpointReader, list_checkpoints
-from checkpoint.writer import save_checkpoint
+from checkpoint.reader import CheckpointReader, finished_steps, open_checkpoint
+from checkpoint.writer import write_checkpoint
 from cluster.launcher import launch
 from core.errors import InputError
+from core.heartbeat import Heart
 from core.settings import from_json, to_json
+from core.store import open_store
 from parallel.engines.catalogue import modules_of
 from parallel.ledger import recorded
 from parallel.mesh import build_mesh
@@ -57,7 +59,7 @@ def diverge(
     Raises: InputError if the folders hold no runs, or no common checkpoint can be read.
     """
     bodies = [_config(first), _config(second)]
-    start = checkpoint or _newest(first)
+    start = str(checkpoint) if checkpoint else _newest(first, bodies[0][1])
     with tempfile.TemporaryDirectory(prefix="tapir-diverge-") as name:
         traces = []
         for i, (stage, settings) in enumerate(bodies):
@@ -76,8 +78,8 @@ def trace_rank(payload: str) -> None:
     mesh = build_mesh(settings.mesh, world)
     with recorded(mesh) as ledger:
         task = make_task(body["stage"], settings, mesh)
-        run = Run(body["stage"], task, settings, mesh, ledger)
-        run.resume_from(CheckpointReader(Path(body["checkpoint"])))
+        run = Run(body["stage"], task, settings, mesh, ledger, Heart(world.rank))
+        run.resume_from(open_checkpoint(body["checkpoint"]))
         notes: dict[str, list[Tensor]] = {}
         local = settings.loop.batch // mesh.data.size
         for name, layer in run.engine.layers().items():
@@ -88,8 +90,8 @@ def trace_rank(payload: str) -> None:
         save_file(tensors, out / f"rank-{world.rank}.safetensors")
         place = {"replica": mesh.data.rank, "size": local, **order}
         (out / f"rank-{world.rank}.json").write_text(json.dumps(place))
-        slices = run.engine.state_slices()
-        save_checkpoint(out / AFTER, slices, {}, world.rank, world.gather_text)
+        slices, store = run.engine.state_slices(), open_store(str(out))
+        write_checkpoint(store, AFTER, slices, {}, world.rank, world.gather_text)
         run.close()
     leave_world(world)
 
@@ -125,21 +127,22 @@ def _config(folder: Path) -> tuple[str, Any]:
     return stage, from_json(SETTINGS[stage], body)
 
 
-def _newest(folder: Path) -> Path:
-    found = [p for p in list_checkpoints(folder / "checkpoints") if (p / "manifest.json").exists()]
-    if not found:
+def _newest(folder: Path, settings: Any) -> str:
+    store = open_store(settings.checkpoint.to or str(folder / "checkpoints"))
+    steps = finished_steps(store)
+    if not steps:
         raise InputError(f"{folder} holds no checkpoint; give one by --checkpoint")
-    return found[-1]
+    return f"{store.url}/step-{steps[-1]}"
 
 
-def _trace(stage: str, settings: Any, checkpoint: Path, out: Path) -> None:
-    step = int(CheckpointReader(checkpoint).facts["step"])
+def _trace(stage: str, settings: Any, checkpoint: str, out: Path) -> None:
+    step = int(open_checkpoint(checkpoint).facts["step"])
     loop = dataclasses.replace(settings.loop, steps=max(settings.loop.steps, step + 1))
     settings = dataclasses.replace(settings, out=out / "run", loop=loop)
     body = {
         "stage": stage,
         "settings": to_json(settings),
-        "checkpoint": str(checkpoint),
+        "checkpoint": checkpoint,
         "out": str(out),
     }
     split = settings.mesh.world > settings.mesh.data
@@ -165,7 +168,7 @@ def _compare(first: Path, second: Path) -> Iterator[Difference]:
                     direction=direction, layer=layer, tensor=what, rank=rank, relative=relative
                 )
     yield from _compare_states(
-        CheckpointReader(first / AFTER), CheckpointReader(second / AFTER), layers
+        open_checkpoint(f"{first}/{AFTER}"), open_checkpoint(f"{second}/{AFTER}"), layers
     )
 
 

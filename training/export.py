@@ -14,6 +14,7 @@ from models.clip import Clip
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from models.dvae import DVAE
 from models.prior import build_prior
+from training.average import EMA
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 
@@ -21,8 +22,11 @@ WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 def save_model(
     folder: Path, stage: str, config: dict[str, Any], facts: dict[str, Any], reader: Reader
 ) -> None:
-    """Write a checkpoint's fp32 weights, then the description with their digest."""
-    tensors = {name: reader.tensor(name, "master") for name in reader.shapes()}
+    """Write a checkpoint's fp32 weights, averaged if it has the average, and their digest."""
+    tensors = {
+        name: reader.tensor(name, EMA if EMA in reader.kinds(name) else "master")
+        for name in reader.shapes()
+    }
     data = save(tensors)
     write_atomic(folder / WEIGHTS, data)
     body = {"stage": stage, "config": config, "facts": facts, "sha256": sha256(data)}

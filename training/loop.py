@@ -1,60 +1,73 @@
 """One loop for dVAE, prior and CLIP, on any engine."""
 
 import dataclasses
-import math
+import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-
-from checkpoint.format import MANIFEST
+from checkpoint.format import StateSlice
 from checkpoint.reader import CheckpointReader
-from checkpoint.writer import save_checkpoint
-from core.errors import ConfigError, TapirError
+from core.errors import Preempted, StoreError, TrainingError
+from core.heartbeat import Heart
 from core.log import LOG, Meter, progress
 from core.settings import to_json
-from data_pipeline.stream import Stream, StreamState, first_records
+from core.stop import stop_asked
+from core.store import open_store
+from data_pipeline.stream import Stream, StreamState
+from parallel.control import Control
 from parallel.engines.catalogue import build_engine
-from parallel.engines.protocol import Batch, Engine, EngineSettings, StepResult
+from parallel.engines.protocol import Engine, EngineSettings, StepResult
 from parallel.ledger import Ledger, total_bytes
 from parallel.mesh import Mesh
 from parallel.precision import choose_matmul_precision
+from training.average import Average
+from training.checkpoints import Checkpoints
 from training.config import StageConfig
 from training.export import model_is_whole, save_model
+from training.recovery import Recovery, checkpoints_of_capsules
+from training.resume import refuse_other_config, refuse_other_shapes
 from training.run_folder import RunFolder
 from training.schedules import learning_rate
 from training.tasks import Task
+from training.validation import Validation
 
-Change = Callable[[Batch, int], Batch]
-"""Changes a batch that begins at a record of this replica."""
-EVALUATED_TOGETHER = 64
-SKIPPED_IN_A_ROW = 10
-"""So many updates with gradients that are not finite end a run."""
-MAY_CHANGE = ("out", "data", "mesh", "engine", "compress", "bpe")
-"""Settings that a resumed run may give anew."""
-LOOP_MAY_CHANGE = ("log_every", "validate_every", "validation_samples", "save_every", "keep")
+_PAUSES = (5.0, 30.0)
+"""Seconds before the last save is tried again."""
+_SLOW = 1.5
+"""A rank whose own work takes so many times the median of its stage's is a straggler."""
 
 
 class Run:
-    """A training run on this rank: task, engine, stream and folder."""
+    """A training run on this rank: task, engine, stream, folder and checkpoints."""
 
     def __init__(
-        self, stage: str, task: Task[Any], settings: StageConfig, mesh: Mesh, ledger: Ledger
+        self,
+        stage: str,
+        task: Task[Any],
+        settings: StageConfig,
+        mesh: Mesh,
+        ledger: Ledger,
+        heart: Heart,
     ) -> None:
         self.stage, self.task, self.settings, self.mesh = stage, task, settings, mesh
         self.world = world = mesh.world
+        self._ledger, self._heart = ledger, heart
+        heart.beat("start")
         self.precision = choose_matmul_precision(settings.engine.matmul_precision)
-        config = {"stage": stage, **to_json(settings), "model": to_json(task.model_config)}
-        self.config = config
-        self.folder = RunFolder(settings.out, config, writes=world.rank == 0)
+        self.config = {"stage": stage, **to_json(settings), "model": to_json(task.model_config)}
+        self.folder = RunFolder(settings.out, self.config, writes=world.rank == 0)
+        self.recovery = Recovery(settings.guard, mesh, settings.out)
+        self.control = Control(judge=self.recovery.guard.judge)
         parts = EngineSettings(
             optim=settings.optim,
             engine=settings.engine,
             compress=settings.compress,
             seed=settings.loop.seed,
+            control=self.control,
         )
         self.engine: Engine = build_engine(task.program, parts, mesh)
+        self.average = Average(self.engine, settings.optim)
         self.stream = Stream(
             task.train,
             seed=settings.loop.seed,
@@ -64,12 +77,24 @@ class Run:
             ranks=mesh.data.size,
             reads=mesh.needs_data,
         )
+        self.checkpoints = Checkpoints(
+            open_store(settings.checkpoint.to or str(settings.out / "checkpoints")),
+            settings.checkpoint,
+            world.rank,
+            world.size,
+            (world.gather_text, world.gather_aside),
+        )
+        self._validation = Validation(task, self.engine, settings, mesh, heart)
         self.step = 0
-        self.skipped = 0
-        self._ledger = ledger
+        self._from: int | None = None
+        """Step of the checkpoint that the current weights go back to."""
+        self._scored: float | None = None
 
     def train(self) -> None:
-        """Train until loop.steps, from the newest checkpoint if there is one."""
+        """Train until loop.steps, from the newest checkpoint if there is one.
+
+        Raises: Preempted if the process was asked to stop, after a checkpoint.
+        """
         self._resume()
         self.folder.begin(self.step)
         loop = self.settings.loop
@@ -78,70 +103,51 @@ class Run:
         with progress(f"train {self.stage}", loop.steps, self.world.rank == 0) as meter:
             for result, seconds in self.steps():
                 self._report(result, seconds, meter)
-                if (
-                    loop.validate_every
-                    and self.step % loop.validate_every == 0 < loop.steps - self.step
-                ):
+                left = loop.steps - self.step
+                if loop.validate_every and self.step % loop.validate_every == 0 < left:
                     self.validate()
-                if self.step % loop.save_every == 0 and self.step < loop.steps:
+                if left and (
+                    self.control.stopping or self.step % self.settings.checkpoint.every == 0
+                ):
                     self.save()
+                if left and self.control.stopping:
+                    self.checkpoints.finish()
+                    raise Preempted(f"stopped after step {self.step} with a checkpoint saved")
         self._finish()
 
     def validate(self) -> dict[str, float]:
         """Mean losses over held-out samples, logged as a row of split `validation`."""
-        records = self._held_out()
-        mine = records[self.mesh.data.rank :: self.mesh.data.size]
-        row = self._means(mine)
-        figures, pictures = self.task.figures(self._means, mine, records)
-        row.update(figures)
+        row, pictures = self._validation.run(self.step)
+        self._scored = row["loss"]
         for name, image in pictures.items():
             self.folder.picture(name, image, self.step)
         self.folder.log({"step": self.step, "split": "validation", **row})
-        LOG.info("validation at %d: %s", self.step, _figures(row))
+        text = ", ".join(f"{name} {value:.4g}" for name, value in sorted(row.items()))
+        LOG.info("validation at %d: %s", self.step, text)
         self.world.barrier()
         return row
 
-    def _held_out(self) -> list[Any]:
-        """The held-out records: as many as give every replica of any mesh equal parts."""
-        wanted = self.settings.loop.validation_samples
-        records = first_records(self.task.held_out, wanted)
-        lanes = self.settings.order.lanes
-        if len(records) < lanes:
-            raise ConfigError(
-                f"the validation split has {len(records)} samples, order.lanes={lanes} needs as "
-                "many at least; pack with a larger --validation, or lower order.lanes"
-            )
-        return records[: len(records) - len(records) % lanes]
-
-    def _means(self, records: Sequence[Any], change: Change | None = None) -> dict[str, float]:
-        """Mean losses over this replica's records and all replicas; every rank must call it."""
-        totals: dict[str, float] = {}
-        for start in range(0, len(records), EVALUATED_TOGETHER):
-            part = records[start : start + EVALUATED_TOGETHER]
-            batch = self.task.batch(part, self.step)
-            losses = self.engine.evaluate(change(batch, start) if change else batch)
-            for name, value in losses.items():
-                totals[name] = totals.get(name, 0.0) + float(value) * len(part)
-        names = sorted(totals)
-        sums = torch.tensor([totals[name] / len(records) for name in names]).double()
-        return dict(zip(names, self.world.mean(sums).tolist(), strict=True))
-
     def save(self) -> None:
-        """Write a checkpoint, then delete those beyond loop.keep.
+        """Write a checkpoint, in the background unless told otherwise.
 
-        Raises: OSError if the disk is full; older checkpoints stay whole.
+        Raises: TapirError if the replicas differ: a corrupt state is never saved.
         """
+        self._heart.beat("save")
+        self.recovery.compare_replicas(self.engine, self.step)
         facts = {
             "stage": self.stage,
             "step": self.step,
             "stream": dataclasses.asdict(self.stream.state),
+            "guard": self.recovery.guard.state(),
+            "validation_loss": self._scored,
             "config": self.config,
         }
-        folder = self.folder.step_folder(self.step)
-        slices = self.engine.state_slices()
-        save_checkpoint(folder, slices, facts, self.world.rank, self.world.gather_text)
-        self.folder.prune(self.settings.loop.keep)
-        self.world.barrier()
+        self.checkpoints.settle()
+        self._note_failure()
+        self.checkpoints.protected = checkpoints_of_capsules(self.settings.out)
+        held_up = self.checkpoints.save(self.step, self._slices(), facts)
+        self._from = self.step
+        self.folder.log({"step": self.step, "split": "save", "held_up_seconds": held_up})
 
     def close(self) -> None:
         """Let go of the folder and the engine."""
@@ -150,25 +156,55 @@ class Run:
 
     def steps(self) -> Iterator[tuple[StepResult, float]]:
         """The training steps that are left, with their durations."""
-        settings = self.settings
         began = time.perf_counter()
         batches = iter(self.stream)
-        while self.step < settings.loop.steps:
-            records, _ = next(batches)
-            parts = _split(records, settings.engine.accumulate)
-            micro = [self.task.batch(part, self.step) if part else {} for part in parts]
-            lr = learning_rate(settings.optim, self.step, settings.loop.steps)
-            self._ledger.take()
-            result = self.engine.step(micro, lr)
-            self.step += 1
-            result.facts["lr"] = lr
-            self._count_skipped(result)
+        while self.step < self.settings.loop.steps:
+            records, state = next(batches)
+            result = self.one_step(records)
+            facts = self._facts_of_step(state)
+            if self.recovery.must_rewind(result, records, state, facts):
+                batches.close()
+                self._rewind()
+                batches = iter(self.stream)
+                continue
+            self.average.update(self.step)
+            if self.recovery.due(self.step):
+                self.recovery.compare_replicas(self.engine, self.step)
             now = time.perf_counter()
             yield result, now - began
             began = time.perf_counter()
 
+    def one_step(self, records: Sequence[Any]) -> StepResult:
+        """Update by these records of this replica; the step counts even if it is skipped."""
+        settings = self.settings
+        parts = _split(records, settings.engine.accumulate)
+        micro = [self.task.batch(part, self.step) if part else {} for part in parts]
+        lr = learning_rate(settings.optim, self.step, settings.loop.steps)
+        self._ledger.take()
+        self._ledger.take_blocked()
+        self.control.wants_stop = stop_asked()
+        result = self.engine.step(micro, lr)
+        self.step += 1
+        self._heart.beat("step", self.step)
+        result.facts["lr"] = lr
+        return result
+
+    def resume_from(self, reader: CheckpointReader) -> None:
+        """Take weights, moments and the position of the data from a checkpoint.
+
+        Raises: ConfigError if it holds another model or other data.
+        """
+        self._heart.beat("load")
+        refuse_other_shapes(reader, self.engine)
+        self.engine.load_slices(reader)
+        self.average.load(reader)
+        self.stream.resume(StreamState(**reader.facts["stream"]))
+        self.recovery.guard.load(reader.facts.get("guard", {}))
+        self.step = self._from = int(reader.facts["step"])
+
     def _report(self, result: StepResult, seconds: float, meter: Meter) -> None:
         loop, counts = self.settings.loop, self._ledger.take()
+        self._note_failure()
         rate = loop.batch * self.task.units / seconds
         meter.update(self.step, f"loss {result.losses['loss']:.4f}, {rate:,.0f} tokens/s")
         if self.step % loop.log_every == 0 or self.step == loop.steps:
@@ -177,59 +213,97 @@ class Run:
                 "epoch": self.stream.state.epoch,
                 **result.losses,
                 "grad_norm": result.grad_norm,
+                **({"skipped": result.skipped} if result.skipped else {}),
                 **result.facts,
                 "tokens_per_second": rate,
                 "seconds": seconds,
+                **self._slowest(seconds - self._ledger.take_blocked()),
                 "comm_bytes": total_bytes(counts),
                 "comm": counts,
             }
             self.folder.log(row)
 
-    def _count_skipped(self, result: StepResult) -> None:
-        """All ranks skip an update together when a gradient anywhere is not finite."""
-        if math.isfinite(result.grad_norm):
-            self.skipped = 0
-            return
-        self.skipped += 1
-        LOG.warning("step %d: a gradient is not finite; the update is skipped", self.step)
-        if self.skipped == SKIPPED_IN_A_ROW:
-            raise TapirError(
-                f"step {self.step}: {self.skipped} updates in a row had gradients that are not "
-                f"finite (loss {result.losses['loss']}); the last checkpoint is whole: lower "
-                "optim.lr and start again"
-            )
+    def _note_failure(self) -> None:
+        if error := self.checkpoints.failure():
+            self.folder.log({"step": self.step, "split": "save", "error": error})
+
+    def _slowest(self, busy: float) -> dict[str, float]:
+        """The rank whose own work took longest beside its stage's median; all ranks call it."""
+        if self.world.size == 1:
+            return {}
+        stage = self.mesh.pipeline.rank
+        rows = [text.split() for text in self.world.gather_text(f"{stage} {busy}")]
+        ratios = []
+        for place, seconds in rows:
+            peers = [float(other) for same, other in rows if same == place]
+            ratios.append(float(seconds) / max(statistics.median(peers), 1e-9))
+        worst = max(range(len(ratios)), key=ratios.__getitem__)
+        if ratios[worst] > _SLOW and len(rows) > 2:
+            LOG.info("rank %d takes %.1f times its peers' time for a step", worst, ratios[worst])
+        return {"slowest_rank": worst, "slowest_ratio": ratios[worst]}
+
+    def _slices(self) -> Iterator[StateSlice]:
+        yield from self.engine.state_slices()
+        yield from self.average.slices()
+
+    def _facts_of_step(self, state: StreamState) -> dict[str, Any]:
+        position = {"epoch": state.epoch, "step": state.step - 1}
+        return {
+            "stage": self.stage,
+            "step": self.step,
+            "position": position,
+            "checkpoint": self._from,
+            "config": self.config,
+        }
 
     def _resume(self) -> None:
-        reader = self.folder.newest()
+        reader = self.checkpoints.newest()
         if reader is None:
             return
-        _refuse_other_config(reader, self.config)
+        refuse_other_config(reader, self.config)
         self.resume_from(reader)
-        LOG.info("resumed from %s", reader.folder)
+        LOG.info("resumed from %s", reader.url)
 
-    def resume_from(self, reader: CheckpointReader) -> None:
-        """Take weights, moments and the position of the data from a checkpoint.
+    def _rewind(self) -> None:
+        """Go back to the newest checkpoint and pass over the data of the skipped updates."""
+        self.checkpoints.settle()
+        reader = self.checkpoints.newest()
+        reached = self.step
+        if reader is None:
+            raise self.recovery.too_early(reached)
+        self.resume_from(reader)
+        self.stream.resume(self.recovery.rewound(self.stream.state, self.step, reached))
+        self.folder.begin(self.step)
 
-        Raises: ConfigError if it holds another model or other data.
+    def _save_surely(self) -> None:
+        """The last save: tried again, for a disk may be made free meanwhile.
+
+        Raises: TrainingError if no attempt was written.
         """
-        _refuse_other_shapes(reader, self.engine)
-        self.engine.load_slices(reader)
-        state = StreamState(**reader.facts["stream"])
-        self.stream.resume(state)
-        self.step = int(reader.facts["step"])
+        for pause in (*_PAUSES, None):
+            self.save()
+            try:
+                self.checkpoints.finish()
+                return
+            except StoreError as error:
+                if pause is None:
+                    raise TrainingError(f"{error}; make room and start again") from error
+                if self.world.rank == 0:
+                    LOG.error("%s; trying again in %.0f s", error, pause)
+                time.sleep(pause)
 
     def _finish(self) -> None:
-        last = self.folder.step_folder(self.step)
         whole = self.world.rank == 0 and model_is_whole(self.settings.out, self.stage)
-        if any(self.world.gather_text("yes" if whole else "")) and (last / MANIFEST).exists():
+        if any(self.world.gather_text("yes" if whole else "")) and self._from == self.step:
             return
         row = self.validate()
-        self.save()
+        if self._from != self.step:
+            self._save_surely()
         if self.world.rank == 0:
             facts = {**self.task.facts(), "step": self.step, "validation": row}
             facts["precision"] = self.precision
             model = to_json(self.task.model_config)
-            reader = CheckpointReader(self.folder.step_folder(self.step))
+            reader = CheckpointReader(self.checkpoints.store, f"step-{self.step}")
             save_model(self.settings.out, self.stage, model, facts, reader)
         self.world.barrier()
 
@@ -237,41 +311,3 @@ class Run:
 def _split(records: Sequence[Any], parts: int) -> list[Sequence[Any]]:
     size = len(records) // parts
     return [records[i * size : (i + 1) * size] for i in range(parts)]
-
-
-def _figures(row: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in sorted(row.items()))
-
-
-def _refuse_other_config(reader: CheckpointReader, config: dict[str, Any]) -> None:
-    before, now = _fixed(reader.facts["config"]), _fixed(config)
-    rows = [
-        f"{name}: {before.get(name)} in the checkpoint, {now.get(name)} now"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
-    ]
-    if rows:
-        raise ConfigError(
-            f"{reader.folder} was written with other settings; give the same ones, or another "
-            "--out:\n" + "\n".join(f"- {row}" for row in rows)
-        )
-
-
-def _fixed(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """All settings that a resumed run must keep, as dotted names."""
-    found: dict[str, Any] = {}
-    for name, value in config.items():
-        if (not prefix and name in MAY_CHANGE) or (prefix == "loop." and name in LOOP_MAY_CHANGE):
-            continue
-        if isinstance(value, dict):
-            found.update(_fixed(value, f"{prefix}{name}."))
-        else:
-            found[prefix + name] = value
-    return found
-
-
-def _refuse_other_shapes(reader: CheckpointReader, engine: Engine) -> None:
-    stored, mine = reader.shapes(), engine.shapes()
-    wrong = sorted(set(mine.items()) - set(stored.items()))[:3]
-    if wrong:
-        raise ConfigError(f"{reader.folder} holds other tensors than this model: {wrong} ...")

@@ -5,7 +5,7 @@ import json
 import os
 from typing import Any
 
-from cluster.launcher import launch
+from cluster.supervisor import supervise
 from core.errors import ConfigError, InputError
 from core.log import LOG
 from core.settings import check, from_json, to_json
@@ -36,7 +36,8 @@ def train_stage(stage: str, settings: StageConfig) -> None:
     if started is None and settings.mesh.world > 1:
         model_parallel = settings.mesh.world > settings.mesh.data
         preload = [*PRELOAD, *modules_of(settings.engine.name, model_parallel)]
-        launch("training.rank:run", payload, settings.mesh.world, preload)
+        supervisor, reports = settings.supervisor, settings.out / "hang"
+        supervise("training.rank:run", payload, settings.mesh.world, preload, supervisor, reports)
         return
     importlib.import_module("training.rank").run(payload)
 

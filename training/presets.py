@@ -6,14 +6,22 @@ from typing import Any
 from data_pipeline.config import OrderConfig
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, OptimConfig
-from training.config import BPETrain, ClipTrain, DVAETrain, LoopConfig, PriorTrain
+from training.config import (
+    BPETrain,
+    CheckpointConfig,
+    ClipTrain,
+    DVAETrain,
+    LoopConfig,
+    PriorTrain,
+)
 
 
 def dvae_tiny() -> DVAETrain:
     """32x32 pixels to 8x8 tokens of 64 codes: minutes on 2 cores."""
     return DVAETrain(
         model=DVAEConfig(width=16, bottleneck=1, codebook=64),
-        loop=LoopConfig(steps=1800, batch=32, validate_every=300, save_every=300),
+        loop=LoopConfig(steps=1800, batch=32, validate_every=300),
+        checkpoint=CheckpointConfig(every=300),
         optim=OptimConfig(lr=3e-3, final_lr=5e-5, weight_decay=1e-4, beta2=0.999, warmup=60),
         mesh=MeshConfig(data=2),
         beta_first=1.2,
@@ -33,7 +41,8 @@ def prior_tiny() -> PriorTrain:
     """About 2 million parameters over 8x8 image tokens: minutes on 2 cores."""
     return PriorTrain(
         model=PriorConfig(dim=192, heads=3, layers=4, text_length=24),
-        loop=LoopConfig(steps=1000, batch=32, validate_every=250, save_every=250),
+        loop=LoopConfig(steps=1000, batch=32, validate_every=250),
+        checkpoint=CheckpointConfig(every=250),
         optim=OptimConfig(lr=2e-3, final_lr=5e-5, warmup=50),
         mesh=MeshConfig(data=2),
         engine=EngineConfig(name="deepspeed_zero", precision="bf16"),
@@ -44,7 +53,8 @@ def clip_tiny() -> ClipTrain:
     """Two 3-layer towers of width 128."""
     return ClipTrain(
         model=ClipConfig(),
-        loop=LoopConfig(steps=240, batch=128, validate_every=80, save_every=80),
+        loop=LoopConfig(steps=240, batch=128, validate_every=80),
+        checkpoint=CheckpointConfig(every=80),
         optim=OptimConfig(lr=1e-3, final_lr=1e-5, warmup=50, beta2=0.98, clip_norm=1.0),
         mesh=MeshConfig(data=2),
     )
@@ -55,7 +65,8 @@ def dvae_small() -> DVAETrain:
     tiny = dvae_tiny()
     return DVAETrain(
         model=DVAEConfig(pixels=64, width=64, blocks=2, codebook=1024, code_width=64),
-        loop=LoopConfig(steps=50_000, batch=128, validate_every=1000, save_every=1000),
+        loop=LoopConfig(steps=50_000, batch=128, validate_every=1000),
+        checkpoint=CheckpointConfig(every=1000),
         optim=tiny.optim,
         order=OrderConfig(lanes=64, block=128),
     )
@@ -65,7 +76,8 @@ def prior_small() -> PriorTrain:
     """About 40 million parameters over 16x16 image tokens."""
     return PriorTrain(
         model=PriorConfig(dim=512, heads=8, layers=12, text_length=64),
-        loop=LoopConfig(steps=100_000, batch=256, validate_every=1000, save_every=1000),
+        loop=LoopConfig(steps=100_000, batch=256, validate_every=1000),
+        checkpoint=CheckpointConfig(every=1000),
         optim=OptimConfig(lr=4.5e-4, warmup=5000),
         order=OrderConfig(lanes=64, block=128),
     )
@@ -75,8 +87,9 @@ def _paper_prior(dim: int, rank: int, mesh: MeshConfig) -> PriorTrain:
     """64 layers of heads of 64 channels, 256 text and 32x32 image tokens, 430,000 updates."""
     return PriorTrain(
         model=PriorConfig(dim=dim, heads=dim // 64, layers=64, text_length=256),
-        loop=LoopConfig(steps=430_000, batch=1024, validate_every=5000, save_every=500),
-        optim=OptimConfig(lr=4.5e-4, final_lr=1.4e-5, warmup=5000),
+        loop=LoopConfig(steps=430_000, batch=1024, validate_every=5000),
+        checkpoint=CheckpointConfig(every=500),
+        optim=OptimConfig(lr=4.5e-4, final_lr=1.4e-5, warmup=5000, ema=0.99),
         mesh=mesh,
         engine=EngineConfig(
             name="deepspeed_pipe",

@@ -3,6 +3,9 @@
 from typing import Any
 
 from core.errors import ConfigError
+from core.heartbeat import Heart
+from core.stop import heed_stop_signals
+from parallel.flight import record_flight
 from parallel.ledger import recorded
 from parallel.mesh import Mesh, build_mesh
 from parallel.world import join_world, leave_world
@@ -15,14 +18,18 @@ from training.tasks import PriorTask
 def run(payload: str) -> None:
     """Train the stage of the payload on this rank."""
     stage, settings = parse_payload(payload)
+    heed_stop_signals()
     world = join_world()
+    heart = Heart(world.rank)
+    record_flight(world.rank)
     try:
         problems = settings.problems(world.size)
         if problems:
             raise ConfigError.from_problems(problems)
         mesh = build_mesh(settings.mesh, world)
-        with recorded(mesh) as ledger:
-            active = Run(stage, make_task(stage, settings, mesh), settings, mesh, ledger)
+        with recorded(mesh, heart) as ledger:
+            task = make_task(stage, settings, mesh)
+            active = Run(stage, task, settings, mesh, ledger, heart)
             try:
                 active.train()
             finally:

@@ -1,27 +1,23 @@
-"""The folder of a run: one owner at a time, metrics without gaps or doubles, checkpoints."""
+"""The folder of a run: one owner at a time, metrics without gaps or doubles."""
 
 import json
 import math
-import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from checkpoint.reader import CheckpointReader, list_checkpoints
-from core.errors import CheckpointError, CorruptError
 from core.files import Json, canonical_json, held, remove_leftovers, write_atomic
 from core.log import LOG
 
 
 class RunFolder:
-    """Rank 0's hold on a run folder; other ranks only read checkpoints."""
+    """Rank 0's hold on a run folder; the other ranks write nothing."""
 
     def __init__(self, root: Path, config: Json, writes: bool) -> None:
         """Raises: InputError if another run holds the folder, or it cannot be written."""
         self.root, self._writes = root, writes
-        self.checkpoints = root / "checkpoints"
         self._lock = ExitStack()
         if writes:
             self._lock.enter_context(held(root, "run"))
@@ -29,27 +25,6 @@ class RunFolder:
             self._config = canonical_json(config)
         self._metrics = root / "metrics.jsonl"
         self._board: SummaryWriter | None = None
-
-    def newest(self) -> CheckpointReader | None:
-        """The newest checkpoint that is whole; damaged ones are reported and passed over.
-
-        Raises: CheckpointError if there are finished checkpoints and all are damaged.
-        """
-        damaged = []
-        for folder in reversed(list_checkpoints(self.checkpoints)):
-            if not (folder / "manifest.json").exists():
-                continue
-            try:
-                return CheckpointReader(folder)
-            except CorruptError as error:
-                LOG.warning("%s; trying an older checkpoint", error)
-                damaged.append(str(error))
-        if damaged:
-            raise CheckpointError(
-                "no checkpoint of this run is whole; restore one of these, or train in another "
-                "--out:\n" + "\n".join(damaged)
-            )
-        return None
 
     def begin(self, step: int) -> None:
         """Start to write behind `step`; rows of later steps, written before a crash, go."""
@@ -60,6 +35,8 @@ class RunFolder:
             rows = self._metrics.read_text().splitlines()
             kept = [row for row in rows if _step_of(row) <= step]
             write_atomic(self._metrics, "".join(row + "\n" for row in kept).encode())
+        if self._board is not None:
+            self._board.close()
         board = str(self.root / "tensorboard")
         self._board = SummaryWriter(board, purge_step=step + 1 if step else None)
 
@@ -71,30 +48,20 @@ class RunFolder:
             k: (v if not isinstance(v, float) or math.isfinite(v) else str(v))
             for k, v in row.items()
         }
-        with open(self._metrics, "a") as file:
-            file.write(json.dumps(clean) + "\n")
-        prefix = row.get("split", "train")
-        for name, value in row.items():
-            if isinstance(value, int | float) and name != "step":
-                self._board.add_scalar(f"{prefix}/{name}", value, row["step"])
+        try:
+            with open(self._metrics, "a") as file:
+                file.write(json.dumps(clean) + "\n")
+            prefix = row.get("split", "train")
+            for name, value in row.items():
+                if isinstance(value, int | float) and name != "step":
+                    self._board.add_scalar(f"{prefix}/{name}", value, row["step"])
+        except OSError as error:
+            LOG.error("step %d: cannot write metrics: %s; training goes on", row["step"], error)
 
     def picture(self, name: str, image: Any, step: int) -> None:
         """Show an image, (H, W, 3) uint8, in TensorBoard."""
         if self._board is not None:
             self._board.add_image(name, image, step, dataformats="HWC")
-
-    def step_folder(self, step: int) -> Path:
-        return self.checkpoints / f"step-{step}"
-
-    def prune(self, keep: int) -> None:
-        """Delete old checkpoints and unfinished ones."""
-        if not self._writes:
-            return
-        found = list_checkpoints(self.checkpoints)
-        finished = [path for path in found if (path / "manifest.json").exists()]
-        for path in found:
-            if path not in finished[-keep:]:
-                shutil.rmtree(path)
 
     def close(self) -> None:
         if self._board is not None:

@@ -12,6 +12,7 @@ from core.errors import ConfigError
 from core.log import LOG
 from parallel.compress.advisor import chosen_rank
 from parallel.compress.powersgd import MatrixShard, PowerSGD, Reduced, shard_rank
+from parallel.control import FIELDS, Control
 from parallel.engines.protocol import EngineSettings, Losses, Program
 from parallel.mesh import Group, Mesh
 from parallel.placement import Placement, placement_of
@@ -45,21 +46,23 @@ def mean_losses(seen: list[Losses], mesh: Mesh) -> dict[str, float]:
     return dict(zip(names, values.tolist(), strict=True))
 
 
-def global_norm(squares: list[Tensor], mesh: Mesh, scales: Scales) -> float:
-    """The gradient norm over all ranks; infinite, on every rank, if anything is not finite.
+def global_norm(squares: list[Tensor], mesh: Mesh, scales: Scales, control: Control) -> float:
+    """The gradient norm over all ranks; infinite, on every rank, if the update is to be skipped.
 
     `squares` are sums of squares of this rank's gradients, weighted so that the sum over the world
-    counts every element once. This is the one number by which all ranks decide what to do; the
-    gradient scales move by the flags that come with it.
+    counts every element once. In this one reduction all ranks decide what to do: `control` judges
+    the sums, and the gradient scales move by the flags that come with them.
     """
     zero = torch.zeros((), dtype=torch.float64)
     total = torch.stack([zero, *(square.double() for square in squares)]).sum()
-    shared = torch.cat([total[None], scales.broken()])
+    shared = torch.cat([total[None], control.share(), scales.broken()])
     if mesh.world.group is not None:
         dist.all_reduce(shared, group=mesh.world.group)
-    scales.update(shared[1:])
-    norm = float(shared[0])
-    return math.sqrt(norm) if math.isfinite(norm) and not shared[1:].any() else math.inf
+    broken = shared[1 + FIELDS :]
+    scales.update(broken)
+    square = float(shared[0])
+    finite = math.isfinite(square) and not broken.any()
+    return control.decide(math.sqrt(square) if finite else math.inf, shared[1 : 1 + FIELDS])
 
 
 def scale_slices(scales: Scales, mesh: Mesh) -> Iterator[StateSlice]:
@@ -67,7 +70,7 @@ def scale_slices(scales: Scales, mesh: Mesh) -> Iterator[StateSlice]:
     if mesh.data.rank == 0 and mesh.tensor.rank == 0:
         for name, scale in scales.here.items():
             data = torch.tensor([scale.value, float(scale.since_division)])
-            yield StateSlice(name=name, kind=SCALE, shape=(2,), box=((0, 2),), start=0, data=data)
+            yield StateSlice(name=name, kind=SCALE, shape=(2,), start=0, data=data)
 
 
 def load_scales(scales: Scales, reader: Reader) -> None:
@@ -242,6 +245,6 @@ class Compressor:
         if not self._warm or BASIS not in reader.kinds(name):
             return drawn
         place = self._basis_place(drawn)
-        if tuple(reader.tensor(name, BASIS).shape) != place.shape:
+        if reader.shape(name, BASIS) != place.shape:
             return drawn
         return place.read(reader, name, BASIS, 0, place.numel).view_as(drawn)

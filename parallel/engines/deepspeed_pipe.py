@@ -56,8 +56,9 @@ class DeepSpeedPipeEngine(DeepSpeedEngine):
         names = self._module.global_names()
         places = placements(names)
         self._state = DeepSpeedState(
-            names, places, mesh, 1, scales_of(program, self._module.scales())
+            names, places, mesh, 1, scales_of(program, self._module.scales()), settings.control
         )
+        settings.control.seen = self._seen
         elements = sum(p.numel() for p in names.values()) if settings.compress.on else None
         config = zero_config(settings.optim, 1, settings.engine.accumulate, elements)
         self._engine = initialize(self._module, build_adamw(names, settings.optim), config)

@@ -5,11 +5,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from checkpoint.format import Reader, StateSlice
 from core.errors import ConfigError
 from parallel.config import OptimConfig
+from parallel.control import Control
 from parallel.engines.common import (
     Compressor,
     build_compressor,
@@ -28,7 +29,7 @@ from parallel.engines.deepspeed_hooks import (
     publish_masters,
 )
 from parallel.engines.protocol import EngineSettings, Losses, Program, StepResult
-from parallel.mesh import Mesh
+from parallel.mesh import Group, Mesh
 from parallel.placement import Placement
 from parallel.scales import Scales
 
@@ -46,9 +47,10 @@ class DeepSpeedState:
         mesh: Mesh,
         copies: int,
         scales: Scales,
+        control: Control,
     ) -> None:
         """`copies` are the ranks of other machines that hold the same partitions."""
-        self.names, self.places, self.mesh = names, places, mesh
+        self.names, self.places, self.mesh, self.control = names, places, mesh, control
         self._copies, self.scales = copies, scales
         self.optimizer: Any = None
         self.compressor: Compressor | None = None
@@ -62,7 +64,7 @@ class DeepSpeedState:
         ]
         if self.compressor is not None and not self.compressor.take_finite():
             squares.append(torch.tensor(math.inf))
-        return global_norm(squares, self.mesh, self.scales)
+        return global_norm(squares, self.mesh, self.scales, self.control)
 
     def slices(self) -> Iterator[StateSlice]:
         """What this rank saves: ZeRO's fragments, and its compression buffers."""
@@ -83,7 +85,7 @@ class DeepSpeedState:
                         yield found
                 if part.start == 0 and place.first == 0:
                     data = part.state["step"].reshape(1)
-                    yield StateSlice(name=name, kind="step", shape=(), box=(), start=0, data=data)
+                    yield StateSlice(name=name, kind="step", shape=(), start=0, data=data)
 
     @torch.no_grad()
     def load(self, reader: Reader) -> None:
@@ -101,6 +103,17 @@ class DeepSpeedState:
         load_scales(self.scales, reader)
         if self.compressor is not None:
             self.compressor.load(reader)
+
+    def replicas(self) -> list[tuple[list[Tensor], Group]]:
+        """What the ranks of a group hold alike: weights, or in the paper's layout their shards."""
+        whole = {name: p for name, p in self.names.items() if not hasattr(p, "ds_tensor")}
+        shards: list[Any] = [p for p in self.names.values() if hasattr(p, "ds_tensor")]
+        common: list[Tensor] = [p for n, p in whole.items() if not self.places[n].split]
+        return [
+            (list(whole.values()), self.mesh.data),
+            (common, self.mesh.tensor),
+            ([p.ds_tensor for p in shards], self.mesh.between),
+        ]
 
     def facts(self) -> dict[str, float]:
         """Figures of the last step: compression and gradient scales."""
@@ -132,6 +145,10 @@ class DeepSpeedEngine:
         """Take this rank's part of the state from a checkpoint of any mesh."""
         self._state.load(reader)
 
+    def replicas(self) -> list[tuple[list[Tensor], Group]]:
+        """Tensors that all ranks of a group hold alike between two steps."""
+        return [(tensors, group) for tensors, group in self._state.replicas() if tensors]
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Global shapes of the parameters that this rank holds a part of."""
         return {name: place.shape for name, place in self._state.places.items()}
@@ -159,7 +176,8 @@ class DeepSpeedEngine:
     def _result(self, seen: list[Losses]) -> StepResult:
         return StepResult(
             losses=mean_losses(seen, self._state.mesh),
-            grad_norm=float(self._state.optimizer.tapir_norm),
+            grad_norm=self._state.control.norm,
+            skipped=self._state.control.skipped,
             facts=self._state.facts(),
         )
 

@@ -48,7 +48,12 @@ class DeepSpeedZeroEngine(DeepSpeedEngine):
         names = self._whole.stage.global_names()
         places = placements(names)
         self._state = DeepSpeedState(
-            names, places, mesh, mesh.between.size, scales_of(program, self._whole.stage.scales)
+            names,
+            places,
+            mesh,
+            mesh.between.size,
+            scales_of(program, self._whole.stage.scales),
+            settings.control,
         )
         compress = settings.compress.on
         elements = sum(p.numel() for p in names.values()) if compress else None
@@ -71,7 +76,8 @@ class DeepSpeedZeroEngine(DeepSpeedEngine):
             self._attach_zero12(program, settings)
 
     def step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
-        seen = []
+        seen: list[Losses] = []
+        self._state.control.seen = seen
         self._engine.train()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
@@ -112,7 +118,7 @@ class DeepSpeedZeroEngine(DeepSpeedEngine):
             for name, gradient in gradients.items():
                 gradient.copy_(reduced.gradients[name].view_as(gradient))
             squares: list[Tensor] = [s / between.size for s in reduced.squares.values()]
-            return global_norm(squares, self._mesh, self._state.scales)
+            return global_norm(squares, self._mesh, self._state.scales, self._state.control)
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients.values()])
         dist.all_reduce(flat, group=between.handle)
         flat /= between.size

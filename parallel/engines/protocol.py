@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from checkpoint.format import Reader, StateSlice
 from parallel.adamw import AdamW16
 from parallel.config import CompressConfig, EngineConfig, OptimConfig
-from parallel.mesh import Mesh
+from parallel.control import Control
+from parallel.mesh import Group, Mesh
 from parallel.scales import Scale, Scales
 
 Batch = dict[str, Tensor]
@@ -54,6 +55,8 @@ class EngineSettings:
     engine: EngineConfig
     compress: CompressConfig
     seed: int
+    control: Control = field(default_factory=Control)
+    """Decides about each update; shared with the loop."""
 
 
 class Stage(nn.Module):
@@ -118,8 +121,9 @@ class StepResult:
     losses: dict[str, float]
     """Means over the global batch."""
     grad_norm: float
-    """Global norm of the gradients before clipping; infinite if the update was skipped because a
-    gradient anywhere was not finite."""
+    """Global norm of the gradients before clipping; infinite if one anywhere was not finite."""
+    skipped: str = ""
+    """Why the update was skipped, on every rank alike."""
     facts: dict[str, float] = field(default_factory=dict)
 
 
@@ -142,6 +146,9 @@ class Engine(Protocol):
 
     def load_slices(self, reader: Reader) -> None:
         """Take this rank's part of the state from a checkpoint of any mesh."""
+
+    def replicas(self) -> list[tuple[list[Tensor], Group]]:
+        """Tensors that all ranks of a group hold alike between two steps."""
 
     def layers(self) -> dict[str, nn.Module]:
         """The layers that this rank runs, in order, by name."""

@@ -47,16 +47,18 @@ class ReferenceEngine:
         self._scales = scales_of(program, self._whole.stage.scales)
         self._half = settings.optim.moments == "bf16"
         self._clip_norm, self._mesh = settings.optim.clip_norm, mesh
+        self._control = settings.control
         self._compressor = build_compressor(program, self._places, settings, mesh.data, Group())
 
     def step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
         self._optimizer.zero_grad(set_to_none=True)
-        seen = []
+        seen: list[Losses] = []
+        self._control.seen = seen
         for batch in micro_batches:
             losses = self._whole(batch)
             (losses["loss"] / len(micro_batches)).backward()
             seen.append({name: value.detach() for name, value in losses.items()})
-        norm = global_norm(self._reduce(), self._mesh, self._scales)
+        norm = global_norm(self._reduce(), self._mesh, self._scales, self._control)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         if math.isfinite(norm):
@@ -64,7 +66,12 @@ class ReferenceEngine:
             self._optimizer.step()
         facts = self._compressor.take_facts() if self._compressor else {}
         facts |= self._scales.facts()
-        return StepResult(losses=mean_losses(seen, self._mesh), grad_norm=norm, facts=facts)
+        return StepResult(
+            losses=mean_losses(seen, self._mesh),
+            grad_norm=self._control.norm,
+            skipped=self._control.skipped,
+            facts=facts,
+        )
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Losses:
@@ -82,7 +89,7 @@ class ReferenceEngine:
             for kind in KINDS:
                 if kind == "step" and kind in tensors:
                     data = tensors[kind].reshape(1)
-                    yield StateSlice(name=name, kind=kind, shape=(), box=(), start=0, data=data)
+                    yield StateSlice(name=name, kind=kind, shape=(), start=0, data=data)
                 elif kind in tensors:
                     part = self._places[name].slice(name, kind, 0, tensors[kind])
                     if part is not None:
@@ -98,6 +105,9 @@ class ReferenceEngine:
         load_scales(self._scales, reader)
         if self._compressor is not None:
             self._compressor.load(reader)
+
+    def replicas(self) -> list[tuple[list[Tensor], Group]]:
+        return [(list(self._names.values()), self._mesh.data)]
 
     def layers(self) -> dict[str, nn.Module]:
         return dict(self._whole.stage.layers.items())

@@ -1,94 +1,238 @@
-"""Damaged, missing and hostile checkpoint files."""
+"""Damaged, missing, hostile and half-written checkpoint files, and which are kept."""
 
+import multiprocessing
+import os
 import pickle
 import random
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 from checkpoint.format import StateSlice
-from checkpoint.reader import CheckpointReader
-from checkpoint.writer import save_checkpoint
-from core.errors import CheckpointError, CorruptError
-from training.run_folder import RunFolder
+from checkpoint.reader import CheckpointReader, finished_steps, open_checkpoint
+from checkpoint.writer import write_checkpoint
+from cluster.object_server import ObjectServer
+from core.errors import CheckpointError, CorruptError, StoreError
+from core.store import FolderStore, S3Store
+from tests.faults.conftest import Record
+from training.checkpoints import Checkpoints, Saved, kept_steps
+from training.config import CheckpointConfig
+
+FLIPS = 1000
+
+
+def alone(text: str) -> list[str]:
+    """The gathering of a world of one."""
+    return [text]
 
 
 def _slices(value: float) -> list[StateSlice]:
     found = []
     for kind in ("master", "exp_avg", "exp_avg_sq"):
         data = torch.full((12,), value) + torch.arange(12)
-        for start in (0, 5):
-            part = data[start : 5 if start == 0 else 12]
-            found.append(
-                StateSlice(
-                    name="w", kind=kind, shape=(3, 4), box=((0, 3), (0, 4)), start=start, data=part
-                )
-            )
+        if kind == "exp_avg":
+            data = data.bfloat16()
+        for start, stop in ((0, 5), (5, 12)):
+            part = data[start:stop]
+            found.append(StateSlice(name="w", kind=kind, shape=(3, 4), start=start, data=part))
     return found
 
 
-def _save(folder: Path, value: float = 0.0) -> None:
-    save_checkpoint(folder, _slices(value), {"step": int(value)}, 0, lambda text: [text])
+def _save(root: Path, step: int = 1, ranks: int = 2) -> Path:
+    slices = _slices(float(step))
+    rows = [slices[rank::ranks] for rank in range(ranks)]
+    written: list[str] = []
+
+    def gather(text: str) -> list[str]:
+        if "sha256" not in text:
+            return [text]  # the outcome
+        written.append(text)
+        return written
+
+    store = FolderStore(root)
+    for rank in reversed(range(ranks)):  # rank 0 comes last: it has all the others' rows
+        write_checkpoint(store, f"step-{step}", rows[rank], {"step": step}, rank, gather)
+    return root / f"step-{step}"
 
 
 def test_slices_come_back_as_the_global_tensor(tmp_path: Path) -> None:
-    _save(tmp_path / "step-1")
-    reader = CheckpointReader(tmp_path / "step-1")
+    reader = open_checkpoint(str(_save(tmp_path, 0)))
     assert reader.tensor("w", "master").equal(torch.arange(12.0).view(3, 4))
+    assert reader.flat("w", "exp_avg", 3, 8).equal(torch.arange(3.0, 8.0))
     assert reader.shapes() == {"w": (3, 4)}
     with pytest.raises(CheckpointError, match="no step of 'w'"):
         reader.tensor("w", "step")
 
 
-def test_every_flipped_bit_is_refused_and_named(tmp_path: Path) -> None:
-    _save(tmp_path / "step-1")
-    draws = random.Random(0)
-    for path in sorted((tmp_path / "step-1").iterdir()):
+def test_only_the_asked_bytes_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = open_checkpoint(str(_save(tmp_path, 0)))
+    fetched = []
+    whole = FolderStore.get
+
+    def get(self: FolderStore, name: str, start: int = 0, length: int | None = None) -> bytes:
+        fetched.append(length)
+        return whole(self, name, start, length)
+
+    monkeypatch.setattr(FolderStore, "get", get)
+    reader.flat("w", "master", 4, 7)
+    assert sorted(n for n in fetched if n is not None) == [4, 8]
+
+
+def test_every_flipped_bit_is_refused_and_named(tmp_path: Path, fault: Record) -> None:
+    fault(8, "bit flips in a checkpoint's files, its manifest included")
+    draws, refused = random.Random(0), 0
+    files = sorted(_save(tmp_path).iterdir())
+    for i in range(FLIPS):
+        path = files[i % len(files)]
         whole = path.read_bytes()
-        for _ in range(100):
-            damaged = bytearray(whole)
-            damaged[draws.randrange(len(whole))] ^= 1 << draws.randrange(8)
-            path.write_bytes(damaged)
-            with pytest.raises(CorruptError, match=path.name):
-                CheckpointReader(tmp_path / "step-1")
+        damaged = bytearray(whole)
+        damaged[draws.randrange(len(whole))] ^= 1 << draws.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(CorruptError, match=path.name):
+            open_checkpoint(str(path.parent))
+        refused += 1
         path.write_bytes(whole)
-    CheckpointReader(tmp_path / "step-1")
+    open_checkpoint(str(files[0].parent))
+    fault.outcome(f"{refused} flips, {refused} refusals that name the file")
 
 
-def test_truncated_and_missing_files_and_planted_pickles(tmp_path: Path) -> None:
-    folder, marker = tmp_path / "step-1", tmp_path / "marker"
+def test_truncated_and_missing_files(tmp_path: Path, fault: Record) -> None:
+    fault(9, "truncated or missing checkpoint files")
+    for path in sorted(_save(tmp_path).iterdir()):
+        whole = path.read_bytes()
+        for data in (whole[:-1], whole[: len(whole) // 2], b""):
+            path.write_bytes(data)
+            with pytest.raises(CorruptError, match=path.name):
+                open_checkpoint(str(path.parent))
+        path.unlink()
+        with pytest.raises((CorruptError, CheckpointError), match=path.name):
+            open_checkpoint(str(path.parent))
+        path.write_bytes(whole)
+    fault.outcome("each refused by name")
+
+
+def test_planted_pickles_are_never_executed(tmp_path: Path, fault: Record) -> None:
+    fault(13, "a pickle in place of each file")
+    marker = tmp_path / "marker"
 
     class Plant:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return (open, (str(marker), "w"))  # type: ignore[return-value]
+        def __reduce__(self) -> tuple[object, tuple[str, str]]:
+            return (open, (str(marker), "w"))
 
-    _save(folder)
-    path = folder / "rank-00000.safetensors"
-    whole = path.read_bytes()
-    for data in (whole[:-1], b"", pickle.dumps(Plant())):
-        path.write_bytes(data)
+    for path in sorted(_save(tmp_path / "run").iterdir()):
+        whole = path.read_bytes()
+        path.write_bytes(pickle.dumps(Plant()))
         with pytest.raises(CorruptError, match=path.name):
-            CheckpointReader(folder)
-    path.unlink()
-    with pytest.raises(CorruptError, match="missing"):
-        CheckpointReader(folder)
-    (folder / "manifest.json").write_bytes(pickle.dumps(Plant()))
-    with pytest.raises(CorruptError, match="manifest"):
-        CheckpointReader(folder)
+            open_checkpoint(str(path.parent))
+        path.write_bytes(whole)
     assert not marker.exists()
+    fault.outcome("refused, marker absent")
+
+
+def _checkpoints(root: Path, **settings: object) -> Checkpoints:
+    config = CheckpointConfig(background=False, **settings)  # type: ignore[arg-type]
+    return Checkpoints(FolderStore(root), config, 0, 1, (alone, alone))
 
 
 def test_an_older_checkpoint_stands_in_for_a_damaged_one(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path, {}, writes=True)
     for step in (10, 20, 30):
-        _save(run.step_folder(step), float(step))
-    (run.step_folder(30) / "manifest.json").unlink()
-    damaged = run.step_folder(20) / "rank-00000.safetensors"
+        _save(tmp_path, step)
+    (tmp_path / "step-30" / "manifest.json").unlink()
+    damaged = tmp_path / "step-20" / "rank-00001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-3])
+    run = _checkpoints(tmp_path)
     found = run.newest()
     assert found is not None and found.facts["step"] == 10
-    (run.step_folder(10) / "manifest.json").write_bytes(b"{}")
+    assert not (tmp_path / "step-30").exists(), "unfinished ones are cleaned"
+    (tmp_path / "step-10" / "manifest.json").write_bytes(b"{}")
     with pytest.raises(CheckpointError, match="no checkpoint of this run is whole"):
         run.newest()
-    run.close()
+
+
+def _save_and_die(root: str, boundary: int) -> None:
+    """Save step 2, and die by SIGKILL before the n-th change of the file system."""
+    left = [boundary]
+
+    def dying(function):  # type: ignore[no-untyped-def]
+        def call(*arguments, **named):  # type: ignore[no-untyped-def]
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **named)
+
+        return call
+
+    os.replace, os.fsync, os.open = dying(os.replace), dying(os.fsync), dying(os.open)
+    Path.mkdir = dying(Path.mkdir)  # type: ignore[method-assign]
+    write_checkpoint(FolderStore(Path(root)), "step-2", _slices(2.0), {"step": 2}, 0, alone)
+
+
+def test_killed_at_every_write_boundary(tmp_path: Path, fault: Record) -> None:
+    fault(7, "killed while saving, at every write boundary")
+    context = multiprocessing.get_context("fork")
+    outcomes = []
+    for boundary in range(30):
+        root = tmp_path / str(boundary)
+        _save(root, 1, ranks=1)
+        process = context.Process(target=_save_and_die, args=(str(root), boundary))
+        process.start()
+        process.join()
+        found = _checkpoints(root).newest()
+        assert found is not None
+        outcomes.append(found.facts["step"])
+        assert found.tensor("w", "master").flatten()[0] == found.facts["step"]
+        if process.exitcode == 0:
+            break
+    assert process.exitcode == 0, "more boundaries than expected"
+    assert outcomes == sorted(outcomes) and outcomes[0] == 1 and outcomes[-1] == 2
+    fault.outcome(f"{len(outcomes) - 1} boundaries: the older or the whole new one loads")
+
+
+def test_what_is_kept() -> None:
+    rows = [Saved(step=10 * i, time=1800.0 * i, loss=abs(i - 3.0)) for i in range(8)]
+    assert kept_steps(rows, CheckpointConfig(keep=2)) == {60, 70}
+    assert kept_steps(rows, CheckpointConfig(keep=1, best=True)) == {30, 70}
+    assert kept_steps(rows, CheckpointConfig(keep=1, hours=1.0)) == {0, 20, 40, 60, 70}
+
+
+def test_the_policy_deletes_and_protects(tmp_path: Path) -> None:
+    run = _checkpoints(tmp_path, keep=1)
+    run.protected = {2}
+    for step in (1, 2, 3, 4):
+        run.save(step, _slices(float(step)), {"step": step})
+        run.finish()
+    assert finished_steps(run.store) == [2, 4]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-2", "step-4"]
+
+
+@pytest.mark.slow
+def test_checkpoints_live_in_object_stores(s3: ObjectServer, tmp_path: Path) -> None:
+    """Multipart (40 MB), ranged reads, the policy, and damage, in a real store."""
+    with s3.credentials():
+        store = S3Store("tapir-tests", f"checkpoints/{tmp_path.name}")
+        big = torch.arange(10_000_000.0)
+        run = Checkpoints(store, CheckpointConfig(keep=1), 0, 1, (alone, alone))
+        for step in (1, 2):
+            part = StateSlice(name="w", kind="master", shape=(10, 10**6), start=0, data=big + step)
+            run.save(step, [part], {"step": step})
+        run.finish()
+        found = run.newest()
+        assert found is not None and finished_steps(store) == [2]
+        assert found.flat("w", "master", 9_999_990, 10_000_000).tolist() == (big + 2)[-10:].tolist()
+        name = "step-2/rank-00000.safetensors"
+        store.put(name, store.get(name)[:-1])
+        with pytest.raises(CheckpointError, match="rank-00000"):
+            run.newest()
+        with pytest.raises(CorruptError, match="rank-00000"):
+            CheckpointReader(store, "step-2").verify()
+
+
+def test_a_save_that_fails_on_one_rank_counts_on_none(tmp_path: Path) -> None:
+    def gather(text: str) -> list[str]:
+        return [text, '{"error": "rank 1: disk full"}'] if "file" in text else [text, ""]
+
+    with pytest.raises(StoreError, match="rank 1: disk full"):
+        write_checkpoint(FolderStore(tmp_path), "step-1", _slices(0.0), {}, 0, gather)
+    assert finished_steps(FolderStore(tmp_path)) == []

@@ -10,9 +10,9 @@ from tests.harness import tapir
 FLAGS = [
     "--loop.batch=32",
     "--loop.validation-samples=32",
-    "--loop.save-every=2",
+    "--checkpoint.every=2",
     "--loop.steps=3",
-    "--loop.keep=9",
+    "--checkpoint.keep=9",
     "--order.block=8",
     "--engine.matmul-precision=highest",
 ]

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoint.reader import CheckpointReader
-from checkpoint.writer import save_checkpoint
+from checkpoint.reader import open_checkpoint
+from checkpoint.writer import write_checkpoint
+from core.store import FolderStore
 from models.config import PriorConfig
 from models.prior import COMPRESSED, PriorBlock, build_prior, prior_layers
 from parallel.balance import balanced_starts
@@ -84,8 +85,8 @@ def test_tensor_ranks_draw_the_rows_of_one_rank(size: int, tmp_path: Path) -> No
                     slices += [part] if part is not None else []
                 if place.split:
                     assert not parameter[place.rows :].any(), "padding must be zero"
-    save_checkpoint(tmp_path / "step-1", slices, {}, 0, lambda text: [text])
-    reader = CheckpointReader(tmp_path / "step-1")
+    write_checkpoint(FolderStore(tmp_path), "step-1", slices, {}, 0, lambda text: [text])
+    reader = open_checkpoint(f"{tmp_path}/step-1")
     assert reader.shapes() == {name: tuple(p.shape) for name, p in whole.items()}
     for name, parameter in whole.items():
         assert reader.tensor(name, "master").equal(parameter)
@@ -98,8 +99,10 @@ def test_a_flat_range_reads_back_with_zeros_for_padding(tmp_path: Path) -> None:
     other = Placement(shape=(5, 2), first=0, rows=3, split=True)
     parts = [place.slice("w", "master", 1, local[1:]), place.slice("w", "master", 0, local[:1])]
     parts.append(other.slice("w", "master", 0, -torch.ones(6)))
-    save_checkpoint(tmp_path / "step-1", [p for p in parts if p], {}, 0, lambda text: [text])
-    reader = CheckpointReader(tmp_path / "step-1")
+    write_checkpoint(
+        FolderStore(tmp_path), "step-1", [p for p in parts if p], {}, 0, lambda text: [text]
+    )
+    reader = open_checkpoint(f"{tmp_path}/step-1")
     assert reader.tensor("w", "master")[3:].flatten().tolist() == [1, 2, 3, 4]
     assert place.read(reader, "w", "master", 2, 4).tolist() == [3, 4, 0, 0]
     assert place.slice("w", "master", 4, local[4:]) is None
@@ -150,8 +153,8 @@ def test_error_buffers_of_other_machines_are_summed_and_divided(tmp_path: Path) 
         slices.append(replace(error, kind=f"error@{replica}"))
         sums += error.data.view(4, 6)
     assert sums.abs().max() > 0.1
-    save_checkpoint(tmp_path / "step-1", slices, {}, 0, lambda text: [text])
-    reader = CheckpointReader(tmp_path / "step-1")
+    write_checkpoint(FolderStore(tmp_path), "step-1", slices, {}, 0, lambda text: [text])
+    reader = open_checkpoint(f"{tmp_path}/step-1")
     for size in (1, 4):
         other = Compressor({"w": place}, shards, 2, settings, Group(None, 0, size), Group())
         other.load(reader)

@@ -1,0 +1,97 @@
+"""Save while training goes on: copy the state, then digest and write it in a thread."""
+
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from checkpoint.format import StateSlice
+from checkpoint.writer import Gather, write_checkpoint
+from core.errors import StoreError
+from core.files import Json
+from core.store import Store
+
+
+class Saver:
+    """Writes this rank's part of the checkpoints of a run, one at a time.
+
+    In the background a save blocks only for a copy in memory, whose buffers are kept for the next
+    one: as much memory again as the state has.
+    """
+
+    def __init__(self, store: Store, rank: int, gather: Gather, background: bool) -> None:
+        """`gather` must not share a process group with training: the thread calls it."""
+        self._store, self._rank, self._gather = store, rank, gather
+        self._pool = ThreadPoolExecutor(1, "save") if background else None
+        self._pending: Future[None] | None = None
+        self._buffers: dict[tuple[str, str, int], Tensor] = {}
+
+    def save(
+        self, name: str, slices: Iterable[StateSlice], facts: Json, then: Callable[[], None]
+    ) -> float:
+        """Write a checkpoint and call `then`; returns the seconds that training was held up.
+
+        Waits for the save before it. Whether a save failed is to be asked by `failure`.
+        """
+        began = time.perf_counter()
+        if self._pool is None:
+            self._pending = _done(lambda: self._write(name, slices, facts, then))
+            return time.perf_counter() - began
+        if self._pending is not None:
+            self._pending.exception()
+        copies = [self._copy(part) for part in slices]
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._pending = self._pool.submit(self._write, name, copies, facts, then)
+        return time.perf_counter() - began
+
+    def failure(self) -> StoreError | None:
+        """Why the last save failed, once; None while it runs."""
+        if self._pending is None or not self._pending.done():
+            return None
+        error, self._pending = self._pending.exception(), None
+        if error is not None and not isinstance(error, StoreError):
+            raise error
+        return error
+
+    def settle(self) -> None:
+        """Wait for a save in the background; its failure can still be asked for."""
+        if self._pending is not None:
+            self._pending.exception()
+
+    def wait(self) -> None:
+        """Wait for a save in the background. Raises: StoreError if it failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(
+        self, name: str, slices: Iterable[StateSlice], facts: Json, then: Callable[[], None]
+    ) -> None:
+        write_checkpoint(self._store, name, slices, facts, self._rank, self._gather)
+        then()
+
+    def _copy(self, part: StateSlice) -> StateSlice:
+        key, data = (part.name, part.kind, part.start), part.data.detach().reshape(-1)
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.shape != data.shape or buffer.dtype != data.dtype:
+            pinned = data.is_cuda
+            buffer = torch.empty(data.shape, dtype=data.dtype, pin_memory=pinned)
+            self._buffers[key] = buffer
+        buffer.copy_(data, non_blocking=True)
+        return StateSlice(
+            name=part.name, kind=part.kind, shape=part.shape, start=part.start, data=buffer
+        )
+
+
+def _done(work: Callable[[], None]) -> "Future[None]":
+    """Do some work now; its outcome as a future."""
+    found: Future[None] = Future()
+    try:
+        work()
+        found.set_result(None)
+    except StoreError as error:
+        found.set_exception(error)
+    return found

@@ -1,0 +1,28 @@
+"""Settings of the supervisor; imports no torch."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisorConfig:
+    """What happens when a rank dies, hangs or is asked to stop."""
+
+    restarts: int = 3
+    """Failures in a row without a step beyond those before; the next one ends the run."""
+    back_off: float = 1.0
+    """Seconds before the first restart; doubled for each failure without progress, at most 60."""
+    hang_seconds: float = 300.0
+    """A rank without a sign of life for so long is lost: its stack is shown, all are ended."""
+    stopped_seconds: float = 10.0
+    """A rank that is stopped (SIGSTOP) for so long is lost."""
+    grace_seconds: float = 60.0
+    """After SIGTERM or SIGUSR1, time to finish the step and save; then all ranks are ended."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.restarts < 0:
+            found.append("supervisor.restarts must not be negative; 0 = end at the first failure")
+        least = min(self.back_off, self.hang_seconds, self.stopped_seconds, self.grace_seconds)
+        if least <= 0:
+            found.append("supervisor's seconds must be positive")
+        return found

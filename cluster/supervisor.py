@@ -1,0 +1,76 @@
+"""Start the ranks again when one dies or hangs, until the run ends or no longer gets on."""
+
+import signal
+from pathlib import Path
+from types import FrameType
+
+from cluster.config import SupervisorConfig
+from cluster.launcher import StopRequest, launch
+from core.errors import RankError
+from core.log import LOG
+
+_LONGEST = 60.0
+"""Most seconds between two starts."""
+
+
+def supervise(
+    target: str,
+    payload: str,
+    ranks: int,
+    preload: list[str],
+    config: SupervisorConfig,
+    reports: Path,
+) -> None:
+    """Run `module:function` on every rank; after a failure all start again from the forkserver.
+
+    SIGTERM and SIGUSR1 are handed to the ranks, which save and end. `reports` is a folder for the
+    stacks of ranks that hang.
+    Raises: RankError after config.restarts failures without progress, or for wrong input;
+    Preempted if the ranks were asked to stop and saved.
+    """
+    failures, best = 0, -1
+    with _Forwarded() as stop:
+        while True:
+            try:
+                launch(target, payload, ranks, preload, config, stop, reports)
+                return
+            except RankError as error:
+                if not error.retry or stop.asked or config.restarts == 0:
+                    raise
+                if error.step > best:
+                    failures, best = 0, error.step
+                failures += 1
+                if failures > config.restarts:
+                    raise _crash_loop(error, failures, best) from error
+                pause = min(config.back_off * 2 ** (failures - 1), _LONGEST)
+                LOG.warning("%s; all ranks start again in %.1f s", error, pause)
+                stop.sleep(pause)
+            if stop.asked:
+                raise RankError("asked to stop between two starts; the last checkpoint is whole")
+
+
+def _crash_loop(error: RankError, failures: int, best: int) -> RankError:
+    where = f"after step {best}" if best >= 0 else "before the first step"
+    found = RankError(f"{failures} failures in a row {where}, giving up; the last one: {error}")
+    found.retry, found.step = False, best
+    return found
+
+
+class _Forwarded:
+    """Hand SIGTERM and SIGUSR1 to the ranks; a second SIGTERM ends all at once."""
+
+    def __enter__(self) -> StopRequest:
+        self._stop = StopRequest()
+        numbers = (signal.SIGTERM, signal.SIGUSR1)
+        self._before = {number: signal.signal(number, self._heed) for number in numbers}
+        return self._stop
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _heed(self, number: int, _frame: FrameType | None) -> None:
+        if self._stop.asked and number == signal.SIGTERM:
+            raise KeyboardInterrupt
+        LOG.warning("asked to stop (%s): saving first", signal.Signals(number).name)
+        self._stop.ask()

@@ -1,0 +1,37 @@
+"""Compare what replicas hold in common: silent corruption shows as a difference."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.mesh import Group
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
+    """One int64 a tensor: the sum of its bit patterns, which every single flipped bit changes."""
+    sums = [t.detach().reshape(-1).view(_INTEGER[t.element_size()]).sum() for t in tensors]
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64)
+
+
+_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def different(tensors: Sequence[Tensor], group: Group) -> list[int]:
+    """Global ranks of the group whose tensors differ from those of most; the same list on all.
+
+    Two replicas that differ are both named: there is no majority.
+    """
+    if group.handle is None or group.size == 1:
+        return []
+    mine = fingerprint(tensors)
+    found = [torch.empty_like(mine) for _ in range(group.size)]
+    dist.all_gather(found, mine, group=group.handle)
+    rows = [tuple(row.tolist()) for row in found]
+    (usual, count), *_ = Counter(rows).most_common(1)
+    ranks = dist.get_process_group_ranks(group.handle)
+    if 2 * count <= group.size and len(set(rows)) > 1:
+        return list(ranks)
+    return [rank for rank, row in zip(ranks, rows, strict=True) if row != usual]

@@ -1,0 +1,318 @@
+"""A run under its supervisor survives what happens to its ranks, and ends with the same numbers."""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from core.errors import Preempted, RankError, TrainingError
+from core.log import LOG
+from parallel.config import EngineConfig, MeshConfig
+from tests.faults.conftest import Record
+from tests.faults.plants import changed, train_with
+from tests.harness import rows_of
+from training.config import PriorTrain
+from training.presets import prior_tiny
+
+COMPARED = ("step", "epoch", "loss", "text_loss", "image_loss", "grad_norm", "lr")
+Make = Callable[..., PriorTrain]
+
+
+@pytest.fixture
+def make(tokens: Path, tmp_path: Path) -> Make:
+    """Settings of a short run on two ranks of the reference engine."""
+
+    def build(out: str = "run", **parts: dict[str, Any]) -> PriorTrain:
+        settings = replace(
+            prior_tiny(),
+            data=str(tokens),
+            out=tmp_path / out,
+            mesh=MeshConfig(data=2),
+            engine=EngineConfig(name="reference"),
+        )
+        small = {
+            "model": {"dim": 48, "layers": 2},
+            "loop": {
+                "steps": 24,
+                "batch": 32,
+                "log_every": 1,
+                "validate_every": 0,
+                "validation_samples": 32,
+            },
+            "order": {"block": 8},
+            "checkpoint": {"every": 5},
+            "supervisor": {"back_off": 0.1},
+        }
+        for name, fields in parts.items():
+            small[name] = {**small.get(name, {}), **fields}
+        return changed(settings, **small)
+
+    return build
+
+
+@pytest.fixture
+def messages() -> list[str]:
+    """What the supervisor logs."""
+    found: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(record.getMessage())
+
+    handler = Keep()
+    LOG.addHandler(handler)
+    yield found  # type: ignore[misc]
+    LOG.removeHandler(handler)
+
+
+def _figures(run: Path) -> list[list[float]]:
+    return [[row[name] for name in COMPARED] for row in rows_of(run)]
+
+
+def _weights(run: Path) -> bytes:
+    return (run / "model.safetensors").read_bytes()
+
+
+def _same(settings: PriorTrain, make: Make, **parts: dict[str, Any]) -> None:
+    """The run equals one in which nothing happened, bit by bit."""
+    other = make("unbroken", **parts)
+    train_with("nothing", other)
+    assert _figures(settings.out) == _figures(other.out)
+    assert _weights(settings.out) == _weights(other.out)
+
+
+def _ranks(count: int) -> list[int]:
+    """PIDs of the ranks that this process started, once all are there."""
+    while True:
+        children = psutil.Process().children(recursive=True)
+        found = [p for p in children if p.is_running() and p.num_threads() > 3]
+        if len(found) >= count:
+            return [p.pid for p in found]
+        time.sleep(0.02)
+
+
+def _when(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
+    def wait() -> None:
+        while not condition():
+            time.sleep(0.02)
+        act()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def _resumed(run: Path, step: int) -> Callable[[], bool]:
+    return lambda: len(rows_of(run)) >= step
+
+
+EIGHT = {
+    "mesh": {"data": 2, "tensor": 2, "pipeline": 2},
+    "engine": {"name": "deepspeed_pipe", "accumulate": 2},
+}
+
+
+@pytest.mark.slow
+def test_a_killed_rank_of_eight_costs_seconds(make: Make, fault: Record) -> None:
+    settings = make(**EIGHT, loop={"steps": 40}, model={"dim": 48, "layers": 2, "heads": 4})
+    times: list[float] = []
+
+    def kill() -> None:
+        fault(1, "SIGKILL of one of 8 ranks (TP2 x PP2 x DP2)")
+        os.kill(_ranks(8)[3], signal.SIGKILL)
+        began = time.monotonic()
+        before = {json.dumps(row) for row in rows_of(settings.out)}
+        while json.dumps(rows_of(settings.out)[-1]) in before:
+            time.sleep(0.01)
+        times.append(time.monotonic() - began)
+
+    thread = _when(_resumed(settings.out, 19), kill)
+    train_with("nothing", settings)
+    thread.join()
+    assert times
+    fault.outcome("next trained step, losses and weights bit-equal", times[0])
+    _same(settings, make, **EIGHT, loop={"steps": 40}, model={"dim": 48, "layers": 2, "heads": 4})
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_is_named_and_replaced(
+    make: Make, fault: Record, messages: list[str]
+) -> None:
+    settings = make(supervisor={"stopped_seconds": 2.0})
+
+    def stop() -> None:
+        fault(2, "SIGSTOP of a rank")
+        os.kill(_ranks(2)[1], signal.SIGSTOP)
+
+    _when(_resumed(settings.out, 8), stop)
+    train_with("nothing", settings)
+    text = next(text for text in messages if "SIGSTOP" in text)
+    assert "is stopped (SIGSTOP) since 2 s" in text and "stack of rank" in text
+    assert list((settings.out / "hang").glob("stacks-*.txt"))
+    fault.outcome("rank and stack named, restarted, bit-equal")
+    _same(settings, make)
+
+
+@pytest.mark.slow
+def test_a_frozen_rank_is_found_by_its_silence(
+    make: Make, fault: Record, messages: list[str]
+) -> None:
+    fault(2, "a rank sleeps for ever")
+    settings = make(supervisor={"hang_seconds": 4.0})
+    train_with("freeze", settings, at=8, rank=1)
+    text = next(text for text in messages if "hangs" in text)
+    assert "rank 1 of 2 hangs" in text and "in act" in text, text
+    assert "rank 0: after step 7, last in all_reduce over data" in text, text
+    fault.outcome("rank and line named, restarted, bit-equal")
+    _same(settings, make)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [0, 77])
+def test_a_collective_that_does_not_match_is_reported(
+    make: Make, fault: Record, messages: list[str], size: int
+) -> None:
+    fault(3, "a collective of another size" if size else "a collective that others leave out")
+    settings = make(supervisor={"hang_seconds": 4.0})
+    train_with("skip_collective", settings, at=8, rank=1, size=size)
+    text = next(text for text in messages if "start again" in text)
+    assert "rank 1" in text or "rank 0" in text
+    assert "all_reduce" in text, text
+    fault.outcome("rank and operation named, restarted, bit-equal")
+    _same(settings, make)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR1])
+def test_preemption_saves_and_ends_with_75(make: Make, fault: Record, how: signal.Signals) -> None:
+    settings = make(checkpoint={"every": 1000})
+
+    def ask() -> None:
+        fault(5, f"{how.name} to the launcher")
+        os.kill(os.getpid(), how)
+
+    _when(_resumed(settings.out, 8), ask)
+    with pytest.raises(Preempted, match="with a checkpoint saved") as found:
+        train_with("nothing", settings)
+    assert found.value.exit_code == 75
+    fault.outcome("step finished, saved, exit code 75; resumed bit-equal")
+    train_with("nothing", settings)
+    _same(settings, make)
+
+
+@pytest.mark.slow
+def test_a_crash_loop_stops_with_its_reason(make: Make, fault: Record) -> None:
+    fault(6, "the same step raises on every start")
+    settings = make(supervisor={"restarts": 2})
+    with pytest.raises(RankError, match=r"(?s)3 failures in a row after step 7.*planted crash"):
+        train_with("crash", settings, at=8)
+    fault.outcome("given up after 2 restarts, reason stated")
+
+
+@pytest.mark.slow
+def test_a_gradient_that_is_not_finite_on_one_rank(make: Make, fault: Record) -> None:
+    fault(14, "a loss that is not a number on one rank")
+    settings = make()
+    train_with("not_finite", settings, at=9, rank=1)
+    rows = rows_of(settings.out)
+    assert [row["step"] for row in rows if "skipped" in row] == [9]
+    assert rows[8]["grad_norm"] == "inf" and all(math.isfinite(row["loss"]) for row in rows[9:])
+    capsule = json.loads((settings.out / "capsules" / "step-9.json").read_text())
+    assert "not finite" in capsule["reason"] and len(capsule["records"]) == 32
+    fault.outcome("all ranks skip together, counted, capsule written")
+
+
+GUARD = {"guard": {"window": 16, "rewind_after": 3}, "optim": {"warmup": 2}}
+
+
+@pytest.mark.slow
+def test_spikes_are_skipped_and_in_a_row_rewound(make: Make, fault: Record) -> None:
+    """One wild batch is skipped; three in a row go back and pass over their data."""
+    fault(15, "a batch's loss times 10,000, then three in a row")
+    settings = make(**GUARD, loop={"steps": 26, "batch": 16})
+    train_with("spike", settings, batches=[11, 17, 18, 19])
+    rows = rows_of(settings.out)
+    assert [row["step"] for row in rows] == list(range(1, 27))
+    assert [row["step"] for row in rows if "skipped" in row] == [12]
+    assert "standard deviations above" in rows[11]["skipped"]
+    assert all(row["loss"] < 10 for row in rows if "skipped" not in row)
+    start = settings.out / "checkpoints" / "step-26" / "manifest.json"
+    stream = json.loads(start.read_text())["facts"]["stream"]
+    assert stream["passed"] == [[0, 17], [0, 18], [0, 19]]
+    fault.outcome("skipped at 6 sigma; rewound, their data passed over")
+
+
+@pytest.mark.slow
+def test_rewinding_in_vain_ends_the_run(make: Make) -> None:
+    settings = make(**GUARD, loop={"steps": 26, "batch": 16})
+    with pytest.raises(RankError, match="3 rewinds and other data did not help") as found:
+        train_with("spike", settings, batches=list(range(15, 40)))
+    assert not found.value.retry and not TrainingError.retry
+
+
+@pytest.mark.slow
+def test_a_flipped_weight_names_its_rank(make: Make, fault: Record, messages: list[str]) -> None:
+    fault(16, "a bit of a weight flips on one of 4 replicas")
+    settings = make(mesh={"data": 4}, guard={"compare_every": 2})
+    train_with("flip", settings, at=13, rank=2)
+    assert any("weights of rank 2 differ" in text for text in messages)
+    fault.outcome("named within 2 steps, restarted, bit-equal")
+    _same(settings, make, mesh={"data": 4}, guard={"compare_every": 2})
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tapir-test", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs: run the tests as root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("background", [True, False])
+def test_a_full_disk_stops_no_training(
+    make: Make, fault: Record, tiny_disk: Path, background: bool
+) -> None:
+    """The disk fills up behind the first checkpoint and is made free before the last one."""
+    fault(10, f"the disk of the checkpoints is full ({'back' if background else 'fore'}ground)")
+    where = {"every": 5, "keep": 1, "to": str(tiny_disk), "background": background}
+    settings = make(checkpoint=where)
+    ballast = tiny_disk / "ballast"
+    _when(lambda: (tiny_disk / "step-5" / "manifest.json").exists(), lambda: _fill(ballast))
+    _when(_resumed(settings.out, 19), ballast.unlink)
+    train_with("nothing", settings)
+    failed = [row["error"] for row in rows_of(settings.out, "save") if "error" in row]
+    assert failed and all("No space left on device" in text for text in failed)
+    fault.outcome("each failed save told, older kept, the run ends")
+    _same(settings, make)
+
+
+def _fill(path: Path) -> None:
+    with contextlib.suppress(OSError), open(path, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+@pytest.mark.slow
+def test_a_clock_that_jumps_changes_nothing(make: Make, fault: Record) -> None:
+    fault(28, "the clock goes back a day and forward two")
+    settings = make(supervisor={"hang_seconds": 20.0})
+    train_with("clock", settings, at=6)
+    fault.outcome("bit-equal, no watchdog woke")
+    _same(settings, make)

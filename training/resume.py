@@ -1,0 +1,60 @@
+"""What a resumed run must have in common with the checkpoint it starts from."""
+
+from typing import Any
+
+from checkpoint.reader import CheckpointReader
+from core.errors import ConfigError
+from parallel.engines.protocol import Engine
+
+_MAY_CHANGE = (
+    "out",
+    "data",
+    "mesh",
+    "engine",
+    "compress",
+    "bpe",
+    "checkpoint",
+    "guard",
+    "supervisor",
+)
+"""Settings that a resumed run may give anew."""
+_LOOP_MAY_CHANGE = ("log_every", "validate_every", "validation_samples")
+
+
+def refuse_other_config(reader: CheckpointReader, config: dict[str, Any]) -> None:
+    """Raise ConfigError with a table of the settings that differ and must not."""
+    before, now = _fixed(reader.facts["config"]), _fixed(config)
+    rows = [
+        (name, str(before.get(name)), str(now.get(name)))
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
+    if rows:
+        rows.insert(0, ("setting", "in the checkpoint", "now"))
+        widths = [max(len(row[i]) for row in rows) for i in range(2)]
+        table = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows]
+        raise ConfigError(
+            f"{reader.url} was written with other settings; give the same ones, or another "
+            "--out:\n" + "\n".join(table)
+        )
+
+
+def refuse_other_shapes(reader: CheckpointReader, engine: Engine) -> None:
+    """Raise ConfigError if the checkpoint holds other tensors than the engine."""
+    stored, mine = reader.shapes(), engine.shapes()
+    wrong = sorted(set(mine.items()) - set(stored.items()))[:3]
+    if wrong:
+        raise ConfigError(f"{reader.url} holds other tensors than this model: {wrong} ...")
+
+
+def _fixed(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """All settings that a resumed run must keep, as dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        if (not prefix and name in _MAY_CHANGE) or (prefix == "loop." and name in _LOOP_MAY_CHANGE):
+            continue
+        if isinstance(value, dict):
+            found.update(_fixed(value, f"{prefix}{name}."))
+        else:
+            found[prefix + name] = value
+    return found

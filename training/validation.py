@@ -1,0 +1,63 @@
+"""Mean losses over held-out samples, the same on every mesh."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from core.errors import ConfigError
+from core.heartbeat import Heart
+from data_pipeline.stream import first_records
+from parallel.engines.protocol import Batch, Engine
+from parallel.mesh import Mesh
+from training.config import StageConfig
+from training.tasks import Pictures, Task
+
+Change = Callable[[Batch, int], Batch]
+"""Changes a batch that begins at a record of this replica."""
+EVALUATED_TOGETHER = 64
+
+
+class Validation:
+    """Evaluates one run; all ranks call it together."""
+
+    def __init__(
+        self, task: Task[Any], engine: Engine, settings: StageConfig, mesh: Mesh, heart: Heart
+    ) -> None:
+        self._task, self._engine, self._settings = task, engine, settings
+        self._mesh, self._heart, self._step = mesh, heart, 0
+
+    def run(self, step: int) -> tuple[dict[str, float], Pictures]:
+        """Losses, the task's own figures, and pictures."""
+        self._step = step
+        records = self._held_out()
+        mine = records[self._mesh.data.rank :: self._mesh.data.size]
+        row = self._means(mine)
+        figures, pictures = self._task.figures(self._means, mine, records)
+        return {**row, **figures}, pictures
+
+    def _held_out(self) -> list[Any]:
+        """The held-out records: as many as give every replica of any mesh equal parts."""
+        wanted = self._settings.loop.validation_samples
+        records = first_records(self._task.held_out, wanted)
+        lanes = self._settings.order.lanes
+        if len(records) < lanes:
+            raise ConfigError(
+                f"the validation split has {len(records)} samples, order.lanes={lanes} needs as "
+                "many at least; pack with a larger --validation, or lower order.lanes"
+            )
+        return records[: len(records) - len(records) % lanes]
+
+    def _means(self, records: Sequence[Any], change: Change | None = None) -> dict[str, float]:
+        """Mean losses over this replica's records and all replicas; every rank must call it."""
+        totals: dict[str, float] = {}
+        for start in range(0, len(records), EVALUATED_TOGETHER):
+            self._heart.beat("validation")
+            part = records[start : start + EVALUATED_TOGETHER]
+            batch = self._task.batch(part, self._step)
+            losses = self._engine.evaluate(change(batch, start) if change else batch)
+            for name, value in losses.items():
+                totals[name] = totals.get(name, 0.0) + float(value) * len(part)
+        names = sorted(totals)
+        sums = torch.tensor([totals[name] / len(records) for name in names]).double()
+        return dict(zip(names, self._mesh.world.mean(sums).tolist(), strict=True))
