@@ -15,6 +15,7 @@ VERBS = {
     "evaluate": ("generation.commands:evaluate", "caption accuracy for best-of-N on shapes"),
     "report": ("generation.commands:report", "write a demo folder's report.html again"),
     "diverge": ("training.commands:diverge", "the first tensor in which two runs differ"),
+    "replay": ("training.commands:replay", "run a step that did not count again, on one process"),
     "verify": ("training.commands:verify", "check every digest of a data set or checkpoint"),
 }
 

@@ -150,6 +150,26 @@ def diverge(arguments: list[str]) -> None:
     parse(run, arguments, "diverge")
 
 
+def replay(arguments: list[str]) -> None:
+    """`tapir replay CAPSULE`."""
+
+    def run(capsule: Annotated[Path, tyro.conf.Positional], json: bool = False) -> None:
+        """Run a step that did not count (a spike, NaN or corruption) again, on one process.
+
+        Args:
+            capsule: a file of the run folder's capsules
+            json: print a JSON object on the last line
+        """
+        from training import replay as again  # noqa: PLC0415 - imports every engine's parts
+
+        found = again.replay(capsule)
+        LOG.info("%s", again.describe(found))
+        if json:
+            print_json(found)
+
+    parse(run, arguments, "replay")
+
+
 def verify(arguments: list[str]) -> None:
     """`tapir verify PATH`."""
 

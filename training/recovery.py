@@ -21,6 +21,7 @@ from training.guards import Guard
 
 CAPSULES = "capsules"
 _MOST_CAPSULES = 20
+_PROTECTED = 2
 _MOST_REWINDS = 3
 """Rewinds without a step beyond those before."""
 
@@ -34,6 +35,7 @@ class Recovery:
         self._bad: list[tuple[int, int]] = []
         """(epoch, step in it) of the updates skipped in a row."""
         self._rewinds, self._farthest = 0, -1
+        self._last: tuple[StepResult, Sequence[Any], dict[str, Any]] | None = None
 
     def must_rewind(
         self, result: StepResult, records: Sequence[Any], state: StreamState, facts: dict[str, Any]
@@ -42,13 +44,14 @@ class Recovery:
 
         `state` is the position behind the batch, `facts` stand in the capsule.
         """
+        self._last = (result, records, facts)
         if not result.skipped:
             self._bad.clear()
             return False
         step = facts["step"]
-        LOG.warning("step %d: %s; the update is skipped", step, result.skipped)
+        self._warn(f"step {step}: {result.skipped}; the update is skipped")
         self._bad.append((state.epoch, state.step - 1))
-        self._write_capsule(result, records, facts)
+        self._write_capsule(result.skipped)
         return len(self._bad) == self._config.rewind_after
 
     def rewound(self, state: StreamState, step: int, reached: int) -> StreamState:
@@ -65,9 +68,7 @@ class Recovery:
                 "rewinds and other data did not help; lower optim.lr, or look at a capsule with "
                 "`tapir replay`"
             )
-        LOG.warning(
-            "back to step %d; the data of %d skipped updates is passed over", step, len(self._bad)
-        )
+        self._warn(f"back to step {step}; the data of {len(self._bad)} updates is passed over")
         passed = {*map(tuple, state.passed), *self._bad}
         self._bad.clear()
         return state.passing(sorted(passed))
@@ -89,34 +90,41 @@ class Recovery:
             wrong |= set(different(tensors, group))
         found = self._mesh.world.gather_text(json.dumps(sorted(wrong)))
         ranks = sorted({rank for text in found for rank in json.loads(text)})
-        if ranks:
-            raise TapirError(
-                f"step {step}: the weights of rank {', '.join(map(str, ranks))} differ from their "
-                "replicas': silent corruption (memory, GPU or a bug); nothing of this step was "
-                "saved, and training goes on from the last checkpoint; check that machine"
-            )
+        if not ranks:
+            return
+        what = f"the weights of rank {', '.join(map(str, ranks))} differ from their replicas'"
+        self._write_capsule(what)
+        raise TapirError(
+            f"step {step}: {what}: silent corruption (memory, GPU or a bug); nothing of this step "
+            "was saved, and training goes on from the last checkpoint; check that machine"
+        )
 
     def due(self, step: int) -> bool:
         """Say whether the replicas shall be compared after this step."""
         every = self._config.compare_every
         return bool(every) and step % every == 0
 
-    def _write_capsule(
-        self, result: StepResult, records: Sequence[Any], facts: dict[str, Any]
-    ) -> None:
-        own = {"replica": self._mesh.data.rank, "records": [record_id(r) for r in records]}
+    def _warn(self, text: str) -> None:
+        if self._mesh.world.rank == 0:
+            LOG.warning("%s", text)
+
+    def _write_capsule(self, reason: str) -> None:
+        """Seal what `tapir replay` needs of the last step; all ranks call it."""
+        if self._last is None:
+            return
+        result, records, facts = self._last
+        rows = [[record_id(record), record_digest(record)] for record in records]
+        own = {"replica": self._mesh.data.rank, "records": rows}
         parts = [json.loads(text) for text in self._mesh.world.gather_text(json.dumps(own))]
         batch = {row["replica"]: row["records"] for row in parts if row["records"]}
         if self._mesh.world.rank:
             return
-        ids = [name for replica in sorted(batch) for name in batch[replica]]
         body = {
             **facts,
-            "reason": result.skipped,
+            "reason": reason,
             "losses": {name: _number(value) for name, value in result.losses.items()},
             "grad_norm": _number(result.grad_norm),
-            "records": ids,
-            "digest": sha256(json.dumps(ids).encode()),
+            "records": [row for replica in sorted(batch) for row in batch[replica]],
         }
         folder = self._out / CAPSULES
         old = sorted(folder.glob("step-*.json"), key=lambda path: path.stat().st_mtime)
@@ -133,15 +141,24 @@ def record_id(record: Any) -> str:
     return str(record.key if hasattr(record, "key") else record.id)
 
 
+def record_digest(record: Any) -> str:
+    """16 hex digits over a record's content."""
+    parts = [
+        getattr(record, name) for name in ("image", "text", "caption") if hasattr(record, name)
+    ]
+    data = [part.encode() if isinstance(part, str) else bytes(part) for part in parts]
+    return sha256(b"|".join(data))[:16]
+
+
 def checkpoints_of_capsules(out: Path) -> set[int]:
-    """Steps of the checkpoints that the newest capsule's replay starts from."""
-    found = sorted((out / CAPSULES).glob("step-*.json"), key=lambda path: path.stat().st_mtime)
-    steps = set()
-    for path in found[-1:]:
+    """Steps of the checkpoints that the newest capsules' replays start from: two at most."""
+    found = sorted((out / CAPSULES).glob("step-*.json"), key=lambda path: -path.stat().st_mtime)
+    steps: list[int] = []
+    for path in found:
         start = json.loads(path.read_text()).get("checkpoint")
-        if start is not None:
-            steps.add(int(start))
-    return steps
+        if start is not None and start not in steps:
+            steps.append(int(start))
+    return set(steps[:_PROTECTED])
 
 
 def _number(value: float) -> float | str:

@@ -80,10 +80,12 @@ class DeepSpeedState:
             for part in fragments(self.optimizer, parameter):
                 tensors = {"master": part.master, **part.state}
                 for kind in ("master", "exp_avg", "exp_avg_sq"):
+                    if kind not in tensors:  # before the first step
+                        continue
                     found = place.slice(name, kind, part.start, tensors[kind])
                     if found is not None:
                         yield found
-                if part.start == 0 and place.first == 0:
+                if "step" in part.state and part.start == 0 and place.first == 0:
                     data = part.state["step"].reshape(1)
                     yield StateSlice(name=name, kind="step", shape=(), start=0, data=data)
 
@@ -107,13 +109,20 @@ class DeepSpeedState:
     def replicas(self) -> list[tuple[list[Tensor], Group]]:
         """What the ranks of a group hold alike: weights, or in the paper's layout their shards."""
         whole = {name: p for name, p in self.names.items() if not hasattr(p, "ds_tensor")}
-        shards: list[Any] = [p for p in self.names.values() if hasattr(p, "ds_tensor")]
         common: list[Tensor] = [p for n, p in whole.items() if not self.places[n].split]
+        shards = [self._shard(p) for p in self.names.values() if hasattr(p, "ds_tensor")]
         return [
             (list(whole.values()), self.mesh.data),
             (common, self.mesh.tensor),
-            ([p.ds_tensor for p in shards], self.mesh.between),
+            (shards, self.mesh.between),
         ]
+
+    def _shard(self, parameter: Any) -> Tensor:
+        """A ZeRO-3 shard without its padding, which nobody sets."""
+        count = parameter.ds_tensor.numel()
+        real = max(0, min(count, parameter.ds_numel - count * self.mesh.machine.rank))
+        shard: Tensor = parameter.ds_tensor.reshape(-1)[:real]
+        return shard
 
     def facts(self) -> dict[str, float]:
         """Figures of the last step: compression and gradient scales."""

@@ -19,6 +19,7 @@ import training.rank
 import training.tasks
 from cluster.supervisor import supervise
 from core.settings import to_json
+from parallel.engines.catalogue import modules_of
 from training.config import PriorTrain
 from training.main import PRELOAD
 
@@ -28,7 +29,8 @@ Facts = dict[str, Any]
 def train_with(plant: str, settings: PriorTrain, **facts: Any) -> None:
     """Train under the supervisor, with a plant in each rank."""
     body = {"stage": "prior", "settings": to_json(settings), "plant": plant, "facts": facts}
-    preload = [*PRELOAD, "parallel.engines.deepspeed_zero", "tests.faults.plants"]
+    engines = modules_of(settings.engine.name, settings.mesh.world > settings.mesh.data)
+    preload = [*PRELOAD, *engines, "tests.faults.plants"]
     ranks, reports = settings.mesh.world, settings.out / "hang"
     supervise(
         "tests.faults.plants:run", json.dumps(body), ranks, preload, settings.supervisor, reports

@@ -25,6 +25,7 @@ from tests.faults.plants import changed, train_with
 from tests.harness import rows_of
 from training.config import PriorTrain
 from training.presets import prior_tiny
+from training.replay import replay
 
 COMPARED = ("step", "epoch", "loss", "text_loss", "image_loss", "grad_norm", "lr")
 Make = Callable[..., PriorTrain]
@@ -231,6 +232,8 @@ def test_a_gradient_that_is_not_finite_on_one_rank(make: Make, fault: Record) ->
     assert rows[8]["grad_norm"] == "inf" and all(math.isfinite(row["loss"]) for row in rows[9:])
     capsule = json.loads((settings.out / "capsules" / "step-9.json").read_text())
     assert "not finite" in capsule["reason"] and len(capsule["records"]) == 32
+    again = replay(settings.out / "capsules" / "step-9.json")
+    assert again.same_records and not again.skipped and math.isfinite(again.loss)
     fault.outcome("all ranks skip together, counted, capsule written")
 
 
@@ -247,6 +250,9 @@ def test_spikes_are_skipped_and_in_a_row_rewound(make: Make, fault: Record) -> N
     assert [row["step"] for row in rows] == list(range(1, 27))
     assert [row["step"] for row in rows if "skipped" in row] == [12]
     assert "standard deviations above" in rows[11]["skipped"]
+    again = replay(settings.out / "capsules" / "step-12.json")
+    assert again.loss == pytest.approx(again.loss_then / 1e4, rel=1e-4), "the plant is not there"
+    assert again.worst[0][1] > again.loss > 0
     assert all(row["loss"] < 10 for row in rows if "skipped" not in row)
     start = settings.out / "checkpoints" / "step-26" / "manifest.json"
     stream = json.loads(start.read_text())["facts"]["stream"]

@@ -1,57 +1,93 @@
-"""A checkpoint of any mesh and engine goes on under any other, with the same losses."""
+"""A checkpoint of any mesh and engine goes on under any other, with the same losses.
 
+TAPIR_MATRIX=all (`make matrix`) takes every pair; `make test` a chosen diagonal.
+"""
+
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.harness import rows_of, tapir
+from parallel.config import CompressConfig, EngineConfig, MeshConfig
+from tests.faults.plants import changed, train_with
+from tests.harness import rows_of
 from tests.multiprocess.checks import largest_difference
+from training.config import PriorTrain
+from training.presets import prior_tiny
 
-FLAGS = [
-    "--loop.batch=32",
-    "--loop.log-every=1",
-    "--loop.validation-samples=32",
-    "--checkpoint.every=5",
-    "--loop.steps=10",
-    "--checkpoint.keep=9",
-    "--order.block=8",
-    "--optim.warmup=2",
-    "--model.heads=6",
-    "--engine.precision=fp32",
-    "--engine.matmul-precision=highest",
-]
-ZERO, PIPE = "--engine.name=deepspeed_zero", "--engine.name=deepspeed_pipe"
-MESHES = {
-    "reference-1": ["--engine.name=reference", "--mesh.data=1"],
-    "reference-2": ["--engine.name=reference", "--mesh.data=2"],
-    "zero1-4": [ZERO, "--mesh.data=4"],
-    "zero3-2": [ZERO, "--mesh.data=2", "--engine.zero-stage=3"],
-    "zero2-tp2": [ZERO, "--mesh.data=2", "--mesh.tensor=2", "--engine.zero-stage=2"],
-    "tp2-pp2": [PIPE, "--mesh.data=1", "--mesh.tensor=2", "--mesh.pipeline=2"],
-    "pp3": [PIPE, "--mesh.data=1", "--mesh.pipeline=3"],
-    "tp4": [PIPE, "--mesh.data=1", "--mesh.tensor=4"],
-    "paper": [ZERO, "--mesh.data=4", "--mesh.machines=2", "--engine.zero-stage=3"],
+BOUND = 1e-5
+STEPS, SAVED = 10, 5
+
+
+def _zero(stage: int, **mesh: int) -> tuple[MeshConfig, EngineConfig]:
+    return MeshConfig(**mesh), EngineConfig(name="deepspeed_zero", zero_stage=stage)
+
+
+def _pipe(**mesh: int) -> tuple[MeshConfig, EngineConfig]:
+    return MeshConfig(**mesh), EngineConfig(name="deepspeed_pipe", accumulate=2)
+
+
+LAYOUTS = {
+    "1 process": (MeshConfig(), EngineConfig()),
+    "TP2": _pipe(tensor=2),
+    "PP2": _pipe(pipeline=2),
+    "DP4": _zero(1, data=4),
+    "DP4 pipe": _pipe(data=4),
+    "TP2xPP2": _pipe(tensor=2, pipeline=2),
+    "TP2xPP2xDP2": _pipe(tensor=2, pipeline=2, data=2),
+    "TP4 padded": _pipe(tensor=4),
+    "TP2xDP2 ZeRO-2": _zero(2, tensor=2, data=2),
+    "paper 2x2": _zero(3, data=4, machines=2),
 }
-"""TP 4 pads the 6 heads to 8."""
-PAIRS = [
-    ("reference-1", "tp2-pp2"),
-    ("reference-1", "pp3"),
-    ("tp2-pp2", "zero3-2"),
-    ("zero3-2", "tp4"),
-    ("paper", "zero2-tp2"),
-    ("zero1-4", "reference-2"),
+"""TP4 pads the 6 heads to 8."""
+ALL = [(a, b) for a in LAYOUTS for b in LAYOUTS if a != b]
+SOME = [
+    ("1 process", "TP2xPP2"),
+    ("TP2xPP2", "paper 2x2"),
+    ("paper 2x2", "TP2xPP2xDP2"),
+    ("TP2xPP2xDP2", "TP4 padded"),
+    ("TP4 padded", "DP4"),
+    ("DP4", "TP2xDP2 ZeRO-2"),
+    ("TP2xDP2 ZeRO-2", "1 process"),
 ]
+PAIRS = ALL if os.environ.get("TAPIR_MATRIX") == "all" else SOME
+
+
+def _settings(tokens: Path, out: Path, layout: str, **parts: dict[str, Any]) -> PriorTrain:
+    mesh, engine = LAYOUTS[layout]
+    engine = replace(engine, precision="fp32", matmul_precision="highest")
+    settings = replace(prior_tiny(), data=str(tokens), out=out, mesh=mesh, engine=engine)
+    small: dict[str, dict[str, Any]] = {
+        "model": {"dim": 48, "heads": 6},
+        "loop": {
+            "steps": STEPS,
+            "batch": 32,
+            "log_every": 1,
+            "validate_every": 0,
+            "validation_samples": 32,
+        },
+        "order": {"block": 8},
+        "optim": {"warmup": 2, "ema": 0.9, "ema_every": 2},
+        "checkpoint": {"every": SAVED, "keep": 9},
+    }
+    return changed(settings, **{**small, **parts})
 
 
 @pytest.fixture(scope="module")
 def saved(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {}
     for name in sorted({source for source, _ in PAIRS}):
-        found[name] = tmp_path_factory.mktemp(name)
-        run = ["train", "prior", "tiny", f"--data={tokens}", f"--out={found[name]}"]
-        tapir(*run, *FLAGS, *MESHES[name])
+        found[name] = tmp_path_factory.mktemp(name.replace(" ", "_"))
+        train_with("nothing", _settings(tokens, found[name], name))
     return found
+
+
+def _from_half(source: Path, target: Path) -> None:
+    name = f"checkpoints/step-{SAVED}"
+    shutil.copytree(source / name, target / name)
 
 
 @pytest.mark.slow
@@ -59,25 +95,40 @@ def saved(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 def test_saved_here_loads_there(
     source: str, target: str, saved: dict[str, Path], tokens: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(saved[source] / "checkpoints" / "step-5", tmp_path / "checkpoints" / "step-5")
-    run = ["train", "prior", "tiny", f"--data={tokens}", f"--out={tmp_path}"]
-    assert "resumed from" in tapir(*run, *FLAGS, *MESHES[target])
-    after, expected = rows_of(tmp_path), rows_of(saved[source])[5:]
-    assert [row["step"] for row in after] == [6, 7, 8, 9, 10]
-    assert largest_difference(expected, after, "loss") < 1e-5
-    assert largest_difference(expected, after, "grad_norm") < 1e-5
+    _from_half(saved[source], tmp_path)
+    train_with("nothing", _settings(tokens, tmp_path, target))
+    after, expected = rows_of(tmp_path), rows_of(saved[source])[SAVED:]
+    assert [row["step"] for row in after] == list(range(SAVED + 1, STEPS + 1))
+    assert largest_difference(expected, after, "loss") < BOUND
+    assert largest_difference(expected, after, "grad_norm") < BOUND
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["tp2-pp2", "paper"])
-def test_a_compressed_run_resumes_bit_equal(mesh: str, tokens: Path, tmp_path: Path) -> None:
-    flags = [*FLAGS, *MESHES[mesh], "--compress.rank=40", "--compress.warm-start"]
-    flags += ["--mesh.data=2"] if mesh == "tp2-pp2" else []
-    run = ["train", "prior", "tiny", f"--data={tokens}"]
-    tapir(*run, *flags, f"--out={tmp_path / 'whole'}")
-    source = tmp_path / "whole" / "checkpoints" / "step-5"
-    shutil.copytree(source, tmp_path / "again" / "checkpoints" / "step-5")
-    tapir(*run, *flags, f"--out={tmp_path / 'again'}")
-    expected, after = rows_of(tmp_path / "whole")[5:], rows_of(tmp_path / "again")
-    for field in ("step", "loss", "grad_norm"):
+@pytest.mark.parametrize("layout", ["TP2xPP2xDP2", "paper 2x2"])
+def test_a_compressed_run_resumes_bit_equal(layout: str, tokens: Path, tmp_path: Path) -> None:
+    compress = CompressConfig(rank=12, warm_start=True)
+    runs = [
+        replace(_settings(tokens, tmp_path / name, layout), compress=compress)
+        for name in ("whole", "again")
+    ]
+    train_with("nothing", runs[0])
+    _from_half(runs[0].out, runs[1].out)
+    train_with("nothing", runs[1])
+    expected, after = rows_of(runs[0].out)[SAVED:], rows_of(runs[1].out)
+    for field in ("step", "loss", "grad_norm", "compress_sent_bytes"):
         assert [row[field] for row in after] == [row[field] for row in expected]
+    models = [(run.out / "model.safetensors").read_bytes() for run in runs]
+    assert models[0] == models[1]
+
+
+@pytest.mark.slow
+def test_saving_in_the_background_changes_nothing(tokens: Path, tmp_path: Path) -> None:
+    """Every step saved, in the background and in front, against saves at the end alone."""
+    ways = [{"every": 1}, {"every": 1, "background": False}, {"every": 10**6}]
+    found = []
+    for i, way in enumerate(ways):
+        settings = _settings(tokens, tmp_path / str(i), "TP2xDP2 ZeRO-2", checkpoint=way)
+        train_with("nothing", settings)
+        rows = [(row["loss"], row["grad_norm"]) for row in rows_of(settings.out)]
+        found.append((rows, (settings.out / "model.safetensors").read_bytes()))
+    assert found[0] == found[1] == found[2]
