@@ -52,20 +52,23 @@ check: $(DEV_STAMP)
 	$(BIN)/codespell
 
 faults: $(DEV_STAMP)
-	$(BIN)/python -m pytest tests/faults -v
+	$(BIN)/python -m pytest tests/faults
 
 soak: $(DEV_STAMP)
-	TAPIR_SOAK_KILLS=$${KILLS:-10} $(BIN)/python -m pytest tests/faults/test_kill_and_resume.py -v
-	TAPIR_ENDINGS=$${ENDINGS:-20} $(BIN)/python -m pytest tests/faults/test_endings.py -v
+	TAPIR_SOAK_KILLS=$${KILLS:-30} $(BIN)/python -m pytest tests/faults/test_soak.py
+	TAPIR_ENDINGS=$${ENDINGS:-20} $(BIN)/python -m pytest tests/faults/test_endings.py
+	TAPIR_LOST_RANKS=all $(BIN)/python -m pytest tests/faults/test_lost_ranks.py
 
 matrix: $(DEV_STAMP)
-	$(BIN)/python -m pytest tests/multiprocess/test_checkpoint_matrix.py -v
-	$(BIN)/python -m pytest tests/multiprocess/test_paper_block.py -v -m big
+	TAPIR_MATRIX=all $(BIN)/python -m pytest tests/multiprocess/test_checkpoint_matrix.py
+	$(BIN)/python -m pytest tests/multiprocess/test_paper_block.py -m big
 
 bench: $(DEV_STAMP) system
 	$(BIN)/python -m bench engines --json
 	$(BIN)/python -m bench parity --json
 	$(BIN)/python -m bench network --json
+	$(BIN)/python -m bench saving --json
+	$(BIN)/python -m bench goodput --json
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -6,13 +6,15 @@ import os
 import platform
 import sys
 
-from bench import compression, engines, network, parity, scales
+from bench import compression, engines, goodput, network, parity, saving, scales
 
 BENCHES = {
     "compression": compression.run,
     "engines": engines.run,
+    "goodput": goodput.run,
     "network": network.run,
     "parity": parity.run,
+    "saving": saving.run,
     "scales": scales.run,
 }
 

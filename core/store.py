@@ -7,6 +7,7 @@ environment, as boto3 does; nothing of them is ever written down.
 import hashlib
 import io
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,13 +22,21 @@ from botocore.exceptions import (
     ClientError,
     EndpointConnectionError,
     EndpointProviderError,
+    IncompleteReadError,
     NoCredentialsError,
     ParamValidationError,
+    ReadTimeoutError,
+    ResponseStreamingError,
 )
 
 from core.errors import ConfigError, StoreError, StoreInputError
 from core.files import TEMPORARY, write_atomic, write_parts
+from core.keys import key_fraction
+from core.log import LOG
 
+_CUT = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
+"""A body that ended too early: what came of it counts."""
+_CHUNK = 2**20
 _PART = 16 * 2**20
 _TRANSFER = TransferConfig(multipart_threshold=_PART, multipart_chunksize=_PART, max_concurrency=4)
 _MISSING = ("404", "NoSuchKey", "NotFound")
@@ -144,7 +153,7 @@ class S3Store:
     def __init__(self, bucket: str, prefix: str, attempts: int = 6) -> None:
         self.bucket, self.prefix = bucket, prefix.strip("/")
         self.url = f"s3://{bucket}/{self.prefix}".rstrip("/")
-        self._bucket_seen = False
+        self._bucket_seen, self._attempts = False, attempts
         retries: Any = {"mode": "adaptive", "total_max_attempts": attempts}
         region = os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
         path_style: Any = {"addressing_style": "path"}
@@ -159,19 +168,34 @@ class S3Store:
             ) from error
 
     def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
-        if length == 0:
-            return b""
+        parts: list[bytes] = []
+        for attempt in range(self._attempts):
+            got = sum(map(len, parts))
+            if length is not None and got >= length:
+                break
+            left = None if length is None else length - got
+            try:
+                with self._explained(name):
+                    self._read_into(parts, name, start + got, left)
+                break
+            except StoreError as error:
+                if _code(error.__cause__) == "InvalidRange":
+                    break  # behind the end, as in a file
+                if not isinstance(error.__cause__, _CUT) or attempt + 1 == self._attempts:
+                    raise
+                pause = min(2.0**attempt, 20.0) * (0.5 + key_fraction(name, attempt, "jitter"))
+                got = sum(map(len, parts))
+                LOG.warning("%s/%s was cut at byte %d; going on", self.url, name, start + got)
+                time.sleep(0.2 * pause)
+        return b"".join(parts)
+
+    def _read_into(self, parts: list[bytes], name: str, start: int, length: int | None) -> None:
+        """Read a range; what came before an error stays in `parts`."""
         extra = {}
         if start or length is not None:
             extra["Range"] = f"bytes={start}-" + ("" if length is None else str(start + length - 1))
-        try:
-            with self._explained(name):
-                answer = self._client.get_object(Bucket=self.bucket, Key=self._key(name), **extra)
-                return bytes(answer["Body"].read())
-        except StoreError as error:
-            if _code(error.__cause__) == "InvalidRange":
-                return b""  # behind the end, as in a file
-            raise
+        answer = self._client.get_object(Bucket=self.bucket, Key=self._key(name), **extra)
+        parts.extend(answer["Body"].iter_chunks(_CHUNK))
 
     def put(self, name: str, data: bytes, if_absent: bool = False) -> bool:
         extra: Any = {"IfNoneMatch": "*"} if if_absent else {}

@@ -1,0 +1,160 @@
+"""Goodput of the paper's 12B run on 1,024 GPUs with two failures a day, by simulation.
+
+Costs are measured here and scaled to a rank's share of the state: what a save holds training up,
+how long it takes to be written, how fast it is verified and read, and the seconds from the
+SIGKILL of one of 8 ranks to the next trained step.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.tokens import make_tokens
+from checkpoint.format import StateSlice
+from checkpoint.reader import open_checkpoint
+from checkpoint.saver import Saver
+from core.heartbeat import read_beats
+from core.keys import keyed_rng
+from core.store import FolderStore
+
+GPUS, FAILURES_A_DAY = 1024, 2.0
+STATE = 12e9 * 12
+"""Bytes: fp32 weights and two moments."""
+REPLACEMENT = 300.0
+"""Seconds until a failed machine is replaced and the job runs again; assumed, not measured."""
+SPREAD = 0.5
+"""Seconds of start-up for each doubling of the ranks beyond 8; assumed."""
+DAY, DAYS = 86_400.0, 365 * 20
+INTERVALS = (30, 60, 120, 300, 600, 1200, 1800, 3600, 7200)
+FOLDER = Path(".cache/bench-goodput")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Seconds on each rank."""
+
+    hold: float
+    """A save holds training up."""
+    write: float
+    """Until it is written: a failure before that goes back one further."""
+    restart: float
+    """From a failure to the next trained step."""
+
+
+def run() -> list[dict[str, Any]]:
+    """One row an interval, and the seconds of a restart."""
+    restart = measured_restart()
+    share = STATE / GPUS
+    hold, write, read = _measured_save(share)
+    ranks = math.log2(GPUS / 8) * SPREAD
+    costs = Costs(hold=hold, write=write, restart=restart + read + ranks + REPLACEMENT)
+    print(f"{share / 1e6:.0f} MB a rank: {costs}", file=sys.stderr)
+    rows = [
+        {
+            "name": "SIGKILL of one of 8 ranks to the next trained step",
+            "value": restart,
+            "unit": "s",
+            "baseline": "15 s",
+            "ratio": 15 / restart,
+            "spread": [restart, restart],
+        }
+    ]
+    for interval in INTERVALS:
+        shares = [simulate(costs, float(interval), seed) for seed in range(5)]
+        rows.append(
+            {
+                "name": f"goodput, a checkpoint every {interval} s",
+                "value": statistics.mean(shares),
+                "unit": "share",
+                "baseline": "0.95",
+                "ratio": statistics.mean(shares) / 0.95,
+                "spread": [min(shares), max(shares)],
+            }
+        )
+    return rows
+
+
+def simulate(costs: Costs, interval: float, seed: int) -> float:
+    """Share of the wall time in which steps are trained that need not be trained again."""
+    draws = keyed_rng(seed, int(interval), "goodput")
+    now = useful = 0.0
+    while now < DAYS * DAY:
+        alive = draws.exponential(DAY / FAILURES_A_DAY)
+        cycle = interval + costs.hold
+        saves = max(0, math.floor((alive - costs.write) / cycle))
+        useful += saves * interval
+        now += alive + costs.restart
+    return useful / now
+
+
+def measured_restart() -> float:
+    """Seconds from the SIGKILL of one of 8 ranks (TP2 x PP2 x DP2) to the next logged step."""
+    tokens = os.environ.get("TAPIR_BENCH_TOKENS") or make_tokens(FOLDER / "data")
+    out = FOLDER / "run"
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, "-m", "tapir", "train", "prior", "tiny", f"--data={tokens}"]
+    command += [f"--out={out}", "--loop.steps=100000", "--loop.log-every=1", "--loop.batch=16"]
+    command += ["--loop.validate-every=0", "--checkpoint.every=5", "--mesh.tensor=2"]
+    command += ["--mesh.pipeline=2", "--engine.name=deepspeed_pipe", "--engine.accumulate=2"]
+    command += ["--model.heads=4", "--supervisor.back-off=0.1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
+    try:
+        _until(lambda: len(_rows(out)) > 12)
+        session = next(Path(tempfile.gettempdir()).glob(f"tapir-ranks-{process.pid}-*"))
+        folder = next(path for path in session.iterdir() if path.is_dir())
+        victim = next(beat for beat in read_beats(folder, 8) if beat.rank == 3)
+        began = time.monotonic()
+        os.kill(victim.pid, signal.SIGKILL)
+        before = set(_rows(out))
+        _until(lambda: _rows(out)[-1] not in before)
+        return time.monotonic() - began
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _measured_save(share: float) -> tuple[float, float, float]:
+    """Seconds that a save of a rank's share holds up, is written in, and is read back in."""
+    data = torch.zeros(int(share / 4)).normal_()
+    part = StateSlice(name="w", kind="master", shape=(data.numel(),), start=0, data=data)
+    store = FolderStore(FOLDER / "checkpoints")
+    saver = Saver(store, 0, lambda text: [text], True)
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        held_up = saver.save("step-1", [part], {}, lambda: None)
+        saver.wait()
+        written = time.perf_counter() - began
+        began = time.perf_counter()
+        open_checkpoint(f"{store.url}/step-1").tensor("w", "master")
+        times.append((held_up, written, time.perf_counter() - began))
+    shutil.rmtree(store.root)
+    hold, write, read = (statistics.median(column) for column in zip(*times[1:], strict=True))
+    return hold, write, read
+
+
+def _rows(out: Path) -> list[str]:
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [line for line in lines if line.endswith("}") and "split" not in json.loads(line)]
+
+
+def _until(condition: Any) -> None:
+    deadline = time.monotonic() + 180
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError("the run did not get on")
+        time.sleep(0.01)

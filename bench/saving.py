@@ -1,0 +1,84 @@
+"""How long a checkpoint holds training up: written in the background, against written in front.
+
+A prior of 90 million parameters (1.1 GB of weights and moments) after one real step; the two ways
+take turns, and what they wrote is compared byte for byte.
+"""
+
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint.reader import open_checkpoint
+from checkpoint.saver import Saver
+from core.store import FolderStore
+from models.config import PriorConfig
+from models.prior import prior_layers, prior_loss
+from parallel.config import CompressConfig, EngineConfig, OptimConfig
+from parallel.engines.protocol import EngineSettings, Program
+from parallel.engines.reference import ReferenceEngine
+from parallel.mesh import Mesh
+
+ROUNDS = 5
+FOLDER = Path(".cache/bench-saving")
+
+
+def run() -> list[dict[str, Any]]:
+    """One row; ratio = seconds held up in front over those in the background."""
+    engine = trained_engine()
+    size = sum(part.data.numel() * part.data.element_size() for part in engine.state_slices())
+    assert size >= 2**30, f"the state has only {size} bytes"
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    store = FolderStore(FOLDER)
+    savers = {way: Saver(store, 0, lambda text: [text], way) for way in (True, False)}
+    for i in range(ROUNDS + 1):
+        for way, saver in savers.items():
+            held_up = saver.save(f"step-{int(way)}", engine.state_slices(), {}, lambda: None)
+            saver.wait()
+            if i:  # the first round allocates the buffers
+                seconds[way].append(held_up)
+    digests = [open_checkpoint(f"{FOLDER}/step-{n}").files[0]["sha256"] for n in (0, 1)]
+    assert digests[0] == digests[1], "the two ways wrote different bytes"
+    shutil.rmtree(FOLDER)
+    front, behind = (statistics.median(seconds[way]) for way in (False, True))
+    ratios = [a / b for a, b in zip(seconds[False], seconds[True], strict=True)]
+    return [
+        {
+            "name": f"save of {size / 1e9:.2f} GB, held up in the background",
+            "value": behind,
+            "unit": "s",
+            "baseline": f"in front {front:.3f} s ({size / front / 1e9:.2f} GB/s)",
+            "ratio": front / behind,
+            "spread": [min(ratios), max(ratios)],
+        }
+    ]
+
+
+def trained_engine() -> ReferenceEngine:
+    """The reference engine after one step."""
+    config = PriorConfig(
+        dim=768,
+        heads=12,
+        layers=13,
+        text_length=8,
+        text_vocabulary=512,
+        image_vocabulary=512,
+        grid=8,
+    )
+    program = Program(
+        layers=prior_layers(config, 0), loss=lambda logits, batch: prior_loss(logits, batch, 0.125)
+    )
+    settings = EngineSettings(
+        optim=OptimConfig(), engine=EngineConfig(), compress=CompressConfig(), seed=0
+    )
+    engine = ReferenceEngine(program, settings, Mesh())
+    began = time.perf_counter()
+    text = torch.zeros(1, config.text_length, dtype=torch.int64)
+    image = torch.zeros(1, config.image_length, dtype=torch.int64)
+    engine.step([{"text": text, "image": image}], 1e-4)
+    print(f"one step: {time.perf_counter() - began:.1f} s")
+    return engine

@@ -1,0 +1,68 @@
+"""A proxy before a real S3 server that fails on purpose: status, delay, or a body cut in half."""
+
+import http.client
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from time import sleep
+from urllib.parse import urlsplit
+
+Plan = Callable[[int, str], str]
+"""(number of the request, method) -> nothing, a status as text, "slow", or "cut"."""
+
+
+@contextmanager
+def faulty_proxy(endpoint: str, plan: Plan) -> Iterator[str]:
+    """Serve on a free loopback port what the endpoint serves, with faults; gives its address."""
+    target = urlsplit(endpoint)
+    lock, count = threading.Lock(), [0]
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def _any(self) -> None:
+            with lock:
+                count[0] += 1
+                what = plan(count[0], self.command)
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if what.isdigit():
+                self._answer(int(what), {}, b"", 0)
+                return
+            if what == "slow":
+                sleep(2.0)
+            link = http.client.HTTPConnection(str(target.hostname), target.port, timeout=60)
+            link.request(self.command, self.path, body, dict(self.headers))
+            found = link.getresponse()
+            data = found.read()
+            headers = {k: v for k, v in found.getheaders() if k.lower() not in _OWN}
+            size = int(found.getheader("Content-Length") or len(data))
+            sent = data[: len(data) // 2] if what == "cut" else data
+            self._answer(found.status, headers, sent, size)
+            link.close()
+            if what == "cut":
+                self.close_connection = True
+
+        def _answer(self, status: int, headers: dict[str, str], data: bytes, size: int) -> None:
+            self.send_response_only(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(size))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _any
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+_OWN = ("content-length", "transfer-encoding", "connection")
