@@ -51,7 +51,8 @@ def _help() -> str:
     return (
         "usage: tapir VERB [--help] ...\n\n"
         "Train DALL-E-class text-to-image models, from raw pairs to ranked pictures.\n\n"
-        f"{rows}\n\nEvery verb has --help. Exit codes: 0 done, 2 wrong input, 130 Ctrl-C, 1 failed."
+        f"{rows}\n\nEvery verb has --help. Exit codes: 0 done, 2 wrong input, 75 stopped with a "
+        "checkpoint saved, 130 Ctrl-C, 1 failed."
     )
 
 

@@ -50,12 +50,6 @@ class Heart:
         )
         os.pwrite(self._file, text.encode().ljust(SIZE), 0)
 
-    def close(self) -> None:
-        """Let go of the file."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
-
 
 def read_beats(folder: Path, ranks: int) -> list[Beat]:
     """The last beats of the ranks that have spoken."""

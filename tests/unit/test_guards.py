@@ -1,0 +1,78 @@
+"""Guards: when an update is a spike, and that its history resumes exactly."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+
+from parallel.control import FIELDS, Control
+from parallel.mesh import Group
+from parallel.replicas import different, fingerprint
+from training.config import GuardConfig
+from training.guards import Guard
+
+
+def _fed(guard: Guard, count: int, seed: int = 0) -> Guard:
+    draws = random.Random(seed)
+    for _ in range(count):
+        assert guard.judge(math.exp(draws.gauss(0, 0.3)), draws.gauss(3, 0.1)) == ""
+    return guard
+
+
+def test_nothing_is_a_spike_before_half_of_the_window() -> None:
+    guard = _fed(Guard(GuardConfig(window=64)), 31)
+    assert guard.judge(1e6, 1e6) == ""
+    guard = _fed(Guard(GuardConfig(window=64)), 32)
+    assert "loss 1e+06 lies" in guard.judge(1.0, 1e6)
+    assert "log of the gradient norm" in guard.judge(1e6, 3.0)
+
+
+def test_six_deviations_up_are_a_spike_and_down_are_none() -> None:
+    guard = _fed(Guard(GuardConfig()), 128)
+    assert guard.judge(1.0, 3.5) == ""
+    assert guard.judge(1.0, 3.8) != ""
+    assert guard.judge(1e-9, 0.1) == ""
+    assert Guard(GuardConfig(sigmas=0)).judge(1e9, 1e9) == ""
+
+
+def test_a_flat_curve_makes_no_spike_of_noise() -> None:
+    guard = Guard(GuardConfig(window=16))
+    for _ in range(16):
+        guard.judge(1.0, 2.0)
+    assert guard.judge(1.5, 2.1) == ""
+    assert guard.judge(1.0, 2.2) != ""
+
+
+def test_a_skipped_update_leaves_the_history_alone_and_it_resumes() -> None:
+    guard = _fed(Guard(GuardConfig(window=32)), 40)
+    before = json.dumps(guard.state())
+    assert guard.judge(1.0, 99.0)
+    assert json.dumps(guard.state()) == before
+    other = Guard(GuardConfig(window=32))
+    other.load(json.loads(before))
+    assert other.state() == guard.state() and len(other.state()["losses"]) == 32
+
+
+def test_what_all_ranks_decide() -> None:
+    control = Control(judge=lambda norm, loss: "too much" if loss > 5 else "")
+    control.seen = [{"loss": torch.tensor(2.0)}, {"loss": torch.tensor(4.0)}]
+    share = control.share()
+    assert share.tolist() == [6.0, 2.0, 0.0] and len(share) == FIELDS
+    assert control.decide(1.5, share) == 1.5 and (control.loss, control.skipped) == (3.0, "")
+    assert control.decide(1.5, torch.tensor([60.0, 2.0, 1.0])) == math.inf
+    assert control.stopping and control.skipped == "too much" and control.norm == 1.5
+    assert control.decide(math.inf, share) == math.inf and "not finite" in control.skipped
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_every_flipped_bit_changes_the_fingerprint(dtype: torch.dtype) -> None:
+    weight = torch.randn(7, 5).to(dtype)
+    before = fingerprint([weight, weight])
+    bits = weight.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])
+    for place in range(8 * dtype.itemsize - 1):
+        bits.view(-1)[9] ^= 1 << place
+        assert not fingerprint([weight, weight]).equal(before)
+        bits.view(-1)[9] ^= 1 << place
+    assert different([weight], Group()) == []
