@@ -5,7 +5,6 @@ replicas each, 1,000 steps; runs that are there already are not repeated. docs/e
 figures and what follows from them.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -13,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.tokens import make_tokens
+from training.run_folder import read_metrics
 
 SEEDS = (0, 1, 2)
 STEPS = 1000
-WIDTHS = {96: (6, 12, 22, 43), 160: (36,)}
-"""Width -> ranks; 22 and 36 are the paper's 0.226 of the width."""
+WIDTHS = {96: (6, 12, 16, 22, 43), 160: (26, 36)}
+"""Width -> ranks; 22 and 36 are the paper's 0.226 of the width, 16 and 26 save 75%."""
 PAPERS = {96: 22, 160: 36}
 FOLDER = Path(".cache/bench-compression")
 
@@ -64,9 +64,9 @@ def _train(tokens: str, width: int, rank: int, variant: str, seed: int, flags: l
     command += [f"--model.dim={width}", f"--model.heads={width // 32}", "--engine.name=reference"]
     command += ["--mesh.data=2", f"--compress.rank={rank}", *flags]
     subprocess.run(command, check=True, capture_output=True)
-    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["split"] == "validation", f"{out} did not end with a validation row"
-    return float(last["loss"])
+    rows = [row for row in read_metrics(out) if row.get("split") == "validation"]
+    assert rows and rows[-1]["step"] == STEPS, f"{out} did not end with a validation row"
+    return float(rows[-1]["loss"])
 
 
 def _row(

@@ -89,6 +89,8 @@ class Run:
         self._from: int | None = None
         """Step of the checkpoint that the current weights go back to."""
         self._scored: float | None = None
+        self._notes: dict[str, Any] = {}
+        """What the next logged row says of saves."""
 
     def train(self) -> None:
         """Train until loop.steps, from the newest checkpoint if there is one.
@@ -147,7 +149,7 @@ class Run:
         self.checkpoints.protected = checkpoints_of_capsules(self.settings.out)
         held_up = self.checkpoints.save(self.step, self._slices(), facts)
         self._from = self.step
-        self.folder.log({"step": self.step, "split": "save", "held_up_seconds": held_up})
+        self._notes["save_held_up_seconds"] = held_up
 
     def close(self) -> None:
         """Let go of the folder and the engine."""
@@ -220,12 +222,14 @@ class Run:
                 **self._slowest(seconds - self._ledger.take_blocked()),
                 "comm_bytes": total_bytes(counts),
                 "comm": counts,
+                **self._notes,
             }
+            self._notes.clear()
             self.folder.log(row)
 
     def _note_failure(self) -> None:
         if error := self.checkpoints.failure():
-            self.folder.log({"step": self.step, "split": "save", "error": error})
+            self._notes["save_error"] = error
 
     def _slowest(self, busy: float) -> dict[str, float]:
         """The rank whose own work took longest beside its stage's median; all ranks call it."""

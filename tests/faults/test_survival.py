@@ -303,7 +303,7 @@ def test_a_full_disk_stops_no_training(
     _when(lambda: (tiny_disk / "step-5" / "manifest.json").exists(), lambda: _fill(ballast))
     _when(_resumed(settings.out, 19), ballast.unlink)
     train_with("nothing", settings)
-    failed = [row["error"] for row in rows_of(settings.out, "save") if "error" in row]
+    failed = [row["save_error"] for row in rows_of(settings.out) if "save_error" in row]
     assert failed and all("No space left on device" in text for text in failed)
     fault.outcome("each failed save told, older kept, the run ends")
     _same(settings, make)
