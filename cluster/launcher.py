@@ -100,7 +100,7 @@ def launch(
         folder = Path(name)
         try:
             for rank in range(ranks):
-                arguments = (target, payload, rank, ranks, name)
+                arguments = (target, payload, rank, ranks, name, dict(os.environ))
                 process = context.Process(target=_run_rank, args=arguments, name=f"rank-{rank}")
                 process.start()
                 started.append(process)
@@ -207,7 +207,10 @@ class _terminable:
         raise KeyboardInterrupt
 
 
-def _run_rank(target: str, payload: str, rank: int, ranks: int, folder: str) -> None:
+def _run_rank(
+    target: str, payload: str, rank: int, ranks: int, folder: str, environment: dict[str, str]
+) -> None:
+    """The life of a rank; the forkserver's own environment is that of its start, maybe older."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     heed_stop_signals()
     die_with_parent()
@@ -216,8 +219,10 @@ def _run_rank(target: str, payload: str, rank: int, ranks: int, folder: str) -> 
         die_with(parent.sentinel)
     stacks = open(Path(folder, f"stacks-{rank}.txt"), "w")  # noqa: SIM115 - until the rank ends
     faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
+    os.environ.clear()
     os.environ.update(
         {
+            **environment,
             "RANK": str(rank),
             "WORLD_SIZE": str(ranks),
             "LOCAL_RANK": str(rank),

@@ -154,6 +154,16 @@ def flip(facts: Facts) -> None:
     _before_step(act)
 
 
+def slow(facts: Facts) -> None:
+    """One rank takes longer for each step than its peers."""
+
+    def act(run: Any, _step: int) -> None:
+        if run.world.rank == facts["rank"]:
+            time.sleep(facts["seconds"])
+
+    _before_step(act)
+
+
 def clock(facts: Facts) -> None:
     """The wall clock goes back a day, and then forward two."""
     real = time.time
@@ -176,6 +186,7 @@ PLANTS: dict[str, Callable[[Facts], None]] = {
         freeze,
         skip_collective,
         flip,
+        slow,
         clock,
     )
 }

@@ -17,8 +17,11 @@ from typing import Any
 import psutil
 import pytest
 
+from checkpoint.reader import finished_steps
+from cluster.object_server import ObjectServer
 from core.errors import Preempted, RankError, TrainingError
 from core.log import LOG
+from core.store import S3Store
 from parallel.config import EngineConfig, MeshConfig
 from tests.faults.conftest import Record
 from tests.faults.plants import changed, train_with
@@ -176,7 +179,9 @@ def test_a_frozen_rank_is_found_by_its_silence(
     text = next(text for text in messages if "hangs" in text)
     assert "rank 1 of 2 hangs" in text and "in act" in text, text
     assert "rank 0: after step 7, last in all_reduce over data" in text, text
-    fault.outcome("rank and line named, restarted, bit-equal")
+    assert "last collective of rank 1: gloo:" in text, text
+    assert len(list((settings.out / "hang").glob("flight-*.json"))) == 2
+    fault.outcome("rank, line and collective named, restarted, bit-equal")
     _same(settings, make)
 
 
@@ -278,6 +283,28 @@ def test_a_flipped_weight_names_its_rank(make: Make, fault: Record, messages: li
     _same(settings, make, mesh={"data": 4}, guard={"compare_every": 2})
 
 
+@pytest.mark.slow
+def test_a_run_whose_checkpoints_lie_in_an_object_store(
+    make: Make, s3: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest checkpoint there is damaged, so the run goes on from the one before it."""
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    place = f"runs/{tmp_path.name}"
+    settings = make(checkpoint={"every": 5, "to": f"s3://tapir-tests/{place}"})
+    train_with("nothing", settings)
+    whole = _weights(settings.out)
+    store = S3Store("tapir-tests", place)
+    assert finished_steps(store) == [20, 24]
+    name = "step-24/rank-00000.safetensors"
+    store.put(name, store.get(name)[:-8])
+    (settings.out / "model.safetensors").unlink()
+    train_with("nothing", settings)
+    assert _weights(settings.out) == whole and len(rows_of(settings.out)) == 24
+    assert not (settings.out / "checkpoints").exists()
+    _same(settings, make)
+
+
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 8 MB."""
@@ -313,6 +340,15 @@ def _fill(path: Path) -> None:
     with contextlib.suppress(OSError), open(path, "wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
+
+
+@pytest.mark.slow
+def test_a_straggler_is_named(make: Make) -> None:
+    settings = make(mesh={"data": 4}, loop={"steps": 6})
+    train_with("slow", settings, rank=2, seconds=0.5)
+    rows = rows_of(settings.out)[1:]
+    assert {row["slowest_rank"] for row in rows} == {2}
+    assert all(row["slowest_ratio"] > 1.5 for row in rows)
 
 
 @pytest.mark.slow
