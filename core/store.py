@@ -41,7 +41,13 @@ _PART = 16 * 2**20
 _TRANSFER = TransferConfig(multipart_threshold=_PART, multipart_chunksize=_PART, max_concurrency=4)
 _MISSING = ("404", "NoSuchKey", "NotFound")
 _OURS_ALREADY = ("BucketAlreadyExists", "BucketAlreadyOwnedByYou")
-_WRONG_FOLDER = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_WRONG_FOLDER = (
+    PermissionError,
+    FileExistsError,
+    FileNotFoundError,
+    NotADirectoryError,
+    IsADirectoryError,
+)
 _DENIED = ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch")
 
 

@@ -13,6 +13,8 @@ from core.log import LOG
 from core.store import Store
 from training.config import CheckpointConfig
 
+_PROBE = "writable"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
@@ -64,10 +66,13 @@ class Checkpoints:
         """The newest checkpoint that is whole, verified by all ranks in shares.
 
         Damaged ones are reported and passed over, unfinished ones deleted.
-        Raises: CheckpointError if there are finished checkpoints and all are damaged.
+        Raises: CheckpointError if there are finished checkpoints and all are damaged;
+        StoreInputError if the store cannot be written to: better known now than at the first save.
         """
         listed = finished_steps(self.store) if self._rank == 0 else []
         if self._rank == 0:
+            self.store.put(_PROBE, b"")
+            self.store.delete(_PROBE)
             for step in self._all_steps() - set(listed):
                 self.delete(step)
         text = self._gather(" ".join(map(str, listed)))[0]

@@ -14,7 +14,7 @@ from checkpoint.format import StateSlice
 from checkpoint.reader import CheckpointReader, finished_steps, open_checkpoint
 from checkpoint.writer import write_checkpoint
 from cluster.object_server import ObjectServer
-from core.errors import CheckpointError, CorruptError, StoreError
+from core.errors import CheckpointError, CorruptError, StoreError, StoreInputError
 from core.store import FolderStore, S3Store
 from tests.faults.conftest import Record
 from training.checkpoints import Checkpoints, Saved, kept_steps
@@ -149,6 +149,14 @@ def test_an_older_checkpoint_stands_in_for_a_damaged_one(tmp_path: Path) -> None
     (tmp_path / "step-10" / "manifest.json").write_bytes(b"{}")
     with pytest.raises(CheckpointError, match="no checkpoint of this run is whole"):
         run.newest()
+
+
+def test_a_store_that_cannot_be_written_to_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreInputError, match="cannot be written to"):
+        _checkpoints(tmp_path / "file").newest()
+    run = _checkpoints(tmp_path / "new")
+    assert run.newest() is None and not list((tmp_path / "new").rglob("*"))
 
 
 def _save_and_die(root: str, boundary: int) -> None:
