@@ -32,6 +32,7 @@ from training.replay import replay
 
 COMPARED = ("step", "epoch", "loss", "text_loss", "image_loss", "grad_norm", "lr")
 Make = Callable[..., PriorTrain]
+Same = Callable[..., None]
 
 
 @pytest.fixture
@@ -89,12 +90,26 @@ def _weights(run: Path) -> bytes:
     return (run / "model.safetensors").read_bytes()
 
 
-def _same(settings: PriorTrain, make: Make, **parts: dict[str, Any]) -> None:
+@pytest.fixture(scope="module")
+def unbroken() -> dict[str, tuple[list[list[float]], bytes]]:
+    """Figures and weights of runs in which nothing happened, by their settings."""
+    return {}
+
+
+@pytest.fixture
+def same(make: Make, unbroken: dict[str, tuple[list[list[float]], bytes]]) -> Callable[..., None]:
     """The run equals one in which nothing happened, bit by bit."""
-    other = make("unbroken", **parts)
-    train_with("nothing", other)
-    assert _figures(settings.out) == _figures(other.out)
-    assert _weights(settings.out) == _weights(other.out)
+
+    def check(settings: PriorTrain, **parts: dict[str, Any]) -> None:
+        key = json.dumps(parts, sort_keys=True)
+        if key not in unbroken:
+            other = make("unbroken", **parts)
+            train_with("nothing", other)
+            unbroken[key] = _figures(other.out), _weights(other.out)
+        assert _figures(settings.out) == unbroken[key][0]
+        assert _weights(settings.out) == unbroken[key][1]
+
+    return check
 
 
 def _ranks(count: int) -> list[int]:
@@ -129,7 +144,7 @@ EIGHT = {
 
 
 @pytest.mark.slow
-def test_a_killed_rank_of_eight_costs_seconds(make: Make, fault: Record) -> None:
+def test_a_killed_rank_of_eight_costs_seconds(make: Make, same: Same, fault: Record) -> None:
     settings = make(**EIGHT, loop={"steps": 40}, model={"dim": 48, "layers": 2, "heads": 4})
     times: list[float] = []
 
@@ -147,12 +162,12 @@ def test_a_killed_rank_of_eight_costs_seconds(make: Make, fault: Record) -> None
     thread.join()
     assert times
     fault.outcome("next trained step, losses and weights bit-equal", times[0])
-    _same(settings, make, **EIGHT, loop={"steps": 40}, model={"dim": 48, "layers": 2, "heads": 4})
+    same(settings, **EIGHT, loop={"steps": 40}, model={"dim": 48, "layers": 2, "heads": 4})
 
 
 @pytest.mark.slow
 def test_a_stopped_rank_is_named_and_replaced(
-    make: Make, fault: Record, messages: list[str]
+    make: Make, same: Same, fault: Record, messages: list[str]
 ) -> None:
     settings = make(supervisor={"stopped_seconds": 2.0})
 
@@ -166,12 +181,12 @@ def test_a_stopped_rank_is_named_and_replaced(
     assert "is stopped (SIGSTOP) since 2 s" in text and "stack of rank" in text
     assert list((settings.out / "hang").glob("stacks-*.txt"))
     fault.outcome("rank and stack named, restarted, bit-equal")
-    _same(settings, make)
+    same(settings)
 
 
 @pytest.mark.slow
 def test_a_frozen_rank_is_found_by_its_silence(
-    make: Make, fault: Record, messages: list[str]
+    make: Make, same: Same, fault: Record, messages: list[str]
 ) -> None:
     fault(2, "a rank sleeps for ever")
     settings = make(supervisor={"hang_seconds": 4.0})
@@ -182,13 +197,13 @@ def test_a_frozen_rank_is_found_by_its_silence(
     assert "last collective of rank 1: gloo:" in text, text
     assert len(list((settings.out / "hang").glob("flight-*.json"))) == 2
     fault.outcome("rank, line and collective named, restarted, bit-equal")
-    _same(settings, make)
+    same(settings)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 77])
 def test_a_collective_that_does_not_match_is_reported(
-    make: Make, fault: Record, messages: list[str], size: int
+    make: Make, same: Same, fault: Record, messages: list[str], size: int
 ) -> None:
     fault(3, "a collective of another size" if size else "a collective that others leave out")
     settings = make(supervisor={"hang_seconds": 4.0})
@@ -197,12 +212,14 @@ def test_a_collective_that_does_not_match_is_reported(
     assert "rank 1" in text or "rank 0" in text
     assert "all_reduce" in text, text
     fault.outcome("rank and operation named, restarted, bit-equal")
-    _same(settings, make)
+    same(settings)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR1])
-def test_preemption_saves_and_ends_with_75(make: Make, fault: Record, how: signal.Signals) -> None:
+def test_preemption_saves_and_ends_with_75(
+    make: Make, same: Same, fault: Record, how: signal.Signals
+) -> None:
     settings = make(checkpoint={"every": 1000})
 
     def ask() -> None:
@@ -215,7 +232,7 @@ def test_preemption_saves_and_ends_with_75(make: Make, fault: Record, how: signa
     assert found.value.exit_code == 75
     fault.outcome("step finished, saved, exit code 75; resumed bit-equal")
     train_with("nothing", settings)
-    _same(settings, make)
+    same(settings)
 
 
 @pytest.mark.slow
@@ -274,18 +291,20 @@ def test_rewinding_in_vain_ends_the_run(make: Make) -> None:
 
 
 @pytest.mark.slow
-def test_a_flipped_weight_names_its_rank(make: Make, fault: Record, messages: list[str]) -> None:
+def test_a_flipped_weight_names_its_rank(
+    make: Make, same: Same, fault: Record, messages: list[str]
+) -> None:
     fault(16, "a bit of a weight flips on one of 4 replicas")
     settings = make(mesh={"data": 4}, guard={"compare_every": 2})
     train_with("flip", settings, at=13, rank=2)
     assert any("weights of rank 2 differ" in text for text in messages)
     fault.outcome("named within 2 steps, restarted, bit-equal")
-    _same(settings, make, mesh={"data": 4}, guard={"compare_every": 2})
+    same(settings, mesh={"data": 4}, guard={"compare_every": 2})
 
 
 @pytest.mark.slow
 def test_a_run_whose_checkpoints_lie_in_an_object_store(
-    make: Make, s3: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Make, same: Same, s3: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The newest checkpoint there is damaged, so the run goes on from the one before it."""
     for name, value in s3.environment.items():
@@ -302,7 +321,7 @@ def test_a_run_whose_checkpoints_lie_in_an_object_store(
     train_with("nothing", settings)
     assert _weights(settings.out) == whole and len(rows_of(settings.out)) == 24
     assert not (settings.out / "checkpoints").exists()
-    _same(settings, make)
+    same(settings)
 
 
 @pytest.fixture
@@ -320,7 +339,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize("background", [True, False])
 def test_a_full_disk_stops_no_training(
-    make: Make, fault: Record, tiny_disk: Path, background: bool
+    make: Make, same: Same, fault: Record, tiny_disk: Path, background: bool
 ) -> None:
     """The disk fills up behind the first checkpoint and is made free before the last one."""
     fault(10, f"the disk of the checkpoints is full ({'back' if background else 'fore'}ground)")
@@ -333,7 +352,7 @@ def test_a_full_disk_stops_no_training(
     failed = [row["save_error"] for row in rows_of(settings.out) if "save_error" in row]
     assert failed and all("No space left on device" in text for text in failed)
     fault.outcome("each failed save told, older kept, the run ends")
-    _same(settings, make)
+    same(settings)
 
 
 def _fill(path: Path) -> None:
@@ -352,9 +371,9 @@ def test_a_straggler_is_named(make: Make) -> None:
 
 
 @pytest.mark.slow
-def test_a_clock_that_jumps_changes_nothing(make: Make, fault: Record) -> None:
+def test_a_clock_that_jumps_changes_nothing(make: Make, same: Same, fault: Record) -> None:
     fault(28, "the clock goes back a day and forward two")
     settings = make(supervisor={"hang_seconds": 20.0})
     train_with("clock", settings, at=6)
     fault.outcome("bit-equal, no watchdog woke")
-    _same(settings, make)
+    same(settings)
