@@ -34,7 +34,12 @@ class CheckpointReader:
             raise CheckpointError(
                 f"{self.url} holds no finished checkpoint (no {MANIFEST})"
             ) from error
-        manifest = unseal(data, path)
+        try:
+            manifest = unseal(data, path)
+        except CorruptError as error:
+            raise CorruptError(
+                f"{path} is damaged: its digest does not match; an older checkpoint may be whole"
+            ) from error
         if manifest["version"] != VERSION:
             raise CheckpointError(
                 f"{path} has format version {manifest['version']}, this Tapir reads {VERSION}"

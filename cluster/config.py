@@ -1,5 +1,6 @@
 """Settings of the supervisor; imports no torch."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -22,7 +23,7 @@ class SupervisorConfig:
         found = []
         if self.restarts < 0:
             found.append("supervisor.restarts must not be negative; 0 = end at the first failure")
-        least = min(self.back_off, self.hang_seconds, self.stopped_seconds, self.grace_seconds)
-        if least <= 0:
-            found.append("supervisor's seconds must be positive")
+        seconds = (self.back_off, self.hang_seconds, self.stopped_seconds, self.grace_seconds)
+        if not all(0 < each < math.inf for each in seconds):
+            found.append("supervisor's seconds must be positive numbers")
         return found

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from multiprocessing import connection
 from pathlib import Path
 from types import FrameType
@@ -39,7 +40,7 @@ from core.errors import (
 from core.files import private_folder
 from core.heartbeat import FOLDER, read_beats
 from core.log import set_up_logging
-from core.stop import heed_stop_signals
+from core.stop import STOP, heed_stop_signals
 
 _LOOK = 0.5
 """Seconds between two looks at living ranks."""
@@ -58,15 +59,22 @@ class StopRequest:
     def __init__(self) -> None:
         self.asked = False
         self.since = 0.0
-        self.processes: list[Any] = []
+        self._folder: Path | None = None
 
     def ask(self) -> None:
-        """Send SIGUSR1 to the ranks; they save and end with EXIT_PREEMPTED."""
+        """Tell the ranks, now or when they start; they save and end with EXIT_PREEMPTED."""
         self.asked, self.since = True, time.monotonic()
-        for process in self.processes:
-            if process.pid and process.exitcode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process.pid, signal.SIGUSR1)
+        if self._folder is not None:
+            (self._folder / STOP).touch()
+
+    @contextlib.contextmanager
+    def told_in(self, folder: Path) -> Iterator[None]:
+        """The ranks that run in this context look into the folder."""
+        self._folder = folder
+        try:
+            yield
+        finally:
+            self._folder = None
 
     def sleep(self, seconds: float) -> None:
         """Wait, unless a stop is asked for."""
@@ -90,13 +98,17 @@ def launch(
     Raises: RankError naming the first rank that failed, after all others have ended; Preempted if
     the ranks were asked to stop and saved.
     """
-    config = config or SupervisorConfig()
+    config, supervised, stop = config or SupervisorConfig(), stop is not None, stop or StopRequest()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(preload)
     started: list[Any] = []
-    with tempfile.TemporaryDirectory(dir=_session_folder()) as name, _terminable(stop):
+    with (
+        tempfile.TemporaryDirectory(dir=_session_folder()) as name,
+        _terminable(supervised),
+        stop.told_in(Path(name)),
+    ):
         folder = Path(name)
         try:
             for rank in range(ranks):
@@ -104,10 +116,6 @@ def launch(
                 process = context.Process(target=_run_rank, args=arguments, name=f"rank-{rank}")
                 process.start()
                 started.append(process)
-            if stop is not None:
-                stop.processes = started
-                if stop.asked:
-                    stop.ask()
             _wait(started, folder, config, stop, Watch(started, folder, config, reports))
         except RankError as error:
             error.step = max((beat.step for beat in read_beats(folder, ranks)), default=-1)
@@ -129,14 +137,14 @@ def _wait(
     processes: list[Any],
     folder: Path,
     config: SupervisorConfig,
-    stop: StopRequest | None,
+    stop: StopRequest,
     watch: Watch,
 ) -> None:
     waiting = {process.sentinel: rank for rank, process in enumerate(processes)}
     saved = False
     while waiting:
         watch.look()
-        if stop is not None and stop.asked:
+        if stop.asked:
             late = time.monotonic() - stop.since - config.grace_seconds
             if late > 0:
                 raise RankError(
@@ -191,8 +199,8 @@ def _end(processes: list[Any]) -> None:
 class _terminable:
     """Turn TERM into KeyboardInterrupt, so that both end the ranks; a supervisor does more."""
 
-    def __init__(self, stop: StopRequest | None) -> None:
-        self._supervised = stop is not None
+    def __init__(self, supervised: bool) -> None:
+        self._supervised = supervised
 
     def __enter__(self) -> None:
         if not self._supervised:

@@ -6,7 +6,7 @@ from types import FrameType
 
 from cluster.config import SupervisorConfig
 from cluster.launcher import StopRequest, launch
-from core.errors import RankError
+from core.errors import Preempted, RankError
 from core.log import LOG
 
 _LONGEST = 60.0
@@ -31,6 +31,8 @@ def supervise(
     failures, best = 0, -1
     with _Forwarded() as stop:
         while True:
+            if stop.asked:
+                raise Preempted("asked to stop while no rank was running; start the same again")
             try:
                 launch(target, payload, ranks, preload, config, stop, reports)
                 return
@@ -45,8 +47,6 @@ def supervise(
                 pause = min(config.back_off * 2 ** (failures - 1), _LONGEST)
                 LOG.warning("%s; all ranks start again in %.1f s", error, pause)
                 stop.sleep(pause)
-            if stop.asked:
-                raise RankError("asked to stop between two starts; the last checkpoint is whole")
 
 
 def _crash_loop(error: RankError, failures: int, best: int) -> RankError:

@@ -1,9 +1,17 @@
-"""A wish to stop, from SIGTERM or SIGUSR1: noted at once, heeded between two steps."""
+"""A wish to stop, from SIGTERM, SIGUSR1 or the supervisor: heeded between two steps.
 
+The supervisor leaves a file instead of sending signals, for a rank that starts may not listen yet.
+"""
+
+import os
 import signal
 from types import FrameType
 
+from core.heartbeat import FOLDER
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP = "stop"
+"""A file in the folder of the heartbeats."""
 _asked = False
 
 
@@ -15,7 +23,8 @@ def heed_stop_signals() -> None:
 
 def stop_asked() -> bool:
     """Say whether this process was asked to stop."""
-    return _asked
+    folder = os.environ.get(FOLDER)
+    return _asked or (folder is not None and os.path.exists(os.path.join(folder, STOP)))
 
 
 def _note(_number: int, _frame: FrameType | None) -> None:

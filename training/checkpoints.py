@@ -73,8 +73,7 @@ class Checkpoints:
         if self._rank == 0:
             self.store.put(_PROBE, b"")
             self.store.delete(_PROBE)
-            for step in self._all_steps() - set(listed):
-                self.delete(step)
+            self._sweep(set(listed))
         text = self._gather(" ".join(map(str, listed)))[0]
         damaged = []
         for step in reversed([int(word) for word in text.split()]):
@@ -142,6 +141,20 @@ class Checkpoints:
                 self._remember(step)
         kept = kept_steps([self._known[step] for step in finished], self._config) | self.protected
         for step in set(finished) - kept:
+            self.delete(step)
+
+    def _sweep(self, finished: set[int]) -> None:
+        """Delete unfinished checkpoints, but never all that there is."""
+        unfinished = self._all_steps() - finished
+        if unfinished and not finished:
+            LOG.warning(
+                "%s holds only checkpoints without a manifest (steps %s): they were never finished "
+                "or lost it, and the run starts anew",
+                self.store.url,
+                ", ".join(map(str, sorted(unfinished))),
+            )
+            return
+        for step in unfinished:
             self.delete(step)
 
     def _all_steps(self) -> set[int]:

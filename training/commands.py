@@ -121,20 +121,25 @@ def diverge(arguments: list[str]) -> None:
         first: Annotated[Path, tyro.conf.Positional],
         second: Annotated[Path, tyro.conf.Positional],
         checkpoint: Path | None = None,
-        tolerance: float = 1e-5,
+        tolerance: float | None = None,
         json: bool = False,
     ) -> None:
         """Find the first tensor in which two runs differ, over one step from one checkpoint.
+
+        Exits with 0 whether they differ or not.
 
         Args:
             first: run folder whose mesh and engine are taken for right
             second: run folder to compare with it
             checkpoint: a folder step-N to start from; default the newest of the first run
-            tolerance: relative difference of a tensor that still counts as equal
+            tolerance: relative difference of a tensor that still counts as equal; by default 1e-5,
+                and 2e-2 if a run has 16 bits
             json: print a JSON object on the last line
         """
         from training import diverge as comparison  # noqa: PLC0415 - imports every engine's parts
 
+        if tolerance is not None and not tolerance >= 0:
+            raise InputError(f"--tolerance {tolerance} must not be negative")
         found = comparison.diverge(first, second, checkpoint, tolerance)
         for row in found[:1]:
             where = f" on rank {row.rank}" if row.rank >= 0 else ""
@@ -143,7 +148,7 @@ def diverge(arguments: list[str]) -> None:
                 *(row.direction, row.layer, row.tensor, where, row.relative, len(found)),
             )
         if not found:
-            LOG.info("no tensor differs by more than %g", tolerance)
+            LOG.info("no tensor differs by more than the tolerance")
         if json:
             print_json({"differences": found})
 
@@ -201,7 +206,7 @@ def verify_path(path: str) -> list[str]:
     if name.startswith("step-") and store.exists(MANIFEST):
         found.append(open_checkpoint(path).url)
     for root in (path, f"{path.rstrip('/')}/checkpoints"):
-        found += [open_checkpoint(f"{root}/step-{n}").url for n in finished_steps(open_store(root))]
+        found += _verify_checkpoints(root)
     folder = Path(path)
     if "://" in path:
         return found
@@ -213,6 +218,15 @@ def verify_path(path: str) -> list[str]:
             except InputError:
                 continue
     return found
+
+
+def _verify_checkpoints(root: str) -> list[str]:
+    store = open_store(root)
+    steps = finished_steps(store)
+    found = {name.split("/")[0] for name in store.names("step-")}
+    for name in sorted(found - {f"step-{step}" for step in steps}):
+        LOG.warning("%s/%s has no manifest: it was never finished, and is not checked", root, name)
+    return [open_checkpoint(f"{root}/step-{step}").url for step in steps]
 
 
 def _verify_split(store: Store, split: str) -> None:

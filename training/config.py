@@ -1,5 +1,6 @@
 """Settings of the training stages, composed of each package's own; imports no torch."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,7 +57,7 @@ class CheckpointConfig:
         found = []
         if min(self.every, self.keep) < 1:
             found.append("checkpoint.every and checkpoint.keep must be at least 1")
-        if self.hours < 0:
+        if not 0 <= self.hours < math.inf:
             found.append("checkpoint.hours must not be negative; 0 = none")
         return found
 
@@ -77,7 +78,7 @@ class GuardConfig:
 
     def problems(self) -> list[str]:
         found = []
-        if self.sigmas < 0 or self.compare_every < 0:
+        if not self.sigmas >= 0 or self.compare_every < 0:
             found.append("guard.sigmas and guard.compare_every must not be negative; 0 = off")
         if self.window < 16:
             found.append(f"guard.window={self.window} is too short for a deviation; try 128")

@@ -52,13 +52,16 @@ class Difference:
 
 
 def diverge(
-    first: Path, second: Path, checkpoint: Path | None, tolerance: float
+    first: Path, second: Path, checkpoint: Path | None, tolerance: float | None
 ) -> list[Difference]:
     """All differences above the tolerance, in the order in which a step computes.
 
     Raises: InputError if the folders hold no runs, or no common checkpoint can be read.
     """
     bodies = [_config(first), _config(second)]
+    if tolerance is None:
+        exact = all(settings.engine.precision == "fp32" for _, settings in bodies)
+        tolerance = 1e-5 if exact else 2e-2
     start = str(checkpoint) if checkpoint else _newest(first, bodies[0][1])
     with tempfile.TemporaryDirectory(prefix="tapir-diverge-") as name:
         traces = []

@@ -54,7 +54,7 @@ class Guard:
             return ""
         mean = sum(history) / len(history)
         variance = sum((x - mean) ** 2 for x in history) / len(history)
-        least = _LEAST * abs(mean) if floor is None else floor
+        least = max(_LEAST * abs(mean), 1e-6) if floor is None else floor
         deviation = max(math.sqrt(variance), least)
         if value <= mean + sigmas * deviation:
             return ""

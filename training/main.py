@@ -9,6 +9,7 @@ from cluster.supervisor import supervise
 from core.errors import ConfigError, InputError
 from core.log import LOG
 from core.settings import check, from_json, to_json
+from core.stop import heed_stop_signals
 from core.store import open_store
 from data_pipeline.bpe import save_tokenizer, train_bpe
 from data_pipeline.raw import RawSource
@@ -32,6 +33,7 @@ def train_stage(stage: str, settings: StageConfig) -> None:
     """
     started = ranks_given()
     check(settings.problems(started))
+    heed_stop_signals()
     payload = json.dumps({"stage": stage, "settings": to_json(settings)})
     if started is None and settings.mesh.world > 1:
         model_parallel = settings.mesh.world > settings.mesh.data

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.reader import CheckpointReader, finished_steps, open_checkpoint
-from core.errors import InputError
+from core.errors import CorruptError, InputError
 from core.files import unseal
 from core.heartbeat import Heart
 from core.settings import from_json
@@ -51,12 +51,16 @@ class Replay:
 def replay(capsule: Path) -> Replay:
     """Run the capsule's step again.
 
-    Raises: InputError if there is no capsule or its checkpoint is gone; CorruptError if a byte of
-    it changed.
+    Raises: InputError if this is no capsule, or its checkpoint is gone.
     """
     if not capsule.is_file():
         raise InputError(f"there is no capsule {capsule}; a run keeps them in its folder capsules")
-    body = unseal(capsule.read_bytes(), str(capsule))
+    try:
+        body = unseal(capsule.read_bytes(), str(capsule))
+    except CorruptError as error:
+        raise InputError(f"{capsule} is no capsule, or a byte of it changed") from error
+    if not {"position", "records", "config", "checkpoint"} <= body.keys():
+        raise InputError(f"{capsule} is no capsule; a run keeps them in its folder capsules")
     with tempfile.TemporaryDirectory(prefix="tapir-replay-") as out, _run_of(body, out) as run:
         return _replay(run, body)
 

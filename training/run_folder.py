@@ -32,7 +32,7 @@ class RunFolder:
             return
         write_atomic(self.root / "config.json", self._config)
         if self._metrics.exists():
-            rows = self._metrics.read_text().splitlines()
+            rows = self._metrics.read_text(errors="replace").splitlines()
             kept = [row for row in rows if _step_of(row) <= step]
             write_atomic(self._metrics, "".join(row + "\n" for row in kept).encode())
         if self._board is not None:
@@ -72,11 +72,12 @@ class RunFolder:
 def _step_of(row: str) -> float:
     try:
         return float(json.loads(row)["step"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return math.inf
 
 
 def read_metrics(root: Path) -> list[dict[str, Any]]:
-    """All rows of a run's metrics.jsonl."""
+    """All rows of a run's metrics.jsonl; lines that are none are left out."""
     path = root / "metrics.jsonl"
-    return [json.loads(row) for row in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if math.isfinite(_step_of(line))]

@@ -83,9 +83,9 @@ class DeepSpeedZeroEngine(DeepSpeedEngine):
             group["lr"] = lr
         for batch in micro_batches:
             losses = self._engine(batch)
-            self._engine.backward(losses["loss"])
-            self._engine.step()
             seen.append({name: value.detach() for name, value in losses.items()})
+            self._engine.backward(losses["loss"])
+            self._engine.step()  # the last one decides by what was seen
         return self._result(seen)
 
     @torch.no_grad()

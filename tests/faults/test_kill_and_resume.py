@@ -74,6 +74,8 @@ def test_two_runs_on_one_folder_and_changed_settings(tokens: Path, tmp_path: Pat
     assert re.search(r"setting +in the checkpoint +now", text)
     assert re.search(r"model.dim +192 +96\n", text) and re.search(r"optim.lr +0.002 +0.1\n", text)
     assert "has all 60 steps already" in tapir(*command)
+    with open(run / "metrics.jsonl", "ab") as file:
+        file.write(b"[1, 2]\n\x00\xff garbage\n")
     model = run / "model.safetensors"
     whole = model.read_bytes()
     model.write_bytes(whole[:-9])

@@ -236,6 +236,21 @@ def test_preemption_saves_and_ends_with_75(
 
 
 @pytest.mark.slow
+def test_a_wish_to_stop_while_ranks_start_is_kept(make: Make) -> None:
+    settings = make()
+    _when(lambda: bool(_children()), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Preempted):
+        train_with("nothing", settings)
+    assert len(rows_of(settings.out)) <= 1
+    train_with("nothing", settings)
+    assert len(rows_of(settings.out)) == 24
+
+
+def _children() -> list[int]:
+    return [p.pid for p in psutil.Process().children(recursive=True) if p.num_threads() > 1]
+
+
+@pytest.mark.slow
 def test_a_crash_loop_stops_with_its_reason(make: Make, fault: Record) -> None:
     fault(6, "the same step raises on every start")
     settings = make(supervisor={"restarts": 2})
@@ -262,11 +277,22 @@ def test_a_gradient_that_is_not_finite_on_one_rank(make: Make, fault: Record) ->
 GUARD = {"guard": {"window": 16, "rewind_after": 3}, "optim": {"warmup": 2}}
 
 
+ENGINES = {
+    "reference": {},
+    "zero": {"engine": {"name": "deepspeed_zero", "accumulate": 2}},
+    "pipe": {
+        "mesh": {"data": 1, "pipeline": 2},
+        "engine": {"name": "deepspeed_pipe", "accumulate": 2},
+    },
+}
+
+
 @pytest.mark.slow
-def test_spikes_are_skipped_and_in_a_row_rewound(make: Make, fault: Record) -> None:
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_spikes_are_skipped_and_in_a_row_rewound(make: Make, fault: Record, engine: str) -> None:
     """One wild batch is skipped; three in a row go back and pass over their data."""
-    fault(15, "a batch's loss times 10,000, then three in a row")
-    settings = make(**GUARD, loop={"steps": 26, "batch": 16})
+    fault(15, f"a batch's loss times 10,000, then three in a row ({engine})")
+    settings = make(**GUARD, **ENGINES[engine], loop={"steps": 26, "batch": 16})
     train_with("spike", settings, batches=[11, 17, 18, 19])
     rows = rows_of(settings.out)
     assert [row["step"] for row in rows] == list(range(1, 27))
@@ -277,7 +303,10 @@ def test_spikes_are_skipped_and_in_a_row_rewound(make: Make, fault: Record) -> N
     assert again.worst[0][1] > again.loss > 0
     assert all(row["loss"] < 10 for row in rows if "skipped" not in row)
     start = settings.out / "checkpoints" / "step-26" / "manifest.json"
-    stream = json.loads(start.read_text())["facts"]["stream"]
+    facts = json.loads(start.read_text())["facts"]
+    counted = [row["loss"] for row in rows if "skipped" not in row][-16:]
+    assert facts["guard"]["losses"] == pytest.approx(counted, rel=1e-6)
+    stream = facts["stream"]
     assert stream["passed"] == [[0, 17], [0, 18], [0, 19]]
     fault.outcome("skipped at 6 sigma; rewound, their data passed over")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from core.files import seal
 from tests.harness import tapir
 
 FLAGS = [
@@ -49,7 +50,8 @@ def runs(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 
 def _differences(runs: dict[str, Path], a: str, b: str) -> list[dict[str, object]]:
     start = f"--checkpoint={runs['one'] / 'checkpoints' / 'step-2'}"
-    last = tapir("diverge", str(runs[a]), str(runs[b]), start, "--json").splitlines()
+    exact = "--tolerance=1e-5"
+    last = tapir("diverge", str(runs[a]), str(runs[b]), start, exact, "--json").splitlines()
     rows: list[dict[str, object]] = next(
         json.loads(line)["differences"] for line in last if line.startswith("{")
     )
@@ -76,5 +78,11 @@ def test_another_learning_rate_differs_in_the_update_alone(runs: dict[str, Path]
     assert all(str(row["tensor"]).startswith("weight of") for row in rows)
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_run_and_no_capsule_is_refused(tmp_path: Path) -> None:
     assert "is no run folder" in tapir("diverge", str(tmp_path), str(tmp_path), code=2)
+    wrong = tapir("diverge", str(tmp_path), str(tmp_path), "--tolerance=-1", code=2)
+    assert "must not be negative" in wrong
+    (tmp_path / "c.json").write_bytes(seal({"step": 3}))
+    for path, text in ((tmp_path / "c.json", "is no capsule;"), (Path(__file__), "is no capsule,")):
+        assert text in tapir("replay", str(path), code=2)
+    assert "there is no capsule" in tapir("replay", str(tmp_path / "none"), code=2)
