@@ -161,8 +161,11 @@ class Run:
         began = time.perf_counter()
         batches = iter(self.stream)
         while self.step < self.settings.loop.steps:
+            asked = time.perf_counter()
             records, state = next(batches)
+            waited = time.perf_counter() - asked
             result = self.one_step(records)
+            result.facts["data_seconds"] = waited
             facts = self._facts_of_step(state)
             if self.recovery.must_rewind(result, records, state, facts):
                 batches.close()
