@@ -19,7 +19,8 @@ from tests.faults.conftest import Record
 from tests.harness import rows_of, start_tapir, tapir
 
 KILLS = int(os.environ.get("TAPIR_SOAK_KILLS", "3"))
-STEPS = 40 + 12 * KILLS
+LONG = KILLS > 3
+STEPS = 50 + (100 if LONG else 40) * KILLS
 COMPARED = ("step", "epoch", "loss", "text_loss", "image_loss", "grad_norm", "lr")
 FLAGS = [
     f"--loop.steps={STEPS}",
@@ -33,7 +34,7 @@ FLAGS = [
     "--supervisor.restarts=1000",
     "--supervisor.back-off=0.1",
 ]
-LONGEST = 3.0
+LONGEST = 5.0 if LONG else 2.0
 """Most seconds between the start of all ranks and the next kill."""
 
 

@@ -150,8 +150,11 @@ def test_a_killed_rank_of_eight_costs_seconds(make: Make, same: Same, fault: Rec
 
     def kill() -> None:
         fault(1, "SIGKILL of one of 8 ranks (TP2 x PP2 x DP2)")
-        os.kill(_ranks(8)[3], signal.SIGKILL)
+        ranks = _ranks(8)
+        os.kill(ranks[3], signal.SIGKILL)
         began = time.monotonic()
+        while any(psutil.pid_exists(pid) for pid in ranks):
+            time.sleep(0.01)
         before = {json.dumps(row) for row in rows_of(settings.out)}
         while json.dumps(rows_of(settings.out)[-1]) in before:
             time.sleep(0.01)
