@@ -102,7 +102,8 @@ class Watch:
         if self._reports is None:
             return None
         with contextlib.suppress(OSError):
-            self._reports.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self._reports, ignore_errors=True)
+            self._reports.mkdir(parents=True)
             for path in [*self._folder.glob("stacks-*"), *self._folder.glob("flight-*")]:
                 shutil.copy(path, self._reports)
             return self._reports

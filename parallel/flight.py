@@ -13,12 +13,13 @@ _KEPT = "200"
 """Collectives that are remembered."""
 
 
-def record_flight(rank: int) -> None:
+def record_flight() -> None:
     """Remember collectives, and write them as flight-R.json when the supervisor asks.
 
-    A thread does it, since the main one is stuck in a collective then.
+    Call it before the process group is made. A thread writes, since the main one is stuck in a
+    collective then; without a supervisor nothing is recorded.
     """
-    folder = os.environ.get(FOLDER)
+    folder, rank = os.environ.get(FOLDER), os.environ.get("RANK")
     dump = getattr(c10d, "_dump_fr_trace_json", None)
     if folder is None or dump is None:
         return

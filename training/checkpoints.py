@@ -59,6 +59,8 @@ class Checkpoints:
         self._rank, self._ranks, self._gather = rank, ranks, gathers[0]
         self._saver = Saver(store, rank, gathers[1], config.background)
         self._known: dict[int, Saved] = {}
+        self.whole: int | None = None
+        """Step of the newest checkpoint that was written or read whole; rank 0 knows."""
         self.protected: set[int] = set()
         """Steps that replay capsules start from."""
 
@@ -87,6 +89,7 @@ class Checkpoints:
             if not found:
                 assert reader is not None
                 self._note(step, reader.facts)
+                self.whole = step
                 return reader
             LOG.warning("%s; trying an older checkpoint", "\n".join(found))
             damaged += found
@@ -104,7 +107,7 @@ class Checkpoints:
         """
         facts = {**facts, "time": time.time()}
         self._note(step, facts)
-        return self._saver.save(f"step-{step}", slices, facts, self._prune)
+        return self._saver.save(f"step-{step}", slices, facts, lambda: self._written(step))
 
     def settle(self) -> None:
         """Wait for the save that may be under way."""
@@ -130,6 +133,10 @@ class Checkpoints:
     def _note(self, step: int, facts: Json) -> None:
         loss = facts.get("validation_loss")
         self._known[step] = Saved(step=step, time=float(facts.get("time", 0)), loss=loss)
+
+    def _written(self, step: int) -> None:
+        self.whole = step
+        self._prune()
 
     def _prune(self) -> None:
         """Delete what the policy does not keep."""

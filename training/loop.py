@@ -86,8 +86,7 @@ class Run:
         )
         self._validation = Validation(task, self.engine, settings, mesh, heart)
         self.step = 0
-        self._from: int | None = None
-        """Step of the checkpoint that the current weights go back to."""
+        self._resumed_at: int | None = None
         self._scored: float | None = None
         self._notes: dict[str, Any] = {}
         """What the next logged row says of saves."""
@@ -148,7 +147,6 @@ class Run:
         self._note_failure()
         self.checkpoints.protected = checkpoints_of_capsules(self.settings.out)
         held_up = self.checkpoints.save(self.step, self._slices(), facts)
-        self._from = self.step
         self._notes["save_held_up_seconds"] = held_up
 
     def close(self) -> None:
@@ -205,7 +203,7 @@ class Run:
         self.average.load(reader)
         self.stream.resume(StreamState(**reader.facts["stream"]))
         self.recovery.guard.load(reader.facts.get("guard", {}))
-        self.step = self._from = int(reader.facts["step"])
+        self.step = self._resumed_at = int(reader.facts["step"])
 
     def _report(self, result: StepResult, seconds: float, meter: Meter) -> None:
         loop, counts = self.settings.loop, self._ledger.take()
@@ -259,7 +257,7 @@ class Run:
             "stage": self.stage,
             "step": self.step,
             "position": position,
-            "checkpoint": self._from,
+            "checkpoint": self.checkpoints.whole,
             "config": self.config,
         }
 
@@ -301,10 +299,10 @@ class Run:
 
     def _finish(self) -> None:
         whole = self.world.rank == 0 and model_is_whole(self.settings.out, self.stage)
-        if any(self.world.gather_text("yes" if whole else "")) and self._from == self.step:
+        if any(self.world.gather_text("yes" if whole else "")) and self._resumed_at == self.step:
             return
         row = self.validate()
-        if self._from != self.step:
+        if self._resumed_at != self.step:
             self._save_surely()
         if self.world.rank == 0:
             facts = {**self.task.facts(), "step": self.step, "validation": row}

@@ -19,9 +19,9 @@ def run(payload: str) -> None:
     """Train the stage of the payload on this rank."""
     stage, settings = parse_payload(payload)
     heed_stop_signals()
+    record_flight()
     world = join_world()
     heart = Heart(world.rank)
-    record_flight(world.rank)
     try:
         problems = settings.problems(world.size)
         if problems:

@@ -165,13 +165,15 @@ def slow(facts: Facts) -> None:
 
 
 def clock(facts: Facts) -> None:
-    """The wall clock goes back a day, and then forward two."""
+    """The wall clock goes back a day, and in the end forward two; steps are slow meanwhile."""
     real = time.time
 
     def act(_run: Any, step: int) -> None:
-        shift = {facts["at"]: -86_400, facts["at"] + 5: 86_400}.get(step)
+        shift = {facts["at"]: -86_400, facts["back"]: 86_400}.get(step)
         if shift is not None:
             time.time = lambda: real() + shift  # type: ignore[assignment]
+        if facts["at"] <= step < facts["back"]:
+            time.sleep(facts["seconds"])
 
     _before_step(act)
 
