@@ -8,6 +8,7 @@ from cluster.config import SupervisorConfig
 from cluster.launcher import StopRequest, launch
 from core.errors import Preempted, RankError
 from core.log import LOG
+from core.stop import stop_asked
 
 _LONGEST = 60.0
 """Most seconds between two starts."""
@@ -63,6 +64,8 @@ class _Forwarded:
         self._stop = StopRequest()
         numbers = (signal.SIGTERM, signal.SIGUSR1)
         self._before = {number: signal.signal(number, self._heed) for number in numbers}
+        if stop_asked():
+            self._stop.ask()
         return self._stop
 
     def __exit__(self, *_: object) -> None:

@@ -145,7 +145,8 @@ class Run:
         }
         self.checkpoints.settle()
         self._note_failure()
-        self.checkpoints.protected = checkpoints_of_capsules(self.settings.out)
+        if self.world.rank == 0:
+            self.checkpoints.protected = checkpoints_of_capsules(self.settings.out)
         held_up = self.checkpoints.save(self.step, self._slices(), facts)
         self._notes["save_held_up_seconds"] = held_up
 

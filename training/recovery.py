@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from core.errors import TapirError, TrainingError
-from core.files import seal, sha256, write_atomic
+from core.errors import CorruptError, TapirError, TrainingError
+from core.files import seal, sha256, unseal, write_atomic
 from core.log import LOG
 from data_pipeline.stream import StreamState
 from parallel.engines.protocol import Engine, StepResult
@@ -126,12 +126,10 @@ class Recovery:
             "grad_norm": _number(result.grad_norm),
             "records": [row for replica in sorted(batch) for row in batch[replica]],
         }
-        folder = self._out / CAPSULES
-        old = sorted(folder.glob("step-*.json"), key=lambda path: path.stat().st_mtime)
-        for path in old[: len(old) + 1 - _MOST_CAPSULES]:
-            path.unlink(missing_ok=True)
         try:
-            write_atomic(folder / f"step-{facts['step']}.json", seal(body))
+            write_atomic(self._out / CAPSULES / f"step-{facts['step']}.json", seal(body))
+            for path in _newest_capsules(self._out)[_MOST_CAPSULES:]:
+                path.unlink()
         except OSError as error:
             LOG.error("cannot write a replay capsule: %s", error)
 
@@ -152,13 +150,21 @@ def record_digest(record: Any) -> str:
 
 def checkpoints_of_capsules(out: Path) -> set[int]:
     """Steps of the checkpoints that the newest capsules' replays start from: two at most."""
-    found = sorted((out / CAPSULES).glob("step-*.json"), key=lambda path: -path.stat().st_mtime)
     steps: list[int] = []
-    for path in found:
-        start = json.loads(path.read_text()).get("checkpoint")
+    for path in _newest_capsules(out):
+        try:
+            start = unseal(path.read_bytes(), str(path)).get("checkpoint")
+        except CorruptError as error:
+            LOG.warning("%s", error)
+            continue
         if start is not None and start not in steps:
             steps.append(int(start))
     return set(steps[:_PROTECTED])
+
+
+def _newest_capsules(out: Path) -> list[Path]:
+    found = (out / CAPSULES).glob("step-*.json")
+    return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
 def _number(value: float) -> float | str:

@@ -3,15 +3,21 @@
 import json
 import math
 import random
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from data_pipeline.stream import StreamState
+from data_pipeline.tokens import TokenRecord
 from parallel.control import FIELDS, Control
-from parallel.mesh import Group
+from parallel.engines.protocol import StepResult
+from parallel.mesh import Group, Mesh
 from parallel.replicas import different, fingerprint
 from training.config import GuardConfig
 from training.guards import Guard
+from training.recovery import Recovery, checkpoints_of_capsules
 
 
 def _fed(guard: Guard, count: int, seed: int = 0) -> Guard:
@@ -76,3 +82,20 @@ def test_every_flipped_bit_changes_the_fingerprint(dtype: torch.dtype) -> None:
         assert not fingerprint([weight, weight]).equal(before)
         bits.view(-1)[9] ^= 1 << place
     assert different([weight], Group()) == []
+
+
+def test_capsules_are_few_and_name_the_checkpoints_to_keep(tmp_path: Path) -> None:
+    recovery = Recovery(GuardConfig(rewind_after=1000), Mesh(), tmp_path)
+    record = TokenRecord(id=7, image=np.zeros(4, np.uint16), text=np.ones(2, np.uint16))
+    result = StepResult(losses={"loss": math.nan}, grad_norm=math.inf, skipped="planted")
+    state = StreamState(
+        fingerprint="", seed=0, batch=1, lanes=1, window=1, block=1, version=1, epoch=0, step=1
+    )
+    for step in range(1, 31):
+        facts = {"step": step, "checkpoint": step // 10 * 10 or None}
+        assert not recovery.must_rewind(result, [record], state, facts)
+        kept = {int(path.stem[5:]) for path in (tmp_path / "capsules").iterdir()}
+        assert kept == set(range(max(1, step - 19), step + 1))
+    assert checkpoints_of_capsules(tmp_path) == {20, 30}
+    (tmp_path / "capsules" / "step-30.json").write_text("garbage")
+    assert checkpoints_of_capsules(tmp_path) == {10, 20}
