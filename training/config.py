@@ -47,7 +47,7 @@ class CheckpointConfig:
     hours: float = 0.0
     """Keep one for every so many hours, too; 0 = none."""
     best: bool = False
-    """Keep the one with the lowest validation loss, too."""
+    """Keep the one with the lowest validation loss, too, of those saved at a validated step."""
     to: str = ""
     """s3://bucket/prefix or a folder; by default `checkpoints` in the run folder."""
     background: bool = True

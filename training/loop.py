@@ -87,7 +87,8 @@ class Run:
         self._validation = Validation(task, self.engine, settings, mesh, heart)
         self.step = 0
         self._resumed_at: int | None = None
-        self._scored: float | None = None
+        self._scored: tuple[int, float] | None = None
+        """The last validation's step and loss."""
         self._notes: dict[str, Any] = {}
         """What the next logged row says of saves."""
 
@@ -119,7 +120,7 @@ class Run:
     def validate(self) -> dict[str, float]:
         """Mean losses over held-out samples, logged as a row of split `validation`."""
         row, pictures = self._validation.run(self.step)
-        self._scored = row["loss"]
+        self._scored = self.step, row["loss"]
         for name, image in pictures.items():
             self.folder.picture(name, image, self.step)
         self.folder.log({"step": self.step, "split": "validation", **row})
@@ -140,7 +141,7 @@ class Run:
             "step": self.step,
             "stream": dataclasses.asdict(self.stream.state),
             "guard": self.recovery.guard.state(),
-            "validation_loss": self._scored,
+            "validation_loss": self._loss_now(),
             "config": self.config,
         }
         self.checkpoints.settle()
@@ -251,6 +252,10 @@ class Run:
     def _slices(self) -> Iterator[StateSlice]:
         yield from self.engine.state_slices()
         yield from self.average.slices()
+
+    def _loss_now(self) -> float | None:
+        """The validation loss of these weights, if they were validated."""
+        return self._scored[1] if self._scored and self._scored[0] == self.step else None
 
     def _facts_of_step(self, state: StreamState) -> dict[str, Any]:
         position = {"epoch": state.epoch, "step": state.step - 1}

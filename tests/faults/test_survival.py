@@ -396,6 +396,21 @@ def _fill(path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_best_of_the_validated_checkpoints_is_kept(make: Make) -> None:
+    """A learning rate that soars makes the first validated checkpoint the best one."""
+    wild = {"lr": 0.5, "warmup": 20, "clip_norm": 1e9}
+    where = {"every": 3, "keep": 1, "best": True}
+    off = {"sigmas": 0.0}
+    settings = make(loop={"validate_every": 6}, checkpoint=where, optim=wild, guard=off)
+    train_with("nothing", settings)
+    losses = {row["step"]: row["loss"] for row in rows_of(settings.out, "validation")}
+    best = min(losses, key=lambda step: losses[step])
+    assert set(losses) == {6, 12, 18, 24} and best != 24, losses
+    names = sorted(path.name for path in (settings.out / "checkpoints").iterdir())
+    assert names == sorted({f"step-{best}", "step-24"})
+
+
+@pytest.mark.slow
 def test_a_straggler_is_named(make: Make) -> None:
     settings = make(mesh={"data": 4}, loop={"steps": 6})
     train_with("slow", settings, rank=2, seconds=0.5)

@@ -3,6 +3,7 @@
 TAPIR_MATRIX=all (`make matrix`) takes every pair; `make test` a chosen diagonal.
 """
 
+import math
 import os
 import shutil
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from checkpoint.reader import open_checkpoint
 from parallel.config import CompressConfig, EngineConfig, MeshConfig
 from tests.faults.plants import changed, train_with
 from tests.harness import rows_of
@@ -101,6 +103,13 @@ def test_saved_here_loads_there(
     assert [row["step"] for row in after] == list(range(SAVED + 1, STEPS + 1))
     assert largest_difference(expected, after, "loss") < BOUND
     assert largest_difference(expected, after, "grad_norm") < BOUND
+    last = f"checkpoints/step-{STEPS}"
+    one, two = (open_checkpoint(str(path / last)) for path in (saved[source], tmp_path))
+    for kind in ("master", "exp_avg", "exp_avg_sq", "ema"):
+        pairs = [(one.tensor(name, kind), two.tensor(name, kind)) for name in one.shapes()]
+        apart = math.sqrt(sum(float((a - b).double().square().sum()) for a, b in pairs))
+        whole = math.sqrt(sum(float(a.double().square().sum()) for a, _ in pairs))
+        assert apart / whole < BOUND, kind
 
 
 @pytest.mark.slow
