@@ -8,14 +8,17 @@ from core.errors import EXIT_FAILED, EXIT_WRONG_INPUT, TapirError, of_files
 
 VERBS = {
     "demo": ("generation.commands:demo", "the whole way on this machine; ends with report.html"),
-    "pack": ("training.commands:pack", "raw pairs -> shards in a store, split by key"),
+    "pack": ("data_pipeline.commands:pack", "raw pairs -> shards in a store, split by key"),
     "train": ("training.commands:train", "train dvae | bpe | prior | clip PRESET"),
     "tokenize": ("training.commands:tokenize", "raw shards -> token shards; --worker i/n"),
+    "status": ("data_pipeline.commands:status", "how far a token job is, over all its workers"),
     "sample": ("generation.commands:sample", "captions -> candidates, reranked, as a PNG grid"),
     "evaluate": ("generation.commands:evaluate", "caption accuracy for best-of-N on shapes"),
     "report": ("generation.commands:report", "write a demo folder's report.html again"),
     "diverge": ("training.commands:diverge", "the first tensor in which two runs differ"),
     "replay": ("training.commands:replay", "run a step that did not count again, on one process"),
+    "seen": ("training.commands:seen", "the training steps at which a pair is read"),
+    "batch": ("training.commands:batch", "the pairs of a training step"),
     "verify": ("training.commands:verify", "check every digest of a data set or checkpoint"),
 }
 

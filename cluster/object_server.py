@@ -17,7 +17,7 @@ from pathlib import Path
 from cluster.processes import start, stop
 from core.errors import ConfigError, StoreError, TapirError
 from core.files import private_folder
-from core.store import S3Store
+from core.s3 import S3Store
 
 READY_SECONDS = 60
 _STOP_SECONDS = 1
@@ -178,7 +178,7 @@ def _wait_until_ready(
     while process.poll() is None and time.monotonic() < deadline:
         try:
             with server.credentials():
-                _read_back(S3Store(bucket, "", attempts=1))
+                _read_back(S3Store(bucket, "", attempts=1, patience=0))
             return
         except TapirError as error:
             problem = error

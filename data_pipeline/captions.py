@@ -6,6 +6,8 @@ from core.errors import InputError
 
 LONGEST = 4096
 """Characters of a caption that are kept."""
+MOST_BYTES = 4 * LONGEST
+"""Bytes of a caption that are looked at: no character takes more than four."""
 
 
 def clean_caption(raw: bytes, where: str) -> str:
@@ -13,8 +15,11 @@ def clean_caption(raw: bytes, where: str) -> str:
 
     Raises: InputError if it is not UTF-8 or holds no visible character.
     """
+    end = min(len(raw), MOST_BYTES)
+    while end < len(raw) and end > MOST_BYTES - 4 and raw[end] & 0xC0 == 0x80:
+        end -= 1  # not in the middle of a character
     try:
-        text = raw.decode("utf-8")
+        text = raw[:end].decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(
             f"the caption of {where} is not UTF-8 (byte {error.start}); convert the file"

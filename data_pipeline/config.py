@@ -1,7 +1,38 @@
 """Settings of the data jobs; imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    """Which readable pairs are left out on purpose; each reject is kept with its reason."""
+
+    min_words: int = 0
+    """Words that a caption must have."""
+    english: bool = False
+    """Leave out captions that are not English, by a rule of letters and common words."""
+    boilerplate: bool = False
+    """Leave out captions such as `photographed on 3 May`, stock photo notes and file names."""
+    aspect: float = 0.0
+    """Longer side over shorter side, at most (the paper: 2); 0 = any."""
+    min_side: int = 0
+    """Pixels of the shorter side, at least (the paper: 256)."""
+    duplicates: bool = False
+    """Leave out pairs whose image and caption were there before."""
+    near: int = -1
+    """Leave out pictures whose 64-bit perceptual hash differs in at most so many bits (0 to 3) from
+    one before; -1 = keep them."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if min(self.min_words, self.min_side) < 0 or not (self.aspect == 0 or self.aspect >= 1):
+            found.append(
+                "filters.min_words and min_side must not be negative, aspect be 0 or at least 1"
+            )
+        if not -1 <= self.near <= 3:
+            found.append(f"filters.near={self.near} must be 0 to 3, or -1 to keep near duplicates")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,17 +51,24 @@ class PackConfig:
     """Pairs a shard, at most."""
     shard_megabytes: int = 256
     """Size of a shard, at most."""
+    block: int = 64
+    """Pairs that are read by one request in training."""
     max_rejects: float = 0.0
-    """Share of unusable pairs that may be left out (and counted) instead of stopping."""
+    """Share of unusable pairs that may be left out (and counted) instead of stopping; what the
+    filters leave out does not count."""
+    threads: int = 2
+    """Threads that decode and check pictures; the shards are the same for any number."""
+    filters: FilterConfig = field(default_factory=FilterConfig)
+    """Pairs that are left out on purpose."""
     cache: Path = Path(".cache")
     """Where packages that a source downloads are kept."""
 
     def problems(self) -> list[str]:
-        found = []
+        found = self.filters.problems()
         if not 0 < self.validation < 1:
             found.append(f"validation={self.validation} must lie between 0 and 1; try 0.05")
-        if self.shard_pairs < 1 or self.shard_megabytes < 1:
-            found.append("shard_pairs and shard_megabytes must be at least 1")
+        if min(self.shard_pairs, self.shard_megabytes, self.block, self.threads) < 1:
+            found.append("shard_pairs, shard_megabytes, block and threads must be at least 1")
         if not 0 <= self.max_rejects < 1:
             found.append(f"max_rejects={self.max_rejects} is a share; it must lie in [0, 1)")
         if self.count < 0 or not 16 <= self.pixels <= 1024:
@@ -45,13 +83,11 @@ class OrderConfig:
     lanes: int = 8
     """Independent sub-streams; every data-parallel degree must divide it."""
     window: int = 8
-    """Blocks of a lane that are shuffled together."""
-    block: int = 64
-    """Records a block, read by one request."""
+    """Blocks of a lane that are shuffled together; each rank keeps its lanes' windows in memory."""
 
     def problems(self, global_batch: int, ranks: int) -> list[str]:
-        if min(self.lanes, self.window, self.block) < 1:
-            return ["order.lanes, order.window and order.block must be at least 1"]
+        if min(self.lanes, self.window) < 1:
+            return ["order.lanes and order.window must be at least 1"]
         lanes = self.lanes if self.lanes % ranks == 0 else ranks * max(1, self.lanes // ranks)
         batch = max(lanes, round(global_batch / lanes) * lanes)
         advice = f"try --order.lanes {lanes} --loop.batch {batch}"
@@ -68,17 +104,52 @@ class OrderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """How a rank fetches its records; changes speed and memory, never what is read."""
+
+    readers: int = 8
+    """Threads that fetch blocks from the store."""
+    ahead: int = 32
+    """Steps whose batches are fetched before they are needed."""
+    cache: Path | None = None
+    """Local folder that keeps fetched blocks; several ranks may share it."""
+    cache_gigabytes: float = 10.0
+    """Size of the cache; the oldest blocks make room."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if min(self.readers, self.ahead) < 1:
+            found.append("loader.readers and loader.ahead must be at least 1")
+        if not self.cache_gigabytes > 0:
+            found.append("loader.cache_gigabytes must be positive")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenizeConfig:
     """The token job: dVAE codes and text ids of every raw pair."""
 
     block: int = 64
-    """Records a block of the token shards."""
+    """Records a block of the token shards, read by one request (the paper's scale: 128)."""
+    variants: int = 1
+    """Keyed crops of every picture; epoch e of the prior reads variant e % variants."""
     batch: int = 64
     """Pictures encoded together."""
     threads: int = 1
     """Threads of a worker's encoder."""
+    readers: int = 2
+    """Threads that decode pictures while the encoder works."""
+    lease_seconds: float = 60.0
+    """A shard whose worker has not been heard of for so long is taken over by another."""
+    max_rejects: float = 0.01
+    """Share of pairs that may be left out (and counted), such as pictures below the dVAE's size."""
 
     def problems(self) -> list[str]:
-        if min(self.block, self.batch, self.threads) < 1:
-            return ["block, batch and threads must be at least 1"]
-        return []
+        found = []
+        if min(self.block, self.batch, self.threads, self.readers, self.variants) < 1:
+            found.append("block, batch, threads, readers and variants must be at least 1")
+        if not self.lease_seconds > 0:
+            found.append("lease_seconds must be positive")
+        if not 0 <= self.max_rejects < 1:
+            found.append(f"max_rejects={self.max_rejects} is a share; it must lie in [0, 1)")
+        return found

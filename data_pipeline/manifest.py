@@ -5,12 +5,12 @@ from typing import Any
 
 from core.errors import CorruptError, InputError
 from core.files import canonical_json, seal, sha256, unseal
-from core.settings import from_json, to_json
+from core.settings import to_json
 from core.store import Store
 
-NAME = "manifest.json"
-RAW = "tapir-raw-1"
-TOKENS = "tapir-tokens-1"
+NAME, INDEX = "manifest.json", "index.safetensors"
+RAW = "tapir-raw-2"
+TOKENS = "tapir-tokens-2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,8 @@ class Shard:
 
     name: str
     samples: int
+    blocks: int
+    """Runs of records that are read by one request each."""
     bytes: int
     sha256: str
     etag: str
@@ -26,7 +28,7 @@ class Shard:
 
     @property
     def index_name(self) -> str:
-        return self.name.removesuffix(".tar") + ".index.json"
+        return self.name.removesuffix(".tar") + ".index.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +38,16 @@ class Manifest:
     format: str
     """RAW or TOKENS."""
     shards: list[Shard]
+    """Of a data set of K variants: K times as many, variant by variant."""
     samples: int
     facts: dict[str, Any]
     """What the data was made from: source, split, dVAE hash, tokenizer hash, grid, ..."""
     rejects: dict[str, int]
     """Left-out pairs by reason."""
+    index_sha256: str
+    """Digest of index.safetensors, which says where every block lies."""
+    variants: int = 1
+    """Token sets over other crops of the same pairs; epoch e reads variant e % variants."""
 
     @property
     def fingerprint(self) -> str:
@@ -61,14 +68,17 @@ def read_manifest(store: Store, prefix: str, kind: str) -> Manifest:
     Raises: InputError if there is none or it is of another kind; CorruptError if it is damaged.
     """
     where = f"{store.url}/{prefix}{NAME}"
+    verb = "pack" if kind == RAW else "tokenize"
     if not store.exists(prefix + NAME):
-        verb = "pack" if kind == RAW else "tokenize"
         raise InputError(f"there is no data set at {where}; make it with `tapir {verb}`")
     body = unseal(store.get(prefix + NAME), where)
     fingerprint = body.pop("fingerprint")
     if body.get("format") != kind:
-        raise InputError(f"{where} has the format {body.get('format')!r}; this needs {kind!r}")
-    shards = [from_json(Shard, shard) for shard in body.pop("shards")]
+        raise InputError(
+            f"{where} has the format {body.get('format')!r}; this needs {kind!r}: make it with "
+            f"`tapir {verb}` of this version, in an empty place"
+        )
+    shards = [Shard(**shard) for shard in body.pop("shards")]
     manifest = Manifest(shards=shards, **body)
     if manifest.fingerprint != fingerprint:
         raise CorruptError(f"{where}: the fingerprint does not match the shards listed")

@@ -3,10 +3,15 @@
 The blocks of an epoch are permuted and dealt to C lanes; inside a lane, each window of W blocks is
 permuted record by record. Slot k of step s reads lane k // (G/C) at position s*(G/C) + k % (G/C).
 Ranks own contiguous lanes, so a global batch is the same for every world size that divides C.
-Records beyond the last whole step of the shortest lane are left out of that epoch (other ones each
-epoch, because the blocks are dealt anew).
+The first window of lane l has 1 + l % W blocks only, so that lanes open their windows at different
+steps and the store is asked evenly. Records beyond the last whole step of the shortest lane are
+left out of that epoch (other ones each epoch, because the blocks are dealt anew).
+
+Everything here is arithmetic on the blocks' sizes: a position is found without reading what came
+before it.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,21 +23,32 @@ from core.errors import ConfigError
 from core.keys import keyed_rng
 from data_pipeline.config import OrderConfig
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """The address of a record."""
+class Window:
+    """Some blocks of a lane, whose records are shuffled together."""
 
-    block: int
-    record: int
+    epoch: int
+    lane: int
+    number: int
+    start: int
+    """Place in the lane of its first record."""
+    end: int
+    """Place behind its last record."""
+    blocks: NDArray[np.int32]
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """Its name in one order."""
+        return self.epoch, self.lane, self.number
 
 
 class LaneOrder:
-    """The order of one data set under one seed; pure arithmetic, no state."""
+    """The order of one data set under one seed; no state but memories of what was computed."""
 
-    def __init__(self, sizes: list[int], seed: int, batch: int, config: OrderConfig) -> None:
+    def __init__(self, sizes: NDArray[Any], seed: int, batch: int, config: OrderConfig) -> None:
         """`sizes` are the records of each block, `batch` is the global batch size."""
         self._sizes = np.asarray(sizes, np.int64)
         self._seed, self._config = seed, config
@@ -41,44 +57,78 @@ class LaneOrder:
         if self.steps(0) < 1:
             raise ConfigError(
                 f"{int(self._sizes.sum())} records in {len(sizes)} blocks fill no batch of {batch} "
-                f"over {config.lanes} lanes; lower loop.batch, order.lanes or order.block"
+                f"over {config.lanes} lanes; lower loop.batch or order.lanes, or make smaller "
+                "blocks (--block of pack and tokenize)"
             )
 
     def steps(self, epoch: int) -> int:
         """Whole steps of an epoch."""
-        lengths = [int(self._sizes[blocks].sum()) for blocks in self._deal(epoch)]
-        return min(lengths) // self.per_lane
+        _, ends = self._deal(epoch)
+        return int(ends[:, -1].min()) // self.per_lane
 
-    def places(self, epoch: int, step: int, first_lane: int, lanes: int) -> list[Place]:
-        """The records of a run of lanes at one step, in slot order."""
-        found = []
-        for lane in range(first_lane, first_lane + lanes):
-            start = step * self.per_lane
-            found += [self._place(epoch, lane, start + i) for i in range(self.per_lane)]
-        return found
+    def windows(self, epoch: int, lane: int, first: int, last: int) -> Iterator[Window]:
+        """The windows of a lane that hold its places first ... last - 1."""
+        dealt, ends = self._deal(epoch)
+        width, short = self._config.window, 1 + lane % self._config.window
+        row = ends[lane]
+        while first < last:
+            block = int(np.searchsorted(row, first, "right"))
+            number = 0 if block < short else 1 + (block - short) // width
+            begin = short + (number - 1) * width if number else 0
+            stop = min(begin + width if number else short, dealt.shape[1])
+            blocks = dealt[lane, begin:stop]
+            yield Window(
+                epoch=epoch,
+                lane=lane,
+                number=number,
+                start=int(row[begin - 1]) if begin else 0,
+                end=int(row[stop - 1]),
+                blocks=blocks[blocks >= 0],
+            )
+            first = int(row[stop - 1])
 
-    def _place(self, epoch: int, lane: int, position: int) -> Place:
-        ends = self._window_ends(epoch, lane)
-        window = int(np.searchsorted(ends, position, side="right"))
-        inside = position - (int(ends[window - 1]) if window else 0)
-        block, record = self._window(epoch, lane, window)[inside]
-        return Place(block=int(block), record=int(record))
+    def shuffle(self, window: Window) -> NDArray[Any]:
+        """The permutation of a window's records; they are numbered block by block."""
+        name = f"{window.lane}:{window.number}"
+        rng = keyed_rng(self._seed, window.epoch, name, "order/window")
+        return rng.permutation(window.end - window.start)
+
+    def places(self, epoch: int, step: int, lanes: range) -> NDArray[np.int64]:
+        """The records of a run of lanes at one step, in slot order.
+
+        Shapes: returns (len(lanes) * batch / C, 2): block, and record in it.
+        """
+        first, found = step * self.per_lane, []
+        last = first + self.per_lane
+        for lane in lanes:
+            for window in self.windows(epoch, lane, first, last):
+                inside = slice(max(first, window.start) - window.start, last - window.start)
+                found.append(self._members(window)[self.shuffle(window)[inside]])
+        return np.concatenate(found)
+
+    def locate(self, epoch: int, block: int, record: int) -> tuple[int, int] | None:
+        """The step and slot at which a record is read; None if the epoch leaves it out."""
+        dealt, ends = self._deal(epoch)
+        lane, column = (int(place[0]) for place in np.nonzero(dealt == block))
+        first = int(ends[lane, column - 1]) if column else 0
+        (window,) = self.windows(epoch, lane, first, first + 1)
+        inside = first - window.start + record
+        place = window.start + int(np.flatnonzero(self.shuffle(window) == inside)[0])
+        step, rest = divmod(place, self.per_lane)
+        return (step, lane * self.per_lane + rest) if step < self.steps(epoch) else None
+
+    def _members(self, window: Window) -> NDArray[np.int64]:
+        """(block, record) of all records of a window, block by block."""
+        sizes = self._sizes[window.blocks]
+        starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
+        return np.stack([np.repeat(window.blocks, sizes), np.arange(len(starts)) - starts], 1)
 
     @lru_cache(maxsize=2)  # noqa: B019 - an order lives as long as its run
-    def _deal(self, epoch: int) -> list[NDArray[Any]]:
-        order = keyed_rng(self._seed, epoch, "order/blocks").permutation(len(self._sizes))
-        return [order[lane :: self.lanes] for lane in range(self.lanes)]
-
-    @lru_cache(maxsize=4096)  # noqa: B019
-    def _window_ends(self, epoch: int, lane: int) -> NDArray[Any]:
-        sizes = self._sizes[self._deal(epoch)[lane]]
-        width = self._config.window
-        return np.cumsum([sizes[i : i + width].sum() for i in range(0, len(sizes), width)])
-
-    @lru_cache(maxsize=4096)  # noqa: B019
-    def _window(self, epoch: int, lane: int, window: int) -> NDArray[Any]:
-        width = self._config.window
-        blocks = self._deal(epoch)[lane][window * width : (window + 1) * width]
-        rows = [(block, i) for block in blocks for i in range(int(self._sizes[block]))]
-        rng = keyed_rng(self._seed, epoch, f"{lane}:{window}", "order/window")
-        return np.asarray(rows)[rng.permutation(len(rows))]
+    def _deal(self, epoch: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Blocks by lane, -1 behind the last one; and how many records each lane has up to each."""
+        count = len(self._sizes)
+        dealt = np.full(-(-count // self.lanes) * self.lanes, -1, np.int32)
+        dealt[:count] = keyed_rng(self._seed, epoch, "order/blocks").permutation(count)
+        dealt = np.ascontiguousarray(dealt.reshape(-1, self.lanes).T)
+        sizes = np.append(self._sizes, 0)[dealt]
+        return dealt, np.cumsum(sizes, axis=1)

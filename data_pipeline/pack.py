@@ -1,27 +1,51 @@
-"""`tapir pack SRC DEST`: raw pairs -> WebDataset shards, split by key."""
+"""`tapir pack SRC DEST`: raw pairs -> WebDataset shards, split by key.
+
+<split>/shard-000000.tar     KEY.jpg|png|webp, KEY.json, KEY.txt: any WebDataset reader reads it
+<split>/*.index.safetensors  blocks (ranged GETs) of a shard, of the data set
+<split>/manifest.json        last of all
+rejects/000000.jsonl         every pair that was left out: key, kind, reason
+"""
 
 import json
-import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from core.errors import InputError, TapirError
 from core.files import canonical_json
-from core.keys import key_fraction
+from core.keys import key_fraction, key_int
 from core.log import LOG, progress
 from core.settings import check, to_json
 from core.store import Store
 from data_pipeline.captions import clean_caption
-from data_pipeline.config import PackConfig
-from data_pipeline.images import decode_rgb
-from data_pipeline.manifest import NAME, RAW, Manifest, Shard, read_manifest, write_manifest
-from data_pipeline.shards import build_tar, list_members, put_shard
+from data_pipeline.config import FilterConfig, PackConfig
+from data_pipeline.filters import Duplicates, caption_reject, image_reject
+from data_pipeline.images import inspect
+from data_pipeline.manifest import NAME, RAW, Manifest, Shard, read_manifest
+from data_pipeline.shards import build_tar, describe, list_members, put_manifest
 from data_pipeline.sources.catalogue import SHAPES_COUNT, open_source, source_content
-from data_pipeline.sources.pair import Pair
+from data_pipeline.sources.pair import IGNORED, Pair, Unusable
 
 SPLITS = ("train", "validation")
-REJECTS, REQUEST = "rejects.jsonl", "request.json"
+REJECTS, REQUEST = "rejects/", "request.json"
+_REJECTS_TOGETHER = 100_000
+_EARLY_KEYS = 2_000_000
+"""Keys that are compared at once; all ids are, at the end."""
+_NOT_ASKED = ("cache", "threads")
+"""Settings that do not change what is written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Examined:
+    """A pair that can be used."""
+
+    pair: Pair
+    caption: str
+    look: int
 
 
 class _Split:
@@ -53,25 +77,59 @@ class _Split:
         if not self._waiting:
             return
         tar = build_tar(self._waiting)
-        index = index_pairs(tar)
+        ids = np.array([key_int(sample["__key__"]) for sample in self._waiting], np.uint64)
+        ranges = pair_ranges(tar, self._config.block)
         name = f"shard-{len(self.shards):06d}.tar"
-        self.shards.append(put_shard(self._store, self._prefix, name, tar, index))
+        self._store.put(self._prefix + name, tar)
+        self.shards.append(describe(self._store, self._prefix, name, tar, ranges, ids))
         self._waiting, self._size = [], 0
 
 
-def index_pairs(tar: bytes) -> dict[str, Any]:
-    """Index a raw shard: key, image and caption offsets, and a crc32 of each pair's bytes."""
-    rows: dict[str, dict[str, Any]] = {}
+class _Rejects:
+    """Every pair that is left out, written as it comes."""
+
+    def __init__(self, store: Store, config: PackConfig) -> None:
+        self._store, self._config = store, config
+        self._lines: list[str] = []
+        self._parts = 0
+        self.kinds: Counter[str] = Counter()
+        self.unusable = 0
+        self.first = ""
+
+    def add(self, reject: Unusable, asked: bool = False) -> None:
+        """Note one; `asked` if a filter that the user set left it out.
+
+        Raises: InputError if it is unusable and none may be.
+        """
+        if not asked and reject.kind != IGNORED:
+            if self._config.max_rejects == 0:
+                raise InputError(
+                    f"{reject.reason}; to leave unusable pairs out and count them, pass "
+                    "--max-rejects 0.01"
+                )
+            self.unusable += 1
+            self.first = self.first or reject.reason
+        self.kinds[reject.kind] += 1
+        self._lines.append(json.dumps(vars(reject)) + "\n")
+        if len(self._lines) == _REJECTS_TOGETHER:
+            self.flush()
+
+    def flush(self) -> None:
+        self._store.put(f"{REJECTS}{self._parts:06d}.jsonl", "".join(self._lines).encode())
+        self._lines, self._parts = [], self._parts + 1
+
+
+def pair_ranges(tar: bytes, block: int) -> list[tuple[int, int, int]]:
+    """Cut a raw shard into runs of `block` pairs: (start, bytes, pairs)."""
+    pairs: list[tuple[int, int]] = []
+    key = ""
     for member in list_members(tar):
-        key, _, extension = member.name.partition(".")
-        rows.setdefault(key, {"key": key})[extension] = [member.start, member.length]
-    pairs = []
-    for row in rows.values():
-        extension = next(name for name in ("png", "jpg", "webp") if name in row)
-        image, text = row[extension], row["txt"]
-        crc = zlib.crc32(tar[image[0] : sum(image)] + tar[text[0] : sum(text)])
-        pairs.append([row["key"], *image, *text, crc])
-    return {"samples": len(pairs), "pairs": pairs}
+        name = member.name.partition(".")[0]
+        begin = pairs.pop()[0] if name == key and pairs else member.header
+        pairs.append((begin, member.end))
+        key = name
+    runs = [pairs[i : i + block] for i in range(0, len(pairs), block)]
+    return [(run[0][0], run[-1][1] - run[0][0], len(run)) for run in runs]
 
 
 def pack(source: str, store: Store, config: PackConfig, again: bool = False) -> dict[str, Manifest]:
@@ -84,7 +142,7 @@ def pack(source: str, store: Store, config: PackConfig, again: bool = False) -> 
     request = {
         "source": source,
         "content": source_content(source),
-        "config": {**to_json(config), "cache": ""},
+        "config": {k: v for k, v in to_json(config).items() if k not in _NOT_ASKED},
     }
     mine = _claim(store, request)
     finished = {} if again else _finished(store)
@@ -103,58 +161,92 @@ def _write(
     source: str, store: Store, config: PackConfig, request: dict[str, Any]
 ) -> dict[str, Manifest]:
     splits = {name: _Split(store, name, config) for name in SPLITS}
-    rejects: list[dict[str, str]] = []
-    seen = _fill(source, config, splits, rejects)
+    rejects = _Rejects(store, config)
+    packed = _fill(source, config, splits, rejects)
+    seen = packed + rejects.unusable
     if seen == 0:
-        raise InputError(f"the source {source!r} holds no pairs")
-    if len(rejects) > config.max_rejects * seen:
+        raise InputError(f"the source {source!r} holds no pairs: no images with captions")
+    if rejects.unusable > config.max_rejects * seen:
         raise InputError(
-            f"{len(rejects)} of {seen} pairs are unusable, more than max_rejects="
-            f"{config.max_rejects}; the first: {rejects[0]['reason']}"
+            f"{rejects.unusable} of {seen} pairs are unusable, more than max_rejects="
+            f"{config.max_rejects}; the first: {rejects.first}"
         )
-    _refuse_empty(splits, seen, config)
-    store.put(REJECTS, "".join(json.dumps(row) + "\n" for row in rejects).encode())
-    counts = dict(Counter(row["kind"] for row in rejects))
-    return {name: _close(store, name, split, request, counts) for name, split in splits.items()}
+    _refuse_empty(splits, packed, config)
+    rejects.flush()
+    facts = {"request": request}
+    return {
+        name: put_manifest(
+            store,
+            f"{name}/",
+            RAW,
+            split.shards,
+            {**facts, "split": name},
+            dict(rejects.kinds),
+        )
+        for name, split in splits.items()
+    }
 
 
-def _fill(
-    source: str, config: PackConfig, splits: dict[str, _Split], rejects: list[dict[str, str]]
-) -> int:
-    seen = 0
+def _fill(source: str, config: PackConfig, splits: dict[str, _Split], rejects: _Rejects) -> int:
+    packed = 0
     keys: set[str] = set()
-    expected = config.count or SHAPES_COUNT
-    with progress("pack", expected) as meter:
-        for pair, caption in _checked(open_source(source, config), rejects, config):
+    duplicates = Duplicates(config.filters)
+    with progress("pack", config.count or SHAPES_COUNT) as meter:
+        for found in _examined(open_source(source, config), config):
+            if isinstance(found, tuple):
+                rejects.add(*found)
+                continue
+            pair = found.pair
             if pair.key in keys:
                 raise InputError(f"the key {pair.key!r} ({pair.where}) occurs twice")
-            keys.add(pair.key)
+            if len(keys) < _EARLY_KEYS:
+                keys.add(pair.key)
+            double = duplicates.reject(pair.key, pair.image, found.caption, found.look)
+            if double:
+                rejects.add(Unusable(key=pair.key, **vars(double)), True)
+                continue
             held_out = key_fraction(config.seed, pair.split_key, "split") < config.validation
-            splits["validation" if held_out else "train"].add(pair, caption)
-            seen += 1
-            meter.update(seen)
+            splits["validation" if held_out else "train"].add(pair, found.caption)
+            packed += 1
+            meter.update(packed)
     for split in splits.values():
         split.flush()
-    return seen + len(rejects)
+    return packed
 
 
-def _checked(
-    pairs: Iterator[Pair], rejects: list[dict[str, str]], config: PackConfig
-) -> Iterator[tuple[Pair, str]]:
-    for pair in pairs:
-        kind = "caption"
+def _examined(
+    items: Iterator[Pair | Unusable], config: PackConfig
+) -> Iterator[_Examined | tuple[Unusable, bool]]:
+    """Each item in the source's order, examined by threads: a pair, or a reject and if a filter
+    asked for it.
+    """
+    with ThreadPoolExecutor(config.threads, "examine") as pool:
+        waiting: deque[Future[_Examined | tuple[Unusable, bool]]] = deque()
         try:
-            caption = clean_caption(pair.caption, pair.where)
-            kind = "image"
-            decode_rgb(pair.image, pair.where)
-        except InputError as error:
-            if config.max_rejects == 0:
-                raise InputError(
-                    f"{error}; to leave unusable pairs out and count them, pass --max-rejects 0.01"
-                ) from error
-            rejects.append({"key": pair.key, "kind": kind, "reason": str(error)})
-            continue
-        yield pair, caption
+            for item in items:
+                waiting.append(pool.submit(_examine, item, config.filters))
+                if len(waiting) > 4 * config.threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _examine(item: Pair | Unusable, filters: FilterConfig) -> _Examined | tuple[Unusable, bool]:
+    if isinstance(item, Unusable):
+        return item, False
+    kind = "caption"
+    try:
+        caption = clean_caption(item.caption, item.where)
+        kind = "image"
+        image = inspect(item.image, item.where)
+    except InputError as error:
+        return Unusable(key=item.key, kind=kind, reason=str(error)), False
+    reject = caption_reject(caption, filters) or image_reject(image, filters)
+    if reject:
+        return Unusable(key=item.key, **vars(reject)), True
+    return _Examined(pair=item, caption=caption, look=image.look)
 
 
 def _refuse_empty(splits: dict[str, _Split], seen: int, config: PackConfig) -> None:
@@ -190,17 +282,3 @@ def _finished(store: Store) -> dict[str, Manifest]:
             return {}
         found[name] = read_manifest(store, f"{name}/", RAW)
     return found
-
-
-def _close(
-    store: Store, name: str, split: _Split, request: dict[str, Any], rejects: dict[str, int]
-) -> Manifest:
-    manifest = Manifest(
-        format=RAW,
-        shards=split.shards,
-        samples=sum(shard.samples for shard in split.shards),
-        facts={"request": request, "split": name},
-        rejects=rejects,
-    )
-    write_manifest(store, f"{name}/", manifest)
-    return manifest

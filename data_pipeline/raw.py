@@ -1,12 +1,16 @@
-"""Raw shards as blocks of pairs: one ranged GET a block, a crc32 for every pair."""
+"""Raw shards as blocks of pairs, still encoded."""
 
-import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, overload
 
-from core.errors import CorruptError
+from core.keys import key_int
 from core.store import Store
-from data_pipeline.manifest import RAW, Shard, read_manifest
-from data_pipeline.shards import read_index
+from data_pipeline.cache import BlockCache
+from data_pipeline.images import EXTENSIONS
+from data_pipeline.index import BlockReader
+from data_pipeline.manifest import RAW, read_manifest
+from data_pipeline.shards import list_members
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,42 +21,78 @@ class RawRecord:
     image: bytes
     caption: str
 
+    @property
+    def id(self) -> int:
+        """A hash of the key: the pair's name in the order and in token records."""
+        return key_int(self.key)
+
+
+class RawRecords(Sequence[RawRecord]):
+    """Some pairs, as the stream moves them about."""
+
+    def __init__(self, records: Sequence[RawRecord]) -> None:
+        self._records = list(records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @overload
+    def __getitem__(self, place: int) -> RawRecord: ...
+    @overload
+    def __getitem__(self, place: slice) -> "RawRecords": ...
+    def __getitem__(self, place: int | slice) -> "RawRecord | RawRecords":
+        found = self._records[place]
+        return found if isinstance(found, RawRecord) else RawRecords(found)
+
+    def __iter__(self) -> Iterator[RawRecord]:
+        return iter(self._records)
+
+    def take(self, places: Any) -> "RawRecords":
+        """The records at some places, in that order."""
+        return RawRecords([self._records[place] for place in places.tolist()])
+
+    @staticmethod
+    def join(parts: "Sequence[RawRecords]") -> "RawRecords":
+        """Records in a row."""
+        return RawRecords([record for part in parts for record in part])
+
 
 class RawSource:
     """The pairs of one split."""
 
-    def __init__(self, store: Store, split: str, block: int) -> None:
-        self._store, self._prefix = store, f"{split}/"
-        self.manifest = read_manifest(store, self._prefix, RAW)
+    def __init__(self, store: Store, split: str, cache: BlockCache | None = None) -> None:
+        prefix = f"{split}/"
+        self.manifest = read_manifest(store, prefix, RAW)
+        self.blocks = BlockReader(store, prefix, self.manifest, cache)
         self.fingerprint = self.manifest.fingerprint
-        self._blocks: list[tuple[Shard, list[list[int]]]] = []
-        for shard in self.manifest.shards:
-            pairs = read_index(store, self._prefix, shard)["pairs"]
-            self._blocks += [(shard, pairs[i : i + block]) for i in range(0, len(pairs), block)]
-        self.sizes = [len(pairs) for _, pairs in self._blocks]
+        self.sizes = self.blocks.records
+        self.variants = 1
 
-    def shard_of(self, block: int) -> Shard:
-        """The shard that a block lies in."""
-        return self._blocks[block][0]
-
-    def read(self, block: int) -> list[RawRecord]:
+    def read(self, block: int, variant: int = 0) -> RawRecords:
         """Fetch one block.
 
-        Raises: CorruptError, naming the shard and the pair.
+        Raises: CorruptError, naming the shard, the offset and both digests.
         """
-        shard, pairs = self._blocks[block]
-        start = min(min(pair[1], pair[3]) for pair in pairs)
-        end = max(max(pair[1] + pair[2], pair[3] + pair[4]) for pair in pairs)
-        data = self._store.get(self._prefix + shard.name, start, end - start)
-        records = []
-        for key, image_at, image_size, text_at, text_size, crc in pairs:
-            image = data[image_at - start :][:image_size]
-            text = data[text_at - start :][:text_size]
-            if zlib.crc32(image + text) != crc:
-                raise CorruptError(
-                    f"{self._store.url}/{self._prefix}{shard.name}: the pair {key!r} at offset "
-                    f"{image_at} has crc32 {zlib.crc32(image + text):08x}, its index says "
-                    f"{crc:08x}; restore the shard or run its `tapir pack` with --again"
-                )
-            records.append(RawRecord(key=str(key), image=image, caption=text.decode()))
-        return records
+        return parse_pairs(self.blocks.read(block, variant))
+
+    def empty(self) -> RawRecords:
+        """No records."""
+        return RawRecords([])
+
+
+def parse_pairs(tar: bytes) -> RawRecords:
+    """The pairs of a shard that `tapir pack` wrote, or of a block of it."""
+    found: dict[str, dict[str, bytes]] = {}
+    for member in list_members(tar):
+        key, _, extension = member.name.partition(".")
+        found.setdefault(key, {})[extension] = tar[member.start : member.start + member.length]
+    return RawRecords(
+        [
+            RawRecord(
+                key=key,
+                image=next(parts[name] for name in EXTENSIONS if name in parts),
+                caption=parts["txt"].decode(),
+            )
+            for key, parts in found.items()
+        ]
+    )

@@ -1,19 +1,33 @@
-"""Tar shards: written by the webdataset library, with a byte-offset index beside each."""
+"""Tar shards, written by the webdataset library, and the data sets that they make up."""
 
 import io
-import json
 import tarfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import webdataset
+from numpy.typing import NDArray
 
-from core.errors import CorruptError
+from core.errors import InputError
 from core.files import sha256
 from core.store import Store
-from data_pipeline.manifest import Shard
+from data_pipeline.index import (
+    BlockIndex,
+    Ranges,
+    dump_index,
+    dump_shard_index,
+    first_double,
+    index_of,
+    read_shard_index,
+)
+from data_pipeline.manifest import INDEX, Manifest, Shard, write_manifest
 
 webdataset.utils.enforce_security = True
+
+_READERS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +35,14 @@ class Member:
     """Where a file lies inside of a tar."""
 
     name: str
+    header: int
     start: int
     length: int
+
+    @property
+    def end(self) -> int:
+        """Where the next member's header begins."""
+        return self.start + -(-self.length // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
 def build_tar(samples: list[dict[str, Any]]) -> bytes:
@@ -36,40 +56,73 @@ def build_tar(samples: list[dict[str, Any]]) -> bytes:
 
 
 def list_members(tar: bytes) -> list[Member]:
-    """List the files of a tar with their offsets."""
-    with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
+    """List the files of a tar, or of a part that begins and ends between members."""
+    with tarfile.open(fileobj=io.BytesIO(tar), mode="r:") as archive:
         return [
-            Member(name=member.name, start=member.offset_data, length=member.size)
+            Member(
+                name=member.name,
+                header=member.offset,
+                start=member.offset_data,
+                length=member.size,
+            )
             for member in archive
         ]
 
 
-def put_shard(store: Store, prefix: str, name: str, tar: bytes, index: dict[str, Any]) -> Shard:
-    """Store a tar and its index, and describe them."""
-    data = json.dumps(index, separators=(",", ":")).encode()
+def describe(
+    store: Store, prefix: str, name: str, tar: bytes, ranges: Ranges, ids: NDArray[np.uint64]
+) -> Shard:
+    """Write the index of a shard that is in the store."""
+    index = dump_shard_index(index_of(tar, ranges), ids)
     shard = Shard(
         name=name,
-        samples=index["samples"],
+        samples=len(ids),
+        blocks=len(ranges),
         bytes=len(tar),
         sha256=sha256(tar),
-        etag="",
-        index_sha256=sha256(data),
+        etag=store.etag(prefix + name),
+        index_sha256=sha256(index),
     )
-    store.put(prefix + shard.index_name, data)
-    store.put(prefix + name, tar)
-    return Shard(**{**vars(shard), "etag": store.etag(prefix + name)})
+    store.put(prefix + shard.index_name, index)
+    return shard
 
 
-def read_index(store: Store, prefix: str, shard: Shard) -> Any:
-    """Read a shard's index and check its digest.
+def put_manifest(
+    store: Store,
+    prefix: str,
+    kind: str,
+    shards: Sequence[Shard],
+    facts: dict[str, Any],
+    rejects: dict[str, int],
+    variants: int = 1,
+) -> Manifest:
+    """Join the shards' indexes and describe the data set, last of all.
 
-    Raises: CorruptError, naming the shard.
+    Raises: InputError if an id occurs twice; CorruptError for a damaged index.
     """
-    data = store.get(prefix + shard.index_name)
-    if sha256(data) != shard.index_sha256:
-        raise CorruptError(
-            f"{store.url}/{prefix}{shard.index_name} differs from its manifest: expected sha256 "
-            f"{shard.index_sha256}, got {sha256(data)}; mend it by the command that made it, with "
-            "--again"
+    with ThreadPoolExecutor(_READERS, "index") as pool:
+        found = list(pool.map(lambda shard: read_shard_index(store, prefix, shard), shards))
+    once = len(shards) // variants
+    double = first_double([arrays.pop("ids") for arrays in found][:once])
+    if double >= 0:
+        raise InputError(
+            f"{store.url}/{prefix} holds two pairs of the id {double}; give every pair its own key"
         )
-    return json.loads(data)
+    index = dump_index(
+        [
+            BlockIndex(**{name: rows for name, rows in arrays.items() if name != "places"})
+            for arrays in found
+        ]
+    )
+    store.put(prefix + INDEX, index)
+    manifest = Manifest(
+        format=kind,
+        shards=list(shards),
+        samples=sum(shard.samples for shard in shards[:once]),
+        facts=facts,
+        rejects=rejects,
+        index_sha256=sha256(index),
+        variants=variants,
+    )
+    write_manifest(store, prefix, manifest)
+    return manifest

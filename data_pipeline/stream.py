@@ -1,33 +1,61 @@
 """Batches of raw pairs or token records, in the lane order, with exact positions.
 
-    store -> blocks (one ranged GET each, crc checked) -> lane order -> batch of this rank
+    store -> blocks (threads; a ranged GET and a digest each) -> windows, shuffled
+          -> chunks of some steps (one thread, ahead of the trainer) -> batch of this rank
 
 Every iterator yields `(batch, state)`; the state is the position BEHIND the batch, so that a run
-saved with it reads the next batch first.
+saved with it reads the next batch first. A rank keeps one or two windows of each of its lanes.
 """
 
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from core.errors import ConfigError
-from data_pipeline.config import OrderConfig
-from data_pipeline.order import VERSION, LaneOrder
+from data_pipeline.config import LoaderConfig, OrderConfig
+from data_pipeline.order import VERSION, LaneOrder, Window
 
-Record = TypeVar("Record", covariant=True)
+_CHUNK = 32
+"""Records of a lane that are put together at once."""
 
 
-class BlockSource(Protocol[Record]):
+class Records(Protocol):
+    """Some records; TokenRecords and RawRecords."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, place: Any) -> Any: ...
+
+    def take(self, places: Any) -> Any:
+        """The records at some places, in that order."""
+
+    @staticmethod
+    def join(parts: Sequence[Any]) -> Any:
+        """Records in a row."""
+
+
+R = TypeVar("R", bound=Records, covariant=True)
+
+
+class BlockSource(Protocol[R]):
     """A data set as blocks of records."""
 
     fingerprint: str
-    sizes: list[int]
+    sizes: NDArray[Any]
     """Records of each block."""
+    variants: int
+    """Epoch e reads variant e % variants."""
 
-    def read(self, block: int) -> list[Record]:
+    def read(self, block: int, variant: int = 0) -> R:
         """Fetch and check one block."""
+
+    def empty(self) -> R:
+        """No records."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +67,6 @@ class StreamState:
     batch: int
     lanes: int
     window: int
-    block: int
     version: int
     epoch: int
     step: int
@@ -53,7 +80,7 @@ class StreamState:
 
     def problems(self, other: "StreamState") -> list[str]:
         """What keeps a run with this state from going on with the other's data."""
-        fixed = ("fingerprint", "seed", "batch", "lanes", "window", "block", "version")
+        fixed = ("fingerprint", "seed", "batch", "lanes", "window", "version")
         return [
             f"the data's {name} was {getattr(other, name)}, now it is {getattr(self, name)}; "
             "give the same data and order settings, or start a new run folder"
@@ -62,16 +89,27 @@ class StreamState:
         ]
 
 
-class Stream(Generic[Record]):
+@dataclass(frozen=True, kw_only=True)
+class _Chunk:
+    """Neighbouring steps of an epoch that are put together at once."""
+
+    state: StreamState
+    """The position before it."""
+    count: int
+    ends_epoch: bool
+
+
+class Stream:
     """The batches of one data-parallel rank."""
 
     def __init__(
         self,
-        source: BlockSource[Record],
+        source: BlockSource[Records],
         *,
         seed: int,
         batch: int,
         order: OrderConfig,
+        loader: LoaderConfig = LoaderConfig(),  # noqa: B008 - frozen
         rank: int = 0,
         ranks: int = 1,
         reads: bool = True,
@@ -84,19 +122,16 @@ class Stream(Generic[Record]):
         problems = order.problems(batch, ranks)
         if problems:
             raise ConfigError.from_problems(problems)
-        self._source, self._reads = source, reads
-        self._order = LaneOrder(source.sizes, seed, batch, order)
-        self._lanes = order.lanes // ranks
-        self._first_lane = rank * self._lanes
-        self._blocks: OrderedDict[int, list[Record]] = OrderedDict()
-        self._keep = 2 * self._lanes * order.window
+        self._source, self._reads, self._loader = source, reads, loader
+        self.order = LaneOrder(source.sizes, seed, batch, order)
+        share = order.lanes // ranks
+        self._lanes = range(rank * share, (rank + 1) * share)
         self.state = StreamState(
             fingerprint=source.fingerprint,
             seed=seed,
             batch=batch,
             lanes=order.lanes,
             window=order.window,
-            block=order.block,
             version=VERSION,
             epoch=0,
             step=0,
@@ -112,49 +147,124 @@ class Stream(Generic[Record]):
             raise ConfigError.from_problems(problems)
         self.state = replace(state, passed=tuple((e, s) for e, s in state.passed))
 
-    def __iter__(self) -> Iterator[tuple[list[Record], StreamState]]:
-        with ThreadPoolExecutor(1, "prefetch") as pool:
-            position = self._settled(self.state)
-            ahead = pool.submit(self._read, position)
-            while True:
-                current, position = (
-                    position,
-                    self._settled(replace(position, step=position.step + 1)),
-                )
-                batch = ahead.result()
-                ahead = pool.submit(self._read, position)
-                self.state = replace(current, step=current.step + 1)
-                yield batch, self.state
+    def __iter__(self) -> Iterator[tuple[Any, StreamState]]:
+        lanes = self._lanes if self._reads else range(0)
+        fetchers = ThreadPoolExecutor(self._loader.readers, "fetch")
+        joiner = ThreadPoolExecutor(1, "join")
+        windows = _Windows(self._source, self.order, lanes, fetchers)
+        try:
+            yield from self._batches(windows, joiner)
+        finally:
+            joiner.shutdown(wait=False, cancel_futures=True)
+            fetchers.shutdown(wait=True, cancel_futures=True)
+            joiner.shutdown()
 
-    def _settled(self, state: StreamState) -> StreamState:
+    def _batches(
+        self, windows: "_Windows", joiner: ThreadPoolExecutor
+    ) -> Iterator[tuple[Any, StreamState]]:
+        waiting: deque[tuple[_Chunk, Future[Any]]] = deque()
+        chunks = self._chunks()
+        ahead = 0
         while True:
-            if state.step >= self._order.steps(state.epoch):
+            while ahead < self._loader.ahead or not waiting:
+                chunk = next(chunks)
+                wanted = windows.plan(chunk)
+                waiting.append((chunk, joiner.submit(windows.join, chunk, wanted)))
+                ahead += chunk.count
+            chunk, future = waiting.popleft()
+            ahead -= chunk.count
+            records = future.result()
+            size = len(records) // chunk.count
+            for i in range(chunk.count):
+                state = replace(chunk.state, step=chunk.state.step + i + 1)
+                if (state.epoch, state.step - 1) not in state.passed:
+                    self.state = state
+                    yield records[i * size : (i + 1) * size], state
+
+    def _chunks(self) -> Iterator[_Chunk]:
+        state, most = self.state, max(1, min(_CHUNK // self.order.per_lane, self._loader.ahead))
+        while True:
+            left = self.order.steps(state.epoch) - state.step
+            if left < 1:
                 state = replace(state, epoch=state.epoch + 1, step=0)
-            elif (state.epoch, state.step) in state.passed:
-                state = replace(state, step=state.step + 1)
-            else:
-                return state
-
-    def _read(self, state: StreamState) -> list[Record]:
-        if not self._reads:
-            return []
-        places = self._order.places(state.epoch, state.step, self._first_lane, self._lanes)
-        return [self._block(place.block)[place.record] for place in places]
-
-    def _block(self, number: int) -> list[Record]:
-        if number not in self._blocks:
-            self._blocks[number] = self._source.read(number)
-            while len(self._blocks) > self._keep:
-                self._blocks.popitem(last=False)
-        self._blocks.move_to_end(number)
-        return self._blocks[number]
+                continue
+            count = min(most, left)
+            yield _Chunk(state=state, count=count, ends_epoch=count == left)
+            state = replace(state, step=state.step + count)
 
 
-def first_records(source: BlockSource[Any], count: int, rank: int = 0, ranks: int = 1) -> list[Any]:
-    """This rank's part of the first `count` records, in stored order; for validation."""
+class _Windows:
+    """The windows that a rank's next steps need."""
+
+    def __init__(
+        self,
+        source: BlockSource[Records],
+        order: LaneOrder,
+        lanes: range,
+        fetchers: ThreadPoolExecutor,
+    ) -> None:
+        self._source, self._order, self._lanes, self._pool = source, order, lanes, fetchers
+        self._newest: dict[int, Window] = {}
+        """By lane; known to the planning thread alone."""
+        self._fetched: dict[tuple[int, int, int], list[Future[Any]]] = {}
+        self._ready: dict[tuple[int, int, int], Any] = {}
+        """Shuffled windows; known to the joining thread alone."""
+
+    def plan(self, chunk: _Chunk) -> list[Window]:
+        """Have all blocks of a chunk fetched; its windows, lane by lane."""
+        first = chunk.state.step * self._order.per_lane
+        last = first + chunk.count * self._order.per_lane
+        found = []
+        for lane in self._lanes:
+            newest = self._newest.get(lane)
+            if newest and newest.epoch == chunk.state.epoch and last <= newest.end:
+                found.append(newest)
+                continue
+            for window in self._order.windows(chunk.state.epoch, lane, first, last):
+                if newest is None or window.key > newest.key:
+                    self._fetched[window.key] = self._fetch(window)
+                    self._newest[lane] = window
+                found.append(window)
+        return found
+
+    def join(self, chunk: _Chunk, windows: list[Window]) -> Any:
+        """The records of a chunk, step by step."""
+        if not windows:
+            return self._source.empty()
+        width = self._order.per_lane
+        first = chunk.state.step * width
+        last = first + chunk.count * width
+        parts = []
+        for window in windows:
+            records = self._shuffled(window)
+            parts.append(records[max(first - window.start, 0) : last - window.start])
+            if window.end <= last or chunk.ends_epoch:
+                del self._ready[window.key]
+        records = type(parts[0]).join(parts)
+        if chunk.count == 1:
+            return records
+        lanes = len(self._lanes)
+        by_lane = np.arange(len(records)).reshape(lanes, chunk.count, width)
+        return records.take(by_lane.transpose(1, 0, 2).reshape(-1))
+
+    def _fetch(self, window: Window) -> list[Future[Any]]:
+        variant = window.epoch % self._source.variants
+        read = self._source.read
+        return [self._pool.submit(read, int(block), variant) for block in window.blocks]
+
+    def _shuffled(self, window: Window) -> Any:
+        if window.key not in self._ready:
+            parts = [future.result() for future in self._fetched.pop(window.key)]
+            joined = type(parts[0]).join(parts)
+            self._ready[window.key] = joined.take(self._order.shuffle(window))
+        return self._ready[window.key]
+
+
+def first_records(source: BlockSource[Any], count: int) -> list[Any]:
+    """The first `count` records in stored order; for validation."""
     found: list[Any] = []
     for block in range(len(source.sizes)):
         if len(found) >= count:
             break
-        found += source.read(block)
-    return found[:count][rank::ranks]
+        found += list(source.read(block))
+    return found[:count]

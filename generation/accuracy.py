@@ -18,7 +18,7 @@ from core.keys import keyed_rng
 from core.log import progress
 from data_pipeline.raw import RawRecord
 from data_pipeline.sources.shapes import matches, parse_caption
-from data_pipeline.tokenize.worker import pictures_of
+from data_pipeline.tokenize.encode import pictures_of
 from generation.pictures import Candidates, Studio, to_bytes
 from generation.sampling import SampleConfig
 

@@ -13,7 +13,7 @@ from cluster.processes import start, stop
 from core.errors import EXIT_WRONG_INPUT, InputError, TapirError
 from core.files import canonical_json, held, write_atomic
 from core.log import LOG
-from core.store import S3Store
+from core.s3 import S3Store
 from generation.config import DemoConfig
 from generation.report import write_report
 from training.run_folder import read_metrics
@@ -94,11 +94,11 @@ def _sizes(config: DemoConfig) -> dict[str, list[str]]:
         short = ["--loop.steps=6", "--loop.batch=32", "--loop.validation-samples=32"]
         pack = ["--count=600"] if config.data == "shapes" else ["--count=300"]
         return {
-            "pack": [*pack, "--validation=0.2", "--shard-pairs=200"],
-            "dvae": [*short, "--order.block=8"],
+            "pack": [*pack, "--validation=0.2", "--shard-pairs=200", "--block=8"],
+            "dvae": short,
             "tokens": ["--block=8"],
-            "prior": [*short, "--order.block=8"],
-            "clip": [*short, "--order.block=8"],
+            "prior": short,
+            "clip": short,
             "samples": ["--prompts=8", "--candidates=4"],
         }
     shapes = config.data == "shapes"

@@ -11,7 +11,7 @@ from core.store import open_store
 from data_pipeline.images import encode_png
 from data_pipeline.raw import RawRecord, RawSource
 from data_pipeline.stream import first_records
-from data_pipeline.tokenize.worker import pictures_of
+from data_pipeline.tokenize.encode import pictures_of
 from generation.accuracy import caption_accuracy, draw_all
 from generation.pictures import Studio, picture_grid, to_bytes
 from generation.sampling import SampleConfig
@@ -25,7 +25,7 @@ def evaluate(
     studio: Studio, data: str, out: Path, prompts: int, settings: SampleConfig
 ) -> dict[str, float]:
     """Write candidates, reconstructions, image prompts and (for shapes) the caption accuracy."""
-    source = RawSource(open_store(data), "validation", 64)
+    source = RawSource(open_store(data), "validation")
     records = first_records(source, prompts)
     drawn = draw_all(studio, [record.caption for record in records], settings)
     rows = []

@@ -16,7 +16,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before the first forkserver: worlds of 8 
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """600 packed shapes in three train shards."""
     folder = tmp_path_factory.mktemp("raw")
-    flags = ["--count=600", "--validation=0.15", "--shard-pairs=200"]
+    flags = ["--count=600", "--validation=0.15", "--shard-pairs=200", "--block=8"]
     tapir("pack", "shapes", str(folder), *flags)
     return folder
 
@@ -33,7 +33,7 @@ def bpe(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dvae(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dVAE after a few steps."""
     folder = tmp_path_factory.mktemp("dvae")
-    short = ["--loop.steps=6", "--loop.batch=32", "--order.block=8", "--mesh.data=1"]
+    short = ["--loop.steps=6", "--loop.batch=32", "--mesh.data=1"]
     tapir("train", "dvae", "tiny", f"--data={raw}", f"--out={folder}", *short)
     return folder
 

@@ -1,59 +1,34 @@
-"""The verbs pack, train, tokenize and verify."""
+"""The verbs train, tokenize, verify, seen, batch, diverge and replay."""
 
 import difflib
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 
 from checkpoint.format import MANIFEST
 from checkpoint.reader import finished_steps, open_checkpoint
 from core.cli import parse, parse_over, print_json
-from core.errors import CorruptError, InputError
-from core.files import sha256
+from core.errors import InputError
 from core.log import LOG
 from core.settings import check
-from core.store import Store, open_store
-from data_pipeline import pack as packing
+from core.store import open_store
 from data_pipeline.bpe import load_tokenizer
-from data_pipeline.config import PackConfig, TokenizeConfig
-from data_pipeline.manifest import NAME, RAW, TOKENS, read_manifest
-from data_pipeline.shards import read_index
-from data_pipeline.tokenize.worker import Encoders, run_worker
+from data_pipeline.config import TokenizeConfig
+from data_pipeline.manifest import NAME
+from data_pipeline.tokenize.encode import Encoders
+from data_pipeline.tokenize.layout import SPLITS
+from data_pipeline.tokenize.member import member_of
+from data_pipeline.tokenize.worker import Worker
+from data_pipeline.verify import verify_split
 from training.export import DESCRIPTION, load_dvae, read_model
+from training.history import History
 from training.main import train_stage, train_tokenizer
 from training.presets import PRESETS
 
 Source = Annotated[str, tyro.conf.Positional]
 _FLAT = tyro.conf.OmitArgPrefixes
-
-
-def pack(arguments: list[str]) -> None:
-    """`tapir pack SRC DEST`."""
-
-    def run(
-        source: Source,
-        dest: Source,
-        config: Annotated[PackConfig, _FLAT] = PackConfig(),  # noqa: B008
-        again: bool = False,
-        json: bool = False,
-    ) -> None:
-        """Write raw image-caption pairs as WebDataset shards, split into train and validation.
-
-        Args:
-            source: shapes, emoji, a folder of images with .txt captions, a tar or a folder of tars
-            dest: s3://bucket/prefix or a folder
-            config: settings
-            again: write a finished data set anew: mends damaged shards
-            json: print a JSON object on the last line
-        """
-        manifests = packing.pack(source, open_store(dest), config, again)
-        for split, manifest in manifests.items():
-            LOG.info("%s: %d pairs in %d shards", split, manifest.samples, len(manifest.shards))
-        if json:
-            print_json({split: manifest.samples for split, manifest in manifests.items()})
-
-    parse(run, arguments, "pack")
 
 
 def train(arguments: list[str]) -> None:
@@ -85,7 +60,7 @@ def tokenize(arguments: list[str]) -> None:
         tokens: Source,
         dvae: Path = Path("runs/dvae"),
         bpe: Path = Path("runs/bpe"),
-        worker: str = "0/1",
+        worker: str = "",
         again: bool = False,
         config: Annotated[TokenizeConfig, _FLAT] = TokenizeConfig(),  # noqa: B008
     ) -> None:
@@ -96,22 +71,71 @@ def tokenize(arguments: list[str]) -> None:
             tokens: s3://bucket/prefix or a folder for the tokens
             dvae: run folder of a finished dVAE
             bpe: folder of tokenizer.json
-            worker: which part of the job this process does, i/n with i from 0
+            worker: which part of the job this process begins with, i/n with i from 0; by default
+                what a Slurm array, a Kubernetes indexed job, MPI or torchrun says
             again: check finished shards and make damaged ones anew
             config: settings
         """
         check(config.problems())
-        number, count = _worker(worker)
+        member = member_of(worker)
         tokenizer, tokenizer_hash = load_tokenizer(bpe)
         model, model_hash = load_dvae(dvae)
+        if torch.cuda.is_available():
+            model.to(f"cuda:{member.number % torch.cuda.device_count()}")
         encoders = Encoders(
             dvae=model, dvae_hash=model_hash, tokenizer=tokenizer, tokenizer_hash=tokenizer_hash
         )
-        stores = open_store(raw), open_store(tokens)
-        made = run_worker(*stores, encoders, config, number, count, again)
-        LOG.info("worker %d/%d made %d shards", number, count, made)
+        job = Worker(open_store(raw), open_store(tokens), encoders, config, member)
+        LOG.info("worker %s made %d shards", member.text, job.run(again))
 
     parse(run, arguments, "tokenize")
+
+
+def seen(arguments: list[str]) -> None:
+    """`tapir seen ID`."""
+
+    def run(pair: Source, run: Path = Path("runs/prior"), json: bool = False) -> None:
+        """Say at which training steps a pair is read.
+
+        Args:
+            pair: its id, or its key
+            run: run folder of a prior, dVAE or CLIP
+            json: print a JSON object on the last line
+        """
+        steps = History(run).seen(pair)
+        text = ", ".join(map(str, steps)) or "never: left out at the ends of its epochs"
+        LOG.info("%s is read at step %s", pair, text)
+        if json:
+            print_json({"steps": steps})
+
+    parse(run, arguments, "seen")
+
+
+def batch(arguments: list[str]) -> None:
+    """`tapir batch STEP`."""
+
+    def run(
+        step: Annotated[int, tyro.conf.Positional],
+        run: Path = Path("runs/prior"),
+        json: bool = False,
+    ) -> None:
+        """List the pairs of a training step: slot, id, key (of raw pairs), shard, block, record.
+
+        Args:
+            step: the step, as in metrics.jsonl
+            run: run folder of a prior, dVAE or CLIP
+            json: print a JSON object on the last line
+        """
+        rows = History(run).batch(step)
+        for row in rows:
+            LOG.info(
+                "%5d  %d %s  %s block %d record %d",
+                *(row.slot, row.id, row.key, row.shard, row.block, row.record),
+            )
+        if json:
+            print_json({"pairs": rows})
+
+    parse(run, arguments, "batch")
 
 
 def diverge(arguments: list[str]) -> None:
@@ -178,13 +202,16 @@ def replay(arguments: list[str]) -> None:
 def verify(arguments: list[str]) -> None:
     """`tapir verify PATH`."""
 
-    def run(path: Source) -> None:
+    def run(path: Source, sample: float = 1.0) -> None:
         """Check every digest of a data set, a run folder, a checkpoint or a finished model.
 
         Args:
             path: s3://bucket/prefix or a folder
+            sample: share of a data set's blocks that is read; 1 = every byte of its shards
         """
-        checked = verify_path(path)
+        if not 0 < sample <= 1:
+            raise InputError(f"--sample {sample} must be above 0 and at most 1")
+        checked = verify_path(path, sample)
         if not checked:
             raise InputError(f"{path} holds no data set, checkpoint or finished model")
         print_json({"verified": checked})
@@ -192,15 +219,15 @@ def verify(arguments: list[str]) -> None:
     parse(run, arguments, "verify")
 
 
-def verify_path(path: str) -> list[str]:
+def verify_path(path: str, sample: float = 1.0) -> list[str]:
     """Check all that lies there; returns what was checked.
 
     Raises: CorruptError naming the first damaged file.
     """
     store, found = open_store(path), []
-    for split in packing.SPLITS:
+    for split in SPLITS:
         if store.exists(f"{split}/{NAME}"):
-            _verify_split(store, split)
+            verify_split(store, split, sample)
             found.append(f"{path}/{split}")
     name = path.rstrip("/").rpartition("/")[2]
     if name.startswith("step-") and store.exists(MANIFEST):
@@ -227,26 +254,6 @@ def _verify_checkpoints(root: str) -> list[str]:
     for name in sorted(found - {f"step-{step}" for step in steps}):
         LOG.warning("%s/%s has no manifest: it was never finished, and is not checked", root, name)
     return [open_checkpoint(f"{root}/step-{step}").url for step in steps]
-
-
-def _verify_split(store: Store, split: str) -> None:
-    body = store.get(f"{split}/{NAME}")
-    manifest = read_manifest(store, f"{split}/", RAW if RAW.encode() in body else TOKENS)
-    for shard in manifest.shards:
-        read_index(store, f"{split}/", shard)
-        data = store.get(f"{split}/{shard.name}")
-        if sha256(data) != shard.sha256:
-            raise CorruptError(
-                f"{store.url}/{split}/{shard.name} has sha256 {sha256(data)}, its manifest says "
-                f"{shard.sha256}; mend it by the command that made it, with --again"
-            )
-
-
-def _worker(text: str) -> tuple[int, int]:
-    number, _, count = text.partition("/")
-    if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
-        raise InputError(f"--worker {text!r} must be i/n with 0 <= i < n, e.g. 0/4")
-    return int(number), int(count)
 
 
 def _choose(what: str, name: str, known: dict[str, object]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.config import SupervisorConfig
-from data_pipeline.config import OrderConfig
+from data_pipeline.config import LoaderConfig, OrderConfig
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, ModelSizes, OptimConfig
 
@@ -107,6 +107,8 @@ class StageConfig:
     """Gradient compression."""
     order: OrderConfig = field(default_factory=OrderConfig)
     """Order of the records."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    """How they are fetched."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
     guard: GuardConfig = field(default_factory=GuardConfig)
@@ -127,7 +129,7 @@ class StageConfig:
         found = self.loop.problems() + self.optim.problems() + self.compress.problems()
         found += self.checkpoint.problems() + self.guard.problems() + self.supervisor.problems()
         found += self.mesh.problems(world, self.sizes())
-        found += self.model_problems()
+        found += self.loader.problems() + self.model_problems()
         replicas = max(self.mesh.data, 1)
         found += self.order.problems(self.loop.batch, replicas)
         found += self.engine.problems(self.loop.batch // replicas, self.mesh, self.compress.on)

@@ -73,6 +73,7 @@ class Run:
             seed=settings.loop.seed,
             batch=settings.loop.batch,
             order=settings.order,
+            loader=settings.loader,
             rank=mesh.data.rank,
             ranks=mesh.data.size,
             reads=mesh.needs_data,

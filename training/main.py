@@ -66,7 +66,7 @@ def train_tokenizer(settings: BPETrain) -> None:
     check(settings.problems())
     if (ranks_given() or 1) > 1:
         raise ConfigError("train bpe is one process; start it without mpirun or torchrun")
-    source = RawSource(open_store(settings.data), "train", 256)
+    source = RawSource(open_store(settings.data), "train")
     captions = [record.caption for record in first_records(source, settings.most_captions)]
     tokenizer = train_bpe(captions, settings.vocabulary)
     save_tokenizer(tokenizer, settings.out)

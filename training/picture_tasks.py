@@ -11,9 +11,10 @@ from torch.autograd import Function
 
 from core.store import open_store
 from data_pipeline.bpe import encode, load_tokenizer
+from data_pipeline.cache import open_cache
 from data_pipeline.raw import RawRecord, RawSource
 from data_pipeline.stream import first_records
-from data_pipeline.tokenize.worker import pictures_of
+from data_pipeline.tokenize.encode import pictures_of
 from models.clip import Clip, contrastive_loss
 from models.config import ClipConfig
 from models.draws import gumbel_noise
@@ -44,8 +45,8 @@ class DVAETask:
 
     def __init__(self, settings: DVAETrain) -> None:
         store = open_store(settings.data)
-        self.train = RawSource(store, "train", settings.order.block)
-        self.held_out = RawSource(store, "validation", settings.order.block)
+        self.train = RawSource(store, "train", open_cache(settings.loader))
+        self.held_out = RawSource(store, "validation")
         self._settings = settings
         self.model_config = settings.model
         self.dvae = DVAE(settings.model, settings.loop.seed)
@@ -99,8 +100,8 @@ class ClipTask:
 
     def __init__(self, settings: ClipTrain, world: World) -> None:
         store = open_store(settings.data)
-        self.train = RawSource(store, "train", settings.order.block)
-        self.held_out = RawSource(store, "validation", settings.order.block)
+        self.train = RawSource(store, "train", open_cache(settings.loader))
+        self.held_out = RawSource(store, "validation")
         self._tokenizer, self._tokenizer_hash = load_tokenizer(settings.bpe)
         entries = self._tokenizer.get_vocab_size()
         self.model_config = ClipConfig(**{**vars(settings.model), "text_vocabulary": entries})

@@ -68,7 +68,7 @@ def dvae_small() -> DVAETrain:
         loop=LoopConfig(steps=50_000, batch=128, validate_every=1000),
         checkpoint=CheckpointConfig(every=1000),
         optim=tiny.optim,
-        order=OrderConfig(lanes=64, block=128),
+        order=OrderConfig(lanes=64),
     )
 
 
@@ -79,7 +79,7 @@ def prior_small() -> PriorTrain:
         loop=LoopConfig(steps=100_000, batch=256, validate_every=1000),
         checkpoint=CheckpointConfig(every=1000),
         optim=OptimConfig(lr=4.5e-4, warmup=5000),
-        order=OrderConfig(lanes=64, block=128),
+        order=OrderConfig(lanes=64),
     )
 
 
@@ -98,7 +98,7 @@ def _paper_prior(dim: int, rank: int, mesh: MeshConfig) -> PriorTrain:
             precision="bf16",
         ),
         compress=CompressConfig(rank=rank),
-        order=OrderConfig(lanes=1024, block=128),
+        order=OrderConfig(lanes=1024),
     )
 
 

@@ -15,6 +15,7 @@ _MAY_CHANGE = (
     "bpe",
     "checkpoint",
     "guard",
+    "loader",
     "supervisor",
 )
 """Settings that a resumed run may give anew."""

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from core.keys import key_int
 from core.store import open_store
+from data_pipeline.cache import open_cache
 from data_pipeline.stream import BlockSource
-from data_pipeline.tokens import TokenRecord, TokenSource
+from data_pipeline.tokens import TokenRecord, TokenRecords, TokenSource
 from models.config import PriorConfig
 from models.prior import COMPRESSED, PAD, prior_layers, prior_loss
 from parallel.engines.protocol import Batch, Program
@@ -61,8 +62,15 @@ def pad_text(texts: Sequence[Any], length: int) -> Tensor:
 
 def token_batch(records: Sequence[TokenRecord], text_length: int) -> Batch:
     """Text ids and image codes of token records, int64."""
-    image = torch.from_numpy(np.stack([record.image for record in records]).astype(np.int64))
-    return {"text": pad_text([record.text for record in records], text_length), "image": image}
+    rows = records if isinstance(records, TokenRecords) else TokenRecords.of(records)
+    lengths = np.minimum(np.diff(rows.ends), text_length)
+    text = np.full((len(rows), text_length), PAD, np.int64)
+    inside = np.arange(text_length) < lengths[:, None]
+    text[inside] = rows.text[(rows.ends[:-1, None] + np.arange(text_length))[inside]]
+    return {
+        "text": torch.from_numpy(text),
+        "image": torch.from_numpy(rows.image.astype(np.int64)),
+    }
 
 
 class PriorTask:
@@ -70,7 +78,7 @@ class PriorTask:
 
     def __init__(self, settings: PriorTrain, tensor: TensorParallel) -> None:
         store = open_store(settings.data)
-        self.train = TokenSource(store, "train")
+        self.train = TokenSource(store, "train", open_cache(settings.loader))
         self.held_out = TokenSource(store, "validation")
         facts = self.train.manifest.facts
         self._settings, self._facts = settings, facts

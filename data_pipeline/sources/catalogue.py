@@ -7,36 +7,48 @@ from pathlib import Path
 from core.errors import InputError
 from core.files import sha256
 from data_pipeline.config import PackConfig
-from data_pipeline.images import encode_png
+from data_pipeline.images import EXTENSIONS, encode_png
 from data_pipeline.sources.emoji import emoji_pairs
 from data_pipeline.sources.files import folder_pairs, tar_pairs
-from data_pipeline.sources.pair import Pair
+from data_pipeline.sources.pair import Pair, Unusable
 from data_pipeline.sources.shapes import draw_scene, render
+from data_pipeline.sources.table import table_pairs
 
 SHAPES_COUNT = 10_000
 
 
-def open_source(source: str, config: PackConfig) -> Iterator[Pair]:
-    """Open `shapes`, `emoji`, a folder of images and captions, a tar or a folder of tars.
+def open_source(source: str, config: PackConfig) -> Iterator[Pair | Unusable]:
+    """Open `shapes`, `emoji`, a folder of images and captions, tars or tables.
 
     Raises: InputError if there is no such source.
     """
     path = Path(source)
     if source == "shapes":
         return shapes_pairs(config.count or SHAPES_COUNT, config.pixels, config.seed)
+    pairs: Iterator[Pair | Unusable]
     if source == "emoji":
         pairs = emoji_pairs(config.cache)
     elif path.is_file() and path.suffix in (".tar", ".tgz", ".gz"):
         pairs = tar_pairs([path])
+    elif path.is_file() and path.suffix == ".parquet":
+        pairs = table_pairs([path])
     elif path.is_dir():
-        tars = sorted(path.glob("*.tar"))
-        pairs = tar_pairs(tars) if tars else folder_pairs(path)
+        pairs = _folder(path)
     else:
         raise InputError(
             f"there is no source {source!r}; give shapes, emoji, a folder of images with .txt "
-            "captions, a tar or a folder of tars"
+            "captions, a tar, a .parquet table, or a folder of tars or tables"
         )
     return islice(pairs, config.count) if config.count else pairs
+
+
+def _folder(path: Path) -> Iterator[Pair | Unusable]:
+    """Tars if there are any (a downloader leaves a table beside each), else pictures or tables."""
+    tars, tables = sorted(path.glob("*.tar")), sorted(path.glob("*.parquet"))
+    if tars:
+        return tar_pairs(tars)
+    pictures = (p for p in path.rglob("*") if p.suffix.lower()[1:] in EXTENSIONS)
+    return table_pairs(tables) if tables and not next(pictures, None) else folder_pairs(path)
 
 
 def source_content(source: str) -> str:

@@ -1,82 +1,128 @@
 """Pairs that a user already has: a folder of images with .txt captions, or WebDataset tars."""
 
+import json
+import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from core.errors import InputError
+from data_pipeline.captions import MOST_BYTES as CAPTION_BYTES
 from data_pipeline.images import EXTENSIONS
-from data_pipeline.sources.pair import Pair
+from data_pipeline.sources.pair import EXTENSIONS_OF_NOTES, IGNORED, Pair, Unusable
 
 MOST_BYTES = 64 * 2**20
-"""A larger member of an archive is refused before it is read."""
+"""A larger picture, or member of an archive, is refused before it is read."""
 
 
-def folder_pairs(root: Path) -> Iterator[Pair]:
-    """Yield NAME.png|jpg|jpeg|webp with NAME.txt, by name.
+def folder_pairs(root: Path) -> Iterator[Pair | Unusable]:
+    """Yield NAME.png|jpg|jpeg|webp with NAME.txt, by name; every file is in a pair or a reject."""
+    for folder, folders, names in os.walk(root, followlinks=False):
+        folders.sort()
+        for name in sorted(folders):
+            if Path(folder, name).is_symlink():
+                yield _unusable(Path(folder, name).as_posix(), "is a symbolic link; copy the files")
+        present = set(names)
+        for name in sorted(names):
+            path = Path(folder, name)
+            suffix = path.suffix.lower()[1:]
+            if suffix in EXTENSIONS:
+                yield _file(root, path)
+            elif suffix != "txt":
+                kind = IGNORED if not path.is_symlink() else "file"
+                yield _unusable(path.as_posix(), "is no picture and no .txt caption", kind)
+            elif not any(f"{path.stem}.{e}" in present for e in (*EXTENSIONS, "JPG", "PNG")):
+                yield _unusable(path.as_posix(), "is a caption without a picture", IGNORED)
 
-    Raises: InputError if the folder holds no image, or an image has no caption.
-    """
-    images = [p for p in sorted(root.rglob("*")) if p.suffix.lower()[1:] in EXTENSIONS]
-    if not images:
-        raise InputError(
-            f"{root} holds no images; put NAME.png (or .jpg, .webp) and NAME.txt there"
-        )
-    for path in images:
-        text = path.with_suffix(".txt")
-        if not text.exists():
-            raise InputError(f"{path} has no caption; write it to {text.name} beside it")
-        if path.is_symlink() or text.is_symlink():
-            raise InputError(f"{path} or its caption is a symbolic link; copy the file itself")
-        key = path.relative_to(root).with_suffix("").as_posix().replace("/", "__").replace(".", "_")
-        yield _pair(key, path.read_bytes(), path.suffix, text.read_bytes(), str(path))
+
+def _file(root: Path, path: Path) -> Pair | Unusable:
+    where, text = path.as_posix(), path.with_suffix(".txt")
+    key = path.relative_to(root).with_suffix("").as_posix().replace("/", "__").replace(".", "_")
+    if path.is_symlink() or text.is_symlink():
+        return _unusable(where, "or its caption is a symbolic link; copy the file itself")
+    try:
+        where.encode()
+    except UnicodeEncodeError:
+        return _unusable(where, "has a name that is not UTF-8; rename it")
+    if not text.is_file():
+        return _unusable(where, f"has no caption; write it to {text.name} beside it", "caption")
+    if path.stat().st_size > MOST_BYTES:
+        return _unusable(where, f"has {path.stat().st_size} bytes; the limit is {MOST_BYTES}")
+    with open(text, "rb") as file:
+        caption = file.read(CAPTION_BYTES + 4)
+    return make_pair(key, path.read_bytes(), path.suffix, caption, where)
 
 
-def tar_pairs(paths: list[Path]) -> Iterator[Pair]:
+def tar_pairs(paths: list[Path]) -> Iterator[Pair | Unusable]:
     """Yield the pairs of WebDataset tars: neighbours KEY.jpg|png|webp and KEY.txt.
 
-    Raises: InputError for links, paths that escape, members over the limit and broken archives.
+    A .json with a `caption`, as some downloaders write it, does instead of the .txt. Links, paths
+    that leave the archive, members over the limit and broken archives come as rejects.
     """
     for path in paths:
         try:
             with tarfile.open(path, "r|*") as tar:
                 yield from _members(tar, path)
         except (tarfile.TarError, EOFError, OSError) as error:
-            raise InputError(f"{path} is no whole tar archive: {error}") from error
+            reason = f"{path} is no whole tar archive: {error}; what comes behind is lost"
+            yield Unusable(key=path.as_posix(), kind="archive", reason=reason)
 
 
-def _members(tar: tarfile.TarFile, path: Path) -> Iterator[Pair]:
+def _members(tar: tarfile.TarFile, path: Path) -> Iterator[Pair | Unusable]:
     key, parts = "", {}
     for member in tar:
         name = PurePosixPath(member.name)
         where = f"{path}:{member.name}"
         if name.is_absolute() or ".." in name.parts or member.issym() or member.islnk():
-            raise InputError(f"{where} is a link or leaves the archive; such archives are refused")
-        if not member.isfile():
+            yield _unusable(where, "is a link or leaves the archive; such members are refused")
             continue
-        if member.size > MOST_BYTES:
-            raise InputError(f"{where} has {member.size} bytes; the limit is {MOST_BYTES}")
+        if member.isdir():
+            continue
+        if not member.isfile():
+            yield _unusable(where, "is no plain file")
+            continue
         stem, _, extension = name.name.partition(".")
-        stem = (name.parent / stem).as_posix()
+        stem, extension = (name.parent / stem).as_posix(), extension.lower()
         if stem != key:
             yield from _complete(path, key, parts)
             key, parts = stem, {}
-        if extension.lower() in (*EXTENSIONS, "txt"):
-            parts[extension.lower()] = tar.extractfile(member).read()  # type: ignore[union-attr]
+        if member.size > MOST_BYTES:
+            yield _unusable(where, f"has {member.size} bytes; the limit is {MOST_BYTES}")
+        elif extension in (*EXTENSIONS, "txt", "json"):
+            parts[extension] = tar.extractfile(member).read()  # type: ignore[union-attr]
+        elif extension not in EXTENSIONS_OF_NOTES:
+            yield _unusable(where, "is no picture and no .txt caption", IGNORED)
     yield from _complete(path, key, parts)
 
 
-def _complete(path: Path, key: str, parts: dict[str, bytes]) -> Iterator[Pair]:
-    found = [extension for extension in parts if extension != "txt"]
-    if found and "txt" in parts:
+def _complete(path: Path, key: str, parts: dict[str, bytes]) -> Iterator[Pair | Unusable]:
+    found = [extension for extension in parts if extension in EXTENSIONS]
+    caption = parts.get("txt", _caption_of(parts.get("json", b"")))
+    where = f"{path}:{key}"
+    if found and caption is not None:
         name = f"{path.stem}__{key}".replace("/", "__").replace(".", "_")
-        yield _pair(name, parts[found[0]], "." + found[0], parts["txt"], f"{path}:{key}")
-    elif parts:
-        raise InputError(f"{path}:{key} has {', '.join(parts)} only; a pair is an image and a .txt")
+        yield make_pair(name, parts[found[0]], "." + found[0], caption, where)
+    elif found:
+        yield _unusable(where, "has no caption; a pair is a picture and a .txt", "caption")
+    elif "txt" in parts:
+        yield _unusable(where, "has a caption and no picture", "image")
 
 
-def _pair(key: str, image: bytes, suffix: str, caption: bytes, where: str) -> Pair:
+def _caption_of(note: bytes) -> bytes | None:
+    try:
+        text = json.loads(note).get("caption")
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    return text.encode("utf-8", "surrogatepass") if isinstance(text, str) else None
+
+
+def make_pair(key: str, image: bytes, suffix: str, caption: bytes, where: str) -> Pair:
+    """A pair that decides its split by its own key."""
     extension = suffix.lower()[1:].replace("jpeg", "jpg")
     return Pair(
         key=key, image=image, extension=extension, caption=caption, split_key=key, where=where
     )
+
+
+def _unusable(where: str, reason: str, kind: str = "file") -> Unusable:
+    text = where.encode("utf-8", "backslashreplace").decode()
+    return Unusable(key=text, kind=kind, reason=f"{text} {reason}")

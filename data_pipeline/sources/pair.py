@@ -19,3 +19,19 @@ class Pair:
     """Pairs with the same split_key land in the same split (by default the key itself)."""
     where: str
     """Where it came from, for error messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unusable:
+    """What a source found and cannot give as a pair; nothing is passed over in silence."""
+
+    key: str
+    kind: str
+    """IGNORED, or what is wrong: file, caption, image, archive, row."""
+    reason: str
+
+
+IGNORED = "ignored"
+"""Other files among the pairs; they are counted, and never stop a job."""
+EXTENSIONS_OF_NOTES = ("json", "parquet", "tsv", "csv")
+"""What downloaders leave beside their pairs."""

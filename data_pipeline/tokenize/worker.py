@@ -1,201 +1,245 @@
-"""One worker of the token job: input shard -> output shard, named by what it was made from.
+"""One worker of the token job: input shard -> output shards, named by what they are made from.
 
-    train/<hash>.tar           blocks of records
-    train/<hash>.index.json    offset, length, records, crc32 of each block
-    train/_done/<hash>.json    the shard's description, put last and only once
+    <split>/<task>-<variant>.tar                  blocks of records; put if absent
+    <split>/<task>-<variant>.index.safetensors    blocks and ids of the tar that is there
+    <split>/_rejects/<task>.jsonl                 pairs that were left out
+    <split>/_done/<task>.json                     what the task's shards are; put last and only once
+    <split>/_leases/                              who works on what now (leases.py)
 
 Workers may be killed and started again, twice at once or with another count: an output that is
-there is never made again, and whoever commits second reads back what the first one wrote.
+there is never made again, and whoever commits second reads back what the first one wrote. Each
+worker begins with its own part and goes on with what is left, also of those that have died.
 """
 
 import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 
 from core.errors import CorruptError, InputError, StoreError
 from core.files import canonical_json, sha256
-from core.keys import key_int
 from core.log import LOG
 from core.settings import to_json
 from core.store import Store
-from data_pipeline.bpe import encode
 from data_pipeline.config import TokenizeConfig
-from data_pipeline.images import decode_rgb, square
-from data_pipeline.manifest import RAW, TOKENS, Manifest, Shard, read_manifest, write_manifest
-from data_pipeline.raw import RawRecord, RawSource
-from data_pipeline.shards import build_tar, list_members, put_shard, read_index
-from data_pipeline.tokens import TokenRecord, encode_block, index_blocks
-from models.dvae import DVAE
+from data_pipeline.index import read_shard_index
+from data_pipeline.manifest import NAME, RAW, TOKENS, Shard, read_manifest
+from data_pipeline.raw import parse_pairs
+from data_pipeline.shards import build_tar, describe, list_members, put_manifest
+from data_pipeline.tokenize.encode import Encoded, Encoders, encode_pairs
+from data_pipeline.tokenize.layout import DONE, REJECTS, REQUEST, SPLITS
+from data_pipeline.tokenize.leases import Leases
+from data_pipeline.tokenize.member import Member
+from data_pipeline.tokens import TokenRecord, TokenRecords, decode_block, encode_block
 
-SPLITS = ("train", "validation")
-DONE, REQUEST = "_done/", "request.json"
+_READERS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoders:
-    """The frozen models of a token job."""
+class Task:
+    """One input shard."""
 
-    dvae: DVAE
-    dvae_hash: str
-    tokenizer: Tokenizer
-    tokenizer_hash: str
+    split: str
+    shard: Shard
+    name: str
+    """A hash of the shard's content, the models and the settings."""
 
-    def facts(self, config: TokenizeConfig) -> dict[str, object]:
-        """What makes two token data sets comparable."""
-        return {
-            "dvae": self.dvae_hash,
-            "tokenizer": self.tokenizer_hash,
-            "grid": self.dvae.config.grid,
-            "image_vocabulary": self.dvae.config.codebook,
-            "text_vocabulary": self.tokenizer.get_vocab_size(),
-            "variants": 1,
-            "block": config.block,
+    @property
+    def prefix(self) -> str:
+        """Where its outputs go."""
+        return f"{self.split}/"
+
+    @property
+    def record(self) -> str:
+        """The object that says it is done."""
+        return f"{self.split}/{DONE}{self.name}.json"
+
+
+class Worker:
+    """One member of the job."""
+
+    def __init__(
+        self,
+        raw: Store,
+        tokens: Store,
+        encoders: Encoders,
+        config: TokenizeConfig,
+        member: Member,
+    ) -> None:
+        self._raw, self._tokens, self._encoders, self._config = raw, tokens, encoders, config
+        self._member = member
+        self._sources = {split: read_manifest(raw, f"{split}/", RAW) for split in SPLITS}
+        self._leases = {
+            split: Leases(tokens, f"{split}/", config.lease_seconds, member) for split in SPLITS
         }
-
-
-def run_worker(
-    raw: Store,
-    tokens: Store,
-    encoders: Encoders,
-    config: TokenizeConfig,
-    worker: int,
-    workers: int,
-    again: bool = False,
-) -> int:
-    """Make every shard of this worker (i % workers == worker) that nobody has made yet.
-
-    `again` reads what is there, and makes damaged shards anew. The last worker to finish writes
-    the manifests. Returns the number of shards made here.
-    Raises: InputError if TOKENS holds tokens of other pairs or models.
-    """
-    torch.set_num_threads(config.threads)
-    _claim(raw, tokens, encoders, config)
-    made = 0
-    for split in SPLITS:
-        source = RawSource(raw, split, config.block)
-        jobs = [(shard, _name(shard, encoders, config)) for shard in source.manifest.shards]
-        mine = jobs[worker::workers]
-        for shard, name in mine:
-            if not _is_done(tokens, split, name, again):
-                _make(raw, tokens, split, shard, name, encoders, config)
-                made += 1
-                LOG.info("worker %d/%d: %s/%s -> %s", worker, workers, split, shard.name, name[:12])
-    finish(raw, tokens, encoders, config)
-    return made
-
-
-def finish(raw: Store, tokens: Store, encoders: Encoders, config: TokenizeConfig) -> bool:
-    """Write the manifests if every shard is done; says whether they are there."""
-    complete = True
-    for split in SPLITS:
-        source = read_manifest(raw, f"{split}/", RAW)
-        done = [f"{split}/{DONE}{_name(s, encoders, config)}.json" for s in source.shards]
-        present = set(tokens.names(f"{split}/{DONE}"))
-        if not present.issuperset(done):
-            complete = False
-            continue
-        shards = [Shard(**json.loads(tokens.get(name))) for name in done]
-        samples = sum(shard.samples for shard in shards)
-        if samples != source.samples:
-            raise InputError(
-                f"{tokens.url}/{split} has {samples} records for {source.samples} pairs"
+        facts = {**encoders.facts(config), "v": TOKENS}
+        self._tasks = [
+            Task(
+                split=split,
+                shard=shard,
+                name=sha256(canonical_json({"input": shard.sha256, **facts})),
             )
-        facts = {**encoders.facts(config), "raw": source.fingerprint, "split": split}
-        manifest = Manifest(format=TOKENS, shards=shards, samples=samples, facts=facts, rejects={})
-        write_manifest(tokens, f"{split}/", manifest)
-    return complete
+            for split, source in self._sources.items()
+            for shard in source.shards
+        ]
 
+    def run(self, again: bool = False) -> int:
+        """Make what nobody has made, then the manifests; returns how many shards were made here.
 
-def _make(
-    raw: Store,
-    tokens: Store,
-    split: str,
-    shard: Shard,
-    name: str,
-    encoders: Encoders,
-    config: TokenizeConfig,
-) -> None:
-    data = raw.get(f"{split}/{shard.name}")
-    if sha256(data) != shard.sha256:
-        raise CorruptError(
-            f"{raw.url}/{split}/{shard.name} differs from its manifest (sha256 {sha256(data)}, "
-            f"expected {shard.sha256}); restore it or run its `tapir pack` with --again"
+        `again` reads this worker's finished shards, and makes damaged ones anew.
+        Raises: InputError if TOKENS holds tokens of other pairs or models, or too many pairs
+        cannot be used.
+        """
+        torch.set_num_threads(self._config.threads)
+        self._claim_place()
+        if again:
+            self._take_back_damaged()
+        made = 0
+        for task in self._open_tasks():
+            lease = self._leases[task.split].claim(task.name)
+            if lease is None:
+                continue
+            progress = {"shard": task.shard.name, "of": task.shard.samples, "pairs": 0}
+            with self._leases[task.split].held(lease, progress):
+                if not self._tokens.exists(task.record):
+                    self._make(task, progress)
+                    made += 1
+                    LOG.info(
+                        "worker %s: %s/%s -> %s",
+                        *(self._member.text, task.split, task.shard.name, task.name[:12]),
+                    )
+        self._finish()
+        return made
+
+    def _open_tasks(self) -> Iterator[Task]:
+        """Tasks that are not done, own ones first, until all are."""
+        ours, count = self._member.number, self._member.count
+        order = [t for i in range(count) for t in self._tasks[(ours + i) % count :: count]]
+        while True:
+            done = {n for split in SPLITS for n in self._tokens.names(f"{split}/{DONE}")}
+            order = [task for task in order if task.record not in done]
+            if not order:
+                return
+            for task in order:
+                if not self._tokens.exists(task.record):
+                    yield task
+            time.sleep(min(1.0, self._config.lease_seconds / 8))
+
+    def _make(self, task: Task, progress: dict[str, Any]) -> None:
+        where = f"{task.split}/{task.shard.name}"
+        data = self._raw.get(where)
+        if sha256(data) != task.shard.sha256:
+            raise CorruptError(
+                f"{self._raw.url}/{where} differs from its manifest (sha256 {sha256(data)}, "
+                f"expected {task.shard.sha256}); restore it or run its `tapir pack` with --again"
+            )
+        encoded = encode_pairs(parse_pairs(data), self._encoders, self._config, progress)
+        shards = [self._put(task, i, rows) for i, rows in enumerate(encoded.variants)]
+        self._put_record(task, shards, encoded)
+
+    def _put(self, task: Task, variant: int, records: list[TokenRecord]) -> Shard:
+        size = self._config.block
+        groups = [records[i : i + size] for i in range(0, len(records), size)]
+        tar = build_tar(
+            [
+                {"__key__": f"block-{i:06d}", "bin": encode_block(TokenRecords.of(group))}
+                for i, group in enumerate(groups)
+            ]
         )
-    source = RawSource(raw, split, config.block)
-    blocks = [i for i in range(len(source.sizes)) if source.shard_of(i).name == shard.name]
-    groups = [_encode(source.read(i), encoders, config) for i in blocks]
-    samples = [
-        {"__key__": f"block-{i:06d}", "bin": encode_block(group)} for i, group in enumerate(groups)
-    ]
-    tar = build_tar(samples)
-    index = index_blocks(tar, list_members(tar), [len(group) for group in groups])
-    written = put_shard(tokens, f"{split}/", f"{name}.tar", tar, index)
-    done = canonical_json(to_json(written))
-    tokens.put(f"{split}/{DONE}{name}.json", done, if_absent=True)
+        name = f"{task.name}-{variant}.tar"
+        if not self._tokens.put(task.prefix + name, tar, if_absent=True):
+            tar = self._tokens.get(task.prefix + name)  # another worker's numbers are as good
+        return describe(self._tokens, task.prefix, name, tar, *ranges_of(tar))
 
+    def _put_record(self, task: Task, shards: list[Shard], encoded: Encoded) -> None:
+        body = "".join(json.dumps(row) + "\n" for row in encoded.rejects).encode()
+        if encoded.rejects:
+            self._tokens.put(f"{task.prefix}{REJECTS}{task.name}.jsonl", body)
+        record = {
+            "shards": [to_json(shard) for shard in shards],
+            "rejects": encoded.kinds,
+            "rejects_sha256": sha256(body),
+            "first_reject": encoded.rejects[0]["reason"] if encoded.rejects else "",
+        }
+        self._tokens.put(task.record, canonical_json(record), if_absent=True)
 
-@torch.no_grad()
-def _encode(
-    records: list[RawRecord], encoders: Encoders, config: TokenizeConfig
-) -> list[TokenRecord]:
-    codes = codes_of(records, encoders.dvae, config.batch)
-    found = []
-    for record, image in zip(records, codes, strict=True):
-        text = encode(encoders.tokenizer, record.caption)
-        found.append(
-            TokenRecord(id=key_int(record.key), image=image, text=np.asarray(text, np.uint16))
+    def _finish(self) -> None:
+        """Write the manifests: every pair is in a record or a reject, and no id occurs twice."""
+        for split, source in self._sources.items():
+            tasks = [task for task in self._tasks if task.split == split]
+            with ThreadPoolExecutor(_READERS, "records") as pool:
+                found = list(pool.map(lambda t: json.loads(self._tokens.get(t.record)), tasks))
+            variants = self._config.variants
+            shards = [Shard(**row["shards"][v]) for v in range(variants) for row in found]
+            rejects: Counter[str] = sum((Counter(row["rejects"]) for row in found), Counter())
+            samples = sum(shard.samples for shard in shards[: len(tasks)])
+            where = f"{self._tokens.url}/{split}"
+            if samples + rejects.total() != source.samples:
+                raise InputError(
+                    f"{where} has {samples} records and {rejects.total()} rejects for "
+                    f"{source.samples} pairs; run `tapir tokenize` with --again"
+                )
+            if rejects.total() > self._config.max_rejects * source.samples:
+                first = next(row["first_reject"] for row in found if row["first_reject"])
+                raise InputError(
+                    f"{rejects.total()} of {source.samples} pairs of {where} are unusable, more "
+                    f"than --max-rejects {self._config.max_rejects}; the first: {first}"
+                )
+            facts = {**self._encoders.facts(self._config), "raw": source.fingerprint}
+            facts["split"] = split
+            put_manifest(self._tokens, f"{split}/", TOKENS, shards, facts, dict(rejects), variants)
+            self._leases[split].sweep()
+
+    def _take_back_damaged(self) -> None:
+        """Delete the records, and the outputs, of this worker's damaged shards."""
+        for task in self._tasks[self._member.number :: self._member.count]:
+            if not self._tokens.exists(task.record):
+                continue
+            try:
+                for row in json.loads(self._tokens.get(task.record))["shards"]:
+                    _check(self._tokens, task.prefix, Shard(**row))
+            except (CorruptError, StoreError, ValueError, KeyError, TypeError) as error:
+                LOG.info("%s%s is damaged, and made anew: %s", task.prefix, task.name, error)
+                for split_name in (NAME, f"{DONE}{task.name}.json"):
+                    self._tokens.delete(task.prefix + split_name)
+                for name in self._tokens.names(f"{task.prefix}{task.name}"):
+                    self._tokens.delete(name)
+
+    def _claim_place(self) -> None:
+        """Take TOKENS for these pairs and models; the first job wins."""
+        pairs = {split: source.fingerprint for split, source in self._sources.items()}
+        counts = {
+            split: {"shards": len(source.shards), "pairs": source.samples}
+            for split, source in self._sources.items()
+        }
+        wanted = canonical_json(
+            {**self._encoders.facts(self._config), "raw": pairs, "input": counts}
         )
-    return found
+        if self._tokens.put(REQUEST, wanted, if_absent=True) or self._tokens.get(REQUEST) == wanted:
+            return
+        raise InputError(
+            f"{self._tokens.url} holds tokens of other pairs, or of another dVAE, tokenizer, block "
+            "size or number of variants; choose an empty place for the tokens"
+        )
 
 
-def codes_of(records: list[RawRecord], dvae: DVAE, batch: int) -> np.ndarray:
-    """The dVAE's codes of raw pairs: (n, grid * grid) uint16."""
-    found = []
-    for start in range(0, len(records), batch):
-        pictures = pictures_of(records[start : start + batch], dvae.config.pixels)
-        found.append(dvae.tokens(pictures).numpy().astype(np.uint16))
-    return np.concatenate(found)
+def ranges_of(tar: bytes) -> tuple[list[tuple[int, int, int]], np.ndarray]:
+    """The blocks of a token shard, and the ids of its records in order."""
+    ranges, ids = [], [np.zeros(0, np.uint64)]
+    for member in list_members(tar):
+        block = decode_block(tar[member.start : member.start + member.length])
+        ranges.append((member.start, member.length, len(block)))
+        ids.append(block.ids)
+    return ranges, np.concatenate(ids)
 
 
-def pictures_of(records: list[RawRecord], pixels: int) -> torch.Tensor:
-    """Decoded, squared pictures: (n, 3, pixels, pixels) float32 in [0, 1]."""
-    arrays = [square(decode_rgb(record.image, record.key), pixels) for record in records]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
-
-
-def _name(shard: Shard, encoders: Encoders, config: TokenizeConfig) -> str:
-    return sha256(canonical_json({"input": shard.sha256, **encoders.facts(config), "v": TOKENS}))
-
-
-def _is_done(tokens: Store, split: str, name: str, check: bool) -> bool:
-    """Say whether a shard is there, and (if asked) whole; a damaged one's record is taken back."""
-    record = f"{split}/{DONE}{name}.json"
-    if not tokens.exists(record):
-        return False
-    if not check:
-        return True
-    shard = Shard(**json.loads(tokens.get(record)))
-    prefix = f"{split}/"
-    try:
-        read_index(tokens, prefix, shard)
-        if sha256(tokens.get(prefix + shard.name)) == shard.sha256:
-            return True
-    except (CorruptError, StoreError) as error:
-        LOG.info("%s", error)
-    LOG.info("%s%s is damaged: made anew", prefix, shard.name)
-    return False
-
-
-def _claim(raw: Store, tokens: Store, encoders: Encoders, config: TokenizeConfig) -> None:
-    """Take TOKENS for these pairs and models; the first job wins."""
-    pairs = {split: read_manifest(raw, f"{split}/", RAW).fingerprint for split in SPLITS}
-    wanted = canonical_json({**encoders.facts(config), "raw": pairs})
-    if tokens.put(REQUEST, wanted, if_absent=True) or tokens.get(REQUEST) == wanted:
-        return
-    raise InputError(
-        f"{tokens.url} holds tokens of other pairs, or of another dVAE, tokenizer or block size; "
-        "choose an empty place for the tokens"
-    )
+def _check(store: Store, prefix: str, shard: Shard) -> None:
+    read_shard_index(store, prefix, shard)
+    if sha256(store.get(prefix + shard.name)) != shard.sha256:
+        raise CorruptError(f"{store.url}/{prefix}{shard.name} has another sha256")

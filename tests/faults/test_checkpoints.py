@@ -15,7 +15,8 @@ from checkpoint.reader import CheckpointReader, finished_steps, open_checkpoint
 from checkpoint.writer import write_checkpoint
 from cluster.object_server import ObjectServer
 from core.errors import CheckpointError, CorruptError, StoreError, StoreInputError
-from core.store import FolderStore, S3Store
+from core.s3 import S3Store
+from core.store import FolderStore
 from tests.faults.conftest import Record
 from training.checkpoints import Checkpoints, Saved, kept_steps
 from training.config import CheckpointConfig

@@ -12,7 +12,8 @@ from PIL import Image
 
 from cluster.object_server import ObjectServer
 from core.errors import CorruptError, InputError, TapirError
-from core.store import FolderStore, S3Store
+from core.s3 import S3Store
+from core.store import FolderStore
 from data_pipeline.captions import LONGEST, clean_caption
 from data_pipeline.config import OrderConfig, PackConfig
 from data_pipeline.images import decode_rgb
@@ -83,7 +84,7 @@ def _copy(raw: Path, out: Path) -> FolderStore:
 def test_a_shard_cut_at_a_member_boundary(raw: Path, tmp_path: Path, fault: Record) -> None:
     fault(20, "a shard cut between two members")
     store = _copy(raw, tmp_path)
-    source = RawSource(store, "train", 16)
+    source = RawSource(store, "train")
     name = f"train/{source.manifest.shards[-1].name}"
     with tarfile.open(fileobj=io.BytesIO(store.get(name))) as tar:
         boundary = tar.getmembers()[-6].offset
@@ -186,7 +187,7 @@ def test_captions_that_are_none(fault: Record) -> None:
 def test_an_epoch_goes_on_with_other_ranks(tokens: Path, fault: Record) -> None:
     fault(25, "an epoch goes on with another number of ranks")
     source = TokenSource(FolderStore(tokens), "train")
-    order = OrderConfig(block=8, lanes=8)
+    order = OrderConfig(lanes=8)
 
     def ids(ranks: int, state: object, steps: int) -> tuple[list[int], object]:
         found: list[list[int]] = []
@@ -219,7 +220,7 @@ def test_tokens_of_another_codebook(
 ) -> None:
     fault(26, "token shards of another dVAE in the same place")
     other = tmp_path / "dvae"
-    short = ["--loop.steps=2", "--loop.batch=32", "--order.block=8", "--mesh.data=1"]
+    short = ["--loop.steps=2", "--loop.batch=32", "--mesh.data=1"]
     tapir("train", "dvae", "tiny", f"--data={raw}", f"--out={other}", "--loop.seed=9", *short)
     flags = [f"--bpe={bpe}", f"--dvae={other}", "--block=8"]
     before = zlib.crc32(b"".join(path.read_bytes() for path in sorted(tokens.rglob("*.tar"))))

@@ -17,7 +17,6 @@ FLAGS = [
     "--checkpoint.every=7",
     "--loop.validate-every=20",
     "--loop.validation-samples=32",
-    "--order.block=8",
 ]
 
 

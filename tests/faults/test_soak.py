@@ -29,7 +29,6 @@ FLAGS = [
     "--loop.validate-every=20",
     "--loop.validation-samples=32",
     "--checkpoint.every=7",
-    "--order.block=8",
     "--model.dim=96",
     "--supervisor.restarts=1000",
     "--supervisor.back-off=0.1",

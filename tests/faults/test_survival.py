@@ -21,7 +21,7 @@ from checkpoint.reader import finished_steps
 from cluster.object_server import ObjectServer
 from core.errors import Preempted, RankError
 from core.log import LOG
-from core.store import S3Store
+from core.s3 import S3Store
 from parallel.config import EngineConfig, MeshConfig
 from tests.faults.conftest import Record
 from tests.faults.plants import changed, train_with

@@ -14,7 +14,6 @@ FLAGS = [
     "--checkpoint.every=2",
     "--loop.steps=3",
     "--checkpoint.keep=9",
-    "--order.block=8",
     "--engine.matmul-precision=highest",
 ]
 RUNS = {

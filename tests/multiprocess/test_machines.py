@@ -14,7 +14,6 @@ FLAGS = [
     "--loop.batch=32",
     "--loop.log-every=1",
     "--loop.validation-samples=32",
-    "--order.block=8",
     "--engine.precision=fp32",
     "--engine.matmul-precision=highest",
     "--engine.zero-stage=3",

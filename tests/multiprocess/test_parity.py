@@ -15,7 +15,6 @@ FLAGS = [
     "--loop.batch=32",
     "--loop.log-every=1",
     "--loop.validation-samples=32",
-    "--order.block=8",
     "--optim.warmup=5",
     "--optim.clip-norm=0.5",
     "--optim.lr=4.5e-4",

@@ -57,4 +57,4 @@ def test_tokens_of_another_dvae_are_refused(
     raw: Path, bpe: Path, dvae: Path, tokens: Path, tmp_path: Path
 ) -> None:
     job = ["tokenize", str(raw), str(tokens), f"--bpe={bpe}", f"--dvae={dvae}", "--block=16"]
-    assert "of another dVAE, tokenizer or block size" in tapir(*job, code=2)
+    assert "of another dVAE, tokenizer, block size" in tapir(*job, code=2)

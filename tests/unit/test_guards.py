@@ -89,7 +89,7 @@ def test_capsules_are_few_and_name_the_checkpoints_to_keep(tmp_path: Path) -> No
     record = TokenRecord(id=7, image=np.zeros(4, np.uint16), text=np.ones(2, np.uint16))
     result = StepResult(losses={"loss": math.nan}, grad_norm=math.inf, skipped="planted")
     state = StreamState(
-        fingerprint="", seed=0, batch=1, lanes=1, window=1, block=1, version=1, epoch=0, step=1
+        fingerprint="", seed=0, batch=1, lanes=1, window=1, version=1, epoch=0, step=1
     )
     for step in range(1, 31):
         facts = {"step": step, "checkpoint": step // 10 * 10 or None}

@@ -7,7 +7,8 @@ import pytest
 
 from cluster.object_server import ObjectServer
 from core.errors import StoreInputError
-from core.store import FolderStore, S3Store, Store
+from core.s3 import S3Store
+from core.store import FolderStore, Store
 from tests.harness import tapir
 
 

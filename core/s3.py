@@ -1,0 +1,262 @@
+"""A prefix of a bucket of any S3-compatible object store, through boto3."""
+
+import io
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import boto3
+from boto3.exceptions import S3UploadFailedError
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    EndpointConnectionError,
+    EndpointProviderError,
+    HTTPClientError,
+    IncompleteReadError,
+    NoCredentialsError,
+    ParamValidationError,
+    ReadTimeoutError,
+    ResponseStreamingError,
+)
+
+from core.errors import StoreError, StoreInputError
+from core.keys import key_fraction
+from core.log import LOG
+
+PATIENCE = 300.0
+T = TypeVar("T")
+_CUT = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
+"""A body that ended too early: what came of it counts."""
+_CHUNK = 2**20
+_PART = 16 * 2**20
+_TRANSFER = TransferConfig(multipart_threshold=_PART, multipart_chunksize=_PART, max_concurrency=4)
+_MISSING = ("404", "NoSuchKey", "NotFound")
+_OURS_ALREADY = ("BucketAlreadyExists", "BucketAlreadyOwnedByYou")
+_DENIED = ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch")
+
+
+class S3Store:
+    """A prefix of an S3 bucket."""
+
+    def __init__(
+        self, bucket: str, prefix: str, attempts: int = 6, patience: float = PATIENCE
+    ) -> None:
+        """`patience` is how many seconds of outage are waited out, once the store has answered."""
+        self.bucket, self.prefix = bucket, prefix.strip("/")
+        self.url = f"s3://{bucket}/{self.prefix}".rstrip("/")
+        self._bucket_seen = self._answered = False
+        self._patience = patience
+        retries: Any = {"mode": "adaptive", "total_max_attempts": attempts}
+        region = os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
+        path_style: Any = {"addressing_style": "path"}
+        config = Config(
+            retries=retries,
+            connect_timeout=10,
+            read_timeout=60,
+            s3=path_style,
+            region_name=region,
+            max_pool_connections=64,
+        )
+        try:
+            self._client = boto3.session.Session().client("s3", config=config)
+        except ValueError as error:
+            raise StoreInputError(
+                f"AWS_ENDPOINT_URL is wrong ({error}); write it as http://host:port"
+            ) from error
+
+    def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        """A body that is cut goes on where it ended."""
+        parts: list[bytes] = []
+
+        def read() -> None:
+            got = sum(map(len, parts))
+            left = None if length is None else length - got
+            if left != 0:
+                self._read_into(parts, name, start + got, left)
+
+        try:
+            self._asked(name, read)
+        except StoreError as error:
+            if _code(error.__cause__) != "InvalidRange":  # behind the end, as in a file
+                raise
+        return b"".join(parts)
+
+    def _read_into(self, parts: list[bytes], name: str, start: int, length: int | None) -> None:
+        """Read a range; what came before an error stays in `parts`."""
+        extra = {}
+        if start or length is not None:
+            extra["Range"] = f"bytes={start}-" + ("" if length is None else str(start + length - 1))
+        answer = self._client.get_object(Bucket=self.bucket, Key=self._key(name), **extra)
+        parts.extend(answer["Body"].iter_chunks(_CHUNK))
+
+    def put(self, name: str, data: bytes, if_absent: bool = False) -> bool:
+        extra: Any = {"IfNoneMatch": "*"} if if_absent else {}
+        key = self._key(name)
+        try:
+            self._asked(
+                name,
+                lambda: self._client.put_object(Bucket=self.bucket, Key=key, Body=data, **extra),
+            )
+        except StoreError as error:
+            if if_absent and _code(error.__cause__) in ("PreconditionFailed", "412"):
+                return self.get(name) == data  # ours, if the answer to an earlier attempt was lost
+            raise
+        return True
+
+    def put_parts(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
+        """A multipart upload; what an aborted one leaves is removed by boto3."""
+        body: Any = io.BufferedReader(_Parts(parts), _PART)
+        with self._explained(name):
+            self._client.upload_fileobj(body, self.bucket, self._key(name), Config=_TRANSFER)
+
+    def names(self, prefix: str = "") -> list[str]:
+        start = self._key(prefix)
+        cut = len(self.prefix) + 1 if self.prefix else 0
+
+        def ask() -> list[str]:
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=start
+            )
+            return sorted(item["Key"][cut:] for page in pages for item in page.get("Contents", []))
+
+        return self._asked(prefix, ask)
+
+    def exists(self, name: str) -> bool:
+        return self._head(name) is not None
+
+    def delete(self, name: str) -> None:
+        key = self._key(name)
+        self._asked(name, lambda: self._client.delete_object(Bucket=self.bucket, Key=key))
+
+    def etag(self, name: str) -> str:
+        head = self._head(name)
+        if head is None:
+            raise StoreInputError(f"there is no {name} in {self.url}")
+        return str(head["ETag"]).strip('"')
+
+    def make_bucket(self) -> None:
+        """Create the bucket if there is none; for stores that Tapir itself started."""
+        try:
+            with self._explained(""):
+                self._client.create_bucket(Bucket=self.bucket)
+        except StoreError as error:
+            if _code(error.__cause__) not in _OURS_ALREADY:
+                raise
+
+    def _head(self, name: str) -> Any:
+        try:
+            key = self._key(name)
+            return self._asked(name, lambda: self._client.head_object(Bucket=self.bucket, Key=key))
+        except StoreError as error:
+            if _code(error.__cause__) not in _MISSING:
+                raise
+            self._check_bucket()
+            return None
+
+    def _check_bucket(self) -> None:
+        """HEAD does not say whether the object or its bucket is missing: ask once."""
+        if self._bucket_seen:
+            return
+        try:
+            self._client.head_bucket(Bucket=self.bucket)
+        except ClientError as error:
+            if _code(error) in _MISSING:
+                raise StoreInputError(self._no_bucket()) from error
+        self._bucket_seen = True
+
+    def _no_bucket(self) -> str:
+        return f"there is no bucket {self.bucket!r} at this endpoint; create it or fix the URL"
+
+    def _key(self, name: str) -> str:
+        return f"{self.prefix}/{name}" if self.prefix else name
+
+    def _asked(self, name: str, request: Callable[[], T]) -> T:
+        """Do a request; an outage of a store that has answered before is waited out."""
+        began, attempt = time.monotonic(), 0
+        while True:
+            try:
+                with self._explained(name):
+                    found = request()
+                self._answered = True
+                return found
+            except StoreError as error:
+                cut = isinstance(error.__cause__, _CUT)
+                waits = cut or (self._answered and _passes(error.__cause__))
+                if not waits or time.monotonic() - began > self._patience:
+                    raise
+                pause = min(0.2 * 2.0**attempt, 10.0)
+                pause *= 0.5 + key_fraction(name, attempt, "jitter")
+                LOG.warning("%s/%s: %s; again in %.1f s", self.url, name, error, pause)
+                time.sleep(pause)
+                attempt += 1
+
+    @contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except ClientError as error:
+            code = _code(error)
+            if code == "NoSuchBucket":
+                hint = self._no_bucket()
+            elif code in _DENIED:
+                hint = (
+                    f"access denied to {self.url} ({code}); check AWS_ACCESS_KEY_ID, "
+                    "AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
+                )
+            elif code in _MISSING:
+                hint = f"there is no {name} in {self.url}"
+            else:
+                raise StoreError(f"{self.url}/{name}: {error}") from error
+            raise StoreInputError(hint) from error
+        except NoCredentialsError as error:
+            raise StoreInputError(
+                f"no credentials for {self.url}; export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            ) from error
+        except ParamValidationError as error:
+            raise StoreInputError(f"{self.url} is no valid bucket or key: {error}") from error
+        except (EndpointConnectionError, EndpointProviderError) as error:
+            raise StoreInputError(
+                f"nothing answers for {self.url}; check AWS_ENDPOINT_URL ({error})"
+            ) from error
+        except (BotoCoreError, S3UploadFailedError) as error:
+            raise StoreError(f"{self.url}/{name}: {error}") from error
+
+
+class _Parts(io.RawIOBase):
+    """Parts in a row, as a file to read from."""
+
+    def __init__(self, parts: Iterable[bytes | memoryview]) -> None:
+        self._parts = iter(parts)
+        self._rest = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            part = next(self._parts, None)
+            if part is None:
+                return 0
+            self._rest = memoryview(part).cast("B")
+        count = min(len(buffer), len(self._rest))
+        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
+        return count
+
+
+def _code(error: BaseException | None) -> str:
+    if isinstance(error, ClientError):
+        return str(error.response.get("Error", {}).get("Code", ""))
+    return ""
+
+
+def _passes(error: BaseException | None) -> bool:
+    """Say whether an error may be gone in a while."""
+    if isinstance(error, ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return bool(status >= 500 or status == 429)
+    return isinstance(error, HTTPClientError | EndpointConnectionError)

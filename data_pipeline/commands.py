@@ -1,0 +1,67 @@
+"""The verbs pack and status; imports no torch."""
+
+from typing import Annotated
+
+import tyro
+
+from core.cli import parse, print_json
+from core.log import LOG
+from core.store import open_store
+from data_pipeline import pack as packing
+from data_pipeline.config import PackConfig
+from data_pipeline.tokenize.status import describe_status, job_status
+
+Place = Annotated[str, tyro.conf.Positional]
+_FLAT = tyro.conf.OmitArgPrefixes
+
+
+def pack(arguments: list[str]) -> None:
+    """`tapir pack SRC DEST`."""
+
+    def run(
+        source: Place,
+        dest: Place,
+        config: Annotated[PackConfig, _FLAT] = PackConfig(),  # noqa: B008
+        again: bool = False,
+        json: bool = False,
+    ) -> None:
+        """Write raw image-caption pairs as WebDataset shards, split into train and validation.
+
+        Args:
+            source: shapes, emoji, a folder of images with .txt captions, a WebDataset tar, a
+                .parquet table of captions and local paths, or a folder of tars or tables
+            dest: s3://bucket/prefix or a folder
+            config: settings
+            again: write a finished data set anew: mends damaged shards
+            json: print a JSON object on the last line
+        """
+        manifests = packing.pack(source, open_store(dest), config, again)
+        for split, manifest in manifests.items():
+            LOG.info("%s: %d pairs in %d shards", split, manifest.samples, len(manifest.shards))
+        rejects = manifests["train"].rejects
+        if rejects:
+            rows = ", ".join(f"{count} {kind}" for kind, count in sorted(rejects.items()))
+            LOG.info("left out: %s; each with its reason in %s/%s", rows, dest, packing.REJECTS)
+        if json:
+            counts = {split: manifest.samples for split, manifest in manifests.items()}
+            print_json({**counts, "rejects": rejects})
+
+    parse(run, arguments, "pack")
+
+
+def status(arguments: list[str]) -> None:
+    """`tapir status TOKENS`."""
+
+    def run(tokens: Place, json: bool = False) -> None:
+        """Say how far a token job is, over all its workers.
+
+        Args:
+            tokens: s3://bucket/prefix or a folder that `tapir tokenize` writes to
+            json: print a JSON object on the last line
+        """
+        rows = job_status(open_store(tokens))
+        LOG.info("%s", describe_status(rows))
+        if json:
+            print_json({row.split: row for row in rows})
+
+    parse(run, arguments, "status")

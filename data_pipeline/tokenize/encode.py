@@ -1,0 +1,136 @@
+"""Raw pairs -> token records: pictures are decoded by threads while the dVAE encodes."""
+
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from core.errors import InputError
+from core.keys import keyed_rng
+from data_pipeline.bpe import encode
+from data_pipeline.config import TokenizeConfig
+from data_pipeline.images import decode_rgb, prior_crop, square
+from data_pipeline.raw import RawRecord, RawRecords
+from data_pipeline.tokens import TokenRecord
+from models.dvae import DVAE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoders:
+    """The frozen models of a token job."""
+
+    dvae: DVAE
+    dvae_hash: str
+    tokenizer: Tokenizer
+    tokenizer_hash: str
+
+    def facts(self, config: TokenizeConfig) -> dict[str, object]:
+        """What makes two token data sets comparable."""
+        return {
+            "dvae": self.dvae_hash,
+            "tokenizer": self.tokenizer_hash,
+            "grid": self.dvae.config.grid,
+            "image_vocabulary": self.dvae.config.codebook,
+            "text_vocabulary": self.tokenizer.get_vocab_size(),
+            "variants": config.variants,
+            "block": config.block,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """What came of a shard."""
+
+    variants: list[list[TokenRecord]]
+    """For each crop, the records of the usable pairs in their order."""
+    rejects: list[dict[str, str]]
+    """key, kind, reason of the others."""
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """Rejects by kind."""
+        return dict(Counter(row["kind"] for row in self.rejects))
+
+
+def encode_pairs(
+    records: RawRecords, encoders: Encoders, config: TokenizeConfig, progress: dict[str, Any]
+) -> Encoded:
+    """Encode a shard's pairs; `progress["pairs"]` counts them."""
+    variants: list[list[TokenRecord]] = [[] for _ in range(config.variants)]
+    rejects: list[dict[str, str]] = []
+    pixels = encoders.dvae.config.pixels
+    for batch in _cropped(records, pixels, config):
+        usable = []
+        for record, found in batch:
+            if isinstance(found, InputError):
+                kind = "small" if isinstance(found, _SmallError) else "image"
+                rejects.append({"key": record.key, "kind": kind, "reason": str(found)})
+            else:
+                usable.append((record, found))
+        if usable:
+            crops = np.concatenate([found for _, found in usable])
+            codes = codes_of(crops, encoders.dvae).reshape(len(usable), config.variants, -1)
+            for (record, _), rows in zip(usable, codes, strict=True):
+                text = np.asarray(encode(encoders.tokenizer, record.caption), np.uint16)
+                for variant, image in zip(variants, rows, strict=True):
+                    variant.append(TokenRecord(id=record.id, image=image, text=text))
+        progress["pairs"] = progress.get("pairs", 0) + len(batch)
+    return Encoded(variants=variants, rejects=rejects)
+
+
+class _SmallError(InputError):
+    """A picture below the dVAE's size."""
+
+
+def _crops(record: RawRecord, pixels: int, variants: int) -> NDArray[np.uint8] | InputError:
+    """Keyed crops of a picture, (variants, pixels, pixels, 3), or why there are none."""
+    try:
+        image = decode_rgb(record.image, record.key)
+    except InputError as error:
+        return error
+    if min(image.shape[:2]) < pixels:
+        return _SmallError(f"{record.key} has {image.shape[1]}x{image.shape[0]} pixels")
+    rngs = [keyed_rng(record.id, variant, "crop") for variant in range(variants)]
+    return np.stack([prior_crop(image, pixels, rng) for rng in rngs])
+
+
+def _cropped(
+    records: RawRecords, pixels: int, config: TokenizeConfig
+) -> Iterator[list[tuple[RawRecord, NDArray[np.uint8] | InputError]]]:
+    """Batches of records with their crops; the next two are on their way."""
+    together = max(1, config.batch // config.variants)
+    parts = [records[i : i + together] for i in range(0, len(records), together)]
+    waiting: deque[list[tuple[RawRecord, Future[Any]]]] = deque()
+    with ThreadPoolExecutor(config.readers, "decode") as pool:
+        for part in parts:
+            rows = [(r, pool.submit(_crops, r, pixels, config.variants)) for r in part]
+            waiting.append(rows)
+            if len(waiting) > 2:
+                yield [(record, future.result()) for record, future in waiting.popleft()]
+        while waiting:
+            yield [(record, future.result()) for record, future in waiting.popleft()]
+
+
+@torch.no_grad()
+def codes_of(pictures: NDArray[np.uint8], dvae: DVAE) -> NDArray[np.uint16]:
+    """The dVAE's codes of square pictures: (n, S, S, 3) -> (n, grid * grid)."""
+    device = next(dvae.parameters()).device
+    tokens = dvae.tokens(to_tensor(pictures).to(device))
+    return tokens.cpu().numpy().astype(np.uint16)
+
+
+def pictures_of(records: Sequence[RawRecord], pixels: int) -> torch.Tensor:
+    """Decoded, squared pictures: (n, 3, pixels, pixels) float32 in [0, 1]."""
+    arrays = [square(decode_rgb(record.image, record.key), pixels) for record in records]
+    return to_tensor(np.stack(arrays))
+
+
+def to_tensor(pictures: NDArray[np.uint8]) -> torch.Tensor:
+    """(n, S, S, 3) uint8 -> (n, 3, S, S) float32 in [0, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255

@@ -1,0 +1,126 @@
+"""Leases: who works on what, so that a dead worker's part is taken over.
+
+    <split>/_leases/<task>.<generation>.json      put if absent: the first one holds it
+
+The holder writes its lease again and again, with a growing beat. Whoever sees the same beat for
+`seconds` of its own clock, or a holder that is a dead process of this machine, takes the next
+generation. Two workers may do the same work for a while: what they write is put if absent, too, so
+that only time is lost.
+"""
+
+import json
+import os
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from core.errors import StoreError
+from core.files import canonical_json
+from core.log import LOG
+from core.store import Store
+from data_pipeline.tokenize.member import Member
+
+FOLDER = "_leases/"
+
+
+class Leases:
+    """The leases of one split, as one worker sees them."""
+
+    def __init__(self, store: Store, prefix: str, seconds: float, member: Member) -> None:
+        self._store, self._prefix, self._seconds = store, prefix + FOLDER, seconds
+        self._member = member
+        self._seen: dict[str, tuple[bytes, float]] = {}
+
+    def claim(self, task: str) -> str | None:
+        """Take a task; gives the lease's name, or None while somebody else holds it."""
+        held = self._store.names(f"{self._prefix}{task}.")
+        if held and not self._is_left(held[-1]):
+            return None
+        number = int(held[-1].split(".")[-2]) + 1 if held else 0
+        name = f"{self._prefix}{task}.{number:06d}.json"
+        if not self._store.put(name, self._content(0, {}), if_absent=True):
+            return None
+        if held:
+            LOG.info("worker %s takes over %s", self._member.text, task[:12])
+        return name
+
+    @contextmanager
+    def held(self, name: str, progress: dict[str, Any]) -> Iterator[None]:
+        """Keep a lease alive while its work goes on, and publish `progress`; gone afterwards."""
+        done = threading.Event()
+
+        def beat() -> None:
+            number = 0
+            while not done.wait(self._seconds / 4):
+                number += 1
+                try:
+                    self._store.put(name, self._content(number, dict(progress)))
+                except StoreError as error:
+                    LOG.warning("the lease %s was not renewed: %s", name, error)
+
+        thread = threading.Thread(target=beat, name="lease", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            self._store.delete(name)
+
+    def sweep(self) -> None:
+        """Delete what is left when all is done."""
+        for name in self._store.names(self._prefix):
+            self._store.delete(name)
+
+    def _is_left(self, name: str) -> bool:
+        try:
+            content = self._store.get(name)
+        except StoreError:
+            return False  # given back a moment ago
+        before, since = self._seen.get(name, (b"", 0.0))
+        if content != before:
+            self._seen[name] = content, time.monotonic()
+            return _holder_is_dead(content)
+        return time.monotonic() - since > self._seconds
+
+    def _content(self, beat: int, progress: dict[str, Any]) -> bytes:
+        body = {"worker": self._member.text, "beat": beat, "progress": progress}
+        return canonical_json({**body, "holder": {**_ME, "pid": os.getpid(), "is": _TOKEN}})
+
+
+def read_leases(store: Store, prefix: str) -> list[dict[str, Any]]:
+    """Who holds what now; for `tapir status`."""
+    found = []
+    for name in store.names(prefix + FOLDER):
+        try:
+            found.append({"task": name, **json.loads(store.get(name))})
+        except (StoreError, ValueError):
+            continue  # given back a moment ago
+    return found
+
+
+def _this_machine() -> dict[str, str]:
+    """Where a process id means what it means here: this boot, in this PID namespace."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return {"host": platform.node(), "boot": boot, "space": os.readlink("/proc/self/ns/pid")}
+    except OSError:
+        return {"host": platform.node(), "boot": uuid.uuid4().hex, "space": ""}
+
+
+def _holder_is_dead(content: bytes) -> bool:
+    try:
+        holder = json.loads(content)["holder"]
+    except (ValueError, KeyError):
+        return False
+    mine = all(holder.get(name) == value for name, value in _ME.items())
+    return mine and not Path(f"/proc/{holder['pid']}").exists()
+
+
+_ME = _this_machine()
+_TOKEN = uuid.uuid4().hex

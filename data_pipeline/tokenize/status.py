@@ -1,0 +1,81 @@
+"""How far a token job is, over all its workers."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from core.errors import InputError
+from core.store import Store
+from data_pipeline.manifest import NAME
+from data_pipeline.tokenize.layout import DONE, REQUEST, SPLITS
+from data_pipeline.tokenize.leases import read_leases
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitStatus:
+    """One split of a token job."""
+
+    split: str
+    shards: int
+    shards_done: int
+    pairs: int
+    pairs_done: int
+    """In finished shards, and in those being made as far as their workers last said."""
+    rejects: dict[str, int]
+    finished: bool
+    """True if the manifest is there."""
+    workers: list[dict[str, Any]]
+    """worker, holder and progress of every lease; a dead worker's stays until it is taken over."""
+
+
+def job_status(tokens: Store) -> list[SplitStatus]:
+    """Read the place of a token job.
+
+    Raises: InputError if there is none.
+    """
+    if not tokens.exists(REQUEST):
+        raise InputError(f"there is no token job at {tokens.url}; start it with `tapir tokenize`")
+    wanted = json.loads(tokens.get(REQUEST))["input"]
+    return [_split_status(tokens, split, wanted[split]) for split in SPLITS]
+
+
+def _split_status(tokens: Store, split: str, wanted: dict[str, int]) -> SplitStatus:
+    names = tokens.names(f"{split}/{DONE}")
+    with ThreadPoolExecutor(16) as pool:
+        records = list(pool.map(lambda name: json.loads(tokens.get(name)), names))
+    rejects: dict[str, int] = {}
+    for record in records:
+        for kind, count in record["rejects"].items():
+            rejects[kind] = rejects.get(kind, 0) + count
+    leases = read_leases(tokens, f"{split}/")
+    running = sum(lease["progress"].get("pairs", 0) for lease in leases)
+    finished = sum(record["shards"][0]["samples"] for record in records)
+    return SplitStatus(
+        split=split,
+        shards=wanted["shards"],
+        shards_done=len(names),
+        pairs=wanted["pairs"],
+        pairs_done=min(wanted["pairs"], finished + sum(rejects.values()) + running),
+        rejects=rejects,
+        finished=tokens.exists(f"{split}/{NAME}"),
+        workers=leases,
+    )
+
+
+def describe_status(rows: list[SplitStatus]) -> str:
+    """A few lines for the terminal."""
+    lines = []
+    for row in rows:
+        state = "finished" if row.finished else "running" if row.workers else "nobody works on it"
+        lines.append(
+            f"{row.split}: {row.shards_done} of {row.shards} shards, {row.pairs_done} of "
+            f"{row.pairs} pairs, rejects {row.rejects or 'none'}; {state}"
+        )
+        for lease in row.workers:
+            done = lease["progress"]
+            lines.append(
+                f"  worker {lease['worker']} on {lease['holder']['host']}: "
+                f"{done.get('shard', 'starting')}, {done.get('pairs', 0)} of {done.get('of', '?')}"
+            )
+    return "\n".join(lines)
