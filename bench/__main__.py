@@ -6,13 +6,15 @@ import os
 import platform
 import sys
 
-from bench import compression, engines, goodput, network, parity, saving, scales
+from bench import compression, engines, goodput, loader, network, order, parity, saving, scales
 
 BENCHES = {
     "compression": compression.run,
     "engines": engines.run,
     "goodput": goodput.run,
+    "loader": loader.run,
     "network": network.run,
+    "order": order.run,
     "parity": parity.run,
     "saving": saving.run,
     "scales": scales.run,

@@ -107,9 +107,9 @@ class OrderConfig:
 class LoaderConfig:
     """How a rank fetches its records; changes speed and memory, never what is read."""
 
-    readers: int = 8
+    readers: int = 4
     """Threads that fetch blocks from the store."""
-    ahead: int = 32
+    ahead: int = 16
     """Steps whose batches are fetched before they are needed."""
     cache: Path | None = None
     """Local folder that keeps fetched blocks; several ranks may share it."""

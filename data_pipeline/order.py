@@ -50,7 +50,8 @@ class LaneOrder:
 
     def __init__(self, sizes: NDArray[Any], seed: int, batch: int, config: OrderConfig) -> None:
         """`sizes` are the records of each block, `batch` is the global batch size."""
-        self._sizes = np.asarray(sizes, np.int64)
+        kind = np.int32 if int(np.sum(sizes)) < 2**31 else np.int64
+        self._sizes = np.asarray(sizes, kind)
         self._seed, self._config = seed, config
         self.batch, self.lanes = batch, config.lanes
         self.per_lane = batch // config.lanes
@@ -124,11 +125,11 @@ class LaneOrder:
         return np.stack([np.repeat(window.blocks, sizes), np.arange(len(starts)) - starts], 1)
 
     @lru_cache(maxsize=2)  # noqa: B019 - an order lives as long as its run
-    def _deal(self, epoch: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    def _deal(self, epoch: int) -> tuple[NDArray[np.int32], NDArray[Any]]:
         """Blocks by lane, -1 behind the last one; and how many records each lane has up to each."""
         count = len(self._sizes)
         dealt = np.full(-(-count // self.lanes) * self.lanes, -1, np.int32)
         dealt[:count] = keyed_rng(self._seed, epoch, "order/blocks").permutation(count)
         dealt = np.ascontiguousarray(dealt.reshape(-1, self.lanes).T)
-        sizes = np.append(self._sizes, 0)[dealt]
-        return dealt, np.cumsum(sizes, axis=1)
+        ends = np.append(self._sizes, self._sizes.dtype.type(0))[dealt]
+        return dealt, np.cumsum(ends, axis=1, dtype=ends.dtype, out=ends)

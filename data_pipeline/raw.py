@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
+from numpy.typing import NDArray
+
 from core.keys import key_int
 from core.store import Store
 from data_pipeline.cache import BlockCache
@@ -11,6 +13,8 @@ from data_pipeline.images import EXTENSIONS
 from data_pipeline.index import BlockReader
 from data_pipeline.manifest import RAW, read_manifest
 from data_pipeline.shards import list_members
+
+Rows = slice | NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +51,31 @@ class RawRecords(Sequence[RawRecord]):
     def __iter__(self) -> Iterator[RawRecord]:
         return iter(self._records)
 
-    def take(self, places: Any) -> "RawRecords":
-        """The records at some places, in that order."""
-        return RawRecords([self._records[place] for place in places.tolist()])
-
     @staticmethod
-    def join(parts: "Sequence[RawRecords]") -> "RawRecords":
-        """Records in a row."""
-        return RawRecords([record for part in parts for record in part])
+    def gather(pieces: "Sequence[tuple[RawRecords, NDArray[Any], Rows]]") -> "RawRecords":
+        """Put records together: of each piece those at some places, as some rows of the result."""
+        count = sum(len(places) for _, places, _ in pieces)
+        found: list[Any] = [None] * count
+        for records, places, rows in pieces:
+            numbers = range(count)[rows] if isinstance(rows, slice) else rows.tolist()
+            for row, place in zip(numbers, places.tolist(), strict=True):
+                found[row] = records[place]
+        return RawRecords(found)
+
+
+class RawRoom:
+    """Room for the records of some blocks, filled by several threads."""
+
+    def __init__(self, blocks: int) -> None:
+        self._parts: list[Any] = [()] * blocks
+
+    def put(self, block: int, records: RawRecords) -> None:
+        """Note the records of one of the blocks."""
+        self._parts[block] = records
+
+    def records(self) -> RawRecords:
+        """All of them, block by block."""
+        return RawRecords([record for part in self._parts for record in part])
 
 
 class RawSource:
@@ -74,6 +95,10 @@ class RawSource:
         Raises: CorruptError, naming the shard, the offset and both digests.
         """
         return parse_pairs(self.blocks.read(block, variant))
+
+    def room(self, sizes: NDArray[Any], spare: RawRoom | None = None) -> RawRoom:
+        """Room for blocks of some sizes."""
+        return RawRoom(len(sizes))
 
     def empty(self) -> RawRecords:
         """No records."""

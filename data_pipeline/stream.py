@@ -22,6 +22,8 @@ from data_pipeline.order import VERSION, LaneOrder, Window
 
 _CHUNK = 32
 """Records of a lane that are put together at once."""
+_SPARE = 4
+"""Rooms of read windows that are kept for the next ones."""
 
 
 class Records(Protocol):
@@ -31,12 +33,19 @@ class Records(Protocol):
 
     def __getitem__(self, place: Any) -> Any: ...
 
-    def take(self, places: Any) -> Any:
-        """The records at some places, in that order."""
-
     @staticmethod
-    def join(parts: Sequence[Any]) -> Any:
-        """Records in a row."""
+    def gather(pieces: Sequence[tuple[Any, NDArray[Any], slice | NDArray[Any]]]) -> Any:
+        """Put records together: of each piece those at some places, as some rows of the result."""
+
+
+class Room(Protocol):
+    """Where threads put the blocks of a window; TokenRoom and RawRoom."""
+
+    def put(self, block: int, records: Any) -> None:
+        """Take the records of one of the blocks."""
+
+    def records(self) -> Any:
+        """All of them, block by block."""
 
 
 R = TypeVar("R", bound=Records, covariant=True)
@@ -53,6 +62,9 @@ class BlockSource(Protocol[R]):
 
     def read(self, block: int, variant: int = 0) -> R:
         """Fetch and check one block."""
+
+    def room(self, sizes: NDArray[Any], spare: Any = None) -> Room:
+        """Room for blocks of some sizes, in the memory of a room that nobody needs any more."""
 
     def empty(self) -> R:
         """No records."""
@@ -90,13 +102,26 @@ class StreamState:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Chunk:
+class Chunk:
     """Neighbouring steps of an epoch that are put together at once."""
 
-    state: StreamState
-    """The position before it."""
+    epoch: int
+    first: int
+    """Its first step."""
     count: int
     ends_epoch: bool
+
+
+def chunks_of(order: LaneOrder, epoch: int, step: int, most: int) -> Iterator[Chunk]:
+    """All chunks from a position on, epoch after epoch, of `most` steps at most."""
+    while True:
+        left = order.steps(epoch) - step
+        if left < 1:
+            epoch, step = epoch + 1, 0
+            continue
+        count = min(most, left)
+        yield Chunk(epoch=epoch, first=step, count=count, ends_epoch=count == left)
+        step += count
 
 
 class Stream:
@@ -151,7 +176,7 @@ class Stream:
         lanes = self._lanes if self._reads else range(0)
         fetchers = ThreadPoolExecutor(self._loader.readers, "fetch")
         joiner = ThreadPoolExecutor(1, "join")
-        windows = _Windows(self._source, self.order, lanes, fetchers)
+        windows = Windows(self._source, self.order, lanes, fetchers)
         try:
             yield from self._batches(windows, joiner)
         finally:
@@ -160,11 +185,12 @@ class Stream:
             joiner.shutdown()
 
     def _batches(
-        self, windows: "_Windows", joiner: ThreadPoolExecutor
+        self, windows: "Windows", joiner: ThreadPoolExecutor
     ) -> Iterator[tuple[Any, StreamState]]:
-        waiting: deque[tuple[_Chunk, Future[Any]]] = deque()
-        chunks = self._chunks()
-        ahead = 0
+        waiting: deque[tuple[Chunk, Future[Any]]] = deque()
+        state, ahead = self.state, 0
+        most = max(1, min(_CHUNK // self.order.per_lane, self._loader.ahead))
+        chunks = chunks_of(self.order, state.epoch, state.step, most)
         while True:
             while ahead < self._loader.ahead or not waiting:
                 chunk = next(chunks)
@@ -176,24 +202,13 @@ class Stream:
             records = future.result()
             size = len(records) // chunk.count
             for i in range(chunk.count):
-                state = replace(chunk.state, step=chunk.state.step + i + 1)
-                if (state.epoch, state.step - 1) not in state.passed:
-                    self.state = state
-                    yield records[i * size : (i + 1) * size], state
-
-    def _chunks(self) -> Iterator[_Chunk]:
-        state, most = self.state, max(1, min(_CHUNK // self.order.per_lane, self._loader.ahead))
-        while True:
-            left = self.order.steps(state.epoch) - state.step
-            if left < 1:
-                state = replace(state, epoch=state.epoch + 1, step=0)
-                continue
-            count = min(most, left)
-            yield _Chunk(state=state, count=count, ends_epoch=count == left)
-            state = replace(state, step=state.step + count)
+                step = chunk.first + i
+                if (chunk.epoch, step) not in state.passed:
+                    self.state = replace(state, epoch=chunk.epoch, step=step + 1)
+                    yield records[i * size : (i + 1) * size], self.state
 
 
-class _Windows:
+class Windows:
     """The windows that a rank's next steps need."""
 
     def __init__(
@@ -207,56 +222,78 @@ class _Windows:
         self._newest: dict[int, Window] = {}
         """By lane; known to the planning thread alone."""
         self._fetched: dict[tuple[int, int, int], list[Future[Any]]] = {}
-        self._ready: dict[tuple[int, int, int], Any] = {}
-        """Shuffled windows; known to the joining thread alone."""
+        self._ready: dict[tuple[int, int, int], tuple[Any, NDArray[Any]]] = {}
+        """Windows with their permutations; known to the joining thread alone."""
+        self._rooms: dict[tuple[int, int, int], Room] = {}
+        self._spare: list[Room] = []
+        """Of windows that were read to their ends."""
 
-    def plan(self, chunk: _Chunk) -> list[Window]:
+    def plan(self, chunk: Chunk) -> list[Window]:
         """Have all blocks of a chunk fetched; its windows, lane by lane."""
-        first = chunk.state.step * self._order.per_lane
+        first = chunk.first * self._order.per_lane
         last = first + chunk.count * self._order.per_lane
         found = []
         for lane in self._lanes:
             newest = self._newest.get(lane)
-            if newest and newest.epoch == chunk.state.epoch and last <= newest.end:
+            if newest and newest.epoch == chunk.epoch and last <= newest.end:
                 found.append(newest)
                 continue
-            for window in self._order.windows(chunk.state.epoch, lane, first, last):
+            for window in self._order.windows(chunk.epoch, lane, first, last):
                 if newest is None or window.key > newest.key:
                     self._fetched[window.key] = self._fetch(window)
                     self._newest[lane] = window
                 found.append(window)
         return found
 
-    def join(self, chunk: _Chunk, windows: list[Window]) -> Any:
+    def join(self, chunk: Chunk, windows: list[Window]) -> Any:
         """The records of a chunk, step by step."""
         if not windows:
             return self._source.empty()
         width = self._order.per_lane
-        first = chunk.state.step * width
+        first = chunk.first * width
         last = first + chunk.count * width
-        parts = []
+        lane_rows = np.arange(chunk.count)[:, None] * (width * len(self._lanes)) + np.arange(width)
+        pieces = []
         for window in windows:
-            records = self._shuffled(window)
-            parts.append(records[max(first - window.start, 0) : last - window.start])
+            records, shuffled = self._loaded(window)
+            begin, end = max(first, window.start), min(last, window.end)
+            offset = (window.lane - self._lanes.start) * width
+            rows: Any = slice(offset + begin - first, offset + end - first)
+            if chunk.count > 1:
+                rows = lane_rows.reshape(-1)[begin - first : end - first] + offset
+            pieces.append((records, shuffled[begin - window.start : end - window.start], rows))
+        gathered = type(pieces[0][0]).gather(pieces)
+        for window in windows:
             if window.end <= last or chunk.ends_epoch:
                 del self._ready[window.key]
-        records = type(parts[0]).join(parts)
-        if chunk.count == 1:
-            return records
-        lanes = len(self._lanes)
-        by_lane = np.arange(len(records)).reshape(lanes, chunk.count, width)
-        return records.take(by_lane.transpose(1, 0, 2).reshape(-1))
+                self._spare.append(self._rooms.pop(window.key))
+        del self._spare[:-_SPARE]
+        return gathered
+
+    def forget(self) -> None:
+        """Let go of what was planned and never joined."""
+        self._fetched.clear()
+        self._rooms.clear()
 
     def _fetch(self, window: Window) -> list[Future[Any]]:
         variant = window.epoch % self._source.variants
-        read = self._source.read
-        return [self._pool.submit(read, int(block), variant) for block in window.blocks]
+        spare = self._spare.pop() if self._spare else None
+        room = self._source.room(self._source.sizes[window.blocks], spare)
+        self._rooms[window.key] = room
 
-    def _shuffled(self, window: Window) -> Any:
+        def fill(place: int, block: int) -> None:
+            room.put(place, self._source.read(block, variant))
+
+        blocks = enumerate(window.blocks.tolist())
+        return [self._pool.submit(fill, place, block) for place, block in blocks]
+
+    def _loaded(self, window: Window) -> tuple[Any, NDArray[Any]]:
+        """A window's records block by block, and their shuffled order."""
         if window.key not in self._ready:
-            parts = [future.result() for future in self._fetched.pop(window.key)]
-            joined = type(parts[0]).join(parts)
-            self._ready[window.key] = joined.take(self._order.shuffle(window))
+            for future in self._fetched.pop(window.key):
+                future.result()
+            records = self._rooms[window.key].records()
+            self._ready[window.key] = records, self._order.shuffle(window)
         return self._ready[window.key]
 
 

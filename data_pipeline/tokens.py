@@ -13,6 +13,7 @@ from data_pipeline.cache import BlockCache
 from data_pipeline.index import BlockReader
 from data_pipeline.manifest import TOKENS, read_manifest
 
+Rows = slice | NDArray[Any]
 _MAGIC = b"TPRB\x01\x00\x00\x00"
 
 
@@ -69,25 +70,34 @@ class TokenRecords(Sequence[TokenRecord]):
     def __iter__(self) -> Iterator[TokenRecord]:
         return (self[i] for i in range(len(self)))
 
-    def take(self, places: Any) -> "TokenRecords":
+    def take(self, places: NDArray[Any]) -> "TokenRecords":
         """The records at some places, in that order."""
-        lengths = np.diff(self.ends)[places]
-        ends = np.concatenate([[0], np.cumsum(lengths)])
-        shift = np.repeat(self.ends[:-1][places] - ends[:-1], lengths)
-        text = self.text[shift + np.arange(ends[-1])]
-        return TokenRecords(self.ids[places], self.image[places], text, ends)
+        return TokenRecords.gather([(self, places, slice(0, len(places)))])
 
     @staticmethod
-    def join(parts: "Sequence[TokenRecords]") -> "TokenRecords":
-        """Records in a row."""
-        starts = np.cumsum([0, *(int(part.ends[-1] - part.ends[0]) for part in parts)])
-        ends = [part.ends[1:] - part.ends[0] + at for part, at in zip(parts, starts, strict=False)]
-        return TokenRecords(
-            np.concatenate([part.ids for part in parts]),
-            np.concatenate([part.image for part in parts]),
-            np.concatenate([part.text[part.ends[0] : part.ends[-1]] for part in parts]),
-            np.concatenate([np.zeros(1, np.int64), *ends]),
-        )
+    def gather(pieces: "Sequence[tuple[TokenRecords, NDArray[Any], Rows]]") -> "TokenRecords":
+        """Put records together: of each piece those at some places, as some rows of the result."""
+        count = sum(len(places) for _, places, _ in pieces)
+        ids = np.empty(count, np.uint64)
+        image = np.empty((count, pieces[0][0].image.shape[1]), np.uint16)
+        texts: list[Any] = [b""] * count
+        lengths = np.empty(count, np.int64)
+        for records, places, rows in pieces:
+            ids[rows] = records.ids[places]
+            if isinstance(rows, slice):
+                np.take(records.image, places, axis=0, out=image[rows], mode="clip")
+            else:
+                image[rows] = records.image[places]
+            starts, stops = records.ends[places], records.ends[places + 1]
+            lengths[rows] = stops - starts
+            view = memoryview(np.ascontiguousarray(records.text))
+            found = [view[a:b] for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
+            numbers = range(count)[rows] if isinstance(rows, slice) else rows.tolist()
+            for row, text in zip(numbers, found, strict=True):
+                texts[row] = text
+        ends = np.zeros(count + 1, np.int64)
+        np.cumsum(lengths, out=ends[1:])
+        return TokenRecords(ids, image, np.frombuffer(b"".join(texts), np.uint16), ends)
 
     @staticmethod
     def of(records: Sequence[TokenRecord]) -> "TokenRecords":
@@ -101,6 +111,34 @@ class TokenRecords(Sequence[TokenRecord]):
             np.concatenate([record.text for record in records]).astype(np.uint16),
             np.cumsum([0, *(len(record.text) for record in records)]),
         )
+
+
+class TokenRoom:
+    """Room for the records of some blocks, filled by several threads."""
+
+    def __init__(self, sizes: NDArray[Any], width: int, spare: "TokenRoom | None" = None) -> None:
+        """Use the memory of `spare`, which nobody needs any more: fresh pages are dear."""
+        self._starts = np.cumsum([0, *sizes])
+        count = int(self._starts[-1])
+        big_enough = spare is not None and len(spare.image) >= count
+        self.image = spare.image if spare and big_enough else np.empty((count, width), np.uint16)
+        self._ids = np.empty(count, np.uint64)
+        self._texts: list[Any] = [None] * len(sizes)
+        self._ends: list[Any] = [None] * len(sizes)
+
+    def put(self, block: int, records: TokenRecords) -> None:
+        """Copy the records of one of the blocks to their place."""
+        rows = slice(self._starts[block], self._starts[block + 1])
+        self._ids[rows], self.image[rows] = records.ids, records.image
+        self._texts[block], self._ends[block] = records.text.copy(), records.ends
+
+    def records(self) -> TokenRecords:
+        """All of them, block by block."""
+        at = np.cumsum([0, *map(len, self._texts)])
+        ends = [ends[1:] + start for ends, start in zip(self._ends, at, strict=False)]
+        text = np.concatenate(self._texts)
+        ends = np.concatenate([np.zeros(1, np.int64), *ends])
+        return TokenRecords(self._ids, self.image[: len(self._ids)], text, ends)
 
 
 def encode_block(records: TokenRecords) -> bytes:
@@ -142,6 +180,7 @@ class TokenSource:
         self.fingerprint = self.manifest.fingerprint
         self.sizes = self.blocks.records
         self.variants = self.manifest.variants
+        self._width = int(self.manifest.facts["grid"]) ** 2
 
     def read(self, block: int, variant: int = 0) -> TokenRecords:
         """Fetch one block.
@@ -150,8 +189,12 @@ class TokenSource:
         """
         return decode_block(self.blocks.read(block, variant))
 
+    def room(self, sizes: NDArray[Any], spare: TokenRoom | None = None) -> TokenRoom:
+        """Room for blocks of some sizes, if possible in the memory of `spare`."""
+        return TokenRoom(sizes, self._width, spare)
+
     def empty(self) -> TokenRecords:
         """No records."""
-        image = np.zeros((0, self.manifest.facts["grid"] ** 2), np.uint16)
+        image = np.zeros((0, self._width), np.uint16)
         nothing = np.zeros(0, np.uint16)
         return TokenRecords(np.zeros(0, np.uint64), image, nothing, np.zeros(1, np.int64))

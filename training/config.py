@@ -174,12 +174,19 @@ class PriorTrain(StageConfig):
     """Run folder: config, metrics, TensorBoard, checkpoints; the same folder resumes."""
     model: PriorConfig = field(default_factory=PriorConfig)
     """The network."""
+    bpe_dropout: float = 0.0
+    """Probability that a merge is passed over, drawn anew at every reading (the paper: 0.1)."""
+    bpe: Path = Path("runs/bpe")
+    """Folder of the tokens' tokenizer.json; read if bpe_dropout is above 0."""
 
     def sizes(self) -> ModelSizes:
         return ModelSizes(heads=self.model.heads, layers=self.model.layers, cuttable=True)
 
     def model_problems(self) -> list[str]:
-        return self.model.problems()
+        found = self.model.problems()
+        if not 0 <= self.bpe_dropout < 1:
+            found.append(f"bpe_dropout={self.bpe_dropout} must lie in [0, 1); the paper's is 0.1")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,8 +29,9 @@ from training.recovery import Recovery, checkpoints_of_capsules
 from training.resume import refuse_other_config, refuse_other_shapes
 from training.run_folder import RunFolder
 from training.schedules import learning_rate
-from training.tasks import Task
+from training.tasks import Task, hand_over
 from training.validation import Validation
+from training.waits import Waits
 
 _PAUSES = (5.0, 30.0)
 """Seconds before the last save is tried again."""
@@ -90,6 +91,7 @@ class Run:
         self._resumed_at: int | None = None
         self._scored: tuple[int, float] | None = None
         """The last validation's step and loss."""
+        self._waits = Waits()
         self._notes: dict[str, Any] = {}
         """What the next logged row says of saves."""
 
@@ -166,7 +168,6 @@ class Run:
             records, state = next(batches)
             waited = time.perf_counter() - asked
             result = self.one_step(records)
-            result.facts["data_seconds"] = waited
             facts = self._facts_of_step(state)
             if self.recovery.must_rewind(result, records, state, facts):
                 batches.close()
@@ -176,15 +177,16 @@ class Run:
             self.average.update(self.step)
             if self.recovery.due(self.step):
                 self.recovery.compare_replicas(self.engine, self.step)
-            now = time.perf_counter()
-            yield result, now - began
+            spent = time.perf_counter() - began
+            self._waits.add(waited, spent)
+            yield result, spent
             began = time.perf_counter()
 
     def one_step(self, records: Sequence[Any]) -> StepResult:
         """Update by these records of this replica; the step counts even if it is skipped."""
         settings = self.settings
         parts = _split(records, settings.engine.accumulate)
-        micro = [self.task.batch(part, self.step) if part else {} for part in parts]
+        micro = [hand_over(self.task.batch(part, self.step)) if part else {} for part in parts]
         lr = learning_rate(settings.optim, self.step, settings.loop.steps)
         self._ledger.take()
         self._ledger.take_blocked()
@@ -221,6 +223,7 @@ class Run:
                 "grad_norm": result.grad_norm,
                 **({"skipped": result.skipped} if result.skipped else {}),
                 **result.facts,
+                **self._waits.row(),
                 "tokens_per_second": rate,
                 "seconds": seconds,
                 **self._slowest(seconds - self._ledger.take_blocked()),

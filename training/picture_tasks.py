@@ -57,7 +57,7 @@ class DVAETask:
         self.program = Program(layers=[Layer(name="dvae", build=lambda: layer)], loss=self._loss)
         self.units = settings.model.tokens
 
-    def batch(self, records: Sequence[RawRecord], step: int) -> Batch:
+    def batch(self, records: Sequence[RawRecord], step: int, training: bool = True) -> Batch:
         config, settings = self.model_config, self._settings
         shape = (config.codebook, config.grid, config.grid)
         seed = settings.loop.seed
@@ -110,7 +110,7 @@ class ClipTask:
         self.program = Program(layers=[Layer(name="clip", build=lambda: clip)], loss=self._loss)
         self.units = self.model_config.text_length
 
-    def batch(self, records: Sequence[RawRecord], step: int) -> Batch:
+    def batch(self, records: Sequence[RawRecord], step: int, training: bool = True) -> Batch:
         texts = [encode(self._tokenizer, record.caption) for record in records]
         return {
             "pixels": pictures_of(list(records), self.model_config.pixels),

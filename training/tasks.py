@@ -2,15 +2,19 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from core.errors import InputError
 from core.keys import key_int
 from core.store import open_store
+from data_pipeline.bpe import load_tokenizer
 from data_pipeline.cache import open_cache
+from data_pipeline.dropout import DropoutEncoder
 from data_pipeline.stream import BlockSource
 from data_pipeline.tokens import TokenRecord, TokenRecords, TokenSource
 from models.config import PriorConfig
@@ -36,7 +40,7 @@ class Task(Protocol, Generic[Record]):
     model_config: Any
     """The network's sizes, all filled in."""
 
-    def batch(self, records: Sequence[Record], step: int) -> Batch:
+    def batch(self, records: Sequence[Record], step: int, training: bool = True) -> Batch:
         """Tensors of some samples; randomness is keyed by (seed, step, sample)."""
 
     def facts(self) -> dict[str, Any]:
@@ -73,6 +77,13 @@ def token_batch(records: Sequence[TokenRecord], text_length: int) -> Batch:
     }
 
 
+def hand_over(batch: Batch) -> Batch:
+    """Where there is a GPU, copy a batch to it from pinned memory without waiting."""
+    if not torch.cuda.is_available():
+        return batch
+    return {name: x.pin_memory().to("cuda", non_blocking=True) for name, x in batch.items()}
+
+
 class PriorTask:
     """The transformer over text and image tokens."""
 
@@ -82,6 +93,7 @@ class PriorTask:
         self.held_out = TokenSource(store, "validation")
         facts = self.train.manifest.facts
         self._settings, self._facts = settings, facts
+        self._dropout = self._open_dropout()
         self.model_config = PriorConfig(
             **{
                 **vars(settings.model),
@@ -98,8 +110,24 @@ class PriorTask:
         )
         self.units = self.model_config.length
 
-    def batch(self, records: Sequence[TokenRecord], step: int) -> Batch:
+    def batch(self, records: Sequence[TokenRecord], step: int, training: bool = True) -> Batch:
+        if self._dropout and training:
+            seed, again = self._settings.loop.seed, self._dropout.encode
+            records = [replace(r, text=again(r.text, seed, step, r.id)) for r in records]
         return token_batch(records, self.model_config.text_length)
+
+    def _open_dropout(self) -> DropoutEncoder | None:
+        """Raises: InputError if the tokens were made by another tokenizer."""
+        rate, folder = self._settings.bpe_dropout, self._settings.bpe
+        if rate == 0:
+            return None
+        tokenizer, digest = load_tokenizer(folder)
+        if digest != self._facts["tokenizer"]:
+            raise InputError(
+                f"{folder} is not the tokenizer that {self._settings.data} was made with; give "
+                "that one's folder as --bpe, or --bpe-dropout 0"
+            )
+        return DropoutEncoder(tokenizer, rate)
 
     def facts(self) -> dict[str, Any]:
         return {key: self._facts[key] for key in ("dvae", "tokenizer", "grid")}
@@ -118,7 +146,7 @@ class PriorTask:
         def swap_captions(batch: Batch, start: int) -> Batch:
             part = mine[start : start + len(batch["text"])]
             others = [records[places[id(record)] - shift] for record in part]
-            return {**batch, "text": self.batch(others, 0)["text"]}
+            return {**batch, "text": self.batch(others, 0, False)["text"]}
 
         return {
             "shuffled_caption_loss": means(mine, swap_captions)["image_loss"],

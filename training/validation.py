@@ -11,7 +11,7 @@ from data_pipeline.stream import first_records
 from parallel.engines.protocol import Batch, Engine
 from parallel.mesh import Mesh
 from training.config import StageConfig
-from training.tasks import Pictures, Task
+from training.tasks import Pictures, Task, hand_over
 
 Change = Callable[[Batch, int], Batch]
 """Changes a batch that begins at a record of this replica."""
@@ -54,7 +54,7 @@ class Validation:
         for start in range(0, len(records), EVALUATED_TOGETHER):
             self._heart.beat("validation")
             part = records[start : start + EVALUATED_TOGETHER]
-            batch = self._task.batch(part, self._step)
+            batch = hand_over(self._task.batch(part, self._step, training=False))
             losses = self._engine.evaluate(change(batch, start) if change else batch)
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0.0) + float(value) * len(part)

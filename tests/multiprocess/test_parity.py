@@ -88,9 +88,10 @@ def test_picture_stages_do_not_depend_on_the_ranks(
 ) -> None:
     """With an epsilon that keeps AdamW from amplifying gradients that are zero but for rounding (of
     a key's bias, say). The dVAE is compared over 3 steps: later, one process with two threads
-    differs as much from one with one (docs/LOG.md).
+    differs as much from one with one, and with some seeds a kink of its L1 likelihood is crossed
+    before (docs/LOG.md).
     """
-    flags = [*FLAGS[:-1], f"--data={raw}", f"--loop.steps={steps}"]
+    flags = [*FLAGS[:-1], f"--data={raw}", f"--loop.steps={steps}", "--loop.seed=2"]
     flags += ["--optim.eps=0.01", *([f"--bpe={bpe}"] if stage == "clip" else [])]
     for ranks in (1, 2):
         out = f"--out={tmp_path / str(ranks)}"

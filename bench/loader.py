@@ -1,0 +1,162 @@
+"""CPU per record of the loader against others, on the same 204,800 token records (2,560 B each).
+
+Every contender runs in a process of its own, and those of other projects in a virtual environment
+of their own that the benchmark makes; rounds are interleaved. What is counted is user and system
+time of the process, its threads and its children, from before the data set is opened to after the
+last record. Fairness: Tapir checks a crc of every block and gives batches of 512 as arrays in its
+lane order; the others give single records, as bytes (webdataset) or as an array (litdata), are not
+asked to batch them, and check nothing. webdataset shuffles shards and a buffer of 5,000 records,
+litdata its chunks and the records in them, Tapir windows of 8 blocks of 512 in 4 lanes. From S3
+(SeaweedFS on loopback) webdataset reads by `pipe:curl` and pre-signed addresses. The file system's
+cache is warm for all.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.synthetic import records_of, write_tokens
+from cluster.object_server import ObjectServer, object_server
+from core.s3 import S3Store
+from core.store import FolderStore, Store
+
+FOLDER = Path(".cache/bench-loader")
+SHARDS, RECORDS, BLOCK = 20, 10_240, 512
+ROUNDS = 5
+BUCKET = "bench-loader"
+CHILD = Path(__file__).with_name("loader_child.py")
+CONSTRAINTS = Path(__file__).parents[1] / "constraints" / "cpu.txt"
+PACKAGES = {"webdataset": ["webdataset", "numpy"], "litdata": ["litdata", "torch", "numpy"]}
+LOCAL = {
+    "raw": "",
+    "webdataset_plain": "webdataset",
+    "webdataset_one": "webdataset",
+    "webdataset_two": "webdataset",
+    "litdata": "litdata",
+}
+"""Contenders beside Tapir, and whose environment they need."""
+WANTED = {"webdataset_two": 10.0, "webdataset_one": 5.0, "litdata": 2.0, "webdataset from S3": 4.0}
+
+
+def run() -> list[dict[str, Any]]:
+    """Rows: microseconds of CPU a record of each contender; ratio = theirs over Tapir's."""
+    pythons = {"": sys.executable, **{name: _environment(name) for name in PACKAGES}}
+    _write(pythons)
+    places = {name: FOLDER / name.replace("_", "-") for name in LOCAL}
+    places |= {"raw": FOLDER / "tapir", "webdataset_plain": FOLDER / "webdataset-one"}
+    used: dict[str, list[float]] = {}
+    for _ in range(ROUNDS):
+        _note(used, "tapir", _measure(sys.executable, "tapir", str(FOLDER / "tapir")))
+        for name, owner in LOCAL.items():
+            _note(used, name, _measure(pythons[owner], name, str(places[name])))
+    rows = [_row(name, used[name], used["tapir"], "tapir local") for name in LOCAL]
+    rows.insert(0, _row("tapir", used["tapir"], used["raw"], "raw read"))
+    return rows + _from_s3(pythons["webdataset"])
+
+
+def _from_s3(python: str) -> list[dict[str, Any]]:
+    used: dict[str, list[float]] = {}
+    with object_server(FOLDER / "weed", BUCKET) as server:
+        with server.credentials():
+            store = S3Store(BUCKET, "tapir")
+            _copy(FolderStore(FOLDER / "tapir"), store)
+            _copy(FolderStore(FOLDER / "webdataset-one"), S3Store(BUCKET, "webdataset"))
+            signed = _signed(server)
+        folder = FOLDER / "webdataset-s3"
+        folder.mkdir(exist_ok=True)
+        (folder / "urls.json").write_text(json.dumps(signed))
+        for _ in range(ROUNDS):
+            here = {**os.environ, **server.environment}
+            place = f"s3://{BUCKET}/tapir"
+            _note(used, "tapir", _measure(sys.executable, "tapir", place, here))
+            _note(used, "other", _measure(python, "webdataset_one", str(folder)))
+    return [
+        _row("tapir from S3", used["tapir"], used["tapir"], "tapir from S3"),
+        _row("webdataset from S3", used["other"], used["tapir"], "tapir from S3"),
+    ]
+
+
+def _signed(server: ObjectServer) -> list[str]:
+    import boto3  # noqa: PLC0415 - reads the credentials of the moment
+
+    client = boto3.client("s3", endpoint_url=server.endpoint)
+    found = []
+    for name in S3Store(BUCKET, "webdataset").names():
+        if name.endswith(".tar"):
+            where = {"Bucket": BUCKET, "Key": f"webdataset/{name}"}
+            url = client.generate_presigned_url("get_object", Params=where, ExpiresIn=3600)
+            found.append(f"pipe:curl -s '{url}'")
+    return found
+
+
+def _copy(source: Store, target: Store) -> None:
+    for name in source.names():
+        if not target.exists(name):
+            target.put(name, source.get(name))
+
+
+def _environment(name: str) -> str:
+    """The Python of a contender's own virtual environment, made if it is not there."""
+    venv = FOLDER / f"venv-{name}"
+    python = venv / "bin" / "python"
+    if not (venv / "ready").exists():
+        print(f"making a virtual environment for {name}", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+        pip = [str(python), "-m", "pip", "install", "--quiet"]
+        subprocess.run([*pip, *PACKAGES[name], "-c", str(CONSTRAINTS)], check=True)
+        (venv / "ready").touch()
+    return str(python)
+
+
+def _write(pythons: dict[str, str]) -> None:
+    """The same records in every contender's own format."""
+    done = FOLDER / "written"
+    if done.exists():
+        return
+    write_tokens(FolderStore(FOLDER / "tapir"), SHARDS, RECORDS, BLOCK)
+    parts = [records_of(shard, RECORDS, 1024, 256) for shard in range(SHARDS)]
+    rows = [np.concatenate([part.image, part.text.reshape(RECORDS, 256)], 1) for part in parts]
+    np.save(FOLDER / "records.npy", np.concatenate(rows))
+    for name in PACKAGES:
+        command = [pythons[name], str(CHILD), f"write_{name}", str(FOLDER)]
+        subprocess.run(command, check=True)
+    done.touch()
+
+
+def _measure(
+    python: str, name: str, place: str, environment: dict[str, str] | None = None
+) -> float:
+    command = [python, str(CHILD), name, place]
+    root = str(Path(__file__).parents[1])
+    inherited = {**(environment or os.environ)}
+    if name == "tapir":
+        inherited["PYTHONPATH"] = root
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=inherited)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert name == "raw" or found["records"] == SHARDS * RECORDS, (name, found)
+    print(f"{name}: {found}", file=sys.stderr)
+    return float(found["cpu"])
+
+
+def _note(used: dict[str, list[float]], name: str, value: float) -> None:
+    used.setdefault(name, []).append(value)
+
+
+def _row(name: str, used: list[float], base: list[float], baseline: str) -> dict[str, Any]:
+    ratios = [a / b for a, b in zip(used, base, strict=True)]
+    wanted = WANTED.get(name, 0.0)
+    text = f"{baseline}, wanted {wanted:g}x" if wanted else baseline
+    return {
+        "name": f"{name}, CPU a record",
+        "value": statistics.median(used),
+        "unit": "us",
+        "baseline": text,
+        "ratio": statistics.median(used) / statistics.median(base),
+        "spread": [min(ratios), max(ratios)],
+    }

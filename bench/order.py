@@ -1,0 +1,141 @@
+"""The order of 250 million records: from a saved position to its batch, and reads of the store.
+
+An index alone, no records: 2,500 shards of 100,000 in blocks of 128, 1024 lanes of 8-block windows.
+A child process measures time and memory from the state; then every rank of four world sizes walks
+one epoch through the stream's own planning of windows, and what it would fetch is counted.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import psutil
+
+from data_pipeline.config import OrderConfig
+from data_pipeline.order import LaneOrder
+from data_pipeline.stream import Chunk, Windows, chunks_of
+
+SHARDS, RECORDS, BLOCK = 2500, 100_000, 128
+ORDER = OrderConfig(lanes=1024, window=8)
+BATCH = 1024
+WORLDS = (1, 8, 64, 1024)
+POSITIONS = ((0, 0), (0, 200_000), (3, 123_456), (17, 1))
+"""(epoch, step) of saved states."""
+
+
+class CountedSource:
+    """Blocks that are counted when they are asked for; it holds no records."""
+
+    variants = 1
+    fingerprint = ""
+
+    def __init__(self, sizes: np.ndarray) -> None:
+        self.sizes = sizes
+        self.blocks = self.records = 0
+
+    def submit(self, fill: Any, place: int, block: int) -> "Future[Any]":
+        """Stands where the stream has its fetching threads."""
+        self.blocks += 1
+        self.records += int(self.sizes[block])
+        return Future()
+
+    def read(self, block: int, variant: int = 0) -> Any:
+        """Never called: `submit` runs nothing."""
+
+    def room(self, sizes: Any, spare: Any = None) -> Any:
+        """There is nothing to hold."""
+
+    def empty(self) -> Any:
+        """Never called."""
+
+
+def sizes_250m() -> np.ndarray:
+    """Records of each block."""
+    rest = RECORDS % BLOCK
+    shard = [BLOCK] * (RECORDS // BLOCK) + ([rest] if rest else [])
+    return np.tile(np.asarray(shard, np.int64), SHARDS)
+
+
+def run() -> list[dict[str, Any]]:
+    """Rows: seconds and megabytes from a state to its batch; reads an epoch over records used."""
+    rows = []
+    for epoch, step in POSITIONS:
+        code = f"from bench.order import position; position({epoch}, {step})"
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert found["seconds"] < 1 and found["megabytes"] < 100, found
+        where = f"state to batch, epoch {epoch} step {step}"
+        rows.append(_row(where, found["seconds"], "s", "1 s", 1 / found["seconds"]))
+        rows.append(
+            _row(
+                f"{where}, more memory",
+                found["megabytes"],
+                "MB",
+                "100 MB",
+                100 / found["megabytes"],
+            )
+        )
+    source = CountedSource(sizes_250m())
+    order = LaneOrder(source.sizes, 0, BATCH, ORDER)
+    for world in WORLDS:
+        began = time.perf_counter()
+        value = amplification(source, order, world, BATCH)
+        print(f"{world} ranks: {value:.4f} in {time.perf_counter() - began:.0f} s", file=sys.stderr)
+        assert value <= 1.05, value
+        rows.append(
+            _row(f"records fetched over used, {world} ranks", value, "x", "1 read each", 1 / value)
+        )
+    return rows
+
+
+def amplification(source: CountedSource, order: LaneOrder, world: int, batch: int) -> float:
+    """Records that all ranks fetch in an epoch over those that they train on."""
+    source.blocks = source.records = 0
+    share = order.lanes // world
+    for rank in range(world):
+        pool: Any = source
+        windows = Windows(source, order, range(rank * share, (rank + 1) * share), pool)
+        for chunk in _epoch(order):
+            windows.plan(chunk)
+            windows.forget()
+    return source.records / (order.steps(0) * batch)
+
+
+def _epoch(order: LaneOrder) -> list[Chunk]:
+    found = []
+    for chunk in chunks_of(order, 0, 0, 32):
+        if chunk.epoch:
+            return found
+        found.append(chunk)
+    return found
+
+
+def position(epoch: int, step: int) -> None:
+    """Print how long the batch of a position takes, from the index in memory, and its memory."""
+    sizes = sizes_250m()
+    process = psutil.Process()
+    before = process.memory_info().rss
+    began = time.perf_counter()
+    order = LaneOrder(sizes, 0, BATCH, ORDER)
+    places = order.places(epoch, step, range(ORDER.lanes))
+    seconds = time.perf_counter() - began
+    more = (process.memory_info().rss - before) / 1e6
+    assert len(places) == BATCH
+    print(json.dumps({"seconds": seconds, "megabytes": more}))
+
+
+def _row(name: str, value: float, unit: str, baseline: str, ratio: float) -> dict[str, Any]:
+    spread = [ratio, ratio]
+    return {
+        "name": name,
+        "value": value,
+        "unit": unit,
+        "baseline": baseline,
+        "ratio": ratio,
+        "spread": spread,
+    }
