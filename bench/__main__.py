@@ -6,7 +6,18 @@ import os
 import platform
 import sys
 
-from bench import compression, engines, goodput, loader, network, order, parity, saving, scales
+from bench import (
+    compression,
+    engines,
+    goodput,
+    loader,
+    network,
+    order,
+    parity,
+    saving,
+    scales,
+    stream,
+)
 
 BENCHES = {
     "compression": compression.run,
@@ -18,6 +29,7 @@ BENCHES = {
     "parity": parity.run,
     "saving": saving.run,
     "scales": scales.run,
+    "stream": stream.run,
 }
 
 

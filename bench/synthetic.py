@@ -24,19 +24,25 @@ def records_of(shard: int, count: int, image: int, text: int) -> TokenRecords:
 
 
 def write_tokens(
-    store: Store, shards: int, count: int, block: int, grid: int = 32, text: int = 256
+    store: Store,
+    shards: int,
+    count: int,
+    block: int,
+    grid: int = 32,
+    text: int = 256,
+    split: str = "train",
 ) -> Manifest:
-    """Write a data set of `shards` x `count` records as the split `train`."""
+    """Write a split of `shards` x `count` records."""
     found = []
     for shard in range(shards):
         records = records_of(shard, count, grid * grid, text)
         tar = build_tar(list(_blocks(records, block)))
         name = f"shard-{shard:06d}.tar"
-        store.put(f"train/{name}", tar)
-        found.append(describe(store, "train/", name, tar, *ranges_of(tar)))
+        store.put(f"{split}/{name}", tar)
+        found.append(describe(store, f"{split}/", name, tar, *ranges_of(tar)))
     facts = {"grid": grid, "text_vocabulary": VOCABULARY, "image_vocabulary": VOCABULARY}
     facts |= {"dvae": "none", "tokenizer": "none"}
-    return put_manifest(store, "train/", TOKENS, found, facts, {})
+    return put_manifest(store, f"{split}/", TOKENS, found, facts, {})
 
 
 def _blocks(records: TokenRecords, block: int) -> Iterator[dict[str, object]]:

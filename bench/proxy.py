@@ -1,6 +1,8 @@
-"""A proxy before a real S3 server that fails on purpose: status, delay, or a body cut in half."""
+"""A proxy before a real S3 server that fails on purpose: status, reset, delay, half a body."""
 
 import http.client
+import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,8 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from time import sleep
 from urllib.parse import urlsplit
 
-Plan = Callable[[int, str], str]
-"""(number of the request, method) -> nothing, a status as text, "slow", or "cut"."""
+Plan = Callable[[int, str, str], str]
+"""(number of the request, method, path) -> nothing, a status, "cut", "reset", "wait SECONDS"."""
 
 
 @contextmanager
@@ -27,13 +29,18 @@ def faulty_proxy(endpoint: str, plan: Plan) -> Iterator[str]:
         def _any(self) -> None:
             with lock:
                 count[0] += 1
-                what = plan(count[0], self.command)
+                what = plan(count[0], self.command, self.path)
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             if what.isdigit():
                 self._answer(int(what), {}, b"", 0)
                 return
-            if what == "slow":
-                sleep(2.0)
+            if what == "reset":
+                off = struct.pack("ii", 1, 0)
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, off)
+                self.close_connection = True
+                return
+            if what.startswith("wait"):
+                sleep(float(what.split()[1]))
             link = http.client.HTTPConnection(str(target.hostname), target.port, timeout=60)
             link.request(self.command, self.path, body, dict(self.headers))
             found = link.getresponse()
