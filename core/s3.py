@@ -104,9 +104,15 @@ class S3Store:
             )
         except StoreError as error:
             if if_absent and _code(error.__cause__) in ("PreconditionFailed", "412"):
-                return self.get(name) == data  # ours, if the answer to an earlier attempt was lost
+                return self._holds(name, data)  # ours, if the answer to an earlier attempt was lost
             raise
         return True
+
+    def _holds(self, name: str, data: bytes) -> bool:
+        try:
+            return self.get(name) == data
+        except StoreInputError:  # it was deleted a moment ago
+            return False
 
     def put_parts(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
         """A multipart upload; what an aborted one leaves is removed by boto3."""
@@ -191,7 +197,7 @@ class S3Store:
                     raise
                 pause = min(0.2 * 2.0**attempt, 10.0)
                 pause *= 0.5 + key_fraction(name, attempt, "jitter")
-                LOG.warning("%s/%s: %s; again in %.1f s", self.url, name, error, pause)
+                LOG.warning("%s; again in %.1f s", error, pause)
                 time.sleep(pause)
                 attempt += 1
 

@@ -1,5 +1,6 @@
 """From the SRC of `tapir pack SRC DEST` to a stream of pairs."""
 
+import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -56,10 +57,11 @@ def source_content(source: str) -> str:
     path = Path(source)
     if source in ("shapes", "emoji") or not path.exists():
         return ""
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    stats = [(str(file), file.stat()) for file in files]
+    walked = os.walk(path) if path.is_dir() else [(str(path.parent), [], [path.name])]
+    files = sorted(os.path.join(folder, name) for folder, _, names in walked for name in names)
+    stats = [(file, os.lstat(file)) for file in files]
     rows = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
-    return sha256("\n".join(rows).encode())
+    return sha256("\n".join(rows).encode("utf-8", "surrogateescape"))
 
 
 def shapes_pairs(count: int, pixels: int, seed: int) -> Iterator[Pair]:

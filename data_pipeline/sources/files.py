@@ -36,19 +36,21 @@ def folder_pairs(root: Path) -> Iterator[Pair | Unusable]:
 
 def _file(root: Path, path: Path) -> Pair | Unusable:
     where, text = path.as_posix(), path.with_suffix(".txt")
-    key = path.relative_to(root).with_suffix("").as_posix().replace("/", "__").replace(".", "_")
     if path.is_symlink() or text.is_symlink():
         return _unusable(where, "or its caption is a symbolic link; copy the file itself")
     try:
         where.encode()
     except UnicodeEncodeError:
         return _unusable(where, "has a name that is not UTF-8; rename it")
+    if not path.is_file():
+        return _unusable(where, "is no plain file")
     if not text.is_file():
         return _unusable(where, f"has no caption; write it to {text.name} beside it", "caption")
     if path.stat().st_size > MOST_BYTES:
         return _unusable(where, f"has {path.stat().st_size} bytes; the limit is {MOST_BYTES}")
     with open(text, "rb") as file:
         caption = file.read(CAPTION_BYTES + 4)
+    key = _key(path.relative_to(root).with_suffix("").as_posix())
     return make_pair(key, path.read_bytes(), path.suffix, caption, where)
 
 
@@ -99,12 +101,19 @@ def _complete(path: Path, key: str, parts: dict[str, bytes]) -> Iterator[Pair | 
     caption = parts.get("txt", _caption_of(parts.get("json", b"")))
     where = f"{path}:{key}"
     if found and caption is not None:
-        name = f"{path.stem}__{key}".replace("/", "__").replace(".", "_")
-        yield make_pair(name, parts[found[0]], "." + found[0], caption, where)
+        yield make_pair(
+            _key(f"{path.stem}__{key}"), parts[found[0]], "." + found[0], caption, where
+        )
     elif found:
         yield _unusable(where, "has no caption; a pair is a picture and a .txt", "caption")
     elif "txt" in parts:
         yield _unusable(where, "has a caption and no picture", "image")
+
+
+def _key(name: str) -> str:
+    """A pair's key from its path: no folders, no further extension, nothing unprintable."""
+    plain = "".join(c if c.isprintable() else "_" for c in name)
+    return plain.replace("/", "__").replace(".", "_")
 
 
 def _caption_of(note: bytes) -> bytes | None:
@@ -124,5 +133,5 @@ def make_pair(key: str, image: bytes, suffix: str, caption: bytes, where: str) -
 
 
 def _unusable(where: str, reason: str, kind: str = "file") -> Unusable:
-    text = where.encode("utf-8", "backslashreplace").decode()
+    text = where.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return Unusable(key=text, kind=kind, reason=f"{text} {reason}")

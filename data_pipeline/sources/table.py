@@ -2,10 +2,8 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
-
-import pyarrow
-from pyarrow import parquet
 
 from core.errors import InputError
 from data_pipeline.images import EXTENSIONS
@@ -23,6 +21,9 @@ def table_pairs(paths: list[Path]) -> Iterator[Pair | Unusable]:
     A path is taken from the table's folder and must stay in it; a URL must be file://.
     Raises: InputError if a file is no parquet table or lacks the columns.
     """
+    import pyarrow  # noqa: PLC0415 - 100 MB that other sources do without
+    from pyarrow import parquet  # noqa: PLC0415
+
     for path in paths:
         try:
             table = parquet.ParquetFile(path)
@@ -36,7 +37,7 @@ def table_pairs(paths: list[Path]) -> Iterator[Pair | Unusable]:
             raise InputError(f"{path} is no readable parquet table: {error}") from error
 
 
-def _column(table: parquet.ParquetFile, path: Path, names: tuple[str, ...]) -> str:
+def _column(table: Any, path: Path, names: tuple[str, ...]) -> str:
     found = next((name for name in names if name in table.schema_arrow.names), None)
     if found is None:
         raise InputError(f"{path} has no column {' or '.join(names)}; rename one")

@@ -1,0 +1,51 @@
+"""A job that reads one epoch and notes what it read: the data side of a training run, alone."""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+from core.files import write_atomic
+from core.store import FolderStore
+from data_pipeline.config import OrderConfig
+from data_pipeline.stream import Stream, StreamState
+from data_pipeline.tokens import TokenSource
+from parallel.world import join_world, leave_world
+from tests.harness import run_world
+
+LANES, BATCH = 16, 32
+ORDER = OrderConfig(lanes=LANES, window=4)
+
+
+def open_stream(data: str, rank: int = 0, ranks: int = 1) -> Stream:
+    """The stream of one rank."""
+    source = TokenSource(FolderStore(Path(data)), "train")
+    return Stream(source, seed=3, batch=BATCH, order=ORDER, rank=rank, ranks=ranks)
+
+
+def read_epoch(payload: str) -> None:
+    """Go on from state.json; rank 0 saves the position behind every step that all have noted."""
+    given = json.loads(payload)
+    world, out = join_world(), Path(given["out"])
+    stream = open_stream(given["data"], world.rank, world.size)
+    if (out / "state.json").exists():
+        stream.resume(StreamState(**json.loads((out / "state.json").read_text())))
+    steps = stream.order.steps(0)
+    batches = iter(stream)
+    with open(out / f"read-{given['attempt']}-{world.rank:02d}.jsonl", "w") as notes:
+        while stream.state.step < steps:
+            records, state = next(batches)
+            row = {"step": state.step - 1, "rank": world.rank, "ids": records.ids.tolist()}
+            notes.write(json.dumps(row) + "\n")
+            notes.flush()
+            world.barrier()
+            if world.rank == 0:
+                write_atomic(out / "state.json", json.dumps(dataclasses.asdict(state)).encode())
+    leave_world(world)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    body = {"data": sys.argv[1], "out": sys.argv[2], "attempt": int(sys.argv[3])}
+    run_world("tests.multiprocess.readers:read_epoch", body, int(sys.argv[4]))
