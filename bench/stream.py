@@ -1,6 +1,6 @@
 """Five million real records from SeaweedFS: start, memory, and how long a trainer waits.
 
-2,500 shards of 2,000 records of 1,024 image and 256 text tokens (12.8 GB), written by the project's
+2,500 shards of 2,048 records of 1,024 image and 256 text tokens (13.1 GB), written by the project's
 own writers and read by its stream over S3 on loopback, in child processes:
 
 start       seconds from nothing but the address to the first batch, with all 2,500 shards
@@ -32,7 +32,7 @@ from data_pipeline.stream import Stream
 from data_pipeline.tokens import TokenSource
 
 FOLDER = Path(".cache/bench-stream")
-SHARDS, RECORDS, BLOCK = 2500, 2000, 128
+SHARDS, RECORDS, BLOCK = 2500, 2048, 128
 BUCKET, PLACE = "bench-stream", "s3://bench-stream/tokens"
 ORDER, BATCH = OrderConfig(lanes=16, window=8), 64
 STEP_SECONDS, WAIT_STEPS = 0.05, 2000
@@ -54,6 +54,7 @@ def run() -> list[dict[str, Any]]:
         with faulty_proxy(server.endpoint, _stalls()) as address:
             stalled = _child("wait", {**here, "AWS_ENDPOINT_URL": address})
         whole = _child("whole", here)
+    assert whole["records"] >= 5_000_000, whole
     growth = whole["last_third_mb"] / whole["first_third_mb"]
     rows = [
         ("start with 2,500 shards to the first batch", statistics.median(starts), "s", 2.0),

@@ -1,4 +1,4 @@
-"""The verbs pack and status; imports no torch."""
+"""The verbs pack and status."""
 
 from typing import Annotated
 
