@@ -52,7 +52,7 @@ check: $(DEV_STAMP)
 	$(BIN)/codespell
 
 faults: $(DEV_STAMP)
-	$(BIN)/python -m pytest tests/faults
+	TAPIR_OUTAGE=20 $(BIN)/python -m pytest tests/faults
 
 soak: $(DEV_STAMP)
 	TAPIR_SOAK_KILLS=$${KILLS:-30} $(BIN)/python -m pytest tests/faults/test_soak.py
@@ -69,6 +69,9 @@ bench: $(DEV_STAMP) system
 	$(BIN)/python -m bench network --json
 	$(BIN)/python -m bench saving --json
 	$(BIN)/python -m bench goodput --json
+	$(BIN)/python -m bench order --json
+	$(BIN)/python -m bench loader --json
+	$(BIN)/python -m bench stream --json
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

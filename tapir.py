@@ -14,6 +14,7 @@ VERBS = {
     "status": ("data_pipeline.commands:status", "how far a token job is, over all its workers"),
     "sample": ("generation.commands:sample", "captions -> candidates, reranked, as a PNG grid"),
     "evaluate": ("generation.commands:evaluate", "caption accuracy for best-of-N on shapes"),
+    "overlap": ("generation.commands:overlap", "pairs that an evaluation set has, too"),
     "report": ("generation.commands:report", "write a demo folder's report.html again"),
     "diverge": ("training.commands:diverge", "the first tensor in which two runs differ"),
     "replay": ("training.commands:replay", "run a step that did not count again, on one process"),

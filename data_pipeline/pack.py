@@ -48,7 +48,7 @@ class _Examined:
     look: int
 
 
-class _Split:
+class RawWriter:
     """Collects the pairs of one split and writes a shard whenever one is full."""
 
     def __init__(self, store: Store, name: str, config: PackConfig) -> None:
@@ -58,6 +58,7 @@ class _Split:
         self.shards: list[Shard] = []
 
     def add(self, pair: Pair, caption: str) -> None:
+        """Take a pair with its cleaned caption."""
         facts = json.dumps({"key": pair.key, "split_key": pair.split_key}, sort_keys=True)
         text = caption.encode()
         self._waiting.append(
@@ -74,6 +75,7 @@ class _Split:
             self.flush()
 
     def flush(self) -> None:
+        """Write the pairs that wait as a shard."""
         if not self._waiting:
             return
         tar = build_tar(self._waiting)
@@ -85,11 +87,12 @@ class _Split:
         self._waiting, self._size = [], 0
 
 
-class _Rejects:
+class Rejects:
     """Every pair that is left out, written as it comes."""
 
-    def __init__(self, store: Store, config: PackConfig) -> None:
-        self._store, self._config = store, config
+    def __init__(self, store: Store, most: float) -> None:
+        """`most` is the share of unusable pairs that may be left out."""
+        self._store, self._most = store, most
         self._lines: list[str] = []
         self._parts = 0
         self.kinds: Counter[str] = Counter()
@@ -102,7 +105,7 @@ class _Rejects:
         Raises: InputError if it is unusable and none may be.
         """
         if not asked and reject.kind != IGNORED:
-            if self._config.max_rejects == 0:
+            if self._most == 0:
                 raise InputError(
                     f"{reject.reason}; to leave unusable pairs out and count them, pass "
                     "--max-rejects 0.01"
@@ -115,6 +118,7 @@ class _Rejects:
             self.flush()
 
     def flush(self) -> None:
+        """Write the rejects that wait."""
         self._store.put(f"{REJECTS}{self._parts:06d}.jsonl", "".join(self._lines).encode())
         self._lines, self._parts = [], self._parts + 1
 
@@ -144,11 +148,11 @@ def pack(source: str, store: Store, config: PackConfig, again: bool = False) -> 
         "content": source_content(source),
         "config": {k: v for k, v in to_json(config).items() if k not in _NOT_ASKED},
     }
-    mine = _claim(store, request)
-    finished = {} if again else _finished(store)
-    if finished:
+    mine = claim(store, request)
+    found = {} if again else finished(store)
+    if found:
         LOG.info("%s already holds this data set", store.url)
-        return finished
+        return found
     try:
         return _write(source, store, config, request)
     except TapirError:
@@ -160,8 +164,8 @@ def pack(source: str, store: Store, config: PackConfig, again: bool = False) -> 
 def _write(
     source: str, store: Store, config: PackConfig, request: dict[str, Any]
 ) -> dict[str, Manifest]:
-    splits = {name: _Split(store, name, config) for name in SPLITS}
-    rejects = _Rejects(store, config)
+    splits = {name: RawWriter(store, name, config) for name in SPLITS}
+    rejects = Rejects(store, config.max_rejects)
     packed = _fill(source, config, splits, rejects)
     seen = packed + rejects.unusable
     if seen == 0:
@@ -187,7 +191,7 @@ def _write(
     }
 
 
-def _fill(source: str, config: PackConfig, splits: dict[str, _Split], rejects: _Rejects) -> int:
+def _fill(source: str, config: PackConfig, splits: dict[str, RawWriter], rejects: Rejects) -> int:
     packed = 0
     keys: set[str] = set()
     duplicates = Duplicates(config.filters)
@@ -249,7 +253,7 @@ def _examine(item: Pair | Unusable, filters: FilterConfig) -> _Examined | tuple[
     return _Examined(pair=item, caption=caption, look=image.look)
 
 
-def _refuse_empty(splits: dict[str, _Split], seen: int, config: PackConfig) -> None:
+def _refuse_empty(splits: dict[str, RawWriter], seen: int, config: PackConfig) -> None:
     for name, split in splits.items():
         if not split.shards:
             raise InputError(
@@ -258,7 +262,7 @@ def _refuse_empty(splits: dict[str, _Split], seen: int, config: PackConfig) -> N
             )
 
 
-def _claim(store: Store, request: dict[str, Any]) -> bool:
+def claim(store: Store, request: dict[str, Any]) -> bool:
     """Take DEST for this request, before any work; says whether it was free.
 
     Raises: InputError if DEST is taken by another request; StoreError if it cannot be written.
@@ -275,7 +279,8 @@ def _claim(store: Store, request: dict[str, Any]) -> bool:
     )
 
 
-def _finished(store: Store) -> dict[str, Manifest]:
+def finished(store: Store) -> dict[str, Manifest]:
+    """The manifests of a raw data set, if all are there."""
     found = {}
     for name in SPLITS:
         if not store.exists(f"{name}/{NAME}"):

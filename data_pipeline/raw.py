@@ -23,6 +23,8 @@ class RawRecord:
 
     key: str
     image: bytes
+    extension: str
+    """png, jpg or webp."""
     caption: str
 
     @property
@@ -111,13 +113,10 @@ def parse_pairs(tar: bytes) -> RawRecords:
     for member in list_members(tar):
         key, _, extension = member.name.partition(".")
         found.setdefault(key, {})[extension] = tar[member.start : member.start + member.length]
-    return RawRecords(
-        [
-            RawRecord(
-                key=key,
-                image=next(parts[name] for name in EXTENSIONS if name in parts),
-                caption=parts["txt"].decode(),
-            )
-            for key, parts in found.items()
-        ]
-    )
+    return RawRecords([_record(key, parts) for key, parts in found.items()])
+
+
+def _record(key: str, parts: dict[str, bytes]) -> RawRecord:
+    extension = next(name for name in EXTENSIONS if name in parts)
+    caption = parts["txt"].decode()
+    return RawRecord(key=key, image=parts[extension], extension=extension, caption=caption)

@@ -1,4 +1,4 @@
-"""The verbs demo, sample, evaluate and report."""
+"""The verbs demo, sample, evaluate, overlap and report."""
 
 import os
 from dataclasses import replace
@@ -12,9 +12,10 @@ from core.errors import ConfigError
 from core.files import refuse_folder, write_atomic
 from core.log import LOG
 from core.settings import check
+from core.store import open_store
 from data_pipeline.captions import clean_caption
 from data_pipeline.images import encode_png
-from generation.config import DemoConfig
+from generation.config import DemoConfig, OverlapConfig
 from generation.sampling import SampleConfig
 
 Text = Annotated[str, tyro.conf.Positional]
@@ -122,6 +123,41 @@ def evaluate(arguments: list[str]) -> None:
         print_json({"caption_accuracy": figures})
 
     parse(run, arguments, "evaluate")
+
+
+def overlap(arguments: list[str]) -> None:
+    """`tapir overlap RAW EVAL`."""
+
+    def run(
+        raw: Text,
+        evaluation: Text,
+        dest: str = "",
+        clip: Path = Path("runs/clip"),
+        out: Path = Path("runs/overlap"),
+        config: Annotated[OverlapConfig, _FLAT] = OverlapConfig(),  # noqa: B008
+    ) -> None:
+        """Find pairs whose picture an evaluation set has, too; with --dest, write the others there.
+
+        Args:
+            raw: where `tapir pack` wrote
+            evaluation: the evaluation set, packed by `tapir pack`
+            dest: s3://bucket/prefix or a folder for the pairs below the threshold; without it, only
+                examples at rising likeness are written, to choose the threshold by
+            clip: run folder of a finished CLIP
+            out: folder for overlap.json and the examples
+            config: settings
+        """
+        from generation.overlap import remove_overlap, write_likeness  # noqa: PLC0415
+        from training.export import load_clip, read_model  # noqa: PLC0415
+
+        check(config.problems())
+        model, _ = load_clip(clip)
+        digest = str(read_model(clip, "clip")[0]["sha256"])
+        stores = open_store(raw), open_store(evaluation), open_store(dest) if dest else None
+        found = remove_overlap(*stores, model, digest, config)
+        print_json(write_likeness(found, out))
+
+    parse(run, arguments, "overlap")
 
 
 def report(arguments: list[str]) -> None:

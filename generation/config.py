@@ -1,8 +1,10 @@
-"""Settings of the demo; imports no torch."""
+"""Settings of the demo and of the overlap pass; imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from data_pipeline.config import PackConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,3 +24,21 @@ class DemoConfig:
     @property
     def folder(self) -> Path:
         return self.out or Path("runs/demo" if self.data == "shapes" else f"runs/demo-{self.data}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverlapConfig:
+    """Pairs that an evaluation set has, too."""
+
+    threshold: float = 0.98
+    """Cosine of CLIP embeddings from which a picture counts as one of the evaluation set's."""
+    batch: int = 64
+    """Pictures embedded together."""
+    pack: PackConfig = field(default_factory=PackConfig)
+    """Sizes of the shards that are written."""
+
+    def problems(self) -> list[str]:
+        found = self.pack.problems()
+        if not 0 < self.threshold <= 1 or self.batch < 1:
+            found.append("threshold must lie in (0, 1], and batch be at least 1")
+        return found

@@ -50,7 +50,7 @@ def _pack(
 def test_a_corpus_of_harm_is_packed_and_accounted_for(tmp_path: Path, fault: Record) -> None:
     marker = tmp_path / "executed"
     expected = corpus.write_folder(tmp_path / "in", marker)
-    fault(29, f"{len(expected)} files that mean harm, or are broken")
+    fault(31, f"{len(expected)} files that mean harm, or are broken")
     assert len(expected) >= 40
     pairs, rejects, megabytes = _pack(tmp_path / "in", tmp_path / "out", "--validation=0.3")
     assert not marker.exists() and megabytes < MOST_MEGABYTES
@@ -82,7 +82,7 @@ def _files_of(rejects: list[dict[str, str]]) -> int:
 def test_members_that_reach_out_are_refused_and_the_pairs_between_them_packed(
     tmp_path: Path, fault: Record
 ) -> None:
-    fault(29, "a tar of escapes, links, devices, pickles between good pairs")
+    fault(31, "a tar of escapes, links, devices, pickles between good pairs")
     marker = tmp_path / "executed"
     good = corpus.write_tar(tmp_path / "in.tar", marker)
     before = sorted(tmp_path.parent.iterdir())

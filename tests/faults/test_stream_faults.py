@@ -54,7 +54,7 @@ def _epoch(prefix: str, patience: float = 60) -> list[int]:
 def test_a_stream_through_a_failing_store_is_complete(
     s3: ObjectServer, stored: str, monkeypatch: pytest.MonkeyPatch, fault: Record, what: str
 ) -> None:
-    fault(27, f"a stream from S3, which does this to every third request: {what}")
+    fault(29, f"a stream from S3, which does this to every third request: {what}")
     with s3.credentials():
         whole = _epoch(stored)
     assert len(set(whole)) == SHARDS * RECORDS
@@ -74,7 +74,7 @@ def test_a_stream_through_a_failing_store_is_complete(
 def test_a_dead_shard_ends_the_stream_by_name(
     s3: ObjectServer, stored: str, monkeypatch: pytest.MonkeyPatch, fault: Record
 ) -> None:
-    fault(27, "a stream from S3 with one dead shard: missing, damaged, answered by 500")
+    fault(29, "a stream from S3 with one dead shard: missing, damaged, answered by 500")
     where = r"s3://tapir-tests/streamed/train/shard-000002.tar"
     dead = {"what": "404"}
 

@@ -49,7 +49,7 @@ def _objects(place: str) -> dict[str, str]:
 def test_killed_doubled_and_cut_off_workers_lose_and_double_nothing(
     s3: ObjectServer, bpe: Path, dvae: Path, tmp_path: Path, fault: Record
 ) -> None:
-    fault(28, f"token job: 2 of 4 workers killed, 2 started twice, {OUTAGE:g} s without S3")
+    fault(30, f"token job: 2 of 4 workers killed, 2 started twice, {OUTAGE:g} s without S3")
     _pictures(tmp_path / "in")
     raw = f"s3://{BUCKET}/job-raw"
     pack = ["--validation=0.1", "--shard-pairs=40", "--block=8"]
