@@ -4,11 +4,12 @@ Every contender runs in a process of its own, and those of other projects in a v
 of their own that the benchmark makes; rounds are interleaved. What is counted is user and system
 time of the process, its threads and its children, from before the data set is opened to after the
 last record. Fairness: Tapir checks a crc of every block and gives batches of 512 as arrays in its
-lane order; the others give single records, as bytes (webdataset) or as an array (litdata), are not
-asked to batch them, and check nothing. webdataset shuffles shards and a buffer of 5,000 records,
-litdata its chunks and the records in them, Tapir windows of 8 blocks of 512 in 4 lanes. From S3
-(SeaweedFS on loopback) webdataset reads by `pipe:curl` and pre-signed addresses. The file system's
-cache is warm for all.
+lane order; the others give single records, as bytes or (litdata) as two arrays, are not asked to
+batch them, and check nothing. webdataset shuffles shards and a buffer of 5,000 records,
+litdata and mosaicml-streaming (which runs with stubs of torchvision and transformers) their chunks
+and the records in them, Tapir windows of 8 blocks of 512 in 4 lanes. From S3 (SeaweedFS on
+loopback) webdataset reads by `pipe:curl` and pre-signed addresses. The file system's cache is warm
+for all.
 """
 
 import json
@@ -32,13 +33,20 @@ ROUNDS = 5
 BUCKET = "bench-loader"
 CHILD = Path(__file__).with_name("loader_child.py")
 CONSTRAINTS = Path(__file__).parents[1] / "constraints" / "cpu.txt"
-PACKAGES = {"webdataset": ["webdataset", "numpy"], "litdata": ["litdata", "torch", "numpy"]}
+PACKAGES = {
+    "webdataset": ["webdataset", "numpy"],
+    "litdata": ["litdata", "torch", "numpy"],
+    "mosaic": ["numpy", "torch", "tqdm", "xxhash", "zstd", "Brotli", "python-snappy", "boto3"],
+}
+ALONE = {"mosaic": "mosaicml-streaming"}
+"""Installed without what they ask for: the clients of three clouds, which no record needs."""
 LOCAL = {
     "raw": "",
     "webdataset_plain": "webdataset",
     "webdataset_one": "webdataset",
     "webdataset_two": "webdataset",
     "litdata": "litdata",
+    "mosaic": "mosaic",
 }
 """Contenders beside Tapir, and whose environment they need."""
 WANTED = {"webdataset_two": 10.0, "webdataset_one": 5.0, "litdata": 2.0, "webdataset from S3": 4.0}
@@ -110,6 +118,8 @@ def _environment(name: str) -> str:
         subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
         pip = [str(python), "-m", "pip", "install", "--quiet"]
         subprocess.run([*pip, *PACKAGES[name], "-c", str(CONSTRAINTS)], check=True)
+        if name in ALONE:
+            subprocess.run([*pip, "--no-deps", ALONE[name]], check=True)
         (venv / "ready").touch()
     return str(python)
 

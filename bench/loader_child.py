@@ -5,10 +5,13 @@ Usage: python bench/loader_child.py CONTENDER PLACE
 """
 
 import importlib
+import importlib.abc
+import importlib.machinery
 import json
 import resource
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ MODULES = {
     "tapir": ("data_pipeline.stream", "data_pipeline.tokens"),
     "webdataset": ("webdataset",),
     "litdata": ("litdata",),
+    "mosaic": ("torch.distributed", "streaming"),
 }
 """Imported before the clock starts."""
 
@@ -90,6 +94,52 @@ def litdata(place: str) -> Iterator[int]:
         yield 1
 
 
+def mosaic(place: str) -> Iterator[int]:
+    """MDS shards, shuffled."""
+    from streaming import StreamingDataset  # noqa: PLC0415
+
+    for record in StreamingDataset(local=place, shuffle=True, batch_size=BATCH):
+        image, text = (np.frombuffer(record[name], np.uint16) for name in ("image", "text"))
+        assert len(image) + len(text) == WORDS
+        yield 1
+
+
+def write_mosaic(place: str) -> None:
+    """Write the records of PLACE/records.npy as MDS shards."""
+    importlib.import_module("torch.distributed")
+    from streaming import MDSWriter  # noqa: PLC0415
+
+    records = np.load(Path(place, "records.npy"), mmap_mode="r")
+    columns, out = {"image": "bytes", "text": "bytes"}, str(Path(place, "mosaic"))
+    with MDSWriter(out=out, columns=columns, size_limit=2**26) as writer:
+        for record in records:
+            writer.write({"image": record[:1024].tobytes(), "text": record[1024:].tobytes()})
+
+
+class _Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Empty packages for what mosaicml-streaming imports and reading token records never uses."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name.split(".")[0] in ("torchvision", "transformers"):
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec: Any) -> Any:
+        module = _Stub(spec.name)
+        module.__path__ = []
+        return module
+
+    def exec_module(self, module: Any) -> None:
+        """There is nothing to run."""
+
+
+class _Stub(types.ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
 def write_litdata(place: str) -> None:
     """Write the records of PLACE/records.npy as litdata does."""
     from litdata.streaming.writer import BinaryWriter  # noqa: PLC0415
@@ -132,6 +182,9 @@ def cpu_seconds() -> float:
 def main() -> None:
     """Run one contender, or one writer."""
     name, place = sys.argv[1:]
+    if name.endswith("mosaic"):
+        importlib.import_module("torch.distributed")
+        sys.meta_path.append(_Stubs())
     if name.startswith("write"):
         globals()[name](place)
         return
