@@ -4,12 +4,14 @@
 environment, as boto3 does; nothing of them is ever written down.
 """
 
+import errno
 import hashlib
 import os
-from collections.abc import Iterable
+import uuid
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from core.errors import ConfigError, StoreError, StoreInputError
 from core.files import TEMPORARY, write_atomic, write_parts
@@ -22,6 +24,10 @@ _WRONG_FOLDER = (
     NotADirectoryError,
     IsADirectoryError,
 )
+
+
+T = TypeVar("T")
+_AGAIN = 20
 
 
 class Store(Protocol):
@@ -72,21 +78,16 @@ class FolderStore:
         path = self._path(name)
         try:
             if not if_absent:
-                write_atomic(path, data)
+                _patiently(lambda: write_atomic(path, data))
                 return True
-            staged = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
-            write_atomic(staged, data)
-            try:
-                os.link(staged, path)
-            except FileExistsError:
-                return False
-            finally:
-                staged.unlink(missing_ok=True)
+            staged = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:12]}-{path.name}")
+            return _patiently(lambda: _link(staged, path, data))
         except _WRONG_FOLDER as error:
             raise StoreInputError(f"{self.root} cannot be written to: {error.strerror}") from error
         except OSError as error:
+            if error.errno == errno.EROFS:
+                raise StoreInputError(f"{self.root} is read-only; give another place") from error
             raise StoreError(f"cannot write {path}: {error}") from error
-        return True
 
     def put_parts(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
         path = self._path(name)
@@ -125,6 +126,26 @@ class FolderStore:
         if not path.is_relative_to(os.path.normpath(self.root)):
             raise StoreInputError(f"{name!r} points outside of {self.root}")
         return path
+
+
+def _link(staged: Path, path: Path, data: bytes) -> bool:
+    """Write a file aside and give it its name, if nobody else did."""
+    write_atomic(staged, data)
+    try:
+        os.link(staged, path)
+    except FileExistsError:
+        return False
+    finally:
+        staged.unlink(missing_ok=True)
+    return True
+
+
+def _patiently(write: Callable[[], T]) -> T:
+    """Write again if the folder was deleted meanwhile: `delete` removes empty ones."""
+    for _ in range(_AGAIN):
+        with suppress(FileNotFoundError):
+            return write()
+    return write()
 
 
 def open_store(url: str) -> Store:

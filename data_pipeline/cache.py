@@ -72,7 +72,7 @@ class BlockCache:
 
     def _files(self) -> list[tuple[float, Path, int]]:
         found = []
-        for path in self._folder.glob(f"*{_SUFFIX}"):
+        for path in self._folder.glob(f"[!.]*{_SUFFIX}"):
             with suppress(OSError):
                 stat = path.stat()
                 found.append((stat.st_mtime, path, stat.st_size))

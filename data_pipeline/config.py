@@ -27,11 +27,9 @@ class FilterConfig:
     def problems(self) -> list[str]:
         found = []
         if min(self.min_words, self.min_side) < 0 or not (self.aspect == 0 or self.aspect >= 1):
-            found.append(
-                "filters.min_words and min_side must not be negative, aspect be 0 or at least 1"
-            )
+            found.append("min_words and min_side must not be negative, aspect be 0 or at least 1")
         if not -1 <= self.near <= 3:
-            found.append(f"filters.near={self.near} must be 0 to 3, or -1 to keep near duplicates")
+            found.append(f"near={self.near} must be 0 to 3, or -1 to keep near duplicates")
         return found
 
 

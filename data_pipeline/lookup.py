@@ -18,16 +18,27 @@ _SPREAD = 8
 _READERS = 32
 
 
-def id_of(text: str) -> int:
-    """A pair's id: given as a number, or hashed from its key."""
-    return int(text) if text.isdigit() else key_int(text)
+def find_pair(store: Store, split: str, blocks: BlockReader, text: str) -> tuple[int, int]:
+    """The block of a pair and its place in that, by its key or its id.
 
-
-def find_record(store: Store, split: str, blocks: BlockReader, wanted: int) -> tuple[int, int]:
-    """The block of a record and its place in that.
-
-    Raises: InputError if the data set has no such id.
+    Raises: InputError if the data set has no such pair.
     """
+    ids = [key_int(text)]
+    if text.isascii() and text.isdecimal() and int(text) < 2**63:
+        ids.append(int(text))
+    for wanted in ids:
+        place = find_record(store, split, blocks, wanted)
+        if place is not None:
+            return place
+    raise InputError(
+        f"{store.url}/{split} has no pair of the key or id {text}; give what `tapir batch` prints"
+    )
+
+
+def find_record(
+    store: Store, split: str, blocks: BlockReader, wanted: int
+) -> tuple[int, int] | None:
+    """The block of a record and its place in that, if the data set has the id."""
     manifest = blocks.manifest
     shards = manifest.shards[: len(manifest.shards) // manifest.variants]
     with ThreadPoolExecutor(_READERS, "lookup") as pool:
@@ -35,10 +46,7 @@ def find_record(store: Store, split: str, blocks: BlockReader, wanted: int) -> t
     for number, place in enumerate(found):
         if place is not None:
             return blocks.block_of(number, place)
-    raise InputError(
-        f"{store.url}/{split} has no pair of the id {wanted}; give the id that `tapir batch` "
-        "prints, or the pair's key"
-    )
+    return None
 
 
 def _place(store: Store, split: str, shard: Shard, wanted: int) -> int | None:

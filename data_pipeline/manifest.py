@@ -1,5 +1,6 @@
 """What a data set consists of: shards with counts and digests, under one fingerprint."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,22 @@ class Manifest:
         """A digest of everything that a reader sees; equal data sets have equal ones."""
         body = to_json(self)
         return sha256(canonical_json({**body, "shards": [s["sha256"] for s in body["shards"]]}))
+
+
+def read_json(store: Store, name: str) -> dict[str, Any]:
+    """Read an object of JSON.
+
+    Raises: CorruptError, naming it, if it is none.
+    """
+    try:
+        found = json.loads(store.get(name))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise CorruptError(
+            f"{store.url}/{name} is damaged; mend it by the command that made it, with --again"
+        )
+    return found
 
 
 def write_manifest(store: Store, prefix: str, manifest: Manifest) -> None:

@@ -7,25 +7,28 @@ rejects/000000.jsonl         every pair that was left out: key, kind, reason
 """
 
 import json
+import re
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from core.errors import InputError, TapirError
+from core.errors import CorruptError, InputError
 from core.files import canonical_json
 from core.keys import key_fraction, key_int
 from core.log import LOG, progress
 from core.settings import check, to_json
-from core.store import Store
+from core.store import FolderStore, Store
 from data_pipeline.captions import clean_caption
 from data_pipeline.config import FilterConfig, PackConfig
 from data_pipeline.filters import Duplicates, caption_reject, image_reject
 from data_pipeline.images import inspect
-from data_pipeline.manifest import NAME, RAW, Manifest, Shard, read_manifest
+from data_pipeline.manifest import INDEX, NAME, RAW, Manifest, Shard, read_json, read_manifest
 from data_pipeline.shards import build_tar, describe, list_members, put_manifest
 from data_pipeline.sources.catalogue import SHAPES_COUNT, open_source, source_content
 from data_pipeline.sources.pair import IGNORED, Pair, Unusable
@@ -35,6 +38,10 @@ REJECTS, REQUEST = "rejects/", "request.json"
 _REJECTS_TOGETHER = 100_000
 _EARLY_KEYS = 2_000_000
 """Keys that are compared at once; all ids are, at the end."""
+_PARTS = re.compile(
+    rf"({'|'.join(SPLITS)})/shard-\d{{6}}\.(tar|index\.safetensors)|{REJECTS}\d{{6}}\.jsonl"
+)
+_OURS = re.compile(rf"{_PARTS.pattern}|({'|'.join(SPLITS)})/{INDEX}|{REQUEST}")
 _NOT_ASKED = ("cache", "threads")
 """Settings that do not change what is written."""
 
@@ -94,7 +101,7 @@ class Rejects:
         """`most` is the share of unusable pairs that may be left out."""
         self._store, self._most = store, most
         self._lines: list[str] = []
-        self._parts = 0
+        self.parts = 0
         self.kinds: Counter[str] = Counter()
         self.unusable = 0
         self.first = ""
@@ -119,8 +126,12 @@ class Rejects:
 
     def flush(self) -> None:
         """Write the rejects that wait."""
-        self._store.put(f"{REJECTS}{self._parts:06d}.jsonl", "".join(self._lines).encode())
-        self._lines, self._parts = [], self._parts + 1
+        self._store.put(self.part(self.parts), "".join(self._lines).encode())
+        self._lines, self.parts = [], self.parts + 1
+
+    def part(self, number: int) -> str:
+        """The name of a part."""
+        return f"{REJECTS}{number:06d}.jsonl"
 
 
 def pair_ranges(tar: bytes, block: int) -> list[tuple[int, int, int]]:
@@ -143,22 +154,41 @@ def pack(source: str, store: Store, config: PackConfig, again: bool = False) -> 
     Raises: InputError for unusable pairs beyond max_rejects, or if DEST holds other data.
     """
     check(config.problems())
+    _refuse_inside(source, store)
     request = {
         "source": source,
         "content": source_content(source),
         "config": {k: v for k, v in to_json(config).items() if k not in _NOT_ASKED},
     }
-    mine = claim(store, request)
-    found = {} if again else finished(store)
-    if found:
+    claim(store, request, again)
+    found = finished(store)
+    if found and found["train"].facts.get("request") != request:
+        raise _taken(store, found["train"].facts.get("request", {}))
+    if found and not again:
         LOG.info("%s already holds this data set", store.url)
         return found
-    try:
+    with given_back(store):
         return _write(source, store, config, request)
-    except TapirError:
-        if mine:
-            store.delete(REQUEST)  # what was refused may be mended and packed here
+
+
+@contextmanager
+def given_back(store: Store) -> Iterator[None]:
+    """Free a claimed place if what was to be written is refused: mended, it may come here."""
+    try:
+        yield
+    except InputError:
+        if not finished(store):
+            for name in filter(_OURS.fullmatch, store.names()):
+                store.delete(name)
         raise
+
+
+def _refuse_inside(source: str, store: Store) -> None:
+    root = Path(source).resolve()
+    if isinstance(store, FolderStore) and root.is_dir():
+        where = store.root.resolve()
+        if where.is_relative_to(root):
+            raise InputError(f"DEST {where} lies in SRC {root}; give a place outside of it")
 
 
 def _write(
@@ -169,26 +199,35 @@ def _write(
     packed = _fill(source, config, splits, rejects)
     seen = packed + rejects.unusable
     if seen == 0:
-        raise InputError(f"the source {source!r} holds no pairs: no images with captions")
+        asked = f"; left out: {dict(rejects.kinds)}" if rejects.kinds else ""
+        raise InputError(f"the source {source!r} holds no pairs: no images with captions{asked}")
     if rejects.unusable > config.max_rejects * seen:
         raise InputError(
             f"{rejects.unusable} of {seen} pairs are unusable, more than max_rejects="
             f"{config.max_rejects}; the first: {rejects.first}"
         )
-    _refuse_empty(splits, packed, config)
+    shards = {name: split.shards for name, split in splits.items()}
+    refuse_empty(shards, f"pass another --validation (now {config.validation}) or give more pairs")
     rejects.flush()
-    facts = {"request": request}
-    return {
-        name: put_manifest(
-            store,
-            f"{name}/",
-            RAW,
-            split.shards,
-            {**facts, "split": name},
-            dict(rejects.kinds),
-        )
-        for name, split in splits.items()
+    facts = {name: {"request": request, "split": name} for name in SPLITS}
+    return close_set(store, shards, facts, rejects)
+
+
+def close_set(
+    store: Store, shards: dict[str, list[Shard]], facts: dict[str, dict[str, Any]], rejects: Rejects
+) -> dict[str, Manifest]:
+    """Write the manifests of both splits, and delete shards of an earlier, unfinished attempt."""
+    found = {
+        name: put_manifest(store, f"{name}/", RAW, rows, facts[name], dict(rejects.kinds))
+        for name, rows in shards.items()
     }
+    kept = {f"{name}/{shard.name}" for name, rows in shards.items() for shard in rows}
+    kept |= {f"{name}/{shard.index_name}" for name, rows in shards.items() for shard in rows}
+    kept |= {rejects.part(number) for number in range(rejects.parts)}
+    for name in filter(_PARTS.fullmatch, store.names()):
+        if name not in kept:
+            store.delete(name)
+    return found
 
 
 def _fill(source: str, config: PackConfig, splits: dict[str, RawWriter], rejects: Rejects) -> int:
@@ -213,6 +252,8 @@ def _fill(source: str, config: PackConfig, splits: dict[str, RawWriter], rejects
             splits["validation" if held_out else "train"].add(pair, found.caption)
             packed += 1
             meter.update(packed)
+            if packed == config.count:
+                break
     for split in splits.values():
         split.flush()
     return packed
@@ -253,29 +294,41 @@ def _examine(item: Pair | Unusable, filters: FilterConfig) -> _Examined | tuple[
     return _Examined(pair=item, caption=caption, look=image.look)
 
 
-def _refuse_empty(splits: dict[str, RawWriter], seen: int, config: PackConfig) -> None:
-    for name, split in splits.items():
-        if not split.shards:
-            raise InputError(
-                f"no pair of {seen} fell into the {name} split; pass another --validation "
-                f"(now {config.validation}) or give more pairs"
-            )
+def refuse_empty(shards: dict[str, list[Shard]], advice: str) -> None:
+    """Raise InputError if a split has no pair."""
+    for name, rows in shards.items():
+        if not rows:
+            raise InputError(f"no pair fell into the {name} split; {advice}")
 
 
-def claim(store: Store, request: dict[str, Any]) -> bool:
-    """Take DEST for this request, before any work; says whether it was free.
+def claim(store: Store, request: dict[str, Any], again: bool = False) -> None:
+    """Take DEST for this request, before any work; the same request may come again.
 
     Raises: InputError if DEST is taken by another request; StoreError if it cannot be written.
     """
     wanted = canonical_json(request)
     if store.put(REQUEST, wanted, if_absent=True):
-        return True
+        others = [name for split in SPLITS for name in store.names(f"{split}/")]
+        if others:
+            store.delete(REQUEST)
+            raise InputError(f"{store.url} holds other files ({others[0]}); choose an empty DEST")
+        return
     if store.get(REQUEST) == wanted:
-        return False
-    other = json.loads(store.get(REQUEST))
-    raise InputError(
-        f"{store.url} is taken by another data set ({other['source']!r}, or other settings or "
-        "content); choose an empty DEST"
+        return
+    try:
+        other = read_json(store, REQUEST)
+    except CorruptError:
+        if not again:
+            raise
+        store.put(REQUEST, wanted)
+        return
+    raise _taken(store, other)
+
+
+def _taken(store: Store, other: dict[str, Any]) -> InputError:
+    return InputError(
+        f"{store.url} is taken by another data set ({other.get('source', 'tokens')!r}, or other "
+        "settings or content); choose an empty DEST"
     )
 
 

@@ -35,6 +35,7 @@ def verify_split(store: Store, split: str, sample: float = 1.0, seed: int = 0) -
         for block in range(len(blocks.records))
         if key_fraction(seed, block, variant, "verify") < sample
     ]
+    chosen = chosen or [(0, 0)]
     _all(lambda place: blocks.read(*place), chosen)
     return len(chosen)
 

@@ -1,6 +1,6 @@
 """Settings of the demo and of the overlap pass; imports no torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -34,11 +34,21 @@ class OverlapConfig:
     """Cosine of CLIP embeddings from which a picture counts as one of the evaluation set's."""
     batch: int = 64
     """Pictures embedded together."""
-    pack: PackConfig = field(default_factory=PackConfig)
-    """Sizes of the shards that are written."""
+    shard_pairs: int = 2000
+    """Pairs a shard that is written, at most."""
+    shard_megabytes: int = 256
+    """Size of a shard, at most."""
+    block: int = 64
+    """Pairs that are read by one request in training."""
+
+    @property
+    def shards(self) -> PackConfig:
+        """How the shards are cut."""
+        sizes = {"shard_pairs": self.shard_pairs, "shard_megabytes": self.shard_megabytes}
+        return PackConfig(**sizes, block=self.block)
 
     def problems(self) -> list[str]:
-        found = self.pack.problems()
+        found = self.shards.problems()
         if not 0 < self.threshold <= 1 or self.batch < 1:
             found.append("threshold must lie in (0, 1], and batch be at least 1")
         return found

@@ -15,16 +15,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from core.errors import InputError
 from core.files import canonical_json, write_atomic
 from core.log import LOG, progress
 from core.settings import to_json
 from core.store import Store
 from data_pipeline.images import encode_png
-from data_pipeline.manifest import RAW
-from data_pipeline.pack import REJECTS, SPLITS, RawWriter, Rejects, claim, finished
+from data_pipeline.pack import (
+    REJECTS,
+    SPLITS,
+    RawWriter,
+    Rejects,
+    claim,
+    close_set,
+    finished,
+    given_back,
+    refuse_empty,
+)
 from data_pipeline.raw import RawRecord, RawSource
-from data_pipeline.shards import put_manifest
 from data_pipeline.sources.files import make_pair
 from data_pipeline.sources.pair import Unusable
 from data_pipeline.tokenize.encode import pictures_of
@@ -63,11 +70,10 @@ class _Evaluation:
 
     def __init__(self, store: Store, clip: Clip, batch: int) -> None:
         self._clip, self._pixels, self._batch = clip, clip.config.pixels, batch
-        self.sources = [RawSource(store, split) for split in SPLITS]
-        self.fingerprints = [source.fingerprint for source in self.sources]
+        sources = [RawSource(store, split) for split in SPLITS]
         self.keys: list[str] = []
         embedded, pictures = [], []
-        for records, shown, vectors in self.embedded(self.sources):
+        for records, shown, vectors in self.embedded(sources):
             self.keys += [record.key for record in records]
             embedded.append(vectors)
             pictures.append(shown)
@@ -106,30 +112,50 @@ def remove_overlap(
 
     Raises: InputError if DEST holds other data, or no pair is left of a split.
     """
-    theirs = _Evaluation(evaluation, clip, config.batch)
     sources = {split: RawSource(raw, split) for split in SPLITS}
     request = {
+        "source": "overlap",
         "raw": [source.fingerprint for source in sources.values()],
-        "evaluation": theirs.fingerprints,
+        "evaluation": [RawSource(evaluation, split).fingerprint for split in SPLITS],
         "clip": clip_hash,
         "config": to_json(config),
     }
     if dest is not None:
-        claim(dest, {"source": "overlap", **request})
+        claim(dest, request)
         if finished(dest):
-            raise InputError(f"{dest.url} already holds this data set; give another DEST")
-    rejects = Rejects(dest, 1.0) if dest else None
-    found = Likeness()
-    shards: dict[str, list[Any]] = {}
-    for split, source in sources.items():
-        writer = RawWriter(dest, split, config.pack) if dest else None
-        _compare(source, theirs, config, found, writer, rejects)
-        if writer:
-            writer.flush()
-            shards[split] = writer.shards
-    if dest is not None and rejects is not None:
-        _close(dest, sources, shards, rejects, request)
+            LOG.info("%s already holds this data set; the report is made again", dest.url)
+            dest = None
+    theirs, found = _Evaluation(evaluation, clip, config.batch), Likeness()
+    if dest is None:
+        for source in sources.values():
+            _compare(source, theirs, config, found, None, None)
+        return found
+    with given_back(dest):
+        _write(dest, sources, theirs, config, found, request)
     return found
+
+
+def _write(
+    dest: Store,
+    sources: dict[str, RawSource],
+    theirs: "_Evaluation",
+    config: OverlapConfig,
+    found: Likeness,
+    request: dict[str, Any],
+) -> None:
+    rejects, shards = Rejects(dest, 1.0), {}
+    for split, source in sources.items():
+        writer = RawWriter(dest, split, config.shards)
+        _compare(source, theirs, config, found, writer, rejects)
+        writer.flush()
+        shards[split] = writer.shards
+    refuse_empty(shards, "raise the threshold")
+    rejects.flush()
+    facts = {
+        split: {**source.manifest.facts, "overlap": request} for split, source in sources.items()
+    }
+    close_set(dest, shards, facts, rejects)
+    LOG.info("%s; each with its reason in %s/%s", dict(rejects.kinds), dest.url, REJECTS)
 
 
 def _compare(
@@ -160,22 +186,6 @@ def _compare(
 def _pair(record: RawRecord) -> Any:
     suffix = f".{record.extension}"
     return make_pair(record.key, record.image, suffix, record.caption.encode(), record.key)
-
-
-def _close(
-    dest: Store,
-    sources: dict[str, RawSource],
-    shards: dict[str, list[Any]],
-    rejects: Rejects,
-    request: dict[str, Any],
-) -> None:
-    rejects.flush()
-    for split, source in sources.items():
-        if not shards[split]:
-            raise InputError(f"no pair of the {split} split is left; raise the threshold")
-        facts = {**source.manifest.facts, "overlap": request}
-        put_manifest(dest, f"{split}/", RAW, shards[split], facts, dict(rejects.kinds))
-    LOG.info("%s; each with its reason in %s/%s", dict(rejects.kinds), dest.url, REJECTS)
 
 
 def write_likeness(found: Likeness, out: Path) -> dict[str, Any]:

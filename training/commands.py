@@ -227,8 +227,9 @@ def verify_path(path: str, sample: float = 1.0) -> list[str]:
     store, found = open_store(path), []
     for split in SPLITS:
         if store.exists(f"{split}/{NAME}"):
-            verify_split(store, split, sample)
-            found.append(f"{path}/{split}")
+            count = verify_split(store, split, sample)
+            what = "shards" if sample >= 1 else "blocks"
+            found.append(f"{path}/{split}: {count} {what}")
     name = path.rstrip("/").rpartition("/")[2]
     if name.startswith("step-") and store.exists(MANIFEST):
         found.append(open_checkpoint(path).url)

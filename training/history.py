@@ -9,7 +9,7 @@ from checkpoint.reader import CheckpointReader, finished_steps
 from core.errors import InputError
 from core.settings import from_json
 from core.store import open_store
-from data_pipeline.lookup import find_record, id_of
+from data_pipeline.lookup import find_pair
 from data_pipeline.order import LaneOrder
 from data_pipeline.raw import RawSource
 from data_pipeline.tokens import TokenSource
@@ -83,7 +83,7 @@ class History:
 
         Raises: InputError if the data set does not have it.
         """
-        block, record = find_record(self._store, _SPLIT, self._source.blocks, id_of(text))
+        block, record = self._find(text)
         found, before, epoch = [], 0, 0
         while before < self.steps:
             passed = [inside for e, inside in self._passed if e == epoch]
@@ -95,6 +95,16 @@ class History:
             before += self._order.steps(epoch) - len(passed)
             epoch += 1
         return found
+
+    def _find(self, text: str) -> tuple[int, int]:
+        try:
+            return find_pair(self._store, _SPLIT, self._source.blocks, text)
+        except InputError:
+            held_out = type(self._source)(self._store, "validation")
+            find_pair(self._store, "validation", held_out.blocks, text)
+            raise InputError(
+                f"{text} is a pair of the validation split: no step reads it"
+            ) from None
 
     def _position(self, index: int) -> tuple[int, int]:
         """The epoch and the step in it of the batch with `index` trained ones before it."""

@@ -2,15 +2,15 @@
 
 import os
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 
 from core.errors import InputError
 from core.files import sha256
 from data_pipeline.config import PackConfig
-from data_pipeline.images import EXTENSIONS, encode_png
+from data_pipeline.images import encode_png
 from data_pipeline.sources.emoji import emoji_pairs
-from data_pipeline.sources.files import folder_pairs, tar_pairs
+from data_pipeline.sources.files import folder_pairs, is_tar, loose_files, tar_pairs
 from data_pipeline.sources.pair import Pair, Unusable
 from data_pipeline.sources.shapes import draw_scene, render
 from data_pipeline.sources.table import table_pairs
@@ -29,7 +29,7 @@ def open_source(source: str, config: PackConfig) -> Iterator[Pair | Unusable]:
     pairs: Iterator[Pair | Unusable]
     if source == "emoji":
         pairs = emoji_pairs(config.cache)
-    elif path.is_file() and path.suffix in (".tar", ".tgz", ".gz"):
+    elif path.is_file() and is_tar(path.name):
         pairs = tar_pairs([path])
     elif path.is_file() and path.suffix == ".parquet":
         pairs = table_pairs([path])
@@ -40,16 +40,20 @@ def open_source(source: str, config: PackConfig) -> Iterator[Pair | Unusable]:
             f"there is no source {source!r}; give shapes, emoji, a folder of images with .txt "
             "captions, a tar, a .parquet table, or a folder of tars or tables"
         )
-    return islice(pairs, config.count) if config.count else pairs
+    return pairs
 
 
 def _folder(path: Path) -> Iterator[Pair | Unusable]:
-    """Tars if there are any (a downloader leaves a table beside each), else pictures or tables."""
-    tars, tables = sorted(path.glob("*.tar")), sorted(path.glob("*.parquet"))
+    """Tars if there are any (a downloader leaves a table beside each), else captions or tables."""
+    tars = sorted(p for p in path.rglob("*") if is_tar(p.name) and p.is_file())
     if tars:
-        return tar_pairs(tars)
-    pictures = (p for p in path.rglob("*") if p.suffix.lower()[1:] in EXTENSIONS)
-    return table_pairs(tables) if tables and not next(pictures, None) else folder_pairs(path)
+        return chain(tar_pairs(tars), loose_files(path))
+    tables = sorted(path.glob("*.parquet"))
+    return (
+        table_pairs(tables)
+        if tables and not next(path.rglob("*.txt"), None)
+        else folder_pairs(path)
+    )
 
 
 def source_content(source: str) -> str:

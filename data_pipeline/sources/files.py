@@ -3,6 +3,7 @@
 import json
 import os
 import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -16,12 +17,15 @@ MOST_BYTES = 64 * 2**20
 
 def folder_pairs(root: Path) -> Iterator[Pair | Unusable]:
     """Yield NAME.png|jpg|jpeg|webp with NAME.txt, by name; every file is in a pair or a reject."""
-    for folder, folders, names in os.walk(root, followlinks=False):
+    for folder, folders, names in walk(root):
+        if isinstance(folder, Unusable):
+            yield folder
+            continue
         folders.sort()
         for name in sorted(folders):
             if Path(folder, name).is_symlink():
                 yield _unusable(Path(folder, name).as_posix(), "is a symbolic link; copy the files")
-        present = set(names)
+        pictures = {Path(name).stem for name in names if _is_picture(name)}
         for name in sorted(names):
             path = Path(folder, name)
             suffix = path.suffix.lower()[1:]
@@ -30,8 +34,24 @@ def folder_pairs(root: Path) -> Iterator[Pair | Unusable]:
             elif suffix != "txt":
                 kind = IGNORED if not path.is_symlink() else "file"
                 yield _unusable(path.as_posix(), "is no picture and no .txt caption", kind)
-            elif not any(f"{path.stem}.{e}" in present for e in (*EXTENSIONS, "JPG", "PNG")):
+            elif path.stem not in pictures:
                 yield _unusable(path.as_posix(), "is a caption without a picture", IGNORED)
+
+
+def walk(root: Path) -> Iterator[tuple[Path | Unusable, list[str], list[str]]]:
+    """`os.walk` without links; a folder that cannot be read comes as a reject."""
+    failed: list[OSError] = []
+    for folder, folders, names in os.walk(root, onerror=failed.append, followlinks=False):
+        yield Path(folder), folders, names
+        while failed:
+            error = failed.pop()
+            yield _unusable(str(error.filename), f"cannot be read: {error.strerror}"), [], []
+    for error in failed:
+        yield _unusable(str(error.filename), f"cannot be read: {error.strerror}"), [], []
+
+
+def _is_picture(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in EXTENSIONS
 
 
 def _file(root: Path, path: Path) -> Pair | Unusable:
@@ -62,11 +82,47 @@ def tar_pairs(paths: list[Path]) -> Iterator[Pair | Unusable]:
     """
     for path in paths:
         try:
-            with tarfile.open(path, "r|*") as tar:
+            with tarfile.open(path, "r|*", tarinfo=_Header) as tar:
                 yield from _members(tar, path)
-        except (tarfile.TarError, EOFError, OSError) as error:
+                if not isinstance(_Header.last_error, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
+                    raise tarfile.ReadError(f"no end mark, or a damaged member at {tar.offset}")
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
             reason = f"{path} is no whole tar archive: {error}; what comes behind is lost"
             yield Unusable(key=path.as_posix(), kind="archive", reason=reason)
+
+
+class _Header(tarfile.TarInfo):
+    """Remembers why the last header was none: tarfile takes a damaged one for the end."""
+
+    last_error: Exception | None = None
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "_Header":
+        _Header.last_error = None
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.HeaderError as error:
+            _Header.last_error = error
+            raise
+
+
+def loose_files(root: Path) -> Iterator[Unusable]:
+    """What lies among tars: pictures are rejects, other files are counted."""
+    for folder, _, names in walk(root):
+        if isinstance(folder, Unusable):
+            yield folder
+            continue
+        for name in sorted(names):
+            where = (folder / name).as_posix()
+            if _is_picture(name):
+                yield _unusable(where, "lies among tars; pack it from a folder of its own")
+            elif not is_tar(name) and name.rpartition(".")[2].lower() not in EXTENSIONS_OF_NOTES:
+                yield _unusable(where, "is no tar", IGNORED)
+
+
+def is_tar(name: str) -> bool:
+    """Say whether a file is named like an archive of pairs."""
+    return name.lower().endswith((".tar", ".tar.gz", ".tgz"))
 
 
 def _members(tar: tarfile.TarFile, path: Path) -> Iterator[Pair | Unusable]:
@@ -104,6 +160,8 @@ def _complete(path: Path, key: str, parts: dict[str, bytes]) -> Iterator[Pair | 
         yield make_pair(
             _key(f"{path.stem}__{key}"), parts[found[0]], "." + found[0], caption, where
         )
+        for extension in found[1:]:
+            yield _unusable(f"{where}.{extension}", "is a second picture of one caption", "image")
     elif found:
         yield _unusable(where, "has no caption; a pair is a picture and a .txt", "caption")
     elif "txt" in parts:

@@ -54,12 +54,16 @@ def _row(table: Path, number: int, place: object, caption: object) -> Pair | Unu
         reason = f"{where}: {place[:200]!r} is not on this machine; fetch it first (img2dataset)"
         return Unusable(key=key, kind="row", reason=reason)
     root = table.parent.resolve()
-    path = (root / (unquote(url.path) if url.scheme else place)).resolve()
+    try:
+        path = (root / (unquote(url.path) if url.scheme else place)).resolve()
+        size = path.stat().st_size if path.is_file() else -1
+    except (OSError, ValueError):  # longer than a path may be, or with a NUL
+        path, size = root, -1
     if not path.is_relative_to(root):
         reason = f"{where}: {place[:200]!r} leaves the table's folder; put the pictures there"
         return Unusable(key=key, kind="row", reason=reason)
-    if not path.is_file() or path.stat().st_size > MOST_BYTES:
-        reason = f"{where}: {path} is no file, or larger than {MOST_BYTES} bytes"
+    if not 0 <= size <= MOST_BYTES:
+        reason = f"{where}: {place[:200]!r} is no file, or larger than {MOST_BYTES} bytes"
         return Unusable(key=key, kind="row", reason=reason)
     if path.suffix.lower()[1:] not in EXTENSIONS:
         return Unusable(key=key, kind="row", reason=f"{where}: {path} is no PNG, JPEG or WebP")

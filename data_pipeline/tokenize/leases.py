@@ -83,9 +83,11 @@ class Leases:
         except StoreError:
             return False  # given back a moment ago
         before, since = self._seen.get(name, (b"", 0.0))
+        if holder_is_dead(content):
+            return True
         if content != before:
             self._seen[name] = content, time.monotonic()
-            return _holder_is_dead(content)
+            return False
         return time.monotonic() - since > self._seconds
 
     def _content(self, beat: int, progress: dict[str, Any]) -> bytes:
@@ -98,7 +100,8 @@ def read_leases(store: Store, prefix: str) -> list[dict[str, Any]]:
     found = []
     for name in store.names(prefix + FOLDER):
         try:
-            found.append({"task": name, **json.loads(store.get(name))})
+            content = store.get(name)
+            found.append({"task": name, "dead": holder_is_dead(content), **json.loads(content)})
         except (StoreError, ValueError):
             continue  # given back a moment ago
     return found
@@ -113,7 +116,8 @@ def _this_machine() -> dict[str, str]:
         return {"host": platform.node(), "boot": uuid.uuid4().hex, "space": ""}
 
 
-def _holder_is_dead(content: bytes) -> bool:
+def holder_is_dead(content: bytes) -> bool:
+    """Say whether a lease's holder was a process of this machine that is gone."""
     try:
         holder = json.loads(content)["holder"]
     except (ValueError, KeyError):

@@ -1,13 +1,12 @@
 """How far a token job is, over all its workers."""
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from core.errors import InputError
 from core.store import Store
-from data_pipeline.manifest import NAME
+from data_pipeline.manifest import NAME, read_json
 from data_pipeline.tokenize.layout import DONE, REQUEST, SPLITS
 from data_pipeline.tokenize.leases import read_leases
 
@@ -36,14 +35,16 @@ def job_status(tokens: Store) -> list[SplitStatus]:
     """
     if not tokens.exists(REQUEST):
         raise InputError(f"there is no token job at {tokens.url}; start it with `tapir tokenize`")
-    wanted = json.loads(tokens.get(REQUEST))["input"]
+    wanted = read_json(tokens, REQUEST).get("input")
+    if not isinstance(wanted, dict):
+        raise InputError(f"{tokens.url} is not the place of a token job; give that of its tokens")
     return [_split_status(tokens, split, wanted[split]) for split in SPLITS]
 
 
 def _split_status(tokens: Store, split: str, wanted: dict[str, int]) -> SplitStatus:
     names = tokens.names(f"{split}/{DONE}")
     with ThreadPoolExecutor(16) as pool:
-        records = list(pool.map(lambda name: json.loads(tokens.get(name)), names))
+        records = list(pool.map(lambda name: read_json(tokens, name), names))
     rejects: dict[str, int] = {}
     for record in records:
         for kind, count in record["rejects"].items():
@@ -67,7 +68,8 @@ def describe_status(rows: list[SplitStatus]) -> str:
     """A few lines for the terminal."""
     lines = []
     for row in rows:
-        state = "finished" if row.finished else "running" if row.workers else "nobody works on it"
+        alive = [lease for lease in row.workers if not lease["dead"]]
+        state = "finished" if row.finished else "running" if alive else "nobody works on it"
         lines.append(
             f"{row.split}: {row.shards_done} of {row.shards} shards, {row.pairs_done} of "
             f"{row.pairs} pairs, rejects {row.rejects or 'none'}; {state}"
@@ -75,7 +77,8 @@ def describe_status(rows: list[SplitStatus]) -> str:
         for lease in row.workers:
             done = lease["progress"]
             lines.append(
-                f"  worker {lease['worker']} on {lease['holder']['host']}: "
+                f"  worker {lease['worker']} on {lease['holder']['host']}"
+                f"{' (dead)' if lease['dead'] else ''}: "
                 f"{done.get('shard', 'starting')}, {done.get('pairs', 0)} of {done.get('of', '?')}"
             )
     return "\n".join(lines)

@@ -29,7 +29,7 @@ from core.settings import to_json
 from core.store import Store
 from data_pipeline.config import TokenizeConfig
 from data_pipeline.index import read_shard_index
-from data_pipeline.manifest import NAME, RAW, TOKENS, Shard, read_manifest
+from data_pipeline.manifest import NAME, RAW, TOKENS, Shard, read_json, read_manifest
 from data_pipeline.raw import parse_pairs
 from data_pipeline.shards import build_tar, describe, list_members, put_manifest
 from data_pipeline.tokenize.encode import Encoded, Encoders, encode_pairs
@@ -97,7 +97,7 @@ class Worker:
         cannot be used.
         """
         torch.set_num_threads(self._config.threads)
-        self._claim_place()
+        self._claim_place(again)
         if again:
             self._take_back_damaged()
         made = 0
@@ -174,7 +174,7 @@ class Worker:
         for split, source in self._sources.items():
             tasks = [task for task in self._tasks if task.split == split]
             with ThreadPoolExecutor(_READERS, "records") as pool:
-                found = list(pool.map(lambda t: json.loads(self._tokens.get(t.record)), tasks))
+                found = list(pool.map(lambda t: read_json(self._tokens, t.record), tasks))
             variants = self._config.variants
             shards = [Shard(**row["shards"][v]) for v in range(variants) for row in found]
             rejects: Counter[str] = sum((Counter(row["rejects"]) for row in found), Counter())
@@ -211,7 +211,7 @@ class Worker:
                 for name in self._tokens.names(f"{task.prefix}{task.name}"):
                     self._tokens.delete(name)
 
-    def _claim_place(self) -> None:
+    def _claim_place(self, again: bool) -> None:
         """Take TOKENS for these pairs and models; the first job wins."""
         pairs = {split: source.fingerprint for split, source in self._sources.items()}
         counts = {
@@ -222,6 +222,13 @@ class Worker:
             {**self._encoders.facts(self._config), "raw": pairs, "input": counts}
         )
         if self._tokens.put(REQUEST, wanted, if_absent=True) or self._tokens.get(REQUEST) == wanted:
+            return
+        try:
+            read_json(self._tokens, REQUEST)
+        except CorruptError:
+            if not again:
+                raise
+            self._tokens.put(REQUEST, wanted)
             return
         raise InputError(
             f"{self._tokens.url} holds tokens of other pairs, or of another dVAE, tokenizer, block "

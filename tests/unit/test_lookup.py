@@ -16,7 +16,7 @@ from data_pipeline.cache import BlockCache
 from data_pipeline.config import LoaderConfig, OrderConfig
 from data_pipeline.dropout import DropoutEncoder
 from data_pipeline.index import BlockReader
-from data_pipeline.lookup import find_record
+from data_pipeline.lookup import find_pair
 from data_pipeline.raw import RawSource
 from data_pipeline.stream import Stream
 from data_pipeline.tokenize.leases import Leases
@@ -38,10 +38,11 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> FolderStore:
 def test_every_record_is_found_by_its_id(stored: FolderStore) -> None:
     source = TokenSource(stored, "train")
     for shard, place in ((0, 0), (2, 150), (4, 299), (3, 17)):
-        block, record = find_record(stored, "train", source.blocks, key_int(shard, place))
+        block, record = find_pair(stored, "train", source.blocks, str(key_int(shard, place)))
         assert source.read(block)[record].id == key_int(shard, place)
-    with pytest.raises(InputError, match="no pair of the id 12345"):
-        find_record(stored, "train", source.blocks, 12345)
+    for text in ("12345", "²", str(2**64), str(2**63 - 1)):
+        with pytest.raises(InputError, match="no pair of the key or id"):
+            find_pair(stored, "train", source.blocks, text)
 
 
 def test_seen_and_batch_say_what_a_run_reads(raw: Path, tmp_path: Path) -> None:
@@ -62,7 +63,7 @@ def test_seen_and_batch_say_what_a_run_reads(raw: Path, tmp_path: Path) -> None:
     text = tapir("seen", read[6][3], f"--run={tmp_path}", "--json")
     assert 7 in json.loads(text.splitlines()[0])["steps"]
     assert "is not one of" in tapir("batch", "46", f"--run={tmp_path}", code=2)
-    with pytest.raises(InputError, match="no pair of the id"):
+    with pytest.raises(InputError, match="no pair of the key or id"):
         history.seen("nobody")
 
 

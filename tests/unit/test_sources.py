@@ -189,3 +189,85 @@ def test_an_archive_that_breaks_off_is_a_reject_of_its_own(tmp_path: Path) -> No
     config = PackConfig(validation=0.4, max_rejects=0.5)
     found = pack(str(tmp_path / "a.tar"), FolderStore(tmp_path / "out"), config)
     assert found["train"].rejects == {"archive": 1} and 4 <= _total(found) < 12
+
+
+@pytest.mark.parametrize("damage", ["header", "boundary", "inside a header", "data"])
+def test_a_tar_that_is_damaged_or_cut_is_never_taken_for_a_short_one(
+    tmp_path: Path, damage: str
+) -> None:
+    path = _tar(tmp_path / "a.tar", [f"{i}.{e}" for i in range(20) for e in ("png", "txt")])
+    data = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        member = tar.getmembers()[22]
+    if damage == "header":
+        data[member.offset + 3] ^= 0x11
+    cuts = {"boundary": member.offset, "inside a header": member.offset + 100}
+    cuts["data"] = member.offset_data + 5
+    path.write_bytes(data[: cuts.get(damage, len(data))])
+    with pytest.raises(InputError, match="no whole tar archive"):
+        pack(str(path), FolderStore(tmp_path / "strict"), HALF)
+    config = PackConfig(validation=0.4, max_rejects=0.5)
+    found = pack(str(path), FolderStore(tmp_path / "out"), config)
+    assert found["train"].rejects["archive"] == 1 and 8 <= _total(found) <= 11
+
+
+def test_nothing_in_a_folder_of_tars_is_passed_over_in_silence(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    (root / "below").mkdir(parents=True)
+    names = [f"{i}.{e}" for i in range(6) for e in ("png", "txt")]
+    _tar(root / "a.tar", names)
+    _tar(root / "b.tar.gz", names, "w:gz")
+    _tar(root / "below" / "c.tgz", [*names, "5.jpg"], "w:gz")
+    (root / "loose.png").write_bytes(_picture(1))
+    (root / "loose.txt").write_text("loose")
+    with pytest.raises(InputError, match=r"second picture|lies among tars"):
+        pack(str(root), FolderStore(tmp_path / "strict"), HALF)
+    config = PackConfig(validation=0.4, max_rejects=0.5)
+    found = pack(str(root), FolderStore(tmp_path / "out"), config)
+    assert _total(found) == 18
+    assert found["train"].rejects == {"image": 1, "file": 1, "ignored": 1}
+
+
+def test_capitals_are_pictures_too_and_count_counts_pairs(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    for i in range(12):
+        (source / f"{i:02d}.JPEG").write_bytes(_picture(i))
+        (source / f"{i:02d}.txt").write_text(f"number {i}")
+        (source / f"{i:02d}.note").write_text("x")
+    found = pack(str(source), FolderStore(tmp_path / "out"), PackConfig(validation=0.4, count=10))
+    assert _total(found) == 10 and set(found["train"].rejects) == {"ignored"}
+
+
+def test_a_refused_pack_leaves_the_place_as_it_was(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    for i in range(12):
+        (source / f"{i:02d}.png").write_bytes(_picture(i))
+        (source / f"{i:02d}.txt").write_text(f"number {i}")
+    (source / "zz.png").write_bytes(b"broken")
+    (source / "zz.txt").write_text("broken")
+    out = FolderStore(tmp_path / "out")
+    small = PackConfig(validation=0.4, shard_pairs=2)
+    with pytest.raises(InputError, match="zz"):
+        pack(str(source), out, small)
+    assert out.names() == []
+    (source / "zz.png").unlink()
+    (source / "zz.txt").unlink()
+    pack(str(source), out, HALF)
+    assert len([name for name in out.names("train/") if name.endswith(".tar")]) == 1
+    out.delete("request.json")
+    with pytest.raises(InputError, match="holds other files"):
+        pack(str(source), out, small)
+    with pytest.raises(InputError, match="lies in SRC"):
+        pack(str(source), FolderStore(source / "inside"), HALF)
+
+
+def _tar(path: Path, names: list[str], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as tar:
+        for name in names:
+            data = b"a caption" if name.endswith("txt") else _picture(int(name.split(".")[0]))
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path

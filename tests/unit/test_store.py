@@ -1,6 +1,7 @@
 """The object store on a real S3 server (SeaweedFS)."""
 
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,22 @@ def test_wrong_bucket_and_wrong_key_exit_2_without_secrets(s3: ObjectServer) -> 
     text = tapir(*flags, code=2, **wrong)
     assert "check AWS_ACCESS_KEY_ID" in text
     assert "wrongsecretvalue" not in text
+
+
+def test_writers_and_deleters_of_one_folder_do_not_disturb_each_other(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+
+    def work(worker: int) -> int:
+        won = 0
+        for i in range(100):
+            body = f"{worker} {i}".encode()
+            if store.put(f"leases/{i}", body, if_absent=True):
+                assert store.get(f"leases/{i}") == body
+                won += 1
+            store.put(f"leases/mine-{worker}", body)
+            store.delete(f"leases/mine-{worker}")
+        return won
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(work, range(4))) == 100
+    assert len(store.names()) == 100
