@@ -307,12 +307,12 @@ def claim(store: Store, request: dict[str, Any], again: bool = False) -> None:
     Raises: InputError if DEST is taken by another request; StoreError if it cannot be written.
     """
     wanted = canonical_json(request)
-    if store.put(REQUEST, wanted, if_absent=True):
+    if not store.exists(REQUEST):
         others = [name for split in SPLITS for name in store.names(f"{split}/")]
         if others:
-            store.delete(REQUEST)
             raise InputError(f"{store.url} holds other files ({others[0]}); choose an empty DEST")
-        return
+        if store.put(REQUEST, wanted, if_absent=True):
+            return
     if store.get(REQUEST) == wanted:
         return
     try:

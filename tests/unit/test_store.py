@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from cluster.object_server import ObjectServer
-from core.errors import StoreInputError
+from core.errors import InputError, StoreInputError
 from core.s3 import S3Store
 from core.store import FolderStore, Store
+from data_pipeline.config import PackConfig
+from data_pipeline.pack import pack
 from tests.harness import tapir
 
 
@@ -76,3 +78,11 @@ def test_writers_and_deleters_of_one_folder_do_not_disturb_each_other(tmp_path: 
     with ThreadPoolExecutor(4) as pool:
         assert sum(pool.map(work, range(4))) == 100
     assert len(store.names()) == 100
+
+
+def test_a_finished_pack_is_found_again_in_every_store(store: Store, tmp_path: Path) -> None:
+    config = PackConfig(count=30, validation=0.3)
+    found = pack("shapes", store, config)
+    assert pack("shapes", store, config) == found
+    with pytest.raises(InputError, match="is taken by another data set"):
+        pack("shapes", store, PackConfig(count=31, validation=0.3))
