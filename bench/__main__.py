@@ -7,6 +7,7 @@ import platform
 import sys
 
 from bench import (
+    attention,
     compression,
     engines,
     goodput,
@@ -20,6 +21,7 @@ from bench import (
 )
 
 BENCHES = {
+    "attention": attention.run,
     "compression": compression.run,
     "engines": engines.run,
     "goodput": goodput.run,

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.attention import band_of, banded_attention
 from models.config import PriorConfig
 from models.draws import init_normal
 from models.masks import full_mask, layer_kind
@@ -96,13 +97,13 @@ class PriorBlock(nn.Module):
         self.down = RowLinear(4 * dim, dim, tensor)
         self.mlp_branch = Branch()
         kind = layer_kind(layer, config.layers)
-        mask = full_mask(kind, config.text_length, config.grid, config.conv_kernel)
+        shape = (kind, config.text_length, config.grid, config.conv_kernel)
+        self._band, mask = band_of(*shape), full_mask(*shape)
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self._heads(self.attention_branch.enter(x))
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
-        x = x + self.attention_branch.leave(self._join(attended))
+        x = x + self.attention_branch.leave(self._join(self._attend(q, k, v)))
         return x + self.mlp_branch.leave(self._mlp(self.mlp_branch.enter(x)))
 
     def branches(self) -> dict[str, tuple[Branch, list[nn.Parameter]]]:
@@ -129,6 +130,11 @@ class PriorBlock(nn.Module):
         )
         x = x + self._join(attended)
         return x + self._mlp(x)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.device.type == "cpu":
+            return banded_attention(q, k, v, self._band)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         shape = (*x.shape[:2], -1, self._head)

@@ -56,7 +56,6 @@ def make(tokens: Path, tmp_path: Path) -> Make:
                 "validate_every": 0,
                 "validation_samples": 32,
             },
-            "order": {"block": 8},
             "checkpoint": {"every": 5},
             "supervisor": {"back_off": 0.1},
         }

@@ -71,7 +71,6 @@ def _settings(tokens: Path, out: Path, layout: str, **parts: dict[str, Any]) -> 
             "validate_every": 0,
             "validation_samples": 32,
         },
-        "order": {"block": 8},
         "optim": {"warmup": 2, "ema": 0.9, "ema_every": 2},
         "checkpoint": {"every": SAVED, "keep": 9},
     }

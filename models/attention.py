@@ -1,0 +1,195 @@
+"""Attention that does not compute what the masks forbid.
+
+Text attends to earlier text, an image position to all text and to a band of earlier image
+positions. The text parts run on torch's flash kernel for CPUs, which gives the logarithm of each
+softmax's sum; the band is cut into tiles of one image row (column, if the image is transposed),
+whose keys are one stretch of the raster. Both parts share one softmax: the text's log-sum is one
+more logit of the band. Backwards, each part needs only the common output and log-sum, so that no
+matrix of probabilities is kept. Source of the masks: arXiv 2102.12092, section 2.2, appendix B.1.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from models.masks import Kind, image_mask
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Band:
+    """What image positions attend to among themselves, tile by tile of `grid` queries."""
+
+    kind: Kind
+    text: int
+    grid: int
+    halo: int
+    """Keys before a tile's first query that it reaches."""
+    bias: Tensor
+    """(grid, grid, halo + grid): 0 where a tile's query may attend, minus infinity elsewhere."""
+
+
+@lru_cache(maxsize=16)
+def band_of(kind: Kind, text: int, grid: int, conv_kernel: int) -> Band:
+    """Cut an image mask into tiles."""
+    mask = image_mask(kind, grid, conv_kernel)
+    if kind == "column":  # the same for every column: its own earlier rows
+        halo, tiles = 0, torch.ones(grid, grid, dtype=torch.bool).tril().expand(grid, -1, -1)
+    else:
+        places = torch.arange(grid * grid)
+        reach = torch.where(mask, places[:, None] - places[None], 0).amax()
+        halo = int(reach)
+        padded = F.pad(mask, (halo, 0))
+        tiles = torch.stack(
+            [
+                padded[i * grid : (i + 1) * grid, i * grid : (i + 1) * grid + halo]
+                for i in range(grid)
+            ]
+        )
+    bias = torch.zeros(tiles.shape).masked_fill(~tiles, -math.inf)
+    return Band(kind=kind, text=text, grid=grid, halo=halo, bias=bias.contiguous())
+
+
+def banded_attention(q: Tensor, k: Tensor, v: Tensor, band: Band) -> Tensor:
+    """Attention of the whole stream on a CPU; what is 16 bits is summed in 32.
+
+    Shapes: (B, heads, text + grid * grid, D) each -> the same.
+    """
+    with torch.autocast("cpu", enabled=False):
+        out: Tensor = _Banded.apply(q, k, v, band)
+    return out
+
+
+class _Banded(Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, band: Band) -> Tensor:
+        text = band.text
+        out = q.new_empty(q.shape)
+        earlier, among = _flash(q[:, :, :text], k[:, :, :text], v[:, :, :text], 0.0, True)
+        out[:, :, :text] = earlier
+        said, sums = _flash(q[:, :, text:], k[:, :, :text], v[:, :, :text], 0.0, False)
+        sums = sums.contiguous()
+        for place in _heads(q):
+            parts = (x[place][text:] for x in (q, k, v))
+            out[place][text:] = _band_forward(*parts, said[place], sums[place], band)
+        ctx.save_for_backward(q, k, v, out, among, sums)
+        ctx.band = band
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, among, sums = ctx.saved_tensors
+        band, text, (grad,) = ctx.band, ctx.band.text, gradients
+        words = k[:, :, :text], v[:, :, :text]
+        first = _flash_backward(
+            grad[:, :, :text], q[:, :, :text], *words, out[:, :, :text], among, 0.0, True
+        )
+        second = _flash_backward(
+            grad[:, :, text:], q[:, :, text:], *words, out[:, :, text:], sums, 0.0, False
+        )
+        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+        dq[:, :, :text], dq[:, :, text:] = first[0], second[0]
+        torch.add(first[1], second[1], out=dk[:, :, :text])
+        torch.add(first[2], second[2], out=dv[:, :, :text])
+        inner = (_wide(grad[:, :, text:]) * _wide(out[:, :, text:])).sum(-1)
+        for place in _heads(q):
+            parts = [x[place][text:] for x in (q, k, v, grad)]
+            found = _band_backward(*parts, sums[place], inner[place], band)
+            dq[place][text:] += found[0]
+            dk[place][text:], dv[place][text:] = found[1], found[2]
+        return dq, dk, dv, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least 32 bits."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _heads(x: Tensor) -> list[tuple[int, int]]:
+    return [(i, j) for i in range(x.shape[0]) for j in range(x.shape[1])]
+
+
+def _band_forward(
+    q: Tensor, k: Tensor, v: Tensor, said: Tensor, sums: Tensor, band: Band
+) -> Tensor:
+    """One head's image outputs, (grid * grid, D); `sums` becomes the common log-sum."""
+    queries = _tiles(q, band)
+    keys, values = _stretches(k, band), _stretches(v, band)
+    width = band.bias.shape[2]
+    logits = queries.new_empty(*queries.shape[:2], width + 1)
+    text_sums = _tiles(sums[:, None], band)
+    logits[..., width:] = text_sums
+    torch.baddbmm(
+        band.bias.to(queries.dtype),
+        queries,
+        keys.transpose(1, 2),
+        alpha=q.shape[1] ** -0.5,
+        out=logits[..., :width],
+    )
+    top = logits.amax(-1, keepdim=True)
+    shares = torch.softmax(logits, -1)
+    common = top - shares.amax(-1, keepdim=True).log()
+    out = torch.bmm(shares[..., :width], values)
+    out.addcmul_(_tiles(said, band), shares[..., width:])
+    _untile(common, band, sums[:, None])
+    return _untile(out, band, out.new_empty(q.shape))
+
+
+def _band_backward(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, sums: Tensor, inner: Tensor, band: Band
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of one head's image queries, keys and values through the band."""
+    queries, grads = _tiles(q, band), _tiles(grad, band)
+    keys, values = _stretches(k, band), _stretches(v, band)
+    scale = q.shape[1] ** -0.5
+    offset = band.bias.to(queries.dtype) - _tiles(sums[:, None], band)
+    shares = torch.baddbmm(offset, queries, keys.transpose(1, 2), alpha=scale).exp_()
+    slopes = torch.bmm(grads, values.transpose(1, 2)).sub_(_tiles(inner[:, None], band))
+    slopes.mul_(shares).mul_(scale)
+    dq = _untile(torch.bmm(slopes, keys), band, queries.new_empty(q.shape))
+    dk = _fold(torch.bmm(slopes.transpose(1, 2), queries), band)
+    dv = _fold(torch.bmm(shares.transpose(1, 2), grads), band)
+    return dq, dk, dv
+
+
+def _tiles(x: Tensor, band: Band) -> Tensor:
+    """(grid * grid, D) -> (grid, grid, D) in fp32: tiles of a row, or of a column."""
+    tiles = _wide(x).unflatten(0, (band.grid, band.grid))
+    return tiles.transpose(0, 1) if band.kind == "column" else tiles
+
+
+def _untile(tiles: Tensor, band: Band, into: Tensor) -> Tensor:
+    """The way back of `_tiles`, written into (grid * grid, D)."""
+    shaped = into.unflatten(0, (band.grid, band.grid))
+    (shaped.transpose(0, 1) if band.kind == "column" else shaped).copy_(tiles)
+    return into
+
+
+def _stretches(x: Tensor, band: Band) -> Tensor:
+    """(grid * grid, D) -> (grid, halo + grid, D): each tile's keys, without copying them apart."""
+    if band.halo == 0:
+        return _tiles(x, band)
+    grid, width = band.grid, x.shape[1]
+    padded = F.pad(_wide(x), (0, 0, band.halo, 0))
+    return padded.as_strided((grid, band.halo + grid, width), (grid * width, width, 1))
+
+
+def _fold(parts: Tensor, band: Band) -> Tensor:
+    """Sum what the tiles say of the same key: the way back of `_stretches`, (grid * grid, D)."""
+    grid, halo = band.grid, band.halo
+    if halo == 0:
+        return _untile(parts, band, parts.new_empty(grid * grid, parts.shape[2]))
+    total = parts.new_zeros(halo + (grid + 1) * grid, parts.shape[2])
+    for start in range(0, halo + grid, grid):
+        piece = parts[:, start : start + grid]
+        target = total[start : start + grid * grid].unflatten(0, (grid, grid))
+        target[:, : piece.shape[1]] += piece
+    return total[halo : halo + grid * grid]
