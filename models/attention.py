@@ -20,6 +20,8 @@ from torch.autograd import Function
 
 from models.masks import Kind, image_mask
 
+_HERE = "cpu"
+"""Bands are cut on the CPU even where a model is laid out on the meta device."""
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -42,9 +44,12 @@ def band_of(kind: Kind, text: int, grid: int, conv_kernel: int) -> Band:
     """Cut an image mask into tiles."""
     mask = image_mask(kind, grid, conv_kernel)
     if kind == "column":  # the same for every column: its own earlier rows
-        halo, tiles = 0, torch.ones(grid, grid, dtype=torch.bool).tril().expand(grid, -1, -1)
+        halo, tiles = (
+            0,
+            torch.ones(grid, grid, dtype=torch.bool, device=_HERE).tril().expand(grid, -1, -1),
+        )
     else:
-        places = torch.arange(grid * grid)
+        places = torch.arange(grid * grid, device=_HERE)
         reach = torch.where(mask, places[:, None] - places[None], 0).amax()
         halo = int(reach)
         padded = F.pad(mask, (halo, 0))
@@ -54,7 +59,7 @@ def band_of(kind: Kind, text: int, grid: int, conv_kernel: int) -> Band:
                 for i in range(grid)
             ]
         )
-    bias = torch.zeros(tiles.shape).masked_fill(~tiles, -math.inf)
+    bias = torch.zeros(tiles.shape, device=_HERE).masked_fill(~tiles, -math.inf)
     return Band(kind=kind, text=text, grid=grid, halo=halo, bias=bias.contiguous())
 
 
