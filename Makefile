@@ -70,6 +70,7 @@ bench: $(DEV_STAMP) system
 	$(BIN)/python -m bench saving --json
 	$(BIN)/python -m bench goodput --json
 	$(BIN)/python -m bench order --json
+	$(BIN)/python -m bench attention --json
 	$(BIN)/python -m bench loader --json
 	$(BIN)/python -m bench stream --json
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from models.attention import band_of, banded_attention
 from models.config import PriorConfig
 from models.draws import init_normal
+from models.flex import flexible_attention
 from models.masks import full_mask, layer_kind
 from parallel.engines.protocol import Layer
 from parallel.scales import Branch
@@ -98,7 +99,7 @@ class PriorBlock(nn.Module):
         self.mlp_branch = Branch()
         kind = layer_kind(layer, config.layers)
         shape = (kind, config.text_length, config.grid, config.conv_kernel)
-        self._band, mask = band_of(*shape), full_mask(*shape)
+        self._shape, self._band, mask = shape, band_of(*shape), full_mask(*shape)
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -134,7 +135,7 @@ class PriorBlock(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.device.type == "cpu":
             return banded_attention(q, k, v, self._band)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+        return flexible_attention(q, k, v, *self._shape)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         shape = (*x.shape[:2], -1, self._head)

@@ -3,8 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_mask, flex_attention
 
+from models import flex
 from models.attention import band_of, banded_attention
+from models.flex import block_mask, mask_mod, transposed
 from models.masks import Kind, full_mask
 
 SIZES = [(5, 4, 3), (24, 8, 11), (64, 16, 11)]
@@ -59,3 +62,38 @@ def test_bf16_is_as_near_to_the_truth_as_the_dense_bf16(kind: Kind) -> None:
     plain, ours = _run(dense, inputs), _run(lambda q, k, v: banded_attention(q, k, v, band), inputs)
     for truth, a, b in zip(exact, plain, ours, strict=True):
         assert (truth - b).abs().mean() <= 1.5 * (truth - a).abs().mean()
+
+
+@pytest.mark.parametrize("kind", ["row", "column", "conv"])
+@pytest.mark.parametrize(("text", "grid", "kernel"), [*SIZES, (256, 32, 11)])
+def test_the_masks_for_gpus_are_the_dense_ones(
+    kind: Kind, text: int, grid: int, kernel: int
+) -> None:
+    length = text + grid * grid
+    mask = create_mask(mask_mod(kind, text, grid, kernel), None, None, length, length, "cpu")[0, 0]
+    wanted = full_mask(kind, text, grid, kernel)
+    if kind == "column":
+        order = transposed(torch.arange(length)[None, None, :, None], text, grid).flatten()
+        wanted = wanted[order][:, order]
+    assert torch.equal(mask, wanted)
+    blocks = block_mask(kind, text, grid, kernel, "cpu").to_dense()[0, 0].bool()
+    padded = F.pad(wanted, (0, -length % 128, 0, -length % 128))
+    tiled = padded.unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
+    assert torch.equal(blocks, tiled.any(3).any(1))
+
+
+def test_few_blocks_of_a_transposed_column_mask_are_used() -> None:
+    used = block_mask("column", 256, 32, 11, "cpu").to_dense().float().mean()
+    assert used < 0.35
+
+
+@pytest.mark.parametrize("kind", ["row", "column", "conv"])
+def test_flexible_attention_equals_the_dense_definition(
+    kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward, and without compiling, which is all that it does on a CPU in a test's time."""
+    monkeypatch.setattr(flex, "_compiled", lambda: flex_attention)
+    q, k, v, _ = _inputs(24, 8)
+    wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=full_mask(kind, 24, 8, 11))
+    found = flex.flexible_attention(q, k, v, kind, 24, 8, 11)
+    assert (wanted - found).abs().max() < 1e-6

@@ -1,0 +1,72 @@
+"""The masks for FlexAttention on GPUs, with column layers in transposed order.
+
+In raster order a column mask touches nearly every block of 128 keys; with the image transposed,
+each column is one stretch, and most blocks are empty. Has not run on a GPU yet; what is proven on a
+CPU is that the masks are the dense ones (tests/unit/test_attention.py).
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from models.masks import Kind
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+BLOCK = 128
+
+
+def mask_mod(kind: Kind, text: int, grid: int, conv_kernel: int) -> MaskMod:
+    """FlexAttention's form of `masks.full_mask`; of a column mask, over the transposed image."""
+    half = min(conv_kernel // 2, grid // 2)
+
+    def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        offset = query - key
+        if kind == "row":
+            near = offset <= grid
+        elif kind == "column":
+            near = (query - text) // grid == (key - text) // grid
+        else:  # rows above, and columns to both sides, with wrap
+            rows = (offset + half) // grid
+            columns = offset - rows * grid
+            near = (rows <= half) & (columns <= half)
+            near |= (rows - 1 <= half) & (columns + grid <= half)  # where 2 * half = grid
+        return (offset >= 0) & ((key < text) | ((query >= text) & near))
+
+    return allowed
+
+
+@lru_cache(maxsize=16)
+def block_mask(kind: Kind, text: int, grid: int, conv_kernel: int, device: str) -> BlockMask:
+    """Which blocks of 128 x 128 pairs hold any that a mask allows."""
+    length = text + grid * grid
+    allowed = mask_mod(kind, text, grid, conv_kernel)
+    return create_block_mask(allowed, None, None, length, length, device=device, BLOCK_SIZE=BLOCK)
+
+
+def flexible_attention(
+    q: Tensor, k: Tensor, v: Tensor, kind: Kind, text: int, grid: int, conv_kernel: int
+) -> Tensor:
+    """Attention of the whole stream by FlexAttention's compiled kernel.
+
+    Shapes: (B, heads, text + grid * grid, D) each -> the same.
+    """
+    mask = block_mask(kind, text, grid, conv_kernel, str(q.device))
+    if kind == "column":
+        q, k, v = (transposed(x, text, grid) for x in (q, k, v))
+    out: Tensor = _compiled()(q, k, v, block_mask=mask)
+    return transposed(out, text, grid) if kind == "column" else out
+
+
+def transposed(x: Tensor, text: int, grid: int) -> Tensor:
+    """Swap rows and columns of the image positions; its own inverse."""
+    image = x[:, :, text:].unflatten(2, (grid, grid)).transpose(2, 3).flatten(2, 3)
+    return torch.cat([x[:, :, :text], image], dim=2)
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Any:
+    return torch.compile(flex_attention, dynamic=False)
