@@ -3,6 +3,7 @@
 An index alone, no records: 2,500 shards of 100,000 in blocks of 128, 1024 lanes of 8-block windows.
 A child process measures time and memory from the state; then every rank of four world sizes walks
 one epoch through the stream's own planning of windows, and what it would fetch is counted.
+Each figure is taken once: its spread is the figure itself.
 """
 
 import json

@@ -7,6 +7,8 @@ start       seconds from nothing but the address to the first batch, with all 2,
 memory      resident size over the whole stream; its last third against its first
 wait        share of the step that a trainer of STEP_SECONDS waits
 stalls      the same while the store stands still for 2 s, again and again (a proxy in between)
+
+The start is the median of three; the others are one run of 1.5 to 3 minutes each.
 """
 
 import json

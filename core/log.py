@@ -50,7 +50,7 @@ class Meter:
 
     def __init__(self, name: str, total: int, bar: Progress | None) -> None:
         self._name, self._total, self._bar = name, total, bar
-        self._task = bar.add_task(name, total=total, note="") if bar else None
+        self._task = bar.add_task(name, total=total or None, note="") if bar else None
         self._began = self._printed = time.monotonic()
         self._first: int | None = None
 
@@ -64,14 +64,19 @@ class Meter:
         if now - self._printed >= PLAIN_INTERVAL or done == self._total:
             self._printed = now
             moved = max(done - self._first, 0)
-            left = (self._total - done) * (now - self._began) / moved if moved else None
+            known = moved and self._total
+            left = (self._total - done) * (now - self._began) / moved if known else None
             eta = "" if left is None else f", {left:.0f} s left"
-            LOG.info("%s %d/%d%s%s", self._name, done, self._total, f" {note}" if note else "", eta)
+            place = f"{done}/{self._total}" if self._total else str(done)
+            LOG.info("%s %s%s%s", self._name, place, f" {note}" if note else "", eta)
 
 
 @contextmanager
 def progress(name: str, total: int, show: bool = True) -> Iterator[Meter]:
-    """Show the progress of a job: a bar on a terminal, a line every 10 s elsewhere."""
+    """Show the progress of a job: a bar on a terminal, a line every 10 s elsewhere.
+
+    A total of 0 is one that nobody knows.
+    """
     if not (show and sys.stderr.isatty()):
         meter = Meter(name, total, None)
         if not show:

@@ -2,7 +2,7 @@
 
 A block is a run of records in a shard that one ranged GET reads. The arrays are kept as
 safetensors: one file beside each shard, and one for the whole data set, which is all that a reader
-needs at its start (13 bytes a block and variant).
+needs at its start (20 bytes a block and variant).
 """
 
 import zlib

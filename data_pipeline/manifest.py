@@ -10,6 +10,7 @@ from core.settings import to_json
 from core.store import Store
 
 NAME, INDEX = "manifest.json", "index.safetensors"
+SPLITS = ("train", "validation")
 RAW = "tapir-raw-2"
 TOKENS = "tapir-tokens-2"
 

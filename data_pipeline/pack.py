@@ -28,12 +28,20 @@ from data_pipeline.captions import clean_caption
 from data_pipeline.config import FilterConfig, PackConfig
 from data_pipeline.filters import Duplicates, caption_reject, image_reject
 from data_pipeline.images import inspect
-from data_pipeline.manifest import INDEX, NAME, RAW, Manifest, Shard, read_json, read_manifest
+from data_pipeline.manifest import (
+    INDEX,
+    NAME,
+    RAW,
+    SPLITS,
+    Manifest,
+    Shard,
+    read_json,
+    read_manifest,
+)
 from data_pipeline.shards import build_tar, describe, list_members, put_manifest
 from data_pipeline.sources.catalogue import SHAPES_COUNT, open_source, source_content
 from data_pipeline.sources.pair import IGNORED, Pair, Unusable
 
-SPLITS = ("train", "validation")
 REJECTS, REQUEST = "rejects/", "request.json"
 _REJECTS_TOGETHER = 100_000
 _EARLY_KEYS = 2_000_000
@@ -234,7 +242,7 @@ def _fill(source: str, config: PackConfig, splits: dict[str, RawWriter], rejects
     packed = 0
     keys: set[str] = set()
     duplicates = Duplicates(config.filters)
-    with progress("pack", config.count or SHAPES_COUNT) as meter:
+    with progress("pack", config.count or (SHAPES_COUNT if source == "shapes" else 0)) as meter:
         for found in _examined(open_source(source, config), config):
             if isinstance(found, tuple):
                 rejects.add(*found)

@@ -20,9 +20,9 @@ from core.log import LOG, progress
 from core.settings import to_json
 from core.store import Store
 from data_pipeline.images import encode_png
+from data_pipeline.manifest import SPLITS
 from data_pipeline.pack import (
     REJECTS,
-    SPLITS,
     RawWriter,
     Rejects,
     claim,

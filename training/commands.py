@@ -16,9 +16,8 @@ from core.settings import check
 from core.store import open_store
 from data_pipeline.bpe import load_tokenizer
 from data_pipeline.config import TokenizeConfig
-from data_pipeline.manifest import NAME
+from data_pipeline.manifest import NAME, SPLITS
 from data_pipeline.tokenize.encode import Encoders
-from data_pipeline.tokenize.layout import SPLITS
 from data_pipeline.tokenize.member import member_of
 from data_pipeline.tokenize.worker import Worker
 from data_pipeline.verify import verify_split

@@ -46,7 +46,8 @@ class History:
         self._source: Any = kind(self._store, _SPLIT)
         loop = self.settings.loop
         self._order = LaneOrder(self._source.sizes, loop.seed, loop.batch, self.settings.order)
-        self._passed = sorted(_passed_over(self.settings))
+        home = self.settings.checkpoint.to or str(run / "checkpoints")
+        self._passed = sorted(_passed_over(home))
         self.steps: int = loop.steps
 
     def batch(self, step: int) -> list[ReadPair]:
@@ -133,9 +134,9 @@ def _read_config(run: Path) -> dict[str, Any]:
     return config
 
 
-def _passed_over(settings: Any) -> list[tuple[int, int]]:
+def _passed_over(checkpoints: str) -> list[tuple[int, int]]:
     """What the newest checkpoint says of batches that rewinds passed over."""
-    store = open_store(settings.checkpoint.to or str(settings.out / "checkpoints"))
+    store = open_store(checkpoints)
     steps = finished_steps(store)
     if not steps:
         return []

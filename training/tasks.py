@@ -67,14 +67,8 @@ def pad_text(texts: Sequence[Any], length: int) -> Tensor:
 def token_batch(records: Sequence[TokenRecord], text_length: int) -> Batch:
     """Text ids and image codes of token records, int64."""
     rows = records if isinstance(records, TokenRecords) else TokenRecords.of(records)
-    lengths = np.minimum(np.diff(rows.ends), text_length)
-    text = np.full((len(rows), text_length), PAD, np.int64)
-    inside = np.arange(text_length) < lengths[:, None]
-    text[inside] = rows.text[(rows.ends[:-1, None] + np.arange(text_length))[inside]]
-    return {
-        "text": torch.from_numpy(text),
-        "image": torch.from_numpy(rows.image.astype(np.int64)),
-    }
+    image = torch.from_numpy(rows.image.astype(np.int64))
+    return {"text": pad_text([row.text for row in rows], text_length), "image": image}
 
 
 def hand_over(batch: Batch) -> Batch:

@@ -30,7 +30,7 @@ def open_source(source: str, config: PackConfig) -> Iterator[Pair | Unusable]:
     if source == "emoji":
         pairs = emoji_pairs(config.cache)
     elif path.is_file() and is_tar(path.name):
-        pairs = tar_pairs([path])
+        pairs = tar_pairs([path], path.parent)
     elif path.is_file() and path.suffix == ".parquet":
         pairs = table_pairs([path])
     elif path.is_dir():
@@ -47,7 +47,7 @@ def _folder(path: Path) -> Iterator[Pair | Unusable]:
     """Tars if there are any (a downloader leaves a table beside each), else captions or tables."""
     tars = sorted(p for p in path.rglob("*") if is_tar(p.name) and p.is_file())
     if tars:
-        return chain(tar_pairs(tars), loose_files(path))
+        return chain(tar_pairs(tars, path), loose_files(path))
     tables = sorted(path.glob("*.parquet"))
     return (
         table_pairs(tables)

@@ -11,6 +11,7 @@ from data_pipeline.captions import MOST_BYTES as CAPTION_BYTES
 from data_pipeline.images import EXTENSIONS
 from data_pipeline.sources.pair import EXTENSIONS_OF_NOTES, IGNORED, Pair, Unusable
 
+_ENDED_BY = "ended_by"
 MOST_BYTES = 64 * 2**20
 """A larger picture, or member of an archive, is refused before it is read."""
 
@@ -74,17 +75,20 @@ def _file(root: Path, path: Path) -> Pair | Unusable:
     return make_pair(key, path.read_bytes(), path.suffix, caption, where)
 
 
-def tar_pairs(paths: list[Path]) -> Iterator[Pair | Unusable]:
+def tar_pairs(paths: list[Path], root: Path) -> Iterator[Pair | Unusable]:
     """Yield the pairs of WebDataset tars: neighbours KEY.jpg|png|webp and KEY.txt.
 
     A .json with a `caption`, as some downloaders write it, does instead of the .txt. Links, paths
-    that leave the archive, members over the limit and broken archives come as rejects.
+    that leave the archive, members over the limit and broken archives come as rejects. A key
+    begins with the archive's path below `root`.
     """
     for path in paths:
+        name = path.relative_to(root).with_suffix("").as_posix()
         try:
             with tarfile.open(path, "r|*", tarinfo=_Header) as tar:
-                yield from _members(tar, path)
-                if not isinstance(_Header.last_error, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
+                yield from _members(tar, path, name)
+                ended_by = getattr(tar, _ENDED_BY, None)
+                if not isinstance(ended_by, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
                     raise tarfile.ReadError(f"no end mark, or a damaged member at {tar.offset}")
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
             reason = f"{path} is no whole tar archive: {error}; what comes behind is lost"
@@ -92,17 +96,14 @@ def tar_pairs(paths: list[Path]) -> Iterator[Pair | Unusable]:
 
 
 class _Header(tarfile.TarInfo):
-    """Remembers why the last header was none: tarfile takes a damaged one for the end."""
-
-    last_error: Exception | None = None
+    """Tells the archive why the last header was none: tarfile takes a damaged one for the end."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> "_Header":
-        _Header.last_error = None
         try:
             return super().fromtarfile(archive)
         except tarfile.HeaderError as error:
-            _Header.last_error = error
+            setattr(archive, _ENDED_BY, error)
             raise
 
 
@@ -125,7 +126,7 @@ def is_tar(name: str) -> bool:
     return name.lower().endswith((".tar", ".tar.gz", ".tgz"))
 
 
-def _members(tar: tarfile.TarFile, path: Path) -> Iterator[Pair | Unusable]:
+def _members(tar: tarfile.TarFile, path: Path, archive: str) -> Iterator[Pair | Unusable]:
     key, parts = "", {}
     for member in tar:
         name = PurePosixPath(member.name)
@@ -141,7 +142,7 @@ def _members(tar: tarfile.TarFile, path: Path) -> Iterator[Pair | Unusable]:
         stem, _, extension = name.name.partition(".")
         stem, extension = (name.parent / stem).as_posix(), extension.lower()
         if stem != key:
-            yield from _complete(path, key, parts)
+            yield from _complete(f"{path}:{key}", f"{archive}__{key}", parts)
             key, parts = stem, {}
         if member.size > MOST_BYTES:
             yield _unusable(where, f"has {member.size} bytes; the limit is {MOST_BYTES}")
@@ -149,17 +150,14 @@ def _members(tar: tarfile.TarFile, path: Path) -> Iterator[Pair | Unusable]:
             parts[extension] = tar.extractfile(member).read()  # type: ignore[union-attr]
         elif extension not in EXTENSIONS_OF_NOTES:
             yield _unusable(where, "is no picture and no .txt caption", IGNORED)
-    yield from _complete(path, key, parts)
+    yield from _complete(f"{path}:{key}", f"{archive}__{key}", parts)
 
 
-def _complete(path: Path, key: str, parts: dict[str, bytes]) -> Iterator[Pair | Unusable]:
+def _complete(where: str, key: str, parts: dict[str, bytes]) -> Iterator[Pair | Unusable]:
     found = [extension for extension in parts if extension in EXTENSIONS]
     caption = parts.get("txt", _caption_of(parts.get("json", b"")))
-    where = f"{path}:{key}"
     if found and caption is not None:
-        yield make_pair(
-            _key(f"{path.stem}__{key}"), parts[found[0]], "." + found[0], caption, where
-        )
+        yield make_pair(_key(key), parts[found[0]], "." + found[0], caption, where)
         for extension in found[1:]:
             yield _unusable(f"{where}.{extension}", "is a second picture of one caption", "image")
     elif found:

@@ -1,5 +1,4 @@
 """Names in the place of a token job."""
 
-SPLITS = ("train", "validation")
 DONE, REJECTS = "_done/", "_rejects/"
 REQUEST = "request.json"

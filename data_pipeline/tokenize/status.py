@@ -6,8 +6,8 @@ from typing import Any
 
 from core.errors import InputError
 from core.store import Store
-from data_pipeline.manifest import NAME, read_json
-from data_pipeline.tokenize.layout import DONE, REQUEST, SPLITS
+from data_pipeline.manifest import NAME, SPLITS, read_json
+from data_pipeline.tokenize.layout import DONE, REQUEST
 from data_pipeline.tokenize.leases import read_leases
 
 

@@ -22,18 +22,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from core.errors import CorruptError, InputError, StoreError
+from core.errors import CorruptError, InputError, StoreInputError
 from core.files import canonical_json, sha256
 from core.log import LOG
 from core.settings import to_json
 from core.store import Store
 from data_pipeline.config import TokenizeConfig
 from data_pipeline.index import read_shard_index
-from data_pipeline.manifest import NAME, RAW, TOKENS, Shard, read_json, read_manifest
+from data_pipeline.manifest import NAME, RAW, SPLITS, TOKENS, Shard, read_json, read_manifest
 from data_pipeline.raw import parse_pairs
 from data_pipeline.shards import build_tar, describe, list_members, put_manifest
 from data_pipeline.tokenize.encode import Encoded, Encoders, encode_pairs
-from data_pipeline.tokenize.layout import DONE, REJECTS, REQUEST, SPLITS
+from data_pipeline.tokenize.layout import DONE, REJECTS, REQUEST
 from data_pipeline.tokenize.leases import Leases
 from data_pipeline.tokenize.member import Member
 from data_pipeline.tokens import TokenRecord, TokenRecords, decode_block, encode_block
@@ -204,7 +204,7 @@ class Worker:
             try:
                 for row in json.loads(self._tokens.get(task.record))["shards"]:
                     _check(self._tokens, task.prefix, Shard(**row))
-            except (CorruptError, StoreError, ValueError, KeyError, TypeError) as error:
+            except (CorruptError, StoreInputError, ValueError, KeyError, TypeError) as error:
                 LOG.info("%s%s is damaged, and made anew: %s", task.prefix, task.name, error)
                 for split_name in (NAME, f"{DONE}{task.name}.json"):
                     self._tokens.delete(task.prefix + split_name)
