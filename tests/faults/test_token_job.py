@@ -14,17 +14,17 @@ import pytest
 
 from bench.proxy import faulty_proxy
 from cluster.object_server import ObjectServer
-from core.errors import StoreError
 from core.files import sha256
 from core.keys import keyed_rng
 from core.s3 import S3Store
 from data_pipeline.images import encode_png
+from data_pipeline.tokenize.leases import read_leases
 from tests.faults.conftest import Record
 from tests.harness import ENVIRONMENT, TAPIR, tapir
 
 OUTAGE = float(os.environ.get("TAPIR_OUTAGE", "4"))
 """Seconds in which the store refuses every request; 20 in `make faults`."""
-BUCKET, PAIRS, SMALL = "tapir-tests", 400, 3
+BUCKET, PAIRS, SMALL = "tapir-tests", 800, 3
 
 
 def _pictures(folder: Path) -> None:
@@ -74,10 +74,12 @@ def test_killed_doubled_and_cut_off_workers_lose_and_double_nothing(
             for n, i in enumerate((0, 1, 2, 3, 2, 3))
         ]
         with s3.credentials():
-            for victim in (0, 1):
-                _wait_for_lease(f"{victim}/4")
-                time.sleep(float(keyed_rng(victim, "kill").uniform(0, 0.3)))
+            victims = {0, 1}
+            while victims:
+                victim = _holder_of_a_lease(victims)
+                time.sleep(float(keyed_rng(victim, "kill").uniform(0, 0.2)))
                 os.kill(workers[victim].pid, signal.SIGKILL)
+                victims.remove(victim)
             down["until"] = time.monotonic() + OUTAGE
         codes = [worker.wait(300) for worker in workers]
     logs = "\n".join((tmp_path / f"log{n}").read_text()[-1500:] for n in range(6))
@@ -105,15 +107,14 @@ def _start(
         return subprocess.Popen(command, stdout=output, stderr=output, env=environment)
 
 
-def _wait_for_lease(worker: str) -> None:
-    """Wait until a worker holds a lease, as `tapir status` sees it."""
-    store, deadline = S3Store(BUCKET, "job-many"), time.monotonic() + 120
+def _holder_of_a_lease(numbers: set[int]) -> int:
+    """Wait until one of some workers of four holds a lease, as `tapir status` sees it."""
+    store, deadline = S3Store(BUCKET, "job-many"), time.monotonic() + 60
     while time.monotonic() < deadline:
-        for name in store.names("train/_leases/"):
-            try:
-                if json.loads(store.get(name))["worker"] == worker:
-                    return
-            except (KeyError, ValueError, StoreError):
-                continue
+        for split in ("train", "validation"):
+            for lease in read_leases(store, f"{split}/"):
+                number = int(lease["worker"].split("/")[0])
+                if number in numbers:
+                    return number
         time.sleep(0.02)
-    raise AssertionError(f"worker {worker} never took a shard")
+    raise AssertionError(f"none of the workers {numbers} took a shard")
