@@ -1,7 +1,7 @@
 """kill -9, again and again, at random moments of one run.
 
 Ranks are killed and start again by themselves; one kill hits the launcher, and the same command
-is given again. `make soak` kills 30 times, `make test` a few times.
+is given again. `make soak` kills 30 times, `make test` twice.
 """
 
 import collections
@@ -18,8 +18,8 @@ from core.keys import keyed_rng
 from tests.faults.conftest import Record
 from tests.harness import rows_of, start_tapir, tapir
 
-KILLS = int(os.environ.get("TAPIR_SOAK_KILLS", "3"))
-LONG = KILLS > 3
+KILLS = int(os.environ.get("TAPIR_SOAK_KILLS", "2"))
+LONG = KILLS > 2
 STEPS = 50 + (100 if LONG else 40) * KILLS
 COMPARED = ("step", "epoch", "loss", "text_loss", "image_loss", "grad_norm", "lr")
 FLAGS = [

@@ -29,11 +29,11 @@ FLAGS = [
 def test_two_machines_train_as_one_does(
     tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On 20 Mbit/s the advisor switches compression on; on loopback of one machine, off or on."""
+    """On 100 Mbit/s the advisor switches compression on; on loopback of one machine, off or on."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     command = ["-m", "tapir", "train", "prior", "tiny", f"--data={tokens}"]
     with two_machines() as machines:
-        machines.shape(20)
+        machines.shape(100)
         out = tmp_path / "two"
         outputs = machines.run([*command, f"--out={out}", *FLAGS], 2, 29_650)
     assert "pays below" in outputs[0] and "compression auto: rank 43" in outputs[0]
