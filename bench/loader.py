@@ -36,7 +36,8 @@ CONSTRAINTS = Path(__file__).parents[1] / "constraints" / "cpu.txt"
 PACKAGES = {
     "webdataset": ["webdataset", "numpy"],
     "litdata": ["litdata", "torch", "numpy"],
-    "mosaic": ["numpy", "torch", "tqdm", "xxhash", "zstd", "Brotli", "python-snappy", "boto3"],
+    "mosaic": ["numpy", "torch", "tqdm", "xxhash<4", "zstd", "Brotli", "python-snappy", "boto3"]
+    + ["pillow", "catalogue"],
 }
 ALONE = {"mosaic": "mosaicml-streaming"}
 """Installed without what they ask for: the clients of three clouds, which no record needs."""
