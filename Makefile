@@ -8,8 +8,8 @@ OUT ?= $(if $(filter shapes,$(DATA)),runs/demo,runs/demo-$(DATA))
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
-# program:package
-SYSTEM := npm:npm ip:iproute2
+# program or file:package
+SYSTEM := npm:npm ip:iproute2 /usr/share/wordnet/data.noun:wordnet-base
 
 .PHONY: install system demo test test-fast check faults soak matrix slurm bench clean
 
@@ -23,13 +23,14 @@ $(STAMP): requirements.txt constraints/cpu.txt pyproject.toml
 
 $(DEV_STAMP): $(STAMP) requirements-dev.txt
 	$(BIN)/pip install --quiet -r requirements-dev.txt -c constraints/cpu.txt
+	$(BIN)/pip install --quiet --no-deps DALL-E -c constraints/cpu.txt
 	touch $@
 
 # System packages: installed when we may (root with apt), else named; tests that need them then skip.
 system:
 	@for pair in $(SYSTEM); do \
 		program=$${pair%%:*}; package=$${pair##*:}; \
-		command -v $$program >/dev/null && continue; \
+		{ command -v $$program >/dev/null || [ -e $$program ]; } && continue; \
 		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y $$package; \
 		else echo "missing: apt install $$package"; fi; \
@@ -71,6 +72,9 @@ bench: $(DEV_STAMP) system
 	$(BIN)/python -m bench goodput --json
 	$(BIN)/python -m bench order --json
 	$(BIN)/python -m bench attention --json
+	$(BIN)/python -m bench train_step --json
+	$(BIN)/python -m bench dvae --json
+	$(BIN)/python -m bench bpe --json
 	$(BIN)/python -m bench loader --json
 	$(BIN)/python -m bench stream --json
 

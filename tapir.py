@@ -16,6 +16,8 @@ VERBS = {
     "evaluate": ("generation.commands:evaluate", "caption accuracy for best-of-N on shapes"),
     "overlap": ("generation.commands:overlap", "pairs that an evaluation set has, too"),
     "report": ("generation.commands:report", "write a demo folder's report.html again"),
+    "export": ("training.commands:export", "a dVAE -> the layout of OpenAI's dall_e package"),
+    "import": ("training.commands:import_", "a dVAE of that layout -> one of Tapir's"),
     "diverge": ("training.commands:diverge", "the first tensor in which two runs differ"),
     "replay": ("training.commands:replay", "run a step that did not count again, on one process"),
     "seen": ("training.commands:seen", "the training steps at which a pair is read"),

@@ -1,48 +1,36 @@
 """`python -m bench NAME [--json]`: run one benchmark and print its rows."""
 
 import argparse
+import importlib
 import json
 import os
 import platform
 import sys
 
-from bench import (
-    attention,
-    compression,
-    engines,
-    goodput,
-    loader,
-    network,
-    order,
-    parity,
-    saving,
-    scales,
-    stream,
+NAMES = (
+    *(
+        "attention",
+        "bpe",
+        "compression",
+        "dvae",
+        "engines",
+        "goodput",
+        "loader",
+        "network",
+        "order",
+    ),
+    *("parity", "saving", "scales", "stream", "train_step"),
 )
-
-BENCHES = {
-    "attention": attention.run,
-    "compression": compression.run,
-    "engines": engines.run,
-    "goodput": goodput.run,
-    "loader": loader.run,
-    "network": network.run,
-    "order": order.run,
-    "parity": parity.run,
-    "saving": saving.run,
-    "scales": scales.run,
-    "stream": stream.run,
-}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench")
-    parser.add_argument("name", choices=sorted(BENCHES), help="which benchmark")
+    parser.add_argument("name", choices=NAMES, help="which benchmark")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object on the last line"
     )
     chosen = parser.parse_args()
-    rows = BENCHES[chosen.name]()
+    rows = importlib.import_module(f"bench.{chosen.name}").run()
     for row in rows:
         low, high = row["spread"]
         print(

@@ -36,8 +36,10 @@ CONSTRAINTS = Path(__file__).parents[1] / "constraints" / "cpu.txt"
 PACKAGES = {
     "webdataset": ["webdataset", "numpy"],
     "litdata": ["litdata", "torch", "numpy"],
-    "mosaic": ["numpy", "torch", "tqdm", "xxhash<4", "zstd", "Brotli", "python-snappy", "boto3"]
-    + ["pillow", "catalogue"],
+    "mosaic": [
+        *("numpy", "torch", "tqdm", "xxhash<4", "zstd", "Brotli", "python-snappy", "boto3"),
+        *("pillow", "catalogue"),
+    ],
 }
 ALONE = {"mosaic": "mosaicml-streaming"}
 """Installed without what they ask for: the clients of three clouds, which no record needs."""

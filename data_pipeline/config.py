@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +134,9 @@ class TokenizeConfig:
     """Keyed crops of every picture; epoch e of the prior reads variant e % variants."""
     batch: int = 64
     """Pictures encoded together."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the encoder. bf16: over twice as fast where matmuls in bf16 are, and about 1% of other
+    codes."""
     threads: int = 1
     """Threads of a worker's encoder."""
     readers: int = 2

@@ -115,6 +115,25 @@ def prior_crop(image: NDArray[Any], pixels: int, rng: np.random.Generator) -> ND
     return np.ascontiguousarray(_cut(_resized(middle, target), top, left, pixels))
 
 
+def dvae_crop(image: NDArray[Any], pixels: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """The view of a picture that the dVAE trains on: a random square, resized, cut and flipped.
+
+    Shapes: (height, width, 3) -> (pixels, pixels, 3); a picture whose shorter side is below
+    `pixels` is only squared.
+    Source: arXiv 2102.12092, listing 1, for 256 pixels.
+    """
+    height, width = image.shape[:2]
+    side = min(height, width)
+    if side < pixels:
+        return square(image, pixels)
+    top, left = (int(rng.integers(0, size - side + 1)) for size in (height, width))
+    target = int(rng.integers(min(side, 9 * pixels // 8), min(side, 3 * pixels // 2) + 1))
+    whole = _resized(_cut(image, top, left, side), target)
+    top, left = (int(place) for place in rng.integers(0, target - pixels + 1, 2))
+    cut = _cut(whole, top, left, pixels)
+    return np.ascontiguousarray(cut[:, ::-1] if rng.integers(2) else cut)
+
+
 def encode_png(image: NDArray[Any]) -> bytes:
     """Encode (height, width, 3) uint8 RGB as PNG."""
     buffer = io.BytesIO()

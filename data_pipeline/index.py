@@ -5,12 +5,12 @@ safetensors: one file beside each shard, and one for the whole data set, which i
 needs at its start (20 bytes a block and variant).
 """
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors import numpy as tensors
@@ -43,7 +43,7 @@ class BlockIndex:
 def index_of(tar: bytes, ranges: Ranges) -> BlockIndex:
     """Describe blocks of a shard in memory."""
     view = memoryview(tar)
-    rows = [(*row, zlib.crc32(view[row[0] : row[0] + row[1]])) for row in ranges]
+    rows = [(*row, crc32(view[row[0] : row[0] + row[1]])) for row in ranges]
     columns = np.asarray(rows, np.uint64).reshape(-1, len(_FIELDS)).T
     return BlockIndex(
         **{name: columns[i].astype(kind) for i, (name, kind) in enumerate(_FIELDS.items())}
@@ -136,7 +136,7 @@ class BlockReader:
         key = f"{self._store.url}/{name}:{start}:{size}:{wanted:08x}"
         if self._cache:
             kept = self._cache.get(key)
-            if kept is not None and zlib.crc32(kept) == wanted:
+            if kept is not None and crc32(kept) == wanted:
                 return kept
         data = b""
         for _ in range(_FETCHES):
@@ -147,13 +147,13 @@ class BlockReader:
                     f"{self._store.url}/{name}: the block at offset {start} (crc32 {wanted:08x}) "
                     f"cannot be read: {error}; restore the shard"
                 ) from error
-            if zlib.crc32(data) == wanted:
+            if crc32(data) == wanted:
                 if self._cache:
                     self._cache.put(key, data)
                 return data
         raise CorruptError(
             f"{self._store.url}/{name}: the block at offset {start} has crc32 "
-            f"{zlib.crc32(data):08x} over {len(data)} bytes, its index says {wanted:08x} over "
+            f"{crc32(data):08x} over {len(data)} bytes, its index says {wanted:08x} over "
             f"{size}; restore the shard, or make it anew by the command that made it, with --again"
         )
 

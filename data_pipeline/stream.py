@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -299,9 +300,10 @@ class Windows:
 
 def first_records(source: BlockSource[Any], count: int) -> list[Any]:
     """The first `count` records in stored order; for validation."""
-    found: list[Any] = []
+    return list(islice(stored_records(source), count))
+
+
+def stored_records(source: BlockSource[Any]) -> Iterator[Any]:
+    """All records in stored order, one block of them in memory."""
     for block in range(len(source.sizes)):
-        if len(found) >= count:
-            break
-        found += list(source.read(block))
-    return found[:count]
+        yield from source.read(block)

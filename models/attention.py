@@ -20,6 +20,8 @@ from torch.autograd import Function
 
 from models.masks import Kind, image_mask
 
+CACHED = 64 * 1024
+"""Logits that are worked on together, at least a head's."""
 _HERE = "cpu"
 """Bands are cut on the CPU even where a model is laid out on the meta device."""
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -37,6 +39,20 @@ class Band:
     """Keys before a tile's first query that it reaches."""
     bias: Tensor
     """(grid, grid, halo + grid): 0 where a tile's query may attend, minus infinity elsewhere."""
+
+    @property
+    def together(self) -> int:
+        """Heads whose logits stay in a core's cache: small grids run several in one call."""
+        return max(1, CACHED // self.bias.numel())
+
+    def biases(self, heads: int, dtype: torch.dtype) -> Tensor:
+        """The bias of some heads' tiles, (heads * grid, grid, halo + grid)."""
+        return _repeated(self, heads).to(dtype)
+
+
+@lru_cache(maxsize=32)
+def _repeated(band: Band, heads: int) -> Tensor:
+    return band.bias if heads == 1 else band.bias.repeat(heads, 1, 1)
 
 
 @lru_cache(maxsize=16)
@@ -82,9 +98,11 @@ class _Banded(Function):
         out[:, :, :text] = earlier
         said, sums = _flash(q[:, :, text:], k[:, :, :text], v[:, :, :text], 0.0, False)
         sums = sums.contiguous()
-        for place in _heads(q):
-            parts = (x[place][text:] for x in (q, k, v))
-            out[place][text:] = _band_forward(*parts, said[place], sums[place], band)
+        for sample, heads in _chunks(q, band):
+            parts = (x[sample, heads, text:] for x in (q, k, v))
+            out[sample, heads, text:] = _band_forward(
+                *parts, said[sample, heads], sums[sample, heads], band
+            )
         ctx.save_for_backward(q, k, v, out, among, sums)
         ctx.band = band
         return out
@@ -105,11 +123,11 @@ class _Banded(Function):
         torch.add(first[1], second[1], out=dk[:, :, :text])
         torch.add(first[2], second[2], out=dv[:, :, :text])
         inner = (_wide(grad[:, :, text:]) * _wide(out[:, :, text:])).sum(-1)
-        for place in _heads(q):
-            parts = [x[place][text:] for x in (q, k, v, grad)]
-            found = _band_backward(*parts, sums[place], inner[place], band)
-            dq[place][text:] += found[0]
-            dk[place][text:], dv[place][text:] = found[1], found[2]
+        for sample, heads in _chunks(q, band):
+            parts = [x[sample, heads, text:] for x in (q, k, v, grad)]
+            found = _band_backward(*parts, sums[sample, heads], inner[sample, heads], band)
+            dq[sample, heads, text:] += found[0]
+            dk[sample, heads, text:], dv[sample, heads, text:] = found[1], found[2]
         return dq, dk, dv, None
 
 
@@ -118,25 +136,27 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _heads(x: Tensor) -> list[tuple[int, int]]:
-    return [(i, j) for i in range(x.shape[0]) for j in range(x.shape[1])]
+def _chunks(x: Tensor, band: Band) -> list[tuple[int, slice]]:
+    """(sample, heads) of what is worked on together."""
+    samples, heads = x.shape[:2]
+    step = band.together
+    return [(i, slice(j, j + step)) for i in range(samples) for j in range(0, heads, step)]
 
 
 def _band_forward(
     q: Tensor, k: Tensor, v: Tensor, said: Tensor, sums: Tensor, band: Band
 ) -> Tensor:
-    """One head's image outputs, (grid * grid, D); `sums` becomes the common log-sum."""
+    """Some heads' image outputs, (heads, grid * grid, D); `sums` becomes the common log-sum."""
     queries = _tiles(q, band)
     keys, values = _stretches(k, band), _stretches(v, band)
     width = band.bias.shape[2]
     logits = queries.new_empty(*queries.shape[:2], width + 1)
-    text_sums = _tiles(sums[:, None], band)
-    logits[..., width:] = text_sums
+    logits[..., width:] = _tiles(sums[..., None], band)
     torch.baddbmm(
-        band.bias.to(queries.dtype),
+        band.biases(len(q), queries.dtype),
         queries,
         keys.transpose(1, 2),
-        alpha=q.shape[1] ** -0.5,
+        alpha=q.shape[2] ** -0.5,
         out=logits[..., :width],
     )
     top = logits.amax(-1, keepdim=True)
@@ -144,20 +164,20 @@ def _band_forward(
     common = top - shares.amax(-1, keepdim=True).log()
     out = torch.bmm(shares[..., :width], values)
     out.addcmul_(_tiles(said, band), shares[..., width:])
-    _untile(common, band, sums[:, None])
+    _untile(common, band, sums[..., None])
     return _untile(out, band, out.new_empty(q.shape))
 
 
 def _band_backward(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, sums: Tensor, inner: Tensor, band: Band
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one head's image queries, keys and values through the band."""
+    """Gradients of some heads' image queries, keys and values through the band."""
     queries, grads = _tiles(q, band), _tiles(grad, band)
     keys, values = _stretches(k, band), _stretches(v, band)
-    scale = q.shape[1] ** -0.5
-    offset = band.bias.to(queries.dtype) - _tiles(sums[:, None], band)
+    scale = q.shape[2] ** -0.5
+    offset = band.biases(len(q), queries.dtype) - _tiles(sums[..., None], band)
     shares = torch.baddbmm(offset, queries, keys.transpose(1, 2), alpha=scale).exp_()
-    slopes = torch.bmm(grads, values.transpose(1, 2)).sub_(_tiles(inner[:, None], band))
+    slopes = torch.bmm(grads, values.transpose(1, 2)).sub_(_tiles(inner[..., None], band))
     slopes.mul_(shares).mul_(scale)
     dq = _untile(torch.bmm(slopes, keys), band, queries.new_empty(q.shape))
     dk = _fold(torch.bmm(slopes.transpose(1, 2), queries), band)
@@ -166,35 +186,42 @@ def _band_backward(
 
 
 def _tiles(x: Tensor, band: Band) -> Tensor:
-    """(grid * grid, D) -> (grid, grid, D) in fp32: tiles of a row, or of a column."""
-    tiles = _wide(x).unflatten(0, (band.grid, band.grid))
-    return tiles.transpose(0, 1) if band.kind == "column" else tiles
+    """(heads, grid * grid, D) -> (heads * grid, grid, D) in fp32: tiles of a row, or a column."""
+    tiles = _wide(x).unflatten(1, (band.grid, band.grid))
+    return (tiles.transpose(1, 2) if band.kind == "column" else tiles).flatten(0, 1)
 
 
 def _untile(tiles: Tensor, band: Band, into: Tensor) -> Tensor:
-    """The way back of `_tiles`, written into (grid * grid, D)."""
-    shaped = into.unflatten(0, (band.grid, band.grid))
-    (shaped.transpose(0, 1) if band.kind == "column" else shaped).copy_(tiles)
+    """The way back of `_tiles`, written into (heads, grid * grid, D)."""
+    shaped = into.unflatten(1, (band.grid, band.grid))
+    found = tiles.unflatten(0, (-1, band.grid))
+    (shaped.transpose(1, 2) if band.kind == "column" else shaped).copy_(found)
     return into
 
 
 def _stretches(x: Tensor, band: Band) -> Tensor:
-    """(grid * grid, D) -> (grid, halo + grid, D): each tile's keys, without copying them apart."""
+    """(heads, grid * grid, D) -> (heads * grid, halo + grid, D): each tile's keys.
+
+    Of a single head they are read in place.
+    """
     if band.halo == 0:
         return _tiles(x, band)
-    grid, width = band.grid, x.shape[1]
+    grid, (heads, length, width) = band.grid, x.shape
     padded = F.pad(_wide(x), (0, 0, band.halo, 0))
-    return padded.as_strided((grid, band.halo + grid, width), (grid * width, width, 1))
+    strides = ((band.halo + length) * width, grid * width, width, 1)
+    return padded.as_strided((heads, grid, band.halo + grid, width), strides).flatten(0, 1)
 
 
 def _fold(parts: Tensor, band: Band) -> Tensor:
-    """Sum what the tiles say of the same key: the way back of `_stretches`, (grid * grid, D)."""
+    """Sum what tiles say of the same key: the way back of `_stretches`, (heads, grid * grid, D)."""
     grid, halo = band.grid, band.halo
+    tiles = parts.unflatten(0, (-1, grid))
+    heads, width = len(tiles), parts.shape[2]
     if halo == 0:
-        return _untile(parts, band, parts.new_empty(grid * grid, parts.shape[2]))
-    total = parts.new_zeros(halo + (grid + 1) * grid, parts.shape[2])
+        return _untile(parts, band, parts.new_empty(heads, grid * grid, width))
+    total = parts.new_zeros(heads, halo + (grid + 1) * grid, width)
     for start in range(0, halo + grid, grid):
-        piece = parts[:, start : start + grid]
-        target = total[start : start + grid * grid].unflatten(0, (grid, grid))
-        target[:, : piece.shape[1]] += piece
-    return total[halo : halo + grid * grid]
+        piece = tiles[:, :, start : start + grid]
+        target = total[:, start : start + grid * grid].unflatten(1, (grid, grid))
+        target[:, :, : piece.shape[2]] += piece
+    return total[:, halo : halo + grid * grid]

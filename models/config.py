@@ -1,6 +1,7 @@
 """Sizes of the three networks; imports no torch, so that `--help` stays fast."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,9 @@ class DVAEConfig:
     least_log_scale: float = -1.5
     """Floor of the likelihood's log scale; flat backgrounds would drive it to -inf and drown all
     else (the paper's photos need none: -20)."""
+    start: Literal["calibrated", "paper"] = "calibrated"
+    """First weights. calibrated: a decoder that hears the codes whatever their number, and output
+    layers fitted to a first batch. paper: every convolution from N(0, 1 / fan-in)."""
     epsilon: float = 0.1
     """Pixels are mapped into (epsilon, 1 - epsilon) before the logit-Laplace likelihood."""
 

@@ -20,7 +20,20 @@ def generator(*parts: KeyPart) -> torch.Generator:
 
 def gumbel_noise(shape: tuple[int, ...], *parts: KeyPart) -> Tensor:
     """Standard Gumbel noise for one sample, from its key."""
-    drawn = torch.empty(shape).exponential_(generator=generator(*parts))
+    return _gumbel(shape, key_int(*parts), torch.device("cpu"))
+
+
+def gumbel_noises(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Standard Gumbel noise for some samples, drawn on their device, from one key each.
+
+    Shapes: (B,) int64 -> (B, *shape).
+    """
+    return torch.stack([_gumbel(shape, key, keys.device) for key in keys.tolist()])
+
+
+def _gumbel(shape: tuple[int, ...], key: int, device: torch.device) -> Tensor:
+    draws = torch.Generator(device).manual_seed(key)
+    drawn = torch.empty(shape, device=device).exponential_(generator=draws)
     return -drawn.clamp_min(1e-20).log_()
 
 

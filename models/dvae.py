@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import DVAEConfig
-from models.draws import init_fan_in
+from models.draws import gumbel_noises, init_fan_in
 from models.likelihood import (
     gumbel_codes,
     kl_to_uniform,
@@ -64,6 +64,7 @@ class ResidualBlock(nn.Module):
 class DVAE(nn.Module):
     """Encoder, codebook and decoder.
 
+    Under autocast the convolutions run in 16 bits, but those beside the codes in fp32.
     Shapes: pictures are (B, 3, pixels, pixels) float32 in [0, 1]; codes are (B, grid, grid).
     """
 
@@ -72,18 +73,22 @@ class DVAE(nn.Module):
         self.config = config
         self.encoder = build_encoder(config)
         self.decoder = build_decoder(config)
-        init_fan_in(self, seed, one_hot="decoder.input")
+        init_fan_in(self, seed, one_hot="decoder.input" if config.start == "calibrated" else "")
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def logits(self, image: Tensor) -> Tensor:
         """Code logits: (B, 3, S, S) -> (B, K, grid, grid)."""
         squeezed = squeeze_pixels(image, self.config.epsilon)
-        out: Tensor = self.encoder(squeezed.contiguous(memory_format=torch.channels_last))
+        states = self.encoder[:-1](squeezed.contiguous(memory_format=torch.channels_last))
+        with torch.autocast(image.device.type, enabled=False):
+            out: Tensor = self.encoder[-1](_wide(states))
         return out
 
     def decode(self, codes_bkhw: Tensor) -> tuple[Tensor, Tensor]:
         """Location and log scale of the pixels: (B, K, grid, grid) -> twice (B, 3, S, S)."""
-        mu, log_scale = self.decoder(codes_bkhw).chunk(2, dim=1)
+        with torch.autocast(codes_bkhw.device.type, enabled=False):
+            states = self.decoder[0](_wide(codes_bkhw))
+        mu, log_scale = _wide(self.decoder[1:](states)).chunk(2, dim=1)
         return mu, log_scale.clamp_min(self.config.least_log_scale)
 
     def tokens(self, image: Tensor) -> Tensor:
@@ -115,14 +120,23 @@ class DVAE(nn.Module):
         self.decoder[-1].weight.mul_(FIRST_DECODER_SCALE)
         self.decoder[-1].bias.copy_(torch.cat([median, spread.log()]))
 
-    def forward(self, image: Tensor, tau: Tensor, noise: Tensor) -> tuple[DVAETerms, Tensor]:
-        """The bound's terms and the code logits, for one relaxed draw."""
+    def forward(self, image: Tensor, tau: Tensor, keys: Tensor) -> tuple[DVAETerms, Tensor]:
+        """The bound's terms and the code logits, for one relaxed draw.
+
+        Shapes: `keys` is (B,) int64, a key of each picture's noise.
+        """
         logits = self.logits(image)
+        noise = gumbel_noises(keys, tuple(logits.shape[1:]))
         mu, log_scale = self.decode(gumbel_codes(logits, tau, noise))
         squeezed = squeeze_pixels(image, self.config.epsilon)
         log_prob = logit_laplace_log_prob(squeezed, mu, log_scale)
         terms = DVAETerms(log_likelihood=log_prob.mean(), kl=kl_to_uniform(logits).mean())
         return terms, logits
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least 32 bits."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def negative_bound(terms: DVAETerms, beta: Tensor | float, config: DVAEConfig) -> Tensor:

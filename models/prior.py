@@ -177,11 +177,17 @@ class PriorHead(nn.Module):
         self.image = VocabularyHead(config.dim, config.image_vocabulary, tensor)
 
     def forward(self, x: Tensor) -> PriorLogits:
-        """Logits in fp32, whatever the precision of the blocks (the paper, appendix D)."""
-        with torch.autocast(x.device.type, enabled=False):
+        """Logits in fp32, whatever the precision of the blocks (the paper, appendix D).
+
+        Under bf16 the matmuls of the way back are in bf16: docs/decisions/007.
+        """
+        device = x.device.type
+        half = torch.is_autocast_enabled(device)
+        half = half and torch.get_autocast_dtype(device) == torch.bfloat16
+        with torch.autocast(device, enabled=False):
             x = self._tensor.enter(self.norm(x.float()))
             text, image = x[:, : self.text_length], x[:, self.text_length :]
-            logits = self.text(text), self.image(image)
+            logits = self.text(text, half), self.image(image, half)
             return PriorLogits(text=logits[0], image=logits[1], tensor=self._tensor)
 
     def image_logits(self, x: Tensor) -> Tensor:

@@ -97,7 +97,16 @@ class OptimConfig:
     lr: float = 1e-3
     """Peak learning rate."""
     final_lr: float = 0.0
-    """Learning rate at the last step; the way down is a cosine."""
+    """Learning rate at the end of the cosine that leads down to it."""
+    decay_share: float = 1.0
+    """Share of the run in which that cosine falls; behind it final_lr is held."""
+    halvings: int = 0
+    """Times that the learning rate is halved at a plateau of the validation loss, instead of the
+    cosine; 0 = the cosine (the paper's prior: 5)."""
+    patience: int = 5
+    """Validations without a new best loss that make a plateau."""
+    least_gain: float = 0.001
+    """Share by which a loss must be below the best one to count as a new best."""
     warmup: int = 50
     """Steps of the linear rise from 0."""
     beta1: float = 0.9
@@ -112,6 +121,8 @@ class OptimConfig:
     """Global gradient norm above which gradients are scaled down."""
     moments: Literal["fp32", "bf16"] = "fp32"
     """How AdamW's moments are stored; bf16 takes half of the memory."""
+    most_variance: float = 0.0
+    """Cap of AdamW's running variance, before it is used; 0 = none (the paper's prior: 5)."""
     ema: float = 0.0
     """Decay of a moving average of the weights, which is what is exported; 0 = none (the paper's
     prior: 0.99)."""
@@ -126,6 +137,15 @@ class OptimConfig:
             found.append("optim.final_lr and optim.weight_decay must not be negative")
         if self.warmup < 0:
             found.append("optim.warmup must not be negative")
+        if not 0 < self.decay_share <= 1:
+            found.append(f"optim.decay_share={self.decay_share} must be above 0 and at most 1")
+        if self.halvings < 0 or self.patience < 1 or not 0 <= self.least_gain < 1:
+            found.append(
+                "optim.halvings must not be negative, optim.patience at least 1 and "
+                "optim.least_gain in [0, 1)"
+            )
+        if not 0 <= self.most_variance < math.inf:
+            found.append("optim.most_variance must not be negative; 0 = none")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             found.append("optim.beta1 and optim.beta2 must lie in [0, 1)")
         if not 0 <= self.ema < 1 or self.ema_every < 1:

@@ -1,8 +1,8 @@
-"""The verbs train, tokenize, verify, seen, batch, diverge and replay."""
+"""The verbs train, tokenize, export, import, verify, seen, batch, diverge and replay."""
 
 import difflib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -12,6 +12,7 @@ from checkpoint.reader import finished_steps, open_checkpoint
 from core.cli import parse, parse_over, print_json
 from core.errors import InputError
 from core.log import LOG
+from core.memory import keep_freed_memory
 from core.settings import check
 from core.store import open_store
 from data_pipeline.bpe import load_tokenizer
@@ -21,9 +22,11 @@ from data_pipeline.tokenize.encode import Encoders
 from data_pipeline.tokenize.member import member_of
 from data_pipeline.tokenize.worker import Worker
 from data_pipeline.verify import verify_split
-from training.export import DESCRIPTION, load_dvae, read_model
+from models.codes import CodeReader
+from training.export import DESCRIPTION, load_dvae, model_is_whole, read_model
 from training.history import History
 from training.main import train_stage, train_tokenizer
+from training.openai_dvae import export_dvae, import_dvae
 from training.presets import PRESETS
 
 Source = Annotated[str, tyro.conf.Positional]
@@ -81,13 +84,64 @@ def tokenize(arguments: list[str]) -> None:
         model, model_hash = load_dvae(dvae)
         if torch.cuda.is_available():
             model.to(f"cuda:{member.number % torch.cuda.device_count()}")
+        else:
+            keep_freed_memory()
         encoders = Encoders(
-            dvae=model, dvae_hash=model_hash, tokenizer=tokenizer, tokenizer_hash=tokenizer_hash
+            codes=CodeReader(model, config.precision),
+            dvae_hash=model_hash,
+            tokenizer=tokenizer,
+            tokenizer_hash=tokenizer_hash,
         )
         job = Worker(open_store(raw), open_store(tokens), encoders, config, member)
         LOG.info("worker %s made %d shards", member.text, job.run(again))
 
     parse(run, arguments, "tokenize")
+
+
+def export(arguments: list[str]) -> None:
+    """`tapir export RUN OUT`."""
+
+    def run(
+        run: Annotated[Path, tyro.conf.Positional],
+        out: Annotated[Path, tyro.conf.Positional],
+        to: Literal["openai-dvae"] = "openai-dvae",
+    ) -> None:
+        """Write a finished dVAE in the layout of OpenAI's public dall_e package.
+
+        Args:
+            run: run folder of a finished dVAE with 4 groups, bottleneck 4 and the paper's gain
+            out: folder for encoder.safetensors and decoder.safetensors
+            to: the layout
+        """
+        for path in export_dvae(run, out):
+            LOG.info("wrote %s", path)
+
+    parse(run, arguments, "export")
+
+
+def import_(arguments: list[str]) -> None:
+    """`tapir import FOLDER OUT`."""
+
+    def run(
+        folder: Annotated[Path, tyro.conf.Positional],
+        out: Annotated[Path, tyro.conf.Positional],
+        layout: Annotated[Literal["openai-dvae"], tyro.conf.arg(name="from")] = "openai-dvae",
+        pixels: int = 256,
+    ) -> None:
+        """Turn a dVAE in the layout of OpenAI's dall_e package into a finished one of Tapir's.
+
+        Args:
+            folder: holds encoder.safetensors and decoder.safetensors (no pickles)
+            out: run folder that `tapir tokenize --dvae` takes
+            layout: the layout
+            pixels: side of the square pictures it is to be used for
+        """
+        if model_is_whole(out, "dvae"):
+            raise InputError(f"{out} holds a finished dVAE already; give another folder")
+        config = import_dvae(folder, out, pixels)
+        LOG.info("%d codes on a grid of %d: %s", config.codebook, config.grid, out)
+
+    parse(run, arguments, "import")
 
 
 def seen(arguments: list[str]) -> None:

@@ -132,6 +132,11 @@ class StageConfig:
         found += self.loader.problems() + self.model_problems()
         replicas = max(self.mesh.data, 1)
         found += self.order.problems(self.loop.batch, replicas)
+        if self.optim.halvings and not self.loop.validate_every:
+            found.append(
+                "optim.halvings needs validations to see a plateau; set loop.validate_every, or "
+                "--optim.halvings 0 for the cosine"
+            )
         found += self.engine.problems(self.loop.batch // replicas, self.mesh, self.compress.on)
         return found
 
@@ -144,6 +149,8 @@ class DVAETrain(StageConfig):
     """Run folder: config, metrics, TensorBoard, checkpoints; the same folder resumes."""
     model: DVAEConfig = field(default_factory=DVAEConfig)
     """The network."""
+    augment: bool = True
+    """Train on random crops and mirror images (the paper's listing 1) instead of middle squares."""
     tau_first: float = 1.0
     """Gumbel temperature at the first step."""
     tau_last: float = 1 / 16
@@ -210,6 +217,8 @@ class BPETrain:
 
     data: str = "data/raw"
     """Where the raw pairs lie: s3://bucket/prefix or a folder."""
+    texts: Path | None = None
+    """A UTF-8 file with a caption on each line, instead of the raw pairs."""
     out: Path = Path("runs/bpe")
     """Folder for tokenizer.json."""
     vocabulary: int = 512

@@ -27,6 +27,17 @@ def save_model(
         name: reader.tensor(name, EMA if EMA in reader.kinds(name) else "master")
         for name in reader.shapes()
     }
+    write_model(folder, stage, config, facts, tensors)
+
+
+def write_model(
+    folder: Path,
+    stage: str,
+    config: dict[str, Any],
+    facts: dict[str, Any],
+    tensors: dict[str, Tensor],
+) -> None:
+    """Write a finished model: weights by their global names, sizes, facts and a digest."""
     data = save(tensors)
     write_atomic(folder / WEIGHTS, data)
     body = {"stage": stage, "config": config, "facts": facts, "sha256": sha256(data)}

@@ -28,7 +28,7 @@ from training.export import model_is_whole, save_model
 from training.recovery import Recovery, checkpoints_of_capsules
 from training.resume import refuse_other_config, refuse_other_shapes
 from training.run_folder import RunFolder
-from training.schedules import learning_rate
+from training.schedules import Plateau, learning_rate
 from training.tasks import Task, hand_over
 from training.validation import Validation
 from training.waits import Waits
@@ -69,6 +69,7 @@ class Run:
         )
         self.engine: Engine = build_engine(task.program, parts, mesh)
         self.average = Average(self.engine, settings.optim)
+        self.plateau = Plateau()
         self.stream = Stream(
             task.train,
             seed=settings.loop.seed,
@@ -124,6 +125,8 @@ class Run:
         """Mean losses over held-out samples, logged as a row of split `validation`."""
         row, pictures = self._validation.run(self.step)
         self._scored = self.step, row["loss"]
+        if self.plateau.observe(self.settings.optim, self.step, row["loss"]):
+            LOG.info("the validation loss is level: learning rate halved at step %d", self.step)
         for name, image in pictures.items():
             self.folder.picture(name, image, self.step)
         self.folder.log({"step": self.step, "split": "validation", **row})
@@ -144,6 +147,7 @@ class Run:
             "step": self.step,
             "stream": dataclasses.asdict(self.stream.state),
             "guard": self.recovery.guard.state(),
+            "plateau": self.plateau.state(),
             "validation_loss": self._loss_now(),
             "config": self.config,
         }
@@ -187,7 +191,8 @@ class Run:
         settings = self.settings
         parts = _split(records, settings.engine.accumulate)
         micro = [hand_over(self.task.batch(part, self.step)) if part else {} for part in parts]
-        lr = learning_rate(settings.optim, self.step, settings.loop.steps)
+        halved = self.plateau.halved
+        lr = learning_rate(settings.optim, self.step, settings.loop.steps, halved)
         self._ledger.take()
         self._ledger.take_blocked()
         self.control.wants_stop = stop_asked()
@@ -208,6 +213,7 @@ class Run:
         self.average.load(reader)
         self.stream.resume(StreamState(**reader.facts["stream"]))
         self.recovery.guard.load(reader.facts.get("guard", {}))
+        self.plateau.load(reader.facts.get("plateau", {}))
         self.step = self._resumed_at = int(reader.facts["step"])
 
     def _report(self, result: StepResult, seconds: float, meter: Meter) -> None:

@@ -3,6 +3,8 @@
 import importlib
 import json
 import os
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 from cluster.supervisor import supervise
@@ -12,8 +14,9 @@ from core.settings import check, from_json, to_json
 from core.stop import heed_stop_signals
 from core.store import open_store
 from data_pipeline.bpe import save_tokenizer, train_bpe
+from data_pipeline.captions import clean_caption
 from data_pipeline.raw import RawSource
-from data_pipeline.stream import first_records
+from data_pipeline.stream import stored_records
 from parallel.engines.catalogue import modules_of
 from parallel.world import srun_size
 from training.config import BPETrain, ClipTrain, DVAETrain, PriorTrain, StageConfig
@@ -62,13 +65,27 @@ def parse_payload(payload: str) -> tuple[str, Any]:
 
 
 def train_tokenizer(settings: BPETrain) -> None:
-    """Learn merges from the train split's captions and write tokenizer.json."""
+    """Learn merges from captions and write tokenizer.json."""
     check(settings.problems())
     if (ranks_given() or 1) > 1:
         raise ConfigError("train bpe is one process; start it without mpirun or torchrun")
-    source = RawSource(open_store(settings.data), "train")
-    captions = [record.caption for record in first_records(source, settings.most_captions)]
+    captions = islice(_captions(settings), settings.most_captions)
     tokenizer = train_bpe(captions, settings.vocabulary)
-    save_tokenizer(tokenizer, settings.out)
     entries = tokenizer.get_vocab_size()
-    LOG.info("%d captions -> %s with %d entries", len(captions), settings.out, entries)
+    if entries < settings.vocabulary:
+        LOG.warning(
+            "the captions have merges for %d entries only, not %d", entries, settings.vocabulary
+        )
+    save_tokenizer(tokenizer, settings.out)
+    LOG.info("captions -> %s with %d entries", settings.out, entries)
+
+
+def _captions(settings: BPETrain) -> Iterator[str]:
+    if settings.texts is None:
+        source = RawSource(open_store(settings.data), "train")
+        yield from (record.caption for record in stored_records(source))
+        return
+    with open(settings.texts, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield clean_caption(line, f"{settings.texts}, line {number}")

@@ -9,15 +9,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from core.keys import key_int, keyed_rng
 from core.store import open_store
 from data_pipeline.bpe import encode, load_tokenizer
 from data_pipeline.cache import open_cache
+from data_pipeline.images import decode_rgb, dvae_crop
 from data_pipeline.raw import RawRecord, RawSource
 from data_pipeline.stream import first_records
-from data_pipeline.tokenize.encode import pictures_of
+from data_pipeline.tokenize.encode import pictures_of, to_tensor
 from models.clip import Clip, contrastive_loss
 from models.config import ClipConfig
-from models.draws import gumbel_noise
 from models.dvae import DVAE, negative_bound
 from parallel.engines.protocol import Batch, Layer, Losses, Program
 from parallel.world import World
@@ -28,6 +29,8 @@ from training.tasks import Means, Pictures, pad_text, perplexity
 SHOWN = 8
 CALIBRATED = 256
 """Pictures that the dVAE's first scales are fitted to."""
+TOGETHER = 4096
+"""Tokens of the pictures that are looked at together in a validation."""
 
 
 class _DVAELayer(nn.Module):
@@ -36,7 +39,7 @@ class _DVAELayer(nn.Module):
         self.dvae = dvae
 
     def forward(self, batch: Batch) -> Any:
-        terms, _ = self.dvae(batch["pixels"], batch["tau"], batch["noise"])
+        terms, _ = self.dvae(batch["pixels"], batch["tau"], batch["keys"])
         return terms
 
 
@@ -50,27 +53,42 @@ class DVAETask:
         self._settings = settings
         self.model_config = settings.model
         self.dvae = DVAE(settings.model, settings.loop.seed)
-        self.dvae.calibrate(
-            pictures_of(first_records(self.train, CALIBRATED), settings.model.pixels)
-        )
+        if settings.model.start == "calibrated":
+            self.dvae.calibrate(self._squares(first_records(self.train, CALIBRATED)))
         layer = _DVAELayer(self.dvae)
         self.program = Program(layers=[Layer(name="dvae", build=lambda: layer)], loss=self._loss)
         self.units = settings.model.tokens
 
     def batch(self, records: Sequence[RawRecord], step: int, training: bool = True) -> Batch:
-        config, settings = self.model_config, self._settings
-        shape = (config.codebook, config.grid, config.grid)
-        seed = settings.loop.seed
-        noise = [gumbel_noise(shape, seed, step, record.key, "gumbel") for record in records]
+        settings, seed = self._settings, self._settings.loop.seed
+        keys = [key_int(seed, step, record.key, "gumbel") for record in records]
         done = step / settings.loop.steps
         tau = cosine(settings.tau_first, settings.tau_last, done / settings.tau_share)
         beta = cosine(settings.beta_first, settings.beta, done / settings.beta_share)
         return {
-            "pixels": pictures_of(list(records), config.pixels),
-            "noise": torch.stack(noise),
+            "pixels": self._views(records, step) if training else self._squares(records),
+            "keys": torch.tensor(keys),
             "tau": torch.tensor(tau),
             "beta": torch.tensor(beta),
         }
+
+    def _squares(self, records: Sequence[RawRecord]) -> Tensor:
+        return pictures_of(list(records), self.model_config.pixels)
+
+    def _views(self, records: Sequence[RawRecord], step: int) -> Tensor:
+        """What a training step sees of some pictures, (B, 3, S, S)."""
+        if not self._settings.augment:
+            return self._squares(records)
+        pixels, seed = self.model_config.pixels, self._settings.loop.seed
+        views = [
+            dvae_crop(
+                decode_rgb(record.image, record.key),
+                pixels,
+                keyed_rng(seed, step, record.key, "augment"),
+            )
+            for record in records
+        ]
+        return to_tensor(np.stack(views))
 
     def facts(self) -> dict[str, Any]:
         return {"raw": self.train.fingerprint}
@@ -79,16 +97,19 @@ class DVAETask:
     def figures(
         self, means: Means, mine: Sequence[RawRecord], records: Sequence[RawRecord]
     ) -> tuple[dict[str, float], Pictures]:
-        pixels = pictures_of(list(records), self.model_config.pixels)
-        codes = torch.cat([self.dvae.tokens(part) for part in pixels.split(64)])
-        again = torch.cat([self.dvae.picture(part) for part in codes.split(64)])
+        pixels = self._squares(records).to(next(self.dvae.parameters()).device)
+        together = max(1, TOGETHER // self.model_config.tokens)
+        codes = torch.cat([self.dvae.tokens(part) for part in pixels.split(together)])
+        again = torch.cat([self.dvae.picture(part) for part in codes.split(together)])
         mse = float(((again - pixels) ** 2).mean())
+        used = len(codes.unique())
         figures = {
             "perplexity": perplexity(codes, self.model_config.codebook),
-            "codes_used": float(len(codes.unique())),
+            "codes_used": float(used),
+            "codes_dead": float(self.model_config.codebook - used),
             "psnr": -10 * float(np.log10(max(mse, 1e-10))),
         }
-        return figures, {"reconstructions": _rows(pixels[:SHOWN], again[:SHOWN])}
+        return figures, {"reconstructions": _rows(pixels[:SHOWN].cpu(), again[:SHOWN].cpu())}
 
     def _loss(self, terms: Any, batch: Batch) -> Losses:
         loss = negative_bound(terms, batch["beta"], self.model_config)

@@ -24,6 +24,7 @@ def dvae_tiny() -> DVAETrain:
         checkpoint=CheckpointConfig(every=300),
         optim=OptimConfig(lr=3e-3, final_lr=5e-5, weight_decay=1e-4, beta2=0.999, warmup=60),
         mesh=MeshConfig(data=2),
+        augment=False,
         beta_first=1.2,
         beta=0.05,
         beta_share=0.2,
@@ -35,6 +36,11 @@ def dvae_tiny() -> DVAETrain:
 def bpe_tiny() -> BPETrain:
     """512 entries: enough for generated captions and emoji names."""
     return BPETrain(vocabulary=512)
+
+
+def bpe_paper() -> BPETrain:
+    """The paper's 16,384 entries."""
+    return BPETrain(vocabulary=16_384, most_captions=10_000_000)
 
 
 def prior_tiny() -> PriorTrain:
@@ -72,6 +78,43 @@ def dvae_small() -> DVAETrain:
     )
 
 
+def dvae_paper() -> DVAETrain:
+    """The paper's dVAE of 97.6M parameters on 64 GPUs: 256x256 pixels to 32x32 tokens of 8192."""
+    steps = 3_000_000
+    return DVAETrain(
+        model=DVAEConfig(
+            pixels=256,
+            width=256,
+            groups=4,
+            blocks=2,
+            bottleneck=4,
+            gain=0.0,
+            codebook=8192,
+            code_width=128,
+            least_log_scale=-20.0,
+            start="paper",
+        ),
+        loop=LoopConfig(steps=steps, batch=512, validate_every=5000),
+        checkpoint=CheckpointConfig(every=2000),
+        optim=OptimConfig(
+            lr=1e-4,
+            final_lr=1.25e-6,
+            decay_share=1_200_000 / steps,
+            warmup=0,
+            beta2=0.999,
+            weight_decay=1e-4,
+            clip_norm=1e9,
+            ema=0.999,
+            ema_every=1,
+        ),
+        mesh=MeshConfig(data=64),
+        engine=EngineConfig(name="deepspeed_zero", precision="bf16"),
+        order=OrderConfig(lanes=512),
+        tau_share=150_000 / steps,
+        beta_share=5_000 / steps,
+    )
+
+
 def prior_small() -> PriorTrain:
     """About 40 million parameters over 16x16 image tokens."""
     return PriorTrain(
@@ -89,7 +132,7 @@ def _paper_prior(dim: int, rank: int, mesh: MeshConfig) -> PriorTrain:
         model=PriorConfig(dim=dim, heads=dim // 64, layers=64, text_length=256),
         loop=LoopConfig(steps=430_000, batch=1024, validate_every=5000),
         checkpoint=CheckpointConfig(every=500),
-        optim=OptimConfig(lr=4.5e-4, final_lr=1.4e-5, warmup=5000, ema=0.99),
+        optim=OptimConfig(lr=4.5e-4, warmup=5000, halvings=5, most_variance=5.0, ema=0.99),
         mesh=mesh,
         engine=EngineConfig(
             name="deepspeed_pipe",
@@ -99,6 +142,7 @@ def _paper_prior(dim: int, rank: int, mesh: MeshConfig) -> PriorTrain:
         ),
         compress=CompressConfig(rank=rank),
         order=OrderConfig(lanes=1024),
+        bpe_dropout=0.1,
     )
 
 
@@ -118,8 +162,8 @@ def prior_paper_12b() -> PriorTrain:
 
 
 PRESETS: dict[str, dict[str, Callable[[], Any]]] = {
-    "dvae": {"tiny": dvae_tiny, "small": dvae_small},
-    "bpe": {"tiny": bpe_tiny},
+    "dvae": {"tiny": dvae_tiny, "small": dvae_small, "paper_dvae": dvae_paper},
+    "bpe": {"tiny": bpe_tiny, "paper_bpe": bpe_paper},
     "prior": {
         "tiny": prior_tiny,
         "small": prior_small,

@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import torch
+
 from core.errors import ConfigError
 from core.heartbeat import Heart
+from core.memory import keep_freed_memory
 from core.stop import heed_stop_signals
 from parallel.flight import record_flight
 from parallel.ledger import recorded
@@ -20,6 +23,8 @@ def run(payload: str) -> None:
     stage, settings = parse_payload(payload)
     heed_stop_signals()
     record_flight()
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     world = join_world()
     heart = Heart(world.rank)
     try:

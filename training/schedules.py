@@ -1,6 +1,8 @@
 """Learning rate, temperature and beta as plain functions of the step."""
 
 import math
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from parallel.config import OptimConfig
 
@@ -11,9 +13,52 @@ def cosine(first: float, last: float, share: float) -> float:
     return last + (first - last) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine down to final_lr at the last step."""
+def learning_rate(optim: OptimConfig, step: int, steps: int, halved: int = 0) -> float:
+    """The learning rate of an update.
+
+    Linear warm-up, then the peak halved `halved` times if optim.halvings is set; else a cosine
+    down to final_lr, which is held from optim.decay_share of the run on.
+    """
     if step < optim.warmup:
         return optim.lr * (step + 1) / optim.warmup
-    span = max(steps - optim.warmup, 1)
+    if optim.halvings:
+        return optim.lr * 0.5**halved
+    span = max(optim.decay_share * steps - optim.warmup, 1)
     return cosine(optim.lr, optim.final_lr, (step - optim.warmup) / span)
+
+
+@dataclass
+class Plateau:
+    """Counts validations that brought no new best loss.
+
+    The paper halves the learning rate five times "each time the training loss appeared to
+    plateau" and gives no rule; this one looks at held-out data.
+    Source: arXiv 2102.12092, section 3.5.
+    """
+
+    best: float = math.inf
+    since: int = 0
+    """Validations since the best one."""
+    halved: int = 0
+
+    def observe(self, optim: OptimConfig, step: int, loss: float) -> bool:
+        """Take in the held-out loss behind a step; returns True if the rate is halved now."""
+        if step < optim.warmup or self.halved >= optim.halvings:
+            return False
+        if loss < self.best * (1 - optim.least_gain):
+            self.best, self.since = loss, 0
+            return False
+        self.since += 1
+        if self.since < optim.patience:
+            return False
+        self.since, self.halved = 0, self.halved + 1
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps; the best loss as text, for it may be infinite."""
+        return {**asdict(self), "best": repr(self.best)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take back a state; an empty one, of a run without plateaus, starts anew."""
+        self.best = float(state.get("best", math.inf))
+        self.since, self.halved = int(state.get("since", 0)), int(state.get("halved", 0))

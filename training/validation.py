@@ -16,6 +16,9 @@ from training.tasks import Pictures, Task, hand_over
 Change = Callable[[Batch, int], Batch]
 """Changes a batch that begins at a record of this replica."""
 EVALUATED_TOGETHER = 64
+"""Samples, at most."""
+TOKENS_TOGETHER = 8192
+"""Their tokens, at most, so that large models have room."""
 
 
 class Validation:
@@ -51,9 +54,10 @@ class Validation:
     def _means(self, records: Sequence[Any], change: Change | None = None) -> dict[str, float]:
         """Mean losses over this replica's records and all replicas; every rank must call it."""
         totals: dict[str, float] = {}
-        for start in range(0, len(records), EVALUATED_TOGETHER):
+        together = max(1, min(EVALUATED_TOGETHER, TOKENS_TOGETHER // self._task.units))
+        for start in range(0, len(records), together):
             self._heart.beat("validation")
-            part = records[start : start + EVALUATED_TOGETHER]
+            part = records[start : start + together]
             batch = hand_over(self._task.batch(part, self._step, training=False))
             losses = self._engine.evaluate(change(batch, start) if change else batch)
             for name, value in losses.items():

@@ -18,14 +18,17 @@ from data_pipeline.config import TokenizeConfig
 from data_pipeline.images import decode_rgb, prior_crop, square
 from data_pipeline.raw import RawRecord, RawRecords
 from data_pipeline.tokens import TokenRecord
-from models.dvae import DVAE
+from models.codes import CodeReader
+
+TOKENS_TOGETHER = 8192
+"""Tokens of the pictures that are encoded together, at most, so that large ones have room."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoders:
     """The frozen models of a token job."""
 
-    dvae: DVAE
+    codes: CodeReader
     dvae_hash: str
     tokenizer: Tokenizer
     tokenizer_hash: str
@@ -35,8 +38,9 @@ class Encoders:
         return {
             "dvae": self.dvae_hash,
             "tokenizer": self.tokenizer_hash,
-            "grid": self.dvae.config.grid,
-            "image_vocabulary": self.dvae.config.codebook,
+            "precision": config.precision,
+            "grid": self.codes.config.grid,
+            "image_vocabulary": self.codes.config.codebook,
             "text_vocabulary": self.tokenizer.get_vocab_size(),
             "variants": config.variants,
             "block": config.block,
@@ -64,7 +68,7 @@ def encode_pairs(
     """Encode a shard's pairs; `progress["pairs"]` counts them."""
     variants: list[list[TokenRecord]] = [[] for _ in range(config.variants)]
     rejects: list[dict[str, str]] = []
-    pixels = encoders.dvae.config.pixels
+    pixels = encoders.codes.config.pixels
     for batch in _cropped(records, pixels, config):
         usable = []
         for record, found in batch:
@@ -75,7 +79,7 @@ def encode_pairs(
                 usable.append((record, found))
         if usable:
             crops = np.concatenate([found for _, found in usable])
-            codes = codes_of(crops, encoders.dvae).reshape(len(usable), config.variants, -1)
+            codes = codes_of(crops, encoders.codes).reshape(len(usable), config.variants, -1)
             for (record, _), rows in zip(usable, codes, strict=True):
                 text = np.asarray(encode(encoders.tokenizer, record.caption), np.uint16)
                 for variant, image in zip(variants, rows, strict=True):
@@ -117,12 +121,11 @@ def _cropped(
             yield [(record, future.result()) for record, future in waiting.popleft()]
 
 
-@torch.no_grad()
-def codes_of(pictures: NDArray[np.uint8], dvae: DVAE) -> NDArray[np.uint16]:
+def codes_of(pictures: NDArray[np.uint8], reader: CodeReader) -> NDArray[np.uint16]:
     """The dVAE's codes of square pictures: (n, S, S, 3) -> (n, grid * grid)."""
-    device = next(dvae.parameters()).device
-    tokens = dvae.tokens(to_tensor(pictures).to(device))
-    return tokens.cpu().numpy().astype(np.uint16)
+    together = max(1, TOKENS_TOGETHER // reader.config.tokens)
+    tokens = [reader.codes(part.to(reader.device)) for part in to_tensor(pictures).split(together)]
+    return torch.cat(tokens).cpu().numpy().astype(np.uint16)
 
 
 def pictures_of(records: Sequence[RawRecord], pixels: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ A `Program` is what gets trained: named layers that a pipeline can cut, and a lo
 of the last one. The first layer takes the batch (a dict of tensors), the others what came before.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from checkpoint.format import Reader, StateSlice
-from parallel.adamw import AdamW16
+from parallel.adamw import AdamW, AdamW16
 from parallel.config import CompressConfig, EngineConfig, OptimConfig
 from parallel.control import Control
 from parallel.mesh import Group, Mesh
@@ -184,6 +185,6 @@ def parameter_groups(names: dict[str, nn.Parameter], optim: OptimConfig) -> list
 def build_adamw(names: dict[str, nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
     """AdamW over the groups, with moments in 32 or 16 bits."""
     groups, betas = parameter_groups(names, optim), (optim.beta1, optim.beta2)
-    if optim.moments == "bf16":
-        return AdamW16(groups, lr=optim.lr, betas=betas, eps=optim.eps)
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, foreach=True)
+    most = optim.most_variance or math.inf
+    kind = AdamW16 if optim.moments == "bf16" else AdamW
+    return kind(groups, lr=optim.lr, betas=betas, eps=optim.eps, most_variance=most)

@@ -3,11 +3,12 @@
 Every layer on one rank is the whole layer, so one model definition serves every degree.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from parallel.placement import Placement, place, rows_of
 from parallel.tensor.ops import TensorParallel
@@ -92,8 +93,32 @@ class VocabularyHead(ColumnLinear):
         _, self._rows, padded = rows_of(entries, 1, tensor.rank, tensor.size)
         self._padding = padded - self._rows
 
-    def forward(self, x: Tensor) -> Tensor:
-        logits = super().forward(x)
+    def forward(self, x: Tensor, half: bool = False) -> Tensor:
+        """Logits in fp32 of states in fp32; `half`: the matmuls of the way back are in bf16."""
+        assert self.bias is not None
+        logits: Tensor
+        if half and torch.is_grad_enabled():
+            logits = _HalfBack.apply(x, self.weight, self.bias)
+        else:
+            logits = F.linear(x, self.weight, self.bias)
         if not self._padding:
             return logits
         return F.pad(logits[..., : self._rows], (0, self._padding), value=MASKED)
+
+
+class _HalfBack(Function):
+    """A linear layer whose forward pass is in fp32 and whose backward pass multiplies in bf16."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x.to(torch.bfloat16), weight.to(torch.bfloat16))
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        flat = gradients[0].flatten(0, -2)
+        half = flat.to(torch.bfloat16)
+        states = torch.mm(half, weight).float().view_as(x)
+        rows = torch.mm(half.T, x.flatten(0, -2)).float()
+        return states, rows, flat.sum(0)

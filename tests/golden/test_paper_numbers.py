@@ -1,12 +1,16 @@
 """Numbers of the paper (arXiv 2102.12092) and of its published code."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
-from models.config import DVAEConfig
-from models.dvae import build_decoder, build_encoder
+from models.config import DVAEConfig, PriorConfig
+from models.counts import attended_pairs, prior_parameters
+from models.draws import gumbel_noises
+from models.dvae import DVAE, build_decoder, build_encoder, negative_bound
 from models.likelihood import (
     gumbel_codes,
     kl_to_uniform,
@@ -15,7 +19,11 @@ from models.likelihood import (
     unsqueeze_pixels,
 )
 from models.masks import full_mask, image_mask, layer_kind
-from training.schedules import cosine
+from models.prior import PriorBlock, PriorEmbedding, PriorHead
+from parallel.tensor.ops import TensorParallel
+from training.config import PriorTrain
+from training.presets import dvae_paper, prior_paper_2_8b, prior_paper_5_6b, prior_paper_12b
+from training.schedules import cosine, learning_rate
 
 
 def test_layer_rule() -> None:
@@ -42,21 +50,86 @@ def test_text_is_seen_by_all_and_sees_no_image() -> None:
 
 
 def test_published_dvae_has_97_616_006_parameters() -> None:
-    config = DVAEConfig(
-        pixels=256,
-        width=256,
-        groups=4,
-        blocks=2,
-        bottleneck=4,
-        gain=0.0,
-        codebook=8192,
-        code_width=128,
-    )
+    config = dvae_paper().model
     with torch.device("meta"):
         encoder, decoder = build_encoder(config), build_decoder(config)
     assert sum(p.numel() for p in encoder.parameters()) == 53_786_240
     assert sum(p.numel() for p in decoder.parameters()) == 43_829_766
-    assert config.grid == 32
+    assert config.grid == 32 and encoder.g0b0.gain == 1 / 64
+
+
+def test_first_weights_of_the_published_dvae() -> None:
+    """Every convolution N(0, 1 / fan-in), the one that reads the codes as well; no bias."""
+    dvae = DVAE(DVAEConfig(width=16, bottleneck=4, codebook=512, gain=0.0, start="paper"))
+    for name, parameter in dvae.named_parameters():
+        if parameter.dim() > 1 and parameter.numel() > 2000:
+            fan_in = parameter[0].numel()
+            assert float(parameter.detach().std()) == pytest.approx(fan_in**-0.5, rel=0.1), name
+        elif parameter.dim() == 1:
+            assert not parameter.any(), name
+
+
+def test_schedules_of_the_published_dvae() -> None:
+    paper = dvae_paper()
+    rate = partial(learning_rate, paper.optim, steps=paper.loop.steps)
+    assert rate(step=0) == pytest.approx(1e-4) and rate(step=600_000) == pytest.approx(5.0625e-5)
+    assert rate(step=1_200_000) == rate(step=2_900_000) == pytest.approx(1.25e-6)
+    steps = paper.loop.steps
+    tau = partial(cosine, paper.tau_first, paper.tau_last)
+    beta = partial(cosine, paper.beta_first, paper.beta)
+    assert tau(75_000 / steps / paper.tau_share) == pytest.approx(0.53125, rel=1e-12)
+    assert tau(150_000 / steps / paper.tau_share) == pytest.approx(1 / 16)
+    assert beta(2_500 / steps / paper.beta_share) == pytest.approx(3.3, rel=1e-12)
+    assert (paper.optim.beta1, paper.optim.beta2, paper.optim.eps) == (0.9, 0.999, 1e-8)
+    assert (paper.optim.weight_decay, paper.optim.ema, paper.optim.ema_every) == (1e-4, 0.999, 1)
+    assert not paper.problems() and paper.loop.batch == 512
+
+
+@pytest.mark.parametrize(
+    ("preset", "dim", "matrices", "total"),
+    [
+        (prior_paper_2_8b, 1920, 2_831_155_200, 2_928_139_776),
+        (prior_paper_5_6b, 2688, 5_549_064_192, 5_684_832_768),
+        (prior_paper_12b, 3968, 12_092_178_432, 12_292_587_008),
+    ],
+)
+def test_parameters_of_the_published_priors(
+    preset: Callable[[], PriorTrain], dim: int, matrices: int, total: int
+) -> None:
+    """Of the total, 2 * dim are our choice: a start of text and a start of the image, which the
+    paper's figure 10 shows and its text does not count.
+    """
+    sizes = {"text_vocabulary": 16_384, "image_vocabulary": 8_192, "grid": 32}
+    config = PriorConfig(**{**vars(preset().model), **sizes})
+    assert (config.dim, config.heads, config.layers) == (dim, dim // 64, 64)
+    counted = prior_parameters(config)
+    assert (counted.matrices, counted.total) == (matrices, total)
+    with torch.device("meta"):
+        alone = TensorParallel()
+        block = PriorBlock(config, 1, alone)
+        ends = [PriorEmbedding(config, alone), PriorHead(config, alone)]
+    built = [sum(p.numel() for p in module.parameters()) for module in (block, *ends)]
+    assert 64 * built[0] + built[1] + built[2] == total
+    assert not preset().problems()
+
+
+def test_optimiser_of_the_published_prior() -> None:
+    optim = prior_paper_12b().optim
+    assert (optim.beta1, optim.beta2, optim.eps, optim.weight_decay) == (0.9, 0.96, 1e-8, 4.5e-2)
+    assert (optim.clip_norm, optim.most_variance) == (4.0, 5.0)
+    assert (optim.ema, optim.ema_every) == (0.99, 25)
+    assert learning_rate(optim, 2_499, 430_000) == pytest.approx(2.25e-4)
+    assert learning_rate(optim, 5_000, 430_000) == 4.5e-4
+    assert learning_rate(optim, 400_000, 430_000, halved=5) == pytest.approx(4.5e-4 / 32)
+
+
+def test_share_of_pairs_that_the_masks_keep() -> None:
+    """Beside causal attention over all of the image: 6.34, 3.22 and 10.9%; 39.6% of everything."""
+    causal = 1024 * 1025 // 2
+    for kind, share in (("row", 0.0634), ("column", 0.0322), ("conv", 0.109)):
+        assert int(image_mask(kind, 32).sum()) / causal == pytest.approx(share, rel=5e-3)  # type: ignore[arg-type]
+    config = PriorConfig(dim=64, heads=1, layers=64, text_length=256, grid=32)
+    assert attended_pairs(config) / (64 * 1280 * 1281 // 2) == pytest.approx(0.396, rel=3e-3)
 
 
 @pytest.mark.parametrize(
@@ -91,3 +164,41 @@ def test_kl_ends_and_gumbel_sums() -> None:
     assert float(kl_to_uniform(sharp)) == pytest.approx(math.log(8192), rel=1e-6)
     codes = gumbel_codes(torch.randn(2, 5, 3, 3), 0.5, torch.randn(2, 5, 3, 3))
     assert torch.allclose(codes.sum(1), torch.ones(2, 3, 3))
+
+
+def test_every_parameter_of_the_dvaes_loss_by_finite_differences() -> None:
+    """The logit-Laplace bound with beta 6.6 in float64, one parameter at a time."""
+    config = DVAEConfig(
+        pixels=2, width=1, groups=1, codebook=3, code_width=2, bottleneck=1, least_log_scale=-20
+    )
+    model = DVAE(config).double().to(memory_format=torch.contiguous_format)
+    draws = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=draws).double())
+    image = torch.rand(2, 3, 2, 2, generator=draws).double()
+    keys = torch.tensor([5, 6])
+
+    def loss() -> torch.Tensor:
+        return negative_bound(model(image, torch.tensor(0.7), keys)[0], 6.6, config)
+
+    loss().backward()
+    step, worst = 1e-6, 0.0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            for i in range(parameter.numel()):
+                flat, values = parameter.view(-1), []
+                for sign in (1, -1):
+                    flat[i] += sign * step
+                    values.append(float(loss()))
+                    flat[i] -= sign * step
+                slope = (values[0] - values[1]) / (2 * step)
+                worst = max(worst, abs(slope - float(parameter.grad.view(-1)[i])))
+    assert worst < 1e-6
+
+
+def test_noise_of_a_sample_depends_on_its_key_alone() -> None:
+    together = gumbel_noises(torch.tensor([1, 2, 1]), (3, 2, 2))
+    assert together[0].equal(together[2]) and not together[0].equal(together[1])
+    assert together[1:2].equal(gumbel_noises(torch.tensor([2]), (3, 2, 2)))

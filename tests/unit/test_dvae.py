@@ -1,8 +1,11 @@
-"""The dVAE starts with codes that the decoder hears, whatever the size of the codebook."""
+"""The dVAE's start, its views of pictures and its precisions."""
 
+import numpy as np
 import pytest
 import torch
 
+from core.keys import keyed_rng
+from data_pipeline.images import dvae_crop
 from models.config import DVAEConfig
 from models.dvae import DVAE
 
@@ -11,7 +14,7 @@ from models.dvae import DVAE
 def test_code_vectors_start_with_unit_variance(codebook: int) -> None:
     model = DVAE(DVAEConfig(codebook=codebook, width=16, bottleneck=1))
     vectors = model.decoder.input.weight[:, :, 0, 0]
-    assert 0.85 < float(vectors.std(0).mean()) < 1.1
+    assert 0.85 < float(vectors.detach().std(0).mean()) < 1.1
 
 
 @torch.no_grad()
@@ -21,3 +24,42 @@ def test_pictures_of_different_codes_differ_from_the_start(seed: int) -> None:
     codes = torch.arange(128).view(-1, 1, 1, 1) == torch.arange(128).view(1, -1, 1, 1)
     location = model.decode(codes.float().expand(128, 128, 8, 8))[0]
     assert float(location[:, :, 16, 16].std(0).min()) > 0.3
+
+
+def test_views_of_the_papers_first_listing() -> None:
+    """A view is cut from a random square that was scaled to 9/8 to 3/2 of the size, or less."""
+    ramp = np.zeros((96, 160, 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.arange(160), np.arange(96)[:, None]
+    flips, scales, lefts = set(), [], []
+    for i in range(200):
+        view = dvae_crop(ramp, 32, keyed_rng(i)).astype(int)
+        assert view.shape == (32, 32, 3)
+        slope = (view[16, -1, 0] - view[16, 0, 0]) / 31
+        flips.add(slope > 0)
+        scales.append(96 / abs(slope))
+        lefts.append(view[16, :, 0].min())
+    assert flips == {True, False}
+    assert min(scales) > 34 and max(scales) < 51 and max(scales) - min(scales) > 8
+    assert min(lefts) < 12 and max(lefts) > 64
+    small = ramp[:20, :24]
+    assert dvae_crop(small, 32, keyed_rng(0)).shape == (32, 32, 3)
+    assert (
+        dvae_crop(ramp, 32, keyed_rng(7)).tobytes() == dvae_crop(ramp, 32, keyed_rng(7)).tobytes()
+    )
+
+
+@torch.no_grad()
+def test_the_layers_beside_the_codes_stay_in_fp32() -> None:
+    model = DVAE(DVAEConfig(width=16, codebook=64))
+    kinds: dict[str, torch.dtype] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_hook(
+                lambda _, __, out, name=name: kinds.__setitem__(name, out.dtype)  # type: ignore[misc]
+            )
+    with torch.autocast("cpu", torch.bfloat16):
+        codes = model.logits(torch.rand(1, 3, 32, 32)).softmax(1)
+        mu, log_scale = model.decode(codes)
+    wide = {name for name, dtype in kinds.items() if dtype == torch.float32}
+    assert wide == {"encoder.output", "decoder.input"}
+    assert mu.dtype == log_scale.dtype == torch.float32

@@ -1,0 +1,127 @@
+"""A tokenizer of the paper's 16,384 entries on a real English corpus, and its dropout.
+
+The statistics and the speed of the dropout are those of subword-nmt, the published implementation,
+on the same merges and the same words; without dropout both must equal the `tokenizers` library.
+"""
+
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from subword_nmt.apply_bpe import encode as subword_nmt
+from tokenizers import Tokenizer
+
+from bench.glosses import INSTALL, glosses, glosses_are_there
+from data_pipeline.bpe import encode, train_bpe
+from data_pipeline.dropout import DropoutEncoder
+
+ENTRIES = 16_384
+WORDS, TEXTS, ROUNDS, RATE = 20_000, 3000, 7, 0.1
+
+
+def run() -> list[dict[str, Any]]:
+    """Rows of entries, pieces a word and words a second."""
+    if not glosses_are_there():
+        raise SystemExit(INSTALL)
+    corpus = list(glosses())
+    began = time.perf_counter()
+    tokenizer = train_bpe(corpus, ENTRIES)
+    trained = time.perf_counter() - began
+    entries = tokenizer.get_vocab_size()
+    assert entries == ENTRIES, entries
+    words = some_words(corpus, WORDS)
+    rows = [
+        {
+            "name": f"entries learnt from {len(corpus):,} glosses in {trained:.1f} s",
+            "value": entries,
+            "unit": "entries",
+            "baseline": f"exactly {ENTRIES}",
+            "ratio": entries / ENTRIES,
+            "spread": [1.0, 1.0],
+        }
+    ]
+    return [*rows, *_dropout_rows(tokenizer, words), _speed_row(tokenizer, corpus)]
+
+
+def some_words(corpus: list[str], count: int) -> list[str]:
+    """Words of a-z in the corpus' own frequencies, of two letters or more."""
+    words = [word for line in corpus for word in runs_of_letters(line) if len(word) > 1]
+    return random.Random(0).sample(words, count)
+
+
+def runs_of_letters(text: str) -> list[str]:
+    """The parts of a text that merges can happen in."""
+    return "".join(c if "a" <= c <= "z" else " " for c in text).split()
+
+
+def pieces_of_subword_nmt(tokenizer: Tokenizer, rate: float) -> Callable[[str], tuple[str, ...]]:
+    """The published implementation on this tokenizer's merges."""
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    codes = {tuple(pair): rank for rank, pair in enumerate(merges)}
+
+    def pieces(word: str) -> tuple[str, ...]:
+        found: tuple[str, ...] = subword_nmt(word, codes, {}, None, "", (0, 1), {}, None, rate)
+        return found
+
+    return pieces
+
+
+def _dropout_rows(tokenizer: Tokenizer, words: list[str]) -> list[dict[str, Any]]:
+    ids = [encode(tokenizer, word) for word in words]
+    plain, published = DropoutEncoder(tokenizer, 0.0), pieces_of_subword_nmt(tokenizer, 0.0)
+    for word, whole in zip(words, ids, strict=True):
+        assert plain.encode(whole).tolist() == whole
+        assert len(published(word)) == len(whole)
+    ours, theirs = DropoutEncoder(tokenizer, RATE), pieces_of_subword_nmt(tokenizer, RATE)
+    random.seed(0)
+    counts = [
+        [
+            sum(len(ours.encode(row, turn, i)) for i, row in enumerate(ids))
+            for turn in range(ROUNDS)
+        ],
+        [sum(len(theirs(word)) for word in words) for _ in range(ROUNDS)],
+    ]
+    pieces = [statistics.fmean(row) / len(words) for row in counts]
+    same = [a / b for a, b in zip(*counts, strict=True)]
+    without = sum(map(len, ids)) / len(words)
+    return [
+        {
+            "name": f"pieces a word at dropout {RATE} ({without:.3f} without)",
+            "value": pieces[0],
+            "unit": "pieces",
+            "baseline": f"subword-nmt {pieces[1]:.4f}, wanted within 2%",
+            "ratio": pieces[0] / pieces[1],
+            "spread": [min(same), max(same)],
+        }
+    ]
+
+
+def _speed_row(tokenizer: Tokenizer, corpus: list[str]) -> dict[str, Any]:
+    """Whole glosses: ours from their ids, with a key each; subword-nmt from their words."""
+    texts = random.Random(0).sample(corpus, TEXTS)
+    ids = [encode(tokenizer, text) for text in texts]
+    words = [runs_of_letters(text) for text in texts]
+    ours, theirs = DropoutEncoder(tokenizer, RATE), pieces_of_subword_nmt(tokenizer, RATE)
+    mine, published = [], []
+    for turn in range(ROUNDS):
+        began = time.process_time()
+        for i, row in enumerate(ids):
+            ours.encode(row, turn, i)
+        between = time.process_time()
+        for row in words:
+            for word in row:
+                theirs(word)
+        mine.append(between - began)
+        published.append(time.process_time() - between)
+    ratios = [b / a for a, b in zip(mine, published, strict=True)]
+    return {
+        "name": "glosses a second with dropout, keyed",
+        "value": TEXTS / statistics.median(mine),
+        "unit": "glosses/s",
+        "baseline": f"subword-nmt {TEXTS / statistics.median(published):.0f}, words alone, no keys",
+        "ratio": statistics.median(ratios),
+        "spread": [min(ratios), max(ratios)],
+    }

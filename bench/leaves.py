@@ -1,0 +1,42 @@
+"""Pictures with the statistics of photographs: dead leaves, occluding shaded discs of all sizes."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.files import write_atomic
+from core.keys import keyed_rng
+from data_pipeline.images import encode_png
+
+DISCS = 60
+LEAST, MOST = 2.0, 24.0
+"""Radii in pixels; their density falls with the cube of the radius, as in photographs."""
+
+
+def dead_leaves(seed: int, pixels: int = 32) -> NDArray[np.uint8]:
+    """One picture, (pixels, pixels, 3).
+
+    Source: Lee, Mumford and Huang, Occlusion models for natural images, 2001.
+    """
+    rng = keyed_rng(seed, "dead leaves")
+    y, x = np.mgrid[:pixels, :pixels].astype(np.float32)
+    base = rng.normal(0.5, 0.2, 3)
+    image = np.tile(base.astype(np.float32), (pixels, pixels, 1))
+    for _ in range(DISCS):
+        share = rng.random()
+        radius = (LEAST**-2 + share * (MOST**-2 - LEAST**-2)) ** -0.5
+        left, top = rng.uniform(-radius, pixels + radius, 2)
+        inside = (x - left) ** 2 + (y - top) ** 2 < radius**2
+        colour = rng.normal(0.5, 0.14) + rng.normal(0, 0.16, 3)
+        slope = rng.normal(0, 0.12, 2) / max(radius, 4.0)
+        shade = slope[0] * (x - left) + slope[1] * (y - top)
+        image[inside] = (colour[None, None] + shade[..., None])[inside]
+    return (image.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def write_leaves(folder: Path, count: int, pixels: int = 32) -> None:
+    """Write numbered pictures with a caption each, as `tapir pack FOLDER` reads them."""
+    for i in range(count):
+        write_atomic(folder / f"{i:06d}.png", encode_png(dead_leaves(i, pixels)))
+        write_atomic(folder / f"{i:06d}.txt", b"dead leaves")

@@ -1,0 +1,42 @@
+"""Contenders of a benchmark in processes of their own, which take turns."""
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+class Worker:
+    """A contender: what it does to threads and allocator concerns it alone."""
+
+    def __init__(self, make: Callable[[], Callable[[], Any]]) -> None:
+        """`make` runs in the process and returns what is timed; it must be importable."""
+        spawn = multiprocessing.get_context("spawn")
+        self._here, there = spawn.Pipe()
+        self._process = spawn.Process(target=_serve, args=(make, there), daemon=True)
+        self._process.start()
+        there.close()
+
+    def turn(self) -> tuple[float, Any]:
+        """Run it once more: seconds, and what it returned.
+
+        Raises: EOFError if the process died.
+        """
+        self._here.send("turn")
+        found: tuple[float, Any] = self._here.recv()
+        return found
+
+    def end(self) -> None:
+        """Ask it to end, and wait."""
+        if self._process.is_alive():
+            self._here.send("end")
+        self._process.join()
+
+
+def _serve(make: Callable[[], Callable[[], Any]], pipe: Connection) -> None:
+    work = make()
+    while pipe.recv() == "turn":
+        began = time.perf_counter()
+        found = work()
+        pipe.send((time.perf_counter() - began, found))
