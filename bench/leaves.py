@@ -1,4 +1,7 @@
-"""Pictures with the statistics of photographs: dead leaves, occluding shaded discs of all sizes."""
+"""Pictures with the edges of photographs: dead leaves, occluding shaded discs of all sizes.
+
+Their colours are all equally frequent, so that a codebook has many of them to tell apart.
+"""
 
 from pathlib import Path
 
@@ -9,8 +12,8 @@ from core.files import write_atomic
 from core.keys import keyed_rng
 from data_pipeline.images import encode_png
 
-DISCS = 60
-LEAST, MOST = 2.0, 24.0
+DISCS = 24
+LEAST, MOST = 4.0, 24.0
 """Radii in pixels; their density falls with the cube of the radius, as in photographs."""
 
 
@@ -21,14 +24,13 @@ def dead_leaves(seed: int, pixels: int = 32) -> NDArray[np.uint8]:
     """
     rng = keyed_rng(seed, "dead leaves")
     y, x = np.mgrid[:pixels, :pixels].astype(np.float32)
-    base = rng.normal(0.5, 0.2, 3)
-    image = np.tile(base.astype(np.float32), (pixels, pixels, 1))
+    image = np.tile(rng.random(3).astype(np.float32), (pixels, pixels, 1))
     for _ in range(DISCS):
         share = rng.random()
         radius = (LEAST**-2 + share * (MOST**-2 - LEAST**-2)) ** -0.5
         left, top = rng.uniform(-radius, pixels + radius, 2)
         inside = (x - left) ** 2 + (y - top) ** 2 < radius**2
-        colour = rng.normal(0.5, 0.14) + rng.normal(0, 0.16, 3)
+        colour = rng.random(3)
         slope = rng.normal(0, 0.12, 2) / max(radius, 4.0)
         shade = slope[0] * (x - left) + slope[1] * (y - top)
         image[inside] = (colour[None, None] + shade[..., None])[inside]

@@ -1,14 +1,15 @@
 """The dVAE's encoder laid out to turn many pictures into codes: channels last, 16 bits, no graph.
 
-Only the last convolution decides between codes. It runs in 16 bits as well, to find each
-position's best candidates; these alone are compared again in fp32, as the paper keeps that layer.
+In bf16, residual branches are in 16 bits, while the identity path and the first convolution, which
+reads the pixels, stay in fp32 (the paper, appendix D, does so in the transformer): bf16 has fewer
+steps than a pixel. The last convolution, which decides between codes, runs in 16 bits to find
+each position's best candidates; these alone are compared again in fp32.
 """
 
 import copy
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.dvae import DVAE, ResidualBlock
@@ -34,7 +35,9 @@ class CodeReader:
         assert isinstance(self._output, nn.Conv2d)
         self._weight = self._output.weight.flatten(1)
         if self._half:
-            self._body.to(torch.bfloat16)
+            for block in self._body:
+                if isinstance(block, ResidualBlock):
+                    block.convs.to(torch.bfloat16)
             self._weight16 = self._weight.to(torch.bfloat16)
 
     @property
@@ -50,12 +53,13 @@ class CodeReader:
         if not self._half:
             logits: Tensor = self._output(self._states(x))
             return logits.argmax(1).flatten(1)
-        states = self._states(x.to(torch.bfloat16)).permute(0, 2, 3, 1).flatten(0, 2)
+        states = self._states(x).permute(0, 2, 3, 1).flatten(0, 2)
         assert self._output.bias is not None
-        rough = torch.addmm(self._output.bias.to(torch.bfloat16), states, self._weight16.T)
+        bias = self._output.bias.to(torch.bfloat16)
+        rough = torch.addmm(bias, states.to(torch.bfloat16), self._weight16.T)
         count = min(CANDIDATES, rough.shape[1])
         best = rough.topk(count, 1, sorted=False).indices
-        logits = torch.einsum("pd,pkd->pk", states.float(), self._weight[best])
+        logits = torch.einsum("pd,pkd->pk", states, self._weight[best])
         logits += self._output.bias[best]
         chosen = best.gather(1, logits.argmax(1, keepdim=True))
         return chosen.view(len(image), -1)
@@ -69,8 +73,9 @@ class CodeReader:
 
 def _residual(x: Tensor, block: ResidualBlock) -> Tensor:
     """The block, whose gain is in its last convolution."""
-    h = F.relu(x)
+    h = x.to(block.convs[0].weight.dtype, copy=True).relu_()
     for conv in block.convs[:-1]:
         h = conv(h).relu_()
-    out: Tensor = block.convs[-1](h).add_(block.identity(x))
+    out: Tensor = block.identity(x)
+    out = out.add_(block.convs[-1](h))
     return out

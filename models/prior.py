@@ -18,7 +18,7 @@ from models.config import PriorConfig
 from models.draws import init_normal
 from models.flex import flexible_attention
 from models.masks import full_mask, layer_kind
-from parallel.engines.protocol import Layer
+from parallel.engines.protocol import Layer, Recomputed
 from parallel.scales import Branch
 from parallel.tensor.layers import ColumnLinear, RowLinear, VocabularyEmbedding, VocabularyHead
 from parallel.tensor.ops import TensorParallel
@@ -76,7 +76,7 @@ class PriorEmbedding(nn.Module):
         return both.reshape(grid * grid, -1)
 
 
-class PriorBlock(nn.Module):
+class PriorBlock(Recomputed):
     """An attention resblock and an MLP resblock, normalised on the way in.
 
     Keys have no bias: it would shift all logits of a query alike, which softmax does not see, and
@@ -103,8 +103,15 @@ class PriorBlock(nn.Module):
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.run_branch(self._transform, self.run_branch(self._look_back, x))
+
+    def _look_back(self, x: Tensor) -> Tensor:
+        """The attention resblock."""
         q, k, v = self._heads(self.attention_branch.enter(x))
-        x = x + self.attention_branch.leave(self._join(self._attend(q, k, v)))
+        return x + self.attention_branch.leave(self._join(self._attend(q, k, v)))
+
+    def _transform(self, x: Tensor) -> Tensor:
+        """The MLP resblock."""
         return x + self.mlp_branch.leave(self._mlp(self.mlp_branch.enter(x)))
 
     def branches(self) -> dict[str, tuple[Branch, list[nn.Parameter]]]:

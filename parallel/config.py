@@ -193,7 +193,7 @@ class EngineConfig:
     accumulate: int = 1
     """Micro-batches a step, on each replica."""
     recompute: bool = False
-    """Recompute each layer's activations in the backward pass instead of keeping them."""
+    """Recompute each resblock's activations in the backward pass instead of keeping them."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """bf16: matmuls in bf16 with fp32 accumulation. fp16: residual branches in fp16, each with a
     gradient scale of its own; emulated on CPUs. In both, weights, moments, norms, logits and

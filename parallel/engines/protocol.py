@@ -60,6 +60,19 @@ class EngineSettings:
     """Decides about each update; shared with the loop."""
 
 
+class Recomputed(nn.Module):
+    """A layer that can run its residual branches again in the backward pass, one at a time."""
+
+    recompute = False
+
+    def run_branch(self, branch: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The branch, of which only the input is kept if `recompute` is set."""
+        if self.recompute and torch.is_grad_enabled():
+            found: Tensor = checkpoint(branch, x, use_reentrant=False)
+            return found
+        return branch(x)
+
+
 class Stage(nn.Module):
     """Some consecutive layers of a program, in the run's precision."""
 
@@ -67,7 +80,9 @@ class Stage(nn.Module):
         super().__init__()
         self.layers = nn.ModuleDict({layer.name: layer.build() for layer in layers})
         self._precision = engine.precision
-        self._recompute = engine.recompute
+        for built in self.layers.values():
+            if isinstance(built, Recomputed):
+                built.recompute = engine.recompute
         self.scales: dict[str, Scale] = {}
         """The gradient scale of each residual branch, in fp16 alone."""
         if engine.precision == "fp16":
@@ -86,10 +101,7 @@ class Stage(nn.Module):
         enabled = half or self._precision == "bf16"
         with torch.autocast(first.device.type, dtype, enabled=enabled):
             for layer in self.layers.values():
-                if self._recompute and isinstance(state, Tensor) and torch.is_grad_enabled():
-                    state = checkpoint(layer, state, use_reentrant=False)
-                else:
-                    state = layer(state)
+                state = layer(state)
         return state
 
     def global_names(self) -> dict[str, nn.Parameter]:
