@@ -232,7 +232,7 @@ class Worker:
             return
         raise InputError(
             f"{self._tokens.url} holds tokens of other pairs, or of another dVAE, tokenizer, block "
-            "size or number of variants; choose an empty place for the tokens"
+            "size, precision or number of variants; choose an empty place for the tokens"
         )
 
 

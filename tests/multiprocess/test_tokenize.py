@@ -58,3 +58,5 @@ def test_tokens_of_another_dvae_are_refused(
 ) -> None:
     job = ["tokenize", str(raw), str(tokens), f"--bpe={bpe}", f"--dvae={dvae}", "--block=16"]
     assert "of another dVAE, tokenizer, block size" in tapir(*job, code=2)
+    job[-1:] = ["--block=8", "--precision=bf16"]
+    assert "of another dVAE, tokenizer, block size" in tapir(*job, code=2)

@@ -6,6 +6,7 @@ import torch
 
 from core.keys import keyed_rng
 from data_pipeline.images import dvae_crop
+from models.codes import CodeReader
 from models.config import DVAEConfig
 from models.dvae import DVAE
 
@@ -63,3 +64,18 @@ def test_the_layers_beside_the_codes_stay_in_fp32() -> None:
     wide = {name for name, dtype in kinds.items() if dtype == torch.float32}
     assert wide == {"encoder.output", "decoder.input"}
     assert mu.dtype == log_scale.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_codes_of_the_reader_are_the_models() -> None:
+    """In fp32 all of them; in bf16 all but near ties, and then one of the model's best."""
+    config = DVAEConfig(width=16, blocks=2, groups=3, codebook=300, bottleneck=4, gain=0.0)
+    model = DVAE(config).eval()
+    image = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    wanted, logits = model.tokens(image), model.logits(image).permute(0, 2, 3, 1).flatten(1, 2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert CodeReader(model).codes(image).equal(wanted)
+    half = CodeReader(model, "bf16").codes(image)
+    lost = logits.amax(-1) - logits.gather(-1, half[..., None])[..., 0]
+    assert float((half == wanted).float().mean()) > 0.95 and float(lost.max()) < 0.05
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
