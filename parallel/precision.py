@@ -21,7 +21,9 @@ def choose_matmul_precision(wanted: str) -> str:
 
 def _error(precision: str) -> float:
     torch.set_float32_matmul_precision(precision)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     draws = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(PROBE_SIZE, PROBE_SIZE, generator=draws) for _ in range(2))
+    shape = (PROBE_SIZE, PROBE_SIZE)
+    a, b = (torch.randn(shape, generator=draws).to(device) for _ in range(2))
     exact = a.double() @ b.double()
     return float(((a @ b).double() - exact).norm() / exact.norm())
