@@ -9,7 +9,7 @@ from core.errors import EXIT_FAILED, EXIT_WRONG_INPUT, TapirError, of_files
 VERBS = {
     "demo": ("generation.commands:demo", "the whole way on this machine; ends with report.html"),
     "pack": ("data_pipeline.commands:pack", "raw pairs -> shards in a store, split by key"),
-    "train": ("training.commands:train", "train dvae | bpe | prior | clip PRESET"),
+    "train": ("training.train:train", "train dvae | bpe | prior | clip PRESET"),
     "tokenize": ("training.commands:tokenize", "raw shards -> token shards; --worker i/n"),
     "status": ("data_pipeline.commands:status", "how far a token job is, over all its workers"),
     "sample": ("generation.commands:sample", "captions -> candidates, reranked, as a PNG grid"),

@@ -20,7 +20,8 @@ from core.settings import from_json
 from models.config import PriorConfig
 from models.prior import COMPRESSED, prior_layers, prior_loss
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, OptimConfig
-from parallel.engines.catalogue import build_engine, modules_of
+from parallel.engines.catalogue import build_engine
+from parallel.engines.names import modules_of
 from parallel.engines.protocol import Batch, Engine, EngineSettings, Losses, Program
 from parallel.ledger import Ledger, recorded
 from parallel.mesh import Mesh, build_mesh

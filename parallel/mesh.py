@@ -13,11 +13,11 @@ import torch.distributed as dist
 
 from core.errors import TapirError
 from parallel.config import MeshConfig
+from parallel.engines.names import MEGATRON
 from parallel.tensor.ops import TensorParallel
 from parallel.world import World
 
 AXES = ("pipeline", "data", "tensor")
-MEGATRON = "parallel.tensor.megatron"
 """Imported only by meshes that need it: it takes seconds."""
 
 

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.launched import mpi_size, srun_size
+
 TIMEOUT = timedelta(minutes=10)
 
 
@@ -52,21 +54,6 @@ class World:
         found: list[str] = [""] * self.size
         dist.all_gather_object(found, text, group=group)
         return found
-
-
-def mpi_size(environment: Mapping[str, str] = os.environ) -> int:
-    """Ranks that an mpirun started, 0 if none did."""
-    for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):
-        if name in environment:
-            return int(environment[name])
-    return 0
-
-
-def srun_size(environment: Mapping[str, str] = os.environ) -> int:
-    """Ranks that an srun started, 0 if none did; a batch script alone is none."""
-    if "SLURM_STEP_ID" not in environment or "SLURM_PROCID" not in environment:
-        return 0
-    return int(environment.get("SLURM_STEP_NUM_TASKS", "0"))
 
 
 def join_world() -> World:

@@ -1,6 +1,5 @@
-"""The verbs train, tokenize, export, import, verify, seen, batch, diverge and replay."""
+"""The verbs tokenize, export, import, verify, seen, batch, diverge and replay."""
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,7 +8,7 @@ import tyro
 
 from checkpoint.format import MANIFEST
 from checkpoint.reader import finished_steps, open_checkpoint
-from core.cli import parse, parse_over, print_json
+from core.cli import parse, print_json
 from core.errors import InputError
 from core.log import LOG
 from core.memory import keep_freed_memory
@@ -25,33 +24,10 @@ from data_pipeline.verify import verify_split
 from models.codes import CodeReader
 from training.export import DESCRIPTION, load_dvae, model_is_whole, read_model
 from training.history import History
-from training.main import train_stage, train_tokenizer
 from training.openai_dvae import export_dvae, import_dvae
-from training.presets import PRESETS
 
 Source = Annotated[str, tyro.conf.Positional]
 _FLAT = tyro.conf.OmitArgPrefixes
-
-
-def train(arguments: list[str]) -> None:
-    """`tapir train STAGE PRESET [flags]`."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_train_help())
-        if not arguments:
-            raise InputError("name a stage and a preset, e.g. tapir train prior tiny")
-        return
-    stage, *rest = arguments
-    _choose("stage", stage, PRESETS)
-    if not rest or rest[0].startswith("-"):
-        rest = ["tiny", *rest]
-    preset, *flags = rest
-    _choose(f"{stage} preset", preset, PRESETS[stage])
-    function = PRESETS[stage][preset]
-    settings = parse_over(function(), flags, f"train {stage} {preset}", function.__doc__)
-    if stage == "bpe":
-        train_tokenizer(settings)
-    else:
-        train_stage(stage, settings)
 
 
 def tokenize(arguments: list[str]) -> None:
@@ -308,25 +284,3 @@ def _verify_checkpoints(root: str) -> list[str]:
     for name in sorted(found - {f"step-{step}" for step in steps}):
         LOG.warning("%s/%s has no manifest: it was never finished, and is not checked", root, name)
     return [open_checkpoint(f"{root}/step-{step}").url for step in steps]
-
-
-def _choose(what: str, name: str, known: dict[str, object]) -> None:
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"there is no {what} {name!r}{hint} (known: {', '.join(known)})")
-
-
-def _train_help() -> str:
-    rows = [
-        f"  tapir train {stage:<5} {preset:<10} {function.__doc__}"
-        for stage, presets in PRESETS.items()
-        for preset, function in presets.items()
-    ]
-    return (
-        "usage: tapir train STAGE PRESET [flags]\n\n"
-        + "\n".join(rows)
-        + "\n\nEvery field of a preset is a flag: tapir train prior tiny --help. Ranks are\n"
-        "spawned for the preset's mesh, or joined under torchrun and mpirun. The same\n"
-        "command resumes."
-    )

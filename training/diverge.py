@@ -24,7 +24,7 @@ from core.errors import InputError
 from core.heartbeat import Heart
 from core.settings import from_json, to_json
 from core.store import open_store
-from parallel.engines.catalogue import modules_of
+from parallel.engines.names import modules_of
 from parallel.ledger import recorded
 from parallel.mesh import build_mesh
 from parallel.world import join_world, leave_world

@@ -19,7 +19,7 @@ import training.rank
 import training.tasks
 from cluster.supervisor import supervise
 from core.settings import to_json
-from parallel.engines.catalogue import modules_of
+from parallel.engines.names import modules_of
 from training.config import PriorTrain
 from training.main import PRELOAD
 

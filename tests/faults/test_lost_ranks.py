@@ -18,7 +18,7 @@ from bench.parity import CASES
 from cluster.launcher import launch
 from core.errors import RankError
 from core.keys import key_int
-from parallel.engines.catalogue import modules_of
+from parallel.engines.names import modules_of
 
 EVERYTHING = os.environ.get("TAPIR_LOST_RANKS") == "all"
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP)

@@ -19,10 +19,11 @@ from parallel.compress.powersgd import MatrixShard, shard_rank
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, ModelSizes, OptimConfig
 from parallel.engines.common import Compressor
 from parallel.engines.protocol import EngineSettings
+from parallel.launched import srun_size
 from parallel.mesh import Group, axis_ranks
 from parallel.placement import Placement, placement_of, rows_of
 from parallel.tensor.ops import TensorParallel
-from parallel.world import srun_ranks, srun_size
+from parallel.world import srun_ranks
 
 
 class _Rank(TensorParallel):

@@ -1,0 +1,35 @@
+"""Which launcher started the ranks, by its environment variables; imports no torch."""
+
+import os
+from collections.abc import Mapping
+
+from core.errors import InputError
+
+
+def ranks_given(environment: Mapping[str, str] = os.environ) -> int | None:
+    """How many ranks torchrun, mpirun, srun or our launcher started; None if nobody did.
+
+    Raises: InputError if a variable holds no number.
+    """
+    for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):
+        if name in environment:
+            text = environment[name]
+            if not (text.isdigit() and int(text) > 0):
+                raise InputError(f"{name}={text!r} in the environment is no number of ranks")
+            return int(text)
+    return srun_size(environment) or None
+
+
+def mpi_size(environment: Mapping[str, str] = os.environ) -> int:
+    """Ranks that an mpirun started, 0 if none did."""
+    for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):
+        if name in environment:
+            return int(environment[name])
+    return 0
+
+
+def srun_size(environment: Mapping[str, str] = os.environ) -> int:
+    """Ranks that an srun started, 0 if none did; a batch script alone is none."""
+    if "SLURM_STEP_ID" not in environment or "SLURM_PROCID" not in environment:
+        return 0
+    return int(environment.get("SLURM_STEP_NUM_TASKS", "0"))

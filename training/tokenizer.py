@@ -1,0 +1,42 @@
+"""Learning the tokenizer: the one stage that is no loop over batches."""
+
+from collections.abc import Iterator
+from itertools import islice
+
+from core.errors import ConfigError
+from core.log import LOG
+from core.settings import check
+from core.store import open_store
+from data_pipeline.bpe import save_tokenizer, train_bpe
+from data_pipeline.captions import clean_caption
+from data_pipeline.raw import RawSource
+from data_pipeline.stream import stored_records
+from parallel.launched import ranks_given
+from training.config import BPETrain
+
+
+def train_tokenizer(settings: BPETrain) -> None:
+    """Learn merges from captions and write tokenizer.json."""
+    check(settings.problems())
+    if (ranks_given() or 1) > 1:
+        raise ConfigError("train bpe is one process; start it without mpirun or torchrun")
+    captions = islice(_captions(settings), settings.most_captions)
+    tokenizer = train_bpe(captions, settings.vocabulary)
+    entries = tokenizer.get_vocab_size()
+    if entries < settings.vocabulary:
+        LOG.warning(
+            "the captions have merges for %d entries only, not %d", entries, settings.vocabulary
+        )
+    save_tokenizer(tokenizer, settings.out)
+    LOG.info("captions -> %s with %d entries", settings.out, entries)
+
+
+def _captions(settings: BPETrain) -> Iterator[str]:
+    if settings.texts is None:
+        source = RawSource(open_store(settings.data), "train")
+        yield from (record.caption for record in stored_records(source))
+        return
+    with open(settings.texts, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield clean_caption(line, f"{settings.texts}, line {number}")
