@@ -14,6 +14,7 @@ for all.
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -132,6 +133,8 @@ def _write(pythons: dict[str, str]) -> None:
     done = FOLDER / "written"
     if done.exists():
         return
+    for name in ("tapir", "litdata", "mosaic", "webdataset-one", "webdataset-two"):
+        shutil.rmtree(FOLDER / name, ignore_errors=True)  # of a run that was cut off
     write_tokens(FolderStore(FOLDER / "tapir"), SHARDS, RECORDS, BLOCK)
     parts = [records_of(shard, RECORDS, 1024, 256) for shard in range(SHARDS)]
     rows = [np.concatenate([part.image, part.text.reshape(RECORDS, 256)], 1) for part in parts]
