@@ -5,9 +5,11 @@ Imports no torch: a process that only starts ranks has no use for it.
 
 import importlib
 import json
+import os
 from typing import Any
 
 from cluster.supervisor import supervise
+from core.errors import ConfigError
 from core.settings import check, from_json, to_json
 from core.stop import heed_stop_signals
 from parallel.engines.names import modules_of
@@ -19,6 +21,7 @@ SETTINGS: dict[str, type[StageConfig]] = {
     "prior": PriorTrain,
     "clip": ClipTrain,
 }
+RANKS_A_CORE = 16
 PRELOAD = ["torch", "torch.distributed", "training.rank"]
 
 
@@ -32,12 +35,24 @@ def train_stage(stage: str, settings: StageConfig) -> None:
     heed_stop_signals()
     payload = json.dumps({"stage": stage, "settings": to_json(settings)})
     if started is None and settings.mesh.world > 1:
+        _refuse_too_many(settings.mesh.world)
         model_parallel = settings.mesh.world > settings.mesh.data
         preload = [*PRELOAD, *modules_of(settings.engine.name, model_parallel)]
         supervisor, reports = settings.supervisor, settings.out / "hang"
         supervise("training.rank:run", payload, settings.mesh.world, preload, supervisor, reports)
         return
     importlib.import_module("training.rank").run(payload)
+
+
+def _refuse_too_many(world: int) -> None:
+    """Raise ConfigError for a mesh that is meant for a cluster, not for ranks of this machine."""
+    cores = os.cpu_count() or 1
+    if world > RANKS_A_CORE * cores:
+        raise ConfigError(
+            f"the mesh needs {world} ranks, too many for the {cores} cores of this machine; "
+            "start them with srun, mpirun or torchrun on a cluster, or give a smaller mesh, e.g. "
+            "--mesh.data 1 --mesh.tensor 1 --mesh.pipeline 1 --engine.name reference"
+        )
 
 
 def parse_payload(payload: str) -> tuple[str, Any]:

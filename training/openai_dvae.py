@@ -8,13 +8,15 @@ loading a pickle runs what is in it. Source: openai/DALL-E, dall_e/encoder.py an
 import re
 from pathlib import Path
 
+import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from core.errors import ConfigError, CorruptError, InputError
+from core.errors import ConfigError, InputError
 from core.files import write_atomic
 from core.settings import check
 from models.config import DVAEConfig
+from models.dvae import build_decoder, build_encoder
 from training.export import read_model, write_model
 
 PARTS = ("encoder", "decoder")
@@ -63,6 +65,7 @@ def import_dvae(folder: Path, out: Path, pixels: int) -> DVAEConfig:
     }
     config = _sizes(tensors, folder, pixels)
     check(config.problems())
+    _refuse_misfits(config, tensors, folder)
     write_model(out, "dvae", vars(config), {"imported": "openai-dvae"}, tensors)
     return config
 
@@ -74,6 +77,31 @@ def _foreign_sizes(config: DVAEConfig) -> list[str]:
         for name, value in wanted.items()
         if getattr(config, name) != value
     ]
+
+
+def _refuse_misfits(config: DVAEConfig, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Raise InputError unless these are exactly the tensors of a dVAE of these sizes, finite."""
+    with torch.device("meta"):
+        parts = {"encoder": build_encoder(config), "decoder": build_decoder(config)}
+    wanted = {
+        f"{_PREFIX}{part}.{name}": parameter.shape
+        for part, network in parts.items()
+        for name, parameter in network.named_parameters()
+    }
+    found = {name: value.shape for name, value in tensors.items()}
+    if wrong := sorted(n for n in {*wanted, *found} if wanted.get(n) != found.get(n)):
+        name = wrong[0]
+        raise InputError(
+            f"{folder} holds no encoder and decoder of one dVAE: {len(wrong)} tensors do not fit, "
+            f"such as {name.removeprefix(_PREFIX)}, {_shape(found.get(name))} instead of "
+            f"{_shape(wanted.get(name))}; give the two files of one dVAE"
+        )
+    if broken := sorted(n for n, value in tensors.items() if not value.isfinite().all()):
+        raise InputError(f"{folder}: {broken[0].removeprefix(_PREFIX)} holds values like NaN")
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "x".join(map(str, shape)) if shape is not None else "missing"
 
 
 def _theirs(name: str) -> str:
@@ -109,7 +137,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         return load(path.read_bytes())
     except Exception as error:  # the library raises nothing more precise
-        raise CorruptError(f"{path} is no safetensors file: {error}") from error
+        raise InputError(
+            f"{path} is no whole safetensors file ({error}); write or copy it again"
+        ) from error
 
 
 def _sizes(tensors: dict[str, Tensor], folder: Path, pixels: int) -> DVAEConfig:
@@ -121,7 +151,7 @@ def _sizes(tensors: dict[str, Tensor], folder: Path, pixels: int) -> DVAEConfig:
     if not all(name in tensors and tensors[name].dim() == 4 for name in ends):
         raise InputError(f"{folder} lacks the input layers of the dall_e package's dVAE")
     names = [name for name in tensors if name.startswith(f"{_PREFIX}encoder.g0b")]
-    config = DVAEConfig(
+    return DVAEConfig(
         pixels=pixels,
         width=tensors[ends[0]].shape[0],
         groups=GROUPS,
@@ -133,4 +163,3 @@ def _sizes(tensors: dict[str, Tensor], folder: Path, pixels: int) -> DVAEConfig:
         least_log_scale=-20.0,
         start="paper",
     )
-    return config

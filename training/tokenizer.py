@@ -1,9 +1,9 @@
 """Learning the tokenizer: the one stage that is no loop over batches."""
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 
-from core.errors import ConfigError
+from core.errors import ConfigError, InputError
 from core.log import LOG
 from core.settings import check
 from core.store import open_store
@@ -16,12 +16,18 @@ from training.config import BPETrain
 
 
 def train_tokenizer(settings: BPETrain) -> None:
-    """Learn merges from captions and write tokenizer.json."""
+    """Learn merges from captions and write tokenizer.json.
+
+    Raises: InputError if there is no caption.
+    """
     check(settings.problems())
     if (ranks_given() or 1) > 1:
         raise ConfigError("train bpe is one process; start it without mpirun or torchrun")
     captions = islice(_captions(settings), settings.most_captions)
-    tokenizer = train_bpe(captions, settings.vocabulary)
+    first = next(captions, None)
+    if first is None:
+        raise InputError(f"{settings.texts or settings.data} holds no caption; give a larger one")
+    tokenizer = train_bpe(chain([first], captions), settings.vocabulary)
     entries = tokenizer.get_vocab_size()
     if entries < settings.vocabulary:
         LOG.warning(

@@ -69,3 +69,6 @@ def test_a_text_file_can_be_learnt_from(tmp_path: Path) -> None:
     texts.write_bytes(b"a red circle\n\xff\xfe\n")
     text = tapir("train", "bpe", "tiny", f"--texts={texts}", f"--out={out}", code=2)
     assert "line 2 is not UTF-8" in text
+    texts.write_bytes(b"\n \n")
+    text = tapir("train", "bpe", "tiny", f"--texts={texts}", f"--out={out}", code=2)
+    assert "holds no caption" in text

@@ -6,8 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from core.errors import InputError
 from tests.harness import tapir
 from training.export import load_dvae
+from training.openai_dvae import PARTS, import_dvae
 
 SIZES = ["--model.groups=4", "--model.bottleneck=4", "--model.gain=0", "--model.blocks=2"]
 
@@ -69,3 +71,28 @@ def test_what_does_not_fit_is_refused(dvae: Path, tmp_path: Path) -> None:
         save_file({"blocks.evil": torch.zeros(1)}, tmp_path / f"{part}.safetensors")
     text = tapir("import", str(tmp_path), str(tmp_path / "y"), code=2)
     assert "it has a tensor 'blocks.evil'" in text
+
+
+@pytest.mark.slow
+def test_files_that_are_not_one_dvae_are_refused(
+    exported: tuple[Path, Path], tmp_path: Path
+) -> None:
+    whole = {part: load_file(exported[1] / f"{part}.safetensors") for part in PARTS}
+    name = "blocks.group_1.block_1.res_path.conv_2.w"
+    few = {k: v[:32] if k.startswith("blocks.output") else v for k, v in whole["encoder"].items()}
+    less = {k: v for k, v in whole["encoder"].items() if k != name}
+    broken = {**whole["encoder"], name: torch.full_like(whole["encoder"][name], torch.nan)}
+    cases = [
+        ({"encoder": whole["decoder"], "decoder": whole["encoder"]}, "tensors do not fit"),
+        ({**whole, "encoder": few}, "output.bias, 32 instead of 64"),
+        ({**whole, "encoder": less}, "missing instead of"),
+        ({**whole, "encoder": broken}, "holds values like NaN"),
+    ]
+    for tensors, reason in cases:
+        for part in PARTS:
+            save_file(tensors[part], tmp_path / f"{part}.safetensors")
+        with pytest.raises(InputError, match=reason):
+            import_dvae(tmp_path, tmp_path / "run", 32)
+    (tmp_path / "decoder.safetensors").write_bytes(b"1234567")
+    with pytest.raises(InputError, match="is no whole safetensors file"):
+        import_dvae(tmp_path, tmp_path / "run", 32)
