@@ -1,9 +1,12 @@
-"""Learning rate and plateaus as functions of the step."""
+"""Learning rate and plateaus as functions of the step; settings that cannot be run."""
 
 import pytest
 
-from parallel.config import OptimConfig
+from core.errors import ConfigError
+from data_pipeline.config import OrderConfig
+from parallel.config import MeshConfig, OptimConfig
 from training.config import LoopConfig, PriorTrain
+from training.main import train_stage
 from training.schedules import Plateau, learning_rate
 
 OPTIM = OptimConfig(lr=1.0, final_lr=0.1, warmup=10, halvings=2, patience=2, least_gain=0.01)
@@ -51,3 +54,12 @@ def test_a_plateau_survives_a_checkpoint() -> None:
 def test_plateaus_need_validations() -> None:
     settings = PriorTrain(optim=OPTIM, loop=LoopConfig(validate_every=0))
     assert any("optim.halvings needs validations" in problem for problem in settings.problems())
+
+
+def test_a_mesh_for_a_cluster_is_not_started_on_one_machine() -> None:
+    world = 2**20
+    settings = PriorTrain(
+        loop=LoopConfig(batch=world), mesh=MeshConfig(data=world), order=OrderConfig(lanes=world)
+    )
+    with pytest.raises(ConfigError, match=f"needs {world} ranks, too many for the"):
+        train_stage("prior", settings)
