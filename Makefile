@@ -9,7 +9,8 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
 # program or file:package
-SYSTEM := npm:npm ip:iproute2 /usr/share/wordnet/data.noun:wordnet-base
+SYSTEM := npm:npm ip:iproute2 /usr/share/wordnet/data.noun:wordnet-base \
+	/usr/sbin/slurmctld:slurm-wlm /usr/sbin/munged:munge
 
 .PHONY: install system demo test test-fast check faults soak matrix slurm bench clean
 
@@ -81,5 +82,5 @@ bench: $(DEV_STAMP) system
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
 
-slurm:
-	@echo "submission to Slurm is not built yet (issue '6 of 7'); see docs/LOG.md"; exit 2
+slurm: $(DEV_STAMP) system
+	TAPIR_SLURM=all $(BIN)/python -m pytest tests/slurm

@@ -29,6 +29,15 @@ def die_with(sentinel: Any) -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
+def is_alive(pid: int) -> bool:
+    """Say whether a process (Linux) is there and no zombie."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
 def is_stopped(pid: int) -> bool:
     """Say whether a process (Linux) was stopped by a signal."""
     try:

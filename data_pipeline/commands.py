@@ -1,4 +1,4 @@
-"""The verbs pack and status."""
+"""The verb pack."""
 
 from typing import Annotated
 
@@ -9,7 +9,6 @@ from core.log import LOG
 from core.store import open_store
 from data_pipeline import pack as packing
 from data_pipeline.config import PackConfig
-from data_pipeline.tokenize.status import describe_status, job_status
 
 Place = Annotated[str, tyro.conf.Positional]
 _FLAT = tyro.conf.OmitArgPrefixes
@@ -47,21 +46,3 @@ def pack(arguments: list[str]) -> None:
             print_json({**counts, "rejects": rejects})
 
     parse(run, arguments, "pack")
-
-
-def status(arguments: list[str]) -> None:
-    """`tapir status TOKENS`."""
-
-    def run(tokens: Place, json: bool = False) -> None:
-        """Say how far a token job is, over all its workers.
-
-        Args:
-            tokens: s3://bucket/prefix or a folder that `tapir tokenize` writes to
-            json: print a JSON object on the last line
-        """
-        rows = job_status(open_store(tokens))
-        LOG.info("%s", describe_status(rows))
-        if json:
-            print_json({row.split: row for row in rows})
-
-    parse(run, arguments, "status")

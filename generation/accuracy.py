@@ -19,8 +19,8 @@ from core.log import progress
 from data_pipeline.raw import RawRecord
 from data_pipeline.sources.shapes import matches, parse_caption
 from data_pipeline.tokenize.encode import pictures_of
+from generation.config import SampleConfig
 from generation.pictures import Candidates, Studio, to_bytes
-from generation.sampling import SampleConfig
 
 CHUNK = 32
 """Captions drawn between two progress updates."""

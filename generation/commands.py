@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from cluster.jobs import CHAIN
 from core.cli import parse, print_json
 from core.errors import ConfigError
 from core.files import refuse_folder, write_atomic
@@ -15,8 +16,7 @@ from core.settings import check
 from core.store import open_store
 from data_pipeline.captions import clean_caption
 from data_pipeline.images import encode_png
-from generation.config import DemoConfig, OverlapConfig
-from generation.sampling import SampleConfig
+from generation.config import DemoConfig, EvaluateConfig, OverlapConfig, SampleConfig
 
 Text = Annotated[str, tyro.conf.Positional]
 _FLAT = tyro.conf.OmitArgPrefixes
@@ -96,8 +96,7 @@ def evaluate(arguments: list[str]) -> None:
         dvae: Path = Path("runs/dvae"),
         clip: Path = Path("runs/clip"),
         bpe: Path = Path("runs/bpe"),
-        prompts: int = 256,
-        config: Annotated[SampleConfig, _FLAT] = SampleConfig(),  # noqa: B008
+        config: Annotated[EvaluateConfig, _FLAT] = EvaluateConfig(),  # noqa: B008
     ) -> None:
         """Draw pictures for held-out captions; on shapes, check all attributes for best-of-N.
 
@@ -108,18 +107,17 @@ def evaluate(arguments: list[str]) -> None:
             dvae: run folder of a finished dVAE
             clip: run folder of a finished CLIP
             bpe: folder of tokenizer.json
-            prompts: held-out captions, at most
             config: settings
         """
         from generation import evaluate as evaluation  # noqa: PLC0415
         from generation.pictures import open_studio  # noqa: PLC0415
 
-        if prompts < 1:
+        if config.prompts < 1:
             raise ConfigError("--prompts must be at least 1")
         out.mkdir(parents=True, exist_ok=True)
         studio = open_studio(prior, dvae, clip, bpe)
         settings = replace(config, keep_rows=0)
-        figures = evaluation.evaluate(studio, data, out, prompts, settings)
+        figures = evaluation.evaluate(studio, data, out, config.prompts, settings)
         print_json({"caption_accuracy": figures})
 
     parse(run, arguments, "evaluate")
@@ -164,13 +162,16 @@ def report(arguments: list[str]) -> None:
     """`tapir report DIR`."""
 
     def run(folder: Text = "runs/demo") -> None:
-        """Write a demo folder's report.html again.
+        """Write report.html of a demo, or of a submitted run, whose stages have ended.
 
         Args:
-            folder: what `tapir demo --out` was given
+            folder: what `tapir demo --out` was given, or the `out` of a run file
         """
         from generation.report import write_report  # noqa: PLC0415
+        from generation.summary import summarise_chain  # noqa: PLC0415
 
+        if (Path(folder) / CHAIN).exists():
+            summarise_chain(Path(folder))
         LOG.info("report: %s", write_report(Path(folder)))
 
     parse(run, arguments, "report")

@@ -1,5 +1,6 @@
-"""Settings of the demo and of the overlap pass; imports no torch."""
+"""Settings of the demo, of sampling and of the overlap pass; imports no torch."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -52,3 +53,43 @@ class OverlapConfig:
         if not 0 < self.threshold <= 1 or self.batch < 1:
             found.append("threshold must lie in (0, 1], and batch be at least 1")
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """How candidates are drawn."""
+
+    candidates: int = 16
+    """Pictures drawn for a caption, before reranking."""
+    temperature: float = 1.0
+    """Divides the logits; 0 = the most likely code."""
+    top_k: int = 0
+    """Codes that may be drawn, at each position; 0 = all."""
+    seed: int = 0
+    """Seed of the draws; candidate c of a caption is the same whatever the batch."""
+    batch: int = 128
+    """Candidates decoded together."""
+    keep_rows: int = 0
+    """Rows of tokens kept from an image prompt."""
+
+    def problems(self, grid: int) -> list[str]:
+        found = []
+        if self.candidates < 1 or self.batch < 1:
+            found.append("candidates and batch must be at least 1")
+        if not 0 <= self.temperature < math.inf or self.top_k < 0:
+            found.append("temperature and top_k must be numbers that are not negative")
+        if not 0 <= self.keep_rows < grid:
+            found.append(f"keep_rows={self.keep_rows} must leave rows to draw; try 0 to {grid - 1}")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(SampleConfig):
+    """How a model is judged."""
+
+    prompts: int = 256
+    """Held-out captions, at most."""
+
+    def problems(self, grid: int = 1) -> list[str]:
+        found = super().problems(grid)
+        return found if self.prompts > 0 else [*found, "prompts must be at least 1"]

@@ -16,7 +16,7 @@ from core.log import LOG
 from core.s3 import S3Store
 from generation.config import DemoConfig
 from generation.report import write_report
-from training.run_folder import read_metrics
+from generation.summary import summarise
 
 BUCKET = "tapir-demo"
 RAW, TOKENS = f"s3://{BUCKET}/raw", f"s3://{BUCKET}/tokens"
@@ -58,7 +58,8 @@ def run_demo(config: DemoConfig) -> Path:
             _run(stage, folder, server)
     seconds = _seconds(folder)
     LOG.info("all stages in %.0f s", time.monotonic() - began)
-    summary = summarise(config, seconds, stages)
+    commands = ["tapir " + " ".join(c) for stage in stages for c in stage.commands]
+    summary = summarise(folder, config.data, config.size, commands, seconds)
     write_atomic(folder / "summary.json", canonical_json(summary))
     return write_report(folder)
 
@@ -170,36 +171,3 @@ def _copy_manifests(name: str, folder: Path, server: ObjectServer) -> None:
 def _seconds(folder: Path) -> dict[str, float]:
     path = folder / SECONDS
     return dict(json.loads(path.read_text())) if path.exists() else {}
-
-
-def summarise(config: DemoConfig, seconds: dict[str, float], stages: list[Stage]) -> dict[str, Any]:
-    """Collect the demo's figures from the run folders."""
-    folder = config.folder
-    summary: dict[str, Any] = {"data": config.data, "size": config.size, "seconds": seconds}
-    summary["commands"] = [
-        "tapir " + " ".join(command) for stage in stages for command in stage.commands
-    ]
-    prior = json.loads((folder / "prior" / "config.json").read_text())
-    rows = read_metrics(folder / "prior")
-    steps = [row for row in rows if row.get("split") != "validation"]
-    held_out = [row for row in rows if row.get("split") == "validation"][-1]
-    rates = sorted(row["tokens_per_second"] for row in steps)
-    summary["prior"] = {
-        "engine": prior["engine"]["name"],
-        "mesh": prior["mesh"],
-        "first_loss": steps[0]["loss"],
-        "last_loss": steps[-1]["loss"],
-        "validation_loss": held_out["image_loss"],
-        "per_position_entropy": held_out["per_position_entropy"],
-        "shuffled_caption_loss": held_out["shuffled_caption_loss"],
-        "tokens_per_second": rates[len(rates) // 2],
-        "compress_rank": prior["compress"]["rank"],
-    }
-    images = [r for r in read_metrics(folder / "dvae") if r.get("split") == "validation"][-1]
-    summary["dvae"] = {key: images[key] for key in ("perplexity", "psnr", "codes_used")}
-    ranked = [r for r in read_metrics(folder / "clip") if r.get("split") == "validation"][-1]
-    summary["clip"] = {"accuracy": ranked["accuracy"]}
-    accuracy = folder / "samples" / "accuracy.json"
-    if accuracy.exists():
-        summary["caption_accuracy"] = json.loads(accuracy.read_text())
-    return summary

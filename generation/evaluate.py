@@ -1,5 +1,6 @@
 """Draw candidates for held-out captions, measure them and keep what the report shows."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ from data_pipeline.raw import RawRecord, RawSource
 from data_pipeline.stream import first_records
 from data_pipeline.tokenize.encode import pictures_of
 from generation.accuracy import caption_accuracy, draw_all
+from generation.config import SampleConfig
 from generation.pictures import Studio, picture_grid, to_bytes
-from generation.sampling import SampleConfig
 
 SHOWN_PROMPTS = 12
 SHOWN_PROMPTED = 6
@@ -57,9 +58,7 @@ def _image_prompts(
     studio: Studio, records: list[RawRecord], out: Path, settings: SampleConfig
 ) -> None:
     """A row a record: the picture, then candidates that keep the upper half of its tokens."""
-    kept = SampleConfig(
-        **{**vars(settings), "candidates": 4, "keep_rows": studio.sampler.config.grid // 2}
-    )
+    kept = replace(settings, candidates=4, keep_rows=studio.sampler.config.grid // 2)
     rows = []
     for record in records:
         pixels = pictures_of([record], studio.dvae.config.pixels)

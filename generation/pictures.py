@@ -15,7 +15,8 @@ from core.errors import InputError
 from core.settings import check
 from data_pipeline.bpe import encode, load_tokenizer
 from data_pipeline.images import decode_rgb, square
-from generation.sampling import SampleConfig, Sampler
+from generation.config import SampleConfig
+from generation.sampling import Sampler
 from models.clip import Clip
 from models.dvae import DVAE
 from training.export import load_clip, load_dvae, load_prior

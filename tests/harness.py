@@ -43,6 +43,12 @@ def tapir(*arguments: str, code: int = 0, cwd: Path | None = None, **extra: str)
     return text
 
 
+def json_of(*arguments: str, **extra: str) -> Any:
+    """The JSON object that a command prints with --json."""
+    lines = tapir(*arguments, "--json", **extra).splitlines()
+    return json.loads(next(line for line in lines if line.startswith("{")))
+
+
 def start_tapir(*arguments: str, log: Path) -> "subprocess.Popen[bytes]":
     """Start the command line in the background, in a session of its own."""
     with open(log, "ab") as output:

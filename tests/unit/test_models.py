@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from generation.accuracy import best_of, wilson_low
+from generation.config import SampleConfig
 from generation.pictures import Candidates
-from generation.sampling import SampleConfig, Sampler
+from generation.sampling import Sampler
 from models.clip import Clip, contrastive_loss
 from models.config import ClipConfig, PriorConfig
 from models.prior import PAD, build_prior, prior_loss

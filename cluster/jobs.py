@@ -1,0 +1,176 @@
+"""Jobs and chains of jobs as values; local, Slurm and Kubernetes render the same ones."""
+
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from core.errors import InputError
+from core.files import seal, unseal, write_atomic
+from core.settings import from_json, to_json
+from core.store import open_store
+
+Place = Literal["local", "slurm", "kubernetes"]
+CHAIN, LOGS, MARKERS, SCRIPTS = "chain.json", "logs", "markers", "jobs"
+CANCELLED = "cancelled"
+"""A file in the chain's folder: nothing of it shall start again."""
+ALWAYS_PASSED = ("PATH", "HOME", "USER", "LANG", "TMPDIR", "PYTHONPATH")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What a job needs of each node."""
+
+    nodes: int = 1
+    """Machines."""
+    gpus: int = 0
+    """GPUs of each node."""
+    cpus: int = 1
+    """CPU cores of each node."""
+    memory: str = ""
+    """Memory of each node, e.g. 64G; empty = the scheduler's default."""
+    minutes: int = 0
+    """Time limit of one start; the job saves and is queued again before it. 0 = the default."""
+    workers: int = 1
+    """Processes of a token job: an array."""
+    at_once: int = 0
+    """Workers that may run at the same time; 0 = all."""
+
+    def problems(self, name: str) -> list[str]:
+        found = []
+        if min(self.nodes, self.cpus, self.workers) < 1:
+            found.append(f"stages.{name}: nodes, cpus and workers must be at least 1")
+        if min(self.gpus, self.minutes, self.at_once) < 0:
+            found.append(f"stages.{name}: gpus, minutes and at_once must not be negative")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One stage: a `tapir` command, and what it needs."""
+
+    name: str
+    command: tuple[str, ...]
+    """Arguments of tapir."""
+    after: tuple[str, ...] = ()
+    """Jobs that must have ended well."""
+    ranks: int = 1
+    """Processes on each node; above 1, or on several nodes, a launcher starts them."""
+    array: bool = False
+    """True for `resources.workers` equal workers, which share the work among themselves."""
+    trains: bool = False
+    """True if it saves a checkpoint when it is asked to stop."""
+    resources: Resources = field(default_factory=Resources)
+
+    @property
+    def world(self) -> int:
+        return self.ranks * self.resources.nodes
+
+    @property
+    def text(self) -> str:
+        """The command as a user would type it."""
+        return "tapir " + shlex.join(self.command)
+
+    def markers(self) -> list[str]:
+        """Names of the files that are there when it has ended well."""
+        if not self.array:
+            return [f"{self.name}.json"]
+        return [f"{self.name}-{i}.json" for i in range(self.resources.workers)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chain:
+    """Jobs with dependencies, in an order in which they could run."""
+
+    name: str
+    out: Path
+    """Folder of the run folders, logs, scripts and markers, which all nodes see."""
+    folder: Path
+    """Working directory of the jobs: relative paths in commands start here."""
+    python: str
+    """Interpreter on the nodes."""
+    environment: tuple[str, ...] = ()
+    """Names of the variables that jobs get; values are never written down."""
+    retries: int = 2
+    """Failures of a job after which it is not started again."""
+    jobs: tuple[Job, ...] = ()
+
+    @property
+    def passed(self) -> list[str]:
+        """Names of all variables that are handed over."""
+        return sorted({*ALWAYS_PASSED, *self.environment})
+
+    def log(self, job: Job, worker: str = "") -> Path:
+        """The one file that all starts of a job (or of one worker) append to."""
+        return self.out / LOGS / f"{job.name}{f'-{worker}' if worker else ''}.log"
+
+    def tapir(self, *arguments: str) -> list[str]:
+        """A tapir command on the nodes."""
+        return [self.python, "-m", "tapir", *arguments]
+
+    def is_done(self, job: Job) -> bool:
+        """Say whether all markers of a job are there and whole."""
+        return all(marker_is_whole(str(self.out / MARKERS), name) for name in job.markers())
+
+    def without_done(self) -> "Chain":
+        """The jobs that are left, waiting only for each other."""
+        left = [job for job in self.jobs if not self.is_done(job)]
+        names = {job.name for job in left}
+        rest = [
+            Job(**{**vars(job), "after": tuple(name for name in job.after if name in names)})
+            for job in left
+        ]
+        return Chain(**{**vars(self), "jobs": tuple(rest)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submitted:
+    """A chain that was sent somewhere."""
+
+    chain: Chain
+    to: Place
+    settings: dict[str, object]
+    """Those of the place, as the run file has them."""
+    ids: dict[str, str]
+    """The scheduler's names of the jobs that were sent last."""
+
+
+def write_submitted(submitted: Submitted) -> None:
+    """Note in the chain's folder what was sent."""
+    write_atomic(submitted.chain.out / CHAIN, seal(to_json(submitted)))
+
+
+def read_submitted(out: Path) -> Submitted:
+    """What `write_submitted` noted.
+
+    Raises: InputError if nothing was submitted from this folder; CorruptError.
+    """
+    path = out / CHAIN
+    if not path.is_file():
+        raise InputError(f"{out} holds no {CHAIN}: give the `out` of a run file that was submitted")
+    body = unseal(path.read_bytes(), str(path))
+    jobs = tuple(
+        from_json(Job, {**job, "command": tuple(job["command"]), "after": tuple(job["after"])})
+        for job in body["chain"].pop("jobs")
+    )
+    chain = from_json(Chain, body["chain"])
+    return Submitted(
+        chain=Chain(**{**vars(chain), "jobs": jobs}),
+        to=body["to"],
+        settings=body["settings"],
+        ids=body["ids"],
+    )
+
+
+def write_marker(folder: str, name: str, facts: dict[str, object]) -> None:
+    """Note that a job has ended well; the note carries its own digest."""
+    open_store(folder).put(name, seal(dict(facts)))
+
+
+def marker_is_whole(folder: str, name: str) -> bool:
+    """Say whether a job has ended well. Raises: CorruptError if its marker is damaged."""
+    store = open_store(folder)
+    if not store.exists(name):
+        return False
+    unseal(store.get(name), f"{folder}/{name}")
+    return True

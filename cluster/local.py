@@ -1,0 +1,204 @@
+"""The same chain as processes of this machine, one job after the other, behind the terminal."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from cluster.jobs import CANCELLED, LOGS, SCRIPTS, Chain, Job, read_submitted
+from cluster.processes import die_with_parent, is_alive
+from core.errors import EXIT_FAILED, EXIT_PREEMPTED, TapirError
+from core.files import canonical_json, held, write_atomic
+
+_STATE = "local.json"
+_LOOK = 0.2
+_END_SECONDS = 660
+"""A job may take ten minutes to save."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalConfig:
+    """How ranks start on this machine."""
+
+    launcher: Literal["tapir", "mpirun"] = "tapir"
+    """tapir watches over its ranks and starts them again; mpirun tries a cluster's MPI."""
+
+    def problems(self) -> list[str]:
+        if self.launcher not in ("tapir", "mpirun"):
+            return [f"local.launcher={self.launcher!r} must be tapir or mpirun"]
+        return []
+
+
+def commands(chain: Chain, job: Job, config: LocalConfig) -> list[list[str]]:
+    """What a job starts, one command for each worker."""
+    if config.launcher == "mpirun" and job.world > 1:
+        return [["mpirun", "-np", str(job.world), *chain.tapir(*job.command)]]
+    if not job.array:
+        return [chain.tapir(*job.command)]
+    count = job.resources.workers
+    return [chain.tapir(*job.command, f"--worker={i}/{count}") for i in range(count)]
+
+
+def submit(chain: Chain) -> dict[str, str]:
+    """Start the runner of a chain, which outlives this process; returns its pid for each job.
+
+    The chain must have been noted by `write_submitted`.
+    """
+    (chain.out / LOGS).mkdir(parents=True, exist_ok=True)
+    with open(chain.out / LOGS / "chain.log", "ab") as log:
+        runner = subprocess.Popen(
+            [sys.executable, "-m", "cluster.local", str(chain.out)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=chain.folder,
+            start_new_session=True,
+        )
+    until = time.monotonic() + 30
+    while _read(chain.out).get("pid") != runner.pid:
+        if runner.poll() is not None or time.monotonic() > until:
+            raise TapirError(f"the runner did not start; see {chain.out / LOGS / 'chain.log'}")
+        time.sleep(_LOOK / 4)
+    return {job.name: str(runner.pid) for job in chain.jobs}
+
+
+def states(out: Path) -> dict[str, str]:
+    """What became of each job; running ones only while their runner lives."""
+    state = _read(out)
+    alive = is_alive(int(state.get("pid", 0)))
+    found = dict(state.get("states", {}))
+    return {
+        name: text if alive or text not in ("running", "waiting") else "its runner has died"
+        for name, text in found.items()
+    }
+
+
+def cancel(out: Path) -> None:
+    """End the runner with all that it started, and wait for it."""
+    pid = int(_read(out).get("pid", 0))
+    if not is_alive(pid):
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+    until = time.monotonic() + _END_SECONDS
+    while is_alive(pid) and time.monotonic() < until:
+        time.sleep(_LOOK)
+
+
+def _read(out: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((out / SCRIPTS / _STATE).read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+class Runner:
+    """Runs the jobs that are left."""
+
+    def __init__(self, out: Path) -> None:
+        submitted = read_submitted(out)
+        self._chain = submitted.chain.without_done()
+        self._config = LocalConfig(**submitted.settings)  # type: ignore[arg-type]
+        self._states = {job.name: "waiting" for job in self._chain.jobs}
+        self._asked = False
+
+    def run(self) -> int:
+        """Returns 0 if all ended well, else the exit code of the first that did not."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        worst = 0
+        self._write()
+        for job in self._chain.jobs:
+            if self._asked or any(
+                self._states.get(name) not in (None, "done") for name in job.after
+            ):
+                self._note(job, "not run: an earlier job did not end well")
+                continue
+            self._note(job, "running")
+            code = self._run(job)
+            worst = worst or code
+            self._note(job, "done" if code == 0 else f"failed (exit code {code})")
+        return EXIT_PREEMPTED if self._asked else worst
+
+    def _run(self, job: Job) -> int:
+        """All workers of a job, so many at once as it may; the worst exit code."""
+        left = list(enumerate(commands(self._chain, job, self._config)))
+        running: list[subprocess.Popen[bytes]] = []
+        most, worst = job.resources.at_once or len(left), 0
+        while running or (left and not self._asked):
+            while left and len(running) < most and not self._asked:
+                running.append(self._start(job, *left.pop(0)))
+            time.sleep(_LOOK)
+            if self._asked:
+                for process in running:
+                    process.terminate()
+                codes = [process.wait() for process in running]
+                return max([EXIT_PREEMPTED, *codes])
+            for process in [p for p in running if p.poll() is not None]:
+                running.remove(process)
+                worst = worst or (process.returncode if process.returncode >= 0 else EXIT_FAILED)
+        return worst
+
+    def _start(self, job: Job, worker: int, command: Sequence[str]) -> "subprocess.Popen[bytes]":
+        chain = self._chain
+        name = f"{job.name}-{worker}" if job.array else job.name
+        wrapped = chain.tapir(
+            "job",
+            f"--name={name}",
+            f"--out={chain.out}",
+            f"--marker={name}.json",
+            f"--retries={chain.retries}",
+            *(["--saves"] if job.trains else []),
+            "--",
+            *command,
+        )
+        passed = {name: os.environ[name] for name in chain.passed if name in os.environ}
+        with open(chain.log(job, str(worker) if job.array else ""), "ab") as log:
+            return subprocess.Popen(
+                wrapped,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=chain.folder,
+                env=passed,
+                preexec_fn=die_with_parent,
+            )
+
+    def _note(self, job: Job, state: str) -> None:
+        self._states[job.name] = state
+        self._write()
+
+    def _write(self) -> None:
+        body = {"pid": os.getpid(), "states": self._states}
+        write_atomic(self._chain.out / SCRIPTS / _STATE, canonical_json(body))
+
+    def _stop(self, _number: int, _frame: FrameType | None) -> None:
+        self._asked = True
+
+
+def dry_run(chain: Chain, config: LocalConfig) -> str:
+    """The same as a shell script; its workers run one after the other."""
+    lines = ["set -e", f"cd {chain.folder}"]
+    for job in chain.jobs:
+        lines.append(f"# {job.name}")
+        lines += [" ".join(command) for command in commands(chain, job, config)]
+    return "\n".join(lines) + "\n"
+
+
+def main(out: Path) -> int:
+    """Run a chain from its folder; only one runner works in it."""
+    with held(out / SCRIPTS, "chain"):
+        (out / CANCELLED).unlink(missing_ok=True)
+        return Runner(out).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

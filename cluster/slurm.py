@@ -1,0 +1,298 @@
+"""Slurm: jobs as sbatch scripts that a person can read, run by hand and change."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cluster.jobs import LOGS, SCRIPTS, Chain, Job
+from core.errors import ConfigError, TapirError
+from core.files import write_atomic
+
+_ANSWER_SECONDS = 60
+_PORTS = 20_000
+_LAUNCH = (
+    'exec "$0" -m torch.distributed.run --nnodes={nodes} --nproc-per-node={ranks} '
+    '--node-rank="$SLURM_NODEID" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" '
+    '-m tapir "$@"'
+)
+_RELEASE = (
+    "for _ in $(seq 60); do sleep 1; scontrol show job $0 | grep -q JobState=PENDING && "
+    "scontrol update jobid=$0 $1 starttime=now && break; done"
+)
+"""Ends Slurm's hold of two minutes on a job that is queued again, where the site permits it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmConfig:
+    """What the site wants of every job."""
+
+    partition: str = ""
+    """Partition; empty = the default one."""
+    account: str = ""
+    """Account that pays."""
+    qos: str = ""
+    """Quality of service."""
+    constraint: str = ""
+    """Features that nodes must have."""
+    exclude: str = ""
+    """Nodes that are never used."""
+    launcher: Literal["torchrun", "srun"] = "torchrun"
+    """What starts the ranks: torchrun on each node, or srun itself."""
+    warn_seconds: int = 120
+    """A job is asked to save so many seconds before its time limit."""
+    doctor: bool = True
+    """Check every node before the ranks start, and leave bad ones out."""
+    extra: tuple[str, ...] = ()
+    """Further options of sbatch, e.g. --reservation=NAME."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.launcher not in ("torchrun", "srun"):
+            found.append(f"slurm.launcher={self.launcher!r} must be torchrun or srun")
+        if self.warn_seconds < 1:
+            found.append("slurm.warn_seconds must be at least 1")
+        if any(not option.startswith("--") for option in self.extra):
+            found.append("slurm.extra must be options that begin with --")
+        return found
+
+
+def render(chain: Chain, job: Job, config: SlurmConfig) -> str:
+    """The batch script of a job."""
+    words = " \\\n  ".join(_lines(_job_command(chain, job, config)))
+    options = "\n".join(f"#SBATCH {option}" for option in _options(chain, job, config))
+    resources = job.resources
+    threads = max(1, resources.cpus // job.ranks)
+    return f"""#!/bin/bash
+{options}
+# {job.text}
+cd {shlex.quote(str(chain.folder))} || exit 2
+export OMP_NUM_THREADS={threads}
+export TAPIR_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd " ")
+export MASTER_ADDR=$(scontrol show node "${{TAPIR_NODES%% *}}" | grep -o "NodeAddr=[^ ]*" \
+| cut -d= -f2)
+export MASTER_PORT=$(({_PORTS} + SLURM_JOB_ID % {_PORTS}))
+exec {words}
+"""
+
+
+def _options(chain: Chain, job: Job, config: SlurmConfig) -> list[str]:
+    resources = job.resources
+    log = chain.log(job, "%a" if job.array else "")
+    found = [
+        f"--job-name={chain.name}-{job.name}",
+        f"--output={log}",
+        "--open-mode=append",
+        f"--nodes={resources.nodes}",
+        "--ntasks-per-node=1",
+        f"--cpus-per-task={resources.cpus}",
+        "--requeue",
+        "--kill-on-invalid-dep=yes",
+        f"--signal=B:USR1@{config.warn_seconds}",
+    ]
+    if job.array:
+        limit = f"%{resources.at_once}" if resources.at_once else ""
+        found.append(f"--array=0-{resources.workers - 1}{limit}")
+    given = {
+        "--gpus-per-node": resources.gpus or "",
+        "--mem": resources.memory,
+        "--time": resources.minutes or "",
+        "--partition": config.partition,
+        "--account": config.account,
+        "--qos": config.qos,
+        "--constraint": config.constraint,
+        "--exclude": config.exclude,
+    }
+    found += [f"{name}={value}" for name, value in given.items() if value]
+    return [*found, *config.extra]
+
+
+def _job_command(chain: Chain, job: Job, config: SlurmConfig) -> list[str]:
+    """`tapir job` around the launcher around the stage's command."""
+    name = f"{job.name}-{{worker}}" if job.array else job.name
+    found = [
+        *chain.tapir("job"),
+        f"--name={name}",
+        f"--out={chain.out}",
+        f"--marker={name}.json",
+        "--again=slurm",
+        f"--retries={chain.retries}",
+        *(["--saves"] if job.trains else []),
+        *(["--check-nodes"] if config.doctor else []),
+        "--",
+    ]
+    return found + _start_ranks(chain, job, config)
+
+
+def _start_ranks(chain: Chain, job: Job, config: SlurmConfig) -> list[str]:
+    resources = job.resources
+    if job.array or job.world == 1:
+        return chain.tapir(*job.command)
+    srun = ["srun", "--export=ALL", "--kill-on-bad-exit=1", f"--nodes={resources.nodes}"]
+    if config.launcher == "srun":
+        each = f"--ntasks-per-node={job.ranks}"
+        return [*srun, f"--ntasks={job.world}", each, "--overcommit", *chain.tapir(*job.command)]
+    launch = _LAUNCH.format(nodes=resources.nodes, ranks=job.ranks)
+    tasks = [f"--ntasks={resources.nodes}", "--ntasks-per-node=1"]
+    cpus = f"--cpus-per-task={resources.cpus}"
+    return [*srun, *tasks, cpus, "bash", "-c", launch, chain.python, *job.command]
+
+
+def _lines(words: list[str]) -> list[str]:
+    """Words as lines of a shell script: options of `tapir job` first, the rest in one line each."""
+    quoted = [shlex.quote(word) for word in words]
+    cut = quoted.index("--")
+    return [" ".join(quoted[:4]), *quoted[4:cut], "--", " ".join(quoted[cut + 1 :])]
+
+
+def sbatch_command(chain: Chain, job: Job, ids: dict[str, str]) -> list[str]:
+    """How a job's script is sent; `ids` are those of the jobs before it."""
+    waits = ":".join(ids[name] for name in job.after if name in ids)
+    dependency = [f"--dependency=afterok:{waits}"] if waits else []
+    script = str(chain.out / SCRIPTS / f"{job.name}.sh")
+    names = ",".join(name for name in chain.passed if name in os.environ)
+    return ["sbatch", "--parsable", f"--export={names}", *dependency, script]
+
+
+def submit(chain: Chain, config: SlurmConfig) -> dict[str, str]:
+    """Write the scripts and send all jobs; returns Slurm's ids by job name.
+
+    Raises: TapirError with Slurm's answer; what was sent before is cancelled again.
+    """
+    for folder in (LOGS, SCRIPTS):
+        (chain.out / folder).mkdir(parents=True, exist_ok=True)
+    ids: dict[str, str] = {}
+    try:
+        for job in chain.jobs:
+            script = chain.out / SCRIPTS / f"{job.name}.sh"
+            write_atomic(script, render(chain, job, config).encode())
+            ids[job.name] = _ask(sbatch_command(chain, job, ids)).strip().split(";")[0]
+    except TapirError:
+        cancel(list(ids.values()))
+        raise
+    return ids
+
+
+def dry_run(chain: Chain, config: SlurmConfig) -> str:
+    """A shell script that does what `submit` does."""
+    parts = ["set -e", shlex.join(["mkdir", "-p", *(str(chain.out / n) for n in (LOGS, SCRIPTS))])]
+    ids = {job.name: f"${job.name}" for job in chain.jobs}
+    for job in chain.jobs:
+        script = chain.out / SCRIPTS / f"{job.name}.sh"
+        text = render(chain, job, config)
+        parts.append(f"cat > {shlex.quote(str(script))} <<'SCRIPT'\n{text}SCRIPT")
+        known = {name: ids[name] for name in job.after if name in ids}
+        words = [w if "$" in w else shlex.quote(w) for w in sbatch_command(chain, job, known)]
+        parts.append(f"{job.name}=$({' '.join(words)})")
+    return "\n".join(parts) + "\n"
+
+
+def states(ids: dict[str, str]) -> dict[str, str]:
+    """What Slurm says of each job: RUNNING on n1, PENDING (Dependency), ...; gone ones are not in.
+
+    Jobs that wait out a requeue are released on the way.
+    """
+    if not ids:
+        return {}
+    names = {number: name for name, number in ids.items()}
+    found: dict[str, list[str]] = {}
+    asked = ["squeue", "-h", "--jobs", ",".join(names), "-o", "%i|%F|%T|%r|%N"]
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=_ANSWER_SECONDS)
+    for line in done.stdout.splitlines():
+        number, whole, state, reason, nodes = line.split("|")
+        if state == "PENDING" and reason == "BeginTime":
+            subprocess.run(["scontrol", "update", f"jobid={number}", "starttime=now"], check=False)
+        text = f"{state} on {nodes}" if nodes else f"{state} ({reason})"
+        found.setdefault(names.get(whole, names.get(number, number)), []).append(text)
+    return {name: ", ".join(sorted(set(texts))) for name, texts in found.items()}
+
+
+def last_words(number: str) -> str:
+    """State and reason of a job that has left the queue, as long as Slurm remembers it."""
+    done = subprocess.run(
+        ["scontrol", "-o", "show", "job", number], capture_output=True, text=True, check=False
+    )
+    words = dict(w.split("=", 1) for w in done.stdout.split() if "=" in w)
+    return f"{words.get('JobState', 'gone')} (exit code {words.get('ExitCode', '?')})"
+
+
+def cancel(numbers: list[str]) -> None:
+    """Cancel jobs and wait until they have left the queue."""
+    if not numbers:
+        return
+    subprocess.run(["scancel", *numbers], check=False, timeout=_ANSWER_SECONDS)
+    until = time.monotonic() + _ANSWER_SECONDS
+    while states({number: number for number in numbers}) and time.monotonic() < until:
+        time.sleep(0.5)
+
+
+def queue_again(code: int, exclude: tuple[str, ...]) -> None:
+    """Let Slurm queue this job again, without some nodes, and end its hold of two minutes.
+
+    Sites where exit code 75 queues a job again (RequeueExit) need no asking.
+    """
+    number = os.environ["SLURM_JOB_ID"]
+    without = f"excnodelist={','.join(exclude)}" if exclude else ""
+    subprocess.Popen(
+        ["bash", "-c", _RELEASE, number, without],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    exits = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True)
+    line = next((x for x in exits.stdout.splitlines() if x.startswith("RequeueExit ")), "")
+    if str(code) not in line.partition("=")[2].strip().split(","):
+        subprocess.run(["scontrol", "requeue", number], check=False)
+
+
+def was_cancelled() -> bool:
+    """Say whether somebody cancelled the Slurm job that this process runs in."""
+    number = os.environ.get("SLURM_JOB_ID")
+    return number is not None and last_words(number).startswith("CANCELLED")
+
+
+def bad_nodes(out: Path, name: str) -> dict[str, str]:
+    """Run `tapir doctor --node` on every node of this job; returns problems by node."""
+    nodes = os.environ["TAPIR_NODES"].split()
+    folder = out / LOGS / "doctor"
+    folder.mkdir(parents=True, exist_ok=True)
+    prefix = f"{name}-{os.environ['SLURM_JOB_ID']}"
+    doctor = ["-m", "tapir", "doctor", "--node", "--json", f"--out={out}"]
+    count = f"--ntasks={len(nodes)}"
+    command = ["srun", "--export=ALL", f"--nodes={len(nodes)}", count, "--ntasks-per-node=1"]
+    command += ["--kill-on-bad-exit=0", f"--output={folder / prefix}-%N.txt", sys.executable]
+    subprocess.run([*command, *doctor], check=False)
+    return {
+        node: problem for node in nodes if (problem := _verdict(folder / f"{prefix}-{node}.txt"))
+    }
+
+
+def _verdict(report: Path) -> str:
+    """What is wrong by a doctor's last line; nothing if all is well."""
+    try:
+        rows = json.loads(report.read_text().splitlines()[-1])["rows"]
+    except (OSError, ValueError, IndexError, KeyError):
+        return "tapir doctor gave no answer there"
+    bad = [row for row in rows if row["status"] == "bad"]
+    return "; ".join(f"{row['check']}: {row['found']} ({row['fix']})" for row in bad)
+
+
+def _ask(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            "there is no sbatch on this machine: submit from a login node of the cluster, or use "
+            "--to local"
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise TapirError(f"Slurm did not answer for {_ANSWER_SECONDS} s: {command[0]}") from error
+    if done.returncode:
+        raise TapirError(f"Slurm refused {shlex.join(command)}: {done.stderr.strip()}")
+    return done.stdout

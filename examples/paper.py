@@ -1,0 +1,27 @@
+"""The paper's run as a run file in Python: pairs in S3, 1,024 GPUs for the prior.
+
+tapir submit examples/paper.py --to slurm --dry-run
+"""
+
+GPUS_A_NODE = 8
+
+run = {
+    "name": "paper",
+    "out": "/shared/runs/paper",
+    "store": "s3://pairs/paper",
+    "stages": {
+        "pack": {"source": "/shared/pairs", "cpus": 32, "minutes": 2880},
+        "bpe": {"preset": "paper_bpe", "cpus": 32},
+        "dvae": {"preset": "paper_dvae", "nodes": 8, "gpus": GPUS_A_NODE, "cpus": 96},
+        "tokenize": {"workers": 256, "at_once": 128, "gpus": 1, "cpus": 12},
+        "prior": {
+            "preset": "paper_12b",
+            "nodes": 1024 // GPUS_A_NODE,
+            "gpus": GPUS_A_NODE,
+            "cpus": 96,
+            "minutes": 1440,
+            "flags": {"checkpoint.hours": 12},
+        },
+    },
+    "slurm": {"partition": "gpu", "warn_seconds": 600},
+}

@@ -1,0 +1,295 @@
+"""A run as one file: all stages with presets, changes, resources; and the chain of jobs it means.
+
+name: shapes
+out: runs/shapes
+store: s3://bucket/shapes
+stages:
+  pack: {source: shapes, flags: {count: 20000}}
+  bpe: {}
+  dvae: {flags: {loop.steps: 1800}}
+  tokenize: {workers: 4}
+  prior: {preset: tiny, nodes: 2, flags: {mesh.data: 4}}
+  clip: {}
+  evaluate: {flags: {prompts: 512}}
+slurm: {partition: main}
+"""
+
+import difflib
+import os
+import runpy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.jobs import Chain, Job, Place, Resources
+from cluster.kubernetes import KubernetesConfig
+from cluster.local import LocalConfig
+from cluster.slurm import SlurmConfig
+from core.cli import parse_over
+from core.errors import ConfigError, InputError
+from core.settings import check, from_json
+from data_pipeline.config import PackConfig, TokenizeConfig
+from generation.config import EvaluateConfig
+from training.presets import PRESETS
+
+STAGES = ("pack", "bpe", "dvae", "tokenize", "prior", "clip", "evaluate")
+"""In an order in which they can run."""
+AFTER: dict[str, tuple[str, ...]] = {
+    "pack": (),
+    "bpe": ("pack",),
+    "dvae": ("pack",),
+    "tokenize": ("bpe", "dvae"),
+    "prior": ("tokenize",),
+    "clip": ("bpe",),
+    "evaluate": ("prior", "clip"),
+}
+FOLDERS = {"tokenize": "tokens", "evaluate": "samples"}
+"""Folders of stages that are not called by their stage's name."""
+Value = str | int | float | bool
+AWS = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+AWS_REGION = ("AWS_DEFAULT_REGION", "AWS_REGION", "AWS_PROFILE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSpec:
+    """One stage of a run."""
+
+    preset: str = "tiny"
+    """Preset of a training stage."""
+    source: str = ""
+    """What `pack` packs."""
+    flags: dict[str, Value] = field(default_factory=dict)
+    """Changes, as the command's flags without dashes: loop.steps: 100."""
+    resources: Resources = field(default_factory=Resources)
+    """What it needs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFile:
+    """A whole run."""
+
+    name: str
+    """Lower case; jobs are called by it."""
+    out: Path
+    """Folder of everything but the data; on a cluster all nodes must see it."""
+    store: str = ""
+    """Where raw pairs and tokens lie: s3://bucket/prefix or a folder; by default `data` in out."""
+    to: Place = "local"
+    """Where it is sent, unless --to says otherwise."""
+    python: str = ""
+    """Interpreter on the nodes; by default the one that submits, in containers python3."""
+    environment: tuple[str, ...] = ()
+    """Names of further variables that jobs get; the AWS_ ones of S3 always are."""
+    retries: int = 2
+    """Failures of a stage after which it is not started again."""
+    stages: dict[str, StageSpec] = field(default_factory=dict)
+    """Stages to run; those left out must have been run before, or not be needed."""
+    local: LocalConfig = field(default_factory=LocalConfig)
+    """This machine."""
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    """Slurm."""
+    kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
+    """Kubernetes."""
+
+    @property
+    def raw(self) -> str:
+        return f"{self._store}/raw"
+
+    @property
+    def tokens(self) -> str:
+        return f"{self._store}/tokens"
+
+    @property
+    def _store(self) -> str:
+        return self.store.rstrip("/") or str(self.out / "data")
+
+    def folder(self, stage: str) -> Path:
+        """Run folder of a stage."""
+        return self.out / FOLDERS.get(stage, stage)
+
+    def problems(self) -> list[str]:
+        found = [] if self.name else ["name: give the run a name"]
+        if not self.stages:
+            found.append(f"stages: name at least one of {', '.join(STAGES)}")
+        if self.retries < 0:
+            found.append("retries must not be negative")
+        found += self.local.problems() + self.slurm.problems()
+        for name, spec in self.stages.items():
+            found += spec.resources.problems(name)
+            if spec.resources.workers > 1 and name != "tokenize":
+                found.append(f"stages.{name}: workers are for tokenize alone; use nodes and mesh")
+            if name in PRESETS and spec.preset not in PRESETS[name]:
+                found.append(
+                    f"stages.{name}: there is no preset {spec.preset!r} (known: "
+                    f"{', '.join(PRESETS[name])})"
+                )
+        if "pack" in self.stages and not self.stages["pack"].source:
+            found.append("stages.pack: give a source, e.g. source: shapes")
+        return found
+
+
+def read_runfile(path: Path) -> RunFile:
+    """Read a run from YAML, or from a Python file that sets `run` to the same mapping.
+
+    Raises: InputError for a file that is neither; ConfigError for unknown or impossible settings.
+    """
+    try:
+        if path.suffix == ".py":
+            body = runpy.run_path(str(path)).get("run")
+        else:
+            body = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"there is no run file {path}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, SyntaxError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    if not isinstance(body, dict):
+        raise InputError(f"{path} holds no run: a mapping of name, out and stages is wanted")
+    stages = body.pop("stages", None) or {}
+    _refuse_unknown("stages", stages, STAGES)
+    specs = {name: _stage(name, stages[name]) for name in STAGES if name in stages}
+    missing = [name for name in ("name", "out") if not body.get(name)]
+    check([f"{name}: missing in {path}" for name in missing])
+    run = from_json(RunFile, {**body, "out": str(body["out"])})
+    run = RunFile(**{**vars(run), "stages": specs})
+    check(run.problems())
+    return run
+
+
+def chain_of(run: RunFile, to: Place) -> Chain:
+    """The jobs of a run for a place, each with the command that a user could type.
+
+    Raises: ConfigError with every problem of the stages' settings.
+    """
+    problems: list[str] = []
+    jobs = []
+    for name, spec in run.stages.items():
+        found = _Builder(run, name, spec)
+        jobs.append(found.job())
+        problems += found.problems
+    if "evaluate" in run.stages:
+        report = ("report", str(run.out))
+        jobs.append(Job(name="report", command=report, after=("evaluate",)))
+    check(problems)
+    return Chain(
+        name=run.name,
+        out=run.out.absolute(),
+        folder=Path.cwd(),
+        python=run.python or ("python3" if to == "kubernetes" else sys.executable),
+        environment=tuple(sorted({*run.environment, *AWS, *AWS_REGION})),
+        retries=run.retries,
+        jobs=tuple(jobs),
+    )
+
+
+class _Builder:
+    """Makes the job of one stage."""
+
+    def __init__(self, run: RunFile, name: str, spec: StageSpec) -> None:
+        self._run, self._name, self._spec = run, name, spec
+        self.problems: list[str] = []
+        self._flags = [_flag(key, value) for key, value in spec.flags.items()]
+
+    def job(self) -> Job:
+        """Its command is checked as far as it can be without its data."""
+        make: dict[str, Callable[[], list[str]]] = {
+            "pack": self._pack,
+            "tokenize": self._tokenize,
+            "evaluate": self._evaluate,
+        }
+        trains = self._name in PRESETS and self._name != "bpe"
+        command = make.get(self._name, self._train)()
+        world = self._world(command) if trains else 1
+        resources = self._spec.resources
+        if world % resources.nodes:
+            self.problems.append(
+                f"stages.{self._name}: {world} ranks of its mesh cannot be dealt to "
+                f"{resources.nodes} nodes; change nodes or flags mesh.*"
+            )
+        known = [name for name in AFTER[self._name] if name in self._run.stages]
+        for name in AFTER[self._name]:
+            if name not in self._run.stages:
+                known += [n for n in AFTER[name] if n in self._run.stages]
+        return Job(
+            name=self._name,
+            command=tuple(command),
+            after=tuple(dict.fromkeys(known)),
+            ranks=max(1, world // resources.nodes),
+            array=self._name == "tokenize" and resources.workers > 1,
+            trains=trains,
+            resources=resources,
+        )
+
+    def _pack(self) -> list[str]:
+        config = parse_over(PackConfig(), self._flags, "pack")
+        self.problems += config.problems()
+        return ["pack", self._spec.source, self._run.raw, *self._flags]
+
+    def _tokenize(self) -> list[str]:
+        config = parse_over(TokenizeConfig(), self._flags, "tokenize")
+        self.problems += config.problems()
+        models = [f"--{name}={self._run.folder(name)}" for name in ("dvae", "bpe")]
+        return ["tokenize", self._run.raw, self._run.tokens, *models, *self._flags]
+
+    def _train(self) -> list[str]:
+        run, name = self._run, self._name
+        data = run.tokens if name == "prior" else run.raw
+        bpe = [f"--bpe={run.folder('bpe')}"] if name in ("clip", "prior") else []
+        places = [f"--data={data}", f"--out={run.folder(name)}", *bpe]
+        return ["train", name, self._spec.preset, *places, *self._flags]
+
+    def _evaluate(self) -> list[str]:
+        parse_over(EvaluateConfig(), self._flags, "evaluate")
+        run = self._run
+        models = [f"--{name}={run.folder(name)}" for name in ("prior", "dvae", "clip", "bpe")]
+        out = f"--out={run.folder('evaluate')}"
+        return ["evaluate", run.raw, out, *models, *self._flags]
+
+    def _world(self, command: list[str]) -> int:
+        preset = PRESETS[self._name][self._spec.preset]()
+        settings = parse_over(preset, command[3:], f"train {self._name} {self._spec.preset}")
+        self.problems += [f"stages.{self._name}: {text}" for text in settings.problems()]
+        return int(settings.mesh.world)
+
+
+def _stage(name: str, body: Any) -> StageSpec:
+    body = {} if body is None else body
+    if not isinstance(body, dict) or not isinstance(body.get("flags") or {}, dict):
+        raise ConfigError(f"stages.{name}: a mapping is wanted, e.g. {{flags: {{loop.steps: 9}}}}")
+    needs = {each.name for each in fields(Resources)}
+    known = {"preset", "source", "flags", *needs}
+    _refuse_unknown(f"stages.{name}", body, known)
+    resources = from_json(Resources, {key: body[key] for key in body if key in needs})
+    rest = {key: body[key] for key in body if key not in needs and body[key] is not None}
+    return StageSpec(**rest, resources=resources)
+
+
+def _refuse_unknown(where: str, body: dict[str, Any], known: Any) -> None:
+    for name in body:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), list(known), 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f" (known: {', '.join(known)})"
+            raise ConfigError(f"{where} knows no {name!r}{hint}")
+
+
+def _flag(key: str, value: Value) -> str:
+    """A changed field as tyro's flag."""
+    name = key.replace("_", "-")
+    if isinstance(value, bool):
+        head, _, last = name.rpartition(".")
+        dot = "." if head else ""
+        return f"--{head}{dot}{'' if value else 'no-'}{last}"
+    return f"--{name}={value}"
+
+
+def settings_of(run: RunFile, to: Place) -> dict[str, Any]:
+    """The run file's part about the place where it is sent."""
+    return dict(vars(getattr(run, to)))
+
+
+def missing_variables(chain: Chain) -> list[str]:
+    """Variables that the run file names and this process does not have."""
+    return [n for n in chain.environment if n not in (*AWS, *AWS_REGION) and n not in os.environ]

@@ -1,0 +1,72 @@
+"""A run file on this machine: the chain runs behind the terminal, can be cancelled and goes on."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from core.files import unseal
+from tests.harness import json_of, processes_with, rows_of, tapir
+
+_SHORT = {
+    "loop.batch": 8,
+    "loop.log_every": 1,
+    "loop.validation_samples": 8,
+    "mesh.data": 1,
+    "model.width": 4,
+}
+PATIENCE = 120
+
+
+def write(folder: Path, **stages: Any) -> Path:
+    """A run file for packing shapes and what is given."""
+    pack = {"source": "shapes", "flags": {"count": 200, "validation": 0.2, "block": 8}}
+    body = {"name": "small", "out": str(folder / "out"), "stages": {"pack": pack, **stages}}
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(body))
+    return path
+
+
+def states(out: Path) -> dict[str, str]:
+    """What `tapir status` says."""
+    return dict(json_of("status", str(out)))
+
+
+@pytest.mark.slow
+def test_a_chain_is_cancelled_and_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    dvae = {"flags": {**_SHORT, "loop.steps": 40, "checkpoint.every": 10}}
+    path = write(tmp_path, bpe={}, dvae=dvae)
+    text = tapir("submit", str(path))
+    assert "sent 3 jobs to local" in text
+    assert "under way already" in tapir("submit", str(path), code=2)
+    until = time.monotonic() + PATIENCE
+    while len(rows_of(out / "dvae")) < 3 and time.monotonic() < until:
+        time.sleep(0.1)
+    tapir("cancel", str(out))
+    assert not processes_with(str(out))
+    said = states(out)
+    assert said["pack"] == "done" and said["bpe"] == "done" and "75" in said["dvae"]
+    reached = len(rows_of(out / "dvae"))
+    assert reached < 40 and list((out / "dvae" / "checkpoints").glob("step-*/manifest.json"))
+    tapir("resume", str(out), "--wait")
+    assert set(states(out).values()) == {"done"}
+    steps = [row["step"] for row in rows_of(out / "dvae")]
+    assert steps == list(range(1, 41))
+    log = tapir("logs", str(out), "dvae")
+    assert "resumed from" in log and "asked to stop" in log
+    marker = unseal((out / "markers" / "dvae.json").read_bytes(), "dvae.json")
+    assert marker["seconds"] > 0
+    assert "have ended well before" in tapir("submit", str(path))
+
+
+@pytest.mark.slow
+def test_behind_a_failed_stage_nothing_runs(tmp_path: Path) -> None:
+    path = write(tmp_path, bpe={"flags": {"texts": str(tmp_path / "none")}}, tokenize={})
+    tapir("submit", str(path), "--wait", code=1)
+    said = states(tmp_path / "out")
+    assert said["pack"] == "done"
+    assert said["bpe"] == "failed (exit code 2)" and said["tokenize"].startswith("not run")
+    assert not processes_with(str(tmp_path / "out"))

@@ -1,0 +1,27 @@
+"""A private Slurm for the tests of this folder."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Slurm, private_slurm
+
+EVERY = os.environ.get("TAPIR_SLURM") == "all"
+"""`make slurm` runs the whole folder, `make test` a smoke test of it."""
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """Two nodes of two cores."""
+    if shutil.which("slurmctld") is None or shutil.which("munged") is None:
+        pytest.skip("no Slurm: apt install slurm-wlm munge")
+    if os.geteuid():
+        pytest.skip("a private Slurm needs root")
+    folder = tmp_path_factory.mktemp("slurm")
+    for parent in (folder, folder.parent):
+        parent.chmod(0o755)
+    with private_slurm(Path(folder) / "s") as cluster:
+        yield cluster

@@ -1,0 +1,179 @@
+"""Chains on a real Slurm with two nodes: whole runs, lost nodes, preemption, failure, cancelling."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.harness import json_of, rows_of, tapir
+from tests.slurm.cluster import Slurm
+from tests.slurm.conftest import EVERY
+
+_SHORT = {"loop.batch": 32, "loop.validation_samples": 32}
+_PATIENCE = 600
+whole = pytest.mark.skipif(not EVERY, reason="takes minutes: make slurm")
+
+
+def write(out: Path, stages: dict[str, Any], **slurm: Any) -> Path:
+    """A run file for this Slurm."""
+    body = {"name": out.name, "out": str(out), "to": "slurm", "stages": stages, "slurm": slurm}
+    path = out.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(body))
+    return path
+
+
+def pack(count: int = 600) -> dict[str, Any]:
+    flags = {"count": count, "validation": 0.2, "shard_pairs": 200, "block": 8}
+    return {"source": "shapes", "flags": flags}
+
+
+def wait_for(what: Callable[[], Any], seconds: float = _PATIENCE) -> Any:
+    """The first true answer."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if found := what():
+            return found
+        time.sleep(0.5)
+    raise AssertionError("waited in vain")
+
+
+def states(slurm: Slurm, out: Path) -> dict[str, str]:
+    return dict(json_of("status", str(out), **slurm.environment))
+
+
+def finish(slurm: Slurm, out: Path) -> dict[str, str]:
+    """Wait until the chain is over, as a user who looks at it."""
+
+    def over() -> dict[str, str] | None:
+        found = states(slurm, out)
+        ended = all(text == "done" or text.startswith("ended") for text in found.values())
+        return found if ended else None
+
+    found: dict[str, str] = wait_for(over)
+    return found
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in rows_of(run)]
+
+
+@pytest.fixture(scope="session")
+def tokens(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chain up to the tokens, an array of two workers: the smoke test looks at it."""
+    out = tmp_path_factory.mktemp("chain") / "data"
+    stages = {
+        "pack": pack(),
+        "bpe": {},
+        "dvae": {"flags": {**_SHORT, "loop.steps": 6, "mesh.data": 1}},
+        "tokenize": {"workers": 2, "flags": {"block": 8}},
+    }
+    tapir("submit", str(write(out, stages)), **slurm.environment)
+    found = finish(slurm, out)
+    assert set(found.values()) == {"done"}, tapir("logs", str(out), **slurm.environment)
+    return out
+
+
+def prior(tokens: Path, steps: int, **flags: Any) -> dict[str, Any]:
+    """A prior over two nodes on tokens that are there."""
+    every = {"checkpoint.every": 10, "loop.log_every": 1, "loop.validate_every": 0}
+    data = {"data": str(tokens / "data" / "tokens")}
+    return {"nodes": 2, "flags": {**_SHORT, **every, **data, "loop.steps": steps, **flags}}
+
+
+@pytest.mark.slow
+def test_a_chain_with_an_array_and_two_nodes(slurm: Slurm, tokens: Path, tmp_path: Path) -> None:
+    assert len(list((tokens / "logs").glob("tokenize-*.log"))) == 2
+    out = tmp_path / "two"
+    path = write(out, {"prior": prior(tokens, 4)}, launcher="srun")
+    tapir("submit", str(path), "--wait", **slurm.environment)
+    assert [step for step, _ in losses(out / "prior")] == [1, 2, 3, 4]
+    assert not slurm.queue()
+    again = tapir("submit", str(path), **slurm.environment)
+    assert "have ended well before" in again
+    assert not any("KEY" in p.read_text() for p in (out / "jobs").glob("*.sh"))
+
+
+@whole
+def test_the_whole_demo_by_one_submit(slurm: Slurm, tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    short = {"flags": {**_SHORT, "loop.steps": 6, "mesh.data": 1}}
+    stages = {
+        "pack": pack(),
+        "bpe": {},
+        "dvae": short,
+        "tokenize": {"workers": 2, "flags": {"block": 8}},
+        "prior": {"nodes": 2, "flags": {**_SHORT, "loop.steps": 6}},
+        "clip": short,
+        "evaluate": {"flags": {"prompts": 8, "candidates": 4}},
+    }
+    tapir("submit", str(write(out, stages)), "--wait", **slurm.environment)
+    assert (out / "report.html").stat().st_size > 10_000
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["data"] == "shapes" and set(summary["seconds"]) >= {"pack", "prior", "evaluate"}
+    assert not slurm.queue() and not slurm.processes()
+
+
+@whole
+def test_a_lost_node_changes_no_loss(slurm: Slurm, tokens: Path, tmp_path: Path) -> None:
+    calm, out = tmp_path / "calm", tmp_path / "lost"
+    tapir("submit", str(write(calm, {"prior": prior(tokens, 60)})), "--wait", **slurm.environment)
+    tapir("submit", str(write(out, {"prior": prior(tokens, 60)})), **slurm.environment)
+    wait_for(lambda: len(rows_of(out / "prior")) > 15)
+    slurm.kill_node(2)
+    wait_for(lambda: "RUNNING" not in states(slurm, out)["prior"])
+    slurm.start_node(2)
+    assert finish(slurm, out)["prior"] == "done"
+    assert "resumed from" in tapir("logs", str(out), **slurm.environment)
+    assert losses(out / "prior") == losses(calm / "prior")
+
+
+@whole
+def test_a_preempted_job_saves_and_comes_back(slurm: Slurm, tokens: Path, tmp_path: Path) -> None:
+    out, urgent = tmp_path / "low", tmp_path / "high"
+    tapir("submit", str(write(out, {"prior": prior(tokens, 80)})), **slurm.environment)
+    wait_for(lambda: len(rows_of(out / "prior")) > 12)
+    path = write(urgent, {"prior": prior(tokens, 4)}, partition="urgent")
+    tapir("submit", str(path), "--wait", **slurm.environment)
+    assert finish(slurm, out)["prior"] == "done"
+    log = tapir("logs", str(out), **slurm.environment)
+    assert "asked to stop" in log and "with a checkpoint saved" in log and "resumed from" in log
+    assert [step for step, _ in losses(out / "prior")] == list(range(1, 81))
+
+
+@whole
+def test_the_time_limit_is_no_end(slurm: Slurm, tokens: Path, tmp_path: Path) -> None:
+    out = tmp_path / "limit"
+    stage = {**prior(tokens, 400), "minutes": 2}
+    tapir("submit", str(write(out, {"prior": stage}, warn_seconds=60)), **slurm.environment)
+    assert finish(slurm, out)["prior"] == "done"
+    assert "asked to stop" in tapir("logs", str(out), **slurm.environment)
+
+
+@whole
+def test_behind_a_failed_stage_nothing_waits(slurm: Slurm, tmp_path: Path) -> None:
+    out = tmp_path / "failed"
+    stages = {"pack": pack(), "bpe": {"flags": {"texts": "/nowhere"}}, "dvae": {}, "tokenize": {}}
+    stages["dvae"] = {"flags": {**_SHORT, "loop.steps": 6, "mesh.data": 1}}
+    path = write(out, stages)
+    tapir("submit", str(path), "--wait", code=1, **slurm.environment)
+    found = states(slurm, out)
+    assert found["bpe"].startswith("ended: FAILED") and found["dvae"] == "done"
+    assert found["tokenize"].startswith("ended: CANCELLED") and not slurm.queue()
+
+
+@whole
+def test_cancel_leaves_nothing_behind(slurm: Slurm, tokens: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cancelled"
+    stages = {"prior": prior(tokens, 5000), "evaluate": {}}
+    tapir("submit", str(write(out, stages)), **slurm.environment)
+    wait_for(lambda: len(rows_of(out / "prior")) > 3)
+    tapir("cancel", str(out), **slurm.environment)
+    assert not slurm.queue() and not slurm.processes()
+    time.sleep(3)  # what is requeued would come back by now
+    assert not slurm.queue()
+    reached = len(rows_of(out / "prior"))
+    assert reached < 5000
