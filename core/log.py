@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 LOG = logging.getLogger("tapir")
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 PLAIN_INTERVAL = 10.0
 """Seconds between two plain progress lines."""
 
@@ -30,8 +31,14 @@ class HideSecrets(logging.Filter):
         return True
 
 
-def set_up_logging(rank: int = 0) -> None:
-    """Send the log to standard error; ranks other than 0 only report warnings."""
+def set_up_logging(rank: int | None = None) -> None:
+    """Send the log to standard error; ranks other than 0 only report warnings.
+
+    Without a rank it is the one that torchrun, mpirun or srun says.
+    """
+    if rank is None:
+        said = (os.environ.get(name, "") for name in _RANKS)
+        rank = next((int(text) for text in said if text.isdigit()), 0)
     handler: logging.Handler
     if sys.stderr.isatty():
         handler = RichHandler(console=Console(stderr=True), show_path=False, markup=False)
