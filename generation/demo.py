@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.jobs import Resources
+from cluster.local import LocalConfig, commands
 from cluster.object_server import ObjectServer, object_server
 from cluster.processes import start, stop
 from core.errors import EXIT_WRONG_INPUT, InputError, TapirError
@@ -16,23 +18,23 @@ from core.log import LOG
 from core.s3 import S3Store
 from generation.config import DemoConfig
 from generation.report import write_report
+from generation.runfile import FOLDERS, STAGES, RunFile, StageSpec, Value, chain_of
 from generation.summary import summarise
 
 BUCKET = "tapir-demo"
-RAW, TOKENS = f"s3://{BUCKET}/raw", f"s3://{BUCKET}/tokens"
 TOKEN_WORKERS = 2
 SECONDS = "seconds.json"
-MESHES = {
-    "1": ["--mesh.data=1", "--engine.name=reference"],
-    "tp2pp2dp2": [
-        "--mesh.tensor=2",
-        "--mesh.pipeline=2",
-        "--mesh.data=2",
-        "--engine.name=deepspeed_pipe",
-        "--engine.accumulate=2",
-        "--compress.rank=44",
-        "--compress.warm-start",
-    ],
+MESHES: dict[str, dict[str, Value]] = {
+    "1": {"mesh.data": 1, "engine.name": "reference"},
+    "tp2pp2dp2": {
+        "mesh.tensor": 2,
+        "mesh.pipeline": 2,
+        "mesh.data": 2,
+        "engine.name": "deepspeed_pipe",
+        "engine.accumulate": 2,
+        "compress.rank": 44,
+        "compress.warm_start": True,
+    },
 }
 """Flags of the prior; 44 is the paper's 0.226 times the width of 192, warm Q learns faster here."""
 
@@ -58,58 +60,71 @@ def run_demo(config: DemoConfig) -> Path:
             _run(stage, folder, server)
     seconds = _seconds(folder)
     LOG.info("all stages in %.0f s", time.monotonic() - began)
-    commands = ["tapir " + " ".join(c) for stage in stages for c in stage.commands]
-    summary = summarise(folder, config.data, config.size, commands, seconds)
+    typed = ["tapir " + " ".join(c) for stage in stages for c in stage.commands]
+    summary = summarise(folder, config.data, config.size, typed, seconds)
     write_atomic(folder / "summary.json", canonical_json(summary))
     return write_report(folder)
 
 
 def demo_stages(config: DemoConfig) -> list[Stage]:
-    """The demo as commands that a user could type."""
-    folder = config.folder
-    dvae, bpe, prior, clip = (folder / name for name in ("dvae", "bpe", "prior", "clip"))
-    sizes = _sizes(config)
-    models = [f"--prior={prior}", f"--dvae={dvae}", f"--clip={clip}", f"--bpe={bpe}"]
-    tokenize = ["tokenize", RAW, TOKENS, f"--dvae={dvae}", f"--bpe={bpe}", *sizes["tokens"]]
-    workers = [[*tokenize, f"--worker={i}/{TOKEN_WORKERS}"] for i in range(TOKEN_WORKERS)]
-    raw = f"--data={RAW}"
-    alone = ["--mesh.data=1"] if config.mesh == "1" else []
-    train_dvae = ["train", "dvae", "tiny", raw, f"--out={dvae}"]
-    train_prior = ["train", "prior", "tiny", f"--data={TOKENS}", f"--out={prior}"]
-    train_clip = ["train", "clip", "tiny", raw, f"--out={clip}", f"--bpe={bpe}"]
-    evaluate = ["evaluate", RAW, f"--out={folder / 'samples'}", *models]
+    """The demo as commands that a user could type: those of its run file."""
+    chain = chain_of(demo_run(config), "local")
+    here = len(chain.tapir())
     return [
-        Stage(name="pack", commands=[["pack", config.data, RAW, *sizes["pack"]]]),
-        Stage(name="bpe", commands=[["train", "bpe", "tiny", raw, f"--out={bpe}"]]),
-        Stage(name="dvae", commands=[[*train_dvae, *sizes["dvae"], *alone]]),
-        Stage(name="tokens", commands=workers),
-        Stage(name="prior", commands=[[*train_prior, *sizes["prior"], *MESHES[config.mesh]]]),
-        Stage(name="clip", commands=[[*train_clip, *sizes["clip"], *alone]]),
-        Stage(name="samples", commands=[[*evaluate, *sizes["samples"]]]),
+        Stage(
+            name=FOLDERS.get(job.name, job.name),
+            commands=[command[here:] for command in commands(chain, job, LocalConfig())],
+        )
+        for job in chain.jobs
+        if job.name in STAGES
     ]
 
 
-def _sizes(config: DemoConfig) -> dict[str, list[str]]:
+def demo_run(config: DemoConfig) -> RunFile:
+    """The demo as a run file."""
+    sizes = _sizes(config)
+    alone: dict[str, Value] = {"mesh.data": 1} if config.mesh == "1" else {}
+    changes = {"dvae": alone, "clip": alone, "prior": MESHES[config.mesh]}
+    return RunFile(
+        name="demo",
+        out=config.folder,
+        store=f"s3://{BUCKET}",
+        stages={
+            name: StageSpec(
+                source=config.data if name == "pack" else "",
+                flags={**sizes.get(name, {}), **changes.get(name, {})},
+                resources=Resources(workers=TOKEN_WORKERS if name == "tokenize" else 1),
+            )
+            for name in STAGES
+        },
+    )
+
+
+def _sizes(config: DemoConfig) -> dict[str, dict[str, Value]]:
     """What the demo changes about the presets."""
+    shapes = config.data == "shapes"
     if config.size == "mini":
-        short = ["--loop.steps=6", "--loop.batch=32", "--loop.validation-samples=32"]
-        pack = ["--count=600"] if config.data == "shapes" else ["--count=300"]
+        short: dict[str, Value] = {
+            "loop.steps": 6,
+            "loop.batch": 32,
+            "loop.validation_samples": 32,
+        }
+        pack = {"count": 600 if shapes else 300, "validation": 0.2, "shard_pairs": 200, "block": 8}
         return {
-            "pack": [*pack, "--validation=0.2", "--shard-pairs=200", "--block=8"],
+            "pack": pack,
             "dvae": short,
-            "tokens": ["--block=8"],
+            "tokenize": {"block": 8},
             "prior": short,
             "clip": short,
-            "samples": ["--prompts=8", "--candidates=4"],
+            "evaluate": {"prompts": 8, "candidates": 4},
         }
-    shapes = config.data == "shapes"
+    if shapes:
+        return {"pack": {"count": 20_000}, "evaluate": {"prompts": 512}}
     return {
-        "pack": ["--count=20000"] if shapes else ["--validation=0.1"],
-        "dvae": [],
-        "tokens": [],
-        "prior": [] if shapes else ["--loop.steps=900"],
-        "clip": [] if shapes else ["--loop.steps=300"],
-        "samples": ["--prompts=512"] if shapes else ["--prompts=64"],
+        "pack": {"validation": 0.1},
+        "prior": {"loop.steps": 900},
+        "clip": {"loop.steps": 300},
+        "evaluate": {"prompts": 64},
     }
 
 
