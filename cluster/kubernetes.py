@@ -255,12 +255,14 @@ def _job_command(chain: Chain, job: Job) -> list[str]:
 
 
 def submit(chain: Chain, config: KubernetesConfig) -> dict[str, str]:
-    """Apply all objects; returns their names by job.
+    """Apply all objects, in place of failed ones of an earlier time; returns their names by job.
 
     Raises: ConfigError without kubectl; TapirError with the cluster's answer.
     """
+    names = {job.name: _name(chain, job) for job in chain.jobs}
+    _kubectl(config, "delete", "jobs", "--ignore-not-found", "--wait=true", *names.values())
     _kubectl(config, "apply", "-f", "-", text=dry_run(chain, config))
-    return {job.name: _name(chain, job) for job in chain.jobs}
+    return names
 
 
 def states(chain: Chain, config: KubernetesConfig) -> dict[str, str]:

@@ -40,7 +40,9 @@ class LocalConfig:
 def commands(chain: Chain, job: Job, config: LocalConfig) -> list[list[str]]:
     """What a job starts, one command for each worker."""
     if config.launcher == "mpirun" and job.world > 1:
-        return [["mpirun", "-np", str(job.world), *chain.tapir(*job.command)]]
+        beside = Path(chain.python).with_name("mpirun")
+        mpirun = str(beside) if beside.exists() else "mpirun"
+        return [[mpirun, "-np", str(job.world), *chain.tapir(*job.command)]]
     if not job.array:
         return [chain.tapir(*job.command)]
     count = job.resources.workers

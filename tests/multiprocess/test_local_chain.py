@@ -1,5 +1,6 @@
 """A run file on this machine: the chain runs behind the terminal, can be cancelled and goes on."""
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ _SHORT = {
 PATIENCE = 120
 
 
-def write(folder: Path, **stages: Any) -> Path:
+def write(folder: Path, launcher: str = "tapir", **stages: Any) -> Path:
     """A run file for packing shapes and what is given."""
     pack = {"source": "shapes", "flags": {"count": 200, "validation": 0.2, "block": 8}}
     body = {"name": "small", "out": str(folder / "out"), "stages": {"pack": pack, **stages}}
+    body["local"] = {"launcher": launcher}
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(body))
     return path
@@ -70,3 +72,12 @@ def test_behind_a_failed_stage_nothing_runs(tmp_path: Path) -> None:
     assert said["pack"] == "done"
     assert said["bpe"] == "failed (exit code 2)" and said["tokenize"].startswith("not run")
     assert not processes_with(str(tmp_path / "out"))
+
+
+@pytest.mark.slow
+def test_ranks_start_by_mpirun(tmp_path: Path) -> None:
+    dvae = {"flags": {**_SHORT, "mesh.data": 2, "loop.steps": 3}}
+    tapir("submit", str(write(tmp_path, "mpirun", dvae=dvae)), "--wait")
+    assert [row["step"] for row in rows_of(tmp_path / "out" / "dvae")] == [1, 2, 3]
+    config = json.loads((tmp_path / "out" / "dvae" / "config.json").read_text())
+    assert config["mesh"]["data"] == 2

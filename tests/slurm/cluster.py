@@ -83,11 +83,11 @@ class Slurm:
         """All jobs that are not over."""
         return self.ask("squeue", "-h", "-o", "%i %j %T %r %N")
 
-    def start_node(self, number: int) -> None:
-        """Start (again) one slurmd."""
+    def start_node(self, number: int, files: int = 4096) -> None:
+        """Start (again) one slurmd, whose jobs may open so many files."""
         (self.root / "spool" / f"n{number}").mkdir(parents=True, exist_ok=True)
         command = ["/usr/sbin/slurmd", "-N", f"n{number}", "-f", str(self.config)]
-        subprocess.run(command, check=True)
+        subprocess.run(["prlimit", f"--nofile={files}", *command], check=True)
 
     def kill_node(self, number: int) -> None:
         """Kill a slurmd and all that runs on its node at once, as a lost machine would."""
@@ -121,8 +121,8 @@ def _is_of(process: psutil.Process, slurm: Slurm, number: int) -> bool:
 
 
 @contextlib.contextmanager
-def private_slurm(root: Path, nodes: int = 2) -> Iterator[Slurm]:
-    """Run a Slurm of our own in a folder, until the context ends."""
+def private_slurm(root: Path, nodes: int = 2, bad: int = 0) -> Iterator[Slurm]:
+    """Run a Slurm of our own in a folder, until the context ends; jobs of node `bad` are cramped."""
     for name in ("state", "spool", "log", "run", "munge"):
         (root / name).mkdir(parents=True)
     root.chmod(0o755)
@@ -133,7 +133,7 @@ def private_slurm(root: Path, nodes: int = 2) -> Iterator[Slurm]:
         _write_config(slurm, nodes)
         subprocess.run(["/usr/sbin/slurmctld", "-f", str(slurm.config)], check=True)
         for number in range(1, nodes + 1):
-            slurm.start_node(number)
+            slurm.start_node(number, files=256 if number == bad else 4096)
         _wait_until_idle(slurm, nodes)
         yield slurm
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.harness import json_of, rows_of, tapir
-from tests.slurm.cluster import Slurm
+from tests.slurm.cluster import Slurm, private_slurm
 from tests.slurm.conftest import EVERY
 
 _SHORT = {"loop.batch": 32, "loop.validation_samples": 32}
@@ -179,3 +179,17 @@ def test_cancel_leaves_nothing_behind(slurm: Slurm, tokens: Path, tmp_path: Path
     assert not slurm.queue()
     reached = len(rows_of(out / "prior"))
     assert reached < 5000
+
+
+@whole
+def test_a_bad_node_is_left_out(tmp_path: Path) -> None:
+    out = tmp_path / "sound"
+    tmp_path.chmod(0o755)
+    stages = {"pack": {**pack(), "cpus": 2}}
+    with private_slurm(tmp_path / "s", nodes=2, bad=1) as cluster:
+        tapir("submit", str(write(out, stages, doctor=True)), **cluster.environment)
+        assert finish(cluster, out)["pack"] == "done"
+        log = tapir("logs", str(out), **cluster.environment)
+        assert "node n1: open files" in log
+        assert "ExcNodeList=n1" in cluster.ask("scontrol", "show", "job", "1")
+        assert not cluster.queue()
