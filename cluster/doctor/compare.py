@@ -16,7 +16,7 @@ from cluster.doctor.meeting import Gather
 
 ROUNDS = 5
 """Times are taken as all ranks leave a gather; the median of the rounds counts."""
-_SEEN_SECONDS = 5.0
+_SEEN_SECONDS = 2.0
 """A network file system may show a new file this late."""
 
 

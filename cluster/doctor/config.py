@@ -34,7 +34,7 @@ class DoctorConfig:
     """Open files that a process must be allowed."""
     gpus: int = 0
     """GPUs that each machine must have."""
-    wait: float = 30.0
+    wait: float = 60.0
     """Seconds in which all ranks must have met."""
     seconds: float = 1.0
     """Seconds of matmuls in the burn-in."""
