@@ -3,7 +3,6 @@
 import importlib
 import importlib.metadata
 import json
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from dataclasses import asdict
 import torch
 import torch.distributed as dist
 
-from cluster.doctor.finding import Finding, bad, ok, placed
+from cluster.doctor.finding import Finding, bad, here, ok, placed
 from cluster.doctor.gpus import gpu_devices
 from cluster.doctor.outliers import Burned, burn_rows
 from parallel.world import World
@@ -44,8 +43,7 @@ def burn_in(world: World, seconds: float) -> list[Finding]:
         rate = _matmuls(device, seconds)
         link = _ring(world, device) if world.size > 1 else 0.0
         reduce = _all_reduce(world, device) if world.size > 1 else 0.0
-    host = socket.gethostname()
-    mine = Burned(rank=world.rank, host=host, rate=rate, link=link, reduce=reduce)
+    mine = Burned(rank=world.rank, host=here(), rate=rate, link=link, reduce=reduce)
     texts = world.gather_text(json.dumps(asdict(mine)))
     if world.rank:
         return []

@@ -1,6 +1,7 @@
 """A row of the report, and how checks are run so that none can hang or break the others."""
 
 import logging
+import os
 import socket
 import threading
 import time
@@ -54,16 +55,20 @@ def worst(rows: Iterable[Finding]) -> Status:
 
 def placed(rows: Iterable[Finding], rank: int | None) -> list[Finding]:
     """Give rows without a place this one, and hide what must not be read."""
-    here = socket.gethostname()
     return [
         replace(
             row,
             found=_hidden(row.found),
-            host=row.host or here,
+            host=row.host or here(),
             rank=rank if row.rank is None else row.rank,
         )
         for row in rows
     ]
+
+
+def here() -> str:
+    """This machine, by the name that its scheduler would exclude it by."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def run_checks(checks: Mapping[str, Check], limit: float) -> list[Finding]:
