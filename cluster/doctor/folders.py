@@ -2,7 +2,6 @@
 
 import errno
 import os
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -27,13 +26,9 @@ def run_folder_findings(out: Path, need: float) -> list[Finding]:
 
 
 def temporary_findings() -> list[Finding]:
-    """The folder for temporary files; Python itself fails to name one if none can be written."""
-    named = os.environ.get("TMPDIR")
-    try:
-        path = Path(named) if named else Path(tempfile.gettempdir())
-    except FileNotFoundError as error:
-        fix = "export TMPDIR=<a folder that can be written>, or free one"
-        return [bad("temporary folder", str(error), fix)]
+    """The folder for temporary files that is named; Python quietly takes another if it is full."""
+    named = [os.environ[name] for name in ("TMPDIR", "TEMP", "TMP") if os.environ.get(name)]
+    path = Path(next(iter(named), "/tmp"))
     return _folder("temporary folder", path, TEMPORARY_GB, "or export TMPDIR=<another folder>")
 
 

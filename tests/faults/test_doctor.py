@@ -23,7 +23,7 @@ from tests.harness import ENVIRONMENT, TAPIR
 
 HOST = socket.gethostname()
 NODE = (*TAPIR, "doctor", "--node", "--json")
-QUICK = (*TAPIR, "doctor", "--quick", "--json", "--wait=5")
+QUICK = (*TAPIR, "doctor", "--quick", "--json")
 Rows = list[dict[str, Any]]
 
 SKEWED = """
@@ -44,17 +44,17 @@ SLOWED = """
 import importlib, signal, sys, time
 import tapir
 checks = importlib.import_module("parallel.doctor")
-burn_in = checks.burn_in
+matmuls = checks._matmuls
 def slowed(*arguments):
-    signal.signal(signal.SIGPROF, lambda *_: time.sleep(0.3))
+    signal.signal(signal.SIGPROF, lambda *_: time.sleep(1))
     signal.setitimer(signal.ITIMER_PROF, 0.01, 0.01)
-    rows = burn_in(*arguments)
+    rate = matmuls(*arguments)
     signal.setitimer(signal.ITIMER_PROF, 0)
-    return rows
-checks.burn_in = slowed
+    return rate
+checks._matmuls = slowed
 tapir.main()
 """
-"""A rank that sleeps 0.3 s after each 0.01 s of work, in its burn-in."""
+"""A rank that sleeps a second after each 0.01 s of work, in its matmuls."""
 
 
 def run(
@@ -135,6 +135,13 @@ def test_a_full_disk(tmp_path: Path, fault: Record, size: str, need: str, text: 
     disk = f"mount -t tmpfs -o size={size} tmpfs {tmp_path}"
     rows = run(mounted(disk, [*NODE, f"--out={tmp_path}", f"--disk={need}"]), 1)
     fault.outcome(named(rows, "run folder", text, "another --out", host=HOST))
+
+
+def test_a_full_temporary_folder(tmp_path: Path, fault: Record) -> None:
+    fault(40, "doctor: a temporary folder of 8 MB")
+    disk = f"mount -t tmpfs -o size=8m tmpfs {tmp_path}"
+    rows = run(mounted(disk, NODE), 1, TMPDIR=str(tmp_path))
+    fault.outcome(named(rows, "temporary folder", "0.25 are needed", "export TMPDIR"))
 
 
 def test_a_read_only_run_folder(tmp_path: Path, fault: Record) -> None:
@@ -260,7 +267,8 @@ def test_a_clock_that_the_store_disagrees_with(
 def test_a_clock_that_other_ranks_disagree_with(skewed: dict[str, str], fault: Record) -> None:
     fault(40, "doctor: a rank's clock is two minutes ahead")
     rows, _ = run_ranks([QUICK, QUICK], [1, 0], extra=[{}, skewed])
-    found = named(rows, "clock", "120.0 s ahead of rank 0's", "chronyc makestep", rank=1)
+    found = named(rows, "clock", "s ahead of rank 0's", "chronyc makestep", rank=1)
+    assert abs(float(found.split()[4]) - 120) < 5
     fault.outcome(found)
 
 
@@ -319,7 +327,7 @@ def test_a_scheduler_that_does_not_answer(tmp_path: Path, fault: Record, kind: s
 @pytest.mark.slow
 def test_a_slow_rank(fault: Record) -> None:
     fault(40, "doctor: a rank sleeps most of its time")
-    flags = ["doctor", "--json", "--seconds=0.5"]
+    flags = ["doctor", "--json", "--seconds=0.3"]
     slow = [sys.executable, "-c", SLOWED, *flags]
     rows, _ = run_ranks([[*TAPIR, *flags], slow], [1, 0])
     fault.outcome(named(rows, "matmul", "% of the median of 2 ranks", "CPU binding", rank=1))
@@ -337,7 +345,7 @@ def test_a_rank_that_never_joins(tmp_path: Path, fault: Record) -> None:
 
 @pytest.mark.slow
 def test_sound_ranks_meet_compare_and_burn_in(tmp_path: Path) -> None:
-    flags = ["--ranks=2", "--json", "--seconds=0.3", f"--out={tmp_path / 'run'}"]
+    flags = ["--ranks=2", "--json", f"--out={tmp_path / 'run'}"]
     rows = run([*TAPIR, "doctor", *flags], 0)
     checks = {"clock", "shared run folder", "matmul", "link", "all-reduce", "torch", "deepspeed"}
     assert checks <= {row["check"] for row in rows}
