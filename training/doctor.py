@@ -134,9 +134,10 @@ class Visit:
         with self._limit(BURN_SECONDS + self._config.seconds, late):
             try:
                 self._burn_in(checks, world, unmet)
-            except RuntimeError as error:
+            except Exception as error:
+                found = f"it failed: {type(error).__name__}: {error}"
                 fix = "look at the network between the machines, and at other ranks' output"
-                raise Lost(bad("burn-in", f"a collective failed: {error}", fix)) from error
+                raise Lost(bad("burn-in", found, fix)) from error
         worlds.leave_world(world)
 
     def _joined(self, worlds: Any) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cluster.doctor.clocks import clock_finding
 from cluster.doctor.finding import STATUSES, Finding, bad, ok, placed
-from cluster.doctor.folders import PROBE, existing
+from cluster.doctor.folders import PROBE, RUN_FOLDER, existing
 from cluster.doctor.meeting import Gather
 
 ROUNDS = 5
@@ -26,17 +26,18 @@ class Told:
 
     rank: int
     host: str
-    seen: str
-    """What it read in the file of rank 0; empty if it saw none."""
+    seen: str | None
+    """What it read in the file of rank 0; empty if it saw none, None if it did not look."""
     times: list[float]
     rows: list[Finding]
 
 
 def compare(rank: int, rows: list[Finding], out: Path, gather: Gather) -> list[Finding]:
     """On rank 0 the rows of all ranks, with those of the comparison; elsewhere this rank's own."""
-    with _written(existing(out), rank) as (path, token):
+    broken = any(row.check == RUN_FOLDER and row.status == "bad" for row in rows)
+    with _written(Path() if broken else existing(out), rank, broken) as (path, token):
         path = Path(gather(str(path))[0])
-        seen = _read(path)
+        seen = None if broken else _read(path)
         times = []
         for _ in range(ROUNDS):
             gather("")
@@ -74,7 +75,7 @@ def clock_rows(told: list[Told]) -> list[Finding]:
 def folder_rows(told: list[Told], token: str, path: Path) -> list[Finding]:
     """Rows for ranks that do not see what rank 0 wrote into the run folder."""
     if not token:
-        return []  # rank 0 cannot write there: a row of its own says so
+        return []  # rank 0 cannot use it: a row of its own says so
     fix = "mount the same file system at that path on all machines, or give another --out"
     blind = [
         replace(
@@ -83,16 +84,16 @@ def folder_rows(told: list[Told], token: str, path: Path) -> list[Finding]:
             rank=each.rank,
         )
         for each in told
-        if each.seen != token
+        if each.seen not in (token, None)
     ]
     return blind or [ok("shared run folder", f"{len(told)} ranks see the same {path.parent}")]
 
 
 @contextmanager
-def _written(folder: Path, rank: int) -> Iterator[tuple[Path, str]]:
+def _written(folder: Path, rank: int, broken: bool) -> Iterator[tuple[Path, str]]:
     """Rank 0's file, and what is in it; "" if it could not be written."""
     path, token = folder / f"{PROBE}{uuid.uuid4().hex[:12]}", uuid.uuid4().hex
-    if rank:
+    if rank or broken:  # what hangs or fails there is known, and must not stop the comparison
         yield path, ""
         return
     try:

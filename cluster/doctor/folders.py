@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cluster.doctor.finding import GB, MB, Finding, bad, ok, warning
 
+RUN_FOLDER = "run folder"
 PROBE = ".tapir-doctor-"
 PROBE_BYTES = 16_000_000
 TEMPORARY_GB = 0.25
@@ -22,7 +23,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 def run_folder_findings(out: Path, need: float) -> list[Finding]:
     """The run folder, or what is there of the way to it."""
-    return _folder("run folder", existing(out), need, "or give another --out")
+    return _folder(RUN_FOLDER, existing(out), need, "or give another --out")
 
 
 def temporary_findings() -> list[Finding]:

@@ -23,7 +23,7 @@ def node_findings(config: DoctorConfig, rank: int | None) -> list[Finding]:
         "memory": lambda: machine.memory_findings(config.memory),
         "limits": lambda: limits.limit_findings(config.files),
         "shared memory": lambda: folders.shared_memory_findings(config.shared_memory),
-        "run folder": lambda: folders.run_folder_findings(config.out, config.disk),
+        folders.RUN_FOLDER: lambda: folders.run_folder_findings(config.out, config.disk),
         "temporary folder": folders.temporary_findings,
         "gpus": lambda: gpus.gpu_findings(config.gpus),
     }

@@ -32,7 +32,7 @@ def burn_rows(burned: Sequence[Burned]) -> list[Finding]:
     rows = [*_rates(burned), *_links(burned)]
     reduce = statistics.median(each.reduce for each in burned)
     if reduce:
-        found = f"{reduce / GIGA:.3f} GB/s over {len(burned)} ranks"
+        found = f"{reduce / GIGA:.3g} GB/s over {_ranks(burned)}"
         rows.append(ok("all-reduce", found))
     return rows
 
@@ -42,7 +42,7 @@ def _rates(burned: Sequence[Burned]) -> list[Finding]:
     rows = []
     for each in burned:
         share = each.rate / middle
-        found = f"{each.rate / TERA:.3f} TFLOP/s, {share:.0%} of the median of {len(burned)} ranks"
+        found = f"{each.rate / TERA:.3g} TFLOP/s, {share:.0%} of the median of {_ranks(burned)}"
         fix = (
             "another job on its cores or GPU, a power or heat limit, or wrong CPU binding: look at "
             "top and nvidia-smi there; exclude the machine if it stays slow"
@@ -50,7 +50,7 @@ def _rates(burned: Sequence[Burned]) -> list[Finding]:
         if share < NOTED_RATE:
             row = (bad if share < SLOW_RATE else warning)("matmul", found, fix)
             rows.append(replace(row, host=each.host, rank=each.rank))
-    text = f"{middle / TERA:.3f} TFLOP/s, the median of {len(burned)} ranks"
+    text = f"{middle / TERA:.3g} TFLOP/s, the median of {_ranks(burned)}"
     return rows or [ok("matmul", text)]
 
 
@@ -67,16 +67,20 @@ def _links(burned: Sequence[Burned]) -> list[Finding]:
         if not pairs:
             continue
         middle = statistics.median_high(a.link for a, _ in pairs)
-        medians.append(f"{middle / GIGA:.3f} GB/s {kind}")
+        medians.append(f"{middle / GIGA:.3g} GB/s {kind}")
         for a, b in pairs:
             share = a.link / middle
             if share >= NOTED_LINK:
                 continue
             found = (
-                f"rank {a.rank} ({a.host}) to rank {b.rank} ({b.host}): {a.link / GIGA:.3f} GB/s, "
+                f"rank {a.rank} ({a.host}) to rank {b.rank} ({b.host}): {a.link / GIGA:.3g} GB/s, "
                 f"{share:.0%} of the median {kind}"
             )
             fix = "look at cable, port errors (ethtool -S, ibstat) and load of both; exclude one"
             row = (bad if share < SLOW_LINK else warning)("link", found, fix)
             rows.append(replace(row, host=a.host, rank=a.rank))
     return rows or ([ok("link", ", ".join(medians))] if medians else [])
+
+
+def _ranks(burned: Sequence[Burned]) -> str:
+    return "1 rank" if len(burned) == 1 else f"{len(burned)} ranks"

@@ -189,6 +189,23 @@ def test_a_wrong_torch(tmp_path: Path, fault: Record) -> None:
     fault.outcome(named(rows, "packages", f"torch 2.1.0 is installed in {tmp_path}", "'torch>=2.6"))
 
 
+@pytest.mark.slow
+def test_versions_that_are_not_those_that_run(tmp_path: Path, fault: Record) -> None:
+    fault(40, "doctor: a newer deepspeed and a second torch")
+    for name, version in (("torch", "2.12.0"), ("deepspeed", "0.20.0")):
+        other = tmp_path / f"{name}-{version}.dist-info"
+        other.mkdir()
+        text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        (other / "METADATA").write_text(text)
+    path = f"{tmp_path}:{ENVIRONMENT['PYTHONPATH']}"
+    rows = run([*TAPIR, "doctor", "--json", "--seconds=0.1"], 1, PYTHONPATH=path)
+    wrong = {row["check"]: row for row in rows if row["status"] == "bad"}
+    assert set(wrong) == {"torch", "deepspeed"}
+    assert "2.12.0 is what is installed first" in wrong["torch"]["found"]
+    assert "pip install deepspeed==" in wrong["deepspeed"]["fix"]
+    fault.outcome(wrong["torch"]["found"])
+
+
 def test_a_missing_package(tmp_path: Path, fault: Record) -> None:
     fault(40, "doctor: no webdataset")
     site = Path(boto3.__file__).parents[1]
@@ -302,6 +319,9 @@ def test_ranks_that_do_not_share_the_run_folder(tmp_path: Path, fault: Record) -
     other = mounted(f"mount -t tmpfs -o size=2g tmpfs {tmp_path}", command)
     rows, _ = run_ranks([command, other], [1, 0])
     assert not list(tmp_path.iterdir())
+    broken = mounted(f"mount -t tmpfs -o size=2m tmpfs {tmp_path}", command)
+    both, _ = run_ranks([command, broken], [1, 0])
+    named(both, "run folder", "1 are needed", "another --out", rank=1)
     found = named(rows, "shared run folder", str(tmp_path), "mount the same", rank=1)
     fault.outcome(found)
 

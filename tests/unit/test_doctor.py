@@ -49,7 +49,7 @@ def test_slow_ranks_are_named() -> None:
     ranks[3] = replace(ranks[3], rate=0.7e12)
     assert _wrong(burn_rows(ranks)) == [("matmul", "bad", 2), ("matmul", "warning", 3)]
     row = burn_rows(ranks)[0]
-    assert row.host == "slow" and "0.400 TFLOP/s, 40% of the median of 4 ranks" in row.found
+    assert row.host == "slow" and "0.4 TFLOP/s, 40% of the median of 4 ranks" in row.found
     two = [SOUND, replace(SOUND, rank=1, rate=0.3e12)]
     assert _wrong(burn_rows(two)) == [("matmul", "bad", 1)]
 
@@ -61,7 +61,7 @@ def test_links_are_compared_with_their_kind() -> None:
     ranks[3] = replace(ranks[3], link=2e7)
     rows = burn_rows(ranks)
     assert _wrong(rows) == [("link", "bad", 3)]
-    assert "rank 3 (host1) to rank 4 (host2): 0.020 GB/s, 20% of the median" in rows[1].found
+    assert "rank 3 (host1) to rank 4 (host2): 0.02 GB/s, 20% of the median" in rows[1].found
 
 
 @pytest.mark.parametrize("links", [1, 3, 4, 5, 8, 9])
