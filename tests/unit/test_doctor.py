@@ -4,7 +4,7 @@ import socket
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 
@@ -166,10 +166,10 @@ def port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _meet(rank: int, port: int, wait: float) -> list[list[str]]:
+def _meet(rank: int, port: int, seconds: float) -> list[list[str]]:
     """Two texts of one of three ranks."""
     place = Place(rank=rank, size=3, address="127.0.0.1", port=port)
-    with meet(place, wait) as meeting:
+    with meet(place, seconds) as meeting:
         return [meeting.gather(f"{word} of {rank}") for word in ("name", "time")]
 
 
@@ -181,11 +181,13 @@ def test_ranks_meet_and_tell_rank_0(port: int) -> None:
 
 
 def test_strangers_and_missing_ranks_do_not_end_a_meeting(port: int) -> None:
+    over = threading.Event()
+
     def stranger() -> None:
-        while True:
+        while not over.is_set():
             try:
                 with socket.create_connection(("127.0.0.1", port)) as link:
-                    link.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                    link.sendall(b'"some-program 2"\n')
                     link.recv(1)
                 return
             except ConnectionRefusedError:
@@ -193,9 +195,12 @@ def test_strangers_and_missing_ranks_do_not_end_a_meeting(port: int) -> None:
 
     with ThreadPoolExecutor(3) as pool:
         pool.submit(stranger)
-        rows = [pool.submit(_meet, rank, port, 2.0) for rank in (0, 1)]
-        assert rows[0].result() == [["name of 0", "name of 1", ""], ["time of 0", "time of 1", ""]]
-        assert rows[1].result() == [["name of 0"], ["time of 0"]]
+        ranks = [pool.submit(_meet, rank, port, 2.0) for rank in (0, 1)]
+        wait(ranks)
+        over.set()
+    words = ("name", "time")
+    assert ranks[0].result() == [[f"{word} of 0", f"{word} of 1", ""] for word in words]
+    assert ranks[1].result() == [["name of 0"], ["time of 0"]]
 
 
 def test_a_name_of_rank_0_that_does_not_resolve(port: int) -> None:
