@@ -27,6 +27,7 @@ VERBS = {
     "replay": ("training.commands:replay", "run a step that did not count again, on one process"),
     "seen": ("training.commands:seen", "the training steps at which a pair is read"),
     "batch": ("training.commands:batch", "the pairs of a training step"),
+    "doctor": ("training.doctor:doctor", "is this machine, cluster and store ready? how to mend"),
     "verify": ("training.commands:verify", "check every digest of a data set or checkpoint"),
 }
 

@@ -1,0 +1,123 @@
+"""What only a comparison of the ranks shows: their clocks, and if they share the run folder."""
+
+import json
+import statistics
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from cluster.doctor.clocks import clock_finding
+from cluster.doctor.finding import STATUSES, Finding, bad, ok, placed
+from cluster.doctor.folders import PROBE, RUN_FOLDER, existing
+from cluster.doctor.meeting import Gather
+
+ROUNDS = 5
+"""Times are taken as all ranks leave a gather; the median of the rounds counts."""
+_SEEN_SECONDS = 2.0
+"""A network file system may show a new file this late."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What a rank tells rank 0."""
+
+    rank: int
+    host: str
+    seen: str | None
+    """What it read in the file of rank 0; empty if it saw none, None if it did not look."""
+    times: list[float]
+    rows: list[Finding]
+
+
+def compare(rank: int, rows: list[Finding], out: Path, gather: Gather) -> list[Finding]:
+    """On rank 0 the rows of all ranks, with those of the comparison; elsewhere this rank's own."""
+    broken = any(row.check == RUN_FOLDER and row.status == "bad" for row in rows)
+    with _written(Path() if broken else existing(out), rank, broken) as (path, token):
+        path = Path(gather(str(path))[0])
+        seen = None if broken else _read(path)
+        times = []
+        for _ in range(ROUNDS):
+            gather("")
+            times.append(time.time())
+        host = rows[0].host if rows else ""
+        mine = Told(rank=rank, host=host, seen=seen, times=times, rows=rows)
+        texts = gather(json.dumps(asdict(mine)))
+    if rank:
+        return rows
+    told = [_told(text) for text in texts if text]
+    found = [row for each in told for row in each.rows]
+    return placed([*found, *clock_rows(told), *folder_rows(told, token, path)], 0)
+
+
+def clock_rows(told: list[Told]) -> list[Finding]:
+    """Rows for clocks that are off: from rank 0's with two machines, from the median with more."""
+    if len(told) < 2:
+        return []
+    rounds = range(ROUNDS)
+    right = [
+        told[0].times[i] if len(told) == 2 else statistics.median(each.times[i] for each in told)
+        for i in rounds
+    ]
+    offsets = [statistics.median(each.times[i] - right[i] for i in rounds) for each in told]
+    whose = "rank 0's" if len(told) == 2 else "the median of all ranks"
+    rows = [
+        replace(clock_finding(offset, whose), host=each.host, rank=each.rank)
+        for each, offset in zip(told, offsets, strict=True)
+    ]
+    wrong = [row for row in rows if row.status != STATUSES[0]]
+    apart = max(offsets) - min(offsets)
+    return wrong or [ok("clock", f"the clocks of {len(told)} ranks are {apart:.3f} s apart")]
+
+
+def folder_rows(told: list[Told], token: str, path: Path) -> list[Finding]:
+    """Rows for ranks that do not see what rank 0 wrote into the run folder."""
+    if not token:
+        return []  # rank 0 cannot use it: a row of its own says so
+    fix = "mount the same file system at that path on all machines, or give another --out"
+    blind = [
+        replace(
+            bad("shared run folder", f"{path.parent} is not the one that rank 0 sees", fix),
+            host=each.host,
+            rank=each.rank,
+        )
+        for each in told
+        if each.seen not in (token, None)
+    ]
+    return blind or [ok("shared run folder", f"{len(told)} ranks see the same {path.parent}")]
+
+
+@contextmanager
+def _written(folder: Path, rank: int, broken: bool) -> Iterator[tuple[Path, str]]:
+    """Rank 0's file, and what is in it; "" if it could not be written."""
+    path, token = folder / f"{PROBE}{uuid.uuid4().hex[:12]}", uuid.uuid4().hex
+    if rank or broken:  # what hangs or fails there is known, and must not stop the comparison
+        yield path, ""
+        return
+    try:
+        path.write_text(token)
+    except OSError:
+        token = ""
+    try:
+        yield path, token
+    finally:
+        if token:
+            path.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> str:
+    until = time.monotonic() + _SEEN_SECONDS
+    while True:
+        try:
+            return path.read_text()
+        except OSError:
+            if time.monotonic() > until or not path.parent.exists():
+                return ""
+            time.sleep(0.1)
+
+
+def _told(text: str) -> Told:
+    body = json.loads(text)
+    return Told(**{**body, "rows": [Finding(**row) for row in body["rows"]]})

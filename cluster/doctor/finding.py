@@ -1,0 +1,106 @@
+"""A row of the report, and how checks are run so that none can hang or break the others."""
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from core.log import HideSecrets
+
+Status = Literal["ok", "warning", "bad"]
+STATUSES: tuple[Status, ...] = ("ok", "warning", "bad")
+GB = 1e9
+MB = 1e6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What one check found in one place."""
+
+    check: str
+    status: Status
+    found: str
+    fix: str = ""
+    """How to mend it; empty if nothing is to be mended."""
+    host: str = ""
+    rank: int | None = None
+
+
+Check = Callable[[], list[Finding]]
+
+
+def ok(check: str, found: str) -> Finding:
+    """A row that asks for nothing."""
+    return Finding(check=check, status="ok", found=found)
+
+
+def warning(check: str, found: str, fix: str) -> Finding:
+    """A row that may do harm."""
+    return Finding(check=check, status="warning", found=found, fix=fix)
+
+
+def bad(check: str, found: str, fix: str) -> Finding:
+    """A row that a run would fail of."""
+    return Finding(check=check, status="bad", found=found, fix=fix)
+
+
+def worst(rows: Iterable[Finding]) -> Status:
+    """The gravest status of some rows."""
+    return max((row.status for row in rows), key=STATUSES.index, default="ok")
+
+
+def placed(rows: Iterable[Finding], rank: int | None) -> list[Finding]:
+    """Give rows without a place this one, and hide what must not be read."""
+    return [
+        replace(
+            row,
+            found=_hidden(row.found),
+            host=row.host or here(),
+            rank=rank if row.rank is None else row.rank,
+        )
+        for row in rows
+    ]
+
+
+def here() -> str:
+    """This machine, by the name that its scheduler would exclude it by."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def run_checks(checks: Mapping[str, Check], limit: float) -> list[Finding]:
+    """Run checks side by side; one that hangs (a dead file server) or fails becomes a row."""
+    done: dict[str, list[Finding]] = {}
+
+    def run(name: str, check: Check) -> None:
+        try:
+            done[name] = check()
+        except Exception as error:
+            text = f"the check failed: {type(error).__name__}: {error}"
+            done[name] = [bad(name, text, "mend what the error names")]
+
+    threads = {
+        name: threading.Thread(target=run, args=(name, check), daemon=True)
+        for name, check in checks.items()
+    }
+    for thread in threads.values():
+        thread.start()
+    until = time.monotonic() + limit
+    for thread in threads.values():
+        thread.join(max(0.0, until - time.monotonic()))
+    rows = []
+    for name in checks:
+        silent = f"no answer within {limit:g} s"
+        fix = "look for a file server, name server or network that hangs on this machine"
+        rows += done.get(name) or [bad(name, silent, fix)]
+    return rows
+
+
+def _hidden(text: str) -> str:
+    """A text without the credentials of this environment."""
+    record = logging.makeLogRecord({"msg": text.replace("%", "%%"), "args": ()})
+    HideSecrets().filter(record)
+    return str(record.msg).replace("%%", "%")

@@ -1,0 +1,118 @@
+"""Room and speed of the run folder, the temporary folder and shared memory."""
+
+import errno
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cluster.doctor.finding import GB, MB, Finding, bad, ok, warning
+
+RUN_FOLDER = "run folder"
+PROBE = ".tapir-doctor-"
+PROBE_BYTES = 16_000_000
+TEMPORARY_GB = 0.25
+SLOW = 20.0
+"""MB a second with fsync, below which checkpoints take long."""
+_SHARED = Path("/dev/shm")
+_SHARED_BYTES = 1_000_000
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def run_folder_findings(out: Path, need: float) -> list[Finding]:
+    """The run folder, or what is there of the way to it."""
+    return _folder(RUN_FOLDER, existing(out), need, "or give another --out")
+
+
+def temporary_findings() -> list[Finding]:
+    """The folder for temporary files that is named; Python quietly takes another if it is full."""
+    named = [os.environ[name] for name in ("TMPDIR", "TEMP", "TMP") if os.environ.get(name)]
+    path = Path(next(iter(named), "/tmp"))
+    return _folder("temporary folder", path, TEMPORARY_GB, "or export TMPDIR=<another folder>")
+
+
+def shared_memory_findings(need: float) -> list[Finding]:
+    """/dev/shm, through which NCCL, loaders and semaphores of one machine talk."""
+    fix = (
+        "docker run --shm-size=8g; Kubernetes: an emptyDir of medium Memory at /dev/shm; else "
+        "mount -o remount,size=50% /dev/shm"
+    )
+    try:
+        room = os.statvfs(_SHARED)
+        with _probe(_SHARED) as path:
+            _write(path, _SHARED_BYTES)
+    except OSError as error:
+        return [bad("shared memory", f"/dev/shm cannot be used: {error.strerror}", fix)]
+    free, whole = room.f_bavail * room.f_frsize, room.f_blocks * room.f_frsize
+    found = f"{free / GB:.2f} of {whole / GB:.2f} GB of /dev/shm are free"
+    if free < need * GB:
+        return [bad("shared memory", f"{found}; {need:g} are needed", fix)]
+    return [ok("shared memory", found)]
+
+
+def existing(path: Path) -> Path:
+    """The folder itself, or the nearest one above it that is there."""
+    path = path.absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def _folder(check: str, path: Path, need: float, other: str) -> list[Finding]:
+    """Room, then the speed of a write that is really on the disk."""
+    if not path.is_dir():
+        return [bad(check, f"{path} is no folder", f"remove the file {other}")]
+    room = os.statvfs(path)
+    free = room.f_bavail * room.f_frsize
+    found = f"{path}: {free / GB:.2f} of {room.f_blocks * room.f_frsize / GB:.2f} GB are free"
+    make_room = f"delete what is not needed there, {other}"
+    if free < need * GB:
+        return [bad(check, f"{found}; {need:g} are needed", make_room)]
+    if room.f_files and room.f_favail == 0:
+        return [bad(check, f"{path} has no room for another file (inodes)", make_room)]
+    try:
+        with _probe(path) as probe:
+            seconds = _write(probe, PROBE_BYTES)
+    except OSError as error:
+        return [_refused(check, path, error, other)]
+    speed = PROBE_BYTES / MB / seconds
+    found = f"{found}, {speed:.0f} MB/s written and synced"
+    if speed < SLOW:
+        fix = f"checkpoints will take long there: use a faster disk, {other}"
+        return [warning(check, found, fix)]
+    return [ok(check, found)]
+
+
+def _refused(check: str, path: Path, error: OSError, other: str) -> Finding:
+    if error.errno in _FULL:
+        how = f"free room or raise the quota there, {other}"
+    elif error.errno == errno.EROFS:
+        how = f"mount it for writing (the disk may have failed: see dmesg), {other}"
+    elif error.errno == errno.EFBIG:
+        how = f"ulimit -f unlimited, {other}"
+    else:
+        how = f"give this user the right to write there, {other}"
+    return bad(check, f"{path} cannot be written: {error.strerror}", how)
+
+
+@contextmanager
+def _probe(folder: Path) -> Iterator[Path]:
+    path = folder / f"{PROBE}{uuid.uuid4().hex[:12]}"
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _write(path: Path, size: int) -> float:
+    """Seconds to write and sync random bytes, which no file system makes small."""
+    block = os.urandom(1_000_000)
+    began = time.perf_counter()
+    with open(path, "wb") as file:
+        for _ in range(size // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return time.perf_counter() - began

@@ -1,0 +1,87 @@
+"""GPUs of this machine and their error counters, without torch."""
+
+import importlib.metadata
+import re
+import shutil
+from pathlib import Path
+
+from cluster.doctor.finding import Finding, bad, ok, warning
+from cluster.doctor.programs import ask
+
+_FIELDS = (
+    "index",
+    "name",
+    "ecc.errors.uncorrected.volatile.total",
+    "clocks_throttle_reasons.hw_slowdown",
+    "clocks_throttle_reasons.hw_thermal_slowdown",
+)
+_QUERY = ["nvidia-smi", f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits"]
+_XID = re.compile(r"NVRM: Xid \((?:PCI:)?([^)]*)\): (\d+)")
+_SECONDS = 10.0
+
+
+def gpu_devices() -> list[str]:
+    """Device files of NVIDIA GPUs."""
+    return sorted(str(path) for path in Path("/dev").glob("nvidia[0-9]*"))
+
+
+def gpu_findings(need: int) -> list[Finding]:
+    """Are all GPUs there, do they count errors, and is torch built for them?"""
+    devices = gpu_devices()
+    found = f"{len(devices)} GPUs on this machine"
+    if len(devices) < need:
+        fix = "see nvidia-smi and dmesg; ask the scheduler for GPUs (--gres=gpu:N, nvidia.com/gpu)"
+        return [bad("gpus", f"{found}; {need} are needed", fix), *_build(devices)]
+    if not devices:
+        return [ok("gpus", f"{found}: this is a CPU machine")]
+    return [ok("gpus", found), *_build(devices), *_counters()]
+
+
+def _build(devices: list[str]) -> list[Finding]:
+    try:
+        version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return []  # a row of the packages
+    if devices and version.endswith("+cpu"):
+        fix = "pip install torch from the index of the driver's CUDA version (see nvidia-smi)"
+        return [bad("torch build", f"torch {version} is built for CPUs, here are GPUs", fix)]
+    return [ok("torch build", f"torch {version} for {len(devices)} GPUs")]
+
+
+def _counters() -> list[Finding]:
+    if shutil.which("nvidia-smi") is None:
+        fix = "install the driver's nvidia-smi here, or pass it into the container"
+        return [warning("gpu errors", "there is no nvidia-smi to ask", fix)]
+    answer = ask(_QUERY, _SECONDS)
+    if answer.problem:
+        fix = "reset or reboot the machine; look into dmesg for Xid errors"
+        return [bad("gpu errors", f"nvidia-smi: {answer.problem}", fix)]
+    kernel = ask(["dmesg"], _SECONDS)
+    return [*counter_rows(answer.text), *xid_rows(kernel.text)]
+
+
+def counter_rows(text: str) -> list[Finding]:
+    """Rows from nvidia-smi's table: uncorrected ECC errors and slowdowns by heat or power."""
+    rows = []
+    table = [[word.strip() for word in line.split(",")] for line in text.splitlines() if line]
+    for index, name, errors, slowed, hot in table:
+        if errors.isdigit() and int(errors):
+            found = f"GPU {index} ({name}) has {errors} uncorrected ECC errors"
+            rows.append(bad("gpu errors", found, "drain the machine; nvidia-smi -r, then memtest"))
+        if "Active" in (slowed, hot):
+            reason = "heat" if hot == "Active" else "power"
+            found = f"GPU {index} ({name}) is slowed down by {reason}"
+            rows.append(warning("gpu errors", found, "look at cooling and power of the machine"))
+    return rows or [ok("gpu errors", f"no errors on {len(table)} GPUs")]
+
+
+def xid_rows(text: str) -> list[Finding]:
+    """Rows from the kernel's log: Xid errors of the driver, each kind once."""
+    counts: dict[tuple[str, str], int] = {}
+    for device, number in _XID.findall(text):
+        counts[device, number] = counts.get((device, number), 0) + 1
+    fix = "see NVIDIA's list of Xid errors; drain the machine if it comes back after a reset"
+    return [
+        warning("gpu errors", f"Xid {number} of {device}, {count} times", fix)
+        for (device, number), count in counts.items()
+    ]

@@ -1,0 +1,111 @@
+"""Python, packages, host name and memory of this machine."""
+
+import importlib.metadata
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from packaging.requirements import InvalidRequirement, Requirement
+
+from cluster.doctor.finding import GB, Finding, bad, ok, warning
+
+LEAST_PYTHON = (3, 11)
+_REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
+_LITTLE_MEMORY = 1.0
+_NETWORK_GIVEN = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
+
+
+def python_findings() -> list[Finding]:
+    """The interpreter's version."""
+    have = ".".join(map(str, sys.version_info[:3]))
+    where = f"Python {have} at {sys.executable}"
+    if sys.version_info[:2] < LEAST_PYTHON:
+        least = ".".join(map(str, LEAST_PYTHON))
+        return [bad("python", f"{where}; {least} is needed", f"make the venv with python{least}")]
+    return [ok("python", where)]
+
+
+def package_findings(needs: Sequence[str] | None = None) -> list[Finding]:
+    """Installed versions against the bounds of requirements.txt, as `needs`."""
+    needs = requirements() if needs is None else needs
+    rows = [row for need in needs if (row := _package(need)) is not None]
+    return rows or [ok("packages", f"{len(needs)} packages as requirements.txt asks")]
+
+
+def requirements() -> list[str]:
+    """The lines of requirements.txt beside the code, or what the installed tapir asks for."""
+    if _REQUIREMENTS.exists():
+        lines = (line.partition("#")[0].strip() for line in _REQUIREMENTS.read_text().splitlines())
+        return [line for line in lines if line and not line.startswith("-")]
+    return list(importlib.metadata.requires("tapir") or [])
+
+
+def _package(need: str) -> Finding | None:
+    try:
+        wanted = Requirement(need)
+    except InvalidRequirement:
+        return warning("packages", f"requirements.txt holds {need!r}", "write it as name>=version")
+    if wanted.marker is not None and not wanted.marker.evaluate():
+        return None
+    fix = f"{sys.executable} -m pip install '{wanted.name}{wanted.specifier}'"
+    try:
+        found = importlib.metadata.distribution(wanted.name)
+        version = found.metadata["Version"]
+    except importlib.metadata.PackageNotFoundError:
+        return bad("packages", f"{wanted.name} is not installed", fix)
+    if not version:
+        where = found.locate_file("")
+        return bad("packages", f"{wanted.name} in {where} is installed in parts", fix)
+    if wanted.specifier.contains(version, prereleases=True):
+        return None
+    where = found.locate_file("")
+    text = f"{wanted.name} {version} is installed in {where}, {wanted.specifier} is needed"
+    return bad("packages", text, f"{fix}; see that no other folder of PYTHONPATH holds another one")
+
+
+def host_findings() -> list[Finding]:
+    """Does this machine's name resolve? gloo asks for it, unless an interface is named."""
+    name = socket.gethostname()
+    try:
+        addresses = sorted({str(each[4][0]) for each in socket.getaddrinfo(name, None)})
+    except OSError as error:
+        found = f"the name {name} does not resolve ({error.strerror or error})"
+        fix = f"put {name} into /etc/hosts or DNS, or export GLOO_SOCKET_IFNAME=<interface>"
+        given = any(os.environ.get(variable) for variable in _NETWORK_GIVEN)
+        return [(warning if given else bad)("host name", found, fix)]
+    return [ok("host name", f"{name} is {', '.join(addresses)}")]
+
+
+def memory_findings(need: float) -> list[Finding]:
+    """Free memory, of the machine and of this job's control group."""
+    free, whole = _memory()
+    found = f"{free / GB:.1f} of {whole / GB:.1f} GB are free"
+    if free < need * GB:
+        fix = "end what holds memory here, ask the scheduler for more, or use another machine"
+        return [bad("memory", f"{found}; {need:g} are needed", fix)]
+    if free < _LITTLE_MEMORY * GB:
+        return [warning("memory", found, "end what holds memory here")]
+    return [ok("memory", found)]
+
+
+def _memory() -> tuple[int, int]:
+    """Bytes that are free, and all; a control group's limit counts where it is smaller."""
+    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    table = {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines}
+    free, whole = table["MemAvailable"], table["MemTotal"]
+    for limit, used in _CGROUPS:
+        try:
+            most = int(Path(limit).read_text())
+            free, whole = min(free, most - int(Path(used).read_text())), min(whole, most)
+        except (OSError, ValueError):
+            continue  # no such group here, or "max"
+    return free, whole

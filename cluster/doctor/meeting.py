@@ -1,0 +1,226 @@
+"""All ranks meet at the rendezvous address before torch does: a blocked port is found in seconds.
+
+Rank 0 listens at MASTER_ADDR:MASTER_PORT, the others say who they are; then texts go to rank 0,
+and its own go to all, as often as needed. Lines of JSON over TCP, nothing else.
+"""
+
+import errno
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.doctor.finding import Finding, bad
+
+Gather = Callable[[str], list[str]]
+"""Every rank's text on rank 0, "" of those that are silent; elsewhere rank 0's text comes first."""
+_GREETING = "tapir-doctor"
+_LONGEST = 2**24
+"""Characters of a text; more is no doctor's."""
+_HELLO_SECONDS = 5.0
+_AGAIN = 0.1
+_CHECK = "rendezvous"
+
+
+class Lost(Exception):
+    """This rank cannot go on with the others; holds the row that says why."""
+
+    def __init__(self, row: Finding) -> None:
+        super().__init__(row.found)
+        self.row = row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where the ranks meet, and who this one is."""
+
+    rank: int
+    size: int
+    address: str
+    port: int
+
+    @property
+    def text(self) -> str:
+        return f"{self.address}:{self.port}"
+
+
+def place_of(environment: Mapping[str, str] = os.environ) -> Place | None:
+    """The place that the environment names, if its port is free for rank 0 to listen at.
+
+    torchrun's agent holds the port itself; srun's and mpirun's ranks agree on one later.
+    """
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    values = [environment.get(name, "") for name in names]
+    agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if agent or not all(values) or not all(values[i].isdigit() for i in (0, 1, 3)):
+        return None
+    rank, size, address, port = values
+    return Place(rank=int(rank), size=int(size), address=address, port=int(port))
+
+
+@dataclass(kw_only=True)
+class Meeting:
+    """The ranks that came."""
+
+    place: Place
+    wait: float
+    links: dict[int, "_Link"] = field(default_factory=dict)
+    """On rank 0 one to each rank that came; elsewhere the one to rank 0."""
+
+    @property
+    def missing(self) -> list[int]:
+        """Ranks that did not come, or fell silent; known to rank 0 alone."""
+        return [rank for rank in range(1, self.place.size) if rank not in self.links]
+
+    def gather(self, text: str) -> list[str]:
+        """A `Gather` over those that came."""
+        if self.place.rank:
+            return [self._ask_first(text)]
+        found = [text] + [""] * (self.place.size - 1)
+        for rank, link in list(self.links.items()):
+            try:
+                found[rank] = link.receive()
+            except OSError:
+                self.links.pop(rank)
+        for rank, link in list(self.links.items()):
+            try:
+                link.send(text)
+            except OSError:
+                self.links.pop(rank)
+        return found
+
+    def _ask_first(self, text: str) -> str:
+        try:
+            self.links[0].send(text)
+            return self.links[0].receive()
+        except OSError as error:
+            raise Lost(_silent(self.place, error)) from error
+
+
+@contextmanager
+def meet(place: Place, wait: float) -> Iterator[Meeting]:
+    """Meet the other ranks, for at most `wait` seconds.
+
+    Raises: Lost if this rank cannot listen, or does not reach rank 0.
+    """
+    with ExitStack() as stack:
+        meeting = Meeting(place=place, wait=wait)
+        if place.rank:
+            meeting.links[0] = _Link(stack.enter_context(closing(_reach(place, wait))), 3 * wait)
+            meeting.links[0].send(f"{_GREETING} {place.rank}")
+        else:
+            _await_all(stack.enter_context(closing(_listen(place))), meeting, stack)
+        yield meeting
+
+
+def missing_row(place: Place, missing: list[int], wait: float) -> Finding:
+    """What rank 0 says of ranks that did not come."""
+    shown = ", ".join(map(str, missing[:16])) + (", ..." if len(missing) > 16 else "")
+    found = f"of {place.size} ranks, {shown} did not come to {place.text} within {wait:g} s"
+    fix = (
+        f"open TCP port {place.port} between the machines (firewall, network policy), or see why "
+        "those ranks did not start; each prints what it saw itself"
+    )
+    return bad(_CHECK, found, fix)
+
+
+class _Link:
+    """Texts over a connection."""
+
+    def __init__(self, connection: socket.socket, wait: float) -> None:
+        connection.settimeout(wait)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._connection = connection
+        self._lines = connection.makefile("r", encoding="utf-8")
+
+    def send(self, text: str) -> None:
+        self._connection.sendall((json.dumps(text) + "\n").encode())
+
+    def receive(self) -> str:
+        line = self._lines.readline(_LONGEST)
+        if not line.endswith("\n"):
+            raise ConnectionResetError(errno.ECONNRESET, "the other side has gone")
+        try:
+            return str(json.loads(line))
+        except ValueError as error:
+            raise ConnectionAbortedError(errno.EPROTO, "the other side is no doctor") from error
+
+
+def _listen(place: Place) -> socket.socket:
+    try:
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        where, backlog = ("", place.port), max(128, place.size)
+        return socket.create_server(where, family=family, backlog=backlog, dualstack_ipv6=both)
+    except OSError as error:
+        found = f"rank 0 cannot listen at port {place.port}: {error.strerror}"
+        holder = f"ss -ltnp sport = :{place.port}"
+        fix = f"end what holds the port ({holder}), or choose another MASTER_PORT"
+        raise Lost(bad(_CHECK, found, fix)) from error
+
+
+def _await_all(listener: socket.socket, meeting: Meeting, stack: ExitStack) -> None:
+    until = time.monotonic() + meeting.wait
+    while meeting.missing and (left := until - time.monotonic()) > 0:
+        listener.settimeout(left)
+        with suppress(OSError, ValueError):
+            connection = stack.enter_context(closing(listener.accept()[0]))
+            link = _Link(connection, min(left, _HELLO_SECONDS))
+            greeting, _, rank = link.receive().partition(" ")
+            if greeting == _GREETING and int(rank) in meeting.missing:
+                connection.settimeout(2 * meeting.wait)
+                meeting.links[int(rank)] = link
+
+
+def _reach(place: Place, wait: float) -> socket.socket:
+    """Connect to rank 0, which may not have started to listen yet."""
+    until, last = time.monotonic() + wait, OSError(errno.ETIMEDOUT, "timed out")
+    while (left := until - time.monotonic()) > 0:
+        try:
+            return socket.create_connection((place.address, place.port), timeout=left)
+        except OSError as error:
+            last = error
+            time.sleep(min(_AGAIN, max(0.0, until - time.monotonic())))
+    raise Lost(_unreached(place, last)) from last
+
+
+def _unreached(place: Place, error: Any) -> Finding:
+    if isinstance(error, socket.gaierror):
+        found = f"the name {place.address} of rank 0's machine does not resolve here"
+        fix = "set MASTER_ADDR to its IP address, or put the name into /etc/hosts or DNS"
+        return bad(_CHECK, found, fix)
+    if isinstance(error, ConnectionRefusedError):
+        found = f"{place.text} refuses connections: rank 0 does not listen, or the port is rejected"
+        fix = f"see rank 0's output; open TCP port {place.port} between the machines"
+    elif isinstance(error, TimeoutError):
+        whole = _answers(place.address)
+        machine = "its machine answers at another port" if whole else "nor does its machine"
+        found = f"{place.text} does not answer: packets are dropped ({machine})"
+        fix = f"open TCP port {place.port} between the machines (firewall, network policy)"
+        if not whole:
+            fix = f"is {place.address} the address of rank 0's machine? {fix}"
+    else:
+        found = f"{place.text} cannot be reached: {error.strerror or error}"
+        fix = f"look at this machine's routes and firewall: ip route get {place.address}"
+    return bad(_CHECK, found, fix)
+
+
+def _silent(place: Place, error: OSError) -> Finding:
+    found = f"{place.text} took the connection, but is no rank 0 of this job ({error})"
+    fix = "another program holds that port (choose another), or rank 0 has ended: see its output"
+    return bad(_CHECK, found, fix)
+
+
+def _answers(address: str) -> bool:
+    """Say whether a machine answers at all: a port that nobody listens at refuses."""
+    try:
+        with socket.create_connection((address, 1), timeout=1):
+            return True
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False

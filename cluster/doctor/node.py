@@ -1,0 +1,41 @@
+"""The checks of one machine; a second or two, without torch."""
+
+import importlib
+from typing import Any
+
+from cluster.doctor import folders, gpus, limits, machine, programs
+from cluster.doctor.config import DoctorConfig
+from cluster.doctor.finding import Check, Finding, placed, run_checks
+
+LIMIT = 30.0
+"""Seconds after which a check counts as hanging."""
+_SMALL, _LARGE = 1_000_000, 16_000_000
+"""Bytes of the store's probe."""
+
+
+def node_findings(config: DoctorConfig, rank: int | None) -> list[Finding]:
+    """All rows of this machine; checks that hang or fail become rows themselves."""
+    size = _SMALL if config.node or config.quick else _LARGE
+    checks: dict[str, Check] = {
+        "python": machine.python_findings,
+        "packages": machine.package_findings,
+        "host name": machine.host_findings,
+        "memory": lambda: machine.memory_findings(config.memory),
+        "limits": lambda: limits.limit_findings(config.files),
+        "shared memory": lambda: folders.shared_memory_findings(config.shared_memory),
+        folders.RUN_FOLDER: lambda: folders.run_folder_findings(config.out, config.disk),
+        "temporary folder": folders.temporary_findings,
+        "gpus": lambda: gpus.gpu_findings(config.gpus),
+    }
+    if config.data:
+        checks["store"] = lambda: _stores().store_findings(config.data, config.rights, size)
+    if config.data.startswith("s3://"):
+        checks["clock"] = lambda: _stores().store_clock_findings()
+    if config.scheduler != "none":
+        checks["scheduler"] = lambda: programs.scheduler_findings(config.scheduler)
+    return placed(run_checks(checks, LIMIT), rank)
+
+
+def _stores() -> Any:
+    """Imports boto3: only where there is a store to ask, and as a check that may fail."""
+    return importlib.import_module("cluster.doctor.stores")
