@@ -12,6 +12,7 @@ VERBS = {
     "train": ("training.train:train", "train dvae | bpe | prior | clip PRESET"),
     "tokenize": ("training.commands:tokenize", "raw shards -> token shards; --worker i/n"),
     "status": ("data_pipeline.commands:status", "how far a token job is, over all its workers"),
+    "plan": ("planning.commands:plan", "does it fit, how fast, on which mesh, for how many days"),
     "sample": ("generation.commands:sample", "captions -> candidates, reranked, as a PNG grid"),
     "evaluate": ("generation.commands:evaluate", "caption accuracy for best-of-N on shapes"),
     "overlap": ("generation.commands:overlap", "pairs that an evaluation set has, too"),
