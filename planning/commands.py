@@ -8,6 +8,7 @@ import tyro
 
 from core.cli import parse, print_json
 from core.errors import InputError
+from core.files import canonical_json, write_atomic
 from core.log import LOG
 from models.config import PriorConfig
 from planning.hardware import Hardware, hardware_of
@@ -76,6 +77,15 @@ def plan(arguments: list[str]) -> None:
             json: print a JSON object on the last line
             cluster: what differs from a usual cluster of these GPUs
         """
+        if calibrate is not None:
+            from planning.calibrate import calibrate as measure  # noqa: PLC0415 - starts ranks
+
+            constants = measure()
+            write_atomic(calibrate, canonical_json(constants))
+            LOG.info("wrote %s", calibrate)
+            if json:
+                print_json(constants)
+            return
         if published:
             shown = published_json()
             show_published(shown)

@@ -55,10 +55,16 @@ class Hardware:
     """Seconds a micro-batch's layer spends outside of kernels (Python, on CPUs)."""
     step_overhead: float = 0.01
     """Seconds a step spends outside of kernels."""
+    engine_overhead: float = 0.0
+    """Seconds a step that DeepSpeed's engines spend on top."""
     cores: int = 0
     """Processors that all ranks of a node share; 0 = every rank has its own."""
     cost_hour: float = 0.0
     """Dollars a processor and hour, of public clouds on demand; 0 = unknown."""
+
+    def crowd(self, world: int) -> float:
+        """How many ranks share a processor."""
+        return max(1.0, world / self.cores) if self.cores else 1.0
 
     @property
     def usable(self) -> float:

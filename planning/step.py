@@ -1,7 +1,7 @@
 """How long a step takes, and where the time goes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from models.counts import prior_flops
 from models.masks import layer_kind
@@ -56,23 +56,30 @@ class _Stage:
 
 
 def estimate(settings: PriorTrain, hardware: Hardware) -> Estimate:
-    """The step of the first replica, stage by stage."""
-    hardware = shared_cores(hardware, settings.mesh.world)
+    """The step of the first replica, stage by stage.
+
+    Ranks that share cores compute in turns: a step takes at least as long as the cores need for the
+    work of all of them.
+    """
     mesh, times = settings.mesh, settings.engine.accumulate
     loads = [loads_of(settings, Place(stage=stage)) for stage in range(mesh.pipeline)]
     stages = [_stage(one, hardware) for one in loads]
     played = _played(settings, stages, hardware)
     slowest = max(range(len(stages)), key=lambda i: stages[i].forward + stages[i].backward)
     ends = [_ending(one, hardware) for one in loads]
+    crowd = hardware.crowd(mesh.world)
     end = max(ends, key=lambda found: sum(found.values()))
-    total = played.seconds + sum(end.values()) + hardware.step_overhead
+    end = {name: value * crowd for name, value in end.items()}
+    overhead = crowd * _overhead(settings, hardware)
+    passes = max(played.seconds, _work_of_all(played, settings, hardware))
+    total = passes + sum(end.values()) + overhead
     tensor = times * stages[slowest].tensor
     parts = {
         "compute": played.busy[slowest] - tensor,
         "tensor": tensor,
-        "bubble": played.seconds - played.busy[slowest],
+        "bubble": passes - played.busy[slowest],
         **end,
-        "overhead": hardware.step_overhead,
+        "overhead": overhead,
     }
     samples = settings.loop.batch
     work = prior_flops(settings.model) * samples
@@ -94,7 +101,6 @@ def estimate(settings: PriorTrain, hardware: Hardware) -> Estimate:
 
 def rough_seconds(settings: PriorTrain, hardware: Hardware) -> float:
     """A step without playing the pipeline through: every stage as slow as the slowest."""
-    hardware = shared_cores(hardware, settings.mesh.world)
     mesh, times = settings.mesh, settings.engine.accumulate
     ends = sorted({0, mesh.pipeline - 1})
     loads = [loads_of(settings, Place(stage=stage)) for stage in ends]
@@ -103,23 +109,15 @@ def rough_seconds(settings: PriorTrain, hardware: Hardware) -> float:
     return (times + mesh.pipeline - 1) * slowest + sum(_ending(loads[0], hardware).values())
 
 
-def shared_cores(hardware: Hardware, world: int) -> Hardware:
-    """Ranks that share the cores of one machine each get a part of them."""
-    if not hardware.cores or world <= hardware.cores:
-        return hardware
-    share = hardware.cores / world
-    return replace(
-        hardware,
-        half_flops=hardware.half_flops * share,
-        full_flops=hardware.full_flops * share,
-        bandwidth=hardware.bandwidth * share,
-        link=hardware.link * share,
-        network=hardware.network * share,
-        link_latency=hardware.link_latency / share,
-        launch=hardware.launch / share,
-        overhead=hardware.overhead / share,
-        step_overhead=hardware.step_overhead / share,
-    )
+def _overhead(settings: PriorTrain, hardware: Hardware) -> float:
+    own = settings.engine.name != "reference"
+    return hardware.step_overhead + (hardware.engine_overhead if own else 0.0)
+
+
+def _work_of_all(played: Played, settings: PriorTrain, hardware: Hardware) -> float:
+    """Seconds that shared cores need for the passes of all ranks."""
+    mesh = settings.mesh
+    return sum(played.busy) * mesh.data * mesh.tensor / hardware.cores if hardware.cores else 0.0
 
 
 def _stage(loads: Loads, hardware: Hardware) -> _Stage:
