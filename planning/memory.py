@@ -87,12 +87,13 @@ def _model_bytes(loads: Loads) -> Bytes:
     moment = 2 if settings.optim.moments == "bf16" else 4
     total = sum(h.numel for h in held.values())
     if stage == 0:
+        flat = mesh.data > 1 and not settings.compress.on
         return {
             "parameters": 4 * total,
             "gradients": 4 * total,
             "optimizer": 2 * moment * total,
             "buckets": 0,
-            "temporary": 4 * total if mesh.data > 1 else 0,  # one flat gradient
+            "temporary": 4 * total if flat else 0,
         }
     if stage == 3:
         return _third_stage(loads, total, moment)
@@ -101,13 +102,14 @@ def _model_bytes(loads: Loads) -> Bytes:
     mine = whole // mesh.data
     partial = sum(touched(group, mesh.data, loads.place.replica) for group in groups)
     bucket = max(total if settings.compress.on else 0, BUCKET)
-    more = 2 if stage == 2 and settings.engine.accumulate > 1 else 1  # the sum, and the new ones
+    again = settings.engine.accumulate > 1  # new gradients lie beside the sum of earlier ones
+    copied = partial if stage == 1 or again else 0
     return {
         "parameters": 4 * whole,
         "gradients": 4 * (total if stage == 1 else partial),
         "optimizer": (4 + 2 * moment) * mine,
         "buckets": 4 * bucket,
-        "temporary": 4 * (mine + (partial if stage == 1 else (more - 1) * partial)),
+        "temporary": 4 * (mine + copied),
     }
 
 

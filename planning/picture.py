@@ -15,6 +15,8 @@ from planning.search import Candidate, Found, Timed
 
 KINDS = (".svg", ".png", ".pdf")
 BARS = 9
+TIMES_USABLE = 3.5
+"""Height of the picture over what fits; higher bars are cut."""
 
 
 def draw(found: Found, hardware: Hardware, path: Path) -> None:
@@ -26,7 +28,7 @@ def draw(found: Found, hardware: Hardware, path: Path) -> None:
         raise InputError(f"--picture {path}: the name must end in {', '.join(KINDS)}")
     figure, (above, below) = plt.subplots(2, 1, figsize=(11, 8), layout="constrained")
     fitting = [row.candidate for row in found.timed[:4]]
-    others = [row for row in found.rejected if row.bytes_]
+    others = sorted((row for row in found.rejected if row.bytes_), key=_known, reverse=True)
     _memory(above, [*fitting, *others[: BARS - len(fitting)]], hardware)
     if found.timed:
         _timeline(below, found.timed[0])
@@ -37,11 +39,18 @@ def draw(found: Found, hardware: Hardware, path: Path) -> None:
     plt.close(figure)
 
 
+def _known(row: Candidate) -> bool:
+    """True for the layouts that everybody asks about: plain data parallelism, and the paper's."""
+    settings = row.settings
+    return settings.engine.name == "reference" or settings.mesh.machines > 1
+
+
 def _memory(axes: Axes, rows: list[Candidate], hardware: Hardware) -> None:
     names = []
     for row in rows:
         mesh = row.settings.mesh
         short = row.settings.engine.name.removeprefix("deepspeed_")
+        short = "paper" if mesh.machines > 1 else short
         names.append(f"TP{mesh.tensor} PP{mesh.pipeline}\nDP{mesh.data} {short}")
     at = list(range(len(rows)))
     bottoms = [0.0] * len(rows)
@@ -49,8 +58,11 @@ def _memory(axes: Axes, rows: list[Candidate], hardware: Hardware) -> None:
         heights = [row.bytes_[category] / 1e9 for row in rows]
         axes.bar(at, heights, bottom=bottoms, label=category)
         bottoms = [a + b for a, b in zip(bottoms, heights, strict=True)]
+    most = TIMES_USABLE * hardware.usable / 1e9
+    for i, top in zip(at, bottoms, strict=True):
+        axes.text(i, min(top, 0.93 * most), f"{top:.1f}", ha="center", va="bottom", fontsize=8)
     axes.axhline(hardware.usable / 1e9, color="black", linestyle="--", label="usable")
-    axes.set_ylim(0, 4 * hardware.usable / 1e9)
+    axes.set_ylim(0, most)
     axes.set_xticks(at, names, fontsize=8)
     axes.set_ylabel("GB a rank")
     axes.set_title(f"memory by category on {hardware.name}")

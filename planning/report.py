@@ -14,7 +14,7 @@ from planning.zero import stage_of_zero
 
 SHOWN = 8
 """Rows of a table on the terminal; --json has all."""
-WIDTH = 110
+WIDTH = 118
 """Columns that the tables need, also where output is no terminal."""
 
 

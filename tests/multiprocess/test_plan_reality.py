@@ -178,8 +178,9 @@ def _measure(case: Case, world: World, ledger: Ledger) -> dict[str, Any]:
             engine.step(micro, 1e-4)
     comm = ledger.take()
     found = {**_model_bytes(engine, weights, seen), "activations": kept.peak}
+    says = engine.memory()
     engine.close()
-    return {"bytes": found, "comm": comm, "says": engine.memory()}
+    return {"bytes": found, "comm": comm, "says": says}
 
 
 def _micro_batches(case: Case, step: int, replica: int) -> list[dict[str, Tensor]]:
