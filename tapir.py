@@ -11,6 +11,8 @@ VERBS = {
     "pack": ("data_pipeline.commands:pack", "raw pairs -> shards in a store, split by key"),
     "train": ("training.train:train", "train dvae | bpe | prior | clip PRESET"),
     "tokenize": ("training.commands:tokenize", "raw shards -> token shards; --worker i/n"),
+    "status": ("data_pipeline.commands:status", "how far a token job is, over all its workers"),
+    "plan": ("planning.commands:plan", "does it fit, how fast, on which mesh, for how many days"),
     "sample": ("generation.commands:sample", "captions -> candidates, reranked, as a PNG grid"),
     "evaluate": ("generation.commands:evaluate", "caption accuracy for best-of-N on shapes"),
     "submit": ("generation.submit:submit", "send a run file: local, Slurm or Kubernetes"),

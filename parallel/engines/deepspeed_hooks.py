@@ -229,6 +229,34 @@ def publish_masters(optimizer: Any) -> None:
         optimizer.update_lp_params()
 
 
+def held_bytes(optimizer: Any, names: Mapping[str, nn.Parameter]) -> dict[str, int]:
+    """Bytes of weights, gradients and optimiser state that this rank holds in a step.
+
+    ZeRO-1 keeps whole gradients until they are reduced; ZeRO-2 those of every parameter of which a
+    part is this rank's; ZeRO-3 the whole of small parameters beside their shards. All three keep
+    masters of their own beside fp32 weights.
+    """
+    parameters: list[Any] = list(names.values())
+    partitions = _partitions(optimizer)
+    moment = 2 if isinstance(optimizer.optimizer, AdamW16) else 4
+    gradients = sum(p.numel() for p in parameters)
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        weights = [p.ds_tensor for p in parameters]
+        weights += [p.data for p in parameters if p.ds_persist]
+        gradients = optimizer.grad_partitions_flat_buffer.numel()
+    else:
+        weights = optimizer.bit16_groups_flat
+        if optimizer.partition_gradients:
+            gradients = sum(p.numel() for group in optimizer.params_in_partition for p in group)
+            gradients += sum(int(padding) for padding in optimizer.groups_padding)
+    storages = {w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() for w in weights}
+    return {
+        "parameters": sum(storages.values()),
+        "gradients": 4 * gradients,
+        "optimizer": sum((4 + 2 * moment) * p.numel() for p in partitions),
+    }
+
+
 def _partitions(optimizer: Any) -> list[Tensor]:
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return list(optimizer.fp32_partitioned_groups_flat)

@@ -88,7 +88,7 @@ class DeepSpeedPipeEngine(DeepSpeedEngine):
         }
 
     def memory(self) -> dict[str, int]:
-        return self._state.memory(self._mesh.data.size, 1)
+        return self._state.memory()
 
     def _feed(self, batches: Sequence[Batch]) -> Iterator[tuple[Fields, Fields]]:
         """Batches as (inputs, labels): the first stage reads the former, the last the latter."""

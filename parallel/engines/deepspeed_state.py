@@ -25,6 +25,7 @@ from parallel.engines.deepspeed_hooks import (
     compress_zero12,
     ensure_adam_state,
     fragments,
+    held_bytes,
     hook_zero12,
     publish_masters,
 )
@@ -129,14 +130,9 @@ class DeepSpeedState:
         facts = self.compressor.take_facts() if self.compressor else {}
         return {**facts, **self.scales.facts()}
 
-    def memory(self, shards: int, stage: int) -> dict[str, int]:
-        """Bytes on this rank, by what ZeRO's stage shards."""
-        bytes_ = 4 * sum(place.numel for place in self.places.values())
-        return {
-            "parameters": bytes_ // (shards if stage == 3 else 1),
-            "gradients": bytes_ // (shards if stage >= 2 else 1),
-            "optimizer": (2 if stage == 3 else 3) * bytes_ // shards,
-        }
+    def memory(self) -> dict[str, int]:
+        """Bytes on this rank, as ZeRO really laid them out, with its padding and copies."""
+        return held_bytes(self.optimizer, self.names)
 
 
 class DeepSpeedEngine:

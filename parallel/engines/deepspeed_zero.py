@@ -98,7 +98,7 @@ class DeepSpeedZeroEngine(DeepSpeedEngine):
         return dict(self._whole.stage.layers.items())
 
     def memory(self) -> dict[str, int]:
-        return self._state.memory(self._shards.size, self._stage)
+        return self._state.memory()
 
     def _shard_of(self, name: str, place: Placement) -> Placement | None:
         """This rank's ZeRO-3 shard as rows of the matrix, or None if it cuts a row in two."""

@@ -1,0 +1,80 @@
+"""Does `tapir plan --gpu cpu` know this machine: six meshes predicted, then measured.
+
+One calibration run comes first; nothing of the measured steps goes back into it. Meshes are run in
+turns, some rounds each. A row's ratio is the predicted over the measured step time.
+"""
+
+import statistics
+from dataclasses import replace
+from typing import Any
+
+from models.config import PriorConfig
+from parallel.config import EngineConfig, EngineName, MeshConfig
+from planning.calibrate import calibrate
+from planning.hardware import KNOWN
+from planning.step import estimate
+from planning.trial import time_steps
+from training.config import LoopConfig, PriorTrain
+
+MODEL = PriorConfig(
+    dim=256, heads=4, layers=6, text_length=24, text_vocabulary=512, image_vocabulary=64, grid=8
+)
+BATCH, ROUNDS, STEPS = 32, 5, 6
+
+
+def _run(
+    mesh: MeshConfig, name: EngineName = "reference", accumulate: int = 1, recompute: bool = False
+) -> PriorTrain:
+    engine = EngineConfig(name=name, accumulate=accumulate, recompute=recompute)
+    return PriorTrain(model=MODEL, loop=LoopConfig(batch=BATCH), mesh=mesh, engine=engine)
+
+
+MESHES = {
+    "DP2": _run(MeshConfig(data=2)),
+    "PP2, 4 micro-batches": _run(MeshConfig(pipeline=2), "deepspeed_pipe", 4),
+    "TP2 x PP2, 4 micro-batches": _run(MeshConfig(tensor=2, pipeline=2), "deepspeed_pipe", 4),
+    "PP2, 1 micro-batch": _run(MeshConfig(pipeline=2), "deepspeed_pipe", 1),
+    "1 rank": _run(MeshConfig()),
+    "1 rank, recompute": _run(MeshConfig(), recompute=True),
+}
+
+
+def run() -> list[dict[str, Any]]:
+    """One row a mesh, then whether the order is right, and how good the chosen mesh is."""
+    hardware = replace(KNOWN["cpu"], **calibrate())
+    predicted = {name: estimate(way, hardware).seconds for name, way in MESHES.items()}
+    rounds: dict[str, list[float]] = {name: [] for name in MESHES}
+    for _ in range(ROUNDS):
+        for name, way in MESHES.items():
+            rounds[name].append(statistics.median(time_steps(way, STEPS)))
+    measured = {name: statistics.median(seconds) for name, seconds in rounds.items()}
+    rows = []
+    for name, seconds in rounds.items():
+        ratios = sorted(predicted[name] / one for one in seconds)
+        unit, base = "s a step", f"measured {measured[name]:.3g} s"
+        rows.append(_row(name, predicted[name], unit, base, ratios))
+    chosen = min(predicted, key=lambda name: predicted[name])
+    best = min(measured.values())
+    ratios = sorted(best / one for one in rounds[chosen])
+    rows.append(_row(f"chosen: {chosen}", measured[chosen], "s a step", "best measured", ratios))
+    pairs = _pairs_in_order(predicted, measured)
+    count = len(MESHES) * (len(MESHES) - 1) // 2
+    rows.append(_row("pairs in the right order", pairs, f"of {count}", "all", [pairs / count]))
+    return rows
+
+
+def _pairs_in_order(predicted: dict[str, float], measured: dict[str, float]) -> int:
+    names = list(predicted)
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+    return sum((predicted[a] < predicted[b]) == (measured[a] < measured[b]) for a, b in pairs)
+
+
+def _row(name: str, value: float, unit: str, baseline: str, ratios: list[float]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "value": value,
+        "unit": unit,
+        "baseline": baseline,
+        "ratio": statistics.median(ratios),
+        "spread": [min(ratios), max(ratios)],
+    }

@@ -1,0 +1,170 @@
+"""Processors and clusters by their physical constants; imports no torch.
+
+Peaks, memory and links are the makers' data sheets'. `sustained` and `streamed` are what large
+kernels reach of them: tensor cores are held back by power and by loading their operands, streams
+of memory by refresh and turnarounds. Nothing here is fitted to a published run.
+"""
+
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from core.errors import InputError
+
+GB = 1e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """One kind of processor, and how a cluster joins them."""
+
+    name: str
+    half_flops: float
+    """Peak of 16-bit matmuls with 32-bit sums, in operations a second."""
+    full_flops: float
+    """Peak of fp32 matmuls."""
+    bf16: bool = True
+    """False if there are no bf16 units: 16 bits are fp16 then."""
+    memory: float
+    """Bytes a processor."""
+    reserved: float = 1.0 * GB
+    """Bytes that the driver, libraries and communicators take of it."""
+    bandwidth: float
+    """Bytes a second of memory."""
+    units: int
+    """Multiprocessors: a matmul's tiles run in waves of so many."""
+    link: float
+    """Bytes a second that a processor sends to its neighbours inside a node."""
+    link_latency: float = 8e-6
+    """Seconds of one hop inside a node, with its kernel."""
+    a_node: int = 8
+    """Processors a node."""
+    network: float
+    """Bytes a second that a node sends to the others."""
+    network_latency: float = 15e-6
+    """Seconds of one hop between nodes."""
+    launch: float = 4e-6
+    """Seconds between two dependent kernels."""
+    sustained: float = 0.8
+    """Share of the peak that whole waves of tiles reach."""
+    streamed: float = 0.8
+    """Share of the bandwidth that elementwise kernels reach."""
+    joined: float = 0.8
+    """Share of a link that a ring of collectives reaches."""
+    overhead: float = 0.0
+    """Seconds a micro-batch's layer spends outside of kernels (Python, on CPUs)."""
+    step_overhead: float = 0.01
+    """Seconds a step spends outside of kernels."""
+    engine_overhead: float = 0.0
+    """Seconds a step that DeepSpeed's engines spend on top."""
+    cores: int = 0
+    """Processors that all ranks of a node share; 0 = every rank has its own."""
+    cost_hour: float = 0.0
+    """Dollars a processor and hour, of public clouds on demand; 0 = unknown."""
+
+    def crowd(self, world: int) -> float:
+        """How many ranks share a processor."""
+        return max(1.0, world / self.cores) if self.cores else 1.0
+
+    @property
+    def usable(self) -> float:
+        """Bytes that a rank may fill."""
+        return self.memory - self.reserved
+
+
+def _a100(memory: float, bandwidth: float, cost: float) -> Hardware:
+    return Hardware(
+        name=f"a100-{memory:.0f}gb",
+        half_flops=312e12,
+        full_flops=19.5e12,
+        memory=memory * GB,
+        bandwidth=bandwidth,
+        units=108,
+        link=300 * GB,
+        network=200 * GB,
+        cost_hour=cost,
+    )
+
+
+def _v100(memory: float) -> Hardware:
+    return Hardware(
+        name=f"v100-{memory:.0f}gb",
+        half_flops=125e12,
+        full_flops=15.7e12,
+        bf16=False,
+        memory=memory * GB,
+        bandwidth=900 * GB,
+        units=80,
+        link=150 * GB,
+        network=12.5 * GB,
+        cost_hour=2.5,
+    )
+
+
+_H100 = Hardware(
+    name="h100",
+    half_flops=989e12,
+    full_flops=67e12,
+    memory=80 * GB,
+    bandwidth=3350 * GB,
+    units=132,
+    link=450 * GB,
+    network=400 * GB,
+    sustained=0.7,
+    cost_hour=4.0,
+)
+"""SXM; its tensor cores reach a smaller share: 700 W do not feed all of them at full clock."""
+
+_CPU = Hardware(
+    name="cpu",
+    half_flops=200e9,
+    full_flops=90e9,
+    memory=24 * GB,
+    reserved=0.5 * GB,
+    bandwidth=15 * GB,
+    units=1,
+    link=1.0 * GB,
+    link_latency=2e-4,
+    a_node=1024,
+    network=1.0 * GB,
+    network_latency=2e-4,
+    launch=5e-6,
+    cores=2,
+    joined=1.0,
+)
+"""A rank a core of this machine; `tapir plan --calibrate` measures it."""
+
+KNOWN = {
+    row.name: row
+    for row in (
+        _v100(16),
+        _v100(32),
+        _a100(40, 1555 * GB, 3.0),
+        _a100(80, 2039 * GB, 3.7),
+        _H100,
+        _CPU,
+    )
+}
+SHORT = {"v100": "v100-16gb", "a100": "a100-80gb"}
+
+
+def hardware_of(name: str, calibration: Path | None = None) -> Hardware:
+    """The hardware of that name, with measured constants in place of those of data sheets.
+
+    Raises: InputError for an unknown name, or a file with other fields.
+    """
+    found = KNOWN.get(SHORT.get(name, name))
+    if found is None:
+        raise InputError(f"there is no hardware {name!r} (known: {', '.join([*SHORT, *KNOWN])})")
+    if calibration is None:
+        return found
+    try:
+        measured = json.loads(calibration.read_text())
+    except ValueError:
+        measured = None
+    known = {f.name for f in fields(Hardware)}
+    if not isinstance(measured, dict) or not set(measured) <= known:
+        raise InputError(
+            f"{calibration} is no calibration; make one with tapir plan --calibrate {calibration}"
+        )
+    return replace(found, **measured)

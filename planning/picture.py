@@ -1,0 +1,91 @@
+"""A plan as a picture: memory by category, and the timeline of a step."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from core.errors import InputError
+from planning.hardware import Hardware
+from planning.memory import CATEGORIES
+from planning.search import Candidate, Found, Timed
+
+KINDS = (".svg", ".png", ".pdf")
+BARS = 9
+TIMES_USABLE = 3.5
+"""Height of the picture over what fits; higher bars are cut."""
+
+
+def draw(found: Found, hardware: Hardware, path: Path) -> None:
+    """Write the picture; its kind follows from the file's name.
+
+    Raises: InputError for a kind that cannot be written.
+    """
+    if path.suffix not in KINDS:
+        raise InputError(f"--picture {path}: the name must end in {', '.join(KINDS)}")
+    figure, (above, below) = plt.subplots(2, 1, figsize=(11, 8), layout="constrained")
+    fitting = [row.candidate for row in found.timed[:4]]
+    others = sorted((row for row in found.rejected if row.bytes_), key=_known, reverse=True)
+    _memory(above, [*fitting, *others[: BARS - len(fitting)]], hardware)
+    if found.timed:
+        _timeline(below, found.timed[0])
+    else:
+        below.set_axis_off()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _known(row: Candidate) -> bool:
+    """True for the layouts that everybody asks about: plain data parallelism, and the paper's."""
+    settings = row.settings
+    return settings.engine.name == "reference" or settings.mesh.machines > 1
+
+
+def _memory(axes: Axes, rows: list[Candidate], hardware: Hardware) -> None:
+    names = []
+    for row in rows:
+        mesh = row.settings.mesh
+        short = row.settings.engine.name.removeprefix("deepspeed_")
+        short = "paper" if mesh.machines > 1 else short
+        names.append(f"TP{mesh.tensor} PP{mesh.pipeline}\nDP{mesh.data} {short}")
+    at = list(range(len(rows)))
+    bottoms = [0.0] * len(rows)
+    for category in CATEGORIES:
+        heights = [row.bytes_[category] / 1e9 for row in rows]
+        axes.bar(at, heights, bottom=bottoms, label=category)
+        bottoms = [a + b for a, b in zip(bottoms, heights, strict=True)]
+    most = TIMES_USABLE * hardware.usable / 1e9
+    for i, top in zip(at, bottoms, strict=True):
+        axes.text(i, min(top, 0.93 * most), f"{top:.1f}", ha="center", va="bottom", fontsize=8)
+    axes.axhline(hardware.usable / 1e9, color="black", linestyle="--", label="usable")
+    axes.set_ylim(0, most)
+    axes.set_xticks(at, names, fontsize=8)
+    axes.set_ylabel("GB a rank")
+    axes.set_title(f"memory by category on {hardware.name}")
+    axes.legend(fontsize=8, ncols=2)
+
+
+def _timeline(axes: Axes, row: Timed) -> None:
+    """Computing of every stage, then what all do behind the last backward pass."""
+    colours = {"forward": "tab:blue", "backward": "tab:orange"}
+    for kind, colour in colours.items():
+        for stage in {span.stage for span in row.estimate.spans}:
+            spans = [s for s in row.estimate.spans if s.stage == stage and s.kind == kind]
+            bars = [(s.begin, s.end - s.begin) for s in spans]
+            axes.broken_barh(bars, (stage - 0.4, 0.8), color=colour, edgecolor="white", lw=0.2)
+    parts = row.estimate.parts
+    stages = row.candidate.settings.mesh.pipeline
+    at = sum(parts[name] for name in ("compute", "tensor", "bubble"))
+    for i, name in enumerate(("gradients", "compress", "update", "weights", "results")):
+        width = parts[name]
+        axes.broken_barh([(at, width)], (-0.4, stages - 0.2), color=f"C{i + 2}", label=name)
+        at += width
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds")
+    axes.set_ylabel("stage")
+    axes.set_title("a step of the fastest: forward (blue), backward (orange), then all together")
+    axes.legend(fontsize=8)

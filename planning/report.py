@@ -1,0 +1,201 @@
+"""A plan as JSON and as tables on the terminal."""
+
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from planning.hardware import Hardware
+from planning.memory import CATEGORIES
+from planning.published import RUNS, predict
+from planning.search import Candidate, Found, Timed, beside, layout_name
+from planning.zero import stage_of_zero
+
+SHOWN = 8
+"""Rows of a table on the terminal; --json has all."""
+WIDTH = 118
+"""Columns that the tables need, also where output is no terminal."""
+
+
+def plan_json(found: Found, parameters: int, hardware: Hardware) -> dict[str, Any]:
+    """The whole plan."""
+    rows = [timed_json(row) for row in found.timed]
+    return {
+        "fits": bool(rows),
+        "parameters": parameters,
+        "gpu": hardware.name,
+        "usable_bytes": int(hardware.usable),
+        "best": rows[0] if rows else None,
+        "alternatives": rows[1:],
+        "rejected": [rejected_json(row, parameters) for row in found.rejected],
+    }
+
+
+def way_json(candidate: Candidate) -> dict[str, Any]:
+    """How it runs, and its bytes."""
+    settings = candidate.settings
+    mesh, engine = settings.mesh, settings.engine
+    micro = settings.loop.batch // mesh.data // engine.accumulate if candidate.bytes_ else 0
+    return {
+        "layout": layout_name(settings),
+        "mesh": dict(vars(mesh)),
+        "engine": engine.name,
+        "zero_stage": engine.zero_stage if engine.name != "reference" else 0,
+        "precision": engine.precision,
+        "micro_batch": micro,
+        "accumulate": engine.accumulate,
+        "recompute": engine.recompute,
+        "compress_rank": settings.compress.rank,
+        "moments": settings.optim.moments,
+        "bytes": candidate.bytes_,
+        "total_bytes": candidate.total,
+        "flags": flags_of(candidate),
+    }
+
+
+def flags_of(candidate: Candidate) -> list[str]:
+    """What `tapir train prior PRESET` takes to run so."""
+    settings = candidate.settings
+    mesh, engine = settings.mesh, settings.engine
+    flags = [f"--mesh.{name}={value}" for name, value in vars(mesh).items()]
+    flags += [f"--engine.name={engine.name}", f"--engine.zero-stage={engine.zero_stage}"]
+    flags += [f"--engine.accumulate={engine.accumulate}", f"--engine.precision={engine.precision}"]
+    flags += ["--engine.recompute" if engine.recompute else "--engine.no-recompute"]
+    return [*flags, f"--compress.rank={settings.compress.rank}"]
+
+
+def timed_json(row: Timed) -> dict[str, Any]:
+    """A way that fits, with its predicted step."""
+    estimate = row.estimate
+    return {
+        **way_json(row.candidate),
+        "step_seconds": estimate.seconds,
+        "mfu": estimate.mfu,
+        "bubble": estimate.bubble,
+        "exposed_communication_seconds": estimate.exposed,
+        "tokens_per_second": estimate.tokens_per_second,
+        "days": estimate.days,
+        "cost_dollars": estimate.cost,
+        "seconds": estimate.parts,
+        "traffic": estimate.traffic,
+    }
+
+
+def rejected_json(row: Candidate, parameters: int) -> dict[str, Any]:
+    """A layout that cannot run, and why."""
+    published = beside(row, parameters)
+    return {**way_json(row), "why": row.why, **({"published": published} if published else {})}
+
+
+def show(found: Found, parameters: int, hardware: Hardware) -> None:
+    """Print the plan as tables."""
+    console = _console()
+    console.print(_fitting(found, parameters, hardware))
+    if found.timed:
+        console.print(_spent(found.timed[0]))
+    console.print(_bytes_table(found))
+    for row in found.rejected:
+        console.print(f"{_mesh(row)} {layout_name(row.settings)}: {row.why}")
+        for name, count in beside(row, parameters).items():
+            console.print(f"    beside it, {name.replace('_', ' ')}: {count / 1e9:.1f} GB a rank")
+
+
+def _mesh(candidate: Candidate) -> str:
+    mesh = candidate.settings.mesh
+    return f"TP{mesh.tensor} PP{mesh.pipeline} DP{mesh.data}"
+
+
+def _short(candidate: Candidate) -> str:
+    """A layout's name in a narrow column."""
+    settings = candidate.settings
+    if settings.mesh.machines > 1:
+        return "paper"
+    return settings.engine.name.removeprefix("deepspeed_") + str(stage_of_zero(settings) or "")
+
+
+def _console() -> Console:
+    console = Console()
+    console.width = max(console.width, WIDTH)
+    return console
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, box=SIMPLE, title_justify="left")
+    for name in columns:
+        table.add_column(name, no_wrap=True)
+    return table
+
+
+def _fitting(found: Found, parameters: int, hardware: Hardware) -> Table:
+    title = f"{parameters:,} parameters on {hardware.name}: "
+    title += f"{len(found.timed)} layouts fit, {len(found.rejected)} do not"
+    columns = ("mesh", "layout", "micro", "recompute", "rank", "GB", "step s", "MFU", "bubble")
+    table = _table(title, *columns, "days", "cost $")
+    for row in found.timed[:SHOWN]:
+        way, estimate = way_json(row.candidate), row.estimate
+        table.add_row(
+            _mesh(row.candidate),
+            _short(row.candidate),
+            f"{way['micro_batch']} x {way['accumulate']}",
+            "yes" if way["recompute"] else "no",
+            str(way["compress_rank"]),
+            f"{row.candidate.total / 1e9:.1f}",
+            f"{estimate.seconds:.3g}",
+            f"{estimate.mfu:.1%}",
+            f"{estimate.bubble:.0%}",
+            f"{estimate.days:.1f}",
+            f"{estimate.cost:,.0f}" if estimate.cost else "",
+        )
+    return table
+
+
+def _spent(row: Timed) -> Table:
+    shown = {name: value for name, value in row.estimate.parts.items() if value}
+    table = _table("a step of the first one, seconds", *shown)
+    table.add_row(*(f"{value:.3g}" for value in shown.values()))
+    return table
+
+
+def _bytes_table(found: Found) -> Table:
+    table = _table("GB of the fullest rank", "mesh", *CATEGORIES, "all")
+    rows = [row.candidate for row in found.timed[:SHOWN]] + found.rejected
+    for row in rows:
+        if row.bytes_:
+            cells = [f"{row.bytes_[name] / 1e9:.2f}" for name in CATEGORIES]
+            table.add_row(_mesh(row), *cells, f"{row.total / 1e9:.1f}")
+    return table
+
+
+def published_json() -> dict[str, Any]:
+    """The published runs, predicted row by row."""
+    rows = []
+    for run in RUNS:
+        found = predict(run)
+        rows.append(
+            {
+                "run": run.name,
+                "tensor": run.tensor,
+                "pipeline": run.pipeline,
+                "gpus": run.gpus,
+                "micro_batch": found.micro,
+                "chunks": found.chunks,
+                "published_tflops": run.measured,
+                "predicted_tflops": found.tflops,
+                "error": found.tflops / run.measured - 1,
+            }
+        )
+    errors = [abs(row["error"]) for row in rows]
+    return {"rows": rows, "mean_error": sum(errors) / len(errors)}
+
+
+def show_published(found: dict[str, Any]) -> None:
+    """Print them as a table."""
+    columns = (name.replace("_", " ") for name in found["rows"][0])
+    title = "TFLOP/s a GPU: Megatron-LM on A100-80GB (arXiv 2104.04473, table 1)"
+    table = _table(title, *columns)
+    for row in found["rows"]:
+        *cells, error = row.values()
+        texts = [f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in cells]
+        table.add_row(*texts, f"{error:+.1%}")
+    _console().print(table, f"mean error {found['mean_error']:.1%}")

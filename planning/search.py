@@ -1,0 +1,161 @@
+"""The fastest mesh that fits, and why the others do not."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from parallel.compress.advisor import PAPER_SHARE
+from parallel.config import CompressConfig, EngineConfig, MeshConfig
+from planning.hardware import Hardware
+from planning.memory import Bytes, loads_of, published_schemes, rank_bytes
+from planning.step import Estimate, estimate, rough_seconds
+from planning.zero import Place, stage_of_zero
+from training.config import PriorTrain
+
+MOST_TENSOR = 8
+"""Tensor ranks share each matmul: more than a node's links carry too much."""
+SHORTLIST = 3
+"""Ways to run a layout that are played through, after a rough look at all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One way to run, with what it takes."""
+
+    settings: PriorTrain
+    bytes_: Bytes
+    """Of the fullest rank."""
+    why: str = ""
+    """Why it cannot run; empty if it fits."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.bytes_.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """A way that fits, with its time."""
+
+    candidate: Candidate
+    estimate: Estimate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search found."""
+
+    timed: list[Timed]
+    """The best way of each layout that fits, fastest first."""
+    rejected: list[Candidate]
+    """The leanest way of each layout that does not."""
+
+
+def layout_name(settings: PriorTrain) -> str:
+    """What people call it."""
+    mesh, engine = settings.mesh, settings.engine
+    if mesh.machines > 1:
+        return f"paper: ZeRO-3 in {mesh.machines} machines of {mesh.local}"
+    if engine.name == "reference":
+        return "plain data parallelism"
+    if engine.name == "deepspeed_pipe":
+        return "TP x PP x DP, ZeRO-1"
+    joined = "TP x DP" if mesh.tensor > 1 else "DP"
+    return f"{joined}, ZeRO-{stage_of_zero(settings)}"
+
+
+def search(settings: PriorTrain, world: int, hardware: Hardware) -> Found:
+    """Try all layouts of the preset on so many ranks."""
+    timed, rejected = [], []
+    for layout in layouts(settings, world, hardware):
+        ways = [weigh(way, world, hardware) for way in ways_of(layout)]
+        fitting = [way for way in ways if not way.why]
+        if not fitting:
+            rejected.append(min(ways, key=lambda way: (way.total == 0, way.total)))
+            continue
+        fitting.sort(key=lambda way: rough_seconds(way.settings, hardware))
+        best = fitting[:SHORTLIST]
+        rows = [Timed(candidate=w, estimate=estimate(w.settings, hardware)) for w in best]
+        timed.append(min(rows, key=lambda row: row.estimate.seconds))
+    timed.sort(key=lambda row: row.estimate.seconds)
+    rejected.sort(key=lambda way: way.total)
+    return Found(timed=timed, rejected=rejected)
+
+
+def layouts(settings: PriorTrain, world: int, hardware: Hardware) -> Iterator[PriorTrain]:
+    """Every mesh and engine that the ranks can be arranged in."""
+    fast = "fp32" if settings.engine.precision == "fp32" else "bf16" if hardware.bf16 else "fp16"
+    tensors = [t for t in (1, 2, 4, 8) if world % t == 0 and t <= min(MOST_TENSOR, hardware.a_node)]
+
+    def layout(mesh: MeshConfig, name: str, stage: int = 1) -> PriorTrain:
+        engine = EngineConfig(name=name, zero_stage=stage, precision=fast)  # type: ignore[arg-type]
+        return replace(settings, mesh=mesh, engine=engine, compress=CompressConfig())
+
+    yield layout(MeshConfig(data=world), "reference")
+    if world == 1:
+        return
+    for stage in (1, 2, 3):
+        for t in tensors:
+            yield layout(MeshConfig(data=world // t, tensor=t), "deepspeed_zero", stage)
+    if world > hardware.a_node > 1 and world % hardware.a_node == 0:
+        mesh = MeshConfig(data=world, machines=world // hardware.a_node)
+        yield layout(mesh, "deepspeed_zero", 3)
+    for p in range(2, min(settings.model.layers, world) + 1):
+        for t in tensors:
+            if world % (t * p) == 0:
+                mesh = MeshConfig(data=world // (t * p), tensor=t, pipeline=p)
+                yield layout(mesh, "deepspeed_pipe")
+
+
+def ways_of(layout: PriorTrain) -> Iterator[PriorTrain]:
+    """Micro-batches, recompute and compression of a layout."""
+    samples = max(layout.loop.batch // layout.mesh.data, 1)
+    papers = CompressConfig(rank=round(PAPER_SHARE * layout.model.dim))
+    sizes = [n for n in range(1, samples + 1) if samples % n == 0 and (n & (n - 1)) == 0]
+    for micro in sizes:
+        for recompute in (False, True):
+            engine = replace(layout.engine, accumulate=samples // micro, recompute=recompute)
+            yield replace(layout, engine=engine)
+            if _sends_gradients(layout):
+                yield replace(layout, engine=engine, compress=papers)
+
+
+def _sends_gradients(layout: PriorTrain) -> bool:
+    third = stage_of_zero(layout) == 3
+    return layout.mesh.machines > 1 if third else layout.mesh.data > 1
+
+
+def weigh(settings: PriorTrain, world: int, hardware: Hardware) -> Candidate:
+    """The bytes of the fullest rank, and what is wrong with this way."""
+    problems = settings.problems(world)
+    if settings.mesh.data > settings.loop.batch or settings.loop.batch % settings.mesh.data:
+        problems.append(
+            f"loop.batch={settings.loop.batch} gives {settings.mesh.data} replicas no equal part"
+        )
+    if problems:
+        return Candidate(settings=settings, bytes_={}, why="; ".join(problems))
+    bytes_ = fullest(settings)
+    total = sum(bytes_.values())
+    share = hardware.cores and settings.mesh.world  # ranks of one machine share its memory
+    most = hardware.usable / share if share else hardware.usable
+    why = ""
+    if total > most:
+        most_of_it = max(bytes_, key=lambda name: bytes_[name])
+        why = (
+            f"needs {total / 1e9:.1f} GB a rank, {most / 1e9:.1f} GB of {hardware.name} can be "
+            f"used; {bytes_[most_of_it] / 1e9:.1f} GB of it are {most_of_it}"
+        )
+    return Candidate(settings=settings, bytes_=bytes_, why=why)
+
+
+def fullest(settings: PriorTrain) -> Bytes:
+    """Bytes of the stage that needs most."""
+    last = settings.mesh.pipeline - 1
+    stages = sorted({0, min(1, last), last})
+    found = [rank_bytes(loads_of(settings, Place(stage=stage))) for stage in stages]
+    return max(found, key=lambda bytes_: sum(bytes_.values()))
+
+
+def beside(candidate: Candidate, parameters: int) -> dict[str, int]:
+    """What the published schemes would take of a layout that shards inside of a machine."""
+    mesh = candidate.settings.mesh
+    return published_schemes(parameters, mesh.local) if mesh.machines > 1 else {}

@@ -1,0 +1,260 @@
+"""What `tapir plan` counts beforehand is what engines hold, send and keep when they really run."""
+
+import json
+import weakref
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from bench.parity import BATCH, OPTIM, SEED, Case, batch_of
+from cluster.launcher import launch
+from core.heartbeat import Heart
+from core.settings import from_json
+from models.config import PriorConfig
+from models.prior import COMPRESSED, prior_layers, prior_loss
+from parallel.config import CompressConfig, EngineConfig, EngineName, MeshConfig
+from parallel.control import Control
+from parallel.engines.catalogue import build_engine
+from parallel.engines.names import modules_of
+from parallel.engines.protocol import EngineSettings, Program
+from parallel.ledger import Ledger, recorded
+from parallel.mesh import Mesh, build_mesh
+from parallel.world import World, join_world, leave_world
+from planning.memory import Loads, loads_of, rank_bytes
+from planning.traffic import step_traffic
+from planning.zero import place_of
+from training.config import LoopConfig, PriorTrain
+
+SMALL = PriorConfig(
+    dim=48, heads=6, layers=5, text_length=6, text_vocabulary=50, image_vocabulary=30, grid=4
+)
+WIDE = PriorConfig(
+    dim=192, heads=3, layers=3, text_length=8, text_vocabulary=900, image_vocabulary=200, grid=4
+)
+"""Over 2^20 elements, so that there are several buckets, and matrices that ZeRO-3 cuts."""
+
+
+def _case(
+    name: str,
+    mesh: MeshConfig,
+    owner: EngineName,
+    model: PriorConfig = SMALL,
+    rank: int = 0,
+    moments: Literal["fp32", "bf16"] = "fp32",
+    **engine: Any,
+) -> Case:
+    settings = EngineConfig(name=owner, accumulate=2, **engine)
+    compress = CompressConfig(rank=rank)
+    return Case(
+        name=name, mesh=mesh, engine=settings, compress=compress, moments=moments, model=model
+    )
+
+
+CASES = [
+    _case("plain", MeshConfig(data=2), "reference"),
+    _case("plain, compressed", MeshConfig(data=2), "reference", rank=8, precision="bf16"),
+    _case("ZeRO-1, wide", MeshConfig(data=2), "deepspeed_zero", WIDE, precision="bf16"),
+    _case("ZeRO-2", MeshConfig(data=2), "deepspeed_zero", zero_stage=2, moments="bf16"),
+    _case("ZeRO-3, wide", MeshConfig(data=2), "deepspeed_zero", WIDE, zero_stage=3),
+    _case("PP2", MeshConfig(pipeline=2), "deepspeed_pipe", precision="bf16"),
+    _case("TP4, padded heads", MeshConfig(tensor=4), "deepspeed_pipe"),
+    _case("TP2 x PP2", MeshConfig(tensor=2, pipeline=2), "deepspeed_pipe", precision="bf16"),
+    _case("PP2 x DP2, compressed", MeshConfig(pipeline=2, data=2), "deepspeed_pipe", rank=8),
+    _case("TP2 x DP2", MeshConfig(tensor=2, data=2), "deepspeed_zero", WIDE, precision="bf16"),
+    _case(
+        "paper",
+        MeshConfig(data=4, machines=2),
+        "deepspeed_zero",
+        WIDE,
+        rank=16,
+        zero_stage=3,
+    ),
+]
+TRAFFIC_ONLY = _case(
+    "recompute", MeshConfig(tensor=2, pipeline=2), "deepspeed_pipe", recompute=True
+)
+
+
+def planned(case: Case, rank: int) -> Loads:
+    """The plan's view of a rank of a case."""
+    settings = PriorTrain(
+        model=case.model,
+        loop=LoopConfig(batch=BATCH),
+        mesh=case.mesh,
+        engine=case.engine,
+        compress=case.compress,
+        optim=replace(OPTIM, moments=case.moments),
+    )
+    return loads_of(settings, place_of(case.mesh, rank))
+
+
+class Kept:
+    """Bytes of tensors that autograd holds at most at a time, each storage once."""
+
+    def __init__(self, weights: list[torch.nn.Parameter], batches: Iterable[Tensor]) -> None:
+        self._weights, self._outside = weights, {_key(x) for x in batches}
+        self._counts: dict[int, int] = {}
+        self._now = self.peak = 0
+
+    def pack(self, x: Tensor) -> Any:
+        key = _key(x)
+        if key in self._outside or any(key == _key(w) for w in self._weights):
+            return x
+        if not self._counts.get(key):
+            self._now += x.untyped_storage().nbytes()
+            self.peak = max(self.peak, self._now)
+        self._counts[key] = self._counts.get(key, 0) + 1
+        held = _Box(x)
+        weakref.finalize(held, self._drop, key, x.untyped_storage().nbytes())
+        return held
+
+    def unpack(self, held: Any) -> Tensor:
+        return held.tensor if isinstance(held, _Box) else held
+
+    def _drop(self, key: int, count: int) -> None:
+        self._counts[key] -= 1
+        self._now -= 0 if self._counts[key] else count
+
+
+class _Box:
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def _key(x: Tensor) -> int:
+    return int(x.untyped_storage()._cdata)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Of all storages, each once."""
+    return sum({_key(x): x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+def measure_ranks(payload: str) -> None:
+    """Train two steps of every case on this rank, and count; writes result-RANK.json."""
+    body = json.loads(payload)
+    world = join_world()
+    torch.set_float32_matmul_precision("highest")
+    found = {}
+    with recorded(Mesh(world=world)) as ledger:  # DeepSpeed keeps the functions it finds first
+        for row in body["cases"]:
+            case = from_json(Case, row)
+            found[case.name] = _measure(case, world, ledger)
+    Path(body["out"], f"result-{world.rank}.json").write_text(json.dumps(found))
+    leave_world(world)
+
+
+def _measure(case: Case, world: World, ledger: Ledger) -> dict[str, Any]:
+    mesh = build_mesh(case.mesh, world)
+    Ledger.__init__(ledger, mesh, Heart(world.rank))
+    seen: dict[str, int] = {}
+    settings = EngineSettings(
+        optim=replace(OPTIM, moments=case.moments),
+        engine=case.engine,
+        compress=case.compress,
+        seed=SEED,
+        control=Control(judge=lambda norm, loss: _at_update(engine, seen)),
+    )
+    layers = prior_layers(case.model, SEED, mesh.shared)
+    loss = partial(prior_loss, text_weight=0.125)
+    program = Program(layers=layers, loss=loss, compressed=COMPRESSED)
+    engine: Any = build_engine(program, settings, mesh)
+    weights = [p for layer in engine.layers().values() for p in layer.parameters()]
+    seen["whole"] = 0
+    for weight in weights:
+        weight.register_post_accumulate_grad_hook(lambda _: _at_gradient(weights, seen))
+    for step in range(2):
+        micro = _micro_batches(case, step, mesh.data.rank)
+        kept = Kept(weights, [x for batch in micro for x in batch.values()])
+        ledger.take()
+        with saved_tensors_hooks(kept.pack, kept.unpack):
+            engine.step(micro, 1e-4)
+    comm = ledger.take()
+    found = {**_model_bytes(engine, weights, seen), "activations": kept.peak}
+    says = engine.memory()
+    engine.close()
+    return {"bytes": found, "comm": comm, "says": says}
+
+
+def _micro_batches(case: Case, step: int, replica: int) -> list[dict[str, Tensor]]:
+    whole = batch_of(step, case.model)
+    mine = {name: x[replica :: case.mesh.data] for name, x in whole.items()}
+    parts = {name: x.chunk(case.engine.accumulate) for name, x in mine.items()}
+    return [{name: x[i] for name, x in parts.items()} for i in range(case.engine.accumulate)]
+
+
+def _at_gradient(weights: list[torch.nn.Parameter], seen: dict[str, int]) -> None:
+    seen["whole"] = max(seen["whole"], _bytes(w.grad for w in weights if w.grad is not None))
+
+
+def _at_update(engine: Any, seen: dict[str, int]) -> str:
+    """Gradients that are there when the update is decided."""
+    optimizer = getattr(getattr(engine, "_engine", None), "optimizer", None)
+    if optimizer is not None:
+        parts = [g for group in optimizer.averaged_gradients.values() for g in group]
+        seen["partial"] = _bytes(parts)
+    return ""
+
+
+def _model_bytes(
+    engine: Any, weights: list[torch.nn.Parameter], seen: dict[str, int]
+) -> dict[str, int]:
+    outer = getattr(getattr(engine, "_engine", None), "optimizer", None)
+    optimizer = outer.optimizer if outer is not None else engine._optimizer
+    states = [s for row in optimizer.state.values() for n, s in row.items() if n != "step"]
+    masters, held = [], list(weights)
+    if outer is not None:
+        third = hasattr(outer, "fp32_partitioned_groups_flat")
+        masters = (
+            outer.fp32_partitioned_groups_flat if third else (outer.single_partition_of_fp32_groups)
+        )
+        held += [w.ds_tensor for w in weights if hasattr(w, "ds_tensor")]  # type: ignore[misc]
+    sharded = outer is not None and (engine.name == "deepspeed_zero" and engine._stage > 1)
+    return {
+        "parameters": _bytes(held),
+        "gradients": seen["partial"] if sharded else seen["whole"],
+        "optimizer": _bytes([*masters, *states]),
+    }
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """Case -> what each rank counted; one world for all cases of a size."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for world in (2, 4):
+        out = tmp_path_factory.mktemp(f"world{world}")
+        cases = [case for case in [*CASES, TRAFFIC_ONLY] if case.mesh.world == world]
+        payload = {"out": str(out), "cases": [asdict(case) for case in cases]}
+        modules = {m for case in cases for m in modules_of(case.engine.name, True)}
+        preload = ["torch", "torch.distributed", *sorted(modules)]
+        launch(f"{__name__}:measure_ranks", json.dumps(payload), world, preload)
+        ranks = [json.loads((out / f"result-{r}.json").read_text()) for r in range(world)]
+        found |= {case.name: [rank[case.name] for rank in ranks] for case in cases}
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_bytes_of_every_rank(case: Case, measured: dict[str, list[dict[str, Any]]]) -> None:
+    """Weights, gradients and optimiser state to the byte, activations within 10%."""
+    for rank, real in enumerate(measured[case.name]):
+        plan, counted = rank_bytes(planned(case, rank)), real["bytes"]
+        for category in ("parameters", "gradients", "optimizer"):
+            assert plan[category] == counted[category], f"rank {rank}: {category}"
+            assert real["says"][category] == counted[category], f"rank {rank} says of {category}"
+        assert abs(plan["activations"] / counted["activations"] - 1) < 0.1, f"rank {rank}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*CASES, TRAFFIC_ONLY], ids=lambda case: case.name)
+def test_traffic_of_every_rank(case: Case, measured: dict[str, list[dict[str, Any]]]) -> None:
+    """Calls and bytes of every collective, by group and operation, equal the ledger's."""
+    for rank, real in enumerate(measured[case.name]):
+        assert step_traffic(planned(case, rank)) == real["comm"], f"rank {rank}"

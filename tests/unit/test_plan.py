@@ -1,0 +1,200 @@
+"""The plan's parts: counting, schedules, kernels, links, the search and its verb."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.errors import InputError
+from models.config import PriorConfig
+from models.counts import prior_parameters
+from parallel.config import CompressConfig, EngineConfig, MeshConfig
+from parallel.placement import Placement
+from planning.commands import count_parameters, settings_of
+from planning.hardware import hardware_of
+from planning.kernels import Kernels, flops, seconds
+from planning.links import all_reduce, group_span
+from planning.memory import CATEGORIES, loads_of, rank_bytes
+from planning.parts import Held, parts_of, stage_of
+from planning.schedule import actions, play
+from planning.search import search, weigh
+from planning.step import estimate
+from planning.work import pairs
+from planning.zero import BUCKET, Place, padded, touched
+from tests.harness import tapir
+
+TINY = settings_of("tiny")
+
+
+@pytest.mark.parametrize("preset", ["paper_2_8b", "paper_5_6b", "paper_12b"])
+def test_layers_hold_the_parameters_of_the_formula(preset: str) -> None:
+    config = settings_of(preset).model
+    assert count_parameters(config) == prior_parameters(config).total
+
+
+def test_stages_hold_every_layer_once() -> None:
+    parts = parts_of(TINY.model, 0, 1)
+    names = [part.name for stage in range(3) for part in stage_of(parts, stage, 3)]
+    assert names == [part.name for part in parts]
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("micro_batches", [1, 2, 5, 8])
+def test_stages_act_in_deepspeeds_order(stages: int, micro_batches: int) -> None:
+    from deepspeed.runtime.pipe import schedule
+
+    named = {
+        "SendActivation": ("send", 1),
+        "SendGrad": ("send", -1),
+        "RecvActivation": ("receive", -1),
+        "RecvGrad": ("receive", 1),
+        "ForwardPass": ("forward", 0),
+        "BackwardPass": ("backward", 0),
+    }
+    for stage in range(stages):
+        theirs = schedule.TrainSchedule(micro_batches, stages, stage)
+        commands = [type(command).__name__ for step in theirs.steps() for command in step]
+        wanted = [
+            (kind, stage + way if way else -1)
+            for kind, way in (named[name] for name in commands if name in named)
+        ]
+        mine = [(a.kind, a.peer) for a in actions(stage, stages, micro_batches)]
+        assert mine == wanted
+
+
+def test_the_bubble_of_even_stages_is_the_textbooks() -> None:
+    """7 of 23 at 8 stages and 16 micro-batches, whatever a backward pass takes."""
+    assert play([1.0] * 8, [2.0] * 8, 16, 0.0).bubble == pytest.approx(7 / 23)
+    assert play([1.0], [2.0], 4, 0.0).seconds == 12.0
+    assert play([1.0] * 2, [2.0] * 2, 4, 0.5).seconds > play([1.0] * 2, [2.0] * 2, 4, 0.0).seconds
+
+
+def test_the_bucket_is_the_engines() -> None:
+    from parallel.engines import deepspeed_state
+
+    assert deepspeed_state.BUCKET == BUCKET
+
+
+@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=9), replicas=st.integers(1, 5))
+def test_partitions_touch_every_element(sizes: list[int], replicas: int) -> None:
+    place = Placement(shape=(1,), first=0, rows=1, split=False)
+    group = [Held(place, size) for size in sizes]
+    whole = padded(group, replicas)
+    assert whole % (2 * replicas) == 0 and 0 <= whole - sum(sizes) < 2 * replicas
+    assert sum(touched(group, replicas, r) for r in range(replicas)) >= whole
+    assert replicas > 1 or touched(group, 1, 0) == whole
+
+
+def test_bytes_have_every_category_and_follow_the_choices() -> None:
+    mesh = MeshConfig(data=4)
+    one = replace(TINY, mesh=mesh, engine=EngineConfig(name="deepspeed_zero", precision="bf16"))
+    base = rank_bytes(loads_of(one, Place()))
+    assert tuple(base) == CATEGORIES
+
+    def other(**changes: Any) -> dict[str, int]:
+        return rank_bytes(loads_of(replace(one, **changes), Place()))
+
+    assert other(engine=replace(one.engine, recompute=True))["activations"] < base["activations"]
+    assert other(engine=replace(one.engine, zero_stage=2))["gradients"] < base["gradients"]
+    assert other(engine=replace(one.engine, zero_stage=3))["optimizer"] <= base["optimizer"]
+    assert other(compress=CompressConfig(rank=8))["compression"] > base["compression"] == 0
+    half = other(optim=replace(one.optim, moments="bf16"))
+    assert half["optimizer"] * 3 == base["optimizer"] * 2
+
+
+def test_matmuls_come_in_whole_waves() -> None:
+    gpu = hardware_of("a100-80gb")
+
+    def time(rows: int, columns: int, inner: int) -> float:
+        return seconds([Kernels(rows=rows, columns=columns, inner=inner)], gpu)
+
+    large = Kernels(rows=16384, columns=16384, inner=8192)
+    rate = flops([large]) / seconds([large], gpu)
+    assert 0.7 * gpu.half_flops < rate < gpu.half_flops
+    assert time(256 * 54, 256, 8192) == time(256 * 53, 256, 8192)
+    assert time(256 * 55, 256, 8192) > 1.2 * time(256 * 54, 256, 8192)
+    assert seconds([Kernels(moved=1e9)], gpu) == pytest.approx(1e9 / 1.63e12, rel=0.02)
+
+
+def test_groups_that_leave_a_node_share_its_network() -> None:
+    gpu = hardware_of("a100-80gb")
+    inside = all_reduce(1e8, (8, 1), gpu)
+    assert all_reduce(1e8, (8, 8), gpu) > 5 * inside
+    assert all_reduce(1e8, (16, 2), gpu) < all_reduce(1e8, (16, 8), gpu)
+    mesh = MeshConfig(tensor=2, pipeline=4, data=8)
+    assert group_span(mesh, "data") == (8, 2) and group_span(mesh, "pipeline") == (4, 16)
+
+
+def test_attention_works_on_the_masks_pairs() -> None:
+    config = PriorConfig(dim=64, heads=1, layers=4, text_length=256, grid=32)
+    exact, tiled = pairs(config, "column", False), pairs(config, "column", True)
+    assert exact == 256 * 257 // 2 + 1024 * 256 + 32 * 33 * 16
+    assert exact < tiled < 0.5 * config.length**2
+
+
+def test_fewer_resources_never_make_it_faster() -> None:
+    gpu = hardware_of("h100")
+    settings = replace(settings_of("paper_2_8b"), compress=CompressConfig())
+    base = estimate(settings, gpu)
+    assert sum(base.parts.values()) == pytest.approx(base.seconds)
+    for change in ({"network": gpu.network / 4}, {"bandwidth": gpu.bandwidth / 2}):
+        assert estimate(settings, replace(gpu, **change)).seconds > base.seconds
+    assert base.days == pytest.approx(base.seconds * 430_000 / 86_400)
+
+
+def test_what_does_not_fit_says_why() -> None:
+    plain = replace(settings_of("paper_12b"), mesh=MeshConfig(data=1024), engine=EngineConfig())
+    found = weigh(replace(plain, compress=CompressConfig()), 1024, hardware_of("h100"))
+    assert "80" not in found.why and "79.0 GB of h100" in found.why
+    assert found.bytes_["optimizer"] == 8 * count_parameters(plain.model)
+    odd = replace(TINY, mesh=MeshConfig(data=3), engine=EngineConfig())
+    assert "3 replicas" in weigh(odd, 3, hardware_of("h100")).why
+
+
+def test_a_small_model_is_planned_on_one_and_on_eight() -> None:
+    """One rank has the reference engine alone; eight have faster meshes."""
+    one, eight = (search(TINY, world, hardware_of("cpu")) for world in (1, 8))
+    assert [row.candidate.settings.engine.name for row in one.timed] == ["reference"]
+    assert len(eight.timed) > 5
+    order = [row.estimate.seconds for row in eight.timed]
+    assert order == sorted(order)
+
+
+def test_wrong_hardware_and_calibrations_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"known: .*v100-16gb"):
+        hardware_of("tpu")
+    (tmp_path / "c.json").write_text('{"speed": 3}')
+    with pytest.raises(InputError, match="--calibrate"):
+        hardware_of("cpu", tmp_path / "c.json")
+    (tmp_path / "c.json").write_text('{"half_flops": 3e11}')
+    assert hardware_of("cpu", tmp_path / "c.json").half_flops == 3e11
+    assert hardware_of("v100").name == "v100-16gb"
+
+
+@pytest.mark.slow
+def test_the_papers_model_on_the_papers_machines(tmp_path: Path) -> None:
+    """1024 V100-16GB: TP x PP with ZeRO-1 fits; plain data parallelism and the paper's layout with
+    fp32 Adam do not, and what the paper's 16-bit moments would take stands beside it."""
+    picture = tmp_path / "plan.svg"
+    flags = ["--world", "1024", "--gpu", "v100-16gb", "--json", "--picture", str(picture)]
+    found = json.loads(tapir("plan", "paper_12b", *flags).splitlines()[-1])
+    assert found["fits"] and found["parameters"] == 12_292_587_008
+    best = found["best"]
+    assert best["mesh"]["tensor"] > 1 and best["mesh"]["pipeline"] > 1 and best["zero_stage"] == 1
+    assert best["total_bytes"] < 16e9 and 0 < best["mfu"] < 1 and best["days"] > 0
+    rows = {row["layout"]: row for row in found["rejected"]}
+    plain = rows["plain data parallelism"]
+    assert plain["bytes"]["parameters"] == 4 * found["parameters"] and "GB" in plain["why"]
+    paper = rows["paper: ZeRO-3 in 128 machines of 8"]
+    assert paper["published"]["mixed_fp32_adam"] == pytest.approx(24.6e9, rel=0.01)
+    assert paper["published"]["paper_16_bit"] == pytest.approx(12.3e9, rel=0.01)
+    assert paper["total_bytes"] > 24.6e9
+    assert picture.read_text().startswith("<?xml")
+
+
+def test_an_unknown_preset_is_named() -> None:
+    assert "paper_12b" in tapir("plan", "paper_13b", code=2)
