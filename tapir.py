@@ -18,6 +18,8 @@ VERBS = {
     "report": ("generation.commands:report", "write a demo folder's report.html again"),
     "export": ("training.commands:export", "a dVAE -> the layout of OpenAI's dall_e package"),
     "import": ("training.commands:import_", "a dVAE of that layout -> one of Tapir's"),
+    "profile": ("training.profile_commands:profile", "where the time of a run's steps goes"),
+    "watch": ("training.watch:watch", "runs live in this terminal: loss, speed, time, memory"),
     "diverge": ("training.commands:diverge", "the first tensor in which two runs differ"),
     "replay": ("training.commands:replay", "run a step that did not count again, on one process"),
     "seen": ("training.commands:seen", "the training steps at which a pair is read"),

@@ -19,7 +19,7 @@ NAMES = (
         "network",
         "order",
     ),
-    *("parity", "saving", "scales", "stream", "train_step"),
+    *("parity", "profile", "saving", "scales", "stream", "train_step"),
 )
 
 

@@ -112,7 +112,7 @@ class Run:
             LOG.info("%s has all %d steps already", self.settings.out, loop.steps)
         with progress(f"train {self.stage}", loop.steps, self.world.rank == 0) as meter:
             for result, seconds in self.steps():
-                self._report(result, seconds, meter)
+                self.report(result, seconds, meter)
                 left = loop.steps - self.step
                 if loop.validate_every and self.step % loop.validate_every == 0 < left:
                     self.validate()
@@ -224,7 +224,8 @@ class Run:
         self.plateau.load(reader.facts.get("plateau", {}))
         self.step = self._resumed_at = int(reader.facts["step"])
 
-    def _report(self, result: StepResult, seconds: float, meter: Meter) -> None:
+    def report(self, result: StepResult, seconds: float, meter: Meter) -> None:
+        """Tell of a step on the terminal, and every loop.log_every steps in metrics.jsonl."""
         loop, counts = self.settings.loop, self._ledger.take()
         self._note_failure()
         rate = loop.batch * self.task.units / seconds

@@ -42,10 +42,12 @@ def measure_peak(precision: str) -> float:
 
 def memory() -> dict[str, int]:
     """Bytes of this process now and at most, and of its GPU."""
-    found = {"memory_peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    most = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = {"memory_peak_bytes": most}
     if _STATM.exists():
         pages = int(_STATM.read_text().split()[1])
         found["memory_bytes"] = pages * os.sysconf("SC_PAGE_SIZE")
+        found["memory_peak_bytes"] = max(most, found["memory_bytes"])
     if torch.cuda.is_available():
         found["cuda_bytes"] = torch.cuda.memory_allocated()
         found["cuda_peak_bytes"] = torch.cuda.max_memory_allocated()

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,11 +11,9 @@ import numpy as np
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from core.files import Json, canonical_json, held, remove_leftovers, write_atomic
-from core.heartbeat import FOLDER
 from core.log import LOG
+from training.watch_live import write_live
 
-LIVE = "live.json"
-"""Where the ranks of a run in progress show signs of life."""
 _MOST_BINS = 1024
 
 
@@ -50,8 +46,7 @@ class RunFolder:
         self._board = SummaryWriter(board, purge_step=step + 1 if step else None)
         text = "".join(f"    {line}\n" for line in self._config.decode().splitlines())
         self._board.add_text("config", text, step)
-        live = {"host": socket.gethostname(), "beats": os.environ.get(FOLDER, "")}
-        write_atomic(self.root / LIVE, canonical_json(live))
+        write_live(self.root)
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one row to metrics.jsonl and to TensorBoard."""
