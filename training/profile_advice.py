@@ -70,7 +70,7 @@ def _held_up(settings: StageConfig, share: float) -> str:
     every = settings.checkpoint.every
     advice = f"--checkpoint.every {2 * every} would halve it"
     if not settings.checkpoint.background:
-        advice = f"--checkpoint.background True writes beside the training; {advice}"
+        advice = f"--checkpoint.background writes beside the training; {advice}"
     return f"saves hold training up for {share:.0%} of the time; {advice}"
 
 

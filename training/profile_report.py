@@ -1,6 +1,5 @@
 """What the profile of a run says: where time went, how fast it was, and what to do about it."""
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from training.profile_categories import CATEGORIES, CHECKPOINT, OWN, VALIDATION
 from training.profile_figures import measure_peak
 from training.profile_flops import model_flops
 from training.profile_ring import RankSteps, read_rings
+from training.run_config import config_of
 from training.run_folder import read_metrics
 
 
@@ -112,19 +112,14 @@ def read_profile(run: Path, last: int = 0) -> Profiled:
 
     Raises: InputError for no run folder, or one without a profile.
     """
-    path = run / "config.json"
-    if not path.is_file():
-        raise InputError(f"{run} is no run folder (no config.json); give `tapir train`'s --out")
-    body = json.loads(path.read_text())
+    body = config_of(run)
     stage = body.pop("stage")
-    if stage not in SETTINGS:
-        raise InputError(f"{run} is a run of {stage}, which has no steps to profile")
     settings = from_json(SETTINGS[stage], body)
     rows = [row for row in read_metrics(run) if "split" not in row]
     rings = read_rings(run)
     if not rings or not min(len(ring.steps) for ring in rings):
         raise InputError(
-            f"{run} holds no profile; train with --profile.always True, for a step at least"
+            f"{run} holds no profile; train a step at least, without --profile.no-always"
         )
     steps, seconds = _together(rings, last)
     return Profiled(

@@ -19,6 +19,7 @@ from core.log import LOG
 from training.config import ProfileConfig, parse_ranks, parse_steps
 from training.profile_clock import Timeline
 from training.profile_ring import FOLDER
+from training.run_config import config_of
 
 REQUEST = "request.json"
 ENDING = ".pt.trace.json.gz"
@@ -110,7 +111,6 @@ def request_trace(run: Path, steps: int, ranks: list[int]) -> None:
     """
     if steps < 1:
         raise InputError(f"a trace of {steps} steps holds nothing; ask for at least 1")
-    if not (run / "config.json").is_file():
-        raise InputError(f"{run} is no run folder (no config.json); give `tapir train`'s --out")
+    config_of(run)
     body = json.dumps({"steps": steps, "ranks": ranks}).encode()
     write_atomic(run / FOLDER / REQUEST, body)

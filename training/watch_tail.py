@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from core.errors import InputError
+from training.run_config import config_of
 
 _PART = 2**20
 _MOST_LOSSES = 20_000
@@ -56,12 +56,7 @@ class Follower:
 
     def __init__(self, run: Path) -> None:
         """Raises: InputError if this is no run folder."""
-        path = run / "config.json"
-        if not path.is_file():
-            raise InputError(f"{run} is no run folder (no config.json); give `tapir train`'s --out")
-        body = json.loads(path.read_text())
-        if "loop" not in body:
-            raise InputError(f"{run} is a run of {body.get('stage')}, which has no steps to watch")
+        body = config_of(run)
         self.run, self.stage = run, str(body["stage"])
         self.steps = int(body["loop"]["steps"])
         self._tail = Tail(run / "metrics.jsonl")
