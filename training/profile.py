@@ -83,8 +83,7 @@ class Profile:
         if self._flops and not self._peak:
             self._peak = self._config.peak_tflops or measure_peak(self._precision) / 1e12
         self.attach()
-        self._accounts.take_step()
-        self._accounts.take_row()
+        self._timeline.cut(self._accounts.forget)
 
     def attach(self) -> None:
         """Time phases, collectives and updates from now on."""

@@ -34,6 +34,11 @@ class Accounts:
         else:
             self._totals[_INDEX[OF_GROUP.get(owner.group, OTHER)]] += seconds
 
+    def forget(self) -> None:
+        """Begin anew: what was booked up to now belongs to no step and no row."""
+        self.take_step()
+        self.take_row()
+
     def take_step(self) -> list[float]:
         """Seconds of each category since the last call."""
         found = [now - then for now, then in zip(self._totals, self._at_step, strict=True)]

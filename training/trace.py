@@ -62,9 +62,10 @@ class Tracer:
     def begin(self, step: int) -> None:
         """A step begins: record it, or end the trace before it."""
         if self._running is not None:
-            self._running.step()
             if step > self._last:
                 self.close()
+            else:
+                self._running.step()
         elif self._first <= step <= self._last:
             self._start()
 
