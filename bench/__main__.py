@@ -19,7 +19,7 @@ NAMES = (
         "network",
         "order",
     ),
-    *("parity", "plan", "saving", "scales", "stream", "train_step"),
+    *("parity", "plan", "profile", "saving", "scales", "stream", "train_step"),
 )
 
 

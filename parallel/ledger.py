@@ -9,7 +9,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch.distributed as dist
@@ -37,6 +37,14 @@ PAIRS = ("send", "recv", "isend", "irecv")
 """Between two ranks; without a group, stages send them to their neighbours."""
 Counts = dict[str, dict[str, dict[str, int]]]
 """group -> operation -> {"calls", "bytes"}."""
+Timer = Callable[[str, str, int], AbstractContextManager[None]]
+"""(group, operation, bytes) -> a context that the rank waits in for an operation."""
+_NOTHING = nullcontext()
+
+
+def untimed(_group: str, _operation: str, _bytes: int) -> AbstractContextManager[None]:
+    """The timer of who wants to know nothing."""
+    return _NOTHING
 
 
 class Ledger:
@@ -61,6 +69,12 @@ class Ledger:
         self._counts: Counts = {}
         self._blocked = 0.0
         self._local = threading.local()
+        self._last = ("", "", 0)
+        """Group, operation and bytes of the operation noted last."""
+        self._going_on: dict[int, tuple[str, str, int]] = {}
+        """The same of those that were started and are waited for later, by their handle's id."""
+        self.timer: Timer = untimed
+        """Of a profile, which wants to know what the rank waits in."""
 
     def skips(self, group: Any) -> bool:
         """True inside of a noted operation, whose parts are not noted again, and for the saver."""
@@ -74,9 +88,38 @@ class Ledger:
         row["calls"] += 1
         row["bytes"] += count
         self._heart.beat(f"{operation} over {label}")
-        began, self._local.inside = time.perf_counter(), True
+        self._last = label, operation, count
+        with self._waiting(self._last):
+            yield
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Note nothing that this thread does in the context."""
+        before, self._local.inside = getattr(self._local, "inside", False), True
         try:
             yield
+        finally:
+            self._local.inside = before
+
+    def follow(self, work: Any) -> None:
+        """Remember the handle of the operation noted last, if it is waited for later."""
+        if isinstance(work, dist.Work):
+            self._going_on[id(work)] = self._last
+
+    def wait(self, work: Any, run: Callable[[], Any]) -> Any:
+        """Run the wait for an operation that was started before."""
+        place = None if self.skips(None) else self._going_on.pop(id(work), None)
+        if place is None:
+            return run()
+        with self._waiting(place):
+            return run()
+
+    @contextmanager
+    def _waiting(self, place: tuple[str, str, int]) -> Iterator[None]:
+        began, self._local.inside = time.perf_counter(), True
+        try:
+            with self.timer(*place):
+                yield
         finally:
             self._local.inside = False
             self._blocked += time.perf_counter() - began
@@ -98,6 +141,7 @@ class Ledger:
     def take(self) -> Counts:
         """What was noted since the last call."""
         found, self._counts = self._counts, {}
+        self._going_on.clear()
         return found
 
 
@@ -114,13 +158,19 @@ def recorded(mesh: Mesh, heart: Heart | None = None) -> Iterator[Ledger]:
         yield ledger
         return
     before = {name: getattr(dist, name) for name in OPERATIONS}
-    modules = [dist, dist.distributed_c10d]
+    modules, wait = [dist, dist.distributed_c10d], dist.Work.wait
+
+    def waits(work: Any, *arguments: Any, **named: Any) -> Any:
+        return ledger.wait(work, lambda: wait(work, *arguments, **named))
+
     try:
+        dist.Work.wait = waits  # type: ignore[method-assign, assignment]
         for name, function in before.items():
             for module in modules:
                 setattr(module, name, _noted(ledger, name, function))
         yield ledger
     finally:
+        dist.Work.wait = wait  # type: ignore[method-assign]
         for name, function in before.items():
             for module in modules:
                 setattr(module, name, function)
@@ -133,10 +183,13 @@ def _noted(ledger: Ledger, name: str, function: Callable[..., Any]) -> Callable[
     def call(*arguments: Any, **named: Any) -> Any:
         group = _group(named, arguments)
         if ledger.skips(group):
-            return function(*arguments, **named)
+            with ledger.apart():
+                return function(*arguments, **named)
         value = named[argument] if argument in named else arguments[place]
         with ledger.note(group, name, _bytes(value)):
-            return function(*arguments, **named)
+            work = function(*arguments, **named)
+        ledger.follow(work)
+        return work
 
     return call
 

@@ -88,6 +88,48 @@ class GuardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """How the run is watched: always, and closely for some steps."""
+
+    always: bool = True
+    """Note where the time of every step goes, on every rank; `tapir profile` shows it."""
+    steps: str = ""
+    """Steps to trace by torch.profiler, first:last, both included, e.g. 20:25; none by default."""
+    ranks: str = "0"
+    """Ranks to trace, e.g. 0,3; `all` for every rank."""
+    peak_tflops: float = 0.0
+    """TFLOP/s of one device that MFU is a share of; 0 = measured by matmuls at the start."""
+
+    def problems(self) -> list[str]:
+        found = []
+        try:
+            first, last = parse_steps(self.steps or "1:1")
+            if not 1 <= first <= last:
+                found.append(f"profile.steps={self.steps} is no range from step 1 on; try 20:25")
+        except ValueError:
+            found.append(f"profile.steps={self.steps} must be first:last, e.g. 20:25")
+        try:
+            if any(rank < 0 for rank in parse_ranks(self.ranks)):
+                found.append(f"profile.ranks={self.ranks} must not be negative; try 0,3 or all")
+        except ValueError:
+            found.append(f"profile.ranks={self.ranks} must be numbers, e.g. 0,3, or all")
+        if not 0 <= self.peak_tflops < math.inf:
+            found.append("profile.peak_tflops must not be negative; 0 = measure it")
+        return found
+
+
+def parse_steps(text: str) -> tuple[int, int]:
+    """`20:25` -> (20, 25). Raises: ValueError."""
+    first, last = map(int, text.split(":"))
+    return first, last
+
+
+def parse_ranks(text: str) -> list[int]:
+    """`0,3` -> [0, 3], `all` -> none. Raises: ValueError."""
+    return [] if text == "all" else [int(word) for word in text.split(",")]
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """What every training stage has."""
 
@@ -113,6 +155,8 @@ class StageConfig:
     """Checkpoints."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     """Guards against spikes and corruption."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Where the time goes."""
     supervisor: SupervisorConfig = field(default_factory=SupervisorConfig)
     """Restarts, on ranks that this command starts itself."""
 
@@ -128,7 +172,7 @@ class StageConfig:
         """Every problem at once; `world` is the number of ranks that a launcher started."""
         found = self.loop.problems() + self.optim.problems() + self.compress.problems()
         found += self.checkpoint.problems() + self.guard.problems() + self.supervisor.problems()
-        found += self.mesh.problems(world, self.sizes())
+        found += self.profile.problems() + self.mesh.problems(world, self.sizes())
         found += self.loader.problems() + self.model_problems()
         replicas = max(self.mesh.data, 1)
         found += self.order.problems(self.loop.batch, replicas)

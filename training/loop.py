@@ -1,7 +1,6 @@
 """One loop for dVAE, prior and CLIP, on any engine."""
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,9 +14,11 @@ from core.settings import to_json
 from core.stop import stop_asked
 from core.store import open_store
 from data_pipeline.stream import Stream, StreamState
+from models.config import PriorConfig
+from models.counts import prior_flops
 from parallel.control import Control
 from parallel.engines.catalogue import build_engine
-from parallel.engines.protocol import Engine, EngineSettings, StepResult
+from parallel.engines.protocol import Batch, Engine, EngineSettings, StepResult
 from parallel.ledger import Ledger, total_bytes
 from parallel.mesh import Mesh
 from parallel.precision import choose_matmul_precision
@@ -25,6 +26,8 @@ from training.average import Average
 from training.checkpoints import Checkpoints
 from training.config import StageConfig
 from training.export import model_is_whole, save_model
+from training.profile import Profile, timed
+from training.profile_categories import CHECKPOINT, COMPUTE, DATA_WAIT, VALIDATION
 from training.recovery import Recovery, checkpoints_of_capsules
 from training.resume import refuse_other_config, refuse_other_shapes
 from training.run_folder import RunFolder
@@ -35,8 +38,6 @@ from training.waits import Waits
 
 _PAUSES = (5.0, 30.0)
 """Seconds before the last save is tried again."""
-_SLOW = 1.5
-"""A rank whose own work takes so many times the median of its stage's is a straggler."""
 
 
 class Run:
@@ -93,6 +94,8 @@ class Run:
         self._scored: tuple[int, float] | None = None
         """The last validation's step and loss."""
         self._waits = Waits()
+        flops, precision = _flops(task, settings.loop.batch), settings.engine.precision
+        self.profile = Profile(settings.profile, mesh, ledger, settings.out, flops, precision)
         self._notes: dict[str, Any] = {}
         """What the next logged row says of saves."""
 
@@ -103,12 +106,13 @@ class Run:
         """
         self._resume()
         self.folder.begin(self.step)
+        self.profile.open(self.step)
         loop = self.settings.loop
         if self.step == loop.steps:
             LOG.info("%s has all %d steps already", self.settings.out, loop.steps)
         with progress(f"train {self.stage}", loop.steps, self.world.rank == 0) as meter:
             for result, seconds in self.steps():
-                self._report(result, seconds, meter)
+                self.report(result, seconds, meter)
                 left = loop.steps - self.step
                 if loop.validate_every and self.step % loop.validate_every == 0 < left:
                     self.validate()
@@ -121,6 +125,7 @@ class Run:
                     raise Preempted(f"stopped after step {self.step} with a checkpoint saved")
         self._finish()
 
+    @timed(VALIDATION)
     def validate(self) -> dict[str, float]:
         """Mean losses over held-out samples, logged as a row of split `validation`."""
         row, pictures = self._validation.run(self.step)
@@ -128,13 +133,14 @@ class Run:
         if self.plateau.observe(self.settings.optim, self.step, row["loss"]):
             LOG.info("the validation loss is level: learning rate halved at step %d", self.step)
         for name, image in pictures.items():
-            self.folder.picture(name, image, self.step)
+            self.folder.show(name, image, self.step)
         self.folder.log({"step": self.step, "split": "validation", **row})
         text = ", ".join(f"{name} {value:.4g}" for name, value in sorted(row.items()))
         LOG.info("validation at %d: %s", self.step, text)
         self.world.barrier()
         return row
 
+    @timed(CHECKPOINT)
     def save(self) -> None:
         """Write a checkpoint, in the background unless told otherwise.
 
@@ -160,6 +166,7 @@ class Run:
 
     def close(self) -> None:
         """Let go of the folder and the engine."""
+        self.profile.close()
         self.folder.close()
         self.engine.close()
 
@@ -168,8 +175,10 @@ class Run:
         began = time.perf_counter()
         batches = iter(self.stream)
         while self.step < self.settings.loop.steps:
+            self.profile.begin(self.step + 1)
             asked = time.perf_counter()
-            records, state = next(batches)
+            with self.profile.phase(DATA_WAIT):
+                records, state = next(batches)
             waited = time.perf_counter() - asked
             result = self.one_step(records)
             facts = self._facts_of_step(state)
@@ -188,15 +197,14 @@ class Run:
 
     def one_step(self, records: Sequence[Any]) -> StepResult:
         """Update by these records of this replica; the step counts even if it is skipped."""
-        settings = self.settings
-        parts = _split(records, settings.engine.accumulate)
-        micro = [hand_over(self.task.batch(part, self.step)) if part else {} for part in parts]
-        halved = self.plateau.halved
+        settings, halved = self.settings, self.plateau.halved
+        micro = self._micro_batches(records)
         lr = learning_rate(settings.optim, self.step, settings.loop.steps, halved)
         self._ledger.take()
         self._ledger.take_blocked()
         self.control.wants_stop = stop_asked()
-        result = self.engine.step(micro, lr)
+        with self.profile.phase(COMPUTE):
+            result = self.engine.step(micro, lr)
         self.step += 1
         self._heart.beat("step", self.step)
         result.facts["lr"] = lr
@@ -216,7 +224,8 @@ class Run:
         self.plateau.load(reader.facts.get("plateau", {}))
         self.step = self._resumed_at = int(reader.facts["step"])
 
-    def _report(self, result: StepResult, seconds: float, meter: Meter) -> None:
+    def report(self, result: StepResult, seconds: float, meter: Meter) -> None:
+        """Tell of a step on the terminal, and every loop.log_every steps in metrics.jsonl."""
         loop, counts = self.settings.loop, self._ledger.take()
         self._note_failure()
         rate = loop.batch * self.task.units / seconds
@@ -232,7 +241,7 @@ class Run:
                 **self._waits.row(),
                 "tokens_per_second": rate,
                 "seconds": seconds,
-                **self._slowest(seconds - self._ledger.take_blocked()),
+                **self.profile.row(self.step, seconds, seconds - self._ledger.take_blocked()),
                 "comm_bytes": total_bytes(counts),
                 "comm": counts,
                 **self._notes,
@@ -244,20 +253,10 @@ class Run:
         if error := self.checkpoints.failure():
             self._notes["save_error"] = error
 
-    def _slowest(self, busy: float) -> dict[str, float]:
-        """The rank whose own work took longest beside its stage's median; all ranks call it."""
-        if self.world.size == 1:
-            return {}
-        stage = self.mesh.pipeline.rank
-        rows = [text.split() for text in self.world.gather_text(f"{stage} {busy}")]
-        ratios = []
-        for place, seconds in rows:
-            peers = [float(other) for same, other in rows if same == place]
-            ratios.append(float(seconds) / max(statistics.median(peers), 1e-9))
-        worst = max(range(len(ratios)), key=ratios.__getitem__)
-        if ratios[worst] > _SLOW and len(rows) > 2:
-            LOG.info("rank %d takes %.1f times its peers' time for a step", worst, ratios[worst])
-        return {"slowest_rank": worst, "slowest_ratio": ratios[worst]}
+    @timed(DATA_WAIT)
+    def _micro_batches(self, records: Sequence[Any]) -> list[Batch]:
+        parts, task = _split(records, self.settings.engine.accumulate), self.task
+        return [hand_over(task.batch(part, self.step)) if part else {} for part in parts]
 
     def _slices(self) -> Iterator[StateSlice]:
         yield from self.engine.state_slices()
@@ -295,6 +294,7 @@ class Run:
         self.resume_from(reader)
         self.stream.resume(self.recovery.rewound(self.stream.state, self.step, reached))
         self.folder.begin(self.step)
+        self.profile.open(self.step)
 
     def _save_surely(self) -> None:
         """The last save: tried again, for a disk may be made free meanwhile.
@@ -332,3 +332,9 @@ class Run:
 def _split(records: Sequence[Any], parts: int) -> list[Sequence[Any]]:
     size = len(records) // parts
     return [records[i * size : (i + 1) * size] for i in range(parts)]
+
+
+def _flops(task: Task[Any], batch: int) -> float:
+    """Of a step of all ranks: the prior's are counted by its sizes alone."""
+    config = task.model_config
+    return batch * prior_flops(config) if isinstance(config, PriorConfig) else 0.0

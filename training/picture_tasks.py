@@ -109,7 +109,8 @@ class DVAETask:
             "codes_dead": float(self.model_config.codebook - used),
             "psnr": -10 * float(np.log10(max(mse, 1e-10))),
         }
-        return figures, {"reconstructions": _rows(pixels[:SHOWN].cpu(), again[:SHOWN].cpu())}
+        pictures = {"reconstructions": _rows(pixels[:SHOWN].cpu(), again[:SHOWN].cpu())}
+        return figures, {**pictures, "codebook": codes.flatten().cpu().numpy()}
 
     def _loss(self, terms: Any, batch: Batch) -> Losses:
         loss = negative_bound(terms, batch["beta"], self.model_config)

@@ -16,6 +16,7 @@ _MAY_CHANGE = (
     "checkpoint",
     "guard",
     "loader",
+    "profile",
     "supervisor",
 )
 """Settings that a resumed run may give anew."""

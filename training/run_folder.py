@@ -2,14 +2,19 @@
 
 import json
 import math
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from core.files import Json, canonical_json, held, remove_leftovers, write_atomic
 from core.log import LOG
+from training.watch_live import write_live
+
+_MOST_BINS = 1024
 
 
 class RunFolder:
@@ -39,6 +44,9 @@ class RunFolder:
             self._board.close()
         board = str(self.root / "tensorboard")
         self._board = SummaryWriter(board, purge_step=step + 1 if step else None)
+        text = "".join(f"    {line}\n" for line in self._config.decode().splitlines())
+        self._board.add_text("config", text, step)
+        write_live(self.root)
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one row to metrics.jsonl and to TensorBoard."""
@@ -51,22 +59,36 @@ class RunFolder:
         try:
             with open(self._metrics, "a") as file:
                 file.write(json.dumps(clean) + "\n")
-            prefix = row.get("split", "train")
-            for name, value in row.items():
-                if isinstance(value, int | float) and name != "step":
-                    self._board.add_scalar(f"{prefix}/{name}", value, row["step"])
+            for name, value in _scalars(row):
+                self._board.add_scalar(name, value, row["step"])
         except OSError as error:
             LOG.error("step %d: cannot write metrics: %s; training goes on", row["step"], error)
 
-    def picture(self, name: str, image: Any, step: int) -> None:
-        """Show an image, (H, W, 3) uint8, in TensorBoard."""
-        if self._board is not None:
-            self._board.add_image(name, image, step, dataformats="HWC")
+    def show(self, name: str, value: Any, step: int) -> None:
+        """Show an image, (H, W, 3) uint8, or a histogram of whole numbers, (n,), in TensorBoard."""
+        if self._board is None:
+            return
+        if np.ndim(value) == 3:
+            self._board.add_image(name, value, step, dataformats="HWC")
+            return
+        most = int(value.max()) + 1
+        bins = np.linspace(0, most, min(most, _MOST_BINS) + 1)
+        self._board.add_histogram(name, value, step, bins=bins.tolist())
 
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
         self._lock.close()
+
+
+def _scalars(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """A row's figures with their tags; those by category are `time/compute` and so on."""
+    prefix = row.get("split", "train")
+    for name, value in row.items():
+        if isinstance(value, int | float) and name != "step":
+            yield f"{prefix}/{name}", value
+        elif name == "time":
+            yield from ((f"time/{category}", seconds) for category, seconds in value.items())
 
 
 def _step_of(row: str) -> float:

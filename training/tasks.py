@@ -25,6 +25,7 @@ from training.config import PriorTrain
 
 Record = TypeVar("Record")
 Pictures = dict[str, Any]
+"""Images, (H, W, 3) uint8, and whole numbers, (n,), to be shown as a histogram."""
 Means = Callable[..., dict[str, float]]
 """(records, change of a batch or None) -> mean losses over all replicas."""
 

@@ -122,7 +122,7 @@ def _is_of(process: psutil.Process, slurm: Slurm, number: int) -> bool:
 
 @contextlib.contextmanager
 def private_slurm(root: Path, nodes: int = 2, bad: int = 0) -> Iterator[Slurm]:
-    """Run a Slurm of our own in a folder, until the context ends; jobs of node `bad` are cramped."""
+    """Run a Slurm of our own in a folder, until the context ends; node `bad` is cramped."""
     for name in ("state", "spool", "log", "run", "munge"):
         (root / name).mkdir(parents=True)
     root.chmod(0o755)

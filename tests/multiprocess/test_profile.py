@@ -1,0 +1,126 @@
+"""The profile of real ranks: what it adds up to, that it changes nothing, traces on demand."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.harness import rows_of, tapir
+from training.profile_categories import BUBBLE, CATEGORIES, COMPUTE, DATA, OPTIMIZER, PIPELINE
+from training.profile_ring import read_rings
+from training.trace import request_trace, traces
+
+STEPS = 12
+FLAGS = [
+    f"--loop.steps={STEPS}",
+    "--loop.batch=32",
+    "--loop.log-every=3",
+    "--loop.validation-samples=32",
+    "--engine.precision=fp32",
+    "--model.layers=2",
+    "--checkpoint.every=5",
+]
+ZERO3 = ["--engine.name=deepspeed_zero", "--engine.zero-stage=3", "--mesh.data=2"]
+PIPE = [
+    "--engine.name=deepspeed_pipe",
+    "--mesh.data=1",
+    "--mesh.pipeline=2",
+    "--engine.accumulate=4",
+]
+RUNS = {
+    "off": [*ZERO3, "--profile.no-always"],
+    "on": [*ZERO3, "--profile.steps=4:5", "--profile.ranks=1"],
+    "pipe": [*PIPE, "--mesh.data=1"],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = {name: tmp_path_factory.mktemp(name) for name in RUNS}
+    (found["pipe"] / "config.json").write_text('{"stage": "prior", "loop": {}}')
+    request_trace(found["pipe"], 2, [])
+    for name, flags in RUNS.items():
+        run = ["train", "prior", "tiny", f"--data={tokens}", f"--out={found[name]}"]
+        tapir(*run, *FLAGS, *flags)
+    return found
+
+
+def _events(path: Path) -> list[dict[str, Any]]:
+    with gzip.open(path) as file:
+        events: list[dict[str, Any]] = json.load(file)["traceEvents"]
+        return events
+
+
+@pytest.mark.slow
+def test_losses_are_the_same_with_and_without(runs: dict[str, Path]) -> None:
+    on, off = rows_of(runs["on"]), rows_of(runs["off"])
+    fields = ("step", "loss", "grad_norm", "text_loss", "image_loss")
+    assert [[r[f] for f in fields] for r in on] == [[r[f] for f in fields] for r in off]
+    assert "time" in on[-1] and "time" not in off[-1]
+    assert "holds no profile" in tapir("profile", str(runs["off"]), code=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["on", "pipe"])
+def test_every_moment_of_every_rank_is_booked(name: str, runs: dict[str, Path]) -> None:
+    """Steps were over at `times`; what lies between two of them is the sum of the categories."""
+    rings = read_rings(runs[name])
+    assert [ring.rank for ring in rings] == [0, 1]
+    for ring in rings:
+        assert list(ring.steps) == list(range(1, STEPS + 1))
+        booked = ring.seconds[1:].sum()
+        assert booked == pytest.approx(ring.times[-1] - ring.times[0], rel=0.02)
+    row = rows_of(runs[name])[-1]
+    assert set(row["time"]) == set(CATEGORIES)
+    assert row["time"][COMPUTE] > 0 and row["time"][OPTIMIZER] > 0
+    assert row["mfu"] == pytest.approx(row["model_tflops"] / row["peak_tflops"])
+
+
+@pytest.mark.slow
+def test_waits_for_handles_count_as_their_operation(runs: dict[str, Path]) -> None:
+    """ZeRO-3 starts its gathers and waits for them later; the start alone takes no time."""
+    row = rows_of(runs["on"])[-1]
+    gathers = row["comm"]["data"]["all_gather_into_tensor"]["calls"]
+    seconds = row["comm_seconds"]["data"]["all_gather_into_tensor"]
+    assert gathers > 0 and seconds / gathers > 5e-5
+    assert row["time"][DATA] > 0 == row["time"][BUBBLE]
+
+
+@pytest.mark.slow
+def test_a_pipeline_has_a_bubble(runs: dict[str, Path]) -> None:
+    text = tapir("profile", str(runs["pipe"]), "--json")
+    report = next(json.loads(line) for line in text.splitlines() if line.startswith("{"))
+    assert report["time"][BUBBLE]["share"] > 0.1 and report["time"][PIPELINE]["mean"] > 0
+    assert any("would about halve it" in warning for warning in report["warnings"])
+    named = {(row["group"], row["operation"]) for row in report["collectives"]}
+    assert ("pipeline", "recv") in named and ("pipeline", "send") in named
+    assert "own work of each rank" in text and "rank     1 " in text
+
+
+@pytest.mark.slow
+def test_traces_are_of_the_steps_and_ranks_asked_for(runs: dict[str, Path]) -> None:
+    (flags,) = traces(runs["on"])
+    assert (flags.parent.name, flags.name.split(".")[0]) == ("trace-4-5", "rank-1")
+    names = {event.get("name", "") for event in _events(flags)}
+    wanted = ("compute", "optimizer", "all_gather_into_tensor over data")
+    assert {f"tapir: {name}" for name in wanted} <= names
+    assert sum(name.startswith("ProfilerStep#") for name in names) == 2
+    assert "ui.perfetto.dev" in tapir("profile", str(runs["on"]), "--trace")
+
+
+@pytest.mark.slow
+def test_a_request_is_heeded_by_all_ranks_at_the_same_step(runs: dict[str, Path]) -> None:
+    asked = traces(runs["pipe"])
+    assert {path.parent.name for path in asked} == {"trace-4-5"}
+    assert {path.name.split(".")[0] for path in asked} == {"rank-0", "rank-1"}
+    assert not (runs["pipe"] / "profile" / "request.json").exists()
+
+
+@pytest.mark.slow
+def test_tensorboard_has_the_speed(runs: dict[str, Path]) -> None:
+    events = EventAccumulator(str(runs["on"] / "tensorboard")).Reload()
+    for tag in ("train/mfu", "train/tokens_per_second", "time/data", "validation/loss"):
+        assert [event.step for event in events.Scalars(tag)][-1] == STEPS

@@ -1,0 +1,109 @@
+"""`tapir watch` follows metrics.jsonl as it grows, breaks off and begins anew."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from core.files import write_atomic
+from core.heartbeat import FOLDER, Heart
+from tests.harness import tapir
+from training.watch import duration, frame, spark
+from training.watch_live import beats_of, write_live
+from training.watch_tail import Follower, Tail
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    config = {"stage": "prior", "loop": {"steps": 40}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def _row(step: int, **more: Any) -> str:
+    return json.dumps({"step": step, "loss": 4.0 - step / 20, "seconds": 0.5, **more}) + "\n"
+
+
+def _shown(follower: Follower) -> str:
+    console = Console(width=120, file=io.StringIO(), record=True)
+    console.print(frame([follower]))
+    return console.export_text()
+
+
+def test_a_line_waits_until_it_is_whole(run: Path) -> None:
+    path = run / "metrics.jsonl"
+    tail = Tail(path)
+    assert list(tail.lines()) == []
+    with open(path, "w") as file:
+        for text, wanted in (("one\ntw", ["one"]), ("o", []), ("\nthree\n", ["two", "three"])):
+            file.write(text)
+            file.flush()
+            assert list(tail.lines()) == wanted
+
+
+def test_nothing_is_read_twice(run: Path) -> None:
+    path = run / "metrics.jsonl"
+    path.write_text(_row(10))
+    follower = Follower(run)
+    follower.look()
+    with open(path, "r+") as file:
+        file.write(" " * 5)  # what was read before is not looked at again
+        file.seek(0, 2)
+        file.write("no row\n" + _row(20) + '{"step": 3')
+    follower.look()
+    assert (follower.last["step"], list(follower.losses)) == (20, [3.5, 3.0])
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_run_that_begins_anew_is_read_anew(run: Path, replaced: bool) -> None:
+    path = run / "metrics.jsonl"
+    path.write_text(_row(10) + _row(20) + _row(30))
+    follower = Follower(run)
+    follower.look()
+    if replaced:
+        write_atomic(path, (_row(10) + _row(20) + _row(25) + _row(26)).encode())
+    else:
+        path.write_text(_row(26))
+    follower.look()
+    assert follower.last["step"] == 26
+    assert list(follower.losses) == ([3.5, 3.0, 2.75, 2.7] if replaced else [2.7])
+
+
+def test_a_frame_says_what_is_going_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    beats = run / "beats"
+    beats.mkdir()
+    monkeypatch.setenv(FOLDER, str(beats))
+    write_live(run)
+    Heart(0).beat("all_reduce over data", 20)
+    follower = Follower(run)
+    assert "no step is logged yet" in _shown(follower)
+    times = {"compute": 0.3, "data": 0.1}
+    more = {"time": times, "mfu": 0.41, "model_tflops": 2.0, "skipped": "a spike"}
+    row = _row(20, memory_bytes=2**30, compress_raw_bytes=80, compress_sent_bytes=10, **more)
+    (run / "metrics.jsonl").write_text(row + _row(20, split="validation"))
+    text = _shown(follower)
+    for part in ("20/40 (50%)", "8 s left", "MFU 41.0%", "compressed 8.0x", "SKIPPED: a spike"):
+        assert part in text
+    for part in ("process 1.00 GiB", "0: all_reduce over data", "validation  at 20: loss 3"):
+        assert part in text
+    assert "compute     75.0%     300.0 ms " + 30 * "█" in text
+    assert not follower.finished
+    monkeypatch.setenv(FOLDER, "")
+    write_live(run)
+    assert beats_of(run) == []
+
+
+def test_a_finished_run_is_shown_and_ends(dvae: Path, tmp_path: Path) -> None:
+    text = tapir("watch", str(dvae), str(dvae))
+    assert text.count("6/6 (100%), epoch 0, finished") == 2
+    assert "validation at 6" in " ".join(text.split()).replace("│ ", "")
+    assert "is no run folder" in tapir("watch", str(tmp_path), "--once", code=2)
+
+
+def test_lines_and_durations_are_short() -> None:
+    assert spark([1, 1, 2, 2, 3, 3], 3) == "▁▅█"
+    assert spark([], 5) == "" and spark([7.0], 5) == "▁"
+    assert [duration(s) for s in (59, 150, 7300, 200_000)] == ["59 s", "2.5 min", "2.0 h", "2.3 d"]

@@ -1,0 +1,176 @@
+"""The verb profile."""
+
+import html
+import io
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from core.cli import parse, print_json
+from core.errors import InputError
+from core.files import write_atomic
+from core.log import LOG
+from training.profile_categories import CATEGORIES
+from training.profile_heat import as_svg, as_text, heat_of
+from training.profile_report import Profiled, Report, read_profile, report_of
+from training.profile_ring import FOLDER
+from training.trace import request_trace, traces
+
+_WIDTH = 110
+
+
+def profile(arguments: list[str]) -> None:
+    """`tapir profile RUN`."""
+
+    def run(
+        run: Annotated[Path, tyro.conf.Positional],
+        last: int = 0,
+        peak_tflops: float = 0.0,
+        plan: Path | None = None,
+        html: Path | None = None,
+        trace: bool = False,
+        trace_next: int = 0,
+        ranks: tuple[int, ...] = (),
+        json: bool = False,
+    ) -> None:
+        """Show where the time of a run's steps went, on every rank, and what to do about it.
+
+        Args:
+            run: run folder of a dVAE, prior or CLIP, finished or in progress
+            last: look at so many steps, the last ones; 0 = all that are kept (4096)
+            peak_tflops: of one device, for MFU; 0 = what the run measured
+            plan: JSON of `tapir plan` whose "time" is shown beside what was measured
+            html: write tables and heat map to this file, too
+            trace: say where the traces of torch.profiler are, and how to open them
+            trace_next: ask the run in progress for a trace of so many steps
+            ranks: ranks to trace; none = all
+            json: print a JSON object on the last line
+        """
+        if trace_next:
+            request_trace(run, trace_next, list(ranks))
+            LOG.info("asked; the ranks begin at the step after the next row of metrics.jsonl")
+            return
+        if trace:
+            _show_traces(run, json)
+            return
+        if last < 0 or not 0 <= peak_tflops < float("inf"):
+            raise InputError("--last and --peak-tflops must not be negative; 0 = the run's own")
+        found = read_profile(run, last)
+        report = report_of(found, peak_tflops, _times_of(plan) if plan else None)
+        Console(width=_WIDTH).print(_view(found, report))
+        if html:
+            write_atomic(html, page(found, report).encode())
+            LOG.info("wrote %s", html)
+        if json:
+            print_json(report)
+
+    parse(run, arguments, "profile")
+
+
+def page(found: Profiled, report: Report) -> str:
+    """The report as one HTML page without outside parts."""
+    console = Console(record=True, width=_WIDTH, file=io.StringIO(), color_system="truecolor")
+    console.print(_tables(report))
+    tables = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+    heat = heat_of(found.own(), found.steps, 120, 1024)
+    return (
+        f'<!doctype html><meta charset="utf-8"><title>profile of {html.escape(report.run)}</title>'
+        f"{tables}<h3>Own work of each rank over the median of its stage</h3>{as_svg(heat)}\n"
+    )
+
+
+def _view(found: Profiled, report: Report) -> RenderableType:
+    if report.ranks == 1:
+        return _tables(report)
+    heat = heat_of(found.own(), found.steps, 64, 32)
+    title = Text("own work of each rank over the median of its stage", style="bold")
+    return Group(_tables(report), title, as_text(heat))
+
+
+def _tables(report: Report) -> RenderableType:
+    parts: list[RenderableType] = [_breakdown(report), Text(_speed(report))]
+    if report.collectives:
+        parts.append(_collectives(report))
+    parts += [Text(f"! {text}", style="yellow") for text in report.warnings]
+    return Group(*parts)
+
+
+def _breakdown(report: Report) -> Table:
+    title = (
+        f"{report.stage} in {report.run}: steps {report.first_step} to {report.last_step}, "
+        f"{report.ranks} rank{'s' if report.ranks > 1 else ''}; ms a step"
+    )
+    table = Table(title=title, title_justify="left")
+    names = ["category", "mean", "p50", "p99", "share", "most on rank"]
+    planned = report.predicted
+    for name in [*names, *(["predicted"] if planned else [])]:
+        table.add_column(name, justify="left" if name == "category" else "right")
+    for name in CATEGORIES:
+        row = report.time[name]
+        cells = [name, *(f"{1000 * value:.2f}" for value in (row.mean, row.p50, row.p99))]
+        cells += [f"{row.share:.1%}", str(row.slowest_rank)]
+        table.add_row(*cells, *([f"{1000 * planned.get(name, 0):.2f}"] if planned else []))
+    total = ["all", f"{1000 * report.seconds:.2f}", "", "", "100.0%", ""]
+    table.add_row(*total, *([f"{1000 * sum(planned.values()):.2f}"] if planned else []))
+    return table
+
+
+def _speed(report: Report) -> str:
+    return (
+        f"{report.steps_per_second:.3g} steps/s, {report.tokens_per_second:,.0f} tokens/s; "
+        f"{report.model_flops:.3g} model FLOPs a step = {report.model_tflops:.3g} TFLOP/s; "
+        f"MFU {report.mfu:.1%} of {report.peak_tflops:.3g} TFLOP/s ({report.peak_source})"
+    )
+
+
+def _collectives(report: Report) -> Table:
+    table = Table(title="collectives a step, as rank 0 sees them", title_justify="left")
+    for name in ("group", "operation", "calls", "MB", "ms", "GB/s"):
+        table.add_column(name, justify="left" if name in ("group", "operation") else "right")
+    for row in report.collectives:
+        rate = row.bytes / row.seconds / 1e9 if row.seconds else 0.0
+        table.add_row(
+            row.group,
+            row.operation,
+            f"{row.calls:.0f}",
+            f"{row.bytes / 1e6:.2f}",
+            f"{1000 * row.seconds:.2f}",
+            f"{rate:.2f}",
+        )
+    return table
+
+
+def _show_traces(run: Path, as_json: bool) -> None:
+    found = traces(run)
+    if not found:
+        raise InputError(
+            f"{run} holds no trace; train with --profile.steps 20:25, or ask a run in progress by "
+            f"`tapir profile {run} --trace-next 5`"
+        )
+    for path in found:
+        LOG.info("%s", path)
+    LOG.info("open one in https://ui.perfetto.dev or chrome://tracing (it stays on your machine)")
+    LOG.info(
+        "or all: pip install torch-tb-profiler && tensorboard --logdir %s; ranges named "
+        "`tapir: ...` are the categories of `tapir profile`",
+        run / FOLDER,
+    )
+    if as_json:
+        print_json({"traces": found})
+
+
+def _times_of(plan: Path) -> dict[str, float]:
+    """The predicted seconds by category. Raises: InputError if the file has none."""
+    try:
+        body: Any = json.loads(plan.read_text())
+        return {name: float(seconds) for name, seconds in body["time"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f'{plan} is no plan: it needs "time": {{category: seconds}}, as `tapir plan --json` '
+            "writes it"
+        ) from error

@@ -1,0 +1,47 @@
+"""Model FLOPs of a sample, of any of the three models."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.clip import Clip, contrastive_loss
+from models.config import ClipConfig, DVAEConfig, PriorConfig
+from models.counts import prior_flops
+from models.dvae import CHANNELS, build_decoder, build_encoder
+
+
+def model_flops(config: Any) -> int:
+    """Floating-point operations of one sample, forward and backward.
+
+    The prior's are counted by its real masks (models.counts); those of the dVAE and CLIP by
+    torch's counter on the meta device: matmuls and convolutions, attention over all pairs.
+    Recomputed activations are not counted.
+    """
+    if isinstance(config, PriorConfig):
+        return prior_flops(config)
+    with torch.device("meta"):
+        return _counted(_dvae(config) if isinstance(config, DVAEConfig) else _clip(config))
+
+
+def _counted(loss: Any) -> int:
+    with FlopCounterMode(display=False) as counter:
+        loss().backward()
+    return int(counter.get_total_flops())
+
+
+def _dvae(config: DVAEConfig) -> Any:
+    net = nn.Sequential(build_encoder(config), build_decoder(config))
+    picture = torch.empty(1, CHANNELS, config.pixels, config.pixels)
+    return lambda: net(picture).sum()
+
+
+def _clip(config: ClipConfig) -> Any:
+    """CLIP on one pair: what pairs are compared with costs next to nothing beside the towers."""
+    net = Clip(config)
+    batch = {
+        "pixels": torch.empty(1, 3, config.pixels, config.pixels),
+        "text": torch.empty(1, config.text_length, dtype=torch.int64),
+    }
+    return lambda: contrastive_loss(*net(batch), lambda rows: rows, 0)["loss"]
