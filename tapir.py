@@ -15,6 +15,10 @@ VERBS = {
     "sample": ("generation.commands:sample", "captions -> candidates, reranked, as a PNG grid"),
     "evaluate": ("generation.commands:evaluate", "caption accuracy for best-of-N on shapes"),
     "overlap": ("generation.commands:overlap", "pairs that an evaluation set has, too"),
+    "rehearse": (
+        "planning.rehearse_commands:rehearse_verb",
+        "prove that all ranks' collectives match, before a cluster is paid for",
+    ),
     "report": ("generation.commands:report", "write a demo folder's report.html again"),
     "export": ("training.commands:export", "a dVAE -> the layout of OpenAI's dall_e package"),
     "import": ("training.commands:import_", "a dVAE of that layout -> one of Tapir's"),
