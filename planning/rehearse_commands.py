@@ -122,4 +122,3 @@ def _lines(found: Rehearsal) -> list[str]:
         return [*lines, found.mismatch.report()]
     done = f"{found.operations:,} calls, {found.bytes / 1e12:,.3g} TB"
     return [*lines, f"  all ranks match: {done} over all ranks"]
-

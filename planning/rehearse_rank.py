@@ -21,12 +21,10 @@ from parallel.mesh import Mesh, build_mesh
 from parallel.world import join_world
 from planning.rehearse_tensors import Broker, NeverSent, Shadows, without_arithmetic
 from planning.sequence import Sequence
-from planning.sequence_record import Recorder, groups_noted
+from planning.sequence_record import Recorder, groups_noted, places
 from training.config import StageConfig
 from training.picture_tasks import ClipTask, DVAETask, _DVAELayer
 from training.recovery import Recovery
-
-_LAST_LINES = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +67,12 @@ def run_rank(task: RankTask, broker: Broker) -> Sequence:
         with claimed_world(task.rank, task.settings.mesh.world, recorder):
             with without_arithmetic(), Shadows(recorder, broker):
                 train(task)
-            recorder.close_groups()
     except NeverSent:
         pass  # the sequence ends in this call, which its check will find
-    except Exception:
-        lines = traceback.format_exc().strip().splitlines()
-        recorder.sequence.failure = "\n".join(lines[-_LAST_LINES:])
+    except Exception as error:
+        frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+        lines = "".join(f"\n      at {place}" for place in places(list(frames)[-1]))
+        recorder.sequence.failure = f"{type(error).__name__}: {error}{lines}"
     return recorder.sequence
 
 

@@ -120,7 +120,5 @@ class Grid:
         """The role of a rank, for reports."""
         pairs = zip(AXES, self.place(rank), self.sizes, strict=True)
         names = {"pipeline": "stage", "local": "replica", "tensor": "tensor rank"}
-        parts = [
-            f"{names.get(axis, axis)} {at} of {size}" for axis, at, size in pairs if size > 1
-        ]
+        parts = [f"{names.get(axis, axis)} {at} of {size}" for axis, at, size in pairs if size > 1]
         return ", ".join(parts)

@@ -55,7 +55,8 @@ class Roles:
         """`rehearsed` are the ranks of a grid of chosen coordinates on each axis."""
         self.grid = grid
         self._chosen = [
-            sorted({grid.place(rank)[axis] for rank in rehearsed}) for axis in range(len(grid.sizes))
+            sorted({grid.place(rank)[axis] for rank in rehearsed})
+            for axis in range(len(grid.sizes))
         ]
 
     def of(self, rank: int) -> int:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
@@ -137,19 +138,20 @@ def groups_noted(recorder: Recorder, change: Callable[[dict[str, Any]], None]) -
             module.new_group = new_group  # type: ignore[attr-defined]
         yield
     finally:
+        recorder.close_groups()
         for module in modules:
             module.new_group = original  # type: ignore[attr-defined]
 
 
-def places() -> tuple[str, ...]:
-    """Who communicates: the innermost line of a library, and those of Tapir that led there."""
+def places(frame: FrameType | None = None) -> tuple[str, ...]:
+    """Where a frame, or who calls this, is: the innermost line of a library, and Tapir's own."""
     found: list[str] = []
-    frame = sys._getframe(1)
+    frame = frame or sys._getframe(1)
     while frame is not None and len(found) < _PLACES:
         name = _known_file(frame.f_code.co_filename)
         if name and (not found or not name.startswith(_LIBRARIES)):
             found.append(f"{name}:{frame.f_lineno} {frame.f_code.co_name}")
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return tuple(found)
 
 
@@ -160,7 +162,7 @@ def _known_file(path: str) -> str:
     if "site-packages" in parts:
         inside = "/".join(parts[parts.index("site-packages") + 1 :])
         return "" if inside.startswith(_WRAPPERS) or not inside.startswith(_LIBRARIES) else inside
-    if not path.startswith(str(ROOT)):
+    if not Path(path).is_relative_to(ROOT):
         return ""
     inside = Path(path).relative_to(ROOT)
     return str(inside) if inside.parts[0] in _OWN else ""
@@ -179,4 +181,3 @@ def _tensors(name: str, arguments: tuple[Any, ...]) -> list[Tensor]:
         sides = [a for a in arguments[:2] if isinstance(a, Tensor | list | tuple)]
     found = [[t for t in tree_leaves(side) if isinstance(t, Tensor)] for side in sides]
     return max(found, key=lambda side: sum(t.numel() for t in side), default=[])
-

@@ -32,6 +32,8 @@ _HINTS = {
     "deadlock": "these ranks wait for each other: let one of them make its calls the other way "
     "round",
 }
+_NEAR = 64
+"""Calls in which one is looked for that came too early."""
 _SHOWN = 4
 """Waiting ranks that a report names."""
 
@@ -94,9 +96,7 @@ def explain(
 
 
 class _Reporter:
-    def __init__(
-        self, grid: Grid, sequences: Mapping[int, RankSequence], outcome: Outcome
-    ) -> None:
+    def __init__(self, grid: Grid, sequences: Mapping[int, RankSequence], outcome: Outcome) -> None:
         self._grid, self._sequences, self._outcome = grid, sequences, outcome
 
     def odd_one_out(self) -> Mismatch | None:
@@ -168,8 +168,6 @@ class _Reporter:
             "extra call": _common(mine[at + 1 :], usual[at:]),
             "changed": _common(mine[at + 1 :], usual[at + 1 :]),
         }
-        if list(mine[at : at + 2]) == list(usual[at : at + 2])[::-1]:
-            runs["another order"] = 2 + _common(mine[at + 2 :], usual[at + 2 :])
         kind = max(runs, key=lambda name: runs[name])
         places = [(odd, at), (other, at)]
         if kind == "changed":
@@ -181,9 +179,12 @@ class _Reporter:
         return at, self._mismatch(kind, text, sides)
 
     def _change(self, odd: int, other: int, at: int) -> str:
+        """What is different about the call that a rank makes in another's place."""
         a, b = self._operations(odd, other, at)
         if a.kind == b.kind == CREATE:
             return "other groups made"
+        if self._swapped(odd, other, at):
+            return "another order"
         same = a.kind == b.kind
         if same and self._group(odd, a) != self._group(other, b):
             return "another group"
@@ -192,6 +193,12 @@ class _Reporter:
         if same and a.bytes != b.bytes:
             return "another size"
         return "another root" if same and a.root != b.root else "another order"
+
+    def _swapped(self, odd: int, other: int, at: int) -> bool:
+        """True if both make both calls, one of them sooner and the other later."""
+        mine, usual = (self._relative(rank, False)[at : at + _NEAR] for rank in (odd, other))
+        swapped = mine[0] in usual and usual[0] in mine
+        return swapped and Counter(mine) == Counter(usual)
 
     def _operations(self, odd: int, other: int, at: int) -> tuple[Operation, Operation]:
         last = (min(at, self._count(rank) - 1) for rank in (odd, other))
@@ -242,9 +249,7 @@ class _Reporter:
             waiting.append(f"rank {one.rank} cannot go on from operation {one.index}: {op}")
         if len(stuck) > _SHOWN:
             waiting.append(f"and {len(stuck) - _SHOWN} more ranks")
-        return Mismatch(
-            kind=kind, text=text, sides=list(sides), hint=_HINTS[kind], waiting=waiting
-        )
+        return Mismatch(kind=kind, text=text, sides=list(sides), hint=_HINTS[kind], waiting=waiting)
 
 
 _OTHER = {"send": "recv", "recv": "send"}

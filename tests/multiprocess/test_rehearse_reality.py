@@ -90,11 +90,11 @@ def run_real(task: RankTask, _: Any) -> Sequence:
     recorder = Recorder(task.rank)
     with groups_noted(recorder, lambda named: None), Listening(recorder):
         train(task)
-        torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    recorder.sequence.operations.pop()
-    recorder.close_groups()
-    return recorder.sequence
+        recorder.close_groups()
+        found = replace(recorder.sequence, operations=list(recorder.sequence.operations))
+        torch.distributed.barrier()  # no rank leaves while another one still waits for it
+        torch.distributed.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
