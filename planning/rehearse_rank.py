@@ -64,9 +64,12 @@ def run_rank(task: RankTask, broker: Broker) -> Sequence:
     """
     recorder = Recorder(task.rank)
     try:
-        with claimed_world(task.rank, task.settings.mesh.world, recorder):
-            with without_arithmetic(), Shadows(recorder, broker):
-                train(task)
+        with (
+            claimed_world(task.rank, task.settings.mesh.world, recorder),
+            without_arithmetic(),
+            Shadows(recorder, broker),
+        ):
+            train(task)
     except NeverSent:
         pass  # the sequence ends in this call, which its check will find
     except Exception as error:
