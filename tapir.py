@@ -21,6 +21,10 @@ VERBS = {
     "resume": ("generation.submit:resume", "send the jobs again that have not ended well"),
     "job": ("generation.submit:job", "run a command as one job of a chain (written by submit)"),
     "overlap": ("generation.commands:overlap", "pairs that an evaluation set has, too"),
+    "rehearse": (
+        "planning.rehearse_commands:rehearse_verb",
+        "prove that all ranks' collectives match, before a cluster is paid for",
+    ),
     "report": ("generation.commands:report", "write a demo folder's report.html again"),
     "export": ("training.commands:export", "a dVAE -> the layout of OpenAI's dall_e package"),
     "import": ("training.commands:import_", "a dVAE of that layout -> one of Tapir's"),

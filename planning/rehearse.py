@@ -1,0 +1,136 @@
+"""Prove that all ranks' collectives match, before a cluster is paid for.
+
+One run for each role of rank: every stage, and on the other axes of the mesh the first rank, the
+second and the last. Each runs the real engine over the claimed world, on tensors without memory;
+then the queues of all ranks of the world are played against each other.
+"""
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+from core.errors import ConfigError
+from core.settings import check
+from models.config import ClipConfig, PriorConfig
+from parallel.config import MeshConfig
+from planning.rehearse_pool import Pool, Runner
+from planning.rehearse_rank import RankTask, run_rank
+from planning.sequence import Grid
+from planning.sequence_check import Roles, play
+from planning.sequence_report import Mismatch, explain
+from training.config import StageConfig
+from training.presets import PRESETS
+
+_FAMILIES = {"tiny": ("tiny", "tiny"), "small": ("small", "paper_bpe")}
+"""Size of a preset -> the dVAE and the tokenizer that its data come from; others: the paper's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """What a rehearsal found."""
+
+    preset: str
+    stage: str
+    mesh: MeshConfig
+    batch: int
+    """Global batch size, grown with the replicas if the mesh was."""
+    micro_batches: int
+    steps: int
+    """Training steps that were rehearsed, before an evaluation and a comparison of replicas."""
+    roles: int
+    """Ranks that were run."""
+    calls: dict[str, int] = field(default_factory=dict)
+    """Operations of rank 0, by kind."""
+    operations: int
+    """Matched over all ranks."""
+    bytes: int
+    """Of them, as each rank sees them."""
+    seconds: float
+    mismatch: Mismatch | None
+
+    @property
+    def matches(self) -> bool:
+        """True if all ranks' sequences go together."""
+        return self.mismatch is None
+
+
+def rehearse(
+    preset: str, stage: str, settings: Any, pool: Pool, runner: Runner = run_rank, jobs: int = 2
+) -> Rehearsal:
+    """Run each role of the settings' world and compare all ranks.
+
+    Raises: ConfigError with every problem of the settings.
+    """
+    began = time.perf_counter()
+    check(settings.problems(settings.mesh.world))
+    if settings.mesh.world < 2:
+        raise ConfigError("one rank has nobody to communicate with; give --world 2 or more")
+    grid, ranks = Grid(settings.mesh), roles_of(settings.mesh)
+    tasks = [RankTask(stage=stage, settings=settings, rank=rank) for rank in ranks]
+    sequences = {found.rank: found for found in pool.run(tasks, runner, jobs)}
+    roles = Roles(grid, ranks)
+    outcome = play(roles, sequences)
+    return Rehearsal(
+        preset=preset,
+        stage=stage,
+        mesh=settings.mesh,
+        batch=settings.loop.batch,
+        micro_batches=settings.engine.accumulate,
+        steps=tasks[0].steps,
+        roles=len(ranks),
+        calls=dict(Counter(op.kind for op in sequences[0].operations)),
+        operations=outcome.operations,
+        bytes=outcome.bytes,
+        seconds=time.perf_counter() - began,
+        mismatch=explain(roles, sequences, outcome),
+    )
+
+
+def roles_of(mesh: MeshConfig) -> list[int]:
+    """The ranks to run: stages next to each other, since they wait for each other's shapes."""
+    grid = Grid(mesh)
+    stages, *others = grid.sizes
+    chosen = [sorted({0, min(1, size - 1), size - 1}) for size in others]
+    return [grid.rank((stage, *place)) for place in product(*chosen) for stage in range(stages)]
+
+
+def scaled(settings: Any, world: int) -> Any:
+    """The same settings on so many ranks: more or fewer replicas, each with as many samples.
+
+    Raises: ConfigError if whole replicas do not make up that number.
+    """
+    mesh = settings.mesh
+    block = mesh.tensor * mesh.pipeline
+    if world < 1 or world % block:
+        near = max(1, round(world / block)) * block
+        raise ConfigError(
+            f"{world} ranks are no multiple of the {block} of a replica (tensor {mesh.tensor} x "
+            f"pipeline {mesh.pipeline}); try --world {near}"
+        )
+    data = world // block
+    machines = max(1, data // mesh.local) if mesh.machines > 1 else 1
+    return replace(
+        settings,
+        mesh=replace(mesh, data=data, machines=machines),
+        loop=replace(settings.loop, batch=_grown(settings.loop.batch, mesh.data, data)),
+        order=replace(settings.order, lanes=_grown(settings.order.lanes, mesh.data, data)),
+    )
+
+
+def filled(preset: str, settings: StageConfig) -> Any:
+    """The settings with the sizes that training takes from its data: those of the preset's kin."""
+    model: Any = settings.model  # type: ignore[attr-defined]
+    dvae_name, bpe_name = _FAMILIES.get(preset, ("paper_dvae", "paper_bpe"))
+    dvae, bpe = PRESETS["dvae"][dvae_name]().model, PRESETS["bpe"][bpe_name]()
+    if isinstance(model, PriorConfig | ClipConfig):
+        model = replace(model, text_vocabulary=model.text_vocabulary or bpe.vocabulary)
+    if isinstance(model, PriorConfig):
+        codes, grid = model.image_vocabulary or dvae.codebook, model.grid or dvae.grid
+        model = replace(model, image_vocabulary=codes, grid=grid)
+    return replace(settings, model=model)  # type: ignore[call-arg]
+
+
+def _grown(count: int, before: int, after: int) -> int:
+    return max(1, count // before) * after

@@ -1,0 +1,124 @@
+"""The verb rehearse."""
+
+import difflib
+import os
+import sys
+from collections.abc import Iterator
+
+from core.cli import parse_over, print_json
+from core.errors import EXIT_FAILED, InputError
+from core.settings import to_json
+from planning.rehearse import Rehearsal, filled, rehearse, scaled
+from planning.rehearse_pool import Pool
+from training.presets import PRESETS
+
+STAGES = ("prior", "dvae", "clip")
+"""Stages that have a mesh; a preset's name is looked for in this order."""
+HELP = """usage: tapir rehearse PRESET|all [--world N] [--stage STAGE] [--jobs N] [--json] [flags]
+
+Prove that the collectives of all ranks match in order, group, type and size: a deadlock is found
+before a cluster is paid for. One rank of each role makes training steps with the real engine in a
+world that is only claimed, on tensors without memory; then all ranks' calls are played together.
+
+  PRESET       a preset of tapir train; `all` rehearses every one
+  --world N    ranks; other than the preset's own, its data-parallel degree follows, and each
+               replica keeps its number of samples (default: the preset's mesh)
+  --stage      prior, dvae or clip; by default the first one that has this preset
+  --jobs N     ranks that run at a time (default: the cores of this machine)
+  --json       print a JSON object on the last line
+  flags        those of the preset: tapir train STAGE PRESET --help
+
+Exit codes: 0 all match, 1 a mismatch, 2 wrong input.
+"""
+
+
+def rehearse_verb(arguments: list[str]) -> None:
+    """`tapir rehearse PRESET`."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP)
+        if not arguments:
+            raise InputError("name a preset, e.g. tapir rehearse paper_12b --world 1024")
+        return
+    preset, *rest = arguments
+    own, flags = _own_flags(rest)
+    world = _number(own, "--world", 0)
+    jobs = _number(own, "--jobs", os.cpu_count() or 1)
+    found = []
+    with Pool() as pool:
+        for stage, name in _chosen(preset, own.get("--stage", "")):
+            settings = PRESETS[stage][name]()
+            if flags:
+                settings = parse_over(settings, flags, f"rehearse {name}")
+            settings = filled(name, scaled(settings, world or settings.mesh.world))
+            found.append(rehearse(name, stage, settings, pool, jobs=jobs))
+            print("\n".join(_lines(found[-1])), flush=True)
+    matches = all(one.matches for one in found)
+    if "--json" in own:
+        rows = [{**to_json(one), "matches": one.matches} for one in found]
+        print_json({"matches": matches, "rehearsals": rows} if preset == "all" else rows[0])
+    if not matches:
+        sys.exit(EXIT_FAILED)
+
+
+def _own_flags(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """This verb's flags, and what is left for the preset."""
+    own: dict[str, str] = {}
+    rest = list(arguments)
+    flags: list[str] = []
+    while rest:
+        name, separator, value = rest.pop(0).partition("=")
+        if name == "--json":
+            own[name] = ""
+        elif name in ("--world", "--stage", "--jobs"):
+            if not separator:
+                if not rest:
+                    raise InputError(f"{name} needs a value")
+                value = rest.pop(0)
+            own[name] = value
+        else:
+            flags.append(name + separator + value)
+    return own, flags
+
+
+def _number(own: dict[str, str], name: str, default: int) -> int:
+    text = own.get(name)
+    if text is None:
+        return default
+    if not text.isdigit() or int(text) < 1:
+        raise InputError(f"{name} {text!r} is no positive whole number")
+    return int(text)
+
+
+def _chosen(preset: str, stage: str) -> Iterator[tuple[str, str]]:
+    """Stages and presets that are meant."""
+    if stage and stage not in STAGES:
+        raise InputError(f"there is no stage {stage!r} with ranks (known: {', '.join(STAGES)})")
+    pairs = [(s, name) for s in ([stage] if stage else STAGES) for name in PRESETS[s]]
+    if preset == "all":
+        yield from pairs
+        return
+    found = [(s, name) for s, name in pairs if name == preset]
+    if not found:
+        names = list(dict.fromkeys(name for _, name in pairs))
+        near = difflib.get_close_matches(preset, names, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"there is no preset {preset!r}{hint} (known: {', '.join(names)}, all)")
+    yield found[0]
+
+
+def _lines(found: Rehearsal) -> list[str]:
+    """A rehearsal for the terminal."""
+    mesh = found.mesh
+    cut = f", {mesh.machines} machines" if mesh.machines > 1 else ""
+    calls = ", ".join(f"{kind} {count}" for kind, count in sorted(found.calls.items()))
+    lines = [
+        f"{found.stage} {found.preset}: {mesh.world} ranks = data {mesh.data} x tensor "
+        f"{mesh.tensor} x pipeline {mesh.pipeline}{cut}; batch {found.batch:,}, "
+        f"{found.micro_batches} micro-batches a step",
+        f"  {found.roles} roles ran {found.steps} steps, an evaluation and a comparison of "
+        f"replicas in {found.seconds:.0f} s; rank 0: {calls}",
+    ]
+    if found.mismatch is not None:
+        return [*lines, found.mismatch.report()]
+    done = f"{found.operations:,} calls, {found.bytes / 1e12:,.3g} TB"
+    return [*lines, f"  all ranks match: {done} over all ranks"]

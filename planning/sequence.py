@@ -1,0 +1,124 @@
+"""What a rank communicates, in order: the operations that `tapir rehearse` compares."""
+
+from dataclasses import dataclass, field
+from math import prod
+
+from parallel.config import MeshConfig
+
+PAIRS = ("send", "recv")
+"""Operations between two ranks; all others are a group's."""
+CREATE = "new_group"
+"""Groups made in one go; every rank of the world must make the same ones in the same order."""
+AXES = ("pipeline", "machine", "local", "tensor")
+"""Axes of the grid, slowest first; a machine's replicas are `local`."""
+Coordinates = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One call of a collective, or one message between two ranks."""
+
+    kind: str
+    """all_reduce, broadcast, send, recv, ..."""
+    group: tuple[int, ...]
+    """Global ranks that take part, in the group's order; of a message, the other rank alone."""
+    bytes: int
+    """Of the larger side, as this rank sees it."""
+    dtype: str
+    root: int = -1
+    """Global rank that a broadcast or reduce goes out from or to."""
+    detail: str = ""
+    """What else must be equal: the reduction, or a digest of the groups that are made."""
+    places: tuple[str, ...] = ()
+    """Where it is called: `file:line function`, the innermost first."""
+
+    @property
+    def paired(self) -> bool:
+        """True for a message between two ranks."""
+        return self.kind in PAIRS
+
+    @property
+    def signature(self) -> tuple[object, ...]:
+        """What must be equal on all ranks of the group, or on both sides of a message."""
+        if self.paired:
+            return self.bytes, self.dtype
+        return self.kind, self.bytes, self.dtype, self.root, self.detail
+
+    def text(self) -> str:
+        """A phrase for reports."""
+        if self.kind == CREATE:
+            return f"{self.bytes} groups made"
+        if self.paired:
+            return f"{self.kind} {'to' if self.kind == 'send' else 'from'} rank {self.group[0]}"
+        return f"{self.kind} over {short(self.group)}"
+
+    def size(self) -> str:
+        """Bytes and type, for reports."""
+        return f"{self.bytes:,} bytes of {self.dtype}" if self.dtype else ""
+
+
+@dataclass(kw_only=True)
+class Sequence:
+    """All operations of one rank, from its start to the end of what was run."""
+
+    rank: int
+    operations: list[Operation] = field(default_factory=list)
+    created: list[tuple[int, ...]] = field(default_factory=list)
+    """Ranks of each group that was made, in order."""
+    failure: str = ""
+    """The error that ended it before its time, if one did."""
+
+
+def short(ranks: tuple[int, ...]) -> str:
+    """Ranks as a phrase: `ranks 0, 2, ..., 126 (64)`."""
+    if len(ranks) <= 4:
+        return "ranks " + ", ".join(map(str, ranks))
+    return f"ranks {ranks[0]}, {ranks[1]}, ..., {ranks[-1]} ({len(ranks)})"
+
+
+class Grid:
+    """Places of ranks in the mesh, with its data axis cut into machines and their replicas."""
+
+    def __init__(self, mesh: MeshConfig) -> None:
+        self.sizes = (mesh.pipeline, mesh.machines, mesh.local, mesh.tensor)
+        self.world = mesh.world
+
+    def place(self, rank: int) -> Coordinates:
+        """The coordinates of a rank."""
+        found = []
+        for size in reversed(self.sizes):
+            rank, at = divmod(rank, size)
+            found.append(at)
+        return tuple(reversed(found))
+
+    def rank(self, place: Coordinates) -> int:
+        """The rank at some coordinates; -1 outside of the grid."""
+        found = 0
+        for at, size in zip(place, self.sizes, strict=True):
+            if not 0 <= at < size:
+                return -1
+            found = found * size + at
+        return found
+
+    def spans(self, rank: int, group: tuple[int, ...]) -> tuple[bool, ...] | None:
+        """Along which axes a group of this rank runs; None if it is not whole axes through it."""
+        places = [self.place(member) for member in group]
+        mine = self.place(rank)
+        found = []
+        for axis, size in enumerate(self.sizes):
+            seen = {place[axis] for place in places}
+            if seen == {mine[axis]} and size > 1:
+                found.append(False)
+            elif len(seen) == size:
+                found.append(size > 1)
+            else:
+                return None
+        count = prod(s for s, whole in zip(self.sizes, found, strict=True) if whole)
+        return tuple(found) if count == len(group) else None
+
+    def describe(self, rank: int) -> str:
+        """The role of a rank, for reports."""
+        pairs = zip(AXES, self.place(rank), self.sizes, strict=True)
+        names = {"pipeline": "stage", "local": "replica", "tensor": "tensor rank"}
+        parts = [f"{names.get(axis, axis)} {at} of {size}" for axis, at, size in pairs if size > 1]
+        return ", ".join(parts)

@@ -1,0 +1,122 @@
+"""What a rehearsal says of each rank is what the rank really communicates over gloo."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models.config import ClipConfig, DVAEConfig, PriorConfig
+from parallel.config import CompressConfig, EngineConfig, MeshConfig, OptimConfig
+from planning.rehearse_pool import Pool
+from planning.rehearse_rank import RankTask, run_rank, train
+from planning.sequence import Sequence
+from planning.sequence_record import Listening, Recorder, groups_noted
+from training.config import ClipTrain, DVAETrain, LoopConfig, PriorTrain
+
+MODEL = PriorConfig(
+    dim=48, heads=6, layers=3, text_length=6, text_vocabulary=50, image_vocabulary=30, grid=4
+)
+
+
+def prior(mesh: MeshConfig, rank: int = 0, precision: Any = "fp32", **engine: Any) -> PriorTrain:
+    """A small prior, two samples a micro-batch."""
+    settings = EngineConfig(accumulate=2, precision=precision, **engine)
+    return PriorTrain(
+        model=MODEL,
+        mesh=mesh,
+        engine=settings,
+        compress=CompressConfig(rank=rank),
+        loop=LoopConfig(batch=4 * mesh.data),
+        optim=OptimConfig(clip_norm=0.5),
+    )
+
+
+CASES: dict[str, tuple[str, Any]] = {
+    "TP2 x PP2, bf16, recomputed": (
+        "prior",
+        prior(
+            MeshConfig(tensor=2, pipeline=2),
+            name="deepspeed_pipe",
+            precision="bf16",
+            recompute=True,
+        ),
+    ),
+    "PP2 x DP2, compressed": (
+        "prior",
+        prior(MeshConfig(pipeline=2, data=2), rank=8, name="deepspeed_pipe"),
+    ),
+    "TP2 x DP2, ZeRO-1, fp16": (
+        "prior",
+        prior(MeshConfig(tensor=2, data=2), name="deepspeed_zero", precision="fp16"),
+    ),
+    "paper layout, 2 machines of 2": (
+        "prior",
+        prior(MeshConfig(data=4, machines=2), rank=8, name="deepspeed_zero", zero_stage=3),
+    ),
+    "dVAE, DP2, ZeRO-2": (
+        "dvae",
+        DVAETrain(
+            model=DVAEConfig(pixels=16, width=8, groups=2, codebook=16, code_width=8),
+            mesh=MeshConfig(data=2),
+            engine=EngineConfig(name="deepspeed_zero", zero_stage=2, accumulate=2),
+            loop=LoopConfig(batch=8),
+        ),
+    ),
+    "CLIP, DP2": (
+        "clip",
+        ClipTrain(
+            model=ClipConfig(pixels=8, dim=16, layers=1, text_length=4, text_vocabulary=20),
+            mesh=MeshConfig(data=2),
+            loop=LoopConfig(batch=8),
+        ),
+    ),
+}
+
+
+def run_real(task: RankTask, _: Any) -> Sequence:
+    """A real rank: it joins the others over gloo and computes everything."""
+    out = task.settings.out
+    os.environ.update(
+        RANK=str(task.rank),
+        WORLD_SIZE=str(task.settings.mesh.world),
+        LOCAL_RANK=str(task.rank),
+        TAPIR_RENDEZVOUS=f"file://{out}/rendezvous",
+        GLOO_SOCKET_IFNAME="lo",
+    )
+    recorder = Recorder(task.rank)
+    with groups_noted(recorder, lambda named: None), Listening(recorder):
+        train(task)
+        recorder.close_groups()
+        found = replace(recorder.sequence, operations=list(recorder.sequence.operations))
+        torch.distributed.barrier()  # no rank leaves while another one still waits for it
+        torch.distributed.destroy_process_group()
+    return found
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    """One process that has imported the engines, for all cases."""
+    with Pool() as running:
+        yield running
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_the_rehearsed_sequence_is_the_real_one(name: str, pool: Pool, tmp_path: Path) -> None:
+    """On every rank: the same operations in the same order, of the same groups, types and bytes."""
+    stage, settings = CASES[name]
+    settings = replace(settings, out=tmp_path)
+    world = settings.mesh.world
+    tasks = [RankTask(stage=stage, settings=settings, rank=rank) for rank in range(world)]
+    real = pool.run(tasks, run_real, world)
+    rehearsed = pool.run(tasks, run_rank, 2)
+    for one, other in zip(rehearsed, real, strict=True):
+        assert not one.failure, one.failure
+        assert one.created == other.created
+        for i, (mine, theirs) in enumerate(zip(one.operations, other.operations, strict=False)):
+            assert mine == theirs, f"rank {one.rank}, operation {i}"
+        assert len(one.operations) == len(other.operations) > 9

@@ -1,0 +1,253 @@
+"""A rehearsal passes what matches, and names the call, the ranks and the line of what does not."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from core.errors import ConfigError
+from models.config import PriorConfig
+from parallel.config import EngineConfig, MeshConfig, OptimConfig
+from planning.rehearse import filled, rehearse, roles_of, scaled
+from planning.rehearse_pool import Pool
+from planning.rehearse_rank import RankTask, run_rank
+from planning.sequence import Grid, Operation, Sequence
+from planning.sequence_check import Outcome, Roles, play
+from planning.sequence_report import Mismatch, explain
+from tests.harness import tapir
+from training.config import LoopConfig, PriorTrain
+from training.presets import PRESETS
+
+MODEL = PriorConfig(
+    dim=48, heads=6, layers=2, text_length=6, text_vocabulary=50, image_vocabulary=30, grid=4
+)
+TENSOR = PriorTrain(
+    model=MODEL,
+    mesh=MeshConfig(tensor=2, data=2),
+    engine=EngineConfig(name="deepspeed_zero"),
+    loop=LoopConfig(batch=16),
+    optim=OptimConfig(clip_norm=0.5),
+)
+PIPE = replace(
+    TENSOR,
+    mesh=MeshConfig(pipeline=2, data=2),
+    engine=EngineConfig(name="deepspeed_pipe", accumulate=4),
+)
+ODD = 3
+"""The rank that a fault is planted in."""
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    """One process that has imported the engines, for all cases."""
+    with Pool() as running:
+        yield running
+
+
+def skips_a_collective(task: RankTask, broker: Any) -> Sequence:
+    """One of a rank's row-parallel layers does not sum its parts."""
+    from parallel.tensor.megatron import MegatronTensorParallel as Group
+
+    leave, calls = Group.leave, []
+
+    def sometimes(self: Any, x: Any) -> Any:
+        calls.append(x)
+        return x if len(calls) == 3 else leave(self, x)
+
+    if task.rank == ODD:
+        Group.leave = sometimes  # type: ignore[method-assign]
+    return run_rank(task, broker)
+
+
+def sends_another_size(task: RankTask, broker: Any) -> Sequence:
+    """A rank has one sample more than its peer."""
+    if task.rank == ODD:
+        loop = replace(task.settings.loop, batch=20)
+        task = replace(task, settings=replace(task.settings, loop=loop))
+    return run_rank(task, broker)
+
+
+def uses_another_group(task: RankTask, broker: Any) -> Sequence:
+    """A rank asks its replicas alone for the norm."""
+    from parallel.engines import deepspeed_state as state
+
+    norm = state.global_norm
+
+    def of_replicas(squares: Any, mesh: Any, *rest: Any) -> float:
+        world = replace(mesh.world, group=mesh.data.handle)
+        return norm(squares, replace(mesh, world=world), *rest)
+
+    if task.rank == ODD:
+        state.global_norm = of_replicas
+    return run_rank(task, broker)
+
+
+def goes_in_another_order(task: RankTask, broker: Any) -> Sequence:
+    """A rank computes the image loss first."""
+    import planning.rehearse_rank as rank
+
+    loss = rank.prior_loss
+
+    def image_first(logits: Any, batch: Any, weight: float) -> Any:
+        turned = replace(logits, text=logits.image, image=logits.text)
+        found = loss(turned, {"text": batch["image"], "image": batch["text"]}, 1 - weight)
+        return {**found, "text_loss": found["image_loss"], "image_loss": found["text_loss"]}
+
+    if task.rank == ODD:
+        rank.prior_loss = image_first
+    return run_rank(task, broker)
+
+
+def misses_a_message(task: RankTask, broker: Any) -> Sequence:
+    """A stage forgets to send one gradient back."""
+    from deepspeed.runtime.pipe import p2p
+
+    send, calls = p2p.send, []
+
+    def sometimes(tensor: Any, stage: int, *rest: Any) -> Any:
+        calls.append(stage)
+        return None if len(calls) == 3 else send(tensor, stage, *rest)
+
+    if task.rank == ODD:
+        p2p.send = sometimes
+    return run_rank(task, broker)
+
+
+FAULTS = {
+    "skipped call": (skips_a_collective, TENSOR, "all_reduce over ranks 2, 3", "models/prior.py"),
+    "another size": (sends_another_size, TENSOR, "all_reduce over ranks 2, 3", "models/prior.py"),
+    "another group": (uses_another_group, TENSOR, "all_reduce over ranks 1, 3", "global_norm"),
+    "another order": (goes_in_another_order, TENSOR, "all_reduce over ranks 2, 3", "cross_entropy"),
+    "missing message": (misses_a_message, PIPE, "send to rank 1", "_exec_send_grads"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_planted_fault_is_found_and_placed(kind: str, pool: Pool) -> None:
+    runner, settings, operation, place = FAULTS[kind]
+    found = rehearse("planted", "prior", settings, pool, runner).mismatch
+    assert found is not None and found.kind == kind, found and found.report()
+    named = [side for side in found.sides if side.operation == operation]
+    assert named, found.report()
+    assert any(place in line for side in named for line in side.places), found.report()
+    assert ODD in [side.rank for side in found.sides], found.report()
+    assert found.hint and found.waiting
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [TENSOR, PIPE])
+def test_what_matches_passes(settings: PriorTrain, pool: Pool) -> None:
+    found = rehearse("as it is", "prior", settings, pool)
+    assert found.matches, found.mismatch and found.mismatch.report()
+    assert found.operations > 400
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_is_reported_with_its_error(pool: Pool) -> None:
+    found = rehearse("failing", "prior", TENSOR, pool, fails).mismatch
+    assert found is not None and found.kind == "failed"
+    assert "rank 3" in found.text and "ValueError: planted" in found.text
+
+
+def fails(task: RankTask, broker: Any) -> Sequence:
+    """A rank's loss cannot be computed."""
+    import planning.rehearse_rank as rank
+
+    def loss(*_: Any) -> Any:
+        raise ValueError("planted")
+
+    if task.rank == ODD:
+        rank.prior_loss = loss
+    return run_rank(task, broker)
+
+
+@pytest.mark.slow
+def test_the_verb_says_so_in_json() -> None:
+    text = tapir("rehearse", "tiny", "--world", "16", "--loop.batch=64", "--json")
+    found = json.loads(text.splitlines()[-1])
+    assert found["matches"] and found["mismatch"] is None
+    assert found["mesh"]["data"] == 16 and found["batch"] == 512
+    assert found["roles"] == 3 and found["calls"]["all_reduce"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["papr_12b"], "did you mean 'paper_12b'"),
+        (["tiny", "--world", "no"], "no positive whole number"),
+        (["tiny", "--stage", "bpe"], "no stage 'bpe'"),
+        (["paper_12b", "--world", "1000"], "try --world 1008"),
+    ],
+)
+def test_wrong_input_ends_in_exit_code_2(arguments: list[str], said: str) -> None:
+    assert said in tapir("rehearse", *arguments, code=2)
+
+
+def test_presets_grow_with_the_world() -> None:
+    for stage in ("dvae", "prior", "clip"):
+        for name, preset in PRESETS[stage].items():
+            grown = filled(name, scaled(preset(), 1024))
+            assert not grown.problems(1024), (stage, name)
+            each = preset().loop.batch // preset().mesh.data
+            assert grown.loop.batch == each * grown.mesh.data
+    with pytest.raises(ConfigError, match="no multiple of the 16"):
+        scaled(PRESETS["prior"]["paper_12b"](), 1000)
+
+
+def test_roles_stand_for_all_ranks() -> None:
+    mesh = MeshConfig(tensor=2, pipeline=8, data=64)
+    ranks = roles_of(mesh)
+    assert len(ranks) == 8 * 2 * 3
+    roles, grid = Roles(Grid(mesh), ranks), Grid(mesh)
+    assert {roles.of(rank) for rank in range(1024)} == set(ranks)
+    assert all(roles.of(rank) == rank for rank in ranks)
+    assert grid.place(roles.of(grid.rank((5, 0, 40, 1)))) == (5, 0, 1, 1)
+
+
+MESH = MeshConfig(pipeline=2, data=2)
+"""Ranks 0 and 1 are the first stage, 2 and 3 the second."""
+
+
+def _sum(*group: int, size: int = 8) -> Operation:
+    return Operation(kind="all_reduce", group=group, bytes=size, dtype="float32")
+
+
+def _message(kind: str, other: int, size: int = 8) -> Operation:
+    return Operation(kind=kind, group=(other,), bytes=size, dtype="float32")
+
+
+def _played(*queues: list[Operation]) -> tuple[Outcome, Mismatch | None]:
+    sequences = {i: Sequence(rank=i, operations=queue) for i, queue in enumerate(queues)}
+    roles = Roles(Grid(MESH), range(4))
+    outcome = play(roles, sequences)
+    return outcome, explain(roles, sequences, outcome)
+
+
+def test_stages_that_both_send_first_wait_for_each_other() -> None:
+    first = [[_message("send", i + 2), _message("recv", i + 2)] for i in (0, 1)]
+    second = [[_message("send", i), _message("recv", i)] for i in (0, 1)]
+    outcome, found = _played(*first, *second)
+    assert len(outcome.stuck) == 4 and found is not None and found.kind == "deadlock"
+    turned = [queue[::-1] for queue in second]
+    outcome, found = _played(*first, *turned)
+    assert outcome.whole and found is None and outcome.operations == 8
+
+
+def test_a_message_that_a_whole_stage_forgets_is_counted() -> None:
+    first = [[_message("send", i + 2)] for i in (0, 1)]
+    second = [[_message("recv", i)] * 2 for i in (0, 1)]
+    _, found = _played(*first, *second)
+    assert found is not None and found.kind == "missing message"
+    assert "rank 2 has 2 calls of recv for rank 0, which has 1 of send" in found.text
+
+
+def test_sizes_of_messages_and_of_groups_over_stages_are_compared() -> None:
+    wrong = [_message("recv", 0, 16)], [_message("recv", 1, 16)]
+    outcome, found = _played([_message("send", 2)], [_message("send", 3)], *wrong)
+    assert outcome.unequal and found is not None and found.kind == "another size"
+    outcome, found = _played([_sum(0, 2)], [_sum(1, 3)], [_sum(0, 2, size=4)], [_sum(1, 3, size=4)])
+    assert found is not None and found.kind == "another size"
+    assert {side.rank for side in found.sides} == {0, 2}
