@@ -15,7 +15,7 @@ from typing import Literal
 
 from cluster.jobs import CANCELLED, marker_is_whole, write_marker
 from cluster.processes import die_with_parent, stop
-from cluster.slurm import bad_nodes, queue_again, was_cancelled
+from cluster.slurm_job import bad_nodes, leave_out, queue_again, was_cancelled
 from core.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_WRONG_INPUT, InputError
 from core.log import LOG
 from core.stop import STOP_FILE
@@ -99,7 +99,7 @@ def _run(settings: JobSettings, command: Sequence[str], place: str, asked: "_Ask
             return code
         code = EXIT_PREEMPTED if preempted else code
         if settings.again == "slurm":
-            queue_again(EXIT_PREEMPTED, ())
+            queue_again(EXIT_PREEMPTED, settings.out)
             return EXIT_PREEMPTED
         if settings.again == "no" or preempted:
             return code
@@ -136,13 +136,13 @@ def _run_once(settings: JobSettings, command: Sequence[str], asked: "_Asked") ->
 
 
 def _without(settings: JobSettings, bad: dict[str, str]) -> int:
-    """Queue the job again without its bad nodes; if all are bad the fault is elsewhere."""
+    """Queue the job again without its bad nodes, as long as there are enough others."""
     for node, problem in bad.items():
         LOG.error("node %s: %s", node, problem)
-    if set(bad) >= set(os.environ.get("TAPIR_NODES", "").split()):
-        LOG.error("no node of this job is fit: see above, or run `tapir doctor`")
+    if not leave_out(settings.out, bad):
+        LOG.error("too few other nodes are left: mend the above, then `tapir resume`")
         return EXIT_FAILED
-    queue_again(EXIT_PREEMPTED, tuple(bad))
+    queue_again(EXIT_PREEMPTED, settings.out)
     return EXIT_PREEMPTED
 
 

@@ -1,16 +1,15 @@
 """Slurm: jobs as sbatch scripts that a person can read, run by hand and change."""
 
-import json
 import os
 import shlex
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from cluster.jobs import LOGS, SCRIPTS, Chain, Job
+from cluster.slurm_job import without_bad
 from core.errors import ConfigError, TapirError
 from core.files import write_atomic
 
@@ -21,11 +20,6 @@ _LAUNCH = (
     '--node-rank="$SLURM_NODEID" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" '
     '-m tapir "$@"'
 )
-_RELEASE = (
-    "for _ in $(seq 60); do sleep 1; scontrol show job $0 | grep -q JobState=PENDING && "
-    "scontrol update jobid=$0 $1 starttime=now && break; done"
-)
-"""Ends Slurm's hold of two minutes on a job that is queued again, where the site permits it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +186,7 @@ def dry_run(chain: Chain, config: SlurmConfig) -> str:
     return "\n".join(parts) + "\n"
 
 
-def states(ids: dict[str, str]) -> dict[str, str]:
+def states(ids: dict[str, str], out: Path) -> dict[str, str]:
     """What Slurm says of each job: RUNNING on n1, PENDING (Dependency), ...; gone ones are not in.
 
     Jobs that wait out a requeue are released on the way.
@@ -206,19 +200,11 @@ def states(ids: dict[str, str]) -> dict[str, str]:
     for line in done.stdout.splitlines():
         number, whole, state, reason, nodes = line.split("|")
         if state == "PENDING" and reason == "BeginTime":
-            subprocess.run(["scontrol", "update", f"jobid={number}", "starttime=now"], check=False)
+            release = ["scontrol", "update", f"jobid={number}", *without_bad(out), "starttime=now"]
+            subprocess.run(release, check=False, stderr=subprocess.DEVNULL)
         text = f"{state} on {nodes}" if nodes else f"{state} ({reason})"
         found.setdefault(names.get(whole, names.get(number, number)), []).append(text)
     return {name: ", ".join(sorted(set(texts))) for name, texts in found.items()}
-
-
-def last_words(number: str) -> str:
-    """State and reason of a job that has left the queue, as long as Slurm remembers it."""
-    done = subprocess.run(
-        ["scontrol", "-o", "show", "job", number], capture_output=True, text=True, check=False
-    )
-    words = dict(w.split("=", 1) for w in done.stdout.split() if "=" in w)
-    return f"{words.get('JobState', 'gone')} (exit code {words.get('ExitCode', '?')})"
 
 
 def cancel(numbers: list[str]) -> None:
@@ -227,60 +213,11 @@ def cancel(numbers: list[str]) -> None:
         return
     subprocess.run(["scancel", *numbers], check=False, timeout=_ANSWER_SECONDS)
     until = time.monotonic() + _ANSWER_SECONDS
-    while states({number: number for number in numbers}) and time.monotonic() < until:
+    listed = ["squeue", "-h", "--jobs", ",".join(numbers), "-o", "%i"]
+    while time.monotonic() < until:
+        if not subprocess.run(listed, capture_output=True, text=True).stdout.strip():
+            return
         time.sleep(0.5)
-
-
-def queue_again(code: int, exclude: tuple[str, ...]) -> None:
-    """Let Slurm queue this job again, without some nodes, and end its hold of two minutes.
-
-    Sites where exit code 75 queues a job again (RequeueExit) need no asking.
-    """
-    number = os.environ["SLURM_JOB_ID"]
-    without = f"excnodelist={','.join(exclude)}" if exclude else ""
-    subprocess.Popen(
-        ["bash", "-c", _RELEASE, number, without],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    exits = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True)
-    line = next((x for x in exits.stdout.splitlines() if x.startswith("RequeueExit ")), "")
-    if str(code) not in line.partition("=")[2].strip().split(","):
-        subprocess.run(["scontrol", "requeue", number], check=False)
-
-
-def was_cancelled() -> bool:
-    """Say whether somebody cancelled the Slurm job that this process runs in."""
-    number = os.environ.get("SLURM_JOB_ID")
-    return number is not None and last_words(number).startswith("CANCELLED")
-
-
-def bad_nodes(out: Path, name: str) -> dict[str, str]:
-    """Run `tapir doctor --node` on every node of this job; returns problems by node."""
-    nodes = os.environ["TAPIR_NODES"].split()
-    folder = out / LOGS / "doctor"
-    folder.mkdir(parents=True, exist_ok=True)
-    prefix = f"{name}-{os.environ['SLURM_JOB_ID']}"
-    doctor = ["-m", "tapir", "doctor", "--node", "--json", f"--out={out}"]
-    count = f"--ntasks={len(nodes)}"
-    command = ["srun", "--export=ALL", f"--nodes={len(nodes)}", count, "--ntasks-per-node=1"]
-    command += ["--kill-on-bad-exit=0", f"--output={folder / prefix}-%N.txt", sys.executable]
-    subprocess.run([*command, *doctor], check=False)
-    return {
-        node: problem for node in nodes if (problem := _verdict(folder / f"{prefix}-{node}.txt"))
-    }
-
-
-def _verdict(report: Path) -> str:
-    """What is wrong by a doctor's last line; nothing if all is well."""
-    try:
-        rows = json.loads(report.read_text().splitlines()[-1])["rows"]
-    except (OSError, ValueError, IndexError, KeyError):
-        return "tapir doctor gave no answer there"
-    bad = [row for row in rows if row["status"] == "bad"]
-    return "; ".join(f"{row['check']}: {row['found']} ({row['fix']})" for row in bad)
 
 
 def _ask(command: list[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from cluster import kubernetes, local, slurm
+from cluster import kubernetes, local, slurm, slurm_job
 from cluster.job import JobSettings, run_job
 from cluster.jobs import (
     CANCELLED,
@@ -188,7 +188,7 @@ def states_of(submitted: Submitted) -> dict[str, str]:
     if submitted.to == "local":
         said = local.states(chain.out)
     elif submitted.to == "slurm":
-        said = slurm.states(submitted.ids)
+        said = slurm.states(submitted.ids, chain.out)
     else:
         said = kubernetes.states(chain, _kubernetes(submitted))
     found = {}
@@ -198,7 +198,7 @@ def states_of(submitted: Submitted) -> dict[str, str]:
         elif each.name in said:
             found[each.name] = said[each.name]
         elif submitted.to == "slurm" and each.name in submitted.ids:
-            found[each.name] = f"ended: {slurm.last_words(submitted.ids[each.name])}"
+            found[each.name] = f"ended: {slurm_job.last_words(submitted.ids[each.name])}"
         else:
             found[each.name] = "not there"
     return found
@@ -225,6 +225,7 @@ def _send(submitted: Submitted) -> Submitted:
     for left in chain.jobs:
         for path in (chain.out / SCRIPTS).glob(f"{left.name}*.failures"):
             path.unlink()
+    (chain.out / SCRIPTS / slurm_job.BAD_NODES).unlink(missing_ok=True)
     write_submitted(submitted)
     if not chain.jobs:
         LOG.info("all jobs of %s have ended well before", chain.out)
