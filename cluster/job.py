@@ -51,6 +51,8 @@ class JobSettings:
     """Seconds it may take to save."""
     check_nodes: bool = False
     """Run `tapir doctor` on every node of the Slurm job first, and leave out the bad ones."""
+    gpus: int = 0
+    """GPUs that each node must have."""
 
 
 def run_job(settings: JobSettings, command: Sequence[str]) -> int:
@@ -78,7 +80,7 @@ def run_job(settings: JobSettings, command: Sequence[str]) -> int:
 
 def _run(settings: JobSettings, command: Sequence[str], place: str, asked: "_Asked") -> int:
     began = time.time()
-    if settings.check_nodes and (bad := bad_nodes(settings.out, settings.name)):
+    if settings.check_nodes and (bad := bad_nodes(settings.out, settings.name, settings.gpus)):
         return _without(settings, bad)
     failures = settings.out / "jobs" / f"{settings.name}.failures"
     while True:

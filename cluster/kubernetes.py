@@ -170,7 +170,7 @@ def _rules() -> list[dict[str, Any]]:
 
 
 def _pod(chain: Chain, job: Job, config: KubernetesConfig) -> dict[str, Any]:
-    doctor = chain.tapir("doctor", "--node", f"--out={chain.out}")
+    doctor = chain.tapir("doctor", "--node", f"--out={chain.out}")  # GPUs are the main container's
     first = [_container(chain, job, config, "doctor", doctor)]
     earlier = (before for before in chain.jobs if before.name in job.after)
     waited = [name for before in earlier for name in before.markers()]

@@ -117,7 +117,7 @@ def _job_command(chain: Chain, job: Job, config: SlurmConfig) -> list[str]:
         "--again=slurm",
         f"--retries={chain.retries}",
         *(["--saves"] if job.trains else []),
-        *(["--check-nodes"] if config.doctor else []),
+        *(["--check-nodes", f"--gpus={job.resources.gpus}"] if config.doctor else []),
         "--",
     ]
     return found + _start_ranks(chain, job, config)

@@ -80,13 +80,13 @@ def _words(number: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
 
 
-def bad_nodes(out: Path, name: str) -> dict[str, str]:
+def bad_nodes(out: Path, name: str, gpus: int) -> dict[str, str]:
     """Run `tapir doctor --node` on every node of this job; returns problems by node."""
     nodes = os.environ["TAPIR_NODES"].split()
     folder = out / LOGS / "doctor"
     folder.mkdir(parents=True, exist_ok=True)
     prefix = f"{name}-{os.environ['SLURM_JOB_ID']}"
-    doctor = ["-m", "tapir", "doctor", "--node", "--json", f"--out={out}"]
+    doctor = ["-m", "tapir", "doctor", "--node", "--json", f"--out={out}", f"--gpus={gpus}"]
     count = f"--ntasks={len(nodes)}"
     command = ["srun", "--export=ALL", f"--nodes={len(nodes)}", count, "--ntasks-per-node=1"]
     command += ["--kill-on-bad-exit=0", f"--output={folder / prefix}-%n.txt", sys.executable]
