@@ -144,10 +144,8 @@ class Visit:
         try:
             return worlds.join_world()
         except Exception as error:
-            text = str(error).partition("\n")[0]
-            raise Lost(
-                bad("process group", f"{type(error).__name__}: {text}", _JOIN_FIX)
-            ) from error
+            found = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise Lost(bad("process group", found, _JOIN_FIX)) from error
 
     def _burn_in(self, checks: Any, world: Any, unmet: bool) -> None:
         rank = world.rank if world.size > 1 else None
@@ -168,9 +166,8 @@ class Visit:
         """Deliver what is known and end, if the context takes longer: nobody can stop a join."""
 
         def give_up() -> None:
-            self._deliver(
-                [*self._rows, *placed([bad("process group", late, _JOIN_FIX)], self._rank)]
-            )
+            row = bad("process group", late, _JOIN_FIX)
+            self._deliver([*self._rows, *placed([row], self._rank)])
             sys.stdout.flush()
             os._exit(EXIT_FAILED)
 
@@ -198,6 +195,7 @@ def rank_main(payload: str) -> None:
 def _spawn(config: DoctorConfig) -> list[Finding]:
     """Start the ranks here, and collect what they delivered."""
     rows: list[Finding] = []
+    lost: list[Finding] = []
     try:
         with tempfile.TemporaryDirectory() as folder:
             payload = texts.dumps({"config": to_json(config), "out": folder})
@@ -210,8 +208,8 @@ def _spawn(config: DoctorConfig) -> list[Finding]:
                     rows += [Finding(**row) for row in texts.loads(path.read_text())]
     except (TapirError, OSError) as error:
         fix = "see the other rows, and this machine's memory and temporary folder"
-        rows += placed([bad("ranks", str(error), fix)], None)
-    return rows or node_findings(config, None)
+        lost = placed([bad("ranks", str(error), fix)], None)
+    return [*(rows or node_findings(config, None)), *lost]
 
 
 def _own_rank() -> int | None:

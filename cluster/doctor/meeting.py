@@ -7,6 +7,7 @@ and its own go to all, as often as needed. Lines of JSON over TCP, nothing else.
 import errno
 import json
 import os
+import resource
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,7 @@ _LONGEST = 2**24
 _HELLO_SECONDS = 5.0
 _AGAIN = 0.1
 _CHECK = "rendezvous"
+_OWN_FILES = 256
 
 
 class Lost(Exception):
@@ -110,8 +112,9 @@ def meet(place: Place, wait: float) -> Iterator[Meeting]:
     with ExitStack() as stack:
         meeting = Meeting(place=place, wait=wait)
         if place.rank:
-            meeting.links[0] = _Link(stack.enter_context(closing(_reach(place, wait))), 3 * wait)
-            meeting.links[0].send(f"{_GREETING} {place.rank}")
+            meeting.links[0] = _greet(
+                place, stack.enter_context(closing(_reach(place, wait))), wait
+            )
         else:
             _await_all(stack.enter_context(closing(_listen(place))), meeting, stack)
         yield meeting
@@ -141,16 +144,20 @@ class _Link:
         self._connection.sendall((json.dumps(text) + "\n").encode())
 
     def receive(self) -> str:
-        line = self._lines.readline(_LONGEST)
-        if not line.endswith("\n"):
-            raise ConnectionResetError(errno.ECONNRESET, "the other side has gone")
         try:
-            return str(json.loads(line))
+            line = self._lines.readline(_LONGEST)
+            if line.endswith("\n"):
+                return str(json.loads(line))
+            raise ConnectionResetError(errno.ECONNRESET, "the other side has gone")
         except ValueError as error:
             raise ConnectionAbortedError(errno.EPROTO, "the other side is no doctor") from error
 
 
 def _listen(place: Place) -> socket.socket:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = _OWN_FILES + place.size
+    if soft < files <= hard:  # one connection a rank, as torch's store will have
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
     try:
         both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
@@ -186,6 +193,15 @@ def _reach(place: Place, wait: float) -> socket.socket:
             last = error
             time.sleep(min(_AGAIN, max(0.0, until - time.monotonic())))
     raise Lost(_unreached(place, last)) from last
+
+
+def _greet(place: Place, connection: socket.socket, wait: float) -> _Link:
+    link = _Link(connection, 3 * wait)
+    try:
+        link.send(f"{_GREETING} {place.rank}")
+    except OSError as error:
+        raise Lost(_silent(place, error)) from error
+    return link
 
 
 def _unreached(place: Place, error: Any) -> Finding:

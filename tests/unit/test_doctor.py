@@ -187,7 +187,7 @@ def test_strangers_and_missing_ranks_do_not_end_a_meeting(port: int) -> None:
         while not over.is_set():
             try:
                 with socket.create_connection(("127.0.0.1", port)) as link:
-                    link.sendall(b'"some-program 2"\n')
+                    link.sendall(b'"program 2"\n"name"\n"time"\n')
                     link.recv(1)
                 return
             except ConnectionRefusedError:
