@@ -10,7 +10,7 @@ DEV_STAMP := $(VENV)/.installed-dev
 
 # program or file:package
 SYSTEM := npm:npm ip:iproute2 /usr/share/wordnet/data.noun:wordnet-base \
-	/usr/sbin/slurmctld:slurm-wlm /usr/sbin/munged:munge
+	/usr/sbin/slurmctld:slurm-wlm /usr/sbin/munged:munge cc:gcc
 
 .PHONY: install system demo test test-fast check faults soak matrix slurm bench clean
 
