@@ -181,7 +181,8 @@ def test_the_papers_model_on_the_papers_machines(tmp_path: Path) -> None:
     fp32 Adam do not, and what the paper's 16-bit moments would take stands beside it."""
     picture = tmp_path / "plan.svg"
     flags = ["--world", "1024", "--gpu", "v100-16gb", "--json", "--picture", str(picture)]
-    found = json.loads(tapir("plan", "paper_12b", *flags).splitlines()[-1])
+    printed = tapir("plan", "paper_12b", *flags).splitlines()
+    found = json.loads(next(line for line in printed if line.startswith("{")))
     assert found["fits"] and found["parameters"] == 12_292_587_008
     best = found["best"]
     assert best["mesh"]["tensor"] > 1 and best["mesh"]["pipeline"] > 1 and best["zero_stage"] == 1
