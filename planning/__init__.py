@@ -1,1 +1,1 @@
-"""The floor of dry runs: what a run will need, before it is paid for (built in a later issue)."""
+"""The floor of dry runs: what a run will need, before it is paid for."""

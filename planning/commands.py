@@ -94,18 +94,24 @@ def plan(arguments: list[str]) -> None:
             return
         settings = settings_of(preset, batch)
         hardware = cluster.applied(hardware_of(gpu, calibration))
-        found = search(settings, world or settings.mesh.world, hardware)
-        parameters = count_parameters(settings.model)
-        show(found, parameters, hardware)
-        if picture is not None:
-            from planning.picture import draw  # noqa: PLC0415 - matplotlib takes a second
-
-            draw(found, hardware, picture)
-            LOG.info("wrote %s", picture)
-        if json:
-            print_json(plan_json(found, parameters, hardware))
+        _plan(settings, world or settings.mesh.world, hardware, picture, json)
 
     parse(run, arguments, "plan")
+
+
+def _plan(
+    settings: PriorTrain, world: int, hardware: Hardware, picture: Path | None, json: bool
+) -> None:
+    found = search(settings, world, hardware)
+    parameters = count_parameters(settings.model)
+    show(found, parameters, hardware)
+    if picture is not None:
+        from planning.picture import draw  # noqa: PLC0415 - matplotlib takes a second
+
+        draw(found, hardware, picture)
+        LOG.info("wrote %s", picture)
+    if json:
+        print_json(plan_json(found, parameters, hardware))
 
 
 def settings_of(preset: str, batch: int = 0) -> PriorTrain:

@@ -112,6 +112,22 @@ def play(
     return Played(seconds=max(clock), busy=busy, spans=spans)
 
 
+def crowded(played: Played, ranks: int, cores: int) -> float:
+    """Seconds of the same passes if all ranks share some cores, evenly; 0 = all have their own.
+
+    `ranks` are those of one stage: its replicas and tensor ranks compute at the same time.
+    """
+    if not cores:
+        return played.seconds
+    changes = [(span.begin, ranks) for span in played.spans]
+    changes += [(span.end, -ranks) for span in played.spans]
+    seconds, active, before = 0.0, 0, 0.0
+    for at, change in sorted(changes):
+        seconds += (at - before) * max(1.0, active / cores)
+        active, before = active + change, at
+    return seconds + played.seconds - before
+
+
 @lru_cache(maxsize=8)
 def _plans(stages: int, micro_batches: int) -> list[list[Action]]:
     return [list(actions(stage, stages, micro_batches)) for stage in range(stages)]

@@ -11,7 +11,7 @@ from planning.kernels import seconds
 from planning.links import all_reduce, gather, group_span, hand_on
 from planning.memory import Loads, loads_of
 from planning.parts import Part
-from planning.schedule import Played, Span, play
+from planning.schedule import Played, Span, crowded, play
 from planning.traffic import step_traffic
 from planning.work import backward_work, compression_work, forward_work, update_work
 from planning.zero import Place, factored, groups_of, padded, shard_numel, stage_of_zero
@@ -58,8 +58,7 @@ class _Stage:
 def estimate(settings: PriorTrain, hardware: Hardware) -> Estimate:
     """The step of the first replica, stage by stage.
 
-    Ranks that share cores compute in turns: a step takes at least as long as the cores need for the
-    work of all of them.
+    Ranks that share cores slow each other down while they compute at the same time.
     """
     mesh, times = settings.mesh, settings.engine.accumulate
     loads = [loads_of(settings, Place(stage=stage)) for stage in range(mesh.pipeline)]
@@ -71,7 +70,7 @@ def estimate(settings: PriorTrain, hardware: Hardware) -> Estimate:
     end = max(ends, key=lambda found: sum(found.values()))
     end = {name: value * crowd for name, value in end.items()}
     overhead = crowd * _overhead(settings, hardware)
-    passes = max(played.seconds, _work_of_all(played, settings, hardware))
+    passes = crowded(played, mesh.data * mesh.tensor, hardware.cores)
     total = passes + sum(end.values()) + overhead
     tensor = times * stages[slowest].tensor
     parts = {
@@ -112,12 +111,6 @@ def rough_seconds(settings: PriorTrain, hardware: Hardware) -> float:
 def _overhead(settings: PriorTrain, hardware: Hardware) -> float:
     own = settings.engine.name != "reference"
     return hardware.step_overhead + (hardware.engine_overhead if own else 0.0)
-
-
-def _work_of_all(played: Played, settings: PriorTrain, hardware: Hardware) -> float:
-    """Seconds that shared cores need for the passes of all ranks."""
-    mesh = settings.mesh
-    return sum(played.busy) * mesh.data * mesh.tensor / hardware.cores if hardware.cores else 0.0
 
 
 def _stage(loads: Loads, hardware: Hardware) -> _Stage:

@@ -20,7 +20,7 @@ from planning.kernels import Kernels, flops, seconds
 from planning.links import all_reduce, group_span
 from planning.memory import CATEGORIES, loads_of, rank_bytes
 from planning.parts import Held, parts_of, stage_of
-from planning.schedule import actions, play
+from planning.schedule import actions, crowded, play
 from planning.search import search, weigh
 from planning.step import estimate
 from planning.work import pairs
@@ -71,6 +71,15 @@ def test_the_bubble_of_even_stages_is_the_textbooks() -> None:
     assert play([1.0] * 8, [2.0] * 8, 16, 0.0).bubble == pytest.approx(7 / 23)
     assert play([1.0], [2.0], 4, 0.0).seconds == 12.0
     assert play([1.0] * 2, [2.0] * 2, 4, 0.5).seconds > play([1.0] * 2, [2.0] * 2, 4, 0.0).seconds
+
+
+def test_ranks_that_share_cores_slow_each_other_down() -> None:
+    """Two stages of two ranks on two cores: twice as slow while both stages compute."""
+    played = play([1.0] * 2, [2.0] * 2, 4, 0.0)
+    both = sum(played.busy) - played.seconds
+    assert crowded(played, 1, 2) == crowded(played, 4, 0) == played.seconds
+    assert crowded(played, 2, 2) == pytest.approx(played.seconds + both)
+    assert crowded(play([1.0], [2.0], 3, 0.0), 4, 2) == pytest.approx(2 * 9.0)
 
 
 def test_the_bucket_is_the_engines() -> None:
@@ -181,7 +190,8 @@ def test_the_papers_model_on_the_papers_machines(tmp_path: Path) -> None:
     fp32 Adam do not, and what the paper's 16-bit moments would take stands beside it."""
     picture = tmp_path / "plan.svg"
     flags = ["--world", "1024", "--gpu", "v100-16gb", "--json", "--picture", str(picture)]
-    found = json.loads(tapir("plan", "paper_12b", *flags).splitlines()[-1])
+    printed = tapir("plan", "paper_12b", *flags).splitlines()
+    found = json.loads(next(line for line in printed if line.startswith("{")))
     assert found["fits"] and found["parameters"] == 12_292_587_008
     best = found["best"]
     assert best["mesh"]["tensor"] > 1 and best["mesh"]["pipeline"] > 1 and best["zero_stage"] == 1
