@@ -12,7 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.profile import interval
+from bench.profile import BLOCK, PAIRS, interval, with_first
 from core.errors import InputError
 from models.config import ClipConfig, PriorConfig
 from models.counts import prior_flops
@@ -202,6 +202,8 @@ def test_flops_are_those_of_the_real_models() -> None:
 
 
 def test_the_cost_of_pairs_has_an_interval() -> None:
+    firsts = np.array([with_first(i) for i in range(PAIRS)]).reshape(-1, 2, BLOCK)
+    assert (firsts[:, 0] != firsts[:, 1]).all() and 0.3 < firsts[:, 0].mean() < 0.7
     mean, low, high = interval([(1.01, 1.0), (1.03, 1.0), (0.99, 1.0), (1.01, 1.0)])
     assert mean == pytest.approx(1.0)
     assert high - mean == pytest.approx(mean - low) == pytest.approx(196 * 0.0163299 / 2, rel=1e-4)
