@@ -3,8 +3,9 @@
 The tiny prior is trained by the real loop on a batch of 8, with its rows, TensorBoard and guards:
 by one process, and by two ranks under deepspeed_zero, whose CPU times are added up. Which step of
 a pair has the profile is drawn by key, and is the other one 50 pairs later: what comes every 10
-steps (rows) and every 100 (comparisons of replicas) falls on both alike. A share is the mean difference of CPU time over the mean
-without; the interval is 1.96 standard errors wide on either side.
+steps (rows) and every 100 (comparisons of replicas) falls on both alike. A share is the mean
+difference of CPU time over the mean without; the interval is 1.96 standard errors wide on either
+side.
 """
 
 import json
