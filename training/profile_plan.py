@@ -40,15 +40,16 @@ def predicted_times(plan: Path, settings: StageConfig) -> dict[str, float]:
 def _of_mesh(body: dict[str, Any], settings: StageConfig) -> dict[str, float]:
     """The parts of the first planned way with the run's mesh, engine and micro-batches."""
     engine = settings.engine
-    wanted = (dict(vars(settings.mesh)), engine.name, engine.accumulate)
+    zero = engine.zero_stage if engine.name != "reference" else 0
+    wanted = (dict(vars(settings.mesh)), engine.name, zero, engine.accumulate)
     ways = [way for way in (body["best"], *body["alternatives"]) if way]
     for way in ways:
-        if (way["mesh"], way["engine"], way["accumulate"]) == wanted:
+        if (way["mesh"], way["engine"], way["zero_stage"], way["accumulate"]) == wanted:
             times: dict[str, float] = way["seconds"]
             return times
     raise InputError(
-        f"none of the plan's {len(ways)} ways has the run's mesh, engine and accumulate: {wanted}; "
-        "plan for as many ranks and the same batch"
+        f"none of the plan's {len(ways)} ways has the run's mesh, engine, ZeRO stage and accumulate: "
+        f"{wanted}; plan for as many ranks and the same batch"
     )
 
 

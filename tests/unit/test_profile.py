@@ -257,7 +257,7 @@ def test_a_plan_is_read_for_the_mesh_of_the_run(tmp_path: Path) -> None:
     def way(data: int, **seconds: float) -> dict[str, object]:
         mesh = {**vars(settings.mesh), "data": data}
         place = {"mesh": mesh, "engine": engine.name, "accumulate": engine.accumulate}
-        return {**place, "seconds": seconds}
+        return {**place, "zero_stage": engine.zero_stage, "seconds": seconds}
 
     parts = {"compute": 1.0, "compress": 0.5, "gradients": 2.0, "weights": 1.0, "update": 0.25}
     mine = way(2, **parts, results=0.125, overhead=3.0, bubble=4.0)
