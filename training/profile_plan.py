@@ -48,8 +48,8 @@ def _of_mesh(body: dict[str, Any], settings: StageConfig) -> dict[str, float]:
             times: dict[str, float] = way["seconds"]
             return times
     raise InputError(
-        f"none of the plan's {len(ways)} ways has the run's mesh, engine, ZeRO stage and accumulate: "
-        f"{wanted}; plan for as many ranks and the same batch"
+        f"none of the plan's {len(ways)} ways has the run's mesh, engine, ZeRO stage and "
+        f"accumulate: {wanted}; plan for as many ranks and the same batch"
     )
 
 
