@@ -2,9 +2,8 @@
 
 import html
 import io
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from rich.console import Console, Group, RenderableType
@@ -17,6 +16,7 @@ from core.files import write_atomic
 from core.log import LOG
 from training.profile_categories import CATEGORIES
 from training.profile_heat import as_svg, as_text, heat_of
+from training.profile_plan import predicted_times
 from training.profile_report import Profiled, Report, read_profile, report_of
 from training.profile_ring import FOLDER
 from training.trace import request_trace, traces
@@ -44,7 +44,7 @@ def profile(arguments: list[str]) -> None:
             run: run folder of a dVAE, prior or CLIP, finished or in progress
             last: look at so many steps, the last ones; 0 = all that are kept (4096)
             peak_tflops: of one device, for MFU; 0 = what the run measured
-            plan: JSON of `tapir plan` whose "time" is shown beside what was measured
+            plan: what `tapir plan --json` printed, to be shown beside what was measured
             html: write tables and heat map to this file, too
             trace: say where the traces of torch.profiler are, and how to open them
             trace_next: ask the run in progress for a trace of so many steps
@@ -61,7 +61,9 @@ def profile(arguments: list[str]) -> None:
         if last < 0 or not 0 <= peak_tflops < float("inf"):
             raise InputError("--last and --peak-tflops must not be negative; 0 = the run's own")
         found = read_profile(run, last)
-        report = report_of(found, peak_tflops, _times_of(plan) if plan else None)
+        report = report_of(
+            found, peak_tflops, predicted_times(plan, found.settings) if plan else None
+        )
         Console(width=_WIDTH).print(_view(found, report))
         if html:
             write_atomic(html, page(found, report).encode())
@@ -162,15 +164,3 @@ def _show_traces(run: Path, as_json: bool) -> None:
     )
     if as_json:
         print_json({"traces": found})
-
-
-def _times_of(plan: Path) -> dict[str, float]:
-    """The predicted seconds by category. Raises: InputError if the file has none."""
-    try:
-        body: Any = json.loads(plan.read_text())
-        return {name: float(seconds) for name, seconds in body["time"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f'{plan} is no plan: it needs "time": {{category: seconds}}, as `tapir plan --json` '
-            "writes it"
-        ) from error

@@ -12,7 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.profile import interval
+from bench.profile import BLOCK, PAIRS, interval, with_first
 from core.errors import InputError
 from models.config import ClipConfig, PriorConfig
 from models.counts import prior_flops
@@ -40,6 +40,7 @@ from training.profile_commands import profile
 from training.profile_figures import slowest, time_of
 from training.profile_flops import model_flops
 from training.profile_heat import as_svg, as_text, heat_of
+from training.profile_plan import predicted_times
 from training.profile_ring import HEADER, RECORDS, Ring, read_rings
 from training.watch_tail import Follower
 
@@ -202,6 +203,8 @@ def test_flops_are_those_of_the_real_models() -> None:
 
 
 def test_the_cost_of_pairs_has_an_interval() -> None:
+    firsts = np.array([with_first(i) for i in range(PAIRS)]).reshape(-1, 2, BLOCK)
+    assert (firsts[:, 0] != firsts[:, 1]).all() and 0.3 < firsts[:, 0].mean() < 0.7
     mean, low, high = interval([(1.01, 1.0), (1.03, 1.0), (0.99, 1.0), (1.01, 1.0)])
     assert mean == pytest.approx(1.0)
     assert high - mean == pytest.approx(mean - low) == pytest.approx(196 * 0.0163299 / 2, rel=1e-4)
@@ -245,6 +248,27 @@ def test_a_profile_of_one_rank(dvae: Path, tmp_path: Path) -> None:
     assert report["time"][VALIDATION]["mean"] > 0 and report["time"]["checkpoint"]["mean"] > 0
     assert report["mfu"] == pytest.approx(report["model_tflops"] / report["peak_tflops"])
     assert "250.00" in text and "predicted" in text and "<svg" in page.read_text()
+
+
+def test_a_plan_is_read_for_the_mesh_of_the_run(tmp_path: Path) -> None:
+    settings = replace(prior_tiny(), mesh=MeshConfig(pipeline=2, data=2))
+    engine = settings.engine
+
+    def way(data: int, **seconds: float) -> dict[str, object]:
+        mesh = {**vars(settings.mesh), "data": data}
+        place = {"mesh": mesh, "engine": engine.name, "accumulate": engine.accumulate}
+        return {**place, "zero_stage": engine.zero_stage, "seconds": seconds}
+
+    parts = {"compute": 1.0, "compress": 0.5, "gradients": 2.0, "weights": 1.0, "update": 0.25}
+    mine = way(2, **parts, results=0.125, overhead=3.0, bubble=4.0)
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"best": way(1, compute=9.0), "alternatives": [mine]}))
+    found = predicted_times(path, settings)
+    wanted = {COMPUTE: 1.5, DATA: 3.0, OPTIMIZER: 0.25, PIPELINE: 0.125, OTHER: 3.0, BUBBLE: 4.0}
+    assert {name: value for name, value in found.items() if value} == wanted
+    path.write_text(json.dumps({"best": None, "alternatives": []}))
+    with pytest.raises(InputError, match="none of the plan's 0 ways"):
+        predicted_times(path, settings)
 
 
 def test_what_cannot_be_profiled_is_refused(dvae: Path, tmp_path: Path) -> None:
