@@ -106,6 +106,10 @@ def _chosen(preset: str, stage: str) -> Iterator[tuple[str, str]]:
     yield found[0]
 
 
+def _times(count: int, what: str) -> str:
+    return f"{count} {what}" + ("s" if count > 1 else "")
+
+
 def _lines(found: Rehearsal) -> list[str]:
     """A rehearsal for the terminal."""
     mesh = found.mesh
@@ -115,8 +119,8 @@ def _lines(found: Rehearsal) -> list[str]:
         f"{found.stage} {found.preset}: {mesh.world} ranks = data {mesh.data} x tensor "
         f"{mesh.tensor} x pipeline {mesh.pipeline}{cut}; batch {found.batch:,}, "
         f"{found.micro_batches} micro-batches a step",
-        f"  {found.roles} roles ran {found.steps} steps, an evaluation and a comparison of "
-        f"replicas in {found.seconds:.0f} s; rank 0: {calls}",
+        f"  {found.roles} roles ran {_times(found.steps, 'step')}, an evaluation and a comparison "
+        f"of replicas in {found.seconds:.0f} s; rank 0: {calls}",
     ]
     if found.mismatch is not None:
         return [*lines, found.mismatch.report()]

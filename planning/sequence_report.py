@@ -164,9 +164,9 @@ class _Reporter:
         mine, usual = self._relative(odd, True), self._relative(other, True)
         at = _common(mine, usual)
         runs = {
+            "changed": _common(mine[at + 1 :], usual[at + 1 :]),
             "skipped call": _common(mine[at:], usual[at + 1 :]),
             "extra call": _common(mine[at + 1 :], usual[at:]),
-            "changed": _common(mine[at + 1 :], usual[at + 1 :]),
         }
         kind = max(runs, key=lambda name: runs[name])
         places = [(odd, at), (other, at)]

@@ -200,11 +200,12 @@ def test_presets_grow_with_the_world() -> None:
 def test_roles_stand_for_all_ranks() -> None:
     mesh = MeshConfig(tensor=2, pipeline=8, data=64)
     ranks = roles_of(mesh)
-    assert len(ranks) == 8 * 2 * 3
+    assert len(ranks) == 8 * 2 * 2
     roles, grid = Roles(Grid(mesh), ranks), Grid(mesh)
     assert {roles.of(rank) for rank in range(1024)} == set(ranks)
     assert all(roles.of(rank) == rank for rank in ranks)
-    assert grid.place(roles.of(grid.rank((5, 0, 40, 1)))) == (5, 0, 1, 1)
+    assert grid.place(roles.of(grid.rank((5, 0, 40, 1)))) == (5, 0, 63, 1)
+    assert roles_of(MeshConfig(data=64, machines=8)) == [0, 1, 7, 8, 9, 15, 56, 57, 63]
 
 
 MESH = MeshConfig(pipeline=2, data=2)
