@@ -62,12 +62,9 @@ def rehearse(
 ) -> Rehearsal:
     """Run each role of the settings' world and compare all ranks.
 
-    Raises: ConfigError with every problem of the settings.
+    Raises: RankError if a process of the rehearsal dies.
     """
     began = time.perf_counter()
-    check(settings.problems(settings.mesh.world))
-    if settings.mesh.world < 2:
-        raise ConfigError("one rank has nobody to communicate with; give --world 2 or more")
     grid, ranks = Grid(settings.mesh), roles_of(settings.mesh)
     steps = 2 if settings.engine.zero_stage == 3 else 1  # it fetches ahead what a step has read
     tasks = [RankTask(stage=stage, settings=settings, rank=rank, steps=steps) for rank in ranks]
@@ -88,6 +85,17 @@ def rehearse(
         seconds=time.perf_counter() - began,
         mismatch=explain(roles, sequences, outcome),
     )
+
+
+def checked(settings: Any) -> Any:
+    """The settings, if they can be rehearsed.
+
+    Raises: ConfigError with every problem of them.
+    """
+    check(settings.problems(settings.mesh.world))
+    if settings.mesh.world < 2:
+        raise ConfigError("one rank has nobody to communicate with; give --world 2 or more")
+    return settings
 
 
 def roles_of(mesh: MeshConfig) -> list[int]:

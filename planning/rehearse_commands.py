@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from core.cli import parse_over, print_json
 from core.errors import EXIT_FAILED, InputError
 from core.settings import to_json
-from planning.rehearse import Rehearsal, filled, rehearse, scaled
+from planning.rehearse import Rehearsal, checked, filled, rehearse, scaled
 from planning.rehearse_pool import Pool
 from training.presets import PRESETS
 
@@ -43,13 +43,16 @@ def rehearse_verb(arguments: list[str]) -> None:
     own, flags = _own_flags(rest)
     world = _number(own, "--world", 0)
     jobs = _number(own, "--jobs", os.cpu_count() or 1)
+    wanted = []
+    for stage, name in _chosen(preset, own.get("--stage", "")):
+        settings = PRESETS[stage][name]()
+        if flags:
+            settings = parse_over(settings, flags, f"rehearse {name}")
+        settings = filled(name, scaled(settings, world or settings.mesh.world))
+        wanted.append((name, stage, checked(settings)))
     found = []
     with Pool() as pool:
-        for stage, name in _chosen(preset, own.get("--stage", "")):
-            settings = PRESETS[stage][name]()
-            if flags:
-                settings = parse_over(settings, flags, f"rehearse {name}")
-            settings = filled(name, scaled(settings, world or settings.mesh.world))
+        for name, stage, settings in wanted:
             found.append(rehearse(name, stage, settings, pool, jobs=jobs))
             print("\n".join(_lines(found[-1])), flush=True)
     matches = all(one.matches for one in found)
