@@ -36,7 +36,7 @@ class Rehearsal:
     stage: str
     mesh: MeshConfig
     batch: int
-    """Global batch size, grown with the replicas if the mesh was."""
+    """Global batch size."""
     micro_batches: int
     steps: int
     """Training steps that were rehearsed, before an evaluation and a comparison of replicas."""
@@ -108,11 +108,13 @@ def roles_of(mesh: MeshConfig) -> list[int]:
 
 
 def scaled(settings: Any, world: int) -> Any:
-    """The same settings on so many ranks: more or fewer replicas, each with as many samples.
+    """The same settings on so many ranks, by more or fewer replicas.
 
+    The global batch stays if each replica then has whole micro-batches of the same size; else each
+    replica keeps its samples.
     Raises: ConfigError if whole replicas do not make up that number.
     """
-    mesh = settings.mesh
+    mesh, batch = settings.mesh, settings.loop.batch
     block = mesh.tensor * mesh.pipeline
     if world < 1 or world % block:
         near = max(1, round(world / block)) * block
@@ -122,11 +124,18 @@ def scaled(settings: Any, world: int) -> Any:
         )
     data = world // block
     machines = max(1, data // mesh.local) if mesh.machines > 1 else 1
+    lanes, accumulate = settings.order.lanes, settings.engine.accumulate
+    micro = batch // mesh.data // accumulate
+    if batch % (data * micro) == 0 and lanes % data == 0:
+        accumulate = batch // data // micro
+    else:
+        batch, lanes = (max(1, count // mesh.data) * data for count in (batch, lanes))
     return replace(
         settings,
         mesh=replace(mesh, data=data, machines=machines),
-        loop=replace(settings.loop, batch=_grown(settings.loop.batch, mesh.data, data)),
-        order=replace(settings.order, lanes=_grown(settings.order.lanes, mesh.data, data)),
+        loop=replace(settings.loop, batch=batch),
+        order=replace(settings.order, lanes=lanes),
+        engine=replace(settings.engine, accumulate=accumulate),
     )
 
 
@@ -141,7 +150,3 @@ def filled(preset: str, settings: StageConfig) -> Any:
         codes, grid = model.image_vocabulary or dvae.codebook, model.grid or dvae.grid
         model = replace(model, image_vocabulary=codes, grid=grid)
     return replace(settings, model=model)  # type: ignore[call-arg]
-
-
-def _grown(count: int, before: int, after: int) -> int:
-    return max(1, count // before) * after

@@ -21,8 +21,9 @@ before a cluster is paid for. One rank of each role makes training steps with th
 world that is only claimed, on tensors without memory; then all ranks' calls are played together.
 
   PRESET       a preset of tapir train; `all` rehearses every one
-  --world N    ranks; other than the preset's own, its data-parallel degree follows, and each
-               replica keeps its number of samples (default: the preset's mesh)
+  --world N    ranks; the data-parallel degree follows. The global batch stays where it can be
+               dealt out in micro-batches of the preset's size; else each replica keeps its
+               samples (default: the preset's mesh)
   --stage      prior, dvae or clip; by default the first one that has this preset
   --jobs N     ranks that run at a time (default: the cores of this machine)
   --json       print a JSON object on the last line

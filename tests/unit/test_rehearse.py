@@ -194,8 +194,10 @@ def test_presets_grow_with_the_world() -> None:
         for name, preset in PRESETS[stage].items():
             grown = filled(name, scaled(preset(), 1024))
             assert not grown.problems(1024), (stage, name)
-            each = preset().loop.batch // preset().mesh.data
-            assert grown.loop.batch == each * grown.mesh.data
+    kept = scaled(PRESETS["prior"]["paper_2_8b"](), 1024)
+    assert (kept.mesh.data, kept.loop.batch, kept.engine.accumulate) == (256, 1024, 4)
+    grown = scaled(PRESETS["dvae"]["paper_dvae"](), 1024)
+    assert (grown.loop.batch, grown.engine.accumulate) == (8 * 1024, 1)
     with pytest.raises(ConfigError, match="no multiple of the 16"):
         scaled(PRESETS["prior"]["paper_12b"](), 1000)
 
