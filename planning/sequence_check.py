@@ -65,8 +65,8 @@ class Roles:
         for at, chosen, size in zip(
             self.grid.place(rank), self._chosen, self.grid.sizes, strict=True
         ):
-            inner = [c for c in chosen if 0 < c < size - 1]
-            place.append(at if at in chosen or not inner else inner[0])
+            between = next((c for c in chosen if 0 < c < size - 1), size - 1)
+            place.append(at if at in chosen else between)
         return self.grid.rank(tuple(place))
 
 
@@ -153,7 +153,8 @@ class _Player:
             sides = (rank, other) if op.kind == "send" else (other, rank)
             return ("message", *sides), 2
         if step.spans is None:
-            return ("ranks", *op.group), len(op.group)
+            member = rank in op.group
+            return (("ranks", *op.group), len(op.group)) if member else (("none", rank), 2)
         fixed = (-1 if whole else at for at, whole in zip(place, step.spans, strict=True))
         return ("axes", *fixed), len(op.group)
 
