@@ -73,7 +73,7 @@ RUNS = (
     _run("145.6B", 96, 12288, 80, 8, 8, 1536, 2304, measured=148),
     _run("1008B", 160, 25600, 128, 8, 64, 3072, 3072, measured=163),
 )
-"""Table 1 of arXiv 2104.04473, the rows in shared/reference/PLAN.md."""
+"""Five of the ten rows of table 1, arXiv 2104.04473."""
 
 
 @dataclass(frozen=True, kw_only=True)
