@@ -83,4 +83,4 @@ clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
 
 slurm: $(DEV_STAMP) system
-	TAPIR_SLURM=all $(BIN)/python -m pytest tests/slurm
+	$(BIN)/python -m pytest tests/slurm -m "big or not big"

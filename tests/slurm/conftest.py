@@ -9,9 +9,6 @@ import pytest
 
 from tests.slurm.cluster import Slurm, private_slurm
 
-EVERY = os.environ.get("TAPIR_SLURM") == "all"
-"""`make slurm` runs the whole folder, `make test` a smoke test of it."""
-
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:

@@ -11,11 +11,9 @@ import yaml
 
 from tests.harness import json_of, rows_of, tapir
 from tests.slurm.cluster import Slurm, private_slurm
-from tests.slurm.conftest import EVERY
 
 _SHORT = {"loop.batch": 32, "loop.validation_samples": 32}
 _PATIENCE = 600
-whole = pytest.mark.skipif(not EVERY, reason="takes minutes: make slurm")
 
 
 def write(out: Path, stages: dict[str, Any], **slurm: Any) -> Path:
@@ -98,7 +96,7 @@ def test_a_chain_with_an_array_and_two_nodes(slurm: Slurm, tokens: Path, tmp_pat
     assert not any("KEY" in p.read_text() for p in (out / "jobs").glob("*.sh"))
 
 
-@whole
+@pytest.mark.big
 def test_the_whole_demo_by_one_submit(slurm: Slurm, tmp_path: Path) -> None:
     out = tmp_path / "demo"
     short = {"flags": {**_SHORT, "loop.steps": 6, "mesh.data": 1}}
@@ -118,7 +116,7 @@ def test_the_whole_demo_by_one_submit(slurm: Slurm, tmp_path: Path) -> None:
     assert not slurm.queue() and not slurm.processes()
 
 
-@whole
+@pytest.mark.big
 def test_a_lost_node_changes_no_loss(slurm: Slurm, tokens: Path, tmp_path: Path) -> None:
     calm, out = tmp_path / "calm", tmp_path / "lost"
     tapir("submit", str(write(calm, {"prior": prior(tokens, 60)})), "--wait", **slurm.environment)
@@ -132,7 +130,7 @@ def test_a_lost_node_changes_no_loss(slurm: Slurm, tokens: Path, tmp_path: Path)
     assert losses(out / "prior") == losses(calm / "prior")
 
 
-@whole
+@pytest.mark.big
 def test_a_preempted_job_saves_and_comes_back(slurm: Slurm, tokens: Path, tmp_path: Path) -> None:
     out, urgent = tmp_path / "low", tmp_path / "high"
     tapir("submit", str(write(out, {"prior": prior(tokens, 80)})), **slurm.environment)
@@ -145,7 +143,7 @@ def test_a_preempted_job_saves_and_comes_back(slurm: Slurm, tokens: Path, tmp_pa
     assert [step for step, _ in losses(out / "prior")] == list(range(1, 81))
 
 
-@whole
+@pytest.mark.big
 def test_the_time_limit_is_no_end(slurm: Slurm, tokens: Path, tmp_path: Path) -> None:
     out = tmp_path / "limit"
     stage = {**prior(tokens, 400), "minutes": 2}
@@ -154,7 +152,7 @@ def test_the_time_limit_is_no_end(slurm: Slurm, tokens: Path, tmp_path: Path) ->
     assert "asked to stop" in tapir("logs", str(out), **slurm.environment)
 
 
-@whole
+@pytest.mark.big
 def test_behind_a_failed_stage_nothing_waits(slurm: Slurm, tmp_path: Path) -> None:
     out = tmp_path / "failed"
     stages = {"pack": pack(), "bpe": {"flags": {"texts": "/nowhere"}}, "dvae": {}, "tokenize": {}}
@@ -166,7 +164,7 @@ def test_behind_a_failed_stage_nothing_waits(slurm: Slurm, tmp_path: Path) -> No
     assert found["tokenize"].startswith("ended: CANCELLED") and not slurm.queue()
 
 
-@whole
+@pytest.mark.big
 def test_cancel_leaves_nothing_behind(slurm: Slurm, tokens: Path, tmp_path: Path) -> None:
     out = tmp_path / "cancelled"
     stages = {"prior": prior(tokens, 5000), "evaluate": {}}
@@ -180,7 +178,7 @@ def test_cancel_leaves_nothing_behind(slurm: Slurm, tokens: Path, tmp_path: Path
     assert reached < 5000
 
 
-@whole
+@pytest.mark.big
 def test_a_bad_node_is_left_out(tmp_path: Path) -> None:
     out = tmp_path / "sound"
     tmp_path.chmod(0o755)
