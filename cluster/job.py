@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-from cluster.jobs import CANCELLED, marker_is_whole, write_marker
+from cluster.jobs import CANCELLED, read_marker, write_marker
 from cluster.processes import die_with_parent, stop
 from cluster.slurm_job import bad_nodes, leave_out, queue_again, was_cancelled
 from core.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_WRONG_INPUT, InputError
@@ -40,6 +40,8 @@ class JobSettings:
     """Markers to wait for first."""
     marker: str = ""
     """Marker to write after success; empty = none."""
+    fingerprint: str = ""
+    """Of the stage's command, for the marker."""
     again: Literal["here", "slurm", "no"] = "here"
     """After a failure, or a stop before the end: start the command again here, let Slurm queue the
     job again, or leave both to whoever looks at the exit code."""
@@ -72,7 +74,7 @@ def run_job(settings: JobSettings, command: Sequence[str]) -> int:
                 return EXIT_PREEMPTED
         if not command:
             return 0
-        if settings.marker and marker_is_whole(place, settings.marker):
+        if settings.marker and read_marker(place, settings.marker):
             LOG.info("job %s has ended well before", settings.name)
             return 0
         return _run(settings, command, place, asked)
@@ -88,7 +90,8 @@ def _run(settings: JobSettings, command: Sequence[str], place: str, asked: "_Ask
         if code == 0:
             failures.unlink(missing_ok=True)
             if settings.marker:
-                facts = {"job": settings.name, "began": began, "seconds": time.time() - began}
+                facts: dict[str, object] = {"job": settings.name, "began": began}
+                facts |= {"command": settings.fingerprint, "seconds": time.time() - began}
                 write_marker(place, settings.marker, facts)
             return 0
         if (settings.out / CANCELLED).exists() or was_cancelled():
@@ -151,7 +154,7 @@ def _without(settings: JobSettings, bad: dict[str, str]) -> int:
 def _wait_for(place: str, name: str, asked: "_Asked") -> bool:
     """Wait until a marker is there and whole; False if this process was asked to stop."""
     told = False
-    while not marker_is_whole(place, name):
+    while not read_marker(place, name):
         if asked.count:
             return False
         if not told:

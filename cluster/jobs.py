@@ -1,12 +1,13 @@
 """Jobs and chains of jobs as values; local, Slurm and Kubernetes render the same ones."""
 
+import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from core.errors import InputError
-from core.files import seal, unseal, write_atomic
+from core.errors import CorruptError, InputError
+from core.files import Json, seal, sha256, unseal, write_atomic
 from core.settings import from_json, to_json
 from core.store import open_store
 
@@ -42,6 +43,8 @@ class Resources:
             found.append(f"stages.{name}: nodes, cpus and workers must be at least 1")
         if min(self.gpus, self.minutes, self.at_once) < 0:
             found.append(f"stages.{name}: gpus, minutes and at_once must not be negative")
+        if not re.fullmatch(r"(\d+[KMGT]?)?", self.memory):
+            found.append(f"stages.{name}: memory={self.memory!r} must be like 64G")
         return found
 
 
@@ -70,6 +73,11 @@ class Job:
     def text(self) -> str:
         """The command as a user would type it."""
         return "tapir " + shlex.join(self.command)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the command."""
+        return sha256("\0".join(self.command).encode())[:12]
 
     def markers(self) -> list[str]:
         """Names of the files that are there when it has ended well."""
@@ -109,8 +117,18 @@ class Chain:
         return [self.python, "-m", "tapir", *arguments]
 
     def is_done(self, job: Job) -> bool:
-        """Say whether all markers of a job are there and whole."""
-        return all(marker_is_whole(str(self.out / MARKERS), name) for name in job.markers())
+        """Say whether all markers of a job are there and whole.
+
+        Raises: InputError if it has ended well with another command; CorruptError.
+        """
+        folder = self.out / MARKERS
+        found = [read_marker(str(folder), name) for name in job.markers()]
+        if any(facts and facts["command"] != job.fingerprint for facts in found):
+            raise InputError(
+                f"stage {job.name} of {self.out} has ended well with other flags; give another "
+                f"out, or delete {folder / job.name}*.json to run it again"
+            )
+        return all(found)
 
     def without_done(self) -> "Chain":
         """The jobs that are left, waiting only for each other."""
@@ -148,7 +166,8 @@ def read_submitted(out: Path) -> Submitted:
     path = out / CHAIN
     if not path.is_file():
         raise InputError(f"{out} holds no {CHAIN}: give the `out` of a run file that was submitted")
-    body = unseal(path.read_bytes(), str(path))
+    advice = "delete it, end what may still run by the scheduler's own commands, and submit again"
+    body = _unsealed(path.read_bytes(), str(path), advice)
     jobs = tuple(
         from_json(Job, {**job, "command": tuple(job["command"]), "after": tuple(job["after"])})
         for job in body["chain"].pop("jobs")
@@ -167,10 +186,19 @@ def write_marker(folder: str, name: str, facts: dict[str, object]) -> None:
     open_store(folder).put(name, seal(dict(facts)))
 
 
-def marker_is_whole(folder: str, name: str) -> bool:
-    """Say whether a job has ended well. Raises: CorruptError if its marker is damaged."""
+def read_marker(folder: str, name: str) -> Json:
+    """What a job that has ended well noted; nothing if it has not.
+
+    Raises: CorruptError if the note is damaged.
+    """
     store = open_store(folder)
     if not store.exists(name):
-        return False
-    unseal(store.get(name), f"{folder}/{name}")
-    return True
+        return {}
+    return _unsealed(store.get(name), f"{folder}/{name}", "delete it to run the stage again")
+
+
+def _unsealed(data: bytes, where: str, advice: str) -> Json:
+    try:
+        return unseal(data, where)
+    except CorruptError as error:
+        raise CorruptError(f"{where} is damaged: {advice}") from error

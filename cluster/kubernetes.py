@@ -240,6 +240,7 @@ def _job_command(chain: Chain, job: Job) -> list[str]:
         f"--name={name}",
         f"--out={chain.out}",
         f"--marker={name}.json",
+        f"--fingerprint={job.fingerprint}",
         "--again=no",
         f"--grace={_GRACE_SECONDS - 30}",
         *(["--saves"] if job.trains else []),

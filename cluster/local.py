@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 from cluster.jobs import CANCELLED, LOGS, SCRIPTS, Chain, Job, read_submitted
 from cluster.processes import die_with_parent, is_alive
-from core.errors import EXIT_FAILED, EXIT_PREEMPTED, TapirError
+from core.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_WRONG_INPUT, InputError, TapirError
 from core.files import canonical_json, held, write_atomic
 
 _STATE = "local.json"
@@ -66,6 +67,8 @@ def submit(chain: Chain) -> dict[str, str]:
         )
     until = time.monotonic() + 30
     while _read(chain.out).get("pid") != runner.pid:
+        if runner.poll() == EXIT_WRONG_INPUT:
+            raise InputError(f"{chain.out} is under way already: another submit was faster")
         if runner.poll() is not None or time.monotonic() > until:
             raise TapirError(f"the runner did not start; see {chain.out / LOGS / 'chain.log'}")
         time.sleep(_LOOK / 4)
@@ -133,11 +136,12 @@ class Runner:
     def _run(self, job: Job) -> int:
         """All workers of a job, so many at once as it may; the worst exit code."""
         left = list(enumerate(commands(self._chain, job, self._config)))
-        running: list[subprocess.Popen[bytes]] = []
-        most, worst = job.resources.at_once or len(left), 0
+        running: dict[subprocess.Popen[bytes], tuple[int, list[str]]] = {}
+        most, worst, killed = job.resources.at_once or len(left), 0, 0
         while running or (left and not self._asked):
             while left and len(running) < most and not self._asked:
-                running.append(self._start(job, *left.pop(0)))
+                worker = left.pop(0)
+                running[self._start(job, *worker)] = worker
             time.sleep(_LOOK)
             if self._asked:
                 for process in running:
@@ -145,7 +149,11 @@ class Runner:
                 codes = [process.wait() for process in running]
                 return max([EXIT_PREEMPTED, *codes])
             for process in [p for p in running if p.poll() is not None]:
-                running.remove(process)
+                worker = running.pop(process)
+                if process.returncode < 0 and killed < self._chain.retries:
+                    killed += 1
+                    left.append(worker)
+                    continue
                 worst = worst or (process.returncode if process.returncode >= 0 else EXIT_FAILED)
         return worst
 
@@ -157,6 +165,7 @@ class Runner:
             f"--name={name}",
             f"--out={chain.out}",
             f"--marker={name}.json",
+            f"--fingerprint={job.fingerprint}",
             f"--retries={chain.retries}",
             *(["--saves"] if job.trains else []),
             "--",
@@ -188,10 +197,10 @@ class Runner:
 
 def dry_run(chain: Chain, config: LocalConfig) -> str:
     """The same as a shell script; its workers run one after the other."""
-    lines = ["set -e", f"cd {chain.folder}"]
+    lines = ["set -e", shlex.join(["cd", str(chain.folder)])]
     for job in chain.jobs:
         lines.append(f"# {job.name}")
-        lines += [" ".join(command) for command in commands(chain, job, config)]
+        lines += [shlex.join(command) for command in commands(chain, job, config)]
     return "\n".join(lines) + "\n"
 
 
@@ -203,4 +212,8 @@ def main(out: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    try:
+        sys.exit(main(Path(sys.argv[1])))
+    except TapirError as error:
+        print(f"tapir: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

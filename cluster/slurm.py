@@ -1,6 +1,7 @@
 """Slurm: jobs as sbatch scripts that a person can read, run by hand and change."""
 
 import os
+import re
 import shlex
 import subprocess
 import time
@@ -51,8 +52,11 @@ class SlurmConfig:
             found.append(f"slurm.launcher={self.launcher!r} must be torchrun or srun")
         if self.warn_seconds < 1:
             found.append("slurm.warn_seconds must be at least 1")
-        if any(not option.startswith("--") for option in self.extra):
-            found.append("slurm.extra must be options that begin with --")
+        if any(not re.fullmatch(r"--\S+", option) for option in self.extra):
+            found.append("slurm.extra must be options without spaces that begin with --")
+        words = (self.partition, self.account, self.qos, self.constraint, self.exclude)
+        if any(re.search(r"\s", word) for word in words):
+            found.append("slurm.partition, account, qos, constraint and exclude have no spaces")
         return found
 
 
@@ -114,6 +118,7 @@ def _job_command(chain: Chain, job: Job, config: SlurmConfig) -> list[str]:
         f"--name={name}",
         f"--out={chain.out}",
         f"--marker={name}.json",
+        f"--fingerprint={job.fingerprint}",
         "--again=slurm",
         f"--retries={chain.retries}",
         *(["--saves"] if job.trains else []),

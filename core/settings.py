@@ -39,6 +39,48 @@ def from_json(kind: type[T], value: dict[str, Any]) -> T:
     return kind(**fields)
 
 
+def wrong_types(kind: type, value: Any, where: str) -> list[str]:
+    """What of a mapping from outside has not the type of the dataclass's field."""
+    if not isinstance(value, dict):
+        return [f"{where}: a mapping is wanted, not {value!r}"]
+    hints, found = typing.get_type_hints(kind), []
+    for name, item in value.items():
+        hint = hints.get(name)
+        place = f"{where}.{name}" if where else str(name)
+        if hint is None:
+            near = difflib.get_close_matches(str(name), hints, 1)
+            hint_text = f"; did you mean {near[0]!r}?" if near else f" (known: {', '.join(hints)})"
+            found.append(f"{where or 'the file'} knows no {name!r}{hint_text}")
+        elif dataclasses.is_dataclass(hint):
+            found += wrong_types(typing.cast(type, hint), item, place)
+        elif not _fits(hint, item):
+            found.append(f"{place}={item!r} must be {_words(hint)}")
+    return found
+
+
+def _fits(hint: Any, item: Any) -> bool:
+    if typing.get_origin(hint) is typing.Literal:
+        return item in typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return isinstance(item, list | tuple) and all(isinstance(each, str) for each in item)
+    if hint is Path:
+        return isinstance(item, str | Path)
+    if hint is float:
+        return isinstance(item, int | float) and not isinstance(item, bool)
+    kind = typing.get_origin(hint) or hint
+    return isinstance(item, kind) and (hint is bool or not isinstance(item, bool))
+
+
+def _words(hint: Any) -> str:
+    """A type as people say it."""
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        return "a list of texts"
+    names = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
+    return names.get(hint, "a mapping" if typing.get_origin(hint) is dict else "a text")
+
+
 def check(problems: list[str]) -> None:
     """Raise ConfigError if there are problems."""
     if problems:

@@ -16,6 +16,7 @@ slurm: {partition: main}
 
 import difflib
 import os
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -31,9 +32,10 @@ from cluster.local import LocalConfig
 from cluster.slurm import SlurmConfig
 from core.cli import parse_over
 from core.errors import ConfigError, InputError
-from core.settings import check, from_json
+from core.settings import check, from_json, wrong_types
 from data_pipeline.config import PackConfig, TokenizeConfig
 from generation.config import EvaluateConfig
+from training.config import BPETrain
 from training.presets import PRESETS
 
 STAGES = ("pack", "bpe", "dvae", "tokenize", "prior", "clip", "evaluate")
@@ -112,7 +114,16 @@ class RunFile:
         return self.out / FOLDERS.get(stage, stage)
 
     def problems(self) -> list[str]:
-        found = [] if self.name else ["name: give the run a name"]
+        found = []
+        if not re.fullmatch(r"[a-z]([-a-z0-9]{0,28}[a-z0-9])?", self.name):
+            found.append(
+                f"name={self.name!r} must be lower-case letters, digits and -, at most 30, "
+                "beginning with a letter: jobs are called by it"
+            )
+        if "://" in str(self.out) or re.search(r"[%\n]", str(self.out)):
+            found.append(f"out={str(self.out)!r} must be a folder, without % or line breaks")
+        if "://" in self.store and not self.store.startswith("s3://"):
+            found.append(f"store={self.store!r} must be s3://bucket/prefix or a folder")
         if not self.stages:
             found.append(f"stages: name at least one of {', '.join(STAGES)}")
         if self.retries < 0:
@@ -122,6 +133,13 @@ class RunFile:
             found += spec.resources.problems(name)
             if spec.resources.workers > 1 and name != "tokenize":
                 found.append(f"stages.{name}: workers are for tokenize alone; use nodes and mesh")
+            if spec.resources.nodes > 1 and name in ("pack", "bpe", "tokenize", "evaluate"):
+                found.append(f"stages.{name}: nodes are for training; tokenize has workers")
+            if spec.source and name != "pack":
+                found.append(f"stages.{name}: a source is for pack alone")
+            fixed = {"out", "dvae", "bpe", "prior", "clip", "worker", "again", "help"}
+            for flag in sorted(fixed & set(spec.flags)):
+                found.append(f"stages.{name}.flags: {flag} is the run's to set; leave it out")
             if name in PRESETS and spec.preset not in PRESETS[name]:
                 found.append(
                     f"stages.{name}: there is no preset {spec.preset!r} (known: "
@@ -138,25 +156,35 @@ def read_runfile(path: Path) -> RunFile:
     Raises: InputError for a file that is neither; ConfigError for unknown or impossible settings.
     """
     try:
-        if path.suffix == ".py":
-            body = runpy.run_path(str(path)).get("run")
-        else:
-            body = yaml.safe_load(path.read_text())
+        body = _python(path) if path.suffix == ".py" else yaml.safe_load(path.read_text())
     except FileNotFoundError as error:
         raise InputError(f"there is no run file {path}") from error
     except (yaml.YAMLError, UnicodeDecodeError, SyntaxError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     if not isinstance(body, dict):
         raise InputError(f"{path} holds no run: a mapping of name, out and stages is wanted")
-    stages = body.pop("stages", None) or {}
+    body = {name: item for name, item in body.items() if item is not None}
+    stages = body.get("stages", {})
+    check(wrong_types(RunFile, body, ""))
     _refuse_unknown("stages", stages, STAGES)
     specs = {name: _stage(name, stages[name]) for name in STAGES if name in stages}
     missing = [name for name in ("name", "out") if not body.get(name)]
     check([f"{name}: missing in {path}" for name in missing])
-    run = from_json(RunFile, {**body, "out": str(body["out"])})
+    out = Path(body["out"]).expanduser()
+    run = from_json(RunFile, {**body, "out": str(out), "stages": {}})
     run = RunFile(**{**vars(run), "stages": specs})
     check(run.problems())
     return run
+
+
+def _python(path: Path) -> Any:
+    """What a Python file calls `run`. Raises: InputError if it does not run to its end."""
+    try:
+        return runpy.run_path(str(path)).get("run")
+    except FileNotFoundError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{path} failed: {type(error).__name__}: {error}") from error
 
 
 def chain_of(run: RunFile, to: Place) -> Chain:
@@ -203,6 +231,8 @@ class _Builder:
         trains = self._name in PRESETS and self._name != "bpe"
         command = make.get(self._name, self._train)()
         world = self._world(command) if trains else 1
+        if self._name == "bpe":
+            self.problems += parse_over(BPETrain(), command[3:], "train bpe").problems()
         resources = self._spec.resources
         if world % resources.nodes:
             self.problems.append(
@@ -225,12 +255,12 @@ class _Builder:
 
     def _pack(self) -> list[str]:
         config = parse_over(PackConfig(), self._flags, "pack")
-        self.problems += config.problems()
+        self.problems += [f"stages.pack: {text}" for text in config.problems()]
         return ["pack", self._spec.source, self._run.raw, *self._flags]
 
     def _tokenize(self) -> list[str]:
         config = parse_over(TokenizeConfig(), self._flags, "tokenize")
-        self.problems += config.problems()
+        self.problems += [f"stages.tokenize: {text}" for text in config.problems()]
         models = [f"--{name}={self._run.folder(name)}" for name in ("dvae", "bpe")]
         return ["tokenize", self._run.raw, self._run.tokens, *models, *self._flags]
 
@@ -259,11 +289,19 @@ def _stage(name: str, body: Any) -> StageSpec:
     body = {} if body is None else body
     if not isinstance(body, dict) or not isinstance(body.get("flags") or {}, dict):
         raise ConfigError(f"stages.{name}: a mapping is wanted, e.g. {{flags: {{loop.steps: 9}}}}")
+    body = {key: item for key, item in body.items() if item is not None}
+    flags = body.get("flags", {})
+    plain = all(isinstance(v, str | int | float) and isinstance(k, str) for k, v in flags.items())
+    if not plain:
+        raise ConfigError(f"stages.{name}.flags: texts, numbers, true or false are wanted")
     needs = {each.name for each in fields(Resources)}
     known = {"preset", "source", "flags", *needs}
     _refuse_unknown(f"stages.{name}", body, known)
-    resources = from_json(Resources, {key: body[key] for key in body if key in needs})
-    rest = {key: body[key] for key in body if key not in needs and body[key] is not None}
+    asked = {key: body[key] for key in body if key in needs}
+    rest = {key: body[key] for key in body if key not in needs}
+    where = f"stages.{name}"
+    check(wrong_types(Resources, asked, where) + wrong_types(StageSpec, rest, where))
+    resources = from_json(Resources, asked)
     return StageSpec(**rest, resources=resources)
 
 

@@ -3,7 +3,8 @@
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from cluster.job import JobSettings, run_job
 from cluster.jobs import (
     CANCELLED,
     CHAIN,
+    LOGS,
     SCRIPTS,
     Chain,
     Place,
@@ -67,7 +69,8 @@ def submit(arguments: list[str]) -> None:
         if json:
             print_json({"out": str(chain.out), "to": place, "jobs": sent.ids})
         if wait:
-            _wait(sent)
+            with _only_looking():
+                _wait(sent)
 
     parse(run, arguments, "submit")
 
@@ -85,7 +88,8 @@ def resume(arguments: list[str]) -> None:
         submitted = read_submitted(out)
         sent = _send(submitted)
         if wait:
-            _wait(sent)
+            with _only_looking():
+                _wait(sent)
 
     parse(run, arguments, "resume")
 
@@ -100,6 +104,9 @@ def cancel(arguments: list[str]) -> None:
             out: the `out` of a run file that was submitted
         """
         submitted = read_submitted(out)
+        if is_over(submitted, states_of(submitted)):
+            LOG.info("nothing of %s runs or waits", out)
+            return
         (submitted.chain.out / CANCELLED).touch()
         if submitted.to == "local":
             local.cancel(submitted.chain.out)
@@ -160,17 +167,18 @@ def logs(arguments: list[str]) -> None:
                 config = _kubernetes(submitted)
                 subprocess.run(kubernetes.logs_command(submitted.chain, config, name, follow))
             return
-        _follow(submitted, stage, follow)
+        with _only_looking():
+            _follow(submitted, stage, follow)
 
     parse(run, arguments, "logs")
 
 
 def job(arguments: list[str]) -> None:
-    """`tapir job [flags] -- COMMAND`."""
+    """`tapir job [flags] -- COMMAND ...`."""
     cut = arguments.index("--") if "--" in arguments else len(arguments)
 
     def run(settings: Annotated[JobSettings, _FLAT] = JobSettings()) -> None:  # noqa: B008
-        """Run a command as a job of a chain: `tapir submit` writes these; you rarely need it.
+        """Run what stands behind -- as a job of a chain; `tapir submit` writes these commands.
 
         Args:
             settings: how
@@ -226,10 +234,10 @@ def _send(submitted: Submitted) -> Submitted:
         for path in (chain.out / SCRIPTS).glob(f"{left.name}*.failures"):
             path.unlink()
     (chain.out / SCRIPTS / slurm_job.BAD_NODES).unlink(missing_ok=True)
-    write_submitted(submitted)
     if not chain.jobs:
         LOG.info("all jobs of %s have ended well before", chain.out)
         return submitted
+    write_submitted(submitted)
     if submitted.to == "local":
         ids = local.submit(chain)
     elif submitted.to == "slurm":
@@ -284,6 +292,16 @@ def _table(states: dict[str, str]) -> str:
     return "\n".join(f"{name:<10} {text}" for name, text in states.items())
 
 
+@contextmanager
+def _only_looking() -> Iterator[None]:
+    """Ctrl-C ends the looking alone; the run goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        LOG.info("the run goes on; `tapir cancel` ends it")
+        sys.exit(130)
+
+
 def _wait(submitted: Submitted) -> None:
     """Log every change until the chain is over; exits with 1 if a job failed."""
     shown: dict[str, str] = {}
@@ -296,8 +314,22 @@ def _wait(submitted: Submitted) -> None:
         if is_over(submitted, states):
             break
         time.sleep(_LOOK)
+    for name, text in shown.items():
+        if text.startswith(("failed", "ended: FAILED")) and (why := _last_line(submitted, name)):
+            LOG.error("%s: %s (all of it: tapir logs %s %s)", name, why, submitted.chain.out, name)
     if any(text != "done" for text in shown.values()):
         sys.exit(1)
+
+
+def _last_line(submitted: Submitted, name: str) -> str:
+    """What a job said last of its trouble, before `tapir job` named the exit code."""
+    lines = [
+        line
+        for path in sorted(submitted.chain.out.glob(f"{LOGS}/{name}*.log"))
+        for line in path.read_text(errors="replace").splitlines()
+        if line.strip() and f"job {name}" not in line
+    ]
+    return lines[-1] if lines else ""
 
 
 def _follow(submitted: Submitted, stage: str, follow: bool) -> None:
