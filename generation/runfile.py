@@ -120,7 +120,7 @@ class RunFile:
                 f"name={self.name!r} must be lower-case letters, digits and -, at most 30, "
                 "beginning with a letter: jobs are called by it"
             )
-        if "://" in str(self.out) or re.search(r"[%\n]", str(self.out)):
+        if re.search(r"^\w+:/|[%\n]", str(self.out)):
             found.append(f"out={str(self.out)!r} must be a folder, without % or line breaks")
         if "://" in self.store and not self.store.startswith("s3://"):
             found.append(f"store={self.store!r} must be s3://bucket/prefix or a folder")

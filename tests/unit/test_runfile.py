@@ -11,7 +11,7 @@ import yaml
 
 from cluster import kubernetes, slurm
 from cluster.jobs import Submitted, read_submitted, write_marker, write_submitted
-from core.errors import CorruptError, TapirError
+from core.errors import CorruptError, InputError, TapirError
 from generation.runfile import chain_of, read_runfile, settings_of
 from tests.harness import ROOT, tapir
 
@@ -77,10 +77,20 @@ def test_finished_jobs_are_not_sent_again(tmp_path: Path) -> None:
     write_submitted(submitted)
     assert read_submitted(tmp_path / "o") == submitted
     markers = tmp_path / "o" / "markers"
-    for name in ("pack.json", "bpe.json", "tokenize-0.json"):
-        write_marker(str(markers), name, {"seconds": 1.0})
+    commands = {job.name: job.fingerprint for job in chain.jobs}
+    for name in ("pack", "bpe", "tokenize-0"):
+        facts = {"seconds": 1.0, "command": commands[name.split("-")[0]]}
+        write_marker(str(markers), f"{name}.json", facts)
     left = {job.name: job.after for job in chain.without_done().jobs}
     assert "pack" not in left and left["dvae"] == () and left["tokenize"] == ("dvae",)
+    other = chain_of(
+        read_runfile(
+            write(tmp_path, {"out": str(tmp_path / "o")}, bpe={"flags": {"vocabulary": 300}})
+        ),
+        "local",
+    )
+    with pytest.raises(InputError, match=r"stage bpe .* with other flags"):
+        other.without_done()
     (markers / "pack.json").write_text("{}")
     with pytest.raises(CorruptError, match="damaged"):
         chain.without_done()
@@ -99,6 +109,19 @@ def test_finished_jobs_are_not_sent_again(tmp_path: Path) -> None:
         ({"name": ""}, {}, "name: missing"),
         ({"slurm": {"launcher": "ssh"}}, {}, "must be torchrun or srun"),
         ({"retires": 3}, {}, "did you mean 'retries'"),
+        ({"retries": "many"}, {}, "retries='many' must be a whole number"),
+        ({"name": "My run"}, {}, "must be lower-case letters"),
+        ({"out": "s3://bucket/run"}, {}, "must be a folder"),
+        ({"store": "gs://bucket"}, {}, "must be s3://bucket/prefix"),
+        ({"slurm": 5}, {}, "slurm: a mapping is wanted"),
+        ({"slurm": {"partition": "a b"}}, {}, "have no spaces"),
+        ({"environment": "HOME"}, {}, "environment='HOME' must be a list of texts"),
+        ({"to": "mars"}, {}, "to='mars' must be local or slurm or kubernetes"),
+        ({}, {"prior": {"minutes": "1:00:00"}}, "stages.prior.minutes='1:00:00' must be"),
+        ({}, {"prior": {"memory": "lots"}}, "must be like 64G"),
+        ({}, {"prior": {"flags": {"out": "/x"}}}, "out is the run's to set"),
+        ({}, {"dvae": {"flags": [1]}}, "a mapping is wanted"),
+        ({}, {"pack": {"source": "shapes", "nodes": 2}}, "nodes are for training"),
     ],
 )
 def test_a_wrong_run_is_refused(
