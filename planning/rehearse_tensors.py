@@ -9,7 +9,7 @@ small whole-numbered messages arrive: a broker carries them between the rehearse
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 import models.draws
 import models.prior
+import parallel.replicas
 from parallel.placement import Placement
 from planning.sequence import Operation
 from planning.sequence_record import NAMESPACE, Recorder
@@ -99,7 +100,7 @@ class Shadows(TorchDispatchMode):
         return function(*arguments, **named)
 
     def _shadow(self, function: Any, types: Any, arguments: Any, named: Any) -> Any:
-        plain = function in _PLAIN and _only_shadows(arguments)
+        plain = function in _PLAIN and all(self._is_own(x) for x in arguments)
         if plain:
             inside = {name: value for name, value in named.items() if name != "device"}
             with in_kernel_invocation_manager(self._fake):
@@ -113,6 +114,12 @@ class Shadows(TorchDispatchMode):
             place, name = written
             return arguments[place] if place < len(arguments) else named[name]
         return FakeTensor(self._fake, found, _CPU) if plain else found
+
+    def _is_own(self, argument: Any) -> bool:
+        """False for real tensors, and for shadows that a deep copy gave a mode of their own."""
+        if isinstance(argument, FakeTensor):
+            return argument.fake_mode is self._fake
+        return not isinstance(argument, Tensor)
 
     def _communicate(self, function: Any, arguments: Any) -> Any:
         operation = self._recorder.note(function, arguments)
@@ -155,6 +162,7 @@ def without_arithmetic() -> Iterator[None]:
     changes: list[tuple[Any, str, Callable[..., Any]]] = [
         (models.draws, "_rows", _no_draws),
         (models.draws, "_gumbel", lambda shape, key, device: torch.zeros(shape)),
+        (parallel.replicas, "fingerprint", _no_sums),
         (models.prior, "banded_attention", lambda q, k, v, band: q + k + v),
         (nn.Module, "_apply", _apply),
     ]
@@ -171,6 +179,11 @@ def without_arithmetic() -> Iterator[None]:
 def _no_draws(part: Placement, seed: int, name: str) -> Tensor:
     """Rows of zeros in the place of drawn ones."""
     return torch.zeros(part.rows, *part.shape[1:])
+
+
+def _no_sums(tensors: Iterable[Tensor]) -> Tensor:
+    """Fingerprints of zero."""
+    return torch.zeros(len(list(tensors)), dtype=torch.int64)
 
 
 def _apply(
@@ -190,10 +203,6 @@ def _apply(
         for name, buffer in owner._buffers.items():
             owner._buffers[name] = buffer if buffer is None else change(buffer)
     return module
-
-
-def _only_shadows(arguments: Any) -> bool:
-    return all(isinstance(a, FakeTensor) or not isinstance(a, Tensor) for a in arguments)
 
 
 def _readable(tensor: Tensor) -> bool:
