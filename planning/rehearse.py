@@ -1,8 +1,9 @@
 """Prove that all ranks' collectives match, before a cluster is paid for.
 
-One run for each role of rank: every stage, and on the other axes of the mesh the first rank, the
-second and the last. Each runs the real engine over the claimed world, on tensors without memory;
-then the queues of all ranks of the world are played against each other.
+One run for each role of rank: every stage, and on the other axes of the mesh the first rank and the
+last, which stands for those between; without a pipeline, the second one too. Each runs the real
+engine over the claimed world, on tensors without memory; then the queues of all ranks of the world
+are played against each other.
 """
 
 import time
@@ -35,7 +36,7 @@ class Rehearsal:
     stage: str
     mesh: MeshConfig
     batch: int
-    """Global batch size, grown with the replicas if the mesh was."""
+    """Global batch size."""
     micro_batches: int
     steps: int
     """Training steps that were rehearsed, before an evaluation and a comparison of replicas."""
@@ -61,14 +62,12 @@ def rehearse(
 ) -> Rehearsal:
     """Run each role of the settings' world and compare all ranks.
 
-    Raises: ConfigError with every problem of the settings.
+    Raises: RankError if a process of the rehearsal dies.
     """
     began = time.perf_counter()
-    check(settings.problems(settings.mesh.world))
-    if settings.mesh.world < 2:
-        raise ConfigError("one rank has nobody to communicate with; give --world 2 or more")
     grid, ranks = Grid(settings.mesh), roles_of(settings.mesh)
-    tasks = [RankTask(stage=stage, settings=settings, rank=rank) for rank in ranks]
+    steps = 2 if settings.engine.zero_stage == 3 else 1  # it fetches ahead what a step has read
+    tasks = [RankTask(stage=stage, settings=settings, rank=rank, steps=steps) for rank in ranks]
     sequences = {found.rank: found for found in pool.run(tasks, runner, jobs)}
     roles = Roles(grid, ranks)
     outcome = play(roles, sequences)
@@ -78,7 +77,7 @@ def rehearse(
         mesh=settings.mesh,
         batch=settings.loop.batch,
         micro_batches=settings.engine.accumulate,
-        steps=tasks[0].steps,
+        steps=steps,
         roles=len(ranks),
         calls=dict(Counter(op.kind for op in sequences[0].operations)),
         operations=outcome.operations,
@@ -88,20 +87,34 @@ def rehearse(
     )
 
 
+def checked(settings: Any) -> Any:
+    """The settings, if they can be rehearsed.
+
+    Raises: ConfigError with every problem of them.
+    """
+    check(settings.problems(settings.mesh.world))
+    if settings.mesh.world < 2:
+        raise ConfigError("one rank has nobody to communicate with; give --world 2 or more")
+    return settings
+
+
 def roles_of(mesh: MeshConfig) -> list[int]:
     """The ranks to run: stages next to each other, since they wait for each other's shapes."""
     grid = Grid(mesh)
     stages, *others = grid.sizes
-    chosen = [sorted({0, min(1, size - 1), size - 1}) for size in others]
+    second = {1} if stages == 1 else set()
+    chosen = [sorted(({0} | second | {size - 1}) & set(range(size))) for size in others]
     return [grid.rank((stage, *place)) for place in product(*chosen) for stage in range(stages)]
 
 
 def scaled(settings: Any, world: int) -> Any:
-    """The same settings on so many ranks: more or fewer replicas, each with as many samples.
+    """The same settings on so many ranks, by more or fewer replicas.
 
+    The global batch stays if each replica then has whole micro-batches of the same size; else each
+    replica keeps its samples.
     Raises: ConfigError if whole replicas do not make up that number.
     """
-    mesh = settings.mesh
+    mesh, batch = settings.mesh, settings.loop.batch
     block = mesh.tensor * mesh.pipeline
     if world < 1 or world % block:
         near = max(1, round(world / block)) * block
@@ -111,11 +124,18 @@ def scaled(settings: Any, world: int) -> Any:
         )
     data = world // block
     machines = max(1, data // mesh.local) if mesh.machines > 1 else 1
+    lanes, accumulate = settings.order.lanes, settings.engine.accumulate
+    micro = batch // mesh.data // accumulate
+    if batch % (data * micro) == 0 and lanes % data == 0:
+        accumulate = batch // data // micro
+    else:
+        batch, lanes = (max(1, count // mesh.data) * data for count in (batch, lanes))
     return replace(
         settings,
         mesh=replace(mesh, data=data, machines=machines),
-        loop=replace(settings.loop, batch=_grown(settings.loop.batch, mesh.data, data)),
-        order=replace(settings.order, lanes=_grown(settings.order.lanes, mesh.data, data)),
+        loop=replace(settings.loop, batch=batch),
+        order=replace(settings.order, lanes=lanes),
+        engine=replace(settings.engine, accumulate=accumulate),
     )
 
 
@@ -130,7 +150,3 @@ def filled(preset: str, settings: StageConfig) -> Any:
         codes, grid = model.image_vocabulary or dvae.codebook, model.grid or dvae.grid
         model = replace(model, image_vocabulary=codes, grid=grid)
     return replace(settings, model=model)  # type: ignore[call-arg]
-
-
-def _grown(count: int, before: int, after: int) -> int:
-    return max(1, count // before) * after

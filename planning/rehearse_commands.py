@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from core.cli import parse_over, print_json
 from core.errors import EXIT_FAILED, InputError
 from core.settings import to_json
-from planning.rehearse import Rehearsal, filled, rehearse, scaled
+from planning.rehearse import Rehearsal, checked, filled, rehearse, scaled
 from planning.rehearse_pool import Pool
 from training.presets import PRESETS
 
@@ -21,8 +21,9 @@ before a cluster is paid for. One rank of each role makes training steps with th
 world that is only claimed, on tensors without memory; then all ranks' calls are played together.
 
   PRESET       a preset of tapir train; `all` rehearses every one
-  --world N    ranks; other than the preset's own, its data-parallel degree follows, and each
-               replica keeps its number of samples (default: the preset's mesh)
+  --world N    ranks; the data-parallel degree follows. The global batch stays where it can be
+               dealt out in micro-batches of the preset's size; else each replica keeps its
+               samples (default: the preset's mesh)
   --stage      prior, dvae or clip; by default the first one that has this preset
   --jobs N     ranks that run at a time (default: the cores of this machine)
   --json       print a JSON object on the last line
@@ -43,13 +44,16 @@ def rehearse_verb(arguments: list[str]) -> None:
     own, flags = _own_flags(rest)
     world = _number(own, "--world", 0)
     jobs = _number(own, "--jobs", os.cpu_count() or 1)
+    wanted = []
+    for stage, name in _chosen(preset, own.get("--stage", "")):
+        settings = PRESETS[stage][name]()
+        if flags:
+            settings = parse_over(settings, flags, f"rehearse {name}")
+        settings = filled(name, scaled(settings, world or settings.mesh.world))
+        wanted.append((name, stage, checked(settings)))
     found = []
     with Pool() as pool:
-        for stage, name in _chosen(preset, own.get("--stage", "")):
-            settings = PRESETS[stage][name]()
-            if flags:
-                settings = parse_over(settings, flags, f"rehearse {name}")
-            settings = filled(name, scaled(settings, world or settings.mesh.world))
+        for name, stage, settings in wanted:
             found.append(rehearse(name, stage, settings, pool, jobs=jobs))
             print("\n".join(_lines(found[-1])), flush=True)
     matches = all(one.matches for one in found)
@@ -106,6 +110,10 @@ def _chosen(preset: str, stage: str) -> Iterator[tuple[str, str]]:
     yield found[0]
 
 
+def _times(count: int, what: str) -> str:
+    return f"{count} {what}" + ("s" if count > 1 else "")
+
+
 def _lines(found: Rehearsal) -> list[str]:
     """A rehearsal for the terminal."""
     mesh = found.mesh
@@ -115,8 +123,8 @@ def _lines(found: Rehearsal) -> list[str]:
         f"{found.stage} {found.preset}: {mesh.world} ranks = data {mesh.data} x tensor "
         f"{mesh.tensor} x pipeline {mesh.pipeline}{cut}; batch {found.batch:,}, "
         f"{found.micro_batches} micro-batches a step",
-        f"  {found.roles} roles ran {found.steps} steps, an evaluation and a comparison of "
-        f"replicas in {found.seconds:.0f} s; rank 0: {calls}",
+        f"  {found.roles} roles ran {_times(found.steps, 'step')}, an evaluation and a comparison "
+        f"of replicas in {found.seconds:.0f} s; rank 0: {calls}",
     ]
     if found.mismatch is not None:
         return [*lines, found.mismatch.report()]

@@ -4,6 +4,7 @@ The ranks take turns on the cores. One that waits for a message of another gives
 all wait, nobody will ever send, and they are told so.
 """
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -75,6 +76,7 @@ def _serve(link: Link) -> None:
         mesh, engine = tasks[0].settings.mesh, tasks[0].settings.engine.name
         for name in modules_of(engine, mesh.world > mesh.data):
             importlib.import_module(name)
+        gc.freeze()  # what is imported stays shared with the forks
         stage = _Stage(tasks, runner, jobs)
         try:
             link.send(stage.play())
@@ -177,5 +179,6 @@ class _Messenger:
 
 def _be_rank(link: Link, task: Any, runner: Runner) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.disable()  # a short life, without large memory
     link.send(("done", runner(task, _Messenger(link))))
     link.close()

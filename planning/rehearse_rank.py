@@ -34,8 +34,8 @@ class RankTask:
     stage: str
     settings: StageConfig
     rank: int
-    steps: int = 2
-    """Training steps: the second one may prefetch what the first one has seen."""
+    steps: int
+    """Training steps."""
 
 
 class _DVAEWithoutData(DVAETask):

@@ -73,6 +73,8 @@ class Shadows(TorchDispatchMode):
         if function.namespace == NAMESPACE:
             return self._communicate(function, arguments)
         if FakeTensor in types:
+            if function is torch.ops.prim.device.default:
+                return arguments[0].fake_device
             if function is _aten._local_scalar_dense.default:
                 return _value_of(arguments[0])
             return self._shadow(function, types, arguments, named)

@@ -65,8 +65,8 @@ class Roles:
         for at, chosen, size in zip(
             self.grid.place(rank), self._chosen, self.grid.sizes, strict=True
         ):
-            inner = [c for c in chosen if 0 < c < size - 1]
-            place.append(at if at in chosen or not inner else inner[0])
+            between = next((c for c in chosen if 0 < c < size - 1), size - 1)
+            place.append(at if at in chosen else between)
         return self.grid.rank(tuple(place))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from planning.sequence import CREATE, Grid, Operation
 from planning.sequence import Sequence as RankSequence
-from planning.sequence_check import Outcome, Roles
+from planning.sequence_check import Outcome, Roles, Stuck
 
 _HINTS = {
     "failed": "the rank fails before it communicates wrongly: mend this error first",
@@ -112,8 +112,7 @@ class _Reporter:
                 continue
             usual = max(classes, key=lambda c: (classes[c], len(c)))
             odd = next(rank for rank in ranks if calls[rank] != usual)
-            other = next(rank for rank in ranks if calls[rank] == usual)
-            found.append(self._compare(odd, other))
+            found.append(self._compare(odd, [rank for rank in ranks if calls[rank] == usual]))
         return min(found, key=lambda pair: pair[0])[1] if found else None
 
     def where_they_meet(self) -> Mismatch | None:
@@ -159,24 +158,32 @@ class _Reporter:
         sides = [self._side(role, index) for role, index in roles[:_SHOWN]]
         return self._mismatch("deadlock", text, sides)
 
-    def _compare(self, odd: int, other: int) -> tuple[int, Mismatch]:
-        """Name the first call in which a rank differs from one of its stage."""
-        mine, usual = self._relative(odd, True), self._relative(other, True)
+    def _compare(self, odd: int, others: list[int]) -> tuple[int, Mismatch]:
+        """Name the first call in which a rank differs from those of its stage."""
+        mine, usual = self._relative(odd, True), self._relative(others[0], True)
         at = _common(mine, usual)
+        met = self._operation(odd, min(at, self._count(odd) - 1)).group
+        other = next((rank for rank in others if rank in met), others[0])
         runs = {
+            "changed": _common(mine[at + 1 :], usual[at + 1 :]),
             "skipped call": _common(mine[at:], usual[at + 1 :]),
             "extra call": _common(mine[at + 1 :], usual[at:]),
-            "changed": _common(mine[at + 1 :], usual[at + 1 :]),
         }
         kind = max(runs, key=lambda name: runs[name])
-        places = [(odd, at), (other, at)]
+        shown = [(odd, at), (other, at)]
         if kind == "changed":
             kind = self._change(odd, other, at)
         elif self._operations(odd, other, at)[0 if kind == "extra call" else 1].paired:
             kind = "missing message"
+            shown += [(one.role, one.index) for one in self._outcome.stuck if self._waits(one, odd)]
         text = f"rank {odd} differs from rank {other}, which stands at the same stage"
-        sides = [self._side(rank, i) for rank, i in places if i < self._count(rank)]
+        sides = [self._side(rank, i) for rank, i in shown if i < self._count(rank)]
         return at, self._mismatch(kind, text, sides)
+
+    def _waits(self, one: Stuck, other: int) -> bool:
+        """True if a rehearsed rank waits for a message of another."""
+        op = self._operation(one.role, one.index)
+        return one.rank == one.role and op.paired and op.group[0] == other
 
     def _change(self, odd: int, other: int, at: int) -> str:
         """What is different about the call that a rank makes in another's place."""

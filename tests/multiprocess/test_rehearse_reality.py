@@ -115,9 +115,7 @@ def test_the_rehearsed_sequence_is_the_real_one(name: str, pool: Pool, tmp_path:
     stage, settings = CASES[name]
     settings = replace(settings, out=tmp_path)
     world = settings.mesh.world
-    tasks = [
-        RankTask(stage=stage, settings=settings, rank=rank, steps=2) for rank in range(world)
-    ]
+    tasks = [RankTask(stage=stage, settings=settings, rank=rank, steps=2) for rank in range(world)]
     real = pool.run(tasks, run_real, world)
     rehearsed = pool.run(tasks, run_rank, 2)
     for one, other in zip(rehearsed, real, strict=True):
