@@ -18,7 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._C._distributed_c10d import FakeWork
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -32,11 +36,23 @@ warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTen
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 SMALL = 2**20
 """Elements up to which a whole-numbered tensor is real."""
-Channel = tuple[str | int, ...]
+Channel = tuple[object, ...]
 """Who speaks to whom: ("send", from, to), or ("broadcast", from, *ranks of the group)."""
 _MAKERS = ("empty", "zeros", "ones", "full", "empty_strided", "rand", "randn", "randint", "normal")
 _LIKE = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")
 _aten = torch.ops.aten
+_PLAIN = frozenset(
+    getattr(getattr(_aten, name), overload)
+    for overload, names in {
+        "default": "view t detach mm addmm bmm gelu gelu_backward clone _unsafe_view _to_copy",
+        "Tensor": "add add_ mul slice",
+        "int": "transpose",
+        "dim_IntList": "sum",
+    }.items()
+    for name in names.split()
+)
+"""Functions of which there are very many: torch's rules for shapes, without its book-keeping."""
+_CPU = torch.device("cpu")
 
 
 class Broker(Protocol):
@@ -83,14 +99,20 @@ class Shadows(TorchDispatchMode):
         return function(*arguments, **named)
 
     def _shadow(self, function: Any, types: Any, arguments: Any, named: Any) -> Any:
-        found = self._fake.dispatch(function, types, arguments, named)
+        plain = function in _PLAIN and _only_shadows(arguments)
+        if plain:
+            inside = {name: value for name, value in named.items() if name != "device"}
+            with in_kernel_invocation_manager(self._fake):
+                found = function(*arguments, **inside)
+        else:
+            found = self._fake.dispatch(function, types, arguments, named)
         if function is _aten.any.default:
             found.says_no = True
         written = _written(function)
-        if written is None:
-            return found
-        place, name = written
-        return arguments[place] if place < len(arguments) else named[name]
+        if written is not None:
+            place, name = written
+            return arguments[place] if place < len(arguments) else named[name]
+        return FakeTensor(self._fake, found, _CPU) if plain else found
 
     def _communicate(self, function: Any, arguments: Any) -> Any:
         operation = self._recorder.note(function, arguments)
@@ -159,7 +181,7 @@ def _apply(
         for name, held in owner._parameters.items():
             with torch.no_grad():
                 changed = held if held is None else change(held)
-            if held is None or changed is held:
+            if held is None or changed is None or changed is held:
                 continue
             made = nn.Parameter(changed, requires_grad=held.requires_grad)
             for noted, value in vars(held).items():
@@ -168,6 +190,10 @@ def _apply(
         for name, buffer in owner._buffers.items():
             owner._buffers[name] = buffer if buffer is None else change(buffer)
     return module
+
+
+def _only_shadows(arguments: Any) -> bool:
+    return all(isinstance(a, FakeTensor) or not isinstance(a, Tensor) for a in arguments)
 
 
 def _readable(tensor: Tensor) -> bool:

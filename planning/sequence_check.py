@@ -153,7 +153,8 @@ class _Player:
             sides = (rank, other) if op.kind == "send" else (other, rank)
             return ("message", *sides), 2
         if step.spans is None:
-            return ("ranks", *op.group), len(op.group)
+            member = rank in op.group
+            return (("ranks", *op.group), len(op.group)) if member else (("none", rank), 2)
         fixed = (-1 if whole else at for at, whole in zip(place, step.spans, strict=True))
         return ("axes", *fixed), len(op.group)
 

@@ -160,8 +160,8 @@ def _known_file(path: str) -> str:
     """A file of Tapir or of a library that it trains with, by its short name; else nothing."""
     parts = Path(path).parts
     if "site-packages" in parts:
-        inside = "/".join(parts[parts.index("site-packages") + 1 :])
-        return "" if inside.startswith(_WRAPPERS) or not inside.startswith(_LIBRARIES) else inside
+        short = "/".join(parts[parts.index("site-packages") + 1 :])
+        return "" if short.startswith(_WRAPPERS) or not short.startswith(_LIBRARIES) else short
     if not Path(path).is_relative_to(ROOT):
         return ""
     inside = Path(path).relative_to(ROOT)
