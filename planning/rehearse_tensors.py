@@ -9,7 +9,7 @@ small whole-numbered messages arrive: a broker carries them between the rehearse
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 import models.draws
 import models.prior
+import parallel.replicas
 from parallel.placement import Placement
 from planning.sequence import Operation
 from planning.sequence_record import NAMESPACE, Recorder
@@ -155,6 +156,7 @@ def without_arithmetic() -> Iterator[None]:
     changes: list[tuple[Any, str, Callable[..., Any]]] = [
         (models.draws, "_rows", _no_draws),
         (models.draws, "_gumbel", lambda shape, key, device: torch.zeros(shape)),
+        (parallel.replicas, "fingerprint", _no_sums),
         (models.prior, "banded_attention", lambda q, k, v, band: q + k + v),
         (nn.Module, "_apply", _apply),
     ]
@@ -171,6 +173,11 @@ def without_arithmetic() -> Iterator[None]:
 def _no_draws(part: Placement, seed: int, name: str) -> Tensor:
     """Rows of zeros in the place of drawn ones."""
     return torch.zeros(part.rows, *part.shape[1:])
+
+
+def _no_sums(tensors: Iterable[Tensor]) -> Tensor:
+    """Fingerprints of zero."""
+    return torch.zeros(len(list(tensors)), dtype=torch.int64)
 
 
 def _apply(
