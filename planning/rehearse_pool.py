@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from cluster.processes import die_with_parent
 from core.errors import RankError
 from core.log import set_up_logging
 from parallel.engines.names import modules_of
@@ -40,9 +41,9 @@ class Pool:
         theirs.close()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
         self._link.close()
-        self._server.join(_PATIENCE)
+        self._server.join(0 if error else _PATIENCE)
         self._server.kill()
         self._server.join()
 
@@ -65,6 +66,7 @@ class Pool:
 
 def _serve(link: Link) -> None:
     """Import what the ranks need once, then fork them, until the other side closes the pipe."""
+    die_with_parent()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_up_logging(1)
@@ -178,6 +180,7 @@ class _Messenger:
 
 
 def _be_rank(link: Link, task: Any, runner: Runner) -> None:
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.disable()  # a short life, without large memory
     link.send(("done", runner(task, _Messenger(link))))

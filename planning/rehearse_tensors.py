@@ -100,7 +100,7 @@ class Shadows(TorchDispatchMode):
         return function(*arguments, **named)
 
     def _shadow(self, function: Any, types: Any, arguments: Any, named: Any) -> Any:
-        plain = function in _PLAIN and _only_shadows(arguments)
+        plain = function in _PLAIN and all(self._is_own(x) for x in arguments)
         if plain:
             inside = {name: value for name, value in named.items() if name != "device"}
             with in_kernel_invocation_manager(self._fake):
@@ -114,6 +114,12 @@ class Shadows(TorchDispatchMode):
             place, name = written
             return arguments[place] if place < len(arguments) else named[name]
         return FakeTensor(self._fake, found, _CPU) if plain else found
+
+    def _is_own(self, argument: Any) -> bool:
+        """False for real tensors, and for shadows that a deep copy gave a mode of their own."""
+        if isinstance(argument, FakeTensor):
+            return argument.fake_mode is self._fake
+        return not isinstance(argument, Tensor)
 
     def _communicate(self, function: Any, arguments: Any) -> Any:
         operation = self._recorder.note(function, arguments)
@@ -197,10 +203,6 @@ def _apply(
         for name, buffer in owner._buffers.items():
             owner._buffers[name] = buffer if buffer is None else change(buffer)
     return module
-
-
-def _only_shadows(arguments: Any) -> bool:
-    return all(isinstance(a, FakeTensor) or not isinstance(a, Tensor) for a in arguments)
 
 
 def _readable(tensor: Tensor) -> bool:
