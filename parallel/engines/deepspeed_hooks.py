@@ -105,6 +105,9 @@ def initialize(
             "streams that DeepSpeed's own one waits for"
         )
     start_comm()
+    for parameter in module.parameters():
+        if parameter.dim() and parameter.stride(-1) != 1:  # channels last: no view as bytes
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     with quiet():
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=mpu)
     return engine

@@ -22,15 +22,17 @@ MODEL = PriorConfig(
 )
 
 
-def prior(mesh: MeshConfig, rank: int = 0, precision: Any = "fp32", **engine: Any) -> PriorTrain:
-    """A small prior, two samples a micro-batch."""
+def prior(
+    mesh: MeshConfig, rank: int = 0, precision: Any = "fp32", samples: int = 2, **engine: Any
+) -> PriorTrain:
+    """A small prior with so many samples a micro-batch."""
     settings = EngineConfig(accumulate=2, precision=precision, **engine)
     return PriorTrain(
         model=MODEL,
         mesh=mesh,
         engine=settings,
         compress=CompressConfig(rank=rank),
-        loop=LoopConfig(batch=4 * mesh.data),
+        loop=LoopConfig(batch=2 * samples * mesh.data),
         optim=OptimConfig(clip_norm=0.5),
     )
 
@@ -42,6 +44,7 @@ CASES: dict[str, tuple[str, Any]] = {
             MeshConfig(tensor=2, pipeline=2),
             name="deepspeed_pipe",
             precision="bf16",
+            samples=1,
             recompute=True,
         ),
     ),
@@ -57,12 +60,12 @@ CASES: dict[str, tuple[str, Any]] = {
         "prior",
         prior(MeshConfig(data=4, machines=2), rank=8, name="deepspeed_zero", zero_stage=3),
     ),
-    "dVAE, DP2": (
+    "dVAE, DP2, ZeRO-2": (
         "dvae",
         DVAETrain(
             model=DVAEConfig(pixels=16, width=8, groups=2, codebook=16, code_width=8),
             mesh=MeshConfig(data=2),
-            engine=EngineConfig(accumulate=2, precision="bf16"),
+            engine=EngineConfig(name="deepspeed_zero", zero_stage=2, accumulate=2),
             loop=LoopConfig(batch=8),
         ),
     ),
