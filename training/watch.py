@@ -22,7 +22,7 @@ from training.watch_live import beats_of
 from training.watch_tail import Follower
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_SPARK, _BAR, _MOST_BEATS = 60, 40, 16
+_SPARK, _BAR, _MOST_BEATS = 60, 30, 16
 _QUIET = 60.0
 """Seconds without a row after which the panel says so."""
 

@@ -3,12 +3,15 @@
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,6 +21,9 @@ from models.config import ClipConfig, PriorConfig
 from models.counts import prior_flops
 from models.dvae import DVAE
 from parallel.config import EngineConfig, MeshConfig
+from parallel.ledger import recorded
+from parallel.mesh import Group, Mesh
+from parallel.world import World
 from tests.harness import tapir
 from training.config import ProfileConfig
 from training.presets import dvae_tiny, prior_tiny
@@ -104,6 +110,37 @@ def test_waits_between_stages_are_bubble_beyond_the_shortest() -> None:
     accounts.add(Operation("tensor", "all_reduce", 8), 1.0)
     found = _named(accounts.take_step())
     assert found == pytest.approx({PIPELINE: 0.7 + 0.2 + 0.6, BUBBLE: 0.3 + 0.4, TENSOR: 1.0})
+
+
+def test_the_wait_for_a_handle_counts_as_its_operation(tmp_path: Path) -> None:
+    """A real process group, of one rank; parts of an operation are not timed again."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    seen: list[tuple[str, str, int]] = []
+
+    def timer(*place: Any) -> AbstractContextManager[None]:
+        seen.append(place)
+        return nullcontext()
+
+    try:
+        world = World(group=dist.group.WORLD)
+        with recorded(Mesh(world=world, data=Group(world.group))) as ledger:
+            ledger.timer = timer
+            value, out = torch.ones(2), torch.zeros(2)
+            works = [
+                dist.all_reduce(value, async_op=True),
+                dist.all_gather_into_tensor(out, value, async_op=True),
+            ]
+            dist.all_reduce(torch.ones(4))
+            for work in reversed(works):
+                work.wait()
+                work.wait()
+            dist.barrier()
+            reduced, gathered = ("data", "all_reduce", 8), ("data", "all_gather_into_tensor", 8)
+            assert seen == [reduced, gathered, ("data", "all_reduce", 16), gathered, reduced]
+            counts = ledger.take()["data"]
+            assert [row["calls"] for row in counts.values()] == [2, 1]
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_ring_keeps_the_last_steps(tmp_path: Path) -> None:

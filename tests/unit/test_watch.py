@@ -89,7 +89,7 @@ def test_a_frame_says_what_is_going_on(run: Path, monkeypatch: pytest.MonkeyPatc
         assert part in text
     for part in ("process 1.00 GiB", "0: all_reduce over data", "validation  at 20: loss 3"):
         assert part in text
-    assert "compute     75.0%     300.0 ms " + 30 * "█" in text
+    assert "compute     75.0%     300.0 ms " + 22 * "█" + " " in text
     assert not follower.finished
     monkeypatch.setenv(FOLDER, "")
     write_live(run)
