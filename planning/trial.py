@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from cluster.launcher import launch
+from core.heartbeat import Heart
 from core.keys import key_int
 from core.settings import from_json, to_json
 from models.prior import COMPRESSED, prior_layers, prior_loss
@@ -55,9 +56,10 @@ def trial_rank(payload: str) -> None:
         ),
         mesh,
     )
-    seconds = []
+    seconds, heart = [], Heart(world.rank)
     for step in range(WARM + body["steps"]):
         micro = _micro_batches(settings, step, mesh.data.rank)
+        heart.beat("step", step)
         world.barrier()
         began = time.perf_counter()
         engine.step(micro, settings.optim.lr)
