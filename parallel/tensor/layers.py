@@ -113,7 +113,9 @@ class _HalfBack(Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x.to(torch.bfloat16), weight.to(torch.bfloat16))
         # F.linear gives a view for one sample, but the vocabulary-parallel loss writes over this
-        return torch.matmul(x, weight.T).add_(bias)
+        logits = torch.addmm(bias, x.flatten(0, -2), weight.T)
+        found: Tensor = torch.ops.aten._unsafe_view(logits, [*x.shape[:-1], len(weight)])
+        return found
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
