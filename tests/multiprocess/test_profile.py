@@ -93,8 +93,8 @@ def test_collectives_are_timed_by_group_and_operation(runs: dict[str, Path]) -> 
 def test_a_pipeline_has_a_bubble(runs: dict[str, Path]) -> None:
     text = tapir("profile", str(runs["pipe"]), "--json")
     report = next(json.loads(line) for line in text.splitlines() if line.startswith("{"))
-    assert report["time"][BUBBLE]["share"] > 0.1 and report["time"][PIPELINE]["mean"] > 0
-    assert any("would about halve it" in warning for warning in report["warnings"])
+    time = report["time"]
+    assert time[BUBBLE]["mean"] > 0.1 * time[COMPUTE]["mean"] and time[PIPELINE]["mean"] > 0
     named = {(row["group"], row["operation"]) for row in report["collectives"]}
     assert ("pipeline", "recv") in named and ("pipeline", "send") in named
     assert "own work of each rank" in text and "rank     1 " in text
