@@ -55,9 +55,8 @@ class DeepSpeedPipeEngine(DeepSpeedEngine):
             self._module = _Stages(program, settings.engine, mesh, self._losses, self._fields)
         names = self._module.global_names()
         places = placements(names)
-        self._state = DeepSpeedState(
-            names, places, mesh, 1, scales_of(program, self._module.scales()), settings.control
-        )
+        scales = scales_of(program, self._module.scales(), settings.engine)
+        self._state = DeepSpeedState(names, places, mesh, 1, scales, settings.control)
         settings.control.seen = self._seen
         elements = sum(p.numel() for p in names.values()) if settings.compress.on else None
         config = zero_config(settings.optim, 1, settings.engine.accumulate, elements)

@@ -52,7 +52,7 @@ class DeepSpeedZeroEngine(DeepSpeedEngine):
             places,
             mesh,
             mesh.between.size,
-            scales_of(program, self._whole.stage.scales),
+            scales_of(program, self._whole.stage.scales, settings.engine),
             settings.control,
         )
         compress = settings.compress.on

@@ -109,10 +109,10 @@ class Stage(nn.Module):
         return dict(sorted(self.layers.named_parameters()))
 
 
-def scales_of(program: Program, here: dict[str, Scale]) -> Scales:
-    """The scales of a program's branches, of which this rank runs some."""
+def scales_of(program: Program, here: dict[str, Scale], engine: EngineConfig) -> Scales:
+    """The scales of a program's branches, of which this rank runs some, or none."""
     names = [f"{layer.name}.{key}" for layer in program.layers for key in layer.branches]
-    return Scales(names if here else [], here)
+    return Scales(names if engine.precision == "fp16" else [], here)
 
 
 class Whole(nn.Module):

@@ -44,7 +44,7 @@ class ReferenceEngine:
         self._names = self._whole.stage.global_names()
         self._places = placements(self._names)
         self._optimizer = build_adamw(self._names, settings.optim)
-        self._scales = scales_of(program, self._whole.stage.scales)
+        self._scales = scales_of(program, self._whole.stage.scales, settings.engine)
         self._half = settings.optim.moments == "bf16"
         self._clip_norm, self._mesh = settings.optim.clip_norm, mesh
         self._control = settings.control

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from parallel.config import EngineConfig
+from parallel.engines.protocol import Layer, Program, scales_of
 from parallel.scales import FIRST, HOLD, LEAST, MOST, Branch, Scale, Scales
 
 GROW, HALF = 2 ** (1 / 1000), 2**-0.5
@@ -90,3 +92,18 @@ def test_counters_see_what_16_bits_flush() -> None:
         (branch.leave(y) * 2.0**-25).sum().backward()
         assert (branch.scale.counters.seen, branch.scale.counters.flushed) == (6, flushed)
     assert math.log2(FIRST) == 13
+
+
+def test_a_rank_without_branches_sends_flags_as_long_as_its_peers() -> None:
+    """A pipeline's last stage may hold the head alone."""
+    program = Program(
+        layers=[
+            Layer(name="block", build=nn.Identity, branches=("attention", "mlp")),
+            Layer(name="head", build=nn.Identity),
+        ],
+        loss=lambda output, batch: {},
+    )
+    half, full = EngineConfig(precision="fp16"), EngineConfig(precision="bf16")
+    assert scales_of(program, {}, half).broken().shape == (2,)
+    assert scales_of(program, {"block.mlp": Scale()}, half).broken().shape == (2,)
+    assert scales_of(program, {}, full).broken().shape == (0,)
