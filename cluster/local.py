@@ -19,6 +19,7 @@ from cluster.processes import die_with_parent, is_alive
 from core.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_WRONG_INPUT, InputError, TapirError
 from core.files import canonical_json, held, write_atomic
 
+RUNNER_LOG = "chain.log"
 _STATE = "local.json"
 _LOOK = 0.2
 _END_SECONDS = 660
@@ -56,7 +57,8 @@ def submit(chain: Chain) -> dict[str, str]:
     The chain must have been noted by `write_submitted`.
     """
     (chain.out / LOGS).mkdir(parents=True, exist_ok=True)
-    with open(chain.out / LOGS / "chain.log", "ab") as log:
+    log_file = chain.out / LOGS / RUNNER_LOG
+    with open(log_file, "ab") as log:
         runner = subprocess.Popen(
             [sys.executable, "-m", "cluster.local", str(chain.out)],
             stdin=subprocess.DEVNULL,
@@ -70,7 +72,7 @@ def submit(chain: Chain) -> dict[str, str]:
         if runner.poll() == EXIT_WRONG_INPUT:
             raise InputError(f"{chain.out} is under way already: another submit was faster")
         if runner.poll() is not None or time.monotonic() > until:
-            raise TapirError(f"the runner did not start; see {chain.out / LOGS / 'chain.log'}")
+            raise TapirError(f"the runner did not start; see {log_file}")
         time.sleep(_LOOK / 4)
     return {job.name: str(runner.pid) for job in chain.jobs}
 
@@ -113,6 +115,7 @@ class Runner:
         self._chain = submitted.chain.without_done()
         self._config = LocalConfig(**submitted.settings)  # type: ignore[arg-type]
         self._states = {job.name: "waiting" for job in self._chain.jobs}
+        self._log = self._chain.out / LOGS / RUNNER_LOG
         self._asked = False
 
     def run(self) -> int:
@@ -121,6 +124,11 @@ class Runner:
             signal.signal(number, self._stop)
         worst = 0
         self._write()
+        doctor = self._chain.tapir("doctor", "--node", f"--out={self._chain.out}")
+        if subprocess.run(doctor, cwd=self._chain.folder).returncode:
+            for job in self._chain.jobs:
+                self._note(job, f"not run: this machine is not fit, see {self._log}")
+            return EXIT_FAILED
         for job in self._chain.jobs:
             if self._asked or any(
                 self._states.get(name) not in (None, "done") for name in job.after

@@ -1,6 +1,7 @@
 """A run file on this machine: the chain runs behind the terminal, can be cancelled and goes on."""
 
 import json
+import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,20 @@ def test_behind_a_failed_stage_nothing_runs(tmp_path: Path) -> None:
     assert said["pack"] == "done"
     assert said["bpe"] == "failed (exit code 2)" and said["tokenize"].startswith("not run")
     assert not processes_with(str(tmp_path / "out"))
+
+
+@pytest.mark.slow
+def test_an_unfit_machine_runs_nothing(tmp_path: Path) -> None:
+    path, files = write(tmp_path), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, files[1]))  # what is started inherits it
+    try:
+        tapir("submit", str(path), "--wait", code=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, files)
+    assert states(tmp_path / "out")["pack"].startswith("not run: this machine is not fit")
+    assert "open files" in (tmp_path / "out" / "logs" / "chain.log").read_text()
+    tapir("resume", str(tmp_path / "out"), "--wait")
+    assert states(tmp_path / "out")["pack"] == "done"
 
 
 @pytest.mark.slow
