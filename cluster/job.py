@@ -13,15 +13,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-from cluster.jobs import CANCELLED, read_marker, write_marker
+from cluster.jobs import CANCELLED, WORKER, read_marker, write_marker
 from cluster.processes import die_with_parent, stop
 from cluster.slurm_job import bad_nodes, leave_out, queue_again, was_cancelled
 from core.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_WRONG_INPUT, InputError
 from core.log import LOG
 from core.stop import STOP_FILE
 
-WORKER = "{worker}"
-"""In a name or a marker: the number of this worker of an array."""
 _LOOK = 0.2
 _LOOK_FOR_MARKERS = 2.0
 

@@ -15,6 +15,8 @@ Place = Literal["local", "slurm", "kubernetes"]
 CHAIN, LOGS, MARKERS, SCRIPTS = "chain.json", "logs", "markers", "jobs"
 CANCELLED = "cancelled"
 """A file in the chain's folder: nothing of it shall start again."""
+WORKER = "{worker}"
+"""In the name of a job: the number of a worker of its array."""
 ALWAYS_PASSED = ("PATH", "HOME", "USER", "LANG", "TMPDIR", "PYTHONPATH")
 
 
@@ -115,6 +117,30 @@ class Chain:
     def tapir(self, *arguments: str) -> list[str]:
         """A tapir command on the nodes."""
         return [self.python, "-m", "tapir", *arguments]
+
+    def wrapped(self, job: Job, name: str, command: list[str], *flags: str) -> list[str]:
+        """`tapir job` around what a job runs; `name` is that of its worker, for an array."""
+        return [
+            *self.tapir("job"),
+            f"--name={name}",
+            f"--out={self.out}",
+            f"--marker={name}.json",
+            f"--fingerprint={job.fingerprint}",
+            f"--retries={self.retries}",
+            *flags,
+            *(["--saves"] if job.trains else []),
+            "--",
+            *command,
+        ]
+
+    def torchrun(self, job: Job, number: str, address: str, port: str) -> list[str]:
+        """What starts a job's ranks on one of its nodes, whose number the shell knows."""
+        launch = (
+            f'exec "$0" -m torch.distributed.run --nnodes={job.resources.nodes} '
+            f'--nproc-per-node={job.ranks} --node-rank="${number}" --master-addr={address} '
+            f'--master-port={port} -m tapir "$@"'
+        )
+        return ["bash", "-c", launch, self.python, *job.command]
 
     def is_done(self, job: Job) -> bool:
         """Say whether all markers of a job are there and whole.

@@ -13,18 +13,13 @@ from typing import Any
 
 import yaml
 
-from cluster.jobs import Chain, Job
+from cluster.jobs import WORKER, Chain, Job
 from core.errors import EXIT_PREEMPTED, EXIT_WRONG_INPUT, ConfigError, TapirError
 
 _PORT = 29_500
 _GRACE_SECONDS = 600
 _ANSWER_SECONDS = 60
 _LABEL = "app.kubernetes.io"
-_LAUNCH = (
-    'exec "$0" -m torch.distributed.run --nnodes={nodes} --nproc-per-node={ranks} '
-    '--node-rank="$JOB_COMPLETION_INDEX" --master-addr={address} --master-port={port} '
-    '-m tapir "$@"'
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,25 +229,13 @@ def _limits(job: Job, config: KubernetesConfig) -> dict[str, str]:
 
 
 def _job_command(chain: Chain, job: Job) -> list[str]:
-    name = f"{job.name}-{{worker}}" if job.array else job.name
-    wrapped = chain.tapir(
-        "job",
-        f"--name={name}",
-        f"--out={chain.out}",
-        f"--marker={name}.json",
-        f"--fingerprint={job.fingerprint}",
-        "--again=no",
-        f"--grace={_GRACE_SECONDS - 30}",
-        *(["--saves"] if job.trains else []),
-        "--",
-    )
-    if job.array or job.resources.nodes == 1:
-        return [*wrapped, *chain.tapir(*job.command)]
-    service = _name(chain, job)
-    launch = _LAUNCH.format(
-        nodes=job.resources.nodes, ranks=job.ranks, address=f"{service}-0.{service}", port=_PORT
-    )
-    return [*wrapped, "bash", "-c", launch, chain.python, *job.command]
+    name = f"{job.name}-{WORKER}" if job.array else job.name
+    command = chain.tapir(*job.command)
+    if not job.array and job.resources.nodes > 1:
+        service = _name(chain, job)
+        address = f"{service}-0.{service}", str(_PORT)
+        command = chain.torchrun(job, "JOB_COMPLETION_INDEX", *address)
+    return chain.wrapped(job, name, command, "--again=no", f"--grace={_GRACE_SECONDS - 30}")
 
 
 def submit(chain: Chain, config: KubernetesConfig) -> dict[str, str]:

@@ -80,7 +80,7 @@ def submit(chain: Chain) -> dict[str, str]:
 def states(out: Path) -> dict[str, str]:
     """What became of each job; running ones only while their runner lives."""
     state = _read(out)
-    alive = is_alive(int(state.get("pid", 0)))
+    alive = _runs(int(state.get("pid", 0)), out)
     found = dict(state.get("states", {}))
     return {
         name: text if alive or text not in ("running", "waiting") else "its runner has died"
@@ -91,13 +91,22 @@ def states(out: Path) -> dict[str, str]:
 def cancel(out: Path) -> None:
     """End the runner with all that it started, and wait for it."""
     pid = int(_read(out).get("pid", 0))
-    if not is_alive(pid):
+    if not _runs(pid, out):
         return
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
     until = time.monotonic() + _END_SECONDS
     while is_alive(pid) and time.monotonic() < until:
         time.sleep(_LOOK)
+
+
+def _runs(pid: int, out: Path) -> bool:
+    """Say whether a process is the runner of this chain: numbers are given again after a reboot."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return is_alive(pid) and b"cluster.local" in words and str(out).encode() in words
 
 
 def _read(out: Path) -> dict[str, Any]:
@@ -168,17 +177,7 @@ class Runner:
     def _start(self, job: Job, worker: int, command: Sequence[str]) -> "subprocess.Popen[bytes]":
         chain = self._chain
         name = f"{job.name}-{worker}" if job.array else job.name
-        wrapped = chain.tapir(
-            "job",
-            f"--name={name}",
-            f"--out={chain.out}",
-            f"--marker={name}.json",
-            f"--fingerprint={job.fingerprint}",
-            f"--retries={chain.retries}",
-            *(["--saves"] if job.trains else []),
-            "--",
-            *command,
-        )
+        wrapped = chain.wrapped(job, name, list(command))
         passed = {name: os.environ[name] for name in chain.passed if name in os.environ}
         with open(chain.log(job, str(worker) if job.array else ""), "ab") as log:
             return subprocess.Popen(

@@ -9,18 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cluster.jobs import LOGS, SCRIPTS, Chain, Job
+from cluster.jobs import LOGS, SCRIPTS, WORKER, Chain, Job
 from cluster.slurm_job import without_bad
 from core.errors import ConfigError, TapirError
 from core.files import write_atomic
 
 _ANSWER_SECONDS = 60
 _PORTS = 20_000
-_LAUNCH = (
-    'exec "$0" -m torch.distributed.run --nnodes={nodes} --nproc-per-node={ranks} '
-    '--node-rank="$SLURM_NODEID" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" '
-    '-m tapir "$@"'
-)
+_FORGOTTEN = "Invalid job id"
+"""squeue's word for jobs that Slurm no longer knows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,20 +109,10 @@ def _options(chain: Chain, job: Job, config: SlurmConfig) -> list[str]:
 
 def _job_command(chain: Chain, job: Job, config: SlurmConfig) -> list[str]:
     """`tapir job` around the launcher around the stage's command."""
-    name = f"{job.name}-{{worker}}" if job.array else job.name
-    found = [
-        *chain.tapir("job"),
-        f"--name={name}",
-        f"--out={chain.out}",
-        f"--marker={name}.json",
-        f"--fingerprint={job.fingerprint}",
-        "--again=slurm",
-        f"--retries={chain.retries}",
-        *(["--saves"] if job.trains else []),
-        *(["--check-nodes", f"--gpus={job.resources.gpus}"] if config.doctor else []),
-        "--",
-    ]
-    return found + _start_ranks(chain, job, config)
+    name = f"{job.name}-{WORKER}" if job.array else job.name
+    check = ["--check-nodes", f"--gpus={job.resources.gpus}"] if config.doctor else []
+    command = _start_ranks(chain, job, config)
+    return chain.wrapped(job, name, command, "--again=slurm", *check)
 
 
 def _start_ranks(chain: Chain, job: Job, config: SlurmConfig) -> list[str]:
@@ -136,10 +123,10 @@ def _start_ranks(chain: Chain, job: Job, config: SlurmConfig) -> list[str]:
     if config.launcher == "srun":
         each = f"--ntasks-per-node={job.ranks}"
         return [*srun, f"--ntasks={job.world}", each, "--overcommit", *chain.tapir(*job.command)]
-    launch = _LAUNCH.format(nodes=resources.nodes, ranks=job.ranks)
     tasks = [f"--ntasks={resources.nodes}", "--ntasks-per-node=1"]
     cpus = f"--cpus-per-task={resources.cpus}"
-    return [*srun, *tasks, cpus, "bash", "-c", launch, chain.python, *job.command]
+    address = '"$MASTER_ADDR"', '"$MASTER_PORT"'
+    return [*srun, *tasks, cpus, *chain.torchrun(job, "SLURM_NODEID", *address)]
 
 
 def _lines(words: list[str]) -> list[str]:
@@ -200,9 +187,7 @@ def states(ids: dict[str, str], out: Path) -> dict[str, str]:
         return {}
     names = {number: name for name, number in ids.items()}
     found: dict[str, list[str]] = {}
-    asked = ["squeue", "-h", "--jobs", ",".join(names), "-o", "%i|%F|%T|%r|%N"]
-    done = subprocess.run(asked, capture_output=True, text=True, timeout=_ANSWER_SECONDS)
-    for line in done.stdout.splitlines():
+    for line in _queue(list(names), "%i|%F|%T|%r|%N"):
         number, whole, state, reason, nodes = line.split("|")
         if state == "PENDING" and reason == "BeginTime":
             release = ["scontrol", "update", f"jobid={number}", *without_bad(out), "starttime=now"]
@@ -212,16 +197,32 @@ def states(ids: dict[str, str], out: Path) -> dict[str, str]:
     return {name: ", ".join(sorted(set(texts))) for name, texts in found.items()}
 
 
+def _queue(numbers: list[str], columns: str) -> list[str]:
+    """squeue's lines about jobs; none if all have left the queue.
+
+    Raises: TapirError if Slurm does not answer.
+    """
+    command = ["squeue", "-h", "--jobs", ",".join(numbers), "-o", columns]
+    try:
+        return _ask(command).splitlines()
+    except TapirError as error:
+        if _FORGOTTEN in str(error):
+            return []
+        raise
+
+
 def cancel(numbers: list[str]) -> None:
-    """Cancel jobs and wait until they have left the queue."""
-    if not numbers:
+    """Cancel jobs and wait until they have left the queue.
+
+    Raises: TapirError if they do not, or Slurm does not answer.
+    """
+    if not numbers or not _queue(numbers, "%i"):
         return
-    subprocess.run(["scancel", *numbers], check=False, timeout=_ANSWER_SECONDS)
+    subprocess.run(["scancel", *numbers], check=False, timeout=_ANSWER_SECONDS)  # some are gone
     until = time.monotonic() + _ANSWER_SECONDS
-    listed = ["squeue", "-h", "--jobs", ",".join(numbers), "-o", "%i"]
-    while time.monotonic() < until:
-        if not subprocess.run(listed, capture_output=True, text=True).stdout.strip():
-            return
+    while _queue(numbers, "%i"):
+        if time.monotonic() > until:
+            raise TapirError(f"Slurm has not ended jobs {', '.join(numbers)}: see squeue")
         time.sleep(0.5)
 
 
@@ -230,7 +231,7 @@ def _ask(command: list[str]) -> str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS)
     except FileNotFoundError as error:
         raise ConfigError(
-            "there is no sbatch on this machine: submit from a login node of the cluster, or use "
+            "there is no Slurm on this machine: submit from a login node of the cluster, or use "
             "--to local"
         ) from error
     except subprocess.TimeoutExpired as error:

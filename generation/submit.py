@@ -24,7 +24,7 @@ from cluster.jobs import (
     write_submitted,
 )
 from core.cli import parse, print_json
-from core.errors import ConfigError, InputError
+from core.errors import EXIT_WRONG_INPUT, ConfigError, InputError, TapirError
 from core.log import LOG
 from core.settings import check
 from core.store import open_store
@@ -33,7 +33,7 @@ from generation.runfile import chain_of, missing_variables, read_runfile, settin
 
 Folder = Annotated[Path, tyro.conf.Positional]
 _FLAT = tyro.conf.OmitArgPrefixes
-_LOOK = 1.0
+_LOOK, _PAUSE = 1.0, 10.0
 
 
 def submit(arguments: list[str]) -> None:
@@ -292,6 +292,18 @@ def _table(states: dict[str, str]) -> str:
     return "\n".join(f"{name:<10} {text}" for name, text in states.items())
 
 
+def _states_at_last(submitted: Submitted) -> dict[str, str]:
+    """`states_of`, as soon as the scheduler answers."""
+    while True:
+        try:
+            return states_of(submitted)
+        except TapirError as error:
+            if error.exit_code == EXIT_WRONG_INPUT:
+                raise
+            LOG.warning("%s; asking again", error)
+            time.sleep(_PAUSE)
+
+
 @contextmanager
 def _only_looking() -> Iterator[None]:
     """Ctrl-C ends the looking alone; the run goes on."""
@@ -306,7 +318,7 @@ def _wait(submitted: Submitted) -> None:
     """Log every change until the chain is over; exits with 1 if a job failed."""
     shown: dict[str, str] = {}
     while True:
-        states = states_of(submitted)
+        states = _states_at_last(submitted)
         for name, text in states.items():
             if shown.get(name) != text:
                 LOG.info("%s: %s", name, text)
@@ -344,7 +356,7 @@ def _follow(submitted: Submitted, stage: str, follow: bool) -> None:
         if path.exists()
     )
     while True:
-        over = not follow or is_over(submitted, states_of(submitted))
+        over = not follow or is_over(submitted, _states_at_last(submitted))
         for path in names():
             with open(path, "rb") as file:
                 file.seek(read.get(path, 0))

@@ -80,7 +80,7 @@ def _backends() -> Finding:
     missing = [name for name in needed if not there[name]]
     if missing:
         found = f"torch was built without {', '.join(missing)}"
-        return bad("backends", found, "install torch from pytorch.org's index for this machine")
+        return bad("backends", found, "install the build of torch that is made for this machine")
     return ok("backends", f"torch has {', '.join(name for name, has in there.items() if has)}")
 
 

@@ -1,6 +1,10 @@
-"""Which launcher started the ranks, by its environment variables; imports no torch."""
+"""Which launcher started the ranks, by its environment variables, and where they may meet.
+
+Imports no torch.
+"""
 
 import os
+import socket
 from collections.abc import Mapping
 
 from core.errors import InputError
@@ -33,3 +37,10 @@ def srun_size(environment: Mapping[str, str] = os.environ) -> int:
     if "SLURM_STEP_ID" not in environment or "SLURM_PROCID" not in environment:
         return 0
     return int(environment.get("SLURM_STEP_NUM_TASKS", "0"))
+
+
+def free_port(address: str = "127.0.0.1") -> int:
+    """A TCP port that nobody listens at now; "" = on every address of this machine."""
+    with socket.socket() as listener:
+        listener.bind((address, 0))
+        return int(listener.getsockname()[1])

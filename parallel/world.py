@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.launched import mpi_size, srun_size
+from parallel.launched import free_port, mpi_size, srun_size
 
 TIMEOUT = timedelta(minutes=10)
 
@@ -97,7 +97,7 @@ def _adopt_mpi_ranks() -> None:
     address = None
     if everybody.rank == 0:
         alone = host.size == everybody.size
-        address = ("127.0.0.1" if alone else socket.gethostname(), _free_port())
+        address = ("127.0.0.1" if alone else socket.gethostname(), free_port(""))
     name, port = everybody.bcast(address)
     os.environ.update(
         RANK=str(everybody.rank),
@@ -131,9 +131,3 @@ def _address_of(nodes: str) -> str:
 def _scontrol(*arguments: str) -> str:
     done = subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True)
     return done.stdout
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return int(listener.getsockname()[1])

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -11,6 +11,7 @@ from core.errors import InputError
 from core.files import canonical_json, write_atomic
 from core.log import LOG
 from models.config import PriorConfig
+from planning.filled import filled
 from planning.hardware import Hardware, hardware_of
 from planning.parts import named, parts_of
 from planning.report import plan_json, published_json, show, show_published
@@ -122,18 +123,9 @@ def settings_of(preset: str, batch: int = 0) -> PriorTrain:
     known = PRESETS["prior"]
     if preset not in known:
         raise InputError(f"there is no prior preset {preset!r} (known: {', '.join(known)})")
-    settings: PriorTrain = known[preset]()
-    size = preset if preset in PRESETS["dvae"] else "paper_dvae"
-    words = preset if preset in PRESETS["bpe"] else "paper_bpe"
-    codes: Any = PRESETS["dvae"][size]().model
-    model = replace(
-        settings.model,
-        text_vocabulary=PRESETS["bpe"][words]().vocabulary,
-        image_vocabulary=codes.codebook,
-        grid=codes.grid,
-    )
+    settings: PriorTrain = filled(preset, known[preset]())
     loop = replace(settings.loop, batch=batch or settings.loop.batch)
-    return replace(settings, model=model, loop=loop)
+    return replace(settings, loop=loop)
 
 
 def count_parameters(config: PriorConfig) -> int:

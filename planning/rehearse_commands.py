@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from core.cli import parse_over, print_json
 from core.errors import EXIT_FAILED, InputError
 from core.settings import to_json
-from planning.rehearse import Rehearsal, checked, filled, rehearse, scaled
+from planning.filled import filled
+from planning.rehearse import Rehearsal, checked, rehearse, scaled
 from planning.rehearse_pool import Pool
 from training.presets import PRESETS
 

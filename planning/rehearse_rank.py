@@ -23,7 +23,7 @@ from planning.rehearse_tensors import Broker, NeverSent, Shadows, without_arithm
 from planning.sequence import Sequence
 from planning.sequence_record import Recorder, groups_noted, places
 from training.config import StageConfig
-from training.picture_tasks import ClipTask, DVAETask, _DVAELayer
+from training.picture_tasks import ClipTask, DVAELayer, DVAETask
 from training.recovery import Recovery
 
 
@@ -44,7 +44,7 @@ class _DVAEWithoutData(DVAETask):
     def __init__(self, settings: Any) -> None:
         self._settings, self.model_config = settings, settings.model
         dvae = DVAE(settings.model, settings.loop.seed)
-        layer = Layer(name="dvae", build=lambda: _DVAELayer(dvae))
+        layer = Layer(name="dvae", build=lambda: DVAELayer(dvae))
         self.program = Program(layers=[layer], loss=self._loss)
 
 

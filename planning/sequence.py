@@ -28,7 +28,7 @@ class Operation:
     root: int = -1
     """Global rank that a broadcast or reduce goes out from or to."""
     detail: str = ""
-    """What else must be equal: the reduction, or a digest of the groups that are made."""
+    """What else must be equal: a digest of the groups that are made."""
     places: tuple[str, ...] = ()
     """Where it is called: `file:line function`, the innermost first."""
 

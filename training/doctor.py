@@ -6,7 +6,6 @@ Imports torch only for what needs it: `tapir doctor --node` runs first in every 
 import importlib
 import json as texts
 import os
-import socket
 import sys
 import tempfile
 import threading
@@ -28,7 +27,7 @@ from cluster.launcher import launch
 from core.cli import parse, print_json
 from core.errors import EXIT_FAILED, InputError, TapirError
 from core.settings import check, from_json, to_json
-from parallel.launched import ranks_given
+from parallel.launched import free_port, ranks_given
 
 Deliver = Callable[[list[Finding]], None]
 PRELOAD = ["torch", "torch.distributed", "parallel.doctor"]
@@ -199,7 +198,7 @@ def _spawn(config: DoctorConfig) -> list[Finding]:
     try:
         with tempfile.TemporaryDirectory() as folder:
             payload = texts.dumps({"config": to_json(config), "out": folder})
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
             preload = [] if config.quick else PRELOAD
             try:
                 launch("training.doctor:rank_main", payload, config.ranks, preload)
@@ -216,9 +215,3 @@ def _own_rank() -> int | None:
     """The rank that a launcher gave by RANK; None if there is only one, or it is not known yet."""
     rank = os.environ.get("RANK", "")
     return int(rank) if rank.isdigit() else None
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -1,6 +1,5 @@
 """Which pairs a run reads at a step, and at which steps it reads a pair; from the order alone."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from data_pipeline.order import LaneOrder
 from data_pipeline.raw import RawSource
 from data_pipeline.tokens import TokenSource
 from training.main import SETTINGS
+from training.run_config import config_of
 
 _SPLIT = "train"
 
@@ -37,7 +37,9 @@ class History:
 
     def __init__(self, run: Path) -> None:
         """Raises: InputError if this is no run folder of a training stage."""
-        config = _read_config(run)
+        config = config_of(run)
+        if config["stage"] not in SETTINGS:
+            raise InputError(f"{run} is no run of dvae, prior or clip")
         self.settings: Any = from_json(
             SETTINGS[config["stage"]], {k: v for k, v in config.items() if k != "stage"}
         )
@@ -120,18 +122,6 @@ class History:
                 return epoch, inside
             before += steps - len(passed)
             epoch += 1
-
-
-def _read_config(run: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((run / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{run} is no run folder (no readable config.json); give the --out of a `tapir train`"
-        ) from error
-    if not isinstance(config, dict) or config.get("stage") not in SETTINGS:
-        raise InputError(f"{run} is no run of dvae, prior or clip")
-    return config
 
 
 def _passed_over(checkpoints: str) -> list[tuple[int, int]]:

@@ -33,7 +33,7 @@ TOGETHER = 4096
 """Tokens of the pictures that are looked at together in a validation."""
 
 
-class _DVAELayer(nn.Module):
+class DVAELayer(nn.Module):
     def __init__(self, dvae: DVAE) -> None:
         super().__init__()
         self.dvae = dvae
@@ -55,7 +55,7 @@ class DVAETask:
         self.dvae = DVAE(settings.model, settings.loop.seed)
         if settings.model.start == "calibrated":
             self.dvae.calibrate(self._squares(first_records(self.train, CALIBRATED)))
-        layer = _DVAELayer(self.dvae)
+        layer = DVAELayer(self.dvae)
         self.program = Program(layers=[Layer(name="dvae", build=lambda: layer)], loss=self._loss)
         self.units = settings.model.tokens
 

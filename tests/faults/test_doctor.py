@@ -18,6 +18,7 @@ import pytest
 
 from bench.machines import two_machines
 from cluster.object_server import ObjectServer
+from parallel.launched import free_port
 from tests.faults.conftest import Record
 from tests.harness import ENVIRONMENT, TAPIR
 
@@ -97,12 +98,6 @@ def mounted(script: str, command: Sequence[str]) -> list[str]:
     """A command in a mount name space of its own, after a script that mounts."""
     inside = ["unshare", "--mount", "--propagation", "private", "sh", "-ec"]
     return [*inside, f'{script}\nexec "$@"', "sh", *command]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def named(rows: Rows, check: str, text: str, mend: str, **place: Any) -> str:
@@ -231,7 +226,7 @@ def test_a_host_name_that_does_not_resolve(fault: Record) -> None:
 
 def test_no_store(fault: Record) -> None:
     fault(40, "doctor: no S3 server")
-    nobody = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}"}
+    nobody = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port('127.0.0.1')}"}
     keys = {"AWS_ACCESS_KEY_ID": "wrongkey", "AWS_SECRET_ACCESS_KEY": "wrongsecret"}
     rows = run([*NODE, "--data=s3://bucket/raw"], 1, **nobody, **keys)
     fault.outcome(named(rows, "store", "nothing answers", "AWS_ENDPOINT_URL"))
@@ -330,11 +325,11 @@ def test_ranks_that_do_not_share_the_run_folder(tmp_path: Path, fault: Record) -
 def test_a_scheduler_that_does_not_answer(tmp_path: Path, fault: Record, kind: str) -> None:
     fault(40, f"doctor: {kind} is silent")
     (tmp_path / "slurm.conf").write_text(
-        f"ClusterName=x\nSlurmctldHost=x(127.0.0.1)\nSlurmctldPort={free_port()}\n"
+        f"ClusterName=x\nSlurmctldHost=x(127.0.0.1)\nSlurmctldPort={free_port('127.0.0.1')}\n"
         "AuthType=auth/none\nMessageTimeout=2\nNodeName=n1\nPartitionName=p Nodes=n1\n"
     )
     kubernetes = {"clusters": [{"name": "x", "cluster": {}}], "current-context": "x"}
-    kubernetes["clusters"][0]["cluster"] = {"server": f"http://127.0.0.1:{free_port()}"}
+    kubernetes["clusters"][0]["cluster"] = {"server": f"http://127.0.0.1:{free_port('127.0.0.1')}"}
     kubernetes["contexts"] = [{"name": "x", "context": {"cluster": "x", "user": ""}}]
     (tmp_path / "config").write_text(json.dumps(kubernetes))
     paths = {"SLURM_CONF": str(tmp_path / "slurm.conf"), "KUBECONFIG": str(tmp_path / "config")}

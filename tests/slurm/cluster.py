@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 _CONFIG = """\
-ClusterName=tapir
+ClusterName={name}
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
@@ -68,6 +68,7 @@ class Slurm:
 
     def __init__(self, root: Path, nodes: int) -> None:
         self.root, self._nodes = root, nodes
+        self.name = f"tapir{secrets.token_hex(4)}"
         self.config = root / "slurm.conf"
         self.environment = {"SLURM_CONF": str(self.config)}
 
@@ -114,10 +115,8 @@ def _is_of(process: psutil.Process, slurm: Slurm, number: int) -> bool:
         found = process.environ()
     except (psutil.Error, OSError):
         return False
-    mine = found.get("SLURM_CONF", "").startswith(str(slurm.root))
-    return found.get("SLURMD_NODENAME") == f"n{number}" and (
-        mine or found.get("TMPDIR_OF_TEST") == str(slurm.root)
-    )
+    node, cluster = found.get("SLURMD_NODENAME"), found.get("SLURM_CLUSTER_NAME")
+    return node == f"n{number}" and cluster == slurm.name
 
 
 @contextlib.contextmanager
@@ -161,7 +160,7 @@ def _start_munge(folder: Path) -> None:
 def _write_config(slurm: Slurm, nodes: int) -> None:
     host = socket.gethostname().split(".")[0]
     ports = _free_ports(nodes + 1)
-    text = _CONFIG.format(host=host, root=slurm.root, port=ports[0])
+    text = _CONFIG.format(name=slurm.name, host=host, root=slurm.root, port=ports[0])
     for number, port in enumerate(ports[1:], 1):
         text += _NODE.format(i=number, host=host, port=port)
     slurm.config.write_text(text + _PARTITIONS.format(nodes=nodes))

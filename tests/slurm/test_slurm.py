@@ -170,12 +170,12 @@ def test_cancel_leaves_nothing_behind(slurm: Slurm, tokens: Path, tmp_path: Path
     stages = {"prior": prior(tokens, 5000), "evaluate": {}}
     tapir("submit", str(write(out, stages)), **slurm.environment)
     wait_for(lambda: len(rows_of(out / "prior")) > 3)
+    assert len(slurm.processes()) > 4
     tapir("cancel", str(out), **slurm.environment)
-    assert not slurm.queue() and not slurm.processes()
-    time.sleep(3)  # what is requeued would come back by now
+    wait_for(lambda: not slurm.processes(), 30)  # none is left that could queue the job again
     assert not slurm.queue()
-    reached = len(rows_of(out / "prior"))
-    assert reached < 5000
+    assert all(text.startswith("ended: CANCELLED") for text in states(slurm, out).values())
+    assert len(rows_of(out / "prior")) < 5000
 
 
 @pytest.mark.big

@@ -173,6 +173,8 @@ def test_a_folder_that_cannot_be_written_does_not_stop_training(tmp_path: Path) 
     ring = Ring(tmp_path, 0, 1, 0, 0)
     ring.add(1, [1.0] * len(CATEGORIES))
     ring.close()
+    assert (tmp_path / "profile").read_text().startswith("a file")
+    assert read_rings(tmp_path) == []
 
 
 def test_rows_name_the_rank_that_took_most() -> None:

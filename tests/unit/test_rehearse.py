@@ -10,7 +10,8 @@ import pytest
 from core.errors import EXIT_WRONG_INPUT, ConfigError, TapirError
 from models.config import PriorConfig
 from parallel.config import EngineConfig, MeshConfig, OptimConfig
-from planning.rehearse import filled, rehearse, roles_of, scaled
+from planning.filled import filled
+from planning.rehearse import rehearse, roles_of, scaled
 from planning.rehearse_commands import rehearse_verb
 from planning.rehearse_pool import Pool
 from planning.rehearse_rank import RankTask, run_rank
