@@ -1,0 +1,44 @@
+"""Networks of other packages (open_clip, torch-fidelity), which need torchvision's transforms."""
+
+import importlib
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from core.errors import ConfigError
+
+_NMS = "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+_declared: list[torch.library.Library] = []
+
+
+def foreign_module(name: str) -> ModuleType:
+    """Import a module that imports torchvision, whose compiled part may not fit this torch.
+
+    Registries hold torchvision for CUDA alone. Beside a CPU torch its compiled operators cannot be
+    loaded, and its import fails on describing two of them; nothing here calls these.
+    Raises: ConfigError if the module is not installed.
+    """
+    if not _declared and torch.version.cuda is None:
+        _declare_operators()
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"{name} cannot be imported ({error}); install what requirements.txt names"
+        ) from error
+
+
+def _declare_operators() -> None:
+    found = importlib.util.find_spec("torchvision")
+    if found is None or found.origin is None:
+        return
+    for compiled in Path(found.origin).parent.glob("_C*.so"):
+        try:
+            torch.ops.load_library(str(compiled))
+        except OSError:
+            library = torch.library.Library("torchvision", "DEF")
+            library.define(_NMS)
+            library.define(f"q{_NMS}")
+            _declared.append(library)
