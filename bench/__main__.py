@@ -19,7 +19,7 @@ NAMES = (
         "network",
         "order",
     ),
-    *("parity", "plan", "profile", "saving", "scales", "stream", "train_step"),
+    *("parity", "plan", "profile", "sampling", "saving", "scales", "stream", "train_step"),
 )
 
 

@@ -7,6 +7,7 @@ bound is what the dVAE keeps of true pictures.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,17 +20,21 @@ from core.log import progress
 from data_pipeline.raw import RawRecord
 from data_pipeline.sources.shapes import matches, parse_caption
 from data_pipeline.tokenize.encode import pictures_of
-from generation.config import SampleConfig
+from generation.config import EvaluateConfig, SampleConfig
 from generation.pictures import Candidates, Studio, to_bytes
 
 CHUNK = 32
 """Captions drawn between two progress updates."""
+Figures = dict[str, Any]
+"""Shares by name; under "guidance", shares by scale."""
 
 
-def draw_all(studio: Studio, captions: list[str], settings: SampleConfig) -> list[Candidates]:
+def draw_all(
+    studio: Studio, captions: list[str], settings: SampleConfig, name: str = "sample"
+) -> list[Candidates]:
     """Candidates of many captions, with progress."""
     found: list[Candidates] = []
-    with progress("sample", len(captions)) as meter:
+    with progress(name, len(captions)) as meter:
         for start in range(0, len(captions), CHUNK):
             found += studio.draw(captions[start : start + CHUNK], settings)
             meter.update(len(found))
@@ -38,8 +43,8 @@ def draw_all(studio: Studio, captions: list[str], settings: SampleConfig) -> lis
 
 def caption_accuracy(
     studio: Studio, records: Sequence[RawRecord], drawn: list[Candidates], seed: int
-) -> dict[str, float]:
-    """Measure best-of-N for N = 1, 4, 16, beside chance and the upper bound.
+) -> Figures:
+    """Measure best-of-N for N = 1, 2, 4, ..., beside chance and the upper bound.
 
     Raises: InputError if a caption is none of the shapes generator.
     """
@@ -49,11 +54,9 @@ def caption_accuracy(
     if not captions:
         raise InputError("there are no held-out captions to measure accuracy on")
     shuffled = [captions[i] for i in _derangement(len(captions), seed)]
-    figures: dict[str, float] = {"prompts": len(captions)}
+    figures: Figures = {"prompts": len(captions)}
     best = []
-    for count in (1, 4, 16):
-        if count > len(drawn[0].pictures):
-            continue
+    for count in counts_up_to(len(drawn[0].pictures)):
         best = [row.pictures[best_of(row, count)] for row in drawn]
         figures[f"best_of_{count}"] = _share(captions, best)
         figures[f"best_of_{count}_low95"] = wilson_low(figures[f"best_of_{count}"], len(captions))
@@ -64,6 +67,24 @@ def caption_accuracy(
     figures["reconstruction"] = _share(captions, to_bytes(studio.decode(codes)))
     figures["checker_on_truth"] = _share(captions, to_bytes(pixels))
     return figures
+
+
+def guidance_accuracy(
+    studio: Studio, records: Sequence[RawRecord], settings: EvaluateConfig
+) -> dict[str, float]:
+    """Accuracy of single samples for each scale of `settings.scales`."""
+    captions = [record.caption for record in records]
+    found = {}
+    for scale in settings.scales:
+        single = replace(settings, candidates=1, guidance=scale)
+        rows = draw_all(studio, captions, single, f"guidance {scale:g}")
+        found[f"{scale:g}"] = _share(captions, [row.pictures[0] for row in rows])
+    return found
+
+
+def counts_up_to(most: int) -> list[int]:
+    """1, 2, 4, ... up to `most`."""
+    return [1 << i for i in range(most.bit_length())]
 
 
 def best_of(row: Candidates, count: int) -> int:

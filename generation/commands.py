@@ -1,7 +1,6 @@
 """The verbs demo, sample, evaluate, overlap and report."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,12 +10,18 @@ from cluster.jobs import CHAIN
 from core.cli import parse, print_json
 from core.errors import ConfigError
 from core.files import refuse_folder, write_atomic
-from core.log import LOG
+from core.log import LOG, progress
 from core.settings import check
 from core.store import open_store
 from data_pipeline.captions import clean_caption
 from data_pipeline.images import encode_png
-from generation.config import DemoConfig, EvaluateConfig, OverlapConfig, SampleConfig
+from generation.config import (
+    DemoConfig,
+    EvaluateConfig,
+    OverlapConfig,
+    PromptConfig,
+    SampleConfig,
+)
 
 Text = Annotated[str, tyro.conf.Positional]
 _FLAT = tyro.conf.OmitArgPrefixes
@@ -50,8 +55,9 @@ def sample(arguments: list[str]) -> None:
         dvae: Path = Path("runs/dvae"),
         clip: Path = Path("runs/clip"),
         bpe: Path = Path("runs/bpe"),
-        image: Path | None = None,
         show: int = 8,
+        pictures: Path | None = None,
+        keep: Annotated[PromptConfig, _FLAT] = PromptConfig(),  # noqa: B008
         config: Annotated[SampleConfig, _FLAT] = SampleConfig(),  # noqa: B008
     ) -> None:
         """Draw candidates for captions, rank them by CLIP and write a PNG grid, a row a caption.
@@ -63,22 +69,26 @@ def sample(arguments: list[str]) -> None:
             dvae: run folder of a finished dVAE
             clip: run folder of a finished CLIP
             bpe: folder of tokenizer.json
-            image: an image prompt: its first --keep-rows rows of tokens are kept
             show: how many of the best candidates the grid holds
+            pictures: a folder for each candidate as a PNG of its own, as soon as it is finished
+            keep: what is kept of an image prompt
             config: settings
         """
-        from generation.pictures import open_studio, picture_grid  # noqa: PLC0415
+        from generation.pictures import Arrivals, open_studio, picture_grid  # noqa: PLC0415
+        from generation.prompts import prompt_of  # noqa: PLC0415
 
         if not captions or show < 1:
             raise ConfigError("give at least one caption in quotes, and a --show of at least 1")
-        if (image is None) != (config.keep_rows == 0):
-            raise ConfigError("--image and --keep-rows belong together: give both, or neither")
-        studio = open_studio(prior, dvae, clip, bpe)
-        check(config.problems(studio.sampler.config.grid))
+        check([*config.problems(), *keep.problems()])
         refuse_folder(out)
-        prompt = studio.codes_of_file(image) if image else None
+        studio = open_studio(prior, dvae, clip, bpe, config.precision)
+        prompt = None
+        if keep.image is not None:
+            grid = studio.sampler.config.grid
+            prompt = prompt_of(studio.codes_of_file(keep.image), keep, grid)
         texts = [clean_caption(os.fsencode(caption), repr(caption)) for caption in captions]
-        drawn = studio.draw(texts, config, prompt)
+        with progress("sample", len(texts) * config.candidates) as meter:
+            drawn = studio.draw(texts, config, prompt, Arrivals(meter, pictures))
         grid = picture_grid([row.pictures[:show] for row in drawn], 4)
         write_atomic(out, encode_png(grid))
         print_json({row.caption: row.scores[:show].tolist() for row in drawn})
@@ -112,12 +122,10 @@ def evaluate(arguments: list[str]) -> None:
         from generation import evaluate as evaluation  # noqa: PLC0415
         from generation.pictures import open_studio  # noqa: PLC0415
 
-        if config.prompts < 1:
-            raise ConfigError("--prompts must be at least 1")
+        check(config.problems())
         out.mkdir(parents=True, exist_ok=True)
-        studio = open_studio(prior, dvae, clip, bpe)
-        settings = replace(config, keep_rows=0)
-        figures = evaluation.evaluate(studio, data, out, config.prompts, settings)
+        studio = open_studio(prior, dvae, clip, bpe, config.precision)
+        figures = evaluation.evaluate(studio, data, out, config)
         print_json({"caption_accuracy": figures})
 
     parse(run, arguments, "evaluate")

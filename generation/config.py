@@ -65,21 +65,60 @@ class SampleConfig:
     """Divides the logits; 0 = the most likely code."""
     top_k: int = 0
     """Codes that may be drawn, at each position; 0 = all."""
+    top_p: float = 1.0
+    """The most likely codes that may be drawn have at least this share together; 1 = all."""
+    guidance: float = 1.0
+    """Classifier-free guidance: how far to go from the empty caption's logits towards the
+    caption's, and beyond; 1 = none. The prior must have been trained with --caption-drop."""
     seed: int = 0
     """Seed of the draws; candidate c of a caption is the same whatever the batch."""
     batch: int = 128
     """Candidates decoded together."""
-    keep_rows: int = 0
-    """Rows of tokens kept from an image prompt."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the prior's matmuls. In fp32 a key gives one picture whatever the batch; bf16 is faster
+    and may draw another."""
 
-    def problems(self, grid: int) -> list[str]:
+    def problems(self) -> list[str]:
         found = []
         if self.candidates < 1 or self.batch < 1:
             found.append("candidates and batch must be at least 1")
         if not 0 <= self.temperature < math.inf or self.top_k < 0:
             found.append("temperature and top_k must be numbers that are not negative")
-        if not 0 <= self.keep_rows < grid:
-            found.append(f"keep_rows={self.keep_rows} must leave rows to draw; try 0 to {grid - 1}")
+        if not 0 < self.top_p <= 1:
+            found.append(f"top_p={self.top_p} must lie in (0, 1]; 1 lets every code be drawn")
+        if not 0 <= self.guidance < math.inf:
+            found.append(f"guidance={self.guidance} must not be negative; 1 is none, try 2 to 5")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """What is kept of an image prompt; tokens are drawn from the upper left, row by row."""
+
+    image: Path | None = None
+    """An image prompt, PNG or JPEG: of its tokens some are kept, the others are drawn."""
+    keep_rows: int = 0
+    """Rows of tokens kept at the top (the paper: 15 of 32)."""
+    keep: tuple[str, ...] = ()
+    """Rectangles of tokens kept, as ROWS,COLUMNS from 0, the end left out: 0:4,2:8"""
+    redraw: tuple[str, ...] = ()
+    """Rectangles of tokens drawn anew; without --keep and --keep-rows all others are kept."""
+    mask: Path | None = None
+    """A picture whose bright parts are drawn anew and whose dark ones are kept."""
+
+    @property
+    def asked(self) -> bool:
+        return bool(self.keep_rows or self.keep or self.redraw or self.mask)
+
+    def problems(self) -> list[str]:
+        found = []
+        if (self.image is None) == self.asked:
+            found.append(
+                "an image prompt needs --image and one of --keep-rows, --keep, --redraw and --mask:"
+                " give both, or neither"
+            )
+        if self.keep_rows < 0:
+            found.append("keep_rows must not be negative")
         return found
 
 
@@ -89,7 +128,13 @@ class EvaluateConfig(SampleConfig):
 
     prompts: int = 256
     """Held-out captions, at most."""
+    scales: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 5.0)
+    """Guidance scales at which single samples are measured, if the prior was trained for it."""
 
-    def problems(self, grid: int = 1) -> list[str]:
-        found = super().problems(grid)
-        return found if self.prompts > 0 else [*found, "prompts must be at least 1"]
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.prompts < 1:
+            found.append("prompts must be at least 1")
+        if not all(0 <= scale < math.inf for scale in self.scales):
+            found.append("scales must not be negative")
+        return found

@@ -13,32 +13,36 @@ from data_pipeline.images import encode_png
 from data_pipeline.raw import RawRecord, RawSource
 from data_pipeline.stream import first_records
 from data_pipeline.tokenize.encode import pictures_of
-from generation.accuracy import caption_accuracy, draw_all
-from generation.config import SampleConfig
+from generation.accuracy import Figures, caption_accuracy, draw_all, guidance_accuracy
+from generation.config import EvaluateConfig, PromptConfig, SampleConfig
 from generation.pictures import Studio, picture_grid, to_bytes
+from generation.prompts import prompt_of
 
-SHOWN_PROMPTS = 12
+SHOWN_PROMPTS = 48
+SHOWN_CANDIDATES = 16
 SHOWN_PROMPTED = 6
 SCALE = 2
 
 
-def evaluate(
-    studio: Studio, data: str, out: Path, prompts: int, settings: SampleConfig
-) -> dict[str, float]:
+def evaluate(studio: Studio, data: str, out: Path, settings: EvaluateConfig) -> Figures:
     """Write candidates, reconstructions, image prompts and (for shapes) the caption accuracy."""
     source = RawSource(open_store(data), "validation")
-    records = first_records(source, prompts)
+    records = first_records(source, settings.prompts)
     drawn = draw_all(studio, [record.caption for record in records], settings)
     rows = []
     for i, row in enumerate(drawn[:SHOWN_PROMPTS]):
         name = f"candidates-{i:02d}.png"
-        write_atomic(out / name, encode_png(picture_grid([row.pictures], SCALE)))
-        rows.append({"caption": row.caption, "file": name, "scores": row.scores.tolist()})
+        best = row.pictures[:SHOWN_CANDIDATES]
+        write_atomic(out / name, encode_png(picture_grid([best], SCALE)))
+        scores = row.scores[:SHOWN_CANDIDATES].tolist()
+        rows.append({"caption": row.caption, "file": name, "scores": scores})
     _reconstructions(studio, records[:16], out)
     _image_prompts(studio, records[:SHOWN_PROMPTED], out, settings)
-    figures: dict[str, float] = {}
+    figures: Figures = {}
     if source.manifest.facts["request"]["source"] == "shapes":
         figures = caption_accuracy(studio, records, drawn, settings.seed)
+        if studio.caption_drop:
+            figures["guidance"] = guidance_accuracy(studio, records, settings)
         write_atomic(out / "accuracy.json", canonical_json(figures))
         LOG.info("caption accuracy: %s", figures)
     write_atomic(out / "candidates.json", canonical_json({"rows": rows}))
@@ -58,11 +62,12 @@ def _image_prompts(
     studio: Studio, records: list[RawRecord], out: Path, settings: SampleConfig
 ) -> None:
     """A row a record: the picture, then candidates that keep the upper half of its tokens."""
-    kept = replace(settings, candidates=4, keep_rows=studio.sampler.config.grid // 2)
+    few, grid = replace(settings, candidates=4), studio.sampler.config.grid
+    upper = PromptConfig(keep_rows=grid // 2)
     rows = []
     for record in records:
         pixels = pictures_of([record], studio.dvae.config.pixels)
-        prompt = studio.dvae.tokens(pixels)[0]
-        drawn = studio.draw([record.caption], kept, prompt)[0]
+        prompt = prompt_of(studio.dvae.tokens(pixels)[0], upper, grid)
+        drawn = studio.draw([record.caption], few, prompt)[0]
         rows.append(np.concatenate([to_bytes(pixels), drawn.pictures]))
     write_atomic(out / "image-prompts.png", encode_png(picture_grid(rows, SCALE)))

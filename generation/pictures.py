@@ -1,5 +1,6 @@
 """From captions to ranked pictures: sampler, dVAE and CLIP together."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,21 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from core.errors import InputError
+from core.files import write_atomic
+from core.log import LOG, Meter
 from core.settings import check
 from data_pipeline.bpe import encode, load_tokenizer
-from data_pipeline.images import decode_rgb, square
+from data_pipeline.images import decode_rgb, encode_png, square
 from generation.config import SampleConfig
-from generation.sampling import Sampler
+from generation.decoder import Decoder, Part
+from generation.sampling import Prompt, Sampler
 from models.clip import Clip
 from models.dvae import DVAE
 from training.export import load_clip, load_dvae, load_prior
 from training.tasks import pad_text
+
+Done = Callable[[slice, slice, NDArray[np.uint8]], None]
+"""(which captions, which candidates, their pictures: (captions, candidates, S, S, 3) uint8)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,26 +51,42 @@ class Studio:
     dvae: DVAE
     clip: Clip
     tokenizer: Tokenizer
+    caption_drop: float = 0.0
+    """How often the prior saw the empty caption in training."""
 
     def draw(
-        self, captions: list[str], settings: SampleConfig, prompt: Tensor | None = None
+        self,
+        captions: list[str],
+        settings: SampleConfig,
+        prompt: Prompt | None = None,
+        done: Done | None = None,
     ) -> list[Candidates]:
         """Draw, decode and rerank `settings.candidates` pictures of each caption.
 
-        Shapes: prompt is None or (grid * grid,) codes whose first keep_rows rows are kept.
+        `done` is told of pictures as they are finished, before they are ranked.
         """
         config = self.sampler.config
-        check(settings.problems(config.grid))
+        check(settings.problems())
+        if not captions:
+            return []
         count = settings.candidates
         text = pad_text([encode(self.tokenizer, c) for c in captions], config.text_length)
-        keys = [(settings.seed, caption, i) for caption in captions for i in range(count)]
-        given = None
-        if prompt is not None and settings.keep_rows:
-            given = prompt[: settings.keep_rows * config.grid].repeat(len(keys), 1)
-        codes = self.sampler.draw(text.repeat_interleave(count, 0), keys, settings, given)
-        pixels = self.decode(codes)
-        scores = self.score(captions, pixels, count)
-        arrays = to_bytes(pixels).reshape(len(captions), count, *to_bytes(pixels[:1]).shape[1:])
+        keys = [[(settings.seed, caption, i) for i in range(count)] for caption in captions]
+        if settings.guidance != 1 and not self.caption_drop:
+            LOG.warning(
+                "the prior was trained without --caption-drop: it does not know the empty caption, "
+                "and --guidance may do harm"
+            )
+        side = self.dvae.config.pixels
+        arrays = np.zeros((len(captions), count, side, side, 3), np.uint8)
+        scores = np.zeros((len(captions), count), np.float32)
+        for drawn in self.sampler.draw(text, keys, settings, prompt):
+            where = drawn.captions, drawn.candidates
+            pixels = self.decode(drawn.codes.flatten(0, 1))
+            scores[where] = self.score(captions[drawn.captions], pixels, drawn.codes.shape[1])
+            arrays[where] = to_bytes(pixels).reshape(arrays[where].shape)
+            if done is not None:
+                done(*where, arrays[where])
         found = []
         for caption, pictures, row in zip(captions, arrays, scores, strict=True):
             order = np.argsort(-row, kind="stable")
@@ -98,7 +121,23 @@ class Studio:
         return self.dvae.tokens(pixels)[0]
 
 
-def open_studio(prior: Path, dvae: Path, clip: Path, bpe: Path) -> Studio:
+class Arrivals:
+    """Shows how many candidates are finished, and writes each as a PNG if a folder is given."""
+
+    def __init__(self, meter: Meter, folder: Path | None) -> None:
+        self._meter, self._folder, self._count = meter, folder, 0
+
+    def __call__(self, captions: slice, candidates: slice, pictures: NDArray[np.uint8]) -> None:
+        self._count += pictures.shape[0] * pictures.shape[1]
+        self._meter.update(self._count)
+        for i, row in enumerate(pictures if self._folder else [], captions.start):
+            for j, picture in enumerate(row, candidates.start):
+                assert self._folder is not None
+                name = f"caption-{i:03d}-candidate-{j:03d}.png"
+                write_atomic(self._folder / name, encode_png(picture))
+
+
+def open_studio(prior: Path, dvae: Path, clip: Path, bpe: Path, precision: str = "fp32") -> Studio:
     """Load finished models and check that they were trained with one another.
 
     Raises: InputError if a hash differs.
@@ -117,7 +156,14 @@ def open_studio(prior: Path, dvae: Path, clip: Path, bpe: Path) -> Studio:
     ]
     if any(wrong):
         raise InputError("; ".join(text for text in wrong if text))
-    return Studio(sampler=Sampler(layers, config), dvae=model, clip=ranker, tokenizer=tokenizer)
+    decoder = Decoder(Part(layers=layers, config=config), precision)
+    return Studio(
+        sampler=Sampler(decoder),
+        dvae=model,
+        clip=ranker,
+        tokenizer=tokenizer,
+        caption_drop=float(facts.get("caption_drop", 0.0)),
+    )
 
 
 def to_bytes(pixels: Tensor) -> NDArray[np.uint8]:

@@ -17,7 +17,7 @@ from models.attention import band_of, banded_attention
 from models.config import PriorConfig
 from models.draws import init_normal
 from models.flex import flexible_attention
-from models.masks import full_mask, layer_kind
+from models.masks import layer_kind
 from parallel.engines.protocol import Layer, Recomputed
 from parallel.scales import Branch
 from parallel.tensor.layers import ColumnLinear, RowLinear, VocabularyEmbedding, VocabularyHead
@@ -28,7 +28,6 @@ PAD = -1
 
 BRANCHES = ("attention", "mlp")
 """Resblocks of a layer, each with a gradient scale of its own."""
-Cache = tuple[Tensor, Tensor]
 
 
 class PriorEmbedding(nn.Module):
@@ -99,8 +98,7 @@ class PriorBlock(Recomputed):
         self.mlp_branch = Branch()
         kind = layer_kind(layer, config.layers)
         shape = (kind, config.text_length, config.grid, config.conv_kernel)
-        self._shape, self._band, mask = shape, band_of(*shape), full_mask(*shape)
-        self.register_buffer("mask", mask, persistent=False)
+        self._shape, self._band = shape, band_of(*shape)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run_branch(self._transform, self.run_branch(self._look_back, x))
@@ -122,22 +120,6 @@ class PriorBlock(Recomputed):
             "attention": (self.attention_branch, [p for m in attention for p in m.parameters()]),
             "mlp": (self.mlp_branch, [p for m in mlp for p in m.parameters()]),
         }
-
-    def extend(self, x: Tensor, cache: Cache, start: int) -> Tensor:
-        """Run positions start.. with the keys and values of all earlier ones in the cache.
-
-        Shapes: x is (B, n, dim); the caches are (B, heads, length, dim / heads).
-        """
-        q, k, v = self._heads(x)
-        stop = start + x.shape[1]
-        keys, values = cache
-        keys[:, :, start:stop], values[:, :, start:stop] = k, v
-        mask: Tensor = self.mask[start:stop, :stop]  # type: ignore[index]
-        attended = F.scaled_dot_product_attention(
-            q, keys[:, :, :stop], values[:, :, :stop], attn_mask=mask
-        )
-        x = x + self._join(attended)
-        return x + self._mlp(x)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.device.type == "cpu":
@@ -196,11 +178,6 @@ class PriorHead(nn.Module):
             text, image = x[:, : self.text_length], x[:, self.text_length :]
             logits = self.text(text, half), self.image(image, half)
             return PriorLogits(text=logits[0], image=logits[1], tensor=self._tensor)
-
-    def image_logits(self, x: Tensor) -> Tensor:
-        """Code logits of image states."""
-        out: Tensor = self.image(self.norm(x))
-        return out
 
 
 def prior_layers(

@@ -229,6 +229,9 @@ class PriorTrain(StageConfig):
     """Probability that a merge is passed over, drawn anew at every reading (the paper: 0.1)."""
     bpe: Path = Path("runs/bpe")
     """Folder of the tokens' tokenizer.json; read if bpe_dropout is above 0."""
+    caption_drop: float = 0.0
+    """Probability that a caption is left empty at a reading, for classifier-free guidance in
+    sampling: try 0.1 (the paper: none)."""
 
     def sizes(self) -> ModelSizes:
         return ModelSizes(heads=self.model.heads, layers=self.model.layers, cuttable=True)
@@ -237,6 +240,8 @@ class PriorTrain(StageConfig):
         found = self.model.problems()
         if not 0 <= self.bpe_dropout < 1:
             found.append(f"bpe_dropout={self.bpe_dropout} must lie in [0, 1); the paper's is 0.1")
+        if not 0 <= self.caption_drop < 1:
+            found.append(f"caption_drop={self.caption_drop} must lie in [0, 1); try 0.1")
         return found
 
 

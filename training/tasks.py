@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from core.errors import InputError
-from core.keys import key_int
+from core.keys import key_fraction, key_int
 from core.store import open_store
 from data_pipeline.bpe import load_tokenizer
 from data_pipeline.cache import open_cache
@@ -109,7 +109,15 @@ class PriorTask:
         if self._dropout and training:
             seed, again = self._settings.loop.seed, self._dropout.encode
             records = [replace(r, text=again(r.text, seed, step, r.id)) for r in records]
+        if self._settings.caption_drop and training:
+            records = [self._maybe_empty(r, step) for r in records]
         return token_batch(records, self.model_config.text_length)
+
+    def _maybe_empty(self, record: TokenRecord, step: int) -> TokenRecord:
+        """The record, or by its key the same picture with the empty caption."""
+        drawn = key_fraction(self._settings.loop.seed, step, record.id, "caption drop")
+        kept = drawn >= self._settings.caption_drop
+        return record if kept else replace(record, text=record.text[:0])
 
     def _open_dropout(self) -> DropoutEncoder | None:
         """Raises: InputError if the tokens were made by another tokenizer."""
@@ -125,7 +133,8 @@ class PriorTask:
         return DropoutEncoder(tokenizer, rate)
 
     def facts(self) -> dict[str, Any]:
-        return {key: self._facts[key] for key in ("dvae", "tokenizer", "grid")}
+        known = {key: self._facts[key] for key in ("dvae", "tokenizer", "grid")}
+        return {**known, "caption_drop": self._settings.caption_drop}
 
     def figures(
         self, means: Means, mine: Sequence[TokenRecord], records: Sequence[TokenRecord]

@@ -10,6 +10,7 @@ from megatron.core import ModelParallelConfig, parallel_state
 from megatron.core.tensor_parallel import VocabParallelEmbedding, vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
+    gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
 from torch import Tensor, nn
@@ -41,6 +42,10 @@ class MegatronTensorParallel(TensorParallel):
 
     def leave(self, x: Tensor) -> Tensor:
         found: Tensor = reduce_from_tensor_model_parallel_region(x.contiguous(), self.group)
+        return found
+
+    def gather(self, x: Tensor) -> Tensor:
+        found: Tensor = gather_from_tensor_model_parallel_region(x.contiguous(), self.group)
         return found
 
     def embedding(self, rows: int, width: int) -> nn.Module:

@@ -18,6 +18,13 @@ class TensorParallel:
         """Sum the parts that the ranks computed; backward, gradients pass."""
         return x
 
+    def gather(self, x: Tensor) -> Tensor:
+        """Join the parts of the last axis that the ranks hold, on all of them; without gradients.
+
+        Shapes: (..., n / size) -> (..., n).
+        """
+        return x
+
     def embedding(self, rows: int, width: int) -> nn.Module:
         """A table of `rows` (a multiple of size), cut along its rows; ids -> sums over all ranks.
 

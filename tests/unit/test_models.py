@@ -1,4 +1,4 @@
-"""The prior sees no future, the cache equals the whole stream, CLIP ranks, draws are keyed."""
+"""The prior sees no future, CLIP ranks, draws are keyed."""
 
 from dataclasses import replace
 
@@ -6,9 +6,7 @@ import torch
 from torch import nn
 
 from generation.accuracy import best_of, wilson_low
-from generation.config import SampleConfig
 from generation.pictures import Candidates
-from generation.sampling import Sampler
 from models.clip import Clip, contrastive_loss
 from models.config import ClipConfig, PriorConfig
 from models.prior import PAD, build_prior, prior_loss
@@ -18,21 +16,21 @@ CONFIG = PriorConfig(
 )
 
 
-def _batch(rows: int = 3) -> dict[str, torch.Tensor]:
+def prior_batch(rows: int = 3) -> dict[str, torch.Tensor]:
     draws = torch.Generator().manual_seed(1)
     text = torch.randint(0, 30, (rows, 6), generator=draws)
     text[0, 3:] = PAD
     return {"text": text, "image": torch.randint(0, 20, (rows, 16), generator=draws)}
 
 
-def _logits(layers: nn.ModuleDict, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def prior_logits(layers: nn.ModuleDict, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     state = batch
     for layer in layers.values():
         state = layer(state)
     return state.image  # type: ignore[attr-defined, no-any-return]
 
 
-def _trained_like() -> nn.ModuleDict:
+def trained_like() -> nn.ModuleDict:
     layers = build_prior(CONFIG)
     with torch.no_grad():
         for i, p in enumerate(layers.parameters()):
@@ -41,61 +39,28 @@ def _trained_like() -> nn.ModuleDict:
 
 
 def test_no_position_sees_the_future() -> None:
-    layers, batch = _trained_like(), _batch()
-    before = _logits(layers, batch)
+    layers, batch = trained_like(), prior_batch()
+    before = prior_logits(layers, batch)
     for position in range(16):
         changed = {**batch, "image": batch["image"].clone()}
         changed["image"][:, position] = (changed["image"][:, position] + 1) % 20
-        after = _logits(layers, changed)
+        after = prior_logits(layers, changed)
         assert after[:, : position + 1].equal(before[:, : position + 1])
         if position < 15:
             assert not after[:, position + 1 :].equal(before[:, position + 1 :])
 
 
 def test_every_caption_token_and_pad_matters() -> None:
-    layers, batch = _trained_like(), _batch()
-    before = _logits(layers, batch)
+    layers, batch = trained_like(), prior_batch()
+    before = prior_logits(layers, batch)
     for position in range(5):
         changed = {**batch, "text": batch["text"].clone()}
         changed["text"][1, position] = PAD
-        assert not _logits(layers, changed)[1].equal(before[1])
-
-
-def test_sampling_with_the_cache_equals_the_whole_stream() -> None:
-    layers, batch = _trained_like(), _batch()
-    settings = SampleConfig(temperature=0.0)
-    keys = [(0, str(i), 0) for i in range(3)]
-    drawn = Sampler(layers, CONFIG).draw(batch["text"], keys, settings)
-    image = torch.zeros(3, 16, dtype=torch.int64)
-    with torch.no_grad():
-        for position in range(16):
-            logits = _logits(layers, {**batch, "image": image})
-            image[:, position] = logits[:, position].argmax(1)
-    assert drawn.equal(image)
-
-
-def test_a_draw_depends_on_its_key_and_not_on_the_batch() -> None:
-    sampler, batch = Sampler(_trained_like(), CONFIG), _batch()
-    keys = [(7, "caption", i) for i in range(3)]
-    whole = sampler.draw(batch["text"], keys, SampleConfig())
-    alone = [
-        sampler.draw(batch["text"][i : i + 1], keys[i : i + 1], SampleConfig()) for i in range(3)
-    ]
-    assert torch.cat(alone).equal(whole)
-    other = sampler.draw(batch["text"], [(8, "caption", i) for i in range(3)], SampleConfig())
-    assert not other.equal(whole)
-
-
-def test_given_rows_are_kept_exactly() -> None:
-    sampler, batch = Sampler(_trained_like(), CONFIG), _batch()
-    keys = [(0, "x", i) for i in range(3)]
-    given = batch["image"][:, :8]
-    drawn = sampler.draw(batch["text"], keys, SampleConfig(), given)
-    assert drawn[:, :8].equal(given)
+        assert not prior_logits(layers, changed)[1].equal(before[1])
 
 
 def test_loss_weights_and_pads() -> None:
-    layers, batch = build_prior(CONFIG), _batch()
+    layers, batch = build_prior(CONFIG), prior_batch()
     state = batch
     for layer in layers.values():
         state = layer(state)

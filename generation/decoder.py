@@ -1,0 +1,238 @@
+"""A prior, or a stage of one, that decodes image tokens with key/value caches.
+
+The layers are those that were trained (models/prior.py); here their weights are packed for few
+rows, and attention reads only what the masks allow. Text and given image tokens go through in one
+piece (`start`), then one token at a time (`next`). With tensor parallelism every rank has its heads
+and channels; with a pipeline every rank has its layers, and states travel between neighbours.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from generation.cache import BlockCache, Lane, reads_of
+from generation.packed import PackedLinear
+from generation.stages import Neighbours
+from models.config import PriorConfig
+from models.masks import full_mask, layer_kind
+from models.prior import PriorBlock, PriorEmbedding, PriorHead
+from parallel.tensor.ops import TensorParallel
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What decodes on this rank."""
+
+    layers: Mapping[str, nn.Module]
+    """Some consecutive layers of a prior, by name."""
+    config: PriorConfig
+    tensor: TensorParallel = field(default_factory=TensorParallel)
+    neighbours: Neighbours = field(default_factory=Neighbours)
+
+
+class _Block:
+    """One attention resblock and one MLP resblock."""
+
+    def __init__(self, block: PriorBlock, number: int, part: Part, dtype: torch.dtype) -> None:
+        config = part.config
+        self.kind = layer_kind(number, config.layers)
+        self._tensor, self._dtype = part.tensor, dtype
+        self._width = config.dim // config.heads
+        self._norms = block.attention_norm, block.mlp_norm
+        q, k, v = block.q, block.k, block.v
+        assert q.bias is not None and v.bias is not None
+        weight = torch.cat([q.weight, k.weight, v.weight])
+        bias = torch.cat([q.bias, torch.zeros_like(q.bias), v.bias])
+        self._qkv = PackedLinear(weight, bias, dtype)
+        self._up = PackedLinear(block.up.weight, block.up.bias, dtype, gelu=True)
+        alone = part.tensor.size == 1
+        ends = block.out, block.down
+        self._out, self._down = (
+            PackedLinear(end.weight.T, end.bias if alone else None, dtype) for end in ends
+        )
+        self._late = [None if alone else end.bias.detach() for end in ends]
+        shape = (self.kind, config.text_length, config.grid, config.conv_kernel)
+        self._mask = full_mask(*shape).to(weight.device)
+        self._text = config.text_length
+
+    @property
+    def bytes(self) -> int:
+        return sum(each.bytes for each in (self._qkv, self._out, self._up, self._down))
+
+    def start(self, x: Tensor, lane: Lane, positions: int) -> Tensor:
+        """Run the text and the given image tokens, and fill a cache with `positions` places.
+
+        Shapes: x is (captions, text_length + given, dim).
+        """
+        q, k, v = self._heads(x)
+        length, text = x.shape[1], self._text
+        mask = self._mask[:length, :length]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        shape = (lane.rows * k.shape[1], positions, self._width)
+        cache = BlockCache(
+            text_keys=k[:, :, :text].contiguous(),
+            text_values=v[:, :, :text].contiguous(),
+            keys=k.new_zeros(shape),
+            values=v.new_zeros(shape),
+        )
+        for store, found in ((cache.keys, k), (cache.values, v)):
+            given = found[:, :, text:].repeat_interleave(lane.each, 0)
+            store[:, : length - text] = given.flatten(0, 1)
+        lane.blocks.append(cache)
+        return self._after(x, attended.transpose(1, 2).flatten(2))
+
+    def next(
+        self, x: Tensor, cache: BlockCache, at: Tensor, index: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """Run one image position of every candidate.
+
+        Shapes: x is (rows, dim); `at` (1,) the position; `index` (w,) the positions that it reads,
+        with `bias` (w,) on their logits.
+        """
+        rows, captions, width = len(x), len(cache.text_keys), self._width
+        heads = cache.text_keys.shape[1]
+        q, k, v = self._qkv(self._entered(x, 0)).view(rows, 3, heads, width).unbind(1)
+        for store, new in ((cache.keys, k), (cache.values, v)):
+            store.index_copy_(1, at, new.reshape(rows * heads, 1, width))
+        keys, values = (store.index_select(1, index) for store in (cache.keys, cache.values))
+        near = torch.bmm(q.reshape(rows * heads, 1, width), keys.transpose(1, 2))
+        shared = q.view(captions, -1, heads, width).transpose(1, 2)
+        words = torch.matmul(shared, cache.text_keys.transpose(2, 3))
+        text = words.shape[3]
+        logits = torch.cat(
+            [words.transpose(1, 2).reshape(rows, heads, text), near.view(rows, heads, -1)], 2
+        )
+        logits = logits.float() * width**-0.5
+        if bias is not None:
+            logits[..., text:] += bias
+        shares = torch.softmax(logits, 2).to(q.dtype)
+        said = shares[..., :text].reshape(captions, -1, heads, text).transpose(1, 2)
+        out = torch.matmul(said, cache.text_values).transpose(1, 2).reshape(rows, heads, width)
+        seen = shares[..., text:].reshape(rows * heads, 1, -1)
+        out = out + torch.bmm(seen, values).view(rows, heads, width)
+        return self._after(x, out.flatten(1))
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        shape = (*x.shape[:2], 3, -1, self._width)
+        return self._qkv(self._entered(x, 0)).view(shape).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _after(self, x: Tensor, attended: Tensor) -> Tensor:
+        """What follows attention: its output matrix, and the MLP resblock."""
+        x = x + self._joined(self._out(attended), 0)
+        return x + self._joined(self._down(self._up(self._entered(x, 1))), 1)
+
+    def _entered(self, x: Tensor, which: int) -> Tensor:
+        return self._norms[which](x).to(self._dtype)  # type: ignore[no-any-return]
+
+    def _joined(self, partial: Tensor, which: int) -> Tensor:
+        bias = self._late[which]
+        return partial if bias is None else self._tensor.leave(partial.float()) + bias
+
+
+class Decoder:
+    """This rank's layers, packed; all ranks of a model call the same methods together."""
+
+    def __init__(self, part: Part, precision: str = "fp32") -> None:
+        self.config, self.neighbours, self._tensor = part.config, part.neighbours, part.tensor
+        modules = list(part.layers.values())
+        dtype = DTYPES[precision]
+        first, last = modules[0], modules[-1]
+        self._embedding = first if isinstance(first, PriorEmbedding) else None
+        self._head: PackedLinear | None = None
+        if isinstance(last, PriorHead):
+            self._norm = last.norm
+            self._head = PackedLinear(last.image.weight, last.image.bias, torch.float32)
+        blocks = [(n, m) for n, m in part.layers.items() if isinstance(m, PriorBlock)]
+        self._blocks = [
+            _Block(module, int(name.removeprefix("block")) + 1, part, dtype)
+            for name, module in blocks
+        ]
+        config = part.config
+        self.device = next(modules[0].parameters()).device
+        self._reads = {
+            block.kind: reads_of(block.kind, config.grid, config.conv_kernel)
+            for block in self._blocks
+        }
+        self._compiled: Any = None
+        if self.device.type == "cuda":
+            self.compile("reduce-overhead")
+
+    def compile(self, mode: str | None = None) -> None:
+        """Compile the step; with mode reduce-overhead, it becomes one CUDA graph."""
+        self._compiled = torch.compile(self._run, mode=mode, dynamic=False)
+
+    @property
+    def bytes(self) -> int:
+        """Weights that a token reads on this rank."""
+        return sum(block.bytes for block in self._blocks) + (self._head.bytes if self._head else 0)
+
+    @torch.no_grad()
+    def start(self, text: Tensor, given: Tensor, each: int) -> Lane:
+        """Run captions and the codes that are given, for `each` candidates of every caption.
+
+        Shapes: text (captions, text_length) int64; given (captions, n) int64, n < grid * grid.
+        """
+        config = self.config
+        lane = Lane(captions=len(text), each=each)
+        shape = (len(text), config.text_length + given.shape[1], config.dim)
+        if self._embedding is not None:
+            x = self._embedding.embed_text(text)
+            if given.shape[1]:
+                x = torch.cat([x, self._embedding.embed_image(given)], 1)
+        else:
+            x = self.neighbours.receive(shape, self.device)
+        for block in self._blocks:
+            x = block.start(x, lane, config.image_length)
+        if self._head is None:
+            self.neighbours.send(x)
+        return lane
+
+    @torch.no_grad()
+    def next(self, lane: Lane, position: int, before: Tensor) -> Tensor | None:
+        """Logits of the code at an image position, on the last stage; None on the others.
+
+        Shapes: before (rows,) the codes one position earlier (anything at position 0) ->
+        (rows, codes).
+        """
+        if self._embedding is not None:
+            x = self._embed(position, before)
+        else:
+            x = self.neighbours.receive((lane.rows, self.config.dim), self.device)
+        x = self._step(x, lane, position)
+        if self._head is None:
+            self.neighbours.send(x)
+            return None
+        logits = self._tensor.gather(self._head(self._norm(x.float())))
+        return logits[:, : self.config.image_vocabulary]
+
+    def _embed(self, position: int, before: Tensor) -> Tensor:
+        embedding = self._embedding
+        assert embedding is not None
+        start = embedding.start.weight[1].expand(len(before), -1)
+        token = embedding.image(before) if position else start
+        row, column = divmod(position, self.config.grid)
+        place: Tensor = embedding.row.weight[row] + embedding.column.weight[column]
+        return token + place
+
+    def _step(self, x: Tensor, lane: Lane, position: int) -> Tensor:
+        at = torch.tensor([position], device=self.device)
+        if self._compiled is None:
+            index = {kind: reads.exact[position] for kind, reads in self._reads.items()}
+            return self._run(x, lane.blocks, at, index, dict.fromkeys(index))
+        index = {kind: reads.padded[position].to(x.device) for kind, reads in self._reads.items()}
+        bias = {kind: reads.bias[position].to(x.device) for kind, reads in self._reads.items()}
+        found: Tensor = self._compiled(x, lane.blocks, at, index, bias)
+        return found
+
+    def _run(
+        self, x: Tensor, caches: Sequence[BlockCache], at: Tensor, index: Any, bias: Any
+    ) -> Tensor:
+        for block, cache in zip(self._blocks, caches, strict=True):
+            x = block.next(x, cache, at, index[block.kind], bias[block.kind])
+        return x

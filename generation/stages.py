@@ -1,0 +1,67 @@
+"""How the stages of a pipeline that decodes talk to each other."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from core.errors import TapirError
+from parallel.mesh import Group
+
+
+class Neighbours:
+    """The only stage."""
+
+    size = 1
+
+    def receive(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """States of the stage before."""
+        raise TapirError("this stage is the first one")
+
+    def send(self, x: Tensor) -> None:
+        """Pass states to the next stage, without waiting for it."""
+        raise TapirError("this stage is the last one")
+
+    def share(self, codes: Tensor) -> "Shared":
+        """Spread what the last stage has drawn; the others give a tensor of that size."""
+        return Shared(codes, None)
+
+
+class Shared:
+    """Codes on their way to all stages."""
+
+    def __init__(self, codes: Tensor, work: Any) -> None:
+        self._codes, self._work = codes, work
+
+    def wait(self) -> Tensor:
+        """The last stage's codes."""
+        if self._work is not None:
+            self._work.wait()
+        return self._codes
+
+
+class Pipeline(Neighbours):
+    """A stage among several; all call the same methods in the same order."""
+
+    def __init__(self, group: Group) -> None:
+        assert group.handle is not None
+        self._group, self.size = group.handle, group.size
+        self._ranks = dist.get_process_group_ranks(group.handle)
+        self._place = group.rank
+        self._sent: list[tuple[Any, Tensor]] = []
+
+    def receive(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        found = torch.empty(shape, device=device)
+        dist.recv(found, self._ranks[self._place - 1], group=self._group)
+        return found
+
+    def send(self, x: Tensor) -> None:
+        self._sent = [(work, kept) for work, kept in self._sent if not work.is_completed()]
+        kept = x.contiguous()
+        work = dist.isend(kept, self._ranks[self._place + 1], group=self._group)
+        self._sent.append((work, kept))
+
+    def share(self, codes: Tensor) -> Shared:
+        last = self._ranks[-1]
+        return Shared(codes, dist.broadcast(codes, last, group=self._group, async_op=True))
