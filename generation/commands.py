@@ -50,6 +50,7 @@ def sample(arguments: list[str]) -> None:
         dvae: Path = Path("runs/dvae"),
         clip: Path = Path("runs/clip"),
         bpe: Path = Path("runs/bpe"),
+        step: int | None = None,
         image: Path | None = None,
         show: int = 8,
         config: Annotated[SampleConfig, _FLAT] = SampleConfig(),  # noqa: B008
@@ -59,10 +60,12 @@ def sample(arguments: list[str]) -> None:
         Args:
             captions: one or more captions, each in quotes
             out: PNG to write
-            prior: run folder of a finished prior
-            dvae: run folder of a finished dVAE
-            clip: run folder of a finished CLIP
+            prior: run folder of a prior; one that has not ended gives its newest checkpoint
+            dvae: run folder of the dVAE that it was trained on
+            clip: run folder of a CLIP, or a folder with an open_clip checkpoint
+                (open_clip_config.json and open_clip_model.safetensors)
             bpe: folder of tokenizer.json
+            step: take the prior's checkpoint of this step
             image: an image prompt: its first --keep-rows rows of tokens are kept
             show: how many of the best candidates the grid holds
             config: settings
@@ -73,7 +76,7 @@ def sample(arguments: list[str]) -> None:
             raise ConfigError("give at least one caption in quotes, and a --show of at least 1")
         if (image is None) != (config.keep_rows == 0):
             raise ConfigError("--image and --keep-rows belong together: give both, or neither")
-        studio = open_studio(prior, dvae, clip, bpe)
+        studio = open_studio(prior, dvae, clip, bpe, step)
         check(config.problems(studio.sampler.config.grid))
         refuse_folder(out)
         prompt = studio.codes_of_file(image) if image else None
@@ -96,6 +99,7 @@ def evaluate(arguments: list[str]) -> None:
         dvae: Path = Path("runs/dvae"),
         clip: Path = Path("runs/clip"),
         bpe: Path = Path("runs/bpe"),
+        step: int | None = None,
         config: Annotated[EvaluateConfig, _FLAT] = EvaluateConfig(),  # noqa: B008
     ) -> None:
         """Draw pictures for held-out captions; on shapes, check all attributes for best-of-N.
@@ -103,10 +107,12 @@ def evaluate(arguments: list[str]) -> None:
         Args:
             data: where `tapir pack` wrote
             out: folder for the pictures and figures
-            prior: run folder of a finished prior
-            dvae: run folder of a finished dVAE
-            clip: run folder of a finished CLIP
+            prior: run folder of a prior; one that has not ended gives its newest checkpoint
+            dvae: run folder of the dVAE that it was trained on
+            clip: run folder of a CLIP, or a folder with an open_clip checkpoint
+                (open_clip_config.json and open_clip_model.safetensors)
             bpe: folder of tokenizer.json
+            step: take the prior's checkpoint of this step
             config: settings
         """
         from generation import evaluate as evaluation  # noqa: PLC0415
@@ -115,7 +121,7 @@ def evaluate(arguments: list[str]) -> None:
         if config.prompts < 1:
             raise ConfigError("--prompts must be at least 1")
         out.mkdir(parents=True, exist_ok=True)
-        studio = open_studio(prior, dvae, clip, bpe)
+        studio = open_studio(prior, dvae, clip, bpe, step)
         settings = replace(config, keep_rows=0)
         figures = evaluation.evaluate(studio, data, out, config.prompts, settings)
         print_json({"caption_accuracy": figures})

@@ -16,10 +16,10 @@ from core.settings import check
 from data_pipeline.bpe import encode, load_tokenizer
 from data_pipeline.images import decode_rgb, square
 from generation.config import SampleConfig
+from generation.ranking import Ranker, open_ranker
 from generation.sampling import Sampler
-from models.clip import Clip
 from models.dvae import DVAE
-from training.export import load_clip, load_dvae, load_prior
+from training.export import load_dvae, load_prior
 from training.tasks import pad_text
 
 
@@ -42,7 +42,7 @@ class Studio:
 
     sampler: Sampler
     dvae: DVAE
-    clip: Clip
+    ranker: Ranker
     tokenizer: Tokenizer
 
     def draw(
@@ -79,14 +79,9 @@ class Studio:
         """Pictures of codes, (B, 3, S, S) in [0, 1]."""
         return torch.cat([self.dvae.picture(part) for part in codes.split(256)])
 
-    @torch.no_grad()
     def score(self, captions: list[str], pixels: Tensor, count: int) -> NDArray[Any]:
-        """CLIP's cosine of each caption with its `count` pictures, (captions, count)."""
-        length = self.clip.config.text_length
-        text = pad_text([encode(self.tokenizer, c) for c in captions], length)
-        words = self.clip.embed_text(text).repeat_interleave(count, 0)
-        images = torch.cat([self.clip.embed_image(part) for part in pixels.split(256)])
-        return np.asarray((words * images).sum(1).view(len(captions), count).numpy())
+        """The ranker's cosine of each caption with its `count` pictures, (captions, count)."""
+        return self.ranker.scores(captions, pixels, count)
 
     @torch.no_grad()
     def codes_of_file(self, path: Path) -> Tensor:
@@ -98,26 +93,25 @@ class Studio:
         return self.dvae.tokens(pixels)[0]
 
 
-def open_studio(prior: Path, dvae: Path, clip: Path, bpe: Path) -> Studio:
-    """Load finished models and check that they were trained with one another.
+def open_studio(prior: Path, dvae: Path, clip: Path, bpe: Path, step: int | None = None) -> Studio:
+    """Load models and check that they were trained with one another.
 
+    A run that has not ended gives its newest checkpoint; the prior that of `step`, if it is given.
     Raises: InputError if a hash differs.
     """
-    layers, config, facts = load_prior(prior)
+    layers, config, facts = load_prior(prior, step)
     model, dvae_hash = load_dvae(dvae)
-    ranker, clip_facts = load_clip(clip)
     tokenizer, tokenizer_hash = load_tokenizer(bpe)
     wrong = [
         f"the prior in {prior} was trained on another dVAE than {dvae}"
         * (facts["dvae"] != dvae_hash),
         f"the prior in {prior} was trained with another tokenizer than {bpe}"
         * (facts["tokenizer"] != tokenizer_hash),
-        f"the CLIP in {clip} was trained with another tokenizer than {bpe}"
-        * (clip_facts["tokenizer"] != tokenizer_hash),
     ]
     if any(wrong):
         raise InputError("; ".join(text for text in wrong if text))
-    return Studio(sampler=Sampler(layers, config), dvae=model, clip=ranker, tokenizer=tokenizer)
+    ranker = open_ranker(clip, bpe)
+    return Studio(sampler=Sampler(layers, config), dvae=model, ranker=ranker, tokenizer=tokenizer)
 
 
 def to_bytes(pixels: Tensor) -> NDArray[np.uint8]:

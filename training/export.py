@@ -150,7 +150,7 @@ def model_is_whole(folder: Path, stage: str) -> bool:
 def load_dvae(folder: Path, step: int | None = None) -> tuple[DVAE, str]:
     """A dVAE and the hash of its weights."""
     found = open_model(folder, "dvae", step)
-    dvae: Any = _build(found)
+    dvae: Any = build_model(found)
     return dvae, found.digest
 
 
@@ -159,15 +159,29 @@ def load_prior(
 ) -> tuple[nn.ModuleDict, PriorConfig, dict[str, Any]]:
     """A prior's layers, its sizes and its facts."""
     found = open_model(folder, "prior", step)
-    layers: Any = _build(found)
+    layers: Any = build_model(found)
     return layers, from_json(PriorConfig, found.config), found.facts
 
 
 def load_clip(folder: Path, step: int | None = None) -> tuple[Clip, dict[str, Any]]:
     """A reranker and its facts."""
     found = open_model(folder, "clip", step)
-    clip: Any = _build(found)
+    clip: Any = build_model(found)
     return clip, found.facts
+
+
+@torch.no_grad()
+def build_model(found: Weights) -> nn.Module:
+    """The network with its weights. Raises: CorruptError if some are missing or do not fit."""
+    kind = KINDS[found.stage]
+    network = kind.build(from_json(kind.config, found.config))
+    wanted = {f"{kind.prefix}{name}": p for name, p in network.named_parameters()}
+    wrong = sorted(n for n, p in wanted.items() if found.shapes.get(n) != tuple(p.shape))
+    if wrong:
+        raise CorruptError(f"{found.where} lacks {wrong[:3]}, or holds them in another shape")
+    for name, parameter in wanted.items():
+        parameter.copy_(found.read(name))
+    return network.eval()
 
 
 def misfits(stage: str, config: Any, shapes: Shapes) -> list[str]:
@@ -244,17 +258,3 @@ def _whole_checkpoint(folder: Path, stage: str, step: int | None) -> CheckpointR
 
 def _mean(reader: Reader, name: str) -> Tensor:
     return reader.tensor(name, EMA if EMA in reader.kinds(name) else "master")
-
-
-@torch.no_grad()
-def _build(found: Weights) -> nn.Module:
-    """The network with its weights. Raises: CorruptError if some are missing or do not fit."""
-    kind = KINDS[found.stage]
-    network = kind.build(from_json(kind.config, found.config))
-    wanted = {f"{kind.prefix}{name}": p for name, p in network.named_parameters()}
-    wrong = sorted(n for n, p in wanted.items() if found.shapes.get(n) != tuple(p.shape))
-    if wrong:
-        raise CorruptError(f"{found.where} lacks {wrong[:3]}, or holds them in another shape")
-    for name, parameter in wanted.items():
-        parameter.copy_(found.read(name))
-    return network.eval()
