@@ -26,8 +26,14 @@ VERBS = {
         "prove that all ranks' collectives match, before a cluster is paid for",
     ),
     "report": ("generation.commands:report", "write a demo folder's report.html again"),
-    "export": ("training.commands:export", "a dVAE -> the layout of OpenAI's dall_e package"),
-    "import": ("training.commands:import_", "a dVAE of that layout -> one of Tapir's"),
+    "export": (
+        "training.commands:export",
+        "models -> one folder of safetensors for the hub, or OpenAI's layout",
+    ),
+    "import": (
+        "training.commands:import_",
+        "such a folder -> finished models, with the same digests",
+    ),
     "profile": ("training.profile_commands:profile", "where the time of a run's steps goes"),
     "watch": ("training.watch:watch", "runs live in this terminal: loss, speed, time, memory"),
     "diverge": ("training.commands:diverge", "the first tensor in which two runs differ"),

@@ -64,7 +64,7 @@ def _write_slices(store: Store, name: str, slices: list[StateSlice], rank: int) 
         digest.update(header)
         yield header
         for part in slices:
-            view = _bytes(part.data)
+            view = bytes_of(part.data)
             digest.update(view)
             yield view
 
@@ -107,6 +107,7 @@ def _layout(slices: list[StateSlice]) -> tuple[bytes, list[dict[str, Any]]]:
     return header, rows
 
 
-def _bytes(data: Tensor) -> memoryview:
+def bytes_of(data: Tensor) -> memoryview:
+    """The elements of a tensor, row-major."""
     flat: Any = data.detach().reshape(-1).contiguous().cpu().view(torch.uint8).numpy()
     return memoryview(flat)

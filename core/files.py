@@ -115,6 +115,31 @@ def held(folder: Path, what: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Fill a folder that appears whole or not at all; yields where it is filled.
+
+    Raises: InputError if something is there already, or another process fills it.
+    """
+    path = path.absolute()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise InputError(f"{path} holds something already; give another folder")
+    staging = path.with_name(f"{TEMPORARY}{path.name}")
+    with held(staging, "process"):
+        for old in staging.iterdir():
+            if old.is_dir():
+                shutil.rmtree(old)
+            elif old.name != LOCK:
+                old.unlink()
+        try:
+            yield staging
+            (staging / LOCK).unlink()
+            os.replace(staging, path)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
 def private_folder(purpose: str) -> Path:
     """Make a temporary folder for this process, and delete those whose process is gone."""
     root = Path(tempfile.gettempdir())

@@ -55,6 +55,7 @@ def sample(arguments: list[str]) -> None:
         dvae: Path = Path("runs/dvae"),
         clip: Path = Path("runs/clip"),
         bpe: Path = Path("runs/bpe"),
+        step: int | None = None,
         show: int = 8,
         pictures: Path | None = None,
         keep: Annotated[PromptConfig, _FLAT] = PromptConfig(),  # noqa: B008
@@ -65,10 +66,12 @@ def sample(arguments: list[str]) -> None:
         Args:
             captions: one or more captions, each in quotes
             out: PNG to write
-            prior: run folder of a finished prior
-            dvae: run folder of a finished dVAE
-            clip: run folder of a finished CLIP
+            prior: run folder of a prior; one that has not ended gives its newest checkpoint
+            dvae: run folder of the dVAE that it was trained on
+            clip: run folder of a CLIP, or a folder with an open_clip checkpoint
+                (open_clip_config.json and open_clip_model.safetensors)
             bpe: folder of tokenizer.json
+            step: take the prior's checkpoint of this step
             show: how many of the best candidates the grid holds
             pictures: a folder for each candidate as a PNG of its own, as soon as it is finished
             keep: what is kept of an image prompt
@@ -81,7 +84,7 @@ def sample(arguments: list[str]) -> None:
             raise ConfigError("give at least one caption in quotes, and a --show of at least 1")
         check([*config.problems(), *keep.problems()])
         refuse_folder(out)
-        studio = open_studio(prior, dvae, clip, bpe, config.precision)
+        studio = open_studio(prior, dvae, clip, bpe, config.precision, step)
         prompt = None
         if keep.image is not None:
             grid = studio.sampler.config.grid
@@ -106,6 +109,7 @@ def evaluate(arguments: list[str]) -> None:
         dvae: Path = Path("runs/dvae"),
         clip: Path = Path("runs/clip"),
         bpe: Path = Path("runs/bpe"),
+        step: int | None = None,
         config: Annotated[EvaluateConfig, _FLAT] = EvaluateConfig(),  # noqa: B008
     ) -> None:
         """Draw pictures for held-out captions; on shapes, check all attributes for best-of-N.
@@ -113,10 +117,12 @@ def evaluate(arguments: list[str]) -> None:
         Args:
             data: where `tapir pack` wrote
             out: folder for the pictures and figures
-            prior: run folder of a finished prior
-            dvae: run folder of a finished dVAE
-            clip: run folder of a finished CLIP
+            prior: run folder of a prior; one that has not ended gives its newest checkpoint
+            dvae: run folder of the dVAE that it was trained on
+            clip: run folder of a CLIP, or a folder with an open_clip checkpoint
+                (open_clip_config.json and open_clip_model.safetensors)
             bpe: folder of tokenizer.json
+            step: take the prior's checkpoint of this step
             config: settings
         """
         from generation import evaluate as evaluation  # noqa: PLC0415
@@ -124,7 +130,7 @@ def evaluate(arguments: list[str]) -> None:
 
         check(config.problems())
         out.mkdir(parents=True, exist_ok=True)
-        studio = open_studio(prior, dvae, clip, bpe, config.precision)
+        studio = open_studio(prior, dvae, clip, bpe, config.precision, step)
         figures = evaluation.evaluate(studio, data, out, config)
         print_json({"caption_accuracy": figures})
 

@@ -20,10 +20,10 @@ from data_pipeline.bpe import encode, load_tokenizer
 from data_pipeline.images import decode_rgb, encode_png, square
 from generation.config import SampleConfig
 from generation.decoder import Decoder, Part
+from generation.ranking import Ranker, open_ranker
 from generation.sampling import Prompt, Sampler
-from models.clip import Clip
 from models.dvae import DVAE
-from training.export import load_clip, load_dvae, load_prior
+from training.export import load_dvae, load_prior
 from training.tasks import pad_text
 
 Done = Callable[[slice, slice, NDArray[np.uint8]], None]
@@ -49,7 +49,7 @@ class Studio:
 
     sampler: Sampler
     dvae: DVAE
-    clip: Clip
+    ranker: Ranker
     tokenizer: Tokenizer
     caption_drop: float = 0.0
     """How often the prior saw the empty caption in training."""
@@ -102,14 +102,9 @@ class Studio:
         """Pictures of codes, (B, 3, S, S) in [0, 1]."""
         return torch.cat([self.dvae.picture(part) for part in codes.split(256)])
 
-    @torch.no_grad()
     def score(self, captions: list[str], pixels: Tensor, count: int) -> NDArray[Any]:
-        """CLIP's cosine of each caption with its `count` pictures, (captions, count)."""
-        length = self.clip.config.text_length
-        text = pad_text([encode(self.tokenizer, c) for c in captions], length)
-        words = self.clip.embed_text(text).repeat_interleave(count, 0)
-        images = torch.cat([self.clip.embed_image(part) for part in pixels.split(256)])
-        return np.asarray((words * images).sum(1).view(len(captions), count).numpy())
+        """The ranker's cosine of each caption with its `count` pictures, (captions, count)."""
+        return self.ranker.scores(captions, pixels, count)
 
     @torch.no_grad()
     def codes_of_file(self, path: Path) -> Tensor:
@@ -137,22 +132,27 @@ class Arrivals:
                 write_atomic(self._folder / name, encode_png(picture))
 
 
-def open_studio(prior: Path, dvae: Path, clip: Path, bpe: Path, precision: str = "fp32") -> Studio:
-    """Load finished models and check that they were trained with one another.
+def open_studio(
+    prior: Path,
+    dvae: Path,
+    clip: Path,
+    bpe: Path,
+    precision: str = "fp32",
+    step: int | None = None,
+) -> Studio:
+    """Load models and check that they were trained with one another.
 
+    A run that has not ended gives its newest checkpoint; the prior that of `step`, if it is given.
     Raises: InputError if a hash differs.
     """
-    layers, config, facts = load_prior(prior)
+    layers, config, facts = load_prior(prior, step)
     model, dvae_hash = load_dvae(dvae)
-    ranker, clip_facts = load_clip(clip)
     tokenizer, tokenizer_hash = load_tokenizer(bpe)
     wrong = [
         f"the prior in {prior} was trained on another dVAE than {dvae}"
         * (facts["dvae"] != dvae_hash),
         f"the prior in {prior} was trained with another tokenizer than {bpe}"
         * (facts["tokenizer"] != tokenizer_hash),
-        f"the CLIP in {clip} was trained with another tokenizer than {bpe}"
-        * (clip_facts["tokenizer"] != tokenizer_hash),
     ]
     if any(wrong):
         raise InputError("; ".join(text for text in wrong if text))
@@ -160,7 +160,7 @@ def open_studio(prior: Path, dvae: Path, clip: Path, bpe: Path, precision: str =
     return Studio(
         sampler=Sampler(decoder),
         dvae=model,
-        clip=ranker,
+        ranker=open_ranker(clip, bpe),
         tokenizer=tokenizer,
         caption_drop=float(facts.get("caption_drop", 0.0)),
     )

@@ -22,8 +22,9 @@ from data_pipeline.tokenize.member import member_of
 from data_pipeline.tokenize.worker import Worker
 from data_pipeline.verify import verify_split
 from models.codes import CodeReader
-from training.export import DESCRIPTION, load_dvae, model_is_whole, read_model
+from training.export import DESCRIPTION, describe, load_dvae, model_is_whole
 from training.history import History
+from training.huggingface import INDEX, export_parts, find_parts, import_parts
 from training.openai_dvae import export_dvae, import_dvae
 
 Source = Annotated[str, tyro.conf.Positional]
@@ -75,22 +76,44 @@ def tokenize(arguments: list[str]) -> None:
 
 
 def export(arguments: list[str]) -> None:
-    """`tapir export RUN OUT`."""
+    """`tapir export RUNS OUT`."""
 
     def run(
-        run: Annotated[Path, tyro.conf.Positional],
+        runs: Annotated[Path, tyro.conf.Positional],
         out: Annotated[Path, tyro.conf.Positional],
-        to: Literal["openai-dvae"] = "openai-dvae",
+        to: Literal["huggingface", "openai-dvae"] = "huggingface",
+        prior: Path | None = None,
+        dvae: Path | None = None,
+        clip: Path | None = None,
+        bpe: Path | None = None,
+        shard_gigabytes: float = 5.0,
     ) -> None:
-        """Write a finished dVAE in the layout of OpenAI's public dall_e package.
+        """Write trained models as safetensors + JSON for others; `tapir import` reads them back.
+
+        huggingface: dVAE, prior, CLIP and tokenizer in one folder, as on the Hugging Face hub, with
+        a model card. Of a run that has not ended it takes the newest checkpoint. openai-dvae: a
+        dVAE in the layout of OpenAI's public dall_e package, as encoder.safetensors and
+        decoder.safetensors; it must have 4 groups, bottleneck 4 and the paper's gain.
 
         Args:
-            run: run folder of a finished dVAE with 4 groups, bottleneck 4 and the paper's gain
-            out: folder for encoder.safetensors and decoder.safetensors
+            runs: a run folder, or the folder above the run folders dvae, prior, clip and bpe
+            out: folder to write; for huggingface it must be empty or new
             to: the layout
+            prior: run folder of the prior, if it lies elsewhere
+            dvae: run folder of the dVAE, if it lies elsewhere
+            clip: run folder of the CLIP, if it lies elsewhere
+            bpe: folder of tokenizer.json, if it lies elsewhere
+            shard_gigabytes: larger weights are cut into files of at most this size
         """
-        for path in export_dvae(run, out):
-            LOG.info("wrote %s", path)
+        if to == "openai-dvae":
+            for path in export_dvae(dvae or runs, out):
+                LOG.info("wrote %s", path)
+            return
+        if not shard_gigabytes > 0:
+            raise InputError("--shard-gigabytes must be above 0; the hub's is 5")
+        parts = find_parts(runs, {"prior": prior, "dvae": dvae, "clip": clip, "bpe": bpe})
+        export_parts(parts, out, int(shard_gigabytes * 10**9))
+        LOG.info("wrote %s", out)
 
     parse(run, arguments, "export")
 
@@ -101,17 +124,25 @@ def import_(arguments: list[str]) -> None:
     def run(
         folder: Annotated[Path, tyro.conf.Positional],
         out: Annotated[Path, tyro.conf.Positional],
-        layout: Annotated[Literal["openai-dvae"], tyro.conf.arg(name="from")] = "openai-dvae",
+        layout: Annotated[
+            Literal["auto", "huggingface", "openai-dvae"], tyro.conf.arg(name="from")
+        ] = "auto",
         pixels: int = 256,
     ) -> None:
-        """Turn a dVAE in the layout of OpenAI's dall_e package into a finished one of Tapir's.
+        """Turn exported models into finished ones of Tapir's, with the same digests.
 
         Args:
-            folder: holds encoder.safetensors and decoder.safetensors (no pickles)
-            out: run folder that `tapir tokenize --dvae` takes
-            layout: the layout
-            pixels: side of the square pictures it is to be used for
+            folder: what `tapir export` wrote; or a dVAE of OpenAI's dall_e package as
+                encoder.safetensors and decoder.safetensors (no pickles)
+            out: new folder for the run folders prior, dvae, clip and bpe; of OpenAI's layout the
+                run folder that `tapir tokenize --dvae` takes
+            layout: the layout; auto looks at the files
+            pixels: of OpenAI's layout: side of the square pictures it is to be used for
         """
+        hub = (folder / INDEX).is_file() if layout == "auto" else layout == "huggingface"
+        if hub:
+            LOG.info("%s: %s", out, ", ".join(import_parts(folder, out)))
+            return
         if model_is_whole(out, "dvae"):
             raise InputError(f"{out} holds a finished dVAE already; give another folder")
         config = import_dvae(folder, out, pixels)
@@ -270,7 +301,7 @@ def verify_path(path: str, sample: float = 1.0) -> list[str]:
     if (folder / DESCRIPTION).exists():
         for stage in ("dvae", "prior", "clip"):
             try:
-                read_model(folder, stage)
+                describe(folder, stage)
                 found.append(f"{folder}/{DESCRIPTION}")
             except InputError:
                 continue

@@ -156,6 +156,7 @@ class Run:
             "plateau": self.plateau.state(),
             "validation_loss": self._loss_now(),
             "config": self.config,
+            "task": self.task.facts(),
         }
         self.checkpoints.settle()
         self._note_failure()

@@ -66,7 +66,9 @@ def import_dvae(folder: Path, out: Path, pixels: int) -> DVAEConfig:
     config = _sizes(tensors, folder, pixels)
     check(config.problems())
     _refuse_misfits(config, tensors, folder)
-    write_model(out, "dvae", vars(config), {"imported": "openai-dvae"}, tensors)
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    facts = {"imported": "openai-dvae"}
+    write_model(out, "dvae", vars(config), facts, shapes, tensors.__getitem__)
     return config
 
 
@@ -131,8 +133,9 @@ def _ours(name: str, folder: Path) -> str:
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise InputError(
-            f"there is no {path}; save the state_dict() of the package's Encoder and Decoder there "
-            "with safetensors.torch.save_file (pickles are not loaded)"
+            f"there is neither {path} nor a model_index.json; save the state_dict() of the "
+            "package's Encoder and Decoder there with "
+            "safetensors.torch.save_file (pickles are not loaded)"
         )
     try:
         return load(path.read_bytes())

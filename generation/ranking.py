@@ -1,0 +1,188 @@
+"""Networks that rank candidates: our CLIP, or a checkpoint of open_clip from this machine."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from core.errors import ConfigError, InputError
+from data_pipeline.bpe import encode, load_tokenizer
+from generation.foreign import foreign_module
+from models.clip import Clip
+from training.export import build_model, open_model
+from training.tasks import pad_text
+
+CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+_TOKENIZER = "tokenizer.json"
+_MODES = ("bicubic", "bilinear")
+_PICKLES = (".bin", ".pt", ".pth")
+_CONVERT = (
+    "import torch, safetensors.torch as s; w = torch.load('{pickle}', weights_only=True); "
+    "s.save_file({{k: v.clone() for k, v in w.get('state_dict', w).items()}}, '{weights}')"
+)
+"""What a user who trusts a pickle may run; Tapir itself loads none."""
+
+
+class Ranker(Protocol):
+    """Says how well pictures fit captions."""
+
+    @property
+    def name(self) -> str:
+        """What it is, for reports."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 of its weights."""
+
+    def scores(self, captions: list[str], pixels: Tensor, count: int) -> NDArray[Any]:
+        """Cosine of each caption with its `count` pictures.
+
+        Shapes: (captions * count, 3, S, S) in [0, 1] -> (captions, count).
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class TapirRanker:
+    """A CLIP that was trained here."""
+
+    clip: Clip
+    tokenizer: Tokenizer
+    digest: str
+    name: str = "CLIP by Tapir"
+
+    @torch.no_grad()
+    def scores(self, captions: list[str], pixels: Tensor, count: int) -> NDArray[Any]:
+        length = self.clip.config.text_length
+        text = pad_text([encode(self.tokenizer, c) for c in captions], length)
+        images = torch.cat([self.clip.embed_image(part) for part in pixels.split(256)])
+        return _cosines(self.clip.embed_text(text), images, count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenClipRanker:
+    """A network of open_clip, with its own tokenizer and its own view of pictures."""
+
+    model: Any
+    tokenizer: Callable[[list[str]], Tensor]
+    digest: str
+    name: str
+
+    @torch.no_grad()
+    def scores(self, captions: list[str], pixels: Tensor, count: int) -> NDArray[Any]:
+        words = self.model.encode_text(self.tokenizer(captions), normalize=True)
+        images = torch.cat(
+            [self.model.encode_image(self.view(part), normalize=True) for part in pixels.split(32)]
+        )
+        return _cosines(words, images, count)
+
+    def view(self, pixels: Tensor) -> Tensor:
+        """Pictures in the network's size, mean and deviation, (B, 3, S, S) in [0, 1] -> the same.
+
+        In whole bytes, as Pillow does, with which open_clip resizes.
+        """
+        wanted = self.model.visual.preprocess_cfg
+        size, mode = wanted["size"], wanted["interpolation"]
+        shape = (size, size) if isinstance(size, int) else tuple(size)
+        whole = (pixels * 255).round().clamp(0, 255).byte().cpu()
+        resized = F.interpolate(whole, shape, mode=mode, antialias=True) / 255
+        mean, deviation = (torch.tensor(wanted[key]).view(3, 1, 1) for key in ("mean", "std"))
+        return (resized - mean) / deviation
+
+
+def open_ranker(clip: Path, bpe: Path) -> Ranker:
+    """The CLIP of a run folder, or the open_clip checkpoint in a folder.
+
+    Raises: InputError if the run's CLIP has another tokenizer than `bpe`, or the folder of
+    open_clip is not whole.
+    """
+    if any((clip / name).is_file() for name in (CONFIG, WEIGHTS)):
+        return _open_clip(clip)
+    found = open_model(clip, "clip")
+    tokenizer, digest = load_tokenizer(bpe)
+    if found.facts["tokenizer"] != digest:
+        raise InputError(f"the CLIP in {clip} was trained with another tokenizer than {bpe}")
+    model: Any = build_model(found)
+    return TapirRanker(clip=model, tokenizer=tokenizer, digest=found.digest)
+
+
+def _open_clip(folder: Path) -> OpenClipRanker:
+    """Load a folder as the Hugging Face hub lays it out; nothing is downloaded.
+
+    Raises: InputError if something is missing or does not fit; ConfigError if open_clip is missing.
+    """
+    weights = _weights(folder)
+    _refuse_foreign_parts(folder)
+    open_clip = foreign_module("open_clip")
+    place = f"local-dir:{folder}"
+    try:
+        with torch.random.fork_rng(devices=[]):  # its first weights come from the global state
+            model = open_clip.create_model(place, require_pretrained=True).eval()
+        tokenizer = open_clip.get_tokenizer(place)
+    except ImportError as error:
+        raise ConfigError(
+            f"the tokenizer of {folder} needs the package transformers ({error}); pip install "
+            "transformers, or choose a checkpoint with open_clip's own tokenizer"
+        ) from error
+    except Exception as error:  # the library raises nothing more precise
+        raise InputError(f"{folder} holds no checkpoint that open_clip reads: {error}") from error
+    broken = [name for name, value in model.named_parameters() if not value.isfinite().all()]
+    if broken:
+        raise InputError(f"{weights}: {broken[0]} holds values like NaN; copy the file again")
+    if model.visual.preprocess_cfg["interpolation"] not in _MODES:
+        raise InputError(f"{folder / CONFIG}: interpolation must be one of {', '.join(_MODES)}")
+    with open(weights, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    name = f"open_clip {folder.absolute().name}"
+    return OpenClipRanker(model=model, tokenizer=tokenizer, digest=digest, name=name)
+
+
+def _weights(folder: Path) -> Path:
+    weights = folder / WEIGHTS
+    if weights.is_file():
+        return weights
+    pickles = sorted(p for p in folder.iterdir() if p.suffix in _PICKLES)
+    if not pickles:
+        raise InputError(f"there is no {weights}; copy it from where {CONFIG} is from")
+    command = _CONVERT.format(pickle=pickles[0], weights=weights)
+    raise InputError(
+        f"{pickles[0]} is a pickle, which is not loaded; get {WEIGHTS} from where it is from, or, "
+        f'if you trust it, convert it: python -c "{command}"'
+    )
+
+
+def _refuse_foreign_parts(folder: Path) -> None:
+    """Raise InputError unless all that the config names is in the folder or in open_clip."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_bytes())["model_cfg"]
+        text, images = config["text_cfg"], str(config["vision_cfg"].get("timm_model_name", ""))
+        tower, tokenizer = text.get("hf_model_name"), text.get("hf_tokenizer_name")
+    except FileNotFoundError as error:
+        raise InputError(f"there is no {path} beside {WEIGHTS}; copy it there") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no config of open_clip: {error!r}; copy it again") from error
+    if tower or ":" in images:
+        raise InputError(
+            f"{path}: its tower {tower or images} lies elsewhere, and nothing is downloaded; "
+            "choose a checkpoint with open_clip's own towers"
+        )
+    if tokenizer and not (folder / _TOKENIZER).is_file():
+        raise InputError(
+            f"{folder} lacks the files of its tokenizer {tokenizer}; copy {_TOKENIZER} and "
+            "tokenizer_config.json of the same checkpoint there (nothing is downloaded)"
+        )
+
+
+def _cosines(words: Tensor, images: Tensor, count: int) -> NDArray[Any]:
+    """(captions, D) and (captions * count, D) unit vectors -> (captions, count)."""
+    pairs = images.view(len(words), count, -1) * words[:, None]
+    return np.asarray(pairs.sum(-1).numpy())
