@@ -1,6 +1,5 @@
 """The verbs demo, sample, evaluate, overlap and report."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -8,19 +7,15 @@ import tyro
 
 from cluster.jobs import CHAIN
 from core.cli import parse, print_json
-from core.errors import ConfigError
-from core.files import refuse_folder, write_atomic
-from core.log import LOG, progress
+from core.log import LOG
 from core.settings import check
 from core.store import open_store
-from data_pipeline.captions import clean_caption
-from data_pipeline.images import encode_png
 from generation.config import (
     DemoConfig,
     EvaluateConfig,
+    ModelPaths,
     OverlapConfig,
-    PromptConfig,
-    SampleConfig,
+    SampleRun,
 )
 
 Text = Annotated[str, tyro.conf.Positional]
@@ -48,53 +43,15 @@ def demo(arguments: list[str]) -> None:
 def sample(arguments: list[str]) -> None:
     """`tapir sample CAPTION ...`."""
 
-    def run(
-        captions: tyro.conf.Positional[tuple[str, ...]],
-        out: Path = Path("samples.png"),
-        prior: Path = Path("runs/prior"),
-        dvae: Path = Path("runs/dvae"),
-        clip: Path = Path("runs/clip"),
-        bpe: Path = Path("runs/bpe"),
-        step: int | None = None,
-        show: int = 8,
-        pictures: Path | None = None,
-        keep: Annotated[PromptConfig, _FLAT] = PromptConfig(),  # noqa: B008
-        config: Annotated[SampleConfig, _FLAT] = SampleConfig(),  # noqa: B008
-    ) -> None:
+    def run(config: Annotated[SampleRun, _FLAT]) -> None:
         """Draw candidates for captions, rank them by CLIP and write a PNG grid, a row a caption.
 
         Args:
-            captions: one or more captions, each in quotes
-            out: PNG to write
-            prior: run folder of a prior; one that has not ended gives its newest checkpoint
-            dvae: run folder of the dVAE that it was trained on
-            clip: run folder of a CLIP, or a folder with an open_clip checkpoint
-                (open_clip_config.json and open_clip_model.safetensors)
-            bpe: folder of tokenizer.json
-            step: take the prior's checkpoint of this step
-            show: how many of the best candidates the grid holds
-            pictures: a folder for each candidate as a PNG of its own, as soon as it is finished
-            keep: what is kept of an image prompt
             config: settings
         """
-        from generation.pictures import Arrivals, open_studio, picture_grid  # noqa: PLC0415
-        from generation.prompts import prompt_of  # noqa: PLC0415
+        from generation.sample import sample as draw_and_rank  # noqa: PLC0415
 
-        if not captions or show < 1:
-            raise ConfigError("give at least one caption in quotes, and a --show of at least 1")
-        check([*config.problems(), *keep.problems()])
-        refuse_folder(out)
-        studio = open_studio(prior, dvae, clip, bpe, config.precision, step)
-        prompt = None
-        if keep.image is not None:
-            grid = studio.sampler.config.grid
-            prompt = prompt_of(studio.codes_of_file(keep.image), keep, grid)
-        texts = [clean_caption(os.fsencode(caption), repr(caption)) for caption in captions]
-        with progress("sample", len(texts) * config.candidates) as meter:
-            drawn = studio.draw(texts, config, prompt, Arrivals(meter, pictures))
-        grid = picture_grid([row.pictures[:show] for row in drawn], 4)
-        write_atomic(out, encode_png(grid))
-        print_json({row.caption: row.scores[:show].tolist() for row in drawn})
+        draw_and_rank(config)
 
     parse(run, arguments, "sample")
 
@@ -105,11 +62,7 @@ def evaluate(arguments: list[str]) -> None:
     def run(
         data: Text,
         out: Path = Path("runs/samples"),
-        prior: Path = Path("runs/prior"),
-        dvae: Path = Path("runs/dvae"),
-        clip: Path = Path("runs/clip"),
-        bpe: Path = Path("runs/bpe"),
-        step: int | None = None,
+        models: Annotated[ModelPaths, _FLAT] = ModelPaths(),  # noqa: B008
         config: Annotated[EvaluateConfig, _FLAT] = EvaluateConfig(),  # noqa: B008
     ) -> None:
         """Draw pictures for held-out captions; on shapes, check all attributes for best-of-N.
@@ -117,12 +70,7 @@ def evaluate(arguments: list[str]) -> None:
         Args:
             data: where `tapir pack` wrote
             out: folder for the pictures and figures
-            prior: run folder of a prior; one that has not ended gives its newest checkpoint
-            dvae: run folder of the dVAE that it was trained on
-            clip: run folder of a CLIP, or a folder with an open_clip checkpoint
-                (open_clip_config.json and open_clip_model.safetensors)
-            bpe: folder of tokenizer.json
-            step: take the prior's checkpoint of this step
+            models: where the models lie
             config: settings
         """
         from generation import evaluate as evaluation  # noqa: PLC0415
@@ -130,7 +78,7 @@ def evaluate(arguments: list[str]) -> None:
 
         check(config.problems())
         out.mkdir(parents=True, exist_ok=True)
-        studio = open_studio(prior, dvae, clip, bpe, config.precision, step)
+        studio = open_studio(models, config.precision)
         figures = evaluation.evaluate(studio, data, out, config)
         print_json({"caption_accuracy": figures})
 

@@ -1,11 +1,14 @@
 """Settings of the demo, of sampling and of the overlap pass; imports no torch."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import tyro
+
 from data_pipeline.config import PackConfig
+from parallel.config import MeshConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +122,59 @@ class PromptConfig:
             )
         if self.keep_rows < 0:
             found.append("keep_rows must not be negative")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPaths:
+    """The models that pictures are made with."""
+
+    prior: Path = Path("runs/prior")
+    """Run folder of a prior; one that has not ended gives its newest checkpoint."""
+    step: int | None = None
+    """Take the prior's checkpoint of this step."""
+    dvae: Path = Path("runs/dvae")
+    """Run folder of the dVAE that it was trained on."""
+    clip: Path = Path("runs/clip")
+    """Run folder of a CLIP, or a folder with an open_clip checkpoint (open_clip_config.json and
+    open_clip_model.safetensors)."""
+    bpe: Path = Path("runs/bpe")
+    """Folder of tokenizer.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRun:
+    """What `tapir sample` does."""
+
+    captions: tyro.conf.Positional[tuple[str, ...]]
+    """One or more captions, each in quotes."""
+    out: Path = Path("samples.png")
+    """PNG to write: the best candidates, a row a caption."""
+    show: int = 8
+    """How many of the best candidates it holds."""
+    pictures: Path | None = None
+    """A folder for each candidate as a PNG of its own, as soon as it is finished."""
+    tensor: int = 1
+    """Ranks that share each matmul of the prior, for one that is too large for one process."""
+    pipeline: int = 1
+    """Stages that its layers are cut into."""
+    models: ModelPaths = field(default_factory=ModelPaths)
+    """Where the models lie."""
+    keep: PromptConfig = field(default_factory=PromptConfig)
+    """What is kept of an image prompt."""
+    draw: SampleConfig = field(default_factory=SampleConfig)
+    """How candidates are drawn."""
+
+    @property
+    def mesh(self) -> MeshConfig:
+        return MeshConfig(tensor=self.tensor, pipeline=self.pipeline)
+
+    def problems(self) -> list[str]:
+        found = [*self.draw.problems(), *self.keep.problems()]
+        if not self.captions or self.show < 1:
+            found.append("give at least one caption in quotes, and a --show of at least 1")
+        if min(self.tensor, self.pipeline) < 1:
+            found.append("tensor and pipeline must be at least 1")
         return found
 
 

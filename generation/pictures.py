@@ -1,6 +1,6 @@
 """From captions to ranked pictures: sampler, dVAE and CLIP together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ from core.log import LOG, Meter
 from core.settings import check
 from data_pipeline.bpe import encode, load_tokenizer
 from data_pipeline.images import decode_rgb, encode_png, square
-from generation.config import SampleConfig
-from generation.decoder import Decoder, Part
+from generation.config import ModelPaths, SampleConfig
+from generation.decoder import Decoder
+from generation.part import load_part
 from generation.ranking import Ranker, open_ranker
-from generation.sampling import Prompt, Sampler
+from generation.sampling import Drawn, Prompt, Sampler
 from models.dvae import DVAE
-from training.export import load_dvae, load_prior
+from parallel.mesh import Mesh
+from training.export import load_dvae
 from training.tasks import pad_text
 
 Done = Callable[[slice, slice, NDArray[np.uint8]], None]
@@ -65,13 +67,7 @@ class Studio:
 
         `done` is told of pictures as they are finished, before they are ranked.
         """
-        config = self.sampler.config
-        check(settings.problems())
-        if not captions:
-            return []
         count = settings.candidates
-        text = pad_text([encode(self.tokenizer, c) for c in captions], config.text_length)
-        keys = [[(settings.seed, caption, i) for i in range(count)] for caption in captions]
         if settings.guidance != 1 and not self.caption_drop:
             LOG.warning(
                 "the prior was trained without --caption-drop: it does not know the empty caption, "
@@ -80,7 +76,7 @@ class Studio:
         side = self.dvae.config.pixels
         arrays = np.zeros((len(captions), count, side, side, 3), np.uint8)
         scores = np.zeros((len(captions), count), np.float32)
-        for drawn in self.sampler.draw(text, keys, settings, prompt):
+        for drawn in self.codes(captions, settings, prompt):
             where = drawn.captions, drawn.candidates
             pixels = self.decode(drawn.codes.flatten(0, 1))
             scores[where] = self.score(captions[drawn.captions], pixels, drawn.codes.shape[1])
@@ -96,6 +92,16 @@ class Studio:
                 )
             )
         return found
+
+    def codes(
+        self, captions: list[str], settings: SampleConfig, prompt: Prompt | None = None
+    ) -> Iterator[Drawn]:
+        """Draw `settings.candidates` candidates of each caption, keyed by seed, caption, number."""
+        check(settings.problems())
+        count, length = settings.candidates, self.sampler.config.text_length
+        text = pad_text([encode(self.tokenizer, caption) for caption in captions], length)
+        keys = [[(settings.seed, caption, i) for i in range(count)] for caption in captions]
+        return self.sampler.draw(text, keys, settings, prompt)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -132,35 +138,28 @@ class Arrivals:
                 write_atomic(self._folder / name, encode_png(picture))
 
 
-def open_studio(
-    prior: Path,
-    dvae: Path,
-    clip: Path,
-    bpe: Path,
-    precision: str = "fp32",
-    step: int | None = None,
-) -> Studio:
+def open_studio(models: ModelPaths, precision: str = "fp32", mesh: Mesh | None = None) -> Studio:
     """Load models and check that they were trained with one another.
 
-    A run that has not ended gives its newest checkpoint; the prior that of `step`, if it is given.
+    A run that has not ended gives its newest checkpoint; the prior that of `models.step`, if it is
+    given. On the ranks of a mesh each holds its part of the prior, and all call `codes` together.
     Raises: InputError if a hash differs.
     """
-    layers, config, facts = load_prior(prior, step)
-    model, dvae_hash = load_dvae(dvae)
-    tokenizer, tokenizer_hash = load_tokenizer(bpe)
+    part, facts = load_part(models.prior, models.step, mesh or Mesh())
+    dvae, dvae_hash = load_dvae(models.dvae)
+    tokenizer, tokenizer_hash = load_tokenizer(models.bpe)
     wrong = [
-        f"the prior in {prior} was trained on another dVAE than {dvae}"
+        f"the prior in {models.prior} was trained on another dVAE than {models.dvae}"
         * (facts["dvae"] != dvae_hash),
-        f"the prior in {prior} was trained with another tokenizer than {bpe}"
+        f"the prior in {models.prior} was trained with another tokenizer than {models.bpe}"
         * (facts["tokenizer"] != tokenizer_hash),
     ]
     if any(wrong):
         raise InputError("; ".join(text for text in wrong if text))
-    decoder = Decoder(Part(layers=layers, config=config), precision)
     return Studio(
-        sampler=Sampler(decoder),
-        dvae=model,
-        ranker=open_ranker(clip, bpe),
+        sampler=Sampler(Decoder(part, precision)),
+        dvae=dvae,
+        ranker=open_ranker(models.clip, models.bpe),
         tokenizer=tokenizer,
         caption_drop=float(facts.get("caption_drop", 0.0)),
     )

@@ -24,6 +24,7 @@ from models.clip import Clip
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from models.dvae import DVAE
 from models.prior import build_prior
+from parallel.placement import placement_of
 from training.average import EMA
 from training.run_config import config_of
 
@@ -175,13 +176,28 @@ def build_model(found: Weights) -> nn.Module:
     """The network with its weights. Raises: CorruptError if some are missing or do not fit."""
     kind = KINDS[found.stage]
     network = kind.build(from_json(kind.config, found.config))
-    wanted = {f"{kind.prefix}{name}": p for name, p in network.named_parameters()}
-    wrong = sorted(n for n, p in wanted.items() if found.shapes.get(n) != tuple(p.shape))
+    fill(network, found)
+    return network.eval()
+
+
+@torch.no_grad()
+def fill(network: nn.Module, found: Weights) -> None:
+    """Read the parameters of a network, or of a rank's part of one, by their placements.
+
+    Raises: CorruptError if some are missing or do not fit.
+    """
+    prefix = KINDS[found.stage].prefix
+    wanted = {f"{prefix}{name}": p for name, p in network.named_parameters()}
+    wrong = sorted(n for n, p in wanted.items() if found.shapes.get(n) != placement_of(p).shape)
     if wrong:
         raise CorruptError(f"{found.where} lacks {wrong[:3]}, or holds them in another shape")
     for name, parameter in wanted.items():
-        parameter.copy_(found.read(name))
-    return network.eval()
+        part, value = placement_of(parameter), found.read(name)
+        if part.split:
+            parameter.zero_()
+            parameter[: part.rows] = value[part.first : part.first + part.rows]
+        else:
+            parameter.copy_(value)
 
 
 def misfits(stage: str, config: Any, shapes: Shapes) -> list[str]:

@@ -5,12 +5,12 @@ CPUs; its mappings between cut and whole regions, its vocabulary-parallel embedd
 cross-entropy are (docs/decisions/002).
 """
 
+import torch
 import torch.distributed as dist
 from megatron.core import ModelParallelConfig, parallel_state
 from megatron.core.tensor_parallel import VocabParallelEmbedding, vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
-    gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
 from torch import Tensor, nn
@@ -45,8 +45,9 @@ class MegatronTensorParallel(TensorParallel):
         return found
 
     def gather(self, x: Tensor) -> Tensor:
-        found: Tensor = gather_from_tensor_model_parallel_region(x.contiguous(), self.group)
-        return found
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous(), group=self.group)  # megatron's is for CUDA alone
+        return torch.cat(parts, -1)
 
     def embedding(self, rows: int, width: int) -> nn.Module:
         config = ModelParallelConfig(

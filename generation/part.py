@@ -1,0 +1,44 @@
+"""The part of a prior that a rank decodes with, from a run's weights whatever mesh wrote them."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from core.errors import ConfigError
+from core.settings import from_json
+from generation.decoder import Part
+from generation.stages import Neighbours, Pipeline
+from models.config import PriorConfig
+from models.prior import prior_layers
+from parallel.balance import balanced_starts
+from parallel.mesh import Mesh
+from training.export import fill, open_model
+
+
+def load_part(folder: Path, step: int | None, mesh: Mesh) -> tuple[Part, dict[str, Any]]:
+    """This rank's layers of the prior in a run folder, and the prior's facts.
+
+    Raises: ConfigError if the mesh does not fit; InputError, CorruptError as `open_model`.
+    """
+    found = open_model(folder, "prior", step)
+    config = from_json(PriorConfig, found.config)
+    layers = prior_layers(config, 0, mesh.shared)
+    stages, tensor = mesh.pipeline.size, mesh.tensor.size
+    if stages > len(layers) or tensor > config.heads:
+        raise ConfigError(
+            f"the prior in {folder} has {config.heads} heads and {len(layers)} layers: too few for "
+            f"--tensor {tensor} or --pipeline {stages}"
+        )
+    starts = balanced_starts([layer.cost for layer in layers], stages)
+    mine = layers[starts[mesh.pipeline.rank] : starts[mesh.pipeline.rank + 1]]
+    built = nn.ModuleDict({layer.name: layer.build() for layer in mine})
+    fill(built, found)
+    neighbours = Pipeline(mesh.pipeline) if stages > 1 else Neighbours()
+    part = Part(
+        layers=dict(built.eval().items()),
+        config=config,
+        tensor=mesh.shared,
+        neighbours=neighbours,
+    )
+    return part, found.facts

@@ -1,0 +1,81 @@
+"""`tapir sample`: on this process, or with the prior cut over the ranks of a mesh.
+
+The ranks of a mesh decode together; the first one alone decodes pixels, ranks and writes.
+"""
+
+import json
+import os
+
+from cluster.launcher import launch
+from core.cli import print_json
+from core.errors import ConfigError
+from core.files import refuse_folder, write_atomic
+from core.log import progress
+from core.settings import check, from_json, to_json
+from core.stop import heed_stop_signals
+from data_pipeline.captions import clean_caption
+from data_pipeline.images import encode_png
+from generation.config import SampleRun
+from generation.pictures import Arrivals, Studio, open_studio, picture_grid
+from generation.prompts import prompt_of
+from generation.sampling import Prompt
+from parallel.engines.names import MEGATRON
+from parallel.launched import ranks_given
+from parallel.mesh import Mesh, build_mesh
+from parallel.world import join_world, leave_world
+
+PRELOAD = ["torch", "torch.distributed", "generation.sample", MEGATRON]
+
+
+def sample(run: SampleRun) -> None:
+    """Draw, rank and write; with a mesh on ranks of this machine, or on those that are there.
+
+    Raises: ConfigError with every problem of the settings; RankError if a rank dies.
+    """
+    check(run.problems())
+    refuse_folder(run.out)
+    started = ranks_given()
+    if started not in (None, run.mesh.world):
+        raise ConfigError(
+            f"{started} ranks were started, --tensor {run.tensor} x --pipeline {run.pipeline} are "
+            f"{run.mesh.world}"
+        )
+    if run.mesh.world == 1:
+        _sample(run, Mesh())
+    elif started is None:
+        launch("generation.sample:rank_main", json.dumps(to_json(run)), run.mesh.world, PRELOAD)
+    else:
+        rank_main(json.dumps(to_json(run)))
+
+
+def rank_main(payload: str) -> None:
+    """What one rank of a mesh does."""
+    run = from_json(SampleRun, json.loads(payload))
+    heed_stop_signals()
+    world = join_world()
+    try:
+        _sample(run, build_mesh(run.mesh, world))
+    finally:
+        leave_world(world)
+
+
+def _sample(run: SampleRun, mesh: Mesh) -> None:
+    studio = open_studio(run.models, run.draw.precision, mesh)
+    prompt = None
+    if run.keep.image is not None:
+        codes = studio.codes_of_file(run.keep.image)
+        prompt = prompt_of(codes, run.keep, studio.sampler.config.grid)
+    texts = [clean_caption(os.fsencode(caption), repr(caption)) for caption in run.captions]
+    if mesh.world.rank > 0:
+        for _ in studio.codes(texts, run.draw, prompt):
+            pass
+        return
+    _write(run, studio, texts, prompt)
+
+
+def _write(run: SampleRun, studio: Studio, texts: list[str], prompt: Prompt | None) -> None:
+    with progress("sample", len(texts) * run.draw.candidates) as meter:
+        drawn = studio.draw(texts, run.draw, prompt, Arrivals(meter, run.pictures))
+    grid = picture_grid([row.pictures[: run.show] for row in drawn], 4)
+    write_atomic(run.out, encode_png(grid))
+    print_json({row.caption: row.scores[: run.show].tolist() for row in drawn})
