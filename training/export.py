@@ -49,18 +49,27 @@ def read_model(folder: Path, stage: str) -> tuple[dict[str, Any], dict[str, Tens
 
     Raises: InputError if there is none; CorruptError if a byte changed.
     """
-    path = folder / DESCRIPTION
-    if not path.is_file():
-        raise InputError(f"there is no finished {stage} in {folder}; run `tapir train {stage}`")
-    body = unseal(path.read_bytes(), str(path))
-    if body["stage"] != stage:
-        raise InputError(f"{folder} holds a {body['stage']}, not a {stage}")
+    body = read_description(folder, stage)
     data = (folder / WEIGHTS).read_bytes() if (folder / WEIGHTS).is_file() else b""
     if sha256(data) != body["sha256"]:
         raise CorruptError(
             f"{folder / WEIGHTS} is damaged or missing; the same `tapir train` makes it again"
         )
     return body, load(data)
+
+
+def read_description(folder: Path, stage: str) -> dict[str, Any]:
+    """Read a finished model's sizes, facts and digest without its weights.
+
+    Raises: InputError if there is none; CorruptError if a byte changed.
+    """
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        raise InputError(f"there is no finished {stage} in {folder}; run `tapir train {stage}`")
+    body = unseal(path.read_bytes(), str(path))
+    if body["stage"] != stage:
+        raise InputError(f"{folder} holds a {body['stage']}, not a {stage}")
+    return body
 
 
 def model_is_whole(folder: Path, stage: str) -> bool:
