@@ -224,7 +224,10 @@ def _pair(record: RawRecord) -> Any:
 
 
 def write_likeness(found: Likeness, out: Path) -> dict[str, Any]:
-    """Write overlap.json and, for each bin that has any, overlap-0.95.png of example pairs."""
+    """Write overlap.json and, for each bin that has any, overlap-0.95.png of example pairs.
+
+    Returns what overlap.json says but for the ids.
+    """
     rows = []
     for low, count, examples in zip(BINS.tolist(), found.counts, found.examples, strict=True):
         name = ""
@@ -235,7 +238,8 @@ def write_likeness(found: Likeness, out: Path) -> dict[str, Any]:
         rows.append({"likeness_from": round(low, 2), "pairs": int(count), "examples": name})
     body = {"pairs": found.pairs, "rows": rows, "evaluation": found.evaluation}
     write_atomic(out / REPORT, canonical_json(body))
-    return body
+    short = {name: value for name, value in found.evaluation.items() if name != "ids"}
+    return {**body, "evaluation": short}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +249,7 @@ class Overlap:
     threshold: float
     """Likeness from which on a picture counts."""
     share: float
-    """Of all pictures of the set."""
+    """Of all pictures of the set; of a packed one those of both splits."""
     pictures: frozenset[str]
     """Their ids."""
 

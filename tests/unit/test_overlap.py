@@ -77,7 +77,8 @@ def test_the_pictures_of_coco_that_were_trained_on_are_named(tmp_path: Path) -> 
     theirs = open_evaluation(f"coco:{coco}")
     clip = Clip(ClipConfig(), 0).eval()
     found = remove_overlap(raw, theirs, None, clip, "hash", OverlapConfig(threshold=0.999))
-    write_likeness(found, tmp_path / "report")
+    body = write_likeness(found, tmp_path / "report")
+    assert body["evaluation"]["overlapping"] == 3 and "ids" not in body["evaluation"]
     overlap = read_overlap(tmp_path / "report" / "overlap.json", theirs)
     assert overlap.pictures == set(names[2:5])
     assert overlap.share == 3 / 8 and overlap.threshold == 0.999
