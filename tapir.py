@@ -14,6 +14,7 @@ VERBS = {
     "plan": ("planning.commands:plan", "does it fit, how fast, on which mesh, for how many days"),
     "sample": ("generation.commands:sample", "captions -> candidates, reranked, as a PNG grid"),
     "evaluate": ("generation.commands:evaluate", "caption accuracy for best-of-N on shapes"),
+    "score": ("generation.commands:score", "FID and IS on MS-COCO, CUB or a packed set; i/n"),
     "submit": ("generation.submit:submit", "send a run file: local, Slurm or Kubernetes"),
     "status": ("generation.submit:status", "how far a submitted run, or a token job, is"),
     "logs": ("generation.submit:logs", "the output of a submitted run's jobs; -f follows"),

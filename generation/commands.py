@@ -1,4 +1,4 @@
-"""The verbs demo, sample, evaluate, overlap and report."""
+"""The verbs demo, sample, evaluate, score, overlap and report."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +16,7 @@ from generation.config import (
     ModelPaths,
     OverlapConfig,
     SampleRun,
+    ScoreConfig,
 )
 
 Text = Annotated[str, tyro.conf.Positional]
@@ -85,6 +86,46 @@ def evaluate(arguments: list[str]) -> None:
     parse(run, arguments, "evaluate")
 
 
+def score(arguments: list[str]) -> None:
+    """`tapir score DATA`."""
+
+    def run(
+        data: Text,
+        out: Path = Path("runs/scores"),
+        models: Annotated[ModelPaths, _FLAT] = ModelPaths(),  # noqa: B008
+        inception: Path | None = None,
+        overlap: Path | None = None,
+        worker: str = "",
+        config: Annotated[ScoreConfig, _FLAT] = ScoreConfig(),  # noqa: B008
+    ) -> None:
+        """FID and IS of pictures drawn for an evaluation set's captions; goes on where it stopped.
+
+        Args:
+            data: coco:DIR or cub:DIR, their public layouts; or where `tapir pack` wrote
+            out: folder for the pictures, their features and scores.json; workers share it
+            models: where the models lie
+            inception: Inception's weights as safetensors; without them, a proxy is computed from
+                CLIP's features, which no published figure can be compared with
+            overlap: overlap.json of `tapir overlap RAW DATA`: a second score without those pictures
+            worker: which part of the blocks this process does, i/n with i from 0; by default what
+                a Slurm array, a Kubernetes indexed job, MPI or torchrun says
+            config: settings
+        """
+        from data_pipeline.tokenize.member import member_of  # noqa: PLC0415
+        from generation.pictures import open_studio  # noqa: PLC0415
+        from generation.score import open_job  # noqa: PLC0415
+        from generation.score_rows import table  # noqa: PLC0415
+
+        check(config.problems())
+        job = open_job(data, models, inception, overlap, config, out)
+        scores = job.run(lambda: open_studio(models, config.precision), member_of(worker))
+        if scores is not None:
+            LOG.info("%s", table(scores))
+        print_json(scores or {"finished": False})
+
+    parse(run, arguments, "score")
+
+
 def overlap(arguments: list[str]) -> None:
     """`tapir overlap RAW EVAL`."""
 
@@ -100,21 +141,24 @@ def overlap(arguments: list[str]) -> None:
 
         Args:
             raw: where `tapir pack` wrote
-            evaluation: the evaluation set, packed by `tapir pack`
+            evaluation: the evaluation set: coco:DIR, cub:DIR or where `tapir pack` wrote
             dest: s3://bucket/prefix or a folder for the pairs below the threshold; without it, only
                 examples at rising likeness are written, to choose the threshold by
             clip: run folder of a finished CLIP
             out: folder for overlap.json and the examples
             config: settings
         """
+        from data_pipeline.evaluation_sets import open_evaluation  # noqa: PLC0415
+        from data_pipeline.manifest import SPLITS  # noqa: PLC0415
         from generation.overlap import remove_overlap, write_likeness  # noqa: PLC0415
-        from training.export import load_clip, read_model  # noqa: PLC0415
+        from training.export import load_clip, open_model  # noqa: PLC0415
 
         check(config.problems())
         model, _ = load_clip(clip)
-        digest = str(read_model(clip, "clip")[0]["sha256"])
-        stores = open_store(raw), open_store(evaluation), open_store(dest) if dest else None
-        found = remove_overlap(*stores, model, digest, config)
+        digest = open_model(clip, "clip").digest
+        theirs = open_evaluation(evaluation, SPLITS)
+        place = open_store(dest) if dest else None
+        found = remove_overlap(open_store(raw), theirs, place, model, digest, config)
         print_json(write_likeness(found, out))
 
     parse(run, arguments, "overlap")

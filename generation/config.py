@@ -194,3 +194,25 @@ class EvaluateConfig(SampleConfig):
         if not all(0 <= scale < math.inf for scale in self.scales):
             found.append("scales must not be negative")
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(SampleConfig):
+    """How pictures are drawn for a score, and compared."""
+
+    captions: int = 0
+    """Captions that are drawn, chosen by --seed; 0 = 30000 of MS-COCO, all of other sets."""
+    radii: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0, 8.0)
+    """Gaussian blurs of both sets: standard deviations in pixels of the drawn pictures."""
+    block: int = 64
+    """Captions, or real pictures, that are done together and kept."""
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.captions < 0 or self.block < 1:
+            found.append("captions must not be negative, and block be at least 1")
+        if not self.radii or not all(0 <= radius < math.inf for radius in self.radii):
+            found.append("radii must be one or more numbers that are not negative")
+        elif len(set(self.radii)) < len(self.radii):
+            found.append("radii must differ from one another")
+        return found

@@ -2,24 +2,30 @@
 
 A picture's likeness to the evaluation set is the cosine of its CLIP embedding with the nearest one
 there. Examples at rising likeness show where the threshold belongs; with one, the other pairs are
-written as a data set of their own.
+written as a data set of their own. overlap.json names the evaluation pictures that a training pair
+is as like as that, too: `tapir score --overlap` leaves them out of a second score.
 Source: arXiv 2102.12092, section 3.2: 21% of MS-COCO's validation images were found in YFCC100M.
 """
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from core.errors import InputError
 from core.files import canonical_json, write_atomic
 from core.log import LOG, progress
 from core.settings import to_json
 from core.store import Store
-from data_pipeline.images import encode_png
+from data_pipeline.evaluation_sets import EvaluationSet
+from data_pipeline.images import decode_rgb, encode_png, square
 from data_pipeline.manifest import SPLITS
 from data_pipeline.pack import (
     REJECTS,
@@ -34,7 +40,7 @@ from data_pipeline.pack import (
 from data_pipeline.raw import RawRecord, RawSource
 from data_pipeline.sources.files import make_pair
 from data_pipeline.sources.pair import Unusable
-from data_pipeline.tokenize.encode import pictures_of
+from data_pipeline.tokenize.encode import pictures_of, to_tensor
 from generation.config import OverlapConfig
 from generation.pictures import picture_grid, to_bytes
 from models.clip import Clip
@@ -53,56 +59,83 @@ class Likeness:
     examples: list[list[NDArray[np.uint8]]] = field(default_factory=lambda: [[] for _ in BINS])
     """(2, S, S, 3): a picture beside the nearest of the evaluation set, some for each bin."""
     pairs: int = 0
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    """Which evaluation pictures the training split has, too, as `read_overlap` reads it."""
 
-    def note(self, likeness: float, picture: NDArray[np.uint8], other: NDArray[np.uint8]) -> None:
-        """Count a pair, and keep it as an example if its bin has few."""
+    def note(
+        self, likeness: float, picture: NDArray[np.uint8], other: Callable[[], NDArray[np.uint8]]
+    ) -> None:
+        """Count a pair, and keep it with the other picture as an example if its bin has few."""
         self.pairs += 1
         bin_ = int(np.searchsorted(BINS, likeness + 1e-6, "right")) - 1
         if bin_ < 0:
             return
         self.counts[bin_] += 1
         if len(self.examples[bin_]) < EXAMPLES:
-            self.examples[bin_].append(np.stack([picture, other]))
+            self.examples[bin_].append(np.stack([picture, other()]))
 
 
 class _Evaluation:
     """The evaluation set's pictures, embedded."""
 
-    def __init__(self, store: Store, clip: Clip, batch: int) -> None:
-        self._clip, self._pixels, self._batch = clip, clip.config.pixels, batch
-        sources = [RawSource(store, split) for split in SPLITS]
-        self.keys: list[str] = []
-        embedded, pictures = [], []
-        for records, shown, vectors in self.embedded(sources):
-            self.keys += [record.key for record in records]
-            embedded.append(vectors)
-            pictures.append(shown)
-        self._vectors, self.pictures = np.concatenate(embedded), np.concatenate(pictures)
+    def __init__(self, given: EvaluationSet, clip: Clip, batch: int) -> None:
+        self._given, self._clip, self._batch = given, clip, batch
+        self.keys = given.pictures
+        parts = [self.keys[i : i + batch] for i in range(0, len(self.keys), batch)]
+        with progress("embed", len(self.keys)) as meter:
+            embedded = []
+            for part in parts:
+                embedded.append(self._embed(to_tensor(np.stack([self.picture(k) for k in part]))))
+                meter.update(len(embedded) * batch)
+        self._vectors = np.concatenate(embedded)
+        self._best = np.full(len(self.keys), -1.0, np.float32)
+
+    def picture(self, key: str) -> NDArray[np.uint8]:
+        """One of its pictures, as CLIP sees it."""
+        return square(decode_rgb(self._given.read(key), key), self._clip.config.pixels)
 
     def embedded(
-        self, sources: list[RawSource]
+        self, source: RawSource
     ) -> Iterator[tuple[list[RawRecord], NDArray[np.uint8], NDArray[np.float32]]]:
         """Batches of pairs with their pictures and unit vectors."""
-        for source in sources:
-            for block in range(len(source.sizes)):
-                records = list(source.read(block))
-                for i in range(0, len(records), self._batch):
-                    part = records[i : i + self._batch]
-                    pixels = pictures_of(part, self._pixels)
-                    with torch.no_grad():
-                        vectors = self._clip.embed_image(pixels).numpy()
-                    yield part, to_bytes(pixels), vectors
+        for block in range(len(source.sizes)):
+            records = list(source.read(block))
+            for i in range(0, len(records), self._batch):
+                part = records[i : i + self._batch]
+                pixels = pictures_of(part, self._clip.config.pixels)
+                yield part, to_bytes(pixels), self._embed(pixels)
 
-    def nearest(self, vectors: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """For each vector the largest cosine and where it is."""
+    def nearest(
+        self, vectors: NDArray[np.float32], training: bool
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """For each vector the largest cosine and where it is; notes it if they are trained on."""
         cosines = vectors @ self._vectors.T
+        if training:
+            np.maximum(self._best, cosines.max(0), out=self._best)
         places = cosines.argmax(1)
         return cosines[np.arange(len(vectors)), places], places
+
+    def seen(self, threshold: float) -> dict[str, Any]:
+        """Its pictures that a training pair is as like as the threshold."""
+        places = np.flatnonzero(self._best >= threshold).tolist()
+        return {
+            "fingerprint": self._given.fingerprint,
+            "threshold": threshold,
+            "data": self._given.name,
+            "pictures": len(self.keys),
+            "overlapping": len(places),
+            "share": len(places) / len(self.keys),
+            "ids": [self.keys[place] for place in places],
+        }
+
+    @torch.no_grad()
+    def _embed(self, pixels: Tensor) -> NDArray[np.float32]:
+        return np.asarray(self._clip.embed_image(pixels).numpy())
 
 
 def remove_overlap(
     raw: Store,
-    evaluation: Store,
+    evaluation: EvaluationSet,
     dest: Store | None,
     clip: Clip,
     clip_hash: str,
@@ -116,7 +149,7 @@ def remove_overlap(
     request = {
         "source": "overlap",
         "raw": [source.fingerprint for source in sources.values()],
-        "evaluation": [RawSource(evaluation, split).fingerprint for split in SPLITS],
+        "evaluation": evaluation.fingerprint,
         "clip": clip_hash,
         "config": to_json(config),
     }
@@ -127,11 +160,12 @@ def remove_overlap(
             dest = None
     theirs, found = _Evaluation(evaluation, clip, config.batch), Likeness()
     if dest is None:
-        for source in sources.values():
-            _compare(source, theirs, config, found, None, None)
-        return found
-    with given_back(dest):
-        _write(dest, sources, theirs, config, found, request)
+        for split, source in sources.items():
+            _compare(split, source, theirs, config, found)
+    else:
+        with given_back(dest):
+            _write(dest, sources, theirs, config, found, request)
+    found.evaluation = theirs.seen(config.threshold)
     return found
 
 
@@ -146,7 +180,7 @@ def _write(
     rejects, shards = Rejects(dest, 1.0), {}
     for split, source in sources.items():
         writer = RawWriter(dest, split, config.shards)
-        _compare(source, theirs, config, found, writer, rejects)
+        _compare(split, source, theirs, config, found, writer, rejects)
         writer.flush()
         shards[split] = writer.shards
     refuse_empty(shards, "raise the threshold")
@@ -159,20 +193,21 @@ def _write(
 
 
 def _compare(
+    split: str,
     source: RawSource,
     theirs: _Evaluation,
     config: OverlapConfig,
     found: Likeness,
-    writer: RawWriter | None,
-    rejects: Rejects | None,
+    writer: RawWriter | None = None,
+    rejects: Rejects | None = None,
 ) -> None:
     with progress("overlap", source.manifest.samples) as meter:
-        for records, pictures, vectors in theirs.embedded([source]):
-            likeness, places = theirs.nearest(vectors)
+        for records, pictures, vectors in theirs.embedded(source):
+            likeness, places = theirs.nearest(vectors, split == "train")
             for record, picture, value, place in zip(
                 records, pictures, likeness.tolist(), places.tolist(), strict=True
             ):
-                found.note(value, picture, theirs.pictures[place])
+                found.note(value, picture, partial(theirs.picture, theirs.keys[place]))
                 if writer is None or rejects is None:
                     continue
                 if value >= config.threshold:
@@ -189,7 +224,10 @@ def _pair(record: RawRecord) -> Any:
 
 
 def write_likeness(found: Likeness, out: Path) -> dict[str, Any]:
-    """Write overlap.json and, for each bin that has any, overlap-0.95.png of example pairs."""
+    """Write overlap.json and, for each bin that has any, overlap-0.95.png of example pairs.
+
+    Returns what overlap.json says but for the ids.
+    """
     rows = []
     for low, count, examples in zip(BINS.tolist(), found.counts, found.examples, strict=True):
         name = ""
@@ -198,6 +236,44 @@ def write_likeness(found: Likeness, out: Path) -> dict[str, Any]:
             upper, lower = (np.stack([pair[i] for pair in examples]) for i in (0, 1))
             write_atomic(out / name, encode_png(picture_grid([upper, lower], 2)))
         rows.append({"likeness_from": round(low, 2), "pairs": int(count), "examples": name})
-    body = {"pairs": found.pairs, "rows": rows}
+    body = {"pairs": found.pairs, "rows": rows, "evaluation": found.evaluation}
     write_atomic(out / REPORT, canonical_json(body))
-    return body
+    short = {name: value for name, value in found.evaluation.items() if name != "ids"}
+    return {**body, "evaluation": short}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """Pictures of an evaluation set that a model was trained on."""
+
+    threshold: float
+    """Likeness from which on a picture counts."""
+    share: float
+    """Of all pictures of the set; of a packed one those of both splits."""
+    pictures: frozenset[str]
+    """Their ids."""
+
+
+def read_overlap(path: Path, evaluation: EvaluationSet) -> Overlap:
+    """Read overlap.json.
+
+    Raises: InputError if there is none, or it is about another evaluation set.
+    """
+    try:
+        found = json.loads(path.read_bytes())["evaluation"]
+        overlap = Overlap(
+            threshold=float(found["threshold"]),
+            share=float(found["share"]),
+            pictures=frozenset(found["ids"]),
+        )
+        other = found["fingerprint"] != evaluation.fingerprint
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} is no overlap.json ({error!r}); `tapir overlap RAW DATA` writes one"
+        ) from error
+    if other:
+        raise InputError(
+            f"{path} is about another evaluation set than {evaluation.name}; "
+            "run `tapir overlap RAW DATA` with this one"
+        )
+    return overlap

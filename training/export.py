@@ -115,12 +115,7 @@ def describe(folder: Path, stage: str) -> Json:
 
     Raises: InputError if there is none; CorruptError if a byte changed.
     """
-    path = folder / DESCRIPTION
-    if not path.is_file():
-        raise InputError(f"there is no finished {stage} in {folder}; run `tapir train {stage}`")
-    body = unseal(path.read_bytes(), str(path))
-    if body["stage"] != stage:
-        raise InputError(f"{folder} holds a {body['stage']}, not a {stage}")
+    body = read_description(folder, stage)
     weights, digest = folder / WEIGHTS, ""
     if weights.is_file():
         with open(weights, "rb") as file:
@@ -137,6 +132,20 @@ def read_model(folder: Path, stage: str) -> tuple[Json, dict[str, Tensor]]:
     found = _finished(folder, stage)
     body = {"stage": stage, "config": found.config, "facts": found.facts, "sha256": found.stated}
     return body, {name: found.read(name) for name in found.shapes}
+
+
+def read_description(folder: Path, stage: str) -> dict[str, Any]:
+    """Read a finished model's sizes, facts and digest without its weights.
+
+    Raises: InputError if there is none; CorruptError if a byte changed.
+    """
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        raise InputError(f"there is no finished {stage} in {folder}; run `tapir train {stage}`")
+    body = unseal(path.read_bytes(), str(path))
+    if body["stage"] != stage:
+        raise InputError(f"{folder} holds a {body['stage']}, not a {stage}")
+    return body
 
 
 def model_is_whole(folder: Path, stage: str) -> bool:

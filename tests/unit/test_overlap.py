@@ -6,13 +6,17 @@ from pathlib import Path
 from core.keys import keyed_rng
 from core.store import FolderStore
 from data_pipeline.config import PackConfig
+from data_pipeline.evaluation_sets import open_evaluation, packed_set
 from data_pipeline.images import encode_png
+from data_pipeline.manifest import SPLITS
 from data_pipeline.pack import pack
 from data_pipeline.raw import RawSource
+from data_pipeline.stream import first_records
 from generation.config import OverlapConfig
-from generation.overlap import remove_overlap, write_likeness
+from generation.overlap import read_overlap, remove_overlap, write_likeness
 from models.clip import Clip
 from models.config import ClipConfig
+from tests.unit.layouts import write_coco
 
 SHARED = (3, 4, 11)
 
@@ -40,7 +44,7 @@ def test_overlapping_pairs_are_shown_and_removed(tmp_path: Path) -> None:
     clip = Clip(ClipConfig(), 0).eval()
     dest = FolderStore(tmp_path / "dest")
     config = OverlapConfig(threshold=0.999, batch=5)
-    found = remove_overlap(raw, theirs, dest, clip, "hash", config)
+    found = remove_overlap(raw, packed_set(theirs, SPLITS), dest, clip, "hash", config)
     sources = [RawSource(dest, split) for split in ("train", "validation")]
     keys = {r.key for s in sources for block in range(len(s.sizes)) for r in s.read(block)}
     assert keys == {f"p{i:03d}" for i in range(24) if i not in SHARED}
@@ -56,9 +60,28 @@ def test_overlapping_pairs_are_shown_and_removed(tmp_path: Path) -> None:
 def test_without_a_place_nothing_is_written(tmp_path: Path) -> None:
     raw = _set(tmp_path / "raw", list(range(24)))
     clip = Clip(ClipConfig(), 0).eval()
-    found = remove_overlap(raw, raw, None, clip, "hash", OverlapConfig())
+    found = remove_overlap(raw, packed_set(raw, SPLITS), None, clip, "hash", OverlapConfig())
     assert found.counts[-2:].sum() == found.pairs == 24
     assert not (tmp_path / "dest").exists()
+    trained = {r.key for r in first_records(RawSource(raw, "train"), 24)}
+    assert 0 < len(trained) < 24 and set(found.evaluation["ids"]) == trained
+
+
+def test_the_pictures_of_coco_that_were_trained_on_are_named(tmp_path: Path) -> None:
+    raw = _set(tmp_path / "raw", list(range(24)))
+    trained = sorted(r.key for r in first_records(RawSource(raw, "train"), 24))[:3]
+    coco = write_coco(tmp_path / "coco", 8)
+    names = sorted(path.name for path in (coco / "val2014").iterdir())
+    for key, name in zip(trained, names[2:5], strict=True):
+        (coco / "val2014" / name).write_bytes(_picture(int(key[1:]), 1))
+    theirs = open_evaluation(f"coco:{coco}")
+    clip = Clip(ClipConfig(), 0).eval()
+    found = remove_overlap(raw, theirs, None, clip, "hash", OverlapConfig(threshold=0.999))
+    body = write_likeness(found, tmp_path / "report")
+    assert body["evaluation"]["overlapping"] == 3 and "ids" not in body["evaluation"]
+    overlap = read_overlap(tmp_path / "report" / "overlap.json", theirs)
+    assert overlap.pictures == set(names[2:5])
+    assert overlap.share == 3 / 8 and overlap.threshold == 0.999
 
 
 def test_a_wrong_threshold_is_refused() -> None:

@@ -1,0 +1,240 @@
+"""Captions with pictures that a finished model is judged by: MS-COCO, CUB, or a packed set.
+
+`coco:DIR` and `cub:DIR` are read in their public layouts, from folders that the user has:
+
+    DIR/annotations/captions_val2014.json     DIR/val2014/COCO_val2014_*.jpg   (or both of 2017)
+    DIR/CUB_200_2011/{images.txt, train_test_split.txt, images/CLASS/IMAGE.jpg}
+    DIR/text_c10/CLASS/IMAGE.txt              ten captions, one a line
+    DIR/testclasses.txt                       one class a line; then these classes are the test set
+
+Of CUB's last two, the archive that they come in makes DIR/cvpr2016_cub/..., which does as well.
+Text-to-image models are compared on the test classes; without their list, the test pictures of
+train_test_split.txt are taken. Anything else is what `tapir pack` wrote: its validation split.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from core.errors import InputError
+from core.files import canonical_json, sha256
+from core.keys import key_int
+from core.store import Store, open_store
+from data_pipeline.captions import clean_caption
+from data_pipeline.manifest import SPLITS
+from data_pipeline.raw import RawRecord, RawRecords, RawSource
+
+COCO, CUB = "coco:", "cub:"
+PAPER_CAPTIONS = 30_000
+"""MS-COCO's validation captions that the paper draws."""
+_COCO_YEARS = ("2014", "2017")
+_CUB_TEXTS = ("", "cvpr2016_cub")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationCaption:
+    """A caption, and the pictures that it was written for."""
+
+    text: str
+    pictures: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSet:
+    """Captions and pictures by their ids."""
+
+    name: str
+    """What of which data set it is."""
+    fingerprint: str
+    """A digest of the captions and of the pictures' names (of a packed set: of all its bytes)."""
+    captions: list[EvaluationCaption]
+    """Each text once."""
+    pictures: list[str]
+    """Ids of all pictures, in stored order."""
+    usual: int
+    """Captions that a score is usually of; 0 = all."""
+    read: Callable[[str], bytes]
+    """The encoded picture of an id."""
+
+    def choose(self, count: int, seed: int) -> list[EvaluationCaption]:
+        """Choose captions by key, in the order of their keys; 0 = as many as usual."""
+        chosen = sorted(self.captions, key=lambda c: (key_int(seed, c.text, "choose"), c.text))
+        return chosen[: count or self.usual or None]
+
+    def pictures_of(self, captions: Iterable[EvaluationCaption]) -> list[str]:
+        """Ids of some captions' pictures, each once, in stored order."""
+        wanted = {name for caption in captions for name in caption.pictures}
+        return [name for name in self.pictures if name in wanted]
+
+
+def open_evaluation(place: str, splits: Sequence[str] = ("validation",)) -> EvaluationSet:
+    """Open coco:DIR, cub:DIR or these splits of what `tapir pack` wrote.
+
+    Raises: InputError if a file is missing, saying which one belongs where.
+    """
+    if place.startswith(COCO):
+        return _coco(Path(place.removeprefix(COCO)))
+    if place.startswith(CUB):
+        return _cub(Path(place.removeprefix(CUB)))
+    return packed_set(open_store(place), splits)
+
+
+def packed_set(store: Store, splits: Sequence[str]) -> EvaluationSet:
+    """Splits of what `tapir pack` wrote."""
+    sources = {split: RawSource(store, split) for split in SPLITS}
+    found: list[tuple[str, str]] = []
+    places: dict[str, tuple[str, int]] = {}
+    for split in splits:
+        for block in range(len(sources[split].sizes)):
+            for record in sources[split].read(block):
+                found.append((record.caption, record.key))
+                places[record.key] = split, block
+    held: dict[tuple[str, int], RawRecords] = {}
+
+    def read(name: str) -> bytes:
+        place = places[name]
+        if place not in held:
+            held.clear()  # pictures are read in stored order: one block of them is enough
+            held[place] = sources[place[0]].read(place[1])
+        return _named(held[place], name).image
+
+    return EvaluationSet(
+        name=f"{' and '.join(splits)} pairs of {store.url}",
+        fingerprint=sha256("/".join(s.fingerprint for s in sources.values()).encode()),
+        captions=_each_once(found),
+        pictures=list(places),
+        usual=0,
+        read=read,
+    )
+
+
+def _named(records: RawRecords, key: str) -> RawRecord:
+    return next(record for record in records if record.key == key)
+
+
+def _each_once(pairs: Iterable[tuple[str, str]]) -> list[EvaluationCaption]:
+    """Captions by their texts, from (text, picture) pairs."""
+    found: dict[str, dict[str, None]] = {}
+    for text, picture in pairs:
+        found.setdefault(text, {})[picture] = None
+    return [EvaluationCaption(text=text, pictures=tuple(found[text])) for text in sorted(found)]
+
+
+def _from_folder(name: str, pairs: list[tuple[str, str]], root: Path, usual: int) -> EvaluationSet:
+    captions = _each_once(pairs)
+    pictures = sorted({picture for _, picture in pairs})
+    if not captions:
+        raise InputError(f"there is no caption for any picture in {root}")
+    digest = sha256(canonical_json({c.text: list(c.pictures) for c in captions}))
+    missing = [picture for picture in pictures if not (root / picture).is_file()]
+    if missing:
+        raise InputError(
+            f"{root / missing[0]} is missing, and {len(missing) - 1} more of {len(pictures)} "
+            f"pictures; unpack all pictures of {name} into {root}"
+        )
+    return EvaluationSet(
+        name=name,
+        fingerprint=digest,
+        captions=captions,
+        pictures=pictures,
+        usual=usual,
+        read=lambda picture: (root / picture).read_bytes(),
+    )
+
+
+def _coco(folder: Path) -> EvaluationSet:
+    """MS-COCO's validation split; that of 2014, which the paper has, if there are two."""
+    files = {year: folder / "annotations" / f"captions_val{year}.json" for year in _COCO_YEARS}
+    year = next((year for year, path in files.items() if path.is_file()), None)
+    if year is None:
+        raise InputError(
+            f"there is no {files[_COCO_YEARS[0]]}; unpack MS-COCO's annotations_trainval2014 and "
+            f"val2014 archives into {folder} (or those of 2017)"
+        )
+    images = folder / f"val{year}"
+    if not images.is_dir():
+        raise InputError(f"there is no folder {images}; unpack MS-COCO's val{year} into {folder}")
+    body = _json(files[year])
+    try:
+        names = {row["id"]: _inside(row["file_name"], files[year], 1) for row in body["images"]}
+        rows = [(row["caption"], names[row["image_id"]]) for row in body["annotations"]]
+        pairs = [(_cleaned(text, name), name) for text, name in rows]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{files[year]} is no file of MS-COCO's captions ({error!r} in it); unpack it again"
+        ) from error
+    return _from_folder(f"MS-COCO val{year}", pairs, images, PAPER_CAPTIONS)
+
+
+def _cub(folder: Path) -> EvaluationSet:
+    """CUB's test pictures with their captions."""
+    root = folder / "CUB_200_2011"
+    images = _table(root / "images.txt")
+    names = {number: _inside(name, root / "images.txt", 2) for number, name in images.items()}
+    places = [folder / place for place in _CUB_TEXTS]
+    texts = next((place for place in places if (place / "text_c10").is_dir()), None)
+    if texts is None:
+        raise InputError(
+            f"there is no folder {folder / 'text_c10'}; CUB's captions are the text_c10 of "
+            "cvpr2016_cub (Reed et al.), one folder a class, one text file a picture"
+        )
+    classes = next(
+        (p / "testclasses.txt" for p in places if (p / "testclasses.txt").exists()), None
+    )
+    if classes is not None:
+        wanted = set(_text(classes).split())
+        chosen = sorted(name for name in names.values() if name.split("/")[0] in wanted)
+    else:
+        training = _table(root / "train_test_split.txt")
+        chosen = sorted(name for number, name in names.items() if training.get(number) == "0")
+    pairs = []
+    for name in chosen:
+        path = texts / "text_c10" / PurePosixPath(name).with_suffix(".txt")
+        pairs += [
+            (_cleaned(line, str(path)), name) for line in _text(path).splitlines() if line.strip()
+        ]
+    kind = "test classes" if classes is not None else "test pictures"
+    return _from_folder(f"CUB {kind}", pairs, root / "images", 0)
+
+
+def _table(path: Path) -> dict[str, str]:
+    """Lines of a number and a word."""
+    rows = [line.split() for line in _text(path).splitlines() if line.strip()]
+    wrong = next((row for row in rows if len(row) != 2), None)
+    if wrong is not None:
+        raise InputError(f"{path} has the line {' '.join(wrong)!r}, not a number and a word")
+    return {row[0]: row[1] for row in rows}
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise InputError(f"{path} is missing; unpack the archive that it belongs to again")
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8; unpack it again") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        body = json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON ({error}); unpack it again") from error
+    if not isinstance(body, dict):
+        raise InputError(f"{path} holds no JSON object; unpack it again")
+    return body
+
+
+def _inside(name: str, where: Path, depth: int) -> str:
+    """A picture's path out of a file of annotations: some plain names below one another."""
+    parts = name.split("/")
+    plain = name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(parts)
+    if len(parts) != depth or not plain:
+        raise InputError(f"{where} names the picture {name!r}, which lies outside of its folder")
+    return name
+
+
+def _cleaned(text: str, where: str) -> str:
+    return clean_caption(text.encode("utf-8", "surrogatepass"), where)

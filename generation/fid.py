@@ -1,0 +1,116 @@
+"""FID and IS from sums that are added block by block, so that any machine may hold any block."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.errors import InputError
+
+SPLITS = 10
+"""Parts that the IS is the mean over, as in its authors' code."""
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Sums over feature vectors, in float64."""
+
+    count: int
+    total: Array
+    """(D,)"""
+    products: Array
+    """(D, D): sum of outer products."""
+
+    @staticmethod
+    def of(features: NDArray[np.float32]) -> "Moments":
+        """Sums of (n, D) features."""
+        wide = features.astype(np.float64)
+        return Moments(count=len(wide), total=wide.sum(0), products=wide.T @ wide)
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(
+            count=self.count + other.count,
+            total=self.total + other.total,
+            products=self.products + other.products,
+        )
+
+    @property
+    def mean(self) -> Array:
+        return np.asarray(self.total / self.count)
+
+    @property
+    def covariance(self) -> Array:
+        """Unbiased."""
+        centred = self.products - self.count * np.outer(self.mean, self.mean)
+        return np.asarray(centred / (self.count - 1))
+
+
+def frechet_distance(first: Moments, second: Moments) -> float:
+    """Frechet distance of the normal distributions that have these moments: the FID.
+
+    The trace of (C1 C2)^(1/2) is that of (C1^(1/2) C2 C1^(1/2))^(1/2), whose eigenvalues are real
+    and not negative, also where a covariance is singular.
+    Raises: InputError for fewer than two vectors.
+    Source: arXiv 1706.08500, equation 6.
+    """
+    if min(first.count, second.count) < 2:
+        raise InputError("a FID needs at least two drawn and two real pictures; give more captions")
+    one, two = first.covariance, second.covariance
+    values, vectors = np.linalg.eigh(one)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    common = np.sqrt(np.linalg.eigvalsh(root @ two @ root).clip(0)).sum()
+    apart = first.mean - second.mean
+    return float(apart @ apart + np.trace(one) + np.trace(two) - 2 * common)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassSums:
+    """Sums over predicted distributions of classes, in float64."""
+
+    count: int
+    chances: Array
+    """(C,): sum of p."""
+    negentropy: float
+    """Sum of p log p."""
+
+    @staticmethod
+    def of(logits: NDArray[np.float32]) -> "ClassSums":
+        """Sums of the softmax of (n, C) logits."""
+        wide = logits.astype(np.float64)
+        log = wide - wide.max(1, keepdims=True)
+        log -= np.log(np.exp(log).sum(1, keepdims=True))
+        chances = np.exp(log)
+        return ClassSums(
+            count=len(wide), chances=chances.sum(0), negentropy=float((chances * log).sum())
+        )
+
+    def __add__(self, other: "ClassSums") -> "ClassSums":
+        return ClassSums(
+            count=self.count + other.count,
+            chances=self.chances + other.chances,
+            negentropy=self.negentropy + other.negentropy,
+        )
+
+    @property
+    def score(self) -> float:
+        """exp of the mean KL divergence of p from the mean p."""
+        mean = self.chances / self.count
+        seen = mean[mean > 0]
+        return float(np.exp(self.negentropy / self.count - (seen * np.log(seen)).sum()))
+
+
+def inception_score(parts: list[ClassSums]) -> tuple[float, float]:
+    """Mean and standard deviation over parts of a set.
+
+    Source: arXiv 1606.03498, section 4.
+    """
+    scores = [part.score for part in parts]
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def part_of(place: int, count: int, parts: int = SPLITS) -> int:
+    """Which of equal parts of `count` pictures the one at a place belongs to."""
+    parts = min(parts, count)
+    return ((place + 1) * parts - 1) // count
