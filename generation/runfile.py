@@ -10,6 +10,7 @@ stages:
   tokenize: {workers: 4}
   prior: {preset: tiny, nodes: 2, flags: {mesh.data: 4}}
   clip: {}
+  score: {source: coco:/data/coco, workers: 8}
   evaluate: {flags: {prompts: 512}}
 slurm: {partition: main}
 """
@@ -34,11 +35,11 @@ from core.cli import parse_over
 from core.errors import ConfigError, InputError
 from core.settings import check, from_json, wrong_types
 from data_pipeline.config import PackConfig, TokenizeConfig
-from generation.config import EvaluateConfig
+from generation.config import EvaluateConfig, ScoreConfig
 from training.config import BPETrain
 from training.presets import PRESETS
 
-STAGES = ("pack", "bpe", "dvae", "tokenize", "prior", "clip", "evaluate")
+STAGES = ("pack", "bpe", "dvae", "tokenize", "prior", "clip", "score", "evaluate")
 """In an order in which they can run."""
 AFTER: dict[str, tuple[str, ...]] = {
     "pack": (),
@@ -47,9 +48,12 @@ AFTER: dict[str, tuple[str, ...]] = {
     "tokenize": ("bpe", "dvae"),
     "prior": ("tokenize",),
     "clip": ("bpe",),
+    "score": ("prior", "clip"),
     "evaluate": ("prior", "clip"),
 }
-FOLDERS = {"tokenize": "tokens", "evaluate": "samples"}
+ARRAYS = ("tokenize", "score")
+"""Stages whose work any number of workers can share."""
+FOLDERS = {"tokenize": "tokens", "score": "scores", "evaluate": "samples"}
 """Folders of stages that are not called by their stage's name."""
 Value = str | int | float | bool
 AWS = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
@@ -131,12 +135,14 @@ class RunFile:
         found += self.local.problems() + self.slurm.problems()
         for name, spec in self.stages.items():
             found += spec.resources.problems(name)
-            if spec.resources.workers > 1 and name != "tokenize":
-                found.append(f"stages.{name}: workers are for tokenize alone; use nodes and mesh")
-            if spec.resources.nodes > 1 and name in ("pack", "bpe", "tokenize", "evaluate"):
-                found.append(f"stages.{name}: nodes are for training; tokenize has workers")
-            if spec.source and name != "pack":
-                found.append(f"stages.{name}: a source is for pack alone")
+            if spec.resources.workers > 1 and name not in ARRAYS:
+                found.append(
+                    f"stages.{name}: workers are for {' and '.join(ARRAYS)}; use nodes and mesh"
+                )
+            if spec.resources.nodes > 1 and name in ("pack", "bpe", "evaluate", *ARRAYS):
+                found.append(f"stages.{name}: nodes are for training; {ARRAYS[0]} has workers")
+            if spec.source and name not in ("pack", "score"):
+                found.append(f"stages.{name}: a source is for pack and score")
             fixed = {"out", "dvae", "bpe", "prior", "clip", "worker", "again", "help"}
             for flag in sorted(fixed & set(spec.flags)):
                 found.append(f"stages.{name}.flags: {flag} is the run's to set; leave it out")
@@ -200,7 +206,8 @@ def chain_of(run: RunFile, to: Place) -> Chain:
         problems += found.problems
     if "evaluate" in run.stages:
         report = ("report", str(run.out))
-        jobs.append(Job(name="report", command=report, after=("evaluate",)))
+        before = tuple(name for name in ("score", "evaluate") if name in run.stages)
+        jobs.append(Job(name="report", command=report, after=before))
     check(problems)
     return Chain(
         name=run.name,
@@ -226,6 +233,7 @@ class _Builder:
         make: dict[str, Callable[[], list[str]]] = {
             "pack": self._pack,
             "tokenize": self._tokenize,
+            "score": self._score,
             "evaluate": self._evaluate,
         }
         trains = self._name in PRESETS and self._name != "bpe"
@@ -248,7 +256,7 @@ class _Builder:
             command=tuple(command),
             after=tuple(dict.fromkeys(known)),
             ranks=max(1, world // resources.nodes),
-            array=self._name == "tokenize" and resources.workers > 1,
+            array=self._name in ARRAYS and resources.workers > 1,
             trains=trains,
             resources=resources,
         )
@@ -271,12 +279,23 @@ class _Builder:
         places = [f"--data={data}", f"--out={run.folder(name)}", *bpe]
         return ["train", name, self._spec.preset, *places, *self._flags]
 
+    def _score(self) -> list[str]:
+        own = [flag for flag in self._flags if not flag.startswith(("--inception=", "--overlap="))]
+        config = parse_over(ScoreConfig(), own, "score")
+        self.problems += [f"stages.score: {text}" for text in config.problems()]
+        data = self._spec.source or self._run.raw
+        return ["score", data, *self._models(), *self._flags]
+
     def _evaluate(self) -> list[str]:
-        parse_over(EvaluateConfig(), self._flags, "evaluate")
+        config = parse_over(EvaluateConfig(), self._flags, "evaluate")
+        self.problems += [f"stages.evaluate: {text}" for text in config.problems()]
+        return ["evaluate", self._run.raw, *self._models(), *self._flags]
+
+    def _models(self) -> list[str]:
+        """Where the stage writes, and the models that it reads."""
         run = self._run
         models = [f"--{name}={run.folder(name)}" for name in ("prior", "dvae", "clip", "bpe")]
-        out = f"--out={run.folder('evaluate')}"
-        return ["evaluate", run.raw, out, *models, *self._flags]
+        return [f"--out={run.folder(self._name)}", *models]
 
     def _world(self, command: list[str]) -> int:
         preset = PRESETS[self._name][self._spec.preset]()

@@ -8,7 +8,7 @@ import pytest
 
 from tests.harness import processes_with, tapir
 
-STAGES = ["pack", "bpe", "dvae", "tokens", "prior", "clip", "samples"]
+STAGES = ["pack", "bpe", "dvae", "tokens", "prior", "clip", "scores", "samples"]
 
 
 @pytest.mark.slow
@@ -16,10 +16,14 @@ def test_shapes_demo_in_miniature(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     text = tapir("demo", "--size=mini", f"--out={out}", TERM="dumb")
     summary = json.loads((out / "summary.json").read_text())
-    assert set(STAGES) <= set(summary["seconds"]) and len(summary["commands"]) == 8
+    assert set(STAGES) <= set(summary["seconds"]) and len(summary["commands"]) == 9
     assert summary["prior"]["engine"] == "deepspeed_pipe" and summary["prior"]["compress_rank"] > 0
     assert summary["prior"]["mesh"] == {"data": 2, "tensor": 2, "pipeline": 2, "machines": 1}
     assert summary["caption_accuracy"]["checker_on_truth"] == 1.0
+    assert set(summary["caption_accuracy"]["guidance"]) == {"1", "2", "3", "4", "5"}
+    scores = json.loads((out / "scores" / "scores.json").read_text())
+    assert [row["radius"] for row in scores["rows"]] == [0, 1, 2, 4, 8]
+    assert "proxy" in scores["label"]
     assert {"perplexity", "psnr"} <= set(summary["dvae"])
     html = (out / "report.html").read_text()
     assert html.count("data:image/png;base64,") >= 4 and "<svg" in html

@@ -30,6 +30,7 @@ RUN: dict[str, Any] = {
             "flags": {"mesh.data": 4, "compress.warm_start": True},
         },
         "clip": {"flags": {"mesh.data": 1}},
+        "score": {"source": "coco:/data/coco", "workers": 3, "flags": {"candidates": 2}},
         "evaluate": {"flags": {"prompts": 8}},
     },
     "kubernetes": {"claim": "runs", "secrets": ["s3"], "config_maps": ["s3"], "queue": "gpus"},
@@ -50,10 +51,12 @@ def test_a_run_becomes_a_chain_of_commands(tmp_path: Path) -> None:
     chain = chain_of(read_runfile(write(tmp_path)), "slurm")
     jobs = {job.name: job for job in chain.jobs}
     assert list(jobs) == [
-        "pack", "bpe", "dvae", "tokenize", "prior", "clip", "evaluate", "report"
+        "pack", "bpe", "dvae", "tokenize", "prior", "clip", "score", "evaluate", "report"
     ]  # fmt: skip
     assert jobs["tokenize"].after == ("bpe", "dvae") and jobs["tokenize"].array
     assert jobs["evaluate"].after == ("prior", "clip")
+    assert jobs["score"].text.startswith("tapir score coco:/data/coco --out=/runs/shapes/scores")
+    assert jobs["score"].array and jobs["report"].after == ("score", "evaluate")
     prior = jobs["prior"]
     assert prior.ranks == 2 and prior.world == 4 and prior.trains and prior.after == ("tokenize",)
     assert prior.text.startswith("tapir train prior tiny --data=/runs/shapes/data/tokens")
@@ -104,7 +107,7 @@ def test_finished_jobs_are_not_sent_again(tmp_path: Path) -> None:
         ({}, {"prior": {"nodes": 3, "flags": {"mesh.data": 4}}}, "4 ranks .* 3 nodes"),
         ({}, {"prior": {"flags": {"engine.accumulate": 7}}}, "accumulate=7 does not divide"),
         ({}, {"pack": {}}, "give a source"),
-        ({}, {"dvae": {"workers": 2}}, "workers are for tokenize alone"),
+        ({}, {"dvae": {"workers": 2}}, "workers are for tokenize and score"),
         ({"name": ""}, {}, "name: missing"),
         ({"slurm": {"launcher": "ssh"}}, {}, "must be torchrun or srun"),
         ({"retires": 3}, {}, "did you mean 'retries'"),
