@@ -17,7 +17,7 @@ from generation.accuracy import caption_accuracy, draw_all
 from generation.config import SampleConfig
 from generation.pictures import Studio, picture_grid, to_bytes
 
-SHOWN_PROMPTS = 12
+SHOWN_PROMPTS = 48
 SHOWN_PROMPTED = 6
 SCALE = 2
 
@@ -32,7 +32,7 @@ def evaluate(
     rows = []
     for i, row in enumerate(drawn[:SHOWN_PROMPTS]):
         name = f"candidates-{i:02d}.png"
-        write_atomic(out / name, encode_png(picture_grid([row.pictures], SCALE)))
+        write_atomic(out / name, encode_png(picture_grid([row.pictures])))
         rows.append({"caption": row.caption, "file": name, "scores": row.scores.tolist()})
     _reconstructions(studio, records[:16], out)
     _image_prompts(studio, records[:SHOWN_PROMPTED], out, settings)

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,8 @@ def _embed(path: Path) -> str:
 def _gallery_row(row: Json, path: Path) -> dict[str, Any]:
     """A caption with its candidates: one image of square tiles side by side, and their scores."""
     width, _ = struct.unpack(">II", path.read_bytes()[16:24])  # of a PNG's first chunk
-    tile = width / len(row["scores"])
-    side = round(min(max(tile, _LEAST_SIDE), _MOST_SIDE))
+    tile = max(width // len(row["scores"]), 1)
+    side = min(tile * math.ceil(_LEAST_SIDE / tile), _MOST_SIDE)
     shown = {"image": _embed(path), "side": side, "enlarged": side >= tile}
     return {"caption": row["caption"], "scores": row["scores"], **shown}
 

@@ -130,7 +130,7 @@ def test_the_gallery_holds_every_candidate_with_its_score(tmp_path: Path) -> Non
     assert "<b>blue" not in html
 
 
-@pytest.mark.parametrize(("side", "wanted", "enlarged"), [(8, 64, True), (128, 128, False)])
+@pytest.mark.parametrize(("side", "wanted", "enlarged"), [(8, 80, True), (100, 128, False)])
 def test_tiles_have_a_size_that_can_be_seen(
     side: int, wanted: int, enlarged: bool, tmp_path: Path
 ) -> None:
