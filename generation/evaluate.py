@@ -33,7 +33,7 @@ def evaluate(studio: Studio, data: str, out: Path, settings: EvaluateConfig) -> 
     for i, row in enumerate(drawn[:SHOWN_PROMPTS]):
         name = f"candidates-{i:02d}.png"
         best = row.pictures[:SHOWN_CANDIDATES]
-        write_atomic(out / name, encode_png(picture_grid([best], SCALE)))
+        write_atomic(out / name, encode_png(picture_grid([best])))
         scores = row.scores[:SHOWN_CANDIDATES].tolist()
         rows.append({"caption": row.caption, "file": name, "scores": scores})
     _reconstructions(studio, records[:16], out)

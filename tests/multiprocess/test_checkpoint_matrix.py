@@ -18,6 +18,7 @@ from tests.faults.plants import changed, train_with
 from tests.harness import rows_of
 from tests.multiprocess.checks import largest_difference
 from training.config import PriorTrain
+from training.export import load_prior, open_model
 from training.presets import prior_tiny
 
 BOUND = 1e-5
@@ -109,6 +110,26 @@ def test_saved_here_loads_there(
         apart = math.sqrt(sum(float((a - b).double().square().sum()) for a, b in pairs))
         whole = math.sqrt(sum(float(a.double().square().sum()) for a, _ in pairs))
         assert apart / whole < BOUND, kind
+
+
+@pytest.mark.slow
+def test_one_process_opens_a_checkpoint_of_any_mesh(saved: dict[str, Path], tmp_path: Path) -> None:
+    """What an unfinished run gives is what `tapir train` would have written at that step."""
+    for name, run in saved.items():
+        unfinished = tmp_path / name
+        ended = shutil.ignore_patterns("model.*")
+        shutil.copytree(run, unfinished, ignore=ended)
+        (mine, config, facts), wanted = load_prior(unfinished), load_prior(run)
+        pairs = zip(mine.parameters(), wanted[0].parameters(), strict=True)
+        assert all(a.equal(b) for a, b in pairs), name
+        assert (config, facts["step"]) == (wanted[1], STEPS)
+        assert facts.items() <= wanted[2].items() and {"dvae", "tokenizer"} <= facts.keys()
+        assert open_model(unfinished, "prior").digest == open_model(run, "prior").digest
+        half = load_prior(run, SAVED)
+        assert half[2]["step"] == SAVED
+        assert not all(
+            a.equal(b) for a, b in zip(half[0].parameters(), mine.parameters(), strict=True)
+        )
 
 
 @pytest.mark.slow

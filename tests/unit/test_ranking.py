@@ -3,6 +3,7 @@
 import json
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def test_a_pickle_is_refused_with_the_command_that_converts_it(folder: Path) -> 
     with pytest.raises(InputError, match="is a pickle, which is not loaded") as caught:
         open_ranker(folder, folder)
     command = str(caught.value).partition("convert it: ")[2]
-    subprocess.run(shlex.split(command), check=True)
+    subprocess.run([sys.executable, *shlex.split(command)[1:]], check=True)
     again = load_file(folder / WEIGHTS)
     assert again.keys() == weights.keys() and all(again[n].equal(weights[n]) for n in weights)
     open_ranker(folder, folder)

@@ -179,7 +179,7 @@ def manifests_of(path: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_manifests_of_every_stage_are_valid(tmp_path: Path, version: str) -> None:
     objects = manifests_of(write(tmp_path))
-    assert sum(each["kind"] == "Job" for each in objects) == 8
+    assert sum(each["kind"] == "Job" for each in objects) == 9
     for each in objects:
         kubernetes_validate.validate(each, version, strict=True)
 
