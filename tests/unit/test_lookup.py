@@ -18,13 +18,17 @@ from data_pipeline.dropout import DropoutEncoder
 from data_pipeline.index import BlockReader
 from data_pipeline.lookup import find_pair
 from data_pipeline.raw import RawSource
-from data_pipeline.stream import Stream
+from data_pipeline.stream import Stream, first_records
 from data_pipeline.tokenize.leases import Leases
 from data_pipeline.tokenize.member import Member, member_of
 from data_pipeline.tokens import TokenSource
 from data_pipeline.verify import verify_split
+from models.prior import PAD
+from parallel.tensor.ops import TensorParallel
 from tests.harness import tapir
+from training.config import PriorTrain
 from training.history import History
+from training.tasks import PriorTask
 
 
 @pytest.fixture(scope="module")
@@ -212,3 +216,24 @@ def test_bpe_dropout_is_keyed_lossless_and_bpe_itself_at_rate_0(bpe: Path) -> No
     assert len(ids) < mean < len(text)
     with pytest.raises(InputError, match="must lie in"):
         DropoutEncoder(tokenizer, 1.0)
+
+
+def test_captions_are_left_empty_by_key_for_guidance(tokens: Path) -> None:
+    def task(rate: float) -> PriorTask:
+        return PriorTask(PriorTrain(data=str(tokens), caption_drop=rate), TensorParallel())
+
+    quarter = task(0.25)
+    records = first_records(quarter.train, 400)
+
+    def empty(step: int, training: bool = True) -> list[bool]:
+        text = quarter.batch(records, step, training)["text"]
+        return [bool(row) for row in (text == PAD).all(1)]
+
+    assert empty(3) == empty(3) != empty(4) and not any(empty(3, training=False))
+    assert 0.15 < np.mean(empty(3)) < 0.35
+    plain, dropped = task(0.0).batch(records, 3), quarter.batch(records, 3)
+    kept = ~(dropped["text"] == PAD).all(1)
+    assert dropped["text"][kept].equal(plain["text"][kept])
+    assert dropped["image"].equal(plain["image"]) and not (plain["text"] == PAD).all(1).any()
+    assert quarter.facts()["caption_drop"] == 0.25
+    assert PriorTrain(caption_drop=1.0).problems()

@@ -1,0 +1,98 @@
+"""A prior that is cut over tensor ranks and stages draws what one process draws."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from core.settings import to_json
+from generation.config import SampleConfig
+from generation.decoder import Decoder
+from generation.part import load_part
+from generation.sampling import Sampler
+from models.config import PriorConfig
+from models.prior import build_prior
+from parallel.config import MeshConfig
+from parallel.mesh import Mesh, build_mesh
+from parallel.world import join_world, leave_world
+from tests.harness import run_world
+from tests.unit.test_models import CONFIG, prior_batch, prior_logits
+from training.export import write_model
+
+MASKS = [(3, 3), (4, 11), (6, 5)]
+"""(layers, kernel): each with rows, columns and a convolution."""
+GUIDED = SampleConfig(guidance=2.0, top_p=0.9, batch=5)
+
+
+def write_prior(folder: Path, config: PriorConfig) -> nn.ModuleDict:
+    """A prior whose weights are far from zero, as a finished model."""
+    layers = build_prior(config)
+    with torch.no_grad():
+        for i, p in enumerate(layers.parameters()):
+            p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    tensors = dict(layers.named_parameters())
+    shapes = {name: tuple(p.shape) for name, p in tensors.items()}
+    write_model(folder, "prior", to_json(config), {}, shapes, lambda name: tensors[name].detach())
+    return layers
+
+
+def draws(decoder: Decoder, settings: SampleConfig) -> list[Any]:
+    """Codes of 3 captions with 4 candidates each."""
+    keys = [[(7, f"caption {i}", j) for j in range(4)] for i in range(3)]
+    found = torch.full((3, 4, CONFIG.image_length), -1)
+    for drawn in Sampler(decoder).draw(prior_batch()["text"], keys, settings):
+        found[drawn.captions, drawn.candidates] = drawn.codes
+    return found.tolist()
+
+
+def given_logits(decoder: Decoder) -> list[Any] | None:
+    """Logits of every position after 3 that are given; None on stages before the last."""
+    batch = prior_batch()
+    lane = decoder.start(batch["text"], batch["image"][:, :3], 1)
+    rows = [
+        decoder.next(lane, position, batch["image"][:, position - 1])
+        for position in range(3, CONFIG.image_length)
+    ]
+    return None if rows[0] is None else torch.stack(rows, 1).tolist()  # type: ignore[arg-type]
+
+
+def decode(payload: str) -> None:
+    """A rank: logits and draws with its parts of some priors."""
+    body = json.loads(payload)
+    world = join_world()
+    mesh = build_mesh(MeshConfig(tensor=body["tensor"], pipeline=body["pipeline"]), world)
+    found = []
+    for prior in body["priors"]:
+        decoder = Decoder(load_part(Path(prior), None, mesh)[0])
+        likely = draws(decoder, SampleConfig(temperature=0.0))
+        found.append([given_logits(decoder), likely, draws(decoder, GUIDED)])
+    Path(body["out"], f"result-{world.rank}.json").write_text(json.dumps(found))
+    leave_world(world)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor,pipeline", [(2, 2), (3, 1)])
+def test_a_cut_prior_decodes_what_the_whole_stream_says(
+    tensor: int, pipeline: int, tmp_path: Path
+) -> None:
+    """Of 3 heads, 2 tensor ranks pad theirs."""
+    configs = [replace(CONFIG, layers=n, conv_kernel=kernel) for n, kernel in MASKS]
+    folders = [tmp_path / f"prior-{i}" for i in range(len(MASKS))]
+    priors = [write_prior(*pair) for pair in zip(folders, configs, strict=True)]
+    mesh = {"tensor": tensor, "pipeline": pipeline}
+    body = {"priors": [str(folder) for folder in folders], "out": str(tmp_path), **mesh}
+    ranks = run_world(f"{__name__}:decode", body, tensor * pipeline)
+    for i, (layers, folder) in enumerate(zip(priors, folders, strict=True)):
+        with torch.no_grad():
+            wanted = prior_logits(layers, prior_batch())[:, 3:]
+        last = [rank[i][0] for rank in ranks if rank[i][0] is not None]
+        assert len(last) == tensor
+        for logits in last:
+            assert float((torch.tensor(logits) - wanted).abs().max()) < 1e-4
+        one = Decoder(load_part(folder, None, Mesh())[0])
+        expected = [draws(one, SampleConfig(temperature=0.0)), draws(one, GUIDED)]
+        assert all(rank[i][1:] == expected for rank in ranks)
