@@ -152,14 +152,13 @@ def overlap(arguments: list[str]) -> None:
             config: settings
         """
         from generation.overlap import remove_overlap, write_likeness  # noqa: PLC0415
-        from training.export import load_clip, read_model  # noqa: PLC0415
+        from training.export import build_model, open_model  # noqa: PLC0415
 
         check(config.problems())
-        model, _ = load_clip(clip)
-        digest = str(read_model(clip, "clip")[0]["sha256"])
+        found = open_model(clip, "clip")
         stores = open_store(raw), open_store(evaluation), open_store(dest) if dest else None
-        found = remove_overlap(*stores, model, digest, config)
-        print_json(write_likeness(found, out))
+        likeness = remove_overlap(*stores, build_model(found), found.digest, config)
+        print_json(write_likeness(likeness, out))
 
     parse(run, arguments, "overlap")
 
