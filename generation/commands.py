@@ -151,13 +151,13 @@ def overlap(arguments: list[str]) -> None:
         from data_pipeline.evaluation_sets import open_evaluation  # noqa: PLC0415
         from data_pipeline.manifest import SPLITS  # noqa: PLC0415
         from generation.overlap import remove_overlap, write_likeness  # noqa: PLC0415
-        from training.export import load_clip, open_model  # noqa: PLC0415
+        from training.export import build_model, open_model  # noqa: PLC0415
 
         check(config.problems())
-        model, _ = load_clip(clip)
-        digest = open_model(clip, "clip").digest
+        ranker = open_model(clip, "clip")
         theirs = open_evaluation(evaluation, SPLITS)
         place = open_store(dest) if dest else None
+        model, digest = build_model(ranker), ranker.digest
         found = remove_overlap(open_store(raw), theirs, place, model, digest, config)
         print_json(write_likeness(found, out))
 

@@ -58,6 +58,7 @@ def tokenize(arguments: list[str]) -> None:
         check(config.problems())
         member = member_of(worker)
         tokenizer, tokenizer_hash = load_tokenizer(bpe)
+        describe(dvae, "dvae")  # tokens of a dVAE that still trains would fit no prior
         model, model_hash = load_dvae(dvae)
         if torch.cuda.is_available():
             model.to(f"cuda:{member.number % torch.cuda.device_count()}")

@@ -364,6 +364,16 @@ def test_the_average_is_taken_and_damage_passed_over(runs: Path) -> None:
         load_clip(run)
 
 
+@pytest.mark.slow
+def test_tokens_are_made_by_a_finished_dvae_alone(runs: Path, tmp_path: Path) -> None:
+    run = _unfinished(runs / "dvae")
+    _checkpoint(runs / "dvae", str(run / "checkpoints"), 1, "dvae")
+    assert load_dvae(run)[1] == load_dvae(runs / "dvae")[1]
+    flags = [f"--dvae={run}", f"--bpe={runs / 'bpe'}"]
+    text = tapir("tokenize", str(tmp_path), str(tmp_path / "out"), *flags, code=2)
+    assert "there is no finished dvae" in text
+
+
 def test_an_unfinished_run_is_exported_as_if_it_had_ended(runs: Path, tmp_path: Path) -> None:
     run = _unfinished(runs / "prior")
     _checkpoint(runs / "prior", str(run / "checkpoints"), 1)
