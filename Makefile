@@ -76,6 +76,7 @@ bench: $(DEV_STAMP) system
 	$(BIN)/python -m bench train_step --json
 	$(BIN)/python -m bench dvae --json
 	$(BIN)/python -m bench bpe --json
+	$(BIN)/python -m bench sampling --json
 	$(BIN)/python -m bench profile --json
 	$(BIN)/python -m bench plan --json
 	$(BIN)/python -m bench loader --json
