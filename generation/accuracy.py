@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from core.errors import InputError
@@ -62,9 +61,8 @@ def caption_accuracy(
         figures[f"best_of_{count}_low95"] = wilson_low(figures[f"best_of_{count}"], len(captions))
     figures["chance"] = _share(shuffled, best)
     pixels = pictures_of(list(records), studio.dvae.config.pixels)
-    with torch.no_grad():
-        codes = torch.cat([studio.dvae.tokens(part) for part in pixels.split(64)])
-    figures["reconstruction"] = _share(captions, to_bytes(studio.decode(codes)))
+    again = studio.decode(studio.encode(pixels))
+    figures["reconstruction"] = _share(captions, to_bytes(again))
     figures["checker_on_truth"] = _share(captions, to_bytes(pixels))
     return figures
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from core.files import canonical_json, write_atomic
 from core.log import LOG
@@ -49,15 +48,13 @@ def evaluate(studio: Studio, data: str, out: Path, settings: EvaluateConfig) -> 
     return figures
 
 
-@torch.no_grad()
 def _reconstructions(studio: Studio, records: list[RawRecord], out: Path) -> None:
     pixels = pictures_of(records, studio.dvae.config.pixels)
-    again = studio.decode(studio.dvae.tokens(pixels))
+    again = studio.decode(studio.encode(pixels))
     grid = picture_grid([to_bytes(pixels), to_bytes(again)], SCALE)
     write_atomic(out / "reconstructions.png", encode_png(grid))
 
 
-@torch.no_grad()
 def _image_prompts(
     studio: Studio, records: list[RawRecord], out: Path, settings: SampleConfig
 ) -> None:
@@ -67,7 +64,7 @@ def _image_prompts(
     rows = []
     for record in records:
         pixels = pictures_of([record], studio.dvae.config.pixels)
-        prompt = prompt_of(studio.dvae.tokens(pixels)[0], upper, grid)
+        prompt = prompt_of(studio.encode(pixels)[0], upper, grid)
         drawn = studio.draw([record.caption], few, prompt)[0]
         rows.append(np.concatenate([to_bytes(pixels), drawn.pictures]))
     write_atomic(out / "image-prompts.png", encode_png(picture_grid(rows, SCALE)))

@@ -16,7 +16,9 @@ from parallel.mesh import Mesh
 from training.export import fill, open_model
 
 
-def load_part(folder: Path, step: int | None, mesh: Mesh) -> tuple[Part, dict[str, Any]]:
+def load_part(
+    folder: Path, step: int | None, mesh: Mesh, device: str = "cpu"
+) -> tuple[Part, dict[str, Any]]:
     """This rank's layers of the prior in a run folder, and the prior's facts.
 
     Raises: ConfigError if the mesh does not fit; InputError, CorruptError as `open_model`.
@@ -36,7 +38,7 @@ def load_part(folder: Path, step: int | None, mesh: Mesh) -> tuple[Part, dict[st
     fill(built, found)
     neighbours = Pipeline(mesh.pipeline) if stages > 1 else Neighbours()
     part = Part(
-        layers=dict(built.eval().items()),
+        layers=dict(built.eval().to(device).items()),
         config=config,
         tensor=mesh.shared,
         neighbours=neighbours,

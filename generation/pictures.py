@@ -28,6 +28,8 @@ from parallel.mesh import Mesh
 from training.export import load_dvae
 from training.tasks import pad_text
 
+PIXELS_TOGETHER = 2**20
+"""Of 32x32 pixels 1,024 pictures, of 256x256 pixels 16."""
 Done = Callable[[slice, slice, NDArray[np.uint8]], None]
 """(which captions, which candidates, their pictures: (captions, candidates, S, S, 3) uint8)."""
 
@@ -106,20 +108,33 @@ class Studio:
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Pictures of codes, (B, 3, S, S) in [0, 1]."""
-        return torch.cat([self.dvae.picture(part) for part in codes.split(256)])
+        device = next(self.dvae.parameters()).device
+        parts = codes.split(self._together)
+        return torch.cat([self.dvae.picture(part.to(device)).cpu() for part in parts])
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Codes of pictures, (B, 3, S, S) in [0, 1] -> (B, grid * grid)."""
+        device = next(self.dvae.parameters()).device
+        parts = pixels.split(self._together)
+        return torch.cat([self.dvae.tokens(part.to(device)).cpu() for part in parts])
+
+    @property
+    def _together(self) -> int:
+        """Pictures that go through the dVAE at once."""
+        return max(1, PIXELS_TOGETHER // self.dvae.config.pixels**2)
 
     def score(self, captions: list[str], pixels: Tensor, count: int) -> NDArray[Any]:
         """The ranker's cosine of each caption with its `count` pictures, (captions, count)."""
         return self.ranker.scores(captions, pixels, count)
 
-    @torch.no_grad()
     def codes_of_file(self, path: Path) -> Tensor:
         """The codes of an image file, (grid * grid,)."""
         if not path.is_file():
             raise InputError(f"there is no image {path}")
         image = square(decode_rgb(path.read_bytes(), str(path)), self.dvae.config.pixels)
         pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
-        return self.dvae.tokens(pixels)[0]
+        return self.encode(pixels)[0]
 
 
 class Arrivals:
@@ -145,7 +160,9 @@ def open_studio(models: ModelPaths, precision: str = "fp32", mesh: Mesh | None =
     given. On the ranks of a mesh each holds its part of the prior, and all call `codes` together.
     Raises: InputError if a hash differs.
     """
-    part, facts = load_part(models.prior, models.step, mesh or Mesh())
+    mesh = mesh or Mesh()
+    device = f"cuda:{mesh.world.local_rank}" if torch.cuda.is_available() else "cpu"
+    part, facts = load_part(models.prior, models.step, mesh, device)
     dvae, dvae_hash = load_dvae(models.dvae)
     tokenizer, tokenizer_hash = load_tokenizer(models.bpe)
     wrong = [
@@ -158,8 +175,8 @@ def open_studio(models: ModelPaths, precision: str = "fp32", mesh: Mesh | None =
         raise InputError("; ".join(text for text in wrong if text))
     return Studio(
         sampler=Sampler(Decoder(part, precision)),
-        dvae=dvae,
-        ranker=open_ranker(models.clip, models.bpe),
+        dvae=dvae.to(device),
+        ranker=open_ranker(models.clip, models.bpe, device),
         tokenizer=tokenizer,
         caption_drop=float(facts.get("caption_drop", 0.0)),
     )

@@ -63,8 +63,10 @@ class TapirRanker:
     def scores(self, captions: list[str], pixels: Tensor, count: int) -> NDArray[Any]:
         length = self.clip.config.text_length
         text = pad_text([encode(self.tokenizer, c) for c in captions], length)
-        images = torch.cat([self.clip.embed_image(part) for part in pixels.split(256)])
-        return _cosines(self.clip.embed_text(text), images, count)
+        device = self.clip.log_scale.device
+        parts = pixels.split(256)
+        images = torch.cat([self.clip.embed_image(part.to(device)) for part in parts])
+        return _cosines(self.clip.embed_text(text.to(device)), images, count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +80,10 @@ class OpenClipRanker:
 
     @torch.no_grad()
     def scores(self, captions: list[str], pixels: Tensor, count: int) -> NDArray[Any]:
-        words = self.model.encode_text(self.tokenizer(captions), normalize=True)
-        images = torch.cat(
-            [self.model.encode_image(self.view(part), normalize=True) for part in pixels.split(32)]
-        )
+        device = next(self.model.parameters()).device
+        words = self.model.encode_text(self.tokenizer(captions).to(device), normalize=True)
+        views = (self.view(part).to(device) for part in pixels.split(32))
+        images = torch.cat([self.model.encode_image(view, normalize=True) for view in views])
         return _cosines(words, images, count)
 
     def view(self, pixels: Tensor) -> Tensor:
@@ -98,23 +100,23 @@ class OpenClipRanker:
         return (resized - mean) / deviation
 
 
-def open_ranker(clip: Path, bpe: Path) -> Ranker:
+def open_ranker(clip: Path, bpe: Path, device: str = "cpu") -> Ranker:
     """The CLIP of a run folder, or the open_clip checkpoint in a folder.
 
     Raises: InputError if the run's CLIP has another tokenizer than `bpe`, or the folder of
     open_clip is not whole.
     """
     if any((clip / name).is_file() for name in (CONFIG, WEIGHTS)):
-        return _open_clip(clip)
+        return _open_clip(clip, device)
     found = open_model(clip, "clip")
     tokenizer, digest = load_tokenizer(bpe)
     if found.facts["tokenizer"] != digest:
         raise InputError(f"the CLIP in {clip} was trained with another tokenizer than {bpe}")
     model: Any = build_model(found)
-    return TapirRanker(clip=model, tokenizer=tokenizer, digest=found.digest)
+    return TapirRanker(clip=model.to(device), tokenizer=tokenizer, digest=found.digest)
 
 
-def _open_clip(folder: Path) -> OpenClipRanker:
+def _open_clip(folder: Path, device: str) -> OpenClipRanker:
     """Load a folder as the Hugging Face hub lays it out; nothing is downloaded.
 
     Raises: InputError if something is missing or does not fit; ConfigError if open_clip is missing.
@@ -142,7 +144,7 @@ def _open_clip(folder: Path) -> OpenClipRanker:
     with open(weights, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     name = f"open_clip {folder.absolute().name}"
-    return OpenClipRanker(model=model, tokenizer=tokenizer, digest=digest, name=name)
+    return OpenClipRanker(model=model.to(device), tokenizer=tokenizer, digest=digest, name=name)
 
 
 def _weights(folder: Path) -> Path:
@@ -185,4 +187,4 @@ def _refuse_foreign_parts(folder: Path) -> None:
 def _cosines(words: Tensor, images: Tensor, count: int) -> NDArray[Any]:
     """(captions, D) and (captions * count, D) unit vectors -> (captions, count)."""
     pairs = images.view(len(words), count, -1) * words[:, None]
-    return np.asarray(pairs.sum(-1).numpy())
+    return np.asarray(pairs.sum(-1).cpu().numpy())

@@ -70,7 +70,7 @@ class Sampler:
                     _Lane(self.decoder, text[captions], part, settings, prompt)
                     for part in _split(mine, self.decoder.neighbours.size)
                 ]
-                codes = torch.cat(_decode(lanes, self.config.image_length), 1)
+                codes = torch.cat(_decode(lanes, self.config.image_length), 1).cpu()
                 yield Drawn(captions=captions, candidates=candidates, codes=codes)
 
 
