@@ -223,7 +223,9 @@ class Decoder:
     def _step(self, x: Tensor, lane: Lane, position: int) -> Tensor:
         at = torch.tensor([position], device=self.device)
         if self._compiled is None:
-            index = {kind: reads.exact[position].to(self.device) for kind, reads in self._reads.items()}
+            index = {
+                kind: reads.exact[position].to(self.device) for kind, reads in self._reads.items()
+            }
             return self._run(x, lane.blocks, at, index, dict.fromkeys(index))
         index = {kind: reads.padded[position].to(x.device) for kind, reads in self._reads.items()}
         bias = {kind: reads.bias[position].to(x.device) for kind, reads in self._reads.items()}
