@@ -43,6 +43,8 @@ from training.model_card import model_card
 INDEX, SHARDS = "model_index.json", f"{WEIGHTS}.index.json"
 TOKENIZER, BPE = "tokenizer", "bpe"
 VERSION = 1
+TIES = {"dvae": (), "prior": ("dvae", "tokenizer"), "clip": ("tokenizer",)}
+"""Facts that name what a model was trained with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +73,8 @@ def find_parts(folder: Path, given: Mapping[str, Path | None]) -> Parts:
     digests = {"dvae": models["dvae"].digest if "dvae" in models else None}
     digests["tokenizer"] = load_tokenizer(bpe)[1] if bpe else None
     for stage, model in models.items():
-        for name, digest in digests.items():
-            if digest and model.facts.get(name, digest) != digest:
+        for name in TIES[stage]:
+            if digests[name] not in (None, model.facts[name]):
                 raise InputError(
                     f"the {stage} of {model.where} was trained with another {name}; give the one "
                     f"that it was trained with as --{BPE if name == 'tokenizer' else name}"
@@ -173,18 +175,20 @@ def import_parts(folder: Path, out: Path) -> list[str]:
 
     Raises: InputError if a file is missing, damaged or of something else, or `out` is not empty.
     """
-    index = _unsealed(folder / INDEX)
+    index = _unsealed(folder / INDEX, {"parts": dict})
     if index.get("model_type") != "tapir" or index.get("format_version") != VERSION:
         raise InputError(f"{folder / INDEX} is of another format; this Tapir reads {VERSION}")
+    rows = index["parts"].items()
+    digests = {n: str(row.get("sha256")) if isinstance(row, dict) else "" for n, row in rows}
     with new_folder(out) as made:
-        for name, row in index["parts"].items():
+        for name, digest in digests.items():
             if name == TOKENIZER:
-                _import_tokenizer(folder / TOKENIZER, made / BPE, row["sha256"])
+                _import_tokenizer(folder / TOKENIZER, made / BPE, digest)
             elif name in KINDS:
-                _import_part(name, folder / name, made / name, row["sha256"])
+                _import_part(name, folder / name, made / name, digest)
             else:
                 raise InputError(f"{folder / INDEX} names a part {name!r} that Tapir does not know")
-    return [BPE if name == TOKENIZER else name for name in index["parts"]]
+    return [BPE if name == TOKENIZER else name for name in digests]
 
 
 def _import_tokenizer(folder: Path, out: Path, digest: str) -> None:
@@ -198,12 +202,14 @@ def _import_tokenizer(folder: Path, out: Path, digest: str) -> None:
 
 
 def _import_part(stage: str, folder: Path, out: Path, digest: str) -> None:
-    body = _unsealed(folder / CONFIG)
+    body = _unsealed(folder / CONFIG, {"sizes": dict, "facts": dict})
     kind = KINDS[stage]
-    if body.get("model_type") != f"tapir-{stage}" or body["sha256"] != digest:
+    if body.get("model_type") != f"tapir-{stage}" or body.get("sha256") != digest:
         raise InputError(f"{folder / CONFIG} is not of the {stage} that {INDEX} names")
+    if missing := [fact for fact in TIES[stage] if fact not in body["facts"]]:
+        raise InputError(f"{folder / CONFIG} does not name the {missing[0]} of its {stage}")
     check(wrong_types(kind.config, body["sizes"], str(folder / CONFIG)))
-    config = from_json(kind.config, body["sizes"])
+    config: Any = from_json(kind.config, body["sizes"])
     check(config.problems())
     shapes, read = _weights(folder)
     named = {f"{kind.prefix}{name}": shape for name, shape in shapes.items()}
@@ -267,12 +273,16 @@ def _finite(value: Tensor, name: str, where: str) -> Tensor:
     return value
 
 
-def _unsealed(path: Path) -> dict[str, Any]:
+def _unsealed(path: Path, wanted: Mapping[str, type]) -> dict[str, Any]:
+    """The content of a sealed file that has these fields."""
     if not path.is_file():
         raise InputError(f"there is no {path}; give a folder that `tapir export` wrote")
     try:
-        return unseal(path.read_bytes(), str(path))
+        body = unseal(path.read_bytes(), str(path))
     except CorruptError as error:
         raise InputError(
             f"{path} is damaged, or `tapir export` did not write it; copy it again"
         ) from error
+    if wrong := [name for name, kind in wanted.items() if not isinstance(body.get(name), kind)]:
+        raise InputError(f"{path} has no {wrong[0]!r}: `tapir export` did not write it")
+    return body

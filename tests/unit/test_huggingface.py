@@ -204,6 +204,22 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         lambda hub: _change(hub / "dvae/config.json", lambda b: b["sizes"].update(width="8")),
         "must be a whole number",
     ),
+    "no facts": (
+        lambda hub: _change(hub / "dvae/config.json", lambda b: b.pop("facts")),
+        "has no 'facts'",
+    ),
+    "no tie": (
+        lambda hub: _change(hub / "prior/config.json", lambda b: b["facts"].pop("dvae")),
+        "does not name the dvae of its prior",
+    ),
+    "parts of text": (
+        lambda hub: _change(hub / INDEX, lambda b: b.update(parts="dvae")),
+        "has no 'parts'",
+    ),
+    "a part of text": (
+        lambda hub: _change(hub / INDEX, lambda b: b["parts"].update(clip="here")),
+        "is not of the clip",
+    ),
     "a newer format": (
         lambda hub: _change(hub / INDEX, lambda b: b.update(format_version=9)),
         "of another format",
@@ -317,6 +333,15 @@ def _checkpoint(run: Path, place: str, step: int, stage: str = "prior", ema: flo
 
     for rank in (1, 0):  # rank 0 comes last: it has the other's rows
         write_checkpoint(open_store(place), f"step-{step}", slices[rank::2], facts, rank, gather)
+
+
+def test_a_checkpoint_that_names_no_dvae_is_refused(runs: Path) -> None:
+    run = _unfinished(runs / "prior")
+    facts = {"stage": "prior", "step": 1, "config": {}}
+    store = open_store(str(run / "checkpoints"))
+    write_checkpoint(store, "step-1", [], facts, 0, lambda text: [text])
+    with pytest.raises(InputError, match="an older Tapir wrote it; train on to the next"):
+        load_prior(run)
 
 
 def _unfinished(run: Path, to: str = "") -> Path:
