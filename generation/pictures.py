@@ -21,6 +21,7 @@ from data_pipeline.images import decode_rgb, encode_png, square
 from generation.config import ModelPaths, SampleConfig
 from generation.decoder import Decoder
 from generation.part import load_part
+from generation.parts import in_parts, pictures_together
 from generation.ranking import Ranker, open_ranker
 from generation.sampling import Drawn, Prompt, Sampler
 from models.dvae import DVAE
@@ -28,8 +29,6 @@ from parallel.mesh import Mesh
 from training.export import load_dvae
 from training.tasks import pad_text
 
-PIXELS_TOGETHER = 2**20
-"""Of 32x32 pixels 1,024 pictures, of 256x256 pixels 16."""
 Done = Callable[[slice, slice, NDArray[np.uint8]], None]
 """(which captions, which candidates, their pictures: (captions, candidates, S, S, 3) uint8)."""
 
@@ -108,21 +107,17 @@ class Studio:
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Pictures of codes, (B, 3, S, S) in [0, 1]."""
-        device = next(self.dvae.parameters()).device
-        parts = codes.split(self._together)
-        return torch.cat([self.dvae.picture(part.to(device)).cpu() for part in parts])
+        return self._through(self.dvae.picture, codes)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Codes of pictures, (B, 3, S, S) in [0, 1] -> (B, grid * grid)."""
-        device = next(self.dvae.parameters()).device
-        parts = pixels.split(self._together)
-        return torch.cat([self.dvae.tokens(part.to(device)).cpu() for part in parts])
+        return self._through(self.dvae.tokens, pixels)
 
-    @property
-    def _together(self) -> int:
-        """Pictures that go through the dVAE at once."""
-        return max(1, PIXELS_TOGETHER // self.dvae.config.pixels**2)
+    def _through(self, network: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        device = next(self.dvae.parameters()).device
+        size = pictures_together(self.dvae.config.pixels)
+        return in_parts(lambda part: network(part.to(device)).cpu(), rows, size)
 
     def score(self, captions: list[str], pixels: Tensor, count: int) -> NDArray[Any]:
         """The ranker's cosine of each caption with its `count` pictures, (captions, count)."""

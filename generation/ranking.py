@@ -17,6 +17,7 @@ from torch import Tensor
 from core.errors import ConfigError, InputError
 from data_pipeline.bpe import encode, load_tokenizer
 from generation.foreign import foreign_module
+from generation.parts import in_parts, pictures_together
 from models.clip import Clip
 from training.export import build_model, open_model
 from training.tasks import pad_text
@@ -30,6 +31,11 @@ _CONVERT = (
     "s.save_file({{k: v.clone() for k, v in w.get('state_dict', w).items()}}, '{weights}')"
 )
 """What a user who trusts a pickle may run; Tapir itself loads none."""
+
+CAPTIONS = 8
+"""Captions that are embedded together."""
+OPEN_CLIP_TOGETHER = 8
+"""Pictures that a network of open_clip sees together."""
 
 
 class Ranker(Protocol):
@@ -63,10 +69,10 @@ class TapirRanker:
     def scores(self, captions: list[str], pixels: Tensor, count: int) -> NDArray[Any]:
         length = self.clip.config.text_length
         text = pad_text([encode(self.tokenizer, c) for c in captions], length)
-        device = self.clip.log_scale.device
-        parts = pixels.split(256)
-        images = torch.cat([self.clip.embed_image(part.to(device)) for part in parts])
-        return _cosines(self.clip.embed_text(text.to(device)), images, count)
+        device, size = self.clip.log_scale.device, pictures_together(self.clip.config.pixels)
+        words = in_parts(lambda part: self.clip.embed_text(part.to(device)), text, CAPTIONS)
+        images = in_parts(lambda part: self.clip.embed_image(part.to(device)), pixels, size)
+        return _cosines(words, images, count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +87,14 @@ class OpenClipRanker:
     @torch.no_grad()
     def scores(self, captions: list[str], pixels: Tensor, count: int) -> NDArray[Any]:
         device = next(self.model.parameters()).device
-        words = self.model.encode_text(self.tokenizer(captions).to(device), normalize=True)
-        views = (self.view(part).to(device) for part in pixels.split(32))
-        images = torch.cat([self.model.encode_image(view, normalize=True) for view in views])
+        text = self.tokenizer(captions).to(device)
+        words = in_parts(lambda part: self.model.encode_text(part, normalize=True), text, CAPTIONS)
+
+        def look(part: Tensor) -> Tensor:
+            found: Tensor = self.model.encode_image(self.view(part).to(device), normalize=True)
+            return found
+
+        images = in_parts(look, pixels, OPEN_CLIP_TOGETHER)
         return _cosines(words, images, count)
 
     def view(self, pixels: Tensor) -> Tensor:

@@ -1,0 +1,87 @@
+"""`tapir sample` with small models that were never trained: what it writes, and what it refuses."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from core.errors import ConfigError, InputError
+from data_pipeline.images import decode_rgb, encode_png
+from generation.config import ModelPaths, PromptConfig, SampleConfig, SampleRun
+from generation.pictures import open_studio
+from generation.prompts import prompt_of
+from generation.sample import sample
+from tests.unit.finished import PIXELS, write_models
+
+CAPTIONS = ("a small red circle", "two blue squares")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> ModelPaths:
+    return write_models(tmp_path_factory.mktemp("models"), list(CAPTIONS))
+
+
+@pytest.fixture
+def run(models: ModelPaths, tmp_path: Path) -> Iterator[SampleRun]:
+    draw = SampleConfig(candidates=5, batch=3)
+    yield SampleRun(captions=CAPTIONS, out=tmp_path / "best.png", models=models, draw=draw)
+
+
+def picture(path: Path) -> np.ndarray:
+    return decode_rgb(path.read_bytes(), str(path))
+
+
+def test_the_best_stand_in_rows_and_each_has_a_file(
+    run: SampleRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample(replace(run, show=3, pictures=tmp_path / "each"))
+    scores = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(scores) == list(CAPTIONS)
+    assert all(len(row) == 3 and row == sorted(row, reverse=True) for row in scores.values())
+    assert picture(run.out).shape == (2 * 4 * (PIXELS + 2), 3 * 4 * (PIXELS + 2), 3)
+    files = sorted((tmp_path / "each").iterdir())
+    assert len(files) == 10 and files[0].name == "caption-000-candidate-000.png"
+    assert picture(files[0]).shape == (PIXELS, PIXELS, 3)
+
+
+def test_the_batch_changes_no_byte(run: SampleRun, tmp_path: Path) -> None:
+    sample(run)
+    for batch in (1, 2, 128):
+        other = replace(run, out=tmp_path / f"{batch}.png", draw=replace(run.draw, batch=batch))
+        sample(other)
+        assert other.out.read_bytes() == run.out.read_bytes()
+
+
+def test_image_prompts_keep_their_tokens(run: SampleRun, tmp_path: Path) -> None:
+    colours = np.random.Generator(np.random.Philox(1)).integers(0, 256, (40, 50, 3), np.uint8)
+    (tmp_path / "given.png").write_bytes(encode_png(colours))
+    studio = open_studio(run.models)
+    grid = studio.sampler.config.grid
+    codes = studio.codes_of_file(tmp_path / "given.png")
+    keep = PromptConfig(image=tmp_path / "given.png", redraw=("2:4,1:3",))
+    prompt = prompt_of(codes, keep, grid)
+    for drawn in studio.codes(list(CAPTIONS), run.draw, prompt):
+        assert (drawn.codes[..., prompt.kept] == codes[prompt.kept]).all()
+    sample(replace(run, keep=keep))
+    assert run.out.is_file()
+
+
+@pytest.mark.parametrize(
+    "changes,text",
+    [
+        ({"captions": ()}, "at least one caption"),
+        ({"show": 0}, "--show"),
+        ({"keep": PromptConfig(keep_rows=2)}, "--image"),
+        ({"keep": PromptConfig(image=Path("none.png"), keep_rows=2)}, "no image"),
+        ({"pipeline": 0}, "tensor and pipeline"),
+        ({"draw": SampleConfig(candidates=0)}, "candidates"),
+        ({"models": ModelPaths(prior=Path("/nowhere"))}, "no prior in"),
+    ],
+)
+def test_wrong_input_is_named(run: SampleRun, changes: dict[str, object], text: str) -> None:
+    with pytest.raises((ConfigError, InputError), match=text):
+        sample(replace(run, **changes))
+    assert not run.out.exists()
