@@ -57,11 +57,16 @@ def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> None:
 def refuse_folder(path: Path) -> None:
     """Make sure that a file can be written at a path, before the work that fills it.
 
-    Raises: OSError if its folder cannot be made, or there is a folder of that name.
+    Raises: OSError if its folder cannot be made or written to, or there is a folder of that name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def canonical_json(value: Json) -> bytes:
@@ -124,6 +129,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     path = path.absolute()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"{path} holds something already; give another folder")
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"{path} is a link to nothing; give another folder")
     staging = path.with_name(f"{TEMPORARY}{path.name}")
     with held(staging, "process"):
         for old in staging.iterdir():

@@ -131,8 +131,8 @@ def _from_folder(name: str, pairs: list[tuple[str, str]], root: Path, usual: int
     missing = [picture for picture in pictures if not (root / picture).is_file()]
     if missing:
         raise InputError(
-            f"{root / missing[0]} is missing, and {len(missing) - 1} more of {len(pictures)} "
-            f"pictures; unpack all pictures of {name} into {root}"
+            f"{root / missing[0]} is missing, {len(missing)} of {len(pictures)} pictures in all; "
+            f"unpack all pictures of {name} into {root}"
         )
     return EvaluationSet(
         name=name,
@@ -160,7 +160,7 @@ def _coco(folder: Path) -> EvaluationSet:
     try:
         names = {row["id"]: _inside(row["file_name"], files[year], 1) for row in body["images"]}
         rows = [(row["caption"], names[row["image_id"]]) for row in body["annotations"]]
-        pairs = [(_cleaned(text, name), name) for text, name in rows]
+        pairs = [(_cleaned(text, f"{name} in {files[year]}"), name) for text, name in rows]
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{files[year]} is no file of MS-COCO's captions ({error!r} in it); unpack it again"

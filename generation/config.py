@@ -10,6 +10,9 @@ import tyro
 from data_pipeline.config import PackConfig
 from parallel.config import MeshConfig
 
+_LEAST_TEMPERATURE, _MOST_GUIDANCE = 0.001, 100
+"""Beyond them, logits overflow."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
@@ -85,12 +88,19 @@ class SampleConfig:
         found = []
         if self.candidates < 1 or self.batch < 1:
             found.append("candidates and batch must be at least 1")
-        if not 0 <= self.temperature < math.inf or self.top_k < 0:
-            found.append("temperature and top_k must be numbers that are not negative")
+        if self.temperature != 0 and not _LEAST_TEMPERATURE <= self.temperature <= 1000:
+            found.append(
+                f"temperature={self.temperature} must be 0 (the most likely code) or "
+                f"{_LEAST_TEMPERATURE} to 1000"
+            )
+        if self.top_k < 0:
+            found.append(f"top_k={self.top_k} must not be negative; 0 lets every code be drawn")
         if not 0 < self.top_p <= 1:
             found.append(f"top_p={self.top_p} must lie in (0, 1]; 1 lets every code be drawn")
-        if not 0 <= self.guidance < math.inf:
-            found.append(f"guidance={self.guidance} must not be negative; 1 is none, try 2 to 5")
+        if not 0 <= self.guidance <= _MOST_GUIDANCE:
+            found.append(
+                f"guidance={self.guidance} must be 0 to {_MOST_GUIDANCE}; 1 is none, try 2 to 5"
+            )
         return found
 
 
@@ -191,8 +201,8 @@ class EvaluateConfig(SampleConfig):
         found = super().problems()
         if self.prompts < 1:
             found.append("prompts must be at least 1")
-        if not all(0 <= scale < math.inf for scale in self.scales):
-            found.append("scales must not be negative")
+        if not all(0 <= scale <= _MOST_GUIDANCE for scale in self.scales):
+            found.append(f"scales must be 0 to {_MOST_GUIDANCE}")
         return found
 
 

@@ -5,8 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from core.errors import ConfigError
-from core.settings import from_json
+from core.settings import check, from_json
 from generation.decoder import Part
 from generation.stages import Neighbours, Pipeline
 from models.config import PriorConfig
@@ -14,6 +13,17 @@ from models.prior import prior_layers
 from parallel.balance import balanced_starts
 from parallel.mesh import Mesh
 from training.export import fill, open_model
+
+
+def cut_problems(config: PriorConfig, tensor: int, stages: int) -> list[str]:
+    """What is too much for a prior of these sizes."""
+    found = []
+    if tensor > config.heads:
+        found.append(f"--tensor {tensor} is more than the prior's {config.heads} heads")
+    layers = config.layers + 2  # with embedding and head
+    if stages > layers:
+        found.append(f"--pipeline {stages} is more than the prior's {layers} layers")
+    return found
 
 
 def load_part(
@@ -26,12 +36,8 @@ def load_part(
     found = open_model(folder, "prior", step)
     config = from_json(PriorConfig, found.config)
     layers = prior_layers(config, 0, mesh.shared)
-    stages, tensor = mesh.pipeline.size, mesh.tensor.size
-    if stages > len(layers) or tensor > config.heads:
-        raise ConfigError(
-            f"the prior in {folder} has {config.heads} heads and {len(layers)} layers: too few for "
-            f"--tensor {tensor} or --pipeline {stages}"
-        )
+    stages = mesh.pipeline.size
+    check(cut_problems(config, mesh.tensor.size, stages))
     starts = balanced_starts([layer.cost for layer in layers], stages)
     mine = layers[starts[mesh.pipeline.rank] : starts[mesh.pipeline.rank + 1]]
     built = nn.ModuleDict({layer.name: layer.build() for layer in mine})

@@ -144,8 +144,12 @@ class Arrivals:
         for i, row in enumerate(pictures if self._folder else [], captions.start):
             for j, picture in enumerate(row, candidates.start):
                 assert self._folder is not None
-                name = f"caption-{i:03d}-candidate-{j:03d}.png"
-                write_atomic(self._folder / name, encode_png(picture))
+                write_atomic(self._folder / picture_name(i, j), encode_png(picture))
+
+
+def picture_name(caption: int, candidate: int) -> str:
+    """File of a candidate by itself."""
+    return f"caption-{caption:03d}-candidate-{candidate:03d}.png"
 
 
 def open_studio(models: ModelPaths, precision: str = "fp32", mesh: Mesh | None = None) -> Studio:

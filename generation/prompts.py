@@ -11,6 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from core.errors import ConfigError, InputError
@@ -33,7 +34,7 @@ def kept_tokens(config: PromptConfig, grid: int) -> Tensor:
         raise ConfigError(f"--keep-rows {config.keep_rows}: the grid has {grid} rows of tokens")
     kept[: config.keep_rows] = True
     if config.mask is not None:
-        kept |= ~_redrawn(config.mask, grid)
+        kept |= ~_redrawn(config, grid)
     elif config.redraw and not (config.keep or config.keep_rows):
         kept[:] = True
     for text in config.keep:
@@ -70,12 +71,23 @@ def _rectangle(text: str, grid: int) -> tuple[slice, slice]:
     return slice(top, bottom), slice(left, right)
 
 
-def _redrawn(path: Path, grid: int) -> Tensor:
+def _redrawn(config: PromptConfig, grid: int) -> Tensor:
     """Tokens of which a mask has any bright pixel, (grid, grid) bool."""
-    if not path.is_file():
-        raise InputError(f"there is no mask {path}")
-    image = decode_rgb(path.read_bytes(), str(path))
-    side = grid * max(1, round(min(image.shape[:2]) / grid))
-    grey = cv2.cvtColor(square(image, side), cv2.COLOR_RGB2GRAY)
+    mask, image = _opened(config.mask), _opened(config.image)
+    shapes = [x.shape[1] / x.shape[0] for x in (mask, image)]
+    if abs(shapes[0] / shapes[1] - 1) > 0.02:
+        raise InputError(
+            f"{config.mask} has {mask.shape[1]}x{mask.shape[0]} pixels, {config.image} "
+            f"{image.shape[1]}x{image.shape[0]}: both are cut to their middle squares, so make the "
+            "mask of the picture's shape"
+        )
+    side = grid * max(1, round(min(mask.shape[:2]) / grid))
+    grey = cv2.cvtColor(square(mask, side), cv2.COLOR_RGB2GRAY)
     cells = grey.reshape(grid, side // grid, grid, side // grid)
     return torch.from_numpy(np.asarray(cells.max((1, 3)) >= _KEPT_BELOW))
+
+
+def _opened(path: Path | None) -> NDArray[np.uint8]:
+    if path is None or not path.is_file():
+        raise InputError(f"there is no picture {path}")
+    return decode_rgb(path.read_bytes(), str(path))

@@ -16,13 +16,16 @@ from core.stop import heed_stop_signals
 from data_pipeline.captions import clean_caption
 from data_pipeline.images import encode_png
 from generation.config import SampleRun
-from generation.pictures import Arrivals, Studio, open_studio, picture_grid
+from generation.part import cut_problems
+from generation.pictures import Arrivals, Studio, open_studio, picture_grid, picture_name
 from generation.prompts import prompt_of
 from generation.sampling import Prompt
+from models.config import PriorConfig
 from parallel.engines.names import MEGATRON
 from parallel.launched import ranks_given
 from parallel.mesh import Mesh, build_mesh
 from parallel.world import join_world, leave_world
+from training.export import open_model
 
 PRELOAD = ["torch", "torch.distributed", "generation.sample", MEGATRON]
 
@@ -34,6 +37,8 @@ def sample(run: SampleRun) -> None:
     """
     check(run.problems())
     refuse_folder(run.out)
+    if run.pictures is not None:
+        refuse_folder(run.pictures / picture_name(0, 0))
     started = ranks_given()
     if started not in (None, run.mesh.world):
         raise ConfigError(
@@ -43,6 +48,10 @@ def sample(run: SampleRun) -> None:
     if run.mesh.world == 1:
         _sample(run, Mesh())
     elif started is None:
+        sizes = from_json(
+            PriorConfig, open_model(run.models.prior, "prior", run.models.step).config
+        )
+        check(cut_problems(sizes, run.tensor, run.pipeline))
         launch("generation.sample:rank_main", json.dumps(to_json(run)), run.mesh.world, PRELOAD)
     else:
         rank_main(json.dumps(to_json(run)))
@@ -65,7 +74,8 @@ def _sample(run: SampleRun, mesh: Mesh) -> None:
     if run.keep.image is not None:
         codes = studio.codes_of_file(run.keep.image)
         prompt = prompt_of(codes, run.keep, studio.sampler.config.grid)
-    texts = [clean_caption(os.fsencode(caption), repr(caption)) for caption in run.captions]
+    cleaned = (clean_caption(os.fsencode(caption), repr(caption)) for caption in run.captions)
+    texts = list(dict.fromkeys(cleaned))
     if mesh.world.rank > 0:
         for _ in studio.codes(texts, run.draw, prompt):
             pass

@@ -35,6 +35,7 @@ from data_pipeline.shards import build_tar
 from data_pipeline.tokenize.member import Member
 from generation.blocks import Blocks, Task
 from generation.config import ModelPaths, ScoreConfig
+from generation.fid import SPLITS
 from generation.networks import ClipProxy, Inception, Network, blurred
 from generation.overlap import Overlap, read_overlap
 from generation.pictures import Candidates, Studio
@@ -44,6 +45,8 @@ from training.export import open_model
 
 REQUEST, SCORES, PICTURES = "request.json", "scores.json", "pictures"
 ALL, WITHOUT = "all", "without overlap"
+FEW = 100 * SPLITS
+"""Captions below which an IS says little."""
 
 
 def digests(models: ModelPaths) -> dict[str, str]:
@@ -137,7 +140,8 @@ class ScoreJob:
 
     def _claim(self) -> None:
         """Take OUT for this request; the first one wins."""
-        sampling = {name: v for name, v in to_json(self._config).items() if name != "radii"}
+        free = {"radii"} if self._config.precision == "bf16" else {"radii", "batch"}
+        sampling = {name: v for name, v in to_json(self._config).items() if name not in free}
         wanted = {
             **self._models,
             **sampling,
@@ -148,7 +152,13 @@ class ScoreJob:
         store = FolderStore(self._out)
         if store.put(REQUEST, canonical_json(wanted), if_absent=True):
             return
-        found = read_json(store, REQUEST)
+        try:
+            found = read_json(store, REQUEST)
+        except CorruptError as error:
+            raise InputError(
+                f"{self._out / REQUEST} is damaged; if you know that the settings are those of "
+                "then, delete it, and the same command goes on; else give another --out"
+            ) from error
         names = sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
         if names:
             raise InputError(
@@ -226,6 +236,12 @@ class ScoreJob:
                 "%d pictures are few for %d features, and such a FID is too high: compare it only "
                 "with those of as many pictures",
                 *(least, first.shape[1]),
+            )
+        if least < FEW:
+            LOG.warning(
+                "%d captions are few for an IS, which is the mean over %d parts of them: it is too "
+                "low",
+                *(least, SPLITS),
             )
         scores = {
             "label": self._network.label,

@@ -78,6 +78,8 @@ def test_image_prompts_keep_their_tokens(run: SampleRun, tmp_path: Path) -> None
         ({"keep": PromptConfig(image=Path("none.png"), keep_rows=2)}, "no image"),
         ({"pipeline": 0}, "tensor and pipeline"),
         ({"draw": SampleConfig(candidates=0)}, "candidates"),
+        ({"tensor": 3}, "2 heads"),
+        ({"pipeline": 9}, "4 layers"),
         ({"models": ModelPaths(prior=Path("/nowhere"))}, "no prior in"),
     ],
 )
@@ -85,3 +87,21 @@ def test_wrong_input_is_named(run: SampleRun, changes: dict[str, object], text: 
     with pytest.raises((ConfigError, InputError), match=text):
         sample(replace(run, **changes))
     assert not run.out.exists()
+
+
+@pytest.mark.parametrize("field", ["out", "pictures"])
+def test_what_cannot_be_written_is_found_before_anything_is_drawn(
+    run: SampleRun, field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("generation.sample.open_studio", lambda *_: pytest.fail("it began"))
+    for place in ("/proc/x/best.png", str(tmp_path / "file" / "best.png")):
+        with pytest.raises(OSError):
+            sample(replace(run, **{field: Path(place)}))
+
+
+def test_equal_captions_are_drawn_once(run: SampleRun, capsys: pytest.CaptureFixture[str]) -> None:
+    sample(replace(run, captions=("a cat", "A cat", "a dog")))
+    scores = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(scores) == ["a cat", "a dog"]
+    assert picture(run.out).shape[0] == 2 * 4 * (PIXELS + 2)

@@ -1,6 +1,7 @@
 """Cached decoding equals the definition, a key gives one picture whatever the batch, and the rest
 of what a sampler promises."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -191,8 +192,11 @@ def test_what_a_prompt_keeps_is_kept_exactly(decoder: Decoder, keep: Sequence[st
 
 
 def test_kept_tokens_follow_from_rows_rectangles_and_masks(tmp_path: Path) -> None:
+    image = tmp_path / "image.png"
+    image.write_bytes(encode_png(np.zeros((32, 32, 3), np.uint8)))
+
     def grid(**flags: object) -> list[str]:
-        found = kept_tokens(PromptConfig(image=Path("x"), **flags), 4)  # type: ignore[arg-type]
+        found = kept_tokens(PromptConfig(image=image, **flags), 4)  # type: ignore[arg-type]
         return ["".join(".#"[int(x)] for x in row) for row in found.view(4, 4)]
 
     assert grid(keep_rows=2) == ["####", "####", "....", "...."]
@@ -211,8 +215,11 @@ def test_kept_tokens_follow_from_rows_rectangles_and_masks(tmp_path: Path) -> No
     ]:
         with pytest.raises(ConfigError, match=text):
             grid(**flags)
-    with pytest.raises(InputError, match="no mask"):
+    with pytest.raises(InputError, match="no picture"):
         grid(mask=tmp_path / "none.png")
+    image.write_bytes(encode_png(np.zeros((32, 64, 3), np.uint8)))
+    with pytest.raises(InputError, match="has 64x64 pixels"):
+        grid(mask=tmp_path / "mask.png")
 
 
 def test_bf16_is_no_further_off_than_in_training(layers: nn.ModuleDict) -> None:
@@ -241,7 +248,10 @@ def test_the_compiled_step_of_gpus_equals_the_plain_one(
 
 
 def test_wrong_settings_are_named() -> None:
-    wrong = SampleConfig(candidates=0, temperature=-1.0, top_p=0.0, guidance=-1.0)
-    assert len(wrong.problems()) == 4
+    wrong = SampleConfig(candidates=0, temperature=-1.0, top_k=-1, top_p=0.0, guidance=-1.0)
+    assert len(wrong.problems()) == 5
+    for value in (1e-30, math.inf, math.nan):
+        assert f"temperature={value}" in SampleConfig(temperature=value).problems()[0]
+    assert "guidance=1e+30" in SampleConfig(guidance=1e30).problems()[0]
     assert PromptConfig(keep_rows=3).problems() and PromptConfig(image=Path("x")).problems()
     assert not SampleConfig().problems() and not PromptConfig().problems()
