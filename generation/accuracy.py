@@ -1,7 +1,7 @@
 """Caption accuracy on shapes: are ALL attributes of the caption in the picture?
 
-For best-of-N, the first N draws of a caption are reranked by CLIP and the best one is checked
-(figure 6 of the paper in small). Chance is the same pictures against shuffled captions; the upper
+For best-of-N, N draws of a caption are ranked by CLIP and the best one is checked (figure 6 of the
+paper in small). Chance is the same pictures against shuffled captions; the upper
 bound is what the dVAE keeps of true pictures.
 """
 
@@ -54,11 +54,10 @@ def caption_accuracy(
         raise InputError("there are no held-out captions to measure accuracy on")
     shuffled = [captions[i] for i in _derangement(len(captions), seed)]
     figures: Figures = {"prompts": len(captions)}
-    best = []
-    for count in counts_up_to(len(drawn[0].pictures)):
-        best = [row.pictures[best_of(row, count)] for row in drawn]
-        figures[f"best_of_{count}"] = _share(captions, best)
-        figures[f"best_of_{count}_low95"] = wilson_low(figures[f"best_of_{count}"], len(captions))
+    for count, share in best_of_shares(*_judged(captions, drawn)).items():
+        figures[f"best_of_{count}"] = share
+        figures[f"best_of_{count}_low95"] = wilson_low(share, len(captions))
+    best = [row.pictures[0] for row in drawn]
     figures["chance"] = _share(shuffled, best)
     pixels = pictures_of(list(records), studio.dvae.config.pixels)
     again = studio.decode(studio.encode(pixels))
@@ -85,9 +84,34 @@ def counts_up_to(most: int) -> list[int]:
     return [1 << i for i in range(most.bit_length())]
 
 
-def best_of(row: Candidates, count: int) -> int:
-    """Where the best-ranked of the first `count` draws stands among all candidates."""
-    return int(np.flatnonzero(row.drawn < count)[0])
+def best_of_shares(right: NDArray[np.bool_], scores: NDArray[Any]) -> dict[int, float]:
+    """Share of captions that the best-ranked of N draws fits, for N = 1, 2, 4, ...
+
+    The draws of a caption are dealt to groups of N, and the share is the mean over all groups: of
+    64 draws, 16 groups tell more about N = 4 than the first one alone.
+    Shapes: (captions, draws) each, in the order of the draws.
+    """
+    captions, draws = right.shape
+    found = {}
+    for count in counts_up_to(draws):
+        groups = draws // count
+        part = scores[:, : groups * count].reshape(captions, groups, count)
+        best = part.argmax(2)[..., None]
+        fits = right[:, : groups * count].reshape(captions, groups, count)
+        found[count] = float(np.take_along_axis(fits, best, 2).mean())
+    return found
+
+
+def _judged(
+    captions: Sequence[str], drawn: list[Candidates]
+) -> tuple[NDArray[np.bool_], NDArray[Any]]:
+    """Whether each draw fits its caption, and its score, in the order of the draws."""
+    right = np.zeros((len(drawn), len(drawn[0].drawn)), bool)
+    scores = np.zeros(right.shape, np.float32)
+    for i, (caption, row) in enumerate(zip(captions, drawn, strict=True)):
+        right[i, row.drawn] = [matches(caption, picture) for picture in row.pictures]
+        scores[i, row.drawn] = row.scores
+    return right, scores
 
 
 def wilson_low(share: float, count: int, z: float = 1.96) -> float:

@@ -194,7 +194,7 @@ class EvaluateConfig(SampleConfig):
 
     prompts: int = 256
     """Held-out captions, at most."""
-    scales: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 5.0)
+    scales: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
     """Guidance scales at which single samples are measured, if the prior was trained for it."""
 
     def problems(self) -> list[str]:

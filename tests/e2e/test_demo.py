@@ -20,7 +20,7 @@ def test_shapes_demo_in_miniature(tmp_path: Path) -> None:
     assert summary["prior"]["engine"] == "deepspeed_pipe" and summary["prior"]["compress_rank"] > 0
     assert summary["prior"]["mesh"] == {"data": 2, "tensor": 2, "pipeline": 2, "machines": 1}
     assert summary["caption_accuracy"]["checker_on_truth"] == 1.0
-    assert set(summary["caption_accuracy"]["guidance"]) == {"1", "2", "3", "4", "5"}
+    assert set(summary["caption_accuracy"]["guidance"]) == {"1", "1.5", "2", "3", "4", "5"}
     scores = json.loads((out / "scores" / "scores.json").read_text())
     assert [row["radius"] for row in scores["rows"]] == [0, 1, 2, 4, 8]
     assert "proxy" in scores["label"]

@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import nn
 
-from generation.accuracy import best_of, wilson_low
-from generation.pictures import Candidates
+from generation.accuracy import best_of_shares, wilson_low
 from models.clip import Clip, contrastive_loss
 from models.config import ClipConfig, PriorConfig
 from models.prior import PAD, build_prior, prior_loss
@@ -96,14 +96,9 @@ def test_clip_learns_pairs() -> None:
     assert float(losses["accuracy"]) == 1.0
 
 
-def test_best_of_n_counts_only_the_first_draws() -> None:
-    import numpy as np
-
-    row = Candidates(
-        caption="x",
-        pictures=np.zeros((4, 1, 1, 3), np.uint8),
-        scores=np.array([0.9, 0.8, 0.7, 0.6]),
-        drawn=np.array([3, 1, 0, 2]),
-    )
-    assert [best_of(row, n) for n in (1, 2, 4)] == [2, 1, 0]
+def test_best_of_n_is_the_mean_over_groups_of_n_draws() -> None:
+    right = np.array([[1, 0, 0, 1], [0, 0, 1, 0]], bool)
+    scores = np.array([[0.1, 0.2, 0.3, 0.4], [0.5, 0.1, 0.9, 0.2]], np.float32)
+    assert best_of_shares(right, scores) == {1: 3 / 8, 2: 2 / 4, 4: 2 / 2}
+    assert best_of_shares(right[:, :3], scores[:, :3]) == {1: 2 / 6, 2: 0 / 2}
     assert 0.21 < wilson_low(0.25, 512) < 0.22

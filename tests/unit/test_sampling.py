@@ -122,10 +122,10 @@ def test_a_key_gives_one_picture_whatever_the_batch(
     decoder: Decoder, close: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choosing, "CLOSE", close)
-    text, keys = prior_batch()["text"], keys_of(3, 4)
+    text, keys = prior_batch()["text"], keys_of(3, 2)
     settings = SampleConfig(top_k=9, top_p=0.95, guidance=2.0)
     whole = draw(decoder, text, keys, settings)
-    for batch in (1, 3, 9):
+    for batch in (1, 3):
         assert draw(decoder, text, keys, replace(settings, batch=batch)).equal(whole)
     alone = [draw(decoder, text[i : i + 1], keys[i : i + 1], settings) for i in range(3)]
     assert torch.cat(alone).equal(whole)
