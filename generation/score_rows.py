@@ -62,6 +62,6 @@ def table(scores: dict[str, Any]) -> str:
     """The scores for people."""
     lines = [scores["label"], f"{'set':<16} {'radius':>6} {'FID':>9} {'IS':>7} {'+-':>6}"]
     for row in scores["rows"]:
-        numbers = f"{row['fid']:9.3f} {row['is']:7.3f} {row['is_std']:6.3f}"
+        numbers = f"{row['fid']:9.4g} {row['is']:7.3f} {row['is_std']:6.3f}"
         lines.append(f"{row['set']:<16} {row['radius']:>6g} {numbers}")
     return "\n".join(lines)
