@@ -88,4 +88,4 @@ def _timeline(axes: Axes, row: Timed) -> None:
     axes.set_xlabel("seconds")
     axes.set_ylabel("stage")
     axes.set_title("a step of the fastest: forward (blue), backward (orange), then all together")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center right")

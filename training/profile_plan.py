@@ -21,6 +21,9 @@ _OF_PART = {
     "overhead": OTHER,
 }
 """Parts of a step as `tapir plan` names them -> categories."""
+_VOCABULARY = 0.1
+"""Share of the parameters in which plan and run may differ: a plan takes the usual vocabularies,
+training those of its data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +67,7 @@ def _of_run(body: dict[str, Any], settings: StageConfig) -> dict[str, float]:
     if not isinstance(model, PriorConfig):
         raise InputError("plans are made for priors alone; this run is none")
     parameters = prior_parameters(model).total
-    if body["parameters"] != parameters:
+    if not abs(body["parameters"] - parameters) <= _VOCABULARY * parameters:
         raise InputError(
             f"the plan's model has {body['parameters']:,} parameters, the run's {parameters:,}; "
             "plan for the run's preset"

@@ -168,8 +168,8 @@ def _missing_ranks(ranks: int, found: list[int]) -> list[str]:
 
 def _rows_of_steps(rows: list[dict[str, Any]], first: int, last: int) -> list[dict[str, Any]]:
     """The rows that tell of some steps, each of those since the row before; else the last one."""
-    befores = [0, *(row["step"] for row in rows)]
-    told = [row for row, before in zip(rows, befores, strict=False) if before < last]
+    earlier = [0, *(row["step"] for row in rows)]
+    told = [row for row, before in zip(rows, earlier, strict=False) if before < last]
     return [row for row in told if row["step"] >= first] or rows[-1:]
 
 
@@ -218,7 +218,7 @@ def report_of(found: Profiled, peak: float, plan: Planned | None) -> Report:
         slow_ranks=ratios,
         missing=found.missing,
         warnings=warnings_for(found.settings, shares, ratios),
-        predicted=plan and plan.seconds,
+        predicted=plan.seconds if plan else None,
         predicted_for=plan.gpu if plan else "",
     )
 

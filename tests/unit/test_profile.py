@@ -303,6 +303,7 @@ def test_a_profile_of_one_rank(dvae: Path, tmp_path: Path) -> None:
     assert sum(row["share"] for row in report["time"].values()) == pytest.approx(1)
     assert report["time"][VALIDATION]["mean"] > 0 and report["time"]["checkpoint"]["mean"] > 0
     assert report["mfu"] == pytest.approx(report["model_tflops"] / report["peak_tflops"])
+    assert report["peak_source"] == "of the run"
     assert "250.00" in text and "predicted" in text and "<svg" in page.read_text()
 
 
