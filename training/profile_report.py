@@ -144,7 +144,7 @@ def read_profile(run: Path, last: int = 0) -> Profiled:
         stage=stage,
         settings=settings,
         model=settings.model,  # type: ignore[attr-defined]
-        rows=_rows_of_steps(rows, int(steps[0]), int(steps[-1])),
+        rows=rows_of_steps(rows, int(steps[0]), int(steps[-1])),
         ranks=rings[0].ranks,
         numbers=numbers,
         stages=np.array([ring.stage for ring in rings]),
@@ -166,7 +166,7 @@ def _missing_ranks(ranks: int, found: list[int]) -> list[str]:
     ]
 
 
-def _rows_of_steps(rows: list[dict[str, Any]], first: int, last: int) -> list[dict[str, Any]]:
+def rows_of_steps(rows: list[dict[str, Any]], first: int, last: int) -> list[dict[str, Any]]:
     """The rows that tell of some steps, each of those since the row before; else the last one."""
     earlier = [0, *(row["step"] for row in rows)]
     told = [row for row, before in zip(rows, earlier, strict=False) if before < last]
