@@ -56,11 +56,11 @@ class MeshConfig:
                 "mesh.tensor and mesh.pipeline must be 1: this stage's model is trained by data "
                 f"parallelism alone; try --mesh.data {self.world}"
             )
-        elif self.tensor > sizes.heads:
+        elif self.tensor > max(sizes.heads, 1):
             found.append(
                 f"mesh.tensor={self.tensor} is more than {sizes.heads} heads; try {sizes.heads}"
             )
-        if sizes.cuttable and self.pipeline > sizes.layers:
+        if sizes.cuttable and self.pipeline > max(sizes.layers, 1):
             found.append(
                 f"mesh.pipeline={self.pipeline} is more than {sizes.layers} layers; "
                 f"try {sizes.layers}"

@@ -1,18 +1,22 @@
 """The verb plan."""
 
-from dataclasses import dataclass, replace
+import sys
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated
 
 import tyro
 
 from core.cli import parse, print_json
-from core.errors import InputError
-from core.files import canonical_json, write_atomic
+from core.errors import EXIT_FAILED, InputError
+from core.files import canonical_json, refuse_folder, write_atomic
 from core.log import LOG
+from core.settings import check
 from models.config import PriorConfig
+from planning.config import ClusterFlags, PlanFlags
 from planning.filled import filled
-from planning.hardware import Hardware, hardware_of
+from planning.hardware import hardware_of
 from planning.parts import named, parts_of
 from planning.report import plan_json, published_json, show, show_published
 from planning.search import search
@@ -20,30 +24,7 @@ from training.config import PriorTrain
 from training.presets import PRESETS
 
 _FLAT = tyro.conf.OmitArgPrefixes
-GIGABIT = 1e9 / 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClusterFlags:
-    """What of the cluster differs from the defaults of its GPU; 0 = the default."""
-
-    a_node: int = 0
-    """GPUs a node."""
-    network: float = 0.0
-    """Gbit/s that a node sends to the others."""
-    link: float = 0.0
-    """GB/s that a GPU sends inside a node."""
-    memory: float = 0.0
-    """GB a GPU."""
-    cost_hour: float = 0.0
-    """Dollars a GPU and hour."""
-
-    def applied(self, hardware: Hardware) -> Hardware:
-        """The hardware with these in place."""
-        units = {"network": GIGABIT, "link": 1e9, "memory": 1e9}
-        given = {n: v * units.get(n, 1) for n, v in vars(self).items() if v}
-        given |= {"a_node": self.a_node} if self.a_node else {}
-        return replace(hardware, **given)
+_USUAL = ClusterFlags()
 
 
 def plan(arguments: list[str]) -> None:
@@ -59,60 +40,92 @@ def plan(arguments: list[str]) -> None:
         published: bool = False,
         picture: Path | None = None,
         json: bool = False,
-        cluster: Annotated[ClusterFlags, _FLAT] = ClusterFlags(),
+        cluster: Annotated[ClusterFlags, _FLAT] = _USUAL,
     ) -> None:
         """Say if a prior fits on a cluster, how it runs fastest there, and how long that takes.
 
         Nothing is allocated and no GPU is needed: one rank's real layers are laid out without
-        values, and counted. Days and cost are those of the preset's updates.
+        values, and counted. Days and cost are those of the preset's updates. Exit codes: 0 it fits,
+        1 nothing fits, 2 wrong input.
 
         Args:
             preset: of a prior: tiny, small, paper_2_8b, paper_5_6b, paper_12b
             world: ranks; by default those of the preset's mesh
             gpu: v100-16gb, v100-32gb, a100-40gb, a100-80gb, h100, or cpu for this machine
             batch: samples a step; by default the preset's
-            calibration: a file that --calibrate wrote, in place of data sheets
-            calibrate: measure this machine and write this file; no preset needed
-            published: show the model's predictions for published runs; no preset needed
-            picture: write memory and a step's timeline to FILE.svg or FILE.png
+            calibration: a file that --calibrate wrote, in place of the constants of --gpu cpu
+            calibrate: measure this machine and write this file; takes no preset
+            published: show the model's predictions for published runs; takes no preset
+            picture: write memory and a step's timeline to FILE.svg, FILE.png or FILE.pdf
             json: print a JSON object on the last line
             cluster: what differs from a usual cluster of these GPUs
         """
+        flags = PlanFlags(
+            preset=preset,
+            world=world,
+            gpu=gpu,
+            batch=batch,
+            calibration=calibration,
+            calibrate=calibrate,
+            published=published,
+            picture=picture,
+            json=json,
+            cluster=cluster,
+        )
+        check(flags.problems())
         if calibrate is not None:
-            from planning.calibrate import calibrate as measure  # noqa: PLC0415 - starts ranks
-
-            constants = measure()
-            write_atomic(calibrate, canonical_json(constants))
-            LOG.info("wrote %s", calibrate)
-            if json:
-                print_json(constants)
-            return
-        if published:
-            shown = published_json()
-            show_published(shown)
-            if json:
-                print_json(shown)
-            return
-        settings = settings_of(preset, batch)
-        hardware = cluster.applied(hardware_of(gpu, calibration))
-        _plan(settings, world or settings.mesh.world, hardware, picture, json)
+            _calibrate(calibrate, json)
+        elif published:
+            _published(json)
+        else:
+            _plan(flags)
 
     parse(run, arguments, "plan")
 
 
-def _plan(
-    settings: PriorTrain, world: int, hardware: Hardware, picture: Path | None, json: bool
-) -> None:
-    found = search(settings, world, hardware)
+def _calibrate(path: Path, json: bool) -> None:
+    _refuse_unwritable(path)
+    from planning.calibrate import calibrate as measure  # noqa: PLC0415 - starts ranks
+
+    constants = measure()
+    write_atomic(path, canonical_json(constants))
+    LOG.info("wrote %s", path)
+    if json:
+        print_json(constants)
+
+
+def _published(json: bool) -> None:
+    shown = published_json()
+    show_published(shown)
+    if json:
+        print_json(shown)
+
+
+def _plan(flags: PlanFlags) -> None:
+    hardware = flags.cluster.applied(hardware_of(flags.gpu, flags.calibration))
+    check(hardware.problems())
+    if flags.picture is not None:
+        _refuse_unwritable(flags.picture)
+    settings = settings_of(flags.preset, flags.batch)
+    found = search(settings, flags.world or settings.mesh.world, hardware)
     parameters = count_parameters(settings.model)
     show(found, parameters, hardware)
-    if picture is not None:
+    if flags.picture is not None:
         from planning.picture import draw  # noqa: PLC0415 - matplotlib takes a second
 
-        draw(found, hardware, picture)
-        LOG.info("wrote %s", picture)
-    if json:
+        draw(found, hardware, flags.picture)
+        LOG.info("wrote %s", flags.picture)
+    if flags.json:
         print_json(plan_json(found, parameters, hardware))
+    if not found.timed:
+        sys.exit(EXIT_FAILED)
+
+
+def _refuse_unwritable(path: Path) -> None:
+    """Raise OSError if a file cannot be written there, before the work that fills it."""
+    refuse_folder(path)
+    with TemporaryFile(dir=path.parent):
+        pass
 
 
 def settings_of(preset: str, batch: int = 0) -> PriorTrain:

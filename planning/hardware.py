@@ -7,12 +7,26 @@ at the published runs (planning/published.py), which came out 12% too fast one a
 """
 
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from core.errors import InputError
+from core.settings import wrong_types
 
 GB = 1e9
+_MOST = 1e30
+"""Constants below it can be multiplied."""
+_SHARES = ("sustained", "streamed", "joined")
+_POSITIVE = (
+    "half_flops",
+    "full_flops",
+    "memory",
+    "bandwidth",
+    "units",
+    "link",
+    "a_node",
+    "network",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +76,25 @@ class Hardware:
     """Processors that all ranks of a node share; 0 = every rank has its own."""
     cost_hour: float = 0.0
     """Dollars a processor and hour, of public clouds on demand; 0 = unknown."""
+
+    def problems(self) -> list[str]:
+        """What no processor or cluster can have."""
+        found = []
+        for name, value in vars(self).items():
+            if not isinstance(value, float | int):
+                continue
+            if name in _SHARES and not 0 < value <= 1:
+                found.append(f"{name}={value} is a share; it must be above 0 and at most 1")
+            elif name in _POSITIVE and not 0 < value < _MOST:
+                found.append(f"{name}={value} must be a positive finite number")
+            elif not 0 <= value < _MOST:
+                found.append(f"{name}={value} must be a finite number and not negative")
+        if not found and self.usable <= 0:
+            found.append(
+                f"memory of {self.memory / GB:g} GB leaves nothing: {self.reserved / GB:g} GB are "
+                "the driver's and the libraries'"
+            )
+        return found
 
     def crowd(self, world: int) -> float:
         """How many ranks share a processor."""
@@ -152,20 +185,23 @@ SHORT = {"v100": "v100-16gb", "a100": "a100-80gb"}
 def hardware_of(name: str, calibration: Path | None = None) -> Hardware:
     """The hardware of that name, with measured constants in place of those of data sheets.
 
-    Raises: InputError for an unknown name, or a file with other fields.
+    Raises: InputError for an unknown name, or with everything that is wrong in the file.
     """
     found = KNOWN.get(SHORT.get(name, name))
     if found is None:
         raise InputError(f"there is no hardware {name!r} (known: {', '.join([*SHORT, *KNOWN])})")
-    if calibration is None:
-        return found
+    return found if calibration is None else _measured(found, calibration)
+
+
+def _measured(found: Hardware, calibration: Path) -> Hardware:
+    remedy = f"make one with tapir plan --calibrate {calibration}"
     try:
-        measured = json.loads(calibration.read_text())
+        measured = json.loads(calibration.read_bytes())
     except ValueError:
         measured = None
-    known = {f.name for f in fields(Hardware)}
-    if not isinstance(measured, dict) or not set(measured) <= known:
-        raise InputError(
-            f"{calibration} is no calibration; make one with tapir plan --calibrate {calibration}"
-        )
+    if not isinstance(measured, dict):
+        raise InputError(f"{calibration} is no calibration; {remedy}")
+    wrong = wrong_types(Hardware, measured, "") or replace(found, **measured).problems()
+    if wrong:
+        raise InputError(f"{calibration} is no calibration: {'; '.join(wrong)}; {remedy}")
     return replace(found, **measured)

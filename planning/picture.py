@@ -8,24 +8,18 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from core.errors import InputError
 from planning.hardware import Hardware
 from planning.memory import CATEGORIES
 from planning.search import Candidate, Found, Timed
+from planning.step import PASSES, Estimate
 
-KINDS = (".svg", ".png", ".pdf")
 BARS = 9
 TIMES_USABLE = 3.5
 """Height of the picture over what fits; higher bars are cut."""
 
 
 def draw(found: Found, hardware: Hardware, path: Path) -> None:
-    """Write the picture; its kind follows from the file's name.
-
-    Raises: InputError for a kind that cannot be written.
-    """
-    if path.suffix not in KINDS:
-        raise InputError(f"--picture {path}: the name must end in {', '.join(KINDS)}")
+    """Write the picture; its kind follows from the file's name."""
     figure, (above, below) = plt.subplots(2, 1, figsize=(11, 8), layout="constrained")
     fitting = [row.candidate for row in found.timed[:4]]
     others = sorted((row for row in found.rejected if row.bytes_), key=_known, reverse=True)
@@ -34,7 +28,6 @@ def draw(found: Found, hardware: Hardware, path: Path) -> None:
         _timeline(below, found.timed[0])
     else:
         below.set_axis_off()
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
 
@@ -69,6 +62,16 @@ def _memory(axes: Axes, rows: list[Candidate], hardware: Hardware) -> None:
     axes.legend(fontsize=8, ncols=2)
 
 
+def ending(estimate: Estimate) -> list[tuple[str, float, float]]:
+    """What follows the passes that are drawn stage by stage: (name, begin, seconds)."""
+    found, at = [], max(span.end for span in estimate.spans)
+    for name, seconds in estimate.parts.items():
+        if name not in PASSES and seconds:
+            found.append((name, at, seconds))
+            at += seconds
+    return found
+
+
 def _timeline(axes: Axes, row: Timed) -> None:
     """Computing of every stage, then what all do behind the last backward pass."""
     colours = {"forward": "tab:blue", "backward": "tab:orange"}
@@ -77,15 +80,12 @@ def _timeline(axes: Axes, row: Timed) -> None:
             spans = [s for s in row.estimate.spans if s.stage == stage and s.kind == kind]
             bars = [(s.begin, s.end - s.begin) for s in spans]
             axes.broken_barh(bars, (stage - 0.4, 0.8), color=colour, edgecolor="white", lw=0.2)
-    parts = row.estimate.parts
     stages = row.candidate.settings.mesh.pipeline
-    at = sum(parts[name] for name in ("compute", "tensor", "bubble"))
-    for i, name in enumerate(("gradients", "compress", "update", "weights", "results")):
-        width = parts[name]
-        axes.broken_barh([(at, width)], (-0.4, stages - 0.2), color=f"C{i + 2}", label=name)
-        at += width
+    for i, (name, begin, width) in enumerate(ending(row.estimate)):
+        axes.broken_barh([(begin, width)], (-0.4, stages - 0.2), color=f"C{i + 2}", label=name)
+    axes.set_yticks(range(stages))
     axes.invert_yaxis()
     axes.set_xlabel("seconds")
     axes.set_ylabel("stage")
     axes.set_title("a step of the fastest: forward (blue), backward (orange), then all together")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center right")

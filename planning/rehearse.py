@@ -13,8 +13,9 @@ from itertools import product
 from typing import Any
 
 from core.errors import ConfigError
+from core.log import progress
 from core.settings import check
-from parallel.config import MeshConfig
+from parallel.config import EngineConfig, MeshConfig
 from planning.rehearse_pool import Pool, Runner
 from planning.rehearse_rank import RankTask, run_rank
 from planning.sequence import Grid
@@ -62,7 +63,8 @@ def rehearse(
     grid, ranks = Grid(settings.mesh), roles_of(settings.mesh)
     steps = 2 if settings.engine.zero_stage == 3 else 1  # it fetches ahead what a step has read
     tasks = [RankTask(stage=stage, settings=settings, rank=rank, steps=steps) for rank in ranks]
-    sequences = {found.rank: found for found in pool.run(tasks, runner, jobs)}
+    with progress(f"rehearse {stage} {preset}: ranks", len(tasks)) as meter:
+        sequences = {found.rank: found for found in pool.run(tasks, runner, jobs, meter.update)}
     roles = Roles(grid, ranks)
     outcome = play(roles, sequences)
     return Rehearsal(
@@ -106,8 +108,11 @@ def scaled(settings: Any, world: int) -> Any:
 
     The global batch stays if each replica then has whole micro-batches of the same size; else each
     replica keeps its samples.
-    Raises: ConfigError if whole replicas do not make up that number.
+    Raises: ConfigError if whole replicas do not make up that number, or with every problem of
+    settings that leave a replica nothing to keep.
     """
+    if _without_parts(settings):
+        check(settings.problems())
     mesh, batch = settings.mesh, settings.loop.batch
     block = mesh.tensor * mesh.pipeline
     if world < 1 or world % block:
@@ -131,3 +136,14 @@ def scaled(settings: Any, world: int) -> Any:
         order=replace(settings.order, lanes=lanes),
         engine=replace(settings.engine, accumulate=accumulate),
     )
+
+
+def _without_parts(settings: Any) -> list[str]:
+    """What is wrong with the parts that a replica has of the mesh, the batch and the lanes."""
+    loop, mesh = settings.loop, settings.mesh
+    found: list[str] = loop.problems() + mesh.problems(sizes=settings.sizes())
+    if found:
+        return found
+    alone = EngineConfig(accumulate=settings.engine.accumulate)
+    found += settings.order.problems(loop.batch, mesh.data)
+    return found + alone.problems(loop.batch // mesh.data, MeshConfig(), compress=False)

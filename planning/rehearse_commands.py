@@ -3,14 +3,18 @@
 import difflib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from core.cli import parse_over, print_json
-from core.errors import EXIT_FAILED, InputError
+from core.errors import EXIT_FAILED, EXIT_WRONG_INPUT, ConfigError, InputError
+from core.log import LOG
 from core.settings import to_json
+from planning.config import MOST_RANKS
 from planning.filled import filled
 from planning.rehearse import Rehearsal, checked, rehearse, scaled
 from planning.rehearse_pool import Pool
+from planning.units import size_text
 from training.presets import PRESETS
 
 STAGES = ("prior", "dvae", "clip")
@@ -21,7 +25,8 @@ Prove that the collectives of all ranks match in order, group, type and size: a 
 before a cluster is paid for. One rank of each role makes training steps with the real engine in a
 world that is only claimed, on tensors without memory; then all ranks' calls are played together.
 
-  PRESET       a preset of tapir train; `all` rehearses every one
+  PRESET       a preset of tapir train; `all` rehearses every one, and names those that cannot be
+               laid out so at the end
   --world N    ranks; the data-parallel degree follows. The global batch stays where it can be
                dealt out in micro-batches of the preset's size; else each replica keeps its
                samples (default: the preset's mesh)
@@ -45,24 +50,53 @@ def rehearse_verb(arguments: list[str]) -> None:
     own, flags = _own_flags(rest)
     world = _number(own, "--world", 0)
     jobs = _number(own, "--jobs", os.cpu_count() or 1)
-    wanted = []
-    for stage, name in _chosen(preset, own.get("--stage", "")):
-        settings = PRESETS[stage][name]()
-        if flags:
-            settings = parse_over(settings, flags, f"rehearse {name}")
-        settings = filled(name, scaled(settings, world or settings.mesh.world))
-        wanted.append((name, stage, checked(settings)))
-    found = []
-    with Pool() as pool:
-        for name, stage, settings in wanted:
-            found.append(rehearse(name, stage, settings, pool, jobs=jobs))
-            print("\n".join(_lines(found[-1])), flush=True)
+    wanted, refused = laid_out(_chosen(preset, own.get("--stage", "")), flags, world)
+    if refused and preset != "all":
+        (name, reason), *_ = refused.items()
+        raise ConfigError(f"{name} cannot be rehearsed:\n{reason}")
+    found = _rehearsed(wanted, jobs)
+    for name, reason in refused.items():
+        LOG.error("%s was not rehearsed:\n%s", name, reason)
     matches = all(one.matches for one in found)
     if "--json" in own:
         rows = [{**to_json(one), "matches": one.matches} for one in found]
-        print_json({"matches": matches, "rehearsals": rows} if preset == "all" else rows[0])
-    if not matches:
-        sys.exit(EXIT_FAILED)
+        whole = {"matches": matches, "rehearsals": rows, "refused": refused}
+        print_json(whole if preset == "all" else rows[0])
+    if refused or not matches:
+        sys.exit(EXIT_WRONG_INPUT if matches else EXIT_FAILED)
+
+
+def _rehearsed(wanted: list[tuple[str, str, Any]], jobs: int) -> list[Rehearsal]:
+    found: list[Rehearsal] = []
+    if not wanted:
+        return found
+    with Pool() as pool:
+        for stage, name, settings in wanted:
+            found.append(rehearse(name, stage, settings, pool, jobs=jobs))
+            print("\n".join(_lines(found[-1])), flush=True)
+    return found
+
+
+def laid_out(
+    pairs: Iterable[tuple[str, str]], flags: list[str], world: int
+) -> tuple[list[tuple[str, str, Any]], dict[str, str]]:
+    """Stage, preset and settings of those that can be rehearsed; of others what is wrong."""
+    wanted, refused = [], {}
+    for stage, name in pairs:
+        try:
+            wanted.append((stage, name, _settings(stage, name, flags, world)))
+        except ConfigError as error:
+            refused[f"{stage} {name}"] = str(error)
+    return wanted, refused
+
+
+def _settings(stage: str, name: str, flags: list[str], world: int) -> Any:
+    """A preset, changed by flags and laid out on so many ranks. Raises: ConfigError."""
+    settings = PRESETS[stage][name]()
+    if flags:
+        settings = parse_over(settings, flags, f"rehearse {name}")
+    settings = filled(name, settings)
+    return checked(scaled(settings, world or settings.mesh.world))
 
 
 def _own_flags(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -89,9 +123,10 @@ def _number(own: dict[str, str], name: str, default: int) -> int:
     text = own.get(name)
     if text is None:
         return default
-    if not text.isdigit() or int(text) < 1:
-        raise InputError(f"{name} {text!r} is no positive whole number")
-    return int(text)
+    number = int(text) if text.isdecimal() and len(text) <= len(str(MOST_RANKS)) else 0
+    if not 1 <= number <= MOST_RANKS:
+        raise InputError(f"{name} {text!r} is no positive whole number up to {MOST_RANKS:,}")
+    return number
 
 
 def _chosen(preset: str, stage: str) -> Iterator[tuple[str, str]]:
@@ -111,8 +146,8 @@ def _chosen(preset: str, stage: str) -> Iterator[tuple[str, str]]:
     yield found[0]
 
 
-def _times(count: int, what: str) -> str:
-    return f"{count} {what}" + ("s" if count > 1 else "")
+def _times(count: int, what: str, more: str = "s") -> str:
+    return f"{count} {what}" + (more if count > 1 else "")
 
 
 def _lines(found: Rehearsal) -> list[str]:
@@ -123,11 +158,11 @@ def _lines(found: Rehearsal) -> list[str]:
     lines = [
         f"{found.stage} {found.preset}: {mesh.world} ranks = data {mesh.data} x tensor "
         f"{mesh.tensor} x pipeline {mesh.pipeline}{cut}; batch {found.batch:,}, "
-        f"{found.micro_batches} micro-batches a step",
+        f"{_times(found.micro_batches, 'micro-batch', 'es')} a step",
         f"  {found.roles} roles ran {_times(found.steps, 'step')}, an evaluation and a comparison "
         f"of replicas in {found.seconds:.0f} s; rank 0: {calls}",
     ]
     if found.mismatch is not None:
         return [*lines, found.mismatch.report()]
-    done = f"{found.operations:,} calls, {found.bytes / 1e12:,.3g} TB"
+    done = f"{found.operations:,} calls, {size_text(found.bytes)}"
     return [*lines, f"  all ranks match: {done} over all ranks"]

@@ -47,14 +47,18 @@ class Pool:
         self._server.kill()
         self._server.join()
 
-    def run(self, tasks: Sequence[Any], runner: Runner, jobs: int) -> list[RankSequence]:
+    def run(
+        self, tasks: Sequence[Any], runner: Runner, jobs: int, told: Callable[[int], None]
+    ) -> list[RankSequence]:
         """The sequences of the tasks, in their order; `jobs` ranks run at a time.
 
+        `told` hears how many have come to their ends.
         Raises: RankError if a process dies.
         """
         try:
             self._link.send((list(tasks), runner, jobs))
-            found = self._link.recv()
+            while isinstance(found := self._link.recv(), int):
+                told(found)
         except (EOFError, BrokenPipeError):
             self._server.join()
             code = self._server.exitcode
@@ -79,7 +83,7 @@ def _serve(link: Link) -> None:
         for name in modules_of(engine, mesh.world > mesh.data):
             importlib.import_module(name)
         gc.freeze()  # what is imported stays shared with the forks
-        stage = _Stage(tasks, runner, jobs)
+        stage = _Stage(tasks, runner, jobs, link.send)
         try:
             link.send(stage.play())
         except RankError as error:
@@ -91,8 +95,10 @@ def _serve(link: Link) -> None:
 class _Stage:
     """All ranks of a rehearsal, and the messages between them."""
 
-    def __init__(self, tasks: list[Any], runner: Runner, jobs: int) -> None:
-        self._tasks, self._runner, self._jobs = tasks, runner, jobs
+    def __init__(
+        self, tasks: list[Any], runner: Runner, jobs: int, tell: Callable[[int], None]
+    ) -> None:
+        self._tasks, self._runner, self._jobs, self._tell = tasks, runner, jobs, tell
         self._left = deque(range(len(tasks)))
         self._links: dict[Link, int] = {}
         self._processes: dict[int, Any] = {}
@@ -152,6 +158,7 @@ class _Stage:
                 self._waiting[link] = (channel, place)
         else:
             self._found[index] = rest[0]
+            self._tell(len(self._found))
             self._processes[index].join()
             del self._links[link]
             link.close()

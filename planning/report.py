@@ -10,11 +10,12 @@ from planning.hardware import Hardware
 from planning.memory import CATEGORIES
 from planning.published import RUNS, predict
 from planning.search import Candidate, Found, Timed, beside, layout_name
+from planning.units import memory_unit, size_text
 from planning.zero import stage_of_zero
 
 SHOWN = 8
 """Rows of a table on the terminal; --json has all."""
-WIDTH = 118
+WIDTH = 126
 """Columns that the tables need, also where output is no terminal."""
 
 
@@ -91,14 +92,28 @@ def rejected_json(row: Candidate, parameters: int) -> dict[str, Any]:
 def show(found: Found, parameters: int, hardware: Hardware) -> None:
     """Print the plan as tables."""
     console = _console()
-    console.print(_fitting(found, parameters, hardware))
     if found.timed:
-        console.print(_spent(found.timed[0]))
-    console.print(_bytes_table(found))
+        console.print(_fitting(found, parameters, hardware), _spent(found.timed[0]))
+    else:
+        console.print(_title(found, parameters, hardware))
+    rows = [row for row in _shown(found) if row.bytes_]
+    if rows:
+        console.print(_bytes_table(rows))
     for row in found.rejected:
         console.print(f"{_mesh(row)} {layout_name(row.settings)}: {row.why}")
         for name, count in beside(row, parameters).items():
-            console.print(f"    beside it, {name.replace('_', ' ')}: {count / 1e9:.1f} GB a rank")
+            console.print(f"    beside it, {name.replace('_', ' ')}: {size_text(count)} a rank")
+
+
+def _shown(found: Found) -> list[Candidate]:
+    return [row.candidate for row in found.timed[:SHOWN]] + found.rejected
+
+
+def _title(found: Found, parameters: int, hardware: Hardware) -> str:
+    return (
+        f"{parameters:,} parameters on {hardware.name}: {len(found.timed)} layouts fit, "
+        f"{len(found.rejected)} do not"
+    )
 
 
 def _mesh(candidate: Candidate) -> str:
@@ -128,10 +143,9 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _fitting(found: Found, parameters: int, hardware: Hardware) -> Table:
-    title = f"{parameters:,} parameters on {hardware.name}: "
-    title += f"{len(found.timed)} layouts fit, {len(found.rejected)} do not"
-    columns = ("mesh", "layout", "micro", "recompute", "rank", "GB", "step s", "MFU", "bubble")
-    table = _table(title, *columns, "days", "cost $")
+    size, unit = memory_unit(max(row.candidate.total for row in found.timed[:SHOWN]))
+    columns = ("mesh", "layout", "micro", "recompute", "rank", unit, "step s", "MFU", "bubble")
+    table = _table(_title(found, parameters, hardware), *columns, "days", "cost $")
     for row in found.timed[:SHOWN]:
         way, estimate = way_json(row.candidate), row.estimate
         table.add_row(
@@ -140,7 +154,7 @@ def _fitting(found: Found, parameters: int, hardware: Hardware) -> Table:
             f"{way['micro_batch']} x {way['accumulate']}",
             "yes" if way["recompute"] else "no",
             str(way["compress_rank"]),
-            f"{row.candidate.total / 1e9:.1f}",
+            f"{row.candidate.total / size:.1f}",
             f"{estimate.seconds:.3g}",
             f"{estimate.mfu:.1%}",
             f"{estimate.bubble:.0%}",
@@ -157,13 +171,12 @@ def _spent(row: Timed) -> Table:
     return table
 
 
-def _bytes_table(found: Found) -> Table:
-    table = _table("GB of the fullest rank", "mesh", *CATEGORIES, "all")
-    rows = [row.candidate for row in found.timed[:SHOWN]] + found.rejected
+def _bytes_table(rows: list[Candidate]) -> Table:
+    size, unit = memory_unit(max(row.total for row in rows))
+    table = _table(f"{unit} of the fullest rank", "mesh", "layout", *CATEGORIES, "all")
     for row in rows:
-        if row.bytes_:
-            cells = [f"{row.bytes_[name] / 1e9:.2f}" for name in CATEGORIES]
-            table.add_row(_mesh(row), *cells, f"{row.total / 1e9:.1f}")
+        cells = [f"{row.bytes_[name] / size:.2f}" for name in CATEGORIES]
+        table.add_row(_mesh(row), _short(row), *cells, f"{row.total / size:.1f}")
     return table
 
 

@@ -8,6 +8,7 @@ from parallel.config import CompressConfig, EngineConfig, MeshConfig
 from planning.hardware import Hardware
 from planning.memory import Bytes, loads_of, published_schemes, rank_bytes
 from planning.step import Estimate, estimate, rough_seconds
+from planning.units import size_text
 from planning.zero import Place, stage_of_zero
 from training.config import PriorTrain
 
@@ -15,6 +16,8 @@ MOST_TENSOR = 8
 """Tensor ranks share each matmul: more than a node's links carry too much."""
 SHORTLIST = 3
 """Ways to run a layout that are played through, after a rough look at all."""
+MOST_MICRO = 4096
+"""Micro-batches of a step that are played through, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +87,8 @@ def search(settings: PriorTrain, world: int, hardware: Hardware) -> Found:
 def layouts(settings: PriorTrain, world: int, hardware: Hardware) -> Iterator[PriorTrain]:
     """Every mesh and engine that the ranks can be arranged in."""
     fast = "fp32" if settings.engine.precision == "fp32" else "bf16" if hardware.bf16 else "fp16"
-    tensors = [t for t in (1, 2, 4, 8) if world % t == 0 and t <= min(MOST_TENSOR, hardware.a_node)]
+    most = min(MOST_TENSOR, hardware.a_node, settings.model.heads)
+    tensors = [t for t in (1, 2, 4, 8) if world % t == 0 and t <= most]
 
     def layout(mesh: MeshConfig, name: str, stage: int = 1) -> PriorTrain:
         engine = EngineConfig(name=name, zero_stage=stage, precision=fast)  # type: ignore[arg-type]
@@ -110,8 +114,8 @@ def ways_of(layout: PriorTrain) -> Iterator[PriorTrain]:
     """Micro-batches, recompute and compression of a layout."""
     samples = max(layout.loop.batch // layout.mesh.data, 1)
     papers = CompressConfig(rank=round(PAPER_SHARE * layout.model.dim))
-    sizes = [n for n in range(1, samples + 1) if samples % n == 0 and (n & (n - 1)) == 0]
-    for micro in sizes:
+    powers = (2**i for i in range(samples.bit_length()))
+    for micro in (n for n in powers if samples % n == 0):
         for recompute in (False, True):
             engine = replace(layout.engine, accumulate=samples // micro, recompute=recompute)
             yield replace(layout, engine=engine)
@@ -126,11 +130,7 @@ def _sends_gradients(layout: PriorTrain) -> bool:
 
 def weigh(settings: PriorTrain, world: int, hardware: Hardware) -> Candidate:
     """The bytes of the fullest rank, and what is wrong with this way."""
-    problems = settings.problems(world)
-    if settings.mesh.data > settings.loop.batch or settings.loop.batch % settings.mesh.data:
-        problems.append(
-            f"loop.batch={settings.loop.batch} gives {settings.mesh.data} replicas no equal part"
-        )
+    problems = _problems(settings, world)
     if problems:
         return Candidate(settings=settings, bytes_={}, why="; ".join(problems))
     bytes_ = fullest(settings)
@@ -141,10 +141,26 @@ def weigh(settings: PriorTrain, world: int, hardware: Hardware) -> Candidate:
     if total > most:
         most_of_it = max(bytes_, key=lambda name: bytes_[name])
         why = (
-            f"needs {total / 1e9:.1f} GB a rank, {most / 1e9:.1f} GB of {hardware.name} can be "
-            f"used; {bytes_[most_of_it] / 1e9:.1f} GB of it are {most_of_it}"
+            f"needs {size_text(total)} a rank, {size_text(most)} of {hardware.name} can be used; "
+            f"{size_text(bytes_[most_of_it])} of it are {most_of_it}"
         )
     return Candidate(settings=settings, bytes_=bytes_, why=why)
+
+
+def _problems(settings: PriorTrain, world: int) -> list[str]:
+    """What cannot be, in words of what a plan can change: its ranks and its batch."""
+    data, lanes, batch = settings.mesh.data, settings.order.lanes, settings.loop.batch
+    if lanes % data:
+        return [
+            f"the preset's order.lanes={lanes} and batch of {batch} give {data} replicas no "
+            "equal part"
+        ]
+    if settings.engine.accumulate > MOST_MICRO:
+        return [
+            f"{settings.engine.accumulate:,} micro-batches a step are more than the {MOST_MICRO:,} "
+            "that a plan looks at; give a smaller --batch"
+        ]
+    return settings.problems(world)
 
 
 def fullest(settings: PriorTrain) -> Bytes:

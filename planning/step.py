@@ -18,6 +18,8 @@ from planning.zero import Place, factored, groups_of, padded, shard_numel, stage
 from training.config import PriorTrain
 
 HOURS = 3600.0
+PASSES = ("compute", "tensor", "bubble")
+"""Parts of a step up to the last backward pass; `crowding` is what ranks that share cores add."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,8 @@ def estimate(settings: PriorTrain, hardware: Hardware) -> Estimate:
     parts = {
         "compute": played.busy[slowest] - tensor,
         "tensor": tensor,
-        "bubble": passes - played.busy[slowest],
+        "bubble": played.seconds - played.busy[slowest],
+        **({"crowding": passes - played.seconds} if hardware.cores else {}),
         **end,
         "overhead": overhead,
     }

@@ -80,7 +80,7 @@ class Profile:
         world = self._mesh.world
         self._close_ring()
         self._ring = Ring(self._out, world.rank, world.size, self._mesh.pipeline.rank, step)
-        if self._flops and not self._peak:
+        if not self._peak:
             self._peak = self._config.peak_tflops or measure_peak(self._precision) / 1e12
         self.attach()
         self._timeline.cut(self._accounts.forget)

@@ -2,19 +2,17 @@
 
 from collections.abc import Mapping
 
-import numpy as np
-
 from training.config import StageConfig
 from training.profile_categories import BUBBLE, CHECKPOINT, DATA_WAIT, OTHER
 
 _DATA, _BUBBLE, _SAVE, _PYTHON = 0.1, 0.15, 0.05, 0.1
 """Shares of the time above which something is to be done."""
 _SLOW = 1.2
-"""A rank's own work over the median of its stage's."""
+"""A rank's own work over the median of its peers'."""
 
 
 def warnings_for(
-    settings: StageConfig, shares: Mapping[str, float], ratios: np.ndarray
+    settings: StageConfig, shares: Mapping[str, float], ratios: Mapping[int, float]
 ) -> list[str]:
     """What stands out, in the order of what it costs; `ratios` are ranks' against their peers."""
     found = [
@@ -22,7 +20,7 @@ def warnings_for(
         (shares[BUBBLE], _bubble(settings, shares[BUBBLE])),
         (shares[CHECKPOINT], _held_up(settings, shares[CHECKPOINT])),
         (shares[OTHER], _python(shares[OTHER])),
-        (float(ratios.max()) - 1, _slow_rank(ratios)),
+        (max(ratios.values()) - 1, _slow_rank(ratios)),
     ]
     return [text for _, text in sorted(found, key=lambda row: -row[0]) if text]
 
@@ -84,8 +82,8 @@ def _python(share: float) -> str:
     )
 
 
-def _slow_rank(ratios: np.ndarray) -> str:
-    worst = int(ratios.argmax())
+def _slow_rank(ratios: Mapping[int, float]) -> str:
+    worst = max(ratios, key=lambda rank: ratios[rank])
     if ratios[worst] <= _SLOW:
         return ""
     return (

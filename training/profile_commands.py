@@ -12,16 +12,18 @@ from rich.text import Text
 
 from core.cli import parse, print_json
 from core.errors import InputError
-from core.files import write_atomic
+from core.files import refuse_folder, write_atomic
 from core.log import LOG
+from core.settings import check
 from training.profile_categories import CATEGORIES
 from training.profile_heat import as_svg, as_text, heat_of
-from training.profile_plan import predicted_times
+from training.profile_plan import read_plan
 from training.profile_report import Profiled, Report, read_profile, report_of
 from training.profile_ring import FOLDER
 from training.trace import request_trace, traces
 
 _WIDTH = 110
+_HEAT = "own work of each rank over the median of its peers', the other ranks of its stage"
 
 
 def profile(arguments: list[str]) -> None:
@@ -43,35 +45,62 @@ def profile(arguments: list[str]) -> None:
         Args:
             run: run folder of a dVAE, prior or CLIP, finished or in progress
             last: look at so many steps, the last ones; 0 = all that are kept (4096)
-            peak_tflops: of one device, for MFU; 0 = what the run measured
+            peak_tflops: of one device, for MFU; 0 = what the run measured at its start
             plan: what `tapir plan --json` printed, to be shown beside what was measured
             html: write tables and heat map to this file, too
             trace: say where the traces of torch.profiler are, and how to open them
             trace_next: ask the run in progress for a trace of so many steps
-            ranks: ranks to trace; none = all
+            ranks: ranks that --trace-next traces; none = all
             json: print a JSON object on the last line
         """
+        reads = bool(last or peak_tflops or plan or html)
+        check(_problems(last, peak_tflops, (trace, trace_next != 0, reads), bool(ranks)))
         if trace_next:
             request_trace(run, trace_next, list(ranks))
             LOG.info("asked; the ranks begin at the step after the next row of metrics.jsonl")
-            return
-        if trace:
+        elif trace:
             _show_traces(run, json)
-            return
-        if last < 0 or not 0 <= peak_tflops < float("inf"):
-            raise InputError("--last and --peak-tflops must not be negative; 0 = the run's own")
-        found = read_profile(run, last)
-        report = report_of(
-            found, peak_tflops, predicted_times(plan, found.settings) if plan else None
-        )
-        Console(width=_WIDTH).print(_view(found, report))
-        if html:
-            write_atomic(html, page(found, report).encode())
-            LOG.info("wrote %s", html)
-        if json:
-            print_json(report)
+        else:
+            _profile(run, last, peak_tflops, (plan, html), json)
 
     parse(run, arguments, "profile")
+
+
+def _profile(
+    run: Path, last: int, peak: float, files: tuple[Path | None, Path | None], json: bool
+) -> None:
+    plan, html = files
+    if html:
+        refuse_folder(html)
+    found = read_profile(run, last)
+    on_gpu = any("cuda_bytes" in row for row in found.rows) if found.rows else None
+    planned = read_plan(plan, found.settings, on_gpu) if plan else None
+    report = report_of(found, peak, planned)
+    for text in report.missing:
+        LOG.warning("%s: %s", run, text)
+    Console(width=_WIDTH).print(_view(found, report))
+    if html:
+        write_atomic(html, page(found, report).encode())
+        LOG.info("wrote %s", html)
+    if json:
+        print_json(report)
+
+
+def _problems(last: int, peak: float, modes: tuple[bool, bool, bool], ranks: bool) -> list[str]:
+    """What is wrong with the flags; `modes` = --trace, --trace-next, and flags of the report."""
+    found = []
+    if last < 0:
+        found.append(f"--last {last} must not be negative; 0 = all steps that are kept")
+    if not 0 <= peak < float("inf"):
+        found.append(f"--peak-tflops {peak} must be finite and not negative; 0 = the run's own")
+    if sum(modes) > 1:
+        found.append(
+            "--trace and --trace-next do one thing each, without the report and its flags (--last, "
+            "--peak-tflops, --plan, --html); give one of them"
+        )
+    if ranks and not modes[1]:
+        found.append("--ranks says what --trace-next traces; give --trace-next 5, too")
+    return found
 
 
 def page(found: Profiled, report: Report) -> str:
@@ -79,38 +108,40 @@ def page(found: Profiled, report: Report) -> str:
     console = Console(record=True, width=_WIDTH, file=io.StringIO(), color_system="truecolor")
     console.print(_tables(report))
     tables = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
-    heat = heat_of(found.own(), found.steps, 120, 1024)
+    heat = heat_of(found.own(), found.numbers, found.steps, 120, 1024)
     return (
         f'<!doctype html><meta charset="utf-8"><title>profile of {html.escape(report.run)}</title>'
-        f"{tables}<h3>Own work of each rank over the median of its stage</h3>{as_svg(heat)}\n"
+        f"{tables}<h3>{_HEAT}</h3>{as_svg(heat)}\n"
     )
 
 
 def _view(found: Profiled, report: Report) -> RenderableType:
-    if report.ranks == 1:
+    if len(found.numbers) == 1:
         return _tables(report)
-    heat = heat_of(found.own(), found.steps, 64, 32)
-    title = Text("own work of each rank over the median of its stage", style="bold")
-    return Group(_tables(report), title, as_text(heat))
+    heat = heat_of(found.own(), found.numbers, found.steps, 64, 32)
+    return Group(_tables(report), Text(_HEAT, style="bold"), as_text(heat))
 
 
 def _tables(report: Report) -> RenderableType:
     parts: list[RenderableType] = [_breakdown(report), Text(_speed(report))]
     if report.collectives:
         parts.append(_collectives(report))
-    parts += [Text(f"! {text}", style="yellow") for text in report.warnings]
+    said = [*report.missing, *report.warnings]
+    parts += [Text(f"! {text}", style="yellow") for text in said]
     return Group(*parts)
 
 
 def _breakdown(report: Report) -> Table:
+    some = "" if len(report.slow_ranks) == report.ranks else f"{len(report.slow_ranks)} of "
     title = (
         f"{report.stage} in {report.run}: steps {report.first_step} to {report.last_step}, "
-        f"{report.ranks} rank{'s' if report.ranks > 1 else ''}; ms a step"
+        f"{some}{report.ranks} rank{'s' if report.ranks > 1 else ''}; ms a step"
     )
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     names = ["category", "mean", "p50", "p99", "share", "most on rank"]
     planned = report.predicted
-    for name in [*names, *(["predicted"] if planned else [])]:
+    column = f"predicted {report.predicted_for}".strip()
+    for name in [*names, *([column] if planned else [])]:
         table.add_column(name, justify="left" if name == "category" else "right")
     for name in CATEGORIES:
         row = report.time[name]
@@ -123,15 +154,17 @@ def _breakdown(report: Report) -> Table:
 
 
 def _speed(report: Report) -> str:
+    tokens = report.tokens_per_second
+    rate = "tokens/s not noted" if tokens is None else f"{tokens:,.0f} tokens/s"
     return (
-        f"{report.steps_per_second:.3g} steps/s, {report.tokens_per_second:,.0f} tokens/s; "
+        f"{report.steps_per_second:.3g} steps/s, {rate}; "
         f"{report.model_flops:.3g} model FLOPs a step = {report.model_tflops:.3g} TFLOP/s; "
         f"MFU {report.mfu:.1%} of {report.peak_tflops:.3g} TFLOP/s ({report.peak_source})"
     )
 
 
 def _collectives(report: Report) -> Table:
-    table = Table(title="collectives a step, as rank 0 sees them", title_justify="left")
+    table = Table(title="collectives of a step, as rank 0 sees them", title_justify="left")
     for name in ("group", "operation", "calls", "MB", "ms", "GB/s"):
         table.add_column(name, justify="left" if name in ("group", "operation") else "right")
     for row in report.collectives:

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from core.log import LOG
 from training.profile_categories import CATEGORIES
 
 SLOW = 1.5
-"""A rank whose own work takes so many times the median of its stage's is a straggler."""
+"""A rank whose own work takes so many times the median of its peers' is a straggler."""
 _PEAK_SIZE = {"cpu": 768, "cuda": 8192}
 _PEAK_ROUNDS = 4
 _STATM = Path("/proc/self/statm")
@@ -60,27 +61,52 @@ def memory_of(ranks: Sequence[dict[str, Any]]) -> dict[str, int]:
     return {name: max(row["memory"][name] for row in ranks) for name in sorted(names)}
 
 
+def over_peers(work: np.ndarray, stages: np.ndarray) -> np.ndarray:
+    """Each rank's work over the median of its peers': the other ranks of its stage; 1 without any.
+
+    Shapes: (ranks, steps) and (ranks,) -> (ranks, steps).
+    """
+    found = np.ones(work.shape)
+    for stage in np.unique(stages):
+        ours = stages == stage
+        if ours.sum() > 1:
+            found[ours] = work[ours] / np.maximum(_median_of_others(work[ours]), 1e-9)
+    return found
+
+
+def _median_of_others(work: np.ndarray) -> np.ndarray:
+    """(ranks, steps): the median of each column without the row's own value."""
+    count = len(work)
+    ordered = np.sort(work, axis=0)
+    place = work.argsort(0, kind="stable").argsort(0, kind="stable")
+
+    def left(k: int) -> np.ndarray:
+        """The k-th smallest when the row's own is taken out."""
+        return np.where(k < place, ordered[k], ordered[k + 1])
+
+    return (left((count - 2) // 2) + left((count - 1) // 2)) / 2
+
+
 def slowest(ranks: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The rank whose own work took longest beside its stage's median; nothing for one rank."""
+    """The rank whose own work took longest beside its peers'; nothing for one rank."""
     if len(ranks) == 1:
         return {}
-    medians = {
-        stage: statistics.median(row["busy"] for row in ranks if row["stage"] == stage)
-        for stage in {row["stage"] for row in ranks}
-    }
-    ratios = [row["busy"] / max(medians[row["stage"]], 1e-9) for row in ranks]
-    worst = max(range(len(ratios)), key=ratios.__getitem__)
-    if ratios[worst] > SLOW and len(ranks) > 2:
-        LOG.info("rank %d takes %.1f times its peers' time for a step", worst, ratios[worst])
-    return {"slowest_rank": worst, "slowest_ratio": ratios[worst]}
+    busy = np.array([[row["busy"]] for row in ranks])
+    ratios = over_peers(busy, np.array([row["stage"] for row in ranks]))[:, 0]
+    worst = int(ratios.argmax())
+    ratio = float(ratios[worst])
+    if ratio > SLOW:
+        LOG.info("rank %d takes %.1f times its peers' time for a step", worst, ratio)
+    return {"slowest_rank": worst, "slowest_ratio": ratio}
 
 
 def speed_of(ranks: Sequence[dict[str, Any]], tflops: float) -> dict[str, float]:
-    """Model TFLOP/s of a step, and their share of the peaks of all ranks; nothing if unknown."""
+    """The peaks of all ranks; model TFLOP/s of a step and their share of it where it is known."""
     peak = sum(row["peak"] for row in ranks)
-    if not tflops or not peak:
+    if not peak:
         return {}
-    return {"model_tflops": tflops, "peak_tflops": peak, "mfu": tflops / peak}
+    share = {"model_tflops": tflops, "mfu": tflops / peak} if tflops else {}
+    return {"peak_tflops": peak, **share}
 
 
 def time_of(ranks: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:

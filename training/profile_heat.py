@@ -22,19 +22,22 @@ class Heat:
     first: list[int]
     """Step at which each column begins."""
     cells: np.ndarray
-    """(ranks, columns): 1 = as the median of the stage."""
+    """(ranks, columns): 1 = as the peers."""
 
 
-def heat_of(ratios: np.ndarray, steps: np.ndarray, columns: int, most_ranks: int) -> Heat:
+def heat_of(
+    ratios: np.ndarray, numbers: np.ndarray, steps: np.ndarray, columns: int, most_ranks: int
+) -> Heat:
     """Gather steps into columns, and keep the ranks that are slowest at some time.
 
-    Shapes: (ranks, steps) and (steps,).
+    Shapes: (ranks, steps), (ranks,) numbers of the ranks, and (steps,).
     """
     parts = np.array_split(np.arange(len(steps)), min(columns, len(steps)))
     cells = np.stack([ratios[:, part].mean(1) for part in parts], 1)
     hottest = np.argsort(-cells.max(1), kind="stable")[:most_ranks]
-    ranks = sorted(int(rank) for rank in hottest)
-    return Heat(ranks=ranks, first=[int(steps[part[0]]) for part in parts], cells=cells[ranks])
+    rows = sorted(hottest)
+    first = [int(steps[part[0]]) for part in parts]
+    return Heat(ranks=[int(numbers[row]) for row in rows], first=first, cells=cells[rows])
 
 
 def level(ratio: float) -> int:

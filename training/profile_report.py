@@ -9,17 +9,20 @@ from typing import Any
 import numpy as np
 
 from core.errors import InputError
-from core.settings import from_json
 from parallel.precision import choose_matmul_precision
 from training.config import StageConfig
-from training.main import SETTINGS
+from training.metrics_rows import passed_over
 from training.profile_advice import warnings_for
 from training.profile_categories import CATEGORIES, CHECKPOINT, OWN, VALIDATION
-from training.profile_figures import measure_peak
+from training.profile_figures import measure_peak, over_peers
 from training.profile_flops import model_flops
+from training.profile_plan import Planned
 from training.profile_ring import RankSteps, read_rings
-from training.run_config import config_of
-from training.run_folder import read_metrics
+from training.run_config import settings_of_run
+from training.run_folder import read_rows
+
+_MOST_NAMED = 8
+"""Ranks of a list that are named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +64,8 @@ class Report:
     seconds: float
     """Mean of a step, with its part of validation and saves."""
     steps_per_second: float
-    tokens_per_second: float
+    tokens_per_second: float | None
+    """None if no row of metrics.jsonl says how many tokens a step has."""
     model_flops: float
     """Of a step."""
     model_tflops: float
@@ -72,10 +76,14 @@ class Report:
     mfu: float
     collectives: list[Traffic]
     slow_ranks: dict[int, float]
-    """Each rank's own work over the median of its stage, 1 = as its peers."""
+    """Each rank's own work over the median of its peers', the other ranks of its stage."""
+    missing: list[str]
+    """What the run folder lacks, so that figures are missing or come from some ranks alone."""
     warnings: list[str]
     predicted: dict[str, float] | None = None
     """A plan's seconds by category."""
+    predicted_for: str = ""
+    """The hardware that the plan was made for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,24 +95,24 @@ class Profiled:
     settings: StageConfig
     model: Any
     rows: list[dict[str, Any]]
-    """Of training, from metrics.jsonl."""
+    """Of training, from metrics.jsonl, that tell of these steps."""
     ranks: int
+    """Of the run."""
+    numbers: np.ndarray
+    """(found,) numbers of the ranks whose files are there."""
     stages: np.ndarray
-    """(ranks,) place in the pipeline."""
+    """(found,) place in the pipeline."""
     steps: np.ndarray
     """(steps,) numbers of the steps."""
     seconds: np.ndarray
-    """(ranks, steps, categories)."""
+    """(found, steps, categories)."""
+    missing: list[str]
+    """What the folder lacks."""
 
     def own(self) -> np.ndarray:
-        """Each rank's own work over the median of its stage's at that step, (ranks, steps)."""
+        """Each rank's own work over its peers' at that step, (found, steps)."""
         columns = [CATEGORIES.index(name) for name in OWN]
-        work = self.seconds[:, :, columns].sum(2)
-        found = np.ones_like(work)
-        for stage in np.unique(self.stages):
-            peers = self.stages == stage
-            found[peers] = work[peers] / np.maximum(np.median(work[peers], 0), 1e-9)
-        return found
+        return over_peers(self.seconds[:, :, columns].sum(2), self.stages)
 
 
 def read_profile(run: Path, last: int = 0) -> Profiled:
@@ -112,27 +120,57 @@ def read_profile(run: Path, last: int = 0) -> Profiled:
 
     Raises: InputError for no run folder, or one without a profile.
     """
-    body = config_of(run)
-    stage = body.pop("stage")
-    settings = from_json(SETTINGS[stage], body)
-    rows = [row for row in read_metrics(run) if "split" not in row]
-    rings = read_rings(run)
-    if not rings or not min(len(ring.steps) for ring in rings):
+    stage, settings = settings_of_run(run)
+    rings = [ring for ring in read_rings(run) if len(ring.steps)]
+    if not rings:
         raise InputError(
-            f"{run} holds no profile; train a step at least, without --profile.no-always"
+            f"{run} holds no profile; train a step at least, without --profile.no-always (a "
+            "damaged profile/rank-0.bin is written anew when the run resumes)"
         )
     steps, seconds = _together(rings, last)
+    if not len(steps):
+        raise InputError(
+            f"{run} holds no common steps of its {len(rings)} ranks: their files are of different "
+            "times; train a step at least"
+        )
+    rows, bad = read_rows(run)
+    rows = [row for row in rows if "split" not in row]
+    numbers = np.array([ring.rank for ring in rings])
+    missing = _missing_ranks(rings[0].ranks, numbers.tolist())
+    missing += ["no row of training in metrics.jsonl: no collectives, no tokens"] * (not rows)
+    missing += [passed_over(bad)] * bool(bad)
     return Profiled(
         run=run,
         stage=stage,
         settings=settings,
         model=settings.model,  # type: ignore[attr-defined]
-        rows=rows,
+        rows=rows_of_steps(rows, int(steps[0]), int(steps[-1])),
         ranks=rings[0].ranks,
+        numbers=numbers,
         stages=np.array([ring.stage for ring in rings]),
         steps=steps,
         seconds=seconds,
+        missing=missing,
     )
+
+
+def _missing_ranks(ranks: int, found: list[int]) -> list[str]:
+    lacking = ranks - len(found)
+    if not lacking:
+        return []
+    named = [rank for rank in range(len(found) + _MOST_NAMED) if rank not in found][:_MOST_NAMED]
+    text = ", ".join(str(rank) for rank in named if rank < ranks)
+    return [
+        f"the profile of {lacking} of {ranks} ranks is missing, empty or damaged (rank {text}"
+        f"{', ...' if lacking > _MOST_NAMED else ''}): the figures are those of the others"
+    ]
+
+
+def rows_of_steps(rows: list[dict[str, Any]], first: int, last: int) -> list[dict[str, Any]]:
+    """The rows that tell of some steps, each of those since the row before; else the last one."""
+    earlier = [0, *(row["step"] for row in rows)]
+    told = [row for row, before in zip(rows, earlier, strict=False) if before < last]
+    return [row for row in told if row["step"] >= first] or rows[-1:]
 
 
 def _together(rings: Sequence[RankSteps], last: int) -> tuple[np.ndarray, np.ndarray]:
@@ -145,16 +183,21 @@ def _together(rings: Sequence[RankSteps], last: int) -> tuple[np.ndarray, np.nda
     return steps, np.stack(rows).astype(np.float64)
 
 
-def report_of(found: Profiled, peak: float, plan: dict[str, float] | None) -> Report:
+def report_of(found: Profiled, peak: float, plan: Planned | None) -> Report:
     """Sum a profile up; `peak` is one device's TFLOP/s, 0 = what the run measured."""
-    seconds = found.seconds.sum(2).mean()
+    seconds = max(found.seconds.sum(2).mean(), 1e-9)
     apart = [CATEGORIES.index(name) for name in (CHECKPOINT, VALIDATION)]
-    training = seconds - found.seconds[:, :, apart].sum(2).mean()
+    training = max(seconds - found.seconds[:, :, apart].sum(2).mean(), 1e-9)
     flops = found.settings.loop.batch * model_flops(found.model)
     total, source = _peak(found, peak)
     tokens = _tokens_a_step(found.rows)
-    ratios = np.median(found.own(), 1)
-    time = {name: _spent(found.seconds[:, :, i], seconds) for i, name in enumerate(CATEGORIES)}
+    medians = np.median(found.own(), 1)
+    ratios = {int(n): float(r) for n, r in zip(found.numbers, medians, strict=True)}
+    time = {
+        name: _spent(found.seconds[:, :, i], seconds, found.numbers)
+        for i, name in enumerate(CATEGORIES)
+    }
+    shares = {name: row.share for name, row in time.items()}
     return Report(
         run=str(found.run),
         stage=found.stage,
@@ -165,29 +208,29 @@ def report_of(found: Profiled, peak: float, plan: dict[str, float] | None) -> Re
         time=time,
         seconds=float(seconds),
         steps_per_second=float(1 / seconds),
-        tokens_per_second=float(tokens / seconds),
+        tokens_per_second=None if tokens is None else float(tokens / seconds),
         model_flops=float(flops),
         model_tflops=float(flops / training / 1e12),
         peak_tflops=total,
         peak_source=source,
         mfu=float(flops / training / 1e12 / total),
         collectives=_traffic(found.rows),
-        slow_ranks={rank: float(ratio) for rank, ratio in enumerate(ratios)},
-        warnings=warnings_for(
-            found.settings, {name: row.share for name, row in time.items()}, ratios
-        ),
-        predicted=plan,
+        slow_ranks=ratios,
+        missing=found.missing,
+        warnings=warnings_for(found.settings, shares, ratios),
+        predicted=plan.seconds if plan else None,
+        predicted_for=plan.gpu if plan else "",
     )
 
 
-def _spent(seconds: np.ndarray, whole: float) -> Spent:
+def _spent(seconds: np.ndarray, whole: float, numbers: np.ndarray) -> Spent:
     mean = float(seconds.mean())
     return Spent(
         mean=mean,
         p50=float(np.quantile(seconds, 0.5)),
         p99=float(np.quantile(seconds, 0.99)),
         share=mean / max(float(whole), 1e-12),
-        slowest_rank=int(seconds.mean(1).argmax()),
+        slowest_rank=int(numbers[seconds.mean(1).argmax()]),
     )
 
 
@@ -195,7 +238,7 @@ def _peak(found: Profiled, peak: float) -> tuple[float, str]:
     """TFLOP/s of all ranks, and where the figure comes from."""
     if peak:
         return peak * found.ranks, "given"
-    noted = [row["peak_tflops"] for row in found.rows if "peak_tflops" in row]
+    noted = [row["peak_tflops"] for row in found.rows if row.get("peak_tflops")]
     if noted:
         return float(noted[-1]), "of the run"
     choose_matmul_precision(found.settings.engine.matmul_precision)
@@ -203,16 +246,22 @@ def _peak(found: Profiled, peak: float) -> tuple[float, str]:
     return here * found.ranks, "measured on this machine now"
 
 
-def _tokens_a_step(rows: Sequence[dict[str, Any]]) -> float:
-    return rows[-1]["tokens_per_second"] * rows[-1]["seconds"] if rows else 0.0
+def _tokens_a_step(rows: Sequence[dict[str, Any]]) -> float | None:
+    noted = [row for row in rows if {"tokens_per_second", "seconds"} <= row.keys()]
+    if not noted:
+        return None
+    return statistics.fmean(row["tokens_per_second"] * row["seconds"] for row in noted)
 
 
 def _traffic(rows: Sequence[dict[str, Any]]) -> list[Traffic]:
-    """Collectives by group and operation, a step; the longest first."""
-    noted = [row for row in rows if row.get("comm_seconds")]
+    """Collectives of a step by group and operation; the longest first.
+
+    What is called between steps alone (a row's own gather, comparisons) is not one of a step.
+    """
+    noted = [row for row in rows if row.get("comm_seconds") and "comm" in row]
     found = []
     for group, operation in sorted(
-        {(g, op) for row in noted for g, part in row["comm_seconds"].items() for op in part}
+        {(g, op) for row in noted for g, part in row["comm"].items() for op in part}
     ):
         counts = [row["comm"].get(group, {}).get(operation, {}) for row in noted]
         taken = [row["comm_seconds"].get(group, {}).get(operation, 0.0) for row in noted]

@@ -21,6 +21,8 @@ from training.profile_categories import CATEGORIES
 RECORDS = 4096
 """Steps that are kept: 229 KB a rank."""
 HEADER = 512
+_MOST_STEPS = 2**40
+"""A slot with a larger number is damaged."""
 FOLDER = "profile"
 """In the run folder."""
 _SLOT = struct.Struct(f"<qd{len(CATEGORIES)}f")
@@ -98,20 +100,25 @@ def read_rings(run: Path) -> list[RankSteps]:
 
 
 def _read(path: Path) -> RankSteps | None:
-    """One file; None if it is none of this version, or half written."""
+    """One file; None if it is none of this version, or damaged."""
     data = path.read_bytes()
     try:
         facts: dict[str, Any] = json.loads(data[:HEADER])
-        if tuple(facts["categories"]) != CATEGORIES:
-            return None
-        slots = np.frombuffer(data, _TYPE, offset=HEADER)
-    except (ValueError, KeyError):
+        rank, ranks, stage = (int(facts[name]) for name in ("rank", "ranks", "stage"))
+        known = tuple(facts["categories"]) == CATEGORIES and 0 <= rank < ranks
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None
-    slots = np.sort(slots[slots["step"] > 0], order="step")
+    if not known or len(data) != HEADER + RECORDS * _SLOT.size:
+        return None
+    slots = np.frombuffer(data, _TYPE, offset=HEADER)
+    steps, seconds = slots["step"], slots["seconds"]
+    in_place = (steps > 0) & (steps < _MOST_STEPS) & (steps % RECORDS == np.arange(RECORDS))
+    slots = slots[in_place & (np.isfinite(seconds) & (seconds >= 0)).all(1)]
+    slots = np.sort(slots, order="step")
     return RankSteps(
-        rank=facts["rank"],
-        ranks=facts["ranks"],
-        stage=facts["stage"],
+        rank=rank,
+        ranks=ranks,
+        stage=stage,
         steps=slots["step"],
         times=slots["time"],
         seconds=slots["seconds"],

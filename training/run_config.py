@@ -4,7 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from core.errors import InputError
+from core.errors import ConfigError, InputError
+from core.settings import check, from_json
+from training.config import StageConfig
+from training.main import SETTINGS
+
+_REMEDY = (
+    "the run's own command writes it again when it resumes; that of another version of Tapir is "
+    "read by that version"
+)
 
 
 def config_of(run: Path) -> dict[str, Any]:
@@ -12,11 +20,33 @@ def config_of(run: Path) -> dict[str, Any]:
     path = run / "config.json"
     try:
         body: dict[str, Any] = json.loads(path.read_bytes())
-        if {"stage", "loop"} <= body.keys():
+        if not {"stage", "loop"} <= body.keys():
+            reason = f"{path} is of something else"
+        elif isinstance(body["stage"], str) and isinstance(body["loop"]["steps"], int):
             return body
-        reason = f"{path} is of something else"
+        else:
+            reason = f"{path} is damaged"
     except FileNotFoundError:
         reason = "no config.json"
-    except (ValueError, AttributeError):
+        if run.is_dir():
+            reason += "; a run that has just been started writes it in its first minute"
+    except (ValueError, AttributeError, KeyError, TypeError):
         reason = f"{path} is damaged"
     raise InputError(f"{run} is no run folder ({reason}); give the --out of `tapir train`")
+
+
+def settings_of_run(run: Path) -> tuple[str, StageConfig]:
+    """The stage and its settings. Raises: InputError for no run, or settings of no training."""
+    body = config_of(run)
+    stage = body.pop("stage")
+    path = run / "config.json"
+    if stage not in SETTINGS:
+        raise InputError(f"{path} is of stage {stage!r}, not of {', '.join(SETTINGS)}")
+    try:
+        settings = from_json(SETTINGS[stage], body)
+        check(settings.problems())
+        return stage, settings
+    except ConfigError as error:
+        raise InputError(f"{path} is damaged or of another version: {error}; {_REMEDY}") from error
+    except (TypeError, AttributeError, ValueError, KeyError) as error:
+        raise InputError(f"{path} is damaged ({error}); {_REMEDY}") from error

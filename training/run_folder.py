@@ -12,6 +12,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 
 from core.files import Json, canonical_json, held, remove_leftovers, write_atomic
 from core.log import LOG
+from training.metrics_rows import rows_of
 from training.watch_live import write_live
 
 _MOST_BINS = 1024
@@ -94,12 +95,16 @@ def _scalars(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
 def _step_of(row: str) -> float:
     try:
         return float(json.loads(row)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return math.inf
 
 
 def read_metrics(root: Path) -> list[dict[str, Any]]:
     """All rows of a run's metrics.jsonl; lines that are none are left out."""
+    return read_rows(root)[0]
+
+
+def read_rows(root: Path) -> tuple[list[dict[str, Any]], int]:
+    """The same, and how many lines were left out."""
     path = root / "metrics.jsonl"
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if math.isfinite(_step_of(line))]
+    return rows_of(path.read_text(errors="replace").splitlines() if path.exists() else [])

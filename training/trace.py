@@ -16,14 +16,18 @@ from torch.profiler import ProfilerAction, ProfilerActivity, profile
 from core.errors import InputError
 from core.files import TEMPORARY, write_atomic
 from core.log import LOG
+from core.settings import check
 from training.config import ProfileConfig, parse_ranks, parse_steps
 from training.profile_clock import Timeline
 from training.profile_ring import FOLDER
-from training.run_config import config_of
+from training.run_config import settings_of_run
+from training.watch_tail import Follower
 
 REQUEST = "request.json"
 ENDING = ".pt.trace.json.gz"
 """What TensorBoard's plugin (torch-tb-profiler) and Perfetto both open."""
+MOST_STEPS = 100
+"""Steps of a trace that is asked for: all of its events are in memory until its end."""
 Plan = dict[str, Any]
 """{"first": step, "last": step, "ranks": numbers, none for all}."""
 
@@ -35,39 +39,55 @@ class Tracer:
         self._out, self._rank, self._timeline = out, rank, timeline
         self._first = self._last = -1
         self._running: Any = None
+        self._planned: list[tuple[int, int]] = []
+        """First and last steps of traces on any rank."""
+        self._mine: list[tuple[int, int]] = []
+        """Of them, those of this rank."""
         if config.steps:
             first, last = parse_steps(config.steps)
             self.plan({"first": first, "last": last, "ranks": parse_ranks(config.ranks)})
 
     def plan(self, plan: Plan | None) -> None:
         """Record some steps, both ends included, if this rank is one of those meant."""
-        meant = plan is not None and (not plan["ranks"] or self._rank in plan["ranks"])
-        if plan is not None and meant and self._running is None:
-            self._first, self._last = plan["first"], plan["last"]
+        if plan is None:
+            return
+        steps = plan["first"], plan["last"]
+        self._planned.append(steps)
+        if not plan["ranks"] or self._rank in plan["ranks"]:
+            self._mine.append(steps)
 
     def asked(self, step: int) -> Plan | None:
-        """What rank 0's request file asks for behind a step; the file goes."""
+        """What rank 0's request file asks for behind a step; the file goes, or waits for its turn.
+
+        It waits while one of these steps is in another trace.
+        """
         path = self._out / FOLDER / REQUEST
         if self._rank or not path.exists():
             return None
         try:
             body = json.loads(path.read_bytes())
+            first, last = step + 1, step + int(body["steps"])
+            ranks = [int(rank) for rank in body["ranks"]]
+            if any(begin <= last and first <= end for begin, end in self._planned):
+                return None
             path.unlink()
-            first, count = step + 1, int(body["steps"])
-            return {"first": first, "last": step + count, "ranks": [int(r) for r in body["ranks"]]}
+            return {"first": first, "last": last, "ranks": ranks}
         except (OSError, ValueError, KeyError, TypeError) as error:
             LOG.error("%s is no request for a trace: %s", path, error)
             return None
 
     def begin(self, step: int) -> None:
         """A step begins: record it, or end the trace before it."""
+        if self._running is not None and step > self._last:
+            self.close()
         if self._running is not None:
-            if step > self._last:
-                self.close()
-            else:
-                self._running.step()
-        elif self._first <= step <= self._last:
-            self._start()
+            self._running.step()
+            return
+        for first, last in self._mine:
+            if first <= step <= last:
+                self._first, self._last = first, last
+                self._start()
+                return
 
     def close(self) -> None:
         """End the trace that may be recorded, and write it."""
@@ -108,10 +128,30 @@ def traces(run: Path) -> list[Path]:
 def request_trace(run: Path, steps: int, ranks: list[int]) -> None:
     """Ask a run in progress for a trace of its next steps; no ranks = all.
 
-    Raises: InputError for no run folder, or a number of steps below 1.
+    Raises: InputError for no run folder, or one that has ended; ConfigError for steps and ranks
+    that cannot be traced, or if another request waits.
     """
+    follower = Follower(run)
+    follower.look()
+    if follower.finished:
+        raise InputError(f"{run} has ended at step {follower.steps}: no step is left to trace")
+    _, settings = settings_of_run(run)
+    path, found = run / FOLDER / REQUEST, []
     if steps < 1:
-        raise InputError(f"a trace of {steps} steps holds nothing; ask for at least 1")
-    config_of(run)
-    body = json.dumps({"steps": steps, "ranks": ranks}).encode()
-    write_atomic(run / FOLDER / REQUEST, body)
+        found.append(f"a trace of {steps} steps holds nothing; ask for at least 1")
+    if steps > MOST_STEPS:
+        found.append(
+            f"a trace of {steps} steps is too long: the profiler keeps every event in memory until "
+            f"its end; ask for at most {MOST_STEPS}"
+        )
+    world = settings.mesh.world
+    if wrong := [rank for rank in ranks if not 0 <= rank < world]:
+        text = ", ".join(map(str, wrong))
+        found.append(f"the run has no rank {text}; its ranks are 0 to {world - 1}")
+    if path.exists():
+        found.append(
+            f"another request waits in {path}; it is heeded with the next row of metrics.jsonl, "
+            "after a trace in progress; ask again then, or delete it"
+        )
+    check(found)
+    write_atomic(path, json.dumps({"steps": steps, "ranks": ranks}).encode())

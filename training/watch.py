@@ -1,5 +1,6 @@
 """`tapir watch RUN...`: runs live in a terminal, from their metrics.jsonl and heartbeats alone."""
 
+import codecs
 import itertools
 import sys
 import time
@@ -17,14 +18,22 @@ from rich.text import Text
 from core.cli import parse
 from core.errors import InputError
 from core.heartbeat import Beat
+from training.metrics_rows import passed_over
 from training.profile_categories import CATEGORIES
 from training.watch_live import beats_of
 from training.watch_tail import Follower
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
+_PLAIN = {**dict(zip(_BLOCKS, ".:-=+*%#", strict=True)), "…": "."}
+"""What stands for them where an encoding has none."""
 _SPARK, _BAR, _MOST_BEATS = 60, 30, 16
+_NAME = "tapir-plain"
 _QUIET = 60.0
 """Seconds without a row after which the panel says so."""
+_SLOW = 1.2
+"""A rank's own work over its peers' above which it is named."""
+_LONGEST = 3600.0
+"""Seconds between two looks, at most."""
 
 
 def watch(arguments: list[str]) -> None:
@@ -40,11 +49,15 @@ def watch(arguments: list[str]) -> None:
         Args:
             runs: run folders of dVAEs, priors or CLIPs
             once: print one frame and end; so does a standard output that is no terminal
-            interval: seconds between two looks
+            interval: seconds between two looks, up to 3600
         """
-        if not runs or not interval > 0:
-            raise InputError("name a run folder at least, and a positive --interval")
+        if not runs or not 0 < interval <= _LONGEST:
+            raise InputError(
+                f"name a run folder at least, and an --interval of at most {_LONGEST:.0f} s"
+            )
         followers = [Follower(path) for path in runs]
+        codecs.register_error(_NAME, _in_plain_signs)
+        sys.stdout.reconfigure(errors=_NAME)  # type: ignore[union-attr]
         if once or not sys.stdout.isatty():
             Console().print(frame(followers))
             return
@@ -53,14 +66,37 @@ def watch(arguments: list[str]) -> None:
     parse(run, arguments, "watch")
 
 
+def _in_plain_signs(error: UnicodeError) -> tuple[str, int]:
+    """Write what the terminal's encoding lacks with the signs that every encoding has."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(sign, "?") for sign in text), error.end
+
+
 def _live(followers: Sequence[Follower], interval: float) -> None:
+    console = Console()
     try:
-        with Live(frame(followers), auto_refresh=False) as live:
-            while not all(follower.finished for follower in followers):
+        with Live(_fitting(followers, console), console=console, auto_refresh=False) as live:
+            while not all(follower.finished or follower.gone for follower in followers):
                 time.sleep(interval)
-                live.update(frame(followers), refresh=True)
+                live.update(_fitting(followers, console), refresh=True)
     except KeyboardInterrupt:
         return
+
+
+def _fitting(followers: Sequence[Follower], console: Console) -> RenderableType:
+    """The runs that fit in the terminal, and how many do not."""
+    shown, left = [], console.height - 1
+    for panel in [_panel(follower) for follower in followers]:
+        left -= len(console.render_lines(panel))
+        if left >= 0 or not shown:
+            shown.append(panel)
+        else:
+            break
+    hidden = len(followers) - len(shown)
+    more = f"{hidden} more do not fit here: make the terminal higher, or watch fewer"
+    return Group(*shown, *([Text(more)] if hidden else []))
 
 
 def frame(followers: Sequence[Follower]) -> RenderableType:
@@ -70,20 +106,23 @@ def frame(followers: Sequence[Follower]) -> RenderableType:
 
 def _panel(follower: Follower) -> Panel:
     follower.look()
-    title = f"{follower.stage} in {follower.run}"
+    title = Text(f"{follower.stage} in {follower.run}")
+    if follower.gone:
+        return Panel(Text("the folder is gone: deleted or moved"), title=title)
     row = follower.last
     if not row:
-        return Panel(Text("no step is logged yet"), title=title)
+        bad = f"; {passed_over(follower.passed_over)}" if follower.passed_over else ""
+        return Panel(Text(f"no step is logged yet{bad}"), title=title)
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column()
     for name, content in _lines(follower, row):
-        table.add_row(name, content)
+        table.add_row(name, Text(content) if isinstance(content, str) else content)
     return Panel(table, title=title)
 
 
-def _lines(follower: Follower, row: dict[str, Any]) -> list[tuple[str, RenderableType]]:
-    found: list[tuple[str, RenderableType]] = [
+def _lines(follower: Follower, row: dict[str, Any]) -> list[tuple[str, str | Text]]:
+    found: list[tuple[str, str | Text]] = [
         ("step", _progress(follower, row)),
         ("loss", f"{spark(follower.losses, _SPARK)}  {_number(row.get('loss'))}"),
         ("speed", _speed(row)),
@@ -95,11 +134,13 @@ def _lines(follower: Follower, row: dict[str, Any]) -> list[tuple[str, Renderabl
         found.append(("validation", f"at {follower.validation['step']}: {text}"))
     if "time" in row:
         found.append(("time", _bars(row)))
-    found.append(("data wait", _waits(row)))
+    found.append(("loader", _waits(row)))
     found.append(("memory", _memory(row)))
     found.append(("update", _update(row)))
     if beats := beats_of(follower.run):
         found.append(("ranks", _beats(beats)))
+    if follower.passed_over:
+        found.append(("rows", passed_over(follower.passed_over)))
     return found
 
 
@@ -111,15 +152,20 @@ def _progress(follower: Follower, row: dict[str, Any]) -> str:
     seconds = follower.seconds_a_step
     quiet = follower.quiet
     late = f"; no row for {duration(quiet)}" if quiet > max(_QUIET, 20 * seconds) else ""
-    return f"{done}, {duration((total - step) * seconds)} left{late}"
+    return f"{done}, {duration(max(total - step, 0) * seconds)} left{late}"
 
 
 def _speed(row: dict[str, Any]) -> str:
-    text = f"{row.get('tokens_per_second', 0):,.0f} tokens/s, {row.get('seconds', 0):.3g} s a step"
+    parts = []
+    if "tokens_per_second" in row:
+        parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+    if "seconds" in row:
+        parts.append(f"{row['seconds']:.3g} s a step")
     if "mfu" in row:
-        text += f", {row['model_tflops']:.3g} TFLOP/s, MFU {row['mfu']:.1%}"
-    if row.get("slowest_ratio", 0) > 1.2:
-        text += f"; rank {row['slowest_rank']} is {row['slowest_ratio']:.2f}x as slow as its peers"
+        parts.append(f"{row['model_tflops']:.3g} TFLOP/s, MFU {row['mfu']:.1%}")
+    text = ", ".join(parts) or "not noted"
+    if row.get("slowest_ratio", 0) > _SLOW:
+        text += f"; rank {row['slowest_rank']} takes {row['slowest_ratio']:.2f}x its peers' time"
     return text
 
 
@@ -138,7 +184,7 @@ def _bars(row: dict[str, Any]) -> Text:
 
 def _waits(row: dict[str, Any]) -> str:
     share, seconds = row.get("data_share", 0), row.get("data_seconds", 0)
-    return f"{share:.2%} of the time, {1000 * seconds:.2f} ms in the last step"
+    return f"waited for records {share:.2%} of the time, {1000 * seconds:.2f} ms in the last step"
 
 
 def _memory(row: dict[str, Any]) -> str:

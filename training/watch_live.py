@@ -25,5 +25,5 @@ def beats_of(run: Path) -> list[Beat]:
         if note["host"] != socket.gethostname() or not (note["beats"] and folder.is_dir()):
             return []
         return read_beats(folder, len(list(folder.glob("heart-*"))))
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return []

@@ -1,6 +1,5 @@
 """Follow a growing metrics.jsonl without reading it again from the start."""
 
-import json
 import math
 import os
 import time
@@ -9,10 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from training.metrics_rows import row_of
 from training.run_config import config_of
 
 _PART = 2**20
 _MOST_LOSSES = 20_000
+_LARGEST = 1e100
+"""Losses below it can be drawn."""
 _RECENT = 20
 """Rows that the time of a step is taken over."""
 
@@ -58,7 +60,7 @@ class Follower:
         """Raises: InputError if this is no run folder."""
         body = config_of(run)
         self.run, self.stage = run, str(body["stage"])
-        self.steps = int(body["loop"]["steps"])
+        self.steps: int = body["loop"]["steps"]
         self._tail = Tail(run / "metrics.jsonl")
         self._forget()
 
@@ -76,10 +78,15 @@ class Follower:
         return self.last.get("step") == self.validation.get("step") == self.steps
 
     @property
+    def gone(self) -> bool:
+        """True if the run folder was deleted or moved."""
+        return not self.run.is_dir()
+
+    @property
     def seconds_a_step(self) -> float:
         """Recent time of a step, with its part of validation and saves where that was noted."""
         found = [
-            sum(row["time"].values()) if "time" in row else float(row.get("seconds", 0))
+            sum(row["time"].values()) if "time" in row else row.get("seconds", 0)
             for row in self._recent
         ]
         return sum(found) / max(len(found), 1)
@@ -98,18 +105,20 @@ class Follower:
         self.validation: dict[str, Any] = {}
         """The last row of validation."""
         self.losses: deque[float] = deque(maxlen=_MOST_LOSSES)
+        self.passed_over = 0
+        """Lines that are no rows."""
         self._recent: deque[dict[str, Any]] = deque(maxlen=_RECENT)
 
     def _take(self, line: str) -> None:
-        try:
-            row = json.loads(line)
-            int(row["step"])
-        except (ValueError, KeyError, TypeError):
+        row = row_of(line)
+        if row is None:
+            self.passed_over += 1
             return
         if row.get("split") == "validation":
             self.validation = row
             return
         self.last = row
         self._recent.append(row)
-        if isinstance(row.get("loss"), float) and math.isfinite(row["loss"]):
-            self.losses.append(row["loss"])
+        loss = row.get("loss")
+        if isinstance(loss, float) and math.isfinite(loss) and abs(loss) < _LARGEST:
+            self.losses.append(loss)

@@ -2,13 +2,17 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from core.settings import to_json
+from parallel.config import EngineConfig, MeshConfig
 from tests.harness import rows_of, tapir
+from training.presets import prior_tiny
 from training.profile_categories import BUBBLE, CATEGORIES, COMPUTE, DATA, OPTIMIZER, PIPELINE
 from training.profile_ring import read_rings
 from training.trace import request_trace, traces
@@ -40,8 +44,16 @@ RUNS = {
 @pytest.fixture(scope="module")
 def runs(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {name: tmp_path_factory.mktemp(name) for name in RUNS}
-    (found["pipe"] / "config.json").write_text('{"stage": "prior", "loop": {}}')
-    request_trace(found["pipe"], 2, [])
+    tiny = prior_tiny()
+    settings = replace(
+        tiny,
+        loop=replace(tiny.loop, steps=STEPS),
+        mesh=MeshConfig(pipeline=2),
+        engine=EngineConfig(name="deepspeed_pipe", accumulate=4),
+    )
+    body = json.dumps({"stage": "prior", **to_json(settings)})
+    (found["pipe"] / "config.json").write_text(body)
+    request_trace(found["pipe"], 2, [1, 0])
     for name, flags in RUNS.items():
         run = ["train", "prior", "tiny", f"--data={tokens}", f"--out={found[name]}"]
         tapir(*run, *FLAGS, *flags)
@@ -97,6 +109,7 @@ def test_a_pipeline_has_a_bubble(runs: dict[str, Path]) -> None:
     assert time[BUBBLE]["mean"] > 0.1 * time[COMPUTE]["mean"] and time[PIPELINE]["mean"] > 0
     named = {(row["group"], row["operation"]) for row in report["collectives"]}
     assert ("pipeline", "recv") in named and ("pipeline", "send") in named
+    assert all(row["calls"] > 0 for row in report["collectives"]) and report["missing"] == []
     assert "own work of each rank" in text and "rank     1 " in text
 
 

@@ -348,7 +348,7 @@ def _unfinished(run: Path, to: str = "") -> Path:
     """A run folder beside `run` without a finished model."""
     folder = run.parent / "unfinished"
     folder.mkdir()
-    config = {"stage": "prior", "loop": {}, "checkpoint": {"to": to}}
+    config = {"stage": "prior", "loop": {"steps": 1}, "checkpoint": {"to": to}}
     (folder / "config.json").write_bytes(canonical_json(config))
     return folder
 

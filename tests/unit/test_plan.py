@@ -9,20 +9,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.errors import InputError
+from core.errors import ConfigError, InputError
 from models.config import PriorConfig
 from models.counts import prior_parameters
 from parallel.config import CompressConfig, EngineConfig, MeshConfig
 from parallel.placement import Placement
-from planning.commands import count_parameters, settings_of
-from planning.hardware import hardware_of
+from planning.commands import count_parameters, plan, settings_of
+from planning.hardware import KNOWN, hardware_of
 from planning.kernels import Kernels, flops, seconds
 from planning.links import all_reduce, group_span
 from planning.memory import CATEGORIES, loads_of, rank_bytes
 from planning.parts import Held, parts_of, stage_of
 from planning.schedule import actions, crowded, play
-from planning.search import search, weigh
+from planning.search import MOST_MICRO, search, ways_of, weigh
 from planning.step import estimate
+from planning.units import memory_unit, size_text
 from planning.work import pairs
 from planning.zero import BUCKET, Place, padded, touched
 from tests.harness import tapir
@@ -182,6 +183,116 @@ def test_wrong_hardware_and_calibrations_are_refused(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text('{"half_flops": 3e11}')
     assert hardware_of("cpu", tmp_path / "c.json").half_flops == 3e11
     assert hardware_of("v100").name == "v100-16gb"
+
+
+@pytest.mark.parametrize(
+    ("constants", "words"),
+    [
+        ({"half_flops": "fast", "cores": "2"}, "half_flops='fast' must.*cores='2' must"),
+        ({"half_flops": None}, "half_flops=None must be a number"),
+        ({"half_flops": 0}, "half_flops=0 must be a positive"),
+        ({"half_flops": -1e12, "launch": -1}, "half_flops.*positive.*launch=-1"),
+        ({"half_flops": 10**400}, "positive"),
+        ({"memory": float("nan")}, "memory=nan"),
+        ({"sustained": 1.5}, "share"),
+        ({"memory": 1e8}, "leaves nothing"),
+    ],
+)
+def test_constants_that_cannot_be_are_refused(
+    constants: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(constants))
+    with pytest.raises(InputError, match=words):
+        hardware_of("cpu", path)
+    assert all(not gpu.problems() for gpu in KNOWN.values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--network=-5", "--a-node=-2", "--link=inf", "--memory=nan", "--cost-hour=nan"], 5),
+        (["--world=-1", "--batch=-4"], 2),
+        ([f"--world={10**26}", f"--batch={10**12}", "--picture=plan.gif"], 3),
+        (["--batch=12"], "no multiple of the preset's order.lanes=8; try 16"),
+        (["--memory=inf"], 1),
+        (["--memory=1"], "leaves nothing"),
+        (["--calibration=c.json"], "add --gpu cpu"),
+        (["--published"], "no use for preset"),
+        (["--calibrate=c.json", "--gpu=cpu"], "no use for preset, gpu"),
+        (["--calibrate=c.json", "--published"], "two commands"),
+        (["--gpu=tpu"], "known: .*v100-16gb"),
+    ],
+)
+def test_wrong_flags_are_refused_at_once(
+    flags: list[str], words: str | int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("planning.commands.search", None)  # nothing is looked for
+    with pytest.raises(ConfigError, match=words if isinstance(words, str) else "-") as found:
+        plan(["tiny", *flags])
+    if isinstance(words, int):
+        assert len(str(found.value).splitlines()) == words
+
+
+@pytest.mark.parametrize("flag", ["--picture", "--calibrate"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("planning.commands.search", None)
+    (tmp_path / "folder.svg").mkdir()
+    for path in (tmp_path / "folder.svg", "/proc/plan.svg"):
+        with pytest.raises(OSError, match=r"folder|No such file|Permission"):
+            plan([*(["tiny"] if flag == "--picture" else []), f"{flag}={path}"])
+
+
+def test_large_batches_are_dealt_out_in_powers_of_two() -> None:
+    large = replace(TINY, loop=replace(TINY.loop, batch=3 * 2**28), mesh=MeshConfig(data=2))
+    large = replace(large, engine=EngineConfig())
+    counts = {way.engine.accumulate for way in ways_of(large)}
+    assert counts == {3 * 2**28 // 2 // 2**i for i in range(28)}
+    way = replace(large, engine=EngineConfig(accumulate=2 * MOST_MICRO))
+    assert "give a smaller --batch" in weigh(way, 2, hardware_of("h100")).why
+
+
+def test_advice_names_what_a_plan_has() -> None:
+    found = search(TINY, 12, hardware_of("h100"))
+    assert found.rejected and not any("--order" in row.why for row in found.rejected)
+    tensors = {row.candidate.settings.mesh.tensor for row in found.timed}
+    tensors |= {row.settings.mesh.tensor for row in found.rejected}
+    assert max(tensors) <= TINY.model.heads
+
+
+def test_a_model_that_fits_nowhere_ends_in_exit_code_1(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        plan(["tiny", "--world=1", "--memory=1.0015", "--json"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 1 and not json.loads(text.splitlines()[-1])["fits"]
+    assert "1.5 MB of h100 can be used" in text and "MB of the fullest rank" in text
+    with pytest.raises(SystemExit):
+        plan(["tiny", "--world=7"])
+    assert "of the fullest rank" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("gpu", ["cpu", "h100"])
+def test_the_pictures_timeline_is_the_whole_step(gpu: str) -> None:
+    from planning.picture import ending
+
+    mesh = MeshConfig(data=2, pipeline=2)
+    engine = EngineConfig(name="deepspeed_pipe", accumulate=4)
+    found = estimate(replace(TINY, mesh=mesh, engine=engine), hardware_of(gpu))
+    bars = ending(found)
+    assert "overhead" in [name for name, _, _ in bars]
+    assert ("crowding" in found.parts) == (gpu == "cpu")
+    assert bars[-1][1] + bars[-1][2] == pytest.approx(found.seconds)
+    assert sum(found.parts.values()) == pytest.approx(found.seconds)
+
+
+def test_bytes_are_said_in_a_unit_that_shows() -> None:
+    texts = [size_text(count) for count in (500, 48.3e6, 12.34e9, 2e12)]
+    assert texts == ["0.5 kB", "48.3 MB", "12.3 GB", "2.0 TB"]
+    assert memory_unit(5e12) == (1e9, "GB") and memory_unit(5e7) == (1e6, "MB")
 
 
 @pytest.mark.slow

@@ -16,7 +16,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.profile import BLOCK, PAIRS, interval, with_first
-from core.errors import InputError
 from models.config import ClipConfig, PriorConfig
 from models.counts import prior_flops
 from models.dvae import DVAE
@@ -42,13 +41,10 @@ from training.profile_categories import (
     VALIDATION,
 )
 from training.profile_clock import HostClock, Operation, Owner, Stretch, Timeline
-from training.profile_commands import profile
-from training.profile_figures import slowest, time_of
+from training.profile_figures import over_peers, slowest, time_of
 from training.profile_flops import model_flops
 from training.profile_heat import as_svg, as_text, heat_of
-from training.profile_plan import predicted_times
 from training.profile_ring import HEADER, RECORDS, Ring, read_rings
-from training.watch_tail import Follower
 
 ALL_REDUCE = Operation("data", "all_reduce", 8)
 
@@ -183,7 +179,8 @@ def test_rows_name_the_rank_that_took_most() -> None:
         {"stage": 1, "busy": 3.0, "seconds": [3.0] * len(CATEGORIES)},
         {"stage": 1, "busy": 6.0, "seconds": [2.0] * len(CATEGORIES)},
     ]
-    assert slowest(ranks) == {"slowest_rank": 2, "slowest_ratio": pytest.approx(6 / 4.5)}
+    assert slowest(ranks) == {"slowest_rank": 2, "slowest_ratio": 2.0}
+    assert slowest([ranks[0], {**ranks[0], "busy": 2.5}])["slowest_ratio"] == 2.5
     row = time_of(ranks)
     assert (row["time"][COMPUTE], row["time_max"][COMPUTE]) == (2.0, [3.0, 1])
     assert slowest(ranks[:1]) == {}
@@ -210,9 +207,9 @@ def test_the_advised_accumulate_halves_the_bubble(stages: int, micro: int) -> No
 def test_warnings_come_with_what_to_do() -> None:
     shares = dict.fromkeys(CATEGORIES, 0.0)
     settings = prior_tiny()
-    assert warnings_for(settings, shares, np.ones(2)) == []
+    assert warnings_for(settings, shares, {0: 1.0, 1: 1.0}) == []
     bad = {**shares, DATA_WAIT: 0.2, BUBBLE: 0.3, "checkpoint": 0.1, OTHER: 0.15}
-    found = warnings_for(settings, bad, np.array([1.0, 1.8, 1.0]))
+    found = warnings_for(settings, bad, {0: 1.0, 1: 1.8, 3: 1.0})
     assert len(found) == 5 and found[0].startswith("rank 1 takes 1.80 times")
     assert "--engine.accumulate" in found[1] and "--loader.ahead 32" in found[2]
     assert f"--checkpoint.every {2 * settings.checkpoint.every}" in found[4]
@@ -221,10 +218,22 @@ def test_warnings_come_with_what_to_do() -> None:
 def test_the_heat_map_shows_the_slow_rank() -> None:
     ratios = np.ones((3, 40))
     ratios[1, 20:] = 1.7
-    heat = heat_of(ratios, np.arange(1, 41), columns=4, most_ranks=2)
-    assert heat.ranks == [0, 1] and heat.first == [1, 11, 21, 31]
-    assert "rank     1 ..##  1.35" in as_text(heat).plain
-    assert as_svg(heat).count("<title>rank 1, from step") == 2
+    heat = heat_of(ratios, np.array([0, 2, 3]), np.arange(1, 41), columns=4, most_ranks=2)
+    assert heat.ranks == [0, 2] and heat.first == [1, 11, 21, 31]
+    assert "rank     2 ..##  1.35" in as_text(heat).plain
+    assert as_svg(heat).count("<title>rank 2, from step") == 2
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
+def test_peers_are_the_other_ranks_of_the_stage(ranks: int) -> None:
+    work = np.random.default_rng(ranks).integers(1, 5, (ranks, 6)).astype(float)
+    stages = np.array([0] * ranks + [1])
+    found = over_peers(np.vstack([work, work[:1]]), stages)
+    assert (found[-1] == 1).all()
+    for rank in range(ranks):
+        others = np.delete(work, rank, 0)
+        wanted = work[rank] / np.median(others, 0) if ranks > 1 else np.ones(6)
+        assert found[rank] == pytest.approx(wanted)
 
 
 def test_flops_are_those_of_the_real_models() -> None:
@@ -286,44 +295,5 @@ def test_a_profile_of_one_rank(dvae: Path, tmp_path: Path) -> None:
     assert sum(row["share"] for row in report["time"].values()) == pytest.approx(1)
     assert report["time"][VALIDATION]["mean"] > 0 and report["time"]["checkpoint"]["mean"] > 0
     assert report["mfu"] == pytest.approx(report["model_tflops"] / report["peak_tflops"])
+    assert report["peak_source"] == "of the run"
     assert "250.00" in text and "predicted" in text and "<svg" in page.read_text()
-
-
-def test_a_plan_is_read_for_the_mesh_of_the_run(tmp_path: Path) -> None:
-    settings = replace(prior_tiny(), mesh=MeshConfig(pipeline=2, data=2))
-    engine = settings.engine
-
-    def way(data: int, **seconds: float) -> dict[str, object]:
-        mesh = {**vars(settings.mesh), "data": data}
-        place = {"mesh": mesh, "engine": engine.name, "accumulate": engine.accumulate}
-        return {**place, "zero_stage": engine.zero_stage, "seconds": seconds}
-
-    parts = {"compute": 1.0, "compress": 0.5, "gradients": 2.0, "weights": 1.0, "update": 0.25}
-    mine = way(2, **parts, results=0.125, overhead=3.0, bubble=4.0)
-    path = tmp_path / "plan.json"
-    path.write_text(json.dumps({"best": way(1, compute=9.0), "alternatives": [mine]}))
-    found = predicted_times(path, settings)
-    wanted = {COMPUTE: 1.5, DATA: 3.0, OPTIMIZER: 0.25, PIPELINE: 0.125, OTHER: 3.0, BUBBLE: 4.0}
-    assert {name: value for name, value in found.items() if value} == wanted
-    path.write_text(json.dumps({"best": None, "alternatives": []}))
-    with pytest.raises(InputError, match="none of the plan's 0 ways"):
-        predicted_times(path, settings)
-
-
-def test_what_cannot_be_profiled_is_refused(dvae: Path, tmp_path: Path) -> None:
-    plan = tmp_path / "plan.json"
-    plan.write_text("[]")
-    for arguments, words in (
-        ([str(tmp_path)], "is no run folder"),
-        ([str(dvae), "--trace"], "holds no trace"),
-        ([str(dvae), "--last=-1"], "must not be negative"),
-        ([str(dvae), "--trace-next=-1"], "at least 1"),
-        ([str(tmp_path), "--trace-next=1"], "is no run folder"),
-        ([str(dvae), f"--plan={plan}"], "is no plan"),
-    ):
-        with pytest.raises(InputError, match=words):
-            profile(arguments)
-    for text, words in (("{}", "is of something else"), ("{", "is damaged"), ("[]", "is damaged")):
-        (tmp_path / "config.json").write_text(text)
-        with pytest.raises(InputError, match=words):
-            Follower(tmp_path)

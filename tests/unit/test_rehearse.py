@@ -12,7 +12,7 @@ from models.config import PriorConfig
 from parallel.config import EngineConfig, MeshConfig, OptimConfig
 from planning.filled import filled
 from planning.rehearse import rehearse, roles_of, scaled
-from planning.rehearse_commands import rehearse_verb
+from planning.rehearse_commands import laid_out, rehearse_verb
 from planning.rehearse_pool import Pool
 from planning.rehearse_rank import RankTask, run_rank
 from planning.sequence import Grid, Operation, Sequence
@@ -168,7 +168,9 @@ def fails(task: RankTask, broker: Any) -> Sequence:
 @pytest.mark.slow
 def test_the_verb_says_so_in_json(capsys: pytest.CaptureFixture[str]) -> None:
     rehearse_verb(["tiny", "--world", "16", "--engine.zero-stage=2", "--json"])
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    *lines, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)
+    assert "1 micro-batch a step" in lines[0] and " TB" not in lines[-1]
     assert found["matches"] and found["mismatch"] is None
     assert found["mesh"]["data"] == 16 and found["batch"] == 256
     assert found["roles"] == 3 and found["calls"]["all_reduce"] > 0
@@ -182,12 +184,39 @@ def test_the_verb_says_so_in_json(capsys: pytest.CaptureFixture[str]) -> None:
         (["tiny", "--stage", "bpe"], "no stage 'bpe'"),
         (["paper_12b", "--world", "1000"], "try --world 992"),
         (["tiny", "--world", "1"], "deepspeed_zero needs at least 2 ranks"),
+        (["tiny", "--world", "²"], "no positive whole number"),
+        (["tiny", "--world", "9" * 5000], "no positive whole number"),
+        (["tiny", "--mesh.tensor", "0"], "prior tiny cannot.*\n- mesh.data, tensor"),
+        (["tiny", "--world", "4", "--mesh.data", "0", "--mesh.tensor", "2"], "mesh.data, tensor"),
+        (["tiny", "--world", "4", "--engine.accumulate", "0"], "engine.accumulate=0 does not"),
+        (["tiny", "--engine.accumulate", "1000"], "accumulate=1000 does not divide the 16"),
+        (["tiny", "--loop.batch", "0"], "loop.steps, batch"),
+        (["tiny", "--loop.batch", "-4"], "loop.batch=-4"),
+        (["tiny", "--loop.batch", "2"], "loop.batch=2"),
+        (["tiny", "--engine.zero-stage", "3", "--mesh.machines", "3"], "machines=3 does not"),
+        (["tiny", "--mesh.machines", "0"], "machines must be at least 1"),
+        (["tiny", "--order.lanes", "0"], "order.lanes and order.window"),
+        (["tiny", "--order.lanes", "0", "--mesh.tensor", "0"], "(?s)mesh.data.*order.lanes and"),
     ],
 )
 def test_wrong_input_ends_in_exit_code_2(arguments: list[str], said: str) -> None:
     with pytest.raises(TapirError, match=said) as found:
         rehearse_verb(arguments)
     assert found.value.exit_code == EXIT_WRONG_INPUT
+
+
+def test_all_goes_on_past_presets_that_cannot_be_laid_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pairs = [("prior", name) for name in PRESETS["prior"]]
+    wanted, refused = laid_out(pairs, [], 8)
+    assert ("prior", "tiny") in [row[:2] for row in wanted]
+    assert "no multiple of the 16" in refused["prior paper_12b"]
+    with pytest.raises(SystemExit) as ended:
+        rehearse_verb(["all", "--stage=dvae", "--order.lanes=0", "--json"])
+    assert ended.value.code == EXIT_WRONG_INPUT
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["refused"]) == {f"dvae {name}" for name in PRESETS["dvae"]}
 
 
 def test_presets_grow_with_the_world() -> None:

@@ -2,16 +2,18 @@
 
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from core.errors import InputError
 from core.files import write_atomic
 from core.heartbeat import FOLDER, Heart
 from tests.harness import tapir
-from training.watch import duration, frame, spark
+from training.watch import _fitting, _live, duration, frame, spark, watch
 from training.watch_live import beats_of, write_live
 from training.watch_tail import Follower, Tail
 
@@ -94,6 +96,82 @@ def test_a_frame_says_what_is_going_on(run: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv(FOLDER, "")
     write_live(run)
     assert beats_of(run) == []
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        '{"step": Infinity}',
+        '{"step": 1e400}',
+        '{"step": "41"}',
+        '{"step": %s}' % ("9" * 400),
+        '{"step": 41, "time": []}',
+        '{"step": 41, "time": null}',
+        '{"step": 41, "time": {"compute": "a"}}',
+        '{"step": 41, "seconds": null}',
+        '{"step": 41, "tokens_per_second": "fast"}',
+        '{"step": 41, "mfu": 0.5}',
+        '{"step": 41, "slowest_ratio": 2.0}',
+        '{"step": 41, "compress_raw_bytes": 80}',
+        "[" * 100_000,
+        "null",
+    ],
+)
+def test_an_odd_row_is_passed_over(odd: str, run: Path) -> None:
+    (run / "metrics.jsonl").write_text(_row(20) + odd + "\n" + _row(30))
+    text = _shown(Follower(run))
+    assert "30/40" in text and "1 line of metrics.jsonl cannot be read" in text
+    (run / "metrics.jsonl").write_text(odd + "\n")
+    assert "no step is logged yet; 1 line" in _shown(Follower(run))
+
+
+def test_what_a_row_says_is_no_markup(run: Path) -> None:
+    named = run.rename(run.with_name("run[red]:smiley:"))
+    (named / "metrics.jsonl").write_text(
+        _row(20, skipped="[/x] :smiley:", loss=1e308)
+        + _row(30, skipped="[/x] :smiley:")
+        + _row(30, split="validation", figure="[/y]")
+        + '{"step": 31}\n'
+    )
+    follower = Follower(named)
+    text = _shown(follower)
+    assert "run[red]:smiley:" in text and "figure [/y]" in text and "not noted" in text
+    (named / "metrics.jsonl").write_text(_row(30, skipped="[/x] :smiley:"))
+    assert "SKIPPED: [/x] :smiley:" in _shown(follower)
+
+
+def test_a_folder_that_goes_ends_the_watch(run: Path) -> None:
+    (run / "metrics.jsonl").write_text(_row(20))
+    follower = Follower(run)
+    assert "20/40" in _shown(follower) and not follower.gone
+    run.rename(run.with_name("moved"))
+    assert follower.gone and "the folder is gone" in _shown(follower)
+    _live([follower], 1e-3)  # ends by itself
+
+
+def test_a_small_terminal_says_what_it_hides(run: Path) -> None:
+    console = Console(width=100, height=9, file=io.StringIO(), record=True)
+    console.print(_fitting([Follower(run) for _ in range(4)], console))
+    text = console.export_text()
+    assert text.count("no step is logged yet") == 2 and "2 more do not fit here" in text
+
+
+@pytest.mark.parametrize("interval", ["inf", "1e10", "nan", "0", "-1"])
+def test_intervals_that_cannot_be_slept_are_refused(interval: str, run: Path) -> None:
+    with pytest.raises(InputError, match="at most 3600 s"):
+        watch([str(run), f"--interval={interval}"])
+
+
+def test_encodings_without_blocks_get_plain_signs(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run / "metrics.jsonl").write_text(_row(10, time={"compute": 1.0}) + _row(20))
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    watch([str(run)])
+    sys.stdout.flush()
+    text = written.getvalue().decode("latin-1")
+    assert "20/40" in text and "#." in text
 
 
 def test_a_finished_run_is_shown_and_ends(dvae: Path, tmp_path: Path) -> None:

@@ -1,0 +1,109 @@
+"""What `tapir plan` is asked, and what is wrong with it; imports no torch."""
+
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from planning.hardware import KNOWN, SHORT, Hardware
+from training.config import PriorTrain
+from training.presets import PRESETS
+
+MOST_RANKS = 1_000_000
+MOST_BATCH = 1_000_000_000
+PICTURES = (".svg", ".png", ".pdf")
+_UNITS = {"network": 1e9 / 8, "link": 1e9, "memory": 1e9}
+"""Bytes of the units in which the flags are given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterFlags:
+    """What of the cluster differs from the defaults of its GPU; 0 = the default."""
+
+    a_node: int = 0
+    """GPUs a node."""
+    network: float = 0.0
+    """Gbit/s that a node sends to the others."""
+    link: float = 0.0
+    """GB/s that a GPU sends inside a node."""
+    memory: float = 0.0
+    """GB a GPU."""
+    cost_hour: float = 0.0
+    """Dollars a GPU and hour."""
+
+    def problems(self) -> list[str]:
+        return [
+            f"--{name.replace('_', '-')} {value} must be a finite number and not negative; 0 = the "
+            "default"
+            for name, value in vars(self).items()
+            if not 0 <= value < math.inf
+        ]
+
+    def applied(self, hardware: Hardware) -> Hardware:
+        """The hardware with these in place."""
+        given = {name: value * _UNITS.get(name, 1) for name, value in vars(self).items() if value}
+        return replace(hardware, **given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanFlags:
+    """All that a plan is asked."""
+
+    preset: str = ""
+    world: int = 0
+    gpu: str = "h100"
+    batch: int = 0
+    calibration: Path | None = None
+    calibrate: Path | None = None
+    published: bool = False
+    picture: Path | None = None
+    json: bool = False
+    cluster: ClusterFlags = field(default_factory=ClusterFlags)
+
+    def problems(self) -> list[str]:
+        """Every problem at once."""
+        if self.calibrate is not None or self.published:
+            return self._unused()
+        found = self.cluster.problems() + self._sizes()
+        if self.gpu not in KNOWN and self.gpu not in SHORT:
+            found.append(
+                f"there is no hardware {self.gpu!r} (known: {', '.join([*SHORT, *KNOWN])})"
+            )
+        elif self.calibration is not None and self.gpu != "cpu":
+            found.append("--calibration holds constants of this machine's cores; add --gpu cpu")
+        if self.picture is not None and self.picture.suffix not in PICTURES:
+            found.append(f"--picture {self.picture}: the name must end in {', '.join(PICTURES)}")
+        return found
+
+    def _unused(self) -> list[str]:
+        """What --calibrate and --published have no use for."""
+        modes = {"calibrate": self.calibrate is not None, "published": self.published}
+        if all(modes.values()):
+            return ["--calibrate and --published are two commands; give one of them"]
+        mode = next(name for name, asked in modes.items() if asked)
+        default = PlanFlags()
+        given = [
+            name
+            for name in ("preset", "world", "gpu", "batch", "calibration", "picture", "cluster")
+            if getattr(self, name) != getattr(default, name)
+        ]
+        return [f"--{mode} has no use for {', '.join(given)}; leave it out"] if given else []
+
+    def _sizes(self) -> list[str]:
+        known, found = PRESETS["prior"], []
+        if not 0 <= self.world <= MOST_RANKS:
+            found.append(f"--world {self.world} must be 1 to {MOST_RANKS:,}; 0 = the preset's")
+        if not 0 <= self.batch <= MOST_BATCH:
+            found.append(f"--batch {self.batch} must be 1 to {MOST_BATCH:,}; 0 = the preset's")
+        if self.preset not in known:
+            found.append(f"there is no prior preset {self.preset!r} (known: {', '.join(known)})")
+        elif self.batch > 0:
+            found += _undealt(known[self.preset](), self.batch)
+        return found
+
+
+def _undealt(settings: PriorTrain, batch: int) -> list[str]:
+    lanes = settings.order.lanes
+    if batch % lanes == 0:
+        return []
+    near = max(1, round(batch / lanes)) * lanes
+    return [f"--batch {batch} is no multiple of the preset's order.lanes={lanes}; try {near}"]

@@ -1,0 +1,87 @@
+"""Rows of metrics.jsonl as readers may trust them, from a file that anything may be written in."""
+
+import json
+import math
+from collections.abc import Iterable
+from typing import Any
+
+_DIGITS = 18
+"""Of the longest whole number."""
+_LARGEST = 1e100
+"""Figures below it can be added up."""
+_FIGURES = (
+    "seconds",
+    "tokens_per_second",
+    "data_share",
+    "data_seconds",
+    "model_tflops",
+    "peak_tflops",
+    "mfu",
+    "slowest_rank",
+    "slowest_ratio",
+    "memory_bytes",
+    "memory_peak_bytes",
+    "cuda_bytes",
+    "cuda_peak_bytes",
+    "compress_raw_bytes",
+    "compress_sent_bytes",
+)
+"""What readers compute with."""
+_GO_TOGETHER = {
+    "mfu": "model_tflops",
+    "slowest_ratio": "slowest_rank",
+    "compress_raw_bytes": "compress_sent_bytes",
+}
+_DEPTHS = {"time": 1, "comm_seconds": 2, "comm": 3}
+"""Mappings of figures, and how deep they are."""
+
+
+def row_of(line: str) -> dict[str, Any] | None:
+    """The row of a line, or None if it is none, or holds something else where a figure belongs."""
+    try:
+        row = json.loads(line, parse_int=_whole)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and _sound(row) else None
+
+
+def rows_of(lines: Iterable[str]) -> tuple[list[dict[str, Any]], int]:
+    """The rows, and how many lines are none."""
+    found = [row_of(line) for line in lines]
+    rows = [row for row in found if row is not None]
+    return rows, len(found) - len(rows)
+
+
+def passed_over(count: int) -> str:
+    """What readers say of lines that are no rows."""
+    return f"{count} line{'s' if count > 1 else ''} of metrics.jsonl cannot be read: passed over"
+
+
+def _whole(text: str) -> int:
+    if len(text) > _DIGITS:
+        raise ValueError(f"{len(text)} digits")
+    return int(text)
+
+
+def _sound(row: dict[str, Any]) -> bool:
+    step = row.get("step")
+    return (
+        isinstance(step, int)
+        and not isinstance(step, bool)
+        and step >= 0
+        and all(_figures(row[name], 0) for name in _FIGURES if name in row)
+        and all(_figures(row[name], depth) for name, depth in _DEPTHS.items() if name in row)
+        and all(other in row for name, other in _GO_TOGETHER.items() if name in row)
+    )
+
+
+def _figures(value: Any, depth: int) -> bool:
+    """True for a number that can be added up, or mappings of such, so many inside of each other."""
+    if depth:
+        return isinstance(value, dict) and all(_figures(each, depth - 1) for each in value.values())
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and abs(value) < _LARGEST
+    )
