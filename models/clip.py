@@ -17,6 +17,8 @@ PAD = -1
 INIT_STD = 0.03
 FIRST_SCALE = math.log(1 / 0.07)
 MOST_SCALE = math.log(100.0)
+KEY_FACTOR = 0x5851F42D4C957F2D
+"""Of a linear congruential generator modulo 2^64 (Knuth's MMIX)."""
 
 Gather = Callable[[Tensor], Tensor]
 
@@ -82,16 +84,27 @@ class Clip(nn.Module):
 
 
 def contrastive_loss(
-    images: Tensor, texts: Tensor, scale: Tensor, gather: Gather, offset: int
+    images: Tensor, texts: Tensor, scale: Tensor, captions: Tensor, gather: Gather, offset: int
 ) -> dict[str, Tensor]:
-    """Symmetric cross-entropy of each pair against all pairs of all ranks.
+    """Symmetric cross-entropy of each pair against the pairs of all ranks with other captions.
 
-    `gather` collects a rank's (b, dim) of every rank into (B, dim), with gradients; this rank's
-    rows begin at `offset`.
+    A picture of the same caption is no wrong answer: counted as one, it would teach that a caption
+    does not fit its pictures. `captions` are keys of the captions, (b,) int64. `gather` collects a
+    rank's (b, ...) of every rank, with gradients; this rank's rows begin at `offset`.
     """
     wanted = torch.arange(len(images), device=images.device) + offset
-    by_image = scale * images @ gather(texts).T
-    by_text = scale * texts @ gather(images).T
+    same = captions[:, None] == gather(captions)
+    same.scatter_(1, wanted[:, None], False)
+    by_image = (scale * images @ gather(texts).T).masked_fill(same, -torch.inf)
+    by_text = (scale * texts @ gather(images).T).masked_fill(same, -torch.inf)
     loss = (F.cross_entropy(by_image, wanted) + F.cross_entropy(by_text, wanted)) / 2
     right = (by_image.argmax(1) == wanted).float().mean()
     return {"loss": loss, "accuracy": right}
+
+
+def caption_keys(text: Tensor) -> Tensor:
+    """A number for each caption, equal for equal ones: (B, T) ids -> (B,) int64."""
+    keys = torch.zeros(len(text), dtype=torch.int64, device=text.device)
+    for column in text.unbind(1):
+        keys = (keys + column + 2) * KEY_FACTOR  # modulo 2^64
+    return keys

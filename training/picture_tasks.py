@@ -17,7 +17,7 @@ from data_pipeline.images import decode_rgb, dvae_crop
 from data_pipeline.raw import RawRecord, RawSource
 from data_pipeline.stream import first_records
 from data_pipeline.tokenize.encode import pictures_of, to_tensor
-from models.clip import Clip, contrastive_loss
+from models.clip import Clip, caption_keys, contrastive_loss
 from models.config import ClipConfig
 from models.dvae import DVAE, negative_bound
 from parallel.engines.protocol import Batch, Layer, Losses, Program
@@ -150,7 +150,8 @@ class ClipTask:
     def _loss(self, output: tuple[Tensor, Tensor, Tensor], batch: Batch) -> Losses:
         together = self._world.group is not None and torch.is_grad_enabled()
         offset = self._world.rank * len(output[0]) if together else 0
-        return contrastive_loss(*output, self._gather if together else _alone, offset)
+        gather = self._gather if together else _alone
+        return contrastive_loss(*output, caption_keys(batch["text"]), gather, offset)
 
     def _gather(self, rows: Tensor) -> Tensor:
         out: Tensor = _GatherRows.apply(rows, self._world)

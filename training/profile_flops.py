@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.clip import Clip, contrastive_loss
+from models.clip import Clip, caption_keys, contrastive_loss
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from models.counts import prior_flops
 from models.dvae import CHANNELS, build_decoder, build_encoder
@@ -44,4 +44,5 @@ def _clip(config: ClipConfig) -> Any:
         "pixels": torch.empty(1, 3, config.pixels, config.pixels),
         "text": torch.empty(1, config.text_length, dtype=torch.int64),
     }
-    return lambda: contrastive_loss(*net(batch), lambda rows: rows, 0)["loss"]
+    keys = caption_keys(batch["text"])
+    return lambda: contrastive_loss(*net(batch), keys, lambda rows: rows, 0)["loss"]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from generation.accuracy import best_of_shares, wilson_low
-from models.clip import Clip, contrastive_loss
+from models.clip import Clip, caption_keys, contrastive_loss
 from models.config import ClipConfig, PriorConfig
 from models.prior import PAD, build_prior, prior_loss
 
@@ -90,10 +90,25 @@ def test_clip_learns_pairs() -> None:
     optimizer = torch.optim.AdamW(clip.parameters(), 3e-3)
     for _ in range(60):
         optimizer.zero_grad()
-        losses = contrastive_loss(*clip(batch), lambda rows: rows, 0)
+        losses = contrastive_loss(*clip(batch), caption_keys(batch["text"]), lambda rows: rows, 0)
         losses["loss"].backward()
         optimizer.step()
     assert float(losses["accuracy"]) == 1.0
+
+
+def test_pictures_of_the_same_caption_are_no_wrong_answers() -> None:
+    draws = torch.Generator().manual_seed(2)
+    images, texts = (torch.randn(4, 8, generator=draws) for _ in range(2))
+    text = torch.tensor([[1, 2, PAD], [2, 1, PAD], [1, 2, PAD], [1, 2, 3]])
+    keys = caption_keys(text)
+    assert (keys[:, None] == keys).int().tolist() == [
+        [1, 0, 1, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]
+    ]  # fmt: skip
+    found = contrastive_loss(images, texts, torch.tensor(2.0), keys, lambda rows: rows, 0)
+    logits = 2 * images @ texts.T
+    logits[0, 2] = logits[2, 0] = -torch.inf
+    wanted = -(logits.log_softmax(1).diag() + logits.log_softmax(0).diag()).mean() / 2
+    assert torch.allclose(found["loss"], wanted)
 
 
 def test_best_of_n_is_the_mean_over_groups_of_n_draws() -> None:
