@@ -48,7 +48,11 @@ class Pool:
         self._server.join()
 
     def run(
-        self, tasks: Sequence[Any], runner: Runner, jobs: int, told: Callable[[int], None]
+        self,
+        tasks: Sequence[Any],
+        runner: Runner,
+        jobs: int,
+        told: Callable[[int], None] = lambda done: None,
     ) -> list[RankSequence]:
         """The sequences of the tasks, in their order; `jobs` ranks run at a time.
 
