@@ -1,16 +1,18 @@
 """Slurm: jobs as sbatch scripts that a person can read, run by hand and change."""
 
+import math
 import os
 import re
 import shlex
 import subprocess
 import time
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
 from cluster.jobs import LOGS, SCRIPTS, WORKER, Chain, Job
-from cluster.slurm_job import without_bad
+from cluster.slurm_job import CLEANING, without_bad
 from core.errors import ConfigError, TapirError
 from core.files import write_atomic
 
@@ -187,14 +189,22 @@ def states(ids: dict[str, str], out: Path) -> dict[str, str]:
         return {}
     names = {number: name for name, number in ids.items()}
     found: dict[str, list[str]] = {}
-    for line in _queue(list(names), "%i|%F|%T|%r|%N"):
-        number, whole, state, reason, nodes = line.split("|")
-        if state == "PENDING" and reason == "BeginTime":
-            release = ["scontrol", "update", f"jobid={number}", *without_bad(out), "starttime=now"]
-            subprocess.run(release, check=False, stderr=subprocess.DEVNULL)
+    for line in _queue(list(names), "%i|%F|%T|%r|%S|%N"):
+        number, whole, state, reason, begin, nodes = line.split("|")
+        if state == "PENDING" and reason == "BeginTime" and _seconds_to(begin) > 2 * CLEANING:
+            change = [f"jobid={number}", *without_bad(out), f"starttime=now+{CLEANING}"]
+            subprocess.run(["scontrol", "update", *change], check=False, stderr=subprocess.DEVNULL)
         text = f"{state} on {nodes}" if nodes else f"{state} ({reason})"
         found.setdefault(names.get(whole, names.get(number, number)), []).append(text)
     return {name: ", ".join(sorted(set(texts))) for name, texts in found.items()}
+
+
+def _seconds_to(begin: str) -> float:
+    """How long a job is held, by squeue's local time; a long time if that is not known."""
+    try:
+        return (datetime.fromisoformat(begin) - datetime.now()).total_seconds()
+    except ValueError:
+        return math.inf
 
 
 def _queue(numbers: list[str], columns: str) -> list[str]:

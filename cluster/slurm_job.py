@@ -12,9 +12,12 @@ from core.files import write_atomic
 
 BAD_NODES = "bad-nodes"
 """A file beside the scripts: nodes that a check before a start found bad, one a line."""
+CLEANING = 10
+"""Seconds that nodes are given between two starts of a job: while they still clean up, the new one
+waits for its steps for ever."""
 _RELEASE = (
     "for _ in $(seq 60); do sleep 1; scontrol show job $0 | grep -q JobState=PENDING && "
-    'scontrol update jobid=$0 "$@" starttime=now && break; done'
+    f'scontrol update jobid=$0 "$@" starttime=now+{CLEANING} && break; done'
 )
 """Ends Slurm's hold of two minutes on a job that is queued again, where the site permits it."""
 
