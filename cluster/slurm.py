@@ -1,6 +1,5 @@
 """Slurm: jobs as sbatch scripts that a person can read, run by hand and change."""
 
-import math
 import os
 import re
 import shlex
@@ -200,11 +199,11 @@ def states(ids: dict[str, str], out: Path) -> dict[str, str]:
 
 
 def _seconds_to(begin: str) -> float:
-    """How long a job is held, by squeue's local time; a long time if that is not known."""
+    """How long a job is held, by squeue's local time; 0 if it is about to start."""
     try:
         return (datetime.fromisoformat(begin) - datetime.now()).total_seconds()
     except ValueError:
-        return math.inf
+        return 0.0
 
 
 def _queue(numbers: list[str], columns: str) -> list[str]:
