@@ -15,12 +15,11 @@ from generation.decoder import Decoder
 from generation.part import load_part
 from generation.sampling import Sampler
 from models.config import PriorConfig
-from models.prior import build_prior
 from parallel.config import MeshConfig
 from parallel.mesh import Mesh, build_mesh
 from parallel.world import join_world, leave_world
 from tests.harness import run_world
-from tests.unit.test_models import CONFIG, prior_batch, prior_logits
+from tests.unit.test_models import CONFIG, prior_batch, prior_logits, trained_like
 from training.export import write_model
 
 MASKS = [(3, 3), (4, 11), (6, 5)]
@@ -30,10 +29,7 @@ GUIDED = SampleConfig(guidance=2.0, top_p=0.9, batch=5)
 
 def write_prior(folder: Path, config: PriorConfig) -> nn.ModuleDict:
     """A prior whose weights are far from zero, as a finished model."""
-    layers = build_prior(config)
-    with torch.no_grad():
-        for i, p in enumerate(layers.parameters()):
-            p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    layers = trained_like(config)
     tensors = dict(layers.named_parameters())
     shapes = {name: tuple(p.shape) for name, p in tensors.items()}
     write_model(folder, "prior", to_json(config), {}, shapes, lambda name: tensors[name].detach())

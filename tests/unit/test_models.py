@@ -30,8 +30,9 @@ def prior_logits(layers: nn.ModuleDict, batch: dict[str, torch.Tensor]) -> torch
     return state.image  # type: ignore[attr-defined, no-any-return]
 
 
-def trained_like() -> nn.ModuleDict:
-    layers = build_prior(CONFIG)
+def trained_like(config: PriorConfig = CONFIG) -> nn.ModuleDict:
+    """A prior whose weights are all far from zero."""
+    layers = build_prior(config)
     with torch.no_grad():
         for i, p in enumerate(layers.parameters()):
             p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))

@@ -20,9 +20,8 @@ from generation.config import PromptConfig, SampleConfig
 from generation.decoder import Decoder, Part
 from generation.prompts import kept_tokens
 from generation.sampling import Keys, Prompt, Sampler
-from models.config import PriorConfig
 from models.draws import gumbel_noise
-from models.prior import PAD, build_prior
+from models.prior import PAD
 from tests.unit.test_models import CONFIG, prior_batch, prior_logits, trained_like
 
 LENGTH = CONFIG.image_length
@@ -65,15 +64,6 @@ def by_definition(
     return image.view(len(keys), -1, LENGTH)
 
 
-def changed(config: PriorConfig) -> nn.ModuleDict:
-    """A prior whose weights are all far from zero."""
-    layers = build_prior(config)
-    with torch.no_grad():
-        for i, p in enumerate(layers.parameters()):
-            p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
-    return layers
-
-
 @pytest.fixture(scope="module")
 def layers() -> nn.ModuleDict:
     return trained_like()
@@ -87,7 +77,7 @@ def decoder(layers: nn.ModuleDict) -> Decoder:
 @pytest.mark.parametrize("number,kernel", MASKS)
 def test_logits_with_the_cache_equal_the_whole_stream(number: int, kernel: int) -> None:
     config = replace(CONFIG, layers=number, conv_kernel=kernel)
-    layers, batch = changed(config), prior_batch()
+    layers, batch = trained_like(config), prior_batch()
     decoder = Decoder(Part(layers=layers, config=config))
     with torch.no_grad():
         wanted = prior_logits(layers, batch)
