@@ -87,18 +87,18 @@ def counts_up_to(most: int) -> list[int]:
 def best_of_shares(right: NDArray[np.bool_], scores: NDArray[Any]) -> dict[int, float]:
     """Share of captions that the best-ranked of N draws fits, for N = 1, 2, 4, ...
 
-    The draws of a caption are dealt to groups of N, and the share is the mean over all groups: of
-    64 draws, 16 groups tell more about N = 4 than the first one alone.
+    It is the mean over all choices of N of the draws, without drawing them: the draw at rank k of D
+    wins a choice if it is in it, and the N - 1 others come behind k.
     Shapes: (captions, draws) each, in the order of the draws.
     """
-    captions, draws = right.shape
+    draws = right.shape[1]
+    order = np.argsort(-scores, 1, kind="stable")
+    ranked = np.take_along_axis(right, order, 1).mean(0)
     found = {}
     for count in counts_up_to(draws):
-        groups = draws // count
-        part = scores[:, : groups * count].reshape(captions, groups, count)
-        best = part.argmax(2)[..., None]
-        fits = right[:, : groups * count].reshape(captions, groups, count)
-        found[count] = float(np.take_along_axis(fits, best, 2).mean())
+        choices = math.comb(draws, count)
+        wins = [math.comb(draws - 1 - rank, count - 1) / choices for rank in range(draws)]
+        found[count] = float(ranked @ np.array(wins))
     return found
 
 

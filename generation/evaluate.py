@@ -40,6 +40,7 @@ def evaluate(studio: Studio, data: str, out: Path, settings: EvaluateConfig) -> 
     figures: Figures = {}
     if source.manifest.facts["request"]["source"] == "shapes":
         figures = caption_accuracy(studio, records, drawn, settings.seed)
+        figures["temperature"] = settings.temperature
         if studio.caption_drop:
             figures["guidance"] = guidance_accuracy(studio, records, settings)
         write_atomic(out / "accuracy.json", canonical_json(figures))

@@ -59,8 +59,8 @@ def clip_tiny() -> ClipTrain:
     """Two 3-layer towers of width 128."""
     return ClipTrain(
         model=ClipConfig(),
-        loop=LoopConfig(steps=240, batch=128, validate_every=80),
-        checkpoint=CheckpointConfig(every=80),
+        loop=LoopConfig(steps=480, batch=128, validate_every=160),
+        checkpoint=CheckpointConfig(every=160),
         optim=OptimConfig(lr=1e-3, final_lr=1e-5, warmup=50, beta2=0.98, clip_norm=1.0),
         mesh=MeshConfig(data=2),
     )

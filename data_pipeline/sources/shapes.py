@@ -2,7 +2,7 @@
 
 A picture holds one object ("a small red circle") or two with a relation
 ("a small red circle above a large blue square"). The checker finds the objects of any picture
-by colour and outline, so that a generated picture is right or wrong beyond dispute.
+by colour, size and the ideal outline that an object overlaps most: an uneven square is a square.
 """
 
 import re
@@ -30,7 +30,8 @@ RELATIONS = ("above", "below", "left of", "right of")
 EXTENT = {"small": 0.25, "large": 0.42}
 """Width of an object as a fraction of the picture's side."""
 BETWEEN_SIZES = 0.335
-SUPERSAMPLE = 8
+SUPERSAMPLE, FINE = 8, 4
+"""Points along a pixel, of pictures and of the outlines that the checker compares them with."""
 SINGLE_OBJECT_SHARE = 0.25
 SMALLEST_OBJECT = 0.012
 """Blobs that cover less than this fraction of the picture are noise to the checker."""
@@ -202,14 +203,41 @@ def _describe(inside: NDArray[Any], cover: NDArray[Any], colour: str, side: int)
     near = cv2.dilate(inside.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
     soft = np.where(near, cover, 0.0)
     area = float(soft.sum())
-    rows, columns = soft.sum(1), soft.sum(0)
-    height, width = float(soft.max(1).sum()), float(soft.max(0).sum())
-    filled = area / max(height * width, 1.0)
-    shape = "triangle" if filled < 0.655 else "circle" if filled < 0.895 else "square"
+    height, width = (float(soft.max(axis).sum()) for axis in (1, 0))
+    ideal = _outlines(_edge(soft.max(0)), _edge(soft.max(1)), width, height, side)
+    alike = {name: _overlap(soft, outline) for name, outline in ideal.items()}
     size = "large" if max(height, width) > BETWEEN_SIZES * side else "small"
     grid = np.arange(side) + 0.5
-    x, y = float(columns @ grid) / area, float(rows @ grid) / area
+    x, y = float(soft.sum(0) @ grid) / area, float(soft.sum(1) @ grid) / area
+    shape = max(alike, key=lambda name: alike[name])
     return Seen(thing=Thing(size=size, colour=colour, shape=shape), x=x, y=y)
+
+
+def _edge(profile: NDArray[Any]) -> float:
+    """Where a profile of coverage begins, in pixels and parts of one."""
+    first = int(np.argmax(profile >= 0.5)) + 1
+    return first - float(profile[:first].sum())
+
+
+def _outlines(
+    left: float, top: float, width: float, height: float, side: int
+) -> dict[str, NDArray[Any]]:
+    """How much of each pixel every shape of that frame would cover, (side, side) each."""
+    fine = (np.arange(side * FINE) + 0.5) / FINE
+    across, down = ((fine - left) / width)[None], ((fine - top) / height)[:, None]
+    square = (across >= 0) & (across <= 1) & (down >= 0) & (down <= 1)
+    whole = {
+        "circle": (across - 0.5) ** 2 + (down - 0.5) ** 2 <= 0.25,
+        "square": square,
+        "triangle": square & (np.abs(across - 0.5) <= down / 2),
+    }
+    cut = (side, FINE, side, FINE)
+    return {name: inside.reshape(cut).mean((1, 3)) for name, inside in whole.items()}
+
+
+def _overlap(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """Intersection over union of two coverages."""
+    return float(np.minimum(a, b).sum() / np.maximum(a, b).sum())
 
 
 def _related(a: Seen, b: Seen, relation: str | None) -> bool:

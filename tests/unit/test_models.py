@@ -1,8 +1,10 @@
 """The prior sees no future, CLIP ranks, draws are keyed."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -112,9 +114,17 @@ def test_pictures_of_the_same_caption_are_no_wrong_answers() -> None:
     assert torch.allclose(found["loss"], wanted)
 
 
-def test_best_of_n_is_the_mean_over_groups_of_n_draws() -> None:
-    right = np.array([[1, 0, 0, 1], [0, 0, 1, 0]], bool)
-    scores = np.array([[0.1, 0.2, 0.3, 0.4], [0.5, 0.1, 0.9, 0.2]], np.float32)
-    assert best_of_shares(right, scores) == {1: 3 / 8, 2: 2 / 4, 4: 2 / 2}
-    assert best_of_shares(right[:, :3], scores[:, :3]) == {1: 2 / 6, 2: 0 / 2}
+def test_best_of_n_is_the_mean_over_all_choices_of_n_draws() -> None:
+    draws = np.random.default_rng(0)
+    right, scores = draws.random((3, 9)) < 0.5, draws.standard_normal((3, 9))
+    for count, share in best_of_shares(right, scores).items():
+        fits = [
+            right[row, max(chosen, key=lambda draw: scores[row, draw])]
+            for row in range(3)
+            for chosen in itertools.combinations(range(9), count)
+        ]
+        assert share == pytest.approx(np.mean(fits), abs=1e-12)
+    many = best_of_shares(np.eye(512, dtype=bool)[:1], -np.arange(512.0)[None])
+    assert many[1] == pytest.approx(1 / 512) and many[256] == pytest.approx(0.5)
+    assert list(many) == [2**i for i in range(10)]
     assert 0.21 < wilson_low(0.25, 512) < 0.22

@@ -1,11 +1,15 @@
 """The generator and its checker agree, and the checker can say no."""
 
+import cv2
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from core.errors import InputError
 from data_pipeline.sources.shapes import (
+    BACKGROUND,
     COLOURS,
+    EXTENT,
     RELATIONS,
     SHAPES,
     Scene,
@@ -13,6 +17,7 @@ from data_pipeline.sources.shapes import (
     draw_scene,
     matches,
     parse_caption,
+    read_picture,
     render,
 )
 
@@ -39,6 +44,34 @@ def test_checker_refuses_each_wrong_attribute() -> None:
         "a small red circle",
     ):
         assert not matches(wrong, image), wrong
+
+
+@pytest.mark.parametrize("size", EXTENT)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_uneven_outline_is_read_as_the_nearest_shape(shape: str, size: str) -> None:
+    """Corners, or places on the circle, moved by up to a tenth of the width."""
+    thing = Thing(size=size, colour="blue", shape=shape)
+    found = [read_picture(_uneven(thing, 32, i)) for i in range(200)]
+    assert np.mean([[seen.thing.shape for seen in row] == [shape] for row in found]) >= 0.95
+
+
+def _uneven(thing: Thing, pixels: int, index: int) -> NDArray[np.uint8]:
+    rng, fine = np.random.default_rng(index), 8
+    corners = {
+        "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
+        "triangle": [(0, -1), (1, 1), (-1, 1)],
+        "circle": [(np.cos(a), np.sin(a)) for a in np.linspace(0, 2 * np.pi, 8, endpoint=False)],
+    }[thing.shape]
+    moved = np.array(corners) + rng.uniform(-0.2, 0.2, (len(corners), 2))
+    if thing.shape == "circle":  # a smooth line through the places
+        spectrum = np.fft.fft(moved @ (1, 1j))
+        longer = np.concatenate([spectrum[:4], np.zeros(56), spectrum[4:]])
+        line = np.fft.ifft(longer) * 8
+        moved = np.stack([line.real, line.imag], 1)
+    points = (rng.uniform(0.4, 0.6, 2) + moved * EXTENT[thing.size] / 2) * pixels * fine
+    canvas = np.full((pixels * fine, pixels * fine, 3), BACKGROUND, np.uint8)
+    cv2.fillPoly(canvas, [points.round().astype(np.int32)], COLOURS[thing.colour])
+    return np.asarray(cv2.resize(canvas, (pixels, pixels), interpolation=cv2.INTER_AREA), np.uint8)
 
 
 def test_every_word_occurs_and_captions_parse() -> None:
