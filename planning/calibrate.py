@@ -2,7 +2,9 @@
 
 Matmuls at a few sizes and a copy of memory give rates, all-reduces of two sizes between two ranks
 give the link; steps of a small model with few and many micro-batches give what Python costs a layer
-and a step, steps of a wider one the share of the matmuls' rate that a whole step reaches.
+and a step. Steps of a wider one give shares: alone, that of the matmuls' rate which a whole step
+reaches; a replica a core, what a core keeps of it while others work; as two tensor ranks, what
+collectives between layers reach of the link.
 """
 
 import json
@@ -33,7 +35,7 @@ SIZES = (256, 512, 1024)
 """Sides of the square matmuls."""
 COPIED = 2**27
 """Bytes of the copy that tells the memory's rate."""
-ROUNDS, STEPS = 7, 8
+ROUNDS, STEPS, TURNS = 7, 8, 3
 NARROW = PriorConfig(
     dim=64, heads=4, layers=6, text_length=16, text_vocabulary=64, image_vocabulary=64, grid=4
 )
@@ -42,6 +44,11 @@ WIDE = PriorConfig(
 )
 FEW, MANY = 1, 8
 """Micro-batches a step."""
+EACH = 16
+"""Pictures a step of a replica of the wide model."""
+MOST_RANKS = 16
+"""Ranks that calibration starts."""
+_LEAST_SHARE = 0.02
 
 
 def calibrate(precision: str = "fp32") -> dict[str, float]:
@@ -86,16 +93,33 @@ def _steps(hardware: Hardware, precision: str) -> dict[str, float]:
     engine = EngineConfig(name="deepspeed_zero", precision=one.precision)
     extra = max(_typical(replace(two, engine=engine)) - _typical(two), 0.0)
     found = {"overhead": overhead, "step_overhead": step, "engine_overhead": extra}
-    wide = PriorTrain(model=WIDE, loop=LoopConfig(batch=16), engine=one)
-    measured = _typical(wide)
-    share = _solved(
-        lambda s: estimate(wide, replace(hardware, **found, sustained=s)).seconds, measured
-    )
     LOG.info(
-        "Python: %.2f ms a layer, %.1f ms a step, %.1f ms more with DeepSpeed; matmuls at %.0f%%",
-        *(1e3 * overhead, 1e3 * step, 1e3 * extra, 100 * share),
+        "Python: %.2f ms a layer, %.1f ms a step, %.1f ms more with DeepSpeed",
+        *(1e3 * overhead, 1e3 * step, 1e3 * extra),
     )
-    return {**found, "sustained": share}
+    ways = _ways(hardware.cores, one, engine)
+    turns = [{name: _typical(way) for name, way in ways.items()} for _ in range(TURNS)]
+    for name, way in ways.items():
+        measured = min(turn[name] for turn in turns)
+        found[name] = _share(name, way, replace(hardware, **found), measured)
+        LOG.info("%s: %.0f%%", name, 100 * found[name])
+    return found
+
+
+def _ways(cores: int, one: EngineConfig, deepspeed: EngineConfig) -> dict[str, PriorTrain]:
+    """The runs from whose steps shares are found, each with those before it."""
+    alone = PriorTrain(model=WIDE, loop=LoopConfig(batch=EACH), engine=one)
+    if cores == 1:
+        return {"sustained": alone}
+    count = min(cores, MOST_RANKS)
+    every = replace(alone, loop=LoopConfig(batch=EACH * count), mesh=MeshConfig(data=count))
+    split = replace(alone, mesh=MeshConfig(tensor=2), engine=deepspeed)
+    return {"sustained": alone, "together": every, "joined": split}
+
+
+def _share(name: str, way: PriorTrain, hardware: Hardware, measured: float) -> float:
+    """The share of that name at which the step is predicted to take as long as it does."""
+    return _solved(lambda s: estimate(way, replace(hardware, **{name: s})).seconds, measured)
 
 
 def _typical(settings: PriorTrain) -> float:
@@ -104,8 +128,8 @@ def _typical(settings: PriorTrain) -> float:
 
 
 def _solved(predicted: Callable[[float], float], measured: float) -> float:
-    """The sustained share at which the predicted step takes as long as the measured one."""
-    low, high = 0.02, 1.0
+    """The share at which the predicted step, which falls with it, is the measured one."""
+    low, high = _LEAST_SHARE, 1.0
     for _ in range(30):
         middle = math.sqrt(low * high)
         slow = predicted(middle) > measured

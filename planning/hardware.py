@@ -16,7 +16,7 @@ from core.settings import wrong_types
 GB = 1e9
 _MOST = 1e30
 """Constants below it can be multiplied."""
-_SHARES = ("sustained", "streamed", "joined")
+_SHARES = ("sustained", "streamed", "joined", "together")
 _POSITIVE = (
     "half_flops",
     "full_flops",
@@ -74,6 +74,8 @@ class Hardware:
     """Seconds a step that DeepSpeed's engines spend on top."""
     cores: int = 0
     """Processors that all ranks of a node share; 0 = every rank has its own."""
+    together: float = 1.0
+    """Share of its rate that one of them keeps while all others work, too."""
     cost_hour: float = 0.0
     """Dollars a processor and hour, of public clouds on demand; 0 = unknown."""
 
@@ -96,9 +98,12 @@ class Hardware:
             )
         return found
 
-    def crowd(self, world: int) -> float:
-        """How many ranks share a processor."""
-        return max(1.0, world / self.cores) if self.cores else 1.0
+    def crowd(self, ranks: int) -> float:
+        """How much longer a rank takes while so many work than one alone."""
+        if not self.cores or ranks < 2:
+            return 1.0
+        others = min(1.0, (ranks - 1) / max(self.cores - 1, 1))
+        return max(1.0, ranks / self.cores) / (1 - others * (1 - self.together))
 
     @property
     def usable(self) -> float:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
+from planning.hardware import Hardware
+
 Kind = Literal["forward", "backward", "send", "receive"]
 
 
@@ -112,18 +114,18 @@ def play(
     return Played(seconds=max(clock), busy=busy, spans=spans)
 
 
-def crowded(played: Played, ranks: int, cores: int) -> float:
-    """Seconds of the same passes if all ranks share some cores, evenly; 0 = all have their own.
+def crowded(played: Played, ranks: int, hardware: Hardware) -> float:
+    """Seconds of the same passes where ranks share the cores of a machine, evenly.
 
     `ranks` are those of one stage: its replicas and tensor ranks compute at the same time.
     """
-    if not cores:
+    if not hardware.cores:
         return played.seconds
     changes = [(span.begin, ranks) for span in played.spans]
     changes += [(span.end, -ranks) for span in played.spans]
     seconds, active, before = 0.0, 0, 0.0
     for at, change in sorted(changes):
-        seconds += (at - before) * max(1.0, active / cores)
+        seconds += (at - before) * hardware.crowd(active)
         active, before = active + change, at
     return seconds + played.seconds - before
 

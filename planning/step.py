@@ -72,7 +72,7 @@ def estimate(settings: PriorTrain, hardware: Hardware) -> Estimate:
     end = max(ends, key=lambda found: sum(found.values()))
     end = {name: value * crowd for name, value in end.items()}
     overhead = crowd * _overhead(settings, hardware)
-    passes = crowded(played, mesh.data * mesh.tensor, hardware.cores)
+    passes = crowded(played, mesh.data * mesh.tensor, hardware)
     total = passes + sum(end.values()) + overhead
     tensor = times * stages[slowest].tensor
     parts = {

@@ -78,9 +78,21 @@ def test_ranks_that_share_cores_slow_each_other_down() -> None:
     """Two stages of two ranks on two cores: twice as slow while both stages compute."""
     played = play([1.0] * 2, [2.0] * 2, 4, 0.0)
     both = sum(played.busy) - played.seconds
-    assert crowded(played, 1, 2) == crowded(played, 4, 0) == played.seconds
-    assert crowded(played, 2, 2) == pytest.approx(played.seconds + both)
-    assert crowded(play([1.0], [2.0], 3, 0.0), 4, 2) == pytest.approx(2 * 9.0)
+    two = replace(KNOWN["cpu"], cores=2)
+    assert crowded(played, 1, two) == crowded(played, 4, KNOWN["h100"]) == played.seconds
+    assert crowded(played, 2, two) == pytest.approx(played.seconds + both)
+    assert crowded(play([1.0], [2.0], 3, 0.0), 4, two) == pytest.approx(2 * 9.0)
+
+
+def test_a_core_that_works_beside_others_is_slower() -> None:
+    """At 80% of its rate: two ranks take 1.25 times as long, four on two cores twice that."""
+    two = replace(KNOWN["cpu"], cores=2, together=0.8)
+    assert [two.crowd(ranks) for ranks in (0, 1, 2, 4)] == pytest.approx([1.0, 1.0, 1.25, 2.5])
+    three = replace(two, cores=3)
+    assert [three.crowd(ranks) for ranks in (2, 3, 6)] == pytest.approx([1 / 0.9, 1.25, 2.5])
+    played = play([1.0] * 2, [2.0] * 2, 4, 0.0)
+    both = sum(played.busy) - played.seconds
+    assert crowded(played, 1, two) == pytest.approx(played.seconds + 0.25 * both)
 
 
 def test_the_bucket_is_the_engines() -> None:
