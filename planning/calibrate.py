@@ -97,16 +97,18 @@ def _steps(hardware: Hardware, precision: str) -> dict[str, float]:
         "Python: %.2f ms a layer, %.1f ms a step, %.1f ms more with DeepSpeed",
         *(1e3 * overhead, 1e3 * step, 1e3 * extra),
     )
-    ways = _ways(hardware.cores, one, engine)
+    ways = runs_for_shares(hardware.cores, one, engine)
     turns = [{name: _typical(way) for name, way in ways.items()} for _ in range(TURNS)]
     for name, way in ways.items():
         measured = min(turn[name] for turn in turns)
-        found[name] = _share(name, way, replace(hardware, **found), measured)
+        found[name] = share_of(name, way, replace(hardware, **found), measured)
         LOG.info("%s: %.0f%%", name, 100 * found[name])
     return found
 
 
-def _ways(cores: int, one: EngineConfig, deepspeed: EngineConfig) -> dict[str, PriorTrain]:
+def runs_for_shares(
+    cores: int, one: EngineConfig, deepspeed: EngineConfig
+) -> dict[str, PriorTrain]:
     """The runs from whose steps shares are found, each with those before it."""
     alone = PriorTrain(model=WIDE, loop=LoopConfig(batch=EACH), engine=one)
     if cores == 1:
@@ -117,7 +119,7 @@ def _ways(cores: int, one: EngineConfig, deepspeed: EngineConfig) -> dict[str, P
     return {"sustained": alone, "together": every, "joined": split}
 
 
-def _share(name: str, way: PriorTrain, hardware: Hardware, measured: float) -> float:
+def share_of(name: str, way: PriorTrain, hardware: Hardware, measured: float) -> float:
     """The share of that name at which the step is predicted to take as long as it does."""
     return _solved(lambda s: estimate(way, replace(hardware, **{name: s})).seconds, measured)
 

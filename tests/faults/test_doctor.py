@@ -61,7 +61,7 @@ tapir.main()
 def run(
     command: Sequence[str], code: int, limit: Callable[[], None] | None = None, **extra: str
 ) -> Rows:
-    """The rows of a doctor that must end with an exit code."""
+    """The rows of a doctor; asserts that it ends with an exit code."""
     environment = {**ENVIRONMENT, **extra}
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, preexec_fn=limit, timeout=120
@@ -100,8 +100,8 @@ def mounted(script: str, command: Sequence[str]) -> list[str]:
     return [*inside, f'{script}\nexec "$@"', "sh", *command]
 
 
-def named(rows: Rows, check: str, text: str, mend: str, **place: Any) -> str:
-    """Check that exactly this is wrong, there, and how to mend it."""
+def assert_named(rows: Rows, check: str, text: str, mend: str, **place: Any) -> str:
+    """Assert that exactly this is wrong, there, and how to mend it; returns it in a line."""
     wrong = [row for row in rows if row["status"] == "bad"]
     assert {row["check"] for row in wrong} == {check}, wrong
     row = wrong[0]
@@ -129,33 +129,33 @@ def test_a_full_disk(tmp_path: Path, fault: Record, size: str, need: str, text: 
     fault(40, f"doctor: a run folder of {size}")
     disk = f"mount -t tmpfs -o size={size} tmpfs {tmp_path}"
     rows = run(mounted(disk, [*NODE, f"--out={tmp_path}", f"--disk={need}"]), 1)
-    fault.outcome(named(rows, "run folder", text, "another --out", host=HOST))
+    fault.outcome(assert_named(rows, "run folder", text, "another --out", host=HOST))
 
 
 def test_a_full_temporary_folder(tmp_path: Path, fault: Record) -> None:
     fault(40, "doctor: a temporary folder of 8 MB")
     disk = f"mount -t tmpfs -o size=8m tmpfs {tmp_path}"
     rows = run(mounted(disk, NODE), 1, TMPDIR=str(tmp_path))
-    fault.outcome(named(rows, "temporary folder", "0.25 are needed", "export TMPDIR"))
+    fault.outcome(assert_named(rows, "temporary folder", "0.25 are needed", "export TMPDIR"))
 
 
 def test_a_read_only_run_folder(tmp_path: Path, fault: Record) -> None:
     fault(40, "doctor: a read-only run folder")
     lock = f"mount --bind {tmp_path} {tmp_path}; mount -o remount,ro,bind {tmp_path}"
     rows = run(mounted(lock, [*NODE, f"--out={tmp_path}"]), 1)
-    fault.outcome(named(rows, "run folder", "Read-only", "mount it for writing"))
+    fault.outcome(assert_named(rows, "run folder", "Read-only", "mount it for writing"))
 
 
 def test_a_container_with_little_shared_memory(fault: Record) -> None:
     fault(40, "doctor: /dev/shm of 64 MB")
     rows = run(mounted("mount -t tmpfs -o size=64m tmpfs /dev/shm", NODE), 1)
-    fault.outcome(named(rows, "shared memory", "0.07 of 0.07 GB of /dev/shm", "--shm-size"))
+    fault.outcome(assert_named(rows, "shared memory", "0.07 of 0.07 GB of /dev/shm", "--shm-size"))
 
 
 def test_too_few_open_files(fault: Record) -> None:
     fault(40, "doctor: 256 open files")
     rows = run(NODE, 1, lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)))
-    fault.outcome(named(rows, "open files", "256 open files", "ulimit -n"))
+    fault.outcome(assert_named(rows, "open files", "256 open files", "ulimit -n"))
 
 
 def test_too_little_locked_memory(fault: Record) -> None:
@@ -169,9 +169,9 @@ def test_too_little_locked_memory(fault: Record) -> None:
 def test_more_memory_or_gpus_than_there_are(fault: Record) -> None:
     fault(40, "doctor: a run of 9 PB")
     rows = run([*NODE, "--memory=9e6"], 1)
-    fault.outcome(named(rows, "memory", "9e+06 are needed", "another machine"))
+    fault.outcome(assert_named(rows, "memory", "9e+06 are needed", "another machine"))
     rows = run([*NODE, "--gpus=64"], 1)
-    named(rows, "gpus", "64 are needed", "--gres=gpu:N")
+    assert_named(rows, "gpus", "64 are needed", "--gres=gpu:N")
 
 
 def test_a_wrong_torch(tmp_path: Path, fault: Record) -> None:
@@ -181,7 +181,9 @@ def test_a_wrong_torch(tmp_path: Path, fault: Record) -> None:
     (older / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.1.0\n")
     path = f"{tmp_path}:{ENVIRONMENT['PYTHONPATH']}"
     rows = run(NODE, 1, PYTHONPATH=path)
-    fault.outcome(named(rows, "packages", f"torch 2.1.0 is installed in {tmp_path}", "'torch>=2.6"))
+    fault.outcome(
+        assert_named(rows, "packages", f"torch 2.1.0 is installed in {tmp_path}", "'torch>=2.6")
+    )
 
 
 @pytest.mark.slow
@@ -210,7 +212,9 @@ def test_a_missing_package(tmp_path: Path, fault: Record) -> None:
         f" overlay {site}\nrm -r {site}/webdataset*"
     )
     rows = run(mounted(without, NODE), 1)
-    found = named(rows, "packages", "webdataset is not installed", "pip install 'webdataset>=")
+    found = assert_named(
+        rows, "packages", "webdataset is not installed", "pip install 'webdataset>="
+    )
     assert list(site.glob("webdataset-*"))
     fault.outcome(found)
 
@@ -219,7 +223,9 @@ def test_a_host_name_that_does_not_resolve(fault: Record) -> None:
     fault(40, "doctor: an unknown host name")
     rename = ["unshare", "--uts", "--net", "sh", "-c", 'hostname lost-node; exec "$@"', "sh"]
     rows = run([*rename, *NODE], 1)
-    found = named(rows, "host name", "lost-node does not resolve", "/etc/hosts", host="lost-node")
+    found = assert_named(
+        rows, "host name", "lost-node does not resolve", "/etc/hosts", host="lost-node"
+    )
     rows = run([*rename, *NODE], 0, GLOO_SOCKET_IFNAME="eth0")
     fault.outcome(found)
 
@@ -229,7 +235,7 @@ def test_no_store(fault: Record) -> None:
     nobody = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port('127.0.0.1')}"}
     keys = {"AWS_ACCESS_KEY_ID": "wrongkey", "AWS_SECRET_ACCESS_KEY": "wrongsecret"}
     rows = run([*NODE, "--data=s3://bucket/raw"], 1, **nobody, **keys)
-    fault.outcome(named(rows, "store", "nothing answers", "AWS_ENDPOINT_URL"))
+    fault.outcome(assert_named(rows, "store", "nothing answers", "AWS_ENDPOINT_URL"))
 
 
 def test_a_wrong_key(s3: ObjectServer, fault: Record) -> None:
@@ -238,7 +244,7 @@ def test_a_wrong_key(s3: ObjectServer, fault: Record) -> None:
     rows = run([*NODE, "--data=s3://tapir-tests/raw"], 1, **wrong)
     assert "wrongsecretvalue" not in json.dumps(rows)
     assert s3.environment["AWS_ACCESS_KEY_ID"] not in json.dumps(rows)
-    fault.outcome(named(rows, "store", "SignatureDoesNotMatch", "AWS_SECRET_ACCESS_KEY"))
+    fault.outcome(assert_named(rows, "store", "SignatureDoesNotMatch", "AWS_SECRET_ACCESS_KEY"))
 
 
 def test_a_missing_right(s3: ObjectServer, fault: Record) -> None:
@@ -253,7 +259,7 @@ def test_a_missing_right(s3: ObjectServer, fault: Record) -> None:
     command = [*NODE, "--data=s3://only-read/raw"]
     rows = run(command, 1, **s3.environment)
     text = "may list, read; may not write (AccessDenied)"
-    fault.outcome(named(rows, "store rights", text, "bucket policy"))
+    fault.outcome(assert_named(rows, "store rights", text, "bucket policy"))
     run([*command, "--rights=read"], 0, **s3.environment)
 
 
@@ -273,13 +279,15 @@ def test_a_clock_that_the_store_disagrees_with(
 ) -> None:
     fault(40, "doctor: a clock two minutes ahead of the store's")
     rows = run([*NODE, "--data=s3://tapir-tests/clock"], 1, **s3.environment, **skewed)
-    fault.outcome(named(rows, "clock", "s ahead of the store's", "chronyc makestep", host=HOST))
+    fault.outcome(
+        assert_named(rows, "clock", "s ahead of the store's", "chronyc makestep", host=HOST)
+    )
 
 
 def test_a_clock_that_other_ranks_disagree_with(skewed: dict[str, str], fault: Record) -> None:
     fault(40, "doctor: a rank's clock is two minutes ahead")
     rows, _ = run_ranks([QUICK, QUICK], [1, 0], extra=[{}, skewed])
-    found = named(rows, "clock", "s ahead of rank 0's", "chronyc makestep", rank=1)
+    found = assert_named(rows, "clock", "s ahead of rank 0's", "chronyc makestep", rank=1)
     assert abs(float(found.split()[4]) - 120) < 5
     fault.outcome(found)
 
@@ -293,9 +301,11 @@ def test_a_blocked_port(fault: Record) -> None:
         subprocess.run([*inside[0], *rule], check=True)
         commands = [[*each, *QUICK, "--wait=2"] for each in inside]
         first, second = run_ranks(commands, [1, 1], machines.addresses[0], port)
-    named(first, "rendezvous", f"1 did not come to 10.231.7.1:{port}", f"TCP port {port}", rank=0)
+    assert_named(
+        first, "rendezvous", f"1 did not come to 10.231.7.1:{port}", f"TCP port {port}", rank=0
+    )
     text = "packets are dropped (its machine answers at another port)"
-    fault.outcome(named(second, "rendezvous", text, f"open TCP port {port}", rank=1))
+    fault.outcome(assert_named(second, "rendezvous", text, f"open TCP port {port}", rank=1))
 
 
 def test_a_port_that_is_taken(fault: Record) -> None:
@@ -304,8 +314,8 @@ def test_a_port_that_is_taken(fault: Record) -> None:
         port = holder.getsockname()[1]
         commands = [[*QUICK, "--wait=1"]] * 2
         first, second = run_ranks(commands, [1, 1], port=port)
-    fault.outcome(named(first, "rendezvous", "cannot listen", "MASTER_PORT", rank=0))
-    named(second, "rendezvous", "is no rank 0", "another program", rank=1)
+    fault.outcome(assert_named(first, "rendezvous", "cannot listen", "MASTER_PORT", rank=0))
+    assert_named(second, "rendezvous", "is no rank 0", "another program", rank=1)
 
 
 def test_ranks_that_do_not_share_the_run_folder(tmp_path: Path, fault: Record) -> None:
@@ -316,8 +326,8 @@ def test_ranks_that_do_not_share_the_run_folder(tmp_path: Path, fault: Record) -
     assert not list(tmp_path.iterdir())
     broken = mounted(f"mount -t tmpfs -o size=2m tmpfs {tmp_path}", command)
     both, _ = run_ranks([command, broken], [1, 0])
-    named(both, "run folder", "1 are needed", "another --out", rank=1)
-    found = named(rows, "shared run folder", str(tmp_path), "mount the same", rank=1)
+    assert_named(both, "run folder", "1 are needed", "another --out", rank=1)
+    found = assert_named(rows, "shared run folder", str(tmp_path), "mount the same", rank=1)
     fault.outcome(found)
 
 
@@ -336,7 +346,7 @@ def test_a_scheduler_that_does_not_answer(tmp_path: Path, fault: Record, kind: s
     rows = run([*NODE, f"--scheduler={kind}"], 1, **paths)
     there = shutil.which({"slurm": "sinfo", "kubernetes": "kubectl"}[kind])
     text, mend = ("does not answer", "") if there else ("not found", "install")
-    fault.outcome(named(rows, "scheduler", text, mend, host=HOST))
+    fault.outcome(assert_named(rows, "scheduler", text, mend, host=HOST))
 
 
 @pytest.mark.slow
@@ -345,7 +355,7 @@ def test_a_slow_rank(fault: Record) -> None:
     flags = ["doctor", "--json", "--seconds=0.3"]
     slow = [sys.executable, "-c", SLOWED, *flags]
     rows, _ = run_ranks([[*TAPIR, *flags], slow], [1, 0])
-    fault.outcome(named(rows, "matmul", "% of the median of 2 ranks", "CPU binding", rank=1))
+    fault.outcome(assert_named(rows, "matmul", "% of the median of 2 ranks", "CPU binding", rank=1))
 
 
 @pytest.mark.slow
@@ -354,7 +364,7 @@ def test_a_rank_that_never_joins(tmp_path: Path, fault: Record) -> None:
     world = {"RANK": "0", "WORLD_SIZE": "2", "TAPIR_RENDEZVOUS": f"file://{tmp_path}/meet"}
     rows = run([*TAPIR, "doctor", "--json", "--wait=1"], 1, **world)
     fault.outcome(
-        named(rows, "process group", "not all of 2 ranks", "see whether all ranks", rank=0)
+        assert_named(rows, "process group", "not all of 2 ranks", "see whether all ranks", rank=0)
     )
 
 

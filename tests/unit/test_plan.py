@@ -14,6 +14,7 @@ from models.config import PriorConfig
 from models.counts import prior_parameters
 from parallel.config import CompressConfig, EngineConfig, MeshConfig
 from parallel.placement import Placement
+from planning.calibrate import runs_for_shares, share_of
 from planning.commands import count_parameters, plan, settings_of
 from planning.hardware import KNOWN, hardware_of
 from planning.kernels import Kernels, flops, seconds
@@ -93,6 +94,20 @@ def test_a_core_that_works_beside_others_is_slower() -> None:
     played = play([1.0] * 2, [2.0] * 2, 4, 0.0)
     both = sum(played.busy) - played.seconds
     assert crowded(played, 1, two) == pytest.approx(played.seconds + 0.25 * both)
+
+
+@pytest.mark.parametrize("cores", [1, 2, 32])
+def test_calibration_finds_the_shares_that_the_steps_have(cores: int) -> None:
+    """Steps that are as long as predicted with a share give it back."""
+    runs = runs_for_shares(cores, EngineConfig(), EngineConfig(name="deepspeed_zero"))
+    wanted = {"sustained": 0.5, "together": 0.8, "joined": 0.3}
+    assert list(runs) == (list(wanted) if cores > 1 else ["sustained"])
+    hardware = replace(KNOWN["cpu"], cores=cores)
+    for name, run in runs.items():
+        true = replace(hardware, **{name: wanted[name]})
+        found = share_of(name, run, hardware, estimate(run, true).seconds)
+        assert found == pytest.approx(wanted[name], rel=1e-3)
+        hardware = true
 
 
 def test_the_bucket_is_the_engines() -> None:
