@@ -46,22 +46,25 @@ def run() -> list[dict[str, Any]]:
     layers = build_prior(CONFIG)
     rows = []
     for precision in ("fp32", "bf16"):
-        decoder = Decoder(Part(layers=layers, config=CONFIG), precision)
-        rows += _rows(layers, decoder, precision)
+        part = Part(layers=layers, config=CONFIG)
+        one, many = (Decoder(part, precision, one_row) for one_row in (True, False))
+        rows += _rows(layers, {batch: one if batch == 1 else many for batch in BATCHES}, precision)
     return rows
 
 
-def _rows(layers: nn.ModuleDict, decoder: Decoder, precision: str) -> list[dict[str, Any]]:
+def _rows(
+    layers: nn.ModuleDict, decoders: dict[int, Decoder], precision: str
+) -> list[dict[str, Any]]:
     seconds: dict[str, list[float]] = {}
     for _ in range(ROUNDS):
         seconds.setdefault("read", []).append(_read_seconds())
         seconds.setdefault("plain", []).append(_plain(layers, precision, growing=True))
         seconds.setdefault("whole", []).append(_plain(layers, precision, growing=False))
         for batch in BATCHES:
-            seconds.setdefault(str(batch), []).append(_sample(decoder, precision, batch))
+            seconds.setdefault(str(batch), []).append(_sample(decoders[batch], precision, batch))
         seconds.setdefault("matmul", []).append(_matmul_seconds(precision))
     tokens = CONFIG.image_length
-    bound = [decoder.bytes / READ / 4 * read * tokens for read in seconds["read"]]
+    bound = [decoders[1].bytes / READ / 4 * read * tokens for read in seconds["read"]]
     one = seconds["1"]
     at = f"{precision}, batch 1"
     rows = [

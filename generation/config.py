@@ -103,6 +103,10 @@ class SampleConfig:
             )
         return found
 
+    def one_row(self, captions: int) -> bool:
+        """True if the prior will see one candidate at a time, and no empty caption beside it."""
+        return min(self.batch, captions * self.candidates) == 1 and self.guidance == 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class PromptConfig:

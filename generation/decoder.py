@@ -7,7 +7,9 @@ and channels; with a pipeline every rank has its layers, and states travel betwe
 """
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,23 +41,25 @@ class Part:
 class _Block:
     """One attention resblock and one MLP resblock."""
 
-    def __init__(self, block: PriorBlock, number: int, part: Part, dtype: torch.dtype) -> None:
+    def __init__(
+        self, block: PriorBlock, number: int, part: Part, dtype: torch.dtype, one_row: bool
+    ) -> None:
         config = part.config
         self.kind = layer_kind(number, config.layers)
         self._tensor, self._dtype = part.tensor, dtype
+        self._cached = torch.float32 if one_row else dtype
         self._width = config.dim // config.heads
         self._norms = block.attention_norm, block.mlp_norm
         q, k, v = block.q, block.k, block.v
         assert q.bias is not None and v.bias is not None
         weight = torch.cat([q.weight, k.weight, v.weight])
         bias = torch.cat([q.bias, torch.zeros_like(q.bias), v.bias])
-        self._qkv = PackedLinear(weight, bias, dtype)
-        self._up = PackedLinear(block.up.weight, block.up.bias, dtype, gelu=True)
+        packed = partial(PackedLinear, dtype=dtype, one_row=one_row)
+        self._qkv = packed(weight, bias)
+        self._up = packed(block.up.weight, block.up.bias, gelu=True)
         alone = part.tensor.size == 1
         ends = block.out, block.down
-        self._out, self._down = (
-            PackedLinear(end.weight.T, end.bias if alone else None, dtype) for end in ends
-        )
+        self._out, self._down = (packed(end.weight.T, end.bias if alone else None) for end in ends)
         self._late = [None if alone else end.bias.detach() for end in ends]
         shape = (self.kind, config.text_length, config.grid, config.conv_kernel)
         self._mask = full_mask(*shape).to(weight.device)
@@ -70,10 +74,8 @@ class _Block:
 
         Shapes: x is (captions, text_length + given, dim).
         """
-        q, k, v = self._heads(x)
-        length, text = x.shape[1], self._text
-        mask = self._mask[:length, :length]
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        found, k, v = self._whole(x)
+        text = self._text
         shape = (lane.rows * k.shape[1], positions, self._width)
         cache = BlockCache(
             text_keys=k[:, :, :text].contiguous(),
@@ -81,11 +83,18 @@ class _Block:
             keys=k.new_zeros(shape),
             values=v.new_zeros(shape),
         )
-        for store, found in ((cache.keys, k), (cache.values, v)):
-            given = found[:, :, text:].repeat_interleave(lane.each, 0)
-            store[:, : length - text] = given.flatten(0, 1)
+        for store, here in ((cache.keys, k), (cache.values, v)):
+            given = here[:, :, text:].repeat_interleave(lane.each, 0)
+            store[:, : x.shape[1] - text] = given.flatten(0, 1)
         lane.blocks.append(cache)
-        return self._after(x, attended.transpose(1, 2).flatten(2))
+        return found
+
+    def settled(self, x: Tensor) -> Tensor:
+        """Run text and image tokens with one layout of the weights, however they lie here."""
+        one = copy(self)
+        one._qkv, one._out = self._qkv.in_order(), self._out.in_order()
+        one._up, one._down = self._up.in_order(), self._down.in_order()
+        return one._whole(x)[0]
 
     def next(
         self, x: Tensor, cache: BlockCache, at: Tensor, index: Tensor, bias: Tensor | None
@@ -97,7 +106,7 @@ class _Block:
         """
         rows, captions, width = len(x), len(cache.text_keys), self._width
         heads = cache.text_keys.shape[1]
-        q, k, v = self._qkv(self._entered(x, 0)).view(rows, 3, heads, width).unbind(1)
+        q, k, v = self._projected(x).view(rows, 3, heads, width).unbind(1)
         for store, new in ((cache.keys, k), (cache.values, v)):
             store.index_copy_(1, at, new.reshape(rows * heads, 1, width))
         keys, values = (store.index_select(1, index) for store in (cache.keys, cache.values))
@@ -118,13 +127,24 @@ class _Block:
         out = out + torch.bmm(seen, values).view(rows, heads, width)
         return self._after(x, out.flatten(1))
 
+    def _whole(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The states after this block, and its keys and values, (captions, heads, length, D)."""
+        q, k, v = self._heads(x)
+        length = x.shape[1]
+        mask = self._mask[:length, :length]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self._after(x, attended.transpose(1, 2).flatten(2)), k, v
+
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
         shape = (*x.shape[:2], 3, -1, self._width)
-        return self._qkv(self._entered(x, 0)).view(shape).permute(2, 0, 3, 1, 4).unbind(0)
+        return self._projected(x).view(shape).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _projected(self, x: Tensor) -> Tensor:
+        return self._qkv(self._entered(x, 0)).to(self._cached)
 
     def _after(self, x: Tensor, attended: Tensor) -> Tensor:
         """What follows attention: its output matrix, and the MLP resblock."""
-        x = x + self._joined(self._out(attended), 0)
+        x = x + self._joined(self._out(attended.to(self._dtype)), 0)
         return x + self._joined(self._down(self._up(self._entered(x, 1))), 1)
 
     def _entered(self, x: Tensor, which: int) -> Tensor:
@@ -138,23 +158,27 @@ class _Block:
 class Decoder:
     """This rank's layers, packed; all ranks of a model call the same methods together."""
 
-    def __init__(self, part: Part, precision: str = "fp32") -> None:
+    def __init__(self, part: Part, precision: str = "fp32", one_row: bool = False) -> None:
+        """`one_row`: candidates come one by one, and a CPU's weights and caches are made for it."""
         self.config, self.neighbours, self._tensor = part.config, part.neighbours, part.tensor
         modules = list(part.layers.values())
         dtype = DTYPES[precision]
+        self.device = next(modules[0].parameters()).device
+        one_row = one_row and self.device.type == "cpu"
         first, last = modules[0], modules[-1]
         self._embedding = first if isinstance(first, PriorEmbedding) else None
         self._head: PackedLinear | None = None
         if isinstance(last, PriorHead):
             self._norm = last.norm
-            self._head = PackedLinear(last.image.weight, last.image.bias, torch.float32)
+            self._head = PackedLinear(
+                last.image.weight, last.image.bias, torch.float32, one_row=one_row
+            )
         blocks = [(n, m) for n, m in part.layers.items() if isinstance(m, PriorBlock)]
         self._blocks = [
-            _Block(module, int(name.removeprefix("block")) + 1, part, dtype)
+            _Block(module, int(name.removeprefix("block")) + 1, part, dtype, one_row)
             for name, module in blocks
         ]
         config = part.config
-        self.device = next(modules[0].parameters()).device
         self._reads = {
             block.kind: reads_of(block.kind, config.grid, config.conv_kernel)
             for block in self._blocks
@@ -178,17 +202,10 @@ class Decoder:
 
         Shapes: text (captions, text_length) int64; given (captions, n) int64, n < grid * grid.
         """
-        config = self.config
         lane = Lane(captions=len(text), each=each)
-        shape = (len(text), config.text_length + given.shape[1], config.dim)
-        if self._embedding is not None:
-            x = self._embedding.embed_text(text)
-            if given.shape[1]:
-                x = torch.cat([x, self._embedding.embed_image(given)], 1)
-        else:
-            x = self.neighbours.receive(shape, self.device)
+        x = self._entrance(text, given)
         for block in self._blocks:
-            x = block.start(x, lane, config.image_length)
+            x = block.start(x, lane, self.config.image_length)
         if self._head is None:
             self.neighbours.send(x)
         return lane
@@ -204,11 +221,35 @@ class Decoder:
             x = self._embed(position, before)
         else:
             x = self.neighbours.receive((lane.rows, self.config.dim), self.device)
-        x = self._step(x, lane, position)
+        return self._exit(self._step(x, lane, position), self._head)
+
+    @torch.no_grad()
+    def settled(self, text: Tensor, image: Tensor) -> Tensor | None:
+        """Logits of the last code of `image`, which is not read: the numbers that count.
+
+        In fp32 they are the same to the last bit whatever the decoder was made for; slow.
+        Shapes: text (captions, text_length) int64; image (captions, n) int64 -> (captions, codes).
+        """
+        x = self._entrance(text, image)
+        for block in self._blocks:
+            x = block.settled(x)
         if self._head is None:
+            return self._exit(x, None)
+        return self._exit(x[:, -1], self._head.in_order())
+
+    def _entrance(self, text: Tensor, image: Tensor) -> Tensor:
+        """States before this rank's first block, (captions, text_length + n, dim)."""
+        if self._embedding is None:
+            length = self.config.text_length + image.shape[1]
+            return self.neighbours.receive((len(text), length, self.config.dim), self.device)
+        x = self._embedding.embed_text(text)
+        return torch.cat([x, self._embedding.embed_image(image)], 1) if image.shape[1] else x
+
+    def _exit(self, x: Tensor, head: PackedLinear | None) -> Tensor | None:
+        if head is None:
             self.neighbours.send(x)
             return None
-        logits = self._tensor.gather(self._head(self._norm(x.float())))
+        logits = self._tensor.gather(head(self._norm(x.float())))
         return logits[:, : self.config.image_vocabulary]
 
     def _embed(self, position: int, before: Tensor) -> Tensor:

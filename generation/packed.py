@@ -8,21 +8,40 @@ from torch import Tensor
 class PackedLinear:
     """x W^T + b, with W laid out once for the CPU's kernels; elsewhere plain torch.
 
-    At one row, oneDNN's own layout is read at 0.83 (fp32) and 0.6 (bf16) of what the memory gives,
-    torch's at 0.67 and 0.4; at 8 rows it is twice as fast: docs/LOG.md.
+    From 2 to some tens of rows oneDNN's own layout is twice as fast as torch's. At one row it is
+    read at 0.6 of what the memory gives; in fp32, W^T in order is read at 0.8 where there are more
+    outputs than inputs, and W in order where there are not: docs/LOG.md.
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, gelu: bool = False
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        *,
+        gelu: bool = False,
+        one_row: bool = False,
     ) -> None:
-        """`weight` is (outputs, inputs)."""
+        """`weight` is (outputs, inputs); `one_row`: lay it out for calls of one row."""
         weight = weight.detach().to(dtype).contiguous()
         self._bias = None if bias is None else bias.detach().to(dtype)
         self._gelu = gelu
         self.bytes = weight.numel() * weight.element_size()
         """What is read of the weights for each call."""
-        self._packed = _packs(weight)
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self._packed else weight
+        self._in_order = one_row and dtype == torch.float32
+        self._packed = not self._in_order and _packs(weight)
+        if self._packed:
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        elif self._in_order and len(weight) > weight.shape[1]:
+            weight = weight.T.contiguous().T
+        self._weight = weight
+
+    def in_order(self) -> "PackedLinear":
+        """The same on a CPU in fp32, laid out for calls of one row; elsewhere itself."""
+        weight = self._weight.to_dense() if self._packed else self._weight
+        if self._in_order or weight.device.type != "cpu" or weight.dtype != torch.float32:
+            return self
+        return PackedLinear(weight, self._bias, weight.dtype, gelu=self._gelu, one_row=True)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Shapes: (..., inputs) -> (..., outputs), in the weights' precision."""

@@ -152,11 +152,14 @@ def picture_name(caption: int, candidate: int) -> str:
     return f"caption-{caption:03d}-candidate-{candidate:03d}.png"
 
 
-def open_studio(models: ModelPaths, precision: str = "fp32", mesh: Mesh | None = None) -> Studio:
+def open_studio(
+    models: ModelPaths, precision: str = "fp32", mesh: Mesh | None = None, one_row: bool = False
+) -> Studio:
     """Load models and check that they were trained with one another.
 
     A run that has not ended gives its newest checkpoint; the prior that of `models.step`, if it is
     given. On the ranks of a mesh each holds its part of the prior, and all call `codes` together.
+    `one_row`: candidates will be drawn one by one.
     Raises: InputError if a hash differs.
     """
     mesh = mesh or Mesh()
@@ -173,7 +176,7 @@ def open_studio(models: ModelPaths, precision: str = "fp32", mesh: Mesh | None =
     if any(wrong):
         raise InputError("; ".join(text for text in wrong if text))
     return Studio(
-        sampler=Sampler(Decoder(part, precision)),
+        sampler=Sampler(Decoder(part, precision, one_row)),
         dvae=dvae.to(device),
         ranker=open_ranker(models.clip, models.bpe, device),
         tokenizer=tokenizer,

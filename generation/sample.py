@@ -69,13 +69,14 @@ def rank_main(payload: str) -> None:
 
 
 def _sample(run: SampleRun, mesh: Mesh) -> None:
-    studio = open_studio(run.models, run.draw.precision, mesh)
+    cleaned = (clean_caption(os.fsencode(caption), repr(caption)) for caption in run.captions)
+    texts = list(dict.fromkeys(cleaned))
+    one_row = run.draw.one_row(len(texts))
+    studio = open_studio(run.models, run.draw.precision, mesh, one_row)
     prompt = None
     if run.keep.image is not None:
         codes = studio.codes_of_file(run.keep.image)
         prompt = prompt_of(codes, run.keep, studio.sampler.config.grid)
-    cleaned = (clean_caption(os.fsencode(caption), repr(caption)) for caption in run.captions)
-    texts = list(dict.fromkeys(cleaned))
     if mesh.world.rank > 0:
         for _ in studio.codes(texts, run.draw, prompt):
             pass

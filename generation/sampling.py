@@ -137,9 +137,13 @@ class _Lane:
         return self._codes.view(self._captions, self._each, -1)
 
     def _start(self, text: Tensor, given: Tensor, each: int) -> Lane:
-        if self._settings.guidance != 1:
-            text = torch.cat([text, torch.full_like(text, PAD)])
+        text = self._with_empty(text)
         return self._decoder.start(text, given.expand(len(text), -1), each)
+
+    def _with_empty(self, text: Tensor) -> Tensor:
+        """With guidance, as many empty captions behind the captions."""
+        plain = self._settings.guidance == 1
+        return text if plain else torch.cat([text, torch.full_like(text, PAD)])
 
     def _next(self, lane: Lane, position: int, codes: Tensor) -> Tensor | None:
         before = codes[:, max(position - 1, 0)]
@@ -167,11 +171,13 @@ class _Lane:
 
     def _by_itself(self, row: int, position: int) -> Tensor:
         """Draw one candidate's code from logits that do not depend on the others of its batch."""
-        caption, codes = row // self._each, self._codes[row : row + 1]
-        lane = self._start(self._text[caption : caption + 1], codes[:, :position], 1)
-        logits = self._next(lane, position, codes)
+        caption, guidance = row // self._each, self._settings.guidance
+        text = self._with_empty(self._text[caption : caption + 1])
+        image = self._codes[row : row + 1, : position + 1].expand(len(text), -1)
+        logits = self._decoder.settled(text, image)
         drawn = torch.full((1,), _UNSURE, device=self._decoder.device)
         if logits is not None:
+            logits = logits if guidance == 1 else guided(logits, guidance)
             noise = self._noise(self._keys[row : row + 1], position)
             drawn = choose(logits, noise, self._settings, settled=True).codes
         return self._decoder.neighbours.share(drawn).wait()[0]

@@ -1,17 +1,18 @@
 """What this machine really reaches: one run that measures the constants of `cpu` plans.
 
 Matmuls at a few sizes and a copy of memory give rates, all-reduces of two sizes between two ranks
-give the link; steps of a small model with few and many micro-batches give what Python costs a layer
-and a step. Steps of a wider one give shares: alone, that of the matmuls' rate which a whole step
-reaches; a replica a core, what a core keeps of it while others work; as two tensor ranks, what
-collectives between layers reach of the link.
+the link. Steps of a narrow model with few and many micro-batches give what Python costs a layer and
+a step. Steps of a wider one give the rest: alone, the share of the matmuls' rate which a whole step
+reaches; a replica a core, what a core keeps of it while others work; as two tensor ranks, in many
+micro-batches what a hop of a collective between layers takes (ranks that compute are not ready at
+the same moment, and have to be woken), in one what collectives reach of the link.
 """
 
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,7 +36,7 @@ SIZES = (256, 512, 1024)
 """Sides of the square matmuls."""
 COPIED = 2**27
 """Bytes of the copy that tells the memory's rate."""
-ROUNDS, STEPS, TURNS = 7, 8, 3
+ROUNDS, STEPS, TURNS = 7, 8, 5
 NARROW = PriorConfig(
     dim=64, heads=4, layers=6, text_length=16, text_vocabulary=64, image_vocabulary=64, grid=4
 )
@@ -48,7 +49,17 @@ EACH = 16
 """Pictures a step of a replica of the wide model."""
 MOST_RANKS = 16
 """Ranks that calibration starts."""
-_LEAST_SHARE = 0.02
+RANGES = {
+    "sustained": (0.02, 1.0),
+    "together": (0.02, 1.0),
+    "link_latency": (1e-6, 0.1),
+    "joined": (0.02, 1.0),
+}
+"""Between which a constant that steps tell is looked for: shares, and seconds of a hop."""
+PASSES = 6
+"""Over the constants that steps tell, for what replicas keep depends on what links give."""
+BESIDE = {"link_latency": "joined"}
+"""From what a run's step takes more than another's: as many bytes, in fewer collectives."""
 
 
 def calibrate(precision: str = "fp32") -> dict[str, float]:
@@ -81,61 +92,81 @@ def calibrate(precision: str = "fp32") -> dict[str, float]:
 
 
 def _steps(hardware: Hardware, precision: str) -> dict[str, float]:
-    """Overheads from a narrow model, the sustained share of matmuls from a wide one."""
+    """What whole steps tell: all kinds of them in turns, of each the shortest of all turns."""
     one = EngineConfig(precision=precision)  # type: ignore[arg-type]
-    narrow = PriorTrain(model=NARROW, loop=LoopConfig(batch=MANY), engine=one)
-    many = replace(narrow, engine=replace(one, accumulate=MANY))
-    few, more = _typical(narrow), _typical(many)
-    layers = NARROW.layers + 2
-    overhead = max(more - few, 0.0) / ((MANY - FEW) * layers)
-    step = max(few - layers * overhead, 0.0)
-    two = replace(narrow, mesh=MeshConfig(data=2))
-    engine = EngineConfig(name="deepspeed_zero", precision=one.precision)
-    extra = max(_typical(replace(two, engine=engine)) - _typical(two), 0.0)
-    found = {"overhead": overhead, "step_overhead": step, "engine_overhead": extra}
+    engine = replace(one, name="deepspeed_zero")
+    narrow, ways = runs_for_overheads(one, engine), runs_for_steps(hardware.cores, one, engine)
+    times: dict[str, list[float]] = {}
+    for _ in range(TURNS):
+        for name, way in (narrow | ways).items():
+            times.setdefault(name, []).extend(time_steps(way, STEPS))
+    least = {name: min(seconds) for name, seconds in times.items()}
+    found = overheads(least)
     LOG.info(
         "Python: %.2f ms a layer, %.1f ms a step, %.1f ms more with DeepSpeed",
-        *(1e3 * overhead, 1e3 * step, 1e3 * extra),
+        *(1e3 * value for value in found.values()),
     )
-    ways = runs_for_shares(hardware.cores, one, engine)
-    turns = [{name: _typical(way) for name, way in ways.items()} for _ in range(TURNS)]
-    for name, way in ways.items():
-        measured = min(turn[name] for turn in turns)
-        found[name] = share_of(name, way, replace(hardware, **found), measured)
-        LOG.info("%s: %.0f%%", name, 100 * found[name])
-    return found
+    solved = constants(ways, least, replace(hardware, **found))
+    LOG.info("%s", ", ".join(f"{name} {value:.3g}" for name, value in solved.items()))
+    return found | solved
 
 
-def runs_for_shares(
-    cores: int, one: EngineConfig, deepspeed: EngineConfig
-) -> dict[str, PriorTrain]:
-    """The runs from whose steps shares are found, each with those before it."""
+def runs_for_overheads(one: EngineConfig, deepspeed: EngineConfig) -> dict[str, PriorTrain]:
+    """The runs whose steps are Python's above all."""
+    few = PriorTrain(model=NARROW, loop=LoopConfig(batch=MANY), engine=one)
+    many = replace(few, engine=replace(one, accumulate=MANY))
+    two = replace(few, mesh=MeshConfig(data=2))
+    return {"few": few, "many": many, "two": two, "engine": replace(two, engine=deepspeed)}
+
+
+def overheads(least: Mapping[str, float]) -> dict[str, float]:
+    """Python's seconds a layer, a step, and with DeepSpeed, from the steps of those runs."""
+    layers = NARROW.layers + 2
+    layer = max(least["many"] - least["few"], 0.0) / ((MANY - FEW) * layers)
+    return {
+        "overhead": layer,
+        "step_overhead": max(least["few"] - layers * layer, 0.0),
+        "engine_overhead": max(least["engine"] - least["two"], 0.0),
+    }
+
+
+def runs_for_steps(cores: int, one: EngineConfig, deepspeed: EngineConfig) -> dict[str, PriorTrain]:
+    """The runs from whose steps a constant each is found, with those before it."""
     alone = PriorTrain(model=WIDE, loop=LoopConfig(batch=EACH), engine=one)
     if cores == 1:
         return {"sustained": alone}
     count = min(cores, MOST_RANKS)
     every = replace(alone, loop=LoopConfig(batch=EACH * count), mesh=MeshConfig(data=count))
     split = replace(alone, mesh=MeshConfig(tensor=2), engine=deepspeed)
-    return {"sustained": alone, "together": every, "joined": split}
+    small = replace(split, engine=replace(deepspeed, accumulate=MANY))
+    return {"sustained": alone, "together": every, "link_latency": small, "joined": split}
 
 
-def share_of(name: str, way: PriorTrain, hardware: Hardware, measured: float) -> float:
-    """The share of that name at which the step is predicted to take as long as it does."""
-    return _solved(lambda s: estimate(way, replace(hardware, **{name: s})).seconds, measured)
+def constants(
+    ways: Mapping[str, PriorTrain], least: Mapping[str, float], hardware: Hardware
+) -> dict[str, float]:
+    """The constants with which each run's step is predicted to take as long as it does."""
+    found: dict[str, float] = {}
+    for name, way in PASSES * list(ways.items()):
+        less = BESIDE.get(name)
+
+        def predicted(value: float) -> float:
+            there = replace(hardware, **(found | {name: value}))  # noqa: B023 - called at once
+            taken = estimate(ways[less], there).seconds if less else 0.0  # noqa: B023
+            return estimate(way, there).seconds - taken  # noqa: B023
+
+        measured = least[name] - (least[less] if less else 0.0)
+        found[name] = _solved(predicted, measured, *RANGES[name])
+    return found
 
 
-def _typical(settings: PriorTrain) -> float:
-    """The least of some steps: other work on the machine only adds to them."""
-    return min(time_steps(settings, STEPS))
-
-
-def _solved(predicted: Callable[[float], float], measured: float) -> float:
-    """The share at which the predicted step, which falls with it, is the measured one."""
-    low, high = _LEAST_SHARE, 1.0
+def _solved(predicted: Callable[[float], float], measured: float, low: float, high: float) -> float:
+    """Where a prediction that only rises, or only falls, is what was measured."""
+    rises = predicted(high) > predicted(low)
     for _ in range(30):
         middle = math.sqrt(low * high)
-        slow = predicted(middle) > measured
-        low, high = (middle, high) if slow else (low, middle)
+        short = predicted(middle) < measured
+        low, high = (middle, high) if short == rises else (low, middle)
     return math.sqrt(low * high)
 
 

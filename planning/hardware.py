@@ -66,6 +66,8 @@ class Hardware:
     """Share of the bandwidth that elementwise kernels reach."""
     joined: float = 0.8
     """Share of a link that a ring of collectives reaches."""
+    rings: bool = False
+    """True if small collectives go round a ring, too (gloo); NCCL's are trees, of fewer hops."""
     overhead: float = 0.0
     """Seconds a micro-batch's layer spends outside of kernels (Python, on CPUs)."""
     step_overhead: float = 0.01
@@ -170,6 +172,7 @@ _CPU = Hardware(
     launch=5e-6,
     cores=2,
     joined=1.0,
+    rings=True,
 )
 """A rank a core of this machine; `tapir plan --calibrate` measures it."""
 

@@ -42,7 +42,8 @@ def gather(count: float, span: tuple[int, int], hardware: Hardware) -> float:
     if size == 1:
         return 0.0
     rate, latency = ring(size, stride, hardware)
-    return (size - 1) / size * count / rate + math.ceil(math.log2(size)) * latency
+    hops = size - 1 if hardware.rings else math.ceil(math.log2(size))
+    return (size - 1) / size * count / rate + hops * latency
 
 
 def hand_on(count: float, mesh: MeshConfig, hardware: Hardware) -> float:

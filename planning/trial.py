@@ -11,6 +11,7 @@ import torch
 from cluster.launcher import launch
 from core.heartbeat import Heart
 from core.keys import key_int
+from core.memory import keep_freed_memory
 from core.settings import from_json, to_json
 from models.prior import COMPRESSED, prior_layers, prior_loss
 from parallel.engines.catalogue import build_engine
@@ -44,6 +45,7 @@ def trial_rank(payload: str) -> None:
     body = json.loads(payload)
     settings = from_json(PriorTrain, body["settings"])
     torch.set_num_threads(1)
+    keep_freed_memory()
     choose_matmul_precision(settings.engine.matmul_precision)
     world = join_world()
     mesh = build_mesh(settings.mesh, world)

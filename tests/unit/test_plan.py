@@ -14,7 +14,7 @@ from models.config import PriorConfig
 from models.counts import prior_parameters
 from parallel.config import CompressConfig, EngineConfig, MeshConfig
 from parallel.placement import Placement
-from planning.calibrate import runs_for_shares, share_of
+from planning.calibrate import constants, overheads, runs_for_overheads, runs_for_steps
 from planning.commands import count_parameters, plan, settings_of
 from planning.hardware import KNOWN, hardware_of
 from planning.kernels import Kernels, flops, seconds
@@ -97,17 +97,25 @@ def test_a_core_that_works_beside_others_is_slower() -> None:
 
 
 @pytest.mark.parametrize("cores", [1, 2, 32])
-def test_calibration_finds_the_shares_that_the_steps_have(cores: int) -> None:
-    """Steps that are as long as predicted with a share give it back."""
-    runs = runs_for_shares(cores, EngineConfig(), EngineConfig(name="deepspeed_zero"))
-    wanted = {"sustained": 0.5, "together": 0.8, "joined": 0.3}
-    assert list(runs) == (list(wanted) if cores > 1 else ["sustained"])
+def test_calibration_finds_the_constants_that_the_steps_have(cores: int) -> None:
+    """Steps that are as long as predicted with some constants give them back."""
+    runs = runs_for_steps(cores, EngineConfig(), EngineConfig(name="deepspeed_zero"))
+    wanted = {"sustained": 0.5, "together": 0.8, "link_latency": 9e-4, "joined": 0.3}
     hardware = replace(KNOWN["cpu"], cores=cores)
-    for name, run in runs.items():
-        true = replace(hardware, **{name: wanted[name]})
-        found = share_of(name, run, hardware, estimate(run, true).seconds)
-        assert found == pytest.approx(wanted[name], rel=1e-3)
-        hardware = true
+    true = replace(hardware, **wanted)
+    found = constants(runs, {n: estimate(run, true).seconds for n, run in runs.items()}, hardware)
+    assert list(found) == (list(wanted) if cores > 1 else ["sustained"])
+    assert found == pytest.approx({name: wanted[name] for name in found}, rel=0.01)
+
+
+def test_calibration_finds_pythons_cost() -> None:
+    """From steps that take it and nothing else."""
+    wanted = {"overhead": 1e-3, "step_overhead": 4e-2, "engine_overhead": 6e-3}
+    runs = runs_for_overheads(EngineConfig(), EngineConfig(name="deepspeed_zero"))
+    free = replace(KNOWN["cpu"], half_flops=1e29, full_flops=1e29, bandwidth=1e29, link=1e29)
+    true = replace(free, cores=0, link_latency=0.0, launch=0.0, **wanted)
+    found = overheads({name: estimate(run, true).seconds for name, run in runs.items()})
+    assert found == pytest.approx(wanted, rel=1e-6)
 
 
 def test_the_bucket_is_the_engines() -> None:
@@ -162,6 +170,9 @@ def test_groups_that_leave_a_node_share_its_network() -> None:
     inside = all_reduce(1e8, (8, 1), gpu)
     assert all_reduce(1e8, (8, 8), gpu) > 5 * inside
     assert all_reduce(1e8, (16, 2), gpu) < all_reduce(1e8, (16, 8), gpu)
+    rings = replace(gpu, rings=True)
+    assert all_reduce(0.0, (8, 1), gpu) == pytest.approx(6 * gpu.link_latency)
+    assert all_reduce(0.0, (8, 1), rings) == pytest.approx(14 * gpu.link_latency)
     mesh = MeshConfig(tensor=2, pipeline=4, data=8)
     assert group_span(mesh, "data") == (8, 2) and group_span(mesh, "pipeline") == (4, 16)
 

@@ -74,11 +74,14 @@ def decoder(layers: nn.ModuleDict) -> Decoder:
     return Decoder(Part(layers=layers, config=CONFIG))
 
 
+@pytest.mark.parametrize("one_row", [False, True])
 @pytest.mark.parametrize("number,kernel", MASKS)
-def test_logits_with_the_cache_equal_the_whole_stream(number: int, kernel: int) -> None:
+def test_logits_with_the_cache_equal_the_whole_stream(
+    number: int, kernel: int, one_row: bool
+) -> None:
     config = replace(CONFIG, layers=number, conv_kernel=kernel)
     layers, batch = trained_like(config), prior_batch()
-    decoder = Decoder(Part(layers=layers, config=config))
+    decoder = Decoder(Part(layers=layers, config=config), one_row=one_row)
     with torch.no_grad():
         wanted = prior_logits(layers, batch)
     for given in (0, 1, 7):
@@ -109,7 +112,7 @@ def test_draws_are_those_of_the_definition(
 
 @pytest.mark.parametrize("close", [choosing.CLOSE, 0.5], ids=["as is", "most draws settled"])
 def test_a_key_gives_one_picture_whatever_the_batch(
-    decoder: Decoder, close: float, monkeypatch: pytest.MonkeyPatch
+    layers: nn.ModuleDict, decoder: Decoder, close: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choosing, "CLOSE", close)
     text, keys = prior_batch()["text"], keys_of(3, 2)
@@ -129,13 +132,13 @@ def test_draws_that_rounding_could_change_are_made_by_themselves(
     monkeypatch.setattr(choosing, "CLOSE", 0.3)
     text, keys, settings = prior_batch()["text"], keys_of(3, 4), SampleConfig(guidance=1.5)
     made: list[tuple[int, int]] = []
-    alone = Decoder.start
+    alone = Decoder.settled
 
-    def counted(self: Decoder, text: Tensor, given: Tensor, each: int) -> object:
-        made.append(tuple(given.shape))
-        return alone(self, text, given, each)
+    def counted(self: Decoder, text: Tensor, image: Tensor) -> Tensor | None:
+        made.append(tuple(image.shape))
+        return alone(self, text, image)
 
-    monkeypatch.setattr(Decoder, "start", counted)
+    monkeypatch.setattr(Decoder, "settled", counted)
     found = draw(decoder, text, keys, settings)
     assert len(made) > 10, "no draw was close"
     assert found.equal(by_definition(layers, text, keys, settings))
@@ -212,9 +215,10 @@ def test_kept_tokens_follow_from_rows_rectangles_and_masks(tmp_path: Path) -> No
         grid(mask=tmp_path / "mask.png")
 
 
-def test_bf16_is_no_further_off_than_in_training(layers: nn.ModuleDict) -> None:
+@pytest.mark.parametrize("one_row", [False, True])
+def test_bf16_is_no_further_off_than_in_training(layers: nn.ModuleDict, one_row: bool) -> None:
     batch = prior_batch()
-    half = Decoder(Part(layers=layers, config=CONFIG), "bf16")
+    half = Decoder(Part(layers=layers, config=CONFIG), "bf16", one_row)
     lane = half.start(batch["text"], batch["image"][:, :9], 1)
     found = half.next(lane, 9, batch["image"][:, 8])
     with torch.no_grad():
