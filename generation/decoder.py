@@ -46,8 +46,8 @@ class _Block:
     ) -> None:
         config = part.config
         self.kind = layer_kind(number, config.layers)
-        self._tensor, self._dtype = part.tensor, dtype
-        self._cached = torch.float32 if one_row else dtype
+        self._tensor = part.tensor
+        self._dtype = torch.float32 if one_row else dtype
         self._width = config.dim // config.heads
         self._norms = block.attention_norm, block.mlp_norm
         q, k, v = block.q, block.k, block.v
@@ -106,7 +106,7 @@ class _Block:
         """
         rows, captions, width = len(x), len(cache.text_keys), self._width
         heads = cache.text_keys.shape[1]
-        q, k, v = self._projected(x).view(rows, 3, heads, width).unbind(1)
+        q, k, v = self._qkv(self._entered(x, 0)).view(rows, 3, heads, width).unbind(1)
         for store, new in ((cache.keys, k), (cache.values, v)):
             store.index_copy_(1, at, new.reshape(rows * heads, 1, width))
         keys, values = (store.index_select(1, index) for store in (cache.keys, cache.values))
@@ -137,14 +137,11 @@ class _Block:
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
         shape = (*x.shape[:2], 3, -1, self._width)
-        return self._projected(x).view(shape).permute(2, 0, 3, 1, 4).unbind(0)
-
-    def _projected(self, x: Tensor) -> Tensor:
-        return self._qkv(self._entered(x, 0)).to(self._cached)
+        return self._qkv(self._entered(x, 0)).view(shape).permute(2, 0, 3, 1, 4).unbind(0)
 
     def _after(self, x: Tensor, attended: Tensor) -> Tensor:
         """What follows attention: its output matrix, and the MLP resblock."""
-        x = x + self._joined(self._out(attended.to(self._dtype)), 0)
+        x = x + self._joined(self._out(attended), 0)
         return x + self._joined(self._down(self._up(self._entered(x, 1))), 1)
 
     def _entered(self, x: Tensor, which: int) -> Tensor:

@@ -1,16 +1,22 @@
 """Linear layers as decoding wants them: few rows, so that reading the weights is what costs."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_MOST_HALF = 65504.0
+"""The largest fp16 number."""
 
 
 class PackedLinear:
     """x W^T + b, with W laid out once for the CPU's kernels; elsewhere plain torch.
 
     From 2 to some tens of rows oneDNN's own layout is twice as fast as torch's. At one row it is
-    read at 0.6 of what the memory gives; in fp32, W^T in order is read at 0.8 where there are more
-    outputs than inputs, and W in order where there are not: docs/LOG.md.
+    read at 0.6 of what the memory gives. There, in fp32, W^T in order is read at 0.8 if there are
+    more outputs than inputs, and W in order if there are not; 16 bits are read at 0.8 to 1 by
+    FBGEMM's kernel for fp16 weights, whose sums are fp32: docs/LOG.md.
     """
 
     def __init__(
@@ -25,36 +31,54 @@ class PackedLinear:
         """`weight` is (outputs, inputs); `one_row`: lay it out for calls of one row."""
         weight = weight.detach().to(dtype).contiguous()
         self._bias = None if bias is None else bias.detach().to(dtype)
-        self._gelu = gelu
+        self._gelu, self._dtype = gelu, dtype
         self.bytes = weight.numel() * weight.element_size()
         """What is read of the weights for each call."""
         self._in_order = one_row and dtype == torch.float32
-        self._packed = not self._in_order and _packs(weight)
+        self._half = _half(weight, self._bias) if one_row and dtype == torch.bfloat16 else None
+        self._packed = not self._in_order and self._half is None and _packs(weight)
         if self._packed:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight)
         elif self._in_order and len(weight) > weight.shape[1]:
             weight = weight.T.contiguous().T
-        self._weight = weight
+        self._weight = weight if self._half is None else weight[:0]
 
     def in_order(self) -> "PackedLinear":
         """The same on a CPU in fp32, laid out for calls of one row; elsewhere itself."""
-        weight = self._weight.to_dense() if self._packed else self._weight
-        if self._in_order or weight.device.type != "cpu" or weight.dtype != torch.float32:
+        if self._in_order or self._weight.device.type != "cpu" or self._dtype != torch.float32:
             return self
-        return PackedLinear(weight, self._bias, weight.dtype, gelu=self._gelu, one_row=True)
+        weight = self._weight.to_dense() if self._packed else self._weight
+        return PackedLinear(weight, self._bias, self._dtype, gelu=self._gelu, one_row=True)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Shapes: (..., inputs) -> (..., outputs), in the weights' precision."""
+        """Shapes: (..., inputs) -> (..., outputs), in the precision of x."""
+        if self._half is not None:
+            return self._activated(torch.ops.quantized.linear_dynamic_fp16(x.float(), self._half))
+        given, x = x.dtype, x.to(self._dtype)
         if self._packed:
             name, kind = ("gelu", "tanh") if self._gelu else ("none", "")
             found: Tensor = torch.ops.mkldnn._linear_pointwise(
                 x, self._weight, self._bias, name, [], kind
             )
-            return found
-        x = F.linear(x, self._weight, self._bias)
+            return found.to(given)
+        return self._activated(F.linear(x, self._weight, self._bias)).to(given)
+
+    def _activated(self, x: Tensor) -> Tensor:
         return F.gelu(x, approximate="tanh") if self._gelu else x
 
 
 def _packs(weight: Tensor) -> bool:
     known = hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     return weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and known
+
+
+def _half(weight: Tensor, bias: Tensor | None) -> Any:
+    """FBGEMM's fp16 layout; None where there is no FBGEMM, or a weight is beyond fp16.
+
+    A bf16 weight from 2^-14 on is an fp16 number; a smaller one moves by at most 2^-25.
+    """
+    known = torch.backends.quantized.engine in ("fbgemm", "x86")
+    if not known or weight.device.type != "cpu" or float(weight.abs().max()) > _MOST_HALF:
+        return None
+    there = None if bias is None else bias.float()
+    return torch.ops.quantized.linear_prepack_fp16(weight.float(), there)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.errors import ConfigError, InputError
@@ -17,7 +18,7 @@ from generation import choose as choosing
 from generation import packed
 from generation.choose import choose
 from generation.config import PromptConfig, SampleConfig
-from generation.decoder import Decoder, Part
+from generation.decoder import DTYPES, Decoder, Part
 from generation.prompts import kept_tokens
 from generation.sampling import Keys, Prompt, Sampler
 from models.draws import gumbel_noise
@@ -227,6 +228,23 @@ def test_bf16_is_no_further_off_than_in_training(layers: nn.ModuleDict, one_row:
             trained = prior_logits(layers, batch)[:, 9]
     assert found is not None and not found.equal(wanted)
     assert float((found - wanted).abs().mean()) < 1.5 * float((trained - wanted).abs().mean())
+
+
+@pytest.mark.parametrize("outputs", [40, 16])
+@pytest.mark.parametrize("largest", [1.0, 4e5], ids=["usual", "beyond fp16"])
+@pytest.mark.parametrize("one_row", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_layout_is_its_layer(outputs: int, largest: float, one_row: bool, precision: str) -> None:
+    draws = torch.Generator().manual_seed(0)
+    weight = largest * torch.rand(outputs, 24, generator=draws) - largest / 2
+    bias, x = torch.rand(outputs, generator=draws), torch.rand(1, 3, 24, generator=draws)
+    dtype = DTYPES[precision]
+    layer = packed.PackedLinear(weight, bias, dtype, one_row=one_row)
+    wanted = F.linear(x.double(), weight.to(dtype).double(), bias.to(dtype).double())
+    bound = (1e-6 if precision == "fp32" else 1e-2) * largest * 24
+    for layout in (layer, layer.in_order()):
+        assert float((layout(x[:, :1]) - wanted[:, :1]).abs().max()) < bound
+        assert float((layout(x) - wanted).abs().max()) < bound and layout(x).dtype == x.dtype
 
 
 @pytest.mark.slow
