@@ -41,7 +41,7 @@ class PackedLinear:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight)
         elif self._in_order and len(weight) > weight.shape[1]:
             weight = weight.T.contiguous().T
-        self._weight = weight if self._half is None else weight[:0]
+        self._weight = weight if self._half is None else weight.new_empty(0)
 
     def in_order(self) -> "PackedLinear":
         """The same on a CPU in fp32, laid out for calls of one row; elsewhere itself."""

@@ -46,14 +46,20 @@ def draws(decoder: Decoder, settings: SampleConfig) -> list[Any]:
 
 
 def given_logits(decoder: Decoder) -> list[Any] | None:
-    """Logits of every position after 3 that are given; None on stages before the last."""
+    """Logits of every position after 3 that are given, then the last one's settled ones.
+
+    None on stages before the last.
+    """
     batch = prior_batch()
     lane = decoder.start(batch["text"], batch["image"][:, :3], 1)
     rows = [
         decoder.next(lane, position, batch["image"][:, position - 1])
         for position in range(3, CONFIG.image_length)
     ]
-    return None if rows[0] is None else torch.stack(rows, 1).tolist()  # type: ignore[arg-type]
+    settled = decoder.settled(batch["text"], batch["image"])
+    if settled is None:
+        return None
+    return torch.stack([*rows, settled], 1).tolist()  # type: ignore[list-item]
 
 
 def decode(payload: str) -> None:
@@ -83,6 +89,7 @@ def test_a_cut_prior_decodes_what_the_whole_stream_says(tmp_path: Path) -> None:
     for i, (layers, folder) in enumerate(zip(priors, folders, strict=True)):
         with torch.no_grad():
             wanted = prior_logits(layers, prior_batch())[:, 3:]
+            wanted = torch.cat([wanted, wanted[:, -1:]], 1)
         last = [rank[i][0] for rank in ranks if rank[i][0] is not None]
         assert len(last) == tensor
         for logits in last:
