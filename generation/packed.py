@@ -52,9 +52,11 @@ class PackedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Shapes: (..., inputs) -> (..., outputs), in the precision of x."""
+        given = x.dtype
         if self._half is not None:
-            return self._activated(torch.ops.quantized.linear_dynamic_fp16(x.float(), self._half))
-        given, x = x.dtype, x.to(self._dtype)
+            x = torch.ops.quantized.linear_dynamic_fp16(x.float(), self._half)
+            return self._activated(x).to(given)
+        x = x.to(self._dtype)
         if self._packed:
             name, kind = ("gelu", "tanh") if self._gelu else ("none", "")
             found: Tensor = torch.ops.mkldnn._linear_pointwise(
@@ -73,12 +75,12 @@ def _packs(weight: Tensor) -> bool:
 
 
 def _half(weight: Tensor, bias: Tensor | None) -> Any:
-    """FBGEMM's fp16 layout; None where there is no FBGEMM, or a weight is beyond fp16.
+    """FBGEMM's fp16 layout; None where there is no FBGEMM, or a weight is beyond fp16 or no number.
 
     A bf16 weight from 2^-14 on is an fp16 number; a smaller one moves by at most 2^-25.
     """
     known = torch.backends.quantized.engine in ("fbgemm", "x86")
-    if not known or weight.device.type != "cpu" or float(weight.abs().max()) > _MOST_HALF:
+    if not known or weight.device.type != "cpu" or not float(weight.abs().max()) <= _MOST_HALF:
         return None
     there = None if bias is None else bias.float()
     return torch.ops.quantized.linear_prepack_fp16(weight.float(), there)

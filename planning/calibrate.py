@@ -97,7 +97,8 @@ def _steps(hardware: Hardware, precision: str) -> dict[str, float]:
     engine = replace(one, name="deepspeed_zero")
     narrow, ways = runs_for_overheads(one, engine), runs_for_steps(hardware.cores, one, engine)
     times: dict[str, list[float]] = {}
-    for _ in range(TURNS):
+    for turn in range(TURNS):
+        LOG.info("steps of %d meshes, turn %d of %d", len(narrow | ways), turn + 1, TURNS)
         for name, way in (narrow | ways).items():
             times.setdefault(name, []).extend(time_steps(way, STEPS))
     least = {name: min(seconds) for name, seconds in times.items()}
@@ -108,7 +109,19 @@ def _steps(hardware: Hardware, precision: str) -> dict[str, float]:
     )
     solved = constants(ways, least, replace(hardware, **found))
     LOG.info("%s", ", ".join(f"{name} {value:.3g}" for name, value in solved.items()))
+    for name in at_bounds(solved):
+        LOG.warning("%s lies on its bound; calibrate again while nothing else runs", name)
     return found | solved
+
+
+def at_bounds(solved: Mapping[str, float]) -> list[str]:
+    """Constants that no steps can have told; a share may be 1."""
+
+    def inside(name: str, value: float) -> bool:
+        low, high = RANGES[name]
+        return 1.01 * low < value and (high == 1.0 or value < high / 1.01)
+
+    return [name for name, value in solved.items() if not inside(name, value)]
 
 
 def runs_for_overheads(one: EngineConfig, deepspeed: EngineConfig) -> dict[str, PriorTrain]:

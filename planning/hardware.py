@@ -14,6 +14,8 @@ from core.errors import InputError
 from core.settings import wrong_types
 
 GB = 1e9
+MEASURED = ("half_flops", "full_flops", "bandwidth", "link", "overhead", "sustained")
+"""What every calibration holds, among others."""
 _MOST = 1e30
 """Constants below it can be multiplied."""
 _SHARES = ("sustained", "streamed", "joined", "together")
@@ -209,7 +211,9 @@ def _measured(found: Hardware, calibration: Path) -> Hardware:
         measured = None
     if not isinstance(measured, dict):
         raise InputError(f"{calibration} is no calibration; {remedy}")
-    wrong = wrong_types(Hardware, measured, "") or replace(found, **measured).problems()
+    missing = [f"{name} is missing" for name in MEASURED if name not in measured]
+    wrong = wrong_types(Hardware, measured, "")
+    wrong = wrong or replace(found, **measured).problems() or missing
     if wrong:
         raise InputError(f"{calibration} is no calibration: {'; '.join(wrong)}; {remedy}")
     return replace(found, **measured)

@@ -14,9 +14,15 @@ from models.config import PriorConfig
 from models.counts import prior_parameters
 from parallel.config import CompressConfig, EngineConfig, MeshConfig
 from parallel.placement import Placement
-from planning.calibrate import constants, overheads, runs_for_overheads, runs_for_steps
+from planning.calibrate import (
+    at_bounds,
+    constants,
+    overheads,
+    runs_for_overheads,
+    runs_for_steps,
+)
 from planning.commands import count_parameters, plan, settings_of
-from planning.hardware import KNOWN, hardware_of
+from planning.hardware import KNOWN, MEASURED, hardware_of
 from planning.kernels import Kernels, flops, seconds
 from planning.links import all_reduce, group_span
 from planning.memory import CATEGORIES, loads_of, rank_bytes
@@ -106,6 +112,16 @@ def test_calibration_finds_the_constants_that_the_steps_have(cores: int) -> None
     found = constants(runs, {n: estimate(run, true).seconds for n, run in runs.items()}, hardware)
     assert list(found) == (list(wanted) if cores > 1 else ["sustained"])
     assert found == pytest.approx({name: wanted[name] for name in found}, rel=0.01)
+
+
+def test_a_calibration_on_a_busy_machine_is_told() -> None:
+    good = {"sustained": 0.5, "together": 0.9999, "link_latency": 9e-4, "joined": 1.0}
+    assert at_bounds(good) == []
+    assert at_bounds(good | {"link_latency": 1.0000001e-6}) == ["link_latency"]
+    assert at_bounds(good | {"link_latency": 0.09999, "joined": 0.0200001}) == [
+        "link_latency",
+        "joined",
+    ]
 
 
 def test_calibration_finds_pythons_cost() -> None:
@@ -218,8 +234,12 @@ def test_wrong_hardware_and_calibrations_are_refused(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text('{"speed": 3}')
     with pytest.raises(InputError, match="--calibrate"):
         hardware_of("cpu", tmp_path / "c.json")
-    (tmp_path / "c.json").write_text('{"half_flops": 3e11}')
+    whole = dict.fromkeys(MEASURED, 3e11) | {"sustained": 0.5}
+    (tmp_path / "c.json").write_text(json.dumps(whole))
     assert hardware_of("cpu", tmp_path / "c.json").half_flops == 3e11
+    (tmp_path / "c.json").write_text('{"half_flops": 3e11}')
+    with pytest.raises(InputError, match=r"full_flops is missing; .*sustained is missing"):
+        hardware_of("cpu", tmp_path / "c.json")
     assert hardware_of("v100").name == "v100-16gb"
 
 

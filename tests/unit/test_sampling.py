@@ -245,6 +245,15 @@ def test_a_layout_is_its_layer(outputs: int, largest: float, one_row: bool, prec
     for layout in (layer, layer.in_order()):
         assert float((layout(x[:, :1]) - wanted[:, :1]).abs().max()) < bound
         assert float((layout(x) - wanted).abs().max()) < bound and layout(x).dtype == x.dtype
+    held = layer._weight
+    assert layer._half is None or held.untyped_storage().nbytes() == 0, "weights are held twice"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_broken_weight_stays_broken(value: float) -> None:
+    weight = torch.full((40, 24), value)
+    layer = packed.PackedLinear(weight, None, torch.bfloat16, one_row=True)
+    assert not layer(torch.ones(1, 24)).isfinite().any()
 
 
 @pytest.mark.slow
