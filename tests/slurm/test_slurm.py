@@ -146,7 +146,7 @@ def test_a_preempted_job_saves_and_comes_back(slurm: Slurm, tokens: Path, tmp_pa
 @pytest.mark.big
 def test_the_time_limit_is_no_end(slurm: Slurm, tokens: Path, tmp_path: Path) -> None:
     out = tmp_path / "limit"
-    stage = {**prior(tokens, 400), "minutes": 2}
+    stage = {**prior(tokens, 200), "minutes": 2}
     tapir("submit", str(write(out, {"prior": stage}, warn_seconds=60)), **slurm.environment)
     assert finish(slurm, out)["prior"] == "done"
     assert "asked to stop" in tapir("logs", str(out), **slurm.environment)
