@@ -14,6 +14,7 @@ from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    ConnectionClosedError,
     EndpointConnectionError,
     EndpointProviderError,
     HTTPClientError,
@@ -28,7 +29,7 @@ from core.errors import StoreError, StoreInputError
 from core.keys import key_fraction
 from core.log import LOG
 
-PATIENCE = 300.0
+PATIENCE, FIRST_PATIENCE = 300.0, 30.0
 T = TypeVar("T")
 _CUT = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
 """A body that ended too early: what came of it counts."""
@@ -46,7 +47,10 @@ class S3Store:
     def __init__(
         self, bucket: str, prefix: str, attempts: int = 6, patience: float = PATIENCE
     ) -> None:
-        """`patience` is how many seconds of outage are waited out, once the store has answered."""
+        """`patience` is how many seconds of outage are waited out, once the store has answered.
+
+        Before, at most 30 s, and only where something listens: a wrong endpoint is told at once.
+        """
         self.bucket, self.prefix = bucket, prefix.strip("/")
         self.url = f"s3://{bucket}/{self.prefix}".rstrip("/")
         self._bucket_seen = self._answered = False
@@ -169,10 +173,12 @@ class S3Store:
         if self._bucket_seen:
             return
         try:
-            self._client.head_bucket(Bucket=self.bucket)
-        except ClientError as error:
-            if _code(error) in _MISSING:
+            self._asked("", lambda: self._client.head_bucket(Bucket=self.bucket))
+        except StoreError as error:
+            if _code(error.__cause__) in _MISSING:
                 raise StoreInputError(self._no_bucket()) from error
+            if not isinstance(error.__cause__, ClientError):
+                raise  # a refusal says nothing: who may read objects need not see the bucket
         self._bucket_seen = True
 
     def _no_bucket(self) -> str:
@@ -191,15 +197,23 @@ class S3Store:
                 self._answered = True
                 return found
             except StoreError as error:
-                cut = isinstance(error.__cause__, _CUT)
-                waits = cut or (self._answered and _passes(error.__cause__))
-                if not waits or time.monotonic() - began > self._patience:
+                cause = error.__cause__
+                passes = isinstance(cause, _CUT) or _passes(cause)
+                self._answered |= isinstance(cause, ClientError) and not passes  # "no" is an answer
+                if not passes or time.monotonic() - began > self._waits(cause):
                     raise
                 pause = min(0.2 * 2.0**attempt, 10.0)
                 pause *= 0.5 + key_fraction(name, attempt, "jitter")
                 LOG.warning("%s; again in %.1f s", error, pause)
                 time.sleep(pause)
                 attempt += 1
+
+    def _waits(self, cause: BaseException | None) -> float:
+        """Seconds for which an error that may pass is waited out."""
+        if self._answered:
+            return self._patience
+        listens = isinstance(cause, (ClientError, ConnectionClosedError, *_CUT))
+        return min(self._patience, FIRST_PATIENCE) if listens else -1.0
 
     @contextmanager
     def _explained(self, name: str) -> Iterator[None]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.proxy import faulty_proxy
 from cluster.object_server import ObjectServer
 from core.errors import InputError, StoreInputError
 from core.s3 import S3Store
@@ -59,6 +60,27 @@ def test_wrong_bucket_and_wrong_key_exit_2_without_secrets(s3: ObjectServer) -> 
     text = tapir(*flags, code=2, **wrong)
     assert "check AWS_ACCESS_KEY_ID" in text
     assert "wrongsecretvalue" not in text
+
+
+@pytest.mark.parametrize("outage", [(1, 2), (2, 3)])
+def test_an_outage_at_the_start_of_a_job_is_waited_out(
+    s3: ObjectServer, monkeypatch: pytest.MonkeyPatch, outage: tuple[int, ...]
+) -> None:
+    """The first questions of a job: HEAD of an object that is not there yet, then of its bucket."""
+    bucket = f"b{uuid.uuid4().hex[:12]}"
+    asked: list[str] = []
+
+    def plan(number: int, method: str, path: str) -> str:
+        asked.append(path)
+        return "reset" if number in outage else ""
+
+    with s3.credentials():
+        S3Store(bucket, "").make_bucket()
+    with faulty_proxy(s3.endpoint, plan) as address:
+        for name, value in {**s3.environment, "AWS_ENDPOINT_URL": address}.items():
+            monkeypatch.setenv(name, value)
+        assert not S3Store(bucket, "", attempts=1).exists("x")
+    assert len(asked) == 4 and asked[0] == f"/{bucket}/x" and asked[3] == f"/{bucket}"
 
 
 def test_writers_and_deleters_of_one_folder_do_not_disturb_each_other(tmp_path: Path) -> None:
