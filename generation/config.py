@@ -168,6 +168,11 @@ class SampleRun:
     """How many of the best candidates it holds."""
     pictures: Path | None = None
     """A folder for each candidate as a PNG of its own, as soon as it is finished."""
+    rank: bool = True
+    """Rank by CLIP; without it, the candidates stay in the order in which they were drawn."""
+    follow: bool = False
+    """Draw from each checkpoint of a prior in training, until it is finished, and show the
+    pictures in its TensorBoard, too."""
     tensor: int = 1
     """Ranks that share each matmul of the prior, for one that is too large for one process."""
     pipeline: int = 1
@@ -187,6 +192,8 @@ class SampleRun:
         found = [*self.draw.problems(), *self.keep.problems()]
         if not self.captions or self.show < 1:
             found.append("give at least one caption in quotes, and a --show of at least 1")
+        if self.follow and (self.models.step is not None or self.pictures is not None):
+            found.append("--follow draws from all checkpoints; leave out --step and --pictures")
         if min(self.tensor, self.pipeline) < 1:
             found.append("tensor and pipeline must be at least 1")
         return found

@@ -52,7 +52,8 @@ class Studio:
 
     sampler: Sampler
     dvae: DVAE
-    ranker: Ranker
+    ranker: Ranker | None
+    """None: candidates stay in the order in which they were drawn."""
     tokenizer: Tokenizer
     caption_drop: float = 0.0
     """How often the prior saw the empty caption in training."""
@@ -120,7 +121,12 @@ class Studio:
         return in_parts(lambda part: network(part.to(device)).cpu(), rows, size)
 
     def score(self, captions: list[str], pixels: Tensor, count: int) -> NDArray[Any]:
-        """The ranker's cosine of each caption with its `count` pictures, (captions, count)."""
+        """The ranker's cosine of each caption with its `count` pictures, (captions, count).
+
+        Zeros if there is none.
+        """
+        if self.ranker is None:
+            return np.zeros((len(captions), count), np.float32)
         return self.ranker.scores(captions, pixels, count)
 
     def codes_of_file(self, path: Path) -> Tensor:
@@ -153,13 +159,17 @@ def picture_name(caption: int, candidate: int) -> str:
 
 
 def open_studio(
-    models: ModelPaths, precision: str = "fp32", mesh: Mesh | None = None, one_row: bool = False
+    models: ModelPaths,
+    precision: str = "fp32",
+    mesh: Mesh | None = None,
+    one_row: bool = False,
+    rank: bool = True,
 ) -> Studio:
     """Load models and check that they were trained with one another.
 
     A run that has not ended gives its newest checkpoint; the prior that of `models.step`, if it is
     given. On the ranks of a mesh each holds its part of the prior, and all call `codes` together.
-    `one_row`: candidates will be drawn one by one.
+    `one_row`: candidates will be drawn one by one; `rank`: with a CLIP.
     Raises: InputError if a hash differs.
     """
     mesh = mesh or Mesh()
@@ -178,7 +188,7 @@ def open_studio(
     return Studio(
         sampler=Sampler(Decoder(part, precision, one_row)),
         dvae=dvae.to(device),
-        ranker=open_ranker(models.clip, models.bpe, device),
+        ranker=open_ranker(models.clip, models.bpe, device) if rank else None,
         tokenizer=tokenizer,
         caption_drop=float(facts.get("caption_drop", 0.0)),
     )

@@ -5,17 +5,19 @@ The ranks of a mesh decode together; the first one alone decodes pixels, ranks a
 
 import json
 import os
+from dataclasses import replace
 
 from cluster.launcher import launch
 from core.cli import print_json
-from core.errors import ConfigError
+from core.errors import ConfigError, CorruptError, InputError
 from core.files import refuse_folder, write_atomic
-from core.log import progress
+from core.log import LOG, progress
 from core.settings import check, from_json, to_json
 from core.stop import heed_stop_signals
 from data_pipeline.captions import clean_caption
 from data_pipeline.images import encode_png
 from generation.config import SampleRun
+from generation.follow import show, steps_to_draw
 from generation.part import cut_problems
 from generation.pictures import Arrivals, Studio, open_studio, picture_grid, picture_name
 from generation.prompts import prompt_of
@@ -25,7 +27,7 @@ from parallel.engines.names import MEGATRON
 from parallel.launched import ranks_given
 from parallel.mesh import Mesh, build_mesh
 from parallel.world import join_world, leave_world
-from training.export import open_model
+from training.export import open_model, saved_steps
 
 PRELOAD = ["torch", "torch.distributed", "generation.sample", MEGATRON]
 
@@ -40,21 +42,44 @@ def sample(run: SampleRun) -> None:
     if run.pictures is not None:
         refuse_folder(run.pictures / picture_name(0, 0))
     started = ranks_given()
+    if run.follow:
+        check(["--follow starts its ranks itself; do not start them"] if started else [])
+        _follow(run)
+        return
     if started not in (None, run.mesh.world):
         raise ConfigError(
             f"{started} ranks were started, --tensor {run.tensor} x --pipeline {run.pipeline} are "
             f"{run.mesh.world}"
         )
+    if started is None:
+        _draw(run)
+    else:
+        rank_main(json.dumps(to_json(run)))
+
+
+def _follow(run: SampleRun) -> None:
+    """Draw from each checkpoint; one that is damaged, or gone meanwhile, is left out."""
+    for step in steps_to_draw(run.models.prior):
+        try:
+            _draw(replace(run, models=replace(run.models, step=step)))
+        except CorruptError as error:
+            LOG.warning("%s; going on with the next checkpoint", error)
+        except InputError as error:
+            if step in saved_steps(run.models.prior, "prior"):
+                raise
+            LOG.warning("%s; going on with the next checkpoint", error)
+
+
+def _draw(run: SampleRun) -> None:
+    """On this process, or on ranks that are started for it."""
     if run.mesh.world == 1:
         _sample(run, Mesh())
-    elif started is None:
+    else:
         sizes = from_json(
             PriorConfig, open_model(run.models.prior, "prior", run.models.step).config
         )
         check(cut_problems(sizes, run.tensor, run.pipeline))
         launch("generation.sample:rank_main", json.dumps(to_json(run)), run.mesh.world, PRELOAD)
-    else:
-        rank_main(json.dumps(to_json(run)))
 
 
 def rank_main(payload: str) -> None:
@@ -72,7 +97,7 @@ def _sample(run: SampleRun, mesh: Mesh) -> None:
     cleaned = (clean_caption(os.fsencode(caption), repr(caption)) for caption in run.captions)
     texts = list(dict.fromkeys(cleaned))
     one_row = run.draw.one_row(len(texts))
-    studio = open_studio(run.models, run.draw.precision, mesh, one_row)
+    studio = open_studio(run.models, run.draw.precision, mesh, one_row, run.rank)
     prompt = None
     if run.keep.image is not None:
         codes = studio.codes_of_file(run.keep.image)
@@ -89,4 +114,7 @@ def _write(run: SampleRun, studio: Studio, texts: list[str], prompt: Prompt | No
         drawn = studio.draw(texts, run.draw, prompt, Arrivals(meter, run.pictures))
     grid = picture_grid([row.pictures[: run.show] for row in drawn], 4)
     write_atomic(run.out, encode_png(grid))
-    print_json({row.caption: row.scores[: run.show].tolist() for row in drawn})
+    if run.follow and run.models.step is not None:
+        show(run.models.prior, run.models.step, drawn, run.show)
+    most = run.show if run.rank else 0
+    print_json({row.caption: row.scores[:most].tolist() for row in drawn})

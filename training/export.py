@@ -19,7 +19,7 @@ from core.errors import CorruptError, InputError
 from core.files import Json, seal, unseal, write_atomic, write_parts
 from core.log import LOG
 from core.settings import from_json
-from core.store import open_store
+from core.store import Store, open_store
 from models.clip import Clip
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from models.dvae import DVAE
@@ -256,12 +256,21 @@ def _unfinished(folder: Path, stage: str, step: int | None) -> Weights:
     )
 
 
-def _whole_checkpoint(folder: Path, stage: str, step: int | None) -> CheckpointReader:
-    """The newest checkpoint that is whole, or that of `step`."""
+def saved_steps(folder: Path, stage: str) -> list[int]:
+    """Steps of a run's checkpoints, oldest first. Raises: InputError if there is no run."""
+    return finished_steps(_checkpoints(folder, stage))
+
+
+def _checkpoints(folder: Path, stage: str) -> Store:
     if not (folder / CONFIG).is_file():
         raise InputError(f"there is no {stage} in {folder}; run `tapir train {stage}`")
     place = config_of(folder).get("checkpoint", {}).get("to") or str(folder / "checkpoints")
-    store = open_store(place)
+    return open_store(place)
+
+
+def _whole_checkpoint(folder: Path, stage: str, step: int | None) -> CheckpointReader:
+    """The newest checkpoint that is whole, or that of `step`."""
+    store = _checkpoints(folder, stage)
     steps = finished_steps(store)
     if step is not None and step not in steps:
         there = f"there are those of {', '.join(map(str, steps))}" if steps else "there is none"
