@@ -9,7 +9,7 @@ from torch import Tensor
 
 from checkpoint.format import MANIFEST, VERSION
 from checkpoint.writer import DTYPES
-from core.errors import CheckpointError, CorruptError, StoreInputError
+from core.errors import AbsentError, CheckpointError, CorruptError
 from core.files import Json, unseal
 from core.store import Store, open_store
 
@@ -30,7 +30,7 @@ class CheckpointReader:
         path = f"{self.url}/{MANIFEST}"
         try:
             data = store.get(f"{name}/{MANIFEST}")
-        except StoreInputError as error:
+        except AbsentError as error:
             raise CheckpointError(
                 f"{self.url} holds no finished checkpoint (no {MANIFEST})"
             ) from error
@@ -66,7 +66,7 @@ class CheckpointReader:
                 while part := self._store.get(f"{self.name}/{file['file']}", count, _CHUNK):
                     digest.update(part)
                     count += len(part)
-            except StoreInputError as error:
+            except AbsentError as error:
                 raise CorruptError(
                     f"{path} is missing; an older checkpoint may be whole"
                 ) from error

@@ -40,6 +40,10 @@ class StoreInputError(StoreError):
     exit_code = EXIT_WRONG_INPUT
 
 
+class AbsentError(StoreInputError):
+    """The object store answered that it has no such object: not refused, not out of reach."""
+
+
 class CorruptError(TapirError):
     """Stored bytes differ from the digest written for them."""
 

@@ -21,15 +21,19 @@ from botocore.exceptions import (
     IncompleteReadError,
     NoCredentialsError,
     ParamValidationError,
+    ProxyConnectionError,
     ReadTimeoutError,
     ResponseStreamingError,
+    SSLError,
 )
 
-from core.errors import StoreError, StoreInputError
+from core.errors import AbsentError, StoreError, StoreInputError
 from core.keys import key_fraction
 from core.log import LOG
 
 PATIENCE, FIRST_PATIENCE = 300.0, 30.0
+_SECONDS, _FIRST_SECONDS = 60, 10
+"""For an answer; before the first one a silent port is more likely than a slow store."""
 T = TypeVar("T")
 _CUT = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
 """A body that ended too early: what came of it counts."""
@@ -39,6 +43,9 @@ _TRANSFER = TransferConfig(multipart_threshold=_PART, multipart_chunksize=_PART,
 _MISSING = ("404", "NoSuchKey", "NotFound")
 _OURS_ALREADY = ("BucketAlreadyExists", "BucketAlreadyOwnedByYou")
 _DENIED = ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch")
+_MOVED = ("301", "302", "307", "308", "PermanentRedirect", "TemporaryRedirect")
+_ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+_CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
 class S3Store:
@@ -55,23 +62,20 @@ class S3Store:
         self.url = f"s3://{bucket}/{self.prefix}".rstrip("/")
         self._bucket_seen = self._answered = False
         self._patience = patience
-        retries: Any = {"mode": "adaptive", "total_max_attempts": attempts}
-        region = os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
-        path_style: Any = {"addressing_style": "path"}
-        config = Config(
-            retries=retries,
-            connect_timeout=10,
-            read_timeout=60,
-            s3=path_style,
-            region_name=region,
-            max_pool_connections=64,
-        )
+        _check_environment()
         try:
-            self._client = boto3.session.Session().client("s3", config=config)
-        except ValueError as error:
+            session = boto3.session.Session()
+            self._first = _client_of(session, min(attempts, 2), _FIRST_SECONDS)
+            self._later = _client_of(session, attempts, _SECONDS)
+        except (ValueError, BotoCoreError) as error:
             raise StoreInputError(
-                f"AWS_ENDPOINT_URL is wrong ({error}); write it as http://host:port"
+                f"the settings for {self.url} are wrong ({error}); AWS_ENDPOINT_URL is written as "
+                "http://host:port, AWS_DEFAULT_REGION as us-east-1"
             ) from error
+
+    @property
+    def _client(self) -> Any:
+        return self._later if self._answered else self._first
 
     def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
         """A body that is cut goes on where it ended."""
@@ -115,7 +119,7 @@ class S3Store:
     def _holds(self, name: str, data: bytes) -> bool:
         try:
             return self.get(name) == data
-        except StoreInputError:  # it was deleted a moment ago
+        except AbsentError:  # it was deleted a moment ago
             return False
 
     def put_parts(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
@@ -177,7 +181,7 @@ class S3Store:
         except StoreError as error:
             if _code(error.__cause__) in _MISSING:
                 raise StoreInputError(self._no_bucket()) from error
-            if not isinstance(error.__cause__, ClientError):
+            if _passes(error.__cause__) or not isinstance(error.__cause__, ClientError):
                 raise  # a refusal says nothing: who may read objects need not see the bucket
         self._bucket_seen = True
 
@@ -217,34 +221,83 @@ class S3Store:
 
     @contextmanager
     def _explained(self, name: str) -> Iterator[None]:
+        where = f"{self.url}/{name}".rstrip("/")
         try:
             yield
         except ClientError as error:
-            code = _code(error)
-            if code == "NoSuchBucket":
-                hint = self._no_bucket()
-            elif code in _DENIED:
-                hint = (
-                    f"access denied to {self.url} ({code}); check AWS_ACCESS_KEY_ID, "
-                    "AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
-                )
-            elif code in _MISSING:
-                hint = f"there is no {name} in {self.url}"
-            else:
-                raise StoreError(f"{self.url}/{name}: {error}") from error
-            raise StoreInputError(hint) from error
+            raise self._refused(where, name, error) from error
         except NoCredentialsError as error:
             raise StoreInputError(
                 f"no credentials for {self.url}; export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             ) from error
         except ParamValidationError as error:
             raise StoreInputError(f"{self.url} is no valid bucket or key: {error}") from error
+        except RecursionError as error:  # botocore asks where to, and is sent on again
+            raise StoreInputError(self._moved()) from error
         except (EndpointConnectionError, EndpointProviderError) as error:
+            if self._answered:
+                raise StoreError(f"{where}: {error}") from error
             raise StoreInputError(
                 f"nothing answers for {self.url}; check AWS_ENDPOINT_URL ({error})"
             ) from error
+        except (SSLError, ProxyConnectionError) as error:
+            raise StoreInputError(
+                f"{where}: {error}; check http or https in AWS_ENDPOINT_URL, AWS_CA_BUNDLE and the "
+                "proxy's settings"
+            ) from error
         except (BotoCoreError, S3UploadFailedError) as error:
-            raise StoreError(f"{self.url}/{name}: {error}") from error
+            hint = "" if self._answered else "; it has not answered yet: check AWS_ENDPOINT_URL"
+            raise StoreError(f"{where}: {error}{hint}") from error
+
+    def _refused(self, where: str, name: str, error: ClientError) -> StoreError:
+        """What the store's answer means."""
+        code = _code(error)
+        if code in _MISSING:
+            return AbsentError(f"there is no {name} in {self.url}")
+        if code == "NoSuchBucket":
+            return StoreInputError(self._no_bucket())
+        if code in _MOVED:
+            return StoreInputError(self._moved())
+        if code in _DENIED:
+            return StoreInputError(
+                f"access denied to {self.url} ({code}); check AWS_ACCESS_KEY_ID, "
+                "AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
+            )
+        return StoreError(f"{where}: {error}")
+
+    def _moved(self) -> str:
+        return (
+            f"what answers for {self.url} sends requests elsewhere; check http or https "
+            "in AWS_ENDPOINT_URL, and AWS_DEFAULT_REGION"
+        )
+
+
+def _client_of(session: Any, attempts: int, seconds: int) -> Any:
+    """A client that waits so many seconds for an answer."""
+    retries: Any = {"mode": "adaptive", "total_max_attempts": attempts}
+    path_style: Any = {"addressing_style": "path"}
+    config = Config(
+        retries=retries,
+        connect_timeout=10,
+        read_timeout=seconds,
+        s3=path_style,
+        region_name=os.environ.get("AWS_DEFAULT_REGION", "us-east-1"),
+        max_pool_connections=64,
+    )
+    return session.client("s3", config=config)
+
+
+def _check_environment() -> None:
+    """Refuse what boto3 would repeat in its errors: keys with white space, passwords in URLs."""
+    for name in _CREDENTIALS:
+        if any(letter.isspace() for letter in os.environ.get(name, "")):
+            raise StoreInputError(f"{name} holds white space or a line break; export it without")
+    for name in _ENDPOINTS:
+        if "@" in os.environ.get(name, ""):
+            raise StoreInputError(
+                f"{name} holds a user or password, which S3 does not use; write it as "
+                "http://host:port, and export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
 
 
 class _Parts(io.RawIOBase):

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from core.errors import ConfigError, StoreError, StoreInputError
+from core.errors import AbsentError, ConfigError, StoreError, StoreInputError
 from core.files import TEMPORARY, write_atomic, write_parts
 from core.s3 import S3Store
 
@@ -36,7 +36,7 @@ class Store(Protocol):
     url: str
 
     def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
-        """Read an object or a range of it; StoreInputError if there is none."""
+        """Read an object or a range of it; AbsentError if there is none."""
 
     def put(self, name: str, data: bytes, if_absent: bool = False) -> bool:
         """Write an object whole; with if_absent, returns False if somebody else was first."""
@@ -70,7 +70,7 @@ class FolderStore:
                 file.seek(start)
                 return file.read() if length is None else file.read(length)
         except (FileNotFoundError, IsADirectoryError) as error:
-            raise StoreInputError(f"there is no {name} in {self.root}") from error
+            raise AbsentError(f"there is no {name} in {self.root}") from error
         except OSError as error:
             raise StoreError(f"cannot read {self._path(name)}: {error}") from error
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors import numpy as tensors
 
-from core.errors import CorruptError, StoreInputError
+from core.errors import AbsentError, CorruptError
 from core.files import sha256
 from core.store import Store
 from data_pipeline.cache import BlockCache
@@ -142,7 +142,7 @@ class BlockReader:
         for _ in range(_FETCHES):
             try:
                 data = self._store.get(name, start, size)
-            except StoreInputError as error:
+            except AbsentError as error:
                 raise CorruptError(
                     f"{self._store.url}/{name}: the block at offset {start} (crc32 {wanted:08x}) "
                     f"cannot be read: {error}; restore the shard"

@@ -291,6 +291,8 @@ def verify_path(path: str, sample: float = 1.0) -> list[str]:
             count = verify_split(store, split, sample)
             what = "shards" if sample >= 1 else "blocks"
             found.append(f"{path}/{split}: {count} {what}")
+        elif any(name.endswith(".tar") for name in store.names(f"{split}/")):
+            LOG.warning("%s/%s has shards and no %s: it is not checked", path, split, NAME)
     name = path.rstrip("/").rpartition("/")[2]
     if name.startswith("step-") and store.exists(MANIFEST):
         found.append(open_checkpoint(path).url)

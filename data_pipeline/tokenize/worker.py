@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from core.errors import CorruptError, InputError, StoreInputError
+from core.errors import AbsentError, CorruptError, InputError
 from core.files import canonical_json, sha256
 from core.log import LOG
 from core.settings import to_json
@@ -204,7 +204,7 @@ class Worker:
             try:
                 for row in json.loads(self._tokens.get(task.record))["shards"]:
                     _check(self._tokens, task.prefix, Shard(**row))
-            except (CorruptError, StoreInputError, ValueError, KeyError, TypeError) as error:
+            except (AbsentError, CorruptError, ValueError, KeyError, TypeError) as error:
                 LOG.info("%s%s is damaged, and made anew: %s", task.prefix, task.name, error)
                 for split_name in (NAME, f"{DONE}{task.name}.json"):
                     self._tokens.delete(task.prefix + split_name)

@@ -74,6 +74,31 @@ def test_a_wrong_key_fails_at_once(s3: ObjectServer, fault: Record) -> None:
     fault.outcome("exit 2 with a hint, the secret in no log")
 
 
+@pytest.mark.slow
+def test_tokens_that_may_not_be_read_are_not_made_anew(
+    s3: ObjectServer, raw: Path, bpe: Path, dvae: Path, tokens: Path, fault: Record
+) -> None:
+    fault(30, "one 403 to `tokenize --again`")
+    with s3.credentials():
+        store, kept = S3Store("tapir-tests", "refused"), FolderStore(tokens)
+        for name in kept.names():
+            store.put(name, kept.get(name))
+    shard = next(name for name in kept.names("train/") if name.endswith(".tar"))
+    job = ["tokenize", str(raw), store.url, f"--bpe={bpe}", f"--dvae={dvae}", "--block=8"]
+    changed: list[str] = []
+
+    def plan(number: int, method: str, path: str) -> str:
+        if method in ("PUT", "DELETE") and not path.endswith("request.json"):
+            changed.append(path)
+        return "403" if method == "GET" and path.endswith(shard) else ""
+
+    with faulty_proxy(s3.endpoint, plan) as address:
+        here = {**s3.environment, "AWS_ENDPOINT_URL": address}
+        assert "access denied" in tapir(*job, "--again", code=2, **here)
+    assert not changed
+    fault.outcome("exit 2, nothing deleted")
+
+
 def _copy(raw: Path, out: Path) -> FolderStore:
     store = FolderStore(out)
     for name in FolderStore(raw).names():
@@ -92,6 +117,8 @@ def test_a_shard_cut_at_a_member_boundary(raw: Path, tmp_path: Path, fault: Reco
     with pytest.raises(CorruptError, match=source.manifest.shards[-1].name):
         [source.read(block) for block in range(len(source.sizes))]
     assert source.manifest.shards[-1].name in tapir("verify", str(tmp_path), code=1)
+    store.delete("train/manifest.json")
+    assert "train has shards and no manifest.json" in tapir("verify", str(tmp_path))
     fault.outcome("named, never a short epoch")
 
 

@@ -1,14 +1,18 @@
 """The object store on a real S3 server (SeaweedFS)."""
 
+import socket
+import time
 import uuid
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from bench.proxy import faulty_proxy
+from checkpoint.reader import CheckpointReader
 from cluster.object_server import ObjectServer
-from core.errors import InputError, StoreInputError
+from core.errors import AbsentError, InputError, StoreError, StoreInputError
 from core.s3 import S3Store
 from core.store import FolderStore, Store
 from data_pipeline.config import PackConfig
@@ -81,6 +85,103 @@ def test_an_outage_at_the_start_of_a_job_is_waited_out(
             monkeypatch.setenv(name, value)
         assert not S3Store(bucket, "", attempts=1).exists("x")
     assert len(asked) == 4 and asked[0] == f"/{bucket}/x" and asked[3] == f"/{bucket}"
+
+
+@pytest.fixture
+def beside(s3: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
+    """A bucket behind a proxy that answers every request as it is told; gives its name."""
+    bucket, answer = f"b{uuid.uuid4().hex[:12]}", [""]
+
+    def tell(what: str) -> str:
+        answer[0] = what
+        return bucket
+
+    with s3.credentials():
+        S3Store(bucket, "").make_bucket()
+    with faulty_proxy(s3.endpoint, lambda *_: answer[0]) as address:
+        for name, value in {**s3.environment, "AWS_ENDPOINT_URL": address}.items():
+            monkeypatch.setenv(name, value)
+        yield tell
+
+
+def test_a_refusal_is_not_an_absence(beside: Callable[[str], str]) -> None:
+    """What is taken for absent or damaged is made anew: a refused key must not lead there."""
+    store = S3Store(beside("403"), "", attempts=1, patience=0)
+    for ask in (lambda: store.get("x"), lambda: CheckpointReader(store, "step-4")):
+        with pytest.raises(StoreInputError, match="access denied") as raised:
+            ask()
+        assert not isinstance(raised.value, AbsentError)
+    beside("")
+    with pytest.raises(AbsentError):
+        store.get("x")
+
+
+@pytest.mark.parametrize(
+    "answer,text,code",
+    [("503", "503", 1), ("301", "elsewhere", 2), ("reset", "not answered yet.*AWS_ENDPOINT", 1)],
+)
+def test_no_answer_is_not_an_absence(
+    beside: Callable[[str], str], answer: str, text: str, code: int
+) -> None:
+    store = S3Store(beside(answer), "", attempts=1, patience=0)
+    with pytest.raises(StoreError, match=text) as raised:
+        store.exists("x")
+    assert raised.value.exit_code == code
+    with pytest.raises(StoreError, match=text.partition(".")[0]):
+        store._check_bucket()
+
+
+def test_a_store_that_went_away_is_no_wrong_input(
+    s3: ObjectServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+
+    def plan(number: int, method: str, path: str) -> str:
+        return "reset" if number > 2 else ""
+
+    with faulty_proxy(s3.endpoint, plan) as address:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        store, late = (S3Store("tapir-tests", "", attempts=1, patience=0) for _ in range(2))
+        assert not store.exists("x")
+        with pytest.raises(StoreError):  # the connection that was kept ends, too
+            store.exists("x")
+    for one, code in ((store, 1), (late, 2)):
+        with pytest.raises(StoreError) as raised:
+            one.exists("x")
+        assert raised.value.exit_code == code
+
+
+def test_a_silent_port_is_told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("core.s3._FIRST_SECONDS", 0.5)
+    monkeypatch.setattr("core.s3.FIRST_PATIENCE", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+        began = time.monotonic()
+        with pytest.raises(StoreError, match="not answered yet: check AWS_ENDPOINT_URL"):
+            S3Store("bucket", "").exists("x")
+        assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize(
+    "name,value,text",
+    [
+        ("AWS_ACCESS_KEY_ID", "hidden\n", "white space"),
+        ("AWS_ENDPOINT_URL", "http://user:hidden@127.0.0.1:1", "holds a user"),
+        ("AWS_ENDPOINT_URL", "http://[hidden", "http://host:port"),
+        ("AWS_PROFILE", "nosuch", "nosuch"),
+        ("AWS_DEFAULT_REGION", "us east", "as us-east-1"),
+    ],
+)
+def test_wrong_environments_say_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, text: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(StoreInputError, match=text) as raised:
+        S3Store("bucket", "")
+    assert "hidden" not in str(raised.value) or "[" in value
 
 
 def test_writers_and_deleters_of_one_folder_do_not_disturb_each_other(tmp_path: Path) -> None:
