@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from cluster.launcher import launch
 from core.cli import print_json
-from core.errors import ConfigError, CorruptError, InputError
+from core.errors import ConfigError, CorruptError, TapirError
 from core.files import refuse_folder, write_atomic
 from core.log import LOG, progress
 from core.settings import check, from_json, to_json
@@ -51,23 +51,30 @@ def sample(run: SampleRun) -> None:
             f"{started} ranks were started, --tensor {run.tensor} x --pipeline {run.pipeline} are "
             f"{run.mesh.world}"
         )
-    if started is None:
+    if started is None or run.mesh.world == 1:
         _draw(run)
     else:
         rank_main(json.dumps(to_json(run)))
 
 
 def _follow(run: SampleRun) -> None:
-    """Draw from each checkpoint; one that is damaged, or gone meanwhile, is left out."""
+    """Draw from each checkpoint; one that is damaged, or gone meanwhile, is left out.
+
+    Raises: the last one's error if nothing could be drawn at all.
+    """
+    drawn, failed = 0, None
     for step in steps_to_draw(run.models.prior):
         try:
             _draw(replace(run, models=replace(run.models, step=step)))
-        except CorruptError as error:
-            LOG.warning("%s; going on with the next checkpoint", error)
-        except InputError as error:
-            if step in saved_steps(run.models.prior, "prior"):
+            drawn += 1
+        except TapirError as error:
+            there = step in saved_steps(run.models.prior, "prior")
+            if there and not isinstance(error, CorruptError):
                 raise
             LOG.warning("%s; going on with the next checkpoint", error)
+            failed = error
+    if failed and not drawn:
+        raise failed
 
 
 def _draw(run: SampleRun) -> None:

@@ -42,6 +42,18 @@ def test_samples_of_each_checkpoint_stand_in_tensorboard(
     again = EventAccumulator(str(prior / BOARD)).Reload()
     assert [[event.step for event in again.Images(tag)] for tag in tags] == 2 * [[4, 8, STEPS]]
     tapir("sample", *CAPTIONS, *models, "--follow", "--step=4", code=2)
+    _damage(prior / "checkpoints" / "step-8")
+    said = tapir("sample", *CAPTIONS, *models, *few, f"--out={best}", "--follow")
+    assert "damaged" in said and "step 12: samples" in said
+    for step in (4, STEPS):
+        _damage(prior / "checkpoints" / f"step-{step}")
+    assert "damaged" in tapir("sample", *CAPTIONS, *models, "--follow", code=1)
+
+
+def _damage(checkpoint: Path) -> None:
+    file = next(checkpoint.glob("rank-*"))
+    data = file.read_bytes()
+    file.write_bytes(data[:2000] + bytes([data[2000] ^ 1]) + data[2001:])
 
 
 def test_what_has_no_checkpoints_is_not_followed(tmp_path: Path) -> None:
