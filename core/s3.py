@@ -126,7 +126,7 @@ class S3Store:
         """A multipart upload; what an aborted one leaves is removed by boto3."""
         body: Any = io.BufferedReader(_Parts(parts), _PART)
         with self._explained(name):
-            self._client.upload_fileobj(body, self.bucket, self._key(name), Config=_TRANSFER)
+            self._later.upload_fileobj(body, self.bucket, self._key(name), Config=_TRANSFER)
 
     def names(self, prefix: str = "") -> list[str]:
         start = self._key(prefix)
