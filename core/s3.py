@@ -15,6 +15,7 @@ from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     ConnectionClosedError,
+    ConnectionError,
     EndpointConnectionError,
     EndpointProviderError,
     HTTPClientError,
@@ -40,11 +41,13 @@ _CUT = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
 _CHUNK = 2**20
 _PART = 16 * 2**20
 _TRANSFER = TransferConfig(multipart_threshold=_PART, multipart_chunksize=_PART, max_concurrency=4)
-_MISSING = ("404", "NoSuchKey", "NotFound")
+_MISSING = ("404", "NotFound")
+"""Of HEAD, which has no body; a GET without the store's own code may be a proxy's."""
 _OURS_ALREADY = ("BucketAlreadyExists", "BucketAlreadyOwnedByYou")
 _DENIED = ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch")
 _MOVED = ("301", "302", "307", "308", "PermanentRedirect", "TemporaryRedirect")
 _ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+_HINT = "; it has not answered yet: check the address, and http or https, in AWS_ENDPOINT_URL"
 _CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
@@ -69,9 +72,11 @@ class S3Store:
             self._later = _client_of(session, attempts, _SECONDS)
         except (ValueError, BotoCoreError) as error:
             raise StoreInputError(
-                f"the settings for {self.url} are wrong ({error}); AWS_ENDPOINT_URL is written as "
-                "http://host:port, AWS_DEFAULT_REGION as us-east-1"
+                f"the settings for {self.url} are wrong ({error}); check AWS_ENDPOINT_URL (written "
+                "as http://host:port), AWS_DEFAULT_REGION (as us-east-1), AWS_PROFILE and the "
+                "files of credentials"
             ) from error
+        _refuse_secrets("the endpoint", self._first.meta.endpoint_url)
 
     @property
     def _client(self) -> Any:
@@ -241,18 +246,20 @@ class S3Store:
                 f"nothing answers for {self.url}; check AWS_ENDPOINT_URL ({error})"
             ) from error
         except (SSLError, ProxyConnectionError) as error:
+            if self._answered:
+                raise StoreError(f"{where}: {error}") from error
             raise StoreInputError(
                 f"{where}: {error}; check http or https in AWS_ENDPOINT_URL, AWS_CA_BUNDLE and the "
                 "proxy's settings"
             ) from error
         except (BotoCoreError, S3UploadFailedError) as error:
-            hint = "" if self._answered else "; it has not answered yet: check AWS_ENDPOINT_URL"
+            hint = "" if self._answered else _HINT
             raise StoreError(f"{where}: {error}{hint}") from error
 
     def _refused(self, where: str, name: str, error: ClientError) -> StoreError:
         """What the store's answer means."""
         code = _code(error)
-        if code in _MISSING:
+        if code == "NoSuchKey" or (code in _MISSING and error.operation_name.startswith("Head")):
             return AbsentError(f"there is no {name} in {self.url}")
         if code == "NoSuchBucket":
             return StoreInputError(self._no_bucket())
@@ -263,7 +270,7 @@ class S3Store:
                 f"access denied to {self.url} ({code}); check AWS_ACCESS_KEY_ID, "
                 "AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
             )
-        return StoreError(f"{where}: {error}")
+        return StoreError(f"{where}: {error}{'' if self._answered else _HINT}")
 
     def _moved(self) -> str:
         return (
@@ -293,11 +300,15 @@ def _check_environment() -> None:
         if any(letter.isspace() for letter in os.environ.get(name, "")):
             raise StoreInputError(f"{name} holds white space or a line break; export it without")
     for name in _ENDPOINTS:
-        if "@" in os.environ.get(name, ""):
-            raise StoreInputError(
-                f"{name} holds a user or password, which S3 does not use; write it as "
-                "http://host:port, and export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-            )
+        _refuse_secrets(name, os.environ.get(name, ""))
+
+
+def _refuse_secrets(what: str, url: str) -> None:
+    if any(letter in url for letter in "@?"):
+        raise StoreInputError(
+            f"{what} holds a user, password or query, which S3 does not use; write it as "
+            "http://host:port, and export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
 
 
 class _Parts(io.RawIOBase):
@@ -332,4 +343,4 @@ def _passes(error: BaseException | None) -> bool:
     if isinstance(error, ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         return bool(status >= 500 or status == 429)
-    return isinstance(error, HTTPClientError | EndpointConnectionError)
+    return isinstance(error, HTTPClientError | ConnectionError)

@@ -100,7 +100,10 @@ class FolderStore:
 
     def names(self, prefix: str = "") -> list[str]:
         start = self._path(prefix.rpartition("/")[0]) if "/" in prefix else self.root
-        files = (path for path in start.rglob("*") if path.is_file())
+        walked = os.walk(start)  # folders may go meanwhile
+        files = (
+            path for at, _, here in walked for name in here if (path := Path(at, name)).is_file()
+        )
         found = (
             path.relative_to(self.root).as_posix()
             for path in files

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from core.errors import InputError
@@ -13,7 +14,7 @@ from training.export import CONFIG, DESCRIPTION, saved_steps
 
 BOARD = Path("tensorboard", "samples")
 """In the prior's run folder: a run of its own, beside the one that training writes."""
-_PAUSE = 5.0
+_PAUSE, _TAG = 5.0, "samples/"
 
 
 def steps_to_draw(prior: Path, pause: float = _PAUSE) -> Iterator[int]:
@@ -23,15 +24,18 @@ def steps_to_draw(prior: Path, pause: float = _PAUSE) -> Iterator[int]:
     Raises: InputError if there is no run of a prior, or a finished one without checkpoints.
     """
     done: set[int] = set()
-    told = -1
+    told, last = -1, None
     while True:
         ended = (prior / DESCRIPTION).is_file()  # first: then the last checkpoint is listed below
         imported = ended and not (prior / CONFIG).is_file()
         steps = [] if imported else saved_steps(prior, "prior")
+        if last is not None and last not in steps:
+            done.update(steps[:-1])  # deleted while it was drawn: the next ones would be, too
         new = [step for step in steps if step not in done]
         if new:
-            done.add(new[0])
-            yield new[0]
+            last = new[0]
+            done.add(last)
+            yield last
         elif not ended:
             if told < len(done):
                 LOG.info("%s: waiting for a checkpoint after step %d", prior, max(done, default=0))
@@ -43,11 +47,20 @@ def steps_to_draw(prior: Path, pause: float = _PAUSE) -> Iterator[int]:
             raise InputError(f"{prior} has no checkpoints to follow; leave out --follow")
 
 
+def shown_steps(prior: Path, captions: Sequence[str]) -> set[int]:
+    """Steps of which TensorBoard has pictures of all these captions."""
+    if not (prior / BOARD).is_dir():
+        return set()
+    events = EventAccumulator(str(prior / BOARD), {"images": 0}).Reload()
+    tags, wanted = set(events.Tags()["images"]), [_TAG + caption for caption in captions]
+    found = [{event.step for event in events.Images(tag)} for tag in wanted if tag in tags]
+    return set.intersection(*found) if len(found) == len(captions) else set()
+
+
 def show(prior: Path, step: int, rows: Sequence[Candidates], most: int) -> None:
-    """Put the best `most` pictures of each caption into TensorBoard, in the place of older ones
-    of this step and later."""
-    with SummaryWriter(str(prior / BOARD), purge_step=step) as board:
-        for i, row in enumerate(rows):
+    """Put the best `most` pictures of each caption into TensorBoard."""
+    with SummaryWriter(str(prior / BOARD)) as board:
+        for row in rows:
             grid = picture_grid([row.pictures[:most]], 4)
-            board.add_image(f"samples/{i:03d}_{row.caption}", grid, step, dataformats="HWC")
+            board.add_image(_TAG + row.caption, grid, step, dataformats="HWC")
     LOG.info("step %d: samples are in %s", step, prior / BOARD)

@@ -10,14 +10,14 @@ from dataclasses import replace
 from cluster.launcher import launch
 from core.cli import print_json
 from core.errors import ConfigError, CorruptError, TapirError
-from core.files import refuse_folder, write_atomic
+from core.files import Json, refuse_folder, write_atomic
 from core.log import LOG, progress
 from core.settings import check, from_json, to_json
 from core.stop import heed_stop_signals
 from data_pipeline.captions import clean_caption
 from data_pipeline.images import encode_png
 from generation.config import SampleRun
-from generation.follow import show, steps_to_draw
+from generation.follow import BOARD, show, shown_steps, steps_to_draw
 from generation.part import cut_problems
 from generation.pictures import Arrivals, Studio, open_studio, picture_grid, picture_name
 from generation.prompts import prompt_of
@@ -62,13 +62,21 @@ def _follow(run: SampleRun) -> None:
 
     Raises: the last one's error if nothing could be drawn at all.
     """
-    drawn, failed = 0, None
-    for step in steps_to_draw(run.models.prior):
+    prior, drawn, failed = run.models.prior, 0, None
+    shown: set[int] | None = None
+    for step in steps_to_draw(prior):
+        shown = shown_steps(prior, _texts(run)) if shown is None else shown
+        if step in shown:
+            LOG.info(
+                "step %d: its samples are in %s; to draw others, delete it", step, prior / BOARD
+            )
+            continue
+        (prior / BOARD).mkdir(parents=True, exist_ok=True)  # now, not when all is drawn
         try:
             _draw(replace(run, models=replace(run.models, step=step)))
             drawn += 1
         except TapirError as error:
-            there = step in saved_steps(run.models.prior, "prior")
+            there = step in saved_steps(prior, "prior")
             if there and not isinstance(error, CorruptError):
                 raise
             LOG.warning("%s; going on with the next checkpoint", error)
@@ -101,8 +109,7 @@ def rank_main(payload: str) -> None:
 
 
 def _sample(run: SampleRun, mesh: Mesh) -> None:
-    cleaned = (clean_caption(os.fsencode(caption), repr(caption)) for caption in run.captions)
-    texts = list(dict.fromkeys(cleaned))
+    texts = _texts(run)
     one_row = run.draw.one_row(len(texts))
     studio = open_studio(run.models, run.draw.precision, mesh, one_row, run.rank)
     prompt = None
@@ -121,7 +128,15 @@ def _write(run: SampleRun, studio: Studio, texts: list[str], prompt: Prompt | No
         drawn = studio.draw(texts, run.draw, prompt, Arrivals(meter, run.pictures))
     grid = picture_grid([row.pictures[: run.show] for row in drawn], 4)
     write_atomic(run.out, encode_png(grid))
+    most = run.show if run.rank else 0
+    scores: Json = {row.caption: row.scores[:most].tolist() for row in drawn}
     if run.follow and run.models.step is not None:
         show(run.models.prior, run.models.step, drawn, run.show)
-    most = run.show if run.rank else 0
-    print_json({row.caption: row.scores[:most].tolist() for row in drawn})
+        scores = {"step": run.models.step, "scores": scores}
+    print_json(scores)
+
+
+def _texts(run: SampleRun) -> list[str]:
+    """The captions as the tokenizer gets them, each once."""
+    cleaned = (clean_caption(os.fsencode(caption), repr(caption)) for caption in run.captions)
+    return list(dict.fromkeys(cleaned))

@@ -7,6 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from core.errors import InputError
+from core.store import FolderStore
 from generation.follow import BOARD, steps_to_draw
 from tests.harness import start_tapir, tapir
 
@@ -30,30 +31,53 @@ def test_samples_of_each_checkpoint_stand_in_tensorboard(
     said = tapir("sample", *CAPTIONS, *models, *few, f"--out={best}", "--follow")
     assert training.wait(120) == 0
     rows = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
-    assert rows == 3 * [{caption: [] for caption in CAPTIONS}]
-    events = EventAccumulator(str(prior / BOARD)).Reload()
-    tags = events.Tags()["images"]
-    assert len(tags) == len(CAPTIONS) and all("circle" in t or "squares" in t for t in tags)
-    assert [[event.step for event in events.Images(tag)] for tag in tags] == 2 * [[4, 8, STEPS]]
+    none: dict[str, list[float]] = {caption: [] for caption in CAPTIONS}
+    assert rows == [{"step": step, "scores": none} for step in (4, 8, STEPS)]
+    assert _shown(prior) == {f"samples/{caption}": [4, 8, STEPS] for caption in CAPTIONS}
     last = best.read_bytes()
     tapir("sample", *CAPTIONS, *models, *few, f"--out={best}")
     assert best.read_bytes() == last
-    tapir("sample", *CAPTIONS, *models, *few, f"--out={best}", "--follow")
-    again = EventAccumulator(str(prior / BOARD)).Reload()
-    assert [[event.step for event in again.Images(tag)] for tag in tags] == 2 * [[4, 8, STEPS]]
+    again = ["sample", *reversed(CAPTIONS), *models, *few, f"--out={best}", "--follow"]
+    assert '"step"' not in tapir(*again)
     tapir("sample", *CAPTIONS, *models, "--follow", "--step=4", code=2)
     _damage(prior / "checkpoints" / "step-8")
-    said = tapir("sample", *CAPTIONS, *models, *few, f"--out={best}", "--follow")
+    said = tapir("sample", "a cat", *models, *few, f"--out={best}", "--follow")
     assert "damaged" in said and "step 12: samples" in said
+    before = {f"samples/{caption}": [4, 8, STEPS] for caption in CAPTIONS}
+    assert _shown(prior) == {**before, "samples/a cat": [4, STEPS]}
     for step in (4, STEPS):
         _damage(prior / "checkpoints" / f"step-{step}")
-    assert "damaged" in tapir("sample", *CAPTIONS, *models, "--follow", code=1)
+    assert "damaged" in tapir("sample", "a dog", *models, "--follow", code=1)
+
+
+def _shown(prior: Path) -> dict[str, list[int]]:
+    """Steps of the pictures under each tag, as TensorBoard reads them."""
+    events = EventAccumulator(str(prior / BOARD)).Reload()
+    return {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
 
 
 def _damage(checkpoint: Path) -> None:
     file = next(checkpoint.glob("rank-*"))
     data = file.read_bytes()
     file.write_bytes(data[:2000] + bytes([data[2000] ^ 1]) + data[2001:])
+
+
+def test_a_follower_that_is_too_slow_goes_on_with_the_newest(tmp_path: Path) -> None:
+    """Else it would ask for the next one to be deleted, and for the next, and draw none."""
+    config = {"stage": "prior", "loop": {"steps": 9}, "checkpoint": {"to": str(tmp_path / "c")}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    store = FolderStore(tmp_path / "c")
+    for step in (1, 2, 3):
+        store.put(f"step-{step}/manifest.json", b"")
+    steps = steps_to_draw(tmp_path)
+    assert next(steps) == 1
+    assert next(steps) == 2
+    for step in (4, 5, 6, 7):
+        store.put(f"step-{step}/manifest.json", b"")
+        store.delete(f"step-{step - 3}/manifest.json")
+    assert next(steps) == 7
+    (tmp_path / "model.json").write_text("{}")
+    assert list(steps) == []
 
 
 def test_what_has_no_checkpoints_is_not_followed(tmp_path: Path) -> None:

@@ -111,6 +111,10 @@ def test_a_refusal_is_not_an_absence(beside: Callable[[str], str]) -> None:
         with pytest.raises(StoreInputError, match="access denied") as raised:
             ask()
         assert not isinstance(raised.value, AbsentError)
+    beside("404")  # a proxy's: the store names what is missing
+    with pytest.raises(StoreError, match="404") as raised:
+        store.get("x")
+    assert not isinstance(raised.value, AbsentError)
     beside("")
     with pytest.raises(AbsentError):
         store.get("x")
@@ -118,7 +122,11 @@ def test_a_refusal_is_not_an_absence(beside: Callable[[str], str]) -> None:
 
 @pytest.mark.parametrize(
     "answer,text,code",
-    [("503", "503", 1), ("301", "elsewhere", 2), ("reset", "not answered yet.*AWS_ENDPOINT", 1)],
+    [
+        ("503", "503", 1),
+        ("301", "elsewhere", 2),
+        ("reset", "not answered yet.*AWS_ENDPOINT", 1),
+    ],
 )
 def test_no_answer_is_not_an_absence(
     beside: Callable[[str], str], answer: str, text: str, code: int
@@ -160,7 +168,7 @@ def test_a_silent_port_is_told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
         began = time.monotonic()
-        with pytest.raises(StoreError, match="not answered yet: check AWS_ENDPOINT_URL"):
+        with pytest.raises(StoreError, match=r"not answered yet: check .*AWS_ENDPOINT_URL"):
             S3Store("bucket", "").exists("x")
         assert time.monotonic() - began < 20
 
@@ -170,6 +178,7 @@ def test_a_silent_port_is_told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("AWS_ACCESS_KEY_ID", "hidden\n", "white space"),
         ("AWS_ENDPOINT_URL", "http://user:hidden@127.0.0.1:1", "holds a user"),
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1:1/?x=hidden", "or query"),
         ("AWS_ENDPOINT_URL", "http://[hidden", "http://host:port"),
         ("AWS_PROFILE", "nosuch", "nosuch"),
         ("AWS_DEFAULT_REGION", "us east", "as us-east-1"),
@@ -182,6 +191,34 @@ def test_wrong_environments_say_what_is_wrong(
     with pytest.raises(StoreInputError, match=text) as raised:
         S3Store("bucket", "")
     assert "hidden" not in str(raised.value) or "[" in value
+
+
+def test_an_endpoint_of_a_config_file_is_looked_at_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config").write_text("[default]\nendpoint_url = http://user:hidden@127.0.0.1:1\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    with pytest.raises(StoreInputError, match="holds a user") as raised:
+        S3Store("bucket", "")
+    assert "hidden" not in str(raised.value)
+
+
+def test_a_folder_is_listed_while_others_delete_from_it(tmp_path: Path) -> None:
+    store, busy = FolderStore(tmp_path), [True]
+
+    def rewrite() -> None:
+        for i in range(200):
+            store.put(f"step-{i}/a", b"")
+            store.put(f"step-{i}/b", b"")
+            for name in "ab":
+                store.delete(f"step-{i}/{name}")
+        busy[0] = False
+
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(rewrite)
+        while busy[0]:
+            store.names("step-")
+        writing.result()
 
 
 def test_writers_and_deleters_of_one_folder_do_not_disturb_each_other(tmp_path: Path) -> None:
