@@ -76,21 +76,24 @@ def test_a_dead_shard_ends_the_stream_by_name(
 ) -> None:
     fault(29, "a stream from S3 with one dead shard: missing, damaged, answered by 500")
     where = r"s3://tapir-tests/streamed/train/shard-000002.tar"
-    dead = {"what": "404"}
+    dead = {"what": ""}
 
     def plan(number: int, method: str, path: str) -> str:
         return dead["what"] if "shard-000002.tar" in path else ""
 
+    name = "train/shard-000002.tar"
+    with s3.credentials():
+        store = S3Store(BUCKET, stored)
+        data = store.get(name)
+        store.delete(name)
     with _behind(s3, monkeypatch, plan):
         with pytest.raises(CorruptError, match=rf"{where}: the block at offset \d+ \(crc32 \w+\)"):
             _epoch(stored)
-        dead["what"] = "500"
-        with pytest.raises(StoreError, match=re.escape(where)):
-            _epoch(stored, patience=1)
+        for status, patience in (("500", 1.0), ("404", 60.0)):  # a store's 404 says NoSuchKey
+            dead["what"] = status
+            with pytest.raises(StoreError, match=re.escape(where)):
+                _epoch(stored, patience)
     with s3.credentials():
-        store = S3Store(BUCKET, stored)
-        name = "train/shard-000002.tar"
-        data = store.get(name)
         store.put(name, data[:600] + bytes([data[600] ^ 1]) + data[601:])
         message = rf"{where}: .*offset \d+ has crc32 \w+ over \d+ bytes, its index says \w+"
         with pytest.raises(CorruptError, match=message):
