@@ -155,7 +155,7 @@ class S3Store:
     def etag(self, name: str) -> str:
         head = self._head(name)
         if head is None:
-            raise StoreInputError(f"there is no {name} in {self.url}")
+            raise AbsentError(f"there is no {name} in {self.url}")
         return str(head["ETag"]).strip('"')
 
     def make_bucket(self) -> None:
@@ -171,9 +171,7 @@ class S3Store:
         try:
             key = self._key(name)
             return self._asked(name, lambda: self._client.head_object(Bucket=self.bucket, Key=key))
-        except StoreError as error:
-            if _code(error.__cause__) not in _MISSING:
-                raise
+        except AbsentError:
             self._check_bucket()
             return None
 
@@ -183,9 +181,9 @@ class S3Store:
             return
         try:
             self._asked("", lambda: self._client.head_bucket(Bucket=self.bucket))
+        except AbsentError as error:
+            raise StoreInputError(self._no_bucket()) from error
         except StoreError as error:
-            if _code(error.__cause__) in _MISSING:
-                raise StoreInputError(self._no_bucket()) from error
             if _passes(error.__cause__) or not isinstance(error.__cause__, ClientError):
                 raise  # a refusal says nothing: who may read objects need not see the bucket
         self._bucket_seen = True

@@ -100,7 +100,7 @@ class FolderStore:
 
     def names(self, prefix: str = "") -> list[str]:
         start = self._path(prefix.rpartition("/")[0]) if "/" in prefix else self.root
-        walked = os.walk(start)  # folders may go meanwhile
+        walked = os.walk(start, onerror=_raise_unless_gone)
         files = (
             path for at, _, here in walked for name in here if (path := Path(at, name)).is_file()
         )
@@ -129,6 +129,12 @@ class FolderStore:
         if not path.is_relative_to(os.path.normpath(self.root)):
             raise StoreInputError(f"{name!r} points outside of {self.root}")
         return path
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    """Others may delete folders that are being listed; what may not be read is not ours."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
+        raise StoreError(f"cannot list {error.filename}: {error}") from error
 
 
 def _link(staged: Path, path: Path, data: bytes) -> bool:

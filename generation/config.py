@@ -168,7 +168,7 @@ class SampleRun:
     """How many of the best candidates it holds."""
     pictures: Path | None = None
     """A folder for each candidate as a PNG of its own, as soon as it is finished."""
-    rank: bool = True
+    rerank: bool = True
     """Rank by CLIP; without it, the candidates stay in the order in which they were drawn."""
     follow: bool = False
     """Draw from each checkpoint of a prior in training, until it is finished, and show the

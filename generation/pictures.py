@@ -163,13 +163,13 @@ def open_studio(
     precision: str = "fp32",
     mesh: Mesh | None = None,
     one_row: bool = False,
-    rank: bool = True,
+    rerank: bool = True,
 ) -> Studio:
     """Load models and check that they were trained with one another.
 
     A run that has not ended gives its newest checkpoint; the prior that of `models.step`, if it is
     given. On the ranks of a mesh each holds its part of the prior, and all call `codes` together.
-    `one_row`: candidates will be drawn one by one; `rank`: with a CLIP.
+    `one_row`: candidates will be drawn one by one; `rerank`: with a CLIP.
     Raises: InputError if a hash differs.
     """
     mesh = mesh or Mesh()
@@ -188,7 +188,7 @@ def open_studio(
     return Studio(
         sampler=Sampler(Decoder(part, precision, one_row)),
         dvae=dvae.to(device),
-        ranker=open_ranker(models.clip, models.bpe, device) if rank else None,
+        ranker=open_ranker(models.clip, models.bpe, device) if rerank else None,
         tokenizer=tokenizer,
         caption_drop=float(facts.get("caption_drop", 0.0)),
     )

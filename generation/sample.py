@@ -111,7 +111,7 @@ def rank_main(payload: str) -> None:
 def _sample(run: SampleRun, mesh: Mesh) -> None:
     texts = _texts(run)
     one_row = run.draw.one_row(len(texts))
-    studio = open_studio(run.models, run.draw.precision, mesh, one_row, run.rank)
+    studio = open_studio(run.models, run.draw.precision, mesh, one_row, run.rerank)
     prompt = None
     if run.keep.image is not None:
         codes = studio.codes_of_file(run.keep.image)
@@ -128,7 +128,7 @@ def _write(run: SampleRun, studio: Studio, texts: list[str], prompt: Prompt | No
         drawn = studio.draw(texts, run.draw, prompt, Arrivals(meter, run.pictures))
     grid = picture_grid([row.pictures[: run.show] for row in drawn], 4)
     write_atomic(run.out, encode_png(grid))
-    most = run.show if run.rank else 0
+    most = run.show if run.rerank else 0
     scores: Json = {row.caption: row.scores[:most].tolist() for row in drawn}
     if run.follow and run.models.step is not None:
         show(run.models.prior, run.models.step, drawn, run.show)

@@ -1,6 +1,7 @@
 """`tapir sample --follow` beside a prior in training: pictures of its checkpoints over time."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,8 @@ def test_samples_of_each_checkpoint_stand_in_tensorboard(
     training = start_tapir(*train, "--checkpoint.keep=9", log=tmp_path / "log")
     while not (prior / "config.json").exists():
         assert training.poll() is None, (tmp_path / "log").read_text()
-    models = [f"--prior={prior}", f"--dvae={dvae}", f"--bpe={bpe}", "--no-rank"]
+        time.sleep(0.05)
+    models = [f"--prior={prior}", f"--dvae={dvae}", f"--bpe={bpe}", "--no-rerank"]
     few = ["--candidates=3", "--show=2"]
     best = tmp_path / "best.png"
     said = tapir("sample", *CAPTIONS, *models, *few, f"--out={best}", "--follow")

@@ -179,7 +179,7 @@ def test_a_silent_port_is_told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
         ("AWS_ACCESS_KEY_ID", "hidden\n", "white space"),
         ("AWS_ENDPOINT_URL", "http://user:hidden@127.0.0.1:1", "holds a user"),
         ("AWS_ENDPOINT_URL", "http://127.0.0.1:1/?x=hidden", "or query"),
-        ("AWS_ENDPOINT_URL", "http://[hidden", "http://host:port"),
+        ("AWS_ENDPOINT_URL", "http://[broken", "http://host:port"),
         ("AWS_PROFILE", "nosuch", "nosuch"),
         ("AWS_DEFAULT_REGION", "us east", "as us-east-1"),
     ],
@@ -190,7 +190,7 @@ def test_wrong_environments_say_what_is_wrong(
     monkeypatch.setenv(name, value)
     with pytest.raises(StoreInputError, match=text) as raised:
         S3Store("bucket", "")
-    assert "hidden" not in str(raised.value) or "[" in value
+    assert "hidden" not in str(raised.value)
 
 
 def test_an_endpoint_of_a_config_file_is_looked_at_too(
@@ -204,21 +204,24 @@ def test_an_endpoint_of_a_config_file_is_looked_at_too(
 
 
 def test_a_folder_is_listed_while_others_delete_from_it(tmp_path: Path) -> None:
-    store, busy = FolderStore(tmp_path), [True]
+    store = FolderStore(tmp_path)
+    store.put("step-0/kept", b"")
 
     def rewrite() -> None:
-        for i in range(200):
+        for i in range(1, 400):
             store.put(f"step-{i}/a", b"")
-            store.put(f"step-{i}/b", b"")
-            for name in "ab":
-                store.delete(f"step-{i}/{name}")
-        busy[0] = False
+            store.delete(f"step-{i}/a")
 
     with ThreadPoolExecutor(1) as pool:
         writing = pool.submit(rewrite)
-        while busy[0]:
-            store.names("step-")
+        listed = [store.names("step-")]
+        while not writing.done():
+            listed.append(store.names("step-"))
         writing.result()
+    assert len(listed) > 10 and all("step-0/kept" in names for names in listed)
+    assert store.names("step-") == ["step-0/kept"]
+    with pytest.raises(StoreError, match="cannot list"):  # unlike a folder that is not there
+        store.names("x" * 300 + "/")
 
 
 def test_writers_and_deleters_of_one_folder_do_not_disturb_each_other(tmp_path: Path) -> None:
