@@ -101,6 +101,8 @@ def launch(
     config, supervised, stop = config or SupervisorConfig(), stop is not None, stop or StopRequest()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # what is preloaded asks torch for GPUs: without this, CUDA starts, and no fork can use it
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(preload)
     started: list[Any] = []
@@ -234,6 +236,7 @@ def _run_rank(
             "RANK": str(rank),
             "WORLD_SIZE": str(ranks),
             "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(ranks),
             "TAPIR_RENDEZVOUS": f"file://{folder}/rendezvous",
             FOLDER: folder,
         }

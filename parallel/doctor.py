@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from cluster.doctor.finding import Finding, bad, here, ok, placed
-from cluster.doctor.gpus import gpu_devices
 from cluster.doctor.outliers import Burned, burn_rows
+from core.gpus import gpu_devices
 from parallel.world import World
 
 SIDE, SIDE_GPU = 512, 8192
@@ -34,10 +34,7 @@ def burn_in(world: World, seconds: float) -> list[Finding]:
 
     Raises: RuntimeError if a collective fails.
     """
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", world.local_rank)
-        torch.cuda.set_device(device)
+    device = world.device
     with torch.inference_mode(), _one_dtype(device):
         world.barrier()
         rate = _matmuls(device, seconds)
@@ -68,10 +65,7 @@ def _devices(world: World) -> list[Finding]:
         found = f"torch sees none of {there} GPUs"
         fix = "match torch's CUDA with the driver (nvidia-smi), and see CUDA_VISIBLE_DEVICES"
         return [bad("devices", found, fix)]
-    if world.local_rank >= seen:
-        found = f"local rank {world.local_rank}, but torch sees {seen} GPUs"
-        return [bad("devices", found, "start at most one rank for each GPU of a machine")]
-    return [ok("devices", torch.cuda.get_device_name(world.local_rank))]
+    return [ok("devices", torch.cuda.get_device_name(world.device))]
 
 
 def _backends() -> Finding:

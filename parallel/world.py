@@ -6,11 +6,15 @@ import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
+from parallel.device import CPU, backends, rank_device, refuse_shared_gpus
 from parallel.launched import free_port, mpi_size, srun_size
 
 TIMEOUT = timedelta(minutes=10)
@@ -23,13 +27,16 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    device: torch.device = CPU
+    """Where this rank's weights, batches and collectives are."""
     group: "dist.ProcessGroup | None" = None
     """None on one process: nothing needs to be reduced."""
     aside: "dist.ProcessGroup | None" = None
     """All ranks again, for the thread that saves: its collectives must not mix with the loop's."""
 
     def mean(self, values: Tensor) -> Tensor:
-        """Average a small tensor over all ranks."""
+        """Average a small tensor over all ranks; returns it on this rank's device."""
+        values = values.to(self.device)
         if self.group is not None:
             dist.all_reduce(values, group=self.group)
             values /= self.size
@@ -57,30 +64,42 @@ class World:
 
 
 def join_world() -> World:
-    """Join the ranks that a launcher started, or be the only one.
+    """Join the ranks that a launcher started, or be the only one; choose this rank's device.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK and TAPIR_RENDEZVOUS (our launcher) or MASTER_ADDR and
     MASTER_PORT (torchrun); under mpirun, rank 0 chooses the address and MPI spreads it; under srun
     Slurm's variables and the first node's address are used.
+    Raises: ConfigError if this machine has more ranks than GPUs.
     """
     if "RANK" not in os.environ:
         if mpi_size():
             _adopt_mpi_ranks()
         elif srun_size() > 1:
             os.environ.update(srun_ranks(os.environ, _address_of))
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size, device = int(os.environ.get("WORLD_SIZE", "1")), rank_device()
     if size == 1:
-        return World()
+        return World(device=device)
     rank = int(os.environ["RANK"])
-    dist.init_process_group(
-        "gloo" if not torch.cuda.is_available() else "cpu:gloo,cuda:nccl",
-        init_method=os.environ.get("TAPIR_RENDEZVOUS", "env://"),
-        rank=rank,
-        world_size=size,
-        timeout=TIMEOUT,
-    )
+    _meet(rank, size, device)
     aside = dist.new_group(backend="gloo", timeout=TIMEOUT)
-    return World(rank, size, int(os.environ.get("LOCAL_RANK", "0")), dist.group.WORLD, aside)
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    return World(rank, size, local, device, dist.group.WORLD, aside)
+
+
+def _meet(rank: int, size: int, device: torch.device) -> None:
+    """Make the process group of all ranks.
+
+    On GPUs gloo connects two ranks when they first exchange host objects, and not before: among
+    1,024 ranks its full mesh is a million sockets.
+    """
+    address = os.environ.get("TAPIR_RENDEZVOUS", "env://")
+    where: dict[str, Any] = {"init_method": address}
+    if device.type == "cuda":
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+        store, *_ = next(rendezvous(address, rank, size, timeout=TIMEOUT))
+        refuse_shared_gpus(store, device, rank)
+        where = {"store": PrefixStore("world", store), "device_id": device}
+    dist.init_process_group(backends(device), rank=rank, world_size=size, timeout=TIMEOUT, **where)
 
 
 def leave_world(world: World) -> None:

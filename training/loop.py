@@ -257,7 +257,8 @@ class Run:
     @timed(DATA_WAIT)
     def _micro_batches(self, records: Sequence[Any]) -> list[Batch]:
         parts, task = _split(records, self.settings.engine.accumulate), self.task
-        return [hand_over(task.batch(part, self.step)) if part else {} for part in parts]
+        device = self.world.device
+        return [hand_over(task.batch(part, self.step), device) if part else {} for part in parts]
 
     def _slices(self) -> Iterator[StateSlice]:
         yield from self.engine.state_slices()

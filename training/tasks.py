@@ -72,11 +72,11 @@ def token_batch(records: Sequence[TokenRecord], text_length: int) -> Batch:
     return {"text": pad_text([row.text for row in rows], text_length), "image": image}
 
 
-def hand_over(batch: Batch) -> Batch:
-    """Where there is a GPU, copy a batch to it from pinned memory without waiting."""
-    if not torch.cuda.is_available():
-        return batch
-    return {name: x.pin_memory().to("cuda", non_blocking=True) for name, x in batch.items()}
+def hand_over(batch: Batch, device: torch.device) -> Batch:
+    """Copy a batch to a device; to a GPU from pinned memory and without waiting."""
+    if device.type != "cuda":
+        return {name: x.to(device) for name, x in batch.items()}
+    return {name: x.pin_memory().to(device, non_blocking=True) for name, x in batch.items()}
 
 
 class PriorTask:

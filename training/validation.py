@@ -58,7 +58,8 @@ class Validation:
         for start in range(0, len(records), together):
             self._heart.beat("validation")
             part = records[start : start + together]
-            batch = hand_over(self._task.batch(part, self._step, training=False))
+            batch = self._task.batch(part, self._step, training=False)
+            batch = hand_over(batch, self._mesh.world.device)
             losses = self._engine.evaluate(change(batch, start) if change else batch)
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0.0) + float(value) * len(part)

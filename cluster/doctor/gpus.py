@@ -3,10 +3,10 @@
 import importlib.metadata
 import re
 import shutil
-from pathlib import Path
 
 from cluster.doctor.finding import Finding, bad, ok, warning
 from cluster.doctor.programs import ask
+from core.gpus import gpu_devices
 
 _FIELDS = (
     "index",
@@ -18,11 +18,6 @@ _FIELDS = (
 _QUERY = ["nvidia-smi", f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits"]
 _XID = re.compile(r"NVRM: Xid \((?:PCI:)?([^)]*)\): (\d+)")
 _SECONDS = 10.0
-
-
-def gpu_devices() -> list[str]:
-    """Device files of NVIDIA GPUs."""
-    return sorted(str(path) for path in Path("/dev").glob("nvidia[0-9]*"))
 
 
 def gpu_findings(need: int) -> list[Finding]:

@@ -1,0 +1,69 @@
+"""One device a rank, chosen once, before anything else touches CUDA."""
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch.distributed.distributed_c10d import Store
+
+from core.errors import ConfigError
+from core.gpus import gpu_of_rank, local_ranks, own_gpus
+from core.settings import check
+
+CPU = torch.device("cpu")
+_backends = {"cpu": "gloo", "cuda": "nccl"}
+"""Which backend carries tensors of a type of device."""
+_shared = False
+"""True if several ranks may use one GPU."""
+
+
+def share_devices(kind: str, backend: str) -> None:
+    """Let a backend that is registered carry the tensors of a type of device on shared devices.
+
+    NCCL refuses two ranks on a GPU; with a backend that stages its messages in host memory, all
+    meshes run on one card. For tests.
+    """
+    global _shared
+    _backends[kind], _shared = backend, True
+
+
+def backends(device: torch.device) -> str:
+    """The backends of a world's process groups: gloo for what lies on the host, and the device's.
+
+    Returns a string for `torch.distributed.init_process_group`.
+    """
+    if device.type == "cpu":
+        return _backends["cpu"]
+    return f"cpu:{_backends['cpu']},{device.type}:{_backends[device.type]}"
+
+
+def rank_device(environment: Mapping[str, str] = os.environ) -> torch.device:
+    """The device of this rank, which becomes torch's current one; the CPU where no GPU is visible.
+
+    Raises: ConfigError if this machine has more ranks than GPUs.
+    """
+    gpus = torch.cuda.device_count()
+    if gpus == 0:
+        return CPU
+    local, ranks = int(environment.get("LOCAL_RANK", "0")), local_ranks(environment)
+    index, problems = gpu_of_rank(local, ranks, gpus, own_gpus(environment))
+    if _shared:
+        index, problems = local % gpus, []
+    check(problems)
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def refuse_shared_gpus(store: Store, device: torch.device, rank: int) -> None:
+    """Compare the ranks' GPUs where each may have been shown its own.
+
+    Raises: ConfigError on the second rank that has the same GPU.
+    """
+    if device.type != "cuda" or _shared:
+        return
+    name = str(torch.cuda.get_device_properties(device).uuid)
+    if store.add(f"tapir-gpu-{name}", 1) > 1:
+        raise ConfigError(
+            f"rank {rank}: another rank of this world has the same GPU ({name}); start one rank a "
+            "GPU, or give each its own (srun --gpus-per-task=1)"
+        )
