@@ -76,10 +76,11 @@ def evaluate(arguments: list[str]) -> None:
         """
         from generation import evaluate as evaluation  # noqa: PLC0415
         from generation.pictures import open_studio  # noqa: PLC0415
+        from parallel.mesh import own_mesh  # noqa: PLC0415
 
         check(config.problems())
         out.mkdir(parents=True, exist_ok=True)
-        studio = open_studio(models, config.precision)
+        studio = open_studio(models, config.precision, own_mesh())
         figures = evaluation.evaluate(studio, data, out, config)
         print_json({"caption_accuracy": figures})
 
@@ -115,10 +116,12 @@ def score(arguments: list[str]) -> None:
         from generation.pictures import open_studio  # noqa: PLC0415
         from generation.score import open_job  # noqa: PLC0415
         from generation.score_rows import table  # noqa: PLC0415
+        from parallel.mesh import own_mesh  # noqa: PLC0415
 
         check(config.problems())
-        job = open_job(data, models, inception, overlap, config, out)
-        scores = job.run(lambda: open_studio(models, config.precision), member_of(worker))
+        mesh = own_mesh()
+        job = open_job(data, models, inception, overlap, config, out, mesh.world.device)
+        scores = job.run(lambda: open_studio(models, config.precision, mesh), member_of(worker))
         if scores is not None:
             LOG.info("%s", table(scores))
         print_json(scores or {"finished": False})
@@ -151,14 +154,15 @@ def overlap(arguments: list[str]) -> None:
         from data_pipeline.evaluation_sets import open_evaluation  # noqa: PLC0415
         from data_pipeline.manifest import SPLITS  # noqa: PLC0415
         from generation.overlap import remove_overlap, write_likeness  # noqa: PLC0415
+        from parallel.mesh import own_mesh  # noqa: PLC0415
         from training.export import build_model, open_model  # noqa: PLC0415
 
         check(config.problems())
         ranker = open_model(clip, "clip")
         theirs = open_evaluation(evaluation, SPLITS)
         place = open_store(dest) if dest else None
-        model, digest = build_model(ranker), ranker.digest
-        found = remove_overlap(open_store(raw), theirs, place, model, digest, config)
+        model = build_model(ranker).to(own_mesh().world.device)
+        found = remove_overlap(open_store(raw), theirs, place, model, ranker.digest, config)
         print_json(write_likeness(found, out))
 
     parse(run, arguments, "overlap")

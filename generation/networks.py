@@ -19,6 +19,7 @@ from data_pipeline.bpe import encode
 from data_pipeline.tokenize.encode import to_tensor
 from generation.foreign import foreign_module
 from models.clip import MOST_SCALE, Clip
+from parallel.device import CPU
 from training.tasks import pad_text
 
 MOST_CLASSES = 1000
@@ -53,11 +54,11 @@ class Inception:
 
     label = "FID and IS (Inception features)"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, device: torch.device = CPU) -> None:
         tensors, digest = _read(path)
         self.name = f"inception {digest}"
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._network = _built(tensors, path).to(self._device)
+        self._device = device
+        self._network = _built(tensors, path).to(device)
 
     @torch.no_grad()
     def __call__(self, pictures: NDArray[np.uint8]) -> Features:
@@ -76,19 +77,20 @@ class ClipProxy:
     label = "proxy FID and IS (CLIP features), not comparable with published figures"
 
     def __init__(self, clip: Clip, digest: str, tokenizer: Tokenizer, captions: Sequence[str]):
-        self._clip = clip
+        self._clip, self._device = clip, clip.log_scale.device
         classes = list(captions[:MOST_CLASSES])
         self.name = f"clip {digest}, {len(classes)} captions as classes"
         text = pad_text([encode(tokenizer, c) for c in classes], clip.config.text_length)
         with torch.no_grad():
-            words = torch.cat([clip.embed_text(part) for part in text.split(_TOGETHER)])
+            parts = text.to(self._device).split(_TOGETHER)
+            words = torch.cat([clip.embed_text(part) for part in parts])
             self._classes: Tensor = clip.log_scale.clamp(max=MOST_SCALE).exp() * words
 
     @torch.no_grad()
     def __call__(self, pictures: NDArray[np.uint8]) -> Features:
-        pixels = to_tensor(pictures)
-        found = torch.cat([self._clip.embed_image(part) for part in pixels.split(_TOGETHER)])
-        return found.numpy(), (found @ self._classes.T).numpy()
+        parts = to_tensor(pictures).split(_TOGETHER)
+        found = torch.cat([self._clip.embed_image(part.to(self._device)) for part in parts])
+        return found.cpu().numpy(), (found @ self._classes.T).cpu().numpy()
 
 
 def blurred(pictures: NDArray[np.uint8], radius: float) -> NDArray[np.uint8]:

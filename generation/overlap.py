@@ -130,7 +130,8 @@ class _Evaluation:
 
     @torch.no_grad()
     def _embed(self, pixels: Tensor) -> NDArray[np.float32]:
-        return np.asarray(self._clip.embed_image(pixels).numpy())
+        device = self._clip.log_scale.device
+        return np.asarray(self._clip.embed_image(pixels.to(device)).cpu().numpy())
 
 
 def remove_overlap(

@@ -26,9 +26,7 @@ def cut_problems(config: PriorConfig, tensor: int, stages: int) -> list[str]:
     return found
 
 
-def load_part(
-    folder: Path, step: int | None, mesh: Mesh, device: str = "cpu"
-) -> tuple[Part, dict[str, Any]]:
+def load_part(folder: Path, step: int | None, mesh: Mesh) -> tuple[Part, dict[str, Any]]:
     """This rank's layers of the prior in a run folder, and the prior's facts.
 
     Raises: ConfigError if the mesh does not fit; InputError, CorruptError as `open_model`.
@@ -44,7 +42,7 @@ def load_part(
     fill(built, found)
     neighbours = Pipeline(mesh.pipeline) if stages > 1 else Neighbours()
     part = Part(
-        layers=dict(built.eval().to(device).items()),
+        layers=dict(built.eval().to(mesh.world.device).items()),
         config=config,
         tensor=mesh.shared,
         neighbours=neighbours,

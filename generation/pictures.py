@@ -168,13 +168,14 @@ def open_studio(
     """Load models and check that they were trained with one another.
 
     A run that has not ended gives its newest checkpoint; the prior that of `models.step`, if it is
-    given. On the ranks of a mesh each holds its part of the prior, and all call `codes` together.
+    given. On the ranks of a mesh each holds its part of the prior on its own device, and all call
+    `codes` together.
     `one_row`: candidates will be drawn one by one; `rerank`: with a CLIP.
     Raises: InputError if a hash differs.
     """
     mesh = mesh or Mesh()
-    device = f"cuda:{mesh.world.local_rank}" if torch.cuda.is_available() else "cpu"
-    part, facts = load_part(models.prior, models.step, mesh, device)
+    device = mesh.world.device
+    part, facts = load_part(models.prior, models.step, mesh)
     dvae, dvae_hash = load_dvae(models.dvae)
     tokenizer, tokenizer_hash = load_tokenizer(models.bpe)
     wrong = [

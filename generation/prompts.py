@@ -29,7 +29,7 @@ def kept_tokens(config: PromptConfig, grid: int) -> Tensor:
     Raises: ConfigError if a part lies outside of the grid, or nothing is kept, or nothing drawn;
     InputError if the mask is no picture.
     """
-    kept = torch.zeros(grid, grid, dtype=torch.bool)
+    kept = torch.zeros(grid, grid, dtype=torch.bool, device="cpu")
     if config.keep_rows > grid:
         raise ConfigError(f"--keep-rows {config.keep_rows}: the grid has {grid} rows of tokens")
     kept[: config.keep_rows] = True

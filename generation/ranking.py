@@ -19,6 +19,7 @@ from data_pipeline.bpe import encode, load_tokenizer
 from generation.foreign import foreign_module
 from generation.parts import in_parts, pictures_together
 from models.clip import Clip
+from parallel.device import CPU
 from training.export import build_model, open_model
 from training.tasks import pad_text
 
@@ -107,11 +108,11 @@ class OpenClipRanker:
         shape = (size, size) if isinstance(size, int) else tuple(size)
         whole = (pixels * 255).round().clamp(0, 255).byte().cpu()
         resized = F.interpolate(whole, shape, mode=mode, antialias=True) / 255
-        mean, deviation = (torch.tensor(wanted[key]).view(3, 1, 1) for key in ("mean", "std"))
-        return (resized - mean) / deviation
+        mean, deviation = (torch.tensor(wanted[key], device=CPU) for key in ("mean", "std"))
+        return (resized - mean.view(3, 1, 1)) / deviation.view(3, 1, 1)
 
 
-def open_ranker(clip: Path, bpe: Path, device: str = "cpu") -> Ranker:
+def open_ranker(clip: Path, bpe: Path, device: torch.device = CPU) -> Ranker:
     """The CLIP of a run folder, or the open_clip checkpoint in a folder.
 
     Raises: InputError if the run's CLIP has another tokenizer than `bpe`, or the folder of
@@ -127,7 +128,7 @@ def open_ranker(clip: Path, bpe: Path, device: str = "cpu") -> Ranker:
     return TapirRanker(clip=model.to(device), tokenizer=tokenizer, digest=found.digest)
 
 
-def _open_clip(folder: Path, device: str) -> OpenClipRanker:
+def _open_clip(folder: Path, device: torch.device) -> OpenClipRanker:
     """Load a folder as the Hugging Face hub lays it out; nothing is downloaded.
 
     Raises: InputError if something is missing or does not fit; ConfigError if open_clip is missing.

@@ -25,7 +25,7 @@ from generation.sampling import Prompt
 from models.config import PriorConfig
 from parallel.engines.names import MEGATRON
 from parallel.launched import ranks_given
-from parallel.mesh import Mesh, build_mesh
+from parallel.mesh import Mesh, build_mesh, own_mesh
 from parallel.world import join_world, leave_world
 from training.export import open_model, saved_steps
 
@@ -88,7 +88,7 @@ def _follow(run: SampleRun) -> None:
 def _draw(run: SampleRun) -> None:
     """On this process, or on ranks that are started for it."""
     if run.mesh.world == 1:
-        _sample(run, Mesh())
+        _sample(run, own_mesh())
     else:
         sizes = from_json(
             PriorConfig, open_model(run.models.prior, "prior", run.models.step).config

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from core.errors import CorruptError, InputError
@@ -41,6 +42,7 @@ from generation.overlap import Overlap, read_overlap
 from generation.pictures import Candidates, Studio
 from generation.ranking import TapirRanker, open_ranker
 from generation.score_rows import DRAWN, REAL, Masks, features, logits, score_row
+from parallel.device import CPU
 from training.export import open_model
 
 REQUEST, SCORES, PICTURES = "request.json", "scores.json", "pictures"
@@ -66,8 +68,9 @@ def open_job(
     overlap: Path | None,
     config: ScoreConfig,
     out: Path,
+    device: torch.device = CPU,
 ) -> "ScoreJob":
-    """Read everything that can be wrong, before anything is drawn.
+    """Read everything that can be wrong, before anything is drawn; `device` is the network's.
 
     Raises: InputError for what is missing or does not belong together.
     """
@@ -76,10 +79,10 @@ def open_job(
     evaluation = open_evaluation(data)
     network: Network
     if inception is not None:
-        network = Inception(inception)
+        network = Inception(inception, device)
     else:
         captions = [caption.text for caption in evaluation.choose(config.captions, config.seed)]
-        ranker = open_ranker(models.clip, models.bpe)
+        ranker = open_ranker(models.clip, models.bpe, device)
         if not isinstance(ranker, TapirRanker):
             raise InputError(
                 f"the proxy for Inception is a CLIP that Tapir trained, {models.clip} is none; "

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from core.errors import TapirError
 from parallel.config import MeshConfig
+from parallel.device import rank_device
 from parallel.engines.names import MEGATRON
 from parallel.tensor.ops import TensorParallel
 from parallel.world import World
@@ -55,6 +56,11 @@ class Mesh:
     def needs_data(self) -> bool:
         """True on the first stage, which reads inputs, and on the last, which reads targets."""
         return self.pipeline.rank in (0, self.pipeline.size - 1)
+
+
+def own_mesh() -> Mesh:
+    """The mesh of a process that works by itself, whatever started it, on its own device."""
+    return Mesh(world=World(device=rank_device()))
 
 
 def axis_ranks(config: MeshConfig, axis: str) -> list[list[int]]:

@@ -7,13 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from core.errors import ConfigError, InputError
 from data_pipeline.images import decode_rgb, encode_png
 from generation.config import ModelPaths, PromptConfig, SampleConfig, SampleRun
 from generation.pictures import open_studio
 from generation.prompts import prompt_of
+from generation.ranking import TapirRanker
 from generation.sample import sample
+from parallel.mesh import Mesh
+from parallel.world import World
 from tests.unit.finished import PIXELS, write_models
 
 CAPTIONS = ("a small red circle", "two blue squares")
@@ -53,6 +57,16 @@ def test_the_batch_changes_no_byte(run: SampleRun, tmp_path: Path) -> None:
         other = replace(run, out=tmp_path / f"{batch}.png", draw=replace(run.draw, batch=batch))
         sample(other)
         assert other.out.read_bytes() == run.out.read_bytes()
+
+
+def test_all_models_are_on_the_device_of_the_rank(run: SampleRun) -> None:
+    """Nobody asks CUDA: another device than the CPU is taken as it is given."""
+    meta = torch.device("meta")
+    studio = open_studio(run.models, mesh=Mesh(world=World(device=meta)))
+    ranker = studio.ranker
+    assert isinstance(ranker, TapirRanker) and studio.sampler.decoder.device == meta
+    parameters = [*studio.dvae.parameters(), *ranker.clip.parameters()]
+    assert {parameter.device for parameter in parameters} == {meta}
 
 
 def test_image_prompts_keep_their_tokens(run: SampleRun, tmp_path: Path) -> None:
