@@ -12,7 +12,7 @@ DEV_STAMP := $(VENV)/.installed-dev
 SYSTEM := npm:npm ip:iproute2 /usr/share/wordnet/data.noun:wordnet-base \
 	/usr/sbin/slurmctld:slurm-wlm /usr/sbin/munged:munge cc:gcc
 
-.PHONY: install system demo test test-fast check faults soak matrix slurm bench clean
+.PHONY: install system demo test test-fast check faults soak matrix slurm bench wheels clean
 
 install: $(STAMP)
 
@@ -81,6 +81,10 @@ bench: $(DEV_STAMP) system
 	$(BIN)/python -m bench plan --json
 	$(BIN)/python -m bench loader --json
 	$(BIN)/python -m bench stream --json
+
+# What a GPU machine without a network lacks, in .whl; needs a package index.
+wheels:
+	$(PYTHON) -P tests/gpu/wheels.py lay
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
