@@ -16,12 +16,12 @@ from bench.machines import Machines, two_machines
 from bench.parity import SEED, batch_of
 from core.log import set_up_logging
 from models.config import PriorConfig
-from models.prior import COMPRESSED, prior_layers, prior_loss
+from models.prior import prior_program
 from parallel.compress.advisor import advise, measure_link
 from parallel.compress.powersgd import MatrixShard
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, OptimConfig
 from parallel.engines.catalogue import build_engine
-from parallel.engines.protocol import EngineSettings, Program
+from parallel.engines.protocol import EngineSettings
 from parallel.mesh import build_mesh
 from parallel.placement import placement_of
 from parallel.world import join_world, leave_world
@@ -100,11 +100,7 @@ def _rank() -> None:
     torch.set_num_threads(1)
     world = join_world()
     mesh = build_mesh(MeshConfig(data=world.size), world)
-    program = Program(
-        layers=prior_layers(MODEL, SEED),
-        loss=lambda logits, batch: prior_loss(logits, batch, 0.125),
-        compressed=COMPRESSED,
-    )
+    program = prior_program(MODEL, SEED)
     engines = {}
     for name, rank in (("plain", 0), ("compressed", RANK)):
         settings = EngineSettings(
@@ -122,18 +118,17 @@ def _rank() -> None:
             for _ in range(STEPS):
                 engine.step([batch], 1e-4)
             seconds[name].append((time.perf_counter() - began) / STEPS)
-    layers = prior_layers(MODEL, SEED)
-    named = [(f"{x.name}.{n}", p) for x in layers for n, p in x.build().named_parameters()]
+    named = [(f"{x.name}.{n}", p) for x in program.layers for n, p in x.build().named_parameters()]
     shards = [
         MatrixShard(name=n, rows=placement_of(p).rows, columns=p.shape[1])
         for n, p in named
-        if n.endswith(COMPRESSED)
+        if n.endswith(program.compressed)
     ]
     total = sum(p.numel() for _, p in named)
     others = total - sum(s.rows * s.columns for s in shards)
     assert mesh.data.handle is not None, "two machines have a group"
-    link = measure_link(mesh.data.handle)
-    advice = advise(shards, others, 1, link, [RANK / MODEL.dim])[0]
+    link = measure_link(mesh.data.handle, world.device)
+    advice = advise(shards, others, 1, link, [RANK / MODEL.dim], world.device)[0]
     body = {
         **seconds,
         "bandwidth": link.bandwidth,

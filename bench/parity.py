@@ -18,11 +18,11 @@ from cluster.launcher import launch
 from core.keys import key_int
 from core.settings import from_json
 from models.config import PriorConfig
-from models.prior import COMPRESSED, prior_layers, prior_loss
+from models.prior import prior_program
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, OptimConfig
 from parallel.engines.catalogue import build_engine
 from parallel.engines.names import modules_of
-from parallel.engines.protocol import Batch, Engine, EngineSettings, Losses, Program
+from parallel.engines.protocol import Batch, Engine, EngineSettings, Losses
 from parallel.ledger import Ledger, recorded
 from parallel.mesh import Mesh, build_mesh
 from parallel.world import join_world, leave_world
@@ -157,14 +157,15 @@ def train_rank(payload: str) -> None:
     settings = EngineSettings(optim=optim, engine=case.engine, compress=case.compress, seed=SEED)
     breaks = [False]
 
+    program = prior_program(case.model, SEED, mesh.shared)
+
     def loss(logits: Any, batch: Batch) -> Losses:
-        found = prior_loss(logits, batch, 0.125)
+        found = program.loss(logits, batch)
         return {**found, "loss": found["loss"] * math.nan} if breaks[0] else found
 
-    layers = prior_layers(case.model, SEED, mesh.shared)
-    program = Program(layers=layers, loss=loss, compressed=COMPRESSED)
     with recorded(mesh) as ledger:
-        rows = _steps(case, build_engine(program, settings, mesh), mesh, ledger, breaks)
+        engine = build_engine(replace(program, loss=loss), settings, mesh)
+        rows = _steps(case, engine, mesh, ledger, breaks)
     if world.rank == 0:
         (out / "rows.json").write_text(json.dumps(rows))
     leave_world(world)

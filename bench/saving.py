@@ -16,9 +16,9 @@ from checkpoint.reader import open_checkpoint
 from checkpoint.saver import Saver
 from core.store import FolderStore
 from models.config import PriorConfig
-from models.prior import prior_layers, prior_loss
+from models.prior import prior_program
 from parallel.config import CompressConfig, EngineConfig, OptimConfig
-from parallel.engines.protocol import EngineSettings, Program
+from parallel.engines.protocol import EngineSettings
 from parallel.engines.reference import ReferenceEngine
 from parallel.mesh import Mesh
 
@@ -69,9 +69,7 @@ def trained_engine() -> ReferenceEngine:
         image_vocabulary=512,
         grid=8,
     )
-    program = Program(
-        layers=prior_layers(config, 0), loss=lambda logits, batch: prior_loss(logits, batch, 0.125)
-    )
+    program = prior_program(config, 0)
     settings = EngineSettings(
         optim=OptimConfig(), engine=EngineConfig(), compress=CompressConfig(), seed=0
     )

@@ -16,9 +16,10 @@ from bench.tokens import make_tokens
 from core.store import open_store
 from data_pipeline.tokens import TokenSource
 from models.config import PriorConfig
-from models.prior import prior_layers, prior_loss
+from models.prior import prior_loss, prior_program
 from parallel.config import CompressConfig, EngineConfig, OptimConfig
-from parallel.engines.protocol import Batch, EngineSettings, Program, Stage
+from parallel.device import CPU
+from parallel.engines.protocol import Batch, EngineSettings, Stage
 from parallel.engines.reference import ReferenceEngine
 from parallel.mesh import Mesh
 from parallel.scales import MOST, Branch, Counters, Scale
@@ -80,9 +81,7 @@ def run() -> list[dict[str, Any]]:
 
 def _trained(config: PriorConfig, batches: list[Batch]) -> Stage:
     """Train in fp32, then move the weights into a stage with gradient scales."""
-    program = Program(
-        layers=prior_layers(config, 0), loss=lambda logits, batch: prior_loss(logits, batch, 0.125)
-    )
+    program = prior_program(config, 0)
     settings = EngineSettings(
         optim=OptimConfig(lr=1e-3),
         engine=EngineConfig(),
@@ -94,7 +93,7 @@ def _trained(config: PriorConfig, batches: list[Batch]) -> Stage:
         result = engine.step([batches[step % (len(batches) - COUNTED)]], 1e-3 * min(1, step / 50))
         if step % 100 == 0:
             print(f"step {step}: loss {result.losses['loss']:.3f}", file=sys.stderr)
-    stage = Stage(program.layers, EngineConfig(precision="fp16"))
+    stage = Stage(program.layers, EngineConfig(precision="fp16"), CPU)
     trained = engine.layers()
     for name, layer in stage.layers.items():
         layer.load_state_dict(trained[name].state_dict())

@@ -24,7 +24,7 @@ from core.memory import keep_freed_memory
 from models.config import PriorConfig
 from models.counts import prior_flops
 from models.masks import full_mask, layer_kind
-from models.prior import prior_layers, prior_loss
+from models.prior import prior_program
 from parallel.config import CompressConfig, EngineConfig, OptimConfig
 from parallel.engines.protocol import EngineSettings, Program
 from parallel.engines.reference import ReferenceEngine
@@ -184,9 +184,7 @@ def _batch() -> dict[str, Tensor]:
 
 
 def _program() -> Program:
-    return Program(
-        layers=prior_layers(CONFIG, 0), loss=lambda logits, given: prior_loss(logits, given, 1 / 8)
-    )
+    return prior_program(CONFIG, 0)
 
 
 def _tapir(precision: Any) -> Callable[[], float]:

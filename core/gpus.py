@@ -51,6 +51,11 @@ def visible_gpus(environment: Mapping[str, str] = os.environ, devices: Path = DE
     return min(count, there)
 
 
+def usable_gpus(environment: Mapping[str, str] = os.environ) -> int:
+    """How many GPUs the installed torch could use in a process with this environment."""
+    return visible_gpus(environment) if built_for_cuda() else 0
+
+
 def local_ranks(environment: Mapping[str, str]) -> int:
     """Ranks on this machine, as far as the launcher tells; 1 if it does not."""
     if "LOCAL_WORLD_SIZE" in environment:

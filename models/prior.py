@@ -18,7 +18,7 @@ from models.config import PriorConfig
 from models.draws import init_normal
 from models.flex import flexible_attention
 from models.masks import layer_kind
-from parallel.engines.protocol import Layer, Recomputed
+from parallel.engines.protocol import Layer, Program, Recomputed
 from parallel.scales import Branch
 from parallel.tensor.layers import ColumnLinear, RowLinear, VocabularyEmbedding, VocabularyHead
 from parallel.tensor.ops import TensorParallel
@@ -219,6 +219,16 @@ def prior_layers(
 def build_prior(config: PriorConfig, seed: int = 0) -> nn.ModuleDict:
     """All layers of a prior on one process."""
     return nn.ModuleDict({layer.name: layer.build() for layer in prior_layers(config, seed)})
+
+
+def prior_program(config: PriorConfig, seed: int, tensor: TensorParallel | None = None) -> Program:
+    """What is trained: the layers, their loss, and the matrices that PowerSGD may compress."""
+    return Program(
+        layers=prior_layers(config, seed, tensor),
+        loss=partial(prior_loss, text_weight=config.text_weight),
+        losses=("loss", "text_loss", "image_loss"),
+        compressed=COMPRESSED,
+    )
 
 
 COMPRESSED = tuple(f"{name}.weight" for name in ("q", "k", "v", "out", "up", "down"))

@@ -39,12 +39,13 @@ class Control:
     skipped: str = ""
     """Why this step's update was skipped."""
 
-    def share(self) -> Tensor:
+    def share(self, device: torch.device) -> Tensor:
         """What this rank adds to the reduction: loss, count of losses, wish to stop; float64."""
-        losses = [float(row["loss"].detach()) for row in self.seen]
-        return torch.tensor(
-            [sum(losses), float(len(losses)), float(self.wants_stop)], dtype=torch.float64
-        )
+        known = [float(len(self.seen)), float(self.wants_stop)]
+        counts = torch.tensor([0.0, *known], dtype=torch.float64, device=device)
+        for row in self.seen:
+            counts[0] += row["loss"].detach().to(device)
+        return counts
 
     def decide(self, norm: float, sums: Tensor) -> float:
         """Take the sums of all ranks; returns the norm to clip by, infinite to skip."""

@@ -1,6 +1,7 @@
 """One device a rank, chosen once, before anything else touches CUDA."""
 
 import os
+import time
 from collections.abc import Mapping
 
 import torch
@@ -67,3 +68,63 @@ def refuse_shared_gpus(store: Store, device: torch.device, rank: int) -> None:
             f"rank {rank}: another rank of this world has the same GPU ({name}); start one rank a "
             "GPU, or give each its own (srun --gpus-per-task=1)"
         )
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done what it was given; a CPU has already."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Stopwatch:
+    """Adds up the time that this process spends in a context."""
+
+    def __init__(self) -> None:
+        self._seconds, self._began = 0.0, 0.0
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds += time.perf_counter() - self._began
+
+    def take(self) -> float:
+        """Seconds since the last call."""
+        found, self._seconds = self._seconds, 0.0
+        return found
+
+
+class CudaStopwatch(Stopwatch):
+    """Adds up the time that the current stream spends in a context, by events.
+
+    A collective returns to the host as soon as it is queued: only the stream knows how long it
+    waited for other ranks. What has not happened yet counts at a later `take`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._first = self._mark()
+
+    def __enter__(self) -> None:
+        self._first = self._mark()
+
+    def __exit__(self, *_: object) -> None:
+        self._pairs.append((self._first, self._mark()))
+
+    def take(self) -> float:
+        """Seconds of what has happened since the last call."""
+        over = [(first, last) for first, last in self._pairs if last.query()]
+        self._pairs = self._pairs[len(over) :]
+        return sum(float(first.elapsed_time(last)) for first, last in over) / 1000
+
+    @staticmethod
+    def _mark() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def stopwatch(device: torch.device) -> Stopwatch:
+    """The clock of what a device does."""
+    return CudaStopwatch() if device.type == "cuda" else Stopwatch()

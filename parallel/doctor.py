@@ -14,6 +14,7 @@ import torch.distributed as dist
 from cluster.doctor.finding import Finding, bad, here, ok, placed
 from cluster.doctor.outliers import Burned, burn_rows
 from core.gpus import gpu_devices
+from parallel.device import wait_for
 from parallel.world import World
 
 SIDE, SIDE_GPU = 512, 8192
@@ -111,10 +112,10 @@ def _matmuls(device: torch.device, seconds: float) -> float:
     taken: list[float] = []
     until = time.perf_counter() + seconds
     while time.perf_counter() < until or len(taken) < REPEATS:
-        _finish(device)
+        wait_for(device)
         began = time.perf_counter()
         torch.mm(a, b, out=out)
-        _finish(device)
+        wait_for(device)
         taken.append(time.perf_counter() - began)
     return 2 * side**3 * len(taken) / sum(taken)
 
@@ -152,7 +153,7 @@ def _there_and_back(values: torch.Tensor, other: int, device: torch.device) -> f
         began = time.perf_counter()
         dist.send(values, other)
         dist.recv(values, other)
-        _finish(device)
+        wait_for(device)
         taken.append(time.perf_counter() - began)
     return 2 * values.nbytes / min(taken[1:])
 
@@ -169,14 +170,9 @@ def _all_reduce(world: World, device: torch.device) -> float:
         world.barrier()
         began = time.perf_counter()
         dist.all_reduce(values)
-        _finish(device)
+        wait_for(device)
         taken.append(time.perf_counter() - began)
     if not bool((values == 1).all()):
         raise RuntimeError("the all-reduce gave a wrong sum")
     share = 2 * (world.size - 1) / world.size
     return share * values.nbytes / min(taken[1:])
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

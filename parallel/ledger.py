@@ -7,7 +7,6 @@ out, what a reduce-scatter takes in), as this rank sees them, before any algorit
 
 import functools
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from core.heartbeat import Heart
+from parallel.device import stopwatch
 from parallel.mesh import Mesh
 
 OPERATIONS = {
@@ -67,7 +67,7 @@ class Ledger:
         self._group_labels: dict[Any, str] = {}
         self._pairs = "pipeline" if mesh.pipeline.size > 1 else "world"
         self._counts: Counts = {}
-        self._blocked = 0.0
+        self._blocked = stopwatch(mesh.world.device)
         self._local = threading.local()
         self._last = ("", "", 0)
         """Group, operation and bytes of the operation noted last."""
@@ -116,13 +116,12 @@ class Ledger:
 
     @contextmanager
     def _waiting(self, place: tuple[str, str, int]) -> Iterator[None]:
-        began, self._local.inside = time.perf_counter(), True
+        self._local.inside = True
         try:
-            with self.timer(*place):
+            with self.timer(*place), self._blocked:
                 yield
         finally:
             self._local.inside = False
-            self._blocked += time.perf_counter() - began
 
     def _label(self, group: Any, operation: str) -> str:
         label = self._group_labels.get(group)
@@ -135,8 +134,7 @@ class Ledger:
 
     def take_blocked(self) -> float:
         """Seconds that this rank waited in collectives since the last call."""
-        found, self._blocked = self._blocked, 0.0
-        return found
+        return self._blocked.take()
 
     def take(self) -> Counts:
         """What was noted since the last call."""

@@ -64,7 +64,7 @@ class Placement:
 
     def read(self, reader: Reader, name: str, kind: str, start: int, count: int) -> Tensor:
         """Elements [start, start + count) of the flat local parameter, zero where it is padding."""
-        found = torch.zeros(count)
+        found = torch.zeros(count, device="cpu")
         real = min(count, max(0, self.numel - start))
         first = self.first_element + start
         found[:real] = reader.flat(name, kind, first, first + real)
@@ -83,6 +83,19 @@ def placement_of(parameter: nn.Parameter) -> Placement:
         return noted
     shape = tuple(parameter.shape)
     return Placement(shape=shape, first=0, rows=shape[0] if shape else 1, split=False)
+
+
+def move(module: nn.Module, device: torch.device) -> nn.Module:
+    """Move a module to a device; its parameters keep what `place` noted.
+
+    torch may put new parameters in the place of those on another type of device.
+    """
+    noted = {name: getattr(p, "tapir_placement", None) for name, p in module.named_parameters()}
+    module.to(device)
+    for name, parameter in module.named_parameters():
+        if (placement := noted[name]) is not None:
+            place(parameter, placement)
+    return module
 
 
 def rows_of(rows: int, unit: int, rank: int, size: int) -> tuple[int, int, int]:

@@ -13,7 +13,7 @@ from parallel.mesh import Group
 def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
     """One int64 a tensor: the sum of its bit patterns, which every single flipped bit changes."""
     sums = [t.detach().reshape(-1).view(_INTEGER[t.element_size()]).sum() for t in tensors]
-    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64)
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64, device="cpu")
 
 
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -108,10 +108,10 @@ class Scales:
         """`everywhere` names the branches of all stages, in one order on all ranks."""
         self._everywhere, self.here = list(everywhere), dict(here)
 
-    def broken(self) -> Tensor:
+    def broken(self, device: torch.device) -> Tensor:
         """For each branch of the model, how many of this rank's passes broke: (branches,)."""
         flags = [float(n in self.here and not self.here[n].finite) for n in self._everywhere]
-        return torch.tensor(flags, dtype=torch.float64)
+        return torch.tensor(flags, dtype=torch.float64, device=device)
 
     def update(self, broken: Tensor) -> None:
         """Move every scale by the sum of `broken` over all ranks."""
@@ -157,4 +157,4 @@ class _Leave(Function):
 
 def _inside(x: Tensor) -> torch.dtype:
     """What a branch computes in: fp16 on GPUs; fp32 on 16-bit values elsewhere (emulation)."""
-    return torch.float16 if x.is_cuda else torch.float32
+    return torch.float16 if x.device.type == "cuda" else torch.float32

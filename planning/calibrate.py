@@ -217,7 +217,7 @@ def link_rank(payload: str) -> None:
     world = join_world()
     assert world.group is not None, "calibration starts two ranks"
     dist.barrier()
-    link = measure_link(world.group)
+    link = measure_link(world.group, world.device)
     if world.rank == 0:
         found = {"link": link.bandwidth, "latency": link.latency / 2}
         Path(json.loads(payload)["out"], "link.json").write_text(json.dumps(found))

@@ -14,16 +14,16 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from models.clip import Clip
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from models.dvae import DVAE
-from models.prior import COMPRESSED, prior_layers, prior_loss
+from models.prior import prior_program
 from parallel.engines.catalogue import build_engine
-from parallel.engines.protocol import Batch, EngineSettings, Layer, Program
+from parallel.engines.protocol import Batch, EngineSettings, Program
 from parallel.mesh import Mesh, build_mesh
 from parallel.world import join_world
 from planning.rehearse_tensors import Broker, NeverSent, Shadows, without_arithmetic
 from planning.sequence import Sequence
 from planning.sequence_record import Recorder, groups_noted, places
 from training.config import StageConfig
-from training.picture_tasks import ClipTask, DVAELayer, DVAETask
+from training.picture_tasks import clip_program, dvae_program
 from training.recovery import Recovery
 
 
@@ -36,25 +36,6 @@ class RankTask:
     rank: int
     steps: int
     """Training steps."""
-
-
-class _DVAEWithoutData(DVAETask):
-    """The dVAE's program; no pictures are opened."""
-
-    def __init__(self, settings: Any) -> None:
-        self._settings, self.model_config = settings, settings.model
-        dvae = DVAE(settings.model, settings.loop.seed)
-        layer = Layer(name="dvae", build=lambda: DVAELayer(dvae))
-        self.program = Program(layers=[layer], loss=self._loss)
-
-
-class _ClipWithoutData(ClipTask):
-    """CLIP's program; no pictures and captions are opened."""
-
-    def __init__(self, settings: Any, mesh: Mesh) -> None:
-        self._world, self.model_config = mesh.world, settings.model
-        clip = Clip(settings.model, settings.loop.seed)
-        self.program = Program(layers=[Layer(name="clip", build=lambda: clip)], loss=self._loss)
 
 
 def run_rank(task: RankTask, broker: Broker) -> Sequence:
@@ -99,14 +80,10 @@ def train(task: RankTask) -> None:
 
 def _program(stage: str, settings: Any, mesh: Mesh) -> Program:
     if stage == "dvae":
-        return _DVAEWithoutData(settings).program
+        return dvae_program(DVAE(settings.model, settings.loop.seed), settings.model)
     if stage == "clip":
-        return _ClipWithoutData(settings, mesh).program
-    return Program(
-        layers=prior_layers(settings.model, settings.loop.seed, mesh.shared),
-        loss=lambda logits, batch: prior_loss(logits, batch, settings.model.text_weight),
-        compressed=COMPRESSED,
-    )
+        return clip_program(Clip(settings.model, settings.loop.seed), mesh.world)
+    return prior_program(settings.model, settings.loop.seed, mesh.shared)
 
 
 def batch_of(task: RankTask) -> Batch:

@@ -2,7 +2,6 @@
 
 import json
 import time
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,10 +12,10 @@ from core.heartbeat import Heart
 from core.keys import key_int
 from core.memory import keep_freed_memory
 from core.settings import from_json, to_json
-from models.prior import COMPRESSED, prior_layers, prior_loss
+from models.prior import prior_program
 from parallel.engines.catalogue import build_engine
 from parallel.engines.names import modules_of
-from parallel.engines.protocol import Batch, EngineSettings, Program
+from parallel.engines.protocol import Batch, EngineSettings
 from parallel.mesh import build_mesh
 from parallel.precision import choose_matmul_precision
 from parallel.world import join_world, leave_world
@@ -49,10 +48,8 @@ def trial_rank(payload: str) -> None:
     choose_matmul_precision(settings.engine.matmul_precision)
     world = join_world()
     mesh = build_mesh(settings.mesh, world)
-    layers = prior_layers(settings.model, 0, mesh.shared)
-    loss = partial(prior_loss, text_weight=settings.model.text_weight)
     engine = build_engine(
-        Program(layers=layers, loss=loss, compressed=COMPRESSED),
+        prior_program(settings.model, 0, mesh.shared),
         EngineSettings(
             optim=settings.optim, engine=settings.engine, compress=settings.compress, seed=0
         ),

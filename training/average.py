@@ -21,7 +21,9 @@ EMA = "ema"
 class Average:
     """The mean weights; nothing if optim.ema is 0."""
 
-    def __init__(self, engine: Engine, optim: OptimConfig) -> None:
+    def __init__(self, engine: Engine, optim: OptimConfig, device: torch.device) -> None:
+        """`device` is the rank's, where the engine's weights are."""
+        self._device = device
         self._engine, self._decay, self._every = engine, optim.ema, optim.ema_every
         self._mean: dict[tuple[str, int], Tensor] = {}
         self._thread = ThreadPoolExecutor(1, "average")
@@ -38,16 +40,17 @@ class Average:
             return
         self._settle()
         now = {key: part.data.detach() for key, part in self._masters()}
-        if all(data.device.type == "cpu" for data in now.values()):
-            self._lerp(now)
+        if self._device.type != "cuda":
+            self._lerp({key: data.to("cpu") for key, data in now.items()})
             return
         copies = {key: data.clone() for key, data in now.items()}
         done = torch.cuda.Event()
-        done.record()
+        done.record(torch.cuda.current_stream(self._device))
         self._going_on = self._thread.submit(self._fetch, copies, done)
 
     def _fetch(self, copies: dict[tuple[str, int], Tensor], done: torch.cuda.Event) -> None:
-        with torch.cuda.stream(torch.cuda.Stream()):
+        # a thread begins on device 0, whatever the rank's is
+        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream(self._device)):
             done.wait()
             self._lerp({key: data.to("cpu") for key, data in copies.items()})
 

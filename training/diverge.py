@@ -89,7 +89,7 @@ def trace_rank(payload: str) -> None:
             _note(layer, name, notes, local)
         order = {"layers": [layer.name for layer in task.program.layers]}
         next(run.steps())
-        tensors = {key: torch.cat(parts).contiguous() for key, parts in notes.items()}
+        tensors = {key: torch.cat(parts).contiguous().cpu() for key, parts in notes.items()}
         save_file(tensors, out / f"rank-{world.rank}.safetensors")
         place = {"replica": mesh.data.rank, "size": local, **order}
         (out / f"rank-{world.rank}.json").write_text(json.dumps(place))

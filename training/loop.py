@@ -69,7 +69,7 @@ class Run:
             control=self.control,
         )
         self.engine: Engine = build_engine(task.program, parts, mesh)
-        self.average = Average(self.engine, settings.optim)
+        self.average = Average(self.engine, settings.optim, world.device)
         self.plateau = Plateau()
         self.stream = Stream(
             task.train,

@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster.supervisor import supervise
 from core.errors import ConfigError
-from core.gpus import built_for_cuda, gpu_problems, visible_gpus
+from core.gpus import gpu_problems, usable_gpus
 from core.settings import check, from_json, to_json
 from core.stop import heed_stop_signals
 from parallel.engines.names import modules_of
@@ -47,7 +47,7 @@ def train_stage(stage: str, settings: StageConfig) -> None:
 
 def _refuse_too_many(world: int) -> None:
     """Raise ConfigError for a mesh that is meant for a cluster, not for ranks of this machine."""
-    check(gpu_problems(world, visible_gpus()) if built_for_cuda() else [])
+    check(gpu_problems(world, usable_gpus()))
     cores = os.cpu_count() or 1
     if world > RANKS_A_CORE * cores:
         raise ConfigError(

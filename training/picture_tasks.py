@@ -18,7 +18,7 @@ from data_pipeline.raw import RawRecord, RawSource
 from data_pipeline.stream import first_records
 from data_pipeline.tokenize.encode import pictures_of, to_tensor
 from models.clip import Clip, caption_keys, contrastive_loss
-from models.config import ClipConfig
+from models.config import ClipConfig, DVAEConfig
 from models.dvae import DVAE, negative_bound
 from parallel.engines.protocol import Batch, Layer, Losses, Program
 from parallel.world import World
@@ -55,8 +55,7 @@ class DVAETask:
         self.dvae = DVAE(settings.model, settings.loop.seed)
         if settings.model.start == "calibrated":
             self.dvae.calibrate(self._squares(first_records(self.train, CALIBRATED)))
-        layer = DVAELayer(self.dvae)
-        self.program = Program(layers=[Layer(name="dvae", build=lambda: layer)], loss=self._loss)
+        self.program = dvae_program(self.dvae, settings.model)
         self.units = settings.model.tokens
 
     def batch(self, records: Sequence[RawRecord], step: int, training: bool = True) -> Batch:
@@ -67,9 +66,9 @@ class DVAETask:
         beta = cosine(settings.beta_first, settings.beta, done / settings.beta_share)
         return {
             "pixels": self._views(records, step) if training else self._squares(records),
-            "keys": torch.tensor(keys),
-            "tau": torch.tensor(tau),
-            "beta": torch.tensor(beta),
+            "keys": torch.tensor(keys, device="cpu"),
+            "tau": torch.tensor(tau, device="cpu"),
+            "beta": torch.tensor(beta, device="cpu"),
         }
 
     def _squares(self, records: Sequence[RawRecord]) -> Tensor:
@@ -112,9 +111,20 @@ class DVAETask:
         pictures = {"reconstructions": _rows(pixels[:SHOWN].cpu(), again[:SHOWN].cpu())}
         return figures, {**pictures, "codebook": codes.flatten().cpu().numpy()}
 
-    def _loss(self, terms: Any, batch: Batch) -> Losses:
-        loss = negative_bound(terms, batch["beta"], self.model_config)
-        return {"loss": loss, "log_likelihood": terms.log_likelihood, "kl": terms.kl}
+
+def dvae_program(dvae: DVAE, config: DVAEConfig) -> Program:
+    """A dVAE as one layer, with its loss."""
+    layer = DVAELayer(dvae)
+
+    def loss(terms: Any, batch: Batch) -> Losses:
+        bound = negative_bound(terms, batch["beta"], config)
+        return {"loss": bound, "log_likelihood": terms.log_likelihood, "kl": terms.kl}
+
+    return Program(
+        layers=[Layer(name="dvae", build=lambda: layer)],
+        loss=loss,
+        losses=("loss", "log_likelihood", "kl"),
+    )
 
 
 class ClipTask:
@@ -127,9 +137,7 @@ class ClipTask:
         self._tokenizer, self._tokenizer_hash = load_tokenizer(settings.bpe)
         entries = self._tokenizer.get_vocab_size()
         self.model_config = ClipConfig(**{**vars(settings.model), "text_vocabulary": entries})
-        clip = Clip(self.model_config, settings.loop.seed)
-        self._world = world
-        self.program = Program(layers=[Layer(name="clip", build=lambda: clip)], loss=self._loss)
+        self.program = clip_program(Clip(self.model_config, settings.loop.seed), world)
         self.units = self.model_config.text_length
 
     def batch(self, records: Sequence[RawRecord], step: int, training: bool = True) -> Batch:
@@ -147,15 +155,25 @@ class ClipTask:
     ) -> tuple[dict[str, float], Pictures]:
         return {}, {}
 
-    def _loss(self, output: tuple[Tensor, Tensor, Tensor], batch: Batch) -> Losses:
-        together = self._world.group is not None and torch.is_grad_enabled()
-        offset = self._world.rank * len(output[0]) if together else 0
-        gather = self._gather if together else _alone
+
+def clip_program(clip: Clip, world: World) -> Program:
+    """CLIP as one layer; in training each pair is compared with those of all ranks."""
+
+    def everywhere(rows: Tensor) -> Tensor:
+        out: Tensor = _GatherRows.apply(rows, world)
+        return out
+
+    def loss(output: tuple[Tensor, Tensor, Tensor], batch: Batch) -> Losses:
+        together = world.group is not None and torch.is_grad_enabled()
+        offset = world.rank * len(output[0]) if together else 0
+        gather = everywhere if together else _alone
         return contrastive_loss(*output, caption_keys(batch["text"]), gather, offset)
 
-    def _gather(self, rows: Tensor) -> Tensor:
-        out: Tensor = _GatherRows.apply(rows, self._world)
-        return out
+    return Program(
+        layers=[Layer(name="clip", build=lambda: clip)],
+        loss=loss,
+        losses=("loss", "accuracy"),
+    )
 
 
 class _GatherRows(Function):

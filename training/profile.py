@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -63,10 +62,10 @@ class Profile:
         self._config, self._flops, self._precision = config, flops, precision
         self._mesh, self._ledger, self._out = mesh, ledger, out
         self._accounts = Accounts(mesh.pipeline.size)
-        clock = CudaClock if torch.cuda.is_available() else HostClock
+        clock = CudaClock if mesh.world.device.type == "cuda" else HostClock
         self._timeline = Timeline(clock(self._accounts.add))
         self._stretches = {name: Stretch(self._timeline, name) for name in CATEGORIES}
-        self._tracer = Tracer(config, out, mesh.world.rank, self._timeline)
+        self._tracer = Tracer(config, out, mesh.world.rank, self._timeline, mesh.world.device)
         self._hooks: list[Any] = []
         self._ring: Ring | None = None
         self._step = self._rows_step = 0

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch
-
 from core.errors import ConfigError
 from core.heartbeat import Heart
 from core.memory import keep_freed_memory
@@ -23,9 +21,9 @@ def run(payload: str) -> None:
     stage, settings = parse_payload(payload)
     heed_stop_signals()
     record_flight()
-    if not torch.cuda.is_available():
-        keep_freed_memory()
     world = join_world()
+    if world.device.type == "cpu":
+        keep_freed_memory()
     heart = Heart(world.rank)
     try:
         problems = settings.problems(world.size)

@@ -19,12 +19,15 @@ from core.heartbeat import Heart
 from core.settings import from_json
 from core.store import open_store
 from parallel.config import CompressConfig, MeshConfig
+from parallel.device import rank_device
 from parallel.ledger import recorded
 from parallel.mesh import Mesh
+from parallel.world import World
 from training.loop import Run
 from training.main import SETTINGS
 from training.rank import make_task
 from training.recovery import record_digest, record_id
+from training.tasks import hand_over
 
 _SHOWN = 5
 
@@ -94,7 +97,8 @@ def _replay(run: Run, body: dict[str, Any]) -> Replay:
 
 
 def _losses_of(run: Run, records: Sequence[Any]) -> list[float]:
-    batches = [run.task.batch([record], run.step) for record in records]
+    device = run.world.device
+    batches = (hand_over(run.task.batch([record], run.step), device) for record in records)
     return [float(run.engine.evaluate(batch)["loss"]) for batch in batches]
 
 
@@ -116,7 +120,7 @@ def _run_of(body: dict[str, Any], out: str) -> Iterator[Run]:
         compress=CompressConfig(),
         checkpoint=dataclasses.replace(settings.checkpoint, to=out),
     )
-    mesh = Mesh()
+    mesh = Mesh(world=World(device=rank_device()))
     with recorded(mesh) as ledger:
         task = make_task(body["stage"], settings, mesh)
         run = Run(body["stage"], task, settings, mesh, ledger, Heart(0))

@@ -18,7 +18,7 @@ from data_pipeline.dropout import DropoutEncoder
 from data_pipeline.stream import BlockSource
 from data_pipeline.tokens import TokenRecord, TokenRecords, TokenSource
 from models.config import PriorConfig
-from models.prior import COMPRESSED, PAD, prior_layers, prior_loss
+from models.prior import PAD, prior_program
 from parallel.engines.protocol import Batch, Program
 from parallel.tensor.ops import TensorParallel
 from training.config import PriorTrain
@@ -58,7 +58,7 @@ class Task(Protocol, Generic[Record]):
 
 def pad_text(texts: Sequence[Any], length: int) -> Tensor:
     """Ragged ids -> (B, length) int64, cut at `length`, PAD behind the end."""
-    out = torch.full((len(texts), length), PAD, dtype=torch.int64)
+    out = torch.full((len(texts), length), PAD, dtype=torch.int64, device="cpu")
     for row, text in zip(out, texts, strict=True):
         ids = np.asarray(text, np.int64)[:length]
         row[: len(ids)] = torch.from_numpy(ids)
@@ -97,12 +97,7 @@ class PriorTask:
                 "grid": facts["grid"],
             }
         )
-        weight = settings.model.text_weight
-        self.program = Program(
-            layers=prior_layers(self.model_config, settings.loop.seed, tensor),
-            loss=lambda logits, batch: prior_loss(logits, batch, weight),
-            compressed=COMPRESSED,
-        )
+        self.program = prior_program(self.model_config, settings.loop.seed, tensor)
         self.units = self.model_config.length
 
     def batch(self, records: Sequence[TokenRecord], step: int, training: bool = True) -> Batch:
@@ -150,7 +145,8 @@ class PriorTask:
         def swap_captions(batch: Batch, start: int) -> Batch:
             part = mine[start : start + len(batch["text"])]
             others = [records[places[id(record)] - shift] for record in part]
-            return {**batch, "text": self.batch(others, 0, False)["text"]}
+            text = self.batch(others, 0, False)["text"]
+            return {**batch, "text": text.to(batch["text"].device)}
 
         return {
             "shuffled_caption_loss": means(mine, swap_captions)["image_loss"],

@@ -17,6 +17,7 @@ from core.errors import InputError
 from core.files import TEMPORARY, write_atomic
 from core.log import LOG
 from core.settings import check
+from parallel.device import CPU
 from training.config import ProfileConfig, parse_ranks, parse_steps
 from training.profile_clock import Timeline
 from training.profile_ring import FOLDER
@@ -35,7 +36,15 @@ Plan = dict[str, Any]
 class Tracer:
     """One rank's; records while a planned step is under way."""
 
-    def __init__(self, config: ProfileConfig, out: Path, rank: int, timeline: Timeline) -> None:
+    def __init__(
+        self,
+        config: ProfileConfig,
+        out: Path,
+        rank: int,
+        timeline: Timeline,
+        device: torch.device = CPU,
+    ) -> None:
+        self._on_gpu = device.type == "cuda"
         self._out, self._rank, self._timeline = out, rank, timeline
         self._first = self._last = -1
         self._running: Any = None
@@ -108,7 +117,7 @@ class Tracer:
 
     def _start(self) -> None:
         activities = [ProfilerActivity.CPU]
-        if torch.cuda.is_available():
+        if self._on_gpu:
             activities.append(ProfilerActivity.CUDA)
         self._running = profile(
             activities=activities,

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from core.log import LOG
 from parallel.compress.powersgd import MatrixShard, PowerSGD, shard_rank
+from parallel.device import wait_for
 
 PAPER_SHARE = 0.226
 """Rank over width that the paper found to cost no loss (896 of 3968)."""
@@ -52,36 +53,46 @@ class Advice:
     """Bytes a second of all-reduce payload below which it pays."""
 
 
-def measure_link(group: "dist.ProcessGroup") -> Link:
-    """Time two sizes of all-reduce; every rank of the group must call it, and gets one answer."""
+def measure_link(group: "dist.ProcessGroup", device: torch.device) -> Link:
+    """Time two sizes of all-reduce of tensors on a device: that is where gradients are reduced.
+
+    Every rank of the group must call it, and gets one answer.
+    """
     seconds = []
     for count in PROBES:
-        payload = torch.ones(count // 4)
+        payload = torch.ones(count // 4, device=device)
         dist.all_reduce(payload, group=group)
         best = min(_timed_all_reduce(payload, group) for _ in range(ROUNDS))
         seconds.append(best)
-    agreed = torch.tensor(seconds, dtype=torch.float64)
+    agreed = torch.tensor(seconds, dtype=torch.float64, device=device)
     dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=group)
     short, long = agreed.tolist()
     bandwidth = (PROBES[1] - PROBES[0]) / max(long - short, 1e-9)
     return Link(latency=max(short - PROBES[0] / bandwidth, 0.0), bandwidth=bandwidth)
 
 
-def measure_compute(shards: Sequence[MatrixShard], rank: int) -> float:
-    """Seconds that one step's factors take on this rank, without sending them."""
-    powersgd = PowerSGD(shards, rank=rank, seed=0, group=None)
-    gradients = {s.name: torch.randn(s.rows, s.columns) for s in shards}
+def measure_compute(shards: Sequence[MatrixShard], rank: int, device: torch.device) -> float:
+    """Seconds that one step's factors take on this rank's device, without sending them."""
+    powersgd = PowerSGD(shards, rank=rank, seed=0, group=None, device=device)
+    gradients = {s.name: torch.randn(s.rows, s.columns, device=device) for s in shards}
     powersgd.reduce(gradients)
     best = float("inf")
     for _ in range(ROUNDS):
+        wait_for(device)
         began = time.perf_counter()
         powersgd.reduce(gradients)
+        wait_for(device)
         best = min(best, time.perf_counter() - began)
     return best
 
 
 def advise(
-    shards: Sequence[MatrixShard], others: int, parts: int, link: Link, shares: Sequence[float]
+    shards: Sequence[MatrixShard],
+    others: int,
+    parts: int,
+    link: Link,
+    shares: Sequence[float],
+    device: torch.device,
 ) -> list[Advice]:
     """Weigh compression at some shares of the width; `others` elements are never compressed."""
     width = min(shard.oriented[0] for shard in shards) * parts
@@ -92,7 +103,7 @@ def advise(
         each = shard_rank(total, parts)
         sent = 4 * others
         sent += 4 * sum(min(each, min(s.oriented)) * (s.rows + s.columns) for s in shards)
-        compute = measure_compute(shards, each)
+        compute = measure_compute(shards, each, device)
         extra = compute + 2 * link.latency
         saved = (raw - sent) / link.bandwidth
         found.append(
@@ -109,11 +120,15 @@ def advise(
 
 
 def chosen_rank(
-    shards: Sequence[MatrixShard], others: int, parts: int, group: "dist.ProcessGroup"
+    shards: Sequence[MatrixShard],
+    others: int,
+    parts: int,
+    group: "dist.ProcessGroup",
+    device: torch.device,
 ) -> int:
     """The paper's rank if it gains time here, else 0; every rank of the world gets one answer."""
-    link = measure_link(group)
-    table = advise(shards, others, parts, link, SHARES) if shards else []
+    link = measure_link(group, device)
+    table = advise(shards, others, parts, link, SHARES, device) if shards else []
     LOG.info("link: %.1f MB/s, latency %.2f ms", link.bandwidth / 1e6, 1e3 * link.latency)
     for row in table:
         LOG.info(
@@ -122,14 +137,17 @@ def chosen_rank(
             row.break_even / 1e6,
         )
     papers = table[SHARES.index(PAPER_SHARE)] if table else None
-    vote = torch.tensor([papers.gained_ms if papers else 0.0], dtype=torch.float64)
-    best = torch.tensor([papers.rank if papers else 0])
+    gained = papers.gained_ms if papers else 0.0
+    vote = torch.tensor([gained], dtype=torch.float64, device=device)
+    best = torch.tensor([papers.rank if papers else 0], device=device)
     dist.all_reduce(vote)
     dist.all_reduce(best, op=dist.ReduceOp.MAX)
     return int(best) if float(vote) > 0 else 0
 
 
 def _timed_all_reduce(payload: torch.Tensor, group: "dist.ProcessGroup") -> float:
+    wait_for(payload.device)
     began = time.perf_counter()
     dist.all_reduce(payload, group=group)
+    wait_for(payload.device)
     return time.perf_counter() - began

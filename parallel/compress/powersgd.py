@@ -64,9 +64,9 @@ class _Batch:
     """(n, short, long): what earlier updates did not carry."""
     q: Tensor
     """(n, long, rank): what the error is multiplied by."""
-    p: Tensor = field(default_factory=lambda: torch.empty(0))
+    p: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
     """(n, short, rank), orthonormal."""
-    q_mean: Tensor = field(default_factory=lambda: torch.empty(0))
+    q_mean: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
     """(n, long, rank): the mean of the transposed errors times P."""
 
 
@@ -80,16 +80,18 @@ class PowerSGD:
         rank: int,
         seed: int,
         group: "dist.ProcessGroup | None",
+        device: torch.device,
         warm_start: bool = False,
         error_feedback: bool = True,
     ) -> None:
         """`rank` is that of a shard: the config's total rank divided by the shards.
 
+        Buffers are on `device`, where the gradients must be, too.
         Raises: ValueError for a rank below 1.
         """
         if rank < 1:
             raise ValueError(f"a shard's rank must be at least 1, not {rank}")
-        self.rank, self._group = rank, group
+        self.rank, self._group, self._device = rank, group, device
         self._size = dist.get_world_size(group) if group is not None else 1
         self._warm, self._feedback = warm_start, error_feedback
         by_shape: dict[tuple[int, int], list[MatrixShard]] = defaultdict(list)
@@ -98,8 +100,10 @@ class PowerSGD:
         self._batches = [
             _Batch(
                 members=members,
-                error=torch.zeros(len(members), *shape),
-                q=torch.stack([_gaussian(m, shape, min(rank, shape[0]), seed) for m in members]),
+                error=torch.zeros(len(members), *shape, device=device),
+                q=torch.stack([_gaussian(m, shape, min(rank, shape[0]), seed) for m in members]).to(
+                    device
+                ),
             )
             for shape, members in by_shape.items()
         ]
@@ -124,7 +128,7 @@ class PowerSGD:
             batch.q_mean = batch.error.transpose(1, 2) @ batch.p
         q_finite = self._average([batch.q_mean for batch in self._batches])
         plain = {n: g.float() for n, g in gradients.items() if n not in self.names}
-        flag = torch.tensor([0.0 if finite else 1.0])
+        flag = torch.tensor([0.0 if finite else 1.0], device=self._device)
         rest = [torch.nan_to_num(g, 0.0, 0.0, 0.0).clone() for g in plain.values()]
         self._average([*rest, flag])
         everywhere = p_finite and q_finite and float(flag) == 0.0
@@ -133,7 +137,8 @@ class PowerSGD:
         for batch, i, member in self._members():
             squares[member.name] = batch.q_mean[i].square().sum()
         if not everywhere:
-            squares = {name: torch.tensor(math.inf) for name in squares}
+            broken = torch.tensor(math.inf, device=self._device)
+            squares = dict.fromkeys(squares, broken)
         for batch in self._batches:
             self._finish(batch, p_finite and q_finite, found)
         raw = sum(gradient.numel() for gradient in gradients.values())
@@ -207,7 +212,7 @@ def shard_rank(total: int, shards: int) -> int:
 
 def _gaussian(shard: MatrixShard, shape: tuple[int, int], rank: int, seed: int) -> Tensor:
     draws = torch.Generator().manual_seed(key_int(seed, shard.name, shard.shard, "powersgd"))
-    return torch.randn(shape[1], rank, generator=draws)
+    return torch.randn(shape[1], rank, generator=draws, device="cpu")
 
 
 def _orthonormal(p: Tensor) -> Tensor:

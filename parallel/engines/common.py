@@ -1,7 +1,7 @@
 """What all engines share: one norm and finite flag, mean losses, compression of named gradients."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -21,20 +21,13 @@ from parallel.scales import Scales
 ERROR, BASIS, SCALE = "error@", "basis", "scale"
 
 
-def mean_losses(seen: list[Losses], mesh: Mesh) -> dict[str, float]:
+def mean_losses(seen: list[Losses], names: Sequence[str], mesh: Mesh) -> dict[str, float]:
     """Average each loss over micro-batches, then over the replicas; known on every rank.
 
     Only the last stage has seen losses. All replicas must hold batches of one size, so that the
     mean of means is the mean.
     """
-    names = list(seen[0]) if seen else []
-    if mesh.pipeline.size > 1:
-        lasting: list[list[str]] = [names]
-        assert mesh.pipeline.handle is not None, "a pipeline of several stages has a group"
-        source = dist.get_global_rank(mesh.pipeline.handle, mesh.pipeline.size - 1)
-        dist.broadcast_object_list(lasting, src=source, group=mesh.pipeline.handle)
-        names = lasting[0]
-    values = torch.zeros(len(names))
+    values = torch.zeros(len(names), device=mesh.world.device)
     if seen:
         rows = [torch.stack([row[name].detach().float() for name in names]) for row in seen]
         values = torch.stack(rows).mean(0)
@@ -42,6 +35,8 @@ def mean_losses(seen: list[Losses], mesh: Mesh) -> dict[str, float]:
             dist.all_reduce(values, group=mesh.data.handle)
             values /= mesh.data.size
     if mesh.pipeline.size > 1:
+        assert mesh.pipeline.handle is not None, "a pipeline of several stages has a group"
+        source = dist.get_global_rank(mesh.pipeline.handle, mesh.pipeline.size - 1)
         dist.broadcast(values, src=source, group=mesh.pipeline.handle)
     return dict(zip(names, values.tolist(), strict=True))
 
@@ -53,11 +48,13 @@ def global_norm(squares: list[Tensor], mesh: Mesh, scales: Scales, control: Cont
     counts every element once. In this one reduction all ranks decide what to do: `control` judges
     the sums, and the gradient scales move by the flags that come with them.
     """
-    zero = torch.zeros((), dtype=torch.float64)
+    device = mesh.world.device
+    zero = torch.zeros((), dtype=torch.float64, device=device)
     total = torch.stack([zero, *(square.double() for square in squares)]).sum()
-    shared = torch.cat([total[None], control.share(), scales.broken()])
+    shared = torch.cat([total[None], control.share(device), scales.broken(device)])
     if mesh.world.group is not None:
         dist.all_reduce(shared, group=mesh.world.group)
+    shared = shared.to("cpu")  # the step's one wait for the device
     broken = shared[1 + FIELDS :]
     scales.update(broken)
     square = float(shared[0])
@@ -69,7 +66,7 @@ def scale_slices(scales: Scales, mesh: Mesh) -> Iterator[StateSlice]:
     """The gradient scales that this rank saves."""
     if mesh.data.rank == 0 and mesh.tensor.rank == 0:
         for name, scale in scales.here.items():
-            data = torch.tensor([scale.value, float(scale.since_division)])
+            data = torch.tensor([scale.value, float(scale.since_division)], device="cpu")
             yield StateSlice(name=name, kind=SCALE, shape=(2,), start=0, data=data)
 
 
@@ -97,6 +94,7 @@ def build_compressor(
     settings: EngineSettings,
     group: Group,
     parts: Group,
+    device: torch.device,
 ) -> "Compressor | None":
     """Compression over `group` of matrices that are cut over `parts`; None if it is off.
 
@@ -112,9 +110,9 @@ def build_compressor(
     if rank == "auto":
         others = sum(p.numel for name, p in held.items() if name not in matrices)
         assert group.handle is not None, "config.problems() asks for at least two replicas"
-        rank = chosen_rank(shards, others, parts.size, group.handle)
+        rank = chosen_rank(shards, others, parts.size, group.handle, device)
         LOG.info("compression auto: %s", f"rank {rank}" if rank else "off, it would cost time here")
-    return Compressor(matrices, shards, rank, settings, group, parts) if rank else None
+    return Compressor(matrices, shards, rank, settings, group, parts, device) if rank else None
 
 
 def _shards(matrices: Mapping[str, Placement], parts: Group) -> list[MatrixShard]:
@@ -135,6 +133,7 @@ class Compressor:
         settings: EngineSettings,
         group: Group,
         parts: Group,
+        device: torch.device,
     ) -> None:
         """`rank` is the total one, over the parts of a matrix."""
         self._matrices, self._group, self._parts = dict(matrices), group, parts
@@ -144,6 +143,7 @@ class Compressor:
             rank=self.rank,
             seed=settings.seed,
             group=group.handle if group.size > 1 else None,
+            device=device,
             warm_start=settings.compress.warm_start,
             error_feedback=settings.compress.error_feedback,
         )
@@ -172,7 +172,7 @@ class Compressor:
         self.finite = self.finite and bool(torch.isfinite(reduced.norm_squared))
         found = {}
         for name, gradient in gradients.items():
-            flat = torch.zeros(gradient.numel(), dtype=gradient.dtype)
+            flat = torch.zeros(gradient.numel(), dtype=gradient.dtype, device=gradient.device)
             part = reduced.gradients[name].reshape(-1)
             flat[: part.numel()] = part
             found[name] = flat
@@ -222,7 +222,7 @@ class Compressor:
                 error = place.read(reader, name, mine, 0, count)
             else:
                 parts = [place.read(reader, name, kind, 0, count) for kind in kinds]
-                error = sum(parts, torch.zeros(count)) / self._group.size
+                error = sum(parts, torch.zeros(count, device="cpu")) / self._group.size
             errors[name] = error.view(place.rows, -1)
             bases[name] = self._basis(reader, name, drawn[name])
         self._powersgd.load(errors, bases)

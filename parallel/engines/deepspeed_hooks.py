@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidia0") else "cpu")
+from core.gpus import usable_gpus
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if usable_gpus() else "cpu")
 
 import deepspeed
 import torch
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 
 from core.errors import ConfigError
 from parallel.adamw import AdamW16
+from parallel.engines.protocol import step_count
 from parallel.mesh import Mesh
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -87,6 +90,7 @@ def initialize(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
     config: dict[str, Any],
+    device: torch.device,
     mpu: GroupsOfMesh | None = None,
 ) -> Any:
     """Build a DeepSpeed engine over the joined process group, without run-time C++ builds.
@@ -104,7 +108,7 @@ def initialize(
             "overlap_comm must be off: the hook that averages gradients does not wait for the "
             "streams that DeepSpeed's own one waits for"
         )
-    start_comm()
+    start_comm(device)
     for parameter in module.parameters():
         if parameter.dim() and parameter.stride(-1) != 1:  # channels last: no view as bytes
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
@@ -113,11 +117,16 @@ def initialize(
     return engine
 
 
-def start_comm() -> None:
-    """Let DeepSpeed adopt the joined process group."""
+def start_comm(device: torch.device) -> None:
+    """Let DeepSpeed adopt the joined process group, and this rank's device.
+
+    It takes LOCAL_RANK for the number of the GPU; where each rank sees its own alone, that is 0.
+    """
+    if device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(device.index)
     __compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
@@ -144,7 +153,7 @@ def hook_zero12(optimizer: Any, names: Mapping[str, nn.Parameter], norm: Norm) -
         optimizer.overflow = optimizer.tapir_norm == float("inf")
 
     def scaled_global_norm(norm_type: int = 2) -> Tensor:
-        return torch.tensor(optimizer.tapir_norm)
+        return torch.tensor(optimizer.tapir_norm, device="cpu")
 
     optimizer.check_grad_overflow = True
     optimizer.check_overflow = check_overflow
@@ -182,7 +191,7 @@ def hook_zero3(optimizer: Any, names: Mapping[str, nn.Parameter], norm: Norm) ->
         return bool(optimizer.overflow)
 
     optimizer._overflow_check_and_loss_scale_update = check
-    optimizer._get_norm_groups = lambda: [torch.tensor(optimizer.tapir_norm)]
+    optimizer._get_norm_groups = lambda: [torch.tensor(optimizer.tapir_norm, device="cpu")]
 
 
 def fragments(optimizer: Any, parameter: nn.Parameter) -> Iterator[Fragment]:
@@ -213,7 +222,7 @@ def ensure_adam_state(optimizer: Any) -> None:
     for partition in _partitions(optimizer):
         state = optimizer.optimizer.state[partition]
         if "exp_avg" not in state:
-            state["step"] = torch.zeros(())
+            state["step"] = step_count(optimizer.optimizer, partition.device)
             for name in ("exp_avg", "exp_avg_sq"):
                 dtype = torch.bfloat16 if half else partition.dtype
                 state[name] = torch.zeros_like(partition, dtype=dtype)

@@ -47,10 +47,10 @@ class DeepSpeedPipeEngine(DeepSpeedEngine):
     def __init__(self, program: Program, settings: EngineSettings, mesh: Mesh) -> None:
         """Raises: ConfigError on one process without a process group."""
         self._refuse_one_process(mesh)
-        self._mesh, self._loss = mesh, program.loss
+        self._mesh, self._loss, self._losses_named = mesh, program.loss, program.losses
         self._fields: list[str] = []
         self._seen: list[Losses] = []
-        start_comm()
+        start_comm(mesh.world.device)
         with quiet():
             self._module = _Stages(program, settings.engine, mesh, self._losses, self._fields)
         names = self._module.global_names()
@@ -60,7 +60,8 @@ class DeepSpeedPipeEngine(DeepSpeedEngine):
         settings.control.seen = self._seen
         elements = sum(p.numel() for p in names.values()) if settings.compress.on else None
         config = zero_config(settings.optim, 1, settings.engine.accumulate, elements)
-        self._engine = initialize(self._module, build_adamw(names, settings.optim), config)
+        optimizer = build_adamw(names, settings.optim)
+        self._engine = initialize(self._module, optimizer, config, mesh.world.device)
         self._attach_zero12(program, settings)
 
     def step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
@@ -78,8 +79,8 @@ class DeepSpeedPipeEngine(DeepSpeedEngine):
         )
         self._engine.reset_activation_shape()
         alone = Mesh(world=self._mesh.world, pipeline=self._mesh.pipeline)
-        means = mean_losses(self._seen, alone)
-        return {name: torch.tensor(value) for name, value in means.items()}
+        means = mean_losses(self._seen, self._losses_named, alone)
+        return {name: torch.tensor(value, device="cpu") for name, value in means.items()}
 
     def layers(self) -> dict[str, nn.Module]:
         return {
@@ -116,12 +117,15 @@ class _First(nn.Module):
 class _Recipe(LayerSpec):  # type: ignore[misc]
     """A layer that only the ranks of its stage build."""
 
-    def __init__(self, layer: Layer, engine: EngineConfig, fields: list[str] | None) -> None:
+    def __init__(
+        self, layer: Layer, engine: EngineConfig, fields: list[str] | None, device: torch.device
+    ) -> None:
         super().__init__(nn.Module)
         self._layer, self._engine, self._fields = layer, engine, fields
+        self._device = device
 
     def build(self, log: bool = False) -> nn.Module:
-        stage = Stage([self._layer], self._engine)
+        stage = Stage([self._layer], self._engine, self._device)
         return stage if self._fields is None else _First(stage, self._fields)
 
 
@@ -137,7 +141,7 @@ class _Stages(PipelineModule):  # type: ignore[misc]
         _check_topology(topology, mesh)
         self._costs = [layer.cost for layer in program.layers]
         recipes = [
-            _Recipe(layer, engine, fields if i == 0 else None)
+            _Recipe(layer, engine, fields if i == 0 else None, mesh.world.device)
             for i, layer in enumerate(program.layers)
         ]
         super().__init__(layers=recipes, topology=topology, loss_fn=loss)

@@ -64,7 +64,7 @@ class DeepSpeedState:
             if counts_once(self.places[name], self.mesh)
         ]
         if self.compressor is not None and not self.compressor.take_finite():
-            squares.append(torch.tensor(math.inf))
+            squares.append(torch.tensor(math.inf, device=self.mesh.world.device))
         return global_norm(squares, self.mesh, self.scales, self.control)
 
     def slices(self) -> Iterator[StateSlice]:
@@ -141,6 +141,8 @@ class DeepSpeedEngine:
     name: str
     _engine: Any
     _state: DeepSpeedState
+    _losses_named: tuple[str, ...]
+    """What the program's losses are called."""
 
     def state_slices(self) -> Iterator[StateSlice]:
         """The parts of weights, moments and compression buffers that this rank saves."""
@@ -172,7 +174,9 @@ class DeepSpeedEngine:
         """Hook the norm, and compression over the replicas, into ZeRO-1 or ZeRO-2."""
         state, mesh = self._state, self._state.mesh
         state.optimizer = self._engine.optimizer
-        state.compressor = build_compressor(program, state.places, settings, mesh.data, mesh.tensor)
+        state.compressor = build_compressor(
+            program, state.places, settings, mesh.data, mesh.tensor, mesh.world.device
+        )
         hook_zero12(state.optimizer, state.names, state.norm)
         if state.compressor is not None:
             reduce = state.compressor.reduce
@@ -180,7 +184,7 @@ class DeepSpeedEngine:
 
     def _result(self, seen: list[Losses]) -> StepResult:
         return StepResult(
-            losses=mean_losses(seen, self._state.mesh),
+            losses=mean_losses(seen, self._losses_named, self._state.mesh),
             grad_norm=self._state.control.norm,
             skipped=self._state.control.skipped,
             facts=self._state.facts(),

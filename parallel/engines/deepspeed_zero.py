@@ -44,7 +44,8 @@ class DeepSpeedZeroEngine(DeepSpeedEngine):
         self._refuse_one_process(mesh)
         self._mesh, self._stage = mesh, settings.engine.zero_stage
         self._shards = mesh.machine if self._stage == 3 else mesh.data
-        self._whole = Whole(program, settings.engine)
+        self._losses_named = program.losses
+        self._whole = Whole(program, settings.engine, mesh.world.device)
         names = self._whole.stage.global_names()
         places = placements(names)
         self._state = DeepSpeedState(
@@ -62,14 +63,14 @@ class DeepSpeedZeroEngine(DeepSpeedEngine):
         whole_world = mesh.data.size == mesh.world.size and mesh.between.size == 1
         mpu = None if whole_world else GroupsOfMesh(mesh, "machine" if self._stage == 3 else "data")
         optimizer = build_adamw(names, settings.optim)
-        self._engine = initialize(self._whole, optimizer, config, mpu)
+        self._engine = initialize(self._whole, optimizer, config, mesh.world.device, mpu)
         self._state.optimizer = self._engine.optimizer
         if self._stage == 3:
             wanted = {n: p for n, p in places.items() if n.endswith(program.compressed)}
             shards = {n: self._shard_of(n, p) for n, p in wanted.items()} if compress else {}
             held = {n: p for n, p in shards.items() if p is not None}
             self._state.compressor = build_compressor(
-                program, held, settings, mesh.between, mesh.machine
+                program, held, settings, mesh.between, mesh.machine, mesh.world.device
             )
             hook_zero3(self._engine.optimizer, names, self._norm_between_machines)
         else:

@@ -18,6 +18,7 @@ from parallel.adamw import AdamW, AdamW16
 from parallel.config import CompressConfig, EngineConfig, OptimConfig
 from parallel.control import Control
 from parallel.mesh import Group, Mesh
+from parallel.placement import move
 from parallel.scales import Scale, Scales
 
 Batch = dict[str, Tensor]
@@ -44,6 +45,8 @@ class Program:
 
     layers: list[Layer]
     loss: Callable[[Any, Batch], Losses]
+    losses: tuple[str, ...]
+    """Names of the losses: ranks that see none must know them."""
     compressed: tuple[str, ...] = ()
     """Endings of the names of matrices whose gradients may be compressed."""
 
@@ -74,21 +77,24 @@ class Recomputed(nn.Module):
 
 
 class Stage(nn.Module):
-    """Some consecutive layers of a program, in the run's precision."""
+    """Some consecutive layers of a program on a device, in the run's precision."""
 
-    def __init__(self, layers: Sequence[Layer], engine: EngineConfig) -> None:
+    def __init__(self, layers: Sequence[Layer], engine: EngineConfig, device: torch.device) -> None:
+        """Layers are built one after the other, so that the host never holds several."""
         super().__init__()
-        self.layers = nn.ModuleDict({layer.name: layer.build() for layer in layers})
+        self.layers = nn.ModuleDict()
+        for layer in layers:
+            self.layers[layer.name] = move(layer.build(), device)
         self._precision = engine.precision
-        for built in self.layers.values():
-            if isinstance(built, Recomputed):
-                built.recompute = engine.recompute
+        for module in self.layers.values():
+            if isinstance(module, Recomputed):
+                module.recompute = engine.recompute
         self.scales: dict[str, Scale] = {}
         """The gradient scale of each residual branch, in fp16 alone."""
         if engine.precision == "fp16":
             for layer in layers:
-                module: Any = self.layers[layer.name]
-                marks = module.branches() if layer.branches else {}
+                built: Any = self.layers[layer.name]
+                marks = built.branches() if layer.branches else {}
                 for key in layer.branches:
                     branch, parameters = marks[key]
                     self.scales[f"{layer.name}.{key}"] = Scale()
@@ -96,7 +102,7 @@ class Stage(nn.Module):
 
     def forward(self, state: Any) -> Any:
         first = next(iter(state.values())) if isinstance(state, dict) else state
-        half = first.is_cuda and self._precision == "fp16"
+        half = first.device.type == "cuda" and self._precision == "fp16"
         dtype = torch.float16 if half else torch.bfloat16
         enabled = half or self._precision == "bf16"
         with torch.autocast(first.device.type, dtype, enabled=enabled):
@@ -118,9 +124,9 @@ def scales_of(program: Program, here: dict[str, Scale], engine: EngineConfig) ->
 class Whole(nn.Module):
     """A program run on one process, layer after layer; returns its losses."""
 
-    def __init__(self, program: Program, engine: EngineConfig) -> None:
+    def __init__(self, program: Program, engine: EngineConfig, device: torch.device) -> None:
         super().__init__()
-        self.stage = Stage(program.layers, engine)
+        self.stage = Stage(program.layers, engine, device)
         self._loss = program.loss
 
     def forward(self, batch: Batch) -> Losses:
@@ -200,3 +206,11 @@ def build_adamw(names: dict[str, nn.Parameter], optim: OptimConfig) -> torch.opt
     most = optim.most_variance or math.inf
     kind = AdamW16 if optim.moments == "bf16" else AdamW
     return kind(groups, lr=optim.lr, betas=betas, eps=optim.eps, most_variance=most)
+
+
+def step_count(optimizer: torch.optim.Optimizer, device: torch.device) -> Tensor:
+    """A count of zero steps, where this optimiser keeps that of a parameter on the device.
+
+    The fused kernel reads it beside the moments; a count on the host would be refused.
+    """
+    return torch.zeros((), device="cpu" if isinstance(optimizer, AdamW16) else device)

@@ -30,6 +30,7 @@ from parallel.engines.protocol import (
     Whole,
     build_adamw,
     scales_of,
+    step_count,
 )
 from parallel.mesh import Group, Mesh
 
@@ -40,7 +41,9 @@ class ReferenceEngine:
     name = "reference"
 
     def __init__(self, program: Program, settings: EngineSettings, mesh: Mesh) -> None:
-        self._whole = Whole(program, settings.engine)
+        device = mesh.world.device
+        self._whole = Whole(program, settings.engine, device)
+        self._losses = program.losses
         self._names = self._whole.stage.global_names()
         self._places = placements(self._names)
         self._optimizer = build_adamw(self._names, settings.optim)
@@ -48,7 +51,9 @@ class ReferenceEngine:
         self._half = settings.optim.moments == "bf16"
         self._clip_norm, self._mesh = settings.optim.clip_norm, mesh
         self._control = settings.control
-        self._compressor = build_compressor(program, self._places, settings, mesh.data, Group())
+        self._compressor = build_compressor(
+            program, self._places, settings, mesh.data, Group(), device
+        )
 
     def step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
         self._optimizer.zero_grad(set_to_none=True)
@@ -67,7 +72,7 @@ class ReferenceEngine:
         facts = self._compressor.take_facts() if self._compressor else {}
         facts |= self._scales.facts()
         return StepResult(
-            losses=mean_losses(seen, self._mesh),
+            losses=mean_losses(seen, self._losses, self._mesh),
             grad_norm=self._control.norm,
             skipped=self._control.skipped,
             facts=facts,
@@ -100,8 +105,13 @@ class ReferenceEngine:
         for name, parameter in self._names.items():
             parameter.copy_(reader.tensor(name, "master"))
             dtype = torch.bfloat16 if self._half else torch.float32
-            state = {k: reader.tensor(name, k).to(dtype) for k in ("exp_avg", "exp_avg_sq")}
-            self._optimizer.state[parameter] = {**state, "step": reader.tensor(name, "step")}
+            moments = {
+                kind: reader.tensor(name, kind).to(parameter.device, dtype)
+                for kind in ("exp_avg", "exp_avg_sq")
+            }
+            step = step_count(self._optimizer, parameter.device)
+            step.copy_(reader.tensor(name, "step"))
+            self._optimizer.state[parameter] = {**moments, "step": step}
         load_scales(self._scales, reader)
         if self._compressor is not None:
             self._compressor.load(reader)

@@ -4,7 +4,6 @@ import json
 import weakref
 from collections.abc import Iterable
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +17,12 @@ from cluster.launcher import launch
 from core.heartbeat import Heart
 from core.settings import from_json
 from models.config import PriorConfig
-from models.prior import COMPRESSED, prior_layers, prior_loss
+from models.prior import prior_program
 from parallel.config import CompressConfig, EngineConfig, EngineName, MeshConfig
 from parallel.control import Control
 from parallel.engines.catalogue import build_engine
 from parallel.engines.names import modules_of
-from parallel.engines.protocol import EngineSettings, Program
+from parallel.engines.protocol import EngineSettings
 from parallel.ledger import Ledger, recorded
 from parallel.mesh import Mesh, build_mesh
 from parallel.world import World, join_world, leave_world
@@ -162,10 +161,7 @@ def _measure(case: Case, world: World, ledger: Ledger) -> dict[str, Any]:
         seed=SEED,
         control=Control(judge=lambda norm, loss: _at_update(engine, seen)),
     )
-    layers = prior_layers(case.model, SEED, mesh.shared)
-    loss = partial(prior_loss, text_weight=0.125)
-    program = Program(layers=layers, loss=loss, compressed=COMPRESSED)
-    engine: Any = build_engine(program, settings, mesh)
+    engine: Any = build_engine(prior_program(case.model, SEED, mesh.shared), settings, mesh)
     weights = [p for layer in engine.layers().values() for p in layer.parameters()]
     seen["whole"] = 0
     for weight in weights:

@@ -17,6 +17,7 @@ from models.prior import COMPRESSED, PriorBlock, build_prior, prior_layers
 from parallel.balance import balanced_starts
 from parallel.compress.powersgd import MatrixShard, shard_rank
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, ModelSizes, OptimConfig
+from parallel.device import CPU
 from parallel.engines.common import Compressor
 from parallel.engines.protocol import EngineSettings
 from parallel.launched import srun_size
@@ -147,7 +148,7 @@ def test_error_buffers_of_other_machines_are_summed_and_divided(tmp_path: Path) 
     shards = [MatrixShard(name="w", rows=4, columns=6)]
     slices, sums = [], torch.zeros(4, 6)
     for replica in range(2):
-        one = Compressor({"w": place}, shards, 2, settings, Group(), Group())
+        one = Compressor({"w": place}, shards, 2, settings, Group(), Group(), CPU)
         draws = torch.Generator().manual_seed(replica)
         one.reduce({"w": torch.randn(4, 6, generator=draws)})
         error = next(iter(one.slices()))
@@ -157,7 +158,8 @@ def test_error_buffers_of_other_machines_are_summed_and_divided(tmp_path: Path) 
     write_checkpoint(FolderStore(tmp_path), "step-1", slices, {}, 0, lambda text: [text])
     reader = open_checkpoint(f"{tmp_path}/step-1")
     for size in (1, 4):
-        other = Compressor({"w": place}, shards, 2, settings, Group(None, 0, size), Group())
+        group = Group(None, 0, size)
+        other = Compressor({"w": place}, shards, 2, settings, group, Group(), CPU)
         other.load(reader)
         found = next(iter(other.slices())).data.view(4, 6)
         torch.testing.assert_close(found, sums / size)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from parallel.compress.powersgd import MatrixShard, PowerSGD
+from parallel.device import CPU
 
 SHAPES = {"wide": (6, 20), "tall": (20, 6), "square": (8, 8)}
 
@@ -22,7 +23,7 @@ def _gradients(seed: int) -> dict[str, Tensor]:
 
 
 def _powersgd(rank: int = 2, **flags: bool) -> PowerSGD:
-    return PowerSGD(_shards(), rank=rank, seed=0, group=None, **flags)
+    return PowerSGD(_shards(), rank=rank, seed=0, group=None, device=CPU, **flags)
 
 
 def test_full_rank_returns_the_gradient_and_its_norm() -> None:
@@ -73,7 +74,11 @@ def test_fixed_q_is_drawn_from_name_and_shard_and_stays() -> None:
     powersgd.reduce(_gradients(0))
     assert all(powersgd.bases()[name].equal(q) for name, q in before.items())
     other = PowerSGD(
-        [MatrixShard(name="wide", rows=6, columns=20, shard=1)], rank=2, seed=0, group=None
+        [MatrixShard(name="wide", rows=6, columns=20, shard=1)],
+        rank=2,
+        seed=0,
+        group=None,
+        device=CPU,
     )
     assert not other.bases()["wide"].equal(before["wide"])
     warm = _powersgd(warm_start=True)

@@ -87,17 +87,17 @@ def uses_another_group(task: RankTask, broker: Any) -> Sequence:
 
 def goes_in_another_order(task: RankTask, broker: Any) -> Sequence:
     """A rank computes the image loss first."""
-    import planning.rehearse_rank as rank
+    import models.prior as prior
 
-    loss = rank.prior_loss
+    loss = prior.prior_loss
 
-    def image_first(logits: Any, batch: Any, weight: float) -> Any:
+    def image_first(logits: Any, batch: Any, text_weight: float) -> Any:
         turned = replace(logits, text=logits.image, image=logits.text)
-        found = loss(turned, {"text": batch["image"], "image": batch["text"]}, 1 - weight)
+        found = loss(turned, {"text": batch["image"], "image": batch["text"]}, 1 - text_weight)
         return {**found, "text_loss": found["image_loss"], "image_loss": found["text_loss"]}
 
     if task.rank == ODD:
-        rank.prior_loss = image_first
+        prior.prior_loss = image_first
     return run_rank(task, broker)
 
 
@@ -143,7 +143,7 @@ def test_a_planted_fault_is_found_and_placed(kind: str, pool: Pool) -> None:
 def test_what_matches_passes(settings: PriorTrain, pool: Pool) -> None:
     found = rehearse("as it is", "prior", settings, pool)
     assert found.matches, found.mismatch and found.mismatch.report()
-    assert found.operations > 200
+    assert found.operations > 150
 
 
 @pytest.mark.slow
@@ -155,13 +155,13 @@ def test_a_rank_that_fails_is_reported_with_its_error(pool: Pool) -> None:
 
 def fails(task: RankTask, broker: Any) -> Sequence:
     """A rank's loss cannot be computed."""
-    import planning.rehearse_rank as rank
+    import models.prior as prior
 
-    def loss(*_: Any) -> Any:
+    def loss(*_: Any, **__: Any) -> Any:
         raise ValueError("planted")
 
     if task.rank == ODD:
-        rank.prior_loss = loss
+        prior.prior_loss = loss
     return run_rank(task, broker)
 
 

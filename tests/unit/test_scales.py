@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.config import EngineConfig
+from parallel.device import CPU
 from parallel.engines.protocol import Layer, Program, scales_of
 from parallel.scales import FIRST, HOLD, LEAST, MOST, Branch, Scale, Scales
 
@@ -77,8 +78,8 @@ def test_an_overflow_is_filtered_from_states_and_breaks_its_branch_alone() -> No
     scale = model.branch.scale
     assert scale is not None and not scale.finite
     scales = Scales(["first", "second"], {"first": scale, "second": Scale()})
-    assert scales.broken().tolist() == [1.0, 0.0]
-    scales.update(scales.broken())
+    assert scales.broken(CPU).tolist() == [1.0, 0.0]
+    scales.update(scales.broken(CPU))
     assert scales.here["first"].value == pytest.approx(FIRST * HALF)
     assert scales.here["second"].value == pytest.approx(FIRST * GROW)
     assert scale.finite, "an update starts anew"
@@ -102,8 +103,9 @@ def test_a_rank_without_branches_sends_flags_as_long_as_its_peers() -> None:
             Layer(name="head", build=nn.Identity),
         ],
         loss=lambda output, batch: {},
+        losses=(),
     )
     half, full = EngineConfig(precision="fp16"), EngineConfig(precision="bf16")
-    assert scales_of(program, {}, half).broken().shape == (2,)
-    assert scales_of(program, {"block.mlp": Scale()}, half).broken().shape == (2,)
-    assert scales_of(program, {}, full).broken().shape == (0,)
+    assert scales_of(program, {}, half).broken(CPU).shape == (2,)
+    assert scales_of(program, {"block.mlp": Scale()}, half).broken(CPU).shape == (2,)
+    assert scales_of(program, {}, full).broken(CPU).shape == (0,)
