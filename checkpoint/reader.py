@@ -102,7 +102,7 @@ class CheckpointReader:
 
         Raises: CheckpointError if there is no such tensor, or some of them are missing.
         """
-        found = torch.empty(max(stop - start, 0))
+        found = torch.empty(max(stop - start, 0), device="cpu")
         covered = 0
         for row in self._parts(name, kind):
             first, last = max(start, row["start"]), min(stop, row["stop"])

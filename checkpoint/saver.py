@@ -41,9 +41,13 @@ class Saver:
             return time.perf_counter() - began
         if self._pending is not None:
             self._pending.exception()
-        copies = [self._copy(part) for part in slices]
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        copies, devices = [], set()
+        for part in slices:
+            devices.add(part.data.device)
+            copies.append(self._copy(part))
+        for device in devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
         self._pending = self._pool.submit(self._write, name, copies, facts, then)
         return time.perf_counter() - began
 
@@ -77,8 +81,8 @@ class Saver:
         key, data = (part.name, part.kind, part.start), part.data.detach().reshape(-1)
         buffer = self._buffers.get(key)
         if buffer is None or buffer.shape != data.shape or buffer.dtype != data.dtype:
-            pinned = data.is_cuda
-            buffer = torch.empty(data.shape, dtype=data.dtype, pin_memory=pinned)
+            pinned = data.device.type == "cuda"
+            buffer = torch.empty(data.shape, dtype=data.dtype, device="cpu", pin_memory=pinned)
             self._buffers[key] = buffer
         buffer.copy_(data, non_blocking=True)
         return StateSlice(

@@ -16,9 +16,9 @@ _SHARED = ("TORCHELASTIC_RUN_ID", "TAPIR_RENDEZVOUS")
 """Set by launchers whose ranks all see the same GPUs."""
 
 
-def gpu_devices(devices: Path = DEVICES) -> list[str]:
+def gpu_devices() -> list[str]:
     """Device files of NVIDIA GPUs."""
-    return sorted(str(path) for path in devices.glob("nvidia[0-9]*"))
+    return sorted(str(path) for path in DEVICES.glob("nvidia[0-9]*"))
 
 
 @cache
@@ -32,23 +32,23 @@ def built_for_cuda() -> bool:
     return re.search(r"^cuda\b[^=]*= *['\"]", text, re.MULTILINE) is not None
 
 
-def visible_gpus(environment: Mapping[str, str] = os.environ, devices: Path = DEVICES) -> int:
+def visible_gpus(environment: Mapping[str, str] = os.environ) -> int:
     """How many GPUs CUDA would show a process with this environment.
 
     CUDA_VISIBLE_DEVICES counts up to its first entry that is none: a number beyond the last GPU,
-    or -1; an empty one hides all.
+    or -1; an empty one hides all, and so does one that names a GPU twice.
     """
-    there = len(gpu_devices(devices))
+    there = len(gpu_devices())
     named = environment.get("CUDA_VISIBLE_DEVICES")
     if named is None:
         return there
-    count = 0
+    seen: list[str] = []
     for entry in (word.strip() for word in named.split(",")):
         known = entry.startswith(("GPU-", "MIG-")) or (entry.isdecimal() and int(entry) < there)
         if not known:
             break
-        count += 1
-    return min(count, there)
+        seen.append(entry)
+    return min(len(seen), there) if len(set(seen)) == len(seen) else 0
 
 
 def usable_gpus(environment: Mapping[str, str] = os.environ) -> int:

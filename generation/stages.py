@@ -58,7 +58,7 @@ class Pipeline(Neighbours):
 
     def send(self, x: Tensor) -> None:
         self._sent = [(work, kept) for work, kept in self._sent if not work.is_completed()]
-        kept = x.contiguous()
+        kept = x.clone(memory_format=torch.contiguous_format)  # the next step may write over x
         work = dist.isend(kept, self._ranks[self._place + 1], group=self._group)
         self._sent.append((work, kept))
 

@@ -47,6 +47,8 @@ def init_normal(module: nn.Module, seed: int, std: dict[str, float], prefix: str
     Raises: KeyError if a matrix has no entry.
     """
     for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            continue  # laid out only
         if parameter.dim() > 1:
             scale = next((value for end, value in std.items() if name.endswith(end)), None)
             if scale is None:
@@ -64,10 +66,12 @@ def _rows(part: Placement, seed: int, name: str) -> Tensor:
     """Standard normal rows of a placement, drawn in blocks whose keys hold the row number."""
     width = part.shape[1:]
     if part.rows == 0:
-        return torch.zeros(0, *width)
+        return torch.zeros(0, *width, device="cpu")
     first, last = part.first // ROWS_A_KEY, (part.first + part.rows - 1) // ROWS_A_KEY
     blocks = [
-        torch.randn(ROWS_A_KEY, *width, generator=generator(seed, name, block, "init"))
+        torch.randn(
+            ROWS_A_KEY, *width, generator=generator(seed, name, block, "init"), device="cpu"
+        )
         for block in range(first, last + 1)
     ]
     start = part.first - first * ROWS_A_KEY
@@ -83,9 +87,12 @@ def init_fan_in(module: nn.Module, seed: int, one_hot: str = "") -> None:
     Source: openai/DALL-E, its Conv2d.
     """
     for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            continue  # laid out only
         if parameter.dim() > 1:
             fan_in = 1 if name == f"{one_hot}.weight" else parameter[0].numel()
-            drawn = torch.randn(parameter.shape, generator=generator(seed, name, "init"))
+            draws = generator(seed, name, "init")
+            drawn = torch.randn(parameter.shape, generator=draws, device="cpu")
             parameter.copy_(drawn / math.sqrt(fan_in))
         else:
             parameter.zero_()

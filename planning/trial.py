@@ -20,6 +20,7 @@ from parallel.mesh import build_mesh
 from parallel.precision import choose_matmul_precision
 from parallel.world import join_world, leave_world
 from training.config import PriorTrain
+from training.tasks import hand_over
 
 WARM = 3
 """Steps before the first one that counts."""
@@ -57,7 +58,8 @@ def trial_rank(payload: str) -> None:
     )
     seconds, heart = [], Heart(world.rank)
     for step in range(WARM + body["steps"]):
-        micro = _micro_batches(settings, step, mesh.data.rank)
+        drawn = _micro_batches(settings, step, mesh.data.rank)
+        micro = [hand_over(batch, world.device) for batch in drawn]
         heart.beat("step", step)
         world.barrier()
         began = time.perf_counter()

@@ -33,7 +33,7 @@ def _counted(loss: Any) -> int:
 
 def _dvae(config: DVAEConfig) -> Any:
     net = nn.Sequential(build_encoder(config), build_decoder(config))
-    picture = torch.empty(1, CHANNELS, config.pixels, config.pixels)
+    picture = torch.empty(1, CHANNELS, config.pixels, config.pixels, device="meta")
     return lambda: net(picture).sum()
 
 
@@ -41,8 +41,8 @@ def _clip(config: ClipConfig) -> Any:
     """CLIP on one pair: what pairs are compared with costs next to nothing beside the towers."""
     net = Clip(config)
     batch = {
-        "pixels": torch.empty(1, 3, config.pixels, config.pixels),
-        "text": torch.empty(1, config.text_length, dtype=torch.int64),
+        "pixels": torch.empty(1, 3, config.pixels, config.pixels, device="meta"),
+        "text": torch.empty(1, config.text_length, dtype=torch.int64, device="meta"),
     }
     keys = caption_keys(batch["text"])
     return lambda: contrastive_loss(*net(batch), keys, lambda rows: rows, 0)["loss"]

@@ -19,10 +19,8 @@ from core.heartbeat import Heart
 from core.settings import from_json
 from core.store import open_store
 from parallel.config import CompressConfig, MeshConfig
-from parallel.device import rank_device
 from parallel.ledger import recorded
-from parallel.mesh import Mesh
-from parallel.world import World
+from parallel.mesh import own_mesh
 from training.loop import Run
 from training.main import SETTINGS
 from training.rank import make_task
@@ -120,7 +118,7 @@ def _run_of(body: dict[str, Any], out: str) -> Iterator[Run]:
         compress=CompressConfig(),
         checkpoint=dataclasses.replace(settings.checkpoint, to=out),
     )
-    mesh = Mesh(world=World(device=rank_device()))
+    mesh = own_mesh()
     with recorded(mesh) as ledger:
         task = make_task(body["stage"], settings, mesh)
         run = Run(body["stage"], task, settings, mesh, ledger, Heart(0))

@@ -64,5 +64,6 @@ class Validation:
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0.0) + float(value) * len(part)
         names = sorted(totals)
-        sums = torch.tensor([totals[name] / len(records) for name in names]).double()
+        means = [totals[name] / len(records) for name in names]
+        sums = torch.tensor(means, device=self._mesh.world.device).double()
         return dict(zip(names, self._mesh.world.mean(sums).tolist(), strict=True))

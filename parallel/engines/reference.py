@@ -105,10 +105,11 @@ class ReferenceEngine:
         for name, parameter in self._names.items():
             parameter.copy_(reader.tensor(name, "master"))
             dtype = torch.bfloat16 if self._half else torch.float32
-            moments = {
-                kind: reader.tensor(name, kind).to(parameter.device, dtype)
-                for kind in ("exp_avg", "exp_avg_sq")
-            }
+            moments = {}
+            for kind in ("exp_avg", "exp_avg_sq"):
+                # strides of its weight: the fused kernel goes through memory, not through indices
+                moments[kind] = torch.empty_like(parameter, dtype=dtype)
+                moments[kind].copy_(reader.tensor(name, kind))
             step = step_count(self._optimizer, parameter.device)
             step.copy_(reader.tensor(name, "step"))
             self._optimizer.state[parameter] = {**moments, "step": step}

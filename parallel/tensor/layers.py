@@ -1,6 +1,7 @@
 """Linears and embeddings that a tensor group shares; weights are cut along axis 0.
 
-Every layer on one rank is the whole layer, so one model definition serves every degree.
+Every layer on one rank is the whole layer, so one model definition serves every degree. Weights
+are made on torch's default device: the host, from where engines move them layer by layer, or meta.
 """
 
 from typing import Any, cast
@@ -34,8 +35,8 @@ class ColumnLinear(nn.Module):
     ) -> None:
         super().__init__()
         first, rows, padded = rows_of(outputs, unit, tensor.rank, tensor.size)
-        self.weight = nn.Parameter(torch.zeros(padded, inputs))
-        self.bias = nn.Parameter(torch.zeros(padded)) if bias else None
+        self.weight = _zeros(padded, inputs)
+        self.bias = _zeros(padded) if bias else None
         split = tensor.size > 1
         place(self.weight, Placement(shape=(outputs, inputs), first=first, rows=rows, split=split))
         if self.bias is not None:
@@ -56,8 +57,8 @@ class RowLinear(nn.Module):
         super().__init__()
         first, rows, padded = rows_of(inputs, unit, tensor.rank, tensor.size)
         self._tensor = tensor
-        self.weight = nn.Parameter(torch.zeros(padded, outputs))
-        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.weight = _zeros(padded, outputs)
+        self.bias = _zeros(outputs)
         placement = Placement(
             shape=(inputs, outputs), first=first, rows=rows, split=tensor.size > 1
         )
@@ -104,6 +105,10 @@ class VocabularyHead(ColumnLinear):
         if not self._padding:
             return logits
         return F.pad(logits[..., : self._rows], (0, self._padding), value=MASKED)
+
+
+def _zeros(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape, device=torch.get_default_device()))
 
 
 class _HalfBack(Function):

@@ -21,7 +21,7 @@ from parallel.tensor.ops import TensorParallel
 def megatron_groups(tensor: int, pipeline: int) -> dict[str, "dist.ProcessGroup"]:
     """Build megatron-core's groups over the joined world, by the names of the mesh's axes."""
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor, pipeline)
+    parallel_state.initialize_model_parallel(tensor, pipeline, create_gloo_process_groups=False)
     return {
         "tensor": parallel_state.get_tensor_model_parallel_group(),
         "pipeline": parallel_state.get_pipeline_model_parallel_group(),

@@ -12,6 +12,7 @@ import torch
 from data_pipeline.stream import StreamState
 from data_pipeline.tokens import TokenRecord
 from parallel.control import FIELDS, Control
+from parallel.device import CPU
 from parallel.engines.protocol import StepResult
 from parallel.mesh import Group, Mesh
 from parallel.replicas import different, fingerprint
@@ -64,7 +65,7 @@ def test_a_skipped_update_leaves_the_history_alone_and_it_resumes() -> None:
 def test_what_all_ranks_decide() -> None:
     control = Control(judge=lambda norm, loss: "too much" if loss > 5 else "")
     control.seen = [{"loss": torch.tensor(2.0)}, {"loss": torch.tensor(4.0)}]
-    share = control.share()
+    share = control.share(CPU)
     assert share.tolist() == [6.0, 2.0, 0.0] and len(share) == FIELDS
     assert control.decide(1.5, share) == 1.5 and (control.loss, control.skipped) == (3.0, "")
     assert control.decide(1.5, torch.tensor([60.0, 2.0, 1.0])) == math.inf

@@ -1,0 +1,37 @@
+"""What the launcher preloads may ask for GPUs, but must not start CUDA: a fork could not use it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from generation import sample
+from parallel.engines.names import ENGINES, MEGATRON, modules_of
+from tests.harness import ENVIRONMENT, ROOT
+from training.main import PRELOAD
+
+LISTS = {
+    **{f"train {name}": [*PRELOAD, *modules_of(name, name != "reference")] for name in ENGINES},
+    "sample": sample.PRELOAD,
+}
+_RUN = """
+import sys
+from tests.cuda_calls import launch_and_report
+launch_and_report(sys.argv[1], sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_preloads_do_not_start_cuda(name: str, tmp_path: Path) -> None:
+    """torch asks NVML instead of CUDA only if it is told so in the environment."""
+    environment = {k: v for k, v in ENVIRONMENT.items() if k != "PYTORCH_NVML_BASED_CUDA_CHECK"}
+    command = [sys.executable, "-c", _RUN, str(tmp_path), *LISTS[name]]
+    subprocess.run(command, check=True, env=environment, cwd=ROOT, timeout=300)
+    found = json.loads((tmp_path / "calls.json").read_text())
+    assert found["preloaded"] == LISTS[name]
+    asked = {call["name"] for call in found["calls"]}
+    assert asked <= {"is_available", "device_count"}, found["calls"]
+    assert all(call["by_nvml"] for call in found["calls"]), found["calls"]
+    assert MEGATRON not in LISTS[name] or asked, "megatron-core asks: the test sees its calls"
