@@ -12,7 +12,9 @@ WATCHED = (
     *("is_available", "device_count", "current_device", "init", "_lazy_init", "set_device"),
     *("get_device_properties", "get_device_capability", "get_device_name", "synchronize"),
 )
-CALLS: list[dict[str, Any]] = []
+CALLS: list[str] = []
+ASKS_NVML = os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK") == "1"
+"""What torch.cuda.is_available() reads, as this process had it when it began to preload."""
 
 
 def _watch() -> None:
@@ -21,8 +23,7 @@ def _watch() -> None:
     def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
         def call(*arguments: Any, **named: Any) -> Any:
-            by_nvml = os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK") == "1"
-            CALLS.append({"name": name, "by_nvml": by_nvml})
+            CALLS.append(name)
             return function(*arguments, **named)
 
         return call
@@ -48,4 +49,5 @@ def report(payload: str) -> None:
     """On the rank: the calls that its forkserver made before the fork."""
     body = json.loads(payload)
     there = [name for name in body["preload"] if name in sys.modules]
-    Path(body["out"], "calls.json").write_text(json.dumps({"preloaded": there, "calls": CALLS}))
+    found = {"preloaded": there, "calls": CALLS, "asks_nvml": ASKS_NVML}
+    Path(body["out"], "calls.json").write_text(json.dumps(found))
