@@ -105,7 +105,7 @@ class _Lane:
         self._keys = [key for row in keys for key in row]
         self._text = text.to(device)
         self._codes = torch.zeros(len(self._keys), length, dtype=torch.int64, device=device)
-        kept = torch.zeros(length, dtype=torch.bool)
+        kept = torch.zeros(length, dtype=torch.bool, device="cpu")
         if prompt is not None:
             kept = prompt.kept.cpu()
             self._codes[:] = (prompt.codes.cpu() * kept).to(device)

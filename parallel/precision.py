@@ -24,6 +24,6 @@ def _error(precision: str) -> float:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     draws = torch.Generator().manual_seed(0)
     shape = (PROBE_SIZE, PROBE_SIZE)
-    a, b = (torch.randn(shape, generator=draws).to(device) for _ in range(2))
+    a, b = (torch.randn(shape, generator=draws, device="cpu").to(device) for _ in range(2))
     exact = a.double() @ b.double()
     return float(((a @ b).double() - exact).norm() / exact.norm())
