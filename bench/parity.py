@@ -21,7 +21,7 @@ from models.config import PriorConfig
 from models.prior import prior_program
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, OptimConfig
 from parallel.engines.catalogue import build_engine
-from parallel.engines.names import modules_of
+from parallel.engines.names import ENGINES, MEGATRON
 from parallel.engines.protocol import Batch, Engine, EngineSettings, Losses
 from parallel.ledger import Ledger, recorded
 from parallel.mesh import Mesh, build_mesh
@@ -33,6 +33,8 @@ MODEL = PriorConfig(
 BATCH, STEPS, SEED = 16, 20, 5
 BOUND = {"fp32": 1e-5, "bf16": 2e-2}
 """Largest allowed difference; bf16 has 8 bits of mantissa, and ranks add partial sums apart."""
+PRELOAD = ["torch", "torch.distributed", *(module for module, _ in ENGINES.values()), MEGATRON]
+"""Of all engines: the first world that is launched decides what its forkserver imports."""
 OPTIM = OptimConfig(lr=4.5e-4, warmup=5, clip_norm=0.5)
 
 
@@ -113,13 +115,11 @@ def run() -> list[dict[str, Any]]:
     return rows
 
 
-def train(case: Case) -> list[dict[str, Any]]:
+def train(case: Case, target: str = "bench.parity:train_rank") -> list[dict[str, Any]]:
     """Train under one configuration; returns losses, norm and facts of each step."""
     with tempfile.TemporaryDirectory() as folder:
         payload = json.dumps({**asdict(case), "out": folder})
-        split = case.mesh.world > case.mesh.data
-        preload = ["torch", "torch.distributed", *modules_of(case.engine.name, split)]
-        launch("bench.parity:train_rank", payload, case.mesh.world, [*preload, "bench.parity"])
+        launch(target, payload, case.mesh.world, PRELOAD)
         rows: list[dict[str, Any]] = json.loads(Path(folder, "rows.json").read_text())
         return rows
 
@@ -178,7 +178,8 @@ def _steps(
     for step in range(case.steps):
         breaks[0] = step == case.broken_step and mesh.world.rank == mesh.world.size - 1
         whole = batch_of(step, case.model)
-        mine = {name: value[mesh.data.rank :: mesh.data.size] for name, value in whole.items()}
+        rows_of_rank = slice(mesh.data.rank, None, mesh.data.size)
+        mine = {name: value[rows_of_rank].to(mesh.world.device) for name, value in whole.items()}
         size = len(mine["text"]) // case.engine.accumulate
         micro = [
             {name: value[i * size : (i + 1) * size] for name, value in mine.items()}

@@ -1,0 +1,74 @@
+"""All meshes of the parity benchmark, trained through the staging backend.
+
+`python -m tests.meshes OUT KIND PART PARTS PRECISION...` trains every PARTS-th case: a process of
+its own has a forkserver of its own, which has imported all engines before the first rank starts.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bench import parity
+from bench.parity import CASES, ONE
+from core.errors import TapirError
+from tests.harness import ENVIRONMENT, ROOT
+from tests.staging import carried, stage
+
+Rows = list[dict[str, Any]]
+STEPS = 6
+CORES = 4
+"""A world of 8 small ranks keeps about that many busy."""
+
+
+def train_meshes(out: Path, kind: str, precisions: tuple[str, ...]) -> dict[str, Rows]:
+    """Rows of each case and precision by name; a case that failed has none, and is printed.
+
+    Worlds run side by side where there are cores for them.
+    """
+    parts = max(1, (os.cpu_count() or 1) // CORES)
+    environment = {**ENVIRONMENT, **({"CUDA_VISIBLE_DEVICES": ""} if kind == "cpu" else {})}
+    command = [sys.executable, "-m", "tests.meshes", str(out), kind]
+    running = [
+        subprocess.Popen([*command, str(part), str(parts), *precisions], cwd=ROOT, env=environment)
+        for part in range(parts)
+    ]
+    for process in running:
+        process.wait()
+    return {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
+
+
+def main(out: str, kind: str, part: int, parts: int, *precisions: str) -> None:
+    """Train this part of the cases, one world after another; each leaves NAME.json."""
+    cases = [case.precise(precision) for precision in precisions for case in (ONE, *CASES)]
+    for case in cases[part::parts]:
+        try:
+            rows = parity.train(replace(case, steps=STEPS), f"tests.meshes:train_on_{kind}")
+        except TapirError as error:
+            print(f"{case.name}: {error}", file=sys.stderr, flush=True)
+        else:
+            Path(out, f"{case.name}.json").write_text(json.dumps(rows))
+
+
+def train_on_cpu(payload: str) -> None:
+    """One rank, whose tensors are on the CPU and staged all the same."""
+    _train("cpu", payload)
+
+
+def train_on_cuda(payload: str) -> None:
+    """One rank of several that share the GPU."""
+    _train("cuda", payload)
+
+
+def _train(kind: str, payload: str) -> None:
+    stage(kind)
+    parity.train_rank(payload)
+    world = int(os.environ["WORLD_SIZE"])
+    assert world == 1 or carried.total() > 0, "its collectives went another way"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:])
