@@ -70,8 +70,12 @@ class PackedLinear:
 
 
 def _packs(weight: Tensor) -> bool:
+    """oneDNN lays out 16 bits only on CPUs with AVX-512 or instructions of their own for them."""
     known = hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    return weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and known
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not known:
+        return False
+    wide = weight.dtype == torch.float32
+    return wide or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _half(weight: Tensor, bias: Tensor | None) -> Any:

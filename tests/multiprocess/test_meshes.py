@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from models.config import PriorConfig
 from models.prior import build_prior
 from parallel.config import CompressConfig
 from parallel.control import FIELDS
+from tests.multiprocess.rounding import least_of_gradients, most_of_losses, train_beside_exact
 
 QUICK = [
     "DP2 reference",
@@ -64,12 +66,16 @@ def test_full_rank_compression_equals_none(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["DP2 reference", "DP2 ZeRO-2", "DP2 pipe", "paper"])
-def test_full_rank_compression_equals_none_in_bf16(name: str) -> None:
-    """Losses alone, of a stream of 80 positions: in bf16 the last bit of a weight can move a
-    product by 2^-9, and norms of any two meshes drift apart by 1e-3 (docs/LOG.md)."""
+def test_full_rank_compression_equals_none_in_bf16(name: str, tmp_path: Path) -> None:
+    """What it adds is less than bf16 rounds off anyway: of each mean gradient at every step, and of
+    loss and norm while the weights are equal. From then on last bits of weights are rounded
+    otherwise, which losses show: they alone would not tell rank 31 from 64 (docs/LOG.md)."""
     case = replace(_case(name).precise("bf16"), model=LONGER)
-    forced = train(replace(case, compress=CompressConfig(rank=10**6, warm_start=True)))
-    assert difference(train(case), forced, ("loss",)) < 1e-4
+    compress = CompressConfig(rank=10**6, warm_start=True)
+    forced, off = train_beside_exact(replace(case, compress=compress), tmp_path)
+    plain, least = train(case), least_of_gradients(case)
+    assert off < least and difference(plain[:1], forced[:1]) < least
+    assert difference(plain, forced, ("loss",)) < most_of_losses(LONGER)
     assert all(row["compress_sent_bytes"] > row["compress_raw_bytes"] > 0 for row in forced)
 
 
