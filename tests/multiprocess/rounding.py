@@ -30,7 +30,6 @@ from parallel.tensor.layers import ColumnLinear, RowLinear
 LEAST, MOST = 2**-9 / math.sqrt(3), 2**-8 / math.sqrt(3)
 """Root mean square of a rounding's error, over the value rounded."""
 SIGMAS = 4
-TEXT_WEIGHT = 0.125
 
 
 def least_of_gradients(case: Case) -> float:
@@ -73,7 +72,7 @@ def most_of_losses(config: PriorConfig) -> float:
     state: Any = batch
     for layer in layers.values():
         state = layer(state)
-    loss = prior_loss(state, batch, TEXT_WEIGHT)["loss"]
+    loss = prior_loss(state, batch, config.text_weight)["loss"]
     loss.backward()
     square = sum(float(one) for _, squares in found.values() for one in squares)
     assert len(found) == (6 + 4 + 6) * config.layers, "six products a block, three of one input"
