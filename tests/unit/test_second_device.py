@@ -75,6 +75,8 @@ def homes(raw: Path, bpe: Path, tokens: Path) -> dict[str, dict[str, Any]]:
 def _settings(stage: str, home: dict[str, Any], out: Path, **engine: Any) -> Any:
     tiny = PRESETS[stage]["tiny"]()
     engine = {"name": "reference", "precision": "fp32", **engine}
+    if stage == "prior":  # a layer of each mask
+        tiny = replace(tiny, model=replace(tiny.model, dim=64, heads=2, layers=3))
     return replace(
         tiny,
         **home,
