@@ -90,7 +90,7 @@ def _run(function: Any, arguments: Any, named: Any) -> Any:
     if goes_to is not None:
         inside["device"] = "cpu"
     found = function(*raw, **inside)
-    if function is _aten._to_copy.default and torch.device(goes_to or SECOND).type == "cpu":
+    if torch.device(goes_to or SECOND).type == "cpu":
         return found
     if function is _aten.copy_.default:
         return arguments[0]
