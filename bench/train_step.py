@@ -26,10 +26,11 @@ from models.counts import prior_flops
 from models.masks import full_mask, layer_kind
 from models.prior import prior_program
 from parallel.config import CompressConfig, EngineConfig, OptimConfig
+from parallel.device import CPU
 from parallel.engines.protocol import EngineSettings, Program
 from parallel.engines.reference import ReferenceEngine
 from parallel.mesh import Mesh
-from parallel.precision import choose_matmul_precision
+from parallel.precision import set_numerics
 from parallel.world import World
 
 CONFIG = PriorConfig(
@@ -191,7 +192,7 @@ def _tapir(precision: Any) -> Callable[[], float]:
     """What `tapir train` does on a rank."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    choose_matmul_precision("auto")
+    set_numerics(CPU, "auto")
     settings = EngineSettings(
         optim=OptimConfig(lr=LR),
         engine=EngineConfig(precision=precision),
@@ -207,7 +208,7 @@ def _plain(half: bool) -> Callable[[], float]:
     whole, batch = nn.ModuleDict({x.name: x.build() for x in _program().layers}), _batch()
     model = PlainPrior(CONFIG, whole)
     if half:
-        choose_matmul_precision("auto")
+        set_numerics(CPU, "auto")
     kind: dict[str, Any] = {"fused": True} if half else {"foreach": False}
     optimizer = torch.optim.AdamW(model.parameters(), LR, (0.9, 0.96), weight_decay=0.045, **kind)
 

@@ -14,6 +14,8 @@ DEVICES = Path("/dev")
 """Where the driver puts a file for each GPU, nvidia0, nvidia1, ...; a pod may see others."""
 _SHARED = ("TORCHELASTIC_RUN_ID", "TAPIR_RENDEZVOUS")
 """Set by launchers whose ranks all see the same GPUs."""
+_LOCAL_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK")
+"""A process's place on its machine, as torchrun, MPICH and Open MPI tell it."""
 
 
 def gpu_devices() -> list[str]:
@@ -102,3 +104,12 @@ def gpu_of_rank(local_rank: int, ranks: int, gpus: int, own: bool) -> tuple[int,
         return 0, []
     problems = gpu_problems(ranks, gpus)
     return (0 if problems else local_rank), problems
+
+
+def gpu_of_worker(number: int, gpus: int, environment: Mapping[str, str] = os.environ) -> int:
+    """Which of the GPUs that a worker of a job sees it takes; more workers than GPUs share them.
+
+    Its place on this machine decides where the launcher tells it, else its number in the job.
+    """
+    told = [environment[name] for name in _LOCAL_RANKS if name in environment]
+    return int(told[0] if told else number) % gpus

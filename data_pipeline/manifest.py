@@ -1,7 +1,7 @@
 """What a data set consists of: shards with counts and digests, under one fingerprint."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from core.errors import CorruptError, InputError
@@ -50,11 +50,15 @@ class Manifest:
     """Digest of index.safetensors, which says where every block lies."""
     variants: int = 1
     """Token sets over other crops of the same pairs; epoch e reads variant e % variants."""
+    numerics: list[dict[str, Any]] = field(default_factory=list)
+    """How tokens were computed (parallel.precision.Numerics), each way with how many input shards
+    it made; not in the fingerprint, since fp32 codes of all devices are comparable."""
 
     @property
     def fingerprint(self) -> str:
         """A digest of everything that a reader sees; equal data sets have equal ones."""
         body = to_json(self)
+        del body["numerics"]
         return sha256(canonical_json({**body, "shards": [s["sha256"] for s in body["shards"]]}))
 
 
@@ -77,6 +81,8 @@ def read_json(store: Store, name: str) -> dict[str, Any]:
 def write_manifest(store: Store, prefix: str, manifest: Manifest) -> None:
     """Write the manifest last, sealed with its own digest."""
     body = {**to_json(manifest), "fingerprint": manifest.fingerprint}
+    if not manifest.numerics:
+        del body["numerics"]
     store.put(prefix + NAME, seal(body))
 
 

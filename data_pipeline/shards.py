@@ -95,6 +95,7 @@ def put_manifest(
     facts: dict[str, Any],
     rejects: dict[str, int],
     variants: int = 1,
+    numerics: Sequence[dict[str, Any]] = (),
 ) -> Manifest:
     """Join the shards' indexes and describe the data set, last of all.
 
@@ -123,6 +124,7 @@ def put_manifest(
         rejects=rejects,
         index_sha256=sha256(index),
         variants=variants,
+        numerics=list(numerics),
     )
     write_manifest(store, prefix, manifest)
     return manifest

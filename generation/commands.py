@@ -119,9 +119,10 @@ def score(arguments: list[str]) -> None:
         from parallel.mesh import own_mesh  # noqa: PLC0415
 
         check(config.problems())
-        mesh = own_mesh()
+        member = member_of(worker)
+        mesh = own_mesh(member.number)
         job = open_job(data, models, inception, overlap, config, out, mesh.world.device)
-        scores = job.run(lambda: open_studio(models, config.precision, mesh), member_of(worker))
+        scores = job.run(lambda: open_studio(models, config.precision, mesh), member)
         if scores is not None:
             LOG.info("%s", table(scores))
         print_json(scores or {"finished": False})

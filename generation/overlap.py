@@ -44,6 +44,7 @@ from data_pipeline.tokenize.encode import pictures_of, to_tensor
 from generation.config import OverlapConfig
 from generation.pictures import picture_grid, to_bytes
 from models.clip import Clip
+from parallel.precision import set_numerics
 
 BINS = np.linspace(0.9, 1.0, 11)
 EXAMPLES = 6
@@ -144,8 +145,10 @@ def remove_overlap(
 ) -> Likeness:
     """Compare RAW with an evaluation set; with a DEST, write the pairs below the threshold there.
 
+    Pictures are embedded on the device of `clip`.
     Raises: InputError if DEST holds other data, or no pair is left of a split.
     """
+    set_numerics(clip.log_scale.device, deterministic=False)
     sources = {split: RawSource(raw, split) for split in SPLITS}
     request = {
         "source": "overlap",

@@ -26,6 +26,7 @@ from generation.ranking import Ranker, open_ranker
 from generation.sampling import Drawn, Prompt, Sampler
 from models.dvae import DVAE
 from parallel.mesh import Mesh
+from parallel.precision import set_numerics
 from training.export import load_dvae
 from training.tasks import pad_text
 
@@ -175,6 +176,7 @@ def open_studio(
     """
     mesh = mesh or Mesh()
     device = mesh.world.device
+    set_numerics(device, deterministic=False)  # Inductor would write caches by sorted index_put
     part, facts = load_part(models.prior, models.step, mesh)
     dvae, dvae_hash = load_dvae(models.dvae)
     tokenizer, tokenizer_hash = load_tokenizer(models.bpe)

@@ -43,6 +43,7 @@ from generation.pictures import Candidates, Studio
 from generation.ranking import TapirRanker, open_ranker
 from generation.score_rows import DRAWN, REAL, Masks, features, logits, score_row
 from parallel.device import CPU
+from parallel.precision import Numerics, set_numerics
 from training.export import open_model
 
 REQUEST, SCORES, PICTURES = "request.json", "scores.json", "pictures"
@@ -74,6 +75,7 @@ def open_job(
 
     Raises: InputError for what is missing or does not belong together.
     """
+    numerics = set_numerics(device, deterministic=False)  # as `open_studio` does
     found = digests(models)
     pixels = int(open_model(models.dvae, "dvae").config["pixels"])
     evaluation = open_evaluation(data)
@@ -90,7 +92,7 @@ def open_job(
             )
         network = ClipProxy(ranker.clip, ranker.digest, ranker.tokenizer, captions)
     left_out = read_overlap(overlap, evaluation) if overlap is not None else None
-    return ScoreJob(evaluation, found, pixels, network, config, out, left_out)
+    return ScoreJob(evaluation, found, pixels, network, config, out, numerics, left_out)
 
 
 class ScoreJob:
@@ -104,11 +106,12 @@ class ScoreJob:
         network: Network,
         config: ScoreConfig,
         out: Path,
+        numerics: Numerics,
         overlap: Overlap | None = None,
     ) -> None:
         self._evaluation, self._models, self._pixels = evaluation, models, pixels
         self._network, self._config, self._out = network, config, out
-        self._overlap = overlap
+        self._numerics, self._overlap = numerics, overlap
         self._captions = evaluation.choose(config.captions, config.seed)
         self._pictures = evaluation.pictures_of(self._captions)
         facts = {"network": network.name, "radii": to_json(config.radii)}
@@ -253,6 +256,7 @@ class ScoreJob:
             "captions": len(self._captions),
             "pictures": len(self._pictures),
             "candidates": self._config.candidates,
+            "numerics": to_json(self._numerics),
             "rows": rows,
         }
         if self._overlap is not None:

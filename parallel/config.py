@@ -199,7 +199,11 @@ class EngineConfig:
     gradient scale of its own; emulated on CPUs. In both, weights, moments, norms, logits and
     all-reduces stay fp32."""
     matmul_precision: Literal["auto", "highest", "medium"] = "auto"
-    """fp32 matmuls: auto = medium where a start-up probe finds it as accurate as highest."""
+    """fp32 matmuls, and on GPUs convolutions: highest = fp32 throughout; medium = TF32 on GPUs;
+    auto = highest on GPUs, and on CPUs medium where a start-up probe finds it as accurate."""
+    deterministic: bool = True
+    """On GPUs: algorithms that give the same bits every time, so that a resumed run equals an
+    unbroken one; off = maybe faster. CPUs always do."""
 
     def problems(self, batch_per_replica: int, mesh: MeshConfig, compress: bool) -> list[str]:
         """What this engine cannot do on this mesh, each with the nearest thing that it can."""

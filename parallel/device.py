@@ -8,7 +8,7 @@ import torch
 from torch.distributed.distributed_c10d import Store
 
 from core.errors import ConfigError
-from core.gpus import gpu_of_rank, local_ranks, own_gpus
+from core.gpus import gpu_of_rank, gpu_of_worker, local_ranks, own_gpus
 from core.settings import check
 
 CPU = torch.device("cpu")
@@ -51,6 +51,19 @@ def rank_device(environment: Mapping[str, str] = os.environ) -> torch.device:
     if _shared:
         index, problems = local % gpus, []
     check(problems)
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def worker_device(number: int = 0) -> torch.device:
+    """The device of a job's worker, or of a process alone, which becomes torch's current one.
+
+    Workers exchange no tensors, so that several may use one GPU.
+    """
+    gpus = torch.cuda.device_count()
+    if gpus == 0:
+        return CPU
+    index = gpu_of_worker(number, gpus)
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 

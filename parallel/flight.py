@@ -1,9 +1,12 @@
-"""Torch's flight recorder: the last collectives of each process group, written when asked for."""
+"""Torch's flight recorders: the last collectives of each process group, written when asked for."""
 
+import json
 import os
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch._C._distributed_c10d as c10d
 
@@ -11,6 +14,9 @@ from core.heartbeat import DIAGNOSE, FOLDER
 
 _KEPT = "200"
 """Collectives that are remembered."""
+_RECORDERS = {"all": "_dump_fr_trace_json", "nccl": "_dump_nccl_trace_json"}
+"""Torch's functions. In some versions the first one tells of gloo alone; a CPU build lacks the
+second."""
 
 
 def record_flight() -> None:
@@ -20,16 +26,44 @@ def record_flight() -> None:
     collective then; without a supervisor nothing is recorded.
     """
     folder, rank = os.environ.get(FOLDER), os.environ.get("RANK")
-    dump = getattr(c10d, "_dump_fr_trace_json", None)
-    if folder is None or dump is None:
+    if folder is None:
         return
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", _KEPT)
+    remember()
 
     def wait() -> None:
         while not Path(folder, DIAGNOSE).exists():
             time.sleep(0.5)
         part = Path(folder, f"flight-{rank}.part")
-        part.write_bytes(dump())
+        part.write_text(json.dumps(last_collectives()))
         part.rename(Path(folder, f"flight-{rank}.json"))
 
     threading.Thread(target=wait, name="flight", daemon=True).start()
+
+
+def remember() -> None:
+    """Let the process groups that are made from now on keep their last collectives."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", _KEPT)
+    if not hasattr(c10d, _RECORDERS["all"]):  # such a torch knows NCCL's older name alone
+        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", _KEPT)
+
+
+def last_collectives() -> dict[str, Any]:
+    """What the recorders of all backends of this process hold, as `entries` in their order."""
+    dumps = {name: getattr(c10d, function, None) for name, function in _RECORDERS.items()}
+    return joined({name: json.loads(dump()) for name, dump in dumps.items() if dump is not None})
+
+
+def joined(recorders: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The entries of several recorders by time, each once; the rest of each under its name."""
+    entries: dict[tuple[int, int, str], Any] = {}
+    rest = {}
+    for name, recorder in recorders.items():
+        rest[name] = {key: value for key, value in recorder.items() if key != "entries"}
+        for entry in recorder.get("entries", []):
+            known = (
+                entry.get("time_created_ns", 0),
+                entry.get("record_id", 0),
+                entry["profiling_name"],
+            )
+            entries.setdefault(known, entry)
+    return {"entries": [entries[key] for key in sorted(entries)], "recorders": rest}

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from core.errors import TapirError
 from parallel.config import MeshConfig
-from parallel.device import rank_device
+from parallel.device import worker_device
 from parallel.engines.names import MEGATRON
 from parallel.tensor.ops import TensorParallel
 from parallel.world import World
@@ -58,9 +58,12 @@ class Mesh:
         return self.pipeline.rank in (0, self.pipeline.size - 1)
 
 
-def own_mesh() -> Mesh:
-    """The mesh of a process that works by itself, whatever started it, on its own device."""
-    return Mesh(world=World(device=rank_device()))
+def own_mesh(number: int = 0) -> Mesh:
+    """The mesh of a process that works by itself, whatever started it, on its own device.
+
+    `number` is that of a worker in its job: each takes another GPU, as far as there are some.
+    """
+    return Mesh(world=World(device=worker_device(number)))
 
 
 def axis_ranks(config: MeshConfig, axis: str) -> list[list[int]]:

@@ -1,29 +1,119 @@
-"""Which precision fp32 matmuls use, chosen by measuring their error."""
+"""How fp32 matmuls and convolutions are computed, and what makes a step repeat bit for bit.
+
+No other module sets these flags. Torch's older setters are used, and they alone: they keep what its
+newer getters (`fp32_precision`) read in step, on every torch that Tapir runs with; after a newer
+setter the older getters raise, and so does Inductor where it asks them (pytorch 166387).
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
 import torch
+
+from core.settings import to_json
+from parallel.device import CPU
 
 PROBE_SIZE = 256
 WORST_ERROR = 2e-6
 """Relative error against float64 that still counts as fp32 accuracy."""
+WORKSPACE = ":4096:8"
+"""cuBLAS's workspace, with which it computes alike whatever other streams do."""
+_CPU_INFO = Path("/proc/cpuinfo")
 
 
-def choose_matmul_precision(wanted: str) -> str:
-    """Set torch's fp32 matmul precision and return its name.
+@dataclass(frozen=True, kw_only=True)
+class Numerics:
+    """What decides the last bits of a process's results; checkpoints and token sets hold it."""
 
-    `auto` takes `medium` (up to twice as fast on CPUs) if a probe finds it accurate to fp32 here.
+    matmul: str
+    """fp32 matmuls. highest: fp32 throughout. medium: TF32 on GPUs; on CPUs bf16 if oneDNN has
+    instructions for it, else another fp32 kernel."""
+    conv: str
+    """fp32 convolutions, likewise; never medium on CPUs."""
+    deterministic: bool
+    """True if the same step on the same device gives the same bits."""
+    device: str
+    """Kind of GPU, or of CPU with torch's instruction set."""
+    software: str
+    """Versions of torch, CUDA and cuDNN."""
+
+    def differences(self, recorded: Mapping[str, Any]) -> list[str]:
+        """What was otherwise where other results were made; what they do not tell is left out."""
+        now = to_json(self)
+        names = [field.name for field in fields(self) if field.name in recorded]
+        return [f"{n} {recorded[n]}, now {now[n]}" for n in names if recorded[n] != now[n]]
+
+
+def set_numerics(
+    device: torch.device, matmul: str = "highest", deterministic: bool = True
+) -> Numerics:
+    """Set how this process computes on a device; call it before the first matmul there.
+
+    `matmul` is highest, medium or auto, of EngineConfig; fp32 results that are to equal those of
+    another device need highest. `deterministic` chooses algorithms without a race on GPUs, where
+    there are some; torch warns of an operation that has none.
     """
-    chosen = wanted
-    if wanted == "auto":
-        chosen = "medium" if _error("medium") < WORST_ERROR else "highest"
-    torch.set_float32_matmul_precision(chosen)
-    return chosen
+    matmul = _chosen(device) if matmul == "auto" else matmul
+    set_flags(device.type, matmul, deterministic)
+    on_gpu = device.type == "cuda"
+    return Numerics(
+        matmul=matmul,
+        conv=matmul if on_gpu else "highest",
+        deterministic=deterministic or not on_gpu,
+        device=_name_of(device),
+        software=_software(),
+    )
 
 
-def _error(precision: str) -> float:
-    torch.set_float32_matmul_precision(precision)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    draws = torch.Generator().manual_seed(0)
+def set_flags(kind: str, matmul: str, deterministic: bool) -> None:
+    """Set torch's flags for a type of device."""
+    on_gpu = kind == "cuda"
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32 = on_gpu and matmul != "highest"
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    if on_gpu:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACE)
+    strict = deterministic and on_gpu
+    torch.backends.cudnn.deterministic = strict
+    if strict != torch.are_deterministic_algorithms_enabled():  # the setter imports Inductor
+        torch.use_deterministic_algorithms(strict, warn_only=True)
+        # a pass over every new tensor, which only finds reads of what was never written
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _chosen(device: torch.device) -> str:
+    """`medium` where a probe finds it accurate to fp32: up to twice as fast on CPUs."""
+    if device.type != "cpu":
+        return "highest"
+    return "medium" if _error("medium") < WORST_ERROR else "highest"
+
+
+def _error(matmul: str) -> float:
+    torch.set_float32_matmul_precision(matmul)
+    draws = torch.Generator(CPU).manual_seed(0)
     shape = (PROBE_SIZE, PROBE_SIZE)
-    a, b = (torch.randn(shape, generator=draws, device="cpu").to(device) for _ in range(2))
+    a, b = (torch.randn(shape, generator=draws, device=CPU) for _ in range(2))
     exact = a.double() @ b.double()
     return float(((a @ b).double() - exact).norm() / exact.norm())
+
+
+def _name_of(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    lines = _CPU_INFO.read_text().splitlines() if _CPU_INFO.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else 'CPU'}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _software() -> str:
+    found = f"torch {torch.__version__}"
+    if torch.version.cuda is None:
+        return found
+    return f"{found}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"

@@ -25,7 +25,8 @@ from core.log import LOG
 from models.config import PriorConfig
 from parallel.compress.advisor import measure_link
 from parallel.config import EngineConfig, MeshConfig
-from parallel.precision import choose_matmul_precision
+from parallel.device import CPU
+from parallel.precision import set_numerics
 from parallel.world import join_world, leave_world
 from planning.hardware import KNOWN, Hardware
 from planning.step import estimate
@@ -68,7 +69,7 @@ def calibrate(precision: str = "fp32") -> dict[str, float]:
     Units: operations, bytes and seconds; a rate is that of one core.
     """
     torch.set_num_threads(1)
-    choose_matmul_precision("auto")
+    set_numerics(CPU, "auto")
     rates = {
         "half_flops": max(_matmul_rate(size, torch.bfloat16) for size in SIZES),
         "full_flops": max(_matmul_rate(size, torch.float32) for size in SIZES),

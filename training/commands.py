@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
 from checkpoint.format import MANIFEST
@@ -22,6 +21,8 @@ from data_pipeline.tokenize.member import member_of
 from data_pipeline.tokenize.worker import Worker
 from data_pipeline.verify import verify_split
 from models.codes import CodeReader
+from parallel.device import worker_device
+from parallel.precision import set_numerics
 from training.export import DESCRIPTION, describe, load_dvae, model_is_whole
 from training.history import History
 from training.huggingface import INDEX, export_parts, find_parts, import_parts
@@ -60,12 +61,12 @@ def tokenize(arguments: list[str]) -> None:
         tokenizer, tokenizer_hash = load_tokenizer(bpe)
         describe(dvae, "dvae")  # tokens of a dVAE that still trains would fit no prior
         model, model_hash = load_dvae(dvae)
-        if torch.cuda.is_available():
-            model.to(f"cuda:{member.number % torch.cuda.device_count()}")
-        else:
+        device = worker_device(member.number)
+        if device.type == "cpu":
             keep_freed_memory()
         encoders = Encoders(
-            codes=CodeReader(model, config.precision),
+            numerics=set_numerics(device),
+            codes=CodeReader(model.to(device), config.precision),
             dvae_hash=model_hash,
             tokenizer=tokenizer,
             tokenizer_hash=tokenizer_hash,

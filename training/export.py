@@ -245,11 +245,12 @@ def _unfinished(folder: Path, stage: str, step: int | None) -> Weights:
             "on to the next checkpoint"
         )
     LOG.info("%s of %s: the weights of %s", stage, folder, reader.url)
+    told = {name: facts[name] for name in ("numerics",) if name in facts}
     return Weights(
         stage=stage,
         where=reader.url,
         config=facts["config"]["model"],
-        facts={**facts["task"], "step": facts["step"]},
+        facts={**facts["task"], **told, "step": facts["step"]},
         shapes=reader.shapes(),
         read=partial(_mean, reader),
         run=facts["config"],

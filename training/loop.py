@@ -21,7 +21,7 @@ from parallel.engines.catalogue import build_engine
 from parallel.engines.protocol import Batch, Engine, EngineSettings, StepResult
 from parallel.ledger import Ledger, total_bytes
 from parallel.mesh import Mesh
-from parallel.precision import choose_matmul_precision
+from parallel.precision import set_numerics
 from training.average import Average
 from training.checkpoints import Checkpoints
 from training.config import StageConfig
@@ -29,7 +29,7 @@ from training.export import model_is_whole, save_model
 from training.profile import Profile, timed
 from training.profile_categories import CHECKPOINT, COMPUTE, DATA_WAIT, VALIDATION
 from training.recovery import Recovery, checkpoints_of_capsules
-from training.resume import refuse_other_config, refuse_other_shapes
+from training.resume import refuse_other_config, refuse_other_shapes, tell_other_numerics
 from training.run_folder import RunFolder
 from training.schedules import Plateau, learning_rate
 from training.tasks import Task, hand_over
@@ -56,7 +56,8 @@ class Run:
         self.world = world = mesh.world
         self._ledger, self._heart = ledger, heart
         heart.beat("start")
-        self.precision = choose_matmul_precision(settings.engine.matmul_precision)
+        engine = settings.engine
+        self.numerics = set_numerics(world.device, engine.matmul_precision, engine.deterministic)
         self.config = {"stage": stage, **to_json(settings), "model": to_json(task.model_config)}
         self.folder = RunFolder(settings.out, self.config, writes=world.rank == 0)
         self.recovery = Recovery(settings.guard, mesh, settings.out)
@@ -157,6 +158,7 @@ class Run:
             "validation_loss": self._loss_now(),
             "config": self.config,
             "task": self.task.facts(),
+            "numerics": to_json(self.numerics),
         }
         self.checkpoints.settle()
         self._note_failure()
@@ -285,6 +287,7 @@ class Run:
         refuse_other_config(reader, self.config)
         self.resume_from(reader)
         LOG.info("resumed from %s", reader.url)
+        tell_other_numerics(reader, self.numerics)
 
     def _rewind(self) -> None:
         """Go back to the newest checkpoint and pass over the data of the skipped updates."""
@@ -324,7 +327,7 @@ class Run:
             self._save_surely()
         if self.world.rank == 0:
             facts = {**self.task.facts(), "step": self.step, "validation": row}
-            facts["precision"] = self.precision
+            facts["numerics"] = to_json(self.numerics)
             model = to_json(self.task.model_config)
             reader = CheckpointReader(self.checkpoints.store, f"step-{self.step}")
             save_model(self.settings.out, self.stage, model, facts, reader)

@@ -62,6 +62,7 @@ def _training(models: Mapping[str, Weights]) -> str:
         "mesh": lambda m: _settings(m.run.get("mesh", {})),
         "engine": lambda m: m.run.get("engine", {}).get("name"),
         "precision": lambda m: m.run.get("engine", {}).get("precision"),
+        "numerics": lambda m: _settings(m.facts.get("numerics", {})),
         "rank of compressed gradients": lambda m: m.run.get("compress", {}).get("rank"),
         "held-out losses": lambda m: _losses(m.facts.get("validation", {})),
     }

@@ -80,7 +80,7 @@ class Profile:
         self._close_ring()
         self._ring = Ring(self._out, world.rank, world.size, self._mesh.pipeline.rank, step)
         if not self._peak:
-            self._peak = self._config.peak_tflops or measure_peak(self._precision) / 1e12
+            self._peak = self._config.peak_tflops or self._measured_peak()
         self.attach()
         self._timeline.cut(self._accounts.forget)
 
@@ -125,7 +125,7 @@ class Profile:
             "stage": self._mesh.pipeline.rank,
             "busy": busy,
             "seconds": [round(value / steps, 6) for value in spent],
-            "memory": memory(),
+            "memory": memory(self._mesh.world.device),
             "peak": self._peak,
             "trace": self._tracer.asked(step),
         }
@@ -147,6 +147,9 @@ class Profile:
             self._end_step()
         self.detach()
         self._close_ring()
+
+    def _measured_peak(self) -> float:
+        return measure_peak(self._precision, self._mesh.world.device) / 1e12
 
     def _end_step(self) -> None:
         step, ring = self._step, self._ring

@@ -21,27 +21,30 @@ _PEAK_ROUNDS = 4
 _STATM = Path("/proc/self/statm")
 
 
-def measure_peak(precision: str) -> float:
-    """FLOP/s of this rank's device at a square matmul in the run's precision, the best of some.
+def measure_peak(precision: str, device: torch.device) -> float:
+    """FLOP/s of a rank's device at a square matmul in the run's precision, the best of some.
 
+    The matrices are random: a GPU multiplies ones faster than any real data, at less power.
     Set the precision of fp32 matmuls first. On a machine that does other work it is too low.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    half = torch.float16 if precision == "fp16" and device == "cuda" else torch.bfloat16
+    on_gpu = device.type == "cuda"
+    half = torch.float16 if precision == "fp16" and on_gpu else torch.bfloat16
     dtype = torch.float32 if precision == "fp32" else half
-    size = _PEAK_SIZE[device]
-    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    size = _PEAK_SIZE["cuda" if on_gpu else "cpu"]
+    draws = torch.Generator(device).manual_seed(0)
+    shape = (size, size)
+    a, b = (torch.randn(shape, generator=draws, dtype=dtype, device=device) for _ in range(2))
     best = float("inf")
     for _ in range(1 + _PEAK_ROUNDS):
         began = time.perf_counter()
         torch.mm(a, b)
-        if device == "cuda":
-            torch.cuda.synchronize()
+        if on_gpu:
+            torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - began)
     return 2 * size**3 / best
 
 
-def memory() -> dict[str, int]:
+def memory(device: torch.device) -> dict[str, int]:
     """Bytes of this process now and at most, and of its GPU."""
     most = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = {"memory_peak_bytes": most}
@@ -49,9 +52,9 @@ def memory() -> dict[str, int]:
         pages = int(_STATM.read_text().split()[1])
         found["memory_bytes"] = pages * os.sysconf("SC_PAGE_SIZE")
         found["memory_peak_bytes"] = max(most, found["memory_bytes"])
-    if torch.cuda.is_available():
-        found["cuda_bytes"] = torch.cuda.memory_allocated()
-        found["cuda_peak_bytes"] = torch.cuda.max_memory_allocated()
+    if device.type == "cuda":
+        found["cuda_bytes"] = torch.cuda.memory_allocated(device)
+        found["cuda_peak_bytes"] = torch.cuda.max_memory_allocated(device)
     return found
 
 

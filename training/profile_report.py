@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from core.errors import InputError
-from parallel.precision import choose_matmul_precision
+from parallel.device import worker_device
+from parallel.precision import set_numerics
 from training.config import StageConfig
 from training.metrics_rows import passed_over
 from training.profile_advice import warnings_for
@@ -241,8 +242,9 @@ def _peak(found: Profiled, peak: float) -> tuple[float, str]:
     noted = [row["peak_tflops"] for row in found.rows if row.get("peak_tflops")]
     if noted:
         return float(noted[-1]), "of the run"
-    choose_matmul_precision(found.settings.engine.matmul_precision)
-    here = measure_peak(found.settings.engine.precision) / 1e12
+    device = worker_device()
+    set_numerics(device, found.settings.engine.matmul_precision)
+    here = measure_peak(found.settings.engine.precision, device) / 1e12
     return here * found.ranks, "measured on this machine now"
 
 

@@ -4,7 +4,9 @@ from typing import Any
 
 from checkpoint.reader import CheckpointReader
 from core.errors import ConfigError
+from core.log import LOG
 from parallel.engines.protocol import Engine
+from parallel.precision import Numerics
 
 _MAY_CHANGE = (
     "out",
@@ -47,6 +49,17 @@ def refuse_other_shapes(reader: CheckpointReader, engine: Engine) -> None:
     wrong = sorted(set(mine.items()) - set(stored.items()))[:3]
     if wrong:
         raise ConfigError(f"{reader.url} holds other tensors than this model: {wrong} ...")
+
+
+def tell_other_numerics(reader: CheckpointReader, numerics: Numerics) -> None:
+    """Warn of what keeps the resumed run from repeating an unbroken one bit for bit."""
+    changes = numerics.differences(reader.facts.get("numerics", {}))
+    if changes:
+        LOG.warning(
+            "%s was computed otherwise (%s): from here on losses equal those of an unbroken run up "
+            "to rounding, not bit for bit",
+            *(reader.url, "; ".join(changes)),
+        )
 
 
 def _fixed(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

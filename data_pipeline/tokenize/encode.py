@@ -19,6 +19,7 @@ from data_pipeline.images import decode_rgb, prior_crop, square
 from data_pipeline.raw import RawRecord, RawRecords
 from data_pipeline.tokens import TokenRecord
 from models.codes import CodeReader
+from parallel.precision import Numerics
 
 TOKENS_TOGETHER = 8192
 """Tokens of the pictures that are encoded together, at most, so that large ones have room."""
@@ -32,9 +33,15 @@ class Encoders:
     dvae_hash: str
     tokenizer: Tokenizer
     tokenizer_hash: str
+    numerics: Numerics
 
     def facts(self, config: TokenizeConfig) -> dict[str, object]:
-        """What makes two token data sets comparable."""
+        """What makes two token data sets comparable.
+
+        Codes in fp32 are those of the CPU on every device; those in 16 bits are of their device.
+        """
+        device = self.codes.device.type
+        of_device = {"device": device} if config.precision != "fp32" and device != "cpu" else {}
         return {
             "dvae": self.dvae_hash,
             "tokenizer": self.tokenizer_hash,
@@ -44,6 +51,7 @@ class Encoders:
             "text_vocabulary": self.tokenizer.get_vocab_size(),
             "variants": config.variants,
             "block": config.block,
+            **of_device,
         }
 
 

@@ -1,5 +1,6 @@
 """How far a token job is, over all its workers."""
 
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ class SplitStatus:
     rejects: dict[str, int]
     finished: bool
     """True if the manifest is there."""
+    devices: dict[str, int]
+    """Finished shards by the device that encoded them."""
     workers: list[dict[str, Any]]
     """worker, holder and progress of every lease; a dead worker's stays until it is taken over."""
 
@@ -49,6 +52,7 @@ def _split_status(tokens: Store, split: str, wanted: dict[str, int]) -> SplitSta
     for record in records:
         for kind, count in record["rejects"].items():
             rejects[kind] = rejects.get(kind, 0) + count
+    devices = Counter(row["numerics"]["device"] for row in records if "numerics" in row)
     leases = read_leases(tokens, f"{split}/")
     running = sum(lease["progress"].get("pairs", 0) for lease in leases)
     finished = sum(record["shards"][0]["samples"] for record in records)
@@ -60,6 +64,7 @@ def _split_status(tokens: Store, split: str, wanted: dict[str, int]) -> SplitSta
         pairs_done=min(wanted["pairs"], finished + sum(rejects.values()) + running),
         rejects=rejects,
         finished=tokens.exists(f"{split}/{NAME}"),
+        devices=dict(devices),
         workers=leases,
     )
 
@@ -74,6 +79,9 @@ def describe_status(rows: list[SplitStatus]) -> str:
             f"{row.split}: {row.shards_done} of {row.shards} shards, {row.pairs_done} of "
             f"{row.pairs} pairs, rejects {row.rejects or 'none'}; {state}"
         )
+        if row.devices:
+            made = (f"{count} by {device}" for device, count in sorted(row.devices.items()))
+            lines.append(f"  shards encoded: {', '.join(made)}")
         for lease in row.workers:
             done = lease["progress"]
             lines.append(

@@ -166,6 +166,7 @@ class Worker:
             "rejects": encoded.kinds,
             "rejects_sha256": sha256(body),
             "first_reject": encoded.rejects[0]["reason"] if encoded.rejects else "",
+            "numerics": to_json(self._encoders.numerics),
         }
         self._tokens.put(task.record, canonical_json(record), if_absent=True)
 
@@ -193,7 +194,10 @@ class Worker:
                 )
             facts = {**self._encoders.facts(self._config), "raw": source.fingerprint}
             facts["split"] = split
-            put_manifest(self._tokens, f"{split}/", TOKENS, shards, facts, dict(rejects), variants)
+            put_manifest(
+                *(self._tokens, f"{split}/", TOKENS, shards, facts, dict(rejects), variants),
+                numerics=_numerics_of(found),
+            )
             self._leases[split].sweep()
 
     def _take_back_damaged(self) -> None:
@@ -232,7 +236,8 @@ class Worker:
             return
         raise InputError(
             f"{self._tokens.url} holds tokens of other pairs, or of another dVAE, tokenizer, block "
-            "size, precision or number of variants; choose an empty place for the tokens"
+            "size, precision (in 16 bits: device) or number of variants; choose an empty place for "
+            "the tokens"
         )
 
 
@@ -244,6 +249,12 @@ def ranges_of(tar: bytes) -> tuple[list[tuple[int, int, int]], np.ndarray]:
         ranges.append((member.start, member.length, len(block)))
         ids.append(block.ids)
     return ranges, np.concatenate(ids)
+
+
+def _numerics_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How the shards were computed: each way once, with how many it made, as far as they tell."""
+    told = Counter(canonical_json(row["numerics"]) for row in records if "numerics" in row)
+    return [{**json.loads(text), "shards": count} for text, count in sorted(told.items())]
 
 
 def _check(store: Store, prefix: str, shard: Shard) -> None:
