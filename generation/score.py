@@ -8,8 +8,8 @@
 
 HASH is of the network and the radii: with other ones, the pictures that were drawn are scored anew.
 A file is whole or not there, and depends on its block alone; sums go through the blocks in order.
-So workers may be killed and started again, with another count, too: on machines of one kind the
-scores keep every bit.
+So workers may be killed and started again, with another count, too: on CPUs of one kind the scores
+keep every bit.
 """
 
 import functools

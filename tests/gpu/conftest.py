@@ -1,5 +1,18 @@
-"""These tests are collected only where CUDA is."""
+"""These tests are collected only where CUDA is, or for the device that the environment names."""
 
+import os
+
+import pytest
 import torch
 
-collect_ignore_glob = [] if torch.cuda.is_available() else ["test_*.py"]
+from parallel.flight import remember
+
+DEVICE = os.environ.get("TAPIR_GPU_TESTS_DEVICE", "cuda")
+remember()  # the recorders look at the environment once
+collect_ignore_glob = [] if DEVICE != "cuda" or torch.cuda.is_available() else ["test_*.py"]
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """What is tested; the CPU in a dry run."""
+    return torch.device(DEVICE)

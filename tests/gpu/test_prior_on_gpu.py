@@ -6,7 +6,7 @@ from models.config import PriorConfig
 from models.prior import build_prior
 
 
-def test_logits_equal_the_cpu() -> None:
+def test_logits_equal_the_cpu(device: torch.device) -> None:
     config = PriorConfig(text_vocabulary=30, image_vocabulary=20, grid=8)
     layers = build_prior(config)
     batch = {
@@ -14,10 +14,10 @@ def test_logits_equal_the_cpu() -> None:
         "image": torch.zeros(2, 64, dtype=torch.int64),
     }
 
-    def image_logits(device: str) -> torch.Tensor:
-        state = {name: value.to(device) for name, value in batch.items()}
-        for layer in layers.to(device).values():
+    def image_logits(place: torch.device) -> torch.Tensor:
+        state = {name: value.to(place) for name, value in batch.items()}
+        for layer in layers.to(place).values():
             state = layer(state)
         return state.image.cpu()  # type: ignore[attr-defined, no-any-return]
 
-    assert torch.allclose(image_logits("cpu"), image_logits("cuda"), atol=1e-4)
+    assert torch.allclose(image_logits(torch.device("cpu")), image_logits(device), atol=1e-4)
