@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from core.log import LOG
+from parallel.device import wait_for
 from training.profile_categories import CATEGORIES
 
 SLOW = 1.5
@@ -38,8 +39,7 @@ def measure_peak(precision: str, device: torch.device) -> float:
     for _ in range(1 + _PEAK_ROUNDS):
         began = time.perf_counter()
         torch.mm(a, b)
-        if on_gpu:
-            torch.cuda.synchronize(device)
+        wait_for(device)
         best = min(best, time.perf_counter() - began)
     return 2 * size**3 / best
 

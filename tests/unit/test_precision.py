@@ -27,6 +27,7 @@ from parallel.device import CPU
 from parallel.precision import WORKSPACE, set_flags, set_numerics
 from tests.chain import Chain
 from tests.harness import ROOT
+from tests.second_device import SECOND
 from training.export import open_model
 from training.profile_figures import measure_peak
 
@@ -177,6 +178,17 @@ def test_fp32_codes_of_all_devices_may_mix_and_16_bits_may_not(chain: Chain) -> 
     assert chain.tokenize("bf16", "half") == 0
     with pytest.raises(InputError, match="in 16 bits: device"):
         elsewhere.tokenize("bf16", "half")
+
+
+def test_tokens_are_made_where_the_worker_is(chain: Chain) -> None:
+    """The second device has the CPU's kernels, so its shards are the CPU's byte for byte."""
+    assert replace(chain, device=SECOND).tokenize(place="second") == 5
+    ours, cpus = (
+        read_manifest(FolderStore(chain.folder / place), "train/", TOKENS)
+        for place in ("second", "tokens")
+    )
+    assert ours.fingerprint == cpus.fingerprint
+    assert [row["device"] for row in ours.numerics] == ["second"]
 
 
 def test_cpus_convolve_in_fp32_and_repeat_every_bit() -> None:

@@ -29,10 +29,12 @@ from data_pipeline.tokenize.member import Member
 from generation.commands import score
 from generation.config import ModelPaths, ScoreConfig
 from generation.foreign import foreign_module
-from generation.networks import Inception, blurred
+from generation.networks import ClipProxy, Inception, blurred
 from generation.pictures import open_studio
 from generation.score import ScoreJob, open_job
+from parallel.device import CPU
 from tests.harness import tapir
+from tests.second_device import SECOND
 from tests.unit.finished import write_models
 from tests.unit.layouts import write_coco, write_cub
 
@@ -105,10 +107,19 @@ def _die_at(place: Place, out: Path, call: int) -> None:
     job.run(lambda: open_studio(place.models), ALONE)
 
 
+def test_features_come_from_the_given_device(place: Place, tmp_path: Path) -> None:
+    pictures = keyed_rng("pictures").integers(0, 256, (3, 16, 16, 3), np.uint8)
+    here, there = (place.job(tmp_path, device=device)._network for device in (CPU, SECOND))
+    assert isinstance(there, ClipProxy) and there._classes.device == SECOND
+    for ours, cpus in zip(there(pictures), here(pictures), strict=True):
+        assert np.array_equal(ours, cpus)
+
+
 def test_scores_say_what_they_are(place: Place, unbroken: Path) -> None:
     scores = json.loads((unbroken / "scores.json").read_text())
     assert "proxy" in scores["label"] and "not comparable" in scores["label"]
     assert scores["captions"] == 22 and scores["candidates"] == 2
+    assert scores["numerics"]["matmul"] == scores["numerics"]["conv"] == "highest"
     assert [row["radius"] for row in scores["rows"]] == [0.0, 1.0, 4.0]
     chosen = open_evaluation(place.data).choose(22, 0)
     wanted = {name for caption in chosen for name in caption.pictures}
