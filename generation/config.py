@@ -24,7 +24,7 @@ class DemoConfig:
     """Folder of the demo; default runs/demo (runs/demo-emoji for emoji)."""
     mesh: Literal["tp2pp2dp2", "1"] = "tp2pp2dp2"
     """How the prior trains: 8 ranks with tensor, pipeline and data parallelism and compressed
-    gradients; 1 = every stage on one process."""
+    gradients; 1 = every stage on one process, also taken where there are fewer GPUs than ranks."""
     size: Literal["tiny", "mini"] = "tiny"
     """tiny: minutes, pictures worth looking at. mini: a test of the plumbing."""
 

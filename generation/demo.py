@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ from cluster.object_server import ObjectServer, object_server
 from cluster.processes import start, stop
 from core.errors import EXIT_WRONG_INPUT, InputError, TapirError
 from core.files import canonical_json, held, write_atomic
+from core.gpus import gpu_problems, usable_gpus
 from core.log import LOG
 from core.s3 import S3Store
 from generation.config import DemoConfig
 from generation.report import write_report
 from generation.runfile import FOLDERS, STAGES, RunFile, StageSpec, Value, chain_of
 from generation.summary import summarise
+from parallel.config import MeshConfig
 
 BUCKET = "tapir-demo"
 TOKEN_WORKERS = 2
@@ -55,6 +57,7 @@ def run_demo(config: DemoConfig) -> Path:
 
     Raises: TapirError naming the stage that failed, with the end of its log.
     """
+    config = fitted(config, usable_gpus())
     folder = config.folder
     began = time.monotonic()
     with held(folder, "demo"), object_server(folder / "store", BUCKET) as server:
@@ -67,6 +70,18 @@ def run_demo(config: DemoConfig) -> Path:
     summary = summarise(folder, config.data, config.size, typed, seconds)
     write_atomic(folder / "summary.json", canonical_json(summary))
     return write_report(folder)
+
+
+def fitted(config: DemoConfig, gpus: int) -> DemoConfig:
+    """The demo on one rank if this machine has fewer GPUs than its mesh has ranks.
+
+    Without GPUs all ranks share the CPU.
+    """
+    mesh = MeshConfig(**{k[5:]: v for k, v in MESHES[config.mesh].items() if k.startswith("mesh.")})
+    if not gpu_problems(mesh.world, gpus):
+        return config
+    LOG.info("%d ranks need as many GPUs, %d visible: one rank trains", mesh.world, gpus)
+    return replace(config, mesh="1")
 
 
 def demo_stages(config: DemoConfig) -> list[Stage]:

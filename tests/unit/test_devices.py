@@ -11,6 +11,8 @@ import core.gpus
 import parallel.world
 from core.errors import ConfigError
 from core.gpus import gpu_of_rank, local_ranks, own_gpus, usable_gpus, visible_gpus
+from generation.config import DemoConfig
+from generation.demo import fitted
 from parallel.device import CPU, backends, rank_device, refuse_shared_gpus
 from parallel.mesh import own_mesh
 from training import main
@@ -172,3 +174,8 @@ def test_a_world_on_gpus_is_bound_to_its_device(
     assert world.device == made["device_id"] == torch.device("cuda", 0)
     assert made["of"] == "cpu:gloo,cuda:nccl" == backends(world.device)
     assert world.aside == "gloo"
+
+
+@pytest.mark.parametrize(("gpus", "mesh"), [(0, "tp2pp2dp2"), (1, "1"), (4, "1"), (8, "tp2pp2dp2")])
+def test_the_demo_trains_on_as_many_ranks_as_there_are_gpus(gpus: int, mesh: str) -> None:
+    assert fitted(DemoConfig(mesh="tp2pp2dp2"), gpus).mesh == mesh
