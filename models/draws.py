@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections.abc import Iterator
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from parallel.placement import Placement, placement_of
 
 ROWS_A_KEY = 64
 """Rows of a matrix that are drawn together."""
+_BIAS, _GAIN = re.compile(r"bias$"), re.compile(r"norm\d?\.weight$")
 
 
 def generator(*parts: KeyPart) -> torch.Generator:
@@ -37,45 +40,68 @@ def _gumbel(shape: tuple[int, ...], key: int, device: torch.device) -> Tensor:
     return -drawn.clamp_min(1e-20).log_()
 
 
-@torch.no_grad()
 def init_normal(module: nn.Module, seed: int, std: dict[str, float], prefix: str = "") -> None:
     """Draw every matrix of a module from N(0, std^2), keyed by `prefix` + the parameter's name.
 
     `std` maps a name's ending to its standard deviation, the first match counts. Biases become
     zero and gains one: torch would draw some of them from its global state. A rank that holds
-    some rows of a matrix draws these alone, with the values that one rank would draw.
+    some rows of a matrix draws these alone, with the values that one rank would draw. On the meta
+    device there is nothing to draw.
     Raises: KeyError if a matrix has no entry.
     """
     for name, parameter in module.named_parameters():
-        if parameter.is_meta:
-            continue  # laid out only
-        if parameter.dim() > 1:
-            scale = next((value for end, value in std.items() if name.endswith(end)), None)
-            if scale is None:
-                raise KeyError(f"{name} has no initial scale")
-            part = placement_of(parameter)
-            parameter[part.rows :].zero_()
-            parameter[: part.rows].copy_(_rows(part, seed, prefix + name) * scale)
-        elif name.endswith("bias"):
-            parameter.zero_()
-        elif name.endswith("norm.weight") or re.search(r"norm\d\.weight$", name):
-            parameter.fill_(1.0)
+        known = parameter.dim() > 1 or _BIAS.search(name) or _GAIN.search(name)
+        if known and not parameter.is_meta:
+            flat = parameter.detach().view(-1)
+            draw_normal(seed, std, prefix, name, placement_of(parameter), 0, flat)
 
 
-def _rows(part: Placement, seed: int, name: str) -> Tensor:
-    """Standard normal rows of a placement, drawn in blocks whose keys hold the row number."""
-    width = part.shape[1:]
-    if part.rows == 0:
-        return torch.zeros(0, *width, device="cpu")
-    first, last = part.first // ROWS_A_KEY, (part.first + part.rows - 1) // ROWS_A_KEY
-    blocks = [
-        torch.randn(
-            ROWS_A_KEY, *width, generator=generator(seed, name, block, "init"), device="cpu"
-        )
-        for block in range(first, last + 1)
-    ]
-    start = part.first - first * ROWS_A_KEY
-    return torch.cat(blocks)[start : start + part.rows]
+def draw_normal(
+    seed: int,
+    std: dict[str, float],
+    prefix: str,
+    name: str,
+    part: Placement,
+    start: int,
+    out: Tensor,
+) -> None:
+    """Fill `out` with what `init_normal` puts at elements start.. of a flat parameter.
+
+    Shapes: (n,); what lies behind the placement's real elements is zero.
+    Raises: KeyError if a parameter is neither bias nor gain and has no entry in `std`.
+    """
+    if len(part.shape) > 1:
+        scale = next((value for end, value in std.items() if name.endswith(end)), None)
+        if scale is None:
+            raise KeyError(f"{name} has no initial scale")
+        for at, values in _runs(part, seed, prefix + name, start, out.numel()):
+            out[at : at + values.numel()].copy_(values.mul_(scale))
+    elif _BIAS.search(name):
+        out.zero_()
+    elif _GAIN.search(name):
+        out.fill_(1.0)
+    else:
+        raise KeyError(f"{name} is neither a matrix nor a bias nor a gain")
+    out[max(0, part.numel - start) :].zero_()
+
+
+def _runs(
+    part: Placement, seed: int, name: str, start: int, count: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Standard normal values of elements [start, start + count) of a placement, run by run.
+
+    They are drawn in blocks of rows whose keys hold the row number of the global matrix.
+    Yields (elements before the run, the run), in memory that the next run takes again.
+    """
+    width = prod(part.shape[1:])
+    begin = part.first_element + start
+    end = part.first_element + min(start + count, part.numel)
+    size = ROWS_A_KEY * width
+    values = torch.empty(size, device="cpu")
+    for block in range(begin // size, -(-end // size)):
+        values.normal_(generator=generator(seed, name, block, "init"))
+        first, last = max(block * size, begin), min((block + 1) * size, end)
+        yield first - begin, values[first - block * size : last - block * size]
 
 
 @torch.no_grad()

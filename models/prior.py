@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.attention import band_of, banded_attention
 from models.config import PriorConfig
-from models.draws import init_normal
+from models.draws import draw_normal, init_normal
 from models.flex import flexible_attention
 from models.masks import layer_kind
 from parallel.engines.protocol import Layer, Program, Recomputed
@@ -202,7 +202,8 @@ def prior_layers(
             init_normal(module, seed, scales, f"{name}.")
             return module
 
-        return Layer(name=name, build=build, cost=cost, branches=branches)
+        draw = partial(draw_normal, seed, scales, f"{name}.")
+        return Layer(name=name, build=build, draw=draw, cost=cost, branches=branches)
 
     dim, length = config.dim, max(config.length, 1)
     block_cost = 12 * dim * dim + dim * length

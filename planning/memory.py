@@ -125,9 +125,9 @@ def _third_stage(loads: Loads, total: int, moment: int) -> Bytes:
     plain = loads.settings.mesh.machines > 1 and not loads.settings.compress.on
     flat = 4 * mine if plain else 0  # one flat gradient between machines
     return {
-        "parameters": 4 * (mine + kept),
+        "parameters": 4 * (mine + kept),  # the shards are the masters as well
         "gradients": 4 * mine,
-        "optimizer": (4 + 2 * moment) * mine,
+        "optimizer": 2 * moment * mine,
         "buckets": 4 * BUCKET,
         "temporary": 4 * gathered + flat,
     }

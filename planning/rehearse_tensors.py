@@ -29,7 +29,6 @@ from torch.utils._pytree import tree_leaves
 import models.draws
 import models.prior
 import parallel.replicas
-from parallel.placement import Placement
 from planning.sequence import Operation
 from planning.sequence_record import NAMESPACE, Recorder
 
@@ -160,7 +159,7 @@ class Shadows(TorchDispatchMode):
 def without_arithmetic() -> Iterator[None]:
     """Leave out long computations that communicate nothing; change modules as shadows bear it."""
     changes: list[tuple[Any, str, Callable[..., Any]]] = [
-        (models.draws, "_rows", _no_draws),
+        (models.draws, "_runs", _no_draws),
         (models.draws, "_gumbel", lambda shape, key, device: torch.zeros(shape)),
         (parallel.replicas, "fingerprint", _no_sums),
         (models.prior, "banded_attention", lambda q, k, v, band: q + k + v),
@@ -176,9 +175,9 @@ def without_arithmetic() -> Iterator[None]:
             setattr(owner, name, function)
 
 
-def _no_draws(part: Placement, seed: int, name: str) -> Tensor:
-    """Rows of zeros in the place of drawn ones."""
-    return torch.zeros(part.rows, *part.shape[1:])
+def _no_draws(*_: object) -> Iterator[tuple[int, Tensor]]:
+    """Matrices stay as they were made."""
+    return iter(())
 
 
 def _no_sums(tensors: Iterable[Tensor]) -> Tensor:

@@ -245,8 +245,8 @@ def held_bytes(optimizer: Any, names: Mapping[str, nn.Parameter]) -> dict[str, i
     """Bytes of weights, gradients and optimiser state that this rank holds in a step.
 
     ZeRO-1 keeps whole gradients until they are reduced; ZeRO-2 those of every parameter of which a
-    part is this rank's; ZeRO-3 the whole of small parameters beside their shards. All three keep
-    masters of their own beside fp32 weights.
+    part is this rank's; ZeRO-3 the whole of small parameters beside their shards. ZeRO-1 and ZeRO-2
+    keep masters of their own beside fp32 weights.
     """
     parameters: list[Any] = list(names.values())
     partitions = _partitions(optimizer)
@@ -262,10 +262,12 @@ def held_bytes(optimizer: Any, names: Mapping[str, nn.Parameter]) -> dict[str, i
             gradients = sum(p.numel() for group in optimizer.params_in_partition for p in group)
             gradients += sum(int(padding) for padding in optimizer.groups_padding)
     storages = {w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() for w in weights}
+    masters = [p for p in partitions if p.untyped_storage().data_ptr() not in storages]
     return {
         "parameters": sum(storages.values()),
         "gradients": 4 * gradients,
-        "optimizer": sum((4 + 2 * moment) * p.numel() for p in partitions),
+        "optimizer": sum(4 * p.numel() for p in masters)
+        + sum(2 * moment * p.numel() for p in partitions),
     }
 
 

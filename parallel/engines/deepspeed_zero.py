@@ -5,6 +5,8 @@ and gradient shards are reduced, compressed or not, between the machines.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from parallel.engines.protocol import (
     build_adamw,
     scales_of,
 )
+from parallel.engines.zero3_shards import Shards
 from parallel.mesh import Mesh
 from parallel.placement import Placement
 
@@ -45,6 +48,10 @@ class DeepSpeedZeroEngine(DeepSpeedEngine):
         self._mesh, self._stage = mesh, settings.engine.zero_stage
         self._shards = mesh.machine if self._stage == 3 else mesh.data
         self._losses_named = program.losses
+        own = None
+        if self._stage == 3:
+            own = Shards(program.layers, settings.optim, mesh.machine, mesh.world.device)
+            program = replace(program, layers=own.layers)
         self._whole = Whole(program, settings.engine, mesh.world.device)
         names = self._whole.stage.global_names()
         places = placements(names)
@@ -63,7 +70,8 @@ class DeepSpeedZeroEngine(DeepSpeedEngine):
         whole_world = mesh.data.size == mesh.world.size and mesh.between.size == 1
         mpu = None if whole_world else GroupsOfMesh(mesh, "machine" if self._stage == 3 else "data")
         optimizer = build_adamw(names, settings.optim)
-        self._engine = initialize(self._whole, optimizer, config, mesh.world.device, mpu)
+        with own.adopted() if own else nullcontext():
+            self._engine = initialize(self._whole, optimizer, config, mesh.world.device, mpu)
         self._state.optimizer = self._engine.optimizer
         if self._stage == 3:
             wanted = {n: p for n, p in places.items() if n.endswith(program.compressed)}

@@ -18,12 +18,17 @@ from parallel.adamw import AdamW, AdamW16
 from parallel.config import CompressConfig, EngineConfig, OptimConfig
 from parallel.control import Control
 from parallel.mesh import Group, Mesh
-from parallel.placement import move
+from parallel.placement import Placement, move, placement_of
 from parallel.scales import Scale, Scales
 
 Batch = dict[str, Tensor]
 Losses = dict[str, Tensor]
 """Mean losses of a batch over its samples; `loss` is the one that is minimised."""
+
+
+Draw = Callable[[str, Placement, int, Tensor], None]
+"""(Name of a parameter inside of the layer, its placement, an element, a flat tensor): fill the
+tensor with the initial values of the flat local parameter from that element on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,9 @@ class Layer:
     name: str
     """First part of the global names of its parameters."""
     build: Callable[[], nn.Module]
+    """Its module with the initial weights; with shapes alone under torch.device("meta")."""
+    draw: Draw | None = None
+    """Draws a part of one initial weight without the others; None: only `build` has them."""
     cost: int = 1
     """What it costs beside the other layers; stages are balanced by it."""
     branches: tuple[str, ...] = ()
@@ -188,11 +196,12 @@ Builder = Callable[[Program, EngineSettings, Mesh], Engine]
 def parameter_groups(names: dict[str, nn.Parameter], optim: OptimConfig) -> list[dict[str, Any]]:
     """Two optimiser groups: matrices decay, gains and biases do not.
 
-    Parameters are sorted by name, so that every rank sees one order.
+    Parameters are sorted by name, so that every rank sees one order. Their placements tell which
+    are matrices: ZeRO-3's are flat.
     """
     ordered = [names[name] for name in sorted(names)]
-    matrices = [p for p in ordered if p.dim() > 1]
-    others = [p for p in ordered if p.dim() <= 1]
+    matrices = [p for p in ordered if len(placement_of(p).shape) > 1]
+    others = [p for p in ordered if len(placement_of(p).shape) <= 1]
     groups = [
         {"params": matrices, "weight_decay": optim.weight_decay},
         {"params": others, "weight_decay": 0.0},

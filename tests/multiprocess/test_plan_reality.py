@@ -213,10 +213,11 @@ def _model_bytes(
         )
         held += [w.ds_tensor for w in weights if hasattr(w, "ds_tensor")]  # type: ignore[misc]
     sharded = outer is not None and (engine.name == "deepspeed_zero" and engine._stage > 1)
+    weights_alone = {_key(x) for x in held}
     return {
         "parameters": _bytes(held),
         "gradients": seen["partial"] if sharded else seen["whole"],
-        "optimizer": _bytes([*masters, *states]),
+        "optimizer": _bytes([*(m for m in masters if _key(m) not in weights_alone), *states]),
     }
 
 

@@ -1,6 +1,7 @@
 """Placements, stages, grids and what a mesh refuses."""
 
 import itertools
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,6 +93,25 @@ def test_tensor_ranks_draw_the_rows_of_one_rank(size: int, tmp_path: Path) -> No
     assert reader.shapes() == {name: tuple(p.shape) for name, p in whole.items()}
     for name, parameter in whole.items():
         assert reader.tensor(name, "master").equal(parameter)
+
+
+@pytest.mark.parametrize("shards", [3, 4])
+@pytest.mark.parametrize("size", [1, 2])
+def test_zero3_shards_are_drawn_as_parts_of_the_whole(size: int, shards: int) -> None:
+    """Most begin inside of a row, and 160 rows are several blocks of keys."""
+    config = PriorConfig(
+        dim=40, heads=5, layers=1, text_length=3, text_vocabulary=13, image_vocabulary=7, grid=2
+    )
+    for layer in prior_layers(config, 3, _Rank(size - 1, size)):
+        assert layer.draw is not None
+        for name, parameter in layer.build().named_parameters():
+            count = -(-parameter.numel() // shards)
+            drawn = torch.full((shards, count), math.nan)
+            for rank in range(shards):
+                layer.draw(name, placement_of(parameter), rank * count, drawn[rank])
+            whole, padding = drawn.view(-1).tensor_split([parameter.numel()])
+            assert whole.view_as(parameter).equal(parameter), f"{layer.name}.{name}"
+            assert not padding.any()
 
 
 def test_a_flat_range_reads_back_with_zeros_for_padding(tmp_path: Path) -> None:
