@@ -2,7 +2,8 @@
 
 - the optimiser state's fragments (`_hp_mapping`, `grad_position`), for checkpoints without pickles;
 - `average_tensor` of ZeRO-1/2 and the step of ZeRO-3, where gradients are reduced, for compression;
-- the overflow check and norm of both, replaced by one number over all ranks.
+- the overflow check and norm of both, replaced by one number over all ranks;
+- ZeRO-3's parameters and flat groups, which `zero3_shards.py` makes itself.
 """
 
 import contextlib
@@ -97,12 +98,6 @@ def initialize(
 
     Raises: ConfigError for a version whose private parts were never tested, and for overlap_comm.
     """
-    version = importlib.metadata.version("deepspeed")
-    if version not in TESTED:
-        raise ConfigError(
-            f"deepspeed {version} is installed; the engine's hooks are tested with "
-            f"{', '.join(TESTED)}: pip install deepspeed=={TESTED[-1]}"
-        )
     if config.get("zero_optimization", {}).get("overlap_comm"):
         raise ConfigError(
             "overlap_comm must be off: the hook that averages gradients does not wait for the "
@@ -121,7 +116,14 @@ def start_comm(device: torch.device) -> None:
     """Let DeepSpeed adopt the joined process group, and this rank's device.
 
     It takes LOCAL_RANK for the number of the GPU; where each rank sees its own alone, that is 0.
+    Raises: ConfigError for a version whose private parts were never tested.
     """
+    version = importlib.metadata.version("deepspeed")
+    if version not in TESTED:
+        raise ConfigError(
+            f"deepspeed {version} is installed; the engine's hooks are tested with "
+            f"{', '.join(TESTED)}: pip install deepspeed=={TESTED[-1]}"
+        )
     if device.type == "cuda":
         os.environ["LOCAL_RANK"] = str(device.index)
     __compatible_ops__["deepspeed_shm_comm"] = False
