@@ -4,7 +4,6 @@ A closed form of what the engines do in a step that is not the first one (which 
 and, under ZeRO-3, gathers once more). Bytes are those of the larger side of an operation.
 """
 
-import pickle
 from collections.abc import Iterator, Mapping
 
 from models.prior import BRANCHES
@@ -247,8 +246,7 @@ def _results(loads: Loads, tally: Tally) -> None:
         if settings.engine.name == "deepspeed_pipe":  # DeepSpeed's own mean
             tally.add("data", "all_reduce", FLOAT)
     if mesh.pipeline > 1:
-        named = len(pickle.dumps(LOSSES))
-        counts = (2 * FLOAT, DOUBLE, named, FLOAT * len(LOSSES))
+        counts = (2 * FLOAT, FLOAT * len(LOSSES))
         tally.add("pipeline", "broadcast", sum(counts), len(counts))
     half = settings.engine.precision == "fp16"
     branches = len(BRANCHES) * settings.model.layers if half else 0
