@@ -11,7 +11,7 @@ from training.presets import PRESETS
 MOST_RANKS = 1_000_000
 MOST_BATCH = 1_000_000_000
 PICTURES = (".svg", ".png", ".pdf")
-_UNITS = {"network": 1e9 / 8, "link": 1e9, "memory": 1e9}
+_UNITS = {"network": 1e9 / 8, "link": 1e9, "memory": 1e9, "host_memory": 1e9}
 """Bytes of the units in which the flags are given."""
 
 
@@ -27,6 +27,8 @@ class ClusterFlags:
     """GB/s that a GPU sends inside a node."""
     memory: float = 0.0
     """GB a GPU."""
+    host_memory: float = 0.0
+    """GB of a node's host, where its ranks start."""
     cost_hour: float = 0.0
     """Dollars a GPU and hour."""
 

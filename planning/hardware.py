@@ -23,6 +23,7 @@ _POSITIVE = (
     "half_flops",
     "full_flops",
     "memory",
+    "host_memory",
     "bandwidth",
     "units",
     "link",
@@ -44,8 +45,15 @@ class Hardware:
     """False if there are no bf16 units: 16 bits are fp16 then."""
     memory: float
     """Bytes a processor."""
-    reserved: float = 1.0 * GB
-    """Bytes that the driver, libraries and communicators take of it."""
+    context: float = 0.6 * GB
+    """Bytes of it that a process' context takes: 0.3 of the driver and of kernels that are loaded
+    when they are first used (pytorch issue 107667; 0.2 to 0.7 with older ones, issue 28113), and
+    the workspaces of matmuls. NCCL's are counted by themselves: planning/reserve.py."""
+    channels: int = 24
+    """Channels of one of NCCL's communicators inside a node: 24 on A100s with NVSwitch (NVIDIA/nccl
+    issue 578); 0 = no NCCL."""
+    host_memory: float
+    """Bytes of a node's host."""
     bandwidth: float
     """Bytes a second of memory."""
     units: int
@@ -97,7 +105,7 @@ class Hardware:
                 found.append(f"{name}={value} must be a finite number and not negative")
         if not found and self.usable <= 0:
             found.append(
-                f"memory of {self.memory / GB:g} GB leaves nothing: {self.reserved / GB:g} GB are "
+                f"memory of {self.memory / GB:g} GB leaves nothing: {self.context / GB:g} GB are "
                 "the driver's and the libraries'"
             )
         return found
@@ -112,7 +120,10 @@ class Hardware:
     @property
     def usable(self) -> float:
         """Bytes that a rank may fill."""
-        return self.memory - self.reserved
+        return self.memory - self.context
+
+
+GIB = 2**30
 
 
 def _a100(memory: float, bandwidth: float, cost: float) -> Hardware:
@@ -123,13 +134,14 @@ def _a100(memory: float, bandwidth: float, cost: float) -> Hardware:
         memory=memory * GB,
         bandwidth=bandwidth,
         units=108,
+        host_memory=1152 * GIB,  # AWS p4d and p4de
         link=300 * GB,
         network=200 * GB,
         cost_hour=cost,
     )
 
 
-def _v100(memory: float) -> Hardware:
+def _v100(memory: float, host: int) -> Hardware:
     return Hardware(
         name=f"v100-{memory:.0f}gb",
         half_flops=125e12,
@@ -138,6 +150,8 @@ def _v100(memory: float) -> Hardware:
         memory=memory * GB,
         bandwidth=900 * GB,
         units=80,
+        channels=12,  # six links, each way
+        host_memory=host * GIB,
         link=150 * GB,
         network=12.5 * GB,
         cost_hour=2.5,
@@ -151,6 +165,7 @@ _H100 = Hardware(
     memory=80 * GB,
     bandwidth=3350 * GB,
     units=132,
+    host_memory=2048 * GIB,  # AWS p5
     link=450 * GB,
     network=400 * GB,
     sustained=0.7,
@@ -163,7 +178,9 @@ _CPU = Hardware(
     half_flops=200e9,
     full_flops=90e9,
     memory=24 * GB,
-    reserved=0.5 * GB,
+    context=0.5 * GB,
+    channels=0,
+    host_memory=24 * GB,
     bandwidth=15 * GB,
     units=1,
     link=1.0 * GB,
@@ -181,8 +198,8 @@ _CPU = Hardware(
 KNOWN = {
     row.name: row
     for row in (
-        _v100(16),
-        _v100(32),
+        _v100(16, 488),  # AWS p3 and p3dn
+        _v100(32, 768),
         _a100(40, 1555 * GB, 3.0),
         _a100(80, 2039 * GB, 3.7),
         _H100,

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 
 from planning.hardware import Hardware
 from planning.memory import CATEGORIES
+from planning.reserve import NCCL
 from planning.search import Candidate, Found, Timed
 from planning.step import PASSES, Estimate
 
@@ -47,7 +48,7 @@ def _memory(axes: Axes, rows: list[Candidate], hardware: Hardware) -> None:
         names.append(f"TP{mesh.tensor} PP{mesh.pipeline}\nDP{mesh.data} {short}")
     at = list(range(len(rows)))
     bottoms = [0.0] * len(rows)
-    for category in CATEGORIES:
+    for category in (*CATEGORIES, NCCL):
         heights = [row.bytes_[category] / 1e9 for row in rows]
         axes.bar(at, heights, bottom=bottoms, label=category)
         bottoms = [a + b for a, b in zip(bottoms, heights, strict=True)]

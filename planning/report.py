@@ -9,13 +9,14 @@ from rich.table import Table
 from planning.hardware import Hardware
 from planning.memory import CATEGORIES
 from planning.published import RUNS, predict
+from planning.reserve import NCCL, PROCESS
 from planning.search import Candidate, Found, Timed, beside, layout_name
 from planning.units import memory_unit, size_text
 from planning.zero import stage_of_zero
 
 SHOWN = 8
 """Rows of a table on the terminal; --json has all."""
-WIDTH = 126
+WIDTH = 142
 """Columns that the tables need, also where output is no terminal."""
 
 
@@ -27,6 +28,8 @@ def plan_json(found: Found, parameters: int, hardware: Hardware) -> dict[str, An
         "parameters": parameters,
         "gpu": hardware.name,
         "usable_bytes": int(hardware.usable),
+        "context_bytes": int(hardware.context),
+        "host_memory_bytes": int(hardware.host_memory),
         "best": rows[0] if rows else None,
         "alternatives": rows[1:],
         "rejected": [rejected_json(row, parameters) for row in found.rejected],
@@ -51,7 +54,21 @@ def way_json(candidate: Candidate) -> dict[str, Any]:
         "moments": settings.optim.moments,
         "bytes": candidate.bytes_,
         "total_bytes": candidate.total,
+        "start_up": start_json(candidate),
         "flags": flags_of(candidate),
+    }
+
+
+def start_json(candidate: Candidate) -> dict[str, int]:
+    """Its peaks before the first step, in bytes."""
+    start = candidate.start
+    if start is None:
+        return {}
+    return {
+        "host_a_rank": PROCESS + start.host,
+        "host_a_node": start.node,
+        "ranks_a_node": start.ranks,
+        "device": start.device,
     }
 
 
@@ -173,10 +190,16 @@ def _spent(row: Timed) -> Table:
 
 def _bytes_table(rows: list[Candidate]) -> Table:
     size, unit = memory_unit(max(row.total for row in rows))
-    table = _table(f"{unit} of the fullest rank", "mesh", "layout", *CATEGORIES, "all")
+    names = (*CATEGORIES, NCCL)
+    title, columns = f"{unit} of the fullest rank", [*names, "all"]
+    if rows[0].start:
+        title, columns = f"{title}, and of a node's host while its ranks start", [*columns, "host"]
+    table = _table(title, "mesh", "layout", *columns)
     for row in rows:
-        cells = [f"{row.bytes_[name] / size:.2f}" for name in CATEGORIES]
-        table.add_row(_mesh(row), _short(row), *cells, f"{row.total / size:.1f}")
+        cells = [f"{row.bytes_[name] / size:.2f}" for name in names]
+        cells += [f"{row.total / size:.1f}"]
+        cells += [f"{row.start.node / size:.0f}"] if row.start else []
+        table.add_row(_mesh(row), _short(row), *cells)
     return table
 
 

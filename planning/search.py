@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from parallel.compress.advisor import PAPER_SHARE
 from parallel.config import CompressConfig, EngineConfig, MeshConfig
 from planning.hardware import Hardware
-from planning.memory import Bytes, loads_of, published_schemes, rank_bytes
+from planning.memory import Bytes, Loads, loads_of, published_schemes, rank_bytes
+from planning.reserve import StartUp, nccl_bytes, start_up
 from planning.step import Estimate, estimate, rough_seconds
 from planning.units import size_text
 from planning.zero import Place, stage_of_zero
@@ -27,6 +28,9 @@ class Candidate:
     settings: PriorTrain
     bytes_: Bytes
     """Of the fullest rank."""
+    start: StartUp | None = None
+    """Its peaks before the first step; None if it cannot be laid out, and on CPUs: there the host's
+    memory is the ranks', and a step takes more of it."""
     why: str = ""
     """Why it cannot run; empty if it fits."""
 
@@ -133,18 +137,19 @@ def weigh(settings: PriorTrain, world: int, hardware: Hardware) -> Candidate:
     problems = _problems(settings, world)
     if problems:
         return Candidate(settings=settings, bytes_={}, why="; ".join(problems))
-    bytes_ = fullest(settings)
+    bytes_ = fullest(settings) | nccl_bytes(settings, hardware)
     total = sum(bytes_.values())
+    start = None if hardware.cores else hungriest(settings, hardware)
     share = hardware.cores and settings.mesh.world  # ranks of one machine share its memory
     most = hardware.usable / share if share else hardware.usable
-    why = ""
+    why = start.problem(hardware) if start else ""
     if total > most:
         most_of_it = max(bytes_, key=lambda name: bytes_[name])
         why = (
             f"needs {size_text(total)} a rank, {size_text(most)} of {hardware.name} can be used; "
             f"{size_text(bytes_[most_of_it])} of it are {most_of_it}"
         )
-    return Candidate(settings=settings, bytes_=bytes_, why=why)
+    return Candidate(settings=settings, bytes_=bytes_, start=start, why=why)
 
 
 def _problems(settings: PriorTrain, world: int) -> list[str]:
@@ -165,10 +170,20 @@ def _problems(settings: PriorTrain, world: int) -> list[str]:
 
 def fullest(settings: PriorTrain) -> Bytes:
     """Bytes of the stage that needs most."""
-    last = settings.mesh.pipeline - 1
-    stages = sorted({0, min(1, last), last})
-    found = [rank_bytes(loads_of(settings, Place(stage=stage))) for stage in stages]
+    found = [rank_bytes(loads) for loads in _stages(settings)]
     return max(found, key=lambda bytes_: sum(bytes_.values()))
+
+
+def hungriest(settings: PriorTrain, hardware: Hardware) -> StartUp:
+    """The peaks of the stage that takes most of the host to start."""
+    found = [start_up(loads, hardware) for loads in _stages(settings)]
+    return max(found, key=lambda start: (start.host, start.device))
+
+
+def _stages(settings: PriorTrain) -> list[Loads]:
+    """The first, a middle and the last stage."""
+    last = settings.mesh.pipeline - 1
+    return [loads_of(settings, Place(stage=s)) for s in sorted({0, min(1, last), last})]
 
 
 def beside(candidate: Candidate, parameters: int) -> dict[str, int]:

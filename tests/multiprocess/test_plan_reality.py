@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -27,6 +28,7 @@ from parallel.ledger import Ledger, recorded
 from parallel.mesh import Mesh, build_mesh
 from parallel.world import World, join_world, leave_world
 from planning.memory import Loads, loads_of, rank_bytes
+from planning.reserve import communicators
 from planning.traffic import step_traffic
 from planning.zero import place_of
 from training.config import LoopConfig, PriorTrain
@@ -173,10 +175,12 @@ def _measure(case: Case, world: World, ledger: Ledger) -> dict[str, Any]:
         with saved_tensors_hooks(kept.pack, kept.unpack):
             engine.step(micro, 1e-4)
     comm = ledger.take()
+    carrying = {handle or dist.group.WORLD for handle in ledger._group_labels}
+    sizes = sorted(n for n in map(dist.get_world_size, carrying) if n > 1)
     found = {**_model_bytes(engine, weights, seen), "activations": kept.peak}
     says = engine.memory()
     engine.close()
-    return {"bytes": found, "comm": comm, "says": says}
+    return {"bytes": found, "comm": comm, "says": says, "groups": sizes}
 
 
 def _micro_batches(case: Case, step: int, replica: int) -> list[dict[str, Tensor]]:
@@ -255,3 +259,14 @@ def test_traffic_of_every_rank(case: Case, measured: dict[str, list[dict[str, An
     """Calls and bytes of every collective, by group and operation, equal the ledger's."""
     for rank, real in enumerate(measured[case.name]):
         assert step_traffic(planned(case, rank)) == real["comm"], f"rank {rank}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_process_groups_of_every_rank(
+    case: Case, measured: dict[str, list[dict[str, Any]]]
+) -> None:
+    """Those that carry something: NCCL makes buffers for each."""
+    sizes = sorted(ranks for ranks, _ in communicators(planned(case, 0).settings))
+    for rank, real in enumerate(measured[case.name]):
+        assert sizes == real["groups"], f"rank {rank}"
