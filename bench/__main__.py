@@ -15,6 +15,7 @@ NAMES = (
         "dvae",
         "engines",
         "goodput",
+        "gpu",
         "loader",
         "network",
         "order",
@@ -29,8 +30,18 @@ def main() -> None:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object on the last line"
     )
+    gpu = parser.add_argument_group("of gpu alone")
+    gpu.add_argument("--device", choices=("cuda", "cpu"), help="cpu: a dry run (cuda)")
+    gpu.add_argument("--tiny", action="store_true", default=None, help="small sizes")
+    gpu.add_argument("--out", help="folder for the rows ($OUT, else runs/gpu)")
+    gpu.add_argument("--only", help="names of sections, with commas between them")
+    gpu.add_argument("--budget", type=float, help="seconds of all sections together (420)")
     chosen = parser.parse_args()
-    rows = importlib.import_module(f"bench.{chosen.name}").run()
+    names = ("device", "tiny", "out", "only", "budget")
+    flags = {name: value for name in names if (value := getattr(chosen, name)) is not None}
+    if flags and chosen.name != "gpu":
+        parser.error(f"{', '.join(f'--{name}' for name in flags)} belong to gpu")
+    rows = importlib.import_module(f"bench.{chosen.name}").run(**flags)
     for row in rows:
         low, high = row["spread"]
         print(

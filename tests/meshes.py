@@ -1,13 +1,14 @@
 """All meshes of the parity benchmark, trained through the staging backend.
 
-`python -m tests.meshes OUT KIND PART PARTS PRECISION...` trains every PARTS-th case: a process of
-its own has a forkserver of its own, which has imported all engines before the first rank starts.
+`python -m tests.meshes OUT KIND NAME...` trains the cases of these names: a process of its own has
+a forkserver of its own, which has imported all engines before the first rank starts.
 """
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,21 @@ CORES = 4
 """A world of 8 small ranks keeps about that many busy."""
 
 
-def train_meshes(out: Path, kind: str, precisions: tuple[str, ...]) -> dict[str, Rows]:
-    """Rows of each case and precision by name; a case that failed has none, and is printed.
+def train_meshes(
+    out: Path, kind: str, precisions: Sequence[str], more: Sequence[str] = ()
+) -> dict[str, Rows]:
+    """Rows by name of every case in each precision, and of `more`, such as "TP2 pipe bf16".
 
-    Worlds run side by side where there are cores for them.
+    A case that failed has none, and is printed. Worlds run side by side where there are cores.
     """
     parts = max(1, (os.cpu_count() or 1) // CORES)
     environment = {**ENVIRONMENT, **({"CUDA_VISIBLE_DEVICES": ""} if kind == "cpu" else {})}
+    ones = {f"{ONE.name} {name.split()[-1]}" for name in [*precisions, *more]}
+    names = [f"{case.name} {precision}" for precision in precisions for case in CASES]
+    names = [*sorted(ones), *names, *more]
     command = [sys.executable, "-m", "tests.meshes", str(out), kind]
     running = [
-        subprocess.Popen([*command, str(part), str(parts), *precisions], cwd=ROOT, env=environment)
+        subprocess.Popen([*command, *names[part::parts]], cwd=ROOT, env=environment)
         for part in range(parts)
     ]
     for process in running:
@@ -41,16 +47,18 @@ def train_meshes(out: Path, kind: str, precisions: tuple[str, ...]) -> dict[str,
     return {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
 
 
-def main(out: str, kind: str, part: int, parts: int, *precisions: str) -> None:
-    """Train this part of the cases, one world after another; each leaves NAME.json."""
-    cases = [case.precise(precision) for precision in precisions for case in (ONE, *CASES)]
-    for case in cases[part::parts]:
+def main(out: str, kind: str, *names: str) -> None:
+    """Train cases, one world after another; each leaves NAME.json."""
+    cases = {case.name: case for case in (ONE, *CASES)}
+    for name in names:
+        case, _, precision = name.rpartition(" ")
+        chosen = replace(cases[case].precise(precision), steps=STEPS)
         try:
-            rows = parity.train(replace(case, steps=STEPS), f"tests.meshes:train_on_{kind}")
+            rows = parity.train(chosen, f"tests.meshes:train_on_{kind}")
         except TapirError as error:
-            print(f"{case.name}: {error}", file=sys.stderr, flush=True)
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
         else:
-            Path(out, f"{case.name}.json").write_text(json.dumps(rows))
+            Path(out, f"{name}.json").write_text(json.dumps(rows))
 
 
 def train_on_cpu(payload: str) -> None:
@@ -71,4 +79,4 @@ def _train(kind: str, payload: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:])
+    main(*sys.argv[1:])

@@ -1,0 +1,57 @@
+"""The process that runs some sections.
+
+`python -m bench.gpu.child DEVICE SIZE NAME...` prints a JSON line for each row.
+"""
+
+import gc
+import importlib
+import os
+import sys
+import time
+import traceback
+
+import torch
+
+from bench.gpu.report import Report
+from bench.gpu.sections import SECTIONS
+from parallel.precision import set_numerics
+
+
+def main(device: str, size: str, *names: str) -> None:
+    """Run sections; ends with 3 if the GPU answers no more, which only a new process mends."""
+    sys.path[:] = [path for path in sys.path if path]
+    if device == "cpu":
+        torch.set_num_threads(1)  # a dry run; its times mean nothing, and others work beside it
+    report = Report(torch.device(device), size == "tiny", os.fdopen(os.dup(1), "w"))
+    os.dup2(2, 1)  # what libraries print is not a row
+    if report.device.type == "cuda":
+        torch.cuda.set_device(0)
+        report.device = torch.device("cuda", 0)
+    for name in names:
+        module, function = SECTIONS[name][0].split(":")
+        began = time.perf_counter()
+        report.begin(name)
+        set_numerics(report.device)
+        try:
+            getattr(importlib.import_module(module), function)(report)
+        except Exception as error:
+            traceback.print_exc()
+            report.failed("the section", f"{type(error).__name__}: {str(error)[:300]}")
+        report.end(time.perf_counter() - began)
+        _free(report.device)
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        traceback.print_exc()
+        os._exit(3)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

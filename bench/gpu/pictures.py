@@ -1,0 +1,89 @@
+"""Pictures into codes by the paper's dVAE: equal to the CPU's, and how many a second."""
+
+import io
+import os
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor
+
+from bench.gpu.report import Report, Wanted, at_least, rates, seconds, wall_seconds
+from data_pipeline.config import TokenizeConfig
+from data_pipeline.raw import RawRecord, RawRecords
+from data_pipeline.tokenize.encode import Encoders, encode_pairs
+from models.codes import CodeReader
+from models.config import DVAEConfig
+from models.dvae import DVAE
+from parallel.device import CPU
+from parallel.precision import set_numerics
+from training.presets import dvae_paper
+
+CLOSE = {"fp32": 0.9999, "bf16": 0.98}
+"""Share of codes that must be the CPU's of fp32."""
+FLOPS = 0.29e12
+"""Of a 256x256 picture."""
+
+
+def pictures(report: Report) -> None:
+    """Agreement on some pictures, then speed with pictures on the device and from JPEGs."""
+    device, tiny = report.device, report.tiny
+    model = DVAE(DVAEConfig(codebook=64) if tiny else dvae_paper().model).eval()
+    some = smooth(64 if tiny else 4, model.config.pixels)
+    with torch.no_grad():
+        model.calibrate(some)
+    set_numerics(CPU)
+    exact = CodeReader(model).codes(some)
+    model.to(device)
+    set_numerics(device)
+    many, batch = (8, 4) if tiny else (512, 64)
+    for precision, least in CLOSE.items():
+        reader = CodeReader(model, precision)  # type: ignore[arg-type]
+        equal = float((reader.codes(some.to(device)).cpu() == exact).float().mean())
+        report.row(f"{precision}: codes equal to the CPU's", equal, "", Wanted(least=least))
+        x = smooth(batch, model.config.pixels).to(device)
+        rate, every = rates(batch, seconds(lambda x=x, r=reader: r.codes(x), device, 2, 5))
+        wanted = at_least(1000) if precision == "bf16" else None
+        beside = "" if tiny else f"{rate * FLOPS / 1e12:.0f} TFLOP/s"
+        report.row(
+            f"{precision}: on the device", rate, "pictures/s", wanted, baseline=beside, spread=every
+        )
+    rate, every = _from_files(reader, many, device)
+    report.row(
+        "bf16: from JPEGs, as tokenize does", rate, "pictures/s", at_least(1000), spread=every
+    )
+
+
+def smooth(count: int, pixels: int) -> Tensor:
+    """Random pictures whose neighbouring pixels are alike, (count, 3, pixels, pixels)."""
+    draws = torch.Generator().manual_seed(count)
+    return F.avg_pool2d(torch.rand(count, 3, pixels, pixels, generator=draws), 5, 1, 2)
+
+
+def _from_files(reader: CodeReader, count: int, device: torch.device) -> tuple[float, list[float]]:
+    """Decoding, cropping, encoding and packing, with a thread a core."""
+    side, records = reader.config.pixels, []
+    for i, picture in enumerate(smooth(16, side + side // 8)):
+        file = io.BytesIO()
+        pixels = (picture.permute(1, 2, 0) * 255).byte().numpy()
+        Image.fromarray(np.ascontiguousarray(pixels)).save(file, "jpeg", quality=95)
+        records.append((f"{i}", file.getvalue()))
+    pairs = RawRecords(
+        [
+            RawRecord(
+                key=f"{i}-{records[i % 16][0]}",
+                image=records[i % 16][1],
+                extension="jpg",
+                caption="a",
+            )
+            for i in range(count)
+        ]
+    )
+    words = Tokenizer(WordLevel({"a": 0}, "a"))
+    encoders = Encoders(codes=reader, dvae_hash="", tokenizer=words, tokenizer_hash="")
+    config = TokenizeConfig(precision="bf16", readers=max(1, (os.cpu_count() or 2) - 1))
+    spent = wall_seconds(lambda: encode_pairs(pairs, encoders, config, {}), device, 3)
+    return rates(count, spent[1:])

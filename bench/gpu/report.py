@@ -1,0 +1,177 @@
+"""Rows of the GPU benchmark, and how its sections take time."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from parallel.device import wait_for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a figure must be."""
+
+    least: float | None = None
+    most: float | None = None
+    speed: bool = False
+    """Asked of GPUs at full size alone."""
+
+    @property
+    def text(self) -> str:
+        return f">= {self.least:g}" if self.least is not None else f"<= {self.most:g}"
+
+    @property
+    def bound(self) -> float:
+        found = self.least if self.least is not None else self.most
+        assert found is not None, "a figure is wanted to be at least or at most something"
+        return found
+
+    def reached(self, value: float) -> bool:
+        """False for what is not a number, too."""
+        return value >= self.bound if self.least is not None else value <= self.bound
+
+    def ratio(self, value: float) -> float:
+        """At least 1 where it is reached."""
+        if self.least is not None:
+            return value / self.bound
+        return self.bound / value if value > 0 and self.bound else float(self.reached(value))
+
+
+def at_least(value: float) -> Wanted:
+    """Wanted of a speed."""
+    return Wanted(least=value, speed=True)
+
+
+class Report:
+    """Where the sections put their rows; each is written at once."""
+
+    def __init__(self, device: torch.device, tiny: bool, output: TextIO) -> None:
+        self.device, self.tiny = device, tiny
+        self._output, self._section = output, ""
+
+    @property
+    def judged(self) -> bool:
+        """True if figures of speed mean anything here."""
+        return self.device.type == "cuda" and not self.tiny
+
+    def begin(self, section: str) -> None:
+        """All rows are of this section now."""
+        self._section = section
+        self._write({"begin": section})
+
+    def end(self, seconds: float) -> None:
+        """The section is over."""
+        self._write({"end": self._section, "seconds": round(seconds, 2)})
+
+    def row(
+        self,
+        name: str,
+        value: float,
+        unit: str = "",
+        wanted: Wanted | None = None,
+        *,
+        baseline: str = "",
+        spread: Sequence[float] = (),
+        **more: Any,
+    ) -> None:
+        """One figure. `baseline` says what it stands beside; a ratio above 1 is better than wanted.
+
+        `spread` are the same figure's values in all rounds.
+        """
+        passed = None
+        if wanted is not None and (self.judged or not wanted.speed):
+            passed = wanted.reached(value)
+        text = f"wanted {wanted.text}" if wanted else ""
+        ratios = [wanted.ratio(one) if wanted else 1.0 for one in (value, *spread)]
+        self._write(
+            {
+                "section": self._section,
+                "name": name,
+                "value": value,
+                "unit": unit,
+                "baseline": ", ".join(part for part in (baseline, text) if part),
+                "ratio": ratios[0],
+                "spread": [min(ratios[1:] or ratios), max(ratios[1:] or ratios)],
+                "wanted": wanted.text if wanted else "",
+                "passed": passed,
+                **more,
+            }
+        )
+
+    def absent(self, name: str, why: str) -> None:
+        """A figure that cannot be had here, and why: no failure."""
+        self.row(name, 0.0, baseline=f"not run: {why}", absent=True)
+
+    def failed(self, name: str, why: str) -> None:
+        """Something that went wrong in place of a figure."""
+        self._write(failed_row(self._section, name, why))
+
+    def _write(self, row: dict[str, Any]) -> None:
+        print(json.dumps(row), file=self._output, flush=True)
+
+
+def failed_row(section: str, name: str, why: str) -> dict[str, Any]:
+    """A row of what went wrong."""
+    return {
+        "section": section,
+        "name": name,
+        "value": 0.0,
+        "unit": "",
+        "baseline": why,
+        "ratio": 0.0,
+        "spread": [0.0, 0.0],
+        "wanted": "",
+        "passed": False,
+    }
+
+
+def seconds(
+    work: Callable[[], object], device: torch.device, warm: int = 3, rounds: int = 7
+) -> list[float]:
+    """Seconds of some rounds, after some that are not timed; on a GPU by its events."""
+    for _ in range(warm):
+        work()
+    wait_for(device)
+    return [_one(work, device) for _ in range(rounds)]
+
+
+def _one(work: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    work()
+    last.record()
+    last.synchronize()
+    return float(first.elapsed_time(last)) / 1000
+
+
+def wall_seconds(work: Callable[[], object], device: torch.device, rounds: int) -> list[float]:
+    """Seconds on the host's clock until the device has done it: what a user waits."""
+    found = []
+    for _ in range(rounds):
+        wait_for(device)
+        began = time.perf_counter()
+        work()
+        wait_for(device)
+        found.append(time.perf_counter() - began)
+    return found
+
+
+def rates(amount: float, spent: Sequence[float]) -> tuple[float, list[float]]:
+    """Median and all of an amount a second."""
+    return amount / statistics.median(spent), [amount / one for one in spent]
+
+
+def relative(value: Tensor, exact: Tensor) -> float:
+    """Norm of the difference over the norm of what is exact; not a number stays one."""
+    a, b = value.detach().double().cpu(), exact.detach().double().cpu()
+    return float((a - b).norm() / b.norm())

@@ -1,0 +1,146 @@
+"""Everything that one GPU proves, in one command: tests/gpu, then `python -m bench gpu`.
+
+Made for a bare machine: standard library alone, no network, no make. Runs with the Python of .venv
+if there is one, else with this one and the wheels of .whl (tests/gpu/wheels.py). Results go to
+$OUT, else to runs/gpu; a table comes last. Ends with 1 if a test failed or a figure missed what is
+wanted.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+SHARE = 0.5
+"""Of the time that the tests may take; the benchmark gets what they leave."""
+LAST = 10.0
+"""Seconds that are kept for the table."""
+MESHES = "test_meshes_on_gpu.py"
+
+
+def main() -> int:
+    """Run all of it; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small sizes: a dry run")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of all of it together (8)")
+    flags = parser.parse_args()
+    until = time.monotonic() + 60 * flags.minutes - LAST
+    out = Path(os.environ.get("OUT") or ROOT / "runs" / "gpu").absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("*gpu*.*"):
+        old.unlink()
+    environment = {**os.environ, "TAPIR_GPU_TESTS_DEVICE": flags.device}
+    if flags.device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    python = _python(environment)
+    _tests(python, environment, out, time.monotonic() + SHARE * (until - time.monotonic()))
+    bench = [python, "-m", "bench", "gpu", "--json", f"--device={flags.device}", f"--out={out}"]
+    left = until - time.monotonic()
+    bench += [f"--budget={left:.0f}", *(["--tiny"] if flags.tiny else [])]
+    _end([_start(bench, environment, out / "bench-gpu.log")], until + LAST / 2)
+    text, failed = table(out)
+    (out / "table-gpu.md").write_text(text)
+    print(text)
+    return 1 if failed else 0
+
+
+def _python(environment: dict[str, str]) -> str:
+    """The Python to run with; where there is no .venv, the wheels are put in its way."""
+    own = ROOT / ".venv" / "bin" / "python"
+    paths = [str(ROOT)]
+    if not own.exists() and any((ROOT / ".whl").glob("*.whl")):
+        site = ROOT / ".site"
+        install = [sys.executable, "-P", str(Path(__file__).with_name("wheels.py")), "install"]
+        subprocess.run([*install, str(site)], check=True)
+        paths.append(str(site))
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [*paths, *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    return str(own) if own.exists() else sys.executable
+
+
+def _tests(python: str, environment: dict[str, str], out: Path, until: float) -> None:
+    """Worlds of several ranks beside the tests of one process, so that no core idles."""
+    tests = [python, "-m", "pytest", "-m", "big or not big", "-p", "no:cacheprovider"]
+    folder, running = "tests/gpu", []
+    for name, chosen in (
+        ("tests-gpu-ranks", [f"{folder}/{MESHES}"]),
+        ("tests-gpu", [folder, f"--ignore={folder}/{MESHES}"]),
+    ):
+        command = [*tests, *chosen, f"--junitxml={out / name}.xml"]
+        running.append(_start(command, environment, out / f"{name}.log"))
+    _end(running, until)
+
+
+def _start(command: list[str], environment: dict[str, str], log: Path) -> "subprocess.Popen[bytes]":
+    print(f"{log.name}: {' '.join(command)}", flush=True)
+    with open(log, "wb") as output:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+
+
+def _end(running: "list[subprocess.Popen[bytes]]", until: float) -> None:
+    """Wait for processes; what runs after the time is killed with all that it started."""
+    for process in running:
+        try:
+            process.wait(max(until - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            print(f"out of time: {' '.join(process.args[:6])} ...", flush=True)  # type: ignore[index]
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def table(out: Path) -> tuple[str, list[str]]:
+    """What was found, as Markdown, and the names of what failed."""
+    lines, failed = ["| what | figure | wanted | |", "|---|---|---|---|"], []
+    for name in ("tests-gpu", "tests-gpu-ranks"):
+        counted, bad = _counted(out / f"{name}.xml")
+        lines.append(f"| {name} | {counted} | all pass | {'FAIL' if bad else 'pass'} |")
+        failed += bad
+    rows = _rows(out / "bench-gpu.jsonl")
+    if not rows:
+        failed.append("bench gpu left no row")
+    for row in rows:
+        name = f"{row['section']}: {row['name']}"
+        verdict = {True: "pass", False: "FAIL", None: ""}[row["passed"]]
+        figure = f"{row['value']:.4g} {row['unit']}".strip() if row["value"] else "0"
+        beside = row["baseline"].replace(f", wanted {row['wanted']}", "")
+        figure = beside if row.get("absent") or (row["ratio"] == 0 and not row["value"]) else figure
+        note = f" ({beside})" if beside not in (figure, f"wanted {row['wanted']}", "") else ""
+        lines.append(f"| {name} | {figure}{note} | {row['wanted']} | {verdict} |")
+        failed += [name] if row["passed"] is False else []
+    lines += ["", f"{len(rows)} figures, {len(failed)} failed{''.join(f'; {n}' for n in failed)}"]
+    return "\n".join(lines) + "\n", failed
+
+
+def _counted(report: Path) -> tuple[str, list[str]]:
+    """How many tests passed, and the names of those that did not."""
+    if not report.exists():
+        return "did not end in their time", [report.stem]
+    cases = list(ElementTree.parse(report).iter("testcase"))
+    bad = [
+        f"{case.get('classname')}::{case.get('name')}"
+        for case in cases
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    text = f"{len(cases) - len(bad) - skipped} passed, {len(bad)} failed, {skipped} skipped"
+    return text, bad or ([] if cases else [report.stem])
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
