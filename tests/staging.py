@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import AllgatherOptions
 from torch.utils._pytree import tree_leaves, tree_map
 
 from parallel.device import share_devices
@@ -110,8 +111,10 @@ class Staged(dist.ProcessGroup):
     alltoall_base = all_to_all_single = _carried("alltoall_base")
 
     def allgather_into_tensor_coalesced(
-        self, outputs: list[Tensor], inputs: list[Tensor], opts: Any
+        self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
     ) -> StagedWork:
+        """torch 2.11 gives no options."""
+        opts = opts or AllgatherOptions()
         return self._each("_allgather_base", outputs, inputs, opts)
 
     def reduce_scatter_tensor_coalesced(

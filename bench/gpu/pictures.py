@@ -83,7 +83,10 @@ def _from_files(reader: CodeReader, count: int, device: torch.device) -> tuple[f
         ]
     )
     words = Tokenizer(WordLevel({"a": 0}, "a"))
-    encoders = Encoders(codes=reader, dvae_hash="", tokenizer=words, tokenizer_hash="")
+    numerics = set_numerics(device)
+    encoders = Encoders(
+        numerics=numerics, codes=reader, dvae_hash="", tokenizer=words, tokenizer_hash=""
+    )
     config = TokenizeConfig(precision="bf16", readers=max(1, (os.cpu_count() or 2) - 1))
     spent = wall_seconds(lambda: encode_pairs(pairs, encoders, config, {}), device, 3)
     return rates(count, spent[1:])
