@@ -12,7 +12,7 @@ DEV_STAMP := $(VENV)/.installed-dev
 SYSTEM := npm:npm ip:iproute2 /usr/share/wordnet/data.noun:wordnet-base \
 	/usr/sbin/slurmctld:slurm-wlm /usr/sbin/munged:munge cc:gcc
 
-.PHONY: install system demo test test-fast check faults soak matrix slurm bench wheels clean
+.PHONY: install system demo test test-fast check faults soak matrix slurm bench gpu wheels clean
 
 install: $(STAMP)
 
@@ -81,6 +81,11 @@ bench: $(DEV_STAMP) system
 	$(BIN)/python -m bench plan --json
 	$(BIN)/python -m bench loader --json
 	$(BIN)/python -m bench stream --json
+
+# All that one GPU proves, in 8 minutes; a dry run: make gpu DEVICE=cpu TINY=1. Without make:
+# python3 tests/gpu/run.py. It installs nothing but the wheels of .whl, where there is no .venv.
+gpu:
+	$(PYTHON) -P tests/gpu/run.py $(if $(DEVICE),--device $(DEVICE)) $(if $(TINY),--tiny)
 
 # What a GPU machine without a network lacks, in .whl; needs a package index.
 wheels:

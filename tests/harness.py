@@ -15,7 +15,8 @@ from training.main import PRELOAD
 
 ROOT = Path(__file__).parents[1]
 TAPIR = [sys.executable, "-m", "tapir"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+PATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATH}
 
 
 def run_world(target: str, payload: dict[str, Any], ranks: int) -> list[Any]:

@@ -1,6 +1,6 @@
 """The process that runs some sections.
 
-`python -m bench.gpu.child DEVICE SIZE NAME...` prints a JSON line for each row.
+`python -m bench.gpu.child DEVICE SIZE NAME=MODULE:FUNCTION...` prints a JSON line for each row.
 """
 
 import gc
@@ -13,22 +13,22 @@ import traceback
 import torch
 
 from bench.gpu.report import Report
-from bench.gpu.sections import SECTIONS
 from parallel.precision import set_numerics
 
 
-def main(device: str, size: str, *names: str) -> None:
+def main(device: str, size: str, *sections: str) -> None:
     """Run sections; ends with 3 if the GPU answers no more, which only a new process mends."""
-    sys.path[:] = [path for path in sys.path if path]
     if device == "cpu":
         torch.set_num_threads(1)  # a dry run; its times mean nothing, and others work beside it
+    torch._dynamo.config.recompile_limit = 64  # more shapes than a run has
     report = Report(torch.device(device), size == "tiny", os.fdopen(os.dup(1), "w"))
     os.dup2(2, 1)  # what libraries print is not a row
     if report.device.type == "cuda":
         torch.cuda.set_device(0)
         report.device = torch.device("cuda", 0)
-    for name in names:
-        module, function = SECTIONS[name][0].split(":")
+    for section in sections:
+        name, _, target = section.partition("=")
+        module, function = target.split(":")
         began = time.perf_counter()
         report.begin(name)
         set_numerics(report.device)

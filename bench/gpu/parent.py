@@ -45,7 +45,8 @@ def _all(device: str, tiny: bool, names: list[str], until: float) -> Iterator[Ro
 def _process(device: str, tiny: bool, names: list[str], until: float) -> Iterator[Row]:
     """The rows of one process; returns how many sections are over, however they ended."""
     command = [sys.executable, "-m", "bench.gpu.child", device, "tiny" if tiny else "full"]
-    child = subprocess.Popen([*command, *names], stdout=subprocess.PIPE, text=True)
+    targets = [f"{name}={SECTIONS[name][0]}" for name in names]
+    child = subprocess.Popen([*command, *targets], stdout=subprocess.PIPE, text=True)
     lines: queue.Queue[str] = queue.Queue()
     threading.Thread(target=_read, args=(child, lines), daemon=True).start()
     done, section, limit = 0, names[0], until

@@ -84,13 +84,11 @@ def _token(
     before = torch.zeros(batch, dtype=torch.int64, device=device)
     compiled = sum(wall_seconds(lambda: decoder.next(lane, AT, before), device, 3))
     spent = wall_seconds(lambda: decoder.next(lane, AT, before), device, 20)
-    bound = decoder.bytes / bandwidth
+    bound = (decoder.bytes + lane.bytes) / bandwidth
     share, every = rates(bound, spent)
     name = f"{config.layers} layers of {config.dim}, batch {batch}"
-    beside = (
-        f"{statistics.median(spent) * 1e3:.3f} ms a token, reading the weights {bound * 1e3:.3f}"
-    )
-    beside += f", {compiled:.0f} s to compile; 0.7 wanted, gpt-fast 0.7"
+    beside = f"{statistics.median(spent) * 1e3:.3f} ms a token, reading weights and caches "
+    beside += f"{bound * 1e3:.3f}; {compiled:.0f} s to compile; 0.7 wanted, gpt-fast 0.7"
     report.row(
         f"{name}: share of the bandwidth", share, "", at_least(0.5), baseline=beside, spread=every
     )

@@ -1,0 +1,50 @@
+"""Candidates and scores on a GPU are those of the CPU, but for near ties and rounding."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_pipeline.evaluation_sets import open_evaluation
+from data_pipeline.tokenize.member import Member
+from generation.config import SampleConfig, ScoreConfig
+from generation.decoder import Decoder, Part
+from generation.pictures import open_studio
+from generation.score import open_job
+from parallel.device import CPU
+from parallel.mesh import Mesh
+from parallel.world import World
+from tests.unit.finished import write_models
+from tests.unit.layouts import write_coco
+from tests.unit.test_models import CONFIG, trained_like
+from tests.unit.test_sampling import draw, keys_of
+
+
+def test_candidates_are_those_of_the_cpu(device: torch.device) -> None:
+    """A draw whose two best codes are nearly tied may fall otherwise: one of twelve at most."""
+    draws = torch.Generator().manual_seed(0)
+    text = torch.randint(0, 30, (2, CONFIG.text_length), generator=draws)
+    found = []
+    for place in (CPU, device):
+        decoder = Decoder(Part(layers=trained_like().to(place), config=CONFIG))
+        found.append(draw(decoder, text, keys_of(2, 6), SampleConfig(), None).flatten(0, 1))
+    assert len(found[0].unique(dim=0)) > 6
+    assert int((found[0] != found[1]).any(1).sum()) <= 1
+
+
+def test_scores_are_those_of_the_cpu(tmp_path: Path, device: torch.device) -> None:
+    """FID subtracts squares of features: a hundred times their bound in fp32."""
+    data = f"coco:{write_coco(tmp_path / 'coco', 8)}"
+    captions = [caption.text for caption in open_evaluation(data).captions]
+    models = write_models(tmp_path, captions)
+    config = ScoreConfig(candidates=2, captions=10, block=5, radii=(0.0, 1.0))
+    found = []
+    for number, place in enumerate((CPU, device)):
+        mesh = Mesh(world=World(device=place))
+        given = {"inception": None, "overlap": None, "out": tmp_path / str(number)}
+        job = open_job(data, models, config=config, device=place, **given)
+        alone = Member(number=0, count=1)
+        scores = job.run(lambda mesh=mesh: open_studio(models, config.precision, mesh), alone)
+        assert scores is not None
+        found.append([row[name] for row in scores["rows"] for name in ("fid", "is")])
+    assert np.isfinite(found).all() and np.allclose(*found, rtol=1e-3)

@@ -1,0 +1,85 @@
+"""`make gpu` and its benchmark: what ends early costs its own figures only, and the table tells."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from bench.gpu import parent
+from bench.gpu.report import Report, Wanted
+from tests.gpu.run import table
+
+JUNIT = """<testsuites><testsuite><testcase classname="a" name="b"/>{}</testsuite></testsuites>"""
+HERE = "tests.unit.test_gpu_run"
+
+
+def fine(report: Report) -> None:
+    report.row("one", 2.0, "s", Wanted(most=3.0))
+
+
+def missed(report: Report) -> None:
+    report.row("two", math.nan, "x", Wanted(least=1.0))
+
+
+def fails(_: Report) -> None:
+    raise RuntimeError("planted")
+
+
+def dies(_: Report) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hangs(_: Report) -> None:
+    signal.pause()
+
+
+def test_a_section_that_ends_early_costs_only_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("missed", "dies", "hangs", "fails", "fine")
+    seconds = {"hangs": 0.1}
+    sections = {name: (f"{HERE}:{name}", seconds.get(name, 60.0)) for name in names}
+    monkeypatch.setattr(parent, "SECTIONS", sections)
+    rows = parent.run(device="cpu", tiny=True, out=str(tmp_path))
+    kept = [json.loads(line) for line in (tmp_path / "bench-gpu.jsonl").read_text().splitlines()]
+    assert [row["name"] for row in kept] == [row["name"] for row in rows]
+    judged = [(r["section"], r["passed"], r["baseline"]) for r in rows if r["passed"] is not None]
+    assert judged == [
+        ("missed", False, "wanted >= 1"),
+        ("dies", False, "its process ended with -9"),
+        ("hangs", False, "took too long and was ended"),
+        ("fails", False, "RuntimeError: planted"),
+        ("fine", True, "wanted <= 3"),
+    ]
+
+
+def test_what_there_was_no_time_for_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parent, "SECTIONS", {"fine": (f"{HERE}:fine", 60.0)})
+    rows = parent.run(device="cpu", tiny=True, out=str(tmp_path), budget=0)
+    assert [(row["passed"], row["baseline"]) for row in rows] == [
+        (False, "not run: the time was over")
+    ]
+
+
+def test_the_table_tells_what_failed_and_what_was_not_run(tmp_path: Path) -> None:
+    (tmp_path / "tests-gpu.xml").write_text(
+        JUNIT.format('<testcase name="c"><failure/></testcase>')
+    )
+    row = {"section": "s", "unit": "s", "baseline": "", "ratio": 1.0, "wanted": "<= 3"}
+    absent = {"name": "peer", "value": 0.0, "passed": None, "absent": True, "baseline": "not run"}
+    rows = [{**row, "name": "one", "value": 2.0, "passed": True}, {**row, **absent}]
+    rows.append({**row, "name": "two", "value": 4.0, "passed": False, "baseline": "beside"})
+    lines = [json.dumps(row) for row in rows]
+    (tmp_path / "bench-gpu.jsonl").write_text("\n".join([*lines, '{"cut off']))
+    text, failed = table(tmp_path)
+    assert "| tests-gpu | 1 passed, 1 failed, 0 skipped | all pass | FAIL |" in text
+    assert "| tests-gpu-ranks | did not end in their time | all pass | FAIL |" in text
+    assert "| s: one | 2 s | <= 3 | pass |" in text
+    assert "| s: two | 4 s (beside) | <= 3 | FAIL |" in text
+    assert "| s: peer | not run |" in text
+    assert failed == ["None::c", "tests-gpu-ranks", "s: two"]
