@@ -21,12 +21,20 @@ def parse(function: Callable[..., T], arguments: Sequence[str], verb: str) -> T:
 
 
 def parse_over(
-    default: T, arguments: Sequence[str], verb: str, description: str | None = None
+    default: T,
+    arguments: Sequence[str],
+    verb: str,
+    description: str | None = None,
+    flat: bool = False,
 ) -> T:
-    """Change fields of a preset by flags."""
-    kind = type(default)
+    """Change fields of a preset by flags; `flat`: without the names of the fields they lie in."""
     return tyro.cli(
-        kind, default=default, args=list(arguments), prog=f"tapir {verb}", description=description
+        type(default),
+        default=default,
+        args=list(arguments),
+        prog=f"tapir {verb}",
+        description=description,
+        config=(tyro.conf.OmitArgPrefixes,) if flat else (),
     )
 
 

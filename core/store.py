@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar
 
 from core.errors import AbsentError, ConfigError, StoreError, StoreInputError
 from core.files import TEMPORARY, write_atomic, write_parts
+from core.places import S3, place_problems
 from core.s3 import S3Store
 
 _WRONG_FOLDER = (
@@ -158,14 +159,13 @@ def _patiently(write: Callable[[], T]) -> T:
 
 
 def open_store(url: str) -> Store:
-    """Open `s3://bucket/prefix` or a folder (which need not exist yet)."""
-    if url.startswith("s3://"):
-        bucket, _, prefix = url[5:].partition("/")
-        if not bucket:
-            raise ConfigError(f"{url!r} names no bucket; write s3://bucket/prefix")
+    """Open `s3://bucket/prefix` or a folder (which need not exist yet).
+
+    Raises: ConfigError for anything else.
+    """
+    if problems := place_problems(url):
+        raise ConfigError(problems[0])
+    if url.startswith(S3):
+        bucket, _, prefix = url.removeprefix(S3).partition("/")
         return S3Store(bucket, prefix)
-    if "://" in url or url.startswith("pipe:"):
-        raise ConfigError(
-            f"{url!r} is no store that Tapir reads; give s3://bucket/prefix or a folder"
-        )
     return FolderStore(Path(url))

@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+SHAPES_COUNT = 10_000
+"""Pairs that `shapes` draws if no count is given."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FilterConfig:

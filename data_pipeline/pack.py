@@ -25,7 +25,7 @@ from core.log import LOG, progress
 from core.settings import check, to_json
 from core.store import FolderStore, Store
 from data_pipeline.captions import clean_caption
-from data_pipeline.config import FilterConfig, PackConfig
+from data_pipeline.config import SHAPES_COUNT, FilterConfig, PackConfig
 from data_pipeline.filters import Duplicates, caption_reject, image_reject
 from data_pipeline.images import inspect
 from data_pipeline.manifest import (
@@ -39,7 +39,7 @@ from data_pipeline.manifest import (
     read_manifest,
 )
 from data_pipeline.shards import build_tar, describe, list_members, put_manifest
-from data_pipeline.sources.catalogue import SHAPES_COUNT, open_source, source_content
+from data_pipeline.sources.catalogue import open_source, source_content
 from data_pipeline.sources.pair import IGNORED, Pair, Unusable
 
 REJECTS, REQUEST = "rejects/", "request.json"

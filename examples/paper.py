@@ -4,13 +4,29 @@ tapir submit examples/paper.py --to slurm --dry-run
 """
 
 GPUS_A_NODE = 8
+PIXELS = 256
+"""Side of the dVAE's pictures: the token job leaves out what is smaller, so pack does first."""
 
 run = {
     "name": "paper",
     "out": "/shared/runs/paper",
     "store": "s3://pairs/paper",
     "stages": {
-        "pack": {"source": "/shared/pairs", "cpus": 32, "minutes": 2880},
+        "pack": {
+            "source": "/shared/pairs",
+            "cpus": 32,
+            "minutes": 14 * 24 * 60,  # 250M pairs at 351 a second with 2 threads: 8 days
+            "flags": {
+                "threads": 32,
+                "validation": 0.001,
+                "max_rejects": 0.05,
+                "min_words": 3,
+                "english": True,
+                "boilerplate": True,
+                "aspect": 2,
+                "min_side": PIXELS,
+            },
+        },
         "bpe": {"preset": "paper_bpe", "cpus": 32},
         "dvae": {"preset": "paper_dvae", "nodes": 8, "gpus": GPUS_A_NODE, "cpus": 96},
         "tokenize": {"workers": 256, "at_once": 128, "gpus": 1, "cpus": 12},

@@ -17,9 +17,10 @@ from core.files import canonical_json, held, write_atomic
 from core.gpus import gpu_problems, usable_gpus
 from core.log import LOG
 from core.s3 import S3Store
+from generation.chain import chain_of
 from generation.config import DemoConfig
 from generation.report import write_report
-from generation.runfile import FOLDERS, STAGES, RunFile, StageSpec, Value, chain_of
+from generation.runfile import FOLDERS, STAGES, RunFile, StageSpec, Value
 from generation.summary import summarise
 from parallel.config import MeshConfig
 

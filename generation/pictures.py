@@ -188,10 +188,11 @@ def open_studio(
     ]
     if any(wrong):
         raise InputError("; ".join(text for text in wrong if text))
+    side = dvae.config.pixels
     return Studio(
         sampler=Sampler(Decoder(part, precision, one_row)),
         dvae=dvae.to(device),
-        ranker=open_ranker(models.clip, models.bpe, device) if rerank else None,
+        ranker=open_ranker(models.clip, models.bpe, device, side) if rerank else None,
         tokenizer=tokenizer,
         caption_drop=float(facts.get("caption_drop", 0.0)),
     )

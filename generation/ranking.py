@@ -112,11 +112,12 @@ class OpenClipRanker:
         return (resized - mean.view(3, 1, 1)) / deviation.view(3, 1, 1)
 
 
-def open_ranker(clip: Path, bpe: Path, device: torch.device = CPU) -> Ranker:
+def open_ranker(clip: Path, bpe: Path, device: torch.device = CPU, pixels: int = 0) -> Ranker:
     """The CLIP of a run folder, or the open_clip checkpoint in a folder.
 
-    Raises: InputError if the run's CLIP has another tokenizer than `bpe`, or the folder of
-    open_clip is not whole.
+    `pixels` is the side of the pictures that it will see, if that is known.
+    Raises: InputError if the run's CLIP has another tokenizer than `bpe` or sees pictures of
+    another size, or the folder of open_clip is not whole.
     """
     if any((clip / name).is_file() for name in (CONFIG, WEIGHTS)):
         return _open_clip(clip, device)
@@ -124,6 +125,11 @@ def open_ranker(clip: Path, bpe: Path, device: torch.device = CPU) -> Ranker:
     tokenizer, digest = load_tokenizer(bpe)
     if found.facts["tokenizer"] != digest:
         raise InputError(f"the CLIP in {clip} was trained with another tokenizer than {bpe}")
+    if pixels not in (0, found.config["pixels"]):
+        raise InputError(
+            f"the CLIP in {clip} was trained on pictures of {found.config['pixels']} pixels, the "
+            f"dVAE's have {pixels}; train one with --model.pixels {pixels}"
+        )
     model: Any = build_model(found)
     return TapirRanker(clip=model.to(device), tokenizer=tokenizer, digest=found.digest)
 

@@ -1,4 +1,4 @@
-"""A run as one file: all stages with presets, changes, resources; and the chain of jobs it means.
+"""A run as one file: all stages with presets, changes and resources.
 
 name: shapes
 out: runs/shapes
@@ -16,27 +16,21 @@ slurm: {partition: main}
 """
 
 import difflib
-import os
 import re
 import runpy
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cluster.jobs import Chain, Job, Place, Resources
+from cluster.jobs import Place, Resources
 from cluster.kubernetes import KubernetesConfig
 from cluster.local import LocalConfig
 from cluster.slurm import SlurmConfig
-from core.cli import parse_over
 from core.errors import ConfigError, InputError
+from core.places import place_problems
 from core.settings import check, from_json, wrong_types
-from data_pipeline.config import PackConfig, TokenizeConfig
-from generation.config import EvaluateConfig, ScoreConfig
-from training.config import BPETrain
 from training.presets import PRESETS
 
 STAGES = ("pack", "bpe", "dvae", "tokenize", "prior", "clip", "score", "evaluate")
@@ -56,8 +50,6 @@ ARRAYS = ("tokenize", "score")
 FOLDERS = {"tokenize": "tokens", "score": "scores", "evaluate": "samples"}
 """Folders of stages that are not called by their stage's name."""
 Value = str | int | float | bool
-AWS = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-AWS_REGION = ("AWS_DEFAULT_REGION", "AWS_REGION", "AWS_PROFILE")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,14 +95,15 @@ class RunFile:
 
     @property
     def raw(self) -> str:
-        return f"{self._store}/raw"
+        return f"{self.data}/raw"
 
     @property
     def tokens(self) -> str:
-        return f"{self._store}/tokens"
+        return f"{self.data}/tokens"
 
     @property
-    def _store(self) -> str:
+    def data(self) -> str:
+        """Where both lie."""
         return self.store.rstrip("/") or str(self.out / "data")
 
     def folder(self, stage: str) -> Path:
@@ -126,8 +119,7 @@ class RunFile:
             )
         if re.search(r"^\w+:/|[%\n]", str(self.out)):
             found.append(f"out={str(self.out)!r} must be a folder, without % or line breaks")
-        if "://" in self.store and not self.store.startswith("s3://"):
-            found.append(f"store={self.store!r} must be s3://bucket/prefix or a folder")
+        found += place_problems(self.store, "store")
         if not self.stages:
             found.append(f"stages: name at least one of {', '.join(STAGES)}")
         if self.retries < 0:
@@ -193,117 +185,6 @@ def _python(path: Path) -> Any:
         raise InputError(f"{path} failed: {type(error).__name__}: {error}") from error
 
 
-def chain_of(run: RunFile, to: Place) -> Chain:
-    """The jobs of a run for a place, each with the command that a user could type.
-
-    Raises: ConfigError with every problem of the stages' settings.
-    """
-    problems: list[str] = []
-    jobs = []
-    for name, spec in run.stages.items():
-        found = _Builder(run, name, spec)
-        jobs.append(found.job())
-        problems += found.problems
-    if "evaluate" in run.stages:
-        report = ("report", str(run.out))
-        before = tuple(name for name in ("score", "evaluate") if name in run.stages)
-        jobs.append(Job(name="report", command=report, after=before))
-    check(problems)
-    return Chain(
-        name=run.name,
-        out=run.out.absolute(),
-        folder=Path.cwd(),
-        python=run.python or ("python3" if to == "kubernetes" else sys.executable),
-        environment=tuple(sorted({*run.environment, *AWS, *AWS_REGION})),
-        retries=run.retries,
-        jobs=tuple(jobs),
-    )
-
-
-class _Builder:
-    """Makes the job of one stage."""
-
-    def __init__(self, run: RunFile, name: str, spec: StageSpec) -> None:
-        self._run, self._name, self._spec = run, name, spec
-        self.problems: list[str] = []
-        self._flags = [_flag(key, value) for key, value in spec.flags.items()]
-
-    def job(self) -> Job:
-        """Its command is checked as far as it can be without its data."""
-        make: dict[str, Callable[[], list[str]]] = {
-            "pack": self._pack,
-            "tokenize": self._tokenize,
-            "score": self._score,
-            "evaluate": self._evaluate,
-        }
-        trains = self._name in PRESETS and self._name != "bpe"
-        command = make.get(self._name, self._train)()
-        world = self._world(command) if trains else 1
-        if self._name == "bpe":
-            self.problems += parse_over(BPETrain(), command[3:], "train bpe").problems()
-        resources = self._spec.resources
-        if world % resources.nodes:
-            self.problems.append(
-                f"stages.{self._name}: {world} ranks of its mesh cannot be dealt to "
-                f"{resources.nodes} nodes; change nodes or flags mesh.*"
-            )
-        known = [name for name in AFTER[self._name] if name in self._run.stages]
-        for name in AFTER[self._name]:
-            if name not in self._run.stages:
-                known += [n for n in AFTER[name] if n in self._run.stages]
-        return Job(
-            name=self._name,
-            command=tuple(command),
-            after=tuple(dict.fromkeys(known)),
-            ranks=max(1, world // resources.nodes),
-            array=self._name in ARRAYS and resources.workers > 1,
-            trains=trains,
-            resources=resources,
-        )
-
-    def _pack(self) -> list[str]:
-        config = parse_over(PackConfig(), self._flags, "pack")
-        self.problems += [f"stages.pack: {text}" for text in config.problems()]
-        return ["pack", self._spec.source, self._run.raw, *self._flags]
-
-    def _tokenize(self) -> list[str]:
-        config = parse_over(TokenizeConfig(), self._flags, "tokenize")
-        self.problems += [f"stages.tokenize: {text}" for text in config.problems()]
-        models = [f"--{name}={self._run.folder(name)}" for name in ("dvae", "bpe")]
-        return ["tokenize", self._run.raw, self._run.tokens, *models, *self._flags]
-
-    def _train(self) -> list[str]:
-        run, name = self._run, self._name
-        data = run.tokens if name == "prior" else run.raw
-        bpe = [f"--bpe={run.folder('bpe')}"] if name in ("clip", "prior") else []
-        places = [f"--data={data}", f"--out={run.folder(name)}", *bpe]
-        return ["train", name, self._spec.preset, *places, *self._flags]
-
-    def _score(self) -> list[str]:
-        own = [flag for flag in self._flags if not flag.startswith(("--inception=", "--overlap="))]
-        config = parse_over(ScoreConfig(), own, "score")
-        self.problems += [f"stages.score: {text}" for text in config.problems()]
-        data = self._spec.source or self._run.raw
-        return ["score", data, *self._models(), *self._flags]
-
-    def _evaluate(self) -> list[str]:
-        config = parse_over(EvaluateConfig(), self._flags, "evaluate")
-        self.problems += [f"stages.evaluate: {text}" for text in config.problems()]
-        return ["evaluate", self._run.raw, *self._models(), *self._flags]
-
-    def _models(self) -> list[str]:
-        """Where the stage writes, and the models that it reads."""
-        run = self._run
-        models = [f"--{name}={run.folder(name)}" for name in ("prior", "dvae", "clip", "bpe")]
-        return [f"--out={run.folder(self._name)}", *models]
-
-    def _world(self, command: list[str]) -> int:
-        preset = PRESETS[self._name][self._spec.preset]()
-        settings = parse_over(preset, command[3:], f"train {self._name} {self._spec.preset}")
-        self.problems += [f"stages.{self._name}: {text}" for text in settings.problems()]
-        return int(settings.mesh.world)
-
-
 def _stage(name: str, body: Any) -> StageSpec:
     body = {} if body is None else body
     if not isinstance(body, dict) or not isinstance(body.get("flags") or {}, dict):
@@ -332,21 +213,6 @@ def _refuse_unknown(where: str, body: dict[str, Any], known: Any) -> None:
             raise ConfigError(f"{where} knows no {name!r}{hint}")
 
 
-def _flag(key: str, value: Value) -> str:
-    """A changed field as tyro's flag."""
-    name = key.replace("_", "-")
-    if isinstance(value, bool):
-        head, _, last = name.rpartition(".")
-        dot = "." if head else ""
-        return f"--{head}{dot}{'' if value else 'no-'}{last}"
-    return f"--{name}={value}"
-
-
 def settings_of(run: RunFile, to: Place) -> dict[str, Any]:
     """The run file's part about the place where it is sent."""
     return dict(vars(getattr(run, to)))
-
-
-def missing_variables(chain: Chain) -> list[str]:
-    """Variables that the run file names and this process does not have."""
-    return [n for n in chain.environment if n not in (*AWS, *AWS_REGION) and n not in os.environ]

@@ -54,10 +54,12 @@ FEW = 100 * SPLITS
 
 def digests(models: ModelPaths) -> dict[str, str]:
     """What the models are."""
+    dvae = open_model(models.dvae, "dvae")
+    pixels = int(dvae.config["pixels"])
     return {
         "prior": open_model(models.prior, "prior", models.step).digest,
-        "dvae": open_model(models.dvae, "dvae").digest,
-        "clip": open_ranker(models.clip, models.bpe).digest,
+        "dvae": dvae.digest,
+        "clip": open_ranker(models.clip, models.bpe, pixels=pixels).digest,
         "tokenizer": load_tokenizer(models.bpe)[1],
     }
 

@@ -2,11 +2,8 @@
 
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -15,25 +12,33 @@ from cluster.job import JobSettings, run_job
 from cluster.jobs import (
     CANCELLED,
     CHAIN,
-    LOGS,
     SCRIPTS,
-    Chain,
     Place,
     Submitted,
     read_submitted,
     write_submitted,
 )
 from core.cli import parse, print_json
-from core.errors import EXIT_WRONG_INPUT, ConfigError, InputError, TapirError
+from core.errors import ConfigError, InputError
 from core.log import LOG
 from core.settings import check
 from core.store import open_store
 from data_pipeline.tokenize.status import describe_status, job_status
-from generation.runfile import chain_of, missing_variables, read_runfile, settings_of
+from generation.chain import chain_of, missing_variables, settings_of_stages
+from generation.chain_needs import packed_problems
+from generation.chain_states import (
+    follow_logs,
+    is_over,
+    kubernetes_of,
+    only_looking,
+    place_settings,
+    states_of,
+    wait_for,
+)
+from generation.runfile import read_runfile, settings_of
 
 Folder = Annotated[Path, tyro.conf.Positional]
 _FLAT = tyro.conf.OmitArgPrefixes
-_LOOK, _PAUSE = 1.0, 10.0
 
 
 def submit(arguments: list[str]) -> None:
@@ -58,6 +63,7 @@ def submit(arguments: list[str]) -> None:
         found = read_runfile(file)
         place = to or found.to
         chain = chain_of(found, place)
+        check(packed_problems(found, settings_of_stages(found)))
         if missing := missing_variables(chain):
             raise ConfigError(f"environment: {', '.join(missing)} is not set here; export it first")
         submitted = Submitted(chain=chain, to=place, settings=settings_of(found, place), ids={})
@@ -69,8 +75,8 @@ def submit(arguments: list[str]) -> None:
         if json:
             print_json({"out": str(chain.out), "to": place, "jobs": sent.ids})
         if wait:
-            with _only_looking():
-                _wait(sent)
+            with only_looking():
+                wait_for(sent)
 
     parse(run, arguments, "submit")
 
@@ -88,8 +94,8 @@ def resume(arguments: list[str]) -> None:
         submitted = read_submitted(out)
         sent = _send(submitted)
         if wait:
-            with _only_looking():
-                _wait(sent)
+            with only_looking():
+                wait_for(sent)
 
     parse(run, arguments, "resume")
 
@@ -113,7 +119,7 @@ def cancel(arguments: list[str]) -> None:
         elif submitted.to == "slurm":
             slurm.cancel(list(submitted.ids.values()))
         else:
-            kubernetes.cancel(submitted.chain, _kubernetes(submitted))
+            kubernetes.cancel(submitted.chain, kubernetes_of(submitted))
         LOG.info("cancelled; `tapir resume %s` goes on from the last checkpoint", out)
 
     parse(run, arguments, "cancel")
@@ -164,11 +170,11 @@ def logs(arguments: list[str]) -> None:
             raise InputError(f"{out} has no stage {stage!r} (known: {', '.join(known)})")
         if submitted.to == "kubernetes":
             for name in [stage] if stage else known:
-                config = _kubernetes(submitted)
+                config = kubernetes_of(submitted)
                 subprocess.run(kubernetes.logs_command(submitted.chain, config, name, follow))
             return
-        with _only_looking():
-            _follow(submitted, stage, follow)
+        with only_looking():
+            follow_logs(submitted, stage, follow)
 
     parse(run, arguments, "logs")
 
@@ -188,38 +194,6 @@ def job(arguments: list[str]) -> None:
             sys.exit(code)
 
     parse(run, arguments[:cut], "job")
-
-
-def states_of(submitted: Submitted) -> dict[str, str]:
-    """Each job's state: done by its markers, else what the place says of it."""
-    chain = submitted.chain
-    if submitted.to == "local":
-        said = local.states(chain.out)
-    elif submitted.to == "slurm":
-        said = slurm.states(submitted.ids, chain.out)
-    else:
-        said = kubernetes.states(chain, _kubernetes(submitted))
-    found = {}
-    for each in chain.jobs:
-        if chain.is_done(each):
-            found[each.name] = "done"
-        elif each.name in said:
-            found[each.name] = said[each.name]
-        elif submitted.to == "slurm" and each.name in submitted.ids:
-            found[each.name] = f"ended: {slurm_job.last_words(submitted.ids[each.name])}"
-        else:
-            found[each.name] = "not there"
-    return found
-
-
-def is_over(submitted: Submitted, states: dict[str, str]) -> bool:
-    """Say whether no job runs or waits any more."""
-    if submitted.to == "local":
-        return not any(text in ("running", "waiting") for text in states.values())
-    if submitted.to == "slurm":
-        return all(text == "done" or text.startswith("ended") for text in states.values())
-    ended = ("done", "not there")
-    return all(text in ended or "Failed" in text for text in states.values())
 
 
 def _send(submitted: Submitted) -> Submitted:
@@ -243,7 +217,7 @@ def _send(submitted: Submitted) -> Submitted:
     elif submitted.to == "slurm":
         ids = slurm.submit(chain, _slurm(submitted))
     else:
-        ids = kubernetes.submit(chain, _kubernetes(submitted))
+        ids = kubernetes.submit(chain, kubernetes_of(submitted))
     sent = Submitted(**{**vars(submitted), "ids": ids})
     write_submitted(sent)
     LOG.info("sent %d jobs to %s: tapir status %s", len(ids), submitted.to, chain.out)
@@ -263,107 +237,21 @@ def _refuse_running(out: Path) -> None:
 
 def _check_place(submitted: Submitted) -> None:
     if submitted.to == "kubernetes":
-        check(_kubernetes(submitted).problems(submitted.chain))
+        check(kubernetes_of(submitted).problems(submitted.chain))
 
 
 def _dry_run(submitted: Submitted) -> str:
     chain = submitted.chain.without_done()
     if submitted.to == "local":
-        return local.dry_run(chain, local.LocalConfig(**_settings(submitted)))
+        return local.dry_run(chain, local.LocalConfig(**place_settings(submitted)))
     if submitted.to == "slurm":
         return slurm.dry_run(chain, _slurm(submitted))
-    return kubernetes.dry_run(chain, _kubernetes(submitted))
-
-
-def _settings(submitted: Submitted) -> dict[str, Any]:
-    """Those of the place, with tuples again where JSON made lists of them."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in submitted.settings.items()}
+    return kubernetes.dry_run(chain, kubernetes_of(submitted))
 
 
 def _slurm(submitted: Submitted) -> slurm.SlurmConfig:
-    return slurm.SlurmConfig(**_settings(submitted))
-
-
-def _kubernetes(submitted: Submitted) -> kubernetes.KubernetesConfig:
-    return kubernetes.KubernetesConfig(**_settings(submitted))
+    return slurm.SlurmConfig(**place_settings(submitted))
 
 
 def _table(states: dict[str, str]) -> str:
     return "\n".join(f"{name:<10} {text}" for name, text in states.items())
-
-
-def _states_at_last(submitted: Submitted) -> dict[str, str]:
-    """`states_of`, as soon as the scheduler answers."""
-    while True:
-        try:
-            return states_of(submitted)
-        except TapirError as error:
-            if error.exit_code == EXIT_WRONG_INPUT:
-                raise
-            LOG.warning("%s; asking again", error)
-            time.sleep(_PAUSE)
-
-
-@contextmanager
-def _only_looking() -> Iterator[None]:
-    """Ctrl-C ends the looking alone; the run goes on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        LOG.info("the run goes on; `tapir cancel` ends it")
-        sys.exit(130)
-
-
-def _wait(submitted: Submitted) -> None:
-    """Log every change until the chain is over; exits with 1 if a job failed."""
-    shown: dict[str, str] = {}
-    while True:
-        states = _states_at_last(submitted)
-        for name, text in states.items():
-            if shown.get(name) != text:
-                LOG.info("%s: %s", name, text)
-        shown = states
-        if is_over(submitted, states):
-            break
-        time.sleep(_LOOK)
-    for name, text in shown.items():
-        if text.startswith(("failed", "ended: FAILED")) and (why := _last_line(submitted, name)):
-            LOG.error("%s: %s (all of it: tapir logs %s %s)", name, why, submitted.chain.out, name)
-    if any(text != "done" for text in shown.values()):
-        sys.exit(1)
-
-
-def _last_line(submitted: Submitted, name: str) -> str:
-    """What a job said last of its trouble, before `tapir job` named the exit code."""
-    lines = [
-        line
-        for path in sorted(submitted.chain.out.glob(f"{LOGS}/{name}*.log"))
-        for line in path.read_text(errors="replace").splitlines()
-        if line.strip() and f"job {name}" not in line
-    ]
-    return lines[-1] if lines else ""
-
-
-def _follow(submitted: Submitted, stage: str, follow: bool) -> None:
-    """Print log files, and what is appended to them until the chain is over."""
-    chain: Chain = submitted.chain
-    read: dict[Path, int] = {}
-    names: Callable[[], list[Path]] = lambda: sorted(  # noqa: E731
-        path
-        for each in chain.jobs
-        if not stage or each.name == stage
-        for path in {chain.log(each), *chain.log(each).parent.glob(f"{each.name}-*.log")}
-        if path.exists()
-    )
-    while True:
-        over = not follow or is_over(submitted, _states_at_last(submitted))
-        for path in names():
-            with open(path, "rb") as file:
-                file.seek(read.get(path, 0))
-                news = file.read()
-            read[path] = read.get(path, 0) + len(news)
-            for line in news.decode(errors="replace").splitlines():
-                print(f"{path.stem}: {line}", flush=True)
-        if over:
-            return
-        time.sleep(_LOOK)

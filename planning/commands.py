@@ -108,6 +108,7 @@ def _plan(flags: PlanFlags) -> None:
     if flags.picture is not None:
         _refuse_unwritable(flags.picture)
     settings = settings_of(flags.preset, flags.batch)
+    check(settings.fixed_problems())
     found = search(settings, flags.world or settings.mesh.world, hardware)
     parameters = count_parameters(settings.model)
     show(found, parameters, hardware)

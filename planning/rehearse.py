@@ -107,7 +107,7 @@ def scaled(settings: Any, world: int) -> Any:
     """The same settings on so many ranks, by more or fewer replicas.
 
     The global batch stays if each replica then has whole micro-batches of the same size; else each
-    replica keeps its samples.
+    replica keeps its samples. Where that makes more lanes, validations get a sample for each.
     Raises: ConfigError if whole replicas do not make up that number, or with every problem of
     settings that leave a replica nothing to keep.
     """
@@ -124,15 +124,18 @@ def scaled(settings: Any, world: int) -> Any:
     data = world // block
     machines = max(1, data // mesh.local) if mesh.machines > 1 else 1
     lanes, accumulate = settings.order.lanes, settings.engine.accumulate
+    held_out = settings.loop.validation_samples
     micro = batch // mesh.data // accumulate
     if batch % (data * micro) == 0 and lanes % data == 0:
         accumulate = batch // data // micro
     else:
+        enough = held_out >= lanes  # what is wrong before stays so, and is found
         batch, lanes = (max(1, count // mesh.data) * data for count in (batch, lanes))
+        held_out = max(held_out, lanes) if enough else held_out
     return replace(
         settings,
         mesh=replace(mesh, data=data, machines=machines),
-        loop=replace(settings.loop, batch=batch),
+        loop=replace(settings.loop, batch=batch, validation_samples=held_out),
         order=replace(settings.order, lanes=lanes),
         engine=replace(settings.engine, accumulate=accumulate),
     )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.config import SupervisorConfig
+from core.places import place_problems
 from data_pipeline.config import LoaderConfig, OrderConfig
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, ModelSizes, OptimConfig
@@ -25,7 +26,8 @@ class LoopConfig:
     validate_every: int = 200
     """Steps between two passes over held-out data; 0 = only at the end."""
     validation_samples: int = 512
-    """Held-out samples of a pass."""
+    """Held-out samples of a pass: at least order.lanes, and cut to a multiple of them, so that the
+    replicas of every mesh have equal parts of the same ones."""
 
     def problems(self) -> list[str]:
         found = []
@@ -59,7 +61,7 @@ class CheckpointConfig:
             found.append("checkpoint.every and checkpoint.keep must be at least 1")
         if not 0 <= self.hours < math.inf:
             found.append("checkpoint.hours must not be negative; 0 = none")
-        return found
+        return found + place_problems(self.to, "checkpoint.to")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,19 +171,65 @@ class StageConfig:
         return []
 
     def problems(self, world: int | None = None) -> list[str]:
-        """Every problem at once; `world` is the number of ranks that a launcher started."""
-        found = self.loop.problems() + self.optim.problems() + self.compress.problems()
-        found += self.checkpoint.problems() + self.guard.problems() + self.supervisor.problems()
-        found += self.profile.problems() + self.mesh.problems(world, self.sizes())
-        found += self.loader.problems() + self.model_problems()
+        """Every problem at once; `world` is the number of ranks that a launcher started.
+
+        Whatever validations, saves and the end of the run need of the settings is asked here too:
+        nothing of that may wait for its step.
+        """
+        found = self.fixed_problems() + self.mesh.problems(world, self.sizes())
         replicas = max(self.mesh.data, 1)
         found += self.order.problems(self.loop.batch, replicas)
-        if self.optim.halvings and not self.loop.validate_every:
+        found += self.engine.problems(self.loop.batch // replicas, self.mesh, self.compress.on)
+        return found
+
+    def fixed_problems(self) -> list[str]:
+        """The problems that no other mesh or engine would mend."""
+        found = self.loop.problems() + self.optim.problems() + self.compress.problems()
+        found += self.checkpoint.problems() + self.guard.problems() + self.supervisor.problems()
+        found += self.profile.problems() + self.loader.problems() + self.model_problems()
+        return found + place_problems(self.data, "data") + self._validation_problems()
+
+    def _validation_problems(self) -> list[str]:
+        """What validations need, and what needs them."""
+        loop, lanes, found = self.loop, self.order.lanes, []
+        if 0 < loop.validation_samples < lanes:
+            found.append(
+                f"loop.validation_samples={loop.validation_samples} is less than order.lanes="
+                f"{lanes}, and a validation must give every lane as many samples; try "
+                f"--loop.validation-samples {lanes}, or fewer lanes"
+            )
+        if self.optim.halvings and not loop.validate_every:
             found.append(
                 "optim.halvings needs validations to see a plateau; set loop.validate_every, or "
                 "--optim.halvings 0 for the cosine"
             )
-        found += self.engine.problems(self.loop.batch // replicas, self.mesh, self.compress.on)
+        if self.checkpoint.best and not self._saves_validated():
+            found.append(
+                f"checkpoint.best: of loop.steps={loop.steps} only the last one is both validated "
+                f"(loop.validate_every={loop.validate_every}) and saved (checkpoint.every="
+                f"{self.checkpoint.every}); make one a multiple of the other"
+            )
+        return found
+
+    def _saves_validated(self) -> bool:
+        """True if a step before the last one is validated and saved, or the run is too short."""
+        often = (self.checkpoint.every, self.loop.validate_every)
+        if min(often) < 1:
+            return self.checkpoint.every < 1  # which is a problem of its own
+        return math.lcm(*often) < self.loop.steps or max(often) >= self.loop.steps
+
+    def _of_priors_alone(self) -> list[str]:
+        """What the networks of pictures cannot do."""
+        found = []
+        if self.engine.precision == "fp16":
+            found.append(
+                "engine.precision=fp16 needs a gradient scale for each resblock, which only the "
+                "prior has: small gradients would become zero; use --engine.precision bf16"
+            )
+        if self.compress.on:
+            found.append(
+                "compress.rank: only the prior's gradients can be compressed; set --compress.rank 0"
+            )
         return found
 
 
@@ -209,9 +257,13 @@ class DVAETrain(StageConfig):
     """Share of the run in which beta moves."""
 
     def model_problems(self) -> list[str]:
-        found = self.model.problems()
-        if not 0 < self.tau_last <= self.tau_first:
+        found = self.model.problems() + self._of_priors_alone()
+        if not 0 < self.tau_last <= self.tau_first < math.inf:
             found.append("tau_last must be positive and not above tau_first")
+        if not (0 < self.tau_share <= 1 and 0 < self.beta_share <= 1):
+            found.append("tau_share and beta_share must be above 0 and at most 1")
+        if not (0 <= self.beta_first < math.inf and 0 <= self.beta < math.inf):
+            found.append("beta_first and beta must not be negative")
         return found
 
 
@@ -257,7 +309,7 @@ class ClipTrain(StageConfig):
     """The network."""
 
     def model_problems(self) -> list[str]:
-        return self.model.problems()
+        return self.model.problems() + self._of_priors_alone()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,8 +328,11 @@ class BPETrain:
     """Captions that are read, at most."""
 
     def problems(self) -> list[str]:
+        found = [] if self.texts is not None else place_problems(self.data, "data")
         if not 256 < self.vocabulary <= 65536:
-            return [f"vocabulary={self.vocabulary} must be 257 to 65536 (256 of them are bytes)"]
+            found.append(
+                f"vocabulary={self.vocabulary} must be 257 to 65536 (256 of them are bytes)"
+            )
         if self.most_captions < 1:
-            return ["most_captions must be at least 1"]
-        return []
+            found.append("most_captions must be at least 1")
+        return found

@@ -69,10 +69,7 @@ class Run:
             seed=settings.loop.seed,
             control=self.control,
         )
-        self.engine: Engine = build_engine(task.program, parts, mesh)
-        self.average = Average(self.engine, settings.optim, world.device)
-        self.plateau = Plateau()
-        self.stream = Stream(
+        self.stream = Stream(  # before the engine, which takes minutes: it refuses too little data
             task.train,
             seed=settings.loop.seed,
             batch=settings.loop.batch,
@@ -82,6 +79,9 @@ class Run:
             ranks=mesh.data.size,
             reads=mesh.needs_data,
         )
+        self.engine: Engine = build_engine(task.program, parts, mesh)
+        self.average = Average(self.engine, settings.optim, world.device)
+        self.plateau = Plateau()
         self.checkpoints = Checkpoints(
             open_store(settings.checkpoint.to or str(settings.out / "checkpoints")),
             settings.checkpoint,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from core.keys import key_int, keyed_rng
+from core.settings import check
 from core.store import open_store
 from data_pipeline.bpe import encode, load_tokenizer
 from data_pipeline.cache import open_cache
@@ -23,6 +24,7 @@ from models.dvae import DVAE, negative_bound
 from parallel.engines.protocol import Batch, Layer, Losses, Program
 from parallel.world import World
 from training.config import ClipTrain, DVAETrain
+from training.needs import model_size_problems, refuse_unfit
 from training.schedules import cosine
 from training.tasks import Means, Pictures, pad_text, perplexity
 
@@ -50,6 +52,7 @@ class DVAETask:
         store = open_store(settings.data)
         self.train = RawSource(store, "train", open_cache(settings.loader))
         self.held_out = RawSource(store, "validation")
+        refuse_unfit(settings, self.train.manifest, self.held_out.manifest)
         self._settings = settings
         self.model_config = settings.model
         self.dvae = DVAE(settings.model, settings.loop.seed)
@@ -134,8 +137,10 @@ class ClipTask:
         store = open_store(settings.data)
         self.train = RawSource(store, "train", open_cache(settings.loader))
         self.held_out = RawSource(store, "validation")
+        refuse_unfit(settings, self.train.manifest, self.held_out.manifest)
         self._tokenizer, self._tokenizer_hash = load_tokenizer(settings.bpe)
         entries = self._tokenizer.get_vocab_size()
+        check(model_size_problems(settings.model, {"text_vocabulary": entries}, "the tokenizer"))
         self.model_config = ClipConfig(**{**vars(settings.model), "text_vocabulary": entries})
         self.program = clip_program(Clip(self.model_config, settings.loop.seed), world)
         self.units = self.model_config.text_length

@@ -127,21 +127,25 @@ def prior_small() -> PriorTrain:
 
 
 def _paper_prior(dim: int, rank: int, mesh: MeshConfig) -> PriorTrain:
-    """64 layers of heads of 64 channels, 256 text and 32x32 image tokens, 430,000 updates."""
+    """64 layers of heads of 64 channels, 256 text and 32x32 image tokens, 430,000 updates.
+
+    A lane is a sample of the batch, and a validation reads one of each: 1.05M image tokens.
+    """
+    lanes = 1024
     return PriorTrain(
         model=PriorConfig(dim=dim, heads=dim // 64, layers=64, text_length=256),
-        loop=LoopConfig(steps=430_000, batch=1024, validate_every=5000),
+        loop=LoopConfig(steps=430_000, batch=lanes, validate_every=5000, validation_samples=lanes),
         checkpoint=CheckpointConfig(every=500),
         optim=OptimConfig(lr=4.5e-4, warmup=5000, halvings=5, most_variance=5.0, ema=0.99),
         mesh=mesh,
         engine=EngineConfig(
             name="deepspeed_pipe",
-            accumulate=1024 // mesh.data,
+            accumulate=lanes // mesh.data,
             recompute=True,
             precision="bf16",
         ),
         compress=CompressConfig(rank=rank),
-        order=OrderConfig(lanes=1024),
+        order=OrderConfig(lanes=lanes),
         bpe_dropout=0.1,
     )
 

@@ -22,6 +22,7 @@ from models.prior import PAD, prior_program
 from parallel.engines.protocol import Batch, Program
 from parallel.tensor.ops import TensorParallel
 from training.config import PriorTrain
+from training.needs import refuse_unfit
 
 Record = TypeVar("Record")
 Pictures = dict[str, Any]
@@ -86,6 +87,7 @@ class PriorTask:
         store = open_store(settings.data)
         self.train = TokenSource(store, "train", open_cache(settings.loader))
         self.held_out = TokenSource(store, "validation")
+        refuse_unfit(settings, self.train.manifest, self.held_out.manifest)
         facts = self.train.manifest.facts
         self._settings, self._facts = settings, facts
         self._dropout = self._open_dropout()

@@ -7,15 +7,13 @@ from pathlib import Path
 
 from core.errors import InputError
 from core.files import sha256
-from data_pipeline.config import PackConfig
+from data_pipeline.config import SHAPES_COUNT, PackConfig
 from data_pipeline.images import encode_png
 from data_pipeline.sources.emoji import emoji_pairs
 from data_pipeline.sources.files import folder_pairs, is_tar, loose_files, tar_pairs
 from data_pipeline.sources.pair import Pair, Unusable
 from data_pipeline.sources.shapes import draw_scene, render
 from data_pipeline.sources.table import table_pairs
-
-SHAPES_COUNT = 10_000
 
 
 def open_source(source: str, config: PackConfig) -> Iterator[Pair | Unusable]:

@@ -14,8 +14,10 @@ from core.files import write_atomic
 from data_pipeline.sources.pair import Pair
 
 PACKAGE = "emoji-datasource-google@16.0.0"
-_IMAGES = "package/img/google/64/"
-_WANTED = re.compile(r"package/(emoji\.json|img/google/64/[0-9a-z-]+\.png)")
+PIXELS = 64
+"""Side of its pictures."""
+_IMAGES = f"package/img/google/{PIXELS}/"
+_WANTED = re.compile(rf"package/(emoji\.json|img/google/{PIXELS}/[0-9a-z-]+\.png)")
 
 
 def emoji_pairs(cache: Path) -> Iterator[Pair]:

@@ -23,6 +23,8 @@ from parallel.precision import Numerics
 
 TOKENS_TOGETHER = 8192
 """Tokens of the pictures that are encoded together, at most, so that large ones have room."""
+MOST_ENTRIES = 65_536
+"""Of a tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,16 @@ class Encoders:
     tokenizer: Tokenizer
     tokenizer_hash: str
     numerics: Numerics
+
+    def problems(self) -> list[str]:
+        """Why records, whose numbers have 16 bits, cannot hold what these models make."""
+        found, entries = self.codes.config.problems(), self.tokenizer.get_vocab_size()
+        if entries > MOST_ENTRIES:
+            found.append(
+                f"the tokenizer has {entries} entries, and records hold {MOST_ENTRIES} (uint16); "
+                "train one with a smaller --vocabulary"
+            )
+        return found
 
     def facts(self, config: TokenizeConfig) -> dict[str, object]:
         """What makes two token data sets comparable.

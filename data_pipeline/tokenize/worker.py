@@ -25,7 +25,7 @@ import torch
 from core.errors import AbsentError, CorruptError, InputError
 from core.files import canonical_json, sha256
 from core.log import LOG
-from core.settings import to_json
+from core.settings import check, to_json
 from core.store import Store
 from data_pipeline.config import TokenizeConfig
 from data_pipeline.index import read_shard_index
@@ -74,6 +74,9 @@ class Worker:
     ) -> None:
         self._raw, self._tokens, self._encoders, self._config = raw, tokens, encoders, config
         self._member = member
+        check(encoders.problems())
+        self._rejected: Counter[str] = Counter()
+        """Pairs left out by this worker, by split."""
         self._sources = {split: read_manifest(raw, f"{split}/", RAW) for split in SPLITS}
         self._leases = {
             split: Leases(tokens, f"{split}/", config.lease_seconds, member) for split in SPLITS
@@ -142,6 +145,10 @@ class Worker:
         encoded = encode_pairs(parse_pairs(data), self._encoders, self._config, progress)
         shards = [self._put(task, i, rows) for i, rows in enumerate(encoded.variants)]
         self._put_record(task, shards, encoded)
+        if encoded.rejects:
+            self._rejected[task.split] += len(encoded.rejects)
+            first = encoded.rejects[0]["reason"]
+            self._refuse_rejects(task.split, self._rejected[task.split], first)
 
     def _put(self, task: Task, variant: int, records: list[TokenRecord]) -> Shard:
         size = self._config.block
@@ -186,12 +193,8 @@ class Worker:
                     f"{where} has {samples} records and {rejects.total()} rejects for "
                     f"{source.samples} pairs; run `tapir tokenize` with --again"
                 )
-            if rejects.total() > self._config.max_rejects * source.samples:
-                first = next(row["first_reject"] for row in found if row["first_reject"])
-                raise InputError(
-                    f"{rejects.total()} of {source.samples} pairs of {where} are unusable, more "
-                    f"than --max-rejects {self._config.max_rejects}; the first: {first}"
-                )
+            first = next((row["first_reject"] for row in found if row["first_reject"]), "")
+            self._refuse_rejects(split, rejects.total(), first)
             facts = {**self._encoders.facts(self._config), "raw": source.fingerprint}
             facts["split"] = split
             put_manifest(
@@ -199,6 +202,16 @@ class Worker:
                 numerics=_numerics_of(found),
             )
             self._leases[split].sweep()
+
+    def _refuse_rejects(self, split: str, count: int, first: str) -> None:
+        """Raise InputError as soon as a split cannot be finished: so many pairs cannot be used."""
+        source, most = self._sources[split], self._config.max_rejects
+        if count > most * source.samples:
+            raise InputError(
+                f"{count} of {source.samples} pairs of {self._tokens.url}/{split} are unusable, "
+                f"more than --max-rejects {most}; the first: {first}. Pack with --min-side, or "
+                "give a larger --max-rejects: what is made is kept"
+            )
 
     def _take_back_damaged(self) -> None:
         """Delete the records, and the outputs, of this worker's damaged shards."""

@@ -11,7 +11,8 @@ import yaml
 from cluster import kubernetes, slurm
 from cluster.jobs import Submitted, read_submitted, write_marker, write_submitted
 from core.errors import CorruptError, InputError, TapirError
-from generation.runfile import chain_of, read_runfile, settings_of
+from generation.chain import chain_of
+from generation.runfile import read_runfile, settings_of
 from tests.harness import ROOT, tapir
 
 RUN: dict[str, Any] = {
@@ -114,7 +115,7 @@ def test_finished_jobs_are_not_sent_again(tmp_path: Path) -> None:
         ({"retries": "many"}, {}, "retries='many' must be a whole number"),
         ({"name": "My run"}, {}, "must be lower-case letters"),
         ({"out": "s3://bucket/run"}, {}, "must be a folder"),
-        ({"store": "gs://bucket"}, {}, "must be s3://bucket/prefix"),
+        ({"store": "gs://bucket"}, {}, "no store that Tapir reads"),
         ({"slurm": 5}, {}, "slurm: a mapping is wanted"),
         ({"slurm": {"partition": "a b"}}, {}, "have no spaces"),
         ({"environment": "HOME"}, {}, "environment='HOME' must be a list of texts"),

@@ -59,7 +59,9 @@ def test_plateaus_need_validations() -> None:
 def test_a_mesh_for_a_cluster_is_not_started_on_one_machine() -> None:
     world = 2**20
     settings = PriorTrain(
-        loop=LoopConfig(batch=world), mesh=MeshConfig(data=world), order=OrderConfig(lanes=world)
+        loop=LoopConfig(batch=world, validation_samples=world),
+        mesh=MeshConfig(data=world),
+        order=OrderConfig(lanes=world),
     )
     with pytest.raises(ConfigError, match=f"needs {world} ranks, too many for the"):
         train_stage("prior", settings)
