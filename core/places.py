@@ -1,5 +1,8 @@
 """Places of data, as text; whoever only checks them needs no client of an object store."""
 
+import re
+from pathlib import Path
+
 S3 = "s3://"
 
 
@@ -13,4 +16,11 @@ def place_problems(place: str, setting: str = "") -> list[str]:
         return [f"{said} names no bucket; write s3://bucket/prefix"]
     if not place.startswith(S3) and ("://" in place or place.startswith("pipe:")):
         return [f"{said} is no store that Tapir reads; give s3://bucket/prefix or a folder"]
+    return []
+
+
+def folder_problems(folder: Path, setting: str) -> list[str]:
+    """What is wrong with a folder that must not be an address: it would be one called `s3:`."""
+    if re.match(r"\w+:/", str(folder)):
+        return [f"{setting}={str(folder)!r} must be a folder that all nodes see"]
     return []

@@ -29,7 +29,7 @@ from cluster.kubernetes import KubernetesConfig
 from cluster.local import LocalConfig
 from cluster.slurm import SlurmConfig
 from core.errors import ConfigError, InputError
-from core.places import place_problems
+from core.places import folder_problems, place_problems
 from core.settings import check, from_json, wrong_types
 from training.presets import PRESETS
 
@@ -117,8 +117,9 @@ class RunFile:
                 f"name={self.name!r} must be lower-case letters, digits and -, at most 30, "
                 "beginning with a letter: jobs are called by it"
             )
-        if re.search(r"^\w+:/|[%\n]", str(self.out)):
-            found.append(f"out={str(self.out)!r} must be a folder, without % or line breaks")
+        found += folder_problems(self.out, "out")
+        if re.search(r"[%\n]", str(self.out)):
+            found.append(f"out={str(self.out)!r} must be without % and line breaks")
         found += place_problems(self.store, "store")
         if not self.stages:
             found.append(f"stages: name at least one of {', '.join(STAGES)}")

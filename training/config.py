@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.config import SupervisorConfig
-from core.places import place_problems
+from core.places import folder_problems, place_problems
 from data_pipeline.config import LoaderConfig, OrderConfig
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, ModelSizes, OptimConfig
@@ -187,7 +187,8 @@ class StageConfig:
         found = self.loop.problems() + self.optim.problems() + self.compress.problems()
         found += self.checkpoint.problems() + self.guard.problems() + self.supervisor.problems()
         found += self.profile.problems() + self.loader.problems() + self.model_problems()
-        return found + place_problems(self.data, "data") + self._validation_problems()
+        found += place_problems(self.data, "data") + folder_problems(self.out, "out")
+        return found + self._validation_problems()
 
     def _validation_problems(self) -> list[str]:
         """What validations need, and what needs them."""
@@ -329,6 +330,7 @@ class BPETrain:
 
     def problems(self) -> list[str]:
         found = [] if self.texts is not None else place_problems(self.data, "data")
+        found += folder_problems(self.out, "out")
         if not 256 < self.vocabulary <= 65536:
             found.append(
                 f"vocabulary={self.vocabulary} must be 257 to 65536 (256 of them are bytes)"

@@ -81,6 +81,7 @@ WIDE = {"order": OrderConfig(lanes=128), "loop": LoopConfig(batch=128)}
         (PriorTrain(data="gs://bucket/x"), "data='gs://bucket/x' is no store"),
         (PriorTrain(checkpoint=CheckpointConfig(to="s3:///x")), "checkpoint.to='s3:///x' names no"),
         (BPETrain(data="http://x"), "data='http://x' is no store"),
+        (PriorTrain(out=Path("s3://bucket/x")), "out='s3:/bucket/x' must be a folder"),
     ],
 )
 def test_what_would_end_a_run_later_is_a_problem(settings: StageConfig, said: str) -> None:
