@@ -1,12 +1,38 @@
-"""Keep memory that was freed in the process, instead of giving it back page by page."""
+"""The memory of this machine: how much is free, and keeping what was freed in the process."""
 
 import ctypes
 import platform
+from pathlib import Path
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
 """Names of glibc's mallopt, from malloc.h."""
 _LARGEST = 2**31 - 1
 _PAD = 64 * 2**20
+_CGROUPS = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Version 2 and 1: the limit, what is used, and the part of it that is files to be dropped."""
+
+
+def host_memory(root: Path = Path("/")) -> tuple[int, int]:
+    """Bytes that are free, and all; a control group's limit counts where it is smaller."""
+    table = _table(root / "proc/meminfo")
+    free, whole = table["MemAvailable"] * 1024, table["MemTotal"] * 1024
+    for limit, used, dropped in _CGROUPS:
+        group = root / "sys/fs/cgroup"
+        try:
+            most, now = (int((group / name).read_text()) for name in (limit, used))
+            files = _table((group / used).parent / "memory.stat").get(dropped, 0)
+        except (OSError, ValueError):
+            continue  # no such group here, or "max"
+        free, whole = min(free, most - now + files), min(whole, most)
+    return free, whole
+
+
+def _table(path: Path) -> dict[str, int]:
+    lines = (line.split() for line in path.read_text().splitlines())
+    return {words[0].rstrip(":"): int(words[1]) for words in lines}
 
 
 def keep_freed_memory() -> bool:

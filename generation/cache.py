@@ -1,56 +1,143 @@
 """What decoding remembers: keys and values of the text, shared by the candidates of a caption, and
 of the image, for each candidate; and which of them a position reads.
 
-The text of a caption is the same for all of its candidates, so that its keys and values are kept
-once. A layer's mask allows an image position some tens of earlier ones: only these are read.
+A layer's mask lets an image position read some tens of earlier ones, and lets an early position be
+read for some time only: a row layer reads the last grid + 1 positions. So the image part of a cache
+has slots, as few as the mask allows, and a slot whose position no later one reads takes the next
+position. At the paper's sizes a row layer has 33 slots, a column layer 993, the convolution 166.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from models.config import PriorConfig
 from models.masks import Kind, image_mask
 
-_HERE = "cpu"
+_HERE = torch.device("cpu")
+_META = torch.device("meta")
+
+
+class Place(NamedTuple):
+    """Where one position is stored, and what it reads."""
+
+    slot: Tensor
+    """(1,) int64."""
+    index: Tensor
+    """(w,) int64: slots."""
+    bias: Tensor | None
+    """(w,): 0, or minus infinity for a slot that only fills up the shape; None: all are read."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Reads:
-    """The image positions that each image position attends to, itself among them."""
+    """In which slot each image position is stored, and which slots it reads, its own among them."""
 
-    exact: list[Tensor]
-    """For each position, the ones it reads, (w,) int64."""
-    padded: Tensor
-    """The same in one shape for compiled steps, (grid * grid, widest) int64."""
+    slots: int
+    """The fewest that hold every position for as long as one reads it."""
+    slot: Tensor
+    """(grid * grid,) int64."""
+    until: Tensor
+    """(grid * grid,) int64: the last position that reads each."""
+    index: Tensor
+    """(grid * grid, widest) int64: the slots that each reads, in the order of their positions."""
+    counts: list[int]
+    """How many of a row of `index` are real."""
     bias: Tensor
-    """(grid * grid, widest): 0 where `padded` is real, minus infinity elsewhere."""
+    """(grid * grid, widest): 0 where `index` is real, minus infinity elsewhere."""
+
+    def to(self, device: torch.device) -> "Reads":
+        """The same tables on a device, so that a step copies none there."""
+        return Reads(
+            slots=self.slots,
+            slot=self.slot.to(device),
+            until=self.until,
+            index=self.index.to(device),
+            counts=self.counts,
+            bias=self.bias.to(device),
+        )
+
+    def place(self, position: int) -> Place:
+        """The place of a position."""
+        index = self.index[position, : self.counts[position]]
+        return Place(self.slot[position : position + 1], index, None)
+
+    def place_at(self, at: Tensor) -> Place:
+        """The same in one shape for all positions, which lies on the device: `at` is (1,)."""
+        index, bias = (table.index_select(0, at)[0] for table in (self.index, self.bias))
+        return Place(self.slot.index_select(0, at), index, bias)
+
+    def read_from(self, position: int) -> Tensor:
+        """The earlier positions that this one or a later one reads, (n,) int64."""
+        return (self.until[:position] >= position).nonzero().flatten()
 
 
 @lru_cache(maxsize=16)
 def reads_of(kind: Kind, grid: int, conv_kernel: int) -> Reads:
-    """What a mask lets each position read."""
-    exact = [row.nonzero().flatten() for row in image_mask(kind, grid, conv_kernel)]
-    widest = max(len(row) for row in exact)
-    padded = torch.zeros(len(exact), widest, dtype=torch.int64, device=_HERE)
-    bias = torch.full((len(exact), widest), -torch.inf, device=_HERE)
-    for i, row in enumerate(exact):
-        padded[i, : len(row)] = row
-        bias[i, : len(row)] = 0
-    return Reads(exact=exact, padded=padded, bias=bias)
+    """The slots of a mask."""
+    mask = image_mask(kind, grid, conv_kernel)
+    until = [int(column.nonzero()[-1]) for column in mask.T]
+    slots = _slots(until)
+    slot = torch.tensor(slots, device=_HERE)
+    counts = mask.sum(1).tolist()
+    index = torch.zeros(len(mask), max(counts), dtype=torch.int64, device=_HERE)
+    bias = torch.full(index.shape, -torch.inf, device=_HERE)
+    for i, (row, count) in enumerate(zip(mask, counts, strict=True)):
+        index[i, :count] = slot[row]
+        bias[i, :count] = 0
+    return Reads(
+        slots=max(slots) + 1,
+        slot=slot,
+        until=torch.tensor(until, device=_HERE),
+        index=index,
+        counts=counts,
+        bias=bias,
+    )
+
+
+def _slots(until: list[int]) -> list[int]:
+    """Give each position a slot that is free by then, and a new one only if there is none.
+
+    A position holds its slot from itself to `until`, so that there are as many slots as positions
+    that are held at once: fewer cannot be.
+    """
+    found: list[int] = []
+    free: list[int] = []
+    ending = defaultdict(list)
+    for position, end in enumerate(until):
+        free += ending.pop(position - 1, [])
+        found.append(free.pop() if free else max(found, default=-1) + 1)
+        ending[end].append(found[-1])
+    return found
 
 
 @dataclass(kw_only=True)
 class BlockCache:
-    """Keys and values of one block."""
+    """Keys and values of one block, in memory that is laid out once and written in place."""
 
     text_keys: Tensor
     """(captions, heads, text_length, D)."""
     text_values: Tensor
     keys: Tensor
-    """(captions * each * heads, grid * grid, D)."""
+    """(captions * each * heads, slots, D)."""
     values: Tensor
+
+    def fill(self, keys: Tensor, values: Tensor, reads: Reads) -> None:
+        """Store the text's, and of image tokens that are given the ones that are still read.
+
+        Shapes: (captions, heads, text_length + given, D).
+        """
+        captions, heads, text, width = self.text_keys.shape
+        kept = reads.read_from(keys.shape[2] - text).to(keys.device)
+        pairs = (self.text_keys, self.keys, keys), (self.text_values, self.values, values)
+        for shared, store, new in pairs:
+            shared.copy_(new[:, :, :text])
+            each = store.view(captions, -1, heads, reads.slots, width)
+            each[:, :, :, reads.slot[kept]] = new[:, None, :, text + kept]
 
 
 @dataclass(kw_only=True)
@@ -67,7 +154,54 @@ class Lane:
         return self.captions * self.each
 
     @property
+    def text_bytes(self) -> int:
+        """Memory of the text's keys and values, which the candidates of a caption share."""
+        return sum(_bytes(block.text_keys, block.text_values) for block in self.blocks)
+
+    @property
+    def image_bytes(self) -> int:
+        """Memory of the candidates' own keys and values."""
+        return sum(_bytes(block.keys, block.values) for block in self.blocks)
+
+    @property
     def bytes(self) -> int:
         """Memory of the caches."""
-        tensors = [x for block in self.blocks for x in vars(block).values()]
-        return sum(x.numel() * x.element_size() for x in tensors)
+        return self.text_bytes + self.image_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheShape:
+    """What the caches of one rank look like: known from the config, without any weight."""
+
+    config: PriorConfig
+    kinds: tuple[Kind, ...]
+    """The masks of this rank's layers."""
+    heads: int
+    """This rank's."""
+    dtype: torch.dtype
+
+    def lane(self, captions: int, each: int, device: torch.device) -> Lane:
+        """Lay out empty caches for `each` candidates of every caption."""
+        config, heads = self.config, self.heads
+        width = config.dim // config.heads
+        lane = Lane(captions=captions, each=each)
+
+        def new(*shape: int) -> Tensor:
+            return torch.zeros(*shape, width, dtype=self.dtype, device=device)
+
+        for kind in self.kinds:
+            slots = reads_of(kind, config.grid, config.conv_kernel).slots
+            text, image = (captions, heads, config.text_length), (lane.rows * heads, slots)
+            block = BlockCache(
+                text_keys=new(*text), text_values=new(*text), keys=new(*image), values=new(*image)
+            )
+            lane.blocks.append(block)
+        return lane
+
+    def of_one(self) -> Lane:
+        """The caches of one candidate on the meta device: sizes, and no memory."""
+        return self.lane(1, 1, _META)
+
+
+def _bytes(*tensors: Tensor) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)

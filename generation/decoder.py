@@ -6,7 +6,7 @@ piece (`start`), then one token at a time (`next`). With tensor parallelism ever
 and channels; with a pipeline every rank has its layers, and states travel between neighbours.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from generation.cache import BlockCache, Lane, reads_of
+from generation.cache import BlockCache, CacheShape, Lane, Place, Reads, reads_of
 from generation.packed import PackedLinear
 from generation.stages import Neighbours
 from models.config import PriorConfig
-from models.masks import full_mask, layer_kind
+from models.masks import Kind, full_mask, layer_kind
 from models.prior import PriorBlock, PriorEmbedding, PriorHead
 from parallel.tensor.ops import TensorParallel
 
@@ -36,6 +36,8 @@ class Part:
     config: PriorConfig
     tensor: TensorParallel = field(default_factory=TensorParallel)
     neighbours: Neighbours = field(default_factory=Neighbours)
+    least: Callable[[int], int] = int
+    """The least of the numbers of all ranks that decode together."""
 
 
 class _Block:
@@ -63,30 +65,19 @@ class _Block:
         self._late = [None if alone else end.bias.detach() for end in ends]
         shape = (self.kind, config.text_length, config.grid, config.conv_kernel)
         self._mask = full_mask(*shape).to(weight.device)
-        self._text = config.text_length
+        self.heads = len(q.weight) // self._width
 
     @property
     def bytes(self) -> int:
         return sum(each.bytes for each in (self._qkv, self._out, self._up, self._down))
 
-    def start(self, x: Tensor, lane: Lane, positions: int) -> Tensor:
-        """Run the text and the given image tokens, and fill a cache with `positions` places.
+    def start(self, x: Tensor, cache: BlockCache, reads: Reads) -> Tensor:
+        """Run the text and the given image tokens, and fill the cache.
 
         Shapes: x is (captions, text_length + given, dim).
         """
         found, k, v = self._whole(x)
-        text = self._text
-        shape = (lane.rows * k.shape[1], positions, self._width)
-        cache = BlockCache(
-            text_keys=k[:, :, :text].contiguous(),
-            text_values=v[:, :, :text].contiguous(),
-            keys=k.new_zeros(shape),
-            values=v.new_zeros(shape),
-        )
-        for store, here in ((cache.keys, k), (cache.values, v)):
-            given = here[:, :, text:].repeat_interleave(lane.each, 0)
-            store[:, : x.shape[1] - text] = given.flatten(0, 1)
-        lane.blocks.append(cache)
+        cache.fill(k, v, reads)
         return found
 
     def settled(self, x: Tensor) -> Tensor:
@@ -96,20 +87,14 @@ class _Block:
         one._up, one._down = self._up.in_order(), self._down.in_order()
         return one._whole(x)[0]
 
-    def next(
-        self, x: Tensor, cache: BlockCache, at: Tensor, index: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        """Run one image position of every candidate.
-
-        Shapes: x is (rows, dim); `at` (1,) the position; `index` (w,) the positions that it reads,
-        with `bias` (w,) on their logits.
-        """
+    def next(self, x: Tensor, cache: BlockCache, place: Place) -> Tensor:
+        """Run one image position of every candidate; x is (rows, dim)."""
         rows, captions, width = len(x), len(cache.text_keys), self._width
         heads = cache.text_keys.shape[1]
         q, k, v = self._qkv(self._entered(x, 0)).view(rows, 3, heads, width).unbind(1)
         for store, new in ((cache.keys, k), (cache.values, v)):
-            store.index_copy_(1, at, new.reshape(rows * heads, 1, width))
-        keys, values = (store.index_select(1, index) for store in (cache.keys, cache.values))
+            store.index_copy_(1, place.slot, new.reshape(rows * heads, 1, width))
+        keys, values = (store.index_select(1, place.index) for store in (cache.keys, cache.values))
         near = torch.bmm(q.reshape(rows * heads, 1, width), keys.transpose(1, 2))
         shared = q.view(captions, -1, heads, width).transpose(1, 2)
         words = torch.matmul(shared, cache.text_keys.transpose(2, 3))
@@ -118,8 +103,8 @@ class _Block:
             [words.transpose(1, 2).reshape(rows, heads, text), near.view(rows, heads, -1)], 2
         )
         logits = logits.float() * width**-0.5
-        if bias is not None:
-            logits[..., text:] += bias
+        if place.bias is not None:
+            logits[..., text:] += place.bias
         shares = torch.softmax(logits, 2).to(q.dtype)
         said = shares[..., :text].reshape(captions, -1, heads, text).transpose(1, 2)
         out = torch.matmul(said, cache.text_values).transpose(1, 2).reshape(rows, heads, width)
@@ -158,6 +143,7 @@ class Decoder:
     def __init__(self, part: Part, precision: str = "fp32", one_row: bool = False) -> None:
         """`one_row`: candidates come one by one, and a CPU's weights and caches are made for it."""
         self.config, self.neighbours, self._tensor = part.config, part.neighbours, part.tensor
+        self.least = part.least
         modules = list(part.layers.values())
         dtype = DTYPES[precision]
         self.device = next(modules[0].parameters()).device
@@ -176,10 +162,17 @@ class Decoder:
             for name, module in blocks
         ]
         config = part.config
+        self.caches = CacheShape(
+            config=config,
+            kinds=tuple(block.kind for block in self._blocks),
+            heads=self._blocks[0].heads if self._blocks else 0,
+            dtype=torch.float32 if one_row else dtype,
+        )
         self._reads = {
-            block.kind: reads_of(block.kind, config.grid, config.conv_kernel)
-            for block in self._blocks
+            kind: reads_of(kind, config.grid, config.conv_kernel).to(self.device)
+            for kind in self.caches.kinds
         }
+        self._positions = torch.arange(config.image_length, device=self.device)
         self._compiled: Any = None
         if self.device.type == "cuda":
             self.compile("reduce-overhead")
@@ -187,6 +180,11 @@ class Decoder:
     def compile(self, mode: str | None = None) -> None:
         """Compile the step; with mode reduce-overhead, it becomes one CUDA graph."""
         self._compiled = torch.compile(self._run, mode=mode, dynamic=False)
+
+    @property
+    def alone(self) -> bool:
+        """True if no other rank decodes with this one."""
+        return self.neighbours.size == self._tensor.size == 1
 
     @property
     def bytes(self) -> int:
@@ -199,10 +197,10 @@ class Decoder:
 
         Shapes: text (captions, text_length) int64; given (captions, n) int64, n < grid * grid.
         """
-        lane = Lane(captions=len(text), each=each)
+        lane = self.caches.lane(len(text), each, self.device)
         x = self._entrance(text, given)
-        for block in self._blocks:
-            x = block.start(x, lane, self.config.image_length)
+        for block, cache in zip(self._blocks, lane.blocks, strict=True):
+            x = block.start(x, cache, self._reads[block.kind])
         if self._head is None:
             self.neighbours.send(x)
         return lane
@@ -259,20 +257,23 @@ class Decoder:
         return token + place
 
     def _step(self, x: Tensor, lane: Lane, position: int) -> Tensor:
-        at = torch.tensor([position], device=self.device)
         if self._compiled is None:
-            index = {
-                kind: reads.exact[position].to(self.device) for kind, reads in self._reads.items()
-            }
-            return self._run(x, lane.blocks, at, index, dict.fromkeys(index))
-        index = {kind: reads.padded[position].to(x.device) for kind, reads in self._reads.items()}
-        bias = {kind: reads.bias[position].to(x.device) for kind, reads in self._reads.items()}
-        found: Tensor = self._compiled(x, lane.blocks, at, index, bias)
+            places = {kind: reads.place(position) for kind, reads in self._reads.items()}
+            return self._through(x, lane.blocks, places)
+        found: Tensor = self._compiled(x, lane.blocks, self._positions[position : position + 1])
         return found
 
-    def _run(
-        self, x: Tensor, caches: Sequence[BlockCache], at: Tensor, index: Any, bias: Any
+    def _run(self, x: Tensor, caches: Sequence[BlockCache], at: Tensor) -> Tensor:
+        """One step in shapes that are the same for all positions; `at` is (1,), on the device.
+
+        Between two steps of a lane only x and `at` change their address.
+        """
+        places = {kind: reads.place_at(at) for kind, reads in self._reads.items()}
+        return self._through(x, caches, places)
+
+    def _through(
+        self, x: Tensor, caches: Sequence[BlockCache], places: Mapping[Kind, Place]
     ) -> Tensor:
         for block, cache in zip(self._blocks, caches, strict=True):
-            x = block.next(x, cache, at, index[block.kind], bias[block.kind])
+            x = block.next(x, cache, places[block.kind])
         return x

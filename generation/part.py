@@ -1,5 +1,6 @@
 """The part of a prior that a rank decodes with, from a run's weights whatever mesh wrote them."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ from torch import nn
 
 from core.settings import check, from_json
 from generation.decoder import Part
-from generation.stages import Neighbours, Pipeline
+from generation.stages import Neighbours, Pipeline, least_of
 from models.config import PriorConfig
 from models.prior import prior_layers
 from parallel.balance import balanced_starts
@@ -46,5 +47,6 @@ def load_part(folder: Path, step: int | None, mesh: Mesh) -> tuple[Part, dict[st
         config=config,
         tensor=mesh.shared,
         neighbours=neighbours,
+        least=partial(least_of, mesh.world),
     )
     return part, found.facts

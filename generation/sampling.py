@@ -1,6 +1,7 @@
 """Draw image tokens from a prior: many candidates of some captions at once, keyed one by one."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from core.errors import ConfigError
 from core.keys import KeyPart
+from generation.batches import Need, batches, fitting, free_memory, without_memory
 from generation.cache import Lane
 from generation.choose import choose, guided
 from generation.config import SampleConfig
@@ -45,33 +47,68 @@ class Drawn:
 class Sampler:
     """Decodes on this rank; all ranks of a model call `draw` together."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder, self.config = decoder, decoder.config
+    def __init__(self, decoder: Decoder, free: Callable[[torch.device], int] = free_memory) -> None:
+        """`free`: bytes that this rank may take for decoding on a device."""
+        self.decoder, self.config, self._free = decoder, decoder.config, free
 
     def draw(
         self, text: Tensor, keys: Keys, settings: SampleConfig, prompt: Prompt | None = None
     ) -> Iterator[Drawn]:
         """Draw candidates, `settings.batch` at a time, and hand them out as they are finished.
 
+        Fewer at a time if the caches of so many do not fit into free memory.
         Shapes: text (captions, text_length) int64, PAD behind a caption.
+        Raises: ConfigError if those of one candidate do not fit.
         """
         count = len(keys[0]) if keys else 0
         if len(keys) != len(text) or any(len(row) != count for row in keys):
             raise ConfigError(f"{len(text)} captions need as many lists of equally many keys")
-        # the captions whose candidates all fit, or as many candidates of one as fit
-        together = max(1, settings.batch // max(count, 1))
-        each = min(count, settings.batch)
-        for start in range(0, len(text), together):
-            captions = slice(start, min(start + together, len(text)))
-            for first in range(0, count, each):
-                candidates = slice(first, min(first + each, count))
-                mine = [row[candidates] for row in keys[captions]]
-                lanes = [
-                    _Lane(self.decoder, text[captions], part, settings, prompt)
-                    for part in _split(mine, self.decoder.neighbours.size)
-                ]
-                codes = torch.cat(_decode(lanes, self.config.image_length), 1).cpu()
-                yield Drawn(captions=captions, candidates=candidates, codes=codes)
+        if not count:
+            return
+        most = self._fitting(len(text), count, settings, prompt)
+        waiting = deque(batches(len(text), count, most))
+        while waiting:
+            batch = waiting.popleft()
+            if batch.rows > most:
+                waiting.extendleft(reversed(batch.halves()))
+                continue
+            mine = [row[batch.candidates] for row in keys[batch.captions]]
+            codes = self._codes(text[batch.captions], mine, settings, prompt)
+            if codes is None:
+                halves = without_memory(batch, self.decoder.device, self.decoder.alone)
+                waiting.extendleft(reversed(halves))
+                most = halves[-1].rows
+                continue
+            yield Drawn(captions=batch.captions, candidates=batch.candidates, codes=codes)
+
+    def _fitting(
+        self, captions: int, count: int, settings: SampleConfig, prompt: Prompt | None
+    ) -> int:
+        """How many candidates are decoded together."""
+        decoder = self.decoder
+        need = Need(
+            caches=decoder.caches,
+            captions=captions,
+            candidates=count,
+            given=_span(prompt, self.config.image_length)[0],
+            streams=1 if settings.guidance == 1 else 2,
+            lanes=decoder.neighbours.size,
+        )
+        free = self._free(decoder.device)
+        return fitting(need, settings.batch, free, decoder.device, decoder.least)
+
+    def _codes(
+        self, text: Tensor, keys: Keys, settings: SampleConfig, prompt: Prompt | None
+    ) -> Tensor | None:
+        """A batch, (captions, candidates, grid * grid); None if the device ran out of memory."""
+        try:
+            lanes = [
+                _Lane(self.decoder, text, part, settings, prompt)
+                for part in _split(keys, self.decoder.neighbours.size)
+            ]
+            return torch.cat(_decode(lanes, self.config.image_length), 1).cpu()
+        except torch.OutOfMemoryError:
+            return None  # the caches are gone with this frame
 
 
 def _split(keys: Keys, lanes: int) -> list[Keys]:
@@ -86,6 +123,14 @@ def _decode(lanes: "list[_Lane]", length: int) -> list[Tensor]:
         for lane in lanes:
             lane.advance(position)
     return [lane.finish() for lane in lanes]
+
+
+def _span(prompt: Prompt | None, length: int) -> tuple[int, int]:
+    """The first position that is drawn, and the end of the last one."""
+    if prompt is None:
+        return 0, length
+    drawn = (~prompt.kept).nonzero().flatten().tolist()
+    return drawn[0], drawn[-1] + 1
 
 
 class _Lane:
@@ -105,13 +150,11 @@ class _Lane:
         self._keys = [key for row in keys for key in row]
         self._text = text.to(device)
         self._codes = torch.zeros(len(self._keys), length, dtype=torch.int64, device=device)
-        kept = torch.zeros(length, dtype=torch.bool, device="cpu")
+        self._kept = [False] * length
         if prompt is not None:
-            kept = prompt.kept.cpu()
-            self._codes[:] = (prompt.codes.cpu() * kept).to(device)
-        self._kept = kept.tolist()
-        free = (~kept).nonzero().flatten()
-        self._first, self._end = int(free[0]), int(free[-1]) + 1
+            self._codes[:] = (prompt.codes.cpu() * prompt.kept.cpu()).to(device)
+            self._kept = prompt.kept.tolist()
+        self._first, self._end = _span(prompt, length)
         self._lane = self._start(self._text, self._codes[:1, : self._first], self._each)
         self._shared: Shared | None = None
         self._shared_at = 0

@@ -8,6 +8,16 @@ from torch import Tensor
 
 from core.errors import TapirError
 from parallel.mesh import Group
+from parallel.world import World
+
+
+def least_of(world: World, value: int) -> int:
+    """The least of all ranks' numbers, on each of them."""
+    if world.group is None:
+        return value
+    found = torch.tensor(value, device=world.device)
+    dist.all_reduce(found, dist.ReduceOp.MIN, group=world.group)
+    return int(found)
 
 
 class Neighbours:

@@ -10,18 +10,12 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 
 from cluster.doctor.finding import GB, Finding, bad, ok, warning
+from core.memory import host_memory
 
 LEAST_PYTHON = (3, 11)
 _REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
 _LITTLE_MEMORY = 1.0
 _NETWORK_GIVEN = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-_CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-    ),
-)
 
 
 def python_findings() -> list[Finding]:
@@ -87,7 +81,7 @@ def host_findings() -> list[Finding]:
 
 def memory_findings(need: float) -> list[Finding]:
     """Free memory, of the machine and of this job's control group."""
-    free, whole = _memory()
+    free, whole = host_memory()
     found = f"{free / GB:.1f} of {whole / GB:.1f} GB are free"
     if free < need * GB:
         fix = "end what holds memory here, ask the scheduler for more, or use another machine"
@@ -95,17 +89,3 @@ def memory_findings(need: float) -> list[Finding]:
     if free < _LITTLE_MEMORY * GB:
         return [warning("memory", found, "end what holds memory here")]
     return [ok("memory", found)]
-
-
-def _memory() -> tuple[int, int]:
-    """Bytes that are free, and all; a control group's limit counts where it is smaller."""
-    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-    table = {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines}
-    free, whole = table["MemAvailable"], table["MemTotal"]
-    for limit, used in _CGROUPS:
-        try:
-            most = int(Path(limit).read_text())
-            free, whole = min(free, most - int(Path(used).read_text())), min(whole, most)
-        except (OSError, ValueError):
-            continue  # no such group here, or "max"
-    return free, whole

@@ -9,6 +9,7 @@ import pytest
 from core.errors import ConfigError, CorruptError
 from core.files import private_folder, remove_leftovers, seal, unseal, write_atomic
 from core.keys import key_fraction, key_int, keyed_rng
+from core.memory import host_memory
 from core.settings import from_json, to_json
 from parallel.config import MeshConfig
 from tests.harness import tapir
@@ -104,3 +105,24 @@ def test_a_folder_of_a_dead_process_is_swept(
 def test_mesh_must_match_the_ranks_that_were_started() -> None:
     text = tapir("train", "prior", "tiny", code=2, WORLD_SIZE="4", RANK="0")
     assert "needs 2 ranks, but 4 were started; try --mesh.data 4" in text
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_control_group_s_limit_counts_and_files_that_can_be_dropped_are_free(
+    version: int, tmp_path: Path
+) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 8000 kB\nMemAvailable: 5000 kB\n")
+    assert host_memory(tmp_path) == (5_120_000, 8_192_000)
+    names = {1: ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_"), 2: ""}
+    limit, used, prefix = names[version] or ("memory.max", "memory.current", "")
+    group = tmp_path / "sys/fs/cgroup"
+    (group / limit).parent.mkdir(parents=True)
+    (group / limit).write_text("3000000\n")
+    (group / used).write_text("1800000\n")
+    (group / used).with_name("memory.stat").write_text(f"anon 5\n{prefix}inactive_file 800000\n")
+    assert host_memory(tmp_path) == (2_000_000, 3_000_000)
+    (group / limit).write_text("max\n")
+    assert host_memory(tmp_path) == (5_120_000, 8_192_000)
+    free, whole = host_memory()
+    assert 0 < free < whole

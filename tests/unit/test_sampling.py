@@ -88,7 +88,7 @@ def test_logits_with_the_cache_equal_the_whole_stream(
     decoder = Decoder(Part(layers=layers, config=config), one_row=one_row)
     with torch.no_grad():
         wanted = prior_logits(layers, batch)
-    for given in (0, 1, 7):
+    for given in (0, 1, 7, 13):
         lane = decoder.start(batch["text"], batch["image"][:, :given], 1)
         for position in range(given, LENGTH):
             found = decoder.next(lane, position, batch["image"][:, max(position - 1, 0)])
