@@ -1,6 +1,8 @@
 """Caches keep what a later position reads and no more, and a batch that does not fit is split."""
 
 import logging
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -90,16 +92,19 @@ def test_a_decoder_lays_out_what_its_shape_says(precision: str, one_row: bool) -
 
 
 class Small(Decoder):
-    """A device with room for some bytes of caches, which counts what is laid out there."""
+    """A device with room for some bytes of one lane's caches, which counts what is laid out there."""
 
     def __init__(self, layers: nn.ModuleDict, room: float = float("inf")) -> None:
         super().__init__(Part(layers=layers, config=CONFIG))
         self.room, self.laid_out = room, list[int]()
+        self._lane: Callable[[], Lane | None] = lambda: None
 
     def start(self, text: Tensor, given: Tensor, each: int) -> Lane:
         if self.caches.lane(len(text), each, torch.device("meta")).bytes > self.room:
             raise torch.OutOfMemoryError("CUDA out of memory")
+        assert self._lane() is None, "two lanes at once"
         lane = super().start(text, given, each)
+        self._lane = weakref.ref(lane)
         self.laid_out.append(lane.bytes)
         return lane
 
