@@ -1,10 +1,14 @@
 # Every target sets up what it needs; `make demo` and `make test` work on a fresh clone.
 SHELL := /bin/bash
 PYTHON ?= python3
+CONSTRAINTS ?= constraints/cpu.txt
 VENV := .venv
 BIN := $(VENV)/bin
 DATA ?= shapes
 OUT ?= $(if $(filter shapes,$(DATA)),runs/demo,runs/demo-$(DATA))
+PY312 ?= $(HOME)/.cache/tapir/py312
+PYTHON312 ?= $(shell for python in python3.12 $(HOME)/.pyenv/versions/3.12.*/bin/python3; do \
+	$$python -c "" 2>/dev/null && echo $$python && break; done)
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
@@ -12,19 +16,20 @@ DEV_STAMP := $(VENV)/.installed-dev
 SYSTEM := npm:npm ip:iproute2 /usr/share/wordnet/data.noun:wordnet-base \
 	/usr/sbin/slurmctld:slurm-wlm /usr/sbin/munged:munge cc:gcc
 
-.PHONY: install system demo test test-fast check faults soak matrix slurm bench gpu wheels clean
+.PHONY: install system demo test test-fast check faults soak matrix slurm bench gpu wheels py312 \
+	clean
 
 install: $(STAMP)
 
-$(STAMP): requirements.txt constraints/cpu.txt pyproject.toml
+$(STAMP): requirements.txt $(CONSTRAINTS) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -r requirements.txt -c constraints/cpu.txt
+	$(BIN)/pip install --quiet -r requirements.txt -c $(CONSTRAINTS)
 	$(BIN)/pip install --quiet --no-deps -e .
 	touch $@
 
 $(DEV_STAMP): $(STAMP) requirements-dev.txt
-	$(BIN)/pip install --quiet -r requirements-dev.txt -c constraints/cpu.txt
-	$(BIN)/pip install --quiet --no-deps DALL-E -c constraints/cpu.txt
+	$(BIN)/pip install --quiet -r requirements-dev.txt -c $(CONSTRAINTS)
+	$(BIN)/pip install --quiet --no-deps DALL-E -c $(CONSTRAINTS)
 	touch $@
 
 # System packages: installed when we may (root with apt), else named; tests that need them then skip.
@@ -90,6 +95,19 @@ gpu:
 # What a GPU machine without a network lacks, in .whl; needs a package index.
 wheels:
 	$(PYTHON) -P tests/gpu/wheels.py lay
+
+# Python 3.12 and a CUDA build of torch, as on that machine: 6 GB, kept outside the tree.
+py312: wheels $(PY312)/.installed
+	$(PY312)/bin/python -P tests/gpu/wheels.py install $(PY312)/site
+	PYTHONPATH=$(CURDIR):$(PY312)/site $(PY312)/bin/python -P -m pytest tests/cuda_build tests/unit
+
+# What comes as a wheel must not be in the venv: pip brings some of it as needs of others.
+$(PY312)/.installed: tests/gpu/machine.txt tests/gpu/wheels.txt constraints/gpu.txt
+	@[ -n "$(PYTHON312)" ] || { echo "no Python 3.12: make py312 PYTHON312=PATH"; exit 2; }
+	$(PYTHON312) -m venv --clear $(PY312)
+	$(PY312)/bin/pip install --quiet -r tests/gpu/machine.txt -c constraints/gpu.txt
+	$(PY312)/bin/pip uninstall --quiet --yes -r tests/gpu/wheels.txt 2>/dev/null
+	touch $@
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

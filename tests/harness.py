@@ -16,6 +16,7 @@ from training.main import PRELOAD
 ROOT = Path(__file__).parents[1]
 TAPIR = [sys.executable, "-m", "tapir"]
 PATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+"""Where children find this tree, and what was installed beside this Python."""
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATH}
 
 

@@ -50,7 +50,7 @@ def names(file: Path) -> list[str]:
 
 def wanted() -> dict[str, str]:
     """Names and versions of the wheels that travel."""
-    versions = pins(ROOT / "constraints" / "cpu.txt", LIST)
+    versions = pins(ROOT / "constraints" / "gpu.txt", LIST)
     return {name: versions[name] for name in names(LIST)}
 
 
@@ -172,7 +172,8 @@ def main() -> int:
             print(f"{new} fetched; {weigh(flags.wheels)}")
         else:
             new = install(flags.wheels, flags.site.absolute())
-            print(f"{new} wheels installed; export PYTHONPATH={flags.site.absolute()}")
+            path = f"{ROOT}:{flags.site.absolute()}"  # in this order: a wheel brings `tests` too
+            print(f"{new} wheels installed; export PYTHONPATH={path}")
     except WheelsError as error:
         print(error, file=sys.stderr)
         return 1

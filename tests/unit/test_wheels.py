@@ -8,7 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu.wheels import LIST, MOST, ROOT, WheelsError, install, laid, lay, names, wanted, weigh
+from tests.gpu.wheels import (
+    LIST,
+    MOST,
+    ROOT,
+    WheelsError,
+    install,
+    laid,
+    lay,
+    names,
+    pins,
+    wanted,
+    weigh,
+)
 
 
 def wheel(folder: Path, project: str, version: str, tags: str = "py3-none-any") -> Path:
@@ -94,5 +106,9 @@ def test_wheels_install_beside_this_python_without_an_index(
     assert (site / "tapir_one.py").is_file(), "what was installed stays"
 
 
-def test_the_list_holds_each_project_once() -> None:
+def test_what_travels_is_what_the_tests_run_on() -> None:
     assert len(names(LIST)) == len(set(names(LIST)))
+    tested, peers = pins(ROOT / "constraints" / "cpu.txt"), pins(LIST)
+    assert {name: tested.get(name) for name in wanted().keys() - peers.keys()} == {
+        name: version for name, version in wanted().items() if name not in peers
+    }

@@ -1,0 +1,57 @@
+"""Every module imports, and every wheel has what it needs, on the packages that are here."""
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+from packaging.requirements import Requirement
+
+from tests.gpu.wheels import LIST, pins, wanted
+from tests.harness import ENVIRONMENT
+
+PACKAGES = (
+    *("core", "cluster", "checkpoint", "parallel", "models"),
+    *("data_pipeline", "training", "planning", "generation", "bench"),
+)
+OF_DEVELOPERS = {"bench.bpe"}
+"""What compares with peers of requirements-dev.txt."""
+_IMPORT = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+"""
+
+
+def _modules(package: str) -> list[str]:
+    there = importlib.import_module(package)
+    below = pkgutil.walk_packages(there.__path__, f"{package}.")
+    names = [module.name for module in below if not module.name.endswith("__main__")]
+    return [package, *(name for name in names if name not in OF_DEVELOPERS)]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_module_imports(package: str) -> None:
+    """In a process of its own: what another package imported first must not help."""
+    command = [sys.executable, "-P", "-c", _IMPORT, *_modules(package)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_every_need_of_a_wheel_is_installed() -> None:
+    """In a version that fits; of the peers, only parts that need less are imported."""
+    missing = []
+    for name in wanted().keys() - pins(LIST).keys():
+        for text in metadata.requires(name) or []:
+            need = Requirement(text)
+            if need.marker is not None and not need.marker.evaluate({"extra": ""}):
+                continue
+            try:
+                version = metadata.version(need.name)
+            except metadata.PackageNotFoundError:
+                version = ""
+            if not (version and need.specifier.contains(version, prereleases=True)):
+                missing.append(f"{name}: {text}, not {version or 'there'}")
+    assert not missing
