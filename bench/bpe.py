@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from subword_nmt.apply_bpe import encode as subword_nmt
 from tokenizers import Tokenizer
 
 from bench.glosses import INSTALL, glosses, glosses_are_there
@@ -59,6 +58,8 @@ def runs_of_letters(text: str) -> list[str]:
 
 def pieces_of_subword_nmt(tokenizer: Tokenizer, rate: float) -> Callable[[str], tuple[str, ...]]:
     """The published implementation on this tokenizer's merges."""
+    from subword_nmt.apply_bpe import encode as subword_nmt  # noqa: PLC0415 - for developers alone
+
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     codes = {tuple(pair): rank for rank, pair in enumerate(merges)}
 

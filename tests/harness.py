@@ -14,6 +14,7 @@ from cluster.launcher import launch
 from training.main import PRELOAD
 
 ROOT = Path(__file__).parents[1]
+DEVELOPERS = "needs what `make test` installs: requirements-dev.txt"
 TAPIR = [sys.executable, "-m", "tapir"]
 PATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 """Where children find this tree, and what was installed beside this Python."""

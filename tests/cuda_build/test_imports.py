@@ -16,8 +16,6 @@ PACKAGES = (
     *("core", "cluster", "checkpoint", "parallel", "models"),
     *("data_pipeline", "training", "planning", "generation", "bench"),
 )
-OF_DEVELOPERS = {"bench.bpe"}
-"""What compares with peers of requirements-dev.txt."""
 _IMPORT = """
 import importlib, sys
 for name in sys.argv[1:]:
@@ -28,8 +26,7 @@ for name in sys.argv[1:]:
 def _modules(package: str) -> list[str]:
     there = importlib.import_module(package)
     below = pkgutil.walk_packages(there.__path__, f"{package}.")
-    names = [module.name for module in below if not module.name.endswith("__main__")]
-    return [package, *(name for name in names if name not in OF_DEVELOPERS)]
+    return [package, *(m.name for m in below if not m.name.endswith("__main__"))]
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -13,7 +13,7 @@ from bench.bpe import pieces_of_subword_nmt, some_words
 from bench.glosses import INSTALL, glosses, glosses_are_there
 from data_pipeline.bpe import encode, train_bpe
 from data_pipeline.dropout import DropoutEncoder
-from tests.harness import tapir
+from tests.harness import DEVELOPERS, tapir
 
 pytestmark = pytest.mark.skipif(not glosses_are_there(), reason=INSTALL)
 
@@ -36,6 +36,7 @@ def test_every_gloss_comes_back(tokenizer: Tokenizer) -> None:
 
 
 def test_without_dropout_all_three_agree(tokenizer: Tokenizer) -> None:
+    pytest.importorskip("subword_nmt", reason=DEVELOPERS)
     plain, published = DropoutEncoder(tokenizer, 0.0), pieces_of_subword_nmt(tokenizer, 0.0)
     for word in some_words(list(glosses()), 3000):
         ids = encode(tokenizer, word)
@@ -46,6 +47,7 @@ def test_without_dropout_all_three_agree(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_dropouts_statistics_are_the_published_ones(tokenizer: Tokenizer, rate: float) -> None:
     """Mean pieces a word, and how many words have 1, 2, 3 and more pieces."""
+    pytest.importorskip("subword_nmt", reason=DEVELOPERS)
     words = some_words(list(glosses()), 40_000)
     ours, theirs = DropoutEncoder(tokenizer, rate), pieces_of_subword_nmt(tokenizer, rate)
     random.seed(0)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from core.errors import InputError
-from tests.harness import tapir
+from tests.harness import DEVELOPERS, tapir
 from training.export import load_dvae
 from training.openai_dvae import PARTS, import_dvae
 
@@ -27,8 +27,7 @@ def exported(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 @pytest.mark.slow
 @torch.no_grad()
 def test_the_packages_own_networks_give_the_same(exported: tuple[Path, Path]) -> None:
-    import dall_e  # type: ignore[import-not-found]  # installed by the Makefile, without its needs
-
+    dall_e = pytest.importorskip("dall_e", reason=DEVELOPERS)
     run, out = exported
     ours, _ = load_dvae(run)
     sizes = {"n_hid": 16, "n_blk_per_group": 2, "vocab_size": 64}
