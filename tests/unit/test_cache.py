@@ -92,7 +92,7 @@ def test_a_decoder_lays_out_what_its_shape_says(precision: str, one_row: bool) -
 
 
 class Small(Decoder):
-    """A device with room for some bytes of one lane's caches, which counts what is laid out there."""
+    """A device with room for some bytes of one lane's caches; counts what is laid out there."""
 
     def __init__(self, layers: nn.ModuleDict, room: float = float("inf")) -> None:
         super().__init__(Part(layers=layers, config=CONFIG))
