@@ -247,7 +247,7 @@ def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
     class Untrained(module.FeatureExtractorInceptionV3):  # type: ignore[misc, name-defined]
         def load_state_dict(self, *_: Any, **__: Any) -> None: ...
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = Untrained("inception", ["2048"])
     module.load_state_dict_from_url = kept
