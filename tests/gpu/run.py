@@ -123,7 +123,7 @@ def table(out: Path) -> tuple[str, list[str]]:
 
 
 def _counted(report: Path) -> tuple[str, list[str]]:
-    """How many tests passed, and the names of those that did not."""
+    """How many tests passed, with the largest of what they measured; names of those that failed."""
     if not report.exists():
         return "did not end in their time", [report.stem]
     cases = list(ElementTree.parse(report).iter("testcase"))
@@ -134,6 +134,11 @@ def _counted(report: Path) -> tuple[str, list[str]]:
     ]
     skipped = sum(case.find("skipped") is not None for case in cases)
     text = f"{len(cases) - len(bad) - skipped} passed, {len(bad)} failed, {skipped} skipped"
+    measured: dict[str, float] = {}
+    for one in ElementTree.parse(report).iter("property"):
+        name = one.get("name", "")
+        measured[name] = max(measured.get(name, 0.0), float(one.get("value", "nan")))
+    text += "".join(f"; largest {name} {value:.2g}" for name, value in measured.items())
     return text, bad or ([] if cases else [report.stem])
 
 

@@ -1,5 +1,6 @@
 """All engines and meshes with 2 to 8 ranks on one card, through the staging backend."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,12 @@ def test_every_operation_gives_what_gloo_gives(tmp_path: Path, device: torch.dev
 
 
 @pytest.mark.parametrize("name", [f"{case.name} fp32" for case in CASES] + BF16)
-def test_a_mesh_trains_as_one_process_does(name: str, meshes: dict[str, Rows]) -> None:
+def test_a_mesh_trains_as_one_process_does(
+    name: str, meshes: dict[str, Rows], record_property: Callable[[str, float], None]
+) -> None:
     precision = name.split()[-1]
     single, other = meshes[f"one process {precision}"], meshes[name]
     assert max(row["grad_norm"] for row in single) > 1.0, "clipping never acted"
-    assert difference(single, other) < BOUND[precision]
+    found = difference(single, other)
+    record_property(f"difference in {precision}", found)
+    assert found < BOUND[precision]
