@@ -67,9 +67,9 @@ def test_what_there_was_no_time_for_has_failed(
 
 
 def test_the_table_tells_what_failed_and_what_was_not_run(tmp_path: Path) -> None:
-    (tmp_path / "tests-gpu.xml").write_text(
-        JUNIT.format('<testcase name="c"><failure/></testcase>')
-    )
+    bad = """<testcase name="c"><failure/><properties><property name="error" value="0.5"/>
+    <property name="error" value="0.25"/></properties></testcase>"""
+    (tmp_path / "tests-gpu.xml").write_text(JUNIT.format(bad))
     row = {"section": "s", "unit": "s", "baseline": "", "ratio": 1.0, "wanted": "<= 3"}
     absent = {"name": "peer", "value": 0.0, "passed": None, "absent": True, "baseline": "not run"}
     rows = [{**row, "name": "one", "value": 2.0, "passed": True}, {**row, **absent}]
