@@ -26,6 +26,8 @@ from models.codes import CodeReader
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from models.dvae import DVAE
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, OptimConfig
+from parallel.device import CPU
+from parallel.precision import set_numerics
 from parallel.tensor.ops import TensorParallel
 from parallel.world import World
 from planning.commands import plan
@@ -296,6 +298,7 @@ def _worker(folder: Path, dvae: DVAEConfig, entries: int = 300) -> Worker:
         dvae_hash="d",
         tokenizer=tokenizer,
         tokenizer_hash="t",
+        numerics=set_numerics(CPU),
     )
     tokens, member = FolderStore(folder / "tokens"), Member(number=0, count=1)
     return Worker(raw, tokens, encoders, TokenizeConfig(), member)
