@@ -2,8 +2,9 @@
 
 One run for each role of rank: every stage, and on the other axes of the mesh the first rank and the
 last, which stands for those between; without a pipeline, the second one too. Each runs the real
-engine over the claimed world, on tensors without memory; then the queues of all ranks of the world
-are played against each other.
+loop and engine over the claimed world, on tensors without memory, from the first step over a
+validation and a save to the end of a run; then the queues of all ranks of the world are played
+against each other.
 """
 
 import time
@@ -34,11 +35,15 @@ class Rehearsal:
     """Global batch size."""
     micro_batches: int
     steps: int
-    """Training steps that were rehearsed, before an evaluation and a comparison of replicas."""
+    """Training steps that were rehearsed; a validation and a save come before the last one."""
+    device: str
+    """Type of the device that each rank has."""
     roles: int
     """Ranks that were run."""
     calls: dict[str, int] = field(default_factory=dict)
     """Operations of rank 0, by kind."""
+    backends: dict[str, int] = field(default_factory=dict)
+    """The same, by what carries them."""
     operations: int
     """Matched over all ranks."""
     bytes: int
@@ -55,14 +60,17 @@ class Rehearsal:
 def rehearse(
     preset: str, stage: str, settings: Any, pool: Pool, runner: Runner = run_rank, jobs: int = 2
 ) -> Rehearsal:
-    """Run each role of the settings' world and compare all ranks.
+    """Run each role of the settings' world, on the pool's device, and compare all ranks.
 
     Raises: RankError if a process of the rehearsal dies.
     """
     began = time.perf_counter()
     grid, ranks = Grid(settings.mesh), roles_of(settings.mesh)
     steps = 2 if settings.engine.zero_stage == 3 else 1  # it fetches ahead what a step has read
-    tasks = [RankTask(stage=stage, settings=settings, rank=rank, steps=steps) for rank in ranks]
+    tasks = [
+        RankTask(stage=stage, settings=settings, rank=rank, steps=steps, device=pool.device)
+        for rank in ranks
+    ]
     with progress(f"rehearse {stage} {preset}: ranks", len(tasks)) as meter:
         sequences = {found.rank: found for found in pool.run(tasks, runner, jobs, meter.update)}
     roles = Roles(grid, ranks)
@@ -73,9 +81,11 @@ def rehearse(
         mesh=settings.mesh,
         batch=settings.loop.batch,
         micro_batches=settings.engine.accumulate,
-        steps=steps,
+        steps=steps + 1,
+        device=pool.device,
         roles=len(ranks),
         calls=dict(Counter(op.kind for op in sequences[0].operations)),
+        backends=dict(Counter(op.backend for op in sequences[0].operations if op.backend)),
         operations=outcome.operations,
         bytes=outcome.bytes,
         seconds=time.perf_counter() - began,

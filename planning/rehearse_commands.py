@@ -19,17 +19,22 @@ from training.presets import PRESETS
 
 STAGES = ("prior", "dvae", "clip")
 """Stages that have a mesh; a preset's name is looked for in this order."""
-HELP = """usage: tapir rehearse PRESET|all [--world N] [--stage STAGE] [--jobs N] [--json] [flags]
+DEVICES = ("cuda", "cpu")
+HELP = """usage: tapir rehearse PRESET|all [--world N] [--stage STAGE] [--device cuda|cpu]
+                      [--jobs N] [--json] [flags]
 
-Prove that the collectives of all ranks match in order, group, type and size: a deadlock is found
-before a cluster is paid for. One rank of each role makes training steps with the real engine in a
-world that is only claimed, on tensors without memory; then all ranks' calls are played together.
+Prove that the collectives of all ranks match in order, group, type, size and device: a deadlock is
+found before a cluster is paid for. One rank of each role runs the real loop and engine in a world
+that is only claimed, on tensors without memory: steps, a validation, a save, one more step, and the
+end of a run. Then all ranks' calls are played together. No GPU is needed or touched.
 
   PRESET       a preset of tapir train; `all` rehearses every one, and names those that cannot be
                laid out so at the end
   --world N    ranks; the data-parallel degree follows. The global batch stays where it can be
                dealt out in micro-batches of the preset's size; else each replica keeps its
                samples (default: the preset's mesh)
+  --device     what each rank has: a GPU (cuda, the default), whose tensors nccl carries and whose
+               pickled objects gloo; or cpu, where gloo carries all
   --stage      prior, dvae or clip; by default the first one that has this preset
   --jobs N     ranks that run at a time (default: the cores of this machine)
   --json       print a JSON object on the last line
@@ -54,7 +59,7 @@ def rehearse_verb(arguments: list[str]) -> None:
     if refused and preset != "all":
         (name, reason), *_ = refused.items()
         raise ConfigError(f"{name} cannot be rehearsed:\n{reason}")
-    found = _rehearsed(wanted, jobs)
+    found = _rehearsed(wanted, jobs, _device(own))
     for name, reason in refused.items():
         LOG.error("%s was not rehearsed:\n%s", name, reason)
     matches = all(one.matches for one in found)
@@ -66,11 +71,11 @@ def rehearse_verb(arguments: list[str]) -> None:
         sys.exit(EXIT_WRONG_INPUT if matches else EXIT_FAILED)
 
 
-def _rehearsed(wanted: list[tuple[str, str, Any]], jobs: int) -> list[Rehearsal]:
+def _rehearsed(wanted: list[tuple[str, str, Any]], jobs: int, device: str) -> list[Rehearsal]:
     found: list[Rehearsal] = []
     if not wanted:
         return found
-    with Pool() as pool:
+    with Pool(device) as pool:
         for stage, name, settings in wanted:
             found.append(rehearse(name, stage, settings, pool, jobs=jobs))
             print("\n".join(_lines(found[-1])), flush=True)
@@ -108,7 +113,7 @@ def _own_flags(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
         name, separator, value = rest.pop(0).partition("=")
         if name == "--json":
             own[name] = ""
-        elif name in ("--world", "--stage", "--jobs"):
+        elif name in ("--world", "--stage", "--device", "--jobs"):
             if not separator:
                 if not rest:
                     raise InputError(f"{name} needs a value")
@@ -117,6 +122,13 @@ def _own_flags(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
         else:
             flags.append(name + separator + value)
     return own, flags
+
+
+def _device(own: dict[str, str]) -> str:
+    device = own.get("--device", DEVICES[0])
+    if device not in DEVICES:
+        raise InputError(f"--device {device!r} is neither {' nor '.join(DEVICES)}")
+    return device
 
 
 def _number(own: dict[str, str], name: str, default: int) -> int:
@@ -155,12 +167,13 @@ def _lines(found: Rehearsal) -> list[str]:
     mesh = found.mesh
     cut = f", {mesh.machines} machines" if mesh.machines > 1 else ""
     calls = ", ".join(f"{kind} {count}" for kind, count in sorted(found.calls.items()))
+    carriers = ", ".join(f"{name} {count}" for name, count in sorted(found.backends.items()))
     lines = [
         f"{found.stage} {found.preset}: {mesh.world} ranks = data {mesh.data} x tensor "
         f"{mesh.tensor} x pipeline {mesh.pipeline}{cut}; batch {found.batch:,}, "
         f"{_times(found.micro_batches, 'micro-batch', 'es')} a step",
-        f"  {found.roles} roles ran {_times(found.steps, 'step')}, an evaluation and a comparison "
-        f"of replicas in {found.seconds:.0f} s; rank 0: {calls}",
+        f"  {found.roles} roles ran {found.steps} steps with a validation and a save, and the end "
+        f"of a run, on {found.device} in {found.seconds:.0f} s; rank 0: {calls}; by {carriers}",
     ]
     if found.mismatch is not None:
         return [*lines, found.mismatch.report()]

@@ -26,6 +26,8 @@ Runner = Callable[[Any, Any], RankSequence]
 """(task, broker) -> the sequence of the task's rank."""
 Link = Any
 """One end of a multiprocessing pipe."""
+_LATE = ("torch._dynamo", "torch._inductor.compile_fx")
+"""What every rank would else import for itself, for seconds."""
 _PATIENCE = 5.0
 """Seconds that the process has to end by itself."""
 
@@ -33,10 +35,14 @@ _PATIENCE = 5.0
 class Pool:
     """A process that forks ranks; a context, which leaves no process behind."""
 
+    def __init__(self, device: str = "cuda") -> None:
+        """`device` is the type of that which each rank claims to have."""
+        self.device = device
+
     def __enter__(self) -> "Pool":
         context = multiprocessing.get_context("spawn")
         self._link, theirs = context.Pipe()
-        self._server = context.Process(target=_serve, args=(theirs,))
+        self._server = context.Process(target=_serve, args=(theirs, self.device))
         self._server.start()
         theirs.close()
         return self
@@ -72,9 +78,10 @@ class Pool:
         return list(found)
 
 
-def _serve(link: Link) -> None:
+def _serve(link: Link, device: str) -> None:
     """Import what the ranks need once, then fork them, until the other side closes the pipe."""
     die_with_parent()
+    os.environ["DS_ACCELERATOR"] = device  # DeepSpeed asks for it when it is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_up_logging(1)
@@ -84,7 +91,7 @@ def _serve(link: Link) -> None:
         except EOFError:
             return
         mesh, engine = tasks[0].settings.mesh, tasks[0].settings.engine.name
-        for name in modules_of(engine, mesh.world > mesh.data):
+        for name in (*modules_of(engine, mesh.world > mesh.data), *_LATE):
             importlib.import_module(name)
         gc.freeze()  # what is imported stays shared with the forks
         stage = _Stage(tasks, runner, jobs, link.send)

@@ -1,22 +1,21 @@
 """Tensors for a rank that computes nothing: shapes and types are real, memory and values are not.
 
-What is small and whole-numbered stays real: shapes that stages tell each other, counts, pickled
-names. All else is torch's FakeTensor. Where the program reads a value (a norm, a loss, a flag), it
-gets one, or for `any` no: as in a step whose gradients are finite. Collectives do nothing, but
-small whole-numbered messages arrive: a broker carries them between the rehearsed ranks.
+What is small and whole-numbered keeps its values: shapes that stages tell each other, counts,
+pickled names. On the CPU such a tensor is real, on a GPU a shadow that holds a real one. All else
+is torch's FakeTensor. Where the program reads a value (a norm, a loss, a flag), it gets one, or for
+`any` no: as in a step whose gradients are finite. Collectives do nothing, but small whole-numbered
+messages arrive: a broker carries them between the rehearsed ranks.
 """
 
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from math import prod
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import (
     FakeTensor,
@@ -24,11 +23,10 @@ from torch._subclasses.fake_tensor import (
     in_kernel_invocation_manager,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-import models.draws
-import models.prior
-import parallel.replicas
+from planning.rehearse_cuda import CPU, Moves
+from planning.rehearse_shapes import RULES, WRITING
 from planning.sequence import Operation
 from planning.sequence_record import NAMESPACE, Recorder
 
@@ -44,15 +42,28 @@ _aten = torch.ops.aten
 _PLAIN = frozenset(
     getattr(getattr(_aten, name), overload)
     for overload, names in {
-        "default": "view t detach mm addmm bmm gelu gelu_backward clone _unsafe_view _to_copy",
-        "Tensor": "add add_ mul slice",
-        "int": "transpose",
-        "dim_IntList": "sum",
+        "default": "view t detach bmm clone _unsafe_view _to_copy",
+        "Tensor": "slice",
+        "int": "transpose select",
+        "dtype": "view",
     }.items()
     for name in names.split()
 )
 """Functions of which there are very many: torch's rules for shapes, without its book-keeping."""
-_CPU = torch.device("cpu")
+_BY_SIZE = frozenset(
+    (
+        _aten.empty.memory_format,
+        _aten.zeros.default,
+        _aten.ones.default,
+        _aten.randn.default,
+        _aten.randn.generator,
+    )
+)
+_FAST = _PLAIN | WRITING | frozenset(RULES)
+_BY_AUTOGRAD = (_aten._to_copy.default, _aten.new_empty_strided.default)
+"""Functions that C++ calls with the device that it takes a tensor to be on."""
+_STRICT = ("stack", "cat")
+"""Functions that refuse even single numbers of another device, which torch's rules let pass."""
 
 
 class Broker(Protocol):
@@ -81,6 +92,12 @@ class Shadows(TorchDispatchMode):
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._rank = recorder.sequence.rank
         self._taken: dict[Channel, int] = {}
+        self._state: dict[torch.device, dict[str, Any]] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and two more calls for each function would be felt."""
+        return False
 
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: Any = (), named: Any = None
@@ -90,35 +107,85 @@ class Shadows(TorchDispatchMode):
             return self._communicate(function, arguments)
         if FakeTensor in types:
             if function is torch.ops.prim.device.default:
-                return arguments[0].fake_device
+                return CPU  # so C++ may index and differentiate it
             if function is _aten._local_scalar_dense.default:
                 return _value_of(arguments[0])
+            if function in _BY_AUTOGRAD and not Moves.asked:
+                named = {**named, "device": arguments[0].fake_device}
             return self._shadow(function, types, arguments, named)
-        if _makes_large(function, arguments, named):
-            return self._shadow(function, types, arguments, named)
-        return function(*arguments, **named)
+        device = named.get("device") or CPU
+        if device.type == "meta" or (
+            device.type == "cpu" and not _makes_large(function, arguments, named)
+        ):
+            return function(*arguments, **named)
+        found = self._filled(function, arguments, named)
+        return self._shadow(function, types, arguments, named) if found is None else found
+
+    def _filled(self, function: Any, arguments: Any, named: Any) -> Any:
+        """A new shadow of a given size, if the function is a usual one and its numbers real."""
+        dtype = named.get("dtype") or torch.get_default_dtype()
+        if function not in _BY_SIZE or not dtype.is_floating_point:
+            return None
+        return self._made(_meta(arguments[0], dtype), named.get("device") or CPU)
 
     def _shadow(self, function: Any, types: Any, arguments: Any, named: Any) -> Any:
-        plain = function in _PLAIN and all(self._is_own(x) for x in arguments)
-        if plain:
-            inside = {name: value for name, value in named.items() if name != "device"}
-            with in_kernel_invocation_manager(self._fake):
-                found = function(*arguments, **inside)
-        else:
-            found = self._fake.dispatch(function, types, arguments, named)
+        device = self._plain_device(arguments) if function in _FAST else None
+        if device is not None:
+            found = self._soon(function, arguments, named, device)
+            if found is not None:
+                return found
+        if function._overloadpacket.__name__ in _STRICT:
+            _refuse_two_devices(function, arguments[0])
+        found = self._fake.dispatch(function, types, arguments, named)
         if function is _aten.any.default:
             found.says_no = True
         written = _written(function)
         if written is not None:
             place, name = written
-            return arguments[place] if place < len(arguments) else named[name]
-        return FakeTensor(self._fake, found, _CPU) if plain else found
+            found = arguments[place] if place < len(arguments) else named[name]
+        _hold(function, arguments, named, found)
+        return found
 
-    def _is_own(self, argument: Any) -> bool:
-        """False for real tensors, and for shadows that a deep copy gave a mode of their own."""
-        if isinstance(argument, FakeTensor):
-            return argument.fake_mode is self._fake
-        return not isinstance(argument, Tensor)
+    def _soon(self, function: Any, arguments: Any, named: Any, device: torch.device) -> Any:
+        """What a function returns that FakeTensorMode need not be asked for; None if it must."""
+        if function in WRITING:
+            return arguments[0] if arguments[0].is_floating_point() else None
+        if function in _PLAIN:
+            inside = {name: value for name, value in named.items() if name != "device"}
+            with in_kernel_invocation_manager(self._fake):
+                found = function(*arguments, **inside)
+            return self._made(found, named.get("device") or device)
+        made = RULES[function](*arguments, **named)
+        if made is None:
+            return None
+        shadows = [row and self._made(_meta(*row), device) for row in made]
+        return shadows[0] if len(shadows) == 1 else tuple(shadows)
+
+    def _made(self, meta: Tensor, device: torch.device) -> FakeTensor:
+        """A shadow, sooner than FakeTensor makes it: its state is that of another one."""
+        if device not in self._state:
+            self._state[device] = dict(vars(FakeTensor(self._fake, meta, device)))
+        shadow: FakeTensor = Tensor._make_subclass(
+            FakeTensor, meta, meta.requires_grad, dispatch_device=True, device_for_backend_keys=CPU
+        )
+        vars(shadow).update(self._state[device])
+        return shadow
+
+    def _plain_device(self, arguments: Any) -> torch.device | None:
+        """The one device of shadows without values; None if there are other tensors, too."""
+        device = None
+        for x in arguments:
+            if isinstance(x, FakeTensor):
+                if not self._is_own(x) or x.held is not None or device not in (None, x.fake_device):
+                    return None
+                device = x.fake_device
+            elif isinstance(x, Tensor):
+                return None
+        return device
+
+    def _is_own(self, shadow: FakeTensor) -> bool:
+        """False for shadows that a deep copy gave a mode of their own."""
+        return shadow.fake_mode is self._fake
 
     def _communicate(self, function: Any, arguments: Any) -> Any:
         operation = self._recorder.note(function, arguments)
@@ -129,8 +196,9 @@ class Shadows(TorchDispatchMode):
 
     def _carry(self, operation: Operation, arguments: Any) -> None:
         """Hand a small message over, or fill the buffer that waits for one."""
-        tensors = [x for x in tree_leaves(arguments[:2]) if isinstance(x, Tensor)]
-        if not tensors or not all(_readable(x) for x in tensors):
+        found = [_real(x) for x in tree_leaves(arguments[:2]) if isinstance(x, Tensor)]
+        tensors = [x for x in found if x is not None]
+        if not tensors or len(tensors) < len(found):
             return
         if operation.kind == "send":
             self._broker.give(("send", self._rank, *operation.group), tensors[0].numpy())
@@ -155,62 +223,55 @@ class Shadows(TorchDispatchMode):
         buffer.view(-1)[:count] = message[:count]
 
 
-@contextmanager
-def without_arithmetic() -> Iterator[None]:
-    """Leave out long computations that communicate nothing; change modules as shadows bear it."""
-    changes: list[tuple[Any, str, Callable[..., Any]]] = [
-        (models.draws, "_runs", _no_draws),
-        (models.draws, "_gumbel", lambda shape, key, device: torch.zeros(shape)),
-        (parallel.replicas, "fingerprint", _no_sums),
-        (models.prior, "banded_attention", lambda q, k, v, band: q + k + v),
-        (nn.Module, "_apply", _apply),
-    ]
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
-    try:
-        for owner, name, function in changes:
-            setattr(owner, name, function)
-        yield
-    finally:
-        for owner, name, function in before:
-            setattr(owner, name, function)
+def _real(tensor: Any) -> Tensor | None:
+    """The values of a tensor, if they are known and whole-numbered."""
+    if isinstance(tensor, FakeTensor):
+        held: Tensor | None = tensor.held  # type: ignore[attr-defined]
+        return held
+    return tensor if _is_whole(tensor) and tensor.numel() <= SMALL else None
 
 
-def _no_draws(*_: object) -> Iterator[tuple[int, Tensor]]:
-    """Matrices stay as they were made."""
-    return iter(())
+def _is_whole(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
 
 
-def _no_sums(tensors: Iterable[Tensor]) -> Tensor:
-    """Fingerprints of zero."""
-    return torch.zeros(len(list(tensors)), dtype=torch.int64)
+def _meta(shape: Any, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _apply(
-    module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True
-) -> nn.Module:
-    """`Module._apply` for shadows, which torch would swap in a way that they do not bear."""
-    for owner in module.modules() if recurse else [module]:
-        for name, held in owner._parameters.items():
-            with torch.no_grad():
-                changed = held if held is None else change(held)
-            if held is None or changed is None or changed is held:
-                continue
-            made = nn.Parameter(changed, requires_grad=held.requires_grad)
-            for noted, value in vars(held).items():
-                vars(made).setdefault(noted, value)
-            owner._parameters[name] = made
-        for name, buffer in owner._buffers.items():
-            owner._buffers[name] = buffer if buffer is None else change(buffer)
-    return module
+def _value(argument: Any) -> Any:
+    return _real(argument) if isinstance(argument, Tensor) else argument
 
 
-def _readable(tensor: Tensor) -> bool:
-    whole = not (tensor.is_floating_point() or tensor.is_complex())
-    return whole and tensor.numel() <= SMALL and not isinstance(tensor, FakeTensor)
+def _hold(function: Any, arguments: Any, named: Any, found: Any) -> None:
+    """Let whole-numbered shadows hold their values, if those of all that made them are known."""
+    shadows = found if isinstance(found, list | tuple) else [found]
+    if not all(isinstance(x, FakeTensor) and _is_whole(x) for x in shadows):
+        return
+    tensors = [x for x in tree_leaves((arguments, named)) if isinstance(x, Tensor)]
+    if any(_real(x) is None for x in tensors) or any(x.numel() > SMALL for x in shadows):
+        for shadow in shadows:
+            shadow.held = None
+        return
+    inside, values = tree_map(_value, (named, arguments))
+    if inside.get("device") is not None:
+        inside["device"] = CPU
+    made = function(*values, **inside)
+    if _written(function) is None:
+        for shadow, value in zip(shadows, made if shadows is found else [made], strict=True):
+            shadow.held = value
+
+
+def _refuse_two_devices(function: Any, tensors: Any) -> None:
+    devices = sorted({str(x.device) for x in tensors})
+    if len(devices) > 1:
+        raise RuntimeError(f"{function}: all tensors must be on one device, not {devices}")
 
 
 def _value_of(shadow: Any) -> bool | int | float:
     """One, as the type has it; no where it was asked if any element is true."""
+    if shadow.held is not None:
+        return shadow.held.item()
     if shadow.dtype.is_floating_point:
         return 1.0
     value = not getattr(shadow, "says_no", False)

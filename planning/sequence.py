@@ -9,6 +9,7 @@ PAIRS = ("send", "recv")
 """Operations between two ranks; all others are a group's."""
 CREATE = "new_group"
 """Groups made in one go; every rank of the world must make the same ones in the same order."""
+OBJECTS = "objects"
 AXES = ("pipeline", "machine", "local", "tensor")
 """Axes of the grid, slowest first; a machine's replicas are `local`."""
 Coordinates = tuple[int, ...]
@@ -23,10 +24,15 @@ class Operation:
     group: tuple[int, ...]
     """Global ranks that take part, in the group's order; of a message, the other rank alone."""
     bytes: int
-    """Of the larger side, as this rank sees it."""
+    """Of the larger side, as this rank sees it; not of objects, whose sizes may differ."""
     dtype: str
+    """Type of the tensors; OBJECTS if they are pickled objects of the host."""
     root: int = -1
     """Global rank that a broadcast or reduce goes out from or to."""
+    device: str = ""
+    """Type of the device that the tensors are on."""
+    backend: str = ""
+    """What carries tensors of this device in this group: nccl, gloo."""
     detail: str = ""
     """What else must be equal: a digest of the groups that are made."""
     places: tuple[str, ...] = ()
@@ -40,9 +46,13 @@ class Operation:
     @property
     def signature(self) -> tuple[object, ...]:
         """What must be equal on all ranks of the group, or on both sides of a message."""
-        if self.paired:
-            return self.bytes, self.dtype
-        return self.kind, self.bytes, self.dtype, self.root, self.detail
+        tensors = (self.bytes, self.dtype, self.device, self.backend)
+        return tensors if self.paired else (self.kind, *tensors, self.root, self.detail)
+
+    @property
+    def on_host(self) -> bool:
+        """True for tensors in host memory; objects and barriers are expected there."""
+        return self.device == "cpu" and self.dtype not in ("", OBJECTS)
 
     def text(self) -> str:
         """A phrase for reports."""
@@ -53,8 +63,11 @@ class Operation:
         return f"{self.kind} over {short(self.group)}"
 
     def size(self) -> str:
-        """Bytes and type, for reports."""
-        return f"{self.bytes:,} bytes of {self.dtype}" if self.dtype else ""
+        """Bytes, type and place, for reports."""
+        what = self.dtype
+        if what not in ("", OBJECTS):
+            what = f"{self.bytes:,} bytes of {what}"
+        return f"{what} on {self.device} ({self.backend})".strip() if self.device else what
 
 
 @dataclass(kw_only=True)
@@ -65,6 +78,8 @@ class Sequence:
     operations: list[Operation] = field(default_factory=list)
     created: list[tuple[int, ...]] = field(default_factory=list)
     """Ranks of each group that was made, in order."""
+    device: str = "cpu"
+    """Type of this rank's device."""
     failure: str = ""
     """The error that ended it before its time, if one did."""
 

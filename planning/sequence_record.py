@@ -15,10 +15,11 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import BackendConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from planning.sequence import CREATE, Operation, Sequence
+from planning.sequence import CREATE, OBJECTS, Operation, Sequence
 
 NAMESPACE = "c10d"
 """The dispatcher's home of collectives."""
@@ -40,6 +41,9 @@ _LIBRARIES = ("deepspeed", "megatron")
 _WRAPPERS = ("deepspeed/comm/", "deepspeed/utils/", "deepspeed/runtime/pipe/p2p.py")
 _OWN = ("parallel", "models", "training")
 _PLACES = 3
+_DEPTH = 14
+"""Calls between a function of torch.distributed and what it dispatches, and some more."""
+_C10D = dist.distributed_c10d.__file__
 
 
 class Recorder:
@@ -48,25 +52,34 @@ class Recorder:
     def __init__(self, rank: int) -> None:
         self.sequence = Sequence(rank=rank)
         self._groups: dict[str, tuple[int, ...]] = {}
+        self._backends: dict[str, dict[str, str]] = {}
+        """By group and type of device."""
         self._made = 0
 
     def note(self, function: Any, arguments: tuple[Any, ...]) -> Operation:
-        """Add a call of the dispatcher."""
+        """Add a call of the dispatcher.
+
+        Raises: RuntimeError if the group has no backend for the tensors' device.
+        """
         self.close_groups()
         name = function._schema.name.split("::")[1]
         named = dict(zip(_argument_names(function), arguments, strict=False))
-        group = self._ranks(named["process_group"])
+        name_of_group, group = self._ranks(named["process_group"])
         peer = next((int(named[key]) for key in _PEERS if key in named), -1)
         root = group[peer] if peer >= 0 else -1
         kind = _KINDS.get(name, name.strip("_"))
         tensors = _tensors(name, arguments) if kind != "barrier" else []
         paired = kind in ("send", "recv")
+        objects = _carries_objects()
+        device = next(x.device.type for x in tree_leaves(arguments) if isinstance(x, Tensor))
         operation = Operation(
             kind=kind,
             group=(root,) if paired else group,
-            bytes=sum(t.numel() * t.element_size() for t in tensors),
-            dtype=str(tensors[0].dtype).removeprefix("torch.") if tensors else "",
+            bytes=0 if objects else sum(t.numel() * t.element_size() for t in tensors),
+            dtype=OBJECTS if objects else _name_of(tensors),
             root=-1 if paired else root,
+            device=device,
+            backend=self._backend(name_of_group, device, kind),
             places=places(),
         )
         self.sequence.operations.append(operation)
@@ -96,12 +109,32 @@ class Recorder:
         )
         self._made = 0
 
-    def _ranks(self, boxed: Any) -> tuple[int, ...]:
+    def note_backends(self, group: Any, config: str) -> None:
+        """Remember what carries a group's tensors, by the config that it was asked for."""
+        self._backends[group.group_name] = backends_of(config)
+
+    def repeat(self, first: int, last: int) -> None:
+        """Add some operations once more."""
+        self.sequence.operations += self.sequence.operations[first:last]
+
+    def _ranks(self, boxed: Any) -> tuple[str, tuple[int, ...]]:
         group = dist.ProcessGroup.unbox(boxed)
         name = group.group_name
         if name not in self._groups:
             self._groups[name] = tuple(dist.get_process_group_ranks(group))
-        return self._groups[name]
+            if name not in self._backends:
+                self.note_backends(group, dist.get_backend_config(group))
+        return name, self._groups[name]
+
+    def _backend(self, group: str, device: str, kind: str) -> str:
+        known = self._backends[group]
+        if device not in known:
+            there = ", ".join(f"{name} for {type_}" for type_, name in known.items())
+            raise RuntimeError(
+                f"{kind} of a tensor on {device}, over a group that has only {there}; make the "
+                "tensor on mesh.world.device"
+            )
+        return known[device]
 
 
 class Listening(TorchDispatchMode):
@@ -119,9 +152,21 @@ class Listening(TorchDispatchMode):
         return function(*arguments, **(named or {}))
 
 
+def backends_of(config: str) -> dict[str, str]:
+    """`cpu:gloo,cuda:nccl`, or the name of one backend -> its backends by type of device."""
+    found = BackendConfig(dist.Backend(config)).get_device_backend_map()
+    return {device: str(backend) for device, backend in found.items()}
+
+
 @contextmanager
-def groups_noted(recorder: Recorder, change: Callable[[dict[str, Any]], None]) -> Iterator[None]:
-    """Note every `new_group` of the context; `change` may alter its named arguments."""
+def groups_noted(
+    recorder: Recorder, change: Callable[[dict[str, Any]], str | None]
+) -> Iterator[None]:
+    """Note every `new_group` of the context.
+
+    `change` may alter its named arguments; it returns which backends were asked for, if others are
+    used.
+    """
     modules = (dist, dist.distributed_c10d)
     original = dist.new_group
 
@@ -130,8 +175,11 @@ def groups_noted(recorder: Recorder, change: Callable[[dict[str, Any]], None]) -
         if not named.get("use_local_synchronization"):
             whole = range(dist.get_world_size())
             recorder.note_group(tuple(whole if ranks is None else ranks))
-        change(named)
-        return original(ranks, *arguments, **named)
+        asked = change(named)
+        group = original(ranks, *arguments, **named)
+        if asked and group is not dist.GroupMember.NON_GROUP_MEMBER:
+            recorder.note_backends(group, asked)
+        return group
 
     try:
         for module in modules:
@@ -155,13 +203,31 @@ def places(frame: FrameType | None = None) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _carries_objects() -> bool:
+    """True inside of torch's functions that exchange pickled objects."""
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(_DEPTH):
+        if frame is None:
+            return False
+        code = frame.f_code
+        if "_object" in code.co_name and code.co_filename == _C10D:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _name_of(tensors: list[Tensor]) -> str:
+    return str(tensors[0].dtype).removeprefix("torch.") if tensors else ""
+
+
 @functools.cache
 def _known_file(path: str) -> str:
     """A file of Tapir or of a library that it trains with, by its short name; else nothing."""
-    parts = Path(path).parts
-    if "site-packages" in parts:
-        short = "/".join(parts[parts.index("site-packages") + 1 :])
-        return "" if short.startswith(_WRAPPERS) or not short.startswith(_LIBRARIES) else short
+    for library in _LIBRARIES:
+        for folder in getattr(sys.modules.get(library), "__path__", ()):
+            if Path(path).is_relative_to(folder):
+                short = str(Path(path).relative_to(Path(folder).parent))
+                return "" if short.startswith(_WRAPPERS) else short
     if not Path(path).is_relative_to(ROOT):
         return ""
     inside = Path(path).relative_to(ROOT)

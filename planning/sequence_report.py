@@ -21,6 +21,10 @@ _HINTS = {
     "branch that depends on the rank or on its data",
     "another size": "sizes must not depend on the rank: pad to the largest, or make sizes known "
     "to all ranks first",
+    "another device": "make the tensor on mesh.world.device on all ranks: gloo carries tensors of "
+    "the host and nccl those of GPUs, and neither waits for the other",
+    "host tensor": "make the tensor on mesh.world.device: between hosts only pickled objects shall "
+    "travel, for that is slow, and gloo connects two ranks only when they first need it",
     "another type": "cast to one type on all ranks before the call",
     "another root": "all ranks must name the same root of the group",
     "another group": "pass the same axis of the mesh on all ranks",
@@ -89,15 +93,26 @@ def explain(
         who = f"rank {failed.rank} ({roles.grid.describe(failed.rank)})"
         text = f"{who} after {len(failed.operations)} operations:\n{failed.failure}"
         return Mismatch(kind="failed", text=text, hint=_HINTS["failed"])
-    if outcome.whole:
-        return None
     reporter = _Reporter(roles.grid, sequences, outcome)
+    if outcome.whole:
+        return reporter.tensor_of_the_host()
     return reporter.odd_one_out() or reporter.where_they_meet() or reporter.who_waits()
 
 
 class _Reporter:
     def __init__(self, grid: Grid, sequences: Mapping[int, RankSequence], outcome: Outcome) -> None:
         self._grid, self._sequences, self._outcome = grid, sequences, outcome
+
+    def tensor_of_the_host(self) -> Mismatch | None:
+        """A tensor in host memory that ranks with GPUs exchange, all of them alike."""
+        for rank, sequence in self._sequences.items():
+            found = (i for i, op in enumerate(sequence.operations) if op.on_host)
+            index = next(found, None) if sequence.device != "cpu" else None
+            if index is not None:
+                backend = self._operation(rank, index).backend
+                text = f"ranks with GPUs exchange a tensor of the host, which {backend} carries"
+                return self._mismatch("host tensor", text, [self._side(rank, index)])
+        return None
 
     def odd_one_out(self) -> Mismatch | None:
         """A rank that differs from the others of its stage."""
@@ -126,8 +141,13 @@ class _Reporter:
             kind = "another order"
         elif a.kind == CREATE:
             kind = "other groups made"
+        elif _elsewhere(a, b):
+            kind = "another device"
         sides = [self._side(first.role, first.index), self._side(second.role, second.index)]
-        return self._mismatch(kind, "two ranks meet with calls that do not go together", sides)
+        text = "two ranks meet with calls that do not go together"
+        if kind == "another device":
+            text += _backends(first.role, a, second.role, b)
+        return self._mismatch(kind, text, sides)
 
     def who_waits(self) -> Mismatch:
         """Ranks that wait for ever: for one that has ended, or for each other."""
@@ -177,6 +197,9 @@ class _Reporter:
             kind = "missing message"
             shown += [(one.role, one.index) for one in self._outcome.stuck if self._waits(one, odd)]
         text = f"rank {odd} differs from rank {other}, which stands at the same stage"
+        if kind == "another device":
+            a, b = self._operations(odd, other, at)
+            text += _backends(odd, a, other, b)
         sides = [self._side(rank, i) for rank, i in shown if i < self._count(rank)]
         return at, self._mismatch(kind, text, sides)
 
@@ -195,6 +218,8 @@ class _Reporter:
         same = a.kind == b.kind
         if same and self._group(odd, a) != self._group(other, b):
             return "another group"
+        if same and _elsewhere(a, b):
+            return "another device"
         if same and a.dtype != b.dtype:
             return "another type"
         if same and a.bytes != b.bytes:
@@ -221,7 +246,8 @@ class _Reporter:
             if spans is not None and op.root >= 0:
                 place = self._grid.place(op.root)
                 root = tuple(at for at, whole in zip(place, spans, strict=True) if whole)
-            call = (op.kind, self._group(rank, op), op.bytes, op.dtype, root, op.detail)
+            tensors = (op.bytes, op.dtype, op.device, op.backend)
+            call = (op.kind, self._group(rank, op), *tensors, root, op.detail)
             found.append((*call, op.places) if with_places else call)
         return tuple(found)
 
@@ -257,6 +283,17 @@ class _Reporter:
         if len(stuck) > _SHOWN:
             waiting.append(f"and {len(stuck) - _SHOWN} more ranks")
         return Mismatch(kind=kind, text=text, sides=list(sides), hint=_HINTS[kind], waiting=waiting)
+
+
+def _elsewhere(a: Operation, b: Operation) -> bool:
+    return (a.device, a.backend) != (b.device, b.backend)
+
+
+def _backends(rank: int, a: Operation, other: int, b: Operation) -> str:
+    return (
+        f": rank {rank} brings a tensor on {a.device}, which {a.backend} carries, rank {other} one "
+        f"on {b.device}, which {b.backend} carries, and each waits for ever"
+    )
 
 
 _OTHER = {"send": "recv", "recv": "send"}

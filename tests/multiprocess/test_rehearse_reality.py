@@ -13,7 +13,7 @@ from models.config import ClipConfig, DVAEConfig, PriorConfig
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, OptimConfig
 from planning.rehearse_pool import Pool
 from planning.rehearse_rank import RankTask, run_rank, train
-from planning.sequence import Sequence
+from planning.sequence import CREATE, OBJECTS, Sequence
 from planning.sequence_record import Listening, Recorder, groups_noted
 from training.config import ClipTrain, DVAETrain, LoopConfig, PriorTrain
 
@@ -69,6 +69,14 @@ CASES: dict[str, tuple[str, Any]] = {
             loop=LoopConfig(batch=8),
         ),
     ),
+    "dVAE, DP2": (
+        "dvae",
+        DVAETrain(
+            model=DVAEConfig(pixels=16, width=8, groups=2, codebook=16, code_width=8),
+            mesh=MeshConfig(data=2),
+            loop=LoopConfig(batch=8),
+        ),
+    ),
     "CLIP, DP2": (
         "clip",
         ClipTrain(
@@ -81,7 +89,7 @@ CASES: dict[str, tuple[str, Any]] = {
 
 
 def run_real(task: RankTask, _: Any) -> Sequence:
-    """A real rank: it joins the others over gloo and computes everything."""
+    """A real rank: it joins the others over gloo, and computes and evaluates everything."""
     out = task.settings.out
     os.environ.update(
         RANK=str(task.rank),
@@ -103,19 +111,22 @@ def run_real(task: RankTask, _: Any) -> Sequence:
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
     """One process that has imported the engines, for all cases."""
-    with Pool() as running:
+    with Pool("cpu") as running:
         yield running
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_rehearsed_sequence_is_the_real_one(name: str, pool: Pool, tmp_path: Path) -> None:
-    """On every rank, over two steps: the same operations in the same order, of the same groups,
-    types and bytes, from the same lines."""
+    """On every rank, over steps, validations, saves and the end: the same operations in the same
+    order, of the same groups, types, bytes and backends, from the same lines."""
     stage, settings = CASES[name]
     settings = replace(settings, out=tmp_path)
     world = settings.mesh.world
-    tasks = [RankTask(stage=stage, settings=settings, rank=rank, steps=2) for rank in range(world)]
+    tasks = [
+        RankTask(stage=stage, settings=settings, rank=rank, steps=2, device="cpu")
+        for rank in range(world)
+    ]
     real = pool.run(tasks, run_real, world)
     rehearsed = pool.run(tasks, run_rank, 2)
     for one, other in zip(rehearsed, real, strict=True):
@@ -124,3 +135,36 @@ def test_the_rehearsed_sequence_is_the_real_one(name: str, pool: Pool, tmp_path:
         for i, (mine, theirs) in enumerate(zip(one.operations, other.operations, strict=False)):
             assert mine == theirs, f"rank {one.rank}, operation {i}"
         assert len(one.operations) == len(other.operations) > 9
+
+
+@pytest.fixture(scope="module")
+def gpus() -> Iterator[Pool]:
+    """A process whose ranks claim a GPU each."""
+    with Pool("cuda") as running:
+        yield running
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["TP2 x PP2, bf16, recomputed", "paper layout, 2 machines of 2", "dVAE, DP2"]
+)
+def test_ranks_that_claim_gpus_make_the_calls_of_those_on_the_cpu(
+    name: str, pool: Pool, gpus: Pool
+) -> None:
+    """fp16 aside, which is emulated on CPUs: the same calls, tensors by nccl, objects by gloo."""
+    stage, settings = CASES[name]
+    found = {}
+    for running in (pool, gpus):
+        device = running.device
+        ends = [0, settings.mesh.world - 1]
+        tasks = [
+            RankTask(stage=stage, settings=settings, rank=rank, steps=1, device=device)
+            for rank in (ends if settings.mesh.pipeline == 1 else range(settings.mesh.world))
+        ]
+        found[device] = running.run(tasks, run_rank, 2)
+    for one, other in zip(found["cpu"], found["cuda"], strict=True):
+        assert not other.failure, other.failure
+        for mine, theirs in zip(one.operations, other.operations, strict=True):
+            backend = "" if theirs.kind == CREATE else "gloo" if theirs.dtype == OBJECTS else "nccl"
+            device = {"": "", "gloo": "cpu", "nccl": "cuda"}[backend]
+            assert replace(mine, device=device, backend=backend) == theirs

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from core.errors import EXIT_WRONG_INPUT, ConfigError, TapirError
+from data_pipeline.config import OrderConfig
 from models.config import PriorConfig
 from parallel.config import EngineConfig, MeshConfig, OptimConfig
+from parallel.device import CPU
 from planning.filled import filled
 from planning.rehearse import rehearse, roles_of, scaled
 from planning.rehearse_commands import laid_out, rehearse_verb
@@ -116,12 +118,47 @@ def misses_a_message(task: RankTask, broker: Any) -> Sequence:
     return run_rank(task, broker)
 
 
+def averages_on_the_host(task: RankTask, broker: Any) -> Sequence:
+    """A rank's figures of a validation are not moved to its GPU."""
+    return run_rank(task, broker) if task.rank != ODD else all_average_on_the_host(task, broker)
+
+
+def all_average_on_the_host(task: RankTask, broker: Any) -> Sequence:
+    """No rank's figures of a validation are moved to its GPU."""
+    from parallel.world import World
+
+    mean = World.mean
+    World.mean = lambda self, values: mean(replace(self, device=CPU), values)  # type: ignore
+    return run_rank(task, broker)
+
+
+def waits_on_the_host(task: RankTask, broker: Any) -> Sequence:
+    """The stages that see no losses wait for those of the last one with a tensor of the host."""
+    from parallel.engines import deepspeed_pipe as pipe
+    from parallel.engines import deepspeed_state as state
+
+    means = state.mean_losses
+
+    def without_device(seen: Any, names: Any, mesh: Any) -> Any:
+        world = mesh.world if seen else replace(mesh.world, device=CPU)
+        return means(seen, names, replace(mesh, world=world))
+
+    state.mean_losses = pipe.mean_losses = without_device
+    return run_rank(task, broker)
+
+
 FAULTS = {
     "skipped call": (skips_a_collective, TENSOR, "all_reduce over ranks 2, 3", "models/prior.py"),
     "another size": (sends_another_size, TENSOR, "all_reduce over ranks 2, 3", "models/prior.py"),
     "another group": (uses_another_group, TENSOR, "all_reduce over ranks 1, 3", "global_norm"),
     "another order": (goes_in_another_order, TENSOR, "all_reduce over ranks 2, 3", "cross_entropy"),
     "missing message": (misses_a_message, PIPE, "recv from rank 3", "_exec_recv_grads"),
+    "another device": (
+        averages_on_the_host,
+        TENSOR,
+        "all_reduce over ranks 0, 1, 2, 3",
+        "validation.py",
+    ),
 }
 
 
@@ -139,11 +176,46 @@ def test_a_planted_fault_is_found_and_placed(kind: str, pool: Pool) -> None:
 
 
 @pytest.mark.slow
+def test_a_stage_that_waits_on_the_host_for_a_tensor_of_a_gpu_is_found(pool: Pool) -> None:
+    """The last stage broadcasts by nccl, the others wait in gloo: a hang at every step."""
+    found = rehearse("planted", "prior", PIPE, pool, waits_on_the_host).mismatch
+    assert found is not None and found.kind == "another device", found and found.report()
+    assert {side.role.split(",")[0] for side in found.sides} == {"stage 0 of 2", "stage 1 of 2"}
+    assert all("mean_losses" in side.places[0] for side in found.sides), found.report()
+    sizes = sorted(side.size for side in found.sides)
+    assert sizes == [f"12 bytes of float32 on {p}" for p in ("cpu (gloo)", "cuda (nccl)")]
+    assert "each waits for ever" in found.text and "mesh.world.device" in found.hint
+
+
+@pytest.mark.slow
+def test_a_tensor_of_the_host_is_found_though_all_ranks_bring_one(pool: Pool) -> None:
+    found = rehearse("planted", "prior", TENSOR, pool, all_average_on_the_host).mismatch
+    assert found is not None and found.kind == "host tensor", found and found.report()
+    assert "validation.py" in found.report() and "on cpu (gloo)" in found.report()
+
+
+def test_too_few_validation_samples_are_found_at_the_first_validation(pool: Pool) -> None:
+    loop, order = replace(TENSOR.loop, validation_samples=512), OrderConfig(lanes=1024)
+    settings = replace(TENSOR, loop=loop, order=order)
+    found = rehearse("planted", "prior", settings, pool).mismatch
+    assert found is not None and found.kind == "failed"
+    assert "has 512 pairs" in found.text and "order.lanes=1024" in found.text
+
+
+def test_presets_with_too_few_validation_samples_are_named() -> None:
+    pairs = [("prior", name) for name in PRESETS["prior"]]
+    wanted, refused = laid_out(pairs, ["--loop.validation-samples=512"], 1024)
+    paper = {f"prior {name}" for name in PRESETS["prior"] if name.startswith("paper")}
+    assert paper <= set(refused) and len(wanted) == len(pairs) - len(refused)
+    assert all("validation_samples=512" in refused[name] for name in paper)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [TENSOR, PIPE])
 def test_what_matches_passes(settings: PriorTrain, pool: Pool) -> None:
     found = rehearse("as it is", "prior", settings, pool)
     assert found.matches, found.mismatch and found.mismatch.report()
-    assert found.operations > 150
+    assert found.operations > 150 and set(found.backends) == {"gloo", "nccl"}
 
 
 @pytest.mark.slow
@@ -182,6 +254,7 @@ def test_the_verb_says_so_in_json(capsys: pytest.CaptureFixture[str]) -> None:
         (["papr_12b"], "did you mean 'paper_12b'"),
         (["tiny", "--world", "no"], "no positive whole number"),
         (["tiny", "--stage", "bpe"], "no stage 'bpe'"),
+        (["tiny", "--device", "tpu"], "neither cuda nor cpu"),
         (["paper_12b", "--world", "1000"], "try --world 992"),
         (["tiny", "--world", "1"], "deepspeed_zero needs at least 2 ranks"),
         (["tiny", "--world", "²"], "no positive whole number"),
