@@ -18,6 +18,7 @@ from core.memory import keep_freed_memory
 from models.config import PriorConfig
 from models.draws import init_normal
 from models.prior import PriorBlock
+from parallel.device import CPU
 from parallel.tensor.ops import TensorParallel
 
 CONFIG = PriorConfig(dim=3968, heads=62, layers=64, text_length=256, grid=32)
@@ -30,7 +31,7 @@ def rows() -> list[dict[str, Any]]:
     keep_freed_memory()
     dim, length = CONFIG.dim, CONFIG.length
     flops = 3 * 2 * 12 * dim**2 * length
-    works = {"block": _block(), "matmuls": _matmuls()}
+    works = {"block": _block(), "matmuls": matmuls(dim, length, CPU)}
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(-1, ROUNDS):
         for name, work in works.items():
@@ -69,14 +70,14 @@ def _block() -> Callable[[], None]:
     return work
 
 
-def _matmuls() -> Callable[[], None]:
-    dim, length = CONFIG.dim, CONFIG.length
+def matmuls(dim: int, rows: int, device: torch.device) -> Callable[[], None]:
+    """Three products of each of a resblock pair's six matrices, in bf16 on tensors that exist."""
     sizes = [(dim, dim)] * 4 + [(dim, 4 * dim), (4 * dim, dim)]
 
     def made(*shape: int) -> Tensor:
-        return torch.randn(shape).to(torch.bfloat16)
+        return torch.randn(shape, device=device).to(torch.bfloat16)
 
-    ready = [(made(length, a), made(b, a), made(length, b)) for a, b in sizes]
+    ready = [(made(rows, a), made(b, a), made(rows, b)) for a, b in sizes]
 
     def work() -> None:
         for states, weight, grad in ready:

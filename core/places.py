@@ -1,4 +1,4 @@
-"""Places of data, as text; whoever only checks them needs no client of an object store."""
+"""Addresses of data, as text: they are checked without a client of an object store."""
 
 import re
 from pathlib import Path
@@ -11,11 +11,11 @@ def place_problems(place: str, setting: str = "") -> list[str]:
 
     Nothing is looked up.
     """
-    said = f"{setting}={place!r}" if setting else repr(place)
+    named = f"{setting}={place!r}" if setting else repr(place)
     if place.startswith(S3) and not place.removeprefix(S3).partition("/")[0]:
-        return [f"{said} names no bucket; write s3://bucket/prefix"]
+        return [f"{named} names no bucket; write s3://bucket/prefix"]
     if not place.startswith(S3) and ("://" in place or place.startswith("pipe:")):
-        return [f"{said} is no store that Tapir reads; give s3://bucket/prefix or a folder"]
+        return [f"{named} is no store that Tapir reads; give s3://bucket/prefix or a folder"]
     return []
 
 

@@ -127,9 +127,14 @@ class CudaStopwatch(Stopwatch):
 
     def take(self) -> float:
         """Seconds of what has happened since the last call."""
-        over = [(first, last) for first, last in self._pairs if last.query()]
-        self._pairs = self._pairs[len(over) :]
-        return sum(float(first.elapsed_time(last)) for first, last in over) / 1000
+        seconds, pending = 0.0, []
+        for first, last in self._pairs:  # those of several streams end in any order
+            if last.query():
+                seconds += float(first.elapsed_time(last)) / 1000
+            else:
+                pending.append((first, last))
+        self._pairs = pending
+        return seconds
 
     @staticmethod
     def _mark() -> torch.cuda.Event:

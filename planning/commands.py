@@ -73,15 +73,19 @@ def plan(arguments: list[str]) -> None:
             json=json,
             cluster=cluster,
         )
-        check(flags.problems())
-        if calibrate is not None:
-            _calibrate(calibrate, json)
-        elif published:
-            _published(json)
-        else:
-            _plan(flags)
+        _run(flags)
 
     parse(run, arguments, "plan")
+
+
+def _run(flags: PlanFlags) -> None:
+    check(flags.problems())
+    if flags.calibrate is not None:
+        _calibrate(flags.calibrate, flags.json)
+    elif flags.published:
+        _published(flags.json)
+    else:
+        _plan(flags)
 
 
 def _calibrate(path: Path, json: bool) -> None:

@@ -69,16 +69,7 @@ class Run:
             seed=settings.loop.seed,
             control=self.control,
         )
-        self.stream = Stream(  # before the engine, which takes minutes: it refuses too little data
-            task.train,
-            seed=settings.loop.seed,
-            batch=settings.loop.batch,
-            order=settings.order,
-            loader=settings.loader,
-            rank=mesh.data.rank,
-            ranks=mesh.data.size,
-            reads=mesh.needs_data,
-        )
+        self.stream = _stream(task, settings, mesh)  # refuses too little data: before the engine
         self.engine: Engine = build_engine(task.program, parts, mesh)
         self.average = Average(self.engine, settings.optim, world.device)
         self.plateau = Plateau()
@@ -332,6 +323,20 @@ class Run:
             reader = CheckpointReader(self.checkpoints.store, f"step-{self.step}")
             save_model(self.settings.out, self.stage, model, facts, reader)
         self.world.barrier()
+
+
+def _stream(task: Task[Any], settings: StageConfig, mesh: Mesh) -> Stream:
+    """This replica's part of the training data."""
+    return Stream(
+        task.train,
+        seed=settings.loop.seed,
+        batch=settings.loop.batch,
+        order=settings.order,
+        loader=settings.loader,
+        rank=mesh.data.rank,
+        ranks=mesh.data.size,
+        reads=mesh.needs_data,
+    )
 
 
 def _split(records: Sequence[Any], parts: int) -> list[Sequence[Any]]:

@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import models.prior
 from bench.gpu.peers import PEERS
 from bench.gpu.report import Report, Wanted, at_least, rates, seconds
+from bench.resblock import matmuls
 from models.config import PriorConfig
 from models.counts import prior_flops, prior_parameters
 from models.prior import PriorBlock, prior_program
@@ -82,7 +83,7 @@ def resblocks(report: Report) -> None:
     for batch in (1, 4):
         rows = batch * config.length
         flops = 3 * 2 * 12 * dim**2 * rows / 1e12
-        alone = statistics.median(seconds(_matmuls(dim, rows, report.device), report.device, 2, 5))
+        alone = statistics.median(seconds(matmuls(dim, rows, report.device), report.device, 2, 5))
         name = f"batch {batch}"
         report.row(f"{name}: its matmuls alone", flops / alone, "TFLOP/s")
         for number, kind in ((1, "row"), (2, "column"), (64, "conv")):
@@ -115,24 +116,6 @@ def _block(
         with torch.autocast(device.type, torch.bfloat16):
             out = block(x)
         out.backward(grad)
-
-    return work
-
-
-def _matmuls(dim: int, rows: int, device: torch.device) -> Callable[[], None]:
-    """Three of each of the six matrices, in bf16 on tensors that lie ready."""
-    sizes = [(dim, dim)] * 4 + [(dim, 4 * dim), (4 * dim, dim)]
-
-    def made(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device).to(torch.bfloat16)
-
-    ready = [(made(rows, a), made(b, a), made(rows, b)) for a, b in sizes]
-
-    def work() -> None:
-        for states, weight, grad in ready:
-            states @ weight.T
-            grad @ weight
-            grad.T @ states
 
     return work
 

@@ -13,7 +13,7 @@ from core.errors import ConfigError
 from core.gpus import gpu_of_rank, local_ranks, own_gpus, usable_gpus, visible_gpus
 from generation.config import DemoConfig
 from generation.demo import fitted
-from parallel.device import CPU, backends, rank_device, refuse_shared_gpus
+from parallel.device import CPU, CudaStopwatch, backends, rank_device, refuse_shared_gpus
 from parallel.mesh import own_mesh
 from training import main
 from training.presets import PRESETS
@@ -179,3 +179,30 @@ def test_a_world_on_gpus_is_bound_to_its_device(
 @pytest.mark.parametrize(("gpus", "mesh"), [(0, "tp2pp2dp2"), (1, "1"), (4, "1"), (8, "tp2pp2dp2")])
 def test_the_demo_trains_on_as_many_ranks_as_there_are_gpus(gpus: int, mesh: str) -> None:
     assert fitted(DemoConfig(mesh="tp2pp2dp2"), gpus).mesh == mesh
+
+
+def test_a_gpus_stopwatch_counts_what_has_happened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams end in any order; what has not ended yet counts at a later look."""
+
+    class Event:
+        def __init__(self, at: float) -> None:
+            self.at, self.over = at, False
+
+        def query(self) -> bool:
+            return self.over
+
+        def elapsed_time(self, last: "Event") -> float:
+            return last.at - self.at
+
+    marks = [Event(at) for at in (0, 0, 1000, 2000, 5000)]
+    made = iter(marks)
+    monkeypatch.setattr(CudaStopwatch, "_mark", staticmethod(lambda: next(made)))
+    watch = CudaStopwatch()
+    for _ in range(2):
+        with watch:
+            pass
+    assert watch.take() == 0
+    marks[4].over = True
+    assert watch.take() == 3
+    marks[2].over = True
+    assert watch.take() == 1 and watch.take() == 0
