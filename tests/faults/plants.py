@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import models.prior
 import training.loop
 import training.rank
-import training.tasks
 from cluster.supervisor import supervise
 from core.settings import to_json
 from parallel.engines.names import modules_of
@@ -72,13 +72,13 @@ def _scale_loss(factor: Callable[[Any], float]) -> None:
         current[0] = factor(run)
 
     _before_step(act)
-    whole = training.tasks.prior_loss
+    whole = models.prior.prior_loss
 
-    def prior_loss(*arguments: Any) -> Any:
-        found = whole(*arguments)
+    def prior_loss(*arguments: Any, **names: Any) -> Any:
+        found = whole(*arguments, **names)
         return {**found, "loss": found["loss"] * current[0]} if current[0] != 1 else found
 
-    training.tasks.prior_loss = prior_loss  # type: ignore[assignment]
+    models.prior.prior_loss = prior_loss
 
 
 def _once(facts: Facts) -> bool:
