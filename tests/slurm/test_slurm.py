@@ -173,7 +173,7 @@ def test_cancel_leaves_nothing_behind(slurm: Slurm, tokens: Path, tmp_path: Path
     assert len(slurm.processes()) > 4
     tapir("cancel", str(out), **slurm.environment)
     wait_for(lambda: not slurm.processes(), 30)  # none is left that could queue the job again
-    wait_for(lambda: not slurm.queue())  # the marker is written just before the job's end
+    wait_for(lambda: not slurm.queue())
     assert all(text.startswith("ended: CANCELLED") for text in states(slurm, out).values())
     assert len(rows_of(out / "prior")) < 5000
 
