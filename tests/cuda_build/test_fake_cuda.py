@@ -67,8 +67,7 @@ class _Read(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fake tensors for all that is made; keyed draws and attention's kernels need real ones."""
-    rows = lambda part, *_: torch.zeros(part.rows, *part.shape[1:], device="cpu")  # noqa: E731
-    monkeypatch.setattr(models.draws, "_rows", rows)
+    monkeypatch.setattr(models.draws, "_runs", lambda *_: ())
     noise = lambda keys, shape: torch.ones(len(keys), *shape, device=keys.device)  # noqa: E731
     monkeypatch.setattr(models.dvae, "gumbel_noises", noise)
     monkeypatch.setattr(models.prior, "flexible_attention", lambda q, k, v, *_: q + k + v)
