@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from tokenizers import Tokenizer
 from checkpoint.format import StateSlice
 from checkpoint.tensors import file_parts
 from checkpoint.writer import write_checkpoint
-from cluster.object_server import ObjectServer
 from core.errors import InputError
 from core.files import canonical_json, seal, sha256, unseal
 from core.settings import to_json
@@ -359,11 +359,11 @@ def _first(run: Path, step: int | None = None) -> torch.Tensor:
 
 @pytest.mark.parametrize("where", ["run", "folder", "s3"])
 def test_a_run_that_has_not_ended_gives_its_newest_checkpoint(
-    where: str, runs: Path, tmp_path: Path, s3: ObjectServer
+    where: str, runs: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     to = {"run": "", "folder": str(tmp_path / "elsewhere"), "s3": "s3://tapir-tests/newest"}[where]
     run = _unfinished(runs / "prior", to)
-    with s3.credentials():
+    with request.getfixturevalue("s3").credentials() if where == "s3" else nullcontext():
         for step in (2, 3):
             _checkpoint(runs / "prior", to or str(run / "checkpoints"), step)
         weight = _first(runs / "prior")

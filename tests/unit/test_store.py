@@ -24,11 +24,11 @@ from tests.harness import tapir
 def store(
     request: pytest.FixtureRequest,
     tmp_path: Path,
-    s3: ObjectServer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Store:
     if request.param == "folder":
         return FolderStore(tmp_path)
+    s3: ObjectServer = request.getfixturevalue("s3")
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     made = S3Store(f"b{uuid.uuid4().hex[:12]}", "some/prefix")
