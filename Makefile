@@ -1,9 +1,10 @@
 # Every target sets up what it needs; `make demo` and `make test` work on a fresh clone.
 SHELL := /bin/bash
 PYTHON ?= python3
-CONSTRAINTS ?= constraints/cpu.txt
 VENV := .venv
 BIN := $(VENV)/bin
+# those of `make install`, from then on
+CONSTRAINTS ?= $(or $(file <$(VENV)/.constraints),constraints/cpu.txt)
 DATA ?= shapes
 OUT ?= $(if $(filter shapes,$(DATA)),runs/demo,runs/demo-$(DATA))
 PY312 ?= $(HOME)/.cache/tapir/py312
@@ -25,6 +26,7 @@ $(STAMP): requirements.txt $(CONSTRAINTS) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -r requirements.txt -c $(CONSTRAINTS)
 	$(BIN)/pip install --quiet --no-deps -e .
+	echo $(CONSTRAINTS) > $(VENV)/.constraints
 	touch $@
 
 $(DEV_STAMP): $(STAMP) requirements-dev.txt
@@ -88,8 +90,8 @@ bench: $(DEV_STAMP) system
 	$(BIN)/python -m bench stream --json
 
 # All that one GPU proves, in 8 minutes; a dry run: make gpu DEVICE=cpu TINY=1. Without make:
-# python3 tests/gpu/run.py. It installs nothing but the wheels of .whl, where there is no .venv.
-gpu:
+# python3 tests/gpu/run.py. Where there is no .venv it installs nothing but the wheels of .whl.
+gpu: $(if $(wildcard $(BIN)/python),$(DEV_STAMP))
 	$(PYTHON) -P tests/gpu/run.py $(if $(DEVICE),--device $(DEVICE)) $(if $(TINY),--tiny)
 
 # What a GPU machine without a network lacks, in .whl; needs a package index.

@@ -23,6 +23,7 @@ SHARE = 0.5
 LAST = 10.0
 """Seconds that are kept for the table."""
 MESHES = "test_meshes_on_gpu.py"
+PYTEST = ".venv/bin/pip install -r requirements-dev.txt -c constraints/gpu.txt"
 
 
 def main() -> int:
@@ -41,6 +42,9 @@ def main() -> int:
     if flags.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     python = _python(environment)
+    if subprocess.run([python, "-c", "import pytest"], env=environment, cwd=out).returncode:
+        print(f"{python} has no pytest; with a network: {PYTEST}", file=sys.stderr)
+        return 2
     _tests(python, environment, out, time.monotonic() + SHARE * (until - time.monotonic()))
     bench = [python, "-m", "bench", "gpu", "--json", f"--device={flags.device}", f"--out={out}"]
     left = until - time.monotonic()
@@ -125,7 +129,7 @@ def table(out: Path) -> tuple[str, list[str]]:
 def _counted(report: Path) -> tuple[str, list[str]]:
     """How many tests passed, with the largest of what they measured; names of those that failed."""
     if not report.exists():
-        return "did not end in their time", [report.stem]
+        return f"ended early or ran out of time: see {report.stem}.log", [report.stem]
     cases = list(ElementTree.parse(report).iter("testcase"))
     bad = [
         f"{case.get('classname')}::{case.get('name')}"
