@@ -1,91 +1,27 @@
-"""Encoded images -> square RGB arrays, with caps that hold before anything is decoded."""
+"""Encoded images -> square RGB arrays."""
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from threading import Lock
 from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from core.errors import InputError
+from data_pipeline.decode import Inspected, decode_rgb, inspect
 
-MOST_PIXELS = 24_000_000
-"""A 24-megapixel camera's; four bytes each are held while a picture is decoded."""
-FORMATS = ("PNG", "JPEG", "WEBP")
-EXTENSIONS = ("png", "jpg", "jpeg", "webp")
-_LARGE = 4_000_000
-"""Pixels from which on one picture is decoded at a time: 4 bytes each."""
-_ONE_LARGE = Lock()
+__all__ = [
+    "EXTENSIONS",
+    "Inspected",
+    "decode_rgb",
+    "dvae_crop",
+    "encode_png",
+    "inspect",
+    "prior_crop",
+    "square",
+]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Inspected:
-    """What `tapir pack` must know of a picture."""
-
-    width: int
-    height: int
-    look: int
-    """A 64-bit perceptual hash: which of two neighbouring areas is brighter."""
-
-
-def inspect(data: bytes, where: str) -> Inspected:
-    """Decode a picture once, to see that it can be.
-
-    Raises: InputError for anything that is no whole still PNG, JPEG or WebP of a sane size.
-    """
-    with _opened(data, where) as image:
-        image.load()
-        way = Image.Resampling.BOX if image.mode in ("RGB", "L") else Image.Resampling.NEAREST
-        grey = image.resize((72, 64), way).convert("L").resize((9, 8), Image.Resampling.BOX)
-        rows = np.asarray(grey, np.int16)
-        bits = np.packbits(rows[:, 1:] > rows[:, :-1])
-        look = int.from_bytes(bits.tobytes(), "big")
-        return Inspected(width=image.width, height=image.height, look=look)
-
-
-def decode_rgb(data: bytes, where: str) -> NDArray[np.uint8]:
-    """Decode one image; transparency becomes white, EXIF rotation is applied, 16 bits become 8.
-
-    Shapes: returns (height, width, 3) uint8.
-    Raises: InputError for anything that is no whole still PNG, JPEG or WebP of a sane size.
-    """
-    with _opened(data, where) as image:
-        upright = ImageOps.exif_transpose(image)
-        if "A" in upright.getbands() or "transparency" in upright.info:
-            colours = upright.convert("RGBA")
-            white = Image.new("RGBA", colours.size, "white")
-            return np.asarray(Image.alpha_composite(white, colours).convert("RGB"))
-        if upright.mode.startswith("I"):  # 16-bit grey, which PIL would clip
-            grey = (np.asarray(upright, np.int32) >> 8).clip(0, 255).astype(np.uint8)
-            return np.repeat(grey[:, :, None], 3, 2)
-        return np.asarray(upright.convert("RGB"))
-
-
-@contextmanager
-def _opened(data: bytes, where: str) -> Iterator[Image.Image]:
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            pixels = image.width * image.height
-            if pixels > MOST_PIXELS:
-                raise InputError(
-                    f"{where} has {image.width}x{image.height} pixels; the limit is {MOST_PIXELS}"
-                )
-            if getattr(image, "is_animated", False):
-                raise InputError(f"{where} is an animation; give a still picture")
-            if pixels < _LARGE:
-                yield image
-                return
-            with _ONE_LARGE:
-                yield image
-    except UnidentifiedImageError as error:
-        raise InputError(f"{where} is no PNG, JPEG or WebP, or its start is damaged") from error
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise InputError(f"{where} is no readable PNG, JPEG or WebP image: {error}") from error
+EXTENSIONS = ("png", "jpg", "jpeg", "jpe", "jfif", "webp")
 
 
 def square(image: NDArray[Any], pixels: int) -> NDArray[np.uint8]:

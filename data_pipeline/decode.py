@@ -1,0 +1,255 @@
+"""The one function that decodes pictures: `pack` accepts what it decodes, and every stage calls it.
+
+A picture is opened by its first bytes, checked against the caps, decoded, put on white and turned
+upright. Metadata that cannot be read counts as absent; of a JPEG with several pictures (MPO, as
+phones write them) the first one is the photo. Whatever else Pillow raises becomes an InputError.
+"""
+
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any, TypeVar
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from core.errors import InputError
+
+MOST_PIXELS = 24_000_000
+"""A 24-megapixel camera's; four bytes each are held while a picture is decoded."""
+_LARGE = 4_000_000
+"""Pixels from which on one picture is decoded at a time: 4 bytes each."""
+_ONE_LARGE = Lock()
+_TOGETHER = 1_000_000
+"""Pixels that are converted at once."""
+_WHITE = 255
+_NARROW, _AREA = 72, cv2.INTER_AREA
+_ORIENTATION = 0x0112
+_OF_RGB_16 = "RGB;16B", "RGB;16L"
+"""Pillow's names of 16-bit samples that are read as their high, and as their low bytes."""
+_GREY_KEYS = {"1": (1, 255), "L;2": (3, 85), "L;4": (15, 17), "L": (255, 1)}
+"""Of PNG's greys: which bits of a transparent sample count, and what it is scaled by."""
+
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of metadata that is damaged
+
+Rgb = NDArray[np.uint8]
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspected:
+    """What `tapir pack` must know of a picture."""
+
+    width: int
+    height: int
+    look: int
+    """A 64-bit perceptual hash: which of two neighbouring areas is brighter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Decoded:
+    """A picture that is decoded, before it is turned upright."""
+
+    width: int
+    height: int
+    orientation: object
+    parts: Iterator[tuple[slice, Rgb]]
+    """Some rows at a time, on white."""
+
+
+def decode_rgb(data: bytes, where: str) -> Rgb:
+    """Decode one image; transparency becomes white, EXIF rotation is applied, 16 bits become 8.
+
+    Shapes: returns (height, width, 3) uint8.
+    Raises: InputError for anything that is no whole still PNG, JPEG or WebP of a sane size.
+    """
+    return _decode(data, where, _whole)
+
+
+def inspect(data: bytes, where: str) -> Inspected:
+    """Decode a picture as `decode_rgb` does, and keep what `pack` must know of it.
+
+    Raises: InputError for what `decode_rgb` refuses.
+    """
+    return _decode(data, where, _glance)
+
+
+def _decode(data: bytes, where: str, keep: Callable[[_Decoded], T]) -> T:
+    try:
+        with _opened(data, where) as image:
+            if image.width * image.height < _LARGE:
+                return keep(_decoded(image, data, where))
+            with _ONE_LARGE:
+                return keep(_decoded(image, data, where))
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # of damaged files Pillow raises nearly everything
+        raise InputError(
+            f"{where} is no readable PNG, JPEG or WebP image: {error or type(error).__name__}"
+        ) from error
+
+
+def _whole(picture: _Decoded) -> Rgb:
+    pixels = np.empty((picture.height, picture.width, 3), np.uint8)
+    for rows, part in picture.parts:
+        pixels[rows] = part
+    return _upright(pixels, picture.orientation)
+
+
+def _glance(picture: _Decoded) -> Inspected:
+    """Its size and look; of a large picture never all pixels are held beside Pillow's."""
+    narrow = [
+        cv2.resize(
+            cv2.cvtColor(part, cv2.COLOR_RGB2GRAY), (_NARROW, len(part)), interpolation=_AREA
+        )
+        for _, part in picture.parts
+    ]
+    grey = _upright(np.concatenate(narrow), picture.orientation)
+    few = np.asarray(cv2.resize(grey, (9, 8), interpolation=_AREA), np.int16)
+    look = int.from_bytes(np.packbits(few[:, 1:] > few[:, :-1]).tobytes(), "big")
+    sides = (picture.width, picture.height)
+    width, height = sides[::-1] if _is_transposed(picture.orientation) else sides
+    return Inspected(width=width, height=height, look=look)
+
+
+def _opened(data: bytes, where: str) -> ImageFile:
+    file = io.BytesIO(data)
+    image: ImageFile
+    if data[:3] == b"\xff\xd8\xff":
+        image = JpegImageFile(file)  # Image.open would look for more pictures behind the first
+    elif data[:8] == b"\x89PNG\r\n\x1a\n":
+        image = PngImageFile(file)
+    elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        image = WebPImageFile(file)
+    else:
+        raise InputError(f"{where} is no PNG, JPEG or WebP, or its start is damaged")
+    if image.width * image.height > MOST_PIXELS:
+        raise InputError(
+            f"{where} has {image.width}x{image.height} pixels; the limit is {MOST_PIXELS}"
+        )
+    if getattr(image, "is_animated", False):
+        raise InputError(f"{where} is an animation; give a still picture")
+    return image
+
+
+def _decoded(image: ImageFile, data: bytes, where: str) -> _Decoded:
+    samples = image.tile[0].args if image.tile else ""
+    image.load()
+    low = None
+    if samples == _OF_RGB_16[0] and "transparency" in image.info:
+        low = PngImageFile(io.BytesIO(data))
+        low.tile = [low.tile[0]._replace(args=_OF_RGB_16[1])]
+        low.load()
+    if image.mode not in MODES:
+        raise InputError(f"{where} has pixels of the mode {image.mode}; save it as RGB")
+    return _Decoded(
+        width=image.width,
+        height=image.height,
+        orientation=_orientation(image),
+        parts=_on_white(image, samples, low),
+    )
+
+
+def _on_white(
+    image: Image.Image, samples: Any, low: Image.Image | None
+) -> Iterator[tuple[slice, Rgb]]:
+    """Convert some rows at a time, by the table of modes; `low` are the low bytes of 16-bit RGB."""
+    rows = max(1, _TOGETHER // image.width)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        box = (0, top, image.width, bottom)
+        part = image.crop(box)
+        pixels = MODES[image.mode](part)
+        clear = _transparent(part, samples, low.crop(box) if low else None)
+        if clear is not None:
+            pixels[clear] = _WHITE
+        yield slice(top, bottom), pixels
+
+
+def _transparent(part: Image.Image, samples: Any, low: Image.Image | None) -> Any:
+    """Which pixels have the one colour that a PNG calls transparent, exactly; None if it has none.
+
+    Source: the PNG specification, tRNS: of samples with fewer bits the low ones count, and of
+    16-bit samples both bytes are compared.
+    """
+    key = part.info.get("transparency")
+    if key is None or part.mode not in ("1", "L", "I;16", "RGB"):
+        return None
+    if part.mode == "RGB":
+        wanted = np.array(key, np.int64)
+        high = wanted >> 8 if low else wanted & 255
+        clear = (np.asarray(part) == high).all(-1)
+        return clear & (np.asarray(low) == wanted & 255).all(-1) if low else clear
+    if part.mode == "I;16":
+        return np.asarray(part, np.int32) == int(key)
+    mask, scale = _GREY_KEYS.get(samples, (255, 1))
+    return np.asarray(part.convert("L")) == (int(key) & mask) * scale
+
+
+def _plain(part: Image.Image) -> Rgb:
+    return np.array(part.convert("RGB"))
+
+
+def _palette(part: Image.Image) -> Rgb:
+    return _blended(part) if "transparency" in part.info else _plain(part)
+
+
+def _blended(part: Image.Image) -> Rgb:
+    colours = part.convert("RGBA")
+    white = Image.new("RGBA", colours.size, "white")
+    return np.array(Image.alpha_composite(white, colours).convert("RGB"))
+
+
+def _sixteen_bits(part: Image.Image) -> Rgb:
+    """Grey of 16 bits, which Pillow's own conversion would clip."""
+    grey = (np.asarray(part, np.int32) >> 8).clip(0, 255).astype(np.uint8)
+    return np.repeat(grey[:, :, None], 3, 2)
+
+
+MODES: dict[str, Callable[[Image.Image], Rgb]] = {
+    "1": _plain,
+    "L": _plain,
+    "RGB": _plain,
+    "RGBX": _plain,
+    "CMYK": _plain,
+    "P": _palette,
+    "LA": _blended,
+    "PA": _blended,
+    "RGBA": _blended,
+    "I": _sixteen_bits,
+    "I;16": _sixteen_bits,
+    "I;16B": _sixteen_bits,
+}
+"""Every mode in which Pillow gives a PNG, JPEG or WebP, and how it becomes RGB on white."""
+
+
+def _orientation(image: Image.Image) -> object:
+    """The orientation alone, of the EXIF or else of the XMP; 1 if it is absent or damaged."""
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # of damaged metadata Pillow raises nearly everything
+        return 1
+
+
+def _is_transposed(orientation: object) -> bool:
+    return isinstance(orientation, int) and 5 <= orientation <= 8
+
+
+def _upright(pixels: NDArray[Any], orientation: object) -> NDArray[Any]:
+    """Undo an EXIF orientation: rows become columns, and some of both are reversed."""
+    turned = np.swapaxes(pixels, 0, 1) if _is_transposed(orientation) else pixels
+    if orientation in (3, 4, 7, 8):
+        turned = turned[::-1]
+    if orientation in (2, 3, 6, 7):
+        turned = turned[:, ::-1]
+    return np.ascontiguousarray(turned)
