@@ -61,8 +61,25 @@ class Blocks:
             if each == kind:
                 yield self.part(block), _read(self._path((kind, block)), name)
 
+    def read_if_there(self, kind: str, name: str, rows: int) -> Array:
+        """One array of all blocks of a kind, with ones for the blocks that have none."""
+        found = np.ones(rows, np.float32)
+        for each, block in self.tasks:
+            path = self._path((kind, block))
+            if each == kind and name in _names(path):
+                found[self.part(block)] = _read(path, name)
+        return found
+
     def _path(self, task: Task) -> Path:
         return self.folder / f"{task[0]}-{task[1]:06d}.safetensors"
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        with safe_open(path, "numpy") as file:
+            return list(file.keys())
+    except SafetensorError:
+        return []
 
 
 def _read(path: Path, name: str) -> Array:

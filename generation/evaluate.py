@@ -10,6 +10,7 @@ from core.log import LOG
 from core.store import open_store
 from data_pipeline.images import encode_png
 from data_pipeline.raw import RawRecord, RawSource
+from data_pipeline.readable import readable
 from data_pipeline.stream import first_records
 from data_pipeline.tokenize.encode import pictures_of
 from generation.accuracy import Figures, caption_accuracy, draw_all, guidance_accuracy
@@ -26,7 +27,7 @@ SCALE = 2
 def evaluate(studio: Studio, data: str, out: Path, settings: EvaluateConfig) -> Figures:
     """Write candidates, reconstructions, image prompts and (for shapes) the caption accuracy."""
     source = RawSource(open_store(data), "validation")
-    records = first_records(source, settings.prompts)
+    records = readable(first_records(source, settings.prompts))
     drawn = draw_all(studio, [record.caption for record in records], settings)
     rows = []
     for i, row in enumerate(drawn[:SHOWN_PROMPTS]):

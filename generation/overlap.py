@@ -38,9 +38,10 @@ from data_pipeline.pack import (
     refuse_empty,
 )
 from data_pipeline.raw import RawRecord, RawSource
+from data_pipeline.readable import split_readable
 from data_pipeline.sources.files import make_pair
 from data_pipeline.sources.pair import Unusable
-from data_pipeline.tokenize.encode import pictures_of, to_tensor
+from data_pipeline.tokenize.encode import squares_of, to_tensor
 from generation.config import OverlapConfig
 from generation.pictures import picture_grid, to_bytes
 from models.clip import Clip
@@ -60,6 +61,8 @@ class Likeness:
     examples: list[list[NDArray[np.uint8]]] = field(default_factory=lambda: [[] for _ in BINS])
     """(2, S, S, 3): a picture beside the nearest of the evaluation set, some for each bin."""
     pairs: int = 0
+    unreadable: int = 0
+    """Pairs whose picture does not decode: compared with nothing, and not written."""
     evaluation: dict[str, Any] = field(default_factory=dict)
     """Which evaluation pictures the training split has, too, as `read_overlap` reads it."""
 
@@ -82,12 +85,20 @@ class _Evaluation:
     def __init__(self, given: EvaluationSet, clip: Clip, batch: int) -> None:
         self._given, self._clip, self._batch = given, clip, batch
         self.keys = given.pictures
+        self.unreadable: list[str] = []
+        """Pictures that do not decode: nothing is like them."""
         parts = [self.keys[i : i + batch] for i in range(0, len(self.keys), batch)]
         with progress("embed", len(self.keys)) as meter:
             embedded = []
             for part in parts:
-                embedded.append(self._embed(to_tensor(np.stack([self.picture(k) for k in part]))))
+                embedded.append(self._embedded_part(part))
                 meter.update(len(embedded) * batch)
+        if self.unreadable:
+            LOG.warning(
+                "%d of the evaluation set's %d pictures cannot be decoded, and are compared with "
+                "nothing: %s ...",
+                *(len(self.unreadable), len(self.keys), self.unreadable[0]),
+            )
         self._vectors = np.concatenate(embedded)
         self._best = np.full(len(self.keys), -1.0, np.float32)
 
@@ -95,16 +106,32 @@ class _Evaluation:
         """One of its pictures, as CLIP sees it."""
         return square(decode_rgb(self._given.read(key), key), self._clip.config.pixels)
 
+    def _embedded_part(self, keys: list[str]) -> NDArray[np.float32]:
+        """Unit vectors of some of its pictures; zeros for those that do not decode."""
+        side = self._clip.config.pixels
+        pictures = np.zeros((len(keys), side, side, 3), np.uint8)
+        readable = np.ones((len(keys), 1), np.float32)
+        for place, key in enumerate(keys):
+            try:
+                pictures[place] = self.picture(key)
+            except InputError:
+                self.unreadable.append(key)
+                readable[place] = 0
+        return self._embed(to_tensor(pictures)) * readable
+
     def embedded(
-        self, source: RawSource
+        self, source: RawSource, left_out: Callable[[RawRecord, InputError], None]
     ) -> Iterator[tuple[list[RawRecord], NDArray[np.uint8], NDArray[np.float32]]]:
-        """Batches of pairs with their pictures and unit vectors."""
+        """Batches of pairs with their pictures and unit vectors; `left_out` is told of the rest."""
         for block in range(len(source.sizes)):
             records = list(source.read(block))
             for i in range(0, len(records), self._batch):
-                part = records[i : i + self._batch]
-                pixels = pictures_of(part, self._clip.config.pixels)
-                yield part, to_bytes(pixels), self._embed(pixels)
+                good, bad = split_readable(records[i : i + self._batch])
+                for record, error in bad:
+                    left_out(record, error)
+                if good:
+                    pixels = squares_of([picture for _, picture in good], self._clip.config.pixels)
+                    yield [record for record, _ in good], to_bytes(pixels), self._embed(pixels)
 
     def nearest(
         self, vectors: NDArray[np.float32], training: bool
@@ -124,6 +151,7 @@ class _Evaluation:
             "threshold": threshold,
             "data": self._given.name,
             "pictures": len(self.keys),
+            "unreadable": len(self.unreadable),
             "overlapping": len(places),
             "share": len(places) / len(self.keys),
             "ids": [self.keys[place] for place in places],
@@ -205,8 +233,13 @@ def _compare(
     writer: RawWriter | None = None,
     rejects: Rejects | None = None,
 ) -> None:
+    def left_out(record: RawRecord, error: InputError) -> None:
+        found.unreadable += 1
+        if rejects is not None:
+            rejects.add(Unusable(key=record.key, kind="image", reason=str(error)))
+
     with progress("overlap", source.manifest.samples) as meter:
-        for records, pictures, vectors in theirs.embedded(source):
+        for records, pictures, vectors in theirs.embedded(source, left_out):
             likeness, places = theirs.nearest(vectors, split == "train")
             for record, picture, value, place in zip(
                 records, pictures, likeness.tolist(), places.tolist(), strict=True
@@ -240,7 +273,14 @@ def write_likeness(found: Likeness, out: Path) -> dict[str, Any]:
             upper, lower = (np.stack([pair[i] for pair in examples]) for i in (0, 1))
             write_atomic(out / name, encode_png(picture_grid([upper, lower], 2)))
         rows.append({"likeness_from": round(low, 2), "pairs": int(count), "examples": name})
-    body = {"pairs": found.pairs, "rows": rows, "evaluation": found.evaluation}
+    if found.unreadable:
+        LOG.warning("%d pairs cannot be decoded and are left out; pack again", found.unreadable)
+    body = {
+        "pairs": found.pairs,
+        "unreadable": found.unreadable,
+        "rows": rows,
+        "evaluation": found.evaluation,
+    }
     write_atomic(out / REPORT, canonical_json(body))
     short = {name: value for name, value in found.evaluation.items() if name != "ids"}
     return {**body, "evaluation": short}

@@ -41,7 +41,7 @@ from generation.networks import ClipProxy, Inception, Network, blurred
 from generation.overlap import Overlap, read_overlap
 from generation.pictures import Candidates, Studio
 from generation.ranking import TapirRanker, open_ranker
-from generation.score_rows import DRAWN, REAL, Masks, features, logits, score_row
+from generation.score_rows import DRAWN, READABLE, REAL, Masks, features, logits, score_row
 from parallel.device import CPU
 from parallel.precision import Numerics, set_numerics
 from training.export import open_model
@@ -122,7 +122,7 @@ class ScoreJob:
             size=config.block,
             rows={DRAWN: len(self._captions), REAL: len(self._pictures)},
         )
-        self._masks = self._sets()
+        self._masks = self._sets(np.ones(len(self._pictures), bool))
 
     def run(self, studio: Callable[[], Studio], member: Member) -> dict[str, Any] | None:
         """Do this member's blocks; the scores, if nothing is left to others.
@@ -175,10 +175,10 @@ class ScoreJob:
                 "give another --out, or the settings of then"
             )
 
-    def _sets(self) -> dict[str, Masks]:
-        """Which captions and pictures each set of rows has."""
+    def _sets(self, readable: NDArray[np.bool_]) -> dict[str, Masks]:
+        """Which captions and pictures each set of rows has; of the pictures the readable ones."""
         captions, pictures = self._captions, self._pictures
-        found = {ALL: {DRAWN: np.ones(len(captions), bool), REAL: np.ones(len(pictures), bool)}}
+        found = {ALL: {DRAWN: np.ones(len(captions), bool), REAL: readable}}
         if self._overlap is not None:
             seen = self._overlap.pictures
             kept = [not seen.intersection(caption.pictures) for caption in captions]
@@ -187,7 +187,7 @@ class ScoreJob:
             )
             found[WITHOUT] = {
                 DRAWN: np.array(kept, bool),
-                REAL: np.array([name in left for name in pictures], bool),
+                REAL: readable & np.array([name in left for name in pictures], bool),
             }
         for name, masks in found.items():
             if min(mask.sum() for mask in masks.values()) < 2:
@@ -199,8 +199,11 @@ class ScoreJob:
 
     def _do(self, task: Task, studio: Callable[[], Studio]) -> None:
         kind, block = task
-        pictures = self._drawn(block, studio) if kind == DRAWN else self._real(block)
-        arrays = {}
+        arrays: dict[str, NDArray[np.float32]] = {}
+        if kind == DRAWN:
+            pictures = self._drawn(block, studio)
+        else:
+            pictures, arrays[READABLE] = self._real(block)
         for radius in self._config.radii:
             seen, classes = self._network(blurred(pictures, radius))
             arrays[features(radius)] = seen
@@ -208,10 +211,19 @@ class ScoreJob:
                 arrays[logits(radius)] = classes
         self._blocks.write(task, arrays)
 
-    def _real(self, block: int) -> NDArray[np.uint8]:
+    def _real(self, block: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        """A block's real pictures, and which of them decode: the others are black."""
         names, read = self._pictures[self._blocks.part(block)], self._evaluation.read
-        images = (decode_rgb(read(name), f"{name} of {self._evaluation.name}") for name in names)
-        return np.stack([square(image, self._pixels) for image in images])
+        pictures = np.zeros((len(names), self._pixels, self._pixels, 3), np.uint8)
+        readable = np.ones(len(names), np.float32)
+        for place, name in enumerate(names):
+            try:
+                image = decode_rgb(read(name), f"{name} of {self._evaluation.name}")
+                pictures[place] = square(image, self._pixels)
+            except InputError as error:
+                LOG.warning("%s; the scores are made without it", error)
+                readable[place] = 0
+        return pictures, readable
 
     def _drawn(self, block: int, studio: Callable[[], Studio]) -> NDArray[np.uint8]:
         """A block's pictures as its tar has them, which is made if it is not there."""
@@ -232,6 +244,9 @@ class ScoreJob:
             ) from error
 
     def _scores(self) -> dict[str, Any]:
+        pictures = len(self._pictures)
+        readable = self._blocks.read_if_there(REAL, READABLE, pictures) > 0
+        self._masks = self._sets(readable)
         rows = [
             {"set": name, **score_row(self._blocks, masks, radius)}
             for name, masks in self._masks.items()
@@ -256,7 +271,8 @@ class ScoreJob:
             "network": self._network.name,
             "data": self._evaluation.name,
             "captions": len(self._captions),
-            "pictures": len(self._pictures),
+            "pictures": pictures,
+            "pictures_unreadable": int((~readable).sum()),
             "candidates": self._config.candidates,
             "numerics": to_json(self._numerics),
             "rows": rows,
@@ -267,7 +283,7 @@ class ScoreJob:
                 "threshold": self._overlap.threshold,
                 "share": self._overlap.share,
                 "captions_left_out": int((~kept[DRAWN]).sum()),
-                "pictures_left_out": int((~kept[REAL]).sum()),
+                "pictures_left_out": int((readable & ~kept[REAL]).sum()),
             }
         return scores
 

@@ -20,6 +20,10 @@ def features(radius: float) -> str:
     return f"features/{radius}"
 
 
+READABLE = "readable"
+"""Name of the array of which real pictures decode, 1 or 0; blocks of before have none: all do."""
+
+
 def logits(radius: float) -> str:
     """Name of the array of logits at a radius."""
     return f"logits/{radius}"

@@ -158,6 +158,8 @@ class _PriorWithoutData(PriorTask):
 
 
 class _DVAEWithoutData(DVAETask):
+    unreadable = 0
+
     def __init__(self, settings: Any, mesh: Mesh) -> None:
         self.model_config = settings.model
         self.held_out: Any = _Samples(settings.loop.validation_samples)
@@ -179,6 +181,8 @@ class _DVAEWithoutData(DVAETask):
 
 
 class _ClipWithoutData(ClipTask):
+    unreadable = 0
+
     def __init__(self, settings: Any, mesh: Mesh) -> None:
         self.model_config = settings.model
         self.held_out: Any = _Samples(settings.loop.validation_samples)

@@ -14,10 +14,11 @@ from core.settings import check
 from core.store import open_store
 from data_pipeline.bpe import encode, load_tokenizer
 from data_pipeline.cache import open_cache
-from data_pipeline.images import decode_rgb, dvae_crop
+from data_pipeline.images import dvae_crop
 from data_pipeline.raw import RawRecord, RawSource
+from data_pipeline.readable import ReadablePairs
 from data_pipeline.stream import first_records
-from data_pipeline.tokenize.encode import pictures_of, to_tensor
+from data_pipeline.tokenize.encode import squares_of, to_tensor
 from models.clip import Clip, caption_keys, contrastive_loss
 from models.config import ClipConfig, DVAEConfig
 from models.dvae import DVAE, negative_bound
@@ -53,11 +54,12 @@ class DVAETask:
         self.train = RawSource(store, "train", open_cache(settings.loader))
         self.held_out = RawSource(store, "validation")
         refuse_unfit(settings, self.train.manifest, self.held_out.manifest)
-        self._settings = settings
+        self._settings, self._readable = settings, ReadablePairs()
         self.model_config = settings.model
         self.dvae = DVAE(settings.model, settings.loop.seed)
         if settings.model.start == "calibrated":
-            self.dvae.calibrate(self._squares(first_records(self.train, CALIBRATED)))
+            first = first_records(self.train, CALIBRATED)
+            self.dvae.calibrate(self._squares(first, self.train))
         self.program = dvae_program(self.dvae, settings.model)
         self.units = settings.model.tokens
 
@@ -68,27 +70,31 @@ class DVAETask:
         tau = cosine(settings.tau_first, settings.tau_last, done / settings.tau_share)
         beta = cosine(settings.beta_first, settings.beta, done / settings.beta_share)
         return {
-            "pixels": self._views(records, step) if training else self._squares(records),
+            "pixels": self._views(records, step)
+            if training
+            else self._squares(records, self.held_out),
             "keys": torch.tensor(keys, device="cpu"),
             "tau": torch.tensor(tau, device="cpu"),
             "beta": torch.tensor(beta, device="cpu"),
         }
 
-    def _squares(self, records: Sequence[RawRecord]) -> Tensor:
-        return pictures_of(list(records), self.model_config.pixels)
+    @property
+    def unreadable(self) -> int:
+        return self._readable.passed_over
+
+    def _squares(self, records: Sequence[RawRecord], source: RawSource) -> Tensor:
+        pictures = [picture for _, picture in self._readable.decoded(records, source)]
+        return squares_of(pictures, self.model_config.pixels)
 
     def _views(self, records: Sequence[RawRecord], step: int) -> Tensor:
         """What a training step sees of some pictures, (B, 3, S, S)."""
         if not self._settings.augment:
-            return self._squares(records)
+            return self._squares(records, self.train)
         pixels, seed = self.model_config.pixels, self._settings.loop.seed
+        decoded = self._readable.decoded(records, self.train)
         views = [
-            dvae_crop(
-                decode_rgb(record.image, record.key),
-                pixels,
-                keyed_rng(seed, step, record.key, "augment"),
-            )
-            for record in records
+            dvae_crop(picture, pixels, keyed_rng(seed, step, record.key, "augment"))
+            for record, (_, picture) in zip(records, decoded, strict=True)
         ]
         return to_tensor(np.stack(views))
 
@@ -99,7 +105,7 @@ class DVAETask:
     def figures(
         self, means: Means, mine: Sequence[RawRecord], records: Sequence[RawRecord]
     ) -> tuple[dict[str, float], Pictures]:
-        pixels = self._squares(records).to(next(self.dvae.parameters()).device)
+        pixels = self._squares(records, self.held_out).to(next(self.dvae.parameters()).device)
         together = max(1, TOGETHER // self.model_config.tokens)
         codes = torch.cat([self.dvae.tokens(part) for part in pixels.split(together)])
         again = torch.cat([self.dvae.picture(part) for part in codes.split(together)])
@@ -138,6 +144,7 @@ class ClipTask:
         self.train = RawSource(store, "train", open_cache(settings.loader))
         self.held_out = RawSource(store, "validation")
         refuse_unfit(settings, self.train.manifest, self.held_out.manifest)
+        self._readable = ReadablePairs()
         self._tokenizer, self._tokenizer_hash = load_tokenizer(settings.bpe)
         entries = self._tokenizer.get_vocab_size()
         check(model_size_problems(settings.model, {"text_vocabulary": entries}, "the tokenizer"))
@@ -146,11 +153,16 @@ class ClipTask:
         self.units = self.model_config.text_length
 
     def batch(self, records: Sequence[RawRecord], step: int, training: bool = True) -> Batch:
-        texts = [encode(self._tokenizer, record.caption) for record in records]
+        pairs = self._readable.decoded(records, self.train if training else self.held_out)
+        texts = [encode(self._tokenizer, record.caption) for record, _ in pairs]
         return {
-            "pixels": pictures_of(list(records), self.model_config.pixels),
+            "pixels": squares_of([picture for _, picture in pairs], self.model_config.pixels),
             "text": pad_text(texts, self.model_config.text_length),
         }
+
+    @property
+    def unreadable(self) -> int:
+        return self._readable.passed_over
 
     def facts(self) -> dict[str, Any]:
         return {"tokenizer": self._tokenizer_hash, "raw": self.train.fingerprint}

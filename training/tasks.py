@@ -42,6 +42,10 @@ class Task(Protocol, Generic[Record]):
     model_config: Any
     """The network's sizes, all filled in."""
 
+    @property
+    def unreadable(self) -> int:
+        """Pairs that this rank met and passed over, for their pictures do not decode."""
+
     def batch(self, records: Sequence[Record], step: int, training: bool = True) -> Batch:
         """Tensors of some samples; randomness is keyed by (seed, step, sample)."""
 
@@ -82,6 +86,8 @@ def hand_over(batch: Batch, device: torch.device) -> Batch:
 
 class PriorTask:
     """The transformer over text and image tokens."""
+
+    unreadable = 0
 
     def __init__(self, settings: PriorTrain, tensor: TensorParallel) -> None:
         store = open_store(settings.data)

@@ -28,6 +28,7 @@ class Validation:
     ) -> None:
         self._task, self._engine, self._settings = task, engine, settings
         self._mesh, self._heart, self._step = mesh, heart, 0
+        self._unreadable = 0.0
 
     def run(self, step: int) -> tuple[dict[str, float], Pictures]:
         """Losses, the task's own figures, and pictures."""
@@ -36,6 +37,8 @@ class Validation:
         mine = records[self._mesh.data.rank :: self._mesh.data.size]
         row = self._means(mine)
         figures, pictures = self._task.figures(self._means, mine, records)
+        if self._unreadable:
+            figures["pairs_unreadable"] = self._unreadable
         return {**row, **figures}, pictures
 
     def _held_out(self) -> list[Any]:
@@ -61,5 +64,7 @@ class Validation:
                 totals[name] = totals.get(name, 0.0) + float(value) * len(part)
         names = sorted(totals)
         means = [totals[name] / len(records) for name in names]
-        sums = torch.tensor(means, device=self._mesh.world.device).double()
-        return dict(zip(names, self._mesh.world.mean(sums).tolist(), strict=True))
+        sums = torch.tensor([*means, self._task.unreadable], device=self._mesh.world.device)
+        *losses, unreadable = self._mesh.world.mean(sums.double()).tolist()
+        self._unreadable = round(unreadable * self._mesh.world.size)
+        return dict(zip(names, losses, strict=True))

@@ -149,9 +149,16 @@ def codes_of(pictures: NDArray[np.uint8], reader: CodeReader) -> NDArray[np.uint
 
 
 def pictures_of(records: Sequence[RawRecord], pixels: int) -> torch.Tensor:
-    """Decoded, squared pictures: (n, 3, pixels, pixels) float32 in [0, 1]."""
-    arrays = [square(decode_rgb(record.image, record.key), pixels) for record in records]
-    return to_tensor(np.stack(arrays))
+    """Decoded, squared pictures: (n, 3, pixels, pixels) float32 in [0, 1].
+
+    Raises: InputError if one cannot be decoded.
+    """
+    return squares_of([decode_rgb(record.image, record.key) for record in records], pixels)
+
+
+def squares_of(pictures: Sequence[NDArray[np.uint8]], pixels: int) -> torch.Tensor:
+    """Squared pictures: (n, 3, pixels, pixels) float32 in [0, 1]."""
+    return to_tensor(np.stack([square(picture, pixels) for picture in pictures]))
 
 
 def to_tensor(pictures: NDArray[np.uint8]) -> torch.Tensor:

@@ -12,6 +12,7 @@ from data_pipeline.decode import MODES, decode_rgb, inspect
 from tests.faults.corpus import chunk, png_of
 from tests.faults.flipped import try_flips
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow, about metadata
 ON_WHITE = {
     "1": (255, [255, 255, 255]),
     "L": (77, [77, 77, 77]),
