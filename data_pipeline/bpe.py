@@ -11,6 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from core.errors import CorruptError, InputError
 from core.files import sha256, write_atomic
+from data_pipeline.captions import lowered
 
 FILE = "tokenizer.json"
 
@@ -60,4 +61,4 @@ def load_tokenizer(folder: Path) -> tuple[Tokenizer, str]:
 
 def encode(tokenizer: Tokenizer, caption: str) -> list[int]:
     """Text ids of a cleaned caption."""
-    return list(tokenizer.encode(caption.lower()).ids)
+    return list(tokenizer.encode(lowered(caption)).ids)

@@ -1,6 +1,13 @@
-"""Captions as text: checked, cleaned and lower-cased."""
+"""Captions as text: checked, cleaned by a fixed table and lower-cased.
 
+The table is of control characters and white space alone. What other characters are is never asked
+of Python, whose Unicode tables grow with its versions: equal bytes give equal captions everywhere.
+Joiners (ZWJ, ZWNJ), direction marks, variation selectors, tags and private use are kept.
+"""
+
+import re
 import unicodedata
+from itertools import groupby
 
 from core.errors import InputError
 
@@ -8,6 +15,21 @@ LONGEST = 4096
 """Characters of a caption that are kept."""
 MOST_BYTES = 4 * LONGEST
 """Bytes of a caption that are looked at: no character takes more than four."""
+MOST_CAPTIONS = 64
+"""Captions of a picture that are kept."""
+
+_CONTROL = [*range(0x20), *range(0x7F, 0xA0)]
+_SPACES = [0x20, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000]
+_REMOVED = [0xAD, 0xFEFF, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+"""Soft hyphens, byte order marks, and controls that turn the direction of what follows."""
+_TABLE = {**dict.fromkeys(_CONTROL + _SPACES, " "), **dict.fromkeys(_REMOVED, "")}
+_ODD = frozenset(map(chr, [*_CONTROL, *_REMOVED, 0x2028, 0x2029]))
+_INVISIBLE = re.compile(
+    "[ \u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2060-\u2065\u206a-\u206f"
+    "\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]+"
+)
+"""Kept, but no caption by themselves."""
+_LINES = re.compile("\r\n|\n|\r")
 
 
 def clean_caption(raw: bytes, where: str) -> str:
@@ -15,17 +37,57 @@ def clean_caption(raw: bytes, where: str) -> str:
 
     Raises: InputError if it is not UTF-8 or holds no visible character.
     """
-    end = min(len(raw), MOST_BYTES)
-    while end < len(raw) and end > MOST_BYTES - 4 and raw[end] & 0xC0 == 0x80:
+    return _cleaned(_decoded(raw, MOST_BYTES, where), where)
+
+
+def clean_captions(raw: bytes, where: str) -> tuple[str, ...]:
+    """The captions of a picture, one a line, each cleaned and each once.
+
+    Raises: InputError if they are not UTF-8 or hold no visible character.
+    """
+    lines = _LINES.split(_decoded(raw, MOST_CAPTIONS * MOST_BYTES, where))
+    found = [_cleaned(line, where) for line in lines if is_visible(line)]
+    return tuple(dict.fromkeys(found[:MOST_CAPTIONS])) or (_cleaned("", where),)
+
+
+def joined(captions: list[str]) -> bytes:
+    """Captions as `clean_captions` reads them: one a line, whatever is in them."""
+    return "\n".join(_LINES.sub(" ", text) for text in captions).encode("utf-8", "surrogatepass")
+
+
+def is_visible(text: str) -> bool:
+    """Say whether a text has a visible character."""
+    return bool(_INVISIBLE.sub("", text.translate(_TABLE)))
+
+
+def lowered(text: str) -> str:
+    """Lower the case of the letters of Unicode 3.2, which every Python knows alike."""
+    if text.isascii():
+        return text.lower()
+    runs = groupby(text, lambda c: unicodedata.ucd_3_2_0.category(c) != "Cn")
+    return "".join("".join(run).lower() if known else "".join(run) for known, run in runs)
+
+
+def is_odd(character: str) -> bool:
+    """Say whether a name may not hold a character: controls, line ends, lone surrogates."""
+    return character in _ODD or 0xD800 <= ord(character) < 0xE000
+
+
+def _decoded(raw: bytes, most: int, where: str) -> str:
+    end = min(len(raw), most)
+    while end < len(raw) and end > most - 4 and raw[end] & 0xC0 == 0x80:
         end -= 1  # not in the middle of a character
     try:
-        text = raw[:end].decode("utf-8")
+        return raw[:end].decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(
             f"the caption of {where} is not UTF-8 (byte {error.start}); convert the file"
         ) from error
-    visible = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in text[:LONGEST])
-    folded = " ".join(visible.split()).lower()
-    if not folded:
+
+
+def _cleaned(text: str, where: str) -> str:
+    words = text[:LONGEST].translate(_TABLE).split(" ")
+    folded = lowered(" ".join(filter(None, words)))
+    if not is_visible(folded):
         raise InputError(f"the caption of {where} is empty; write one")
     return folded

@@ -9,6 +9,7 @@ from core.log import LOG
 from core.store import open_store
 from data_pipeline import pack as packing
 from data_pipeline.config import PackConfig
+from data_pipeline.rejects import REJECTS
 
 Place = Annotated[str, tyro.conf.Positional]
 _FLAT = tyro.conf.OmitArgPrefixes
@@ -40,7 +41,7 @@ def pack(arguments: list[str]) -> None:
         rejects = manifests["train"].rejects
         if rejects:
             rows = ", ".join(f"{count} {kind}" for kind, count in sorted(rejects.items()))
-            LOG.info("left out: %s; each with its reason in %s/%s", rows, dest, packing.REJECTS)
+            LOG.info("left out: %s; each with its reason in %s/%s", rows, dest, REJECTS)
         if json:
             counts = {split: manifest.samples for split, manifest in manifests.items()}
             print_json({**counts, "rejects": rejects})

@@ -21,8 +21,9 @@ from typing import Any
 from core.errors import InputError
 from core.files import canonical_json, sha256
 from core.keys import key_int
+from core.log import LOG
 from core.store import Store, open_store
-from data_pipeline.captions import clean_caption
+from data_pipeline.captions import clean_caption, is_odd, is_visible
 from data_pipeline.manifest import SPLITS
 from data_pipeline.raw import RawRecord, RawRecords, RawSource
 
@@ -89,7 +90,7 @@ def packed_set(store: Store, splits: Sequence[str]) -> EvaluationSet:
     for split in splits:
         for block in range(len(sources[split].sizes)):
             for record in sources[split].read(block):
-                found.append((record.caption, record.key))
+                found += [(caption, record.key) for caption in record.captions]
                 places[record.key] = split, block
     held: dict[tuple[str, int], RawRecords] = {}
 
@@ -159,12 +160,18 @@ def _coco(folder: Path) -> EvaluationSet:
     body = _json(files[year])
     try:
         names = {row["id"]: _inside(row["file_name"], files[year], 1) for row in body["images"]}
-        rows = [(row["caption"], names[row["image_id"]]) for row in body["annotations"]]
-        pairs = [(_cleaned(text, f"{name} in {files[year]}"), name) for text, name in rows]
+        rows = [(row["caption"], names.get(row["image_id"])) for row in body["annotations"]]
+        kept = [(text, name) for text, name in rows if name is not None and is_visible(text)]
+        pairs = [(_cleaned(text, f"{name} in {files[year]}"), name) for text, name in kept]
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{files[year]} is no file of MS-COCO's captions ({error!r} in it); unpack it again"
         ) from error
+    if len(kept) < len(rows):
+        LOG.warning(
+            "%d of %d captions of %s are empty or of no picture in it, and are left out",
+            *(len(rows) - len(kept), len(rows), files[year]),
+        )
     return _from_folder(f"MS-COCO val{year}", pairs, images, PAPER_CAPTIONS)
 
 
@@ -193,7 +200,9 @@ def _cub(folder: Path) -> EvaluationSet:
     for name in chosen:
         path = texts / "text_c10" / PurePosixPath(name).with_suffix(".txt")
         pairs += [
-            (_cleaned(line, str(path)), name) for line in _text(path).splitlines() if line.strip()
+            (_cleaned(line, str(path)), name)
+            for line in _text(path).split("\n")
+            if is_visible(line)
         ]
     kind = "test classes" if classes is not None else "test pictures"
     return _from_folder(f"CUB {kind}", pairs, root / "images", 0)
@@ -230,7 +239,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _inside(name: str, where: Path, depth: int) -> str:
     """A picture's path out of a file of annotations: some plain names below one another."""
     parts = name.split("/")
-    plain = name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(parts)
+    plain = not any(map(is_odd, name)) and "\\" not in name and not {"", ".", ".."} & set(parts)
     if len(parts) != depth or not plain:
         raise InputError(f"{where} names the picture {name!r}, which lies outside of its folder")
     return name

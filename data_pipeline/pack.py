@@ -8,7 +8,7 @@ rejects/000000.jsonl         every pair that was left out: key, kind, reason
 
 import json
 import re
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,9 +24,9 @@ from core.keys import key_fraction, key_int
 from core.log import LOG, progress
 from core.settings import check, to_json
 from core.store import FolderStore, Store
-from data_pipeline.captions import clean_caption
+from data_pipeline.captions import clean_captions
 from data_pipeline.config import SHAPES_COUNT, FilterConfig, PackConfig
-from data_pipeline.filters import Duplicates, caption_reject, image_reject
+from data_pipeline.filters import Duplicates, Reject, caption_reject, image_reject
 from data_pipeline.images import inspect
 from data_pipeline.manifest import (
     INDEX,
@@ -38,14 +38,12 @@ from data_pipeline.manifest import (
     read_json,
     read_manifest,
 )
+from data_pipeline.rejects import REJECTS, Keys, Rejects
 from data_pipeline.shards import build_tar, describe, list_members, put_manifest
 from data_pipeline.sources.catalogue import open_source, source_content
-from data_pipeline.sources.pair import IGNORED, Pair, Unusable
+from data_pipeline.sources.pair import Pair, Unusable
 
-REJECTS, REQUEST = "rejects/", "request.json"
-_REJECTS_TOGETHER = 100_000
-_EARLY_KEYS = 2_000_000
-"""Keys that are compared at once; all ids are, at the end."""
+REQUEST = "request.json"
 _PARTS = re.compile(
     rf"({'|'.join(SPLITS)})/shard-\d{{6}}\.(tar|index\.safetensors)|{REJECTS}\d{{6}}\.jsonl"
 )
@@ -59,7 +57,7 @@ class _Examined:
     """A pair that can be used."""
 
     pair: Pair
-    caption: str
+    captions: tuple[str, ...]
     look: int
 
 
@@ -71,20 +69,24 @@ class RawWriter:
         self._waiting: list[dict[str, Any]] = []
         self._size = 0
         self.shards: list[Shard] = []
+        self.several = 0
+        """Pairs with several captions."""
 
-    def add(self, pair: Pair, caption: str) -> None:
-        """Take a pair with its cleaned caption."""
-        facts = json.dumps({"key": pair.key, "split_key": pair.split_key}, sort_keys=True)
-        text = caption.encode()
+    def add(self, pair: Pair, *captions: str) -> None:
+        """Take a pair with its cleaned captions; the .json names them if they are several."""
+        facts: dict[str, Any] = {"key": pair.key, "split_key": pair.split_key}
+        if len(captions) > 1:
+            facts["captions"] = captions
+            self.several += 1
         self._waiting.append(
             {
                 "__key__": pair.key,
-                "json": facts.encode(),
+                "json": json.dumps(facts, sort_keys=True).encode(),
                 pair.extension: pair.image,
-                "txt": text,
+                "txt": captions[0].encode(),
             }
         )
-        self._size += len(pair.image) + len(text)
+        self._size += len(pair.image) + sum(len(text.encode()) for text in captions)
         full = self._size >= self._config.shard_megabytes * 2**20
         if full or len(self._waiting) >= self._config.shard_pairs:
             self.flush()
@@ -100,46 +102,6 @@ class RawWriter:
         self._store.put(self._prefix + name, tar)
         self.shards.append(describe(self._store, self._prefix, name, tar, ranges, ids))
         self._waiting, self._size = [], 0
-
-
-class Rejects:
-    """Every pair that is left out, written as it comes."""
-
-    def __init__(self, store: Store, most: float) -> None:
-        """`most` is the share of unusable pairs that may be left out."""
-        self._store, self._most = store, most
-        self._lines: list[str] = []
-        self.parts = 0
-        self.kinds: Counter[str] = Counter()
-        self.unusable = 0
-        self.first = ""
-
-    def add(self, reject: Unusable, asked: bool = False) -> None:
-        """Note one; `asked` if a filter that the user set left it out.
-
-        Raises: InputError if it is unusable and none may be.
-        """
-        if not asked and reject.kind != IGNORED:
-            if self._most == 0:
-                raise InputError(
-                    f"{reject.reason}; to leave unusable pairs out and count them, pass "
-                    "--max-rejects 0.01"
-                )
-            self.unusable += 1
-            self.first = self.first or reject.reason
-        self.kinds[reject.kind] += 1
-        self._lines.append(json.dumps(vars(reject)) + "\n")
-        if len(self._lines) == _REJECTS_TOGETHER:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write the rejects that wait."""
-        self._store.put(self.part(self.parts), "".join(self._lines).encode())
-        self._lines, self.parts = [], self.parts + 1
-
-    def part(self, number: int) -> str:
-        """The name of a part."""
-        return f"{REJECTS}{number:06d}.jsonl"
 
 
 def pair_ranges(tar: bytes, block: int) -> list[tuple[int, int, int]]:
@@ -217,6 +179,9 @@ def _write(
     shards = {name: split.shards for name, split in splits.items()}
     refuse_empty(shards, f"pass another --validation (now {config.validation}) or give more pairs")
     rejects.flush()
+    several = sum(split.several for split in splits.values())
+    if several:
+        LOG.info("%d pairs have several captions; one is drawn by key at each reading", several)
     facts = {name: {"request": request, "split": name} for name in SPLITS}
     return close_set(store, shards, facts, rejects)
 
@@ -240,24 +205,24 @@ def close_set(
 
 def _fill(source: str, config: PackConfig, splits: dict[str, RawWriter], rejects: Rejects) -> int:
     packed = 0
-    keys: set[str] = set()
-    duplicates = Duplicates(config.filters)
+    keys, duplicates = Keys(), Duplicates(config.filters)
     with progress("pack", config.count or (SHAPES_COUNT if source == "shapes" else 0)) as meter:
         for found in _examined(open_source(source, config), config):
             if isinstance(found, tuple):
                 rejects.add(*found)
                 continue
             pair = found.pair
-            if pair.key in keys:
-                raise InputError(f"the key {pair.key!r} ({pair.where}) occurs twice")
-            if len(keys) < _EARLY_KEYS:
-                keys.add(pair.key)
-            double = duplicates.reject(pair.key, pair.image, found.caption, found.look)
+            if not keys.add(pair.key):
+                reason = f"the key {pair.key!r} ({pair.where}) occurs twice; give it another name"
+                rejects.add(Unusable(key=pair.key, kind="key", reason=reason))
+                continue
+            text = "\n".join(found.captions)
+            double = duplicates.reject(pair.key, pair.image, text, found.look)
             if double:
                 rejects.add(Unusable(key=pair.key, **vars(double)), True)
                 continue
             held_out = key_fraction(config.seed, pair.split_key, "split") < config.validation
-            splits["validation" if held_out else "train"].add(pair, found.caption)
+            splits["validation" if held_out else "train"].add(pair, *found.captions)
             packed += 1
             meter.update(packed)
             if packed == config.count:
@@ -291,15 +256,17 @@ def _examine(item: Pair | Unusable, filters: FilterConfig) -> _Examined | tuple[
         return item, False
     kind = "caption"
     try:
-        caption = clean_caption(item.caption, item.where)
+        captions = clean_captions(item.caption, item.where)
         kind = "image"
         image = inspect(item.image, item.where)
     except InputError as error:
         return Unusable(key=item.key, kind=kind, reason=str(error)), False
-    reject = caption_reject(caption, filters) or image_reject(image, filters)
+    refused = [caption_reject(caption, filters) for caption in captions]
+    kept = tuple(c for c, reject in zip(captions, refused, strict=True) if reject is None)
+    reject: Reject | None = image_reject(image, filters) if kept else refused[0]
     if reject:
         return Unusable(key=item.key, **vars(reject)), True
-    return _Examined(pair=item, caption=caption, look=image.look)
+    return _Examined(pair=item, captions=kept, look=image.look)
 
 
 def refuse_empty(shards: dict[str, list[Shard]], advice: str) -> None:

@@ -1,12 +1,13 @@
 """Raw shards as blocks of pairs, still encoded."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
 from numpy.typing import NDArray
 
-from core.keys import key_int
+from core.keys import KeyPart, key_int
 from core.store import Store
 from data_pipeline.cache import BlockCache
 from data_pipeline.images import EXTENSIONS
@@ -26,6 +27,20 @@ class RawRecord:
     extension: str
     """png, jpg or webp."""
     caption: str
+    """The first one."""
+    others: tuple[str, ...] = ()
+    """Further captions of the picture."""
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All of them."""
+        return (self.caption, *self.others)
+
+    def drawn_caption(self, *key: KeyPart) -> str:
+        """One of them; equal keys give the same one, whatever else is read."""
+        if not self.others:
+            return self.caption
+        return self.captions[key_int(*key, self.id, "caption") % len(self.captions)]
 
     @property
     def id(self) -> int:
@@ -118,5 +133,8 @@ def parse_pairs(tar: bytes) -> RawRecords:
 
 def _record(key: str, parts: dict[str, bytes]) -> RawRecord:
     extension = next(name for name in EXTENSIONS if name in parts)
-    caption = parts["txt"].decode()
-    return RawRecord(key=key, image=parts[extension], extension=extension, caption=caption)
+    caption, facts = parts["txt"].decode(), parts.get("json", b"")
+    others = tuple(json.loads(facts)["captions"][1:]) if b'"captions"' in facts else ()
+    return RawRecord(
+        key=key, image=parts[extension], extension=extension, caption=caption, others=others
+    )

@@ -28,9 +28,7 @@ from data_pipeline.evaluation_sets import EvaluationSet
 from data_pipeline.images import decode_rgb, encode_png, square
 from data_pipeline.manifest import SPLITS
 from data_pipeline.pack import (
-    REJECTS,
     RawWriter,
-    Rejects,
     claim,
     close_set,
     finished,
@@ -39,8 +37,8 @@ from data_pipeline.pack import (
 )
 from data_pipeline.raw import RawRecord, RawSource
 from data_pipeline.readable import split_readable
-from data_pipeline.sources.files import make_pair
-from data_pipeline.sources.pair import Unusable
+from data_pipeline.rejects import REJECTS, Rejects
+from data_pipeline.sources.pair import Unusable, make_pair
 from data_pipeline.tokenize.encode import squares_of, to_tensor
 from generation.config import OverlapConfig
 from generation.pictures import picture_grid, to_bytes
@@ -251,7 +249,7 @@ def _compare(
                     reason = f"likeness {value:.4f} to {theirs.keys[place]} of the evaluation set"
                     rejects.add(Unusable(key=record.key, kind="overlap", reason=reason), True)
                 else:
-                    writer.add(_pair(record), record.caption)
+                    writer.add(_pair(record), *record.captions)
             meter.update(found.pairs)
 
 

@@ -144,7 +144,7 @@ class ClipTask:
         self.train = RawSource(store, "train", open_cache(settings.loader))
         self.held_out = RawSource(store, "validation")
         refuse_unfit(settings, self.train.manifest, self.held_out.manifest)
-        self._readable = ReadablePairs()
+        self._settings, self._readable = settings, ReadablePairs()
         self._tokenizer, self._tokenizer_hash = load_tokenizer(settings.bpe)
         entries = self._tokenizer.get_vocab_size()
         check(model_size_problems(settings.model, {"text_vocabulary": entries}, "the tokenizer"))
@@ -154,7 +154,9 @@ class ClipTask:
 
     def batch(self, records: Sequence[RawRecord], step: int, training: bool = True) -> Batch:
         pairs = self._readable.decoded(records, self.train if training else self.held_out)
-        texts = [encode(self._tokenizer, record.caption) for record, _ in pairs]
+        seed = self._settings.loop.seed
+        captions = [r.drawn_caption(seed, step) if training else r.caption for r, _ in pairs]
+        texts = [encode(self._tokenizer, caption) for caption in captions]
         return {
             "pixels": squares_of([picture for _, picture in pairs], self.model_config.pixels),
             "text": pad_text(texts, self.model_config.text_length),

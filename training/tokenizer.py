@@ -40,7 +40,7 @@ def train_tokenizer(settings: BPETrain) -> None:
 def _captions(settings: BPETrain) -> Iterator[str]:
     if settings.texts is None:
         source = RawSource(open_store(settings.data), "train")
-        yield from (record.caption for record in stored_records(source))
+        yield from (text for record in stored_records(source) for text in record.captions)
         return
     with open(settings.texts, "rb") as file:
         for number, line in enumerate(file, 1):

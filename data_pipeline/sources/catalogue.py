@@ -10,10 +10,12 @@ from core.files import sha256
 from data_pipeline.config import SHAPES_COUNT, PackConfig
 from data_pipeline.images import encode_png
 from data_pipeline.sources.emoji import emoji_pairs
-from data_pipeline.sources.files import folder_pairs, is_tar, loose_files, tar_pairs
+from data_pipeline.sources.files import folder_pairs, loose_files
+from data_pipeline.sources.names import is_metadata, is_tar
 from data_pipeline.sources.pair import Pair, Unusable
 from data_pipeline.sources.shapes import draw_scene, render
 from data_pipeline.sources.table import table_pairs
+from data_pipeline.sources.tars import tar_pairs
 
 
 def open_source(source: str, config: PackConfig) -> Iterator[Pair | Unusable]:
@@ -36,22 +38,27 @@ def open_source(source: str, config: PackConfig) -> Iterator[Pair | Unusable]:
     else:
         raise InputError(
             f"there is no source {source!r}; give shapes, emoji, a folder of images with .txt "
-            "captions, a tar, a .parquet table, or a folder of tars or tables"
+            "captions, a tar, a .parquet table, or a folder of tars or tables (other archives must "
+            "be unpacked)"
         )
     return pairs
 
 
 def _folder(path: Path) -> Iterator[Pair | Unusable]:
     """Tars if there are any (a downloader leaves a table beside each), else captions or tables."""
-    tars = sorted(p for p in path.rglob("*") if is_tar(p.name) and p.is_file())
+    tars = sorted(p for p in path.rglob("*") if is_tar(p.name) and _is_content(p, path))
     if tars:
         return chain(tar_pairs(tars, path), loose_files(path))
-    tables = sorted(path.glob("*.parquet"))
+    tables = sorted(p for p in path.glob("*.parquet") if _is_content(p, path))
     return (
         table_pairs(tables)
         if tables and not next(path.rglob("*.txt"), None)
         else folder_pairs(path)
     )
+
+
+def _is_content(path: Path, root: Path) -> bool:
+    return path.is_file() and not is_metadata(path.relative_to(root))
 
 
 def source_content(source: str) -> str:

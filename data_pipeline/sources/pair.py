@@ -1,6 +1,10 @@
 """One raw image-caption pair, the unit that every source yields."""
 
+import hashlib
+import json
 from dataclasses import dataclass
+
+from data_pipeline.captions import is_odd, is_visible, joined
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +18,7 @@ class Pair:
     extension: str
     """png, jpg or webp: how the image is encoded."""
     caption: bytes
-    """The caption's bytes; `pack` checks that they are UTF-8."""
+    """The captions' bytes, one a line; `pack` checks that they are UTF-8."""
     split_key: str
     """Pairs with the same split_key land in the same split (by default the key itself)."""
     where: str
@@ -27,11 +31,63 @@ class Unusable:
 
     key: str
     kind: str
-    """IGNORED, or what is wrong: file, caption, image, archive, row."""
+    """IGNORED, METADATA, or what is wrong: file, caption, image, archive, table, row, key."""
     reason: str
 
 
 IGNORED = "ignored"
 """Other files among the pairs; they are counted, and never stop a job."""
-EXTENSIONS_OF_NOTES = ("json", "parquet", "tsv", "csv")
-"""What downloaders leave beside their pairs."""
+METADATA = "metadata"
+"""What file systems leave among files; counted, and never stops a job."""
+
+
+def make_pair(key: str, image: bytes, suffix: str, caption: bytes, where: str) -> Pair:
+    """A pair that decides its split by its own key."""
+    extension = suffix.lower().removeprefix(".")
+    if extension in ("jpeg", "jpe", "jfif"):
+        extension = "jpg"
+    return Pair(
+        key=key, image=image, extension=extension, caption=caption, split_key=key, where=where
+    )
+
+
+def unusable(where: str, reason: str, kind: str = "file") -> Unusable:
+    """A reject that is named by where it is."""
+    text = where.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return Unusable(key=text, kind=kind, reason=f"{text} {reason}")
+
+
+def key_of(name: str) -> str:
+    """A pair's key from its path: no folders, no further extension, nothing unprintable.
+
+    Different names have different keys: what cannot be read back from the key is told apart by a
+    digest of the name.
+    """
+    plain = "".join("_" if is_odd(c) else c for c in name).replace("/", "__").replace(".", "_")
+    if plain.replace("__", "/") == name:
+        return plain
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
+    return f"{plain}~{digest}"
+
+
+def captions_of(text: bytes | None, note: bytes | None) -> bytes | None:
+    """The captions of a .txt and of a .json's `caption` or `captions`, one a line; None if none.
+
+    A list of several in the .json counts most, then a .txt that is not blank.
+    """
+    noted = _noted(note or b"")
+    if len(noted) > 1:
+        return joined(noted)
+    if text is not None and (is_visible(text.decode("utf-8", "replace")) or not noted):
+        return text
+    return joined(noted) if noted else None
+
+
+def _noted(note: bytes) -> list[str]:
+    try:
+        found = json.loads(note)
+        value = found["captions"] if "captions" in found else found["caption"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return []
+    values = value if isinstance(value, list) else [value]
+    return [text for text in values if isinstance(text, str)]

@@ -1,71 +1,139 @@
-"""Pairs of a parquet table: a caption a row, and where its picture lies on this machine."""
+"""Pairs of a parquet table: a caption a row, and its picture or where that lies on this machine."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from core.errors import InputError
+from data_pipeline.captions import joined
 from data_pipeline.images import EXTENSIONS
-from data_pipeline.sources.files import MOST_BYTES, make_pair
-from data_pipeline.sources.pair import Pair, Unusable
+from data_pipeline.sources.files import MOST_BYTES
+from data_pipeline.sources.names import extension_of
+from data_pipeline.sources.pair import Pair, Unusable, key_of, make_pair, unusable
 
+PICTURES = ("jpg", "png", "webp", "image")
+"""Columns of encoded pictures, as img2dataset and the Hugging Face hub write them."""
 PLACES = ("path", "file", "image_path", "url")
-CAPTIONS = ("caption", "text")
+CAPTIONS = ("caption", "captions", "text")
+_BYTES_TOGETHER = 32
 _ROWS = 1024
 
 
-def table_pairs(paths: list[Path]) -> Iterator[Pair | Unusable]:
-    """Yield the rows of tables: a column `path`, `file`, `image_path` or `url`, and `caption`.
+class _RowError(Exception):
+    """Why a row is no pair."""
 
-    A path is taken from the table's folder and must stay in it; a URL must be file://.
-    Raises: InputError if a file is no parquet table or lacks the columns.
+
+def table_pairs(paths: list[Path]) -> Iterator[Pair | Unusable]:
+    """Yield the rows of tables: `caption` (a text, or a list of several), and a column of pictures
+    (`jpg`, `png`, `webp`, `image`) or of places (`path`, `file`, `image_path`, `url`).
+
+    A path is taken from the table's folder and must stay in it; a URL must be file://. A row that
+    is no pair is one reject, and so is a table that cannot be read.
     """
     import pyarrow  # noqa: PLC0415 - 100 MB that other sources do without
     from pyarrow import parquet  # noqa: PLC0415
 
     for path in paths:
+        number = 0
         try:
             table = parquet.ParquetFile(path)
-            place, caption = (_column(table, path, names) for names in (PLACES, CAPTIONS))
-            at = 0
-            for batch in table.iter_batches(_ROWS, columns=[place, caption]):
-                for row in batch.to_pylist():
-                    yield _row(path, at, row[place], row[caption])
-                    at += 1
+            picture, caption = _columns(table.schema_arrow, pyarrow.types)
+            together = _BYTES_TOGETHER if picture in PICTURES else _ROWS
+            for batch in table.iter_batches(together, columns=[picture, caption]):
+                for row in _rows(batch):
+                    yield _row(path, number, row.get(picture), row.get(caption))
+                    number += 1
+        except _RowError as error:
+            yield unusable(path.as_posix(), str(error), "table")
         except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise InputError(f"{path} is no readable parquet table: {error}") from error
+            reason = f"is no readable parquet table from row {number} on: {error}"
+            yield unusable(path.as_posix(), reason, "table")
 
 
-def _column(table: Any, path: Path, names: tuple[str, ...]) -> str:
-    found = next((name for name in names if name in table.schema_arrow.names), None)
-    if found is None:
-        raise InputError(f"{path} has no column {' or '.join(names)}; rename one")
-    return found
+def _columns(schema: Any, types: Any) -> tuple[str, str]:
+    """The columns of pictures or places, and of captions."""
+
+    def holds_bytes(name: str) -> bool:
+        kind = schema.field(name).type
+        return types.is_binary(kind) or types.is_large_binary(kind) or types.is_struct(kind)
+
+    names = schema.names
+    pictures = [name for name in PICTURES if name in names and holds_bytes(name)]
+    places = [name for name in (*PLACES, "image") if name in names and name not in pictures]
+    captions = [name for name in CAPTIONS if name in names]
+    for found, known in ((pictures + places, (*PLACES, *PICTURES)), (captions, CAPTIONS)):
+        if not found:
+            raise _RowError(f"has no column {' or '.join(known)}; rename one")
+    return (pictures + places)[0], captions[0]
 
 
-def _row(table: Path, number: int, place: object, caption: object) -> Pair | Unusable:
-    key = f"{table.stem.replace('.', '_')}__{number:09d}"
-    where = f"{table}:{number}"
-    if not isinstance(place, str) or not isinstance(caption, str):
-        return Unusable(key=key, kind="row", reason=f"{where} has no path or no caption")
-    url = urlsplit(place)
-    if url.scheme not in ("", "file"):
-        reason = f"{where}: {place[:200]!r} is not on this machine; fetch it first (img2dataset)"
-        return Unusable(key=key, kind="row", reason=reason)
-    root = table.parent.resolve()
+def _rows(batch: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a batch; without a value that Python cannot hold, such as a text of no UTF-8."""
     try:
-        path = (root / (unquote(url.path) if url.scheme else place)).resolve()
+        yield from batch.to_pylist()
+        return
+    except ValueError:
+        pass
+    for i in range(batch.num_rows):
+        row = {}
+        for name in batch.schema.names:
+            with suppress(ValueError):
+                row[name] = batch.column(name)[i].as_py()
+        yield row
+
+
+def _row(table: Path, number: int, picture: object, caption: object) -> Pair | Unusable:
+    key, where = key_of(f"{table.stem}/{number:09d}"), f"{table}:{number}"
+    try:
+        text = _caption(caption)
+        if isinstance(picture, dict):
+            picture = picture.get("bytes") or picture.get("path")
+        if isinstance(picture, bytes):
+            return make_pair(key, picture, _type_of(picture), text, where)
+        if not isinstance(picture, str):
+            raise _RowError("has no picture, or no path of one")
+        path = _place(table.parent.resolve(), picture)
+        return make_pair(key, path.read_bytes(), path.suffix, text, f"{where} ({path})")
+    except _RowError as error:
+        return Unusable(key=key, kind="row", reason=f"{where} {error}")
+    except OSError as error:
+        reason = f"{where} {picture!r:.200} cannot be read: {error.strerror}"
+        return Unusable(key=key, kind="row", reason=reason)
+
+
+def _caption(value: object) -> bytes:
+    values = value if isinstance(value, list) else [value]
+    texts = [text for text in values if isinstance(text, str)]
+    if not texts:
+        raise _RowError("has no caption")
+    return joined(texts)
+
+
+def _type_of(picture: bytes) -> str:
+    """The extension of a picture by its first bytes; if they are none, decoding will say so."""
+    if len(picture) > MOST_BYTES:
+        raise _RowError(f"has a picture of {len(picture)} bytes; the limit is {MOST_BYTES}")
+    if picture[:4] == b"\x89PNG":
+        return "png"
+    return "webp" if picture[:4] == b"RIFF" else "jpg"
+
+
+def _place(root: Path, place: str) -> Path:
+    """Where a row's picture lies."""
+    shown = f"{place[:200]!r}"
+    try:
+        url = urlsplit(place) if "://" in place or place.startswith("file:") else None
+        if url is not None and url.scheme != "file":
+            raise _RowError(f"{shown} is not on this machine; fetch it first (img2dataset)")
+        path = (root / (unquote(url.path) if url else place)).resolve()
         size = path.stat().st_size if path.is_file() else -1
-    except (OSError, ValueError):  # longer than a path may be, or with a NUL
-        path, size = root, -1
+    except (OSError, ValueError) as error:  # a malformed URL, a name that is too long, a NUL
+        raise _RowError(f"{shown} is no path: {error}") from error
     if not path.is_relative_to(root):
-        reason = f"{where}: {place[:200]!r} leaves the table's folder; put the pictures there"
-        return Unusable(key=key, kind="row", reason=reason)
+        raise _RowError(f"{shown} leaves the table's folder; put the pictures there")
     if not 0 <= size <= MOST_BYTES:
-        reason = f"{where}: {place[:200]!r} is no file, or larger than {MOST_BYTES} bytes"
-        return Unusable(key=key, kind="row", reason=reason)
-    if path.suffix.lower()[1:] not in EXTENSIONS:
-        return Unusable(key=key, kind="row", reason=f"{where}: {path} is no PNG, JPEG or WebP")
-    text = caption.encode("utf-8", "surrogatepass")
-    return make_pair(key, path.read_bytes(), path.suffix, text, f"{where} ({path})")
+        raise _RowError(f"{shown} is no file, or larger than {MOST_BYTES} bytes")
+    if extension_of(path.name) not in EXTENSIONS:
+        raise _RowError(f"{shown} is no PNG, JPEG or WebP")
+    return path

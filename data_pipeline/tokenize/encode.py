@@ -101,9 +101,10 @@ def encode_pairs(
             crops = np.concatenate([found for _, found in usable])
             codes = codes_of(crops, encoders.codes).reshape(len(usable), config.variants, -1)
             for (record, _), rows in zip(usable, codes, strict=True):
-                text = np.asarray(encode(encoders.tokenizer, record.caption), np.uint16)
-                for variant, image in zip(variants, rows, strict=True):
-                    variant.append(TokenRecord(id=record.id, image=image, text=text))
+                for number, image in enumerate(rows):
+                    caption = record.drawn_caption(number)
+                    text = np.asarray(encode(encoders.tokenizer, caption), np.uint16)
+                    variants[number].append(TokenRecord(id=record.id, image=image, text=text))
         progress["pairs"] = progress.get("pairs", 0) + len(batch)
     return Encoded(variants=variants, rejects=rejects)
 

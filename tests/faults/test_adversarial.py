@@ -11,6 +11,7 @@ import pytest
 from core.store import FolderStore
 from data_pipeline.images import decode_rgb
 from data_pipeline.raw import RawRecord, RawSource
+from data_pipeline.sources.pair import key_of
 from tests.faults import corpus
 from tests.faults.conftest import Record
 from tests.harness import ENVIRONMENT
@@ -57,7 +58,7 @@ def test_a_corpus_of_harm_is_packed_and_accounted_for(tmp_path: Path, fault: Rec
     keys = {pair.key for pair in pairs}
     reasons = "\n".join(row["key"] + " " + row["reason"] for row in rejects)
     for name, good in expected.items():
-        key = name.rpartition(".")[0].replace(".", "_").replace("\n", "_")
+        key = key_of(name.rpartition(".")[0])
         packed = key in keys
         assert packed == good, (name, reasons[-1500:])
         if not good:

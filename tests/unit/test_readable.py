@@ -14,9 +14,10 @@ from data_pipeline.config import OrderConfig, PackConfig
 from data_pipeline.evaluation_sets import open_evaluation
 from data_pipeline.images import encode_png
 from data_pipeline.manifest import SPLITS
-from data_pipeline.pack import RawWriter, Rejects, close_set
+from data_pipeline.pack import RawWriter, close_set
 from data_pipeline.raw import RawRecord, RawSource
-from data_pipeline.sources.files import make_pair
+from data_pipeline.rejects import Rejects
+from data_pipeline.sources.pair import make_pair
 from data_pipeline.sources.shapes import draw_scene, render
 from data_pipeline.stream import stored_records
 from data_pipeline.tokenize.member import Member

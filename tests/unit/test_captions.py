@@ -1,0 +1,205 @@
+"""Captions: cleaned by a fixed table, and several of one picture kept as several."""
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+
+from core.errors import InputError
+from core.store import FolderStore
+from data_pipeline.bpe import encode, load_tokenizer
+from data_pipeline.captions import LONGEST, MOST_CAPTIONS, clean_caption, clean_captions, lowered
+from data_pipeline.config import FilterConfig, OrderConfig, PackConfig
+from data_pipeline.evaluation_sets import packed_set
+from data_pipeline.images import encode_png
+from data_pipeline.manifest import SPLITS
+from data_pipeline.pack import pack
+from data_pipeline.raw import RawRecord, RawSource
+from data_pipeline.stream import stored_records
+from data_pipeline.tokens import TokenSource
+from parallel.world import World
+from tests.harness import tapir
+from training.config import BPETrain
+from training.picture_tasks import ClipTask
+from training.presets import clip_tiny
+from training.tokenizer import train_tokenizer
+
+CLEANED = {
+    "a family \U0001f468\u200d\U0001f469\u200d\U0001f467": None,
+    "\u06a9\u062a\u0627\u0628\u200c\u0647\u0627\u06cc \u0645\u0646": None,
+    "\u0e20\u0e32\u0e29\u0e32\u200b\u0e44\u0e17\u0e22": None,
+    "\u05d0\u200f!": None,
+    "\U0001f3f4\U000e0067\U000e0062\U000e0073\U000e0063\U000e0074\U000e007f flag": None,
+    "\u2764\ufe0f": None,
+    "\U0001fae8 a face of Unicode 15": "\U0001fae8 a face of unicode 15",
+    "\U0001fadf and one of 16": None,
+    "\U00010d50 a letter of 16": None,
+    "\ue000 logo": None,
+    "\ufffd": None,
+    "won\u00adder\u00adful": "wonderful",
+    "\ufeffA bom": "a bom",
+    "\u202eevil\u202c \u2066ok\u2069": "evil ok",
+    " a\0b\x1bc\x7fd\x85e\x9ff ": "a b c d e f",
+    "a\u00a0b\u2003c\u3000d\u2028e\u2029f\tg": "a b c d e f g",
+    "Tom &amp; Jerry <3": "tom &amp; jerry <3",
+    "cafe\u0301 \uff21 \u0130": "cafe\u0301 \uff41 i\u0307",
+    "\u039f\u0394\u039f\u03a3": "\u03bf\u03b4\u03bf\u03c2",
+    "\u041a\u0440\u0430\u0441\u043d\u0430\u044f": "\u043a\u0440\u0430\u0441\u043d\u0430\u044f",
+}
+"""Captions, and what they become; None: nothing changes."""
+
+
+def _picture(seed: int) -> bytes:
+    noise = np.random.default_rng(seed).integers(0, 256, (32, 32, 3))
+    return encode_png(noise.astype(np.uint8))
+
+
+@pytest.mark.parametrize("text", CLEANED)
+def test_captions_are_cleaned_by_a_fixed_table(text: str) -> None:
+    assert clean_caption(text.encode(), "x") == (CLEANED[text] or text)
+
+
+def test_only_the_table_decides_what_is_kept() -> None:
+    """Of all characters, between letters: 65 controls and 18 spaces fold, 11 are taken out."""
+    changes: Counter[str] = Counter()
+    some = (code for code in range(0x3400, 0x110000, 101) if not 0xD800 <= code < 0xE000)
+    for code in (*range(0x3400), *some, 0xFEFF):
+        word = f"a{chr(code)}a"
+        changes[clean_caption(word.encode(), "x").replace(lowered(word), "kept")] += 1
+    assert changes["a a"] == 65 + 18 and changes["aa"] == 11
+    assert set(changes) == {"a a", "aa", "kept"}
+
+
+@pytest.mark.parametrize("text", ["", " \n\t", "\u00ad", "\u200d\u200c", "\ufe0f\u2060", "\0\x1b"])
+def test_what_nobody_sees_is_no_caption(text: str) -> None:
+    for clean in (clean_caption, clean_captions):
+        with pytest.raises(InputError, match="the caption of x is empty"):
+            clean(text.encode(), "x")
+
+
+def test_new_capitals_are_left_alone_on_every_python() -> None:
+    assert lowered("\u1c89A\U00010d50B\ua7cbC") == "\u1c89a\U00010d50b\ua7cbc"
+    assert lowered("\u00c9\u0416\u0391") == "\u00e9\u0436\u03b1"
+
+
+def test_lines_are_captions_each_once_and_each_cut() -> None:
+    assert clean_captions(b"A red bird\r\na bird\n\n a  red bird\rit sits", "x") == (
+        *("a red bird", "a bird", "it sits"),
+    )
+    long = clean_captions(b"a" * 10_000 + b"\nshort", "x")
+    assert [len(text) for text in long] == [LONGEST, 5]
+    many = b"\n".join(f"caption {i}".encode() for i in range(500))
+    assert len(clean_captions(many, "x")) == MOST_CAPTIONS
+    with pytest.raises(InputError, match="not UTF-8"):
+        clean_captions(b"fine\ncaf\xe9", "x")
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> FolderStore:
+    """40 pictures; those of even numbers have four captions, in both forms."""
+    folder = tmp_path_factory.mktemp("several")
+    (folder / "in").mkdir()
+    for i in range(40):
+        texts = [f"view {letter} of {i}" for letter in "abcd"]
+        (folder / "in" / f"p{i:02d}.png").write_bytes(_picture(i))
+        path = folder / "in" / f"p{i:02d}"
+        if i % 4 == 0:
+            path.with_suffix(".json").write_text(json.dumps({"caption": texts}))
+        else:
+            path.with_suffix(".txt").write_text("\n".join(texts[: 1 if i % 2 else 4]))
+    store = FolderStore(folder / "out")
+    pack(str(folder / "in"), store, PackConfig(validation=0.3, block=4))
+    return store
+
+
+def _records(store: FolderStore) -> list[RawRecord]:
+    sources = [RawSource(store, split) for split in SPLITS]
+    return [record for source in sources for record in stored_records(source)]
+
+
+def test_they_are_kept_as_several_that_any_reader_reads(several: FolderStore) -> None:
+    for record in _records(several):
+        number = int(record.key[1:])
+        count = 1 if number % 2 else 4
+        assert record.captions == tuple(f"view {c} of {number}" for c in "abcd"[:count])
+    names = [str(path) for path in sorted(Path(several.root).rglob("*.tar"))]
+    for row in webdataset.WebDataset(names, shardshuffle=False).decode():
+        number = int(row["__key__"][1:])
+        assert row["txt"] == f"view a of {number}"
+        assert len(row["json"].get("captions", [""])) == (1 if number % 2 else 4)
+    theirs = packed_set(several, SPLITS)
+    assert len(theirs.captions) == 20 + 4 * 20 and len(theirs.pictures) == 40
+
+
+def test_packing_again_keeps_them(several: FolderStore, tmp_path: Path) -> None:
+    out = FolderStore(tmp_path / "out")
+    pack(str(Path(several.root) / "train"), out, PackConfig(validation=0.3))
+    kept = {r.caption: r.captions for r in stored_records(RawSource(several, "train"))}
+    assert {r.caption: r.captions for r in _records(out)} == kept
+
+
+def test_filters_judge_each_of_them(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for i in range(12):
+        (tmp_path / "in" / f"{i}.png").write_bytes(_picture(i))
+        (tmp_path / "in" / f"{i}.txt").write_text(
+            f"one\nthese are words {i}\ntwo" if i else "one\ntwo"
+        )
+    config = PackConfig(validation=0.4, filters=FilterConfig(min_words=3))
+    found = pack(str(tmp_path / "in"), FolderStore(tmp_path / "out"), config)
+    assert found["train"].rejects == {"short": 1}
+    assert all(len(r.captions) == 1 for r in _records(FolderStore(tmp_path / "out")))
+
+
+def _far_from_even(counts: Counter[str]) -> float:
+    """Chi-square of 4,000 draws of four; above 25 once in 65,000 times."""
+    return sum((count - 1000) ** 2 / 1000 for count in counts.values())
+
+
+def test_one_is_drawn_by_key_and_each_as_often() -> None:
+    texts = tuple("abcd")
+    records = [
+        RawRecord(key=f"k{i}", image=b"", extension="png", caption="a", others=texts[1:])
+        for i in range(4000)
+    ]
+    drawn = [record.drawn_caption(0, 7) for record in records]
+    assert drawn == [record.drawn_caption(0, 7) for record in records]
+    assert drawn != [record.drawn_caption(0, 8) for record in records]
+    assert _far_from_even(Counter(drawn)) < 25
+    steps = Counter(records[0].drawn_caption(0, step) for step in range(4000))
+    assert _far_from_even(steps) < 25
+
+
+def test_clip_and_tokens_read_a_drawn_one_and_the_tokenizer_all(
+    several: FolderStore, dvae: Path, tmp_path: Path
+) -> None:
+    bpe = tmp_path / "bpe"
+    train_tokenizer(BPETrain(data=str(several.root), out=bpe, vocabulary=300))
+    tokenizer, _ = load_tokenizer(bpe)
+    records = list(stored_records(RawSource(several, "train")))
+    settings = dataclasses.replace(
+        clip_tiny(),
+        data=str(several.root),
+        bpe=bpe,
+        order=OrderConfig(lanes=2, window=2),
+        loop=dataclasses.replace(clip_tiny().loop, batch=4),
+    )
+    task = ClipTask(settings, World())
+    batches = [task.batch(records, step)["text"] for step in (3, 4)]
+    for step, batch in zip((3, 4), batches, strict=True):
+        for record, row in zip(records, batch.tolist(), strict=True):
+            assert record.drawn_caption(0, step) == tokenizer.decode([x for x in row if x >= 0])
+    assert not torch.equal(*batches)
+    flags = [f"--bpe={bpe}", f"--dvae={dvae}", "--variants=3", "--block=4"]
+    tapir("tokenize", str(several.root), str(tmp_path / "tokens"), *flags)
+    source = TokenSource(FolderStore(tmp_path / "tokens"), "train")
+    for variant in range(3):
+        rows = [row for block in range(len(source.sizes)) for row in source.read(block, variant)]
+        for record, row in zip(records, rows, strict=True):
+            expected = encode(tokenizer, record.drawn_caption(variant))
+            assert row.text.tolist() == expected
