@@ -8,7 +8,7 @@ from core.log import LOG
 from core.settings import check
 from core.store import open_store
 from data_pipeline.bpe import save_tokenizer, train_bpe
-from data_pipeline.captions import clean_caption
+from data_pipeline.captions import clean_caption, is_visible
 from data_pipeline.raw import RawSource
 from data_pipeline.stream import stored_records
 from parallel.launched import ranks_given
@@ -44,5 +44,5 @@ def _captions(settings: BPETrain) -> Iterator[str]:
         return
     with open(settings.texts, "rb") as file:
         for number, line in enumerate(file, 1):
-            if line.strip():
+            if is_visible(line.decode("utf-8", "replace")):
                 yield clean_caption(line, f"{settings.texts}, line {number}")
