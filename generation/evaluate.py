@@ -28,7 +28,9 @@ def evaluate(studio: Studio, data: str, out: Path, settings: EvaluateConfig) -> 
     """Write candidates, reconstructions, image prompts and (for shapes) the caption accuracy."""
     source = RawSource(open_store(data), "validation")
     records = readable(first_records(source, settings.prompts))
-    drawn = draw_all(studio, [record.caption for record in records], settings)
+    captions = [record.caption for record in records]
+    studio.tell_cut(captions)
+    drawn = draw_all(studio, captions, settings)
     rows = []
     for i, row in enumerate(drawn[:SHOWN_PROMPTS]):
         name = f"candidates-{i:02d}.png"

@@ -22,7 +22,7 @@ from generation.config import ModelPaths, SampleConfig
 from generation.decoder import Decoder
 from generation.part import load_part
 from generation.parts import in_parts, pictures_together
-from generation.ranking import Ranker, open_ranker
+from generation.ranking import Ranker, TapirRanker, open_ranker
 from generation.sampling import Drawn, Prompt, Sampler
 from models.dvae import DVAE
 from parallel.mesh import Mesh
@@ -105,6 +105,22 @@ class Studio:
         text = pad_text([encode(self.tokenizer, caption) for caption in captions], length)
         keys = [[(settings.seed, caption, i) for i in range(count)] for caption in captions]
         return self.sampler.draw(text, keys, settings, prompt)
+
+    def tell_cut(self, captions: list[str]) -> None:
+        """Warn of captions that are longer than what the models read of them."""
+        contexts = {"prior": self.sampler.config.text_length}
+        if isinstance(self.ranker, TapirRanker):
+            contexts["CLIP"] = self.ranker.clip.config.text_length
+        texts = [encode(self.tokenizer, caption) for caption in captions]
+        for model, length in contexts.items():
+            long = [ids for ids in texts if len(ids) > length]
+            if long:
+                LOG.warning(
+                    "%d of %d captions have more than the %d tokens that the %s reads, and are "
+                    "cut: of the first, with %d, it reads %r",
+                    *(len(long), len(texts), length, model, len(long[0])),
+                    self.tokenizer.decode(long[0][:length]),
+                )
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:

@@ -112,6 +112,8 @@ def _sample(run: SampleRun, mesh: Mesh) -> None:
     texts = _texts(run)
     one_row = run.draw.one_row(len(texts))
     studio = open_studio(run.models, run.draw.precision, mesh, one_row, run.rerank)
+    if mesh.world.rank == 0:
+        studio.tell_cut(texts)
     prompt = None
     if run.keep.image is not None:
         codes = studio.codes_of_file(run.keep.image)

@@ -130,7 +130,7 @@ class ScoreJob:
         Raises: InputError if OUT holds blocks of another request.
         """
         self._claim()
-        open_once = functools.cache(studio)
+        open_once = functools.cache(functools.partial(self._opened, studio))
         tasks = self._blocks.tasks
         mine = tasks[member.number :: member.count]
         with progress("score", len(mine)) as meter:
@@ -145,6 +145,11 @@ class ScoreJob:
         scores = self._scores()
         write_atomic(self._out / SCORES, canonical_json(scores))
         return scores
+
+    def _opened(self, studio: Callable[[], Studio]) -> Studio:
+        found = studio()
+        found.tell_cut([caption.text for caption in self._captions])
+        return found
 
     def _claim(self) -> None:
         """Take OUT for this request; the first one wins."""

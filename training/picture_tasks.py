@@ -162,6 +162,11 @@ class ClipTask:
             "text": pad_text(texts, self.model_config.text_length),
         }
 
+    def text_lengths(self, records: Sequence[RawRecord]) -> list[int]:
+        """Tokens of each caption."""
+        captions = (caption for record in records for caption in record.captions)
+        return [len(encode(self._tokenizer, caption)) for caption in captions]
+
     @property
     def unreadable(self) -> int:
         return self._readable.passed_over

@@ -10,6 +10,7 @@ from parallel.flight import record_flight
 from parallel.ledger import recorded
 from parallel.mesh import Mesh, build_mesh
 from parallel.world import join_world, leave_world
+from training.lengths import tell_cut_captions
 from training.loop import Run
 from training.main import parse_payload
 from training.picture_tasks import ClipTask, DVAETask
@@ -32,6 +33,8 @@ def run(payload: str) -> None:
         mesh = build_mesh(settings.mesh, world)
         with recorded(mesh, heart) as ledger:
             task = make_task(stage, settings, mesh)
+            if world.rank == 0:
+                tell_cut_captions(task)
             active = Run(stage, task, settings, mesh, ledger, heart)
             try:
                 active.train()

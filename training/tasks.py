@@ -116,6 +116,10 @@ class PriorTask:
             records = [self._maybe_empty(r, step) for r in records]
         return token_batch(records, self.model_config.text_length)
 
+    def text_lengths(self, records: Sequence[TokenRecord]) -> list[int]:
+        """Tokens of each caption, before dropout."""
+        return [len(record.text) for record in records]
+
     def _maybe_empty(self, record: TokenRecord, step: int) -> TokenRecord:
         """The record, or by its key the same picture with the empty caption."""
         drawn = key_fraction(self._settings.loop.seed, step, record.id, "caption drop")

@@ -11,6 +11,7 @@ import torch
 import webdataset
 
 from core.errors import InputError
+from core.log import LOG
 from core.store import FolderStore
 from data_pipeline.bpe import encode, load_tokenizer
 from data_pipeline.captions import LONGEST, MOST_CAPTIONS, clean_caption, clean_captions, lowered
@@ -22,9 +23,12 @@ from data_pipeline.pack import pack
 from data_pipeline.raw import RawRecord, RawSource
 from data_pipeline.stream import stored_records
 from data_pipeline.tokens import TokenSource
+from generation.pictures import open_studio
 from parallel.world import World
 from tests.harness import tapir
+from tests.unit.finished import write_models
 from training.config import BPETrain
+from training.lengths import tell_cut_captions
 from training.picture_tasks import ClipTask
 from training.presets import clip_tiny
 from training.tokenizer import train_tokenizer
@@ -203,3 +207,61 @@ def test_clip_and_tokens_read_a_drawn_one_and_the_tokenizer_all(
         for record, row in zip(records, rows, strict=True):
             expected = encode(tokenizer, record.drawn_caption(variant))
             assert row.text.tolist() == expected
+
+
+def test_the_share_of_captions_that_are_cut_is_said_once(
+    several: FolderStore,
+    bpe: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`view a of 7` has 11 letters or less and as many tokens as the tokenizer makes of them."""
+    monkeypatch.setattr(LOG, "propagate", True)
+    tokenizer, _ = load_tokenizer(bpe)
+    captions = [c for r in stored_records(RawSource(several, "train")) for c in r.captions]
+    lengths = [len(encode(tokenizer, caption)) for caption in captions]
+    context = min(lengths)
+    assert context < max(lengths)
+    for length in (context, max(lengths)):
+        caplog.clear()
+        settings = dataclasses.replace(
+            clip_tiny(),
+            data=str(several.root),
+            bpe=bpe,
+            model=dataclasses.replace(clip_tiny().model, text_length=length),
+            order=OrderConfig(lanes=2, window=2),
+            loop=dataclasses.replace(clip_tiny().loop, batch=4),
+        )
+        share = tell_cut_captions(ClipTask(settings, World()))
+        cut = sum(n > length for n in lengths)
+        assert share == cut / len(lengths)
+        said = f"of {len(lengths)} looked at, {cut} have more than model.text_length={length}"
+        assert (said in caplog.text) == (cut > 0) == bool(caplog.records)
+
+
+def test_a_run_and_a_prompt_say_what_is_cut(
+    several: FolderStore,
+    bpe: Path,
+    dvae: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(LOG, "propagate", True)
+    tokens = tmp_path / "tokens"
+    tapir("tokenize", str(several.root), str(tokens), f"--bpe={bpe}", f"--dvae={dvae}", "--block=4")
+    flags = ["--loop.steps=1", "--loop.batch=4", "--order.lanes=2", "--mesh.data=2"]
+    flags += [f"--data={tokens}", f"--out={tmp_path / 'run'}", "--model.text-length=5"]
+    text = tapir("train", "prior", "tiny", *flags, "--model.layers=1", "--engine.name=reference")
+    assert text.count("of the captions are cut: of ") == 1 and "model.text_length=5" in text
+    models = write_models(tmp_path, ["a red circle"])
+    studio = open_studio(models)
+    short, long = "a red circle", "a red circle and then a great many words more"
+    studio.tell_cut([short])
+    assert not caplog.records
+    studio.tell_cut([short, long])
+    assert [record.getMessage().partition(" reads")[0] for record in caplog.records] == [
+        f"1 of 2 captions have more than the 8 tokens that the {model}"
+        for model in ("prior", "CLIP")
+    ]
+    assert "it reads 'a red circle" in caplog.text and "words more" not in caplog.text
