@@ -80,7 +80,7 @@ def test_the_table_tells_what_failed_and_what_was_not_run(tmp_path: Path) -> Non
     assert (
         "| tests-gpu | 1 passed, 1 failed, 0 skipped; largest error 0.5 | all pass | FAIL |" in text
     )
-    assert "| tests-gpu-ranks | did not end in their time | all pass | FAIL |" in text
+    assert "| tests-gpu-ranks | left no report: see its log | all pass | FAIL |" in text
     assert "| s: one | 2 s | <= 3 | pass |" in text
     assert "| s: two | 4 s (beside) | <= 3 | FAIL |" in text
     assert "| s: peer | not run |" in text
