@@ -13,10 +13,18 @@ from tests.harness import tapir
 os.environ["OMP_NUM_THREADS"] = "1"  # before the first forkserver: worlds of 8 share 2 cores
 
 
+def _folder(name: str, factory: pytest.TempPathFactory) -> tuple[Path, bool]:
+    """A folder for shared data, and whether `make mutants` has filled it already."""
+    made = os.environ.get("TAPIR_TEST_DATA")
+    return (Path(made, f"{name}0"), True) if made else (factory.mktemp(name), False)
+
+
 @pytest.fixture(scope="session")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """600 packed shapes in three train shards."""
-    folder = tmp_path_factory.mktemp("raw")
+    folder, made = _folder("raw", tmp_path_factory)
+    if made:
+        return folder
     flags = ["--count=600", "--validation=0.15", "--shard-pairs=200", "--block=8"]
     tapir("pack", "shapes", str(folder), *flags)
     return folder
@@ -25,7 +33,9 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bpe(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer of the packed captions."""
-    folder = tmp_path_factory.mktemp("bpe")
+    folder, made = _folder("bpe", tmp_path_factory)
+    if made:
+        return folder
     tapir("train", "bpe", "tiny", f"--data={raw}", f"--out={folder}")
     return folder
 
@@ -33,7 +43,9 @@ def bpe(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def dvae(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dVAE after a few steps."""
-    folder = tmp_path_factory.mktemp("dvae")
+    folder, made = _folder("dvae", tmp_path_factory)
+    if made:
+        return folder
     short = ["--loop.steps=6", "--loop.batch=32", "--mesh.data=1"]
     tapir("train", "dvae", "tiny", f"--data={raw}", f"--out={folder}", *short)
     return folder
@@ -42,7 +54,9 @@ def dvae(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokens(raw: Path, bpe: Path, dvae: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tokens of the packed shapes."""
-    folder = tmp_path_factory.mktemp("tokens")
+    folder, made = _folder("tokens", tmp_path_factory)
+    if made:
+        return folder
     flags = [f"--bpe={bpe}", f"--dvae={dvae}", "--block=8"]
     tapir("tokenize", str(raw), str(folder), *flags)
     return folder

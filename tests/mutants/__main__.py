@@ -1,0 +1,133 @@
+"""`make mutants`: try all mutants, SAMPLE=n of them with SEED=s, or those of PATCH=file.diff.
+
+Verdicts are kept in ~/.cache/tapir/mutants (or TAPIR_MUTANTS), so that a run goes on where the
+last one ended, and mutants of unchanged files are not tried again.
+"""
+
+import argparse
+import os
+import random
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a worker a core
+
+from tests.mutants.child import try_sources
+from tests.mutants.made import make_data
+from tests.mutants.mutate import Mutant, apply, mutants_of
+from tests.mutants.patch import patched
+from tests.mutants.pool import Work, preload, run_forks
+from tests.mutants.select import Selection, selection
+from tests.mutants.targets import PACKAGES, ROOT, targets
+from tests.mutants.verdicts import Verdicts
+
+ALIVE = 0.03
+"""Share of mutants that may survive."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make mutants", description=__doc__)
+    parser.add_argument("--sample", type=int, default=0, help="mutants to try; 0 = all")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--only", default="", help="of files whose path begins so")
+    parser.add_argument("--patch", type=Path, help="a diff to try instead")
+    parser.add_argument("--width", type=int, default=min(os.cpu_count() or 1, 8))
+    asked = parser.parse_args()
+    cache = Path(os.environ.get("TAPIR_MUTANTS", Path.home() / ".cache/tapir/mutants"))
+    cache.mkdir(parents=True, exist_ok=True)
+    make_data(cache)
+    chosen = selection(cache, asked.width)
+    preload(chosen.modules, PACKAGES)
+    if asked.patch:
+        return _try_patch(asked.patch, chosen)
+    everything = [m for m in all_mutants() if m.path.startswith(asked.only)]
+    if asked.sample:
+        everything = random.Random(asked.seed).sample(
+            everything, min(asked.sample, len(everything))
+        )
+    return _try(everything, chosen, Verdicts(cache), asked.width)
+
+
+def all_mutants() -> list[Mutant]:
+    """Every mutant of every target, in the order of files and lines."""
+    found = []
+    for target in targets():
+        found += mutants_of(target.path, (ROOT / target.path).read_bytes(), target.functions)
+    return found
+
+
+def _try(mutants: list[Mutant], chosen: Selection, verdicts: Verdicts, width: int) -> int:
+    began, open_ = time.monotonic(), []
+    for mutant in mutants:
+        if verdicts.get(mutant, chosen.of(mutant)) is None:
+            open_.append(mutant)
+    print(f"{len(mutants)} mutants, {len(open_)} to try", flush=True)
+    done = 0
+    for mutant, folder, status in run_forks(_jobs(open_, chosen), width):
+        verdicts.add(mutant, chosen.of(mutant), _killer(folder, status))
+        done += 1
+        if done % 50 == 0:
+            print(f"{done} of {len(open_)}, {time.monotonic() - began:.0f} s", flush=True)
+    return _report(mutants, chosen, verdicts)
+
+
+def _jobs(mutants: list[Mutant], chosen: Selection) -> Iterator[tuple[Mutant, Work, float]]:
+    for mutant in mutants:
+        tests = chosen.of(mutant)
+        changed = {mutant.path: apply((ROOT / mutant.path).read_bytes(), mutant)}
+        work = partial(try_sources, changed, tests) if tests else _nothing
+        yield mutant, work, 20 + 6 * sum(chosen.seconds[test] for test in tests)
+
+
+def _nothing(folder: Path) -> None:
+    (folder / "failed").write_text("")
+
+
+def _killer(folder: Path, status: int | None) -> str:
+    if status is None:
+        return "time"
+    file = folder / "failed"
+    return file.read_text() if file.exists() else f"ended with status {status}"
+
+
+def _report(mutants: list[Mutant], chosen: Selection, verdicts: Verdicts) -> int:
+    count: Counter[str] = Counter()
+    alive: dict[str, list[str]] = defaultdict(list)
+    for mutant in mutants:
+        count[mutant.path] += 1
+        verdict = verdicts.get(mutant, chosen.of(mutant))
+        if verdict is not None and not verdict.killer:
+            tests = len(chosen.of(mutant))
+            alive[mutant.path].append(
+                f"{mutant.path}:{mutant.line} [{mutant.kind}, {tests} tests] {mutant.label}"
+            )
+    for line in sorted(line for lines in alive.values() for line in lines):
+        print(line)
+    for path in sorted(count):
+        print(f"{path}: {count[path]} mutants, {len(alive[path])} alive")
+    total, left = sum(count.values()), sum(map(len, alive.values()))
+    print(f"{total} mutants, {left} alive ({left / max(total, 1):.1%}, at most {ALIVE:.0%})")
+    return int(left > ALIVE * total)
+
+
+def _try_patch(patch: Path, chosen: Selection) -> int:
+    changed = patched(patch.read_bytes())
+    tests = list(dict.fromkeys(t for c in changed for t in chosen.tests_of(c.path, *c.lines)))
+    seconds = 60 + 6 * sum(chosen.seconds[test] for test in tests)
+    work = partial(try_sources, {c.path: c.source for c in changed}, tests)
+    if not tests:
+        print(f"{patch}: no test runs these lines: survived")
+        return 1
+    for _, folder, status in run_forks(iter([(patch, work, seconds)]), 1):
+        killer = _killer(folder, status)
+        print(f"{patch}: " + (f"caught by {killer}" if killer else f"survived {len(tests)} tests"))
+        return 0 if killer else 1
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""What a forked process does: run some tests, with one module of the project changed."""
+
+import functools
+import importlib.machinery
+import importlib.util
+import json
+import os
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any
+
+import coverage
+import pytest
+
+from tests.mutants.targets import PACKAGES, ROOT
+
+MEMORY = 8 * 2**30
+"""Bytes that a mutant may take."""
+LONGEST = 3.0
+"""Seconds; tests that take longer are not run on mutants."""
+_QUIET = ["-q", "--tb=line", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:logging"]
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    def __init__(self, name: str, path: str, source: bytes) -> None:
+        super().__init__(name, path)
+        self._changed = source
+
+    def get_code(self, fullname: str) -> CodeType:
+        code: CodeType = compile(self._changed, self.path, "exec", dont_inherit=True)
+        return code
+
+
+class Finder:
+    """Hands out changed sources; the rest of the project is imported as it is."""
+
+    def __init__(self, sources: dict[str, bytes]) -> None:
+        self._sources = {_module_of(path): (path, text) for path, text in sources.items()}
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name not in self._sources:
+            return None
+        file, text = self._sources[name]
+        where = str(ROOT / file)
+        return importlib.util.spec_from_file_location(name, where, loader=_Loader(name, where, text))
+
+
+def _module_of(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+class _Verdict:
+    """Remembers the first test that failed."""
+
+    def __init__(self) -> None:
+        self.failed = ""
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed and not self.failed:
+            self.failed = report.nodeid
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed and not self.failed:
+            self.failed = f"{report.nodeid} (import)"
+
+
+def try_sources(sources: dict[str, bytes], tests: Sequence[str], out: Path) -> None:
+    """Run tests with changed sources, to the first failure, and write what failed."""
+    _begin(out)
+    sys.meta_path.insert(0, Finder(sources))  # type: ignore[arg-type]
+    verdict = _Verdict()
+    code = pytest.main([*tests, "-x", *_QUIET, f"--basetemp={out}/tmp"], plugins=[verdict])
+    failed = verdict.failed or ("" if code == 0 else f"pytest ended with {int(code)}")
+    (out / "failed").write_text(failed)
+
+
+def measure(tests: Sequence[str], part: int, parts: int, out: Path) -> None:
+    """Run a part of the tests and write which lines of the project each of them runs."""
+    _begin(out)
+    watcher = _Watcher(part, parts)
+    pytest.main([*tests, *_QUIET, f"--basetemp={out}/tmp"], plugins=[watcher])
+    watcher.coverage.stop()
+    found = {"tests": watcher.passed, "lines": watcher.lines()}
+    found["modules"] = sorted(set(sys.modules))
+    (out / "map.json").write_text(json.dumps(found))
+
+
+class _Watcher:
+    """Attributes lines to tests; what fixtures of a file run, to all of its tests."""
+
+    def __init__(self, part: int, parts: int) -> None:
+        self._part, self._parts = part, parts
+        self.coverage = coverage.Coverage(
+            data_file=None, source=[str(ROOT / name) for name in PACKAGES if name != "tapir"],
+            config_file=False, messages=False,
+        )  # fmt: skip
+        self.passed: dict[str, float] = {}
+        self._broken: set[str] = set()
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        files = sorted({item.nodeid.split("::")[0] for item in items})
+        mine = set(files[self._part :: self._parts])
+        items[:] = [
+            item
+            for item in items
+            if item.nodeid.split("::")[0] in mine
+            and not any(item.get_closest_marker(name) for name in ("slow", "big"))
+            and "s3" not in getattr(item, "fixturenames", ())
+        ]
+        self.coverage.start()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> Any:
+        forget()
+        self.coverage.switch_context("file " + item.nodeid.split("::")[0])
+        return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Any:
+        self.coverage.switch_context(item.nodeid)
+        try:
+            return (yield)
+        finally:
+            self.coverage.switch_context("")
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.outcome != "passed":
+            self._broken.add(report.nodeid)
+        elif report.when == "call" and report.duration < LONGEST:
+            self.passed[report.nodeid] = report.duration
+        if report.nodeid in self._broken:
+            self.passed.pop(report.nodeid, None)
+
+    def lines(self) -> dict[str, dict[int, list[str]]]:
+        """File -> line -> tests."""
+        found: dict[str, dict[int, list[str]]] = {}
+        data = self.coverage.get_data()
+        for file in data.measured_files():
+            name = Path(file).relative_to(ROOT).as_posix()
+            found[name] = {
+                line: sorted(
+                    c for c in contexts if c in self.passed or c.startswith("file ")
+                )
+                for line, contexts in data.contexts_by_lineno(file).items()
+            }  # fmt: skip
+        return found
+
+
+def forget() -> None:
+    """Empty the project's caches of results, so that every test runs what it needs."""
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] in PACKAGES:
+            for value in list(vars(module).values()):
+                if isinstance(value, functools._lru_cache_wrapper):
+                    value.cache_clear()
+
+
+def _begin(out: Path) -> None:
+    os.chdir(ROOT)
+    sys.argv = ["pytest"]
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with (out / "log").open("wb") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)

@@ -1,0 +1,47 @@
+"""A diff, applied to copies of the files that it names."""
+
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.mutants.targets import ROOT
+
+_FILE = re.compile(rb"^\+\+\+ (?:b/)?(\S+)", re.MULTILINE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changed:
+    """One file of a diff."""
+
+    path: str
+    source: bytes
+    lines: tuple[int, int]
+    """(0, 0): all tests of the file are tried, the cheapest first."""
+
+
+def patched(diff: bytes) -> list[Changed]:
+    """The sources that a diff makes; the tree stays as it is.
+
+    Raises: SystemExit if the diff does not fit the tree.
+    """
+    names = [name.decode() for name in _FILE.findall(diff)]
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            if not (ROOT / name).is_file():
+                raise SystemExit(f"the diff changes {name}, which is no file of this tree")
+            target = Path(folder, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target)
+        done = subprocess.run(
+            ["git", "apply", "-p1", "--unsafe-paths", f"--directory={folder}", "-"],
+            input=diff, capture_output=True, cwd="/",
+        )  # fmt: skip
+        if done.returncode:
+            raise SystemExit(f"the diff does not apply: {done.stderr.decode().strip()}")
+        return [
+            Changed(path=name, source=Path(folder, name).read_bytes(), lines=(0, 0))
+            for name in names
+        ]

@@ -1,0 +1,109 @@
+"""Forks that start with all libraries imported, a few at a time."""
+
+import gc
+import importlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Work = Callable[[Path], None]
+"""What a fork does with its folder."""
+
+
+def preload(names: list[str], own: tuple[str, ...]) -> None:
+    """Import libraries that the tests import, so that no fork has to."""
+    for name in names:
+        if name.split(".")[0] in (*own, "tests", "conftest") or name in sys.modules:
+            continue
+        try:
+            importlib.import_module(name)
+        except Exception:  # noqa: S112 - what cannot be imported alone, a fork imports itself
+            continue
+    gc.collect()
+    gc.freeze()
+
+
+@dataclass
+class _Fork:
+    key: Any
+    folder: Path
+    ends: float
+
+
+def run_forks(
+    jobs: Iterator[tuple[Any, Work, float]], width: int
+) -> Iterator[tuple[Any, Path, int | None]]:
+    """Run (key, work, seconds) in forks, `width` at a time.
+
+    Yields (key, the fork's folder, its exit status or None if it ran out of time); the folder is
+    removed when the caller goes on.
+    """
+    running: dict[int, _Fork] = {}
+    try:
+        while True:
+            while len(running) < width and (job := next(jobs, None)) is not None:
+                key, work, seconds = job
+                folder = Path(tempfile.mkdtemp(prefix="tapir-mutant-"))
+                running[_fork(work, folder)] = _Fork(key, folder, time.monotonic() + seconds)
+            if not running:
+                return
+            for pid, status in _ended(running):
+                fork = running.pop(pid)
+                yield fork.key, fork.folder, status
+                shutil.rmtree(fork.folder, ignore_errors=True)
+    finally:
+        for pid, fork in running.items():
+            _kill(pid)
+            shutil.rmtree(fork.folder, ignore_errors=True)
+
+
+def _fork(work: Work, folder: Path) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.setsid()
+        work(folder)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _ended(running: dict[int, _Fork]) -> list[tuple[int, int | None]]:
+    """Those that ended, waiting for at least one, or that were ended for their time."""
+    while True:
+        found: list[tuple[int, int | None]] = []
+        for pid, fork in running.items():
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                _kill_group(pid)  # what the tests left behind
+                found.append((pid, status))
+            elif time.monotonic() > fork.ends:
+                _kill(pid)
+                found.append((pid, None))
+        if found:
+            return found
+        time.sleep(0.01)
+
+
+def _kill(pid: int) -> None:
+    _kill_group(pid)
+    os.waitpid(pid, 0)
+
+
+def _kill_group(pid: int) -> None:
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return

@@ -1,0 +1,79 @@
+"""Which code is mutated, and what of it is not."""
+
+import ast
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = (
+    "core", "cluster", "checkpoint", "parallel", "models", "data_pipeline", "training",
+    "planning", "generation", "bench", "tapir",
+)  # fmt: skip
+"""What a child imports anew, so that a mutant is seen by all who import it."""
+
+_FILES = (
+    "models/*.py",
+    "parallel/compress/*.py",
+    "parallel/adamw.py",
+    "parallel/scales.py",
+    "parallel/engines/protocol.py",
+    "parallel/engines/common.py",
+    "data_pipeline/order.py",
+    "data_pipeline/images.py",
+    "data_pipeline/dropout.py",
+    "training/schedules.py",
+    "training/loop.py",
+    "training/average.py",
+    "training/tasks.py",
+    "training/picture_tasks.py",
+    "generation/choose.py",
+    "generation/noise.py",
+    "generation/sampling.py",
+    "generation/decoder.py",
+    "generation/accuracy.py",
+    "generation/fid.py",
+    "core/philox.py",
+)
+_ONLY = {
+    "training/loop.py": {"steps", "one_step", "_micro_batches", "_loss_now", "_split", "_flops"},
+}
+"""Of these files only some functions: the rest is about folders, logs and processes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A file, and the functions of it that are mutated (all if empty)."""
+
+    path: str
+    functions: frozenset[str] = frozenset()
+
+
+def targets() -> list[Target]:
+    """All files that `make mutants` changes."""
+    found = sorted({path for pattern in _FILES for path in ROOT.glob(pattern)})
+    names = [path.relative_to(ROOT).as_posix() for path in found if path.name != "__init__.py"]
+    return [Target(path=name, functions=frozenset(_ONLY.get(name, ()))) for name in names]
+
+
+def is_message(node: ast.AST) -> bool:
+    """Whether a node only tells people something, or guards what the type checker sees."""
+    if isinstance(node, ast.Raise | ast.JoinedStr | ast.Assert):
+        return True
+    if not isinstance(node, ast.Call):
+        return False
+    called = node.func
+    return isinstance(called, ast.Attribute) and (
+        isinstance(called.value, ast.Name) and called.value.id == "LOG"
+    )
+
+
+def digest_of(tops: Iterable[str]) -> str:
+    """Of all Python files below some folders; those of the mutants themselves do not count."""
+    found = hashlib.sha256()
+    for top in tops:
+        for path in sorted((ROOT / top).rglob("*.py")):
+            if "mutants" not in path.parent.name:
+                found.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return found.hexdigest()[:16]
