@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from core.errors import ConfigError
-from core.keys import KeyPart
+from core.keys import KeyPart, key_int
 from generation.batches import Need, batches, fitting, free_memory, without_memory
 from generation.cache import Lane
 from generation.choose import choose, guided
 from generation.config import SampleConfig
 from generation.decoder import Decoder
 from generation.stages import Shared
-from models.draws import gumbel_noise
+from models.noise import gumbel_noise
 from models.prior import PAD
 
 Keys = list[list[tuple[KeyPart, ...]]]
@@ -147,7 +147,8 @@ class _Lane:
         self._decoder, self._settings = decoder, settings
         length, device = decoder.config.image_length, decoder.device
         self._captions, self._each = len(text), len(keys[0])
-        self._keys = [key for row in keys for key in row]
+        drawn_by = [key_int(*key, "sample") for row in keys for key in row]
+        self._keys = torch.tensor(drawn_by, device=device)
         self._text = text.to(device)
         self._codes = torch.zeros(len(self._keys), length, dtype=torch.int64, device=device)
         self._kept = [False] * length
@@ -195,12 +196,10 @@ class _Lane:
         logits = self._decoder.next(lane, position, before.repeat(2))
         return None if logits is None else guided(logits, self._settings.guidance)
 
-    def _noise(self, keys: list[tuple[KeyPart, ...]], position: int) -> Tensor | None:
+    def _noise(self, keys: Tensor, position: int) -> Tensor | None:
         if self._settings.temperature == 0:
             return None
-        shape = (self._decoder.config.image_vocabulary,)
-        rows = [gumbel_noise(shape, *key, position, "sample") for key in keys]
-        return torch.stack(rows).to(self._decoder.device)
+        return gumbel_noise(keys, (self._decoder.config.image_vocabulary,), position)
 
     def _settle(self) -> None:
         """Take the last position's codes; those that rounding could change are drawn again."""

@@ -1,4 +1,4 @@
-"""Keyed randomness for torch: initial weights by parameter name, noise by sample."""
+"""Initial weights, keyed by parameter name."""
 
 import math
 import re
@@ -19,25 +19,6 @@ _BIAS, _GAIN = re.compile(r"bias$"), re.compile(r"norm\d?\.weight$")
 def generator(*parts: KeyPart) -> torch.Generator:
     """Open a CPU generator that depends on the key alone."""
     return torch.Generator().manual_seed(key_int(*parts))
-
-
-def gumbel_noise(shape: tuple[int, ...], *parts: KeyPart) -> Tensor:
-    """Standard Gumbel noise for one sample, from its key."""
-    return _gumbel(shape, key_int(*parts), torch.device("cpu"))
-
-
-def gumbel_noises(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Standard Gumbel noise for some samples, drawn on their device, from one key each.
-
-    Shapes: (B,) int64 -> (B, *shape).
-    """
-    return torch.stack([_gumbel(shape, key, keys.device) for key in keys.tolist()])
-
-
-def _gumbel(shape: tuple[int, ...], key: int, device: torch.device) -> Tensor:
-    draws = torch.Generator(device).manual_seed(key)
-    drawn = torch.empty(shape, device=device).exponential_(generator=draws)
-    return -drawn.clamp_min(1e-20).log_()
 
 
 def init_normal(module: nn.Module, seed: int, std: dict[str, float], prefix: str = "") -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import DVAEConfig
-from models.draws import gumbel_noises, init_fan_in
+from models.draws import init_fan_in
 from models.likelihood import (
     gumbel_codes,
     kl_to_uniform,
@@ -20,6 +20,7 @@ from models.likelihood import (
     squeeze_pixels,
     unsqueeze_pixels,
 )
+from models.noise import gumbel_noise
 
 CHANNELS = 3
 FIRST_DECODER_SCALE = 0.3
@@ -126,7 +127,7 @@ class DVAE(nn.Module):
         Shapes: `keys` is (B,) int64, a key of each picture's noise.
         """
         logits = self.logits(image)
-        noise = gumbel_noises(keys, tuple(logits.shape[1:]))
+        noise = gumbel_noise(keys, tuple(logits.shape[1:]))
         mu, log_scale = self.decode(gumbel_codes(logits, tau, noise))
         squeezed = squeeze_pixels(image, self.config.epsilon)
         log_prob = logit_laplace_log_prob(squeezed, mu, log_scale)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import models.draws
+import models.noise
 import models.prior
 import parallel.replicas
 from parallel.control import Control
@@ -20,7 +21,7 @@ def without_arithmetic() -> Iterator[None]:
     """Leave out long computations that communicate nothing; change modules as shadows bear it."""
     changes = [
         (models.draws, "_runs", _no_draws),
-        (models.draws, "_gumbel", lambda shape, key, device: torch.zeros(shape, device=device)),
+        (models.noise, "draw_bits", _no_bits),
         (parallel.replicas, "fingerprint", _no_sums),
         (models.prior, "banded_attention", lambda q, k, v, *_: q + k + v),
         (models.prior, "flexible_attention", lambda q, k, v, *_: q + k + v),
@@ -34,6 +35,11 @@ def without_arithmetic() -> Iterator[None]:
 def _no_draws(*_: object) -> Iterator[tuple[int, Tensor]]:
     """Matrices stay as they were made."""
     return iter(())
+
+
+def _no_bits(keys: Tensor, count: int, position: int = 0) -> Tensor:
+    """Bits of zero."""
+    return torch.zeros(len(keys), count, dtype=torch.int64, device=keys.device)
 
 
 def _no_sums(tensors: Iterable[Tensor]) -> Tensor:

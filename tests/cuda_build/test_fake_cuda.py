@@ -69,7 +69,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fake tensors for all that is made; keyed draws and attention's kernels need real ones."""
     monkeypatch.setattr(models.draws, "_runs", lambda *_: ())
     noise = lambda keys, shape: torch.ones(len(keys), *shape, device=keys.device)  # noqa: E731
-    monkeypatch.setattr(models.dvae, "gumbel_noises", noise)
+    monkeypatch.setattr(models.dvae, "gumbel_noise", noise)
     monkeypatch.setattr(models.prior, "flexible_attention", lambda q, k, v, *_: q + k + v)
     monkeypatch.setattr(protocol, "move", _moved)
     if not torch.cuda.is_available():  # what asks for a driver

@@ -9,7 +9,6 @@ import torch
 
 from models.config import DVAEConfig, PriorConfig
 from models.counts import attended_pairs, prior_parameters
-from models.draws import gumbel_noises
 from models.dvae import DVAE, build_decoder, build_encoder, negative_bound
 from models.likelihood import (
     gumbel_codes,
@@ -196,9 +195,3 @@ def test_every_parameter_of_the_dvaes_loss_by_finite_differences() -> None:
                 slope = (values[0] - values[1]) / (2 * step)
                 worst = max(worst, abs(slope - float(parameter.grad.view(-1)[i])))
     assert worst < 1e-6
-
-
-def test_noise_of_a_sample_depends_on_its_key_alone() -> None:
-    together = gumbel_noises(torch.tensor([1, 2, 1]), (3, 2, 2))
-    assert together[0].equal(together[2]) and not together[0].equal(together[1])
-    assert together[1:2].equal(gumbel_noises(torch.tensor([2]), (3, 2, 2)))

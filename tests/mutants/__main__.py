@@ -66,10 +66,9 @@ def _try(mutants: list[Mutant], chosen: Selection, verdicts: Verdicts, width: in
         if verdicts.get(mutant, chosen.of(mutant)) is None:
             open_.append(mutant)
     print(f"{len(mutants)} mutants, {len(open_)} to try", flush=True)
-    done = 0
-    for mutant, folder, status in run_forks(_jobs(open_, chosen), width):
+    forks = run_forks(_jobs(open_, chosen), width)
+    for done, (mutant, folder, status) in enumerate(forks, 1):
         verdicts.add(mutant, chosen.of(mutant), _killer(folder, status))
-        done += 1
         if done % 50 == 0:
             print(f"{done} of {len(open_)}, {time.monotonic() - began:.0f} s", flush=True)
     return _report(mutants, chosen, verdicts)

@@ -47,7 +47,9 @@ class Finder:
             return None
         file, text = self._sources[name]
         where = str(ROOT / file)
-        return importlib.util.spec_from_file_location(name, where, loader=_Loader(name, where, text))
+        return importlib.util.spec_from_file_location(
+            name, where, loader=_Loader(name, where, text)
+        )
 
 
 def _module_of(path: str) -> str:

@@ -15,10 +15,8 @@ def make_data(cache: Path) -> None:
     if not (folder / "whole").exists():
         for old in cache.glob("made-*"):
             shutil.rmtree(old, ignore_errors=True)
-        script = "tests/mutants/make_data.py"
-        subprocess.run(
-            [sys.executable, "-m", "pytest", script, "-q", "-o", "addopts=", f"--basetemp={folder}"],
-            cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+        flags = ["tests/mutants/make_data.py", "-q", "-o", "addopts=", f"--basetemp={folder}"]
+        command = [sys.executable, "-m", "pytest", *flags]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         (folder / "whole").touch()
     os.environ["TAPIR_TEST_DATA"] = str(folder)

@@ -25,7 +25,7 @@ def preload(names: list[str], own: tuple[str, ...]) -> None:
             continue
         try:
             importlib.import_module(name)
-        except Exception:  # noqa: S112 - what cannot be imported alone, a fork imports itself
+        except Exception:  # what cannot be imported alone, a fork imports itself
             continue
     gc.collect()
     gc.freeze()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.errors import ConfigError, InputError
+from core.keys import key_int
 from data_pipeline.images import encode_png
 from generation import choose as choosing
 from generation import packed
@@ -23,7 +24,7 @@ from generation.config import PromptConfig, SampleConfig
 from generation.decoder import DTYPES, Decoder, Part
 from generation.prompts import kept_tokens
 from generation.sampling import Keys, Prompt, Sampler
-from models.draws import gumbel_noise
+from models.noise import gumbel_noise
 from models.prior import PAD
 from tests.harness import ENVIRONMENT
 from tests.unit.test_models import CONFIG, prior_batch, prior_logits, trained_like
@@ -51,7 +52,7 @@ def by_definition(
     layers: nn.ModuleDict, text: Tensor, keys: Keys, settings: SampleConfig
 ) -> Tensor:
     """The same draws from the whole stream, run again for every token."""
-    rows = [key for row in keys for key in row]
+    rows = torch.tensor([key_int(*key, "sample") for row in keys for key in row])
     text = text.repeat_interleave(len(keys[0]), 0)
     empty = torch.full_like(text, PAD)
     image = torch.zeros(len(rows), LENGTH, dtype=torch.int64)
@@ -61,7 +62,7 @@ def by_definition(
             if settings.guidance != 1:
                 free = prior_logits(layers, {"text": empty, "image": image})[:, position]
                 logits = free + settings.guidance * (logits - free)
-            noise = torch.stack([gumbel_noise((20,), *key, position, "sample") for key in rows])
+            noise = gumbel_noise(rows, (20,), position)
             image[:, position] = choose(
                 logits, noise if settings.temperature else None, settings, settled=True
             ).codes

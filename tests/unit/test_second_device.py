@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-import models.draws
 import models.prior
 from checkpoint.reader import open_checkpoint
 from checkpoint.writer import write_checkpoint
@@ -54,11 +53,8 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, kind: Any, text: int, grid: int, con
 
 @pytest.fixture(autouse=True)
 def no_kernels_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FlexAttention compiles for real devices alone, and only these have generators."""
-    drawn = models.draws._gumbel
-    on_cpu = lambda shape, key, device: drawn(shape, key, CPU).to(device)  # noqa: E731
+    """FlexAttention compiles for real devices alone."""
     monkeypatch.setattr(models.prior, "flexible_attention", _dense)
-    monkeypatch.setattr(models.draws, "_gumbel", on_cpu)
     monkeypatch.setattr(replay, "own_mesh", lambda: Mesh(world=World(device=SECOND)))
 
 
