@@ -49,8 +49,12 @@ def draw_bits(keys: Tensor, count: int, position: int = 0) -> Tensor:
 def _by_numpy(keys: Tensor, count: int, position: int) -> Tensor:
     words = -(-count // 2)
     found = np.empty((len(keys), words), "<u8")
+    philox = np.random.Philox(key=0, counter=[0, position, 0, 0])
+    state = philox.state  # to set it is ten times faster than to make another generator
     for row, key in zip(found, keys.tolist(), strict=True):
-        row[:] = np.random.Philox(key=key, counter=[0, position, 0, 0]).random_raw(words)
+        state["state"]["key"][0] = key
+        philox.state = state
+        row[:] = philox.random_raw(words)
     return torch.from_numpy(found.view("<u4")[:, :count].astype(np.int64))
 
 
