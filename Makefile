@@ -17,7 +17,7 @@ DEV_STAMP := $(VENV)/.installed-dev
 SYSTEM := npm:npm ip:iproute2 /usr/share/wordnet/data.noun:wordnet-base \
 	/usr/sbin/slurmctld:slurm-wlm /usr/sbin/munged:munge cc:gcc
 
-.PHONY: install system demo test test-fast check faults soak matrix slurm bench gpu wheels py312 \
+.PHONY: install system demo test test-fast check faults soak matrix mutants slurm bench gpu wheels py312 \
 	clean
 
 install: $(STAMP)
@@ -116,3 +116,9 @@ clean:
 
 slurm: $(DEV_STAMP) system
 	$(BIN)/python -m pytest tests/slurm -m "big or not big"
+
+# Break one place of the mathematics at a time: does a test notice? Verdicts stay in
+# ~/.cache/tapir/mutants, so that it goes on where it ended. SAMPLE=200 SEED=1, PATCH=file.diff.
+mutants: $(DEV_STAMP)
+	$(BIN)/python -m tests.mutants $(if $(SAMPLE),--sample $(SAMPLE) --seed $(or $(SEED),0)) \
+		$(if $(PATCH),--patch $(PATCH)) $(if $(ONLY),--only $(ONLY))

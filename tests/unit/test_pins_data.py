@@ -1,6 +1,7 @@
-"""Order, crops, looks and segmentations against plain definitions and numbers worked out by hand."""
+"""Order, crops and segmentations against plain definitions and numbers worked out by hand."""
 
 import io
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -31,12 +32,10 @@ def _by_definition(
             at += window
         cuts.append(len(mine))
         order: list[tuple[int, int]] = []
-        number = 0
-        for first, last in zip(cuts, cuts[1:], strict=False):
+        for number, (first, last) in enumerate(pairwise(cuts)):
             records = [(b, r) for b in mine[first:last] for r in range(sizes[b])]
             rng = keyed_rng(seed, epoch, f"{lane}:{number}", "order/window")
             order += [records[i] for i in rng.permutation(len(records))]
-            number += 1
         places.append(order)
     each = batch // lanes
     steps = min(len(order) for order in places) // each
@@ -199,22 +198,6 @@ def test_colours_of_pixels_by_hand() -> None:
     assert images.decode_rgb(_encoded(deep), "x").tolist() == [[[0] * 3, [1] * 3, [255] * 3]]
     again = images.decode_rgb(images.encode_png(_ramp(2, 3)), "x")
     assert again.tolist() == _ramp(2, 3).tolist()
-
-
-def test_sizes_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert images.MOST_PIXELS == 24_000_000
-    monkeypatch.setattr(images, "MOST_PIXELS", 12)
-    images.inspect(_encoded(Image.new("L", (4, 3))), "x")
-    with pytest.raises(InputError, match="13x1 pixels; the limit is 12"):
-        images.inspect(_encoded(Image.new("L", (13, 1))), "x")
-
-
-@pytest.mark.parametrize(("pixels", "locked"), [(3_999_000, False), (4_000_000, True)])
-def test_large_pictures_are_decoded_one_at_a_time(pixels: int, locked: bool) -> None:
-    data = _encoded(Image.new("L", (1000, pixels // 1000)))
-    with images._opened(data, "x"):
-        assert images._ONE_LARGE.locked() == locked
-    assert not images._ONE_LARGE.locked()
 
 
 class _Words:

@@ -1,4 +1,4 @@
-"""The prior's numbers, worked out by hand or by torch's own transformer: embeddings, masks, loss."""
+"""The prior's numbers, by hand or by torch's own transformer."""
 
 import math
 from dataclasses import fields
@@ -182,7 +182,7 @@ def test_the_head_reads_text_from_text_and_codes_from_the_image() -> None:
 
 
 def test_first_weights_have_the_width_s_deviation_and_branches_end_fainter() -> None:
-    """dim^-1/2 = 1/8 at 64, and over sqrt(2 * 8) = 4 where a branch ends; gains one, biases zero."""
+    """dim^-1/2 = 1/8 at 64, and over sqrt(2 * 8) = 4 where a branch ends; gains 1, biases 0."""
     config = _tiny(dim=64, heads=2, layers=8)
     layers = {layer.name: layer for layer in prior_layers(config, 3)}
     block = layers["block004"].build()

@@ -18,6 +18,7 @@ from checkpoint.format import StateSlice
 from core.keys import key_int, keyed_rng
 from data_pipeline.images import dvae_crop, square
 from data_pipeline.raw import RawRecord
+from data_pipeline.readable import ReadablePairs
 from data_pipeline.tokens import TokenRecord
 from models.config import DVAEConfig, PriorConfig
 from models.dvae import DVAE
@@ -207,8 +208,8 @@ def test_the_cap_of_the_variance_reaches_the_optimiser(moments: Any) -> None:
 
 
 def test_matrices_decay_and_the_rest_does_not() -> None:
-    names = {"b": torch.nn.Parameter(torch.zeros(3)), "w": torch.nn.Parameter(torch.zeros(2, 2)),
-             "a": torch.nn.Parameter(torch.zeros(1, 2)), "g": torch.nn.Parameter(torch.zeros(()))}  # fmt: skip
+    shapes: dict[str, tuple[int, ...]] = {"b": (3,), "w": (2, 2), "a": (1, 2), "g": ()}
+    names = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
     groups = parameter_groups(names, OptimConfig(weight_decay=0.3))
     assert [g["weight_decay"] for g in groups] == [0.3, 0.0]
     assert [id(p) for p in groups[0]["params"]] == [id(names["a"]), id(names["w"])]
@@ -382,6 +383,7 @@ def _dvae_task(**flags: Any) -> DVAETask:
     task = object.__new__(DVAETask)
     loop = LoopConfig(steps=1000, seed=11)
     task._settings = DVAETrain(loop=loop, tau_share=0.5, beta_share=0.2, **flags)
+    task._readable, task.train, task.held_out = ReadablePairs(), cast(Any, None), cast(Any, None)
     task.model_config = replace(task._settings.model, pixels=8, groups=2, codebook=16, width=4)
     return task
 
@@ -428,7 +430,7 @@ def test_figures_of_a_dvae_by_hand() -> None:
     task.model_config = replace(task.model_config, pixels=4, groups=2, codebook=5)
     task.dvae = DVAE(task.model_config)
     records = [_picture(i, 6) for i in range(3)]
-    pixels = task._squares(records)
+    pixels = task._squares(records, task.held_out)
     calls: list[int] = []
 
     def tokens(image: Tensor) -> Tensor:
