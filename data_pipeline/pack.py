@@ -41,7 +41,7 @@ from data_pipeline.manifest import (
 from data_pipeline.rejects import REJECTS, Keys, Rejects
 from data_pipeline.shards import build_tar, describe, list_members, put_manifest
 from data_pipeline.sources.catalogue import open_source, source_content
-from data_pipeline.sources.pair import Pair, Unusable
+from data_pipeline.sources.pair import Pair, Unusable, printable
 
 REQUEST = "request.json"
 _PARTS = re.compile(
@@ -126,7 +126,7 @@ def pack(source: str, store: Store, config: PackConfig, again: bool = False) -> 
     check(config.problems())
     _refuse_inside(source, store)
     request = {
-        "source": source,
+        "source": printable(source),
         "content": source_content(source),
         "config": {k: v for k, v in to_json(config).items() if k not in _NOT_ASKED},
     }

@@ -35,11 +35,15 @@ def open_source(source: str, config: PackConfig) -> Iterator[Pair | Unusable]:
         pairs = table_pairs([path])
     elif path.is_dir():
         pairs = _folder(path)
+    elif path.exists():
+        raise InputError(
+            f"{source!r} is no source; give a folder, a tar (plain, gzip, bzip2 or xz) or a "
+            ".parquet table, and unpack other archives"
+        )
     else:
         raise InputError(
             f"there is no source {source!r}; give shapes, emoji, a folder of images with .txt "
-            "captions, a tar, a .parquet table, or a folder of tars or tables (other archives must "
-            "be unpacked)"
+            "captions, a tar, a .parquet table, or a folder of tars or tables"
         )
     return pairs
 

@@ -105,11 +105,12 @@ def _other(path: Path) -> Unusable:
 
 def _file(root: Path, path: Path, notes: dict[str, str]) -> Pair | Unusable:
     where, text = path.as_posix(), f"{path.stem}.{CAPTION}"
+    name = path.relative_to(root).with_suffix("").as_posix()
     beside = {extension: path.parent / name for extension, name in notes.items()}
     if path.is_symlink() or any(note.is_symlink() for note in beside.values()):
         return unusable(where, "or its caption is a symbolic link; copy the file itself")
     try:
-        where.encode()
+        name.encode()
     except UnicodeEncodeError:
         return unusable(where, "has a name that is not UTF-8; rename it")
     if not path.is_file():
@@ -121,8 +122,7 @@ def _file(root: Path, path: Path, notes: dict[str, str]) -> Pair | Unusable:
             return unusable(where, f"has no caption; write it to {text} beside it", "caption")
         if path.stat().st_size > MOST_BYTES:
             return unusable(where, f"has {path.stat().st_size} bytes; the limit is {MOST_BYTES}")
-        key = key_of(path.relative_to(root).with_suffix("").as_posix())
-        return make_pair(key, path.read_bytes(), path.suffix, caption, where)
+        return make_pair(key_of(name), path.read_bytes(), path.suffix, caption, where)
     except OSError as error:
         return unusable(where, f"or its caption cannot be read: {error.strerror}")
 

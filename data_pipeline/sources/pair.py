@@ -53,8 +53,13 @@ def make_pair(key: str, image: bytes, suffix: str, caption: bytes, where: str) -
 
 def unusable(where: str, reason: str, kind: str = "file") -> Unusable:
     """A reject that is named by where it is."""
-    text = where.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    text = printable(where)
     return Unusable(key=text, kind=kind, reason=f"{text} {reason}")
+
+
+def printable(path: str) -> str:
+    """A path as text, whatever bytes are in it."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def key_of(name: str) -> str:

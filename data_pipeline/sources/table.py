@@ -39,7 +39,7 @@ def table_pairs(paths: list[Path]) -> Iterator[Pair | Unusable]:
         try:
             table = parquet.ParquetFile(path)
             picture, caption = _columns(table.schema_arrow, pyarrow.types)
-            together = _BYTES_TOGETHER if picture in PICTURES else _ROWS
+            together = _BYTES_TOGETHER if picture.lower() in PICTURES else _ROWS
             for batch in table.iter_batches(together, columns=[picture, caption]):
                 for row in _rows(batch):
                     yield _row(path, number, row.get(picture), row.get(caption))
@@ -58,10 +58,10 @@ def _columns(schema: Any, types: Any) -> tuple[str, str]:
         kind = schema.field(name).type
         return types.is_binary(kind) or types.is_large_binary(kind) or types.is_struct(kind)
 
-    names = schema.names
-    pictures = [name for name in PICTURES if name in names and holds_bytes(name)]
-    places = [name for name in (*PLACES, "image") if name in names and name not in pictures]
-    captions = [name for name in CAPTIONS if name in names]
+    names = {name.lower(): name for name in reversed(schema.names)}
+    pictures = [names[name] for name in PICTURES if name in names and holds_bytes(names[name])]
+    places = [names[name] for name in (*PLACES, "image") if name in names]
+    captions = [names[name] for name in CAPTIONS if name in names]
     for found, known in ((pictures + places, (*PLACES, *PICTURES)), (captions, CAPTIONS)):
         if not found:
             raise _RowError(f"has no column {' or '.join(known)}; rename one")

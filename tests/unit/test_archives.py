@@ -317,7 +317,7 @@ def test_tables_that_hold_their_pictures(tmp_path: Path, kind: str) -> None:
         columns = {"image": [{"bytes": d, "path": f"{i}.png"} for i, d in enumerate(data)]}
         columns["captions"] = texts
     elif kind == "img2dataset":
-        columns = {"url": ["http://x/1.jpg"] * 3, "jpg": data, "caption": texts}
+        columns = {"URL": ["http://x/1.jpg"] * 3, "jpg": data, "TEXT": texts}
     else:
         columns = {"__index_level_0__": [0, 1, 2], "image": data}
         columns["text"] = pyarrow.array(texts, pyarrow.large_string()).dictionary_encode()
@@ -337,3 +337,46 @@ def test_a_file_that_may_not_be_read_is_one_reject(tmp_path: Path) -> None:
     (source / "notes.csv").write_text("x")
     pairs, rejects = _read(source)
     assert len(pairs) == 2 and sorted(r.kind for r in rejects) == ["caption", "ignored"]
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_of_archives_with_flipped_bytes_nothing_is_lost_in_silence(
+    tmp_path: Path, form: int
+) -> None:
+    """Fewer pairs than there were come with a reject, and nothing else is raised."""
+    name = "x" * (90 if form == tarfile.USTAR_FORMAT else 150)
+    whole = _tar(tmp_path / "a.tar", [*_pairs("", 3), *_pairs(name, 1)], form).read_bytes()
+    rng = np.random.default_rng(form)
+    for turn in range(250):
+        data = bytearray(whole)
+        for _ in range(rng.integers(1, 6)):
+            data[rng.integers(len(data))] ^= rng.integers(1, 256)
+        if turn % 10 == 0:
+            del data[rng.integers(len(data)) :]
+        if turn % 2:
+            _seal(data)
+        (tmp_path / "a.tar").write_bytes(data)
+        pairs, rejects = _read(tmp_path / "a.tar")
+        assert len(pairs) == 4 or rejects, turn
+
+
+def _seal(data: bytearray) -> None:
+    """Give headers true checksums, so that what they say is believed."""
+    for at in range(0, len(data) - 511, 512):
+        if data[at + 257 : at + 262] == b"ustar":
+            header = data[at : at + 512]
+            total = sum(header[:148]) + 8 * 32 + sum(header[156:])
+            data[at + 148 : at + 156] = b"%06o\0 " % total
+
+
+def test_a_folder_may_have_any_name_and_other_files_are_no_source(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    found = pack(
+        str(_folder(folder, _pairs("", 12))),
+        FolderStore(tmp_path / "o"),
+        PackConfig(validation=0.4),
+    )
+    assert sum(manifest.samples for manifest in found.values()) == 12
+    (tmp_path / "a.zip").write_bytes(b"PK\3\4")
+    with pytest.raises(InputError, match="unpack other archives"):
+        pack(str(tmp_path / "a.zip"), FolderStore(tmp_path / "z"), PackConfig())

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
 
 from core.errors import InputError
 from core.log import LOG
@@ -84,6 +86,34 @@ def test_what_nobody_sees_is_no_caption(text: str) -> None:
     for clean in (clean_caption, clean_captions):
         with pytest.raises(InputError, match="the caption of x is empty"):
             clean(text.encode(), "x")
+
+
+SCRIPTS = """a red bird
+|красная птица|ένα κόκκινο πουλί|կարմիր թռչուն|წითელი ჩიტი|ציפור אדומה|طائر أحمر
+|لال پرندہ|लाल पक्षी|লাল পাখি|ਲਾਲ ਪੰਛੀ|લાલ પક્ષી|சிவப்பு பறவை|ఎర్ర పక్షి|ಕೆಂಪು ಹಕ್ಕಿ|ചുവന്ന പക്ഷി|රතු කුරුල්ලා
+|นกสีแดง|ນົກສີແດງ|အနီရောင်ငှက်|បក្សីក្រហម|ቀይ ወፍ|红色的鸟|赤い鳥|빨간 새|བྱ་དམར་པོ།|улаан шувуу|ᏗᎦᎨ ᏥᏍᏆ"""
+
+
+def test_captions_of_many_scripts_stay_as_they_are(bpe: Path) -> None:
+    tokenizer, _ = load_tokenizer(bpe)
+    texts = [text.strip() for text in SCRIPTS.split("|")]
+    assert len(texts) > 20
+    for text in texts:
+        cleaned = clean_caption(text.encode(), "x")
+        assert cleaned == text.lower()
+        assert tokenizer.decode(encode(tokenizer, cleaned)) == cleaned
+
+
+@given(st.one_of(st.text(), st.binary()))
+def test_cleaning_twice_changes_nothing_and_raises_input_errors_alone(text: str | bytes) -> None:
+    raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    try:
+        captions = clean_captions(raw, "x")
+    except InputError:
+        return
+    assert clean_captions("\n".join(captions).encode(), "x") == captions
+    assert all(clean_caption(caption.encode(), "x") == caption for caption in captions)
+    assert len(set(captions)) == len(captions) and "" not in captions
 
 
 def test_new_capitals_are_left_alone_on_every_python() -> None:
@@ -240,17 +270,10 @@ def test_the_share_of_captions_that_are_cut_is_said_once(
 
 
 def test_a_run_and_a_prompt_say_what_is_cut(
-    several: FolderStore,
-    bpe: Path,
-    dvae: Path,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    tokens: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LOG, "propagate", True)
-    tokens = tmp_path / "tokens"
-    tapir("tokenize", str(several.root), str(tokens), f"--bpe={bpe}", f"--dvae={dvae}", "--block=4")
-    flags = ["--loop.steps=1", "--loop.batch=4", "--order.lanes=2", "--mesh.data=2"]
+    flags = ["--loop.steps=1", "--loop.batch=8", "--order.lanes=8", "--mesh.data=2"]
     flags += [f"--data={tokens}", f"--out={tmp_path / 'run'}", "--model.text-length=5"]
     text = tapir("train", "prior", "tiny", *flags, "--model.layers=1", "--engine.name=reference")
     assert text.count("of the captions are cut: of ") == 1 and "model.text_length=5" in text
