@@ -18,7 +18,7 @@ _FAR = (
     "profile_report", "report", "flight", "worker_device", "overlap", "lookup",
 )  # fmt: skip
 """Tests of machines and folders, which run no line that is mutated but by the way."""
-MOST_SECONDS = 12.0
+MOST_SECONDS = 8.0
 """Of tests a mutant."""
 _MEASURING = 900.0
 
