@@ -106,9 +106,8 @@ def test_means_over_two_ranks_are_those_of_the_definition(tmp_path: Path) -> Non
     torch.testing.assert_close(torch.tensor(ours[0]["w"]), handed)
     assert ours[0]["b"] == [2.0, 2.0] and ours[3] == math.inf
     total = torch.tensor(error0) + torch.tensor(error1)
-    owed = (
-        given[0][0] + given[0][1] - 2 * torch.tensor(ours[0]["w"]) - 2 * torch.tensor(ours[2]["w"])
-    )
+    handed_out = torch.tensor(ours[0]["w"]) + torch.tensor(ours[2]["w"])
+    owed = given[0][0] + given[0][1] - 2 * handed_out
     torch.testing.assert_close(total - given[1][0], owed, atol=1e-5, rtol=1e-4)
 
 
@@ -118,8 +117,11 @@ def test_a_link_s_seconds() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "latency", "bandwidth"),
-    [((3.0, 5.0), 3.0 - 2 * 65536 / 4128768, 4128768 / 2), ((1.0, 1.0), 1 - 65.536e-6 / 4128.768, 4128768e9)],
-)  # fmt: skip
+    [
+        ((3.0, 5.0), 3.0 - 2 * 65536 / 4128768, 4128768 / 2),
+        ((1.0, 1.0), 1 - 65.536e-6 / 4128.768, 4128768e9),
+    ],
+)
 def test_latency_and_bandwidth_follow_from_two_sizes(
     seconds: tuple[float, float], latency: float, bandwidth: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
