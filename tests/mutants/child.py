@@ -81,11 +81,11 @@ def try_sources(sources: dict[str, bytes], tests: Sequence[str], out: Path) -> N
     (out / "failed").write_text(failed)
 
 
-def measure(tests: Sequence[str], part: int, parts: int, out: Path) -> None:
-    """Run a part of the tests and write which lines of the project each of them runs."""
+def measure(files: Sequence[str], out: Path) -> None:
+    """Run the tests of some files and write which lines of the project each of them runs."""
     _begin(out)
-    watcher = _Watcher(part, parts)
-    pytest.main([*tests, *_QUIET, f"--basetemp={out}/tmp"], plugins=[watcher])
+    watcher = _Watcher()
+    pytest.main([*files, *_QUIET, f"--basetemp={out}/tmp"], plugins=[watcher])
     watcher.coverage.stop()
     found = {"tests": watcher.passed, "lines": watcher.lines()}
     found["modules"] = sorted(set(sys.modules))
@@ -95,8 +95,7 @@ def measure(tests: Sequence[str], part: int, parts: int, out: Path) -> None:
 class _Watcher:
     """Attributes lines to tests; what fixtures of a file run, to all of its tests."""
 
-    def __init__(self, part: int, parts: int) -> None:
-        self._part, self._parts = part, parts
+    def __init__(self) -> None:
         self.coverage = coverage.Coverage(
             data_file=None, source=[str(ROOT / name) for name in PACKAGES if name != "tapir"],
             config_file=False, messages=False,
@@ -105,13 +104,10 @@ class _Watcher:
         self._broken: set[str] = set()
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        files = sorted({item.nodeid.split("::")[0] for item in items})
-        mine = set(files[self._part :: self._parts])
         items[:] = [
             item
             for item in items
-            if item.nodeid.split("::")[0] in mine
-            and not any(item.get_closest_marker(name) for name in ("slow", "big"))
+            if not any(item.get_closest_marker(name) for name in ("slow", "big"))
             and "s3" not in getattr(item, "fixturenames", ())
         ]
         self.coverage.start()

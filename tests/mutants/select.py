@@ -1,7 +1,9 @@
 """Which tests run a line: measured once for a state of the tree, by coverage."""
 
 import ast
+import hashlib
 import json
+import shutil
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,7 +12,7 @@ from pathlib import Path
 from tests.mutants.child import measure
 from tests.mutants.mutate import Mutant
 from tests.mutants.pool import run_forks
-from tests.mutants.targets import PACKAGES, ROOT, digest_of
+from tests.mutants.targets import PACKAGES, ROOT, digest_of, file_digest
 
 TESTS = ("tests/unit", "tests/golden")
 _FAR = (
@@ -59,36 +61,49 @@ class Selection:
 
 
 def selection(cache: Path, width: int) -> Selection:
-    """Measure the tests, or take what was measured for the same tree."""
-    file = cache / f"lines-{digest_of([*PACKAGES, 'tests'])}.json"
-    if not file.exists():
-        for old in cache.glob("lines-*.json"):
-            old.unlink()
-        file.write_text(json.dumps(_measured(width)))
-    found = json.loads(file.read_text())
-    lines = {f: {int(k): v for k, v in rows.items()} for f, rows in found["lines"].items()}
-    return Selection(
-        seconds=found["tests"], lines=lines, modules=found["modules"], importers=_importers()
-    )
-
-
-def _measured(width: int) -> dict[str, object]:
-    far = [f"--ignore=tests/unit/test_{name}.py" for name in _FAR]
-    tests = [*TESTS, *far]
-    jobs = ((part, partial(measure, tests, part, width), _MEASURING) for part in range(width))
+    """Measure the tests, but for those that were measured on the same tree."""
+    folder = cache / f"lines-{_tree()}"
+    if not folder.exists():
+        for old in cache.glob("lines-*"):
+            shutil.rmtree(old)
+        folder.mkdir()
+    stored = {
+        file: folder / f"{Path(file).stem}-{file_digest(file)}.json" for file in _test_files()
+    }
+    stale = [file for file, path in stored.items() if not path.exists()]
+    _measure(stale, stored, width)
     seconds: dict[str, float] = {}
-    lines: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    lines: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
     modules: set[str] = set()
-    for _, folder, _ in run_forks(jobs, width):
-        if not (folder / "map.json").exists():
-            raise SystemExit("the tests could not be measured:\n" + (folder / "log").read_text())
-        part = json.loads((folder / "map.json").read_text())
+    for path in stored.values():
+        part = json.loads(path.read_text())
         seconds.update(part["tests"])
         modules.update(part["modules"])
         for name, rows in part["lines"].items():
             for line, names in rows.items():
-                lines[name][line] += names
-    return {"tests": seconds, "lines": lines, "modules": sorted(modules)}
+                lines[name][int(line)] += names
+    return Selection(seconds=seconds, lines=lines, modules=sorted(modules), importers=_importers())
+
+
+def _measure(stale: list[str], stored: dict[str, Path], width: int) -> None:
+    jobs = ((file, partial(measure, [file]), _MEASURING) for file in stale)
+    for file, folder, _ in run_forks(jobs, width):
+        if not (folder / "map.json").exists():
+            raise SystemExit(f"{file} could not be measured:\n" + (folder / "log").read_text())
+        shutil.copy(folder / "map.json", stored[file])
+
+
+def _test_files() -> list[str]:
+    found = [path for top in TESTS for path in sorted((ROOT / top).glob("test_*.py"))]
+    near = [path for path in found if path.stem.removeprefix("test_") not in _FAR]
+    return [path.relative_to(ROOT).as_posix() for path in near]
+
+
+def _tree() -> str:
+    """Digest of the project, and of what tests share."""
+    shared = [path for path in (ROOT / "tests").glob("*.py")]
+    text = "".join(file_digest(path.relative_to(ROOT).as_posix()) for path in sorted(shared))
+    return hashlib.sha256((digest_of(PACKAGES) + text).encode()).hexdigest()[:16]
 
 
 def _importers() -> dict[str, list[str]]:

@@ -4,6 +4,7 @@ import ast
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +68,12 @@ def is_message(node: ast.AST) -> bool:
     return isinstance(called, ast.Attribute) and (
         isinstance(called.value, ast.Name) and called.value.id == "LOG"
     )
+
+
+@lru_cache(maxsize=1024)
+def file_digest(path: str) -> str:
+    """Of a file, named from the root."""
+    return hashlib.sha256((ROOT / path).read_bytes()).hexdigest()[:16]
 
 
 def digest_of(tops: Iterable[str]) -> str:

@@ -4,11 +4,10 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from tests.mutants.mutate import Mutant
-from tests.mutants.targets import ROOT
+from tests.mutants.targets import ROOT, file_digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,18 +51,13 @@ class Verdicts:
 
 
 def _key(mutant: Mutant) -> str:
-    return f"{_digest(mutant.path)}-{mutant.key}"
+    return f"{file_digest(mutant.path)}-{mutant.key}"
 
 
 def _basis(killer: str, tests: Sequence[str]) -> str:
     file = killer.split("::")[0]
     if killer and (ROOT / file).is_file():
-        return _digest(file)
+        return file_digest(file)
     files = sorted({test.split("::")[0] for test in tests})
-    text = "\n".join([*sorted(tests), *(_digest(file) for file in files)])
+    text = "\n".join([*sorted(tests), *(file_digest(file) for file in files)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-@lru_cache(maxsize=1024)
-def _digest(path: str) -> str:
-    return hashlib.sha256((ROOT / path).read_bytes()).hexdigest()[:16]
