@@ -99,12 +99,17 @@ def test_fp16_scales_move_together_on_every_mesh(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_low_rank_is_the_same_for_tensor_shards_and_zero3_shards() -> None:
-    """Both cut every matrix along axis 0 into two, and factor each part at half of the rank."""
+def test_low_rank_is_the_same_for_tensor_shards_zero3_shards_and_a_pipeline() -> None:
+    """All cut every matrix along axis 0 into two, and factor each part at half of the rank; TP x
+    PP x DP does it on the stages that hold the matrices, whose norms are added."""
     compress = CompressConfig(rank=8)
-    tensor = train(replace(_case("TP2xDP2 ZeRO-1").precise("fp32"), compress=compress))
-    paper = train(replace(_case("paper").precise("fp32"), compress=compress))
+    tensor, paper, three = (
+        train(replace(_case(name).precise("fp32"), compress=compress))
+        for name in ("TP2xDP2 ZeRO-1", "paper", "TP2xPP2xDP2 pipe")
+    )
     assert difference(tensor, paper) < BOUND["fp32"]
+    assert difference(tensor, three) < BOUND["fp32"]
+    assert 0 < three[0]["compress_sent_bytes"] < tensor[0]["compress_sent_bytes"]
     assert tensor[0]["compress_sent_bytes"] < 0.3 * tensor[0]["compress_raw_bytes"]
     assert difference(_trained("one", "fp32"), tensor) > 1e-2
 

@@ -71,6 +71,7 @@ def _fork(work: Work, folder: Path) -> int:
         return pid
     code = 1
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.setsid()
         work(folder)
         code = 0

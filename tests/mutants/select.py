@@ -15,11 +15,12 @@ from tests.mutants.pool import run_forks
 from tests.mutants.targets import PACKAGES, ROOT, digest_of, file_digest
 
 TESTS = ("tests/unit", "tests/golden")
-_FAR = (
-    "core", "doctor", "store", "wheels", "gpu_run", "fork", "runfile", "watch", "profile",
-    "profile_report", "report", "flight", "worker_device", "overlap", "lookup",
+_NEAR = (
+    "adamw", "attention", "bpe", "cache", "dvae", "fid", "models", "noise", "openai_dvae", "order",
+    "parallel", "paper_numbers", "powersgd", "sampling", "scales", "schedules", "second_device",
+    "second_device_pictures",
 )  # fmt: skip
-"""Tests of machines and folders, which run no line that is mutated but by the way."""
+"""Tests of what is mutated, beside all `test_pins_*`; the others are slow, and run it by the way."""
 MOST_SECONDS = 8.0
 """Of tests a mutant."""
 _MEASURING = 900.0
@@ -67,9 +68,8 @@ def selection(cache: Path, width: int) -> Selection:
         for old in cache.glob("lines-*"):
             shutil.rmtree(old)
         folder.mkdir()
-    stored = {
-        file: folder / f"{Path(file).stem}-{file_digest(file)}.json" for file in _test_files()
-    }
+    names = {file: f"{Path(file).stem}-{file_digest(file)}.json" for file in _test_files()}
+    stored = {file: folder / name for file, name in names.items()}
     stale = [file for file, path in stored.items() if not path.exists()]
     _measure(stale, stored, width)
     seconds: dict[str, float] = {}
@@ -95,14 +95,15 @@ def _measure(stale: list[str], stored: dict[str, Path], width: int) -> None:
 
 def _test_files() -> list[str]:
     found = [path for top in TESTS for path in sorted((ROOT / top).glob("test_*.py"))]
-    near = [path for path in found if path.stem.removeprefix("test_") not in _FAR]
+    names = [(path.stem.removeprefix("test_"), path) for path in found]
+    near = [path for name, path in names if name in _NEAR or name.startswith("pins_")]
     return [path.relative_to(ROOT).as_posix() for path in near]
 
 
 def _tree() -> str:
     """Digest of the project, and of what tests share."""
-    shared = [path for path in (ROOT / "tests").glob("*.py")]
-    text = "".join(file_digest(path.relative_to(ROOT).as_posix()) for path in sorted(shared))
+    shared = sorted((ROOT / "tests").glob("*.py"))
+    text = "".join(file_digest(path.relative_to(ROOT).as_posix()) for path in shared)
     return hashlib.sha256((digest_of(PACKAGES) + text).encode()).hexdigest()[:16]
 
 
