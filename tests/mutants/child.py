@@ -87,8 +87,9 @@ def measure(files: Sequence[str], out: Path) -> None:
     watcher = _Watcher()
     pytest.main([*files, *_QUIET, f"--basetemp={out}/tmp"], plugins=[watcher])
     watcher.coverage.stop()
-    found = {"tests": watcher.passed, "lines": watcher.lines()}
+    found: dict[str, Any] = {"tests": watcher.passed, "lines": watcher.lines()}
     found["modules"] = sorted(set(sys.modules))
+    found["forking"] = sorted(watcher.forking & set(watcher.passed))
     (out / "map.json").write_text(json.dumps(found))
 
 
@@ -101,6 +102,10 @@ class _Watcher:
             config_file=False, messages=False,
         )  # fmt: skip
         self.passed: dict[str, float] = {}
+        self.forking: set[str] = set()
+        """Tests whose forks run lines that nobody sees here."""
+        self._now = ""
+        os.register_at_fork(before=lambda: self.forking.add(self._now))
         self._broken: set[str] = set()
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -121,10 +126,12 @@ class _Watcher:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Any:
         self.coverage.switch_context(item.nodeid)
+        self._now = item.nodeid
         try:
             return (yield)
         finally:
             self.coverage.switch_context("")
+            self._now = ""
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.outcome != "passed":

@@ -28,6 +28,7 @@ def patched(diff: bytes) -> list[Changed]:
     Raises: SystemExit if the diff does not fit the tree.
     """
     names = [name.decode() for name in _FILE.findall(diff)]
+    strip = "-p1" if b"+++ b/" in diff else "-p0"
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             if not (ROOT / name).is_file():
@@ -35,10 +36,9 @@ def patched(diff: bytes) -> list[Changed]:
             target = Path(folder, name)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, target)
-        done = subprocess.run(
-            ["git", "apply", "-p1", "--unsafe-paths", f"--directory={folder}", "-"],
-            input=diff, capture_output=True, cwd="/",
-        )  # fmt: skip
+        command = ["git", "apply", strip, "--unidiff-zero", "--unsafe-paths"]
+        command += [f"--directory={folder}", "-"]
+        done = subprocess.run(command, input=diff, capture_output=True, cwd="/")
         if done.returncode:
             raise SystemExit(f"the diff does not apply: {done.stderr.decode().strip()}")
         return [

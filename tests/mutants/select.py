@@ -20,7 +20,7 @@ _NEAR = (
     "parallel", "paper_numbers", "powersgd", "sampling", "scales", "schedules", "second_device",
     "second_device_pictures",
 )  # fmt: skip
-"""Tests of what is mutated, beside all `test_pins_*`; the others are slow, and run it by the way."""
+"""Tests of what is mutated, beside all `test_pins_*`; others run it by the way, and slowly."""
 MOST_SECONDS = 8.0
 """Of tests a mutant."""
 _MEASURING = 900.0
@@ -34,6 +34,8 @@ class Selection:
     lines: dict[str, dict[int, list[str]]]
     """File -> line -> tests, or `file NAME` for all of a test file."""
     modules: list[str] = field(default_factory=list)
+    forking: set[str] = field(default_factory=set)
+    """Tests that run code of the modules that their file imports in forks, where it is not seen."""
     importers: dict[str, list[str]] = field(default_factory=dict)
     """File -> test files that import it by name."""
 
@@ -42,12 +44,13 @@ class Selection:
         lines = self.lines.get(path, {})
         touched = lines if first == 0 else range(first, last + 1)
         names = {name for line in touched for name in lines.get(line, ())}
+        importers = set(self.importers.get(path, ()))
         if first == 0:
-            names |= {f"file {file}" for file in self.importers.get(path, ())}
+            names |= {f"file {file}" for file in importers}
+        names |= {test for test in self.forking if test.split("::")[0] in importers}
         files = {name.removeprefix("file ") for name in names if name.startswith("file ")}
         tests = {t for t in self.seconds if t in names or t.split("::")[0] in files}
-        near = set(self.importers.get(path, ()))
-        order = sorted(tests, key=lambda t: (t.split("::")[0] not in near, self.seconds[t], t))
+        order = sorted(tests, key=lambda t: (t.split("::")[0] not in importers, self.seconds[t], t))
         spent, found = 0.0, []
         for test in order:
             spent += self.seconds[test]
@@ -63,7 +66,7 @@ class Selection:
 
 def selection(cache: Path, width: int) -> Selection:
     """Measure the tests, but for those that were measured on the same tree."""
-    folder = cache / f"lines-{_tree()}"
+    folder = cache / f"lines-2-{_tree()}"
     if not folder.exists():
         for old in cache.glob("lines-*"):
             shutil.rmtree(old)
@@ -75,14 +78,22 @@ def selection(cache: Path, width: int) -> Selection:
     seconds: dict[str, float] = {}
     lines: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
     modules: set[str] = set()
+    forking: set[str] = set()
     for path in stored.values():
         part = json.loads(path.read_text())
         seconds.update(part["tests"])
         modules.update(part["modules"])
+        forking.update(part["forking"])
         for name, rows in part["lines"].items():
             for line, names in rows.items():
                 lines[name][int(line)] += names
-    return Selection(seconds=seconds, lines=lines, modules=sorted(modules), importers=_importers())
+    return Selection(
+        seconds=seconds,
+        lines=lines,
+        modules=sorted(modules),
+        forking=forking,
+        importers=_importers(),
+    )
 
 
 def _measure(stale: list[str], stored: dict[str, Path], width: int) -> None:

@@ -252,6 +252,7 @@ def test_defaults_of_the_networks() -> None:
         ({"dim": 1, "heads": 2}, "try 1"),
         ({"dim": 256, "heads": 127}, "try 128"),
         ({"dim": 257, "heads": 200}, "try 1"),
+        ({"dim": 258, "heads": 200}, "try 86"),
         ({"dim": 12, "heads": 5}, "try 4"),
         ({"conv_kernel": 4}, "must be odd; try 5"),
         ({"conv_kernel": 3}, ""),

@@ -74,7 +74,11 @@ def _run(step: int, halved: int, optim: OptimConfig, accumulate: int = 1) -> Any
     run._ledger = cast(Any, SimpleNamespace(take=dict, take_blocked=float))
     run._heart = cast(Any, SimpleNamespace(beat=lambda *_: None))
     run.control = Control()
-    run.profile = cast(Any, SimpleNamespace(phase=lambda _: nullcontext(), begin=lambda _: None))
+    run.begun = []  # type: ignore[attr-defined]
+    run.profile = cast(
+        Any,
+        SimpleNamespace(phase=lambda _: nullcontext(), begin=run.begun.append),  # type: ignore[attr-defined]
+    )
     return run
 
 
@@ -141,6 +145,7 @@ def test_a_run_steps_to_its_end_and_goes_back_where_it_must() -> None:
     seconds = [s for _, s in run.steps()]
     assert averaged == [98, 99, 100] and compared == [100] and run.step == 100
     assert [t[0] for t in told] == [[0], [1], [0], [1]]
+    assert run.begun == [98, 99, 99, 100]
     assert told[0][1:] == (98, {"epoch": 2, "step": 4})
     assert all(0 <= waited <= spent < 5 for waited, spent in waits)
     assert all(0 <= s < 5 for s in seconds)

@@ -1,0 +1,109 @@
+"""What `make mutants` changes, how a diff is tried, and that a verdict outlives its run."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.mutants import verdicts
+from tests.mutants.__main__ import all_mutants
+from tests.mutants.mutate import apply, mutants_of
+from tests.mutants.patch import patched
+from tests.mutants.pool import run_forks
+from tests.mutants.verdicts import Verdicts
+
+SOURCE = b'''"""Two % of this is no code."""
+WIDTH: int = 3
+@cached(size=5)
+def f(x: int, y=0.5, *, mode: str = "a") -> int:
+    """Nor this: 1 + 1."""
+    if x >= 2 and not y:
+        raise ValueError("1 + 1", 2)
+    z = zip(x, y, strict=True)
+    LOG.info("%d", x + 1)
+    return g(-x ** 2, axis=1) if x is None else x
+'''
+
+
+def test_each_operator_sign_comparison_constant_default_and_keyword_is_changed() -> None:
+    found = mutants_of("x.py", SOURCE, frozenset())
+    changed = {apply(SOURCE, m).decode() for m in found}
+    assert len(changed) == len(found) == 14
+    text = SOURCE.decode()
+    for old, new in [
+        ("WIDTH: int = 3", "WIDTH: int = 4"), ("y=0.5", "y=1.0"), ('"a"', "'a_'"),
+        (">= 2", "> 2"), (">= 2", "< 2"), (">= 2", ">= 3"), ("and not", "or not"),
+        ("not y", " y"), ("(-x", "(x"), ("** 2", "* 2"), ("** 2", "** 3"), ("axis=1", "axis=2"),
+        (", axis=1", ""), ("is None", "is not None"),
+    ]:  # fmt: skip
+        assert text.replace(old, new, 1) in changed, (old, new)
+
+
+def test_only_the_named_functions_of_a_file_are_changed() -> None:
+    source = b"A = 1\ndef f():\n    return 2\ndef g():\n    return 3\n"
+    (only,) = mutants_of("x.py", source, frozenset({"g"}))
+    assert (only.line, only.lines, only.label) == (5, (5, 5), "return 3  ->  return 4")
+
+
+def test_there_are_at_least_two_thousand_and_all_of_them_compile() -> None:
+    found = all_mutants()
+    assert len(found) >= 2000 and len({(m.path, m.key) for m in found}) == len(found)
+    for mutant in found[::20]:
+        compile(apply(Path(mutant.path).read_bytes(), mutant), mutant.path, "exec")
+
+
+def test_a_diff_is_applied_to_copies(tmp_path: Path) -> None:
+    before = Path("models/masks.py").read_bytes()
+    assert b"causal = offset >= 0" in before
+    line = before.decode().split("\n").index("    causal = offset >= 0") + 1
+    diff = (
+        "--- a/models/masks.py\n+++ b/models/masks.py\n"
+        f"@@ -{line} +{line} @@\n-    causal = offset >= 0\n+    causal = offset > 0\n"
+    )
+    (changed,) = patched(diff.encode())
+    assert changed.path == "models/masks.py"
+    assert changed.source == before.replace(b"offset >= 0", b"offset > 0", 1)
+    assert Path("models/masks.py").read_bytes() == before
+    with pytest.raises(SystemExit, match="does not apply"):
+        patched(diff.replace(">= 0", ">= 7").encode())
+    with pytest.raises(SystemExit, match="no file of this tree"):
+        patched(diff.replace("masks.py", "none.py").encode())
+
+
+def test_a_verdict_stands_until_what_decided_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = {"x.py": "1", "tests/a.py": "1", "tests/b.py": "1"}
+    monkeypatch.setattr(verdicts, "file_digest", lambda path: digests[path])
+    monkeypatch.setattr(verdicts, "ROOT", tmp_path)
+    (tmp_path / "tests").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / f"tests/{name}.py").touch()
+    mutant, other = mutants_of("x.py", b"A = 1\nB = 2\n", frozenset())
+    tests = ["tests/a.py::t", "tests/b.py::t"]
+    known = Verdicts(tmp_path)
+    known.add(mutant, tests, "tests/a.py::t")
+    known.add(other, tests, "")
+    with (tmp_path / "verdicts.jsonl").open("a") as file:
+        file.write('{"key": "cut o')
+    again = Verdicts(tmp_path)
+    assert [bool(again.get(m, tests)) for m in (mutant, other)] == [True, True]
+    digests["tests/b.py"] = "2"
+    assert [bool(again.get(m, tests)) for m in (mutant, other)] == [True, False]
+    digests["tests/a.py"] = "2"
+    assert again.get(mutant, tests) is None
+    digests["tests/a.py"] = "1"
+    digests["x.py"] = "2"
+    assert again.get(mutant, tests) is None
+
+
+def test_forks_end_in_their_time_and_leave_nothing() -> None:
+    def spin(folder: Path) -> None:
+        while True:
+            pass
+
+    jobs = [("fine", lambda folder: (folder / "x").touch(), 60.0), ("slow", spin, 0.1)]
+    folders = {}
+    for key, folder, status in run_forks(iter(jobs), 2):
+        assert (status is None) == (key == "slow") and (folder / "x").exists() == (key == "fine")
+        folders[key] = folder
+    assert not any(folder.exists() for folder in folders.values())
