@@ -28,8 +28,9 @@ def pack(arguments: list[str]) -> None:
         """Write raw image-caption pairs as WebDataset shards, split into train and validation.
 
         Args:
-            source: shapes, emoji, a folder of images with .txt captions, a WebDataset tar, a
-                .parquet table of captions and local paths, or a folder of tars or tables
+            source: shapes, emoji, a folder of images with .txt or .json captions, a WebDataset
+                tar, a .parquet table of captions and pictures or local paths, or a folder of tars
+                or tables
             dest: s3://bucket/prefix or a folder
             config: settings
             again: write a finished data set anew: mends damaged shards
