@@ -172,7 +172,7 @@ def _on_white(
         pixels = MODES[image.mode](part)
         clear = _transparent(part, samples, low.crop(box) if low else None)
         if clear is not None:
-            pixels[clear] = _WHITE
+            pixels = np.where(clear[:, :, None], np.uint8(_WHITE), pixels)
         yield slice(top, bottom), pixels
 
 
@@ -197,7 +197,7 @@ def _transparent(part: Image.Image, samples: Any, low: Image.Image | None) -> An
 
 
 def _plain(part: Image.Image) -> Rgb:
-    return np.array(part.convert("RGB"))
+    return np.asarray(part if part.mode == "RGB" else part.convert("RGB"))
 
 
 def _palette(part: Image.Image) -> Rgb:
@@ -207,7 +207,7 @@ def _palette(part: Image.Image) -> Rgb:
 def _blended(part: Image.Image) -> Rgb:
     colours = part.convert("RGBA")
     white = Image.new("RGBA", colours.size, "white")
-    return np.array(Image.alpha_composite(white, colours).convert("RGB"))
+    return np.asarray(Image.alpha_composite(white, colours).convert("RGB"))
 
 
 def _sixteen_bits(part: Image.Image) -> Rgb:

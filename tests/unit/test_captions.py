@@ -18,17 +18,22 @@ from core.store import FolderStore
 from data_pipeline.bpe import encode, load_tokenizer
 from data_pipeline.captions import LONGEST, MOST_CAPTIONS, clean_caption, clean_captions, lowered
 from data_pipeline.config import FilterConfig, OrderConfig, PackConfig
-from data_pipeline.evaluation_sets import packed_set
+from data_pipeline.evaluation_sets import open_evaluation, packed_set
 from data_pipeline.images import encode_png
 from data_pipeline.manifest import SPLITS
 from data_pipeline.pack import pack
 from data_pipeline.raw import RawRecord, RawSource
 from data_pipeline.stream import stored_records
 from data_pipeline.tokens import TokenSource
+from generation.config import OverlapConfig
+from generation.overlap import remove_overlap
 from generation.pictures import open_studio
+from models.clip import Clip
+from models.config import ClipConfig
 from parallel.world import World
 from tests.harness import tapir
 from tests.unit.finished import write_models
+from tests.unit.layouts import write_coco
 from training.config import BPETrain
 from training.lengths import tell_cut_captions
 from training.picture_tasks import ClipTask
@@ -175,6 +180,10 @@ def test_packing_again_keeps_them(several: FolderStore, tmp_path: Path) -> None:
     pack(str(Path(several.root) / "train"), out, PackConfig(validation=0.3))
     kept = {r.caption: r.captions for r in stored_records(RawSource(several, "train"))}
     assert {r.caption: r.captions for r in _records(out)} == kept
+    theirs = open_evaluation(f"coco:{write_coco(tmp_path / 'coco', 4)}")
+    dest, config = FolderStore(tmp_path / "dest"), OverlapConfig(threshold=1.0)
+    remove_overlap(several, theirs, dest, Clip(ClipConfig(), 0).eval(), "hash", config)
+    assert [r.captions for r in _records(dest)] == [r.captions for r in _records(several)]
 
 
 def test_filters_judge_each_of_them(tmp_path: Path) -> None:
