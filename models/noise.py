@@ -7,8 +7,6 @@ where NumPy begins as well: `Philox(key=key, counter=[0, position, 0, 0])`. A wo
 draws, its low half first. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3".
 """
 
-from collections.abc import Callable
-from functools import lru_cache
 from math import prod
 
 import numpy as np
@@ -42,8 +40,7 @@ def draw_bits(keys: Tensor, count: int, position: int = 0) -> Tensor:
     """
     if keys.device.type == "cpu":
         return _by_numpy(keys, count, position)
-    make = _compiled() if keys.device.type == "cuda" else philox_bits
-    return make(keys, -(-count // _A_BLOCK), position)[:, :count]
+    return philox_bits(keys, -(-count // _A_BLOCK), position)[:, :count]
 
 
 def _by_numpy(keys: Tensor, count: int, position: int) -> Tensor:
@@ -92,9 +89,3 @@ def _upper(words: Tensor) -> Tensor:
 def _signed(word: int) -> int:
     """The int64 of the same 64 bits."""
     return word - (1 << 64) if word >> 63 else word
-
-
-@lru_cache(maxsize=1)
-def _compiled() -> Callable[[Tensor, int, int], Tensor]:
-    """One kernel instead of 300."""
-    return torch.compile(philox_bits, dynamic=True)
