@@ -41,8 +41,6 @@ _GREY_KEYS = {"1": (1, 255), "L;2": (3, 85), "L;4": (15, 17), "L": (255, 1)}
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of metadata that is damaged
 
 Rgb = NDArray[np.uint8]
-
-
 T = TypeVar("T")
 
 

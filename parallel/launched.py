@@ -17,26 +17,37 @@ def ranks_given(environment: Mapping[str, str] = os.environ) -> int | None:
     """
     for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):
         if name in environment:
-            text = environment[name]
-            if not (text.isdigit() and int(text) > 0):
-                raise InputError(f"{name}={text!r} in the environment is no number of ranks")
-            return int(text)
+            return _ranks(name, environment)
     return srun_size(environment) or None
 
 
+def _ranks(name: str, environment: Mapping[str, str]) -> int:
+    text = environment[name]
+    if not (text.isdecimal() and text.isascii() and int(text) > 0):
+        raise InputError(f"{name}={text!r} in the environment is no number of ranks; unset it")
+    return int(text)
+
+
 def mpi_size(environment: Mapping[str, str] = os.environ) -> int:
-    """Ranks that an mpirun started, 0 if none did."""
+    """Ranks that an mpirun started, 0 if none did.
+
+    Raises: InputError if a variable holds no number.
+    """
     for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):
         if name in environment:
-            return int(environment[name])
+            return _ranks(name, environment)
     return 0
 
 
 def srun_size(environment: Mapping[str, str] = os.environ) -> int:
-    """Ranks that an srun started, 0 if none did; a batch script alone is none."""
+    """Ranks that an srun started, 0 if none did; a batch script alone is none.
+
+    Raises: InputError if a variable holds no number.
+    """
     if "SLURM_STEP_ID" not in environment or "SLURM_PROCID" not in environment:
         return 0
-    return int(environment.get("SLURM_STEP_NUM_TASKS", "0"))
+    name = "SLURM_STEP_NUM_TASKS"
+    return _ranks(name, environment) if name in environment else 0
 
 
 def free_port(address: str = "127.0.0.1") -> int:

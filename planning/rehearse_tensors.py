@@ -34,6 +34,8 @@ warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTen
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 SMALL = 2**20
 """Elements up to which a whole-numbered tensor is real."""
+PICKLED = 2**30
+"""The same for bytes: the pickled objects of all ranks lie in one buffer, and are unpickled."""
 Channel = tuple[object, ...]
 """Who speaks to whom: ("send", from, to), or ("broadcast", from, *ranks of the group)."""
 _MAKERS = ("empty", "zeros", "ones", "full", "empty_strided", "rand", "randn", "randint", "normal")
@@ -290,7 +292,7 @@ def _makes_large(function: Any, arguments: Any, named: Any) -> bool:
     else:
         return False
     whole = dtype is not None and not (dtype.is_floating_point or dtype.is_complex)
-    return not whole or count > SMALL
+    return not whole or count > (PICKLED if dtype == torch.uint8 else SMALL)
 
 
 @functools.cache

@@ -61,11 +61,11 @@ def start_tapir(*arguments: str, log: Path) -> "subprocess.Popen[bytes]":
             stderr=subprocess.STDOUT,
             env=ENVIRONMENT,
             start_new_session=True,
-            preexec_fn=_heed_interrupts,
+            preexec_fn=heed_interrupts,
         )
 
 
-def _heed_interrupts() -> None:
+def heed_interrupts() -> None:
     """A background job of a shell inherits SIGINT as ignored; what a test starts must not."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from bench import parity
 from bench.parity import CASES, ONE
+from cluster.processes import die_with_parent
 from core.errors import TapirError
 from tests.harness import ENVIRONMENT, ROOT
 from tests.staging import carried, stage
@@ -79,4 +80,5 @@ def _train(kind: str, payload: str) -> None:
 
 
 if __name__ == "__main__":
+    die_with_parent()
     main(*sys.argv[1:])

@@ -1,12 +1,14 @@
 """Everything that one GPU proves, in one command: tests/gpu, then `python -m bench gpu`.
 
-Made for a bare machine: standard library alone, no network, no make. Runs with the Python of .venv
-if there is one, else with this one and the wheels of .whl (tests/gpu/wheels.py). Results go to
-$OUT, else to runs/gpu; a table comes last. Ends with 1 if a test failed or a figure missed what is
-wanted.
+Made for a bare machine: this tree and the standard library alone, no network, no make. Runs with
+the Python of .venv if there is one, else with this one and the wheels of .whl
+(tests/gpu/wheels.py). Results go to $OUT, else to runs/gpu; a table comes last. Ends with 1 if a
+test failed or a figure missed what is wanted, with 2 if another run is at work there or pytest is
+missing.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import signal
@@ -18,11 +20,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # python -P leaves it out
+
+from cluster.processes import die_with_parent  # noqa: E402
+
 SHARE = 0.5
 """Of the time that the tests may take; the benchmark gets what they leave."""
 LAST = 10.0
 """Seconds that are kept for the table."""
 MESHES = "test_meshes_on_gpu.py"
+_STARTED: "list[subprocess.Popen[bytes]]" = []
 PYTEST = ".venv/bin/pip install -r requirements-dev.txt -c constraints/gpu.txt"
 
 
@@ -33,9 +40,28 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="small sizes: a dry run")
     parser.add_argument("--minutes", type=float, default=8.0, help="of all of it together (8)")
     flags = parser.parse_args()
-    until = time.monotonic() + 60 * flags.minutes - LAST
     out = Path(os.environ.get("OUT") or ROOT / "runs" / "gpu").absolute()
     out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with open(out / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another run is at work in {out}: wait, or set OUT", file=sys.stderr)
+            return 2
+        try:
+            return _run(flags, out)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        finally:
+            for process in _STARTED:
+                if process.poll() is None:
+                    _kill(process)
+
+
+def _run(flags: argparse.Namespace, out: Path) -> int:
+    until = time.monotonic() + 60 * flags.minutes - LAST
     for old in out.glob("*gpu*.*"):
         old.unlink()
     environment = {**os.environ, "TAPIR_GPU_TESTS_DEVICE": flags.device}
@@ -87,9 +113,17 @@ def _tests(python: str, environment: dict[str, str], out: Path, until: float) ->
 def _start(command: list[str], environment: dict[str, str], log: Path) -> "subprocess.Popen[bytes]":
     print(f"{log.name}: {' '.join(command)}", flush=True)
     with open(log, "wb") as output:
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
         )
+    _STARTED.append(process)
+    return process
 
 
 def _end(running: "list[subprocess.Popen[bytes]]", until: float) -> None:
@@ -99,8 +133,13 @@ def _end(running: "list[subprocess.Popen[bytes]]", until: float) -> None:
             process.wait(max(until - time.monotonic(), 0.1))
         except subprocess.TimeoutExpired:
             print(f"out of time: {' '.join(process.args[:6])} ...", flush=True)  # type: ignore[index]
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _kill(process)
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    """Kill a process with all that it started."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def table(out: Path) -> tuple[str, list[str]]:

@@ -91,11 +91,11 @@ def tokens(folder: Path) -> Path:
     chain = chain_of(paper_run(folder, PAPERS[0]), "local")
     for job in chain.jobs[:-1]:
         tapir(*job.command)
-    reached_the_end(folder / "out" / "dvae", "dvae", "paper_dvae")
+    assert_the_end_was_reached(folder / "out" / "dvae", "dvae", "paper_dvae")
     return folder / "out" / "data" / "tokens"
 
 
-def reached_the_end(run: Path, stage: str, preset: str) -> None:
+def assert_the_end_was_reached(run: Path, stage: str, preset: str) -> None:
     """Two validations, two saves and a finished model, by the preset's own settings."""
     assert [row["step"] for row in rows_of(run)] == [2]
     assert [row["step"] for row in rows_of(run, "validation")] == [1, 2]
@@ -119,7 +119,7 @@ def test_the_papers_stages_reach_their_ends(preset: str, folder: Path, tokens: P
     command = [out if part.startswith("--out=") else part for part in job.command]
     assert command[2] == preset and f"--data={tokens}" in command and prior.flags
     tapir(*command)
-    reached_the_end(folder / preset, "prior", preset)
+    assert_the_end_was_reached(folder / preset, "prior", preset)
     path = folder / preset / "checkpoints" / "step-2" / "manifest.json"
     slices = [row for file in json.loads(path.read_text())["files"] for row in file["slices"]]
     assert {"master", "ema", "error"} <= {row["kind"].partition("@")[0] for row in slices}
@@ -143,7 +143,7 @@ def test_small_presets_reach_their_ends(
     bpe = [] if stage == "dvae" else [f"--bpe={folder / 'out' / 'bpe'}"]
     flags = [f"--{name}={value}" for name, value in {**cut, **SHORT}.items()]
     tapir("train", stage, preset, f"--data={data}", f"--out={out}", *bpe, *flags)
-    reached_the_end(out, stage, preset)
+    assert_the_end_was_reached(out, stage, preset)
 
 
 def test_no_preset_is_left_out() -> None:

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from bench.gpu import parent
 from bench.gpu.report import Report, Wanted
 from tests.gpu.run import table
+from tests.harness import ENVIRONMENT, ROOT, heed_interrupts, processes_with
 
 JUNIT = """<testsuites><testsuite><testcase classname="a" name="b"/>{}</testsuite></testsuites>"""
 HERE = "tests.unit.test_gpu_run"
@@ -85,3 +88,24 @@ def test_the_table_tells_what_failed_and_what_was_not_run(tmp_path: Path) -> Non
     assert "| s: two | 4 s (beside) | <= 3 | FAIL |" in text
     assert "| s: peer | not run |" in text
     assert failed == ["None::c", "tests-gpu-ranks", "s: two"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_one_run_works_in_a_folder_and_leaves_nothing_behind(
+    number: int, code: int, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-P", str(ROOT / "tests/gpu/run.py"), "--device=cpu", "--tiny"]
+    environment = {**ENVIRONMENT, "OUT": str(tmp_path)}
+
+    def start() -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(
+            command, env=environment, stderr=subprocess.PIPE, preexec_fn=heed_interrupts
+        )
+
+    first = start()
+    while not processes_with(f"junitxml={tmp_path}"):
+        assert first.poll() is None
+    second = start()
+    assert b"another run is at work" in second.communicate(timeout=60)[1] and second.returncode == 2
+    first.send_signal(number)
+    assert first.wait(60) == code and not processes_with(f"junitxml={tmp_path}")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from checkpoint.reader import open_checkpoint
 from checkpoint.writer import write_checkpoint
+from core.errors import InputError
 from core.store import FolderStore
 from models.config import PriorConfig
 from models.prior import COMPRESSED, PriorBlock, build_prior, prior_layers
@@ -21,7 +22,7 @@ from parallel.config import CompressConfig, EngineConfig, MeshConfig, ModelSizes
 from parallel.device import CPU
 from parallel.engines.common import Compressor
 from parallel.engines.protocol import EngineSettings
-from parallel.launched import srun_size
+from parallel.launched import ranks_given, srun_size
 from parallel.mesh import Group, axis_ranks
 from parallel.placement import Placement, placement_of, rows_of
 from parallel.tensor.ops import TensorParallel
@@ -222,3 +223,11 @@ def test_ranks_of_srun_are_torchs() -> None:
     assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"]) == ("3", "1", "4")
     assert found["MASTER_ADDR"] == "first of node[1-2]"
     assert found["MASTER_PORT"] == str(20_000 + 7 * 31 + 2)
+
+
+@pytest.mark.parametrize("text", ["zwei", "²", "٣", "0", "-1", ""])
+def test_numbers_of_ranks_are_read_as_numbers_or_refused(text: str) -> None:
+    srun = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": text}
+    for environment in ({"WORLD_SIZE": text}, {"PMI_SIZE": text}, srun):
+        with pytest.raises(InputError, match="no number of ranks"):
+            ranks_given(environment)

@@ -263,7 +263,7 @@ def test_defaults_of_the_networks() -> None:
     ],
 )
 def test_problems_of_a_prior(flags: dict[str, float], said: str) -> None:
-    _told(PriorConfig(**flags).problems(), said)  # type: ignore[arg-type]
+    _assert_told(PriorConfig(**flags).problems(), said)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_problems_of_a_prior(flags: dict[str, float], said: str) -> None:
     ],
 )  # fmt: skip
 def test_problems_of_a_dvae(flags: dict[str, float], said: str) -> None:
-    _told(DVAEConfig(**flags).problems(), said)  # type: ignore[arg-type]
+    _assert_told(DVAEConfig(**flags).problems(), said)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -302,10 +302,10 @@ def test_problems_of_a_dvae(flags: dict[str, float], said: str) -> None:
     ],
 )  # fmt: skip
 def test_problems_of_clip(flags: dict[str, int], said: str) -> None:
-    _told(ClipConfig(**flags).problems(), said)
+    _assert_told(ClipConfig(**flags).problems(), said)
 
 
-def _told(problems: list[str], said: str) -> None:
+def _assert_told(problems: list[str], said: str) -> None:
     assert len(problems) == bool(said)
     assert said in "".join(problems)
 

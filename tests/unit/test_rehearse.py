@@ -219,6 +219,13 @@ def test_what_matches_passes(settings: PriorTrain, pool: Pool) -> None:
 
 
 @pytest.mark.slow
+def test_texts_of_all_ranks_are_gathered_in_large_worlds(pool: Pool) -> None:
+    ((_, _, settings),), _ = laid_out([("dvae", "tiny")], [], 5000)
+    found = rehearse("large", "dvae", settings, pool)
+    assert found.matches, found.mismatch and found.mismatch.report()
+
+
+@pytest.mark.slow
 def test_a_rank_that_fails_is_reported_with_its_error(pool: Pool) -> None:
     found = rehearse("failing", "prior", TENSOR, pool, fails).mismatch
     assert found is not None and found.kind == "failed"
