@@ -25,6 +25,7 @@ from core.settings import check
 from core.store import open_store
 from data_pipeline.tokenize.status import describe_status, job_status
 from generation.chain import chain_of, missing_variables, settings_of_stages
+from generation.chain_inputs import missing_inputs
 from generation.chain_needs import packed_problems
 from generation.chain_states import (
     follow_logs,
@@ -63,9 +64,16 @@ def submit(arguments: list[str]) -> None:
         found = read_runfile(file)
         place = to or found.to
         chain = chain_of(found, place)
-        check(packed_problems(found, settings_of_stages(found)))
-        if missing := missing_variables(chain):
-            raise ConfigError(f"environment: {', '.join(missing)} is not set here; export it first")
+        settings = settings_of_stages(found)
+        check(packed_problems(found, settings))
+        missing = missing_inputs(found, settings, place)
+        if dry_run:
+            for text in missing:
+                LOG.warning("%s; without --dry-run this is refused", text)
+        else:
+            check(missing)
+        if unset := missing_variables(chain):
+            raise ConfigError(f"environment: {', '.join(unset)} is not set here; export it first")
         submitted = Submitted(chain=chain, to=place, settings=settings_of(found, place), ids={})
         _check_place(submitted)
         if dry_run:

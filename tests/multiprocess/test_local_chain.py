@@ -67,11 +67,12 @@ def test_a_chain_is_cancelled_and_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_behind_a_failed_stage_nothing_runs(tmp_path: Path) -> None:
-    path = write(tmp_path, bpe={"flags": {"texts": str(tmp_path / "none")}}, tokenize={})
+    clip = {"flags": {"loop.validation_samples": 8, "order.lanes": 2, "loop.batch": 8}}
+    path = write(tmp_path, bpe={"flags": {"texts": str(tmp_path / "none")}}, clip=clip)
     tapir("submit", str(path), "--wait", code=1)
     said = states(tmp_path / "out")
     assert said["pack"] == "done"
-    assert said["bpe"] == "failed (exit code 2)" and said["tokenize"].startswith("not run")
+    assert said["bpe"] == "failed (exit code 2)" and said["clip"].startswith("not run")
     assert not processes_with(str(tmp_path / "out"))
 
 

@@ -1,6 +1,7 @@
 """What later steps and stages need is asked for before the first step."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,11 @@ from data_pipeline.tokenize.encode import Encoders
 from data_pipeline.tokenize.layout import DONE
 from data_pipeline.tokenize.member import Member
 from data_pipeline.tokenize.worker import Worker
+from generation.chain import settings_of_stages
+from generation.chain_inputs import missing_inputs
 from generation.pictures import open_studio
 from generation.ranking import open_ranker
+from generation.runfile import read_runfile
 from generation.submit import submit
 from models.codes import CodeReader
 from models.config import ClipConfig, DVAEConfig, PriorConfig
@@ -236,8 +240,34 @@ def test_submit_names_a_packed_split_that_is_too_small(
     with pytest.raises(ConfigError, match=r"stages.prior: the validation split of .*/raw has"):
         submit([str(run_file(packed, tokenize={}, prior={"flags": wide})), "--dry-run"])
     capsys.readouterr()
-    submit([str(run_file(packed, prior={"flags": wide})), "--dry-run"])  # no tokens: no complaint
+    submit([str(run_file(packed, prior={"flags": wide})), "--dry-run"])
     assert "train prior" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ({"prior": {}}, r"prior needs tokens from .*/tokens: .* add tokenize"),
+        (
+            {"prior": {"flags": {"bpe_dropout": 0.1}}},
+            r"a BPE vocabulary from .*/out/bpe: .* add bpe",
+        ),
+        ({"dvae": {}, "clip": {}}, r"dvae and clip need pairs from .*/raw: .* add pack"),
+        ({"evaluate": {}}, r"evaluate needs a dVAE from .*/out/dvae: .* add dvae"),
+        ({"score": {"source": "coco:/x"}}, r"score needs a prior from .*/out/prior"),
+    ],
+)
+def test_inputs_that_nobody_makes_are_refused_before_anything_is_sent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, stages: dict[str, Any], said: str
+) -> None:
+    file = run_file(tmp_path, **stages)
+    with pytest.raises(ConfigError, match=said):
+        submit([str(file)])
+    assert not (tmp_path / "out").exists()
+    submit([str(file), "--dry-run"])
+    assert re.search(said + ".* without --dry-run this is refused", caplog.text)
+    run = read_runfile(file)
+    assert not missing_inputs(run, settings_of_stages(run), "kubernetes")  # volumes of elsewhere
 
 
 def test_submit_says_nothing_of_a_store_that_is_out_of_reach(
