@@ -68,8 +68,8 @@ def main() -> None:
     except OSError as error:
         wrong = of_files(error)
         _fail(str(wrong), wrong.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted; all processes were ended", 130)
+    except KeyboardInterrupt as error:
+        _fail(str(error) or "interrupted; all processes were ended", 130)
 
 
 def _help() -> str:

@@ -116,7 +116,7 @@ def launch(
             for rank in range(ranks):
                 arguments = (target, payload, rank, ranks, name, dict(os.environ))
                 process = context.Process(target=_run_rank, args=arguments, name=f"rank-{rank}")
-                process.start()
+                _start(process)
                 started.append(process)
             _wait(started, folder, config, stop, Watch(started, folder, config, reports))
         except RankError as error:
@@ -124,6 +124,18 @@ def launch(
             raise
         finally:
             _end(started)
+
+
+def _start(process: Any) -> None:
+    """Start a rank. Raises: RankError if the forkserver dies meanwhile, e.g. while it imports."""
+    try:
+        process.start()
+    except (EOFError, ConnectionError) as error:
+        raise RankError(
+            f"the process that starts the ranks (multiprocessing's forkserver) died before "
+            f"{process.name} had begun: was it killed, maybe for memory (dmesg tells)? Its own "
+            "output, if any, stands above"
+        ) from error
 
 
 @functools.cache

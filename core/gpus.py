@@ -10,12 +10,12 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from core.ranks import RENDEZVOUS, local_rank
+
 DEVICES = Path("/dev")
 """Where the driver puts a file for each GPU, nvidia0, nvidia1, ...; a pod may see others."""
-_SHARED = ("TORCHELASTIC_RUN_ID", "TAPIR_RENDEZVOUS")
+_SHARED = ("TORCHELASTIC_RUN_ID", RENDEZVOUS)
 """Set by launchers whose ranks all see the same GPUs."""
-_LOCAL_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK")
-"""A process's place on its machine, as torchrun, MPICH and Open MPI tell it."""
 
 
 def gpu_devices() -> list[str]:
@@ -58,21 +58,6 @@ def usable_gpus(environment: Mapping[str, str] = os.environ) -> int:
     return visible_gpus(environment) if built_for_cuda() else 0
 
 
-def local_ranks(environment: Mapping[str, str]) -> int:
-    """Ranks on this machine, as far as the launcher tells; 1 if it does not."""
-    if "LOCAL_WORLD_SIZE" in environment:
-        return int(environment["LOCAL_WORLD_SIZE"])
-    for name in ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE"):
-        if name in environment:
-            return int(environment[name])
-    counts: list[int] = []
-    for word in environment.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
-        if match := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", word):
-            counts += [int(match[1])] * int(match[2] or 1)
-    node = int(environment.get("SLURM_NODEID", "0"))
-    return counts[node] if node < len(counts) else 1
-
-
 def own_gpus(environment: Mapping[str, str]) -> bool:
     """Say whether the launcher may show each rank GPUs of its own (srun --gpus-per-task, MPI)."""
     return not any(name in environment for name in _SHARED)
@@ -93,23 +78,26 @@ def gpu_problems(ranks: int, gpus: int) -> list[str]:
     ]
 
 
-def gpu_of_rank(local_rank: int, ranks: int, gpus: int, own: bool) -> tuple[int, list[str]]:
-    """Which of the GPUs that a rank sees is its own, and what is wrong.
+def gpu_of_rank(place: int, ranks: int, gpus: int, own: bool) -> tuple[int, list[str]]:
+    """Which of the GPUs that a rank sees is its own, by its place on the machine; what is wrong.
 
     Where the launcher shows each rank GPUs of its own, the first one is taken as soon as there are
     fewer than ranks.
     """
-    ranks = max(ranks, local_rank + 1)
+    if place < 0:
+        return 0, [f"local rank {place} is no place among the ranks of this machine (0, 1, ...)"]
+    ranks = max(ranks, place + 1)
     if own and ranks > gpus:
         return 0, []
     problems = gpu_problems(ranks, gpus)
-    return (0 if problems else local_rank), problems
+    return (0 if problems else place), problems
 
 
 def gpu_of_worker(number: int, gpus: int, environment: Mapping[str, str] = os.environ) -> int:
     """Which of the GPUs that a worker of a job sees it takes; more workers than GPUs share them.
 
     Its place on this machine decides where the launcher tells it, else its number in the job.
+    Raises: InputError if what the launcher tells is no number.
     """
-    told = [environment[name] for name in _LOCAL_RANKS if name in environment]
-    return int(told[0] if told else number) % gpus
+    place = local_rank(environment)
+    return (number if place is None else place) % gpus

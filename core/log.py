@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +12,15 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from core.ranks import as_number
+
 LOG = logging.getLogger("tapir")
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 PLAIN_INTERVAL = 10.0
 """Seconds between two plain progress lines."""
+SLOW_SECONDS = 5.0
+"""What takes longer without any progress to show says that it goes on."""
 
 
 class HideSecrets(logging.Filter):
@@ -37,8 +42,8 @@ def set_up_logging(rank: int | None = None) -> None:
     Without a rank it is the one that torchrun, mpirun or srun says.
     """
     if rank is None:
-        said = (os.environ.get(name, "") for name in _RANKS)
-        rank = next((int(text) for text in said if text.isdigit()), 0)
+        told = (as_number(os.environ.get(name, "")) for name in _RANKS)
+        rank = next((number for number in told if number is not None), 0)
     handler: logging.Handler
     if sys.stderr.isatty():
         handler = RichHandler(console=Console(stderr=True), show_path=False, markup=False)
@@ -76,6 +81,26 @@ class Meter:
             eta = "" if left is None else f", {left:.0f} s left"
             place = f"{done}/{self._total}" if self._total else str(done)
             LOG.info("%s %s%s%s", self._name, place, f" {note}" if note else "", eta)
+
+
+@contextmanager
+def slow(what: str) -> Iterator[None]:
+    """Say what goes on in this context after some seconds, and again each time twice as late."""
+    done, began = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        wait = SLOW_SECONDS
+        while not done.wait(wait):
+            LOG.info("%s: for %.0f s now", what, time.monotonic() - began)
+            wait *= 2
+
+    thread = threading.Thread(target=tell, name="slow", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 @contextmanager

@@ -9,9 +9,9 @@ from itertools import pairwise
 import torch
 
 from core.errors import ConfigError
-from core.gpus import local_ranks
 from core.log import LOG
 from core.memory import host_memory
+from core.ranks import local_ranks
 from generation.cache import CacheShape
 
 _GB = 1e9

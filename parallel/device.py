@@ -8,7 +8,8 @@ import torch
 from torch.distributed.distributed_c10d import Store
 
 from core.errors import ConfigError
-from core.gpus import gpu_of_rank, gpu_of_worker, local_ranks, own_gpus
+from core.gpus import gpu_of_rank, gpu_of_worker, own_gpus
+from core.ranks import local_rank, local_ranks
 from core.settings import check
 
 CPU = torch.device("cpu")
@@ -46,7 +47,7 @@ def rank_device(environment: Mapping[str, str] = os.environ) -> torch.device:
     gpus = torch.cuda.device_count()
     if gpus == 0:
         return CPU
-    local, ranks = int(environment.get("LOCAL_RANK", "0")), local_ranks(environment)
+    local, ranks = local_rank(environment) or 0, local_ranks(environment)
     index, problems = gpu_of_rank(local, ranks, gpus, own_gpus(environment))
     if _shared:
         index, problems = local % gpus, []

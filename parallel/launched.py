@@ -1,4 +1,4 @@
-"""Which launcher started the ranks, by its environment variables, and where they may meet.
+"""How many ranks a launcher started, and where they may meet.
 
 Imports no torch.
 """
@@ -7,47 +7,16 @@ import os
 import socket
 from collections.abc import Mapping
 
-from core.errors import InputError
+from core.ranks import check_launch
 
 
 def ranks_given(environment: Mapping[str, str] = os.environ) -> int | None:
     """How many ranks torchrun, mpirun, srun or our launcher started; None if nobody did.
 
-    Raises: InputError if a variable holds no number.
+    Raises: InputError with every launcher's variable that is odd, or lacks the others it needs.
     """
-    for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):
-        if name in environment:
-            return _ranks(name, environment)
-    return srun_size(environment) or None
-
-
-def _ranks(name: str, environment: Mapping[str, str]) -> int:
-    text = environment[name]
-    if not (text.isdecimal() and text.isascii() and int(text) > 0):
-        raise InputError(f"{name}={text!r} in the environment is no number of ranks; unset it")
-    return int(text)
-
-
-def mpi_size(environment: Mapping[str, str] = os.environ) -> int:
-    """Ranks that an mpirun started, 0 if none did.
-
-    Raises: InputError if a variable holds no number.
-    """
-    for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):
-        if name in environment:
-            return _ranks(name, environment)
-    return 0
-
-
-def srun_size(environment: Mapping[str, str] = os.environ) -> int:
-    """Ranks that an srun started, 0 if none did; a batch script alone is none.
-
-    Raises: InputError if a variable holds no number.
-    """
-    if "SLURM_STEP_ID" not in environment or "SLURM_PROCID" not in environment:
-        return 0
-    name = "SLURM_STEP_NUM_TASKS"
-    return _ranks(name, environment) if name in environment else 0
+    found = check_launch(environment)
+    return found.size if found else None
 
 
 def free_port(address: str = "127.0.0.1") -> int:

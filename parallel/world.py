@@ -12,12 +12,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
+from core.errors import InputError
+from core.ranks import ranks_of
 from parallel.device import CPU, backends, rank_device, refuse_shared_gpus
-from parallel.launched import free_port, mpi_size, srun_size
+from parallel.launched import free_port
+from parallel.rendezvous import heard, met_store
 
 TIMEOUT = timedelta(minutes=10)
+_MPI_FIX = (
+    "unset them (PMI_*, OMPI_*) if nobody started ranks by mpirun; else install mpi4py and the "
+    "MPI that mpirun is of (pip install mpi4py mpich), or start the ranks by torchrun"
+)
 
 
 @dataclass(frozen=True)
@@ -69,37 +75,41 @@ def join_world() -> World:
     Reads RANK, WORLD_SIZE, LOCAL_RANK and TAPIR_RENDEZVOUS (our launcher) or MASTER_ADDR and
     MASTER_PORT (torchrun); under mpirun, rank 0 chooses the address and MPI spreads it; under srun
     Slurm's variables and the first node's address are used.
-    Raises: ConfigError if this machine has more ranks than GPUs.
+    Raises: InputError if these variables are odd or incomplete; ConfigError if this machine has
+    more ranks than GPUs; what `Meeting.store` raises if the ranks do not meet.
     """
-    if "RANK" not in os.environ:
-        if mpi_size():
-            _adopt_mpi_ranks()
-        elif srun_size() > 1:
-            os.environ.update(srun_ranks(os.environ, _address_of))
-    size, device = int(os.environ.get("WORLD_SIZE", "1")), rank_device()
-    if size == 1:
-        return World(device=device)
-    rank = int(os.environ["RANK"])
-    _meet(rank, size, device)
-    aside = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    started = ranks_of()
+    if started is None or started.size == 1:
+        return World(device=rank_device())
+    if started.launcher == "mpirun":
+        with heard(f"rank {started.rank} of {started.size} waits in MPI for the others"):
+            _adopt_mpi_ranks(started.size)
+    elif started.launcher == "srun":
+        os.environ.update(srun_ranks(os.environ, _address_of))
+    rank, size, device = int(os.environ["RANK"]), started.size, rank_device()
+    with heard(f"rank {rank} of {size} waits in torch for the process group of all ranks"):
+        _meet(rank, size, device)
+        aside = dist.new_group(backend="gloo", timeout=TIMEOUT)
     local = int(os.environ.get("LOCAL_RANK", "0"))
     return World(rank, size, local, device, dist.group.WORLD, aside)
 
 
 def _meet(rank: int, size: int, device: torch.device) -> None:
-    """Make the process group of all ranks.
+    """Make the process group of all ranks, when all have come.
 
     On GPUs gloo connects two ranks when they first exchange host objects, and not before: among
     1,024 ranks its full mesh is a million sockets.
     """
-    address = os.environ.get("TAPIR_RENDEZVOUS", "env://")
-    where: dict[str, Any] = {"init_method": address}
+    store = met_store(rank, size, TIMEOUT)
+    bound: dict[str, Any] = {}
     if device.type == "cuda":
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
-        store, *_ = next(rendezvous(address, rank, size, timeout=TIMEOUT))
         refuse_shared_gpus(store, device, rank)
-        where = {"store": PrefixStore("world", store), "device_id": device}
-    dist.init_process_group(backends(device), rank=rank, world_size=size, timeout=TIMEOUT, **where)
+        bound["device_id"] = device
+    common = PrefixStore("world", store)
+    dist.init_process_group(
+        backends(device), rank=rank, world_size=size, timeout=TIMEOUT, store=common, **bound
+    )
 
 
 def leave_world(world: World) -> None:
@@ -108,10 +118,24 @@ def leave_world(world: World) -> None:
         dist.destroy_process_group()
 
 
-def _adopt_mpi_ranks() -> None:
-    from mpi4py import MPI  # noqa: PLC0415 - importing it starts MPI: only under mpirun
+def _adopt_mpi_ranks(size: int) -> None:
+    """torch's variables from MPI itself, as many ranks as its launcher's variables say."""
+    try:
+        from mpi4py import MPI  # noqa: PLC0415 - importing it starts MPI: only under mpirun
+    except (ImportError, RuntimeError) as error:  # no mpi4py, or it finds no library
+        text = str(error).partition("\n")[0]
+        raise InputError(
+            f"mpirun's variables are in the environment, but MPI cannot be used: {text}; {_MPI_FIX}"
+        ) from error
 
     everybody = MPI.COMM_WORLD
+    if everybody.size != size:
+        raise InputError(
+            f"the environment speaks of {size} ranks that mpirun started, but MPI knows of "
+            f"{everybody.size}: mpi4py has loaded another library than this mpirun's "
+            f"({MPI.Get_library_version().split(',')[0].split(chr(10))[0].strip()}), or the "
+            f"variables are left over; {_MPI_FIX}"
+        )
     host = everybody.Split_type(MPI.COMM_TYPE_SHARED)
     address = None
     if everybody.rank == 0:
@@ -122,6 +146,7 @@ def _adopt_mpi_ranks() -> None:
         RANK=str(everybody.rank),
         WORLD_SIZE=str(everybody.size),
         LOCAL_RANK=str(host.rank),
+        LOCAL_WORLD_SIZE=str(host.size),
         MASTER_ADDR=name,
         MASTER_PORT=str(port),
     )
@@ -130,23 +155,38 @@ def _adopt_mpi_ranks() -> None:
 def srun_ranks(environment: Mapping[str, str], address_of: Callable[[str], str]) -> dict[str, str]:
     """torch's variables from Slurm's; the port follows from the job and its step."""
     step = int(environment["SLURM_JOB_ID"]) * 31 + int(environment["SLURM_STEP_ID"])
-    nodes = environment.get("SLURM_STEP_NODELIST", "")
     return {
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
-        "MASTER_ADDR": address_of(nodes),
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "MASTER_ADDR": address_of(environment["SLURM_STEP_NODELIST"]),
         "MASTER_PORT": str(20_000 + step % 20_000),
     }
 
 
 def _address_of(nodes: str) -> str:
-    """NodeAddr of the first node of a Slurm list; a node's name need not resolve."""
-    first = _scontrol("show", "hostnames", nodes).split()[0]
-    shown = _scontrol("show", "node", first)
-    return next(w.split("=", 1)[1] for w in shown.split() if w.startswith("NodeAddr="))
+    """NodeAddr of the first node of a Slurm list; a node's name need not resolve.
+
+    Where Slurm does not tell, as in a container without scontrol, MASTER_ADDR does.
+    Raises: InputError if neither does.
+    """
+    try:
+        first = _scontrol("show", "hostnames", nodes).split()[0]
+        shown = _scontrol("show", "node", first)
+        return next(w.split("=", 1)[1] for w in shown.split() if w.startswith("NodeAddr="))
+    except (OSError, subprocess.SubprocessError, LookupError, StopIteration) as error:
+        if given := os.environ.get("MASTER_ADDR"):
+            return given
+        odd = isinstance(error, LookupError | StopIteration)
+        why = "it names no NodeAddr" if odd else getattr(error, "stderr", None) or str(error)
+        raise InputError(
+            f"srun's ranks meet at the first of the nodes {nodes}, and scontrol does not tell its "
+            f"address ({why.strip()}): is slurmctld up, and scontrol on PATH? Else export "
+            "MASTER_ADDR, the address of that node"
+        ) from error
 
 
 def _scontrol(*arguments: str) -> str:
-    done = subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True)
+    command = ["scontrol", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     return done.stdout

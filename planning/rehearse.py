@@ -14,7 +14,7 @@ from itertools import product
 from typing import Any
 
 from core.errors import ConfigError
-from core.log import progress
+from core.log import progress, slow
 from core.settings import check
 from parallel.config import EngineConfig, MeshConfig
 from planning.rehearse_pool import Pool, Runner
@@ -71,10 +71,16 @@ def rehearse(
         RankTask(stage=stage, settings=settings, rank=rank, steps=steps, device=pool.device)
         for rank in ranks
     ]
-    with progress(f"rehearse {stage} {preset}: ranks", len(tasks)) as meter:
+    name, world = f"rehearse {stage} {preset}", settings.mesh.world
+    with (
+        progress(f"{name}: ranks", len(tasks)) as meter,
+        slow(f"{name}: {len(ranks)} of {world:,} ranks make their groups and steps"),
+    ):
         sequences = {found.rank: found for found in pool.run(tasks, runner, jobs, meter.update)}
-    roles = Roles(grid, ranks)
-    outcome = play(roles, sequences)
+    with slow(f"{name}: comparing the calls of {world:,} ranks"):
+        roles = Roles(grid, ranks)
+        outcome = play(roles, sequences)
+        mismatch = explain(roles, sequences, outcome)
     return Rehearsal(
         preset=preset,
         stage=stage,
@@ -89,7 +95,7 @@ def rehearse(
         operations=outcome.operations,
         bytes=outcome.bytes,
         seconds=time.perf_counter() - began,
-        mismatch=explain(roles, sequences, outcome),
+        mismatch=mismatch,
     )
 
 

@@ -91,7 +91,7 @@ def claimed_world(task: RankTask, recorder: Recorder) -> Iterator[None]:
     changes = [
         (dist, "init_process_group", init_process_group),
         (parallel.world, "rank_device", lambda: device),
-        (parallel.world, "rendezvous", lambda *_, **__: iter([(FakeStore(), rank, size)])),
+        (parallel.world, "met_store", lambda *_: FakeStore()),
         (parallel.world, "refuse_shared_gpus", nothing),
     ]
     recorder.sequence.device = device.type

@@ -26,6 +26,7 @@ from cluster.doctor.report import as_json, exit_code, show
 from cluster.launcher import launch
 from core.cli import parse, print_json
 from core.errors import EXIT_FAILED, InputError, TapirError
+from core.ranks import as_number
 from core.settings import check, from_json, to_json
 from parallel.launched import free_port, ranks_given
 
@@ -213,5 +214,4 @@ def _spawn(config: DoctorConfig) -> list[Finding]:
 
 def _own_rank() -> int | None:
     """The rank that a launcher gave by RANK; None if there is only one, or it is not known yet."""
-    rank = os.environ.get("RANK", "")
-    return int(rank) if rank.isdigit() else None
+    return as_number(os.environ.get("RANK", ""))

@@ -278,7 +278,8 @@ class Run:
         refuse_other_config(reader, self.config)
         self.resume_from(reader)
         LOG.info("resumed from %s", reader.url)
-        tell_other_numerics(reader, self.numerics)
+        if self.world.rank == 0:
+            tell_other_numerics(reader, self.numerics)
 
     def _rewind(self) -> None:
         """Go back to the newest checkpoint and pass over the data of the skipped updates."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.doctor.finding import Finding, bad
+from core.ranks import as_number
 
 Gather = Callable[[str], list[str]]
 """Every rank's text on rank 0, "" of those that are silent; elsewhere rank 0's text comes first."""
@@ -58,10 +59,10 @@ def place_of(environment: Mapping[str, str] = os.environ) -> Place | None:
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     values = [environment.get(name, "") for name in names]
     agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if agent or not all(values) or not all(values[i].isdigit() for i in (0, 1, 3)):
+    rank, size, port = (as_number(values[i]) for i in (0, 1, 3))
+    if agent or not values[2] or rank is None or size is None or port is None:
         return None
-    rank, size, address, port = values
-    return Place(rank=int(rank), size=int(size), address=address, port=int(port))
+    return Place(rank=rank, size=size, address=values[2], port=port)
 
 
 @dataclass(kw_only=True)

@@ -4,16 +4,14 @@ import os
 from dataclasses import dataclass
 
 from core.errors import InputError
+from core.ranks import as_number, ranks_of
 
 COUNT = "TAPIR_WORKERS"
-_LAUNCHERS = (
+_JOBS = (
     ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
     ("JOB_COMPLETION_INDEX", COUNT, ""),
-    ("PMI_RANK", "PMI_SIZE", ""),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", ""),
-    ("RANK", "WORLD_SIZE", ""),
 )
-"""(number, count, first number) of a Slurm array, a Kubernetes indexed job, MPI and torchrun."""
+"""(number, count, first number) of a Slurm array and a Kubernetes indexed job."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,22 +35,29 @@ def member_of(text: str) -> Member:
     if text:
         number, _, count = text.partition("/")
         return _checked(number, count, f"--worker {text!r}")
-    for number_name, count_name, first_name in _LAUNCHERS:
+    for number_name, count_name, first_name in _JOBS:
         if number_name in os.environ:
-            count = os.environ.get(count_name, "")
-            if not count:
-                raise InputError(
-                    f"{number_name} is set, but not how many workers there are; export {count_name}"
-                )
-            first = int(os.environ.get(first_name, "0") or 0) if first_name else 0
-            number = os.environ[number_name]
-            if number.isdigit():
-                number = str(int(number) - first)
-            return _checked(number, count, f"{number_name}, {count_name}")
-    return Member(number=0, count=1)
+            return _of_job(number_name, count_name, first_name)
+    ranks = ranks_of()
+    return Member(number=ranks.rank, count=ranks.size) if ranks else Member(number=0, count=1)
+
+
+def _of_job(number_name: str, count_name: str, first_name: str) -> Member:
+    count = os.environ.get(count_name, "")
+    if not count:
+        raise InputError(
+            f"{number_name} is set, but not how many workers there are; export {count_name}"
+        )
+    number = as_number(os.environ[number_name])
+    first = as_number(os.environ.get(first_name) or "0") if first_name else 0
+    where = ", ".join(filter(None, (number_name, count_name, first_name)))
+    if number is None or first is None:
+        raise InputError(f"{where} in the environment must be whole numbers")
+    return _checked(str(number - first), count, where)
 
 
 def _checked(number: str, count: str, where: str) -> Member:
-    if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
+    i, n = as_number(number), as_number(count)
+    if i is None or n is None or i >= n:
         raise InputError(f"{where} must be i/n with 0 <= i < n, e.g. 0/4")
-    return Member(number=int(number), count=int(count))
+    return Member(number=i, count=n)

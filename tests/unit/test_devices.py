@@ -10,7 +10,8 @@ import torch.distributed as dist
 import core.gpus
 import parallel.world
 from core.errors import ConfigError
-from core.gpus import gpu_of_rank, local_ranks, own_gpus, usable_gpus, visible_gpus
+from core.gpus import gpu_of_rank, own_gpus, usable_gpus, visible_gpus
+from core.ranks import local_ranks
 from generation.config import DemoConfig
 from generation.demo import fitted
 from parallel.device import CPU, CudaStopwatch, backends, rank_device, refuse_shared_gpus
@@ -103,6 +104,8 @@ def test_ranks_that_share_what_they_see_take_one_gpu_each() -> None:
     assert [gpu_of_rank(rank, 2, 8, False) for rank in range(2)] == [(0, []), (1, [])]
     index, problems = gpu_of_rank(1, 2, 1, False)
     assert index == 0 and "2 ranks on this machine, but 1 visible GPU" in problems[0]
+    for own in (False, True):
+        assert gpu_of_rank(-1, 2, 2, own)[1], "-1 would be the last GPU of a list"
 
 
 def test_ranks_that_see_their_own_gpu_alone_take_the_first() -> None:
@@ -165,6 +168,7 @@ def test_a_world_on_gpus_is_bound_to_its_device(
     )
     monkeypatch.setattr(dist, "new_group", lambda **given: given["backend"])
     monkeypatch.setattr(parallel.world, "refuse_shared_gpus", lambda *_: None)
+    monkeypatch.setattr(parallel.world, "met_store", lambda *_: dist.HashStore())
     ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     for name, value in ranks.items():
         monkeypatch.setenv(name, value)

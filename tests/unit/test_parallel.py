@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from checkpoint.reader import open_checkpoint
 from checkpoint.writer import write_checkpoint
 from core.errors import InputError
+from core.ranks import Ranks, ranks_of
 from core.store import FolderStore
 from models.config import PriorConfig
 from models.prior import COMPRESSED, PriorBlock, build_prior, prior_layers
@@ -22,7 +23,7 @@ from parallel.config import CompressConfig, EngineConfig, MeshConfig, ModelSizes
 from parallel.device import CPU
 from parallel.engines.common import Compressor
 from parallel.engines.protocol import EngineSettings
-from parallel.launched import ranks_given, srun_size
+from parallel.launched import ranks_given
 from parallel.mesh import Group, axis_ranks
 from parallel.placement import Placement, placement_of, rows_of
 from parallel.tensor.ops import TensorParallel
@@ -216,9 +217,9 @@ def test_ranks_of_srun_are_torchs() -> None:
         "SLURM_STEP_NUM_TASKS": "4",
         "SLURM_STEP_NODELIST": "node[1-2]",
     }
-    assert srun_size(slurm) == 4
+    assert ranks_of(slurm) == Ranks(launcher="srun", rank=3, size=4)
     batch_script = {name: value for name, value in slurm.items() if "STEP" not in name}
-    assert srun_size(batch_script) == 0
+    assert ranks_of(batch_script) is None
     found = srun_ranks(slurm, lambda nodes: f"first of {nodes}")
     assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"]) == ("3", "1", "4")
     assert found["MASTER_ADDR"] == "first of node[1-2]"

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,9 +26,11 @@ from data_pipeline.tokenize.status import describe_status, job_status
 from parallel.config import EngineConfig
 from parallel.device import CPU
 from parallel.precision import WORKSPACE, set_flags, set_numerics
+from parallel.world import World
 from tests.chain import Chain
 from tests.harness import ROOT
 from tests.second_device import SECOND
+from training import loop
 from training.export import open_model
 from training.profile_figures import measure_peak
 
@@ -147,6 +150,25 @@ def test_a_resumed_run_says_what_is_computed_otherwise(
             copy.train("prior", engine=EngineConfig(matmul_precision=matmul))  # type: ignore[arg-type]
         assert ("matmul highest, now medium" in caplog.text) == told
         assert ("not bit for bit" in caplog.text) == told
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_says_what_is_computed_otherwise(
+    rank: int, chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks resume; two of them would say the same twice."""
+    told: list[object] = []
+    monkeypatch.setattr(loop, "tell_other_numerics", lambda *given: told.append(given))
+    reader = open_checkpoint(f"{chain.folder}/prior/checkpoints/step-2")
+    run = SimpleNamespace(
+        checkpoints=SimpleNamespace(newest=lambda: reader),
+        config=reader.facts["config"],
+        numerics=set_numerics(CPU),
+        resume_from=lambda _: None,
+        world=World(rank=rank, size=2),
+    )
+    loop.Run._resume(run)  # type: ignore[arg-type]
+    assert len(told) == (rank == 0)
 
 
 def test_what_older_versions_wrote_tells_nothing_and_is_read(chain: Chain, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import core.log
 from core.errors import EXIT_WRONG_INPUT, ConfigError, TapirError
 from data_pipeline.config import OrderConfig
 from models.config import PriorConfig
@@ -194,12 +195,18 @@ def test_a_tensor_of_the_host_is_found_though_all_ranks_bring_one(pool: Pool) ->
     assert "validation.py" in found.report() and "on cpu (gloo)" in found.report()
 
 
-def test_too_few_validation_samples_are_found_at_the_first_validation(pool: Pool) -> None:
+def test_too_few_validation_samples_are_found_at_the_first_validation(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(core.log, "SLOW_SECONDS", 0.01)
+    monkeypatch.setattr(core.log.LOG, "propagate", True)
+    caplog.set_level("INFO", core.log.LOG.name)
     loop, order = replace(TENSOR.loop, validation_samples=512), OrderConfig(lanes=1024)
     settings = replace(TENSOR, loop=loop, order=order)
     found = rehearse("planted", "prior", settings, pool).mismatch
     assert found is not None and found.kind == "failed"
     assert "has 512 pairs" in found.text and "order.lanes=1024" in found.text
+    assert "ranks make their groups and steps: for" in caplog.text, "a slow rehearsal says so"
 
 
 def test_presets_with_too_few_validation_samples_are_named() -> None:

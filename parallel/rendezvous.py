@@ -1,0 +1,260 @@
+"""Where ranks wait for each other before torch makes their process group.
+
+Inside of torch a process hears neither Ctrl-C nor SIGTERM while its peers are late. So all wait
+here first, in Python: each notes in the common store that it came, the last one writes that all
+are there, and one that stops or gives up before writes that instead. Whichever was written first
+holds for all of them.
+"""
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
+
+from core.errors import EXIT_PREEMPTED, InputError, Preempted, TapirError
+from core.log import LOG
+from core.ranks import RENDEZVOUS, address_of_ranks
+from core.stop import stop_asked
+
+EXIT_INTERRUPTED = 130
+NOTICE_SECONDS = 5.0
+"""A rank that waits longer says once for whom."""
+RESOLVE_SECONDS = 10.0
+"""How long a name may fail to resolve: a pod's record appears after the pod."""
+_CONNECT_SECONDS = 1.0
+_STORE_SECONDS = 60.0
+_HEARD_SECONDS = 2.0
+"""How long the rank that holds the store stays for those who have not read why it ends."""
+_SHOWN = 8
+_PATIENCE = {signal.SIGINT: 2.0, signal.SIGTERM: 10.0, signal.SIGUSR1: 10.0}
+"""Seconds in which a signal may be heeded by Python before the process ends without it."""
+_CAME, _END, _MET = "came", "end", "met"
+_STOPPED = "was asked to stop"
+
+
+def met_store(rank: int, size: int, timeout: timedelta) -> Store:
+    """The ranks' common store, when all of them have come; see `Meeting.store`."""
+    return Meeting(rank, size, timeout).store()
+
+
+class Meeting:
+    """One rank's wait for the others."""
+
+    def __init__(self, rank: int, size: int, timeout: timedelta) -> None:
+        self._rank, self._size, self._timeout = rank, size, timeout
+        self._began = time.monotonic()
+        self._store: Store | None = None
+        self._place, self._told = "", False
+
+    def store(self) -> Store:
+        """Open the common store and wait until all ranks have come.
+
+        Raises: InputError if the place is wrong; Preempted if this rank or another is asked to
+        stop; KeyboardInterrupt, with what was waited for; TapirError after the timeout.
+        """
+        try:
+            self._store = self._open()
+            self._gather(self._store)
+        except KeyboardInterrupt:
+            self._leave("was interrupted")
+            raise KeyboardInterrupt(f"interrupted: {self.sentence()}") from None
+        return self._store
+
+    def sentence(self) -> str:
+        """Who waits for whom, where and how long."""
+        seconds = time.monotonic() - self._began
+        return (
+            f"rank {self._rank} of {self._size} has waited {seconds:.0f} s {self._place} for "
+            f"{_listed(self._missing())}"
+        )
+
+    def _open(self) -> Store:
+        path = os.environ.get(RENDEZVOUS, "")
+        if path:
+            self._place = "on this machine"
+            return FileStore(path.removeprefix("file://"), self._size)
+        host, port = address_of_ranks()
+        self._place = f"at {host}:{port}"
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        holds = self._rank == 0 and not agent
+        self._reach(host, port, holds)
+        try:
+            store = TCPStore(
+                host,
+                port,
+                self._size,
+                is_master=holds,
+                timeout=timedelta(seconds=_STORE_SECONDS),
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+        except RuntimeError as error:
+            raise _refused(self._rank, self._place, holds, error) from error
+        store.set_timeout(self._timeout)
+        return PrefixStore(f"tapir-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+    def _reach(self, host: str, port: int, holds: bool) -> None:
+        """Wait until the name resolves and, unless this rank listens itself, somebody listens."""
+        while True:
+            try:
+                if holds:
+                    socket.getaddrinfo(host, port)
+                else:
+                    socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
+                return
+            except (socket.gaierror, UnicodeError) as error:
+                if time.monotonic() - self._began >= RESOLVE_SECONDS:
+                    raise InputError(
+                        f"rank {self._rank}: MASTER_ADDR={host!r} does not resolve on this machine "
+                        f"({error}); set it to the IP address of rank 0's machine, or put "
+                        "the name into /etc/hosts or DNS"
+                    ) from None
+            except OSError:
+                pass  # rank 0 may not listen yet
+            self._look()
+            time.sleep(0.1)
+
+    def _gather(self, store: Store) -> None:
+        if store.add(_key(self._rank), 1) == 1 and store.add(_CAME, 1) == self._size:
+            store.compare_set(_END, "", _MET)
+        pause = 0.005
+        try:
+            while not store.check([_END]):
+                self._look()
+                time.sleep(pause)
+                pause = min(1.2 * pause, 0.5)
+            end = store.get(_END).decode()
+        except RuntimeError as error:
+            self._store = None
+            if stop_asked():
+                raise self._stopped() from None
+            text = f"rank 0 has ended meanwhile, see its output; {self.sentence()}"
+            raise TapirError(text) from error
+        if end != _MET:
+            self._end_as_told(end)
+
+    def _look(self) -> None:
+        """Heed a stop and the timeout, unless all have met; say once that it takes long."""
+        waited = time.monotonic() - self._began
+        if stop_asked() and self._leave(_STOPPED):
+            raise self._stopped()
+        if waited > self._timeout.total_seconds() and self._leave("gave up"):
+            raise TapirError(
+                f"{self.sentence()}: giving up; see whether they were started and what they say, "
+                "and that the port is open between the machines"
+            )
+        if waited > NOTICE_SECONDS and not self._told:
+            self._told = True
+            missing = self._missing()
+            if missing is None or not any(rank not in missing for rank in range(self._rank)):
+                LOG.warning("%s; Ctrl-C ends it", self.sentence())
+
+    def _stopped(self) -> Preempted:
+        return Preempted(f"asked to stop: {self.sentence()}; start the same again")
+
+    def _leave(self, why: str) -> bool:
+        """Tell the others that this rank does not wait any more; False if all have met by now."""
+        if self._store is None:
+            return True
+        with suppress(RuntimeError):
+            end = self._store.compare_set(_END, "", f"rank {self._rank} {why}").decode()
+            self._linger()
+            return end != _MET
+        return True
+
+    def _end_as_told(self, end: str) -> None:
+        """Raise what another rank's leaving means for this one."""
+        text = f"{end}, so that the ranks will not meet; {self.sentence()}"
+        assert self._store is not None, "what was told came out of the store"
+        with suppress(RuntimeError):
+            self._store.add("heard", 1)
+            self._linger()
+        raise Preempted(text) if end.endswith(_STOPPED) else TapirError(text)
+
+    def _linger(self) -> None:
+        """Stay while the others read: the store may end with this rank, who is the first."""
+        until = time.monotonic() + _HEARD_SECONDS
+        store = self._store
+        while self._rank == 0 and store is not None and time.monotonic() < until:
+            if store.add("heard", 0) >= store.add(_CAME, 0) - 1:
+                return
+            time.sleep(0.05)
+
+    def _missing(self) -> list[int] | None:
+        """Ranks that have not come; None if the store does not tell."""
+        store = self._store
+        if store is None:
+            return None
+        with suppress(RuntimeError):
+            return [rank for rank in range(self._size) if not store.check([_key(rank)])]
+        return None
+
+
+def _key(rank: int) -> str:
+    return f"rank-{rank}"
+
+
+def _listed(missing: list[int] | None) -> str:
+    """Ranks in words."""
+    if missing is None:
+        return "rank 0, which does not answer yet"
+    if not missing:
+        return "nobody: all are there"
+    shown = ", ".join(map(str, missing[:_SHOWN]))
+    more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+    return f"{len(missing)} rank{'s'[: len(missing) > 1]} that did not come: {shown}{more}"
+
+
+def _refused(rank: int, place: str, holds: bool, error: RuntimeError) -> TapirError:
+    """Say why torch's store could not be opened."""
+    text = str(error).partition("\n")[0]
+    if holds and "EADDRINUSE" in text:
+        return InputError(
+            f"rank 0 cannot listen {place}: another program has the port; end it "
+            f"(ss -ltnp), or choose another MASTER_PORT"
+        )
+    whose = "its own store: MASTER_ADDR must be the address of this machine" if holds else "rank 0"
+    fix = "is it another program's port, or does a firewall close it?"
+    return TapirError(f"rank {rank} does not reach {whose}, {place} ({text}); {fix}")
+
+
+@contextmanager
+def heard(waits: str) -> Iterator[None]:
+    """End this process on a signal even where Python's handlers do not run: inside of torch or MPI.
+
+    `waits` says who waits for what. Python's own way of ending has some seconds before that.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    left, began = threading.Event(), time.monotonic()
+
+    def listen() -> None:
+        while numbers := ours.recv(16):
+            for number in numbers:
+                if number not in _PATIENCE or left.wait(_PATIENCE[signal.Signals(number)]):
+                    continue
+                name, seconds = signal.Signals(number).name, time.monotonic() - began
+                LOG.error("%s: %s, for %.0f s now; ended", name, waits, seconds)
+                interrupted = number == signal.SIGINT
+                os._exit(EXIT_INTERRUPTED if interrupted else EXIT_PREEMPTED)
+
+    thread = threading.Thread(target=listen, name="rendezvous", daemon=True)
+    before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    thread.start()
+    try:
+        yield
+    finally:
+        left.set()
+        signal.set_wakeup_fd(before)
+        theirs.close()
+        thread.join()
+        ours.close()

@@ -1,0 +1,189 @@
+"""Ranks whose peers are late hear Ctrl-C and SIGTERM, and say who was waited for, and where."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import core.stop
+import tapir as front_door
+from core.errors import EXIT_PREEMPTED
+from core.log import LOG
+from core.stop import heed_stop_signals
+from parallel import rendezvous
+from parallel.launched import free_port
+from parallel.rendezvous import heard, met_store
+
+_SECONDS = 120.0
+"""A rank that hears nothing answers never; this is for a machine that is busy."""
+
+
+class _Rank:
+    """A fork of the test that waits; its warnings and its end come through a pipe."""
+
+    def __init__(self, work: Callable[[], Any], environment: dict[str, str]) -> None:
+        context = multiprocessing.get_context("fork")
+        self._link, theirs = context.Pipe()
+        self.process = context.Process(target=_be, args=(work, environment, theirs))
+        self.process.start()
+        theirs.close()
+
+    def hear(self) -> tuple[str, str]:
+        """What comes next: ("told", a warning) or how it ended."""
+        assert self._link.poll(_SECONDS), "the rank says nothing"
+        what, text = self._link.recv()
+        return what, text
+
+    def end(self) -> tuple[str, str]:
+        """How it ended, after all warnings."""
+        while (found := self.hear())[0] == "told":
+            pass
+        self.process.join()
+        return found
+
+    def kill(self, number: int) -> None:
+        os.kill(self.process.pid or 0, number)
+
+
+def _be(work: Callable[[], Any], environment: dict[str, str], link: Any) -> None:
+    class Told(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            link.send(("told", record.getMessage()))
+
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    heed_stop_signals()
+    core.stop._asked = False
+    LOG.handlers[:] = [Told()]
+    rendezvous.NOTICE_SECONDS = 0.0
+    try:
+        found = "met", str(work() and "")
+    except BaseException as error:
+        found = type(error).__name__, str(error)
+    link.send(found)
+
+
+def waits(rank: int, size: int, environment: dict[str, str], seconds: float = 600) -> _Rank:
+    """A rank of a world that waits for the others."""
+    return _Rank(lambda: met_store(rank, size, timedelta(seconds=seconds)), environment)
+
+
+def tcp() -> dict[str, str]:
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGINT, "KeyboardInterrupt"), (signal.SIGTERM, "Preempted")]
+)
+@pytest.mark.parametrize(
+    ("rank", "files", "missing"),
+    [
+        (0, False, "2 ranks that did not come: 1, 2"),
+        (1, False, "rank 0, which does not answer yet"),
+        (1, True, "2 ranks that did not come: 0, 2"),
+    ],
+)
+def test_a_rank_that_waits_hears_signals(
+    number: int, error: str, rank: int, files: bool, missing: str, tmp_path: Path
+) -> None:
+    where = {"TAPIR_RENDEZVOUS": f"file://{tmp_path}/r"} if files else tcp()
+    waiting = waits(rank, 3, where)
+    kind, text = waiting.hear()
+    place = "on this machine" if files else f"at 127.0.0.1:{where['MASTER_PORT']}"
+    assert kind == "told" and f"rank {rank} of 3 has waited" in text
+    assert f"{place} for {missing}" in text
+    waiting.kill(number)
+    kind, text = waiting.end()
+    assert kind == error and f"rank {rank} of 3 has waited" in text, text
+    assert f"s {place} for {missing}" in text
+
+
+def test_a_rank_that_stops_ends_those_that_wait_with_it() -> None:
+    where = tcp()
+    first = waits(0, 3, where)
+    assert "1, 2" in first.hear()[1]
+    second = waits(1, 3, where)
+    while rendezvous_came(where) < 2:
+        pass
+    second.kill(signal.SIGUSR1)
+    assert second.end()[0] == "Preempted"
+    kind, text = first.end()
+    assert kind == "Preempted" and "rank 1 was asked to stop" in text
+
+
+def rendezvous_came(where: dict[str, str]) -> int:
+    """How many ranks have noted themselves in the store."""
+    host, port = where["MASTER_ADDR"], int(where["MASTER_PORT"])
+    seconds = timedelta(seconds=60)
+    store = rendezvous.TCPStore(host, port, None, False, seconds, wait_for_workers=False)
+    return int(rendezvous.PrefixStore("tapir-0", store).add("came", 0))
+
+
+def test_ranks_that_all_come_meet_in_any_order() -> None:
+    where = tcp()
+    ranks = [waits(rank, 3, where) for rank in (2, 0, 1)]
+    assert [rank.end()[0] for rank in ranks] == ["met"] * 3
+
+
+@pytest.mark.parametrize("name", ["rank0.invalid", "rank..0"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_name_that_does_not_resolve_is_refused(
+    rank: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendezvous, "RESOLVE_SECONDS", 0.0)
+    kind, text = waits(rank, 2, {**tcp(), "MASTER_ADDR": name}).end()
+    assert kind == "InputError" and f"MASTER_ADDR='{name}' does not resolve" in text
+
+
+def test_a_port_that_is_taken_is_refused() -> None:
+    with socket.create_server(("", 0)) as other:
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(other.getsockname()[1])}
+        kind, text = waits(0, 2, where).end()
+    assert kind == "InputError" and "another program has the port" in text
+
+
+def test_a_wait_ends_by_itself() -> None:
+    kind, text = waits(0, 2, tcp(), 0.01).end()
+    assert kind == "TapirError" and "1 rank that did not come: 1: giving up" in text
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_ends_a_rank_that_is_inside_of_torch(number: int, code: int) -> None:
+    """torch's own wait for its ranks runs no handler of Python's."""
+
+    def stuck() -> None:
+        rendezvous._PATIENCE = dict.fromkeys(rendezvous._PATIENCE, 0.05)
+        with heard("rank 0 of 2 waits in torch"):
+            LOG.warning("begins")
+            rendezvous.TCPStore("127.0.0.1", 0, 2, True, timedelta(seconds=_SECONDS * 2))
+
+    rank = _Rank(stuck, {})
+    assert rank.hear() == ("told", "begins")
+    rank.kill(number)
+    assert f"{signal.Signals(number).name}: rank 0 of 2 waits in torch, for" in rank.hear()[1]
+    rank.process.join()
+    assert rank.process.exitcode == code
+    assert EXIT_PREEMPTED == 75 and rendezvous.EXIT_INTERRUPTED == 130
+
+
+def test_an_interrupt_says_what_was_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: list[str]) -> None:
+        raise KeyboardInterrupt("interrupted: rank 0 of 2 has waited")
+
+    monkeypatch.setattr("training.train.train", interrupted)
+    monkeypatch.setattr("sys.argv", ["tapir", "train"])
+    handlers = list(LOG.handlers)
+    with pytest.raises(SystemExit) as ended:
+        front_door.main()
+    LOG.handlers[:] = handlers
+    assert ended.value.code == 130
+    assert "tapir: interrupted: rank 0 of 2 has waited" in capsys.readouterr().err
