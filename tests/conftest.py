@@ -1,10 +1,12 @@
-"""Small data sets and models that many tests share; made once a session."""
+"""Small data sets and models that many tests share; made once, whichever worker needs one first."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from cluster.object_server import ObjectServer, find_weed, object_server
 from core.errors import ConfigError
@@ -13,53 +15,50 @@ from tests.harness import tapir
 os.environ["OMP_NUM_THREADS"] = "1"  # before the first forkserver: worlds of 8 share 2 cores
 
 
-def _folder(name: str, factory: pytest.TempPathFactory) -> tuple[Path, bool]:
-    """A folder for shared data, and whether `make mutants` has filled it already."""
-    made = os.environ.get("TAPIR_TEST_DATA")
-    return (Path(made, f"{name}0"), True) if made else (factory.mktemp(name), False)
+def _once(name: str, factory: pytest.TempPathFactory, make: Callable[[Path], Any]) -> Path:
+    """A folder that the first of pytest-xdist's workers fills; `make mutants` brings its own."""
+    if made := os.environ.get("TAPIR_TEST_DATA"):
+        return Path(made, f"{name}0")
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    root = factory.getbasetemp() if alone else factory.getbasetemp().parent
+    folder, whole = root / f"{name}0", root / f"{name}.whole"
+    with FileLock(root / f"{name}.lock"):
+        if not whole.exists():
+            folder.mkdir()
+            make(folder)
+            whole.touch()
+    return folder
 
 
 @pytest.fixture(scope="session")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """600 packed shapes in three train shards."""
-    folder, made = _folder("raw", tmp_path_factory)
-    if made:
-        return folder
     flags = ["--count=600", "--validation=0.15", "--shard-pairs=200", "--block=8"]
-    tapir("pack", "shapes", str(folder), *flags)
-    return folder
+    return _once("raw", tmp_path_factory, lambda to: tapir("pack", "shapes", str(to), *flags))
 
 
 @pytest.fixture(scope="session")
 def bpe(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer of the packed captions."""
-    folder, made = _folder("bpe", tmp_path_factory)
-    if made:
-        return folder
-    tapir("train", "bpe", "tiny", f"--data={raw}", f"--out={folder}")
-    return folder
+    train = ["train", "bpe", "tiny", f"--data={raw}"]
+    return _once("bpe", tmp_path_factory, lambda to: tapir(*train, f"--out={to}"))
 
 
 @pytest.fixture(scope="session")
 def dvae(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dVAE after a few steps."""
-    folder, made = _folder("dvae", tmp_path_factory)
-    if made:
-        return folder
-    short = ["--loop.steps=6", "--loop.batch=32", "--mesh.data=1"]
-    tapir("train", "dvae", "tiny", f"--data={raw}", f"--out={folder}", *short)
-    return folder
+    train = ["train", "dvae", "tiny", f"--data={raw}"]
+    train += ["--loop.steps=6", "--loop.batch=32", "--mesh.data=1"]
+    return _once("dvae", tmp_path_factory, lambda to: tapir(*train, f"--out={to}"))
 
 
 @pytest.fixture(scope="session")
 def tokens(raw: Path, bpe: Path, dvae: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tokens of the packed shapes."""
-    folder, made = _folder("tokens", tmp_path_factory)
-    if made:
-        return folder
     flags = [f"--bpe={bpe}", f"--dvae={dvae}", "--block=8"]
-    tapir("tokenize", str(raw), str(folder), *flags)
-    return folder
+    return _once(
+        "tokens", tmp_path_factory, lambda to: tapir("tokenize", str(raw), str(to), *flags)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -71,3 +70,14 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectServer]:
         pytest.skip(str(missing))
     with object_server(tmp_path_factory.mktemp("weed"), "tapir-tests") as server:
         yield server
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print fault -> outcome -> seconds, of whichever worker injected it."""
+    ended = [one for kind in ("passed", "failed") for one in terminalreporter.getreports(kind)]
+    kept = [one for one in ended if one.when == "call"]
+    rows = [value for one in kept for name, value in one.user_properties if name == "fault"]
+    if rows:
+        terminalreporter.section("faults")
+    for number, what, outcome, seconds in sorted(map(tuple, rows)):
+        terminalreporter.write_line(f"{number:>3}  {what} -> {outcome} -> {seconds:.1f} s")
