@@ -10,6 +10,9 @@ OUT ?= $(if $(filter shapes,$(DATA)),runs/demo,runs/demo-$(DATA))
 PY312 ?= $(HOME)/.cache/tapir/py312
 PYTHON312 ?= $(shell for python in python3.12 $(HOME)/.pyenv/versions/3.12.*/bin/python3; do \
 	$$python -c "" 2>/dev/null && echo $$python && break; done)
+# tests mostly wait for processes; those of a file share worlds and stay together
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) + 1)')
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
@@ -48,10 +51,10 @@ demo: $(STAMP) $(if $(filter emoji,$(DATA)),system)
 	$(BIN)/tapir demo --data $(DATA) --out $(OUT) $(if $(MESH),--mesh $(MESH))
 
 test: $(DEV_STAMP) system
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: $(DEV_STAMP)
-	$(BIN)/python -m pytest -m "not slow and not big"
+	$(PYTEST) -m "not slow and not big"
 
 check: $(DEV_STAMP)
 	$(BIN)/ruff check .

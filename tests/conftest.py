@@ -1,5 +1,6 @@
 """Small data sets and models that many tests share; made once, whichever worker needs one first."""
 
+import multiprocessing.forkserver
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,9 +11,25 @@ from filelock import FileLock
 
 from cluster.object_server import ObjectServer, find_weed, object_server
 from core.errors import ConfigError
-from tests.harness import tapir
+from tests.harness import EVERYTHING, end_started, tapir
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before the first forkserver: worlds of 8 share 2 cores
+_preload = multiprocessing.forkserver.set_forkserver_preload
+
+
+def _preload_everything(names: list[str]) -> None:
+    """The first world of a process decides what its forkserver imports, ranks the rest, each."""
+    _preload([*dict.fromkeys([*EVERYTHING, *names])])
+
+
+multiprocessing.forkserver.set_forkserver_preload = _preload_everything
+
+
+@pytest.fixture(autouse=True)
+def _nothing_runs_on() -> Iterator[None]:
+    """A test that fails leaves no run of 5,000 steps to those that follow."""
+    yield
+    end_started()
 
 
 def _once(name: str, factory: pytest.TempPathFactory, make: Callable[[Path], Any]) -> Path:

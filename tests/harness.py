@@ -1,5 +1,6 @@
 """Worlds of real processes for tests: the project's own launcher, which reports every failure."""
 
+import contextlib
 import json
 import os
 import signal
@@ -11,13 +12,19 @@ from typing import Any
 import psutil
 
 from cluster.launcher import launch
+from parallel.engines.names import ENGINES, modules_of
 from training.main import PRELOAD
 
 ROOT = Path(__file__).parents[1]
 DEVELOPERS = "needs what `make test` installs: requirements-dev.txt"
+EVERYTHING = [*PRELOAD, *(m for name in ENGINES for m in modules_of(name, True)), "bench.parity"]
+"""What ranks of any test import, but for the test's own modules."""
 TAPIR = [sys.executable, "-m", "tapir"]
 PATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 """Where children find this tree, and what was installed beside this Python."""
+PATIENCE = 300.0
+"""Seconds that a test waits for what should take a few; other workers may keep all cores busy."""
+_STARTED: list["subprocess.Popen[bytes]"] = []
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATH}
 
 
@@ -53,9 +60,9 @@ def json_of(*arguments: str, **extra: str) -> Any:
 
 
 def start_tapir(*arguments: str, log: Path) -> "subprocess.Popen[bytes]":
-    """Start the command line in the background, in a session of its own."""
+    """Start the command line in the background, in a session of its own, for this test alone."""
     with open(log, "ab") as output:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [*TAPIR, *arguments],
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -63,6 +70,17 @@ def start_tapir(*arguments: str, log: Path) -> "subprocess.Popen[bytes]":
             start_new_session=True,
             preexec_fn=heed_interrupts,
         )
+    _STARTED.append(process)
+    return process
+
+
+def end_started() -> None:
+    """Kill what `start_tapir` started and what still runs of its session."""
+    while _STARTED:
+        process = _STARTED.pop()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def heed_interrupts() -> None:

@@ -23,7 +23,8 @@ SETTINGS: dict[str, type[StageConfig]] = {
     "clip": ClipTrain,
 }
 RANKS_A_CORE = 16
-PRELOAD = ["torch", "torch.distributed", "training.rank"]
+PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "training.rank"]
+"""Every optimiser of torch imports torch._dynamo: 2 s of each rank that does so by itself."""
 
 
 def train_stage(stage: str, settings: StageConfig) -> None:

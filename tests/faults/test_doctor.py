@@ -20,7 +20,7 @@ from bench.machines import two_machines
 from cluster.object_server import ObjectServer
 from parallel.launched import free_port
 from tests.faults.conftest import Record
-from tests.harness import ENVIRONMENT, TAPIR
+from tests.harness import ENVIRONMENT, PATIENCE, TAPIR
 
 HOST = socket.gethostname()
 NODE = (*TAPIR, "doctor", "--node", "--json")
@@ -64,7 +64,7 @@ def run(
     """The rows of a doctor; asserts that it ends with an exit code."""
     environment = {**ENVIRONMENT, **extra}
     done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, preexec_fn=limit, timeout=120
+        command, capture_output=True, text=True, env=environment, preexec_fn=limit, timeout=PATIENCE
     )
     assert done.returncode == code, done.stdout + done.stderr
     rows: Rows = json.loads(done.stdout.splitlines()[-1])["rows"]
@@ -88,7 +88,7 @@ def run_ranks(
         started.append(subprocess.Popen(command, text=True, env=environment, **both))
     found = []
     for process, code in zip(started, codes, strict=True):
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode == code, output + errors
         found.append(json.loads(output.splitlines()[-1])["rows"] if output else [])
     return found

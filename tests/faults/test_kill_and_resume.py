@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import rows_of, start_tapir, tapir
+from tests.harness import PATIENCE, rows_of, start_tapir, tapir
 
 FLAGS = [
     "--loop.steps=60",
@@ -20,7 +20,7 @@ FLAGS = [
 ]
 
 
-def _wait_for(condition, seconds: float = 90.0) -> None:  # type: ignore[no-untyped-def]
+def _wait_for(condition, seconds: float = PATIENCE) -> None:  # type: ignore[no-untyped-def]
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "the condition never came true"
@@ -68,7 +68,7 @@ def test_two_runs_on_one_folder_and_changed_settings(tokens: Path, tmp_path: Pat
     process = start_tapir(*command, log=tmp_path / "log")
     _wait_for(lambda: len(rows_of(run)) > 8)
     assert "another run is working in" in tapir(*command, code=2)
-    assert process.wait(120) == 0
+    assert process.wait(PATIENCE) == 0
     text = tapir(*command, "--model.dim=96", "--optim.lr=0.1", code=2)
     assert re.search(r"setting +in the checkpoint +now", text)
     assert re.search(r"model.dim +192 +96\n", text) and re.search(r"optim.lr +0.002 +0.1\n", text)

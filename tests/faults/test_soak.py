@@ -16,7 +16,7 @@ import pytest
 from core.heartbeat import Beat, read_beats
 from core.keys import keyed_rng
 from tests.faults.conftest import Record
-from tests.harness import rows_of, start_tapir, tapir
+from tests.harness import PATIENCE, rows_of, start_tapir, tapir
 
 KILLS = int(os.environ.get("TAPIR_SOAK_KILLS", "2"))
 LONG = KILLS > 2
@@ -61,7 +61,7 @@ def test_a_run_survives_kills_at_random_moments(
             process = start_tapir("train", "prior", "tiny", *_flags(tokens, run), log=log)
         else:
             os.kill(victim.pid, signal.SIGKILL)
-    assert process.wait(300) == 0, log.read_text()[-2000:]
+    assert process.wait(PATIENCE) == 0, log.read_text()[-2000:]
     text = log.read_text()
     assert text.count("start again") == KILLS - 1
     fault.outcome(f"bit-equal; killed in {dict(seen)}")
@@ -81,7 +81,7 @@ def _flags(tokens: Path, out: Path) -> list[str]:
 
 def _ranks(launcher: int, before: set[int]) -> list[Beat]:
     """The ranks of the newest start, as soon as both have spoken."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         beats = [beat for beat in _beats(launcher) if beat.pid not in before]
         if len(beats) == 2:

@@ -20,7 +20,7 @@ from core.s3 import S3Store
 from data_pipeline.images import encode_png
 from data_pipeline.tokenize.leases import read_leases
 from tests.faults.conftest import Record
-from tests.harness import ENVIRONMENT, TAPIR, tapir
+from tests.harness import ENVIRONMENT, PATIENCE, TAPIR, tapir
 
 OUTAGE = float(os.environ.get("TAPIR_OUTAGE", "4"))
 """Seconds in which the store refuses every request; 20 in `make faults`."""
@@ -81,7 +81,7 @@ def test_killed_doubled_and_cut_off_workers_lose_and_double_nothing(
                 os.kill(workers[victim].pid, signal.SIGKILL)
                 victims.remove(victim)
             down["until"] = time.monotonic() + OUTAGE
-        codes = [worker.wait(300) for worker in workers]
+        codes = [worker.wait(PATIENCE) for worker in workers]
     logs = "\n".join((tmp_path / f"log{n}").read_text()[-1500:] for n in range(6))
     assert codes == [-9, -9, 0, 0, 0, 0], logs
     assert down["refused"] > 0
@@ -109,7 +109,7 @@ def _start(
 
 def _holder_of_a_lease(numbers: set[int]) -> int:
     """Wait until one of some workers of four holds a lease, as `tapir status` sees it."""
-    store, deadline = S3Store(BUCKET, "job-many"), time.monotonic() + 60
+    store, deadline = S3Store(BUCKET, "job-many"), time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         for split in ("train", "validation"):
             for lease in read_leases(store, f"{split}/"):

@@ -15,7 +15,7 @@ from bench.synthetic import write_tokens
 from core.keys import keyed_rng
 from core.store import FolderStore
 from data_pipeline.tokens import TokenSource
-from tests.harness import ENVIRONMENT, processes_with
+from tests.harness import ENVIRONMENT, PATIENCE, processes_with
 from tests.multiprocess.readers import open_stream
 
 WORLDS = (8, 4, 2, 16)
@@ -55,7 +55,7 @@ def _run_and_kill(data: Path, out: Path, attempt: int, ranks: int, until: int | 
             stderr=log,
             start_new_session=True,
         )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while process.poll() is None and time.monotonic() < deadline:
         state = out / "state.json"
         if until is not None and state.exists() and json.loads(state.read_text())["step"] >= until:

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from core.errors import InputError
 from core.store import FolderStore
 from generation.follow import BOARD, steps_to_draw
-from tests.harness import start_tapir, tapir
+from tests.harness import PATIENCE, start_tapir, tapir
 
 CAPTIONS = ["a small red circle", "two blue squares"]
 STEPS = 12
@@ -31,7 +31,7 @@ def test_samples_of_each_checkpoint_stand_in_tensorboard(
     few = ["--candidates=3", "--show=2"]
     best = tmp_path / "best.png"
     said = tapir("sample", *CAPTIONS, *models, *few, f"--out={best}", "--follow")
-    assert training.wait(120) == 0
+    assert training.wait(PATIENCE) == 0
     rows = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     none: dict[str, list[float]] = {caption: [] for caption in CAPTIONS}
     assert rows == [{"step": step, "scores": none} for step in (4, 8, STEPS)]

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from core.files import unseal
-from tests.harness import json_of, processes_with, rows_of, tapir
+from tests.harness import PATIENCE, json_of, processes_with, rows_of, tapir
 
 _SHORT = {
     "loop.batch": 8,
@@ -19,7 +19,6 @@ _SHORT = {
     "mesh.data": 1,
     "model.width": 4,
 }
-PATIENCE = 120
 
 
 def write(folder: Path, launcher: str = "tapir", **stages: Any) -> Path:

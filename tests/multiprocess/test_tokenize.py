@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from core.store import FolderStore
-from tests.harness import start_tapir, tapir
+from tests.harness import PATIENCE, start_tapir, tapir
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:
@@ -24,13 +24,13 @@ def test_workers_killed_and_doubled_give_the_same_bytes(
     job = ["tokenize", str(raw), str(tmp_path / "t"), f"--bpe={bpe}", f"--dvae={dvae}", "--block=8"]
     log = tmp_path / "log"
     killed = start_tapir(*job, "--worker=0/2", log=log)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not (tmp_path / "t" / "train").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
     both = [start_tapir(*job, f"--worker={i}", log=log) for i in ("0/2", "1/2", "0/2")]
-    assert [process.wait(120) for process in both] == [0, 0, 0]
+    assert [process.wait(PATIENCE) for process in both] == [0, 0, 0]
     assert _bytes(tmp_path / "t") == _bytes(tokens)
     assert "made 0 shards" in tapir(*job, "--worker=1/2")
 

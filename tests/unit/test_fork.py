@@ -34,3 +34,24 @@ def test_preloads_do_not_start_cuda(tmp_path: Path) -> None:
     assert found["preloaded"] == EVERYTHING
     assert set(found["calls"]) <= {"is_available", "device_count"}, found["calls"]
     assert found["asks_nvml"], "a build for CUDA would ask CUDA itself, and poison the fork"
+
+
+_OPTIMISE = """
+import importlib, json, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+import torch
+from parallel.adamw import AdamW
+before = set(sys.modules)
+AdamW([torch.nn.Parameter(torch.ones(1))]).step()
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+
+
+def test_an_optimiser_imports_nothing_in_each_rank() -> None:
+    """torch's imports torch._dynamo, which costs a rank more than all of its own start."""
+    command = [sys.executable, "-c", _OPTIMISE, *PRELOAD, *modules_of("reference", False)]
+    done = subprocess.run(
+        command, check=True, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, timeout=300
+    )
+    assert len(json.loads(done.stdout)) < 10
