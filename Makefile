@@ -20,7 +20,7 @@ DEV_STAMP := $(VENV)/.installed-dev
 SYSTEM := npm:npm ip:iproute2 /usr/share/wordnet/data.noun:wordnet-base \
 	/usr/sbin/slurmctld:slurm-wlm /usr/sbin/munged:munge cc:gcc
 
-.PHONY: install system demo test test-fast check faults soak matrix mutants slurm bench gpu wheels py312 \
+.PHONY: install system demo test test-slow test-fast check faults soak matrix mutants slurm bench gpu wheels py312 \
 	clean
 
 install: $(STAMP)
@@ -53,8 +53,11 @@ demo: $(STAMP) $(if $(filter emoji,$(DATA)),system)
 test: $(DEV_STAMP) system
 	$(PYTEST)
 
+test-slow: $(DEV_STAMP) system
+	$(PYTEST) -m "slow and not big"
+
 test-fast: $(DEV_STAMP)
-	$(PYTEST) -m "not slow and not big"
+	$(PYTEST) -m "not world and not slow and not big"
 
 check: $(DEV_STAMP)
 	$(BIN)/ruff check .
@@ -64,15 +67,15 @@ check: $(DEV_STAMP)
 	$(BIN)/codespell
 
 faults: $(DEV_STAMP)
-	TAPIR_OUTAGE=20 $(BIN)/python -m pytest tests/faults
+	TAPIR_OUTAGE=20 $(BIN)/python -m pytest tests/faults -m "not big"
 
 soak: $(DEV_STAMP)
-	TAPIR_SOAK_KILLS=$${KILLS:-30} $(BIN)/python -m pytest tests/faults/test_soak.py
-	TAPIR_ENDINGS=$${ENDINGS:-20} $(BIN)/python -m pytest tests/faults/test_endings.py
-	TAPIR_LOST_RANKS=all $(BIN)/python -m pytest tests/faults/test_lost_ranks.py
+	TAPIR_SOAK_KILLS=$${KILLS:-30} $(BIN)/python -m pytest tests/faults/test_soak.py -m "not big"
+	TAPIR_ENDINGS=$${ENDINGS:-20} $(BIN)/python -m pytest tests/faults/test_endings.py -m "not big"
+	TAPIR_LOST_RANKS=all $(BIN)/python -m pytest tests/faults/test_lost_ranks.py -m "not big"
 
 matrix: $(DEV_STAMP)
-	TAPIR_MATRIX=all $(BIN)/python -m pytest tests/multiprocess/test_checkpoint_matrix.py
+	TAPIR_MATRIX=all $(BIN)/python -m pytest tests/multiprocess/test_checkpoint_matrix.py -m "not big"
 	$(BIN)/python -m pytest tests/multiprocess/test_paper_block.py -m big
 
 bench: $(DEV_STAMP) system
@@ -104,7 +107,7 @@ wheels:
 # Python 3.12 and a CUDA build of torch, as on that machine: 6 GB, kept outside the tree.
 py312: wheels $(PY312)/.installed
 	$(PY312)/bin/python -P tests/gpu/wheels.py install $(PY312)/site
-	PYTHONPATH=$(CURDIR):$(PY312)/site $(PY312)/bin/python -P -m pytest tests/cuda_build tests/unit
+	PYTHONPATH=$(CURDIR):$(PY312)/site $(PY312)/bin/python -P -m pytest tests/cuda_build tests/unit -m "not big"
 
 # What comes as a wheel must not be in the venv: pip brings some of it as needs of others.
 $(PY312)/.installed: tests/gpu/machine.txt tests/gpu/wheels.txt constraints/gpu.txt

@@ -36,8 +36,8 @@ def _once(name: str, factory: pytest.TempPathFactory, make: Callable[[Path], Any
     """A folder that the first of pytest-xdist's workers fills; `make mutants` brings its own."""
     if made := os.environ.get("TAPIR_TEST_DATA"):
         return Path(made, f"{name}0")
-    alone = "PYTEST_XDIST_WORKER" not in os.environ
-    root = factory.getbasetemp() if alone else factory.getbasetemp().parent
+    own = factory.getbasetemp()
+    root = own.parent if own.name.startswith("popen-") else own
     folder, whole = root / f"{name}0", root / f"{name}.whole"
     with FileLock(root / f"{name}.lock"):
         if not whole.exists():

@@ -11,7 +11,7 @@ from tests.harness import processes_with, tapir
 STAGES = ["pack", "bpe", "dvae", "tokens", "prior", "clip", "scores", "samples"]
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_shapes_demo_in_miniature(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     text = tapir("demo", "--size=mini", f"--out={out}", TERM="dumb")

@@ -47,7 +47,7 @@ def _pack(
     return pairs, [json.loads(line) for line in lines], megabytes
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_a_corpus_of_harm_is_packed_and_accounted_for(tmp_path: Path, fault: Record) -> None:
     marker = tmp_path / "executed"
     expected = corpus.write_folder(tmp_path / "in", marker)
@@ -79,7 +79,7 @@ def _files_of(rejects: list[dict[str, str]]) -> int:
     return sum(1 if any(name in row["key"] for name in single) else 2 for row in found)
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_members_that_reach_out_are_refused_and_the_pairs_between_them_packed(
     tmp_path: Path, fault: Record
 ) -> None:

@@ -216,7 +216,7 @@ def test_the_policy_deletes_and_protects(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-2", "step-4"]
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_checkpoints_live_in_object_stores(s3: ObjectServer, tmp_path: Path) -> None:
     """Multipart (40 MB), ranged reads, the policy, and damage, in a real store."""
     with s3.credentials():

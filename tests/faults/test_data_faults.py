@@ -38,7 +38,7 @@ def _read_through(s3: ObjectServer, monkeypatch: pytest.MonkeyPatch, plan: Plan)
         return store.get("object") + store.get("object", 1000, 5000)
 
 
-@pytest.mark.slow
+@pytest.mark.world
 @pytest.mark.parametrize("what", ["500", "503", "wait 2"])
 def test_a_store_that_fails_now_and_then(
     s3: ObjectServer, monkeypatch: pytest.MonkeyPatch, fault: Record, what: str
@@ -49,7 +49,7 @@ def test_a_store_that_fails_now_and_then(
     fault.outcome("retried, finished")
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_a_body_that_is_cut_goes_on_where_it_ended(
     s3: ObjectServer, monkeypatch: pytest.MonkeyPatch, fault: Record
 ) -> None:
@@ -65,7 +65,7 @@ def test_a_body_that_is_cut_goes_on_where_it_ended(
     fault.outcome("resumed by range, bytes equal")
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_a_wrong_key_fails_at_once(s3: ObjectServer, fault: Record) -> None:
     fault(19, "a wrong secret key")
     wrong = {**s3.environment, "AWS_SECRET_ACCESS_KEY": "wrongsecretvalue"}
@@ -74,7 +74,7 @@ def test_a_wrong_key_fails_at_once(s3: ObjectServer, fault: Record) -> None:
     fault.outcome("exit 2 with a hint, the secret in no log")
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_tokens_that_may_not_be_read_are_not_made_anew(
     s3: ObjectServer, raw: Path, bpe: Path, dvae: Path, tokens: Path, fault: Record
 ) -> None:
@@ -150,7 +150,7 @@ def test_pictures_that_are_none(tmp_path: Path, fault: Record) -> None:
     fault.outcome("counted and left out, CMYK converted; aborts above the limit")
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(
     tmp_path: Path, fault: Record
 ) -> None:
@@ -241,7 +241,7 @@ def test_an_epoch_goes_on_with_other_ranks(tokens: Path, fault: Record) -> None:
     fault.outcome("the same records, none lost, none repeated")
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_tokens_of_another_codebook(
     raw: Path, bpe: Path, tokens: Path, tmp_path: Path, fault: Record
 ) -> None:

@@ -186,7 +186,7 @@ def test_a_wrong_torch(tmp_path: Path, fault: Record) -> None:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_versions_that_are_not_those_that_run(tmp_path: Path, fault: Record) -> None:
     fault(40, "doctor: a newer deepspeed and a second torch")
     for name, version in (("torch", "2.12.0"), ("deepspeed", "0.20.0")):
@@ -349,7 +349,7 @@ def test_a_scheduler_that_does_not_answer(tmp_path: Path, fault: Record, kind: s
     fault.outcome(assert_named(rows, "scheduler", text, mend, host=HOST))
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_a_slow_rank(fault: Record) -> None:
     fault(40, "doctor: a rank sleeps most of its time")
     flags = ["doctor", "--json", "--seconds=0.3"]
@@ -358,7 +358,7 @@ def test_a_slow_rank(fault: Record) -> None:
     fault.outcome(assert_named(rows, "matmul", "% of the median of 2 ranks", "CPU binding", rank=1))
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_a_rank_that_never_joins(tmp_path: Path, fault: Record) -> None:
     fault(40, "doctor: one of two ranks never joins")
     world = {"RANK": "0", "WORLD_SIZE": "2", "TAPIR_RENDEZVOUS": f"file://{tmp_path}/meet"}
@@ -368,7 +368,7 @@ def test_a_rank_that_never_joins(tmp_path: Path, fault: Record) -> None:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_sound_ranks_meet_compare_and_burn_in(tmp_path: Path) -> None:
     flags = ["--ranks=2", "--json", f"--out={tmp_path / 'run'}"]
     rows = run([*TAPIR, "doctor", *flags], 0)
@@ -378,7 +378,7 @@ def test_sound_ranks_meet_compare_and_burn_in(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_ranks_of_mpirun_are_found(tmp_path: Path) -> None:
     mpirun = str(Path(sys.executable).parent / "mpirun")
     command = [mpirun, "-np", "2", *TAPIR, "doctor", "--quick", "--json", f"--out={tmp_path}"]

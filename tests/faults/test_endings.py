@@ -32,7 +32,7 @@ def _limited() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-@pytest.mark.slow
+@pytest.mark.world
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_ends_by_itself(layout: str) -> None:
     case = next(case for case in CASES if case.name == layout)

@@ -27,7 +27,7 @@ def _wait_for(condition, seconds: float = PATIENCE) -> None:  # type: ignore[no-
         time.sleep(0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_without_restarts_a_lost_rank_ends_the_run(tokens: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = ["train", "prior", "tiny", f"--data={tokens}", f"--out={run}"]
@@ -41,7 +41,7 @@ def test_without_restarts_a_lost_rank_ends_the_run(tokens: Path, tmp_path: Path)
     _wait_for(lambda: not any(_alive(pid) for pid in ranks), 10)
 
 
-@pytest.mark.slow
+@pytest.mark.world
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_orphans_however_the_launcher_ends(
     tokens: Path, tmp_path: Path, how: signal.Signals
@@ -61,7 +61,7 @@ def test_no_orphans_however_the_launcher_ends(
     _wait_for(lambda: not any(_alive(pid) for pid in ranks), 15)
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_two_runs_on_one_folder_and_changed_settings(tokens: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = ["train", "prior", "tiny", f"--data={tokens}", f"--out={run}", *FLAGS]

@@ -10,7 +10,7 @@ from cluster.object_server import object_server
 from core.s3 import S3Store
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_a_killed_server_comes_back_with_its_objects(tmp_path: Path) -> None:
     with object_server(tmp_path, "first") as server, server.credentials():
         other = S3Store("other", "")

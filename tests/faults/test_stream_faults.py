@@ -49,7 +49,7 @@ def _epoch(prefix: str, patience: float = 60) -> list[int]:
     return sorted(found)
 
 
-@pytest.mark.slow
+@pytest.mark.world
 @pytest.mark.parametrize("what", ["503", "reset", "cut", "wait 0.05"])
 def test_a_stream_through_a_failing_store_is_complete(
     s3: ObjectServer, stored: str, monkeypatch: pytest.MonkeyPatch, fault: Record, what: str
@@ -70,7 +70,7 @@ def test_a_stream_through_a_failing_store_is_complete(
     fault.outcome("every record of the epoch, once")
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_a_dead_shard_ends_the_stream_by_name(
     s3: ObjectServer, stored: str, monkeypatch: pytest.MonkeyPatch, fault: Record
 ) -> None:

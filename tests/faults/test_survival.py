@@ -147,7 +147,7 @@ EIGHT = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_a_killed_rank_of_eight_costs_seconds(make: Make, same: Same, fault: Record) -> None:
     settings = make(**EIGHT, loop={"steps": 40}, model={"dim": 48, "layers": 2, "heads": 4})
     times: list[float] = []
@@ -192,7 +192,7 @@ def test_a_stopped_rank_is_named_and_replaced(
     same(settings)
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_a_frozen_rank_is_found_by_its_silence(
     make: Make, same: Same, fault: Record, messages: list[str]
 ) -> None:
@@ -223,7 +223,7 @@ def test_a_collective_that_does_not_match_is_reported(
     same(settings)
 
 
-@pytest.mark.slow
+@pytest.mark.world
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR1])
 def test_preemption_saves_and_ends_with_75(
     make: Make, same: Same, fault: Record, how: signal.Signals
@@ -254,7 +254,7 @@ def test_a_wish_to_stop_while_ranks_start_is_kept(make: Make) -> None:
     assert len(rows_of(settings.out)) == 24
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_a_crash_loop_stops_with_its_reason(make: Make, fault: Record) -> None:
     fault(6, "the same step raises on every start")
     settings = make(supervisor={"restarts": 2})
@@ -263,7 +263,7 @@ def test_a_crash_loop_stops_with_its_reason(make: Make, fault: Record) -> None:
     fault.outcome("given up after 2 restarts, reason stated")
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_a_gradient_that_is_not_finite_on_one_rank(make: Make, fault: Record) -> None:
     fault(14, "a loss that is not a number on one rank")
     settings = make()
@@ -323,7 +323,7 @@ def test_rewinding_in_vain_ends_the_run(make: Make) -> None:
     assert not found.value.retry
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_a_flipped_weight_names_its_rank(
     make: Make, same: Same, fault: Record, messages: list[str]
 ) -> None:
@@ -335,7 +335,7 @@ def test_a_flipped_weight_names_its_rank(
     same(settings, mesh={"data": 4}, guard={"compare_every": 2})
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_a_run_whose_checkpoints_lie_in_an_object_store(
     make: Make, same: Same, s3: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,7 +369,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.slow
+@pytest.mark.world
 @pytest.mark.parametrize("background", [True, False])
 def test_a_full_disk_stops_no_training(
     make: Make, same: Same, fault: Record, tiny_disk: Path, background: bool

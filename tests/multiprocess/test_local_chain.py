@@ -64,7 +64,7 @@ def test_a_chain_is_cancelled_and_goes_on(tmp_path: Path) -> None:
     assert "have ended well before" in tapir("submit", str(path))
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_behind_a_failed_stage_nothing_runs(tmp_path: Path) -> None:
     clip = {"flags": {"loop.validation_samples": 8, "order.lanes": 2, "loop.batch": 8}}
     path = write(tmp_path, bpe={"flags": {"texts": str(tmp_path / "none")}}, clip=clip)

@@ -24,8 +24,9 @@ QUICK = [
     "TP2xDP2 ZeRO-3",
     "paper",
 ]
-"""What `make test` covers; `python -m bench parity` runs all. TP4 pads its heads."""
-COMPRESSED = ["DP2 reference", "DP2 ZeRO-1", "DP2 ZeRO-2", "TP2xDP2 ZeRO-1", "DP2 pipe", "paper"]
+"""All of them: tests/multiprocess/test_staging.py. TP4 pads its heads."""
+MORE = ["DP2 reference", "DP2 ZeRO-1", "DP2 ZeRO-2", "TP2xDP2 ZeRO-1"]
+COMPRESSED = ["DP2 pipe", "paper", *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
 """Every optimiser class and hook that compression can reach."""
 LONGER = PriorConfig(
     dim=64, heads=4, layers=3, text_length=16, text_vocabulary=50, image_vocabulary=30, grid=8
@@ -41,7 +42,7 @@ def _case(name: str) -> Case:
     return next(case for case in [ONE, *CASES] if case.name.startswith(name))
 
 
-@pytest.mark.slow
+@pytest.mark.world
 @pytest.mark.parametrize("name", QUICK)
 def test_a_mesh_trains_as_one_process_does(name: str) -> None:
     single, other = _trained("one", "fp32"), _trained(name, "fp32")
@@ -49,13 +50,13 @@ def test_a_mesh_trains_as_one_process_does(name: str) -> None:
     assert difference(single, other) < BOUND["fp32"]
 
 
-@pytest.mark.slow
+@pytest.mark.world
 @pytest.mark.parametrize("name", ["TP2xPP2 pipe", "DP2 ZeRO-3"])
 def test_bf16_stays_within_its_bound(name: str) -> None:
     assert difference(_trained("one", "bf16"), _trained(name, "bf16")) < BOUND["bf16"]
 
 
-@pytest.mark.slow
+@pytest.mark.world
 @pytest.mark.parametrize("name", COMPRESSED)
 def test_full_rank_compression_equals_none(name: str) -> None:
     """The factors are sent whatever the rank: more bytes than without them shows that they were."""
@@ -98,7 +99,7 @@ def test_fp16_scales_move_together_on_every_mesh(name: str) -> None:
     assert [row["scale_log2_min"] for row in single] == [row["scale_log2_min"] for row in other]
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_low_rank_is_the_same_for_tensor_shards_zero3_shards_and_a_pipeline() -> None:
     """All cut every matrix along axis 0 into two, and factor each part at half of the rank; TP x
     PP x DP does it on the stages that hold the matrices, whose norms are added."""
@@ -121,7 +122,7 @@ def test_recomputed_activations_change_nothing() -> None:
     assert difference(_trained("one", "fp32"), train(again)) < BOUND["fp32"]
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_the_ledger_holds_every_byte() -> None:
     parameters = sum(p.numel() for p in build_prior(ONE.model).parameters())
     comm = _trained("DP2 reference", "fp32")[-1]["comm"]
@@ -135,7 +136,7 @@ def test_the_ledger_holds_every_byte() -> None:
     assert tensor["calls"] == micro * (4 * layers + embeddings + losses_ + head) + norm_of_both
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_the_ledger_and_the_compressor_agree() -> None:
     case = replace(_case("DP2 reference").precise("fp32"), compress=CompressConfig(rank=8))
     row = train(case)[-1]

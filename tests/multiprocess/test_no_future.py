@@ -39,7 +39,7 @@ def test_a_block_sees_what_its_mask_allows(kind: str) -> None:
     assert not reach.triu(1).any()
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_two_tensor_ranks_see_the_same(tmp_path: Path) -> None:
     """Three heads on two ranks: one of them is padding, which must reach nothing."""
     found = run_world("tests.multiprocess.test_no_future:reach_rank", {"out": str(tmp_path)}, 2)

@@ -38,7 +38,7 @@ def runs(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.world
 @pytest.mark.parametrize("name", ["reference-2", "zero-2"])
 def test_losses_and_norms_equal_one_process(runs: dict[str, Path], name: str) -> None:
     single, other = rows_of(runs["reference-1"]), rows_of(runs[name])
@@ -54,7 +54,9 @@ def test_mpirun_gives_the_same(runs: dict[str, Path], tokens: Path, tmp_path: Pa
     assert mpirun, "pip install mpich"
     command = [mpirun, "-np", "2", sys.executable, "-m", "tapir", "train", "prior", "tiny"]
     command += [f"--data={tokens}", f"--out={tmp_path}", *FLAGS, *MESHES["zero-2"]]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(
+        command, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert rows_of(tmp_path)[-1]["loss"] == rows_of(runs["zero-2"])[-1]["loss"]
 
@@ -65,7 +67,9 @@ def test_torchrun_gives_the_same(runs: dict[str, Path], tokens: Path, tmp_path: 
     command += [str(ROOT / "tapir.py"), "train", "prior", "tiny"]
     command += [f"--data={tokens}", f"--out={tmp_path}", *FLAGS, *MESHES["reference-2"]]
     environment = {**ENVIRONMENT, "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert rows_of(tmp_path)[-1]["loss"] == rows_of(runs["reference-2"])[-1]["loss"]
 

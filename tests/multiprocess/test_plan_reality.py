@@ -241,7 +241,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.world
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_bytes_of_every_rank(case: Case, measured: dict[str, list[dict[str, Any]]]) -> None:
     """Weights, gradients and optimiser state to the byte, activations within 10%."""
@@ -253,7 +253,7 @@ def test_bytes_of_every_rank(case: Case, measured: dict[str, list[dict[str, Any]
         assert abs(plan["activations"] / counted["activations"] - 1) < 0.1, f"rank {rank}"
 
 
-@pytest.mark.slow
+@pytest.mark.world
 @pytest.mark.parametrize("case", [*CASES, TRAFFIC_ONLY], ids=lambda case: case.name)
 def test_traffic_of_every_rank(case: Case, measured: dict[str, list[dict[str, Any]]]) -> None:
     """Calls and bytes of every collective, by group and operation, equal the ledger's."""
@@ -261,7 +261,7 @@ def test_traffic_of_every_rank(case: Case, measured: dict[str, list[dict[str, An
         assert step_traffic(planned(case, rank)) == real["comm"], f"rank {rank}"
 
 
-@pytest.mark.slow
+@pytest.mark.world
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_process_groups_of_every_rank(
     case: Case, measured: dict[str, list[dict[str, Any]]]

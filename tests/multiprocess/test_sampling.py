@@ -81,7 +81,7 @@ def decode(payload: str) -> None:
     leave_world(world)
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_a_cut_prior_decodes_what_the_whole_stream_says(tmp_path: Path) -> None:
     """Of 3 heads, 2 tensor ranks pad theirs; one rank has little memory, and all split alike."""
     tensor = pipeline = 2

@@ -35,7 +35,7 @@ def test_workers_killed_and_doubled_give_the_same_bytes(
     assert "made 0 shards" in tapir(*job, "--worker=1/2")
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_damaged_tokens_are_mended_and_other_pairs_refused(
     raw: Path, bpe: Path, dvae: Path, tokens: Path, tmp_path: Path
 ) -> None:

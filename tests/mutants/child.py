@@ -112,7 +112,7 @@ class _Watcher:
         items[:] = [
             item
             for item in items
-            if not any(item.get_closest_marker(name) for name in ("slow", "big"))
+            if not any(item.get_closest_marker(name) for name in ("world", "slow", "big"))
             and "s3" not in getattr(item, "fixturenames", ())
         ]
         self.coverage.start()

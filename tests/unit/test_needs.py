@@ -309,7 +309,7 @@ def test_a_run_on_too_small_a_split_ends_before_its_model_is_built(
         ClipTask(other_clip, World())
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_ranks_that_would_fail_at_validation_do_not_start(tokens: Path, tmp_path: Path) -> None:
     wide = ["--order.lanes=128", "--loop.batch=128", f"--out={tmp_path / 'run'}"]
     text = tapir("train", "prior", "tiny", f"--data={tokens}", *wide, code=2)

@@ -404,7 +404,7 @@ def test_bytes_are_said_in_a_unit_that_shows() -> None:
     assert memory_unit(5e12) == (1e9, "GB") and memory_unit(5e7) == (1e6, "MB")
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_the_papers_model_on_the_papers_machines(tmp_path: Path) -> None:
     """1024 V100-16GB: TP x PP with ZeRO-1 fits; plain data parallelism and the paper's layout with
     fp32 Adam do not, and what the paper's 16-bit moments would take stands beside it."""

@@ -217,7 +217,7 @@ def test_presets_with_too_few_validation_samples_are_named() -> None:
     assert all("validation_samples=512" in refused[name] for name in paper)
 
 
-@pytest.mark.slow
+@pytest.mark.world
 @pytest.mark.parametrize("settings", [TENSOR, PIPE])
 def test_what_matches_passes(settings: PriorTrain, pool: Pool) -> None:
     found = rehearse("as it is", "prior", settings, pool)
@@ -232,7 +232,7 @@ def test_texts_of_all_ranks_are_gathered_in_large_worlds(pool: Pool) -> None:
     assert found.matches, found.mismatch and found.mismatch.report()
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_a_rank_that_fails_is_reported_with_its_error(pool: Pool) -> None:
     found = rehearse("failing", "prior", TENSOR, pool, fails).mismatch
     assert found is not None and found.kind == "failed"
@@ -251,7 +251,7 @@ def fails(task: RankTask, broker: Any) -> Sequence:
     return run_rank(task, broker)
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_the_verb_says_so_in_json(capsys: pytest.CaptureFixture[str]) -> None:
     rehearse_verb(["tiny", "--world", "16", "--engine.zero-stage=2", "--json"])
     *lines, last = capsys.readouterr().out.splitlines()

@@ -291,7 +291,7 @@ def test_the_advice_turns_a_pickle_into_weights(inception: Path, tmp_path: Path)
     assert network._network.fc.bias.equal(other._network.fc.bias)
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_the_command_from_end_to_end(place: Place, tmp_path: Path) -> None:
     flags = [*_models(place), "--candidates=1", "--captions=12", "--block=4", "--radii", "0", "2"]
     data = f"cub:{write_cub(tmp_path / 'cub')}"
