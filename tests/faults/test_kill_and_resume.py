@@ -11,8 +11,9 @@ import pytest
 from tests.harness import PATIENCE, rows_of, start_tapir, tapir
 
 FLAGS = [
-    "--loop.steps=60",
+    "--loop.steps=30",
     "--loop.batch=32",
+    "--model.layers=1",
     "--loop.log-every=1",
     "--checkpoint.every=7",
     "--loop.validate-every=20",
@@ -67,12 +68,14 @@ def test_two_runs_on_one_folder_and_changed_settings(tokens: Path, tmp_path: Pat
     command = ["train", "prior", "tiny", f"--data={tokens}", f"--out={run}", *FLAGS]
     process = start_tapir(*command, log=tmp_path / "log")
     _wait_for(lambda: len(rows_of(run)) > 8)
+    os.killpg(process.pid, signal.SIGSTOP)
     assert "another run is working in" in tapir(*command, code=2)
+    os.killpg(process.pid, signal.SIGCONT)
     assert process.wait(PATIENCE) == 0
     text = tapir(*command, "--model.dim=96", "--optim.lr=0.1", code=2)
     assert re.search(r"setting +in the checkpoint +now", text)
     assert re.search(r"model.dim +192 +96\n", text) and re.search(r"optim.lr +0.002 +0.1\n", text)
-    assert "has all 60 steps already" in tapir(*command)
+    assert "has all 30 steps already" in tapir(*command)
     with open(run / "metrics.jsonl", "ab") as file:
         file.write(b"[1, 2]\n\x00\xff garbage\n")
     model = run / "model.safetensors"
