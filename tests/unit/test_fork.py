@@ -43,7 +43,7 @@ for name in sys.argv[1:]:
 import torch
 from parallel.adamw import AdamW
 before = set(sys.modules)
-AdamW([torch.nn.Parameter(torch.ones(1))]).step()
+AdamW([torch.nn.Parameter(torch.ones(1))], lr=0.1, betas=(0.9, 0.99), eps=1e-8).step()
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
