@@ -1,7 +1,7 @@
 """kill -9, again and again, at random moments of one run.
 
 Ranks are killed and start again by themselves; one kill hits the launcher, and the same command
-is given again. `make soak` kills 30 times, `make test` twice.
+is given again. `make soak` kills 30 times, `make test-slow` twice.
 """
 
 import collections

@@ -1,6 +1,6 @@
 """A checkpoint of any mesh and engine goes on under any other, with the same losses.
 
-TAPIR_MATRIX=all (`make matrix`) takes every pair; `make test` a chosen diagonal.
+TAPIR_MATRIX=all (`make matrix`) takes every pair; `make test-slow` a chosen diagonal.
 """
 
 import math
