@@ -103,7 +103,8 @@ def test_a_folder_of_a_dead_process_is_swept(
 
 
 def test_mesh_must_match_the_ranks_that_were_started() -> None:
-    text = tapir("train", "prior", "tiny", code=2, WORLD_SIZE="4", RANK="0")
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    text = tapir("train", "prior", "tiny", code=2, WORLD_SIZE="4", RANK="0", **meet)
     assert "needs 2 ranks, but 4 were started; try --mesh.data 4" in text
 
 
