@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import psutil
 
 from cluster.launcher import launch
 from parallel.engines.names import ENGINES, modules_of
+from tests.warm import Warm
 from training.main import PRELOAD
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +24,13 @@ EVERYTHING = [*PRELOAD, *(m for name in ENGINES for m in modules_of(name, True))
 TAPIR = [sys.executable, "-m", "tapir"]
 PATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 """Where children find this tree, and what was installed beside this Python."""
+LONGEST = 600.0
+"""Seconds of one command."""
+READ_LATE = ("AWS_", "WORLD_SIZE", "RANK", "MASTER_")
+"""Variables that are read when a verb runs; others may be read by an import."""
+COLD = 2
+"""Commands of a session before a process is made warm for the others (tests/warm.py)."""
+_cold = 0 if "TAPIR_COLD" not in os.environ else -(10**9)
 PATIENCE = 300.0
 """Seconds that a test waits for what should take a few; other workers may keep all cores busy."""
 _STARTED: list["subprocess.Popen[bytes]"] = []
@@ -39,6 +48,25 @@ def run_world(target: str, payload: dict[str, Any], ranks: int) -> list[Any]:
 
 
 def tapir(*arguments: str, code: int = 0, cwd: Path | None = None, **extra: str) -> str:
+    """Run the command line; returns its output, checks its exit code.
+
+    The first ones of a session, and those with another folder or environment, run as a user's do.
+    """
+    global _cold
+    _cold += 1
+    if _cold <= COLD or cwd or any(not name.startswith(READ_LATE) for name in extra):
+        return cold_tapir(*arguments, code=code, cwd=cwd, **extra)
+    ended, text = _warm().run(arguments, {**ENVIRONMENT, **extra}, LONGEST)
+    assert ended == code, f"exit {ended}, not {code}:\n{text[-4000:]}"
+    return text
+
+
+@cache
+def _warm() -> Warm:
+    return Warm(EVERYTHING, ENVIRONMENT)
+
+
+def cold_tapir(*arguments: str, code: int = 0, cwd: Path | None = None, **extra: str) -> str:
     """Run the command line as a user does; returns its output, checks its exit code."""
     done = subprocess.run(
         [*TAPIR, *arguments],
@@ -46,7 +74,7 @@ def tapir(*arguments: str, code: int = 0, cwd: Path | None = None, **extra: str)
         text=True,
         cwd=cwd,
         env={**ENVIRONMENT, **extra},
-        timeout=600,
+        timeout=LONGEST,
     )
     text = done.stdout + done.stderr
     assert done.returncode == code, f"exit {done.returncode}, not {code}:\n{text[-4000:]}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import processes_with, tapir
+from tests.harness import cold_tapir, processes_with, tapir
 
 STAGES = ["pack", "bpe", "dvae", "tokens", "prior", "clip", "scores", "samples"]
 
@@ -14,7 +14,7 @@ STAGES = ["pack", "bpe", "dvae", "tokens", "prior", "clip", "scores", "samples"]
 @pytest.mark.world
 def test_shapes_demo_in_miniature(tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    text = tapir("demo", "--size=mini", f"--out={out}", TERM="dumb")
+    text = cold_tapir("demo", "--size=mini", f"--out={out}", TERM="dumb")
     summary = json.loads((out / "summary.json").read_text())
     assert set(STAGES) <= set(summary["seconds"]) and len(summary["commands"]) == 9
     assert summary["prior"]["engine"] == "deepspeed_pipe" and summary["prior"]["compress_rank"] > 0
@@ -47,7 +47,7 @@ def test_shapes_demo_in_miniature(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("npm") is None, reason="the emoji come by npm: apt install npm")
 def test_emoji_demo_in_miniature(tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    tapir("demo", "--size=mini", "--data=emoji", f"--out={out}", "--mesh=1")
+    cold_tapir("demo", "--size=mini", "--data=emoji", f"--out={out}", "--mesh=1")
     summary = json.loads((out / "summary.json").read_text())
     assert "caption_accuracy" not in summary and summary["prior"]["validation_loss"] > 0
     assert (out / "report.html").exists()

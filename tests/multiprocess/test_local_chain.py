@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from core.files import unseal
-from tests.harness import PATIENCE, json_of, processes_with, rows_of, tapir
+from tests.harness import PATIENCE, cold_tapir, json_of, processes_with, rows_of, tapir
 
 _SHORT = {
     "loop.batch": 8,
@@ -80,7 +80,7 @@ def test_an_unfit_machine_runs_nothing(tmp_path: Path) -> None:
     path, files = write(tmp_path), resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, files[1]))  # what is started inherits it
     try:
-        tapir("submit", str(path), "--wait", code=1)
+        cold_tapir("submit", str(path), "--wait", code=1)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, files)
     assert states(tmp_path / "out")["pack"].startswith("not run: this machine is not fit")

@@ -168,6 +168,7 @@ def forget() -> None:
 def _begin(out: Path) -> None:
     os.chdir(ROOT)
     sys.argv = ["pytest"]
+    os.environ["TAPIR_COLD"] = "1"  # a warm process pays in a long session alone
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with (out / "log").open("wb") as log:
