@@ -48,7 +48,7 @@ def test_losses_and_norms_equal_one_process(runs: dict[str, Path], name: str) ->
         assert largest_difference(single, other, field) < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_mpirun_gives_the_same(runs: dict[str, Path], tokens: Path, tmp_path: Path) -> None:
     mpirun = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
     assert mpirun, "pip install mpich"
@@ -61,7 +61,7 @@ def test_mpirun_gives_the_same(runs: dict[str, Path], tokens: Path, tmp_path: Pa
     assert rows_of(tmp_path)[-1]["loss"] == rows_of(runs["zero-2"])[-1]["loss"]
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_torchrun_gives_the_same(runs: dict[str, Path], tokens: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(ROOT / "tapir.py"), "train", "prior", "tiny"]
@@ -74,7 +74,7 @@ def test_torchrun_gives_the_same(runs: dict[str, Path], tokens: Path, tmp_path: 
     assert rows_of(tmp_path)[-1]["loss"] == rows_of(runs["reference-2"])[-1]["loss"]
 
 
-@pytest.mark.slow
+@pytest.mark.world
 def test_accumulated_micro_batches_give_the_same(
     runs: dict[str, Path], tokens: Path, tmp_path: Path
 ) -> None:
