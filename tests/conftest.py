@@ -2,6 +2,7 @@
 
 import multiprocessing.forkserver
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +16,8 @@ from core.errors import ConfigError, StoreError
 from tests.harness import EVERYTHING, end_started, tapir
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before the first forkserver: worlds of 8 share 2 cores
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of a job in a shell's background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 _preload = multiprocessing.forkserver.set_forkserver_preload
 
 
