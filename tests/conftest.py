@@ -13,6 +13,7 @@ from filelock import FileLock
 
 from cluster.object_server import ObjectServer, find_weed, object_server
 from core.errors import ConfigError, StoreError
+from core.log import LOG
 from tests.harness import EVERYTHING, end_started, tapir
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before the first forkserver: worlds of 8 share 2 cores
@@ -30,9 +31,11 @@ multiprocessing.forkserver.set_forkserver_preload = _preload_everything
 
 
 @pytest.fixture(autouse=True)
-def _nothing_runs_on() -> Iterator[None]:
-    """A test that fails leaves no run of 5,000 steps to those that follow."""
+def _as_it_was() -> Iterator[None]:
+    """No test leaves a log that a verb set up, or, failed, a run of 5,000 steps, to the next."""
+    log = LOG.handlers[:], LOG.propagate, LOG.level
     yield
+    LOG.handlers[:], LOG.propagate, LOG.level = log
     end_started()
 
 
