@@ -7,6 +7,7 @@ import signal
 import socket
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,14 @@ def rendezvous_came(where: dict[str, str]) -> int:
 
 
 def test_ranks_that_all_come_meet_in_any_order() -> None:
-    where = tcp()
-    ranks = [waits(rank, 3, where) for rank in (2, 0, 1)]
+    """Rank 0, which holds the store, stays until all have met, as it does in a training."""
+    where, all_met = tcp(), multiprocessing.get_context("fork").Barrier(3)
+
+    def meet(rank: int) -> None:
+        met_store(rank, 3, timedelta(seconds=600))
+        all_met.wait(_SECONDS)
+
+    ranks = [_Rank(partial(meet, rank), where) for rank in (2, 0, 1)]
     assert [rank.end()[0] for rank in ranks] == ["met"] * 3
 
 
