@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from models.config import PriorConfig
 from models.masks import Kind, image_mask, layer_kind
@@ -63,3 +64,8 @@ def prior_flops(config: PriorConfig) -> int:
     entries = config.text_length * config.text_vocabulary
     entries += config.image_length * config.image_vocabulary
     return 3 * (matrices + attention + 2 * config.dim * entries)
+
+
+def step_flops(config: Any, batch: int) -> float:
+    """FLOPs of a step over all ranks; 0 for models whose FLOPs are not counted by their sizes."""
+    return batch * prior_flops(config) if isinstance(config, PriorConfig) else 0.0

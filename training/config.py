@@ -17,6 +17,9 @@ class LoopConfig:
 
     steps: int = 1000
     """Optimiser steps of the whole run."""
+    until: int = 0
+    """End after this step with a checkpoint, before the run is whole: the same run goes on later,
+    on any mesh; 0 = train all steps."""
     batch: int = 64
     """Global batch size: samples a step, over all ranks."""
     seed: int = 0
@@ -29,10 +32,17 @@ class LoopConfig:
     """Held-out samples of a pass: at least order.lanes, and cut to a multiple of them, so that the
     replicas of every mesh have equal parts of the same ones."""
 
+    @property
+    def end(self) -> int:
+        """The step at which this command ends."""
+        return self.until or self.steps
+
     def problems(self) -> list[str]:
         found = []
         if min(self.steps, self.batch, self.log_every, self.validation_samples) < 1:
             found.append("loop.steps, batch, log_every and validation_samples must be at least 1")
+        if not 0 <= self.until <= self.steps:
+            found.append(f"loop.until={self.until} must lie in 0 (all steps) to {self.steps}")
         if self.validate_every < 0:
             found.append("loop.validate_every must not be negative; 0 = only at the end")
         return found

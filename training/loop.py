@@ -14,8 +14,7 @@ from core.settings import to_json
 from core.stop import stop_asked
 from core.store import open_store
 from data_pipeline.stream import Stream, StreamState
-from models.config import PriorConfig
-from models.counts import prior_flops
+from models.counts import step_flops
 from parallel.control import Control
 from parallel.engines.catalogue import build_engine
 from parallel.engines.protocol import Batch, Engine, EngineSettings, StepResult
@@ -86,13 +85,13 @@ class Run:
         self._scored: tuple[int, float] | None = None
         """The last validation's step and loss."""
         self._waits = Waits()
-        flops, precision = _flops(task, settings.loop.batch), settings.engine.precision
+        flops, precision = step_flops(task.model_config, settings.loop.batch), engine.precision
         self.profile = Profile(settings.profile, mesh, ledger, settings.out, flops, precision)
         self._notes: dict[str, Any] = {}
         """What the next logged row says of saves."""
 
     def train(self) -> None:
-        """Train until loop.steps, from the newest checkpoint if there is one.
+        """Train to loop.steps or loop.until, from the newest checkpoint if there is one.
 
         Raises: Preempted if the process was asked to stop, after a checkpoint.
         """
@@ -100,12 +99,12 @@ class Run:
         self.folder.begin(self.step)
         self.profile.open(self.step)
         loop = self.settings.loop
-        if self.step == loop.steps:
-            LOG.info("%s has all %d steps already", self.settings.out, loop.steps)
+        if self.step >= loop.end:
+            LOG.info("%s has all %d steps already", self.settings.out, loop.end)
         with progress(f"train {self.stage}", loop.steps, self.world.rank == 0) as meter:
             for result, seconds in self.steps():
                 self.report(result, seconds, meter)
-                left = loop.steps - self.step
+                left = loop.end - self.step
                 if loop.validate_every and self.step % loop.validate_every == 0 < left:
                     self.validate()
                 if left and (
@@ -115,7 +114,10 @@ class Run:
                 if left and self.control.stopping:
                     self.checkpoints.finish()
                     raise Preempted(f"stopped after step {self.step} with a checkpoint saved")
-        self._finish()
+        if self.step >= loop.steps:
+            self._finish()
+        elif self._resumed_at != self.step:
+            self._save_surely()
 
     @timed(VALIDATION)
     def validate(self) -> dict[str, float]:
@@ -168,7 +170,7 @@ class Run:
         """The training steps that are left, with their durations."""
         began = time.perf_counter()
         batches = iter(self.stream)
-        while self.step < self.settings.loop.steps:
+        while self.step < self.settings.loop.end:
             self.profile.begin(self.step + 1)
             asked = time.perf_counter()
             with self.profile.phase(DATA_WAIT):
@@ -343,9 +345,3 @@ def _stream(task: Task[Any], settings: StageConfig, mesh: Mesh) -> Stream:
 def _split(records: Sequence[Any], parts: int) -> list[Sequence[Any]]:
     size = len(records) // parts
     return [records[i * size : (i + 1) * size] for i in range(parts)]
-
-
-def _flops(task: Task[Any], batch: int) -> float:
-    """Of a step of all ranks: the prior's are counted by its sizes alone."""
-    config = task.model_config
-    return batch * prior_flops(config) if isinstance(config, PriorConfig) else 0.0

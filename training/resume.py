@@ -22,7 +22,7 @@ _MAY_CHANGE = (
     "supervisor",
 )
 """Settings that a resumed run may give anew."""
-_LOOP_MAY_CHANGE = ("log_every", "validate_every", "validation_samples")
+_LOOP_MAY_CHANGE = ("until", "log_every", "validate_every", "validation_samples")
 
 
 def refuse_other_config(reader: CheckpointReader, config: dict[str, Any]) -> None:

@@ -48,6 +48,25 @@ def test_losses_and_norms_equal_one_process(runs: dict[str, Path], name: str) ->
         assert largest_difference(single, other, field) < 1e-5
 
 
+@pytest.mark.slow
+def test_a_run_in_two_parts_on_two_meshes_is_the_unbroken_one(
+    runs: dict[str, Path], tokens: Path, tmp_path: Path
+) -> None:
+    """Twelve steps on one process, which leave no model, then the rest on two ranks of ZeRO."""
+    command = ["train", "prior", "tiny", f"--data={tokens}", f"--out={tmp_path}", *FLAGS]
+    tapir(*command, *MESHES["reference-1"], "--loop.until=12")
+    whole, first = rows_of(runs["reference-1"]), rows_of(tmp_path)
+    assert [row["loss"] for row in first] == [row["loss"] for row in whole[:12]]
+    assert not (tmp_path / "model.safetensors").exists()
+    text = tapir(*command, *MESHES["reference-1"], "--loop.until=12")
+    assert "has all 12 steps already" in text and rows_of(tmp_path) == first
+    tapir(*command, *MESHES["zero-2"])
+    both = rows_of(tmp_path)
+    assert [row["lr"] for row in both] == [row["lr"] for row in whole] and both[:12] == first
+    assert largest_difference(whole, both, "loss") < 1e-5
+    assert (tmp_path / "model.safetensors").exists()
+
+
 @pytest.mark.world
 def test_mpirun_gives_the_same(runs: dict[str, Path], tokens: Path, tmp_path: Path) -> None:
     mpirun = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")

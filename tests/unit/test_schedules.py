@@ -33,6 +33,13 @@ def test_the_rate_is_halved_where_the_loss_stops_falling() -> None:
     assert learning_rate(OPTIM, 50, 100, plateau.halved) == 0.25
 
 
+def test_a_part_of_a_run_ends_at_a_step_of_it() -> None:
+    assert LoopConfig(steps=9).end == 9 and LoopConfig(steps=9, until=4).end == 4
+    assert not LoopConfig(steps=9, until=9).problems()
+    for until in (-1, 10):
+        assert f"until={until} must lie in 0" in LoopConfig(steps=9, until=until).problems()[0]
+
+
 def test_validations_in_the_warm_up_do_not_count() -> None:
     plateau = Plateau()
     assert not any(plateau.observe(OPTIM, 5, 1.0) for _ in range(9)) and plateau == Plateau()
