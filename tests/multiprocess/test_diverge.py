@@ -77,6 +77,7 @@ def test_another_learning_rate_differs_in_the_update_alone(runs: dict[str, Path]
     assert all(str(row["tensor"]).startswith("weight of") for row in rows)
 
 
+@pytest.mark.world
 def test_what_is_no_run_and_no_capsule_is_refused(tmp_path: Path) -> None:
     assert "is no run folder" in tapir("diverge", str(tmp_path), str(tmp_path), code=2)
     wrong = tapir("diverge", str(tmp_path), str(tmp_path), "--tolerance=-1", code=2)

@@ -8,6 +8,7 @@ from core.errors import RankError
 from tests.harness import run_world
 
 
+@pytest.mark.world
 def test_ranks_meet_and_report(tmp_path: Path) -> None:
     found = run_world("tests.multiprocess.worlds:sum_ranks", {"out": str(tmp_path)}, 3)
     assert [value for value, _ in found] == [6.0, 6.0, 6.0]

@@ -17,6 +17,7 @@ def meshes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Rows]:
     return train_meshes(tmp_path_factory.mktemp("meshes"), "cpu", ("fp32",))
 
 
+@pytest.mark.world
 def test_every_operation_gives_what_gloo_gives(tmp_path: Path) -> None:
     payload: dict[str, Any] = {"out": str(tmp_path), "kind": "cpu"}
     ranks = run_world("tests.operations:try_operations", payload, RANKS)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from generation import sample
 from parallel.engines.names import ENGINES, modules_of
 from tests.harness import ENVIRONMENT, ROOT
@@ -22,6 +24,7 @@ launch_and_report(sys.argv[1], sys.argv[2:])
 """
 
 
+@pytest.mark.world
 def test_preloads_do_not_start_cuda(tmp_path: Path) -> None:
     """With a build for CUDA, megatron-core asks whether there is a GPU while it is imported.
 
@@ -48,6 +51,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
 
+@pytest.mark.world
 def test_an_optimiser_imports_nothing_in_each_rank() -> None:
     """torch's imports torch._dynamo, which costs a rank more than all of its own start."""
     command = [sys.executable, "-c", _OPTIMISE, *PRELOAD, *modules_of("reference", False)]

@@ -39,6 +39,7 @@ def hangs(_: Report) -> None:
     signal.pause()
 
 
+@pytest.mark.world
 def test_a_section_that_ends_early_costs_only_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from tests import harness
 from tests.harness import cold_tapir, tapir
 
 
+@pytest.mark.world
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
