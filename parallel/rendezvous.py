@@ -4,9 +4,14 @@ Inside of torch a process hears neither Ctrl-C nor SIGTERM while its peers are l
 here first, in Python: each notes in the common store that it came, the last one writes that all
 are there, and one that stops or gives up before writes that instead. Whichever was written first
 holds for all of them.
+
+torchrun's store outlives its restarts, and what it tells its ranks of them differs between
+machines. There rank 0 draws a name for the round and gives it to each rank that asks, and what
+earlier rounds wrote is never read again.
 """
 
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -59,12 +64,10 @@ class Meeting:
         stop; KeyboardInterrupt, with what was waited for; TapirError after the timeout.
         """
         try:
-            self._store = self._open()
-            self._gather(self._store)
+            return self._gather(self._open())
         except KeyboardInterrupt:
             self._leave("was interrupted")
             raise KeyboardInterrupt(f"interrupted: {self.sentence()}") from None
-        return self._store
 
     def sentence(self) -> str:
         """Who waits for whom, where and how long."""
@@ -81,8 +84,7 @@ class Meeting:
             return FileStore(path.removeprefix("file://"), self._size)
         host, port = address_of_ranks()
         self._place = f"at {host}:{port}"
-        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        holds = self._rank == 0 and not agent
+        holds = self._rank == 0 and not _is_agents()
         self._reach(host, port, holds)
         try:
             store = TCPStore(
@@ -97,7 +99,7 @@ class Meeting:
         except RuntimeError as error:
             raise _refused(self._rank, self._place, holds, error) from error
         store.set_timeout(self._timeout)
-        return PrefixStore(f"tapir-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        return PrefixStore("tapir", store)
 
     def _reach(self, host: str, port: int, holds: bool) -> None:
         """Wait until the name resolves and, unless this rank listens itself, somebody listens."""
@@ -120,15 +122,19 @@ class Meeting:
             self._look()
             time.sleep(0.1)
 
-    def _gather(self, store: Store) -> None:
-        if store.add(_key(self._rank), 1) == 1 and store.add(_CAME, 1) == self._size:
-            store.compare_set(_END, "", _MET)
-        pause = 0.005
+    def _gather(self, common: Store) -> Store:
+        seats = Seats(common) if _is_agents() else None
         try:
-            while not store.check([_END]):
+            store = self._store = self._round(seats) if seats else common
+            if store.add(_key(self._rank), 1) == 1 and store.add(_CAME, 1) == self._size:
+                store.compare_set(_END, "", _MET)
+            for pause in _pauses():
+                if store.check([_END]):
+                    break
+                if seats and self._rank == 0:
+                    seats.give()
                 self._look()
                 time.sleep(pause)
-                pause = min(1.2 * pause, 0.5)
             end = store.get(_END).decode()
         except RuntimeError as error:
             self._store = None
@@ -138,6 +144,19 @@ class Meeting:
             raise TapirError(text) from error
         if end != _MET:
             self._end_as_told(end)
+        return store
+
+    def _round(self, seats: "Seats") -> Store:
+        """Wait for a seat in the round of the present rank 0."""
+        if self._rank == 0:
+            return seats.store(seats.name)
+        seats.ask(self._rank)
+        for pause in _pauses():
+            if name := seats.taken(self._rank):
+                return seats.store(name)
+            self._look()
+            time.sleep(pause)
+        raise AssertionError("pauses never end")
 
     def _look(self) -> None:
         """Heed a stop and the timeout, unless all have met; say once that it takes long."""
@@ -194,6 +213,54 @@ class Meeting:
         with suppress(RuntimeError):
             return [rank for rank in range(self._size) if not store.check([_key(rank)])]
         return None
+
+
+class Seats:
+    """Who belongs to a round, in a store that outlives it: ranks ask, the round's rank 0 gives.
+
+    A dead process's question gets an answer, too, which nobody reads.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store, self._read = store, 0
+        self.name = secrets.token_hex(8)
+        """Of this process; rank 0's is the round's."""
+
+    def store(self, name: str) -> Store:
+        """What the ranks of a round share."""
+        return PrefixStore(name, self._store)
+
+    def ask(self, rank: int) -> None:
+        """Ask rank 0 for a seat."""
+        self._store.set(f"asked-{self._store.add('asked', 1)}", f"{rank} {self.name}")
+
+    def taken(self, rank: int) -> str:
+        """The round in which this process has a seat; nothing if it has none yet."""
+        if not self._store.check([f"seat-{rank}"]):
+            return ""
+        name, whose = self._store.get(f"seat-{rank}").decode().split()
+        return name if whose == self.name else ""
+
+    def give(self) -> None:
+        """As rank 0: answer what was asked since the last time."""
+        asked = self._store.add("asked", 0)
+        while self._read < asked and self._store.check([f"asked-{self._read + 1}"]):
+            self._read += 1
+            rank, whose = self._store.get(f"asked-{self._read}").decode().split()
+            self._store.set(f"seat-{rank}", f"{self.name} {whose}")
+
+
+def _is_agents() -> bool:
+    """Say whether torchrun's agent holds the store."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _pauses() -> Iterator[float]:
+    """Seconds between two looks, longer and longer."""
+    pause = 0.005
+    while True:
+        yield pause
+        pause = min(1.2 * pause, 0.5)
 
 
 def _key(rank: int) -> str:

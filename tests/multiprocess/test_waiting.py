@@ -65,7 +65,7 @@ def _be(work: Callable[[], Any], environment: dict[str, str], link: Any) -> None
     LOG.handlers[:] = [Told()]
     rendezvous.NOTICE_SECONDS = 0.0
     try:
-        found = "met", str(work() and "")
+        found = "met", str(work() or "")
     except BaseException as error:
         found = type(error).__name__, str(error)
     link.send(found)
@@ -73,7 +73,7 @@ def _be(work: Callable[[], Any], environment: dict[str, str], link: Any) -> None
 
 def waits(rank: int, size: int, environment: dict[str, str], seconds: float = 600) -> _Rank:
     """A rank of a world that waits for the others."""
-    return _Rank(lambda: met_store(rank, size, timedelta(seconds=seconds)), environment)
+    return _Rank(lambda: met_store(rank, size, timedelta(seconds=seconds)) and "", environment)
 
 
 def tcp() -> dict[str, str]:
@@ -124,7 +124,7 @@ def rendezvous_came(where: dict[str, str]) -> int:
     host, port = where["MASTER_ADDR"], int(where["MASTER_PORT"])
     seconds = timedelta(seconds=60)
     store = rendezvous.TCPStore(host, port, None, False, seconds, wait_for_workers=False)
-    return int(rendezvous.PrefixStore("tapir-0", store).add("came", 0))
+    return int(rendezvous.PrefixStore("tapir", store).add("came", 0))
 
 
 def test_ranks_that_all_come_meet_in_any_order() -> None:
@@ -132,11 +132,42 @@ def test_ranks_that_all_come_meet_in_any_order() -> None:
     where, all_met = tcp(), multiprocessing.get_context("fork").Barrier(3)
 
     def meet(rank: int) -> None:
-        met_store(rank, 3, timedelta(seconds=600))
+        common = met_store(rank, 3, timedelta(seconds=600))
         all_met.wait(_SECONDS)
+        common.add("left", 1)
 
     ranks = [_Rank(partial(meet, rank), where) for rank in (2, 0, 1)]
     assert [rank.end()[0] for rank in ranks] == ["met"] * 3
+
+
+def test_rounds_of_one_store_know_nothing_of_each_other() -> None:
+    """torchrun's agents keep their store over restarts, and count these differently."""
+    store = rendezvous.TCPStore(
+        "127.0.0.1", 0, None, True, timedelta(seconds=_SECONDS), wait_for_workers=False
+    )
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    where["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+
+    def meet(rank: int) -> str:
+        common = met_store(rank, 2, timedelta(seconds=600))
+        return "fresh" if common.add(f"trained-{rank}", 1) == 1 else "stale"
+
+    def start(rank: int, count: int) -> _Rank:
+        return _Rank(partial(meet, rank), {**where, "TORCHELASTIC_RESTART_COUNT": str(count)})
+
+    for counts in ((0, 0), (0, 1)):
+        both = [start(rank, count) for rank, count in enumerate(counts)]
+        assert [rank.end() for rank in both] == [("met", "fresh")] * 2
+    left = start(1, 1)
+    assert "rank 1 of 2 has waited" in left.hear()[1]
+    left.kill(signal.SIGKILL)
+    left.process.join()
+    alone = start(0, 1)
+    assert "rank 0 of 2 has waited" in alone.hear()[1]
+    alone.kill(signal.SIGUSR1)
+    assert alone.end()[0] == "Preempted"
+    both = [start(rank, 1) for rank in (1, 0)]
+    assert [rank.end() for rank in both] == [("met", "fresh")] * 2
 
 
 @pytest.mark.parametrize("name", ["rank0.invalid", "rank..0"])
