@@ -10,7 +10,6 @@ import random
 import signal
 import sys
 import time
-from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -22,14 +21,15 @@ from tests.mutants.made import make_data
 from tests.mutants.mutate import Mutant, apply, mutants_of
 from tests.mutants.patch import patched
 from tests.mutants.pool import Work, preload, run_forks
+from tests.mutants.report import tell, unlisted
 from tests.mutants.select import Selection, selection
 from tests.mutants.targets import PACKAGES, ROOT, targets
 from tests.mutants.verdicts import Verdicts
 
 FIRST = ["torch", "numpy", "deepspeed", "hypothesis", "PIL.Image", "torch.testing"]
 """Imported before the tests are measured; what they import then is known."""
-ALIVE = 0.03
-"""Share of mutants that may survive."""
+_PATIENCE = 120.0
+"""Seconds of tests that a given diff must survive."""
 
 
 def main() -> int:
@@ -70,21 +70,31 @@ def _try(mutants: list[Mutant], chosen: Selection, verdicts: Verdicts, width: in
     for mutant in mutants:
         if verdicts.get(mutant, chosen.of(mutant)) is None:
             open_.append(mutant)
+    open_.sort(key=lambda mutant: not verdicts.lived(mutant))  # what new tests were written for
     print(f"{len(mutants)} mutants, {len(open_)} to try", flush=True)
     forks = run_forks(_jobs(open_, chosen), width)
+    again = []
     for done, (mutant, folder, status) in enumerate(forks, 1):
-        verdicts.add(mutant, chosen.of(mutant), _killer(folder, status))
+        killer = _killer(folder, status)
+        if killer and "::" not in killer:
+            again.append(mutant)
+        else:
+            verdicts.add(mutant, chosen.of(mutant), killer)
         if done % 50 == 0:
             print(f"{done} of {len(open_)}, {time.monotonic() - began:.0f} s", flush=True)
+    for mutant, folder, status in run_forks(_jobs(again, chosen, slower=3.0), 1):
+        verdicts.add(mutant, chosen.of(mutant), _killer(folder, status))
     return _report(mutants, chosen, verdicts)
 
 
-def _jobs(mutants: list[Mutant], chosen: Selection) -> Iterator[tuple[Mutant, Work, float]]:
+def _jobs(
+    mutants: list[Mutant], chosen: Selection, slower: float = 1.0
+) -> Iterator[tuple[Mutant, Work, float]]:
     for mutant in mutants:
         tests = chosen.of(mutant)
         changed = {mutant.path: apply((ROOT / mutant.path).read_bytes(), mutant)}
         work = partial(try_sources, changed, tests) if tests else _nothing
-        yield mutant, work, 20 + 6 * sum(chosen.seconds[test] for test in tests)
+        yield mutant, work, slower * (15 + 3 * sum(chosen.seconds[test] for test in tests))
 
 
 def _nothing(folder: Path) -> None:
@@ -99,33 +109,24 @@ def _killer(folder: Path, status: int | None) -> str:
 
 
 def _report(mutants: list[Mutant], chosen: Selection, verdicts: Verdicts) -> int:
-    count: Counter[str] = Counter()
-    alive: dict[str, list[str]] = defaultdict(list)
-    for mutant in mutants:
-        count[mutant.path] += 1
-        verdict = verdicts.get(mutant, chosen.of(mutant))
-        if verdict is not None and not verdict.killer:
-            tests = len(chosen.of(mutant))
-            alive[mutant.path].append(
-                f"{mutant.path}:{mutant.line} [{mutant.kind}, {tests} tests] {mutant.label}"
-            )
-    for line in sorted(line for lines in alive.values() for line in lines):
-        print(line)
-    for path in sorted(count):
-        print(f"{path}: {count[path]} mutants, {len(alive[path])} alive")
-    total, left = sum(count.values()), sum(map(len, alive.values()))
-    print(f"{total} mutants, {left} alive ({left / max(total, 1):.1%}, at most {ALIVE:.0%})")
-    return int(left > ALIVE * total)
+    found = ((mutant, verdicts.get(mutant, chosen.of(mutant))) for mutant in mutants)
+    for path, label in unlisted(all_mutants()):
+        print(f"listed as equivalent, but it is no mutant: {path}: {label}")
+    return tell({mutant: verdict.killer for mutant, verdict in found if verdict is not None})
 
 
 def _try_patch(patch: Path, chosen: Selection) -> int:
     changed = patched(patch.read_bytes())
-    tests = list(dict.fromkeys(t for c in changed for t in chosen.tests_of(c.path, *c.lines)))
-    seconds = 60 + 6 * sum(chosen.seconds[test] for test in tests)
-    work = partial(try_sources, {c.path: c.source for c in changed}, tests)
+    nearest = [
+        t for c in changed for n in c.lines for t in chosen.tests_of(c.path, n, n, _PATIENCE)
+    ]
+    others = [t for c in changed for t in chosen.tests_of(c.path, 0, 0, _PATIENCE)]
+    tests = list(dict.fromkeys([*nearest, *others]))
     if not tests:
         print(f"{patch}: no test runs these lines: survived")
         return 1
+    seconds = 60 + 6 * sum(chosen.seconds[test] for test in tests)
+    work = partial(try_sources, {c.path: c.source for c in changed}, tests)
     for _, folder, status in run_forks(iter([(patch, work, seconds)]), 1):
         killer = _killer(folder, status)
         print(f"{patch}: " + (f"caught by {killer}" if killer else f"survived {len(tests)} tests"))

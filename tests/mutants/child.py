@@ -20,7 +20,9 @@ from tests.mutants.targets import PACKAGES, ROOT
 MEMORY = 8 * 2**30
 """Bytes that a mutant may take."""
 LONGEST = 3.0
-"""Seconds; tests that take longer are not run on mutants."""
+"""Seconds of a core; tests that take longer are not run on mutants."""
+_NOT_RUN = (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED)
+"""No test failed: a mutant that changes the names of tests is not caught by that."""
 _QUIET = ["-q", "--tb=line", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:logging"]
 
 
@@ -77,7 +79,8 @@ def try_sources(sources: dict[str, bytes], tests: Sequence[str], out: Path) -> N
     sys.meta_path.insert(0, Finder(sources))  # type: ignore[arg-type]
     verdict = _Verdict()
     code = pytest.main([*tests, "-x", *_QUIET, f"--basetemp={out}/tmp"], plugins=[verdict])
-    failed = verdict.failed or ("" if code == 0 else f"pytest ended with {int(code)}")
+    unknown = code not in (pytest.ExitCode.OK, *_NOT_RUN)
+    failed = verdict.failed or (f"pytest ended with {int(code)}" if unknown else "")
     (out / "failed").write_text(failed)
 
 
@@ -102,6 +105,7 @@ class _Watcher:
             config_file=False, messages=False,
         )  # fmt: skip
         self.passed: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
         self.forking: set[str] = set()
         """Tests whose forks run lines that nobody sees here."""
         self._now = ""
@@ -127,17 +131,19 @@ class _Watcher:
     def pytest_runtest_call(self, item: pytest.Item) -> Any:
         self.coverage.switch_context(item.nodeid)
         self._now = item.nodeid
+        began = _cpu_seconds()
         try:
             return (yield)
         finally:
+            self._seconds[item.nodeid] = _cpu_seconds() - began
             self.coverage.switch_context("")
             self._now = ""
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.outcome != "passed":
             self._broken.add(report.nodeid)
-        elif report.when == "call" and report.duration < LONGEST:
-            self.passed[report.nodeid] = report.duration
+        elif report.when == "call" and self._seconds[report.nodeid] < LONGEST:
+            self.passed[report.nodeid] = self._seconds[report.nodeid]
         if report.nodeid in self._broken:
             self.passed.pop(report.nodeid, None)
 
@@ -154,6 +160,11 @@ class _Watcher:
                 for line, contexts in data.contexts_by_lineno(file).items()
             }  # fmt: skip
         return found
+
+
+def _cpu_seconds() -> float:
+    """Of this process and those it has waited for: what others do on the machine is not in it."""
+    return sum(os.times()[:4])
 
 
 def forget() -> None:

@@ -53,7 +53,7 @@ class Mutant:
     """First and last line of what runs it; (0, 0) if that is the import."""
     kind: str
     label: str
-    """The line before and after the change."""
+    """The line (or lines, as one) before and after the change."""
 
     @property
     def key(self) -> str:
@@ -139,13 +139,13 @@ class _Walk:
 
     def _mutant(self, start: int, end: int, new: str, kind: str, lines: tuple[int, int]) -> Mutant:
         line = self._source[:start].count(b"\n") + 1
-        first, last = self._starts[line - 1], self._starts[line]
-        before = self._source[first:last].decode().strip()
-        tail = self._source[end : max(end, last)].decode().split("\n")[0]
-        after = (self._source[first:start].decode() + new + tail).strip()
+        first = self._starts[line - 1]
+        last = self._starts[line + self._source[start:end].count(b"\n")]
+        before = self._source[first:last].decode()
+        after = (self._source[first:start] + new.encode() + self._source[end:last]).decode()
         return Mutant(
             path=self._path, start=start, end=end, new=new, line=line, lines=lines, kind=kind,
-            label=f"{before}  ->  {after}",
+            label="  ->  ".join(" ".join(text.split()) for text in (before, after)),
         )  # fmt: skip
 
     def _changes(self, node: ast.AST) -> Iterator[tuple[int, int, str, str]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from tests.mutants.targets import ROOT
 
 _FILE = re.compile(rb"^\+\+\+ (?:b/)?(\S+)", re.MULTILINE)
+_HUNK = re.compile(rb"^@@ -(\d+)", re.MULTILINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +19,8 @@ class Changed:
 
     path: str
     source: bytes
-    lines: tuple[int, int]
-    """(0, 0): all tests of the file are tried, the cheapest first."""
+    lines: tuple[int, ...]
+    """Of the file as it is, those that go, and those that something is put behind."""
 
 
 def patched(diff: bytes) -> list[Changed]:
@@ -41,7 +42,23 @@ def patched(diff: bytes) -> list[Changed]:
         done = subprocess.run(command, input=diff, capture_output=True, cwd="/")
         if done.returncode:
             raise SystemExit(f"the diff does not apply: {done.stderr.decode().strip()}")
+        touched = [_touched(part) for part in _FILE.split(diff)[2::2]]
         return [
-            Changed(path=name, source=Path(folder, name).read_bytes(), lines=(0, 0))
-            for name in names
+            Changed(path=name, source=Path(folder, name).read_bytes(), lines=lines)
+            for name, lines in zip(names, touched, strict=True)
         ]
+
+
+def _touched(diff: bytes) -> tuple[int, ...]:
+    """The lines of one file that its part of a diff removes or adds to."""
+    found: list[int] = []
+    at = 0
+    for line in diff.splitlines():
+        if hunk := _HUNK.match(line):
+            at = int(hunk[1])
+        elif at and line.startswith((b"+", b"-", b" ")) and not line.startswith(b"---"):
+            added = line.startswith(b"+")
+            if not line.startswith(b" "):
+                found.append(max(at - added, 1))
+            at += not added
+    return tuple(dict.fromkeys(found))

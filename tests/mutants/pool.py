@@ -35,7 +35,22 @@ def preload(names: list[str], own: tuple[str, ...]) -> None:
 class _Fork:
     key: Any
     folder: Path
-    ends: float
+    seconds: float
+    """Which it may take, without those in which others had the cores."""
+    began: float
+    look: float
+    """When to look at it next."""
+
+    def is_late(self, pid: int) -> bool:
+        """Whether it has computed, or slept, for longer than it may."""
+        now = time.monotonic()
+        if now < self.look:
+            return False
+        self.look = now + 0.2
+        used, waited, ready = _cores(pid)
+        if ready and used < self.seconds:
+            return False  # how long it has been waiting by now is not in `waited` yet
+        return now - self.began - waited > self.seconds
 
 
 def run_forks(
@@ -44,7 +59,8 @@ def run_forks(
     """Run (key, work, seconds) in forks, `width` at a time.
 
     Yields (key, the fork's folder, its exit status or None if it ran out of time); the folder is
-    removed when the caller goes on.
+    removed when the caller goes on. Seconds in which a fork could have run, but others had the
+    cores, do not count.
     """
     running: dict[int, _Fork] = {}
     try:
@@ -52,7 +68,8 @@ def run_forks(
             while len(running) < width and (job := next(jobs, None)) is not None:
                 key, work, seconds = job
                 folder = Path(tempfile.mkdtemp(prefix="tapir-mutant-"))
-                running[_fork(work, folder)] = _Fork(key, folder, time.monotonic() + seconds)
+                now = time.monotonic()
+                running[_fork(work, folder)] = _Fork(key, folder, seconds, now, now + seconds)
             if not running:
                 return
             for pid, status in _ended(running):
@@ -90,12 +107,29 @@ def _ended(running: dict[int, _Fork]) -> list[tuple[int, int | None]]:
             if ended:
                 _kill_group(pid)  # what the tests left behind
                 found.append((pid, status))
-            elif time.monotonic() > fork.ends:
+            elif fork.is_late(pid):
                 _kill(pid)
                 found.append((pid, None))
         if found:
             return found
         time.sleep(0.01)
+
+
+def _cores(session: int) -> tuple[float, float, bool]:
+    """Of a fork and what it has started: seconds on a core and in the queue for one; and whether
+    any of them is there now."""
+    used, waited, ready = 0, 0, False
+    for entry in Path("/proc").iterdir():
+        try:
+            if not entry.name.isdecimal() or os.getsid(int(entry.name)) != session:
+                continue
+            for task in (entry / "task").iterdir():
+                ran, queued, _ = map(int, (task / "schedstat").read_text().split())
+                used, waited = used + ran, waited + queued
+                ready |= (task / "stat").read_text().rpartition(")")[2].split()[0] == "R"
+        except OSError:  # it ended, or this kernel keeps no such count
+            continue
+    return used / 1e9, waited / 1e9, ready
 
 
 def _kill(pid: int) -> None:

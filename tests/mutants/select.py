@@ -39,8 +39,11 @@ class Selection:
     importers: dict[str, list[str]] = field(default_factory=dict)
     """File -> test files that import it by name."""
 
-    def tests_of(self, path: str, first: int, last: int) -> list[str]:
-        """The tests of some lines of a file, of all of it if `first` is 0; the cheapest first."""
+    def tests_of(self, path: str, first: int, last: int, most: float = MOST_SECONDS) -> list[str]:
+        """The tests of some lines of a file, of all of it if `first` is 0; the cheapest first.
+
+        They take at most `most` seconds together.
+        """
         lines = self.lines.get(path, {})
         touched = lines if first == 0 else range(first, last + 1)
         names = {name for line in touched for name in lines.get(line, ())}
@@ -54,7 +57,7 @@ class Selection:
         spent, found = 0.0, []
         for test in order:
             spent += self.seconds[test]
-            if spent > MOST_SECONDS:
+            if spent > most:
                 break
             found.append(test)
         return found

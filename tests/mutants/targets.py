@@ -30,12 +30,10 @@ _FILES = (
     "training/tasks.py",
     "training/picture_tasks.py",
     "generation/choose.py",
-    "generation/noise.py",
     "generation/sampling.py",
     "generation/decoder.py",
     "generation/accuracy.py",
     "generation/fid.py",
-    "core/philox.py",
 )
 _ONLY = {
     "training/loop.py": {"steps", "one_step", "_micro_batches", "_loss_now", "_split", "_flops"},

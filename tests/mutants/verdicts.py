@@ -42,6 +42,11 @@ class Verdicts:
             return None
         return known if known.basis == _basis(known.killer, tests) else None
 
+    def lived(self, mutant: Mutant) -> bool:
+        """Whether it survived other tests, or an earlier state of these."""
+        known = self._known.get(_key(mutant))
+        return known is not None and not known.killer
+
     def add(self, mutant: Mutant, tests: Sequence[str], killer: str) -> None:
         """Remember a verdict."""
         verdict = Verdict(killer=killer, basis=_basis(killer, tests))

@@ -1,10 +1,12 @@
 """What `make mutants` changes, how a diff is tried, and that a verdict outlives its run."""
 
+import os
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.mutants import verdicts
+from tests.mutants import report, verdicts
 from tests.mutants.__main__ import all_mutants
 from tests.mutants.mutate import apply, mutants_of
 from tests.mutants.patch import patched
@@ -42,6 +44,8 @@ def test_only_the_named_functions_of_a_file_are_changed() -> None:
     source = b"A = 1\ndef f():\n    return 2\ndef g():\n    return 3\n"
     (only,) = mutants_of("x.py", source, frozenset({"g"}))
     assert (only.line, only.lines, only.label) == (5, (5, 5), "return 3  ->  return 4")
+    several = mutants_of("x.py", b"f(\n    a=b,\n    c=d,\n)\n", frozenset())
+    assert [m.label for m in several] == ["a=b, c=d,  ->  c=d,", "a=b, c=d,  ->  a=b,"]
 
 
 def test_there_are_at_least_two_thousand_and_all_of_them_compile() -> None:
@@ -62,6 +66,7 @@ def test_a_diff_is_applied_to_copies(tmp_path: Path) -> None:
     (changed,) = patched(diff.encode())
     assert changed.path == "models/masks.py"
     assert changed.source == before.replace(b"offset >= 0", b"offset > 0", 1)
+    assert changed.lines == (line,)
     assert Path("models/masks.py").read_bytes() == before
     with pytest.raises(SystemExit, match="does not apply"):
         patched(diff.replace(">= 0", ">= 7").encode())
@@ -94,6 +99,46 @@ def test_a_verdict_stands_until_what_decided_it_changes(
     digests["tests/a.py"] = "1"
     digests["x.py"] = "2"
     assert again.get(mutant, tests) is None
+
+
+def test_all_that_is_listed_as_equivalent_is_a_mutant_of_the_tree() -> None:
+    """An entry whose line was changed is to be looked at again, or to go."""
+    assert report.unlisted(all_mutants()) == []
+    assert all(len(why) > 20 for why in report.equivalents().values())
+
+
+def test_survivors_are_known_or_new(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mutants = mutants_of("x.py", b"A = 1\nB = 2\nC = 3\n" + b"D = 4\n" * 97, frozenset())
+    known = {("x.py", "A = 1  ->  A = 2"): "why", ("x.py", "B = 2  ->  B = 3"): "why"}
+    monkeypatch.setattr(report, "equivalents", lambda: {**known, ("y.py", "gone"): "why"})
+    assert report.unlisted(mutants) == [("y.py", "gone")]
+    killers = dict.fromkeys(mutants, "tests/a.py::t")
+    killers[mutants[0]] = killers[mutants[2]] = ""
+    assert report.tell(killers) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "alive, known: x.py:1 [constant] A = 1  ->  A = 2",
+        "listed as equivalent, but tests/a.py::t catches it: x.py: B = 2  ->  B = 3",
+        "alive, NEW: x.py:3 [constant] C = 3  ->  C = 4",
+        "x.py: 100 mutants, 2 alive",
+        "100 mutants, 2 alive (2.0%, at most 3%), 1 of them new",
+    ]
+    killers[mutants[3]] = killers[mutants[4]] = ""
+    assert report.tell(killers) == 1
+
+
+def test_what_others_take_of_a_core_is_not_a_forks_time() -> None:
+    """Four forks that need 0.3 s of one core each: the last ends after 1.2 s, and may have 0.9."""
+    core = min(os.sched_getaffinity(0))
+
+    def work(folder: Path) -> None:
+        os.sched_setaffinity(0, {core})
+        while time.process_time() < 0.3:
+            pass
+
+    ends = [status for _, _, status in run_forks(iter([(i, work, 0.9) for i in range(4)]), 4)]
+    assert ends == [0] * 4
 
 
 def test_forks_end_in_their_time_and_leave_nothing() -> None:
