@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from bench.parity import BOUND, CASES, ONE, Case, difference, train
+from bench.parity import BOUND, CASES, ONE, STEPS, Case, difference, train
 from models.config import PriorConfig
 from models.prior import build_prior
 from parallel.config import CompressConfig
 from parallel.control import FIELDS
+from tests.multiprocess.by_hand import train_by_hand
 from tests.multiprocess.rounding import least_of_gradients, most_of_losses, train_beside_exact
 
 QUICK = [
@@ -102,12 +103,14 @@ def test_fp16_scales_move_together_on_every_mesh(name: str) -> None:
 @pytest.mark.world
 def test_low_rank_is_the_same_for_tensor_shards_zero3_shards_and_a_pipeline() -> None:
     """All cut every matrix along axis 0 into two, and factor each part at half of the rank; TP x
-    PP x DP does it on the stages that hold the matrices, whose norms are added."""
+    PP x DP does it on the stages that hold the matrices, whose norms are added. What they share,
+    the factors of mean gradients and what is owed, is that of one process in plain torch."""
     compress = CompressConfig(rank=8)
     tensor, paper, three = (
         train(replace(_case(name).precise("fp32"), compress=compress))
         for name in ("TP2xDP2 ZeRO-1", "paper", "TP2xPP2xDP2 pipe")
     )
+    assert difference(train_by_hand(8, STEPS), tensor) < BOUND["fp32"]
     assert difference(tensor, paper) < BOUND["fp32"]
     assert difference(tensor, three) < BOUND["fp32"]
     assert 0 < three[0]["compress_sent_bytes"] < tensor[0]["compress_sent_bytes"]

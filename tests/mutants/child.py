@@ -15,7 +15,7 @@ from typing import Any
 import coverage
 import pytest
 
-from tests.mutants.targets import PACKAGES, ROOT
+from tests.mutants.targets import PACKAGES, ROOT, file_digest
 
 MEMORY = 8 * 2**30
 """Bytes that a mutant may take."""
@@ -92,8 +92,16 @@ def measure(files: Sequence[str], out: Path) -> None:
     watcher.coverage.stop()
     found: dict[str, Any] = {"tests": watcher.passed, "lines": watcher.lines()}
     found["modules"] = sorted(set(sys.modules))
+    found["files"] = {name: file_digest(name) for name in _own_files()}
     found["forking"] = sorted(watcher.forking & set(watcher.passed))
     (out / "map.json").write_text(json.dumps(found))
+
+
+def _own_files() -> list[str]:
+    """The files of the project, and of the tests, that this process has imported."""
+    files = [Path(getattr(module, "__file__", None) or "/") for module in sys.modules.values()]
+    names = [f.relative_to(ROOT).as_posix() for f in files if f.is_relative_to(ROOT)]
+    return sorted(n for n in names if not n.startswith((".venv", "tests/mutants")))
 
 
 class _Watcher:

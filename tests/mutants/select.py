@@ -1,7 +1,6 @@
 """Which tests run a line: measured once for a state of the tree, by coverage."""
 
 import ast
-import hashlib
 import json
 import shutil
 from collections import defaultdict
@@ -12,7 +11,7 @@ from pathlib import Path
 from tests.mutants.child import measure
 from tests.mutants.mutate import Mutant
 from tests.mutants.pool import run_forks
-from tests.mutants.targets import PACKAGES, ROOT, digest_of, file_digest
+from tests.mutants.targets import ROOT, file_digest
 
 TESTS = ("tests/unit", "tests/golden")
 _NEAR = (
@@ -68,16 +67,11 @@ class Selection:
 
 
 def selection(cache: Path, width: int) -> Selection:
-    """Measure the tests, but for those that were measured on the same tree."""
-    folder = cache / f"lines-2-{_tree()}"
-    if not folder.exists():
-        for old in cache.glob("lines-*"):
-            shutil.rmtree(old)
-        folder.mkdir()
-    names = {file: f"{Path(file).stem}-{file_digest(file)}.json" for file in _test_files()}
-    stored = {file: folder / name for file, name in names.items()}
-    stale = [file for file, path in stored.items() if not path.exists()]
-    _measure(stale, stored, width)
+    """Measure the tests, but for those that imported the same files when they were measured."""
+    folder = cache / "lines"
+    folder.mkdir(exist_ok=True)
+    stored = {file: folder / f"{file.replace('/', '-')}.json" for file in _test_files()}
+    _measure([file for file, path in stored.items() if not _is_fresh(path)], stored, width)
     seconds: dict[str, float] = {}
     lines: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
     modules: set[str] = set()
@@ -88,8 +82,8 @@ def selection(cache: Path, width: int) -> Selection:
         modules.update(part["modules"])
         forking.update(part["forking"])
         for name, rows in part["lines"].items():
-            for line, names in rows.items():
-                lines[name][int(line)] += names
+            for line, tests in rows.items():
+                lines[name][int(line)] += tests
     return Selection(
         seconds=seconds,
         lines=lines,
@@ -114,11 +108,11 @@ def _test_files() -> list[str]:
     return [path.relative_to(ROOT).as_posix() for path in near]
 
 
-def _tree() -> str:
-    """Digest of the project, and of what tests share."""
-    shared = sorted((ROOT / "tests").glob("*.py"))
-    text = "".join(file_digest(path.relative_to(ROOT).as_posix()) for path in shared)
-    return hashlib.sha256((digest_of(PACKAGES) + text).encode()).hexdigest()[:16]
+def _is_fresh(path: Path) -> bool:
+    if not path.exists():
+        return False
+    digests: dict[str, str] = json.loads(path.read_text())["files"]
+    return all((ROOT / f).is_file() and file_digest(f) == known for f, known in digests.items())
 
 
 def _importers() -> dict[str, list[str]]:
