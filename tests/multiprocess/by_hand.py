@@ -37,7 +37,9 @@ def train_by_hand(rank: int, steps: int) -> list[dict[str, float]]:
         loss.backward()
         for name, parameter in names.items():
             assert parameter.grad is not None
-            for i, part in enumerate(parameter.grad.chunk(PARTS) if name.endswith(COMPRESSED) else ()):
+            for i, part in enumerate(
+                parameter.grad.chunk(PARTS) if name.endswith(COMPRESSED) else ()
+            ):
                 whole = part + owed.get((name, i), 0)
                 part.copy_(_carried(whole, name, i, rank // PARTS))
                 owed[name, i] = whole - part

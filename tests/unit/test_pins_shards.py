@@ -136,7 +136,8 @@ def test_a_link_is_measured_within_its_group(
 
         mine = group
         monkeypatch.setattr(dist, "all_reduce", noted)
-        measure_link(cast(Any, group), CPU)
+        with torch.device("meta"):  # payloads are on the device that is asked for
+            measure_link(cast(Any, group), CPU)
         return asked
 
     (asked,) = forked_ranks(tmp_path, 1, measure)
