@@ -15,7 +15,7 @@ from typing import Any
 import coverage
 import pytest
 
-from tests.mutants.targets import PACKAGES, ROOT, file_digest
+from tests.mutants.targets import PACKAGES, ROOT, file_digest, targets
 
 MEMORY = 8 * 2**30
 """Bytes that a mutant may take."""
@@ -98,10 +98,11 @@ def measure(files: Sequence[str], out: Path) -> None:
 
 
 def _own_files() -> list[str]:
-    """The files of the project, and of the tests, that this process has imported."""
+    """Of the files that this process has imported, those that are mutated, and tests."""
     files = [Path(getattr(module, "__file__", None) or "/") for module in sys.modules.values()]
-    names = [f.relative_to(ROOT).as_posix() for f in files if f.is_relative_to(ROOT)]
-    return sorted(n for n in names if not n.startswith((".venv", "tests/mutants")))
+    names = {f.relative_to(ROOT).as_posix() for f in files if f.is_relative_to(ROOT)}
+    mutated = {target.path for target in targets()}
+    return sorted(n for n in names if n in mutated or n.startswith(("tests/unit", "tests/golden")))
 
 
 class _Watcher:

@@ -67,7 +67,7 @@ class Selection:
 
 
 def selection(cache: Path, width: int) -> Selection:
-    """Measure the tests, but for those that imported the same files when they were measured."""
+    """Measure the tests, but for those whose files, and mutated files, are as they were."""
     folder = cache / "lines"
     folder.mkdir(exist_ok=True)
     stored = {file: folder / f"{file.replace('/', '-')}.json" for file in _test_files()}
