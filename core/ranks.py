@@ -7,6 +7,7 @@ that guesses would train alone, or wait for ranks that nobody started.
 
 import os
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -126,6 +127,22 @@ def local_ranks(environment: Mapping[str, str] = os.environ) -> int:
     found = _local_ranks(variables)
     variables.check()
     return found
+
+
+def refuse_left_socket(environment: Mapping[str, str] = os.environ) -> None:
+    """Raise InputError if PMI_FD is no socket of this process: MPI would end it from C."""
+    text = environment.get("PMI_FD")
+    if text is None:
+        return
+    try:
+        is_socket = stat.S_ISSOCK(os.fstat(int(text)).st_mode)
+    except (OSError, ValueError, OverflowError):
+        is_socket = False
+    if not is_socket:
+        raise InputError(
+            f"PMI_FD={text!r} in the environment is no socket of mpirun's: `unset PMI_FD PMI_RANK "
+            f"PMI_SIZE` if they are left over from elsewhere; {_FIX}"
+        )
 
 
 def _started(variables: Variables) -> Ranks | None:

@@ -72,10 +72,11 @@ class Meeting:
     def sentence(self) -> str:
         """Who waits for whom, where and how long."""
         seconds = time.monotonic() - self._began
-        return (
-            f"rank {self._rank} of {self._size} has waited {seconds:.0f} s {self._place} for "
-            f"{_listed(self._missing())}"
-        )
+        missing = _listed(self._missing())
+        if self._store is None and self._rank == 0:
+            missing = "that address to be known"
+        who = f"rank {self._rank} of {self._size}"
+        return f"{who} has waited {seconds:.0f} s {self._place} for {missing}"
 
     def _open(self) -> Store:
         path = os.environ.get(RENDEZVOUS, "")
@@ -189,7 +190,7 @@ class Meeting:
 
     def _end_as_told(self, end: str) -> None:
         """Raise what another rank's leaving means for this one."""
-        text = f"{end}, so that the ranks will not meet; {self.sentence()}"
+        text = f"{end}, so that the {self._size} ranks will not meet {self._place}"
         assert self._store is not None, "what was told came out of the store"
         with suppress(RuntimeError):
             self._store.add("heard", 1)

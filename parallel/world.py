@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
 from core.errors import InputError
-from core.ranks import ranks_of
+from core.ranks import ranks_of, refuse_left_socket
 from parallel.device import CPU, backends, rank_device, refuse_shared_gpus
 from parallel.launched import free_port
 from parallel.rendezvous import heard, met_store
@@ -120,6 +120,7 @@ def leave_world(world: World) -> None:
 
 def _adopt_mpi_ranks(size: int) -> None:
     """torch's variables from MPI itself, as many ranks as its launcher's variables say."""
+    refuse_left_socket(os.environ)
     try:
         from mpi4py import MPI  # noqa: PLC0415 - importing it starts MPI: only under mpirun
     except (ImportError, RuntimeError) as error:  # no mpi4py, or it finds no library

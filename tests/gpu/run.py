@@ -3,8 +3,8 @@
 Made for a bare machine: this tree and the standard library alone, no network, no make. Runs with
 the Python of .venv if there is one, else with this one and the wheels of .whl
 (tests/gpu/wheels.py). Results go to $OUT, else to runs/gpu; a table comes last. Ends with 1 if a
-test failed or a figure missed what is wanted, with 2 if another run is at work there or pytest is
-missing.
+test failed or a figure missed what is wanted, with 2 if another run is at work there, or a GPU or
+pytest is missing.
 """
 
 import argparse
@@ -30,6 +30,12 @@ LAST = 10.0
 """Seconds that are kept for the table."""
 MESHES = "test_meshes_on_gpu.py"
 _STARTED: "list[subprocess.Popen[bytes]]" = []
+NO_GPU = """
+import sys, torch
+if not torch.cuda.is_available():
+    what = f"no GPU can be used here (torch {torch.__version__}); see nvidia-smi"
+    sys.exit(print(what + "; a dry run: make gpu DEVICE=cpu TINY=1", file=sys.stderr) or 2)
+"""
 PYTEST = ".venv/bin/pip install -r requirements-dev.txt -c constraints/gpu.txt"
 
 
@@ -70,6 +76,9 @@ def _run(flags: argparse.Namespace, out: Path) -> int:
     python = _python(environment)
     if subprocess.run([python, "-c", "import pytest"], env=environment, cwd=out).returncode:
         print(f"{python} has no pytest; with a network: {PYTEST}", file=sys.stderr)
+        return 2
+    looks = [python, "-c", NO_GPU]
+    if flags.device == "cuda" and subprocess.run(looks, env=environment, cwd=out).returncode:
         return 2
     _tests(python, environment, out, time.monotonic() + SHARE * (until - time.monotonic()))
     bench = [python, "-m", "bench", "gpu", "--json", f"--device={flags.device}", f"--out={out}"]

@@ -110,3 +110,11 @@ def test_one_run_works_in_a_folder_and_leaves_nothing_behind(
     assert b"another run is at work" in second.communicate(timeout=60)[1] and second.returncode == 2
     first.send_signal(number)
     assert first.wait(60) == code and not processes_with(f"junitxml={tmp_path}")
+
+
+def test_without_a_gpu_it_is_refused_at_once(tmp_path: Path) -> None:
+    environment = {**ENVIRONMENT, "OUT": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-P", str(ROOT / "tests" / "gpu" / "run.py")]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 2 and "no GPU can be used here" in ended.stderr
+    assert "make gpu DEVICE=cpu TINY=1" in ended.stderr

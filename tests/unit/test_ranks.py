@@ -1,6 +1,7 @@
 """Launchers' variables: what they make of a process, and what is refused by name."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import parallel.world
 from core.errors import InputError
 from core.gpus import gpu_of_worker
 from core.log import LOG, set_up_logging
-from core.ranks import Ranks, local_rank, local_ranks, ranks_of
+from core.ranks import Ranks, local_rank, local_ranks, ranks_of, refuse_left_socket
 from data_pipeline.tokenize.member import Member, member_of
 from parallel.launched import ranks_given
 from tests.harness import ENVIRONMENT, tapir
@@ -223,3 +224,13 @@ def test_a_killed_forkserver_is_a_rank_error_with_a_sentence() -> None:
     done = subprocess.run(python, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
     assert "1 True the process that starts the ranks" in done.stdout, done.stdout + done.stderr
     assert "died before rank-0 had begun" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_a_left_socket_of_mpirun_is_refused_before_mpi_ends_the_process() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        refuse_left_socket({"PMI_FD": str(ours.fileno())})
+    refuse_left_socket({})
+    for text in (str(ours.fileno()), "0x7", "-1", str(2**70)):
+        with pytest.raises(InputError, match=r"PMI_FD=.* is no socket of mpirun's"):
+            refuse_left_socket({"PMI_FD": text})
