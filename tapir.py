@@ -4,7 +4,7 @@ import difflib
 import importlib
 import sys
 
-from core.errors import EXIT_FAILED, EXIT_WRONG_INPUT, TapirError, of_files
+from core.errors import EXIT_FAILED, EXIT_WRONG_INPUT, TapirError, no_memory, of_files, of_memory
 
 VERBS = {
     "demo": ("generation.commands:demo", "the whole way on this machine; ends with report.html"),
@@ -66,10 +66,14 @@ def main() -> None:
     except BrokenPipeError:
         sys.exit(EXIT_FAILED)
     except OSError as error:
-        wrong = of_files(error)
+        wrong = of_memory(error) if no_memory(error) else of_files(error)
         _fail(str(wrong), wrong.exit_code)
     except KeyboardInterrupt as error:
         _fail(str(error) or "interrupted; all processes were ended", 130)
+    except Exception as error:
+        if not no_memory(error):
+            raise
+        _fail(str(of_memory(error)), EXIT_WRONG_INPUT)
 
 
 def _help() -> str:

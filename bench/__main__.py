@@ -5,42 +5,50 @@ import importlib
 import json
 import os
 import platform
+import re
 import sys
+from pathlib import Path
+from typing import Any
 
-NAMES = (
-    *(
-        "attention",
-        "bpe",
-        "compression",
-        "dvae",
-        "engines",
-        "goodput",
-        "gpu",
-        "loader",
-        "network",
-        "order",
-    ),
-    *("parity", "plan", "profile", "sampling", "saving", "scales", "stream", "train_step"),
-)
+from bench.sizes import TINY
+
+_RUNS = re.compile(r"^def run\(|^from bench\.\S+ import run$", re.MULTILINE)
+
+
+def names() -> list[str]:
+    """The benchmarks: modules of this folder with a function `run`."""
+    files = [*Path(__file__).parent.glob("*.py"), *Path(__file__).parent.glob("*/__init__.py")]
+    found = [path.parent.name if path.stem == "__init__" else path.stem for path in files]
+    return sorted(
+        name
+        for name, path in zip(found, files, strict=True)
+        if path != Path(__file__) and _RUNS.search(path.read_text())
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench")
-    parser.add_argument("name", choices=NAMES, help="which benchmark")
+    parser.add_argument("name", choices=names(), help="which benchmark")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object on the last line"
     )
+    parser.add_argument(
+        "--tiny", action="store_true", help="in miniature: does it run? its figures mean nothing"
+    )
     gpu = parser.add_argument_group("of gpu alone")
     gpu.add_argument("--device", choices=("cuda", "cpu"), help="cpu: a dry run (cuda)")
-    gpu.add_argument("--tiny", action="store_true", default=None, help="small sizes")
     gpu.add_argument("--out", help="folder for the rows ($OUT, else runs/gpu)")
     gpu.add_argument("--only", help="names of sections, with commas between them")
     gpu.add_argument("--budget", type=float, help="seconds of all sections together (420)")
     chosen = parser.parse_args()
-    names = ("device", "tiny", "out", "only", "budget")
-    flags = {name: value for name in names if (value := getattr(chosen, name)) is not None}
+    own = ("device", "out", "only", "budget")
+    flags: dict[str, Any] = {n: v for n in own if (v := getattr(chosen, n)) is not None}
     if flags and chosen.name != "gpu":
         parser.error(f"{', '.join(f'--{name}' for name in flags)} belong to gpu")
+    if chosen.tiny:
+        os.environ[TINY] = "1"
+    if chosen.name == "gpu":
+        flags["tiny"] = chosen.tiny
     rows = importlib.import_module(f"bench.{chosen.name}").run(**flags)
     for row in rows:
         low, high = row["spread"]

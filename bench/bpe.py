@@ -9,23 +9,26 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from bench.glosses import INSTALL, glosses, glosses_are_there
+from bench.sizes import sized
 from data_pipeline.bpe import encode, train_bpe
 from data_pipeline.dropout import DropoutEncoder
 
-ENTRIES = 16_384
-WORDS, TEXTS, ROUNDS, RATE = 20_000, 3000, 7, 0.1
+ENTRIES = sized(16_384, 1024)
+GLOSSES = sized(10**6, 4000)
+WORDS, TEXTS, ROUNDS, RATE = sized(20_000, 500), sized(3000, 50), sized(7, 2), 0.1
 
 
 def run() -> list[dict[str, Any]]:
     """Rows of entries, pieces a word and words a second."""
     if not glosses_are_there():
         raise SystemExit(INSTALL)
-    corpus = list(glosses())
+    corpus = list(islice(glosses(), GLOSSES))
     began = time.perf_counter()
     tokenizer = train_bpe(corpus, ENTRIES)
     trained = time.perf_counter() - began

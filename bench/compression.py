@@ -5,26 +5,24 @@ replicas each, 1,000 steps; runs that are there already are not repeated. docs/e
 figures and what follows from them.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
-from bench.tokens import make_tokens
+from bench.sizes import cache, sized
+from bench.tokens import DATA, make_tokens, run_tapir
 from training.run_folder import read_metrics
 
-SEEDS = (0, 1, 2)
-STEPS = 1000
-WIDTHS = {96: (6, 12, 16, 22, 43), 160: (36,)}
+SEEDS = sized((0, 1, 2), (0,))
+STEPS = sized(1000, 2)
+WIDTHS = sized({96: (6, 12, 16, 22, 43), 160: (36,)}, {96: (22,)})
 """Width -> ranks; 22 and 36 are the paper's 0.226 of the width, 16 saves 75%."""
 PAPERS = {96: 22, 160: 36}
-FOLDER = Path(".cache/bench-compression")
+HELD_OUT = sized(512, 16)
+FOLDER = cache("compression")
 
 
 def run() -> list[dict[str, Any]]:
     """One row a width, rank and variant; ratio > 1 means a lower loss than uncompressed."""
-    tokens = os.environ.get("TAPIR_BENCH_TOKENS") or make_tokens(FOLDER / "data")
+    tokens = make_tokens(FOLDER / "data", *DATA)
     rows = []
     for width, ranks in WIDTHS.items():
         plain = _losses(tokens, width, 0, "plain", [])
@@ -57,13 +55,20 @@ def _losses(tokens: str, width: int, rank: int, variant: str, flags: list[str]) 
 def _train(tokens: str, width: int, rank: int, variant: str, seed: int, flags: list[str]) -> float:
     name = f"{width}-{rank}-{variant}-{seed}".replace(" ", "_").replace(",", "")
     out = FOLDER / name
-    command = [sys.executable, "-m", "tapir", "train", "prior", "tiny"]
-    command += [f"--data={tokens}", f"--out={out}", f"--loop.steps={STEPS}", "--loop.batch=16"]
-    command += [f"--loop.seed={seed}", "--loop.validation-samples=512"]
+    command = [
+        "train",
+        "prior",
+        "tiny",
+        f"--data={tokens}",
+        f"--out={out}",
+        f"--loop.steps={STEPS}",
+        "--loop.batch=16",
+    ]
+    command += [f"--loop.seed={seed}", f"--loop.validation-samples={HELD_OUT}"]
     command += [f"--loop.validate-every={STEPS}", f"--checkpoint.every={STEPS}"]
     command += [f"--model.dim={width}", f"--model.heads={width // 32}", "--engine.name=reference"]
     command += ["--mesh.data=2", f"--compress.rank={rank}", *flags]
-    subprocess.run(command, check=True, capture_output=True)
+    run_tapir(*command)
     rows = [row for row in read_metrics(out) if row.get("split") == "validation"]
     assert rows and rows[-1]["step"] == STEPS, f"{out} did not end with a validation row"
     return float(rows[-1]["loss"])

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from bench.leaves import dead_leaves, write_leaves
+from bench.sizes import cache, sized
 from bench.tokens import run_tapir
 from bench.workers import Worker
 from core.memory import keep_freed_memory
@@ -27,15 +28,15 @@ from training.export import load_dvae
 from training.presets import dvae_paper
 from training.tasks import perplexity
 
-FOLDER = Path(".cache/bench-dvae")
-PICTURES, TRAINED = 4, 8000
-ROUNDS = 3
-HELD_OUT = range(1_000_000, 1_000_512)
+FOLDER = cache("dvae")
+PICTURES, SIDE, TRAINED = sized(4, 1), sized(256, 32), sized(8000, 300)
+ROUNDS = sized(3, 1)
+HELD_OUT = range(1_000_000, 1_000_000 + sized(512, 16))
 WANTED, WANTED_AGREEMENT, WANTED_PERPLEXITY = 2.6, 0.99, 100.0
 FLAGS = [
     "--model.codebook=512",
-    "--loop.steps=1500",
-    "--loop.batch=32",
+    f"--loop.steps={sized(1500, 2)}",
+    f"--loop.batch={sized(32, 16)}",
     "--loop.validate-every=500",
     "--mesh.data=1",
 ]
@@ -112,7 +113,7 @@ WORKERS: dict[str, Callable[[], Callable[[], object]]] = {
 
 def _image() -> torch.Tensor:
     draws = torch.Generator().manual_seed(0)
-    return torch.rand(PICTURES, 3, 256, 256, generator=draws)
+    return torch.rand(PICTURES, 3, SIDE, SIDE, generator=draws)
 
 
 def _agreement() -> list[dict[str, Any]]:
@@ -146,6 +147,6 @@ def _trained() -> Path:
     if not (pictures / "done.json").exists():
         write_leaves(pictures, TRAINED)
         (pictures / "done.json").write_text(json.dumps({"pictures": TRAINED}))
-    run_tapir("pack", str(pictures), str(raw), "--validation=0.1")
+    run_tapir("pack", str(pictures), str(raw), "--validation=0.1", *sized([], ["--block=8"]))
     run_tapir("train", "dvae", "tiny", f"--data={raw}", f"--out={run}", *FLAGS)
     return run

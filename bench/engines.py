@@ -9,11 +9,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bench.sizes import sized
 from bench.tokens import make_tokens, run_tapir
 
-ROUNDS = 3
-STEPS = 25
-COUNTED = 15
+ROUNDS = sized(3, 1)
+STEPS = sized(25, 2)
+COUNTED = sized(15, 1)
 ENGINES = {
     "reference, 1 process": ["--engine.name=reference", "--mesh.data=1"],
     "reference, 2 ranks": ["--engine.name=reference", "--mesh.data=2"],
@@ -25,7 +26,7 @@ def run() -> list[dict[str, Any]]:
     """One row an engine; ratio > 1 means faster than the reference on one process."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tokens = make_tokens(folder, 1500, 4)
+        tokens = make_tokens(folder, sized(1500, 400), 4)
         rates: dict[str, list[float]] = {name: [] for name in ENGINES}
         for i in range(ROUNDS):
             for engine, flags in ENGINES.items():

@@ -21,7 +21,9 @@ from typing import Any
 
 import torch
 
-from bench.tokens import make_tokens
+from bench.children import child_environment, module_command
+from bench.sizes import cache, sized
+from bench.tokens import DATA, make_tokens
 from checkpoint.format import StateSlice
 from checkpoint.reader import open_checkpoint
 from checkpoint.saver import Saver
@@ -36,10 +38,13 @@ REPLACEMENT = 300.0
 """Seconds until a failed machine is replaced and the job runs again; assumed, not measured."""
 SPREAD = 0.5
 """Seconds of start-up for each doubling of the ranks beyond 8; assumed."""
-DAY, DAYS = 86_400.0, 365 * 20
-INTERVALS = (30, 60, 120, 300, 600, 1200, 1800, 3600, 7200)
-KILLS = 3
-FOLDER = Path(".cache/bench-goodput")
+DAY, DAYS = 86_400.0, sized(365 * 20, 30)
+INTERVALS = sized((30, 60, 120, 300, 600, 1200, 1800, 3600, 7200), (60,))
+KILLS = sized(3, 1)
+FOLDER = cache("goodput")
+SIDES = sized((2, 2, 2), (1, 2, 1))
+"""Tensor, pipeline and data ranks of the run that is killed."""
+RANKS = math.prod(SIDES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +63,14 @@ def run() -> list[dict[str, Any]]:
     """One row an interval, and the seconds of a restart."""
     restarts = measured_restarts()
     restart = statistics.median(restarts)
-    share = STATE / GPUS
+    share = sized(STATE / GPUS, 1e6)
     hold, write, read = _measured_save(share)
     ranks = math.log2(GPUS / 8) * SPREAD
     costs = Costs(hold=hold, write=write, restart=restart + read + ranks + REPLACEMENT)
     print(f"{share / 1e6:.0f} MB a rank: {costs}", file=sys.stderr)
     rows = [
         {
-            "name": "SIGKILL of one of 8 ranks to the next trained step",
+            "name": f"SIGKILL of one of {RANKS} ranks to the next trained step",
             "value": restart,
             "unit": "s",
             "baseline": "15 s",
@@ -102,16 +107,18 @@ def simulate(costs: Costs, interval: float, seed: int) -> float:
 
 
 def measured_restarts() -> list[float]:
-    """Seconds from the SIGKILL of one of 8 ranks (TP2 x PP2 x DP2) to the next logged step."""
-    tokens = os.environ.get("TAPIR_BENCH_TOKENS") or make_tokens(FOLDER / "data")
+    """Seconds from the SIGKILL of one of the ranks of SIDES to the next logged step."""
+    tokens = make_tokens(FOLDER / "data", *DATA)
     out = FOLDER / "run"
     shutil.rmtree(out, ignore_errors=True)
-    command = [sys.executable, "-m", "tapir", "train", "prior", "tiny", f"--data={tokens}"]
+    command = module_command("tapir", "train", "prior", "tiny", f"--data={tokens}")
     command += [f"--out={out}", "--loop.steps=100000", "--loop.log-every=1", "--loop.batch=16"]
-    command += ["--loop.validate-every=0", "--checkpoint.every=5", "--mesh.tensor=2"]
-    command += ["--mesh.pipeline=2", "--engine.name=deepspeed_pipe", "--engine.accumulate=2"]
+    command += ["--loop.validate-every=0", "--checkpoint.every=5"]
+    names = ("tensor", "pipeline", "data")
+    command += [f"--mesh.{name}={n}" for name, n in zip(names, SIDES, strict=True)]
+    command += ["--engine.name=deepspeed_pipe", "--engine.accumulate=2"]
     command += ["--model.heads=4", "--supervisor.back-off=0.1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**child_environment(), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
     try:
         return [_kill_one(process.pid, out) for _ in range(KILLS)]
@@ -126,9 +133,9 @@ def _kill_one(launcher: int, out: Path) -> float:
     _until(lambda: len(_rows(out)) > start + 12)
     session = next(Path(tempfile.gettempdir()).glob(f"tapir-ranks-{launcher}-*"))
     folder = next(path for path in session.iterdir() if path.is_dir())
-    ranks = [beat.pid for beat in read_beats(folder, 8)]
+    ranks = [beat.pid for beat in read_beats(folder, RANKS)]
     began = time.monotonic()
-    os.kill(ranks[3], signal.SIGKILL)
+    os.kill(ranks[-1], signal.SIGKILL)
     _until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks))
     before = set(_rows(out))
     _until(lambda: _rows(out)[-1] not in before)

@@ -18,21 +18,24 @@ import shutil
 import statistics
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bench.children import child_environment, module_command
+from bench.sizes import cache, sized, tiny
 from bench.synthetic import records_of, write_tokens
 from cluster.object_server import ObjectServer, object_server
 from core.s3 import S3Store
 from core.store import FolderStore, Store
 
-FOLDER = Path(".cache/bench-loader")
-SHARDS, RECORDS, BLOCK = 20, 10_240, 512
-ROUNDS = 5
+FOLDER = cache("loader")
+SHARDS, RECORDS, BLOCK = sized(20, 4), sized(10_240, 1024), 512
+ROUNDS = sized(5, 1)
 BUCKET = "bench-loader"
-CHILD = Path(__file__).with_name("loader_child.py")
+CHILD = "bench.loader_child"
 CONSTRAINTS = Path(__file__).parents[1] / "constraints" / "cpu.txt"
 PACKAGES = {
     "webdataset": ["webdataset", "numpy"],
@@ -58,20 +61,26 @@ WANTED = {"webdataset_two": 10.0, "webdataset_one": 5.0, "litdata": 2.0, "webdat
 
 def run() -> list[dict[str, Any]]:
     """Rows: microseconds of CPU a record of each contender; ratio = theirs over Tapir's."""
-    pythons = {"": sys.executable, **{name: _environment(name) for name in PACKAGES}}
+    pythons = {"": sys.executable, **{name: _environment(name) for name in _packages()}}
     _write(pythons)
-    places = {name: FOLDER / name.replace("_", "-") for name in LOCAL}
+    local = {name: owner for name, owner in LOCAL.items() if owner in pythons}
+    places = {name: FOLDER / name.replace("_", "-") for name in local}
     places |= {"raw": FOLDER / "tapir", "webdataset_plain": FOLDER / "webdataset-one"}
     used: dict[str, list[float]] = {}
     for _ in range(ROUNDS):
         _warm(FOLDER / "tapir")
         _note(used, "tapir", _measure(sys.executable, "tapir", str(FOLDER / "tapir")))
-        for name, owner in LOCAL.items():
+        for name, owner in local.items():
             _warm(places[name])
             _note(used, name, _measure(pythons[owner], name, str(places[name])))
-    rows = [_row(name, used[name], used["tapir"], "tapir local") for name in LOCAL]
+    rows = [_row(name, used[name], used["tapir"], "tapir local") for name in local]
     rows.insert(0, _row("tapir", used["tapir"], used["raw"], "raw read"))
     return rows + _from_s3(pythons["webdataset"])
+
+
+def _packages() -> list[str]:
+    """The other projects; of a miniature those that this Python has, for none is installed then."""
+    return [name for name in PACKAGES if not tiny() or find_spec(name) is not None]
 
 
 def _from_s3(python: str) -> list[dict[str, Any]]:
@@ -117,6 +126,8 @@ def _copy(source: Store, target: Store) -> None:
 
 def _environment(name: str) -> str:
     """The Python of a contender's own virtual environment, made if it is not there."""
+    if tiny():
+        return sys.executable
     venv = FOLDER / f"venv-{name}"
     python = venv / "bin" / "python"
     if not (venv / "ready").exists():
@@ -141,9 +152,9 @@ def _write(pythons: dict[str, str]) -> None:
     parts = [records_of(shard, RECORDS, 1024, 256) for shard in range(SHARDS)]
     rows = [np.concatenate([part.image, part.text.reshape(RECORDS, 256)], 1) for part in parts]
     np.save(FOLDER / "records.npy", np.concatenate(rows))
-    for name in PACKAGES:
-        command = [pythons[name], str(CHILD), f"write_{name}", str(FOLDER)]
-        subprocess.run(command, check=True)
+    for name in filter(None, pythons):
+        command = module_command(CHILD, f"write_{name}", str(FOLDER), python=pythons[name])
+        subprocess.run(command, check=True, env=child_environment())
     done.touch()
 
 
@@ -159,12 +170,9 @@ def _warm(folder: Path) -> None:
 def _measure(
     python: str, name: str, place: str, environment: dict[str, str] | None = None
 ) -> float:
-    command = [python, str(CHILD), name, place]
-    root = str(Path(__file__).parents[1])
-    inherited = {**(environment or os.environ)}
-    if name == "tapir":
-        inherited["PYTHONPATH"] = root
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=inherited)
+    command = module_command(CHILD, name, place, python=python)
+    inherited = child_environment(environment or os.environ)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=inherited)
     found = json.loads(done.stdout.splitlines()[-1])
     assert name == "raw" or found["records"] == SHARDS * RECORDS, (name, found)
     print(f"{name}: {found}", file=sys.stderr)

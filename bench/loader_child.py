@@ -1,7 +1,7 @@
 """One contender of the loader benchmark: reads every record once and prints its CPU time.
 
 Runs in the contender's own virtual environment; only `tapir` imports the project.
-Usage: python bench/loader_child.py CONTENDER PLACE
+Usage: python -P -m bench.loader_child CONTENDER PLACE
 """
 
 import importlib

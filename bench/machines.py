@@ -2,10 +2,11 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+
+from bench.children import child_environment, module_command
 
 LEAST_BURST = 65_536
 """Bytes; tbf needs at least a timer tick's worth at the rate."""
@@ -31,7 +32,7 @@ class Machines:
                 _run("ip", "netns", "exec", name, *tbf)
 
     def run(self, command: Sequence[str], ranks: int, port: int) -> list[str]:
-        """Run one Python command as `ranks` ranks on each machine; returns each rank's output.
+        """Run a module with arguments as `ranks` ranks on each machine; returns each rank's output.
 
         Raises: CalledProcessError if a rank fails, after all have ended.
         """
@@ -39,7 +40,7 @@ class Machines:
         for rank in range(world):
             machine = rank // ranks
             environment = {
-                **os.environ,
+                **child_environment(),
                 "RANK": str(rank),
                 "WORLD_SIZE": str(world),
                 "LOCAL_RANK": str(rank % ranks),
@@ -50,7 +51,7 @@ class Machines:
             }
             self.running.append(
                 subprocess.Popen(
-                    ["ip", "netns", "exec", self.names[machine], sys.executable, *command],
+                    ["ip", "netns", "exec", self.names[machine], *module_command(*command)],
                     env=environment,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,

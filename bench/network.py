@@ -14,6 +14,7 @@ import torch
 
 from bench.machines import Machines, two_machines
 from bench.parity import SEED, batch_of
+from bench.sizes import sized
 from core.log import set_up_logging
 from models.config import PriorConfig
 from models.prior import prior_program
@@ -27,14 +28,19 @@ from parallel.placement import placement_of
 from parallel.world import join_world, leave_world
 
 MODEL = PriorConfig(
-    dim=512, heads=8, layers=6, text_length=6, text_vocabulary=512, image_vocabulary=512, grid=4
+    dim=sized(512, 128),
+    heads=8,
+    layers=sized(6, 1),
+    text_length=6,
+    text_vocabulary=512,
+    image_vocabulary=512,
+    grid=4,
 )
-RANK = 64
-"""An eighth of the width."""
-SLOW = 100.0
+RANK = MODEL.dim // 8
+SLOW = sized(100.0, 1000.0)
 """Megabits a second."""
-SWEEP = (300.0, 600.0, 900.0, 1300.0, 2000.0)
-STEPS, ROUNDS = 4, 3
+SWEEP = sized((300.0, 600.0, 900.0, 1300.0, 2000.0), (300.0, 2000.0))
+STEPS, ROUNDS = sized(4, 1), sized(3, 1)
 PORTS = iter(range(29_700, 29_990))
 
 
@@ -89,7 +95,7 @@ def _crossing(points: list[tuple[float, float]]) -> float:
 
 
 def _measure(machines: Machines) -> dict[str, Any]:
-    output = machines.run(["-m", "bench.network"], 1, next(PORTS))[0]
+    output = machines.run(["bench.network"], 1, next(PORTS))[0]
     body: dict[str, Any] = json.loads(output.splitlines()[-1])
     return body
 

@@ -16,15 +16,17 @@ from typing import Any
 import numpy as np
 import psutil
 
+from bench.children import call_command, child_environment
+from bench.sizes import sized
 from data_pipeline.config import OrderConfig
 from data_pipeline.order import LaneOrder
 from data_pipeline.stream import Chunk, Windows, chunks_of
 
-SHARDS, RECORDS, BLOCK = 2500, 100_000, 128
-ORDER = OrderConfig(lanes=1024, window=8)
-BATCH = 1024
-WORLDS = (1, 8, 64, 1024)
-POSITIONS = ((0, 0), (0, 200_000), (3, 123_456), (17, 1))
+SHARDS, RECORDS, BLOCK = sized(2500, 300), 100_000, 128
+ORDER = OrderConfig(lanes=sized(1024, 64), window=8)
+BATCH = ORDER.lanes
+WORLDS = sized((1, 8, 64, 1024), (1, 8))
+POSITIONS = sized(((0, 0), (0, 200_000), (3, 123_456), (17, 1)), ((3, 123_456),))
 """(epoch, step) of saved states."""
 
 
@@ -65,9 +67,9 @@ def run() -> list[dict[str, Any]]:
     """Rows: seconds and megabytes from a state to its batch; reads an epoch over records used."""
     rows = []
     for epoch, step in POSITIONS:
-        code = f"from bench.order import position; position({epoch}, {step})"
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        command = call_command("bench.order:position", epoch, step)
+        piped: dict[str, Any] = {"stdout": subprocess.PIPE, "env": child_environment()}
+        done = subprocess.run(command, text=True, check=True, **piped)
         found = json.loads(done.stdout.splitlines()[-1])
         assert found["seconds"] < 1 and found["megabytes"] < 100, found
         where = f"state to batch, epoch {epoch} step {step}"

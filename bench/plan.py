@@ -10,6 +10,7 @@ import statistics
 from dataclasses import replace
 from typing import Any
 
+from bench.sizes import sized
 from models.config import PriorConfig
 from parallel.config import EngineConfig, EngineName, MeshConfig
 from planning.calibrate import calibrate
@@ -21,7 +22,7 @@ from training.config import LoopConfig, PriorTrain
 MODEL = PriorConfig(
     dim=256, heads=4, layers=6, text_length=24, text_vocabulary=512, image_vocabulary=64, grid=8
 )
-BATCH, ROUNDS, STEPS = 32, 5, 6
+BATCH, ROUNDS, STEPS = 32, sized(5, 1), sized(6, 2)
 
 
 def _run(mesh: MeshConfig, name: EngineName = "reference", accumulate: int = 1) -> PriorTrain:

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench.sizes import sized
 from bench.tokens import make_tokens
 from cluster.launcher import launch
 from core.heartbeat import Heart
@@ -35,14 +36,14 @@ from training.main import PRELOAD
 from training.presets import prior_tiny
 from training.rank import make_task
 
-WARM, PAIRS, BATCH = 20, 400, 8
+WARM, PAIRS, BATCH = sized(20, 2), sized(400, 6), 8
 BLOCK = 50
 """Pairs behind which the order turns round."""
 BOUND = 2.0
 """Percent that the upper end of the interval must stay below."""
 CASES = {
     "one process": ("reference", 1),
-    "two ranks, deepspeed_zero": ("deepspeed_zero", 2),
+    **sized({"two ranks, deepspeed_zero": ("deepspeed_zero", 2)}, {}),
 }
 
 

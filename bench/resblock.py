@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.sizes import sized
 from core.memory import keep_freed_memory
 from models.config import PriorConfig
 from models.draws import init_normal
@@ -21,8 +22,10 @@ from models.prior import PriorBlock
 from parallel.device import CPU
 from parallel.tensor.ops import TensorParallel
 
-CONFIG = PriorConfig(dim=3968, heads=62, layers=64, text_length=256, grid=32)
-ROUNDS, WANTED = 3, 0.8
+CONFIG = PriorConfig(
+    dim=sized(3968, 128), heads=sized(62, 2), layers=64, text_length=256, grid=sized(32, 8)
+)
+ROUNDS, WANTED = sized(3, 1), 0.8
 
 
 def rows() -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.sizes import sized
 from generation.config import SampleConfig
 from generation.decoder import DTYPES, Decoder, Part
 from generation.sampling import Sampler
@@ -25,19 +26,20 @@ from models.masks import full_mask, layer_kind
 from models.prior import PriorBlock, build_prior
 
 CONFIG = PriorConfig(
-    dim=1024,
+    dim=sized(1024, 64),
     heads=16,
     layers=4,
     text_length=64,
     text_vocabulary=16_384,
     image_vocabulary=8192,
-    grid=16,
+    grid=sized(16, 4),
 )
-BATCHES = (1, 8, 64)
-ROUNDS = 3
-PLAIN_AT = (0, 63, 127, 191, 255)
+BATCHES = sized((1, 8, 64), (1, 2))
+ROUNDS = sized(3, 1)
+PLAIN_AT = sized((0, 63, 127, 191, 255), (0, 15))
 """Positions at which the plain definition is timed: its cost grows evenly between them."""
-READ = 64 * 2**20
+SIDE = sized(2048, 128)
+READ = sized(64 * 2**20, 2**20)
 
 
 def run() -> list[dict[str, Any]]:
@@ -80,7 +82,7 @@ def _rows(
                 batch,
                 seconds[str(batch)],
                 flops,
-                "matmul of 2048",
+                f"matmul of {SIDE}",
             )
         )
     return rows
@@ -172,7 +174,7 @@ def _flops(batch: int) -> float:
 
 def _matmul_seconds(precision: str) -> float:
     """Seconds of a floating-point operation in a large matmul."""
-    side = 2048
+    side = SIDE
     x = torch.ones(side, side, dtype=DTYPES[precision])
     return min(_seconds(lambda: x @ x) for _ in range(3)) / (2 * side**3)
 

@@ -7,11 +7,11 @@ take turns, and what they wrote is compared byte for byte.
 import shutil
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.sizes import cache, sized
 from checkpoint.reader import open_checkpoint
 from checkpoint.saver import Saver
 from core.store import FolderStore
@@ -22,15 +22,15 @@ from parallel.engines.protocol import EngineSettings
 from parallel.engines.reference import ReferenceEngine
 from parallel.mesh import Mesh
 
-ROUNDS = 5
-FOLDER = Path(".cache/bench-saving")
+ROUNDS, LEAST = sized(5, 1), sized(2**30, 2**20)
+FOLDER = cache("saving")
 
 
 def run() -> list[dict[str, Any]]:
     """One row; ratio = seconds held up in front over those in the background."""
     engine = trained_engine()
     size = sum(part.data.numel() * part.data.element_size() for part in engine.state_slices())
-    assert size >= 2**30, f"the state has only {size} bytes"
+    assert size >= LEAST, f"the state has only {size} bytes"
     seconds: dict[bool, list[float]] = {True: [], False: []}
     shutil.rmtree(FOLDER, ignore_errors=True)
     store = FolderStore(FOLDER)
@@ -61,9 +61,9 @@ def run() -> list[dict[str, Any]]:
 def trained_engine() -> ReferenceEngine:
     """The reference engine after one step."""
     config = PriorConfig(
-        dim=768,
+        dim=sized(768, 96),
         heads=12,
-        layers=13,
+        layers=sized(13, 1),
         text_length=8,
         text_vocabulary=512,
         image_vocabulary=512,

@@ -5,14 +5,13 @@ under every global scale of a sweep of powers of two, and under scales of the re
 largest that keeps each finite, which is where the rules of appendix D settle.
 """
 
-import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.tokens import make_tokens
+from bench.sizes import cache, sized
+from bench.tokens import DATA, make_tokens
 from core.store import open_store
 from data_pipeline.tokens import TokenSource
 from models.config import PriorConfig
@@ -25,16 +24,16 @@ from parallel.mesh import Mesh
 from parallel.scales import MOST, Branch, Counters, Scale
 from training.tasks import token_batch
 
-DEPTH, STEPS, BATCH = 48, 1000, 16
-SEARCHED, COUNTED = 4, 60
+DEPTH, STEPS, BATCH = sized(48, 2), sized(1000, 2), 16
+SEARCHED, COUNTED = sized(4, 1), sized(60, 2)
 """Batches of the sweep, and those of the final count."""
-SWEEP = tuple(2.0**k for k in range(0, 41, 2))
-FOLDER = Path(".cache/bench-scales")
+SWEEP = tuple(2.0**k for k in range(0, 41, sized(2, 8)))
+FOLDER = cache("scales")
 
 
 def run() -> list[dict[str, Any]]:
     """One row; ratio = share flushed by the best global scale over the resblocks' own."""
-    tokens = os.environ.get("TAPIR_BENCH_TOKENS") or make_tokens(FOLDER / "data")
+    tokens = make_tokens(FOLDER / "data", *DATA)
     source = TokenSource(open_store(tokens), "train")
     facts = source.manifest.facts
     config = PriorConfig(
@@ -46,7 +45,7 @@ def run() -> list[dict[str, Any]]:
         image_vocabulary=facts["image_vocabulary"],
         grid=facts["grid"],
     )
-    records = [record for block in range(40) for record in source.read(block)]
+    records = [record for block in range(sized(40, 12)) for record in source.read(block)]
     batches = [
         token_batch(records[i : i + BATCH], config.text_length)
         for i in range(0, len(records) - BATCH, BATCH)

@@ -1,22 +1,37 @@
 """A small token data set of shapes for benchmarks."""
 
+import os
 import subprocess
-import sys
 from pathlib import Path
 
+from bench.children import child_environment, module_command
+from bench.sizes import sized
 
-def make_tokens(folder: Path, count: int = 6000, dvae_steps: int = 600) -> str:
-    """Pack shapes, train a dVAE and a tokenizer, and tokenize; finished parts are kept."""
+DATA = sized((6000, 600), (400, 2))
+"""Pairs, and steps of their dVAE."""
+
+
+def make_tokens(folder: Path, count: int, dvae_steps: int) -> str:
+    """Pack shapes, train a dVAE and a tokenizer, and tokenize; finished parts are kept.
+
+    TAPIR_BENCH_TOKENS names tokens that are there already.
+    """
+    if given := os.environ.get("TAPIR_BENCH_TOKENS"):
+        return given
     raw, tokens, dvae, bpe = (str(folder / name) for name in ("raw", "tokens", "dvae", "bpe"))
-    run_tapir("pack", "shapes", raw, f"--count={count}", "--validation=0.1")
+    small = sized([], ["--block=8"])
+    run_tapir("pack", "shapes", raw, f"--count={count}", "--validation=0.1", *small)
     run_tapir("train", "bpe", "tiny", f"--data={raw}", f"--out={bpe}")
     run_tapir(
         "train", "dvae", "tiny", f"--data={raw}", f"--out={dvae}", f"--loop.steps={dvae_steps}"
     )
-    run_tapir("tokenize", raw, tokens, f"--dvae={dvae}", f"--bpe={bpe}", "--block=16")
+    run_tapir("tokenize", raw, tokens, f"--dvae={dvae}", f"--bpe={bpe}", f"--block={sized(16, 8)}")
     return tokens
 
 
 def run_tapir(*arguments: str) -> None:
-    """Run one command of Tapir; raises CalledProcessError if it fails."""
-    subprocess.run([sys.executable, "-m", "tapir", *arguments], check=True, capture_output=True)
+    """Run one command of Tapir; raises SystemExit with its output if it fails."""
+    command = module_command("tapir", *arguments)
+    done = subprocess.run(command, capture_output=True, text=True, env=child_environment())
+    if done.returncode:
+        raise SystemExit(f"tapir {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import resblock
+from bench.sizes import sized
 from bench.workers import Worker
 from core.memory import keep_freed_memory
 from models.config import PriorConfig
@@ -34,16 +35,16 @@ from parallel.precision import set_numerics
 from parallel.world import World
 
 CONFIG = PriorConfig(
-    dim=512,
+    dim=sized(512, 64),
     heads=8,
-    layers=4,
-    text_length=64,
-    grid=16,
+    layers=sized(4, 2),
+    text_length=sized(64, 8),
+    grid=sized(16, 4),
     text_vocabulary=16_384,
     image_vocabulary=8_192,
 )
-BATCH, WARM, ROUNDS, LR = 2, 2, 7, 4.5e-4
-PEAK_SIZES = (1024, 2048)
+BATCH, WARM, ROUNDS, LR = 2, sized(2, 1), sized(7, 1), 4.5e-4
+PEAK_SIZES = sized((1024, 2048), (128,))
 WANTED_RATIO, WANTED_MFU = 4.0, 0.5
 
 

@@ -1,5 +1,7 @@
 """The errors that Tapir raises, and the exit codes that they end in."""
 
+import errno
+
 EXIT_FAILED = 1
 EXIT_WRONG_INPUT = 2
 EXIT_PREEMPTED = 75
@@ -78,10 +80,41 @@ _WRONG_PATHS = (
 )
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_MEMORY = (
+    *("can't allocate memory", "out of memory", "bad_alloc", "Insufficient memory"),
+    "Cannot allocate memory",
+)
+"""As torch's allocators, its libraries, OpenCV and the operating system say it."""
+
+
+def if_full(error: OSError) -> str:
+    """What to do about a full disk or a used-up quota; nothing for another error."""
+    return "; make room there and start again" if error.errno in _FULL else ""
+
+
+def no_memory(error: BaseException) -> bool:
+    """Say whether memory ran out: of the host, or of a device."""
+    if isinstance(error, MemoryError):
+        return True
+    said = isinstance(error, RuntimeError | OSError) or type(error).__module__ == "cv2"
+    return said and any(text in str(error) for text in _NO_MEMORY)
+
+
+def of_memory(error: BaseException) -> ConfigError:
+    """Say that memory ran out."""
+    reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+    return ConfigError(
+        f"memory ran out: {reason}; end what holds memory, raise a limit (ulimit -v, a control "
+        "group's), or ask for less at once (a smaller batch, fewer candidates, fewer ranks); what "
+        "was finished before is whole"
+    )
+
+
 def of_files(error: OSError) -> TapirError:
     """Say what the file system refused: a wrong path is wrong input, a full disk is not."""
     where = f" {error.filename}" if error.filename else ""
-    reason = error.strerror or str(error)
+    reason = (error.strerror or str(error)) + if_full(error)
     if isinstance(error, _WRONG_PATHS):
         return InputError(f"cannot use the path{where}: {reason}; give another one")
     return TapirError(f"cannot read or write{where}: {reason}; what was finished before is whole")

@@ -1,7 +1,9 @@
 """The memory of this machine: how much is free, and keeping what was freed in the process."""
 
 import ctypes
+import os
 import platform
+import resource
 from pathlib import Path
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
@@ -16,7 +18,7 @@ _CGROUPS = (
 
 
 def host_memory(root: Path = Path("/")) -> tuple[int, int]:
-    """Bytes that are free, and all; a control group's limit counts where it is smaller."""
+    """Bytes that are free, and all; limits of control group and process (ulimit -v) count."""
     table = _table(root / "proc/meminfo")
     free, whole = table["MemAvailable"] * 1024, table["MemTotal"] * 1024
     for limit, used, dropped in _CGROUPS:
@@ -27,7 +29,12 @@ def host_memory(root: Path = Path("/")) -> tuple[int, int]:
         except (OSError, ValueError):
             continue  # no such group here, or "max"
         free, whole = min(free, most - now + files), min(whole, most)
-    return free, whole
+    space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if space != resource.RLIM_INFINITY:
+        pages = int((root / "proc/self/statm").read_text().split()[0])
+        used_now = pages * os.sysconf("SC_PAGE_SIZE")
+        free, whole = min(free, space - used_now), min(whole, space)
+    return max(free, 0), whole
 
 
 def _table(path: Path) -> dict[str, int]:

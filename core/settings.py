@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import types
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,6 +62,10 @@ def wrong_types(kind: type, value: Any, where: str) -> list[str]:
 def _fits(hint: Any, item: Any) -> bool:
     if typing.get_origin(hint) is typing.Literal:
         return item in typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_fits(each, item) for each in typing.get_args(hint))
+    if hint is types.NoneType:
+        return item is None
     if typing.get_origin(hint) is tuple:
         return isinstance(item, list | tuple) and all(isinstance(each, str) for each in item)
     if hint is Path:

@@ -7,13 +7,14 @@ environment, as boto3 does; nothing of them is ever written down.
 import errno
 import hashlib
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from core.errors import AbsentError, ConfigError, StoreError, StoreInputError
+from core.errors import AbsentError, ConfigError, StoreError, StoreInputError, if_full
 from core.files import TEMPORARY, write_atomic, write_parts
 from core.places import S3, place_problems
 from core.s3 import S3Store
@@ -88,7 +89,7 @@ class FolderStore:
         except OSError as error:
             if error.errno == errno.EROFS:
                 raise StoreInputError(f"{self.root} is read-only; give another place") from error
-            raise StoreError(f"cannot write {path}: {error}") from error
+            raise StoreError(f"cannot write {path}: {error}{if_full(error)}") from error
 
     def put_parts(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
         path = self._path(name)
@@ -97,7 +98,7 @@ class FolderStore:
         except _WRONG_FOLDER as error:
             raise StoreInputError(f"{self.root} cannot be written to: {error.strerror}") from error
         except OSError as error:
-            raise StoreError(f"cannot write {path}: {error}") from error
+            raise StoreError(f"cannot write {path}: {error}{if_full(error)}") from error
 
     def names(self, prefix: str = "") -> list[str]:
         start = self._path(prefix.rpartition("/")[0]) if "/" in prefix else self.root
@@ -130,6 +131,16 @@ class FolderStore:
         if not path.is_relative_to(os.path.normpath(self.root)):
             raise StoreInputError(f"{name!r} points outside of {self.root}")
         return path
+
+
+def free_space(store: Store) -> int | None:
+    """Bytes that a folder's disk has free; None of an object store, which does not say."""
+    if not isinstance(store, FolderStore):
+        return None
+    place = store.root.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
 
 
 def _raise_unless_gone(error: OSError) -> None:

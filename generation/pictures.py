@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from core.errors import InputError
+from core.errors import ConfigError, InputError
 from core.files import write_atomic
 from core.log import LOG, Meter
+from core.memory import host_memory
 from core.settings import check
 from data_pipeline.bpe import encode, load_tokenizer
 from data_pipeline.images import decode_rgb, encode_png, square
@@ -76,8 +77,7 @@ class Studio:
                 "the prior was trained without --caption-drop: it does not know the empty caption, "
                 "and --guidance may do harm"
             )
-        side = self.dvae.config.pixels
-        arrays = np.zeros((len(captions), count, side, side, 3), np.uint8)
+        arrays = _room_for(len(captions), count, self.dvae.config.pixels)
         scores = np.zeros((len(captions), count), np.float32)
         for drawn in self.codes(captions, settings, prompt):
             where = drawn.captions, drawn.candidates
@@ -168,6 +168,24 @@ class Arrivals:
             for j, picture in enumerate(row, candidates.start):
                 assert self._folder is not None
                 write_atomic(self._folder / picture_name(i, j), encode_png(picture))
+
+
+def _room_for(captions: int, count: int, side: int) -> NDArray[np.uint8]:
+    """Memory for all pictures, (captions, count, S, S, 3).
+
+    Raises: ConfigError if they do not fit: pages that are touched later would end the process.
+    """
+    each, free = count * side * side * 3, host_memory()[0]
+    if (captions + 1) * each <= free:  # once more while the last ones are put in order
+        try:
+            return np.zeros((captions, count, side, side, 3), np.uint8)
+        except MemoryError:
+            pass
+    raise ConfigError(
+        f"{count:,} candidates of {captions:,} captions are {captions * each / 1e9:.1f} GB of "
+        f"pictures, kept until they are ranked, and {free / 1e9:.1f} GB of memory are free: ask "
+        "for fewer candidates, or for some of the captions at a time"
+    )
 
 
 def picture_name(caption: int, candidate: int) -> str:

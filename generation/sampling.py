@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from core.errors import ConfigError
+from core.errors import ConfigError, no_memory
 from core.keys import KeyPart, key_int
 from generation.batches import Need, batches, fitting, free_memory, without_memory
 from generation.cache import Lane
@@ -100,14 +100,16 @@ class Sampler:
     def _codes(
         self, text: Tensor, keys: Keys, settings: SampleConfig, prompt: Prompt | None
     ) -> Tensor | None:
-        """A batch, (captions, candidates, grid * grid); None if the device ran out of memory."""
+        """A batch, (captions, candidates, grid * grid); None if memory ran out."""
         try:
             lanes = [
                 _Lane(self.decoder, text, part, settings, prompt)
                 for part in _split(keys, self.decoder.neighbours.size)
             ]
             return torch.cat(_decode(lanes, self.config.image_length), 1).cpu()
-        except torch.OutOfMemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not no_memory(error):
+                raise
             return None  # the caches are gone with this frame
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 EngineName = Literal["reference", "deepspeed_zero", "deepspeed_pipe"]
+BF16_GAIN = 1.25
+"""So many times faster 16 bits must be for `engine.precision auto`: they cost accuracy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,10 +196,11 @@ class EngineConfig:
     """Micro-batches a step, on each replica."""
     recompute: bool = False
     """Recompute each resblock's activations in the backward pass instead of keeping them."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """bf16: matmuls in bf16 with fp32 accumulation. fp16: residual branches in fp16, each with a
-    gradient scale of its own; emulated on CPUs. In both, weights, moments, norms, logits and
-    all-reduces stay fp32."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    """auto: the faster one, settled before the first step and then kept by the run: on CPUs of fp32
+    and bf16, by a matmul that all ranks time; on GPUs bf16 where they have it. bf16: matmuls in
+    bf16 with fp32 accumulation. fp16: residual branches in fp16, each with a gradient scale of its
+    own; emulated on CPUs. In both, weights, moments, norms, logits and all-reduces stay fp32."""
     matmul_precision: Literal["auto", "highest", "medium"] = "auto"
     """fp32 matmuls, and on GPUs convolutions: highest = fp32 throughout; medium = TF32 on GPUs;
     auto = highest on GPUs, and on CPUs medium where a start-up probe finds it as accurate."""

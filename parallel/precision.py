@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from core.settings import to_json
+from parallel.config import EngineConfig
 from parallel.device import CPU
 
 PROBE_SIZE = 256
@@ -39,6 +40,8 @@ class Numerics:
     """Kind of GPU, or of CPU with torch's instruction set."""
     software: str
     """Versions of torch, CUDA and cuDNN."""
+    precision: str = "fp32"
+    """Of matmuls outside of norms, logits and sums: fp32, bf16 or fp16."""
 
     def differences(self, recorded: Mapping[str, Any]) -> list[str]:
         """What was otherwise where other results were made; what they do not tell is left out."""
@@ -48,13 +51,17 @@ class Numerics:
 
 
 def set_numerics(
-    device: torch.device, matmul: str = "highest", deterministic: bool = True
+    device: torch.device,
+    matmul: str = "highest",
+    deterministic: bool = True,
+    precision: str = "fp32",
 ) -> Numerics:
     """Set how this process computes on a device; call it before the first matmul there.
 
     `matmul` is highest, medium or auto, of EngineConfig; fp32 results that are to equal those of
     another device need highest. `deterministic` chooses algorithms without a race on GPUs, where
-    there are some; torch warns of an operation that has none.
+    there are some; torch warns of an operation that has none. `precision` is noted alone: the
+    engine computes in it.
     """
     matmul = _chosen(device) if matmul == "auto" else matmul
     set_flags(device.type, matmul, deterministic)
@@ -65,7 +72,14 @@ def set_numerics(
         deterministic=deterministic or not on_gpu,
         device=_name_of(device),
         software=_software(),
+        precision=precision,
     )
+
+
+def engine_numerics(device: torch.device, engine: EngineConfig) -> Numerics:
+    """`set_numerics` as an engine's settings ask for."""
+    asked = (engine.matmul_precision, engine.deterministic, engine.precision)
+    return set_numerics(device, *asked)
 
 
 def set_flags(kind: str, matmul: str, deterministic: bool) -> None:

@@ -64,8 +64,12 @@ def play(stage: str, settings: Any, steps: int, mesh: Mesh, recorder: Recorder |
 
 def _shortened(settings: Any, steps: int) -> Any:
     """A run of `steps` and one more, which leaves no traces."""
+    engine = settings.engine
+    if engine.precision == "auto":  # what is sent does not depend on it
+        engine = replace(engine, precision="bf16")
     return replace(
         settings,
+        engine=engine,
         out=_NOWHERE,
         loop=replace(settings.loop, steps=steps + 1, validate_every=steps),
         checkpoint=replace(settings.checkpoint, every=steps, to=""),

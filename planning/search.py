@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from parallel.compress.advisor import PAPER_SHARE
-from parallel.config import CompressConfig, EngineConfig, MeshConfig
+from parallel.config import BF16_GAIN, CompressConfig, EngineConfig, MeshConfig
 from planning.hardware import Hardware
 from planning.memory import Bytes, Loads, loads_of, published_schemes, rank_bytes
 from planning.reserve import StartUp, nccl_bytes, start_up
@@ -90,7 +90,7 @@ def search(settings: PriorTrain, world: int, hardware: Hardware) -> Found:
 
 def layouts(settings: PriorTrain, world: int, hardware: Hardware) -> Iterator[PriorTrain]:
     """Every mesh and engine that the ranks can be arranged in."""
-    fast = "fp32" if settings.engine.precision == "fp32" else "bf16" if hardware.bf16 else "fp16"
+    fast = precision_of(settings, hardware)
     most = min(MOST_TENSOR, hardware.a_node, settings.model.heads)
     tensors = [t for t in (1, 2, 4, 8) if world % t == 0 and t <= most]
 
@@ -112,6 +112,15 @@ def layouts(settings: PriorTrain, world: int, hardware: Hardware) -> Iterator[Pr
             if world % (t * p) == 0:
                 mesh = MeshConfig(data=world // (t * p), tensor=t, pipeline=p)
                 yield layout(mesh, "deepspeed_pipe")
+
+
+def precision_of(settings: PriorTrain, hardware: Hardware) -> str:
+    """What a run computes in there: `auto` as training settles it, 16 bits as the units have."""
+    asked = settings.engine.precision
+    gains = hardware.half_flops >= BF16_GAIN * hardware.full_flops
+    if asked == "fp32" or (asked == "auto" and not gains):
+        return "fp32"
+    return "bf16" if hardware.bf16 else "fp16"
 
 
 def ways_of(layout: PriorTrain) -> Iterator[PriorTrain]:

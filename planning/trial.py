@@ -17,7 +17,7 @@ from parallel.engines.catalogue import build_engine
 from parallel.engines.names import modules_of
 from parallel.engines.protocol import Batch, EngineSettings
 from parallel.mesh import build_mesh
-from parallel.precision import set_numerics
+from parallel.precision import engine_numerics
 from parallel.world import join_world, leave_world
 from training.config import PriorTrain
 from training.tasks import hand_over
@@ -47,8 +47,7 @@ def trial_rank(payload: str) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     world = join_world()
-    flags = settings.engine
-    set_numerics(world.device, flags.matmul_precision, flags.deterministic)
+    engine_numerics(world.device, settings.engine)
     mesh = build_mesh(settings.mesh, world)
     engine = build_engine(
         prior_program(settings.model, 0, mesh.shared),

@@ -35,6 +35,7 @@ from training.export import load_dvae
 from training.loop import Run
 from training.rank import make_task
 from training.run_folder import read_metrics
+from training.settled import settle_precision
 from training.tokenizer import train_tokenizer
 
 LOOP = LoopConfig(steps=4, batch=8, log_every=1, validate_every=0, validation_samples=8)
@@ -77,8 +78,8 @@ class Chain:
 
     def train(self, stage: str, **changes: Any) -> list[dict[str, Any]]:
         """Train, or resume; returns the rows of metrics.jsonl."""
-        settings = self.settings(stage, **changes)
         mesh = Mesh(world=World(device=self.device))
+        settings = settle_precision(self.settings(stage, **changes), mesh.world)
         with recorded(mesh) as ledger:
             run = Run(stage, make_task(stage, settings, mesh), settings, mesh, ledger, Heart(0))
             try:

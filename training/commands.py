@@ -65,7 +65,7 @@ def tokenize(arguments: list[str]) -> None:
         if device.type == "cpu":
             keep_freed_memory()
         encoders = Encoders(
-            numerics=set_numerics(device),
+            numerics=set_numerics(device, precision=config.precision),
             codes=CodeReader(model.to(device), config.precision),
             dvae_hash=model_hash,
             tokenizer=tokenizer,

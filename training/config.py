@@ -9,6 +9,7 @@ from core.places import folder_problems, place_problems
 from data_pipeline.config import LoaderConfig, OrderConfig
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, ModelSizes, OptimConfig
+from training.ranges import parse_ranks, parse_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,11 @@ class GuardConfig:
     """So many skipped updates in a row go back to the last checkpoint and pass over their data."""
     compare_every: int = 100
     """Steps between two comparisons of the replicas' weights; 0 = only before a save."""
+    codes: float = 0.0
+    """Stop a dVAE of whose codes a validation uses a smaller share; 0 = never. Below a tenth of
+    them there is a warning in any case."""
+    codes_after: float = 0.25
+    """Share of the run from which on codes are looked at; before it few of them are no fault."""
 
     def problems(self) -> list[str]:
         found = []
@@ -96,7 +102,13 @@ class GuardConfig:
             found.append(f"guard.window={self.window} is too short for a deviation; try 128")
         if self.rewind_after < 1:
             found.append("guard.rewind_after must be at least 1")
+        if not (0 <= self.codes <= 1 and 0 <= self.codes_after <= 1):
+            found.append("guard.codes and guard.codes_after are shares: 0 to 1")
         return found
+
+    def without_codes(self) -> list[str]:
+        """Problems of a stage that has no codebook."""
+        return ["guard.codes: only a dVAE has codes; set --guard.codes 0"] if self.codes else []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +123,9 @@ class ProfileConfig:
     """Ranks to trace, e.g. 0,3; `all` for every rank."""
     peak_tflops: float = 0.0
     """TFLOP/s of one device that MFU is a share of; 0 = measured by matmuls at the start."""
+    plan: Path | None = None
+    """What `tapir plan --json` printed for this mesh: a median step that takes twice as long is
+    told. On CPUs plan with --calibration."""
 
     def problems(self) -> list[str]:
         found = []
@@ -128,17 +143,6 @@ class ProfileConfig:
         if not 0 <= self.peak_tflops < math.inf:
             found.append("profile.peak_tflops must not be negative; 0 = measure it")
         return found
-
-
-def parse_steps(text: str) -> tuple[int, int]:
-    """`20:25` -> (20, 25). Raises: ValueError."""
-    first, last = map(int, text.split(":"))
-    return first, last
-
-
-def parse_ranks(text: str) -> list[int]:
-    """`0,3` -> [0, 3], `all` -> none. Raises: ValueError."""
-    return [] if text == "all" else [int(word) for word in text.split(",")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +217,11 @@ class StageConfig:
             found.append(
                 "optim.halvings needs validations to see a plateau; set loop.validate_every, or "
                 "--optim.halvings 0 for the cosine"
+            )
+        if self.guard.codes and not loop.validate_every:
+            found.append(
+                "guard.codes needs validations to see codes; set loop.validate_every, or "
+                "--guard.codes 0"
             )
         if self.checkpoint.best and not self._saves_validated():
             found.append(
@@ -300,7 +309,7 @@ class PriorTrain(StageConfig):
         return ModelSizes(heads=self.model.heads, layers=self.model.layers, cuttable=True)
 
     def model_problems(self) -> list[str]:
-        found = self.model.problems()
+        found = self.model.problems() + self.guard.without_codes()
         if not 0 <= self.bpe_dropout < 1:
             found.append(f"bpe_dropout={self.bpe_dropout} must lie in [0, 1); the paper's is 0.1")
         if not 0 <= self.caption_drop < 1:
@@ -320,7 +329,7 @@ class ClipTrain(StageConfig):
     """The network."""
 
     def model_problems(self) -> list[str]:
-        return self.model.problems() + self._of_priors_alone()
+        return self.model.problems() + self._of_priors_alone() + self.guard.without_codes()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,8 @@ from parallel.engines.catalogue import build_engine
 from parallel.engines.protocol import Batch, Engine, EngineSettings, StepResult
 from parallel.ledger import Ledger, total_bytes
 from parallel.mesh import Mesh
-from parallel.precision import set_numerics
+from parallel.precision import engine_numerics
+from training.alarms import Alarms
 from training.average import Average
 from training.checkpoints import Checkpoints
 from training.config import StageConfig
@@ -55,8 +56,7 @@ class Run:
         self.world = world = mesh.world
         self._ledger, self._heart = ledger, heart
         heart.beat("start")
-        engine = settings.engine
-        self.numerics = set_numerics(world.device, engine.matmul_precision, engine.deterministic)
+        self.numerics = engine_numerics(world.device, settings.engine)
         self.config = {"stage": stage, **to_json(settings), "model": to_json(task.model_config)}
         self.folder = RunFolder(settings.out, self.config, writes=world.rank == 0)
         self.recovery = Recovery(settings.guard, mesh, settings.out)
@@ -85,10 +85,12 @@ class Run:
         self._scored: tuple[int, float] | None = None
         """The last validation's step and loss."""
         self._waits = Waits()
-        flops, precision = step_flops(task.model_config, settings.loop.batch), engine.precision
+        flops = step_flops(task.model_config, settings.loop.batch)
+        precision = settings.engine.precision
         self.profile = Profile(settings.profile, mesh, ledger, settings.out, flops, precision)
-        self._notes: dict[str, Any] = {}
-        """What the next logged row says of saves."""
+        self.alarms = Alarms(settings, mesh, self.engine.shapes().values())
+        self._notes: dict[str, Any] = {"precision": precision}
+        """What the next logged row says besides."""
 
     def train(self) -> None:
         """Train to loop.steps or loop.until, from the newest checkpoint if there is one.
@@ -98,6 +100,7 @@ class Run:
         self._resume()
         self.folder.begin(self.step)
         self.profile.open(self.step)
+        self.alarms.disk(self.checkpoints.store, self.step)
         loop = self.settings.loop
         if self.step >= loop.end:
             LOG.info("%s has all %d steps already", self.settings.out, loop.end)
@@ -131,6 +134,7 @@ class Run:
         self.folder.log({"step": self.step, "split": "validation", **row})
         text = ", ".join(f"{name} {value:.4g}" for name, value in sorted(row.items()))
         LOG.info("validation at %d: %s", self.step, text)
+        self.alarms.codes(row, self.step)
         self.world.barrier()
         return row
 
@@ -155,6 +159,7 @@ class Run:
         }
         self.checkpoints.settle()
         self._note_failure()
+        self.alarms.disk(self.checkpoints.store, self.step)
         if self.world.rank == 0:
             self.checkpoints.protected = checkpoints_of_capsules(self.settings.out)
         held_up = self.checkpoints.save(self.step, self._slices(), facts)
@@ -224,6 +229,7 @@ class Run:
         """Tell of a step on the terminal, and every loop.log_every steps in metrics.jsonl."""
         loop, counts = self.settings.loop, self._ledger.take()
         self._note_failure()
+        self.alarms.pace(self.step, seconds)
         rate = loop.batch * self.task.units / seconds
         meter.update(self.step, f"loss {result.losses['loss']:.4f}, {rate:,.0f} tokens/s")
         if self.step % loop.log_every == 0 or self.step == loop.steps:

@@ -16,6 +16,7 @@ _FIGURES = (
     "data_seconds",
     "model_tflops",
     "peak_tflops",
+    "ranks_at_once",
     "mfu",
     "slowest_rank",
     "slowest_ratio",

@@ -115,6 +115,7 @@ class DVAETask:
             "perplexity": perplexity(codes, self.model_config.codebook),
             "codes_used": float(used),
             "codes_dead": float(self.model_config.codebook - used),
+            "codes_share": used / min(self.model_config.codebook, codes.numel()),
             "psnr": -10 * float(np.log10(max(mse, 1e-10))),
         }
         pictures = {"reconstructions": _rows(pixels[:SHOWN].cpu(), again[:SHOWN].cpu())}

@@ -24,7 +24,15 @@ from training.config import ProfileConfig
 from training.profile_accounts import Accounts
 from training.profile_categories import CATEGORIES, OPTIMIZER
 from training.profile_clock import CudaClock, HostClock, Operation, Stretch, Timeline
-from training.profile_figures import measure_peak, memory, memory_of, slowest, speed_of, time_of
+from training.profile_figures import (
+    cores_of,
+    measure_peak,
+    memory,
+    memory_of,
+    slowest,
+    speed_of,
+    time_of,
+)
 from training.profile_ring import Ring
 from training.trace import Tracer
 
@@ -127,6 +135,7 @@ class Profile:
             "seconds": [round(value / steps, 6) for value in spent],
             "memory": memory(self._mesh.world.device),
             "peak": self._peak,
+            **cores_of(self._mesh.world.device),
             "trace": self._tracer.asked(step),
         }
         ranks = [json.loads(text) for text in self._mesh.world.gather_text(json.dumps(mine))]

@@ -1,7 +1,10 @@
 """Figures of a rank for the rows of metrics.jsonl, and what they come to over all ranks."""
 
+import functools
+import operator
 import os
 import resource
+import socket
 import statistics
 import time
 from collections.abc import Sequence
@@ -103,13 +106,49 @@ def slowest(ranks: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {"slowest_rank": worst, "slowest_ratio": ratio}
 
 
+def cores_of(device: torch.device) -> dict[str, Any]:
+    """Where a rank's matmuls run, for `peaks_of`: nothing for a GPU, which it has for itself."""
+    if device.type != "cpu":
+        return {}
+    mask = sum(1 << core for core in usable_cores())
+    return {"host": socket.gethostname(), "cores": f"{mask:x}", "threads": torch.get_num_threads()}
+
+
+def usable_cores() -> set[int]:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def peaks_of(ranks: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """TFLOP/s of all ranks together, and how many of them can compute at once.
+
+    Ranks that share cores do not add up: of 8 ranks with a thread each on 2 cores 2 compute at
+    once. A machine's peak is that of its fastest rank, so many times.
+    """
+    hosts: dict[str, list[dict[str, Any]]] = {}
+    for i, row in enumerate(ranks):
+        hosts.setdefault(row.get("host", f"device {i}"), []).append(row)
+    peak = together = 0.0
+    for rows in hosts.values():
+        at_once = float(len(rows))
+        if "cores" in rows[0]:
+            cores = functools.reduce(operator.or_, (int(row["cores"], 16) for row in rows))
+            threads = max(row["threads"] for row in rows)
+            at_once = min(at_once, max(1.0, cores.bit_count() / threads))
+        peak += at_once * max(row["peak"] for row in rows)
+        together += at_once
+    return peak, together
+
+
 def speed_of(ranks: Sequence[dict[str, Any]], tflops: float) -> dict[str, float]:
-    """The peaks of all ranks; model TFLOP/s of a step and their share of it where it is known."""
-    peak = sum(row["peak"] for row in ranks)
+    """The peak of all ranks; model TFLOP/s of a step and their share of it where it is known."""
+    peak, together = peaks_of(ranks)
     if not peak:
         return {}
     share = {"model_tflops": tflops, "mfu": tflops / peak} if tflops else {}
-    return {"peak_tflops": peak, **share}
+    return {"peak_tflops": peak, "ranks_at_once": together, **share}
 
 
 def time_of(ranks: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -10,12 +10,12 @@ import numpy as np
 
 from core.errors import InputError
 from parallel.device import worker_device
-from parallel.precision import set_numerics
+from parallel.precision import engine_numerics
 from training.config import StageConfig
 from training.metrics_rows import passed_over
 from training.profile_advice import warnings_for
 from training.profile_categories import CATEGORIES, CHECKPOINT, OWN, VALIDATION
-from training.profile_figures import measure_peak, over_peers
+from training.profile_figures import cores_of, measure_peak, over_peers, peaks_of
 from training.profile_flops import model_flops
 from training.profile_plan import Planned
 from training.profile_ring import RankSteps, read_rings
@@ -237,15 +237,17 @@ def _spent(seconds: np.ndarray, whole: float, numbers: np.ndarray) -> Spent:
 
 def _peak(found: Profiled, peak: float) -> tuple[float, str]:
     """TFLOP/s of all ranks, and where the figure comes from."""
+    together = [row["ranks_at_once"] for row in found.rows if row.get("ranks_at_once")]
     if peak:
-        return peak * found.ranks, "given"
+        return peak * (together[-1] if together else found.ranks), "given"
     noted = [row["peak_tflops"] for row in found.rows if row.get("peak_tflops")]
     if noted:
         return float(noted[-1]), "of the run"
     device = worker_device()
-    set_numerics(device, found.settings.engine.matmul_precision)
+    engine_numerics(device, found.settings.engine)
     here = measure_peak(found.settings.engine.precision, device) / 1e12
-    return here * found.ranks, "measured on this machine now"
+    rank = {"peak": here, **cores_of(device)}
+    return peaks_of([rank] * found.ranks)[0], "measured on this machine now"
 
 
 def _tokens_a_step(rows: Sequence[dict[str, Any]]) -> float | None:

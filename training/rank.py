@@ -14,6 +14,7 @@ from training.lengths import tell_cut_captions
 from training.loop import Run
 from training.main import parse_payload
 from training.picture_tasks import ClipTask, DVAETask
+from training.settled import settle_precision
 from training.tasks import PriorTask
 
 
@@ -30,6 +31,7 @@ def run(payload: str) -> None:
         problems = settings.problems(world.size)
         if problems:
             raise ConfigError.from_problems(problems)
+        settings = settle_precision(settings, world)
         mesh = build_mesh(settings.mesh, world)
         with recorded(mesh, heart) as ledger:
             task = make_task(stage, settings, mesh)

@@ -53,7 +53,11 @@ def refuse_other_shapes(reader: CheckpointReader, engine: Engine) -> None:
 
 def tell_other_numerics(reader: CheckpointReader, numerics: Numerics) -> None:
     """Warn of what keeps the resumed run from repeating an unbroken one bit for bit."""
-    changes = numerics.differences(reader.facts.get("numerics", {}))
+    recorded = reader.facts.get("numerics", {})
+    if recorded:  # older versions noted the precision in the settings alone
+        before = reader.facts["config"].get("engine", {}).get("precision", "fp32")
+        recorded = {"precision": before, **recorded}
+    changes = numerics.differences(recorded)
     if changes:
         LOG.warning(
             "%s was computed otherwise (%s): from here on losses equal those of an unbroken run up "

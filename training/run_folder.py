@@ -2,14 +2,16 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from core.errors import if_full
 from core.files import Json, canonical_json, held, remove_leftovers, write_atomic
 from core.log import LOG
 from training.metrics_rows import rows_of
@@ -31,6 +33,8 @@ class RunFolder:
             self._config = canonical_json(config)
         self._metrics = root / "metrics.jsonl"
         self._board: SummaryWriter | None = None
+        self._unwritten: list[str] = []
+        """Rows that a full disk did not take."""
 
     def begin(self, step: int) -> None:
         """Start to write behind `step`; rows of later steps, written before a crash, go."""
@@ -57,13 +61,28 @@ class RunFolder:
             k: (v if not isinstance(v, float) or math.isfinite(v) else str(v))
             for k, v in row.items()
         }
+        self._unwritten.append(json.dumps(clean) + "\n")
         try:
-            with open(self._metrics, "a") as file:
-                file.write(json.dumps(clean) + "\n")
+            self._append()
             for name, value in _scalars(row):
                 self._board.add_scalar(name, value, row["step"])
         except OSError as error:
-            LOG.error("step %d: cannot write metrics: %s; training goes on", row["step"], error)
+            LOG.error(
+                "step %d: cannot write metrics: %s%s; training goes on, and rows are written later",
+                *(row["step"], error, if_full(error)),
+            )
+
+    def _append(self) -> None:
+        """Write the rows that wait; a row of which a full disk took a part is taken back."""
+        whole = self._metrics.stat().st_size if self._metrics.exists() else 0
+        try:
+            with open(self._metrics, "a") as file:
+                file.write("".join(self._unwritten))
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self._metrics, whole)
+            raise
+        self._unwritten.clear()
 
     def show(self, name: str, value: Any, step: int) -> None:
         """Show an image, (H, W, 3) uint8, or a histogram of whole numbers, (n,), in TensorBoard."""

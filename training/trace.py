@@ -18,9 +18,10 @@ from core.files import TEMPORARY, write_atomic
 from core.log import LOG
 from core.settings import check
 from parallel.device import CPU
-from training.config import ProfileConfig, parse_ranks, parse_steps
+from training.config import ProfileConfig
 from training.profile_clock import Timeline
 from training.profile_ring import FOLDER
+from training.ranges import parse_ranks, parse_steps
 from training.run_config import settings_of_run
 from training.watch_tail import Follower
 

@@ -4,13 +4,13 @@ import json
 import os
 import queue
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bench.children import child_environment, module_command
 from bench.gpu.report import failed_row
 from bench.gpu.sections import SECTIONS
 
@@ -44,9 +44,10 @@ def _all(device: str, tiny: bool, names: list[str], until: float) -> Iterator[Ro
 
 def _process(device: str, tiny: bool, names: list[str], until: float) -> Iterator[Row]:
     """The rows of one process; returns how many sections are over, however they ended."""
-    command = [sys.executable, "-m", "bench.gpu.child", device, "tiny" if tiny else "full"]
     targets = [f"{name}={SECTIONS[name][0]}" for name in names]
-    child = subprocess.Popen([*command, *targets], stdout=subprocess.PIPE, text=True)
+    command = module_command("bench.gpu.child", device, "tiny" if tiny else "full", *targets)
+    environment = child_environment()
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     lines: queue.Queue[str] = queue.Queue()
     threading.Thread(target=_read, args=(child, lines), daemon=True).start()
     done, section, limit = 0, names[0], until

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from checkpoint.format import Reader, StateSlice
+from core.errors import ConfigError
 from parallel.adamw import AdamW, AdamW16
 from parallel.config import CompressConfig, EngineConfig, OptimConfig
 from parallel.control import Control
@@ -90,6 +91,10 @@ class Stage(nn.Module):
     def __init__(self, layers: Sequence[Layer], engine: EngineConfig, device: torch.device) -> None:
         """Layers are built one after the other, so that the host never holds several."""
         super().__init__()
+        if engine.precision == "auto":
+            raise ConfigError(
+                "engine.precision=auto is settled before an engine is built; give one"
+            )
         self.layers = nn.ModuleDict()
         for layer in layers:
             self.layers[layer.name] = move(layer.build(), device)

@@ -31,7 +31,7 @@ def test_two_machines_train_as_one_does(
 ) -> None:
     """On 100 Mbit/s the advisor switches compression on; on loopback of one machine, off or on."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    command = ["-m", "tapir", "train", "prior", "tiny", f"--data={tokens}"]
+    command = ["tapir", "train", "prior", "tiny", f"--data={tokens}"]
     with two_machines() as machines:
         machines.shape(100)
         out = tmp_path / "two"
@@ -39,6 +39,6 @@ def test_two_machines_train_as_one_does(
     assert "pays below" in outputs[0] and "compression auto: rank 43" in outputs[0]
     single = tmp_path / "one"
     flags = [*FLAGS[:-1], "--compress.rank=43"]
-    tapir(*command[2:], f"--out={single}", *flags)
+    tapir(*command[1:], f"--out={single}", *flags)
     assert [row["loss"] for row in rows_of(out)] == [row["loss"] for row in rows_of(single)]
     assert not processes_with(str(out))

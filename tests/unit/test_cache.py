@@ -94,6 +94,8 @@ def test_a_decoder_lays_out_what_its_shape_says(precision: str, one_row: bool) -
 class Small(Decoder):
     """A device with room for some bytes of one lane's caches; counts what is laid out there."""
 
+    error: Exception = torch.OutOfMemoryError("CUDA out of memory")
+
     def __init__(self, layers: nn.ModuleDict, room: float = float("inf")) -> None:
         super().__init__(Part(layers=layers, config=CONFIG))
         self.room, self.laid_out = room, list[int]()
@@ -101,7 +103,7 @@ class Small(Decoder):
 
     def start(self, text: Tensor, given: Tensor, each: int) -> Lane:
         if self.caches.lane(len(text), each, torch.device("meta")).bytes > self.room:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise self.error
         assert self._lane() is None, "two lanes at once"
         lane = super().start(text, given, each)
         self._lane = weakref.ref(lane)
@@ -179,6 +181,29 @@ def test_a_device_that_runs_out_of_memory_gets_halves(
     assert draw(decoder, SampleConfig(), 10**12).equal(whole)
     assert len(caplog.messages) < 5 and all("ran out of memory" in m for m in caplog.messages)
     with pytest.raises(ConfigError, match=r"ran out of memory.*--batch"):
+        draw(Small(layers, room=0), SampleConfig(), 10**12)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate "
+            "memory: you tried to allocate 4096 bytes. Error code 12 (Cannot allocate memory)"
+        ),
+    ],
+)
+def test_a_host_without_memory_gets_halves_too(
+    layers: nn.ModuleDict, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Small, "error", error)
+    one = Small(layers).caches.of_one()
+    decoder = Small(layers, room=one.text_bytes + 2 * one.image_bytes)
+    whole = draw(Small(layers), SampleConfig(), 10**12)
+    assert draw(decoder, SampleConfig(), 10**12).equal(whole)
+    monkeypatch.setattr(Small, "error", RuntimeError("shapes differ"))
+    with pytest.raises(RuntimeError, match="shapes differ"):
         draw(Small(layers, room=0), SampleConfig(), 10**12)
 
 

@@ -1,6 +1,7 @@
 """`tapir sample` with small models that were never trained: what it writes, and what it refuses."""
 
 import json
+import resource
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from core.errors import ConfigError, InputError
+import tapir
+from core.errors import ConfigError, InputError, no_memory, of_memory
+from core.memory import host_memory
 from data_pipeline.images import decode_rgb, encode_png
+from generation import sample as sample_module
 from generation.config import ModelPaths, PromptConfig, SampleConfig, SampleRun
 from generation.pictures import open_studio
 from generation.prompts import prompt_of
@@ -119,3 +123,46 @@ def test_equal_captions_are_drawn_once(run: SampleRun, capsys: pytest.CaptureFix
     scores = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(scores) == ["a cat", "a dog"]
     assert picture(run.out).shape[0] == 2 * 4 * (PIXELS + 2)
+
+
+def test_pictures_that_no_memory_holds_are_refused_before_one_is_drawn(run: SampleRun) -> None:
+    many = replace(run, draw=replace(run.draw, candidates=10**9))
+    with pytest.raises(ConfigError, match=r"1,000,000,000 candidates of 2 captions are .* GB of"):
+        sample(many)
+    assert not run.out.exists()
+
+
+def test_a_limit_of_the_process_counts_as_memory() -> None:
+    """`ulimit -v`: what a system has free is of no use to a process that may not take it."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + 2**26
+    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        assert host_memory()[0] <= 2**26
+        with pytest.raises((RuntimeError, MemoryError)) as torchs:
+            torch.empty(2**30)
+        with pytest.raises(MemoryError) as numpys:
+            np.zeros(2**30)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    for found in (torchs.value, numpys.value):
+        assert no_memory(found)
+        assert of_memory(found).exit_code == 2 and "ulimit -v" in str(of_memory(found))
+    assert not no_memory(RuntimeError("shapes differ"))
+
+
+def test_memory_that_runs_out_anywhere_ends_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def verb(_: list[str]) -> None:
+        torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr(sample_module, "verb", verb, raising=False)
+    monkeypatch.setitem(tapir.VERBS, "sample", ("generation.sample:verb", ""))
+    monkeypatch.setattr("sys.argv", ["tapir", "sample"])
+    with pytest.raises(SystemExit) as ended:
+        tapir.main()
+    said = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and len(said) == 1
+    assert said[0].startswith("tapir: memory ran out: ") and "fewer candidates" in said[0]
