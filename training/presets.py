@@ -51,7 +51,7 @@ def prior_tiny() -> PriorTrain:
         checkpoint=CheckpointConfig(every=250),
         optim=OptimConfig(lr=2e-3, final_lr=5e-5, warmup=50),
         mesh=MeshConfig(data=2),
-        engine=EngineConfig(name="deepspeed_zero", precision="auto"),
+        engine=EngineConfig(name="deepspeed_zero", precision="bf16"),
     )
 
 

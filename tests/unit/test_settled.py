@@ -69,10 +69,10 @@ def test_nothing_computes_in_a_precision_that_is_not_settled() -> None:
 
 
 def test_plans_settle_it_by_the_hardware() -> None:
-    assert prior_tiny().engine.precision == "auto"
+    tiny = replace(prior_tiny(), engine=AUTO)
 
     def planned(hardware: Any) -> str:
-        return next(iter(layouts(prior_tiny(), 2, hardware))).engine.precision
+        return next(iter(layouts(tiny, 2, hardware))).engine.precision
 
     cpu = KNOWN["cpu"]
     assert planned(replace(cpu, half_flops=2e9, full_flops=140e9)) == "fp32"
