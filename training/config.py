@@ -9,6 +9,7 @@ from core.places import folder_problems, place_problems
 from data_pipeline.config import LoaderConfig, OrderConfig
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, ModelSizes, OptimConfig
+from training.guard_config import GuardConfig
 from training.ranges import parse_ranks, parse_steps
 
 
@@ -73,42 +74,6 @@ class CheckpointConfig:
         if not 0 <= self.hours < math.inf:
             found.append("checkpoint.hours must not be negative; 0 = none")
         return found + place_problems(self.to, "checkpoint.to")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GuardConfig:
-    """What keeps a bad batch or a bad machine from spoiling a run."""
-
-    sigmas: float = 6.0
-    """Skip an update whose loss, or log of its gradient norm, lies so many standard deviations
-    above the mean of the updates before; 0 = never."""
-    window: int = 128
-    """Updates that the mean is taken over; none is skipped before half of them are there."""
-    rewind_after: int = 10
-    """So many skipped updates in a row go back to the last checkpoint and pass over their data."""
-    compare_every: int = 100
-    """Steps between two comparisons of the replicas' weights; 0 = only before a save."""
-    codes: float = 0.0
-    """Stop a dVAE of whose codes a validation uses a smaller share; 0 = never. Below a tenth of
-    them there is a warning in any case."""
-    codes_after: float = 0.25
-    """Share of the run from which on codes are looked at; before it few of them are no fault."""
-
-    def problems(self) -> list[str]:
-        found = []
-        if not self.sigmas >= 0 or self.compare_every < 0:
-            found.append("guard.sigmas and guard.compare_every must not be negative; 0 = off")
-        if self.window < 16:
-            found.append(f"guard.window={self.window} is too short for a deviation; try 128")
-        if self.rewind_after < 1:
-            found.append("guard.rewind_after must be at least 1")
-        if not (0 <= self.codes <= 1 and 0 <= self.codes_after <= 1):
-            found.append("guard.codes and guard.codes_after are shares: 0 to 1")
-        return found
-
-    def without_codes(self) -> list[str]:
-        """Problems of a stage that has no codebook."""
-        return ["guard.codes: only a dVAE has codes; set --guard.codes 0"] if self.codes else []
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ from training.recovery import Recovery, checkpoints_of_capsules
 from training.resume import refuse_other_config, refuse_other_shapes, tell_other_numerics
 from training.run_folder import RunFolder
 from training.schedules import Plateau, learning_rate
-from training.tasks import Task, hand_over
+from training.tasks import Task, hand_over, split_records
 from training.validation import Validation
 from training.waits import Waits
 
@@ -257,7 +257,7 @@ class Run:
 
     @timed(DATA_WAIT)
     def _micro_batches(self, records: Sequence[Any]) -> list[Batch]:
-        parts, task = _split(records, self.settings.engine.accumulate), self.task
+        parts, task = split_records(records, self.settings.engine.accumulate), self.task
         device = self.world.device
         return [hand_over(task.batch(part, self.step), device) if part else {} for part in parts]
 
@@ -346,8 +346,3 @@ def _stream(task: Task[Any], settings: StageConfig, mesh: Mesh) -> Stream:
         ranks=mesh.data.size,
         reads=mesh.needs_data,
     )
-
-
-def _split(records: Sequence[Any], parts: int) -> list[Sequence[Any]]:
-    size = len(records) // parts
-    return [records[i * size : (i + 1) * size] for i in range(parts)]

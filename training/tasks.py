@@ -77,6 +77,12 @@ def token_batch(records: Sequence[TokenRecord], text_length: int) -> Batch:
     return {"text": pad_text([row.text for row in rows], text_length), "image": image}
 
 
+def split_records(records: Sequence[Any], parts: int) -> list[Sequence[Any]]:
+    """Parts of equal size."""
+    size = len(records) // parts
+    return [records[i * size : (i + 1) * size] for i in range(parts)]
+
+
 def hand_over(batch: Batch, device: torch.device) -> Batch:
     """Copy a batch to a device; to a GPU from pinned memory and without waiting."""
     if device.type != "cuda":

@@ -36,7 +36,7 @@ _FILES = (
     "generation/fid.py",
 )
 _ONLY = {
-    "training/loop.py": {"steps", "one_step", "_micro_batches", "_loss_now", "_split", "_flops"},
+    "training/loop.py": {"steps", "one_step", "_micro_batches", "_loss_now"},
 }
 """Of these files only some functions: the rest is about folders, logs and processes."""
 
