@@ -21,6 +21,7 @@ from data_pipeline.raw import RawRecord
 from data_pipeline.readable import ReadablePairs
 from data_pipeline.tokens import TokenRecord
 from models.config import DVAEConfig, PriorConfig
+from models.counts import step_flops
 from models.dvae import DVAE
 from parallel.config import OptimConfig
 from parallel.control import Control
@@ -36,7 +37,6 @@ from parallel.engines.protocol import (
 )
 from parallel.world import World
 from tests.forked import forked_ranks
-from training import loop as looping
 from training.average import Average
 from training.config import DVAETrain, LoopConfig, PriorTrain
 from training.loop import Run
@@ -155,8 +155,8 @@ def test_flops_of_a_step_are_the_priors() -> None:
     config = PriorConfig(
         dim=8, heads=2, layers=2, text_length=3, text_vocabulary=4, image_vocabulary=3, grid=2
     )
-    assert looping._flops(cast(Any, SimpleNamespace(model_config=config)), 5) == 5 * 70944
-    assert looping._flops(cast(Any, SimpleNamespace(model_config=DVAEConfig())), 5) == 0.0
+    assert step_flops(config, 5) == 5 * 70944
+    assert step_flops(DVAEConfig(), 5) == 0.0
 
 
 def test_a_validation_s_loss_is_that_of_these_weights_alone() -> None:
