@@ -125,10 +125,16 @@ def test_equal_captions_are_drawn_once(run: SampleRun, capsys: pytest.CaptureFix
     assert picture(run.out).shape[0] == 2 * 4 * (PIXELS + 2)
 
 
-def test_pictures_that_no_memory_holds_are_refused_before_one_is_drawn(run: SampleRun) -> None:
+def test_pictures_that_no_memory_holds_are_refused_before_one_is_drawn(
+    run: SampleRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     many = replace(run, draw=replace(run.draw, candidates=10**9))
     with pytest.raises(ConfigError, match=r"1,000,000,000 candidates of 2 captions are .* GB of"):
         sample(many)
+    with monkeypatch.context() as patch:  # which the system would promise, and not have
+        patch.setattr("generation.pictures.host_memory", lambda: (1000, 1000))
+        with pytest.raises(ConfigError, match="5 candidates of 2 captions are"):
+            sample(run)
     assert not run.out.exists()
 
 
