@@ -2,10 +2,17 @@
 
 import difflib
 import importlib
+import io
+import os
 import sys
+from pathlib import Path
 
-from core.errors import EXIT_FAILED, EXIT_WRONG_INPUT, TapirError, no_memory, of_files, of_memory
-
+HOME = Path(__file__).resolve().parent
+PACKAGES = (
+    *("core", "cluster", "checkpoint", "parallel", "models"),
+    *("data_pipeline", "training", "planning", "generation"),
+)
+"""Ours in HOME; a user's own files may have the same names."""
 VERBS = {
     "demo": ("generation.commands:demo", "the whole way on this machine; ends with report.html"),
     "pack": ("data_pipeline.commands:pack", "raw pairs -> shards in a store, split by key"),
@@ -48,32 +55,67 @@ VERBS = {
 
 def main() -> None:
     """Run one verb and exit: 0 done, 2 wrong input or config, 1 anything else."""
+    _use_utf8()
+    try:
+        _import_own_packages(Path.cwd())
+    except FileNotFoundError:
+        _fail("the current folder was deleted: cd into another one", 2)
+    errors = importlib.import_module("core.errors")
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help())
-        sys.exit(0 if arguments else EXIT_WRONG_INPUT)
+        sys.exit(0 if arguments else errors.EXIT_WRONG_INPUT)
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        _fail(f"there is no verb {verb!r}{hint}\n{_help()}", EXIT_WRONG_INPUT)
+        _fail(f"there is no verb {verb!r}{hint}\n{_help()}", errors.EXIT_WRONG_INPUT)
     module, function = VERBS[verb][0].split(":")
     try:
         importlib.import_module("core.log").set_up_logging()
         getattr(importlib.import_module(module), function)(rest)
-    except TapirError as error:
+    except errors.TapirError as error:
         _fail(str(error), error.exit_code)
     except BrokenPipeError:
-        sys.exit(EXIT_FAILED)
+        sys.exit(errors.EXIT_FAILED)
     except OSError as error:
-        wrong = of_memory(error) if no_memory(error) else of_files(error)
+        wrong = errors.of_memory(error) if errors.no_memory(error) else errors.of_files(error)
         _fail(str(wrong), wrong.exit_code)
     except KeyboardInterrupt as error:
         _fail(str(error) or "interrupted; all processes were ended", 130)
     except Exception as error:
-        if not no_memory(error):
+        if not errors.no_memory(error):
             raise
-        _fail(str(of_memory(error)), EXIT_WRONG_INPUT)
+        _fail(str(errors.of_memory(error)), errors.EXIT_WRONG_INPUT)
+
+
+def _use_utf8() -> None:
+    """Read and write UTF-8 in every locale, here and in every process that is started from here."""
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
+
+
+def _import_own_packages(here: Path) -> None:
+    """Let no file of the current folder or of PYTHONPATH hide our packages, here or in children."""
+    os.environ["PYTHONSAFEPATH"] = "1"
+    if not sys.flags.safe_path and Path(sys.path[0]).absolute() == here and here != HOME:
+        del sys.path[0]
+    if any(map(_hides, sys.path)):
+        sys.path.insert(0, str(HOME))
+    if "PYTHONPATH" in os.environ:  # in which an empty entry means the current folder
+        named = [path for path in os.environ["PYTHONPATH"].split(os.pathsep) if path]
+        first = [str(HOME)] if any(map(_hides, named)) else []
+        os.environ["PYTHONPATH"] = os.pathsep.join(first + named)
+
+
+def _hides(path: str) -> bool:
+    """Say whether a folder of the module search path holds something that is called as ours."""
+    folder = Path(path)
+    names = [found for name in PACKAGES for found in (name, f"{name}.py")]
+    return folder.resolve() != HOME and any((folder / name).exists() for name in names)
 
 
 def _help() -> str:

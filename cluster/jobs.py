@@ -17,7 +17,7 @@ CANCELLED = "cancelled"
 """A file in the chain's folder: nothing of it shall start again."""
 WORKER = "{worker}"
 """In the name of a job: the number of a worker of its array."""
-ALWAYS_PASSED = ("PATH", "HOME", "USER", "LANG", "TMPDIR", "PYTHONPATH")
+ALWAYS_PASSED = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ class Chain:
 
     def tapir(self, *arguments: str) -> list[str]:
         """A tapir command on the nodes."""
-        return [self.python, "-m", "tapir", *arguments]
+        return [self.python, "-P", "-m", "tapir", *arguments]
 
     def wrapped(self, job: Job, name: str, command: list[str], *flags: str) -> list[str]:
         """`tapir job` around what a job runs; `name` is that of its worker, for an array."""
@@ -136,9 +136,9 @@ class Chain:
     def torchrun(self, job: Job, number: str, address: str, port: str) -> list[str]:
         """What starts a job's ranks on one of its nodes, whose number the shell knows."""
         launch = (
-            f'exec "$0" -m torch.distributed.run --nnodes={job.resources.nodes} '
-            f'--nproc-per-node={job.ranks} --node-rank="${number}" --master-addr={address} '
-            f'--master-port={port} -m tapir "$@"'
+            'export PYTHONSAFEPATH=1; exec "$0" -m torch.distributed.run '
+            f'--nnodes={job.resources.nodes} --nproc-per-node={job.ranks} --node-rank="${number}" '
+            f'--master-addr={address} --master-port={port} -m tapir "$@"'
         )
         return ["bash", "-c", launch, self.python, *job.command]
 

@@ -200,6 +200,7 @@ def _container(
     workers = job.resources.workers if job.array else 1
     values = {
         "TAPIR_WORKERS": str(workers),
+        "PYTHONSAFEPATH": "1",
         "OMP_NUM_THREADS": str(max(1, job.resources.cpus // job.ranks)),
     }
     sources = [{"secretRef": {"name": name}} for name in config.secrets]

@@ -37,10 +37,10 @@ from core.errors import (
     TapirError,
     of_files,
 )
-from core.files import private_folder
 from core.heartbeat import FOLDER, read_beats
 from core.log import set_up_logging
 from core.stop import STOP, heed_stop_signals
+from core.temporary import private_folder
 
 _LOOK = 0.5
 """Seconds between two looks at living ranks."""
@@ -101,6 +101,7 @@ def launch(
     config, supervised, stop = config or SupervisorConfig(), stop is not None, stop or StopRequest()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ["PYTHONSAFEPATH"] = "1"  # the forkserver would import from the current folder
     # what is preloaded asks torch for GPUs: without this, CUDA starts, and no fork can use it
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context = multiprocessing.get_context("forkserver")
@@ -140,7 +141,7 @@ def _start(process: Any) -> None:
 
 @functools.cache
 def _session_folder() -> Path:
-    """This process's temporary folder; the forkserver's socket lies there too."""
+    """This process's temporary folder; the forkserver's socket is in it, too."""
     folder = private_folder("tapir-ranks")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     multiprocessing.process.current_process()._config["tempdir"] = str(folder)  # type: ignore[attr-defined]

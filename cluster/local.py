@@ -60,7 +60,7 @@ def submit(chain: Chain) -> dict[str, str]:
     log_file = chain.out / LOGS / RUNNER_LOG
     with open(log_file, "ab") as log:
         runner = subprocess.Popen(
-            [sys.executable, "-m", "cluster.local", str(chain.out)],
+            [sys.executable, "-P", "-m", "cluster.local", str(chain.out)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

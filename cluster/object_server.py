@@ -7,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,8 +15,8 @@ from pathlib import Path
 
 from cluster.processes import start, stop
 from core.errors import ConfigError, StoreError, TapirError
-from core.files import private_folder
 from core.s3 import S3Store
+from core.temporary import left_folders, private_folder
 
 READY_SECONDS = 60
 _STOP_SECONDS = 1
@@ -132,10 +131,9 @@ def _command(weed: str, folder: Path, private: Path, ports: list[int]) -> list[s
 
 def _sweep_sockets() -> None:
     """Delete the sockets of servers whose owner was killed."""
-    for left in Path(tempfile.gettempdir()).glob(f"{_PRIVATE}-*/{_PORTS}"):
-        owner = left.parent.name.removeprefix(f"{_PRIVATE}-").split("-")[0]
-        if not Path(f"/proc/{owner}").exists():
-            _remove_sockets(json.loads(left.read_text()))
+    for folder in left_folders(_PRIVATE):
+        if (ports := folder / _PORTS).exists():
+            _remove_sockets(json.loads(ports.read_text()))
 
 
 def _remove_sockets(ports: list[int]) -> None:

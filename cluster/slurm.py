@@ -66,9 +66,9 @@ def render(chain: Chain, job: Job, config: SlurmConfig) -> str:
     threads = max(1, resources.cpus // job.ranks)
     return f"""#!/bin/bash
 {options}
-# {job.text}
+# {" ".join(job.text.splitlines())}
 cd {shlex.quote(str(chain.folder))} || exit 2
-export OMP_NUM_THREADS={threads}
+export OMP_NUM_THREADS={threads} PYTHONSAFEPATH=1
 export TAPIR_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd " ")
 export MASTER_ADDR=$(scontrol show node "${{TAPIR_NODES%% *}}" | grep -o "NodeAddr=[^ ]*" \
 | cut -d= -f2)
@@ -79,7 +79,7 @@ exec {words}
 
 def _options(chain: Chain, job: Job, config: SlurmConfig) -> list[str]:
     resources = job.resources
-    log = chain.log(job, "%a" if job.array else "")
+    log = _escaped(chain.log(job, "%a" if job.array else ""))
     found = [
         f"--job-name={chain.name}-{job.name}",
         f"--output={log}",
@@ -108,6 +108,11 @@ def _options(chain: Chain, job: Job, config: SlurmConfig) -> list[str]:
     return [*found, *config.extra]
 
 
+def _escaped(log: Path) -> str:
+    """A log's path as an option of a batch script, where a space ends it and # begins a comment."""
+    return re.sub(r"([\s\\\"'#])", r"\\\1", str(log))
+
+
 def _job_command(chain: Chain, job: Job, config: SlurmConfig) -> list[str]:
     """`tapir job` around the launcher around the stage's command."""
     name = f"{job.name}-{WORKER}" if job.array else job.name
@@ -134,7 +139,7 @@ def _lines(words: list[str]) -> list[str]:
     """Words as lines of a shell script: options of `tapir job` first, the rest in one line each."""
     quoted = [shlex.quote(word) for word in words]
     cut = quoted.index("--")
-    return [" ".join(quoted[:4]), *quoted[4:cut], "--", " ".join(quoted[cut + 1 :])]
+    return [" ".join(quoted[:5]), *quoted[5:cut], "--", " ".join(quoted[cut + 1 :])]
 
 
 def sbatch_command(chain: Chain, job: Job, ids: dict[str, str]) -> list[str]:

@@ -89,7 +89,7 @@ def bad_nodes(out: Path, name: str, gpus: int) -> dict[str, str]:
     folder = out / LOGS / "doctor"
     folder.mkdir(parents=True, exist_ok=True)
     prefix = f"{name}-{os.environ['SLURM_JOB_ID']}"
-    doctor = ["-m", "tapir", "doctor", "--node", "--json", f"--out={out}", f"--gpus={gpus}"]
+    doctor = ["-P", "-m", "tapir", "doctor", "--node", "--json", f"--out={out}", f"--gpus={gpus}"]
     count = f"--ntasks={len(nodes)}"
     command = ["srun", "--export=ALL", f"--nodes={len(nodes)}", count, "--ntasks-per-node=1"]
     command += ["--kill-on-bad-exit=0", f"--output={folder / prefix}-%n.txt", sys.executable]

@@ -1,7 +1,6 @@
 """Files that appear whole or not at all, with digests computed before they are written."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -9,16 +8,16 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from core.errors import CorruptError, InputError
+from core.file_systems import LOCK, lock, sync_folder
 
 Json = dict[str, Any]
 _SELF_DIGEST = "digest"
 TEMPORARY = ".tmp-"
-LOCK = ".lock"
 
 
 def sha256(data: bytes) -> str:
@@ -47,11 +46,7 @@ def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
 
 
 def refuse_folder(path: Path) -> None:
@@ -107,16 +102,16 @@ def held(folder: Path, what: str) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK, "w")  # noqa: SIM115 - held as long as the context
+        context = lock(folder / LOCK)
+        mine = context.__enter__()
     except OSError as error:
         raise InputError(f"cannot write the folder {folder}: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    with ExitStack() as stack:
+        stack.push(context)
+        if not mine:
             raise InputError(
                 f"another {what} is working in {folder}; wait for it or give another --out"
-            ) from error
+            )
         yield
 
 
@@ -145,16 +140,6 @@ def new_folder(path: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
-
-
-def private_folder(purpose: str) -> Path:
-    """Make a temporary folder for this process, and delete those whose process is gone."""
-    root = Path(tempfile.gettempdir())
-    for path in root.glob(f"{purpose}-*-*"):
-        owner = path.name.removeprefix(f"{purpose}-").split("-")[0]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
-            shutil.rmtree(path, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{purpose}-{os.getpid()}-"))
 
 
 def remove_leftovers(folder: Path) -> int:

@@ -1,54 +1,57 @@
 """A prefix of a bucket of any S3-compatible object store, through boto3."""
 
+import functools
 import io
-import os
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import boto3
 from boto3.exceptions import S3UploadFailedError
 from boto3.s3.transfer import TransferConfig
-from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     ConnectionClosedError,
-    ConnectionError,
     EndpointConnectionError,
     EndpointProviderError,
-    HTTPClientError,
-    IncompleteReadError,
     NoCredentialsError,
     ParamValidationError,
     ProxyConnectionError,
-    ReadTimeoutError,
-    ResponseStreamingError,
     SSLError,
 )
 
 from core.errors import AbsentError, StoreError, StoreInputError
 from core.keys import key_fraction
 from core.log import LOG
+from core.s3_answers import (
+    BUCKET_IS_OURS,
+    CUT,
+    NO_ANSWER,
+    code_of,
+    is_behind_the_end,
+    is_conflict,
+    is_failed_condition,
+    is_no_condition,
+    may_be_checksums,
+    moved,
+    no_bucket,
+    no_conditional_put,
+    passes,
+    refusal,
+)
+from core.s3_body import Parts, read_into
+from core.s3_clients import check_environment, clients_of, refuse_secrets
 
 PATIENCE, FIRST_PATIENCE = 300.0, 30.0
-_SECONDS, _FIRST_SECONDS = 60, 10
-"""For an answer; before the first one a silent port is more likely than a slow store."""
 T = TypeVar("T")
-_CUT = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
-"""A body that ended too early: what came of it counts."""
 _CHUNK = 2**20
 _PART = 16 * 2**20
+_CONFLICTS = 12
+"""Tries of a write that others write at the same moment; half a minute at most."""
 _TRANSFER = TransferConfig(multipart_threshold=_PART, multipart_chunksize=_PART, max_concurrency=4)
-_MISSING = ("404", "NotFound")
-"""Of HEAD, which has no body; a GET without the store's own code may be a proxy's."""
-_OURS_ALREADY = ("BucketAlreadyExists", "BucketAlreadyOwnedByYou")
-_DENIED = ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch")
-_MOVED = ("301", "302", "307", "308", "PermanentRedirect", "TemporaryRedirect")
-_ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
-_HINT = "; it has not answered yet: check the address, and http or https, in AWS_ENDPOINT_URL"
-_CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
 class S3Store:
@@ -63,20 +66,20 @@ class S3Store:
         """
         self.bucket, self.prefix = bucket, prefix.strip("/")
         self.url = f"s3://{bucket}/{self.prefix}".rstrip("/")
-        self._bucket_seen = self._answered = False
+        self._bucket_seen = self._answered = self._plain = False
         self._patience = patience
-        _check_environment()
+        check_environment()
         try:
             session = boto3.session.Session()
-            self._first = _client_of(session, min(attempts, 2), _FIRST_SECONDS)
-            self._later = _client_of(session, attempts, _SECONDS)
+            self._make = functools.partial(clients_of, session, attempts)
+            self._first, self._later = self._make(plain=False)
         except (ValueError, BotoCoreError) as error:
             raise StoreInputError(
                 f"the settings for {self.url} are wrong ({error}); check AWS_ENDPOINT_URL (written "
                 "as http://host:port), AWS_DEFAULT_REGION (as us-east-1), AWS_PROFILE and the "
                 "files of credentials"
             ) from error
-        _refuse_secrets("the endpoint", self._first.meta.endpoint_url)
+        refuse_secrets("the endpoint", self._first.meta.endpoint_url)
 
     @property
     def _client(self) -> Any:
@@ -95,7 +98,7 @@ class S3Store:
         try:
             self._asked(name, read)
         except StoreError as error:
-            if _code(error.__cause__) != "InvalidRange":  # behind the end, as in a file
+            if not is_behind_the_end(error.__cause__):  # as in a file
                 raise
         return b"".join(parts)
 
@@ -105,7 +108,7 @@ class S3Store:
         if start or length is not None:
             extra["Range"] = f"bytes={start}-" + ("" if length is None else str(start + length - 1))
         answer = self._client.get_object(Bucket=self.bucket, Key=self._key(name), **extra)
-        parts.extend(answer["Body"].iter_chunks(_CHUNK))
+        read_into(parts, answer, f"{self.url}/{name}", start, length)
 
     def put(self, name: str, data: bytes, if_absent: bool = False) -> bool:
         extra: Any = {"IfNoneMatch": "*"} if if_absent else {}
@@ -116,8 +119,10 @@ class S3Store:
                 lambda: self._client.put_object(Bucket=self.bucket, Key=key, Body=data, **extra),
             )
         except StoreError as error:
-            if if_absent and _code(error.__cause__) in ("PreconditionFailed", "412"):
+            if if_absent and is_failed_condition(error.__cause__):
                 return self._holds(name, data)  # ours, if the answer to an earlier attempt was lost
+            if if_absent and is_no_condition(error.__cause__):
+                raise no_conditional_put(self.url, error) from error.__cause__
             raise
         return True
 
@@ -128,8 +133,14 @@ class S3Store:
             return False
 
     def put_parts(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
-        """A multipart upload; what an aborted one leaves is removed by boto3."""
-        body: Any = io.BufferedReader(_Parts(parts), _PART)
+        """A multipart upload, if it is large; what an aborted one leaves is removed by boto3."""
+        stream = io.BufferedReader(Parts(parts), _PART)
+        first = stream.read(_PART)
+        if len(first) < _PART:
+            self.put(name, first)
+            return
+        rest = itertools.chain([first], iter(lambda: stream.read(_PART), b""))
+        body: Any = io.BufferedReader(Parts(rest), _PART)
         with self._explained(name):
             self._later.upload_fileobj(body, self.bucket, self._key(name), Config=_TRANSFER)
 
@@ -138,10 +149,15 @@ class S3Store:
         cut = len(self.prefix) + 1 if self.prefix else 0
 
         def ask() -> list[str]:
-            pages = self._client.get_paginator("list_objects_v2").paginate(
+            found, page = [], {}
+            for page in self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.bucket, Prefix=start
-            )
-            return sorted(item["Key"][cut:] for page in pages for item in page.get("Contents", []))
+            ):
+                found += [item["Key"] for item in page.get("Contents", [])]
+            if page.get("IsTruncated") and not page.get("NextContinuationToken"):
+                raise StoreError(f"{self.url} lists a part of its objects, and not how to go on")
+            kept = (key[cut:] for key in found if key.startswith(start))
+            return sorted(key for key in kept if key and not key.endswith("/"))  # of consoles
 
         return self._asked(prefix, ask)
 
@@ -150,12 +166,15 @@ class S3Store:
 
     def delete(self, name: str) -> None:
         key = self._key(name)
-        self._asked(name, lambda: self._client.delete_object(Bucket=self.bucket, Key=key))
+        with suppress(AbsentError):
+            self._asked(name, lambda: self._client.delete_object(Bucket=self.bucket, Key=key))
 
     def etag(self, name: str) -> str:
         head = self._head(name)
         if head is None:
             raise AbsentError(f"there is no {name} in {self.url}")
+        if not head.get("ETag"):
+            raise StoreError(f"{self.url}/{name}: the store's answer has no ETag")
         return str(head["ETag"]).strip('"')
 
     def make_bucket(self) -> None:
@@ -164,7 +183,7 @@ class S3Store:
             with self._explained(""):
                 self._client.create_bucket(Bucket=self.bucket)
         except StoreError as error:
-            if _code(error.__cause__) not in _OURS_ALREADY:
+            if code_of(error.__cause__) not in BUCKET_IS_OURS:
                 raise
 
     def _head(self, name: str) -> Any:
@@ -182,44 +201,69 @@ class S3Store:
         try:
             self._asked("", lambda: self._client.head_bucket(Bucket=self.bucket))
         except AbsentError as error:
-            raise StoreInputError(self._no_bucket()) from error
+            raise StoreInputError(no_bucket(self.url)) from error
         except StoreError as error:
-            if _passes(error.__cause__) or not isinstance(error.__cause__, ClientError):
+            if passes(error.__cause__) or not isinstance(error.__cause__, ClientError):
                 raise  # a refusal says nothing: who may read objects need not see the bucket
         self._bucket_seen = True
-
-    def _no_bucket(self) -> str:
-        return f"there is no bucket {self.bucket!r} at this endpoint; create it or fix the URL"
 
     def _key(self, name: str) -> str:
         return f"{self.prefix}/{name}" if self.prefix else name
 
     def _asked(self, name: str, request: Callable[[], T]) -> T:
         """Do a request; an outage of a store that has answered before is waited out."""
-        began, attempt = time.monotonic(), 0
+        began, attempt, conflicts = time.monotonic(), 0, 0
         while True:
             try:
                 with self._explained(name):
                     found = request()
                 self._answered = True
                 return found
+            except (KeyError, TypeError, ValueError) as error:  # of boto3's readers of answers
+                text = f"no S3 store answers so ({error!r}); check AWS_ENDPOINT_URL"
+                raise StoreError(f"{self.url}/{name}: {text}") from error
             except StoreError as error:
                 cause = error.__cause__
-                passes = isinstance(cause, _CUT) or _passes(cause)
-                self._answered |= isinstance(cause, ClientError) and not passes  # "no" is an answer
-                if not passes or time.monotonic() - began > self._waits(cause):
-                    raise
-                pause = min(0.2 * 2.0**attempt, 10.0)
-                pause *= 0.5 + key_fraction(name, attempt, "jitter")
+                if not self._plain and may_be_checksums(cause):
+                    return self._asked_plainly(name, request, error)
+                if is_conflict(cause) and conflicts < _CONFLICTS:
+                    pause = min(0.05 * 2.0**conflicts, 3.0)
+                    conflicts += 1
+                else:
+                    self._refuse_or_wait(error, began)
+                    pause = min(0.2 * 2.0**attempt, 10.0)
+                    attempt += 1
+                pause *= 0.5 + key_fraction(name, attempt + conflicts, "jitter")
                 LOG.warning("%s; again in %.1f s", error, pause)
                 time.sleep(pause)
-                attempt += 1
+
+    def _refuse_or_wait(self, error: StoreError, began: float) -> None:
+        """Raise the error, unless it may pass."""
+        cause = error.__cause__
+        may_pass = isinstance(cause, CUT) or passes(cause)
+        self._answered |= isinstance(cause, ClientError) and not may_pass  # "no" is an answer
+        if not may_pass or time.monotonic() - began > self._waits(cause):
+            raise error
+
+    def _asked_plainly(self, name: str, request: Callable[[], T], error: StoreError) -> T:
+        """Do a refused request without checksums, which are new; keep to it if that helps."""
+        clients, self._plain = (self._first, self._later), True
+        self._first, self._later = self._make(plain=True)
+        try:
+            found = self._asked(name, request)
+        except StoreError as again:
+            if may_be_checksums(again.__cause__):
+                (self._first, self._later), self._plain = clients, False
+                raise error from error.__cause__
+            raise
+        LOG.warning("%s takes no checksums of requests (%s): they are left out", self.url, error)
+        return found
 
     def _waits(self, cause: BaseException | None) -> float:
         """Seconds for which an error that may pass is waited out."""
         if self._answered:
             return self._patience
-        listens = isinstance(cause, (ClientError, ConnectionClosedError, *_CUT))
+        listens = isinstance(cause, (ClientError, ConnectionClosedError, *CUT))
         return min(self._patience, FIRST_PATIENCE) if listens else -1.0
 
     @contextmanager
@@ -228,7 +272,8 @@ class S3Store:
         try:
             yield
         except ClientError as error:
-            raise self._refused(where, name, error) from error
+            hint = "" if self._answered else NO_ANSWER
+            raise refusal(self.url, name, error, hint) from error
         except NoCredentialsError as error:
             raise StoreInputError(
                 f"no credentials for {self.url}; export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
@@ -236,7 +281,7 @@ class S3Store:
         except ParamValidationError as error:
             raise StoreInputError(f"{self.url} is no valid bucket or key: {error}") from error
         except RecursionError as error:  # botocore asks where to, and is sent on again
-            raise StoreInputError(self._moved()) from error
+            raise StoreInputError(moved(self.url)) from error
         except (EndpointConnectionError, EndpointProviderError) as error:
             if self._answered:
                 raise StoreError(f"{where}: {error}") from error
@@ -251,94 +296,5 @@ class S3Store:
                 "proxy's settings"
             ) from error
         except (BotoCoreError, S3UploadFailedError) as error:
-            hint = "" if self._answered else _HINT
+            hint = "" if self._answered else NO_ANSWER
             raise StoreError(f"{where}: {error}{hint}") from error
-
-    def _refused(self, where: str, name: str, error: ClientError) -> StoreError:
-        """What the store's answer means."""
-        code = _code(error)
-        if code == "NoSuchKey" or (code in _MISSING and error.operation_name.startswith("Head")):
-            return AbsentError(f"there is no {name} in {self.url}")
-        if code == "NoSuchBucket":
-            return StoreInputError(self._no_bucket())
-        if code in _MOVED:
-            return StoreInputError(self._moved())
-        if code in _DENIED:
-            return StoreInputError(
-                f"access denied to {self.url} ({code}); check AWS_ACCESS_KEY_ID, "
-                "AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
-            )
-        return StoreError(f"{where}: {error}{'' if self._answered else _HINT}")
-
-    def _moved(self) -> str:
-        return (
-            f"what answers for {self.url} sends requests elsewhere; check http or https "
-            "in AWS_ENDPOINT_URL, and AWS_DEFAULT_REGION"
-        )
-
-
-def _client_of(session: Any, attempts: int, seconds: int) -> Any:
-    """A client that waits so many seconds for an answer."""
-    retries: Any = {"mode": "adaptive", "total_max_attempts": attempts}
-    path_style: Any = {"addressing_style": "path"}
-    config = Config(
-        retries=retries,
-        connect_timeout=10,
-        read_timeout=seconds,
-        s3=path_style,
-        region_name=os.environ.get("AWS_DEFAULT_REGION", "us-east-1"),
-        max_pool_connections=64,
-    )
-    return session.client("s3", config=config)
-
-
-def _check_environment() -> None:
-    """Refuse what boto3 would repeat in its errors: keys with white space, passwords in URLs."""
-    for name in _CREDENTIALS:
-        if any(letter.isspace() for letter in os.environ.get(name, "")):
-            raise StoreInputError(f"{name} holds white space or a line break; export it without")
-    for name in _ENDPOINTS:
-        _refuse_secrets(name, os.environ.get(name, ""))
-
-
-def _refuse_secrets(what: str, url: str) -> None:
-    if any(letter in url for letter in "@?"):
-        raise StoreInputError(
-            f"{what} holds a user, password or query, which S3 does not use; write it as "
-            "http://host:port, and export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        )
-
-
-class _Parts(io.RawIOBase):
-    """Parts in a row, as a file to read from."""
-
-    def __init__(self, parts: Iterable[bytes | memoryview]) -> None:
-        self._parts = iter(parts)
-        self._rest = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._rest:
-            part = next(self._parts, None)
-            if part is None:
-                return 0
-            self._rest = memoryview(part).cast("B")
-        count = min(len(buffer), len(self._rest))
-        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
-        return count
-
-
-def _code(error: BaseException | None) -> str:
-    if isinstance(error, ClientError):
-        return str(error.response.get("Error", {}).get("Code", ""))
-    return ""
-
-
-def _passes(error: BaseException | None) -> bool:
-    """Say whether an error may be gone in a while."""
-    if isinstance(error, ClientError):
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return bool(status >= 500 or status == 429)
-    return isinstance(error, HTTPClientError | ConnectionError)

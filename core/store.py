@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from core.errors import AbsentError, ConfigError, StoreError, StoreInputError, if_full
+from core.file_systems import LOCK, rename_if_absent
 from core.files import TEMPORARY, write_atomic, write_parts
 from core.places import S3, place_problems
 from core.s3 import S3Store
@@ -83,7 +84,7 @@ class FolderStore:
                 _patiently(lambda: write_atomic(path, data))
                 return True
             staged = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:12]}-{path.name}")
-            return _patiently(lambda: _link(staged, path, data))
+            return _patiently(lambda: _link(self.root, staged, path, data))
         except _WRONG_FOLDER as error:
             raise StoreInputError(f"{self.root} cannot be written to: {error.strerror}") from error
         except OSError as error:
@@ -109,7 +110,7 @@ class FolderStore:
         found = (
             path.relative_to(self.root).as_posix()
             for path in files
-            if not path.name.startswith(TEMPORARY)
+            if not path.name.startswith((TEMPORARY, LOCK))
         )
         return sorted(name for name in found if name.startswith(prefix))
 
@@ -149,16 +150,13 @@ def _raise_unless_gone(error: OSError) -> None:
         raise StoreError(f"cannot list {error.filename}: {error}") from error
 
 
-def _link(staged: Path, path: Path, data: bytes) -> bool:
+def _link(root: Path, staged: Path, path: Path, data: bytes) -> bool:
     """Write a file aside and give it its name, if nobody else did."""
     write_atomic(staged, data)
     try:
-        os.link(staged, path)
-    except FileExistsError:
-        return False
+        return rename_if_absent(staged, path, root)
     finally:
         staged.unlink(missing_ok=True)
-    return True
 
 
 def _patiently(write: Callable[[], T]) -> T:

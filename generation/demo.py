@@ -158,7 +158,7 @@ def _run(stage: Stage, folder: Path, server: ObjectServer) -> None:
     running = []
     try:
         for command in stage.commands:
-            running.append(start([sys.executable, "-m", "tapir", *command], log, environment))
+            running.append(start([sys.executable, "-P", "-m", "tapir", *command], log, environment))
         _wait(stage, running, log)
     finally:
         for process in running:

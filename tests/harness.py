@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 DEVELOPERS = "needs what `make test` installs: requirements-dev.txt"
 EVERYTHING = [*PRELOAD, *(m for name in ENGINES for m in modules_of(name, True)), "bench.parity"]
 """What ranks of any test import, but for the test's own modules."""
-TAPIR = [sys.executable, "-m", "tapir"]
+TAPIR = [sys.executable, "-P", "-m", "tapir"]
 PATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 """Where children find this tree, and what was installed beside this Python."""
 LONGEST = 600.0
@@ -31,6 +31,7 @@ READ_LATE = ("AWS_", "WORLD_SIZE", "RANK", "MASTER_")
 COLD = 2
 """Commands of a session before a process is made warm for the others (tests/warm.py)."""
 _cold = 0 if "TAPIR_COLD" not in os.environ else -(10**9)
+os.environ["PYTHONPATH"] = PATH  # a forkserver does not look into the current folder
 PATIENCE = 300.0
 """Seconds that a test waits for what should take a few; other workers may keep all cores busy."""
 _STARTED: list["subprocess.Popen[bytes]"] = []

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cluster.doctor.finding import GB, MB, Finding, bad, ok, warning
+from core.errors import TapirError
+from core.file_systems import RENAME, lacks
+from core.temporary import private_folder
 
 RUN_FOLDER = "run folder"
 PROBE = ".tapir-doctor-"
@@ -23,7 +26,19 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 def run_folder_findings(out: Path, need: float) -> list[Finding]:
     """The run folder, or what is there of the way to it."""
-    return _folder(RUN_FOLDER, existing(out), need, "or give another --out")
+    rows = _folder(RUN_FOLDER, existing(out), need, "or give another --out")
+    return rows if rows[0].status == "bad" else [*rows, _file_system(existing(out))]
+
+
+def _file_system(folder: Path) -> Finding:
+    missing = lacks(folder)
+    if not missing:
+        return ok("file system", f"{folder}: locks, links, renames, case and sync as needed")
+    found = f"{folder} has no {', no '.join(missing)}"
+    if RENAME in missing:
+        return bad("file system", found, "give an --out on another disk: nothing is safe there")
+    fix = "let only one machine work there, or give an --out on a disk that has them"
+    return warning("file system", found, fix)
 
 
 def temporary_findings() -> list[Finding]:
@@ -31,6 +46,16 @@ def temporary_findings() -> list[Finding]:
     named = [os.environ[name] for name in ("TMPDIR", "TEMP", "TMP") if os.environ.get(name)]
     path = Path(next(iter(named), "/tmp"))
     return _folder("temporary folder", path, TEMPORARY_GB, "or export TMPDIR=<another folder>")
+
+
+def socket_findings() -> list[Finding]:
+    """The folder in which the ranks of a machine meet: TMPDIR, or a short one in its place."""
+    try:
+        folder = private_folder("tapir-doctor")
+    except TapirError as error:
+        return [bad("sockets", str(error), "export TMPDIR=/tmp, or mount a disk there")]
+    folder.rmdir()
+    return [ok("sockets", f"ranks of this machine meet in {folder.parent}")]
 
 
 def shared_memory_findings(need: float) -> list[Finding]:
@@ -62,6 +87,8 @@ def existing(path: Path) -> Path:
 
 def _folder(check: str, path: Path, need: float, other: str) -> list[Finding]:
     """Room, then the speed of a write that is really on the disk."""
+    if not path.exists():
+        return [bad(check, f"{path} does not exist", f"mkdir -p it {other}")]
     if not path.is_dir():
         return [bad(check, f"{path} is no folder", f"remove the file {other}")]
     room = os.statvfs(path)

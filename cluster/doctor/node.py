@@ -25,6 +25,7 @@ def node_findings(config: DoctorConfig, rank: int | None) -> list[Finding]:
         "shared memory": lambda: folders.shared_memory_findings(config.shared_memory),
         folders.RUN_FOLDER: lambda: folders.run_folder_findings(config.out, config.disk),
         "temporary folder": folders.temporary_findings,
+        "sockets": folders.socket_findings,
         "gpus": lambda: gpus.gpu_findings(config.gpus),
     }
     if config.data:

@@ -1,13 +1,11 @@
 """Keys, files, settings and the command line's manners."""
 
-import os
-import tempfile
 from pathlib import Path
 
 import pytest
 
 from core.errors import ConfigError, CorruptError
-from core.files import private_folder, remove_leftovers, seal, unseal, write_atomic
+from core.files import remove_leftovers, seal, unseal, write_atomic
 from core.keys import key_fraction, key_int, keyed_rng
 from core.memory import host_memory
 from core.settings import from_json, to_json
@@ -89,17 +87,6 @@ def test_wrong_environments_are_answered(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("garbage")
     data = f"--data={tmp_path}"
     assert "no data set" in tapir("train", "clip", "tiny", data, f"--bpe={tmp_path}", code=2)
-
-
-def test_a_folder_of_a_dead_process_is_swept(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    dead, alive = tmp_path / "p-4194305-x", tmp_path / "p-1-x"
-    dead.mkdir()
-    alive.mkdir()
-    mine = private_folder("p")
-    assert not dead.exists() and alive.exists() and mine.name.startswith(f"p-{os.getpid()}-")
 
 
 def test_mesh_must_match_the_ranks_that_were_started() -> None:
