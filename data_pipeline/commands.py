@@ -6,6 +6,7 @@ import tyro
 
 from core.cli import parse, print_json
 from core.log import LOG
+from core.out_folder import refuse_others_folder
 from core.store import open_store
 from data_pipeline import pack as packing
 from data_pipeline.config import PackConfig
@@ -36,6 +37,7 @@ def pack(arguments: list[str]) -> None:
             again: write a finished data set anew: mends damaged shards
             json: print a JSON object on the last line
         """
+        refuse_others_folder(dest, "a data set")
         manifests = packing.pack(source, open_store(dest), config, again)
         for split, manifest in manifests.items():
             LOG.info("%s: %d pairs in %d shards", split, manifest.samples, len(manifest.shards))

@@ -8,6 +8,7 @@ import tyro
 from cluster.jobs import CHAIN
 from core.cli import parse, print_json
 from core.log import LOG
+from core.out_folder import refuse_others_folder
 from core.settings import check
 from core.store import open_store
 from generation.config import (
@@ -79,6 +80,7 @@ def evaluate(arguments: list[str]) -> None:
         from parallel.mesh import own_mesh  # noqa: PLC0415
 
         check(config.problems())
+        refuse_others_folder(out, "evaluate")
         out.mkdir(parents=True, exist_ok=True)
         studio = open_studio(models, config.precision, own_mesh())
         figures = evaluation.evaluate(studio, data, out, config)
@@ -119,6 +121,7 @@ def score(arguments: list[str]) -> None:
         from parallel.mesh import own_mesh  # noqa: PLC0415
 
         check(config.problems())
+        refuse_others_folder(out, "score")
         member = member_of(worker)
         mesh = own_mesh(member.number)
         job = open_job(data, models, inception, overlap, config, out, mesh.world.device)

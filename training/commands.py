@@ -11,6 +11,7 @@ from core.cli import parse, print_json
 from core.errors import InputError
 from core.log import LOG
 from core.memory import keep_freed_memory
+from core.out_folder import refuse_others_folder
 from core.settings import check
 from core.store import open_store
 from data_pipeline.bpe import load_tokenizer
@@ -57,6 +58,7 @@ def tokenize(arguments: list[str]) -> None:
             config: settings
         """
         check(config.problems())
+        refuse_others_folder(tokens, "a data set")
         member = member_of(worker)
         tokenizer, tokenizer_hash = load_tokenizer(bpe)
         describe(dvae, "dvae")  # tokens of a dVAE that still trains would fit no prior

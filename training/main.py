@@ -11,6 +11,7 @@ from typing import Any
 from cluster.supervisor import supervise
 from core.errors import ConfigError
 from core.gpus import gpu_problems, usable_gpus
+from core.out_folder import refuse_others_folder
 from core.settings import check, from_json, to_json
 from core.stop import heed_stop_signals
 from parallel.engines.names import modules_of
@@ -34,6 +35,7 @@ def train_stage(stage: str, settings: StageConfig) -> None:
     """
     started = ranks_given()
     check(settings.problems(started))
+    refuse_others_folder(settings.out, f"train {stage}")
     heed_stop_signals()
     payload = json.dumps({"stage": stage, "settings": to_json(settings)})
     if started is None and settings.mesh.world > 1:

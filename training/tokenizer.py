@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from itertools import chain, islice
 
 from core.errors import ConfigError, InputError
+from core.files import held
 from core.log import LOG
+from core.out_folder import refuse_others_folder
 from core.settings import check
 from core.store import open_store
 from data_pipeline.bpe import save_tokenizer, train_bpe
@@ -23,6 +25,12 @@ def train_tokenizer(settings: BPETrain) -> None:
     check(settings.problems())
     if (ranks_given() or 1) > 1:
         raise ConfigError("train bpe is one process; start it without mpirun or torchrun")
+    refuse_others_folder(settings.out, "train bpe")
+    with held(settings.out, "train bpe"):
+        _learn(settings)
+
+
+def _learn(settings: BPETrain) -> None:
     captions = islice(_captions(settings), settings.most_captions)
     first = next(captions, None)
     if first is None:

@@ -5,9 +5,11 @@ imported: this runs before anything is installed.
 """
 
 import argparse
+import ctypes
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,7 @@ LIST = Path(__file__).with_name("wheels.txt")
 MOST = 60 * 2**20
 """Bytes of the tree and the wheels together that may travel."""
 PYTHON = "3.12"
+_UNFINISHED, _NAMED = "unfinished-", 5
 BUILT = {"deepspeed": {"DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}}
 """What the index has no wheel of, and the environment that builds one for every machine."""
 GLIBC = ("_2_28", "_2_27", "_2_24", "_2_17", "_2_12", "_2_5", "2014", "1")
@@ -74,9 +77,10 @@ def lay(folder: Path, wheels: Mapping[str, str]) -> int:
     Raises: WheelsError if pip does not get them; those that it got are kept.
     """
     folder.mkdir(exist_ok=True)
+    _sweep(folder)
     there = laid(folder, wheels)
     missing = {name: version for name, version in wheels.items() if name not in there}
-    with tempfile.TemporaryDirectory(dir=folder) as name:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f"{_UNFINISHED}{os.getpid()}-") as name:
         for project in missing.keys() & BUILT.keys():
             what = ["wheel", "--no-cache-dir", f"--wheel-dir={name}"]
             _pip([*what, "--no-deps", f"{project}=={missing[project]}"], BUILT[project])
@@ -88,6 +92,13 @@ def lay(folder: Path, wheels: Mapping[str, str]) -> int:
         for path in Path(name).glob("*.whl"):
             path.rename(folder / path.name)
     return len(missing)
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what runs that were killed have left."""
+    for left in folder.glob(f"{_UNFINISHED}*-*"):
+        if not Path("/proc", left.name.removeprefix(_UNFINISHED).split("-")[0]).exists():
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def fits(wheel: str) -> bool:
@@ -103,8 +114,9 @@ def weigh(folder: Path, root: Path = ROOT) -> str:
     """
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     output = subprocess.run(listed, cwd=root, check=True, capture_output=True, text=True).stdout
-    files = [root / name for name in output.split("\0") if name]
-    tree = [path.stat().st_size for path in files if path.is_file()]
+    listed_files = (root / name for name in output.split("\0") if name)
+    files = [path for path in listed_files if path.is_file()]
+    tree = [path.stat().st_size for path in files]
     wheels = [path.stat().st_size for path in folder.glob("*.whl")]
     total = sum(tree) + sum(wheels)
     words = (
@@ -112,7 +124,13 @@ def weigh(folder: Path, root: Path = ROOT) -> str:
         f"{sum(tree) / 2**20:.1f} MiB = {total / 2**20:.1f} MiB of {MOST / 2**20:.0f}"
     )
     if total > MOST:
-        raise WheelsError(f"too much to travel: {words}")
+        sizes = {path: path.stat().st_size for path in [*files, *folder.glob("*.whl")]}
+        largest = sorted(sizes, key=lambda path: -sizes[path])[:_NAMED]
+        rows = (f"  {sizes[path] / 2**20:6.1f} MiB {path.relative_to(root)}" for path in largest)
+        raise WheelsError(
+            f"too much to travel: {words}; move away or ignore (.gitignore) what is not needed, "
+            "the largest are\n" + "\n".join(rows)
+        )
     return words
 
 
@@ -147,7 +165,9 @@ def _pip(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
     quiet = ["--quiet", "--disable-pip-version-check", "--no-input"]
     command = [sys.executable, "-P", "-m", "pip", *arguments, *quiet]
     variables = {**os.environ, "PIP_ROOT_USER_ACTION": "ignore", **(environment or {})}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=variables, capture_output=True, text=True, preexec_fn=_die_with_parent
+    )
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "WARNING" not in line]
         raise WheelsError(
@@ -157,8 +177,14 @@ def _pip(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
         )
 
 
+def _die_with_parent() -> None:
+    """Ask the kernel (Linux) to kill pip when this process is killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
 def main() -> int:
     """Lay or install; returns the exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--wheels", type=Path, default=WHEELS, help="the folder of the wheels")
     verbs = parser.add_subparsers(dest="verb", required=True)

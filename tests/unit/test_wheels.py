@@ -1,8 +1,11 @@
 """Wheels for a GPU machine without a network: what is laid, what it weighs, how it is installed."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from tests.gpu.wheels import (
     MOST,
     ROOT,
     WheelsError,
+    _sweep,
     install,
     laid,
     lay,
@@ -21,6 +25,7 @@ from tests.gpu.wheels import (
     wanted,
     weigh,
 )
+from tests.harness import processes_with
 
 
 def wheel(folder: Path, project: str, version: str, tags: str = "py3-none-any") -> Path:
@@ -83,8 +88,35 @@ def test_more_than_may_travel_is_refused_and_ignored_files_stay_at_home(tmp_path
     with open(wheels / "a-1-py3-none-any.whl", "wb") as file:
         file.truncate(200_000)
     (tmp_path / ".gitignore").write_text("big\n.whl\n")
-    with pytest.raises(WheelsError, match=r"too much to travel: 1 wheels .* = 60\.1 MiB of 60"):
+    with pytest.raises(
+        WheelsError, match=r"too much to travel: 1 wheels .* = 60\.1 MiB of 60"
+    ) as raised:
         weigh(wheels, tmp_path)
+    named = [line.split()[2] for line in str(raised.value).splitlines()[1:]]
+    assert named == ["sent", ".whl/a-1-py3-none-any.whl", ".gitignore"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_laying_that_is_killed_leaves_no_pip_and_no_folder(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """pip waits for an index that accepts and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        index = f"http://127.0.0.1:{silent.getsockname()[1]}/simple"
+        environment = {**os.environ, "PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": index}
+        command = [sys.executable, "-P", str(ROOT / "tests" / "gpu" / "wheels.py")]
+        wheels = str(tmp_path / "wheels")
+        laying = subprocess.Popen([*command, f"--wheels={wheels}", "lay"], env=environment)
+        silent.accept()[0].close()
+        silent.accept()
+        laying.send_signal(number)
+        laying.wait()
+        until = time.monotonic() + 60
+        while (alive := processes_with(wheels)) and time.monotonic() < until:
+            os.sched_yield()
+    assert not alive
+    _sweep(Path(wheels))
+    assert list(Path(wheels).iterdir()) == []
 
 
 def test_wheels_install_beside_this_python_without_an_index(

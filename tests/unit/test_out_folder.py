@@ -1,0 +1,83 @@
+"""A folder that a command writes to is new, or its own: nothing is mixed, nothing overwritten."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from core.errors import InputError
+from core.files import held
+from core.out_folder import refuse_others_folder
+from data_pipeline.commands import pack
+from generation.commands import evaluate, score
+from training.commands import tokenize
+from training.config import BPETrain, DVAETrain
+from training.main import train_stage
+from training.tokenizer import train_tokenizer
+
+FILES = {
+    "a data set": "train/manifest.json",
+    "train dvae": "model.json",
+    "train prior": "config.json",
+    "train bpe": "tokenizer.json",
+    "score": "scores.json",
+    "evaluate": "candidates.json",
+    "submit": "chain.json",
+    "demo": "seconds.json",
+}
+
+
+def folder_of(path: Path, owner: str) -> Path:
+    """What is known of a folder that a command wrote."""
+    file = path / FILES[owner]
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"stage": owner.removeprefix("train ")}))
+    return path
+
+
+@pytest.mark.parametrize("owner", FILES)
+def test_every_command_refuses_the_folder_of_another(owner: str, tmp_path: Path) -> None:
+    path = folder_of(tmp_path / "x", owner)
+    writes = {
+        "a data set": [lambda: pack(["shapes", str(path)]), lambda: tokenize(["raw", str(path)])],
+        "train dvae": [lambda: train_stage("dvae", DVAETrain(out=path))],
+        "train bpe": [lambda: train_tokenizer(BPETrain(out=path))],
+        "score": [lambda: score(["coco:none", f"--out={path}"])],
+        "evaluate": [lambda: evaluate(["none", f"--out={path}"])],
+    }
+    named = "holds a data set" if owner == "a data set" else f"holds what `tapir {owner}` wrote"
+    for mine, commands in writes.items():
+        for command in commands if mine != owner else ():
+            with pytest.raises(InputError, match=named) as raised:
+                command()
+            assert raised.value.exit_code == 2
+    refuse_others_folder(path, owner)
+
+
+def test_damaged_notes_and_new_folders_belong_to_nobody(tmp_path: Path) -> None:
+    for text in ("", "[]", "{}", "no JSON"):
+        (tmp_path / "config.json").write_text(text)
+        refuse_others_folder(tmp_path, "train dvae")
+    refuse_others_folder(tmp_path / "new", "score")
+    refuse_others_folder("s3://bucket/x", "a data set")
+
+
+def test_one_tokenizer_is_learned_in_a_folder_at_a_time(tmp_path: Path) -> None:
+    texts, out = tmp_path / "texts", tmp_path / "bpe"
+    texts.write_text("a small red circle\n" * 20)
+    settings, errors = BPETrain(texts=texts, out=out, vocabulary=270), list[str]()
+
+    def learn() -> None:
+        try:
+            train_tokenizer(settings)
+        except InputError as error:
+            errors.append(str(error))
+
+    with held(out, "train bpe"):
+        second = threading.Thread(target=learn)
+        second.start()
+        second.join()
+    assert "another train bpe is working" in errors[0] and not (out / "tokenizer.json").exists()
+    train_tokenizer(settings)
+    assert (out / "tokenizer.json").is_file()
