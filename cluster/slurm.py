@@ -162,7 +162,7 @@ def submit(chain: Chain, config: SlurmConfig) -> dict[str, str]:
     try:
         for job in chain.jobs:
             script = chain.out / SCRIPTS / f"{job.name}.sh"
-            write_atomic(script, render(chain, job, config).encode())
+            write_atomic(script, os.fsencode(render(chain, job, config)))
             ids[job.name] = _ask(sbatch_command(chain, job, ids)).strip().split(";")[0]
     except TapirError:
         cancel(list(ids.values()))

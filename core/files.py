@@ -66,7 +66,8 @@ def refuse_folder(path: Path) -> None:
 
 def canonical_json(value: Json) -> bytes:
     """The one byte string of a JSON object: sorted keys, no spaces that vary."""
-    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
+    text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")  # paths that are no UTF-8, as JSON escapes
 
 
 def seal(value: Json) -> bytes:

@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 
 from tests.harness import cold_tapir, processes_with, tapir
+from tests.hostile import foreign_code, hostile_folder
 
 STAGES = ["pack", "bpe", "dvae", "tokens", "prior", "clip", "scores", "samples"]
 
 
 @pytest.mark.world
 def test_shapes_demo_in_miniature(tmp_path: Path) -> None:
-    out = tmp_path / "demo"
-    text = cold_tapir("demo", "--size=mini", f"--out={out}", TERM="dumb")
+    out, hostile = tmp_path / "demo", hostile_folder(tmp_path / "hostile")
+    text = cold_tapir("demo", "--size=mini", f"--out={out}", TERM="dumb", cwd=hostile)
     summary = json.loads((out / "summary.json").read_text())
     assert set(STAGES) <= set(summary["seconds"]) and len(summary["commands"]) == 9
     assert summary["prior"]["engine"] == "deepspeed_pipe" and summary["prior"]["compress_rank"] > 0
@@ -38,7 +39,9 @@ def test_shapes_demo_in_miniature(tmp_path: Path) -> None:
     assert "already holds this data set" in again and "has all 6 steps already" in again
     models = [f"--{name}={out / name}" for name in ("prior", "dvae", "clip", "bpe")]
     grid = tmp_path / "grid.png"
-    tapir("sample", "a small red circle", f"--out={grid}", "--candidates=3", *models)
+    flags = [f"--out={grid}", "--candidates=3", *models]
+    tapir("sample", "a small red circle", *flags, cwd=hostile)
+    assert foreign_code(hostile) == []
     assert grid.stat().st_size > 100
     assert "tapir train prior" in tapir("sample", "x", "--prior=/nowhere", code=2)
 

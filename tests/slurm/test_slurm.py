@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.harness import json_of, rows_of, tapir
+from tests.hostile import foreign_code, hostile_folder
 from tests.slurm.cluster import Slurm, private_slurm
 
 _SHORT = {"loop.batch": 32, "loop.validation_samples": 32}
@@ -61,16 +62,21 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 @pytest.fixture(scope="session")
 def tokens(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A chain up to the tokens, an array of two workers: the smoke test looks at it."""
-    out = tmp_path_factory.mktemp("chain") / "data"
+    """A chain up to the tokens, an array of two workers: the smoke test looks at it.
+
+    It is sent from a folder whose files are called as our modules are.
+    """
+    folder = tmp_path_factory.mktemp("chain")
+    out, hostile = folder / "data", hostile_folder(folder / "hostile")
     stages = {
         "pack": pack(),
         "bpe": {},
         "dvae": {"flags": {**_SHORT, "loop.steps": 6, "mesh.data": 1}},
         "tokenize": {"workers": 2, "flags": {"block": 8}},
     }
-    tapir("submit", str(write(out, stages)), **slurm.environment)
+    tapir("submit", str(write(out, stages)), cwd=hostile, **slurm.environment)
     found = finish(slurm, out)
+    assert foreign_code(hostile) == []
     assert set(found.values()) == {"done"}, tapir("logs", str(out), **slurm.environment)
     return out
 
@@ -86,9 +92,10 @@ def prior(tokens: Path, steps: int, **flags: Any) -> dict[str, Any]:
 @pytest.mark.slow
 def test_a_chain_with_an_array_and_two_nodes(slurm: Slurm, tokens: Path, tmp_path: Path) -> None:
     assert len(list((tokens / "logs").glob("tokenize-*.log"))) == 2
-    out = tmp_path / "two"
+    out, hostile = tmp_path / "two", hostile_folder(tmp_path / "hostile")
     path = write(out, {"prior": prior(tokens, 4)}, launcher="srun")
-    tapir("submit", str(path), "--wait", **slurm.environment)
+    tapir("submit", str(path), "--wait", cwd=hostile, **slurm.environment)
+    assert foreign_code(hostile) == []
     assert [step for step, _ in losses(out / "prior")] == [1, 2, 3, 4]
     wait_for(lambda: not slurm.queue())  # the marker is written just before the job's end
     again = tapir("submit", str(path), **slurm.environment)

@@ -1,5 +1,9 @@
 """Keys, files, settings and the command line's manners."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,7 @@ from core.keys import key_fraction, key_int, keyed_rng
 from core.memory import host_memory
 from core.settings import from_json, to_json
 from parallel.config import MeshConfig
-from tests.harness import tapir
+from tests.harness import ENVIRONMENT, tapir
 from training.config import PriorTrain
 from training.presets import prior_tiny
 
@@ -114,3 +118,31 @@ def test_a_control_group_s_limit_counts_and_files_that_can_be_dropped_are_free(
     assert host_memory(tmp_path) == (5_120_000, 8_192_000)
     free, whole = host_memory()
     assert 0 < free < whole
+
+
+def test_paths_that_are_no_utf8_are_kept_in_json() -> None:
+    value = {"out": os.fsdecode(b"/tmp/caf\xe9"), "text": "caf\u00e9 \U0001f98a"}
+    assert unseal(seal(value), "x") == value
+    assert os.fsencode(json.loads(seal(value))["out"]) == b"/tmp/caf\xe9"
+
+
+@pytest.mark.parametrize("extra", [{"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}])
+def test_captions_and_paths_are_utf8_in_every_locale(extra: dict[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / 'caf\u00e9 \'a\n"b" %s {}'
+    folder.mkdir()
+    (folder / "t.txt").write_text("ein roter F\u00e4cher \u7ea2\n" * 3, encoding="utf-8")
+    flags = ["--vocabulary=270", f"--texts={folder / 't.txt'}", f"--out={folder / '-x'}"]
+    assert "captions ->" in tapir("train", "bpe", "tiny", *flags, **extra)
+    assert (folder / "-x" / "tokenizer.json").is_file()
+
+
+def test_a_current_folder_that_was_deleted_is_named(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; os.chdir(sys.argv[1]); os.rmdir(sys.argv[1]);"
+        "os.execv(sys.executable, [sys.executable, '-P', '-m', 'tapir', 'plan', 'tiny'])"
+    )
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = [sys.executable, "-c", code, str(gone)]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 2 and "current folder was deleted" in done.stderr
