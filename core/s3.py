@@ -35,6 +35,7 @@ from core.s3_answers import (
     is_conflict,
     is_failed_condition,
     is_no_condition,
+    is_page,
     may_be_checksums,
     moved,
     no_bucket,
@@ -261,7 +262,7 @@ class S3Store:
 
     def _waits(self, cause: BaseException | None) -> float:
         """Seconds for which an error that may pass is waited out."""
-        if self._answered:
+        if self._answered and not is_page(cause):
             return self._patience
         listens = isinstance(cause, (ClientError, ConnectionClosedError, *CUT))
         return min(self._patience, FIRST_PATIENCE) if listens else -1.0

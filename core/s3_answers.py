@@ -72,6 +72,11 @@ def is_no_condition(error: BaseException | None) -> bool:
     return status in _NOT_IMPLEMENTED or (status == 400 and code_of(error) in _UNKNOWN)
 
 
+def is_page(error: BaseException | None) -> bool:
+    """Say whether an answer may be a web page: boto3 takes one for an error 500 without a code."""
+    return code_of(error) == "500"
+
+
 def is_behind_the_end(error: BaseException | None) -> bool:
     """Say whether a range begins where the object has ended."""
     return status_of(error) == 416
@@ -121,6 +126,8 @@ def refusal(url: str, name: str, error: ClientError, hint: str) -> StoreError:
         return StoreError(
             f"{where}: another writer was at it at each try ({status} {code}); start the same again"
         )
+    if is_page(error):
+        hint = "; it may be no S3 store but a web page that answers: check AWS_ENDPOINT_URL"
     if status == 400:
         hint += "; check AWS_DEFAULT_REGION and the credentials"
     return StoreError(f"{where}: {error}{hint}")

@@ -26,7 +26,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
         contexts.append(odd_store(bend))
         server = contexts[-1].__enter__()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-        return S3Store("b", "p", patience=20), server
+        return S3Store("b", "p", attempts=1, patience=20), server
 
     yield make
     for context in contexts:
@@ -238,8 +238,11 @@ LISTS: list[tuple[bytes, str | None]] = [
 ]
 
 
-def test_lists_are_whole_sorted_and_of_the_prefix(opened: Open) -> None:
+def test_lists_are_whole_sorted_and_of_the_prefix(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What odd stores send: any order, their consoles' folders, other prefixes, a part, a page."""
+    monkeypatch.setattr("core.s3.FIRST_PATIENCE", 0.1)
     told = [b""]
 
     def bend(request: BaseHTTPRequestHandler, right: Answer) -> Answer:
