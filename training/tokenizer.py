@@ -1,6 +1,6 @@
 """Learning the tokenizer: the one stage that is no loop over batches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 
 from core.errors import ConfigError, InputError
@@ -26,16 +26,16 @@ def train_tokenizer(settings: BPETrain) -> None:
     if (ranks_given() or 1) > 1:
         raise ConfigError("train bpe is one process; start it without mpirun or torchrun")
     refuse_others_folder(settings.out, "train bpe")
-    with held(settings.out, "train bpe"):
-        _learn(settings)
-
-
-def _learn(settings: BPETrain) -> None:
     captions = islice(_captions(settings), settings.most_captions)
     first = next(captions, None)
     if first is None:
         raise InputError(f"{settings.texts or settings.data} holds no caption; give a larger one")
-    tokenizer = train_bpe(chain([first], captions), settings.vocabulary)
+    with held(settings.out, "train bpe"):
+        _learn(settings, chain([first], captions))
+
+
+def _learn(settings: BPETrain, captions: Iterable[str]) -> None:
+    tokenizer = train_bpe(captions, settings.vocabulary)
     entries = tokenizer.get_vocab_size()
     if entries < settings.vocabulary:
         LOG.warning(
