@@ -5,8 +5,7 @@ positions. The text parts run on torch's flash kernel for CPUs, which gives the 
 softmax's sum; the band is cut into tiles of one image row (column, if the image is transposed),
 whose keys are one stretch of the raster. Both parts share one softmax: the text's log-sum is one
 more logit of the band. Backwards, each part needs only the common output and log-sum, so that no
-matrix of probabilities is kept. Short streams gain nothing by that: they are attended to densely.
-Source of the masks: arXiv 2102.12092, section 2.2, appendix B.1.
+matrix of probabilities is kept. Source of the masks: arXiv 2102.12092, section 2.2, appendix B.1.
 """
 
 import math
@@ -19,12 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from models.masks import Kind, full_mask, image_mask
+from models.masks import Kind, image_mask
 
 CACHED = 64 * 1024
 """Logits that are worked on together, at least a head's."""
-SHORT = 128
-"""Positions of a stream up to which dense attention is faster (docs/LOG.md)."""
 _HERE = "cpu"
 """Bands are cut on the CPU even where a model is laid out on the meta device."""
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -42,17 +39,11 @@ class Band:
     """Keys before a tile's first query that it reaches."""
     bias: Tensor
     """(grid, grid, halo + grid): 0 where a tile's query may attend, minus infinity elsewhere."""
-    conv_kernel: int
 
     @property
     def together(self) -> int:
         """Heads whose logits stay in a core's cache: small grids run several in one call."""
         return max(1, CACHED // self.bias.numel())
-
-    @property
-    def mask(self) -> Tensor:
-        """The dense mask of the whole stream, (length, length) bool."""
-        return _dense(self.kind, self.text, self.grid, self.conv_kernel)
 
     def biases(self, heads: int, dtype: torch.dtype) -> Tensor:
         """The bias of some heads' tiles, (heads * grid, grid, halo + grid)."""
@@ -62,11 +53,6 @@ class Band:
 @lru_cache(maxsize=32)
 def _repeated(band: Band, heads: int) -> Tensor:
     return band.bias if heads == 1 else band.bias.repeat(heads, 1, 1)
-
-
-@lru_cache(maxsize=16)
-def _dense(kind: Kind, text: int, grid: int, conv_kernel: int) -> Tensor:
-    return full_mask(kind, text, grid, conv_kernel)
 
 
 @lru_cache(maxsize=16)
@@ -90,19 +76,7 @@ def band_of(kind: Kind, text: int, grid: int, conv_kernel: int) -> Band:
             ]
         )
     bias = torch.zeros(tiles.shape, device=_HERE).masked_fill(~tiles, -math.inf)
-    sizes = {"text": text, "grid": grid, "conv_kernel": conv_kernel}
-    return Band(kind=kind, **sizes, halo=halo, bias=bias.contiguous())
-
-
-def attention_on_cpu(q: Tensor, k: Tensor, v: Tensor, band: Band) -> Tensor:
-    """Attention of the whole stream, dense or banded, whichever is faster for its length.
-
-    Shapes: (B, heads, text + grid * grid, D) each -> the same.
-    """
-    if q.shape[2] > SHORT:
-        return banded_attention(q, k, v, band)
-    with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=band.mask)
+    return Band(kind=kind, text=text, grid=grid, halo=halo, bias=bias.contiguous())
 
 
 def banded_attention(q: Tensor, k: Tensor, v: Tensor, band: Band) -> Tensor:

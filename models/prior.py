@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import attention_on_cpu, band_of
+from models.attention import band_of, banded_attention
 from models.config import PriorConfig
 from models.draws import draw_normal, init_normal
 from models.flex import flexible_attention
@@ -123,7 +123,7 @@ class PriorBlock(Recomputed):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.device.type == "cpu":
-            return attention_on_cpu(q, k, v, self._band)
+            return banded_attention(q, k, v, self._band)
         return flexible_attention(q, k, v, *self._shape)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,7 +23,7 @@ def without_arithmetic() -> Iterator[None]:
         (models.draws, "_runs", _no_draws),
         (models.noise, "draw_bits", _no_bits),
         (parallel.replicas, "fingerprint", _no_sums),
-        (models.prior, "attention_on_cpu", lambda q, k, v, *_: q + k + v),
+        (models.prior, "banded_attention", lambda q, k, v, *_: q + k + v),
         (models.prior, "flexible_attention", lambda q, k, v, *_: q + k + v),
         (nn.Module, "_apply", _apply),
         (Control, "decide", _decide),

@@ -134,7 +134,7 @@ def test_ranks_that_all_come_meet_in_any_order() -> None:
     def meet(rank: int) -> None:
         common = met_store(rank, 3, timedelta(seconds=600))
         all_met.wait(_SECONDS)
-        common.add("left", 1)
+        del common
 
     ranks = [_Rank(partial(meet, rank), where) for rank in (2, 0, 1)]
     assert [rank.end()[0] for rank in ranks] == ["met"] * 3
