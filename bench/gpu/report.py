@@ -12,6 +12,9 @@ from torch import Tensor
 
 from parallel.device import wait_for
 
+ALONE = "none: others are compared with it"
+"""The baseline of a figure that stands by itself."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
@@ -95,7 +98,7 @@ class Report:
                 "name": name,
                 "value": value,
                 "unit": unit,
-                "baseline": ", ".join(part for part in (baseline, text) if part),
+                "baseline": ", ".join(part for part in (baseline, text) if part) or ALONE,
                 "ratio": ratios[0],
                 "spread": [min(ratios[1:] or ratios), max(ratios[1:] or ratios)],
                 "wanted": wanted.text if wanted else "",
