@@ -26,7 +26,7 @@ from tests.mutants.select import Selection, selection
 from tests.mutants.targets import PACKAGES, ROOT, targets
 from tests.mutants.verdicts import Verdicts
 
-FIRST = ["torch", "numpy", "deepspeed", "hypothesis", "PIL.Image", "torch.testing"]
+FIRST = ["torch", "torch._refs", "numpy", "deepspeed", "hypothesis", "PIL.Image", "torch.testing"]
 """Imported before the tests are measured; what they import then is known."""
 _PATIENCE = 120.0
 """Seconds of tests that a given diff must survive."""
@@ -82,19 +82,20 @@ def _try(mutants: list[Mutant], chosen: Selection, verdicts: Verdicts, width: in
             verdicts.add(mutant, chosen.of(mutant), killer)
         if done % 50 == 0:
             print(f"{done} of {len(open_)}, {time.monotonic() - began:.0f} s", flush=True)
-    for mutant, folder, status in run_forks(_jobs(again, chosen, slower=3.0), 1):
+    for mutant, folder, status in run_forks(_jobs(again, chosen, patience=3.0), 1):
         verdicts.add(mutant, chosen.of(mutant), _killer(folder, status))
     return _report(mutants, chosen, verdicts)
 
 
 def _jobs(
-    mutants: list[Mutant], chosen: Selection, slower: float = 1.0
+    mutants: list[Mutant], chosen: Selection, patience: float = 1.0
 ) -> Iterator[tuple[Mutant, Work, float]]:
     for mutant in mutants:
         tests = chosen.of(mutant)
         changed = {mutant.path: apply((ROOT / mutant.path).read_bytes(), mutant)}
-        work = partial(try_sources, changed, tests) if tests else _nothing
-        yield mutant, work, slower * (15 + 3 * sum(chosen.seconds[test] for test in tests))
+        how = {"seconds": chosen.seconds, "patience": patience}
+        work = partial(try_sources, changed, tests, **how) if tests else _nothing
+        yield mutant, work, patience * (60 + 3 * sum(chosen.seconds[test] for test in tests))
 
 
 def _nothing(folder: Path) -> None:
@@ -102,7 +103,7 @@ def _nothing(folder: Path) -> None:
 
 
 def _killer(folder: Path, status: int | None) -> str:
-    if status is None:
+    if status is None or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU):
         return "time"
     file = folder / "failed"
     return file.read_text() if file.exists() else f"ended with status {status}"
@@ -126,7 +127,8 @@ def _try_patch(patch: Path, chosen: Selection) -> int:
         print(f"{patch}: no test runs these lines: survived")
         return 1
     seconds = 60 + 6 * sum(chosen.seconds[test] for test in tests)
-    work = partial(try_sources, {c.path: c.source for c in changed}, tests)
+    sources = {c.path: c.source for c in changed}
+    work = partial(try_sources, sources, tests, seconds=chosen.seconds)
     for _, folder, status in run_forks(iter([(patch, work, seconds)]), 1):
         killer = _killer(folder, status)
         print(f"{patch}: " + (f"caught by {killer}" if killer else f"survived {len(tests)} tests"))

@@ -4,10 +4,12 @@ import functools
 import importlib.machinery
 import importlib.util
 import json
+import math
 import os
 import resource
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
@@ -59,10 +61,15 @@ def _module_of(path: str) -> str:
 
 
 class _Verdict:
-    """Remembers the first test that failed."""
+    """Remembers the first test that failed, and ends this process in one that does not end."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: Mapping[str, float], patience: float) -> None:
         self.failed = ""
+        self._seconds, self._patience = seconds, patience
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        usual = self._seconds.get(nodeid, LONGEST)
+        _may_compute(self._patience * (5 + 5 * usual))
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed and not self.failed:
@@ -73,11 +80,29 @@ class _Verdict:
             self.failed = f"{report.nodeid} (import)"
 
 
-def try_sources(sources: dict[str, bytes], tests: Sequence[str], out: Path) -> None:
-    """Run tests with changed sources, to the first failure, and write what failed."""
+def _may_compute(seconds: float) -> None:
+    """Let the kernel end this process by SIGXCPU once it has had a core for so long from now on."""
+    soft = math.ceil(time.process_time() + seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
+
+
+def try_sources(
+    sources: dict[str, bytes],
+    tests: Sequence[str],
+    out: Path,
+    *,
+    seconds: Mapping[str, float],
+    patience: float = 1.0,
+) -> None:
+    """Run tests with changed sources, to the first failure, and write what failed.
+
+    `seconds` are what the tests take; one that computes for five times as long, and 5 s, has no
+    end, `patience` times as long if it is tried again.
+    """
     _begin(out)
+    _may_compute(60 * patience)
     sys.meta_path.insert(0, Finder(sources))  # type: ignore[arg-type]
-    verdict = _Verdict()
+    verdict = _Verdict(seconds, patience)
     code = pytest.main([*tests, "-x", *_QUIET, f"--basetemp={out}/tmp"], plugins=[verdict])
     unknown = code not in (pytest.ExitCode.OK, *_NOT_RUN)
     failed = verdict.failed or (f"pytest ended with {int(code)}" if unknown else "")
