@@ -2,7 +2,9 @@
 
 import gc
 import importlib
+import math
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -69,7 +71,9 @@ def run_forks(
                 key, work, seconds = job
                 folder = Path(tempfile.mkdtemp(prefix="tapir-mutant-"))
                 now = time.monotonic()
-                running[_fork(work, folder)] = _Fork(key, folder, seconds, now, now + seconds)
+                running[_fork(work, folder, seconds)] = _Fork(
+                    key, folder, seconds, now, now + seconds
+                )
             if not running:
                 return
             for pid, status in _ended(running):
@@ -82,7 +86,7 @@ def run_forks(
             shutil.rmtree(fork.folder, ignore_errors=True)
 
 
-def _fork(work: Work, folder: Path) -> int:
+def _fork(work: Work, folder: Path, seconds: float) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -90,6 +94,8 @@ def _fork(work: Work, folder: Path) -> int:
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.setsid()
+        most = math.ceil(2 * seconds) + 10  # of a core, also if this process is left behind
+        resource.setrlimit(resource.RLIMIT_CPU, (most, resource.RLIM_INFINITY))
         work(folder)
         code = 0
     except BaseException:
