@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness import DEVELOPERS
+
+pytest.importorskip("coverage", reason=DEVELOPERS)
+
 from tests.mutants import report, verdicts
 from tests.mutants.__main__ import all_mutants
 from tests.mutants.mutate import apply, mutants_of
