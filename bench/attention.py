@@ -119,7 +119,9 @@ def _products(
 
 def _rounded(x: Tensor, bits: int) -> Tensor:
     mantissa, exponent = torch.frexp(x)
-    return torch.ldexp(torch.round(torch.ldexp(mantissa, torch.tensor(bits))), exponent - bits)
+    return torch.ldexp(
+        torch.round(torch.ldexp(mantissa, torch.tensor(bits, device=x.device))), exponent - bits
+    )
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -8,12 +8,13 @@ that guesses would train alone, or wait for ranks that nobody started.
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from core.errors import InputError
 
+T = TypeVar("T")
 RENDEZVOUS = "TAPIR_RENDEZVOUS"
 """Where the ranks of Tapir's own launcher meet."""
 _LONGEST = 18
@@ -84,10 +85,7 @@ def ranks_of(environment: Mapping[str, str] = os.environ) -> Ranks | None:
     step of one task (srun --pty bash) is no launcher, and neither is its MPI of one rank.
     Raises: InputError with every variable that is odd, or there without the others it needs.
     """
-    variables = Variables(environment)
-    found = _started(variables)
-    variables.check()
-    return found
+    return _checked(environment, _started)
 
 
 def check_launch(environment: Mapping[str, str] = os.environ) -> Ranks | None:
@@ -107,26 +105,17 @@ def address_of_ranks(environment: Mapping[str, str] = os.environ) -> tuple[str, 
 
     Raises: InputError if they are not known, or the port is none.
     """
-    variables = Variables(environment)
-    found = _address(variables)
-    variables.check()
-    return found
+    return _checked(environment, _address)
 
 
 def local_rank(environment: Mapping[str, str] = os.environ) -> int | None:
     """This process's place on its machine; None if no launcher tells it. Raises: InputError."""
-    variables = Variables(environment)
-    found = _local_rank(variables)
-    variables.check()
-    return found
+    return _checked(environment, _local_rank)
 
 
 def local_ranks(environment: Mapping[str, str] = os.environ) -> int:
     """Ranks on this machine, as far as the launcher tells; 1 if it does not. Raises: InputError."""
-    variables = Variables(environment)
-    found = _local_ranks(variables)
-    variables.check()
-    return found
+    return _checked(environment, _local_ranks)
 
 
 def refuse_left_socket(environment: Mapping[str, str] = os.environ) -> None:
@@ -143,6 +132,13 @@ def refuse_left_socket(environment: Mapping[str, str] = os.environ) -> None:
             f"PMI_FD={text!r} in the environment is no socket of mpirun's: `unset PMI_FD PMI_RANK "
             f"PMI_SIZE` if they are left over from elsewhere; {_FIX}"
         )
+
+
+def _checked(environment: Mapping[str, str], read: Callable[[Variables], T]) -> T:
+    variables = Variables(environment)
+    found = read(variables)
+    variables.check()
+    return found
 
 
 def _started(variables: Variables) -> Ranks | None:

@@ -41,7 +41,7 @@ def settle_precision(settings: S, world: World) -> S:
     said = [json.loads(text) for text in world.gather_text(json.dumps([kept, rates]))]
     kept, here = said[0][0], fastest([rates for _, rates in said])
     if world.rank == 0:
-        _tell(kept, here, said[0][1])
+        _tell(kept, here, said[0][1] if world.device.type == "cpu" else {})
     engine = replace(settings.engine, precision=kept or here)  # type: ignore[arg-type]
     return replace(settings, engine=engine)
 
@@ -97,12 +97,14 @@ def _begun_with(settings: StageConfig) -> str:
 
 
 def _tell(kept: str, here: str, rates: dict[str, float]) -> None:
+    """Say what was settled, with the rates if they were timed."""
     figures = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.items())
+    timed = f" (a matmul here: {figures})" if rates else ""
     if not kept:
-        LOG.info("engine.precision auto: %s (a matmul here: %s)", here, figures)
+        LOG.info("engine.precision auto: %s%s", here, timed)
     elif kept != here:
         LOG.warning(
-            "engine.precision auto: the run was begun in %s, which is kept; here %s is faster "
-            "(%s): --engine.precision %s changes it",
-            *(kept, here, figures, here),
+            "engine.precision auto: the run was begun in %s, which is kept; here %s is faster%s: "
+            "--engine.precision %s changes it",
+            *(kept, here, timed, here),
         )

@@ -8,7 +8,7 @@ import pytest
 
 from core.errors import InputError
 from core.files import held
-from core.out_folder import refuse_others_folder
+from core.out_folder import owner_of, refuse_others_folder
 from data_pipeline.commands import pack
 from generation.commands import evaluate, score
 from training.commands import tokenize
@@ -58,9 +58,10 @@ def test_every_command_refuses_the_folder_of_another(owner: str, tmp_path: Path)
 def test_damaged_notes_and_new_folders_belong_to_nobody(tmp_path: Path) -> None:
     for text in ("", "[]", "{}", "no JSON"):
         (tmp_path / "config.json").write_text(text)
-        refuse_others_folder(tmp_path, "train dvae")
-    refuse_others_folder(tmp_path / "new", "score")
-    refuse_others_folder("s3://bucket/x", "a data set")
+        assert owner_of(tmp_path) == ""
+    assert owner_of(tmp_path / "new") == ""
+    (tmp_path / "tokenizer.json").touch()
+    assert owner_of(tmp_path) == "train bpe"
 
 
 def test_one_tokenizer_is_learned_in_a_folder_at_a_time(tmp_path: Path) -> None:

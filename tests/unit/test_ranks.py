@@ -1,5 +1,6 @@
 """Launchers' variables: what they make of a process, and what is refused by name."""
 
+import logging
 import os
 import socket
 import subprocess
@@ -132,6 +133,7 @@ def test_the_log_takes_an_odd_rank_for_none(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("RANK", "²")  # str.isdigit holds, int does not take it
     set_up_logging()
     LOG.handlers[:] = handlers
+    assert LOG.level == logging.INFO, "it speaks as rank 0 does"
 
 
 @pytest.mark.parametrize(
