@@ -73,8 +73,14 @@ def is_no_condition(error: BaseException | None) -> bool:
 
 
 def is_page(error: BaseException | None) -> bool:
-    """Say whether an answer may be a web page: boto3 takes one for an error 500 without a code."""
-    return code_of(error) == "500"
+    """Say whether an answer may be a web page: boto3 takes one for an error 500 without a code.
+
+    An error 500 without a body is a store's, or its proxy's.
+    """
+    if not isinstance(error, ClientError) or code_of(error) != "500":
+        return False
+    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    return bool(headers.get("content-length") != "0")
 
 
 def is_behind_the_end(error: BaseException | None) -> bool:

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
+from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 
 from core.errors import AbsentError, StoreError, StoreInputError
 from core.s3 import S3Store
+from core.s3_answers import is_page
 from tests.odd_store import Answer, Bend, OddServer, error, odd_store
 
 Open = Callable[[Bend], tuple[S3Store, OddServer]]
@@ -263,3 +266,13 @@ def test_deleting_what_is_not_there_is_no_error(opened: Open) -> None:
         store.delete("x")
         with pytest.raises(AbsentError):
             store.get("x")
+
+
+def test_a_page_is_told_from_a_bare_error() -> None:
+    """The one is named after half a minute, the other is waited out as an outage."""
+    for length, page in (("0", False), ("45", True), (None, True)):
+        headers = {} if length is None else {"content-length": length}
+        answer: Any = {"Error": {"Code": "500"}, "ResponseMetadata": {"HTTPHeaders": headers}}
+        assert is_page(ClientError(answer, "GetObject")) is page
+    named: Any = {"Error": {"Code": "InternalError"}}
+    assert not is_page(ClientError(named, "GetObject"))
