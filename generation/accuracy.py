@@ -40,11 +40,20 @@ def draw_all(
     return found
 
 
+def draw_for(studio: Studio, captions: list[str], settings: EvaluateConfig) -> list[Candidates]:
+    """Candidates of all captions, and more of the first few if settings.most asks for them."""
+    few = settings.few if settings.most > settings.candidates else 0
+    wide = replace(settings, candidates=settings.most) if few else settings
+    found = draw_all(studio, captions[:few], wide, "sample many") if few else []
+    return found + draw_all(studio, captions[few:], settings)
+
+
 def caption_accuracy(
     studio: Studio, records: Sequence[RawRecord], drawn: list[Candidates], seed: int
 ) -> Figures:
     """Measure best-of-N for N = 1, 2, 4, ..., beside chance and the upper bound.
 
+    Larger N are measured on the captions that have so many candidates: the first ones.
     Raises: InputError if a caption is none of the shapes generator.
     """
     captions = [record.caption for record in records]
@@ -54,9 +63,11 @@ def caption_accuracy(
         raise InputError("there are no held-out captions to measure accuracy on")
     shuffled = [captions[i] for i in _derangement(len(captions), seed)]
     figures: Figures = {"prompts": len(captions)}
-    for count, share in best_of_shares(*_judged(captions, drawn)).items():
+    for count, (share, of) in _best_of(captions, drawn).items():
         figures[f"best_of_{count}"] = share
-        figures[f"best_of_{count}_low95"] = wilson_low(share, len(captions))
+        figures[f"best_of_{count}_low95"] = wilson_low(share, of)
+        if of < len(captions):
+            figures[f"best_of_{count}_prompts"] = of
     best = [row.pictures[0] for row in drawn]
     figures["chance"] = _share(shuffled, best)
     pixels = pictures_of(list(records), studio.dvae.config.pixels)
@@ -70,7 +81,7 @@ def guidance_accuracy(
     studio: Studio, records: Sequence[RawRecord], settings: EvaluateConfig
 ) -> dict[str, float]:
     """Accuracy of single samples for each scale of `settings.scales`."""
-    captions = [record.caption for record in records]
+    captions = [record.caption for record in records][: settings.guided or None]
     found = {}
     for scale in settings.scales:
         single = replace(settings, candidates=1, guidance=scale)
@@ -99,6 +110,22 @@ def best_of_shares(right: NDArray[np.bool_], scores: NDArray[Any]) -> dict[int, 
         choices = math.comb(draws, count)
         wins = [math.comb(draws - 1 - rank, count - 1) / choices for rank in range(draws)]
         found[count] = float(ranked @ np.array(wins))
+    return found
+
+
+def _best_of(captions: Sequence[str], drawn: list[Candidates]) -> dict[int, tuple[float, int]]:
+    """For each N the share of captions that the best of N fits, and how many captions were asked.
+
+    All have as many candidates, or the first ones have more.
+    """
+    least, most = len(drawn[-1].drawn), len(drawn[0].drawn)
+    judged = [_judged([caption], [row]) for caption, row in zip(captions, drawn, strict=True)]
+    found: dict[int, tuple[float, int]] = {}
+    for limit in dict.fromkeys((least, most)):
+        rows = [pair for pair in judged if pair[0].shape[1] >= limit]
+        right, scores = (np.concatenate([pair[i][:, :limit] for pair in rows]) for i in (0, 1))
+        for count, share in best_of_shares(right, scores).items():
+            found.setdefault(count, (share, len(rows)))
     return found
 
 

@@ -23,10 +23,13 @@ class DemoConfig:
     out: Path | None = None
     """Folder of the demo; default runs/demo (runs/demo-emoji for emoji)."""
     mesh: Literal["tp2pp2dp2", "1"] = "tp2pp2dp2"
-    """How the prior trains: 8 ranks with tensor, pipeline and data parallelism and compressed
-    gradients; 1 = every stage on one process, also taken where there are fewer GPUs than ranks."""
+    """Where the prior's training ends: it begins on 2 ranks and goes on, from their checkpoint, on
+    8 ranks with tensor, pipeline and data parallelism and compressed gradients; 1 = every stage on
+    one process, also taken where there are fewer GPUs than ranks."""
     size: Literal["tiny", "mini"] = "tiny"
     """tiny: minutes, pictures worth looking at. mini: a test of the plumbing."""
+    seed: int = 0
+    """Seed of all training and of the draws; all seeds have the same data."""
 
     @property
     def folder(self) -> Path:
@@ -205,13 +208,26 @@ class EvaluateConfig(SampleConfig):
 
     prompts: int = 256
     """Held-out captions, at most."""
+    most: int = 0
+    """Candidates of the first `few` captions, for best-of-N beyond `candidates`; 0 = as many."""
+    few: int = 64
+    """Captions that get `most` candidates."""
     scales: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
     """Guidance scales at which single samples are measured, if the prior was trained for it."""
+    guided: int = 0
+    """Captions that they are measured on; 0 = all."""
 
     def problems(self) -> list[str]:
         found = super().problems()
         if self.prompts < 1:
             found.append("prompts must be at least 1")
+        if self.guided < 0 or self.few < 1:
+            found.append("guided must not be negative, and few be at least 1")
+        if self.most != 0 and self.most < self.candidates:
+            found.append(
+                f"most={self.most} must be 0 or at least candidates={self.candidates}, which every "
+                "caption gets"
+            )
         if not all(0 <= scale <= _MOST_GUIDANCE for scale in self.scales):
             found.append(f"scales must be 0 to {_MOST_GUIDANCE}")
         return found

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.jobs import Resources
+from cluster.jobs import Chain, Job, Resources
 from cluster.local import LocalConfig, commands
 from cluster.object_server import ObjectServer, object_server
 from cluster.processes import start, stop
@@ -39,8 +39,16 @@ MESHES: dict[str, dict[str, Value]] = {
         "compress.warm_start": True,
     },
 }
-"""Flags of the prior; 44 is the paper's 0.226 times the width of 192, warm Q learns faster here."""
-EVALUATED: dict[str, Value] = {"prompts": 512, "candidates": 64, "temperature": 0.8}
+"""Flags of the prior's last part; 44 is the paper's 0.226 times the width of 192."""
+RESHARD = "reshard"
+"""The stage that goes on with the prior on another mesh; its own folder holds its log alone."""
+EVALUATED: dict[str, Value] = {
+    "prompts": 512,
+    "candidates": 16,
+    "most": 64,
+    "guided": 128,
+    "temperature": 0.8,
+}
 CAPTION_DROP = 0.1
 """So that the report can show what guidance does."""
 
@@ -88,23 +96,36 @@ def fitted(config: DemoConfig, gpus: int) -> DemoConfig:
 def demo_stages(config: DemoConfig) -> list[Stage]:
     """The demo as commands that a user could type: those of its run file."""
     chain = chain_of(demo_run(config), "local")
+    stages = [_stage(chain, job) for job in chain.jobs if job.name in STAGES]
+    if config.mesh != "1":
+        last = chain_of(demo_run(config, resharded=True), "local")
+        job = next(job for job in last.jobs if job.name == "prior")
+        place = 1 + [stage.name for stage in stages].index("prior")
+        stages.insert(place, replace(_stage(last, job), name=RESHARD))
+    return stages
+
+
+def _stage(chain: Chain, job: Job) -> Stage:
     here = len(chain.tapir())
-    return [
-        Stage(
-            name=FOLDERS.get(job.name, job.name),
-            commands=[command[here:] for command in commands(chain, job, LocalConfig())],
-        )
-        for job in chain.jobs
-        if job.name in STAGES
-    ]
+    found = [command[here:] for command in commands(chain, job, LocalConfig())]
+    return Stage(name=FOLDERS.get(job.name, job.name), commands=found)
 
 
-def demo_run(config: DemoConfig) -> RunFile:
-    """The demo as a run file."""
+def demo_run(config: DemoConfig, resharded: bool = False) -> RunFile:
+    """The demo as a run file; the prior's stage is its first part, or `resharded` its last one."""
     sizes = _sizes(config)
+    first = sizes["prior"].pop("loop.until")
     alone: dict[str, Value] = {"mesh.data": 1} if config.mesh == "1" else {}
-    prior: dict[str, Value] = {**MESHES[config.mesh], "caption_drop": CAPTION_DROP}
+    prior: dict[str, Value] = {**sizes["prior"], "caption_drop": CAPTION_DROP}
+    if resharded or config.mesh == "1":
+        prior.update(MESHES[config.mesh])
+    else:
+        prior["loop.until"] = first
     changes = {"dvae": alone, "clip": alone, "prior": prior}
+    for name in ("dvae", "prior", "clip"):
+        changes[name] = {**changes[name], "loop.seed": config.seed}
+    for name in ("score", "evaluate"):
+        changes[name] = {"seed": config.seed}
     return RunFile(
         name="demo",
         out=config.folder,
@@ -121,7 +142,7 @@ def demo_run(config: DemoConfig) -> RunFile:
 
 
 def _sizes(config: DemoConfig) -> dict[str, dict[str, Value]]:
-    """What the demo changes about the presets."""
+    """What the demo changes about the presets; loop.until ends the prior's first part."""
     shapes = config.data == "shapes"
     if config.size == "mini":
         short: dict[str, Value] = {
@@ -134,16 +155,21 @@ def _sizes(config: DemoConfig) -> dict[str, dict[str, Value]]:
             "pack": pack,
             "dvae": short,
             "tokenize": {"block": 8},
-            "prior": short,
+            "prior": {**short, "loop.steps": 24, "loop.until": 18, "optim.warmup": 4},
             "clip": short,
             "score": {"captions": 8, "candidates": 2},
-            "evaluate": {"prompts": 8, "candidates": 4},
+            "evaluate": {"prompts": 8, "candidates": 4, "most": 8, "few": 2},
         }
     if shapes:
-        return {"pack": {"count": 20_000}, "score": {"candidates": 1}, "evaluate": EVALUATED}
+        return {
+            "pack": {"count": 20_000},
+            "prior": {"loop.steps": 1200, "loop.until": 1140},
+            "score": {"candidates": 1},
+            "evaluate": EVALUATED,
+        }
     return {
         "pack": {"validation": 0.1},
-        "prior": {"loop.steps": 900},
+        "prior": {"loop.steps": 900, "loop.until": 840},
         "clip": {"loop.steps": 300},
         "score": {"candidates": 4},
         "evaluate": {"prompts": 64},

@@ -13,7 +13,7 @@ from data_pipeline.raw import RawRecord, RawSource
 from data_pipeline.readable import readable
 from data_pipeline.stream import first_records
 from data_pipeline.tokenize.encode import pictures_of
-from generation.accuracy import Figures, caption_accuracy, draw_all, guidance_accuracy
+from generation.accuracy import Figures, caption_accuracy, draw_for, guidance_accuracy
 from generation.config import EvaluateConfig, PromptConfig, SampleConfig
 from generation.pictures import Studio, picture_grid, to_bytes
 from generation.prompts import prompt_of
@@ -30,7 +30,7 @@ def evaluate(studio: Studio, data: str, out: Path, settings: EvaluateConfig) -> 
     records = readable(first_records(source, settings.prompts))
     captions = [record.caption for record in records]
     studio.tell_cut(captions)
-    drawn = draw_all(studio, captions, settings)
+    drawn = draw_for(studio, captions, settings)
     rows = []
     for i, row in enumerate(drawn[:SHOWN_PROMPTS]):
         name = f"candidates-{i:02d}.png"

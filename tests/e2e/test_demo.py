@@ -1,15 +1,16 @@
 """The whole way in miniature, on real parts: SeaweedFS, DeepSpeed, npm."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.harness import cold_tapir, processes_with, tapir
+from tests.harness import cold_tapir, processes_with, rows_of, tapir
 from tests.hostile import foreign_code, hostile_folder
 
-STAGES = ["pack", "bpe", "dvae", "tokens", "prior", "clip", "scores", "samples"]
+STAGES = ["pack", "bpe", "dvae", "tokens", "prior", "reshard", "clip", "scores", "samples"]
 
 
 @pytest.mark.world
@@ -17,9 +18,15 @@ def test_shapes_demo_in_miniature(tmp_path: Path) -> None:
     out, hostile = tmp_path / "demo", hostile_folder(tmp_path / "hostile")
     text = cold_tapir("demo", "--size=mini", f"--out={out}", TERM="dumb", cwd=hostile)
     summary = json.loads((out / "summary.json").read_text())
-    assert set(STAGES) <= set(summary["seconds"]) and len(summary["commands"]) == 9
+    assert set(STAGES) <= set(summary["seconds"]) and len(summary["commands"]) == 10
     assert summary["prior"]["engine"] == "deepspeed_pipe" and summary["prior"]["compress_rank"] > 0
     assert summary["prior"]["mesh"] == {"data": 2, "tensor": 2, "pipeline": 2, "machines": 1}
+    steps = rows_of(out / "prior")
+    assert [row["step"] for row in steps] == [10, 20, 24]
+    # code frequencies alone allow no less than their entropy; an untrained prior has log 64
+    unigram = math.log(summary["dvae"]["perplexity"])
+    assert summary["prior"]["validation_loss"] < unigram < math.log(64)
+    assert summary["prior"]["last_loss"] < summary["prior"]["first_loss"]
     assert summary["caption_accuracy"]["checker_on_truth"] == 1.0
     assert set(summary["caption_accuracy"]["guidance"]) == {"1", "1.5", "2", "3", "4", "5"}
     scores = json.loads((out / "scores" / "scores.json").read_text())
@@ -37,6 +44,7 @@ def test_shapes_demo_in_miniature(tmp_path: Path) -> None:
     assert not secrets and not processes_with(str(out))
     again = tapir("demo", "--size=mini", f"--out={out}")
     assert "already holds this data set" in again and "has all 6 steps already" in again
+    assert "has all 18 steps already" in again and "has all 24 steps already" in again
     models = [f"--{name}={out / name}" for name in ("prior", "dvae", "clip", "bpe")]
     grid = tmp_path / "grid.png"
     flags = [f"--out={grid}", "--candidates=3", *models]

@@ -13,7 +13,7 @@ from core.errors import ConfigError
 from core.gpus import gpu_of_rank, own_gpus, usable_gpus, visible_gpus
 from core.ranks import local_ranks
 from generation.config import DemoConfig
-from generation.demo import fitted
+from generation.demo import demo_stages, fitted
 from parallel.device import CPU, CudaStopwatch, backends, rank_device, refuse_shared_gpus
 from parallel.mesh import own_mesh
 from training import main
@@ -183,6 +183,19 @@ def test_a_world_on_gpus_is_bound_to_its_device(
 @pytest.mark.parametrize(("gpus", "mesh"), [(0, "tp2pp2dp2"), (1, "1"), (4, "1"), (8, "tp2pp2dp2")])
 def test_the_demo_trains_on_as_many_ranks_as_there_are_gpus(gpus: int, mesh: str) -> None:
     assert fitted(DemoConfig(mesh="tp2pp2dp2"), gpus).mesh == mesh
+
+
+def test_the_demos_prior_goes_on_from_two_ranks_to_eight() -> None:
+    stages = {stage.name: stage.commands[0] for stage in demo_stages(DemoConfig(seed=3))}
+    assert list(stages).index("reshard") == list(stages).index("prior") + 1
+    mesh = {"--mesh.tensor=2", "--mesh.pipeline=2", "--mesh.data=2"}
+    assert mesh <= {*stages["reshard"]} and not mesh & {*stages["prior"]}
+    until = {flag for flag in stages["prior"] if flag.startswith("--loop.until")}
+    kept = {*stages["prior"]} - until
+    assert until and kept <= {*stages["reshard"]}, "else the run would be refused as another one"
+    assert all("--loop.seed=3" in stages[name] for name in ("dvae", "prior", "reshard", "clip"))
+    assert "--seed=3" in stages["samples"] and "--seed=3" not in stages["pack"]
+    assert "reshard" not in {stage.name for stage in demo_stages(DemoConfig(mesh="1"))}
 
 
 def test_a_gpus_stopwatch_counts_what_has_happened(monkeypatch: pytest.MonkeyPatch) -> None:

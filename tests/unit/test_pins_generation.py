@@ -239,6 +239,35 @@ def test_accuracy_of_four_captions_by_hand(monkeypatch: pytest.MonkeyPatch) -> N
         accuracy.caption_accuracy(cast(Any, studio), [], [], 1)
 
 
+def test_larger_counts_are_measured_on_the_captions_that_have_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Captions a and b have 4 draws, c and d 2: best of 1 and 2 over all, of 4 over a and b."""
+    monkeypatch.setattr(accuracy, "matches", lambda caption, picture: caption == picture)
+    rows = [
+        SimpleNamespace(pictures=["x", "a", "a", "a"], drawn=[3, 0, 1, 2], scores=[4, 3, 2, 1]),
+        SimpleNamespace(pictures=["b", "x", "b", "x"], drawn=[2, 0, 1, 3], scores=[4, 3, 2, 1]),
+        SimpleNamespace(pictures=["c", "x"], drawn=[0, 1], scores=[2, 1]),
+        SimpleNamespace(pictures=["x", "x"], drawn=[1, 0], scores=[2, 1]),
+    ]
+    found = accuracy._best_of(["a", "b", "c", "d"], cast(Any, rows))
+    # first draws: a, a | x, b | c, x | x, x; best of two: a, x, c, x; of four: x, b
+    assert found == {1: ((1 + 0.5 + 0.5 + 0) / 4, 4), 2: (0.5, 4), 4: (0.5, 2)}
+    same = accuracy._best_of(["c", "d"], cast(Any, rows[2:]))
+    assert same == {1: (0.25, 2), 2: (0.5, 2)}
+
+
+def test_the_first_few_captions_get_more_draws() -> None:
+    studio, captions = _Studio(), ["a", "b", "c"]
+    settings = EvaluateConfig(candidates=2, most=8, few=2)  # type: ignore[call-arg]
+    accuracy.draw_for(cast(Any, studio), captions, settings)
+    assert [(c, s.candidates) for c, s in studio.drawn] == [(2, 8), (1, 2)]
+    studio.drawn.clear()
+    accuracy.draw_for(cast(Any, studio), captions, EvaluateConfig(candidates=2))  # type: ignore[call-arg]
+    assert [(c, s.candidates) for c, s in studio.drawn] == [(3, 2)]
+    assert EvaluateConfig(candidates=16, most=8).problems()  # type: ignore[call-arg]
+
+
 def test_nobody_keeps_his_place_in_a_derangement() -> None:
     for seed in range(20):
         for count in (2, 3, 7):
@@ -259,6 +288,9 @@ def test_guidance_is_measured_on_single_draws(monkeypatch: pytest.MonkeyPatch) -
     found = accuracy.guidance_accuracy(cast(Any, studio), _records("a", "b", "c", "d"), settings)
     assert found == {"1": 0.5, "2.5": 0.5}
     assert [(s.candidates, s.guidance) for _, s in studio.drawn] == [(1, 1.0), (1, 2.5)]
+    settings = EvaluateConfig(scales=(2.5,), guided=2)  # type: ignore[call-arg]
+    accuracy.guidance_accuracy(cast(Any, studio), _records("a", "b", "c", "d"), settings)
+    assert studio.drawn[-1][0] == 2
 
 
 def test_moments_and_a_distance_by_hand() -> None:
