@@ -38,12 +38,10 @@ class DropoutEncoder:
         run: list[str] = []
         for number in map(int, text):
             symbol = self._symbols[number]
-            if symbol.isascii() and symbol.isalpha() and symbol.islower():
-                run.extend(symbol)
-                continue
-            found += self._merged(run, draw)
-            run = []
-            found.append(number)
+            if not "a" <= symbol[0] <= "z":  # the space before a word, or what never merges
+                found += self._merged(run, draw)
+                run = []
+            run.extend(symbol)
         found += self._merged(run, draw)
         return np.asarray(found, np.uint16)
 

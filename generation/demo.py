@@ -163,7 +163,7 @@ def _sizes(config: DemoConfig) -> dict[str, dict[str, Value]]:
     if shapes:
         return {
             "pack": {"count": 20_000},
-            "prior": {"loop.steps": 1200, "loop.until": 1140},
+            "prior": {"loop.steps": 1200, "loop.until": 1140, "model.text_length": 12},
             "score": {"candidates": 1},
             "evaluate": EVALUATED,
         }

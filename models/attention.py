@@ -5,7 +5,9 @@ positions. The text parts run on torch's flash kernel for CPUs, which gives the 
 softmax's sum; the band is cut into tiles of one image row (column, if the image is transposed),
 whose keys are one stretch of the raster. Both parts share one softmax: the text's log-sum is one
 more logit of the band. Backwards, each part needs only the common output and log-sum, so that no
-matrix of probabilities is kept. Source of the masks: arXiv 2102.12092, section 2.2, appendix B.1.
+matrix of probabilities is kept. Streams too short to gain by that go to the kernel whole, with the
+mask; what is kept for the way back is the same. Source of the masks: arXiv 2102.12092, section 2.2,
+appendix B.1.
 """
 
 import math
@@ -18,14 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from models.masks import Kind, image_mask
+from models.masks import Kind, full_mask, image_mask
+from parallel.precision import small_matmuls
 
 CACHED = 64 * 1024
 """Logits that are worked on together, at least a head's."""
+SHORT = 128
+"""Positions of a stream up to which the kernel alone is faster (docs/LOG.md)."""
 _HERE = "cpu"
 """Bands are cut on the CPU even where a model is laid out on the meta device."""
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,6 +42,8 @@ class Band:
     """Keys before a tile's first query that it reaches."""
     bias: Tensor
     """(grid, grid, halo + grid): 0 where a tile's query may attend, minus infinity elsewhere."""
+    dense: Tensor | None
+    """The same for a whole short stream, (length, length); None = it is cut into tiles."""
 
     @property
     def together(self) -> int:
@@ -75,8 +80,14 @@ def band_of(kind: Kind, text: int, grid: int, conv_kernel: int) -> Band:
                 for i in range(grid)
             ]
         )
-    bias = torch.zeros(tiles.shape, device=_HERE).masked_fill(~tiles, -math.inf)
-    return Band(kind=kind, text=text, grid=grid, halo=halo, bias=bias.contiguous())
+    short = text + grid * grid <= SHORT
+    dense = _bias(full_mask(kind, text, grid, conv_kernel)) if short else None
+    return Band(kind=kind, text=text, grid=grid, halo=halo, bias=_bias(tiles), dense=dense)
+
+
+def _bias(mask: Tensor) -> Tensor:
+    """0 where a mask allows, minus infinity elsewhere."""
+    return torch.zeros(mask.shape, device=_HERE).masked_fill(~mask, -math.inf)
 
 
 def banded_attention(q: Tensor, k: Tensor, v: Tensor, band: Band) -> Tensor:
@@ -85,8 +96,26 @@ def banded_attention(q: Tensor, k: Tensor, v: Tensor, band: Band) -> Tensor:
     Shapes: (B, heads, text + grid * grid, D) each -> the same.
     """
     with torch.autocast("cpu", enabled=False):
-        out: Tensor = _Banded.apply(q, k, v, band)
+        out: Tensor = (_Banded if band.dense is None else _Masked).apply(q, k, v, band)
     return out
+
+
+class _Masked(Function):
+    """The kernel on a whole short stream."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, band: Band) -> Tensor:
+        assert band.dense is not None
+        mask = band.dense.to(q.dtype)
+        out, sums = _flash(q, k, v, 0.0, False, attn_mask=mask)
+        ctx.save_for_backward(q, k, v, out, sums)
+        ctx.mask = mask
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        found = _flash_backward(*gradients, *ctx.saved_tensors, 0.0, False, attn_mask=ctx.mask)
+        return (*found, None)
 
 
 class _Banded(Function):
@@ -129,6 +158,16 @@ class _Banded(Function):
             dq[sample, heads, text:] += found[0]
             dk[sample, heads, text:], dv[sample, heads, text:] = found[1], found[2]
         return dq, dk, dv, None
+
+
+def _flash(*given: Any, **named: Any) -> Any:
+    with small_matmuls():
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*given, **named)
+
+
+def _flash_backward(*given: Any, **named: Any) -> Any:
+    with small_matmuls():
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*given, **named)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 EngineName = Literal["reference", "deepspeed_zero", "deepspeed_pipe"]
-BF16_GAIN = 1.25
-"""So many times faster 16 bits must be for `engine.precision auto`: they cost accuracy."""
+LEAST_GAIN = 1.25
+"""So many times faster what `auto` takes must be: 16 bits cost accuracy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +203,8 @@ class EngineConfig:
     own; emulated on CPUs. In both, weights, moments, norms, logits and all-reduces stay fp32."""
     matmul_precision: Literal["auto", "highest", "medium"] = "auto"
     """fp32 matmuls, and on GPUs convolutions: highest = fp32 throughout; medium = TF32 on GPUs;
-    auto = highest on GPUs, and on CPUs medium where a start-up probe finds it as accurate."""
+    auto = highest on GPUs, and on CPUs medium where it is as accurate and a matmul that all ranks
+    time is faster; settled like `precision`."""
     deterministic: bool = True
     """On GPUs: algorithms that give the same bits every time, so that a resumed run equals an
     unbroken one; off = maybe faster. CPUs always do."""

@@ -6,7 +6,8 @@ setter the older getters raise, and so does Inductor where it asks them (pytorch
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,12 @@ def set_numerics(
 ) -> Numerics:
     """Set how this process computes on a device; call it before the first matmul there.
 
-    `matmul` is highest, medium or auto, of EngineConfig; fp32 results that are to equal those of
-    another device need highest. `deterministic` chooses algorithms without a race on GPUs, where
-    there are some; torch warns of an operation that has none. `precision` is noted alone: the
-    engine computes in it.
+    `matmul` is highest, medium or auto, of EngineConfig (highest, unless training has settled it
+    before); fp32 results that are to equal those of another device need highest. `deterministic`
+    chooses algorithms without a race on GPUs, where there are some; torch warns of an operation
+    that has none. `precision` is noted alone: the engine computes in it.
     """
-    matmul = _chosen(device) if matmul == "auto" else matmul
+    matmul = "highest" if matmul == "auto" else matmul
     set_flags(device.type, matmul, deterministic)
     on_gpu = device.type == "cuda"
     return Numerics(
@@ -100,20 +101,33 @@ def set_flags(kind: str, matmul: str, deterministic: bool) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _chosen(device: torch.device) -> str:
-    """`medium` where a probe finds it accurate to fp32: up to twice as fast on CPUs."""
-    if device.type != "cpu":
-        return "highest"
-    return "medium" if _error("medium") < WORST_ERROR else "highest"
-
-
-def _error(matmul: str) -> float:
-    torch.set_float32_matmul_precision(matmul)
+def medium_is_accurate() -> bool:
+    """True if this CPU's fp32 matmuls at `medium` are as accurate as at `highest`."""
     draws = torch.Generator(CPU).manual_seed(0)
     shape = (PROBE_SIZE, PROBE_SIZE)
     a, b = (torch.randn(shape, generator=draws, device=CPU) for _ in range(2))
     exact = a.double() @ b.double()
-    return float(((a @ b).double() - exact).norm() / exact.norm())
+    with _matmuls("medium"):
+        found = a @ b
+    return float((found.double() - exact).norm() / exact.norm()) < WORST_ERROR
+
+
+def small_matmuls() -> AbstractContextManager[None]:
+    """For kernels that multiply many small matrices of fp32 on a CPU.
+
+    At `medium` torch hands each to oneDNN, whose calls take longer than such a product.
+    """
+    return _matmuls("highest")
+
+
+@contextmanager
+def _matmuls(matmul: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(matmul)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _name_of(device: torch.device) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from parallel.compress.advisor import PAPER_SHARE
-from parallel.config import BF16_GAIN, CompressConfig, EngineConfig, MeshConfig
+from parallel.config import LEAST_GAIN, CompressConfig, EngineConfig, MeshConfig
 from planning.hardware import Hardware
 from planning.memory import Bytes, Loads, loads_of, published_schemes, rank_bytes
 from planning.reserve import StartUp, nccl_bytes, start_up
@@ -117,7 +117,7 @@ def layouts(settings: PriorTrain, world: int, hardware: Hardware) -> Iterator[Pr
 def precision_of(settings: PriorTrain, hardware: Hardware) -> str:
     """What a run computes in there: `auto` as training settles it, 16 bits as the units have."""
     asked = settings.engine.precision
-    gains = hardware.half_flops >= BF16_GAIN * hardware.full_flops
+    gains = hardware.half_flops >= LEAST_GAIN * hardware.full_flops
     if asked == "fp32" or (asked == "auto" and not gains):
         return "fp32"
     return "bf16" if hardware.bf16 else "fp16"

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from cluster.config import SupervisorConfig
 from core.places import folder_problems, place_problems
@@ -309,6 +310,9 @@ class BPETrain:
     """Folder for tokenizer.json."""
     vocabulary: int = 512
     """Entries, 256 of them bytes (the paper: 16384)."""
+    spaces: Literal["alone", "joined"] = "alone"
+    """alone = every space is a token (the paper); joined = a word and the space before it merge:
+    half as many tokens a caption, and a prior learns earlier what stands where."""
     most_captions: int = 1_000_000
     """Captions that are read, at most."""
 

@@ -35,7 +35,7 @@ def dvae_tiny() -> DVAETrain:
 
 def bpe_tiny() -> BPETrain:
     """512 entries: enough for generated captions and emoji names."""
-    return BPETrain(vocabulary=512)
+    return BPETrain(vocabulary=512, spaces="joined")
 
 
 def bpe_paper() -> BPETrain:
@@ -46,12 +46,12 @@ def bpe_paper() -> BPETrain:
 def prior_tiny() -> PriorTrain:
     """About 2 million parameters over 8x8 image tokens: minutes on 2 cores."""
     return PriorTrain(
-        model=PriorConfig(dim=192, heads=3, layers=4, text_length=24),
+        model=PriorConfig(dim=192, heads=6, layers=4, text_length=24),
         loop=LoopConfig(steps=1000, batch=32, validate_every=250),
         checkpoint=CheckpointConfig(every=250),
         optim=OptimConfig(lr=2e-3, final_lr=5e-5, warmup=50),
         mesh=MeshConfig(data=2),
-        engine=EngineConfig(name="deepspeed_zero", precision="bf16"),
+        engine=EngineConfig(name="deepspeed_zero", precision="auto"),
     )
 
 

@@ -35,7 +35,7 @@ def train_tokenizer(settings: BPETrain) -> None:
 
 
 def _learn(settings: BPETrain, captions: Iterable[str]) -> None:
-    tokenizer = train_bpe(captions, settings.vocabulary)
+    tokenizer = train_bpe(captions, settings.vocabulary, settings.spaces)
     entries = tokenizer.get_vocab_size()
     if entries < settings.vocabulary:
         LOG.warning(

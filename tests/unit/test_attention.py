@@ -1,17 +1,27 @@
 """Banded attention against the dense definition: outputs and gradients."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_mask
 
 from models import flex
-from models.attention import band_of, banded_attention
+from models.attention import SHORT, Band, band_of, banded_attention
 from models.flex import block_mask, mask_mod, transposed
 from models.masks import Kind, full_mask
 
 SIZES = [(5, 4, 3), (24, 8, 11), (64, 16, 11)]
 """(text, grid, conv kernel)."""
+
+
+def _bands(kind: Kind, *shape: int) -> list[Band]:
+    """The band of a shape; of a short stream both ways, whole and in tiles."""
+    band = band_of(kind, *shape)
+    assert (band.dense is None) == (shape[0] + shape[1] ** 2 > SHORT)
+    return [band] if band.dense is None else [band, replace(band, dense=None)]
 
 
 def _inputs(text: int, grid: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -31,23 +41,25 @@ def _run(attend: object, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
 @pytest.mark.parametrize(("text", "grid", "kernel"), SIZES)
 def test_it_equals_the_dense_definition(kind: Kind, text: int, grid: int, kernel: int) -> None:
     inputs = _inputs(text, grid)
-    mask, band = full_mask(kind, text, grid, kernel), band_of(kind, text, grid, kernel)
+    mask = full_mask(kind, text, grid, kernel)
     dense = _run(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), inputs)
-    ours = _run(lambda q, k, v: banded_attention(q, k, v, band), inputs)
-    assert (dense[0] - ours[0]).abs().max() < 1e-6
-    for a, b in zip(dense[1:], ours[1:], strict=True):
-        assert (a - b).abs().max() < 1e-5
+    for band in _bands(kind, text, grid, kernel):
+        ours = _run(partial(banded_attention, band=band), inputs)
+        assert (dense[0] - ours[0]).abs().max() < 1e-6
+        for a, b in zip(dense[1:], ours[1:], strict=True):
+            assert (a - b).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["row", "column", "conv"])
 def test_logits_far_apart_stay_finite(kind: Kind) -> None:
     inputs = _inputs(24, 8)
     inputs = [80 * inputs[0], 80 * inputs[1], inputs[2], inputs[3]]
-    mask, band = full_mask(kind, 24, 8, 11), band_of(kind, 24, 8, 11)
+    mask = full_mask(kind, 24, 8, 11)
     dense = _run(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), inputs)
-    ours = _run(lambda q, k, v: banded_attention(q, k, v, band), inputs)
-    for a, b in zip(dense, ours, strict=True):
-        assert torch.isfinite(b).all() and (a - b).abs().max() <= 1e-4 * a.abs().max() + 1e-5
+    for band in _bands(kind, 24, 8, 11):
+        ours = _run(partial(banded_attention, band=band), inputs)
+        for a, b in zip(dense, ours, strict=True):
+            assert torch.isfinite(b).all() and (a - b).abs().max() <= 1e-4 * a.abs().max() + 1e-5
 
 
 @pytest.mark.parametrize("kind", ["row", "column", "conv"])

@@ -23,6 +23,37 @@ def tokenizer() -> Tokenizer:
     return train_bpe(glosses(), 16_384)
 
 
+@pytest.fixture(scope="module")
+def joined() -> Tokenizer:
+    return train_bpe(glosses(), 16_384, "joined")
+
+
+def test_joined_a_word_and_the_space_before_it_merge(joined: Tokenizer) -> None:
+    model = json.loads(joined.to_str())["model"]
+    assert joined.get_vocab_size() == 16_384 == 256 + len(model["merges"])
+    merged = {"".join(pair) for pair in model["merges"]}
+    assert all(re.fullmatch("Ġ[a-z]+|[a-z]{2,}", word) for word in merged)
+    assert {"Ġthe", "Ġwater"} <= merged
+    tokenizer = train_bpe(["a small red circle", "2 small  circles, red"], 400, "joined")
+    pieces = [tokenizer.id_to_token(i) for i in encode(tokenizer, "a small red circle")]
+    assert pieces == ["a", "Ġsmall", "Ġred", "Ġcircle"]
+    pieces = [tokenizer.id_to_token(i) for i in encode(tokenizer, "2 small  circles, red")]
+    assert pieces == ["2", "Ġsmall", "Ġ", "Ġcircles", ",", "Ġred"]
+
+
+def test_joined_captions_come_back_also_from_dropout(joined: Tokenizer) -> None:
+    plain, dropout = DropoutEncoder(joined, 0.0), DropoutEncoder(joined, 0.5)
+    odd = ["a big-ish  cat, 3 dogs", " red", "red ", "x  y", "é è a", "1 a2b c"]
+    changed = 0
+    for number, text in enumerate([*odd, *list(glosses())[::500]]):
+        ids = encode(joined, text)
+        again = dropout.encode(ids, number).tolist()
+        assert plain.encode(ids).tolist() == ids and joined.decode(ids) == text
+        assert joined.decode(again) == text
+        changed += again != ids
+    assert changed > 0.9 * len(list(glosses())[::500])
+
+
 def test_it_has_exactly_the_papers_entries(tokenizer: Tokenizer) -> None:
     model = json.loads(tokenizer.to_str())["model"]
     assert tokenizer.get_vocab_size() == 16_384 == 256 + len(model["merges"])

@@ -25,7 +25,13 @@ from data_pipeline.manifest import TOKENS, read_manifest
 from data_pipeline.tokenize.status import describe_status, job_status
 from parallel.config import EngineConfig
 from parallel.device import CPU
-from parallel.precision import WORKSPACE, set_flags, set_numerics
+from parallel.precision import (
+    WORKSPACE,
+    medium_is_accurate,
+    set_flags,
+    set_numerics,
+    small_matmuls,
+)
 from parallel.world import World
 from tests.chain import Chain
 from tests.harness import ROOT
@@ -95,13 +101,21 @@ class _Devices(TorchDispatchMode):
         return out
 
 
-def test_only_a_cpu_is_probed() -> None:
+def test_auto_that_nobody_settled_is_highest_and_asks_no_device() -> None:
     with _Devices() as seen:
-        assert set_numerics(META, "auto").matmul == "highest"
+        assert set_numerics(META, "auto").matmul == set_numerics(CPU, "auto").matmul == "highest"
     assert not seen.calls
-    with _Devices() as seen:
-        assert set_numerics(CPU, "auto").matmul in ("highest", "medium")
-    assert {x.device for _, tensors in seen.calls for x in tensors} == {CPU}
+
+
+def test_what_looks_at_the_other_kernels_leaves_the_flags_as_they_were() -> None:
+    for matmul in ("highest", "medium"):
+        set_flags("cpu", matmul, True)
+        with _Devices() as seen:
+            medium_is_accurate()
+        assert {x.device for _, tensors in seen.calls for x in tensors} == {CPU}
+        with small_matmuls():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == matmul
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

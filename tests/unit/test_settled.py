@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from core.errors import ConfigError
 from core.log import LOG
-from parallel.config import BF16_GAIN, EngineConfig
+from parallel.config import LEAST_GAIN, EngineConfig
 from parallel.device import CPU
 from parallel.engines.protocol import Stage
-from parallel.precision import engine_numerics
+from parallel.precision import engine_numerics, medium_is_accurate, set_numerics
 from parallel.world import World
 from planning.hardware import KNOWN
 from planning.search import layouts
@@ -27,25 +28,40 @@ FAST, SLOW = {"fp32": 100.0, "bf16": 400.0}, {"fp32": 140.0, "bf16": 2.0}
 AUTO = EngineConfig(precision="auto")
 
 
+def _precision(*ranks: dict[str, float]) -> str:
+    return fastest(ranks)["precision"]
+
+
 def test_the_faster_one_is_taken_and_16_bits_must_gain() -> None:
-    assert fastest([FAST]) == "bf16" and fastest([SLOW]) == "fp32"
-    assert fastest([{"fp32": 100.0, "bf16": 100 * BF16_GAIN}]) == "bf16"
-    assert fastest([{"fp32": 100.0, "bf16": 99.9 * BF16_GAIN}]) == "fp32"
+    assert _precision(FAST) == "bf16" and _precision(SLOW) == "fp32"
+    assert _precision({"fp32": 100.0, "bf16": 100 * LEAST_GAIN}) == "bf16"
+    assert _precision({"fp32": 100.0, "bf16": 99.9 * LEAST_GAIN}) == "fp32"
+
+
+def test_fp32s_other_kernels_are_taken_where_they_gain_and_bf16_is_compared_with_them() -> None:
+    xeon = {"fp32": 138.0, "fp32 medium": 97.0, "bf16": 77.0}
+    assert fastest([xeon]) == {"precision": "fp32", "matmul_precision": "highest"}
+    zen = {"fp32": 100.0, "fp32 medium": 200.0, "bf16": 240.0}
+    assert fastest([zen]) == {"precision": "fp32", "matmul_precision": "medium"}
+    assert fastest([{**zen, "bf16": 250.0}])["precision"] == "bf16"
+    assert fastest([zen, SLOW]) == {"precision": "fp32", "matmul_precision": "highest"}
+    edge = {"fp32": 100.0, "fp32 medium": 124.9, "bf16": 1.0}
+    assert fastest([edge])["matmul_precision"] == "highest"
 
 
 def test_mixed_ranks_take_what_suits_the_slowest() -> None:
     """A laptop with AVX2 beside three machines with AMX: bf16 would wait for it for minutes."""
-    assert fastest([FAST, FAST, SLOW, FAST]) == "fp32"
-    assert fastest([FAST, {"fp32": 50.0, "bf16": 70.0}]) == "bf16"
-    assert fastest([{"fp32": 1.0, "bf16": 8.0, "fp16": 4.0}, {"fp32": 1.0, "fp16": 4.0}]) == "fp16"
-    assert fastest([{"fp32": 1.0, "bf16": 8.0}, {"fp32": 1.0, "fp16": 4.0}]) == "fp32"
+    assert _precision(FAST, FAST, SLOW, FAST) == "fp32"
+    assert _precision(FAST, {"fp32": 50.0, "bf16": 70.0}) == "bf16"
+    assert _precision({"fp32": 1.0, "bf16": 8.0, "fp16": 4.0}, {"fp32": 1.0, "fp16": 4.0}) == "fp16"
+    assert _precision({"fp32": 1.0, "bf16": 8.0}, {"fp32": 1.0, "fp16": 4.0}) == "fp32"
 
 
 class Ranks(World):
     """A world of which only this rank is here; the others say what is given."""
 
     def gather_text(self, text: str) -> list[str]:
-        return [text, json.dumps(["", SLOW])] if self.rank == 0 else [json.dumps(["", SLOW]), text]
+        return [text, json.dumps([{}, SLOW])] if self.rank == 0 else [json.dumps([{}, SLOW]), text]
 
 
 def test_every_rank_settles_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,13 +70,18 @@ def test_every_rank_settles_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert settle_precision(settings, World()).engine.precision == "bf16"
     for rank in (0, 1):
         found = settle_precision(settings, Ranks(rank=rank, size=2))
-        assert found == replace(settings, engine=EngineConfig(precision="fp32"))
-    given = replace(settings, engine=EngineConfig(precision="bf16"))
+        settled_ = EngineConfig(precision="fp32", matmul_precision="highest")
+        assert found == replace(settings, engine=settled_)
+    given = replace(settings, engine=EngineConfig(precision="bf16", matmul_precision="medium"))
     assert settle_precision(given, World()) is given
 
 
 def test_a_cpu_is_timed_in_both() -> None:
-    assert set(cpu_rates()) == {"fp32", "bf16"} and min(cpu_rates().values()) > 1e7
+    names = {"fp32", "bf16", *(["fp32 medium"] if medium_is_accurate() else [])}
+    before = torch.get_float32_matmul_precision()
+    set_numerics(CPU, "highest")
+    assert set(cpu_rates()) == names and min(cpu_rates().values()) > 1e7
+    torch.set_float32_matmul_precision(before)
 
 
 def test_nothing_computes_in_a_precision_that_is_not_settled() -> None:
