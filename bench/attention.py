@@ -21,7 +21,7 @@ from models.attention import band_of, banded_attention
 from models.masks import Kind, full_mask
 
 BATCH, HEADS, WIDTH, KERNEL = 2, 8, 64, 11
-TEXT, GRID = sized((256, 32), (24, 8))
+TEXT, GRID = sized((256, 32), (64, 16))
 ROUNDS = sized(7, 1)
 BITS = {"highest": 24, "medium": 8}
 """Significant bits that torch promises for the operands of an fp32 matmul: medium may be bf16."""

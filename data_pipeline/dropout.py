@@ -7,6 +7,7 @@ Source: Provilkov et al., arXiv 1910.13267, as its reference implementation does
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 
@@ -16,6 +17,10 @@ from tokenizers import Tokenizer
 
 from core.errors import InputError
 from core.keys import KeyPart, key_int
+
+SPACE = "Ġ"
+"""A space among the symbols of bytes; where words take it, it begins a run of letters."""
+_IN_A_RUN = re.compile(f"{SPACE}?[a-z]*").fullmatch
 
 
 class DropoutEncoder:
@@ -38,10 +43,14 @@ class DropoutEncoder:
         run: list[str] = []
         for number in map(int, text):
             symbol = self._symbols[number]
-            if not "a" <= symbol[0] <= "z":  # the space before a word, or what never merges
+            inside = _IN_A_RUN(symbol)
+            if not inside or symbol[0] == SPACE:
                 found += self._merged(run, draw)
                 run = []
-            run.extend(symbol)
+            if inside:
+                run.extend(symbol)
+            else:
+                found.append(number)
         found += self._merged(run, draw)
         return np.asarray(found, np.uint16)
 

@@ -46,7 +46,7 @@ EVALUATED: dict[str, Value] = {
     "prompts": 512,
     "candidates": 16,
     "most": 64,
-    "guided": 128,
+    "guided": 64,
     "temperature": 0.8,
 }
 CAPTION_DROP = 0.1
@@ -163,7 +163,9 @@ def _sizes(config: DemoConfig) -> dict[str, dict[str, Value]]:
     if shapes:
         return {
             "pack": {"count": 20_000},
-            "prior": {"loop.steps": 1200, "loop.until": 1140, "model.text_length": 12},
+            "dvae": {"loop.steps": 1500},
+            "prior": {"loop.steps": 1000, "loop.until": 940, "model.text_length": 12},
+            "clip": {"loop.steps": 280, "model.text_length": 12},
             "score": {"candidates": 1},
             "evaluate": EVALUATED,
         }

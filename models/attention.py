@@ -108,6 +108,7 @@ class _Masked(Function):
         assert band.dense is not None
         mask = band.dense.to(q.dtype)
         out, sums = _flash(q, k, v, 0.0, False, attn_mask=mask)
+        out = out.contiguous()  # as the tiles' is: one layout for what reads it, and for plans
         ctx.save_for_backward(q, k, v, out, sums)
         ctx.mask = mask
         return out

@@ -126,9 +126,9 @@ def _tell(name: str, kept: str, here: str, rates: dict[str, float]) -> None:
     """Say what was settled, with the rates if they were timed."""
     figures = ", ".join(f"{kind} {rate / 1e9:.0f} GFLOP/s" for kind, rate in rates.items())
     timed = f" (a matmul here: {figures})" if rates else ""
-    if not kept:
+    if not kept and here != "highest":
         LOG.info("engine.%s auto: %s%s", name, here, timed)
-    elif kept != here:
+    elif kept and kept != here:
         LOG.warning(
             "engine.%s auto: the run was begun in %s, which is kept; here %s is faster%s: "
             "--engine.%s %s changes it",

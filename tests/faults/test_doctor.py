@@ -370,7 +370,7 @@ def test_a_rank_that_never_joins(tmp_path: Path, fault: Record) -> None:
 
 @pytest.mark.world
 def test_sound_ranks_meet_compare_and_burn_in(tmp_path: Path) -> None:
-    flags = ["--ranks=2", "--json", f"--out={tmp_path / 'run'}"]
+    flags = ["--ranks=2", "--json", "--seconds=4", f"--out={tmp_path / 'run'}"]
     rows = run([*TAPIR, "doctor", *flags], 0)
     checks = {"clock", "shared run folder", "matmul", "link", "all-reduce", "torch", "deepspeed"}
     assert checks <= {row["check"] for row in rows}
