@@ -48,6 +48,7 @@ EVALUATED: dict[str, Value] = {
     "most": 64,
     "guided": 64,
     "temperature": 0.8,
+    "guidance": 1.5,
 }
 CAPTION_DROP = 0.1
 """So that the report can show what guidance does."""
@@ -164,7 +165,7 @@ def _sizes(config: DemoConfig) -> dict[str, dict[str, Value]]:
         return {
             "pack": {"count": 20_000},
             "dvae": {"loop.steps": 1500},
-            "prior": {"loop.steps": 1000, "loop.until": 940, "model.text_length": 12},
+            "prior": {"loop.steps": 940, "loop.until": 880, "model.text_length": 12},
             "clip": {"loop.steps": 280, "model.text_length": 12},
             "score": {"candidates": 1},
             "evaluate": EVALUATED,
