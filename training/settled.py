@@ -123,7 +123,7 @@ def _settled(config: dict[str, Any]) -> dict[str, str]:
 
 
 def _tell(name: str, kept: str, here: str, rates: dict[str, float]) -> None:
-    """Say what was settled, with the rates if they were timed."""
+    """Say what was settled, unless it is the default, with the rates if they were timed."""
     figures = ", ".join(f"{kind} {rate / 1e9:.0f} GFLOP/s" for kind, rate in rates.items())
     timed = f" (a matmul here: {figures})" if rates else ""
     if not kept and here != "highest":
