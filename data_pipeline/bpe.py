@@ -1,8 +1,8 @@
 """Byte-pair encoding of captions: trained and run by the `tokenizers` library.
 
 Merges happen only inside runs of a-z and of one character's bytes; digits and punctuation never
-merge, and every byte has a symbol, so that decoding is lossless. Spaces never merge either (the paper), or the one before a run
-of letters belongs to it (GPT-2): half as many tokens a caption.
+merge, and every byte has a symbol, so that decoding is lossless. Spaces never merge either (the
+paper), or the one before a run of letters belongs to it (GPT-2): half as many tokens a caption.
 Source: the paper's author, openai/DALL-E issue 22.
 """
 

@@ -100,7 +100,7 @@ def test_few_blocks_of_a_transposed_column_mask_are_used() -> None:
 
 
 @pytest.mark.parametrize("kind", ["row", "column", "conv"])
-def test_compiled_flexible_attention_equals_the_dense_definition(kind: Kind) -> None:
+def test_flexible_attention_is_compiled_and_equals_the_dense_definition(kind: Kind) -> None:
     """Inductor takes it (on a CPU the forward pass alone). Its CPU kernel is not asked for numbers:
     torch 2.13's reads what was never written, with no mask too (docs/LOG.md); a GPU's is."""
     q, k, v, _ = _inputs(64, 8)
