@@ -30,6 +30,8 @@ RELATIONS = ("above", "below", "left of", "right of")
 EXTENT = {"small": 0.25, "large": 0.42}
 """Width of an object as a fraction of the picture's side."""
 BETWEEN_SIZES = 0.335
+AREA = cv2.INTER_AREA
+"""Of OpenCV: a pixel becomes the mean of the finer ones inside."""
 SUPERSAMPLE, FINE = 8, 4
 """Points along a pixel, of pictures and of the outlines that the checker compares them with."""
 SINGLE_OBJECT_SHARE = 0.25
@@ -91,7 +93,9 @@ def render(scene: Scene, pixels: int, seed: int, index: int) -> Image:
     Shapes: returns (pixels, pixels, 3) uint8 RGB.
     """
     rng = keyed_rng(seed, index, "shapes/place")
-    canvas = np.full((pixels * SUPERSAMPLE,) * 2 + (3,), BACKGROUND, np.uint8)
+    canvas = np.empty((pixels * SUPERSAMPLE,) * 2 + (3,), np.uint8)
+    canvas[0] = BACKGROUND
+    canvas[1:] = canvas[0]
     if scene.second is None:
         _paint(canvas, scene.first, *rng.uniform(0.36, 0.64, 2))
     else:
@@ -103,7 +107,7 @@ def render(scene: Scene, pixels: int, seed: int, index: int) -> Image:
         for i, thing in enumerate((scene.first, scene.second)):
             x, y = (along[i], across[i]) if sideways else (across[i], along[i])
             _paint(canvas, thing, x, y)
-    return np.asarray(cv2.resize(canvas, (pixels, pixels), interpolation=cv2.INTER_AREA), np.uint8)
+    return np.asarray(cv2.resize(canvas, (pixels, pixels), interpolation=AREA), np.uint8)
 
 
 def parse_caption(caption: str) -> Scene:
@@ -130,8 +134,8 @@ def read_picture(image: Image) -> list[Seen]:
     side = image.shape[0]
     names = list(COLOURS)
     palette = np.array([BACKGROUND, *COLOURS.values()], np.float32)
-    distance = ((image[:, :, None].astype(np.float32) - palette) ** 2).sum(-1)
-    nearest = distance.argmin(-1)
+    away = image[:, :, None].astype(np.float32) - palette
+    nearest = np.einsum("yxpc,yxpc->yxp", away, away).argmin(-1)
     cover = _coverage(image, palette, nearest)
     solid = (cover > 0.5).astype(np.uint8)
     count, labels, stats, _ = cv2.connectedComponentsWithStats(solid, connectivity=4)
@@ -231,8 +235,10 @@ def _outlines(
         "square": square,
         "triangle": square & (np.abs(across - 0.5) <= down / 2),
     }
-    cut = (side, FINE, side, FINE)
-    return {name: inside.reshape(cut).mean((1, 3)) for name, inside in whole.items()}
+    return {
+        name: np.asarray(cv2.resize(inside.astype(np.float64), (side, side), interpolation=AREA))
+        for name, inside in whole.items()
+    }
 
 
 def _overlap(a: NDArray[Any], b: NDArray[Any]) -> float:
