@@ -55,6 +55,17 @@ VERBS = {
 
 def main() -> None:
     """Run one verb and exit: 0 done, 2 wrong input or config, 1 anything else."""
+    try:
+        try:
+            _run()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # of `tapir ... | head`; what is buffered must not be flushed again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _run() -> None:
     _use_utf8()
     try:
         _import_own_packages(Path.cwd())
@@ -77,7 +88,7 @@ def main() -> None:
     except errors.TapirError as error:
         _fail(str(error), error.exit_code)
     except BrokenPipeError:
-        sys.exit(errors.EXIT_FAILED)
+        raise
     except OSError as error:
         wrong = errors.of_memory(error) if errors.no_memory(error) else errors.of_files(error)
         _fail(str(wrong), wrong.exit_code)

@@ -13,6 +13,7 @@ _MARKS = {
     "tokenizer.json": "train bpe",
     "scores.json": "score",
     "candidates.json": "evaluate",
+    "overlap.json": "overlap",
     "chain.json": "submit",
     "seconds.json": "demo",
 }

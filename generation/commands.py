@@ -162,6 +162,7 @@ def overlap(arguments: list[str]) -> None:
         from training.export import build_model, open_model  # noqa: PLC0415
 
         check(config.problems())
+        refuse_others_folder(out, "overlap")
         ranker = open_model(clip, "clip")
         theirs = open_evaluation(evaluation, SPLITS)
         place = open_store(dest) if dest else None

@@ -93,6 +93,16 @@ def test_wrong_environments_are_answered(tmp_path: Path) -> None:
     assert "no data set" in tapir("train", "clip", "tiny", data, f"--bpe={tmp_path}", code=2)
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["tokenize", "--help"]])
+def test_a_reader_that_leaves_early_ends_it_quietly(arguments: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-P", "-m", "tapir", *arguments]
+    with os.fdopen(writing, "wb") as gone:
+        done = subprocess.run(command, stdout=gone, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
 def test_mesh_must_match_the_ranks_that_were_started() -> None:
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     text = tapir("train", "prior", "tiny", code=2, WORLD_SIZE="4", RANK="0", **meet)

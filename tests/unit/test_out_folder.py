@@ -10,7 +10,7 @@ from core.errors import InputError
 from core.files import held
 from core.out_folder import owner_of, refuse_others_folder
 from data_pipeline.commands import pack
-from generation.commands import evaluate, score
+from generation.commands import evaluate, overlap, score
 from training.commands import tokenize
 from training.config import BPETrain, DVAETrain
 from training.main import train_stage
@@ -23,6 +23,7 @@ FILES = {
     "train bpe": "tokenizer.json",
     "score": "scores.json",
     "evaluate": "candidates.json",
+    "overlap": "overlap.json",
     "submit": "chain.json",
     "demo": "seconds.json",
 }
@@ -45,6 +46,7 @@ def test_every_command_refuses_the_folder_of_another(owner: str, tmp_path: Path)
         "train bpe": [lambda: train_tokenizer(BPETrain(out=path))],
         "score": [lambda: score(["coco:none", f"--out={path}"])],
         "evaluate": [lambda: evaluate(["none", f"--out={path}"])],
+        "overlap": [lambda: overlap(["raw", "none", f"--out={path}"])],
     }
     named = "holds a data set" if owner == "a data set" else f"holds what `tapir {owner}` wrote"
     for mine, commands in writes.items():
