@@ -132,4 +132,4 @@ class LaneOrder:
         dealt[:count] = keyed_rng(self._seed, epoch, "order/blocks").permutation(count)
         dealt = np.ascontiguousarray(dealt.reshape(-1, self.lanes).T)
         ends = np.append(self._sizes, self._sizes.dtype.type(0))[dealt]
-        return dealt, np.cumsum(ends, axis=1, dtype=ends.dtype, out=ends)
+        return dealt, np.cumsum(ends, axis=1, out=ends)

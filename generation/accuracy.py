@@ -29,7 +29,7 @@ Figures = dict[str, Any]
 
 
 def draw_all(
-    studio: Studio, captions: list[str], settings: SampleConfig, name: str = "sample"
+    studio: Studio, captions: list[str], settings: SampleConfig, name: str
 ) -> list[Candidates]:
     """Candidates of many captions, with progress."""
     found: list[Candidates] = []
@@ -45,7 +45,7 @@ def draw_for(studio: Studio, captions: list[str], settings: EvaluateConfig) -> l
     few = settings.few if settings.most > settings.candidates else 0
     wide = replace(settings, candidates=settings.most) if few else settings
     found = draw_all(studio, captions[:few], wide, "sample many") if few else []
-    return found + draw_all(studio, captions[few:], settings)
+    return found + draw_all(studio, captions[few:], settings, "sample")
 
 
 def caption_accuracy(
@@ -122,8 +122,9 @@ def _best_of(captions: Sequence[str], drawn: list[Candidates]) -> dict[int, tupl
     judged = [_judged([caption], [row]) for caption, row in zip(captions, drawn, strict=True)]
     found: dict[int, tuple[float, int]] = {}
     for limit in dict.fromkeys((least, most)):
-        rows = [pair for pair in judged if pair[0].shape[1] >= limit]
-        right, scores = (np.concatenate([pair[i][:, :limit] for pair in rows]) for i in (0, 1))
+        rows = [(right, scores) for right, scores in judged if right.shape[1] >= limit]
+        right = np.concatenate([right[:, :limit] for right, _ in rows])
+        scores = np.concatenate([scores[:, :limit] for _, scores in rows])
         for count, share in best_of_shares(right, scores).items():
             found.setdefault(count, (share, len(rows)))
     return found

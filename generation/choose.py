@@ -73,17 +73,18 @@ class _Allowed:
 def _allowed(logits: Tensor, settings: SampleConfig, close: float) -> _Allowed | None:
     count = logits.shape[1]
     top_k = min(settings.top_k or count, count)
-    if top_k == count and settings.top_p >= 1:
+    nucleus = settings.top_p < 1
+    if settings.temperature == 0 or (top_k == count and not nucleus):
         return None
-    few = settings.top_p >= 1 and top_k + _TIES < count
+    few = not nucleus and top_k + _TIES < count
     ordered = logits.topk(top_k + _TIES if few else count, 1).values
     last = ordered[:, top_k - 1 : top_k]
     most = (ordered >= last - close).sum(1)
     tied = most > top_k
     least = torch.where(tied, (ordered > last + close).sum(1), top_k)
     most = torch.where(tied, most, top_k)
-    if settings.top_p < 1:
-        warm = ordered / (settings.temperature or 1.0)
+    if nucleus:
+        warm = ordered / settings.temperature
         places = torch.arange(count, device=logits.device)
         shares = torch.softmax(warm.masked_fill(places >= top_k, _NEVER), 1)
         before = shares.cumsum(1) - shares

@@ -151,12 +151,14 @@ def _sizes(config: DemoConfig) -> dict[str, dict[str, Value]]:
             "loop.batch": 32,
             "loop.validation_samples": 32,
         }
-        pack = {"count": 600 if shapes else 300, "validation": 0.2, "shard_pairs": 200, "block": 8}
+        learns = shapes  # how a picture depends on its caption; emoji show the plumbing alone
+        pack = {"count": 1500 if learns else 300, "validation": 0.2}
+        prior = {**short, "loop.steps": 100 if learns else 24, "loop.until": 90 if learns else 18}
         return {
-            "pack": pack,
-            "dvae": short,
+            "pack": {**pack, "shard_pairs": 200, "block": 8},
+            "dvae": {**short, "loop.steps": 100 if learns else 6},
             "tokenize": {"block": 8},
-            "prior": {**short, "loop.steps": 24, "loop.until": 18, "optim.warmup": 4},
+            "prior": {**prior, "optim.warmup": 4, "model.text_length": 12},
             "clip": short,
             "score": {"captions": 8, "candidates": 2},
             "evaluate": {"prompts": 8, "candidates": 4, "most": 8, "few": 2},

@@ -76,12 +76,15 @@ def test_buffers_of_a_checkpoint_are_on_the_cpu() -> None:
 
 
 def test_draws_are_made_where_the_decoder_is() -> None:
-    decoder, text = Decoder(Part(layers=trained_like(), config=CONFIG)), prior_batch()["text"]
+    part, text = Part(layers=trained_like(), config=CONFIG), prior_batch()["text"]
+    decoder = Decoder(part)
     keys = cast(Any, [[(1, c, 0)] for c in "abc"])
-    (plain,) = Sampler(decoder).draw(text, keys, SampleConfig())
+    settings = SampleConfig(top_p=0.9)
+    (plain,) = Sampler(decoder).draw(text, keys, settings)
     with torch.device("meta"):
-        (found,) = Sampler(decoder).draw(text, keys, SampleConfig())
-    assert found.codes.equal(plain.codes)
+        (found,) = Sampler(decoder).draw(text, keys, settings)
+        positions = Decoder(part)._positions
+    assert found.codes.equal(plain.codes) and positions.device == CPU
 
 
 def test_a_mask_is_made_where_it_is_asked_for() -> None:
@@ -124,9 +127,12 @@ def test_convolutions_are_channels_last() -> None:
 
 
 def test_weights_for_single_candidates_are_read_in_order() -> None:
-    layers = trained_like()
-    for one_row in (False, True):
-        decoder = Decoder(Part(layers=layers, config=CONFIG), one_row=one_row)
+    part = Part(layers=trained_like(), config=CONFIG)
+    for decoder, one_row in (
+        (Decoder(part), False),
+        (Decoder(part, one_row=False), False),
+        (Decoder(part, one_row=True), True),
+    ):
         (block, *_) = decoder._blocks
         packed = (block._qkv, block._out, block._up, block._down, decoder._head)
         assert [p._in_order for p in packed if p is not None] == [one_row] * 5

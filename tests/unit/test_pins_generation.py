@@ -19,7 +19,8 @@ from generation.decoder import Decoder, Part
 from generation.fid import ClassSums, Moments, frechet_distance, inception_score, part_of
 from generation.sampling import Prompt, Sampler, _span, _split
 from models.config import PriorConfig
-from tests.unit.test_models import prior_logits, trained_like
+from parallel.tensor.ops import TensorParallel
+from tests.unit.test_models import CONFIG, prior_batch, prior_logits, trained_like
 
 
 def test_guidance_by_hand() -> None:
@@ -78,6 +79,8 @@ def test_which_codes_may_be_drawn_by_hand() -> None:
     far = [5.0, 4.0, 4.0 - 3e-4, 1.0]
     assert _drawable(far, False, top_k=2) == {0: True, 1: True}
     assert _drawable([4.0 + 1e-4, 4.0, 2.0, 1.0], False, top_k=1) == {0: False, 1: False}
+    # all may be drawn, however unlikely: none is at the edge of a nucleus
+    assert _drawable([20.0, 0.0, -1.0], False) == dict.fromkeys(range(3), True)
 
 
 def test_nuclei_by_hand() -> None:
@@ -200,7 +203,8 @@ class _Studio:
 
 def test_captions_are_drawn_in_chunks_of_32() -> None:
     studio = _Studio()
-    found = accuracy.draw_all(cast(Any, studio), [str(i) for i in range(70)], SampleConfig())
+    captions = [str(i) for i in range(70)]
+    found = accuracy.draw_all(cast(Any, studio), captions, SampleConfig(), "sample")
     assert [n for n, _ in studio.drawn] == [32, 32, 6] and len(found) == 70
     assert found[33].pictures == ["33"]
 
@@ -230,7 +234,7 @@ def test_accuracy_of_four_captions_by_hand(monkeypatch: pytest.MonkeyPatch) -> N
     found = accuracy.caption_accuracy(cast(Any, studio), records, cast(Any, rows), 1)
     assert (found["prompts"], found["best_of_1"], found["best_of_2"]) == (4, 0.5, 0.5)
     assert found["best_of_2_low95"] == pytest.approx(0.1500, abs=1e-4)  # Wilson, 2 of 4
-    assert found["chance"] == 0.0
+    assert found["chance"] == 0.0 and "best_of_2_prompts" not in found
     assert (found["reconstruction"], found["checker_on_truth"]) == (0.75, 1.0)
     right, scores = accuracy._judged(["a", "b"], cast(Any, rows[:2]))
     assert right.tolist() == [[False, True], [False, True]]
@@ -255,6 +259,34 @@ def test_larger_counts_are_measured_on_the_captions_that_have_them(
     assert found == {1: ((1 + 0.5 + 0.5 + 0) / 4, 4), 2: (0.5, 4), 4: (0.5, 2)}
     same = accuracy._best_of(["c", "d"], cast(Any, rows[2:]))
     assert same == {1: (0.25, 2), 2: (0.5, 2)}
+    two = accuracy._best_of(["b", "c"], cast(Any, rows[1:3]))
+    assert two == {1: (0.5, 2), 2: (0.5, 2), 4: (1.0, 1)}
+
+
+def test_the_figures_say_how_many_captions_a_larger_count_is_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(accuracy, "matches", lambda caption, picture: caption == picture)
+    monkeypatch.setattr(accuracy, "parse_caption", lambda caption: None)
+    monkeypatch.setattr(accuracy, "pictures_of", lambda records, pixels: torch.zeros(2))
+    monkeypatch.setattr(accuracy, "to_bytes", lambda pixels: ["a", "b"])
+    rows = [
+        SimpleNamespace(pictures=["a", "x"], drawn=[0, 1], scores=[2, 1]),
+        SimpleNamespace(pictures=["x"], drawn=[0], scores=[1]),
+    ]
+    found = accuracy.caption_accuracy(cast(Any, _Studio()), _records("a", "b"), cast(Any, rows), 1)
+    assert (found["best_of_1"], found["best_of_2"], found["best_of_2_prompts"]) == (0.5, 1.0, 1)
+    assert "best_of_1_prompts" not in found
+    assert found["best_of_2_low95"] == pytest.approx(wilson_low(1.0, 1))
+
+
+def test_of_equal_scores_the_first_draw_wins() -> None:
+    """40 draws whose scores are 0 and 1 in turn: their order is 1, 3, ..., 39, 0, 2, ..., 38."""
+    scores = np.tile(np.array([0.0, 1.0], np.float32), 20)[None]
+    right = np.zeros((1, 40), bool)
+    right[0, 1:20:2] = True  # the first ten in that order win whenever one of them is chosen
+    for count, share in best_of_shares(right, scores).items():
+        assert share == pytest.approx(1 - math.comb(30, count) / math.comb(40, count))
 
 
 def test_the_first_few_captions_get_more_draws() -> None:
@@ -265,6 +297,10 @@ def test_the_first_few_captions_get_more_draws() -> None:
     studio.drawn.clear()
     accuracy.draw_for(cast(Any, studio), captions, EvaluateConfig(candidates=2))  # type: ignore[call-arg]
     assert [(c, s.candidates) for c, s in studio.drawn] == [(3, 2)]
+    studio.drawn.clear()
+    same = EvaluateConfig(candidates=2, most=2, few=2)  # type: ignore[call-arg]
+    accuracy.draw_for(cast(Any, studio), captions, same)
+    assert [c for c, _ in studio.drawn] == [3], "nothing to draw more of"
     assert EvaluateConfig(candidates=16, most=8).problems()  # type: ignore[call-arg]
 
 
@@ -330,3 +366,40 @@ def test_parts_of_a_set() -> None:
     assert [part_of(i, 10, 3) for i in range(10)] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
     assert [part_of(i, 3, 10) for i in range(3)] == [0, 1, 2]
     assert [part_of(i, 20) for i in (0, 1, 2, 19)] == [0, 0, 1, 9]
+
+
+def test_a_tensor_group_adds_the_biases_to_the_sum_once() -> None:
+    """Two ranks that hold the same half of what enters the residual stream sum to the whole."""
+
+    class Two(TensorParallel):
+        size = 2
+
+        def leave(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    layers, text = trained_like(CONFIG), prior_batch()["text"]
+    keys, halves = cast(Any, [[(1, c, 0)] for c in "abc"]), trained_like(CONFIG)
+    with torch.no_grad():
+        for name, weight in halves.named_parameters():
+            if name.endswith(("out.weight", "down.weight")):
+                weight.div_(2)
+    parts = Part(layers=layers, config=CONFIG), Part(layers=halves, config=CONFIG, tensor=Two())
+    one, two = (next(Sampler(Decoder(part)).draw(text, keys, SampleConfig())) for part in parts)
+    assert one.codes.equal(two.codes)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_draw_that_rounding_cannot_change_is_computed_once(
+    guidance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again, settled = [], Decoder.settled
+    monkeypatch.setattr(
+        Decoder,
+        "settled",
+        lambda *given: again.append(1) or settled(*given),  # type: ignore[func-returns-value]
+    )
+    decoder = Decoder(Part(layers=trained_like(CONFIG), config=CONFIG))
+    keys = cast(Any, [[(1, c, 0)] for c in "abc"])
+    settings = SampleConfig(guidance=guidance)
+    list(Sampler(decoder).draw(prior_batch()["text"], keys, settings))
+    assert len(again) < 3 * CONFIG.image_length // 4
