@@ -1,7 +1,6 @@
 """The whole way in miniature, on real parts: SeaweedFS, DeepSpeed, npm."""
 
 import json
-import math
 import shutil
 from pathlib import Path
 
