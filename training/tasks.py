@@ -185,5 +185,4 @@ class PriorTask:
 def perplexity(codes: Tensor, codebook: int) -> float:
     """exp of the entropy of how often each code is used: 1 = collapsed, K = uniform."""
     shares = torch.bincount(codes.flatten(), minlength=codebook).double() / codes.numel()
-    safe = shares.clamp_min(1e-12)
-    return math.exp(float(-(shares * safe.log()).sum()))
+    return math.exp(float(torch.special.entr(shares).sum()))

@@ -64,9 +64,9 @@ class _Batch:
     """(n, short, long): what earlier updates did not carry."""
     q: Tensor
     """(n, long, rank): what the error is multiplied by."""
-    p: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
+    p: Tensor = field(init=False)
     """(n, short, rank), orthonormal."""
-    q_mean: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
+    q_mean: Tensor = field(init=False)
     """(n, long, rank): the mean of the transposed errors times P."""
 
 
@@ -128,7 +128,7 @@ class PowerSGD:
             batch.q_mean = batch.error.transpose(1, 2) @ batch.p
         q_finite = self._average([batch.q_mean for batch in self._batches])
         plain = {n: g.float() for n, g in gradients.items() if n not in self.names}
-        flag = torch.tensor([0.0 if finite else 1.0], device=self._device)
+        flag = torch.tensor([float(not finite)], device=self._device)
         rest = [torch.nan_to_num(g, 0.0, 0.0, 0.0).clone() for g in plain.values()]
         self._average([*rest, flag])
         everywhere = p_finite and q_finite and float(flag) == 0.0
@@ -225,7 +225,7 @@ def _orthonormal(p: Tensor) -> Tensor:
 
 def _turn(matrix: Tensor, shard: MatrixShard) -> Tensor:
     """Between (rows, columns) and (short, long); its own inverse."""
-    return matrix if shard.rows <= shard.columns else matrix.transpose(-2, -1)
+    return matrix if shard.rows <= shard.columns else matrix.T
 
 
 def _all_finite(tensors: Iterable[Tensor]) -> bool:

@@ -54,8 +54,8 @@ def test_factors_are_made_where_the_gradients_are() -> None:
     ramp = torch.arange(6.0).view(2, 3)
     with torch.device("meta"):
         power = PowerSGD(shards, rank=2, seed=0, group=None, device=CPU)
-        assert {x.device for b in power._batches for x in (b.p, b.q, b.q_mean)} == {CPU}
         found = power.reduce({"w": ramp}).gradients["w"]
+    assert {x.device for b in power._batches for x in (b.p, b.q, b.q_mean)} == {CPU}
     torch.testing.assert_close(found, ramp)
 
 

@@ -12,9 +12,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from core.store import FolderStore
 from data_pipeline import order
+from data_pipeline.config import OrderConfig, PackConfig
 from data_pipeline.dropout import DropoutEncoder
 from data_pipeline.images import prior_crop, square
+from data_pipeline.manifest import SPLITS
+from data_pipeline.pack import RawWriter, close_set
+from data_pipeline.rejects import Rejects
+from data_pipeline.sources.pair import make_pair
+from data_pipeline.stream import first_records
 from generation import choose
 from models import noise
 from models.clip import Clip
@@ -38,6 +45,8 @@ from tests.unit.test_pins_generation import _drawable
 from tests.unit.test_pins_training import _dvae_task, _picture, _prior_task, _Slices, _token
 from training import picture_tasks, tasks
 from training.average import Average
+from training.config import DVAETrain, LoopConfig
+from training.picture_tasks import DVAETask
 
 
 def test_symbols_that_are_no_letters_are_never_cut() -> None:
@@ -150,6 +159,20 @@ def test_a_cap_below_one_acts_on_gradients_below_one() -> None:
     assert optimizer.state[weight]["exp_avg_sq"].tolist() == pytest.approx([0.005] * 3)
 
 
+def test_variances_are_touched_only_where_they_could_pass_the_cap(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """2^2 / 2 is a cap of 2 exactly; without a cap nobody looks at the largest gradient."""
+    weight = nn.Parameter(torch.ones(3))
+    groups = [{"params": [weight]}]
+    weight.grad = torch.full((3,), 2.0)
+    for most, cut in ((2.0, 0), (1.99, 1)):
+        optimizer = AdamW(groups, lr=0.1, betas=(0.9, 0.5), eps=1e-8, most_variance=most)
+        assert len(optimizer._make_room()) == cut
+    monkeypatch.setattr(torch, "_foreach_norm", None)
+    AdamW(groups, lr=0.1, betas=(0.9, 0.5), eps=1e-8).step()
+
+
 def test_the_slowest_rank_says_what_a_link_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,10 +213,14 @@ def test_an_average_keeps_weights_of_its_own() -> None:
 
 
 @torch.no_grad()
-def test_validation_pictures_are_looked_at_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("together", "parts"), [(8, [2, 1]), (3, [1, 1, 1])])
+def test_validation_pictures_are_looked_at_in_parts(
+    together: int, parts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 4 tokens each."""
     from dataclasses import replace
 
-    monkeypatch.setattr(picture_tasks, "TOGETHER", 8)
+    monkeypatch.setattr(picture_tasks, "TOGETHER", together)
     task, calls = _dvae_task(), []
     task.model_config = replace(task.model_config, pixels=4, groups=2, codebook=5)
     task.dvae = DVAE(task.model_config)
@@ -201,9 +228,38 @@ def test_validation_pictures_are_looked_at_in_parts(monkeypatch: pytest.MonkeyPa
     task.dvae.tokens = lambda image: calls.append(len(image)) or tokens(image)  # type: ignore
     records = [_picture(i, 6) for i in range(3)]
     task.figures(cast(Any, None), records, records)
-    assert calls == [2, 1], "4 tokens each, 8 together"
+    assert calls == parts
     grey = torch.full((1, 3, 1, 1), 0.75)
     assert picture_tasks._rows(grey, grey).tolist() == [[[191] * 3], [[191] * 3]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("start", ["calibrated", "paper"])
+def test_a_dvae_is_calibrated_where_its_start_says_so(start: Any, tmp_path: Path) -> None:
+    """On the first pictures of the train split; else its weights are those that were drawn."""
+    store, shards = FolderStore(tmp_path), {}
+    for split in SPLITS:
+        writer = RawWriter(store, split, PackConfig(block=2))
+        for i in range(4):
+            name = f"{split}{i}"
+            writer.add(make_pair(name, _picture(i, 8).image, ".png", b"x", name), "x")
+        writer.flush()
+        shards[split] = writer.shards
+    close_set(store, shards, {name: {} for name in shards}, Rejects(store, 0.0))
+    config = DVAEConfig(pixels=8, width=4, groups=2, codebook=5, start=start)
+    task = DVAETask(
+        DVAETrain(
+            data=str(tmp_path), model=config, loop=LoopConfig(batch=2, seed=3),
+            order=OrderConfig(lanes=1, window=1),
+        )
+    )  # fmt: skip
+    expected = DVAE(config, 3)
+    first = task._squares(first_records(task.train, 4), task.train)
+    if start == "calibrated":
+        expected.calibrate(first)
+        assert task.dvae.logits(first).std((0, 2, 3)).tolist() == pytest.approx([1.0] * 5)
+    found = task.dvae.state_dict()
+    assert all(found[name].equal(value) for name, value in expected.state_dict().items())
 
 
 def test_captions_stand_at_the_edge_of_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:

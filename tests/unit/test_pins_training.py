@@ -23,6 +23,7 @@ from data_pipeline.tokens import TokenRecord
 from models.config import DVAEConfig, PriorConfig
 from models.counts import step_flops
 from models.dvae import DVAE
+from parallel.adamw import AdamW, AdamW16
 from parallel.config import OptimConfig
 from parallel.control import Control
 from parallel.device import CPU
@@ -201,6 +202,7 @@ def test_the_cap_of_the_variance_reaches_the_optimiser(moments: Any) -> None:
         weight = torch.nn.Parameter(torch.ones(2, 2))
         optim = OptimConfig(most_variance=most, moments=moments, beta1=0.5, lr=0.25, eps=1e-3)
         optimizer = build_adamw({"w": weight}, optim)
+        assert type(optimizer) is (AdamW if moments == "fp32" else AdamW16)
         weight.grad = torch.full((2, 2), 100.0)
         optimizer.step()
         state = optimizer.state[weight]
@@ -430,7 +432,9 @@ def test_pictures_of_a_step_are_crops_by_key_and_squares_in_validation() -> None
 
 @torch.no_grad()
 def test_figures_of_a_dvae_by_hand() -> None:
-    """Every picture's codes are 0, 0, 0, 1 and its reconstruction is 0.1 off: 20 dB."""
+    """Every picture's codes are 0, 0, 0, 1 and its reconstruction is 0.1 off: 20 dB; 100 dB stand
+    for one that is not off at all. 2 of 5 codes are used, or of the 4 that one picture has.
+    """
     task = _dvae_task()
     task.model_config = replace(task.model_config, pixels=4, groups=2, codebook=5)
     task.dvae = DVAE(task.model_config)
@@ -445,16 +449,19 @@ def test_figures_of_a_dvae_by_hand() -> None:
     def again(codes: Tensor) -> Tensor:
         start = again.at  # type: ignore[attr-defined]
         again.at += len(codes)  # type: ignore[attr-defined]
-        return pixels[start : start + len(codes)] + 0.1
+        return pixels[start : start + len(codes)] + off
 
-    again.at = 0  # type: ignore[attr-defined]
+    off, again.at = 0.1, 0  # type: ignore[attr-defined]
     task.dvae.tokens, task.dvae.picture = tokens, again  # type: ignore[method-assign]
     figures, pictures = task.figures(cast(Any, None), records, records)
     assert figures["psnr"] == pytest.approx(20.0, rel=1e-4)
     assert (figures["codes_used"], figures["codes_dead"]) == (2.0, 3.0)
-    assert figures["perplexity"] == pytest.approx(1.7547654)
+    assert figures["perplexity"] == pytest.approx(1.7547654) and figures["codes_share"] == 0.4
     assert pictures["codebook"].tolist() == [0, 0, 0, 1] * 3
     assert pictures["reconstructions"].shape == (8, 12, 3) and calls == [3]
+    off, again.at = 0.0, 0  # type: ignore[attr-defined]
+    figures, _ = task.figures(cast(Any, None), records[:1], records[:1])
+    assert figures["psnr"] == pytest.approx(100.0) and figures["codes_share"] == 0.5
     rows = _rows(
         torch.zeros(2, 3, 1, 1), torch.tensor([0.5, 2.0]).view(2, 1, 1, 1).expand(2, 3, 1, 1)
     )
