@@ -27,6 +27,8 @@ CACHED = 64 * 1024
 """Logits that are worked on together, at least a head's."""
 SHORT = 128
 """Positions of a stream up to which the kernel alone is faster (docs/LOG.md)."""
+_DROPOUT = 0.0
+"""The kernel has none."""
 _HERE = "cpu"
 """Bands are cut on the CPU even where a model is laid out on the meta device."""
 
@@ -71,9 +73,8 @@ def band_of(kind: Kind, text: int, grid: int, conv_kernel: int) -> Band:
         )
     else:
         places = torch.arange(grid * grid, device=_HERE)
-        reach = torch.where(mask, places[:, None] - places[None], 0).amax()
-        halo = int(reach)
-        padded = F.pad(mask, (halo, 0))
+        halo = int((places[:, None] - places[None])[mask].amax())
+        padded = torch.cat([mask.new_zeros(len(mask), halo), mask], 1)
         tiles = torch.stack(
             [
                 padded[i * grid : (i + 1) * grid, i * grid : (i + 1) * grid + halo]
@@ -107,7 +108,7 @@ class _Masked(Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, band: Band) -> Tensor:
         assert band.dense is not None
         mask = band.dense.to(q.dtype)
-        out, sums = _flash(q, k, v, 0.0, False, attn_mask=mask)
+        out, sums = _flash(q, k, v, mask=mask)
         out = out.contiguous()  # as the tiles' is: one layout for what reads it, and for plans
         ctx.save_for_backward(q, k, v, out, sums)
         ctx.mask = mask
@@ -115,7 +116,7 @@ class _Masked(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        found = _flash_backward(*gradients, *ctx.saved_tensors, 0.0, False, attn_mask=ctx.mask)
+        found = _flash_backward(*gradients, *ctx.saved_tensors, mask=ctx.mask)
         return (*found, None)
 
 
@@ -124,9 +125,9 @@ class _Banded(Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, band: Band) -> Tensor:
         text = band.text
         out = q.new_empty(q.shape)
-        earlier, among = _flash(q[:, :, :text], k[:, :, :text], v[:, :, :text], 0.0, True)
+        earlier, among = _flash(q[:, :, :text], k[:, :, :text], v[:, :, :text], causal=True)
         out[:, :, :text] = earlier
-        said, sums = _flash(q[:, :, text:], k[:, :, :text], v[:, :, :text], 0.0, False)
+        said, sums = _flash(q[:, :, text:], k[:, :, :text], v[:, :, :text])
         sums = sums.contiguous()
         for sample, heads in _chunks(q, band):
             parts = (x[sample, heads, text:] for x in (q, k, v))
@@ -143,11 +144,9 @@ class _Banded(Function):
         band, text, (grad,) = ctx.band, ctx.band.text, gradients
         words = k[:, :, :text], v[:, :, :text]
         first = _flash_backward(
-            grad[:, :, :text], q[:, :, :text], *words, out[:, :, :text], among, 0.0, True
+            grad[:, :, :text], q[:, :, :text], *words, out[:, :, :text], among, causal=True
         )
-        second = _flash_backward(
-            grad[:, :, text:], q[:, :, text:], *words, out[:, :, text:], sums, 0.0, False
-        )
+        second = _flash_backward(grad[:, :, text:], q[:, :, text:], *words, out[:, :, text:], sums)
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
         dq[:, :, :text], dq[:, :, text:] = first[0], second[0]
         torch.add(first[1], second[1], out=dk[:, :, :text])
@@ -161,14 +160,18 @@ class _Banded(Function):
         return dq, dk, dv, None
 
 
-def _flash(*given: Any, **named: Any) -> Any:
+def _flash(*given: Tensor, causal: bool = False, mask: Tensor | None = None) -> Any:
     with small_matmuls():
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*given, **named)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *given, _DROPOUT, causal, attn_mask=mask
+        )
 
 
-def _flash_backward(*given: Any, **named: Any) -> Any:
+def _flash_backward(*given: Tensor, causal: bool = False, mask: Tensor | None = None) -> Any:
     with small_matmuls():
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*given, **named)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *given, _DROPOUT, causal, attn_mask=mask
+        )
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -259,7 +262,7 @@ def _fold(parts: Tensor, band: Band) -> Tensor:
     heads, width = len(tiles), parts.shape[2]
     if halo == 0:
         return _untile(parts, band, parts.new_empty(heads, grid * grid, width))
-    total = parts.new_zeros(heads, halo + (grid + 1) * grid, width)
+    total = parts.new_zeros(heads, halo + grid + grid * grid, width)
     for start in range(0, halo + grid, grid):
         piece = tiles[:, :, start : start + grid]
         target = total[:, start : start + grid * grid].unflatten(1, (grid, grid))

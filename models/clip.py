@@ -45,9 +45,9 @@ class _Tower(nn.Module):
     def forward(self, x: Tensor, pad: Tensor | None = None) -> Tensor:
         summary = self.summary.weight.expand(len(x), 1, -1)
         if pad is not None:
-            pad = F.pad(pad, (1, 0), value=False)
+            pad = F.pad(pad, (1, 0))
         states = self.layers(torch.cat([summary, x], dim=1), src_key_padding_mask=pad)
-        return F.normalize(self.project(self.norm(states[:, 0])), dim=-1)
+        return F.normalize(self.project(self.norm(states[:, 0])))
 
 
 class Clip(nn.Module):
@@ -63,7 +63,7 @@ class Clip(nn.Module):
         self.words = nn.Embedding(config.text_vocabulary, config.dim)
         self.word_place = nn.Embedding(config.text_length, config.dim)
         self.text_tower = _Tower(config)
-        self.log_scale = nn.Parameter(torch.tensor(FIRST_SCALE, device=torch.get_default_device()))
+        self.log_scale = nn.Parameter(torch.full((), FIRST_SCALE))
         init_normal(self, seed, {"in_proj_weight": INIT_STD * 2, "weight": INIT_STD * 2})
 
     def embed_image(self, image: Tensor) -> Tensor:

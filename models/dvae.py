@@ -178,6 +178,6 @@ def build_decoder(config: DVAEConfig) -> nn.Sequential:
             )
             width = outward
         if group < config.groups - 1:
-            layers.append((f"g{group}up", nn.Upsample(scale_factor=2, mode="nearest")))
+            layers.append((f"g{group}up", nn.Upsample(scale_factor=2)))
     layers += [("relu", nn.ReLU()), ("output", _conv(width, 2 * CHANNELS, 1))]
     return nn.Sequential(OrderedDict(layers))

@@ -18,7 +18,7 @@ def layer_kind(layer: int, layers: int) -> Kind:
     """The mask of layer 1..layers: column if (i - 2) mod 4 == 0, conv in the last, else row."""
     if layer == layers:
         return "conv"
-    return "column" if (layer - 2) % 4 == 0 else "row"
+    return "column" if layer % 4 == 2 else "row"
 
 
 def image_mask(kind: Kind, grid: int, conv_kernel: int = 11) -> Tensor:
@@ -36,7 +36,7 @@ def image_mask(kind: Kind, grid: int, conv_kernel: int = 11) -> Tensor:
     half = min(conv_kernel // 2, grid // 2)
     rows = torch.arange(half + 1, device=_HERE)
     columns = torch.arange(-half, half + 1, device=_HERE)
-    reach = (grid * rows[:, None] + columns[None, :]).reshape(-1)
+    reach = torch.cartesian_prod(grid * rows, columns).sum(1)
     return causal & torch.isin(offset, reach[reach >= 0])
 
 

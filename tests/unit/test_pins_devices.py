@@ -1,5 +1,6 @@
 """Pins of where tensors are made, how weights lie in memory, and what a GPU is asked for."""
 
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from generation.config import SampleConfig
 from generation.decoder import Decoder, Part
 from generation.sampling import Sampler
+from models import flex, noise
+from models.clip import caption_keys, contrastive_loss
 from models.codes import CodeReader
 from models.config import DVAEConfig
 from models.dvae import DVAE
@@ -91,6 +94,34 @@ def test_a_mask_is_made_where_it_is_asked_for() -> None:
     block_mask.cache_clear()
     with torch.device("meta"):
         assert block_mask("row", 128, 16, 11, "cpu").kv_indices.device == CPU
+
+
+def test_a_gpus_mask_is_made_on_it_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex, "create_block_mask", lambda *sizes, **how: (sizes[1:], how))
+    monkeypatch.setattr(flex, "BLOCK", 64)
+    found = cast(Any, block_mask("row", 128, 16, 11, "cuda:1"))
+    assert found == ((None, None, 384, 384), {"device": "cuda:1", "BLOCK_SIZE": 64})
+    block_mask.cache_clear()
+
+
+def test_noise_is_drawn_where_its_keys_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By NumPy on CPUs, by torch's integers elsewhere: 3 blocks hold 17 draws."""
+    for name in ("_by_numpy", "philox_bits"):
+        monkeypatch.setattr(
+            noise, name, lambda keys, n, at, name=name: torch.full((1, 24), n)
+            if name == "philox_bits" else name
+        )  # fmt: skip
+    here, there = (cast(Any, SimpleNamespace(device=torch.device(d))) for d in ("cpu", "cuda"))
+    assert noise.draw_bits(here, 17) == "_by_numpy"
+    assert noise.draw_bits(there, 17).tolist() == [17 * [3]]
+
+
+def test_captions_are_compared_where_they_are() -> None:
+    eye, keys = torch.eye(2), torch.tensor([1, 2])
+    with torch.device("meta"):
+        found = contrastive_loss(eye, eye, torch.tensor(1.0, device=CPU), keys, lambda x: x, 0)
+        assert caption_keys(torch.zeros(2, 3, dtype=torch.int64, device=CPU)).device == CPU
+    assert found["loss"].device == CPU and float(found["accuracy"]) == 1.0
 
 
 def test_a_gpu_is_handed_pinned_memory_without_waiting() -> None:

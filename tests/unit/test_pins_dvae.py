@@ -1,10 +1,12 @@
 """The dVAE's and CLIP's numbers, by hand and by torch.distributions."""
 
 import math
+from collections import OrderedDict
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.distributions import Categorical, Laplace, TransformedDistribution, kl_divergence
 from torch.distributions.transforms import SigmoidTransform
 
@@ -13,7 +15,7 @@ from core.keys import key_int
 from models.clip import Clip, caption_keys, contrastive_loss
 from models.codes import CodeReader
 from models.config import ClipConfig, DVAEConfig
-from models.draws import draw_normal, init_normal
+from models.draws import draw_normal, init_fan_in, init_normal
 from models.dvae import DVAE, DVAETerms, ResidualBlock, negative_bound
 from models.likelihood import (
     gumbel_codes,
@@ -161,20 +163,58 @@ def test_a_first_batch_calibrates_both_ends() -> None:
 
 
 @torch.no_grad()
+def test_a_code_that_hardly_varies_is_made_at_most_a_million_times_as_strong() -> None:
+    dvae = DVAE(DVAEConfig(pixels=8, width=8, groups=2, codebook=5), 2)
+    weight = dvae.encoder.output.weight
+    weight[1] *= 1e-9
+    before = weight[1].clone()
+    dvae.calibrate(torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(weight[1], before * 1e6)
+
+
+@torch.no_grad()
+def test_convolutions_read_pictures_channels_last() -> None:
+    dvae = DVAE(DVAEConfig(pixels=8, width=8, groups=2, codebook=5))
+    reader, seen = CodeReader(dvae), []
+
+    def look(_: nn.Module, given: tuple[Tensor]) -> None:
+        seen.append(given[0].is_contiguous(memory_format=torch.channels_last))
+
+    image = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for read, convolution in (
+        (dvae.tokens, dvae.encoder.input),
+        (reader.codes, reader._body.input),
+    ):
+        convolution.register_forward_pre_hook(look)  # type: ignore[union-attr, arg-type]
+        read(image)
+    assert seen == [True, True]
+
+
+@torch.no_grad()
 def test_a_reader_compares_its_best_candidates_in_fp32() -> None:
     """Codes a hair apart: bf16 alone could not tell them, fp32 can."""
+    draws = torch.Generator().manual_seed(0)
     config = DVAEConfig(pixels=4, width=8, groups=1, codebook=6, gain=0.7)
     dvae = DVAE(config, 5)
     weight = dvae.encoder.output.weight
-    weight[1:] = weight[:1] + 1e-4 * torch.randn(5, *weight.shape[1:], generator=DRAWS)
+    weight[1:] = weight[:1] + 1e-4 * torch.randn(5, *weight.shape[1:], generator=draws)
     dvae.encoder.output.bias[3] = 1e-5
-    image = torch.rand(8, 3, 4, 4, generator=DRAWS)
+    image = torch.rand(8, 3, 4, 4, generator=draws)
     reader = CodeReader(dvae, "bf16")
     states = reader._states((0.8 * image + 0.1).contiguous(memory_format=torch.channels_last))
     expected = dvae.encoder.output(states.float()).argmax(1).flatten(1)
     assert len(expected.unique()) > 2
     assert reader.codes(image).equal(expected)
     assert reader.device.type == "cpu"
+
+
+def test_without_a_one_hot_layer_every_fan_in_counts() -> None:
+    """Whatever a layer's name is."""
+    for name in ("_", "line"):
+        layers = nn.Sequential(OrderedDict([(name, nn.Linear(16, 2))]))
+        init_fan_in(layers, 7)
+        own = torch.Generator().manual_seed(key_int(7, f"{name}.weight", "init"))
+        assert layers[0].weight.equal(torch.randn(2, 16, generator=own) / 4)
 
 
 def test_first_weights_are_drawn_in_blocks_of_64_rows_by_name() -> None:
@@ -254,6 +294,51 @@ def test_a_clip_s_parts() -> None:
         assert float(clip(batch)[2]) == pytest.approx(math.e)
     assert not clip.image_tower.project.bias
     assert clip.image_tower.layers.enable_nested_tensor is False
+
+
+@torch.no_grad()
+def test_both_towers_by_torchs_functions() -> None:
+    """Before each half a norm, GELU in the middle; the state of the summary is the vector."""
+    config = ClipConfig(
+        pixels=4, patch=2, dim=8, heads=2, layers=2, text_length=3, text_vocabulary=5
+    )
+    clip, draws = Clip(config), torch.Generator().manual_seed(0)
+    for p in clip.parameters():
+        p.copy_(0.4 * torch.randn(p.shape, generator=draws))
+
+    def tower(name: str, x: Tensor, real: Tensor) -> Tensor:
+        w = {n.removeprefix(name): p for n, p in clip.named_parameters() if n.startswith(name)}
+
+        def line(x: Tensor, name: str) -> Tensor:
+            return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+        def norm(x: Tensor, name: str) -> Tensor:
+            return F.layer_norm(x, (8,), w[f"{name}.weight"], w[f"{name}.bias"])
+
+        for layer in ("layers.layers.0", "layers.layers.1"):
+            into = f"{layer}.self_attn.in_proj_"
+            all_three = F.linear(norm(x, f"{layer}.norm1"), w[into + "weight"], w[into + "bias"])
+            q, k, v = (y.unflatten(2, (2, 4)).transpose(1, 2) for y in all_three.chunk(3, 2))
+            logits = (q @ k.mT / 2).masked_fill(~real[:, None, None], -torch.inf)
+            heard = (logits.softmax(3) @ v).transpose(1, 2).flatten(2)
+            x = x + line(heard, f"{layer}.self_attn.out_proj")
+            wide = F.gelu(line(norm(x, f"{layer}.norm2"), f"{layer}.linear1"))
+            x = x + line(wide, f"{layer}.linear2")
+        out = norm(x[:, 0], "norm") @ w["project.weight"].T
+        return out / out.norm(dim=1, keepdim=True)
+
+    text = torch.tensor([[3, 1, -1], [2, -1, -1]])
+    first = clip.text_tower.summary.weight.expand(2, 1, 8)
+    words = clip.words.weight[text.clamp_min(0)] + clip.word_place.weight
+    real = torch.tensor([[True, True, True, False], [True, True, False, False]])
+    expected = tower("text_tower.", torch.cat([first, words], 1), real)
+    torch.testing.assert_close(clip.embed_text(text), expected)
+    image = torch.rand(2, 3, 4, 4, generator=draws)
+    first = clip.image_tower.summary.weight.expand(2, 1, 8)
+    cut = F.unfold(2 * image - 1, 2, stride=2).transpose(1, 2)
+    patches = F.linear(cut, clip.patch.weight.flatten(1), clip.patch.bias) + clip.place.weight
+    expected = tower("image_tower.", torch.cat([first, patches], 1), torch.ones(2, 5).bool())
+    torch.testing.assert_close(clip.embed_image(image), expected)
 
 
 def test_a_contrastive_loss_by_hand() -> None:

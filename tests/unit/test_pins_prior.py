@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models.attention import band_of
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from models.counts import attended_pairs, prior_flops, prior_parameters
 from models.flex import mask_mod
@@ -201,6 +202,17 @@ def test_costs_of_layers_by_hand() -> None:
     """An embedding: dim. A block: 12 dim^2 + dim * length. The head: dim * entries / length."""
     config = _tiny(dim=8, heads=2, layers=2)  # length 3 + 4; entries 3 * 4 + 4 * 3
     assert [layer.cost for layer in prior_layers(config, 0)] == [8, 824, 824, 8 * 24 // 7]
+
+
+def test_a_stream_of_a_single_code_has_its_cost() -> None:
+    """Length 1: 12 dim^2 + dim * 1."""
+    one = prior_layers(_tiny(dim=8, heads=2, text_length=0, grid=1), 0)
+    assert one[1].cost == 776
+
+
+def test_streams_of_up_to_128_positions_are_short() -> None:
+    for text, grid, short in ((112, 4, True), (113, 4, False), (64, 8, True), (65, 8, False)):
+        assert (band_of("row", text, grid, 11).dense is not None) == short
 
 
 def test_counts_by_hand() -> None:
