@@ -13,6 +13,9 @@ PACKAGES = (
     *("data_pipeline", "training", "planning", "generation"),
 )
 """Ours in HOME; a user's own files may have the same names."""
+SPINS = "10000"
+"""Turns in which a thread of libgomp waits for its team before it sleeps. By libgomp's own rule it
+spins for milliseconds, which on cores that others use made decoding 15 times slower."""
 VERBS = {
     "demo": ("generation.commands:demo", "the whole way on this machine; ends with report.html"),
     "pack": ("data_pipeline.commands:pack", "raw pairs -> shards in a store, split by key"),
@@ -67,6 +70,8 @@ def main() -> None:
 
 def _run() -> None:
     _use_utf8()
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # before torch, here and in children
     try:
         _import_own_packages(Path.cwd())
     except FileNotFoundError:

@@ -93,6 +93,21 @@ def test_wrong_environments_are_answered(tmp_path: Path) -> None:
     assert "no data set" in tapir("train", "clip", "tiny", data, f"--bpe={tmp_path}", code=2)
 
 
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_waiting_threads_sleep_soon_unless_told_otherwise(given: dict[str, str], seen: str) -> None:
+    code = (
+        "import atexit, os, sys; sys.argv = ['tapir', '--help']; import tapir;"
+        "atexit.register(lambda: print(os.environ.get('GOMP_SPINCOUNT'))); tapir.main()"
+    )
+    plain = {k: v for k, v in ENVIRONMENT.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env={**plain, **given}, capture_output=True, check=True)
+    assert done.stdout.decode().split()[-1] == seen
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["tokenize", "--help"]])
 def test_a_reader_that_leaves_early_ends_it_quietly(arguments: list[str]) -> None:
     reading, writing = os.pipe()
