@@ -166,9 +166,8 @@ def _sizes(config: DemoConfig) -> dict[str, dict[str, Value]]:
     if shapes:
         return {
             "pack": {"count": 20_000},
-            "dvae": {"loop.steps": 1500},
-            "prior": {"loop.steps": 940, "loop.until": 880, "model.text_length": 12},
-            "clip": {"loop.steps": 360, "model.text_length": 12},
+            "prior": {"loop.steps": 940, "loop.until": 900, "model.text_length": 12},
+            "clip": {"loop.steps": 320, "model.text_length": 12},
             "score": {"candidates": 1},
             "evaluate": EVALUATED,
         }
