@@ -121,7 +121,7 @@ def _agreement() -> list[dict[str, Any]]:
     pictures = to_tensor(torch.stack([torch.from_numpy(dead_leaves(i)) for i in HELD_OUT]).numpy())
     whole, half = (CodeReader(model, name).codes(pictures) for name in ("fp32", "bf16"))  # type: ignore[arg-type]
     agreed = float((whole == half).float().mean())
-    used = perplexity(whole, model.config.codebook)
+    used = perplexity(whole)
     return [
         _exactly("codes that bf16 and fp32 agree on", agreed, "", WANTED_AGREEMENT),
         _exactly("codebook perplexity of that dVAE", used, "codes", WANTED_PERPLEXITY),

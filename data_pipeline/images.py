@@ -43,9 +43,10 @@ def prior_crop(image: NDArray[Any], pixels: int, rng: np.random.Generator) -> ND
     height, width = image.shape[:2]
     side = min(height, width)
     excess = max(height, width) - side
-    low, high = 3 * excess // 8, max(3 * excess // 8 + 1, 5 * excess // 8)
-    offset = int(rng.integers(low, high))
-    middle = _cut(image, offset if height > width else 0, offset if width > height else 0, side)
+    low = 3 * excess // 8
+    offset = int(rng.integers(low, max(low + 1, 5 * excess // 8)))
+    top, left = (offset, 0) if height > width else (0, offset)
+    middle = _cut(image, top, left, side)
     target = int(rng.integers(pixels, min(side, 9 * pixels // 8) + 1))
     top, left = (int(place) for place in rng.integers(0, target - pixels + 1, 2))
     return np.ascontiguousarray(_cut(_resized(middle, target), top, left, pixels))
@@ -73,7 +74,7 @@ def dvae_crop(image: NDArray[Any], pixels: int, rng: np.random.Generator) -> NDA
 def encode_png(image: NDArray[Any]) -> bytes:
     """Encode (height, width, 3) uint8 RGB as PNG."""
     buffer = io.BytesIO()
-    Image.fromarray(np.asarray(image, np.uint8)).save(buffer, "PNG", compress_level=6)
+    Image.fromarray(np.asarray(image, np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
 
 

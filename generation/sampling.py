@@ -159,8 +159,7 @@ class _Lane:
             self._kept = prompt.kept.tolist()
         self._first, self._end = _span(prompt, length)
         self._lane = self._start(self._text, self._codes[:1, : self._first], self._each)
-        self._shared: Shared | None = None
-        self._shared_at = 0
+        self._shared: tuple[Shared, int] | None = None
 
     def advance(self, position: int) -> None:
         """Decode one position of every candidate; one that is given is only read."""
@@ -175,7 +174,7 @@ class _Lane:
             choice = choose(logits, self._noise(self._keys, position), self._settings)
             precise = self._settings.precision == "fp32"
             drawn = choice.codes.where(choice.sure, _UNSURE) if precise else choice.codes
-        self._shared, self._shared_at = self._decoder.neighbours.share(drawn), position
+        self._shared = self._decoder.neighbours.share(drawn), position
 
     def finish(self) -> Tensor:
         """(captions, each, grid * grid)."""
@@ -207,8 +206,8 @@ class _Lane:
         """Take the last position's codes; those that rounding could change are drawn again."""
         if self._shared is None:
             return
-        codes, position = self._shared.wait(), self._shared_at
-        self._shared = None
+        (shared, position), self._shared = self._shared, None
+        codes = shared.wait()
         self._codes[:, position] = codes
         for row in (codes == _UNSURE).nonzero().flatten().tolist():
             self._codes[row, position] = self._by_itself(row, position)

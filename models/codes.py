@@ -58,7 +58,7 @@ class CodeReader:
         bias = self._output.bias.to(torch.bfloat16)
         rough = torch.addmm(bias, states.to(torch.bfloat16), self._weight16.T)
         count = min(CANDIDATES, rough.shape[1])
-        best = rough.topk(count, 1, sorted=False).indices
+        best = rough.topk(count, 1).indices
         logits = torch.einsum("pd,pkd->pk", states, self._weight[best])
         logits += self._output.bias[best]
         chosen = best.gather(1, logits.argmax(1, keepdim=True))

@@ -65,7 +65,7 @@ class AdamW(torch.optim.AdamW):
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
             for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                state[name] = torch.zeros_like(parameter)
         found: Tensor = state["exp_avg_sq"]
         return found
 

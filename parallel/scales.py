@@ -136,7 +136,7 @@ class _Enter(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         gradient = gradients[0].half().float()
-        filtered = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
+        filtered = torch.nan_to_num(gradient, posinf=0.0, neginf=0.0)
         return filtered / ctx.scale.value, None
 
 

@@ -112,7 +112,7 @@ class DVAETask:
         mse = float(((again - pixels) ** 2).mean())
         used = len(codes.unique())
         figures = {
-            "perplexity": perplexity(codes, self.model_config.codebook),
+            "perplexity": perplexity(codes),
             "codes_used": float(used),
             "codes_dead": float(self.model_config.codebook - used),
             "codes_share": used / min(self.model_config.codebook, codes.numel()),

@@ -63,7 +63,7 @@ class Task(Protocol, Generic[Record]):
 
 def pad_text(texts: Sequence[Any], length: int) -> Tensor:
     """Ragged ids -> (B, length) int64, cut at `length`, PAD behind the end."""
-    out = torch.full((len(texts), length), PAD, dtype=torch.int64, device="cpu")
+    out = torch.full((len(texts), length), PAD, device="cpu")
     for row, text in zip(out, texts, strict=True):
         ids = np.asarray(text, np.int64)[:length]
         row[: len(ids)] = torch.from_numpy(ids)
@@ -177,12 +177,11 @@ class PriorTask:
         for block in range(min(len(self.train.sizes), 2000)):
             for record in self.train.read(block):
                 counts[positions, record.image] += 1
-        shares = counts / counts.sum(1, keepdims=True)
-        safe = np.where(shares > 0, shares, 1.0)
-        return float(-(shares * np.log(safe)).sum(1).mean())
+        shares = torch.from_numpy(counts / counts.sum(1, keepdims=True))
+        return float(torch.special.entr(shares).sum(1).mean())
 
 
-def perplexity(codes: Tensor, codebook: int) -> float:
+def perplexity(codes: Tensor) -> float:
     """exp of the entropy of how often each code is used: 1 = collapsed, K = uniform."""
-    shares = torch.bincount(codes.flatten(), minlength=codebook).double() / codes.numel()
+    shares = torch.bincount(codes.flatten()).double() / codes.numel()
     return math.exp(float(torch.special.entr(shares).sum()))

@@ -381,9 +381,9 @@ def test_bounds_of_a_prior_by_hand() -> None:
 
 
 def test_perplexity_by_hand() -> None:
-    assert perplexity(torch.tensor([[0, 1], [2, 3]]), 8) == pytest.approx(4.0)
-    assert perplexity(torch.tensor([5, 5, 5]), 8) == pytest.approx(1.0)
-    assert perplexity(torch.tensor([0, 0, 0, 1]), 2) == pytest.approx(1.7547654)  # e^0.5623351
+    assert perplexity(torch.tensor([[0, 1], [2, 3]])) == pytest.approx(4.0)
+    assert perplexity(torch.tensor([5, 5, 5])) == pytest.approx(1.0)
+    assert perplexity(torch.tensor([0, 0, 0, 1])) == pytest.approx(1.7547654)  # e^0.5623351
 
 
 def _dvae_task(**flags: Any) -> DVAETask:
