@@ -58,14 +58,27 @@ VERBS = {
 
 def main() -> None:
     """Run one verb and exit: 0 done, 2 wrong input or config, 1 anything else."""
+    _open_standard_streams()
     try:
         try:
             _run()
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # of `tapir ... | head`; what is buffered must not be flushed again
+    except OSError as error:  # what is buffered must not be flushed again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        if isinstance(error, BrokenPipeError):  # `tapir ... | head`
+            sys.exit(1)
+        _fail(f"cannot write to standard output: {error.strerror}", 1)
+
+
+def _open_standard_streams() -> None:
+    """Give those that were closed to the null device, or the next file would take their place."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
 
 
 def _run() -> None:

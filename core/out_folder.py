@@ -15,6 +15,7 @@ _MARKS = {
     "candidates.json": "evaluate",
     "overlap.json": "overlap",
     "chain.json": "submit",
+    "demo.json": "demo",
     "seconds.json": "demo",
 }
 """Files by which the folder of a command is known."""

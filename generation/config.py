@@ -221,8 +221,10 @@ class EvaluateConfig(SampleConfig):
         found = super().problems()
         if self.prompts < 1:
             found.append("prompts must be at least 1")
-        if self.guided < 0 or self.few < 1:
-            found.append("guided must not be negative, and few be at least 1")
+        if self.guided < 0:
+            found.append(f"guided={self.guided} must not be negative; 0 = all captions")
+        if self.few < 1:
+            found.append(f"few={self.few} must be at least 1")
         if self.most != 0 and self.most < self.candidates:
             found.append(
                 f"most={self.most} must be 0 or at least candidates={self.candidates}, which every "

@@ -16,6 +16,7 @@ from core.errors import EXIT_WRONG_INPUT, InputError, TapirError
 from core.files import canonical_json, held, write_atomic
 from core.gpus import gpu_problems, usable_gpus
 from core.log import LOG
+from core.out_folder import refuse_others_folder
 from core.s3 import S3Store
 from generation.chain import chain_of
 from generation.config import DemoConfig
@@ -26,7 +27,7 @@ from parallel.config import MeshConfig
 
 BUCKET = "tapir-demo"
 TOKEN_WORKERS = 2
-SECONDS = "seconds.json"
+SECONDS, NOTE = "seconds.json", "demo.json"
 MESHES: dict[str, dict[str, Value]] = {
     "1": {"mesh.data": 1, "engine.name": "reference"},
     "tp2pp2dp2": {
@@ -70,7 +71,9 @@ def run_demo(config: DemoConfig) -> Path:
     config = fitted(config, usable_gpus())
     folder = config.folder
     began = time.monotonic()
+    refuse_others_folder(folder, "demo")
     with held(folder, "demo"), object_server(folder / "store", BUCKET) as server:
+        _claim(folder, config)
         stages = demo_stages(config)
         for stage in stages:
             _run(stage, folder, server)
@@ -80,6 +83,21 @@ def run_demo(config: DemoConfig) -> Path:
     summary = summarise(folder, config.data, config.size, typed, seconds)
     write_atomic(folder / "summary.json", canonical_json(summary))
     return write_report(folder)
+
+
+def _claim(folder: Path, config: DemoConfig) -> None:
+    """Note what this demo is; raises InputError if the folder holds another one."""
+    mine = {name: getattr(config, name) for name in ("data", "mesh", "size", "seed")}
+    note = folder / NOTE
+    if not note.exists():
+        write_atomic(note, canonical_json(mine))
+    other = json.loads(note.read_bytes())
+    for name, value in mine.items():
+        if other.get(name) != value:
+            raise InputError(
+                f"the demo in {folder} has another --{name}: {other.get(name)}, not {value}; give "
+                "that one, or another --out"
+            )
 
 
 def fitted(config: DemoConfig, gpus: int) -> DemoConfig:

@@ -103,7 +103,8 @@ class Run:
         self.alarms.disk(self.checkpoints.store, self.step)
         loop = self.settings.loop
         if self.step >= loop.end:
-            LOG.info("%s has all %d steps already", self.settings.out, loop.end)
+            share = "all" if self.step >= loop.steps else f"{self.step} of"
+            LOG.info("%s has %s %d steps already", self.settings.out, share, loop.steps)
         with progress(f"train {self.stage}", loop.steps, self.world.rank == 0) as meter:
             for result, seconds in self.steps():
                 self.report(result, seconds, meter)
@@ -121,6 +122,7 @@ class Run:
             self._finish()
         elif self._resumed_at != self.step:
             self._save_surely()
+            LOG.info("saved at step %d of %d, where --loop.until ends", self.step, loop.steps)
 
     @timed(VALIDATION)
     def validate(self) -> dict[str, float]:

@@ -1,15 +1,18 @@
 """Learning the tokenizer: the one stage that is no loop over batches."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import chain, islice
 
-from core.errors import ConfigError, InputError
+from tokenizers import Tokenizer
+
+from core.errors import ConfigError, CorruptError, InputError
 from core.files import held
 from core.log import LOG
 from core.out_folder import refuse_others_folder
 from core.settings import check
 from core.store import open_store
-from data_pipeline.bpe import save_tokenizer, train_bpe
+from data_pipeline.bpe import load_tokenizer, save_tokenizer, train_bpe
 from data_pipeline.captions import clean_caption, is_visible
 from data_pipeline.raw import RawSource
 from data_pipeline.stream import stored_records
@@ -41,8 +44,20 @@ def _learn(settings: BPETrain, captions: Iterable[str]) -> None:
         LOG.warning(
             "the captions have merges for %d entries only, not %d", entries, settings.vocabulary
         )
+    _keep_others(tokenizer, settings)
     save_tokenizer(tokenizer, settings.out)
     LOG.info("captions -> %s with %d entries", settings.out, entries)
+
+
+def _keep_others(tokenizer: Tokenizer, settings: BPETrain) -> None:
+    """Raise InputError if the folder has another tokenizer: tokens may be made with it."""
+    with suppress(InputError, CorruptError):
+        kept, _ = load_tokenizer(settings.out)
+        if kept.to_str() != tokenizer.to_str():
+            raise ConfigError(
+                f"{settings.out} holds another tokenizer, of {kept.get_vocab_size()} entries, with "
+                "which tokens may have been made; give another --out, or delete it"
+            )
 
 
 def _captions(settings: BPETrain) -> Iterator[str]:

@@ -108,6 +108,21 @@ def test_waiting_threads_sleep_soon_unless_told_otherwise(given: dict[str, str],
     assert done.stdout.decode().split()[-1] == seen
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
+def test_streams_that_are_closed_are_missed_by_nobody(closed: str) -> None:
+    command = f"{sys.executable} -P -m tapir --help {closed}"
+    done = subprocess.run(["bash", "-c", command], env=ENVIRONMENT, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_full_disk_behind_standard_output_is_named() -> None:
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-P", "-m", "tapir", "--help"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    assert done.returncode == 1
+    assert done.stderr == b"tapir: cannot write to standard output: No space left on device\n"
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["tokenize", "--help"]])
 def test_a_reader_that_leaves_early_ends_it_quietly(arguments: list[str]) -> None:
     reading, writing = os.pipe()

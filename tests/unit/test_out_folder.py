@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from core.errors import InputError
+from core.errors import ConfigError, InputError
 from core.files import held
 from core.out_folder import owner_of, refuse_others_folder
 from data_pipeline.commands import pack
-from generation.commands import evaluate, overlap, score
+from generation.commands import demo, evaluate, overlap, score
 from training.commands import tokenize
 from training.config import BPETrain, DVAETrain
 from training.main import train_stage
@@ -47,6 +47,7 @@ def test_every_command_refuses_the_folder_of_another(owner: str, tmp_path: Path)
         "score": [lambda: score(["coco:none", f"--out={path}"])],
         "evaluate": [lambda: evaluate(["none", f"--out={path}"])],
         "overlap": [lambda: overlap(["raw", "none", f"--out={path}"])],
+        "demo": [lambda: demo(["--size=mini", f"--out={path}"])],
     }
     named = "holds a data set" if owner == "a data set" else f"holds what `tapir {owner}` wrote"
     for mine, commands in writes.items():
@@ -82,5 +83,12 @@ def test_one_tokenizer_is_learned_in_a_folder_at_a_time(tmp_path: Path) -> None:
         second.start()
         second.join()
     assert "another train bpe is working" in errors[0] and not (out / "tokenizer.json").exists()
+    for _ in range(2):  # the same one is written again
+        train_tokenizer(settings)
+    first = (out / "tokenizer.json").read_bytes()
+    texts.write_text("two large blue squares\n" * 20)
+    with pytest.raises(ConfigError, match="holds another tokenizer, of 267 entries"):
+        train_tokenizer(settings)
+    assert (out / "tokenizer.json").read_bytes() == first
+    (out / "tokenizer.json").write_text("damaged")
     train_tokenizer(settings)
-    assert (out / "tokenizer.json").is_file()
