@@ -183,9 +183,9 @@ def _sizes(config: DemoConfig) -> dict[str, dict[str, Value]]:
         }
     if shapes:
         return {
-            "pack": {"count": 20_000},
-            "prior": {"loop.steps": 940, "loop.until": 900, "model.text_length": 12},
-            "clip": {"loop.steps": 320, "model.text_length": 12},
+            "pack": {"count": 16_000},
+            "prior": {"loop.steps": 920, "loop.until": 880, "model.text_length": 12},
+            "clip": {"loop.steps": 280, "model.text_length": 12},
             "score": {"candidates": 1},
             "evaluate": EVALUATED,
         }
