@@ -63,7 +63,7 @@ class Clip(nn.Module):
         self.words = nn.Embedding(config.text_vocabulary, config.dim)
         self.word_place = nn.Embedding(config.text_length, config.dim)
         self.text_tower = _Tower(config)
-        self.log_scale = nn.Parameter(torch.full((), FIRST_SCALE))
+        self.log_scale = nn.Parameter(self.place.weight.new_full((), FIRST_SCALE))
         init_normal(self, seed, {"in_proj_weight": INIT_STD * 2, "weight": INIT_STD * 2})
 
     def embed_image(self, image: Tensor) -> Tensor:
