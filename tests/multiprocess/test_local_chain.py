@@ -39,7 +39,7 @@ def states(out: Path) -> dict[str, str]:
 @pytest.mark.slow
 def test_a_chain_is_cancelled_and_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    dvae = {"flags": {**_SHORT, "loop.steps": 40, "checkpoint.every": 10}}
+    dvae = {"flags": {**_SHORT, "loop.steps": 100, "checkpoint.every": 10}}
     path = write(tmp_path, bpe={}, dvae=dvae)
     text = tapir("submit", str(path))
     assert "sent 3 jobs to local" in text
@@ -52,11 +52,11 @@ def test_a_chain_is_cancelled_and_goes_on(tmp_path: Path) -> None:
     said = states(out)
     assert said["pack"] == "done" and said["bpe"] == "done" and "75" in said["dvae"]
     reached = len(rows_of(out / "dvae"))
-    assert reached < 40 and list((out / "dvae" / "checkpoints").glob("step-*/manifest.json"))
+    assert reached < 100 and list((out / "dvae" / "checkpoints").glob("step-*/manifest.json"))
     tapir("resume", str(out), "--wait")
     assert set(states(out).values()) == {"done"}
     steps = [row["step"] for row in rows_of(out / "dvae")]
-    assert steps == list(range(1, 41))
+    assert steps == list(range(1, 101))
     log = tapir("logs", str(out), "dvae")
     assert "resumed from" in log and "asked to stop" in log
     marker = unseal((out / "markers" / "dvae.json").read_bytes(), "dvae.json")
