@@ -14,8 +14,8 @@ PACKAGES = (
 )
 """Ours in HOME; a user's own files may have the same names."""
 SPINS = "10000"
-"""Turns in which a thread of libgomp waits for its team before it sleeps. By libgomp's own rule it
-spins for milliseconds, which on cores that others use made decoding 15 times slower."""
+"""Busy-wait iterations of a libgomp thread at a barrier before it sleeps. libgomp's default keeps
+spinning for milliseconds, which stalls decoding when other processes use the cores: docs/LOG.md."""
 VERBS = {
     "demo": ("generation.commands:demo", "the whole way on this machine; ends with report.html"),
     "pack": ("data_pipeline.commands:pack", "raw pairs -> shards in a store, split by key"),
@@ -59,20 +59,32 @@ VERBS = {
 def main() -> None:
     """Run one verb and exit: 0 done, 2 wrong input or config, 1 anything else."""
     _open_standard_streams()
+    code: int | str | None = 0
     try:
-        try:
-            _run()
-        finally:
-            sys.stdout.flush()
-    except OSError as error:  # what is buffered must not be flushed again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # `tapir ... | head`
-            sys.exit(1)
-        _fail(f"cannot write to standard output: {error.strerror}", 1)
+        _run()
+    except SystemExit as ended:
+        code = ended.code
+    if not _flush():
+        code = code or 1
+    if code:
+        sys.exit(code)
+
+
+def _flush() -> bool:
+    """Write what standard output buffers; False if that fails. `tapir ... | head` says nothing."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or exit flushes again
+        if not isinstance(error, BrokenPipeError):
+            message = f"tapir: cannot write to standard output: {error.strerror}"
+            print(message, file=sys.stderr)
+        return False
+    return True
 
 
 def _open_standard_streams() -> None:
-    """Give those that were closed to the null device, or the next file would take their place."""
+    """Replace closed streams by the null device; else the next opened file gets their number."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -106,7 +118,9 @@ def _run() -> None:
     except errors.TapirError as error:
         _fail(str(error), error.exit_code)
     except BrokenPipeError:
-        raise
+        if _flush():  # it was not standard output
+            _fail("a process at the other end of a pipe has ended", errors.EXIT_FAILED)
+        sys.exit(errors.EXIT_FAILED)
     except OSError as error:
         wrong = errors.of_memory(error) if errors.no_memory(error) else errors.of_files(error)
         _fail(str(wrong), wrong.exit_code)

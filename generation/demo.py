@@ -91,7 +91,10 @@ def _claim(folder: Path, config: DemoConfig) -> None:
     note = folder / NOTE
     if not note.exists():
         write_atomic(note, canonical_json(mine))
-    other = json.loads(note.read_bytes())
+    try:
+        other = dict(json.loads(note.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{note} is damaged: {error}; delete it, or give another --out") from error
     for name, value in mine.items():
         if other.get(name) != value:
             raise InputError(

@@ -1,7 +1,6 @@
 """Learning the tokenizer: the one stage that is no loop over batches."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from itertools import chain, islice
 
 from tokenizers import Tokenizer
@@ -23,7 +22,7 @@ from training.config import BPETrain
 def train_tokenizer(settings: BPETrain) -> None:
     """Learn merges from captions and write tokenizer.json.
 
-    Raises: InputError if there is no caption.
+    Raises: InputError if there is no caption, or if the folder has another tokenizer.
     """
     check(settings.problems())
     if (ranks_given() or 1) > 1:
@@ -51,13 +50,15 @@ def _learn(settings: BPETrain, captions: Iterable[str]) -> None:
 
 def _keep_others(tokenizer: Tokenizer, settings: BPETrain) -> None:
     """Raise InputError if the folder has another tokenizer: tokens may be made with it."""
-    with suppress(InputError, CorruptError):
+    try:
         kept, _ = load_tokenizer(settings.out)
-        if kept.to_str() != tokenizer.to_str():
-            raise ConfigError(
-                f"{settings.out} holds another tokenizer, of {kept.get_vocab_size()} entries, with "
-                "which tokens may have been made; give another --out, or delete it"
-            )
+    except (InputError, CorruptError):
+        return
+    if kept.to_str() != tokenizer.to_str():
+        raise InputError(
+            f"{settings.out} holds another tokenizer, of {kept.get_vocab_size()} entries, with "
+            "which tokens may have been made; give another --out, or delete it"
+        )
 
 
 def _captions(settings: BPETrain) -> Iterator[str]:

@@ -109,7 +109,7 @@ def test_waiting_threads_sleep_soon_unless_told_otherwise(given: dict[str, str],
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
-def test_streams_that_are_closed_are_missed_by_nobody(closed: str) -> None:
+def test_closed_streams_are_replaced_by_the_null_device(closed: str) -> None:
     command = f"{sys.executable} -P -m tapir --help {closed}"
     done = subprocess.run(["bash", "-c", command], env=ENVIRONMENT, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")

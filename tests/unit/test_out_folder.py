@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from core.errors import ConfigError, InputError
+from core.errors import InputError
 from core.files import held
 from core.out_folder import owner_of, refuse_others_folder
 from data_pipeline.commands import pack
@@ -87,7 +87,7 @@ def test_one_tokenizer_is_learned_in_a_folder_at_a_time(tmp_path: Path) -> None:
         train_tokenizer(settings)
     first = (out / "tokenizer.json").read_bytes()
     texts.write_text("two large blue squares\n" * 20)
-    with pytest.raises(ConfigError, match="holds another tokenizer, of 267 entries"):
+    with pytest.raises(InputError, match="holds another tokenizer, of 267 entries"):
         train_tokenizer(settings)
     assert (out / "tokenizer.json").read_bytes() == first
     (out / "tokenizer.json").write_text("damaged")
