@@ -64,6 +64,10 @@ def main() -> None:
         _run()
     except SystemExit as ended:
         code = ended.code
+    except OSError:
+        if _flush():  # it was not standard output
+            raise
+        code = 1
     if not _flush():
         code = code or 1
     if code:
