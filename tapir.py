@@ -64,20 +64,16 @@ def main() -> None:
         _run()
     except SystemExit as ended:
         code = ended.code
-    except OSError:
-        if _flush():  # it was not standard output
-            raise
-        code = 1
-    if not _flush():
+    if not _write():
         code = code or 1
     if code:
         sys.exit(code)
 
 
-def _flush() -> bool:
-    """Write what standard output buffers; False if that fails. `tapir ... | head` says nothing."""
+def _write(text: str = "") -> bool:
+    """Write text and what is buffered; False if that fails. `tapir ... | head` says nothing."""
     try:
-        sys.stdout.flush()
+        print(text, end="", flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or exit flushes again
         if not isinstance(error, BrokenPipeError):
@@ -108,8 +104,8 @@ def _run() -> None:
     errors = importlib.import_module("core.errors")
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_help())
-        sys.exit(0 if arguments else errors.EXIT_WRONG_INPUT)
+        written = _write(_help() + "\n")
+        sys.exit(errors.EXIT_WRONG_INPUT if not arguments else int(not written))
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, 1)
@@ -122,8 +118,6 @@ def _run() -> None:
     except errors.TapirError as error:
         _fail(str(error), error.exit_code)
     except BrokenPipeError:
-        if _flush():  # it was not standard output
-            _fail("a process at the other end of a pipe has ended", errors.EXIT_FAILED)
         sys.exit(errors.EXIT_FAILED)
     except OSError as error:
         wrong = errors.of_memory(error) if errors.no_memory(error) else errors.of_files(error)
