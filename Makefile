@@ -75,8 +75,8 @@ soak: $(DEV_STAMP)
 	TAPIR_LOST_RANKS=all $(BIN)/python -m pytest tests/faults/test_lost_ranks.py -m "not big"
 
 matrix: $(DEV_STAMP)
-	TAPIR_MATRIX=all $(BIN)/python -m pytest tests/multiprocess/test_checkpoint_matrix.py -m "not big"
-	$(BIN)/python -m pytest tests/multiprocess/test_paper_block.py -m big
+	TAPIR_MATRIX=all $(BIN)/python -m pytest tests/multiprocess/training/test_checkpoint_matrix.py -m "not big"
+	$(BIN)/python -m pytest tests/multiprocess/training/test_paper_block.py -m big
 
 bench: $(DEV_STAMP) system
 	$(BIN)/python -m bench engines --json

@@ -10,49 +10,49 @@ from pathlib import Path
 HOME = Path(__file__).resolve().parent
 PACKAGES = (
     *("core", "cluster", "checkpoint", "parallel", "models"),
-    *("data_pipeline", "training", "planning", "generation"),
+    *("data_pipeline", "training", "planning", "generation", "workflow", "cli"),
 )
 """Ours in HOME; a user's own files may have the same names."""
 SPINS = "10000"
 """Busy-wait iterations of a libgomp thread at a barrier before it sleeps. libgomp's default keeps
 spinning for milliseconds, which stalls decoding when other processes use the cores: docs/LOG.md."""
 VERBS = {
-    "demo": ("generation.commands:demo", "the whole way on this machine; ends with report.html"),
-    "pack": ("data_pipeline.commands:pack", "raw pairs -> shards in a store, split by key"),
-    "train": ("training.train:train", "train dvae | bpe | prior | clip PRESET"),
-    "tokenize": ("training.commands:tokenize", "raw shards -> token shards; --worker i/n"),
-    "plan": ("planning.commands:plan", "does it fit, how fast, on which mesh, for how many days"),
-    "sample": ("generation.commands:sample", "captions -> candidates, reranked, as a PNG grid"),
-    "evaluate": ("generation.commands:evaluate", "caption accuracy for best-of-N on shapes"),
-    "score": ("generation.commands:score", "FID and IS on MS-COCO, CUB or a packed set; i/n"),
-    "submit": ("generation.submit:submit", "send a run file: local, Slurm or Kubernetes"),
-    "status": ("generation.submit:status", "how far a submitted run, or a token job, is"),
-    "logs": ("generation.submit:logs", "the output of a submitted run's jobs; -f follows"),
-    "cancel": ("generation.submit:cancel", "end all jobs of a submitted run"),
-    "resume": ("generation.submit:resume", "send the jobs again that have not ended well"),
-    "job": ("generation.submit:job", "run a command as one job of a chain (written by submit)"),
-    "overlap": ("generation.commands:overlap", "pairs that an evaluation set has, too"),
+    "demo": ("cli.sample:demo", "the whole way on this machine; ends with report.html"),
+    "pack": ("cli.data:pack", "raw pairs -> shards in a store, split by key"),
+    "train": ("cli.train:train", "train dvae | bpe | prior | clip PRESET"),
+    "tokenize": ("cli.tokenize:tokenize", "raw shards -> token shards; --worker i/n"),
+    "plan": ("cli.plan:plan", "does it fit, how fast, on which mesh, for how many days"),
+    "sample": ("cli.sample:sample", "captions -> candidates, reranked, as a PNG grid"),
+    "evaluate": ("cli.evaluate:evaluate", "caption accuracy for best-of-N on shapes"),
+    "score": ("cli.evaluate:score", "FID and IS on MS-COCO, CUB or a packed set; i/n"),
+    "submit": ("cli.cluster:submit", "send a run file: local, Slurm or Kubernetes"),
+    "status": ("cli.cluster:status", "how far a submitted run, or a token job, is"),
+    "logs": ("cli.cluster:logs", "the output of a submitted run's jobs; -f follows"),
+    "cancel": ("cli.cluster:cancel", "end all jobs of a submitted run"),
+    "resume": ("cli.cluster:resume", "send the jobs again that have not ended well"),
+    "job": ("cli.cluster:job", "run a command as one job of a chain (written by submit)"),
+    "overlap": ("cli.evaluate:overlap", "pairs that an evaluation set has, too"),
     "rehearse": (
-        "planning.rehearse_commands:rehearse_verb",
+        "cli.rehearse:rehearse_verb",
         "prove that all ranks' collectives match, before a cluster is paid for",
     ),
-    "report": ("generation.commands:report", "write a demo folder's report.html again"),
+    "report": ("cli.sample:report", "write a demo folder's report.html again"),
     "export": (
-        "training.commands:export",
+        "cli.export:export",
         "models -> one folder of safetensors for the hub, or OpenAI's layout",
     ),
     "import": (
-        "training.commands:import_",
+        "cli.export:import_",
         "such a folder -> finished models, with the same digests",
     ),
-    "profile": ("training.profile_commands:profile", "where the time of a run's steps goes"),
-    "watch": ("training.watch:watch", "runs live in this terminal: loss, speed, time, memory"),
-    "diverge": ("training.commands:diverge", "the first tensor in which two runs differ"),
-    "replay": ("training.commands:replay", "run a step that did not count again, on one process"),
-    "seen": ("training.commands:seen", "the training steps at which a pair is read"),
-    "batch": ("training.commands:batch", "the pairs of a training step"),
-    "doctor": ("training.doctor:doctor", "is this machine, cluster and store ready? how to mend"),
-    "verify": ("training.commands:verify", "check every digest of a data set or checkpoint"),
+    "profile": ("cli.profile:profile", "where the time of a run's steps goes"),
+    "watch": ("cli.watch:watch", "runs live in this terminal: loss, speed, time, memory"),
+    "diverge": ("cli.inspect:diverge", "the first tensor in which two runs differ"),
+    "replay": ("cli.inspect:replay", "run a step that did not count again, on one process"),
+    "seen": ("cli.inspect:seen", "the training steps at which a pair is read"),
+    "batch": ("cli.inspect:batch", "the pairs of a training step"),
+    "doctor": ("cli.doctor:doctor", "is this machine, cluster and store ready? how to mend"),
+    "verify": ("cli.inspect:verify", "check every digest of a data set or checkpoint"),
 }
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.sizes import TINY
+from bench.support.sizes import TINY
 
 _RUNS = re.compile(r"^def run\(|^from bench\.\S+ import run$", re.MULTILINE)
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.sizes import sized
+from bench.support.sizes import sized
 from models.attention import band_of, banded_attention
 from models.masks import Kind, full_mask
 

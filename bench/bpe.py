@@ -14,10 +14,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from bench.glosses import INSTALL, glosses, glosses_are_there
-from bench.sizes import sized
-from data_pipeline.bpe import encode, train_bpe
-from data_pipeline.dropout import DropoutEncoder
+from bench.support.glosses import INSTALL, glosses, glosses_are_there
+from bench.support.sizes import sized
+from data_pipeline.text.bpe import encode, train_bpe
+from data_pipeline.text.dropout import DropoutEncoder
 
 ENTRIES = sized(16_384, 1024)
 GLOSSES = sized(10**6, 4000)

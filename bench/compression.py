@@ -7,9 +7,9 @@ figures and what follows from them.
 
 from typing import Any
 
-from bench.sizes import cache, sized
+from bench.support.sizes import cache, sized
 from bench.tokens import DATA, make_tokens, run_tapir
-from training.run_folder import read_metrics
+from training.run.folder import read_metrics
 
 SEEDS = sized((0, 1, 2), (0,))
 STEPS = sized(1000, 2)

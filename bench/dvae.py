@@ -15,18 +15,18 @@ from typing import Any
 
 import torch
 
-from bench.leaves import dead_leaves, write_leaves
-from bench.sizes import cache, sized
+from bench.support.leaves import dead_leaves, write_leaves
+from bench.support.sizes import cache, sized
+from bench.support.workers import Worker
 from bench.tokens import run_tapir
-from bench.workers import Worker
 from core.memory import keep_freed_memory
 from data_pipeline.tokenize.encode import to_tensor
-from models.codes import CodeReader, Precision
+from models.code_encoder import CodeReader, Precision
 from models.dvae import DVAE
-from models.likelihood import squeeze_pixels
-from training.export import load_dvae
+from models.logit_laplace import squeeze_pixels
+from training.export.weights import load_dvae
 from training.presets import dvae_paper
-from training.tasks import perplexity
+from training.tasks.task import perplexity
 
 FOLDER = cache("dvae")
 PICTURES, SIDE, TRAINED = sized(4, 1), sized(256, 32), sized(8000, 300)

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.sizes import sized
+from bench.support.sizes import sized
 from bench.tokens import make_tokens, run_tapir
 
 ROUNDS = sized(3, 1)

@@ -21,15 +21,15 @@ from typing import Any
 
 import torch
 
-from bench.children import child_environment, module_command
-from bench.sizes import cache, sized
+from bench.support.children import child_environment, module_command
+from bench.support.sizes import cache, sized
 from bench.tokens import DATA, make_tokens
 from checkpoint.format import StateSlice
 from checkpoint.reader import open_checkpoint
 from checkpoint.saver import Saver
 from core.heartbeat import read_beats
 from core.keys import keyed_rng
-from core.store import FolderStore
+from core.storage.store import FolderStore
 
 GPUS, FAILURES_A_DAY = 1024, 2.0
 STATE = 12e9 * 12

@@ -24,18 +24,18 @@ from typing import Any
 
 import numpy as np
 
-from bench.children import child_environment, module_command
-from bench.sizes import cache, sized, tiny
-from bench.synthetic import records_of, write_tokens
+from bench.support.children import child_environment, module_command
+from bench.support.sizes import cache, sized, tiny
+from bench.support.synthetic import records_of, write_tokens
 from cluster.object_server import ObjectServer, object_server
-from core.s3 import S3Store
-from core.store import FolderStore, Store
+from core.storage.s3 import S3Store
+from core.storage.store import FolderStore, Store
 
 FOLDER = cache("loader")
 SHARDS, RECORDS, BLOCK = sized(20, 4), sized(10_240, 1024), 512
 ROUNDS = sized(5, 1)
 BUCKET = "bench-loader"
-CHILD = "bench.loader_child"
+CHILD = "bench.support.loader_child"
 CONSTRAINTS = Path(__file__).parents[1] / "constraints" / "cpu.txt"
 PACKAGES = {
     "webdataset": ["webdataset", "numpy"],

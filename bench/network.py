@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
-from bench.machines import Machines, two_machines
 from bench.parity import SEED, batch_of
-from bench.sizes import sized
+from bench.support.machines import Machines, two_machines
+from bench.support.sizes import sized
 from core.log import set_up_logging
 from models.config import PriorConfig
 from models.prior import prior_program
 from parallel.compress.advisor import advise, measure_link
 from parallel.compress.powersgd import MatrixShard
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, OptimConfig
-from parallel.engines.catalogue import build_engine
 from parallel.engines.protocol import EngineSettings
+from parallel.engines.registry import build_engine
 from parallel.mesh import build_mesh
 from parallel.placement import placement_of
 from parallel.world import join_world, leave_world

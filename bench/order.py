@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import psutil
 
-from bench.children import call_command, child_environment
-from bench.sizes import sized
+from bench.support.children import call_command, child_environment
+from bench.support.sizes import sized
 from data_pipeline.config import OrderConfig
-from data_pipeline.order import LaneOrder
-from data_pipeline.stream import Chunk, Windows, chunks_of
+from data_pipeline.streaming.order import LaneOrder
+from data_pipeline.streaming.stream import Chunk, Windows, chunks_of
 
 SHARDS, RECORDS, BLOCK = sized(2500, 300), 100_000, 128
 ORDER = OrderConfig(lanes=sized(1024, 64), window=8)

@@ -14,16 +14,15 @@ from typing import Any, Literal
 
 import torch
 
-from bench.sizes import sized
+from bench.support.sizes import sized
 from cluster.launcher import launch
+from core.config import from_json
 from core.keys import key_int
-from core.settings import from_json
 from models.config import PriorConfig
 from models.prior import prior_program
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, OptimConfig
-from parallel.engines.catalogue import build_engine
-from parallel.engines.names import ENGINES, MEGATRON
 from parallel.engines.protocol import Batch, Engine, EngineSettings, Losses
+from parallel.engines.registry import ENGINES, MEGATRON, build_engine
 from parallel.ledger import Ledger, recorded
 from parallel.mesh import Mesh, build_mesh
 from parallel.world import join_world, leave_world

@@ -10,13 +10,13 @@ import statistics
 from dataclasses import replace
 from typing import Any
 
-from bench.sizes import sized, tiny
+from bench.support.sizes import sized, tiny
 from models.config import PriorConfig
 from parallel.config import EngineConfig, EngineName, MeshConfig
-from planning.calibrate import calibrate
-from planning.hardware import KNOWN
-from planning.step import estimate
-from planning.trial import time_steps
+from planning.calibration.calibrate import calibrate
+from planning.calibration.trial import time_steps
+from planning.estimate.hardware import KNOWN
+from planning.estimate.step_time import estimate
 from training.config import LoopConfig, PriorTrain
 
 MODEL = PriorConfig(

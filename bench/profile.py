@@ -17,24 +17,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.sizes import sized
+from bench.support.sizes import sized
 from bench.tokens import make_tokens
 from cluster.launcher import launch
+from core.config import from_json, to_json
 from core.heartbeat import Heart
 from core.keys import key_fraction
 from core.log import Meter
 from core.memory import keep_freed_memory
-from core.settings import from_json, to_json
 from parallel.config import EngineConfig, MeshConfig
-from parallel.engines.names import modules_of
+from parallel.engines.registry import modules_of
 from parallel.ledger import recorded
 from parallel.mesh import build_mesh
 from parallel.world import join_world, leave_world
 from training.config import CheckpointConfig, LoopConfig, PriorTrain
-from training.loop import Run
-from training.main import PRELOAD
+from training.launch import PRELOAD
 from training.presets import prior_tiny
-from training.rank import make_task
+from training.stages import make_task
+from training.trainer import Run
 
 WARM, PAIRS, BATCH = sized(20, 2), sized(400, 6), 8
 BLOCK = 50

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.sizes import sized
+from bench.support.sizes import sized
 from generation.config import SampleConfig
-from generation.decoder import DTYPES, Decoder, Part
-from generation.sampling import Sampler
+from generation.sampling.decoder import DTYPES, Decoder, Part
+from generation.sampling.sampler import Sampler
 from models.config import PriorConfig
 from models.masks import full_mask, layer_kind
 from models.prior import PriorBlock, build_prior

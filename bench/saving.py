@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from bench.sizes import cache, sized
+from bench.support.sizes import cache, sized
 from checkpoint.reader import open_checkpoint
 from checkpoint.saver import Saver
-from core.store import FolderStore
+from core.storage.store import FolderStore
 from models.config import PriorConfig
 from models.prior import prior_program
 from parallel.config import CompressConfig, EngineConfig, OptimConfig

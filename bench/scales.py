@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from bench.sizes import cache, sized
+from bench.support.sizes import cache, sized
 from bench.tokens import DATA, make_tokens
-from core.store import open_store
-from data_pipeline.tokens import TokenSource
+from core.storage.store import open_store
+from data_pipeline.formats.tokens import TokenSource
 from models.config import PriorConfig
 from models.prior import prior_loss, prior_program
 from parallel.config import CompressConfig, EngineConfig, OptimConfig
@@ -22,7 +22,7 @@ from parallel.engines.protocol import Batch, EngineSettings, Stage
 from parallel.engines.reference import ReferenceEngine
 from parallel.mesh import Mesh
 from parallel.scales import MOST, Branch, Counters, Scale
-from training.tasks import token_batch
+from training.tasks.prior import token_batch
 
 DEPTH, STEPS, BATCH = sized(48, 2), sized(1000, 2), 16
 SEARCHED, COUNTED = sized(4, 1), sized(60, 2)

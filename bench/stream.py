@@ -23,16 +23,16 @@ from typing import Any
 import numpy as np
 import psutil
 
-from bench.children import call_command, child_environment, module_command
-from bench.proxy import faulty_proxy
-from bench.sizes import cache, sized
-from bench.synthetic import write_tokens
+from bench.support.children import call_command, child_environment, module_command
+from bench.support.proxy import faulty_proxy
+from bench.support.sizes import cache, sized
+from bench.support.synthetic import write_tokens
 from cluster.object_server import object_server
-from core.s3 import S3Store
-from core.store import open_store
+from core.storage.s3 import S3Store
+from core.storage.store import open_store
 from data_pipeline.config import LoaderConfig, OrderConfig
-from data_pipeline.stream import Stream
-from data_pipeline.tokens import TokenSource
+from data_pipeline.formats.tokens import TokenSource
+from data_pipeline.streaming.stream import Stream
 
 FOLDER = cache("stream")
 SHARDS, RECORDS, BLOCK = sized(2500, 4), sized(2048, 256), sized(128, 16)

@@ -4,8 +4,8 @@ import os
 import subprocess
 from pathlib import Path
 
-from bench.children import child_environment, module_command
-from bench.sizes import sized
+from bench.support.children import child_environment, module_command
+from bench.support.sizes import sized
 
 DATA = sized((6000, 600), (400, 2))
 """Pairs, and steps of their dVAE."""

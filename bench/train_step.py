@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import resblock
-from bench.sizes import sized
-from bench.workers import Worker
+from bench.support import resblock
+from bench.support.sizes import sized
+from bench.support.workers import Worker
 from core.memory import keep_freed_memory
 from models.config import PriorConfig
 from models.counts import prior_flops

@@ -1,1 +1,5 @@
-"""The logical checkpoint: global names and slices, readable by any mesh; no pickles."""
+"""Checkpoints by global parameter name, readable by any mesh.
+
+Start: format.py: the format; saver.py, writer.py, reader.py.
+Imports: core.
+"""

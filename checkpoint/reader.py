@@ -10,8 +10,8 @@ from torch import Tensor
 from checkpoint.format import MANIFEST, VERSION
 from checkpoint.writer import DTYPES
 from core.errors import AbsentError, CheckpointError, CorruptError
-from core.files import Json, unseal
-from core.store import Store, open_store
+from core.files.atomic import Json, unseal
+from core.storage.store import Store, open_store
 
 _CHUNK = 64 * 2**20
 

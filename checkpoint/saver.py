@@ -10,8 +10,8 @@ from torch import Tensor
 from checkpoint.format import StateSlice
 from checkpoint.writer import Gather, write_checkpoint
 from core.errors import StoreError
-from core.files import Json
-from core.store import Store
+from core.files.atomic import Json
+from core.storage.store import Store
 
 
 class Saver:

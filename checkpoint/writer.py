@@ -10,8 +10,8 @@ from torch import Tensor
 
 from checkpoint.format import MANIFEST, VERSION, StateSlice
 from core.errors import StoreError
-from core.files import Json, seal
-from core.store import Store
+from core.files.atomic import Json, seal
+from core.storage.store import Store
 
 Gather = Callable[[str], list[str]]
 """Collects one string of every rank on every rank."""

@@ -1,1 +1,5 @@
-"""Processes and jobs: the launcher of ranks; imports core only, never torch."""
+"""Jobs on this machine, Slurm and Kubernetes; launching and supervising ranks. No torch.
+
+Start: chain.py: jobs as values; slurm.py, kubernetes.py, local.py render them.
+Imports: core only.
+"""

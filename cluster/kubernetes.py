@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from cluster.jobs import WORKER, Chain, Job
+from cluster.chain import WORKER, Chain, Job
 from core.errors import EXIT_PREEMPTED, EXIT_WRONG_INPUT, ConfigError, TapirError
 
 _PORT = 29_500

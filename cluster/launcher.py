@@ -37,10 +37,10 @@ from core.errors import (
     TapirError,
     of_files,
 )
+from core.files.temporary import private_folder
 from core.heartbeat import FOLDER, read_beats
 from core.log import set_up_logging
 from core.stop import STOP, heed_stop_signals
-from core.temporary import private_folder
 
 _LOOK = 0.5
 """Seconds between two looks at living ranks."""

@@ -14,10 +14,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from cluster.jobs import CANCELLED, LOGS, SCRIPTS, Chain, Job, read_submitted
+from cluster.chain import CANCELLED, LOGS, SCRIPTS, Chain, Job, read_submitted
 from cluster.processes import die_with_parent, is_alive
 from core.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_WRONG_INPUT, InputError, TapirError
-from core.files import canonical_json, held, write_atomic
+from core.files.atomic import canonical_json, held, write_atomic
 
 RUNNER_LOG = "chain.log"
 _STATE = "local.json"

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from cluster.processes import start, stop
 from core.errors import ConfigError, StoreError, TapirError
-from core.s3 import S3Store
-from core.temporary import left_folders, private_folder
+from core.files.temporary import left_folders, private_folder
+from core.storage.s3 import S3Store
 
 READY_SECONDS = 60
 _STOP_SECONDS = 1

@@ -10,10 +10,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from cluster.jobs import LOGS, SCRIPTS, WORKER, Chain, Job
+from cluster.chain import LOGS, SCRIPTS, WORKER, Chain, Job
 from cluster.slurm_job import CLEANING, without_bad
 from core.errors import ConfigError, TapirError
-from core.files import write_atomic
+from core.files.atomic import write_atomic
 
 _ANSWER_SECONDS = 60
 _PORTS = 20_000

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from cluster.jobs import LOGS, SCRIPTS
-from core.files import write_atomic
+from cluster.chain import LOGS, SCRIPTS
+from core.files.atomic import write_atomic
 
 BAD_NODES = "bad-nodes"
 """A file beside the scripts: nodes that a check before a start found bad, one a line."""

@@ -1,1 +1,5 @@
-"""The ground floor: errors, keys, the object store, files and logs; imports no torch."""
+"""Errors, configs, files, object stores and logs; imports no torch.
+
+Start: errors.py, then config.py; files/ and storage/.
+Imports: nothing of Tapir's.
+"""

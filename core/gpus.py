@@ -10,7 +10,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from core.ranks import RENDEZVOUS, local_rank
+from core.launch_environment import RENDEZVOUS, local_rank
 
 DEVICES = Path("/dev")
 """Where the driver puts a file for each GPU, nvidia0, nvidia1, ...; a pod may see others."""

@@ -1,1 +1,5 @@
-"""From raw pairs to batches: pack, manifests, order, streams and the token job."""
+"""From raw image-caption pairs to batches: packing, streaming and the token job.
+
+Start: packing/pack.py, then streaming/order.py, then tokenize/worker.py.
+Imports: models, parallel, checkpoint, core.
+"""

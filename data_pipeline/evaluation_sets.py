@@ -19,13 +19,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from core.errors import InputError
-from core.files import canonical_json, sha256
+from core.files.atomic import canonical_json, sha256
 from core.keys import key_int
 from core.log import LOG
-from core.store import Store, open_store
-from data_pipeline.captions import clean_caption, is_odd, is_visible
-from data_pipeline.manifest import SPLITS
-from data_pipeline.raw import RawRecord, RawRecords, RawSource
+from core.storage.store import Store, open_store
+from data_pipeline.formats.manifest import SPLITS
+from data_pipeline.formats.raw import RawRecord, RawRecords, RawSource
+from data_pipeline.text.captions import clean_caption, is_odd, is_visible
 
 COCO, CUB = "coco:", "cub:"
 PAPER_CAPTIONS = 30_000

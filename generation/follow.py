@@ -9,8 +9,8 @@ from torch.utils.tensorboard.writer import SummaryWriter
 
 from core.errors import InputError
 from core.log import LOG
-from generation.pictures import Candidates, picture_grid
-from training.export import CONFIG, DESCRIPTION, saved_steps
+from generation.text_to_image import Candidates, picture_grid
+from training.export.weights import CONFIG, DESCRIPTION, saved_steps
 
 BOARD = Path("tensorboard", "samples")
 """In the prior's run folder: a run of its own, beside the one that training writes."""

@@ -15,13 +15,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from core.errors import ConfigError, InputError
-from data_pipeline.bpe import encode, load_tokenizer
-from generation.foreign import foreign_module
-from generation.parts import in_parts, pictures_together
+from data_pipeline.text.bpe import encode, load_tokenizer
+from generation.third_party import foreign_module
 from models.clip import Clip
 from parallel.device import CPU
-from training.export import build_model, open_model
-from training.tasks import pad_text
+from training.export.weights import build_model, open_model
+from training.tasks.task import pad_text
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 _TOKENIZER = "tokenizer.json"
@@ -206,3 +205,25 @@ def _cosines(words: Tensor, images: Tensor, count: int) -> NDArray[Any]:
     """(captions, D) and (captions * count, D) unit vectors -> (captions, count)."""
     pairs = images.view(len(words), count, -1) * words[:, None]
     return np.asarray(pairs.sum(-1).cpu().numpy())
+
+
+PIXELS_TOGETHER = 2**14
+"""Of 32x32 pixels 16 pictures, from 128x128 on one."""
+
+
+def in_parts(work: Callable[[Tensor], Tensor], rows: Tensor, size: int) -> Tensor:
+    """Apply `work` to parts of exactly `size` rows, the last one filled up with zeros.
+
+    A matmul or convolution of other sizes may add in another order: a picture that is decoded or
+    ranked beside others would differ from the same one by itself in the last bit.
+    """
+    found = []
+    for part in rows.split(size):
+        filled = torch.cat([part, part.new_zeros(size - len(part), *part.shape[1:])])
+        found.append(work(filled)[: len(part)])
+    return torch.cat(found)
+
+
+def pictures_together(side: int) -> int:
+    """Pictures of this side, in pixels, that go through a network at once."""
+    return max(1, PIXELS_TOGETHER // side**2)

@@ -8,26 +8,26 @@ import os
 from dataclasses import replace
 
 from cluster.launcher import launch
-from core.cli import print_json
+from core.config import check, from_json, to_json
 from core.errors import ConfigError, CorruptError, TapirError
-from core.files import Json, refuse_folder, write_atomic
+from core.files.atomic import Json, refuse_folder, write_atomic
+from core.flags import print_json
+from core.launch_environment import ranks_given
 from core.log import LOG, progress
-from core.settings import check, from_json, to_json
 from core.stop import heed_stop_signals
-from data_pipeline.captions import clean_caption
-from data_pipeline.images import encode_png
+from data_pipeline.images.crops import encode_png
+from data_pipeline.text.captions import clean_caption
 from generation.config import SampleRun
 from generation.follow import BOARD, show, shown_steps, steps_to_draw
-from generation.part import cut_problems
-from generation.pictures import Arrivals, Studio, open_studio, picture_grid, picture_name
-from generation.prompts import prompt_of
-from generation.sampling import Prompt
+from generation.sampling.load_prior import cut_problems
+from generation.sampling.prompts import prompt_of
+from generation.sampling.sampler import Prompt
+from generation.text_to_image import Arrivals, Studio, open_studio, picture_grid, picture_name
 from models.config import PriorConfig
-from parallel.engines.names import MEGATRON
-from parallel.launched import ranks_given
+from parallel.engines.registry import MEGATRON
 from parallel.mesh import Mesh, build_mesh, own_mesh
 from parallel.world import join_world, leave_world
-from training.export import open_model, saved_steps
+from training.export.weights import open_model, saved_steps
 
 PRELOAD = ["torch", "torch.distributed", "generation.sample", MEGATRON]
 

@@ -1,1 +1,5 @@
-"""The networks: dVAE, prior with its masks, CLIP, and counts of what they cost."""
+"""The networks: dVAE, prior, CLIP, and counts of their parameters and FLOPs.
+
+Start: config.py, then dvae.py and prior.py.
+Imports: parallel, checkpoint, core.
+"""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ClipConfig
-from models.draws import init_normal
+from models.initialization import init_normal
 
 PAD = -1
 INIT_STD = 0.03

@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import DVAEConfig
-from models.draws import init_fan_in
-from models.likelihood import (
+from models.initialization import init_fan_in
+from models.keyed_noise import gumbel_noise
+from models.logit_laplace import (
     gumbel_codes,
     kl_to_uniform,
     logit_laplace_log_prob,
     squeeze_pixels,
     unsqueeze_pixels,
 )
-from models.noise import gumbel_noise
 
 CHANNELS = 3
 FIRST_DECODER_SCALE = 0.3

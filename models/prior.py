@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from models.attention import band_of, banded_attention
 from models.config import PriorConfig
-from models.draws import draw_normal, init_normal
-from models.flex import flexible_attention
+from models.flex_attention import flexible_attention
+from models.initialization import draw_normal, init_normal
 from models.masks import layer_kind
 from parallel.engines.protocol import Layer, Program, Recomputed
 from parallel.scales import Branch

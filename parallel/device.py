@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch.distributed.distributed_c10d import Store
 
+from core.config import check
 from core.errors import ConfigError
 from core.gpus import gpu_of_rank, gpu_of_worker, own_gpus
-from core.ranks import local_rank, local_ranks
-from core.settings import check
+from core.launch_environment import local_rank, local_ranks
 
 CPU = torch.device("cpu")
 _backends = {"cpu": "gloo", "cuda": "nccl"}

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from core.errors import TapirError
 from parallel.config import MeshConfig
 from parallel.device import worker_device
-from parallel.engines.names import MEGATRON
+from parallel.engines.registry import MEGATRON
 from parallel.tensor.ops import TensorParallel
 from parallel.world import World
 

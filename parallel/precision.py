@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from core.settings import to_json
+from core.config import to_json
 from parallel.config import EngineConfig
 from parallel.device import CPU
 

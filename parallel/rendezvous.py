@@ -23,8 +23,8 @@ from datetime import timedelta
 from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
 
 from core.errors import EXIT_PREEMPTED, InputError, Preempted, TapirError
+from core.launch_environment import RENDEZVOUS, address_of_ranks
 from core.log import LOG
-from core.ranks import RENDEZVOUS, address_of_ranks
 from core.stop import stop_asked
 
 EXIT_INTERRUPTED = 130

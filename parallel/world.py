@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
 from core.errors import InputError
-from core.ranks import ranks_of, refuse_left_socket
+from core.launch_environment import free_port, ranks_of, refuse_left_socket
 from parallel.device import CPU, backends, rank_device, refuse_shared_gpus
-from parallel.launched import free_port
 from parallel.rendezvous import heard, met_store
 
 TIMEOUT = timedelta(minutes=10)

@@ -3,9 +3,12 @@
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from planning.hardware import KNOWN, SHORT, Hardware
-from training.config import PriorTrain
+from core.errors import InputError
+from models.config import ClipConfig, PriorConfig
+from planning.estimate.hardware import KNOWN, SHORT, Hardware
+from training.config import PriorTrain, StageConfig
 from training.presets import PRESETS
 
 MOST_RANKS = 1_000_000
@@ -109,3 +112,33 @@ def _undealt(settings: PriorTrain, batch: int) -> list[str]:
         return []
     near = max(1, round(batch / lanes)) * lanes
     return [f"--batch {batch} is no multiple of the preset's order.lanes={lanes}; try {near}"]
+
+
+_FAMILIES = {"tiny": ("tiny", "tiny"), "small": ("small", "paper_bpe")}
+"""Size of a preset -> the dVAE and the tokenizer that its data come from; others: the paper's."""
+
+
+def filled(preset: str, settings: StageConfig) -> Any:
+    """The settings with the sizes that training takes from its data: those of the preset's kin."""
+    model: Any = settings.model  # type: ignore[attr-defined]
+    dvae_name, bpe_name = _FAMILIES.get(preset, ("paper_dvae", "paper_bpe"))
+    dvae, bpe = PRESETS["dvae"][dvae_name]().model, PRESETS["bpe"][bpe_name]()
+    if isinstance(model, PriorConfig | ClipConfig):
+        model = replace(model, text_vocabulary=model.text_vocabulary or bpe.vocabulary)
+    if isinstance(model, PriorConfig):
+        codes, grid = model.image_vocabulary or dvae.codebook, model.grid or dvae.grid
+        model = replace(model, image_vocabulary=codes, grid=grid)
+    return replace(settings, model=model)  # type: ignore[call-arg]
+
+
+def settings_of(preset: str, batch: int = 0) -> PriorTrain:
+    """A prior's preset with the vocabularies and grid that its data will have.
+
+    Raises: InputError for an unknown preset.
+    """
+    known = PRESETS["prior"]
+    if preset not in known:
+        raise InputError(f"there is no prior preset {preset!r} (known: {', '.join(known)})")
+    settings: PriorTrain = filled(preset, known[preset]())
+    loop = replace(settings.loop, batch=batch or settings.loop.batch)
+    return replace(settings, loop=loop)

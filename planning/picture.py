@@ -8,11 +8,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from planning.hardware import Hardware
-from planning.memory import CATEGORIES
-from planning.reserve import NCCL
-from planning.search import Candidate, Found, Timed
-from planning.step import PASSES, Estimate
+from planning.estimate.hardware import Hardware
+from planning.estimate.memory import CATEGORIES
+from planning.estimate.reserve import NCCL
+from planning.estimate.search import Candidate, Found, Timed
+from planning.estimate.step_time import PASSES, Estimate
 
 BARS = 9
 TIMES_USABLE = 3.5

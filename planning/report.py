@@ -6,13 +6,13 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from planning.hardware import Hardware
-from planning.memory import CATEGORIES
-from planning.published import RUNS, predict
-from planning.reserve import NCCL, PROCESS
-from planning.search import Candidate, Found, Timed, beside, layout_name
-from planning.units import memory_unit, size_text
-from planning.zero import stage_of_zero
+from core.memory import memory_unit, size_text
+from planning.estimate.hardware import Hardware
+from planning.estimate.memory import CATEGORIES
+from planning.estimate.published import RUNS, predict
+from planning.estimate.reserve import NCCL, PROCESS
+from planning.estimate.search import Candidate, Found, Timed, beside, layout_name
+from planning.estimate.zero_layout import stage_of_zero
 
 SHOWN = 8
 """Rows of a table on the terminal; --json has all."""

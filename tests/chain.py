@@ -8,20 +8,21 @@ from typing import Any, Literal
 import torch
 
 from core.heartbeat import Heart
-from core.store import FolderStore
-from data_pipeline.bpe import load_tokenizer
+from core.storage.store import FolderStore
+from core.workers import Member
 from data_pipeline.config import LoaderConfig, OrderConfig, PackConfig, TokenizeConfig
-from data_pipeline.pack import pack
+from data_pipeline.packing.pack import pack
+from data_pipeline.text.bpe import load_tokenizer
 from data_pipeline.tokenize.encode import Encoders
-from data_pipeline.tokenize.member import Member
 from data_pipeline.tokenize.worker import Worker
-from models.codes import CodeReader
+from models.code_encoder import CodeReader
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from parallel.config import EngineConfig
 from parallel.ledger import recorded
 from parallel.mesh import Mesh
 from parallel.precision import set_numerics
 from parallel.world import World
+from training.auto_precision import settle_precision
 from training.config import (
     BPETrain,
     CheckpointConfig,
@@ -31,12 +32,11 @@ from training.config import (
     PriorTrain,
     StageConfig,
 )
-from training.export import load_dvae
-from training.loop import Run
-from training.rank import make_task
-from training.run_folder import read_metrics
-from training.settled import settle_precision
+from training.export.weights import load_dvae
+from training.run.folder import read_metrics
+from training.stages import make_task
 from training.tokenizer import train_tokenizer
+from training.trainer import Run
 
 LOOP = LoopConfig(steps=4, batch=8, log_every=1, validate_every=0, validation_samples=8)
 

@@ -14,9 +14,9 @@ from typing import Any
 import psutil
 
 from cluster.launcher import launch
-from parallel.engines.names import ENGINES, modules_of
+from parallel.engines.registry import ENGINES, modules_of
 from tests.warm import Warm
-from training.main import PRELOAD
+from training.launch import PRELOAD
 
 ROOT = Path(__file__).parents[1]
 DEVELOPERS = "needs what `make test` installs: requirements-dev.txt"

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Literal
 
 from cluster.config import SupervisorConfig
-from core.places import folder_problems, place_problems
+from core.config import folder_problems, place_problems
 from data_pipeline.config import LoaderConfig, OrderConfig
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, ModelSizes, OptimConfig
-from training.guard_config import GuardConfig
-from training.ranges import parse_ranks, parse_steps
+from training.recovery.config import GuardConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,3 +325,14 @@ class BPETrain:
         if self.most_captions < 1:
             found.append("most_captions must be at least 1")
         return found
+
+
+def parse_steps(text: str) -> tuple[int, int]:
+    """`20:25` -> (20, 25). Raises: ValueError."""
+    first, last = map(int, text.split(":"))
+    return first, last
+
+
+def parse_ranks(text: str) -> list[int]:
+    """`0,3` -> [0, 3], `all` -> none. Raises: ValueError."""
+    return [] if text == "all" else [int(word) for word in text.split(",")]

@@ -5,17 +5,17 @@ from itertools import chain, islice
 
 from tokenizers import Tokenizer
 
+from core.config import check
 from core.errors import ConfigError, CorruptError, InputError
-from core.files import held
+from core.files.atomic import held
+from core.files.out_folder import refuse_others_folder
+from core.launch_environment import ranks_given
 from core.log import LOG
-from core.out_folder import refuse_others_folder
-from core.settings import check
-from core.store import open_store
-from data_pipeline.bpe import load_tokenizer, save_tokenizer, train_bpe
-from data_pipeline.captions import clean_caption, is_visible
-from data_pipeline.raw import RawSource
-from data_pipeline.stream import stored_records
-from parallel.launched import ranks_given
+from core.storage.store import open_store
+from data_pipeline.formats.raw import RawSource
+from data_pipeline.streaming.stream import stored_records
+from data_pipeline.text.bpe import load_tokenizer, save_tokenizer, train_bpe
+from data_pipeline.text.captions import clean_caption, is_visible
 from training.config import BPETrain
 
 

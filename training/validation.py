@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from core.heartbeat import Heart
-from data_pipeline.stream import first_records
+from data_pipeline.streaming.stream import first_records
 from parallel.engines.protocol import Batch, Engine
 from parallel.mesh import Mesh
 from training.config import StageConfig
-from training.tasks import Pictures, Task, hand_over
+from training.tasks.task import Pictures, Task, hand_over
 
 Change = Callable[[Batch, int], Batch]
 """Changes a batch that begins at a record of this replica."""
@@ -44,7 +44,7 @@ class Validation:
     def _held_out(self) -> list[Any]:
         """The held-out records: as many as give every replica of any mesh equal parts.
 
-        They are never none: training.needs asks for one a lane before the first step.
+        They are never none: training.data_requirements asks for one a lane before the first step.
         """
         wanted = self._settings.loop.validation_samples
         records = first_records(self._task.held_out, wanted)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench.gpu.report import Report, Wanted, at_least, rates, relative, seconds
 from models.attention import band_of, banded_attention
-from models.flex import flexible_attention
+from models.flex_attention import flexible_attention
 from models.masks import Kind, full_mask
 
 KINDS: tuple[Kind, ...] = ("row", "column", "conv")

@@ -11,7 +11,7 @@ from bench.parity import BOUND, MODEL, OPTIM, batch_of
 from checkpoint.format import KINDS
 from checkpoint.reader import CheckpointReader
 from checkpoint.saver import Saver
-from core.store import open_store
+from core.storage.store import open_store
 from models.prior import prior_program
 from parallel.config import CompressConfig, EngineConfig
 from parallel.device import CPU

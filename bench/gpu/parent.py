@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.children import child_environment, module_command
 from bench.gpu.report import failed_row
 from bench.gpu.sections import SECTIONS
+from bench.support.children import child_environment, module_command
 
 Row = dict[str, Any]
 BUDGET = 420.0

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from bench.gpu.report import Report, Wanted, at_least, rates, seconds, wall_seconds
 from data_pipeline.config import TokenizeConfig
-from data_pipeline.raw import RawRecord, RawRecords
+from data_pipeline.formats.raw import RawRecord, RawRecords
 from data_pipeline.tokenize.encode import Encoders, encode_pairs
-from models.codes import CodeReader
+from models.code_encoder import CodeReader
 from models.config import DVAEConfig
 from models.dvae import DVAE
 from parallel.device import CPU

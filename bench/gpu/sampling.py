@@ -10,8 +10,8 @@ from bench.gpu.kernels import copy_rates
 from bench.gpu.report import Report, Wanted, at_least, rates, wall_seconds
 from bench.gpu.training import LARGE, TINY, drawn_on
 from generation.config import SampleConfig
-from generation.decoder import Decoder, Part
-from generation.sampling import Sampler
+from generation.sampling.decoder import Decoder, Part
+from generation.sampling.sampler import Sampler
 from models.config import PriorConfig
 from models.prior import build_prior
 

@@ -10,7 +10,7 @@ from torch import nn
 import models.prior
 from bench.gpu.peers import PEERS
 from bench.gpu.report import Report, Wanted, at_least, rates, seconds
-from bench.resblock import matmuls
+from bench.support.resblock import matmuls
 from models.config import PriorConfig
 from models.counts import prior_flops, prior_parameters
 from models.prior import PriorBlock, prior_program
@@ -21,10 +21,10 @@ from parallel.mesh import Mesh
 from parallel.precision import set_numerics
 from parallel.tensor.ops import TensorParallel
 from parallel.world import World
-from planning.hardware import hardware_of
-from planning.memory import loads_of, rank_bytes
-from planning.step import estimate
-from planning.zero import Place
+from planning.estimate.hardware import hardware_of
+from planning.estimate.memory import loads_of, rank_bytes
+from planning.estimate.step_time import estimate
+from planning.estimate.zero_layout import Place
 from training.config import LoopConfig, PriorTrain
 
 PEAK = 989e12

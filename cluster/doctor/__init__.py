@@ -1,1 +1,5 @@
-"""Is this machine, cluster and store ready? Every check ends in rows that say how to mend."""
+"""Is this machine, cluster or store ready? Each finding with its fix.
+
+Start: node.py: the checks of one machine; finding.py: a row.
+Imports: core, cluster.
+"""

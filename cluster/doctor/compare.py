@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from cluster.doctor.clocks import clock_finding
-from cluster.doctor.finding import STATUSES, Finding, bad, ok, placed
+from cluster.doctor.finding import STATUSES, Finding, bad, clock_finding, ok, placed
 from cluster.doctor.folders import PROBE, RUN_FOLDER, existing
 from cluster.doctor.meeting import Gather
 

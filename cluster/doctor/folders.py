@@ -10,8 +10,8 @@ from pathlib import Path
 
 from cluster.doctor.finding import GB, MB, Finding, bad, ok, warning
 from core.errors import TapirError
-from core.file_systems import RENAME, lacks
-from core.temporary import private_folder
+from core.files.file_systems import RENAME, lacks
+from core.files.temporary import private_folder
 
 RUN_FOLDER = "run folder"
 PROBE = ".tapir-doctor-"

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.doctor.finding import Finding, bad
-from core.ranks import as_number
+from core.launch_environment import as_number
 
 Gather = Callable[[str], list[str]]
 """Every rank's text on rank 0, "" of those that are silent; elsewhere rank 0's text comes first."""

@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.doctor.finding import STATUSES, Finding, worst
+from core.config import to_json
 from core.errors import EXIT_FAILED
-from core.settings import to_json
 
 _COLOURS = {"ok": "green", "warning": "yellow", "bad": "bold red"}
 _SHOWN = 6

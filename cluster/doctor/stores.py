@@ -11,12 +11,11 @@ from datetime import UTC
 from pathlib import Path
 from typing import Any
 
-from cluster.doctor.clocks import clock_finding
-from cluster.doctor.finding import MB, Finding, bad, ok, warning
+from cluster.doctor.finding import MB, Finding, bad, clock_finding, ok, warning
 from cluster.doctor.folders import existing
 from core.errors import StoreError, TapirError
-from core.s3 import S3Store
-from core.store import FolderStore, Store
+from core.storage.s3 import S3Store
+from core.storage.store import FolderStore, Store
 
 PROBES = ".tapir-doctor"
 SLOW = 1.0

@@ -6,9 +6,9 @@ from itertools import chain
 from pathlib import Path
 
 from core.errors import InputError
-from core.files import sha256
+from core.files.atomic import sha256
 from data_pipeline.config import SHAPES_COUNT, PackConfig
-from data_pipeline.images import encode_png
+from data_pipeline.images.crops import encode_png
 from data_pipeline.sources.emoji import emoji_pairs
 from data_pipeline.sources.files import folder_pairs, loose_files
 from data_pipeline.sources.names import is_metadata, is_tar

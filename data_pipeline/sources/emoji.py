@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import InputError
-from core.files import write_atomic
+from core.files.atomic import write_atomic
 from data_pipeline.sources.pair import Pair
 
 PACKAGE = "emoji-datasource-google@16.0.0"

@@ -5,9 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_pipeline.captions import MOST_BYTES as CAPTION_BYTES
-from data_pipeline.captions import MOST_CAPTIONS
-from data_pipeline.images import EXTENSIONS
+from data_pipeline.images.crops import EXTENSIONS
 from data_pipeline.sources.names import (
     CAPTION,
     IS_METADATA,
@@ -28,6 +26,8 @@ from data_pipeline.sources.pair import (
     make_pair,
     unusable,
 )
+from data_pipeline.text.captions import MOST_BYTES as CAPTION_BYTES
+from data_pipeline.text.captions import MOST_CAPTIONS
 
 MOST_BYTES = 64 * 2**20
 """A larger picture, or member of an archive, is refused before it is read."""

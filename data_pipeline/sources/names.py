@@ -4,7 +4,7 @@ that a file system left there.
 
 from pathlib import PurePath
 
-from data_pipeline.images import EXTENSIONS
+from data_pipeline.images.crops import EXTENSIONS
 
 CAPTION, NOTE = "txt", "json"
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz")

@@ -4,7 +4,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-from data_pipeline.captions import is_odd, is_visible, joined
+from data_pipeline.text.captions import is_odd, is_visible, joined
 
 
 @dataclass(frozen=True, kw_only=True)

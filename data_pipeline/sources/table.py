@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from data_pipeline.captions import joined
-from data_pipeline.images import EXTENSIONS
+from data_pipeline.images.crops import EXTENSIONS
 from data_pipeline.sources.files import MOST_BYTES
 from data_pipeline.sources.names import extension_of
 from data_pipeline.sources.pair import Pair, Unusable, key_of, make_pair, unusable
+from data_pipeline.text.captions import joined
 
 PICTURES = ("jpg", "png", "webp", "image")
 """Columns of encoded pictures, as img2dataset and the Hugging Face hub write them."""

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from data_pipeline.images import EXTENSIONS
+from data_pipeline.images.crops import EXTENSIONS
 from data_pipeline.sources.files import MOST_BYTES, MOST_CAPTION_BYTES
 from data_pipeline.sources.names import (
     CAPTION,

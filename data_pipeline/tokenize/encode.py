@@ -13,12 +13,12 @@ from tokenizers import Tokenizer
 
 from core.errors import InputError
 from core.keys import keyed_rng
-from data_pipeline.bpe import encode
 from data_pipeline.config import TokenizeConfig
-from data_pipeline.images import decode_rgb, prior_crop, square
-from data_pipeline.raw import RawRecord, RawRecords
-from data_pipeline.tokens import TokenRecord
-from models.codes import CodeReader
+from data_pipeline.formats.raw import RawRecord, RawRecords
+from data_pipeline.formats.tokens import TokenRecord
+from data_pipeline.images.crops import decode_rgb, prior_crop, square
+from data_pipeline.text.bpe import encode
+from models.code_encoder import CodeReader
 from parallel.precision import Numerics
 
 TOKENS_TOGETHER = 8192

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import StoreError
-from core.files import canonical_json
+from core.files.atomic import canonical_json
 from core.log import LOG
-from core.store import Store
-from data_pipeline.tokenize.member import Member
+from core.storage.store import Store
+from core.workers import Member
 
 FOLDER = "_leases/"
 

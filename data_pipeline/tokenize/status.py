@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.errors import InputError
-from core.store import Store
-from data_pipeline.manifest import NAME, SPLITS, read_json
-from data_pipeline.tokenize.layout import DONE, REQUEST
+from core.storage.store import Store
+from data_pipeline.formats.manifest import NAME, SPLITS, read_json
 from data_pipeline.tokenize.leases import read_leases
 
 
@@ -90,3 +89,9 @@ def describe_status(rows: list[SplitStatus]) -> str:
                 f"{done.get('shard', 'starting')}, {done.get('pairs', 0)} of {done.get('of', '?')}"
             )
     return "\n".join(lines)
+
+
+DONE, REJECTS = "_done/", "_rejects/"
+
+
+REQUEST = "request.json"

@@ -22,21 +22,29 @@ from typing import Any
 import numpy as np
 import torch
 
+from core.config import check, to_json
 from core.errors import AbsentError, CorruptError, InputError
-from core.files import canonical_json, sha256
+from core.files.atomic import canonical_json, sha256
 from core.log import LOG
-from core.settings import check, to_json
-from core.store import Store
+from core.storage.store import Store
+from core.workers import Member
 from data_pipeline.config import TokenizeConfig
-from data_pipeline.index import read_shard_index
-from data_pipeline.manifest import NAME, RAW, SPLITS, TOKENS, Shard, read_json, read_manifest
-from data_pipeline.raw import parse_pairs
-from data_pipeline.shards import build_tar, describe, list_members, put_manifest
+from data_pipeline.formats.index import read_shard_index
+from data_pipeline.formats.manifest import (
+    NAME,
+    RAW,
+    SPLITS,
+    TOKENS,
+    Shard,
+    read_json,
+    read_manifest,
+)
+from data_pipeline.formats.raw import parse_pairs
+from data_pipeline.formats.shards import build_tar, describe, list_members, put_manifest
+from data_pipeline.formats.tokens import TokenRecord, TokenRecords, decode_block, encode_block
 from data_pipeline.tokenize.encode import Encoded, Encoders, encode_pairs
-from data_pipeline.tokenize.layout import DONE, REJECTS, REQUEST
 from data_pipeline.tokenize.leases import Leases
-from data_pipeline.tokenize.member import Member
-from data_pipeline.tokens import TokenRecord, TokenRecords, decode_block, encode_block
+from data_pipeline.tokenize.status import DONE, REJECTS, REQUEST
 
 _READERS = 16
 

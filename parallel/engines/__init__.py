@@ -1,1 +1,5 @@
-"""One protocol, three engines; only this package imports deepspeed."""
+"""Training engines behind one protocol: plain torch, DeepSpeed ZeRO, DeepSpeed pipelines.
+
+Start: protocol.py; reference.py is the plain one.
+Imports: parallel, checkpoint, core.
+"""

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from checkpoint.format import KINDS, Reader, StateSlice
-from parallel.engines.common import (
+from parallel.engines.modules import (
     build_compressor,
     global_norm,
     load_scales,

@@ -1,4 +1,8 @@
-"""Tensor parallelism: megatron-core's mappings, embedding and cross-entropy behind our names."""
+"""Tensor parallelism: megatron-core's mappings, embedding and cross-entropy as our own layers.
+
+Start: layers.py; ops.py: what one rank does without megatron-core.
+Imports: parallel, core.
+"""
 
 import warnings
 

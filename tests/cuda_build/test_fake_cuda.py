@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import models.draws
 import models.dvae
+import models.initialization
 import models.prior
 from models.attention import band_of
 from models.clip import Clip
@@ -27,14 +27,15 @@ from parallel.compress.powersgd import MatrixShard
 from parallel.config import CompressConfig, EngineConfig, OptimConfig
 from parallel.control import Control
 from parallel.engines import protocol
-from parallel.engines.common import Compressor, global_norm, mean_losses
+from parallel.engines.modules import Compressor, global_norm, mean_losses
 from parallel.engines.protocol import Batch, EngineSettings, Program
 from parallel.engines.reference import ReferenceEngine
 from parallel.mesh import Group, Mesh
 from parallel.placement import Placement, place
 from parallel.scales import Scales
 from parallel.world import World
-from training.picture_tasks import clip_program, dvae_program
+from training.tasks.clip import clip_program
+from training.tasks.dvae import dvae_program
 
 _aten = torch.ops.aten
 Module = TypeVar("Module")
@@ -67,7 +68,7 @@ class _Read(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fake tensors for all that is made; keyed draws and attention's kernels need real ones."""
-    monkeypatch.setattr(models.draws, "_runs", lambda *_: ())
+    monkeypatch.setattr(models.initialization, "_runs", lambda *_: ())
     noise = lambda keys, shape: torch.ones(len(keys), *shape, device=keys.device)  # noqa: E731
     monkeypatch.setattr(models.dvae, "gumbel_noise", noise)
     monkeypatch.setattr(models.prior, "flexible_attention", lambda q, k, v, *_: q + k + v)

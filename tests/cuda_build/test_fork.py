@@ -10,9 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from parallel.engines.names import MEGATRON
+from parallel.engines.registry import MEGATRON
 from tests.harness import ENVIRONMENT, ROOT
-from tests.unit.test_fork import EVERYTHING
+from tests.unit.repository.test_fork import EVERYTHING
 
 NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
 FIRST = "tests.cuda_build.nvml"

@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data_pipeline.bpe import encode, load_tokenizer
 from data_pipeline.sources.shapes import draw_scene, render
+from data_pipeline.text.bpe import encode, load_tokenizer
 from data_pipeline.tokenize.encode import to_tensor
 from tests.harness import cold_tapir, processes_with, rows_of, tapir
 from tests.hostile import foreign_code, hostile_folder
-from training.export import load_dvae, load_prior
-from training.tasks import pad_text
+from training.export.weights import load_dvae, load_prior
+from training.tasks.task import pad_text
 
 STAGES = ["pack", "bpe", "dvae", "tokens", "prior", "reshard", "clip", "scores", "samples"]
 

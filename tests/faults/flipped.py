@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from core.errors import InputError
-from data_pipeline.decode import decode_rgb, inspect
+from data_pipeline.images.decode import decode_rgb, inspect
 from tests.faults.corpus import chunk, png_of
 
 SIZE = (24, 20)

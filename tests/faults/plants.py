@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 
 import models.prior
-import training.loop
-import training.rank
+import training.trainer
+import training.worker
 from cluster.supervisor import supervise
-from core.settings import to_json
-from parallel.engines.names import modules_of
+from core.config import to_json
+from parallel.engines.registry import modules_of
 from training.config import PriorTrain
-from training.main import PRELOAD
+from training.launch import PRELOAD
 
 Facts = dict[str, Any]
 
@@ -41,7 +41,7 @@ def run(payload: str) -> None:
     """Plant, then be an ordinary rank."""
     body = json.loads(payload)
     PLANTS[body["plant"]]({**body["facts"], "out": body["settings"]["out"]})
-    training.rank.run(payload)
+    training.worker.run(payload)
 
 
 def changed(settings: PriorTrain, **parts: dict[str, Any]) -> PriorTrain:
@@ -55,13 +55,13 @@ def changed(settings: PriorTrain, **parts: dict[str, Any]) -> PriorTrain:
 
 def _before_step(act: Callable[[Any, int], None]) -> None:
     """Call `act(run, step)` before each step; the first step is 1."""
-    step = training.loop.Run.one_step
+    step = training.trainer.Run.one_step
 
     def one_step(run: Any, records: Any) -> Any:
         act(run, run.step + 1)
         return step(run, records)
 
-    training.loop.Run.one_step = one_step  # type: ignore[method-assign]
+    training.trainer.Run.one_step = one_step  # type: ignore[method-assign]
 
 
 def _scale_loss(factor: Callable[[Any], float]) -> None:

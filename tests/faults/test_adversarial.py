@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.store import FolderStore
-from data_pipeline.images import decode_rgb
-from data_pipeline.raw import RawRecord, RawSource
+from core.storage.store import FolderStore
+from data_pipeline.formats.raw import RawRecord, RawSource
+from data_pipeline.images.crops import decode_rgb
 from data_pipeline.sources.pair import key_of
 from tests.faults import corpus
 from tests.faults.conftest import Record

@@ -15,11 +15,11 @@ from checkpoint.reader import CheckpointReader, finished_steps, open_checkpoint
 from checkpoint.writer import write_checkpoint
 from cluster.object_server import ObjectServer
 from core.errors import CheckpointError, CorruptError, StoreError, StoreInputError
-from core.s3 import S3Store
-from core.store import FolderStore
+from core.storage.s3 import S3Store
+from core.storage.store import FolderStore
 from tests.faults.conftest import Record
-from training.checkpoints import Checkpoints, Saved, kept_steps
 from training.config import CheckpointConfig
+from training.run.checkpoints import Checkpoints, Saved, kept_steps
 
 FLIPS = 1000
 

@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bench.proxy import Plan, faulty_proxy
+from bench.support.proxy import Plan, faulty_proxy
 from cluster.object_server import ObjectServer
 from core.errors import CorruptError, InputError, TapirError
-from core.s3 import S3Store
-from core.store import FolderStore
-from data_pipeline.captions import LONGEST, clean_caption
+from core.storage.s3 import S3Store
+from core.storage.store import FolderStore
 from data_pipeline.config import OrderConfig, PackConfig
-from data_pipeline.images import decode_rgb
-from data_pipeline.pack import pack
-from data_pipeline.raw import RawSource
-from data_pipeline.stream import Stream
-from data_pipeline.tokens import TokenSource
+from data_pipeline.formats.raw import RawSource
+from data_pipeline.formats.tokens import TokenSource
+from data_pipeline.images.crops import decode_rgb
+from data_pipeline.packing.pack import pack
+from data_pipeline.streaming.stream import Stream
+from data_pipeline.text.captions import LONGEST, clean_caption
 from tests.faults.conftest import Record
 from tests.harness import ENVIRONMENT, tapir
 
@@ -159,7 +159,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(
     code = (
         "import resource, sys\n"
         "from pathlib import Path\n"
-        "from data_pipeline.images import decode_rgb\n"
+        "from data_pipeline.images.crops import decode_rgb\n"
         "from core.errors import InputError\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try:\n"

@@ -16,9 +16,9 @@ from typing import Any
 import boto3
 import pytest
 
-from bench.machines import two_machines
+from bench.support.machines import two_machines
 from cluster.object_server import ObjectServer
-from parallel.launched import free_port
+from core.launch_environment import free_port
 from tests.faults.conftest import Record
 from tests.harness import ENVIRONMENT, PATIENCE, TAPIR
 
@@ -44,7 +44,7 @@ int clock_gettime(clockid_t clock, struct timespec *now) {
 SLOWED = """
 import importlib, signal, sys, time
 import tapir
-checks = importlib.import_module("parallel.doctor")
+checks = importlib.import_module("parallel.diagnostics.checks")
 matmuls = checks._matmuls
 def slowed(*arguments):
     signal.signal(signal.SIGPROF, lambda *_: time.sleep(1))

@@ -18,7 +18,7 @@ from bench.parity import CASES
 from cluster.launcher import launch
 from core.errors import RankError
 from core.keys import key_int
-from parallel.engines.names import modules_of
+from parallel.engines.registry import modules_of
 
 EVERYTHING = os.environ.get("TAPIR_LOST_RANKS") == "all"
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP)
@@ -60,7 +60,12 @@ def test_a_lost_rank_ends_all(case, rank: int, how: signal.Signals, tmp_path: Pa
     thread.start()
     named = f"rank {rank} of {ranks} (died|is stopped) \\({how.name}\\)"
     with pytest.raises(RankError, match=named):
-        launch("tests.multiprocess.worlds:train_case", payload, ranks, [*modules, "bench.parity"])
+        launch(
+            "tests.multiprocess.training.worlds:train_case",
+            payload,
+            ranks,
+            [*modules, "bench.parity"],
+        )
     thread.join()
     assert time.monotonic() - lost[0] < SECONDS
     pids = [int(path.read_text()) for path in tmp_path.glob("pid-*")]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster.object_server import object_server
-from core.s3 import S3Store
+from core.storage.s3 import S3Store
 
 
 @pytest.mark.world

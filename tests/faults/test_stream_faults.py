@@ -6,14 +6,14 @@ from contextlib import contextmanager
 
 import pytest
 
-from bench.proxy import Plan, faulty_proxy
-from bench.synthetic import write_tokens
+from bench.support.proxy import Plan, faulty_proxy
+from bench.support.synthetic import write_tokens
 from cluster.object_server import ObjectServer
 from core.errors import CorruptError, StoreError
-from core.s3 import S3Store
+from core.storage.s3 import S3Store
 from data_pipeline.config import LoaderConfig, OrderConfig
-from data_pipeline.stream import Stream
-from data_pipeline.tokens import TokenSource
+from data_pipeline.formats.tokens import TokenSource
+from data_pipeline.streaming.stream import Stream
 from tests.faults.conftest import Record
 
 BUCKET, SHARDS, RECORDS = "tapir-tests", 4, 64

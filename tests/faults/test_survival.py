@@ -21,14 +21,14 @@ from checkpoint.reader import finished_steps
 from cluster.object_server import ObjectServer
 from core.errors import Preempted, RankError
 from core.log import LOG
-from core.s3 import S3Store
+from core.storage.s3 import S3Store
 from parallel.config import EngineConfig, MeshConfig
 from tests.faults.conftest import Record
 from tests.faults.plants import changed, train_with
 from tests.harness import rows_of
 from training.config import PriorTrain
 from training.presets import prior_tiny
-from training.replay import replay
+from training.recovery.replay import replay
 
 COMPARED = ("step", "epoch", "loss", "text_loss", "image_loss", "grad_norm", "lr")
 Make = Callable[..., PriorTrain]

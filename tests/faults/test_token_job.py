@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.proxy import faulty_proxy
+from bench.support.proxy import faulty_proxy
 from cluster.object_server import ObjectServer
-from core.files import sha256
+from core.files.atomic import sha256
 from core.keys import keyed_rng
-from core.s3 import S3Store
-from data_pipeline.images import encode_png
+from core.storage.s3 import S3Store
+from data_pipeline.images.crops import encode_png
 from data_pipeline.tokenize.leases import read_leases
 from tests.faults.conftest import Record
 from tests.harness import ENVIRONMENT, PATIENCE, TAPIR, tapir

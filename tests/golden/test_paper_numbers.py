@@ -10,7 +10,7 @@ import torch
 from models.config import DVAEConfig, PriorConfig
 from models.counts import attended_pairs, prior_parameters
 from models.dvae import DVAE, build_decoder, build_encoder, negative_bound
-from models.likelihood import (
+from models.logit_laplace import (
     gumbel_codes,
     kl_to_uniform,
     logit_laplace_log_prob,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from planning.published import RUNS, Dense, predict
+from planning.estimate.published import RUNS, Dense, predict
 
 
 def test_throughput_of_published_runs_is_predicted() -> None:

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from parallel.flight import remember
+from parallel.diagnostics.flight_recorder import remember
 
 DEVICE = os.environ.get("TAPIR_GPU_TESTS_DEVICE", "cuda")
 remember()  # the recorders look at the environment once

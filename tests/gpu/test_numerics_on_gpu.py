@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from core.store import FolderStore
-from data_pipeline.manifest import TOKENS, read_manifest
-from models.codes import CodeReader
+from core.storage.store import FolderStore
+from data_pipeline.formats.manifest import TOKENS, read_manifest
+from models.code_encoder import CodeReader
 from models.config import DVAEConfig
 from models.dvae import DVAE
 from parallel.device import CPU, backends
-from parallel.flight import last_collectives
+from parallel.diagnostics.flight_recorder import last_collectives
 from parallel.precision import set_numerics
 from tests.chain import Chain
 

@@ -5,19 +5,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from core.workers import Member
 from data_pipeline.evaluation_sets import open_evaluation
-from data_pipeline.tokenize.member import Member
 from generation.config import SampleConfig, ScoreConfig
-from generation.decoder import Decoder, Part
-from generation.pictures import open_studio
-from generation.score import open_job
+from generation.evaluation.score_job import open_job
+from generation.sampling.decoder import Decoder, Part
+from generation.text_to_image import open_studio
 from parallel.device import CPU
 from parallel.mesh import Mesh
 from parallel.world import World
 from tests.unit.finished import write_models
+from tests.unit.generation.test_sampling import draw, keys_of
 from tests.unit.layouts import write_coco
-from tests.unit.test_models import CONFIG, trained_like
-from tests.unit.test_sampling import draw, keys_of
+from tests.unit.models.test_models import CONFIG, trained_like
 
 
 def test_candidates_are_those_of_the_cpu(device: torch.device) -> None:

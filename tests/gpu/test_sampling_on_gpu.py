@@ -2,7 +2,7 @@
 
 import torch
 
-from generation.decoder import Decoder, Part
+from generation.sampling.decoder import Decoder, Part
 from models.config import PriorConfig
 from models.prior import build_prior
 

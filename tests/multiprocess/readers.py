@@ -6,11 +6,11 @@ import os
 import sys
 from pathlib import Path
 
-from core.files import write_atomic
-from core.store import FolderStore
+from core.files.atomic import write_atomic
+from core.storage.store import FolderStore
 from data_pipeline.config import OrderConfig
-from data_pipeline.stream import Stream, StreamState
-from data_pipeline.tokens import TokenSource
+from data_pipeline.formats.tokens import TokenSource
+from data_pipeline.streaming.stream import Stream, StreamState
 from parallel.world import join_world, leave_world
 from tests.harness import run_world
 

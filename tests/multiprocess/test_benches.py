@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from bench.__main__ import names
-from bench.children import ROOT, child_environment, module_command
-from bench.sizes import TINY
+from bench.support.children import ROOT, child_environment, module_command
+from bench.support.sizes import TINY
 from tests.harness import ENVIRONMENT
 
 FLAGS = {"gpu": ["--device=cpu", "--only=ceilings,compression", "--out=gpu"]}
@@ -57,7 +57,7 @@ def test_a_benchmark_runs_in_miniature(name: str, tokens: Path, tmp_path: Path) 
 
 def test_a_miniature_is_asked_for_by_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that ranks and workers of a benchmark have its sizes."""
-    from bench.sizes import cache, sized
+    from bench.support.sizes import cache, sized
 
     monkeypatch.delenv(TINY, raising=False)
     assert sized(7, 1) == 7 and cache("x") == Path(".cache/bench-x")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.synthetic import write_tokens
+from bench.support.synthetic import write_tokens
 from core.keys import keyed_rng
-from core.store import FolderStore
-from data_pipeline.tokens import TokenSource
+from core.storage.store import FolderStore
+from data_pipeline.formats.tokens import TokenSource
 from tests.harness import ENVIRONMENT, PATIENCE, processes_with
 from tests.multiprocess.readers import open_stream
 

@@ -8,7 +8,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from core.errors import InputError
-from core.store import FolderStore
+from core.storage.store import FolderStore
 from generation.follow import BOARD, steps_to_draw
 from tests.harness import PATIENCE, start_tapir, tapir
 

@@ -123,12 +123,13 @@ try:
     tapir.main()
 except SystemExit as error:
     assert error.code == 2
-subprocess.run([sys.executable, "-c", "import core.files; print(core.files.__file__)"], check=True)
+child = "import core.errors; print(core.errors.__file__)"
+subprocess.run([sys.executable, "-c", child], check=True)
 """
     command = [sys.executable, "-P", "-c", code, "status", str(tmp_path)]
     path = left.format(hostile, hostile)
     text = run(command, hostile, PYTHONPATH=path)
-    assert "there is no token job" in text and f"{ROOT}/core/files.py" in text
+    assert "there is no token job" in text and f"{ROOT}/core/errors.py" in text
     assert foreign_code(hostile) == []
 
 

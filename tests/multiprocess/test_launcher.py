@@ -10,11 +10,11 @@ from tests.harness import run_world
 
 @pytest.mark.world
 def test_ranks_meet_and_report(tmp_path: Path) -> None:
-    found = run_world("tests.multiprocess.worlds:sum_ranks", {"out": str(tmp_path)}, 3)
+    found = run_world("tests.multiprocess.training.worlds:sum_ranks", {"out": str(tmp_path)}, 3)
     assert [value for value, _ in found] == [6.0, 6.0, 6.0]
     assert len({pid for _, pid in found}) == 3
 
 
 def test_a_failing_rank_fails_the_world(tmp_path: Path) -> None:
     with pytest.raises(RankError, match=r"rank 1 of 2 failed[\s\S]*planted failure"):
-        run_world("tests.multiprocess.worlds:fail_on_rank_one", {"out": str(tmp_path)}, 2)
+        run_world("tests.multiprocess.training.worlds:fail_on_rank_one", {"out": str(tmp_path)}, 2)

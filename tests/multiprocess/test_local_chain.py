@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from core.files import unseal
+from core.files.atomic import unseal
 from tests.harness import PATIENCE, cold_tapir, json_of, processes_with, rows_of, tapir
 
 _SHORT = {

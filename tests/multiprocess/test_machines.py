@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.machines import two_machines
+from bench.support.machines import two_machines
 from tests.harness import ROOT, processes_with, rows_of, tapir
 
 FLAGS = [

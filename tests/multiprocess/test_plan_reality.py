@@ -15,22 +15,21 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from bench.parity import BATCH, OPTIM, SEED, Case, batch_of
 from cluster.launcher import launch
+from core.config import from_json
 from core.heartbeat import Heart
-from core.settings import from_json
 from models.config import PriorConfig
 from models.prior import prior_program
 from parallel.config import CompressConfig, EngineConfig, EngineName, MeshConfig
 from parallel.control import Control
-from parallel.engines.catalogue import build_engine
-from parallel.engines.names import modules_of
 from parallel.engines.protocol import EngineSettings
+from parallel.engines.registry import build_engine, modules_of
 from parallel.ledger import Ledger, recorded
 from parallel.mesh import Mesh, build_mesh
 from parallel.world import World, join_world, leave_world
-from planning.memory import Loads, loads_of, rank_bytes
-from planning.reserve import communicators
-from planning.traffic import step_traffic
-from planning.zero import place_of
+from planning.estimate.memory import Loads, loads_of, rank_bytes
+from planning.estimate.reserve import communicators
+from planning.estimate.traffic import step_traffic
+from planning.estimate.zero_layout import place_of
 from training.config import LoopConfig, PriorTrain
 
 SMALL = PriorConfig(

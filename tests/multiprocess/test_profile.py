@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from core.settings import to_json
+from core.config import to_json
 from parallel.config import EngineConfig, MeshConfig
 from tests.harness import rows_of, tapir
 from training.presets import prior_tiny
-from training.profile_categories import BUBBLE, CATEGORIES, COMPUTE, DATA, OPTIMIZER, PIPELINE
-from training.profile_ring import read_rings
-from training.trace import request_trace, traces
+from training.profiling.categories import BUBBLE, CATEGORIES, COMPUTE, DATA, OPTIMIZER, PIPELINE
+from training.profiling.ring import read_rings
+from training.profiling.trace import request_trace, traces
 
 STEPS = 12
 FLAGS = [

@@ -11,10 +11,10 @@ import torch
 
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, OptimConfig
-from planning.rehearse_pool import Pool
-from planning.rehearse_rank import RankTask, run_rank, train
-from planning.sequence import CREATE, OBJECTS, Sequence
-from planning.sequence_record import Listening, Recorder, groups_noted
+from planning.rehearsal.pool import Pool
+from planning.rehearsal.rank import RankTask, run_rank, train
+from planning.rehearsal.recorder import Listening, Recorder, groups_noted
+from planning.rehearsal.sequence import CREATE, OBJECTS, Sequence
 from training.config import ClipTrain, DVAETrain, LoopConfig, PriorTrain
 
 MODEL = PriorConfig(

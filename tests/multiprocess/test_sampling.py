@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch import nn
 
-from core.settings import to_json
-from generation.batches import Need
+from core.config import to_json
 from generation.config import SampleConfig
-from generation.decoder import Decoder
-from generation.part import load_part
-from generation.sampling import Sampler
+from generation.sampling.batches import Need
+from generation.sampling.decoder import Decoder
+from generation.sampling.load_prior import load_part
+from generation.sampling.sampler import Sampler
 from models.config import PriorConfig
 from parallel.config import MeshConfig
 from parallel.mesh import Mesh, build_mesh
 from parallel.world import join_world, leave_world
 from tests.harness import run_world
-from tests.unit.test_models import CONFIG, prior_batch, prior_logits, trained_like
-from training.export import write_model
+from tests.unit.models.test_models import CONFIG, prior_batch, prior_logits, trained_like
+from training.export.weights import write_model
 
 MASKS = [(3, 3), (4, 11), (6, 5)]
 """(layers, kernel): each with rows, columns and a convolution."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from core.store import FolderStore
+from core.storage.store import FolderStore
 from tests.harness import PATIENCE, start_tapir, tapir
 
 

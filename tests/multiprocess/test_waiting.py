@@ -16,10 +16,10 @@ import pytest
 import core.stop
 import tapir as front_door
 from core.errors import EXIT_PREEMPTED
+from core.launch_environment import free_port
 from core.log import LOG
 from core.stop import heed_stop_signals
 from parallel import rendezvous
-from parallel.launched import free_port
 from parallel.rendezvous import heard, met_store
 
 _SECONDS = 120.0
@@ -218,7 +218,7 @@ def test_an_interrupt_says_what_was_waited_for(
     def interrupted(_: list[str]) -> None:
         raise KeyboardInterrupt("interrupted: rank 0 of 2 has waited")
 
-    monkeypatch.setattr("training.train.train", interrupted)
+    monkeypatch.setattr("cli.train.train", interrupted)
     monkeypatch.setattr("sys.argv", ["tapir", "train"])
     handlers = list(LOG.handlers)
     with pytest.raises(SystemExit) as ended:

@@ -5,14 +5,14 @@ from typing import Any
 
 from torch import Tensor
 
-from core.settings import to_json
-from data_pipeline.bpe import load_tokenizer, save_tokenizer, train_bpe
+from core.config import to_json
+from data_pipeline.text.bpe import load_tokenizer, save_tokenizer, train_bpe
 from generation.config import ModelPaths
 from models.clip import Clip
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from models.dvae import DVAE
 from models.prior import build_prior
-from training.export import write_model
+from training.export.weights import write_model
 
 PIXELS = 16
 

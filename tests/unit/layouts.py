@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from data_pipeline.images import encode_png
+from data_pipeline.images.crops import encode_png
 from data_pipeline.sources.shapes import draw_scene, render
 
 

@@ -1,0 +1,199 @@
+"""The verbs of submitted runs: submit, status, logs, cancel, resume and job."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from cluster import kubernetes, local, slurm
+from cluster.chain import (
+    CANCELLED,
+    CHAIN,
+    Place,
+    Submitted,
+    read_submitted,
+)
+from cluster.job_runner import JobSettings, run_job
+from core.config import check
+from core.errors import ConfigError, InputError
+from core.flags import FLAT, PositionalPath, PositionalText, parse, print_json
+from core.log import LOG
+from core.storage.store import open_store
+from data_pipeline.tokenize.status import describe_status, job_status
+from workflow.chain.inputs import missing_inputs
+from workflow.chain.requirements import packed_problems
+from workflow.chain.stages import chain_of, missing_variables, settings_of_stages
+from workflow.chain.states import (
+    follow_logs,
+    is_over,
+    kubernetes_of,
+    only_looking,
+    states_of,
+    wait_for,
+)
+from workflow.chain.submit import check_place, dry_run_text, send, table
+from workflow.run_file import read_runfile, settings_of
+
+
+def submit(arguments: list[str]) -> None:
+    """`tapir submit FILE`."""
+
+    def run(
+        file: PositionalPath,
+        to: Place | None = None,
+        dry_run: bool = False,
+        wait: bool = False,
+        json: bool = False,
+    ) -> None:
+        """Send a run file's stages as a chain of jobs; stages that have ended are left out.
+
+        Args:
+            file: YAML, or Python that sets `run`; docs/clusters.md shows one
+            to: local, slurm or kubernetes; by default what the file says
+            dry_run: print what would be sent, as a shell script or as YAML, and send nothing
+            wait: show where it stands until all jobs have ended; exit code 1 if one failed
+            json: print a JSON object on the last line
+        """
+        found = read_runfile(file)
+        place = to or found.to
+        chain = chain_of(found, place)
+        settings = settings_of_stages(found)
+        check(packed_problems(found, settings))
+        missing = missing_inputs(found, settings, place)
+        if dry_run:
+            for text in missing:
+                LOG.warning("%s; without --dry-run this is refused", text)
+        else:
+            check(missing)
+        if unset := missing_variables(chain):
+            raise ConfigError(f"environment: {', '.join(unset)} is not set here; export it first")
+        submitted = Submitted(chain=chain, to=place, settings=settings_of(found, place), ids={})
+        check_place(submitted)
+        if dry_run:
+            print(dry_run_text(submitted), end="")
+            return
+        sent = send(submitted)
+        if json:
+            print_json({"out": str(chain.out), "to": place, "jobs": sent.ids})
+        if wait:
+            with only_looking():
+                wait_for(sent)
+
+    parse(run, arguments, "submit")
+
+
+def resume(arguments: list[str]) -> None:
+    """`tapir resume OUT`."""
+
+    def run(out: PositionalPath, wait: bool = False) -> None:
+        """Send the jobs of a chain again that have not ended well.
+
+        Args:
+            out: the `out` of a run file that was submitted
+            wait: show where it stands until all jobs have ended
+        """
+        submitted = read_submitted(out)
+        sent = send(submitted)
+        if wait:
+            with only_looking():
+                wait_for(sent)
+
+    parse(run, arguments, "resume")
+
+
+def cancel(arguments: list[str]) -> None:
+    """`tapir cancel OUT`."""
+
+    def run(out: PositionalPath) -> None:
+        """End all jobs of a chain; nothing of it stays in a queue or runs. Checkpoints are kept.
+
+        Args:
+            out: the `out` of a run file that was submitted
+        """
+        submitted = read_submitted(out)
+        if is_over(submitted, states_of(submitted)):
+            LOG.info("nothing of %s runs or waits", out)
+            return
+        (submitted.chain.out / CANCELLED).touch()
+        if submitted.to == "local":
+            local.cancel(submitted.chain.out)
+        elif submitted.to == "slurm":
+            slurm.cancel(list(submitted.ids.values()))
+        else:
+            kubernetes.cancel(submitted.chain, kubernetes_of(submitted))
+        LOG.info("cancelled; `tapir resume %s` goes on from the last checkpoint", out)
+
+    parse(run, arguments, "cancel")
+
+
+def status(arguments: list[str]) -> None:
+    """`tapir status PLACE`."""
+
+    def run(place: PositionalText, json: bool = False) -> None:
+        """Say how far a submitted run, or a token job over all its workers, is.
+
+        Args:
+            place: the `out` of a run file; or what `tapir tokenize` writes to (s3:// or a folder)
+            json: print a JSON object on the last line
+        """
+        if (Path(place) / CHAIN).exists():
+            states = states_of(read_submitted(Path(place)))
+            LOG.info("%s", table(states))
+            if json:
+                print_json(states)
+            return
+        rows = job_status(open_store(place))
+        LOG.info("%s", describe_status(rows))
+        if json:
+            print_json({row.split: row for row in rows})
+
+    parse(run, arguments, "status")
+
+
+def logs(arguments: list[str]) -> None:
+    """`tapir logs OUT [STAGE]`."""
+
+    def run(
+        out: PositionalPath,
+        stage: PositionalText = "",
+        follow: Annotated[bool, tyro.conf.arg(aliases=["-f"])] = False,
+    ) -> None:
+        """Print the output of a submitted run's jobs.
+
+        Args:
+            out: the `out` of a run file
+            stage: one stage; by default all
+            follow: go on until all jobs have ended
+        """
+        submitted = read_submitted(out)
+        known = [job.name for job in submitted.chain.jobs]
+        if stage and stage not in known:
+            raise InputError(f"{out} has no stage {stage!r} (known: {', '.join(known)})")
+        if submitted.to == "kubernetes":
+            for name in [stage] if stage else known:
+                config = kubernetes_of(submitted)
+                subprocess.run(kubernetes.logs_command(submitted.chain, config, name, follow))
+            return
+        with only_looking():
+            follow_logs(submitted, stage, follow)
+
+    parse(run, arguments, "logs")
+
+
+def job(arguments: list[str]) -> None:
+    """`tapir job [flags] -- COMMAND ...`."""
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+
+    def run(settings: Annotated[JobSettings, FLAT] = JobSettings()) -> None:  # noqa: B008
+        """Run what stands behind -- as a job of a chain; `tapir submit` writes these commands.
+
+        Args:
+            settings: how
+        """
+        code = run_job(settings, arguments[cut + 1 :])
+        if code:
+            sys.exit(code)
+
+    parse(run, arguments[:cut], "job")

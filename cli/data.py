@@ -1,0 +1,47 @@
+"""The verb pack."""
+
+from typing import Annotated
+
+from core.files.out_folder import refuse_others_folder
+from core.flags import FLAT, PositionalText, parse, print_json
+from core.log import LOG
+from core.storage.store import open_store
+from data_pipeline.config import PackConfig
+from data_pipeline.packing import pack as packing
+from data_pipeline.packing.rejects import REJECTS
+
+
+def pack(arguments: list[str]) -> None:
+    """`tapir pack SRC DEST`."""
+
+    def run(
+        source: PositionalText,
+        dest: PositionalText,
+        config: Annotated[PackConfig, FLAT] = PackConfig(),  # noqa: B008
+        again: bool = False,
+        json: bool = False,
+    ) -> None:
+        """Write raw image-caption pairs as WebDataset shards, split into train and validation.
+
+        Args:
+            source: shapes, emoji, a folder of images with .txt or .json captions, a WebDataset
+                tar, a .parquet table of captions and pictures or local paths, or a folder of tars
+                or tables
+            dest: s3://bucket/prefix or a folder
+            config: settings
+            again: write a finished data set anew: mends damaged shards
+            json: print a JSON object on the last line
+        """
+        refuse_others_folder(dest, "a data set")
+        manifests = packing.pack(source, open_store(dest), config, again)
+        for split, manifest in manifests.items():
+            LOG.info("%s: %d pairs in %d shards", split, manifest.samples, len(manifest.shards))
+        rejects = manifests["train"].rejects
+        if rejects:
+            rows = ", ".join(f"{count} {kind}" for kind, count in sorted(rejects.items()))
+            LOG.info("left out: %s; each with its reason in %s/%s", rows, dest, REJECTS)
+        if json:
+            counts = {split: manifest.samples for split, manifest in manifests.items()}
+            print_json({**counts, "rejects": rejects})
+
+    parse(run, arguments, "pack")

@@ -1,0 +1,65 @@
+"""The verbs demo, sample and report."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cluster.chain import CHAIN
+from core.flags import FLAT, PositionalText, parse
+from core.log import LOG
+from generation.config import (
+    DemoConfig,
+    SampleRun,
+)
+
+
+def demo(arguments: list[str]) -> None:
+    """`tapir demo`."""
+
+    def run(config: Annotated[DemoConfig, FLAT] = DemoConfig()) -> None:  # noqa: B008
+        """Walk the whole way on this machine, from pairs to ranked pictures; ends with report.html.
+
+        The same command goes on where an interrupted one stopped.
+
+        Args:
+            config: settings
+        """
+        from workflow.demo import run_demo  # noqa: PLC0415 - keeps --help fast
+
+        LOG.info("report: %s", run_demo(config))
+
+    parse(run, arguments, "demo")
+
+
+def sample(arguments: list[str]) -> None:
+    """`tapir sample CAPTION ...`."""
+
+    def run(config: Annotated[SampleRun, FLAT]) -> None:
+        """Draw candidates for captions, rank them by CLIP and write a PNG grid, a row a caption.
+
+        Args:
+            config: settings
+        """
+        from generation.sample import sample as draw_and_rank  # noqa: PLC0415
+
+        draw_and_rank(config)
+
+    parse(run, arguments, "sample")
+
+
+def report(arguments: list[str]) -> None:
+    """`tapir report DIR`."""
+
+    def run(folder: PositionalText = "runs/demo") -> None:
+        """Write report.html of a demo, or of a submitted run, whose stages have ended.
+
+        Args:
+            folder: what `tapir demo --out` was given, or the `out` of a run file
+        """
+        from workflow.report import write_report  # noqa: PLC0415
+        from workflow.summary import summarise_chain  # noqa: PLC0415
+
+        if (Path(folder) / CHAIN).exists():
+            summarise_chain(Path(folder))
+        LOG.info("report: %s", write_report(Path(folder)))
+
+    parse(run, arguments, "report")

@@ -1,0 +1,52 @@
+"""The verb train; imports no torch, which only ranks need."""
+
+import difflib
+import importlib
+
+from core.errors import InputError
+from core.flags import parse_over
+from training.launch import train_stage
+from training.presets import PRESETS
+
+
+def train(arguments: list[str]) -> None:
+    """`tapir train STAGE PRESET [flags]`."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_train_help())
+        if not arguments:
+            raise InputError("name a stage and a preset, e.g. tapir train prior tiny")
+        return
+    stage, *rest = arguments
+    _choose("stage", stage, PRESETS)
+    if not rest or rest[0].startswith("-"):
+        rest = ["tiny", *rest]
+    preset, *flags = rest
+    _choose(f"{stage} preset", preset, PRESETS[stage])
+    function = PRESETS[stage][preset]
+    settings = parse_over(function(), flags, f"train {stage} {preset}", function.__doc__)
+    if stage == "bpe":
+        importlib.import_module("training.tokenizer").train_tokenizer(settings)
+    else:
+        train_stage(stage, settings)
+
+
+def _choose(what: str, name: str, known: dict[str, object]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"there is no {what} {name!r}{hint} (known: {', '.join(known)})")
+
+
+def _train_help() -> str:
+    rows = [
+        f"  tapir train {stage:<5} {preset:<10} {function.__doc__}"
+        for stage, presets in PRESETS.items()
+        for preset, function in presets.items()
+    ]
+    return (
+        "usage: tapir train STAGE PRESET [flags]\n\n"
+        + "\n".join(rows)
+        + "\n\nEvery field of a preset is a flag: tapir train prior tiny --help. Ranks are\n"
+        "spawned for the preset's mesh, or joined under torchrun and mpirun. The same\n"
+        "command resumes."
+    )

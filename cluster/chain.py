@@ -1,0 +1,230 @@
+"""Jobs and chains of jobs as values; local, Slurm and Kubernetes render the same ones."""
+
+import re
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from core.config import from_json, to_json
+from core.errors import CorruptError, InputError
+from core.files.atomic import Json, seal, sha256, unseal, write_atomic
+from core.storage.store import open_store
+
+Place = Literal["local", "slurm", "kubernetes"]
+CHAIN, LOGS, MARKERS, SCRIPTS = "chain.json", "logs", "markers", "jobs"
+CANCELLED = "cancelled"
+"""A file in the chain's folder: nothing of it shall start again."""
+WORKER = "{worker}"
+"""In the name of a job: the number of a worker of its array."""
+ALWAYS_PASSED = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What a job needs of each node."""
+
+    nodes: int = 1
+    """Machines."""
+    gpus: int = 0
+    """GPUs of each node."""
+    cpus: int = 1
+    """CPU cores of each node."""
+    memory: str = ""
+    """Memory of each node, e.g. 64G; empty = the scheduler's default."""
+    minutes: int = 0
+    """Time limit of one start; the job saves and is queued again before it. 0 = the default."""
+    workers: int = 1
+    """Processes of a token job: an array."""
+    at_once: int = 0
+    """Workers that may run at the same time; 0 = all."""
+
+    def problems(self, name: str) -> list[str]:
+        found = []
+        if min(self.nodes, self.cpus, self.workers) < 1:
+            found.append(f"stages.{name}: nodes, cpus and workers must be at least 1")
+        if min(self.gpus, self.minutes, self.at_once) < 0:
+            found.append(f"stages.{name}: gpus, minutes and at_once must not be negative")
+        if not re.fullmatch(r"(\d+[KMGT]?)?", self.memory):
+            found.append(f"stages.{name}: memory={self.memory!r} must be like 64G")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One stage: a `tapir` command, and what it needs."""
+
+    name: str
+    command: tuple[str, ...]
+    """Arguments of tapir."""
+    after: tuple[str, ...] = ()
+    """Jobs that must have ended well."""
+    ranks: int = 1
+    """Processes on each node; above 1, or on several nodes, a launcher starts them."""
+    array: bool = False
+    """True for `resources.workers` equal workers, which share the work among themselves."""
+    trains: bool = False
+    """True if it saves a checkpoint when it is asked to stop."""
+    resources: Resources = field(default_factory=Resources)
+
+    @property
+    def world(self) -> int:
+        return self.ranks * self.resources.nodes
+
+    @property
+    def text(self) -> str:
+        """The command as a user would type it."""
+        return "tapir " + shlex.join(self.command)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the command."""
+        return sha256("\0".join(self.command).encode())[:12]
+
+    def markers(self) -> list[str]:
+        """Names of the files that are there when it has ended well."""
+        if not self.array:
+            return [f"{self.name}.json"]
+        return [f"{self.name}-{i}.json" for i in range(self.resources.workers)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chain:
+    """Jobs with dependencies, in an order in which they could run."""
+
+    name: str
+    out: Path
+    """Folder of the run folders, logs, scripts and markers, which all nodes see."""
+    folder: Path
+    """Working directory of the jobs: relative paths in commands start here."""
+    python: str
+    """Interpreter on the nodes."""
+    environment: tuple[str, ...] = ()
+    """Names of the variables that jobs get; values are never written down."""
+    retries: int = 2
+    """Failures of a job after which it is not started again."""
+    jobs: tuple[Job, ...] = ()
+
+    @property
+    def passed(self) -> list[str]:
+        """Names of all variables that are handed over."""
+        return sorted({*ALWAYS_PASSED, *self.environment})
+
+    def log(self, job: Job, worker: str = "") -> Path:
+        """The one file that all starts of a job (or of one worker) append to."""
+        return self.out / LOGS / f"{job.name}{f'-{worker}' if worker else ''}.log"
+
+    def tapir(self, *arguments: str) -> list[str]:
+        """A tapir command on the nodes."""
+        return [self.python, "-P", "-m", "tapir", *arguments]
+
+    def wrapped(self, job: Job, name: str, command: list[str], *flags: str) -> list[str]:
+        """`tapir job` around what a job runs; `name` is that of its worker, for an array."""
+        return [
+            *self.tapir("job"),
+            f"--name={name}",
+            f"--out={self.out}",
+            f"--marker={name}.json",
+            f"--fingerprint={job.fingerprint}",
+            f"--retries={self.retries}",
+            *flags,
+            *(["--saves"] if job.trains else []),
+            "--",
+            *command,
+        ]
+
+    def torchrun(self, job: Job, number: str, address: str, port: str) -> list[str]:
+        """What starts a job's ranks on one of its nodes, whose number the shell knows."""
+        launch = (
+            'export PYTHONSAFEPATH=1; exec "$0" -m torch.distributed.run '
+            f'--nnodes={job.resources.nodes} --nproc-per-node={job.ranks} --node-rank="${number}" '
+            f'--master-addr={address} --master-port={port} -m tapir "$@"'
+        )
+        return ["bash", "-c", launch, self.python, *job.command]
+
+    def is_done(self, job: Job) -> bool:
+        """Say whether all markers of a job are there and whole.
+
+        Raises: InputError if it has ended well with another command; CorruptError.
+        """
+        folder = self.out / MARKERS
+        found = [read_marker(str(folder), name) for name in job.markers()]
+        if any(facts and facts["command"] != job.fingerprint for facts in found):
+            raise InputError(
+                f"stage {job.name} of {self.out} has ended well with other flags; give another "
+                f"out, or delete {folder / job.name}*.json to run it again"
+            )
+        return all(found)
+
+    def without_done(self) -> "Chain":
+        """The jobs that are left, waiting only for each other."""
+        left = [job for job in self.jobs if not self.is_done(job)]
+        names = {job.name for job in left}
+        rest = [
+            Job(**{**vars(job), "after": tuple(name for name in job.after if name in names)})
+            for job in left
+        ]
+        return Chain(**{**vars(self), "jobs": tuple(rest)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submitted:
+    """A chain that was sent somewhere."""
+
+    chain: Chain
+    to: Place
+    settings: dict[str, object]
+    """Those of the place, as the run file has them."""
+    ids: dict[str, str]
+    """The scheduler's names of the jobs that were sent last."""
+
+
+def write_submitted(submitted: Submitted) -> None:
+    """Note in the chain's folder what was sent."""
+    write_atomic(submitted.chain.out / CHAIN, seal(to_json(submitted)))
+
+
+def read_submitted(out: Path) -> Submitted:
+    """What `write_submitted` noted.
+
+    Raises: InputError if nothing was submitted from this folder; CorruptError.
+    """
+    path = out / CHAIN
+    if not path.is_file():
+        raise InputError(f"{out} holds no {CHAIN}: give the `out` of a run file that was submitted")
+    advice = "delete it, end what may still run by the scheduler's own commands, and submit again"
+    body = _unsealed(path.read_bytes(), str(path), advice)
+    jobs = tuple(
+        from_json(Job, {**job, "command": tuple(job["command"]), "after": tuple(job["after"])})
+        for job in body["chain"].pop("jobs")
+    )
+    chain = from_json(Chain, body["chain"])
+    return Submitted(
+        chain=Chain(**{**vars(chain), "jobs": jobs}),
+        to=body["to"],
+        settings=body["settings"],
+        ids=body["ids"],
+    )
+
+
+def write_marker(folder: str, name: str, facts: dict[str, object]) -> None:
+    """Note that a job has ended well; the note carries its own digest."""
+    open_store(folder).put(name, seal(dict(facts)))
+
+
+def read_marker(folder: str, name: str) -> Json:
+    """What a job that has ended well noted; nothing if it has not.
+
+    Raises: CorruptError if the note is damaged.
+    """
+    store = open_store(folder)
+    if not store.exists(name):
+        return {}
+    return _unsealed(store.get(name), f"{folder}/{name}", "delete it to run the stage again")
+
+
+def _unsealed(data: bytes, where: str, advice: str) -> Json:
+    try:
+        return unseal(data, where)
+    except CorruptError as error:
+        raise CorruptError(f"{where} is damaged: {advice}") from error

@@ -1,0 +1,197 @@
+"""The life of one job where it runs: check the nodes, run, pass on signals, mark, run again.
+
+Slurm, Kubernetes and the local runner all start jobs through `tapir job`.
+"""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+from cluster.chain import CANCELLED, WORKER, read_marker, write_marker
+from cluster.processes import die_with_parent, stop
+from cluster.slurm_job import bad_nodes, leave_out, queue_again, was_cancelled
+from core.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_WRONG_INPUT, InputError
+from core.log import LOG
+from core.stop import STOP_FILE
+
+_LOOK = 0.2
+_LOOK_FOR_MARKERS = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSettings:
+    """How a job is run."""
+
+    name: str = ""
+    """What to call it in the log; {worker} is the number of this worker of an array."""
+    out: Path = Path("runs")
+    """Folder of the chain."""
+    markers: str = ""
+    """Where markers lie: s3://bucket/prefix or a folder; by default `markers` in --out."""
+    after: tuple[str, ...] = ()
+    """Markers to wait for first."""
+    marker: str = ""
+    """Marker to write after success; empty = none."""
+    fingerprint: str = ""
+    """Of the stage's command, for the marker."""
+    again: Literal["here", "slurm", "no"] = "here"
+    """After a failure, or a stop before the end: start the command again here, let Slurm queue the
+    job again, or leave both to whoever looks at the exit code."""
+    retries: int = 2
+    """Failures after which it is not started again."""
+    saves: bool = False
+    """Asked to stop, the command saves by itself; others are ended at once."""
+    grace: float = 600.0
+    """Seconds it may take to save."""
+    check_nodes: bool = False
+    """Run `tapir doctor` on every node of the Slurm job first, and leave out the bad ones."""
+    gpus: int = 0
+    """GPUs that each node must have."""
+
+
+def run_job(settings: JobSettings, command: Sequence[str]) -> int:
+    """Run a command to its end; returns the exit code of the job.
+
+    Raises: InputError for a command without a name for its log and files.
+    """
+    if command and not settings.name:
+        raise InputError("give the job a --name: its files are called by it")
+    worker = os.environ.get("SLURM_ARRAY_TASK_ID", os.environ.get("JOB_COMPLETION_INDEX", "0"))
+    name, marker = (text.replace(WORKER, worker) for text in (settings.name, settings.marker))
+    settings = replace(settings, name=name, marker=marker)
+    place = settings.markers or str(settings.out / "markers")
+    with _Asked() as asked:
+        for name in settings.after:
+            if not _wait_for(place, name, asked):
+                return EXIT_PREEMPTED
+        if not command:
+            return 0
+        if settings.marker and read_marker(place, settings.marker):
+            LOG.info("job %s has ended well before", settings.name)
+            return 0
+        return _run(settings, command, place, asked)
+
+
+def _run(settings: JobSettings, command: Sequence[str], place: str, asked: "_Asked") -> int:
+    began = time.time()
+    if settings.check_nodes and (bad := bad_nodes(settings.out, settings.name, settings.gpus)):
+        return _without(settings, bad)
+    failures = settings.out / "jobs" / f"{settings.name}.failures"
+    while True:
+        code = _run_once(settings, command, asked)
+        if code == 0:
+            failures.unlink(missing_ok=True)
+            if settings.marker:
+                facts: dict[str, object] = {"job": settings.name, "began": began}
+                facts |= {"command": settings.fingerprint, "seconds": time.time() - began}
+                write_marker(place, settings.marker, facts)
+            return 0
+        if (settings.out / CANCELLED).exists() or was_cancelled():
+            LOG.warning("job %s was cancelled", settings.name)
+            return code
+        preempted = asked.count > 0 or code == EXIT_PREEMPTED
+        count = 0 if preempted else _count(failures)
+        if code == EXIT_WRONG_INPUT or count > settings.retries:
+            LOG.error("job %s ended with exit code %d", settings.name, code)
+            return code
+        code = EXIT_PREEMPTED if preempted else code
+        if settings.again == "slurm":
+            queue_again(EXIT_PREEMPTED, settings.out)
+            return EXIT_PREEMPTED
+        if settings.again == "no" or preempted:
+            return code
+        LOG.warning("job %s failed (exit code %d); it starts again", settings.name, code)
+
+
+def _run_once(settings: JobSettings, command: Sequence[str], asked: "_Asked") -> int:
+    """Run the command; a wish to stop becomes a file that ranks look for, or its end."""
+    if asked.count:
+        return EXIT_PREEMPTED
+    wish = settings.out / "jobs" / f"{settings.name}.stop"
+    wish.parent.mkdir(parents=True, exist_ok=True)
+    wish.unlink(missing_ok=True)
+    environment = {**os.environ, STOP_FILE: str(wish.resolve())}
+    process = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent)
+    since: float | None = None
+    try:
+        while process.poll() is None:
+            time.sleep(_LOOK)
+            if asked.count and since is None:
+                since = time.monotonic()
+                LOG.warning("job %s: asked to stop", settings.name)
+                wish.touch()
+                if not settings.saves:
+                    process.terminate()
+            late = since is not None and time.monotonic() - since > settings.grace
+            if asked.count > 1 or late:
+                stop(process)
+    finally:
+        stop(process)
+        wish.unlink(missing_ok=True)
+    code = process.returncode
+    return code if code >= 0 else EXIT_FAILED
+
+
+def _without(settings: JobSettings, bad: dict[str, str]) -> int:
+    """Queue the job again without its bad nodes, as long as there are enough others."""
+    for node, problem in bad.items():
+        LOG.error("node %s: %s", node, problem)
+    if not leave_out(settings.out, bad):
+        LOG.error("too few other nodes are left: mend the above, then `tapir resume`")
+        return EXIT_FAILED
+    queue_again(EXIT_PREEMPTED, settings.out)
+    return EXIT_PREEMPTED
+
+
+def _wait_for(place: str, name: str, asked: "_Asked") -> bool:
+    """Wait until a marker is there and whole; False if this process was asked to stop."""
+    told = False
+    while not read_marker(place, name):
+        if asked.count:
+            return False
+        if not told:
+            LOG.info("waiting for %s/%s", place, name)
+            told = True
+        time.sleep(_LOOK_FOR_MARKERS)
+    return True
+
+
+def _count(failures: Path) -> int:
+    """How often the job has failed, with this time."""
+    try:
+        count = int(failures.read_text()) + 1
+    except (OSError, ValueError):
+        count = 1
+    failures.parent.mkdir(parents=True, exist_ok=True)
+    failures.write_text(str(count))
+    return count
+
+
+class _Asked:
+    """Counts SIGTERM and SIGUSR1 instead of dying of them; a job gets both at a preemption."""
+
+    def __enter__(self) -> "_Asked":
+        self._times: list[float] = []
+        numbers = (signal.SIGTERM, signal.SIGUSR1)
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def count(self) -> int:
+        """1 after the first, more after another one that came clearly later."""
+        return len(self._times)
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self._times or now - self._times[-1] > 1.0:
+            self._times.append(now)

@@ -1,0 +1,128 @@
+"""Config dataclasses <-> JSON, with every problem reported at once."""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from core.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def to_json(config: Any) -> Any:
+    """Turn a config into JSON values; paths become text."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, Path):
+        return str(config)
+    if isinstance(config, list | tuple):
+        return [to_json(item) for item in config]
+    if isinstance(config, dict):
+        return {name: to_json(item) for name, item in config.items()}
+    return config
+
+
+def from_json(kind: type[T], value: dict[str, Any]) -> T:
+    """Build a config of dataclasses from what `to_json` made.
+
+    Raises: ConfigError for an unknown field, with the nearest right name.
+    """
+    hints = typing.get_type_hints(kind)
+    unknown = [name for name in value if name not in hints]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], hints, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{kind.__name__} has no field {unknown[0]!r}{hint}")
+    fields = {name: _field(hints[name], item) for name, item in value.items()}
+    return kind(**fields)
+
+
+def wrong_types(kind: type, value: Any, where: str) -> list[str]:
+    """What of a mapping from outside has not the type of the dataclass's field."""
+    if not isinstance(value, dict):
+        return [f"{where}: a mapping is wanted, not {value!r}"]
+    hints, found = typing.get_type_hints(kind), []
+    for name, item in value.items():
+        hint = hints.get(name)
+        place = f"{where}.{name}" if where else str(name)
+        if hint is None:
+            near = difflib.get_close_matches(str(name), hints, 1)
+            hint_text = f"; did you mean {near[0]!r}?" if near else f" (known: {', '.join(hints)})"
+            found.append(f"{where or 'the file'} knows no {name!r}{hint_text}")
+        elif dataclasses.is_dataclass(hint):
+            found += wrong_types(typing.cast(type, hint), item, place)
+        elif not _fits(hint, item):
+            found.append(f"{place}={item!r} must be {_words(hint)}")
+    return found
+
+
+def _fits(hint: Any, item: Any) -> bool:
+    if typing.get_origin(hint) is typing.Literal:
+        return item in typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_fits(each, item) for each in typing.get_args(hint))
+    if hint is types.NoneType:
+        return item is None
+    if typing.get_origin(hint) is tuple:
+        return isinstance(item, list | tuple) and all(isinstance(each, str) for each in item)
+    if hint is Path:
+        return isinstance(item, str | Path)
+    if hint is float:
+        return isinstance(item, int | float) and not isinstance(item, bool)
+    kind = typing.get_origin(hint) or hint
+    return isinstance(item, kind) and (hint is bool or not isinstance(item, bool))
+
+
+def _words(hint: Any) -> str:
+    """A type as people say it."""
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        return "a list of texts"
+    names = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
+    return names.get(hint, "a mapping" if typing.get_origin(hint) is dict else "a text")
+
+
+def check(problems: list[str]) -> None:
+    """Raise ConfigError if there are problems."""
+    if problems:
+        raise ConfigError.from_problems(problems)
+
+
+def _field(hint: Any, item: Any) -> Any:
+    if item is None:
+        return None
+    if dataclasses.is_dataclass(hint):
+        return from_json(typing.cast(type, hint), item)
+    if hint is Path or Path in typing.get_args(hint):
+        return Path(item)
+    if typing.get_origin(hint) is tuple:
+        return tuple(item)
+    return item
+
+
+S3 = "s3://"
+
+
+def place_problems(place: str, setting: str = "") -> list[str]:
+    """What is wrong with `s3://bucket/prefix` or a folder, named by its setting if it has one.
+
+    Nothing is looked up.
+    """
+    named = f"{setting}={place!r}" if setting else repr(place)
+    if place.startswith(S3) and not place.removeprefix(S3).partition("/")[0]:
+        return [f"{named} names no bucket; write s3://bucket/prefix"]
+    if not place.startswith(S3) and ("://" in place or place.startswith("pipe:")):
+        return [f"{named} is no store that Tapir reads; give s3://bucket/prefix or a folder"]
+    return []
+
+
+def folder_problems(folder: Path, setting: str) -> list[str]:
+    """What is wrong with a folder that must not be an address: it would be one called `s3:`."""
+    if re.match(r"\w+:/", str(folder)):
+        return [f"{setting}={str(folder)!r} must be a folder that all nodes see"]
+    return []

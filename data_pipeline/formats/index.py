@@ -1,0 +1,169 @@
+"""Where the blocks of a data set lie: flat arrays, small enough for every rank to hold all of them.
+
+A block is a run of records in a shard that one ranged GET reads. The arrays are kept as
+safetensors: one file beside each shard, and one for the whole data set, which is all that a reader
+needs at its start (20 bytes a block and variant).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from isal.isal_zlib import crc32
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors import numpy as tensors
+
+from core.errors import AbsentError, CorruptError
+from core.files.atomic import sha256
+from core.storage.store import Store
+from data_pipeline.formats.manifest import INDEX, Manifest, Shard
+from data_pipeline.streaming.cache import BlockCache
+
+Ranges = Sequence[tuple[int, int, int]]
+"""(start, bytes, records) of blocks."""
+_FIELDS = {"start": np.uint64, "bytes": np.uint32, "records": np.uint32, "crc32": np.uint32}
+_FETCHES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockIndex:
+    """Arrays over the blocks of one shard, or of all shards of a variant in manifest order."""
+
+    start: NDArray[np.uint64]
+    bytes: NDArray[np.uint32]
+    records: NDArray[np.uint32]
+    crc32: NDArray[np.uint32]
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+
+def index_of(tar: bytes, ranges: Ranges) -> BlockIndex:
+    """Describe blocks of a shard in memory."""
+    view = memoryview(tar)
+    rows = [(*row, crc32(view[row[0] : row[0] + row[1]])) for row in ranges]
+    columns = np.asarray(rows, np.uint64).reshape(-1, len(_FIELDS)).T
+    return BlockIndex(
+        **{name: columns[i].astype(kind) for i, (name, kind) in enumerate(_FIELDS.items())}
+    )
+
+
+def dump_shard_index(index: BlockIndex, ids: NDArray[np.uint64]) -> bytes:
+    """Serialise a shard's index with its records' ids, sorted, and where each of them stands."""
+    order = np.argsort(ids, kind="stable")
+    rows = {"ids": ids[order], "places": order.astype(np.uint32)}
+    return tensors.save({**vars(index), **rows})
+
+
+def first_double(ids: Sequence[NDArray[np.uint64]]) -> int:
+    """An id that occurs twice in some shards, or -1; takes 8 bytes of memory a record."""
+    found = np.concatenate(ids)
+    found.sort()
+    same = np.flatnonzero(found[1:] == found[:-1])
+    return int(found[same[0]]) if len(same) else -1
+
+
+def dump_index(parts: Sequence[BlockIndex]) -> bytes:
+    """Serialise the index of a data set: its shards' ones, in manifest order."""
+    fields = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS}
+    return tensors.save(fields)
+
+
+def read_shard_index(store: Store, prefix: str, shard: Shard) -> dict[str, NDArray[Any]]:
+    """A shard's index: start, bytes, records, crc32 of its blocks; ids and places of its records.
+
+    Raises: CorruptError, naming the file.
+    """
+    return _read(store, prefix + shard.index_name, shard.index_sha256)
+
+
+def read_index(store: Store, prefix: str, manifest: Manifest) -> list[BlockIndex]:
+    """The index of a data set, one for each variant.
+
+    Raises: CorruptError, naming the file.
+    """
+    arrays = _read(store, prefix + INDEX, manifest.index_sha256)
+    blocks = sum(shard.blocks for shard in manifest.shards)
+    if {name: len(arrays.get(name, ())) for name in _FIELDS} != dict.fromkeys(_FIELDS, blocks):
+        raise CorruptError(f"{store.url}/{prefix}{INDEX} does not hold the manifest's blocks")
+    each = blocks // manifest.variants
+    return [
+        BlockIndex(**{name: arrays[name][v * each : (v + 1) * each] for name in _FIELDS})
+        for v in range(manifest.variants)
+    ]
+
+
+def _read(store: Store, name: str, digest: str) -> dict[str, NDArray[Any]]:
+    data = store.get(name)
+    try:
+        if sha256(data) == digest:
+            return dict(tensors.load(data))
+    except SafetensorError:
+        pass
+    raise CorruptError(
+        f"{store.url}/{name} differs from its manifest: expected sha256 {digest}, got "
+        f"{sha256(data)}; mend it by the command that made it, with --again"
+    )
+
+
+class BlockReader:
+    """Reads the blocks of one split: a ranged GET and a digest each."""
+
+    def __init__(
+        self, store: Store, prefix: str, manifest: Manifest, cache: BlockCache | None = None
+    ) -> None:
+        self._store, self._prefix, self._cache = store, prefix, cache
+        self.manifest = manifest
+        self._variants = read_index(store, prefix, manifest)
+        each = len(manifest.shards) // manifest.variants
+        self._shards = [
+            manifest.shards[v * each : (v + 1) * each] for v in range(manifest.variants)
+        ]
+        self._ends = np.cumsum([shard.blocks for shard in self._shards[0]])
+        self.records = self._variants[0].records.astype(np.int64)
+
+    def read(self, block: int, variant: int = 0) -> bytes:
+        """Fetch one block, from the cache if it is there; fetched again if its digest is wrong.
+
+        Raises: CorruptError, naming the shard, the offset and both digests.
+        """
+        index = self._variants[variant]
+        name = self._prefix + self.shard_of(block, variant).name
+        start, size = int(index.start[block]), int(index.bytes[block])
+        wanted = int(index.crc32[block])
+        key = f"{self._store.url}/{name}:{start}:{size}:{wanted:08x}"
+        if self._cache:
+            kept = self._cache.get(key)
+            if kept is not None and crc32(kept) == wanted:
+                return kept
+        data = b""
+        for _ in range(_FETCHES):
+            try:
+                data = self._store.get(name, start, size)
+            except AbsentError as error:
+                raise CorruptError(
+                    f"{self._store.url}/{name}: the block at offset {start} (crc32 {wanted:08x}) "
+                    f"cannot be read: {error}; restore the shard"
+                ) from error
+            if crc32(data) == wanted:
+                if self._cache:
+                    self._cache.put(key, data)
+                return data
+        raise CorruptError(
+            f"{self._store.url}/{name}: the block at offset {start} has crc32 "
+            f"{crc32(data):08x} over {len(data)} bytes, its index says {wanted:08x} over "
+            f"{size}; restore the shard, or make it anew by the command that made it, with --again"
+        )
+
+    def shard_of(self, block: int, variant: int = 0) -> Shard:
+        """The shard that a block lies in."""
+        return self._shards[variant][int(np.searchsorted(self._ends, block, "right"))]
+
+    def block_of(self, shard: int, record: int) -> tuple[int, int]:
+        """From a record's place in a shard to its block and its place in that."""
+        first = int(self._ends[shard]) - self._shards[0][shard].blocks
+        ends = np.cumsum(self.records[first : int(self._ends[shard])])
+        block = int(np.searchsorted(ends, record, "right"))
+        return first + block, record - int(ends[block - 1] if block else 0)

@@ -1,0 +1,109 @@
+"""What a data set consists of: shards with counts and digests, under one fingerprint."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from core.config import to_json
+from core.errors import CorruptError, InputError
+from core.files.atomic import canonical_json, seal, sha256, unseal
+from core.storage.store import Store
+
+NAME, INDEX = "manifest.json", "index.safetensors"
+SPLITS = ("train", "validation")
+RAW = "tapir-raw-2"
+TOKENS = "tapir-tokens-2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One tar of a data set, with the index beside it."""
+
+    name: str
+    samples: int
+    blocks: int
+    """Runs of records that are read by one request each."""
+    bytes: int
+    sha256: str
+    etag: str
+    index_sha256: str
+
+    @property
+    def index_name(self) -> str:
+        return self.name.removesuffix(".tar") + ".index.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """An immutable data set."""
+
+    format: str
+    """RAW or TOKENS."""
+    shards: list[Shard]
+    """Of a data set of K variants: K times as many, variant by variant."""
+    samples: int
+    facts: dict[str, Any]
+    """What the data was made from: source, split, dVAE hash, tokenizer hash, grid, ..."""
+    rejects: dict[str, int]
+    """Left-out pairs by reason."""
+    index_sha256: str
+    """Digest of index.safetensors, which says where every block lies."""
+    variants: int = 1
+    """Token sets over other crops of the same pairs; epoch e reads variant e % variants."""
+    numerics: list[dict[str, Any]] = field(default_factory=list)
+    """How tokens were computed (parallel.precision.Numerics), each way with how many input shards
+    it made; not in the fingerprint, since fp32 codes of all devices are comparable."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of everything that a reader sees; equal data sets have equal ones."""
+        body = to_json(self)
+        del body["numerics"]
+        return sha256(canonical_json({**body, "shards": [s["sha256"] for s in body["shards"]]}))
+
+
+def read_json(store: Store, name: str) -> dict[str, Any]:
+    """Read an object of JSON.
+
+    Raises: CorruptError, naming it, if it is none.
+    """
+    try:
+        found = json.loads(store.get(name))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise CorruptError(
+            f"{store.url}/{name} is damaged; mend it by the command that made it, with --again"
+        )
+    return found
+
+
+def write_manifest(store: Store, prefix: str, manifest: Manifest) -> None:
+    """Write the manifest last, sealed with its own digest."""
+    body = {**to_json(manifest), "fingerprint": manifest.fingerprint}
+    if not manifest.numerics:
+        del body["numerics"]
+    store.put(prefix + NAME, seal(body))
+
+
+def read_manifest(store: Store, prefix: str, kind: str) -> Manifest:
+    """Read and check the manifest of a data set of this format.
+
+    Raises: InputError if there is none or it is of another kind; CorruptError if it is damaged.
+    """
+    where = f"{store.url}/{prefix}{NAME}"
+    verb = "pack" if kind == RAW else "tokenize"
+    if not store.exists(prefix + NAME):
+        raise InputError(f"there is no data set at {where}; make it with `tapir {verb}`")
+    body = unseal(store.get(prefix + NAME), where)
+    fingerprint = body.pop("fingerprint")
+    if body.get("format") != kind:
+        raise InputError(
+            f"{where} has the format {body.get('format')!r}; this needs {kind!r}: make it with "
+            f"`tapir {verb}` of this version, in an empty place"
+        )
+    shards = [Shard(**shard) for shard in body.pop("shards")]
+    manifest = Manifest(shards=shards, **body)
+    if manifest.fingerprint != fingerprint:
+        raise CorruptError(f"{where}: the fingerprint does not match the shards listed")
+    return manifest

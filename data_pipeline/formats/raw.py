@@ -1,0 +1,140 @@
+"""Raw shards as blocks of pairs, still encoded."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+from numpy.typing import NDArray
+
+from core.keys import KeyPart, key_int
+from core.storage.store import Store
+from data_pipeline.formats.index import BlockReader
+from data_pipeline.formats.manifest import RAW, read_manifest
+from data_pipeline.formats.shards import list_members
+from data_pipeline.images.crops import EXTENSIONS
+from data_pipeline.streaming.cache import BlockCache
+
+Rows = slice | NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawRecord:
+    """A stored pair, still encoded."""
+
+    key: str
+    image: bytes
+    extension: str
+    """png, jpg or webp."""
+    caption: str
+    """The first one."""
+    others: tuple[str, ...] = ()
+    """Further captions of the picture."""
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All of them."""
+        return (self.caption, *self.others)
+
+    def drawn_caption(self, *key: KeyPart) -> str:
+        """One of them; equal keys give the same one, whatever else is read."""
+        if not self.others:
+            return self.caption
+        return self.captions[key_int(*key, self.id, "caption") % len(self.captions)]
+
+    @property
+    def id(self) -> int:
+        """A hash of the key: the pair's name in the order and in token records."""
+        return key_int(self.key)
+
+
+class RawRecords(Sequence[RawRecord]):
+    """Some pairs, as the stream moves them about."""
+
+    def __init__(self, records: Sequence[RawRecord]) -> None:
+        self._records = list(records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @overload
+    def __getitem__(self, place: int) -> RawRecord: ...
+    @overload
+    def __getitem__(self, place: slice) -> "RawRecords": ...
+    def __getitem__(self, place: int | slice) -> "RawRecord | RawRecords":
+        found = self._records[place]
+        return found if isinstance(found, RawRecord) else RawRecords(found)
+
+    def __iter__(self) -> Iterator[RawRecord]:
+        return iter(self._records)
+
+    @staticmethod
+    def gather(pieces: "Sequence[tuple[RawRecords, NDArray[Any], Rows]]") -> "RawRecords":
+        """Put records together: of each piece those at some places, as some rows of the result."""
+        count = sum(len(places) for _, places, _ in pieces)
+        found: list[Any] = [None] * count
+        for records, places, rows in pieces:
+            numbers = range(count)[rows] if isinstance(rows, slice) else rows.tolist()
+            for row, place in zip(numbers, places.tolist(), strict=True):
+                found[row] = records[place]
+        return RawRecords(found)
+
+
+class RawRoom:
+    """Room for the records of some blocks, filled by several threads."""
+
+    def __init__(self, blocks: int) -> None:
+        self._parts: list[Any] = [()] * blocks
+
+    def put(self, block: int, records: RawRecords) -> None:
+        """Note the records of one of the blocks."""
+        self._parts[block] = records
+
+    def records(self) -> RawRecords:
+        """All of them, block by block."""
+        return RawRecords([record for part in self._parts for record in part])
+
+
+class RawSource:
+    """The pairs of one split."""
+
+    def __init__(self, store: Store, split: str, cache: BlockCache | None = None) -> None:
+        prefix = f"{split}/"
+        self.manifest = read_manifest(store, prefix, RAW)
+        self.blocks = BlockReader(store, prefix, self.manifest, cache)
+        self.fingerprint = self.manifest.fingerprint
+        self.sizes = self.blocks.records
+        self.variants = 1
+
+    def read(self, block: int, variant: int = 0) -> RawRecords:
+        """Fetch one block.
+
+        Raises: CorruptError, naming the shard, the offset and both digests.
+        """
+        return parse_pairs(self.blocks.read(block, variant))
+
+    def room(self, sizes: NDArray[Any], spare: RawRoom | None = None) -> RawRoom:
+        """Room for blocks of some sizes."""
+        return RawRoom(len(sizes))
+
+    def empty(self) -> RawRecords:
+        """No records."""
+        return RawRecords([])
+
+
+def parse_pairs(tar: bytes) -> RawRecords:
+    """The pairs of a shard that `tapir pack` wrote, or of a block of it."""
+    found: dict[str, dict[str, bytes]] = {}
+    for member in list_members(tar):
+        key, _, extension = member.name.partition(".")
+        found.setdefault(key, {})[extension] = tar[member.start : member.start + member.length]
+    return RawRecords([_record(key, parts) for key, parts in found.items()])
+
+
+def _record(key: str, parts: dict[str, bytes]) -> RawRecord:
+    extension = next(name for name in EXTENSIONS if name in parts)
+    caption, facts = parts["txt"].decode(), parts.get("json", b"")
+    others = tuple(json.loads(facts)["captions"][1:]) if b'"captions"' in facts else ()
+    return RawRecord(
+        key=key, image=parts[extension], extension=extension, caption=caption, others=others
+    )

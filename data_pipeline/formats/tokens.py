@@ -1,0 +1,200 @@
+"""Token records: image codes and text ids of pairs, stored as blocks inside of tar shards."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.errors import CorruptError
+from core.storage.store import Store
+from data_pipeline.formats.index import BlockReader
+from data_pipeline.formats.manifest import TOKENS, read_manifest
+from data_pipeline.streaming.cache import BlockCache
+
+Rows = slice | NDArray[Any]
+_MAGIC = b"TPRB\x01\x00\x00\x00"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRecord:
+    """The tokens of one pair."""
+
+    id: int
+    """The pair's id, a hash of its key."""
+    image: NDArray[np.uint16]
+    """Codes in raster order, (grid * grid,)."""
+    text: NDArray[np.uint16]
+    """All text ids, untruncated."""
+
+
+class TokenRecords(Sequence[TokenRecord]):
+    """Some records as arrays: a batch costs a few copies, whatever its size.
+
+    ids (n,), image (n, grid * grid), text: those of record i are text[ends[i] : ends[i + 1]].
+    """
+
+    def __init__(
+        self,
+        ids: NDArray[np.uint64],
+        image: NDArray[np.uint16],
+        text: NDArray[np.uint16],
+        ends: NDArray[np.int64],
+    ) -> None:
+        self.ids, self.image, self.text, self.ends = ids, image, text, ends
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, place: int) -> TokenRecord: ...
+    @overload
+    def __getitem__(self, place: slice) -> "TokenRecords": ...
+    def __getitem__(self, place: int | slice) -> "TokenRecord | TokenRecords":
+        if isinstance(place, slice):
+            first, last, step = place.indices(len(self))
+            if step != 1:
+                return self.take(np.arange(first, last, step))
+            last = max(first, last)
+            return TokenRecords(
+                self.ids[first:last],
+                self.image[first:last],
+                self.text,
+                self.ends[first : last + 1],
+            )
+        i = range(len(self))[place]
+        text = self.text[self.ends[i] : self.ends[i + 1]]
+        return TokenRecord(id=int(self.ids[i]), image=self.image[i], text=text)
+
+    def __iter__(self) -> Iterator[TokenRecord]:
+        return (self[i] for i in range(len(self)))
+
+    def take(self, places: NDArray[Any]) -> "TokenRecords":
+        """The records at some places, in that order."""
+        return TokenRecords.gather([(self, places, slice(0, len(places)))])
+
+    @staticmethod
+    def gather(pieces: "Sequence[tuple[TokenRecords, NDArray[Any], Rows]]") -> "TokenRecords":
+        """Put records together: of each piece those at some places, as some rows of the result."""
+        count = sum(len(places) for _, places, _ in pieces)
+        ids = np.empty(count, np.uint64)
+        image = np.empty((count, pieces[0][0].image.shape[1]), np.uint16)
+        texts: list[Any] = [b""] * count
+        lengths = np.empty(count, np.int64)
+        for records, places, rows in pieces:
+            ids[rows] = records.ids[places]
+            if isinstance(rows, slice):
+                np.take(records.image, places, axis=0, out=image[rows], mode="clip")
+            else:
+                image[rows] = records.image[places]
+            starts, stops = records.ends[places], records.ends[places + 1]
+            lengths[rows] = stops - starts
+            view = memoryview(np.ascontiguousarray(records.text))
+            found = [view[a:b] for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
+            numbers = range(count)[rows] if isinstance(rows, slice) else rows.tolist()
+            for row, text in zip(numbers, found, strict=True):
+                texts[row] = text
+        ends = np.zeros(count + 1, np.int64)
+        np.cumsum(lengths, out=ends[1:])
+        return TokenRecords(ids, image, np.frombuffer(b"".join(texts), np.uint16), ends)
+
+    @staticmethod
+    def of(records: Sequence[TokenRecord]) -> "TokenRecords":
+        """Arrays of single records.
+
+        Raises: ValueError if there are none.
+        """
+        return TokenRecords(
+            np.array([record.id for record in records], np.uint64),
+            np.stack([record.image for record in records]).astype(np.uint16),
+            np.concatenate([record.text for record in records]).astype(np.uint16),
+            np.cumsum([0, *(len(record.text) for record in records)]),
+        )
+
+
+class TokenRoom:
+    """Room for the records of some blocks, filled by several threads."""
+
+    def __init__(self, sizes: NDArray[Any], width: int, spare: "TokenRoom | None" = None) -> None:
+        """Use the memory of `spare`, which nobody needs any more: fresh pages are dear."""
+        self._starts = np.cumsum([0, *sizes])
+        count = int(self._starts[-1])
+        big_enough = spare is not None and len(spare.image) >= count
+        self.image = spare.image if spare and big_enough else np.empty((count, width), np.uint16)
+        self._ids = np.empty(count, np.uint64)
+        self._texts: list[Any] = [None] * len(sizes)
+        self._ends: list[Any] = [None] * len(sizes)
+
+    def put(self, block: int, records: TokenRecords) -> None:
+        """Copy the records of one of the blocks to their place."""
+        rows = slice(self._starts[block], self._starts[block + 1])
+        self._ids[rows], self.image[rows] = records.ids, records.image
+        self._texts[block], self._ends[block] = records.text.copy(), records.ends
+
+    def records(self) -> TokenRecords:
+        """All of them, block by block."""
+        at = np.cumsum([0, *map(len, self._texts)])
+        ends = [ends[1:] + start for ends, start in zip(self._ends, at, strict=False)]
+        text = np.concatenate(self._texts)
+        ends = np.concatenate([np.zeros(1, np.int64), *ends])
+        return TokenRecords(self._ids, self.image[: len(self._ids)], text, ends)
+
+
+def encode_block(records: TokenRecords) -> bytes:
+    """Lay out records: magic, n, image length, ids, offsets, image codes, text ids."""
+    parts = [
+        np.array(records.image.shape, "<u4"),
+        records.ids.astype("<u8"),
+        (records.ends - records.ends[0]).astype("<u4"),
+        records.image.astype("<u2"),
+        records.text[records.ends[0] : records.ends[-1]].astype("<u2"),
+    ]
+    return _MAGIC + b"".join(part.tobytes() for part in parts)
+
+
+def decode_block(data: bytes) -> TokenRecords:
+    """Read what `encode_block` wrote.
+
+    Raises: CorruptError if this is no such block.
+    """
+    if data[: len(_MAGIC)] != _MAGIC:
+        raise CorruptError("these bytes are no block of token records")
+    count, length = (int(x) for x in np.frombuffer(data, "<u4", 2, len(_MAGIC)))
+    at = len(_MAGIC) + 8
+    ids = np.frombuffer(data, "<u8", count, at)
+    ends = np.frombuffer(data, "<u4", count + 1, at + 8 * count).astype(np.int64)
+    at += 8 * count + 4 * (count + 1)
+    image = np.frombuffer(data, "<u2", count * length, at).reshape(count, length)
+    text = np.frombuffer(data, "<u2", int(ends[-1]), at + 2 * count * length)
+    return TokenRecords(ids, image, text, ends)
+
+
+class TokenSource:
+    """The token records of one split."""
+
+    def __init__(self, store: Store, split: str, cache: BlockCache | None = None) -> None:
+        prefix = f"{split}/"
+        self.manifest = read_manifest(store, prefix, TOKENS)
+        self.blocks = BlockReader(store, prefix, self.manifest, cache)
+        self.fingerprint = self.manifest.fingerprint
+        self.sizes = self.blocks.records
+        self.variants = self.manifest.variants
+        self._width = int(self.manifest.facts["grid"]) ** 2
+
+    def read(self, block: int, variant: int = 0) -> TokenRecords:
+        """Fetch one block.
+
+        Raises: CorruptError, naming the shard, the offset and both digests.
+        """
+        return decode_block(self.blocks.read(block, variant))
+
+    def room(self, sizes: NDArray[Any], spare: TokenRoom | None = None) -> TokenRoom:
+        """Room for blocks of some sizes, if possible in the memory of `spare`."""
+        return TokenRoom(sizes, self._width, spare)
+
+    def empty(self) -> TokenRecords:
+        """No records."""
+        image = np.zeros((0, self._width), np.uint16)
+        nothing = np.zeros(0, np.uint16)
+        return TokenRecords(np.zeros(0, np.uint64), image, nothing, np.zeros(1, np.int64))

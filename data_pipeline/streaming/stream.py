@@ -1,0 +1,309 @@
+"""Batches of raw pairs or token records, in the lane order, with exact positions.
+
+    store -> blocks (threads; a ranged GET and a digest each) -> windows, shuffled
+          -> chunks of some steps (one thread, ahead of the trainer) -> batch of this rank
+
+Every iterator yields `(batch, state)`; the state is the position BEHIND the batch, so that a run
+saved with it reads the next batch first. A rank keeps one or two windows of each of its lanes.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.errors import ConfigError
+from data_pipeline.config import LoaderConfig, OrderConfig
+from data_pipeline.streaming.order import VERSION, LaneOrder, Window
+
+_CHUNK = 32
+"""Records of a lane that are put together at once."""
+_SPARE = 4
+"""Rooms of read windows that are kept for the next ones."""
+
+
+class Records(Protocol):
+    """Some records; TokenRecords and RawRecords."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, place: Any) -> Any: ...
+
+    @staticmethod
+    def gather(pieces: Sequence[tuple[Any, NDArray[Any], slice | NDArray[Any]]]) -> Any:
+        """Put records together: of each piece those at some places, as some rows of the result."""
+
+
+class Room(Protocol):
+    """Where threads put the blocks of a window; TokenRoom and RawRoom."""
+
+    def put(self, block: int, records: Any) -> None:
+        """Take the records of one of the blocks."""
+
+    def records(self) -> Any:
+        """All of them, block by block."""
+
+
+R = TypeVar("R", bound=Records, covariant=True)
+
+
+class BlockSource(Protocol[R]):
+    """A data set as blocks of records."""
+
+    fingerprint: str
+    sizes: NDArray[Any]
+    """Records of each block."""
+    variants: int
+    """Epoch e reads variant e % variants."""
+
+    def read(self, block: int, variant: int = 0) -> R:
+        """Fetch and check one block."""
+
+    def room(self, sizes: NDArray[Any], spare: Any = None) -> Room:
+        """Room for blocks of some sizes, in the memory of a room that nobody needs any more."""
+
+    def empty(self) -> R:
+        """No records."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamState:
+    """Where a stream stands; any rank may write it, every world size may read it."""
+
+    fingerprint: str
+    seed: int
+    batch: int
+    lanes: int
+    window: int
+    version: int
+    epoch: int
+    step: int
+    """Steps of this epoch that are done."""
+    passed: tuple[tuple[int, int], ...] = ()
+    """(epoch, step) of batches that are passed over."""
+
+    def passing(self, batches: Iterable[tuple[int, int]]) -> "StreamState":
+        """The same position, with these batches passed over."""
+        return replace(self, passed=tuple(batches))
+
+    def problems(self, other: "StreamState") -> list[str]:
+        """What keeps a run with this state from going on with the other's data."""
+        fixed = ("fingerprint", "seed", "batch", "lanes", "window", "version")
+        return [
+            f"the data's {name} was {getattr(other, name)}, now it is {getattr(self, name)}; "
+            "give the same data and order settings, or start a new run folder"
+            for name in fixed
+            if getattr(self, name) != getattr(other, name)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Neighbouring steps of an epoch that are put together at once."""
+
+    epoch: int
+    first: int
+    """Its first step."""
+    count: int
+    ends_epoch: bool
+
+
+def chunks_of(order: LaneOrder, epoch: int, step: int, most: int) -> Iterator[Chunk]:
+    """All chunks from a position on, epoch after epoch, of `most` steps at most."""
+    while True:
+        left = order.steps(epoch) - step
+        if left < 1:
+            epoch, step = epoch + 1, 0
+            continue
+        count = min(most, left)
+        yield Chunk(epoch=epoch, first=step, count=count, ends_epoch=count == left)
+        step += count
+
+
+class Stream:
+    """The batches of one data-parallel rank."""
+
+    def __init__(
+        self,
+        source: BlockSource[Records],
+        *,
+        seed: int,
+        batch: int,
+        order: OrderConfig,
+        loader: LoaderConfig = LoaderConfig(),  # noqa: B008 - frozen
+        rank: int = 0,
+        ranks: int = 1,
+        reads: bool = True,
+    ) -> None:
+        """`batch` is the global batch size; this rank reads its lanes' share of it.
+
+        Without `reads` the stream keeps its place and gives empty batches: the stages in the
+        middle of a pipeline see no data.
+        """
+        problems = order.problems(batch, ranks)
+        if problems:
+            raise ConfigError.from_problems(problems)
+        self._source, self._reads, self._loader = source, reads, loader
+        self.order = LaneOrder(source.sizes, seed, batch, order)
+        share = order.lanes // ranks
+        self._lanes = range(rank * share, (rank + 1) * share)
+        self.state = StreamState(
+            fingerprint=source.fingerprint,
+            seed=seed,
+            batch=batch,
+            lanes=order.lanes,
+            window=order.window,
+            version=VERSION,
+            epoch=0,
+            step=0,
+        )
+
+    def resume(self, state: StreamState) -> None:
+        """Go on behind the batch that this state belongs to.
+
+        Raises: ConfigError if the data or the order differ.
+        """
+        problems = self.state.problems(state)
+        if problems:
+            raise ConfigError.from_problems(problems)
+        self.state = replace(state, passed=tuple((e, s) for e, s in state.passed))
+
+    def __iter__(self) -> Iterator[tuple[Any, StreamState]]:
+        lanes = self._lanes if self._reads else range(0)
+        fetchers = ThreadPoolExecutor(self._loader.readers, "fetch")
+        joiner = ThreadPoolExecutor(1, "join")
+        windows = Windows(self._source, self.order, lanes, fetchers)
+        try:
+            yield from self._batches(windows, joiner)
+        finally:
+            joiner.shutdown(wait=False, cancel_futures=True)
+            fetchers.shutdown(wait=True, cancel_futures=True)
+            joiner.shutdown()
+
+    def _batches(
+        self, windows: "Windows", joiner: ThreadPoolExecutor
+    ) -> Iterator[tuple[Any, StreamState]]:
+        waiting: deque[tuple[Chunk, Future[Any]]] = deque()
+        state, ahead = self.state, 0
+        most = max(1, min(_CHUNK // self.order.per_lane, self._loader.ahead))
+        chunks = chunks_of(self.order, state.epoch, state.step, most)
+        while True:
+            while ahead < self._loader.ahead or not waiting:
+                chunk = next(chunks)
+                wanted = windows.plan(chunk)
+                waiting.append((chunk, joiner.submit(windows.join, chunk, wanted)))
+                ahead += chunk.count
+            chunk, future = waiting.popleft()
+            ahead -= chunk.count
+            records = future.result()
+            size = len(records) // chunk.count
+            for i in range(chunk.count):
+                step = chunk.first + i
+                if (chunk.epoch, step) not in state.passed:
+                    self.state = replace(state, epoch=chunk.epoch, step=step + 1)
+                    yield records[i * size : (i + 1) * size], self.state
+
+
+class Windows:
+    """The windows that a rank's next steps need."""
+
+    def __init__(
+        self,
+        source: BlockSource[Records],
+        order: LaneOrder,
+        lanes: range,
+        fetchers: ThreadPoolExecutor,
+    ) -> None:
+        self._source, self._order, self._lanes, self._pool = source, order, lanes, fetchers
+        self._newest: dict[int, Window] = {}
+        """By lane; known to the planning thread alone."""
+        self._fetched: dict[tuple[int, int, int], list[Future[Any]]] = {}
+        self._ready: dict[tuple[int, int, int], tuple[Any, NDArray[Any]]] = {}
+        """Windows with their permutations; known to the joining thread alone."""
+        self._rooms: dict[tuple[int, int, int], Room] = {}
+        self._spare: list[Room] = []
+        """Of windows that were read to their ends."""
+
+    def plan(self, chunk: Chunk) -> list[Window]:
+        """Have all blocks of a chunk fetched; its windows, lane by lane."""
+        first = chunk.first * self._order.per_lane
+        last = first + chunk.count * self._order.per_lane
+        found = []
+        for lane in self._lanes:
+            newest = self._newest.get(lane)
+            if newest and newest.epoch == chunk.epoch and last <= newest.end:
+                found.append(newest)
+                continue
+            for window in self._order.windows(chunk.epoch, lane, first, last):
+                if newest is None or window.key > newest.key:
+                    self._fetched[window.key] = self._fetch(window)
+                    self._newest[lane] = window
+                found.append(window)
+        return found
+
+    def join(self, chunk: Chunk, windows: list[Window]) -> Any:
+        """The records of a chunk, step by step."""
+        if not windows:
+            return self._source.empty()
+        width = self._order.per_lane
+        first = chunk.first * width
+        last = first + chunk.count * width
+        lane_rows = np.arange(chunk.count)[:, None] * (width * len(self._lanes)) + np.arange(width)
+        pieces = []
+        for window in windows:
+            records, shuffled = self._loaded(window)
+            begin, end = max(first, window.start), min(last, window.end)
+            offset = (window.lane - self._lanes.start) * width
+            rows: Any = slice(offset + begin - first, offset + end - first)
+            if chunk.count > 1:
+                rows = lane_rows.reshape(-1)[begin - first : end - first] + offset
+            pieces.append((records, shuffled[begin - window.start : end - window.start], rows))
+        gathered = type(pieces[0][0]).gather(pieces)
+        for window in windows:
+            if window.end <= last or chunk.ends_epoch:
+                del self._ready[window.key]
+                self._spare.append(self._rooms.pop(window.key))
+        del self._spare[:-_SPARE]
+        return gathered
+
+    def forget(self) -> None:
+        """Let go of what was planned and never joined."""
+        self._fetched.clear()
+        self._rooms.clear()
+
+    def _fetch(self, window: Window) -> list[Future[Any]]:
+        variant = window.epoch % self._source.variants
+        spare = self._spare.pop() if self._spare else None
+        room = self._source.room(self._source.sizes[window.blocks], spare)
+        self._rooms[window.key] = room
+
+        def fill(place: int, block: int) -> None:
+            room.put(place, self._source.read(block, variant))
+
+        blocks = enumerate(window.blocks.tolist())
+        return [self._pool.submit(fill, place, block) for place, block in blocks]
+
+    def _loaded(self, window: Window) -> tuple[Any, NDArray[Any]]:
+        """A window's records block by block, and their shuffled order."""
+        if window.key not in self._ready:
+            for future in self._fetched.pop(window.key):
+                future.result()
+            records = self._rooms[window.key].records()
+            self._ready[window.key] = records, self._order.shuffle(window)
+        return self._ready[window.key]
+
+
+def first_records(source: BlockSource[Any], count: int) -> list[Any]:
+    """The first `count` records in stored order; for validation."""
+    return list(islice(stored_records(source), count))
+
+
+def stored_records(source: BlockSource[Any]) -> Iterator[Any]:
+    """All records in stored order, one block of them in memory."""
+    for block in range(len(source.sizes)):
+        yield from source.read(block)

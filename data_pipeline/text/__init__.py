@@ -1,0 +1,5 @@
+"""Captions as text and as tokens: clean-up, BPE, BPE dropout.
+
+Start: captions.py, then bpe.py.
+Imports: core.
+"""

@@ -1,0 +1,74 @@
+"""Draw candidates for held-out captions, measure them and keep what the report shows."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from core.files.atomic import canonical_json, write_atomic
+from core.log import LOG
+from core.storage.store import open_store
+from data_pipeline.formats.raw import RawRecord, RawSource
+from data_pipeline.images.crops import encode_png
+from data_pipeline.streaming.readable import readable
+from data_pipeline.streaming.stream import first_records
+from data_pipeline.tokenize.encode import pictures_of
+from generation.config import EvaluateConfig, PromptConfig, SampleConfig
+from generation.evaluation.accuracy import Figures, caption_accuracy, draw_for, guidance_accuracy
+from generation.sampling.prompts import prompt_of
+from generation.text_to_image import Studio, picture_grid, to_bytes
+
+SHOWN_PROMPTS = 48
+SHOWN_CANDIDATES = 16
+SHOWN_PROMPTED = 6
+SCALE = 2
+
+
+def evaluate(studio: Studio, data: str, out: Path, settings: EvaluateConfig) -> Figures:
+    """Write candidates, reconstructions, image prompts and (for shapes) the caption accuracy."""
+    source = RawSource(open_store(data), "validation")
+    records = readable(first_records(source, settings.prompts))
+    captions = [record.caption for record in records]
+    studio.tell_cut(captions)
+    drawn = draw_for(studio, captions, settings)
+    rows = []
+    for i, row in enumerate(drawn[:SHOWN_PROMPTS]):
+        name = f"candidates-{i:02d}.png"
+        best = row.pictures[:SHOWN_CANDIDATES]
+        write_atomic(out / name, encode_png(picture_grid([best])))
+        scores = row.scores[:SHOWN_CANDIDATES].tolist()
+        rows.append({"caption": row.caption, "file": name, "scores": scores})
+    _reconstructions(studio, records[:16], out)
+    _image_prompts(studio, records[:SHOWN_PROMPTED], out, settings)
+    figures: Figures = {}
+    if source.manifest.facts["request"]["source"] == "shapes":
+        figures = caption_accuracy(studio, records, drawn, settings.seed)
+        figures["temperature"] = settings.temperature
+        if studio.caption_drop:
+            figures["guidance"] = guidance_accuracy(studio, records, settings)
+        write_atomic(out / "accuracy.json", canonical_json(figures))
+        LOG.info("caption accuracy: %s", figures)
+    write_atomic(out / "candidates.json", canonical_json({"rows": rows}))
+    return figures
+
+
+def _reconstructions(studio: Studio, records: list[RawRecord], out: Path) -> None:
+    pixels = pictures_of(records, studio.dvae.config.pixels)
+    again = studio.decode(studio.encode(pixels))
+    grid = picture_grid([to_bytes(pixels), to_bytes(again)], SCALE)
+    write_atomic(out / "reconstructions.png", encode_png(grid))
+
+
+def _image_prompts(
+    studio: Studio, records: list[RawRecord], out: Path, settings: SampleConfig
+) -> None:
+    """A row a record: the picture, then candidates that keep the upper half of its tokens."""
+    few, grid = replace(settings, candidates=4), studio.sampler.config.grid
+    upper = PromptConfig(keep_rows=grid // 2)
+    rows = []
+    for record in records:
+        pixels = pictures_of([record], studio.dvae.config.pixels)
+        prompt = prompt_of(studio.encode(pixels)[0], upper, grid)
+        drawn = studio.draw([record.caption], few, prompt)[0]
+        rows.append(np.concatenate([to_bytes(pixels), drawn.pictures]))
+    write_atomic(out / "image-prompts.png", encode_png(picture_grid(rows, SCALE)))

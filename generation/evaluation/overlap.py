@@ -1,0 +1,321 @@
+"""`tapir overlap RAW EVAL`: pairs whose picture an evaluation set has, too, found and left out.
+
+A picture's likeness to the evaluation set is the cosine of its CLIP embedding with the nearest one
+there. Examples at rising likeness show where the threshold belongs; with one, the other pairs are
+written as a data set of their own. overlap.json names the evaluation pictures that a training pair
+is as like as that, too: `tapir score --overlap` leaves them out of a second score.
+Source: arXiv 2102.12092, section 3.2: 21% of MS-COCO's validation images were found in YFCC100M.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from core.config import to_json
+from core.errors import InputError
+from core.files.atomic import canonical_json, write_atomic
+from core.log import LOG, progress
+from core.storage.store import Store
+from data_pipeline.evaluation_sets import EvaluationSet
+from data_pipeline.formats.manifest import SPLITS
+from data_pipeline.formats.raw import RawRecord, RawSource
+from data_pipeline.images.crops import decode_rgb, encode_png, square
+from data_pipeline.packing.pack import (
+    RawWriter,
+    claim,
+    close_set,
+    finished,
+    given_back,
+    refuse_empty,
+)
+from data_pipeline.packing.rejects import REJECTS, Rejects
+from data_pipeline.sources.pair import Unusable, make_pair
+from data_pipeline.streaming.readable import split_readable
+from data_pipeline.tokenize.encode import squares_of, to_tensor
+from generation.config import OverlapConfig
+from generation.text_to_image import picture_grid, to_bytes
+from models.clip import Clip
+from parallel.precision import set_numerics
+
+BINS = np.linspace(0.9, 1.0, 11)
+EXAMPLES = 6
+REPORT = "overlap.json"
+
+
+@dataclass(kw_only=True)
+class Likeness:
+    """How like the evaluation set the pairs are."""
+
+    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(BINS), np.int64))
+    """Pairs from each of BINS up to the next; the last is 1 itself."""
+    examples: list[list[NDArray[np.uint8]]] = field(default_factory=lambda: [[] for _ in BINS])
+    """(2, S, S, 3): a picture beside the nearest of the evaluation set, some for each bin."""
+    pairs: int = 0
+    unreadable: int = 0
+    """Pairs whose picture does not decode: compared with nothing, and not written."""
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    """Which evaluation pictures the training split has, too, as `read_overlap` reads it."""
+
+    def note(
+        self, likeness: float, picture: NDArray[np.uint8], other: Callable[[], NDArray[np.uint8]]
+    ) -> None:
+        """Count a pair, and keep it with the other picture as an example if its bin has few."""
+        self.pairs += 1
+        bin_ = int(np.searchsorted(BINS, likeness + 1e-6, "right")) - 1
+        if bin_ < 0:
+            return
+        self.counts[bin_] += 1
+        if len(self.examples[bin_]) < EXAMPLES:
+            self.examples[bin_].append(np.stack([picture, other()]))
+
+
+class _Evaluation:
+    """The evaluation set's pictures, embedded."""
+
+    def __init__(self, given: EvaluationSet, clip: Clip, batch: int) -> None:
+        self._given, self._clip, self._batch = given, clip, batch
+        self.keys = given.pictures
+        self.unreadable: list[str] = []
+        """Pictures that do not decode: nothing is like them."""
+        parts = [self.keys[i : i + batch] for i in range(0, len(self.keys), batch)]
+        with progress("embed", len(self.keys)) as meter:
+            embedded = []
+            for part in parts:
+                embedded.append(self._embedded_part(part))
+                meter.update(len(embedded) * batch)
+        if self.unreadable:
+            LOG.warning(
+                "%d of the evaluation set's %d pictures cannot be decoded, and are compared with "
+                "nothing: %s ...",
+                *(len(self.unreadable), len(self.keys), self.unreadable[0]),
+            )
+        self._vectors = np.concatenate(embedded)
+        self._best = np.full(len(self.keys), -1.0, np.float32)
+
+    def picture(self, key: str) -> NDArray[np.uint8]:
+        """One of its pictures, as CLIP sees it."""
+        return square(decode_rgb(self._given.read(key), key), self._clip.config.pixels)
+
+    def _embedded_part(self, keys: list[str]) -> NDArray[np.float32]:
+        """Unit vectors of some of its pictures; zeros for those that do not decode."""
+        side = self._clip.config.pixels
+        pictures = np.zeros((len(keys), side, side, 3), np.uint8)
+        readable = np.ones((len(keys), 1), np.float32)
+        for place, key in enumerate(keys):
+            try:
+                pictures[place] = self.picture(key)
+            except InputError:
+                self.unreadable.append(key)
+                readable[place] = 0
+        return self._embed(to_tensor(pictures)) * readable
+
+    def embedded(
+        self, source: RawSource, left_out: Callable[[RawRecord, InputError], None]
+    ) -> Iterator[tuple[list[RawRecord], NDArray[np.uint8], NDArray[np.float32]]]:
+        """Batches of pairs with their pictures and unit vectors; `left_out` is told of the rest."""
+        for block in range(len(source.sizes)):
+            records = list(source.read(block))
+            for i in range(0, len(records), self._batch):
+                good, bad = split_readable(records[i : i + self._batch])
+                for record, error in bad:
+                    left_out(record, error)
+                if good:
+                    pixels = squares_of([picture for _, picture in good], self._clip.config.pixels)
+                    yield [record for record, _ in good], to_bytes(pixels), self._embed(pixels)
+
+    def nearest(
+        self, vectors: NDArray[np.float32], training: bool
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """For each vector the largest cosine and where it is; notes it if they are trained on."""
+        cosines = vectors @ self._vectors.T
+        if training:
+            np.maximum(self._best, cosines.max(0), out=self._best)
+        places = cosines.argmax(1)
+        return cosines[np.arange(len(vectors)), places], places
+
+    def seen(self, threshold: float) -> dict[str, Any]:
+        """Its pictures that a training pair is as like as the threshold."""
+        places = np.flatnonzero(self._best >= threshold).tolist()
+        return {
+            "fingerprint": self._given.fingerprint,
+            "threshold": threshold,
+            "data": self._given.name,
+            "pictures": len(self.keys),
+            "unreadable": len(self.unreadable),
+            "overlapping": len(places),
+            "share": len(places) / len(self.keys),
+            "ids": [self.keys[place] for place in places],
+        }
+
+    @torch.no_grad()
+    def _embed(self, pixels: Tensor) -> NDArray[np.float32]:
+        device = self._clip.log_scale.device
+        return np.asarray(self._clip.embed_image(pixels.to(device)).cpu().numpy())
+
+
+def remove_overlap(
+    raw: Store,
+    evaluation: EvaluationSet,
+    dest: Store | None,
+    clip: Clip,
+    clip_hash: str,
+    config: OverlapConfig,
+) -> Likeness:
+    """Compare RAW with an evaluation set; with a DEST, write the pairs below the threshold there.
+
+    Pictures are embedded on the device of `clip`.
+    Raises: InputError if DEST holds other data, or no pair is left of a split.
+    """
+    set_numerics(clip.log_scale.device, deterministic=False)
+    sources = {split: RawSource(raw, split) for split in SPLITS}
+    request = {
+        "source": "overlap",
+        "raw": [source.fingerprint for source in sources.values()],
+        "evaluation": evaluation.fingerprint,
+        "clip": clip_hash,
+        "config": to_json(config),
+    }
+    if dest is not None:
+        claim(dest, request)
+        if finished(dest):
+            LOG.info("%s already holds this data set; the report is made again", dest.url)
+            dest = None
+    theirs, found = _Evaluation(evaluation, clip, config.batch), Likeness()
+    if dest is None:
+        for split, source in sources.items():
+            _compare(split, source, theirs, config, found)
+    else:
+        with given_back(dest):
+            _write(dest, sources, theirs, config, found, request)
+    found.evaluation = theirs.seen(config.threshold)
+    return found
+
+
+def _write(
+    dest: Store,
+    sources: dict[str, RawSource],
+    theirs: "_Evaluation",
+    config: OverlapConfig,
+    found: Likeness,
+    request: dict[str, Any],
+) -> None:
+    rejects, shards = Rejects(dest, 1.0), {}
+    for split, source in sources.items():
+        writer = RawWriter(dest, split, config.shards)
+        _compare(split, source, theirs, config, found, writer, rejects)
+        writer.flush()
+        shards[split] = writer.shards
+    refuse_empty(shards, "raise the threshold")
+    rejects.flush()
+    facts = {
+        split: {**source.manifest.facts, "overlap": request} for split, source in sources.items()
+    }
+    close_set(dest, shards, facts, rejects)
+    LOG.info("%s; each with its reason in %s/%s", dict(rejects.kinds), dest.url, REJECTS)
+
+
+def _compare(
+    split: str,
+    source: RawSource,
+    theirs: _Evaluation,
+    config: OverlapConfig,
+    found: Likeness,
+    writer: RawWriter | None = None,
+    rejects: Rejects | None = None,
+) -> None:
+    def left_out(record: RawRecord, error: InputError) -> None:
+        found.unreadable += 1
+        if rejects is not None:
+            rejects.add(Unusable(key=record.key, kind="image", reason=str(error)))
+
+    with progress("overlap", source.manifest.samples) as meter:
+        for records, pictures, vectors in theirs.embedded(source, left_out):
+            likeness, places = theirs.nearest(vectors, split == "train")
+            for record, picture, value, place in zip(
+                records, pictures, likeness.tolist(), places.tolist(), strict=True
+            ):
+                found.note(value, picture, partial(theirs.picture, theirs.keys[place]))
+                if writer is None or rejects is None:
+                    continue
+                if value >= config.threshold:
+                    reason = f"likeness {value:.4f} to {theirs.keys[place]} of the evaluation set"
+                    rejects.add(Unusable(key=record.key, kind="overlap", reason=reason), True)
+                else:
+                    writer.add(_pair(record), *record.captions)
+            meter.update(found.pairs)
+
+
+def _pair(record: RawRecord) -> Any:
+    suffix = f".{record.extension}"
+    return make_pair(record.key, record.image, suffix, record.caption.encode(), record.key)
+
+
+def write_likeness(found: Likeness, out: Path) -> dict[str, Any]:
+    """Write overlap.json and, for each bin that has any, overlap-0.95.png of example pairs.
+
+    Returns what overlap.json says but for the ids.
+    """
+    rows = []
+    for low, count, examples in zip(BINS.tolist(), found.counts, found.examples, strict=True):
+        name = ""
+        if examples:
+            name = f"overlap-{low:.2f}.png"
+            upper, lower = (np.stack([pair[i] for pair in examples]) for i in (0, 1))
+            write_atomic(out / name, encode_png(picture_grid([upper, lower], 2)))
+        rows.append({"likeness_from": round(low, 2), "pairs": int(count), "examples": name})
+    if found.unreadable:
+        LOG.warning("%d pairs cannot be decoded and are left out; pack again", found.unreadable)
+    body = {
+        "pairs": found.pairs,
+        "unreadable": found.unreadable,
+        "rows": rows,
+        "evaluation": found.evaluation,
+    }
+    write_atomic(out / REPORT, canonical_json(body))
+    short = {name: value for name, value in found.evaluation.items() if name != "ids"}
+    return {**body, "evaluation": short}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """Pictures of an evaluation set that a model was trained on."""
+
+    threshold: float
+    """Likeness from which on a picture counts."""
+    share: float
+    """Of all pictures of the set; of a packed one those of both splits."""
+    pictures: frozenset[str]
+    """Their ids."""
+
+
+def read_overlap(path: Path, evaluation: EvaluationSet) -> Overlap:
+    """Read overlap.json.
+
+    Raises: InputError if there is none, or it is about another evaluation set.
+    """
+    try:
+        found = json.loads(path.read_bytes())["evaluation"]
+        overlap = Overlap(
+            threshold=float(found["threshold"]),
+            share=float(found["share"]),
+            pictures=frozenset(found["ids"]),
+        )
+        other = found["fingerprint"] != evaluation.fingerprint
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} is no overlap.json ({error!r}); `tapir overlap RAW DATA` writes one"
+        ) from error
+    if other:
+        raise InputError(
+            f"{path} is about another evaluation set than {evaluation.name}; "
+            "run `tapir overlap RAW DATA` with this one"
+        )
+    return overlap

@@ -1,0 +1,316 @@
+"""`tapir score DATA`: FID and IS of drawn pictures, by blocks, on any number of workers.
+
+    OUT/request.json                           captions, models, settings; other ones are refused
+    OUT/pictures/000012.tar                    a block's best pictures as PNG, with their captions
+    OUT/features-HASH/drawn-000012.safetensors their features and logits at every radius
+    OUT/features-HASH/real-000003.safetensors  features of a block of real pictures
+    OUT/scores.json
+
+HASH is of the network and the radii: with other ones, the pictures that were drawn are scored anew.
+A file is whole or not there, and depends on its block alone; sums go through the blocks in order.
+So workers may be killed and started again, with another count, too: on CPUs of one kind the scores
+keep every bit.
+"""
+
+import functools
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from core.config import to_json
+from core.errors import CorruptError, InputError
+from core.files.atomic import canonical_json, sha256, write_atomic
+from core.log import LOG, progress
+from core.storage.store import FolderStore
+from core.workers import Member
+from data_pipeline.evaluation_sets import EvaluationSet, open_evaluation
+from data_pipeline.formats.manifest import read_json
+from data_pipeline.formats.raw import parse_pairs
+from data_pipeline.formats.shards import build_tar
+from data_pipeline.images.crops import decode_rgb, encode_png, square
+from data_pipeline.text.bpe import load_tokenizer
+from generation.config import ModelPaths, ScoreConfig
+from generation.evaluation.blocks import Blocks, Task
+from generation.evaluation.feature_extractors import ClipProxy, Inception, Network, blurred
+from generation.evaluation.fid import SPLITS
+from generation.evaluation.overlap import Overlap, read_overlap
+from generation.evaluation.score_rows import (
+    DRAWN,
+    READABLE,
+    REAL,
+    Masks,
+    features,
+    logits,
+    score_row,
+)
+from generation.ranking import TapirRanker, open_ranker
+from generation.text_to_image import Candidates, Studio
+from parallel.device import CPU
+from parallel.precision import Numerics, set_numerics
+from training.export.weights import open_model
+
+REQUEST, SCORES, PICTURES = "request.json", "scores.json", "pictures"
+ALL, WITHOUT = "all", "without overlap"
+FEW = 100 * SPLITS
+"""Captions below which an IS says little."""
+
+
+def digests(models: ModelPaths) -> dict[str, str]:
+    """What the models are."""
+    dvae = open_model(models.dvae, "dvae")
+    pixels = int(dvae.config["pixels"])
+    return {
+        "prior": open_model(models.prior, "prior", models.step).digest,
+        "dvae": dvae.digest,
+        "clip": open_ranker(models.clip, models.bpe, pixels=pixels).digest,
+        "tokenizer": load_tokenizer(models.bpe)[1],
+    }
+
+
+def open_job(
+    data: str,
+    models: ModelPaths,
+    inception: Path | None,
+    overlap: Path | None,
+    config: ScoreConfig,
+    out: Path,
+    device: torch.device = CPU,
+) -> "ScoreJob":
+    """Read everything that can be wrong, before anything is drawn; `device` is the network's.
+
+    Raises: InputError for what is missing or does not belong together.
+    """
+    numerics = set_numerics(device, deterministic=False)  # as `open_studio` does
+    found = digests(models)
+    pixels = int(open_model(models.dvae, "dvae").config["pixels"])
+    evaluation = open_evaluation(data)
+    network: Network
+    if inception is not None:
+        network = Inception(inception, device)
+    else:
+        captions = [caption.text for caption in evaluation.choose(config.captions, config.seed)]
+        ranker = open_ranker(models.clip, models.bpe, device)
+        if not isinstance(ranker, TapirRanker):
+            raise InputError(
+                f"the proxy for Inception is a CLIP that Tapir trained, {models.clip} is none; "
+                "give --inception, or such a CLIP"
+            )
+        network = ClipProxy(ranker.clip, ranker.digest, ranker.tokenizer, captions)
+    left_out = read_overlap(overlap, evaluation) if overlap is not None else None
+    return ScoreJob(evaluation, found, pixels, network, config, out, numerics, left_out)
+
+
+class ScoreJob:
+    """All that has to be done, and what of it there is."""
+
+    def __init__(
+        self,
+        evaluation: EvaluationSet,
+        models: dict[str, str],
+        pixels: int,
+        network: Network,
+        config: ScoreConfig,
+        out: Path,
+        numerics: Numerics,
+        overlap: Overlap | None = None,
+    ) -> None:
+        self._evaluation, self._models, self._pixels = evaluation, models, pixels
+        self._network, self._config, self._out = network, config, out
+        self._numerics, self._overlap = numerics, overlap
+        self._captions = evaluation.choose(config.captions, config.seed)
+        self._pictures = evaluation.pictures_of(self._captions)
+        facts = {"network": network.name, "radii": to_json(config.radii)}
+        self._blocks = Blocks(
+            folder=out / f"features-{sha256(canonical_json(facts))[:12]}",
+            size=config.block,
+            rows={DRAWN: len(self._captions), REAL: len(self._pictures)},
+        )
+        self._masks = self._sets(np.ones(len(self._pictures), bool))
+
+    def run(self, studio: Callable[[], Studio], member: Member) -> dict[str, Any] | None:
+        """Do this member's blocks; the scores, if nothing is left to others.
+
+        Raises: InputError if OUT holds blocks of another request.
+        """
+        self._claim()
+        open_once = functools.cache(functools.partial(self._opened, studio))
+        tasks = self._blocks.tasks
+        mine = tasks[member.number :: member.count]
+        with progress("score", len(mine)) as meter:
+            for done, task in enumerate(mine, 1):
+                if not self._blocks.exists(task):
+                    self._do(task, open_once)
+                meter.update(done)
+        left = sum(not self._blocks.exists(task) for task in tasks)
+        if left:
+            LOG.info("%d of %d blocks are left to the other workers", left, len(tasks))
+            return None
+        scores = self._scores()
+        write_atomic(self._out / SCORES, canonical_json(scores))
+        return scores
+
+    def _opened(self, studio: Callable[[], Studio]) -> Studio:
+        found = studio()
+        found.tell_cut([caption.text for caption in self._captions])
+        return found
+
+    def _claim(self) -> None:
+        """Take OUT for this request; the first one wins."""
+        free = {"radii"} if self._config.precision == "bf16" else {"radii", "batch"}
+        sampling = {name: v for name, v in to_json(self._config).items() if name not in free}
+        wanted = {
+            **self._models,
+            **sampling,
+            "data": self._evaluation.fingerprint,
+            "pixels": self._pixels,
+            "captions": len(self._captions),
+        }
+        store = FolderStore(self._out)
+        if store.put(REQUEST, canonical_json(wanted), if_absent=True):
+            return
+        try:
+            found = read_json(store, REQUEST)
+        except CorruptError as error:
+            raise InputError(
+                f"{self._out / REQUEST} is damaged; if you know that the settings are those of "
+                "then, delete it, and the same command goes on; else give another --out"
+            ) from error
+        names = sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
+        if names:
+            raise InputError(
+                f"{self._out} holds scores with other {', '.join(names)} "
+                f"(of {names[0]}: {found.get(names[0])}, now {wanted.get(names[0])}); "
+                "give another --out, or the settings of then"
+            )
+
+    def _sets(self, readable: NDArray[np.bool_]) -> dict[str, Masks]:
+        """Which captions and pictures each set of rows has; of the pictures the readable ones."""
+        captions, pictures = self._captions, self._pictures
+        found = {ALL: {DRAWN: np.ones(len(captions), bool), REAL: readable}}
+        if self._overlap is not None:
+            seen = self._overlap.pictures
+            kept = [not seen.intersection(caption.pictures) for caption in captions]
+            left = set(
+                self._evaluation.pictures_of(c for c, k in zip(captions, kept, strict=True) if k)
+            )
+            found[WITHOUT] = {
+                DRAWN: np.array(kept, bool),
+                REAL: readable & np.array([name in left for name in pictures], bool),
+            }
+        for name, masks in found.items():
+            if min(mask.sum() for mask in masks.values()) < 2:
+                raise InputError(
+                    f"there are fewer than two captions or pictures ({name}) in "
+                    f"{self._evaluation.name}; a FID needs more"
+                )
+        return found
+
+    def _do(self, task: Task, studio: Callable[[], Studio]) -> None:
+        kind, block = task
+        arrays: dict[str, NDArray[np.float32]] = {}
+        if kind == DRAWN:
+            pictures = self._drawn(block, studio)
+        else:
+            pictures, arrays[READABLE] = self._real(block)
+        for radius in self._config.radii:
+            seen, classes = self._network(blurred(pictures, radius))
+            arrays[features(radius)] = seen
+            if kind == DRAWN:
+                arrays[logits(radius)] = classes
+        self._blocks.write(task, arrays)
+
+    def _real(self, block: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        """A block's real pictures, and which of them decode: the others are black."""
+        names, read = self._pictures[self._blocks.part(block)], self._evaluation.read
+        pictures = np.zeros((len(names), self._pixels, self._pixels, 3), np.uint8)
+        readable = np.ones(len(names), np.float32)
+        for place, name in enumerate(names):
+            try:
+                image = decode_rgb(read(name), f"{name} of {self._evaluation.name}")
+                pictures[place] = square(image, self._pixels)
+            except InputError as error:
+                LOG.warning("%s; the scores are made without it", error)
+                readable[place] = 0
+        return pictures, readable
+
+    def _drawn(self, block: int, studio: Callable[[], Studio]) -> NDArray[np.uint8]:
+        """A block's pictures as its tar has them, which is made if it is not there."""
+        path = self._out / PICTURES / f"{block:06d}.tar"
+        part = self._blocks.part(block)
+        captions = self._captions[part]
+        if not path.exists():
+            best = studio().draw([caption.text for caption in captions], self._config)
+            write_atomic(path, _tar(best, part.start))
+        try:
+            records = parse_pairs(path.read_bytes())
+            if len(records) != len(captions):
+                raise InputError(f"it has {len(records)} pictures, not {len(captions)}")
+            return np.stack([decode_rgb(r.image, r.key) for r in records])
+        except (InputError, tarfile.TarError, ValueError, KeyError) as error:
+            raise CorruptError(
+                f"{path} is damaged ({error}); delete it, and the same command makes it again"
+            ) from error
+
+    def _scores(self) -> dict[str, Any]:
+        pictures = len(self._pictures)
+        readable = self._blocks.read_if_there(REAL, READABLE, pictures) > 0
+        self._masks = self._sets(readable)
+        rows = [
+            {"set": name, **score_row(self._blocks, masks, radius)}
+            for name, masks in self._masks.items()
+            for radius in self._config.radii
+        ]
+        _, first = next(self._blocks.read(REAL, features(self._config.radii[0])))
+        least = min(min(row["captions"], row["pictures"]) for row in rows)
+        if least <= first.shape[1]:
+            LOG.warning(
+                "%d pictures are few for %d features, and such a FID is too high: compare it only "
+                "with those of as many pictures",
+                *(least, first.shape[1]),
+            )
+        if least < FEW:
+            LOG.warning(
+                "%d captions are few for an IS, which is the mean over %d parts of them: it is too "
+                "low",
+                *(least, SPLITS),
+            )
+        scores = {
+            "label": self._network.label,
+            "network": self._network.name,
+            "data": self._evaluation.name,
+            "captions": len(self._captions),
+            "pictures": pictures,
+            "pictures_unreadable": int((~readable).sum()),
+            "candidates": self._config.candidates,
+            "numerics": to_json(self._numerics),
+            "rows": rows,
+        }
+        if self._overlap is not None:
+            kept = self._masks[WITHOUT]
+            scores["overlap"] = {
+                "threshold": self._overlap.threshold,
+                "share": self._overlap.share,
+                "captions_left_out": int((~kept[DRAWN]).sum()),
+                "pictures_left_out": int((readable & ~kept[REAL]).sum()),
+            }
+        return scores
+
+
+def _tar(rows: list[Candidates], first: int) -> bytes:
+    """The best picture of each caption, as WebDataset members."""
+    return build_tar(
+        [
+            {
+                "__key__": f"{first + i:06d}",
+                "png": encode_png(row.pictures[0]),
+                "txt": row.caption.encode(),
+                "json": canonical_json({"score": float(row.scores[0])}),
+            }
+            for i, row in enumerate(rows)
+        ]
+    )

@@ -1,0 +1,279 @@
+"""A prior, or a stage of one, that decodes image tokens with key/value caches.
+
+The layers are those that were trained (models/prior.py); here their weights are packed for few
+rows, and attention reads only what the masks allow. Text and given image tokens go through in one
+piece (`start`), then one token at a time (`next`). With tensor parallelism every rank has its heads
+and channels; with a pipeline every rank has its layers, and states travel between neighbours.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from generation.sampling.kv_cache import BlockCache, CacheShape, Lane, Place, Reads, reads_of
+from generation.sampling.packed_linear import PackedLinear
+from generation.sampling.pipeline import Neighbours
+from models.config import PriorConfig
+from models.masks import Kind, full_mask, layer_kind
+from models.prior import PriorBlock, PriorEmbedding, PriorHead
+from parallel.tensor.ops import TensorParallel
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What decodes on this rank."""
+
+    layers: Mapping[str, nn.Module]
+    """Some consecutive layers of a prior, by name."""
+    config: PriorConfig
+    tensor: TensorParallel = field(default_factory=TensorParallel)
+    neighbours: Neighbours = field(default_factory=Neighbours)
+    least: Callable[[int], int] = int
+    """The least of the numbers of all ranks that decode together."""
+
+
+class _Block:
+    """One attention resblock and one MLP resblock."""
+
+    def __init__(
+        self, block: PriorBlock, number: int, part: Part, dtype: torch.dtype, one_row: bool
+    ) -> None:
+        config = part.config
+        self.kind = layer_kind(number, config.layers)
+        self._tensor = part.tensor
+        self._dtype = torch.float32 if one_row else dtype
+        self._width = config.dim // config.heads
+        self._norms = block.attention_norm, block.mlp_norm
+        q, k, v = block.q, block.k, block.v
+        assert q.bias is not None and v.bias is not None
+        weight = torch.cat([q.weight, k.weight, v.weight])
+        bias = torch.cat([q.bias, torch.zeros_like(q.bias), v.bias])
+        packed = partial(PackedLinear, dtype=dtype, one_row=one_row)
+        self._qkv = packed(weight, bias)
+        self._up = packed(block.up.weight, block.up.bias, gelu=True)
+        alone = part.tensor.size == 1
+        ends = block.out, block.down
+        self._out, self._down = (packed(end.weight.T, end.bias if alone else None) for end in ends)
+        self._late = [None if alone else end.bias.detach() for end in ends]
+        shape = (self.kind, config.text_length, config.grid, config.conv_kernel)
+        self._mask = full_mask(*shape).to(weight.device)
+        self.heads = len(q.weight) // self._width
+
+    @property
+    def bytes(self) -> int:
+        return sum(each.bytes for each in (self._qkv, self._out, self._up, self._down))
+
+    def start(self, x: Tensor, cache: BlockCache, reads: Reads) -> Tensor:
+        """Run the text and the given image tokens, and fill the cache.
+
+        Shapes: x is (captions, text_length + given, dim).
+        """
+        found, k, v = self._whole(x)
+        cache.fill(k, v, reads)
+        return found
+
+    def settled(self, x: Tensor) -> Tensor:
+        """Run text and image tokens with one layout of the weights, however they lie here."""
+        one = copy(self)
+        one._qkv, one._out = self._qkv.in_order(), self._out.in_order()
+        one._up, one._down = self._up.in_order(), self._down.in_order()
+        return one._whole(x)[0]
+
+    def next(self, x: Tensor, cache: BlockCache, place: Place) -> Tensor:
+        """Run one image position of every candidate; x is (rows, dim)."""
+        rows, captions, width = len(x), len(cache.text_keys), self._width
+        heads = cache.text_keys.shape[1]
+        q, k, v = self._qkv(self._entered(x, 0)).view(rows, 3, heads, width).unbind(1)
+        for store, new in ((cache.keys, k), (cache.values, v)):
+            store.index_copy_(1, place.slot, new.reshape(rows * heads, 1, width))
+        keys, values = (store.index_select(1, place.index) for store in (cache.keys, cache.values))
+        near = torch.bmm(q.reshape(rows * heads, 1, width), keys.transpose(1, 2))
+        shared = q.view(captions, -1, heads, width).transpose(1, 2)
+        words = torch.matmul(shared, cache.text_keys.transpose(2, 3))
+        text = words.shape[3]
+        logits = torch.cat(
+            [words.transpose(1, 2).reshape(rows, heads, text), near.view(rows, heads, -1)], 2
+        )
+        logits = logits.float() * width**-0.5
+        if place.bias is not None:
+            logits[..., text:] += place.bias
+        shares = torch.softmax(logits, 2).to(q.dtype)
+        said = shares[..., :text].reshape(captions, -1, heads, text).transpose(1, 2)
+        out = torch.matmul(said, cache.text_values).transpose(1, 2).reshape(rows, heads, width)
+        seen = shares[..., text:].reshape(rows * heads, 1, -1)
+        out = out + torch.bmm(seen, values).view(rows, heads, width)
+        return self._after(x, out.flatten(1))
+
+    def _whole(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The states after this block, and its keys and values, (captions, heads, length, D)."""
+        q, k, v = self._heads(x)
+        length = x.shape[1]
+        mask = self._mask[:length, :length]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self._after(x, attended.transpose(1, 2).flatten(2)), k, v
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        shape = (*x.shape[:2], 3, -1, self._width)
+        return self._qkv(self._entered(x, 0)).view(shape).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _after(self, x: Tensor, attended: Tensor) -> Tensor:
+        """What follows attention: its output matrix, and the MLP resblock."""
+        x = x + self._joined(self._out(attended), 0)
+        return x + self._joined(self._down(self._up(self._entered(x, 1))), 1)
+
+    def _entered(self, x: Tensor, which: int) -> Tensor:
+        return self._norms[which](x).to(self._dtype)  # type: ignore[no-any-return]
+
+    def _joined(self, partial: Tensor, which: int) -> Tensor:
+        bias = self._late[which]
+        return partial if bias is None else self._tensor.leave(partial.float()) + bias
+
+
+class Decoder:
+    """This rank's layers, packed; all ranks of a model call the same methods together."""
+
+    def __init__(self, part: Part, precision: str = "fp32", one_row: bool = False) -> None:
+        """`one_row`: candidates come one by one, and a CPU's weights and caches are made for it."""
+        self.config, self.neighbours, self._tensor = part.config, part.neighbours, part.tensor
+        self.least = part.least
+        modules = list(part.layers.values())
+        dtype = DTYPES[precision]
+        self.device = next(modules[0].parameters()).device
+        one_row = one_row and self.device.type == "cpu"
+        first, last = modules[0], modules[-1]
+        self._embedding = first if isinstance(first, PriorEmbedding) else None
+        self._head: PackedLinear | None = None
+        if isinstance(last, PriorHead):
+            self._norm = last.norm
+            self._head = PackedLinear(
+                last.image.weight, last.image.bias, torch.float32, one_row=one_row
+            )
+        blocks = [(n, m) for n, m in part.layers.items() if isinstance(m, PriorBlock)]
+        self._blocks = [
+            _Block(module, int(name.removeprefix("block")) + 1, part, dtype, one_row)
+            for name, module in blocks
+        ]
+        config = part.config
+        self.caches = CacheShape(
+            config=config,
+            kinds=tuple(block.kind for block in self._blocks),
+            heads=self._blocks[0].heads if self._blocks else 0,
+            dtype=torch.float32 if one_row else dtype,
+        )
+        self._reads = {
+            kind: reads_of(kind, config.grid, config.conv_kernel).to(self.device)
+            for kind in self.caches.kinds
+        }
+        self._positions = torch.arange(config.image_length, device=self.device)
+        self._compiled: Any = None
+        if self.device.type == "cuda":
+            self.compile("reduce-overhead")
+
+    def compile(self, mode: str | None = None) -> None:
+        """Compile the step; with mode reduce-overhead, it becomes one CUDA graph."""
+        self._compiled = torch.compile(self._run, mode=mode, dynamic=False)
+
+    @property
+    def alone(self) -> bool:
+        """True if no other rank decodes with this one."""
+        return self.neighbours.size == self._tensor.size == 1
+
+    @property
+    def bytes(self) -> int:
+        """Weights that a token reads on this rank."""
+        return sum(block.bytes for block in self._blocks) + (self._head.bytes if self._head else 0)
+
+    @torch.no_grad()
+    def start(self, text: Tensor, given: Tensor, each: int) -> Lane:
+        """Run captions and the codes that are given, for `each` candidates of every caption.
+
+        Shapes: text (captions, text_length) int64; given (captions, n) int64, n < grid * grid.
+        """
+        lane = self.caches.lane(len(text), each, self.device)
+        x = self._entrance(text, given)
+        for block, cache in zip(self._blocks, lane.blocks, strict=True):
+            x = block.start(x, cache, self._reads[block.kind])
+        if self._head is None:
+            self.neighbours.send(x)
+        return lane
+
+    @torch.no_grad()
+    def next(self, lane: Lane, position: int, before: Tensor) -> Tensor | None:
+        """Logits of the code at an image position, on the last stage; None on the others.
+
+        Shapes: before (rows,) the codes one position earlier (anything at position 0) ->
+        (rows, codes).
+        """
+        if self._embedding is not None:
+            x = self._embed(position, before)
+        else:
+            x = self.neighbours.receive((lane.rows, self.config.dim), self.device)
+        return self._exit(self._step(x, lane, position), self._head)
+
+    @torch.no_grad()
+    def settled(self, text: Tensor, image: Tensor) -> Tensor | None:
+        """Logits of the last code of `image`, which is not read: the numbers that count.
+
+        In fp32 they are the same to the last bit whatever the decoder was made for; slow.
+        Shapes: text (captions, text_length) int64; image (captions, n) int64 -> (captions, codes).
+        """
+        x = self._entrance(text, image)
+        for block in self._blocks:
+            x = block.settled(x)
+        if self._head is None:
+            return self._exit(x, None)
+        return self._exit(x[:, -1], self._head.in_order())
+
+    def _entrance(self, text: Tensor, image: Tensor) -> Tensor:
+        """States before this rank's first block, (captions, text_length + n, dim)."""
+        if self._embedding is None:
+            length = self.config.text_length + image.shape[1]
+            return self.neighbours.receive((len(text), length, self.config.dim), self.device)
+        x = self._embedding.embed_text(text)
+        return torch.cat([x, self._embedding.embed_image(image)], 1) if image.shape[1] else x
+
+    def _exit(self, x: Tensor, head: PackedLinear | None) -> Tensor | None:
+        if head is None:
+            self.neighbours.send(x)
+            return None
+        logits = self._tensor.gather(head(self._norm(x.float())))
+        return logits[:, : self.config.image_vocabulary]
+
+    def _embed(self, position: int, before: Tensor) -> Tensor:
+        embedding = self._embedding
+        assert embedding is not None
+        start = embedding.start.weight[1].expand(len(before), -1)
+        token = embedding.image(before) if position else start
+        row, column = divmod(position, self.config.grid)
+        place: Tensor = embedding.row.weight[row] + embedding.column.weight[column]
+        return token + place
+
+    def _step(self, x: Tensor, lane: Lane, position: int) -> Tensor:
+        if self._compiled is None:
+            places = {kind: reads.place(position) for kind, reads in self._reads.items()}
+            return self._through(x, lane.blocks, places)
+        found: Tensor = self._compiled(x, lane.blocks, self._positions[position : position + 1])
+        return found
+
+    def _run(self, x: Tensor, caches: Sequence[BlockCache], at: Tensor) -> Tensor:
+        """One step in shapes that are the same for all positions; `at` is (1,), on the device.
+
+        Between two steps of a lane only x and `at` change their address.
+        """
+        places = {kind: reads.place_at(at) for kind, reads in self._reads.items()}
+        return self._through(x, caches, places)
+
+    def _through(
+        self, x: Tensor, caches: Sequence[BlockCache], places: Mapping[Kind, Place]
+    ) -> Tensor:
+        for block, cache in zip(self._blocks, caches, strict=True):
+            x = block.next(x, cache, places[block.kind])
+        return x

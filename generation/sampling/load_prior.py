@@ -1,0 +1,52 @@
+"""The part of a prior that a rank decodes with, from a run's weights whatever mesh wrote them."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from core.config import check, from_json
+from generation.sampling.decoder import Part
+from generation.sampling.pipeline import Neighbours, Pipeline, least_of
+from models.config import PriorConfig
+from models.prior import prior_layers
+from parallel.balance import balanced_starts
+from parallel.mesh import Mesh
+from training.export.weights import fill, open_model
+
+
+def cut_problems(config: PriorConfig, tensor: int, stages: int) -> list[str]:
+    """What is too much for a prior of these sizes."""
+    found = []
+    if tensor > config.heads:
+        found.append(f"--tensor {tensor} is more than the prior's {config.heads} heads")
+    layers = config.layers + 2  # with embedding and head
+    if stages > layers:
+        found.append(f"--pipeline {stages} is more than the prior's {layers} layers")
+    return found
+
+
+def load_part(folder: Path, step: int | None, mesh: Mesh) -> tuple[Part, dict[str, Any]]:
+    """This rank's layers of the prior in a run folder, and the prior's facts.
+
+    Raises: ConfigError if the mesh does not fit; InputError, CorruptError as `open_model`.
+    """
+    found = open_model(folder, "prior", step)
+    config = from_json(PriorConfig, found.config)
+    layers = prior_layers(config, 0, mesh.shared)
+    stages = mesh.pipeline.size
+    check(cut_problems(config, mesh.tensor.size, stages))
+    starts = balanced_starts([layer.cost for layer in layers], stages)
+    mine = layers[starts[mesh.pipeline.rank] : starts[mesh.pipeline.rank + 1]]
+    built = nn.ModuleDict({layer.name: layer.build() for layer in mine})
+    fill(built, found)
+    neighbours = Pipeline(mesh.pipeline) if stages > 1 else Neighbours()
+    part = Part(
+        layers=dict(built.eval().to(mesh.world.device).items()),
+        config=config,
+        tensor=mesh.shared,
+        neighbours=neighbours,
+        least=partial(least_of, mesh.world),
+    )
+    return part, found.facts

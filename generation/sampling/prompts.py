@@ -1,0 +1,93 @@
+"""Image prompts: which tokens of a given picture are kept while the others are drawn.
+
+Tokens are drawn in raster order, and a token sees those before it alone. Kept rows at the top are
+seen by all that follows, as in the paper. What is kept further down is seen only by what comes
+after it: the part above or left of it is drawn without knowing it, so that seams may show there.
+"""
+
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from core.errors import ConfigError, InputError
+from data_pipeline.images.crops import decode_rgb, square
+from generation.config import PromptConfig
+from generation.sampling.sampler import Prompt
+
+_RECTANGLE = re.compile(r"(\d*):(\d*),(\d*):(\d*)")
+_KEPT_BELOW = 128
+
+
+def kept_tokens(config: PromptConfig, grid: int) -> Tensor:
+    """Which tokens a prompt keeps, (grid * grid,) bool.
+
+    Raises: ConfigError if a part lies outside of the grid, or nothing is kept, or nothing drawn;
+    InputError if the mask is no picture.
+    """
+    kept = torch.zeros(grid, grid, dtype=torch.bool, device="cpu")
+    if config.keep_rows > grid:
+        raise ConfigError(f"--keep-rows {config.keep_rows}: the grid has {grid} rows of tokens")
+    kept[: config.keep_rows] = True
+    if config.mask is not None:
+        kept |= ~_redrawn(config, grid)
+    elif config.redraw and not (config.keep or config.keep_rows):
+        kept[:] = True
+    for text in config.keep:
+        kept[_rectangle(text, grid)] = True
+    for text in config.redraw:
+        kept[_rectangle(text, grid)] = False
+    if not kept.any() or kept.all():
+        raise ConfigError(
+            f"the image prompt keeps {'all' if kept.any() else 'none'} of the {grid}x{grid} tokens:"
+            " say what is kept by --keep-rows or --keep, or what is drawn anew by --redraw or "
+            "--mask"
+        )
+    return kept.flatten()
+
+
+def prompt_of(codes: Tensor, config: PromptConfig, grid: int) -> Prompt:
+    """The prompt of a picture's codes, (grid * grid,)."""
+    return Prompt(codes=codes, kept=kept_tokens(config, grid))
+
+
+def _rectangle(text: str, grid: int) -> tuple[slice, slice]:
+    match = _RECTANGLE.fullmatch(text.replace(" ", ""))
+    if match is None:
+        raise ConfigError(
+            f"{text!r} is no rectangle of tokens; write ROWS,COLUMNS, each as first:end, e.g. "
+            f"0:{grid // 2},: for the upper half"
+        )
+    top, bottom, left, right = (
+        int(word) if word else default
+        for word, default in zip(match.groups(), (0, grid, 0, grid), strict=True)
+    )
+    if not (top < bottom <= grid and left < right <= grid):
+        raise ConfigError(f"{text!r} is not within the {grid}x{grid} tokens, or is empty")
+    return slice(top, bottom), slice(left, right)
+
+
+def _redrawn(config: PromptConfig, grid: int) -> Tensor:
+    """Tokens of which a mask has any bright pixel, (grid, grid) bool."""
+    mask, image = _opened(config.mask), _opened(config.image)
+    shapes = [x.shape[1] / x.shape[0] for x in (mask, image)]
+    if abs(shapes[0] / shapes[1] - 1) > 0.02:
+        raise InputError(
+            f"{config.mask} has {mask.shape[1]}x{mask.shape[0]} pixels, {config.image} "
+            f"{image.shape[1]}x{image.shape[0]}: both are cut to their middle squares, so make the "
+            "mask of the picture's shape"
+        )
+    side = grid * max(1, round(min(mask.shape[:2]) / grid))
+    grey = cv2.cvtColor(square(mask, side), cv2.COLOR_RGB2GRAY)
+    cells = grey.reshape(grid, side // grid, grid, side // grid)
+    return torch.from_numpy(np.asarray(cells.max((1, 3)) >= _KEPT_BELOW))
+
+
+def _opened(path: Path | None) -> NDArray[np.uint8]:
+    if path is None or not path.is_file():
+        raise InputError(f"there is no picture {path}")
+    return decode_rgb(path.read_bytes(), str(path))

@@ -1,0 +1,226 @@
+"""Draw image tokens from a prior: many candidates of some captions at once, keyed one by one."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from core.errors import ConfigError, no_memory
+from core.keys import KeyPart, key_int
+from generation.config import SampleConfig
+from generation.sampling.batches import Need, batches, fitting, free_memory, without_memory
+from generation.sampling.decoder import Decoder
+from generation.sampling.draw import choose, guided
+from generation.sampling.kv_cache import Lane
+from generation.sampling.pipeline import Shared
+from models.keyed_noise import gumbel_noise
+from models.prior import PAD
+
+Keys = list[list[tuple[KeyPart, ...]]]
+"""For each caption the key of each of its candidates."""
+_UNSURE = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A picture's codes, some of which are kept."""
+
+    codes: Tensor
+    """(grid * grid,) int64."""
+    kept: Tensor
+    """(grid * grid,) bool."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """Some candidates that are finished."""
+
+    captions: slice
+    candidates: slice
+    codes: Tensor
+    """(captions, candidates, grid * grid) int64."""
+
+
+class Sampler:
+    """Decodes on this rank; all ranks of a model call `draw` together."""
+
+    def __init__(self, decoder: Decoder, free: Callable[[torch.device], int] = free_memory) -> None:
+        """`free`: bytes that this rank may take for decoding on a device."""
+        self.decoder, self.config, self._free = decoder, decoder.config, free
+
+    def draw(
+        self, text: Tensor, keys: Keys, settings: SampleConfig, prompt: Prompt | None = None
+    ) -> Iterator[Drawn]:
+        """Draw candidates, `settings.batch` at a time, and hand them out as they are finished.
+
+        Fewer at a time if the caches of so many do not fit into free memory.
+        Shapes: text (captions, text_length) int64, PAD behind a caption.
+        Raises: ConfigError if those of one candidate do not fit.
+        """
+        count = len(keys[0]) if keys else 0
+        if len(keys) != len(text) or any(len(row) != count for row in keys):
+            raise ConfigError(f"{len(text)} captions need as many lists of equally many keys")
+        if not count:
+            return
+        most = self._fitting(len(text), count, settings, prompt)
+        waiting = deque(batches(len(text), count, most))
+        while waiting:
+            batch = waiting.popleft()
+            if batch.rows > most:
+                waiting.extendleft(reversed(batch.halves()))
+                continue
+            mine = [row[batch.candidates] for row in keys[batch.captions]]
+            codes = self._codes(text[batch.captions], mine, settings, prompt)
+            if codes is None:
+                halves = without_memory(batch, self.decoder.device, self.decoder.alone)
+                waiting.extendleft(reversed(halves))
+                most = halves[-1].rows
+                continue
+            yield Drawn(captions=batch.captions, candidates=batch.candidates, codes=codes)
+
+    def _fitting(
+        self, captions: int, count: int, settings: SampleConfig, prompt: Prompt | None
+    ) -> int:
+        """How many candidates are decoded together."""
+        decoder = self.decoder
+        need = Need(
+            caches=decoder.caches,
+            captions=captions,
+            candidates=count,
+            given=_span(prompt, self.config.image_length)[0],
+            streams=1 if settings.guidance == 1 else 2,
+            lanes=decoder.neighbours.size,
+        )
+        free = self._free(decoder.device)
+        return fitting(need, settings.batch, free, decoder.device, decoder.least)
+
+    def _codes(
+        self, text: Tensor, keys: Keys, settings: SampleConfig, prompt: Prompt | None
+    ) -> Tensor | None:
+        """A batch, (captions, candidates, grid * grid); None if memory ran out."""
+        try:
+            lanes = [
+                _Lane(self.decoder, text, part, settings, prompt)
+                for part in _split(keys, self.decoder.neighbours.size)
+            ]
+            return torch.cat(_decode(lanes, self.config.image_length), 1).cpu()
+        except (MemoryError, RuntimeError) as error:
+            if not no_memory(error):
+                raise
+            return None  # the caches are gone with this frame
+
+
+def _split(keys: Keys, lanes: int) -> list[Keys]:
+    """Deal the candidates to lanes, so that every stage of a pipeline has work."""
+    count = len(keys[0])
+    bounds = [count * i // lanes for i in range(lanes + 1)]
+    return [[row[a:b] for row in keys] for a, b in pairwise(bounds) if a < b]
+
+
+def _decode(lanes: "list[_Lane]", length: int) -> list[Tensor]:
+    for position in range(length):
+        for lane in lanes:
+            lane.advance(position)
+    return [lane.finish() for lane in lanes]
+
+
+def _span(prompt: Prompt | None, length: int) -> tuple[int, int]:
+    """The first position that is drawn, and the end of the last one."""
+    if prompt is None:
+        return 0, length
+    drawn = (~prompt.kept).nonzero().flatten().tolist()
+    return drawn[0], drawn[-1] + 1
+
+
+class _Lane:
+    """Candidates that are decoded together."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        text: Tensor,
+        keys: Keys,
+        settings: SampleConfig,
+        prompt: Prompt | None,
+    ) -> None:
+        self._decoder, self._settings = decoder, settings
+        length, device = decoder.config.image_length, decoder.device
+        self._captions, self._each = len(text), len(keys[0])
+        drawn_by = [key_int(*key, "sample") for row in keys for key in row]
+        self._keys = torch.tensor(drawn_by, device=device)
+        self._text = text.to(device)
+        self._codes = torch.zeros(len(self._keys), length, dtype=torch.int64, device=device)
+        self._kept = [False] * length
+        if prompt is not None:
+            self._codes[:] = (prompt.codes.cpu() * prompt.kept.cpu()).to(device)
+            self._kept = prompt.kept.tolist()
+        self._first, self._end = _span(prompt, length)
+        self._lane = self._start(self._text, self._codes[:1, : self._first], self._each)
+        self._shared: tuple[Shared, int] | None = None
+
+    def advance(self, position: int) -> None:
+        """Decode one position of every candidate; one that is given is only read."""
+        if not self._first <= position < self._end:
+            return
+        self._settle()
+        logits = self._next(self._lane, position, self._codes)
+        if self._kept[position]:
+            return
+        drawn = torch.full((len(self._keys),), _UNSURE, device=self._decoder.device)
+        if logits is not None:
+            choice = choose(logits, self._noise(self._keys, position), self._settings)
+            precise = self._settings.precision == "fp32"
+            drawn = choice.codes.where(choice.sure, _UNSURE) if precise else choice.codes
+        self._shared = self._decoder.neighbours.share(drawn), position
+
+    def finish(self) -> Tensor:
+        """(captions, each, grid * grid)."""
+        self._settle()
+        return self._codes.view(self._captions, self._each, -1)
+
+    def _start(self, text: Tensor, given: Tensor, each: int) -> Lane:
+        text = self._with_empty(text)
+        return self._decoder.start(text, given.expand(len(text), -1), each)
+
+    def _with_empty(self, text: Tensor) -> Tensor:
+        """With guidance, as many empty captions behind the captions."""
+        plain = self._settings.guidance == 1
+        return text if plain else torch.cat([text, torch.full_like(text, PAD)])
+
+    def _next(self, lane: Lane, position: int, codes: Tensor) -> Tensor | None:
+        before = codes[:, max(position - 1, 0)]
+        if self._settings.guidance == 1:
+            return self._decoder.next(lane, position, before)
+        logits = self._decoder.next(lane, position, before.repeat(2))
+        return None if logits is None else guided(logits, self._settings.guidance)
+
+    def _noise(self, keys: Tensor, position: int) -> Tensor | None:
+        if self._settings.temperature == 0:
+            return None
+        return gumbel_noise(keys, (self._decoder.config.image_vocabulary,), position)
+
+    def _settle(self) -> None:
+        """Take the last position's codes; those that rounding could change are drawn again."""
+        if self._shared is None:
+            return
+        (shared, position), self._shared = self._shared, None
+        codes = shared.wait()
+        self._codes[:, position] = codes
+        for row in (codes == _UNSURE).nonzero().flatten().tolist():
+            self._codes[row, position] = self._by_itself(row, position)
+
+    def _by_itself(self, row: int, position: int) -> Tensor:
+        """Draw one candidate's code from logits that do not depend on the others of its batch."""
+        caption, guidance = row // self._each, self._settings.guidance
+        text = self._with_empty(self._text[caption : caption + 1])
+        image = self._codes[row : row + 1, : position + 1].expand(len(text), -1)
+        logits = self._decoder.settled(text, image)
+        drawn = torch.full((1,), _UNSURE, device=self._decoder.device)
+        if logits is not None:
+            logits = logits if guidance == 1 else guided(logits, guidance)
+            noise = self._noise(self._keys[row : row + 1], position)
+            drawn = choose(logits, noise, self._settings, settled=True).codes
+        return self._decoder.neighbours.share(drawn).wait()[0]

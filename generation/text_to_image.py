@@ -1,0 +1,256 @@
+"""From captions to ranked pictures: sampler, dVAE and CLIP together."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from core.config import check
+from core.errors import ConfigError, InputError
+from core.files.atomic import write_atomic
+from core.log import LOG, Meter
+from core.memory import host_memory
+from data_pipeline.images.crops import decode_rgb, encode_png, square
+from data_pipeline.text.bpe import encode, load_tokenizer
+from generation.config import ModelPaths, SampleConfig
+from generation.ranking import Ranker, TapirRanker, in_parts, open_ranker, pictures_together
+from generation.sampling.decoder import Decoder
+from generation.sampling.load_prior import load_part
+from generation.sampling.sampler import Drawn, Prompt, Sampler
+from models.dvae import DVAE
+from parallel.mesh import Mesh
+from parallel.precision import set_numerics
+from training.export.weights import load_dvae
+from training.tasks.task import pad_text
+
+Done = Callable[[slice, slice, NDArray[np.uint8]], None]
+"""(which captions, which candidates, their pictures: (captions, candidates, S, S, 3) uint8)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """All pictures drawn for one caption, best first."""
+
+    caption: str
+    pictures: NDArray[np.uint8]
+    """(N, S, S, 3), in rank order."""
+    scores: NDArray[Any]
+    """(N,) cosines, in rank order."""
+    drawn: NDArray[Any]
+    """(N,) which draw each was."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Studio:
+    """Finished models that belong together."""
+
+    sampler: Sampler
+    dvae: DVAE
+    ranker: Ranker | None
+    """None: candidates stay in the order in which they were drawn."""
+    tokenizer: Tokenizer
+    caption_drop: float = 0.0
+    """How often the prior saw the empty caption in training."""
+
+    def draw(
+        self,
+        captions: list[str],
+        settings: SampleConfig,
+        prompt: Prompt | None = None,
+        done: Done | None = None,
+    ) -> list[Candidates]:
+        """Draw, decode and rerank `settings.candidates` pictures of each caption.
+
+        `done` is told of pictures as they are finished, before they are ranked.
+        """
+        count = settings.candidates
+        if settings.guidance != 1 and not self.caption_drop:
+            LOG.warning(
+                "the prior was trained without --caption-drop: it does not know the empty caption, "
+                "and --guidance may do harm"
+            )
+        arrays = _room_for(len(captions), count, self.dvae.config.pixels)
+        scores = np.zeros((len(captions), count), np.float32)
+        for drawn in self.codes(captions, settings, prompt):
+            where = drawn.captions, drawn.candidates
+            pixels = self.decode(drawn.codes.flatten(0, 1))
+            scores[where] = self.score(captions[drawn.captions], pixels, drawn.codes.shape[1])
+            arrays[where] = to_bytes(pixels).reshape(arrays[where].shape)
+            if done is not None:
+                done(*where, arrays[where])
+        found = []
+        for caption, pictures, row in zip(captions, arrays, scores, strict=True):
+            order = np.argsort(-row, kind="stable")
+            found.append(
+                Candidates(
+                    caption=caption, pictures=pictures[order], scores=row[order], drawn=order
+                )
+            )
+        return found
+
+    def codes(
+        self, captions: list[str], settings: SampleConfig, prompt: Prompt | None = None
+    ) -> Iterator[Drawn]:
+        """Draw `settings.candidates` candidates of each caption, keyed by seed, caption, number."""
+        check(settings.problems())
+        count, length = settings.candidates, self.sampler.config.text_length
+        text = pad_text([encode(self.tokenizer, caption) for caption in captions], length)
+        keys = [[(settings.seed, caption, i) for i in range(count)] for caption in captions]
+        return self.sampler.draw(text, keys, settings, prompt)
+
+    def tell_cut(self, captions: list[str]) -> None:
+        """Warn of captions that are longer than what the models read of them."""
+        contexts = {"prior": self.sampler.config.text_length}
+        if isinstance(self.ranker, TapirRanker):
+            contexts["CLIP"] = self.ranker.clip.config.text_length
+        texts = [encode(self.tokenizer, caption) for caption in captions]
+        for model, length in contexts.items():
+            long = [ids for ids in texts if len(ids) > length]
+            if long:
+                LOG.warning(
+                    "%d of %d captions have more than the %d tokens that the %s reads, and are "
+                    "cut: of the first, with %d, it reads %r",
+                    *(len(long), len(texts), length, model, len(long[0])),
+                    self.tokenizer.decode(long[0][:length]),
+                )
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Pictures of codes, (B, 3, S, S) in [0, 1]."""
+        return self._through(self.dvae.picture, codes)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Codes of pictures, (B, 3, S, S) in [0, 1] -> (B, grid * grid)."""
+        return self._through(self.dvae.tokens, pixels)
+
+    def _through(self, network: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        device = next(self.dvae.parameters()).device
+        size = pictures_together(self.dvae.config.pixels)
+        return in_parts(lambda part: network(part.to(device)).cpu(), rows, size)
+
+    def score(self, captions: list[str], pixels: Tensor, count: int) -> NDArray[Any]:
+        """The ranker's cosine of each caption with its `count` pictures, (captions, count).
+
+        Zeros if there is none.
+        """
+        if self.ranker is None:
+            return np.zeros((len(captions), count), np.float32)
+        return self.ranker.scores(captions, pixels, count)
+
+    def codes_of_file(self, path: Path) -> Tensor:
+        """The codes of an image file, (grid * grid,)."""
+        if not path.is_file():
+            raise InputError(f"there is no image {path}")
+        image = square(decode_rgb(path.read_bytes(), str(path)), self.dvae.config.pixels)
+        pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
+        return self.encode(pixels)[0]
+
+
+class Arrivals:
+    """Shows how many candidates are finished, and writes each as a PNG if a folder is given."""
+
+    def __init__(self, meter: Meter, folder: Path | None) -> None:
+        self._meter, self._folder, self._count = meter, folder, 0
+
+    def __call__(self, captions: slice, candidates: slice, pictures: NDArray[np.uint8]) -> None:
+        self._count += pictures.shape[0] * pictures.shape[1]
+        self._meter.update(self._count)
+        for i, row in enumerate(pictures if self._folder else [], captions.start):
+            for j, picture in enumerate(row, candidates.start):
+                assert self._folder is not None
+                write_atomic(self._folder / picture_name(i, j), encode_png(picture))
+
+
+def _room_for(captions: int, count: int, side: int) -> NDArray[np.uint8]:
+    """Memory for all pictures, (captions, count, S, S, 3).
+
+    Raises: ConfigError if they do not fit: pages that are touched later would end the process.
+    """
+    each, free = count * side * side * 3, host_memory()[0]
+    if (captions + 1) * each <= free:  # once more while the last ones are put in order
+        try:
+            return np.zeros((captions, count, side, side, 3), np.uint8)
+        except MemoryError:
+            pass
+    raise ConfigError(
+        f"{count:,} candidates of {captions:,} captions are {captions * each / 1e9:.1f} GB of "
+        f"pictures, kept until they are ranked, and {free / 1e9:.1f} GB of memory are free: ask "
+        "for fewer candidates, or for some of the captions at a time"
+    )
+
+
+def picture_name(caption: int, candidate: int) -> str:
+    """File of a candidate by itself."""
+    return f"caption-{caption:03d}-candidate-{candidate:03d}.png"
+
+
+def open_studio(
+    models: ModelPaths,
+    precision: str = "fp32",
+    mesh: Mesh | None = None,
+    one_row: bool = False,
+    rerank: bool = True,
+) -> Studio:
+    """Load models and check that they were trained with one another.
+
+    A run that has not ended gives its newest checkpoint; the prior that of `models.step`, if it is
+    given. On the ranks of a mesh each holds its part of the prior on its own device, and all call
+    `codes` together.
+    `one_row`: candidates will be drawn one by one; `rerank`: with a CLIP.
+    Raises: InputError if a hash differs.
+    """
+    mesh = mesh or Mesh()
+    device = mesh.world.device
+    set_numerics(device, deterministic=False)  # Inductor would write caches by sorted index_put
+    part, facts = load_part(models.prior, models.step, mesh)
+    dvae, dvae_hash = load_dvae(models.dvae)
+    tokenizer, tokenizer_hash = load_tokenizer(models.bpe)
+    wrong = [
+        f"the prior in {models.prior} was trained on another dVAE than {models.dvae}"
+        * (facts["dvae"] != dvae_hash),
+        f"the prior in {models.prior} was trained with another tokenizer than {models.bpe}"
+        * (facts["tokenizer"] != tokenizer_hash),
+    ]
+    if any(wrong):
+        raise InputError("; ".join(text for text in wrong if text))
+    side = dvae.config.pixels
+    return Studio(
+        sampler=Sampler(Decoder(part, precision, one_row)),
+        dvae=dvae.to(device),
+        ranker=open_ranker(models.clip, models.bpe, device, side) if rerank else None,
+        tokenizer=tokenizer,
+        caption_drop=float(facts.get("caption_drop", 0.0)),
+    )
+
+
+def to_bytes(pixels: Tensor) -> NDArray[np.uint8]:
+    """(B, 3, S, S) in [0, 1] -> (B, S, S, 3) uint8."""
+    return np.asarray((pixels.permute(0, 2, 3, 1) * 255).round().clamp(0, 255).byte().numpy())
+
+
+def picture_grid(rows: list[NDArray[np.uint8]], scale: int = 1, gap: int = 2) -> NDArray[np.uint8]:
+    """Lay out rows of pictures, (n, S, S, 3) each, with white gaps, enlarged `scale` times."""
+    padded = [
+        np.pad(picture, ((0, gap), (0, gap), (0, 0)), constant_values=255)
+        for row in rows
+        for picture in row
+    ]
+    width = max(len(row) for row in rows)
+    lines, at = [], 0
+    for row in rows:
+        line = np.concatenate(padded[at : at + len(row)], axis=1)
+        missing = (width - len(row)) * padded[at].shape[1]
+        lines.append(np.pad(line, ((0, 0), (0, missing), (0, 0)), constant_values=255))
+        at += len(row)
+    whole = np.concatenate(lines)
+    return np.asarray(
+        cv2.resize(whole, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST), np.uint8
+    )

@@ -1,0 +1,81 @@
+"""The dVAE's encoder laid out to turn many pictures into codes: channels last, 16 bits, no graph.
+
+In bf16, residual branches are in 16 bits, while the identity path and the first convolution, which
+reads the pixels, stay in fp32 (the paper, appendix D, does so in the transformer): bf16 has fewer
+steps than a pixel. The last convolution, which decides between codes, runs in 16 bits to find
+each position's best candidates; these alone are compared again in fp32.
+"""
+
+import copy
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from models.dvae import DVAE, ResidualBlock
+from models.logit_laplace import squeeze_pixels
+
+Precision = Literal["fp32", "bf16"]
+CANDIDATES = 8
+"""Codes of a position that are compared again; bf16 logits are off by less than their spread."""
+
+
+class CodeReader:
+    """Turns pictures into a dVAE's codes."""
+
+    def __init__(self, dvae: DVAE, precision: Precision = "fp32") -> None:
+        self.config, self._half = dvae.config, precision == "bf16"
+        encoder = copy.deepcopy(dvae.encoder).eval().requires_grad_(False)
+        encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._body, self._output = encoder[:-1], encoder[-1]
+        for block in self._body:
+            if isinstance(block, ResidualBlock):
+                block.convs[-1].weight.mul_(block.gain)
+                block.convs[-1].bias.mul_(block.gain)
+        assert isinstance(self._output, nn.Conv2d)
+        self._weight = self._output.weight.flatten(1)
+        if self._half:
+            for block in self._body:
+                if isinstance(block, ResidualBlock):
+                    block.convs.to(torch.bfloat16)
+            self._weight16 = self._weight.to(torch.bfloat16)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pictures must be."""
+        return self._weight.device
+
+    @torch.no_grad()
+    def codes(self, image: Tensor) -> Tensor:
+        """The most likely codes, without noise: (B, 3, S, S) in [0, 1] -> (B, grid * grid)."""
+        x = squeeze_pixels(image, self.config.epsilon)
+        x = x.contiguous(memory_format=torch.channels_last)
+        if not self._half:
+            logits: Tensor = self._output(self._states(x))
+            return logits.argmax(1).flatten(1)
+        states = self._states(x).permute(0, 2, 3, 1).flatten(0, 2)
+        assert self._output.bias is not None
+        bias = self._output.bias.to(torch.bfloat16)
+        rough = torch.addmm(bias, states.to(torch.bfloat16), self._weight16.T)
+        count = min(CANDIDATES, rough.shape[1])
+        best = rough.topk(count, 1).indices
+        logits = torch.einsum("pd,pkd->pk", states, self._weight[best])
+        logits += self._output.bias[best]
+        chosen = best.gather(1, logits.argmax(1, keepdim=True))
+        return chosen.view(len(image), -1)
+
+    def _states(self, x: Tensor) -> Tensor:
+        """What the last convolution reads; writes over what is not needed again."""
+        for layer in self._body:
+            x = _residual(x, layer) if isinstance(layer, ResidualBlock) else layer(x)
+        return x
+
+
+def _residual(x: Tensor, block: ResidualBlock) -> Tensor:
+    """The block, whose gain is in its last convolution."""
+    h = x.to(block.convs[0].weight.dtype, copy=True).relu_()
+    for conv in block.convs[:-1]:
+        h = conv(h).relu_()
+    out: Tensor = block.identity(x)
+    out = out.add_(block.convs[-1](h))
+    return out

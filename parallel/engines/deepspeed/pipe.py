@@ -1,0 +1,186 @@
+"""DeepSpeed's pipeline engine with ZeRO-1: tensor x pipeline x data parallelism."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.errors import TapirError
+from parallel.balance import balanced_starts
+from parallel.config import EngineConfig
+from parallel.engines.deepspeed.hooks import (
+    LayerSpec,
+    PipelineModule,
+    PipeModelDataParallelTopology,
+    initialize,
+    quiet,
+    start_comm,
+)
+from parallel.engines.deepspeed.state import DeepSpeedEngine, DeepSpeedState, zero_config
+from parallel.engines.modules import mean_losses, placements
+from parallel.engines.protocol import (
+    Batch,
+    EngineSettings,
+    Layer,
+    Losses,
+    Program,
+    Stage,
+    StepResult,
+    build_adamw,
+    scales_of,
+)
+from parallel.mesh import AXES, Mesh
+from parallel.scales import Scale
+
+_NAMES = {"pipeline": "pipe", "data": "data", "tensor": "model"}
+"""Our axes -> DeepSpeed's."""
+Fields = tuple[Tensor, ...]
+"""A batch as a pipeline carries it: its tensors in the order of their names."""
+
+
+class DeepSpeedPipeEngine(DeepSpeedEngine):
+    """Stages of layers on different ranks, optimiser state sharded over the replicas."""
+
+    name = "deepspeed_pipe"
+
+    def __init__(self, program: Program, settings: EngineSettings, mesh: Mesh) -> None:
+        """Raises: ConfigError on one process without a process group."""
+        self._refuse_one_process(mesh)
+        self._mesh, self._loss, self._losses_named = mesh, program.loss, program.losses
+        self._fields: list[str] = []
+        self._seen: list[Losses] = []
+        start_comm(mesh.world.device)
+        with quiet():
+            self._module = _Stages(program, settings.engine, mesh, self._losses, self._fields)
+        names = self._module.global_names()
+        places = placements(names)
+        scales = scales_of(program, self._module.scales(), settings.engine)
+        self._state = DeepSpeedState(names, places, mesh, 1, scales, settings.control)
+        settings.control.seen = self._seen
+        elements = sum(p.numel() for p in names.values()) if settings.compress.on else None
+        config = zero_config(settings.optim, 1, settings.engine.accumulate, elements)
+        optimizer = build_adamw(names, settings.optim)
+        self._engine = initialize(self._module, optimizer, config, mesh.world.device)
+        self._attach_zero12(program, settings)
+
+    def step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._seen.clear()
+        self._engine.train_batch(self._feed(micro_batches))
+        return self._result(self._seen)
+
+    def evaluate(self, batch: Batch) -> Losses:
+        self._seen.clear()
+        self._engine.reset_activation_shape()
+        self._engine.eval_batch(
+            self._feed([batch]), reduce_output=None, bcast_loss=False, num_micro_batches=1
+        )
+        self._engine.reset_activation_shape()
+        alone = Mesh(world=self._mesh.world, pipeline=self._mesh.pipeline)
+        means = mean_losses(self._seen, self._losses_named, alone)
+        return {name: torch.tensor(value, device="cpu") for name, value in means.items()}
+
+    def layers(self) -> dict[str, nn.Module]:
+        return {
+            name: layer for stage in self._module.stages() for name, layer in stage.layers.items()
+        }
+
+    def memory(self) -> dict[str, int]:
+        return self._state.memory()
+
+    def _feed(self, batches: Sequence[Batch]) -> Iterator[tuple[Fields, Fields]]:
+        """Batches as (inputs, labels): the first stage reads the former, the last the latter."""
+        self._fields[:] = sorted(batches[0])  # none in the middle, where no batch is looked at
+        rows = [tuple(batch[name] for name in self._fields) for batch in batches]
+        return iter([(row, row) for row in rows])
+
+    def _losses(self, output: Any, labels: Fields) -> Tensor:
+        losses = self._loss(output, dict(zip(self._fields, labels, strict=True)))
+        self._seen.append({name: value.detach() for name, value in losses.items()})
+        return losses["loss"]
+
+
+class _First(nn.Module):
+    """Give the first layer its batch as a dict again."""
+
+    def __init__(self, stage: Stage, fields: list[str]) -> None:
+        super().__init__()
+        self.stage, self._fields = stage, fields
+
+    def forward(self, tensors: Fields) -> Tensor:
+        state: Tensor = self.stage(dict(zip(self._fields, tensors, strict=True)))
+        return state
+
+
+class _Recipe(LayerSpec):  # type: ignore[misc]
+    """A layer that only the ranks of its stage build."""
+
+    def __init__(
+        self, layer: Layer, engine: EngineConfig, fields: list[str] | None, device: torch.device
+    ) -> None:
+        super().__init__(nn.Module)
+        self._layer, self._engine, self._fields = layer, engine, fields
+        self._device = device
+
+    def build(self, log: bool = False) -> nn.Module:
+        stage = Stage([self._layer], self._engine, self._device)
+        return stage if self._fields is None else _First(stage, self._fields)
+
+
+class _Stages(PipelineModule):  # type: ignore[misc]
+    """A program cut into stages of about equal cost."""
+
+    def __init__(
+        self, program: Program, engine: EngineConfig, mesh: Mesh, loss: Any, fields: list[str]
+    ) -> None:
+        topology = PipeModelDataParallelTopology(
+            num_pp=mesh.pipeline.size, num_mp=mesh.tensor.size, num_dp=mesh.data.size
+        )
+        _check_topology(topology, mesh)
+        self._costs = [layer.cost for layer in program.layers]
+        recipes = [
+            _Recipe(layer, engine, fields if i == 0 else None, mesh.world.device)
+            for i, layer in enumerate(program.layers)
+        ]
+        super().__init__(layers=recipes, topology=topology, loss_fn=loss)
+
+    def _partition_layers(self, method: str = "cost") -> None:
+        """Cut by cost; DeepSpeed's own way counts parameters, and a head has few for its work."""
+        self.parts = balanced_starts(self._costs, self.num_stages)
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    def global_names(self) -> dict[str, nn.Parameter]:
+        """Global parameter name -> parameter of this stage, sorted by name."""
+        found: dict[str, nn.Parameter] = {}
+        for stage in self.stages():
+            found.update(stage.global_names())
+        return dict(sorted(found.items()))
+
+    def scales(self) -> dict[str, Scale]:
+        """The gradient scales of this stage's branches."""
+        return {name: scale for stage in self.stages() for name, scale in stage.scales.items()}
+
+    def stages(self) -> Iterator[Stage]:
+        """The layers of this rank, each as a stage of its own."""
+        for module in self.forward_funcs:
+            yield module.stage if isinstance(module, _First) else module
+
+
+def _check_topology(topology: PipeModelDataParallelTopology, mesh: Mesh) -> None:
+    """Compare DeepSpeed's arrangement of the ranks with the mesh's groups.
+
+    Raises: TapirError if they differ.
+    """
+    for axis in AXES:
+        group = getattr(mesh, axis)
+        if group.size == 1:
+            continue
+        mine = torch.distributed.get_process_group_ranks(group.handle)
+        if mine not in topology.get_axis_comm_lists(_NAMES[axis]):
+            raise TapirError(
+                f"rank {mesh.world.rank}: DeepSpeed's topology has no {axis} group {mine}; the "
+                "installed version arranges ranks differently from the tested one"
+            )

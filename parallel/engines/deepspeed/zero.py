@@ -1,0 +1,132 @@
+"""DeepSpeed owns the step: ZeRO-1/2/3 over the replicas, with tensor parallelism.
+
+With mesh.machines above 1 this is the paper's layout: ZeRO-3 shards over the ranks of a machine,
+and gradient shards are reduced, compressed or not, between the machines.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from core.log import LOG
+from parallel.engines.deepspeed.hooks import Gradients, GroupsOfMesh, hook_zero3, initialize
+from parallel.engines.deepspeed.state import DeepSpeedEngine, DeepSpeedState, zero_config
+from parallel.engines.deepspeed.zero3_shards import Shards
+from parallel.engines.modules import build_compressor, global_norm, placements
+from parallel.engines.protocol import (
+    Batch,
+    EngineSettings,
+    Losses,
+    Program,
+    StepResult,
+    Whole,
+    build_adamw,
+    scales_of,
+)
+from parallel.mesh import Mesh
+from parallel.placement import Placement
+
+
+class DeepSpeedZeroEngine(DeepSpeedEngine):
+    """Optimiser state (and gradients, and weights) sharded over the replicas."""
+
+    name = "deepspeed_zero"
+
+    def __init__(self, program: Program, settings: EngineSettings, mesh: Mesh) -> None:
+        """Raises: ConfigError on one process without a process group."""
+        self._refuse_one_process(mesh)
+        self._mesh, self._stage = mesh, settings.engine.zero_stage
+        self._shards = mesh.machine if self._stage == 3 else mesh.data
+        self._losses_named = program.losses
+        own = None
+        if self._stage == 3:
+            own = Shards(program.layers, settings.optim, mesh.machine, mesh.world.device)
+            program = replace(program, layers=own.layers)
+        self._whole = Whole(program, settings.engine, mesh.world.device)
+        names = self._whole.stage.global_names()
+        places = placements(names)
+        self._state = DeepSpeedState(
+            names,
+            places,
+            mesh,
+            mesh.between.size,
+            scales_of(program, self._whole.stage.scales, settings.engine),
+            settings.control,
+        )
+        compress = settings.compress.on
+        elements = sum(p.numel() for p in names.values()) if compress else None
+        engine = settings.engine
+        config = zero_config(settings.optim, self._stage, engine.accumulate, elements)
+        whole_world = mesh.data.size == mesh.world.size and mesh.between.size == 1
+        mpu = None if whole_world else GroupsOfMesh(mesh, "machine" if self._stage == 3 else "data")
+        optimizer = build_adamw(names, settings.optim)
+        with own.adopted() if own else nullcontext():
+            self._engine = initialize(self._whole, optimizer, config, mesh.world.device, mpu)
+        self._state.optimizer = self._engine.optimizer
+        if self._stage == 3:
+            wanted = {n: p for n, p in places.items() if n.endswith(program.compressed)}
+            shards = {n: self._shard_of(n, p) for n, p in wanted.items()} if compress else {}
+            held = {n: p for n, p in shards.items() if p is not None}
+            self._state.compressor = build_compressor(
+                program, held, settings, mesh.between, mesh.machine, mesh.world.device
+            )
+            hook_zero3(self._engine.optimizer, names, self._norm_between_machines)
+        else:
+            self._attach_zero12(program, settings)
+
+    def step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
+        seen: list[Losses] = []
+        self._state.control.seen = seen
+        self._engine.train()
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        for batch in micro_batches:
+            losses = self._engine(batch)
+            seen.append({name: value.detach() for name, value in losses.items()})
+            self._engine.backward(losses["loss"])
+            self._engine.step()  # the last one decides by what was seen
+        return self._result(seen)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Losses:
+        self._engine.eval()
+        losses: Losses = self._engine(batch)
+        return losses
+
+    def layers(self) -> dict[str, nn.Module]:
+        return dict(self._whole.stage.layers.items())
+
+    def memory(self) -> dict[str, int]:
+        return self._state.memory()
+
+    def _shard_of(self, name: str, place: Placement) -> Placement | None:
+        """This rank's ZeRO-3 shard as rows of the matrix, or None if it cuts a row in two."""
+        parameter: Any = self._state.names[name]
+        shard = place.flat_shard(self._shards.rank, int(parameter.partition_numel()))
+        if shard is None:
+            LOG.warning("%s is cut inside of a row: its gradient cannot be compressed", name)
+        return shard
+
+    def _norm_between_machines(self, gradients: Gradients) -> float:
+        """Average shards over the machines (in place), then take the global norm."""
+        between = self._mesh.between
+        if between.size == 1:
+            return self._state.norm(gradients)
+        if self._state.compressor is not None:
+            reduced = self._state.compressor.reduce(gradients)
+            for name, gradient in gradients.items():
+                gradient.copy_(reduced.gradients[name].view_as(gradient))
+            squares: list[Tensor] = [s / between.size for s in reduced.squares.values()]
+            return global_norm(squares, self._mesh, self._state.scales, self._state.control)
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients.values()])
+        dist.all_reduce(flat, group=between.handle)
+        flat /= between.size
+        sizes = [gradient.numel() for gradient in gradients.values()]
+        for gradient, part in zip(gradients.values(), flat.split(sizes), strict=True):
+            gradient.copy_(part.view_as(gradient))
+        return self._state.norm(gradients)

@@ -1,0 +1,24 @@
+"""The registry of engines, each imported when it is asked for; imports no torch itself."""
+
+import importlib
+from typing import Any
+
+ENGINES = {
+    "reference": ("parallel.engines.reference", "ReferenceEngine"),
+    "deepspeed_zero": ("parallel.engines.deepspeed.zero", "DeepSpeedZeroEngine"),
+    "deepspeed_pipe": ("parallel.engines.deepspeed.pipe", "DeepSpeedPipeEngine"),
+}
+MEGATRON = "parallel.tensor.megatron"
+"""Imported only where there are tensor or pipeline ranks."""
+
+
+def modules_of(engine: str, model_parallel: bool) -> list[str]:
+    """What a forkserver should import before ranks with this engine start."""
+    return [ENGINES[engine][0], *([MEGATRON] if model_parallel else [])]
+
+
+def build_engine(program: Any, settings: Any, mesh: Any) -> Any:
+    """Build the engine that the settings name, as parallel.engines.protocol.Builder says."""
+    module, name = ENGINES[settings.engine.name]
+    builder = getattr(importlib.import_module(module), name)
+    return builder(program, settings, mesh)

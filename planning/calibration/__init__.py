@@ -1,0 +1,5 @@
+"""The constants of `tapir plan --gpu cpu`, measured on this machine.
+
+Start: calibrate.py.
+Imports: planning.estimate and training.
+"""

@@ -1,0 +1,227 @@
+"""What this machine really reaches: one run that measures the constants of `cpu` plans.
+
+Matmuls at a few sizes and a copy of memory give rates, all-reduces of two sizes between two ranks
+the link. Steps of a narrow model with few and many micro-batches give what Python costs a layer and
+a step. Steps of a wider one give the rest: alone, the share of the matmuls' rate which a whole step
+reaches; a replica a core, what a core keeps of it while others work; as two tensor ranks, in many
+micro-batches what a hop of a collective between layers takes (ranks that compute are not ready at
+the same moment, and have to be woken), in one what collectives reach of the link.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import torch.distributed as dist
+
+from cluster.launcher import launch
+from core.log import LOG
+from models.config import PriorConfig
+from parallel.compress.advisor import measure_link
+from parallel.config import EngineConfig, MeshConfig
+from parallel.device import CPU
+from parallel.precision import set_numerics
+from parallel.world import join_world, leave_world
+from planning.calibration.trial import time_steps
+from planning.estimate.hardware import KNOWN, Hardware
+from planning.estimate.step_time import estimate
+from training.config import LoopConfig, PriorTrain
+
+SIZES = (256, 512, 1024)
+"""Sides of the square matmuls."""
+COPIED = 2**27
+"""Bytes of the copy that tells the memory's rate."""
+ROUNDS, STEPS, TURNS = 7, 8, 5
+NARROW = PriorConfig(
+    dim=64, heads=4, layers=6, text_length=16, text_vocabulary=64, image_vocabulary=64, grid=4
+)
+WIDE = PriorConfig(
+    dim=256, heads=4, layers=4, text_length=24, text_vocabulary=512, image_vocabulary=64, grid=8
+)
+FEW, MANY = 1, 8
+"""Micro-batches a step."""
+EACH = 16
+"""Pictures a step of a replica of the wide model."""
+MOST_RANKS = 16
+"""Ranks that calibration starts."""
+RANGES = {
+    "sustained": (0.02, 1.0),
+    "together": (0.02, 1.0),
+    "link_latency": (1e-6, 0.1),
+    "joined": (0.02, 1.0),
+}
+"""Between which a constant that steps tell is looked for: shares, and seconds of a hop."""
+PASSES = 6
+"""Over the constants that steps tell, for what replicas keep depends on what links give."""
+BESIDE = {"link_latency": "joined"}
+"""From what a run's step takes more than another's: as many bytes, in fewer collectives."""
+
+
+def calibrate(precision: str = "fp32") -> dict[str, float]:
+    """Measure this machine; returns fields of `Hardware`.
+
+    Units: operations, bytes and seconds; a rate is that of one core.
+    """
+    torch.set_num_threads(1)
+    set_numerics(CPU, "auto")
+    rates = {
+        "half_flops": max(_matmul_rate(size, torch.bfloat16) for size in SIZES),
+        "full_flops": max(_matmul_rate(size, torch.float32) for size in SIZES),
+        "bandwidth": _memory_rate(),
+    }
+    LOG.info("one core: %s", ", ".join(f"{n} {v / 1e9:.1f}e9" for n, v in rates.items()))
+    link = _link()
+    LOG.info("two ranks: %.2f GB/s, latency %.2f ms", link["link"] / 1e9, 1e3 * link["latency"])
+    found = {
+        **rates,
+        "streamed": 1.0,
+        "link": link["link"],
+        "network": link["link"],
+        "link_latency": link["latency"],
+        "network_latency": link["latency"],
+        "launch": 0.0,
+        "cores": os.cpu_count() or 1,
+        "memory": float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
+    }
+    return {**found, **_steps(replace(KNOWN["cpu"], **found), precision)}
+
+
+def _steps(hardware: Hardware, precision: str) -> dict[str, float]:
+    """What whole steps tell: all kinds of them in turns, of each the shortest of all turns."""
+    one = EngineConfig(precision=precision)  # type: ignore[arg-type]
+    engine = replace(one, name="deepspeed_zero")
+    narrow, ways = runs_for_overheads(one, engine), runs_for_steps(hardware.cores, one, engine)
+    times: dict[str, list[float]] = {}
+    for turn in range(TURNS):
+        LOG.info("steps of %d meshes, turn %d of %d", len(narrow | ways), turn + 1, TURNS)
+        for name, way in (narrow | ways).items():
+            times.setdefault(name, []).extend(time_steps(way, STEPS))
+    least = {name: min(seconds) for name, seconds in times.items()}
+    found = overheads(least)
+    LOG.info(
+        "Python: %.2f ms a layer, %.1f ms a step, %.1f ms more with DeepSpeed",
+        *(1e3 * value for value in found.values()),
+    )
+    solved = constants(ways, least, replace(hardware, **found))
+    LOG.info("%s", ", ".join(f"{name} {value:.3g}" for name, value in solved.items()))
+    for name in at_bounds(solved):
+        LOG.warning("%s lies on its bound; calibrate again while nothing else runs", name)
+    return found | solved
+
+
+def at_bounds(solved: Mapping[str, float]) -> list[str]:
+    """Constants that no steps can have told; a share may be 1."""
+
+    def inside(name: str, value: float) -> bool:
+        low, high = RANGES[name]
+        return 1.01 * low < value and (high == 1.0 or value < high / 1.01)
+
+    return [name for name, value in solved.items() if not inside(name, value)]
+
+
+def runs_for_overheads(one: EngineConfig, deepspeed: EngineConfig) -> dict[str, PriorTrain]:
+    """The runs whose steps are Python's above all."""
+    few = PriorTrain(model=NARROW, loop=LoopConfig(batch=MANY), engine=one)
+    many = replace(few, engine=replace(one, accumulate=MANY))
+    two = replace(few, mesh=MeshConfig(data=2))
+    return {"few": few, "many": many, "two": two, "engine": replace(two, engine=deepspeed)}
+
+
+def overheads(least: Mapping[str, float]) -> dict[str, float]:
+    """Python's seconds a layer, a step, and with DeepSpeed, from the steps of those runs."""
+    layers = NARROW.layers + 2
+    layer = max(least["many"] - least["few"], 0.0) / ((MANY - FEW) * layers)
+    return {
+        "overhead": layer,
+        "step_overhead": max(least["few"] - layers * layer, 0.0),
+        "engine_overhead": max(least["engine"] - least["two"], 0.0),
+    }
+
+
+def runs_for_steps(cores: int, one: EngineConfig, deepspeed: EngineConfig) -> dict[str, PriorTrain]:
+    """The runs from whose steps a constant each is found, with those before it."""
+    alone = PriorTrain(model=WIDE, loop=LoopConfig(batch=EACH), engine=one)
+    if cores == 1:
+        return {"sustained": alone}
+    count = min(cores, MOST_RANKS)
+    every = replace(alone, loop=LoopConfig(batch=EACH * count), mesh=MeshConfig(data=count))
+    split = replace(alone, mesh=MeshConfig(tensor=2), engine=deepspeed)
+    small = replace(split, engine=replace(deepspeed, accumulate=MANY))
+    return {"sustained": alone, "together": every, "link_latency": small, "joined": split}
+
+
+def constants(
+    ways: Mapping[str, PriorTrain], least: Mapping[str, float], hardware: Hardware
+) -> dict[str, float]:
+    """The constants with which each run's step is predicted to take as long as it does."""
+    found: dict[str, float] = {}
+    for name, way in PASSES * list(ways.items()):
+        less = BESIDE.get(name)
+
+        def predicted(value: float) -> float:
+            there = replace(hardware, **(found | {name: value}))  # noqa: B023 - called at once
+            taken = estimate(ways[less], there).seconds if less else 0.0  # noqa: B023
+            return estimate(way, there).seconds - taken  # noqa: B023
+
+        measured = least[name] - (least[less] if less else 0.0)
+        found[name] = _solved(predicted, measured, *RANGES[name])
+    return found
+
+
+def _solved(predicted: Callable[[float], float], measured: float, low: float, high: float) -> float:
+    """Where a prediction that only rises, or only falls, is what was measured."""
+    rises = predicted(high) > predicted(low)
+    for _ in range(30):
+        middle = math.sqrt(low * high)
+        short = predicted(middle) < measured
+        low, high = (middle, high) if short == rises else (low, middle)
+    return math.sqrt(low * high)
+
+
+def _matmul_rate(size: int, dtype: torch.dtype) -> float:
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    return 2 * size**3 / _best(lambda: torch.mm(a, b))
+
+
+def _memory_rate() -> float:
+    """Bytes read and written a second."""
+    source = torch.ones(COPIED // 4)
+    target = torch.empty_like(source)
+    return 2 * COPIED / _best(lambda: target.copy_(source))
+
+
+def _best(function: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def _link() -> dict[str, float]:
+    with TemporaryDirectory() as folder:
+        payload = json.dumps({"out": folder})
+        launch(
+            "planning.calibration.calibrate:link_rank", payload, 2, ["torch", "torch.distributed"]
+        )
+        found: dict[str, float] = json.loads(Path(folder, "link.json").read_text())
+        return found
+
+
+def link_rank(payload: str) -> None:
+    """Time all-reduces on this rank; rank 0 writes link.json."""
+    world = join_world()
+    assert world.group is not None, "calibration starts two ranks"
+    dist.barrier()
+    link = measure_link(world.group, world.device)
+    if world.rank == 0:
+        found = {"link": link.bandwidth, "latency": link.latency / 2}
+        Path(json.loads(payload)["out"], "link.json").write_text(json.dumps(found))
+    leave_world(world)

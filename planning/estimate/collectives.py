@@ -1,0 +1,56 @@
+"""How long collectives take: rings over the slowest link that a group crosses."""
+
+import math
+
+from parallel.config import MeshConfig
+from planning.estimate.hardware import Hardware
+
+
+def group_span(mesh: MeshConfig, group: str) -> tuple[int, int]:
+    """(ranks of a group, distance of neighbours among the world's ranks): parallel/mesh.py."""
+    return {
+        "tensor": (mesh.tensor, 1),
+        "machine": (mesh.local, mesh.tensor),
+        "between": (mesh.machines, mesh.local * mesh.tensor),
+        "data": (mesh.data, mesh.tensor),
+        "pipeline": (mesh.pipeline, mesh.data * mesh.tensor),
+        "world": (mesh.world, 1),
+    }[group]
+
+
+def ring(size: int, stride: int, hardware: Hardware) -> tuple[float, float]:
+    """(bytes a second, seconds a hop) of a ring over `size` ranks, `stride` apart.
+
+    Across nodes, all groups that leave a node share its network: as many as `stride`, at most one
+    a processor.
+    """
+    if size * stride <= hardware.a_node:
+        return hardware.link * hardware.joined, hardware.link_latency
+    sharing = min(stride, hardware.a_node)
+    rate = min(hardware.link, hardware.network / sharing) * hardware.joined
+    return rate, hardware.network_latency
+
+
+def all_reduce(count: float, span: tuple[int, int], hardware: Hardware) -> float:
+    """Seconds of an all-reduce of `count` bytes on each rank."""
+    return 2 * gather(count, span, hardware)
+
+
+def gather(count: float, span: tuple[int, int], hardware: Hardware) -> float:
+    """Seconds of an all-gather or reduce-scatter whose larger side has `count` bytes."""
+    size, stride = span
+    if size == 1:
+        return 0.0
+    rate, latency = ring(size, stride, hardware)
+    hops = size - 1 if hardware.rings else math.ceil(math.log2(size))
+    return (size - 1) / size * count / rate + hops * latency
+
+
+def hand_on(count: float, mesh: MeshConfig, hardware: Hardware) -> float:
+    """Seconds to send `count` bytes to the next stage, while all ranks of a node do."""
+    _, stride = group_span(mesh, "pipeline")
+    if mesh.pipeline * stride <= hardware.a_node:
+        return count / (hardware.link * hardware.joined) + hardware.link_latency
+    sharing = min(stride, hardware.a_node)
+    rate = min(hardware.link, hardware.network / sharing) * hardware.joined
+    return count / rate + hardware.network_latency

@@ -1,0 +1,236 @@
+"""Processors and clusters by their physical constants; imports no torch.
+
+Peaks, memory and links are the makers' data sheets'. `sustained` and `streamed` are what large
+kernels reach of them: tensor cores are held back by power and by loading their operands, streams
+of memory by refresh and turnarounds. They were lowered once, from 0.85 to 0.8, after a first look
+at the published runs (planning/estimate/published.py), which came out 12% too fast one and all.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from core.config import wrong_types
+from core.errors import InputError
+
+GB = 1e9
+MEASURED = ("half_flops", "full_flops", "bandwidth", "link", "overhead", "sustained")
+"""What every calibration holds, among others."""
+_MOST = 1e30
+"""Constants below it can be multiplied."""
+_SHARES = ("sustained", "streamed", "joined", "together")
+_POSITIVE = (
+    "half_flops",
+    "full_flops",
+    "memory",
+    "host_memory",
+    "bandwidth",
+    "units",
+    "link",
+    "a_node",
+    "network",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """One kind of processor, and how a cluster joins them."""
+
+    name: str
+    half_flops: float
+    """Peak of 16-bit matmuls with 32-bit sums, in operations a second."""
+    full_flops: float
+    """Peak of fp32 matmuls."""
+    bf16: bool = True
+    """False if there are no bf16 units: 16 bits are fp16 then."""
+    memory: float
+    """Bytes a processor."""
+    context: float = 0.6 * GB
+    """Bytes of it that a process' context takes: 0.3 of the driver and of kernels that are loaded
+    when they are first used (pytorch issue 107667; 0.2 to 0.7 with older ones, issue 28113), and
+    the workspaces of matmuls. NCCL's are counted by themselves: planning/estimate/reserve.py."""
+    channels: int = 24
+    """Channels of one of NCCL's communicators inside a node: 24 on A100s with NVSwitch (NVIDIA/nccl
+    issue 578); 0 = no NCCL."""
+    host_memory: float
+    """Bytes of a node's host."""
+    bandwidth: float
+    """Bytes a second of memory."""
+    units: int
+    """Multiprocessors: a matmul's tiles run in waves of so many."""
+    link: float
+    """Bytes a second that a processor sends to its neighbours inside a node."""
+    link_latency: float = 8e-6
+    """Seconds of one hop inside a node, with its kernel."""
+    a_node: int = 8
+    """Processors a node."""
+    network: float
+    """Bytes a second that a node sends to the others."""
+    network_latency: float = 15e-6
+    """Seconds of one hop between nodes."""
+    launch: float = 4e-6
+    """Seconds between two dependent kernels."""
+    sustained: float = 0.8
+    """Share of the peak that whole waves of tiles reach."""
+    streamed: float = 0.8
+    """Share of the bandwidth that elementwise kernels reach."""
+    joined: float = 0.8
+    """Share of a link that a ring of collectives reaches."""
+    rings: bool = False
+    """True if small collectives go round a ring, too (gloo); NCCL's are trees, of fewer hops."""
+    overhead: float = 0.0
+    """Seconds a micro-batch's layer spends outside of kernels (Python, on CPUs)."""
+    step_overhead: float = 0.01
+    """Seconds a step spends outside of kernels."""
+    engine_overhead: float = 0.0
+    """Seconds a step that DeepSpeed's engines spend on top."""
+    cores: int = 0
+    """Processors that all ranks of a node share; 0 = every rank has its own."""
+    together: float = 1.0
+    """Share of its rate that one of them keeps while all others work, too."""
+    cost_hour: float = 0.0
+    """Dollars a processor and hour, of public clouds on demand; 0 = unknown."""
+
+    def problems(self) -> list[str]:
+        """What no processor or cluster can have."""
+        found = []
+        for name, value in vars(self).items():
+            if not isinstance(value, float | int):
+                continue
+            if name in _SHARES and not 0 < value <= 1:
+                found.append(f"{name}={value} is a share; it must be above 0 and at most 1")
+            elif name in _POSITIVE and not 0 < value < _MOST:
+                found.append(f"{name}={value} must be a positive finite number")
+            elif not 0 <= value < _MOST:
+                found.append(f"{name}={value} must be a finite number and not negative")
+        if not found and self.usable <= 0:
+            found.append(
+                f"memory of {self.memory / GB:g} GB leaves nothing: {self.context / GB:g} GB are "
+                "the driver's and the libraries'"
+            )
+        return found
+
+    def crowd(self, ranks: int) -> float:
+        """How much longer a rank takes while so many work than one alone."""
+        if not self.cores or ranks < 2:
+            return 1.0
+        others = min(1.0, (ranks - 1) / max(self.cores - 1, 1))
+        return max(1.0, ranks / self.cores) / (1 - others * (1 - self.together))
+
+    @property
+    def usable(self) -> float:
+        """Bytes that a rank may fill."""
+        return self.memory - self.context
+
+
+GIB = 2**30
+
+
+def _a100(memory: float, bandwidth: float, cost: float) -> Hardware:
+    return Hardware(
+        name=f"a100-{memory:.0f}gb",
+        half_flops=312e12,
+        full_flops=19.5e12,
+        memory=memory * GB,
+        bandwidth=bandwidth,
+        units=108,
+        host_memory=1152 * GIB,  # AWS p4d and p4de
+        link=300 * GB,
+        network=200 * GB,
+        cost_hour=cost,
+    )
+
+
+def _v100(memory: float, host: int) -> Hardware:
+    return Hardware(
+        name=f"v100-{memory:.0f}gb",
+        half_flops=125e12,
+        full_flops=15.7e12,
+        bf16=False,
+        memory=memory * GB,
+        bandwidth=900 * GB,
+        units=80,
+        channels=12,  # six links, each way
+        host_memory=host * GIB,
+        link=150 * GB,
+        network=12.5 * GB,
+        cost_hour=2.5,
+    )
+
+
+_H100 = Hardware(
+    name="h100",
+    half_flops=989e12,
+    full_flops=67e12,
+    memory=80 * GB,
+    bandwidth=3350 * GB,
+    units=132,
+    host_memory=2048 * GIB,  # AWS p5
+    link=450 * GB,
+    network=400 * GB,
+    sustained=0.7,
+    cost_hour=4.0,
+)
+"""SXM; its tensor cores reach a smaller share: 700 W do not feed all of them at full clock."""
+
+_CPU = Hardware(
+    name="cpu",
+    half_flops=200e9,
+    full_flops=90e9,
+    memory=24 * GB,
+    context=0.5 * GB,
+    channels=0,
+    host_memory=24 * GB,
+    bandwidth=15 * GB,
+    units=1,
+    link=1.0 * GB,
+    link_latency=2e-4,
+    a_node=1024,
+    network=1.0 * GB,
+    network_latency=2e-4,
+    launch=5e-6,
+    cores=2,
+    joined=1.0,
+    rings=True,
+)
+"""A rank a core of this machine; `tapir plan --calibrate` measures it."""
+
+KNOWN = {
+    row.name: row
+    for row in (
+        _v100(16, 488),  # AWS p3 and p3dn
+        _v100(32, 768),
+        _a100(40, 1555 * GB, 3.0),
+        _a100(80, 2039 * GB, 3.7),
+        _H100,
+        _CPU,
+    )
+}
+SHORT = {"v100": "v100-16gb", "a100": "a100-80gb"}
+
+
+def hardware_of(name: str, calibration: Path | None = None) -> Hardware:
+    """The hardware of that name, with measured constants in place of those of data sheets.
+
+    Raises: InputError for an unknown name, or with everything that is wrong in the file.
+    """
+    found = KNOWN.get(SHORT.get(name, name))
+    if found is None:
+        raise InputError(f"there is no hardware {name!r} (known: {', '.join([*SHORT, *KNOWN])})")
+    return found if calibration is None else _measured(found, calibration)
+
+
+def _measured(found: Hardware, calibration: Path) -> Hardware:
+    remedy = f"make one with tapir plan --calibrate {calibration}"
+    try:
+        measured = json.loads(calibration.read_bytes())
+    except ValueError:
+        measured = None
+    if not isinstance(measured, dict):
+        raise InputError(f"{calibration} is no calibration; {remedy}")
+    missing = [f"{name} is missing" for name in MEASURED if name not in measured]
+    wrong = wrong_types(Hardware, measured, "")
+    wrong = wrong or replace(found, **measured).problems() or missing
+    if wrong:
+        raise InputError(f"{calibration} is no calibration: {'; '.join(wrong)}; {remedy}")
+    return replace(found, **measured)

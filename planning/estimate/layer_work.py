@@ -1,0 +1,146 @@
+"""Kernels of a prior's layers on one tensor rank, as autocast over fp32 weights runs them.
+
+Every micro-batch casts the weights to 16 bits anew, and adds 16-bit gradients to fp32 ones: that
+is why small micro-batches are slow beside their matmuls.
+"""
+
+from functools import lru_cache
+
+from models.config import PriorConfig
+from models.masks import Kind, full_mask, layer_kind
+from planning.estimate.hardware import Hardware
+from planning.estimate.kernels import Kernels, Work
+from planning.estimate.layers import Part
+from planning.estimate.memory import Loads
+from planning.estimate.zero_layout import factored
+
+BLOCK = 128
+"""Queries and keys of FlexAttention's tiles."""
+FLASH = 0.5
+"""Share of a matmul's rate that attention reaches, with a softmax between its two."""
+CAST, CAST_BACK = 6, 18
+"""Bytes a weight: read fp32 and write 16 bits; cast the gradient back and add it to the sum."""
+UPDATE = 36
+"""Bytes an element of AdamW: weight, gradient and moments read and written, and the norm's look."""
+QR_SHARE = 0.05
+"""Share of the fp32 peak that orthogonalising tall matrices reaches."""
+
+
+@lru_cache(maxsize=64)
+def pairs(config: PriorConfig, kind: Kind, tiled: bool) -> int:
+    """Pairs of a query and a key that a layer works on: the mask's, or those of all tiles met."""
+    mask = full_mask(kind, config.text_length, config.grid, config.conv_kernel)
+    if not tiled:
+        return int(mask.sum())
+    if kind == "column":  # images are transposed first: each column is one stretch
+        order = _transposed(config)
+        mask = mask[order][:, order]
+    side = -(-config.length // BLOCK) * BLOCK
+    whole = mask.new_zeros(side, side)
+    whole[: config.length, : config.length] = mask
+    tiles = whole.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).any(3).any(1)
+    return int(tiles.sum()) * BLOCK * BLOCK
+
+
+def _transposed(config: PriorConfig) -> list[int]:
+    text, grid = config.text_length, config.grid
+    image = [text + row * grid + column for column in range(grid) for row in range(grid)]
+    return [*range(text), *image]
+
+
+def forward_work(loads: Loads, part: Part, hardware: Hardware) -> Work:
+    """Kernels of a layer's forward pass over one micro-batch."""
+    if part.name == "embedding":
+        rows = loads.micro * loads.settings.model.length
+        return (Kernels(moved=16.0 * rows * loads.settings.model.dim),)
+    if part.name == "head":
+        return _head(loads, part)
+    return _block(loads, part, hardware)
+
+
+def backward_work(loads: Loads, part: Part, hardware: Hardware) -> Work:
+    """Kernels of its backward pass: each matmul has two gradients, each stream two operands."""
+    half = loads.settings.engine.precision != "fp32"
+    narrow = loads.settings.engine.precision == "bf16"
+    found: list[Kernels] = []
+    for k in forward_work(loads, part, hardware):
+        if not k.rows:
+            found.append(Kernels(moved=k.moved, times=2 * k.times))
+        elif k.moved:  # attention: five matmuls for two
+            again = {**vars(k), "times": 2.5 * k.times, "moved": 2 * k.moved}
+            found.append(Kernels(**again))
+        else:
+            same = {"batch": k.batch, "half": narrow if part.name == "head" else k.half}
+            found.append(Kernels(rows=k.rows, columns=k.inner, inner=k.columns, **same))
+            found.append(Kernels(rows=k.inner, columns=k.columns, inner=k.rows, **same))
+    numel = sum(h.numel for h in part.parameters.values())
+    found.append(Kernels(moved=float((CAST_BACK if half else 12) * numel)))
+    return tuple(found)
+
+
+def _block(loads: Loads, part: Part, hardware: Hardware) -> Work:
+    config, split = loads.settings.model, loads.settings.mesh.tensor > 1
+    half = loads.settings.engine.precision != "fp32"
+    size = 2 if half else 4
+    rows, dim = loads.micro * config.length, config.dim
+    held = part.parameters
+    inner, wide = held["q.weight"].numel // dim, held["up.weight"].numel // dim
+    head = dim // config.heads
+    heads = loads.micro * inner // head
+    layer = int(part.name.removeprefix("block")) + 1
+    met = pairs(config, layer_kind(layer, config.layers), hardware.units > 1)
+    matrices = sum(h.numel for h in held.values() if h.matrix)
+    joined = (22 if split else 12) * rows * dim  # cast, bias, residual
+    return (
+        Kernels(moved=float(CAST * matrices if half else 0), times=1),
+        Kernels(rows=rows, columns=inner, inner=dim, half=half, times=3),
+        Kernels(
+            rows=config.length,
+            columns=max(1, met // config.length),
+            inner=round(2 * head / FLASH),
+            batch=heads,
+            half=half,
+            moved=4.0 * size * rows * inner,
+        ),
+        Kernels(rows=rows, columns=dim, inner=inner, half=half),
+        Kernels(rows=rows, columns=wide, inner=dim, half=half),
+        Kernels(rows=rows, columns=dim, inner=wide, half=half),
+        Kernels(moved=8.0 * rows * dim, times=2),  # norms
+        Kernels(moved=(4.0 + size) * rows * dim, times=4 if half else 0),  # states to 16 bits
+        Kernels(moved=2.0 * size * rows * inner),  # heads together
+        Kernels(moved=2.0 * size * rows * wide),  # GELU
+        Kernels(moved=float(joined), times=2),
+    )
+
+
+def _head(loads: Loads, part: Part) -> Work:
+    config, micro = loads.settings.model, loads.micro
+    dim, held = config.dim, part.parameters
+    text, image = micro * config.text_length, micro * config.image_length
+    words, codes = held["text.weight"].numel // dim, held["image.weight"].numel // dim
+    logits = text * words + image * codes
+    return (
+        Kernels(moved=8.0 * (text + image) * dim),
+        Kernels(rows=text, columns=words, inner=dim, half=False),
+        Kernels(rows=image, columns=codes, inner=dim, half=False),
+        Kernels(moved=16.0 * logits),  # largest, exponentials, sum
+    )
+
+
+def update_work(elements: int) -> Work:
+    """AdamW over this rank's part."""
+    return (Kernels(moved=float(UPDATE * elements)),)
+
+
+def compression_work(loads: Loads, hardware: Hardware) -> Work:
+    """P, Q and the matrix again for each factored shard, and an orthogonal basis."""
+    found: list[Kernels] = []
+    for shard in factored(loads.settings, loads.held, loads.place):
+        short, long = sorted((shard.rows, shard.columns))
+        product = {"half": False, "inner": shard.rank}
+        found.append(Kernels(rows=short, columns=long, times=3, **product))
+        basis = round(2 * shard.rank / QR_SHARE)
+        tall = 8.0 * short * shard.rank
+        found.append(Kernels(rows=short, columns=shard.rank, inner=basis, half=False, moved=tall))
+        found.append(Kernels(moved=28.0 * short * long))
+    return tuple(found)

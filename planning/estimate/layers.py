@@ -1,0 +1,201 @@
+"""One rank's real modules without their values: parameters counted, saved activations noted.
+
+Parameters lie on the meta device. The forward pass runs on fake CPU tensors (sizes and types, no
+values) under the precision of the run, and hooks note what autograd keeps for the way back.
+"""
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.autograd import Function
+
+from models.config import PriorConfig
+from models.prior import PriorBlock, PriorEmbedding, PriorHead, prior_layers, prior_loss
+from parallel.balance import balanced_starts
+from parallel.placement import Placement, placement_of
+from parallel.tensor.ops import TensorParallel
+
+Keeps = dict[str, tuple[int, int]]
+"""What of a layer -> (bytes kept a sample, bytes kept whatever the batch)."""
+
+
+class Shard(TensorParallel):
+    """A rank of a tensor group that is not there: layers are built and laid out, never summed."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+    def embedding(self, rows: int, width: int) -> nn.Module:
+        return nn.Embedding(rows // self.size, width)
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if self.size == 1:
+            return super().cross_entropy(logits, targets)
+        losses: Tensor = _SharedLoss.apply(logits, targets)
+        return losses
+
+
+class _SharedLoss(Function):
+    """Keeps what megatron-core's vocabulary-parallel cross-entropy keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        shares, outside = torch.empty_like(logits), torch.empty_like(targets, dtype=torch.bool)
+        ctx.save_for_backward(shares, outside, torch.empty_like(targets))
+        return torch.empty_like(targets, dtype=torch.float32)
+
+
+class _Attention(Function):
+    """Keeps what banded attention on CPUs and FlexAttention on GPUs keep."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, sums = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, sums)
+        return out
+
+
+class _Block(PriorBlock):
+    """The real block, but for the attention's kernel."""
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = _Attention.apply(q, k, v)
+        return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A layer as one tensor rank holds it."""
+
+    name: str
+    """As `prior_layers` has it."""
+    cost: int
+    parameters: dict[str, "Held"]
+    """By name inside of the layer."""
+    buffers: int
+    """Bytes of masks."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A parameter of this rank."""
+
+    placement: Placement
+    numel: int
+    """With padding rows."""
+
+    @property
+    def matrix(self) -> bool:
+        """True if its gradient has rows and columns."""
+        return len(self.placement.shape) > 1
+
+
+@lru_cache(maxsize=64)
+def parts_of(config: PriorConfig, rank: int, size: int) -> tuple[Part, ...]:
+    """All layers of a prior on one tensor rank; blocks differ in their masks' values alone."""
+    built = _modules(config, rank, size)
+    found = []
+    for layer in prior_layers(config, 0, Shard(rank, size)):
+        module = built[re.sub(r"\d", "", layer.name)]
+        held = {n: Held(placement_of(p), p.numel()) for n, p in module.named_parameters()}
+        buffers = sum(b.numel() * b.element_size() for b in module.buffers())
+        found.append(Part(name=layer.name, cost=layer.cost, parameters=held, buffers=buffers))
+    return tuple(found)
+
+
+@lru_cache(maxsize=16)
+def _modules(config: PriorConfig, rank: int, size: int) -> dict[str, nn.Module]:
+    shard = Shard(rank, size)
+    with torch.device("meta"):
+        return {
+            "embedding": PriorEmbedding(config, shard),
+            "block": _Block(config, 1, shard),
+            "head": PriorHead(config, shard),
+        }
+
+
+def stage_of(parts: Sequence[Part], stage: int, stages: int) -> list[Part]:
+    """The layers that a pipeline stage holds."""
+    starts = balanced_starts([part.cost for part in parts], stages)
+    return list(parts[starts[stage] : starts[stage + 1]])
+
+
+def named(parts: Sequence[Part]) -> dict[str, Held]:
+    """Global parameter name -> parameter, sorted by name as engines do."""
+    found = {f"{part.name}.{name}": h for part in parts for name, h in part.parameters.items()}
+    return dict(sorted(found.items()))
+
+
+@lru_cache(maxsize=64)
+def keeps_of(config: PriorConfig, size: int, precision: str) -> Keeps:
+    """What autograd keeps of `embedding`, `block`, its two branches, `head` and `loss`.
+
+    fp16 counts as bf16 in blocks: GPUs keep 16 bits in both; the head keeps fp32 then.
+    """
+    one, two = (_kept(config, size, precision, samples) for samples in (1, 2))
+    return {name: (two[name] - one[name], 2 * one[name] - two[name]) for name in one}
+
+
+def _kept(config: PriorConfig, size: int, precision: str, samples: int) -> dict[str, int]:
+    found: dict[str, int] = {}
+    modules = copy.deepcopy(_modules(config, 0, size))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in modules.values():
+            module.to_empty(device="cpu")
+        block = modules["block"]
+        assert isinstance(block, PriorBlock)
+        x = torch.empty(samples, config.length, config.dim, requires_grad=True)
+        text = torch.zeros(samples, config.text_length, dtype=torch.int64)
+        batch = {
+            "text": text,
+            "image": torch.zeros(samples, config.image_length, dtype=torch.int64),
+        }
+        weights = [p for m in modules.values() for p in m.parameters()]
+        outside = [*weights, *batch.values()]
+        half = precision != "fp32"
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            with _noted(found, "embedding", outside):
+                modules["embedding"](batch)
+            with _noted(found, "attention", outside):
+                y = block._look_back(x)
+            with _noted(found, "mlp", outside):
+                block._transform(y)
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+            _noted(found, "head", outside),
+        ):
+            logits = modules["head"](x)
+        with _noted(found, "loss", outside):
+            prior_loss(logits, batch, config.text_weight)
+    found["block"] = found["attention"] + found["mlp"]
+    return found
+
+
+@contextmanager
+def _noted(found: dict[str, int], name: str, outside: Sequence[Tensor]) -> Iterator[None]:
+    """Add up the storages that autograd keeps, each once; `outside` are there anyway."""
+    before = {x.untyped_storage()._cdata for x in outside}
+    kept: dict[int, Tensor] = {}
+
+    def note(x: Tensor) -> Tensor:
+        place = x.untyped_storage()._cdata
+        if place not in before:
+            kept[place] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        yield
+    found[name] = sum(x.untyped_storage().nbytes() for x in kept.values())
+
+
+def count_parameters(config: PriorConfig) -> int:
+    """Parameters of the whole model, from its layers."""
+    return sum(held.numel for held in named(parts_of(config, 0, 1)).values())

@@ -1,0 +1,192 @@
+"""Bytes of one rank by category, as the engines allocate them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from models.config import PriorConfig
+from planning.estimate.layers import Held, Keeps, Part, keeps_of, named, parts_of, stage_of
+from planning.estimate.zero_layout import (
+    BUCKET,
+    LIVE,
+    PERSISTENT,
+    Place,
+    factored,
+    groups_of,
+    padded,
+    shard_numel,
+    stage_of_zero,
+    touched,
+)
+from training.config import PriorTrain
+
+CATEGORIES = (
+    "parameters",
+    "gradients",
+    "optimizer",
+    "activations",
+    "compression",
+    "buckets",
+    "temporary",
+)
+Bytes = dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loads:
+    """What a rank holds, and how it runs it."""
+
+    settings: PriorTrain
+    place: Place
+    layers: tuple[Part, ...]
+    held: Mapping[str, Held]
+
+    @property
+    def micro(self) -> int:
+        """Samples of a micro-batch."""
+        settings = self.settings
+        return settings.loop.batch // settings.mesh.data // settings.engine.accumulate
+
+    @property
+    def in_flight(self) -> int:
+        """Micro-batches whose activations are kept at a time: DeepSpeed's TrainSchedule."""
+        mesh, engine = self.settings.mesh, self.settings.engine
+        return min(mesh.pipeline - self.place.stage, engine.accumulate) if mesh.pipeline > 1 else 1
+
+
+def loads_of(settings: PriorTrain, place: Place) -> Loads:
+    """The layers and parameters of a place."""
+    mesh = settings.mesh
+    layers, held = _held(settings.model, mesh.tensor, mesh.pipeline, place.shard, place.stage)
+    return Loads(settings=settings, place=place, layers=layers, held=held)
+
+
+@lru_cache(maxsize=512)
+def _held(
+    config: PriorConfig, tensor: int, pipeline: int, shard: int, stage: int
+) -> tuple[tuple[Part, ...], dict[str, Held]]:
+    layers = tuple(stage_of(parts_of(config, shard, tensor), stage, pipeline))
+    return layers, named(layers)
+
+
+def rank_bytes(loads: Loads) -> Bytes:
+    """Bytes of every category, at the fullest moment of a step."""
+    settings = loads.settings
+    keeps = keeps_of(settings.model, settings.mesh.tensor, settings.engine.precision)
+    found = _model_bytes(loads)
+    found["activations"] = activation_bytes(loads, keeps)
+    found["temporary"] += sum(part.buffers for part in loads.layers) + _transient(loads, keeps)
+    found |= _compression_bytes(loads)
+    return {name: found[name] for name in CATEGORIES}
+
+
+def _model_bytes(loads: Loads) -> Bytes:
+    """Weights, gradients, masters and moments, buckets and their copies."""
+    settings, held = loads.settings, loads.held
+    mesh, stage = settings.mesh, stage_of_zero(settings)
+    moment = 2 if settings.optim.moments == "bf16" else 4
+    total = sum(h.numel for h in held.values())
+    if stage == 0:
+        flat = mesh.data > 1 and not settings.compress.on
+        return {
+            "parameters": 4 * total,
+            "gradients": 4 * total,
+            "optimizer": 2 * moment * total,
+            "buckets": 0,
+            "temporary": 4 * total if flat else 0,
+        }
+    if stage == 3:
+        return _third_stage(loads, total, moment)
+    groups = groups_of(held)
+    whole = sum(padded(group, mesh.data) for group in groups)
+    mine = whole // mesh.data
+    partial = sum(touched(group, mesh.data, loads.place.replica) for group in groups)
+    bucket = max(total if settings.compress.on else 0, BUCKET)
+    again = settings.engine.accumulate > 1  # new gradients lie beside the sum of earlier ones
+    copied = partial if stage == 1 or again else 0
+    return {
+        "parameters": 4 * whole,
+        "gradients": 4 * (total if stage == 1 else partial),
+        "optimizer": (4 + 2 * moment) * mine,
+        "buckets": 4 * bucket,
+        "temporary": 4 * (mine + copied),
+    }
+
+
+def _third_stage(loads: Loads, total: int, moment: int) -> Bytes:
+    shards = loads.settings.mesh.local
+    mine = sum(shard_numel(h, shards) for h in loads.held.values())
+    kept = sum(shards * shard_numel(h, shards) for h in loads.held.values() if h.numel < PERSISTENT)
+    largest = max(
+        sum(h.numel for h in part.parameters.values() if h.numel >= PERSISTENT)
+        for part in loads.layers
+    )
+    gathered = min(total - kept, LIVE + largest)
+    plain = loads.settings.mesh.machines > 1 and not loads.settings.compress.on
+    flat = 4 * mine if plain else 0  # one flat gradient between machines
+    return {
+        "parameters": 4 * (mine + kept),  # the shards are the masters as well
+        "gradients": 4 * mine,
+        "optimizer": 2 * moment * mine,
+        "buckets": 4 * BUCKET,
+        "temporary": 4 * gathered + flat,
+    }
+
+
+def activation_bytes(loads: Loads, keeps: Keeps) -> int:
+    """What autograd keeps at most; with recompute, two inputs a block and one branch's own."""
+    settings, micro = loads.settings, loads.micro
+    config = settings.model
+    state = 4 * micro * config.length * config.dim
+
+    def kept(name: str) -> int:
+        each, once = keeps[name]
+        return each * micro + once
+
+    blocks = sum(part.name.startswith("block") for part in loads.layers)
+    ends = [part.name for part in loads.layers if not part.name.startswith("block")]
+    outer = sum(kept(name) for name in ends) + (kept("loss") if "head" in ends else 0)
+    if not settings.engine.recompute:
+        return loads.in_flight * (blocks * kept("block") + outer)
+    again = max(kept("attention"), kept("mlp")) - state if blocks else 0
+    return loads.in_flight * (2 * blocks * state + outer) + again
+
+
+def _transient(loads: Loads, keeps: Keeps) -> int:
+    """States and their gradients on the way between layers, stages and ranks."""
+    settings, micro = loads.settings, loads.micro
+    config, mesh = settings.model, settings.mesh
+    state = 4 * micro * config.length * config.dim
+    wide = 4 * config.dim * micro * config.length // mesh.tensor
+    branch = 3 * state + 2 * 4 * wide  # gradients of a branch's input, output and hidden states
+    logits = 0
+    if any(part.name == "head" for part in loads.layers):
+        logits = 2 * keeps["loss"][0] * micro
+    between = 0
+    if mesh.pipeline > 1:
+        between = (2 + loads.in_flight) * state // mesh.tensor
+    return max(branch, logits) + between
+
+
+def _compression_bytes(loads: Loads) -> Bytes:
+    shards = list(factored(loads.settings, loads.held, loads.place))
+    if not shards:
+        return {"compression": 0}
+    errors = sum(s.rows * s.columns for s in shards)
+    long_sides = sum(s.rank * max(s.rows, s.columns) for s in shards)
+    factors = sum(s.sent for s in shards)
+    means = errors  # gradients are handed out whole before the optimiser runs
+    return {"compression": 4 * (errors + long_sides + 2 * factors + means)}
+
+
+def published_schemes(parameters: int, shards: int) -> dict[str, int]:
+    """Bytes a rank by what a parameter costs in published layouts, sharded over a machine.
+
+    mixed_fp32_adam: 16-bit weights and gradients, fp32 masters and moments (ZeRO's 16 bytes).
+    paper_16_bit: 16-bit weights and moments, gradients in the 16-bit error buffer (8 bytes;
+    arXiv 2102.12092, appendix D and E).
+    """
+    return {
+        "mixed_fp32_adam": 16 * parameters // shards,
+        "paper_16_bit": 8 * parameters // shards,
+    }

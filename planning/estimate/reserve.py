@@ -1,0 +1,106 @@
+"""What a rank takes beside the tensors of its steps: NCCL's buffers, and its peaks at the start.
+
+Nothing here was measured by this project: the constants are other people's, named with them.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from core.memory import size_text
+from models.initialization import ROWS_A_KEY
+from planning.estimate.hardware import GB, Hardware
+from planning.estimate.memory import Bytes, Loads
+from planning.estimate.zero_layout import groups_of, shard_numel, stage_of_zero
+from training.config import PriorTrain
+
+NCCL = "nccl"
+"""The category of NCCL's buffers, beside those of planning/estimate/memory.py."""
+RING = 12 * 2**20
+"""Bytes a channel for the neighbours of a ring, or for a peer: 10 MiB to receive in all three
+protocols (4 + 4.7 + 0.5), 2 MiB to send. Source: the allocations in NVIDIA/nccl issue 1685."""
+TREES = 17 * 2**20
+"""Bytes a channel more for all-reduces, which also go along trees. Source: 688 MiB of a
+communicator of 24 channels after an all-reduce on A100s, NVIDIA/nccl issue 964."""
+PROCESS = int(2.5 * GB)
+"""Host bytes of a rank without a model: 2.06 GB with CUDA's libraries (pytorch issue 113326), and
+what DeepSpeed, megatron-core and the loader import."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartUp:
+    """The peaks of a rank before its first step, in bytes."""
+
+    host: int
+    """Of weights in host memory, beside the process itself."""
+    device: int
+    """Of weights and gradients on the device."""
+    ranks: int
+    """Ranks that start on a node together."""
+
+    @property
+    def node(self) -> int:
+        """Of the host's memory, over all ranks of a node."""
+        return self.ranks * (PROCESS + self.host)
+
+    def problem(self, hardware: Hardware) -> str:
+        """Why a node cannot start its ranks; empty if it can."""
+        if self.node <= hardware.host_memory:
+            return ""
+        return (
+            f"starting takes {size_text(self.node)} of host memory a node, {self.ranks} ranks of "
+            f"{size_text(PROCESS + self.host)}; {hardware.name} has "
+            f"{size_text(hardware.host_memory)} (--host-memory)"
+        )
+
+
+def communicators(settings: PriorTrain) -> list[tuple[int, bool]]:
+    """(Ranks, if there are all-reduces) of the process groups over which this rank sends something.
+
+    DeepSpeed and megatron-core make some of their own, of the same ranks as the mesh's.
+    """
+    mesh, engine = settings.mesh, settings.engine.name
+    cloned = engine == "deepspeed_zero" and stage_of_zero(settings) < 3
+    found = [(mesh.world, True)]
+    if engine == "deepspeed_pipe":
+        found += [(mesh.tensor * mesh.pipeline, True), (mesh.tensor, True)]
+        found += [(mesh.pipeline, False)] * 2 + [(mesh.data, True)] * 2
+        found += [(mesh.tensor, False)] if mesh.pipeline > 1 else []
+    elif mesh.machines > 1:
+        found += [(mesh.local, False), (mesh.machines, True)]
+    elif mesh.tensor > 1:
+        found += [(mesh.tensor, True), (mesh.data, True)]
+    elif cloned:
+        found += [(mesh.data, True)]
+    return [row for row in found if row[0] > 1]
+
+
+def nccl_bytes(settings: PriorTrain, hardware: Hardware) -> Bytes:
+    """Bytes of NCCL's buffers on a rank; a middle stage has two neighbours beside its groups.
+
+    Connections are made when they are first used (NCCL 2.22 and later).
+    """
+    rings = [RING + TREES * reduces for _, reduces in communicators(settings)]
+    peers = min(settings.mesh.pipeline - 1, 2)
+    return {NCCL: hardware.channels * (sum(rings) + peers * RING)}
+
+
+def start_up(loads: Loads, hardware: Hardware) -> StartUp:
+    """The peaks of one rank while its engine is built.
+
+    Layers are built on the host and moved one by one; ZeRO-3 draws rows of its shards alone.
+    DeepSpeed 0.19.8 flattens ZeRO-1's and ZeRO-2's weights beside themselves on the device if both
+    fit, else twice on the host (runtime/zero/stage_1_and_2.py).
+    """
+    settings, held = loads.settings, list(loads.held.values())
+    ranks = min(settings.mesh.world, hardware.a_node)
+    stage = stage_of_zero(settings)
+    if stage == 3:
+        widest = max(prod(h.placement.shape[1:]) for h in held)
+        mine = sum(shard_numel(h, settings.mesh.local) for h in held)
+        return StartUp(host=4 * ROWS_A_KEY * widest, device=2 * 4 * mine, ranks=ranks)
+    layer = max(4 * sum(h.numel for h in part.parameters.values()) for part in loads.layers)
+    weights = 4 * sum(h.numel for h in held)
+    flat = 4 * max(sum(h.numel for h in group) for group in groups_of(loads.held)) if stage else 0
+    if weights + flat <= hardware.usable:
+        return StartUp(host=layer, device=weights + flat, ranks=ranks)
+    return StartUp(host=max(layer, 2 * flat), device=weights, ranks=ranks)

@@ -1,0 +1,201 @@
+"""The fastest mesh that fits, and why the others do not."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from core.memory import size_text
+from parallel.compress.advisor import PAPER_SHARE
+from parallel.config import LEAST_GAIN, CompressConfig, EngineConfig, MeshConfig
+from planning.estimate.hardware import Hardware
+from planning.estimate.memory import Bytes, Loads, loads_of, published_schemes, rank_bytes
+from planning.estimate.reserve import StartUp, nccl_bytes, start_up
+from planning.estimate.step_time import Estimate, estimate, rough_seconds
+from planning.estimate.zero_layout import Place, stage_of_zero
+from training.config import PriorTrain
+
+MOST_TENSOR = 8
+"""Tensor ranks share each matmul: more than a node's links carry too much."""
+SHORTLIST = 3
+"""Ways to run a layout that are played through, after a rough look at all."""
+MOST_MICRO = 4096
+"""Micro-batches of a step that are played through, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One way to run, with what it takes."""
+
+    settings: PriorTrain
+    bytes_: Bytes
+    """Of the fullest rank."""
+    start: StartUp | None = None
+    """Its peaks before the first step; None if it cannot be laid out, and on CPUs: there the host's
+    memory is the ranks', and a step takes more of it."""
+    why: str = ""
+    """Why it cannot run; empty if it fits."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.bytes_.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """A way that fits, with its time."""
+
+    candidate: Candidate
+    estimate: Estimate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search found."""
+
+    timed: list[Timed]
+    """The best way of each layout that fits, fastest first."""
+    rejected: list[Candidate]
+    """The leanest way of each layout that does not."""
+
+
+def layout_name(settings: PriorTrain) -> str:
+    """What people call it."""
+    mesh, engine = settings.mesh, settings.engine
+    if mesh.machines > 1:
+        return f"paper: ZeRO-3 in {mesh.machines} machines of {mesh.local}"
+    if engine.name == "reference":
+        return "plain data parallelism"
+    if engine.name == "deepspeed_pipe":
+        return "TP x PP x DP, ZeRO-1"
+    joined = "TP x DP" if mesh.tensor > 1 else "DP"
+    return f"{joined}, ZeRO-{stage_of_zero(settings)}"
+
+
+def search(settings: PriorTrain, world: int, hardware: Hardware) -> Found:
+    """Try all layouts of the preset on so many ranks."""
+    timed, rejected = [], []
+    for layout in layouts(settings, world, hardware):
+        ways = [weigh(way, world, hardware) for way in ways_of(layout)]
+        fitting = [way for way in ways if not way.why]
+        if not fitting:
+            rejected.append(min(ways, key=lambda way: (way.total == 0, way.total)))
+            continue
+        fitting.sort(key=lambda way: rough_seconds(way.settings, hardware))
+        best = fitting[:SHORTLIST]
+        rows = [Timed(candidate=w, estimate=estimate(w.settings, hardware)) for w in best]
+        timed.append(min(rows, key=lambda row: row.estimate.seconds))
+    timed.sort(key=lambda row: row.estimate.seconds)
+    rejected.sort(key=lambda way: way.total)
+    return Found(timed=timed, rejected=rejected)
+
+
+def layouts(settings: PriorTrain, world: int, hardware: Hardware) -> Iterator[PriorTrain]:
+    """Every mesh and engine that the ranks can be arranged in."""
+    fast = precision_of(settings, hardware)
+    most = min(MOST_TENSOR, hardware.a_node, settings.model.heads)
+    tensors = [t for t in (1, 2, 4, 8) if world % t == 0 and t <= most]
+
+    def layout(mesh: MeshConfig, name: str, stage: int = 1) -> PriorTrain:
+        engine = EngineConfig(name=name, zero_stage=stage, precision=fast)  # type: ignore[arg-type]
+        return replace(settings, mesh=mesh, engine=engine, compress=CompressConfig())
+
+    yield layout(MeshConfig(data=world), "reference")
+    if world == 1:
+        return
+    for stage in (1, 2, 3):
+        for t in tensors:
+            yield layout(MeshConfig(data=world // t, tensor=t), "deepspeed_zero", stage)
+    if world > hardware.a_node > 1 and world % hardware.a_node == 0:
+        mesh = MeshConfig(data=world, machines=world // hardware.a_node)
+        yield layout(mesh, "deepspeed_zero", 3)
+    for p in range(2, min(settings.model.layers, world) + 1):
+        for t in tensors:
+            if world % (t * p) == 0:
+                mesh = MeshConfig(data=world // (t * p), tensor=t, pipeline=p)
+                yield layout(mesh, "deepspeed_pipe")
+
+
+def precision_of(settings: PriorTrain, hardware: Hardware) -> str:
+    """What a run computes in there: `auto` as training settles it, 16 bits as the units have."""
+    asked = settings.engine.precision
+    gains = hardware.half_flops >= LEAST_GAIN * hardware.full_flops
+    if asked == "fp32" or (asked == "auto" and not gains):
+        return "fp32"
+    return "bf16" if hardware.bf16 else "fp16"
+
+
+def ways_of(layout: PriorTrain) -> Iterator[PriorTrain]:
+    """Micro-batches, recompute and compression of a layout."""
+    samples = max(layout.loop.batch // layout.mesh.data, 1)
+    papers = CompressConfig(rank=round(PAPER_SHARE * layout.model.dim))
+    powers = (2**i for i in range(samples.bit_length()))
+    for micro in (n for n in powers if samples % n == 0):
+        for recompute in (False, True):
+            engine = replace(layout.engine, accumulate=samples // micro, recompute=recompute)
+            yield replace(layout, engine=engine)
+            if _sends_gradients(layout):
+                yield replace(layout, engine=engine, compress=papers)
+
+
+def _sends_gradients(layout: PriorTrain) -> bool:
+    third = stage_of_zero(layout) == 3
+    return layout.mesh.machines > 1 if third else layout.mesh.data > 1
+
+
+def weigh(settings: PriorTrain, world: int, hardware: Hardware) -> Candidate:
+    """The bytes of the fullest rank, and what is wrong with this way."""
+    problems = _problems(settings, world)
+    if problems:
+        return Candidate(settings=settings, bytes_={}, why="; ".join(problems))
+    bytes_ = fullest(settings) | nccl_bytes(settings, hardware)
+    total = sum(bytes_.values())
+    start = None if hardware.cores else hungriest(settings, hardware)
+    share = hardware.cores and settings.mesh.world  # ranks of one machine share its memory
+    most = hardware.usable / share if share else hardware.usable
+    why = start.problem(hardware) if start else ""
+    if total > most:
+        most_of_it = max(bytes_, key=lambda name: bytes_[name])
+        why = (
+            f"needs {size_text(total)} a rank, {size_text(most)} of {hardware.name} can be used; "
+            f"{size_text(bytes_[most_of_it])} of it are {most_of_it}"
+        )
+    return Candidate(settings=settings, bytes_=bytes_, start=start, why=why)
+
+
+def _problems(settings: PriorTrain, world: int) -> list[str]:
+    """What cannot be, in words of what a plan can change: its ranks and its batch."""
+    data, lanes, batch = settings.mesh.data, settings.order.lanes, settings.loop.batch
+    if lanes % data:
+        return [
+            f"the preset's order.lanes={lanes} and batch of {batch} give {data} replicas no "
+            "equal part"
+        ]
+    if settings.engine.accumulate > MOST_MICRO:
+        return [
+            f"{settings.engine.accumulate:,} micro-batches a step are more than the {MOST_MICRO:,} "
+            "that a plan looks at; give a smaller --batch"
+        ]
+    return settings.problems(world)
+
+
+def fullest(settings: PriorTrain) -> Bytes:
+    """Bytes of the stage that needs most."""
+    found = [rank_bytes(loads) for loads in _stages(settings)]
+    return max(found, key=lambda bytes_: sum(bytes_.values()))
+
+
+def hungriest(settings: PriorTrain, hardware: Hardware) -> StartUp:
+    """The peaks of the stage that takes most of the host to start."""
+    found = [start_up(loads, hardware) for loads in _stages(settings)]
+    return max(found, key=lambda start: (start.host, start.device))
+
+
+def _stages(settings: PriorTrain) -> list[Loads]:
+    """The first, a middle and the last stage."""
+    last = settings.mesh.pipeline - 1
+    return [loads_of(settings, Place(stage=s)) for s in sorted({0, min(1, last), last})]
+
+
+def beside(candidate: Candidate, parameters: int) -> dict[str, int]:
+    """What the published schemes would take of a layout that shards inside of a machine."""
+    mesh = candidate.settings.mesh
+    return published_schemes(parameters, mesh.local) if mesh.machines > 1 else {}

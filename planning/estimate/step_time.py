@@ -1,0 +1,225 @@
+"""How long a step takes, and where the time goes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from models.counts import prior_flops
+from models.masks import layer_kind
+from parallel.ledger import Counts
+from planning.estimate.collectives import all_reduce, gather, group_span, hand_on
+from planning.estimate.hardware import Hardware
+from planning.estimate.kernels import seconds
+from planning.estimate.layer_work import backward_work, compression_work, forward_work, update_work
+from planning.estimate.layers import Part
+from planning.estimate.memory import Loads, loads_of
+from planning.estimate.pipeline_schedule import Played, Span, crowded, play
+from planning.estimate.traffic import step_traffic
+from planning.estimate.zero_layout import (
+    Place,
+    factored,
+    groups_of,
+    padded,
+    shard_numel,
+    stage_of_zero,
+)
+from training.config import PriorTrain
+
+HOURS = 3600.0
+PASSES = ("compute", "tensor", "bubble")
+"""Parts of a step up to the last backward pass; `crowding` is what ranks that share cores add."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A step's time and what follows from it."""
+
+    seconds: float
+    compute: float
+    """Seconds of kernels on the busiest stage, recompute with it."""
+    bubble: float
+    """Share of the pipeline's time in which stages wait for each other."""
+    exposed: float
+    """Seconds of collectives that nothing hides, on the busiest stage."""
+    parts: dict[str, float]
+    """Seconds by what a rank of the busiest stage does; they add up to the step."""
+    mfu: float
+    """Model operations (real masks, no recompute) over the peak of 16-bit matmuls."""
+    tokens_per_second: float
+    days: float
+    """For loop.steps updates."""
+    cost: float
+    """Dollars of all of them; 0 = unknown."""
+    traffic: Counts
+    """Calls and bytes a step of a rank of the busiest stage."""
+    spans: list[Span]
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A stage's seconds for one micro-batch."""
+
+    forward: float
+    backward: float
+    tensor: float
+    """Of both, what the tensor group's collectives take."""
+
+
+def estimate(settings: PriorTrain, hardware: Hardware) -> Estimate:
+    """The step of the first replica, stage by stage.
+
+    Ranks that share cores slow each other down while they compute at the same time.
+    """
+    mesh, times = settings.mesh, settings.engine.accumulate
+    loads = [loads_of(settings, Place(stage=stage)) for stage in range(mesh.pipeline)]
+    stages = [_stage(one, hardware) for one in loads]
+    played = _played(settings, stages, hardware)
+    slowest = max(range(len(stages)), key=lambda i: stages[i].forward + stages[i].backward)
+    ends = [_ending(one, hardware) for one in loads]
+    crowd = hardware.crowd(mesh.world)
+    end = max(ends, key=lambda found: sum(found.values()))
+    end = {name: value * crowd for name, value in end.items()}
+    overhead = crowd * _overhead(settings, hardware)
+    passes = crowded(played, mesh.data * mesh.tensor, hardware)
+    total = passes + sum(end.values()) + overhead
+    tensor = times * stages[slowest].tensor
+    parts = {
+        "compute": played.busy[slowest] - tensor,
+        "tensor": tensor,
+        "bubble": played.seconds - played.busy[slowest],
+        **({"crowding": passes - played.seconds} if hardware.cores else {}),
+        **end,
+        "overhead": overhead,
+    }
+    samples = settings.loop.batch
+    work = prior_flops(settings.model) * samples
+    hours = total * settings.loop.steps / HOURS
+    return Estimate(
+        seconds=total,
+        compute=parts["compute"],
+        bubble=played.bubble,
+        exposed=tensor + end["gradients"] + end["weights"] + end["results"],
+        parts=parts,
+        mfu=work / (total * mesh.world * hardware.half_flops),
+        tokens_per_second=samples * settings.model.length / total,
+        days=hours / 24,
+        cost=hours * mesh.world * hardware.cost_hour,
+        traffic=step_traffic(loads[slowest]),
+        spans=played.spans,
+    )
+
+
+def rough_seconds(settings: PriorTrain, hardware: Hardware) -> float:
+    """A step without playing the pipeline through: every stage as slow as the slowest."""
+    mesh, times = settings.mesh, settings.engine.accumulate
+    ends = sorted({0, mesh.pipeline - 1})
+    loads = [loads_of(settings, Place(stage=stage)) for stage in ends]
+    stages = [_stage(one, hardware) for one in loads]
+    slowest = max(stage.forward + stage.backward for stage in stages)
+    return (times + mesh.pipeline - 1) * slowest + sum(_ending(loads[0], hardware).values())
+
+
+def _overhead(settings: PriorTrain, hardware: Hardware) -> float:
+    own = settings.engine.name != "reference"
+    return hardware.step_overhead + (hardware.engine_overhead if own else 0.0)
+
+
+def _stage(loads: Loads, hardware: Hardware) -> _Stage:
+    found: dict[str, tuple[float, float, float]] = {}
+    forward = backward = tensor = 0.0
+    for part in loads.layers:
+        key = _alike(loads, part)
+        if key not in found:
+            found[key] = _layer(loads, part, hardware)
+        there, back, shared = found[key]
+        forward, backward, tensor = forward + there, backward + back, tensor + shared
+    return _Stage(forward, backward, tensor)
+
+
+def _alike(loads: Loads, part: Part) -> str:
+    """Blocks with one kind of mask take equally long."""
+    if not part.name.startswith("block"):
+        return part.name
+    return layer_kind(int(part.name.removeprefix("block")) + 1, loads.settings.model.layers)
+
+
+def _layer(loads: Loads, part: Part, hardware: Hardware) -> tuple[float, float, float]:
+    """(forward, backward, collectives in both) of one micro-batch, in seconds."""
+    settings = loads.settings
+    config, micro = settings.model, loads.micro
+    state = 4.0 * micro * config.length * config.dim
+    span = group_span(settings.mesh, "tensor")
+    each = all_reduce(state, span, hardware) if settings.mesh.tensor > 1 else 0.0
+    block = part.name.startswith("block")
+    there = back = 0.0
+    if block:
+        there, back = 2 * each, 2 * each
+    elif part.name == "embedding":
+        there = 2 * each  # words, and codes: no more bytes than one state, twice the hops
+    else:
+        there, back = 0.5 * each, each
+    forward = seconds(forward_work(loads, part, hardware), hardware) + hardware.overhead / 3
+    backward = seconds(backward_work(loads, part, hardware), hardware) + hardware.overhead / 1.5
+    if block and settings.engine.recompute:
+        backward += forward
+    third = _third_stage(loads, part, hardware)
+    return forward + there + third, backward + back + 2 * third, there + back + 3 * third
+
+
+def _third_stage(loads: Loads, part: Part, hardware: Hardware) -> float:
+    """ZeRO-3's gathering of a layer's weights; scattering its gradients takes as long."""
+    if stage_of_zero(loads.settings) != 3:
+        return 0.0
+    mesh = loads.settings.mesh
+    count = 4.0 * sum(h.numel for h in part.parameters.values())
+    return gather(count, group_span(mesh, "machine"), hardware)
+
+
+def _played(settings: PriorTrain, stages: Sequence[_Stage], hardware: Hardware) -> Played:
+    times, mesh = settings.engine.accumulate, settings.mesh
+    forward = [stage.forward for stage in stages]
+    backward = [stage.backward for stage in stages]
+    transfer = 0.0
+    if mesh.pipeline > 1:
+        micro = settings.loop.batch // mesh.data // times
+        state = 4.0 * micro * settings.model.length * settings.model.dim
+        transfer = hand_on(state / mesh.tensor, mesh, hardware)
+        if mesh.tensor > 1:
+            transfer += gather(state, group_span(mesh, "tensor"), hardware)
+    return play(forward, backward, times, transfer)
+
+
+def _ending(loads: Loads, hardware: Hardware) -> dict[str, float]:
+    """What follows the last backward pass: gradients, the update, weights, and the results."""
+    settings, held = loads.settings, loads.held
+    mesh, stage = settings.mesh, stage_of_zero(settings)
+    data = group_span(mesh, "data")
+    total = sum(h.numel for h in held.values())
+    mine, weights, rounds = total, 0.0, 1
+    if stage in (1, 2):
+        whole = sum(padded(group, mesh.data) for group in groups_of(held))
+        mine = whole // mesh.data
+        weights = gather(4.0 * whole, data, hardware)
+        rounds = settings.engine.accumulate if stage == 2 else 1
+    elif stage == 3:
+        mine = sum(shard_numel(h, mesh.local) for h in held.values())
+        data = group_span(mesh, "between")
+    update = seconds(update_work(mine), hardware)
+    sent = 4.0 * _sent(loads, mine if stage == 3 else total)
+    gradients = rounds * all_reduce(sent, data, hardware)
+    compress = rounds * seconds(compression_work(loads, hardware), hardware)
+    results = 4 * all_reduce(64.0, group_span(mesh, "world"), hardware) if mesh.world > 1 else 0.0
+    return {
+        "gradients": gradients,
+        "compress": compress,
+        "update": update,
+        "weights": weights,
+        "results": results,
+    }
+
+
+def _sent(loads: Loads, elements: int) -> float:
+    """Elements of gradients that go over the replicas."""
+    shards = list(factored(loads.settings, loads.held, loads.place))
+    if not shards:
+        return elements
+    return elements - sum(s.rows * s.columns for s in shards) + sum(s.sent for s in shards)

@@ -1,0 +1,253 @@
+"""Calls and bytes of every collective of one step, by group and operation, as the ledger counts.
+
+A closed form of what the engines do in a step that is not the first one (which also sends shapes
+and, under ZeRO-3, gathers once more). Bytes are those of the larger side of an operation.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from models.prior import BRANCHES
+from parallel.config import MeshConfig
+from parallel.control import FIELDS
+from parallel.ledger import Counts
+from planning.estimate.layers import Held
+from planning.estimate.memory import Loads
+from planning.estimate.zero_layout import (
+    BUCKET,
+    LIVE,
+    PERSISTENT,
+    Place,
+    factored,
+    groups_of,
+    padded,
+    shard_numel,
+    stage_of_zero,
+)
+
+LOSSES = ["loss", "text_loss", "image_loss"]
+"""What `prior_loss` gives, in its order."""
+FLOAT, DOUBLE = 4, 8
+
+
+class Tally:
+    """Counts under the ledger's labels: the last of the groups with equal ranks names them."""
+
+    def __init__(self, mesh: MeshConfig, place: Place) -> None:
+        self.counts: Counts = {}
+        self._labels: dict[tuple[int, ...], str] = {}
+        self._ranks = dict(_groups(mesh, place))
+        for name, ranks in self._ranks.items():
+            self._labels[ranks] = name
+
+    def add(self, group: str, operation: str, count: float, calls: int = 1) -> None:
+        """Note `calls` operations of `count` bytes in all."""
+        if group not in self._ranks:
+            return
+        label = self._labels[self._ranks[group]]
+        row = self.counts.setdefault(label, {}).setdefault(operation, {"calls": 0, "bytes": 0})
+        row["calls"] += calls
+        row["bytes"] += int(count)
+
+    def size(self, group: str) -> int:
+        """Ranks of a group, 1 if there is none."""
+        return len(self._ranks.get(group, (0,)))
+
+
+def _groups(mesh: MeshConfig, place: Place) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The mesh's groups of this rank in the ledger's order: parallel/mesh.py."""
+
+    def rank(stage: int, replica: int, shard: int) -> int:
+        return (stage * mesh.data + replica) * mesh.tensor + shard
+
+    if mesh.world == 1:
+        return
+    data = tuple(rank(place.stage, d, place.shard) for d in range(mesh.data))
+    yield "world", tuple(range(mesh.world))
+    if mesh.machines > 1:
+        machine = place.replica // mesh.local
+        yield "machine", data[machine * mesh.local : (machine + 1) * mesh.local]
+        yield "between", data[place.replica % mesh.local :: mesh.local]
+    else:
+        yield "machine", data
+    yield "data", data
+    if mesh.data < mesh.world:
+        replica = place.replica
+        yield "tensor", tuple(rank(place.stage, replica, t) for t in range(mesh.tensor))
+        yield "pipeline", tuple(rank(s, replica, place.shard) for s in range(mesh.pipeline))
+
+
+def step_traffic(loads: Loads) -> Counts:
+    """Calls and bytes of one training step on this rank."""
+    settings = loads.settings
+    tally = Tally(settings.mesh, loads.place)
+    if settings.mesh.world == 1:
+        return tally.counts
+    _layers(loads, tally)
+    if settings.mesh.pipeline > 1:
+        _stages(loads, tally)
+    _gradients(loads, tally)
+    _results(loads, tally)
+    return tally.counts
+
+
+def _layers(loads: Loads, tally: Tally) -> None:
+    """The tensor group's sums of states, in fp32, in every micro-batch.
+
+    Recomputing a branch ends at its last kept tensor, before the sum of its output.
+    """
+    settings, config = loads.settings, loads.settings.model
+    if settings.mesh.tensor == 1:
+        return
+    micro, times = loads.micro, settings.engine.accumulate
+    state = FLOAT * micro * config.length * config.dim
+    for part in loads.layers:
+        if part.name.startswith("block"):  # two branches, one sum each way
+            tally.add("tensor", "all_reduce", 4 * state * times, 4 * times)
+        elif part.name == "embedding":  # all words, and all codes but the last
+            positions = config.text_length + config.image_length - 1
+            count = FLOAT * micro * positions * config.dim
+            tally.add("tensor", "all_reduce", count * times, 2 * times)
+        else:  # gradients of the states; largest logit, target's logit and sum of each position
+            tally.add("tensor", "all_reduce", state * times, times)
+            each = 3 * FLOAT * micro * config.length
+            tally.add("tensor", "all_reduce", each * times, 6 * times)
+
+
+def _stages(loads: Loads, tally: Tally) -> None:
+    """States forward and gradients back; tensor ranks carry a part each, and gather it again."""
+    settings, config, place = loads.settings, loads.settings.model, loads.place
+    mesh, times = settings.mesh, settings.engine.accumulate
+    numel = loads.micro * config.length * config.dim
+    first, last = place.stage == 0, place.stage == mesh.pipeline - 1
+    neighbours = (not first) + (not last)
+    part, calls = numel, 1
+    if mesh.tensor > 1:
+        part, calls = numel // mesh.tensor + (place.shard < numel % mesh.tensor), 2
+        meta = DOUBLE * (6 + mesh.tensor + 1)  # dims, shape, parts, mine, the parts' bounds
+        part_bytes = FLOAT * part + meta
+        gathers = (not first) + 2 * (not last)  # inputs; outputs and their gradients
+        if numel % mesh.tensor:
+            tally.add("tensor", "broadcast", FLOAT * numel * gathers * times)
+            tally.counts["tensor"]["broadcast"]["calls"] += mesh.tensor * gathers * times - 1
+        else:
+            count = FLOAT * numel * gathers * times
+            tally.add("tensor", "all_gather_into_tensor", count, gathers * times)
+    else:
+        part_bytes = FLOAT * part
+    for operation in ("send", "recv"):
+        count = neighbours * part_bytes * times
+        tally.add("pipeline", operation, count, neighbours * calls * times)
+
+
+def _gradients(loads: Loads, tally: Tally) -> None:
+    """Gradients over the replicas, and the weights back where ZeRO shards them."""
+    settings, held = loads.settings, loads.held
+    stage = stage_of_zero(settings)
+    times = settings.engine.accumulate
+    if stage == 3:
+        _third_stage(loads, tally)
+        return
+    if settings.compress.on:
+        rounds = times if stage == 2 else 1
+        _factors(loads, tally, "data", {n: h.numel for n, h in held.items()}, rounds)
+    elif stage == 0:
+        total = sum(h.numel for h in held.values())
+        if settings.mesh.data > 1:
+            tally.add("data", "all_reduce", FLOAT * total)
+    else:
+        groups = groups_of(held)
+        order = [h.numel for group in groups for h in group]
+        if stage == 2:
+            order = [h.numel for h in held.values()]
+        rounds = times if stage == 2 else 1
+        tally.add("data", "all_reduce", FLOAT * sum(order) * rounds, _buckets(order) * rounds)
+    if stage and settings.mesh.data > 1:
+        for group in groups_of(held):
+            count = FLOAT * padded(group, settings.mesh.data)
+            tally.add("data", "all_gather_into_tensor", count)
+
+
+def _buckets(sizes: list[int]) -> int:
+    """Reductions of gradients that come in this order; a larger one goes by itself."""
+    calls, filled = 0, 0
+    for size in sizes:
+        if filled and filled + size > BUCKET:
+            calls, filled = calls + 1, 0
+        filled += size
+    return calls + (filled > 0)
+
+
+def _prefetches(sizes: list[int]) -> int:
+    """Gathers of weights ahead of their use: each takes parameters until a bucket is full."""
+    calls, filled = 0, 0
+    for size in sizes:
+        filled += size
+        if filled >= BUCKET:
+            calls, filled = calls + 1, 0
+    return calls + (filled > 0)
+
+
+def _factors(loads: Loads, tally: Tally, group: str, sizes: Mapping[str, int], rounds: int) -> None:
+    """P, Q, and all that is not factored with the flag of what is not finite."""
+    settings = loads.settings
+    shards = list(factored(settings, loads.held, loads.place))
+    for side in (min, max):
+        count = sum(s.rank * side(s.rows, s.columns) for s in shards)
+        if shards:
+            tally.add(group, "all_reduce", FLOAT * count * rounds, rounds)
+    names = {name for name, _ in factored_names(loads)}
+    rest = sum(size for name, size in sizes.items() if name not in names)
+    tally.add(group, "all_reduce", FLOAT * (rest + 1) * rounds, rounds)
+
+
+def factored_names(loads: Loads) -> Iterator[tuple[str, Held]]:
+    """Parameters of which this rank compresses a gradient."""
+    for name, h in loads.held.items():
+        if list(factored(loads.settings, {name: h}, loads.place)):
+            yield name, h
+
+
+def _third_stage(loads: Loads, tally: Tally) -> None:
+    """ZeRO-3: weights gathered before use and behind the step, gradients scattered."""
+    settings, held = loads.settings, loads.held
+    mesh, times = settings.mesh, settings.engine.accumulate
+    shards = mesh.local
+    whole = {name: shards * shard_numel(h, shards) for name, h in held.items()}
+    small = [name for name, h in held.items() if h.numel < PERSISTENT]
+    tally.add("machine", "all_gather_into_tensor", FLOAT * sum(whole[n] for n in small), len(small))
+    large = [h.numel for part in loads.layers for h in part.parameters.values()]
+    large = [numel for numel in large if numel >= PERSISTENT]
+    passes = 2 if sum(large) > LIVE else 1  # a small model stays gathered for the way back
+    if large:
+        count = FLOAT * sum(shards * -(-numel // shards) for numel in large)
+        calls = 1 + _prefetches(large[1:])
+        tally.add(
+            "machine", "all_gather_into_tensor", count * passes * times, calls * passes * times
+        )
+    order = [h.numel for h in reversed(held.values())]
+    count = FLOAT * sum(whole.values()) * times
+    tally.add("machine", "reduce_scatter_tensor", count, _buckets(order) * times)
+    if mesh.machines == 1:
+        return
+    mine = {name: shard_numel(h, shards) for name, h in held.items()}
+    if settings.compress.on:
+        _factors(loads, tally, "between", mine, 1)
+    else:
+        tally.add("between", "all_reduce", FLOAT * sum(mine.values()))
+
+
+def _results(loads: Loads, tally: Tally) -> None:
+    """Mean losses, known to all stages, and the one number by which all ranks decide."""
+    settings, place = loads.settings, loads.place
+    mesh = settings.mesh
+    last = place.stage == mesh.pipeline - 1
+    if last and mesh.data > 1:
+        tally.add("data", "all_reduce", FLOAT * len(LOSSES))
+        if settings.engine.name == "deepspeed_pipe":  # DeepSpeed's own mean
+            tally.add("data", "all_reduce", FLOAT)
+    if mesh.pipeline > 1:
+        counts = (2 * FLOAT, FLOAT * len(LOSSES))
+        tally.add("pipeline", "broadcast", sum(counts), len(counts))
+    half = settings.engine.precision == "fp16"
+    branches = len(BRANCHES) * settings.model.layers if half else 0
+    tally.add("world", "all_reduce", DOUBLE * (1 + FIELDS + branches))

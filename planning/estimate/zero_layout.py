@@ -1,0 +1,119 @@
+"""How engines lay parameters out: ZeRO's groups, partitions and shards, and compression's factors.
+
+Mirrors parallel/engines and DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py, stage3.py).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from models.prior import COMPRESSED
+from parallel.compress.advisor import PAPER_SHARE
+from parallel.compress.powersgd import shard_rank
+from parallel.config import MeshConfig
+from planning.estimate.layers import Held
+from training.config import PriorTrain
+
+BUCKET = 2**20
+"""Elements that ZeRO reduces together: as parallel/engines/deepspeed/state.py sets it."""
+ALIGNED = 2
+"""Elements that a partition of ZeRO-1/2 is a multiple of."""
+PERSISTENT = 100_000
+"""ZeRO-3 keeps parameters of fewer elements whole on every rank (DeepSpeed's default)."""
+LIVE = 1_000_000_000
+"""Elements that ZeRO-3 keeps gathered at a time (DeepSpeed's default)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a rank stands in the grid."""
+
+    stage: int = 0
+    replica: int = 0
+    shard: int = 0
+    """Its tensor rank."""
+
+
+def place_of(mesh: MeshConfig, rank: int) -> Place:
+    """The place of a global rank: (stage * data + replica) * tensor + shard."""
+    rest, shard = divmod(rank, mesh.tensor)
+    stage, replica = divmod(rest, mesh.data)
+    return Place(stage=stage, replica=replica, shard=shard)
+
+
+def stage_of_zero(settings: PriorTrain) -> int:
+    """0 for plain data parallelism, else ZeRO's stage."""
+    engine = settings.engine
+    if engine.name == "reference":
+        return 0
+    return 1 if engine.name == "deepspeed_pipe" else engine.zero_stage
+
+
+def groups_of(held: Mapping[str, Held]) -> list[list[Held]]:
+    """The optimiser's groups: matrices, then gains and biases."""
+    matrices = [h for h in held.values() if h.matrix]
+    others = [h for h in held.values() if not h.matrix]
+    return [group for group in (matrices, others) if group]
+
+
+def padded(group: list[Held], replicas: int) -> int:
+    """Elements of a group's flat buffer in ZeRO-1/2."""
+    unit = ALIGNED * replicas
+    return -(-sum(h.numel for h in group) // unit) * unit
+
+
+def touched(group: list[Held], replicas: int, replica: int) -> int:
+    """Elements of all parameters of which a part lies in this replica's partition, and padding."""
+    size = padded(group, replicas) // replicas
+    first, last, at, found = size * replica, size * (replica + 1), 0, 0
+    for h in group:
+        if at < last and at + h.numel > first:
+            found += h.numel
+        at += h.numel
+    return found + max(0, last - max(at, first))
+
+
+def shard_numel(h: Held, shards: int) -> int:
+    """Elements of a parameter's ZeRO-3 shard."""
+    return -(-h.numel // shards)
+
+
+def total_rank(settings: PriorTrain) -> int:
+    """The rank over all shards of a matrix; `auto` stands for the paper's share of the width."""
+    rank = settings.compress.rank
+    return round(PAPER_SHARE * settings.model.dim) if rank == "auto" else rank
+
+
+@dataclass(frozen=True)
+class Factored:
+    """A matrix shard that PowerSGD factors."""
+
+    rows: int
+    columns: int
+    rank: int
+
+    @property
+    def sent(self) -> int:
+        """Elements of P and of Q."""
+        return self.rank * (self.rows + self.columns)
+
+
+def factored(settings: PriorTrain, held: Mapping[str, Held], place: Place) -> Iterator[Factored]:
+    """The shards whose gradients this rank compresses."""
+    mesh = settings.mesh
+    if not settings.compress.on:
+        return
+    third = stage_of_zero(settings) == 3
+    parts = mesh.local if third else mesh.tensor
+    each = shard_rank(total_rank(settings), parts)
+    for name, h in held.items():
+        if not name.endswith(COMPRESSED):
+            continue
+        at = h.placement
+        if third:
+            shard = at.flat_shard(place.replica % mesh.local, shard_numel(h, mesh.local))
+            if shard is None:
+                continue
+            at = shard
+        if at.rows:
+            rows, columns = at.rows, at.shape[1]
+            yield Factored(rows, columns, min(each, rows, columns))

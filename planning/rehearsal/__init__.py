@@ -1,0 +1,5 @@
+"""All ranks' collectives, recorded from the real training loop on fake tensors and matched.
+
+Start: rehearse.py: the whole; rank.py: one rank; matcher.py: do the ranks' calls match.
+Imports: training and what is below it.
+"""

@@ -1,0 +1,309 @@
+"""Tensors for a rank that computes nothing: shapes and types are real, memory and values are not.
+
+What is small and whole-numbered keeps its values: shapes that stages tell each other, counts,
+pickled names. On the CPU such a tensor is real, on a GPU a shadow that holds a real one. All else
+is torch's FakeTensor. Where the program reads a value (a norm, a loss, a flag), it gets one, or for
+`any` no: as in a step whose gradients are finite. Collectives do nothing, but small whole-numbered
+messages arrive: a broker carries them between the rehearsed ranks.
+"""
+
+import functools
+import logging
+import warnings
+from math import prod
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import FakeWork
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from planning.rehearsal.fake_cuda import CPU, Moves
+from planning.rehearsal.op_shapes import RULES, WRITING
+from planning.rehearsal.recorder import NAMESPACE, Recorder
+from planning.rehearsal.sequence import Operation
+
+warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+SMALL = 2**20
+"""Elements up to which a whole-numbered tensor is real."""
+PICKLED = 2**30
+"""The same for bytes: the pickled objects of all ranks lie in one buffer, and are unpickled."""
+Channel = tuple[object, ...]
+"""Who speaks to whom: ("send", from, to), or ("broadcast", from, *ranks of the group)."""
+_MAKERS = ("empty", "zeros", "ones", "full", "empty_strided", "rand", "randn", "randint", "normal")
+_LIKE = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")
+_aten = torch.ops.aten
+_PLAIN = frozenset(
+    getattr(getattr(_aten, name), overload)
+    for overload, names in {
+        "default": "view t detach bmm clone _unsafe_view _to_copy",
+        "Tensor": "slice",
+        "int": "transpose select",
+        "dtype": "view",
+    }.items()
+    for name in names.split()
+)
+"""Functions of which there are very many: torch's rules for shapes, without its book-keeping."""
+_BY_SIZE = frozenset(
+    (
+        _aten.empty.memory_format,
+        _aten.zeros.default,
+        _aten.ones.default,
+        _aten.randn.default,
+        _aten.randn.generator,
+    )
+)
+_FAST = _PLAIN | WRITING | frozenset(RULES)
+_BY_AUTOGRAD = (_aten._to_copy.default, _aten.new_empty_strided.default)
+"""Functions that C++ calls with the device that it takes a tensor to be on."""
+_STRICT = ("stack", "cat")
+"""Functions that refuse even single numbers of another device, which torch's rules let pass."""
+
+
+class Broker(Protocol):
+    """Carries small messages between rehearsed ranks."""
+
+    def give(self, channel: Channel, message: np.ndarray) -> None:
+        """Send the next message of a channel."""
+
+    def take(self, channel: Channel, place: int) -> np.ndarray:
+        """Wait for a message of a channel, by its place from 0.
+
+        Raises: NeverSent if no rank that is rehearsed will send it.
+        """
+
+
+class NeverSent(Exception):
+    """This rank waits for a message that nobody sends: its sequence ends here."""
+
+
+class Shadows(TorchDispatchMode):
+    """Runs a rank's program on shadows of its tensors and records what it communicates."""
+
+    def __init__(self, recorder: Recorder, broker: Broker) -> None:
+        super().__init__()
+        self._recorder, self._broker = recorder, broker
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._rank = recorder.sequence.rank
+        self._taken: dict[Channel, int] = {}
+        self._state: dict[torch.device, dict[str, Any]] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and two more calls for each function would be felt."""
+        return False
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), named: Any = None
+    ) -> Any:
+        named = named or {}
+        if function.namespace == NAMESPACE:
+            return self._communicate(function, arguments)
+        if FakeTensor in types:
+            if function is torch.ops.prim.device.default:
+                return CPU  # so C++ may index and differentiate it
+            if function is _aten._local_scalar_dense.default:
+                return _value_of(arguments[0])
+            if function in _BY_AUTOGRAD and not Moves.asked:
+                named = {**named, "device": arguments[0].fake_device}
+            return self._shadow(function, types, arguments, named)
+        device = named.get("device") or CPU
+        if device.type == "meta" or (
+            device.type == "cpu" and not _makes_large(function, arguments, named)
+        ):
+            return function(*arguments, **named)
+        found = self._filled(function, arguments, named)
+        return self._shadow(function, types, arguments, named) if found is None else found
+
+    def _filled(self, function: Any, arguments: Any, named: Any) -> Any:
+        """A new shadow of a given size, if the function is a usual one and its numbers real."""
+        dtype = named.get("dtype") or torch.get_default_dtype()
+        if function not in _BY_SIZE or not dtype.is_floating_point:
+            return None
+        return self._made(_meta(arguments[0], dtype), named.get("device") or CPU)
+
+    def _shadow(self, function: Any, types: Any, arguments: Any, named: Any) -> Any:
+        device = self._plain_device(arguments) if function in _FAST else None
+        if device is not None:
+            found = self._soon(function, arguments, named, device)
+            if found is not None:
+                return found
+        if function._overloadpacket.__name__ in _STRICT:
+            _refuse_two_devices(function, arguments[0])
+        found = self._fake.dispatch(function, types, arguments, named)
+        if function is _aten.any.default:
+            found.says_no = True
+        written = _written(function)
+        if written is not None:
+            place, name = written
+            found = arguments[place] if place < len(arguments) else named[name]
+        _hold(function, arguments, named, found)
+        return found
+
+    def _soon(self, function: Any, arguments: Any, named: Any, device: torch.device) -> Any:
+        """What a function returns that FakeTensorMode need not be asked for; None if it must."""
+        if function in WRITING:
+            return arguments[0] if arguments[0].is_floating_point() else None
+        if function in _PLAIN:
+            inside = {name: value for name, value in named.items() if name != "device"}
+            with in_kernel_invocation_manager(self._fake):
+                found = function(*arguments, **inside)
+            return self._made(found, named.get("device") or device)
+        made = RULES[function](*arguments, **named)
+        if made is None:
+            return None
+        shadows = [row and self._made(_meta(*row), device) for row in made]
+        return shadows[0] if len(shadows) == 1 else tuple(shadows)
+
+    def _made(self, meta: Tensor, device: torch.device) -> FakeTensor:
+        """A shadow, sooner than FakeTensor makes it: its state is that of another one."""
+        if device not in self._state:
+            self._state[device] = dict(vars(FakeTensor(self._fake, meta, device)))
+        shadow: FakeTensor = Tensor._make_subclass(
+            FakeTensor, meta, meta.requires_grad, dispatch_device=True, device_for_backend_keys=CPU
+        )
+        vars(shadow).update(self._state[device])
+        return shadow
+
+    def _plain_device(self, arguments: Any) -> torch.device | None:
+        """The one device of shadows without values; None if there are other tensors, too."""
+        device = None
+        for x in arguments:
+            if isinstance(x, FakeTensor):
+                if not self._is_own(x) or x.held is not None or device not in (None, x.fake_device):
+                    return None
+                device = x.fake_device
+            elif isinstance(x, Tensor):
+                return None
+        return device
+
+    def _is_own(self, shadow: FakeTensor) -> bool:
+        """False for shadows that a deep copy gave a mode of their own."""
+        return shadow.fake_mode is self._fake
+
+    def _communicate(self, function: Any, arguments: Any) -> Any:
+        operation = self._recorder.note(function, arguments)
+        self._carry(operation, arguments)
+        work = FakeWork().boxed()
+        count = len(function._schema.returns)
+        return work if count == 1 else (arguments[0], work) if count else None
+
+    def _carry(self, operation: Operation, arguments: Any) -> None:
+        """Hand a small message over, or fill the buffer that waits for one."""
+        found = [_real(x) for x in tree_leaves(arguments[:2]) if isinstance(x, Tensor)]
+        tensors = [x for x in found if x is not None]
+        if not tensors or len(tensors) < len(found):
+            return
+        if operation.kind == "send":
+            self._broker.give(("send", self._rank, *operation.group), tensors[0].numpy())
+        elif operation.kind == "recv":
+            self._fill(tensors[0], ("send", *operation.group, self._rank))
+        elif operation.kind == "broadcast":
+            channel = ("broadcast", operation.root, *operation.group)
+            if operation.root == self._rank:
+                self._broker.give(channel, tensors[0].numpy())
+            else:
+                self._fill(tensors[0], channel)
+        elif operation.kind == "all_gather":
+            *outputs, mine = tensors
+            for output in outputs:
+                output.copy_(mine)
+
+    def _fill(self, buffer: Tensor, channel: Channel) -> None:
+        place = self._taken.get(channel, 0)
+        self._taken[channel] = place + 1
+        message = torch.from_numpy(self._broker.take(channel, place)).flatten()
+        count = min(message.numel(), buffer.numel())
+        buffer.view(-1)[:count] = message[:count]
+
+
+def _real(tensor: Any) -> Tensor | None:
+    """The values of a tensor, if they are known and whole-numbered."""
+    if isinstance(tensor, FakeTensor):
+        held: Tensor | None = tensor.held  # type: ignore[attr-defined]
+        return held
+    return tensor if _is_whole(tensor) and tensor.numel() <= SMALL else None
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _meta(shape: Any, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _value(argument: Any) -> Any:
+    return _real(argument) if isinstance(argument, Tensor) else argument
+
+
+def _hold(function: Any, arguments: Any, named: Any, found: Any) -> None:
+    """Let whole-numbered shadows hold their values, if those of all that made them are known."""
+    shadows = found if isinstance(found, list | tuple) else [found]
+    if not all(isinstance(x, FakeTensor) and _is_whole(x) for x in shadows):
+        return
+    tensors = [x for x in tree_leaves((arguments, named)) if isinstance(x, Tensor)]
+    if any(_real(x) is None for x in tensors) or any(x.numel() > SMALL for x in shadows):
+        for shadow in shadows:
+            shadow.held = None
+        return
+    inside, values = tree_map(_value, (named, arguments))
+    if inside.get("device") is not None:
+        inside["device"] = CPU
+    made = function(*values, **inside)
+    if _written(function) is None:
+        for shadow, value in zip(shadows, made if shadows is found else [made], strict=True):
+            shadow.held = value
+
+
+def _refuse_two_devices(function: Any, tensors: Any) -> None:
+    devices = sorted({str(x.device) for x in tensors})
+    if len(devices) > 1:
+        raise RuntimeError(f"{function}: all tensors must be on one device, not {devices}")
+
+
+def _value_of(shadow: Any) -> bool | int | float:
+    """One, as the type has it; no where it was asked if any element is true."""
+    if shadow.held is not None:
+        return shadow.held.item()
+    if shadow.dtype.is_floating_point:
+        return 1.0
+    value = not getattr(shadow, "says_no", False)
+    return value if shadow.dtype == torch.bool else int(value)
+
+
+def _makes_large(function: Any, arguments: Any, named: Any) -> bool:
+    """True for a function that makes a tensor which is not to be real."""
+    name = function._overloadpacket.__name__
+    dtype = named.get("dtype")
+    if name in _LIKE:
+        count, dtype = arguments[0].numel(), dtype or arguments[0].dtype
+    elif name in _MAKERS:
+        size = named.get("size", next((a for a in arguments if isinstance(a, list | tuple)), ()))
+        count = prod(size)
+    else:
+        return False
+    whole = dtype is not None and not (dtype.is_floating_point or dtype.is_complex)
+    return not whole or count > (PICKLED if dtype == torch.uint8 else SMALL)
+
+
+@functools.cache
+def _written(function: Any) -> tuple[int, str] | None:
+    """The argument that a function writes and returns, if it does."""
+    returns = function._schema.returns
+    if len(returns) != 1 or returns[0].alias_info is None or not returns[0].alias_info.is_write:
+        return None
+    for place, argument in enumerate(function._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            return (
+                len(function._schema.arguments) if argument.kwarg_only else place
+            ), argument.name
+    return None

@@ -1,0 +1,249 @@
+"""Write down what this rank communicates, at torch's dispatcher, below every library.
+
+The same recorder listens to a rehearsed rank and to a real one, so that both can be compared.
+Which reduction is asked for (a sum, a maximum) is not visible there, and not noted.
+"""
+
+import functools
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import BackendConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from planning.rehearsal.sequence import CREATE, OBJECTS, Operation, Sequence
+
+NAMESPACE = "c10d"
+"""The dispatcher's home of collectives."""
+ROOT = Path(__file__).parents[2]
+_KINDS = {
+    "allreduce_": "all_reduce",
+    "allgather_": "all_gather",
+    "_allgather_base_": "all_gather_into_tensor",
+    "_reduce_scatter_base_": "reduce_scatter_tensor",
+    "alltoall_": "all_to_all",
+    "alltoall_base_": "all_to_all_single",
+    "recv_any_source_": "recv",
+}
+"""The dispatcher's names -> those of torch.distributed; others only lose their underscores."""
+_OF_ONE_SIDE = {"gather_": 1, "scatter_": 0}
+"""Operations whose root alone has the larger side: the argument that all ranks have."""
+_PEERS = ("root_rank", "dst", "src")
+_LIBRARIES = ("deepspeed", "megatron")
+_WRAPPERS = ("deepspeed/comm/", "deepspeed/utils/", "deepspeed/runtime/pipe/p2p.py")
+_OWN = ("parallel", "models", "training")
+_PLACES = 3
+_DEPTH = 14
+"""Calls between a function of torch.distributed and what it dispatches, and some more."""
+_C10D = dist.distributed_c10d.__file__
+
+
+class Recorder:
+    """The operations of this rank so far."""
+
+    def __init__(self, rank: int) -> None:
+        self.sequence = Sequence(rank=rank)
+        self._groups: dict[str, tuple[int, ...]] = {}
+        self._backends: dict[str, dict[str, str]] = {}
+        """By group and type of device."""
+        self._made = 0
+
+    def note(self, function: Any, arguments: tuple[Any, ...]) -> Operation:
+        """Add a call of the dispatcher.
+
+        Raises: RuntimeError if the group has no backend for the tensors' device.
+        """
+        self.close_groups()
+        name = function._schema.name.split("::")[1]
+        named = dict(zip(_argument_names(function), arguments, strict=False))
+        name_of_group, group = self._ranks(named["process_group"])
+        peer = next((int(named[key]) for key in _PEERS if key in named), -1)
+        root = group[peer] if peer >= 0 else -1
+        kind = _KINDS.get(name, name.strip("_"))
+        tensors = _tensors(name, arguments) if kind != "barrier" else []
+        paired = kind in ("send", "recv")
+        objects = _carries_objects()
+        device = next(x.device.type for x in tree_leaves(arguments) if isinstance(x, Tensor))
+        operation = Operation(
+            kind=kind,
+            group=(root,) if paired else group,
+            bytes=0 if objects else sum(t.numel() * t.element_size() for t in tensors),
+            dtype=OBJECTS if objects else _name_of(tensors),
+            root=-1 if paired else root,
+            device=device,
+            backend=self._backend(name_of_group, device, kind),
+            places=places(),
+        )
+        self.sequence.operations.append(operation)
+        return operation
+
+    def note_group(self, ranks: tuple[int, ...]) -> None:
+        """Add a group that all ranks make."""
+        self.sequence.created.append(ranks)
+        if self._made == 0:
+            self._where = places()
+        self._made += 1
+
+    def close_groups(self) -> None:
+        """Make one operation of the groups that were made since the last one."""
+        if not self._made:
+            return
+        made = repr(self.sequence.created[-self._made :]).encode()
+        self.sequence.operations.append(
+            Operation(
+                kind=CREATE,
+                group=tuple(range(dist.get_world_size())),
+                bytes=self._made,
+                dtype="",
+                detail=hashlib.sha256(made).hexdigest()[:16],
+                places=self._where,
+            )
+        )
+        self._made = 0
+
+    def note_backends(self, group: Any, config: str) -> None:
+        """Remember what carries a group's tensors, by the config that it was asked for."""
+        self._backends[group.group_name] = backends_of(config)
+
+    def repeat(self, first: int, last: int) -> None:
+        """Add some operations once more."""
+        self.sequence.operations += self.sequence.operations[first:last]
+
+    def _ranks(self, boxed: Any) -> tuple[str, tuple[int, ...]]:
+        group = dist.ProcessGroup.unbox(boxed)
+        name = group.group_name
+        if name not in self._groups:
+            self._groups[name] = tuple(dist.get_process_group_ranks(group))
+            if name not in self._backends:
+                self.note_backends(group, dist.get_backend_config(group))
+        return name, self._groups[name]
+
+    def _backend(self, group: str, device: str, kind: str) -> str:
+        known = self._backends[group]
+        if device not in known:
+            there = ", ".join(f"{name} for {type_}" for type_, name in known.items())
+            raise RuntimeError(
+                f"{kind} of a tensor on {device}, over a group that has only {there}; make the "
+                "tensor on mesh.world.device"
+            )
+        return known[device]
+
+
+class Listening(TorchDispatchMode):
+    """Lets everything through and notes what is communicated; for real ranks."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), named: Any = None
+    ) -> Any:
+        if function.namespace == NAMESPACE:
+            self._recorder.note(function, arguments)
+        return function(*arguments, **(named or {}))
+
+
+def backends_of(config: str) -> dict[str, str]:
+    """`cpu:gloo,cuda:nccl`, or the name of one backend -> its backends by type of device."""
+    found = BackendConfig(dist.Backend(config)).get_device_backend_map()
+    return {device: str(backend) for device, backend in found.items()}
+
+
+@contextmanager
+def groups_noted(
+    recorder: Recorder, change: Callable[[dict[str, Any]], str | None]
+) -> Iterator[None]:
+    """Note every `new_group` of the context.
+
+    `change` may alter its named arguments; it returns which backends were asked for, if others are
+    used.
+    """
+    modules = (dist, dist.distributed_c10d)
+    original = dist.new_group
+
+    @functools.wraps(original)
+    def new_group(ranks: Any = None, *arguments: Any, **named: Any) -> Any:
+        if not named.get("use_local_synchronization"):
+            whole = range(dist.get_world_size())
+            recorder.note_group(tuple(whole if ranks is None else ranks))
+        asked = change(named)
+        group = original(ranks, *arguments, **named)
+        if asked and group is not dist.GroupMember.NON_GROUP_MEMBER:
+            recorder.note_backends(group, asked)
+        return group
+
+    try:
+        for module in modules:
+            module.new_group = new_group  # type: ignore[attr-defined]
+        yield
+    finally:
+        recorder.close_groups()
+        for module in modules:
+            module.new_group = original  # type: ignore[attr-defined]
+
+
+def places(frame: FrameType | None = None) -> tuple[str, ...]:
+    """Where a frame, or who calls this, is: the innermost line of a library, and Tapir's own."""
+    found: list[str] = []
+    frame = frame or sys._getframe(1)
+    while frame is not None and len(found) < _PLACES:
+        name = _known_file(frame.f_code.co_filename)
+        if name and (not found or not name.startswith(_LIBRARIES)):
+            found.append(f"{name}:{frame.f_lineno} {frame.f_code.co_name}")
+        frame = frame.f_back
+    return tuple(found)
+
+
+def _carries_objects() -> bool:
+    """True inside of torch's functions that exchange pickled objects."""
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(_DEPTH):
+        if frame is None:
+            return False
+        code = frame.f_code
+        if "_object" in code.co_name and code.co_filename == _C10D:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _name_of(tensors: list[Tensor]) -> str:
+    return str(tensors[0].dtype).removeprefix("torch.") if tensors else ""
+
+
+@functools.cache
+def _known_file(path: str) -> str:
+    """A file of Tapir or of a library that it trains with, by its short name; else nothing."""
+    for library in _LIBRARIES:
+        for folder in getattr(sys.modules.get(library), "__path__", ()):
+            if Path(path).is_relative_to(folder):
+                short = str(Path(path).relative_to(Path(folder).parent))
+                return "" if short.startswith(_WRAPPERS) else short
+    if not Path(path).is_relative_to(ROOT):
+        return ""
+    inside = Path(path).relative_to(ROOT)
+    return str(inside) if inside.parts[0] in _OWN else ""
+
+
+@functools.cache
+def _argument_names(function: Any) -> tuple[str, ...]:
+    return tuple(argument.name for argument in function._schema.arguments)
+
+
+def _tensors(name: str, arguments: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors of the larger side."""
+    if name in _OF_ONE_SIDE:
+        sides = [arguments[_OF_ONE_SIDE[name]]]
+    else:
+        sides = [a for a in arguments[:2] if isinstance(a, Tensor | list | tuple)]
+    found = [[t for t in tree_leaves(side) if isinstance(t, Tensor)] for side in sides]
+    return max(found, key=lambda side: sum(t.numel() for t in side), default=[])

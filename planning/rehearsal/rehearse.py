@@ -1,0 +1,168 @@
+"""Prove that all ranks' collectives match, before a cluster is paid for.
+
+One run for each role of rank: every stage, and on the other axes of the mesh the first rank and the
+last, which stands for those between; without a pipeline, the second one too. Each runs the real
+loop and engine over the claimed world, on tensors without memory, from the first step over a
+validation and a save to the end of a run; then the queues of all ranks of the world are played
+against each other.
+"""
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+from core.config import check
+from core.errors import ConfigError
+from core.log import progress, slow
+from parallel.config import EngineConfig, MeshConfig
+from planning.rehearsal.explain import Mismatch, explain
+from planning.rehearsal.matcher import Roles, play
+from planning.rehearsal.pool import Pool, Runner
+from planning.rehearsal.rank import RankTask, run_rank
+from planning.rehearsal.sequence import Grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """What a rehearsal found."""
+
+    preset: str
+    stage: str
+    mesh: MeshConfig
+    batch: int
+    """Global batch size."""
+    micro_batches: int
+    steps: int
+    """Training steps that were rehearsed; a validation and a save come before the last one."""
+    device: str
+    """Type of the device that each rank has."""
+    roles: int
+    """Ranks that were run."""
+    calls: dict[str, int] = field(default_factory=dict)
+    """Operations of rank 0, by kind."""
+    backends: dict[str, int] = field(default_factory=dict)
+    """The same, by what carries them."""
+    operations: int
+    """Matched over all ranks."""
+    bytes: int
+    """Of them, as each rank sees them."""
+    seconds: float
+    mismatch: Mismatch | None
+
+    @property
+    def matches(self) -> bool:
+        """True if all ranks' sequences go together."""
+        return self.mismatch is None
+
+
+def rehearse(
+    preset: str, stage: str, settings: Any, pool: Pool, runner: Runner = run_rank, jobs: int = 2
+) -> Rehearsal:
+    """Run each role of the settings' world, on the pool's device, and compare all ranks.
+
+    Raises: RankError if a process of the rehearsal dies.
+    """
+    began = time.perf_counter()
+    grid, ranks = Grid(settings.mesh), roles_of(settings.mesh)
+    steps = 2 if settings.engine.zero_stage == 3 else 1  # it fetches ahead what a step has read
+    tasks = [
+        RankTask(stage=stage, settings=settings, rank=rank, steps=steps, device=pool.device)
+        for rank in ranks
+    ]
+    name, world = f"rehearse {stage} {preset}", settings.mesh.world
+    with (
+        progress(f"{name}: ranks", len(tasks)) as meter,
+        slow(f"{name}: {len(ranks)} of {world:,} ranks make their groups and steps"),
+    ):
+        sequences = {found.rank: found for found in pool.run(tasks, runner, jobs, meter.update)}
+    with slow(f"{name}: comparing the calls of {world:,} ranks"):
+        roles = Roles(grid, ranks)
+        outcome = play(roles, sequences)
+        mismatch = explain(roles, sequences, outcome)
+    return Rehearsal(
+        preset=preset,
+        stage=stage,
+        mesh=settings.mesh,
+        batch=settings.loop.batch,
+        micro_batches=settings.engine.accumulate,
+        steps=steps + 1,
+        device=pool.device,
+        roles=len(ranks),
+        calls=dict(Counter(op.kind for op in sequences[0].operations)),
+        backends=dict(Counter(op.backend for op in sequences[0].operations if op.backend)),
+        operations=outcome.operations,
+        bytes=outcome.bytes,
+        seconds=time.perf_counter() - began,
+        mismatch=mismatch,
+    )
+
+
+def checked(settings: Any) -> Any:
+    """The settings, if they can be rehearsed.
+
+    Raises: ConfigError with every problem of them.
+    """
+    check(settings.problems(settings.mesh.world))
+    if settings.mesh.world < 2:
+        raise ConfigError("one rank has nobody to communicate with; give --world 2 or more")
+    return settings
+
+
+def roles_of(mesh: MeshConfig) -> list[int]:
+    """The ranks to run: stages next to each other, since they wait for each other's shapes."""
+    grid = Grid(mesh)
+    stages, *others = grid.sizes
+    second = {1} if stages == 1 else set()
+    chosen = [sorted(({0} | second | {size - 1}) & set(range(size))) for size in others]
+    return [grid.rank((stage, *place)) for place in product(*chosen) for stage in range(stages)]
+
+
+def scaled(settings: Any, world: int) -> Any:
+    """The same settings on so many ranks, by more or fewer replicas.
+
+    The global batch stays if each replica then has whole micro-batches of the same size; else each
+    replica keeps its samples. Where that makes more lanes, validations get a sample for each.
+    Raises: ConfigError if whole replicas do not make up that number, or with every problem of
+    settings that leave a replica nothing to keep.
+    """
+    if _without_parts(settings):
+        check(settings.problems())
+    mesh, batch = settings.mesh, settings.loop.batch
+    block = mesh.tensor * mesh.pipeline
+    if world < 1 or world % block:
+        near = max(1, round(world / block)) * block
+        raise ConfigError(
+            f"{world} ranks are no multiple of the {block} of a replica (tensor {mesh.tensor} x "
+            f"pipeline {mesh.pipeline}); try --world {near}"
+        )
+    data = world // block
+    machines = max(1, data // mesh.local) if mesh.machines > 1 else 1
+    lanes, accumulate = settings.order.lanes, settings.engine.accumulate
+    held_out = settings.loop.validation_samples
+    micro = batch // mesh.data // accumulate
+    if batch % (data * micro) == 0 and lanes % data == 0:
+        accumulate = batch // data // micro
+    else:
+        enough = held_out >= lanes  # what is wrong before stays so, and is found
+        batch, lanes = (max(1, count // mesh.data) * data for count in (batch, lanes))
+        held_out = max(held_out, lanes) if enough else held_out
+    return replace(
+        settings,
+        mesh=replace(mesh, data=data, machines=machines),
+        loop=replace(settings.loop, batch=batch, validation_samples=held_out),
+        order=replace(settings.order, lanes=lanes),
+        engine=replace(settings.engine, accumulate=accumulate),
+    )
+
+
+def _without_parts(settings: Any) -> list[str]:
+    """What is wrong with the parts that a replica has of the mesh, the batch and the lanes."""
+    loop, mesh = settings.loop, settings.mesh
+    found: list[str] = loop.problems() + mesh.problems(sizes=settings.sizes())
+    if found:
+        return found
+    alone = EngineConfig(accumulate=settings.engine.accumulate)
+    found += settings.order.problems(loop.batch, mesh.data)
+    return found + alone.problems(loop.batch // mesh.data, MeshConfig(), compress=False)

@@ -1,0 +1,302 @@
+"""The real loop of a stage, without data and without a disk.
+
+A rank makes steps, validates, saves, makes one more step and finishes, as a run does in days: what
+is asked of the data at the first validation is asked here. Data sets have as many samples as are
+asked for, and no content; checkpoints have a manifest, and no weights.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+import checkpoint.saver
+import checkpoint.writer
+import training.ema
+import training.trainer
+from core.config import check
+from core.errors import AbsentError
+from core.heartbeat import Heart
+from data_pipeline.streaming.stream import StreamState
+from models.clip import Clip
+from models.dvae import DVAE
+from models.prior import prior_program
+from parallel.engines.protocol import Batch, Engine, Losses, Program, StepResult
+from parallel.engines.registry import build_engine
+from parallel.ledger import Ledger
+from parallel.mesh import Mesh
+from planning.rehearsal.patches import Change, nothing, replaced
+from planning.rehearsal.recorder import Recorder
+from training.config import ProfileConfig
+from training.data_requirements import DataSizes, size_problems
+from training.tasks.clip import ClipTask, clip_program
+from training.tasks.dvae import DVAETask, dvae_program
+from training.tasks.prior import PriorTask
+from training.tasks.task import Pictures
+from training.trainer import Run
+
+_NOWHERE = Path(os.devnull) / "rehearsal"
+"""A folder that cannot be: nothing is read there, or written."""
+_TWICE = 2
+"""Evaluations of one size after a step that are run; later ones repeat the calls of the last."""
+
+
+def play(stage: str, settings: Any, steps: int, mesh: Mesh, recorder: Recorder | None) -> None:
+    """Train so many steps, validate, save, train one more step and finish.
+
+    With a recorder, evaluations that repeat others only have their calls noted again.
+    """
+    settings = _shortened(settings, steps)
+    check(size_problems(settings, _sizes(settings)))
+    heart = Heart(mesh.world.rank)
+    with replaced(_changes(recorder)):
+        task = _TASKS[stage](settings, mesh)
+        run = Run(stage, task, settings, mesh, Ledger(mesh, heart), heart)
+        run.train()
+        run.close()
+
+
+def _shortened(settings: Any, steps: int) -> Any:
+    """A run of `steps` and one more, which leaves no traces."""
+    engine = settings.engine
+    if engine.precision == "auto":  # what is sent does not depend on it
+        engine = replace(engine, precision="bf16")
+    return replace(
+        settings,
+        engine=engine,
+        out=_NOWHERE,
+        loop=replace(settings.loop, steps=steps + 1, validate_every=steps),
+        checkpoint=replace(settings.checkpoint, every=steps, to=""),
+        profile=ProfileConfig(always=False),
+    )
+
+
+def _sizes(settings: Any) -> DataSizes:
+    """A data set with as many held-out pairs as are asked for, and enough others."""
+    held_out, lanes = settings.loop.validation_samples, settings.order.lanes
+    place = f"a data set for loop.validation_samples={held_out}"
+    return DataSizes(place=place, train=settings.loop.batch, blocks=lanes, held_out=held_out)
+
+
+def _changes(recorder: Recorder | None) -> list[Change]:
+    def engine_of(*arguments: Any) -> Engine:
+        engine = build_engine(*arguments)
+        if recorder is not None:
+            _repeat_evaluations(engine, recorder)
+        return engine
+
+    return [
+        (training.trainer, "build_engine", engine_of),
+        (training.trainer, "Stream", _EmptyStream),
+        (training.trainer, "RunFolder", _NoFolder),
+        (training.trainer, "open_store", lambda _: _MemoryStore()),
+        (training.trainer, "save_model", nothing),
+        (training.trainer, "progress", _no_progress),
+        (training.ema, "ThreadPoolExecutor", _AtOnce),
+        (checkpoint.saver, "ThreadPoolExecutor", _AtOnce),
+        (checkpoint.writer, "_write_slices", lambda *_: {}),
+    ]
+
+
+def _repeat_evaluations(engine: Any, recorder: Recorder) -> None:
+    """Run an evaluation only if fewer than two of its size were run since the last step."""
+    step, evaluate = engine.step, engine.evaluate
+    known: dict[Any, list[tuple[Losses, int, int]]] = defaultdict(list)
+
+    def stepped(micro_batches: Sequence[Batch], lr: float) -> StepResult:
+        known.clear()
+        result: StepResult = step(micro_batches, lr)
+        return result
+
+    def evaluated(batch: Batch) -> Losses:
+        rows = known[tuple((name, tuple(batch[name].shape)) for name in sorted(batch))]
+        if len(rows) == _TWICE:
+            losses, first, last = rows[-1]
+            recorder.repeat(first, last)
+            return losses
+        first = len(recorder.sequence.operations)
+        losses = evaluate(batch)
+        rows.append((losses, first, len(recorder.sequence.operations)))
+        return losses
+
+    engine.step, engine.evaluate = stepped, evaluated
+
+
+class _Samples:
+    """A data set of samples without content."""
+
+    fingerprint, variants = "", 1
+
+    def __init__(self, count: int) -> None:
+        self.sizes = np.array([count])
+
+    def read(self, block: int, _: int = 0) -> list[Any]:
+        return [object() for _ in range(self.sizes[block])]
+
+
+class _PriorWithoutData(PriorTask):
+    def __init__(self, settings: Any, mesh: Mesh) -> None:
+        self._settings, self.model_config = settings, settings.model
+        self.held_out: Any = _Samples(settings.loop.validation_samples)
+        self.train: Any = _Samples(0)
+        self.program: Program = prior_program(settings.model, settings.loop.seed, mesh.shared)
+        self.units = settings.model.length
+
+    def batch(self, records: Sequence[Any], step: int, training: bool = True) -> Batch:
+        count, model = len(records), self.model_config
+        text = torch.zeros(count, model.text_length, dtype=torch.int64, device="cpu")
+        image = torch.zeros(count, model.image_length, dtype=torch.int64, device="cpu")
+        return {"text": text, "image": image}
+
+    def facts(self) -> dict[str, Any]:
+        return {}
+
+    def _entropy(self) -> float:
+        return 0.0
+
+
+class _DVAEWithoutData(DVAETask):
+    unreadable = 0
+
+    def __init__(self, settings: Any, mesh: Mesh) -> None:
+        self.model_config = settings.model
+        self.held_out: Any = _Samples(settings.loop.validation_samples)
+        self.train: Any = _Samples(0)
+        self.dvae = DVAE(settings.model, settings.loop.seed)
+        self.program = dvae_program(self.dvae, settings.model)
+        self.units = settings.model.tokens
+
+    def batch(self, records: Sequence[Any], step: int, training: bool = True) -> Batch:
+        return {
+            "pixels": _pixels(len(records), self.model_config.pixels),
+            "keys": torch.zeros(len(records), dtype=torch.int64, device="cpu"),
+            "tau": torch.tensor(1.0, device="cpu"),
+            "beta": torch.tensor(1.0, device="cpu"),
+        }
+
+    def figures(self, *_: Any) -> tuple[dict[str, float], Pictures]:
+        return {}, {}  # each rank by itself looks at values
+
+
+class _ClipWithoutData(ClipTask):
+    unreadable = 0
+
+    def __init__(self, settings: Any, mesh: Mesh) -> None:
+        self.model_config = settings.model
+        self.held_out: Any = _Samples(settings.loop.validation_samples)
+        self.train: Any = _Samples(0)
+        self.program = clip_program(Clip(settings.model, settings.loop.seed), mesh.world)
+        self.units = settings.model.text_length
+
+    def batch(self, records: Sequence[Any], step: int, training: bool = True) -> Batch:
+        count, model = len(records), self.model_config
+        text = torch.zeros(count, model.text_length, dtype=torch.int64, device="cpu")
+        return {"pixels": _pixels(count, model.pixels), "text": text}
+
+    def facts(self) -> dict[str, Any]:
+        return {}
+
+
+_TASKS: dict[str, Callable[[Any, Mesh], Any]] = {
+    "prior": _PriorWithoutData,
+    "dvae": _DVAEWithoutData,
+    "clip": _ClipWithoutData,
+}
+
+
+def _pixels(count: int, side: int) -> torch.Tensor:
+    return torch.zeros(count, 3, side, side, device="cpu")
+
+
+class _EmptyStream:
+    """Batches without content, by the rules of `data_pipeline.streaming.stream.Stream`."""
+
+    def __init__(
+        self,
+        source: Any,
+        *,
+        seed: int,
+        batch: int,
+        order: Any,
+        loader: Any,
+        rank: int,
+        ranks: int,
+        reads: bool,
+    ) -> None:
+        self._records = [None] * (batch // ranks if reads else 0)
+        self.state = StreamState(
+            fingerprint=source.fingerprint,
+            seed=seed,
+            batch=batch,
+            lanes=order.lanes,
+            window=order.window,
+            version=0,
+            epoch=0,
+            step=0,
+        )
+
+    def __iter__(self) -> Iterator[tuple[list[None], StreamState]]:
+        while True:
+            self.state = replace(self.state, step=self.state.step + 1)
+            yield self._records, self.state
+
+
+class _MemoryStore:
+    """A store of this process alone; it keeps the manifests."""
+
+    url = "memory"
+
+    def __init__(self) -> None:
+        self._held: dict[str, bytes] = {}
+
+    def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        if name not in self._held:
+            raise AbsentError(f"there is no {name} in a rehearsal")
+        return self._held[name][start : None if length is None else start + length]
+
+    def put(self, name: str, data: bytes, if_absent: bool = False) -> bool:
+        self._held[name] = data
+        return True
+
+    def names(self, prefix: str = "") -> list[str]:
+        return sorted(name for name in self._held if name.startswith(prefix))
+
+    def exists(self, name: str) -> bool:
+        return name in self._held
+
+    def delete(self, name: str) -> None:
+        self._held.pop(name, None)
+
+
+class _NoFolder:
+    """The folder of a run, of which nothing is kept."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.begin = self.log = self.show = self.close = nothing
+
+
+class _AtOnce:
+    """An executor that does its work in the caller's thread, where the recorder listens."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def submit(self, work: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+        done: Future[Any] = Future()
+        try:
+            done.set_result(work(*arguments))
+        except Exception as error:  # the caller asks for it, as for that of a thread
+            done.set_exception(error)
+        return done
+
+
+def _no_progress(*_: Any) -> AbstractContextManager[Any]:
+    return nullcontext(SimpleNamespace(update=nothing))

@@ -1,0 +1,163 @@
+"""A checkpoint of any mesh and engine goes on under any other, with the same losses.
+
+TAPIR_MATRIX=all (`make matrix`) takes every pair; `make test-slow` a chosen diagonal.
+"""
+
+import math
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoint.reader import open_checkpoint
+from parallel.config import CompressConfig, EngineConfig, MeshConfig
+from tests.faults.plants import changed, train_with
+from tests.harness import rows_of
+from tests.multiprocess.training.checks import largest_difference
+from training.config import PriorTrain
+from training.export.weights import load_prior, open_model
+from training.presets import prior_tiny
+
+BOUND = 1e-5
+STEPS, SAVED = 10, 5
+
+
+def _zero(stage: int, **mesh: int) -> tuple[MeshConfig, EngineConfig]:
+    return MeshConfig(**mesh), EngineConfig(name="deepspeed_zero", zero_stage=stage)
+
+
+def _pipe(**mesh: int) -> tuple[MeshConfig, EngineConfig]:
+    return MeshConfig(**mesh), EngineConfig(name="deepspeed_pipe", accumulate=2)
+
+
+LAYOUTS = {
+    "1 process": (MeshConfig(), EngineConfig()),
+    "TP2": _pipe(tensor=2),
+    "PP2": _pipe(pipeline=2),
+    "DP4": _zero(1, data=4),
+    "DP4 pipe": _pipe(data=4),
+    "TP2xPP2": _pipe(tensor=2, pipeline=2),
+    "TP2xPP2xDP2": _pipe(tensor=2, pipeline=2, data=2),
+    "TP4 padded": _pipe(tensor=4),
+    "TP2xDP2 ZeRO-2": _zero(2, tensor=2, data=2),
+    "paper 2x2": _zero(3, data=4, machines=2),
+}
+"""TP4 pads the 6 heads to 8."""
+ALL = [(a, b) for a in LAYOUTS for b in LAYOUTS if a != b]
+SOME = [
+    ("1 process", "TP2xPP2"),
+    ("TP2xPP2", "paper 2x2"),
+    ("paper 2x2", "TP2xPP2xDP2"),
+    ("TP2xPP2xDP2", "TP4 padded"),
+    ("TP4 padded", "DP4"),
+    ("DP4", "TP2xDP2 ZeRO-2"),
+    ("TP2xDP2 ZeRO-2", "1 process"),
+]
+PAIRS = ALL if os.environ.get("TAPIR_MATRIX") == "all" else SOME
+
+
+def _settings(tokens: Path, out: Path, layout: str, **parts: dict[str, Any]) -> PriorTrain:
+    mesh, engine = LAYOUTS[layout]
+    engine = replace(engine, precision="fp32", matmul_precision="highest")
+    settings = replace(prior_tiny(), data=str(tokens), out=out, mesh=mesh, engine=engine)
+    small: dict[str, dict[str, Any]] = {
+        "model": {"dim": 48, "heads": 6},
+        "loop": {
+            "steps": STEPS,
+            "batch": 32,
+            "log_every": 1,
+            "validate_every": 0,
+            "validation_samples": 32,
+        },
+        "optim": {"warmup": 2, "ema": 0.9, "ema_every": 2},
+        "checkpoint": {"every": SAVED, "keep": 9},
+    }
+    return changed(settings, **{**small, **parts})
+
+
+@pytest.fixture(scope="module")
+def saved(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = {}
+    for name in sorted({source for source, _ in PAIRS}):
+        found[name] = tmp_path_factory.mktemp(name.replace(" ", "_"))
+        train_with("nothing", _settings(tokens, found[name], name))
+    return found
+
+
+def _from_half(source: Path, target: Path) -> None:
+    name = f"checkpoints/step-{SAVED}"
+    shutil.copytree(source / name, target / name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_saved_here_loads_there(
+    source: str, target: str, saved: dict[str, Path], tokens: Path, tmp_path: Path
+) -> None:
+    _from_half(saved[source], tmp_path)
+    train_with("nothing", _settings(tokens, tmp_path, target))
+    after, expected = rows_of(tmp_path), rows_of(saved[source])[SAVED:]
+    assert [row["step"] for row in after] == list(range(SAVED + 1, STEPS + 1))
+    assert largest_difference(expected, after, "loss") < BOUND
+    assert largest_difference(expected, after, "grad_norm") < BOUND
+    last = f"checkpoints/step-{STEPS}"
+    one, two = (open_checkpoint(str(path / last)) for path in (saved[source], tmp_path))
+    for kind in ("master", "exp_avg", "exp_avg_sq", "ema"):
+        pairs = [(one.tensor(name, kind), two.tensor(name, kind)) for name in one.shapes()]
+        apart = math.sqrt(sum(float((a - b).double().square().sum()) for a, b in pairs))
+        whole = math.sqrt(sum(float(a.double().square().sum()) for a, _ in pairs))
+        assert apart / whole < BOUND, kind
+
+
+@pytest.mark.slow
+def test_one_process_opens_a_checkpoint_of_any_mesh(saved: dict[str, Path], tmp_path: Path) -> None:
+    """What an unfinished run gives is what `tapir train` would have written at that step."""
+    for name, run in saved.items():
+        unfinished = tmp_path / name
+        ended = shutil.ignore_patterns("model.*")
+        shutil.copytree(run, unfinished, ignore=ended)
+        (mine, config, facts), wanted = load_prior(unfinished), load_prior(run)
+        pairs = zip(mine.parameters(), wanted[0].parameters(), strict=True)
+        assert all(a.equal(b) for a, b in pairs), name
+        assert (config, facts["step"]) == (wanted[1], STEPS)
+        assert facts.items() <= wanted[2].items() and {"dvae", "tokenizer"} <= facts.keys()
+        assert open_model(unfinished, "prior").digest == open_model(run, "prior").digest
+        half = load_prior(run, SAVED)
+        assert half[2]["step"] == SAVED
+        assert not all(
+            a.equal(b) for a, b in zip(half[0].parameters(), mine.parameters(), strict=True)
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["TP2xPP2xDP2", "paper 2x2"])
+def test_a_compressed_run_resumes_bit_equal(layout: str, tokens: Path, tmp_path: Path) -> None:
+    compress = CompressConfig(rank=12, warm_start=True)
+    runs = [
+        replace(_settings(tokens, tmp_path / name, layout), compress=compress)
+        for name in ("whole", "again")
+    ]
+    train_with("nothing", runs[0])
+    _from_half(runs[0].out, runs[1].out)
+    train_with("nothing", runs[1])
+    expected, after = rows_of(runs[0].out)[SAVED:], rows_of(runs[1].out)
+    for field in ("step", "loss", "grad_norm", "compress_sent_bytes"):
+        assert [row[field] for row in after] == [row[field] for row in expected]
+    models = [(run.out / "model.safetensors").read_bytes() for run in runs]
+    assert models[0] == models[1]
+
+
+@pytest.mark.slow
+def test_saving_in_the_background_changes_nothing(tokens: Path, tmp_path: Path) -> None:
+    """Every step saved, in the background and in front, against saves at the end alone."""
+    ways = [{"every": 1}, {"every": 1, "background": False}, {"every": 10**6}]
+    found = []
+    for i, way in enumerate(ways):
+        settings = _settings(tokens, tmp_path / str(i), "TP2xDP2 ZeRO-2", checkpoint=way)
+        train_with("nothing", settings)
+        rows = [(row["loss"], row["grad_norm"]) for row in rows_of(settings.out)]
+        found.append((rows, (settings.out / "model.safetensors").read_bytes()))
+    assert found[0] == found[1] == found[2]

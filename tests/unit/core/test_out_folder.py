@@ -1,0 +1,95 @@
+"""A folder that a command writes to is new, or its own: nothing is mixed, nothing overwritten."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from cli.data import pack
+from cli.evaluate import evaluate, overlap, score
+from cli.sample import demo
+from cli.tokenize import tokenize
+from core.errors import InputError
+from core.files.atomic import held
+from core.files.out_folder import owner_of, refuse_others_folder
+from training.config import BPETrain, DVAETrain
+from training.launch import train_stage
+from training.tokenizer import train_tokenizer
+
+FILES = {
+    "a data set": "train/manifest.json",
+    "train dvae": "model.json",
+    "train prior": "config.json",
+    "train bpe": "tokenizer.json",
+    "score": "scores.json",
+    "evaluate": "candidates.json",
+    "overlap": "overlap.json",
+    "submit": "chain.json",
+    "demo": "seconds.json",
+}
+
+
+def folder_of(path: Path, owner: str) -> Path:
+    """What is known of a folder that a command wrote."""
+    file = path / FILES[owner]
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"stage": owner.removeprefix("train ")}))
+    return path
+
+
+@pytest.mark.parametrize("owner", FILES)
+def test_every_command_refuses_the_folder_of_another(owner: str, tmp_path: Path) -> None:
+    path = folder_of(tmp_path / "x", owner)
+    writes = {
+        "a data set": [lambda: pack(["shapes", str(path)]), lambda: tokenize(["raw", str(path)])],
+        "train dvae": [lambda: train_stage("dvae", DVAETrain(out=path))],
+        "train bpe": [lambda: train_tokenizer(BPETrain(out=path))],
+        "score": [lambda: score(["coco:none", f"--out={path}"])],
+        "evaluate": [lambda: evaluate(["none", f"--out={path}"])],
+        "overlap": [lambda: overlap(["raw", "none", f"--out={path}"])],
+        "demo": [lambda: demo(["--size=mini", f"--out={path}"])],
+    }
+    named = "holds a data set" if owner == "a data set" else f"holds what `tapir {owner}` wrote"
+    for mine, commands in writes.items():
+        for command in commands if mine != owner else ():
+            with pytest.raises(InputError, match=named) as raised:
+                command()
+            assert raised.value.exit_code == 2
+    refuse_others_folder(path, owner)
+
+
+def test_damaged_notes_and_new_folders_belong_to_nobody(tmp_path: Path) -> None:
+    for text in ("", "[]", "{}", "no JSON"):
+        (tmp_path / "config.json").write_text(text)
+        assert owner_of(tmp_path) == ""
+    assert owner_of(tmp_path / "new") == ""
+    (tmp_path / "tokenizer.json").touch()
+    assert owner_of(tmp_path) == "train bpe"
+
+
+def test_one_tokenizer_is_learned_in_a_folder_at_a_time(tmp_path: Path) -> None:
+    texts, out = tmp_path / "texts", tmp_path / "bpe"
+    texts.write_text("a small red circle\n" * 20)
+    settings, errors = BPETrain(texts=texts, out=out, vocabulary=270), list[str]()
+
+    def learn() -> None:
+        try:
+            train_tokenizer(settings)
+        except InputError as error:
+            errors.append(str(error))
+
+    with held(out, "train bpe"):
+        second = threading.Thread(target=learn)
+        second.start()
+        second.join()
+    assert "another train bpe is working" in errors[0] and not (out / "tokenizer.json").exists()
+    for _ in range(2):  # the same one is written again
+        train_tokenizer(settings)
+    first = (out / "tokenizer.json").read_bytes()
+    texts.write_text("two large blue squares\n" * 20)
+    with pytest.raises(InputError, match="holds another tokenizer, of 267 entries"):
+        train_tokenizer(settings)
+    assert (out / "tokenizer.json").read_bytes() == first
+    (out / "tokenizer.json").write_text("damaged")
+    train_tokenizer(settings)

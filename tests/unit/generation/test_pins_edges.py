@@ -1,0 +1,125 @@
+"""Pins of what only several ranks, a full device or the last draw shows."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from data_pipeline.formats.raw import RawRecord
+from data_pipeline.text.dropout import DropoutEncoder
+from generation.config import SampleConfig
+from generation.evaluation import accuracy
+from generation.sampling.decoder import Decoder, Part
+from generation.sampling.pipeline import Pipeline
+from generation.sampling.sampler import Sampler
+from parallel.engines.protocol import Recomputed
+from parallel.mesh import Group
+from tests.forked import forked_ranks
+from tests.unit.models.test_models import CONFIG, prior_batch, trained_like
+
+
+@torch.no_grad()
+def _decoded(decoder: Decoder) -> list[Any]:
+    """Logits behind three given codes, at the next position, and once more by themselves."""
+    batch = prior_batch()
+    text, image = batch["text"], batch["image"]
+    lane = decoder.start(text, image[:, :3], 1)
+    found = [decoder.next(lane, 3, image[:, 2]), decoder.settled(text, image[:, :4])]
+    return [None if x is None else x.tolist() for x in found]
+
+
+def test_two_stages_decode_as_one_does(tmp_path: Path) -> None:
+    layers = trained_like()
+    names = list(layers)
+
+    def stage(rank: int) -> list[Any]:
+        mine = names[:2] if rank == 0 else names[2:]
+        neighbours = Pipeline(Group(dist.group.WORLD, rank, 2))
+        part = Part(layers={n: layers[n] for n in mine}, config=CONFIG, neighbours=neighbours)
+        found = _decoded(Decoder(part))
+        neighbours.share(torch.zeros(1)).wait()  # what was sent is kept until it has come
+        return found
+
+    first, last = forked_ranks(tmp_path, 2, stage)
+    assert first == [None, None]
+    whole = _decoded(Decoder(Part(layers=layers, config=CONFIG)))
+    for mine, expected in zip(last, whole, strict=True):
+        torch.testing.assert_close(torch.tensor(mine), torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+def test_a_batch_without_memory_is_drawn_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 5 candidates 2 fit: 5 fail, 2 and 3 of them, of which 3 fail, and 1 and 2; what the
+    halves need is asked for from then on."""
+    decoder, tried = Decoder(Part(layers=trained_like(), config=CONFIG)), []
+    start = decoder.start
+
+    def little(text: Tensor, given: Tensor, each: int) -> Any:
+        tried.append(each)
+        if each > 2:
+            raise torch.OutOfMemoryError("no memory")
+        return start(text, given, each)
+
+    text, keys = prior_batch()["text"][:1], [[(1, "a", i) for i in range(10)]]
+    plain = list(Sampler(decoder).draw(text, cast(Any, keys), SampleConfig(batch=5)))
+    monkeypatch.setattr(decoder, "start", little)
+    halved = list(Sampler(decoder).draw(text, cast(Any, keys), SampleConfig(batch=5)))
+    assert tried == [5, 2, 3, 1, 2, 2, 1, 2]
+    assert torch.cat([d.codes for d in halved], 1).equal(torch.cat([d.codes for d in plain], 1))
+
+
+def test_weights_learn_behind_a_branch_that_is_run_again() -> None:
+    """Its input needs no gradient, as that of a first layer; the slope of (3 w)^2 / 2 is 9 w."""
+
+    class Line(Recomputed):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.run_branch(lambda y: (y * self.weight) ** 2 / 2, x)
+
+    line = Line()
+    line.recompute = True
+    line(torch.tensor(3.0)).backward()
+    assert line.weight.grad is not None and float(line.weight.grad) == 18.0
+
+
+def _words(*symbols: str, merges: tuple[str, ...] = ()) -> Any:
+    model = {"vocab": {symbol: i for i, symbol in enumerate(symbols)}, "merges": merges}
+    return cast(Any, SimpleNamespace(to_str=lambda: json.dumps({"model": model})))
+
+
+def test_only_ascii_letters_are_merged_anew() -> None:
+    """`é` is lower, but more than one byte; `a1` is lower, but no word."""
+    encoder = DropoutEncoder(_words("é", "a1", "ab"), 0.0)
+    assert encoder.encode([2 - 1, 0]).tolist() == [1, 0]
+
+
+def test_a_merge_is_passed_over_with_the_rate_exactly() -> None:
+    """A draw lies in [0, 1): below the rate with probability `rate`; at rate 0 never."""
+    for rate, drawn, found in ((0.0, 0.0, [2]), (0.5, 0.5, [2]), (0.5, 0.499, [0, 1])):
+        encoder = DropoutEncoder(_words("a", "b", "ab", merges=("a b",)), rate)
+        assert encoder._merged(["a", "b"], lambda drawn=drawn: drawn) == found  # type: ignore[misc]
+
+
+def test_chance_judges_the_best_ranked_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two captions, each other's derangement: the best pictures fit the other one's caption."""
+    monkeypatch.setattr(accuracy, "matches", lambda caption, picture: caption == picture)
+    monkeypatch.setattr(accuracy, "parse_caption", lambda caption: None)
+    monkeypatch.setattr(accuracy, "pictures_of", lambda records, pixels: ["a", "b"])
+    monkeypatch.setattr(accuracy, "to_bytes", lambda pixels: pixels)
+    studio = SimpleNamespace(
+        dvae=SimpleNamespace(config=SimpleNamespace(pixels=4)), encode=list, decode=list
+    )
+    rows = [
+        SimpleNamespace(pictures=["b", "a"], drawn=[0, 1], scores=[0.9, 0.1]),
+        SimpleNamespace(pictures=["a", "b"], drawn=[0, 1], scores=[0.9, 0.1]),
+    ]
+    records = [cast(RawRecord, SimpleNamespace(caption=c)) for c in "ab"]
+    found = accuracy.caption_accuracy(cast(Any, studio), records, cast(Any, rows), 1)
+    assert (found["chance"], found["best_of_1"], found["best_of_2"]) == (1.0, 0.5, 0.0)

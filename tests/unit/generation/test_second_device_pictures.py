@@ -1,0 +1,61 @@
+"""Samples and scores on a device that is not the CPU: codes and figures are the same."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from core.workers import Member
+from data_pipeline.evaluation_sets import open_evaluation
+from generation.config import SampleConfig, ScoreConfig
+from generation.evaluation.score_job import open_job
+from generation.sampling.decoder import Decoder, Part
+from generation.sampling.sampler import Prompt
+from generation.text_to_image import open_studio
+from models.prior import PAD
+from parallel.device import CPU
+from parallel.mesh import Mesh
+from parallel.world import World
+from tests.second_device import SECOND
+from tests.unit.finished import write_models
+from tests.unit.generation.test_sampling import draw, keys_of
+from tests.unit.layouts import write_coco
+from tests.unit.models.test_models import CONFIG, trained_like
+
+ALONE = Member(number=0, count=1)
+
+
+@pytest.mark.parametrize("settings", [{}, {"guidance": 2.0}, {"top_p": 0.8, "batch": 2}])
+def test_candidates_are_those_of_the_cpu(settings: dict[str, Any]) -> None:
+    """With rows that are given, and candidates whose near ties are drawn again."""
+    draws = torch.Generator().manual_seed(0)
+    text = torch.randint(0, 30, (2, CONFIG.text_length), generator=draws)
+    text[1, 4:] = PAD
+    codes = torch.randint(0, 20, (CONFIG.image_length,), generator=draws)
+    prompt = Prompt(codes=codes, kept=torch.arange(CONFIG.image_length) < CONFIG.grid + 2)
+    found = []
+    for device in (CPU, SECOND):
+        layers: nn.ModuleDict = trained_like().to(device)
+        decoder = Decoder(Part(layers=layers, config=CONFIG))
+        assert decoder.device == device
+        found.append(draw(decoder, text, keys_of(2, 3), SampleConfig(**settings), prompt))
+    assert torch.equal(*found)
+
+
+def test_scores_are_those_of_the_cpu(tmp_path: Path) -> None:
+    data = f"coco:{write_coco(tmp_path / 'coco', 8)}"
+    captions = [caption.text for caption in open_evaluation(data).captions]
+    models = write_models(tmp_path, captions)
+    config = ScoreConfig(candidates=2, captions=10, block=5, radii=(0.0, 1.0))
+    found = []
+    for device in (CPU, SECOND):
+        mesh = Mesh(world=World(device=device))
+        given = {"inception": None, "overlap": None, "out": tmp_path / device.type}
+        job = open_job(data, models, config=config, device=device, **given)
+        scores = job.run(lambda mesh=mesh: open_studio(models, config.precision, mesh), ALONE)
+        assert scores is not None
+        found.append([row[name] for row in scores["rows"] for name in ("fid", "is")])
+    assert np.isfinite(found).all() and np.allclose(*found, rtol=1e-5)

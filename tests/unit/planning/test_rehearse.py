@@ -1,0 +1,375 @@
+"""A rehearsal passes what matches, and names the call, the ranks and the line of what does not."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import core.log
+from cli.rehearse import laid_out, rehearse_verb
+from core.errors import EXIT_WRONG_INPUT, ConfigError, TapirError
+from data_pipeline.config import OrderConfig
+from models.config import PriorConfig
+from parallel.config import EngineConfig, MeshConfig, OptimConfig
+from parallel.device import CPU
+from planning.config import filled
+from planning.rehearsal.explain import Mismatch, explain
+from planning.rehearsal.matcher import Outcome, Roles, play
+from planning.rehearsal.pool import Pool
+from planning.rehearsal.rank import RankTask, run_rank
+from planning.rehearsal.rehearse import rehearse, roles_of, scaled
+from planning.rehearsal.sequence import Grid, Operation, Sequence
+from training.config import LoopConfig, PriorTrain
+from training.presets import PRESETS
+
+MODEL = PriorConfig(
+    dim=48, heads=6, layers=2, text_length=6, text_vocabulary=50, image_vocabulary=30, grid=4
+)
+TENSOR = PriorTrain(
+    model=MODEL,
+    mesh=MeshConfig(tensor=2, data=2),
+    engine=EngineConfig(name="deepspeed_zero"),
+    loop=LoopConfig(batch=16),
+    optim=OptimConfig(clip_norm=0.5),
+)
+PIPE = replace(
+    TENSOR,
+    mesh=MeshConfig(pipeline=2, data=2),
+    engine=EngineConfig(name="deepspeed_pipe", accumulate=4),
+)
+ODD = 3
+"""The rank that a fault is planted in."""
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    """One process that has imported the engines, for all cases."""
+    with Pool() as running:
+        yield running
+
+
+def skips_a_collective(task: RankTask, broker: Any) -> Sequence:
+    """One of a rank's row-parallel layers does not sum its parts."""
+    from parallel.tensor.megatron import MegatronTensorParallel as Group
+
+    leave, calls = Group.leave, []
+
+    def sometimes(self: Any, x: Any) -> Any:
+        calls.append(x)
+        return x if len(calls) == 3 else leave(self, x)
+
+    if task.rank == ODD:
+        Group.leave = sometimes  # type: ignore[method-assign]
+    return run_rank(task, broker)
+
+
+def sends_another_size(task: RankTask, broker: Any) -> Sequence:
+    """A rank has one sample more than its peer."""
+    if task.rank == ODD:
+        loop = replace(task.settings.loop, batch=20)
+        task = replace(task, settings=replace(task.settings, loop=loop))
+    return run_rank(task, broker)
+
+
+def uses_another_group(task: RankTask, broker: Any) -> Sequence:
+    """A rank asks its replicas alone for the norm."""
+    from parallel.engines.deepspeed import state
+
+    norm = state.global_norm
+
+    def of_replicas(squares: Any, mesh: Any, *rest: Any) -> float:
+        world = replace(mesh.world, group=mesh.data.handle)
+        return norm(squares, replace(mesh, world=world), *rest)
+
+    if task.rank == ODD:
+        state.global_norm = of_replicas
+    return run_rank(task, broker)
+
+
+def goes_in_another_order(task: RankTask, broker: Any) -> Sequence:
+    """A rank computes the image loss first."""
+    import models.prior as prior
+
+    loss = prior.prior_loss
+
+    def image_first(logits: Any, batch: Any, text_weight: float) -> Any:
+        turned = replace(logits, text=logits.image, image=logits.text)
+        found = loss(turned, {"text": batch["image"], "image": batch["text"]}, 1 - text_weight)
+        return {**found, "text_loss": found["image_loss"], "image_loss": found["text_loss"]}
+
+    if task.rank == ODD:
+        prior.prior_loss = image_first
+    return run_rank(task, broker)
+
+
+def misses_a_message(task: RankTask, broker: Any) -> Sequence:
+    """A stage forgets to send one gradient back."""
+    from deepspeed.runtime.pipe import p2p
+
+    send, calls = p2p.send, []
+
+    def sometimes(tensor: Any, stage: int, *rest: Any) -> Any:
+        calls.append(stage)
+        return None if len(calls) == 3 else send(tensor, stage, *rest)
+
+    if task.rank == ODD:
+        p2p.send = sometimes
+    return run_rank(task, broker)
+
+
+def averages_on_the_host(task: RankTask, broker: Any) -> Sequence:
+    """A rank's figures of a validation are not moved to its GPU."""
+    return run_rank(task, broker) if task.rank != ODD else all_average_on_the_host(task, broker)
+
+
+def all_average_on_the_host(task: RankTask, broker: Any) -> Sequence:
+    """No rank's figures of a validation are moved to its GPU."""
+    from parallel.world import World
+
+    mean = World.mean
+    World.mean = lambda self, values: mean(replace(self, device=CPU), values)  # type: ignore
+    return run_rank(task, broker)
+
+
+def waits_on_the_host(task: RankTask, broker: Any) -> Sequence:
+    """The stages that see no losses wait for those of the last one with a tensor of the host."""
+    from parallel.engines.deepspeed import pipe, state
+
+    means = state.mean_losses
+
+    def without_device(seen: Any, names: Any, mesh: Any) -> Any:
+        world = mesh.world if seen else replace(mesh.world, device=CPU)
+        return means(seen, names, replace(mesh, world=world))
+
+    state.mean_losses = pipe.mean_losses = without_device
+    return run_rank(task, broker)
+
+
+FAULTS = {
+    "skipped call": (skips_a_collective, TENSOR, "all_reduce over ranks 2, 3", "models/prior.py"),
+    "another size": (sends_another_size, TENSOR, "all_reduce over ranks 2, 3", "models/prior.py"),
+    "another group": (uses_another_group, TENSOR, "all_reduce over ranks 1, 3", "global_norm"),
+    "another order": (goes_in_another_order, TENSOR, "all_reduce over ranks 2, 3", "cross_entropy"),
+    "missing message": (misses_a_message, PIPE, "recv from rank 3", "_exec_recv_grads"),
+    "another device": (
+        averages_on_the_host,
+        TENSOR,
+        "all_reduce over ranks 0, 1, 2, 3",
+        "validation.py",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_planted_fault_is_found_and_placed(kind: str, pool: Pool) -> None:
+    runner, settings, operation, place = FAULTS[kind]
+    found = rehearse("planted", "prior", settings, pool, runner).mismatch
+    assert found is not None and found.kind == kind, found and found.report()
+    named = [side for side in found.sides if side.operation == operation]
+    assert named, found.report()
+    assert any(place in line for side in named for line in side.places), found.report()
+    assert ODD in [side.rank for side in found.sides], found.report()
+    assert found.hint and found.waiting
+
+
+@pytest.mark.slow
+def test_a_stage_that_waits_on_the_host_for_a_tensor_of_a_gpu_is_found(pool: Pool) -> None:
+    """The last stage broadcasts by nccl, the others wait in gloo: a hang at every step."""
+    found = rehearse("planted", "prior", PIPE, pool, waits_on_the_host).mismatch
+    assert found is not None and found.kind == "another device", found and found.report()
+    assert {side.role.split(",")[0] for side in found.sides} == {"stage 0 of 2", "stage 1 of 2"}
+    assert all("mean_losses" in side.places[0] for side in found.sides), found.report()
+    sizes = sorted(side.size for side in found.sides)
+    assert sizes == [f"12 bytes of float32 on {p}" for p in ("cpu (gloo)", "cuda (nccl)")]
+    assert "each waits for ever" in found.text and "mesh.world.device" in found.hint
+
+
+@pytest.mark.slow
+def test_a_tensor_of_the_host_is_found_though_all_ranks_bring_one(pool: Pool) -> None:
+    found = rehearse("planted", "prior", TENSOR, pool, all_average_on_the_host).mismatch
+    assert found is not None and found.kind == "host tensor", found and found.report()
+    assert "validation.py" in found.report() and "on cpu (gloo)" in found.report()
+
+
+def test_too_few_validation_samples_are_found_at_the_first_validation(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(core.log, "SLOW_SECONDS", 0.01)
+    monkeypatch.setattr(core.log.LOG, "propagate", True)
+    caplog.set_level("INFO", core.log.LOG.name)
+    loop, order = replace(TENSOR.loop, validation_samples=512), OrderConfig(lanes=1024)
+    settings = replace(TENSOR, loop=loop, order=order)
+    found = rehearse("planted", "prior", settings, pool).mismatch
+    assert found is not None and found.kind == "failed"
+    assert "has 512 pairs" in found.text and "order.lanes=1024" in found.text
+    assert "ranks make their groups and steps: for" in caplog.text, "a slow rehearsal says so"
+
+
+def test_presets_with_too_few_validation_samples_are_named() -> None:
+    pairs = [("prior", name) for name in PRESETS["prior"]]
+    wanted, refused = laid_out(pairs, ["--loop.validation-samples=512"], 1024)
+    paper = {f"prior {name}" for name in PRESETS["prior"] if name.startswith("paper")}
+    assert paper <= set(refused) and len(wanted) == len(pairs) - len(refused)
+    assert all("validation_samples=512" in refused[name] for name in paper)
+
+
+@pytest.mark.world
+@pytest.mark.parametrize("settings", [TENSOR, PIPE])
+def test_what_matches_passes(settings: PriorTrain, pool: Pool) -> None:
+    found = rehearse("as it is", "prior", settings, pool)
+    assert found.matches, found.mismatch and found.mismatch.report()
+    assert found.operations > 150 and set(found.backends) == {"gloo", "nccl"}
+
+
+@pytest.mark.slow
+def test_texts_of_all_ranks_are_gathered_in_large_worlds(pool: Pool) -> None:
+    ((_, _, settings),), _ = laid_out([("dvae", "tiny")], [], 5000)
+    found = rehearse("large", "dvae", settings, pool)
+    assert found.matches, found.mismatch and found.mismatch.report()
+
+
+@pytest.mark.world
+def test_a_rank_that_fails_is_reported_with_its_error(pool: Pool) -> None:
+    found = rehearse("failing", "prior", TENSOR, pool, fails).mismatch
+    assert found is not None and found.kind == "failed"
+    assert "rank 3" in found.text and "ValueError: planted" in found.text
+
+
+def fails(task: RankTask, broker: Any) -> Sequence:
+    """A rank's loss cannot be computed."""
+    import models.prior as prior
+
+    def loss(*_: Any, **__: Any) -> Any:
+        raise ValueError("planted")
+
+    if task.rank == ODD:
+        prior.prior_loss = loss
+    return run_rank(task, broker)
+
+
+@pytest.mark.world
+def test_the_verb_says_so_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    rehearse_verb(["tiny", "--world", "16", "--engine.zero-stage=2", "--json"])
+    *lines, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)
+    assert "1 micro-batch a step" in lines[0] and " TB" not in lines[-1]
+    assert found["matches"] and found["mismatch"] is None
+    assert found["mesh"]["data"] == 16 and found["batch"] == 256
+    assert found["roles"] == 3 and found["calls"]["all_reduce"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["papr_12b"], "did you mean 'paper_12b'"),
+        (["tiny", "--world", "no"], "no positive whole number"),
+        (["tiny", "--stage", "bpe"], "no stage 'bpe'"),
+        (["tiny", "--device", "tpu"], "neither cuda nor cpu"),
+        (["paper_12b", "--world", "1000"], "try --world 992"),
+        (["tiny", "--world", "1"], "deepspeed_zero needs at least 2 ranks"),
+        (["tiny", "--world", "²"], "no positive whole number"),
+        (["tiny", "--world", "9" * 5000], "no positive whole number"),
+        (["tiny", "--mesh.tensor", "0"], "prior tiny cannot.*\n- mesh.data, tensor"),
+        (["tiny", "--world", "4", "--mesh.data", "0", "--mesh.tensor", "2"], "mesh.data, tensor"),
+        (["tiny", "--world", "4", "--engine.accumulate", "0"], "engine.accumulate=0 does not"),
+        (["tiny", "--engine.accumulate", "1000"], "accumulate=1000 does not divide the 16"),
+        (["tiny", "--loop.batch", "0"], "loop.steps, batch"),
+        (["tiny", "--loop.batch", "-4"], "loop.batch=-4"),
+        (["tiny", "--loop.batch", "2"], "loop.batch=2"),
+        (["tiny", "--engine.zero-stage", "3", "--mesh.machines", "3"], "machines=3 does not"),
+        (["tiny", "--mesh.machines", "0"], "machines must be at least 1"),
+        (["tiny", "--order.lanes", "0"], "order.lanes and order.window"),
+        (["tiny", "--order.lanes", "0", "--mesh.tensor", "0"], "(?s)mesh.data.*order.lanes and"),
+    ],
+)
+def test_wrong_input_ends_in_exit_code_2(arguments: list[str], said: str) -> None:
+    with pytest.raises(TapirError, match=said) as found:
+        rehearse_verb(arguments)
+    assert found.value.exit_code == EXIT_WRONG_INPUT
+
+
+def test_all_goes_on_past_presets_that_cannot_be_laid_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pairs = [("prior", name) for name in PRESETS["prior"]]
+    wanted, refused = laid_out(pairs, [], 8)
+    assert ("prior", "tiny") in [row[:2] for row in wanted]
+    assert "no multiple of the 16" in refused["prior paper_12b"]
+    with pytest.raises(SystemExit) as ended:
+        rehearse_verb(["all", "--stage=dvae", "--order.lanes=0", "--json"])
+    assert ended.value.code == EXIT_WRONG_INPUT
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["refused"]) == {f"dvae {name}" for name in PRESETS["dvae"]}
+
+
+def test_presets_grow_with_the_world() -> None:
+    for stage in ("dvae", "prior", "clip"):
+        for name, preset in PRESETS[stage].items():
+            grown = filled(name, scaled(preset(), 1024))
+            assert not grown.problems(1024), (stage, name)
+    kept = scaled(PRESETS["prior"]["paper_2_8b"](), 1024)
+    assert (kept.mesh.data, kept.loop.batch, kept.engine.accumulate) == (256, 1024, 4)
+    grown = scaled(PRESETS["dvae"]["paper_dvae"](), 1024)
+    assert (grown.loop.batch, grown.engine.accumulate) == (8 * 1024, 1)
+    with pytest.raises(ConfigError, match="no multiple of the 16"):
+        scaled(PRESETS["prior"]["paper_12b"](), 1000)
+
+
+def test_roles_stand_for_all_ranks() -> None:
+    mesh = MeshConfig(tensor=2, pipeline=8, data=64)
+    ranks = roles_of(mesh)
+    assert len(ranks) == 8 * 2 * 2
+    roles, grid = Roles(Grid(mesh), ranks), Grid(mesh)
+    assert {roles.of(rank) for rank in range(1024)} == set(ranks)
+    assert all(roles.of(rank) == rank for rank in ranks)
+    assert grid.place(roles.of(grid.rank((5, 0, 40, 1)))) == (5, 0, 63, 1)
+    assert roles_of(MeshConfig(data=64, machines=8)) == [0, 1, 7, 8, 9, 15, 56, 57, 63]
+
+
+MESH = MeshConfig(pipeline=2, data=2)
+"""Ranks 0 and 1 are the first stage, 2 and 3 the second."""
+
+
+def _sum(*group: int, size: int = 8) -> Operation:
+    return Operation(kind="all_reduce", group=group, bytes=size, dtype="float32")
+
+
+def _message(kind: str, other: int, size: int = 8) -> Operation:
+    return Operation(kind=kind, group=(other,), bytes=size, dtype="float32")
+
+
+def _played(*queues: list[Operation]) -> tuple[Outcome, Mismatch | None]:
+    sequences = {i: Sequence(rank=i, operations=queue) for i, queue in enumerate(queues)}
+    roles = Roles(Grid(MESH), range(4))
+    outcome = play(roles, sequences)
+    return outcome, explain(roles, sequences, outcome)
+
+
+def test_stages_that_both_send_first_wait_for_each_other() -> None:
+    first = [[_message("send", i + 2), _message("recv", i + 2)] for i in (0, 1)]
+    second = [[_message("send", i), _message("recv", i)] for i in (0, 1)]
+    outcome, found = _played(*first, *second)
+    assert len(outcome.stuck) == 4 and found is not None and found.kind == "deadlock"
+    turned = [queue[::-1] for queue in second]
+    outcome, found = _played(*first, *turned)
+    assert outcome.whole and found is None and outcome.operations == 8
+
+
+def test_a_message_that_a_whole_stage_forgets_is_counted() -> None:
+    first = [[_message("send", i + 2)] for i in (0, 1)]
+    second = [[_message("recv", i)] * 2 for i in (0, 1)]
+    _, found = _played(*first, *second)
+    assert found is not None and found.kind == "missing message"
+    assert "rank 2 has 2 calls of recv for rank 0, which has 1 of send" in found.text
+
+
+def test_sizes_of_messages_and_of_groups_over_stages_are_compared() -> None:
+    wrong = [_message("recv", 0, 16)], [_message("recv", 1, 16)]
+    outcome, found = _played([_message("send", 2)], [_message("send", 3)], *wrong)
+    assert outcome.unequal and found is not None and found.kind == "another size"
+    outcome, found = _played([_sum(0, 2)], [_sum(1, 3)], [_sum(0, 2, size=4)], [_sum(1, 3, size=4)])
+    assert found is not None and found.kind == "another size"
+    assert {side.rank for side in found.sides} == {0, 2}

@@ -1,0 +1,61 @@
+"""What the launcher preloads may ask for GPUs, but must not start CUDA: a fork could not use it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from generation import sample
+from parallel.engines.registry import ENGINES, modules_of
+from tests.harness import ENVIRONMENT, ROOT
+from training.launch import PRELOAD
+
+LISTS = [
+    sample.PRELOAD,
+    *([*PRELOAD, *modules_of(name, name != "reference")] for name in ENGINES),
+]
+EVERYTHING = list(dict.fromkeys(name for names in LISTS for name in names))
+_RUN = """
+import sys
+from tests.cuda_calls import launch_and_report
+launch_and_report(sys.argv[1], sys.argv[2:])
+"""
+
+
+@pytest.mark.world
+def test_preloads_do_not_start_cuda(tmp_path: Path) -> None:
+    """With a build for CUDA, megatron-core asks whether there is a GPU while it is imported.
+
+    torch then asks NVML, and leaves CUDA alone, only if it is told so in the environment.
+    """
+    environment = {k: v for k, v in ENVIRONMENT.items() if k != "PYTORCH_NVML_BASED_CUDA_CHECK"}
+    command = [sys.executable, "-c", _RUN, str(tmp_path), *EVERYTHING]
+    subprocess.run(command, check=True, env=environment, cwd=ROOT, timeout=300)
+    found = json.loads((tmp_path / "calls.json").read_text())
+    assert found["preloaded"] == EVERYTHING
+    assert set(found["calls"]) <= {"is_available", "device_count"}, found["calls"]
+    assert found["asks_nvml"], "a build for CUDA would ask CUDA itself, and poison the fork"
+
+
+_OPTIMISE = """
+import importlib, json, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+import torch
+from parallel.adamw import AdamW
+before = set(sys.modules)
+AdamW([torch.nn.Parameter(torch.ones(1))], lr=0.1, betas=(0.9, 0.99), eps=1e-8).step()
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+
+
+@pytest.mark.world
+def test_an_optimiser_imports_nothing_in_each_rank() -> None:
+    """torch's imports torch._dynamo, which costs a rank more than all of its own start."""
+    command = [sys.executable, "-c", _OPTIMISE, *PRELOAD, *modules_of("reference", False)]
+    done = subprocess.run(
+        command, check=True, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, timeout=300
+    )
+    assert len(json.loads(done.stdout)) < 10

@@ -1,0 +1,205 @@
+"""What a run says in one line when it goes wrong slowly."""
+
+import errno
+import json
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.errors import ConfigError, InputError, StoreError, TrainingError, of_files
+from core.log import LOG
+from core.storage.store import FolderStore, free_space
+from parallel.config import OptimConfig
+from parallel.device import CPU
+from parallel.mesh import Mesh
+from training.config import DVAETrain, GuardConfig, LoopConfig, PriorTrain, ProfileConfig
+from training.presets import dvae_tiny, prior_tiny
+from training.profiling.figures import cores_of, peaks_of, speed_of
+from training.run import alarms
+from training.run import folder as run_folder
+from training.run.alarms import ROOM, WARM, WINDOW, Alarms, checkpoint_bytes
+from training.run.folder import RunFolder, read_rows
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Any:
+    monkeypatch.setattr(LOG, "propagate", True)
+    caplog.set_level(logging.WARNING, LOG.name)
+    return caplog
+
+
+def _alarms(settings: Any, shapes: Any = ((10,),)) -> Alarms:
+    return Alarms(settings, Mesh(), shapes)
+
+
+def _row(used: float, of: int = 64) -> dict[str, float]:
+    return {"loss": 1.0, "codes_used": used, "codes_share": used / of}
+
+
+def test_a_dead_codebook_is_told_once_from_a_quarter_of_the_run_on(told: Any) -> None:
+    settings = replace(dvae_tiny(), loop=LoopConfig(steps=1000))
+    found = _alarms(settings)
+    found.codes(_row(1), 249)
+    found.codes(_row(7), 250)
+    found.codes({"loss": 1.0}, 250)
+    assert not told.messages
+    found.codes(_row(1), 250)
+    found.codes(_row(2), 500)
+    assert len(told.messages) == 1
+    assert "step 250: the dVAE uses 1 of its codes (1.6%" in told.messages[0]
+    assert "--loop.seed" in told.messages[0] and "--model.codebook" in told.messages[0]
+    found.codes(_row(60), 600)
+    found.codes(_row(3), 700)
+    assert len(told.messages) == 2
+
+
+def test_guard_codes_stops_a_run_that_has_steps_left(told: Any) -> None:
+    settings = replace(
+        dvae_tiny(), loop=LoopConfig(steps=1000), guard=GuardConfig(codes=0.5, codes_after=0.1)
+    )
+    found = _alarms(settings)
+    found.codes(_row(20), 99)
+    found.codes(_row(32), 100)
+    with pytest.raises(TrainingError, match=r"step 100: the dVAE uses 31 .*guard\.codes=0\.5"):
+        found.codes(_row(31), 100)
+    found.codes(_row(31), 1000)  # trained to its end: the model is kept, with a word
+    assert len(told.messages) == 1
+
+
+def test_what_guard_codes_cannot_mean_is_refused_at_once() -> None:
+    asked = GuardConfig(codes=1.5)
+    assert "guard.codes and guard.codes_after are shares" in "\n".join(asked.problems())
+    blind = replace(dvae_tiny(), guard=GuardConfig(codes=0.2), loop=LoopConfig(validate_every=0))
+    assert "guard.codes needs validations" in "\n".join(blind.fixed_problems())
+    prior = replace(prior_tiny(), guard=GuardConfig(codes=0.2))
+    assert "only a dVAE has codes" in "\n".join(prior.fixed_problems())
+
+
+def test_a_disk_without_room_for_two_checkpoints_is_told(told: Any, tmp_path: Path) -> None:
+    store = FolderStore(tmp_path / "not there yet" / "checkpoints")
+    free = free_space(store)
+    assert free is not None and free > 0
+    roomy = _alarms(PriorTrain(), [(10,)])
+    roomy.disk(store, 5)
+    assert not told.messages
+    tight = _alarms(PriorTrain(), [(free // ROOM // 12 + 10**6,)])
+    tight.disk(store, 5)
+    tight.disk(store, 10)
+    assert len(told.messages) == 1 and "make room" in told.messages[0]
+    assert str(store.url) in told.messages[0] and "--checkpoint.to" in told.messages[0]
+
+
+def test_a_checkpoint_s_bytes_are_weights_moments_and_average() -> None:
+    assert checkpoint_bytes([(2, 3), (4,)], OptimConfig()) == 10 * 12
+    assert checkpoint_bytes([(10,)], OptimConfig(moments="bf16", ema=0.9)) == 10 * 12
+    assert checkpoint_bytes([(10,)], OptimConfig(moments="bf16")) == 10 * 8
+
+
+def test_a_run_much_slower_than_its_plan_is_told_once(told: Any, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"time": {"compute": 0.75, "data": 0.25}}))
+    found = _alarms(PriorTrain(profile=ProfileConfig(plan=plan)))
+    for step in range(WARM):
+        found.pace(step, 100.0)
+    for step in range(WINDOW):
+        found.pace(step, 1.99)
+    assert not told.messages
+    for step in range(WINDOW):
+        found.pace(step, 2.5)
+    assert len(told.messages) == 1
+    assert "times the 1 s of" in told.messages[0] and "tapir profile" in told.messages[0]
+
+
+def test_a_plan_that_is_none_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("[]")
+    with pytest.raises(InputError, match="is no plan"):
+        _alarms(PriorTrain(profile=ProfileConfig(plan=tmp_path / "plan.json")))
+
+
+def test_ranks_that_share_cores_do_not_add_up() -> None:
+    """The case that was reported: 8 ranks, a thread each, on 2 cores of 1.2 TFLOP/s."""
+    shared = {"host": "a", "cores": "3", "threads": 1}
+    eight = [{"peak": 0.9 + 0.1 * (i == 3), **shared} for i in range(8)]
+    assert peaks_of(eight) == (2.0, 2.0)
+    assert speed_of(eight, 0.5) == {
+        "peak_tflops": 2.0,
+        "ranks_at_once": 2.0,
+        "model_tflops": 0.5,
+        "mfu": 0.25,
+    }
+    pinned = [{"peak": 1.0, "host": "a", "cores": f"{1 << i:x}", "threads": 1} for i in range(4)]
+    assert peaks_of(pinned) == (4.0, 4.0)
+    assert peaks_of([*pinned, {"peak": 1.0, **shared, "host": "b"}]) == (5.0, 5.0)
+    assert peaks_of([{"peak": 3.0}, {"peak": 4.0}]) == (7.0, 2.0)  # a GPU each
+    wide = [{"peak": 1.5, "host": "a", "cores": "3", "threads": 2} for _ in range(2)]
+    assert peaks_of(wide) == (1.5, 1.0)
+    assert int(cores_of(CPU)["cores"], 16).bit_count() >= 1
+
+
+def test_rows_that_a_full_disk_did_not_take_are_written_later(
+    tmp_path: Path, told: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Part of a row is written before the disk is full: that part goes, too."""
+    folder = RunFolder(tmp_path, {}, writes=True)
+    folder.begin(0)
+    folder.log({"step": 1, "loss": 1.0})
+
+    real = open
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "open", lambda *a: _Full(real(*a)), raising=False)
+        folder.log({"step": 2, "loss": 2.0})
+    assert "No space left" in told.messages[0] and "make room" in told.messages[0]
+    folder.log({"step": 3, "loss": 3.0})
+    folder.close()
+    rows, bad = read_rows(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3] and bad == 0
+
+
+class _Full:
+    """A file on a disk that takes five more bytes."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def __enter__(self) -> "_Full":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, text: str) -> None:
+        self._file.write(text[:5])
+        self._file.flush()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_said_with_what_to_do(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = of_files(OSError(number, os.strerror(number), "/data/shard"))
+    assert error.exit_code == 1 and "/data/shard" in str(error) and "make room" in str(error)
+    assert "make room" not in str(of_files(OSError(errno.EIO, "input/output error", "x")))
+
+    def full(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("core.storage.store.write_atomic", full)
+    with pytest.raises(StoreError, match="make room"):
+        FolderStore(tmp_path).put("x", b"")
+
+
+def test_thresholds_are_the_documented_ones() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "troubleshooting.md").read_text()
+    assert f"{alarms.FEW_CODES:.0%}" in page and f"{alarms.SLOWER:g} times" in page
+
+
+def test_settings_of_a_dvae_hold_the_guard() -> None:
+    with pytest.raises(ConfigError):
+        from core.config import check
+
+        check(DVAETrain(guard=GuardConfig(codes=-1)).fixed_problems())

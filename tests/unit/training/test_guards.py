@@ -1,0 +1,102 @@
+"""Guards: when an update is a spike, and that its history resumes exactly."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.formats.tokens import TokenRecord
+from data_pipeline.streaming.stream import StreamState
+from parallel.control import FIELDS, Control
+from parallel.device import CPU
+from parallel.engines.protocol import StepResult
+from parallel.mesh import Group, Mesh
+from parallel.replicas import different, fingerprint
+from training.config import GuardConfig
+from training.recovery.guards import Guard
+from training.recovery.rewind import Recovery, checkpoints_of_capsules
+
+
+def _fed(guard: Guard, count: int, seed: int = 0) -> Guard:
+    draws = random.Random(seed)
+    for _ in range(count):
+        assert guard.judge(math.exp(draws.gauss(0, 0.3)), draws.gauss(3, 0.1)) == ""
+    return guard
+
+
+def test_nothing_is_a_spike_before_half_of_the_window() -> None:
+    guard = _fed(Guard(GuardConfig(window=64)), 31)
+    assert guard.judge(1e6, 1e6) == ""
+    guard = _fed(Guard(GuardConfig(window=64)), 32)
+    assert "loss 1e+06 lies" in guard.judge(1.0, 1e6)
+    assert "log of the gradient norm" in guard.judge(1e6, 3.0)
+
+
+def test_six_deviations_up_are_a_spike_and_down_are_none() -> None:
+    guard = _fed(Guard(GuardConfig()), 128)
+    assert guard.judge(1.0, 3.5) == ""
+    assert guard.judge(1.0, 3.8) != ""
+    assert guard.judge(1e-9, 0.1) == ""
+    assert Guard(GuardConfig(sigmas=0)).judge(1e9, 1e9) == ""
+
+
+def test_a_flat_curve_makes_no_spike_of_noise() -> None:
+    guard = Guard(GuardConfig(window=16))
+    for _ in range(16):
+        guard.judge(1.0, 2.0)
+    assert guard.judge(1.5, 2.1) == ""
+    assert guard.judge(1.0, 2.2) != ""
+
+
+def test_a_skipped_update_leaves_the_history_alone_and_it_resumes() -> None:
+    guard = _fed(Guard(GuardConfig(window=32)), 40)
+    before = json.dumps(guard.state())
+    assert guard.judge(1.0, 99.0)
+    assert json.dumps(guard.state()) == before
+    other = Guard(GuardConfig(window=32))
+    other.load(json.loads(before))
+    assert other.state() == guard.state() and len(other.state()["losses"]) == 32
+
+
+def test_what_all_ranks_decide() -> None:
+    control = Control(judge=lambda norm, loss: "too much" if loss > 5 else "")
+    control.seen = [{"loss": torch.tensor(2.0)}, {"loss": torch.tensor(4.0)}]
+    share = control.share(CPU)
+    assert share.tolist() == [6.0, 2.0, 0.0] and len(share) == FIELDS
+    assert control.decide(1.5, share) == 1.5 and (control.loss, control.skipped) == (3.0, "")
+    assert control.decide(1.5, torch.tensor([60.0, 2.0, 1.0])) == math.inf
+    assert control.stopping and control.skipped == "too much" and control.norm == 1.5
+    assert control.decide(math.inf, share) == math.inf and "not finite" in control.skipped
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_every_flipped_bit_changes_the_fingerprint(dtype: torch.dtype) -> None:
+    weight = torch.randn(7, 5).to(dtype)
+    before = fingerprint([weight, weight])
+    bits = weight.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])
+    for place in range(8 * dtype.itemsize - 1):
+        bits.view(-1)[9] ^= 1 << place
+        assert not fingerprint([weight, weight]).equal(before)
+        bits.view(-1)[9] ^= 1 << place
+    assert different([weight], Group()) == []
+
+
+def test_capsules_are_few_and_name_the_checkpoints_to_keep(tmp_path: Path) -> None:
+    recovery = Recovery(GuardConfig(rewind_after=1000), Mesh(), tmp_path)
+    record = TokenRecord(id=7, image=np.zeros(4, np.uint16), text=np.ones(2, np.uint16))
+    result = StepResult(losses={"loss": math.nan}, grad_norm=math.inf, skipped="planted")
+    state = StreamState(
+        fingerprint="", seed=0, batch=1, lanes=1, window=1, version=1, epoch=0, step=1
+    )
+    for step in range(1, 31):
+        facts = {"step": step, "checkpoint": step // 10 * 10 or None}
+        assert not recovery.must_rewind(result, [record], state, facts)
+        kept = {int(path.stem[5:]) for path in (tmp_path / "capsules").iterdir()}
+        assert kept == set(range(max(1, step - 19), step + 1))
+    assert checkpoints_of_capsules(tmp_path) == {20, 30}
+    (tmp_path / "capsules" / "step-30.json").write_text("garbage")
+    assert checkpoints_of_capsules(tmp_path) == {10, 20}

@@ -1,0 +1,207 @@
+"""report.html: its gallery, its search, and sections that appear with their data."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from core.keys import keyed_rng
+from data_pipeline.images.crops import encode_png
+from generation.text_to_image import picture_grid
+from workflow.plots import best_of_counts
+from workflow.report import write_report
+
+CAPTIONS = ["a small red circle", 'a "quoted" <b>blue</b> square', "two green dots & a circle"]
+BEST = (0.25, 0.75, 0.5)
+"""Score of each caption's best candidate."""
+ACCURACY = {
+    "prompts": 3,
+    **{f"best_of_{n}": 0.5 + n / 200 for n in (1, 2, 4, 8, 16, 32, 64)},
+    "best_of_1_low95": 0.25,
+    "chance": 0.125,
+    "reconstruction": 1.0,
+}
+SCORES = {
+    "label": "FID and IS on held-out shapes",
+    "network": "features of the dVAE",
+    "rows": [
+        {"set": kind, "radius": r, "fid": 31.25 + r, "is": 4.5 - r / 4, "captions": 200 + int(r)}
+        for kind in ("all", "without overlap")
+        for r in (0.0, 1.0, 2.0)
+    ],
+}
+
+
+def demo_folder(folder: Path, candidates: int = 5, side: int = 32, **accuracy: Any) -> Path:
+    """What the stages of a demo leave, with drawn numbers and pictures."""
+    samples = folder / "samples"
+    samples.mkdir(parents=True)
+    (folder / "scores").mkdir()
+    rows = []
+    for i, caption in enumerate(CAPTIONS):
+        shape = (candidates, side, side, 3)
+        pictures = keyed_rng(i, "pictures").integers(0, 256, shape, np.uint8)
+        (samples / f"{i}.png").write_bytes(encode_png(picture_grid([pictures], 2)))
+        drawn = BEST[i] - keyed_rng(i, "scores").random(candidates - 1)
+        scores = [BEST[i], *sorted(drawn.tolist(), reverse=True)]
+        rows.append({"caption": caption, "file": f"{i}.png", "scores": scores})
+    (samples / "candidates.json").write_text(json.dumps({"rows": rows}))
+    for name in ("reconstructions", "image-prompts"):
+        shutil.copy(samples / "0.png", samples / f"{name}.png")
+    bounds = {"image_loss": 2.0, "per_position_entropy": 3.0, "shuffled_caption_loss": 2.5}
+    for stage in ("dvae", "prior", "clip"):
+        (folder / stage).mkdir()
+        row = {"step": 1, "loss": 3.0, **bounds}
+        lines = [json.dumps(r) for r in (row, {**row, "split": "validation"})]
+        (folder / stage / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    mesh = {"tensor": 2, "pipeline": 2, "data": 2}
+    prior = {"engine": "reference", "mesh": mesh, "tokens_per_second": 1234, "compress_rank": 0}
+    summary = {
+        "data": "shapes",
+        "size": "tiny",
+        "seconds": {"prior": 9.5},
+        "commands": ["tapir train prior"],
+        "prior": prior,
+        "dvae": {"perplexity": 20.0, "psnr": 25.0},
+        "clip": {"accuracy": 0.75},
+        **({"caption_accuracy": accuracy} if accuracy else {}),
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+class _Gallery(HTMLParser):
+    """What a browser finds: ids, figures with their captions, and each candidate."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.figures: list[dict[str, Any]] = []
+        self._in = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._in, found = tag, dict(attrs)
+        self.ids += [str(found["id"])] if "id" in found and tag != "g" else []
+        if tag == "figure":
+            self.figures.append({**found, "text": "", "candidates": [], "at": []})
+        elif tag == "ol":
+            self.figures[-1].update(found)
+        elif tag == "li":
+            self.figures[-1]["candidates"].append(found["title"])
+        elif tag == "i" and self.figures:
+            self.figures[-1]["at"].append(found["style"])
+
+    def handle_data(self, data: str) -> None:
+        if self._in == "figcaption" and self.figures and data.strip():
+            self.figures[-1]["text"] += data
+
+
+def _page(folder: Path) -> str:
+    return write_report(folder).read_text()
+
+
+def test_the_gallery_holds_every_candidate_with_its_score(tmp_path: Path) -> None:
+    html = _page(demo_folder(tmp_path))
+    rows = json.loads((tmp_path / "samples" / "candidates.json").read_text())["rows"]
+    figures = _Gallery(html).figures
+    assert [figure["data-caption"] for figure in figures] == CAPTIONS
+    for figure, row in zip(figures, rows, strict=True):
+        assert figure["text"].strip() == row["caption"]
+        assert float(figure["data-score"]) == max(row["scores"])
+        titles = [f"candidate {i} of 5, score {s:.4f}" for i, s in enumerate(row["scores"], 1)]
+        assert figure["candidates"] == titles
+        assert figure["at"] == [f"--at: {i}" for i in range(5)]
+        found = re.fullmatch(
+            r"--side: (\d+)px; --tiles: url\(data:image/png;base64,(.*)\)", figure["style"]
+        )
+        assert found
+        data = base64.b64decode(found[2])
+        assert data == (tmp_path / "samples" / row["file"]).read_bytes()
+        tiles = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        assert tiles.shape == (int(found[1]), 5 * int(found[1]), 3)
+    assert "<b>blue" not in html
+
+
+@pytest.mark.parametrize(("side", "wanted", "enlarged"), [(8, 80, True), (100, 128, False)])
+def test_tiles_have_a_size_that_can_be_seen(
+    side: int, wanted: int, enlarged: bool, tmp_path: Path
+) -> None:
+    figure = _Gallery(_page(demo_folder(tmp_path, side=side))).figures[0]
+    assert figure["style"].startswith(f"--side: {wanted}px;")
+    assert ("enlarged" in figure["class"]) == enlarged
+
+
+def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
+    (demo_folder(tmp_path) / "scores" / "scores.json").write_text(json.dumps(SCORES))
+    html = _page(tmp_path)
+    page = _Gallery(html)
+    wanted = re.search(r'\[("tools".*)\]\.map\(id => document', html)
+    assert wanted and set(json.loads(f"[{wanted[1]}]")) <= set(page.ids)
+    assert not any(text in html for text in ("<script src", "<link", "@import", "fetch("))
+    assert not re.search(r'(src|href)="(?!data:|#)', html)
+    assert not re.search(r"url\((?!data:|#)", html)
+
+
+SEARCHES = [
+    ("", [0, 1, 2]),
+    ("circle", [0, 2]),
+    ("CIRCLE  red ", [0]),
+    ("<b>", [1]),
+    ("purple", []),
+    ("a+", []),
+]
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node: apt install npm")
+def test_the_search_finds_and_sorts(tmp_path: Path) -> None:
+    html = _page(demo_folder(tmp_path))
+    script = re.search(r'<script id="search">(.*?)</script>', html, re.DOTALL)
+    assert script
+    rows = [
+        {"place": i, "caption": figure["data-caption"], "score": float(figure["data-score"])}
+        for i, figure in enumerate(_Gallery(html).figures)
+    ]
+    ask = f"""{script[1]}
+    const rows = {json.dumps(rows)}, queries = {json.dumps([query for query, _ in SEARCHES])};
+    console.log(JSON.stringify({{
+      found: queries.map(q => rows.filter(row => fits(row.caption, q)).map(row => row.place)),
+      orders: ["place", "score", "caption"].map(f => sorted(rows, f).map(row => row.place)),
+    }}));"""
+    done = subprocess.run(["node", "-e", ask], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["found"] == [places for _, places in SEARCHES]
+    assert found["orders"] == [[0, 1, 2], [1, 2, 0], [1, 0, 2]]
+
+
+def test_sections_appear_with_their_data(tmp_path: Path) -> None:
+    bare = _page(demo_folder(tmp_path / "bare"))
+    assert bare.count("<svg") == 1 and "Caption accuracy" not in bare and "blur" not in bare
+    guided = {**ACCURACY, "guidance": {"1": 0.5, "1.5": 0.75, "3": 0.625}}
+    folder = demo_folder(tmp_path / "full", **guided)
+    (folder / "scores" / "scores.json").write_text(json.dumps(SCORES))
+    html = _page(folder)
+    assert html.count("<svg") == 3
+    for count in (1, 2, 4, 8, 16, 32, 64):
+        row = f'<td class="n">{count}</td><td class="n">{0.5 + count / 200:.4g}</td>'
+        assert row in html
+    assert "guidance scale" in html and "candidates N" in html
+    assert SCORES["label"] in html and str(SCORES["network"]) in html
+    assert '<td class="n">202</td><td class="n">2</td><td class="n">33.25</td>' in html
+    assert html.count("without overlap</td>") == 3
+    assert "guidance scale" not in _page(demo_folder(tmp_path / "unguided", **ACCURACY))
+
+
+def test_best_of_takes_every_count_in_order() -> None:
+    assert best_of_counts({"best_of_16": 3.0, "best_of_2": 2.0, "best_of_2_low95": 0.0}) == {
+        2: 2.0,
+        16: 3.0,
+    }

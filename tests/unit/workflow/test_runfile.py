@@ -1,0 +1,215 @@
+"""Run files: what they mean, and what is wrong with them."""
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster import kubernetes, slurm
+from cluster.chain import Submitted, read_submitted, write_marker, write_submitted
+from core.errors import CorruptError, InputError, TapirError
+from tests.harness import DEVELOPERS, ROOT, tapir
+from workflow.chain.stages import chain_of
+from workflow.run_file import read_runfile, settings_of
+
+RUN: dict[str, Any] = {
+    "name": "shapes",
+    "out": "/runs/shapes",
+    "stages": {
+        "pack": {"source": "shapes", "flags": {"count": 600}},
+        "bpe": None,
+        "dvae": {"flags": {"loop.steps": 6, "mesh.data": 1}},
+        "tokenize": {"workers": 4, "at_once": 2},
+        "prior": {
+            "nodes": 2,
+            "gpus": 2,
+            "memory": "64G",
+            "minutes": 30,
+            "flags": {"mesh.data": 4, "compress.warm_start": True},
+        },
+        "clip": {"flags": {"mesh.data": 1}},
+        "score": {"source": "coco:/data/coco", "workers": 3, "flags": {"candidates": 2}},
+        "evaluate": {"flags": {"prompts": 8}},
+    },
+    "kubernetes": {"claim": "runs", "secrets": ["s3"], "config_maps": ["s3"], "queue": "gpus"},
+}
+VERSIONS = ("1.29", "1.31", "1.33", "1.35", "1.37")
+
+
+def write(folder: Path, changes: dict[str, Any] | None = None, **stages: Any) -> Path:
+    """A run file with some changes."""
+    body = {**RUN, **(changes or {})}
+    body["stages"] = {**body["stages"], **stages}
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(body))
+    return path
+
+
+def test_a_run_becomes_a_chain_of_commands(tmp_path: Path) -> None:
+    chain = chain_of(read_runfile(write(tmp_path)), "slurm")
+    jobs = {job.name: job for job in chain.jobs}
+    assert list(jobs) == [
+        "pack", "bpe", "dvae", "tokenize", "prior", "clip", "score", "evaluate", "report"
+    ]  # fmt: skip
+    assert jobs["tokenize"].after == ("bpe", "dvae") and jobs["tokenize"].array
+    assert jobs["evaluate"].after == ("prior", "clip")
+    assert jobs["score"].text.startswith("tapir score coco:/data/coco --out=/runs/shapes/scores")
+    assert jobs["score"].array and jobs["report"].after == ("score", "evaluate")
+    prior = jobs["prior"]
+    assert prior.ranks == 2 and prior.world == 4 and prior.trains and prior.after == ("tokenize",)
+    assert prior.text.startswith("tapir train prior tiny --data=/runs/shapes/data/tokens")
+    assert "--compress.warm-start" in prior.command
+    assert jobs["tokenize"].markers() == [f"tokenize-{i}.json" for i in range(4)]
+
+
+def test_what_is_left_out_is_not_waited_for(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    body = yaml.safe_load(path.read_text())
+    del body["stages"]["tokenize"], body["stages"]["bpe"]
+    path.write_text(yaml.safe_dump(body))
+    jobs = {job.name: job for job in chain_of(read_runfile(path), "local").jobs}
+    assert jobs["prior"].after == ("dvae",) and jobs["clip"].after == ("pack",)
+
+
+def test_finished_jobs_are_not_sent_again(tmp_path: Path) -> None:
+    chain = chain_of(read_runfile(write(tmp_path, {"out": str(tmp_path / "o")})), "local")
+    submitted = Submitted(chain=chain, to="local", settings={}, ids={"pack": "7"})
+    write_submitted(submitted)
+    assert read_submitted(tmp_path / "o") == submitted
+    markers = tmp_path / "o" / "markers"
+    commands = {job.name: job.fingerprint for job in chain.jobs}
+    for name in ("pack", "bpe", "tokenize-0"):
+        facts = {"seconds": 1.0, "command": commands[name.split("-")[0]]}
+        write_marker(str(markers), f"{name}.json", facts)
+    left = {job.name: job.after for job in chain.without_done().jobs}
+    assert "pack" not in left and left["dvae"] == () and left["tokenize"] == ("dvae",)
+    other = chain_of(
+        read_runfile(
+            write(tmp_path, {"out": str(tmp_path / "o")}, bpe={"flags": {"vocabulary": 300}})
+        ),
+        "local",
+    )
+    with pytest.raises(InputError, match=r"stage bpe .* with other flags"):
+        other.without_done()
+    (markers / "pack.json").write_text("{}")
+    with pytest.raises(CorruptError, match="damaged"):
+        chain.without_done()
+
+
+@pytest.mark.parametrize(
+    ("changes", "stages", "said"),
+    [
+        ({}, {"piror": {}}, "did you mean 'prior'"),
+        ({}, {"prior": {"nodse": 2}}, "did you mean 'nodes'"),
+        ({}, {"prior": {"preset": "tinny"}}, "no preset 'tinny'"),
+        ({}, {"prior": {"nodes": 3, "flags": {"mesh.data": 4}}}, "4 ranks .* 3 nodes"),
+        ({}, {"prior": {"flags": {"engine.accumulate": 7}}}, "accumulate=7 does not divide"),
+        ({}, {"pack": {}}, "give a source"),
+        ({}, {"dvae": {"workers": 2}}, "workers are for tokenize and score"),
+        ({"name": ""}, {}, "name: missing"),
+        ({"slurm": {"launcher": "ssh"}}, {}, "must be torchrun or srun"),
+        ({"retires": 3}, {}, "did you mean 'retries'"),
+        ({"retries": "many"}, {}, "retries='many' must be a whole number"),
+        ({"name": "My run"}, {}, "must be lower-case letters"),
+        ({"out": "s3://bucket/run"}, {}, "must be a folder"),
+        ({"store": "gs://bucket"}, {}, "no store that Tapir reads"),
+        ({"slurm": 5}, {}, "slurm: a mapping is wanted"),
+        ({"slurm": {"partition": "a b"}}, {}, "have no spaces"),
+        ({"environment": "HOME"}, {}, "environment='HOME' must be a list of texts"),
+        ({"to": "mars"}, {}, "to='mars' must be local or slurm or kubernetes"),
+        ({}, {"prior": {"minutes": "1:00:00"}}, "stages.prior.minutes='1:00:00' must be"),
+        ({}, {"prior": {"memory": "lots"}}, "must be like 64G"),
+        ({}, {"prior": {"flags": {"out": "/x"}}}, "out is the run's to set"),
+        ({}, {"dvae": {"flags": [1]}}, "a mapping is wanted"),
+        ({}, {"pack": {"source": "shapes", "nodes": 2}}, "nodes are for training"),
+    ],
+)
+def test_a_wrong_run_is_refused(
+    tmp_path: Path, changes: dict[str, Any], stages: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(TapirError, match=said) as caught:
+        chain_of(read_runfile(write(tmp_path, changes, **stages)), "local")
+    assert caught.value.exit_code == 2
+
+
+def test_wrong_files_and_flags_end_with_2(tmp_path: Path) -> None:
+    assert "no run file" in tapir("submit", str(tmp_path / "no.yaml"), code=2)
+    (tmp_path / "list.yaml").write_text("[1")
+    assert "cannot be read" in tapir("submit", str(tmp_path / "list.yaml"), code=2)
+    path = write(tmp_path, {"out": str(tmp_path / "o")}, prior={"flags": {"loop.stepz": 3}})
+    assert "loop.steps" in tapir("submit", str(path), "--dry-run", code=2)
+    path = write(tmp_path, {"environment": ["NOT_THERE"], "out": str(tmp_path / "o")})
+    assert "NOT_THERE is not set" in tapir("submit", str(path), "--dry-run", code=2)
+    assert "chain.json" in tapir("logs", str(tmp_path), code=2)
+    assert not (tmp_path / "o").exists()
+
+
+def test_the_examples_are_whole(tmp_path: Path) -> None:
+    text = tapir("submit", str(ROOT / "examples" / "paper.py"), "--to=slurm", "--dry-run")
+    assert "#SBATCH --nodes=128" in text and "--nproc-per-node=8" in text
+    assert "#SBATCH --array=0-255%128" in text and "--signal=B:USR1@600" in text
+    shapes = tapir("submit", str(ROOT / "examples" / "shapes.yaml"), "--to=slurm", "--dry-run")
+    script = tmp_path / "submit.sh"
+    script.write_text(shapes)
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+
+
+def test_secrets_are_handed_over_by_name(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    secret = {"AWS_SECRET_ACCESS_KEY": "s3cr3t-value", "AWS_ACCESS_KEY_ID": "id-value"}
+    for place in ("slurm", "kubernetes", "local"):
+        text = tapir("submit", str(path), f"--to={place}", "--dry-run", **secret)
+        assert "s3cr3t-value" not in text and "id-value" not in text
+    run = read_runfile(path)
+    command = slurm.sbatch_command(chain_of(run, "slurm"), chain_of(run, "slurm").jobs[0], {})
+    assert all("=" not in name for name in command[2].removeprefix("--export=").split(","))
+
+
+def manifests_of(path: Path) -> list[dict[str, Any]]:
+    """The objects that would be applied."""
+    run = read_runfile(path)
+    config = kubernetes.KubernetesConfig(**settings_of(run, "kubernetes"))
+    chain = chain_of(run, "kubernetes")
+    assert not config.problems(chain)
+    return list(yaml.safe_load_all(kubernetes.dry_run(chain, config)))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_manifests_of_every_stage_are_valid(tmp_path: Path, version: str) -> None:
+    kubernetes_validate = pytest.importorskip("kubernetes_validate", reason=DEVELOPERS)
+    objects = manifests_of(write(tmp_path))
+    assert sum(each["kind"] == "Job" for each in objects) == 9
+    for each in objects:
+        kubernetes_validate.validate(each, version, strict=True)
+
+
+def test_a_wrong_manifest_is_found(tmp_path: Path) -> None:
+    kubernetes_validate = pytest.importorskip("kubernetes_validate", reason=DEVELOPERS)
+    job = next(each for each in manifests_of(write(tmp_path)) if each["kind"] == "Job")
+    job["spec"]["completionMod"] = job["spec"].pop("completionMode")
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(job, VERSIONS[-1], strict=True)
+    job["spec"].pop("completionMod")
+    job["spec"]["parallelism"] = "two"
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(job, VERSIONS[-1], strict=True)
+
+
+def test_kubernetes_jobs_wait_for_the_stage_before(tmp_path: Path) -> None:
+    objects = {each["metadata"]["name"]: each for each in manifests_of(write(tmp_path))}
+    prior = objects["shapes-prior"]
+    pod = prior["spec"]["template"]["spec"]
+    wait = pod["initContainers"][0]["command"]
+    assert wait[wait.index("--after") + 1 :] == [f"tokenize-{i}.json" for i in range(4)]
+    assert pod["subdomain"] == "shapes-prior" and prior["spec"]["suspend"] is True
+    assert pod["containers"][0]["resources"]["limits"] == {
+        "cpu": "1", "memory": "64Gi", "nvidia.com/gpu": "2"
+    }  # fmt: skip
+    assert objects["shapes-tokenize"]["spec"]["parallelism"] == 2
+    services = [each for each in manifests_of(write(tmp_path)) if each["kind"] == "Service"]
+    assert [each["metadata"]["name"] for each in services] == ["shapes-prior"]
+    assert "kubernetes.claim" in tapir(
+        "submit", str(write(tmp_path, {"kubernetes": {}})), "--to=kubernetes", "--dry-run", code=2
+    )

@@ -1,0 +1,136 @@
+"""`auto` of the engine's precisions: settled before a run's first step, on all ranks, then kept.
+
+On CPUs bf16 can be far slower than fp32 (where no instruction multiplies it) and far faster (where
+tiles do); oneDNN's fp32 kernels can be faster than MKL's (AMD) and slower (Intel). So ranks time
+one matmul in each. Its size is fixed: far from a tie, so that the same machine answers alike, busy
+or not. What a run has begun with it keeps (docs/decisions/017).
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+
+from checkpoint.reader import CheckpointReader, finished_steps
+from core.errors import CheckpointError, CorruptError, InputError
+from core.log import LOG
+from core.storage.store import open_store
+from parallel.config import LEAST_GAIN
+from parallel.precision import engine_numerics, medium_is_accurate, set_numerics
+from parallel.world import World
+from training.config import PriorTrain, StageConfig
+from training.run.config import config_of
+
+S = TypeVar("S", bound=StageConfig)
+SIDE, ROUNDS = 256, 6
+"""Of the square matrices, and how often they are multiplied: the least time counts."""
+MEDIUM = "fp32 medium"
+"""fp32 by the kernels of `engine.matmul_precision medium`, where they are accurate."""
+PRECISIONS = ("fp32", MEDIUM, "bf16", "fp16")
+
+
+def settle_precision(settings: S, world: World) -> S:
+    """The settings with precisions in place of `auto`; all ranks call it together.
+
+    Matmuls in fp32 stay `auto` on GPUs, where that is `highest`.
+    """
+    engine = settings.engine
+    names = [name for name in ("precision", "matmul_precision") if vars(engine)[name] == "auto"]
+    if world.device.type != "cpu":
+        names = [name for name in names if name == "precision"]
+    if not names:
+        return settings
+    engine_numerics(world.device, engine)
+    rates = _rates(settings, world.device)
+    begun = _begun_with(settings) if world.rank == 0 else {}
+    said = [json.loads(text) for text in world.gather_text(json.dumps([begun, rates]))]
+    here = fastest([rates for _, rates in said])
+    for name in names:
+        kept = said[0][0].get(name, "")
+        if world.rank == 0:
+            _tell(name, kept, here[name], said[0][1] if world.device.type == "cpu" else {})
+        engine = replace(engine, **{name: kept or here[name]})
+    return replace(settings, engine=engine)
+
+
+def fastest(ranks: Sequence[dict[str, float]]) -> dict[str, str]:
+    """The precisions in which the slowest rank is fastest, of those that all can compute in.
+
+    `ranks` are operations a second of each. 16 bits cost accuracy, and oneDNN's fp32 kernels the
+    small matmuls of attention: they must gain LEAST_GAIN.
+    """
+    shared = [name for name in PRECISIONS if all(name in rates for rates in ranks)]
+    slowest = {name: min(rates[name] for rates in ranks) for name in shared}
+
+    def gaining(names: Sequence[str], least: str) -> str:
+        best = max((name for name in names if name in shared), key=slowest.__getitem__, default="")
+        return best if best and slowest[best] >= LEAST_GAIN * slowest[least] else least
+
+    plain = gaining([MEDIUM], "fp32")
+    best = gaining(["bf16", "fp16"], plain)
+    matmul = "medium" if plain == MEDIUM else "highest"
+    return {"precision": "fp32" if best == plain else best, "matmul_precision": matmul}
+
+
+def cpu_rates() -> dict[str, float]:
+    """Operations a second of a matmul on this rank's threads, in turns."""
+    draws = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(SIDE, SIDE, generator=draws, device="cpu")
+    ways = {"fp32": ("highest", x), "bf16": ("highest", x.bfloat16())}
+    if medium_is_accurate():
+        ways[MEDIUM] = ("medium", x)
+    least = dict.fromkeys(ways, float("inf"))
+    for _ in range(ROUNDS):
+        for name, (matmul, a) in ways.items():
+            set_numerics(x.device, matmul)
+            began = time.perf_counter()
+            torch.mm(a, a)
+            least[name] = min(least[name], time.perf_counter() - began)
+    return {name: 2 * SIDE**3 / seconds for name, seconds in least.items()}
+
+
+def _rates(settings: StageConfig, device: torch.device) -> dict[str, float]:
+    """Of each precision; GPUs are not timed: 16 bits are faster on all that have units for them."""
+    if device.type == "cpu":
+        return cpu_rates()
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return {"fp32": 1.0, "bf16": 8.0, "fp16": 4.0}
+    return {"fp32": 1.0, **({"fp16": 4.0} if isinstance(settings, PriorTrain) else {})}
+
+
+def _begun_with(settings: StageConfig) -> dict[str, str]:
+    """The precisions of the run's newest checkpoint, else of its folder; empty for a new run."""
+    store = open_store(settings.checkpoint.to or str(settings.out / "checkpoints"))
+    for step in reversed(finished_steps(store)):
+        try:
+            return _settled(CheckpointReader(store, f"step-{step}").facts["config"])
+        except (CorruptError, CheckpointError):
+            continue  # which is told when the run resumes
+    try:
+        return _settled(config_of(settings.out))
+    except (InputError, KeyError, TypeError):
+        return {}
+
+
+def _settled(config: dict[str, Any]) -> dict[str, str]:
+    """What a config.json says that is no `auto`."""
+    known = {"precision": ("fp32", "bf16", "fp16"), "matmul_precision": ("highest", "medium")}
+    engine = config["engine"]
+    return {name: engine[name] for name, values in known.items() if engine.get(name) in values}
+
+
+def _tell(name: str, kept: str, here: str, rates: dict[str, float]) -> None:
+    """Say what was settled, unless it is the default, with the rates if they were timed."""
+    figures = ", ".join(f"{kind} {rate / 1e9:.0f} GFLOP/s" for kind, rate in rates.items())
+    timed = f" (a matmul here: {figures})" if rates else ""
+    if not kept and here != "highest":
+        LOG.info("engine.%s auto: %s%s", name, here, timed)
+    elif kept and kept != here:
+        LOG.warning(
+            "engine.%s auto: the run was begun in %s, which is kept; here %s is faster%s: "
+            "--engine.%s %s changes it",
+            *(name, kept, here, timed, name, here),
+        )

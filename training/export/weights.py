@@ -1,0 +1,295 @@
+"""Models of run folders as safetensors + JSON, and back: finished ones, or of a checkpoint."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from checkpoint.format import Reader
+from checkpoint.reader import CheckpointReader, finished_steps
+from checkpoint.tensors import Read, Shapes, file_parts
+from core.config import from_json
+from core.errors import CorruptError, InputError
+from core.files.atomic import Json, seal, unseal, write_atomic, write_parts
+from core.log import LOG
+from core.storage.store import Store, open_store
+from models.clip import Clip
+from models.config import ClipConfig, DVAEConfig, PriorConfig
+from models.dvae import DVAE
+from models.prior import build_prior
+from parallel.placement import placement_of
+from training.ema import EMA
+from training.run.config import config_of
+
+WEIGHTS, DESCRIPTION, CONFIG = "model.safetensors", "model.json", "config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What the models of a stage are."""
+
+    config: type
+    build: Callable[[Any], nn.Module]
+    prefix: str
+    """Of the global names, in front of the network's own."""
+
+
+KINDS = {
+    "dvae": Kind(config=DVAEConfig, build=DVAE, prefix="dvae.dvae."),
+    "prior": Kind(config=PriorConfig, build=build_prior, prefix=""),
+    "clip": Kind(config=ClipConfig, build=Clip, prefix="clip."),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """A model of a run folder: what it is, and its fp32 weights, read one at a time."""
+
+    stage: str
+    where: str
+    """Its file or checkpoint."""
+    config: Json
+    """The network's sizes."""
+    facts: Json
+    """What it was trained on, and how far."""
+    shapes: Shapes
+    """By global name."""
+    read: Read
+    stated: str = ""
+    """Digest that its description states."""
+    run: Json = field(default_factory=dict)
+    """Settings of its run, if they are known."""
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the file that a finished model has, or would have."""
+        if self.stated:
+            return self.stated
+        found = hashlib.sha256()
+        for part in file_parts(self.shapes, self.read):
+            found.update(part)
+        return found.hexdigest()
+
+
+def save_model(folder: Path, stage: str, config: Json, facts: Json, reader: Reader) -> None:
+    """Write a checkpoint's fp32 weights, averaged if it has the average, and their digest."""
+    write_model(folder, stage, config, facts, reader.shapes(), partial(_mean, reader))
+
+
+def write_model(
+    folder: Path, stage: str, config: Json, facts: Json, shapes: Shapes, read: Read
+) -> str:
+    """Write a finished model: weights by their global names, sizes, facts; returns its digest."""
+    digest = hashlib.sha256()
+
+    def parts() -> Any:
+        for part in file_parts(shapes, read):
+            digest.update(part)
+            yield part
+
+    write_parts(folder / WEIGHTS, parts())
+    body = {"stage": stage, "config": config, "facts": facts, "sha256": digest.hexdigest()}
+    write_atomic(folder / DESCRIPTION, seal(json.loads(json.dumps(body))))
+    return digest.hexdigest()
+
+
+def open_model(folder: Path, stage: str, step: int | None = None) -> Weights:
+    """The finished model of a run folder, or else its newest whole checkpoint; or that of `step`.
+
+    Raises: InputError if there is none; CorruptError if a byte changed.
+    """
+    if step is None and (folder / DESCRIPTION).is_file():
+        return _finished(folder, stage)
+    return _unfinished(folder, stage, step)
+
+
+def describe(folder: Path, stage: str) -> Json:
+    """The description of a finished model of this stage, whose weights are whole.
+
+    Raises: InputError if there is none; CorruptError if a byte changed.
+    """
+    body = read_description(folder, stage)
+    weights, digest = folder / WEIGHTS, ""
+    if weights.is_file():
+        with open(weights, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != body["sha256"]:
+        raise CorruptError(
+            f"{weights} is damaged or missing; the same `tapir train` makes it again"
+        )
+    return body
+
+
+def read_model(folder: Path, stage: str) -> tuple[Json, dict[str, Tensor]]:
+    """`describe` with all weights at once."""
+    found = _finished(folder, stage)
+    body = {"stage": stage, "config": found.config, "facts": found.facts, "sha256": found.stated}
+    return body, {name: found.read(name) for name in found.shapes}
+
+
+def read_description(folder: Path, stage: str) -> dict[str, Any]:
+    """Read a finished model's sizes, facts and digest without its weights.
+
+    Raises: InputError if there is none; CorruptError if a byte changed.
+    """
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        raise InputError(f"there is no finished {stage} in {folder}; run `tapir train {stage}`")
+    body = unseal(path.read_bytes(), str(path))
+    if body["stage"] != stage:
+        raise InputError(f"{folder} holds a {body['stage']}, not a {stage}")
+    return body
+
+
+def model_is_whole(folder: Path, stage: str) -> bool:
+    """Say whether a finished model is there and undamaged."""
+    try:
+        describe(folder, stage)
+    except (CorruptError, InputError):
+        return False
+    return True
+
+
+def load_dvae(folder: Path, step: int | None = None) -> tuple[DVAE, str]:
+    """A dVAE and the hash of its weights."""
+    found = open_model(folder, "dvae", step)
+    dvae: Any = build_model(found)
+    return dvae, found.digest
+
+
+def load_prior(
+    folder: Path, step: int | None = None
+) -> tuple[nn.ModuleDict, PriorConfig, dict[str, Any]]:
+    """A prior's layers, its sizes and its facts."""
+    found = open_model(folder, "prior", step)
+    layers: Any = build_model(found)
+    return layers, from_json(PriorConfig, found.config), found.facts
+
+
+def load_clip(folder: Path, step: int | None = None) -> tuple[Clip, dict[str, Any]]:
+    """A reranker and its facts."""
+    found = open_model(folder, "clip", step)
+    clip: Any = build_model(found)
+    return clip, found.facts
+
+
+@torch.no_grad()
+def build_model(found: Weights) -> nn.Module:
+    """The network with its weights. Raises: CorruptError if some are missing or do not fit."""
+    kind = KINDS[found.stage]
+    network = kind.build(from_json(kind.config, found.config))
+    fill(network, found)
+    return network.eval()
+
+
+@torch.no_grad()
+def fill(network: nn.Module, found: Weights) -> None:
+    """Read the parameters of a network, or of a rank's part of one, by their placements.
+
+    Raises: CorruptError if some are missing or do not fit.
+    """
+    prefix = KINDS[found.stage].prefix
+    wanted = {f"{prefix}{name}": p for name, p in network.named_parameters()}
+    wrong = sorted(n for n, p in wanted.items() if found.shapes.get(n) != placement_of(p).shape)
+    if wrong:
+        raise CorruptError(f"{found.where} lacks {wrong[:3]}, or holds them in another shape")
+    for name, parameter in wanted.items():
+        part, value = placement_of(parameter), found.read(name)
+        if part.split:
+            parameter.zero_()
+            parameter[: part.rows] = value[part.first : part.first + part.rows]
+        else:
+            parameter.copy_(value)
+
+
+def misfits(stage: str, config: Any, shapes: Shapes) -> list[str]:
+    """Parameters of a network of these sizes that are not there in their shape, and others."""
+    with torch.device("meta"):
+        network = KINDS[stage].build(config)
+    prefix = KINDS[stage].prefix
+    wanted = {f"{prefix}{name}": tuple(p.shape) for name, p in network.named_parameters()}
+    return sorted(n for n in {*wanted, *shapes} if wanted.get(n) != shapes.get(n))
+
+
+def _finished(folder: Path, stage: str) -> Weights:
+    body = describe(folder, stage)
+    file = safe_open(str(folder / WEIGHTS), "pt")
+    return Weights(
+        stage=stage,
+        where=str(folder / WEIGHTS),
+        config=body["config"],
+        facts=body["facts"],
+        shapes={name: tuple(file.get_slice(name).get_shape()) for name in file.keys()},  # noqa: SIM118
+        read=file.get_tensor,
+        stated=body["sha256"],
+        run=config_of(folder) if (folder / CONFIG).is_file() else {},
+    )
+
+
+def _unfinished(folder: Path, stage: str, step: int | None) -> Weights:
+    """Raises: InputError if there is no checkpoint, or it is of another stage."""
+    reader = _whole_checkpoint(folder, stage, step)
+    facts = reader.facts
+    if facts["stage"] != stage:
+        raise InputError(f"{folder} holds a {facts['stage']}, not a {stage}")
+    if "task" not in facts:
+        raise InputError(
+            f"{reader.url} does not tell what it was trained on: an older Tapir wrote it; train "
+            "on to the next checkpoint"
+        )
+    LOG.info("%s of %s: the weights of %s", stage, folder, reader.url)
+    told = {name: facts[name] for name in ("numerics",) if name in facts}
+    return Weights(
+        stage=stage,
+        where=reader.url,
+        config=facts["config"]["model"],
+        facts={**facts["task"], **told, "step": facts["step"]},
+        shapes=reader.shapes(),
+        read=partial(_mean, reader),
+        run=facts["config"],
+    )
+
+
+def saved_steps(folder: Path, stage: str) -> list[int]:
+    """Steps of a run's checkpoints, oldest first. Raises: InputError if there is no run."""
+    return finished_steps(_checkpoints(folder, stage))
+
+
+def _checkpoints(folder: Path, stage: str) -> Store:
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"there is no {stage} in {folder}; run `tapir train {stage}`")
+    place = config_of(folder).get("checkpoint", {}).get("to") or str(folder / "checkpoints")
+    return open_store(place)
+
+
+def _whole_checkpoint(folder: Path, stage: str, step: int | None) -> CheckpointReader:
+    """The newest checkpoint that is whole, or that of `step`."""
+    store = _checkpoints(folder, stage)
+    steps = finished_steps(store)
+    if step is not None and step not in steps:
+        there = f"there are those of {', '.join(map(str, steps))}" if steps else "there is none"
+        raise InputError(f"{store.url} has no checkpoint of step {step}; {there}")
+    for one in reversed(steps) if step is None else [step]:
+        reader = CheckpointReader(store, f"step-{one}")
+        try:
+            reader.verify()
+            return reader
+        except CorruptError as error:
+            if step is not None:
+                raise
+            LOG.warning("%s; trying an older checkpoint", error)
+    raise InputError(
+        f"there is neither a finished {stage} in {folder} nor a whole checkpoint in {store.url}; "
+        f"run `tapir train {stage}`"
+    )
+
+
+def _mean(reader: Reader, name: str) -> Tensor:
+    return reader.tensor(name, EMA if EMA in reader.kinds(name) else "master")

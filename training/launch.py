@@ -1,0 +1,54 @@
+"""Entry point of the training stages: decide who the ranks are, then run the loop.
+
+Imports no torch: a process that only starts ranks has no use for it.
+"""
+
+import importlib
+import os
+
+from cluster.supervisor import supervise
+from core.config import check
+from core.errors import ConfigError
+from core.files.out_folder import refuse_others_folder
+from core.gpus import gpu_problems, usable_gpus
+from core.launch_environment import ranks_given
+from core.stop import heed_stop_signals
+from parallel.engines.registry import modules_of
+from training.config import StageConfig
+from training.stages import to_payload
+
+RANKS_A_CORE = 16
+PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "training.worker"]
+"""Every optimiser of torch imports torch._dynamo: 2 s of each rank that does so by itself."""
+
+
+def train_stage(stage: str, settings: StageConfig) -> None:
+    """Train a stage: join the ranks that are there, or spawn the mesh's own.
+
+    Raises: ConfigError with every problem of the settings; RankError if a rank dies.
+    """
+    started = ranks_given()
+    check(settings.problems(started))
+    refuse_others_folder(settings.out, f"train {stage}")
+    heed_stop_signals()
+    payload = to_payload(stage, settings)
+    if started is None and settings.mesh.world > 1:
+        _refuse_too_many(settings.mesh.world)
+        model_parallel = settings.mesh.world > settings.mesh.data
+        preload = [*PRELOAD, *modules_of(settings.engine.name, model_parallel)]
+        supervisor, reports = settings.supervisor, settings.out / "hang"
+        supervise("training.worker:run", payload, settings.mesh.world, preload, supervisor, reports)
+        return
+    importlib.import_module("training.worker").run(payload)
+
+
+def _refuse_too_many(world: int) -> None:
+    """Raise ConfigError for a mesh that is meant for a cluster, not for ranks of this machine."""
+    check(gpu_problems(world, usable_gpus()))
+    cores = os.cpu_count() or 1
+    if world > RANKS_A_CORE * cores:
+        raise ConfigError(
+            f"the mesh needs {world} ranks, too many for the {cores} cores of this machine; "
+            "start them with srun, mpirun or torchrun on a cluster, or give a smaller mesh, e.g. "
+            "--mesh.data 1 --mesh.tensor 1 --mesh.pipeline 1 --engine.name reference"
+        )

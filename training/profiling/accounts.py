@@ -1,0 +1,56 @@
+"""Adds up what the stretches of a time line were spent on."""
+
+from typing import Any
+
+from parallel.ledger import PAIRS
+from training.profiling.categories import BUBBLE, CATEGORIES, OF_GROUP, OTHER, PIPELINE
+from training.profiling.clock import Operation, Owner
+
+_INDEX = {name: i for i, name in enumerate(CATEGORIES)}
+
+
+class Accounts:
+    """Totals of one rank, and what was added to them since certain moments."""
+
+    def __init__(self, stages: int) -> None:
+        self._staged = stages > 1
+        self._totals = [0.0] * len(CATEGORIES)
+        self._at_step, self._at_row = list(self._totals), list(self._totals)
+        self._operations: dict[tuple[str, str], float] = {}
+        self._shortest: dict[Operation, float] = {}
+
+    def add(self, owner: Owner, seconds: float) -> None:
+        """Book a stretch; what is between stages is divided into transfer and bubble."""
+        if isinstance(owner, str):
+            self._totals[_INDEX[owner]] += seconds
+            return
+        key = owner.group, owner.name
+        self._operations[key] = self._operations.get(key, 0.0) + seconds
+        if self._staged and (owner.group in ("pipeline", "world") or owner.name in PAIRS):
+            transfer = min(self._shortest.get(owner, seconds), seconds)
+            self._shortest[owner] = transfer
+            self._totals[_INDEX[PIPELINE]] += transfer
+            self._totals[_INDEX[BUBBLE]] += seconds - transfer
+        else:
+            self._totals[_INDEX[OF_GROUP.get(owner.group, OTHER)]] += seconds
+
+    def forget(self) -> None:
+        """Begin anew: what was booked up to now belongs to no step and no row."""
+        self.take_step()
+        self.take_row()
+
+    def take_step(self) -> list[float]:
+        """Seconds of each category since the last call."""
+        found = [now - then for now, then in zip(self._totals, self._at_step, strict=True)]
+        self._at_step = list(self._totals)
+        return found
+
+    def take_row(self) -> tuple[list[float], dict[str, dict[str, float]]]:
+        """The same since the last call of this one, and seconds by group and operation."""
+        found = [now - then for now, then in zip(self._totals, self._at_row, strict=True)]
+        self._at_row = list(self._totals)
+        operations: dict[str, dict[str, Any]] = {}
+        for (group, name), seconds in self._operations.items():
+            operations.setdefault(group, {})[name] = seconds
+        self._operations = {}
+        return found, operations

@@ -1,0 +1,92 @@
+"""Warnings of a profile, each with what to do about it."""
+
+from collections.abc import Mapping
+
+from training.config import StageConfig
+from training.profiling.categories import BUBBLE, CHECKPOINT, DATA_WAIT, OTHER
+
+_DATA, _BUBBLE, _SAVE, _PYTHON = 0.1, 0.15, 0.05, 0.1
+"""Shares of the time above which something is to be done."""
+_SLOW = 1.2
+"""A rank's own work over the median of its peers'."""
+
+
+def warnings_for(
+    settings: StageConfig, shares: Mapping[str, float], ratios: Mapping[int, float]
+) -> list[str]:
+    """What stands out, in the order of what it costs; `ratios` are ranks' against their peers."""
+    found = [
+        (shares[DATA_WAIT], _data_bound(settings, shares[DATA_WAIT])),
+        (shares[BUBBLE], _bubble(settings, shares[BUBBLE])),
+        (shares[CHECKPOINT], _held_up(settings, shares[CHECKPOINT])),
+        (shares[OTHER], _python(shares[OTHER])),
+        (max(ratios.values()) - 1, _slow_rank(ratios)),
+    ]
+    return [text for _, text in sorted(found, key=lambda row: -row[0]) if text]
+
+
+def accumulate_to_halve(settings: StageConfig) -> int:
+    """Micro-batches a step at which 1F1B's bubble is half of what it is.
+
+    Its share is (p - 1) / (m + p - 1) for p stages and m micro-batches; half of it takes
+    2 m + p - 1. The next number that divides a replica's batch, or 0 if it has too few samples.
+    """
+    stages, micro = settings.mesh.pipeline, settings.engine.accumulate
+    replica = settings.loop.batch // max(settings.mesh.data, 1)
+    wanted = 2 * micro + stages - 1
+    return next((n for n in range(wanted, replica + 1) if replica % n == 0), 0)
+
+
+def _data_bound(settings: StageConfig, share: float) -> str:
+    if share <= _DATA:
+        return ""
+    loader = settings.loader
+    ways = f"--loader.ahead {2 * loader.ahead} --loader.readers {2 * loader.readers}"
+    cache = "" if loader.cache else ", and --loader.cache with a local folder"
+    return (
+        f"data-bound: {share:.0%} of the time is waiting for records or making tensors of them; "
+        f"try {ways}{cache}"
+    )
+
+
+def _bubble(settings: StageConfig, share: float) -> str:
+    if share <= _BUBBLE:
+        return ""
+    micro = accumulate_to_halve(settings)
+    wanted = 2 * settings.engine.accumulate + settings.mesh.pipeline - 1
+    more = f"--loop.batch {wanted * max(settings.mesh.data, 1)} --engine.accumulate {wanted}"
+    advice = f"--engine.accumulate {micro}" if micro else more
+    return (
+        f"bubble: {share:.0%} of the time the stages wait for one another; {advice} would about "
+        "halve it, or use fewer stages"
+    )
+
+
+def _held_up(settings: StageConfig, share: float) -> str:
+    if share <= _SAVE:
+        return ""
+    every = settings.checkpoint.every
+    advice = f"--checkpoint.every {2 * every} would halve it"
+    if not settings.checkpoint.background:
+        advice = f"--checkpoint.background writes beside the training; {advice}"
+    return f"saves hold training up for {share:.0%} of the time; {advice}"
+
+
+def _python(share: float) -> str:
+    if share <= _PYTHON:
+        return ""
+    return (
+        f"{share:.0%} of the time is Python outside of the engine; log less often "
+        "(--loop.log-every), compare replicas less often (--guard.compare-every), or look at a "
+        "trace (--trace-next 5)"
+    )
+
+
+def _slow_rank(ratios: Mapping[int, float]) -> str:
+    worst = max(ratios, key=lambda rank: ratios[rank])
+    if ratios[worst] <= _SLOW:
+        return ""
+    return (
+        f"rank {worst} takes {ratios[worst]:.2f} times its peers' time for its own work, and all "
+        "others wait for it: look at its machine (clocks, other processes, heat), or leave it out"
+    )

@@ -1,0 +1,111 @@
+"""What a plan predicted for the mesh of a run, in the categories of a profile."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.errors import InputError
+from models.config import PriorConfig
+from models.counts import prior_parameters
+from training.config import StageConfig
+from training.profiling.categories import CATEGORIES, COMPUTE, DATA, OPTIMIZER, OTHER, PIPELINE
+
+_OF_PART = {
+    "gradients": DATA,
+    "weights": DATA,
+    "compress": COMPUTE,
+    "crowding": COMPUTE,
+    "update": OPTIMIZER,
+    "overhead": OTHER,
+}
+"""Parts of a step as `tapir plan` names them -> categories."""
+_VOCABULARY = 0.1
+"""Share of the parameters in which plan and run may differ: a plan takes the usual vocabularies,
+training those of its data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """What a plan says of the run's way to train."""
+
+    seconds: dict[str, float]
+    """Of a step, by category."""
+    gpu: str = ""
+    """The hardware that was planned for; empty if the file does not say."""
+
+
+def read_plan(plan: Path, settings: StageConfig, on_gpu: bool | None = None) -> Planned:
+    """The prediction of `tapir plan --json`, or of {"time": {category: seconds}}.
+
+    `on_gpu` says where the run was, None = unknown.
+    Raises: InputError if the file is no plan, or one of another model, machine, or way to train.
+    """
+    try:
+        body = json.loads(plan.read_bytes())
+        gpu = str(body.get("gpu", ""))
+        times = body["time"] if "time" in body else _of_run(body, settings)
+        if gpu and on_gpu is not None and on_gpu == (gpu == "cpu"):
+            raise InputError(f"{plan} is for {gpu}; the run was on {'a GPU' if on_gpu else 'CPUs'}")
+        found = dict.fromkeys(CATEGORIES, 0.0)
+        for name, seconds in times.items():
+            found[_category(name, settings)] += float(seconds)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{plan} is no plan: save the last line of `tapir plan --json`, or give "
+            '{"time": {category: seconds}}'
+        ) from error
+    if not all(0 <= float(seconds) < math.inf for seconds in times.values()):
+        raise InputError(f"{plan}: seconds must be finite and not negative")
+    return Planned(seconds=found, gpu=gpu)
+
+
+def _of_run(body: dict[str, Any], settings: StageConfig) -> dict[str, float]:
+    """The parts of the first planned way that trains as the run does."""
+    model: Any = settings.model  # type: ignore[attr-defined]
+    if not isinstance(model, PriorConfig):
+        raise InputError("plans are made for priors alone; this run is none")
+    parameters = prior_parameters(model).total
+    if not abs(body["parameters"] - parameters) <= _VOCABULARY * parameters:
+        raise InputError(
+            f"the plan's model has {body['parameters']:,} parameters, the run's {parameters:,}; "
+            "plan for the run's preset"
+        )
+    wanted = _way_of(settings)
+    ways = [way for way in (body["best"], *body["alternatives"]) if way]
+    others = [
+        {name: way[name] for name, value in wanted.items() if way[name] != value} for way in ways
+    ]
+    for way, other in zip(ways, others, strict=True):
+        if not other:
+            times: dict[str, float] = way["seconds"]
+            return times
+    nearest = min(others, key=len, default={})
+    text = ", ".join(f"{name} {value} (run: {wanted[name]})" for name, value in nearest.items())
+    raise InputError(
+        f"none of the plan's {len(ways)} ways is the run's; plan for as many ranks and the same "
+        f"batch{'; the nearest one has ' + text if text else ''}"
+    )
+
+
+def _way_of(settings: StageConfig) -> dict[str, Any]:
+    """How a run trains, in the fields of a plan's way."""
+    engine, mesh, rank = settings.engine, settings.mesh, settings.compress.rank
+    return {
+        "mesh": dict(vars(mesh)),
+        "engine": engine.name,
+        "zero_stage": engine.zero_stage if engine.name != "reference" else 0,
+        "accumulate": engine.accumulate,
+        "micro_batch": settings.loop.batch // mesh.data // engine.accumulate,
+        "recompute": engine.recompute,
+        "precision": engine.precision,
+        "moments": settings.optim.moments,
+        **({"compress_rank": rank} if rank != "auto" else {}),
+    }
+
+
+def _category(name: str, settings: StageConfig) -> str:
+    if name == "results":
+        return PIPELINE if settings.mesh.pipeline > 1 else DATA
+    return name if name in CATEGORIES else _OF_PART[name]

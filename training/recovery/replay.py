@@ -1,0 +1,155 @@
+"""`tapir replay CAPSULE`: run a step that went wrong again, on one process.
+
+The run goes from the capsule's checkpoint over every step up to the bad one, with the reference
+engine and without compression; at the bad one, each sample's loss is taken by itself.
+"""
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoint.reader import CheckpointReader, finished_steps, open_checkpoint
+from core.errors import CorruptError, InputError
+from core.files.atomic import unseal
+from core.heartbeat import Heart
+from core.storage.store import open_store
+from parallel.config import CompressConfig, MeshConfig
+from parallel.ledger import recorded
+from parallel.mesh import own_mesh
+from training.recovery.rewind import record_digest, record_id
+from training.stages import make_task, settings_from_json
+from training.tasks.task import hand_over
+from training.trainer import Run
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """What came out the second time."""
+
+    step: int
+    reason: str
+    """Why the step did not count in the run."""
+    loss: float
+    loss_then: Any
+    grad_norm: float
+    grad_norm_then: Any
+    skipped: str
+    """Why it does not count now; nothing if the run's hardware, not its data, was at fault."""
+    same_records: bool
+    """True if the data is what it was."""
+    worst: list[tuple[str, float]]
+    """The samples with the highest losses."""
+
+
+def replay(capsule: Path) -> Replay:
+    """Run the capsule's step again.
+
+    Raises: InputError if this is no capsule, or its checkpoint is gone.
+    """
+    if not capsule.is_file():
+        raise InputError(f"there is no capsule {capsule}; a run keeps them in its folder capsules")
+    try:
+        body = unseal(capsule.read_bytes(), str(capsule))
+    except CorruptError as error:
+        raise InputError(f"{capsule} is no capsule, or a byte of it changed") from error
+    if not {"position", "records", "config", "checkpoint"} <= body.keys():
+        raise InputError(f"{capsule} is no capsule; a run keeps them in its folder capsules")
+    with tempfile.TemporaryDirectory(prefix="tapir-replay-") as out, _run_of(body, out) as run:
+        return _replay(run, body)
+
+
+def _replay(run: Run, body: dict[str, Any]) -> Replay:
+    batches = iter(run.stream)
+    try:
+        while True:
+            records, _ = next(batches)
+            if run.step + 1 < body["step"]:
+                run.one_step(records)
+                continue
+            losses = _losses_of(run, records)
+            result = run.one_step(records)
+            break
+    finally:
+        batches.close()  # type: ignore[attr-defined]
+    rows = [[record_id(record), record_digest(record)] for record in records]
+    worst = sorted(zip((name for name, _ in rows), losses, strict=True), key=lambda row: -row[1])
+    return Replay(
+        step=body["step"],
+        reason=body["reason"],
+        loss=result.losses["loss"],
+        loss_then=body["losses"].get("loss"),
+        grad_norm=result.grad_norm,
+        grad_norm_then=body["grad_norm"],
+        skipped=result.skipped,
+        same_records=sorted(rows) == sorted(body["records"]),
+        worst=worst[:_SHOWN],
+    )
+
+
+def _losses_of(run: Run, records: Sequence[Any]) -> list[float]:
+    device = run.world.device
+    batches = (hand_over(run.task.batch([record], run.step), device) for record in records)
+    return [float(run.engine.evaluate(batch)["loss"]) for batch in batches]
+
+
+@contextlib.contextmanager
+def _run_of(body: dict[str, Any], out: str) -> Iterator[Run]:
+    """The capsule's run on this process, at its checkpoint."""
+    config = {name: value for name, value in body["config"].items() if name != "stage"}
+    settings = settings_from_json(body["stage"], config)
+    home = settings.checkpoint.to or str(settings.out / "checkpoints")
+    replicas = settings.mesh.data * settings.engine.accumulate
+    engine = dataclasses.replace(
+        settings.engine, name="reference", zero_stage=1, accumulate=replicas
+    )
+    settings = dataclasses.replace(
+        settings,
+        out=Path(out),
+        mesh=MeshConfig(),
+        engine=engine,
+        compress=CompressConfig(),
+        checkpoint=dataclasses.replace(settings.checkpoint, to=out),
+    )
+    mesh = own_mesh()
+    with recorded(mesh) as ledger:
+        task = make_task(body["stage"], settings, mesh)
+        run = Run(body["stage"], task, settings, mesh, ledger, Heart(0))
+        try:
+            if body["checkpoint"] is not None:
+                run.resume_from(_checkpoint(home, body["checkpoint"]))
+            yield run
+        finally:
+            run.close()
+
+
+def _checkpoint(home: str, step: int) -> CheckpointReader:
+    steps = finished_steps(open_store(home))
+    if step not in steps:
+        raise InputError(
+            f"the replay starts from {home}/step-{step}, which is gone (there: {steps}); runs keep "
+            "those of the newest capsules, and all with a larger --checkpoint.keep"
+        )
+    return open_checkpoint(f"{home}/step-{step}")
+
+
+def describe(found: Replay) -> str:
+    """A few lines for the terminal."""
+    again = f"skipped again: {found.skipped}" if found.skipped else "not skipped this time"
+    data = "the same records" if found.same_records else "OTHER RECORDS than then"
+    rows = [f"  {name}  loss {loss:.4g}" for name, loss in found.worst]
+    return "\n".join(
+        [
+            f"step {found.step}, then: {found.reason}",
+            f"now {again}, on {data}",
+            f"loss {found.loss:.6g} (then {found.loss_then}), "
+            f"gradient norm {found.grad_norm:.6g} (then {found.grad_norm_then})",
+            "samples with the highest loss:",
+            *rows,
+        ]
+    )

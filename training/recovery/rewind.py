@@ -1,0 +1,171 @@
+"""What happens after a step that must not count: skip, note it in a capsule, go back.
+
+A capsule is a small sealed file from which `tapir replay` runs the step again.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from core.errors import CorruptError, TapirError, TrainingError
+from core.files.atomic import seal, sha256, unseal, write_atomic
+from core.log import LOG
+from data_pipeline.streaming.stream import StreamState
+from parallel.engines.protocol import Engine, StepResult
+from parallel.mesh import Mesh
+from parallel.replicas import different
+from training.config import GuardConfig
+from training.recovery.guards import Guard
+
+CAPSULES = "capsules"
+_MOST_CAPSULES = 20
+_PROTECTED = 2
+_MOST_REWINDS = 3
+"""Rewinds without a step beyond those before."""
+
+
+class Recovery:
+    """The guards of one run; all ranks call it together and decide alike."""
+
+    def __init__(self, config: GuardConfig, mesh: Mesh, out: Path) -> None:
+        self.guard = Guard(config)
+        self._config, self._mesh, self._out = config, mesh, out
+        self._bad: list[tuple[int, int]] = []
+        """(epoch, step in it) of the updates skipped in a row."""
+        self._rewinds, self._farthest = 0, -1
+        self._last: tuple[StepResult, Sequence[Any], dict[str, Any]] | None = None
+
+    def must_rewind(
+        self, result: StepResult, records: Sequence[Any], state: StreamState, facts: dict[str, Any]
+    ) -> bool:
+        """Note a skipped update; True if so many were skipped in a row that the run goes back.
+
+        `state` is the position behind the batch, `facts` stand in the capsule.
+        """
+        self._last = (result, records, facts)
+        if not result.skipped:
+            self._bad.clear()
+            return False
+        step = facts["step"]
+        self._warn(f"step {step}: {result.skipped}; the update is skipped")
+        self._bad.append((state.epoch, state.step - 1))
+        self._write_capsule(result.skipped)
+        return len(self._bad) == self._config.rewind_after
+
+    def rewound(self, state: StreamState, step: int, reached: int) -> StreamState:
+        """The checkpoint's position with the data that caused it passed over.
+
+        `step` is the checkpoint's, `reached` the one that the run had come to.
+        Raises: TrainingError if the run goes back again and again.
+        """
+        self._rewinds = 1 if reached > self._farthest else self._rewinds + 1
+        self._farthest = max(self._farthest, reached)
+        if self._rewinds > _MOST_REWINDS:
+            raise TrainingError(
+                f"step {reached}: {len(self._bad)} updates in a row were skipped, {_MOST_REWINDS} "
+                "rewinds and other data did not help; lower optim.lr, or look at a capsule with "
+                "`tapir replay`"
+            )
+        self._warn(f"back to step {step}; the data of {len(self._bad)} updates is passed over")
+        passed = {*map(tuple, state.passed), *self._bad}
+        self._bad.clear()
+        return state.passing(sorted(passed))
+
+    def too_early(self, step: int) -> TrainingError:
+        """The error of a run that must go back before its first checkpoint."""
+        return TrainingError(
+            f"step {step}: {len(self._bad)} updates in a row were skipped before the first "
+            "checkpoint; lower optim.lr or guard.sigmas"
+        )
+
+    def compare_replicas(self, engine: Engine, step: int) -> None:
+        """Compare what replicas hold in common.
+
+        Raises: TapirError on every rank, naming the ranks that differ from the others.
+        """
+        wrong: set[int] = set()
+        for tensors, group in engine.replicas():
+            wrong |= set(different(tensors, group))
+        found = self._mesh.world.gather_text(json.dumps(sorted(wrong)))
+        ranks = sorted({rank for text in found for rank in json.loads(text)})
+        if not ranks:
+            return
+        what = f"the weights of rank {', '.join(map(str, ranks))} differ from their replicas'"
+        self._write_capsule(what)
+        raise TapirError(
+            f"step {step}: {what}: silent corruption (memory, GPU or a bug); nothing of this step "
+            "was saved, and training goes on from the last checkpoint; check that machine"
+        )
+
+    def due(self, step: int) -> bool:
+        """Say whether the replicas shall be compared after this step."""
+        every = self._config.compare_every
+        return bool(every) and step % every == 0
+
+    def _warn(self, text: str) -> None:
+        if self._mesh.world.rank == 0:
+            LOG.warning("%s", text)
+
+    def _write_capsule(self, reason: str) -> None:
+        """Seal what `tapir replay` needs of the last step; all ranks call it."""
+        if self._last is None:
+            return
+        result, records, facts = self._last
+        rows = [[record_id(record), record_digest(record)] for record in records]
+        own = {"replica": self._mesh.data.rank, "records": rows}
+        parts = [json.loads(text) for text in self._mesh.world.gather_text(json.dumps(own))]
+        batch = {row["replica"]: row["records"] for row in parts if row["records"]}
+        if self._mesh.world.rank:
+            return
+        body = {
+            **facts,
+            "reason": reason,
+            "losses": {name: _number(value) for name, value in result.losses.items()},
+            "grad_norm": _number(result.grad_norm),
+            "records": [row for replica in sorted(batch) for row in batch[replica]],
+        }
+        try:
+            write_atomic(self._out / CAPSULES / f"step-{facts['step']}.json", seal(body))
+            for path in _newest_capsules(self._out)[_MOST_CAPSULES:]:
+                path.unlink()
+        except OSError as error:
+            LOG.error("cannot write a replay capsule: %s", error)
+
+
+def record_id(record: Any) -> str:
+    """The name of a pair: its key, or the hash of it in token records."""
+    return str(record.key if hasattr(record, "key") else record.id)
+
+
+def record_digest(record: Any) -> str:
+    """16 hex digits over a record's content."""
+    parts = [
+        getattr(record, name) for name in ("image", "text", "caption") if hasattr(record, name)
+    ]
+    data = [part.encode() if isinstance(part, str) else bytes(part) for part in parts]
+    return sha256(b"|".join(data))[:16]
+
+
+def checkpoints_of_capsules(out: Path) -> set[int]:
+    """Steps of the checkpoints that the newest capsules' replays start from: two at most."""
+    steps: list[int] = []
+    for path in _newest_capsules(out):
+        try:
+            start = unseal(path.read_bytes(), str(path)).get("checkpoint")
+        except CorruptError as error:
+            LOG.warning("%s", error)
+            continue
+        if start is not None and start not in steps:
+            steps.append(int(start))
+    return set(steps[:_PROTECTED])
+
+
+def _newest_capsules(out: Path) -> list[Path]:
+    found = (out / CAPSULES).glob("step-*.json")
+    return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+
+def _number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)

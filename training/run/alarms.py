@@ -1,0 +1,133 @@
+"""What goes wrong slowly in a run: each said in one line when it happens, with what to do."""
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from core.errors import TrainingError
+from core.log import LOG
+from core.storage.store import Store, free_space
+from parallel.config import OptimConfig
+from parallel.mesh import Mesh
+from training.config import StageConfig
+from training.profiling.plan import read_plan
+
+FEW_CODES = 0.1
+"""Share of a codebook below which a dVAE is told of, whatever guard.codes."""
+SLOWER = 2.0
+"""A median step that takes so many times what a plan says is told of."""
+WARM, WINDOW = 10, 50
+"""Steps that are not counted at the start, and those that the median is taken of."""
+ROOM = 2
+"""Checkpoints that a disk must have room for."""
+
+
+class Alarms:
+    """Of one run; rank 0 speaks, and all ranks stop together."""
+
+    def __init__(self, settings: StageConfig, mesh: Mesh, shapes: Iterable[Iterable[int]]) -> None:
+        """`shapes` are those of the parameters of this rank's stage; the stages are about equal.
+
+        Raises: InputError if profile.plan is no plan of this run.
+        """
+        self._settings, self._world = settings, mesh.world
+        self._bytes = mesh.pipeline.size * checkpoint_bytes(shapes, settings.optim)
+        self._seconds: deque[float] = deque(maxlen=WINDOW)
+        self._steps, self._said = 0, set[str]()
+        plan = settings.profile.plan
+        times = read_plan(plan, settings, mesh.world.device.type == "cuda").seconds if plan else {}
+        self._planned = sum(times.values())
+
+    def codes(self, row: Mapping[str, float], step: int) -> None:
+        """Look at a validation's codes; all ranks call it together.
+
+        Raises: TrainingError if they are fewer than guard.codes, while there are steps left.
+        """
+        if "codes_share" not in row:
+            return
+        guard, steps = self._settings.guard, self._settings.loop.steps
+        share, used = row["codes_share"], row["codes_used"]
+        least = max(guard.codes, FEW_CODES)
+        dead = step >= guard.codes_after * steps and share < least
+        text = (
+            f"step {step}: the dVAE uses {used:.0f} of its codes ({share:.1%} of what these "
+            f"held-out pictures could, below {least:.0%}): its codebook is dead, and tokens made "
+            "with it tell little; start again with another --loop.seed, a lower --optim.lr, a "
+            "higher --tau-last or a smaller --model.codebook"
+        )
+        stop = dead and share < guard.codes and step < steps
+        if self._world.gather_text("stop" if stop else "")[0]:
+            raise TrainingError(f"{text} (stopped by guard.codes={guard.codes:g})")
+        self._say("codes", dead, text)
+
+    def disk(self, store: Store, step: int) -> None:
+        """Look whether the next checkpoints fit; before a save, and before the first step."""
+        if self._world.rank:
+            return
+        free = free_space(store)
+        text = (
+            f"step {step}: {store.url} has {(free or 0) / 1e9:.2f} GB free, and a checkpoint takes "
+            f"{self._bytes / 1e9:.2f} GB: make room, lower --checkpoint.keep, or give another "
+            "--checkpoint.to; a save that does not fit is tried again at the next one, and older "
+            "checkpoints stay whole"
+        )
+        self._say("disk", free is not None and free < ROOM * self._bytes, text)
+
+    def pace(self, step: int, seconds: float) -> None:
+        """Compare a step's time with profile.plan."""
+        self._steps += 1
+        if not self._planned or self._steps <= WARM:
+            return
+        self._seconds.append(seconds)
+        if len(self._seconds) < WINDOW:
+            return
+        median = statistics.median(self._seconds)
+        text = (
+            f"step {step}: a step takes {median:.3g} s, {median / self._planned:.1f} times the "
+            f"{self._planned:.3g} s of {self._settings.profile.plan}: `tapir profile "
+            f"{self._settings.out} --plan FILE` shows where the time goes; look for other work on "
+            "these machines, slow storage, or a slow rank (slowest_rank in metrics.jsonl)"
+        )
+        self._say("pace", median > SLOWER * self._planned, text)
+
+    def _say(self, what: str, wrong: bool, text: str) -> None:
+        """Warn when something becomes wrong, not again while it stays so."""
+        if wrong and what not in self._said and self._world.rank == 0:
+            LOG.warning("%s", text)
+        (self._said.add if wrong else self._said.discard)(what)
+
+
+def checkpoint_bytes(shapes: Iterable[Iterable[int]], optim: OptimConfig) -> int:
+    """Bytes of a checkpoint: weights in fp32, two moments, and the moving average if there is one;
+    without error buffers of compression."""
+    each = 4 + 2 * (4 if optim.moments == "fp32" else 2) + (4 if optim.ema else 0)
+    return each * sum(math.prod(shape) for shape in shapes)
+
+
+_BLOCKS = 16
+"""Blocks of the training split that are looked at, evenly spread over it."""
+
+
+def tell_cut_captions(task: Any) -> float:
+    """Warn of the share of captions that are cut at `model.text_length`; returns it.
+
+    Of a task without captions it is 0. A sample of the blocks stands for a large data set.
+    """
+    context = getattr(task.model_config, "text_length", 0)
+    if not context:
+        return 0.0
+    count = len(task.train.sizes)
+    blocks = np.unique(np.linspace(0, count - 1, min(count, _BLOCKS)).astype(int)).tolist()
+    lengths = [n for block in blocks for n in task.text_lengths(task.train.read(block))]
+    cut = sum(length > context for length in lengths)
+    if cut:
+        LOG.warning(
+            "%.3g%% of the captions are cut: of %d looked at, %d have more than model.text_length="
+            "%d tokens, the longest %d; raise model.text_length, or pack shorter captions",
+            *(100 * cut / len(lengths), len(lengths), cut, context, max(lengths)),
+        )
+    return cut / max(1, len(lengths))

@@ -1,0 +1,175 @@
+"""The checkpoints of a run: saved by all ranks, kept by a policy, the newest whole one found."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from checkpoint.reader import CheckpointReader, finished_steps
+from checkpoint.saver import Saver
+from checkpoint.writer import Gather
+from core.errors import CheckpointError, CorruptError
+from core.files.atomic import Json
+from core.log import LOG
+from core.storage.store import Store
+from training.config import CheckpointConfig
+
+_PROBE = "writable"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """What the retention policy knows of a checkpoint."""
+
+    step: int
+    time: float
+    """Unix seconds."""
+    loss: float | None
+    """Validation loss when it was saved, if there was one."""
+
+
+def kept_steps(saved: list[Saved], config: CheckpointConfig) -> set[int]:
+    """Steps that the policy keeps: the last ones, one for every so many hours, the best."""
+    rows = sorted(saved, key=lambda row: row.step)
+    kept = {row.step for row in rows[-config.keep :]}
+    if config.hours > 0:
+        last = float("-inf")
+        for row in rows:
+            if row.time - last >= 3600 * config.hours:
+                kept.add(row.step)
+                last = row.time
+    measured = [row for row in rows if row.loss is not None]
+    if config.best and measured:
+        kept.add(min(measured, key=lambda row: (row.loss, row.step)).step)
+    return kept
+
+
+class Checkpoints:
+    """All ranks call the public methods together."""
+
+    def __init__(
+        self,
+        store: Store,
+        config: CheckpointConfig,
+        rank: int,
+        ranks: int,
+        gathers: tuple[Gather, Gather],
+    ) -> None:
+        """`gathers` are for the loop and, over a process group of its own, for the saver."""
+        self.store, self._config = store, config
+        self._rank, self._ranks, self._gather = rank, ranks, gathers[0]
+        self._saver = Saver(store, rank, gathers[1], config.background)
+        self._known: dict[int, Saved] = {}
+        self.whole: int | None = None
+        """Step of the newest checkpoint that was written or read whole; rank 0 knows."""
+        self.protected: set[int] = set()
+        """Steps that replay capsules start from."""
+
+    def newest(self) -> CheckpointReader | None:
+        """The newest checkpoint that is whole, verified by all ranks in shares.
+
+        Damaged ones are reported and passed over, unfinished ones deleted.
+        Raises: CheckpointError if there are finished checkpoints and all are damaged;
+        StoreInputError if the store cannot be written to: better known now than at the first save.
+        """
+        listed = finished_steps(self.store) if self._rank == 0 else []
+        if self._rank == 0:
+            self.store.put(_PROBE, b"")
+            self.store.delete(_PROBE)
+            self._sweep(set(listed))
+        text = self._gather(" ".join(map(str, listed)))[0]
+        damaged = []
+        for step in reversed([int(word) for word in text.split()]):
+            reader, mine = None, ""
+            try:
+                reader = CheckpointReader(self.store, f"step-{step}")
+                reader.verify(self._rank, self._ranks)
+            except CorruptError as error:
+                mine = str(error)
+            found = sorted({error for error in self._gather(mine) if error})
+            if not found:
+                assert reader is not None
+                self._note(step, reader.facts)
+                self.whole = step
+                return reader
+            LOG.warning("%s; trying an older checkpoint", "\n".join(found))
+            damaged += found
+        if damaged:
+            raise CheckpointError(
+                "no checkpoint of this run is whole; restore one of these, or train in another "
+                "--out:\n" + "\n".join(damaged)
+            )
+        return None
+
+    def save(self, step: int, slices: Any, facts: Json) -> float:
+        """Write a checkpoint, in the background if so configured; returns seconds held up.
+
+        `settle` first. A failure is to be asked for; older checkpoints stay whole.
+        """
+        facts = {**facts, "time": time.time()}
+        self._note(step, facts)
+        return self._saver.save(f"step-{step}", slices, facts, lambda: self._written(step))
+
+    def settle(self) -> None:
+        """Wait for the save that may be under way."""
+        self._saver.settle()
+
+    def finish(self) -> None:
+        """Wait for the last save. Raises: StoreError if it failed."""
+        self._saver.wait()
+
+    def failure(self) -> str:
+        """Why a save failed since the last call, if one did; it is logged, too."""
+        error = self._saver.failure()
+        if error is not None and self._rank == 0:
+            LOG.error("%s; training goes on, older checkpoints are whole", error)
+        return str(error or "")
+
+    def delete(self, step: int) -> None:
+        """Remove a checkpoint: its manifest first, so that no half of one counts."""
+        names = self.store.names(f"step-{step}/")
+        for name in sorted(names, key=lambda name: not name.endswith("manifest.json")):
+            self.store.delete(name)
+
+    def _note(self, step: int, facts: Json) -> None:
+        loss = facts.get("validation_loss")
+        self._known[step] = Saved(step=step, time=float(facts.get("time", 0)), loss=loss)
+
+    def _written(self, step: int) -> None:
+        self.whole = step
+        self._prune()
+
+    def _prune(self) -> None:
+        """Delete what the policy does not keep."""
+        if self._rank:
+            return
+        finished = finished_steps(self.store)
+        for step in finished:
+            if step not in self._known:
+                self._remember(step)
+        kept = kept_steps([self._known[step] for step in finished], self._config) | self.protected
+        for step in set(finished) - kept:
+            self.delete(step)
+
+    def _sweep(self, finished: set[int]) -> None:
+        """Delete unfinished checkpoints, but never all that there is."""
+        unfinished = self._all_steps() - finished
+        if unfinished and not finished:
+            LOG.warning(
+                "%s holds only checkpoints without a manifest (steps %s): they were never finished "
+                "or lost it, and the run starts anew",
+                self.store.url,
+                ", ".join(map(str, sorted(unfinished))),
+            )
+            return
+        for step in unfinished:
+            self.delete(step)
+
+    def _all_steps(self) -> set[int]:
+        found = {name.split("/")[0][5:] for name in self.store.names("step-")}
+        return {int(text) for text in found if text.isdigit()}
+
+    def _remember(self, step: int) -> None:
+        try:
+            self._note(step, CheckpointReader(self.store, f"step-{step}").facts)
+        except (CorruptError, CheckpointError):
+            self._note(step, {})

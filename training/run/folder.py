@@ -1,0 +1,151 @@
+"""The folder of a run: one owner at a time, metrics without gaps or doubles."""
+
+import json
+import math
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from core.errors import if_full
+from core.files.atomic import Json, canonical_json, held, remove_leftovers, write_atomic
+from core.heartbeat import FOLDER, Beat, read_beats
+from core.log import LOG
+from training.run.metrics import rows_of
+
+_MOST_BINS = 1024
+
+
+class RunFolder:
+    """Rank 0's hold on a run folder; the other ranks write nothing."""
+
+    def __init__(self, root: Path, config: Json, writes: bool) -> None:
+        """Raises: InputError if another run holds the folder, or it cannot be written."""
+        self.root, self._writes = root, writes
+        self._lock = ExitStack()
+        if writes:
+            self._lock.enter_context(held(root, "run"))
+            remove_leftovers(root)
+            self._config = canonical_json(config)
+        self._metrics = root / "metrics.jsonl"
+        self._board: SummaryWriter | None = None
+        self._unwritten: list[str] = []
+        """Rows that a full disk did not take."""
+
+    def begin(self, step: int) -> None:
+        """Start to write behind `step`; rows of later steps, written before a crash, go."""
+        if not self._writes:
+            return
+        write_atomic(self.root / "config.json", self._config)
+        if self._metrics.exists():
+            rows = self._metrics.read_text(errors="replace").splitlines()
+            kept = [row for row in rows if _step_of(row) <= step]
+            write_atomic(self._metrics, "".join(row + "\n" for row in kept).encode())
+        if self._board is not None:
+            self._board.close()
+        board = str(self.root / "tensorboard")
+        self._board = SummaryWriter(board, purge_step=step + 1 if step else None)
+        text = "".join(f"    {line}\n" for line in self._config.decode().splitlines())
+        self._board.add_text("config", text, step)
+        write_live(self.root)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append one row to metrics.jsonl and to TensorBoard."""
+        if not self._writes or self._board is None:
+            return
+        clean = {
+            k: (v if not isinstance(v, float) or math.isfinite(v) else str(v))
+            for k, v in row.items()
+        }
+        self._unwritten.append(json.dumps(clean) + "\n")
+        try:
+            self._append()
+            for name, value in _scalars(row):
+                self._board.add_scalar(name, value, row["step"])
+        except OSError as error:
+            LOG.error(
+                "step %d: cannot write metrics: %s%s; training goes on, and rows are written later",
+                *(row["step"], error, if_full(error)),
+            )
+
+    def _append(self) -> None:
+        """Write the rows that wait; a row of which a full disk took a part is taken back."""
+        whole = self._metrics.stat().st_size if self._metrics.exists() else 0
+        try:
+            with open(self._metrics, "a") as file:
+                file.write("".join(self._unwritten))
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self._metrics, whole)
+            raise
+        self._unwritten.clear()
+
+    def show(self, name: str, value: Any, step: int) -> None:
+        """Show an image, (H, W, 3) uint8, or a histogram of whole numbers, (n,), in TensorBoard."""
+        if self._board is None:
+            return
+        if np.ndim(value) == 3:
+            self._board.add_image(name, value, step, dataformats="HWC")
+            return
+        most = int(value.max()) + 1
+        bins = np.linspace(0, most, min(most, _MOST_BINS) + 1)
+        self._board.add_histogram(name, value, step, bins=bins.tolist())
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+        self._lock.close()
+
+
+def _scalars(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """A row's figures with their tags; those by category are `time/compute` and so on."""
+    prefix = row.get("split", "train")
+    for name, value in row.items():
+        if isinstance(value, int | float) and name != "step":
+            yield f"{prefix}/{name}", value
+        elif name == "time":
+            yield from ((f"time/{category}", seconds) for category, seconds in value.items())
+
+
+def _step_of(row: str) -> float:
+    try:
+        return float(json.loads(row)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError):
+        return math.inf
+
+
+def read_metrics(root: Path) -> list[dict[str, Any]]:
+    """All rows of a run's metrics.jsonl; lines that are none are left out."""
+    return read_rows(root)[0]
+
+
+def read_rows(root: Path) -> tuple[list[dict[str, Any]], int]:
+    """The same, and how many lines were left out."""
+    path = root / "metrics.jsonl"
+    return rows_of(path.read_text(errors="replace").splitlines() if path.exists() else [])
+
+
+_NAME = "live.json"
+
+
+def write_live(run: Path) -> None:
+    """Note this machine, and the folder of the heartbeats if a supervisor listens."""
+    note = {"host": socket.gethostname(), "beats": os.environ.get(FOLDER, "")}
+    write_atomic(run / _NAME, canonical_json(note))
+
+
+def beats_of(run: Path) -> list[Beat]:
+    """The last signs of life of a run's ranks, if they run on this machine; else none."""
+    try:
+        note = json.loads((run / _NAME).read_text())
+        folder = Path(note["beats"])
+        if note["host"] != socket.gethostname() or not (note["beats"] and folder.is_dir()):
+            return []
+        return read_beats(folder, len(list(folder.glob("heart-*"))))
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

@@ -1,0 +1,52 @@
+"""The registry of stages that the training loop knows; imports no torch.
+
+A new model is a settings class in training/config.py, a module in training/tasks/ with a function
+`build(settings, mesh)`, and a row here.
+"""
+
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from core.config import from_json, to_json
+from training.config import ClipTrain, DVAETrain, PriorTrain, StageConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageEntry:
+    """What the loop needs to know to train a stage."""
+
+    settings: type[StageConfig]
+    task: str
+    """Module of training/tasks/ that builds its task; imported by ranks alone."""
+
+
+STAGES = {
+    "dvae": StageEntry(settings=DVAETrain, task="training.tasks.dvae"),
+    "prior": StageEntry(settings=PriorTrain, task="training.tasks.prior"),
+    "clip": StageEntry(settings=ClipTrain, task="training.tasks.clip"),
+}
+
+
+def make_task(stage: str, settings: StageConfig, mesh: Any) -> Any:
+    """The task (training.tasks.task.Task) of a stage on this rank's mesh."""
+    build: Callable[..., Any] = importlib.import_module(STAGES[stage].task).build
+    return build(settings, mesh)
+
+
+def to_payload(stage: str, settings: StageConfig) -> str:
+    """A stage and its settings as text, for ranks in other processes."""
+    return json.dumps({"stage": stage, "settings": to_json(settings)})
+
+
+def parse_payload(payload: str) -> tuple[str, Any]:
+    """The stage and settings of `to_payload`."""
+    body = json.loads(payload)
+    return body["stage"], settings_from_json(body["stage"], body["settings"])
+
+
+def settings_from_json(stage: str, body: dict[str, Any]) -> Any:
+    """Settings of a stage. Raises: ConfigError for unknown fields or types."""
+    return from_json(STAGES[stage].settings, body)

@@ -1,0 +1,144 @@
+"""The dVAE, pictures -> codes -> pictures, as a task of the training loop."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from core.keys import key_int, keyed_rng
+from core.storage.store import open_store
+from data_pipeline.formats.raw import RawRecord, RawSource
+from data_pipeline.images.crops import dvae_crop
+from data_pipeline.streaming.cache import open_cache
+from data_pipeline.streaming.readable import ReadablePairs
+from data_pipeline.streaming.stream import first_records
+from data_pipeline.tokenize.encode import squares_of, to_tensor
+from models.config import DVAEConfig
+from models.dvae import DVAE, negative_bound
+from parallel.engines.protocol import Batch, Layer, Losses, Program
+from parallel.mesh import Mesh
+from training.config import DVAETrain
+from training.data_requirements import refuse_unfit
+from training.schedules import cosine
+from training.tasks.task import Means, Pictures, perplexity
+
+SHOWN = 8
+CALIBRATED = 256
+"""Pictures that the dVAE's first scales are fitted to."""
+TOGETHER = 4096
+"""Tokens of the pictures that are looked at together in a validation."""
+
+
+class DVAELayer(nn.Module):
+    def __init__(self, dvae: DVAE) -> None:
+        super().__init__()
+        self.dvae = dvae
+
+    def forward(self, batch: Batch) -> Any:
+        terms, _ = self.dvae(batch["pixels"], batch["tau"], batch["keys"])
+        return terms
+
+
+class DVAETask:
+    """Pictures -> codes -> pictures."""
+
+    def __init__(self, settings: DVAETrain) -> None:
+        store = open_store(settings.data)
+        self.train = RawSource(store, "train", open_cache(settings.loader))
+        self.held_out = RawSource(store, "validation")
+        refuse_unfit(settings, self.train.manifest, self.held_out.manifest)
+        self._settings, self._readable = settings, ReadablePairs()
+        self.model_config = settings.model
+        self.dvae = DVAE(settings.model, settings.loop.seed)
+        if settings.model.start == "calibrated":
+            first = first_records(self.train, CALIBRATED)
+            self.dvae.calibrate(self._squares(first, self.train))
+        self.program = dvae_program(self.dvae, settings.model)
+        self.units = settings.model.tokens
+
+    def batch(self, records: Sequence[RawRecord], step: int, training: bool = True) -> Batch:
+        settings, seed = self._settings, self._settings.loop.seed
+        keys = [key_int(seed, step, record.key, "gumbel") for record in records]
+        done = step / settings.loop.steps
+        tau = cosine(settings.tau_first, settings.tau_last, done / settings.tau_share)
+        beta = cosine(settings.beta_first, settings.beta, done / settings.beta_share)
+        return {
+            "pixels": self._views(records, step)
+            if training
+            else self._squares(records, self.held_out),
+            "keys": torch.tensor(keys, device="cpu"),
+            "tau": torch.tensor(tau, device="cpu"),
+            "beta": torch.tensor(beta, device="cpu"),
+        }
+
+    @property
+    def unreadable(self) -> int:
+        return self._readable.passed_over
+
+    def _squares(self, records: Sequence[RawRecord], source: RawSource) -> Tensor:
+        pictures = [picture for _, picture in self._readable.decoded(records, source)]
+        return squares_of(pictures, self.model_config.pixels)
+
+    def _views(self, records: Sequence[RawRecord], step: int) -> Tensor:
+        """What a training step sees of some pictures, (B, 3, S, S)."""
+        if not self._settings.augment:
+            return self._squares(records, self.train)
+        pixels, seed = self.model_config.pixels, self._settings.loop.seed
+        decoded = self._readable.decoded(records, self.train)
+        views = [
+            dvae_crop(picture, pixels, keyed_rng(seed, step, record.key, "augment"))
+            for record, (_, picture) in zip(records, decoded, strict=True)
+        ]
+        return to_tensor(np.stack(views))
+
+    def facts(self) -> dict[str, Any]:
+        return {"raw": self.train.fingerprint}
+
+    @torch.no_grad()
+    def figures(
+        self, means: Means, mine: Sequence[RawRecord], records: Sequence[RawRecord]
+    ) -> tuple[dict[str, float], Pictures]:
+        pixels = self._squares(records, self.held_out).to(next(self.dvae.parameters()).device)
+        together = max(1, TOGETHER // self.model_config.tokens)
+        codes = torch.cat([self.dvae.tokens(part) for part in pixels.split(together)])
+        again = torch.cat([self.dvae.picture(part) for part in codes.split(together)])
+        mse = float(((again - pixels) ** 2).mean())
+        used = len(codes.unique())
+        figures = {
+            "perplexity": perplexity(codes),
+            "codes_used": float(used),
+            "codes_dead": float(self.model_config.codebook - used),
+            "codes_share": used / min(self.model_config.codebook, codes.numel()),
+            "psnr": -10 * float(np.log10(max(mse, 1e-10))),
+        }
+        pictures = {"reconstructions": _rows(pixels[:SHOWN].cpu(), again[:SHOWN].cpu())}
+        return figures, {**pictures, "codebook": codes.flatten().cpu().numpy()}
+
+
+def dvae_program(dvae: DVAE, config: DVAEConfig) -> Program:
+    """A dVAE as one layer, with its loss."""
+    layer = DVAELayer(dvae)
+
+    def loss(terms: Any, batch: Batch) -> Losses:
+        bound = negative_bound(terms, batch["beta"], config)
+        return {"loss": bound, "log_likelihood": terms.log_likelihood, "kl": terms.kl}
+
+    return Program(
+        layers=[Layer(name="dvae", build=lambda: layer)],
+        loss=loss,
+        losses=("loss", "log_likelihood", "kl"),
+    )
+
+
+def _rows(originals: Tensor, again: Tensor) -> np.ndarray:
+    """Originals above their reconstructions, (2 * S, n * S, 3) uint8."""
+    both = torch.stack([originals, again])
+    grid = both.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    return np.asarray((grid * 255).round().clamp(0, 255).byte().numpy())
+
+
+def build(settings: DVAETrain, _mesh: Mesh) -> DVAETask:
+    """The task of `tapir train dvae`; it needs no mesh."""
+    return DVAETask(settings)

@@ -1,0 +1,127 @@
+"""The prior, the transformer over text and image tokens, as a task of the training loop."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from core.errors import InputError
+from core.keys import key_fraction, key_int
+from core.storage.store import open_store
+from data_pipeline.formats.tokens import TokenRecord, TokenRecords, TokenSource
+from data_pipeline.streaming.cache import open_cache
+from data_pipeline.text.bpe import load_tokenizer
+from data_pipeline.text.dropout import DropoutEncoder
+from models.config import PriorConfig
+from models.prior import prior_program
+from parallel.engines.protocol import Batch
+from parallel.mesh import Mesh
+from parallel.tensor.ops import TensorParallel
+from training.config import PriorTrain
+from training.data_requirements import refuse_unfit
+from training.tasks.task import Means, Pictures, pad_text
+
+
+def token_batch(records: Sequence[TokenRecord], text_length: int) -> Batch:
+    """Text ids and image codes of token records, int64."""
+    rows = records if isinstance(records, TokenRecords) else TokenRecords.of(records)
+    image = torch.from_numpy(rows.image.astype(np.int64))
+    return {"text": pad_text([row.text for row in rows], text_length), "image": image}
+
+
+class PriorTask:
+    """The transformer over text and image tokens."""
+
+    unreadable = 0
+
+    def __init__(self, settings: PriorTrain, tensor: TensorParallel) -> None:
+        store = open_store(settings.data)
+        self.train = TokenSource(store, "train", open_cache(settings.loader))
+        self.held_out = TokenSource(store, "validation")
+        refuse_unfit(settings, self.train.manifest, self.held_out.manifest)
+        facts = self.train.manifest.facts
+        self._settings, self._facts = settings, facts
+        self._dropout = self._open_dropout()
+        self.model_config = PriorConfig(
+            **{
+                **vars(settings.model),
+                "text_vocabulary": facts["text_vocabulary"],
+                "image_vocabulary": facts["image_vocabulary"],
+                "grid": facts["grid"],
+            }
+        )
+        self.program = prior_program(self.model_config, settings.loop.seed, tensor)
+        self.units = self.model_config.length
+
+    def batch(self, records: Sequence[TokenRecord], step: int, training: bool = True) -> Batch:
+        if self._dropout and training:
+            seed, again = self._settings.loop.seed, self._dropout.encode
+            records = [replace(r, text=again(r.text, seed, step, r.id)) for r in records]
+        if self._settings.caption_drop and training:
+            records = [self._maybe_empty(r, step) for r in records]
+        return token_batch(records, self.model_config.text_length)
+
+    def text_lengths(self, records: Sequence[TokenRecord]) -> list[int]:
+        """Tokens of each caption, before dropout."""
+        return [len(record.text) for record in records]
+
+    def _maybe_empty(self, record: TokenRecord, step: int) -> TokenRecord:
+        """The record, or by its key the same picture with the empty caption."""
+        drawn = key_fraction(self._settings.loop.seed, step, record.id, "caption drop")
+        kept = drawn >= self._settings.caption_drop
+        return record if kept else replace(record, text=record.text[:0])
+
+    def _open_dropout(self) -> DropoutEncoder | None:
+        """Raises: InputError if the tokens were made by another tokenizer."""
+        rate, folder = self._settings.bpe_dropout, self._settings.bpe
+        if rate == 0:
+            return None
+        tokenizer, digest = load_tokenizer(folder)
+        if digest != self._facts["tokenizer"]:
+            raise InputError(
+                f"{folder} is not the tokenizer that {self._settings.data} was made with; give "
+                "that one's folder as --bpe, or --bpe-dropout 0"
+            )
+        return DropoutEncoder(tokenizer, rate)
+
+    def facts(self) -> dict[str, Any]:
+        known = {key: self._facts[key] for key in ("dvae", "tokenizer", "grid")}
+        return {**known, "caption_drop": self._settings.caption_drop}
+
+    def figures(
+        self, means: Means, mine: Sequence[TokenRecord], records: Sequence[TokenRecord]
+    ) -> tuple[dict[str, float], Pictures]:
+        """The two bounds that a prior must beat on held-out images.
+
+        shuffled_caption_loss: the image loss with every caption given to another picture.
+        per_position_entropy: of the training codes at each position, averaged; nats a token.
+        """
+        shift = 1 + key_int(self._settings.loop.seed, "shuffle") % max(len(records) - 1, 1)
+        places = {id(record): i for i, record in enumerate(records)}
+
+        def swap_captions(batch: Batch, start: int) -> Batch:
+            part = mine[start : start + len(batch["text"])]
+            others = [records[places[id(record)] - shift] for record in part]
+            text = self.batch(others, 0, False)["text"]
+            return {**batch, "text": text.to(batch["text"].device)}
+
+        return {
+            "shuffled_caption_loss": means(mine, swap_captions)["image_loss"],
+            "per_position_entropy": self._entropy(),
+        }, {}
+
+    def _entropy(self) -> float:
+        counts = np.zeros((self.model_config.image_length, self.model_config.image_vocabulary))
+        positions = np.arange(self.model_config.image_length)
+        for block in range(min(len(self.train.sizes), 2000)):
+            for record in self.train.read(block):
+                counts[positions, record.image] += 1
+        shares = torch.from_numpy(counts / counts.sum(1, keepdims=True))
+        return float(torch.special.entr(shares).sum(1).mean())
+
+
+def build(settings: PriorTrain, mesh: Mesh) -> PriorTask:
+    """The task of `tapir train prior`."""
+    return PriorTask(settings, mesh.shared)

@@ -1,0 +1,350 @@
+"""One loop for dVAE, prior and CLIP, on any engine."""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from checkpoint.format import StateSlice
+from checkpoint.reader import CheckpointReader
+from core.config import to_json
+from core.errors import Preempted, StoreError, TrainingError
+from core.heartbeat import Heart
+from core.log import LOG, Meter, progress
+from core.stop import stop_asked
+from core.storage.store import open_store
+from data_pipeline.streaming.stream import Stream, StreamState
+from models.counts import step_flops
+from parallel.control import Control
+from parallel.engines.protocol import Batch, Engine, EngineSettings, StepResult
+from parallel.engines.registry import build_engine
+from parallel.ledger import Ledger, total_bytes
+from parallel.mesh import Mesh
+from parallel.precision import engine_numerics
+from training.config import StageConfig
+from training.ema import Average
+from training.export.weights import model_is_whole, save_model
+from training.profiling.categories import CHECKPOINT, COMPUTE, DATA_WAIT, VALIDATION
+from training.profiling.profile import Profile, timed
+from training.profiling.waits import Waits
+from training.recovery.rewind import Recovery, checkpoints_of_capsules
+from training.run.alarms import Alarms
+from training.run.checkpoints import Checkpoints
+from training.run.folder import RunFolder
+from training.run.resume import refuse_other_config, refuse_other_shapes, tell_other_numerics
+from training.schedules import Plateau, learning_rate
+from training.tasks.task import Task, hand_over, split_records
+from training.validation import Validation
+
+_PAUSES = (5.0, 30.0)
+"""Seconds before the last save is tried again."""
+
+
+class Run:
+    """A training run on this rank: task, engine, stream, folder and checkpoints."""
+
+    def __init__(
+        self,
+        stage: str,
+        task: Task[Any],
+        settings: StageConfig,
+        mesh: Mesh,
+        ledger: Ledger,
+        heart: Heart,
+    ) -> None:
+        self.stage, self.task, self.settings, self.mesh = stage, task, settings, mesh
+        self.world = world = mesh.world
+        self._ledger, self._heart = ledger, heart
+        heart.beat("start")
+        self.numerics = engine_numerics(world.device, settings.engine)
+        self.config = {"stage": stage, **to_json(settings), "model": to_json(task.model_config)}
+        self.folder = RunFolder(settings.out, self.config, writes=world.rank == 0)
+        self.recovery = Recovery(settings.guard, mesh, settings.out)
+        self.control = Control(judge=self.recovery.guard.judge)
+        parts = EngineSettings(
+            optim=settings.optim,
+            engine=settings.engine,
+            compress=settings.compress,
+            seed=settings.loop.seed,
+            control=self.control,
+        )
+        self.stream = _stream(task, settings, mesh)  # refuses too little data: before the engine
+        self.engine: Engine = build_engine(task.program, parts, mesh)
+        self.average = Average(self.engine, settings.optim, world.device)
+        self.plateau = Plateau()
+        self.checkpoints = Checkpoints(
+            open_store(settings.checkpoint.to or str(settings.out / "checkpoints")),
+            settings.checkpoint,
+            world.rank,
+            world.size,
+            (world.gather_text, world.gather_aside),
+        )
+        self._validation = Validation(task, self.engine, settings, mesh, heart)
+        self.step = 0
+        self._resumed_at: int | None = None
+        self._scored: tuple[int, float] | None = None
+        """The last validation's step and loss."""
+        self._waits = Waits()
+        flops = step_flops(task.model_config, settings.loop.batch)
+        precision = settings.engine.precision
+        self.profile = Profile(settings.profile, mesh, ledger, settings.out, flops, precision)
+        self.alarms = Alarms(settings, mesh, self.engine.shapes().values())
+        self._notes: dict[str, Any] = {"precision": precision}
+        """What the next logged row says besides."""
+
+    def train(self) -> None:
+        """Train to loop.steps or loop.until, from the newest checkpoint if there is one.
+
+        Raises: Preempted if the process was asked to stop, after a checkpoint.
+        """
+        self._resume()
+        self.folder.begin(self.step)
+        self.profile.open(self.step)
+        self.alarms.disk(self.checkpoints.store, self.step)
+        loop = self.settings.loop
+        if self.step >= loop.end:
+            share = "all" if self.step >= loop.steps else f"{self.step} of"
+            LOG.info("%s has %s %d steps already", self.settings.out, share, loop.steps)
+        with progress(f"train {self.stage}", loop.steps, self.world.rank == 0) as meter:
+            for result, seconds in self.steps():
+                self.report(result, seconds, meter)
+                left = loop.end - self.step
+                if loop.validate_every and self.step % loop.validate_every == 0 < left:
+                    self.validate()
+                if left and (
+                    self.control.stopping or self.step % self.settings.checkpoint.every == 0
+                ):
+                    self.save()
+                if left and self.control.stopping:
+                    self.checkpoints.finish()
+                    raise Preempted(f"stopped after step {self.step} with a checkpoint saved")
+        if self.step >= loop.steps:
+            self._finish()
+        elif self._resumed_at != self.step:
+            self._save_surely()
+            LOG.info("saved at step %d of %d, where --loop.until ends", self.step, loop.steps)
+
+    @timed(VALIDATION)
+    def validate(self) -> dict[str, float]:
+        """Mean losses over held-out samples, logged as a row of split `validation`."""
+        row, pictures = self._validation.run(self.step)
+        self._scored = self.step, row["loss"]
+        if self.plateau.observe(self.settings.optim, self.step, row["loss"]):
+            LOG.info("the validation loss is level: learning rate halved at step %d", self.step)
+        for name, image in pictures.items():
+            self.folder.show(name, image, self.step)
+        self.folder.log({"step": self.step, "split": "validation", **row})
+        text = ", ".join(f"{name} {value:.4g}" for name, value in sorted(row.items()))
+        LOG.info("validation at %d: %s", self.step, text)
+        self.alarms.codes(row, self.step)
+        self.world.barrier()
+        return row
+
+    @timed(CHECKPOINT)
+    def save(self) -> None:
+        """Write a checkpoint, in the background unless told otherwise.
+
+        Raises: TapirError if the replicas differ: a corrupt state is never saved.
+        """
+        self._heart.beat("save")
+        self.recovery.compare_replicas(self.engine, self.step)
+        facts = {
+            "stage": self.stage,
+            "step": self.step,
+            "stream": dataclasses.asdict(self.stream.state),
+            "guard": self.recovery.guard.state(),
+            "plateau": self.plateau.state(),
+            "validation_loss": self._loss_now(),
+            "config": self.config,
+            "task": self.task.facts(),
+            "numerics": to_json(self.numerics),
+        }
+        self.checkpoints.settle()
+        self._note_failure()
+        self.alarms.disk(self.checkpoints.store, self.step)
+        if self.world.rank == 0:
+            self.checkpoints.protected = checkpoints_of_capsules(self.settings.out)
+        held_up = self.checkpoints.save(self.step, self._slices(), facts)
+        self._notes["save_held_up_seconds"] = held_up
+
+    def close(self) -> None:
+        """Let go of the folder and the engine."""
+        self.profile.close()
+        self.folder.close()
+        self.engine.close()
+
+    def steps(self) -> Iterator[tuple[StepResult, float]]:
+        """The training steps that are left, with their durations."""
+        began = time.perf_counter()
+        batches = iter(self.stream)
+        while self.step < self.settings.loop.end:
+            self.profile.begin(self.step + 1)
+            asked = time.perf_counter()
+            with self.profile.phase(DATA_WAIT):
+                records, state = next(batches)
+            waited = time.perf_counter() - asked
+            result = self.one_step(records)
+            facts = self._facts_of_step(state)
+            if self.recovery.must_rewind(result, records, state, facts):
+                batches.close()
+                self._rewind()
+                batches = iter(self.stream)
+                continue
+            self.average.update(self.step)
+            if self.recovery.due(self.step):
+                self.recovery.compare_replicas(self.engine, self.step)
+            spent = time.perf_counter() - began
+            self._waits.add(waited, spent)
+            yield result, spent
+            began = time.perf_counter()
+
+    def one_step(self, records: Sequence[Any]) -> StepResult:
+        """Update by these records of this replica; the step counts even if it is skipped."""
+        settings, halved = self.settings, self.plateau.halved
+        micro = self._micro_batches(records)
+        lr = learning_rate(settings.optim, self.step, settings.loop.steps, halved)
+        self._ledger.take()
+        self._ledger.take_blocked()
+        self.control.wants_stop = stop_asked()
+        with self.profile.phase(COMPUTE):
+            result = self.engine.step(micro, lr)
+        self.step += 1
+        self._heart.beat("step", self.step)
+        result.facts["lr"] = lr
+        return result
+
+    def resume_from(self, reader: CheckpointReader) -> None:
+        """Take weights, moments and the position of the data from a checkpoint.
+
+        Raises: ConfigError if it holds another model or other data.
+        """
+        self._heart.beat("load")
+        refuse_other_shapes(reader, self.engine)
+        self.engine.load_slices(reader)
+        self.average.load(reader)
+        self.stream.resume(StreamState(**reader.facts["stream"]))
+        self.recovery.guard.load(reader.facts.get("guard", {}))
+        self.plateau.load(reader.facts.get("plateau", {}))
+        self.step = self._resumed_at = int(reader.facts["step"])
+
+    def report(self, result: StepResult, seconds: float, meter: Meter) -> None:
+        """Tell of a step on the terminal, and every loop.log_every steps in metrics.jsonl."""
+        loop, counts = self.settings.loop, self._ledger.take()
+        self._note_failure()
+        self.alarms.pace(self.step, seconds)
+        rate = loop.batch * self.task.units / seconds
+        meter.update(self.step, f"loss {result.losses['loss']:.4f}, {rate:,.0f} tokens/s")
+        if self.step % loop.log_every == 0 or self.step == loop.steps:
+            row = {
+                "step": self.step,
+                "epoch": self.stream.state.epoch,
+                **result.losses,
+                "grad_norm": result.grad_norm,
+                **({"skipped": result.skipped} if result.skipped else {}),
+                **result.facts,
+                **self._waits.row(),
+                "tokens_per_second": rate,
+                "seconds": seconds,
+                **self.profile.row(self.step, seconds, seconds - self._ledger.take_blocked()),
+                "comm_bytes": total_bytes(counts),
+                "comm": counts,
+                **self._notes,
+            }
+            self._notes.clear()
+            self.folder.log(row)
+
+    def _note_failure(self) -> None:
+        if error := self.checkpoints.failure():
+            self._notes["save_error"] = error
+
+    @timed(DATA_WAIT)
+    def _micro_batches(self, records: Sequence[Any]) -> list[Batch]:
+        parts, task = split_records(records, self.settings.engine.accumulate), self.task
+        device = self.world.device
+        return [hand_over(task.batch(part, self.step), device) if part else {} for part in parts]
+
+    def _slices(self) -> Iterator[StateSlice]:
+        yield from self.engine.state_slices()
+        yield from self.average.slices()
+
+    def _loss_now(self) -> float | None:
+        """The validation loss of these weights, if they were validated."""
+        return self._scored[1] if self._scored and self._scored[0] == self.step else None
+
+    def _facts_of_step(self, state: StreamState) -> dict[str, Any]:
+        position = {"epoch": state.epoch, "step": state.step - 1}
+        return {
+            "stage": self.stage,
+            "step": self.step,
+            "position": position,
+            "checkpoint": self.checkpoints.whole,
+            "config": self.config,
+        }
+
+    def _resume(self) -> None:
+        reader = self.checkpoints.newest()
+        if reader is None:
+            return
+        refuse_other_config(reader, self.config)
+        self.resume_from(reader)
+        LOG.info("resumed from %s", reader.url)
+        if self.world.rank == 0:
+            tell_other_numerics(reader, self.numerics)
+
+    def _rewind(self) -> None:
+        """Go back to the newest checkpoint and pass over the data of the skipped updates."""
+        self.checkpoints.settle()
+        reader = self.checkpoints.newest()
+        reached = self.step
+        if reader is None:
+            raise self.recovery.too_early(reached)
+        self.resume_from(reader)
+        self.stream.resume(self.recovery.rewound(self.stream.state, self.step, reached))
+        self.folder.begin(self.step)
+        self.profile.open(self.step)
+
+    def _save_surely(self) -> None:
+        """The last save: tried again, for a disk may be made free meanwhile.
+
+        Raises: TrainingError if no attempt was written.
+        """
+        for pause in (*_PAUSES, None):
+            self.save()
+            try:
+                self.checkpoints.finish()
+                return
+            except StoreError as error:
+                if pause is None:
+                    raise TrainingError(f"{error}; make room and start again") from error
+                if self.world.rank == 0:
+                    LOG.error("%s; trying again in %.0f s", error, pause)
+                time.sleep(pause)
+
+    def _finish(self) -> None:
+        whole = self.world.rank == 0 and model_is_whole(self.settings.out, self.stage)
+        if any(self.world.gather_text("yes" if whole else "")) and self._resumed_at == self.step:
+            return
+        row = self.validate()
+        if self._resumed_at != self.step:
+            self._save_surely()
+        if self.world.rank == 0:
+            facts = {**self.task.facts(), "step": self.step, "validation": row}
+            facts["numerics"] = to_json(self.numerics)
+            model = to_json(self.task.model_config)
+            reader = CheckpointReader(self.checkpoints.store, f"step-{self.step}")
+            save_model(self.settings.out, self.stage, model, facts, reader)
+        self.world.barrier()
+
+
+def _stream(task: Task[Any], settings: StageConfig, mesh: Mesh) -> Stream:
+    """This replica's part of the training data."""
+    return Stream(
+        task.train,
+        seed=settings.loop.seed,
+        batch=settings.loop.batch,
+        order=settings.order,
+        loader=settings.loader,
+        rank=mesh.data.rank,
+        ranks=mesh.data.size,
+        reads=mesh.needs_data,
+    )

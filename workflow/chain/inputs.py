@@ -1,0 +1,96 @@
+"""What the stages of a run read, and which of it nobody made yet."""
+
+from typing import Any
+
+from cluster.chain import Place
+from core.config import S3
+from core.errors import StoreError
+from core.log import LOG
+from core.storage.store import open_store
+from data_pipeline.formats.manifest import NAME, SPLITS
+from data_pipeline.text.bpe import FILE as TOKENIZER
+from workflow.run_file import RunFile
+
+_RAW, _TOKENS = "pairs", "tokens"
+_DVAE, _PRIOR, _CLIP, _BPE = "a dVAE", "a prior", "a CLIP", "a BPE vocabulary"
+_DRAWN = (_PRIOR, _DVAE, _CLIP, _BPE)
+READ: dict[str, tuple[str, ...]] = {
+    "bpe": (_RAW,),
+    "dvae": (_RAW,),
+    "tokenize": (_RAW, _DVAE, _BPE),
+    "prior": (_TOKENS, _BPE),
+    "clip": (_RAW, _BPE),
+    "score": _DRAWN,
+    "evaluate": (_RAW, *_DRAWN),
+}
+"""What each stage reads; `pack` and `score` have a source besides."""
+MADE_BY = {
+    _RAW: "pack",
+    _TOKENS: "tokenize",
+    _DVAE: "dvae",
+    _PRIOR: "prior",
+    _CLIP: "clip",
+    _BPE: "bpe",
+}
+"""The stage that makes it."""
+_MODEL = "model.json"
+_VERB = {True: "needs", False: "need"}
+
+
+def missing_inputs(run: RunFile, settings: dict[str, Any], to: Place) -> list[str]:
+    """Inputs that no stage of the run makes and that are not there, each with what to do.
+
+    `settings` are those of the stages. Folders are not looked at for Kubernetes, whose volumes this
+    machine need not see.
+    """
+    found: dict[tuple[str, str], list[str]] = {}
+    for stage in run.stages:
+        for what in _reads(run, stage, settings[stage]):
+            own, place = _own(run, what), _place(run, what, settings[stage])
+            if place != own or MADE_BY[what] not in run.stages:
+                found.setdefault((what, place), []).append(stage)
+    return [
+        f"stages: {' and '.join(readers)} {_VERB[len(readers) == 1]} {what} from {place}: there is "
+        f"nothing, and no stage of the file makes it; add {MADE_BY[what]}, or give the out and "
+        "store of the run that did"
+        for (what, place), readers in found.items()
+        if _is_absent(what, place, to)
+    ]
+
+
+def _reads(run: RunFile, stage: str, settings: Any) -> tuple[str, ...]:
+    read = READ.get(stage, ())
+    if stage == "score" and not run.stages[stage].source:
+        return (_RAW, *read)
+    if stage == "bpe" and settings.texts is not None:
+        return ()
+    if stage == "prior" and settings.bpe_dropout == 0:
+        return tuple(what for what in read if what != _BPE)
+    return read
+
+
+def _own(run: RunFile, what: str) -> str:
+    """Where the run itself has it."""
+    data = {_RAW: run.raw, _TOKENS: run.tokens}
+    return data.get(what) or str(run.folder(MADE_BY[what]))
+
+
+def _place(run: RunFile, what: str, settings: Any) -> str:
+    """Where a stage reads it: a training stage may be given another place by its flags."""
+    given = getattr(settings, "data" if what in (_RAW, _TOKENS) else "bpe", None)
+    return str(given) if given and what in (_RAW, _TOKENS, _BPE) else _own(run, what)
+
+
+def _is_absent(what: str, place: str, to: Place) -> bool:
+    """Say whether a place can be looked at and does not hold an input."""
+    if to == "kubernetes" and not place.startswith(S3):
+        return False
+    files = [f"{split}/{NAME}" for split in SPLITS]
+    if what not in (_RAW, _TOKENS):
+        files = [TOKENIZER if what == _BPE else _MODEL]
+    try:
+        store = open_store(place)
+        return not all(store.exists(name) for name in files)
+    except (StoreError, OSError) as error:
+        LOG.info("%s is not looked at: %s", place, error)
+        return False

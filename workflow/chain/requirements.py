@@ -1,0 +1,140 @@
+"""What the stages of a run ask of one another, told before the first of them runs."""
+
+from dataclasses import replace
+from typing import Any
+
+from core.errors import StoreError
+from core.log import LOG
+from core.storage.store import open_store
+from data_pipeline.config import SHAPES_COUNT, PackConfig
+from data_pipeline.formats.manifest import NAME, RAW, SPLITS, TOKENS, Manifest, read_manifest
+from data_pipeline.sources.emoji import PIXELS as EMOJI_PIXELS
+from training.data_requirements import DataSizes, model_size_problems, size_problems, sizes_of
+from workflow.run_file import RunFile
+
+_OF_RAW = ("dvae", "clip")
+"""Stages that are trained on raw pairs."""
+Splits = tuple[Manifest, Manifest]
+"""The manifests of train and validation."""
+
+
+def chain_problems(run: RunFile, settings: dict[str, Any]) -> list[str]:
+    """What a stage would refuse of an earlier one's work, as far as the run file says it.
+
+    `settings` are those of the stages.
+    """
+    found = _model_problems(settings)
+    if "pack" not in settings:
+        return found
+    source, pack = run.stages["pack"].source, settings["pack"]
+    if {"dvae", "tokenize"} <= settings.keys():
+        found += _picture_problems(source, pack, settings)
+    for name in (*_OF_RAW, "prior"):
+        if name not in settings or (name == "prior" and "tokenize" not in settings):
+            continue
+        block = settings["tokenize"].block if name == "prior" else pack.block
+        sizes = planned_sizes(source, pack, block)
+        if sizes is not None:
+            found += [f"stages.{name}: {text}" for text in size_problems(settings[name], sizes)]
+    return found
+
+
+def planned_sizes(source: str, pack: PackConfig, block: int) -> DataSizes | None:
+    """About how much `pack` will write; None if only the source knows."""
+    count = pack.count or (SHAPES_COUNT if source == "shapes" else 0)
+    if not count:
+        return None
+    held_out = round(count * pack.validation)
+    train = count - held_out
+    shards, rest = divmod(train, pack.shard_pairs)
+    blocks = shards * -(-pack.shard_pairs // block) + -(-rest // block)
+    return DataSizes(
+        place=f"pack's {count} pairs",
+        train=train,
+        blocks=blocks,
+        held_out=held_out,
+        about="about ",
+    )
+
+
+def packed_problems(run: RunFile, settings: dict[str, Any]) -> list[str]:
+    """What stages would refuse of data sets that are there already.
+
+    Nothing of a store that cannot be looked at from here, or that holds none yet.
+    Raises: InputError for a data set of another kind; CorruptError for a damaged manifest.
+    """
+    found, seen = [], {}
+    try:
+        for name in (*_OF_RAW, "prior"):
+            if name not in settings:
+                continue
+            place = (settings[name].data, TOKENS if name == "prior" else RAW)
+            if place not in seen:
+                seen[place] = _splits(*place)
+            texts = _unfit(settings[name], place[0], seen[place])
+            if name == "prior" and seen[place] is None and "tokenize" in settings:
+                texts = _unfit_before_tokens(run, settings)
+            found += [f"stages.{name}: {text}" for text in texts]
+    except (StoreError, OSError) as error:
+        LOG.info("what is packed is not looked at: %s", error)
+    return found
+
+
+def _splits(place: str, kind: str) -> Splits | None:
+    """The manifests of a data set, if both are there."""
+    store = open_store(place)
+    if not all(store.exists(f"{split}/{NAME}") for split in SPLITS):
+        return None
+    train, held_out = (read_manifest(store, f"{split}/", kind) for split in SPLITS)
+    return train, held_out
+
+
+def _unfit(stage: Any, place: str, splits: Splits | None) -> list[str]:
+    if splits is None:
+        return []
+    found = size_problems(stage, sizes_of(place, *splits))
+    return found + model_size_problems(stage.model, splits[0].facts, place)
+
+
+def _unfit_before_tokens(run: RunFile, settings: dict[str, Any]) -> list[str]:
+    """What a prior will lack of tokens that are still to be made, from the pairs that there are."""
+    raw, block = _splits(run.raw, RAW), settings["tokenize"].block
+    if raw is None:
+        return []
+    blocks = sum(-(-shard.samples // block) for shard in raw[0].shards)
+    return size_problems(settings["prior"], replace(sizes_of(run.raw, *raw), blocks=blocks))
+
+
+def _picture_problems(source: str, pack: PackConfig, settings: dict[str, Any]) -> list[str]:
+    """Why the token job would leave out what is packed: pictures smaller than the dVAE's."""
+    pixels, most = settings["dvae"].model.pixels, settings["tokenize"].max_rejects
+    known = {"shapes": pack.pixels, "emoji": EMOJI_PIXELS}
+    if max(known.get(source, 0), pack.filters.min_side) >= pixels:
+        return []
+    refused = (
+        f"and the token job leaves out what is smaller than the dVAE's {pixels} (at its end it "
+        f"refuses more than max_rejects={most} of that)"
+    )
+    if source in known:
+        mend = f"set its flag pixels to {pixels}" if source == "shapes" else "choose a smaller dVAE"
+        return [f"stages.pack: {source} has {known[source]} pixels a side, {refused}; {mend}"]
+    return [
+        f"stages.pack: min_side={pack.filters.min_side} lets smaller pictures in, {refused}; set "
+        f"its flag min_side to {pixels}"
+    ]
+
+
+def _model_problems(settings: dict[str, Any]) -> list[str]:
+    """Sizes that two models must have in common."""
+    found = []
+    dvae, clip, prior = (settings.get(name) for name in ("dvae", "clip", "prior"))
+    if dvae and prior and "tokenize" in settings:
+        facts = {"image_vocabulary": dvae.model.codebook, "grid": dvae.model.grid}
+        texts = model_size_problems(prior.model, facts, "the dVAE")
+        found += [f"stages.prior: {text}" for text in texts]
+    if dvae and clip and dvae.model.pixels != clip.model.pixels:
+        found.append(
+            f"stages.clip: model.pixels={clip.model.pixels} cannot rank the dVAE's pictures of "
+            f"{dvae.model.pixels}; set its flag model.pixels to {dvae.model.pixels}"
+        )
+    return found

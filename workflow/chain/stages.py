@@ -1,0 +1,159 @@
+"""From a run file to its chain of jobs, whose settings are checked before anything is sent."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cluster.chain import Chain, Job, Place
+from core.config import check
+from core.flags import parse_over
+from data_pipeline.config import PackConfig, TokenizeConfig
+from generation.config import EvaluateConfig, ScoreConfig
+from training.presets import PRESETS
+from workflow.chain.requirements import chain_problems
+from workflow.run_file import AFTER, ARRAYS, RunFile, StageSpec, Value
+
+AWS = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+AWS_REGION = ("AWS_DEFAULT_REGION", "AWS_REGION", "AWS_PROFILE")
+_DEFAULTS: dict[str, Any] = {
+    "pack": PackConfig(),
+    "tokenize": TokenizeConfig(),
+    "score": ScoreConfig(),
+    "evaluate": EvaluateConfig(),
+}
+"""Settings of the stages that have no presets."""
+_NO_SETTINGS = ("--inception=", "--overlap=")
+"""Flags of `score` that name files."""
+
+
+def chain_of(run: RunFile, to: Place) -> Chain:
+    """The jobs of a run for a place, each with the command that a user could type.
+
+    Raises: ConfigError with every problem of the stages' settings.
+    """
+    settings = settings_of_stages(run)
+    problems = []
+    for name, stage in settings.items():
+        problems += [f"stages.{name}: {text}" for text in stage.problems()]
+        problems += _rank_problems(run, name, _ranks(name, stage))
+    check(problems + chain_problems(run, settings))
+    jobs = [_job(run, name, _ranks(name, stage)) for name, stage in settings.items()]
+    if "evaluate" in run.stages:
+        report = ("report", str(run.out))
+        before = tuple(name for name in ("score", "evaluate") if name in run.stages)
+        jobs.append(Job(name="report", command=report, after=before))
+    return Chain(
+        name=run.name,
+        out=run.out.absolute(),
+        folder=Path.cwd(),
+        python=run.python or ("python3" if to == "kubernetes" else sys.executable),
+        environment=tuple(sorted({*run.environment, *AWS, *AWS_REGION})),
+        retries=run.retries,
+        jobs=tuple(jobs),
+    )
+
+
+def settings_of_stages(run: RunFile) -> dict[str, Any]:
+    """The settings that each stage's command will read; a wrong flag ends in exit code 2."""
+    found = {}
+    for name, spec in run.stages.items():
+        flags = [flag for flag in _flags(spec) if not flag.startswith(_NO_SETTINGS)]
+        if name in PRESETS:
+            preset = PRESETS[name][spec.preset]()
+            places = _train(run, name, spec)[3:]
+            found[name] = parse_over(preset, places, f"train {name} {spec.preset}")
+        else:
+            found[name] = parse_over(_DEFAULTS[name], flags, name, flat=True)
+    return found
+
+
+def missing_variables(chain: Chain) -> list[str]:
+    """Variables that the run file names and this process does not have."""
+    return [n for n in chain.environment if n not in (*AWS, *AWS_REGION) and n not in os.environ]
+
+
+def _job(run: RunFile, name: str, world: int) -> Job:
+    spec = run.stages[name]
+    make: dict[str, Callable[[RunFile, str, StageSpec], list[str]]] = {
+        "pack": _pack,
+        "tokenize": _tokenize,
+        "score": _draw,
+        "evaluate": _draw,
+    }
+    known = [stage for stage in AFTER[name] if stage in run.stages]
+    for stage in AFTER[name]:
+        if stage not in run.stages:
+            known += [n for n in AFTER[stage] if n in run.stages]
+    return Job(
+        name=name,
+        command=tuple(make.get(name, _train)(run, name, spec)),
+        after=tuple(dict.fromkeys(known)),
+        ranks=max(1, world // spec.resources.nodes),
+        array=name in ARRAYS and spec.resources.workers > 1,
+        trains=_trains(name),
+        resources=spec.resources,
+    )
+
+
+def _trains(name: str) -> bool:
+    """True for stages that a mesh of ranks trains."""
+    return name in PRESETS and name != "bpe"
+
+
+def _ranks(name: str, settings: Any) -> int:
+    return int(settings.mesh.world) if _trains(name) else 1
+
+
+def _rank_problems(run: RunFile, name: str, world: int) -> list[str]:
+    """What is wrong with how a stage's ranks are dealt to its nodes and their GPUs."""
+    resources = run.stages[name].resources
+    nodes, gpus = resources.nodes, resources.gpus
+    if world % nodes:
+        return [
+            f"stages.{name}: {world} ranks of its mesh cannot be dealt to {nodes} nodes; change "
+            "nodes or flags mesh.*"
+        ]
+    if gpus and _trains(name) and world // nodes > gpus:
+        return [
+            f"stages.{name}: {world // nodes} ranks a node have only {gpus} GPUs, and each needs "
+            f"one; give nodes: {-(-world // gpus)}, or change gpus or flags mesh.*"
+        ]
+    return []
+
+
+def _pack(run: RunFile, name: str, spec: StageSpec) -> list[str]:
+    return ["pack", spec.source, run.raw, *_flags(spec)]
+
+
+def _tokenize(run: RunFile, name: str, spec: StageSpec) -> list[str]:
+    models = [f"--{model}={run.folder(model)}" for model in ("dvae", "bpe")]
+    return ["tokenize", run.raw, run.tokens, *models, *_flags(spec)]
+
+
+def _train(run: RunFile, name: str, spec: StageSpec) -> list[str]:
+    data = run.tokens if name == "prior" else run.raw
+    bpe = [f"--bpe={run.folder('bpe')}"] if name in ("clip", "prior") else []
+    places = [f"--data={data}", f"--out={run.folder(name)}", *bpe]
+    return ["train", name, spec.preset, *places, *_flags(spec)]
+
+
+def _draw(run: RunFile, name: str, spec: StageSpec) -> list[str]:
+    """`score` and `evaluate`: the data, where they write, and the models that they read."""
+    models = [f"--{model}={run.folder(model)}" for model in ("prior", "dvae", "clip", "bpe")]
+    return [name, spec.source or run.raw, f"--out={run.folder(name)}", *models, *_flags(spec)]
+
+
+def _flags(spec: StageSpec) -> list[str]:
+    return [_flag(key, value) for key, value in spec.flags.items()]
+
+
+def _flag(key: str, value: Value) -> str:
+    """A changed field as tyro's flag."""
+    name = key.replace("_", "-")
+    if isinstance(value, bool):
+        head, _, last = name.rpartition(".")
+        dot = "." if head else ""
+        return f"--{head}{dot}{'' if value else 'no-'}{last}"
+    return f"--{name}={value}"

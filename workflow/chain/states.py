@@ -1,0 +1,133 @@
+"""How far the jobs of a chain are, and what they say."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cluster import kubernetes, local, slurm, slurm_job
+from cluster.chain import LOGS, Chain, Submitted
+from core.errors import EXIT_WRONG_INPUT, TapirError
+from core.log import LOG
+
+_LOOK, _PAUSE = 1.0, 10.0
+
+
+def states_of(submitted: Submitted) -> dict[str, str]:
+    """Each job's state: done by its markers, else what the place says of it."""
+    chain = submitted.chain
+    if submitted.to == "local":
+        said = local.states(chain.out)
+    elif submitted.to == "slurm":
+        said = slurm.states(submitted.ids, chain.out)
+    else:
+        said = kubernetes.states(chain, kubernetes_of(submitted))
+    found = {}
+    for each in chain.jobs:
+        if chain.is_done(each):
+            found[each.name] = "done"
+        elif each.name in said:
+            found[each.name] = said[each.name]
+        elif submitted.to == "slurm" and each.name in submitted.ids:
+            found[each.name] = f"ended: {slurm_job.last_words(submitted.ids[each.name])}"
+        else:
+            found[each.name] = "not there"
+    return found
+
+
+def is_over(submitted: Submitted, states: dict[str, str]) -> bool:
+    """Say whether no job runs or waits any more."""
+    if submitted.to == "local":
+        return not any(text in ("running", "waiting") for text in states.values())
+    if submitted.to == "slurm":
+        return all(text == "done" or text.startswith("ended") for text in states.values())
+    ended = ("done", "not there")
+    return all(text in ended or "Failed" in text for text in states.values())
+
+
+def place_settings(submitted: Submitted) -> dict[str, Any]:
+    """Those of the place, with tuples again where JSON made lists of them."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in submitted.settings.items()}
+
+
+def kubernetes_of(submitted: Submitted) -> kubernetes.KubernetesConfig:
+    return kubernetes.KubernetesConfig(**place_settings(submitted))
+
+
+def _states_at_last(submitted: Submitted) -> dict[str, str]:
+    """`states_of`, as soon as the scheduler answers."""
+    while True:
+        try:
+            return states_of(submitted)
+        except TapirError as error:
+            if error.exit_code == EXIT_WRONG_INPUT:
+                raise
+            LOG.warning("%s; asking again", error)
+            time.sleep(_PAUSE)
+
+
+@contextmanager
+def only_looking() -> Iterator[None]:
+    """Ctrl-C ends the looking alone; the run goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        LOG.info("the run goes on; `tapir cancel` ends it")
+        sys.exit(130)
+
+
+def wait_for(submitted: Submitted) -> None:
+    """Log every change until the chain is over; exits with 1 if a job failed."""
+    shown: dict[str, str] = {}
+    while True:
+        states = _states_at_last(submitted)
+        for name, text in states.items():
+            if shown.get(name) != text:
+                LOG.info("%s: %s", name, text)
+        shown = states
+        if is_over(submitted, states):
+            break
+        time.sleep(_LOOK)
+    for name, text in shown.items():
+        if text.startswith(("failed", "ended: FAILED")) and (why := _last_line(submitted, name)):
+            LOG.error("%s: %s (all of it: tapir logs %s %s)", name, why, submitted.chain.out, name)
+    if any(text != "done" for text in shown.values()):
+        sys.exit(1)
+
+
+def _last_line(submitted: Submitted, name: str) -> str:
+    """What a job said last of its trouble, before `tapir job` named the exit code."""
+    lines = [
+        line
+        for path in sorted(submitted.chain.out.glob(f"{LOGS}/{name}*.log"))
+        for line in path.read_text(errors="replace").splitlines()
+        if line.strip() and f"job {name}" not in line
+    ]
+    return lines[-1] if lines else ""
+
+
+def follow_logs(submitted: Submitted, stage: str, follow: bool) -> None:
+    """Print log files, and what is appended to them until the chain is over."""
+    chain: Chain = submitted.chain
+    read: dict[Path, int] = {}
+    names: Callable[[], list[Path]] = lambda: sorted(  # noqa: E731
+        path
+        for each in chain.jobs
+        if not stage or each.name == stage
+        for path in {chain.log(each), *chain.log(each).parent.glob(f"{each.name}-*.log")}
+        if path.exists()
+    )
+    while True:
+        over = not follow or is_over(submitted, _states_at_last(submitted))
+        for path in names():
+            with open(path, "rb") as file:
+                file.seek(read.get(path, 0))
+                news = file.read()
+            read[path] = read.get(path, 0) + len(news)
+            for line in news.decode(errors="replace").splitlines():
+                print(f"{path.stem}: {line}", flush=True)
+        if over:
+            return
+        time.sleep(_LOOK)

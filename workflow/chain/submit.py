@@ -1,0 +1,71 @@
+"""The verbs submit, status, logs, cancel, resume and job."""
+
+from pathlib import Path
+
+from cluster import kubernetes, local, slurm, slurm_job
+from cluster.chain import CANCELLED, CHAIN, SCRIPTS, Submitted, read_submitted, write_submitted
+from core.config import check
+from core.errors import InputError
+from core.log import LOG
+from workflow.chain.states import is_over, kubernetes_of, place_settings, states_of
+
+
+def send(submitted: Submitted) -> Submitted:
+    """Send what is left of a chain.
+
+    Raises: InputError if it is under way, or nothing is left.
+    """
+    _refuse_running(submitted.chain.out)
+    chain = submitted.chain.without_done()
+    (chain.out / CANCELLED).unlink(missing_ok=True)
+    for left in chain.jobs:
+        for path in (chain.out / SCRIPTS).glob(f"{left.name}*.failures"):
+            path.unlink()
+    (chain.out / SCRIPTS / slurm_job.BAD_NODES).unlink(missing_ok=True)
+    if not chain.jobs:
+        LOG.info("all jobs of %s have ended well before", chain.out)
+        return submitted
+    write_submitted(submitted)
+    if submitted.to == "local":
+        ids = local.submit(chain)
+    elif submitted.to == "slurm":
+        ids = slurm.submit(chain, _slurm(submitted))
+    else:
+        ids = kubernetes.submit(chain, kubernetes_of(submitted))
+    sent = Submitted(**{**vars(submitted), "ids": ids})
+    write_submitted(sent)
+    LOG.info("sent %d jobs to %s: tapir status %s", len(ids), submitted.to, chain.out)
+    return sent
+
+
+def _refuse_running(out: Path) -> None:
+    if not (out / CHAIN).exists():
+        return
+    before = read_submitted(out)
+    states = states_of(before)
+    if before.ids and not is_over(before, states):
+        raise InputError(
+            f"{out} is under way already:\n{table(states)}\nwait for it, or `tapir cancel {out}`"
+        )
+
+
+def check_place(submitted: Submitted) -> None:
+    if submitted.to == "kubernetes":
+        check(kubernetes_of(submitted).problems(submitted.chain))
+
+
+def dry_run_text(submitted: Submitted) -> str:
+    chain = submitted.chain.without_done()
+    if submitted.to == "local":
+        return local.dry_run(chain, local.LocalConfig(**place_settings(submitted)))
+    if submitted.to == "slurm":
+        return slurm.dry_run(chain, _slurm(submitted))
+    return kubernetes.dry_run(chain, kubernetes_of(submitted))
+
+
+def _slurm(submitted: Submitted) -> slurm.SlurmConfig:
+    return slurm.SlurmConfig(**place_settings(submitted))
+
+
+def table(states: dict[str, str]) -> str:
+    return "\n".join(f"{name:<10} {text}" for name, text in states.items())

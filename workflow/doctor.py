@@ -1,0 +1,173 @@
+"""The verb doctor: one process alone, or ranks that meet, are compared and burn in.
+
+Imports torch only for what needs it: `tapir doctor --node` runs first in every submitted job.
+"""
+
+import importlib
+import json as texts
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from cluster.doctor.compare import compare
+from cluster.doctor.config import DoctorConfig
+from cluster.doctor.finding import Finding, bad, placed
+from cluster.doctor.meeting import Lost, Place, meet, missing_row, place_of
+from cluster.doctor.node import node_findings
+from cluster.launcher import launch
+from core.config import from_json, to_json
+from core.errors import EXIT_FAILED, TapirError
+from core.launch_environment import as_number, free_port
+
+Deliver = Callable[[list[Finding]], None]
+PRELOAD = ["torch", "torch.distributed", "parallel.diagnostics.checks"]
+BURN_SECONDS = 120.0
+"""What the burn-in may take beyond its matmuls: messages, and the engine's imports."""
+_GO = "go on"
+_JOIN_FIX = (
+    "all TCP ports between the machines must be open, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME "
+    "must name an interface that reaches them; see whether all ranks started"
+)
+
+
+class Visit:
+    """One rank's way through the checks."""
+
+    def __init__(self, config: DoctorConfig, size: int, deliver: Deliver) -> None:
+        """`deliver` takes all rows, on rank 0; of a rank that is lost, its own ones."""
+        self._config, self._size, self._deliver = config, size, deliver
+        self._rank = own_rank() or 0
+        self._rows: list[Finding] = []
+
+    def run(self) -> list[Finding]:
+        """Look, meet, compare and burn in; returns what was delivered, nothing elsewhere."""
+        place = place_of() if self._size > 1 else None
+        self._rows = node_findings(self._config, own_rank())
+        try:
+            together = True
+            if place is not None:
+                together = self._meet(place)
+            unmet = place is None and self._size > 1
+            if together and (unmet or not self._config.quick):
+                self._join(unmet)
+        except Lost as lost:
+            self._rows += placed([lost.row], self._rank)
+        else:
+            if self._rank:
+                return []
+        self._deliver(self._rows)
+        return self._rows
+
+    def _meet(self, place: Place) -> bool:
+        """Compare with the ranks that come to the rendezvous; says whether all did."""
+        wait = self._config.wait
+        with meet(place, wait) as meeting:
+            self._rows = compare(place.rank, self._rows, self._config.out, meeting.gather)
+            missing = meeting.missing if place.rank == 0 else []
+            if missing:
+                self._rows += placed([missing_row(place, missing, wait)], 0)
+            return meeting.gather("" if missing else _GO)[0] == _GO
+
+    def _join(self, unmet: bool) -> None:
+        """Join torch's process group, compare if the ranks have not met, and burn in."""
+        try:
+            worlds = importlib.import_module("parallel.world")
+            checks = importlib.import_module("parallel.diagnostics.checks")
+        except Exception as error:
+            text = f"torch cannot be imported: {type(error).__name__}: {error}"
+            raise Lost(bad("torch", text, "install requirements.txt anew in this venv")) from error
+        seconds = self._config.wait
+        with self._limit(seconds, f"not all of {self._size} ranks had joined after {seconds:g} s"):
+            world = self._joined(worlds)
+        self._rank = world.rank
+        late = f"a rank froze in it: not done after {BURN_SECONDS + self._config.seconds:g} s"
+        with self._limit(BURN_SECONDS + self._config.seconds, late):
+            try:
+                self._burn_in(checks, world, unmet)
+            except Exception as error:
+                found = f"it failed: {type(error).__name__}: {error}"
+                fix = "look at the network between the machines, and at other ranks' output"
+                raise Lost(bad("burn-in", found, fix)) from error
+        worlds.leave_world(world)
+
+    def _joined(self, worlds: Any) -> Any:
+        try:
+            return worlds.join_world()
+        except Exception as error:
+            found = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise Lost(bad("process group", found, _JOIN_FIX)) from error
+
+    def _burn_in(self, checks: Any, world: Any, unmet: bool) -> None:
+        rank = world.rank if world.size > 1 else None
+        if unmet:
+            rows = placed((replace(row, rank=rank) for row in self._rows), rank)
+            self._rows = compare(world.rank, rows, self._config.out, world.gather_text)
+        if self._config.quick:
+            return
+        mine = placed(checks.torch_findings(world), rank)
+        gathered = world.gather_text(texts.dumps([asdict(row) for row in mine]))
+        burned = placed(checks.burn_in(world, self._config.seconds), rank)
+        if world.rank == 0:
+            self._rows += [Finding(**row) for text in gathered for row in texts.loads(text)]
+            self._rows += burned
+
+    @contextmanager
+    def _limit(self, seconds: float, late: str) -> Iterator[None]:
+        """Deliver what is known and end, if the context takes longer: nobody can stop a join."""
+
+        def give_up() -> None:
+            row = bad("process group", late, _JOIN_FIX)
+            self._deliver([*self._rows, *placed([row], self._rank)])
+            sys.stdout.flush()
+            os._exit(EXIT_FAILED)
+
+        timer = threading.Timer(seconds, give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+
+def rank_main(payload: str) -> None:
+    """A rank that `--ranks` spawned: its rows go into a file."""
+    body = texts.loads(payload)
+
+    def deliver(rows: list[Finding]) -> None:
+        path = Path(body["out"], f"rows-{os.environ['RANK']}.json")
+        path.write_text(texts.dumps([asdict(row) for row in rows]))
+
+    config = from_json(DoctorConfig, body["config"])
+    Visit(config, int(os.environ["WORLD_SIZE"]), deliver).run()
+
+
+def spawn_visits(config: DoctorConfig) -> list[Finding]:
+    """Start the ranks here, and collect what they delivered."""
+    rows: list[Finding] = []
+    lost: list[Finding] = []
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            payload = texts.dumps({"config": to_json(config), "out": folder})
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+            preload = [] if config.quick else PRELOAD
+            try:
+                launch("workflow.doctor:rank_main", payload, config.ranks, preload)
+            finally:
+                for path in sorted(Path(folder).glob("rows-*.json")):
+                    rows += [Finding(**row) for row in texts.loads(path.read_text())]
+    except (TapirError, OSError) as error:
+        fix = "see the other rows, and this machine's memory and temporary folder"
+        lost = placed([bad("ranks", str(error), fix)], None)
+    return [*(rows or node_findings(config, None)), *lost]
+
+
+def own_rank() -> int | None:
+    """The rank that a launcher gave by RANK; None if there is only one, or it is not known yet."""
+    return as_number(os.environ.get("RANK", ""))

@@ -1,0 +1,218 @@
+"""A run as one file: all stages with presets, changes and resources.
+
+name: shapes
+out: runs/shapes
+store: s3://bucket/shapes
+stages:
+  pack: {source: shapes, flags: {count: 20000}}
+  bpe: {}
+  dvae: {flags: {loop.steps: 1800}}
+  tokenize: {workers: 4}
+  prior: {preset: tiny, nodes: 2, flags: {mesh.data: 4}}
+  clip: {}
+  score: {source: coco:/data/coco, workers: 8}
+  evaluate: {flags: {prompts: 512}}
+slurm: {partition: main}
+"""
+
+import difflib
+import re
+import runpy
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.chain import Place, Resources
+from cluster.kubernetes import KubernetesConfig
+from cluster.local import LocalConfig
+from cluster.slurm import SlurmConfig
+from core.config import check, folder_problems, from_json, place_problems, wrong_types
+from core.errors import ConfigError, InputError
+from training.presets import PRESETS
+
+STAGES = ("pack", "bpe", "dvae", "tokenize", "prior", "clip", "score", "evaluate")
+"""In an order in which they can run."""
+AFTER: dict[str, tuple[str, ...]] = {
+    "pack": (),
+    "bpe": ("pack",),
+    "dvae": ("pack",),
+    "tokenize": ("bpe", "dvae"),
+    "prior": ("tokenize",),
+    "clip": ("bpe",),
+    "score": ("prior", "clip"),
+    "evaluate": ("prior", "clip"),
+}
+ARRAYS = ("tokenize", "score")
+"""Stages whose work any number of workers can share."""
+FOLDERS = {"tokenize": "tokens", "score": "scores", "evaluate": "samples"}
+"""Folders of stages that are not called by their stage's name."""
+Value = str | int | float | bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSpec:
+    """One stage of a run."""
+
+    preset: str = "tiny"
+    """Preset of a training stage."""
+    source: str = ""
+    """What `pack` packs."""
+    flags: dict[str, Value] = field(default_factory=dict)
+    """Changes, as the command's flags without dashes: loop.steps: 100."""
+    resources: Resources = field(default_factory=Resources)
+    """What it needs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFile:
+    """A whole run."""
+
+    name: str
+    """Lower case; jobs are called by it."""
+    out: Path
+    """Folder of everything but the data; on a cluster all nodes must see it."""
+    store: str = ""
+    """Where raw pairs and tokens lie: s3://bucket/prefix or a folder; by default `data` in out."""
+    to: Place = "local"
+    """Where it is sent, unless --to says otherwise."""
+    python: str = ""
+    """Interpreter on the nodes; by default the one that submits, in containers python3."""
+    environment: tuple[str, ...] = ()
+    """Names of further variables that jobs get; the AWS_ ones of S3 always are."""
+    retries: int = 2
+    """Failures of a stage after which it is not started again."""
+    stages: dict[str, StageSpec] = field(default_factory=dict)
+    """Stages to run; those left out must have been run before, or not be needed."""
+    local: LocalConfig = field(default_factory=LocalConfig)
+    """This machine."""
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    """Slurm."""
+    kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
+    """Kubernetes."""
+
+    @property
+    def raw(self) -> str:
+        return f"{self.data}/raw"
+
+    @property
+    def tokens(self) -> str:
+        return f"{self.data}/tokens"
+
+    @property
+    def data(self) -> str:
+        """Where both lie."""
+        return self.store.rstrip("/") or str(self.out / "data")
+
+    def folder(self, stage: str) -> Path:
+        """Run folder of a stage."""
+        return self.out / FOLDERS.get(stage, stage)
+
+    def problems(self) -> list[str]:
+        found = []
+        if not re.fullmatch(r"[a-z]([-a-z0-9]{0,28}[a-z0-9])?", self.name):
+            found.append(
+                f"name={self.name!r} must be lower-case letters, digits and -, at most 30, "
+                "beginning with a letter: jobs are called by it"
+            )
+        found += folder_problems(self.out, "out")
+        if re.search(r"[%\n]", str(self.out)):
+            found.append(f"out={str(self.out)!r} must be without % and line breaks")
+        found += place_problems(self.store, "store")
+        if not self.stages:
+            found.append(f"stages: name at least one of {', '.join(STAGES)}")
+        if self.retries < 0:
+            found.append("retries must not be negative")
+        found += self.local.problems() + self.slurm.problems()
+        for name, spec in self.stages.items():
+            found += spec.resources.problems(name)
+            if spec.resources.workers > 1 and name not in ARRAYS:
+                found.append(
+                    f"stages.{name}: workers are for {' and '.join(ARRAYS)}; use nodes and mesh"
+                )
+            if spec.resources.nodes > 1 and name in ("pack", "bpe", "evaluate", *ARRAYS):
+                found.append(f"stages.{name}: nodes are for training; {ARRAYS[0]} has workers")
+            if spec.source and name not in ("pack", "score"):
+                found.append(f"stages.{name}: a source is for pack and score")
+            fixed = {"out", "dvae", "bpe", "prior", "clip", "worker", "again", "help"}
+            for flag in sorted(fixed & set(spec.flags)):
+                found.append(f"stages.{name}.flags: {flag} is the run's to set; leave it out")
+            if name in PRESETS and spec.preset not in PRESETS[name]:
+                found.append(
+                    f"stages.{name}: there is no preset {spec.preset!r} (known: "
+                    f"{', '.join(PRESETS[name])})"
+                )
+        if "pack" in self.stages and not self.stages["pack"].source:
+            found.append("stages.pack: give a source, e.g. source: shapes")
+        return found
+
+
+def read_runfile(path: Path) -> RunFile:
+    """Read a run from YAML, or from a Python file that sets `run` to the same mapping.
+
+    Raises: InputError for a file that is neither; ConfigError for unknown or impossible settings.
+    """
+    try:
+        body = _python(path) if path.suffix == ".py" else yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"there is no run file {path}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, SyntaxError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    if not isinstance(body, dict):
+        raise InputError(f"{path} holds no run: a mapping of name, out and stages is wanted")
+    body = {name: item for name, item in body.items() if item is not None}
+    stages = body.get("stages", {})
+    check(wrong_types(RunFile, body, ""))
+    _refuse_unknown("stages", stages, STAGES)
+    specs = {name: _stage(name, stages[name]) for name in STAGES if name in stages}
+    missing = [name for name in ("name", "out") if not body.get(name)]
+    check([f"{name}: missing in {path}" for name in missing])
+    out = Path(body["out"]).expanduser()
+    run = from_json(RunFile, {**body, "out": str(out), "stages": {}})
+    run = RunFile(**{**vars(run), "stages": specs})
+    check(run.problems())
+    return run
+
+
+def _python(path: Path) -> Any:
+    """What a Python file calls `run`. Raises: InputError if it does not run to its end."""
+    try:
+        return runpy.run_path(str(path)).get("run")
+    except FileNotFoundError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{path} failed: {type(error).__name__}: {error}") from error
+
+
+def _stage(name: str, body: Any) -> StageSpec:
+    body = {} if body is None else body
+    if not isinstance(body, dict) or not isinstance(body.get("flags") or {}, dict):
+        raise ConfigError(f"stages.{name}: a mapping is wanted, e.g. {{flags: {{loop.steps: 9}}}}")
+    body = {key: item for key, item in body.items() if item is not None}
+    flags = body.get("flags", {})
+    plain = all(isinstance(v, str | int | float) and isinstance(k, str) for k, v in flags.items())
+    if not plain:
+        raise ConfigError(f"stages.{name}.flags: texts, numbers, true or false are wanted")
+    needs = {each.name for each in fields(Resources)}
+    known = {"preset", "source", "flags", *needs}
+    _refuse_unknown(f"stages.{name}", body, known)
+    asked = {key: body[key] for key in body if key in needs}
+    rest = {key: body[key] for key in body if key not in needs}
+    where = f"stages.{name}"
+    check(wrong_types(Resources, asked, where) + wrong_types(StageSpec, rest, where))
+    resources = from_json(Resources, asked)
+    return StageSpec(**rest, resources=resources)
+
+
+def _refuse_unknown(where: str, body: dict[str, Any], known: Any) -> None:
+    for name in body:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), list(known), 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f" (known: {', '.join(known)})"
+            raise ConfigError(f"{where} knows no {name!r}{hint}")
+
+
+def settings_of(run: RunFile, to: Place) -> dict[str, Any]:
+    """The run file's part about the place where it is sent."""
+    return dict(vars(getattr(run, to)))
