@@ -52,11 +52,11 @@ def _row(kind: Kind, precision: str) -> dict[str, Any]:
     mask, band = full_mask(kind, TEXT, GRID, KERNEL), band_of(kind, TEXT, GRID, KERNEL)
 
     def dense() -> list[Tensor]:
-        out = F.scaled_dot_product_attention(*leaves, attn_mask=mask)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return [out, *torch.autograd.grad(out, leaves, grad)]
 
     def ours() -> list[Tensor]:
-        out = banded_attention(*leaves, band)
+        out = banded_attention(q, k, v, band)
         return [out, *torch.autograd.grad(out, leaves, grad)]
 
     bounds = rounding([x[:1, :1] for x in (q, k, v, grad)], mask, BITS[precision])

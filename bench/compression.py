@@ -13,7 +13,7 @@ from training.run.folder import read_metrics
 
 SEEDS = sized((0, 1, 2), (0,))
 STEPS = sized(1000, 2)
-WIDTHS = sized({96: (6, 12, 16, 22, 43), 160: (36,)}, {96: (22,)})
+WIDTHS: dict[int, tuple[int, ...]] = sized({96: (6, 12, 16, 22, 43), 160: (36,)}, {96: (22,)})
 """Width -> ranks; 22 and 36 are the paper's 0.226 of the width, 16 saves 75%."""
 PAPERS = {96: 22, 160: 36}
 HELD_OUT = sized(512, 16)

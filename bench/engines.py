@@ -52,5 +52,5 @@ def _rate(tokens: str, out: Path, flags: list[str]) -> float:
     length = [f"--loop.steps={STEPS}", "--loop.log-every=1", "--loop.validation-samples=16"]
     run_tapir("train", "prior", "tiny", f"--data={tokens}", f"--out={out}", *length, *flags)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    train = [row["tokens_per_second"] for row in rows if "split" not in row]
+    train: list[float] = [row["tokens_per_second"] for row in rows if "split" not in row]
     return statistics.median(train[-COUNTED:])

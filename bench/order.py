@@ -110,7 +110,7 @@ def amplification(source: CountedSource, order: LaneOrder, world: int, batch: in
 
 
 def _epoch(order: LaneOrder) -> list[Chunk]:
-    found = []
+    found: list[Chunk] = []
     for chunk in chunks_of(order, 0, 0, 32):
         if chunk.epoch:
             return found

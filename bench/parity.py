@@ -131,9 +131,10 @@ def difference(
 ) -> float:
     """Largest relative difference of loss and gradient norm over all steps."""
     assert len(a) == len(b) > 0, "two runs of different length"
-    return max(
+    errors: list[float] = [
         abs(x[name] - y[name]) / abs(x[name]) for x, y in zip(a, b, strict=True) for name in fields
-    )
+    ]
+    return max(errors)
 
 
 def batch_of(step: int, config: PriorConfig) -> Batch:

@@ -7,7 +7,6 @@ machine only adds. A row's ratio is the predicted over the measured step time.
 
 import itertools
 import statistics
-from dataclasses import replace
 from typing import Any
 
 from bench.support.sizes import sized, tiny
@@ -45,7 +44,7 @@ MESHES = sized(_MESHES, {name: _MESHES[name] for name in ("DP2", "1 rank")})
 
 def run() -> list[dict[str, Any]]:
     """One row a mesh, then whether the order is right, and how good the chosen mesh is."""
-    hardware = KNOWN["cpu"] if tiny() else replace(KNOWN["cpu"], **calibrate())
+    hardware = KNOWN["cpu"] if tiny() else KNOWN["cpu"].with_constants(calibrate())
     predicted = {name: estimate(way, hardware).seconds for name, way in MESHES.items()}
     rounds: dict[str, list[float]] = {name: [] for name in MESHES}
     for _ in range(ROUNDS):

@@ -10,6 +10,7 @@ the bytes of the weights that a token reads, at the rate at which this machine r
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 from bench.support.sizes import sized
 from generation.config import SampleConfig
 from generation.sampling.decoder import DTYPES, Decoder, Part
-from generation.sampling.sampler import Sampler
+from generation.sampling.sampler import Keys, Sampler
+from models.code_encoder import Precision
 from models.config import PriorConfig
 from models.masks import full_mask, layer_kind
-from models.prior import PriorBlock, build_prior
+from models.prior import PriorBlock, PriorEmbedding, PriorHead, build_prior
 
 CONFIG = PriorConfig(
     dim=sized(1024, 64),
@@ -35,6 +37,7 @@ CONFIG = PriorConfig(
     grid=sized(16, 4),
 )
 BATCHES = sized((1, 8, 64), (1, 2))
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 ROUNDS = sized(3, 1)
 PLAIN_AT = sized((0, 63, 127, 191, 255), (0, 15))
 """Positions at which the plain definition is timed: its cost grows evenly between them."""
@@ -47,15 +50,15 @@ def run() -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     layers = build_prior(CONFIG)
     rows = []
-    for precision in ("fp32", "bf16"):
-        part = Part(layers=layers, config=CONFIG)
+    for precision in PRECISIONS:
+        part = Part(layers=dict(layers.items()), config=CONFIG)
         one, many = (Decoder(part, precision, one_row) for one_row in (True, False))
         rows += _rows(layers, {batch: one if batch == 1 else many for batch in BATCHES}, precision)
     return rows
 
 
 def _rows(
-    layers: nn.ModuleDict, decoders: dict[int, Decoder], precision: str
+    layers: nn.ModuleDict, decoders: dict[int, Decoder], precision: Precision
 ) -> list[dict[str, Any]]:
     seconds: dict[str, list[float]] = {}
     for _ in range(ROUNDS):
@@ -104,11 +107,11 @@ def _row(
     }
 
 
-def _sample(decoder: Decoder, precision: str, batch: int) -> float:
+def _sample(decoder: Decoder, precision: Precision, batch: int) -> float:
     """Seconds for all tokens of a batch of candidates of one caption, text and noise included."""
     settings = SampleConfig(batch=batch, precision=precision)
     text = _text(1)
-    keys = [[("bench", i) for i in range(batch)]]
+    keys: Keys = [[("bench", i) for i in range(batch)]]
     return _seconds(lambda: list(Sampler(decoder).draw(text, keys, settings)))
 
 
@@ -134,22 +137,25 @@ def _plain(layers: nn.ModuleDict, precision: str, growing: bool) -> float:
                 found: Tensor = state.image[:, position]
                 return found
             embedding, *blocks, head = layers.values()
+            assert isinstance(embedding, PriorEmbedding) and isinstance(head, PriorHead)
             x = torch.cat(
                 [embedding.embed_text(text), embedding.embed_image(image[:, : position + 1])], 1
             )
             for block, mask in zip(blocks, masks, strict=True):
                 x = _dense(block, x, mask)
-        return head.image(head.norm(x[:, -1].float()))
+        last: Tensor = head.image(head.norm(x[:, -1].float()))
+        return last
 
     logits(0)
     if not growing:
         return _seconds(lambda: logits(0)) * total
-    points = [(p, _seconds(lambda p=p: logits(p))) for p in PLAIN_AT]
+    points = [(p, _seconds(partial(logits, p))) for p in PLAIN_AT]
     rises = ((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(points))
     return points[0][1] + sum(rises)
 
 
-def _dense(block: PriorBlock, x: Tensor, mask: Tensor) -> Tensor:
+def _dense(block: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+    assert isinstance(block, PriorBlock)
     q, k, v = block._heads(x)
     length = x.shape[1]
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:length, :length])

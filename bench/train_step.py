@@ -25,7 +25,7 @@ from core.memory import keep_freed_memory
 from models.config import PriorConfig
 from models.counts import prior_flops
 from models.masks import full_mask, layer_kind
-from models.prior import prior_program
+from models.prior import PriorBlock, PriorEmbedding, PriorHead, prior_program
 from parallel.config import CompressConfig, EngineConfig, OptimConfig
 from parallel.device import CPU
 from parallel.engines.protocol import EngineSettings, Program
@@ -69,9 +69,10 @@ class PlainPrior(nn.Module):
         is_word = torch.arange(self.head.out_features) < config.text_vocabulary
         self.foreign = is_text[:, None] != is_word[None]
         embedding, head = ours["embedding"], ours["head"]
+        assert isinstance(embedding, PriorEmbedding) and isinstance(head, PriorHead)
         with torch.no_grad():
-            self.text.weight.copy_(embedding.text.table.weight)
-            self.image.weight.copy_(embedding.image.table.weight)
+            self.text.weight.copy_(embedding.text.table.get_parameter("weight"))
+            self.image.weight.copy_(embedding.image.table.get_parameter("weight"))
             self.text_place.weight.copy_(embedding.text_position.weight)
             for name in ("row", "column", "start"):
                 getattr(self, name).weight.copy_(getattr(embedding, name).weight)
@@ -97,6 +98,7 @@ class PlainPrior(nn.Module):
 class _PlainBlock(nn.Module):
     def __init__(self, config: PriorConfig, layer: int, ours: nn.Module) -> None:
         super().__init__()
+        assert isinstance(ours, PriorBlock)
         dim, self.heads = config.dim, config.heads
         self.norms = nn.ModuleList([nn.LayerNorm(dim), nn.LayerNorm(dim)])
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
@@ -116,7 +118,8 @@ class _PlainBlock(nn.Module):
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norms[1](x)), approximate="tanh"))
+        out: Tensor = x + self.down(F.gelu(self.up(self.norms[1](x)), approximate="tanh"))
+        return out
 
 
 def run() -> list[dict[str, Any]]:

@@ -116,6 +116,7 @@ def overlap(arguments: list[str]) -> None:
         from data_pipeline.evaluation_sets import open_evaluation  # noqa: PLC0415
         from data_pipeline.formats.manifest import SPLITS  # noqa: PLC0415
         from generation.evaluation.overlap import remove_overlap, write_likeness  # noqa: PLC0415
+        from models.clip import Clip  # noqa: PLC0415
         from parallel.mesh import own_mesh  # noqa: PLC0415
         from training.export.weights import build_model, open_model  # noqa: PLC0415
 
@@ -125,6 +126,7 @@ def overlap(arguments: list[str]) -> None:
         theirs = open_evaluation(evaluation, SPLITS)
         place = open_store(dest) if dest else None
         model = build_model(ranker).to(own_mesh().world.device)
+        assert isinstance(model, Clip)
         found = remove_overlap(open_store(raw), theirs, place, model, ranker.digest, config)
         print_json(write_likeness(found, out))
 

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+from collections.abc import Mapping
 
 from core.errors import InputError
 from core.flags import parse_over
@@ -30,7 +31,7 @@ def train(arguments: list[str]) -> None:
         train_stage(stage, settings)
 
 
-def _choose(what: str, name: str, known: dict[str, object]) -> None:
+def _choose(what: str, name: str, known: Mapping[str, object]) -> None:
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -54,8 +54,8 @@ class OverlapConfig:
     @property
     def shards(self) -> PackConfig:
         """How the shards are cut."""
-        sizes = {"shard_pairs": self.shard_pairs, "shard_megabytes": self.shard_megabytes}
-        return PackConfig(**sizes, block=self.block)
+        pairs, megabytes = self.shard_pairs, self.shard_megabytes
+        return PackConfig(shard_pairs=pairs, shard_megabytes=megabytes, block=self.block)
 
     def problems(self) -> list[str]:
         found = self.shards.problems()

@@ -23,7 +23,7 @@ from generation.config import ModelPaths, SampleConfig
 from generation.ranking import Ranker, TapirRanker, in_parts, open_ranker, pictures_together
 from generation.sampling.decoder import Decoder
 from generation.sampling.load_prior import load_part
-from generation.sampling.sampler import Drawn, Prompt, Sampler
+from generation.sampling.sampler import Drawn, Keys, Prompt, Sampler
 from models.dvae import DVAE
 from parallel.mesh import Mesh
 from parallel.precision import set_numerics
@@ -102,7 +102,7 @@ class Studio:
         check(settings.problems())
         count, length = settings.candidates, self.sampler.config.text_length
         text = pad_text([encode(self.tokenizer, caption) for caption in captions], length)
-        keys = [[(settings.seed, caption, i) for i in range(count)] for caption in captions]
+        keys: Keys = [[(settings.seed, caption, i) for i in range(count)] for caption in captions]
         return self.sampler.draw(text, keys, settings, prompt)
 
     def tell_cut(self, captions: list[str]) -> None:

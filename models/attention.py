@@ -130,9 +130,9 @@ class _Banded(Function):
         said, sums = _flash(q[:, :, text:], k[:, :, :text], v[:, :, :text])
         sums = sums.contiguous()
         for sample, heads in _chunks(q, band):
-            parts = (x[sample, heads, text:] for x in (q, k, v))
-            out[sample, heads, text:] = _band_forward(
-                *parts, said[sample, heads], sums[sample, heads], band
+            at = sample, heads, slice(text, None)
+            out[at] = _band_forward(
+                q[at], k[at], v[at], said[sample, heads], sums[sample, heads], band
             )
         ctx.save_for_backward(q, k, v, out, among, sums)
         ctx.band = band
@@ -153,25 +153,33 @@ class _Banded(Function):
         torch.add(first[2], second[2], out=dv[:, :, :text])
         inner = (_wide(grad[:, :, text:]) * _wide(out[:, :, text:])).sum(-1)
         for sample, heads in _chunks(q, band):
-            parts = [x[sample, heads, text:] for x in (q, k, v, grad)]
-            found = _band_backward(*parts, sums[sample, heads], inner[sample, heads], band)
+            at = sample, heads, slice(text, None)
+            found = _band_backward(
+                q[at], k[at], v[at], grad[at], sums[sample, heads], inner[sample, heads], band
+            )
             dq[sample, heads, text:] += found[0]
             dk[sample, heads, text:], dv[sample, heads, text:] = found[1], found[2]
         return dq, dk, dv, None
 
 
-def _flash(*given: Tensor, causal: bool = False, mask: Tensor | None = None) -> Any:
+def _flash(
+    *given: Tensor, causal: bool = False, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     with small_matmuls():
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *given, _DROPOUT, causal, attn_mask=mask
         )
+        return out, sums
 
 
-def _flash_backward(*given: Tensor, causal: bool = False, mask: Tensor | None = None) -> Any:
+def _flash_backward(
+    *given: Tensor, causal: bool = False, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     with small_matmuls():
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *given, _DROPOUT, causal, attn_mask=mask
         )
+        return dq, dk, dv
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -230,7 +238,7 @@ def _band_backward(
 
 def _tiles(x: Tensor, band: Band) -> Tensor:
     """(heads, grid * grid, D) -> (heads * grid, grid, D) in fp32: tiles of a row, or a column."""
-    tiles = _wide(x).unflatten(1, (band.grid, band.grid))
+    tiles: Tensor = _wide(x).unflatten(1, (band.grid, band.grid))
     return (tiles.transpose(1, 2) if band.kind == "column" else tiles).flatten(0, 1)
 
 

@@ -27,12 +27,13 @@ class CodeReader:
         self.config, self._half = dvae.config, precision == "bf16"
         encoder = copy.deepcopy(dvae.encoder).eval().requires_grad_(False)
         encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._body, self._output = encoder[:-1], encoder[-1]
+        body, output = encoder[:-1], encoder[-1]
+        assert isinstance(body, nn.Sequential) and isinstance(output, nn.Conv2d)
+        self._body, self._output = body, output
         for block in self._body:
             if isinstance(block, ResidualBlock):
-                block.convs[-1].weight.mul_(block.gain)
-                block.convs[-1].bias.mul_(block.gain)
-        assert isinstance(self._output, nn.Conv2d)
+                for parameter in block.convs[-1].parameters():
+                    parameter.mul_(block.gain)
         self._weight = self._output.weight.flatten(1)
         if self._half:
             for block in self._body:
@@ -73,9 +74,10 @@ class CodeReader:
 
 def _residual(x: Tensor, block: ResidualBlock) -> Tensor:
     """The block, whose gain is in its last convolution."""
-    h = x.to(block.convs[0].weight.dtype, copy=True).relu_()
-    for conv in block.convs[:-1]:
+    *inner, last = block.convs
+    h = x.to(next(block.convs.parameters()).dtype, copy=True).relu_()
+    for conv in inner:
         h = conv(h).relu_()
     out: Tensor = block.identity(x)
-    out = out.add_(block.convs[-1](h))
+    out = out.add_(last(h))
     return out

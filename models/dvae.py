@@ -111,15 +111,16 @@ class DVAE(nn.Module):
         everywhere, and the codebook collapses (docs/LOG.md).
         Shapes: (B, 3, S, S) in [0, 1].
         """
-        logits, last = self.logits(image), self.encoder[-1]
+        logits, (weight, bias) = self.logits(image), _last(self.encoder)
         scale = 1 / logits.std((0, 2, 3)).clamp_min(1e-6)
-        last.bias.sub_(logits.mean((0, 2, 3))).mul_(scale)
-        last.weight.mul_(scale[:, None, None, None])
+        bias.sub_(logits.mean((0, 2, 3))).mul_(scale)
+        weight.mul_(scale[:, None, None, None])
         wanted = torch.logit(squeeze_pixels(image, self.config.epsilon)).transpose(0, 1).flatten(1)
         median = wanted.median(1).values
         spread = (wanted - median[:, None]).abs().mean(1).clamp_min(1e-3)
-        self.decoder[-1].weight.mul_(FIRST_DECODER_SCALE)
-        self.decoder[-1].bias.copy_(torch.cat([median, spread.log()]))
+        weight, bias = _last(self.decoder)
+        weight.mul_(FIRST_DECODER_SCALE)
+        bias.copy_(torch.cat([median, spread.log()]))
 
     def forward(self, image: Tensor, tau: Tensor, keys: Tensor) -> tuple[DVAETerms, Tensor]:
         """The bound's terms and the code logits, for one relaxed draw.
@@ -133,6 +134,13 @@ class DVAE(nn.Module):
         log_prob = logit_laplace_log_prob(squeezed, mu, log_scale)
         terms = DVAETerms(log_likelihood=log_prob.mean(), kl=kl_to_uniform(logits).mean())
         return terms, logits
+
+
+def _last(net: nn.Sequential) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the output layer."""
+    layer = net[-1]
+    assert isinstance(layer, nn.Conv2d) and layer.bias is not None
+    return layer.weight, layer.bias
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -205,7 +205,7 @@ def _bytes_table(rows: list[Candidate]) -> Table:
 
 def published_json() -> dict[str, Any]:
     """The published runs, predicted row by row."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for run in RUNS:
         found = predict(run)
         rows.append(

@@ -52,7 +52,7 @@ def settle_precision(settings: S, world: World) -> S:
         kept = said[0][0].get(name, "")
         if world.rank == 0:
             _tell(name, kept, here[name], said[0][1] if world.device.type == "cpu" else {})
-        engine = replace(engine, **{name: kept or here[name]})
+        engine = replace(engine, **{**vars(engine), name: kept or here[name]})
     return replace(settings, engine=engine)
 
 

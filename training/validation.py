@@ -65,6 +65,6 @@ class Validation:
         names = sorted(totals)
         means = [totals[name] / len(records) for name in names]
         sums = torch.tensor([*means, self._task.unreadable], device=self._mesh.world.device)
-        *losses, unreadable = self._mesh.world.mean(sums.double()).tolist()
+        *averages, unreadable = self._mesh.world.mean(sums.double()).tolist()
         self._unreadable = round(unreadable * self._mesh.world.size)
-        return dict(zip(names, losses, strict=True))
+        return dict(zip(names, averages, strict=True))

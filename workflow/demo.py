@@ -108,7 +108,8 @@ def fitted(config: DemoConfig, gpus: int) -> DemoConfig:
 
     Without GPUs all ranks share the CPU.
     """
-    mesh = MeshConfig(**{k[5:]: v for k, v in MESHES[config.mesh].items() if k.startswith("mesh.")})
+    flags = MESHES[config.mesh].items()
+    mesh = MeshConfig(**{k[5:]: int(v) for k, v in flags if k.startswith("mesh.")})
     if not gpu_problems(mesh.world, gpus):
         return config
     LOG.info("%d ranks need as many GPUs, %d visible: one rank trains", mesh.world, gpus)

@@ -73,7 +73,8 @@ def _live(followers: Sequence[Follower], interval: float) -> None:
 
 def _fitting(followers: Sequence[Follower], console: Console) -> RenderableType:
     """The runs that fit in the terminal, and how many do not."""
-    shown, left = [], console.height - 1
+    shown: list[Panel] = []
+    left = console.height - 1
     for panel in [_panel(follower) for follower in followers]:
         left -= len(console.render_lines(panel))
         if left >= 0 or not shown:

@@ -1,6 +1,7 @@
 """PowerSGD of the 12B prior's gradients: the orthogonalisation against its three products."""
 
 import statistics
+from functools import partial
 
 import torch
 
@@ -23,7 +24,7 @@ def compression(report: Report) -> None:
             torch.bmm(p, q.mT)
 
         alone = statistics.median(seconds(products, device, 2, 5))
-        spent = seconds(lambda p=p: _orthonormal(p), device, 1, 3)
+        spent = seconds(partial(_orthonormal, p), device, 1, 3)
         ratio, every = rates(alone, spent)
         name, beside = f"{dim} x {long} at {rank}", f"{statistics.median(spent) * 1e3:.2f} ms"
         report.row(

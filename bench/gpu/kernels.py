@@ -1,7 +1,8 @@
 """The card's ceilings, and attention against dense masks."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -78,19 +79,19 @@ def attention_equals_dense(report: Report) -> None:
     shape = (1, 2, text + grid * grid, 64)
     q, k, v, grad = (torch.randn(shape, generator=draws, dtype=torch.float64) for _ in range(4))
     for kind in KINDS:
-        exact = _with_gradients(q, k, v, grad, lambda *x, kind=kind: _dense(*x, kind, text, grid))
+        exact = _with_gradients((q, k, v, grad), partial(_dense, kind=kind, text=text, grid=grid))
         for dtype, bound in CLOSE.items():
             there = [x.to(report.device, dtype) for x in (q, k, v, grad)]
-            found = _with_gradients(*there, lambda *x, kind=kind: ours(*x, kind, text, grid, 11))
+            found = _with_gradients(there, lambda *x, kind=kind: ours(*x, kind, text, grid, 11))
             worst = max(relative(a, b) for a, b in zip(found, exact, strict=True))
             name = f"{kind} attention, {str(dtype).removeprefix('torch.')}"
             report.row(name, worst, "relative error", Wanted(most=bound))
 
 
-def _with_gradients(
-    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, attend: Callable[..., Tensor]
-) -> list[Tensor]:
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+def _with_gradients(tensors: Sequence[Tensor], attend: Callable[..., Tensor]) -> list[Tensor]:
+    """The output and gradients of q, k and v; `tensors` are these and the output's gradient."""
+    *inputs, grad = tensors
+    leaves = [x.clone().requires_grad_() for x in inputs]
     out = attend(*leaves)
     return [out, *torch.autograd.grad(out, leaves, grad)]
 
@@ -108,15 +109,15 @@ def attention(report: Report) -> None:
     q, k, v, grad = (torch.randn(shape, device=device).to(torch.bfloat16) for _ in range(4))
 
     def timed(attend: Callable[..., Tensor]) -> float:
-        spent = seconds(lambda: _with_gradients(q, k, v, grad, attend), device)
+        spent = seconds(lambda: _with_gradients((q, k, v, grad), attend), device)
         return statistics.median(spent)
 
-    causal = timed(lambda *x: F.scaled_dot_product_attention(*x, is_causal=True))
+    causal = timed(partial(F.scaled_dot_product_attention, is_causal=True))
     flops = 3.5 * 4 * 64 * batch * heads
     rate = flops * length**2 / 2 / causal / 1e12
     report.row("causal flash", causal * 1e3, "ms", baseline=f"{rate:.0f} TFLOP/s, FA3 265 to 291")
     for kind in KINDS:
-        dense = timed(lambda *x, kind=kind: _dense(*x, kind, text, grid))
+        dense = timed(partial(_dense, kind=kind, text=text, grid=grid))
         mine = timed(lambda *x, kind=kind: ours(*x, kind, text, grid, 11))
         pairs = int(full_mask(kind, text, grid, 11).sum())
         rate = flops * pairs / mine / 1e12

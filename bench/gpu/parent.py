@@ -6,7 +6,7 @@ import queue
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def _all(device: str, tiny: bool, names: list[str], until: float) -> Iterator[Ro
         yield failed_row(name, "the section", "not run: the time was over")
 
 
-def _process(device: str, tiny: bool, names: list[str], until: float) -> Iterator[Row]:
+def _process(device: str, tiny: bool, names: list[str], until: float) -> Generator[Row, None, int]:
     """The rows of one process; returns how many sections are over, however they ended."""
     targets = [f"{name}={SECTIONS[name][0]}" for name in names]
     command = module_command("bench.gpu.child", device, "tiny" if tiny else "full", *targets)

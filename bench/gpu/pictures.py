@@ -2,6 +2,7 @@
 
 import io
 import os
+from functools import partial
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ def pictures(report: Report) -> None:
         equal = float((reader.codes(some.to(device)).cpu() == exact).float().mean())
         report.row(f"{precision}: codes equal to the CPU's", equal, "", Wanted(least=least))
         x = smooth(batch, model.config.pixels).to(device)
-        rate, every = rates(batch, seconds(lambda x=x, r=reader: r.codes(x), device, 2, 5))
+        rate, every = rates(batch, seconds(partial(reader.codes, x), device, 2, 5))
         wanted = at_least(1000) if precision == "bf16" else None
         beside = "" if tiny else f"{rate * FLOPS / 1e12:.0f} TFLOP/s"
         report.row(

@@ -11,7 +11,7 @@ from bench.gpu.report import Report, Wanted, at_least, rates, wall_seconds
 from bench.gpu.training import LARGE, TINY, drawn_on
 from generation.config import SampleConfig
 from generation.sampling.decoder import Decoder, Part
-from generation.sampling.sampler import Sampler
+from generation.sampling.sampler import Keys, Sampler
 from models.config import PriorConfig
 from models.prior import build_prior
 
@@ -96,7 +96,7 @@ def _token(
 
 def _pictures(report: Report, decoder: Decoder, config: PriorConfig, batch: int) -> None:
     text = torch.zeros(1, config.text_length, dtype=torch.int64)
-    keys = [[("bench", i) for i in range(batch)]]
+    keys: Keys = [[("bench", i) for i in range(batch)]]
     settings = SampleConfig(batch=batch, precision="bf16")
     sampler = Sampler(decoder)
     spent = wall_seconds(lambda: list(sampler.draw(text, keys, settings)), report.device, 1)

@@ -25,6 +25,7 @@ from planning.estimate.hardware import hardware_of
 from planning.estimate.memory import loads_of, rank_bytes
 from planning.estimate.step_time import estimate
 from planning.estimate.zero_layout import Place
+from planning.rehearsal.patches import replaced
 from training.config import LoopConfig, PriorTrain
 
 PEAK = 989e12
@@ -47,22 +48,17 @@ LARGE = PriorConfig(
 @contextmanager
 def drawn_on(device: torch.device) -> Iterator[None]:
     """Draw initial weights on the device: by key they come from the host, a minute for 1.3B."""
-    keyed = models.prior.init_normal
+    with replaced([(models.prior, "init_normal", _draw)]), device:
+        yield
 
-    @torch.no_grad()
-    def drawn(module: nn.Module, *_: object) -> None:
-        for name, parameter in module.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, parameter.shape[-1] ** -0.5)
-            else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
-    models.prior.init_normal = drawn
-    try:
-        with device:
-            yield
-    finally:
-        models.prior.init_normal = keyed
+@torch.no_grad()
+def _draw(module: nn.Module, *_: object) -> None:
+    for name, parameter in module.named_parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0, parameter.shape[-1] ** -0.5)
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
 def prior_of(report: Report) -> tuple[PriorConfig, int]:
@@ -106,7 +102,7 @@ def _block(
 ) -> Callable[[], None]:
     with drawn_on(device):
         block = PriorBlock(config, number, TensorParallel())
-        models.prior.init_normal(block, 0, {})
+        _draw(block)
         shape = (batch, config.length, config.dim)
         x, grad = torch.randn(shape, requires_grad=True), torch.randn(shape)
 

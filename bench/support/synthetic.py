@@ -40,6 +40,7 @@ def write_tokens(
         name = f"shard-{shard:06d}.tar"
         store.put(f"{split}/{name}", tar)
         found.append(describe(store, f"{split}/", name, tar, *ranges_of(tar)))
+    facts: dict[str, int | str]
     facts = {"grid": grid, "text_vocabulary": VOCABULARY, "image_vocabulary": VOCABULARY}
     facts |= {"dvae": "none", "tokenizer": "none"}
     return put_manifest(store, f"{split}/", TOKENS, found, facts, {})

@@ -53,7 +53,7 @@ def index_of(tar: bytes, ranges: Ranges) -> BlockIndex:
 def dump_shard_index(index: BlockIndex, ids: NDArray[np.uint64]) -> bytes:
     """Serialise a shard's index with its records' ids, sorted, and where each of them stands."""
     order = np.argsort(ids, kind="stable")
-    rows = {"ids": ids[order], "places": order.astype(np.uint32)}
+    rows: dict[str, NDArray[Any]] = {"ids": ids[order], "places": order.astype(np.uint32)}
     return tensors.save({**vars(index), **rows})
 
 

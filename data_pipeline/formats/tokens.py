@@ -90,7 +90,7 @@ class TokenRecords(Sequence[TokenRecord]):
                 image[rows] = records.image[places]
             starts, stops = records.ends[places], records.ends[places + 1]
             lengths[rows] = stops - starts
-            view = memoryview(np.ascontiguousarray(records.text))
+            view = np.ascontiguousarray(records.text).data
             found = [view[a:b] for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
             numbers = range(count)[rows] if isinstance(rows, slice) else rows.tolist()
             for row, text in zip(numbers, found, strict=True):
@@ -121,6 +121,7 @@ class TokenRoom:
         self._starts = np.cumsum([0, *sizes])
         count = int(self._starts[-1])
         big_enough = spare is not None and len(spare.image) >= count
+        self.image: NDArray[np.uint16]
         self.image = spare.image if spare and big_enough else np.empty((count, width), np.uint16)
         self._ids = np.empty(count, np.uint64)
         self._texts: list[Any] = [None] * len(sizes)
@@ -135,9 +136,9 @@ class TokenRoom:
     def records(self) -> TokenRecords:
         """All of them, block by block."""
         at = np.cumsum([0, *map(len, self._texts)])
-        ends = [ends[1:] + start for ends, start in zip(self._ends, at, strict=False)]
+        parts = [ends[1:] + start for ends, start in zip(self._ends, at, strict=False)]
         text = np.concatenate(self._texts)
-        ends = np.concatenate([np.zeros(1, np.int64), *ends])
+        ends = np.concatenate([np.zeros(1, np.int64), *parts])
         return TokenRecords(self._ids, self.image[: len(self._ids)], text, ends)
 
 

@@ -56,7 +56,7 @@ def _columns(schema: Any, types: Any) -> tuple[str, str]:
 
     def holds_bytes(name: str) -> bool:
         kind = schema.field(name).type
-        return types.is_binary(kind) or types.is_large_binary(kind) or types.is_struct(kind)
+        return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_struct(kind))
 
     names = {name.lower(): name for name in reversed(schema.names)}
     pictures = [names[name] for name in PICTURES if name in names and holds_bytes(names[name])]

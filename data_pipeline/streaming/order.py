@@ -51,7 +51,7 @@ class LaneOrder:
     def __init__(self, sizes: NDArray[Any], seed: int, batch: int, config: OrderConfig) -> None:
         """`sizes` are the records of each block, `batch` is the global batch size."""
         kind = np.int32 if int(np.sum(sizes)) < 2**31 else np.int64
-        self._sizes = np.asarray(sizes, kind)
+        self._sizes: NDArray[Any] = np.asarray(sizes, kind)
         self._seed, self._config = seed, config
         self.batch, self.lanes = batch, config.lanes
         self.per_lane = batch // config.lanes
@@ -122,7 +122,8 @@ class LaneOrder:
         """(block, record) of all records of a window, block by block."""
         sizes = self._sizes[window.blocks]
         starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
-        return np.stack([np.repeat(window.blocks, sizes), np.arange(len(starts)) - starts], 1)
+        blocks: NDArray[Any] = np.repeat(window.blocks, sizes)
+        return np.stack([blocks, np.arange(len(starts)) - starts], 1)
 
     @lru_cache(maxsize=2)  # noqa: B019 - an order lives as long as its run
     def _deal(self, epoch: int) -> tuple[NDArray[np.int32], NDArray[Any]]:

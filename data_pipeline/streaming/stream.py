@@ -8,7 +8,7 @@ saved with it reads the next batch first. A rank keeps one or two windows of eac
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -173,7 +173,7 @@ class Stream:
             raise ConfigError.from_problems(problems)
         self.state = replace(state, passed=tuple((e, s) for e, s in state.passed))
 
-    def __iter__(self) -> Iterator[tuple[Any, StreamState]]:
+    def __iter__(self) -> Generator[tuple[Any, StreamState], None, None]:
         lanes = self._lanes if self._reads else range(0)
         fetchers = ThreadPoolExecutor(self._loader.readers, "fetch")
         joiner = ThreadPoolExecutor(1, "join")

@@ -94,7 +94,7 @@ class _Block:
         q, k, v = self._qkv(self._entered(x, 0)).view(rows, 3, heads, width).unbind(1)
         for store, new in ((cache.keys, k), (cache.values, v)):
             store.index_copy_(1, place.slot, new.reshape(rows * heads, 1, width))
-        keys, values = (store.index_select(1, place.index) for store in (cache.keys, cache.values))
+        keys, values = (store.index_select(1, place.reads) for store in (cache.keys, cache.values))
         near = torch.bmm(q.reshape(rows * heads, 1, width), keys.transpose(1, 2))
         shared = q.view(captions, -1, heads, width).transpose(1, 2)
         words = torch.matmul(shared, cache.text_keys.transpose(2, 3))

@@ -27,7 +27,7 @@ class Place(NamedTuple):
 
     slot: Tensor
     """(1,) int64."""
-    index: Tensor
+    reads: Tensor
     """(w,) int64: slots."""
     bias: Tensor | None
     """(w,): 0, or minus infinity for a slot that only fills up the shape; None: all are read."""
@@ -107,7 +107,7 @@ def _slots(until: list[int]) -> list[int]:
     """
     found: list[int] = []
     free: list[int] = []
-    ending = defaultdict(list)
+    ending: defaultdict[int, list[int]] = defaultdict(list)
     for position, end in enumerate(until):
         free += ending.pop(position - 1, [])
         found.append(free.pop() if free else max(found, default=-1) + 1)

@@ -89,7 +89,7 @@ def calibrate(precision: str = "fp32") -> dict[str, float]:
         "cores": os.cpu_count() or 1,
         "memory": float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
     }
-    return {**found, **_steps(replace(KNOWN["cpu"], **found), precision)}
+    return {**found, **_steps(KNOWN["cpu"].with_constants(found), precision)}
 
 
 def _steps(hardware: Hardware, precision: str) -> dict[str, float]:
@@ -108,7 +108,7 @@ def _steps(hardware: Hardware, precision: str) -> dict[str, float]:
         "Python: %.2f ms a layer, %.1f ms a step, %.1f ms more with DeepSpeed",
         *(1e3 * value for value in found.values()),
     )
-    solved = constants(ways, least, replace(hardware, **found))
+    solved = constants(ways, least, hardware.with_constants(found))
     LOG.info("%s", ", ".join(f"{name} {value:.3g}" for name, value in solved.items()))
     for name in at_bounds(solved):
         LOG.warning("%s lies on its bound; calibrate again while nothing else runs", name)
@@ -165,7 +165,7 @@ def constants(
         less = BESIDE.get(name)
 
         def predicted(value: float) -> float:
-            there = replace(hardware, **(found | {name: value}))  # noqa: B023 - called at once
+            there = hardware.with_constants(found | {name: value})  # noqa: B023 - called at once
             taken = estimate(ways[less], there).seconds if less else 0.0  # noqa: B023
             return estimate(way, there).seconds - taken  # noqa: B023
 

@@ -7,6 +7,7 @@ at the published runs (planning/estimate/published.py), which came out 12% too f
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -109,6 +110,10 @@ class Hardware:
                 "the driver's and the libraries'"
             )
         return found
+
+    def with_constants(self, constants: Mapping[str, float]) -> "Hardware":
+        """The hardware with constants, by field, in place of its own."""
+        return replace(self, **{**vars(self), **constants})
 
     def crowd(self, ranks: int) -> float:
         """How much longer a rank takes while so many work than one alone."""

@@ -4,6 +4,7 @@ Every micro-batch casts the weights to 16 bits anew, and adds 16-bit gradients t
 is why small micro-batches are slow beside their matmuls.
 """
 
+from dataclasses import replace
 from functools import lru_cache
 
 from models.config import PriorConfig
@@ -70,9 +71,9 @@ def backward_work(loads: Loads, part: Part, hardware: Hardware) -> Work:
             again = {**vars(k), "times": 2.5 * k.times, "moved": 2 * k.moved}
             found.append(Kernels(**again))
         else:
-            same = {"batch": k.batch, "half": narrow if part.name == "head" else k.half}
-            found.append(Kernels(rows=k.rows, columns=k.inner, inner=k.columns, **same))
-            found.append(Kernels(rows=k.inner, columns=k.columns, inner=k.rows, **same))
+            same = Kernels(batch=k.batch, half=narrow if part.name == "head" else k.half)
+            found.append(replace(same, rows=k.rows, columns=k.inner, inner=k.columns))
+            found.append(replace(same, rows=k.inner, columns=k.columns, inner=k.rows))
     numel = sum(h.numel for h in part.parameters.values())
     found.append(Kernels(moved=float((CAST_BACK if half else 12) * numel)))
     return tuple(found)
@@ -137,8 +138,7 @@ def compression_work(loads: Loads, hardware: Hardware) -> Work:
     found: list[Kernels] = []
     for shard in factored(loads.settings, loads.held, loads.place):
         short, long = sorted((shard.rows, shard.columns))
-        product = {"half": False, "inner": shard.rank}
-        found.append(Kernels(rows=short, columns=long, times=3, **product))
+        found.append(Kernels(rows=short, columns=long, inner=shard.rank, half=False, times=3))
         basis = round(2 * shard.rank / QR_SHARE)
         tall = 8.0 * short * shard.rank
         found.append(Kernels(rows=short, columns=shard.rank, inner=basis, half=False, moved=tall))

@@ -224,7 +224,7 @@ def _third_stage(loads: Loads, tally: Tally) -> None:
         tally.add(
             "machine", "all_gather_into_tensor", count * passes * times, calls * passes * times
         )
-    order = [h.numel for h in reversed(held.values())]
+    order = [h.numel for h in reversed(list(held.values()))]
     count = FLOAT * sum(whole.values()) * times
     tally.add("machine", "reduce_scatter_tensor", count, _buckets(order) * times)
     if mesh.machines == 1:

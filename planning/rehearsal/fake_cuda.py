@@ -88,7 +88,7 @@ def _changes() -> list[Change]:
         (fake_tensor, "init_gpu_context", nothing),
         (FakeTensorMode, "avoid_device_init", True),
         (FakeTensor, "__new__", staticmethod(_shadow_of_any_device)),
-        (FakeTensor, "data", property(_data.__get__, _set_data)),
+        (FakeTensor, "data", property(_data.__get__, _set_data)),  # type: ignore[attr-defined]
         (FakeTensor, "is_cuda", property(lambda self: self.fake_device.type == "cuda")),
         (FakeTensor, "is_cpu", property(lambda self: self.fake_device.type == "cpu")),
         (FakeTensor, "tolist", _list_of),

@@ -140,7 +140,7 @@ class Shadows(TorchDispatchMode):
             _refuse_two_devices(function, arguments[0])
         found = self._fake.dispatch(function, types, arguments, named)
         if function is _aten.any.default:
-            found.says_no = True
+            found.says_no = True  # type: ignore[attr-defined]
         written = _written(function)
         if written is not None:
             place, name = written
@@ -178,7 +178,8 @@ class Shadows(TorchDispatchMode):
         device = None
         for x in arguments:
             if isinstance(x, FakeTensor):
-                if not self._is_own(x) or x.held is not None or device not in (None, x.fake_device):
+                held = x.held  # type: ignore[attr-defined]
+                if not self._is_own(x) or held is not None or device not in (None, x.fake_device):
                     return None
                 device = x.fake_device
             elif isinstance(x, Tensor):
@@ -272,8 +273,9 @@ def _refuse_two_devices(function: Any, tensors: Any) -> None:
 
 def _value_of(shadow: Any) -> bool | int | float:
     """One, as the type has it; no where it was asked if any element is true."""
-    if shadow.held is not None:
-        return shadow.held.item()
+    held: Tensor | None = shadow.held
+    if held is not None:
+        return held.item()
     if shadow.dtype.is_floating_point:
         return 1.0
     value = not getattr(shadow, "says_no", False)

@@ -78,7 +78,7 @@ def claimed_world(task: RankTask, recorder: Recorder) -> Iterator[None]:
         asked = backend
         original(_fakes(backend), rank=rank, world_size=size, store=FakeStore())
         recorder.note_backends(dist.group.WORLD, backend)
-        if device_id is not None:
+        if device_id is not None and dist.group.WORLD is not None:
             dist.group.WORLD.bound_device_id = device_id
 
     def claim(named: dict[str, Any]) -> str:

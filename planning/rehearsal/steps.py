@@ -88,7 +88,7 @@ def _sizes(settings: Any) -> DataSizes:
 
 def _changes(recorder: Recorder | None) -> list[Change]:
     def engine_of(*arguments: Any) -> Engine:
-        engine = build_engine(*arguments)
+        engine: Engine = build_engine(*arguments)
         if recorder is not None:
             _repeat_evaluations(engine, recorder)
         return engine
@@ -108,6 +108,7 @@ def _changes(recorder: Recorder | None) -> list[Change]:
 
 def _repeat_evaluations(engine: Any, recorder: Recorder) -> None:
     """Run an evaluation only if fewer than two of its size were run since the last step."""
+    evaluate: Callable[[Batch], Losses]
     step, evaluate = engine.step, engine.evaluate
     known: dict[Any, list[tuple[Losses, int, int]]] = defaultdict(list)
 

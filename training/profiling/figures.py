@@ -88,9 +88,11 @@ def _median_of_others(work: np.ndarray) -> np.ndarray:
 
     def left(k: int) -> np.ndarray:
         """The k-th smallest when the row's own is taken out."""
-        return np.where(k < place, ordered[k], ordered[k + 1])
+        taken: np.ndarray = np.where(k < place, ordered[k], ordered[k + 1])
+        return taken
 
-    return (left((count - 2) // 2) + left((count - 1) // 2)) / 2
+    median: np.ndarray = (left((count - 2) // 2) + left((count - 1) // 2)) / 2
+    return median
 
 
 def slowest(ranks: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -45,4 +45,9 @@ def _clip(config: ClipConfig) -> Any:
         "text": torch.empty(1, config.text_length, dtype=torch.int64, device="meta"),
     }
     keys = caption_keys(batch["text"])
-    return lambda: contrastive_loss(*net(batch), keys, lambda rows: rows, 0)["loss"]
+
+    def loss() -> torch.Tensor:
+        images, texts, scale = net(batch)
+        return contrastive_loss(images, texts, scale, keys, lambda rows: rows, 0)["loss"]
+
+    return loss

@@ -140,7 +140,7 @@ class Profile:
         }
         ranks = [json.loads(text) for text in self._mesh.world.gather_text(json.dumps(mine))]
         self._tracer.plan(ranks[0]["trace"])
-        row = {**slowest(ranks), **memory_of(ranks)}
+        row: dict[str, Any] = {**slowest(ranks), **memory_of(ranks)}
         if self._hooks:
             row |= speed_of(ranks, self._flops / seconds / 1e12) | time_of(ranks)
             row["comm_seconds"] = {

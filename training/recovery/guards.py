@@ -4,7 +4,7 @@ import math
 from collections import deque
 from typing import Any
 
-from training.config import GuardConfig
+from training.recovery.config import GuardConfig
 
 _LEAST = 0.01
 """Smallest standard deviation, relative to the mean: a flat curve is not a spike's excuse."""

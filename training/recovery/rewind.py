@@ -16,7 +16,7 @@ from data_pipeline.streaming.stream import StreamState
 from parallel.engines.protocol import Engine, StepResult
 from parallel.mesh import Mesh
 from parallel.replicas import different
-from training.config import GuardConfig
+from training.recovery.config import GuardConfig
 from training.recovery.guards import Guard
 
 CAPSULES = "capsules"
@@ -69,7 +69,7 @@ class Recovery:
                 "`tapir replay`"
             )
         self._warn(f"back to step {step}; the data of {len(self._bad)} updates is passed over")
-        passed = {*map(tuple, state.passed), *self._bad}
+        passed = {*((epoch, step) for epoch, step in state.passed), *self._bad}
         self._bad.clear()
         return state.passing(sorted(passed))
 

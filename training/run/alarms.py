@@ -122,7 +122,7 @@ def tell_cut_captions(task: Any) -> float:
         return 0.0
     count = len(task.train.sizes)
     blocks = np.unique(np.linspace(0, count - 1, min(count, _BLOCKS)).astype(int)).tolist()
-    lengths = [n for block in blocks for n in task.text_lengths(task.train.read(block))]
+    lengths: list[int] = [n for block in blocks for n in task.text_lengths(task.train.read(block))]
     cut = sum(length > context for length in lengths)
     if cut:
         LOG.warning(

@@ -85,7 +85,7 @@ class Follower:
     @property
     def seconds_a_step(self) -> float:
         """Recent time of a step, with its part of validation and saves where that was noted."""
-        found = [
+        found: list[float] = [
             sum(row["time"].values()) if "time" in row else row.get("seconds", 0)
             for row in self._recent
         ]

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.streaming.stream import BlockSource
+from data_pipeline.streaming.stream import BlockSource, Records
 from models.prior import PAD
 from parallel.engines.protocol import Batch, Program
 
-Record = TypeVar("Record")
+Record = TypeVar("Record", contravariant=True)
 
 
 Pictures = dict[str, Any]
@@ -26,8 +26,8 @@ Means = Callable[..., dict[str, float]]
 class Task(Protocol, Generic[Record]):
     """What the loop needs to know about a stage."""
 
-    train: BlockSource[Record]
-    held_out: BlockSource[Record]
+    train: BlockSource[Records]
+    held_out: BlockSource[Records]
     program: Program
     units: int
     """Tokens (or pixels' tokens) of a sample, for tokens/s."""

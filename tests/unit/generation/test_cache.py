@@ -50,9 +50,9 @@ def test_a_slot_is_taken_again_when_nobody_reads_it_any_more(
         exact, padded = reads.place(position), reads.place_at(torch.tensor([position]))
         held[exact.slot] = position
         wanted = mask[position].nonzero().flatten()
-        assert held[exact.index].equal(wanted) and padded.slot.equal(exact.slot)
+        assert held[exact.reads].equal(wanted) and padded.slot.equal(exact.slot)
         assert padded.bias is not None
-        assert held[padded.index[padded.bias == 0]].equal(wanted)
+        assert held[padded.reads[padded.bias == 0]].equal(wanted)
     needed = [(mask[p:, : p + 1].any(0)).sum() for p in range(grid * grid)]
     assert reads.slots == max(needed), "fewer slots would do"
 
