@@ -17,14 +17,13 @@ from models.prior import PriorBlock, prior_program
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, OptimConfig
 from parallel.engines.protocol import EngineSettings
 from parallel.engines.reference import ReferenceEngine
-from parallel.mesh import Mesh
+from parallel.mesh import Mesh, RankCoordinates
 from parallel.precision import set_numerics
 from parallel.tensor.ops import TensorParallel
 from parallel.world import World
 from planning.estimate.hardware import hardware_of
 from planning.estimate.memory import loads_of, rank_bytes
 from planning.estimate.step_time import estimate
-from planning.estimate.zero_layout import Place
 from training.config import LoopConfig, PriorTrain
 
 PEAK = 989e12
@@ -149,7 +148,7 @@ def training(report: Report) -> None:
     plan = estimate(settings, hardware_of("h100")).seconds
     step = statistics.median(spent)
     report.row(f"{name}: a step", step, "s", baseline=f"plan for an H100 {plan:.4g}")
-    planned = sum(rank_bytes(loads_of(settings, Place())).values())
+    planned = sum(rank_bytes(loads_of(settings, RankCoordinates())).values())
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
         beside = f"peak {peak / 1e9:.2f} GB, plan {planned / 1e9:.2f}"

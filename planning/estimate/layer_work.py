@@ -135,7 +135,7 @@ def update_work(elements: int) -> Work:
 def compression_work(loads: Loads, hardware: Hardware) -> Work:
     """P, Q and the matrix again for each factored shard, and an orthogonal basis."""
     found: list[Kernels] = []
-    for shard in factored(loads.settings, loads.held, loads.place):
+    for shard in factored(loads.settings, loads.held, loads.at):
         short, long = sorted((shard.rows, shard.columns))
         product = {"half": False, "inner": shard.rank}
         found.append(Kernels(rows=short, columns=long, times=3, **product))

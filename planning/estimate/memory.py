@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from models.config import PriorConfig
+from parallel.mesh import RankCoordinates
 from planning.estimate.layers import Held, Keeps, Part, keeps_of, named, parts_of, stage_of
 from planning.estimate.zero_layout import (
     BUCKET,
     LIVE,
     PERSISTENT,
-    Place,
     factored,
     groups_of,
     padded,
@@ -37,7 +37,7 @@ class Loads:
     """What a rank holds, and how it runs it."""
 
     settings: PriorTrain
-    place: Place
+    at: RankCoordinates
     layers: tuple[Part, ...]
     held: Mapping[str, Held]
 
@@ -51,14 +51,14 @@ class Loads:
     def in_flight(self) -> int:
         """Micro-batches whose activations are kept at a time: DeepSpeed's TrainSchedule."""
         mesh, engine = self.settings.mesh, self.settings.engine
-        return min(mesh.pipeline - self.place.stage, engine.accumulate) if mesh.pipeline > 1 else 1
+        return min(mesh.pipeline - self.at.stage, engine.accumulate) if mesh.pipeline > 1 else 1
 
 
-def loads_of(settings: PriorTrain, place: Place) -> Loads:
-    """The layers and parameters of a place."""
+def loads_of(settings: PriorTrain, at: RankCoordinates) -> Loads:
+    """The layers and parameters of the rank at some coordinates."""
     mesh = settings.mesh
-    layers, held = _held(settings.model, mesh.tensor, mesh.pipeline, place.shard, place.stage)
-    return Loads(settings=settings, place=place, layers=layers, held=held)
+    layers, held = _held(settings.model, mesh.tensor, mesh.pipeline, at.shard, at.stage)
+    return Loads(settings=settings, at=at, layers=layers, held=held)
 
 
 @lru_cache(maxsize=512)
@@ -100,7 +100,7 @@ def _model_bytes(loads: Loads) -> Bytes:
     groups = groups_of(held)
     whole = sum(padded(group, mesh.data) for group in groups)
     mine = whole // mesh.data
-    partial = sum(touched(group, mesh.data, loads.place.replica) for group in groups)
+    partial = sum(touched(group, mesh.data, loads.at.replica) for group in groups)
     bucket = max(total if settings.compress.on else 0, BUCKET)
     again = settings.engine.accumulate > 1  # new gradients lie beside the sum of earlier ones
     copied = partial if stage == 1 or again else 0
@@ -169,7 +169,7 @@ def _transient(loads: Loads, keeps: Keeps) -> int:
 
 
 def _compression_bytes(loads: Loads) -> Bytes:
-    shards = list(factored(loads.settings, loads.held, loads.place))
+    shards = list(factored(loads.settings, loads.held, loads.at))
     if not shards:
         return {"compression": 0}
     errors = sum(s.rows * s.columns for s in shards)

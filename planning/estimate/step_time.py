@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from models.counts import prior_flops
 from models.masks import layer_kind
 from parallel.ledger import Counts
+from parallel.mesh import RankCoordinates
 from planning.estimate.collectives import all_reduce, gather, group_span, hand_on
 from planning.estimate.hardware import Hardware
 from planning.estimate.kernels import seconds
@@ -15,7 +16,6 @@ from planning.estimate.memory import Loads, loads_of
 from planning.estimate.pipeline_schedule import Played, Span, crowded, play
 from planning.estimate.traffic import step_traffic
 from planning.estimate.zero_layout import (
-    Place,
     factored,
     groups_of,
     padded,
@@ -70,7 +70,7 @@ def estimate(settings: PriorTrain, hardware: Hardware) -> Estimate:
     Ranks that share cores slow each other down while they compute at the same time.
     """
     mesh, times = settings.mesh, settings.engine.accumulate
-    loads = [loads_of(settings, Place(stage=stage)) for stage in range(mesh.pipeline)]
+    loads = [loads_of(settings, RankCoordinates(stage=stage)) for stage in range(mesh.pipeline)]
     stages = [_stage(one, hardware) for one in loads]
     played = _played(settings, stages, hardware)
     slowest = max(range(len(stages)), key=lambda i: stages[i].forward + stages[i].backward)
@@ -112,7 +112,7 @@ def rough_seconds(settings: PriorTrain, hardware: Hardware) -> float:
     """A step without playing the pipeline through: every stage as slow as the slowest."""
     mesh, times = settings.mesh, settings.engine.accumulate
     ends = sorted({0, mesh.pipeline - 1})
-    loads = [loads_of(settings, Place(stage=stage)) for stage in ends]
+    loads = [loads_of(settings, RankCoordinates(stage=stage)) for stage in ends]
     stages = [_stage(one, hardware) for one in loads]
     slowest = max(stage.forward + stage.backward for stage in stages)
     return (times + mesh.pipeline - 1) * slowest + sum(_ending(loads[0], hardware).values())
@@ -219,7 +219,7 @@ def _ending(loads: Loads, hardware: Hardware) -> dict[str, float]:
 
 def _sent(loads: Loads, elements: int) -> float:
     """Elements of gradients that go over the replicas."""
-    shards = list(factored(loads.settings, loads.held, loads.place))
+    shards = list(factored(loads.settings, loads.held, loads.at))
     if not shards:
         return elements
     return elements - sum(s.rows * s.columns for s in shards) + sum(s.sent for s in shards)

@@ -119,7 +119,7 @@ class _Reporter:
         found: list[tuple[int, Mismatch]] = []
         stages: dict[int, list[int]] = {}
         for rank in self._sequences:
-            stages.setdefault(self._grid.place(rank)[0], []).append(rank)
+            stages.setdefault(self._grid.coordinates(rank)[0], []).append(rank)
         for ranks in stages.values():
             calls = {rank: self._relative(rank, False) for rank in ranks}
             classes = Counter(calls.values())
@@ -244,8 +244,8 @@ class _Reporter:
             root: Any = op.root
             spans = None if op.paired else self._grid.spans(rank, op.group)
             if spans is not None and op.root >= 0:
-                place = self._grid.place(op.root)
-                root = tuple(at for at, whole in zip(place, spans, strict=True) if whole)
+                root_at = self._grid.coordinates(op.root)
+                root = tuple(at for at, whole in zip(root_at, spans, strict=True) if whole)
             tensors = (op.bytes, op.dtype, op.device, op.backend)
             call = (op.kind, self._group(rank, op), *tensors, root, op.detail)
             found.append((*call, op.places) if with_places else call)
@@ -253,7 +253,7 @@ class _Reporter:
 
     def _group(self, rank: int, op: Operation) -> Any:
         if op.paired:
-            here, there = self._grid.place(rank), self._grid.place(op.group[0])
+            here, there = self._grid.coordinates(rank), self._grid.coordinates(op.group[0])
             return tuple(b - a for a, b in zip(here, there, strict=True))
         return self._grid.spans(rank, op.group) or op.group
 

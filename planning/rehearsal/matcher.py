@@ -55,19 +55,19 @@ class Roles:
         """`rehearsed` are the ranks of a grid of chosen coordinates on each axis."""
         self.grid = grid
         self._chosen = [
-            sorted({grid.place(rank)[axis] for rank in rehearsed})
+            sorted({grid.coordinates(rank)[axis] for rank in rehearsed})
             for axis in range(len(grid.sizes))
         ]
 
     def of(self, rank: int) -> int:
         """The rehearsed rank whose sequence a rank follows."""
-        place = []
+        coordinates = []
         for at, chosen, size in zip(
-            self.grid.place(rank), self._chosen, self.grid.sizes, strict=True
+            self.grid.coordinates(rank), self._chosen, self.grid.sizes, strict=True
         ):
             between = next((c for c in chosen if 0 < c < size - 1), size - 1)
-            place.append(at if at in chosen else between)
-        return self.grid.rank(tuple(place))
+            coordinates.append(at if at in chosen else between)
+        return self.grid.rank(tuple(coordinates))
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class _Player:
         }
         world = range(self._grid.world)
         self._role = [roles.of(rank) for rank in world]
-        self._place = [self._grid.place(rank) for rank in world]
+        self._coordinates = [self._grid.coordinates(rank) for rank in world]
         self._at = [0] * len(world)
         self._waiting: dict[Meeting, list[int]] = {}
         self._meetings: dict[tuple[int, int], tuple[Meeting, int]] = {}
@@ -134,7 +134,7 @@ class _Player:
             spans = None if op.paired else self._grid.spans(role, op.group)
             offset: Coordinates = ()
             if op.paired:
-                here, there = self._grid.place(role), self._grid.place(op.group[0])
+                here, there = self._grid.coordinates(role), self._grid.coordinates(op.group[0])
                 offset = tuple(b - a for a, b in zip(here, there, strict=True))
             known[key] = _Step(op, spans, offset)
         return known[key]
@@ -147,15 +147,15 @@ class _Player:
         return self._meetings[key]
 
     def _find_meeting(self, rank: int, step: _Step) -> tuple[Meeting, int]:
-        place, op = self._place[rank], step.operation
+        mine, op = self._coordinates[rank], step.operation
         if op.paired:
-            other = self._grid.rank(tuple(a + b for a, b in zip(place, step.offset, strict=True)))
+            other = self._grid.rank(tuple(a + b for a, b in zip(mine, step.offset, strict=True)))
             sides = (rank, other) if op.kind == "send" else (other, rank)
             return ("message", *sides), 2
         if step.spans is None:
             member = rank in op.group
             return (("ranks", *op.group), len(op.group)) if member else (("none", rank), 2)
-        fixed = (-1 if whole else at for at, whole in zip(place, step.spans, strict=True))
+        fixed = (-1 if whole else at for at, whole in zip(mine, step.spans, strict=True))
         return ("axes", *fixed), len(op.group)
 
     def _alike(self, a: int, b: int) -> bool:

@@ -113,10 +113,10 @@ def checked(settings: Any) -> Any:
 def roles_of(mesh: MeshConfig) -> list[int]:
     """The ranks to run: stages next to each other, since they wait for each other's shapes."""
     grid = Grid(mesh)
-    stages, *others = grid.sizes
+    stages, *sizes = grid.sizes
     second = {1} if stages == 1 else set()
-    chosen = [sorted(({0} | second | {size - 1}) & set(range(size))) for size in others]
-    return [grid.rank((stage, *place)) for place in product(*chosen) for stage in range(stages)]
+    chosen = [sorted(({0} | second | {size - 1}) & set(range(size))) for size in sizes]
+    return [grid.rank((stage, *others)) for others in product(*chosen) for stage in range(stages)]
 
 
 def scaled(settings: Any, world: int) -> Any:

@@ -72,6 +72,12 @@ def test_the_grid_has_tensor_ranks_beside_each_other() -> None:
     assert axis_ranks(mesh, "pipeline") == [[0, 4], [1, 5], [2, 6], [3, 7]]
 
 
+def test_coordinates_of_a_rank_lead_back_to_it() -> None:
+    mesh = MeshConfig(tensor=2, pipeline=3, data=4)
+    assert coordinates_of(mesh, 13) == RankCoordinates(stage=1, replica=2, shard=1)
+    assert [rank_at(mesh, coordinates_of(mesh, rank)) for rank in range(24)] == list(range(24))
+
+
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_tensor_ranks_draw_the_rows_of_one_rank(size: int, tmp_path: Path) -> None:
     """5 heads and odd vocabularies: most sizes pad; what is saved is the model of one rank."""

@@ -15,6 +15,7 @@ from core.memory import memory_unit, size_text
 from models.config import PriorConfig
 from models.counts import prior_parameters
 from parallel.config import CompressConfig, EngineConfig, EngineName, MeshConfig
+from parallel.mesh import RankCoordinates
 from parallel.placement import Placement
 from planning.calibration.calibrate import (
     at_bounds,
@@ -34,7 +35,7 @@ from planning.estimate.pipeline_schedule import actions, crowded, play
 from planning.estimate.reserve import NCCL, PROCESS, nccl_bytes
 from planning.estimate.search import MOST_MICRO, Candidate, search, ways_of, weigh
 from planning.estimate.step_time import estimate
-from planning.estimate.zero_layout import BUCKET, Place, padded, touched
+from planning.estimate.zero_layout import BUCKET, padded, touched
 from tests.harness import tapir
 
 TINY = settings_of("tiny")
@@ -155,11 +156,11 @@ def test_partitions_touch_every_element(sizes: list[int], replicas: int) -> None
 def test_bytes_have_every_category_and_follow_the_choices() -> None:
     mesh = MeshConfig(data=4)
     one = replace(TINY, mesh=mesh, engine=EngineConfig(name="deepspeed_zero", precision="bf16"))
-    base = rank_bytes(loads_of(one, Place()))
+    base = rank_bytes(loads_of(one, RankCoordinates()))
     assert tuple(base) == CATEGORIES
 
     def other(**changes: Any) -> dict[str, int]:
-        return rank_bytes(loads_of(replace(one, **changes), Place()))
+        return rank_bytes(loads_of(replace(one, **changes), RankCoordinates()))
 
     assert other(engine=replace(one.engine, recompute=True))["activations"] < base["activations"]
     assert other(engine=replace(one.engine, zero_stage=2))["gradients"] < base["gradients"]
