@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from checkpoint.format import KINDS, Reader, StateSlice
@@ -32,6 +31,7 @@ from parallel.engines.protocol import (
     scales_of,
     step_count,
 )
+from parallel.flat_average import copy_parts, flat_average
 from parallel.mesh import Group, Mesh
 
 
@@ -138,18 +138,11 @@ class ReferenceEngine:
         gradients = {n: p.grad for n, p in self._names.items() if p.grad is not None}
         size = self._mesh.data.size
         if self._compressor is not None:
-            reduced = self._compressor.reduce(gradients)
-            for name, gradient in gradients.items():
-                gradient.copy_(reduced.gradients[name].view_as(gradient))
-            return [square / size for square in reduced.squares.values()]
+            return self._compressor.average(gradients)
+        tensors = list(gradients.values())
         if size > 1:
-            flat = torch.cat([g.reshape(-1) for g in gradients.values()])
-            dist.all_reduce(flat, group=self._mesh.data.handle)
-            flat /= size
-            sizes = [g.numel() for g in gradients.values()]
-            for gradient, part in zip(gradients.values(), flat.split(sizes), strict=True):
-                gradient.copy_(part.view_as(gradient))
-        norms = torch.stack(torch._foreach_norm(list(gradients.values())))
+            copy_parts(flat_average(tensors, self._mesh.data.handle, size), tensors)
+        norms = torch.stack(torch._foreach_norm(tensors))
         return [norms.double().square().sum() / size]
 
     def _clip(self, norm: float) -> None:

@@ -18,6 +18,7 @@ _FILES = (
     "models/*.py",
     "parallel/compress/*.py",
     "parallel/adamw.py",
+    "parallel/flat_average.py",
     "parallel/scales.py",
     "parallel/engines/protocol.py",
     "parallel/engines/modules.py",

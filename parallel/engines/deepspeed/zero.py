@@ -10,8 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from core.log import LOG
 from parallel.engines.deepspeed.hooks import Gradients, GroupsOfMesh, hook_zero3, initialize
@@ -28,6 +27,7 @@ from parallel.engines.protocol import (
     build_adamw,
     scales_of,
 )
+from parallel.flat_average import copy_parts, flat_average
 from parallel.mesh import Mesh
 from parallel.placement import Placement
 
@@ -118,15 +118,8 @@ class DeepSpeedZeroEngine(DeepSpeedEngine):
         if between.size == 1:
             return self._state.norm(gradients)
         if self._state.compressor is not None:
-            reduced = self._state.compressor.reduce(gradients)
-            for name, gradient in gradients.items():
-                gradient.copy_(reduced.gradients[name].view_as(gradient))
-            squares: list[Tensor] = [s / between.size for s in reduced.squares.values()]
+            squares = self._state.compressor.average(gradients)
             return global_norm(squares, self._mesh, self._state.scales, self._state.control)
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients.values()])
-        dist.all_reduce(flat, group=between.handle)
-        flat /= between.size
-        sizes = [gradient.numel() for gradient in gradients.values()]
-        for gradient, part in zip(gradients.values(), flat.split(sizes), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        tensors = list(gradients.values())
+        copy_parts(flat_average(tensors, between.handle, between.size), tensors)
         return self._state.norm(gradients)
