@@ -11,7 +11,7 @@ from generation.sampling.decoder import Part
 from generation.sampling.pipeline import Neighbours, Pipeline, least_of
 from models.config import PriorConfig
 from models.prior import prior_layers
-from parallel.balance import balanced_starts
+from parallel.balance import stage_layers
 from parallel.mesh import Mesh
 from training.export.weights import fill, open_model
 
@@ -37,8 +37,7 @@ def load_part(folder: Path, step: int | None, mesh: Mesh) -> tuple[Part, dict[st
     layers = prior_layers(config, 0, mesh.shared)
     stages = mesh.pipeline.size
     check(cut_problems(config, mesh.tensor.size, stages))
-    starts = balanced_starts([layer.cost for layer in layers], stages)
-    mine = layers[starts[mesh.pipeline.rank] : starts[mesh.pipeline.rank + 1]]
+    mine = stage_layers(layers, mesh.pipeline.rank, stages)
     built = nn.ModuleDict({layer.name: layer.build() for layer in mine})
     fill(built, found)
     neighbours = Pipeline(mesh.pipeline) if stages > 1 else Neighbours()

@@ -19,7 +19,6 @@ from torch.autograd import Function
 
 from models.config import PriorConfig
 from models.prior import PriorBlock, PriorEmbedding, PriorHead, prior_layers, prior_loss
-from parallel.balance import balanced_starts
 from parallel.placement import Placement, placement_of
 from parallel.tensor.ops import TensorParallel
 
@@ -120,12 +119,6 @@ def _modules(config: PriorConfig, rank: int, size: int) -> dict[str, nn.Module]:
             "block": _Block(config, 1, shard),
             "head": PriorHead(config, shard),
         }
-
-
-def stage_of(parts: Sequence[Part], stage: int, stages: int) -> list[Part]:
-    """The layers that a pipeline stage holds."""
-    starts = balanced_starts([part.cost for part in parts], stages)
-    return list(parts[starts[stage] : starts[stage + 1]])
 
 
 def named(parts: Sequence[Part]) -> dict[str, Held]:

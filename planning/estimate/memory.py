@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from models.config import PriorConfig
+from parallel.balance import stage_layers
 from parallel.mesh import RankCoordinates
-from planning.estimate.layers import Held, Keeps, Part, keeps_of, named, parts_of, stage_of
+from planning.estimate.layers import Held, Keeps, Part, keeps_of, named, parts_of
 from planning.estimate.zero_layout import (
     BUCKET,
     LIVE,
@@ -65,7 +66,7 @@ def loads_of(settings: PriorTrain, at: RankCoordinates) -> Loads:
 def _held(
     config: PriorConfig, tensor: int, pipeline: int, shard: int, stage: int
 ) -> tuple[tuple[Part, ...], dict[str, Held]]:
-    layers = tuple(stage_of(parts_of(config, shard, tensor), stage, pipeline))
+    layers = tuple(stage_layers(parts_of(config, shard, tensor), stage, pipeline))
     return layers, named(layers)
 
 

@@ -6,7 +6,7 @@ and, under ZeRO-3, gathers once more). Bytes are those of the larger side of an 
 
 from collections.abc import Iterator, Mapping
 
-from models.prior import BRANCHES
+from models.prior import BRANCHES, LOSSES
 from parallel.config import MeshConfig
 from parallel.control import FIELDS
 from parallel.ledger import Counts
@@ -24,8 +24,6 @@ from planning.estimate.zero_layout import (
     stage_of_zero,
 )
 
-LOSSES = ["loss", "text_loss", "image_loss"]
-"""What `prior_loss` gives, in its order."""
 FLOAT, DOUBLE = 4, 8
 
 
