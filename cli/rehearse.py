@@ -1,13 +1,12 @@
 """The verb rehearse."""
 
-import difflib
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from core.config import to_json
-from core.errors import EXIT_FAILED, EXIT_WRONG_INPUT, ConfigError, InputError
+from core.errors import EXIT_FAILED, EXIT_WRONG_INPUT, ConfigError, InputError, did_you_mean
 from core.flags import parse_over, print_json
 from core.log import LOG
 from core.memory import size_text
@@ -151,8 +150,7 @@ def _chosen(preset: str, stage: str) -> Iterator[tuple[str, str]]:
     found = [(s, name) for s, name in pairs if name == preset]
     if not found:
         names = list(dict.fromkeys(name for _, name in pairs))
-        near = difflib.get_close_matches(preset, names, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(preset, names)
         raise InputError(f"there is no preset {preset!r}{hint} (known: {', '.join(names)}, all)")
     yield found[0]
 

@@ -15,7 +15,6 @@ stages:
 slurm: {partition: main}
 """
 
-import difflib
 import re
 import runpy
 from dataclasses import dataclass, field, fields
@@ -29,7 +28,7 @@ from cluster.kubernetes import KubernetesConfig
 from cluster.local import LocalConfig
 from cluster.slurm import SlurmConfig
 from core.config import check, folder_problems, from_json, place_problems, wrong_types
-from core.errors import ConfigError, InputError
+from core.errors import ConfigError, InputError, did_you_mean
 from training.presets import PRESETS
 
 STAGES = ("pack", "bpe", "dvae", "tokenize", "prior", "clip", "score", "evaluate")
@@ -208,8 +207,7 @@ def _stage(name: str, body: Any) -> StageSpec:
 def _refuse_unknown(where: str, body: dict[str, Any], known: Any) -> None:
     for name in body:
         if name not in known:
-            near = difflib.get_close_matches(str(name), list(known), 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f" (known: {', '.join(known)})"
+            hint = did_you_mean(name, known) or f" (known: {', '.join(known)})"
             raise ConfigError(f"{where} knows no {name!r}{hint}")
 
 
