@@ -29,7 +29,6 @@ from parallel.engines.protocol import (
     Whole,
     build_adamw,
     scales_of,
-    step_count,
 )
 from parallel.flat_average import copy_parts, flat_average
 from parallel.mesh import Group, Mesh
@@ -48,7 +47,6 @@ class ReferenceEngine:
         self._places = placements(self._names)
         self._optimizer = build_adamw(self._names, settings.optim)
         self._scales = scales_of(program, self._whole.stage.scales, settings.engine)
-        self._half = settings.optim.moments == "bf16"
         self._clip_norm, self._mesh = settings.optim.clip_norm, mesh
         self._control = settings.control
         self._compressor = build_compressor(
@@ -104,15 +102,10 @@ class ReferenceEngine:
     def load_slices(self, reader: Reader) -> None:
         for name, parameter in self._names.items():
             parameter.copy_(reader.tensor(name, "master"))
-            dtype = torch.bfloat16 if self._half else torch.float32
-            moments = {}
-            for kind in ("exp_avg", "exp_avg_sq"):
-                # strides of its weight: the fused kernel goes through memory, not through indices
-                moments[kind] = torch.empty_like(parameter, dtype=dtype)
-                moments[kind].copy_(reader.tensor(name, kind))
-            step = step_count(self._optimizer, parameter.device)
-            step.copy_(reader.tensor(name, "step"))
-            self._optimizer.state[parameter] = {**moments, "step": step}
+            state = self._optimizer.first_state(parameter)
+            for kind, tensor in state.items():
+                tensor.copy_(reader.tensor(name, kind))
+            self._optimizer.state[parameter] = state
         load_scales(self._scales, reader)
         if self._compressor is not None:
             self._compressor.load(reader)

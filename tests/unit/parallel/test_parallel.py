@@ -23,7 +23,7 @@ from parallel.config import CompressConfig, EngineConfig, MeshConfig, ModelSizes
 from parallel.device import CPU
 from parallel.engines.modules import Compressor
 from parallel.engines.protocol import EngineSettings
-from parallel.mesh import Group, axis_ranks
+from parallel.mesh import Group, RankCoordinates, axis_ranks, coordinates_of, rank_at
 from parallel.placement import Placement, placement_of, rows_of
 from parallel.tensor.ops import TensorParallel
 from parallel.world import srun_ranks
