@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.support.rows import bench_row
 from bench.support.sizes import sized
 from generation.config import SampleConfig
 from generation.sampling.decoder import DTYPES, Decoder, Part
@@ -94,14 +95,13 @@ def _row(
     ratios = [b / a for a, b in zip(mine, theirs, strict=True)]
     made = batch * CONFIG.image_length
     other = made / statistics.median(theirs)
-    return {
-        "name": name,
-        "value": made / statistics.median(mine),
-        "unit": "tokens/s",
-        "baseline": f"{baseline} ({other:.3g} tokens/s)",
-        "ratio": statistics.median(ratios),
-        "spread": [min(ratios), max(ratios)],
-    }
+    return bench_row(
+        name,
+        made / statistics.median(mine),
+        "tokens/s",
+        f"{baseline} ({other:.3g} tokens/s)",
+        ratios,
+    )
 
 
 def _sample(decoder: Decoder, precision: str, batch: int) -> float:

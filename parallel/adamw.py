@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 

@@ -1,4 +1,4 @@
-"""Average tensors over a group of ranks as one flat tensor: one all-reduce, however many they are."""
+"""Average tensors over a group of ranks as one flat tensor, in one all-reduce."""
 
 from collections.abc import Sequence
 
@@ -7,9 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def flat_average(
-    tensors: Sequence[Tensor], group: "dist.ProcessGroup | None", size: int
-) -> Tensor:
+def flat_average(tensors: Sequence[Tensor], group: "dist.ProcessGroup | None", size: int) -> Tensor:
     """The tensors end to end, averaged over the `size` ranks of a group; None has one rank."""
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     if group is not None:
