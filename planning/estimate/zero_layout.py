@@ -14,7 +14,7 @@ from planning.estimate.layers import Held
 from training.config import PriorTrain
 
 BUCKET = 2**20
-"""Elements that ZeRO reduces together: as parallel/engines/deepspeed/state.py sets it."""
+"""Elements that ZeRO reduces together: as parallel/engines/deepspeed/engine.py sets it."""
 ALIGNED = 2
 """Elements that a partition of ZeRO-1/2 is a multiple of."""
 PERSISTENT = 100_000

@@ -139,9 +139,9 @@ def test_calibration_finds_pythons_cost() -> None:
 
 
 def test_the_bucket_is_the_engines() -> None:
-    from parallel.engines.deepspeed import state as deepspeed_state
+    from parallel.engines.deepspeed import engine as deepspeed_engine
 
-    assert deepspeed_state.BUCKET == BUCKET
+    assert deepspeed_engine.BUCKET == BUCKET
 
 
 @given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=9), replicas=st.integers(1, 5))
