@@ -18,7 +18,7 @@ import torch
 from bench.support.leaves import dead_leaves, write_leaves
 from bench.support.rows import bench_row
 from bench.support.sizes import cache, sized
-from bench.support.workers import Worker
+from bench.support.workers import TurnWorker
 from bench.tokens import run_tapir
 from core.memory import keep_freed_memory
 from data_pipeline.tokenize.encode import to_tensor
@@ -50,7 +50,7 @@ def run() -> list[dict[str, Any]]:
 
 
 def _speed() -> list[dict[str, Any]]:
-    workers = {name: Worker(make) for name, make in WORKERS.items()}
+    workers = {name: TurnWorker(make) for name, make in WORKERS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in WORKERS}
     try:
         for turn in range(-1, ROUNDS):

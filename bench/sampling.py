@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bench.support.rows import bench_row
 from bench.support.sizes import sized
 from generation.config import SampleConfig
-from generation.sampling.decoder import DTYPES, Decoder, Part
+from generation.sampling.decoder import DTYPES, Decoder, LocalPrior
 from generation.sampling.sampler import Sampler
 from models.config import PriorConfig
 from models.masks import full_mask, layer_kind
@@ -49,7 +49,7 @@ def run() -> list[dict[str, Any]]:
     layers = build_prior(CONFIG)
     rows = []
     for precision in ("fp32", "bf16"):
-        part = Part(layers=layers, config=CONFIG)
+        part = LocalPrior(layers=layers, config=CONFIG)
         one, many = (Decoder(part, precision, one_row) for one_row in (True, False))
         rows += _rows(layers, {batch: one if batch == 1 else many for batch in BATCHES}, precision)
     return rows

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bench.support import resblock
 from bench.support.rows import bench_row
 from bench.support.sizes import sized
-from bench.support.workers import Worker
+from bench.support.workers import TurnWorker
 from core.memory import keep_freed_memory
 from models.config import PriorConfig
 from models.counts import prior_flops
@@ -122,7 +122,7 @@ class _PlainBlock(nn.Module):
 
 def run() -> list[dict[str, Any]]:
     """Rows of tokens a second; ratio = ours over plain's, or the MFU."""
-    workers = {name: Worker(make) for name, make in WORKERS.items()}
+    workers = {name: TurnWorker(make) for name, make in WORKERS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in WORKERS}
     losses: dict[str, float] = {}
     try:

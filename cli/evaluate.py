@@ -72,7 +72,7 @@ def score(arguments: list[str]) -> None:
                 a Slurm array, a Kubernetes indexed job, MPI or torchrun says
             config: settings
         """
-        from core.workers import member_of  # noqa: PLC0415
+        from core.workers import job_worker_of  # noqa: PLC0415
         from generation.evaluation.score_job import open_job  # noqa: PLC0415
         from generation.evaluation.score_rows import table  # noqa: PLC0415
         from generation.text_to_image import open_studio  # noqa: PLC0415
@@ -80,7 +80,7 @@ def score(arguments: list[str]) -> None:
 
         check(config.problems())
         refuse_others_folder(out, "score")
-        member = member_of(worker)
+        member = job_worker_of(worker)
         mesh = own_mesh(member.number)
         job = open_job(data, models, inception, overlap, config, out, mesh.world.device)
         scores = job.run(lambda: open_studio(models, config.precision, mesh), member)

@@ -9,7 +9,7 @@ from core.flags import FLAT, PositionalText, parse
 from core.log import LOG
 from core.memory import keep_freed_memory
 from core.storage.store import open_store
-from core.workers import member_of
+from core.workers import job_worker_of
 from data_pipeline.config import TokenizeConfig
 from data_pipeline.text.bpe import load_tokenizer
 from data_pipeline.tokenize.encode import Encoders
@@ -46,7 +46,7 @@ def tokenize(arguments: list[str]) -> None:
         """
         check(config.problems())
         refuse_others_folder(tokens, "a data set")
-        member = member_of(worker)
+        member = job_worker_of(worker)
         tokenizer, tokenizer_hash = load_tokenizer(bpe)
         describe(dvae, "dvae")  # tokens of a dVAE that still trains would fit no prior
         model, model_hash = load_dvae(dvae)

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from cluster.chain import Place, Resources
+from cluster.chain import Resources, Scheduler
 from cluster.kubernetes import KubernetesConfig
 from cluster.local import LocalConfig
 from cluster.slurm import SlurmConfig
@@ -74,7 +74,7 @@ class RunFile:
     """Folder of everything but the data; on a cluster all nodes must see it."""
     store: str = ""
     """Where raw pairs and tokens lie: s3://bucket/prefix or a folder; by default `data` in out."""
-    to: Place = "local"
+    to: Scheduler = "local"
     """Where it is sent, unless --to says otherwise."""
     python: str = ""
     """Interpreter on the nodes; by default the one that submits, in containers python3."""
@@ -211,6 +211,6 @@ def _refuse_unknown(where: str, body: dict[str, Any], known: Any) -> None:
             raise ConfigError(f"{where} knows no {name!r}{hint}")
 
 
-def settings_of(run: RunFile, to: Place) -> dict[str, Any]:
+def settings_of(run: RunFile, to: Scheduler) -> dict[str, Any]:
     """The run file's part about the place where it is sent."""
     return dict(vars(getattr(run, to)))

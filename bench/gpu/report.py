@@ -52,7 +52,7 @@ def at_least(value: float) -> Wanted:
     return Wanted(least=value, speed=True)
 
 
-class Report:
+class GpuReport:
     """Where the sections put their rows; each is written at once."""
 
     def __init__(self, device: torch.device, tiny: bool, output: TextIO) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 import models.prior
 from bench.gpu.peers import PEERS
-from bench.gpu.report import Report, Wanted, at_least, rates, seconds
+from bench.gpu.report import GpuReport, Wanted, at_least, rates, seconds
 from bench.support.resblock import matmuls
 from models.config import PriorConfig
 from models.counts import prior_flops, prior_parameters
@@ -64,12 +64,12 @@ def drawn_on(device: torch.device) -> Iterator[None]:
         models.prior.init_normal = keyed
 
 
-def prior_of(report: Report) -> tuple[PriorConfig, int]:
+def prior_of(report: GpuReport) -> tuple[PriorConfig, int]:
     """The prior of the training section, and its batch."""
     return (TINY, 2) if report.tiny else (LARGE, 8)
 
 
-def resblocks(report: Report) -> None:
+def resblocks(report: GpuReport) -> None:
     """A resblock pair of each mask in bf16 against its own matmuls alone."""
     dim = 128 if report.tiny else 3968
     config = PriorConfig(
@@ -119,7 +119,7 @@ def _block(
     return work
 
 
-def training(report: Report) -> None:
+def training(report: GpuReport) -> None:
     """Steps of the reference engine in bf16: rate, peak memory and time beside plan's; peers."""
     config, batch = prior_of(report)
     device = report.device
@@ -181,7 +181,7 @@ def _engine_seconds(settings: PriorTrain, device: torch.device) -> list[float]:
     return found
 
 
-def _peers(report: Report, config: PriorConfig, batch: int, ours: float) -> None:
+def _peers(report: GpuReport, config: PriorConfig, batch: int, ours: float) -> None:
     """The peers run as they come: without the flags that make our steps repeat."""
     set_numerics(report.device, deterministic=False)
     for name, build in PEERS.items():

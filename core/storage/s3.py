@@ -22,7 +22,7 @@ from core.storage.s3_answers import (
     is_no_condition,
     passes,
 )
-from core.storage.s3_body import Parts, read_into
+from core.storage.s3_body import PartStream, read_into
 from core.storage.s3_clients import check_environment, refuse_secrets
 from core.storage.s3_messages import no_bucket, no_conditional_put
 from core.storage.s3_retry import PATIENCE, Retries
@@ -99,13 +99,13 @@ class S3Store:
 
     def put_parts(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
         """A multipart upload, if it is large; what an aborted one leaves is removed by boto3."""
-        stream = io.BufferedReader(Parts(parts), _PART)
+        stream = io.BufferedReader(PartStream(parts), _PART)
         first = stream.read(_PART)
         if len(first) < _PART:
             self.put(name, first)
             return
         rest = itertools.chain([first], iter(lambda: stream.read(_PART), b""))
-        body: Any = io.BufferedReader(Parts(rest), _PART)
+        body: Any = io.BufferedReader(PartStream(rest), _PART)
         with self._retries.explained(name):
             self._retries.later.upload_fileobj(body, self.bucket, self._key(name), Config=_TRANSFER)
 

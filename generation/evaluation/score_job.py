@@ -27,7 +27,7 @@ from core.errors import CorruptError, InputError
 from core.files.atomic import canonical_json, sha256, write_atomic
 from core.log import LOG, progress
 from core.storage.store import FolderStore
-from core.workers import Member
+from core.workers import JobWorker
 from data_pipeline.evaluation_sets import EvaluationSet, open_evaluation
 from data_pipeline.formats.manifest import read_json
 from data_pipeline.formats.raw import parse_pairs
@@ -35,7 +35,7 @@ from data_pipeline.formats.shards import build_tar
 from data_pipeline.images.crops import decode_rgb, encode_png, square
 from data_pipeline.text.bpe import load_tokenizer
 from generation.config import ModelPaths, ScoreConfig
-from generation.evaluation.blocks import Blocks, Task
+from generation.evaluation.blocks import Blocks, BlockTask
 from generation.evaluation.feature_extractors import ClipProxy, Inception, Network, blurred
 from generation.evaluation.fid import SPLITS
 from generation.evaluation.overlap import Overlap, read_overlap
@@ -132,7 +132,7 @@ class ScoreJob:
         )
         self._masks = self._sets(np.ones(len(self._pictures), bool))
 
-    def run(self, studio: Callable[[], Studio], member: Member) -> dict[str, Any] | None:
+    def run(self, studio: Callable[[], Studio], member: JobWorker) -> dict[str, Any] | None:
         """Do this member's blocks; the scores, if nothing is left to others.
 
         Raises: InputError if OUT holds blocks of another request.
@@ -210,7 +210,7 @@ class ScoreJob:
                 )
         return found
 
-    def _do(self, task: Task, studio: Callable[[], Studio]) -> None:
+    def _do(self, task: BlockTask, studio: Callable[[], Studio]) -> None:
         kind, block = task
         arrays: dict[str, NDArray[np.float32]] = {}
         if kind == DRAWN:

@@ -10,7 +10,7 @@ from models.config import PriorConfig
 from models.masks import Kind, full_mask, layer_kind
 from planning.estimate.hardware import Hardware
 from planning.estimate.kernels import Kernels, Work
-from planning.estimate.layers import Part
+from planning.estimate.layers import RankLayer
 from planning.estimate.memory import Loads
 from planning.estimate.zero_layout import factored
 
@@ -48,7 +48,7 @@ def _transposed(config: PriorConfig) -> list[int]:
     return [*range(text), *image]
 
 
-def forward_work(loads: Loads, part: Part, hardware: Hardware) -> Work:
+def forward_work(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
     """Kernels of a layer's forward pass over one micro-batch."""
     if part.name == "embedding":
         rows = loads.micro * loads.settings.model.length
@@ -58,7 +58,7 @@ def forward_work(loads: Loads, part: Part, hardware: Hardware) -> Work:
     return _block(loads, part, hardware)
 
 
-def backward_work(loads: Loads, part: Part, hardware: Hardware) -> Work:
+def backward_work(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
     """Kernels of its backward pass: each matmul has two gradients, each stream two operands."""
     half = loads.settings.engine.precision != "fp32"
     narrow = loads.settings.engine.precision == "bf16"
@@ -78,7 +78,7 @@ def backward_work(loads: Loads, part: Part, hardware: Hardware) -> Work:
     return tuple(found)
 
 
-def _block(loads: Loads, part: Part, hardware: Hardware) -> Work:
+def _block(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
     config, split = loads.settings.model, loads.settings.mesh.tensor > 1
     half = loads.settings.engine.precision != "fp32"
     size = 2 if half else 4
@@ -113,7 +113,7 @@ def _block(loads: Loads, part: Part, hardware: Hardware) -> Work:
     )
 
 
-def _head(loads: Loads, part: Part) -> Work:
+def _head(loads: Loads, part: RankLayer) -> Work:
     config, micro = loads.settings.model, loads.micro
     dim, held = config.dim, part.parameters
     text, image = micro * config.text_length, micro * config.image_length

@@ -7,7 +7,7 @@ from functools import lru_cache
 from models.config import PriorConfig
 from parallel.balance import stage_layers
 from parallel.mesh import RankCoordinates
-from planning.estimate.layers import Held, Keeps, Part, keeps_of, named, parts_of
+from planning.estimate.layers import Held, Keeps, RankLayer, keeps_of, named, rank_layers
 from planning.estimate.zero_layout import (
     BUCKET,
     LIVE,
@@ -39,7 +39,7 @@ class Loads:
 
     settings: PriorTrain
     at: RankCoordinates
-    layers: tuple[Part, ...]
+    layers: tuple[RankLayer, ...]
     held: Mapping[str, Held]
 
     @property
@@ -65,8 +65,8 @@ def loads_of(settings: PriorTrain, at: RankCoordinates) -> Loads:
 @lru_cache(maxsize=512)
 def _held(
     config: PriorConfig, tensor: int, pipeline: int, shard: int, stage: int
-) -> tuple[tuple[Part, ...], dict[str, Held]]:
-    layers = tuple(stage_layers(parts_of(config, shard, tensor), stage, pipeline))
+) -> tuple[tuple[RankLayer, ...], dict[str, Held]]:
+    layers = tuple(stage_layers(rank_layers(config, shard, tensor), stage, pipeline))
     return layers, named(layers)
 
 

@@ -11,7 +11,7 @@ from planning.estimate.collectives import all_reduce, gather, group_span, hand_o
 from planning.estimate.hardware import Hardware
 from planning.estimate.kernels import seconds
 from planning.estimate.layer_work import backward_work, compression_work, forward_work, update_work
-from planning.estimate.layers import Part
+from planning.estimate.layers import RankLayer
 from planning.estimate.memory import Loads, loads_of
 from planning.estimate.pipeline_schedule import Played, Span, crowded, play
 from planning.estimate.traffic import step_traffic
@@ -55,7 +55,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class _Stage:
+class _StageSeconds:
     """A stage's seconds for one micro-batch."""
 
     forward: float
@@ -123,7 +123,7 @@ def _overhead(settings: PriorTrain, hardware: Hardware) -> float:
     return hardware.step_overhead + (hardware.engine_overhead if own else 0.0)
 
 
-def _stage(loads: Loads, hardware: Hardware) -> _Stage:
+def _stage(loads: Loads, hardware: Hardware) -> _StageSeconds:
     found: dict[str, tuple[float, float, float]] = {}
     forward = backward = tensor = 0.0
     for part in loads.layers:
@@ -132,17 +132,17 @@ def _stage(loads: Loads, hardware: Hardware) -> _Stage:
             found[key] = _layer(loads, part, hardware)
         there, back, shared = found[key]
         forward, backward, tensor = forward + there, backward + back, tensor + shared
-    return _Stage(forward, backward, tensor)
+    return _StageSeconds(forward, backward, tensor)
 
 
-def _alike(loads: Loads, part: Part) -> str:
+def _alike(loads: Loads, part: RankLayer) -> str:
     """Blocks with one kind of mask take equally long."""
     if not part.name.startswith("block"):
         return part.name
     return layer_kind(int(part.name.removeprefix("block")) + 1, loads.settings.model.layers)
 
 
-def _layer(loads: Loads, part: Part, hardware: Hardware) -> tuple[float, float, float]:
+def _layer(loads: Loads, part: RankLayer, hardware: Hardware) -> tuple[float, float, float]:
     """(forward, backward, collectives in both) of one micro-batch, in seconds."""
     settings = loads.settings
     config, micro = settings.model, loads.micro
@@ -165,7 +165,7 @@ def _layer(loads: Loads, part: Part, hardware: Hardware) -> tuple[float, float, 
     return forward + there + third, backward + back + 2 * third, there + back + 3 * third
 
 
-def _third_stage(loads: Loads, part: Part, hardware: Hardware) -> float:
+def _third_stage(loads: Loads, part: RankLayer, hardware: Hardware) -> float:
     """ZeRO-3's gathering of a layer's weights; scattering its gradients takes as long."""
     if stage_of_zero(loads.settings) != 3:
         return 0.0
@@ -174,7 +174,7 @@ def _third_stage(loads: Loads, part: Part, hardware: Hardware) -> float:
     return gather(count, group_span(mesh, "machine"), hardware)
 
 
-def _played(settings: PriorTrain, stages: Sequence[_Stage], hardware: Hardware) -> Played:
+def _played(settings: PriorTrain, stages: Sequence[_StageSeconds], hardware: Hardware) -> Played:
     times, mesh = settings.engine.accumulate, settings.mesh
     forward = [stage.forward for stage in stages]
     backward = [stage.backward for stage in stages]

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from planning.rehearsal.sequence import Coordinates, Grid, Operation
+from planning.rehearsal.sequence import CollectiveCall, Coordinates, Grid
 from planning.rehearsal.sequence import Sequence as RankSequence
 
-Meeting = tuple[Any, ...]
+MeetingKey = tuple[Any, ...]
 """Where ranks meet: a group, or the two sides of a message."""
 
 
@@ -74,7 +74,7 @@ class Roles:
 class _Step:
     """An operation of a role, ready to be placed for each of its ranks."""
 
-    operation: Operation
+    operation: CollectiveCall
     spans: tuple[bool, ...] | None
     """Axes of its group; None if it is no group of whole axes, which stays as it is."""
     offset: Coordinates
@@ -95,8 +95,8 @@ class _Player:
         self._role = [roles.of(rank) for rank in world]
         self._coordinates = [self._grid.coordinates(rank) for rank in world]
         self._at = [0] * len(world)
-        self._waiting: dict[Meeting, list[int]] = {}
-        self._meetings: dict[tuple[int, int], tuple[Meeting, int]] = {}
+        self._waiting: dict[MeetingKey, list[int]] = {}
+        self._meetings: dict[tuple[int, int], tuple[MeetingKey, int]] = {}
         self.outcome = Outcome()
 
     def play(self) -> Outcome:
@@ -128,7 +128,7 @@ class _Player:
             ]
         return self.outcome
 
-    def _step(self, known: dict[tuple[int, Any], _Step], role: int, op: Operation) -> _Step:
+    def _step(self, known: dict[tuple[int, Any], _Step], role: int, op: CollectiveCall) -> _Step:
         key = (role, op)
         if key not in known:
             spans = None if op.paired else self._grid.spans(role, op.group)
@@ -139,14 +139,14 @@ class _Player:
             known[key] = _Step(op, spans, offset)
         return known[key]
 
-    def _meeting(self, rank: int, step: _Step) -> tuple[Meeting, int]:
+    def _meeting(self, rank: int, step: _Step) -> tuple[MeetingKey, int]:
         """Where a rank meets whom in a step, and how many they are."""
         key = (rank, id(step))
         if key not in self._meetings:
             self._meetings[key] = self._find_meeting(rank, step)
         return self._meetings[key]
 
-    def _find_meeting(self, rank: int, step: _Step) -> tuple[Meeting, int]:
+    def _find_meeting(self, rank: int, step: _Step) -> tuple[MeetingKey, int]:
         mine, op = self._coordinates[rank], step.operation
         if op.paired:
             other = self._grid.rank(tuple(a + b for a, b in zip(mine, step.offset, strict=True)))

@@ -17,7 +17,7 @@ Coordinates = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Operation:
+class CollectiveCall:
     """One call of a collective, or one message between two ranks."""
 
     kind: str
@@ -76,7 +76,7 @@ class Sequence:
     """All operations of one rank, from its start to the end of what was run."""
 
     rank: int
-    operations: list[Operation] = field(default_factory=list)
+    operations: list[CollectiveCall] = field(default_factory=list)
     created: list[tuple[int, ...]] = field(default_factory=list)
     """Ranks of each group that was made, in order."""
     device: str = "cpu"

@@ -121,7 +121,7 @@ class DeepSpeedEngine:
         whole = {name: p for name, p in self._names.items() if not hasattr(p, "ds_tensor")}
         common: list[Tensor] = [p for n, p in whole.items() if not self._places[n].split]
         shards = [self._shard(p) for p in self._names.values() if hasattr(p, "ds_tensor")]
-        groups = [
+        groups: list[tuple[list[Tensor], Group]] = [
             (list(whole.values()), self._mesh.data),
             (common, self._mesh.tensor),
             (shards, self._mesh.between),

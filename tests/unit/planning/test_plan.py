@@ -30,7 +30,7 @@ from planning.estimate.collectives import all_reduce, group_span
 from planning.estimate.hardware import KNOWN, MEASURED, hardware_of
 from planning.estimate.kernels import Kernels, flops, seconds
 from planning.estimate.layer_work import pairs
-from planning.estimate.layers import Held, count_parameters, parts_of
+from planning.estimate.layers import Held, count_parameters, rank_layers
 from planning.estimate.memory import CATEGORIES, loads_of, rank_bytes
 from planning.estimate.pipeline_schedule import actions, crowded, play
 from planning.estimate.reserve import NCCL, PROCESS, nccl_bytes
@@ -49,7 +49,7 @@ def test_layers_hold_the_parameters_of_the_formula(preset: str) -> None:
 
 
 def test_stages_hold_every_layer_once() -> None:
-    parts = parts_of(TINY.model, 0, 1)
+    parts = rank_layers(TINY.model, 0, 1)
     names = [part.name for stage in range(3) for part in stage_layers(parts, stage, 3)]
     assert names == [part.name for part in parts]
 

@@ -16,7 +16,7 @@ from cli.train import train
 from core.config import from_json, to_json
 from core.errors import EXIT_WRONG_INPUT, ConfigError, InputError, TapirError
 from core.storage.store import FolderStore
-from core.workers import Member
+from core.workers import JobWorker
 from data_pipeline.config import OrderConfig, PackConfig, TokenizeConfig
 from data_pipeline.formats.manifest import SPLITS
 from data_pipeline.packing.pack import pack
@@ -331,7 +331,7 @@ def _worker(folder: Path, dvae: DVAEConfig, entries: int = 300) -> Worker:
         tokenizer_hash="t",
         numerics=set_numerics(CPU),
     )
-    tokens, member = FolderStore(folder / "tokens"), Member(number=0, count=1)
+    tokens, member = FolderStore(folder / "tokens"), JobWorker(number=0, count=1)
     return Worker(raw, tokens, encoders, TokenizeConfig(), member)
 
 
