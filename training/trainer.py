@@ -24,9 +24,9 @@ from parallel.precision import engine_numerics
 from training.config import StageConfig
 from training.ema import Average
 from training.export.weights import model_is_whole, save_model
+from training.profiling.accounts import Waits
 from training.profiling.categories import CHECKPOINT, COMPUTE, DATA_WAIT, VALIDATION
 from training.profiling.profile import Profile, timed
-from training.profiling.waits import Waits
 from training.recovery.rewind import Recovery, checkpoints_of_capsules
 from training.run.alarms import Alarms
 from training.run.checkpoints import Checkpoints

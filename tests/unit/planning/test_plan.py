@@ -339,7 +339,7 @@ def test_constants_that_cannot_be_are_refused(
 def test_wrong_flags_are_refused_at_once(
     flags: list[str], words: str | int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cli.plan.search", None)  # nothing is looked for
+    monkeypatch.setattr("planning.plan.search", None)  # nothing is looked for
     with pytest.raises(ConfigError, match=words if isinstance(words, str) else "-") as found:
         plan(["tiny", *flags])
     if isinstance(words, int):
@@ -350,7 +350,7 @@ def test_wrong_flags_are_refused_at_once(
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(
     flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cli.plan.search", None)
+    monkeypatch.setattr("planning.plan.search", None)
     (tmp_path / "folder.svg").mkdir()
     for path in (tmp_path / "folder.svg", "/proc/plan.svg"):
         with pytest.raises(OSError, match=r"folder|No such file|Permission"):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import core.log
-from cli.rehearse import laid_out, rehearse_verb
+from cli.rehearse import rehearse_verb
 from core.errors import EXIT_WRONG_INPUT, ConfigError, TapirError
 from data_pipeline.config import OrderConfig
 from models.config import PriorConfig
@@ -21,6 +21,7 @@ from planning.rehearsal.pool import Pool
 from planning.rehearsal.rank import RankTask, run_rank
 from planning.rehearsal.rehearse import rehearse, roles_of, scaled
 from planning.rehearsal.sequence import CollectiveCall, Grid, Sequence
+from planning.rehearse_presets import laid_out
 from training.config import LoopConfig, PriorTrain
 from training.presets import PRESETS
 

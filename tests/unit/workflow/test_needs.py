@@ -11,7 +11,6 @@ import yaml
 
 from cli.cluster import submit
 from cli.plan import plan
-from cli.rehearse import laid_out
 from cli.train import train
 from core.config import from_json, to_json
 from core.errors import EXIT_WRONG_INPUT, ConfigError, InputError, TapirError
@@ -35,6 +34,7 @@ from parallel.precision import set_numerics
 from parallel.tensor.ops import TensorParallel
 from parallel.world import World
 from planning.rehearsal.rehearse import scaled
+from planning.rehearse_presets import laid_out
 from tests.harness import tapir
 from tests.unit.finished import write_models
 from training.config import (
@@ -141,7 +141,7 @@ def test_plan_train_and_rehearse_name_it_before_step_1(
     assert list(refused) == [f"prior {preset}"] and PLANTED in refused[f"prior {preset}"]
     planted = _planted(PRESETS["prior"][preset]())
     monkeypatch.setitem(PRESETS["prior"], preset, lambda: planted)
-    monkeypatch.setattr("cli.plan.search", None)  # nothing is looked for
+    monkeypatch.setattr("planning.plan.search", None)  # nothing is looked for
     with pytest.raises(ConfigError, match=PLANTED):
         plan([preset])
 
