@@ -14,7 +14,7 @@ from tests.harness import ENVIRONMENT
 
 PACKAGES = (
     *("core", "cluster", "checkpoint", "parallel", "models"),
-    *("data_pipeline", "training", "planning", "generation", "bench"),
+    *("data_pipeline", "training", "planning", "generation", "workflow", "cli", "bench"),
 )
 _IMPORT = """
 import importlib, sys

@@ -41,7 +41,10 @@ from training.export.weights import open_model
 from training.profiling.figures import measure_peak
 
 META = torch.device("meta")
-PACKAGES = ("core", "parallel", "models", "data_pipeline", "training", "planning", "generation")
+PACKAGES = (
+    *("core", "parallel", "models", "data_pipeline", "training", "planning", "generation"),
+    *("workflow", "cli"),
+)
 FLAGS = re.compile(
     r"allow_tf32|fp32_precision|set_float32_matmul|use_deterministic_algorithms|cudnn\.\w+ ="
     r"|reduced_precision_reduction|CUBLAS_WORKSPACE"

@@ -25,7 +25,9 @@ def _bare(source: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("folder", ["checkpoint", "generation", "models", "parallel", "training"])
+@pytest.mark.parametrize(
+    "folder", ["checkpoint", "generation", "models", "parallel", "training", "workflow"]
+)
 def test_tensor_factories_name_their_device(folder: str) -> None:
     files = sorted((ROOT / folder).rglob("*.py"))
     assert files

@@ -11,7 +11,10 @@ from tests.harness import ROOT
 
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
 QUOTES = re.findall(r"^\| `([^`]+)` \|", PAGE, re.MULTILINE)
-PACKAGES = ("core", "cluster", "checkpoint", "parallel", "data_pipeline", "training", "generation")
+PACKAGES = (
+    *("core", "cluster", "checkpoint", "parallel", "data_pipeline", "training", "generation"),
+    *("workflow", "cli"),
+)
 PLACEHOLDER = re.compile(r"%[-+.0-9,]*[a-z]")
 
 

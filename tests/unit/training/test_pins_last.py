@@ -51,7 +51,7 @@ from tests.unit.training.test_pins_training import (
 )
 from training.config import DVAETrain, LoopConfig
 from training.ema import Average
-from training.tasks import dvae as picture_tasks
+from training.tasks import dvae as dvae_task
 from training.tasks import prior as tasks
 from training.tasks.dvae import DVAETask
 
@@ -227,7 +227,7 @@ def test_validation_pictures_are_looked_at_in_parts(
     """Of 4 tokens each."""
     from dataclasses import replace
 
-    monkeypatch.setattr(picture_tasks, "TOGETHER", together)
+    monkeypatch.setattr(dvae_task, "TOGETHER", together)
     task, calls = _dvae_task(), []
     task.model_config = replace(task.model_config, pixels=4, groups=2, codebook=5)
     task.dvae = DVAE(task.model_config)
@@ -237,7 +237,7 @@ def test_validation_pictures_are_looked_at_in_parts(
     task.figures(cast(Any, None), records, records)
     assert calls == parts
     grey = torch.full((1, 3, 1, 1), 0.75)
-    assert picture_tasks._rows(grey, grey).tolist() == [[[191] * 3], [[191] * 3]]
+    assert dvae_task._rows(grey, grey).tolist() == [[[191] * 3], [[191] * 3]]
 
 
 @torch.no_grad()

@@ -87,9 +87,9 @@ def _clip_task() -> ClipTask:
 def test_captions_are_drawn_in_training_alone_and_bad_pictures_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import training.tasks.dvae as pictures
+    from training.tasks import clip
 
-    monkeypatch.setattr(pictures, "encode", lambda _, caption: [ord(c) for c in caption])
+    monkeypatch.setattr(clip, "encode", lambda _, caption: [ord(c) for c in caption])
     task, sources = _clip_task(), []
     plain = np.full((4, 6, 3), 51, np.uint8)
 

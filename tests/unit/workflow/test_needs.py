@@ -293,8 +293,8 @@ def _held_out(raw: Path) -> int:
 def test_a_run_on_too_small_a_split_ends_before_its_model_is_built(
     raw: Path, bpe: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("picture_tasks.DVAE", "picture_tasks.Clip", "tasks.prior_program"):
-        monkeypatch.setattr(f"training.{name}", None)
+    for name in ("dvae.DVAE", "clip.Clip", "prior.prior_program"):
+        monkeypatch.setattr(f"training.tasks.{name}", None)
     said = f"has {_held_out(raw)} pairs, and a validation needs one for each of order.lanes=128"
     with pytest.raises(ConfigError, match=said):
         DVAETask(DVAETrain(data=str(raw), **WIDE))  # type: ignore[arg-type]
