@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from core.keys import key_int
-from parallel.flat_average import copy_parts, flat_average
+from parallel.replicas import copy_parts, flat_average
 
 SHIFT = 1e-6
 """Added to P's diagonal, so that a zero gradient still has an orthonormal basis."""

@@ -30,8 +30,8 @@ from parallel.engines.protocol import (
     build_adamw,
     scales_of,
 )
-from parallel.flat_average import copy_parts, flat_average
 from parallel.mesh import Group, Mesh
+from parallel.replicas import copy_parts, flat_average
 
 
 class ReferenceEngine:

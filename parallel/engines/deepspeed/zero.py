@@ -27,9 +27,9 @@ from parallel.engines.protocol import (
     build_adamw,
     scales_of,
 )
-from parallel.flat_average import copy_parts, flat_average
 from parallel.mesh import Mesh
 from parallel.placement import Placement
+from parallel.replicas import copy_parts, flat_average
 
 
 class DeepSpeedZeroEngine(DeepSpeedEngine):
