@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from checkpoint.format import Reader, StateSlice
 from core.errors import ConfigError
+from parallel.adamw import MOMENTS
 from parallel.config import OptimConfig
 from parallel.control import Control
 from parallel.engines.deepspeed.hooks import (
@@ -89,7 +90,7 @@ class DeepSpeedEngine:
                 continue
             for part in fragments(self._optimizer, parameter):
                 tensors = {"master": part.master, **part.state}
-                for kind in ("master", "exp_avg", "exp_avg_sq"):
+                for kind in ("master", *MOMENTS):
                     if kind not in tensors:  # before the first step
                         continue
                     found = place.slice(name, kind, part.start, tensors[kind])
@@ -108,7 +109,7 @@ class DeepSpeedEngine:
             for part in fragments(self._optimizer, parameter):
                 count = part.master.numel()
                 part.master.copy_(place.read(reader, name, "master", part.start, count))
-                for kind in ("exp_avg", "exp_avg_sq"):
+                for kind in MOMENTS:
                     part.state[kind].copy_(place.read(reader, name, kind, part.start, count))
                 part.state["step"].copy_(reader.tensor(name, "step"))
         publish_masters(self._optimizer)
