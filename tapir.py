@@ -1,6 +1,5 @@
 """The front door: `tapir VERB`. Verbs are imported only when they are called."""
 
-import difflib
 import importlib
 import io
 import os
@@ -108,8 +107,7 @@ def _run() -> None:
         sys.exit(errors.EXIT_WRONG_INPUT if not arguments else int(not written))
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = errors.did_you_mean(verb, VERBS)
         _fail(f"there is no verb {verb!r}{hint}\n{_help()}", errors.EXIT_WRONG_INPUT)
     module, function = VERBS[verb][0].split(":")
     try:

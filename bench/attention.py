@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.support.rows import bench_row
 from bench.support.sizes import sized
 from models.attention import band_of, banded_attention
 from models.masks import Kind, full_mask
@@ -67,14 +68,14 @@ def _row(kind: Kind, precision: str) -> dict[str, Any]:
     theirs, mine = (statistics.median(column) for column in zip(*times, strict=True))
     wanted = f", wanted {WANTED[kind]}x" if precision == "highest" else ""
     ceiling = mask.numel() / int(mask.sum())
-    return {
-        "name": f"{kind} attention, fp32 {precision}",
-        "value": 1e3 * mine,
-        "unit": "ms",
-        "baseline": f"dense mask {1e3 * theirs:.0f} ms, ceiling by pairs {ceiling:.1f}x{wanted}",
-        "ratio": theirs / mine,
-        "spread": [min(ratios), max(ratios)],
-    }
+    return bench_row(
+        f"{kind} attention, fp32 {precision}",
+        1e3 * mine,
+        "ms",
+        f"dense mask {1e3 * theirs:.0f} ms, ceiling by pairs {ceiling:.1f}x{wanted}",
+        ratios,
+        ratio=theirs / mine,
+    )
 
 
 def differences(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[float]:

@@ -15,6 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from bench.support.glosses import INSTALL, glosses, glosses_are_there
+from bench.support.rows import bench_row
 from bench.support.sizes import sized
 from data_pipeline.text.bpe import encode, train_bpe
 from data_pipeline.text.dropout import DropoutEncoder
@@ -36,14 +37,13 @@ def run() -> list[dict[str, Any]]:
     assert entries == ENTRIES, entries
     words = some_words(corpus, WORDS)
     rows = [
-        {
-            "name": f"entries learnt from {len(corpus):,} glosses in {trained:.1f} s",
-            "value": entries,
-            "unit": "entries",
-            "baseline": f"exactly {ENTRIES}",
-            "ratio": entries / ENTRIES,
-            "spread": [1.0, 1.0],
-        }
+        bench_row(
+            f"entries learnt from {len(corpus):,} glosses in {trained:.1f} s",
+            entries,
+            "entries",
+            f"exactly {ENTRIES}",
+            [entries / ENTRIES],
+        )
     ]
     return [*rows, *_dropout_rows(tokenizer, words), _speed_row(tokenizer, corpus)]
 
@@ -92,14 +92,14 @@ def _dropout_rows(tokenizer: Tokenizer, words: list[str]) -> list[dict[str, Any]
     same = [a / b for a, b in zip(*counts, strict=True)]
     without = sum(map(len, ids)) / len(words)
     return [
-        {
-            "name": f"pieces a word at dropout {RATE} ({without:.3f} without)",
-            "value": pieces[0],
-            "unit": "pieces",
-            "baseline": f"subword-nmt {pieces[1]:.4f}, wanted within 2%",
-            "ratio": pieces[0] / pieces[1],
-            "spread": [min(same), max(same)],
-        }
+        bench_row(
+            f"pieces a word at dropout {RATE} ({without:.3f} without)",
+            pieces[0],
+            "pieces",
+            f"subword-nmt {pieces[1]:.4f}, wanted within 2%",
+            same,
+            ratio=pieces[0] / pieces[1],
+        )
     ]
 
 
@@ -121,11 +121,10 @@ def _speed_row(tokenizer: Tokenizer, corpus: list[str]) -> dict[str, Any]:
         mine.append(between - began)
         published.append(time.process_time() - between)
     ratios = [b / a for a, b in zip(mine, published, strict=True)]
-    return {
-        "name": "glosses a second with dropout, keyed",
-        "value": TEXTS / statistics.median(mine),
-        "unit": "glosses/s",
-        "baseline": f"subword-nmt {TEXTS / statistics.median(published):.0f}, words alone, no keys",
-        "ratio": statistics.median(ratios),
-        "spread": [min(ratios), max(ratios)],
-    }
+    return bench_row(
+        "glosses a second with dropout, keyed",
+        TEXTS / statistics.median(mine),
+        "glosses/s",
+        f"subword-nmt {TEXTS / statistics.median(published):.0f}, words alone, no keys",
+        ratios,
+    )

@@ -7,6 +7,7 @@ figures and what follows from them.
 
 from typing import Any
 
+from bench.support.rows import bench_row
 from bench.support.sizes import cache, sized
 from bench.tokens import DATA, make_tokens, run_tapir
 from training.run.folder import read_metrics
@@ -79,11 +80,11 @@ def _row(
 ) -> dict[str, Any]:
     mean, base = sum(losses) / len(losses), sum(plain) / len(plain)
     saved = f", {saved_share(width, rank):.0%} saved" if rank else ""
-    return {
-        "name": f"width {width} rank {rank} {variant}{saved}",
-        "value": mean,
-        "unit": "nats",
-        "baseline": f"uncompressed {base:.4f} [{min(plain):.4f}, {max(plain):.4f}]",
-        "ratio": base / mean,
-        "spread": [min(losses), max(losses)],
-    }
+    return bench_row(
+        f"width {width} rank {rank} {variant}{saved}",
+        mean,
+        "nats",
+        f"uncompressed {base:.4f} [{min(plain):.4f}, {max(plain):.4f}]",
+        losses,
+        ratio=base / mean,
+    )

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from bench.support.leaves import dead_leaves, write_leaves
+from bench.support.rows import bench_row
 from bench.support.sizes import cache, sized
-from bench.support.workers import Worker
+from bench.support.workers import TurnWorker
 from bench.tokens import run_tapir
 from core.memory import keep_freed_memory
 from data_pipeline.tokenize.encode import to_tensor
@@ -49,7 +50,7 @@ def run() -> list[dict[str, Any]]:
 
 
 def _speed() -> list[dict[str, Any]]:
-    workers = {name: Worker(make) for name, make in WORKERS.items()}
+    workers = {name: TurnWorker(make) for name, make in WORKERS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in WORKERS}
     try:
         for turn in range(-1, ROUNDS):
@@ -66,14 +67,13 @@ def _speed() -> list[dict[str, Any]]:
         wanted = f", wanted {WANTED:g}x" if name == "bf16" else ""
         median = statistics.median(seconds["eager"])
         rows.append(
-            {
-                "name": f"paper encoder, codes in {name}",
-                "value": PICTURES / statistics.median(seconds[name]),
-                "unit": "pictures/s",
-                "baseline": f"eager fp32 {PICTURES / median:.2f}{wanted}",
-                "ratio": statistics.median(ratios),
-                "spread": [min(ratios), max(ratios)],
-            }
+            bench_row(
+                f"paper encoder, codes in {name}",
+                PICTURES / statistics.median(seconds[name]),
+                "pictures/s",
+                f"eager fp32 {PICTURES / median:.2f}{wanted}",
+                ratios,
+            )
         )
     return rows
 
@@ -131,14 +131,7 @@ def _agreement() -> list[dict[str, Any]]:
 def _exactly(name: str, value: float, unit: str, wanted: float) -> dict[str, Any]:
     ratio = value / wanted
     baseline = f"wanted {wanted:g}"
-    return {
-        "name": name,
-        "value": value,
-        "unit": unit,
-        "baseline": baseline,
-        "ratio": ratio,
-        "spread": [ratio, ratio],
-    }
+    return bench_row(name, value, unit, baseline, [ratio])
 
 
 def _trained() -> Path:

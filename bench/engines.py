@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bench.support.rows import bench_row
 from bench.support.sizes import sized
 from bench.tokens import make_tokens, run_tapir
 
@@ -35,16 +36,7 @@ def run() -> list[dict[str, Any]]:
     rows = []
     for engine, values in rates.items():
         ratios = [value / base for value, base in zip(values, rates[baseline], strict=True)]
-        rows.append(
-            {
-                "name": engine,
-                "value": statistics.median(values),
-                "unit": "tokens/s",
-                "baseline": baseline,
-                "ratio": statistics.median(ratios),
-                "spread": [min(ratios), max(ratios)],
-            }
-        )
+        rows.append(bench_row(engine, statistics.median(values), "tokens/s", baseline, ratios))
     return rows
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from bench.support.children import child_environment, module_command
+from bench.support.rows import bench_row
 from bench.support.sizes import cache, sized
 from bench.tokens import DATA, make_tokens
 from checkpoint.format import StateSlice
@@ -69,26 +70,26 @@ def run() -> list[dict[str, Any]]:
     costs = Costs(hold=hold, write=write, restart=restart + read + ranks + REPLACEMENT)
     print(f"{share / 1e6:.0f} MB a rank: {costs}", file=sys.stderr)
     rows = [
-        {
-            "name": f"SIGKILL of one of {RANKS} ranks to the next trained step",
-            "value": restart,
-            "unit": "s",
-            "baseline": "15 s",
-            "ratio": 15 / restart,
-            "spread": [15 / max(restarts), 15 / min(restarts)],
-        }
+        bench_row(
+            f"SIGKILL of one of {RANKS} ranks to the next trained step",
+            restart,
+            "s",
+            "15 s",
+            [15 / one for one in restarts],
+            ratio=15 / restart,
+        )
     ]
     for interval in INTERVALS:
         shares = [simulate(costs, float(interval), seed) for seed in range(5)]
         rows.append(
-            {
-                "name": f"goodput, a checkpoint every {interval} s",
-                "value": statistics.mean(shares),
-                "unit": "share",
-                "baseline": "0.95",
-                "ratio": statistics.mean(shares) / 0.95,
-                "spread": [min(shares), max(shares)],
-            }
+            bench_row(
+                f"goodput, a checkpoint every {interval} s",
+                statistics.mean(shares),
+                "share",
+                "0.95",
+                shares,
+                ratio=statistics.mean(shares) / 0.95,
+            )
         )
     return rows
 

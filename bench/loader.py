@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from bench.support.children import child_environment, module_command
+from bench.support.rows import bench_row
 from bench.support.sizes import cache, sized, tiny
 from bench.support.synthetic import records_of, write_tokens
 from cluster.object_server import ObjectServer, object_server
@@ -187,11 +188,11 @@ def _row(name: str, used: list[float], base: list[float], baseline: str) -> dict
     ratios = [a / b for a, b in zip(used, base, strict=True)]
     wanted = WANTED.get(name, 0.0)
     text = f"{baseline}, wanted {wanted:g}x" if wanted else baseline
-    return {
-        "name": f"{name}, CPU a record",
-        "value": statistics.median(used),
-        "unit": "us",
-        "baseline": text,
-        "ratio": statistics.median(used) / statistics.median(base),
-        "spread": [min(ratios), max(ratios)],
-    }
+    return bench_row(
+        f"{name}, CPU a record",
+        statistics.median(used),
+        "us",
+        text,
+        ratios,
+        ratio=statistics.median(used) / statistics.median(base),
+    )

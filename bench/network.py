@@ -14,6 +14,7 @@ import torch
 
 from bench.parity import SEED, batch_of
 from bench.support.machines import Machines, two_machines
+from bench.support.rows import bench_row
 from bench.support.sizes import sized
 from core.log import set_up_logging
 from models.config import PriorConfig
@@ -52,14 +53,13 @@ def run() -> list[dict[str, Any]]:
         plain, compressed = slow["plain"], slow["compressed"]
         ratios = [p / c for p, c in zip(plain, compressed, strict=True)]
         rows = [
-            {
-                "name": f"{SLOW:g} Mbit/s, {slow['parameters'] / 1e6:.1f}M parameters, rank {RANK}",
-                "value": 1 / statistics.median(compressed),
-                "unit": "steps/s",
-                "baseline": f"uncompressed {1 / statistics.median(plain):.3f} steps/s",
-                "ratio": statistics.median(ratios),
-                "spread": [min(ratios), max(ratios)],
-            }
+            bench_row(
+                f"{SLOW:g} Mbit/s, {slow['parameters'] / 1e6:.1f}M parameters, rank {RANK}",
+                1 / statistics.median(compressed),
+                "steps/s",
+                f"uncompressed {1 / statistics.median(plain):.3f} steps/s",
+                ratios,
+            )
         ]
         rows.append(_break_even(machines))
         return rows
@@ -76,14 +76,14 @@ def _break_even(machines: Machines) -> dict[str, Any]:
         print(f"{megabits:g} Mbit/s: {points[-1]}", file=sys.stderr)
     measured = _crossing([(1 / bandwidth, gain) for bandwidth, gain, _ in points])
     advised = statistics.median(point[2] for point in points)
-    return {
-        "name": f"advisor's break-even bandwidth, rank {RANK}",
-        "value": advised / 1e6,
-        "unit": "MB/s",
-        "baseline": f"measured {measured / 1e6:.0f} MB/s",
-        "ratio": advised / measured,
-        "spread": [min(p[2] for p in points) / measured, max(p[2] for p in points) / measured],
-    }
+    return bench_row(
+        f"advisor's break-even bandwidth, rank {RANK}",
+        advised / 1e6,
+        "MB/s",
+        f"measured {measured / 1e6:.0f} MB/s",
+        [point[2] / measured for point in points],
+        ratio=advised / measured,
+    )
 
 
 def _crossing(points: list[tuple[float, float]]) -> float:

@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 
 from bench.support.children import call_command, child_environment
+from bench.support.rows import bench_row
 from bench.support.sizes import sized
 from data_pipeline.config import OrderConfig
 from data_pipeline.streaming.order import LaneOrder
@@ -73,14 +74,14 @@ def run() -> list[dict[str, Any]]:
         found = json.loads(done.stdout.splitlines()[-1])
         assert found["seconds"] < 1 and found["megabytes"] < 100, found
         where = f"state to batch, epoch {epoch} step {step}"
-        rows.append(_row(where, found["seconds"], "s", "1 s", 1 / found["seconds"]))
+        rows.append(bench_row(where, found["seconds"], "s", "1 s", [1 / found["seconds"]]))
         rows.append(
-            _row(
+            bench_row(
                 f"{where}, more memory",
                 found["megabytes"],
                 "MB",
                 "100 MB",
-                100 / found["megabytes"],
+                [100 / found["megabytes"]],
             )
         )
     source = CountedSource(sizes_250m())
@@ -91,7 +92,9 @@ def run() -> list[dict[str, Any]]:
         print(f"{world} ranks: {value:.4f} in {time.perf_counter() - began:.0f} s", file=sys.stderr)
         assert value <= 1.05, value
         rows.append(
-            _row(f"records fetched over used, {world} ranks", value, "x", "1 read each", 1 / value)
+            bench_row(
+                f"records fetched over used, {world} ranks", value, "x", "1 read each", [1 / value]
+            )
         )
     return rows
 
@@ -130,15 +133,3 @@ def position(epoch: int, step: int) -> None:
     more = (process.memory_info().rss - before) / 1e6
     assert len(places) == BATCH
     print(json.dumps({"seconds": seconds, "megabytes": more}))
-
-
-def _row(name: str, value: float, unit: str, baseline: str, ratio: float) -> dict[str, Any]:
-    spread = [ratio, ratio]
-    return {
-        "name": name,
-        "value": value,
-        "unit": unit,
-        "baseline": baseline,
-        "ratio": ratio,
-        "spread": spread,
-    }

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from bench.support.rows import bench_row
 from bench.support.sizes import sized
 from cluster.launcher import launch
 from core.config import from_json
@@ -103,14 +104,14 @@ def run() -> list[dict[str, Any]]:
         for case in sized(CASES, CASES[:1]):
             found = difference(single, train(case.precise(precision)))
             rows.append(
-                {
-                    "name": f"{case.name} {precision}",
-                    "value": found,
-                    "unit": "relative difference",
-                    "baseline": f"bound {bound:g}",
-                    "ratio": bound / max(found, 1e-12),
-                    "spread": [found, found],
-                }
+                bench_row(
+                    f"{case.name} {precision}",
+                    found,
+                    "relative difference",
+                    f"bound {bound:g}",
+                    [found],
+                    ratio=bound / max(found, 1e-12),
+                )
             )
     return rows
 

@@ -6,9 +6,9 @@ machine only adds. A row's ratio is the predicted over the measured step time.
 """
 
 import itertools
-import statistics
 from typing import Any
 
+from bench.support.rows import bench_row
 from bench.support.sizes import sized, tiny
 from models.config import PriorConfig
 from parallel.config import EngineConfig, EngineName, MeshConfig
@@ -55,23 +55,14 @@ def run() -> list[dict[str, Any]]:
     for name, seconds in rounds.items():
         ratios = sorted(predicted[name] / one for one in seconds)
         unit, base = "s a step", f"measured {measured[name]:.3g} s"
-        rows.append(_row(name, predicted[name], unit, base, ratios))
+        rows.append(bench_row(name, predicted[name], unit, base, ratios))
     chosen = min(predicted, key=lambda name: predicted[name])
     best = min(measured.values())
     ratios = sorted(best / one for one in rounds[chosen])
-    rows.append(_row(f"chosen: {chosen}", measured[chosen], "s a step", "best measured", ratios))
+    rows.append(
+        bench_row(f"chosen: {chosen}", measured[chosen], "s a step", "best measured", ratios)
+    )
     pairs = list(itertools.combinations(MESHES, 2))
     right = sum((predicted[a] < predicted[b]) == (measured[a] < measured[b]) for a, b in pairs)
     name, unit = "pairs in the right order", f"of {len(pairs)}"
-    return [*rows, _row(name, right, unit, "all", [right / len(pairs)])]
-
-
-def _row(name: str, value: float, unit: str, baseline: str, ratios: list[float]) -> dict[str, Any]:
-    return {
-        "name": name,
-        "value": value,
-        "unit": unit,
-        "baseline": baseline,
-        "ratio": statistics.median(ratios),
-        "spread": [min(ratios), max(ratios)],
-    }
+    return [*rows, bench_row(name, right, unit, "all", [right / len(pairs)])]

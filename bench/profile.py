@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench.support.rows import bench_row
 from bench.support.sizes import sized
 from bench.tokens import make_tokens
 from cluster.launcher import launch
@@ -59,14 +60,14 @@ def run() -> list[dict[str, Any]]:
             mean, low, high = interval(pairs)
             without = statistics.fmean(off for _, off in pairs)
             rows.append(
-                {
-                    "name": f"profile, {case}: {len(pairs)} pairs",
-                    "value": mean,
-                    "unit": "% of CPU",
-                    "baseline": f"{1000 * without:.1f} ms a step without, bound {BOUND:g}%",
-                    "ratio": BOUND / max(high, 1e-9),
-                    "spread": [low, high],
-                }
+                bench_row(
+                    f"profile, {case}: {len(pairs)} pairs",
+                    mean,
+                    "% of CPU",
+                    f"{1000 * without:.1f} ms a step without, bound {BOUND:g}%",
+                    [low, high],
+                    ratio=BOUND / max(high, 1e-9),
+                )
             )
     return rows
 

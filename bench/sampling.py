@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.support.rows import bench_row
 from bench.support.sizes import sized
 from generation.config import SampleConfig
-from generation.sampling.decoder import DTYPES, Decoder, Part
+from generation.sampling.decoder import DTYPES, Decoder, LocalPrior
 from generation.sampling.sampler import Keys, Sampler
 from models.code_encoder import Precision
 from models.config import PriorConfig
@@ -51,7 +52,7 @@ def run() -> list[dict[str, Any]]:
     layers = build_prior(CONFIG)
     rows = []
     for precision in PRECISIONS:
-        part = Part(layers=dict(layers.items()), config=CONFIG)
+        part = LocalPrior(layers=dict(layers.items()), config=CONFIG)
         one, many = (Decoder(part, precision, one_row) for one_row in (True, False))
         rows += _rows(layers, {batch: one if batch == 1 else many for batch in BATCHES}, precision)
     return rows
@@ -97,14 +98,13 @@ def _row(
     ratios = [b / a for a, b in zip(mine, theirs, strict=True)]
     made = batch * CONFIG.image_length
     other = made / statistics.median(theirs)
-    return {
-        "name": name,
-        "value": made / statistics.median(mine),
-        "unit": "tokens/s",
-        "baseline": f"{baseline} ({other:.3g} tokens/s)",
-        "ratio": statistics.median(ratios),
-        "spread": [min(ratios), max(ratios)],
-    }
+    return bench_row(
+        name,
+        made / statistics.median(mine),
+        "tokens/s",
+        f"{baseline} ({other:.3g} tokens/s)",
+        ratios,
+    )
 
 
 def _sample(decoder: Decoder, precision: Precision, batch: int) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bench.support.rows import bench_row
 from bench.support.sizes import cache, sized
 from checkpoint.reader import open_checkpoint
 from checkpoint.saver import Saver
@@ -47,14 +48,14 @@ def run() -> list[dict[str, Any]]:
     front, behind = (statistics.median(seconds[way]) for way in (False, True))
     ratios = [a / b for a, b in zip(seconds[False], seconds[True], strict=True)]
     return [
-        {
-            "name": f"save of {size / 1e9:.2f} GB, held up in the background",
-            "value": behind,
-            "unit": "s",
-            "baseline": f"in front {front:.3f} s ({size / front / 1e9:.2f} GB/s)",
-            "ratio": front / behind,
-            "spread": [min(ratios), max(ratios)],
-        }
+        bench_row(
+            f"save of {size / 1e9:.2f} GB, held up in the background",
+            behind,
+            "s",
+            f"in front {front:.3f} s ({size / front / 1e9:.2f} GB/s)",
+            ratios,
+            ratio=front / behind,
+        )
     ]
 
 

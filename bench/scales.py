@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bench.support.rows import bench_row
 from bench.support.sizes import cache, sized
 from bench.tokens import DATA, make_tokens
 from core.storage.store import open_store
@@ -67,14 +68,13 @@ def run() -> list[dict[str, Any]]:
     print(f"own scales {min(spread):g} to {max(spread):g}: {share:.3e}", file=sys.stderr)
     ratio = flushed / max(share, 1e-12)
     return [
-        {
-            "name": f"fp16 gradients flushed, {DEPTH} layers, own scales",
-            "value": share,
-            "unit": "share",
-            "baseline": f"best global scale {best:g}: {flushed:.3e}",
-            "ratio": ratio,
-            "spread": [ratio, ratio],
-        }
+        bench_row(
+            f"fp16 gradients flushed, {DEPTH} layers, own scales",
+            share,
+            "share",
+            f"best global scale {best:g}: {flushed:.3e}",
+            [ratio],
+        )
     ]
 
 

@@ -25,6 +25,7 @@ import psutil
 
 from bench.support.children import call_command, child_environment, module_command
 from bench.support.proxy import faulty_proxy
+from bench.support.rows import bench_row
 from bench.support.sizes import cache, sized
 from bench.support.synthetic import write_tokens
 from cluster.object_server import object_server
@@ -68,14 +69,7 @@ def run() -> list[dict[str, Any]]:
         ("p99.9 of the wait, store standing still for 2 s", stalled["p999"], "s", 2.0),
     ]
     found = [
-        {
-            "name": name,
-            "value": value,
-            "unit": unit,
-            "baseline": f"at most {most}",
-            "ratio": most / max(value, 1e-6),
-            "spread": [most / max(value, 1e-6)] * 2,
-        }
+        bench_row(name, value, unit, f"at most {most}", [most / max(value, 1e-6)])
         for name, value, unit, most in rows
     ]
     print(json.dumps({"starts": starts, "waits": waits, "stalled": stalled, "whole": whole}))

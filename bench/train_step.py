@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.support import resblock
+from bench.support.rows import bench_row
 from bench.support.sizes import sized
-from bench.support.workers import Worker
+from bench.support.workers import TurnWorker
 from core.memory import keep_freed_memory
 from models.config import PriorConfig
 from models.counts import prior_flops
@@ -124,7 +125,7 @@ class _PlainBlock(nn.Module):
 
 def run() -> list[dict[str, Any]]:
     """Rows of tokens a second; ratio = ours over plain's, or the MFU."""
-    workers = {name: Worker(make) for name, make in WORKERS.items()}
+    workers = {name: TurnWorker(make) for name, make in WORKERS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in WORKERS}
     losses: dict[str, float] = {}
     try:
@@ -155,27 +156,25 @@ def _rows(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
         gated = (name, baseline) == ("tapir bf16", "plain fp32")
         wanted = f", wanted {WANTED_RATIO:g}x" if gated else ""
         rows.append(
-            {
-                "name": f"train step, {name}",
-                "value": tokens / statistics.median(mine),
-                "unit": "tokens/s",
-                "baseline": f"{baseline}: {tokens / statistics.median(theirs):.0f}{wanted}",
-                "ratio": statistics.median(ratios),
-                "spread": [min(ratios), max(ratios)],
-            }
+            bench_row(
+                f"train step, {name}",
+                tokens / statistics.median(mine),
+                "tokens/s",
+                f"{baseline}: {tokens / statistics.median(theirs):.0f}{wanted}",
+                ratios,
+            )
         )
     mine = seconds["tapir bf16"]
     shares = [flops / spent / peak for spent, peak in zip(mine, peaks, strict=True)]
     peak = statistics.median(peaks) / 1e9
     rows.append(
-        {
-            "name": "MFU, tapir bf16",
-            "value": flops / statistics.median(mine) / 1e9,
-            "unit": "GFLOP/s",
-            "baseline": f"bf16 matmul {peak:.0f} GFLOP/s, wanted {WANTED_MFU:g}",
-            "ratio": statistics.median(shares),
-            "spread": [min(shares), max(shares)],
-        }
+        bench_row(
+            "MFU, tapir bf16",
+            flops / statistics.median(mine) / 1e9,
+            "GFLOP/s",
+            f"bf16 matmul {peak:.0f} GFLOP/s, wanted {WANTED_MFU:g}",
+            shares,
+        )
     )
     return rows
 

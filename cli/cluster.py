@@ -11,7 +11,7 @@ from cluster import kubernetes, local, slurm
 from cluster.chain import (
     CANCELLED,
     CHAIN,
-    Place,
+    Scheduler,
     Submitted,
     read_submitted,
 )
@@ -42,7 +42,7 @@ def submit(arguments: list[str]) -> None:
 
     def run(
         file: PositionalPath,
-        to: Place | None = None,
+        to: Scheduler | None = None,
         dry_run: bool = False,
         wait: bool = False,
         json: bool = False,

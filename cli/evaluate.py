@@ -3,11 +3,8 @@
 from pathlib import Path
 from typing import Annotated
 
-from core.config import check
-from core.files.out_folder import refuse_others_folder
 from core.flags import FLAT, PositionalText, parse, print_json
 from core.log import LOG
-from core.storage.store import open_store
 from generation.config import (
     EvaluateConfig,
     ModelPaths,
@@ -33,16 +30,9 @@ def evaluate(arguments: list[str]) -> None:
             models: where the models lie
             config: settings
         """
-        from generation.evaluation import evaluate as evaluation  # noqa: PLC0415
-        from generation.text_to_image import open_studio  # noqa: PLC0415
-        from parallel.mesh import own_mesh  # noqa: PLC0415
+        from generation.evaluation.evaluate import evaluate_models  # noqa: PLC0415
 
-        check(config.problems())
-        refuse_others_folder(out, "evaluate")
-        out.mkdir(parents=True, exist_ok=True)
-        studio = open_studio(models, config.precision, own_mesh())
-        figures = evaluation.evaluate(studio, data, out, config)
-        print_json({"caption_accuracy": figures})
+        print_json({"caption_accuracy": evaluate_models(models, data, out, config)})
 
     parse(run, arguments, "evaluate")
 
@@ -72,18 +62,10 @@ def score(arguments: list[str]) -> None:
                 a Slurm array, a Kubernetes indexed job, MPI or torchrun says
             config: settings
         """
-        from core.workers import member_of  # noqa: PLC0415
-        from generation.evaluation.score_job import open_job  # noqa: PLC0415
+        from generation.evaluation.score_job import score_models  # noqa: PLC0415
         from generation.evaluation.score_rows import table  # noqa: PLC0415
-        from generation.text_to_image import open_studio  # noqa: PLC0415
-        from parallel.mesh import own_mesh  # noqa: PLC0415
 
-        check(config.problems())
-        refuse_others_folder(out, "score")
-        member = member_of(worker)
-        mesh = own_mesh(member.number)
-        job = open_job(data, models, inception, overlap, config, out, mesh.world.device)
-        scores = job.run(lambda: open_studio(models, config.precision, mesh), member)
+        scores = score_models(models, data, inception, overlap, config, out, worker)
         if scores is not None:
             LOG.info("%s", table(scores))
         print_json(scores or {"finished": False})
@@ -113,21 +95,8 @@ def overlap(arguments: list[str]) -> None:
             out: folder for overlap.json and the examples
             config: settings
         """
-        from data_pipeline.evaluation_sets import open_evaluation  # noqa: PLC0415
-        from data_pipeline.formats.manifest import SPLITS  # noqa: PLC0415
-        from generation.evaluation.overlap import remove_overlap, write_likeness  # noqa: PLC0415
-        from models.clip import Clip  # noqa: PLC0415
-        from parallel.mesh import own_mesh  # noqa: PLC0415
-        from training.export.weights import build_model, open_model  # noqa: PLC0415
+        from generation.evaluation.overlap import find_overlap  # noqa: PLC0415
 
-        check(config.problems())
-        refuse_others_folder(out, "overlap")
-        ranker = open_model(clip, "clip")
-        theirs = open_evaluation(evaluation, SPLITS)
-        place = open_store(dest) if dest else None
-        model = build_model(ranker).to(own_mesh().world.device)
-        assert isinstance(model, Clip)
-        found = remove_overlap(open_store(raw), theirs, place, model, ranker.digest, config)
-        print_json(write_likeness(found, out))
+        print_json(find_overlap(raw, evaluation, dest, clip, out, config))
 
     parse(run, arguments, "overlap")

@@ -2,18 +2,13 @@
 
 import sys
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Annotated
 
 from core.config import check
 from core.errors import EXIT_FAILED
-from core.files.atomic import canonical_json, refuse_folder, write_atomic
 from core.flags import FLAT, PositionalText, parse, print_json
-from core.log import LOG
-from planning.config import ClusterFlags, PlanFlags, settings_of
-from planning.estimate.hardware import hardware_of
-from planning.estimate.layers import count_parameters
-from planning.estimate.search import search
+from planning.config import ClusterFlags, PlanFlags
+from planning.plan import make_plan, write_calibration
 from planning.report import plan_json, published_json, show, show_published
 
 _USUAL = ClusterFlags()
@@ -73,54 +68,21 @@ def plan(arguments: list[str]) -> None:
 def _run(flags: PlanFlags) -> None:
     check(flags.problems())
     if flags.calibrate is not None:
-        _calibrate(flags.calibrate, flags.json)
+        found = write_calibration(flags.calibrate)
     elif flags.published:
-        _published(flags.json)
+        found = published_json()
+        show_published(found)
     else:
         _plan(flags)
-
-
-def _calibrate(path: Path, json: bool) -> None:
-    _refuse_unwritable(path)
-    from planning.calibration.calibrate import calibrate as measure  # noqa: PLC0415 - starts ranks
-
-    constants = measure()
-    write_atomic(path, canonical_json(constants))
-    LOG.info("wrote %s", path)
-    if json:
-        print_json(constants)
-
-
-def _published(json: bool) -> None:
-    shown = published_json()
-    show_published(shown)
-    if json:
-        print_json(shown)
+        return
+    if flags.json:
+        print_json(found)
 
 
 def _plan(flags: PlanFlags) -> None:
-    hardware = flags.cluster.applied(hardware_of(flags.gpu, flags.calibration))
-    check(hardware.problems())
-    if flags.picture is not None:
-        _refuse_unwritable(flags.picture)
-    settings = settings_of(flags.preset, flags.batch)
-    check(settings.fixed_problems())
-    found = search(settings, flags.world or settings.mesh.world, hardware)
-    parameters = count_parameters(settings.model)
-    show(found, parameters, hardware)
-    if flags.picture is not None:
-        from planning.picture import draw  # noqa: PLC0415 - matplotlib takes a second
-
-        draw(found, hardware, flags.picture)
-        LOG.info("wrote %s", flags.picture)
+    made = make_plan(flags)
+    show(made.found, made.parameters, made.hardware)
     if flags.json:
-        print_json(plan_json(found, parameters, hardware))
-    if not found.timed:
+        print_json(plan_json(made.found, made.parameters, made.hardware))
+    if not made.found.timed:
         sys.exit(EXIT_FAILED)
-
-
-def _refuse_unwritable(path: Path) -> None:
-    """Raise OSError if a file cannot be written there, before the work that fills it."""
-    refuse_folder(path)
-    with TemporaryFile(dir=path.parent):
-        pass

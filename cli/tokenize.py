@@ -3,21 +3,9 @@
 from pathlib import Path
 from typing import Annotated
 
-from core.config import check
-from core.files.out_folder import refuse_others_folder
 from core.flags import FLAT, PositionalText, parse
-from core.log import LOG
-from core.memory import keep_freed_memory
-from core.storage.store import open_store
-from core.workers import member_of
 from data_pipeline.config import TokenizeConfig
-from data_pipeline.text.bpe import load_tokenizer
-from data_pipeline.tokenize.encode import Encoders
-from data_pipeline.tokenize.worker import Worker
-from models.code_encoder import CodeReader
-from parallel.device import worker_device
-from parallel.precision import set_numerics
-from training.export.weights import describe, load_dvae
+from workflow.token_job import tokenize_shards
 
 
 def tokenize(arguments: list[str]) -> None:
@@ -44,23 +32,6 @@ def tokenize(arguments: list[str]) -> None:
             again: check finished shards and make damaged ones anew
             config: settings
         """
-        check(config.problems())
-        refuse_others_folder(tokens, "a data set")
-        member = member_of(worker)
-        tokenizer, tokenizer_hash = load_tokenizer(bpe)
-        describe(dvae, "dvae")  # tokens of a dVAE that still trains would fit no prior
-        model, model_hash = load_dvae(dvae)
-        device = worker_device(member.number)
-        if device.type == "cpu":
-            keep_freed_memory()
-        encoders = Encoders(
-            numerics=set_numerics(device, precision=config.precision),
-            codes=CodeReader(model.to(device), config.precision),
-            dvae_hash=model_hash,
-            tokenizer=tokenizer,
-            tokenizer_hash=tokenizer_hash,
-        )
-        job = Worker(open_store(raw), open_store(tokens), encoders, config, member)
-        LOG.info("worker %s made %d shards", member.text, job.run(again))
+        tokenize_shards(raw, tokens, dvae, bpe, worker, again, config)
 
     parse(run, arguments, "tokenize")

@@ -1,10 +1,9 @@
 """The verb train; imports no torch, which only ranks need."""
 
-import difflib
 import importlib
 from collections.abc import Mapping
 
-from core.errors import InputError
+from core.errors import InputError, did_you_mean
 from core.flags import parse_over
 from training.launch import train_stage
 from training.presets import PRESETS
@@ -33,8 +32,7 @@ def train(arguments: list[str]) -> None:
 
 def _choose(what: str, name: str, known: Mapping[str, object]) -> None:
     if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, known)
         raise InputError(f"there is no {what} {name!r}{hint} (known: {', '.join(known)})")
 
 

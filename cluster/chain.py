@@ -11,7 +11,8 @@ from core.errors import CorruptError, InputError
 from core.files.atomic import Json, seal, sha256, unseal, write_atomic
 from core.storage.store import open_store
 
-Place = Literal["local", "slurm", "kubernetes"]
+Scheduler = Literal["local", "slurm", "kubernetes"]
+"""What runs a chain of jobs."""
 CHAIN, LOGS, MARKERS, SCRIPTS = "chain.json", "logs", "markers", "jobs"
 CANCELLED = "cancelled"
 """A file in the chain's folder: nothing of it shall start again."""
@@ -172,7 +173,7 @@ class Submitted:
     """A chain that was sent somewhere."""
 
     chain: Chain
-    to: Place
+    to: Scheduler
     settings: dict[str, object]
     """Those of the place, as the run file has them."""
     ids: dict[str, str]

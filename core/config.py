@@ -1,14 +1,13 @@
 """Config dataclasses <-> JSON, with every problem reported at once."""
 
 import dataclasses
-import difflib
 import re
 import types
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
-from core.errors import ConfigError
+from core.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
 
@@ -34,8 +33,7 @@ def from_json(kind: type[T], value: dict[str, Any]) -> T:
     hints = typing.get_type_hints(kind)
     unknown = [name for name in value if name not in hints]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], hints, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(unknown[0], hints)
         raise ConfigError(f"{kind.__name__} has no field {unknown[0]!r}{hint}")
     fields = {name: _field(hints[name], item) for name, item in value.items()}
     return kind(**fields)
@@ -50,8 +48,7 @@ def wrong_types(kind: type, value: Any, where: str) -> list[str]:
         hint = hints.get(name)
         place = f"{where}.{name}" if where else str(name)
         if hint is None:
-            near = difflib.get_close_matches(str(name), hints, 1)
-            hint_text = f"; did you mean {near[0]!r}?" if near else f" (known: {', '.join(hints)})"
+            hint_text = did_you_mean(name, hints) or f" (known: {', '.join(hints)})"
             found.append(f"{where or 'the file'} knows no {name!r}{hint_text}")
         elif dataclasses.is_dataclass(hint):
             found += wrong_types(typing.cast(type, hint), item, place)

@@ -1,6 +1,8 @@
 """The errors that Tapir raises, and the exit codes that they end in."""
 
+import difflib
 import errno
+from collections.abc import Iterable
 
 EXIT_FAILED = 1
 EXIT_WRONG_INPUT = 2
@@ -69,6 +71,12 @@ class Preempted(TapirError):
 
     exit_code = EXIT_PREEMPTED
     retry = False
+
+
+def did_you_mean(name: object, known: Iterable[object]) -> str:
+    """The end of a message about an unknown name: the nearest known one, if one is near."""
+    nearest = difflib.get_close_matches(str(name), [str(each) for each in known], 1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 
 _WRONG_PATHS = (

@@ -15,8 +15,8 @@ _JOBS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Member:
-    """One worker of a job."""
+class JobWorker:
+    """Which of a data job's workers a process is."""
 
     number: int
     count: int
@@ -27,7 +27,7 @@ class Member:
         return f"{self.number}/{self.count}"
 
 
-def member_of(text: str) -> Member:
+def job_worker_of(text: str) -> JobWorker:
     """Parse i/n; without it, ask the environment; alone if nobody started several.
 
     Raises: InputError for anything else.
@@ -39,10 +39,10 @@ def member_of(text: str) -> Member:
         if number_name in os.environ:
             return _of_job(number_name, count_name, first_name)
     ranks = ranks_of()
-    return Member(number=ranks.rank, count=ranks.size) if ranks else Member(number=0, count=1)
+    return JobWorker(number=ranks.rank, count=ranks.size) if ranks else JobWorker(number=0, count=1)
 
 
-def _of_job(number_name: str, count_name: str, first_name: str) -> Member:
+def _of_job(number_name: str, count_name: str, first_name: str) -> JobWorker:
     count = os.environ.get(count_name, "")
     if not count:
         raise InputError(
@@ -56,8 +56,8 @@ def _of_job(number_name: str, count_name: str, first_name: str) -> Member:
     return _checked(str(number - first), count, where)
 
 
-def _checked(number: str, count: str, where: str) -> Member:
+def _checked(number: str, count: str, where: str) -> JobWorker:
     i, n = as_number(number), as_number(count)
     if i is None or n is None or i >= n:
         raise InputError(f"{where} must be i/n with 0 <= i < n, e.g. 0/4")
-    return Member(number=i, count=n)
+    return JobWorker(number=i, count=n)

@@ -22,7 +22,7 @@ from data_pipeline.text.bpe import encode, load_tokenizer
 from generation.config import ModelPaths, SampleConfig
 from generation.ranking import Ranker, TapirRanker, in_parts, open_ranker, pictures_together
 from generation.sampling.decoder import Decoder
-from generation.sampling.load_prior import load_part
+from generation.sampling.load_prior import load_local_prior
 from generation.sampling.sampler import Drawn, Keys, Prompt, Sampler
 from models.dvae import DVAE
 from parallel.mesh import Mesh
@@ -210,7 +210,7 @@ def open_studio(
     mesh = mesh or Mesh()
     device = mesh.world.device
     set_numerics(device, deterministic=False)  # Inductor would write caches by sorted index_put
-    part, facts = load_part(models.prior, models.step, mesh)
+    part, facts = load_local_prior(models.prior, models.step, mesh)
     dvae, dvae_hash = load_dvae(models.dvae)
     tokenizer, tokenizer_hash = load_tokenizer(models.bpe)
     wrong = [

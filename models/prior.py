@@ -227,13 +227,17 @@ def prior_program(config: PriorConfig, seed: int, tensor: TensorParallel | None 
     return Program(
         layers=prior_layers(config, seed, tensor),
         loss=partial(prior_loss, text_weight=config.text_weight),
-        losses=("loss", "text_loss", "image_loss"),
+        losses=LOSSES,
         compressed=COMPRESSED,
     )
 
 
 COMPRESSED = tuple(f"{name}.weight" for name in ("q", "k", "v", "out", "up", "down"))
 """Endings of the matrices whose gradients PowerSGD compresses (appendix E)."""
+
+
+LOSSES = ("loss", "text_loss", "image_loss")
+"""What `prior_loss` gives, in its order."""
 
 
 def prior_loss(

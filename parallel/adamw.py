@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
-class AdamW(torch.optim.AdamW):
-    """torch's fused AdamW, whose running variance is clipped by value before it is used.
 
-    The clip costs a look at the largest gradient and variance, and more only if the cap could be
-    passed. A parameter's update does not depend on what lies beside it, so that its copies on
-    several ranks stay equal.
-    Source: arXiv 2102.12092, section 3.5: the variance of the 12B prior is clipped to 5.
-    """
+class _CappedAdamW(torch.optim.Optimizer):
+    """What AdamW and AdamW16 share: their options, and what they keep of a parameter."""
+
+    moments: torch.dtype | None = None
+    """Type of the moments; None: the parameter's."""
+    step_on_host = False
+    """Where the step count is: the fused kernel reads it on the device, AdamW16 on the host."""
 
     def __init__(
         self,
@@ -26,8 +27,42 @@ class AdamW(torch.optim.AdamW):
         eps: float,
         most_variance: float = math.inf,
     ) -> None:
-        super().__init__(groups, lr=lr, betas=betas, eps=eps, weight_decay=0.0, fused=True)
         self._most = most_variance
+        self._start(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+
+    def _start(self, groups: list[dict[str, Any]], options: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def first_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """A step count of zero and zero moments, with the strides of their parameter.
+
+        The fused kernel goes through memory, not through indices.
+        """
+        device = torch.device("cpu") if self.step_on_host else parameter.device
+        state = {"step": torch.zeros((), device=device)}
+        for name in MOMENTS:
+            state[name] = torch.zeros_like(parameter, dtype=self.moments)
+        return state
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        """What is kept of a parameter, from its first step on."""
+        state: dict[str, Tensor] = self.state[parameter]
+        if not state:
+            state.update(self.first_state(parameter))
+        return state
+
+
+class AdamW(_CappedAdamW, torch.optim.AdamW):
+    """torch's fused AdamW, whose running variance is clipped by value before it is used.
+
+    The clip costs a look at the largest gradient and variance, and more only if the cap could be
+    passed. A parameter's update does not depend on what lies beside it, so that its copies on
+    several ranks stay equal.
+    Source: arXiv 2102.12092, section 3.5: the variance of the 12B prior is clipped to 5.
+    """
+
+    def _start(self, groups: list[dict[str, Any]], options: dict[str, Any]) -> None:
+        torch.optim.AdamW.__init__(self, groups, **options, fused=True)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -46,7 +81,7 @@ class AdamW(torch.optim.AdamW):
         if not parameters:
             return []
         gradients = [p.grad.float() for p in parameters]
-        squares = [self._variance(p) for p in parameters]
+        squares = [self._state_of(p)["exp_avg_sq"] for p in parameters]
         keep = self.param_groups[0]["betas"][1]
         most, highest = (
             float(torch.stack(torch._foreach_norm(tensors, math.inf)).amax())
@@ -60,17 +95,8 @@ class AdamW(torch.optim.AdamW):
             square.copy_(torch.where(too_high, (self._most - added) / keep, square))
         return squares
 
-    def _variance(self, parameter: Tensor) -> Tensor:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros_like(parameter)
-        found: Tensor = state["exp_avg_sq"]
-        return found
 
-
-class AdamW16(torch.optim.Optimizer):
+class AdamW16(_CappedAdamW):
     """AdamW with both moments in bf16: 4 bytes a parameter instead of 8.
 
     bf16 keeps fp32's range, so nothing is flushed, and 8 bits of precision: a moment follows its
@@ -78,17 +104,11 @@ class AdamW16(torch.optim.Optimizer):
     Source: arXiv 2102.12092, appendix D, which uses two 16-bit formats of its own (1-6-9, 0-6-10).
     """
 
-    def __init__(
-        self,
-        groups: list[dict[str, Any]],
-        *,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        most_variance: float = math.inf,
-    ) -> None:
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self._most = most_variance
+    moments = torch.bfloat16
+    step_on_host = True
+
+    def _start(self, groups: list[dict[str, Any]], options: dict[str, Any]) -> None:
+        torch.optim.Optimizer.__init__(self, groups, options)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -100,7 +120,7 @@ class AdamW16(torch.optim.Optimizer):
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         first, second = group["betas"]
-        states = [self._state(p) for p in parameters]
+        states = [self._state_of(p) for p in parameters]
         gradients = [p.grad.float() for p in parameters if p.grad is not None]
         means = [state["exp_avg"].float() for state in states]
         squares = [state["exp_avg_sq"].float() for state in states]
@@ -119,11 +139,3 @@ class AdamW16(torch.optim.Optimizer):
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         sizes = [-group["lr"] / (1 - first**step) for step in steps]
         torch._foreach_addcdiv_(parameters, means, squares, sizes)
-
-    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), device="cpu")  # read on the host at every step
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16)
-        return state

@@ -1,6 +1,23 @@
 """Cut a list of layers into stages of about equal cost."""
 
 from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+
+class Costed(Protocol):
+    """What is cut: a layer, or what stands for one."""
+
+    @property
+    def cost(self) -> int: ...
+
+
+C = TypeVar("C", bound=Costed)
+
+
+def stage_layers(layers: Sequence[C], stage: int, stages: int) -> Sequence[C]:
+    """The layers that one pipeline stage holds."""
+    starts = balanced_starts([layer.cost for layer in layers], stages)
+    return layers[starts[stage] : starts[stage + 1]]
 
 
 def balanced_starts(costs: Sequence[int], stages: int) -> list[int]:

@@ -1,12 +1,13 @@
 """The grid of ranks and its process groups, passed as values.
 
-Rank = (stage * data + replica) * tensor + shard: tensor ranks are neighbours, stages are furthest
+rank = (stage * data + replica) * tensor + shard: tensor ranks are neighbours, stages are furthest
 apart. megatron-core builds the groups; they are checked against this formula, and the pipeline
-engine checks DeepSpeed's topology against it.
+engine checks DeepSpeed's topology against it. Planning and rehearsal take it from here.
 """
 
 import importlib
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from parallel.tensor.ops import TensorParallel
 from parallel.world import World
 
 AXES = ("pipeline", "data", "tensor")
-"""Imported only by meshes that need it: it takes seconds."""
+"""Axes of the grid of ranks, the slowest first."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,32 @@ def own_mesh(number: int = 0) -> Mesh:
     return Mesh(world=World(device=worker_device(number)))
 
 
+class RankCoordinates(NamedTuple):
+    """Where a rank stands in the grid, in the order of AXES."""
+
+    stage: int = 0
+    replica: int = 0
+    shard: int = 0
+    """Its rank in the tensor group."""
+
+
+def rank_at(config: MeshConfig, at: RankCoordinates) -> int:
+    """The global rank at some coordinates."""
+    return (at.stage * config.data + at.replica) * config.tensor + at.shard
+
+
+def coordinates_of(config: MeshConfig, rank: int) -> RankCoordinates:
+    """The coordinates of a global rank."""
+    rest, shard = divmod(rank, config.tensor)
+    stage, replica = divmod(rest, config.data)
+    return RankCoordinates(stage=stage, replica=replica, shard=shard)
+
+
 def axis_ranks(config: MeshConfig, axis: str) -> list[list[int]]:
     """The groups of ranks along one axis of the grid, in order."""
-    grid = np.arange(config.world).reshape(config.pipeline, config.data, config.tensor)
+    sizes = [getattr(config, name) for name in AXES]
+    ranks = [rank_at(config, RankCoordinates(*at)) for at in np.ndindex(*sizes)]
+    grid = np.reshape(ranks, sizes)
     moved = np.moveaxis(grid, AXES.index(axis), -1)
     return [[int(rank) for rank in row] for row in moved.reshape(-1, moved.shape[-1])]
 
@@ -85,7 +109,7 @@ def build_mesh(config: MeshConfig, world: World) -> Mesh:
     if config.data == world.size:
         groups["data"] = Group(world.group, world.rank, world.size)
     else:
-        megatron = importlib.import_module(MEGATRON)
+        megatron = importlib.import_module(MEGATRON)  # takes seconds
         built = megatron.megatron_groups(config.tensor, config.pipeline)
         groups = {axis: _checked(config, axis, built[axis], world.rank) for axis in AXES}
         shared = megatron.MegatronTensorParallel() if config.tensor > 1 else shared

@@ -9,7 +9,7 @@ import torch
 
 from core.heartbeat import Heart
 from core.storage.store import FolderStore
-from core.workers import Member
+from core.workers import JobWorker
 from data_pipeline.config import LoaderConfig, OrderConfig, PackConfig, TokenizeConfig
 from data_pipeline.packing.pack import pack
 from data_pipeline.text.bpe import load_tokenizer
@@ -110,4 +110,4 @@ class Chain:
             tokenizer_hash=tokenizer_digest,
         )
         raw, tokens = FolderStore(self.folder / "raw"), FolderStore(self.folder / place)
-        return Worker(raw, tokens, encoders, config, Member(number=0, count=1)).run()
+        return Worker(raw, tokens, encoders, config, JobWorker(number=0, count=1)).run()

@@ -24,9 +24,9 @@ from parallel.precision import engine_numerics
 from training.config import StageConfig
 from training.ema import Average
 from training.export.weights import model_is_whole, save_model
+from training.profiling.accounts import Waits
 from training.profiling.categories import CHECKPOINT, COMPUTE, DATA_WAIT, VALIDATION
 from training.profiling.profile import Profile, timed
-from training.profiling.waits import Waits
 from training.recovery.rewind import Recovery, checkpoints_of_capsules
 from training.run.alarms import Alarms
 from training.run.checkpoints import Checkpoints
@@ -116,7 +116,7 @@ class Run:
                 ):
                     self.save()
                 if left and self.control.stopping:
-                    self.checkpoints.finish()
+                    self.checkpoints.saver.wait()
                     raise Preempted(f"stopped after step {self.step} with a checkpoint saved")
         if self.step >= loop.steps:
             self._finish()
@@ -159,7 +159,7 @@ class Run:
             "task": self.task.facts(),
             "numerics": to_json(self.numerics),
         }
-        self.checkpoints.settle()
+        self.checkpoints.saver.settle()
         self._note_failure()
         self.alarms.disk(self.checkpoints.store, self.step)
         if self.world.rank == 0:
@@ -293,7 +293,7 @@ class Run:
 
     def _rewind(self) -> None:
         """Go back to the newest checkpoint and pass over the data of the skipped updates."""
-        self.checkpoints.settle()
+        self.checkpoints.saver.settle()
         reader = self.checkpoints.newest()
         reached = self.step
         if reader is None:
@@ -311,7 +311,7 @@ class Run:
         for pause in (*_PAUSES, None):
             self.save()
             try:
-                self.checkpoints.finish()
+                self.checkpoints.saver.wait()
                 return
             except StoreError as error:
                 if pause is None:

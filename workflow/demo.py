@@ -56,7 +56,7 @@ CAPTION_DROP = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class DemoStage:
     """One step of the demo: commands that run side by side."""
 
     name: str
@@ -116,7 +116,7 @@ def fitted(config: DemoConfig, gpus: int) -> DemoConfig:
     return replace(config, mesh="1")
 
 
-def demo_stages(config: DemoConfig) -> list[Stage]:
+def demo_stages(config: DemoConfig) -> list[DemoStage]:
     """The demo as commands that a user could type: those of its run file."""
     chain = chain_of(demo_run(config), "local")
     stages = [_stage(chain, job) for job in chain.jobs if job.name in STAGES]
@@ -128,10 +128,10 @@ def demo_stages(config: DemoConfig) -> list[Stage]:
     return stages
 
 
-def _stage(chain: Chain, job: Job) -> Stage:
+def _stage(chain: Chain, job: Job) -> DemoStage:
     here = len(chain.tapir())
     found = [command[here:] for command in commands(chain, job, LocalConfig())]
-    return Stage(name=FOLDERS.get(job.name, job.name), commands=found)
+    return DemoStage(name=FOLDERS.get(job.name, job.name), commands=found)
 
 
 def demo_run(config: DemoConfig, resharded: bool = False) -> RunFile:
@@ -202,7 +202,7 @@ def _sizes(config: DemoConfig) -> dict[str, dict[str, Value]]:
     }
 
 
-def _run(stage: Stage, folder: Path, server: ObjectServer) -> None:
+def _run(stage: DemoStage, folder: Path, server: ObjectServer) -> None:
     began = time.monotonic()
     log = folder / stage.name / "log.txt"
     LOG.info("stage %s: tapir %s", stage.name, " ".join(stage.commands[0]))
@@ -223,7 +223,7 @@ def _run(stage: Stage, folder: Path, server: ObjectServer) -> None:
     LOG.info("stage %s took %.0f s", stage.name, time.monotonic() - began)
 
 
-def _wait(stage: Stage, running: list[Any], log: Path) -> None:
+def _wait(stage: DemoStage, running: list[Any], log: Path) -> None:
     """Wait for all commands, and show what they log."""
     shown = log.stat().st_size if log.exists() else 0
     waiting = True

@@ -18,7 +18,7 @@ from typing import Any
 from cluster.doctor.compare import compare
 from cluster.doctor.config import DoctorConfig
 from cluster.doctor.finding import Finding, bad, placed
-from cluster.doctor.meeting import Lost, Place, meet, missing_row, place_of
+from cluster.doctor.meeting import Lost, Rendezvous, meet, missing_row, rendezvous_of
 from cluster.doctor.node import node_findings
 from cluster.launcher import launch
 from core.config import from_json, to_json
@@ -47,13 +47,13 @@ class Visit:
 
     def run(self) -> list[Finding]:
         """Look, meet, compare and burn in; returns what was delivered, nothing elsewhere."""
-        place = place_of() if self._size > 1 else None
+        rendezvous = rendezvous_of() if self._size > 1 else None
         self._rows = node_findings(self._config, own_rank())
         try:
             together = True
-            if place is not None:
-                together = self._meet(place)
-            unmet = place is None and self._size > 1
+            if rendezvous is not None:
+                together = self._meet(rendezvous)
+            unmet = rendezvous is None and self._size > 1
             if together and (unmet or not self._config.quick):
                 self._join(unmet)
         except Lost as lost:
@@ -64,14 +64,14 @@ class Visit:
         self._deliver(self._rows)
         return self._rows
 
-    def _meet(self, place: Place) -> bool:
+    def _meet(self, rendezvous: Rendezvous) -> bool:
         """Compare with the ranks that come to the rendezvous; says whether all did."""
         wait = self._config.wait
-        with meet(place, wait) as meeting:
-            self._rows = compare(place.rank, self._rows, self._config.out, meeting.gather)
-            missing = meeting.missing if place.rank == 0 else []
+        with meet(rendezvous, wait) as meeting:
+            self._rows = compare(rendezvous.rank, self._rows, self._config.out, meeting.gather)
+            missing = meeting.missing if rendezvous.rank == 0 else []
             if missing:
-                self._rows += placed([missing_row(place, missing, wait)], 0)
+                self._rows += placed([missing_row(rendezvous, missing, wait)], 0)
             return meeting.gather("" if missing else _GO)[0] == _GO
 
     def _join(self, unmet: bool) -> None:

@@ -15,7 +15,6 @@ stages:
 slurm: {partition: main}
 """
 
-import difflib
 import re
 import runpy
 from dataclasses import dataclass, field, fields
@@ -24,12 +23,12 @@ from typing import Any
 
 import yaml
 
-from cluster.chain import Place, Resources
+from cluster.chain import Resources, Scheduler
 from cluster.kubernetes import KubernetesConfig
 from cluster.local import LocalConfig
 from cluster.slurm import SlurmConfig
 from core.config import check, folder_problems, from_json, place_problems, wrong_types
-from core.errors import ConfigError, InputError
+from core.errors import ConfigError, InputError, did_you_mean
 from training.presets import PRESETS
 
 STAGES = ("pack", "bpe", "dvae", "tokenize", "prior", "clip", "score", "evaluate")
@@ -75,7 +74,7 @@ class RunFile:
     """Folder of everything but the data; on a cluster all nodes must see it."""
     store: str = ""
     """Where raw pairs and tokens lie: s3://bucket/prefix or a folder; by default `data` in out."""
-    to: Place = "local"
+    to: Scheduler = "local"
     """Where it is sent, unless --to says otherwise."""
     python: str = ""
     """Interpreter on the nodes; by default the one that submits, in containers python3."""
@@ -208,11 +207,10 @@ def _stage(name: str, body: Any) -> StageSpec:
 def _refuse_unknown(where: str, body: dict[str, Any], known: Any) -> None:
     for name in body:
         if name not in known:
-            near = difflib.get_close_matches(str(name), list(known), 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f" (known: {', '.join(known)})"
+            hint = did_you_mean(name, known) or f" (known: {', '.join(known)})"
             raise ConfigError(f"{where} knows no {name!r}{hint}")
 
 
-def settings_of(run: RunFile, to: Place) -> dict[str, Any]:
+def settings_of(run: RunFile, to: Scheduler) -> dict[str, Any]:
     """The run file's part about the place where it is sent."""
     return dict(vars(getattr(run, to)))

@@ -12,7 +12,7 @@ import traceback
 
 import torch
 
-from bench.gpu.report import Report
+from bench.gpu.report import GpuReport
 from parallel.precision import set_numerics
 
 
@@ -21,7 +21,7 @@ def main(device: str, size: str, *sections: str) -> None:
     if device == "cpu":
         torch.set_num_threads(1)  # a dry run; its times mean nothing, and others work beside it
     torch._dynamo.config.recompile_limit = 64  # more shapes than a run has
-    report = Report(torch.device(device), size == "tiny", os.fdopen(os.dup(1), "w"))
+    report = GpuReport(torch.device(device), size == "tiny", os.fdopen(os.dup(1), "w"))
     os.dup2(2, 1)  # what libraries print is not a row
     if report.device.type == "cuda":
         torch.cuda.set_device(0)

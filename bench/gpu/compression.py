@@ -5,11 +5,11 @@ from functools import partial
 
 import torch
 
-from bench.gpu.report import Report, Wanted, at_least, rates, seconds
+from bench.gpu.report import GpuReport, Wanted, at_least, rates, seconds
 from parallel.compress.powersgd import _orthonormal
 
 
-def compression(report: Report) -> None:
+def compression(report: GpuReport) -> None:
     """One matrix of each shape of a resblock pair at the paper's rank."""
     device = report.device
     dim, rank = (64, 14) if report.tiny else (3968, 896)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.gpu.report import Report, Wanted, at_least, rates, relative, seconds
+from bench.gpu.report import GpuReport, Wanted, at_least, rates, relative, seconds
 from models.attention import band_of, banded_attention
 from models.flex_attention import flexible_attention
 from models.masks import Kind, full_mask
@@ -20,7 +20,7 @@ COPIES = {"H200": 4300.0}
 """GB/s that a copy must reach, by what is in the card's name; others: 3000."""
 
 
-def ceilings(report: Report) -> None:
+def ceilings(report: GpuReport) -> None:
     """A large matmul and a large copy, on random numbers."""
     device, tiny = report.device, report.tiny
     side = 256 if tiny else 8192
@@ -53,7 +53,7 @@ def _card(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
-def copy_rates(report: Report) -> tuple[float, list[float]]:
+def copy_rates(report: GpuReport) -> tuple[float, list[float]]:
     """Bytes a second of a copy that no cache holds, each read and written."""
     x = torch.randn(2**18 if report.tiny else 2**29, device=report.device)
     y = torch.empty_like(x)
@@ -71,7 +71,7 @@ def attention_of(device: torch.device) -> Callable[..., Tensor]:
     return banded
 
 
-def attention_equals_dense(report: Report) -> None:
+def attention_equals_dense(report: GpuReport) -> None:
     """Outputs and gradients of each mask against a dense one in float64 on the CPU."""
     text, grid = (8, 8) if report.tiny else (256, 32)
     ours = attention_of(report.device)
@@ -101,7 +101,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, kind: Kind, text: int, grid: int) ->
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def attention(report: Report) -> None:
+def attention(report: GpuReport) -> None:
     """Forward and backward at the 12B prior's sizes: ours, the dense mask, causal flash."""
     text, grid, batch, heads = (8, 8, 1, 2) if report.tiny else (256, 32, 4, 62)
     length, device = text + grid * grid, report.device

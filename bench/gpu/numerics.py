@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu.report import Report, Wanted
+from bench.gpu.report import GpuReport, Wanted
 from bench.parity import BOUND, MODEL, OPTIM, batch_of
 from checkpoint.format import KINDS
 from checkpoint.reader import CheckpointReader
@@ -50,7 +50,7 @@ def largest_difference(ours: Sequence[StepResult], exact: Sequence[StepResult]) 
     return max(abs(a - b) / abs(b) for a, b in pairs)
 
 
-def steps(report: Report) -> None:
+def steps(report: GpuReport) -> None:
     """Losses and norms of some steps in each precision, with clipping and AdamW."""
     for precision, bound in BOUND.items():
         exact = train(engine_on(CPU, precision), CPU, range(STEPS))
@@ -122,7 +122,7 @@ def moved(source: torch.device, target: torch.device, background: bool) -> dict[
     }
 
 
-def checkpoints(report: Report) -> None:
+def checkpoints(report: GpuReport) -> None:
     """From the CPU to the device, back, and from the device to itself."""
     device = report.device
     ways = {"CPU to GPU": (CPU, device), "GPU to CPU": (device, CPU), "GPU": (device, device)}

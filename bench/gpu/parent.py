@@ -8,13 +8,12 @@ import threading
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
 
 from bench.gpu.report import failed_row
 from bench.gpu.sections import SECTIONS
 from bench.support.children import child_environment, module_command
+from bench.support.rows import Row, bench_row
 
-Row = dict[str, Any]
 BUDGET = 420.0
 """Seconds of all sections together."""
 
@@ -89,13 +88,6 @@ def _limit(section: str, device: str) -> float:
 
 def _took(section: str, seconds: float, device: str) -> Row:
     limit = _limit(section, device)
-    row = failed_row(section, "the section took", f"limit {limit:g} s")
-    ratio = limit / max(seconds, 1e-9)
-    return {
-        **row,
-        "value": seconds,
-        "unit": "s",
-        "ratio": ratio,
-        "spread": [ratio, ratio],
-        "passed": None,
-    }
+    name, text = "the section took", f"limit {limit:g} s"
+    row = bench_row(name, seconds, "s", text, [limit / max(seconds, 1e-9)])
+    return {**failed_row(section, name, text), **row, "passed": None}

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 
-from bench.gpu.report import Report, Wanted, at_least, rates, seconds, wall_seconds
+from bench.gpu.report import GpuReport, Wanted, at_least, rates, seconds, wall_seconds
 from data_pipeline.config import TokenizeConfig
 from data_pipeline.formats.raw import RawRecord, RawRecords
 from data_pipeline.tokenize.encode import Encoders, encode_pairs
@@ -29,7 +29,7 @@ FLOPS = 0.29e12
 """Of a 256x256 picture."""
 
 
-def pictures(report: Report) -> None:
+def pictures(report: GpuReport) -> None:
     """Agreement on some pictures, then speed with pictures on the device and from JPEGs."""
     device, tiny = report.device, report.tiny
     model = DVAE(DVAEConfig(codebook=64) if tiny else dvae_paper().model).eval()

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+from bench.support.rows import Row, bench_row
 from parallel.device import wait_for
 
 ALONE = "none: others are compared with it"
@@ -51,7 +52,7 @@ def at_least(value: float) -> Wanted:
     return Wanted(least=value, speed=True)
 
 
-class Report:
+class GpuReport:
     """Where the sections put their rows; each is written at once."""
 
     def __init__(self, device: torch.device, tiny: bool, output: TextIO) -> None:
@@ -92,15 +93,11 @@ class Report:
             passed = wanted.reached(value)
         text = f"wanted {wanted.text}" if wanted else ""
         ratios = [wanted.ratio(one) if wanted else 1.0 for one in (value, *spread)]
+        beside = ", ".join(part for part in (baseline, text) if part) or ALONE
         self._write(
             {
                 "section": self._section,
-                "name": name,
-                "value": value,
-                "unit": unit,
-                "baseline": ", ".join(part for part in (baseline, text) if part) or ALONE,
-                "ratio": ratios[0],
-                "spread": [min(ratios[1:] or ratios), max(ratios[1:] or ratios)],
+                **bench_row(name, value, unit, beside, ratios[1:] or ratios, ratio=ratios[0]),
                 "wanted": wanted.text if wanted else "",
                 "passed": passed,
                 **more,
@@ -115,20 +112,15 @@ class Report:
         """Something that went wrong in place of a figure."""
         self._write(failed_row(self._section, name, why))
 
-    def _write(self, row: dict[str, Any]) -> None:
+    def _write(self, row: Row) -> None:
         print(json.dumps(row), file=self._output, flush=True)
 
 
-def failed_row(section: str, name: str, why: str) -> dict[str, Any]:
+def failed_row(section: str, name: str, why: str) -> Row:
     """A row of what went wrong."""
     return {
         "section": section,
-        "name": name,
-        "value": 0.0,
-        "unit": "",
-        "baseline": why,
-        "ratio": 0.0,
-        "spread": [0.0, 0.0],
+        **bench_row(name, 0.0, "", why, [0.0]),
         "wanted": "",
         "passed": False,
     }

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from bench.gpu.kernels import copy_rates
-from bench.gpu.report import Report, Wanted, at_least, rates, wall_seconds
+from bench.gpu.report import GpuReport, Wanted, at_least, rates, wall_seconds
 from bench.gpu.training import LARGE, TINY, drawn_on
 from generation.config import SampleConfig
-from generation.sampling.decoder import Decoder, Part
+from generation.sampling.decoder import Decoder, LocalPrior
 from generation.sampling.sampler import Keys, Sampler
 from models.config import PriorConfig
 from models.prior import build_prior
@@ -24,7 +24,7 @@ CLOSE = 1e-4
 """Largest difference of a logit."""
 
 
-def decoding(report: Report) -> None:
+def decoding(report: GpuReport) -> None:
     """Logits of every position with caches on the device, against one pass on the CPU."""
     worst = largest_difference(report.device)
     report.row("logits differ from those without a cache", worst, "", Wanted(most=CLOSE))
@@ -38,7 +38,7 @@ def largest_difference(device: torch.device) -> float:
     image = torch.randint(0, SMALL.image_vocabulary, (2, SMALL.image_length), generator=draws)
     layers = build_prior(SMALL)
     exact = _whole(layers, {"text": text, "image": image})
-    decoder = Decoder(Part(layers=dict(layers.to(device).items()), config=SMALL))
+    decoder = Decoder(LocalPrior(layers=dict(layers.to(device).items()), config=SMALL))
     lane = decoder.start(text.to(device), image[:, :FIRST].to(device), 1)
     worst = 0.0
     for at in range(FIRST, SMALL.image_length):
@@ -56,17 +56,17 @@ def _whole(layers: nn.ModuleDict, batch: dict[str, Tensor]) -> Tensor:
     return state.image  # type: ignore[attr-defined, no-any-return]
 
 
-def _graphs(report: Report) -> None:
+def _graphs(report: GpuReport) -> None:
     skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
     report.row("CUDA graphs that were skipped", skipped, "", Wanted(most=0))
 
 
-def sampling(report: Report) -> None:
+def sampling(report: GpuReport) -> None:
     """A token of a slice of the 1.3B prior, and whole pictures with the noise that they draw."""
     config = SMALL if report.tiny else replace(LARGE, layers=6)
     with drawn_on(report.device):
         layers = build_prior(config).eval()
-    decoder = Decoder(Part(layers=dict(layers.items()), config=config), "bf16")
+    decoder = Decoder(LocalPrior(layers=dict(layers.items()), config=config), "bf16")
     bandwidth, _ = copy_rates(report)
     for batch in (1, 64):
         _token(report, decoder, config, batch, bandwidth)
@@ -75,7 +75,7 @@ def sampling(report: Report) -> None:
 
 
 def _token(
-    report: Report, decoder: Decoder, config: PriorConfig, batch: int, bandwidth: float
+    report: GpuReport, decoder: Decoder, config: PriorConfig, batch: int, bandwidth: float
 ) -> None:
     device = report.device
     text = torch.zeros(1, config.text_length, dtype=torch.int64, device=device)
@@ -94,7 +94,7 @@ def _token(
     )
 
 
-def _pictures(report: Report, decoder: Decoder, config: PriorConfig, batch: int) -> None:
+def _pictures(report: GpuReport, decoder: Decoder, config: PriorConfig, batch: int) -> None:
     text = torch.zeros(1, config.text_length, dtype=torch.int64)
     keys: Keys = [[("bench", i) for i in range(batch)]]
     settings = SampleConfig(batch=batch, precision="bf16")

@@ -9,7 +9,7 @@ from torch import nn
 
 import models.prior
 from bench.gpu.peers import PEERS
-from bench.gpu.report import Report, Wanted, at_least, rates, seconds
+from bench.gpu.report import GpuReport, Wanted, at_least, rates, seconds
 from bench.support.resblock import matmuls
 from models.config import PriorConfig
 from models.counts import prior_flops, prior_parameters
@@ -17,14 +17,13 @@ from models.prior import PriorBlock, prior_program
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, OptimConfig
 from parallel.engines.protocol import EngineSettings
 from parallel.engines.reference import ReferenceEngine
-from parallel.mesh import Mesh
+from parallel.mesh import Mesh, RankCoordinates
 from parallel.precision import set_numerics
 from parallel.tensor.ops import TensorParallel
 from parallel.world import World
 from planning.estimate.hardware import hardware_of
 from planning.estimate.memory import loads_of, rank_bytes
 from planning.estimate.step_time import estimate
-from planning.estimate.zero_layout import Place
 from planning.rehearsal.patches import replaced
 from training.config import LoopConfig, PriorTrain
 
@@ -61,12 +60,12 @@ def _draw(module: nn.Module, *_: object) -> None:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
-def prior_of(report: Report) -> tuple[PriorConfig, int]:
+def prior_of(report: GpuReport) -> tuple[PriorConfig, int]:
     """The prior of the training section, and its batch."""
     return (TINY, 2) if report.tiny else (LARGE, 8)
 
 
-def resblocks(report: Report) -> None:
+def resblocks(report: GpuReport) -> None:
     """A resblock pair of each mask in bf16 against its own matmuls alone."""
     dim = 128 if report.tiny else 3968
     config = PriorConfig(
@@ -116,7 +115,7 @@ def _block(
     return work
 
 
-def training(report: Report) -> None:
+def training(report: GpuReport) -> None:
     """Steps of the reference engine in bf16: rate, peak memory and time beside plan's; peers."""
     config, batch = prior_of(report)
     device = report.device
@@ -145,7 +144,7 @@ def training(report: Report) -> None:
     plan = estimate(settings, hardware_of("h100")).seconds
     step = statistics.median(spent)
     report.row(f"{name}: a step", step, "s", baseline=f"plan for an H100 {plan:.4g}")
-    planned = sum(rank_bytes(loads_of(settings, Place())).values())
+    planned = sum(rank_bytes(loads_of(settings, RankCoordinates())).values())
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
         beside = f"peak {peak / 1e9:.2f} GB, plan {planned / 1e9:.2f}"
@@ -178,7 +177,7 @@ def _engine_seconds(settings: PriorTrain, device: torch.device) -> list[float]:
     return found
 
 
-def _peers(report: Report, config: PriorConfig, batch: int, ours: float) -> None:
+def _peers(report: GpuReport, config: PriorConfig, batch: int, ours: float) -> None:
     """The peers run as they come: without the flags that make our steps repeat."""
     set_numerics(report.device, deterministic=False)
     for name, build in PEERS.items():

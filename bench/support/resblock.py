@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.support.rows import bench_row
 from bench.support.sizes import sized
 from core.memory import keep_freed_memory
 from models.config import PriorConfig
@@ -44,14 +45,13 @@ def rows() -> list[dict[str, Any]]:
     ratios = [a / b for a, b in zip(seconds["matmuls"], seconds["block"], strict=True)]
     alone = flops / statistics.median(seconds["matmuls"]) / 1e9
     return [
-        {
-            "name": "paper-size resblock pair, bf16",
-            "value": flops / statistics.median(seconds["block"]) / 1e9,
-            "unit": "GFLOP/s",
-            "baseline": f"its own matmuls alone: {alone:.0f}, wanted {WANTED:g}",
-            "ratio": statistics.median(ratios),
-            "spread": [min(ratios), max(ratios)],
-        }
+        bench_row(
+            "paper-size resblock pair, bf16",
+            flops / statistics.median(seconds["block"]) / 1e9,
+            "GFLOP/s",
+            f"its own matmuls alone: {alone:.0f}, wanted {WANTED:g}",
+            ratios,
+        )
     ]
 
 

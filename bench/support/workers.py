@@ -7,7 +7,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 
-class Worker:
+class TurnWorker:
     """A contender: what it does to threads and allocator concerns it alone."""
 
     def __init__(self, make: Callable[[], Callable[[], Any]]) -> None:

@@ -38,8 +38,8 @@ class Lost(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where the ranks meet, and who this one is."""
+class Rendezvous:
+    """What a rank needs to meet the others: its rank, the world size, rank 0's address and port."""
 
     rank: int
     size: int
@@ -51,8 +51,8 @@ class Place:
         return f"{self.address}:{self.port}"
 
 
-def place_of(environment: Mapping[str, str] = os.environ) -> Place | None:
-    """The place that the environment names, if its port is free for rank 0 to listen at.
+def rendezvous_of(environment: Mapping[str, str] = os.environ) -> Rendezvous | None:
+    """The rendezvous that the environment names, if its port is free for rank 0 to listen at.
 
     torchrun's agent holds the port itself; srun's and mpirun's ranks agree on one later.
     """
@@ -62,14 +62,14 @@ def place_of(environment: Mapping[str, str] = os.environ) -> Place | None:
     rank, size, port = (as_number(values[i]) for i in (0, 1, 3))
     if agent or not values[2] or rank is None or size is None or port is None:
         return None
-    return Place(rank=rank, size=size, address=values[2], port=port)
+    return Rendezvous(rank=rank, size=size, address=values[2], port=port)
 
 
 @dataclass(kw_only=True)
-class Meeting:
-    """The ranks that came."""
+class RankLinks:
+    """One rank's connections to the ranks that it met."""
 
-    place: Place
+    rendezvous: Rendezvous
     wait: float
     links: dict[int, "_Link"] = field(default_factory=dict)
     """On rank 0 one to each rank that came; elsewhere the one to rank 0."""
@@ -77,13 +77,13 @@ class Meeting:
     @property
     def missing(self) -> list[int]:
         """Ranks that did not come, or fell silent; known to rank 0 alone."""
-        return [rank for rank in range(1, self.place.size) if rank not in self.links]
+        return [rank for rank in range(1, self.rendezvous.size) if rank not in self.links]
 
     def gather(self, text: str) -> list[str]:
         """A `Gather` over those that came."""
-        if self.place.rank:
+        if self.rendezvous.rank:
             return [self._ask_first(text)]
-        found = [text] + [""] * (self.place.size - 1)
+        found = [text] + [""] * (self.rendezvous.size - 1)
         for rank, link in list(self.links.items()):
             try:
                 found[rank] = link.receive()
@@ -101,33 +101,35 @@ class Meeting:
             self.links[0].send(text)
             return self.links[0].receive()
         except OSError as error:
-            raise Lost(_silent(self.place, error)) from error
+            raise Lost(_silent(self.rendezvous, error)) from error
 
 
 @contextmanager
-def meet(place: Place, wait: float) -> Iterator[Meeting]:
+def meet(rendezvous: Rendezvous, wait: float) -> Iterator[RankLinks]:
     """Meet the other ranks, for at most `wait` seconds.
 
     Raises: Lost if this rank cannot listen, or does not reach rank 0.
     """
     with ExitStack() as stack:
-        meeting = Meeting(place=place, wait=wait)
-        if place.rank:
+        meeting = RankLinks(rendezvous=rendezvous, wait=wait)
+        if rendezvous.rank:
             meeting.links[0] = _greet(
-                place, stack.enter_context(closing(_reach(place, wait))), wait
+                rendezvous, stack.enter_context(closing(_reach(rendezvous, wait))), wait
             )
         else:
-            _await_all(stack.enter_context(closing(_listen(place))), meeting, stack)
+            _await_all(stack.enter_context(closing(_listen(rendezvous))), meeting, stack)
         yield meeting
 
 
-def missing_row(place: Place, missing: list[int], wait: float) -> Finding:
+def missing_row(rendezvous: Rendezvous, missing: list[int], wait: float) -> Finding:
     """What rank 0 says of ranks that did not come."""
     shown = ", ".join(map(str, missing[:16])) + (", ..." if len(missing) > 16 else "")
-    found = f"of {place.size} ranks, {shown} did not come to {place.text} within {wait:g} s"
+    found = (
+        f"of {rendezvous.size} ranks, {shown} did not come to {rendezvous.text} within {wait:g} s"
+    )
     fix = (
-        f"open TCP port {place.port} between the machines (firewall, network policy), or see why "
-        "those ranks did not start; each prints what it saw itself"
+        f"open TCP port {rendezvous.port} between the machines (firewall, network policy), or see "
+        "why those ranks did not start; each prints what it saw itself"
     )
     return bad(_CHECK, found, fix)
 
@@ -154,24 +156,24 @@ class _Link:
             raise ConnectionAbortedError(errno.EPROTO, "the other side is no doctor") from error
 
 
-def _listen(place: Place) -> socket.socket:
+def _listen(rendezvous: Rendezvous) -> socket.socket:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    files = _OWN_FILES + place.size
+    files = _OWN_FILES + rendezvous.size
     if soft < files <= hard:  # one connection a rank, as torch's store will have
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
     try:
         both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
-        where, backlog = ("", place.port), max(128, place.size)
+        where, backlog = ("", rendezvous.port), max(128, rendezvous.size)
         return socket.create_server(where, family=family, backlog=backlog, dualstack_ipv6=both)
     except OSError as error:
-        found = f"rank 0 cannot listen at port {place.port}: {error.strerror}"
-        holder = f"ss -ltnp sport = :{place.port}"
+        found = f"rank 0 cannot listen at port {rendezvous.port}: {error.strerror}"
+        holder = f"ss -ltnp sport = :{rendezvous.port}"
         fix = f"end what holds the port ({holder}), or choose another MASTER_PORT"
         raise Lost(bad(_CHECK, found, fix)) from error
 
 
-def _await_all(listener: socket.socket, meeting: Meeting, stack: ExitStack) -> None:
+def _await_all(listener: socket.socket, meeting: RankLinks, stack: ExitStack) -> None:
     until = time.monotonic() + meeting.wait
     while meeting.missing and (left := until - time.monotonic()) > 0:
         listener.settimeout(left)
@@ -184,50 +186,51 @@ def _await_all(listener: socket.socket, meeting: Meeting, stack: ExitStack) -> N
                 meeting.links[int(rank)] = link
 
 
-def _reach(place: Place, wait: float) -> socket.socket:
+def _reach(rendezvous: Rendezvous, wait: float) -> socket.socket:
     """Connect to rank 0, which may not have started to listen yet."""
     until, last = time.monotonic() + wait, OSError(errno.ETIMEDOUT, "timed out")
     while (left := until - time.monotonic()) > 0:
         try:
-            return socket.create_connection((place.address, place.port), timeout=left)
+            return socket.create_connection((rendezvous.address, rendezvous.port), timeout=left)
         except OSError as error:
             last = error
             time.sleep(min(_AGAIN, max(0.0, until - time.monotonic())))
-    raise Lost(_unreached(place, last)) from last
+    raise Lost(_unreached(rendezvous, last)) from last
 
 
-def _greet(place: Place, connection: socket.socket, wait: float) -> _Link:
+def _greet(rendezvous: Rendezvous, connection: socket.socket, wait: float) -> _Link:
     link = _Link(connection, 3 * wait)
     try:
-        link.send(f"{_GREETING} {place.rank}")
+        link.send(f"{_GREETING} {rendezvous.rank}")
     except OSError as error:
-        raise Lost(_silent(place, error)) from error
+        raise Lost(_silent(rendezvous, error)) from error
     return link
 
 
-def _unreached(place: Place, error: Any) -> Finding:
+def _unreached(rendezvous: Rendezvous, error: Any) -> Finding:
     if isinstance(error, socket.gaierror):
-        found = f"the name {place.address} of rank 0's machine does not resolve here"
+        found = f"the name {rendezvous.address} of rank 0's machine does not resolve here"
         fix = "set MASTER_ADDR to its IP address, or put the name into /etc/hosts or DNS"
         return bad(_CHECK, found, fix)
     if isinstance(error, ConnectionRefusedError):
-        found = f"{place.text} refuses connections: rank 0 does not listen, or the port is rejected"
-        fix = f"see rank 0's output; open TCP port {place.port} between the machines"
+        reason = "rank 0 does not listen, or the port is rejected"
+        found = f"{rendezvous.text} refuses connections: {reason}"
+        fix = f"see rank 0's output; open TCP port {rendezvous.port} between the machines"
     elif isinstance(error, TimeoutError):
-        whole = _answers(place.address)
+        whole = _answers(rendezvous.address)
         machine = "its machine answers at another port" if whole else "nor does its machine"
-        found = f"{place.text} does not answer: packets are dropped ({machine})"
-        fix = f"open TCP port {place.port} between the machines (firewall, network policy)"
+        found = f"{rendezvous.text} does not answer: packets are dropped ({machine})"
+        fix = f"open TCP port {rendezvous.port} between the machines (firewall, network policy)"
         if not whole:
-            fix = f"is {place.address} the address of rank 0's machine? {fix}"
+            fix = f"is {rendezvous.address} the address of rank 0's machine? {fix}"
     else:
-        found = f"{place.text} cannot be reached: {error.strerror or error}"
-        fix = f"look at this machine's routes and firewall: ip route get {place.address}"
+        found = f"{rendezvous.text} cannot be reached: {error.strerror or error}"
+        fix = f"look at this machine's routes and firewall: ip route get {rendezvous.address}"
     return bad(_CHECK, found, fix)
 
 
-def _silent(place: Place, error: OSError) -> Finding:
-    found = f"{place.text} took the connection, but is no rank 0 of this job ({error})"
+def _silent(rendezvous: Rendezvous, error: OSError) -> Finding:
+    found = f"{rendezvous.text} took the connection, but is no rank 0 of this job ({error})"
     fix = "another program holds that port (choose another), or rank 0 has ended: see its output"
     return bad(_CHECK, found, fix)
 

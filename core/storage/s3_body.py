@@ -54,8 +54,8 @@ def _skip(body: Any, count: int) -> None:
         count -= len(dropped)
 
 
-class Parts(io.RawIOBase):
-    """Parts in a row, as a file to read from."""
+class PartStream(io.RawIOBase):
+    """Byte strings end to end, as a file to read from."""
 
     def __init__(self, parts: Iterable[bytes | memoryview]) -> None:
         self._parts = iter(parts)

@@ -23,7 +23,7 @@ from core.errors import StoreError
 from core.files.atomic import canonical_json
 from core.log import LOG
 from core.storage.store import Store
-from core.workers import Member
+from core.workers import JobWorker
 
 FOLDER = "_leases/"
 
@@ -31,7 +31,7 @@ FOLDER = "_leases/"
 class Leases:
     """The leases of one split, as one worker sees them."""
 
-    def __init__(self, store: Store, prefix: str, seconds: float, member: Member) -> None:
+    def __init__(self, store: Store, prefix: str, seconds: float, member: JobWorker) -> None:
         self._store, self._prefix, self._seconds = store, prefix + FOLDER, seconds
         self._member = member
         self._seen: dict[str, tuple[bytes, float]] = {}

@@ -27,7 +27,7 @@ from core.errors import AbsentError, CorruptError, InputError
 from core.files.atomic import canonical_json, sha256
 from core.log import LOG
 from core.storage.store import Store
-from core.workers import Member
+from core.workers import JobWorker
 from data_pipeline.config import TokenizeConfig
 from data_pipeline.formats.index import read_shard_index
 from data_pipeline.formats.manifest import (
@@ -50,7 +50,7 @@ _READERS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class ShardTask:
     """One input shard."""
 
     split: str
@@ -78,7 +78,7 @@ class Worker:
         tokens: Store,
         encoders: Encoders,
         config: TokenizeConfig,
-        member: Member,
+        member: JobWorker,
     ) -> None:
         self._raw, self._tokens, self._encoders, self._config = raw, tokens, encoders, config
         self._member = member
@@ -91,7 +91,7 @@ class Worker:
         }
         facts = {**encoders.facts(config), "v": TOKENS}
         self._tasks = [
-            Task(
+            ShardTask(
                 split=split,
                 shard=shard,
                 name=sha256(canonical_json({"input": shard.sha256, **facts})),
@@ -128,7 +128,7 @@ class Worker:
         self._finish()
         return made
 
-    def _open_tasks(self) -> Iterator[Task]:
+    def _open_tasks(self) -> Iterator[ShardTask]:
         """Tasks that are not done, own ones first, until all are."""
         ours, count = self._member.number, self._member.count
         order = [t for i in range(count) for t in self._tasks[(ours + i) % count :: count]]
@@ -142,7 +142,7 @@ class Worker:
                     yield task
             time.sleep(min(1.0, self._config.lease_seconds / 8))
 
-    def _make(self, task: Task, progress: dict[str, Any]) -> None:
+    def _make(self, task: ShardTask, progress: dict[str, Any]) -> None:
         where = f"{task.split}/{task.shard.name}"
         data = self._raw.get(where)
         if sha256(data) != task.shard.sha256:
@@ -158,7 +158,7 @@ class Worker:
             first = encoded.rejects[0]["reason"]
             self._refuse_rejects(task.split, self._rejected[task.split], first)
 
-    def _put(self, task: Task, variant: int, records: list[TokenRecord]) -> Shard:
+    def _put(self, task: ShardTask, variant: int, records: list[TokenRecord]) -> Shard:
         size = self._config.block
         groups = [records[i : i + size] for i in range(0, len(records), size)]
         tar = build_tar(
@@ -172,7 +172,7 @@ class Worker:
             tar = self._tokens.get(task.prefix + name)  # another worker's numbers are as good
         return describe(self._tokens, task.prefix, name, tar, *ranges_of(tar))
 
-    def _put_record(self, task: Task, shards: list[Shard], encoded: Encoded) -> None:
+    def _put_record(self, task: ShardTask, shards: list[Shard], encoded: Encoded) -> None:
         body = "".join(json.dumps(row) + "\n" for row in encoded.rejects).encode()
         if encoded.rejects:
             self._tokens.put(f"{task.prefix}{REJECTS}{task.name}.jsonl", body)

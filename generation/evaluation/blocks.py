@@ -15,7 +15,7 @@ from core.errors import CorruptError
 from core.files.atomic import sha256, write_atomic
 
 Array = NDArray[np.float32]
-Task = tuple[str, int]
+BlockTask = tuple[str, int]
 """A kind of pictures, and which block of them."""
 
 _DIGESTS = "sha256"
@@ -32,7 +32,7 @@ class Blocks:
     """Pictures of each kind."""
 
     @property
-    def tasks(self) -> list[Task]:
+    def tasks(self) -> list[BlockTask]:
         """All blocks that there will be."""
         counts = {kind: -(-rows // self.size) for kind, rows in self.rows.items()}
         return [(kind, block) for kind, count in counts.items() for block in range(count)]
@@ -41,11 +41,11 @@ class Blocks:
         """Which pictures of its kind a block has."""
         return slice(block * self.size, (block + 1) * self.size)
 
-    def exists(self, task: Task) -> bool:
+    def exists(self, task: BlockTask) -> bool:
         """Say whether a block is there."""
         return self._path(task).exists()
 
-    def write(self, task: Task, arrays: dict[str, Array]) -> None:
+    def write(self, task: BlockTask, arrays: dict[str, Array]) -> None:
         """Write the arrays of a block, whole or not at all."""
         plain = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         digests = {name: sha256(array.tobytes()) for name, array in plain.items()}
@@ -70,7 +70,7 @@ class Blocks:
                 found[self.part(block)] = _read(path, name)
         return found
 
-    def _path(self, task: Task) -> Path:
+    def _path(self, task: BlockTask) -> Path:
         return self.folder / f"{task[0]}-{task[1]:06d}.safetensors"
 
 

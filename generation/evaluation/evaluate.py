@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from core.config import check
 from core.files.atomic import canonical_json, write_atomic
+from core.files.out_folder import refuse_others_folder
 from core.log import LOG
 from core.storage.store import open_store
 from data_pipeline.formats.raw import RawRecord, RawSource
@@ -13,15 +15,27 @@ from data_pipeline.images.crops import encode_png
 from data_pipeline.streaming.readable import readable
 from data_pipeline.streaming.stream import first_records
 from data_pipeline.tokenize.encode import pictures_of
-from generation.config import EvaluateConfig, PromptConfig, SampleConfig
+from generation.config import EvaluateConfig, ModelPaths, PromptConfig, SampleConfig
 from generation.evaluation.accuracy import Figures, caption_accuracy, draw_for, guidance_accuracy
 from generation.sampling.prompts import prompt_of
-from generation.text_to_image import Studio, picture_grid, to_bytes
+from generation.text_to_image import Studio, open_studio, picture_grid, to_bytes
+from parallel.mesh import own_mesh
 
 SHOWN_PROMPTS = 48
 SHOWN_CANDIDATES = 16
 SHOWN_PROMPTED = 6
 SCALE = 2
+
+
+def evaluate_models(models: ModelPaths, data: str, out: Path, settings: EvaluateConfig) -> Figures:
+    """Open a run's models on this machine and evaluate them.
+
+    Raises: ConfigError with every problem of the settings; InputError if OUT is another's folder.
+    """
+    check(settings.problems())
+    refuse_others_folder(out, "evaluate")
+    out.mkdir(parents=True, exist_ok=True)
+    return evaluate(open_studio(models, settings.precision, own_mesh()), data, out, settings)
 
 
 def evaluate(studio: Studio, data: str, out: Path, settings: EvaluateConfig) -> Figures:

@@ -19,12 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from core.config import to_json
+from core.config import check, to_json
 from core.errors import InputError
 from core.files.atomic import canonical_json, write_atomic
+from core.files.out_folder import refuse_others_folder
 from core.log import LOG, progress
-from core.storage.store import Store
-from data_pipeline.evaluation_sets import EvaluationSet
+from core.storage.store import Store, open_store
+from data_pipeline.evaluation_sets import EvaluationSet, open_evaluation
 from data_pipeline.formats.manifest import SPLITS
 from data_pipeline.formats.raw import RawRecord, RawSource
 from data_pipeline.images.crops import decode_rgb, encode_png, square
@@ -43,7 +44,9 @@ from data_pipeline.tokenize.encode import squares_of, to_tensor
 from generation.config import OverlapConfig
 from generation.text_to_image import picture_grid, to_bytes
 from models.clip import Clip
+from parallel.mesh import own_mesh
 from parallel.precision import set_numerics
+from training.export.weights import build_model, open_model
 
 BINS = np.linspace(0.9, 1.0, 11)
 EXAMPLES = 6
@@ -159,6 +162,24 @@ class _Evaluation:
     def _embed(self, pixels: Tensor) -> NDArray[np.float32]:
         device = self._clip.log_scale.device
         return np.asarray(self._clip.embed_image(pixels.to(device)).cpu().numpy())
+
+
+def find_overlap(
+    raw: str, evaluation: str, dest: str, clip: Path, out: Path, config: OverlapConfig
+) -> dict[str, Any]:
+    """Compare a data set with an evaluation set by a run's CLIP; write the other pairs to `dest`.
+
+    Raises: ConfigError with every problem of the settings; InputError if OUT is another's folder.
+    """
+    check(config.problems())
+    refuse_others_folder(out, "overlap")
+    ranker = open_model(clip, "clip")
+    theirs = open_evaluation(evaluation, SPLITS)
+    store = open_store(dest) if dest else None
+    model = build_model(ranker).to(own_mesh().world.device)
+    assert isinstance(model, Clip)
+    found = remove_overlap(open_store(raw), theirs, store, model, ranker.digest, config)
+    return write_likeness(found, out)
 
 
 def remove_overlap(

@@ -22,12 +22,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from core.config import to_json
+from core.config import check, to_json
 from core.errors import CorruptError, InputError
 from core.files.atomic import canonical_json, sha256, write_atomic
+from core.files.out_folder import refuse_others_folder
 from core.log import LOG, progress
 from core.storage.store import FolderStore
-from core.workers import Member
+from core.workers import JobWorker, job_worker_of
 from data_pipeline.evaluation_sets import EvaluationSet, open_evaluation
 from data_pipeline.formats.manifest import read_json
 from data_pipeline.formats.raw import parse_pairs
@@ -35,7 +36,7 @@ from data_pipeline.formats.shards import build_tar
 from data_pipeline.images.crops import decode_rgb, encode_png, square
 from data_pipeline.text.bpe import load_tokenizer
 from generation.config import ModelPaths, ScoreConfig
-from generation.evaluation.blocks import Blocks, Task
+from generation.evaluation.blocks import Blocks, BlockTask
 from generation.evaluation.feature_extractors import ClipProxy, Inception, Network, blurred
 from generation.evaluation.fid import SPLITS
 from generation.evaluation.overlap import Overlap, read_overlap
@@ -49,8 +50,9 @@ from generation.evaluation.score_rows import (
     score_row,
 )
 from generation.ranking import TapirRanker, open_ranker
-from generation.text_to_image import Candidates, Studio
+from generation.text_to_image import Candidates, Studio, open_studio
 from parallel.device import CPU
+from parallel.mesh import own_mesh
 from parallel.precision import Numerics, set_numerics
 from training.export.weights import open_model
 
@@ -58,6 +60,27 @@ REQUEST, SCORES, PICTURES = "request.json", "scores.json", "pictures"
 ALL, WITHOUT = "all", "without overlap"
 FEW = 100 * SPLITS
 """Captions below which an IS says little."""
+
+
+def score_models(
+    models: ModelPaths,
+    data: str,
+    inception: Path | None,
+    overlap: Path | None,
+    config: ScoreConfig,
+    out: Path,
+    worker: str,
+) -> dict[str, Any] | None:
+    """Do one worker's share of the score job; the scores if nothing is left to others.
+
+    Raises: ConfigError with every problem of the settings; InputError if OUT is another's folder.
+    """
+    check(config.problems())
+    refuse_others_folder(out, "score")
+    member = job_worker_of(worker)
+    mesh = own_mesh(member.number)
+    job = open_job(data, models, inception, overlap, config, out, mesh.world.device)
+    return job.run(lambda: open_studio(models, config.precision, mesh), member)
 
 
 def digests(models: ModelPaths) -> dict[str, str]:
@@ -132,7 +155,7 @@ class ScoreJob:
         )
         self._masks = self._sets(np.ones(len(self._pictures), bool))
 
-    def run(self, studio: Callable[[], Studio], member: Member) -> dict[str, Any] | None:
+    def run(self, studio: Callable[[], Studio], member: JobWorker) -> dict[str, Any] | None:
         """Do this member's blocks; the scores, if nothing is left to others.
 
         Raises: InputError if OUT holds blocks of another request.
@@ -210,7 +233,7 @@ class ScoreJob:
                 )
         return found
 
-    def _do(self, task: Task, studio: Callable[[], Studio]) -> None:
+    def _do(self, task: BlockTask, studio: Callable[[], Studio]) -> None:
         kind, block = task
         arrays: dict[str, NDArray[np.float32]] = {}
         if kind == DRAWN:

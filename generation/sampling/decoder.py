@@ -16,7 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from generation.sampling.kv_cache import BlockCache, CacheShape, Lane, Place, Reads, reads_of
+from generation.sampling.kv_cache import (
+    CachePosition,
+    CacheShape,
+    Lane,
+    LayerCache,
+    Reads,
+    reads_of,
+)
 from generation.sampling.packed_linear import PackedLinear
 from generation.sampling.pipeline import Neighbours
 from models.config import PriorConfig
@@ -28,8 +35,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """What decodes on this rank."""
+class LocalPrior:
+    """The layers of a prior that this rank decodes with, and its links to the other ranks."""
 
     layers: Mapping[str, nn.Module]
     """Some consecutive layers of a prior, by name."""
@@ -40,11 +47,11 @@ class Part:
     """The least of the numbers of all ranks that decode together."""
 
 
-class _Block:
+class _DecoderBlock:
     """One attention resblock and one MLP resblock."""
 
     def __init__(
-        self, block: PriorBlock, number: int, part: Part, dtype: torch.dtype, one_row: bool
+        self, block: PriorBlock, number: int, part: LocalPrior, dtype: torch.dtype, one_row: bool
     ) -> None:
         config = part.config
         self.kind = layer_kind(number, config.layers)
@@ -71,7 +78,7 @@ class _Block:
     def bytes(self) -> int:
         return sum(each.bytes for each in (self._qkv, self._out, self._up, self._down))
 
-    def start(self, x: Tensor, cache: BlockCache, reads: Reads) -> Tensor:
+    def start(self, x: Tensor, cache: LayerCache, reads: Reads) -> Tensor:
         """Run the text and the given image tokens, and fill the cache.
 
         Shapes: x is (captions, text_length + given, dim).
@@ -87,7 +94,7 @@ class _Block:
         one._up, one._down = self._up.in_order(), self._down.in_order()
         return one._whole(x)[0]
 
-    def next(self, x: Tensor, cache: BlockCache, place: Place) -> Tensor:
+    def next(self, x: Tensor, cache: LayerCache, place: CachePosition) -> Tensor:
         """Run one image position of every candidate; x is (rows, dim)."""
         rows, captions, width = len(x), len(cache.text_keys), self._width
         heads = cache.text_keys.shape[1]
@@ -140,7 +147,7 @@ class _Block:
 class Decoder:
     """This rank's layers, packed; all ranks of a model call the same methods together."""
 
-    def __init__(self, part: Part, precision: str = "fp32", one_row: bool = False) -> None:
+    def __init__(self, part: LocalPrior, precision: str = "fp32", one_row: bool = False) -> None:
         """`one_row`: candidates come one by one, and a CPU's weights and caches are made for it."""
         self.config, self.neighbours, self._tensor = part.config, part.neighbours, part.tensor
         self.least = part.least
@@ -158,7 +165,7 @@ class Decoder:
             )
         blocks = [(n, m) for n, m in part.layers.items() if isinstance(m, PriorBlock)]
         self._blocks = [
-            _Block(module, int(name.removeprefix("block")) + 1, part, dtype, one_row)
+            _DecoderBlock(module, int(name.removeprefix("block")) + 1, part, dtype, one_row)
             for name, module in blocks
         ]
         config = part.config
@@ -258,21 +265,21 @@ class Decoder:
 
     def _step(self, x: Tensor, lane: Lane, position: int) -> Tensor:
         if self._compiled is None:
-            places = {kind: reads.place(position) for kind, reads in self._reads.items()}
+            places = {kind: reads.cache_position(position) for kind, reads in self._reads.items()}
             return self._through(x, lane.blocks, places)
         found: Tensor = self._compiled(x, lane.blocks, self._positions[position : position + 1])
         return found
 
-    def _run(self, x: Tensor, caches: Sequence[BlockCache], at: Tensor) -> Tensor:
+    def _run(self, x: Tensor, caches: Sequence[LayerCache], at: Tensor) -> Tensor:
         """One step in shapes that are the same for all positions; `at` is (1,), on the device.
 
         Between two steps of a lane only x and `at` change their address.
         """
-        places = {kind: reads.place_at(at) for kind, reads in self._reads.items()}
+        places = {kind: reads.cache_position_at(at) for kind, reads in self._reads.items()}
         return self._through(x, caches, places)
 
     def _through(
-        self, x: Tensor, caches: Sequence[BlockCache], places: Mapping[Kind, Place]
+        self, x: Tensor, caches: Sequence[LayerCache], places: Mapping[Kind, CachePosition]
     ) -> Tensor:
         for block, cache in zip(self._blocks, caches, strict=True):
             x = block.next(x, cache, places[block.kind])

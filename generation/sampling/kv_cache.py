@@ -22,7 +22,7 @@ _HERE = torch.device("cpu")
 _META = torch.device("meta")
 
 
-class Place(NamedTuple):
+class CachePosition(NamedTuple):
     """Where one position is stored, and what it reads."""
 
     slot: Tensor
@@ -61,15 +61,15 @@ class Reads:
             bias=self.bias.to(device),
         )
 
-    def place(self, position: int) -> Place:
-        """The place of a position."""
+    def cache_position(self, position: int) -> CachePosition:
+        """Where the cache stores a position, and what the position reads."""
         index = self.index[position, : self.counts[position]]
-        return Place(self.slot[position : position + 1], index, None)
+        return CachePosition(self.slot[position : position + 1], index, None)
 
-    def place_at(self, at: Tensor) -> Place:
+    def cache_position_at(self, at: Tensor) -> CachePosition:
         """The same in one shape for all positions, which lies on the device: `at` is (1,)."""
         index, bias = (table.index_select(0, at)[0] for table in (self.index, self.bias))
-        return Place(self.slot.index_select(0, at), index, bias)
+        return CachePosition(self.slot.index_select(0, at), index, bias)
 
     def read_from(self, position: int) -> Tensor:
         """The earlier positions that this one or a later one reads, (n,) int64."""
@@ -116,7 +116,7 @@ def _slots(until: list[int]) -> list[int]:
 
 
 @dataclass(kw_only=True)
-class BlockCache:
+class LayerCache:
     """Keys and values of one block, in memory that is laid out once and written in place."""
 
     text_keys: Tensor
@@ -146,7 +146,7 @@ class Lane:
 
     captions: int
     each: int
-    blocks: list[BlockCache] = field(default_factory=list)
+    blocks: list[LayerCache] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
@@ -192,7 +192,7 @@ class CacheShape:
         for kind in self.kinds:
             slots = reads_of(kind, config.grid, config.conv_kernel).slots
             text, image = (captions, heads, config.text_length), (lane.rows * heads, slots)
-            block = BlockCache(
+            block = LayerCache(
                 text_keys=new(*text), text_values=new(*text), keys=new(*image), values=new(*image)
             )
             lane.blocks.append(block)

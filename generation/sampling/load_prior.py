@@ -1,4 +1,4 @@
-"""The part of a prior that a rank decodes with, from a run's weights whatever mesh wrote them."""
+"""Load the layers that a rank decodes with from a run's weights, whatever mesh wrote them."""
 
 from functools import partial
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 
 from core.config import check, from_json
-from generation.sampling.decoder import Part
+from generation.sampling.decoder import LocalPrior
 from generation.sampling.pipeline import Neighbours, Pipeline, least_of
 from models.config import PriorConfig
 from models.prior import prior_layers
-from parallel.balance import balanced_starts
+from parallel.balance import stage_layers
 from parallel.mesh import Mesh
 from training.export.weights import fill, open_model
 
@@ -27,7 +27,9 @@ def cut_problems(config: PriorConfig, tensor: int, stages: int) -> list[str]:
     return found
 
 
-def load_part(folder: Path, step: int | None, mesh: Mesh) -> tuple[Part, dict[str, Any]]:
+def load_local_prior(
+    folder: Path, step: int | None, mesh: Mesh
+) -> tuple[LocalPrior, dict[str, Any]]:
     """This rank's layers of the prior in a run folder, and the prior's facts.
 
     Raises: ConfigError if the mesh does not fit; InputError, CorruptError as `open_model`.
@@ -37,12 +39,11 @@ def load_part(folder: Path, step: int | None, mesh: Mesh) -> tuple[Part, dict[st
     layers = prior_layers(config, 0, mesh.shared)
     stages = mesh.pipeline.size
     check(cut_problems(config, mesh.tensor.size, stages))
-    starts = balanced_starts([layer.cost for layer in layers], stages)
-    mine = layers[starts[mesh.pipeline.rank] : starts[mesh.pipeline.rank + 1]]
+    mine = stage_layers(layers, mesh.pipeline.rank, stages)
     built = nn.ModuleDict({layer.name: layer.build() for layer in mine})
     fill(built, found)
     neighbours = Pipeline(mesh.pipeline) if stages > 1 else Neighbours()
-    part = Part(
+    part = LocalPrior(
         layers=dict(built.eval().to(mesh.world.device).items()),
         config=config,
         tensor=mesh.shared,

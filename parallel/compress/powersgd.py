@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from core.keys import key_int
+from parallel.replicas import copy_parts, flat_average
 
 SHIFT = 1e-6
 """Added to P's diagonal, so that a zero gradient still has an orthonormal basis."""
@@ -181,15 +182,11 @@ class PowerSGD:
         """Average tensors in place in one all-reduce; infinities are clamped. True if finite."""
         if not tensors:
             return True
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        if self._group is not None:
-            dist.all_reduce(flat, group=self._group)
-            flat /= self._size
+        flat = flat_average(tensors, self._group, self._size)
         finite = bool(torch.isfinite(flat).all())
         if not finite:
             flat = torch.nan_to_num(flat)
-        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+        copy_parts(flat, tensors)
         return finite
 
     def _finish(self, batch: _Batch, finite: bool, found: dict[str, Tensor]) -> None:

@@ -187,6 +187,13 @@ class Compressor:
             sent_bytes=reduced.sent_bytes,
         )
 
+    def average(self, gradients: Mapping[str, Tensor]) -> list[Tensor]:
+        """`reduce` in place; returns this rank's share of the gradients' squares."""
+        reduced = self.reduce(gradients)
+        for name, gradient in gradients.items():
+            gradient.copy_(reduced.gradients[name].view_as(gradient))
+        return [square / self._group.size for square in reduced.squares.values()]
+
     def take_finite(self) -> bool:
         """Say if all gradients since the last call were finite; what is handed out always is."""
         finite, self.finite = self.finite, True

@@ -214,17 +214,9 @@ def parameter_groups(names: dict[str, nn.Parameter], optim: OptimConfig) -> list
     return [group for group in groups if group["params"]]
 
 
-def build_adamw(names: dict[str, nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
+def build_adamw(names: dict[str, nn.Parameter], optim: OptimConfig) -> AdamW | AdamW16:
     """AdamW over the groups, with moments in 32 or 16 bits."""
     groups, betas = parameter_groups(names, optim), (optim.beta1, optim.beta2)
     most = optim.most_variance or math.inf
     kind = AdamW16 if optim.moments == "bf16" else AdamW
     return kind(groups, lr=optim.lr, betas=betas, eps=optim.eps, most_variance=most)
-
-
-def step_count(optimizer: torch.optim.Optimizer, device: torch.device) -> Tensor:
-    """A count of zero steps, where this optimiser keeps that of a parameter on the device.
-
-    The fused kernel reads it beside the moments; a count on the host would be refused.
-    """
-    return torch.zeros((), device="cpu" if isinstance(optimizer, AdamW16) else device)

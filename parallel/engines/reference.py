@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from checkpoint.format import KINDS, Reader, StateSlice
@@ -30,9 +29,9 @@ from parallel.engines.protocol import (
     Whole,
     build_adamw,
     scales_of,
-    step_count,
 )
 from parallel.mesh import Group, Mesh
+from parallel.replicas import copy_parts, flat_average
 
 
 class ReferenceEngine:
@@ -48,7 +47,6 @@ class ReferenceEngine:
         self._places = placements(self._names)
         self._optimizer = build_adamw(self._names, settings.optim)
         self._scales = scales_of(program, self._whole.stage.scales, settings.engine)
-        self._half = settings.optim.moments == "bf16"
         self._clip_norm, self._mesh = settings.optim.clip_norm, mesh
         self._control = settings.control
         self._compressor = build_compressor(
@@ -104,15 +102,10 @@ class ReferenceEngine:
     def load_slices(self, reader: Reader) -> None:
         for name, parameter in self._names.items():
             parameter.copy_(reader.tensor(name, "master"))
-            dtype = torch.bfloat16 if self._half else torch.float32
-            moments = {}
-            for kind in ("exp_avg", "exp_avg_sq"):
-                # strides of its weight: the fused kernel goes through memory, not through indices
-                moments[kind] = torch.empty_like(parameter, dtype=dtype)
-                moments[kind].copy_(reader.tensor(name, kind))
-            step = step_count(self._optimizer, parameter.device)
-            step.copy_(reader.tensor(name, "step"))
-            self._optimizer.state[parameter] = {**moments, "step": step}
+            state = self._optimizer.first_state(parameter)
+            for kind, tensor in state.items():
+                tensor.copy_(reader.tensor(name, kind))
+            self._optimizer.state[parameter] = state
         load_scales(self._scales, reader)
         if self._compressor is not None:
             self._compressor.load(reader)
@@ -138,18 +131,11 @@ class ReferenceEngine:
         gradients = {n: p.grad for n, p in self._names.items() if p.grad is not None}
         size = self._mesh.data.size
         if self._compressor is not None:
-            reduced = self._compressor.reduce(gradients)
-            for name, gradient in gradients.items():
-                gradient.copy_(reduced.gradients[name].view_as(gradient))
-            return [square / size for square in reduced.squares.values()]
+            return self._compressor.average(gradients)
+        tensors = list(gradients.values())
         if size > 1:
-            flat = torch.cat([g.reshape(-1) for g in gradients.values()])
-            dist.all_reduce(flat, group=self._mesh.data.handle)
-            flat /= size
-            sizes = [g.numel() for g in gradients.values()]
-            for gradient, part in zip(gradients.values(), flat.split(sizes), strict=True):
-                gradient.copy_(part.view_as(gradient))
-        norms = torch.stack(torch._foreach_norm(list(gradients.values())))
+            copy_parts(flat_average(tensors, self._mesh.data.handle, size), tensors)
+        norms = torch.stack(torch._foreach_norm(tensors))
         return [norms.double().square().sum() / size]
 
     def _clip(self, norm: float) -> None:

@@ -11,7 +11,7 @@ from models.config import PriorConfig
 from models.masks import Kind, full_mask, layer_kind
 from planning.estimate.hardware import Hardware
 from planning.estimate.kernels import Kernels, Work
-from planning.estimate.layers import Part
+from planning.estimate.layers import RankLayer
 from planning.estimate.memory import Loads
 from planning.estimate.zero_layout import factored
 
@@ -49,7 +49,7 @@ def _transposed(config: PriorConfig) -> list[int]:
     return [*range(text), *image]
 
 
-def forward_work(loads: Loads, part: Part, hardware: Hardware) -> Work:
+def forward_work(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
     """Kernels of a layer's forward pass over one micro-batch."""
     if part.name == "embedding":
         rows = loads.micro * loads.settings.model.length
@@ -59,7 +59,7 @@ def forward_work(loads: Loads, part: Part, hardware: Hardware) -> Work:
     return _block(loads, part, hardware)
 
 
-def backward_work(loads: Loads, part: Part, hardware: Hardware) -> Work:
+def backward_work(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
     """Kernels of its backward pass: each matmul has two gradients, each stream two operands."""
     half = loads.settings.engine.precision != "fp32"
     narrow = loads.settings.engine.precision == "bf16"
@@ -79,7 +79,7 @@ def backward_work(loads: Loads, part: Part, hardware: Hardware) -> Work:
     return tuple(found)
 
 
-def _block(loads: Loads, part: Part, hardware: Hardware) -> Work:
+def _block(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
     config, split = loads.settings.model, loads.settings.mesh.tensor > 1
     half = loads.settings.engine.precision != "fp32"
     size = 2 if half else 4
@@ -114,7 +114,7 @@ def _block(loads: Loads, part: Part, hardware: Hardware) -> Work:
     )
 
 
-def _head(loads: Loads, part: Part) -> Work:
+def _head(loads: Loads, part: RankLayer) -> Work:
     config, micro = loads.settings.model, loads.micro
     dim, held = config.dim, part.parameters
     text, image = micro * config.text_length, micro * config.image_length
@@ -136,7 +136,7 @@ def update_work(elements: int) -> Work:
 def compression_work(loads: Loads, hardware: Hardware) -> Work:
     """P, Q and the matrix again for each factored shard, and an orthogonal basis."""
     found: list[Kernels] = []
-    for shard in factored(loads.settings, loads.held, loads.place):
+    for shard in factored(loads.settings, loads.held, loads.at):
         short, long = sorted((shard.rows, shard.columns))
         found.append(Kernels(rows=short, columns=long, inner=shard.rank, half=False, times=3))
         basis = round(2 * shard.rank / QR_SHARE)

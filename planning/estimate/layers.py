@@ -19,7 +19,6 @@ from torch.autograd import Function
 
 from models.config import PriorConfig
 from models.prior import PriorBlock, PriorEmbedding, PriorHead, prior_layers, prior_loss
-from parallel.balance import balanced_starts
 from parallel.placement import Placement, placement_of
 from parallel.tensor.ops import TensorParallel
 
@@ -27,8 +26,8 @@ Keeps = dict[str, tuple[int, int]]
 """What of a layer -> (bytes kept a sample, bytes kept whatever the batch)."""
 
 
-class Shard(TensorParallel):
-    """A rank of a tensor group that is not there: layers are built and laid out, never summed."""
+class FakeTensorParallel(TensorParallel):
+    """A rank of a tensor group without the others: layers get their shapes, and sum nothing."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
@@ -63,7 +62,7 @@ class _Attention(Function):
         return out
 
 
-class _Block(PriorBlock):
+class _ShapeBlock(PriorBlock):
     """The real block, but for the attention's kernel."""
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -72,7 +71,7 @@ class _Block(PriorBlock):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class RankLayer:
     """A layer as one tensor rank holds it."""
 
     name: str
@@ -99,36 +98,30 @@ class Held:
 
 
 @lru_cache(maxsize=64)
-def parts_of(config: PriorConfig, rank: int, size: int) -> tuple[Part, ...]:
+def rank_layers(config: PriorConfig, rank: int, size: int) -> tuple[RankLayer, ...]:
     """All layers of a prior on one tensor rank; blocks differ in their masks' values alone."""
     built = _modules(config, rank, size)
     found = []
-    for layer in prior_layers(config, 0, Shard(rank, size)):
+    for layer in prior_layers(config, 0, FakeTensorParallel(rank, size)):
         module = built[re.sub(r"\d", "", layer.name)]
         held = {n: Held(placement_of(p), p.numel()) for n, p in module.named_parameters()}
         buffers = sum(b.numel() * b.element_size() for b in module.buffers())
-        found.append(Part(name=layer.name, cost=layer.cost, parameters=held, buffers=buffers))
+        found.append(RankLayer(name=layer.name, cost=layer.cost, parameters=held, buffers=buffers))
     return tuple(found)
 
 
 @lru_cache(maxsize=16)
 def _modules(config: PriorConfig, rank: int, size: int) -> dict[str, nn.Module]:
-    shard = Shard(rank, size)
+    shard = FakeTensorParallel(rank, size)
     with torch.device("meta"):
         return {
             "embedding": PriorEmbedding(config, shard),
-            "block": _Block(config, 1, shard),
+            "block": _ShapeBlock(config, 1, shard),
             "head": PriorHead(config, shard),
         }
 
 
-def stage_of(parts: Sequence[Part], stage: int, stages: int) -> list[Part]:
-    """The layers that a pipeline stage holds."""
-    starts = balanced_starts([part.cost for part in parts], stages)
-    return list(parts[starts[stage] : starts[stage + 1]])
-
-
-def named(parts: Sequence[Part]) -> dict[str, Held]:
+def named(parts: Sequence[RankLayer]) -> dict[str, Held]:
     """Global parameter name -> parameter, sorted by name as engines do."""
     found = {f"{part.name}.{name}": h for part in parts for name, h in part.parameters.items()}
     return dict(sorted(found.items()))
@@ -198,4 +191,4 @@ def _noted(found: dict[str, int], name: str, outside: Sequence[Tensor]) -> Itera
 
 def count_parameters(config: PriorConfig) -> int:
     """Parameters of the whole model, from its layers."""
-    return sum(held.numel for held in named(parts_of(config, 0, 1)).values())
+    return sum(held.numel for held in named(rank_layers(config, 0, 1)).values())

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from models.config import PriorConfig
-from planning.estimate.layers import Held, Keeps, Part, keeps_of, named, parts_of, stage_of
+from parallel.balance import stage_layers
+from parallel.mesh import RankCoordinates
+from planning.estimate.layers import Held, Keeps, RankLayer, keeps_of, named, rank_layers
 from planning.estimate.zero_layout import (
     BUCKET,
     LIVE,
     PERSISTENT,
-    Place,
     factored,
     groups_of,
     padded,
@@ -37,8 +38,8 @@ class Loads:
     """What a rank holds, and how it runs it."""
 
     settings: PriorTrain
-    place: Place
-    layers: tuple[Part, ...]
+    at: RankCoordinates
+    layers: tuple[RankLayer, ...]
     held: Mapping[str, Held]
 
     @property
@@ -51,21 +52,21 @@ class Loads:
     def in_flight(self) -> int:
         """Micro-batches whose activations are kept at a time: DeepSpeed's TrainSchedule."""
         mesh, engine = self.settings.mesh, self.settings.engine
-        return min(mesh.pipeline - self.place.stage, engine.accumulate) if mesh.pipeline > 1 else 1
+        return min(mesh.pipeline - self.at.stage, engine.accumulate) if mesh.pipeline > 1 else 1
 
 
-def loads_of(settings: PriorTrain, place: Place) -> Loads:
-    """The layers and parameters of a place."""
+def loads_of(settings: PriorTrain, at: RankCoordinates) -> Loads:
+    """The layers and parameters of the rank at some coordinates."""
     mesh = settings.mesh
-    layers, held = _held(settings.model, mesh.tensor, mesh.pipeline, place.shard, place.stage)
-    return Loads(settings=settings, place=place, layers=layers, held=held)
+    layers, held = _held(settings.model, mesh.tensor, mesh.pipeline, at.shard, at.stage)
+    return Loads(settings=settings, at=at, layers=layers, held=held)
 
 
 @lru_cache(maxsize=512)
 def _held(
     config: PriorConfig, tensor: int, pipeline: int, shard: int, stage: int
-) -> tuple[tuple[Part, ...], dict[str, Held]]:
-    layers = tuple(stage_of(parts_of(config, shard, tensor), stage, pipeline))
+) -> tuple[tuple[RankLayer, ...], dict[str, Held]]:
+    layers = tuple(stage_layers(rank_layers(config, shard, tensor), stage, pipeline))
     return layers, named(layers)
 
 
@@ -100,7 +101,7 @@ def _model_bytes(loads: Loads) -> Bytes:
     groups = groups_of(held)
     whole = sum(padded(group, mesh.data) for group in groups)
     mine = whole // mesh.data
-    partial = sum(touched(group, mesh.data, loads.place.replica) for group in groups)
+    partial = sum(touched(group, mesh.data, loads.at.replica) for group in groups)
     bucket = max(total if settings.compress.on else 0, BUCKET)
     again = settings.engine.accumulate > 1  # new gradients lie beside the sum of earlier ones
     copied = partial if stage == 1 or again else 0
@@ -169,7 +170,7 @@ def _transient(loads: Loads, keeps: Keeps) -> int:
 
 
 def _compression_bytes(loads: Loads) -> Bytes:
-    shards = list(factored(loads.settings, loads.held, loads.place))
+    shards = list(factored(loads.settings, loads.held, loads.at))
     if not shards:
         return {"compression": 0}
     errors = sum(s.rows * s.columns for s in shards)

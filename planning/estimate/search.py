@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from core.memory import size_text
 from parallel.compress.advisor import PAPER_SHARE
 from parallel.config import LEAST_GAIN, CompressConfig, EngineConfig, MeshConfig
+from parallel.mesh import RankCoordinates
 from planning.estimate.hardware import Hardware
 from planning.estimate.memory import Bytes, Loads, loads_of, published_schemes, rank_bytes
 from planning.estimate.reserve import StartUp, nccl_bytes, start_up
 from planning.estimate.step_time import Estimate, estimate, rough_seconds
-from planning.estimate.zero_layout import Place, stage_of_zero
+from planning.estimate.zero_layout import stage_of_zero
 from training.config import PriorTrain
 
 MOST_TENSOR = 8
@@ -192,7 +193,7 @@ def hungriest(settings: PriorTrain, hardware: Hardware) -> StartUp:
 def _stages(settings: PriorTrain) -> list[Loads]:
     """The first, a middle and the last stage."""
     last = settings.mesh.pipeline - 1
-    return [loads_of(settings, Place(stage=s)) for s in sorted({0, min(1, last), last})]
+    return [loads_of(settings, RankCoordinates(stage=s)) for s in sorted({0, min(1, last), last})]
 
 
 def beside(candidate: Candidate, parameters: int) -> dict[str, int]:

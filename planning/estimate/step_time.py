@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from models.counts import prior_flops
 from models.masks import layer_kind
 from parallel.ledger import Counts
+from parallel.mesh import RankCoordinates
 from planning.estimate.collectives import all_reduce, gather, group_span, hand_on
 from planning.estimate.hardware import Hardware
 from planning.estimate.kernels import seconds
 from planning.estimate.layer_work import backward_work, compression_work, forward_work, update_work
-from planning.estimate.layers import Part
+from planning.estimate.layers import RankLayer
 from planning.estimate.memory import Loads, loads_of
 from planning.estimate.pipeline_schedule import Played, Span, crowded, play
 from planning.estimate.traffic import step_traffic
 from planning.estimate.zero_layout import (
-    Place,
     factored,
     groups_of,
     padded,
@@ -55,7 +55,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class _Stage:
+class _StageSeconds:
     """A stage's seconds for one micro-batch."""
 
     forward: float
@@ -70,7 +70,7 @@ def estimate(settings: PriorTrain, hardware: Hardware) -> Estimate:
     Ranks that share cores slow each other down while they compute at the same time.
     """
     mesh, times = settings.mesh, settings.engine.accumulate
-    loads = [loads_of(settings, Place(stage=stage)) for stage in range(mesh.pipeline)]
+    loads = [loads_of(settings, RankCoordinates(stage=stage)) for stage in range(mesh.pipeline)]
     stages = [_stage(one, hardware) for one in loads]
     played = _played(settings, stages, hardware)
     slowest = max(range(len(stages)), key=lambda i: stages[i].forward + stages[i].backward)
@@ -112,7 +112,7 @@ def rough_seconds(settings: PriorTrain, hardware: Hardware) -> float:
     """A step without playing the pipeline through: every stage as slow as the slowest."""
     mesh, times = settings.mesh, settings.engine.accumulate
     ends = sorted({0, mesh.pipeline - 1})
-    loads = [loads_of(settings, Place(stage=stage)) for stage in ends]
+    loads = [loads_of(settings, RankCoordinates(stage=stage)) for stage in ends]
     stages = [_stage(one, hardware) for one in loads]
     slowest = max(stage.forward + stage.backward for stage in stages)
     return (times + mesh.pipeline - 1) * slowest + sum(_ending(loads[0], hardware).values())
@@ -123,7 +123,7 @@ def _overhead(settings: PriorTrain, hardware: Hardware) -> float:
     return hardware.step_overhead + (hardware.engine_overhead if own else 0.0)
 
 
-def _stage(loads: Loads, hardware: Hardware) -> _Stage:
+def _stage(loads: Loads, hardware: Hardware) -> _StageSeconds:
     found: dict[str, tuple[float, float, float]] = {}
     forward = backward = tensor = 0.0
     for part in loads.layers:
@@ -132,17 +132,17 @@ def _stage(loads: Loads, hardware: Hardware) -> _Stage:
             found[key] = _layer(loads, part, hardware)
         there, back, shared = found[key]
         forward, backward, tensor = forward + there, backward + back, tensor + shared
-    return _Stage(forward, backward, tensor)
+    return _StageSeconds(forward, backward, tensor)
 
 
-def _alike(loads: Loads, part: Part) -> str:
+def _alike(loads: Loads, part: RankLayer) -> str:
     """Blocks with one kind of mask take equally long."""
     if not part.name.startswith("block"):
         return part.name
     return layer_kind(int(part.name.removeprefix("block")) + 1, loads.settings.model.layers)
 
 
-def _layer(loads: Loads, part: Part, hardware: Hardware) -> tuple[float, float, float]:
+def _layer(loads: Loads, part: RankLayer, hardware: Hardware) -> tuple[float, float, float]:
     """(forward, backward, collectives in both) of one micro-batch, in seconds."""
     settings = loads.settings
     config, micro = settings.model, loads.micro
@@ -165,7 +165,7 @@ def _layer(loads: Loads, part: Part, hardware: Hardware) -> tuple[float, float, 
     return forward + there + third, backward + back + 2 * third, there + back + 3 * third
 
 
-def _third_stage(loads: Loads, part: Part, hardware: Hardware) -> float:
+def _third_stage(loads: Loads, part: RankLayer, hardware: Hardware) -> float:
     """ZeRO-3's gathering of a layer's weights; scattering its gradients takes as long."""
     if stage_of_zero(loads.settings) != 3:
         return 0.0
@@ -174,7 +174,7 @@ def _third_stage(loads: Loads, part: Part, hardware: Hardware) -> float:
     return gather(count, group_span(mesh, "machine"), hardware)
 
 
-def _played(settings: PriorTrain, stages: Sequence[_Stage], hardware: Hardware) -> Played:
+def _played(settings: PriorTrain, stages: Sequence[_StageSeconds], hardware: Hardware) -> Played:
     times, mesh = settings.engine.accumulate, settings.mesh
     forward = [stage.forward for stage in stages]
     backward = [stage.backward for stage in stages]
@@ -219,7 +219,7 @@ def _ending(loads: Loads, hardware: Hardware) -> dict[str, float]:
 
 def _sent(loads: Loads, elements: int) -> float:
     """Elements of gradients that go over the replicas."""
-    shards = list(factored(loads.settings, loads.held, loads.place))
+    shards = list(factored(loads.settings, loads.held, loads.at))
     if not shards:
         return elements
     return elements - sum(s.rows * s.columns for s in shards) + sum(s.sent for s in shards)

@@ -6,17 +6,17 @@ and, under ZeRO-3, gathers once more). Bytes are those of the larger side of an 
 
 from collections.abc import Iterator, Mapping
 
-from models.prior import BRANCHES
+from models.prior import BRANCHES, LOSSES
 from parallel.config import MeshConfig
 from parallel.control import FIELDS
 from parallel.ledger import Counts
+from parallel.mesh import RankCoordinates, rank_at
 from planning.estimate.layers import Held
 from planning.estimate.memory import Loads
 from planning.estimate.zero_layout import (
     BUCKET,
     LIVE,
     PERSISTENT,
-    Place,
     factored,
     groups_of,
     padded,
@@ -24,18 +24,16 @@ from planning.estimate.zero_layout import (
     stage_of_zero,
 )
 
-LOSSES = ["loss", "text_loss", "image_loss"]
-"""What `prior_loss` gives, in its order."""
 FLOAT, DOUBLE = 4, 8
 
 
 class Tally:
     """Counts under the ledger's labels: the last of the groups with equal ranks names them."""
 
-    def __init__(self, mesh: MeshConfig, place: Place) -> None:
+    def __init__(self, mesh: MeshConfig, at: RankCoordinates) -> None:
         self.counts: Counts = {}
         self._labels: dict[tuple[int, ...], str] = {}
-        self._ranks = dict(_groups(mesh, place))
+        self._ranks = dict(_groups(mesh, at))
         for name, ranks in self._ranks.items():
             self._labels[ranks] = name
 
@@ -53,33 +51,28 @@ class Tally:
         return len(self._ranks.get(group, (0,)))
 
 
-def _groups(mesh: MeshConfig, place: Place) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _groups(mesh: MeshConfig, at: RankCoordinates) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The mesh's groups of this rank in the ledger's order: parallel/mesh.py."""
-
-    def rank(stage: int, replica: int, shard: int) -> int:
-        return (stage * mesh.data + replica) * mesh.tensor + shard
-
     if mesh.world == 1:
         return
-    data = tuple(rank(place.stage, d, place.shard) for d in range(mesh.data))
+    data = tuple(rank_at(mesh, at._replace(replica=d)) for d in range(mesh.data))
     yield "world", tuple(range(mesh.world))
     if mesh.machines > 1:
-        machine = place.replica // mesh.local
+        machine = at.replica // mesh.local
         yield "machine", data[machine * mesh.local : (machine + 1) * mesh.local]
-        yield "between", data[place.replica % mesh.local :: mesh.local]
+        yield "between", data[at.replica % mesh.local :: mesh.local]
     else:
         yield "machine", data
     yield "data", data
     if mesh.data < mesh.world:
-        replica = place.replica
-        yield "tensor", tuple(rank(place.stage, replica, t) for t in range(mesh.tensor))
-        yield "pipeline", tuple(rank(s, replica, place.shard) for s in range(mesh.pipeline))
+        yield "tensor", tuple(rank_at(mesh, at._replace(shard=t)) for t in range(mesh.tensor))
+        yield "pipeline", tuple(rank_at(mesh, at._replace(stage=s)) for s in range(mesh.pipeline))
 
 
 def step_traffic(loads: Loads) -> Counts:
     """Calls and bytes of one training step on this rank."""
     settings = loads.settings
-    tally = Tally(settings.mesh, loads.place)
+    tally = Tally(settings.mesh, loads.at)
     if settings.mesh.world == 1:
         return tally.counts
     _layers(loads, tally)
@@ -115,14 +108,14 @@ def _layers(loads: Loads, tally: Tally) -> None:
 
 def _stages(loads: Loads, tally: Tally) -> None:
     """States forward and gradients back; tensor ranks carry a part each, and gather it again."""
-    settings, config, place = loads.settings, loads.settings.model, loads.place
+    settings, config, at = loads.settings, loads.settings.model, loads.at
     mesh, times = settings.mesh, settings.engine.accumulate
     numel = loads.micro * config.length * config.dim
-    first, last = place.stage == 0, place.stage == mesh.pipeline - 1
+    first, last = at.stage == 0, at.stage == mesh.pipeline - 1
     neighbours = (not first) + (not last)
     part, calls = numel, 1
     if mesh.tensor > 1:
-        part, calls = numel // mesh.tensor + (place.shard < numel % mesh.tensor), 2
+        part, calls = numel // mesh.tensor + (at.shard < numel % mesh.tensor), 2
         meta = DOUBLE * (6 + mesh.tensor + 1)  # dims, shape, parts, mine, the parts' bounds
         part_bytes = FLOAT * part + meta
         gathers = (not first) + 2 * (not last)  # inputs; outputs and their gradients
@@ -190,7 +183,7 @@ def _prefetches(sizes: list[int]) -> int:
 def _factors(loads: Loads, tally: Tally, group: str, sizes: Mapping[str, int], rounds: int) -> None:
     """P, Q, and all that is not factored with the flag of what is not finite."""
     settings = loads.settings
-    shards = list(factored(settings, loads.held, loads.place))
+    shards = list(factored(settings, loads.held, loads.at))
     for side in (min, max):
         count = sum(s.rank * side(s.rows, s.columns) for s in shards)
         if shards:
@@ -203,7 +196,7 @@ def _factors(loads: Loads, tally: Tally, group: str, sizes: Mapping[str, int], r
 def factored_names(loads: Loads) -> Iterator[tuple[str, Held]]:
     """Parameters of which this rank compresses a gradient."""
     for name, h in loads.held.items():
-        if list(factored(loads.settings, {name: h}, loads.place)):
+        if list(factored(loads.settings, {name: h}, loads.at)):
             yield name, h
 
 
@@ -238,9 +231,9 @@ def _third_stage(loads: Loads, tally: Tally) -> None:
 
 def _results(loads: Loads, tally: Tally) -> None:
     """Mean losses, known to all stages, and the one number by which all ranks decide."""
-    settings, place = loads.settings, loads.place
+    settings, at = loads.settings, loads.at
     mesh = settings.mesh
-    last = place.stage == mesh.pipeline - 1
+    last = at.stage == mesh.pipeline - 1
     if last and mesh.data > 1:
         tally.add("data", "all_reduce", FLOAT * len(LOSSES))
         if settings.engine.name == "deepspeed_pipe":  # DeepSpeed's own mean

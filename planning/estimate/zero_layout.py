@@ -9,35 +9,18 @@ from dataclasses import dataclass
 from models.prior import COMPRESSED
 from parallel.compress.advisor import PAPER_SHARE
 from parallel.compress.powersgd import shard_rank
-from parallel.config import MeshConfig
+from parallel.mesh import RankCoordinates
 from planning.estimate.layers import Held
 from training.config import PriorTrain
 
 BUCKET = 2**20
-"""Elements that ZeRO reduces together: as parallel/engines/deepspeed/state.py sets it."""
+"""Elements that ZeRO reduces together: as parallel/engines/deepspeed/engine.py sets it."""
 ALIGNED = 2
 """Elements that a partition of ZeRO-1/2 is a multiple of."""
 PERSISTENT = 100_000
 """ZeRO-3 keeps parameters of fewer elements whole on every rank (DeepSpeed's default)."""
 LIVE = 1_000_000_000
 """Elements that ZeRO-3 keeps gathered at a time (DeepSpeed's default)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where a rank stands in the grid."""
-
-    stage: int = 0
-    replica: int = 0
-    shard: int = 0
-    """Its tensor rank."""
-
-
-def place_of(mesh: MeshConfig, rank: int) -> Place:
-    """The place of a global rank: (stage * data + replica) * tensor + shard."""
-    rest, shard = divmod(rank, mesh.tensor)
-    stage, replica = divmod(rest, mesh.data)
-    return Place(stage=stage, replica=replica, shard=shard)
 
 
 def stage_of_zero(settings: PriorTrain) -> int:
@@ -97,7 +80,9 @@ class Factored:
         return self.rank * (self.rows + self.columns)
 
 
-def factored(settings: PriorTrain, held: Mapping[str, Held], place: Place) -> Iterator[Factored]:
+def factored(
+    settings: PriorTrain, held: Mapping[str, Held], at: RankCoordinates
+) -> Iterator[Factored]:
     """The shards whose gradients this rank compresses."""
     mesh = settings.mesh
     if not settings.compress.on:
@@ -108,12 +93,12 @@ def factored(settings: PriorTrain, held: Mapping[str, Held], place: Place) -> It
     for name, h in held.items():
         if not name.endswith(COMPRESSED):
             continue
-        at = h.placement
+        placement = h.placement
         if third:
-            shard = at.flat_shard(place.replica % mesh.local, shard_numel(h, mesh.local))
+            shard = placement.flat_shard(at.replica % mesh.local, shard_numel(h, mesh.local))
             if shard is None:
                 continue
-            at = shard
-        if at.rows:
-            rows, columns = at.rows, at.shape[1]
+            placement = shard
+        if placement.rows:
+            rows, columns = placement.rows, placement.shape[1]
             yield Factored(rows, columns, min(each, rows, columns))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from planning.rehearsal.matcher import Outcome, Roles, Stuck
-from planning.rehearsal.sequence import CREATE, Grid, Operation
+from planning.rehearsal.sequence import CREATE, CollectiveCall, Grid
 from planning.rehearsal.sequence import Sequence as RankSequence
 
 _HINTS = {
@@ -119,7 +119,7 @@ class _Reporter:
         found: list[tuple[int, Mismatch]] = []
         stages: dict[int, list[int]] = {}
         for rank in self._sequences:
-            stages.setdefault(self._grid.place(rank)[0], []).append(rank)
+            stages.setdefault(self._grid.coordinates(rank)[0], []).append(rank)
         for ranks in stages.values():
             calls = {rank: self._relative(rank, False) for rank in ranks}
             classes = Counter(calls.values())
@@ -232,7 +232,7 @@ class _Reporter:
         swapped = mine[0] in usual and usual[0] in mine
         return swapped and Counter(mine) == Counter(usual)
 
-    def _operations(self, odd: int, other: int, at: int) -> tuple[Operation, Operation]:
+    def _operations(self, odd: int, other: int, at: int) -> tuple[CollectiveCall, CollectiveCall]:
         last = (min(at, self._count(rank) - 1) for rank in (odd, other))
         a, b = (self._operation(rank, i) for rank, i in zip((odd, other), last, strict=True))
         return a, b
@@ -244,23 +244,23 @@ class _Reporter:
             root: Any = op.root
             spans = None if op.paired else self._grid.spans(rank, op.group)
             if spans is not None and op.root >= 0:
-                place = self._grid.place(op.root)
-                root = tuple(at for at, whole in zip(place, spans, strict=True) if whole)
+                root_at = self._grid.coordinates(op.root)
+                root = tuple(at for at, whole in zip(root_at, spans, strict=True) if whole)
             tensors = (op.bytes, op.dtype, op.device, op.backend)
             call = (op.kind, self._group(rank, op), *tensors, root, op.detail)
             found.append((*call, op.places) if with_places else call)
         return tuple(found)
 
-    def _group(self, rank: int, op: Operation) -> Any:
+    def _group(self, rank: int, op: CollectiveCall) -> Any:
         if op.paired:
-            here, there = self._grid.place(rank), self._grid.place(op.group[0])
+            here, there = self._grid.coordinates(rank), self._grid.coordinates(op.group[0])
             return tuple(b - a for a, b in zip(here, there, strict=True))
         return self._grid.spans(rank, op.group) or op.group
 
     def _count(self, rank: int) -> int:
         return len(self._sequences[rank].operations)
 
-    def _operation(self, rank: int, index: int) -> Operation:
+    def _operation(self, rank: int, index: int) -> CollectiveCall:
         return self._sequences[rank].operations[index]
 
     def _side(self, rank: int, index: int) -> Side:
@@ -285,11 +285,11 @@ class _Reporter:
         return Mismatch(kind=kind, text=text, sides=list(sides), hint=_HINTS[kind], waiting=waiting)
 
 
-def _elsewhere(a: Operation, b: Operation) -> bool:
+def _elsewhere(a: CollectiveCall, b: CollectiveCall) -> bool:
     return (a.device, a.backend) != (b.device, b.backend)
 
 
-def _backends(rank: int, a: Operation, other: int, b: Operation) -> str:
+def _backends(rank: int, a: CollectiveCall, other: int, b: CollectiveCall) -> str:
     return (
         f": rank {rank} brings a tensor on {a.device}, which {a.backend} carries, rank {other} one "
         f"on {b.device}, which {b.backend} carries, and each waits for ever"

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from planning.rehearsal.fake_cuda import CPU, Moves
 from planning.rehearsal.op_shapes import RULES, WRITING
 from planning.rehearsal.recorder import NAMESPACE, Recorder
-from planning.rehearsal.sequence import Operation
+from planning.rehearsal.sequence import CollectiveCall
 
 warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
@@ -197,7 +197,7 @@ class Shadows(TorchDispatchMode):
         count = len(function._schema.returns)
         return work if count == 1 else (arguments[0], work) if count else None
 
-    def _carry(self, operation: Operation, arguments: Any) -> None:
+    def _carry(self, operation: CollectiveCall, arguments: Any) -> None:
         """Hand a small message over, or fill the buffer that waits for one."""
         found = [_real(x) for x in tree_leaves(arguments[:2]) if isinstance(x, Tensor)]
         tensors = [x for x in found if x is not None]

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from planning.rehearsal.sequence import Coordinates, Grid, Operation
+from planning.rehearsal.sequence import CollectiveCall, Coordinates, Grid
 from planning.rehearsal.sequence import Sequence as RankSequence
 
-Meeting = tuple[Any, ...]
+MeetingKey = tuple[Any, ...]
 """Where ranks meet: a group, or the two sides of a message."""
 
 
@@ -55,26 +55,26 @@ class Roles:
         """`rehearsed` are the ranks of a grid of chosen coordinates on each axis."""
         self.grid = grid
         self._chosen = [
-            sorted({grid.place(rank)[axis] for rank in rehearsed})
+            sorted({grid.coordinates(rank)[axis] for rank in rehearsed})
             for axis in range(len(grid.sizes))
         ]
 
     def of(self, rank: int) -> int:
         """The rehearsed rank whose sequence a rank follows."""
-        place = []
+        coordinates = []
         for at, chosen, size in zip(
-            self.grid.place(rank), self._chosen, self.grid.sizes, strict=True
+            self.grid.coordinates(rank), self._chosen, self.grid.sizes, strict=True
         ):
             between = next((c for c in chosen if 0 < c < size - 1), size - 1)
-            place.append(at if at in chosen else between)
-        return self.grid.rank(tuple(place))
+            coordinates.append(at if at in chosen else between)
+        return self.grid.rank(tuple(coordinates))
 
 
 @dataclass(frozen=True)
 class _Step:
     """An operation of a role, ready to be placed for each of its ranks."""
 
-    operation: Operation
+    operation: CollectiveCall
     spans: tuple[bool, ...] | None
     """Axes of its group; None if it is no group of whole axes, which stays as it is."""
     offset: Coordinates
@@ -93,10 +93,10 @@ class _Player:
         }
         world = range(self._grid.world)
         self._role = [roles.of(rank) for rank in world]
-        self._place = [self._grid.place(rank) for rank in world]
+        self._coordinates = [self._grid.coordinates(rank) for rank in world]
         self._at = [0] * len(world)
-        self._waiting: dict[Meeting, list[int]] = {}
-        self._meetings: dict[tuple[int, int], tuple[Meeting, int]] = {}
+        self._waiting: dict[MeetingKey, list[int]] = {}
+        self._meetings: dict[tuple[int, int], tuple[MeetingKey, int]] = {}
         self.outcome = Outcome()
 
     def play(self) -> Outcome:
@@ -128,34 +128,34 @@ class _Player:
             ]
         return self.outcome
 
-    def _step(self, known: dict[tuple[int, Any], _Step], role: int, op: Operation) -> _Step:
+    def _step(self, known: dict[tuple[int, Any], _Step], role: int, op: CollectiveCall) -> _Step:
         key = (role, op)
         if key not in known:
             spans = None if op.paired else self._grid.spans(role, op.group)
             offset: Coordinates = ()
             if op.paired:
-                here, there = self._grid.place(role), self._grid.place(op.group[0])
+                here, there = self._grid.coordinates(role), self._grid.coordinates(op.group[0])
                 offset = tuple(b - a for a, b in zip(here, there, strict=True))
             known[key] = _Step(op, spans, offset)
         return known[key]
 
-    def _meeting(self, rank: int, step: _Step) -> tuple[Meeting, int]:
+    def _meeting(self, rank: int, step: _Step) -> tuple[MeetingKey, int]:
         """Where a rank meets whom in a step, and how many they are."""
         key = (rank, id(step))
         if key not in self._meetings:
             self._meetings[key] = self._find_meeting(rank, step)
         return self._meetings[key]
 
-    def _find_meeting(self, rank: int, step: _Step) -> tuple[Meeting, int]:
-        place, op = self._place[rank], step.operation
+    def _find_meeting(self, rank: int, step: _Step) -> tuple[MeetingKey, int]:
+        mine, op = self._coordinates[rank], step.operation
         if op.paired:
-            other = self._grid.rank(tuple(a + b for a, b in zip(place, step.offset, strict=True)))
+            other = self._grid.rank(tuple(a + b for a, b in zip(mine, step.offset, strict=True)))
             sides = (rank, other) if op.kind == "send" else (other, rank)
             return ("message", *sides), 2
         if step.spans is None:
             member = rank in op.group
             return (("ranks", *op.group), len(op.group)) if member else (("none", rank), 2)
-        fixed = (-1 if whole else at for at, whole in zip(place, step.spans, strict=True))
+        fixed = (-1 if whole else at for at, whole in zip(mine, step.spans, strict=True))
         return ("axes", *fixed), len(op.group)
 
     def _alike(self, a: int, b: int) -> bool:

@@ -94,7 +94,7 @@ def _serve(link: Link, device: str) -> None:
         for name in (*modules_of(engine, mesh.world > mesh.data), *_LATE):
             importlib.import_module(name)
         gc.freeze()  # what is imported stays shared with the forks
-        stage = _Stage(tasks, runner, jobs, link.send)
+        stage = _Ranks(tasks, runner, jobs, link.send)
         try:
             link.send(stage.play())
         except RankError as error:
@@ -103,7 +103,7 @@ def _serve(link: Link, device: str) -> None:
             stage.end()
 
 
-class _Stage:
+class _Ranks:
     """All ranks of a rehearsal, and the messages between them."""
 
     def __init__(

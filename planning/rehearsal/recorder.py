@@ -19,7 +19,7 @@ from torch.distributed.distributed_c10d import BackendConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from planning.rehearsal.sequence import CREATE, OBJECTS, Operation, Sequence
+from planning.rehearsal.sequence import CREATE, OBJECTS, CollectiveCall, Sequence
 
 NAMESPACE = "c10d"
 """The dispatcher's home of collectives."""
@@ -56,7 +56,7 @@ class Recorder:
         """By group and type of device."""
         self._made = 0
 
-    def note(self, function: Any, arguments: tuple[Any, ...]) -> Operation:
+    def note(self, function: Any, arguments: tuple[Any, ...]) -> CollectiveCall:
         """Add a call of the dispatcher.
 
         Raises: RuntimeError if the group has no backend for the tensors' device.
@@ -72,7 +72,7 @@ class Recorder:
         paired = kind in ("send", "recv")
         objects = _carries_objects()
         device = next(x.device.type for x in tree_leaves(arguments) if isinstance(x, Tensor))
-        operation = Operation(
+        operation = CollectiveCall(
             kind=kind,
             group=(root,) if paired else group,
             bytes=0 if objects else sum(t.numel() * t.element_size() for t in tensors),
@@ -98,7 +98,7 @@ class Recorder:
             return
         made = repr(self.sequence.created[-self._made :]).encode()
         self.sequence.operations.append(
-            Operation(
+            CollectiveCall(
                 kind=CREATE,
                 group=tuple(range(dist.get_world_size())),
                 bytes=self._made,

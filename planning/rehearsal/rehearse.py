@@ -16,6 +16,7 @@ from typing import Any
 from core.config import check
 from core.errors import ConfigError
 from core.log import progress, slow
+from core.memory import size_text
 from parallel.config import EngineConfig, MeshConfig
 from planning.rehearsal.explain import Mismatch, explain
 from planning.rehearsal.matcher import Roles, play
@@ -55,6 +56,25 @@ class Rehearsal:
     def matches(self) -> bool:
         """True if all ranks' sequences go together."""
         return self.mismatch is None
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        mesh = self.mesh
+        cut = f", {mesh.machines} machines" if mesh.machines > 1 else ""
+        calls = ", ".join(f"{kind} {count}" for kind, count in sorted(self.calls.items()))
+        carriers = ", ".join(f"{name} {count}" for name, count in sorted(self.backends.items()))
+        lines = [
+            f"{self.stage} {self.preset}: {mesh.world} ranks = data {mesh.data} x tensor "
+            f"{mesh.tensor} x pipeline {mesh.pipeline}{cut}; batch {self.batch:,}, "
+            f"{_times(self.micro_batches, 'micro-batch', 'es')} a step",
+            f"  {self.roles} roles ran {self.steps} steps with a validation and a save, and the "
+            f"end of a run, on {self.device} in {self.seconds:.0f} s; rank 0: {calls}; by "
+            f"{carriers}",
+        ]
+        if self.mismatch is not None:
+            return [*lines, self.mismatch.report()]
+        done = f"{self.operations:,} calls, {size_text(self.bytes)}"
+        return [*lines, f"  all ranks match: {done} over all ranks"]
 
 
 def rehearse(
@@ -113,10 +133,10 @@ def checked(settings: Any) -> Any:
 def roles_of(mesh: MeshConfig) -> list[int]:
     """The ranks to run: stages next to each other, since they wait for each other's shapes."""
     grid = Grid(mesh)
-    stages, *others = grid.sizes
+    stages, *sizes = grid.sizes
     second = {1} if stages == 1 else set()
-    chosen = [sorted(({0} | second | {size - 1}) & set(range(size))) for size in others]
-    return [grid.rank((stage, *place)) for place in product(*chosen) for stage in range(stages)]
+    chosen = [sorted(({0} | second | {size - 1}) & set(range(size))) for size in sizes]
+    return [grid.rank((stage, *others)) for others in product(*chosen) for stage in range(stages)]
 
 
 def scaled(settings: Any, world: int) -> Any:
@@ -166,3 +186,7 @@ def _without_parts(settings: Any) -> list[str]:
     alone = EngineConfig(accumulate=settings.engine.accumulate)
     found += settings.order.problems(loop.batch, mesh.data)
     return found + alone.problems(loop.batch // mesh.data, MeshConfig(), compress=False)
+
+
+def _times(count: int, what: str, more: str = "s") -> str:
+    return f"{count} {what}" + (more if count > 1 else "")

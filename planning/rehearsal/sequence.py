@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from parallel.config import MeshConfig
+from parallel.mesh import RankCoordinates, coordinates_of, rank_at
 
 PAIRS = ("send", "recv")
 """Operations between two ranks; all others are a group's."""
@@ -16,7 +17,7 @@ Coordinates = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Operation:
+class CollectiveCall:
     """One call of a collective, or one message between two ranks."""
 
     kind: str
@@ -75,7 +76,7 @@ class Sequence:
     """All operations of one rank, from its start to the end of what was run."""
 
     rank: int
-    operations: list[Operation] = field(default_factory=list)
+    operations: list[CollectiveCall] = field(default_factory=list)
     created: list[tuple[int, ...]] = field(default_factory=list)
     """Ranks of each group that was made, in order."""
     device: str = "cpu"
@@ -92,36 +93,32 @@ def short(ranks: tuple[int, ...]) -> str:
 
 
 class Grid:
-    """Places of ranks in the mesh, with its data axis cut into machines and their replicas."""
+    """Coordinates of ranks in the mesh, its data axis cut into machines and their replicas."""
 
     def __init__(self, mesh: MeshConfig) -> None:
         self.sizes = (mesh.pipeline, mesh.machines, mesh.local, mesh.tensor)
-        self.world = mesh.world
+        self.world, self._mesh = mesh.world, mesh
 
-    def place(self, rank: int) -> Coordinates:
+    def coordinates(self, rank: int) -> Coordinates:
         """The coordinates of a rank."""
-        found = []
-        for size in reversed(self.sizes):
-            rank, at = divmod(rank, size)
-            found.append(at)
-        return tuple(reversed(found))
+        stage, replica, shard = coordinates_of(self._mesh, rank)
+        return stage, *divmod(replica, self._mesh.local), shard
 
-    def rank(self, place: Coordinates) -> int:
+    def rank(self, coordinates: Coordinates) -> int:
         """The rank at some coordinates; -1 outside of the grid."""
-        found = 0
-        for at, size in zip(place, self.sizes, strict=True):
-            if not 0 <= at < size:
-                return -1
-            found = found * size + at
-        return found
+        if not all(0 <= at < size for at, size in zip(coordinates, self.sizes, strict=True)):
+            return -1
+        stage, machine, local, shard = coordinates
+        replica = machine * self._mesh.local + local
+        return rank_at(self._mesh, RankCoordinates(stage, replica, shard))
 
     def spans(self, rank: int, group: tuple[int, ...]) -> tuple[bool, ...] | None:
         """Along which axes a group of this rank runs; None if it is not whole axes through it."""
-        places = [self.place(member) for member in group]
-        mine = self.place(rank)
+        members = [self.coordinates(member) for member in group]
+        mine = self.coordinates(rank)
         found = []
         for axis, size in enumerate(self.sizes):
-            seen = {place[axis] for place in places}
+            seen = {member[axis] for member in members}
             if seen == {mine[axis]} and size > 1:
                 found.append(False)
             elif len(seen) == size:
@@ -133,7 +130,7 @@ class Grid:
 
     def describe(self, rank: int) -> str:
         """The role of a rank, for reports."""
-        pairs = zip(AXES, self.place(rank), self.sizes, strict=True)
+        pairs = zip(AXES, self.coordinates(rank), self.sizes, strict=True)
         names = {"pipeline": "stage", "local": "replica", "tensor": "tensor rank"}
         parts = [f"{names.get(axis, axis)} {at} of {size}" for axis, at, size in pairs if size > 1]
         return ", ".join(parts)

@@ -26,10 +26,7 @@ from core.config import check
 from core.errors import AbsentError
 from core.heartbeat import Heart
 from data_pipeline.streaming.stream import StreamState
-from models.clip import Clip
-from models.dvae import DVAE
-from models.prior import prior_program
-from parallel.engines.protocol import Batch, Engine, Losses, Program, StepResult
+from parallel.engines.protocol import Batch, Engine, Losses, StepResult
 from parallel.engines.registry import build_engine
 from parallel.ledger import Ledger
 from parallel.mesh import Mesh
@@ -37,8 +34,8 @@ from planning.rehearsal.patches import Change, nothing, replaced
 from planning.rehearsal.recorder import Recorder
 from training.config import ProfileConfig
 from training.data_requirements import DataSizes, size_problems
-from training.tasks.clip import ClipTask, clip_program
-from training.tasks.dvae import DVAETask, dvae_program
+from training.tasks.clip import ClipTask
+from training.tasks.dvae import DVAETask
 from training.tasks.prior import PriorTask
 from training.tasks.task import Pictures
 from training.trainer import Run
@@ -145,11 +142,10 @@ class _Samples:
 
 class _PriorWithoutData(PriorTask):
     def __init__(self, settings: Any, mesh: Mesh) -> None:
-        self._settings, self.model_config = settings, settings.model
+        self._settings = settings
         self.held_out: Any = _Samples(settings.loop.validation_samples)
         self.train: Any = _Samples(0)
-        self.program: Program = prior_program(settings.model, settings.loop.seed, mesh.shared)
-        self.units = settings.model.length
+        self._set_model(settings.model, settings.loop.seed, mesh.shared)
 
     def batch(self, records: Sequence[Any], step: int, training: bool = True) -> Batch:
         count, model = len(records), self.model_config
@@ -168,12 +164,9 @@ class _DVAEWithoutData(DVAETask):
     unreadable = 0
 
     def __init__(self, settings: Any, mesh: Mesh) -> None:
-        self.model_config = settings.model
         self.held_out: Any = _Samples(settings.loop.validation_samples)
         self.train: Any = _Samples(0)
-        self.dvae = DVAE(settings.model, settings.loop.seed)
-        self.program = dvae_program(self.dvae, settings.model)
-        self.units = settings.model.tokens
+        self._set_model(settings.model, settings.loop.seed)
 
     def batch(self, records: Sequence[Any], step: int, training: bool = True) -> Batch:
         return {
@@ -191,11 +184,9 @@ class _ClipWithoutData(ClipTask):
     unreadable = 0
 
     def __init__(self, settings: Any, mesh: Mesh) -> None:
-        self.model_config = settings.model
         self.held_out: Any = _Samples(settings.loop.validation_samples)
         self.train: Any = _Samples(0)
-        self.program = clip_program(Clip(settings.model, settings.loop.seed), mesh.world)
-        self.units = settings.model.text_length
+        self._set_model(settings.model, settings.loop.seed, mesh.world)
 
     def batch(self, records: Sequence[Any], step: int, training: bool = True) -> Batch:
         count, model = len(records), self.model_config

@@ -211,7 +211,7 @@ def test_the_policy_deletes_and_protects(tmp_path: Path) -> None:
     run.protected = {2}
     for step in (1, 2, 3, 4):
         run.save(step, _slices(float(step)), {"step": step})
-        run.finish()
+        run.saver.wait()
     assert finished_steps(run.store) == [2, 4]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-2", "step-4"]
 
@@ -226,7 +226,7 @@ def test_checkpoints_live_in_object_stores(s3: ObjectServer, tmp_path: Path) -> 
         for step in (1, 2):
             part = StateSlice(name="w", kind="master", shape=(10, 10**6), start=0, data=big + step)
             run.save(step, [part], {"step": step})
-        run.finish()
+        run.saver.wait()
         found = run.newest()
         assert found is not None and finished_steps(store) == [2]
         assert found.flat("w", "master", 9_999_990, 10_000_000).tolist() == (big + 2)[-10:].tolist()

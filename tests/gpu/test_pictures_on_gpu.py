@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from core.workers import Member
+from core.workers import JobWorker
 from data_pipeline.evaluation_sets import open_evaluation
 from generation.config import SampleConfig, ScoreConfig
 from generation.evaluation.score_job import open_job
-from generation.sampling.decoder import Decoder, Part
+from generation.sampling.decoder import Decoder, LocalPrior
 from generation.text_to_image import open_studio
 from parallel.device import CPU
 from parallel.mesh import Mesh
@@ -26,7 +26,7 @@ def test_candidates_are_those_of_the_cpu(device: torch.device) -> None:
     text = torch.randint(0, 30, (2, CONFIG.text_length), generator=draws)
     found = []
     for place in (CPU, device):
-        decoder = Decoder(Part(layers=trained_like().to(place), config=CONFIG))
+        decoder = Decoder(LocalPrior(layers=trained_like().to(place), config=CONFIG))
         found.append(draw(decoder, text, keys_of(2, 6), SampleConfig(), None).flatten(0, 1))
     assert len(found[0].unique(dim=0)) > 6
     assert int((found[0] != found[1]).any(1).sum()) <= 1
@@ -43,7 +43,7 @@ def test_scores_are_those_of_the_cpu(tmp_path: Path, device: torch.device) -> No
         mesh = Mesh(world=World(device=place))
         given = {"inception": None, "overlap": None, "out": tmp_path / str(number)}
         job = open_job(data, models, config=config, device=place, **given)
-        alone = Member(number=0, count=1)
+        alone = JobWorker(number=0, count=1)
         scores = job.run(lambda mesh=mesh: open_studio(models, config.precision, mesh), alone)
         assert scores is not None
         found.append([row[name] for row in scores["rows"] for name in ("fid", "is")])

@@ -2,7 +2,7 @@
 
 import torch
 
-from generation.sampling.decoder import Decoder, Part
+from generation.sampling.decoder import Decoder, LocalPrior
 from models.config import PriorConfig
 from models.prior import build_prior
 
@@ -15,7 +15,7 @@ def test_decoded_logits_equal_the_cpu(device: torch.device) -> None:
     found = []
     for place in (torch.device("cpu"), device):
         layers = dict(build_prior(config).to(place).items())
-        decoder = Decoder(Part(layers=layers, config=config))
+        decoder = Decoder(LocalPrior(layers=layers, config=config))
         lane = decoder.start(text.to(place), image[:, :5].to(place), 1)
         rows = [decoder.next(lane, at, image[:, at - 1].to(place)) for at in range(5, 64)]
         found.append(torch.stack([row.cpu() for row in rows if row is not None]))

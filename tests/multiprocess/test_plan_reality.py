@@ -24,12 +24,11 @@ from parallel.control import Control
 from parallel.engines.protocol import EngineSettings
 from parallel.engines.registry import build_engine, modules_of
 from parallel.ledger import Ledger, recorded
-from parallel.mesh import Mesh, build_mesh
+from parallel.mesh import Mesh, build_mesh, coordinates_of
 from parallel.world import World, join_world, leave_world
 from planning.estimate.memory import Loads, loads_of, rank_bytes
 from planning.estimate.reserve import communicators
 from planning.estimate.traffic import step_traffic
-from planning.estimate.zero_layout import place_of
 from training.config import LoopConfig, PriorTrain
 
 SMALL = PriorConfig(
@@ -92,7 +91,7 @@ def planned(case: Case, rank: int) -> Loads:
         compress=case.compress,
         optim=replace(OPTIM, moments=case.moments),
     )
-    return loads_of(settings, place_of(case.mesh, rank))
+    return loads_of(settings, coordinates_of(case.mesh, rank))
 
 
 class Kept:

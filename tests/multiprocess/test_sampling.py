@@ -13,7 +13,7 @@ from core.config import to_json
 from generation.config import SampleConfig
 from generation.sampling.batches import Need
 from generation.sampling.decoder import Decoder
-from generation.sampling.load_prior import load_part
+from generation.sampling.load_prior import load_local_prior
 from generation.sampling.sampler import Sampler
 from models.config import PriorConfig
 from parallel.config import MeshConfig
@@ -71,7 +71,7 @@ def decode(payload: str) -> None:
     mesh = build_mesh(MeshConfig(tensor=body["tensor"], pipeline=body["pipeline"]), world)
     found = []
     for prior in body["priors"]:
-        decoder = Decoder(load_part(Path(prior), None, mesh)[0])
+        decoder = Decoder(load_local_prior(Path(prior), None, mesh)[0])
         need = Need(caches=decoder.caches, captions=3, candidates=4, streams=2, lanes=2)
         free = need.bytes(3) / 0.9 + 1 if world.rank == 2 else 1e12
         assert need.most(12, int(free)) == (3 if world.rank == 2 else 12)
@@ -99,6 +99,6 @@ def test_a_cut_prior_decodes_what_the_whole_stream_says(tmp_path: Path) -> None:
         assert len(last) == tensor
         for logits in last:
             assert float((torch.tensor(logits) - wanted).abs().max()) < 1e-4
-        one = Decoder(load_part(folder, None, Mesh())[0])
+        one = Decoder(load_local_prior(folder, None, Mesh())[0])
         expected = [draws(one, SampleConfig(temperature=0.0)), draws(one, GUIDED)]
         assert all(rank[i][1:] == expected for rank in ranks)

@@ -18,6 +18,7 @@ _FILES = (
     "models/*.py",
     "parallel/compress/*.py",
     "parallel/adamw.py",
+    "parallel/replicas.py",
     "parallel/scales.py",
     "parallel/engines/protocol.py",
     "parallel/engines/modules.py",
@@ -35,6 +36,7 @@ _FILES = (
     "generation/evaluation/fid.py",
 )
 _ONLY = {
+    "parallel/replicas.py": {"flat_average", "copy_parts"},
     "training/trainer.py": {"steps", "one_step", "_micro_batches", "_loss_now"},
 }
 """Of these files only some functions: the rest is about folders, logs and processes."""

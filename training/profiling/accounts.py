@@ -1,11 +1,16 @@
-"""Adds up what the stretches of a time line were spent on."""
+"""Adds up what a rank's time was spent on: its time line, and the waits for data."""
 
+from collections import deque
 from typing import Any
+
+import numpy as np
 
 from parallel.ledger import PAIRS
 from training.profiling.categories import BUBBLE, CATEGORIES, OF_GROUP, OTHER, PIPELINE
 from training.profiling.clock import Operation, Owner
 
+_KEPT = 10_000
+"""Steps that the quantile of the waits is taken over."""
 _INDEX = {name: i for i, name in enumerate(CATEGORIES)}
 
 
@@ -54,3 +59,27 @@ class Accounts:
             operations.setdefault(group, {})[name] = seconds
         self._operations = {}
         return found, operations
+
+
+class Waits:
+    """How long the trainer waits for its data, step by step."""
+
+    def __init__(self) -> None:
+        self._waits: deque[float] = deque(maxlen=_KEPT)
+        self._waited = self._spent = 0.0
+
+    def add(self, waited: float, spent: float) -> None:
+        """Note a step: seconds waited for its batch, and seconds of the whole step."""
+        self._waits.append(waited)
+        self._waited += waited
+        self._spent += spent
+
+    def row(self) -> dict[str, float]:
+        """Figures for metrics.jsonl; data_share is of the time since the last row."""
+        found = {
+            "data_seconds": self._waits[-1],
+            "data_share": self._waited / max(self._spent, 1e-9),
+            "data_seconds_p999": float(np.quantile(self._waits, 0.999)),
+        }
+        self._waited = self._spent = 0.0
+        return found

@@ -16,7 +16,7 @@ from training.profiling.advice import warnings_for
 from training.profiling.categories import CATEGORIES, CHECKPOINT, OWN, VALIDATION
 from training.profiling.figures import cores_of, measure_peak, over_peers, peaks_of
 from training.profiling.flops import model_flops
-from training.profiling.plan import Planned
+from training.profiling.plan import Planned, read_plan
 from training.profiling.ring import RankSteps, read_rings
 from training.run.config import settings_of_run
 from training.run.folder import read_rows
@@ -114,6 +114,17 @@ class Profiled:
         """Each rank's own work over its peers' at that step, (found, steps)."""
         columns = [CATEGORIES.index(name) for name in OWN]
         return over_peers(self.seconds[:, :, columns].sum(2), self.stages)
+
+
+def profile_of(run: Path, last: int, peak: float, plan: Path | None) -> tuple[Profiled, Report]:
+    """The last steps of a run and what they say, beside what a plan file predicted.
+
+    Raises: InputError for no run folder, one without a profile, or another run's plan.
+    """
+    found = read_profile(run, last)
+    on_gpu = any("cuda_bytes" in row for row in found.rows) if found.rows else None
+    planned = read_plan(plan, found.settings, on_gpu) if plan else None
+    return found, report_of(found, peak, planned)
 
 
 def read_profile(run: Path, last: int = 0) -> Profiled:

@@ -57,7 +57,8 @@ class Checkpoints:
         """`gathers` are for the loop and, over a process group of its own, for the saver."""
         self.store, self._config = store, config
         self._rank, self._ranks, self._gather = rank, ranks, gathers[0]
-        self._saver = Saver(store, rank, gathers[1], config.background)
+        self.saver = Saver(store, rank, gathers[1], config.background)
+        """Writes them; may be waited for."""
         self._known: dict[int, Saved] = {}
         self.whole: int | None = None
         """Step of the newest checkpoint that was written or read whole; rank 0 knows."""
@@ -103,23 +104,15 @@ class Checkpoints:
     def save(self, step: int, slices: Any, facts: Json) -> float:
         """Write a checkpoint, in the background if so configured; returns seconds held up.
 
-        `settle` first. A failure is to be asked for; older checkpoints stay whole.
+        `saver.settle()` first. A failure is to be asked for; older checkpoints stay whole.
         """
         facts = {**facts, "time": time.time()}
         self._note(step, facts)
-        return self._saver.save(f"step-{step}", slices, facts, lambda: self._written(step))
-
-    def settle(self) -> None:
-        """Wait for the save that may be under way."""
-        self._saver.settle()
-
-    def finish(self) -> None:
-        """Wait for the last save. Raises: StoreError if it failed."""
-        self._saver.wait()
+        return self.saver.save(f"step-{step}", slices, facts, lambda: self._written(step))
 
     def failure(self) -> str:
         """Why a save failed since the last call, if one did; it is logged, too."""
-        error = self._saver.failure()
+        error = self.saver.failure()
         if error is not None and self._rank == 0:
             LOG.error("%s; training goes on, older checkpoints are whole", error)
         return str(error or "")

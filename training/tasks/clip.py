@@ -37,9 +37,13 @@ class ClipTask:
         self._tokenizer, self._tokenizer_hash = load_tokenizer(settings.bpe)
         entries = self._tokenizer.get_vocab_size()
         check(model_size_problems(settings.model, {"text_vocabulary": entries}, "the tokenizer"))
-        self.model_config = ClipConfig(**{**vars(settings.model), "text_vocabulary": entries})
-        self.program = clip_program(Clip(self.model_config, settings.loop.seed), world)
-        self.units = self.model_config.text_length
+        config = ClipConfig(**{**vars(settings.model), "text_vocabulary": entries})
+        self._set_model(config, settings.loop.seed, world)
+
+    def _set_model(self, config: ClipConfig, seed: int, world: World) -> None:
+        """The program, for these settings or for a rehearsal of them."""
+        self.model_config, self.units = config, config.text_length
+        self.program = clip_program(Clip(config, seed), world)
 
     def batch(self, records: Sequence[RawRecord], step: int, training: bool = True) -> Batch:
         pairs = self._readable.decoded(records, self.train if training else self.held_out)

@@ -50,13 +50,16 @@ class DVAETask:
         self.held_out = RawSource(store, "validation")
         refuse_unfit(settings, self.train.manifest, self.held_out.manifest)
         self._settings, self._readable = settings, ReadablePairs()
-        self.model_config = settings.model
-        self.dvae = DVAE(settings.model, settings.loop.seed)
+        self._set_model(settings.model, settings.loop.seed)
         if settings.model.start == "calibrated":
             first = first_records(self.train, CALIBRATED)
             self.dvae.calibrate(self._squares(first, self.train))
-        self.program = dvae_program(self.dvae, settings.model)
-        self.units = settings.model.tokens
+
+    def _set_model(self, config: DVAEConfig, seed: int) -> None:
+        """The model and its program, for these settings or for a rehearsal of them."""
+        self.model_config, self.units = config, config.tokens
+        self.dvae = DVAE(config, seed)
+        self.program = dvae_program(self.dvae, config)
 
     def batch(self, records: Sequence[RawRecord], step: int, training: bool = True) -> Batch:
         settings, seed = self._settings, self._settings.loop.seed

@@ -44,7 +44,7 @@ class PriorTask:
         facts = self.train.manifest.facts
         self._settings, self._facts = settings, facts
         self._dropout = self._open_dropout()
-        self.model_config = PriorConfig(
+        config = PriorConfig(
             **{
                 **vars(settings.model),
                 "text_vocabulary": facts["text_vocabulary"],
@@ -52,8 +52,12 @@ class PriorTask:
                 "grid": facts["grid"],
             }
         )
-        self.program = prior_program(self.model_config, settings.loop.seed, tensor)
-        self.units = self.model_config.length
+        self._set_model(config, settings.loop.seed, tensor)
+
+    def _set_model(self, config: PriorConfig, seed: int, tensor: TensorParallel) -> None:
+        """The program, for these settings or for a rehearsal of them."""
+        self.model_config, self.units = config, config.length
+        self.program = prior_program(config, seed, tensor)
 
     def batch(self, records: Sequence[TokenRecord], step: int, training: bool = True) -> Batch:
         if self._dropout and training:

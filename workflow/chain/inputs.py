@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cluster.chain import Place
+from cluster.chain import Scheduler
 from core.config import S3
 from core.errors import StoreError
 from core.log import LOG
@@ -37,7 +37,7 @@ _MODEL = "model.json"
 _VERB = {True: "needs", False: "need"}
 
 
-def missing_inputs(run: RunFile, settings: dict[str, Any], to: Place) -> list[str]:
+def missing_inputs(run: RunFile, settings: dict[str, Any], to: Scheduler) -> list[str]:
     """Inputs that no stage of the run makes and that are not there, each with what to do.
 
     `settings` are those of the stages. Folders are not looked at for Kubernetes, whose volumes this
@@ -81,7 +81,7 @@ def _place(run: RunFile, what: str, settings: Any) -> str:
     return str(given) if given and what in (_RAW, _TOKENS, _BPE) else _own(run, what)
 
 
-def _is_absent(what: str, place: str, to: Place) -> bool:
+def _is_absent(what: str, place: str, to: Scheduler) -> bool:
     """Say whether a place can be looked at and does not hold an input."""
     if to == "kubernetes" and not place.startswith(S3):
         return False

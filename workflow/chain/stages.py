@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cluster.chain import Chain, Job, Place
+from cluster.chain import Chain, Job, Scheduler
 from core.config import check
 from core.flags import parse_over
 from data_pipeline.config import PackConfig, TokenizeConfig
@@ -28,7 +28,7 @@ _NO_SETTINGS = ("--inception=", "--overlap=")
 """Flags of `score` that name files."""
 
 
-def chain_of(run: RunFile, to: Place) -> Chain:
+def chain_of(run: RunFile, to: Scheduler) -> Chain:
     """The jobs of a run for a place, each with the command that a user could type.
 
     Raises: ConfigError with every problem of the stages' settings.

@@ -29,8 +29,6 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from core.errors import ConfigError
-from parallel.adamw import AdamW16
-from parallel.engines.protocol import step_count
 from parallel.mesh import Mesh
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -220,14 +218,10 @@ def fragments(optimizer: Any, parameter: nn.Parameter) -> Iterator[Fragment]:
 
 def ensure_adam_state(optimizer: Any) -> None:
     """Give every partition zero moments, as its first step would."""
-    half = isinstance(optimizer.optimizer, AdamW16)
     for partition in _partitions(optimizer):
         state = optimizer.optimizer.state[partition]
         if "exp_avg" not in state:
-            state["step"] = step_count(optimizer.optimizer, partition.device)
-            for name in ("exp_avg", "exp_avg_sq"):
-                dtype = torch.bfloat16 if half else partition.dtype
-                state[name] = torch.zeros_like(partition, dtype=dtype)
+            state.update(optimizer.optimizer.first_state(partition))
 
 
 def publish_masters(optimizer: Any) -> None:
@@ -252,7 +246,7 @@ def held_bytes(optimizer: Any, names: Mapping[str, nn.Parameter]) -> dict[str, i
     """
     parameters: list[Any] = list(names.values())
     partitions = _partitions(optimizer)
-    moment = 2 if isinstance(optimizer.optimizer, AdamW16) else 4
+    moment = (optimizer.optimizer.moments or torch.float32).itemsize
     gradients = sum(p.numel() for p in parameters)
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         weights = [p.ds_tensor for p in parameters]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from core.errors import TapirError
 from parallel.balance import balanced_starts
 from parallel.config import EngineConfig
+from parallel.engines.deepspeed.engine import DeepSpeedEngine, zero_config
 from parallel.engines.deepspeed.hooks import (
     LayerSpec,
     PipelineModule,
@@ -17,8 +18,7 @@ from parallel.engines.deepspeed.hooks import (
     quiet,
     start_comm,
 )
-from parallel.engines.deepspeed.state import DeepSpeedEngine, DeepSpeedState, zero_config
-from parallel.engines.modules import mean_losses, placements
+from parallel.engines.modules import mean_losses
 from parallel.engines.protocol import (
     Batch,
     EngineSettings,
@@ -47,16 +47,15 @@ class DeepSpeedPipeEngine(DeepSpeedEngine):
     def __init__(self, program: Program, settings: EngineSettings, mesh: Mesh) -> None:
         """Raises: ConfigError on one process without a process group."""
         self._refuse_one_process(mesh)
-        self._mesh, self._loss, self._losses_named = mesh, program.loss, program.losses
+        self._loss = program.loss
         self._fields: list[str] = []
         self._seen: list[Losses] = []
         start_comm(mesh.world.device)
         with quiet():
             self._module = _Stages(program, settings.engine, mesh, self._losses, self._fields)
         names = self._module.global_names()
-        places = placements(names)
         scales = scales_of(program, self._module.scales(), settings.engine)
-        self._state = DeepSpeedState(names, places, mesh, 1, scales, settings.control)
+        super().__init__(program, names, mesh, 1, scales, settings.control)
         settings.control.seen = self._seen
         elements = sum(p.numel() for p in names.values()) if settings.compress.on else None
         config = zero_config(settings.optim, 1, settings.engine.accumulate, elements)
@@ -86,9 +85,6 @@ class DeepSpeedPipeEngine(DeepSpeedEngine):
         return {
             name: layer for stage in self._module.stages() for name, layer in stage.layers.items()
         }
-
-    def memory(self) -> dict[str, int]:
-        return self._state.memory()
 
     def _feed(self, batches: Sequence[Batch]) -> Iterator[tuple[Fields, Fields]]:
         """Batches as (inputs, labels): the first stage reads the former, the last the latter."""

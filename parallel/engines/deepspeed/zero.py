@@ -10,14 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from core.log import LOG
+from parallel.engines.deepspeed.engine import DeepSpeedEngine, zero_config
 from parallel.engines.deepspeed.hooks import Gradients, GroupsOfMesh, hook_zero3, initialize
-from parallel.engines.deepspeed.state import DeepSpeedEngine, DeepSpeedState, zero_config
 from parallel.engines.deepspeed.zero3_shards import Shards
-from parallel.engines.modules import build_compressor, global_norm, placements
+from parallel.engines.modules import build_compressor, global_norm
 from parallel.engines.protocol import (
     Batch,
     EngineSettings,
@@ -30,6 +29,7 @@ from parallel.engines.protocol import (
 )
 from parallel.mesh import Mesh
 from parallel.placement import Placement
+from parallel.replicas import copy_parts, flat_average
 
 
 class DeepSpeedZeroEngine(DeepSpeedEngine):
@@ -40,24 +40,16 @@ class DeepSpeedZeroEngine(DeepSpeedEngine):
     def __init__(self, program: Program, settings: EngineSettings, mesh: Mesh) -> None:
         """Raises: ConfigError on one process without a process group."""
         self._refuse_one_process(mesh)
-        self._mesh, self._stage = mesh, settings.engine.zero_stage
+        self._stage = settings.engine.zero_stage
         self._shards = mesh.machine if self._stage == 3 else mesh.data
-        self._losses_named = program.losses
         own = None
         if self._stage == 3:
             own = Shards(program.layers, settings.optim, mesh.machine, mesh.world.device)
             program = replace(program, layers=own.layers)
         self._whole = Whole(program, settings.engine, mesh.world.device)
         names = self._whole.stage.global_names()
-        places = placements(names)
-        self._state = DeepSpeedState(
-            names,
-            places,
-            mesh,
-            mesh.between.size,
-            scales_of(program, self._whole.stage.scales, settings.engine),
-            settings.control,
-        )
+        scales = scales_of(program, self._whole.stage.scales, settings.engine)
+        super().__init__(program, names, mesh, mesh.between.size, scales, settings.control)
         compress = settings.compress.on
         elements = sum(p.numel() for p in names.values()) if compress else None
         engine = settings.engine
@@ -67,12 +59,11 @@ class DeepSpeedZeroEngine(DeepSpeedEngine):
         optimizer = build_adamw(names, settings.optim)
         with own.adopted() if own else nullcontext():
             self._engine = initialize(self._whole, optimizer, config, mesh.world.device, mpu)
-        self._state.optimizer = self._engine.optimizer
         if self._stage == 3:
-            wanted = {n: p for n, p in places.items() if n.endswith(program.compressed)}
+            wanted = {n: p for n, p in self._places.items() if n.endswith(program.compressed)}
             shards = {n: self._shard_of(n, p) for n, p in wanted.items()} if compress else {}
             held = {n: p for n, p in shards.items() if p is not None}
-            self._state.compressor = build_compressor(
+            self._compressor = build_compressor(
                 program, held, settings, mesh.between, mesh.machine, mesh.world.device
             )
             hook_zero3(self._engine.optimizer, names, self._norm_between_machines)
@@ -81,7 +72,7 @@ class DeepSpeedZeroEngine(DeepSpeedEngine):
 
     def step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
         seen: list[Losses] = []
-        self._state.control.seen = seen
+        self._control.seen = seen
         self._engine.train()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
@@ -101,12 +92,9 @@ class DeepSpeedZeroEngine(DeepSpeedEngine):
     def layers(self) -> dict[str, nn.Module]:
         return dict(self._whole.stage.layers.items())
 
-    def memory(self) -> dict[str, int]:
-        return self._state.memory()
-
     def _shard_of(self, name: str, place: Placement) -> Placement | None:
         """This rank's ZeRO-3 shard as rows of the matrix, or None if it cuts a row in two."""
-        parameter: Any = self._state.names[name]
+        parameter: Any = self._names[name]
         shard = place.flat_shard(self._shards.rank, int(parameter.partition_numel()))
         if shard is None:
             LOG.warning("%s is cut inside of a row: its gradient cannot be compressed", name)
@@ -116,17 +104,10 @@ class DeepSpeedZeroEngine(DeepSpeedEngine):
         """Average shards over the machines (in place), then take the global norm."""
         between = self._mesh.between
         if between.size == 1:
-            return self._state.norm(gradients)
-        if self._state.compressor is not None:
-            reduced = self._state.compressor.reduce(gradients)
-            for name, gradient in gradients.items():
-                gradient.copy_(reduced.gradients[name].view_as(gradient))
-            squares: list[Tensor] = [s / between.size for s in reduced.squares.values()]
-            return global_norm(squares, self._mesh, self._state.scales, self._state.control)
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients.values()])
-        dist.all_reduce(flat, group=between.handle)
-        flat /= between.size
-        sizes = [gradient.numel() for gradient in gradients.values()]
-        for gradient, part in zip(gradients.values(), flat.split(sizes), strict=True):
-            gradient.copy_(part.view_as(gradient))
-        return self._state.norm(gradients)
+            return self._norm(gradients)
+        if self._compressor is not None:
+            squares = self._compressor.average(gradients)
+            return global_norm(squares, self._mesh, self._scales, self._control)
+        tensors = list(gradients.values())
+        copy_parts(flat_average(tensors, between.handle, between.size), tensors)
+        return self._norm(gradients)

@@ -17,7 +17,7 @@ from models.dvae import DVAE
 from models.prior import prior_program
 from parallel.config import CompressConfig, EngineConfig, MeshConfig
 from parallel.engines.deepspeed import zero as deepspeed_zero
-from parallel.engines.deepspeed.state import BUCKET
+from parallel.engines.deepspeed.engine import BUCKET
 from parallel.engines.protocol import EngineSettings, Layer, Program
 from parallel.engines.registry import build_engine, modules_of
 from parallel.mesh import Mesh, build_mesh

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench.gpu import parent
-from bench.gpu.report import Report, Wanted
+from bench.gpu.report import GpuReport, Wanted
 from tests.gpu.run import table
 from tests.harness import ENVIRONMENT, ROOT, heed_interrupts, processes_with
 
@@ -19,23 +19,23 @@ JUNIT = """<testsuites><testsuite><testcase classname="a" name="b"/>{}</testsuit
 HERE = "tests.unit.bench.test_gpu_run"
 
 
-def fine(report: Report) -> None:
+def fine(report: GpuReport) -> None:
     report.row("one", 2.0, "s", Wanted(most=3.0))
 
 
-def missed(report: Report) -> None:
+def missed(report: GpuReport) -> None:
     report.row("two", math.nan, "x", Wanted(least=1.0))
 
 
-def fails(_: Report) -> None:
+def fails(_: GpuReport) -> None:
     raise RuntimeError("planted")
 
 
-def dies(_: Report) -> None:
+def dies(_: GpuReport) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def hangs(_: Report) -> None:
+def hangs(_: GpuReport) -> None:
     signal.pause()
 
 

@@ -15,7 +15,7 @@ from cluster.doctor.config import DoctorConfig
 from cluster.doctor.finding import Finding, bad, ok, placed, run_checks, warning, worst
 from cluster.doctor.gpus import counter_rows, xid_rows
 from cluster.doctor.machine import package_findings, requirements
-from cluster.doctor.meeting import Lost, Place, meet, place_of
+from cluster.doctor.meeting import Lost, Rendezvous, meet, rendezvous_of
 from cluster.doctor.outliers import Burned, burn_rows
 from cluster.doctor.report import as_json, exit_code, merged
 from cluster.doctor.stores import _try_rights, store_findings
@@ -154,9 +154,9 @@ def test_packages_against_their_bounds() -> None:
 
 def test_a_place_is_named_by_the_environment() -> None:
     world = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
-    assert place_of(world) == Place(rank=1, size=4, address="n1", port=29500)
-    assert place_of({**world, "TORCHELASTIC_USE_AGENT_STORE": "True"}) is None
-    assert place_of({"SLURM_PROCID": "1"}) is None
+    assert rendezvous_of(world) == Rendezvous(rank=1, size=4, address="n1", port=29500)
+    assert rendezvous_of({**world, "TORCHELASTIC_USE_AGENT_STORE": "True"}) is None
+    assert rendezvous_of({"SLURM_PROCID": "1"}) is None
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def port() -> int:
 
 def _meet(rank: int, port: int, seconds: float) -> list[list[str]]:
     """Two texts of one of three ranks."""
-    place = Place(rank=rank, size=3, address="127.0.0.1", port=port)
+    place = Rendezvous(rank=rank, size=3, address="127.0.0.1", port=port)
     with meet(place, seconds) as meeting:
         return [meeting.gather(f"{word} of {rank}") for word in ("name", "time")]
 
@@ -204,7 +204,7 @@ def test_strangers_and_missing_ranks_do_not_end_a_meeting(port: int) -> None:
 
 
 def test_a_name_of_rank_0_that_does_not_resolve(port: int) -> None:
-    place = Place(rank=1, size=2, address="no-such-host.invalid", port=port)
+    place = Rendezvous(rank=1, size=2, address="no-such-host.invalid", port=port)
     with pytest.raises(Lost) as found, meet(place, 0.2):
         pass
     assert "does not resolve" in found.value.row.found

@@ -68,7 +68,7 @@ def test_a_conflict_is_tried_again_at_once(opened: Open, answer: Answer) -> None
 
 
 def test_a_conflict_for_ever_ends(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("core.storage.s3._CONFLICTS", 3)
+    monkeypatch.setattr("core.storage.s3_retry._CONFLICTS", 3)
     store, server = opened(first(-1, on("PUT", error(409, "OperationAborted"))))
     with pytest.raises(StoreError, match="another writer was at it at each try") as raised:
         store.put("lease", b"mine", if_absent=True)
@@ -245,7 +245,7 @@ def test_lists_are_whole_sorted_and_of_the_prefix(
     opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What odd stores send: any order, their consoles' folders, other prefixes, a part, a page."""
-    monkeypatch.setattr("core.storage.s3.FIRST_PATIENCE", 0.1)
+    monkeypatch.setattr("core.storage.s3_retry.FIRST_PATIENCE", 0.1)
     told = [b""]
 
     def bend(request: BaseHTTPRequestHandler, right: Answer) -> Answer:

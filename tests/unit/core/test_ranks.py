@@ -22,7 +22,7 @@ from core.launch_environment import (
     refuse_left_socket,
 )
 from core.log import LOG, set_up_logging
-from core.workers import Member, member_of
+from core.workers import JobWorker, job_worker_of
 from tests.harness import ENVIRONMENT, installed, tapir
 
 TORCH = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -164,14 +164,14 @@ def test_odd_variables_of_workers_are_named(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=named):
-        member_of("")
+        job_worker_of("")
 
 
 def test_workers_of_srun_share_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**STEP, "SLURM_PROCID": "1"}.items():
         monkeypatch.setenv(name, value)
     assert ranks_of() == Ranks(launcher="srun", rank=1, size=2)
-    assert member_of("") == Member(number=1, count=2)
+    assert job_worker_of("") == JobWorker(number=1, count=2)
 
 
 @pytest.mark.parametrize(

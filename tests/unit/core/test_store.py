@@ -162,7 +162,7 @@ def test_a_store_that_went_away_is_no_wrong_input(
 
 def test_a_silent_port_is_told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("core.storage.s3_clients._FIRST_SECONDS", 0.5)
-    monkeypatch.setattr("core.storage.s3.FIRST_PATIENCE", 1.0)
+    monkeypatch.setattr("core.storage.s3_retry.FIRST_PATIENCE", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")

@@ -11,7 +11,7 @@ from bench.support.synthetic import write_tokens
 from core.errors import CorruptError, InputError
 from core.keys import key_int
 from core.storage.store import FolderStore
-from core.workers import Member, member_of
+from core.workers import JobWorker, job_worker_of
 from data_pipeline.config import LoaderConfig, OrderConfig
 from data_pipeline.formats.index import BlockReader
 from data_pipeline.formats.lookup import find_pair
@@ -172,22 +172,22 @@ def test_a_worker_finds_its_part(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert member_of("") == Member(number=wanted[0], count=wanted[1])
-    assert member_of("1/3") == Member(number=1, count=3)
+    assert job_worker_of("") == JobWorker(number=wanted[0], count=wanted[1])
+    assert job_worker_of("1/3") == JobWorker(number=1, count=3)
     for wrong in ("3/3", "a/b", "1", "-1/2"):
         with pytest.raises(InputError, match="i/n"):
-            member_of(wrong)
+            job_worker_of(wrong)
 
 
 def test_an_index_without_a_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "3")
     with pytest.raises(InputError, match="export TAPIR_WORKERS"):
-        member_of("")
+        job_worker_of("")
 
 
 def test_a_lease_is_held_by_one_and_taken_over_when_it_is_left(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
-    first, second = (Leases(store, "train/", 0.2, Member(number=i, count=2)) for i in range(2))
+    first, second = (Leases(store, "train/", 0.2, JobWorker(number=i, count=2)) for i in range(2))
     lease = first.claim("task")
     assert lease is not None and second.claim("task") is None
     with first.held(lease, {"pairs": 3}):

@@ -10,7 +10,7 @@ import torch
 
 from core.errors import InputError
 from core.storage.store import FolderStore
-from core.workers import Member
+from core.workers import JobWorker
 from data_pipeline.config import OrderConfig, PackConfig
 from data_pipeline.evaluation_sets import open_evaluation
 from data_pipeline.formats.manifest import SPLITS
@@ -152,7 +152,7 @@ def test_scores_are_made_without_them(tmp_path: Path) -> None:
 
     def scores(out: str) -> Any:
         job = open_job(f"coco:{coco}", models, None, None, config, tmp_path / out)
-        return job.run(lambda: open_studio(models), Member(number=0, count=1))
+        return job.run(lambda: open_studio(models), JobWorker(number=0, count=1))
 
     assert scores("whole")["pictures_unreadable"] == 0
     pictures = sorted((coco / "val2014").iterdir())

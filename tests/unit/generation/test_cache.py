@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from core.errors import ConfigError
 from generation.config import SampleConfig
 from generation.sampling.batches import Batch, Need, batches
-from generation.sampling.decoder import Decoder, Part
+from generation.sampling.decoder import Decoder, LocalPrior
 from generation.sampling.kv_cache import CacheShape, Lane, reads_of
 from generation.sampling.sampler import Keys, Prompt, Sampler
 from models.config import PriorConfig
@@ -47,7 +47,10 @@ def test_a_slot_is_taken_again_when_nobody_reads_it_any_more(
     mask, reads = image_mask(kind, grid, kernel), reads_of(kind, grid, kernel)
     held = torch.full((reads.slots,), -1)
     for position in range(grid * grid):
-        exact, padded = reads.place(position), reads.place_at(torch.tensor([position]))
+        exact, padded = (
+            reads.cache_position(position),
+            reads.cache_position_at(torch.tensor([position])),
+        )
         held[exact.slot] = position
         wanted = mask[position].nonzero().flatten()
         assert held[exact.reads].equal(wanted) and padded.slot.equal(exact.slot)
@@ -78,7 +81,7 @@ def test_the_caches_of_the_largest_prior() -> None:
 @pytest.mark.parametrize("one_row", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_decoder_lays_out_what_its_shape_says(precision: str, one_row: bool) -> None:
-    decoder = Decoder(Part(layers=trained_like(), config=CONFIG), precision, one_row)
+    decoder = Decoder(LocalPrior(layers=trained_like(), config=CONFIG), precision, one_row)
     batch = prior_batch()
     lane = decoder.start(batch["text"], batch["image"][:, :5], 2)
     one = decoder.caches.of_one()
@@ -97,7 +100,7 @@ class Small(Decoder):
     error: Exception = torch.OutOfMemoryError("CUDA out of memory")
 
     def __init__(self, layers: nn.ModuleDict, room: float = float("inf")) -> None:
-        super().__init__(Part(layers=layers, config=CONFIG))
+        super().__init__(LocalPrior(layers=layers, config=CONFIG))
         self.room, self.laid_out = room, list[int]()
         self._lane: Callable[[], Lane | None] = lambda: None
 

@@ -14,7 +14,7 @@ from data_pipeline.formats.raw import RawRecord
 from data_pipeline.text.dropout import DropoutEncoder
 from generation.config import SampleConfig
 from generation.evaluation import accuracy
-from generation.sampling.decoder import Decoder, Part
+from generation.sampling.decoder import Decoder, LocalPrior
 from generation.sampling.pipeline import Pipeline
 from generation.sampling.sampler import Sampler
 from parallel.engines.protocol import Recomputed
@@ -40,14 +40,14 @@ def test_two_stages_decode_as_one_does(tmp_path: Path) -> None:
     def stage(rank: int) -> list[Any]:
         mine = names[:2] if rank == 0 else names[2:]
         neighbours = Pipeline(Group(dist.group.WORLD, rank, 2))
-        part = Part(layers={n: layers[n] for n in mine}, config=CONFIG, neighbours=neighbours)
+        part = LocalPrior(layers={n: layers[n] for n in mine}, config=CONFIG, neighbours=neighbours)
         found = _decoded(Decoder(part))
         neighbours.share(torch.zeros(1)).wait()  # what was sent is kept until it has come
         return found
 
     first, last = forked_ranks(tmp_path, 2, stage)
     assert first == [None, None]
-    whole = _decoded(Decoder(Part(layers=layers, config=CONFIG)))
+    whole = _decoded(Decoder(LocalPrior(layers=layers, config=CONFIG)))
     for mine, expected in zip(last, whole, strict=True):
         torch.testing.assert_close(torch.tensor(mine), torch.tensor(expected), atol=1e-5, rtol=0)
 
@@ -55,7 +55,7 @@ def test_two_stages_decode_as_one_does(tmp_path: Path) -> None:
 def test_a_batch_without_memory_is_drawn_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 5 candidates 2 fit: 5 fail, 2 and 3 of them, of which 3 fail, and 1 and 2; what the
     halves need is asked for from then on."""
-    decoder, tried = Decoder(Part(layers=trained_like(), config=CONFIG)), []
+    decoder, tried = Decoder(LocalPrior(layers=trained_like(), config=CONFIG)), []
     start = decoder.start
 
     def little(text: Tensor, given: Tensor, each: int) -> Any:

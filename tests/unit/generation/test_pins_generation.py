@@ -15,7 +15,7 @@ from generation.config import EvaluateConfig, SampleConfig
 from generation.evaluation import accuracy
 from generation.evaluation.accuracy import best_of_shares, counts_up_to, wilson_low
 from generation.evaluation.fid import ClassSums, Moments, frechet_distance, inception_score, part_of
-from generation.sampling.decoder import Decoder, Part
+from generation.sampling.decoder import Decoder, LocalPrior
 from generation.sampling.draw import choose, guided
 from generation.sampling.sampler import Prompt, Sampler, _span, _split
 from models.config import PriorConfig
@@ -118,7 +118,7 @@ def small() -> tuple[Any, Decoder, PriorConfig]:
         dim=8, heads=2, layers=2, text_length=3, text_vocabulary=5, image_vocabulary=8, grid=1
     )
     layers = trained_like(config)
-    return layers, Decoder(Part(layers=layers, config=config)), config
+    return layers, Decoder(LocalPrior(layers=layers, config=config)), config
 
 
 @pytest.mark.parametrize("flags", [{}, {"temperature": 0.6}, {"guidance": 2.0}])
@@ -383,7 +383,10 @@ def test_a_tensor_group_adds_the_biases_to_the_sum_once() -> None:
         for name, weight in halves.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
                 weight.div_(2)
-    parts = Part(layers=layers, config=CONFIG), Part(layers=halves, config=CONFIG, tensor=Two())
+    parts = (
+        LocalPrior(layers=layers, config=CONFIG),
+        LocalPrior(layers=halves, config=CONFIG, tensor=Two()),
+    )
     one, two = (next(Sampler(Decoder(part)).draw(text, keys, SampleConfig())) for part in parts)
     assert one.codes.equal(two.codes)
 
@@ -398,7 +401,7 @@ def test_a_draw_that_rounding_cannot_change_is_computed_once(
         "settled",
         lambda *given: again.append(1) or settled(*given),  # type: ignore[func-returns-value]
     )
-    decoder = Decoder(Part(layers=trained_like(CONFIG), config=CONFIG))
+    decoder = Decoder(LocalPrior(layers=trained_like(CONFIG), config=CONFIG))
     keys = cast(Any, [[(1, c, 0)] for c in "abc"])
     settings = SampleConfig(guidance=guidance)
     list(Sampler(decoder).draw(prior_batch()["text"], keys, settings))

@@ -21,7 +21,7 @@ from data_pipeline.images.crops import encode_png
 from generation.config import PromptConfig, SampleConfig
 from generation.sampling import draw as choosing
 from generation.sampling import packed_linear as packed
-from generation.sampling.decoder import DTYPES, Decoder, Part
+from generation.sampling.decoder import DTYPES, Decoder, LocalPrior
 from generation.sampling.draw import choose
 from generation.sampling.prompts import kept_tokens
 from generation.sampling.sampler import Keys, Prompt, Sampler
@@ -77,7 +77,7 @@ def layers() -> nn.ModuleDict:
 
 @pytest.fixture(scope="module")
 def decoder(layers: nn.ModuleDict) -> Decoder:
-    return Decoder(Part(layers=layers, config=CONFIG))
+    return Decoder(LocalPrior(layers=layers, config=CONFIG))
 
 
 @pytest.mark.parametrize("one_row", [False, True])
@@ -87,7 +87,7 @@ def test_logits_with_the_cache_equal_the_whole_stream(
 ) -> None:
     config = replace(CONFIG, layers=number, conv_kernel=kernel)
     layers, batch = trained_like(config), prior_batch()
-    decoder = Decoder(Part(layers=layers, config=config), one_row=one_row)
+    decoder = Decoder(LocalPrior(layers=layers, config=config), one_row=one_row)
     with torch.no_grad():
         wanted = prior_logits(layers, batch)
     for given in (0, 1, 7, 13):
@@ -225,7 +225,7 @@ def test_kept_tokens_follow_from_rows_rectangles_and_masks(tmp_path: Path) -> No
 def test_bf16_is_no_further_off_than_in_training(layers: nn.ModuleDict, one_row: bool) -> None:
     """In the mean over all positions: which way one position's logits are rounded is chance."""
     batch = prior_batch()
-    half = Decoder(Part(layers=layers, config=CONFIG), "bf16", one_row)
+    half = Decoder(LocalPrior(layers=layers, config=CONFIG), "bf16", one_row)
     lane, found = half.start(batch["text"], batch["image"][:, :0], 1), []
     for position in range(LENGTH):
         found.append(half.next(lane, position, batch["image"][:, max(position - 1, 0)]))
@@ -283,8 +283,8 @@ def test_the_compiled_step_of_gpus_equals_the_plain_one(
 ) -> None:
     monkeypatch.setattr(packed, "_packs", lambda weight: False)
     text, keys = prior_batch()["text"], keys_of(3, 2)
-    plain = Decoder(Part(layers=layers, config=CONFIG))
-    compiled = Decoder(Part(layers=layers, config=CONFIG))
+    plain = Decoder(LocalPrior(layers=layers, config=CONFIG))
+    compiled = Decoder(LocalPrior(layers=layers, config=CONFIG))
     compiled.compile()
     assert draw(compiled, text, keys, SampleConfig()).equal(draw(plain, text, keys, SampleConfig()))
 

@@ -24,7 +24,7 @@ from core.config import to_json
 from core.errors import CorruptError, InputError, TapirError
 from core.files.atomic import sha256
 from core.keys import keyed_rng
-from core.workers import Member
+from core.workers import JobWorker
 from data_pipeline.evaluation_sets import open_evaluation
 from data_pipeline.formats.raw import parse_pairs
 from generation.config import ModelPaths, ScoreConfig
@@ -39,7 +39,7 @@ from tests.unit.finished import write_models
 from tests.unit.layouts import write_coco, write_cub
 
 CONFIG = ScoreConfig(candidates=2, captions=22, block=5, radii=(0.0, 1.0, 4.0))
-ALONE = Member(number=0, count=1)
+ALONE = JobWorker(number=0, count=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Place:
         given = {"inception": None, "overlap": None, **also}
         return open_job(self.data, self.models, config=config, out=out, **given)
 
-    def run(self, out: Path, member: Member = ALONE, **also: Any) -> dict[str, Any] | None:
+    def run(self, out: Path, member: JobWorker = ALONE, **also: Any) -> dict[str, Any] | None:
         return self.job(out, **also).run(lambda: open_studio(self.models), member)
 
 
@@ -147,7 +147,7 @@ def test_workers_and_kills_change_no_bit(
         assert not (out / "scores.json").exists()
     assert len(list((out / "pictures").iterdir())) == 2
     for number in (1, 0, 2):
-        done = apart.submit(place.run, out, Member(number=number, count=3)).result()
+        done = apart.submit(place.run, out, JobWorker(number=number, count=3)).result()
         assert (done is not None) == (number == 2)
     assert _digests(out) == _digests(unbroken)
     assert apart.submit(place.run, out).result() is not None

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from core.workers import Member
+from core.workers import JobWorker
 from data_pipeline.evaluation_sets import open_evaluation
 from generation.config import SampleConfig, ScoreConfig
 from generation.evaluation.score_job import open_job
-from generation.sampling.decoder import Decoder, Part
+from generation.sampling.decoder import Decoder, LocalPrior
 from generation.sampling.sampler import Prompt
 from generation.text_to_image import open_studio
 from models.prior import PAD
@@ -25,7 +25,7 @@ from tests.unit.generation.test_sampling import draw, keys_of
 from tests.unit.layouts import write_coco
 from tests.unit.models.test_models import CONFIG, trained_like
 
-ALONE = Member(number=0, count=1)
+ALONE = JobWorker(number=0, count=1)
 
 
 @pytest.mark.parametrize("settings", [{}, {"guidance": 2.0}, {"top_p": 0.8, "batch": 2}])
@@ -39,7 +39,7 @@ def test_candidates_are_those_of_the_cpu(settings: dict[str, Any]) -> None:
     found = []
     for device in (CPU, SECOND):
         layers: nn.ModuleDict = trained_like().to(device)
-        decoder = Decoder(Part(layers=layers, config=CONFIG))
+        decoder = Decoder(LocalPrior(layers=layers, config=CONFIG))
         assert decoder.device == device
         found.append(draw(decoder, text, keys_of(2, 3), SampleConfig(**settings), prompt))
     assert torch.equal(*found)

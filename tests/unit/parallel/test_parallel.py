@@ -23,7 +23,7 @@ from parallel.config import CompressConfig, EngineConfig, MeshConfig, ModelSizes
 from parallel.device import CPU
 from parallel.engines.modules import Compressor
 from parallel.engines.protocol import EngineSettings
-from parallel.mesh import Group, axis_ranks
+from parallel.mesh import Group, RankCoordinates, axis_ranks, coordinates_of, rank_at
 from parallel.placement import Placement, placement_of, rows_of
 from parallel.tensor.ops import TensorParallel
 from parallel.world import srun_ranks
@@ -70,6 +70,12 @@ def test_the_grid_has_tensor_ranks_beside_each_other() -> None:
     assert axis_ranks(mesh, "tensor") == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert axis_ranks(mesh, "data") == [[0, 2], [1, 3], [4, 6], [5, 7]]
     assert axis_ranks(mesh, "pipeline") == [[0, 4], [1, 5], [2, 6], [3, 7]]
+
+
+def test_coordinates_of_a_rank_lead_back_to_it() -> None:
+    mesh = MeshConfig(tensor=2, pipeline=3, data=4)
+    assert coordinates_of(mesh, 13) == RankCoordinates(stage=1, replica=2, shard=1)
+    assert [rank_at(mesh, coordinates_of(mesh, rank)) for rank in range(24)] == list(range(24))
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])

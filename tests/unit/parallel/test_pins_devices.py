@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from generation.config import SampleConfig
-from generation.sampling.decoder import Decoder, Part
+from generation.sampling.decoder import Decoder, LocalPrior
 from generation.sampling.sampler import Sampler
 from models import flex_attention as flex
 from models import keyed_noise as noise
@@ -80,7 +80,7 @@ def test_buffers_of_a_checkpoint_are_on_the_cpu() -> None:
 
 
 def test_draws_are_made_where_the_decoder_is() -> None:
-    part, text = Part(layers=trained_like(), config=CONFIG), prior_batch()["text"]
+    part, text = LocalPrior(layers=trained_like(), config=CONFIG), prior_batch()["text"]
     decoder = Decoder(part)
     keys = cast(Any, [[(1, c, 0)] for c in "abc"])
     settings = SampleConfig(top_p=0.9)
@@ -139,7 +139,7 @@ def test_a_gpu_is_handed_pinned_memory_without_waiting() -> None:
 
 
 def test_a_step_becomes_one_graph_of_one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder, asked = Decoder(Part(layers=trained_like(), config=CONFIG)), []
+    decoder, asked = Decoder(LocalPrior(layers=trained_like(), config=CONFIG)), []
     monkeypatch.setattr(torch, "compile", lambda step, **how: asked.append((step, how)))
     decoder.compile("reduce-overhead")
     assert asked == [(decoder._run, {"mode": "reduce-overhead", "dynamic": False})]
@@ -159,7 +159,7 @@ def test_convolutions_are_channels_last() -> None:
 
 
 def test_weights_for_single_candidates_are_read_in_order() -> None:
-    part = Part(layers=trained_like(), config=CONFIG)
+    part = LocalPrior(layers=trained_like(), config=CONFIG)
     for decoder, one_row in (
         (Decoder(part), False),
         (Decoder(part, one_row=False), False),

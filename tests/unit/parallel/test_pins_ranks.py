@@ -15,7 +15,7 @@ from data_pipeline.config import OrderConfig
 from data_pipeline.streaming.order import LaneOrder
 from generation.config import SampleConfig
 from generation.sampling import draw as choosing
-from generation.sampling.decoder import Decoder, Part
+from generation.sampling.decoder import Decoder, LocalPrior
 from generation.sampling.pipeline import Pipeline, Shared
 from generation.sampling.sampler import Sampler
 from parallel.compress.advisor import measure_link
@@ -43,7 +43,7 @@ def test_two_stages_draw_what_one_does(tmp_path: Path, monkeypatch: pytest.Monke
     layers, text = trained_like(), prior_batch()["text"]
     names, keys = list(layers), cast(Any, [[(1, c, i) for i in range(2)] for c in "abc"])
 
-    def drawn(part: Part) -> Any:
+    def drawn(part: LocalPrior) -> Any:
         with torch.device("meta"):  # all is made where the decoder is
             (found,) = Sampler(Decoder(part)).draw(text, keys, SampleConfig())
         return found.codes.tolist()
@@ -51,10 +51,10 @@ def test_two_stages_draw_what_one_does(tmp_path: Path, monkeypatch: pytest.Monke
     def stage(rank: int) -> Any:
         mine = {n: layers[n] for n in (names[:2] if rank == 0 else names[2:])}
         neighbours = _Noted(Group(dist.group.WORLD, rank, 2))
-        found = drawn(Part(layers=mine, config=CONFIG, neighbours=neighbours))
+        found = drawn(LocalPrior(layers=mine, config=CONFIG, neighbours=neighbours))
         return found, neighbours.sizes
 
-    whole = drawn(Part(layers=layers, config=CONFIG))
+    whole = drawn(LocalPrior(layers=layers, config=CONFIG))
     assert forked_ranks(tmp_path, 2, stage) == [(whole, {3, 1})] * 2
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from generation.config import SampleConfig
-from generation.sampling.decoder import Decoder, Part, _Block
+from generation.sampling.decoder import Decoder, LocalPrior, _DecoderBlock
 from generation.sampling.draw import CLOSE, choose
 from generation.sampling.kv_cache import Lane
 from generation.sampling.sampler import Sampler
@@ -69,15 +69,15 @@ def test_two_shards_of_a_block_decode_as_the_whole(tmp_path: Path) -> None:
     assert not block.out.bias.allclose(block.down.bias)
     x = torch.randn(2, 9, CONFIG.dim, generator=torch.Generator().manual_seed(3))
 
-    def through(part: Part, mine: PriorBlock) -> list[Any]:
-        packed = _Block(mine, 1, part, torch.float32, one_row=False)
+    def through(part: LocalPrior, mine: PriorBlock) -> list[Any]:
+        packed = _DecoderBlock(mine, 1, part, torch.float32, one_row=False)
         return [packed._whole(x)[0].tolist(), packed.settled(x).tolist(), packed.heads]
 
     def rank(number: int) -> list[Any]:
-        part = Part(layers={}, config=config, tensor=_Shard(number))
+        part = LocalPrior(layers={}, config=config, tensor=_Shard(number))
         return through(part, _cut(block, number))
 
-    whole = through(Part(layers={}, config=config), block)
+    whole = through(LocalPrior(layers={}, config=config), block)
     for states, again, heads in forked_ranks(tmp_path, 2, rank):
         assert heads * 2 == whole[2]
         for found in (states, again):
@@ -87,7 +87,7 @@ def test_two_shards_of_a_block_decode_as_the_whole(tmp_path: Path) -> None:
 def test_a_stage_may_hold_one_layer() -> None:
     layers = trained_like()
     for name in layers:
-        decoder = Decoder(Part(layers={name: layers[name]}, config=CONFIG))
+        decoder = Decoder(LocalPrior(layers={name: layers[name]}, config=CONFIG))
         assert decoder.device == CPU and len(decoder.caches.kinds) == ("block" in name)
         assert isinstance(decoder.caches.lane(2, 1, CPU), Lane)
 
@@ -100,7 +100,7 @@ def test_lanes_change_no_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         sampling, "fitting", lambda need, *rest: needs.append(need) or fitting(need, *rest)
     )
-    decoder, text = Decoder(Part(layers=trained_like(), config=CONFIG)), prior_batch()["text"]
+    decoder, text = Decoder(LocalPrior(layers=trained_like(), config=CONFIG)), prior_batch()["text"]
     keys = cast(Any, [[(1, c, i) for i in range(3)] for c in "abc"])
     (one,) = Sampler(decoder).draw(text, keys, SampleConfig(batch=9))
     monkeypatch.setattr(decoder.neighbours, "size", 2)

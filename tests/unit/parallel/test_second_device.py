@@ -146,7 +146,7 @@ def test_a_step_is_replayed(homes: dict[str, dict[str, Any]], tmp_path: Path) ->
         for result, _ in run.steps():
             if run.step == 2:
                 run.save()
-                run.checkpoints.finish()
+                run.checkpoints.saver.wait()
                 run.control.judge = lambda norm, loss: "planted"
             if run.step == 3:
                 assert result.skipped == "planted"

@@ -14,7 +14,9 @@ from core.errors import ConfigError, InputError
 from core.memory import memory_unit, size_text
 from models.config import PriorConfig
 from models.counts import prior_parameters
+from parallel.balance import stage_layers
 from parallel.config import CompressConfig, EngineConfig, EngineName, MeshConfig
+from parallel.mesh import RankCoordinates
 from parallel.placement import Placement
 from planning.calibration.calibrate import (
     at_bounds,
@@ -28,13 +30,13 @@ from planning.estimate.collectives import all_reduce, group_span
 from planning.estimate.hardware import KNOWN, MEASURED, hardware_of
 from planning.estimate.kernels import Kernels, flops, seconds
 from planning.estimate.layer_work import pairs
-from planning.estimate.layers import Held, count_parameters, parts_of, stage_of
+from planning.estimate.layers import Held, count_parameters, rank_layers
 from planning.estimate.memory import CATEGORIES, loads_of, rank_bytes
 from planning.estimate.pipeline_schedule import actions, crowded, play
 from planning.estimate.reserve import NCCL, PROCESS, nccl_bytes
 from planning.estimate.search import MOST_MICRO, Candidate, search, ways_of, weigh
 from planning.estimate.step_time import estimate
-from planning.estimate.zero_layout import BUCKET, Place, padded, touched
+from planning.estimate.zero_layout import BUCKET, padded, touched
 from tests.harness import tapir
 
 TINY = settings_of("tiny")
@@ -47,8 +49,8 @@ def test_layers_hold_the_parameters_of_the_formula(preset: str) -> None:
 
 
 def test_stages_hold_every_layer_once() -> None:
-    parts = parts_of(TINY.model, 0, 1)
-    names = [part.name for stage in range(3) for part in stage_of(parts, stage, 3)]
+    parts = rank_layers(TINY.model, 0, 1)
+    names = [part.name for stage in range(3) for part in stage_layers(parts, stage, 3)]
     assert names == [part.name for part in parts]
 
 
@@ -137,9 +139,9 @@ def test_calibration_finds_pythons_cost() -> None:
 
 
 def test_the_bucket_is_the_engines() -> None:
-    from parallel.engines.deepspeed import state as deepspeed_state
+    from parallel.engines.deepspeed import engine as deepspeed_engine
 
-    assert deepspeed_state.BUCKET == BUCKET
+    assert deepspeed_engine.BUCKET == BUCKET
 
 
 @given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=9), replicas=st.integers(1, 5))
@@ -155,11 +157,11 @@ def test_partitions_touch_every_element(sizes: list[int], replicas: int) -> None
 def test_bytes_have_every_category_and_follow_the_choices() -> None:
     mesh = MeshConfig(data=4)
     one = replace(TINY, mesh=mesh, engine=EngineConfig(name="deepspeed_zero", precision="bf16"))
-    base = rank_bytes(loads_of(one, Place()))
+    base = rank_bytes(loads_of(one, RankCoordinates()))
     assert tuple(base) == CATEGORIES
 
     def other(**changes: Any) -> dict[str, int]:
-        return rank_bytes(loads_of(replace(one, **changes), Place()))
+        return rank_bytes(loads_of(replace(one, **changes), RankCoordinates()))
 
     assert other(engine=replace(one.engine, recompute=True))["activations"] < base["activations"]
     assert other(engine=replace(one.engine, zero_stage=2))["gradients"] < base["gradients"]
@@ -337,7 +339,7 @@ def test_constants_that_cannot_be_are_refused(
 def test_wrong_flags_are_refused_at_once(
     flags: list[str], words: str | int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cli.plan.search", None)  # nothing is looked for
+    monkeypatch.setattr("planning.plan.search", None)  # nothing is looked for
     with pytest.raises(ConfigError, match=words if isinstance(words, str) else "-") as found:
         plan(["tiny", *flags])
     if isinstance(words, int):
@@ -348,7 +350,7 @@ def test_wrong_flags_are_refused_at_once(
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(
     flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cli.plan.search", None)
+    monkeypatch.setattr("planning.plan.search", None)
     (tmp_path / "folder.svg").mkdir()
     for path in (tmp_path / "folder.svg", "/proc/plan.svg"):
         with pytest.raises(OSError, match=r"folder|No such file|Permission"):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import core.log
-from cli.rehearse import laid_out, rehearse_verb
+from cli.rehearse import rehearse_verb
 from core.errors import EXIT_WRONG_INPUT, ConfigError, TapirError
 from data_pipeline.config import OrderConfig
 from models.config import PriorConfig
@@ -20,7 +20,8 @@ from planning.rehearsal.matcher import Outcome, Roles, play
 from planning.rehearsal.pool import Pool
 from planning.rehearsal.rank import RankTask, run_rank
 from planning.rehearsal.rehearse import rehearse, roles_of, scaled
-from planning.rehearsal.sequence import Grid, Operation, Sequence
+from planning.rehearsal.sequence import CollectiveCall, Grid, Sequence
+from planning.rehearse_presets import laid_out
 from training.config import LoopConfig, PriorTrain
 from training.presets import PRESETS
 
@@ -325,7 +326,7 @@ def test_roles_stand_for_all_ranks() -> None:
     roles, grid = Roles(Grid(mesh), ranks), Grid(mesh)
     assert {roles.of(rank) for rank in range(1024)} == set(ranks)
     assert all(roles.of(rank) == rank for rank in ranks)
-    assert grid.place(roles.of(grid.rank((5, 0, 40, 1)))) == (5, 0, 63, 1)
+    assert grid.coordinates(roles.of(grid.rank((5, 0, 40, 1)))) == (5, 0, 63, 1)
     assert roles_of(MeshConfig(data=64, machines=8)) == [0, 1, 7, 8, 9, 15, 56, 57, 63]
 
 
@@ -333,15 +334,15 @@ MESH = MeshConfig(pipeline=2, data=2)
 """Ranks 0 and 1 are the first stage, 2 and 3 the second."""
 
 
-def _sum(*group: int, size: int = 8) -> Operation:
-    return Operation(kind="all_reduce", group=group, bytes=size, dtype="float32")
+def _sum(*group: int, size: int = 8) -> CollectiveCall:
+    return CollectiveCall(kind="all_reduce", group=group, bytes=size, dtype="float32")
 
 
-def _message(kind: str, other: int, size: int = 8) -> Operation:
-    return Operation(kind=kind, group=(other,), bytes=size, dtype="float32")
+def _message(kind: str, other: int, size: int = 8) -> CollectiveCall:
+    return CollectiveCall(kind=kind, group=(other,), bytes=size, dtype="float32")
 
 
-def _played(*queues: list[Operation]) -> tuple[Outcome, Mismatch | None]:
+def _played(*queues: list[CollectiveCall]) -> tuple[Outcome, Mismatch | None]:
     sequences = {i: Sequence(rank=i, operations=queue) for i, queue in enumerate(queues)}
     roles = Roles(Grid(MESH), range(4))
     outcome = play(roles, sequences)

@@ -15,7 +15,7 @@ from data_pipeline.formats.raw import RawRecord
 from data_pipeline.images.crops import encode_png
 from data_pipeline.streaming.readable import ReadablePairs
 from generation.config import SampleConfig
-from generation.sampling.decoder import Decoder, Part
+from generation.sampling.decoder import Decoder, LocalPrior
 from generation.sampling.kv_cache import Lane
 from generation.sampling.sampler import Prompt, Sampler, _Lane
 from models import attention
@@ -271,7 +271,7 @@ def test_what_fits_is_asked_with_the_given_tokens(monkeypatch: pytest.MonkeyPatc
 
     asked: list[Any] = []
     monkeypatch.setattr(sampling, "fitting", lambda need, *rest: asked.append((need, *rest)) or 3)
-    decoder = Decoder(Part(layers=trained_like(), config=CONFIG))
+    decoder = Decoder(LocalPrior(layers=trained_like(), config=CONFIG))
     kept = torch.arange(16) < 5
     prompt = Prompt(codes=torch.zeros(16, dtype=torch.int64), kept=kept)
     sampler = Sampler(decoder, lambda device: 77)
@@ -285,7 +285,7 @@ def test_what_fits_is_asked_with_the_given_tokens(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_lane_starts_from_what_is_given() -> None:
-    decoder = Decoder(Part(layers=trained_like(), config=CONFIG))
+    decoder = Decoder(LocalPrior(layers=trained_like(), config=CONFIG))
     batch, kept = prior_batch(), torch.tensor([True] * 3 + [False] * 10 + [True] * 3)
     prompt = Prompt(codes=batch["image"][0], kept=kept)
     keys = [[(1, "a", i) for i in range(2)]] * 3
@@ -300,10 +300,10 @@ def test_a_lane_starts_from_what_is_given() -> None:
 def test_bytes_of_a_decoder_are_its_weights() -> None:
     """12 dim^2 and 9 dim a layer, k's zero bias stored, and the head; 4 bytes each."""
     layers = trained_like()
-    whole = Decoder(Part(layers=layers, config=CONFIG))
+    whole = Decoder(LocalPrior(layers=layers, config=CONFIG))
     names = list(layers)
     without_head = {name: layers[name] for name in names[:-1]}
-    part = Decoder(Part(layers=without_head, config=CONFIG))
+    part = Decoder(LocalPrior(layers=without_head, config=CONFIG))
     assert whole.bytes - part.bytes >= 4 * 48 * 20 and part.bytes >= 4 * 4 * 12 * 48 * 48
     assert encode_png(np.zeros((2, 2, 3), np.uint8))[:4] == b"\x89PNG"
     assert whole.alone
@@ -315,7 +315,7 @@ def test_the_step_in_one_shape_for_all_positions_equals_the_plain_one(layers: in
     """What GPUs compile: every position reads as many slots, some of which only fill up."""
     config = replace(CONFIG, layers=layers)
     prior, batch = trained_like(config), prior_batch()
-    plain, padded = (Decoder(Part(layers=prior, config=config)) for _ in range(2))
+    plain, padded = (Decoder(LocalPrior(layers=prior, config=config)) for _ in range(2))
     padded._compiled = padded._run
     lanes = [d.start(batch["text"], batch["image"][:, :0], 1) for d in (plain, padded)]
     for position in range(16):
@@ -332,7 +332,7 @@ def test_only_fp32_draws_are_made_again_by_themselves(
     from generation.sampling import draw as choosing
 
     monkeypatch.setattr(choosing, "CLOSE", 0.5)
-    decoder, asked = Decoder(Part(layers=trained_like(), config=CONFIG), precision), []
+    decoder, asked = Decoder(LocalPrior(layers=trained_like(), config=CONFIG), precision), []
     settled = decoder.settled
     monkeypatch.setattr(decoder, "settled", lambda *given: asked.append(1) or settled(*given))
     keys = [[(1, "a", i) for i in range(3)]]

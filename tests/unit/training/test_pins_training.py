@@ -34,7 +34,6 @@ from parallel.engines.protocol import (
     StepResult,
     build_adamw,
     parameter_groups,
-    step_count,
 )
 from parallel.world import World
 from tests.forked import forked_ranks
@@ -225,7 +224,8 @@ def test_matrices_decay_and_the_rest_does_not() -> None:
     assert [id(p) for p in groups[1]["params"]] == [id(names["b"]), id(names["g"])]
     assert len(parameter_groups({"b": names["b"]}, OptimConfig())) == 1
     for moments in ("fp32", "bf16"):
-        count = step_count(build_adamw(names, OptimConfig(moments=moments)), CPU)  # type: ignore
+        optimizer = build_adamw(names, OptimConfig(moments=moments))  # type: ignore
+        count = optimizer.first_state(names["a"])["step"]
         assert count.shape == () and float(count) == 0.0
 
 

@@ -11,12 +11,11 @@ import yaml
 
 from cli.cluster import submit
 from cli.plan import plan
-from cli.rehearse import laid_out
 from cli.train import train
 from core.config import from_json, to_json
 from core.errors import EXIT_WRONG_INPUT, ConfigError, InputError, TapirError
 from core.storage.store import FolderStore
-from core.workers import Member
+from core.workers import JobWorker
 from data_pipeline.config import OrderConfig, PackConfig, TokenizeConfig
 from data_pipeline.formats.manifest import SPLITS
 from data_pipeline.packing.pack import pack
@@ -35,6 +34,7 @@ from parallel.precision import set_numerics
 from parallel.tensor.ops import TensorParallel
 from parallel.world import World
 from planning.rehearsal.rehearse import scaled
+from planning.rehearse_presets import laid_out
 from tests.harness import tapir
 from tests.unit.finished import write_models
 from training.config import (
@@ -141,7 +141,7 @@ def test_plan_train_and_rehearse_name_it_before_step_1(
     assert list(refused) == [f"prior {preset}"] and PLANTED in refused[f"prior {preset}"]
     planted = _planted(PRESETS["prior"][preset]())
     monkeypatch.setitem(PRESETS["prior"], preset, lambda: planted)
-    monkeypatch.setattr("cli.plan.search", None)  # nothing is looked for
+    monkeypatch.setattr("planning.plan.search", None)  # nothing is looked for
     with pytest.raises(ConfigError, match=PLANTED):
         plan([preset])
 
@@ -331,7 +331,7 @@ def _worker(folder: Path, dvae: DVAEConfig, entries: int = 300) -> Worker:
         tokenizer_hash="t",
         numerics=set_numerics(CPU),
     )
-    tokens, member = FolderStore(folder / "tokens"), Member(number=0, count=1)
+    tokens, member = FolderStore(folder / "tokens"), JobWorker(number=0, count=1)
     return Worker(raw, tokens, encoders, TokenizeConfig(), member)
 
 

@@ -1,4 +1,4 @@
-"""What the DeepSpeed engines share: optimiser state as slices, the global norm, compression."""
+"""What both DeepSpeed engines share: optimiser state as slices, the global norm, compression."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from checkpoint.format import Reader, StateSlice
 from core.errors import ConfigError
+from parallel.adamw import MOMENTS
 from parallel.config import OptimConfig
 from parallel.control import Control
 from parallel.engines.deepspeed.hooks import (
@@ -27,60 +28,69 @@ from parallel.engines.modules import (
     global_norm,
     load_scales,
     mean_losses,
+    placements,
     scale_slices,
 )
 from parallel.engines.protocol import EngineSettings, Losses, Program, StepResult
 from parallel.mesh import Group, Mesh
-from parallel.placement import Placement
 from parallel.scales import Scales
 
 BUCKET = 2**20
 """Elements reduced together; ZeRO allocates this much, so it is small on CPUs."""
 
 
-class DeepSpeedState:
-    """The named, sharded state behind a DeepSpeed optimiser."""
+class DeepSpeedEngine:
+    """Named, sharded optimiser state behind a DeepSpeed engine; subclasses build it and step."""
+
+    name: str
+    _engine: Any
+    """DeepSpeed's engine."""
 
     def __init__(
         self,
+        program: Program,
         names: Mapping[str, nn.Parameter],
-        places: Mapping[str, Placement],
         mesh: Mesh,
         copies: int,
         scales: Scales,
         control: Control,
     ) -> None:
         """`copies` are the ranks of other machines that hold the same partitions."""
-        self.names, self.places, self.mesh, self.control = names, places, mesh, control
-        self._copies, self.scales = copies, scales
-        self.optimizer: Any = None
-        self.compressor: Compressor | None = None
+        self._names, self._places, self._mesh = names, placements(names), mesh
+        self._copies, self._scales, self._control = copies, scales, control
+        self._losses_named = program.losses
+        self._compressor: Compressor | None = None
 
-    def norm(self, gradients: Gradients) -> float:
+    @property
+    def _optimizer(self) -> Any:
+        """DeepSpeed's optimiser, which wraps AdamW."""
+        return self._engine.optimizer
+
+    def _norm(self, gradients: Gradients) -> float:
         """The global norm of partitioned gradients; infinite if the update is to be skipped."""
         squares = [
             gradient.double().square().sum() / self._copies
             for name, gradient in gradients.items()
-            if counts_once(self.places[name], self.mesh)
+            if counts_once(self._places[name], self._mesh)
         ]
-        if self.compressor is not None and not self.compressor.take_finite():
-            squares.append(torch.tensor(math.inf, device=self.mesh.world.device))
-        return global_norm(squares, self.mesh, self.scales, self.control)
+        if self._compressor is not None and not self._compressor.take_finite():
+            squares.append(torch.tensor(math.inf, device=self._mesh.world.device))
+        return global_norm(squares, self._mesh, self._scales, self._control)
 
-    def slices(self) -> Iterator[StateSlice]:
+    def state_slices(self) -> Iterator[StateSlice]:
         """What this rank saves: ZeRO's fragments, and its compression buffers."""
-        if self.compressor is not None:
-            yield from self.compressor.slices()
-        yield from scale_slices(self.scales, self.mesh)
-        if self.mesh.between.rank > 0:
+        if self._compressor is not None:
+            yield from self._compressor.slices()
+        yield from scale_slices(self._scales, self._mesh)
+        if self._mesh.between.rank > 0:
             return
-        for name, parameter in self.names.items():
-            place = self.places[name]
-            if not counts_once(place, self.mesh):
+        for name, parameter in self._names.items():
+            place = self._places[name]
+            if not counts_once(place, self._mesh):
                 continue
-            for part in fragments(self.optimizer, parameter):
+            for part in fragments(self._optimizer, parameter):
                 tensors = {"master": part.master, **part.state}
-                for kind in ("master", "exp_avg", "exp_avg_sq"):
+                for kind in ("master", *MOMENTS):
                     if kind not in tensors:  # before the first step
                         continue
                     found = place.slice(name, kind, part.start, tensors[kind])
@@ -91,74 +101,48 @@ class DeepSpeedState:
                     yield StateSlice(name=name, kind="step", shape=(), start=0, data=data)
 
     @torch.no_grad()
-    def load(self, reader: Reader) -> None:
-        """Fill masters and moments, and spread the weights."""
-        ensure_adam_state(self.optimizer)
-        for name, parameter in self.names.items():
-            place = self.places[name]
-            for part in fragments(self.optimizer, parameter):
+    def load_slices(self, reader: Reader) -> None:
+        """Fill masters and moments from a checkpoint of any mesh, and spread the weights."""
+        ensure_adam_state(self._optimizer)
+        for name, parameter in self._names.items():
+            place = self._places[name]
+            for part in fragments(self._optimizer, parameter):
                 count = part.master.numel()
                 part.master.copy_(place.read(reader, name, "master", part.start, count))
-                for kind in ("exp_avg", "exp_avg_sq"):
+                for kind in MOMENTS:
                     part.state[kind].copy_(place.read(reader, name, kind, part.start, count))
                 part.state["step"].copy_(reader.tensor(name, "step"))
-        publish_masters(self.optimizer)
-        load_scales(self.scales, reader)
-        if self.compressor is not None:
-            self.compressor.load(reader)
+        publish_masters(self._optimizer)
+        load_scales(self._scales, reader)
+        if self._compressor is not None:
+            self._compressor.load(reader)
 
     def replicas(self) -> list[tuple[list[Tensor], Group]]:
         """What the ranks of a group hold alike: weights, or in the paper's layout their shards."""
-        whole = {name: p for name, p in self.names.items() if not hasattr(p, "ds_tensor")}
-        common: list[Tensor] = [p for n, p in whole.items() if not self.places[n].split]
-        shards = [self._shard(p) for p in self.names.values() if hasattr(p, "ds_tensor")]
-        return [
-            (list(whole.values()), self.mesh.data),
-            (common, self.mesh.tensor),
-            (shards, self.mesh.between),
+        whole = {name: p for name, p in self._names.items() if not hasattr(p, "ds_tensor")}
+        common: list[Tensor] = [p for n, p in whole.items() if not self._places[n].split]
+        shards = [self._shard(p) for p in self._names.values() if hasattr(p, "ds_tensor")]
+        groups: list[tuple[list[Tensor], Group]] = [
+            (list(whole.values()), self._mesh.data),
+            (common, self._mesh.tensor),
+            (shards, self._mesh.between),
         ]
+        return [(tensors, group) for tensors, group in groups if tensors]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Global shapes of the parameters that this rank holds a part of."""
+        return {name: place.shape for name, place in self._places.items()}
 
     def _shard(self, parameter: Any) -> Tensor:
         """A ZeRO-3 shard without its padding, which nobody sets."""
         count = parameter.ds_tensor.numel()
-        real = max(0, min(count, parameter.ds_numel - count * self.mesh.machine.rank))
+        real = max(0, min(count, parameter.ds_numel - count * self._mesh.machine.rank))
         shard: Tensor = parameter.ds_tensor.reshape(-1)[:real]
         return shard
 
-    def facts(self) -> dict[str, float]:
-        """Figures of the last step: compression and gradient scales."""
-        facts = self.compressor.take_facts() if self.compressor else {}
-        return {**facts, **self.scales.facts()}
-
     def memory(self) -> dict[str, int]:
         """Bytes on this rank, as ZeRO really laid them out, with its padding and copies."""
-        return held_bytes(self.optimizer, self.names)
-
-
-class DeepSpeedEngine:
-    """What both DeepSpeed engines do alike; a subclass builds `_engine` and `_state`."""
-
-    name: str
-    _engine: Any
-    _state: DeepSpeedState
-    _losses_named: tuple[str, ...]
-    """What the program's losses are called."""
-
-    def state_slices(self) -> Iterator[StateSlice]:
-        """The parts of weights, moments and compression buffers that this rank saves."""
-        return self._state.slices()
-
-    def load_slices(self, reader: Reader) -> None:
-        """Take this rank's part of the state from a checkpoint of any mesh."""
-        self._state.load(reader)
-
-    def replicas(self) -> list[tuple[list[Tensor], Group]]:
-        """Tensors that all ranks of a group hold alike between two steps."""
-        return [(tensors, group) for tensors, group in self._state.replicas() if tensors]
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Global shapes of the parameters that this rank holds a part of."""
-        return {name: place.shape for name, place in self._state.places.items()}
+        return held_bytes(self._optimizer, self._names)
 
     def close(self) -> None:
         """Free what the engine holds."""
@@ -172,22 +156,22 @@ class DeepSpeedEngine:
 
     def _attach_zero12(self, program: Program, settings: EngineSettings) -> None:
         """Hook the norm, and compression over the replicas, into ZeRO-1 or ZeRO-2."""
-        state, mesh = self._state, self._state.mesh
-        state.optimizer = self._engine.optimizer
-        state.compressor = build_compressor(
-            program, state.places, settings, mesh.data, mesh.tensor, mesh.world.device
+        mesh = self._mesh
+        self._compressor = build_compressor(
+            program, self._places, settings, mesh.data, mesh.tensor, mesh.world.device
         )
-        hook_zero12(state.optimizer, state.names, state.norm)
-        if state.compressor is not None:
-            reduce = state.compressor.reduce
-            compress_zero12(state.optimizer, state.names, lambda g: reduce(g).gradients)
+        hook_zero12(self._optimizer, self._names, self._norm)
+        if self._compressor is not None:
+            reduce = self._compressor.reduce
+            compress_zero12(self._optimizer, self._names, lambda g: reduce(g).gradients)
 
     def _result(self, seen: list[Losses]) -> StepResult:
+        facts = self._compressor.take_facts() if self._compressor else {}
         return StepResult(
-            losses=mean_losses(seen, self._losses_named, self._state.mesh),
-            grad_norm=self._state.control.norm,
-            skipped=self._state.control.skipped,
-            facts=self._state.facts(),
+            losses=mean_losses(seen, self._losses_named, self._mesh),
+            grad_norm=self._control.norm,
+            skipped=self._control.skipped,
+            facts={**facts, **self._scales.facts()},
         )
 
 

@@ -1,0 +1,65 @@
+"""What `tapir plan` does: a preset's fastest layouts on a cluster, and this machine's constants."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from core.config import check
+from core.files.atomic import canonical_json, refuse_folder, write_atomic
+from core.log import LOG
+from planning.config import PlanFlags, settings_of
+from planning.estimate.hardware import Hardware, hardware_of
+from planning.estimate.layers import count_parameters
+from planning.estimate.search import Found, search
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The layouts of a preset on a cluster, the fastest first."""
+
+    found: Found
+    parameters: int
+    """Of the whole model."""
+    hardware: Hardware
+
+
+def make_plan(flags: PlanFlags) -> Plan:
+    """Search the layouts, and draw the best one where --picture says.
+
+    Raises: ConfigError with every problem of the hardware or the preset; OSError, before the
+    search, if the picture cannot be written.
+    """
+    hardware = flags.cluster.applied(hardware_of(flags.gpu, flags.calibration))
+    check(hardware.problems())
+    if flags.picture is not None:
+        _refuse_unwritable(flags.picture)
+    settings = settings_of(flags.preset, flags.batch)
+    check(settings.fixed_problems())
+    found = search(settings, flags.world or settings.mesh.world, hardware)
+    if flags.picture is not None:
+        from planning.picture import draw  # noqa: PLC0415 - matplotlib takes a second
+
+        draw(found, hardware, flags.picture)
+        LOG.info("wrote %s", flags.picture)
+    return Plan(found=found, parameters=count_parameters(settings.model), hardware=hardware)
+
+
+def write_calibration(path: Path) -> dict[str, float]:
+    """Measure this machine's constants and write them to a file.
+
+    Raises: OSError, before the measurements, if the file cannot be written.
+    """
+    _refuse_unwritable(path)
+    from planning.calibration.calibrate import calibrate  # noqa: PLC0415 - starts ranks
+
+    constants = calibrate()
+    write_atomic(path, canonical_json(constants))
+    LOG.info("wrote %s", path)
+    return constants
+
+
+def _refuse_unwritable(path: Path) -> None:
+    """Raise OSError if a file cannot be written there."""
+    refuse_folder(path)
+    with TemporaryFile(dir=path.parent):
+        pass
