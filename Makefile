@@ -62,6 +62,7 @@ test-fast: $(DEV_STAMP)
 check: $(DEV_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m tests.house
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell

@@ -1,8 +1,8 @@
 """The verb train; imports no torch, which only ranks need."""
 
-import importlib
 from collections.abc import Mapping
 
+from cluster.launcher import call_target
 from core.errors import InputError, did_you_mean
 from core.flags import parse_over
 from training.launch import train_stage
@@ -25,7 +25,7 @@ def train(arguments: list[str]) -> None:
     function = PRESETS[stage][preset]
     settings = parse_over(function(), flags, f"train {stage} {preset}", function.__doc__)
     if stage == "bpe":
-        importlib.import_module("training.tokenizer").train_tokenizer(settings)
+        call_target("training.tokenizer:train_tokenizer", settings)
     else:
         train_stage(stage, settings)
 

@@ -83,6 +83,15 @@ class StopRequest:
             time.sleep(min(left, 0.2))
 
 
+def call_target(target: str, *arguments: Any) -> Any:
+    """Call a function that is named as `module:function`; its module is imported by this call.
+
+    So a process that only starts ranks never imports what the ranks import.
+    """
+    module, function = target.split(":")
+    return getattr(importlib.import_module(module), function)(*arguments)
+
+
 def launch(
     target: str,
     payload: str,
@@ -256,8 +265,7 @@ def _run_rank(
     )
     set_up_logging(rank)
     try:
-        module, function = target.split(":")
-        getattr(importlib.import_module(module), function)(payload)
+        call_target(target, payload)
     except (TapirError, OSError) as error:
         known = error if isinstance(error, TapirError) else of_files(error)
         _leave_reason(folder, rank, str(known), known.retry)

@@ -5,7 +5,6 @@ apart. megatron-core builds the groups; they are checked against this formula, a
 engine checks DeepSpeed's topology against it. Planning and rehearsal take it from here.
 """
 
-import importlib
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,7 +14,6 @@ import torch.distributed as dist
 from core.errors import TapirError
 from parallel.config import MeshConfig
 from parallel.device import worker_device
-from parallel.engines.registry import MEGATRON
 from parallel.tensor.ops import TensorParallel
 from parallel.world import World
 
@@ -109,7 +107,8 @@ def build_mesh(config: MeshConfig, world: World) -> Mesh:
     if config.data == world.size:
         groups["data"] = Group(world.group, world.rank, world.size)
     else:
-        megatron = importlib.import_module(MEGATRON)  # takes seconds
+        from parallel.tensor import megatron  # noqa: PLC0415 - takes seconds, few meshes need it
+
         built = megatron.megatron_groups(config.tensor, config.pipeline)
         groups = {axis: _checked(config, axis, built[axis], world.rank) for axis in AXES}
         shared = megatron.MegatronTensorParallel() if config.tensor > 1 else shared

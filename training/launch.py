@@ -3,9 +3,9 @@
 Imports no torch: a process that only starts ranks has no use for it.
 """
 
-import importlib
 import os
 
+from cluster.launcher import call_target
 from cluster.supervisor import supervise
 from core.config import check
 from core.errors import ConfigError
@@ -18,6 +18,8 @@ from training.config import StageConfig
 from training.stages import to_payload
 
 RANKS_A_CORE = 16
+TARGET = "training.worker:run"
+"""What each rank runs."""
 PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "training.worker"]
 """Every optimiser of torch imports torch._dynamo: 2 s of each rank that does so by itself."""
 
@@ -37,9 +39,9 @@ def train_stage(stage: str, settings: StageConfig) -> None:
         model_parallel = settings.mesh.world > settings.mesh.data
         preload = [*PRELOAD, *modules_of(settings.engine.name, model_parallel)]
         supervisor, reports = settings.supervisor, settings.out / "hang"
-        supervise("training.worker:run", payload, settings.mesh.world, preload, supervisor, reports)
+        supervise(TARGET, payload, settings.mesh.world, preload, supervisor, reports)
         return
-    importlib.import_module("training.worker").run(payload)
+    call_target(TARGET, payload)
 
 
 def _refuse_too_many(world: int) -> None:

@@ -3,7 +3,6 @@
 Imports torch only for what needs it: `tapir doctor --node` runs first in every submitted job.
 """
 
-import importlib
 import json as texts
 import os
 import sys
@@ -77,8 +76,8 @@ class Visit:
     def _join(self, unmet: bool) -> None:
         """Join torch's process group, compare if the ranks have not met, and burn in."""
         try:
-            worlds = importlib.import_module("parallel.world")
-            checks = importlib.import_module("parallel.diagnostics.checks")
+            from parallel import world as worlds  # noqa: PLC0415 - torch, which --node must not need
+            from parallel.diagnostics import checks  # noqa: PLC0415
         except Exception as error:
             text = f"torch cannot be imported: {type(error).__name__}: {error}"
             raise Lost(bad("torch", text, "install requirements.txt anew in this venv")) from error

@@ -4,7 +4,6 @@
 """
 
 import gc
-import importlib
 import os
 import sys
 import time
@@ -13,6 +12,7 @@ import traceback
 import torch
 
 from bench.gpu.report import GpuReport
+from cluster.launcher import call_target
 from parallel.precision import set_numerics
 
 
@@ -28,12 +28,11 @@ def main(device: str, size: str, *sections: str) -> None:
         report.device = torch.device("cuda", 0)
     for section in sections:
         name, _, target = section.partition("=")
-        module, function = target.split(":")
         began = time.perf_counter()
         report.begin(name)
         set_numerics(report.device)
         try:
-            getattr(importlib.import_module(module), function)(report)
+            call_target(target, report)
         except Exception as error:
             traceback.print_exc()
             report.failed("the section", f"{type(error).__name__}: {str(error)[:300]}")

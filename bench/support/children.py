@@ -4,13 +4,14 @@
 arguments.
 """
 
-import importlib
 import json
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from cluster.launcher import call_target
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,8 +34,7 @@ def child_environment(base: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 def main(target: str, *arguments: str) -> None:
     """Call a function of a module."""
-    module, _, function = target.partition(":")
-    getattr(importlib.import_module(module), function)(*map(json.loads, arguments))
+    call_target(target, *map(json.loads, arguments))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,5 @@
 """The checks of one machine; a second or two, without torch."""
 
-import importlib
-from typing import Any
-
 from cluster.doctor import folders, gpus, limits, machine, programs
 from cluster.doctor.config import DoctorConfig
 from cluster.doctor.finding import Check, Finding, placed, run_checks
@@ -29,14 +26,21 @@ def node_findings(config: DoctorConfig, rank: int | None) -> list[Finding]:
         "gpus": lambda: gpus.gpu_findings(config.gpus),
     }
     if config.data:
-        checks["store"] = lambda: _stores().store_findings(config.data, config.rights, size)
+        checks["store"] = lambda: _store_findings(config, size)
     if config.data.startswith("s3://"):
-        checks["clock"] = lambda: _stores().store_clock_findings()
+        checks["clock"] = _store_clock_findings
     if config.scheduler != "none":
         checks["scheduler"] = lambda: programs.scheduler_findings(config.scheduler)
     return placed(run_checks(checks, LIMIT), rank)
 
 
-def _stores() -> Any:
-    """Imports boto3: only where there is a store to ask, and as a check that may fail."""
-    return importlib.import_module("cluster.doctor.stores")
+def _store_findings(config: DoctorConfig, size: int) -> list[Finding]:
+    from cluster.doctor import stores  # noqa: PLC0415 - boto3: a second, and its import may fail
+
+    return stores.store_findings(config.data, config.rights, size)
+
+
+def _store_clock_findings() -> list[Finding]:
+    from cluster.doctor import stores  # noqa: PLC0415 - as above
+
+    return stores.store_clock_findings()

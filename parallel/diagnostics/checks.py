@@ -1,6 +1,5 @@
 """What needs torch of `tapir doctor`: its build, the devices, and a burn-in on every rank."""
 
-import importlib
 import importlib.metadata
 import json
 import time
@@ -82,7 +81,7 @@ def _backends() -> Finding:
 def _deepspeed() -> Finding:
     """Its hooks are private API: one version is tested, and it must be importable with torch."""
     try:
-        hooks = importlib.import_module("parallel.engines.deepspeed.hooks")
+        from parallel.engines.deepspeed import hooks  # noqa: PLC0415 - a check: it may fail
     except Exception as error:
         found = f"deepspeed cannot be imported: {type(error).__name__}: {error}"
         return bad("deepspeed", found, "pip install the versions of constraints/cpu.txt")

@@ -17,6 +17,12 @@ def modules_of(engine: str, model_parallel: bool) -> list[str]:
     return [ENGINES[engine][0], *([MEGATRON] if model_parallel else [])]
 
 
+def import_engine(engine: str, model_parallel: bool) -> None:
+    """Import what ranks with this engine need, in a process that then forks them."""
+    for name in modules_of(engine, model_parallel):
+        importlib.import_module(name)
+
+
 def build_engine(program: Any, settings: Any, mesh: Any) -> Any:
     """Build the engine that the settings name, as parallel.engines.protocol.Builder says."""
     module, name = ENGINES[settings.engine.name]

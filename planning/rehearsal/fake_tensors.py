@@ -81,10 +81,6 @@ class Broker(Protocol):
         """
 
 
-class NeverSent(Exception):
-    """This rank waits for a message that nobody sends: its sequence ends here."""
-
-
 class Shadows(TorchDispatchMode):
     """Runs a rank's program on shadows of its tensors and records what it communicates."""
 

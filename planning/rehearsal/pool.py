@@ -5,7 +5,6 @@ all wait, nobody will ever send, and they are told so.
 """
 
 import gc
-import importlib
 import multiprocessing
 import os
 import signal
@@ -19,15 +18,14 @@ import numpy as np
 from cluster.processes import die_with_parent
 from core.errors import RankError
 from core.log import set_up_logging
-from parallel.engines.registry import modules_of
+from parallel.engines.registry import import_engine
+from planning.rehearsal.sequence import NeverSent
 from planning.rehearsal.sequence import Sequence as RankSequence
 
 Runner = Callable[[Any, Any], RankSequence]
 """(task, broker) -> the sequence of the task's rank."""
 Link = Any
 """One end of a multiprocessing pipe."""
-_LATE = ("torch._dynamo", "torch._inductor.compile_fx")
-"""What every rank would else import for itself, for seconds."""
 _PATIENCE = 5.0
 """Seconds that the process has to end by itself."""
 
@@ -91,8 +89,8 @@ def _serve(link: Link, device: str) -> None:
         except EOFError:
             return
         mesh, engine = tasks[0].settings.mesh, tasks[0].settings.engine.name
-        for name in (*modules_of(engine, mesh.world > mesh.data), *_LATE):
-            importlib.import_module(name)
+        import_engine(engine, mesh.world > mesh.data)
+        _import_compiler()
         gc.freeze()  # what is imported stays shared with the forks
         stage = _Ranks(tasks, runner, jobs, link.send)
         try:
@@ -101,6 +99,12 @@ def _serve(link: Link, device: str) -> None:
             link.send(str(error))
         finally:
             stage.end()
+
+
+def _import_compiler() -> None:
+    """Import what every rank would else import for itself, for seconds."""
+    import torch._dynamo  # noqa: PLC0415 - in this process alone
+    import torch._inductor.compile_fx  # noqa: F401, PLC0415
 
 
 class _Ranks:
@@ -192,8 +196,7 @@ class _Messenger:
         self._link.send(("take", channel, place))
         message: np.ndarray | None = self._link.recv()
         if message is None:
-            never_sent = importlib.import_module("planning.rehearsal.fake_tensors").NeverSent
-            raise never_sent(f"nobody sends what it waits for from rank {channel[1]}")
+            raise NeverSent(f"nobody sends what it waits for from rank {channel[1]}")
         return message
 
 

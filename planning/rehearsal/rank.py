@@ -15,10 +15,10 @@ from parallel.mesh import build_mesh
 from parallel.world import join_world
 from planning.rehearsal.arithmetic import without_arithmetic
 from planning.rehearsal.fake_cuda import CPU, GPU, claimed_gpu
-from planning.rehearsal.fake_tensors import Broker, NeverSent, Shadows
+from planning.rehearsal.fake_tensors import Broker, Shadows
 from planning.rehearsal.patches import nothing, replaced
 from planning.rehearsal.recorder import Recorder, backends_of, groups_noted, places
-from planning.rehearsal.sequence import Sequence
+from planning.rehearsal.sequence import NeverSent, Sequence
 from planning.rehearsal.steps import play
 from training.config import StageConfig
 

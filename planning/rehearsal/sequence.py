@@ -16,6 +16,10 @@ AXES = ("pipeline", "machine", "local", "tensor")
 Coordinates = tuple[int, ...]
 
 
+class NeverSent(Exception):
+    """This rank waits for a message that nobody sends: its sequence ends here."""
+
+
 @dataclass(frozen=True, slots=True)
 class CollectiveCall:
     """One call of a collective, or one message between two ranks."""

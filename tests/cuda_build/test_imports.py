@@ -1,6 +1,6 @@
 """Every module imports, and every wheel has what it needs, on the packages that are here."""
 
-import importlib
+import importlib.util
 import pkgutil
 import subprocess
 import sys
@@ -24,8 +24,9 @@ for name in sys.argv[1:]:
 
 
 def _modules(package: str) -> list[str]:
-    there = importlib.import_module(package)
-    below = pkgutil.walk_packages(there.__path__, f"{package}.")
+    spec = importlib.util.find_spec(package)
+    assert spec is not None, package
+    below = pkgutil.walk_packages(spec.submodule_search_locations, f"{package}.")
     return [package, *(m.name for m in below if not m.name.endswith("__main__"))]
 
 
