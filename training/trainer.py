@@ -15,7 +15,6 @@ from core.stop import stop_asked
 from core.storage.store import open_store
 from data_pipeline.streaming.stream import Stream, StreamState
 from models.counts import step_flops
-from parallel.control import Control
 from parallel.engines.protocol import Batch, Engine, EngineSettings, StepResult
 from parallel.engines.registry import build_engine
 from parallel.ledger import Ledger, total_bytes
@@ -60,13 +59,12 @@ class Run:
         self.config = {"stage": stage, **to_json(settings), "model": to_json(task.model_config)}
         self.folder = RunFolder(settings.out, self.config, writes=world.rank == 0)
         self.recovery = Recovery(settings.guard, mesh, settings.out)
-        self.control = Control(judge=self.recovery.guard.judge)
         parts = EngineSettings(
             optim=settings.optim,
             engine=settings.engine,
             compress=settings.compress,
             seed=settings.loop.seed,
-            control=self.control,
+            judge=self.recovery.guard.judge,
         )
         self.stream = _stream(task, settings, mesh)  # refuses too little data: before the engine
         self.engine: Engine = build_engine(task.program, parts, mesh)
@@ -111,11 +109,9 @@ class Run:
                 left = loop.end - self.step
                 if loop.validate_every and self.step % loop.validate_every == 0 < left:
                     self.validate()
-                if left and (
-                    self.control.stopping or self.step % self.settings.checkpoint.every == 0
-                ):
+                if left and (result.stopping or self.step % self.settings.checkpoint.every == 0):
                     self.save()
-                if left and self.control.stopping:
+                if left and result.stopping:
                     self.checkpoints.saver.wait()
                     raise Preempted(f"stopped after step {self.step} with a checkpoint saved")
         if self.step >= loop.steps:
@@ -205,9 +201,8 @@ class Run:
         lr = learning_rate(settings.optim, self.step, settings.loop.steps, halved)
         self._ledger.take()
         self._ledger.take_blocked()
-        self.control.wants_stop = stop_asked()
         with self.profile.phase(COMPUTE):
-            result = self.engine.step(micro, lr)
+            result = self.engine.step(micro, lr, wants_stop=stop_asked())
         self.step += 1
         self._heart.beat("step", self.step)
         result.facts["lr"] = lr

@@ -55,6 +55,11 @@ class Reduced:
         """Sum of squares of all mean gradients."""
         return torch.stack(list(self.squares.values())).sum()
 
+    @property
+    def finite(self) -> bool:
+        """False if a gradient on any replica was not; the mean gradients always are."""
+        return bool(torch.isfinite(self.norm_squared))
+
 
 @dataclass
 class _Batch:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from core.errors import ConfigError
 from core.log import LOG
 from parallel.compress.advisor import chosen_rank
 from parallel.compress.powersgd import MatrixShard, PowerSGD, Reduced, shard_rank
-from parallel.control import FIELDS, Control
+from parallel.control import FIELDS, Decision, Judge, Vote, decide
 from parallel.engines.protocol import EngineSettings, Losses, Program
 from parallel.mesh import Group, Mesh
 from parallel.placement import Placement, placement_of
@@ -41,17 +42,18 @@ def mean_losses(seen: list[Losses], names: Sequence[str], mesh: Mesh) -> dict[st
     return dict(zip(names, values.tolist(), strict=True))
 
 
-def global_norm(squares: list[Tensor], mesh: Mesh, scales: Scales, control: Control) -> float:
-    """The gradient norm over all ranks; infinite, on every rank, if the update is to be skipped.
+def decide_update(
+    squares: list[Tensor], mesh: Mesh, scales: Scales, vote: Vote, judge: Judge
+) -> Decision:
+    """Reduce the gradient norm and the votes over all ranks: update or skip, go on or stop.
 
     `squares` are sums of squares of this rank's gradients, weighted so that the sum over the world
-    counts every element once. In this one reduction all ranks decide what to do: `control` judges
-    the sums, and the gradient scales move by the flags that come with them.
+    counts every element once. The gradient scales move by the flags of the same reduction.
     """
     device = mesh.world.device
     zero = torch.zeros((), dtype=torch.float64, device=device)
     total = torch.stack([zero, *(square.double() for square in squares)]).sum()
-    shared = torch.cat([total[None], control.share(device), scales.broken(device)])
+    shared = torch.cat([total[None], vote.share(device), scales.broken(device)])
     if mesh.world.group is not None:
         dist.all_reduce(shared, group=mesh.world.group)
     shared = shared.to("cpu")  # the step's one wait for the device
@@ -59,7 +61,8 @@ def global_norm(squares: list[Tensor], mesh: Mesh, scales: Scales, control: Cont
     scales.update(broken)
     square = float(shared[0])
     finite = math.isfinite(square) and not broken.any()
-    return control.decide(math.sqrt(square) if finite else math.inf, shared[1 : 1 + FIELDS])
+    norm = math.sqrt(square) if finite else math.inf
+    return decide(norm, shared[1 : 1 + FIELDS], judge)
 
 
 def scale_slices(scales: Scales, mesh: Mesh) -> Iterator[StateSlice]:
@@ -148,10 +151,6 @@ class Compressor:
             error_feedback=settings.compress.error_feedback,
         )
         self._warm = settings.compress.warm_start
-        self.facts: dict[str, float] = {}
-        """Bytes since the last `take_facts`, raw and sent."""
-        self.finite = True
-        """False if a gradient on any replica was not finite since the last `take_finite`."""
         LOG.info(
             "PowerSGD: %d matrices at rank %d between %d replicas",
             len(matrices),
@@ -169,17 +168,12 @@ class Compressor:
             for name, gradient in gradients.items()
         }
         reduced = self._powersgd.reduce(real)
-        self.finite = self.finite and bool(torch.isfinite(reduced.norm_squared))
         found = {}
         for name, gradient in gradients.items():
             flat = torch.zeros(gradient.numel(), dtype=gradient.dtype, device=gradient.device)
             part = reduced.gradients[name].reshape(-1)
             flat[: part.numel()] = part
             found[name] = flat
-        self.facts = {
-            "compress_raw_bytes": self.facts.get("compress_raw_bytes", 0) + reduced.raw_bytes,
-            "compress_sent_bytes": self.facts.get("compress_sent_bytes", 0) + reduced.sent_bytes,
-        }
         return Reduced(
             gradients=found,
             squares=reduced.squares,
@@ -187,22 +181,26 @@ class Compressor:
             sent_bytes=reduced.sent_bytes,
         )
 
-    def average(self, gradients: Mapping[str, Tensor]) -> list[Tensor]:
-        """`reduce` in place; returns this rank's share of the gradients' squares."""
+    def average(self, gradients: Mapping[str, Tensor]) -> tuple[list[Tensor], Reduced]:
+        """`reduce` in place.
+
+        Returns this rank's share of the gradients' squares, and the rest of the reduction.
+        """
         reduced = self.reduce(gradients)
         for name, gradient in gradients.items():
             gradient.copy_(reduced.gradients[name].view_as(gradient))
-        return [square / self._group.size for square in reduced.squares.values()]
+        shares = [square / self._group.size for square in reduced.squares.values()]
+        return shares, replace(reduced, gradients={})
 
-    def take_finite(self) -> bool:
-        """Say if all gradients since the last call were finite; what is handed out always is."""
-        finite, self.finite = self.finite, True
-        return finite
-
-    def take_facts(self) -> dict[str, float]:
-        """Bytes since the last call, raw and sent, and the rank."""
-        facts, self.facts = self.facts, {}
-        return {**facts, "compress_rank": self.rank}
+    def facts(self, reductions: Sequence[Reduced]) -> dict[str, float]:
+        """Figures of a step for metrics.jsonl: bytes of its reductions, raw and sent; the rank."""
+        if not reductions:
+            return {"compress_rank": self.rank}
+        return {
+            "compress_raw_bytes": sum(each.raw_bytes for each in reductions),
+            "compress_sent_bytes": sum(each.sent_bytes for each in reductions),
+            "compress_rank": self.rank,
+        }
 
     def slices(self) -> Iterator[StateSlice]:
         """The error buffers of this replica, and (once) the warm-started Q."""

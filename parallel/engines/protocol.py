@@ -17,7 +17,7 @@ from checkpoint.format import Reader, StateSlice
 from core.errors import ConfigError
 from parallel.adamw import AdamW, AdamW16
 from parallel.config import CompressConfig, EngineConfig, OptimConfig
-from parallel.control import Control
+from parallel.control import Judge, accept_all
 from parallel.mesh import Group, Mesh
 from parallel.placement import Placement, move, placement_of
 from parallel.scales import Scale, Scales
@@ -68,8 +68,8 @@ class EngineSettings:
     engine: EngineConfig
     compress: CompressConfig
     seed: int
-    control: Control = field(default_factory=Control)
-    """Decides about each update; shared with the loop."""
+    judge: Judge = accept_all
+    """Says why an update must be skipped."""
 
 
 class Recomputed(nn.Module):
@@ -156,6 +156,8 @@ class StepResult:
     """Global norm of the gradients before clipping; infinite if one anywhere was not finite."""
     skipped: str = ""
     """Why the update was skipped, on every rank alike."""
+    stopping: bool = False
+    """Some rank was asked to stop: all save after this step."""
     facts: dict[str, float] = field(default_factory=dict)
 
 
@@ -164,8 +166,13 @@ class Engine(Protocol):
 
     name: str
 
-    def step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
-        """Accumulate gradients, reduce them, clip, and update; the same result on every rank."""
+    def step(
+        self, micro_batches: Sequence[Batch], lr: float, wants_stop: bool = False
+    ) -> StepResult:
+        """Accumulate gradients, reduce them, clip, and update; the same result on every rank.
+
+        `wants_stop`: this rank was asked to stop, which the result tells all ranks.
+        """
 
     def evaluate(self, batch: Batch) -> Losses:
         """Losses of this replica's batch, without gradients, on all ranks of the replica.

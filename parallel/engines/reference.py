@@ -5,16 +5,16 @@ buckets change order after the first step: on more than two ranks that moves rou
 resumed run would no longer be bit-equal to an unbroken one.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from checkpoint.format import KINDS, Reader, StateSlice
+from parallel.control import Vote
 from parallel.engines.modules import (
     build_compressor,
-    global_norm,
+    decide_update,
     load_scales,
     mean_losses,
     placements,
@@ -48,32 +48,30 @@ class ReferenceEngine:
         self._optimizer = build_adamw(self._names, settings.optim)
         self._scales = scales_of(program, self._whole.stage.scales, settings.engine)
         self._clip_norm, self._mesh = settings.optim.clip_norm, mesh
-        self._control = settings.control
+        self._judge = settings.judge
         self._compressor = build_compressor(
             program, self._places, settings, mesh.data, Group(), device
         )
 
-    def step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
+    def step(
+        self, micro_batches: Sequence[Batch], lr: float, wants_stop: bool = False
+    ) -> StepResult:
         self._optimizer.zero_grad(set_to_none=True)
-        seen: list[Losses] = []
-        self._control.seen = seen
-        for batch in micro_batches:
-            losses = self._whole(batch)
-            (losses["loss"] / len(micro_batches)).backward()
-            seen.append({name: value.detach() for name, value in losses.items()})
-        norm = global_norm(self._reduce(), self._mesh, self._scales, self._control)
+        losses = [self._backward(batch, len(micro_batches)) for batch in micro_batches]
+        squares, facts = self._reduce()
+        vote = Vote(losses=losses, wants_stop=wants_stop)
+        decision = decide_update(squares, self._mesh, self._scales, vote, self._judge)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        if math.isfinite(norm):
-            self._clip(norm)
+        if not decision.skipped:
+            self._clip(decision.norm)
             self._optimizer.step()
-        facts = self._compressor.take_facts() if self._compressor else {}
-        facts |= self._scales.facts()
         return StepResult(
-            losses=mean_losses(seen, self._losses, self._mesh),
-            grad_norm=self._control.norm,
-            skipped=self._control.skipped,
-            facts=facts,
+            losses=mean_losses(losses, self._losses, self._mesh),
+            grad_norm=decision.norm,
+            skipped=decision.skipped,
+            stopping=decision.stopping,
+            facts={**facts, **self._scales.facts()},
         )
 
     @torch.no_grad()
@@ -126,17 +124,27 @@ class ReferenceEngine:
     def close(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
 
-    def _reduce(self) -> list[Tensor]:
-        """Average gradients over the replicas; returns this rank's share of their squares."""
+    def _backward(self, batch: Batch, micro_batches: int) -> Losses:
+        """Add the gradients of one of so many micro-batches; returns its losses."""
+        losses: Losses = self._whole(batch)
+        (losses["loss"] / micro_batches).backward()
+        return {name: value.detach() for name, value in losses.items()}
+
+    def _reduce(self) -> tuple[list[Tensor], dict[str, float]]:
+        """Average gradients over the replicas.
+
+        Returns this rank's share of their squares, and the figures of compression.
+        """
         gradients = {n: p.grad for n, p in self._names.items() if p.grad is not None}
         size = self._mesh.data.size
         if self._compressor is not None:
-            return self._compressor.average(gradients)
+            squares, reduced = self._compressor.average(gradients)
+            return squares, self._compressor.facts([reduced])
         tensors = list(gradients.values())
         if size > 1:
             copy_parts(flat_average(tensors, self._mesh.data.handle, size), tensors)
         norms = torch.stack(torch._foreach_norm(tensors))
-        return [norms.double().square().sum() / size]
+        return [norms.double().square().sum() / size], {}
 
     def _clip(self, norm: float) -> None:
         if norm + 1e-6 > self._clip_norm:

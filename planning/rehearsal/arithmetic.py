@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -9,11 +10,10 @@ from torch import Tensor, nn
 import models.initialization
 import models.keyed_noise
 import models.prior
+import parallel.engines.modules
 import parallel.replicas
-from parallel.control import Control
+from parallel.control import Decision, Judge, decide
 from planning.rehearsal.patches import replaced
-
-_decide_by_sums = Control.decide
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def without_arithmetic() -> Iterator[None]:
         (models.prior, "banded_attention", lambda q, k, v, *_: q + k + v),
         (models.prior, "flexible_attention", lambda q, k, v, *_: q + k + v),
         (nn.Module, "_apply", _apply),
-        (Control, "decide", _decide),
+        (parallel.engines.modules, "decide", _decide),
     ]
     with replaced(changes):
         yield
@@ -48,11 +48,9 @@ def _no_sums(tensors: Iterable[Tensor]) -> Tensor:
     return torch.zeros(len(devices), dtype=torch.int64, device=devices[0])
 
 
-def _decide(control: Control, norm: float, sums: Tensor) -> float:
+def _decide(norm: float, sums: Tensor, judge: Judge) -> Decision:
     """Nobody asks for a stop, though all values are one."""
-    found = _decide_by_sums(control, norm, sums)
-    control.stopping = False
-    return found
+    return replace(decide(norm, sums, judge), stopping=False)
 
 
 def _apply(

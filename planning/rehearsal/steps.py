@@ -109,9 +109,9 @@ def _repeat_evaluations(engine: Any, recorder: Recorder) -> None:
     step, evaluate = engine.step, engine.evaluate
     known: dict[Any, list[tuple[Losses, int, int]]] = defaultdict(list)
 
-    def stepped(micro_batches: Sequence[Batch], lr: float) -> StepResult:
+    def stepped(micro_batches: Sequence[Batch], lr: float, wants_stop: bool = False) -> StepResult:
         known.clear()
-        result: StepResult = step(micro_batches, lr)
+        result: StepResult = step(micro_batches, lr, wants_stop)
         return result
 
     def evaluated(batch: Batch) -> Losses:

@@ -25,9 +25,9 @@ from models.dvae import DVAE
 from models.prior import prior_program
 from parallel.compress.powersgd import MatrixShard
 from parallel.config import CompressConfig, EngineConfig, OptimConfig
-from parallel.control import Control
+from parallel.control import Vote, accept_all
 from parallel.engines import protocol
-from parallel.engines.modules import Compressor, global_norm, mean_losses
+from parallel.engines.modules import Compressor, decide_update, mean_losses
 from parallel.engines.protocol import Batch, EngineSettings, Program
 from parallel.engines.reference import ReferenceEngine
 from parallel.mesh import Group, Mesh
@@ -214,8 +214,10 @@ def test_the_norm_is_decided_from_what_lies_on_the_gpu(monkeypatch: pytest.Monke
         return stack(tensors, *more, **named)
 
     monkeypatch.setattr(torch, "stack", strict)
-    control = Control(seen=[{"loss": torch.zeros((), device=CUDA)}])
-    assert global_norm([torch.zeros((), device=CUDA)], MESH, Scales([], {}), control) == 1.0
+    vote = Vote(losses=[{"loss": torch.zeros((), device=CUDA)}])
+    squares = [torch.zeros((), device=CUDA)]
+    decision = decide_update(squares, MESH, Scales([], {}), vote, accept_all)
+    assert decision.clipped_by == 1.0
 
 
 def test_gradients_are_compressed_where_they_are() -> None:

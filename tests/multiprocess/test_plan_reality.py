@@ -20,7 +20,6 @@ from core.heartbeat import Heart
 from models.config import PriorConfig
 from models.prior import prior_program
 from parallel.config import CompressConfig, EngineConfig, EngineName, MeshConfig
-from parallel.control import Control
 from parallel.engines.protocol import EngineSettings
 from parallel.engines.registry import build_engine, modules_of
 from parallel.ledger import Ledger, recorded
@@ -159,7 +158,7 @@ def _measure(case: Case, world: World, ledger: Ledger) -> dict[str, Any]:
         engine=case.engine,
         compress=case.compress,
         seed=SEED,
-        control=Control(judge=lambda norm, loss: _at_update(engine, seen)),
+        judge=lambda norm, loss: _at_update(engine, seen),
     )
     engine: Any = build_engine(prior_program(case.model, SEED, mesh.shared), settings, mesh)
     weights = [p for layer in engine.layers().values() for p in layer.parameters()]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from checkpoint.format import Reader, StateSlice
 from core.errors import ConfigError
 from parallel.adamw import MOMENTS
+from parallel.compress.powersgd import Reduced
 from parallel.config import OptimConfig
-from parallel.control import Control
+from parallel.control import Decision, Judge, Vote
 from parallel.engines.deepspeed.hooks import (
     Gradients,
     compress_zero12,
@@ -25,7 +27,7 @@ from parallel.engines.modules import (
     Compressor,
     build_compressor,
     counts_once,
-    global_norm,
+    decide_update,
     load_scales,
     mean_losses,
     placements,
@@ -37,6 +39,19 @@ from parallel.scales import Scales
 
 BUCKET = 2**20
 """Elements reduced together; ZeRO allocates this much, so it is small on CPUs."""
+
+
+@dataclass(kw_only=True)
+class Pass:
+    """What one step, or one evaluation, returns through DeepSpeed's callbacks."""
+
+    wants_stop: bool = False
+    losses: list[Losses] = field(default_factory=list)
+    """Of the micro-batches so far, on the ranks that compute them."""
+    reductions: list[Reduced] = field(default_factory=list)
+    """Those that were compressed, without their gradients."""
+    decision: Decision | None = None
+    """Of a step, as soon as the gradients are averaged."""
 
 
 class DeepSpeedEngine:
@@ -53,18 +68,25 @@ class DeepSpeedEngine:
         mesh: Mesh,
         copies: int,
         scales: Scales,
-        control: Control,
+        judge: Judge,
     ) -> None:
         """`copies` are the ranks of other machines that hold the same partitions."""
         self._names, self._places, self._mesh = names, placements(names), mesh
-        self._copies, self._scales, self._control = copies, scales, control
+        self._copies, self._scales, self._judge = copies, scales, judge
         self._losses_named = program.losses
         self._compressor: Compressor | None = None
+        self._current = Pass()
+        """The pass under way, which the callbacks fill."""
 
     @property
     def _optimizer(self) -> Any:
         """DeepSpeed's optimiser, which wraps AdamW."""
         return self._engine.optimizer
+
+    def _begin(self, wants_stop: bool = False) -> Pass:
+        """Start a step or an evaluation; `wants_stop` as in `Engine.step`."""
+        self._current = Pass(wants_stop=wants_stop)
+        return self._current
 
     def _norm(self, gradients: Gradients) -> float:
         """The global norm of partitioned gradients; infinite if the update is to be skipped."""
@@ -73,9 +95,17 @@ class DeepSpeedEngine:
             for name, gradient in gradients.items()
             if counts_once(self._places[name], self._mesh)
         ]
-        if self._compressor is not None and not self._compressor.take_finite():
+        if not all(reduced.finite for reduced in self._current.reductions):
             squares.append(torch.tensor(math.inf, device=self._mesh.world.device))
-        return global_norm(squares, self._mesh, self._scales, self._control)
+        return self._decide(squares)
+
+    def _decide(self, squares: list[Tensor]) -> float:
+        """Decide about this step's update with all ranks; returns the norm to clip by."""
+        step = self._current
+        vote = Vote(losses=step.losses, wants_stop=step.wants_stop)
+        decision = decide_update(squares, self._mesh, self._scales, vote, self._judge)
+        step.decision = decision
+        return decision.clipped_by
 
     def state_slices(self) -> Iterator[StateSlice]:
         """What this rank saves: ZeRO's fragments, and its compression buffers."""
@@ -162,15 +192,23 @@ class DeepSpeedEngine:
         )
         hook_zero12(self._optimizer, self._names, self._norm)
         if self._compressor is not None:
-            reduce = self._compressor.reduce
-            compress_zero12(self._optimizer, self._names, lambda g: reduce(g).gradients)
+            compress_zero12(self._optimizer, self._names, self._compressed)
 
-    def _result(self, seen: list[Losses]) -> StepResult:
-        facts = self._compressor.take_facts() if self._compressor else {}
+    def _compressed(self, gradients: Gradients) -> Gradients:
+        """Average gradients by compression, and note it for this step's figures."""
+        assert self._compressor is not None, "hooked only with compression"
+        reduced = self._compressor.reduce(gradients)
+        self._current.reductions.append(replace(reduced, gradients={}))
+        return reduced.gradients
+
+    def _result(self, step: Pass) -> StepResult:
+        assert step.decision is not None, "DeepSpeed asks for the norm in every step"
+        facts = self._compressor.facts(step.reductions) if self._compressor else {}
         return StepResult(
-            losses=mean_losses(seen, self._losses_named, self._mesh),
-            grad_norm=self._control.norm,
-            skipped=self._control.skipped,
+            losses=mean_losses(step.losses, self._losses_named, self._mesh),
+            grad_norm=step.decision.norm,
+            skipped=step.decision.skipped,
+            stopping=step.decision.stopping,
             facts={**facts, **self._scales.facts()},
         )
 

@@ -49,36 +49,36 @@ class DeepSpeedPipeEngine(DeepSpeedEngine):
         self._refuse_one_process(mesh)
         self._loss = program.loss
         self._fields: list[str] = []
-        self._seen: list[Losses] = []
         start_comm(mesh.world.device)
         with quiet():
             self._module = _Stages(program, settings.engine, mesh, self._losses, self._fields)
         names = self._module.global_names()
         scales = scales_of(program, self._module.scales(), settings.engine)
-        super().__init__(program, names, mesh, 1, scales, settings.control)
-        settings.control.seen = self._seen
+        super().__init__(program, names, mesh, 1, scales, settings.judge)
         elements = sum(p.numel() for p in names.values()) if settings.compress.on else None
         config = zero_config(settings.optim, 1, settings.engine.accumulate, elements)
         optimizer = build_adamw(names, settings.optim)
         self._engine = initialize(self._module, optimizer, config, mesh.world.device)
         self._attach_zero12(program, settings)
 
-    def step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
+    def step(
+        self, micro_batches: Sequence[Batch], lr: float, wants_stop: bool = False
+    ) -> StepResult:
+        step = self._begin(wants_stop)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        self._seen.clear()
         self._engine.train_batch(self._feed(micro_batches))
-        return self._result(self._seen)
+        return self._result(step)
 
     def evaluate(self, batch: Batch) -> Losses:
-        self._seen.clear()
+        evaluation = self._begin()
         self._engine.reset_activation_shape()
         self._engine.eval_batch(
             self._feed([batch]), reduce_output=None, bcast_loss=False, num_micro_batches=1
         )
         self._engine.reset_activation_shape()
         alone = Mesh(world=self._mesh.world, pipeline=self._mesh.pipeline)
-        means = mean_losses(self._seen, self._losses_named, alone)
+        means = mean_losses(evaluation.losses, self._losses_named, alone)
         return {name: torch.tensor(value, device="cpu") for name, value in means.items()}
 
     def layers(self) -> dict[str, nn.Module]:
@@ -94,7 +94,7 @@ class DeepSpeedPipeEngine(DeepSpeedEngine):
 
     def _losses(self, output: Any, labels: Fields) -> Tensor:
         losses = self._loss(output, dict(zip(self._fields, labels, strict=True)))
-        self._seen.append({name: value.detach() for name, value in losses.items()})
+        self._current.losses.append({name: value.detach() for name, value in losses.items()})
         return losses["loss"]
 
 

@@ -16,7 +16,7 @@ from core.log import LOG
 from parallel.engines.deepspeed.engine import DeepSpeedEngine, zero_config
 from parallel.engines.deepspeed.hooks import Gradients, GroupsOfMesh, hook_zero3, initialize
 from parallel.engines.deepspeed.zero3_shards import Shards
-from parallel.engines.modules import build_compressor, global_norm
+from parallel.engines.modules import build_compressor
 from parallel.engines.protocol import (
     Batch,
     EngineSettings,
@@ -49,7 +49,7 @@ class DeepSpeedZeroEngine(DeepSpeedEngine):
         self._whole = Whole(program, settings.engine, mesh.world.device)
         names = self._whole.stage.global_names()
         scales = scales_of(program, self._whole.stage.scales, settings.engine)
-        super().__init__(program, names, mesh, mesh.between.size, scales, settings.control)
+        super().__init__(program, names, mesh, mesh.between.size, scales, settings.judge)
         compress = settings.compress.on
         elements = sum(p.numel() for p in names.values()) if compress else None
         engine = settings.engine
@@ -70,18 +70,19 @@ class DeepSpeedZeroEngine(DeepSpeedEngine):
         else:
             self._attach_zero12(program, settings)
 
-    def step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
-        seen: list[Losses] = []
-        self._control.seen = seen
+    def step(
+        self, micro_batches: Sequence[Batch], lr: float, wants_stop: bool = False
+    ) -> StepResult:
+        step = self._begin(wants_stop)
         self._engine.train()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         for batch in micro_batches:
             losses = self._engine(batch)
-            seen.append({name: value.detach() for name, value in losses.items()})
+            step.losses.append({name: value.detach() for name, value in losses.items()})
             self._engine.backward(losses["loss"])
-            self._engine.step()  # the last one decides by what was seen
-        return self._result(seen)
+            self._engine.step()  # the last one decides by the losses so far
+        return self._result(step)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Losses:
@@ -106,8 +107,9 @@ class DeepSpeedZeroEngine(DeepSpeedEngine):
         if between.size == 1:
             return self._norm(gradients)
         if self._compressor is not None:
-            squares = self._compressor.average(gradients)
-            return global_norm(squares, self._mesh, self._scales, self._control)
+            squares, reduced = self._compressor.average(gradients)
+            self._current.reductions.append(reduced)
+            return self._decide(squares)
         tensors = list(gradients.values())
         copy_parts(flat_average(tensors, between.handle, between.size), tensors)
         return self._norm(gradients)

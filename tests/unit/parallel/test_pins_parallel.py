@@ -17,13 +17,13 @@ from parallel.compress import advisor
 from parallel.compress.advisor import Link, advise, chosen_rank, measure_compute, measure_link
 from parallel.compress.powersgd import MatrixShard, PowerSGD, Reduced, _orthonormal, shard_rank
 from parallel.config import CompressConfig, EngineConfig, OptimConfig
-from parallel.control import Control
+from parallel.control import Vote, accept_all
 from parallel.device import CPU
 from parallel.engines.modules import (
     Compressor,
     build_compressor,
     counts_once,
-    global_norm,
+    decide_update,
     load_scales,
     mean_losses,
     placements,
@@ -253,19 +253,21 @@ def test_norms_losses_and_wishes_are_shared_by_two_ranks(
 
     def rank(number: int) -> Any:
         losses = [[1.0, 3.0], [5.0]][number]
-        control = Control(seen=[{"loss": torch.tensor(x)} for x in losses], wants_stop=number == 1)
+        vote = Vote(losses=[{"loss": torch.tensor(x)} for x in losses], wants_stop=number == 1)
         squares = [[torch.tensor(9.0), torch.tensor(16.0)], [torch.tensor(24.0)]][number]
         here = {"a": Scale()} if number == 0 else {"b": Scale()}
         scales = Scales(["a", "b"], here)
-        norm = global_norm(squares, _mesh(number), scales, control)
-        found = [norm, control.loss, control.stopping]
+        first = decide_update(squares, _mesh(number), scales, vote, accept_all)
+        found = [first.clipped_by, first.loss, first.stopping]
         if number == 0:
             here["a"].finite = False
-        control.seen = []
-        found += [global_norm(squares, _mesh(number), scales, control), control.loss]
+        blind = replace(vote, losses=[])
+        second = decide_update(squares, _mesh(number), scales, blind, accept_all)
+        found += [second.clipped_by, second.loss]
         found.append(next(iter(here.values())).value / 2**13)
-        infinite = global_norm([torch.tensor(math.inf)], _mesh(number), Scales([], {}), control)
-        found.append(infinite)
+        squares, scales = [torch.tensor(math.inf)], Scales([], {})
+        infinite = decide_update(squares, _mesh(number), scales, blind, accept_all)
+        found.append(infinite.clipped_by)
         group, groups = Group(dist.new_group([0, 1]), number, 2), []
 
         def noting(call: Any) -> Any:
@@ -363,21 +365,22 @@ def test_a_compressors_gradients_bytes_and_flags() -> None:
     group = Group(None, 0, 1)
     one = Compressor(held, shards, 2, _settings(rank=2), group, group, CPU)
     gradient = torch.arange(9.0)
+    reductions: list[Reduced] = []
     for calls in (1, 2):
         found = one.reduce({"w": gradient, "b": torch.tensor([[2.0, 1.0]])})
-        assert one.facts["compress_raw_bytes"] == calls * 4 * 8
-        assert one.facts["compress_sent_bytes"] == calls * 4 * (2 * 2 + 3 * 2 + 2 + 1)
+        reductions.append(found)
+        assert one.facts(reductions)["compress_raw_bytes"] == calls * 4 * 8
+        assert one.facts(reductions)["compress_sent_bytes"] == calls * 4 * (2 * 2 + 3 * 2 + 2 + 1)
     assert isinstance(found, Reduced) and found.raw_bytes == 32 and found.sent_bytes == 52
     torch.testing.assert_close(found.gradients["w"][:6], gradient[:6], rtol=1e-4, atol=1e-4)
     assert found.gradients["w"][6:].tolist() == [0, 0, 0]
     assert found.gradients["b"].tolist() == [2.0, 1.0]
     assert float(found.squares["w"]) == pytest.approx(55.0, rel=1e-4)
-    facts = one.take_facts()
+    facts = one.facts(reductions)
     assert facts == {"compress_raw_bytes": 64, "compress_sent_bytes": 104, "compress_rank": 2}
-    assert one.facts == {} and one.take_finite()
-    one.reduce({"w": torch.full((9,), math.nan)})
-    one.reduce({"w": gradient})
-    assert not one.take_finite() and one.take_finite()
+    assert one.facts([]) == {"compress_rank": 2} and all(each.finite for each in reductions)
+    broken = one.reduce({"w": torch.full((9,), math.nan)})
+    assert not broken.finite and one.reduce({"w": gradient}).finite
 
 
 def test_only_what_is_switched_on_is_passed_on_and_saved() -> None:

@@ -27,10 +27,10 @@ from models.masks import full_mask
 from parallel.compress.advisor import measure_compute
 from parallel.compress.powersgd import MatrixShard, PowerSGD
 from parallel.config import CompressConfig, EngineConfig, OptimConfig
-from parallel.control import Control
+from parallel.control import Vote, accept_all
 from parallel.device import CPU
 from parallel.engines.deepspeed.hooks import ensure_adam_state
-from parallel.engines.modules import Compressor, global_norm, mean_losses
+from parallel.engines.modules import Compressor, decide_update, mean_losses
 from parallel.engines.protocol import EngineSettings, build_adamw
 from parallel.ledger import recorded
 from parallel.mesh import Group, Mesh
@@ -147,7 +147,7 @@ def test_a_step_is_replayed(homes: dict[str, dict[str, Any]], tmp_path: Path) ->
             if run.step == 2:
                 run.save()
                 run.checkpoints.saver.wait()
-                run.control.judge = lambda norm, loss: "planted"
+                cast(Any, run.engine)._judge = lambda norm, loss: "planted"
             if run.step == 3:
                 assert result.skipped == "planted"
     found = replay.replay(tmp_path / "capsules" / "step-3.json")
@@ -208,7 +208,7 @@ def test_gradients_are_compressed_where_they_are(tmp_path: Path) -> None:
 def test_a_broken_gradient_is_told_where_it_is() -> None:
     compressor = _compressor(SECOND)
     reduced = compressor.reduce({"w": torch.full((54,), torch.nan, device=SECOND)})
-    assert not compressor.take_finite() and reduced.norm_squared.device == SECOND
+    assert not reduced.finite and reduced.norm_squared.device == SECOND
 
 
 def test_advice_is_measured_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,11 +226,13 @@ def test_advice_is_measured_on_the_device(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_one_reduction_decides_on_the_device() -> None:
     mesh, scale = Mesh(world=World(device=SECOND)), Scale(finite=False)
-    control = Control(seen=[{"loss": torch.tensor(3.0, device=SECOND)}])
+    vote = Vote(losses=[{"loss": torch.tensor(3.0, device=SECOND)}])
     squares = [torch.tensor(16.0, device=SECOND)]
-    assert global_norm(squares, mesh, Scales([], {}), control) == 4.0
-    assert control.loss == 3.0
-    assert math.isinf(global_norm(squares, mesh, Scales(["a"], {"a": scale}), control))
+    decision = decide_update(squares, mesh, Scales([], {}), vote, accept_all)
+    assert decision.clipped_by == 4.0
+    assert decision.loss == 3.0
+    broken = decide_update(squares, mesh, Scales(["a"], {"a": scale}), vote, accept_all)
+    assert math.isinf(broken.clipped_by)
 
 
 @pytest.mark.parametrize("last", [False, True])

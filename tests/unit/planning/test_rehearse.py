@@ -76,16 +76,16 @@ def sends_another_size(task: RankTask, broker: Any) -> Sequence:
 
 def uses_another_group(task: RankTask, broker: Any) -> Sequence:
     """A rank asks its replicas alone for the norm."""
-    from parallel.engines.deepspeed import state
+    from parallel.engines.deepspeed import engine
 
-    norm = state.global_norm
+    decide = engine.decide_update
 
-    def of_replicas(squares: Any, mesh: Any, *rest: Any) -> float:
+    def of_replicas(squares: Any, mesh: Any, *rest: Any) -> Any:
         world = replace(mesh.world, group=mesh.data.handle)
-        return norm(squares, replace(mesh, world=world), *rest)
+        return decide(squares, replace(mesh, world=world), *rest)
 
     if task.rank == ODD:
-        state.global_norm = of_replicas
+        engine.decide_update = of_replicas
     return run_rank(task, broker)
 
 
@@ -136,22 +136,22 @@ def all_average_on_the_host(task: RankTask, broker: Any) -> Sequence:
 
 def waits_on_the_host(task: RankTask, broker: Any) -> Sequence:
     """The stages that see no losses wait for those of the last one with a tensor of the host."""
-    from parallel.engines.deepspeed import pipe, state
+    from parallel.engines.deepspeed import engine, pipe
 
-    means = state.mean_losses
+    means = engine.mean_losses
 
     def without_device(seen: Any, names: Any, mesh: Any) -> Any:
         world = mesh.world if seen else replace(mesh.world, device=CPU)
         return means(seen, names, replace(mesh, world=world))
 
-    state.mean_losses = pipe.mean_losses = without_device
+    engine.mean_losses = pipe.mean_losses = without_device
     return run_rank(task, broker)
 
 
 FAULTS = {
     "skipped call": (skips_a_collective, TENSOR, "all_reduce over ranks 2, 3", "models/prior.py"),
     "another size": (sends_another_size, TENSOR, "all_reduce over ranks 2, 3", "models/prior.py"),
-    "another group": (uses_another_group, TENSOR, "all_reduce over ranks 1, 3", "global_norm"),
+    "another group": (uses_another_group, TENSOR, "all_reduce over ranks 1, 3", "decide_update"),
     "another order": (goes_in_another_order, TENSOR, "all_reduce over ranks 2, 3", "cross_entropy"),
     "missing message": (misses_a_message, PIPE, "recv from rank 3", "_exec_recv_grads"),
     "another device": (

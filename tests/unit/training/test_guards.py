@@ -11,7 +11,7 @@ import torch
 
 from data_pipeline.formats.tokens import TokenRecord
 from data_pipeline.streaming.stream import StreamState
-from parallel.control import FIELDS, Control
+from parallel.control import FIELDS, Vote, decide
 from parallel.device import CPU
 from parallel.engines.protocol import StepResult
 from parallel.mesh import Group, Mesh
@@ -63,14 +63,17 @@ def test_a_skipped_update_leaves_the_history_alone_and_it_resumes() -> None:
 
 
 def test_what_all_ranks_decide() -> None:
-    control = Control(judge=lambda norm, loss: "too much" if loss > 5 else "")
-    control.seen = [{"loss": torch.tensor(2.0)}, {"loss": torch.tensor(4.0)}]
-    share = control.share(CPU)
+    judge = lambda norm, loss: "too much" if loss > 5 else ""  # noqa: E731
+    vote = Vote(losses=[{"loss": torch.tensor(2.0)}, {"loss": torch.tensor(4.0)}])
+    share = vote.share(CPU)
     assert share.tolist() == [6.0, 2.0, 0.0] and len(share) == FIELDS
-    assert control.decide(1.5, share) == 1.5 and (control.loss, control.skipped) == (3.0, "")
-    assert control.decide(1.5, torch.tensor([60.0, 2.0, 1.0])) == math.inf
-    assert control.stopping and control.skipped == "too much" and control.norm == 1.5
-    assert control.decide(math.inf, share) == math.inf and "not finite" in control.skipped
+    kept = decide(1.5, share, judge)
+    assert kept.clipped_by == 1.5 and (kept.loss, kept.skipped) == (3.0, "")
+    left = decide(1.5, torch.tensor([60.0, 2.0, 1.0]), judge)
+    assert left.clipped_by == math.inf
+    assert left.stopping and left.skipped == "too much" and left.norm == 1.5
+    broken = decide(math.inf, share, judge)
+    assert broken.clipped_by == math.inf and "not finite" in broken.skipped
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -25,7 +25,6 @@ from models.counts import step_flops
 from models.dvae import DVAE
 from parallel.adamw import AdamW, AdamW16
 from parallel.config import OptimConfig
-from parallel.control import Control
 from parallel.device import CPU
 from parallel.engines.protocol import (
     Layer,
@@ -53,7 +52,7 @@ class _Engine:
     def __init__(self) -> None:
         self.given: list[tuple[list[Any], float]] = []
 
-    def step(self, micro: list[Any], lr: float) -> StepResult:
+    def step(self, micro: list[Any], lr: float, wants_stop: bool) -> StepResult:
         self.given.append((micro, lr))
         return StepResult(losses={"loss": 1.0}, grad_norm=2.0)
 
@@ -75,7 +74,6 @@ def _run(step: int, halved: int, optim: OptimConfig, accumulate: int = 1) -> Any
     run.world = World(device=CPU)
     run._ledger = cast(Any, SimpleNamespace(take=dict, take_blocked=float))
     run._heart = cast(Any, SimpleNamespace(beat=lambda *_: None))
-    run.control = Control()
     run.begun = []  # type: ignore[attr-defined]
     run.profile = cast(
         Any,
