@@ -187,10 +187,10 @@ def _steps(
             {name: value[i * size : (i + 1) * size] for name, value in mine.items()}
             for i in range(case.engine.accumulate)
         ]
-        ledger.take()
-        result = engine.step(micro, OPTIM.lr * min(1.0, (step + 1) / OPTIM.warmup))
+        with ledger.counted() as traffic:
+            result = engine.step(micro, OPTIM.lr * min(1.0, (step + 1) / OPTIM.warmup))
         row = {**result.losses, "grad_norm": result.grad_norm, **result.facts}
-        rows.append({**row, "comm": ledger.take()})
+        rows.append({**row, "comm": traffic.counts})
     rows[-1]["validation"] = float(engine.evaluate(mine)["loss"])
     engine.close()
     return rows

@@ -136,8 +136,8 @@ def _measure(active: Run) -> list[tuple[float, float]]:
         else:
             active.profile.detach()
         began = time.process_time()
-        result, seconds = next(steps)
-        active.report(result, seconds, meter)
+        result, cost = next(steps)
+        active.report(result, cost, meter)
         return time.process_time() - began
 
     for i in range(WARM):

@@ -102,17 +102,16 @@ class Stopwatch:
     def __exit__(self, *_: object) -> None:
         self._seconds += time.perf_counter() - self._began
 
-    def take(self) -> float:
-        """Seconds since the last call."""
-        found, self._seconds = self._seconds, 0.0
-        return found
+    def seconds(self) -> float:
+        """Seconds in all."""
+        return self._seconds
 
 
 class CudaStopwatch(Stopwatch):
     """Adds up the time that the current stream spends in a context, by events.
 
     A collective returns to the host as soon as it is queued: only the stream knows how long it
-    waited for other ranks. What has not happened yet counts at a later `take`.
+    waited for other ranks. What has not happened yet counts at a later look.
     """
 
     def __init__(self) -> None:
@@ -126,16 +125,16 @@ class CudaStopwatch(Stopwatch):
     def __exit__(self, *_: object) -> None:
         self._pairs.append((self._first, self._mark()))
 
-    def take(self) -> float:
-        """Seconds of what has happened since the last call."""
-        seconds, pending = 0.0, []
+    def seconds(self) -> float:
+        """Seconds of all that has happened."""
+        pending = []
         for first, last in self._pairs:  # those of several streams end in any order
             if last.query():
-                seconds += float(first.elapsed_time(last)) / 1000
+                self._seconds += float(first.elapsed_time(last)) / 1000
             else:
                 pending.append((first, last))
         self._pairs = pending
-        return seconds
+        return self._seconds
 
     @staticmethod
     def _mark() -> torch.cuda.Event:

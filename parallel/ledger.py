@@ -9,6 +9,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
@@ -47,8 +48,22 @@ def untimed(_group: str, _operation: str, _bytes: int) -> AbstractContextManager
     return _NOTHING
 
 
+@dataclass(kw_only=True)
+class Traffic:
+    """What this rank communicated in a stretch of time."""
+
+    counts: Counts = field(default_factory=dict)
+    blocked: float = 0.0
+    """Seconds that the rank waited in collectives."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all operations."""
+        return sum(row["bytes"] for group in self.counts.values() for row in group.values())
+
+
 class Ledger:
-    """Counts since the last `take`."""
+    """Notes each operation of this rank; `counted` gives those of a context."""
 
     def __init__(self, mesh: Mesh, heart: Heart) -> None:
         self._aside, self._heart = mesh.world.aside, heart
@@ -66,7 +81,8 @@ class Ledger:
                 self._labels[tuple(dist.get_process_group_ranks(handle))] = label
         self._group_labels: dict[Any, str] = {}
         self._pairs = "pipeline" if mesh.pipeline.size > 1 else "world"
-        self._counts: Counts = {}
+        self._counting: list[Counts] = []
+        """Those of the contexts that are open."""
         self._blocked = stopwatch(mesh.world.device)
         self._local = threading.local()
         self._last = ("", "", 0)
@@ -82,15 +98,29 @@ class Ledger:
 
     @contextmanager
     def note(self, group: Any, operation: str, count: int) -> Iterator[None]:
-        """Add one operation of `count` bytes, which runs in the context."""
+        """Count one operation of `count` bytes, which runs in the context."""
         label = self._label(group, operation)
-        row = self._counts.setdefault(label, {}).setdefault(operation, {"calls": 0, "bytes": 0})
-        row["calls"] += 1
-        row["bytes"] += count
+        for counts in self._counting:
+            row = counts.setdefault(label, {}).setdefault(operation, {"calls": 0, "bytes": 0})
+            row["calls"] += 1
+            row["bytes"] += count
         self._heart.beat(f"{operation} over {label}")
         self._last = label, operation, count
         with self._waiting(self._last):
             yield
+
+    @contextmanager
+    def counted(self) -> Iterator[Traffic]:
+        """What is noted in the context; whole when it is left."""
+        traffic, before = Traffic(), self._blocked.seconds()
+        self._counting.append(traffic.counts)
+        self._going_on.clear()
+        try:
+            yield traffic
+        finally:
+            self._counting.pop()
+            self._going_on.clear()
+            traffic.blocked = self._blocked.seconds() - before
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -131,21 +161,6 @@ class Ledger:
             ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
             label = self._group_labels[group] = self._labels.get(ranks, "other")
         return label
-
-    def take_blocked(self) -> float:
-        """Seconds that this rank waited in collectives since the last call."""
-        return self._blocked.take()
-
-    def take(self) -> Counts:
-        """What was noted since the last call."""
-        found, self._counts = self._counts, {}
-        self._going_on.clear()
-        return found
-
-
-def total_bytes(counts: Counts) -> int:
-    """Bytes of all operations."""
-    return sum(row["bytes"] for group in counts.values() for row in group.values())
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """One loop for dVAE, prior and CLIP, on any engine."""
 
-import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from checkpoint.format import StateSlice
@@ -17,19 +17,19 @@ from data_pipeline.streaming.stream import Stream, StreamState
 from models.counts import step_flops
 from parallel.engines.protocol import Batch, Engine, EngineSettings, StepResult
 from parallel.engines.registry import build_engine
-from parallel.ledger import Ledger, total_bytes
+from parallel.ledger import Ledger
 from parallel.mesh import Mesh
 from parallel.precision import engine_numerics
 from training.config import StageConfig
 from training.ema import Average
 from training.export.weights import model_is_whole, save_model
-from training.profiling.accounts import Waits
 from training.profiling.categories import CHECKPOINT, COMPUTE, DATA_WAIT, VALIDATION
 from training.profiling.profile import Profile, timed
 from training.recovery.rewind import Recovery, checkpoints_of_capsules
 from training.run.alarms import Alarms
 from training.run.checkpoints import Checkpoints
 from training.run.folder import RunFolder
+from training.run.log import RunLog, StepCost
 from training.run.resume import refuse_other_config, refuse_other_shapes, tell_other_numerics
 from training.schedules import Plateau, learning_rate
 from training.tasks.task import Task, hand_over, split_records
@@ -59,15 +59,8 @@ class Run:
         self.config = {"stage": stage, **to_json(settings), "model": to_json(task.model_config)}
         self.folder = RunFolder(settings.out, self.config, writes=world.rank == 0)
         self.recovery = Recovery(settings.guard, mesh, settings.out)
-        parts = EngineSettings(
-            optim=settings.optim,
-            engine=settings.engine,
-            compress=settings.compress,
-            seed=settings.loop.seed,
-            judge=self.recovery.guard.judge,
-        )
         self.stream = _stream(task, settings, mesh)  # refuses too little data: before the engine
-        self.engine: Engine = build_engine(task.program, parts, mesh)
+        self.engine: Engine = build_engine(task.program, self._engine_settings(), mesh)
         self.average = Average(self.engine, settings.optim, world.device)
         self.plateau = Plateau()
         self.checkpoints = Checkpoints(
@@ -78,17 +71,15 @@ class Run:
             (world.gather_text, world.gather_aside),
         )
         self._validation = Validation(task, self.engine, settings, mesh, heart)
-        self.step = 0
-        self._resumed_at: int | None = None
-        self._scored: tuple[int, float] | None = None
-        """The last validation's step and loss."""
-        self._waits = Waits()
         flops = step_flops(task.model_config, settings.loop.batch)
         precision = settings.engine.precision
         self.profile = Profile(settings.profile, mesh, ledger, settings.out, flops, precision)
         self.alarms = Alarms(settings, mesh, self.engine.shapes().values())
-        self._notes: dict[str, Any] = {"precision": precision}
-        """What the next logged row says besides."""
+        self.log = RunLog(settings, task.units, self.folder, self.profile)
+        self.step = 0
+        self._resumed_at: int | None = None
+        self._scored: tuple[int, float] | None = None
+        """The last validation's step and loss."""
 
     def train(self) -> None:
         """Train to loop.steps or loop.until, from the newest checkpoint if there is one.
@@ -104,8 +95,8 @@ class Run:
             share = "all" if self.step >= loop.steps else f"{self.step} of"
             LOG.info("%s has %s %d steps already", self.settings.out, share, loop.steps)
         with progress(f"train {self.stage}", loop.steps, self.world.rank == 0) as meter:
-            for result, seconds in self.steps():
-                self.report(result, seconds, meter)
+            for result, cost in self.steps():
+                self.report(result, cost, meter)
                 left = loop.end - self.step
                 if loop.validate_every and self.step % loop.validate_every == 0 < left:
                     self.validate()
@@ -120,6 +111,56 @@ class Run:
             self._save_surely()
             LOG.info("saved at step %d of %d, where --loop.until ends", self.step, loop.steps)
 
+    def steps(self) -> Iterator[tuple[StepResult, StepCost]]:
+        """The training steps that are left, and what each of them took."""
+        began = time.perf_counter()
+        batches = iter(self.stream)
+        while self.step < self.settings.loop.end:
+            self.profile.begin(self.step + 1)
+            asked = time.perf_counter()
+            with self.profile.phase(DATA_WAIT):
+                records, state = next(batches)
+            waited = time.perf_counter() - asked
+            with self._ledger.counted() as traffic:
+                result = self.one_step(records)
+                facts = self._facts_of_step(state)
+                back = self.recovery.must_rewind(result, records, state, facts)
+                if not back:
+                    self.average.update(self.step)
+                    if self.recovery.due(self.step):
+                        self.recovery.compare_replicas(self.engine, self.step)
+            if back:
+                batches.close()
+                self._rewind()
+                batches = iter(self.stream)
+                continue
+            spent = time.perf_counter() - began
+            yield result, StepCost(seconds=spent, waited=waited, traffic=traffic)
+            began = time.perf_counter()
+
+    def one_step(self, records: Sequence[Any]) -> StepResult:
+        """Update by these records of this replica; the step counts even if it is skipped."""
+        settings, halved = self.settings, self.plateau.halved
+        micro = self._micro_batches(records)
+        lr = learning_rate(settings.optim, self.step, settings.loop.steps, halved)
+        with self.profile.phase(COMPUTE):
+            result = self.engine.step(micro, lr, wants_stop=stop_asked())
+        self.step += 1
+        self._heart.beat("step", self.step)
+        return replace(result, facts={**result.facts, "lr": lr})
+
+    @timed(DATA_WAIT)
+    def _micro_batches(self, records: Sequence[Any]) -> list[Batch]:
+        parts, task = split_records(records, self.settings.engine.accumulate), self.task
+        device = self.world.device
+        return [hand_over(task.batch(part, self.step), device) if part else {} for part in parts]
+
+    def report(self, result: StepResult, cost: StepCost, meter: Meter) -> None:
+        """Tell of a step, and of what goes wrong slowly."""
+        self._note_failure()
+        self.alarms.pace(self.step, cost.seconds)
+        self.log.step(self.step, self.stream.state.epoch, result, cost, meter)
+
     @timed(VALIDATION)
     def validate(self) -> dict[str, float]:
         """Mean losses over held-out samples, logged as a row of split `validation`."""
@@ -127,11 +168,7 @@ class Run:
         self._scored = self.step, row["loss"]
         if self.plateau.observe(self.settings.optim, self.step, row["loss"]):
             LOG.info("the validation loss is level: learning rate halved at step %d", self.step)
-        for name, image in pictures.items():
-            self.folder.show(name, image, self.step)
-        self.folder.log({"step": self.step, "split": "validation", **row})
-        text = ", ".join(f"{name} {value:.4g}" for name, value in sorted(row.items()))
-        LOG.info("validation at %d: %s", self.step, text)
+        self.log.validation(self.step, row, pictures)
         self.alarms.codes(row, self.step)
         self.world.barrier()
         return row
@@ -147,7 +184,7 @@ class Run:
         facts = {
             "stage": self.stage,
             "step": self.step,
-            "stream": dataclasses.asdict(self.stream.state),
+            "stream": asdict(self.stream.state),
             "guard": self.recovery.guard.state(),
             "plateau": self.plateau.state(),
             "validation_loss": self._loss_now(),
@@ -161,52 +198,7 @@ class Run:
         if self.world.rank == 0:
             self.checkpoints.protected = checkpoints_of_capsules(self.settings.out)
         held_up = self.checkpoints.save(self.step, self._slices(), facts)
-        self._notes["save_held_up_seconds"] = held_up
-
-    def close(self) -> None:
-        """Let go of the folder and the engine."""
-        self.profile.close()
-        self.folder.close()
-        self.engine.close()
-
-    def steps(self) -> Iterator[tuple[StepResult, float]]:
-        """The training steps that are left, with their durations."""
-        began = time.perf_counter()
-        batches = iter(self.stream)
-        while self.step < self.settings.loop.end:
-            self.profile.begin(self.step + 1)
-            asked = time.perf_counter()
-            with self.profile.phase(DATA_WAIT):
-                records, state = next(batches)
-            waited = time.perf_counter() - asked
-            result = self.one_step(records)
-            facts = self._facts_of_step(state)
-            if self.recovery.must_rewind(result, records, state, facts):
-                batches.close()
-                self._rewind()
-                batches = iter(self.stream)
-                continue
-            self.average.update(self.step)
-            if self.recovery.due(self.step):
-                self.recovery.compare_replicas(self.engine, self.step)
-            spent = time.perf_counter() - began
-            self._waits.add(waited, spent)
-            yield result, spent
-            began = time.perf_counter()
-
-    def one_step(self, records: Sequence[Any]) -> StepResult:
-        """Update by these records of this replica; the step counts even if it is skipped."""
-        settings, halved = self.settings, self.plateau.halved
-        micro = self._micro_batches(records)
-        lr = learning_rate(settings.optim, self.step, settings.loop.steps, halved)
-        self._ledger.take()
-        self._ledger.take_blocked()
-        with self.profile.phase(COMPUTE):
-            result = self.engine.step(micro, lr, wants_stop=stop_asked())
-        self.step += 1
-        self._heart.beat("step", self.step)
-        result.facts["lr"] = lr
-        return result
+        self.log.note("save_held_up_seconds", held_up)
 
     def resume_from(self, reader: CheckpointReader) -> None:
         """Take weights, moments and the position of the data from a checkpoint.
@@ -222,41 +214,25 @@ class Run:
         self.plateau.load(reader.facts.get("plateau", {}))
         self.step = self._resumed_at = int(reader.facts["step"])
 
-    def report(self, result: StepResult, seconds: float, meter: Meter) -> None:
-        """Tell of a step on the terminal, and every loop.log_every steps in metrics.jsonl."""
-        loop, counts = self.settings.loop, self._ledger.take()
-        self._note_failure()
-        self.alarms.pace(self.step, seconds)
-        rate = loop.batch * self.task.units / seconds
-        meter.update(self.step, f"loss {result.losses['loss']:.4f}, {rate:,.0f} tokens/s")
-        if self.step % loop.log_every == 0 or self.step == loop.steps:
-            row = {
-                "step": self.step,
-                "epoch": self.stream.state.epoch,
-                **result.losses,
-                "grad_norm": result.grad_norm,
-                **({"skipped": result.skipped} if result.skipped else {}),
-                **result.facts,
-                **self._waits.row(),
-                "tokens_per_second": rate,
-                "seconds": seconds,
-                **self.profile.row(self.step, seconds, seconds - self._ledger.take_blocked()),
-                "comm_bytes": total_bytes(counts),
-                "comm": counts,
-                **self._notes,
-            }
-            self._notes.clear()
-            self.folder.log(row)
+    def close(self) -> None:
+        """Let go of the folder and the engine."""
+        self.profile.close()
+        self.folder.close()
+        self.engine.close()
+
+    def _engine_settings(self) -> EngineSettings:
+        settings = self.settings
+        return EngineSettings(
+            optim=settings.optim,
+            engine=settings.engine,
+            compress=settings.compress,
+            seed=settings.loop.seed,
+            judge=self.recovery.guard.judge,
+        )
 
     def _note_failure(self) -> None:
         if error := self.checkpoints.failure():
-            self._notes["save_error"] = error
-
-    @timed(DATA_WAIT)
-    def _micro_batches(self, records: Sequence[Any]) -> list[Batch]:
-        parts, task = split_records(records, self.settings.engine.accumulate), self.task
-        device = self.world.device
-        return [hand_over(task.batch(part, self.step), device) if part else {} for part in parts]
+            self.log.note("save_error", error)
 
     def _slices(self) -> Iterator[StateSlice]:
         yield from self.engine.state_slices()
@@ -316,6 +292,7 @@ class Run:
                 time.sleep(pause)
 
     def _finish(self) -> None:
+        """Validate, save and write the finished model, unless all ranks find it there."""
         whole = self.world.rank == 0 and model_is_whole(self.settings.out, self.stage)
         if any(self.world.gather_text("yes" if whole else "")) and self._resumed_at == self.step:
             return

@@ -168,16 +168,14 @@ def _measure(case: Case, world: World, ledger: Ledger) -> dict[str, Any]:
     for step in range(2):
         micro = _micro_batches(case, step, mesh.data.rank)
         kept = Kept(weights, [x for batch in micro for x in batch.values()])
-        ledger.take()
-        with saved_tensors_hooks(kept.pack, kept.unpack):
+        with ledger.counted() as traffic, saved_tensors_hooks(kept.pack, kept.unpack):
             engine.step(micro, 1e-4)
-    comm = ledger.take()
     carrying = {handle or dist.group.WORLD for handle in ledger._group_labels}
     sizes = sorted(n for n in map(dist.get_world_size, carrying) if n > 1)
     found = {**_model_bytes(engine, weights, seen), "activations": kept.peak}
     says = engine.memory()
     engine.close()
-    return {"bytes": found, "comm": comm, "says": says, "groups": sizes}
+    return {"bytes": found, "comm": traffic.counts, "says": says, "groups": sizes}
 
 
 def _micro_batches(case: Case, step: int, replica: int) -> list[dict[str, Tensor]]:

@@ -119,7 +119,10 @@ def test_the_wait_for_a_handle_counts_as_its_operation(tmp_path: Path) -> None:
 
     try:
         world = World(group=dist.group.WORLD)
-        with recorded(Mesh(world=world, data=Group(world.group))) as ledger:
+        with (
+            recorded(Mesh(world=world, data=Group(world.group))) as ledger,
+            ledger.counted() as traffic,
+        ):
             ledger.timer = timer
             value, out = torch.ones(2), torch.zeros(2)
             works = [
@@ -133,7 +136,7 @@ def test_the_wait_for_a_handle_counts_as_its_operation(tmp_path: Path) -> None:
             dist.barrier()
             reduced, gathered = ("data", "all_reduce", 8), ("data", "all_gather_into_tensor", 8)
             assert seen == [reduced, gathered, ("data", "all_reduce", 16), gathered, reduced]
-            counts = ledger.take()["data"]
+            counts = traffic.counts["data"]
             assert [row["calls"] for row in counts.values()] == [2, 1]
     finally:
         dist.destroy_process_group()

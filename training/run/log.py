@@ -1,0 +1,73 @@
+"""What a run tells of its steps: a line on the terminal, and rows of metrics.jsonl."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from core.log import LOG, Meter
+from parallel.engines.protocol import StepResult
+from parallel.ledger import Traffic
+from training.config import StageConfig
+from training.profiling.accounts import Waits
+from training.profiling.profile import Profile
+from training.run.folder import RunFolder
+from training.tasks.task import Pictures
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCost:
+    """What one step took on this rank."""
+
+    seconds: float
+    """Of the whole step."""
+    waited: float
+    """Seconds of them in which the rank waited for its batch."""
+    traffic: Traffic
+
+
+class RunLog:
+    """The log of one run; all ranks call it together, and rank 0 writes."""
+
+    def __init__(
+        self, settings: StageConfig, units: int, folder: RunFolder, profile: Profile
+    ) -> None:
+        """`units` are the tokens of a sample."""
+        self._loop, self._units = settings.loop, units
+        self._folder, self._profile, self._waits = folder, profile, Waits()
+        self._notes: dict[str, Any] = {"precision": settings.engine.precision}
+
+    def note(self, name: str, value: Any) -> None:
+        """Add a figure to the next row of a step."""
+        self._notes[name] = value
+
+    def step(self, step: int, epoch: int, result: StepResult, cost: StepCost, meter: Meter) -> None:
+        """Tell of a step on the terminal, and every loop.log_every steps in metrics.jsonl."""
+        loop, seconds, traffic = self._loop, cost.seconds, cost.traffic
+        self._waits.add(cost.waited, seconds)
+        rate = loop.batch * self._units / seconds
+        meter.update(step, f"loss {result.losses['loss']:.4f}, {rate:,.0f} tokens/s")
+        if step % loop.log_every == 0 or step == loop.steps:
+            row = {
+                "step": step,
+                "epoch": epoch,
+                **result.losses,
+                "grad_norm": result.grad_norm,
+                **({"skipped": result.skipped} if result.skipped else {}),
+                **result.facts,
+                **self._waits.row(),
+                "tokens_per_second": rate,
+                "seconds": seconds,
+                **self._profile.row(step, seconds, seconds - traffic.blocked),
+                "comm_bytes": traffic.bytes,
+                "comm": traffic.counts,
+                **self._notes,
+            }
+            self._notes.clear()
+            self._folder.log(row)
+
+    def validation(self, step: int, row: dict[str, float], pictures: Pictures) -> None:
+        """Write a row of split `validation`, and show its pictures."""
+        for name, image in pictures.items():
+            self._folder.show(name, image, step)
+        self._folder.log({"step": step, "split": "validation", **row})
+        text = ", ".join(f"{name} {value:.4g}" for name, value in sorted(row.items()))
+        LOG.info("validation at %d: %s", step, text)
