@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bench.support.rows import bench_row
 from bench.support.sizes import sized
-from generation.config import SampleConfig
+from generation.config import DrawSettings
 from generation.sampling.decoder import DTYPES, Decoder, LocalPrior
 from generation.sampling.sampler import Keys, Sampler
 from models.code_encoder import Precision
@@ -67,7 +67,7 @@ def _rows(
         seconds.setdefault("plain", []).append(_plain(layers, precision, growing=True))
         seconds.setdefault("whole", []).append(_plain(layers, precision, growing=False))
         for batch in BATCHES:
-            seconds.setdefault(str(batch), []).append(_sample(decoders[batch], precision, batch))
+            seconds.setdefault(str(batch), []).append(_sample(decoders[batch], batch))
         seconds.setdefault("matmul", []).append(_matmul_seconds(precision))
     tokens = CONFIG.image_length
     bound = [decoders[1].bytes / READ / 4 * read * tokens for read in seconds["read"]]
@@ -107,12 +107,12 @@ def _row(
     )
 
 
-def _sample(decoder: Decoder, precision: Precision, batch: int) -> float:
+def _sample(decoder: Decoder, batch: int) -> float:
     """Seconds for all tokens of a batch of candidates of one caption, text and noise included."""
-    settings = SampleConfig(batch=batch, precision=precision)
+    sampler = Sampler(decoder, batch=batch)
     text = _text(1)
     keys: Keys = [[("bench", i) for i in range(batch)]]
-    return _seconds(lambda: list(Sampler(decoder).draw(text, keys, settings)))
+    return _seconds(lambda: list(sampler.draw(text, keys, DrawSettings())))
 
 
 def _text(rows: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Settings of the demo, of sampling and of the overlap pass; imports no torch."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -65,8 +65,8 @@ class OverlapConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """How candidates are drawn."""
+class DrawSettings:
+    """What decides the codes of each candidate, however they are decoded."""
 
     candidates: int = 16
     """Pictures drawn for a caption, before reranking."""
@@ -81,16 +81,13 @@ class SampleConfig:
     caption's, and beyond; 1 = none. The prior must have been trained with --caption-drop."""
     seed: int = 0
     """Seed of the draws; candidate c of a caption is the same whatever the batch."""
-    batch: int = 128
-    """Candidates decoded together."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the prior's matmuls. In fp32 a key gives one picture whatever the batch; bf16 is faster
-    and may draw another."""
 
     def problems(self) -> list[str]:
+        few = ["candidates must be at least 1"] if self.candidates < 1 else []
+        return few + self._out_of_range()
+
+    def _out_of_range(self) -> list[str]:
         found = []
-        if self.candidates < 1 or self.batch < 1:
-            found.append("candidates and batch must be at least 1")
         if self.temperature != 0 and not _LEAST_TEMPERATURE <= self.temperature <= 1000:
             found.append(
                 f"temperature={self.temperature} must be 0 (the most likely code) or "
@@ -105,6 +102,30 @@ class SampleConfig:
                 f"guidance={self.guidance} must be 0 to {_MOST_GUIDANCE}; 1 is none, try 2 to 5"
             )
         return found
+
+
+BATCH = 128
+"""Candidates decoded together, unless told otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(DrawSettings):
+    """How candidates are drawn."""
+
+    batch: int = BATCH
+    """Candidates decoded together."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the prior's matmuls. In fp32 a key gives one picture whatever the batch; bf16 is faster
+    and may draw another."""
+
+    @property
+    def draws(self) -> DrawSettings:
+        """The part that decides the codes; batch and precision go to the opened models."""
+        return DrawSettings(**{x.name: getattr(self, x.name) for x in fields(DrawSettings)})
+
+    def problems(self) -> list[str]:
+        few = min(self.candidates, self.batch) < 1
+        return ["candidates and batch must be at least 1"] * few + self._out_of_range()
 
     def one_row(self, captions: int) -> bool:
         """True if the prior will see one candidate at a time, and no empty caption beside it."""

@@ -21,8 +21,13 @@ from generation.config import SampleRun
 from generation.follow import BOARD, show, shown_steps, steps_to_draw
 from generation.sampling.load_prior import cut_problems
 from generation.sampling.prompts import prompt_of
-from generation.sampling.sampler import Prompt
-from generation.text_to_image import Arrivals, Studio, open_studio, picture_grid, picture_name
+from generation.text_to_image import (
+    Arrivals,
+    Candidates,
+    open_studio,
+    picture_grid,
+    picture_name,
+)
 from models.config import PriorConfig
 from parallel.engines.registry import MEGATRON
 from parallel.mesh import Mesh, build_mesh, own_mesh
@@ -109,25 +114,33 @@ def rank_main(payload: str) -> None:
 
 
 def _sample(run: SampleRun, mesh: Mesh) -> None:
-    texts = _texts(run)
-    one_row = run.draw.one_row(len(texts))
-    studio = open_studio(run.models, run.draw.precision, mesh, one_row, run.rerank)
+    """Open the models once, draw on all ranks of the mesh, and write on the first one."""
+    captions, draws = _texts(run), run.draw.draws
+    studio = open_studio(
+        run.models,
+        run.draw.precision,
+        mesh,
+        one_row=run.draw.one_row(len(captions)),
+        rerank=run.rerank,
+        batch=run.draw.batch,
+    )
     if mesh.world.rank == 0:
-        studio.tell_cut(texts)
+        studio.tell_cut(captions)
     prompt = None
     if run.keep.image is not None:
         codes = studio.codes_of_file(run.keep.image)
         prompt = prompt_of(codes, run.keep, studio.sampler.config.grid)
     if mesh.world.rank > 0:
-        for _ in studio.codes(texts, run.draw, prompt):
+        for _ in studio.codes(captions, draws, prompt):
             pass
         return
-    _write(run, studio, texts, prompt)
+    with progress("sample", len(captions) * draws.candidates) as meter:
+        drawn = studio.draw(captions, draws, prompt, Arrivals(meter, run.pictures))
+    _write(run, drawn)
 
 
-def _write(run: SampleRun, studio: Studio, texts: list[str], prompt: Prompt | None) -> None:
-    with progress("sample", len(texts) * run.draw.candidates) as meter:
-        drawn = studio.draw(texts, run.draw, prompt, Arrivals(meter, run.pictures))
+def _write(run: SampleRun, drawn: list[Candidates]) -> None:
+    """Write the grid of the best candidates, and print their scores."""
     grid = picture_grid([row.pictures[: run.show] for row in drawn], 4)
     write_atomic(run.out, encode_png(grid))
     most = run.show if run.rerank else 0

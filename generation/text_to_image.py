@@ -19,7 +19,7 @@ from core.log import LOG, Meter
 from core.memory import host_memory
 from data_pipeline.images.crops import decode_rgb, encode_png, square
 from data_pipeline.text.bpe import encode, load_tokenizer
-from generation.config import ModelPaths, SampleConfig
+from generation.config import BATCH, DrawSettings, ModelPaths
 from generation.ranking import Ranker, TapirRanker, in_parts, open_ranker, pictures_together
 from generation.sampling.decoder import Decoder
 from generation.sampling.load_prior import load_local_prior
@@ -62,7 +62,7 @@ class Studio:
     def draw(
         self,
         captions: list[str],
-        settings: SampleConfig,
+        settings: DrawSettings,
         prompt: Prompt | None = None,
         done: Done | None = None,
     ) -> list[Candidates]:
@@ -96,7 +96,7 @@ class Studio:
         return found
 
     def codes(
-        self, captions: list[str], settings: SampleConfig, prompt: Prompt | None = None
+        self, captions: list[str], settings: DrawSettings, prompt: Prompt | None = None
     ) -> Iterator[Drawn]:
         """Draw `settings.candidates` candidates of each caption, keyed by seed, caption, number."""
         check(settings.problems())
@@ -198,13 +198,15 @@ def open_studio(
     mesh: Mesh | None = None,
     one_row: bool = False,
     rerank: bool = True,
+    batch: int = BATCH,
 ) -> Studio:
     """Load models and check that they were trained with one another.
 
     A run that has not ended gives its newest checkpoint; the prior that of `models.step`, if it is
     given. On the ranks of a mesh each holds its part of the prior on its own device, and all call
     `codes` together.
-    `one_row`: candidates will be drawn one by one; `rerank`: with a CLIP.
+    `one_row`: candidates will be drawn one by one; `rerank`: with a CLIP; `batch`: candidates that
+    are decoded together.
     Raises: InputError if a hash differs.
     """
     mesh = mesh or Mesh()
@@ -223,7 +225,7 @@ def open_studio(
         raise InputError("; ".join(text for text in wrong if text))
     side = dvae.config.pixels
     return Studio(
-        sampler=Sampler(Decoder(part, precision, one_row)),
+        sampler=Sampler(Decoder(part, precision, one_row), batch=batch),
         dvae=dvae.to(device),
         ranker=open_ranker(models.clip, models.bpe, device, side) if rerank else None,
         tokenizer=tokenizer,

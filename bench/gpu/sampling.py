@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bench.gpu.kernels import copy_rates
 from bench.gpu.report import GpuReport, Wanted, at_least, rates, wall_seconds
 from bench.gpu.training import LARGE, TINY, drawn_on
-from generation.config import SampleConfig
+from generation.config import DrawSettings
 from generation.sampling.decoder import Decoder, LocalPrior
 from generation.sampling.sampler import Keys, Sampler
 from models.config import PriorConfig
@@ -97,8 +97,7 @@ def _token(
 def _pictures(report: GpuReport, decoder: Decoder, config: PriorConfig, batch: int) -> None:
     text = torch.zeros(1, config.text_length, dtype=torch.int64)
     keys: Keys = [[("bench", i) for i in range(batch)]]
-    settings = SampleConfig(batch=batch, precision="bf16")
-    sampler = Sampler(decoder)
+    settings, sampler = DrawSettings(), Sampler(decoder, batch=batch)
     spent = wall_seconds(lambda: list(sampler.draw(text, keys, settings)), report.device, 1)
     rate, _ = rates(batch * config.image_length, spent)
     report.row(f"batch {batch}: whole pictures, noise included", rate, "tokens/s")

@@ -19,7 +19,7 @@ from core.log import progress
 from data_pipeline.formats.raw import RawRecord
 from data_pipeline.sources.shapes import matches, parse_caption
 from data_pipeline.tokenize.encode import pictures_of
-from generation.config import EvaluateConfig, SampleConfig
+from generation.config import DrawSettings
 from generation.text_to_image import Candidates, Studio, to_bytes
 
 CHUNK = 32
@@ -29,7 +29,7 @@ Figures = dict[str, Any]
 
 
 def draw_all(
-    studio: Studio, captions: list[str], settings: SampleConfig, name: str
+    studio: Studio, captions: list[str], settings: DrawSettings, name: str
 ) -> list[Candidates]:
     """Candidates of many captions, with progress."""
     found: list[Candidates] = []
@@ -40,10 +40,12 @@ def draw_all(
     return found
 
 
-def draw_for(studio: Studio, captions: list[str], settings: EvaluateConfig) -> list[Candidates]:
-    """Candidates of all captions, and more of the first few if settings.most asks for them."""
-    few = settings.few if settings.most > settings.candidates else 0
-    wide = replace(settings, candidates=settings.most) if few else settings
+def draw_for(
+    studio: Studio, captions: list[str], settings: DrawSettings, most: int, few: int
+) -> list[Candidates]:
+    """Candidates of all captions, and `most` of the first `few` if these are more."""
+    few = few if most > settings.candidates else 0
+    wide = replace(settings, candidates=most) if few else settings
     found = draw_all(studio, captions[:few], wide, "sample many") if few else []
     return found + draw_all(studio, captions[few:], settings, "sample")
 
@@ -78,12 +80,16 @@ def caption_accuracy(
 
 
 def guidance_accuracy(
-    studio: Studio, records: Sequence[RawRecord], settings: EvaluateConfig
+    studio: Studio,
+    records: Sequence[RawRecord],
+    settings: DrawSettings,
+    scales: Sequence[float],
+    guided: int = 0,
 ) -> dict[str, float]:
-    """Accuracy of single samples for each scale of `settings.scales`."""
-    captions = [record.caption for record in records][: settings.guided or None]
+    """Accuracy of single samples for each scale, on the first `guided` captions; 0 = all."""
+    captions = [record.caption for record in records][: guided or None]
     found = {}
-    for scale in settings.scales:
+    for scale in scales:
         single = replace(settings, candidates=1, guidance=scale)
         rows = draw_all(studio, captions, single, f"guidance {scale:g}")
         found[f"{scale:g}"] = _share(captions, [row.pictures[0] for row in rows])

@@ -15,7 +15,7 @@ from data_pipeline.images.crops import encode_png
 from data_pipeline.streaming.readable import readable
 from data_pipeline.streaming.stream import first_records
 from data_pipeline.tokenize.encode import pictures_of
-from generation.config import EvaluateConfig, ModelPaths, PromptConfig, SampleConfig
+from generation.config import DrawSettings, EvaluateConfig, ModelPaths, PromptConfig
 from generation.evaluation.accuracy import Figures, caption_accuracy, draw_for, guidance_accuracy
 from generation.sampling.prompts import prompt_of
 from generation.text_to_image import Studio, open_studio, picture_grid, to_bytes
@@ -27,24 +27,26 @@ SHOWN_PROMPTED = 6
 SCALE = 2
 
 
-def evaluate_models(models: ModelPaths, data: str, out: Path, settings: EvaluateConfig) -> Figures:
+def evaluate_models(models: ModelPaths, data: str, out: Path, config: EvaluateConfig) -> Figures:
     """Open a run's models on this machine and evaluate them.
 
     Raises: ConfigError with every problem of the settings; InputError if OUT is another's folder.
     """
-    check(settings.problems())
+    check(config.problems())
     refuse_others_folder(out, "evaluate")
     out.mkdir(parents=True, exist_ok=True)
-    return evaluate(open_studio(models, settings.precision, own_mesh()), data, out, settings)
+    studio = open_studio(models, config.precision, own_mesh(), batch=config.batch)
+    return evaluate(studio, data, out, config)
 
 
-def evaluate(studio: Studio, data: str, out: Path, settings: EvaluateConfig) -> Figures:
+def evaluate(studio: Studio, data: str, out: Path, config: EvaluateConfig) -> Figures:
     """Write candidates, reconstructions, image prompts and (for shapes) the caption accuracy."""
     source = RawSource(open_store(data), "validation")
-    records = readable(first_records(source, settings.prompts))
+    records = readable(first_records(source, config.prompts))
     captions = [record.caption for record in records]
     studio.tell_cut(captions)
-    drawn = draw_for(studio, captions, settings)
+    draws = config.draws
+    drawn = draw_for(studio, captions, draws, config.most, config.few)
     rows = []
     for i, row in enumerate(drawn[:SHOWN_PROMPTS]):
         name = f"candidates-{i:02d}.png"
@@ -53,13 +55,14 @@ def evaluate(studio: Studio, data: str, out: Path, settings: EvaluateConfig) -> 
         scores = row.scores[:SHOWN_CANDIDATES].tolist()
         rows.append({"caption": row.caption, "file": name, "scores": scores})
     _reconstructions(studio, records[:16], out)
-    _image_prompts(studio, records[:SHOWN_PROMPTED], out, settings)
+    _image_prompts(studio, records[:SHOWN_PROMPTED], out, draws)
     figures: Figures = {}
     if source.manifest.facts["request"]["source"] == "shapes":
-        figures = caption_accuracy(studio, records, drawn, settings.seed)
-        figures["temperature"] = settings.temperature
+        figures = caption_accuracy(studio, records, drawn, draws.seed)
+        figures["temperature"] = draws.temperature
         if studio.caption_drop:
-            figures["guidance"] = guidance_accuracy(studio, records, settings)
+            scales, guided = config.scales, config.guided
+            figures["guidance"] = guidance_accuracy(studio, records, draws, scales, guided)
         write_atomic(out / "accuracy.json", canonical_json(figures))
         LOG.info("caption accuracy: %s", figures)
     write_atomic(out / "candidates.json", canonical_json({"rows": rows}))
@@ -74,7 +77,7 @@ def _reconstructions(studio: Studio, records: list[RawRecord], out: Path) -> Non
 
 
 def _image_prompts(
-    studio: Studio, records: list[RawRecord], out: Path, settings: SampleConfig
+    studio: Studio, records: list[RawRecord], out: Path, settings: DrawSettings
 ) -> None:
     """A row a record: the picture, then candidates that keep the upper half of its tokens."""
     few, grid = replace(settings, candidates=4), studio.sampler.config.grid

@@ -80,7 +80,8 @@ def score_models(
     member = job_worker_of(worker)
     mesh = own_mesh(member.number)
     job = open_job(data, models, inception, overlap, config, out, mesh.world.device)
-    return job.run(lambda: open_studio(models, config.precision, mesh), member)
+    opened = functools.partial(open_studio, models, config.precision, mesh, batch=config.batch)
+    return job.run(opened, member)
 
 
 def digests(models: ModelPaths) -> dict[str, str]:
@@ -267,7 +268,7 @@ class ScoreJob:
         part = self._blocks.part(block)
         captions = self._captions[part]
         if not path.exists():
-            best = studio().draw([caption.text for caption in captions], self._config)
+            best = studio().draw([caption.text for caption in captions], self._config.draws)
             write_atomic(path, _tar(best, part.start))
         try:
             records = parse_pairs(path.read_bytes())

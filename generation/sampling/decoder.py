@@ -153,6 +153,8 @@ class Decoder:
         self.least = part.least
         modules = list(part.layers.values())
         dtype = DTYPES[precision]
+        self.exact = dtype == torch.float32
+        """In fp32 a key gives one picture whatever the batch."""
         self.device = next(modules[0].parameters()).device
         one_row = one_row and self.device.type == "cpu"
         first, last = modules[0], modules[-1]

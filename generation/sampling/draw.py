@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from generation.config import SampleConfig
+from generation.config import DrawSettings
 
 CLOSE = 2e-4
 """Two logits closer than this may change places by rounding; they are computed to 1e-4."""
@@ -41,7 +41,7 @@ def guided(logits: Tensor, scale: float) -> Tensor:
 
 
 def choose(
-    logits: Tensor, noise: Tensor | None, settings: SampleConfig, settled: bool = False
+    logits: Tensor, noise: Tensor | None, settings: DrawSettings, settled: bool = False
 ) -> Choice:
     """Pick one code a row: (B, K) logits, and Gumbel noise unless the temperature is 0.
 
@@ -70,7 +70,7 @@ class _Allowed:
     """(B,) the largest logit that may be, by rounding, among those that are left out."""
 
 
-def _allowed(logits: Tensor, settings: SampleConfig, close: float) -> _Allowed | None:
+def _allowed(logits: Tensor, settings: DrawSettings, close: float) -> _Allowed | None:
     count = logits.shape[1]
     top_k = min(settings.top_k or count, count)
     nucleus = settings.top_p < 1

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from core.errors import ConfigError, no_memory
 from core.keys import KeyPart, key_int
-from generation.config import SampleConfig
+from generation.config import BATCH, DrawSettings
 from generation.sampling.batches import Need, batches, fitting, free_memory, without_memory
 from generation.sampling.decoder import Decoder
 from generation.sampling.draw import choose, guided
@@ -47,14 +47,23 @@ class Drawn:
 class Sampler:
     """Decodes on this rank; all ranks of a model call `draw` together."""
 
-    def __init__(self, decoder: Decoder, free: Callable[[torch.device], int] = free_memory) -> None:
-        """`free`: bytes that this rank may take for decoding on a device."""
-        self.decoder, self.config, self._free = decoder, decoder.config, free
+    def __init__(
+        self,
+        decoder: Decoder,
+        free: Callable[[torch.device], int] = free_memory,
+        batch: int = BATCH,
+    ) -> None:
+        """`free`: bytes that this rank may take for decoding on a device.
+
+        `batch`: candidates decoded together, if they fit there.
+        """
+        self.decoder, self.config = decoder, decoder.config
+        self._free, self._batch = free, batch
 
     def draw(
-        self, text: Tensor, keys: Keys, settings: SampleConfig, prompt: Prompt | None = None
+        self, text: Tensor, keys: Keys, settings: DrawSettings, prompt: Prompt | None = None
     ) -> Iterator[Drawn]:
-        """Draw candidates, `settings.batch` at a time, and hand them out as they are finished.
+        """Draw candidates, a batch at a time, and hand them out as they are finished.
 
         Fewer at a time if the caches of so many do not fit into free memory.
         Shapes: text (captions, text_length) int64, PAD behind a caption.
@@ -82,7 +91,7 @@ class Sampler:
             yield Drawn(captions=batch.captions, candidates=batch.candidates, codes=codes)
 
     def _fitting(
-        self, captions: int, count: int, settings: SampleConfig, prompt: Prompt | None
+        self, captions: int, count: int, settings: DrawSettings, prompt: Prompt | None
     ) -> int:
         """How many candidates are decoded together."""
         decoder = self.decoder
@@ -95,10 +104,10 @@ class Sampler:
             lanes=decoder.neighbours.size,
         )
         free = self._free(decoder.device)
-        return fitting(need, settings.batch, free, decoder.device, decoder.least)
+        return fitting(need, self._batch, free, decoder.device, decoder.least)
 
     def _codes(
-        self, text: Tensor, keys: Keys, settings: SampleConfig, prompt: Prompt | None
+        self, text: Tensor, keys: Keys, settings: DrawSettings, prompt: Prompt | None
     ) -> Tensor | None:
         """A batch, (captions, candidates, grid * grid); None if memory ran out."""
         try:
@@ -143,7 +152,7 @@ class _Lane:
         decoder: Decoder,
         text: Tensor,
         keys: Keys,
-        settings: SampleConfig,
+        settings: DrawSettings,
         prompt: Prompt | None,
     ) -> None:
         self._decoder, self._settings = decoder, settings
@@ -172,8 +181,8 @@ class _Lane:
         drawn = torch.full((len(self._keys),), _UNSURE, device=self._decoder.device)
         if logits is not None:
             choice = choose(logits, self._noise(self._keys, position), self._settings)
-            precise = self._settings.precision == "fp32"
-            drawn = choice.codes.where(choice.sure, _UNSURE) if precise else choice.codes
+            exact = self._decoder.exact
+            drawn = choice.codes.where(choice.sure, _UNSURE) if exact else choice.codes
         self._shared = self._decoder.neighbours.share(drawn), position
 
     def finish(self) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from core.workers import JobWorker
 from data_pipeline.evaluation_sets import open_evaluation
-from generation.config import SampleConfig, ScoreConfig
+from generation.config import DrawSettings, ScoreConfig
 from generation.evaluation.score_job import open_job
 from generation.sampling.decoder import Decoder, LocalPrior
 from generation.text_to_image import open_studio
@@ -27,7 +27,7 @@ def test_candidates_are_those_of_the_cpu(device: torch.device) -> None:
     found = []
     for place in (CPU, device):
         decoder = Decoder(LocalPrior(layers=trained_like().to(place), config=CONFIG))
-        found.append(draw(decoder, text, keys_of(2, 6), SampleConfig(), None).flatten(0, 1))
+        found.append(draw(decoder, text, keys_of(2, 6), DrawSettings(), None).flatten(0, 1))
     assert len(found[0].unique(dim=0)) > 6
     assert int((found[0] != found[1]).any(1).sum()) <= 1
 

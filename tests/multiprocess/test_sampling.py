@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from core.config import to_json
-from generation.config import SampleConfig
+from generation.config import DrawSettings
 from generation.sampling.batches import Need
 from generation.sampling.decoder import Decoder
 from generation.sampling.load_prior import load_local_prior
@@ -25,7 +25,7 @@ from training.export.weights import write_model
 
 MASKS = [(3, 3), (4, 11), (6, 5)]
 """(layers, kernel): each with rows, columns and a convolution."""
-GUIDED = SampleConfig(guidance=2.0, top_p=0.9)
+GUIDED = DrawSettings(guidance=2.0, top_p=0.9)
 
 
 def write_prior(folder: Path, config: PriorConfig) -> nn.ModuleDict:
@@ -37,7 +37,7 @@ def write_prior(folder: Path, config: PriorConfig) -> nn.ModuleDict:
     return layers
 
 
-def draws(decoder: Decoder, settings: SampleConfig, free: float = 1e12) -> list[Any]:
+def draws(decoder: Decoder, settings: DrawSettings, free: float = 1e12) -> list[Any]:
     """Codes of 3 captions with 4 candidates each, where `free` bytes are."""
     keys = [[(7, f"caption {i}", j) for j in range(4)] for i in range(3)]
     found = torch.full((3, 4, CONFIG.image_length), -1)
@@ -75,7 +75,7 @@ def decode(payload: str) -> None:
         need = Need(caches=decoder.caches, captions=3, candidates=4, streams=2, lanes=2)
         free = need.bytes(3) / 0.9 + 1 if world.rank == 2 else 1e12
         assert need.most(12, int(free)) == (3 if world.rank == 2 else 12)
-        likely = draws(decoder, SampleConfig(temperature=0.0))
+        likely = draws(decoder, DrawSettings(temperature=0.0))
         found.append([given_logits(decoder), likely, draws(decoder, GUIDED, free)])
     Path(body["out"], f"result-{world.rank}.json").write_text(json.dumps(found))
     leave_world(world)
@@ -100,5 +100,5 @@ def test_a_cut_prior_decodes_what_the_whole_stream_says(tmp_path: Path) -> None:
         for logits in last:
             assert float((torch.tensor(logits) - wanted).abs().max()) < 1e-4
         one = Decoder(load_local_prior(folder, None, Mesh())[0])
-        expected = [draws(one, SampleConfig(temperature=0.0)), draws(one, GUIDED)]
+        expected = [draws(one, DrawSettings(temperature=0.0)), draws(one, GUIDED)]
         assert all(rank[i][1:] == expected for rank in ranks)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import ConfigError
-from generation.config import SampleConfig
+from generation.config import DrawSettings
 from generation.sampling.batches import Batch, Need, batches
 from generation.sampling.decoder import Decoder, LocalPrior
 from generation.sampling.kv_cache import CacheShape, Lane, reads_of
@@ -31,7 +31,7 @@ LARGEST = PriorConfig(
 )
 """The paper's 12 billion parameters."""
 KEYS: Keys = [[(7, f"caption {i}", j) for j in range(4)] for i in range(3)]
-GUIDED = SampleConfig(guidance=2.0, top_p=0.9)
+GUIDED = DrawSettings(guidance=2.0, top_p=0.9)
 
 
 def shape_of(config: PriorConfig, dtype: torch.dtype) -> CacheShape:
@@ -120,7 +120,7 @@ def layers() -> nn.ModuleDict:
 
 
 def draw(
-    decoder: Decoder, settings: SampleConfig, free: int, prompt: Prompt | None = None
+    decoder: Decoder, settings: DrawSettings, free: int, prompt: Prompt | None = None
 ) -> Tensor:
     """Codes of 3 captions with 4 candidates each, where `free` bytes are."""
     found = torch.full((3, 4, CONFIG.image_length), -1)
@@ -130,11 +130,11 @@ def draw(
     return found
 
 
-@pytest.mark.parametrize("settings", [SampleConfig(), GUIDED], ids=["plain", "guided"])
+@pytest.mark.parametrize("settings", [DrawSettings(), GUIDED], ids=["plain", "guided"])
 @pytest.mark.parametrize("together", [1, 2, 4, 11])
 def test_a_batch_that_does_not_fit_is_split(
     layers: nn.ModuleDict,
-    settings: SampleConfig,
+    settings: DrawSettings,
     together: int,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -158,9 +158,9 @@ def test_given_tokens_and_a_split_batch_go_together(layers: nn.ModuleDict) -> No
     kept[[0, 1, 2, 3, 4, 5, 9, 14, 15]] = True
     prompt = Prompt(codes=prior_batch()["image"][1], kept=kept)
     decoder = Small(layers)
-    whole = draw(decoder, SampleConfig(), 10**12, prompt)
+    whole = draw(decoder, DrawSettings(), 10**12, prompt)
     need = Need(caches=decoder.caches, captions=3, candidates=4, given=6)
-    assert draw(decoder, SampleConfig(), int(need.bytes(3) / 0.9) + 1, prompt).equal(whole)
+    assert draw(decoder, DrawSettings(), int(need.bytes(3) / 0.9) + 1, prompt).equal(whole)
     assert (whole[:, :, kept] == prompt.codes[kept]).all() and len(decoder.laid_out) > 3
 
 
@@ -170,7 +170,7 @@ def test_one_candidate_that_does_not_fit_is_refused_before_anything_is_decoded(
     decoder = Small(layers)
     need = Need(caches=decoder.caches, captions=3, candidates=4)
     with pytest.raises(ConfigError, match=r"one candidate takes .* GB are free on cpu.*--tensor"):
-        draw(decoder, SampleConfig(), need.bytes(1))
+        draw(decoder, DrawSettings(), need.bytes(1))
     assert not decoder.laid_out
 
 
@@ -178,13 +178,13 @@ def test_one_candidate_that_does_not_fit_is_refused_before_anything_is_decoded(
 def test_a_device_that_runs_out_of_memory_gets_halves(
     layers: nn.ModuleDict, rows: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = draw(Small(layers), SampleConfig(), 10**12)
+    whole = draw(Small(layers), DrawSettings(), 10**12)
     one = Small(layers).caches.of_one()
     decoder = Small(layers, room=one.text_bytes + rows * one.image_bytes)
-    assert draw(decoder, SampleConfig(), 10**12).equal(whole)
+    assert draw(decoder, DrawSettings(), 10**12).equal(whole)
     assert len(caplog.messages) < 5 and all("ran out of memory" in m for m in caplog.messages)
     with pytest.raises(ConfigError, match=r"ran out of memory.*--batch"):
-        draw(Small(layers, room=0), SampleConfig(), 10**12)
+        draw(Small(layers, room=0), DrawSettings(), 10**12)
 
 
 @pytest.mark.parametrize(
@@ -203,11 +203,11 @@ def test_a_host_without_memory_gets_halves_too(
     monkeypatch.setattr(Small, "error", error)
     one = Small(layers).caches.of_one()
     decoder = Small(layers, room=one.text_bytes + 2 * one.image_bytes)
-    whole = draw(Small(layers), SampleConfig(), 10**12)
-    assert draw(decoder, SampleConfig(), 10**12).equal(whole)
+    whole = draw(Small(layers), DrawSettings(), 10**12)
+    assert draw(decoder, DrawSettings(), 10**12).equal(whole)
     monkeypatch.setattr(Small, "error", RuntimeError("shapes differ"))
     with pytest.raises(RuntimeError, match="shapes differ"):
-        draw(Small(layers, room=0), SampleConfig(), 10**12)
+        draw(Small(layers, room=0), DrawSettings(), 10**12)
 
 
 def test_batches_are_even_and_hold_every_candidate_once() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from data_pipeline.formats.raw import RawRecord
 from data_pipeline.text.dropout import DropoutEncoder
-from generation.config import SampleConfig
+from generation.config import DrawSettings
 from generation.evaluation import accuracy
 from generation.sampling.decoder import Decoder, LocalPrior
 from generation.sampling.pipeline import Pipeline
@@ -65,9 +65,9 @@ def test_a_batch_without_memory_is_drawn_in_halves(monkeypatch: pytest.MonkeyPat
         return start(text, given, each)
 
     text, keys = prior_batch()["text"][:1], [[(1, "a", i) for i in range(10)]]
-    plain = list(Sampler(decoder).draw(text, cast(Any, keys), SampleConfig(batch=5)))
+    plain = list(Sampler(decoder, batch=5).draw(text, cast(Any, keys), DrawSettings()))
     monkeypatch.setattr(decoder, "start", little)
-    halved = list(Sampler(decoder).draw(text, cast(Any, keys), SampleConfig(batch=5)))
+    halved = list(Sampler(decoder, batch=5).draw(text, cast(Any, keys), DrawSettings()))
     assert tried == [5, 2, 3, 1, 2, 2, 1, 2]
     assert torch.cat([d.codes for d in halved], 1).equal(torch.cat([d.codes for d in plain], 1))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from core.errors import ConfigError, InputError
 from data_pipeline.formats.raw import RawRecord
-from generation.config import EvaluateConfig, SampleConfig
+from generation.config import DrawSettings, EvaluateConfig
 from generation.evaluation import accuracy
 from generation.evaluation.accuracy import best_of_shares, counts_up_to, wilson_low
 from generation.evaluation.fid import ClassSums, Moments, frechet_distance, inception_score, part_of
@@ -49,7 +49,7 @@ def test_a_draw_is_sure_where_rounding_could_not_change_it(
     gap: float, flags: dict[str, float], settled: bool, sure: bool
 ) -> None:
     logits = torch.tensor([[0.0, gap, -1.0]], dtype=torch.float64)
-    found = choose(logits, torch.zeros(1, 3), SampleConfig(**flags), settled)  # type: ignore[arg-type]
+    found = choose(logits, torch.zeros(1, 3), DrawSettings(**flags), settled)  # type: ignore[arg-type]
     assert found.sure.tolist() == [sure]
     if gap:
         assert found.codes.tolist() == [1]
@@ -61,7 +61,7 @@ def _drawable(logits: list[float], settled: bool = True, **flags: Any) -> dict[i
     for code in range(len(logits)):
         noise = torch.zeros(1, len(logits))
         noise[0, code] = 1e3
-        choice = choose(torch.tensor([logits]), noise, SampleConfig(**flags), settled)
+        choice = choose(torch.tensor([logits]), noise, DrawSettings(**flags), settled)
         if int(choice.codes) == code:
             found[code] = bool(choice.sure)
     return found
@@ -100,7 +100,7 @@ def test_nuclei_by_hand() -> None:
     assert _drawable(logits, False, **edge) == {0: True, 1: False}
     assert _drawable(logits, False, top_p=0.5001) == {0: True, 1: False}
     assert _drawable(logits, False, top_p=0.5005) == {0: True, 1: True}
-    assert choose(torch.tensor([logits]), None, SampleConfig(temperature=0.0, top_p=0.6)).sure
+    assert choose(torch.tensor([logits]), None, DrawSettings(temperature=0.0, top_p=0.6)).sure
 
 
 def test_ties_beyond_top_k_are_seen_in_a_large_codebook() -> None:
@@ -126,11 +126,10 @@ def test_sampled_codes_follow_softmax(small: Any, flags: dict[str, float]) -> No
     """Chi-square of 20,000 candidates of one caption; 24.3 is passed once in a thousand."""
     layers, decoder, _ = small
     text = torch.tensor([[3, 1, -1]])
-    settings = SampleConfig(batch=20_000, **flags)  # type: ignore[arg-type]
+    settings = DrawSettings(**flags)  # type: ignore[arg-type]
+    sampler = Sampler(decoder, batch=20_000)
     keys = [[(0, "a caption", i) for i in range(20_000)]]
-    drawn = torch.cat(
-        [d.codes.flatten() for d in Sampler(decoder).draw(text, cast(Any, keys), settings)]
-    )
+    drawn = torch.cat([d.codes.flatten() for d in sampler.draw(text, cast(Any, keys), settings)])
     with torch.no_grad():
         image = torch.zeros(1, 1, dtype=torch.int64)
         logits = prior_logits(layers, {"text": text, "image": image})[0, 0]
@@ -158,9 +157,9 @@ def test_captions_without_equally_many_keys_are_refused(small: Any) -> None:
     text, one = torch.zeros(2, 3, dtype=torch.int64), ("a", 1)
     for keys in ([[one]], [[one], [one, one]]):
         with pytest.raises(ConfigError, match="2 captions need as many"):
-            list(Sampler(decoder).draw(text, cast(Any, keys), SampleConfig()))
-    assert not list(Sampler(decoder).draw(text[:0], [], SampleConfig()))
-    assert not list(Sampler(decoder).draw(text, [[], []], SampleConfig()))
+            list(Sampler(decoder).draw(text, cast(Any, keys), DrawSettings()))
+    assert not list(Sampler(decoder).draw(text[:0], [], DrawSettings()))
+    assert not list(Sampler(decoder).draw(text, [[], []], DrawSettings()))
 
 
 @pytest.mark.parametrize(
@@ -186,10 +185,10 @@ class _Studio:
     """Notes what is drawn; a picture is its caption."""
 
     def __init__(self) -> None:
-        self.drawn: list[tuple[int, SampleConfig]] = []
+        self.drawn: list[tuple[int, DrawSettings]] = []
         self.dvae = SimpleNamespace(config=SimpleNamespace(pixels=4))
 
-    def draw(self, captions: list[str], settings: SampleConfig) -> list[Any]:
+    def draw(self, captions: list[str], settings: DrawSettings) -> list[Any]:
         self.drawn.append((len(captions), settings))
         wrong = [c if i % 2 else "x" for i, c in enumerate(captions)]
         return [SimpleNamespace(pictures=[c], drawn=[0], scores=[1.0]) for c in wrong]
@@ -204,7 +203,7 @@ class _Studio:
 def test_captions_are_drawn_in_chunks_of_32() -> None:
     studio = _Studio()
     captions = [str(i) for i in range(70)]
-    found = accuracy.draw_all(cast(Any, studio), captions, SampleConfig(), "sample")
+    found = accuracy.draw_all(cast(Any, studio), captions, DrawSettings(), "sample")
     assert [n for n, _ in studio.drawn] == [32, 32, 6] and len(found) == 70
     assert found[33].pictures == ["33"]
 
@@ -291,15 +290,13 @@ def test_of_equal_scores_the_first_draw_wins() -> None:
 
 def test_the_first_few_captions_get_more_draws() -> None:
     studio, captions = _Studio(), ["a", "b", "c"]
-    settings = EvaluateConfig(candidates=2, most=8, few=2)  # type: ignore[call-arg]
-    accuracy.draw_for(cast(Any, studio), captions, settings)
+    accuracy.draw_for(cast(Any, studio), captions, DrawSettings(candidates=2), most=8, few=2)
     assert [(c, s.candidates) for c, s in studio.drawn] == [(2, 8), (1, 2)]
     studio.drawn.clear()
-    accuracy.draw_for(cast(Any, studio), captions, EvaluateConfig(candidates=2))  # type: ignore[call-arg]
+    accuracy.draw_for(cast(Any, studio), captions, DrawSettings(candidates=2), most=0, few=64)
     assert [(c, s.candidates) for c, s in studio.drawn] == [(3, 2)]
     studio.drawn.clear()
-    same = EvaluateConfig(candidates=2, most=2, few=2)  # type: ignore[call-arg]
-    accuracy.draw_for(cast(Any, studio), captions, same)
+    accuracy.draw_for(cast(Any, studio), captions, DrawSettings(candidates=2), most=2, few=2)
     assert [c for c, _ in studio.drawn] == [3], "nothing to draw more of"
     assert EvaluateConfig(candidates=16, most=8).problems()  # type: ignore[call-arg]
 
@@ -320,12 +317,11 @@ def test_nobody_keeps_his_place_in_a_derangement() -> None:
 def test_guidance_is_measured_on_single_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accuracy, "matches", lambda caption, picture: caption == picture)
     studio = _Studio()
-    settings = EvaluateConfig(scales=(1.0, 2.5), candidates=9)  # type: ignore[call-arg]
-    found = accuracy.guidance_accuracy(cast(Any, studio), _records("a", "b", "c", "d"), settings)
+    settings, records = DrawSettings(candidates=9), _records("a", "b", "c", "d")
+    found = accuracy.guidance_accuracy(cast(Any, studio), records, settings, (1.0, 2.5))
     assert found == {"1": 0.5, "2.5": 0.5}
     assert [(s.candidates, s.guidance) for _, s in studio.drawn] == [(1, 1.0), (1, 2.5)]
-    settings = EvaluateConfig(scales=(2.5,), guided=2)  # type: ignore[call-arg]
-    accuracy.guidance_accuracy(cast(Any, studio), _records("a", "b", "c", "d"), settings)
+    accuracy.guidance_accuracy(cast(Any, studio), records, settings, (2.5,), guided=2)
     assert studio.drawn[-1][0] == 2
 
 
@@ -387,7 +383,7 @@ def test_a_tensor_group_adds_the_biases_to_the_sum_once() -> None:
         LocalPrior(layers=layers, config=CONFIG),
         LocalPrior(layers=halves, config=CONFIG, tensor=Two()),
     )
-    one, two = (next(Sampler(Decoder(part)).draw(text, keys, SampleConfig())) for part in parts)
+    one, two = (next(Sampler(Decoder(part)).draw(text, keys, DrawSettings())) for part in parts)
     assert one.codes.equal(two.codes)
 
 
@@ -403,6 +399,6 @@ def test_a_draw_that_rounding_cannot_change_is_computed_once(
     )
     decoder = Decoder(LocalPrior(layers=trained_like(CONFIG), config=CONFIG))
     keys = cast(Any, [[(1, c, 0)] for c in "abc"])
-    settings = SampleConfig(guidance=guidance)
+    settings = DrawSettings(guidance=guidance)
     list(Sampler(decoder).draw(prior_batch()["text"], keys, settings))
     assert len(again) < 3 * CONFIG.image_length // 4

@@ -81,7 +81,7 @@ def test_image_prompts_keep_their_tokens(run: SampleRun, tmp_path: Path) -> None
     codes = studio.codes_of_file(tmp_path / "given.png")
     keep = PromptConfig(image=tmp_path / "given.png", redraw=("2:4,1:3",))
     prompt = prompt_of(codes, keep, grid)
-    for drawn in studio.codes(list(CAPTIONS), run.draw, prompt):
+    for drawn in studio.codes(list(CAPTIONS), run.draw.draws, prompt):
         assert (drawn.codes[..., prompt.kept] == codes[prompt.kept]).all()
     sample(replace(run, keep=keep))
     assert run.out.is_file()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from core.errors import ConfigError, InputError
 from core.keys import key_int
 from data_pipeline.images.crops import encode_png
-from generation.config import PromptConfig, SampleConfig
+from generation.config import DrawSettings, PromptConfig, SampleConfig
 from generation.sampling import draw as choosing
 from generation.sampling import packed_linear as packed
 from generation.sampling.decoder import DTYPES, Decoder, LocalPrior
@@ -40,17 +40,22 @@ def keys_of(captions: int, count: int) -> Keys:
 
 
 def draw(
-    decoder: Decoder, text: Tensor, keys: Keys, settings: SampleConfig, prompt: Prompt | None = None
+    decoder: Decoder,
+    text: Tensor,
+    keys: Keys,
+    settings: DrawSettings,
+    prompt: Prompt | None = None,
+    batch: int = 128,
 ) -> Tensor:
     """(captions, candidates, grid * grid)."""
     found = torch.full((len(text), len(keys[0]), LENGTH), -1)
-    for drawn in Sampler(decoder).draw(text, keys, settings, prompt):
+    for drawn in Sampler(decoder, batch=batch).draw(text, keys, settings, prompt):
         found[drawn.captions, drawn.candidates] = drawn.codes
     return found
 
 
 def by_definition(
-    layers: nn.ModuleDict, text: Tensor, keys: Keys, settings: SampleConfig
+    layers: nn.ModuleDict, text: Tensor, keys: Keys, settings: DrawSettings
 ) -> Tensor:
     """The same draws from the whole stream, run again for every token."""
     rows = torch.tensor([key_int(*key, "sample") for row in keys for key in row])
@@ -101,16 +106,16 @@ def test_logits_with_the_cache_equal_the_whole_stream(
 @pytest.mark.parametrize(
     "settings",
     [
-        SampleConfig(temperature=0.0),
-        SampleConfig(),
-        SampleConfig(temperature=0.7, top_k=5),
-        SampleConfig(top_p=0.8),
-        SampleConfig(guidance=3.0, top_k=7, top_p=0.9),
+        DrawSettings(temperature=0.0),
+        DrawSettings(),
+        DrawSettings(temperature=0.7, top_k=5),
+        DrawSettings(top_p=0.8),
+        DrawSettings(guidance=3.0, top_k=7, top_p=0.9),
     ],
     ids=["most likely", "plain", "top-k", "top-p", "guided"],
 )
 def test_draws_are_those_of_the_definition(
-    layers: nn.ModuleDict, decoder: Decoder, settings: SampleConfig
+    layers: nn.ModuleDict, decoder: Decoder, settings: DrawSettings
 ) -> None:
     text, keys = prior_batch()["text"], keys_of(3, 4)
     assert draw(decoder, text, keys, settings).equal(by_definition(layers, text, keys, settings))
@@ -122,10 +127,10 @@ def test_a_key_gives_one_picture_whatever_the_batch(
 ) -> None:
     monkeypatch.setattr(choosing, "CLOSE", close)
     text, keys = prior_batch()["text"], keys_of(3, 2)
-    settings = SampleConfig(top_k=9, top_p=0.95, guidance=2.0)
+    settings = DrawSettings(top_k=9, top_p=0.95, guidance=2.0)
     whole = draw(decoder, text, keys, settings)
     for batch in (1, 3):
-        assert draw(decoder, text, keys, replace(settings, batch=batch)).equal(whole)
+        assert draw(decoder, text, keys, settings, batch=batch).equal(whole)
     alone = [draw(decoder, text[i : i + 1], keys[i : i + 1], settings) for i in range(3)]
     assert torch.cat(alone).equal(whole)
     other = [[(8, *key[1:]) for key in row] for row in keys]
@@ -136,7 +141,7 @@ def test_draws_that_rounding_could_change_are_made_by_themselves(
     layers: nn.ModuleDict, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choosing, "CLOSE", 0.3)
-    text, keys, settings = prior_batch()["text"], keys_of(3, 4), SampleConfig(guidance=1.5)
+    text, keys, settings = prior_batch()["text"], keys_of(3, 4), DrawSettings(guidance=1.5)
     made: list[tuple[int, int]] = []
     alone = Decoder.settled
 
@@ -152,18 +157,18 @@ def test_draws_that_rounding_could_change_are_made_by_themselves(
 
 def test_guidance_of_one_is_none(decoder: Decoder) -> None:
     text, keys = prior_batch()["text"], keys_of(3, 4)
-    plain = draw(decoder, text, keys, SampleConfig())
-    assert draw(decoder, text, keys, SampleConfig(guidance=1.0)).equal(plain)
-    assert not draw(decoder, text, keys, SampleConfig(guidance=2.0)).equal(plain)
-    free = draw(decoder, torch.full_like(text, PAD), keys, SampleConfig())
-    assert draw(decoder, text, keys, SampleConfig(guidance=0.0)).equal(free)
+    plain = draw(decoder, text, keys, DrawSettings())
+    assert draw(decoder, text, keys, DrawSettings(guidance=1.0)).equal(plain)
+    assert not draw(decoder, text, keys, DrawSettings(guidance=2.0)).equal(plain)
+    free = draw(decoder, torch.full_like(text, PAD), keys, DrawSettings())
+    assert draw(decoder, text, keys, DrawSettings(guidance=0.0)).equal(free)
 
 
 @pytest.mark.parametrize("top_k,top_p", [(0, 0.5), (3, 1.0), (1, 1.0), (10, 0.7), (64, 1e-6)])
 def test_only_what_is_allowed_is_drawn(top_k: int, top_p: float) -> None:
     draws = torch.Generator().manual_seed(3)
     logits = 2 * torch.randn(500, 64, generator=draws)
-    settings = SampleConfig(top_k=top_k, top_p=top_p, temperature=1.3)
+    settings = DrawSettings(top_k=top_k, top_p=top_p, temperature=1.3)
     noise = -torch.empty(500, 64).exponential_(generator=draws).log()
     codes = choose(logits, noise, settings).codes
     ordered = logits.sort(1, descending=True)
@@ -182,11 +187,11 @@ def test_what_a_prompt_keeps_is_kept_exactly(decoder: Decoder, keep: Sequence[st
     batch, keys = prior_batch(), keys_of(3, 5)
     kept = kept_tokens(PromptConfig(image=Path("x"), keep=tuple(keep)), 4)
     prompt = Prompt(codes=batch["image"][0], kept=kept)
-    drawn = draw(decoder, batch["text"], keys, SampleConfig(), prompt)
+    drawn = draw(decoder, batch["text"], keys, DrawSettings(), prompt)
     assert (drawn[:, :, kept] == prompt.codes[kept]).all()
     free = drawn[:, :, ~kept].flatten(0, 1)
     assert len(free.unique(dim=0)) == len(free)
-    again = draw(decoder, batch["text"], keys, SampleConfig(batch=2), prompt)
+    again = draw(decoder, batch["text"], keys, DrawSettings(), prompt, batch=2)
     assert again.equal(drawn)
 
 
@@ -286,7 +291,7 @@ def test_the_compiled_step_of_gpus_equals_the_plain_one(
     plain = Decoder(LocalPrior(layers=layers, config=CONFIG))
     compiled = Decoder(LocalPrior(layers=layers, config=CONFIG))
     compiled.compile()
-    assert draw(compiled, text, keys, SampleConfig()).equal(draw(plain, text, keys, SampleConfig()))
+    assert draw(compiled, text, keys, DrawSettings()).equal(draw(plain, text, keys, DrawSettings()))
 
 
 def test_wrong_settings_are_named() -> None:

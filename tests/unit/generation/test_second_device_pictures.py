@@ -10,7 +10,7 @@ from torch import nn
 
 from core.workers import JobWorker
 from data_pipeline.evaluation_sets import open_evaluation
-from generation.config import SampleConfig, ScoreConfig
+from generation.config import DrawSettings, ScoreConfig
 from generation.evaluation.score_job import open_job
 from generation.sampling.decoder import Decoder, LocalPrior
 from generation.sampling.sampler import Prompt
@@ -28,8 +28,10 @@ from tests.unit.models.test_models import CONFIG, trained_like
 ALONE = JobWorker(number=0, count=1)
 
 
-@pytest.mark.parametrize("settings", [{}, {"guidance": 2.0}, {"top_p": 0.8, "batch": 2}])
-def test_candidates_are_those_of_the_cpu(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "settings,batch", [({}, 128), ({"guidance": 2.0}, 128), ({"top_p": 0.8}, 2)]
+)
+def test_candidates_are_those_of_the_cpu(settings: dict[str, Any], batch: int) -> None:
     """With rows that are given, and candidates whose near ties are drawn again."""
     draws = torch.Generator().manual_seed(0)
     text = torch.randint(0, 30, (2, CONFIG.text_length), generator=draws)
@@ -41,7 +43,7 @@ def test_candidates_are_those_of_the_cpu(settings: dict[str, Any]) -> None:
         layers: nn.ModuleDict = trained_like().to(device)
         decoder = Decoder(LocalPrior(layers=layers, config=CONFIG))
         assert decoder.device == device
-        found.append(draw(decoder, text, keys_of(2, 3), SampleConfig(**settings), prompt))
+        found.append(draw(decoder, text, keys_of(2, 3), DrawSettings(**settings), prompt, batch))
     assert torch.equal(*found)
 
 

@@ -68,12 +68,12 @@ def test_a_hundred_thousand_draws_have_gumbels_distribution() -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_draws_follow_softmax(temperature: float) -> None:
     """Chi-square of 100,000 draws over 8 codes: 24.3 is passed once in a thousand (7 degrees)."""
-    from generation.config import SampleConfig
+    from generation.config import DrawSettings
     from generation.sampling.draw import choose
 
     logits = torch.tensor([0.3, -1.0, 2.0, 0.0, 1.1, -2.5, 0.7, 1.9])
     noise = gumbel_noise(torch.arange(100_000) + 77, (8,), 3)
-    settings = SampleConfig(temperature=temperature)
+    settings = DrawSettings(temperature=temperature)
     codes = choose(logits.expand(100_000, 8), noise, settings).codes
     expected = 100_000 * torch.softmax(logits.double() / temperature, 0)
     counts = torch.bincount(codes, minlength=8).double()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from generation.config import SampleConfig
+from generation.config import DrawSettings
 from generation.sampling.decoder import Decoder, LocalPrior
 from generation.sampling.sampler import Sampler
 from models import flex_attention as flex
@@ -83,7 +83,7 @@ def test_draws_are_made_where_the_decoder_is() -> None:
     part, text = LocalPrior(layers=trained_like(), config=CONFIG), prior_batch()["text"]
     decoder = Decoder(part)
     keys = cast(Any, [[(1, c, 0)] for c in "abc"])
-    settings = SampleConfig(top_p=0.9)
+    settings = DrawSettings(top_p=0.9)
     (plain,) = Sampler(decoder).draw(text, keys, settings)
     with torch.device("meta"):
         (found,) = Sampler(decoder).draw(text, keys, settings)

@@ -13,7 +13,7 @@ from torch import Tensor
 from core.errors import ConfigError
 from data_pipeline.config import OrderConfig
 from data_pipeline.streaming.order import LaneOrder
-from generation.config import SampleConfig
+from generation.config import DrawSettings
 from generation.sampling import draw as choosing
 from generation.sampling.decoder import Decoder, LocalPrior
 from generation.sampling.pipeline import Pipeline, Shared
@@ -45,7 +45,7 @@ def test_two_stages_draw_what_one_does(tmp_path: Path, monkeypatch: pytest.Monke
 
     def drawn(part: LocalPrior) -> Any:
         with torch.device("meta"):  # all is made where the decoder is
-            (found,) = Sampler(Decoder(part)).draw(text, keys, SampleConfig())
+            (found,) = Sampler(Decoder(part)).draw(text, keys, DrawSettings())
         return found.codes.tolist()
 
     def stage(rank: int) -> Any:

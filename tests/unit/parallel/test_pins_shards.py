@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from generation.config import SampleConfig
+from generation.config import DrawSettings
 from generation.sampling.decoder import Decoder, LocalPrior, _DecoderBlock
 from generation.sampling.draw import CLOSE, choose
 from generation.sampling.kv_cache import Lane
@@ -102,9 +102,9 @@ def test_lanes_change_no_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     decoder, text = Decoder(LocalPrior(layers=trained_like(), config=CONFIG)), prior_batch()["text"]
     keys = cast(Any, [[(1, c, i) for i in range(3)] for c in "abc"])
-    (one,) = Sampler(decoder).draw(text, keys, SampleConfig(batch=9))
+    (one,) = Sampler(decoder, batch=9).draw(text, keys, DrawSettings())
     monkeypatch.setattr(decoder.neighbours, "size", 2)
-    (two,) = Sampler(decoder).draw(text, keys, SampleConfig(batch=9))
+    (two,) = Sampler(decoder, batch=9).draw(text, keys, DrawSettings())
     assert one.codes.equal(two.codes) and one.codes.shape == (3, 3, 16)
     assert [need.lanes for need in needs] == [1, 2]
 
@@ -112,9 +112,9 @@ def test_lanes_change_no_draw(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_edges_of_what_may_be_drawn() -> None:
     """Two codes are a codebook; without noise a gap is close below CLOSE; a share that stands at
     the edge of the tolerance is doubtful; if all codes are let in, none is."""
-    pair = choose(torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2), SampleConfig())
+    pair = choose(torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2), DrawSettings())
     assert (pair.codes.tolist(), pair.sure.tolist()) == ([1], [True])
-    greedy = choose(torch.tensor([[0.0, 0.75 * CLOSE, -1.0]]), None, SampleConfig(temperature=0.0))
+    greedy = choose(torch.tensor([[0.0, 0.75 * CLOSE, -1.0]]), None, DrawSettings(temperature=0.0))
     assert (greedy.codes.tolist(), greedy.sure.tolist()) == ([1], [False])
     assert not any(_drawable([0.0, 0.0], False, top_p=0.5 + CLOSE).values())
     logits = torch.tensor([0.5, 0.3, 0.2]).log().tolist()

@@ -14,7 +14,7 @@ from core.errors import InputError
 from data_pipeline.formats.raw import RawRecord
 from data_pipeline.images.crops import encode_png
 from data_pipeline.streaming.readable import ReadablePairs
-from generation.config import SampleConfig
+from generation.config import DrawSettings
 from generation.sampling.decoder import Decoder, LocalPrior
 from generation.sampling.kv_cache import Lane
 from generation.sampling.sampler import Prompt, Sampler, _Lane
@@ -274,14 +274,14 @@ def test_what_fits_is_asked_with_the_given_tokens(monkeypatch: pytest.MonkeyPatc
     decoder = Decoder(LocalPrior(layers=trained_like(), config=CONFIG))
     kept = torch.arange(16) < 5
     prompt = Prompt(codes=torch.zeros(16, dtype=torch.int64), kept=kept)
-    sampler = Sampler(decoder, lambda device: 77)
-    for settings, streams in ((SampleConfig(batch=9), 1), (SampleConfig(guidance=2.0), 2)):
+    for settings, streams, most in ((DrawSettings(), 1, 9), (DrawSettings(guidance=2.0), 2, 128)):
+        sampler = Sampler(decoder, lambda device: 77, batch=most)
         assert sampler._fitting(2, 4, settings, prompt) == 3
         need, batch, free, device, _ = asked[-1]
         assert (need.captions, need.candidates, need.given) == (2, 4, 5)
-        assert (need.streams, need.lanes, batch, free) == (streams, 1, settings.batch, 77)
+        assert (need.streams, need.lanes, batch, free) == (streams, 1, most, 77)
         assert device == CPU
-    assert sampler._fitting(1, 1, SampleConfig(), None) == 3 and asked[-1][0].given == 0
+    assert sampler._fitting(1, 1, DrawSettings(), None) == 3 and asked[-1][0].given == 0
 
 
 def test_a_lane_starts_from_what_is_given() -> None:
@@ -289,7 +289,7 @@ def test_a_lane_starts_from_what_is_given() -> None:
     batch, kept = prior_batch(), torch.tensor([True] * 3 + [False] * 10 + [True] * 3)
     prompt = Prompt(codes=batch["image"][0], kept=kept)
     keys = [[(1, "a", i) for i in range(2)]] * 3
-    lane = _Lane(decoder, batch["text"], cast(Any, keys), SampleConfig(guidance=2.0), prompt)
+    lane = _Lane(decoder, batch["text"], cast(Any, keys), DrawSettings(guidance=2.0), prompt)
     assert (lane._first, lane._end, lane._captions, lane._each) == (3, 13, 3, 2)
     assert isinstance(lane._lane, Lane) and (lane._lane.captions, lane._lane.each) == (6, 2)
     assert lane._codes.tolist() == [(prompt.codes * kept).tolist()] * 6
@@ -336,8 +336,7 @@ def test_only_fp32_draws_are_made_again_by_themselves(
     settled = decoder.settled
     monkeypatch.setattr(decoder, "settled", lambda *given: asked.append(1) or settled(*given))
     keys = [[(1, "a", i) for i in range(3)]]
-    settings = SampleConfig(precision=precision)
-    list(Sampler(decoder).draw(prior_batch()["text"][:1], cast(Any, keys), settings))
+    list(Sampler(decoder).draw(prior_batch()["text"][:1], cast(Any, keys), DrawSettings()))
     assert bool(asked) == (precision == "fp32")
 
 
