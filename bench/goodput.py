@@ -117,8 +117,8 @@ def measured_restarts() -> list[float]:
     command += ["--loop.validate-every=0", "--checkpoint.every=5"]
     names = ("tensor", "pipeline", "data")
     command += [f"--mesh.{name}={n}" for name, n in zip(names, SIDES, strict=True)]
-    command += ["--engine.name=deepspeed_pipe", "--engine.accumulate=2"]
-    command += ["--model.heads=4", "--supervisor.back-off=0.1"]
+    command += ["--engine.name=deepspeed_pipe", "--engine.gradient-accumulation-steps=2"]
+    command += ["--model.heads=4", "--supervisor.backoff-seconds=0.1"]
     environment = {**child_environment(), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from core.errors import ConfigError, did_you_mean
+from core.renamed import new_names, renamed, tell_renamed
 
 T = TypeVar("T")
 
@@ -25,11 +26,37 @@ def to_json(config: Any) -> Any:
     return config
 
 
-def from_json(kind: type[T], value: dict[str, Any]) -> T:
-    """Build a config of dataclasses from what `to_json` made.
+def from_json(kind: type[T], value: dict[str, Any], where: str = "") -> T:
+    """Build a config of dataclasses from what `to_json` made, now or under old names.
 
     Raises: ConfigError for an unknown field, with the nearest right name.
     """
+    return _build(kind, with_new_names(kind, value, where))
+
+
+def with_new_names(kind: type, value: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """The JSON of a config under new names; one line tells of old ones if `where` names a file."""
+    found, pairs = _renamed(kind, value, "")
+    if where:
+        tell_renamed(where, pairs)
+    return found
+
+
+def _renamed(
+    kind: type, value: dict[str, Any], prefix: str
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """A config under new names, and its old names as users know them."""
+    names = new_names(kind)
+    pairs = {f"{prefix}{old}": f"{prefix}{names[old]}" for old in value if old in names}
+    found = renamed(kind, value)
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint) and isinstance(found.get(name), dict):
+            found[name], more = _renamed(typing.cast(type, hint), found[name], f"{prefix}{name}.")
+            pairs |= more
+    return found, pairs
+
+
+def _build(kind: type[T], value: dict[str, Any]) -> T:
     hints = typing.get_type_hints(kind)
     unknown = [name for name in value if name not in hints]
     if unknown:
@@ -94,7 +121,7 @@ def _field(hint: Any, item: Any) -> Any:
     if item is None:
         return None
     if dataclasses.is_dataclass(hint):
-        return from_json(typing.cast(type, hint), item)
+        return _build(typing.cast(type, hint), item)
     if hint is Path or Path in typing.get_args(hint):
         return Path(item)
     if typing.get_origin(hint) is tuple:

@@ -60,9 +60,9 @@ class Chain:
         shared: dict[str, Any] = {
             "out": self.folder / stage,
             "loop": LOOP,
-            "checkpoint": CheckpointConfig(every=2, keep=9, background=False),
-            "order": OrderConfig(lanes=2, window=2),
-            "loader": LoaderConfig(readers=1, ahead=2),
+            "checkpoint": CheckpointConfig(every=2, keep=9, async_save=False),
+            "order": OrderConfig(lanes=2, shuffle_buffer=2),
+            "loader": LoaderConfig(readers=1, prefetch=2),
             "engine": EngineConfig(),
         }
         if stage == "dvae":

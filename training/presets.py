@@ -27,9 +27,9 @@ def dvae_tiny() -> DVAETrain:
         augment=False,
         beta_first=1.2,
         beta=0.05,
-        beta_share=0.2,
+        beta_fraction=0.2,
         tau_last=0.25,
-        tau_share=0.65,
+        tau_fraction=0.65,
     )
 
 
@@ -40,7 +40,7 @@ def bpe_tiny() -> BPETrain:
 
 def bpe_paper() -> BPETrain:
     """The paper's 16,384 entries."""
-    return BPETrain(vocabulary=16_384, most_captions=10_000_000)
+    return BPETrain(vocabulary=16_384, max_captions=10_000_000)
 
 
 def prior_tiny() -> PriorTrain:
@@ -91,15 +91,15 @@ def dvae_paper() -> DVAETrain:
             gain=0.0,
             codebook=8192,
             code_width=128,
-            least_log_scale=-20.0,
-            start="paper",
+            min_log_scale=-20.0,
+            init="paper",
         ),
         loop=LoopConfig(steps=steps, batch=512, validate_every=5000),
         checkpoint=CheckpointConfig(every=2000),
         optim=OptimConfig(
             lr=1e-4,
             final_lr=1.25e-6,
-            decay_share=1_200_000 / steps,
+            decay_fraction=1_200_000 / steps,
             warmup=0,
             beta2=0.999,
             weight_decay=1e-4,
@@ -110,8 +110,8 @@ def dvae_paper() -> DVAETrain:
         mesh=MeshConfig(data=64),
         engine=EngineConfig(name="deepspeed_zero", precision="bf16"),
         order=OrderConfig(lanes=512),
-        tau_share=150_000 / steps,
-        beta_share=5_000 / steps,
+        tau_fraction=150_000 / steps,
+        beta_fraction=5_000 / steps,
     )
 
 
@@ -136,11 +136,11 @@ def _paper_prior(dim: int, rank: int, mesh: MeshConfig) -> PriorTrain:
         model=PriorConfig(dim=dim, heads=dim // 64, layers=64, text_length=256),
         loop=LoopConfig(steps=430_000, batch=lanes, validate_every=5000, validation_samples=lanes),
         checkpoint=CheckpointConfig(every=500),
-        optim=OptimConfig(lr=4.5e-4, warmup=5000, halvings=5, most_variance=5.0, ema=0.99),
+        optim=OptimConfig(lr=4.5e-4, warmup=5000, halvings=5, max_variance=5.0, ema=0.99),
         mesh=mesh,
         engine=EngineConfig(
             name="deepspeed_pipe",
-            accumulate=lanes // mesh.data,
+            gradient_accumulation_steps=lanes // mesh.data,
             recompute=True,
             precision="bf16",
         ),

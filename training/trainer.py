@@ -93,7 +93,7 @@ class Run:
         """What the next logged row says besides."""
 
     def train(self) -> None:
-        """Train to loop.steps or loop.until, from the newest checkpoint if there is one.
+        """Train to loop.steps or loop.stop_at, from the newest checkpoint if there is one.
 
         Raises: Preempted if the process was asked to stop, after a checkpoint.
         """
@@ -122,7 +122,7 @@ class Run:
             self._finish()
         elif self._resumed_at != self.step:
             self._save_surely()
-            LOG.info("saved at step %d of %d, where --loop.until ends", self.step, loop.steps)
+            LOG.info("saved at step %d of %d, where --loop.stop-at ends", self.step, loop.steps)
 
     @timed(VALIDATION)
     def validate(self) -> dict[str, float]:
@@ -259,7 +259,10 @@ class Run:
 
     @timed(DATA_WAIT)
     def _micro_batches(self, records: Sequence[Any]) -> list[Batch]:
-        parts, task = split_records(records, self.settings.engine.accumulate), self.task
+        parts, task = (
+            split_records(records, self.settings.engine.gradient_accumulation_steps),
+            self.task,
+        )
         device = self.world.device
         return [hand_over(task.batch(part, self.step), device) if part else {} for part in parts]
 

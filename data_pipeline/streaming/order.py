@@ -70,7 +70,7 @@ class LaneOrder:
     def windows(self, epoch: int, lane: int, first: int, last: int) -> Iterator[Window]:
         """The windows of a lane that hold its places first ... last - 1."""
         dealt, ends = self._deal(epoch)
-        width, short = self._config.window, 1 + lane % self._config.window
+        width, short = self._config.shuffle_buffer, 1 + lane % self._config.shuffle_buffer
         row = ends[lane]
         while first < last:
             block = int(np.searchsorted(row, first, "right"))

@@ -41,9 +41,9 @@ def draw_all(
 
 
 def draw_for(studio: Studio, captions: list[str], settings: EvaluateConfig) -> list[Candidates]:
-    """Candidates of all captions, and more of the first few if settings.most asks for them."""
-    few = settings.few if settings.most > settings.candidates else 0
-    wide = replace(settings, candidates=settings.most) if few else settings
+    """Candidates of all captions, and of the first few as many as max_candidates says."""
+    few = settings.max_candidates_prompts if settings.max_candidates > settings.candidates else 0
+    wide = replace(settings, candidates=settings.max_candidates) if few else settings
     found = draw_all(studio, captions[:few], wide, "sample many") if few else []
     return found + draw_all(studio, captions[few:], settings, "sample")
 
@@ -80,10 +80,10 @@ def caption_accuracy(
 def guidance_accuracy(
     studio: Studio, records: Sequence[RawRecord], settings: EvaluateConfig
 ) -> dict[str, float]:
-    """Accuracy of single samples for each scale of `settings.scales`."""
-    captions = [record.caption for record in records][: settings.guided or None]
+    """Accuracy of single samples for each scale of `settings.guidance_scales`."""
+    captions = [record.caption for record in records][: settings.guidance_prompts or None]
     found = {}
-    for scale in settings.scales:
+    for scale in settings.guidance_scales:
         single = replace(settings, candidates=1, guidance=scale)
         rows = draw_all(studio, captions, single, f"guidance {scale:g}")
         found[f"{scale:g}"] = _share(captions, [row.pictures[0] for row in rows])

@@ -58,7 +58,7 @@ def evaluate(studio: Studio, data: str, out: Path, settings: EvaluateConfig) -> 
     if source.manifest.facts["request"]["source"] == "shapes":
         figures = caption_accuracy(studio, records, drawn, settings.seed)
         figures["temperature"] = settings.temperature
-        if studio.caption_drop:
+        if studio.caption_dropout:
             figures["guidance"] = guidance_accuracy(studio, records, settings)
         write_atomic(out / "accuracy.json", canonical_json(figures))
         LOG.info("caption accuracy: %s", figures)

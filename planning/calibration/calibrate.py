@@ -128,7 +128,7 @@ def at_bounds(solved: Mapping[str, float]) -> list[str]:
 def runs_for_overheads(one: EngineConfig, deepspeed: EngineConfig) -> dict[str, PriorTrain]:
     """The runs whose steps are Python's above all."""
     few = PriorTrain(model=NARROW, loop=LoopConfig(batch=MANY), engine=one)
-    many = replace(few, engine=replace(one, accumulate=MANY))
+    many = replace(few, engine=replace(one, gradient_accumulation_steps=MANY))
     two = replace(few, mesh=MeshConfig(data=2))
     return {"few": few, "many": many, "two": two, "engine": replace(two, engine=deepspeed)}
 
@@ -152,7 +152,7 @@ def runs_for_steps(cores: int, one: EngineConfig, deepspeed: EngineConfig) -> di
     count = min(cores, MOST_RANKS)
     every = replace(alone, loop=LoopConfig(batch=EACH * count), mesh=MeshConfig(data=count))
     split = replace(alone, mesh=MeshConfig(tensor=2), engine=deepspeed)
-    small = replace(split, engine=replace(deepspeed, accumulate=MANY))
+    small = replace(split, engine=replace(deepspeed, gradient_accumulation_steps=MANY))
     return {"sustained": alone, "together": every, "link_latency": small, "joined": split}
 
 

@@ -229,7 +229,7 @@ class _EmptyStream:
             seed=seed,
             batch=batch,
             lanes=order.lanes,
-            window=order.window,
+            window=order.shuffle_buffer,
             version=0,
             epoch=0,
             step=0,

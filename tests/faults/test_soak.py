@@ -30,8 +30,8 @@ FLAGS = [
     "--loop.validation-samples=32",
     "--checkpoint.every=7",
     "--model.dim=96",
-    "--supervisor.restarts=1000",
-    "--supervisor.back-off=0.1",
+    "--supervisor.max-restarts=1000",
+    "--supervisor.backoff-seconds=0.1",
 ]
 LONGEST = 5.0 if LONG else 2.0
 """Most seconds between the start of all ranks and the next kill."""

@@ -18,7 +18,7 @@ FLAGS = [
     "--engine.matmul-precision=highest",
     "--engine.zero-stage=3",
     "--mesh.data=4",
-    "--mesh.machines=2",
+    "--mesh.nodes=2",
     "--compress.rank=auto",
 ]
 

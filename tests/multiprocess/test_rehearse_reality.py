@@ -26,7 +26,7 @@ def prior(
     mesh: MeshConfig, rank: int = 0, precision: Any = "fp32", samples: int = 2, **engine: Any
 ) -> PriorTrain:
     """A small prior with so many samples a micro-batch."""
-    settings = EngineConfig(accumulate=2, precision=precision, **engine)
+    settings = EngineConfig(gradient_accumulation_steps=2, precision=precision, **engine)
     return PriorTrain(
         model=MODEL,
         mesh=mesh,
@@ -58,14 +58,14 @@ CASES: dict[str, tuple[str, Any]] = {
     ),
     "paper layout, 2 machines of 2": (
         "prior",
-        prior(MeshConfig(data=4, machines=2), rank=8, name="deepspeed_zero", zero_stage=3),
+        prior(MeshConfig(data=4, nodes=2), rank=8, name="deepspeed_zero", zero_stage=3),
     ),
     "dVAE, DP2, ZeRO-2": (
         "dvae",
         DVAETrain(
             model=DVAEConfig(pixels=16, width=8, groups=2, codebook=16, code_width=8),
             mesh=MeshConfig(data=2),
-            engine=EngineConfig(name="deepspeed_zero", zero_stage=2, accumulate=2),
+            engine=EngineConfig(name="deepspeed_zero", zero_stage=2, gradient_accumulation_steps=2),
             loop=LoopConfig(batch=8),
         ),
     ),

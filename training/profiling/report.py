@@ -248,7 +248,7 @@ def _spent(seconds: np.ndarray, whole: float, numbers: np.ndarray) -> Spent:
 
 def _peak(found: Profiled, peak: float) -> tuple[float, str]:
     """TFLOP/s of all ranks, and where the figure comes from."""
-    together = [row["ranks_at_once"] for row in found.rows if row.get("ranks_at_once")]
+    together = [row["concurrent_ranks"] for row in found.rows if row.get("concurrent_ranks")]
     if peak:
         return peak * (together[-1] if together else found.ranks), "given"
     noted = [row["peak_tflops"] for row in found.rows if row.get("peak_tflops")]

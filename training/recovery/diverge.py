@@ -127,7 +127,7 @@ def _config(folder: Path) -> tuple[str, Any]:
         raise InputError(f"{folder} is no run folder (no config.json); give `tapir train`'s --out")
     body = json.loads(path.read_text())
     stage = body.pop("stage")
-    return stage, settings_from_json(stage, body)
+    return stage, settings_from_json(stage, body, str(path))
 
 
 def _newest(folder: Path, settings: Any) -> str:

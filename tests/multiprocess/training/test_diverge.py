@@ -23,7 +23,7 @@ RUNS = {
         "--mesh.tensor=2",
         "--mesh.pipeline=2",
         "--mesh.data=2",
-        "--engine.accumulate=2",
+        "--engine.gradient-accumulation-steps=2",
         "--engine.precision=fp32",
     ],
     "zero3": ["--mesh.data=2", "--engine.zero-stage=3", "--engine.precision=fp32"],

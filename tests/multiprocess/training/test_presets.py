@@ -53,9 +53,9 @@ PAPERS = [name for name in PRESETS["prior"] if name.startswith("paper")]
 KEPT = {
     "loop": ("batch", "validation_samples"),
     "order": ("lanes", "window"),
-    "engine": ("precision", "accumulate", "recompute", "name", "zero_stage"),
+    "engine": ("precision", "gradient_accumulation_steps", "recompute", "name", "zero_stage"),
     "compress": ("rank", "warm_start", "error_feedback"),
-    "optim": ("ema", "ema_every", "halvings", "most_variance", "moments"),
+    "optim": ("ema", "ema_every", "halvings", "max_variance", "moments"),
 }
 
 

@@ -235,7 +235,7 @@ def test_clip_and_tokens_read_a_drawn_one_and_the_tokenizer_all(
         clip_tiny(),
         data=str(several.root),
         bpe=bpe,
-        order=OrderConfig(lanes=2, window=2),
+        order=OrderConfig(lanes=2, shuffle_buffer=2),
         loop=dataclasses.replace(clip_tiny().loop, batch=4),
     )
     task = ClipTask(settings, World())
@@ -274,7 +274,7 @@ def test_the_share_of_captions_that_are_cut_is_said_once(
             data=str(several.root),
             bpe=bpe,
             model=dataclasses.replace(clip_tiny().model, text_length=length),
-            order=OrderConfig(lanes=2, window=2),
+            order=OrderConfig(lanes=2, shuffle_buffer=2),
             loop=dataclasses.replace(clip_tiny().loop, batch=4),
         )
         share = tell_cut_captions(ClipTask(settings, World()))

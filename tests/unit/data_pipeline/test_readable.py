@@ -64,7 +64,7 @@ def _settings(stage: Any, packed: FolderStore) -> Any:
     return dataclasses.replace(
         stage,
         data=str(packed.root),
-        order=OrderConfig(lanes=2, window=2),
+        order=OrderConfig(lanes=2, shuffle_buffer=2),
         loop=dataclasses.replace(stage.loop, batch=8, steps=4),
     )
 

@@ -291,17 +291,17 @@ def test_of_equal_scores_the_first_draw_wins() -> None:
 
 def test_the_first_few_captions_get_more_draws() -> None:
     studio, captions = _Studio(), ["a", "b", "c"]
-    settings = EvaluateConfig(candidates=2, most=8, few=2)  # type: ignore[call-arg]
+    settings = EvaluateConfig(candidates=2, max_candidates=8, max_candidates_prompts=2)  # type: ignore[call-arg]
     accuracy.draw_for(cast(Any, studio), captions, settings)
     assert [(c, s.candidates) for c, s in studio.drawn] == [(2, 8), (1, 2)]
     studio.drawn.clear()
     accuracy.draw_for(cast(Any, studio), captions, EvaluateConfig(candidates=2))  # type: ignore[call-arg]
     assert [(c, s.candidates) for c, s in studio.drawn] == [(3, 2)]
     studio.drawn.clear()
-    same = EvaluateConfig(candidates=2, most=2, few=2)  # type: ignore[call-arg]
+    same = EvaluateConfig(candidates=2, max_candidates=2, max_candidates_prompts=2)  # type: ignore[call-arg]
     accuracy.draw_for(cast(Any, studio), captions, same)
     assert [c for c, _ in studio.drawn] == [3], "nothing to draw more of"
-    assert EvaluateConfig(candidates=16, most=8).problems()  # type: ignore[call-arg]
+    assert EvaluateConfig(candidates=16, max_candidates=8).problems()  # type: ignore[call-arg]
 
 
 def test_nobody_keeps_his_place_in_a_derangement() -> None:
@@ -320,11 +320,11 @@ def test_nobody_keeps_his_place_in_a_derangement() -> None:
 def test_guidance_is_measured_on_single_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accuracy, "matches", lambda caption, picture: caption == picture)
     studio = _Studio()
-    settings = EvaluateConfig(scales=(1.0, 2.5), candidates=9)  # type: ignore[call-arg]
+    settings = EvaluateConfig(guidance_scales=(1.0, 2.5), candidates=9)  # type: ignore[call-arg]
     found = accuracy.guidance_accuracy(cast(Any, studio), _records("a", "b", "c", "d"), settings)
     assert found == {"1": 0.5, "2.5": 0.5}
     assert [(s.candidates, s.guidance) for _, s in studio.drawn] == [(1, 1.0), (1, 2.5)]
-    settings = EvaluateConfig(scales=(2.5,), guided=2)  # type: ignore[call-arg]
+    settings = EvaluateConfig(guidance_scales=(2.5,), guidance_prompts=2)  # type: ignore[call-arg]
     accuracy.guidance_accuracy(cast(Any, studio), _records("a", "b", "c", "d"), settings)
     assert studio.drawn[-1][0] == 2
 

@@ -40,8 +40,8 @@ def _plan_of_run(settings: PriorTrain, **changed: Any) -> dict[str, Any]:
     way = {
         "mesh": dict(vars(mesh)),
         "engine": engine.name,
-        "accumulate": engine.accumulate,
-        "micro_batch": settings.loop.batch // mesh.data // engine.accumulate,
+        "gradient_accumulation_steps": engine.gradient_accumulation_steps,
+        "micro_batch": settings.loop.batch // mesh.data // engine.gradient_accumulation_steps,
         "zero_stage": engine.zero_stage,
         "recompute": engine.recompute,
         "precision": engine.precision,

@@ -83,7 +83,7 @@ WIDE = {"order": OrderConfig(lanes=128), "loop": LoopConfig(batch=128)}
             ),
             "make one a multiple",
         ),
-        (DVAETrain(tau_share=0.0), "tau_share and beta_share must be above 0"),
+        (DVAETrain(tau_fraction=0.0), "tau_fraction and beta_fraction must be above 0"),
         (DVAETrain(beta=-1.0), "beta must not be negative"),
         (PriorTrain(data="gs://bucket/x"), "data='gs://bucket/x' is no store"),
         (PriorTrain(checkpoint=CheckpointConfig(to="s3:///x")), "checkpoint.to='s3:///x' names no"),
