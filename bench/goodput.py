@@ -113,7 +113,12 @@ def measured_restarts() -> list[float]:
     out = FOLDER / "run"
     shutil.rmtree(out, ignore_errors=True)
     command = module_command("tapir", "train", "prior", "tiny", f"--data={tokens}")
-    command += [f"--out={out}", "--loop.steps=100000", "--loop.log-every=1", "--loop.batch=16"]
+    command += [
+        f"--out={out}",
+        "--loop.steps=100000",
+        "--loop.log-every=1",
+        "--loop.global-batch-size=16",
+    ]
     command += ["--loop.validate-every=0", "--checkpoint.every=5"]
     names = ("tensor", "pipeline", "data")
     command += [f"--mesh.{name}={n}" for name, n in zip(names, SIDES, strict=True)]

@@ -90,7 +90,12 @@ def _trained(environment: dict[str, str]) -> float:
     """Train a small prior on these records; the share of its steps that it waited for data."""
     out = FOLDER / "prior"
     shutil.rmtree(out, ignore_errors=True)
-    flags = ["--model.layers=2", "--loop.batch=8", f"--loop.steps={TRAINED}", "--loop.log-every=10"]
+    flags = [
+        "--model.layers=2",
+        "--loop.global-batch-size=8",
+        f"--loop.steps={TRAINED}",
+        "--loop.log-every=10",
+    ]
     flags += ["--mesh.data=1", "--engine.name=reference", "--loop.validate-every=0"]
     command = module_command("tapir", "train", "prior", "tiny", f"--data={PLACE}", f"--out={out}")
     subprocess.run([*command, *flags], check=True, env=environment)

@@ -10,7 +10,7 @@ from typing import Any
 from core.log import LOG
 
 RENAMED: dict[str, dict[str, str]] = {
-    "LoopConfig": {"until": "stop_at"},
+    "LoopConfig": {"batch": "global_batch_size", "until": "stop_at"},
     "OptimConfig": {
         "decay_share": "decay_fraction",
         "least_gain": "plateau_threshold",

@@ -92,7 +92,7 @@ class OrderConfig:
             return ["order.lanes and order.shuffle_buffer must be at least 1"]
         lanes = self.lanes if self.lanes % ranks == 0 else ranks * max(1, self.lanes // ranks)
         batch = max(lanes, round(global_batch / lanes) * lanes)
-        advice = f"try --order.lanes {lanes} --loop.batch {batch}"
+        advice = f"try --order.lanes {lanes} --loop.global-batch-size {batch}"
         found = []
         if self.lanes % ranks:
             found.append(
@@ -100,7 +100,8 @@ class OrderConfig:
             )
         elif global_batch % self.lanes:
             found.append(
-                f"order.lanes={self.lanes} does not divide loop.batch={global_batch}; {advice}"
+                f"order.lanes={self.lanes} does not divide loop.global_batch_size={global_batch}; "
+                f"{advice}"
             )
         return found
 

@@ -140,5 +140,5 @@ def settings_of(preset: str, batch: int = 0) -> PriorTrain:
     if preset not in known:
         raise InputError(f"there is no prior preset {preset!r} (known: {', '.join(known)})")
     settings: PriorTrain = filled(preset, known[preset]())
-    loop = replace(settings.loop, batch=batch or settings.loop.batch)
+    loop = replace(settings.loop, global_batch_size=batch or settings.loop.global_batch_size)
     return replace(settings, loop=loop)

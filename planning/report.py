@@ -41,7 +41,7 @@ def way_json(candidate: Candidate) -> dict[str, Any]:
     settings = candidate.settings
     mesh, engine = settings.mesh, settings.engine
     micro = (
-        settings.loop.batch // mesh.data // engine.gradient_accumulation_steps
+        settings.loop.global_batch_size // mesh.data // engine.gradient_accumulation_steps
         if candidate.bytes_
         else 0
     )

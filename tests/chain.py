@@ -38,7 +38,7 @@ from training.stages import make_task
 from training.tokenizer import train_tokenizer
 from training.trainer import Run
 
-LOOP = LoopConfig(steps=4, batch=8, log_every=1, validate_every=0, validation_samples=8)
+LOOP = LoopConfig(steps=4, global_batch_size=8, log_every=1, validate_every=0, validation_samples=8)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ class LoopConfig:
     stop_at: int = 0
     """End after this step with a checkpoint, before the run is whole: the same run goes on later,
     on any mesh; 0 = train all steps."""
-    batch: int = 64
+    global_batch_size: int = 64
     """Global batch size: samples a step, over all ranks."""
     seed: int = 0
     """Seed of weights, order and noise."""
@@ -41,8 +41,10 @@ class LoopConfig:
 
     def problems(self) -> list[str]:
         found = []
-        if min(self.steps, self.batch, self.log_every, self.validation_samples) < 1:
-            found.append("loop.steps, batch, log_every and validation_samples must be at least 1")
+        if min(self.steps, self.global_batch_size, self.log_every, self.validation_samples) < 1:
+            found.append(
+                "loop.steps, global_batch_size, log_every and validation_samples must be at least 1"
+            )
         if not 0 <= self.stop_at <= self.steps:
             found.append(f"loop.stop_at={self.stop_at} must lie in 0 (all steps) to {self.steps}")
         if self.validate_every < 0:
@@ -157,8 +159,10 @@ class StageConfig:
         """
         found = self.fixed_problems() + self.mesh.problems(world, self.sizes())
         replicas = max(self.mesh.data, 1)
-        found += self.order.problems(self.loop.batch, replicas)
-        found += self.engine.problems(self.loop.batch // replicas, self.mesh, self.compress.on)
+        found += self.order.problems(self.loop.global_batch_size, replicas)
+        found += self.engine.problems(
+            self.loop.global_batch_size // replicas, self.mesh, self.compress.on
+        )
         return found
 
     def fixed_problems(self) -> list[str]:

@@ -85,7 +85,7 @@ class Run:
         self._scored: tuple[int, float] | None = None
         """The last validation's step and loss."""
         self._waits = Waits()
-        flops = step_flops(task.model_config, settings.loop.batch)
+        flops = step_flops(task.model_config, settings.loop.global_batch_size)
         precision = settings.engine.precision
         self.profile = Profile(settings.profile, mesh, ledger, settings.out, flops, precision)
         self.alarms = Alarms(settings, mesh, self.engine.shapes().values())
@@ -232,7 +232,7 @@ class Run:
         loop, counts = self.settings.loop, self._ledger.take()
         self._note_failure()
         self.alarms.pace(self.step, seconds)
-        rate = loop.batch * self.task.units / seconds
+        rate = loop.global_batch_size * self.task.units / seconds
         meter.update(self.step, f"loss {result.losses['loss']:.4f}, {rate:,.0f} tokens/s")
         if self.step % loop.log_every == 0 or self.step == loop.steps:
             row = {
@@ -344,7 +344,7 @@ def _stream(task: Task[Any], settings: StageConfig, mesh: Mesh) -> Stream:
     return Stream(
         task.train,
         seed=settings.loop.seed,
-        batch=settings.loop.batch,
+        batch=settings.loop.global_batch_size,
         order=settings.order,
         loader=settings.loader,
         rank=mesh.data.rank,

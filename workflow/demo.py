@@ -170,7 +170,7 @@ def _sizes(config: DemoConfig) -> dict[str, dict[str, Value]]:
     if config.size == "mini":
         short: dict[str, Value] = {
             "loop.steps": 6,
-            "loop.batch": 32,
+            "loop.global_batch_size": 32,
             "loop.validation_samples": 32,
         }
         learns = shapes  # how a picture depends on its caption; emoji show the plumbing alone

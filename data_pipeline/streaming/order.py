@@ -58,8 +58,8 @@ class LaneOrder:
         if self.steps(0) < 1:
             raise ConfigError(
                 f"{int(self._sizes.sum())} records in {len(sizes)} blocks fill no batch of {batch} "
-                f"over {config.lanes} lanes; lower loop.batch or order.lanes, or make smaller "
-                "blocks (--block of pack and tokenize)"
+                f"over {config.lanes} lanes; lower loop.global_batch_size or order.lanes, or make "
+                "smaller blocks (--block of pack and tokenize)"
             )
 
     def steps(self, epoch: int) -> int:

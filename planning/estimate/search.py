@@ -126,7 +126,7 @@ def precision_of(settings: PriorTrain, hardware: Hardware) -> str:
 
 def ways_of(layout: PriorTrain) -> Iterator[PriorTrain]:
     """Micro-batches, recompute and compression of a layout."""
-    samples = max(layout.loop.batch // layout.mesh.data, 1)
+    samples = max(layout.loop.global_batch_size // layout.mesh.data, 1)
     papers = CompressConfig(rank=round(PAPER_SHARE * layout.model.dim))
     powers = (2**i for i in range(samples.bit_length()))
     for micro in (n for n in powers if samples % n == 0):
@@ -166,7 +166,7 @@ def weigh(settings: PriorTrain, world: int, hardware: Hardware) -> Candidate:
 
 def _problems(settings: PriorTrain, world: int) -> list[str]:
     """What cannot be, in words of what a plan can change: its ranks and its batch."""
-    data, lanes, batch = settings.mesh.data, settings.order.lanes, settings.loop.batch
+    data, lanes, batch = settings.mesh.data, settings.order.lanes, settings.loop.global_batch_size
     if lanes % data:
         return [
             f"the preset's order.lanes={lanes} and batch of {batch} give {data} replicas no "

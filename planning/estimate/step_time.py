@@ -90,7 +90,7 @@ def estimate(settings: PriorTrain, hardware: Hardware) -> Estimate:
         **end,
         "overhead": overhead,
     }
-    samples = settings.loop.batch
+    samples = settings.loop.global_batch_size
     work = prior_flops(settings.model) * samples
     hours = total * settings.loop.steps / HOURS
     return Estimate(
@@ -180,7 +180,7 @@ def _played(settings: PriorTrain, stages: Sequence[_StageSeconds], hardware: Har
     backward = [stage.backward for stage in stages]
     transfer = 0.0
     if mesh.pipeline > 1:
-        micro = settings.loop.batch // mesh.data // times
+        micro = settings.loop.global_batch_size // mesh.data // times
         state = 4.0 * micro * settings.model.length * settings.model.dim
         transfer = hand_on(state / mesh.tensor, mesh, hardware)
         if mesh.tensor > 1:

@@ -12,7 +12,7 @@ from tests.harness import PATIENCE, rows_of, start_tapir, tapir
 
 FLAGS = [
     "--loop.steps=30",
-    "--loop.batch=32",
+    "--loop.global-batch-size=32",
     "--model.layers=1",
     "--loop.log-every=1",
     "--checkpoint.every=7",

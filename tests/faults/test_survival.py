@@ -51,7 +51,7 @@ def make(tokens: Path, tmp_path: Path) -> Make:
             "model": {"dim": 48, "layers": 2},
             "loop": {
                 "steps": 24,
-                "batch": 32,
+                "global_batch_size": 32,
                 "log_every": 1,
                 "validate_every": 0,
                 "validation_samples": 32,
@@ -306,7 +306,7 @@ def test_spikes_are_skipped_and_in_a_row_rewound(make: Make, fault: Record, engi
     All checkpoints are kept: a save that is late makes the replay start from an older one."""
     fault(15, f"a batch's loss times 10,000, then three in a row ({engine})")
     kept = {"checkpoint": {"every": 5, "keep": 9}}
-    settings = make(**GUARD, **ENGINES[engine], **kept, loop={"steps": 26, "batch": 16})
+    settings = make(**GUARD, **ENGINES[engine], **kept, loop={"steps": 26, "global_batch_size": 16})
     train_with("spike", settings, batches=[11, 17, 18, 19])
     rows = rows_of(settings.out)
     assert [row["step"] for row in rows] == list(range(1, 27))
@@ -327,7 +327,7 @@ def test_spikes_are_skipped_and_in_a_row_rewound(make: Make, fault: Record, engi
 
 @pytest.mark.slow
 def test_rewinding_in_vain_ends_the_run(make: Make) -> None:
-    settings = make(**GUARD, loop={"steps": 26, "batch": 16})
+    settings = make(**GUARD, loop={"steps": 26, "global_batch_size": 16})
     with pytest.raises(RankError, match="3 rewinds and other data did not help") as found:
         train_with("spike", settings, batches=list(range(15, 40)))
     assert not found.value.retry

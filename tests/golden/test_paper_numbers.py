@@ -81,7 +81,7 @@ def test_schedules_of_the_published_dvae() -> None:
     assert beta(2_500 / steps / paper.beta_fraction) == pytest.approx(3.3, rel=1e-12)
     assert (paper.optim.beta1, paper.optim.beta2, paper.optim.eps) == (0.9, 0.999, 1e-8)
     assert (paper.optim.weight_decay, paper.optim.ema, paper.optim.ema_every) == (1e-4, 0.999, 1)
-    assert not paper.problems() and paper.loop.batch == 512
+    assert not paper.problems() and paper.loop.global_batch_size == 512
 
 
 @pytest.mark.parametrize(

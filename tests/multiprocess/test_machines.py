@@ -11,7 +11,7 @@ from tests.harness import ROOT, processes_with, rows_of, tapir
 
 FLAGS = [
     "--loop.steps=4",
-    "--loop.batch=32",
+    "--loop.global-batch-size=32",
     "--loop.log-every=1",
     "--loop.validation-samples=32",
     "--engine.precision=fp32",

@@ -85,7 +85,7 @@ def planned(case: Case, rank: int) -> Loads:
     """The plan's view of a rank of a case."""
     settings = PriorTrain(
         model=case.model,
-        loop=LoopConfig(batch=BATCH),
+        loop=LoopConfig(global_batch_size=BATCH),
         mesh=case.mesh,
         engine=case.engine,
         compress=case.compress,

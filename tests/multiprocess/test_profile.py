@@ -20,7 +20,7 @@ from training.profiling.trace import request_trace, traces
 STEPS = 12
 FLAGS = [
     f"--loop.steps={STEPS}",
-    "--loop.batch=32",
+    "--loop.global-batch-size=32",
     "--loop.log-every=3",
     "--loop.validation-samples=32",
     "--engine.precision=fp32",

@@ -32,7 +32,7 @@ def accumulate_to_halve(settings: StageConfig) -> int:
     2 m + p - 1. The next number that divides a replica's batch, or 0 if it has too few samples.
     """
     stages, micro = settings.mesh.pipeline, settings.engine.gradient_accumulation_steps
-    replica = settings.loop.batch // max(settings.mesh.data, 1)
+    replica = settings.loop.global_batch_size // max(settings.mesh.data, 1)
     wanted = 2 * micro + stages - 1
     return next((n for n in range(wanted, replica + 1) if replica % n == 0), 0)
 
@@ -54,7 +54,7 @@ def _bubble(settings: StageConfig, share: float) -> str:
         return ""
     micro = accumulate_to_halve(settings)
     wanted = 2 * settings.engine.gradient_accumulation_steps + settings.mesh.pipeline - 1
-    more = f"--loop.batch {wanted * max(settings.mesh.data, 1)} " if not micro else ""
+    more = f"--loop.global-batch-size {wanted * max(settings.mesh.data, 1)} " if not micro else ""
     advice = f"{more}--engine.gradient-accumulation-steps {micro or wanted}"
     return (
         f"bubble: {share:.0%} of the time the stages wait for one another; {advice} would about "

@@ -103,7 +103,9 @@ def _way_of(settings: StageConfig) -> dict[str, Any]:
         "engine": engine.name,
         "zero_stage": engine.zero_stage if engine.name != "reference" else 0,
         "gradient_accumulation_steps": engine.gradient_accumulation_steps,
-        "micro_batch": settings.loop.batch // mesh.data // engine.gradient_accumulation_steps,
+        "micro_batch": settings.loop.global_batch_size
+        // mesh.data
+        // engine.gradient_accumulation_steps,
         "recompute": engine.recompute,
         "precision": engine.precision,
         "moments": settings.optim.moments,

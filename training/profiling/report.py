@@ -200,7 +200,7 @@ def report_of(found: Profiled, peak: float, plan: Planned | None) -> Report:
     seconds = max(found.seconds.sum(2).mean(), 1e-9)
     apart = [CATEGORIES.index(name) for name in (CHECKPOINT, VALIDATION)]
     training = max(seconds - found.seconds[:, :, apart].sum(2).mean(), 1e-9)
-    flops = found.settings.loop.batch * model_flops(found.model)
+    flops = found.settings.loop.global_batch_size * model_flops(found.model)
     total, source = _peak(found, peak)
     tokens = _tokens_a_step(found.rows)
     medians = np.median(found.own(), 1)

@@ -40,7 +40,7 @@ _DEPTHS = {"time": 1, "comm_seconds": 2, "comm": 3}
 
 
 def row_of(line: str) -> dict[str, Any] | None:
-    """The row of a line, under new names; None if it is none, or a figure in it is something else."""
+    """The row of a line, under new names; None if it is none, or has no number for a figure."""
     try:
         row = json.loads(line, parse_int=_whole)
     except (ValueError, RecursionError):

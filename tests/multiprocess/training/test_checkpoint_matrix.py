@@ -67,7 +67,7 @@ def _settings(tokens: Path, out: Path, layout: str, **parts: dict[str, Any]) -> 
         "model": {"dim": 48, "heads": 6},
         "loop": {
             "steps": STEPS,
-            "batch": 32,
+            "global_batch_size": 32,
             "log_every": 1,
             "validate_every": 0,
             "validation_samples": 32,

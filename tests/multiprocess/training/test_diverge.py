@@ -9,7 +9,7 @@ from core.files.atomic import seal
 from tests.harness import tapir
 
 FLAGS = [
-    "--loop.batch=32",
+    "--loop.global-batch-size=32",
     "--loop.validation-samples=32",
     "--checkpoint.every=2",
     "--loop.steps=3",

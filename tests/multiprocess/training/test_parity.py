@@ -12,7 +12,7 @@ from tests.multiprocess.training.checks import largest_difference
 
 FLAGS = [
     "--loop.steps=20",
-    "--loop.batch=32",
+    "--loop.global-batch-size=32",
     "--loop.log-every=1",
     "--loop.validation-samples=32",
     "--optim.warmup=5",

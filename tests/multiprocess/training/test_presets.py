@@ -51,7 +51,7 @@ CUT: dict[str, dict[str, Value]] = {
 """Of the paper's stages. A block is one pair, so that 1,024 lanes need 1,024 pairs alone."""
 PAPERS = [name for name in PRESETS["prior"] if name.startswith("paper")]
 KEPT = {
-    "loop": ("batch", "validation_samples"),
+    "loop": ("global_batch_size", "validation_samples"),
     "order": ("lanes", "window"),
     "engine": ("precision", "gradient_accumulation_steps", "recompute", "name", "zero_stage"),
     "compress": ("rank", "warm_start", "error_feedback"),

@@ -51,7 +51,10 @@ def test_every_record_is_found_by_its_id(stored: FolderStore) -> None:
 
 def test_seen_and_batch_say_what_a_run_reads(raw: Path, tmp_path: Path) -> None:
     settings = {"stage": "dvae", "data": str(raw), "out": str(tmp_path)}
-    settings |= {"loop": {"steps": 45, "batch": 32, "seed": 4}, "order": {"lanes": 8, "window": 8}}
+    settings |= {
+        "loop": {"steps": 45, "global_batch_size": 32, "seed": 4},
+        "order": {"lanes": 8, "shuffle_buffer": 8},
+    }
     (tmp_path / "config.json").write_text(json.dumps(settings))
     stream = Stream(RawSource(FolderStore(raw), "train"), seed=4, batch=32, order=OrderConfig())
     batches = iter(stream)
@@ -73,7 +76,10 @@ def test_seen_and_batch_say_what_a_run_reads(raw: Path, tmp_path: Path) -> None:
 
 def test_batches_passed_over_move_the_later_steps(raw: Path, tmp_path: Path) -> None:
     settings = {"stage": "dvae", "data": str(raw), "out": str(tmp_path)}
-    settings |= {"loop": {"steps": 30, "batch": 32, "seed": 4}, "order": {"lanes": 8, "window": 8}}
+    settings |= {
+        "loop": {"steps": 30, "global_batch_size": 32, "seed": 4},
+        "order": {"lanes": 8, "shuffle_buffer": 8},
+    }
     (tmp_path / "config.json").write_text(json.dumps(settings))
     stream = Stream(RawSource(FolderStore(raw), "train"), seed=4, batch=32, order=OrderConfig())
     passed = [(0, 3), (0, 4), (0, 9), (1, 0)]

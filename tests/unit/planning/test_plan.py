@@ -367,7 +367,9 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
 
 
 def test_large_batches_are_dealt_out_in_powers_of_two() -> None:
-    large = replace(TINY, loop=replace(TINY.loop, batch=3 * 2**28), mesh=MeshConfig(data=2))
+    large = replace(
+        TINY, loop=replace(TINY.loop, global_batch_size=3 * 2**28), mesh=MeshConfig(data=2)
+    )
     large = replace(large, engine=EngineConfig())
     counts = {way.engine.gradient_accumulation_steps for way in ways_of(large)}
     assert counts == {3 * 2**28 // 2 // 2**i for i in range(28)}

@@ -256,7 +256,7 @@ def test_a_dvae_is_calibrated_where_its_start_says_so(start: Any, tmp_path: Path
     config = DVAEConfig(pixels=8, width=4, groups=2, codebook=5, init=start)
     task = DVAETask(
         DVAETrain(
-            data=str(tmp_path), model=config, loop=LoopConfig(batch=2, seed=3),
+            data=str(tmp_path), model=config, loop=LoopConfig(global_batch_size=2, seed=3),
             order=OrderConfig(lanes=1, shuffle_buffer=1),
         )
     )  # fmt: skip

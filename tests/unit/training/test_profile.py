@@ -193,7 +193,7 @@ def test_the_advised_accumulate_halves_the_bubble(stages: int, micro: int) -> No
         prior_tiny(),
         mesh=MeshConfig(pipeline=stages),
         engine=EngineConfig(name="deepspeed_pipe", gradient_accumulation_steps=micro),
-        loop=replace(prior_tiny().loop, batch=720720),
+        loop=replace(prior_tiny().loop, global_batch_size=720720),
     )
 
     def share(count: int) -> float:

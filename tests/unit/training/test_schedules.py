@@ -66,7 +66,7 @@ def test_plateaus_need_validations() -> None:
 def test_a_mesh_for_a_cluster_is_not_started_on_one_machine() -> None:
     world = 2**20
     settings = PriorTrain(
-        loop=LoopConfig(batch=world, validation_samples=world),
+        loop=LoopConfig(global_batch_size=world, validation_samples=world),
         mesh=MeshConfig(data=world),
         order=OrderConfig(lanes=world),
     )
