@@ -1,5 +1,6 @@
 """What users typed and stored before the renaming is still read; before/README.md says what."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from data_pipeline.images.crops import decode_rgb
 from tests.harness import rows_of, tapir
 from training.export.weights import read_description
+from training.run.folder import read_metrics
 
 BEFORE = Path(__file__).with_name("before")
 CAPTION = "a small red circle"
@@ -20,6 +22,7 @@ FLAGS = """
 --model.layers 2 --model.text-length 8 --model.conv-kernel 3
 """
 """The flags of the prior's run, as its user typed them before."""
+OLD = "has old names"
 LOSSES = ("loss", "text_loss", "image_loss", "grad_norm", "lr")
 
 
@@ -69,11 +72,35 @@ def test_a_stopped_prior_goes_on_as_one_in_one_piece(
                 if not same_bits and expected is not None:  # another CPU rounds otherwise
                     expected = pytest.approx(expected, rel=1e-4)
                 assert mine.get(name) == expected, (split, mine["step"], name)
+    config = json.loads((before / "prior" / "config.json").read_text())
+    assert config["loop"]["stop_at"] == 0 and "until" not in config["loop"]
     if same_bits:
         digests = [
             read_description(before / name, "prior")["sha256"] for name in ("whole", "prior")
         ]
         assert digests[0] == digests[1]
+
+
+def test_each_file_is_told_of_in_one_line(before: Path, resumed: str) -> None:
+    lines = [line for line in resumed.splitlines() if OLD in line]
+    assert len(lines) == 2, resumed
+    assert "the command line" in lines[0] and "--engine.accumulate is now" in lines[0]
+    assert "step-4" in lines[1] and "loop.until is now loop.stop_at" in lines[1]
+
+
+def test_metrics_of_before_have_the_keys_of_now(before: Path) -> None:
+    rows = read_metrics(before / "dvae")
+    assert all("codebook_usage" in row for row in rows if row.get("split") == "validation")
+    assert all("data_wait_fraction" in row for row in rows if "split" not in row)
+
+
+def test_a_run_of_before_says_what_it_read(tmp_path: Path, before: Path) -> None:
+    run = shutil.copytree(BEFORE / "prior", tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["data"] = str(before / "tokens")  # else it names a folder of another machine
+    (run / "config.json").write_text(json.dumps(config))
+    text = tapir("batch", "5", f"--run={run}")
+    assert text.count(OLD) == 1 and ".tar block" in text
 
 
 def test_models_leave_and_come_back(before: Path, resumed: str, tmp_path: Path) -> None:
@@ -108,6 +135,16 @@ def test_a_checkpoint_of_before_draws(before: Path, tmp_path: Path) -> None:
 
 def test_a_run_file_of_before_is_sent(tmp_path: Path) -> None:
     text = tapir("submit", str(BEFORE / "run.yaml"), "--dry-run", cwd=tmp_path)
+    assert text.count(OLD) == 1 and "at_once is now parallelism" in text
+    commands = [line for line in text.splitlines() if OLD not in line]
+    for old in (
+        "--loop.until",
+        "--engine.accumulate",
+        "--most=",
+        "--model.start",
+        "--caption-drop=",
+    ):
+        assert not any(old in line for line in commands), old
     for stage in ("pack", "bpe", "dvae", "tokenize", "prior", "clip", "evaluate"):
         assert f"# {stage}\n" in text
 
