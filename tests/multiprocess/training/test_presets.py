@@ -52,7 +52,7 @@ CUT: dict[str, dict[str, Value]] = {
 PAPERS = [name for name in PRESETS["prior"] if name.startswith("paper")]
 KEPT = {
     "loop": ("global_batch_size", "validation_samples"),
-    "order": ("lanes", "window"),
+    "order": ("lanes", "shuffle_buffer"),
     "engine": ("precision", "gradient_accumulation_steps", "recompute", "name", "zero_stage"),
     "compress": ("rank", "warm_start", "error_feedback"),
     "optim": ("ema", "ema_every", "halvings", "max_variance", "moments"),
