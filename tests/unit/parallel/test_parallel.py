@@ -151,7 +151,7 @@ def test_a_flat_range_reads_back_with_zeros_for_padding(tmp_path: Path) -> None:
         (MeshConfig(data=2), EngineConfig(gradient_accumulation_steps=3), 0, "try 2"),
         (MeshConfig(), EngineConfig(name="deepspeed_zero"), 0, "at least 2 ranks"),
         (MeshConfig(data=4, nodes=2), EngineConfig(name="deepspeed_zero"), 0, "paper's layout"),
-        (MeshConfig(data=4), EngineConfig(name="deepspeed_zero", zero_stage=3), 8, "set mesh.nodes"),
+        (MeshConfig(data=4), EngineConfig(name="deepspeed_zero", zero_stage=3), 8, "mesh.nodes"),
         (MeshConfig(tensor=2), EngineConfig(name="deepspeed_pipe"), 8, "no gradients are sent"),
     ],
 )
