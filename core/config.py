@@ -36,10 +36,10 @@ def from_json(kind: type[T], value: dict[str, Any], where: str = "") -> T:
 
 def with_new_names(kind: type, value: dict[str, Any], where: str = "") -> dict[str, Any]:
     """The JSON of a config under new names; one line tells of old ones if `where` names a file."""
-    found, pairs = _renamed(kind, value, "")
+    body, pairs = _renamed(kind, value, "")
     if where:
         tell_renamed(where, pairs)
-    return found
+    return body
 
 
 def _renamed(
@@ -48,12 +48,12 @@ def _renamed(
     """A config under new names, and its old names as users know them."""
     names = new_names(kind)
     pairs = {f"{prefix}{old}": f"{prefix}{names[old]}" for old in value if old in names}
-    found = renamed(kind, value)
+    body = renamed(kind, value)
     for name, hint in typing.get_type_hints(kind).items():
-        if dataclasses.is_dataclass(hint) and isinstance(found.get(name), dict):
-            found[name], more = _renamed(typing.cast(type, hint), found[name], f"{prefix}{name}.")
+        if dataclasses.is_dataclass(hint) and isinstance(body.get(name), dict):
+            body[name], more = _renamed(typing.cast(type, hint), body[name], f"{prefix}{name}.")
             pairs |= more
-    return found, pairs
+    return body, pairs
 
 
 def _build(kind: type[T], value: dict[str, Any]) -> T:
@@ -70,18 +70,18 @@ def wrong_types(kind: type, value: Any, where: str) -> list[str]:
     """What of a mapping from outside has not the type of the dataclass's field."""
     if not isinstance(value, dict):
         return [f"{where}: a mapping is wanted, not {value!r}"]
-    hints, found = typing.get_type_hints(kind), []
+    hints, problems = typing.get_type_hints(kind), []
     for name, item in value.items():
         hint = hints.get(name)
         place = f"{where}.{name}" if where else str(name)
         if hint is None:
             hint_text = did_you_mean(name, hints) or f" (known: {', '.join(hints)})"
-            found.append(f"{where or 'the file'} knows no {name!r}{hint_text}")
+            problems.append(f"{where or 'the file'} knows no {name!r}{hint_text}")
         elif dataclasses.is_dataclass(hint):
-            found += wrong_types(typing.cast(type, hint), item, place)
+            problems += wrong_types(typing.cast(type, hint), item, place)
         elif not _fits(hint, item):
-            found.append(f"{place}={item!r} must be {_words(hint)}")
-    return found
+            problems.append(f"{place}={item!r} must be {_words(hint)}")
+    return problems
 
 
 def _fits(hint: Any, item: Any) -> bool:

@@ -65,7 +65,7 @@ def _renamed_flags(kind: Any, prefix: str, flat: bool) -> Iterator[tuple[str, st
 
 def with_new_flags(names: dict[str, str], arguments: Sequence[str]) -> list[str]:
     """A command line with its flags under new names; one line tells of old ones."""
-    found, pairs = [], {}
+    renamed, pairs = [], {}
     for argument in arguments:
         head, equals, value = argument.partition("=")
         dotted = head.removeprefix("--").replace("-", "_")
@@ -76,9 +76,9 @@ def with_new_flags(names: dict[str, str], arguments: Sequence[str]) -> list[str]
             part, dot, last = names[old].rpartition(".")
             new = f"--{part}{dot}{no}{last}".replace("_", "-")
             pairs[head], argument = new, f"{new}{equals}{value}"
-        found.append(argument)
+        renamed.append(argument)
     tell_renamed("the command line", pairs)
-    return found
+    return renamed
 
 
 def print_json(value: Any) -> None:

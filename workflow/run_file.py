@@ -197,19 +197,19 @@ def _with_new_names(body: dict[str, Any], path: Path) -> dict[str, Any]:
     stages = body.get("stages")
     if not isinstance(stages, dict):
         return body
-    found = {}
+    specs = {}
     for name, stage in stages.items():
-        found[name] = stage
+        specs[name] = stage
         if isinstance(stage, dict):
             resources, flags = new_names(Resources), stage.get("flags")
             pairs |= {old: new for old, new in resources.items() if old in stage}
-            found[name] = stage = renamed(Resources, stage)
+            specs[name] = stage = renamed(Resources, stage)
             if isinstance(flags, dict) and name in SETTINGS:
                 names = renamed_flags(SETTINGS[name])
                 pairs |= {old: new for old, new in names.items() if old in flags}
                 stage["flags"] = {names.get(flag, flag): item for flag, item in flags.items()}
     tell_renamed(str(path), pairs)
-    return {**body, "stages": found}
+    return {**body, "stages": specs}
 
 
 def _python(path: Path) -> Any:

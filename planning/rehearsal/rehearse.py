@@ -60,7 +60,7 @@ class Rehearsal:
     def lines(self) -> list[str]:
         """For the terminal."""
         mesh = self.mesh
-        cut = f", {mesh.machines} machines" if mesh.machines > 1 else ""
+        cut = f", {mesh.nodes} machines" if mesh.nodes > 1 else ""
         calls = ", ".join(f"{kind} {count}" for kind, count in sorted(self.calls.items()))
         carriers = ", ".join(f"{name} {count}" for name, count in sorted(self.backends.items()))
         lines = [
@@ -105,7 +105,7 @@ def rehearse(
         preset=preset,
         stage=stage,
         mesh=settings.mesh,
-        batch=settings.loop.batch,
+        batch=settings.loop.global_batch_size,
         micro_batches=settings.engine.gradient_accumulation_steps,
         steps=steps + 1,
         device=pool.device,
@@ -149,7 +149,7 @@ def scaled(settings: Any, world: int) -> Any:
     """
     if _without_parts(settings):
         check(settings.problems())
-    mesh, batch = settings.mesh, settings.loop.batch
+    mesh, batch = settings.mesh, settings.loop.global_batch_size
     block = mesh.tensor * mesh.pipeline
     if world < 1 or world % block:
         near = max(1, round(world / block)) * block
@@ -171,7 +171,7 @@ def scaled(settings: Any, world: int) -> Any:
     return replace(
         settings,
         mesh=replace(mesh, data=data, nodes=machines),
-        loop=replace(settings.loop, batch=batch, validation_samples=held_out),
+        loop=replace(settings.loop, global_batch_size=batch, validation_samples=held_out),
         order=replace(settings.order, lanes=lanes),
         engine=replace(settings.engine, gradient_accumulation_steps=accumulate),
     )
@@ -184,8 +184,8 @@ def _without_parts(settings: Any) -> list[str]:
     if found:
         return found
     alone = EngineConfig(gradient_accumulation_steps=settings.engine.gradient_accumulation_steps)
-    found += settings.order.problems(loop.batch, mesh.data)
-    return found + alone.problems(loop.batch // mesh.data, MeshConfig(), compress=False)
+    found += settings.order.problems(loop.global_batch_size, mesh.data)
+    return found + alone.problems(loop.global_batch_size // mesh.data, MeshConfig(), compress=False)
 
 
 def _times(count: int, what: str, more: str = "s") -> str:

@@ -153,10 +153,10 @@ def read_description(folder: Path, stage: str) -> dict[str, Any]:
 
 def facts_with_new_names(facts: Json) -> Json:
     """What a model was trained on, under the names of now."""
-    found = renamed(FACTS, facts)
-    if isinstance(found.get("validation"), dict):
-        found["validation"] = renamed(ROW, found["validation"])
-    return found
+    now = renamed(FACTS, facts)
+    if isinstance(now.get("validation"), dict):
+        now["validation"] = renamed(ROW, now["validation"])
+    return now
 
 
 def model_is_whole(folder: Path, stage: str) -> bool:

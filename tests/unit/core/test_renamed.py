@@ -46,13 +46,13 @@ CONFIGS = {
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The notices of a fresh process."""
-    found: list[str] = []
+    messages: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     monkeypatch.setattr(table, "_told", set())
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)
-    yield found
+    yield messages
     LOG.removeHandler(handler)
 
 
@@ -85,10 +85,10 @@ def test_of_both_names_the_new_one_counts() -> None:
 
 def test_old_flags_are_read_and_told_once(lines: list[str]) -> None:
     flags = "--loop.until=4 --loop.batch 8 --checkpoint.no-background --engine.accumulate=2"
-    found = parse_over(PriorTrain(), [*flags.split(), "--optim.most_variance", "5"], "train")
-    assert (found.loop.stop_at, found.loop.global_batch_size) == (4, 8)
-    assert not found.checkpoint.async_save and found.engine.gradient_accumulation_steps == 2
-    assert found.optim.max_variance == 5.0
+    settings = parse_over(PriorTrain(), [*flags.split(), "--optim.most_variance", "5"], "train")
+    assert (settings.loop.stop_at, settings.loop.global_batch_size) == (4, 8)
+    assert not settings.checkpoint.async_save and settings.engine.gradient_accumulation_steps == 2
+    assert settings.optim.max_variance == 5.0
     assert len(lines) == 1 and "--loop.until is now --loop.stop-at" in lines[0]
     assert "--checkpoint.no-background is now --checkpoint.no-async-save" in lines[0]
 

@@ -66,7 +66,9 @@ def test_guard_codes_stops_a_run_that_has_steps_left(told: Any) -> None:
     found = _alarms(settings)
     found.codes(_row(20), 99)
     found.codes(_row(32), 100)
-    with pytest.raises(TrainingError, match=r"step 100: the dVAE uses 31 .*guard\.codes=0\.5"):
+    with pytest.raises(
+        TrainingError, match=r"step 100: the dVAE uses 31 .*guard\.min_codebook_usage=0\.5"
+    ):
         found.codes(_row(31), 100)
     found.codes(_row(31), 1000)  # trained to its end: the model is kept, with a word
     assert len(told.messages) == 1
