@@ -63,7 +63,7 @@ def _train(tokens: str, width: int, rank: int, variant: str, seed: int, flags: l
         f"--data={tokens}",
         f"--out={out}",
         f"--loop.steps={STEPS}",
-        "--loop.batch=16",
+        "--loop.global-batch-size=16",
     ]
     command += [f"--loop.seed={seed}", f"--loop.validation-samples={HELD_OUT}"]
     command += [f"--loop.validate-every={STEPS}", f"--checkpoint.every={STEPS}"]

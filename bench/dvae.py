@@ -37,7 +37,7 @@ WANTED, WANTED_AGREEMENT, WANTED_PERPLEXITY = 2.6, 0.99, 100.0
 FLAGS = [
     "--model.codebook=512",
     f"--loop.steps={sized(1500, 2)}",
-    f"--loop.batch={sized(32, 16)}",
+    f"--loop.global-batch-size={sized(32, 16)}",
     "--loop.validate-every=500",
     "--mesh.data=1",
 ]

@@ -113,12 +113,17 @@ def measured_restarts() -> list[float]:
     out = FOLDER / "run"
     shutil.rmtree(out, ignore_errors=True)
     command = module_command("tapir", "train", "prior", "tiny", f"--data={tokens}")
-    command += [f"--out={out}", "--loop.steps=100000", "--loop.log-every=1", "--loop.batch=16"]
+    command += [
+        f"--out={out}",
+        "--loop.steps=100000",
+        "--loop.log-every=1",
+        "--loop.global-batch-size=16",
+    ]
     command += ["--loop.validate-every=0", "--checkpoint.every=5"]
     names = ("tensor", "pipeline", "data")
     command += [f"--mesh.{name}={n}" for name, n in zip(names, SIDES, strict=True)]
-    command += ["--engine.name=deepspeed_pipe", "--engine.accumulate=2"]
-    command += ["--model.heads=4", "--supervisor.back-off=0.1"]
+    command += ["--engine.name=deepspeed_pipe", "--engine.gradient-accumulation-steps=2"]
+    command += ["--model.heads=4", "--supervisor.backoff-seconds=0.1"]
     environment = {**child_environment(), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
     try:

@@ -24,7 +24,7 @@ from data_pipeline.streaming.order import LaneOrder
 from data_pipeline.streaming.stream import Chunk, Windows, chunks_of
 
 SHARDS, RECORDS, BLOCK = sized(2500, 300), 100_000, 128
-ORDER = OrderConfig(lanes=sized(1024, 64), window=8)
+ORDER = OrderConfig(lanes=sized(1024, 64), shuffle_buffer=8)
 BATCH = ORDER.lanes
 WORLDS = sized((1, 8, 64, 1024), (1, 8))
 POSITIONS = sized(((0, 0), (0, 200_000), (3, 123_456), (17, 1)), ((3, 123_456),))

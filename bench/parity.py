@@ -63,18 +63,18 @@ def _pipe(tensor: int = 1, pipeline: int = 1, data: int = 1, **engine: Any) -> C
     name = "x".join(
         f"{axis}{n}" for axis, n in (("TP", tensor), ("PP", pipeline), ("DP", data)) if n > 1
     )
-    settings = EngineConfig(name="deepspeed_pipe", accumulate=4, **engine)
+    settings = EngineConfig(name="deepspeed_pipe", gradient_accumulation_steps=4, **engine)
     mesh = MeshConfig(tensor=tensor, pipeline=pipeline, data=data)
     return Case(name=f"{name} pipe", mesh=mesh, engine=settings)
 
 
-def _zero(stage: int, tensor: int = 1, data: int = 2, machines: int = 1) -> Case:
+def _zero(stage: int, tensor: int = 1, data: int = 2, nodes: int = 1) -> Case:
     name = f"TP{tensor}xDP{data}" if tensor > 1 else f"DP{data}"
-    layout = f"paper layout, {machines} machines of {data // machines}"
+    layout = f"paper layout, {nodes} machines of {data // nodes}"
     return Case(
-        name=layout if machines > 1 else f"{name} ZeRO-{stage}",
-        mesh=MeshConfig(tensor=tensor, data=data, machines=machines),
-        engine=EngineConfig(name="deepspeed_zero", zero_stage=stage, accumulate=2),
+        name=layout if nodes > 1 else f"{name} ZeRO-{stage}",
+        mesh=MeshConfig(tensor=tensor, data=data, nodes=nodes),
+        engine=EngineConfig(name="deepspeed_zero", zero_stage=stage, gradient_accumulation_steps=2),
     )
 
 
@@ -90,7 +90,7 @@ CASES = [
     _pipe(tensor=4),
     *(_zero(stage) for stage in (1, 2, 3)),
     *(_zero(stage, tensor=2) for stage in (1, 2, 3)),
-    _zero(3, data=4, machines=2),
+    _zero(3, data=4, nodes=2),
 ]
 """TP4 has padded heads: 6 heads become 8."""
 
@@ -182,10 +182,10 @@ def _steps(
         whole = batch_of(step, case.model)
         rows_of_rank = slice(mesh.data.rank, None, mesh.data.size)
         mine = {name: value[rows_of_rank].to(mesh.world.device) for name, value in whole.items()}
-        size = len(mine["text"]) // case.engine.accumulate
+        size = len(mine["text"]) // case.engine.gradient_accumulation_steps
         micro = [
             {name: value[i * size : (i + 1) * size] for name, value in mine.items()}
-            for i in range(case.engine.accumulate)
+            for i in range(case.engine.gradient_accumulation_steps)
         ]
         with ledger.counted() as traffic:
             result = engine.step(micro, OPTIM.lr * min(1.0, (step + 1) / OPTIM.warmup))

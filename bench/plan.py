@@ -25,8 +25,10 @@ BATCH, ROUNDS, STEPS = 32, sized(5, 1), sized(6, 2)
 
 
 def _run(mesh: MeshConfig, name: EngineName = "reference", accumulate: int = 1) -> PriorTrain:
-    engine = EngineConfig(name=name, accumulate=accumulate)
-    return PriorTrain(model=MODEL, loop=LoopConfig(batch=BATCH), mesh=mesh, engine=engine)
+    engine = EngineConfig(name=name, gradient_accumulation_steps=accumulate)
+    return PriorTrain(
+        model=MODEL, loop=LoopConfig(global_batch_size=BATCH), mesh=mesh, engine=engine
+    )
 
 
 _MESHES = {

@@ -94,7 +94,7 @@ def _settings(tokens: str, out: Path, engine: str, ranks: int) -> PriorTrain:
         prior_tiny(),
         data=tokens,
         out=out,
-        loop=LoopConfig(steps=steps + 1, batch=BATCH, validate_every=0),
+        loop=LoopConfig(steps=steps + 1, global_batch_size=BATCH, validate_every=0),
         checkpoint=CheckpointConfig(every=10**6),
         mesh=MeshConfig(data=ranks),
         engine=EngineConfig(name=engine, precision="bf16"),  # type: ignore[arg-type]

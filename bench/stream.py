@@ -38,7 +38,7 @@ from data_pipeline.streaming.stream import Stream
 FOLDER = cache("stream")
 SHARDS, RECORDS, BLOCK = sized(2500, 4), sized(2048, 256), sized(128, 16)
 BUCKET, PLACE = "bench-stream", "s3://bench-stream/tokens"
-ORDER, BATCH = OrderConfig(lanes=16, window=8), 64
+ORDER, BATCH = OrderConfig(lanes=16, shuffle_buffer=8), 64
 STEP_SECONDS, WAIT_STEPS = sized(0.05, 0.01), sized(2000, 20)
 TRAINED = sized(60, 20)
 """Steps of the training run."""
@@ -90,12 +90,17 @@ def _trained(environment: dict[str, str]) -> float:
     """Train a small prior on these records; the share of its steps that it waited for data."""
     out = FOLDER / "prior"
     shutil.rmtree(out, ignore_errors=True)
-    flags = ["--model.layers=2", "--loop.batch=8", f"--loop.steps={TRAINED}", "--loop.log-every=10"]
+    flags = [
+        "--model.layers=2",
+        "--loop.global-batch-size=8",
+        f"--loop.steps={TRAINED}",
+        "--loop.log-every=10",
+    ]
     flags += ["--mesh.data=1", "--engine.name=reference", "--loop.validate-every=0"]
     command = module_command("tapir", "train", "prior", "tiny", f"--data={PLACE}", f"--out={out}")
     subprocess.run([*command, *flags], check=True, env=environment)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    shares = [row["data_share"] for row in rows if "data_share" in row][1:]
+    shares = [row["data_wait_fraction"] for row in rows if "data_wait_fraction" in row][1:]
     print(f"shares of a training run: {shares}", file=sys.stderr)
     return statistics.fmean(shares)
 
@@ -122,7 +127,7 @@ def _child(what: str, environment: dict[str, str]) -> dict[str, Any]:
 def _stream(ahead: int = 64) -> Stream:
     source = TokenSource(open_store(PLACE), "train")
     return Stream(
-        source, seed=0, batch=BATCH, order=ORDER, loader=LoaderConfig(readers=4, ahead=ahead)
+        source, seed=0, batch=BATCH, order=ORDER, loader=LoaderConfig(readers=4, prefetch=ahead)
     )
 
 

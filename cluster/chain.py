@@ -37,15 +37,15 @@ class Resources:
     """Time limit of one start; the job saves and is queued again before it. 0 = the default."""
     workers: int = 1
     """Processes of a token job: an array."""
-    at_once: int = 0
+    parallelism: int = 0
     """Workers that may run at the same time; 0 = all."""
 
     def problems(self, name: str) -> list[str]:
         found = []
         if min(self.nodes, self.cpus, self.workers) < 1:
             found.append(f"stages.{name}: nodes, cpus and workers must be at least 1")
-        if min(self.gpus, self.minutes, self.at_once) < 0:
-            found.append(f"stages.{name}: gpus, minutes and at_once must not be negative")
+        if min(self.gpus, self.minutes, self.parallelism) < 0:
+            found.append(f"stages.{name}: gpus, minutes and parallelism must not be negative")
         if not re.fullmatch(r"(\d+[KMGT]?)?", self.memory):
             found.append(f"stages.{name}: memory={self.memory!r} must be like 64G")
         return found

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 class SupervisorConfig:
     """What happens when a rank dies, hangs or is asked to stop."""
 
-    restarts: int = 3
+    max_restarts: int = 3
     """Failures in a row without a step beyond those before; the next one ends the run."""
-    back_off: float = 1.0
+    backoff_seconds: float = 1.0
     """Seconds before the first restart; doubled for each failure without progress, at most 60."""
     hang_seconds: float = 300.0
     """A rank without a sign of life for so long is lost: its stack is shown, all are ended."""
@@ -21,9 +21,16 @@ class SupervisorConfig:
 
     def problems(self) -> list[str]:
         found = []
-        if self.restarts < 0:
-            found.append("supervisor.restarts must not be negative; 0 = end at the first failure")
-        seconds = (self.back_off, self.hang_seconds, self.stopped_seconds, self.grace_seconds)
+        if self.max_restarts < 0:
+            found.append(
+                "supervisor.max_restarts must not be negative; 0 = end at the first failure"
+            )
+        seconds = (
+            self.backoff_seconds,
+            self.hang_seconds,
+            self.stopped_seconds,
+            self.grace_seconds,
+        )
         if not all(0 < each < math.inf for each in seconds):
             found.append("supervisor's seconds must be positive numbers")
         return found

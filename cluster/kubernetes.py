@@ -131,7 +131,7 @@ def _job(chain: Chain, job: Job, config: KubernetesConfig) -> dict[str, Any]:
     spec: dict[str, Any] = {
         "completionMode": "Indexed",
         "completions": count,
-        "parallelism": (resources.at_once or count) if job.array else count,
+        "parallelism": (resources.parallelism or count) if job.array else count,
         "backoffLimit": chain.retries * count,
         "podFailurePolicy": {"rules": _rules()},
         "template": {"metadata": {"labels": labels}, "spec": _pod(chain, job, config)},

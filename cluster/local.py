@@ -154,7 +154,7 @@ class Runner:
         """All workers of a job, so many at once as it may; the worst exit code."""
         left = list(enumerate(commands(self._chain, job, self._config)))
         running: dict[subprocess.Popen[bytes], tuple[int, list[str]]] = {}
-        most, worst, killed = job.resources.at_once or len(left), 0, 0
+        most, worst, killed = job.resources.parallelism or len(left), 0, 0
         while running or (left and not self._asked):
             while left and len(running) < most and not self._asked:
                 worker = left.pop(0)

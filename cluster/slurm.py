@@ -92,7 +92,7 @@ def _options(chain: Chain, job: Job, config: SlurmConfig) -> list[str]:
         f"--signal=B:USR1@{config.warn_seconds}",
     ]
     if job.array:
-        limit = f"%{resources.at_once}" if resources.at_once else ""
+        limit = f"%{resources.parallelism}" if resources.parallelism else ""
         found.append(f"--array=0-{resources.workers - 1}{limit}")
     given = {
         "--gpus-per-node": resources.gpus or "",

@@ -26,7 +26,7 @@ def supervise(
 
     SIGTERM and SIGUSR1 are handed to the ranks, which save and end. `reports` is a folder for the
     stacks of ranks that hang.
-    Raises: RankError after config.restarts failures without progress, or for wrong input;
+    Raises: RankError after config.max_restarts failures without progress, or for wrong input;
     Preempted if the ranks were asked to stop and saved.
     """
     failures, best = 0, -1
@@ -38,14 +38,14 @@ def supervise(
                 launch(target, payload, ranks, preload, config, stop, reports)
                 return
             except RankError as error:
-                if not error.retry or stop.asked or config.restarts == 0:
+                if not error.retry or stop.asked or config.max_restarts == 0:
                     raise
                 if error.step > best:
                     failures, best = 0, error.step
                 failures += 1
-                if failures > config.restarts:
+                if failures > config.max_restarts:
                     raise _crash_loop(error, failures, best) from error
-                pause = min(config.back_off * 2 ** (failures - 1), _LONGEST)
+                pause = min(config.backoff_seconds * 2 ** (failures - 1), _LONGEST)
                 LOG.warning("%s; all ranks start again in %.1f s", error, pause)
                 stop.sleep(pause)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from core.errors import ConfigError, did_you_mean
+from core.renamed import new_names, renamed, tell_renamed
 
 T = TypeVar("T")
 
@@ -25,11 +26,37 @@ def to_json(config: Any) -> Any:
     return config
 
 
-def from_json(kind: type[T], value: dict[str, Any]) -> T:
-    """Build a config of dataclasses from what `to_json` made.
+def from_json(kind: type[T], value: dict[str, Any], where: str = "") -> T:
+    """Build a config of dataclasses from what `to_json` made, now or under old names.
 
     Raises: ConfigError for an unknown field, with the nearest right name.
     """
+    return _build(kind, with_new_names(kind, value, where))
+
+
+def with_new_names(kind: type, value: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """The JSON of a config under new names; one line tells of old ones if `where` names a file."""
+    body, pairs = _renamed(kind, value, "")
+    if where:
+        tell_renamed(where, pairs)
+    return body
+
+
+def _renamed(
+    kind: type, value: dict[str, Any], prefix: str
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """A config under new names, and its old names as users know them."""
+    names = new_names(kind)
+    pairs = {f"{prefix}{old}": f"{prefix}{names[old]}" for old in value if old in names}
+    body = renamed(kind, value)
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint) and isinstance(body.get(name), dict):
+            body[name], more = _renamed(typing.cast(type, hint), body[name], f"{prefix}{name}.")
+            pairs |= more
+    return body, pairs
+
+
+def _build(kind: type[T], value: dict[str, Any]) -> T:
     hints = typing.get_type_hints(kind)
     unknown = [name for name in value if name not in hints]
     if unknown:
@@ -43,18 +70,18 @@ def wrong_types(kind: type, value: Any, where: str) -> list[str]:
     """What of a mapping from outside has not the type of the dataclass's field."""
     if not isinstance(value, dict):
         return [f"{where}: a mapping is wanted, not {value!r}"]
-    hints, found = typing.get_type_hints(kind), []
+    hints, problems = typing.get_type_hints(kind), []
     for name, item in value.items():
         hint = hints.get(name)
         place = f"{where}.{name}" if where else str(name)
         if hint is None:
             hint_text = did_you_mean(name, hints) or f" (known: {', '.join(hints)})"
-            found.append(f"{where or 'the file'} knows no {name!r}{hint_text}")
+            problems.append(f"{where or 'the file'} knows no {name!r}{hint_text}")
         elif dataclasses.is_dataclass(hint):
-            found += wrong_types(typing.cast(type, hint), item, place)
+            problems += wrong_types(typing.cast(type, hint), item, place)
         elif not _fits(hint, item):
-            found.append(f"{place}={item!r} must be {_words(hint)}")
-    return found
+            problems.append(f"{place}={item!r} must be {_words(hint)}")
+    return problems
 
 
 def _fits(hint: Any, item: Any) -> bool:
@@ -94,7 +121,7 @@ def _field(hint: Any, item: Any) -> Any:
     if item is None:
         return None
     if dataclasses.is_dataclass(hint):
-        return from_json(typing.cast(type, hint), item)
+        return _build(typing.cast(type, hint), item)
     if hint is Path or Path in typing.get_args(hint):
         return Path(item)
     if typing.get_origin(hint) is tuple:

@@ -1,14 +1,16 @@
 """Command lines from typed functions and configs, by tyro."""
 
+import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import tyro
 
 from core.config import to_json
+from core.renamed import new_names, tell_renamed
 
 T = TypeVar("T")
 FLAT: Any = tyro.conf.OmitArgPrefixes
@@ -22,7 +24,11 @@ def parse(function: Callable[..., T], arguments: Sequence[str], verb: str) -> T:
 
     A wrong flag ends in exit code 2 with the nearest right one.
     """
-    return tyro.cli(function, args=list(arguments), prog=f"tapir {verb}")
+    names: dict[str, str] = {}
+    for hint in get_type_hints(function, include_extras=True).values():
+        kind = next(iter(get_args(hint)), hint)
+        names |= renamed_flags(kind, flat=True)
+    return tyro.cli(function, args=with_new_flags(names, arguments), prog=f"tapir {verb}")
 
 
 def parse_over(
@@ -36,11 +42,43 @@ def parse_over(
     return tyro.cli(
         type(default),
         default=default,
-        args=list(arguments),
+        args=with_new_flags(renamed_flags(type(default), flat), arguments),
         prog=f"tapir {verb}",
         description=description,
         config=(tyro.conf.OmitArgPrefixes,) if flat else (),
     )
+
+
+def renamed_flags(kind: Any, flat: bool = False) -> dict[str, str]:
+    """Old name -> new name of a config's flags, without dashes; `flat`: those of parts, too."""
+    return dict(_renamed_flags(kind, "", flat))
+
+
+def _renamed_flags(kind: Any, prefix: str, flat: bool) -> Iterator[tuple[str, str]]:
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+        return
+    for old, new in new_names(kind).items():
+        yield prefix + old, prefix + new
+    for name, hint in get_type_hints(kind).items():
+        yield from _renamed_flags(hint, prefix if flat else f"{prefix}{name}.", flat)
+
+
+def with_new_flags(names: dict[str, str], arguments: Sequence[str]) -> list[str]:
+    """A command line with its flags under new names; one line tells of old ones."""
+    renamed, pairs = [], {}
+    for argument in arguments:
+        head, equals, value = argument.partition("=")
+        dotted = head.removeprefix("--").replace("-", "_")
+        part, dot, last = dotted.rpartition(".")
+        no = "no_" if last.startswith("no_") and dotted not in names else ""
+        old = f"{part}{dot}{last.removeprefix(no)}"
+        if head.startswith("--") and old in names:
+            part, dot, last = names[old].rpartition(".")
+            new = f"--{part}{dot}{no}{last}".replace("_", "-")
+            pairs[head], argument = new, f"{new}{equals}{value}"
+        renamed.append(argument)
+    tell_renamed("the command line", pairs)
+    return renamed
 
 
 def print_json(value: Any) -> None:

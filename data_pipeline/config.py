@@ -84,15 +84,15 @@ class OrderConfig:
 
     lanes: int = 8
     """Independent sub-streams; every data-parallel degree must divide it."""
-    window: int = 8
+    shuffle_buffer: int = 8
     """Blocks of a lane that are shuffled together; each rank keeps its lanes' windows in memory."""
 
     def problems(self, global_batch: int, ranks: int) -> list[str]:
-        if min(self.lanes, self.window) < 1:
-            return ["order.lanes and order.window must be at least 1"]
+        if min(self.lanes, self.shuffle_buffer) < 1:
+            return ["order.lanes and order.shuffle_buffer must be at least 1"]
         lanes = self.lanes if self.lanes % ranks == 0 else ranks * max(1, self.lanes // ranks)
         batch = max(lanes, round(global_batch / lanes) * lanes)
-        advice = f"try --order.lanes {lanes} --loop.batch {batch}"
+        advice = f"try --order.lanes {lanes} --loop.global-batch-size {batch}"
         found = []
         if self.lanes % ranks:
             found.append(
@@ -100,7 +100,8 @@ class OrderConfig:
             )
         elif global_batch % self.lanes:
             found.append(
-                f"order.lanes={self.lanes} does not divide loop.batch={global_batch}; {advice}"
+                f"order.lanes={self.lanes} does not divide loop.global_batch_size={global_batch}; "
+                f"{advice}"
             )
         return found
 
@@ -111,7 +112,7 @@ class LoaderConfig:
 
     readers: int = 4
     """Threads that fetch blocks from the store."""
-    ahead: int = 16
+    prefetch: int = 16
     """Steps whose batches are fetched before they are needed."""
     cache: Path | None = None
     """Local folder that keeps fetched blocks; several ranks may share it."""
@@ -120,8 +121,8 @@ class LoaderConfig:
 
     def problems(self) -> list[str]:
         found = []
-        if min(self.readers, self.ahead) < 1:
-            found.append("loader.readers and loader.ahead must be at least 1")
+        if min(self.readers, self.prefetch) < 1:
+            found.append("loader.readers and loader.prefetch must be at least 1")
         if not self.cache_gigabytes > 0:
             found.append("loader.cache_gigabytes must be positive")
         return found

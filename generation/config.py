@@ -229,30 +229,32 @@ class EvaluateConfig(SampleConfig):
 
     prompts: int = 256
     """Held-out captions, at most."""
-    most: int = 0
-    """Candidates of the first `few` captions, for best-of-N beyond `candidates`; 0 = as many."""
-    few: int = 64
-    """Captions that get `most` candidates."""
-    scales: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
+    max_candidates: int = 0
+    """Candidates of the first captions, for best-of-N beyond `candidates`; 0 = as many."""
+    max_candidates_prompts: int = 64
+    """Captions that get `max_candidates`."""
+    guidance_scales: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
     """Guidance scales at which single samples are measured, if the prior was trained for it."""
-    guided: int = 0
+    guidance_prompts: int = 0
     """Captions that they are measured on; 0 = all."""
 
     def problems(self) -> list[str]:
         found = super().problems()
         if self.prompts < 1:
             found.append("prompts must be at least 1")
-        if self.guided < 0:
-            found.append(f"guided={self.guided} must not be negative; 0 = all captions")
-        if self.few < 1:
-            found.append(f"few={self.few} must be at least 1")
-        if self.most != 0 and self.most < self.candidates:
+        if self.guidance_prompts < 0:
             found.append(
-                f"most={self.most} must be 0 or at least candidates={self.candidates}, which every "
-                "caption gets"
+                f"guidance_prompts={self.guidance_prompts} must not be negative; 0 = all captions"
             )
-        if not all(0 <= scale <= _MOST_GUIDANCE for scale in self.scales):
-            found.append(f"scales must be 0 to {_MOST_GUIDANCE}")
+        if self.max_candidates_prompts < 1:
+            found.append(f"max_candidates_prompts={self.max_candidates_prompts} must be at least 1")
+        if self.max_candidates != 0 and self.max_candidates < self.candidates:
+            found.append(
+                f"max_candidates={self.max_candidates} must be 0 or at least candidates="
+                f"{self.candidates}, which every caption gets"
+            )
+        if not all(0 <= scale <= _MOST_GUIDANCE for scale in self.guidance_scales):
+            found.append(f"guidance_scales must be 0 to {_MOST_GUIDANCE}")
         return found
 
 

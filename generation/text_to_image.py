@@ -56,7 +56,7 @@ class Studio:
     ranker: Ranker | None
     """None: candidates stay in the order in which they were drawn."""
     tokenizer: Tokenizer
-    caption_drop: float = 0.0
+    caption_dropout: float = 0.0
     """How often the prior saw the empty caption in training."""
 
     def draw(
@@ -71,7 +71,7 @@ class Studio:
         `done` is told of pictures as they are finished, before they are ranked.
         """
         count = settings.candidates
-        if settings.guidance != 1 and not self.caption_drop:
+        if settings.guidance != 1 and not self.caption_dropout:
             LOG.warning(
                 "the prior was trained without --caption-drop: it does not know the empty caption, "
                 "and --guidance may do harm"
@@ -229,7 +229,7 @@ def open_studio(
         dvae=dvae.to(device),
         ranker=open_ranker(models.clip, models.bpe, device, side) if rerank else None,
         tokenizer=tokenizer,
-        caption_drop=float(facts.get("caption_drop", 0.0)),
+        caption_dropout=float(facts.get("caption_dropout", 0.0)),
     )
 
 

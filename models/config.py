@@ -24,10 +24,10 @@ class DVAEConfig:
     """Number of codes (K)."""
     code_width: int = 32
     """Channels of a code's vector, the decoder's first layer."""
-    least_log_scale: float = -1.5
+    min_log_scale: float = -1.5
     """Floor of the likelihood's log scale; flat backgrounds would drive it to -inf and drown all
     else (the paper's photos need none: -20)."""
-    start: Literal["calibrated", "paper"] = "calibrated"
+    init: Literal["calibrated", "paper"] = "calibrated"
     """First weights. calibrated: a decoder that hears the codes whatever their number, and output
     layers fitted to a first batch. paper: every convolution from N(0, 1 / fan-in)."""
     epsilon: float = 0.1

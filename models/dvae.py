@@ -74,7 +74,7 @@ class DVAE(nn.Module):
         self.config = config
         self.encoder = build_encoder(config)
         self.decoder = build_decoder(config)
-        init_fan_in(self, seed, one_hot="decoder.input" if config.start == "calibrated" else "")
+        init_fan_in(self, seed, one_hot="decoder.input" if config.init == "calibrated" else "")
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def logits(self, image: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class DVAE(nn.Module):
         with torch.autocast(codes_bkhw.device.type, enabled=False):
             states = self.decoder[0](_wide(codes_bkhw))
         mu, log_scale = _wide(self.decoder[1:](states)).chunk(2, dim=1)
-        return mu, log_scale.clamp_min(self.config.least_log_scale)
+        return mu, log_scale.clamp_min(self.config.min_log_scale)
 
     def tokens(self, image: Tensor) -> Tensor:
         """The most likely codes, without noise: (B, 3, S, S) -> (B, grid * grid) int64."""

@@ -25,9 +25,9 @@ class _CappedAdamW(torch.optim.Optimizer):
         lr: float,
         betas: tuple[float, float],
         eps: float,
-        most_variance: float = math.inf,
+        max_variance: float = math.inf,
     ) -> None:
-        self._most = most_variance
+        self._most = max_variance
         self._start(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
 
     def _start(self, groups: list[dict[str, Any]], options: dict[str, Any]) -> None:

@@ -31,9 +31,9 @@ class MeshConfig:
     """Ranks that share each matmul; heads are padded where it does not divide them."""
     pipeline: int = 1
     """Stages that the layers are cut into."""
-    machines: int = 1
-    """Machines that the replicas lie on; above 1, ZeRO-3 shards inside of a machine and gradients
-    are reduced (and compressed) between machines."""
+    nodes: int = 1
+    """Nodes that the replicas are on; above 1, ZeRO-3 shards inside a node, and gradients are
+    reduced (and compressed) between nodes."""
 
     @property
     def world(self) -> int:
@@ -42,7 +42,7 @@ class MeshConfig:
     @property
     def local(self) -> int:
         """Replicas on one machine."""
-        return self.data // self.machines
+        return self.data // self.nodes
 
     def problems(
         self,
@@ -51,8 +51,8 @@ class MeshConfig:
     ) -> list[str]:
         """What is impossible about this mesh; `world` is the number of ranks that were given."""
         found = []
-        if min(self.data, self.tensor, self.pipeline, self.machines) < 1:
-            return ["mesh.data, tensor, pipeline and machines must be at least 1"]
+        if min(self.data, self.tensor, self.pipeline, self.nodes) < 1:
+            return ["mesh.data, tensor, pipeline and nodes must be at least 1"]
         if not sizes.cuttable and self.tensor * self.pipeline > 1:
             found.append(
                 "mesh.tensor and mesh.pipeline must be 1: this stage's model is trained by data "
@@ -67,16 +67,16 @@ class MeshConfig:
                 f"mesh.pipeline={self.pipeline} is more than {sizes.layers} layers; "
                 f"try {sizes.layers}"
             )
-        if self.data % self.machines:
+        if self.data % self.nodes:
             divisors = [d for d in range(1, self.data + 1) if self.data % d == 0]
-            near = min(divisors, key=lambda d: abs(d - self.machines))
+            near = min(divisors, key=lambda d: abs(d - self.nodes))
             found.append(
-                f"mesh.machines={self.machines} does not divide mesh.data={self.data}; try {near}"
+                f"mesh.nodes={self.nodes} does not divide mesh.data={self.data}; try {near}"
             )
-        elif self.machines > 1 and self.local < 2:
+        elif self.nodes > 1 and self.local < 2:
             found.append(
-                f"mesh.machines={self.machines} leaves one replica a machine, and nothing to shard "
-                f"ZeRO-3 over; try --mesh.data {2 * self.machines}, or --mesh.machines 1"
+                f"mesh.nodes={self.nodes} leaves one replica a machine, and nothing to shard "
+                f"ZeRO-3 over; try --mesh.data {2 * self.nodes}, or --mesh.nodes 1"
             )
         block = self.tensor * self.pipeline
         if world is not None and world != self.world:
@@ -100,14 +100,14 @@ class OptimConfig:
     """Peak learning rate."""
     final_lr: float = 0.0
     """Learning rate at the end of the cosine that leads down to it."""
-    decay_share: float = 1.0
+    decay_fraction: float = 1.0
     """Share of the run in which that cosine falls; behind it final_lr is held."""
     halvings: int = 0
     """Times that the learning rate is halved at a plateau of the validation loss, instead of the
     cosine; 0 = the cosine (the paper's prior: 5)."""
     patience: int = 5
     """Validations without a new best loss that make a plateau."""
-    least_gain: float = 0.001
+    plateau_threshold: float = 0.001
     """Share by which a loss must be below the best one to count as a new best."""
     warmup: int = 50
     """Steps of the linear rise from 0."""
@@ -123,7 +123,7 @@ class OptimConfig:
     """Global gradient norm above which gradients are scaled down."""
     moments: Literal["fp32", "bf16"] = "fp32"
     """How AdamW's moments are stored; bf16 takes half of the memory."""
-    most_variance: float = 0.0
+    max_variance: float = 0.0
     """Cap of AdamW's running variance, before it is used; 0 = none (the paper's prior: 5)."""
     ema: float = 0.0
     """Decay of a moving average of the weights, which is what is exported; 0 = none (the paper's
@@ -139,15 +139,17 @@ class OptimConfig:
             found.append("optim.final_lr and optim.weight_decay must not be negative")
         if self.warmup < 0:
             found.append("optim.warmup must not be negative")
-        if not 0 < self.decay_share <= 1:
-            found.append(f"optim.decay_share={self.decay_share} must be above 0 and at most 1")
-        if self.halvings < 0 or self.patience < 1 or not 0 <= self.least_gain < 1:
+        if not 0 < self.decay_fraction <= 1:
+            found.append(
+                f"optim.decay_fraction={self.decay_fraction} must be above 0 and at most 1"
+            )
+        if self.halvings < 0 or self.patience < 1 or not 0 <= self.plateau_threshold < 1:
             found.append(
                 "optim.halvings must not be negative, optim.patience at least 1 and "
-                "optim.least_gain in [0, 1)"
+                "optim.plateau_threshold in [0, 1)"
             )
-        if not 0 <= self.most_variance < math.inf:
-            found.append("optim.most_variance must not be negative; 0 = none")
+        if not 0 <= self.max_variance < math.inf:
+            found.append("optim.max_variance must not be negative; 0 = none")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             found.append("optim.beta1 and optim.beta2 must lie in [0, 1)")
         if not 0 <= self.ema < 1 or self.ema_every < 1:
@@ -192,8 +194,8 @@ class EngineConfig:
     deepspeed_pipe (tensor x pipeline x data, ZeRO-1)."""
     zero_stage: int = 1
     """What deepspeed_zero shards over replicas: 1 = optimiser, 2 = gradients too, 3 = weights."""
-    accumulate: int = 1
-    """Micro-batches a step, on each replica."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches a step, on each replica; with a pipeline, those that its stages work on."""
     recompute: bool = False
     """Recompute each resblock's activations in the backward pass instead of keeping them."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
@@ -214,12 +216,13 @@ class EngineConfig:
         found = []
         if self.zero_stage not in (1, 2, 3):
             found.append(f"engine.zero_stage={self.zero_stage} must be 1, 2 or 3; try 1")
-        if self.accumulate < 1 or batch_per_replica % max(self.accumulate, 1):
+        steps = self.gradient_accumulation_steps
+        if steps < 1 or batch_per_replica % max(steps, 1):
             near = [n for n in range(1, batch_per_replica + 1) if batch_per_replica % n == 0]
-            best = min(near, key=lambda n: abs(n - self.accumulate), default=1)
+            best = min(near, key=lambda n: abs(n - steps), default=1)
             found.append(
-                f"engine.accumulate={self.accumulate} does not divide the {batch_per_replica} "
-                f"samples of a replica; try {best}"
+                f"engine.gradient_accumulation_steps={steps} does not divide the "
+                f"{batch_per_replica} samples of a replica; try {best}"
             )
         if self.name == "reference" and mesh.tensor * mesh.pipeline > 1:
             found.append(
@@ -241,15 +244,15 @@ class EngineConfig:
                 "on one process use --engine.name reference"
             )
         layout = self.name == "deepspeed_zero" and self.zero_stage == 3
-        if mesh.machines > 1 and not (layout and mesh.tensor == 1):
+        if mesh.nodes > 1 and not (layout and mesh.tensor == 1):
             found.append(
-                f"mesh.machines={mesh.machines} is the paper's layout: it needs --engine.name "
-                "deepspeed_zero --engine.zero-stage 3 --mesh.tensor 1; otherwise --mesh.machines 1"
+                f"mesh.nodes={mesh.nodes} is the paper's layout: it needs --engine.name "
+                "deepspeed_zero --engine.zero-stage 3 --mesh.tensor 1; otherwise --mesh.nodes 1"
             )
-        if compress and layout and mesh.machines == 1:
+        if compress and layout and mesh.nodes == 1:
             found.append(
                 "compress.rank: ZeRO-3 on one machine keeps no replica whose gradients could be "
-                "compressed; set mesh.machines, or --engine.zero-stage 1"
+                "compressed; set mesh.nodes, or --engine.zero-stage 1"
             )
         elif compress and mesh.data == 1:
             found.append(

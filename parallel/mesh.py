@@ -113,10 +113,10 @@ def build_mesh(config: MeshConfig, world: World) -> Mesh:
         groups = {axis: _checked(config, axis, built[axis], world.rank) for axis in AXES}
         shared = megatron.MegatronTensorParallel() if config.tensor > 1 else shared
     machine, between = groups["data"], Group()
-    if config.machines > 1:
-        rows = np.asarray(axis_ranks(config, "data")).reshape(-1, config.machines, config.local)
+    if config.nodes > 1:
+        rows = np.asarray(axis_ranks(config, "data")).reshape(-1, config.nodes, config.local)
         machine = _subgroup(rows.reshape(-1, config.local), world.rank)
-        between = _subgroup(rows.swapaxes(1, 2).reshape(-1, config.machines), world.rank)
+        between = _subgroup(rows.swapaxes(1, 2).reshape(-1, config.nodes), world.rank)
     return Mesh(world=world, machine=machine, between=between, shared=shared, **groups)
 
 

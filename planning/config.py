@@ -22,7 +22,7 @@ _UNITS = {"network": 1e9 / 8, "link": 1e9, "memory": 1e9, "host_memory": 1e9}
 class ClusterFlags:
     """What of the cluster differs from the defaults of its GPU; 0 = the default."""
 
-    a_node: int = 0
+    gpus_per_node: int = 0
     """GPUs a node."""
     network: float = 0.0
     """Gbit/s that a node sends to the others."""
@@ -32,7 +32,7 @@ class ClusterFlags:
     """GB a GPU."""
     host_memory: float = 0.0
     """GB of a node's host, where its ranks start."""
-    cost_hour: float = 0.0
+    cost_per_hour: float = 0.0
     """Dollars a GPU and hour."""
 
     def problems(self) -> list[str]:
@@ -140,5 +140,5 @@ def settings_of(preset: str, batch: int = 0) -> PriorTrain:
     if preset not in known:
         raise InputError(f"there is no prior preset {preset!r} (known: {', '.join(known)})")
     settings: PriorTrain = filled(preset, known[preset]())
-    loop = replace(settings.loop, batch=batch or settings.loop.batch)
+    loop = replace(settings.loop, global_batch_size=batch or settings.loop.global_batch_size)
     return replace(settings, loop=loop)

@@ -36,7 +36,7 @@ def draw(found: Found, hardware: Hardware, path: Path) -> None:
 def _known(row: Candidate) -> bool:
     """True for the layouts that everybody asks about: plain data parallelism, and the paper's."""
     settings = row.settings
-    return settings.engine.name == "reference" or settings.mesh.machines > 1
+    return settings.engine.name == "reference" or settings.mesh.nodes > 1
 
 
 def _memory(axes: Axes, rows: list[Candidate], hardware: Hardware) -> None:
@@ -44,7 +44,7 @@ def _memory(axes: Axes, rows: list[Candidate], hardware: Hardware) -> None:
     for row in rows:
         mesh = row.settings.mesh
         short = row.settings.engine.name.removeprefix("deepspeed_")
-        short = "paper" if mesh.machines > 1 else short
+        short = "paper" if mesh.nodes > 1 else short
         names.append(f"TP{mesh.tensor} PP{mesh.pipeline}\nDP{mesh.data} {short}")
     at = list(range(len(rows)))
     bottoms = [0.0] * len(rows)

@@ -40,7 +40,11 @@ def way_json(candidate: Candidate) -> dict[str, Any]:
     """How it runs, and its bytes."""
     settings = candidate.settings
     mesh, engine = settings.mesh, settings.engine
-    micro = settings.loop.batch // mesh.data // engine.accumulate if candidate.bytes_ else 0
+    micro = (
+        settings.loop.global_batch_size // mesh.data // engine.gradient_accumulation_steps
+        if candidate.bytes_
+        else 0
+    )
     return {
         "layout": layout_name(settings),
         "mesh": dict(vars(mesh)),
@@ -48,7 +52,7 @@ def way_json(candidate: Candidate) -> dict[str, Any]:
         "zero_stage": engine.zero_stage if engine.name != "reference" else 0,
         "precision": engine.precision,
         "micro_batch": micro,
-        "accumulate": engine.accumulate,
+        "gradient_accumulation_steps": engine.gradient_accumulation_steps,
         "recompute": engine.recompute,
         "compress_rank": settings.compress.rank,
         "moments": settings.optim.moments,
@@ -78,7 +82,10 @@ def flags_of(candidate: Candidate) -> list[str]:
     mesh, engine = settings.mesh, settings.engine
     flags = [f"--mesh.{name}={value}" for name, value in vars(mesh).items()]
     flags += [f"--engine.name={engine.name}", f"--engine.zero-stage={engine.zero_stage}"]
-    flags += [f"--engine.accumulate={engine.accumulate}", f"--engine.precision={engine.precision}"]
+    flags += [
+        f"--engine.gradient-accumulation-steps={engine.gradient_accumulation_steps}",
+        f"--engine.precision={engine.precision}",
+    ]
     flags += ["--engine.recompute" if engine.recompute else "--engine.no-recompute"]
     return [*flags, f"--compress.rank={settings.compress.rank}"]
 
@@ -141,7 +148,7 @@ def _mesh(candidate: Candidate) -> str:
 def _short(candidate: Candidate) -> str:
     """A layout's name in a narrow column."""
     settings = candidate.settings
-    if settings.mesh.machines > 1:
+    if settings.mesh.nodes > 1:
         return "paper"
     return settings.engine.name.removeprefix("deepspeed_") + str(stage_of_zero(settings) or "")
 
@@ -168,7 +175,7 @@ def _fitting(found: Found, parameters: int, hardware: Hardware) -> Table:
         table.add_row(
             _mesh(row.candidate),
             _short(row.candidate),
-            f"{way['micro_batch']} x {way['accumulate']}",
+            f"{way['micro_batch']} x {way['gradient_accumulation_steps']}",
             "yes" if way["recompute"] else "no",
             str(way["compress_rank"]),
             f"{row.candidate.total / size:.1f}",

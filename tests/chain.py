@@ -38,7 +38,7 @@ from training.stages import make_task
 from training.tokenizer import train_tokenizer
 from training.trainer import Run
 
-LOOP = LoopConfig(steps=4, batch=8, log_every=1, validate_every=0, validation_samples=8)
+LOOP = LoopConfig(steps=4, global_batch_size=8, log_every=1, validate_every=0, validation_samples=8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +60,9 @@ class Chain:
         shared: dict[str, Any] = {
             "out": self.folder / stage,
             "loop": LOOP,
-            "checkpoint": CheckpointConfig(every=2, keep=9, background=False),
-            "order": OrderConfig(lanes=2, window=2),
-            "loader": LoaderConfig(readers=1, ahead=2),
+            "checkpoint": CheckpointConfig(every=2, keep=9, async_save=False),
+            "order": OrderConfig(lanes=2, shuffle_buffer=2),
+            "loader": LoaderConfig(readers=1, prefetch=2),
             "engine": EngineConfig(),
         }
         if stage == "dvae":

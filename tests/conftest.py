@@ -72,7 +72,7 @@ def bpe(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dvae(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dVAE after a few steps."""
     train = ["train", "dvae", "tiny", f"--data={raw}"]
-    train += ["--loop.steps=6", "--loop.batch=32", "--mesh.data=1"]
+    train += ["--loop.steps=6", "--loop.global-batch-size=32", "--mesh.data=1"]
     return _once("dvae", tmp_path_factory, lambda to: tapir(*train, f"--out={to}"))
 
 

@@ -19,10 +19,10 @@ class LoopConfig:
 
     steps: int = 1000
     """Optimiser steps of the whole run."""
-    until: int = 0
+    stop_at: int = 0
     """End after this step with a checkpoint, before the run is whole: the same run goes on later,
     on any mesh; 0 = train all steps."""
-    batch: int = 64
+    global_batch_size: int = 64
     """Global batch size: samples a step, over all ranks."""
     seed: int = 0
     """Seed of weights, order and noise."""
@@ -37,14 +37,16 @@ class LoopConfig:
     @property
     def end(self) -> int:
         """The step at which this command ends."""
-        return self.until or self.steps
+        return self.stop_at or self.steps
 
     def problems(self) -> list[str]:
         found = []
-        if min(self.steps, self.batch, self.log_every, self.validation_samples) < 1:
-            found.append("loop.steps, batch, log_every and validation_samples must be at least 1")
-        if not 0 <= self.until <= self.steps:
-            found.append(f"loop.until={self.until} must lie in 0 (all steps) to {self.steps}")
+        if min(self.steps, self.global_batch_size, self.log_every, self.validation_samples) < 1:
+            found.append(
+                "loop.steps, global_batch_size, log_every and validation_samples must be at least 1"
+            )
+        if not 0 <= self.stop_at <= self.steps:
+            found.append(f"loop.stop_at={self.stop_at} must lie in 0 (all steps) to {self.steps}")
         if self.validate_every < 0:
             found.append("loop.validate_every must not be negative; 0 = only at the end")
         return found
@@ -58,21 +60,21 @@ class CheckpointConfig:
     """Steps between two checkpoints; one is always written at the end."""
     keep: int = 2
     """Newest checkpoints that are kept."""
-    hours: float = 0.0
+    keep_every_hours: float = 0.0
     """Keep one for every so many hours, too; 0 = none."""
     best: bool = False
     """Keep the one with the lowest validation loss, too, of those saved at a validated step."""
     to: str = ""
     """s3://bucket/prefix or a folder; by default `checkpoints` in the run folder."""
-    background: bool = True
+    async_save: bool = True
     """Write while training goes on: takes memory for a copy of this rank's state."""
 
     def problems(self) -> list[str]:
         found = []
         if min(self.every, self.keep) < 1:
             found.append("checkpoint.every and checkpoint.keep must be at least 1")
-        if not 0 <= self.hours < math.inf:
-            found.append("checkpoint.hours must not be negative; 0 = none")
+        if not 0 <= self.keep_every_hours < math.inf:
+            found.append("checkpoint.keep_every_hours must not be negative; 0 = none")
         return found + place_problems(self.to, "checkpoint.to")
 
 
@@ -157,8 +159,10 @@ class StageConfig:
         """
         found = self.fixed_problems() + self.mesh.problems(world, self.sizes())
         replicas = max(self.mesh.data, 1)
-        found += self.order.problems(self.loop.batch, replicas)
-        found += self.engine.problems(self.loop.batch // replicas, self.mesh, self.compress.on)
+        found += self.order.problems(self.loop.global_batch_size, replicas)
+        found += self.engine.problems(
+            self.loop.global_batch_size // replicas, self.mesh, self.compress.on
+        )
         return found
 
     def fixed_problems(self) -> list[str]:
@@ -183,10 +187,10 @@ class StageConfig:
                 "optim.halvings needs validations to see a plateau; set loop.validate_every, or "
                 "--optim.halvings 0 for the cosine"
             )
-        if self.guard.codes and not loop.validate_every:
+        if self.guard.min_codebook_usage and not loop.validate_every:
             found.append(
-                "guard.codes needs validations to see codes; set loop.validate_every, or "
-                "--guard.codes 0"
+                "guard.min_codebook_usage needs validations to see codes; set loop.validate_every, "
+                "or --guard.min-codebook-usage 0"
             )
         if self.checkpoint.best and not self._saves_validated():
             found.append(
@@ -232,21 +236,21 @@ class DVAETrain(StageConfig):
     """Gumbel temperature at the first step."""
     tau_last: float = 1 / 16
     """Gumbel temperature at the end of its cosine."""
-    tau_share: float = 0.8
+    tau_fraction: float = 0.8
     """Share of the run after which the temperature stays at its last value."""
     beta_first: float = 0.0
     """Weight of the KL term at the first step (the paper: 0)."""
     beta: float = 6.6
     """Final weight of the KL term, reached by a cosine (the paper: 6.6)."""
-    beta_share: float = 0.3
+    beta_fraction: float = 0.3
     """Share of the run in which beta moves."""
 
     def model_problems(self) -> list[str]:
         found = self.model.problems() + self._of_priors_alone()
         if not 0 < self.tau_last <= self.tau_first < math.inf:
             found.append("tau_last must be positive and not above tau_first")
-        if not (0 < self.tau_share <= 1 and 0 < self.beta_share <= 1):
-            found.append("tau_share and beta_share must be above 0 and at most 1")
+        if not (0 < self.tau_fraction <= 1 and 0 < self.beta_fraction <= 1):
+            found.append("tau_fraction and beta_fraction must be above 0 and at most 1")
         if not (0 <= self.beta_first < math.inf and 0 <= self.beta < math.inf):
             found.append("beta_first and beta must not be negative")
         return found
@@ -266,7 +270,7 @@ class PriorTrain(StageConfig):
     """Probability that a merge is passed over, drawn anew at every reading (the paper: 0.1)."""
     bpe: Path = Path("runs/bpe")
     """Folder of the tokens' tokenizer.json; read if bpe_dropout is above 0."""
-    caption_drop: float = 0.0
+    caption_dropout: float = 0.0
     """Probability that a caption is left empty at a reading, for classifier-free guidance in
     sampling: try 0.1 (the paper: none)."""
 
@@ -277,8 +281,8 @@ class PriorTrain(StageConfig):
         found = self.model.problems() + self.guard.without_codes()
         if not 0 <= self.bpe_dropout < 1:
             found.append(f"bpe_dropout={self.bpe_dropout} must lie in [0, 1); the paper's is 0.1")
-        if not 0 <= self.caption_drop < 1:
-            found.append(f"caption_drop={self.caption_drop} must lie in [0, 1); try 0.1")
+        if not 0 <= self.caption_dropout < 1:
+            found.append(f"caption_dropout={self.caption_dropout} must lie in [0, 1); try 0.1")
         return found
 
 
@@ -312,7 +316,7 @@ class BPETrain:
     spaces: Literal["alone", "joined"] = "alone"
     """alone = every space is a token (the paper); joined = a word and the space before it merge:
     half as many tokens a caption, and a prior learns earlier what stands where."""
-    most_captions: int = 1_000_000
+    max_captions: int = 1_000_000
     """Captions that are read, at most."""
 
     def problems(self) -> list[str]:
@@ -322,8 +326,8 @@ class BPETrain:
             found.append(
                 f"vocabulary={self.vocabulary} must be 257 to 65536 (256 of them are bytes)"
             )
-        if self.most_captions < 1:
-            found.append("most_captions must be at least 1")
+        if self.max_captions < 1:
+            found.append("max_captions must be at least 1")
         return found
 
 

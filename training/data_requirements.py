@@ -36,7 +36,7 @@ def sizes_of(place: str, train: Manifest, held_out: Manifest) -> DataSizes:
 
 def size_problems(settings: StageConfig, sizes: DataSizes) -> list[str]:
     """Why a stage could not train on so much data, or not validate."""
-    lanes, batch, found = settings.order.lanes, settings.loop.batch, []
+    lanes, batch, found = settings.order.lanes, settings.loop.global_batch_size, []
     if sizes.held_out < lanes:
         found.append(
             f"the validation split of {sizes.place} has {sizes.about}{sizes.held_out} pairs, and a "
@@ -46,9 +46,9 @@ def size_problems(settings: StageConfig, sizes: DataSizes) -> list[str]:
     if sizes.train < batch or sizes.blocks < lanes:
         found.append(
             f"the train split of {sizes.place} has {sizes.about}{sizes.train} pairs in "
-            f"{sizes.blocks} blocks, which fill no batch of loop.batch={batch} over order.lanes="
-            f"{lanes}: every lane needs a block; lower loop.batch or order.lanes, or make smaller "
-            "blocks (--block of pack and tokenize)"
+            f"{sizes.blocks} blocks, which fill no batch of loop.global_batch_size={batch} over "
+            f"order.lanes={lanes}: every lane needs a block; lower loop.global_batch_size or "
+            "order.lanes, or make smaller blocks (--block of pack and tokenize)"
         )
     return found
 

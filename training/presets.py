@@ -20,16 +20,16 @@ def dvae_tiny() -> DVAETrain:
     """32x32 pixels to 8x8 tokens of 64 codes: minutes on 2 cores."""
     return DVAETrain(
         model=DVAEConfig(width=16, bottleneck=1, codebook=64),
-        loop=LoopConfig(steps=1800, batch=32, validate_every=300),
+        loop=LoopConfig(steps=1800, global_batch_size=32, validate_every=300),
         checkpoint=CheckpointConfig(every=300),
         optim=OptimConfig(lr=3e-3, final_lr=5e-5, weight_decay=1e-4, beta2=0.999, warmup=60),
         mesh=MeshConfig(data=2),
         augment=False,
         beta_first=1.2,
         beta=0.05,
-        beta_share=0.2,
+        beta_fraction=0.2,
         tau_last=0.25,
-        tau_share=0.65,
+        tau_fraction=0.65,
     )
 
 
@@ -40,14 +40,14 @@ def bpe_tiny() -> BPETrain:
 
 def bpe_paper() -> BPETrain:
     """The paper's 16,384 entries."""
-    return BPETrain(vocabulary=16_384, most_captions=10_000_000)
+    return BPETrain(vocabulary=16_384, max_captions=10_000_000)
 
 
 def prior_tiny() -> PriorTrain:
     """About 2 million parameters over 8x8 image tokens: minutes on 2 cores."""
     return PriorTrain(
         model=PriorConfig(dim=192, heads=6, layers=4, text_length=24),
-        loop=LoopConfig(steps=1000, batch=32, validate_every=250),
+        loop=LoopConfig(steps=1000, global_batch_size=32, validate_every=250),
         checkpoint=CheckpointConfig(every=250),
         optim=OptimConfig(lr=2e-3, final_lr=5e-5, warmup=50),
         mesh=MeshConfig(data=2),
@@ -59,7 +59,7 @@ def clip_tiny() -> ClipTrain:
     """Two 3-layer towers of width 128; patches of 8 cost half of 4's time and rank better."""
     return ClipTrain(
         model=ClipConfig(patch=8),
-        loop=LoopConfig(steps=480, batch=128, validate_every=160),
+        loop=LoopConfig(steps=480, global_batch_size=128, validate_every=160),
         checkpoint=CheckpointConfig(every=160),
         optim=OptimConfig(lr=1e-3, final_lr=1e-5, warmup=50, beta2=0.98, clip_norm=1.0),
         mesh=MeshConfig(data=2),
@@ -71,7 +71,7 @@ def dvae_small() -> DVAETrain:
     tiny = dvae_tiny()
     return DVAETrain(
         model=DVAEConfig(pixels=64, width=64, blocks=2, codebook=1024, code_width=64),
-        loop=LoopConfig(steps=50_000, batch=128, validate_every=1000),
+        loop=LoopConfig(steps=50_000, global_batch_size=128, validate_every=1000),
         checkpoint=CheckpointConfig(every=1000),
         optim=tiny.optim,
         order=OrderConfig(lanes=64),
@@ -91,15 +91,15 @@ def dvae_paper() -> DVAETrain:
             gain=0.0,
             codebook=8192,
             code_width=128,
-            least_log_scale=-20.0,
-            start="paper",
+            min_log_scale=-20.0,
+            init="paper",
         ),
-        loop=LoopConfig(steps=steps, batch=512, validate_every=5000),
+        loop=LoopConfig(steps=steps, global_batch_size=512, validate_every=5000),
         checkpoint=CheckpointConfig(every=2000),
         optim=OptimConfig(
             lr=1e-4,
             final_lr=1.25e-6,
-            decay_share=1_200_000 / steps,
+            decay_fraction=1_200_000 / steps,
             warmup=0,
             beta2=0.999,
             weight_decay=1e-4,
@@ -110,8 +110,8 @@ def dvae_paper() -> DVAETrain:
         mesh=MeshConfig(data=64),
         engine=EngineConfig(name="deepspeed_zero", precision="bf16"),
         order=OrderConfig(lanes=512),
-        tau_share=150_000 / steps,
-        beta_share=5_000 / steps,
+        tau_fraction=150_000 / steps,
+        beta_fraction=5_000 / steps,
     )
 
 
@@ -119,7 +119,7 @@ def prior_small() -> PriorTrain:
     """About 40 million parameters over 16x16 image tokens."""
     return PriorTrain(
         model=PriorConfig(dim=512, heads=8, layers=12, text_length=64),
-        loop=LoopConfig(steps=100_000, batch=256, validate_every=1000),
+        loop=LoopConfig(steps=100_000, global_batch_size=256, validate_every=1000),
         checkpoint=CheckpointConfig(every=1000),
         optim=OptimConfig(lr=4.5e-4, warmup=5000),
         order=OrderConfig(lanes=64),
@@ -134,13 +134,15 @@ def _paper_prior(dim: int, rank: int, mesh: MeshConfig) -> PriorTrain:
     lanes = 1024
     return PriorTrain(
         model=PriorConfig(dim=dim, heads=dim // 64, layers=64, text_length=256),
-        loop=LoopConfig(steps=430_000, batch=lanes, validate_every=5000, validation_samples=lanes),
+        loop=LoopConfig(
+            steps=430_000, global_batch_size=lanes, validate_every=5000, validation_samples=lanes
+        ),
         checkpoint=CheckpointConfig(every=500),
-        optim=OptimConfig(lr=4.5e-4, warmup=5000, halvings=5, most_variance=5.0, ema=0.99),
+        optim=OptimConfig(lr=4.5e-4, warmup=5000, halvings=5, max_variance=5.0, ema=0.99),
         mesh=mesh,
         engine=EngineConfig(
             name="deepspeed_pipe",
-            accumulate=lanes // mesh.data,
+            gradient_accumulation_steps=lanes // mesh.data,
             recompute=True,
             precision="bf16",
         ),

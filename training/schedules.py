@@ -17,13 +17,13 @@ def learning_rate(optim: OptimConfig, step: int, steps: int, halved: int = 0) ->
     """The learning rate of an update.
 
     Linear warm-up, then the peak halved `halved` times if optim.halvings is set; else a cosine
-    down to final_lr, which is held from optim.decay_share of the run on.
+    down to final_lr, which is held from optim.decay_fraction of the run on.
     """
     if step < optim.warmup:
         return optim.lr * (step + 1) / optim.warmup
     if optim.halvings:
         return optim.lr * 0.5**halved
-    span = max(optim.decay_share * steps - optim.warmup, 1)
+    span = max(optim.decay_fraction * steps - optim.warmup, 1)
     return cosine(optim.lr, optim.final_lr, (step - optim.warmup) / span)
 
 
@@ -45,7 +45,7 @@ class Plateau:
         """Take in the held-out loss behind a step; returns True if the rate is halved now."""
         if step < optim.warmup or self.halved >= optim.halvings:
             return False
-        if loss < self.best * (1 - optim.least_gain):
+        if loss < self.best * (1 - optim.plateau_threshold):
             self.best, self.since = loss, 0
             return False
         self.since += 1

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from core.config import from_json, to_json
+from core.config import from_json, to_json, with_new_names
 from training.config import ClipTrain, DVAETrain, PriorTrain, StageConfig
 
 
@@ -47,6 +47,12 @@ def parse_payload(payload: str) -> tuple[str, Any]:
     return body["stage"], settings_from_json(body["stage"], body["settings"])
 
 
-def settings_from_json(stage: str, body: dict[str, Any]) -> Any:
+def settings_from_json(stage: str, body: dict[str, Any], where: str = "") -> Any:
     """Settings of a stage. Raises: ConfigError for unknown fields or types."""
-    return from_json(STAGES[stage].settings, body)
+    return from_json(STAGES[stage].settings, body, where)
+
+
+def config_with_new_names(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """A run's stored config under the names of now; that of no training stage stays as it is."""
+    entry = STAGES.get(str(config.get("stage")))
+    return config if entry is None else with_new_names(entry.settings, config, where)

@@ -28,7 +28,7 @@ def train_tokenizer(settings: BPETrain) -> None:
     if (ranks_given() or 1) > 1:
         raise ConfigError("train bpe is one process; start it without mpirun or torchrun")
     refuse_others_folder(settings.out, "train bpe")
-    captions = islice(_captions(settings), settings.most_captions)
+    captions = islice(_captions(settings), settings.max_captions)
     first = next(captions, None)
     if first is None:
         raise InputError(f"{settings.texts or settings.data} holds no caption; give a larger one")

@@ -71,7 +71,7 @@ class Run:
             (world.gather_text, world.gather_aside),
         )
         self._validation = Validation(task, self.engine, settings, mesh, heart)
-        flops = step_flops(task.model_config, settings.loop.batch)
+        flops = step_flops(task.model_config, settings.loop.global_batch_size)
         precision = settings.engine.precision
         self.profile = Profile(settings.profile, mesh, ledger, settings.out, flops, precision)
         self.alarms = Alarms(settings, mesh, self.engine.shapes().values())
@@ -82,7 +82,7 @@ class Run:
         """The last validation's step and loss."""
 
     def train(self) -> None:
-        """Train to loop.steps or loop.until, from the newest checkpoint if there is one.
+        """Train to loop.steps or loop.stop_at, from the newest checkpoint if there is one.
 
         Raises: Preempted if the process was asked to stop, after a checkpoint.
         """
@@ -109,7 +109,7 @@ class Run:
             self._finish()
         elif self._resumed_at != self.step:
             self._save_surely()
-            LOG.info("saved at step %d of %d, where --loop.until ends", self.step, loop.steps)
+            LOG.info("saved at step %d of %d, where --loop.stop-at ends", self.step, loop.steps)
 
     def steps(self) -> Iterator[tuple[StepResult, StepCost]]:
         """The training steps that are left, and what each of them took."""
@@ -151,7 +151,10 @@ class Run:
 
     @timed(DATA_WAIT)
     def _micro_batches(self, records: Sequence[Any]) -> list[Batch]:
-        parts, task = split_records(records, self.settings.engine.accumulate), self.task
+        parts, task = (
+            split_records(records, self.settings.engine.gradient_accumulation_steps),
+            self.task,
+        )
         device = self.world.device
         return [hand_over(task.batch(part, self.step), device) if part else {} for part in parts]
 
@@ -313,7 +316,7 @@ def _stream(task: Task[Any], settings: StageConfig, mesh: Mesh) -> Stream:
     return Stream(
         task.train,
         seed=settings.loop.seed,
-        batch=settings.loop.batch,
+        batch=settings.loop.global_batch_size,
         order=settings.order,
         loader=settings.loader,
         rank=mesh.data.rank,

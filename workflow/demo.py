@@ -35,7 +35,7 @@ MESHES: dict[str, dict[str, Value]] = {
         "mesh.pipeline": 2,
         "mesh.data": 2,
         "engine.name": "deepspeed_pipe",
-        "engine.accumulate": 2,
+        "engine.gradient_accumulation_steps": 2,
         "compress.rank": 44,
         "compress.warm_start": True,
     },
@@ -46,8 +46,8 @@ RESHARD = "reshard"
 EVALUATED: dict[str, Value] = {
     "prompts": 512,
     "candidates": 16,
-    "most": 64,
-    "guided": 64,
+    "max_candidates": 64,
+    "guidance_prompts": 64,
     "temperature": 0.8,
     "guidance": 1.5,
 }
@@ -137,13 +137,13 @@ def _stage(chain: Chain, job: Job) -> DemoStage:
 def demo_run(config: DemoConfig, resharded: bool = False) -> RunFile:
     """The demo as a run file; the prior's stage is its first part, or `resharded` its last one."""
     sizes = _sizes(config)
-    first = sizes["prior"].pop("loop.until")
+    first = sizes["prior"].pop("loop.stop_at")
     alone: dict[str, Value] = {"mesh.data": 1} if config.mesh == "1" else {}
-    prior: dict[str, Value] = {**sizes["prior"], "caption_drop": CAPTION_DROP}
+    prior: dict[str, Value] = {**sizes["prior"], "caption_dropout": CAPTION_DROP}
     if resharded or config.mesh == "1":
         prior.update(MESHES[config.mesh])
     else:
-        prior["loop.until"] = first
+        prior["loop.stop_at"] = first
     changes = {"dvae": alone, "clip": alone, "prior": prior}
     for name in ("dvae", "prior", "clip"):
         changes[name] = {**changes[name], "loop.seed": config.seed}
@@ -165,17 +165,17 @@ def demo_run(config: DemoConfig, resharded: bool = False) -> RunFile:
 
 
 def _sizes(config: DemoConfig) -> dict[str, dict[str, Value]]:
-    """What the demo changes about the presets; loop.until ends the prior's first part."""
+    """What the demo changes about the presets; loop.stop_at ends the prior's first part."""
     shapes = config.data == "shapes"
     if config.size == "mini":
         short: dict[str, Value] = {
             "loop.steps": 6,
-            "loop.batch": 32,
+            "loop.global_batch_size": 32,
             "loop.validation_samples": 32,
         }
         learns = shapes  # how a picture depends on its caption; emoji show the plumbing alone
         pack = {"count": 1500 if learns else 300, "validation": 0.2}
-        prior = {**short, "loop.steps": 100 if learns else 24, "loop.until": 90 if learns else 18}
+        prior = {**short, "loop.steps": 100 if learns else 24, "loop.stop_at": 90 if learns else 18}
         return {
             "pack": {**pack, "shard_pairs": 200, "block": 8},
             "dvae": {**short, "loop.steps": 100 if learns else 6},
@@ -183,19 +183,24 @@ def _sizes(config: DemoConfig) -> dict[str, dict[str, Value]]:
             "prior": {**prior, "optim.warmup": 4, "model.text_length": 12},
             "clip": short,
             "score": {"captions": 8, "candidates": 2},
-            "evaluate": {"prompts": 8, "candidates": 4, "most": 8, "few": 2},
+            "evaluate": {
+                "prompts": 8,
+                "candidates": 4,
+                "max_candidates": 8,
+                "max_candidates_prompts": 2,
+            },
         }
     if shapes:
         return {
             "pack": {"count": 16_000},
-            "prior": {"loop.steps": 920, "loop.until": 880, "model.text_length": 12},
+            "prior": {"loop.steps": 920, "loop.stop_at": 880, "model.text_length": 12},
             "clip": {"loop.steps": 280, "model.text_length": 12},
             "score": {"candidates": 1},
             "evaluate": EVALUATED,
         }
     return {
         "pack": {"validation": 0.1},
-        "prior": {"loop.steps": 900, "loop.until": 840},
+        "prior": {"loop.steps": 900, "loop.stop_at": 840},
         "clip": {"loop.steps": 300},
         "score": {"candidates": 4},
         "evaluate": {"prompts": 64},

@@ -29,6 +29,11 @@ from cluster.local import LocalConfig
 from cluster.slurm import SlurmConfig
 from core.config import check, folder_problems, from_json, place_problems, wrong_types
 from core.errors import ConfigError, InputError, did_you_mean
+from core.flags import renamed_flags
+from core.renamed import new_names, renamed, tell_renamed
+from data_pipeline.config import PackConfig, TokenizeConfig
+from generation.config import EvaluateConfig, ScoreConfig
+from training.config import BPETrain, ClipTrain, DVAETrain, PriorTrain
 from training.presets import PRESETS
 
 STAGES = ("pack", "bpe", "dvae", "tokenize", "prior", "clip", "score", "evaluate")
@@ -45,6 +50,17 @@ AFTER: dict[str, tuple[str, ...]] = {
 }
 ARRAYS = ("tokenize", "score")
 """Stages whose work any number of workers can share."""
+SETTINGS: dict[str, Any] = {
+    "pack": PackConfig,
+    "bpe": BPETrain,
+    "dvae": DVAETrain,
+    "tokenize": TokenizeConfig,
+    "prior": PriorTrain,
+    "clip": ClipTrain,
+    "score": ScoreConfig,
+    "evaluate": EvaluateConfig,
+}
+"""Whose fields the flags of a stage are."""
 FOLDERS = {"tokenize": "tokens", "score": "scores", "evaluate": "samples"}
 """Folders of stages that are not called by their stage's name."""
 Value = str | int | float | bool
@@ -161,6 +177,7 @@ def read_runfile(path: Path) -> RunFile:
     if not isinstance(body, dict):
         raise InputError(f"{path} holds no run: a mapping of name, out and stages is wanted")
     body = {name: item for name, item in body.items() if item is not None}
+    body = _with_new_names(body, path)
     stages = body.get("stages", {})
     check(wrong_types(RunFile, body, ""))
     _refuse_unknown("stages", stages, STAGES)
@@ -172,6 +189,27 @@ def read_runfile(path: Path) -> RunFile:
     run = RunFile(**{**vars(run), "stages": specs})
     check(run.problems())
     return run
+
+
+def _with_new_names(body: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The file under new names; one line tells of old ones."""
+    pairs: dict[str, str] = {}
+    stages = body.get("stages")
+    if not isinstance(stages, dict):
+        return body
+    specs = {}
+    for name, stage in stages.items():
+        specs[name] = stage
+        if isinstance(stage, dict):
+            resources, flags = new_names(Resources), stage.get("flags")
+            pairs |= {old: new for old, new in resources.items() if old in stage}
+            specs[name] = stage = renamed(Resources, stage)
+            if isinstance(flags, dict) and name in SETTINGS:
+                names = renamed_flags(SETTINGS[name])
+                pairs |= {old: new for old, new in names.items() if old in flags}
+                stage["flags"] = {names.get(flag, flag): item for flag, item in flags.items()}
+    tell_renamed(str(path), pairs)
+    return {**body, "stages": specs}
 
 
 def _python(path: Path) -> Any:

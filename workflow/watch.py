@@ -170,7 +170,7 @@ def _bars(row: dict[str, Any]) -> Text:
 
 
 def _waits(row: dict[str, Any]) -> str:
-    share, seconds = row.get("data_share", 0), row.get("data_seconds", 0)
+    share, seconds = row.get("data_wait_fraction", 0), row.get("data_wait_seconds", 0)
     return f"waited for records {share:.2%} of the time, {1000 * seconds:.2f} ms in the last step"
 
 

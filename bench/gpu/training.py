@@ -122,7 +122,7 @@ def training(report: GpuReport) -> None:
     settings = PriorTrain(
         model=config,
         mesh=MeshConfig(data=1),
-        loop=LoopConfig(batch=batch),
+        loop=LoopConfig(global_batch_size=batch),
         engine=EngineConfig(precision="bf16"),
     )
     if device.type == "cuda":
@@ -161,7 +161,7 @@ def training(report: GpuReport) -> None:
 
 
 def _engine_seconds(settings: PriorTrain, device: torch.device) -> list[float]:
-    config, batch = settings.model, settings.loop.batch
+    config, batch = settings.model, settings.loop.global_batch_size
     with drawn_on(device):
         built = EngineSettings(
             optim=OptimConfig(), engine=settings.engine, compress=CompressConfig(), seed=0

@@ -58,8 +58,8 @@ class LaneOrder:
         if self.steps(0) < 1:
             raise ConfigError(
                 f"{int(self._sizes.sum())} records in {len(sizes)} blocks fill no batch of {batch} "
-                f"over {config.lanes} lanes; lower loop.batch or order.lanes, or make smaller "
-                "blocks (--block of pack and tokenize)"
+                f"over {config.lanes} lanes; lower loop.global_batch_size or order.lanes, or make "
+                "smaller blocks (--block of pack and tokenize)"
             )
 
     def steps(self, epoch: int) -> int:
@@ -70,7 +70,7 @@ class LaneOrder:
     def windows(self, epoch: int, lane: int, first: int, last: int) -> Iterator[Window]:
         """The windows of a lane that hold its places first ... last - 1."""
         dealt, ends = self._deal(epoch)
-        width, short = self._config.window, 1 + lane % self._config.window
+        width, short = self._config.shuffle_buffer, 1 + lane % self._config.shuffle_buffer
         row = ends[lane]
         while first < last:
             block = int(np.searchsorted(row, first, "right"))

@@ -157,7 +157,7 @@ class Stream:
             seed=seed,
             batch=batch,
             lanes=order.lanes,
-            window=order.window,
+            window=order.shuffle_buffer,
             version=VERSION,
             epoch=0,
             step=0,
@@ -190,10 +190,10 @@ class Stream:
     ) -> Iterator[tuple[Any, StreamState]]:
         waiting: deque[tuple[Chunk, Future[Any]]] = deque()
         state, ahead = self.state, 0
-        most = max(1, min(_CHUNK // self.order.per_lane, self._loader.ahead))
+        most = max(1, min(_CHUNK // self.order.per_lane, self._loader.prefetch))
         chunks = chunks_of(self.order, state.epoch, state.step, most)
         while True:
-            while ahead < self._loader.ahead or not waiting:
+            while ahead < self._loader.prefetch or not waiting:
                 chunk = next(chunks)
                 wanted = windows.plan(chunk)
                 waiting.append((chunk, joiner.submit(windows.join, chunk, wanted)))

@@ -46,7 +46,7 @@ def evaluate(studio: Studio, data: str, out: Path, config: EvaluateConfig) -> Fi
     captions = [record.caption for record in records]
     studio.tell_cut(captions)
     draws = config.draws
-    drawn = draw_for(studio, captions, draws, config.most, config.few)
+    drawn = draw_for(studio, captions, draws, config.max_candidates, config.max_candidates_prompts)
     rows = []
     for i, row in enumerate(drawn[:SHOWN_PROMPTS]):
         name = f"candidates-{i:02d}.png"
@@ -60,8 +60,8 @@ def evaluate(studio: Studio, data: str, out: Path, config: EvaluateConfig) -> Fi
     if source.manifest.facts["request"]["source"] == "shapes":
         figures = caption_accuracy(studio, records, drawn, draws.seed)
         figures["temperature"] = draws.temperature
-        if studio.caption_drop:
-            scales, guided = config.scales, config.guided
+        if studio.caption_dropout:
+            scales, guided = config.guidance_scales, config.guidance_prompts
             figures["guidance"] = guidance_accuracy(studio, records, draws, scales, guided)
         write_atomic(out / "accuracy.json", canonical_json(figures))
         LOG.info("caption accuracy: %s", figures)

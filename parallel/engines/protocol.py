@@ -224,6 +224,6 @@ def parameter_groups(names: dict[str, nn.Parameter], optim: OptimConfig) -> list
 def build_adamw(names: dict[str, nn.Parameter], optim: OptimConfig) -> AdamW | AdamW16:
     """AdamW over the groups, with moments in 32 or 16 bits."""
     groups, betas = parameter_groups(names, optim), (optim.beta1, optim.beta2)
-    most = optim.most_variance or math.inf
+    most = optim.max_variance or math.inf
     kind = AdamW16 if optim.moments == "bf16" else AdamW
-    return kind(groups, lr=optim.lr, betas=betas, eps=optim.eps, most_variance=most)
+    return kind(groups, lr=optim.lr, betas=betas, eps=optim.eps, max_variance=most)

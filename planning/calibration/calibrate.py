@@ -127,8 +127,8 @@ def at_bounds(solved: Mapping[str, float]) -> list[str]:
 
 def runs_for_overheads(one: EngineConfig, deepspeed: EngineConfig) -> dict[str, PriorTrain]:
     """The runs whose steps are Python's above all."""
-    few = PriorTrain(model=NARROW, loop=LoopConfig(batch=MANY), engine=one)
-    many = replace(few, engine=replace(one, accumulate=MANY))
+    few = PriorTrain(model=NARROW, loop=LoopConfig(global_batch_size=MANY), engine=one)
+    many = replace(few, engine=replace(one, gradient_accumulation_steps=MANY))
     two = replace(few, mesh=MeshConfig(data=2))
     return {"few": few, "many": many, "two": two, "engine": replace(two, engine=deepspeed)}
 
@@ -146,13 +146,15 @@ def overheads(least: Mapping[str, float]) -> dict[str, float]:
 
 def runs_for_steps(cores: int, one: EngineConfig, deepspeed: EngineConfig) -> dict[str, PriorTrain]:
     """The runs from whose steps a constant each is found, with those before it."""
-    alone = PriorTrain(model=WIDE, loop=LoopConfig(batch=EACH), engine=one)
+    alone = PriorTrain(model=WIDE, loop=LoopConfig(global_batch_size=EACH), engine=one)
     if cores == 1:
         return {"sustained": alone}
     count = min(cores, MOST_RANKS)
-    every = replace(alone, loop=LoopConfig(batch=EACH * count), mesh=MeshConfig(data=count))
+    every = replace(
+        alone, loop=LoopConfig(global_batch_size=EACH * count), mesh=MeshConfig(data=count)
+    )
     split = replace(alone, mesh=MeshConfig(tensor=2), engine=deepspeed)
-    small = replace(split, engine=replace(deepspeed, accumulate=MANY))
+    small = replace(split, engine=replace(deepspeed, gradient_accumulation_steps=MANY))
     return {"sustained": alone, "together": every, "link_latency": small, "joined": split}
 
 

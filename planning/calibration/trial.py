@@ -76,8 +76,8 @@ def trial_rank(payload: str) -> None:
 
 
 def _micro_batches(settings: PriorTrain, step: int, replica: int) -> list[Batch]:
-    config, times = settings.model, settings.engine.accumulate
-    size = settings.loop.batch // settings.mesh.data // times
+    config, times = settings.model, settings.engine.gradient_accumulation_steps
+    size = settings.loop.global_batch_size // settings.mesh.data // times
     draws = torch.Generator().manual_seed(key_int(step, replica, "trial"))
 
     def drawn(most: int, length: int) -> torch.Tensor:

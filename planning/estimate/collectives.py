@@ -11,7 +11,7 @@ def group_span(mesh: MeshConfig, group: str) -> tuple[int, int]:
     return {
         "tensor": (mesh.tensor, 1),
         "machine": (mesh.local, mesh.tensor),
-        "between": (mesh.machines, mesh.local * mesh.tensor),
+        "between": (mesh.nodes, mesh.local * mesh.tensor),
         "data": (mesh.data, mesh.tensor),
         "pipeline": (mesh.pipeline, mesh.data * mesh.tensor),
         "world": (mesh.world, 1),
@@ -24,9 +24,9 @@ def ring(size: int, stride: int, hardware: Hardware) -> tuple[float, float]:
     Across nodes, all groups that leave a node share its network: as many as `stride`, at most one
     a processor.
     """
-    if size * stride <= hardware.a_node:
+    if size * stride <= hardware.gpus_per_node:
         return hardware.link * hardware.joined, hardware.link_latency
-    sharing = min(stride, hardware.a_node)
+    sharing = min(stride, hardware.gpus_per_node)
     rate = min(hardware.link, hardware.network / sharing) * hardware.joined
     return rate, hardware.network_latency
 
@@ -49,8 +49,8 @@ def gather(count: float, span: tuple[int, int], hardware: Hardware) -> float:
 def hand_on(count: float, mesh: MeshConfig, hardware: Hardware) -> float:
     """Seconds to send `count` bytes to the next stage, while all ranks of a node do."""
     _, stride = group_span(mesh, "pipeline")
-    if mesh.pipeline * stride <= hardware.a_node:
+    if mesh.pipeline * stride <= hardware.gpus_per_node:
         return count / (hardware.link * hardware.joined) + hardware.link_latency
-    sharing = min(stride, hardware.a_node)
+    sharing = min(stride, hardware.gpus_per_node)
     rate = min(hardware.link, hardware.network / sharing) * hardware.joined
     return count / rate + hardware.network_latency

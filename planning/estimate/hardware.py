@@ -28,7 +28,7 @@ _POSITIVE = (
     "bandwidth",
     "units",
     "link",
-    "a_node",
+    "gpus_per_node",
     "network",
 )
 
@@ -63,7 +63,7 @@ class Hardware:
     """Bytes a second that a processor sends to its neighbours inside a node."""
     link_latency: float = 8e-6
     """Seconds of one hop inside a node, with its kernel."""
-    a_node: int = 8
+    gpus_per_node: int = 8
     """Processors a node."""
     network: float
     """Bytes a second that a node sends to the others."""
@@ -89,7 +89,7 @@ class Hardware:
     """Processors that all ranks of a node share; 0 = every rank has its own."""
     together: float = 1.0
     """Share of its rate that one of them keeps while all others work, too."""
-    cost_hour: float = 0.0
+    cost_per_hour: float = 0.0
     """Dollars a processor and hour, of public clouds on demand; 0 = unknown."""
 
     def problems(self) -> list[str]:
@@ -142,7 +142,7 @@ def _a100(memory: float, bandwidth: float, cost: float) -> Hardware:
         host_memory=1152 * GIB,  # AWS p4d and p4de
         link=300 * GB,
         network=200 * GB,
-        cost_hour=cost,
+        cost_per_hour=cost,
     )
 
 
@@ -159,7 +159,7 @@ def _v100(memory: float, host: int) -> Hardware:
         host_memory=host * GIB,
         link=150 * GB,
         network=12.5 * GB,
-        cost_hour=2.5,
+        cost_per_hour=2.5,
     )
 
 
@@ -174,7 +174,7 @@ _H100 = Hardware(
     link=450 * GB,
     network=400 * GB,
     sustained=0.7,
-    cost_hour=4.0,
+    cost_per_hour=4.0,
 )
 """SXM; its tensor cores reach a smaller share: 700 W do not feed all of them at full clock."""
 
@@ -190,7 +190,7 @@ _CPU = Hardware(
     units=1,
     link=1.0 * GB,
     link_latency=2e-4,
-    a_node=1024,
+    gpus_per_node=1024,
     network=1.0 * GB,
     network_latency=2e-4,
     launch=5e-6,

@@ -46,13 +46,21 @@ class Loads:
     def micro(self) -> int:
         """Samples of a micro-batch."""
         settings = self.settings
-        return settings.loop.batch // settings.mesh.data // settings.engine.accumulate
+        return (
+            settings.loop.global_batch_size
+            // settings.mesh.data
+            // settings.engine.gradient_accumulation_steps
+        )
 
     @property
     def in_flight(self) -> int:
         """Micro-batches whose activations are kept at a time: DeepSpeed's TrainSchedule."""
         mesh, engine = self.settings.mesh, self.settings.engine
-        return min(mesh.pipeline - self.at.stage, engine.accumulate) if mesh.pipeline > 1 else 1
+        return (
+            min(mesh.pipeline - self.at.stage, engine.gradient_accumulation_steps)
+            if mesh.pipeline > 1
+            else 1
+        )
 
 
 def loads_of(settings: PriorTrain, at: RankCoordinates) -> Loads:
@@ -103,7 +111,9 @@ def _model_bytes(loads: Loads) -> Bytes:
     mine = whole // mesh.data
     partial = sum(touched(group, mesh.data, loads.at.replica) for group in groups)
     bucket = max(total if settings.compress.on else 0, BUCKET)
-    again = settings.engine.accumulate > 1  # new gradients lie beside the sum of earlier ones
+    again = (
+        settings.engine.gradient_accumulation_steps > 1
+    )  # new gradients lie beside the sum of earlier ones
     copied = partial if stage == 1 or again else 0
     return {
         "parameters": 4 * whole,
@@ -123,7 +133,7 @@ def _third_stage(loads: Loads, total: int, moment: int) -> Bytes:
         for part in loads.layers
     )
     gathered = min(total - kept, LIVE + largest)
-    plain = loads.settings.mesh.machines > 1 and not loads.settings.compress.on
+    plain = loads.settings.mesh.nodes > 1 and not loads.settings.compress.on
     flat = 4 * mine if plain else 0  # one flat gradient between machines
     return {
         "parameters": 4 * (mine + kept),  # the shards are the masters as well

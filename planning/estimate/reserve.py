@@ -65,8 +65,8 @@ def communicators(settings: PriorTrain) -> list[tuple[int, bool]]:
         found += [(mesh.tensor * mesh.pipeline, True), (mesh.tensor, True)]
         found += [(mesh.pipeline, False)] * 2 + [(mesh.data, True)] * 2
         found += [(mesh.tensor, False)] if mesh.pipeline > 1 else []
-    elif mesh.machines > 1:
-        found += [(mesh.local, False), (mesh.machines, True)]
+    elif mesh.nodes > 1:
+        found += [(mesh.local, False), (mesh.nodes, True)]
     elif mesh.tensor > 1:
         found += [(mesh.tensor, True), (mesh.data, True)]
     elif cloned:
@@ -92,7 +92,7 @@ def start_up(loads: Loads, hardware: Hardware) -> StartUp:
     fit, else twice on the host (runtime/zero/stage_1_and_2.py).
     """
     settings, held = loads.settings, list(loads.held.values())
-    ranks = min(settings.mesh.world, hardware.a_node)
+    ranks = min(settings.mesh.world, hardware.gpus_per_node)
     stage = stage_of_zero(settings)
     if stage == 3:
         widest = max(prod(h.placement.shape[1:]) for h in held)

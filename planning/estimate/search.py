@@ -61,8 +61,8 @@ class Found:
 def layout_name(settings: PriorTrain) -> str:
     """What people call it."""
     mesh, engine = settings.mesh, settings.engine
-    if mesh.machines > 1:
-        return f"paper: ZeRO-3 in {mesh.machines} machines of {mesh.local}"
+    if mesh.nodes > 1:
+        return f"paper: ZeRO-3 in {mesh.nodes} machines of {mesh.local}"
     if engine.name == "reference":
         return "plain data parallelism"
     if engine.name == "deepspeed_pipe":
@@ -92,7 +92,7 @@ def search(settings: PriorTrain, world: int, hardware: Hardware) -> Found:
 def layouts(settings: PriorTrain, world: int, hardware: Hardware) -> Iterator[PriorTrain]:
     """Every mesh and engine that the ranks can be arranged in."""
     fast = precision_of(settings, hardware)
-    most = min(MOST_TENSOR, hardware.a_node, settings.model.heads)
+    most = min(MOST_TENSOR, hardware.gpus_per_node, settings.model.heads)
     tensors = [t for t in (1, 2, 4, 8) if world % t == 0 and t <= most]
 
     def layout(mesh: MeshConfig, name: str, stage: int = 1) -> PriorTrain:
@@ -105,8 +105,8 @@ def layouts(settings: PriorTrain, world: int, hardware: Hardware) -> Iterator[Pr
     for stage in (1, 2, 3):
         for t in tensors:
             yield layout(MeshConfig(data=world // t, tensor=t), "deepspeed_zero", stage)
-    if world > hardware.a_node > 1 and world % hardware.a_node == 0:
-        mesh = MeshConfig(data=world, machines=world // hardware.a_node)
+    if world > hardware.gpus_per_node > 1 and world % hardware.gpus_per_node == 0:
+        mesh = MeshConfig(data=world, nodes=world // hardware.gpus_per_node)
         yield layout(mesh, "deepspeed_zero", 3)
     for p in range(2, min(settings.model.layers, world) + 1):
         for t in tensors:
@@ -126,12 +126,14 @@ def precision_of(settings: PriorTrain, hardware: Hardware) -> str:
 
 def ways_of(layout: PriorTrain) -> Iterator[PriorTrain]:
     """Micro-batches, recompute and compression of a layout."""
-    samples = max(layout.loop.batch // layout.mesh.data, 1)
+    samples = max(layout.loop.global_batch_size // layout.mesh.data, 1)
     papers = CompressConfig(rank=round(PAPER_SHARE * layout.model.dim))
     powers = (2**i for i in range(samples.bit_length()))
     for micro in (n for n in powers if samples % n == 0):
         for recompute in (False, True):
-            engine = replace(layout.engine, accumulate=samples // micro, recompute=recompute)
+            engine = replace(
+                layout.engine, gradient_accumulation_steps=samples // micro, recompute=recompute
+            )
             yield replace(layout, engine=engine)
             if _sends_gradients(layout):
                 yield replace(layout, engine=engine, compress=papers)
@@ -139,7 +141,7 @@ def ways_of(layout: PriorTrain) -> Iterator[PriorTrain]:
 
 def _sends_gradients(layout: PriorTrain) -> bool:
     third = stage_of_zero(layout) == 3
-    return layout.mesh.machines > 1 if third else layout.mesh.data > 1
+    return layout.mesh.nodes > 1 if third else layout.mesh.data > 1
 
 
 def weigh(settings: PriorTrain, world: int, hardware: Hardware) -> Candidate:
@@ -164,16 +166,17 @@ def weigh(settings: PriorTrain, world: int, hardware: Hardware) -> Candidate:
 
 def _problems(settings: PriorTrain, world: int) -> list[str]:
     """What cannot be, in words of what a plan can change: its ranks and its batch."""
-    data, lanes, batch = settings.mesh.data, settings.order.lanes, settings.loop.batch
+    data, lanes, batch = settings.mesh.data, settings.order.lanes, settings.loop.global_batch_size
     if lanes % data:
         return [
             f"the preset's order.lanes={lanes} and batch of {batch} give {data} replicas no "
             "equal part"
         ]
-    if settings.engine.accumulate > MOST_MICRO:
+    micro_batches = settings.engine.gradient_accumulation_steps
+    if micro_batches > MOST_MICRO:
         return [
-            f"{settings.engine.accumulate:,} micro-batches a step are more than the {MOST_MICRO:,} "
-            "that a plan looks at; give a smaller --batch"
+            f"{micro_batches:,} micro-batches a step are more than the {MOST_MICRO:,} that a plan "
+            "looks at; give a smaller --batch"
         ]
     return settings.problems(world)
 
@@ -199,4 +202,4 @@ def _stages(settings: PriorTrain) -> list[Loads]:
 def beside(candidate: Candidate, parameters: int) -> dict[str, int]:
     """What the published schemes would take of a layout that shards inside of a machine."""
     mesh = candidate.settings.mesh
-    return published_schemes(parameters, mesh.local) if mesh.machines > 1 else {}
+    return published_schemes(parameters, mesh.local) if mesh.nodes > 1 else {}

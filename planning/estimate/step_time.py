@@ -69,7 +69,7 @@ def estimate(settings: PriorTrain, hardware: Hardware) -> Estimate:
 
     Ranks that share cores slow each other down while they compute at the same time.
     """
-    mesh, times = settings.mesh, settings.engine.accumulate
+    mesh, times = settings.mesh, settings.engine.gradient_accumulation_steps
     loads = [loads_of(settings, RankCoordinates(stage=stage)) for stage in range(mesh.pipeline)]
     stages = [_stage(one, hardware) for one in loads]
     played = _played(settings, stages, hardware)
@@ -90,7 +90,7 @@ def estimate(settings: PriorTrain, hardware: Hardware) -> Estimate:
         **end,
         "overhead": overhead,
     }
-    samples = settings.loop.batch
+    samples = settings.loop.global_batch_size
     work = prior_flops(settings.model) * samples
     hours = total * settings.loop.steps / HOURS
     return Estimate(
@@ -102,7 +102,7 @@ def estimate(settings: PriorTrain, hardware: Hardware) -> Estimate:
         mfu=work / (total * mesh.world * hardware.half_flops),
         tokens_per_second=samples * settings.model.length / total,
         days=hours / 24,
-        cost=hours * mesh.world * hardware.cost_hour,
+        cost=hours * mesh.world * hardware.cost_per_hour,
         traffic=step_traffic(loads[slowest]),
         spans=played.spans,
     )
@@ -110,7 +110,7 @@ def estimate(settings: PriorTrain, hardware: Hardware) -> Estimate:
 
 def rough_seconds(settings: PriorTrain, hardware: Hardware) -> float:
     """A step without playing the pipeline through: every stage as slow as the slowest."""
-    mesh, times = settings.mesh, settings.engine.accumulate
+    mesh, times = settings.mesh, settings.engine.gradient_accumulation_steps
     ends = sorted({0, mesh.pipeline - 1})
     loads = [loads_of(settings, RankCoordinates(stage=stage)) for stage in ends]
     stages = [_stage(one, hardware) for one in loads]
@@ -175,12 +175,12 @@ def _third_stage(loads: Loads, part: RankLayer, hardware: Hardware) -> float:
 
 
 def _played(settings: PriorTrain, stages: Sequence[_StageSeconds], hardware: Hardware) -> Played:
-    times, mesh = settings.engine.accumulate, settings.mesh
+    times, mesh = settings.engine.gradient_accumulation_steps, settings.mesh
     forward = [stage.forward for stage in stages]
     backward = [stage.backward for stage in stages]
     transfer = 0.0
     if mesh.pipeline > 1:
-        micro = settings.loop.batch // mesh.data // times
+        micro = settings.loop.global_batch_size // mesh.data // times
         state = 4.0 * micro * settings.model.length * settings.model.dim
         transfer = hand_on(state / mesh.tensor, mesh, hardware)
         if mesh.tensor > 1:
@@ -199,7 +199,7 @@ def _ending(loads: Loads, hardware: Hardware) -> dict[str, float]:
         whole = sum(padded(group, mesh.data) for group in groups_of(held))
         mine = whole // mesh.data
         weights = gather(4.0 * whole, data, hardware)
-        rounds = settings.engine.accumulate if stage == 2 else 1
+        rounds = settings.engine.gradient_accumulation_steps if stage == 2 else 1
     elif stage == 3:
         mine = sum(shard_numel(h, mesh.local) for h in held.values())
         data = group_span(mesh, "between")

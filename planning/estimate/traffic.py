@@ -57,7 +57,7 @@ def _groups(mesh: MeshConfig, at: RankCoordinates) -> Iterator[tuple[str, tuple[
         return
     data = tuple(rank_at(mesh, at._replace(replica=d)) for d in range(mesh.data))
     yield "world", tuple(range(mesh.world))
-    if mesh.machines > 1:
+    if mesh.nodes > 1:
         machine = at.replica // mesh.local
         yield "machine", data[machine * mesh.local : (machine + 1) * mesh.local]
         yield "between", data[at.replica % mesh.local :: mesh.local]
@@ -91,7 +91,7 @@ def _layers(loads: Loads, tally: Tally) -> None:
     settings, config = loads.settings, loads.settings.model
     if settings.mesh.tensor == 1:
         return
-    micro, times = loads.micro, settings.engine.accumulate
+    micro, times = loads.micro, settings.engine.gradient_accumulation_steps
     state = FLOAT * micro * config.length * config.dim
     for part in loads.layers:
         if part.name.startswith("block"):  # two branches, one sum each way
@@ -109,7 +109,7 @@ def _layers(loads: Loads, tally: Tally) -> None:
 def _stages(loads: Loads, tally: Tally) -> None:
     """States forward and gradients back; tensor ranks carry a part each, and gather it again."""
     settings, config, at = loads.settings, loads.settings.model, loads.at
-    mesh, times = settings.mesh, settings.engine.accumulate
+    mesh, times = settings.mesh, settings.engine.gradient_accumulation_steps
     numel = loads.micro * config.length * config.dim
     first, last = at.stage == 0, at.stage == mesh.pipeline - 1
     neighbours = (not first) + (not last)
@@ -136,7 +136,7 @@ def _gradients(loads: Loads, tally: Tally) -> None:
     """Gradients over the replicas, and the weights back where ZeRO shards them."""
     settings, held = loads.settings, loads.held
     stage = stage_of_zero(settings)
-    times = settings.engine.accumulate
+    times = settings.engine.gradient_accumulation_steps
     if stage == 3:
         _third_stage(loads, tally)
         return
@@ -203,7 +203,7 @@ def factored_names(loads: Loads) -> Iterator[tuple[str, Held]]:
 def _third_stage(loads: Loads, tally: Tally) -> None:
     """ZeRO-3: weights gathered before use and behind the step, gradients scattered."""
     settings, held = loads.settings, loads.held
-    mesh, times = settings.mesh, settings.engine.accumulate
+    mesh, times = settings.mesh, settings.engine.gradient_accumulation_steps
     shards = mesh.local
     whole = {name: shards * shard_numel(h, shards) for name, h in held.items()}
     small = [name for name, h in held.items() if h.numel < PERSISTENT]
@@ -220,7 +220,7 @@ def _third_stage(loads: Loads, tally: Tally) -> None:
     order = [h.numel for h in reversed(list(held.values()))]
     count = FLOAT * sum(whole.values()) * times
     tally.add("machine", "reduce_scatter_tensor", count, _buckets(order) * times)
-    if mesh.machines == 1:
+    if mesh.nodes == 1:
         return
     mine = {name: shard_numel(h, shards) for name, h in held.items()}
     if settings.compress.on:

@@ -60,7 +60,7 @@ class Rehearsal:
     def lines(self) -> list[str]:
         """For the terminal."""
         mesh = self.mesh
-        cut = f", {mesh.machines} machines" if mesh.machines > 1 else ""
+        cut = f", {mesh.nodes} machines" if mesh.nodes > 1 else ""
         calls = ", ".join(f"{kind} {count}" for kind, count in sorted(self.calls.items()))
         carriers = ", ".join(f"{name} {count}" for name, count in sorted(self.backends.items()))
         lines = [
@@ -105,8 +105,8 @@ def rehearse(
         preset=preset,
         stage=stage,
         mesh=settings.mesh,
-        batch=settings.loop.batch,
-        micro_batches=settings.engine.accumulate,
+        batch=settings.loop.global_batch_size,
+        micro_batches=settings.engine.gradient_accumulation_steps,
         steps=steps + 1,
         device=pool.device,
         roles=len(ranks),
@@ -149,7 +149,7 @@ def scaled(settings: Any, world: int) -> Any:
     """
     if _without_parts(settings):
         check(settings.problems())
-    mesh, batch = settings.mesh, settings.loop.batch
+    mesh, batch = settings.mesh, settings.loop.global_batch_size
     block = mesh.tensor * mesh.pipeline
     if world < 1 or world % block:
         near = max(1, round(world / block)) * block
@@ -158,8 +158,8 @@ def scaled(settings: Any, world: int) -> Any:
             f"pipeline {mesh.pipeline}); try --world {near}"
         )
     data = world // block
-    machines = max(1, data // mesh.local) if mesh.machines > 1 else 1
-    lanes, accumulate = settings.order.lanes, settings.engine.accumulate
+    machines = max(1, data // mesh.local) if mesh.nodes > 1 else 1
+    lanes, accumulate = settings.order.lanes, settings.engine.gradient_accumulation_steps
     held_out = settings.loop.validation_samples
     micro = batch // mesh.data // accumulate
     if batch % (data * micro) == 0 and lanes % data == 0:
@@ -170,10 +170,10 @@ def scaled(settings: Any, world: int) -> Any:
         held_out = max(held_out, lanes) if enough else held_out
     return replace(
         settings,
-        mesh=replace(mesh, data=data, machines=machines),
-        loop=replace(settings.loop, batch=batch, validation_samples=held_out),
+        mesh=replace(mesh, data=data, nodes=machines),
+        loop=replace(settings.loop, global_batch_size=batch, validation_samples=held_out),
         order=replace(settings.order, lanes=lanes),
-        engine=replace(settings.engine, accumulate=accumulate),
+        engine=replace(settings.engine, gradient_accumulation_steps=accumulate),
     )
 
 
@@ -183,9 +183,9 @@ def _without_parts(settings: Any) -> list[str]:
     found: list[str] = loop.problems() + mesh.problems(sizes=settings.sizes())
     if found:
         return found
-    alone = EngineConfig(accumulate=settings.engine.accumulate)
-    found += settings.order.problems(loop.batch, mesh.data)
-    return found + alone.problems(loop.batch // mesh.data, MeshConfig(), compress=False)
+    alone = EngineConfig(gradient_accumulation_steps=settings.engine.gradient_accumulation_steps)
+    found += settings.order.problems(loop.global_batch_size, mesh.data)
+    return found + alone.problems(loop.global_batch_size // mesh.data, MeshConfig(), compress=False)
 
 
 def _times(count: int, what: str, more: str = "s") -> str:

@@ -100,7 +100,7 @@ class Grid:
     """Coordinates of ranks in the mesh, its data axis cut into machines and their replicas."""
 
     def __init__(self, mesh: MeshConfig) -> None:
-        self.sizes = (mesh.pipeline, mesh.machines, mesh.local, mesh.tensor)
+        self.sizes = (mesh.pipeline, mesh.nodes, mesh.local, mesh.tensor)
         self.world, self._mesh = mesh.world, mesh
 
     def coordinates(self, rank: int) -> Coordinates:

@@ -80,7 +80,9 @@ def _sizes(settings: Any) -> DataSizes:
     """A data set with as many held-out pairs as are asked for, and enough others."""
     held_out, lanes = settings.loop.validation_samples, settings.order.lanes
     place = f"a data set for loop.validation_samples={held_out}"
-    return DataSizes(place=place, train=settings.loop.batch, blocks=lanes, held_out=held_out)
+    return DataSizes(
+        place=place, train=settings.loop.global_batch_size, blocks=lanes, held_out=held_out
+    )
 
 
 def _changes(recorder: Recorder | None) -> list[Change]:
@@ -229,7 +231,7 @@ class _EmptyStream:
             seed=seed,
             batch=batch,
             lanes=order.lanes,
-            window=order.window,
+            window=order.shuffle_buffer,
             version=0,
             epoch=0,
             step=0,

@@ -163,9 +163,9 @@ def test_a_stage_takes_its_first_step_and_is_evaluated(stage: str, precision: st
 @pytest.mark.parametrize(
     "optim",
     [
-        OptimConfig(most_variance=5.0),
+        OptimConfig(max_variance=5.0),
         OptimConfig(moments="bf16", beta2=0.96),
-        OptimConfig(moments="bf16", beta2=0.96, most_variance=5.0),
+        OptimConfig(moments="bf16", beta2=0.96, max_variance=5.0),
     ],
 )
 def test_every_optimizer_takes_its_first_step(optim: OptimConfig) -> None:

@@ -50,7 +50,7 @@ def test_shapes_demo_in_miniature(tmp_path: Path) -> None:
     summary = json.loads((out / "summary.json").read_text())
     assert set(STAGES) <= set(summary["seconds"]) and len(summary["commands"]) == 10
     assert summary["prior"]["engine"] == "deepspeed_pipe" and summary["prior"]["compress_rank"] > 0
-    assert summary["prior"]["mesh"] == {"data": 2, "tensor": 2, "pipeline": 2, "machines": 1}
+    assert summary["prior"]["mesh"] == {"data": 2, "tensor": 2, "pipeline": 2, "nodes": 1}
     steps = rows_of(out / "prior")
     assert [row["step"] for row in steps] == [*range(10, 101, 10)]
     # a prior that does not look at captions has half, one that does not look back has the entropy

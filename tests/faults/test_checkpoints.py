@@ -133,7 +133,7 @@ def test_planted_pickles_are_never_executed(tmp_path: Path, fault: Record) -> No
 
 
 def _checkpoints(root: Path, **settings: object) -> Checkpoints:
-    config = CheckpointConfig(background=False, **settings)  # type: ignore[arg-type]
+    config = CheckpointConfig(async_save=False, **settings)  # type: ignore[arg-type]
     return Checkpoints(FolderStore(root), config, 0, 1, (alone, alone))
 
 
@@ -203,7 +203,7 @@ def test_what_is_kept() -> None:
     rows = [Saved(step=10 * i, time=1800.0 * i, loss=abs(i - 3.0)) for i in range(8)]
     assert kept_steps(rows, CheckpointConfig(keep=2)) == {60, 70}
     assert kept_steps(rows, CheckpointConfig(keep=1, best=True)) == {30, 70}
-    assert kept_steps(rows, CheckpointConfig(keep=1, hours=1.0)) == {0, 20, 40, 60, 70}
+    assert kept_steps(rows, CheckpointConfig(keep=1, keep_every_hours=1.0)) == {0, 20, 40, 60, 70}
 
 
 def test_the_policy_deletes_and_protects(tmp_path: Path) -> None:

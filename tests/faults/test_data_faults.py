@@ -247,7 +247,7 @@ def test_tokens_of_another_codebook(
 ) -> None:
     fault(26, "token shards of another dVAE in the same place")
     other = tmp_path / "dvae"
-    short = ["--loop.steps=2", "--loop.batch=32", "--mesh.data=1"]
+    short = ["--loop.steps=2", "--loop.global-batch-size=32", "--mesh.data=1"]
     tapir("train", "dvae", "tiny", f"--data={raw}", f"--out={other}", "--loop.seed=9", *short)
     flags = [f"--bpe={bpe}", f"--dvae={other}", "--block=8"]
     before = zlib.crc32(b"".join(path.read_bytes() for path in sorted(tokens.rglob("*.tar"))))

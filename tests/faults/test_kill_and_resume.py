@@ -12,7 +12,7 @@ from tests.harness import PATIENCE, rows_of, start_tapir, tapir
 
 FLAGS = [
     "--loop.steps=30",
-    "--loop.batch=32",
+    "--loop.global-batch-size=32",
     "--model.layers=1",
     "--loop.log-every=1",
     "--checkpoint.every=7",
@@ -32,7 +32,7 @@ def _wait_for(condition, seconds: float = PATIENCE) -> None:  # type: ignore[no-
 def test_without_restarts_a_lost_rank_ends_the_run(tokens: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = ["train", "prior", "tiny", f"--data={tokens}", f"--out={run}"]
-    command += ["--loop.steps=5000", "--supervisor.restarts=0", *FLAGS[1:]]
+    command += ["--loop.steps=5000", "--supervisor.max-restarts=0", *FLAGS[1:]]
     process = start_tapir(*command, log=tmp_path / "log")
     _wait_for(lambda: len(rows_of(run)) > 1)
     ranks = _ranks_of(process.pid)

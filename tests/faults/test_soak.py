@@ -24,14 +24,14 @@ STEPS = 50 + (100 if LONG else 40) * KILLS
 COMPARED = ("step", "epoch", "loss", "text_loss", "image_loss", "grad_norm", "lr")
 FLAGS = [
     f"--loop.steps={STEPS}",
-    "--loop.batch=32",
+    "--loop.global-batch-size=32",
     "--loop.log-every=1",
     "--loop.validate-every=20",
     "--loop.validation-samples=32",
     "--checkpoint.every=7",
     "--model.dim=96",
-    "--supervisor.restarts=1000",
-    "--supervisor.back-off=0.1",
+    "--supervisor.max-restarts=1000",
+    "--supervisor.backoff-seconds=0.1",
 ]
 LONGEST = 5.0 if LONG else 2.0
 """Most seconds between the start of all ranks and the next kill."""

@@ -17,7 +17,7 @@ from data_pipeline.streaming.stream import Stream
 from tests.faults.conftest import Record
 
 BUCKET, SHARDS, RECORDS = "tapir-tests", 4, 64
-ORDER = OrderConfig(lanes=4, window=2)
+ORDER = OrderConfig(lanes=4, shuffle_buffer=2)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def _behind(s3: ObjectServer, monkeypatch: pytest.MonkeyPatch, plan: Plan) -> It
 def _epoch(prefix: str, patience: float = 60) -> list[int]:
     """The ids of an epoch, sorted."""
     source = TokenSource(S3Store(BUCKET, prefix, attempts=2, patience=patience), "train")
-    loader = LoaderConfig(readers=4, ahead=4)
+    loader = LoaderConfig(readers=4, prefetch=4)
     stream = Stream(source, seed=0, batch=16, order=ORDER, loader=loader)
     found: list[int] = []
     batches = iter(stream)

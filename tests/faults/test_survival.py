@@ -51,13 +51,13 @@ def make(tokens: Path, tmp_path: Path) -> Make:
             "model": {"dim": 48, "layers": 2},
             "loop": {
                 "steps": 24,
-                "batch": 32,
+                "global_batch_size": 32,
                 "log_every": 1,
                 "validate_every": 0,
                 "validation_samples": 32,
             },
             "checkpoint": {"every": 5},
-            "supervisor": {"back_off": 0.1},
+            "supervisor": {"backoff_seconds": 0.1},
         }
         for name, fields in parts.items():
             small[name] = {**small.get(name, {}), **fields}
@@ -148,7 +148,7 @@ def _saved(run: Path) -> bool:
 
 EIGHT = {
     "mesh": {"data": 2, "tensor": 2, "pipeline": 2},
-    "engine": {"name": "deepspeed_pipe", "accumulate": 2},
+    "engine": {"name": "deepspeed_pipe", "gradient_accumulation_steps": 2},
     "model": {"dim": 48, "layers": 2, "heads": 4},
 }
 
@@ -264,7 +264,7 @@ def test_a_wish_to_stop_while_ranks_start_is_kept(make: Make) -> None:
 @pytest.mark.world
 def test_a_crash_loop_stops_with_its_reason(make: Make, fault: Record) -> None:
     fault(6, "the same step raises on every start")
-    settings = make(supervisor={"restarts": 2})
+    settings = make(supervisor={"max_restarts": 2})
     with pytest.raises(RankError, match=r"(?s)3 failures in a row after step 7.*planted crash"):
         train_with("crash", settings, at=8)
     fault.outcome("given up after 2 restarts, reason stated")
@@ -290,10 +290,10 @@ GUARD = {"guard": {"window": 16, "rewind_after": 3}, "optim": {"warmup": 2}}
 
 ENGINES = {
     "reference": {},
-    "zero": {"engine": {"name": "deepspeed_zero", "accumulate": 2}},
+    "zero": {"engine": {"name": "deepspeed_zero", "gradient_accumulation_steps": 2}},
     "pipe": {
         "mesh": {"data": 1, "pipeline": 2},
-        "engine": {"name": "deepspeed_pipe", "accumulate": 2},
+        "engine": {"name": "deepspeed_pipe", "gradient_accumulation_steps": 2},
     },
 }
 
@@ -306,7 +306,7 @@ def test_spikes_are_skipped_and_in_a_row_rewound(make: Make, fault: Record, engi
     All checkpoints are kept: a save that is late makes the replay start from an older one."""
     fault(15, f"a batch's loss times 10,000, then three in a row ({engine})")
     kept = {"checkpoint": {"every": 5, "keep": 9}}
-    settings = make(**GUARD, **ENGINES[engine], **kept, loop={"steps": 26, "batch": 16})
+    settings = make(**GUARD, **ENGINES[engine], **kept, loop={"steps": 26, "global_batch_size": 16})
     train_with("spike", settings, batches=[11, 17, 18, 19])
     rows = rows_of(settings.out)
     assert [row["step"] for row in rows] == list(range(1, 27))
@@ -327,7 +327,7 @@ def test_spikes_are_skipped_and_in_a_row_rewound(make: Make, fault: Record, engi
 
 @pytest.mark.slow
 def test_rewinding_in_vain_ends_the_run(make: Make) -> None:
-    settings = make(**GUARD, loop={"steps": 26, "batch": 16})
+    settings = make(**GUARD, loop={"steps": 26, "global_batch_size": 16})
     with pytest.raises(RankError, match="3 rewinds and other data did not help") as found:
         train_with("spike", settings, batches=list(range(15, 40)))
     assert not found.value.retry
@@ -386,7 +386,7 @@ def test_a_full_disk_stops_no_training(
 ) -> None:
     """The disk fills up behind the first checkpoint and is made free before the last one."""
     fault(10, f"the disk of the checkpoints is full ({'back' if background else 'fore'}ground)")
-    where = {"every": 5, "keep": 1, "to": str(tiny_disk), "background": background}
+    where = {"every": 5, "keep": 1, "to": str(tiny_disk), "async_save": background}
     settings = make(checkpoint=where)
     ballast = tiny_disk / "ballast"
     _when(lambda: (tiny_disk / "step-5" / "manifest.json").exists(), lambda: _fill(ballast))
@@ -408,9 +408,11 @@ def _fill(path: Path) -> None:
 def test_the_best_of_the_validated_checkpoints_is_kept(make: Make) -> None:
     """The best one lies in the middle: from step 14 on the learning rate is 1, which moves weights
     of 0.1 by about 1 a step. The two validations behind that cannot be the best."""
-    jump = {"lr": 2e-3, "warmup": 12, "final_lr": 1.0, "decay_share": 0.5}
+    jump = {"lr": 2e-3, "warmup": 12, "final_lr": 1.0, "decay_fraction": 0.5}
     where = {"every": 3, "keep": 1, "best": True}
-    settings = make(loop={"validate_every": 6}, checkpoint=where, optim=jump, guard={"sigmas": 0.0})
+    settings = make(
+        loop={"validate_every": 6}, checkpoint=where, optim=jump, guard={"sigma_factor": 0.0}
+    )
     train_with("nothing", settings)
     losses = {row["step"]: row["loss"] for row in rows_of(settings.out, "validation")}
     rates = {row["step"]: row["lr"] for row in rows_of(settings.out)}

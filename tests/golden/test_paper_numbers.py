@@ -59,7 +59,7 @@ def test_published_dvae_has_97_616_006_parameters() -> None:
 
 def test_first_weights_of_the_published_dvae() -> None:
     """Every convolution N(0, 1 / fan-in), the one that reads the codes as well; no bias."""
-    dvae = DVAE(DVAEConfig(width=16, bottleneck=4, codebook=512, gain=0.0, start="paper"))
+    dvae = DVAE(DVAEConfig(width=16, bottleneck=4, codebook=512, gain=0.0, init="paper"))
     for name, parameter in dvae.named_parameters():
         if parameter.dim() > 1 and parameter.numel() > 2000:
             fan_in = parameter[0].numel()
@@ -76,12 +76,12 @@ def test_schedules_of_the_published_dvae() -> None:
     steps = paper.loop.steps
     tau = partial(cosine, paper.tau_first, paper.tau_last)
     beta = partial(cosine, paper.beta_first, paper.beta)
-    assert tau(75_000 / steps / paper.tau_share) == pytest.approx(0.53125, rel=1e-12)
-    assert tau(150_000 / steps / paper.tau_share) == pytest.approx(1 / 16)
-    assert beta(2_500 / steps / paper.beta_share) == pytest.approx(3.3, rel=1e-12)
+    assert tau(75_000 / steps / paper.tau_fraction) == pytest.approx(0.53125, rel=1e-12)
+    assert tau(150_000 / steps / paper.tau_fraction) == pytest.approx(1 / 16)
+    assert beta(2_500 / steps / paper.beta_fraction) == pytest.approx(3.3, rel=1e-12)
     assert (paper.optim.beta1, paper.optim.beta2, paper.optim.eps) == (0.9, 0.999, 1e-8)
     assert (paper.optim.weight_decay, paper.optim.ema, paper.optim.ema_every) == (1e-4, 0.999, 1)
-    assert not paper.problems() and paper.loop.batch == 512
+    assert not paper.problems() and paper.loop.global_batch_size == 512
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_parameters_of_the_published_priors(
 def test_optimiser_of_the_published_prior() -> None:
     optim = prior_paper_12b().optim
     assert (optim.beta1, optim.beta2, optim.eps, optim.weight_decay) == (0.9, 0.96, 1e-8, 4.5e-2)
-    assert (optim.clip_norm, optim.most_variance) == (4.0, 5.0)
+    assert (optim.clip_norm, optim.max_variance) == (4.0, 5.0)
     assert (optim.ema, optim.ema_every) == (0.99, 25)
     assert learning_rate(optim, 2_499, 430_000) == pytest.approx(2.25e-4)
     assert learning_rate(optim, 5_000, 430_000) == 4.5e-4
@@ -168,7 +168,7 @@ def test_kl_ends_and_gumbel_sums() -> None:
 def test_every_parameter_of_the_dvaes_loss_by_finite_differences() -> None:
     """The logit-Laplace bound with beta 6.6 in float64, one parameter at a time."""
     config = DVAEConfig(
-        pixels=2, width=1, groups=1, codebook=3, code_width=2, bottleneck=1, least_log_scale=-20
+        pixels=2, width=1, groups=1, codebook=3, code_width=2, bottleneck=1, min_log_scale=-20
     )
     model = DVAE(config).double().to(memory_format=torch.contiguous_format)
     draws = torch.Generator().manual_seed(0)

@@ -15,7 +15,7 @@ from parallel.world import join_world, leave_world
 from tests.harness import run_world
 
 LANES, BATCH = 16, 32
-ORDER = OrderConfig(lanes=LANES, window=4)
+ORDER = OrderConfig(lanes=LANES, shuffle_buffer=4)
 
 
 def open_stream(data: str, rank: int = 0, ranks: int = 1) -> Stream:

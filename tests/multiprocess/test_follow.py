@@ -22,7 +22,7 @@ def test_samples_of_each_checkpoint_stand_in_tensorboard(
 ) -> None:
     prior = tmp_path / "prior"
     train = ["train", "prior", "tiny", f"--data={tokens}", f"--out={prior}", "--mesh.data=2"]
-    train += [f"--loop.steps={STEPS}", "--loop.batch=16", "--checkpoint.every=4"]
+    train += [f"--loop.steps={STEPS}", "--loop.global-batch-size=16", "--checkpoint.every=4"]
     training = start_tapir(*train, "--checkpoint.keep=9", log=tmp_path / "log")
     while not (prior / "config.json").exists():
         assert training.poll() is None, (tmp_path / "log").read_text()

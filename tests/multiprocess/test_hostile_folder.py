@@ -13,7 +13,12 @@ from tapir import PACKAGES, VERBS
 from tests.harness import ENVIRONMENT, ROOT, rows_of
 from tests.hostile import foreign_code, hostile_folder
 
-_SHORT = ["--loop.steps=2", "--loop.batch=32", "--loop.log-every=1", "--loop.validate-every=0"]
+_SHORT = [
+    "--loop.steps=2",
+    "--loop.global-batch-size=32",
+    "--loop.log-every=1",
+    "--loop.validate-every=0",
+]
 _DRIVER = """
 import json, sys
 from tapir import main

@@ -13,7 +13,7 @@ from core.files.atomic import unseal
 from tests.harness import PATIENCE, cold_tapir, json_of, processes_with, rows_of, tapir
 
 _SHORT = {
-    "loop.batch": 8,
+    "loop.global_batch_size": 8,
     "loop.log_every": 1,
     "loop.validation_samples": 8,
     "mesh.data": 1,
@@ -66,7 +66,7 @@ def test_a_chain_is_cancelled_and_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.world
 def test_behind_a_failed_stage_nothing_runs(tmp_path: Path) -> None:
-    clip = {"flags": {"loop.validation_samples": 8, "order.lanes": 2, "loop.batch": 8}}
+    clip = {"flags": {"loop.validation_samples": 8, "order.lanes": 2, "loop.global_batch_size": 8}}
     path = write(tmp_path, bpe={"flags": {"texts": str(tmp_path / "none")}}, clip=clip)
     tapir("submit", str(path), "--wait", code=1)
     said = states(tmp_path / "out")

@@ -11,14 +11,14 @@ from tests.harness import ROOT, processes_with, rows_of, tapir
 
 FLAGS = [
     "--loop.steps=4",
-    "--loop.batch=32",
+    "--loop.global-batch-size=32",
     "--loop.log-every=1",
     "--loop.validation-samples=32",
     "--engine.precision=fp32",
     "--engine.matmul-precision=highest",
     "--engine.zero-stage=3",
     "--mesh.data=4",
-    "--mesh.machines=2",
+    "--mesh.nodes=2",
     "--compress.rank=auto",
 ]
 

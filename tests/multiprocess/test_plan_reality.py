@@ -48,7 +48,7 @@ def _case(
     moments: Literal["fp32", "bf16"] = "fp32",
     **engine: Any,
 ) -> Case:
-    settings = EngineConfig(name=owner, accumulate=2, **engine)
+    settings = EngineConfig(name=owner, gradient_accumulation_steps=2, **engine)
     compress = CompressConfig(rank=rank)
     return Case(
         name=name, mesh=mesh, engine=settings, compress=compress, moments=moments, model=model
@@ -68,7 +68,7 @@ CASES = [
     _case("TP2 x DP2", MeshConfig(tensor=2, data=2), "deepspeed_zero", WIDE, precision="bf16"),
     _case(
         "paper",
-        MeshConfig(data=4, machines=2),
+        MeshConfig(data=4, nodes=2),
         "deepspeed_zero",
         WIDE,
         rank=16,
@@ -84,7 +84,7 @@ def planned(case: Case, rank: int) -> Loads:
     """The plan's view of a rank of a case."""
     settings = PriorTrain(
         model=case.model,
-        loop=LoopConfig(batch=BATCH),
+        loop=LoopConfig(global_batch_size=BATCH),
         mesh=case.mesh,
         engine=case.engine,
         compress=case.compress,
@@ -181,8 +181,11 @@ def _measure(case: Case, world: World, ledger: Ledger) -> dict[str, Any]:
 def _micro_batches(case: Case, step: int, replica: int) -> list[dict[str, Tensor]]:
     whole = batch_of(step, case.model)
     mine = {name: x[replica :: case.mesh.data] for name, x in whole.items()}
-    parts = {name: x.chunk(case.engine.accumulate) for name, x in mine.items()}
-    return [{name: x[i] for name, x in parts.items()} for i in range(case.engine.accumulate)]
+    parts = {name: x.chunk(case.engine.gradient_accumulation_steps) for name, x in mine.items()}
+    return [
+        {name: x[i] for name, x in parts.items()}
+        for i in range(case.engine.gradient_accumulation_steps)
+    ]
 
 
 def _at_gradient(weights: list[torch.nn.Parameter], seen: dict[str, int]) -> None:

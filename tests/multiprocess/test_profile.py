@@ -20,7 +20,7 @@ from training.profiling.trace import request_trace, traces
 STEPS = 12
 FLAGS = [
     f"--loop.steps={STEPS}",
-    "--loop.batch=32",
+    "--loop.global-batch-size=32",
     "--loop.log-every=3",
     "--loop.validation-samples=32",
     "--engine.precision=fp32",
@@ -32,7 +32,7 @@ PIPE = [
     "--engine.name=deepspeed_pipe",
     "--mesh.data=1",
     "--mesh.pipeline=2",
-    "--engine.accumulate=4",
+    "--engine.gradient-accumulation-steps=4",
 ]
 RUNS = {
     "off": [*ZERO3, "--profile.no-always"],
@@ -49,7 +49,7 @@ def runs(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
         tiny,
         loop=replace(tiny.loop, steps=STEPS),
         mesh=MeshConfig(pipeline=2),
-        engine=EngineConfig(name="deepspeed_pipe", accumulate=4),
+        engine=EngineConfig(name="deepspeed_pipe", gradient_accumulation_steps=4),
     )
     body = json.dumps({"stage": "prior", **to_json(settings)})
     (found["pipe"] / "config.json").write_text(body)

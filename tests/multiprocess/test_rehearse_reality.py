@@ -26,13 +26,13 @@ def prior(
     mesh: MeshConfig, rank: int = 0, precision: Any = "fp32", samples: int = 2, **engine: Any
 ) -> PriorTrain:
     """A small prior with so many samples a micro-batch."""
-    settings = EngineConfig(accumulate=2, precision=precision, **engine)
+    settings = EngineConfig(gradient_accumulation_steps=2, precision=precision, **engine)
     return PriorTrain(
         model=MODEL,
         mesh=mesh,
         engine=settings,
         compress=CompressConfig(rank=rank),
-        loop=LoopConfig(batch=2 * samples * mesh.data),
+        loop=LoopConfig(global_batch_size=2 * samples * mesh.data),
         optim=OptimConfig(clip_norm=0.5),
     )
 
@@ -58,15 +58,15 @@ CASES: dict[str, tuple[str, Any]] = {
     ),
     "paper layout, 2 machines of 2": (
         "prior",
-        prior(MeshConfig(data=4, machines=2), rank=8, name="deepspeed_zero", zero_stage=3),
+        prior(MeshConfig(data=4, nodes=2), rank=8, name="deepspeed_zero", zero_stage=3),
     ),
     "dVAE, DP2, ZeRO-2": (
         "dvae",
         DVAETrain(
             model=DVAEConfig(pixels=16, width=8, groups=2, codebook=16, code_width=8),
             mesh=MeshConfig(data=2),
-            engine=EngineConfig(name="deepspeed_zero", zero_stage=2, accumulate=2),
-            loop=LoopConfig(batch=8),
+            engine=EngineConfig(name="deepspeed_zero", zero_stage=2, gradient_accumulation_steps=2),
+            loop=LoopConfig(global_batch_size=8),
         ),
     ),
     "dVAE, DP2": (
@@ -74,7 +74,7 @@ CASES: dict[str, tuple[str, Any]] = {
         DVAETrain(
             model=DVAEConfig(pixels=16, width=8, groups=2, codebook=16, code_width=8),
             mesh=MeshConfig(data=2),
-            loop=LoopConfig(batch=8),
+            loop=LoopConfig(global_batch_size=8),
         ),
     ),
     "CLIP, DP2": (
@@ -82,7 +82,7 @@ CASES: dict[str, tuple[str, Any]] = {
         ClipTrain(
             model=ClipConfig(pixels=8, dim=16, layers=1, text_length=4, text_vocabulary=20),
             mesh=MeshConfig(data=2),
-            loop=LoopConfig(batch=8),
+            loop=LoopConfig(global_batch_size=8),
         ),
     ),
 }

@@ -13,7 +13,7 @@ from tests.harness import json_of, rows_of, tapir
 from tests.hostile import foreign_code, hostile_folder
 from tests.slurm.cluster import Slurm, private_slurm
 
-_SHORT = {"loop.batch": 32, "loop.validation_samples": 32}
+_SHORT = {"loop.global_batch_size": 32, "loop.validation_samples": 32}
 _PATIENCE = 600
 
 

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from checkpoint.tensors import Read, Shapes, file_parts
-from core.config import check, from_json, wrong_types
+from core.config import check, from_json, with_new_names, wrong_types
 from core.errors import CorruptError, InputError
 from core.files.atomic import (
     Json,
@@ -43,6 +43,7 @@ from training.export.weights import (
     KINDS,
     WEIGHTS,
     Weights,
+    facts_with_new_names,
     misfits,
     open_model,
     write_model,
@@ -216,8 +217,9 @@ def _import_part(stage: str, folder: Path, out: Path, digest: str) -> None:
         raise InputError(f"{folder / CONFIG} is not of the {stage} that {INDEX} names")
     if missing := [fact for fact in TIES[stage] if fact not in body["facts"]]:
         raise InputError(f"{folder / CONFIG} does not name the {missing[0]} of its {stage}")
-    check(wrong_types(kind.config, body["sizes"], str(folder / CONFIG)))
-    config: Any = from_json(kind.config, body["sizes"])
+    sizes = with_new_names(kind.config, body["sizes"], str(folder / CONFIG))
+    check(wrong_types(kind.config, sizes, str(folder / CONFIG)))
+    config: Any = from_json(kind.config, sizes)
     check(config.problems())
     shapes, read = _weights(folder)
     named = {f"{kind.prefix}{name}": shape for name, shape in shapes.items()}
@@ -230,7 +232,7 @@ def _import_part(stage: str, folder: Path, out: Path, digest: str) -> None:
     def global_read(name: str) -> Tensor:
         return read(name.removeprefix(kind.prefix))
 
-    made = write_model(out, stage, body["sizes"], body["facts"], named, global_read)
+    made = write_model(out, stage, sizes, facts_with_new_names(body["facts"]), named, global_read)
     if made != digest:
         raise InputError(
             f"the weights in {folder} are damaged or changed: their sha256 is {made}, {INDEX} says "

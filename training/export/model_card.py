@@ -55,7 +55,7 @@ def _training(models: Mapping[str, Weights]) -> str:
         "data": lambda m: m.run.get("data"),
         "fingerprint of the data": lambda m: m.facts.get("raw"),
         "optimiser steps": lambda m: m.facts.get("step"),
-        "batch": lambda m: m.run.get("loop", {}).get("batch"),
+        "batch": lambda m: m.run.get("loop", {}).get("global_batch_size"),
         "seed": lambda m: m.run.get("loop", {}).get("seed"),
         "learning rate": lambda m: m.run.get("optim", {}).get("lr"),
         "averaged weights": lambda m: m.run.get("optim", {}).get("ema"),

@@ -163,6 +163,6 @@ def _sizes(tensors: dict[str, Tensor], folder: Path, pixels: int) -> DVAEConfig:
         gain=0.0,
         codebook=tensors[ends[1]].shape[1],
         code_width=tensors[ends[1]].shape[0],
-        least_log_scale=-20.0,
-        start="paper",
+        min_log_scale=-20.0,
+        init="paper",
     )

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from checkpoint.format import Reader
 from checkpoint.reader import CheckpointReader, finished_steps
 from checkpoint.tensors import Read, Shapes, file_parts
-from core.config import from_json
+from core.config import from_json, with_new_names
 from core.errors import CorruptError, InputError
 from core.files.atomic import Json, seal, unseal, write_atomic, write_parts
 from core.log import LOG
+from core.renamed import FACTS, ROW, renamed
 from core.storage.store import Store, open_store
 from models.clip import Clip
 from models.config import ClipConfig, DVAEConfig, PriorConfig
@@ -27,6 +28,7 @@ from models.prior import build_prior
 from parallel.placement import placement_of
 from training.ema import EMA
 from training.run.config import config_of
+from training.stages import config_with_new_names
 
 WEIGHTS, DESCRIPTION, CONFIG = "model.safetensors", "model.json", "config.json"
 
@@ -145,7 +147,16 @@ def read_description(folder: Path, stage: str) -> dict[str, Any]:
     body = unseal(path.read_bytes(), str(path))
     if body["stage"] != stage:
         raise InputError(f"{folder} holds a {body['stage']}, not a {stage}")
-    return body
+    config = with_new_names(KINDS[stage].config, body["config"], str(path))
+    return {**body, "config": config, "facts": facts_with_new_names(body["facts"])}
+
+
+def facts_with_new_names(facts: Json) -> Json:
+    """What a model was trained on, under the names of now."""
+    now = renamed(FACTS, facts)
+    if isinstance(now.get("validation"), dict):
+        now["validation"] = renamed(ROW, now["validation"])
+    return now
 
 
 def model_is_whole(folder: Path, stage: str) -> bool:
@@ -245,15 +256,16 @@ def _unfinished(folder: Path, stage: str, step: int | None) -> Weights:
             "on to the next checkpoint"
         )
     LOG.info("%s of %s: the weights of %s", stage, folder, reader.url)
+    config = config_with_new_names(facts["config"], reader.url)
     told = {name: facts[name] for name in ("numerics",) if name in facts}
     return Weights(
         stage=stage,
         where=reader.url,
-        config=facts["config"]["model"],
-        facts={**facts["task"], **told, "step": facts["step"]},
+        config=config["model"],
+        facts={**facts_with_new_names(facts["task"]), **told, "step": facts["step"]},
         shapes=reader.shapes(),
         read=partial(_mean, reader),
-        run=facts["config"],
+        run=config,
     )
 
 

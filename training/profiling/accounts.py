@@ -75,11 +75,11 @@ class Waits:
         self._spent += spent
 
     def row(self) -> dict[str, float]:
-        """Figures for metrics.jsonl; data_share is of the time since the last row."""
+        """Figures for metrics.jsonl; data_wait_fraction is of the time since the last row."""
         found = {
-            "data_seconds": self._waits[-1],
-            "data_share": self._waited / max(self._spent, 1e-9),
-            "data_seconds_p999": float(np.quantile(self._waits, 0.999)),
+            "data_wait_seconds": self._waits[-1],
+            "data_wait_fraction": self._waited / max(self._spent, 1e-9),
+            "data_wait_seconds_p999": float(np.quantile(self._waits, 0.999)),
         }
         self._waited = self._spent = 0.0
         return found

@@ -31,8 +31,8 @@ def accumulate_to_halve(settings: StageConfig) -> int:
     Its share is (p - 1) / (m + p - 1) for p stages and m micro-batches; half of it takes
     2 m + p - 1. The next number that divides a replica's batch, or 0 if it has too few samples.
     """
-    stages, micro = settings.mesh.pipeline, settings.engine.accumulate
-    replica = settings.loop.batch // max(settings.mesh.data, 1)
+    stages, micro = settings.mesh.pipeline, settings.engine.gradient_accumulation_steps
+    replica = settings.loop.global_batch_size // max(settings.mesh.data, 1)
     wanted = 2 * micro + stages - 1
     return next((n for n in range(wanted, replica + 1) if replica % n == 0), 0)
 
@@ -41,7 +41,7 @@ def _data_bound(settings: StageConfig, share: float) -> str:
     if share <= _DATA:
         return ""
     loader = settings.loader
-    ways = f"--loader.ahead {2 * loader.ahead} --loader.readers {2 * loader.readers}"
+    ways = f"--loader.prefetch {2 * loader.prefetch} --loader.readers {2 * loader.readers}"
     cache = "" if loader.cache else ", and --loader.cache with a local folder"
     return (
         f"data-bound: {share:.0%} of the time is waiting for records or making tensors of them; "
@@ -53,9 +53,9 @@ def _bubble(settings: StageConfig, share: float) -> str:
     if share <= _BUBBLE:
         return ""
     micro = accumulate_to_halve(settings)
-    wanted = 2 * settings.engine.accumulate + settings.mesh.pipeline - 1
-    more = f"--loop.batch {wanted * max(settings.mesh.data, 1)} --engine.accumulate {wanted}"
-    advice = f"--engine.accumulate {micro}" if micro else more
+    wanted = 2 * settings.engine.gradient_accumulation_steps + settings.mesh.pipeline - 1
+    more = f"--loop.global-batch-size {wanted * max(settings.mesh.data, 1)} " if not micro else ""
+    advice = f"{more}--engine.gradient-accumulation-steps {micro or wanted}"
     return (
         f"bubble: {share:.0%} of the time the stages wait for one another; {advice} would about "
         "halve it, or use fewer stages"
@@ -67,8 +67,8 @@ def _held_up(settings: StageConfig, share: float) -> str:
         return ""
     every = settings.checkpoint.every
     advice = f"--checkpoint.every {2 * every} would halve it"
-    if not settings.checkpoint.background:
-        advice = f"--checkpoint.background writes beside the training; {advice}"
+    if not settings.checkpoint.async_save:
+        advice = f"--checkpoint.async-save writes beside the training; {advice}"
     return f"saves hold training up for {share:.0%} of the time; {advice}"
 
 

@@ -150,7 +150,7 @@ def speed_of(ranks: Sequence[dict[str, Any]], tflops: float) -> dict[str, float]
     if not peak:
         return {}
     share = {"model_tflops": tflops, "mfu": tflops / peak} if tflops else {}
-    return {"peak_tflops": peak, "ranks_at_once": together, **share}
+    return {"peak_tflops": peak, "concurrent_ranks": together, **share}
 
 
 def time_of(ranks: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import InputError
+from core.renamed import LAYOUT, renamed
 from models.config import PriorConfig
 from models.counts import prior_parameters
+from parallel.config import MeshConfig
 from training.config import StageConfig
 from training.profiling.categories import CATEGORIES, COMPUTE, DATA, OPTIMIZER, OTHER, PIPELINE
 
@@ -73,7 +75,7 @@ def _of_run(body: dict[str, Any], settings: StageConfig) -> dict[str, float]:
             "plan for the run's preset"
         )
     wanted = _way_of(settings)
-    ways = [way for way in (body["best"], *body["alternatives"]) if way]
+    ways = [_with_new_names(way) for way in (body["best"], *body["alternatives"]) if way]
     others = [
         {name: way[name] for name, value in wanted.items() if way[name] != value} for way in ways
     ]
@@ -89,6 +91,10 @@ def _of_run(body: dict[str, Any], settings: StageConfig) -> dict[str, float]:
     )
 
 
+def _with_new_names(way: dict[str, Any]) -> dict[str, Any]:
+    return renamed(LAYOUT, {**way, "mesh": renamed(MeshConfig, way["mesh"])})
+
+
 def _way_of(settings: StageConfig) -> dict[str, Any]:
     """How a run trains, in the fields of a plan's way."""
     engine, mesh, rank = settings.engine, settings.mesh, settings.compress.rank
@@ -96,8 +102,10 @@ def _way_of(settings: StageConfig) -> dict[str, Any]:
         "mesh": dict(vars(mesh)),
         "engine": engine.name,
         "zero_stage": engine.zero_stage if engine.name != "reference" else 0,
-        "accumulate": engine.accumulate,
-        "micro_batch": settings.loop.batch // mesh.data // engine.accumulate,
+        "gradient_accumulation_steps": engine.gradient_accumulation_steps,
+        "micro_batch": settings.loop.global_batch_size
+        // mesh.data
+        // engine.gradient_accumulation_steps,
         "recompute": engine.recompute,
         "precision": engine.precision,
         "moments": settings.optim.moments,

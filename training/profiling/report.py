@@ -200,7 +200,7 @@ def report_of(found: Profiled, peak: float, plan: Planned | None) -> Report:
     seconds = max(found.seconds.sum(2).mean(), 1e-9)
     apart = [CATEGORIES.index(name) for name in (CHECKPOINT, VALIDATION)]
     training = max(seconds - found.seconds[:, :, apart].sum(2).mean(), 1e-9)
-    flops = found.settings.loop.batch * model_flops(found.model)
+    flops = found.settings.loop.global_batch_size * model_flops(found.model)
     total, source = _peak(found, peak)
     tokens = _tokens_a_step(found.rows)
     medians = np.median(found.own(), 1)
@@ -248,7 +248,7 @@ def _spent(seconds: np.ndarray, whole: float, numbers: np.ndarray) -> Spent:
 
 def _peak(found: Profiled, peak: float) -> tuple[float, str]:
     """TFLOP/s of all ranks, and where the figure comes from."""
-    together = [row["ranks_at_once"] for row in found.rows if row.get("ranks_at_once")]
+    together = [row["concurrent_ranks"] for row in found.rows if row.get("concurrent_ranks")]
     if peak:
         return peak * (together[-1] if together else found.ranks), "given"
     noted = [row["peak_tflops"] for row in found.rows if row.get("peak_tflops")]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class GuardConfig:
     """What keeps a bad batch or a bad machine from spoiling a run."""
 
-    sigmas: float = 6.0
+    sigma_factor: float = 6.0
     """Skip an update whose loss, or log of its gradient norm, lies so many standard deviations
     above the mean of the updates before; 0 = never."""
     window: int = 128
@@ -16,24 +16,30 @@ class GuardConfig:
     """So many skipped updates in a row go back to the last checkpoint and pass over their data."""
     compare_every: int = 100
     """Steps between two comparisons of the replicas' weights; 0 = only before a save."""
-    codes: float = 0.0
+    min_codebook_usage: float = 0.0
     """Stop a dVAE of whose codes a validation uses a smaller share; 0 = never. Below a tenth of
     them there is a warning in any case."""
-    codes_after: float = 0.25
+    codebook_usage_after: float = 0.25
     """Share of the run from which on codes are looked at; before it few of them are no fault."""
 
     def problems(self) -> list[str]:
         found = []
-        if not self.sigmas >= 0 or self.compare_every < 0:
-            found.append("guard.sigmas and guard.compare_every must not be negative; 0 = off")
+        if not self.sigma_factor >= 0 or self.compare_every < 0:
+            found.append("guard.sigma_factor and guard.compare_every must not be negative; 0 = off")
         if self.window < 16:
             found.append(f"guard.window={self.window} is too short for a deviation; try 128")
         if self.rewind_after < 1:
             found.append("guard.rewind_after must be at least 1")
-        if not (0 <= self.codes <= 1 and 0 <= self.codes_after <= 1):
-            found.append("guard.codes and guard.codes_after are shares: 0 to 1")
+        if not (0 <= self.min_codebook_usage <= 1 and 0 <= self.codebook_usage_after <= 1):
+            found.append(
+                "guard.min_codebook_usage and guard.codebook_usage_after are shares: 0 to 1"
+            )
         return found
 
     def without_codes(self) -> list[str]:
         """Problems of a stage that has no codebook."""
-        return ["guard.codes: only a dVAE has codes; set --guard.codes 0"] if self.codes else []
+        return (
+            ["guard.min_codebook_usage: only a dVAE has codes; set --guard.min-codebook-usage 0"]
+            if self.min_codebook_usage
+            else []
+        )

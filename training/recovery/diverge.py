@@ -84,7 +84,7 @@ def trace_rank(payload: str) -> None:
         run = Run(body["stage"], task, settings, mesh, ledger, Heart(world.rank))
         run.resume_from(open_checkpoint(body["checkpoint"]))
         notes: dict[str, list[Tensor]] = {}
-        local = settings.loop.batch // mesh.data.size
+        local = settings.loop.global_batch_size // mesh.data.size
         for name, layer in run.engine.layers().items():
             _note(layer, name, notes, local)
         order = {"layers": [layer.name for layer in task.program.layers]}
@@ -127,7 +127,7 @@ def _config(folder: Path) -> tuple[str, Any]:
         raise InputError(f"{folder} is no run folder (no config.json); give `tapir train`'s --out")
     body = json.loads(path.read_text())
     stage = body.pop("stage")
-    return stage, settings_from_json(stage, body)
+    return stage, settings_from_json(stage, body, str(path))
 
 
 def _newest(folder: Path, settings: Any) -> str:

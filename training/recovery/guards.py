@@ -49,7 +49,7 @@ class Guard:
         self._norms.extend(state.get("norms", []))
 
     def _spike(self, name: str, value: float, history: deque[float], floor: float | None) -> str:
-        sigmas = self._config.sigmas
+        sigmas = self._config.sigma_factor
         if not sigmas or len(history) < self._config.window // 2:
             return ""
         mean = sum(history) / len(history)

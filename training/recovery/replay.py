@@ -102,11 +102,11 @@ def _losses_of(run: Run, records: Sequence[Any]) -> list[float]:
 def _run_of(body: dict[str, Any], out: str) -> Iterator[Run]:
     """The capsule's run on this process, at its checkpoint."""
     config = {name: value for name, value in body["config"].items() if name != "stage"}
-    settings = settings_from_json(body["stage"], config)
+    settings = settings_from_json(body["stage"], config, "the capsule")
     home = settings.checkpoint.to or str(settings.out / "checkpoints")
-    replicas = settings.mesh.data * settings.engine.accumulate
+    replicas = settings.mesh.data * settings.engine.gradient_accumulation_steps
     engine = dataclasses.replace(
-        settings.engine, name="reference", zero_stage=1, accumulate=replicas
+        settings.engine, name="reference", zero_stage=1, gradient_accumulation_steps=replicas
     )
     settings = dataclasses.replace(
         settings,

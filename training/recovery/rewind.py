@@ -77,7 +77,7 @@ class Recovery:
         """The error of a run that must go back before its first checkpoint."""
         return TrainingError(
             f"step {step}: {len(self._bad)} updates in a row were skipped before the first "
-            "checkpoint; lower optim.lr or guard.sigmas"
+            "checkpoint; lower optim.lr or guard.sigma_factor"
         )
 
     def compare_replicas(self, engine: Engine, step: int) -> None:

@@ -17,7 +17,7 @@ from training.config import StageConfig
 from training.profiling.plan import read_plan
 
 FEW_CODES = 0.1
-"""Share of a codebook below which a dVAE is told of, whatever guard.codes."""
+"""Share of a codebook below which a dVAE is told of, whatever guard.min_codebook_usage."""
 SLOWER = 2.0
 """A median step that takes so many times what a plan says is told of."""
 WARM, WINDOW = 10, 50
@@ -45,23 +45,25 @@ class Alarms:
     def codes(self, row: Mapping[str, float], step: int) -> None:
         """Look at a validation's codes; all ranks call it together.
 
-        Raises: TrainingError if they are fewer than guard.codes, while there are steps left.
+        Raises: TrainingError below guard.min_codebook_usage, while there are steps left.
         """
-        if "codes_share" not in row:
+        if "codebook_usage" not in row:
             return
         guard, steps = self._settings.guard, self._settings.loop.steps
-        share, used = row["codes_share"], row["codes_used"]
-        least = max(guard.codes, FEW_CODES)
-        dead = step >= guard.codes_after * steps and share < least
+        share, used = row["codebook_usage"], row["codes_used"]
+        least = max(guard.min_codebook_usage, FEW_CODES)
+        dead = step >= guard.codebook_usage_after * steps and share < least
         text = (
             f"step {step}: the dVAE uses {used:.0f} of its codes ({share:.1%} of what these "
             f"held-out pictures could, below {least:.0%}): its codebook is dead, and tokens made "
             "with it tell little; start again with another --loop.seed, a lower --optim.lr, a "
             "higher --tau-last or a smaller --model.codebook"
         )
-        stop = dead and share < guard.codes and step < steps
+        stop = dead and share < guard.min_codebook_usage and step < steps
         if self._world.gather_text("stop" if stop else "")[0]:
-            raise TrainingError(f"{text} (stopped by guard.codes={guard.codes:g})")
+            raise TrainingError(
+                f"{text} (stopped by guard.min_codebook_usage={guard.min_codebook_usage:g})"
+            )
         self._say("codes", dead, text)
 
     def disk(self, store: Store, step: int) -> None:

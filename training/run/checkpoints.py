@@ -31,10 +31,10 @@ def kept_steps(saved: list[Saved], config: CheckpointConfig) -> set[int]:
     """Steps that the policy keeps: the last ones, one for every so many hours, the best."""
     rows = sorted(saved, key=lambda row: row.step)
     kept = {row.step for row in rows[-config.keep :]}
-    if config.hours > 0:
+    if config.keep_every_hours > 0:
         last = float("-inf")
         for row in rows:
-            if row.time - last >= 3600 * config.hours:
+            if row.time - last >= 3600 * config.keep_every_hours:
                 kept.add(row.step)
                 last = row.time
     measured = [row for row in rows if row.loss is not None]
@@ -57,7 +57,7 @@ class Checkpoints:
         """`gathers` are for the loop and, over a process group of its own, for the saver."""
         self.store, self._config = store, config
         self._rank, self._ranks, self._gather = rank, ranks, gathers[0]
-        self.saver = Saver(store, rank, gathers[1], config.background)
+        self.saver = Saver(store, rank, gathers[1], config.async_save)
         """Writes them; may be waited for."""
         self._known: dict[int, Saved] = {}
         self.whole: int | None = None

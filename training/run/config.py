@@ -7,7 +7,7 @@ from typing import Any
 from core.config import check
 from core.errors import ConfigError, InputError
 from training.config import StageConfig
-from training.stages import STAGES, settings_from_json
+from training.stages import STAGES, config_with_new_names, settings_from_json
 
 _REMEDY = (
     "the run's own command writes it again when it resumes; that of another version of Tapir is "
@@ -23,7 +23,7 @@ def config_of(run: Path) -> dict[str, Any]:
         if not {"stage", "loop"} <= body.keys():
             reason = f"{path} is of something else"
         elif isinstance(body["stage"], str) and isinstance(body["loop"]["steps"], int):
-            return body
+            return config_with_new_names(body, str(path))
         else:
             reason = f"{path} is damaged"
     except FileNotFoundError:

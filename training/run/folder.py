@@ -127,7 +127,8 @@ def read_metrics(root: Path) -> list[dict[str, Any]]:
 def read_rows(root: Path) -> tuple[list[dict[str, Any]], int]:
     """The same, and how many lines were left out."""
     path = root / "metrics.jsonl"
-    return rows_of(path.read_text(errors="replace").splitlines() if path.exists() else [])
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    return rows_of(lines, str(path))
 
 
 _NAME = "live.json"

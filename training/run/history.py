@@ -46,7 +46,9 @@ class History:
         kind = TokenSource if config["stage"] == "prior" else RawSource
         self._source: Any = kind(self._store, _SPLIT)
         loop = self.settings.loop
-        self._order = LaneOrder(self._source.sizes, loop.seed, loop.batch, self.settings.order)
+        self._order = LaneOrder(
+            self._source.sizes, loop.seed, loop.global_batch_size, self.settings.order
+        )
         home = self.settings.checkpoint.to or str(run / "checkpoints")
         self._passed = sorted(_passed_over(home))
         self.steps: int = loop.steps

@@ -43,7 +43,7 @@ class RunLog:
         """Tell of a step on the terminal, and every loop.log_every steps in metrics.jsonl."""
         loop, seconds, traffic = self._loop, cost.seconds, cost.traffic
         self._waits.add(cost.waited, seconds)
-        rate = loop.batch * self._units / seconds
+        rate = loop.global_batch_size * self._units / seconds
         meter.update(step, f"loss {result.losses['loss']:.4f}, {rate:,.0f} tokens/s")
         if step % loop.log_every == 0 or step == loop.steps:
             row = {

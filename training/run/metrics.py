@@ -5,6 +5,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from core.renamed import ROW, new_names, renamed, tell_renamed
+
 _DIGITS = 18
 """Of the longest whole number."""
 _LARGEST = 1e100
@@ -12,11 +14,11 @@ _LARGEST = 1e100
 _FIGURES = (
     "seconds",
     "tokens_per_second",
-    "data_share",
-    "data_seconds",
+    "data_wait_fraction",
+    "data_wait_seconds",
     "model_tflops",
     "peak_tflops",
-    "ranks_at_once",
+    "concurrent_ranks",
     "mfu",
     "slowest_rank",
     "slowest_ratio",
@@ -38,16 +40,23 @@ _DEPTHS = {"time": 1, "comm_seconds": 2, "comm": 3}
 
 
 def row_of(line: str) -> dict[str, Any] | None:
-    """The row of a line, or None if it is none, or holds something else where a figure belongs."""
+    """The row of a line, under new names; None if it is none, or has no number for a figure."""
     try:
         row = json.loads(line, parse_int=_whole)
     except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and _sound(row) else None
+    if not isinstance(row, dict):
+        return None
+    row = renamed(ROW, row)
+    return row if _sound(row) else None
 
 
-def rows_of(lines: Iterable[str]) -> tuple[list[dict[str, Any]], int]:
-    """The rows, and how many lines are none."""
+def rows_of(lines: Iterable[str], where: str = "") -> tuple[list[dict[str, Any]], int]:
+    """The rows, and how many lines are none; one line tells of old names in the file `where`."""
+    lines = list(lines)
+    if where:
+        old = new_names(ROW).items()
+        tell_renamed(where, {a: b for a, b in old if any(f'"{a}":' in line for line in lines)})
     found = [row_of(line) for line in lines]
     rows = [row for row in found if row is not None]
     return rows, len(found) - len(rows)

@@ -7,6 +7,7 @@ from core.errors import ConfigError
 from core.log import LOG
 from parallel.engines.protocol import Engine
 from parallel.precision import Numerics
+from training.stages import config_with_new_names
 
 _MAY_CHANGE = (
     "out",
@@ -22,12 +23,13 @@ _MAY_CHANGE = (
     "supervisor",
 )
 """Settings that a resumed run may give anew."""
-_LOOP_MAY_CHANGE = ("until", "log_every", "validate_every", "validation_samples")
+_LOOP_MAY_CHANGE = ("stop_at", "log_every", "validate_every", "validation_samples")
 
 
 def refuse_other_config(reader: CheckpointReader, config: dict[str, Any]) -> None:
     """Raise ConfigError with a table of the settings that differ and must not."""
-    before, now = _fixed(reader.facts["config"]), _fixed(config)
+    stored = config_with_new_names(reader.facts["config"], reader.url)
+    before, now = _fixed(stored), _fixed(config)
     rows = [
         (name, str(before.get(name)), str(now.get(name)))
         for name in sorted({*before, *now})

@@ -51,7 +51,7 @@ class DVAETask:
         refuse_unfit(settings, self.train.manifest, self.held_out.manifest)
         self._settings, self._readable = settings, ReadablePairs()
         self._set_model(settings.model, settings.loop.seed)
-        if settings.model.start == "calibrated":
+        if settings.model.init == "calibrated":
             first = first_records(self.train, CALIBRATED)
             self.dvae.calibrate(self._squares(first, self.train))
 
@@ -65,8 +65,8 @@ class DVAETask:
         settings, seed = self._settings, self._settings.loop.seed
         keys = [key_int(seed, step, record.key, "gumbel") for record in records]
         done = step / settings.loop.steps
-        tau = cosine(settings.tau_first, settings.tau_last, done / settings.tau_share)
-        beta = cosine(settings.beta_first, settings.beta, done / settings.beta_share)
+        tau = cosine(settings.tau_first, settings.tau_last, done / settings.tau_fraction)
+        beta = cosine(settings.beta_first, settings.beta, done / settings.beta_fraction)
         return {
             "pixels": self._views(records, step)
             if training
@@ -113,7 +113,7 @@ class DVAETask:
             "perplexity": perplexity(codes),
             "codes_used": float(used),
             "codes_dead": float(self.model_config.codebook - used),
-            "codes_share": used / min(self.model_config.codebook, codes.numel()),
+            "codebook_usage": used / min(self.model_config.codebook, codes.numel()),
             "psnr": -10 * float(np.log10(max(mse, 1e-10))),
         }
         pictures = {"reconstructions": _rows(pixels[:SHOWN].cpu(), again[:SHOWN].cpu())}

@@ -63,7 +63,7 @@ class PriorTask:
         if self._dropout and training:
             seed, again = self._settings.loop.seed, self._dropout.encode
             records = [replace(r, text=again(r.text, seed, step, r.id)) for r in records]
-        if self._settings.caption_drop and training:
+        if self._settings.caption_dropout and training:
             records = [self._maybe_empty(r, step) for r in records]
         return token_batch(records, self.model_config.text_length)
 
@@ -74,7 +74,7 @@ class PriorTask:
     def _maybe_empty(self, record: TokenRecord, step: int) -> TokenRecord:
         """The record, or by its key the same picture with the empty caption."""
         drawn = key_fraction(self._settings.loop.seed, step, record.id, "caption drop")
-        kept = drawn >= self._settings.caption_drop
+        kept = drawn >= self._settings.caption_dropout
         return record if kept else replace(record, text=record.text[:0])
 
     def _open_dropout(self) -> DropoutEncoder | None:
@@ -92,7 +92,7 @@ class PriorTask:
 
     def facts(self) -> dict[str, Any]:
         known = {key: self._facts[key] for key in ("dvae", "tokenizer", "grid")}
-        return {**known, "caption_drop": self._settings.caption_drop}
+        return {**known, "caption_dropout": self._settings.caption_dropout}
 
     def figures(
         self, means: Means, mine: Sequence[TokenRecord], records: Sequence[TokenRecord]

@@ -9,21 +9,12 @@ from typing import Any
 from cluster.chain import Chain, Job, Scheduler
 from core.config import check
 from core.flags import parse_over
-from data_pipeline.config import PackConfig, TokenizeConfig
-from generation.config import EvaluateConfig, ScoreConfig
 from training.presets import PRESETS
 from workflow.chain.requirements import chain_problems
-from workflow.run_file import AFTER, ARRAYS, RunFile, StageSpec, Value
+from workflow.run_file import AFTER, ARRAYS, SETTINGS, RunFile, StageSpec, Value
 
 AWS = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 AWS_REGION = ("AWS_DEFAULT_REGION", "AWS_REGION", "AWS_PROFILE")
-_DEFAULTS: dict[str, Any] = {
-    "pack": PackConfig(),
-    "tokenize": TokenizeConfig(),
-    "score": ScoreConfig(),
-    "evaluate": EvaluateConfig(),
-}
-"""Settings of the stages that have no presets."""
 _NO_SETTINGS = ("--inception=", "--overlap=")
 """Flags of `score` that name files."""
 
@@ -65,7 +56,7 @@ def settings_of_stages(run: RunFile) -> dict[str, Any]:
             places = _train(run, name, spec)[3:]
             found[name] = parse_over(preset, places, f"train {name} {spec.preset}")
         else:
-            found[name] = parse_over(_DEFAULTS[name], flags, name, flat=True)
+            found[name] = parse_over(SETTINGS[name](), flags, name, flat=True)
     return found
 
 

@@ -56,7 +56,9 @@ class DeepSpeedPipeEngine(DeepSpeedEngine):
         scales = scales_of(program, self._module.scales(), settings.engine)
         super().__init__(program, names, mesh, 1, scales, settings.judge)
         elements = sum(p.numel() for p in names.values()) if settings.compress.on else None
-        config = zero_config(settings.optim, 1, settings.engine.accumulate, elements)
+        config = zero_config(
+            settings.optim, 1, settings.engine.gradient_accumulation_steps, elements
+        )
         optimizer = build_adamw(names, settings.optim)
         self._engine = initialize(self._module, optimizer, config, mesh.world.device)
         self._attach_zero12(program, settings)

@@ -1,6 +1,6 @@
 """DeepSpeed owns the step: ZeRO-1/2/3 over the replicas, with tensor parallelism.
 
-With mesh.machines above 1 this is the paper's layout: ZeRO-3 shards over the ranks of a machine,
+With mesh.nodes above 1 this is the paper's layout: ZeRO-3 shards over the ranks of a machine,
 and gradient shards are reduced, compressed or not, between the machines.
 """
 
@@ -53,7 +53,9 @@ class DeepSpeedZeroEngine(DeepSpeedEngine):
         compress = settings.compress.on
         elements = sum(p.numel() for p in names.values()) if compress else None
         engine = settings.engine
-        config = zero_config(settings.optim, self._stage, engine.accumulate, elements)
+        config = zero_config(
+            settings.optim, self._stage, engine.gradient_accumulation_steps, elements
+        )
         whole_world = mesh.data.size == mesh.world.size and mesh.between.size == 1
         mpu = None if whole_world else GroupsOfMesh(mesh, "machine" if self._stage == 3 else "data")
         optimizer = build_adamw(names, settings.optim)

@@ -44,7 +44,7 @@ def least_of_gradients(case: Case) -> float:
     terms. Such errors add up as roots, sqrt(s) in a sum and s in the basis: 64 * 2^-24 = 4e-6, a
     hundredth of this, times |error buffers| / |mean|, a few in 20 steps.
     """
-    return LEAST / math.sqrt(case.mesh.data * case.engine.accumulate)
+    return LEAST / math.sqrt(case.mesh.data * case.engine.gradient_accumulation_steps)
 
 
 def most_of_losses(config: PriorConfig) -> float:

@@ -30,7 +30,7 @@ def _zero(stage: int, **mesh: int) -> tuple[MeshConfig, EngineConfig]:
 
 
 def _pipe(**mesh: int) -> tuple[MeshConfig, EngineConfig]:
-    return MeshConfig(**mesh), EngineConfig(name="deepspeed_pipe", accumulate=2)
+    return MeshConfig(**mesh), EngineConfig(name="deepspeed_pipe", gradient_accumulation_steps=2)
 
 
 LAYOUTS = {
@@ -43,7 +43,7 @@ LAYOUTS = {
     "TP2xPP2xDP2": _pipe(tensor=2, pipeline=2, data=2),
     "TP4 padded": _pipe(tensor=4),
     "TP2xDP2 ZeRO-2": _zero(2, tensor=2, data=2),
-    "paper 2x2": _zero(3, data=4, machines=2),
+    "paper 2x2": _zero(3, data=4, nodes=2),
 }
 """TP4 pads the 6 heads to 8."""
 ALL = [(a, b) for a in LAYOUTS for b in LAYOUTS if a != b]
@@ -67,7 +67,7 @@ def _settings(tokens: Path, out: Path, layout: str, **parts: dict[str, Any]) -> 
         "model": {"dim": 48, "heads": 6},
         "loop": {
             "steps": STEPS,
-            "batch": 32,
+            "global_batch_size": 32,
             "log_every": 1,
             "validate_every": 0,
             "validation_samples": 32,
@@ -153,7 +153,7 @@ def test_a_compressed_run_resumes_bit_equal(layout: str, tokens: Path, tmp_path:
 @pytest.mark.slow
 def test_saving_in_the_background_changes_nothing(tokens: Path, tmp_path: Path) -> None:
     """Every step saved, in the background and in front, against saves at the end alone."""
-    ways = [{"every": 1}, {"every": 1, "background": False}, {"every": 10**6}]
+    ways = [{"every": 1}, {"every": 1, "async_save": False}, {"every": 10**6}]
     found = []
     for i, way in enumerate(ways):
         settings = _settings(tokens, tmp_path / str(i), "TP2xDP2 ZeRO-2", checkpoint=way)

@@ -9,7 +9,7 @@ from core.files.atomic import seal
 from tests.harness import tapir
 
 FLAGS = [
-    "--loop.batch=32",
+    "--loop.global-batch-size=32",
     "--loop.validation-samples=32",
     "--checkpoint.every=2",
     "--loop.steps=3",
@@ -23,7 +23,7 @@ RUNS = {
         "--mesh.tensor=2",
         "--mesh.pipeline=2",
         "--mesh.data=2",
-        "--engine.accumulate=2",
+        "--engine.gradient-accumulation-steps=2",
         "--engine.precision=fp32",
     ],
     "zero3": ["--mesh.data=2", "--engine.zero-stage=3", "--engine.precision=fp32"],

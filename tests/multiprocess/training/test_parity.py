@@ -12,7 +12,7 @@ from tests.multiprocess.training.checks import largest_difference
 
 FLAGS = [
     "--loop.steps=20",
-    "--loop.batch=32",
+    "--loop.global-batch-size=32",
     "--loop.log-every=1",
     "--loop.validation-samples=32",
     "--optim.warmup=5",
@@ -54,11 +54,11 @@ def test_a_run_in_two_parts_on_two_meshes_is_the_unbroken_one(
 ) -> None:
     """Twelve steps on one process, which leave no model, then the rest on two ranks of ZeRO."""
     command = ["train", "prior", "tiny", f"--data={tokens}", f"--out={tmp_path}", *FLAGS]
-    tapir(*command, *MESHES["reference-1"], "--loop.until=12")
+    tapir(*command, *MESHES["reference-1"], "--loop.stop-at=12")
     whole, first = rows_of(runs["reference-1"]), rows_of(tmp_path)
     assert [row["loss"] for row in first] == [row["loss"] for row in whole[:12]]
     assert not (tmp_path / "model.safetensors").exists()
-    text = tapir(*command, *MESHES["reference-1"], "--loop.until=12")
+    text = tapir(*command, *MESHES["reference-1"], "--loop.stop-at=12")
     assert "has 12 of 20 steps already" in text and rows_of(tmp_path) == first
     tapir(*command, *MESHES["zero-2"])
     both = rows_of(tmp_path)
@@ -97,7 +97,7 @@ def test_torchrun_gives_the_same(runs: dict[str, Path], tokens: Path, tmp_path: 
 def test_accumulated_micro_batches_give_the_same(
     runs: dict[str, Path], tokens: Path, tmp_path: Path
 ) -> None:
-    flags = [*FLAGS, *MESHES["zero-2"], "--engine.accumulate=4"]
+    flags = [*FLAGS, *MESHES["zero-2"], "--engine.gradient-accumulation-steps=4"]
     tapir("train", "prior", "tiny", f"--data={tokens}", f"--out={tmp_path}", *flags)
     single, other = rows_of(runs["reference-1"]), rows_of(tmp_path)
     assert largest_difference(single, other, "loss") < 1e-5

@@ -51,11 +51,11 @@ CUT: dict[str, dict[str, Value]] = {
 """Of the paper's stages. A block is one pair, so that 1,024 lanes need 1,024 pairs alone."""
 PAPERS = [name for name in PRESETS["prior"] if name.startswith("paper")]
 KEPT = {
-    "loop": ("batch", "validation_samples"),
-    "order": ("lanes", "window"),
-    "engine": ("precision", "accumulate", "recompute", "name", "zero_stage"),
+    "loop": ("global_batch_size", "validation_samples"),
+    "order": ("lanes", "shuffle_buffer"),
+    "engine": ("precision", "gradient_accumulation_steps", "recompute", "name", "zero_stage"),
     "compress": ("rank", "warm_start", "error_feedback"),
-    "optim": ("ema", "ema_every", "halvings", "most_variance", "moments"),
+    "optim": ("ema", "ema_every", "halvings", "max_variance", "moments"),
 }
 
 

@@ -235,8 +235,8 @@ def test_clip_and_tokens_read_a_drawn_one_and_the_tokenizer_all(
         clip_tiny(),
         data=str(several.root),
         bpe=bpe,
-        order=OrderConfig(lanes=2, window=2),
-        loop=dataclasses.replace(clip_tiny().loop, batch=4),
+        order=OrderConfig(lanes=2, shuffle_buffer=2),
+        loop=dataclasses.replace(clip_tiny().loop, global_batch_size=4),
     )
     task = ClipTask(settings, World())
     batches = [task.batch(records, step)["text"] for step in (3, 4)]
@@ -274,8 +274,8 @@ def test_the_share_of_captions_that_are_cut_is_said_once(
             data=str(several.root),
             bpe=bpe,
             model=dataclasses.replace(clip_tiny().model, text_length=length),
-            order=OrderConfig(lanes=2, window=2),
-            loop=dataclasses.replace(clip_tiny().loop, batch=4),
+            order=OrderConfig(lanes=2, shuffle_buffer=2),
+            loop=dataclasses.replace(clip_tiny().loop, global_batch_size=4),
         )
         share = tell_cut_captions(ClipTask(settings, World()))
         cut = sum(n > length for n in lengths)
@@ -288,7 +288,7 @@ def test_a_run_and_a_prompt_say_what_is_cut(
     tokens: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LOG, "propagate", True)
-    flags = ["--loop.steps=1", "--loop.batch=8", "--order.lanes=8", "--mesh.data=2"]
+    flags = ["--loop.steps=1", "--loop.global-batch-size=8", "--order.lanes=8", "--mesh.data=2"]
     flags += [f"--data={tokens}", f"--out={tmp_path / 'run'}", "--model.text-length=5"]
     text = tapir("train", "prior", "tiny", *flags, "--model.layers=1", "--engine.name=reference")
     assert text.count("of the captions are cut: of ") == 1 and "model.text_length=5" in text

@@ -147,7 +147,7 @@ def test_a_damaged_shard_is_named(raw: Path, tmp_path: Path) -> None:
 def test_lane_order_reads_each_record_at_most_once_for_every_rank_count(
     sizes: list[int], lanes: int, per_lane: int, window: int, epoch: int
 ) -> None:
-    config = OrderConfig(lanes=lanes, window=window)
+    config = OrderConfig(lanes=lanes, shuffle_buffer=window)
     try:
         order = LaneOrder(sizes, 5, lanes * per_lane, config)
     except ConfigError:
@@ -171,7 +171,7 @@ def test_lane_order_reads_each_record_at_most_once_for_every_rank_count(
 
 def test_a_stream_resumes_exactly_and_refuses_other_data(tokens: Path) -> None:
     source = TokenSource(FolderStore(tokens), "train")
-    order = OrderConfig(lanes=4, window=2)
+    order = OrderConfig(lanes=4, shuffle_buffer=2)
 
     def stream() -> Stream:
         return Stream(source, seed=3, batch=32, order=order)

@@ -51,7 +51,10 @@ def test_every_record_is_found_by_its_id(stored: FolderStore) -> None:
 
 def test_seen_and_batch_say_what_a_run_reads(raw: Path, tmp_path: Path) -> None:
     settings = {"stage": "dvae", "data": str(raw), "out": str(tmp_path)}
-    settings |= {"loop": {"steps": 45, "batch": 32, "seed": 4}, "order": {"lanes": 8, "window": 8}}
+    settings |= {
+        "loop": {"steps": 45, "global_batch_size": 32, "seed": 4},
+        "order": {"lanes": 8, "shuffle_buffer": 8},
+    }
     (tmp_path / "config.json").write_text(json.dumps(settings))
     stream = Stream(RawSource(FolderStore(raw), "train"), seed=4, batch=32, order=OrderConfig())
     batches = iter(stream)
@@ -73,7 +76,10 @@ def test_seen_and_batch_say_what_a_run_reads(raw: Path, tmp_path: Path) -> None:
 
 def test_batches_passed_over_move_the_later_steps(raw: Path, tmp_path: Path) -> None:
     settings = {"stage": "dvae", "data": str(raw), "out": str(tmp_path)}
-    settings |= {"loop": {"steps": 30, "batch": 32, "seed": 4}, "order": {"lanes": 8, "window": 8}}
+    settings |= {
+        "loop": {"steps": 30, "global_batch_size": 32, "seed": 4},
+        "order": {"lanes": 8, "shuffle_buffer": 8},
+    }
     (tmp_path / "config.json").write_text(json.dumps(settings))
     stream = Stream(RawSource(FolderStore(raw), "train"), seed=4, batch=32, order=OrderConfig())
     passed = [(0, 3), (0, 4), (0, 9), (1, 0)]
@@ -132,7 +138,7 @@ def test_a_cached_stream_reads_the_same(stored: FolderStore, tmp_path: Path) -> 
 
     cache = BlockCache(tmp_path, 10**7)
     plain = ids(LoaderConfig(), None)
-    assert ids(LoaderConfig(readers=1, ahead=1), cache) == plain == ids(LoaderConfig(), cache)
+    assert ids(LoaderConfig(readers=1, prefetch=1), cache) == plain == ids(LoaderConfig(), cache)
 
 
 def test_a_sample_of_the_blocks_is_verified(stored: FolderStore, tmp_path: Path) -> None:
@@ -220,7 +226,7 @@ def test_bpe_dropout_is_keyed_lossless_and_bpe_itself_at_rate_0(bpe: Path) -> No
 
 def test_captions_are_left_empty_by_key_for_guidance(tokens: Path) -> None:
     def task(rate: float) -> PriorTask:
-        return PriorTask(PriorTrain(data=str(tokens), caption_drop=rate), TensorParallel())
+        return PriorTask(PriorTrain(data=str(tokens), caption_dropout=rate), TensorParallel())
 
     quarter = task(0.25)
     records = first_records(quarter.train, 400)
@@ -235,5 +241,5 @@ def test_captions_are_left_empty_by_key_for_guidance(tokens: Path) -> None:
     kept = ~(dropped["text"] == PAD).all(1)
     assert dropped["text"][kept].equal(plain["text"][kept])
     assert dropped["image"].equal(plain["image"]) and not (plain["text"] == PAD).all(1).any()
-    assert quarter.facts()["caption_drop"] == 0.25
-    assert PriorTrain(caption_drop=1.0).problems()
+    assert quarter.facts()["caption_dropout"] == 0.25
+    assert PriorTrain(caption_dropout=1.0).problems()

@@ -77,11 +77,11 @@ def test_a_stream_killed_anywhere_goes_on_with_any_number_of_ranks(
     sizes: list[int], lanes: int, per_lane: int, window: int, ahead: int, data: st.DataObject
 ) -> None:
     source = NumberedSource(sizes)
-    order = OrderConfig(lanes=lanes, window=window)
+    order = OrderConfig(lanes=lanes, shuffle_buffer=window)
     batch = lanes * per_lane
 
     def stream(rank: int, ranks: int, state: StreamState | None) -> Stream:
-        loader = LoaderConfig(readers=2, ahead=ahead)
+        loader = LoaderConfig(readers=2, prefetch=ahead)
         found = Stream(
             source, seed=5, batch=batch, order=order, loader=loader, rank=rank, ranks=ranks
         )
@@ -116,14 +116,14 @@ def test_every_block_is_fetched_once_an_epoch_at_every_number_of_ranks() -> None
     sizes = np.full(512, 8)
     for ranks in (1, 8, 64):
         source = CountedSource(sizes)
-        order = LaneOrder(sizes, 1, 64, OrderConfig(lanes=64, window=4))
+        order = LaneOrder(sizes, 1, 64, OrderConfig(lanes=64, shuffle_buffer=4))
         assert amplification(source, order, ranks, 64) == pytest.approx(1.0)
         assert source.blocks == len(sizes)
 
 
 def test_a_stream_keeps_no_more_than_its_lanes_windows() -> None:
     source = NumberedSource([4] * 256)
-    stream = Stream(source, seed=1, batch=8, order=OrderConfig(lanes=4, window=8))
+    stream = Stream(source, seed=1, batch=8, order=OrderConfig(lanes=4, shuffle_buffer=8))
     _take(stream, 30)
     needed = 4 * 30 * 2 // 4  # lanes * records of a lane / records of a block, and what is ahead
     assert max(source.reads.values()) == 1
@@ -132,7 +132,7 @@ def test_a_stream_keeps_no_more_than_its_lanes_windows() -> None:
 
 def test_epochs_read_the_variants_in_turn() -> None:
     source = NumberedSource([4] * 16, variants=3)
-    stream = Stream(source, seed=1, batch=16, order=OrderConfig(lanes=4, window=2))
+    stream = Stream(source, seed=1, batch=16, order=OrderConfig(lanes=4, shuffle_buffer=2))
     batches = iter(stream)
     seen = {}
     for _ in range(20):
@@ -145,7 +145,7 @@ def test_batches_that_are_passed_over_are_left_out_and_nothing_else() -> None:
     source = NumberedSource([4] * 32)
 
     def stream() -> Stream:
-        return Stream(source, seed=1, batch=8, order=OrderConfig(lanes=4, window=2))
+        return Stream(source, seed=1, batch=8, order=OrderConfig(lanes=4, shuffle_buffer=2))
 
     whole = _take(stream(), 12)
     passing = stream()
@@ -155,7 +155,9 @@ def test_batches_that_are_passed_over_are_left_out_and_nothing_else() -> None:
 
 
 def test_a_state_of_other_data_or_order_is_refused() -> None:
-    stream = Stream(NumberedSource([4] * 32), seed=1, batch=8, order=OrderConfig(lanes=4, window=2))
+    stream = Stream(
+        NumberedSource([4] * 32), seed=1, batch=8, order=OrderConfig(lanes=4, shuffle_buffer=2)
+    )
     for name, value in (("fingerprint", "other"), ("seed", 2), ("lanes", 8), ("version", 1)):
         with pytest.raises(ConfigError, match=f"the data's {name} was"):
             stream.resume(dataclasses.replace(stream.state, **{name: value}))

@@ -50,7 +50,7 @@ def _by_definition(
 )
 @pytest.mark.parametrize("epoch", [0, 3])
 def test_the_order_is_its_definition(lanes: int, window: int, batch: int, epoch: int) -> None:
-    order = LaneOrder(np.array(SIZES), 9, batch, OrderConfig(lanes=lanes, window=window))
+    order = LaneOrder(np.array(SIZES), 9, batch, OrderConfig(lanes=lanes, shuffle_buffer=window))
     expected = _by_definition(SIZES, 9, batch, lanes, window, epoch)
     assert order.steps(epoch) == len(expected)
     read = {}
@@ -69,7 +69,7 @@ def test_the_order_is_its_definition(lanes: int, window: int, batch: int, epoch:
 
 def test_windows_of_a_lane_by_hand() -> None:
     """Lane 1 of 2 with windows of 3 begins with one of 2 blocks; there are 7 blocks in lane 0."""
-    order = LaneOrder(np.full(13, 2), 0, 2, OrderConfig(lanes=2, window=3))
+    order = LaneOrder(np.full(13, 2), 0, 2, OrderConfig(lanes=2, shuffle_buffer=3))
     first = [(w.number, w.start, w.end, len(w.blocks), w.key) for w in order.windows(0, 0, 0, 14)]
     assert [row[:4] for row in first] == [(0, 0, 2, 1), (1, 2, 8, 3), (2, 8, 14, 3)]
     assert first[1][4] == (0, 0, 1)
@@ -82,7 +82,7 @@ def test_windows_of_a_lane_by_hand() -> None:
 
 
 def test_too_few_records_for_a_batch_are_refused_and_just_enough_are_not() -> None:
-    config = OrderConfig(lanes=2, window=2)
+    config = OrderConfig(lanes=2, shuffle_buffer=2)
     assert LaneOrder(np.array([2, 2]), 0, 4, config).steps(0) == 1
     with pytest.raises(ConfigError, match="4 records in 2 blocks fill no batch of 6"):
         LaneOrder(np.array([2, 2]), 0, 6, config)

@@ -64,8 +64,8 @@ def _settings(stage: Any, packed: FolderStore) -> Any:
     return dataclasses.replace(
         stage,
         data=str(packed.root),
-        order=OrderConfig(lanes=2, window=2),
-        loop=dataclasses.replace(stage.loop, batch=8, steps=4),
+        order=OrderConfig(lanes=2, shuffle_buffer=2),
+        loop=dataclasses.replace(stage.loop, global_batch_size=8, steps=4),
     )
 
 
@@ -95,7 +95,12 @@ def test_a_training_reads_the_first_readable_pair_in_its_place(
 
 def test_a_run_counts_them_and_ends_well(packed: FolderStore, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    flags = ["--order.lanes=2", "--loop.batch=8", "--loop.steps=8", "--loop.validate-every=4"]
+    flags = [
+        "--order.lanes=2",
+        "--loop.global-batch-size=8",
+        "--loop.steps=8",
+        "--loop.validate-every=4",
+    ]
     data = f"--data={packed.root}"
     text = tapir("train", "dvae", "tiny", data, f"--out={run}", "--mesh.data=2", *flags)
     assert "train-001 is read in its place: pack again" in text

@@ -298,7 +298,7 @@ def test_the_first_few_captions_get_more_draws() -> None:
     studio.drawn.clear()
     accuracy.draw_for(cast(Any, studio), captions, DrawSettings(candidates=2), most=2, few=2)
     assert [c for c, _ in studio.drawn] == [3], "nothing to draw more of"
-    assert EvaluateConfig(candidates=16, most=8).problems()  # type: ignore[call-arg]
+    assert EvaluateConfig(candidates=16, max_candidates=8).problems()  # type: ignore[call-arg]
 
 
 def test_nobody_keeps_his_place_in_a_derangement() -> None:

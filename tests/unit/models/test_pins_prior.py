@@ -240,7 +240,7 @@ def test_defaults_of_the_networks() -> None:
     }  # fmt: skip
     assert of(DVAEConfig) == {
         "pixels": 32, "width": 32, "groups": 3, "blocks": 1, "bottleneck": 2, "gain": 1.0,
-        "codebook": 512, "code_width": 32, "least_log_scale": -1.5, "start": "calibrated",
+        "codebook": 512, "code_width": 32, "min_log_scale": -1.5, "init": "calibrated",
         "epsilon": 0.1,
     }  # fmt: skip
     assert of(ClipConfig) == {

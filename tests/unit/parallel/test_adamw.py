@@ -42,7 +42,7 @@ def test_the_variance_is_capped_before_it_is_used(kind: type[AdamW] | type[AdamW
     draws = torch.Generator().manual_seed(1)
     start = torch.randn(40, generator=draws)
     weight, wanted = torch.nn.Parameter(start.clone()), start.double()
-    optimizer = kind([{"params": [weight], "weight_decay": 0.1}], **SETTINGS, most_variance=5.0)
+    optimizer = kind([{"params": [weight], "weight_decay": 0.1}], **SETTINGS, max_variance=5.0)
     mean = variance = torch.zeros(40, dtype=torch.float64)
     passed = 0
     for step in range(1, 60):
@@ -68,9 +68,7 @@ def test_a_cap_that_is_not_reached_changes_no_bit() -> None:
     found = []
     for companions in ([], [high]):
         parameters = [torch.nn.Parameter(x.clone()) for x in (start, *companions)]
-        optimizer = AdamW(
-            [{"params": parameters, "weight_decay": 0.1}], **SETTINGS, most_variance=1
-        )
+        optimizer = AdamW([{"params": parameters, "weight_decay": 0.1}], **SETTINGS, max_variance=1)
         for step in range(20):
             for parameter in parameters:
                 parameter.grad = parameter.detach() * (0.1 + step / 100)

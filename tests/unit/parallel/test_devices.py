@@ -190,7 +190,7 @@ def test_the_demos_prior_goes_on_from_two_ranks_to_eight() -> None:
     assert list(stages).index("reshard") == list(stages).index("prior") + 1
     mesh = {"--mesh.tensor=2", "--mesh.pipeline=2", "--mesh.data=2"}
     assert mesh <= {*stages["reshard"]} and not mesh & {*stages["prior"]}
-    until = {flag for flag in stages["prior"] if flag.startswith("--loop.until")}
+    until = {flag for flag in stages["prior"] if flag.startswith("--loop.stop-at")}
     kept = {*stages["prior"]} - until
     assert until and kept <= {*stages["reshard"]}, "else the run would be refused as another one"
     assert all("--loop.seed=3" in stages[name] for name in ("dvae", "prior", "reshard", "clip"))

@@ -42,7 +42,7 @@ def test_batches_are_on_the_cpu_wherever_a_model_is_laid_out() -> None:
 def test_an_optimiser_steps_where_its_weights_are(kind: Any) -> None:
     weight = nn.Parameter(torch.full((2,), 3.0))
     optimizer = kind([{"params": [weight]}], lr=0.5, betas=(0.9, 0.96), eps=1e-8,
-                     most_variance=1e9)  # fmt: skip
+                     max_variance=1e9)  # fmt: skip
     weight.grad = torch.full((2,), 2.0)
     with torch.device("meta"):
         optimizer.step()

@@ -101,7 +101,7 @@ def test_a_mean_factor_that_overflows_is_clamped() -> None:
 
 def test_the_first_epoch_must_have_a_step() -> None:
     """Blocks of 2, 2, 1 and 1 records for two lanes of 3: a step only if each lane has a 2."""
-    sizes, config = np.array([2, 2, 1, 1]), OrderConfig(lanes=2, window=1)
+    sizes, config = np.array([2, 2, 1, 1]), OrderConfig(lanes=2, shuffle_buffer=1)
     whole = set()
     for seed in range(20):
         try:

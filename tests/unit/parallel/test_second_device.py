@@ -77,7 +77,9 @@ def _settings(stage: str, home: dict[str, Any], out: Path, **engine: Any) -> Any
         tiny,
         **home,
         out=out,
-        loop=LoopConfig(steps=3, batch=8, validate_every=2, log_every=1, validation_samples=16),
+        loop=LoopConfig(
+            steps=3, global_batch_size=8, validate_every=2, log_every=1, validation_samples=16
+        ),
         optim=replace(tiny.optim, ema=0.9, ema_every=1),
         mesh=replace(tiny.mesh, data=1),
         engine=EngineConfig(**engine),

@@ -323,7 +323,16 @@ def test_constants_that_cannot_be_are_refused(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--network=-5", "--a-node=-2", "--link=inf", "--memory=nan", "--cost-hour=nan"], 5),
+        (
+            [
+                "--network=-5",
+                "--gpus-per-node=-2",
+                "--link=inf",
+                "--memory=nan",
+                "--cost-per-hour=nan",
+            ],
+            5,
+        ),
         (["--world=-1", "--batch=-4"], 2),
         ([f"--world={10**26}", f"--batch={10**12}", "--picture=plan.gif"], 3),
         (["--batch=12"], "no multiple of the preset's order.lanes=8; try 16"),
@@ -358,11 +367,13 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
 
 
 def test_large_batches_are_dealt_out_in_powers_of_two() -> None:
-    large = replace(TINY, loop=replace(TINY.loop, batch=3 * 2**28), mesh=MeshConfig(data=2))
+    large = replace(
+        TINY, loop=replace(TINY.loop, global_batch_size=3 * 2**28), mesh=MeshConfig(data=2)
+    )
     large = replace(large, engine=EngineConfig())
-    counts = {way.engine.accumulate for way in ways_of(large)}
+    counts = {way.engine.gradient_accumulation_steps for way in ways_of(large)}
     assert counts == {3 * 2**28 // 2 // 2**i for i in range(28)}
-    way = replace(large, engine=EngineConfig(accumulate=2 * MOST_MICRO))
+    way = replace(large, engine=EngineConfig(gradient_accumulation_steps=2 * MOST_MICRO))
     assert "give a smaller --batch" in weigh(way, 2, hardware_of("h100")).why
 
 
@@ -392,7 +403,7 @@ def test_the_pictures_timeline_is_the_whole_step(gpu: str) -> None:
     from planning.picture import ending
 
     mesh = MeshConfig(data=2, pipeline=2)
-    engine = EngineConfig(name="deepspeed_pipe", accumulate=4)
+    engine = EngineConfig(name="deepspeed_pipe", gradient_accumulation_steps=4)
     found = estimate(replace(TINY, mesh=mesh, engine=engine), hardware_of(gpu))
     bars = ending(found)
     assert "overhead" in [name for name, _, _ in bars]

@@ -32,13 +32,13 @@ TENSOR = PriorTrain(
     model=MODEL,
     mesh=MeshConfig(tensor=2, data=2),
     engine=EngineConfig(name="deepspeed_zero"),
-    loop=LoopConfig(batch=16),
+    loop=LoopConfig(global_batch_size=16),
     optim=OptimConfig(clip_norm=0.5),
 )
 PIPE = replace(
     TENSOR,
     mesh=MeshConfig(pipeline=2, data=2),
-    engine=EngineConfig(name="deepspeed_pipe", accumulate=4),
+    engine=EngineConfig(name="deepspeed_pipe", gradient_accumulation_steps=4),
 )
 ODD = 3
 """The rank that a fault is planted in."""
@@ -69,7 +69,7 @@ def skips_a_collective(task: RankTask, broker: Any) -> Sequence:
 def sends_another_size(task: RankTask, broker: Any) -> Sequence:
     """A rank has one sample more than its peer."""
     if task.rank == ODD:
-        loop = replace(task.settings.loop, batch=20)
+        loop = replace(task.settings.loop, global_batch_size=20)
         task = replace(task, settings=replace(task.settings, loop=loop))
     return run_rank(task, broker)
 
@@ -275,14 +275,20 @@ def test_the_verb_says_so_in_json(capsys: pytest.CaptureFixture[str]) -> None:
         (["tiny", "--world", "9" * 5000], "no positive whole number"),
         (["tiny", "--mesh.tensor", "0"], "prior tiny cannot.*\n- mesh.data, tensor"),
         (["tiny", "--world", "4", "--mesh.data", "0", "--mesh.tensor", "2"], "mesh.data, tensor"),
-        (["tiny", "--world", "4", "--engine.accumulate", "0"], "engine.accumulate=0 does not"),
-        (["tiny", "--engine.accumulate", "1000"], "accumulate=1000 does not divide the 16"),
-        (["tiny", "--loop.batch", "0"], "loop.steps, batch"),
-        (["tiny", "--loop.batch", "-4"], "loop.batch=-4"),
-        (["tiny", "--loop.batch", "2"], "loop.batch=2"),
-        (["tiny", "--engine.zero-stage", "3", "--mesh.machines", "3"], "machines=3 does not"),
-        (["tiny", "--mesh.machines", "0"], "machines must be at least 1"),
-        (["tiny", "--order.lanes", "0"], "order.lanes and order.window"),
+        (
+            ["tiny", "--world", "4", "--engine.gradient-accumulation-steps", "0"],
+            "engine.gradient_accumulation_steps=0 does not",
+        ),
+        (
+            ["tiny", "--engine.gradient-accumulation-steps", "1000"],
+            "steps=1000 does not divide the 16",
+        ),
+        (["tiny", "--loop.global-batch-size", "0"], "loop.steps, global_batch_size"),
+        (["tiny", "--loop.global-batch-size", "-4"], "loop.global_batch_size=-4"),
+        (["tiny", "--loop.global-batch-size", "2"], "loop.global_batch_size=2"),
+        (["tiny", "--engine.zero-stage", "3", "--mesh.nodes", "3"], "nodes=3 does not"),
+        (["tiny", "--mesh.nodes", "0"], "nodes must be at least 1"),
+        (["tiny", "--order.lanes", "0"], "order.lanes and order.shuffle_buffer"),
         (["tiny", "--order.lanes", "0", "--mesh.tensor", "0"], "(?s)mesh.data.*order.lanes and"),
     ],
 )
@@ -312,9 +318,13 @@ def test_presets_grow_with_the_world() -> None:
             grown = filled(name, scaled(preset(), 1024))
             assert not grown.problems(1024), (stage, name)
     kept = scaled(PRESETS["prior"]["paper_2_8b"](), 1024)
-    assert (kept.mesh.data, kept.loop.batch, kept.engine.accumulate) == (256, 1024, 4)
+    assert (
+        kept.mesh.data,
+        kept.loop.global_batch_size,
+        kept.engine.gradient_accumulation_steps,
+    ) == (256, 1024, 4)
     grown = scaled(PRESETS["dvae"]["paper_dvae"](), 1024)
-    assert (grown.loop.batch, grown.engine.accumulate) == (8 * 1024, 1)
+    assert (grown.loop.global_batch_size, grown.engine.gradient_accumulation_steps) == (8 * 1024, 1)
     with pytest.raises(ConfigError, match="no multiple of the 16"):
         scaled(PRESETS["prior"]["paper_12b"](), 1000)
 
@@ -327,7 +337,7 @@ def test_roles_stand_for_all_ranks() -> None:
     assert {roles.of(rank) for rank in range(1024)} == set(ranks)
     assert all(roles.of(rank) == rank for rank in ranks)
     assert grid.coordinates(roles.of(grid.rank((5, 0, 40, 1)))) == (5, 0, 63, 1)
-    assert roles_of(MeshConfig(data=64, machines=8)) == [0, 1, 7, 8, 9, 15, 56, 57, 63]
+    assert roles_of(MeshConfig(data=64, nodes=8)) == [0, 1, 7, 8, 9, 15, 56, 57, 63]
 
 
 MESH = MeshConfig(pipeline=2, data=2)

@@ -37,7 +37,7 @@ def _alarms(settings: Any, shapes: Any = ((10,),)) -> Alarms:
 
 
 def _row(used: float, of: int = 64) -> dict[str, float]:
-    return {"loss": 1.0, "codes_used": used, "codes_share": used / of}
+    return {"loss": 1.0, "codes_used": used, "codebook_usage": used / of}
 
 
 def test_a_dead_codebook_is_told_once_from_a_quarter_of_the_run_on(told: Any) -> None:
@@ -59,23 +59,31 @@ def test_a_dead_codebook_is_told_once_from_a_quarter_of_the_run_on(told: Any) ->
 
 def test_guard_codes_stops_a_run_that_has_steps_left(told: Any) -> None:
     settings = replace(
-        dvae_tiny(), loop=LoopConfig(steps=1000), guard=GuardConfig(codes=0.5, codes_after=0.1)
+        dvae_tiny(),
+        loop=LoopConfig(steps=1000),
+        guard=GuardConfig(min_codebook_usage=0.5, codebook_usage_after=0.1),
     )
     found = _alarms(settings)
     found.codes(_row(20), 99)
     found.codes(_row(32), 100)
-    with pytest.raises(TrainingError, match=r"step 100: the dVAE uses 31 .*guard\.codes=0\.5"):
+    with pytest.raises(
+        TrainingError, match=r"step 100: the dVAE uses 31 .*guard\.min_codebook_usage=0\.5"
+    ):
         found.codes(_row(31), 100)
     found.codes(_row(31), 1000)  # trained to its end: the model is kept, with a word
     assert len(told.messages) == 1
 
 
 def test_what_guard_codes_cannot_mean_is_refused_at_once() -> None:
-    asked = GuardConfig(codes=1.5)
-    assert "guard.codes and guard.codes_after are shares" in "\n".join(asked.problems())
-    blind = replace(dvae_tiny(), guard=GuardConfig(codes=0.2), loop=LoopConfig(validate_every=0))
-    assert "guard.codes needs validations" in "\n".join(blind.fixed_problems())
-    prior = replace(prior_tiny(), guard=GuardConfig(codes=0.2))
+    asked = GuardConfig(min_codebook_usage=1.5)
+    assert "guard.min_codebook_usage and guard.codebook_usage_after are shares" in "\n".join(
+        asked.problems()
+    )
+    blind = replace(
+        dvae_tiny(), guard=GuardConfig(min_codebook_usage=0.2), loop=LoopConfig(validate_every=0)
+    )
+    assert "guard.min_codebook_usage needs validations" in "\n".join(blind.fixed_problems())
+    prior = replace(prior_tiny(), guard=GuardConfig(min_codebook_usage=0.2))
     assert "only a dVAE has codes" in "\n".join(prior.fixed_problems())
 
 
@@ -127,7 +135,7 @@ def test_ranks_that_share_cores_do_not_add_up() -> None:
     assert peaks_of(eight) == (2.0, 2.0)
     assert speed_of(eight, 0.5) == {
         "peak_tflops": 2.0,
-        "ranks_at_once": 2.0,
+        "concurrent_ranks": 2.0,
         "model_tflops": 0.5,
         "mfu": 0.25,
     }
@@ -202,4 +210,4 @@ def test_settings_of_a_dvae_hold_the_guard() -> None:
     with pytest.raises(ConfigError):
         from core.config import check
 
-        check(DVAETrain(guard=GuardConfig(codes=-1)).fixed_problems())
+        check(DVAETrain(guard=GuardConfig(min_codebook_usage=-1)).fixed_problems())

@@ -41,7 +41,7 @@ def test_six_deviations_up_are_a_spike_and_down_are_none() -> None:
     assert guard.judge(1.0, 3.5) == ""
     assert guard.judge(1.0, 3.8) != ""
     assert guard.judge(1e-9, 0.1) == ""
-    assert Guard(GuardConfig(sigmas=0)).judge(1e9, 1e9) == ""
+    assert Guard(GuardConfig(sigma_factor=0)).judge(1e9, 1e9) == ""
 
 
 def test_a_flat_curve_makes_no_spike_of_noise() -> None:

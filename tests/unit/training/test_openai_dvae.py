@@ -18,7 +18,7 @@ SIZES = ["--model.groups=4", "--model.bottleneck=4", "--model.gain=0", "--model.
 def exported(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A dVAE trained here, as a run and in the package's layout."""
     run, out = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("openai")
-    short = ["--loop.steps=4", "--loop.batch=32", "--mesh.data=1", "--augment"]
+    short = ["--loop.steps=4", "--loop.global-batch-size=32", "--mesh.data=1", "--augment"]
     tapir("train", "dvae", "tiny", f"--data={raw}", f"--out={run}", *short, *SIZES)
     tapir("export", str(run), str(out), "--to=openai-dvae")
     return run, out

@@ -160,7 +160,7 @@ def test_a_cap_below_one_acts_on_gradients_below_one() -> None:
     """0.04 * 0.4^2 = 0.0064 is above 0.005; 0.04 * 0.4^3 is not."""
     weight = nn.Parameter(torch.ones(3))
     groups = [{"params": [weight]}]
-    optimizer = AdamW(groups, lr=0.1, betas=(0.9, 0.96), eps=1e-8, most_variance=0.005)
+    optimizer = AdamW(groups, lr=0.1, betas=(0.9, 0.96), eps=1e-8, max_variance=0.005)
     weight.grad = torch.full((3,), 0.4)
     optimizer.step()
     assert optimizer.state[weight]["exp_avg_sq"].tolist() == pytest.approx([0.005] * 3)
@@ -174,7 +174,7 @@ def test_variances_are_touched_only_where_they_could_pass_the_cap(
     groups = [{"params": [weight]}]
     weight.grad = torch.full((3,), 2.0)
     for most, cut in ((2.0, 0), (1.99, 1)):
-        optimizer = AdamW(groups, lr=0.1, betas=(0.9, 0.5), eps=1e-8, most_variance=most)
+        optimizer = AdamW(groups, lr=0.1, betas=(0.9, 0.5), eps=1e-8, max_variance=most)
         assert len(optimizer._make_room()) == cut
     monkeypatch.setattr(torch, "_foreach_norm", None)
     AdamW(groups, lr=0.1, betas=(0.9, 0.5), eps=1e-8).step()
@@ -253,11 +253,11 @@ def test_a_dvae_is_calibrated_where_its_start_says_so(start: Any, tmp_path: Path
         writer.flush()
         shards[split] = writer.shards
     close_set(store, shards, {name: {} for name in shards}, Rejects(store, 0.0))
-    config = DVAEConfig(pixels=8, width=4, groups=2, codebook=5, start=start)
+    config = DVAEConfig(pixels=8, width=4, groups=2, codebook=5, init=start)
     task = DVAETask(
         DVAETrain(
-            data=str(tmp_path), model=config, loop=LoopConfig(batch=2, seed=3),
-            order=OrderConfig(lanes=1, window=1),
+            data=str(tmp_path), model=config, loop=LoopConfig(global_batch_size=2, seed=3),
+            order=OrderConfig(lanes=1, shuffle_buffer=1),
         )
     )  # fmt: skip
     expected = DVAE(config, 3)

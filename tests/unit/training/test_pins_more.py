@@ -126,7 +126,7 @@ def test_dropout_wants_the_tokenizer_of_the_tokens(
             task._open_dropout()
     else:
         assert task._open_dropout() == (("tokenizer", 0.1) if rate else None)
-    assert task.facts() == {"tokenizer": "same", "dvae": "d", "grid": 4, "caption_drop": 0.0}
+    assert task.facts() == {"tokenizer": "same", "dvae": "d", "grid": 4, "caption_dropout": 0.0}
 
 
 def test_lengths_of_captions_are_their_tokens() -> None:
@@ -344,13 +344,13 @@ def test_a_small_cap_acts_on_small_gradients() -> None:
     """0.04 * 0.5^2 = 0.01 is above a cap of 0.005, though 0.5 is below one."""
     weight = nn.Parameter(torch.ones(3))
     optimizer = AdamW([{"params": [weight]}], lr=0.1, betas=(0.9, 0.96), eps=1e-8,
-                      most_variance=0.005)  # fmt: skip
+                      max_variance=0.005)  # fmt: skip
     weight.grad = torch.full((3,), 0.5)
     optimizer.step()
     assert optimizer.state[weight]["exp_avg_sq"].tolist() == pytest.approx([0.005] * 3)
     assert optimizer.state[weight]["exp_avg"].tolist() == pytest.approx([0.05] * 3)
     none = nn.Parameter(torch.ones(1))
-    AdamW([{"params": [none]}], lr=0.1, betas=(0.9, 0.96), eps=1e-8, most_variance=1.0).step()
+    AdamW([{"params": [none]}], lr=0.1, betas=(0.9, 0.96), eps=1e-8, max_variance=1.0).step()
     assert none.item() == 1.0
 
 

@@ -66,7 +66,7 @@ def _run(step: int, halved: int, optim: OptimConfig, accumulate: int = 1) -> Any
         SimpleNamespace(
             optim=optim,
             loop=LoopConfig(steps=100),
-            engine=SimpleNamespace(accumulate=accumulate),
+            engine=SimpleNamespace(gradient_accumulation_steps=accumulate),
         ),
     )
     run.plateau, run.step, run.engine = Plateau(halved=halved), step, cast(Any, _Engine())
@@ -168,10 +168,10 @@ def test_a_validation_s_loss_is_that_of_these_weights_alone() -> None:
 
 
 def test_rates_at_the_seams() -> None:
-    optim = OptimConfig(lr=1.0, final_lr=0.25, warmup=10, decay_share=0.5)
+    optim = OptimConfig(lr=1.0, final_lr=0.25, warmup=10, decay_fraction=0.5)
     rates = [learning_rate(optim, step, 100) for step in (0, 9, 10, 30, 50, 51, 99)]
     assert rates == pytest.approx([0.1, 1.0, 1.0, 0.625, 0.25, 0.25, 0.25])
-    short = OptimConfig(lr=1.0, final_lr=0.25, warmup=10, decay_share=0.1)
+    short = OptimConfig(lr=1.0, final_lr=0.25, warmup=10, decay_fraction=0.1)
     assert [learning_rate(short, step, 100) for step in (10, 11)] == [1.0, 0.25]
     assert learning_rate(OptimConfig(warmup=0, lr=3.0), 0, 9) == 3.0
     assert learning_rate(replace(optim, halvings=1), 40, 100) == 1.0
@@ -179,7 +179,7 @@ def test_rates_at_the_seams() -> None:
 
 
 def test_a_plateau_at_the_seams() -> None:
-    optim = OptimConfig(warmup=10, halvings=2, patience=1, least_gain=0.5)
+    optim = OptimConfig(warmup=10, halvings=2, patience=1, plateau_threshold=0.5)
     plateau = Plateau()
     assert not plateau.observe(optim, 9, 8.0) and plateau.best == math.inf
     assert not plateau.observe(optim, 10, 8.0) and plateau.best == 8.0
@@ -197,7 +197,7 @@ def test_the_cap_of_the_variance_reaches_the_optimiser(moments: Any) -> None:
     """(1 - 0.96) * 100^2 = 400, capped at 5; without a cap 400 stays."""
     for most, expected in ((5.0, 5.0), (0.0, 400.0)):
         weight = torch.nn.Parameter(torch.ones(2, 2))
-        optim = OptimConfig(most_variance=most, moments=moments, beta1=0.5, lr=0.25, eps=1e-3)
+        optim = OptimConfig(max_variance=most, moments=moments, beta1=0.5, lr=0.25, eps=1e-3)
         optimizer = build_adamw({"w": weight}, optim)
         assert type(optimizer) is (AdamW if moments == "fp32" else AdamW16)
         weight.grad = torch.full((2, 2), 100.0)
@@ -304,7 +304,7 @@ def _token(number: int, text: list[int], image: list[int]) -> TokenRecord:
 
 def _prior_task(drop: float) -> PriorTask:
     task = object.__new__(PriorTask)
-    task._settings = PriorTrain(caption_drop=drop, loop=LoopConfig(seed=3))
+    task._settings = PriorTrain(caption_dropout=drop, loop=LoopConfig(seed=3))
     task._dropout = None
     task.model_config = PriorConfig(
         text_length=3, text_vocabulary=9, image_vocabulary=4, grid=2, dim=4, heads=1, layers=1
@@ -387,7 +387,7 @@ def test_perplexity_by_hand() -> None:
 def _dvae_task(**flags: Any) -> DVAETask:
     task = object.__new__(DVAETask)
     loop = LoopConfig(steps=1000, seed=11)
-    task._settings = DVAETrain(loop=loop, tau_share=0.5, beta_share=0.2, **flags)
+    task._settings = DVAETrain(loop=loop, tau_fraction=0.5, beta_fraction=0.2, **flags)
     task._readable, task.train, task.held_out = ReadablePairs(), cast(Any, None), cast(Any, None)
     task.model_config = replace(task._settings.model, pixels=8, groups=2, codebook=16, width=4)
     return task
@@ -454,12 +454,12 @@ def test_figures_of_a_dvae_by_hand() -> None:
     figures, pictures = task.figures(cast(Any, None), records, records)
     assert figures["psnr"] == pytest.approx(20.0, rel=1e-4)
     assert (figures["codes_used"], figures["codes_dead"]) == (2.0, 3.0)
-    assert figures["perplexity"] == pytest.approx(1.7547654) and figures["codes_share"] == 0.4
+    assert figures["perplexity"] == pytest.approx(1.7547654) and figures["codebook_usage"] == 0.4
     assert pictures["codebook"].tolist() == [0, 0, 0, 1] * 3
     assert pictures["reconstructions"].shape == (8, 12, 3) and calls == [3]
     off, again.at = 0.0, 0  # type: ignore[attr-defined]
     figures, _ = task.figures(cast(Any, None), records[:1], records[:1])
-    assert figures["psnr"] == pytest.approx(100.0) and figures["codes_share"] == 0.5
+    assert figures["psnr"] == pytest.approx(100.0) and figures["codebook_usage"] == 0.5
     rows = _rows(
         torch.zeros(2, 3, 1, 1), torch.tensor([0.5, 2.0]).view(2, 1, 1, 1).expand(2, 3, 1, 1)
     )

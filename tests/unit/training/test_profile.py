@@ -195,8 +195,8 @@ def test_the_advised_accumulate_halves_the_bubble(stages: int, micro: int) -> No
     settings = replace(
         prior_tiny(),
         mesh=MeshConfig(pipeline=stages),
-        engine=EngineConfig(name="deepspeed_pipe", accumulate=micro),
-        loop=replace(prior_tiny().loop, batch=720720),
+        engine=EngineConfig(name="deepspeed_pipe", gradient_accumulation_steps=micro),
+        loop=replace(prior_tiny().loop, global_batch_size=720720),
     )
 
     def share(count: int) -> float:
@@ -214,7 +214,7 @@ def test_warnings_come_with_what_to_do() -> None:
     bad = {**shares, DATA_WAIT: 0.2, BUBBLE: 0.3, "checkpoint": 0.1, OTHER: 0.15}
     found = warnings_for(settings, bad, {0: 1.0, 1: 1.8, 3: 1.0})
     assert len(found) == 5 and found[0].startswith("rank 1 takes 1.80 times")
-    assert "--engine.accumulate" in found[1] and "--loader.ahead 32" in found[2]
+    assert "--engine.gradient-accumulation-steps" in found[1] and "--loader.prefetch 32" in found[2]
     assert f"--checkpoint.every {2 * settings.checkpoint.every}" in found[4]
 
 
@@ -279,7 +279,7 @@ def test_wrong_settings_are_refused(wrong: dict[str, object]) -> None:
 
 def test_tensorboard_reads_what_a_run_wrote(dvae: Path) -> None:
     events = EventAccumulator(str(dvae / "tensorboard"), {"histograms": 0}).Reload()
-    wanted = {"train/loss", "train/memory_bytes", "train/data_share", "time/compute"}
+    wanted = {"train/loss", "train/memory_bytes", "train/data_wait_fraction", "time/compute"}
     assert wanted <= set(events.Tags()["scalars"])
     assert events.Scalars("time/compute")[-1].value > 0
     codes = events.Histograms("codebook")[-1].histogram_value

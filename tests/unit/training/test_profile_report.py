@@ -40,8 +40,10 @@ def _plan_of_run(settings: PriorTrain, **changed: Any) -> dict[str, Any]:
     way = {
         "mesh": dict(vars(mesh)),
         "engine": engine.name,
-        "accumulate": engine.accumulate,
-        "micro_batch": settings.loop.batch // mesh.data // engine.accumulate,
+        "gradient_accumulation_steps": engine.gradient_accumulation_steps,
+        "micro_batch": settings.loop.global_batch_size
+        // mesh.data
+        // engine.gradient_accumulation_steps,
         "zero_stage": engine.zero_stage,
         "recompute": engine.recompute,
         "precision": engine.precision,
@@ -126,7 +128,7 @@ def test_what_cannot_be_profiled_is_refused(dvae: Path, tmp_path: Path) -> None:
         ('{"stage": "prior", "loop": null}', "is damaged"),
         ('{"stage": "xx", "loop": {"steps": 4}}', "of stage 'xx', not of dvae, prior, clip"),
         ('{"stage": "prior", "loop": {"steps": 4, "stpes": 1}}', "(?s)json.*'steps'.*resumes"),
-        ('{"stage": "prior", "loop": {"steps": 4, "batch": "x"}}', "is damaged"),
+        ('{"stage": "prior", "loop": {"steps": 4, "global_batch_size": "x"}}', "is damaged"),
     ],
 )
 def test_a_damaged_config_is_named(body: str, words: str, tmp_path: Path) -> None:
@@ -138,7 +140,7 @@ def test_a_damaged_config_is_named(body: str, words: str, tmp_path: Path) -> Non
 def _run_of(folder: Path, ranks: int, steps: int, log_every: int = 1) -> Path:
     """A run folder as a prior of some ranks leaves it."""
     mesh = replace(MESHED, mesh=MeshConfig(data=ranks), order=OrderConfig(lanes=ranks))
-    settings = replace(mesh, loop=replace(mesh.loop, batch=4 * ranks, steps=20))
+    settings = replace(mesh, loop=replace(mesh.loop, global_batch_size=4 * ranks, steps=20))
     body = json.dumps({"stage": "prior", **to_json(settings)})
     (folder / "config.json").write_text(body)
     rows = [

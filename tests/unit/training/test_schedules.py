@@ -9,7 +9,7 @@ from training.config import LoopConfig, PriorTrain
 from training.launch import train_stage
 from training.schedules import Plateau, learning_rate
 
-OPTIM = OptimConfig(lr=1.0, final_lr=0.1, warmup=10, halvings=2, patience=2, least_gain=0.01)
+OPTIM = OptimConfig(lr=1.0, final_lr=0.1, warmup=10, halvings=2, patience=2, plateau_threshold=0.01)
 
 
 def test_warm_up_is_linear_and_starts_above_zero() -> None:
@@ -18,7 +18,7 @@ def test_warm_up_is_linear_and_starts_above_zero() -> None:
 
 
 def test_a_cosine_ends_at_its_share_and_is_held() -> None:
-    optim = OptimConfig(lr=1.0, final_lr=0.1, warmup=0, decay_share=0.5)
+    optim = OptimConfig(lr=1.0, final_lr=0.1, warmup=0, decay_fraction=0.5)
     assert learning_rate(optim, 25, 100) == pytest.approx(0.55)
     assert [learning_rate(optim, step, 100) for step in (50, 99)] == pytest.approx([0.1, 0.1])
 
@@ -34,10 +34,10 @@ def test_the_rate_is_halved_where_the_loss_stops_falling() -> None:
 
 
 def test_a_part_of_a_run_ends_at_a_step_of_it() -> None:
-    assert LoopConfig(steps=9).end == 9 and LoopConfig(steps=9, until=4).end == 4
-    assert not LoopConfig(steps=9, until=9).problems()
+    assert LoopConfig(steps=9).end == 9 and LoopConfig(steps=9, stop_at=4).end == 4
+    assert not LoopConfig(steps=9, stop_at=9).problems()
     for until in (-1, 10):
-        assert f"until={until} must lie in 0" in LoopConfig(steps=9, until=until).problems()[0]
+        assert f"stop_at={until} must lie in 0" in LoopConfig(steps=9, stop_at=until).problems()[0]
 
 
 def test_validations_in_the_warm_up_do_not_count() -> None:
@@ -66,7 +66,7 @@ def test_plateaus_need_validations() -> None:
 def test_a_mesh_for_a_cluster_is_not_started_on_one_machine() -> None:
     world = 2**20
     settings = PriorTrain(
-        loop=LoopConfig(batch=world, validation_samples=world),
+        loop=LoopConfig(global_batch_size=world, validation_samples=world),
         mesh=MeshConfig(data=world),
         order=OrderConfig(lanes=world),
     )

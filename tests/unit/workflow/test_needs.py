@@ -56,7 +56,7 @@ from workflow.run_file import read_runfile
 
 PLANTED = "loop.validation_samples=512 is less than order.lanes=1024"
 FLAG = "--loop.validation-samples=512"
-WIDE = {"order": OrderConfig(lanes=128), "loop": LoopConfig(batch=128)}
+WIDE = {"order": OrderConfig(lanes=128), "loop": LoopConfig(global_batch_size=128)}
 """More lanes than the 600 packed pairs hold out."""
 
 
@@ -83,7 +83,7 @@ WIDE = {"order": OrderConfig(lanes=128), "loop": LoopConfig(batch=128)}
             ),
             "make one a multiple",
         ),
-        (DVAETrain(tau_share=0.0), "tau_share and beta_share must be above 0"),
+        (DVAETrain(tau_fraction=0.0), "tau_fraction and beta_fraction must be above 0"),
         (DVAETrain(beta=-1.0), "beta must not be negative"),
         (PriorTrain(data="gs://bucket/x"), "data='gs://bucket/x' is no store"),
         (PriorTrain(checkpoint=CheckpointConfig(to="s3:///x")), "checkpoint.to='s3:///x' names no"),
@@ -228,7 +228,7 @@ def packed(raw: Path, tokens: Path, tmp_path: Path) -> Path:
 def test_submit_names_a_packed_split_that_is_too_small(
     packed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wide = {"order.lanes": 128, "loop.batch": 128}
+    wide = {"order.lanes": 128, "loop.global_batch_size": 128}
     stages = {name: {"flags": {**wide, "mesh.data": 1}} for name in ("dvae", "clip")}
     prior = {"flags": {**wide, "model.grid": 9}}
     with pytest.raises(ConfigError) as found:
@@ -312,7 +312,7 @@ def test_a_run_on_too_small_a_split_ends_before_its_model_is_built(
 
 @pytest.mark.world
 def test_ranks_that_would_fail_at_validation_do_not_start(tokens: Path, tmp_path: Path) -> None:
-    wide = ["--order.lanes=128", "--loop.batch=128", f"--out={tmp_path / 'run'}"]
+    wide = ["--order.lanes=128", "--loop.global-batch-size=128", f"--out={tmp_path / 'run'}"]
     text = tapir("train", "prior", "tiny", f"--data={tokens}", *wide, code=2)
     assert "the validation split of" in text and "order.lanes=128" in text
     assert not (tmp_path / "run").exists()

@@ -21,7 +21,7 @@ RUN: dict[str, Any] = {
         "pack": {"source": "shapes", "flags": {"count": 600}},
         "bpe": None,
         "dvae": {"flags": {"loop.steps": 6, "mesh.data": 1}},
-        "tokenize": {"workers": 4, "at_once": 2},
+        "tokenize": {"workers": 4, "parallelism": 2},
         "prior": {
             "nodes": 2,
             "gpus": 2,
@@ -105,7 +105,11 @@ def test_finished_jobs_are_not_sent_again(tmp_path: Path) -> None:
         ({}, {"prior": {"nodse": 2}}, "did you mean 'nodes'"),
         ({}, {"prior": {"preset": "tinny"}}, "no preset 'tinny'"),
         ({}, {"prior": {"nodes": 3, "flags": {"mesh.data": 4}}}, "4 ranks .* 3 nodes"),
-        ({}, {"prior": {"flags": {"engine.accumulate": 7}}}, "accumulate=7 does not divide"),
+        (
+            {},
+            {"prior": {"flags": {"engine.gradient_accumulation_steps": 7}}},
+            "steps=7 does not divide",
+        ),
         ({}, {"pack": {}}, "give a source"),
         ({}, {"dvae": {"workers": 2}}, "workers are for tokenize and score"),
         ({"name": ""}, {}, "name: missing"),

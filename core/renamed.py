@@ -1,0 +1,79 @@
+"""What users typed and stored under other names before: the one table, for all readers.
+
+Writers know new names alone. docs/decisions/021-names.md gives the reason of each row.
+"""
+
+from collections.abc import Mapping
+from logging import INFO
+from typing import Any
+
+from core.log import LOG
+
+RENAMED: dict[str, dict[str, str]] = {
+    "LoopConfig": {"batch": "global_batch_size", "until": "stop_at"},
+    "OptimConfig": {
+        "decay_share": "decay_fraction",
+        "least_gain": "plateau_threshold",
+        "most_variance": "max_variance",
+    },
+    "EngineConfig": {"accumulate": "gradient_accumulation_steps"},
+    "MeshConfig": {"machines": "nodes"},
+    "OrderConfig": {"window": "shuffle_buffer"},
+    "LoaderConfig": {"ahead": "prefetch"},
+    "CheckpointConfig": {"hours": "keep_every_hours", "background": "async_save"},
+    "GuardConfig": {
+        "sigmas": "sigma_factor",
+        "codes": "min_codebook_usage",
+        "codes_after": "codebook_usage_after",
+    },
+    "SupervisorConfig": {"restarts": "max_restarts", "back_off": "backoff_seconds"},
+    "DVAEConfig": {"least_log_scale": "min_log_scale", "start": "init"},
+    "DVAETrain": {"tau_share": "tau_fraction", "beta_share": "beta_fraction"},
+    "PriorTrain": {"caption_drop": "caption_dropout"},
+    "BPETrain": {"most_captions": "max_captions"},
+    "EvaluateConfig": {
+        "most": "max_candidates",
+        "few": "max_candidates_prompts",
+        "scales": "guidance_scales",
+        "guided": "guidance_prompts",
+    },
+    "ClusterFlags": {"a_node": "gpus_per_node", "cost_hour": "cost_per_hour"},
+    "Resources": {"at_once": "parallelism"},
+    "facts of a model": {"caption_drop": "caption_dropout"},
+    "a row of metrics.jsonl": {
+        "codes_share": "codebook_usage",
+        "data_seconds": "data_wait_seconds",
+        "data_seconds_p999": "data_wait_seconds_p999",
+        "data_share": "data_wait_fraction",
+        "ranks_at_once": "concurrent_ranks",
+    },
+    "a layout of plan --json": {"accumulate": "gradient_accumulation_steps"},
+}
+"""By config class, whose fields are flags and keys of config.json and run files, or by what a file
+holds: old name -> new name."""
+FACTS, ROW, LAYOUT = "facts of a model", "a row of metrics.jsonl", "a layout of plan --json"
+_told: set[str] = set()
+
+
+def new_names(owner: type | str) -> dict[str, str]:
+    """Old name -> new name of a config class, with what it inherits, or of a kind of mapping."""
+    if isinstance(owner, str):
+        return RENAMED[owner]
+    parts = [RENAMED.get(kind.__name__, {}) for kind in reversed(owner.__mro__)]
+    return {old: new for part in parts for old, new in part.items()}
+
+
+def renamed(owner: type | str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored mapping under new names; if it has both, the new one counts."""
+    names = new_names(owner)
+    now = {names.get(name, name): item for name, item in body.items() if name in names}
+    return {**now, **{name: item for name, item in body.items() if name not in names}}
+
+
+def tell_renamed(where: str, pairs: Mapping[str, str]) -> None:
+    """Name the old names of a file in one line, once in a process."""
+    if not pairs or where in _told or not LOG.isEnabledFor(INFO):  # the other ranks read it, too
+        return
+    _told.add(where)
+    text = ", ".join(f"{old} is now {new}" for old, new in pairs.items())
+    LOG.warning("%s has old names, which are still read: %s", where, text)

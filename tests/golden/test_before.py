@@ -1,0 +1,154 @@
+"""What users typed and stored before the renaming is still read; before/README.md says what."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.images.crops import decode_rgb
+from tests.harness import rows_of, tapir
+from training.export.weights import read_description
+from training.run.folder import read_metrics
+
+BEFORE = Path(__file__).with_name("before")
+CAPTION = "a small red circle"
+FLAGS = """
+--loop.batch 8 --loop.log-every 1 --loop.validation-samples 8 --order.lanes 4 --order.window 2
+--optim.warmup 2 --supervisor.restarts 0 --engine.precision fp32 --engine.matmul-precision highest
+--profile.peak-tflops 0.1 --loop.steps 8 --loop.validate-every 2 --checkpoint.every 4
+--checkpoint.keep 1 --mesh.data 2 --engine.accumulate 2 --compress.rank 2 --compress.warm-start
+--optim.ema 0.9 --optim.ema-every 2 --caption-drop 0.25 --model.dim 16 --model.heads 2
+--model.layers 2 --model.text-length 8 --model.conv-kernel 3
+"""
+"""The flags of the prior's run, as its user typed them before."""
+OLD = "has old names"
+LOSSES = ("loss", "text_loss", "image_loss", "grad_norm", "lr")
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The miniature, in a place that its absolute paths do not name."""
+    return Path(shutil.copytree(BEFORE, tmp_path_factory.mktemp("before") / "run"))
+
+
+@pytest.fixture(scope="module")
+def resumed(before: Path) -> str:
+    """What the command says that takes the stopped prior to its end, typed with its old flags."""
+    places = [f"--data={before / 'tokens'}", f"--out={before / 'prior'}"]
+    return tapir("train", "prior", "tiny", *places, *FLAGS.split())
+
+
+@pytest.fixture(scope="module")
+def same_bits(before: Path, resumed: str) -> bool:
+    """True on a machine that computes as the one that made the miniature."""
+    old, new = (read_description(before / name, "prior")["facts"] for name in ("whole", "prior"))
+    assert ("was computed otherwise" in resumed) == (old["numerics"] != new["numerics"])
+    return bool(old["numerics"] == new["numerics"])
+
+
+def models(before: Path, prior: str = "whole") -> list[str]:
+    """Flags that name the models of the miniature."""
+    folders = {"prior": prior, "dvae": "dvae", "clip": "clip", "bpe": "bpe"}
+    return [f"--{name}={before / folder}" for name, folder in folders.items()]
+
+
+def test_the_data_sets_and_the_checkpoint_are_whole(before: Path) -> None:
+    for place in ("raw", "tokens", "prior/checkpoints/step-4", "whole"):
+        assert '"verified"' in tapir("verify", str(before / place))
+
+
+def test_a_stopped_prior_goes_on_as_one_in_one_piece(
+    before: Path, resumed: str, same_bits: bool
+) -> None:
+    assert "resumed from" in resumed and "step-4" in resumed
+    for split in ("train", "validation"):
+        new, old = rows_of(before / "prior", split), rows_of(BEFORE / "whole", split)
+        old = [row for row in old if split == "train" or row["step"] != 4]  # where it was stopped
+        assert [row["step"] for row in new] == [row["step"] for row in old]
+        for mine, theirs in zip(new, old, strict=True):
+            for name in LOSSES:
+                expected = theirs.get(name)
+                if not same_bits and expected is not None:  # another CPU rounds otherwise
+                    expected = pytest.approx(expected, rel=1e-4)
+                assert mine.get(name) == expected, (split, mine["step"], name)
+    config = json.loads((before / "prior" / "config.json").read_text())
+    assert config["loop"]["stop_at"] == 0 and "until" not in config["loop"]
+    if same_bits:
+        digests = [
+            read_description(before / name, "prior")["sha256"] for name in ("whole", "prior")
+        ]
+        assert digests[0] == digests[1]
+
+
+def test_each_file_is_told_of_in_one_line(before: Path, resumed: str) -> None:
+    lines = [line for line in resumed.splitlines() if OLD in line]
+    assert len(lines) == 2, resumed
+    assert "the command line" in lines[0] and "--engine.accumulate is now" in lines[0]
+    assert "step-4" in lines[1] and "loop.until is now loop.stop_at" in lines[1]
+
+
+def test_metrics_of_before_have_the_keys_of_now(before: Path) -> None:
+    rows = read_metrics(before / "dvae")
+    assert all("codebook_usage" in row for row in rows if row.get("split") == "validation")
+    assert all("data_wait_fraction" in row for row in rows if "split" not in row)
+
+
+def test_a_run_of_before_says_what_it_read(tmp_path: Path, before: Path) -> None:
+    run = shutil.copytree(BEFORE / "prior", tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["data"] = str(before / "tokens")  # else it names a folder of another machine
+    (run / "config.json").write_text(json.dumps(config))
+    text = tapir("batch", "5", f"--run={run}")
+    assert text.count(OLD) == 1 and ".tar block" in text
+
+
+def test_models_leave_and_come_back(before: Path, resumed: str, tmp_path: Path) -> None:
+    tapir("export", str(before), str(tmp_path / "hub"), *models(before))
+    tapir("import", str(tmp_path / "hub"), str(tmp_path / "again"))
+    for stage, name in (("prior", "whole"), ("dvae", "dvae"), ("clip", "clip")):
+        old = read_description(BEFORE / name, stage)
+        assert read_description(tmp_path / "again" / stage, stage)["sha256"] == old["sha256"]
+
+
+def test_a_folder_that_was_exported_before_comes_in(before: Path, tmp_path: Path) -> None:
+    tapir("import", str(before / "hub"), str(tmp_path / "in"))
+    old = read_description(BEFORE / "dvae", "dvae")
+    assert read_description(tmp_path / "in" / "dvae", "dvae")["sha256"] == old["sha256"]
+
+
+def test_pictures_are_the_ones_of_before(before: Path, same_bits: bool, tmp_path: Path) -> None:
+    draw = ["--candidates=4", "--show=4"]
+    tapir("sample", CAPTION, f"--out={tmp_path / 'a.png'}", *models(before), *draw)
+    new, old = ((p.read_bytes(), str(p)) for p in (tmp_path / "a.png", BEFORE / "sample.png"))
+    assert decode_rgb(*new).shape == decode_rgb(*old).shape
+    if same_bits:
+        assert (decode_rgb(*new) == decode_rgb(*old)).all()
+
+
+def test_a_checkpoint_of_before_draws(before: Path, tmp_path: Path) -> None:
+    stopped = shutil.copytree(BEFORE / "prior", tmp_path / "stopped")
+    flags = [*models(before)[1:], f"--prior={stopped}", "--candidates=2", "--show=2"]
+    text = tapir("sample", CAPTION, f"--out={tmp_path / 'a.png'}", *flags)
+    assert (tmp_path / "a.png").exists() and "step-4" in text
+
+
+def test_a_run_file_of_before_is_sent(tmp_path: Path) -> None:
+    text = tapir("submit", str(BEFORE / "run.yaml"), "--dry-run", cwd=tmp_path)
+    assert text.count(OLD) == 1 and "at_once is now parallelism" in text
+    commands = [line for line in text.splitlines() if OLD not in line]
+    for old in (
+        "--loop.until",
+        "--engine.accumulate",
+        "--most=",
+        "--model.start",
+        "--caption-drop=",
+    ):
+        assert not any(old in line for line in commands), old
+    for stage in ("pack", "bpe", "dvae", "tokenize", "prior", "clip", "evaluate"):
+        assert f"# {stage}\n" in text
+
+
+def test_a_report_of_before_is_written(before: Path) -> None:
+    tapir("report", str(before))
+    assert CAPTION.split()[-1] in (before / "report.html").read_text()
