@@ -69,7 +69,7 @@ check: $(DEV_STAMP)
 
 # The site of docs/ in .site, which works without a network: open .site/index.html.
 docs: $(DOCS_STAMP)
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 $(DOCS_STAMP): $(STAMP) requirements-docs.txt
 	$(BIN)/pip install --quiet -r requirements-docs.txt -c $(CONSTRAINTS)
