@@ -1,4 +1,4 @@
-"""Pages that the docs site takes from elsewhere: help of the verbs, root files, decisions, llms.txt.
+"""Pages that the docs site takes from elsewhere: help of verbs, root files, decisions, llms.txt.
 
 MkDocs calls the functions `on_*` while `make docs` runs; no other code imports this module.
 """

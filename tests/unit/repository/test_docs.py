@@ -1,4 +1,4 @@
-"""The pages: links and files that they name exist, snippets run, the built site needs no network."""
+"""The pages: their links and files exist, snippets run, and the built site needs no network."""
 
 import os
 import re
@@ -24,7 +24,7 @@ CURRENT = [page for page in PAGES if not {page.name, page.parent.name} & set(HIS
 OUTSIDE = re.compile(r"^\s*(?:[a-z]+:)?//", re.IGNORECASE)
 IN_STYLES = re.compile(r"(?:@import\s+|url\()\s*['\"]?((?:https?:)?//[^'\")\s]+)", re.IGNORECASE)
 LOADED = {
-    **{tag: "src" for tag in ("script", "img", "iframe", "source", "video", "audio", "embed")},
+    **dict.fromkeys(("script", "img", "iframe", "source", "video", "audio", "embed"), "src"),
     **{"object": "data", "image": "href", "use": "href"},
 }
 """Tag -> the attribute whose target a browser loads by itself; of links it depends on `rel`."""
