@@ -105,7 +105,7 @@ def test_the_site_needs_no_network(tmp_path: Path) -> None:
     names = ("index.html", "reference/verbs.html", "reference/api.html", "llms.txt")
     assert all((tmp_path / name).is_file() for name in (*names, "search/search_index.js"))
     verbs = (tmp_path / "reference" / "verbs.html").read_text()
-    assert "tapir train prior paper_12b" in verbs and "--draw.temperature" in verbs
+    assert "tapir train prior paper_12b" in verbs and "--temperature FLOAT" in verbs
     assert "open_studio" in (tmp_path / "reference" / "api.html").read_text()
 
 
@@ -169,6 +169,7 @@ def test_the_python_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert Path("best.png").stat().st_size > 0
 
 
+@pytest.mark.world
 def test_the_python_page_reads_tokens(tokens: Path, tmp_path: Path) -> None:
     text = (ROOT / "docs" / "reference" / "python.md").read_text()
     snippet = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[1]
