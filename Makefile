@@ -15,13 +15,14 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) +
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
+DOCS_STAMP := $(VENV)/.installed-docs
 
 # program or file:package
 SYSTEM := npm:npm ip:iproute2 /usr/share/wordnet/data.noun:wordnet-base \
 	/usr/sbin/slurmctld:slurm-wlm /usr/sbin/munged:munge cc:gcc
 
-.PHONY: install system demo test test-slow test-fast check faults soak matrix mutants slurm bench gpu wheels py312 \
-	clean
+.PHONY: install system demo docs test test-slow test-fast check faults soak matrix mutants slurm \
+	bench gpu wheels py312 clean
 
 install: $(STAMP)
 
@@ -66,6 +67,14 @@ check: $(DEV_STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+
+# The site of docs/ in .site, which works without a network: open .site/index.html.
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+$(DOCS_STAMP): $(STAMP) requirements-docs.txt
+	$(BIN)/pip install --quiet -r requirements-docs.txt -c $(CONSTRAINTS)
+	touch $@
 
 faults: $(DEV_STAMP)
 	TAPIR_OUTAGE=20 $(BIN)/python -m pytest tests/faults -m "not big"
@@ -119,7 +128,7 @@ $(PY312)/.installed: tests/gpu/machine.txt tests/gpu/wheels.txt constraints/gpu.
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) runs .site .pytest_cache .mypy_cache .ruff_cache *.egg-info
 
 slurm: $(DEV_STAMP) system
 	$(BIN)/python -m pytest tests/slurm -m "big or not big"

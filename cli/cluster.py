@@ -50,7 +50,7 @@ def submit(arguments: list[str]) -> None:
         """Send a run file's stages as a chain of jobs; stages that have ended are left out.
 
         Args:
-            file: YAML, or Python that sets `run`; docs/clusters.md shows one
+            file: YAML, or Python that sets `run`; docs/reference/run-file.md shows one
             to: local, slurm or kubernetes; by default what the file says
             dry_run: print what would be sent, as a shell script or as YAML, and send nothing
             wait: show where it stands until all jobs have ended; exit code 1 if one failed

@@ -105,12 +105,11 @@ def test_every_verb_works(
 
 
 @pytest.mark.slow
-def test_torchrun_joins_ranks_as_readme_shows_it(
+def test_torchrun_joins_ranks_as_the_reference_shows_it(
     hostile: Path, tokens: Path, tmp_path: Path
 ) -> None:
-    assert (
-        "`torchrun --nproc-per-node 2 --no-python tapir train" in (ROOT / "README.md").read_text()
-    )
+    page = (ROOT / "docs" / "reference" / "commands.md").read_text()
+    assert "`torchrun --nproc-per-node 2 --no-python tapir train" in page
     out = [f"--data={tokens}", f"--out={tmp_path / 'prior'}", *_SHORT]
     command = [beside("torchrun"), "--standalone", "--nproc-per-node=2", "--no-python"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
