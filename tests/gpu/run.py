@@ -30,6 +30,7 @@ LAST = 10.0
 """Seconds that are kept for the table."""
 MESHES = "test_meshes_on_gpu.py"
 _STARTED: "list[subprocess.Popen[bytes]]" = []
+_ENDING = {signal.SIGINT, signal.SIGTERM}
 NO_GPU = """
 import sys, torch
 if not torch.cuda.is_available():
@@ -120,19 +121,29 @@ def _tests(python: str, environment: dict[str, str], out: Path, until: float) ->
 
 
 def _start(command: list[str], environment: dict[str, str], log: Path) -> "subprocess.Popen[bytes]":
+    """Start a process in its own session; no signal ends this one before it has noted it."""
     print(f"{log.name}: {' '.join(command)}", flush=True)
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            preexec_fn=die_with_parent,
-        )
-    _STARTED.append(process)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        with open(log, "wb") as output:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=_before_it_runs,
+            )
+        _STARTED.append(process)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
     return process
+
+
+def _before_it_runs() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+    die_with_parent()
 
 
 def _end(running: "list[subprocess.Popen[bytes]]", until: float) -> None:
