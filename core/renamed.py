@@ -77,3 +77,9 @@ def tell_renamed(where: str, pairs: Mapping[str, str]) -> None:
     _told.add(where)
     text = ", ".join(f"{old} is now {new}" for old, new in pairs.items())
     LOG.warning("%s has old names, which are still read: %s", where, text)
+
+
+def tell_old_keys(where: str, text: str, *owners: type | str) -> None:
+    """`tell_renamed` for JSON text that holds mappings of these kinds."""
+    names = {old: new for owner in owners for old, new in new_names(owner).items()}
+    tell_renamed(where, {old: new for old, new in names.items() if f'"{old}":' in text})

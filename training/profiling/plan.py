@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import InputError
-from core.renamed import LAYOUT, renamed
+from core.renamed import LAYOUT, renamed, tell_old_keys
 from models.config import PriorConfig
 from models.counts import prior_parameters
 from parallel.config import MeshConfig
@@ -45,7 +45,9 @@ def read_plan(plan: Path, settings: StageConfig, on_gpu: bool | None = None) -> 
     Raises: InputError if the file is no plan, or one of another model, machine, or way to train.
     """
     try:
-        body = json.loads(plan.read_bytes())
+        text = plan.read_bytes().decode()
+        body = json.loads(text)
+        tell_old_keys(str(plan), text, LAYOUT, MeshConfig)
         gpu = str(body.get("gpu", ""))
         times = body["time"] if "time" in body else _of_run(body, settings)
         if gpu and on_gpu is not None and on_gpu == (gpu == "cpu"):

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from core.renamed import ROW, new_names, renamed, tell_renamed
+from core.renamed import ROW, renamed, tell_old_keys
 
 _DIGITS = 18
 """Of the longest whole number."""
@@ -55,8 +55,7 @@ def rows_of(lines: Iterable[str], where: str = "") -> tuple[list[dict[str, Any]]
     """The rows, and how many lines are none; one line tells of old names in the file `where`."""
     lines = list(lines)
     if where:
-        old = new_names(ROW).items()
-        tell_renamed(where, {a: b for a, b in old if any(f'"{a}":' in line for line in lines)})
+        tell_old_keys(where, "\n".join(lines), ROW)
     found = [row_of(line) for line in lines]
     rows = [row for row in found if row is not None]
     return rows, len(found) - len(rows)

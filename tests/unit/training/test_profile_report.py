@@ -71,6 +71,13 @@ def test_a_plan_is_read_for_the_way_of_the_run(tmp_path: Path) -> None:
     assert found.gpu == "h100"
 
 
+def test_a_plan_with_old_names_is_read(tmp_path: Path) -> None:
+    text = json.dumps(_plan_of_run(MESHED)).replace("gradient_accumulation_steps", "accumulate")
+    (tmp_path / "plan.json").write_text(text.replace('"nodes"', '"machines"'))
+    assert '"machines"' in (tmp_path / "plan.json").read_text()
+    assert read_plan(tmp_path / "plan.json", MESHED).gpu == "h100"
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
