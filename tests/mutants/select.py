@@ -70,7 +70,7 @@ def selection(cache: Path, width: int) -> Selection:
     """Measure the tests, but for those whose files, and mutated files, are as they were."""
     folder = cache / "lines"
     folder.mkdir(exist_ok=True)
-    stored = {file: folder / f"{file.replace('/', '-')}.json" for file in _test_files()}
+    stored = {file: folder / f"{file.replace('/', '-')}.json" for file in pinning_files()}
     _measure([file for file, path in stored.items() if not _is_fresh(path)], stored, width)
     seconds: dict[str, float] = {}
     lines: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
@@ -101,8 +101,9 @@ def _measure(stale: list[str], stored: dict[str, Path], width: int) -> None:
         shutil.copy(folder / "map.json", stored[file])
 
 
-def _test_files() -> list[str]:
-    found = [path for top in TESTS for path in sorted((ROOT / top).glob("test_*.py"))]
+def pinning_files() -> list[str]:
+    """Test files whose tests mutants are tried on."""
+    found = [path for top in TESTS for path in sorted((ROOT / top).rglob("test_*.py"))]
     names = [(path.stem.removeprefix("test_"), path) for path in found]
     near = [path for name, path in names if name in _NEAR or name.startswith("pins_")]
     return [path.relative_to(ROOT).as_posix() for path in near]
@@ -118,7 +119,7 @@ def _is_fresh(path: Path) -> bool:
 def _importers() -> dict[str, list[str]]:
     found: dict[str, list[str]] = defaultdict(list)
     for folder in TESTS:
-        for path in sorted((ROOT / folder).glob("test_*.py")):
+        for path in sorted((ROOT / folder).rglob("test_*.py")):
             name = path.relative_to(ROOT).as_posix()
             for module in _imported(ast.parse(path.read_bytes())):
                 found[module.replace(".", "/") + ".py"].append(name)

@@ -10,11 +10,12 @@ from tests.harness import DEVELOPERS
 
 pytest.importorskip("coverage", reason=DEVELOPERS)
 
-from tests.mutants import report, verdicts
+from tests.mutants import report, select, verdicts
 from tests.mutants.__main__ import all_mutants
 from tests.mutants.mutate import apply, mutants_of
 from tests.mutants.patch import patched
 from tests.mutants.pool import run_forks
+from tests.mutants.targets import ROOT
 from tests.mutants.verdicts import Verdicts
 
 SOURCE = b'''"""Two % of this is no code."""
@@ -156,3 +157,8 @@ def test_forks_end_in_their_time_and_leave_nothing() -> None:
         assert (status is None) == (key == "slow") and (folder / "x").exists() == (key == "fine")
         folders[key] = folder
     assert not any(folder.exists() for folder in folders.values())
+
+
+def test_tests_that_pin_are_tried_wherever_they_stand() -> None:
+    pins = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("tests/**/test_pins_*.py")}
+    assert len(pins) >= 10 and pins <= set(select.pinning_files())
