@@ -153,7 +153,7 @@ def _import_own_packages(here: Path) -> None:
 def _hides(path: str) -> bool:
     """Say whether a folder of the module search path holds something that is called as ours."""
     folder = Path(path)
-    names = [found for name in PACKAGES for found in (name, f"{name}.py")]
+    names = [entry for name in PACKAGES for entry in (name, f"{name}.py")]
     return folder.resolve() != HOME and any((folder / name).exists() for name in names)
 
 

@@ -56,12 +56,12 @@ def submit(arguments: list[str]) -> None:
             wait: show where it stands until all jobs have ended; exit code 1 if one failed
             json: print a JSON object on the last line
         """
-        found = read_runfile(file)
-        place = to or found.to
-        chain = chain_of(found, place)
-        settings = settings_of_stages(found)
-        check(packed_problems(found, settings))
-        missing = missing_inputs(found, settings, place)
+        run_file = read_runfile(file)
+        place = to or run_file.to
+        chain = chain_of(run_file, place)
+        settings = settings_of_stages(run_file)
+        check(packed_problems(run_file, settings))
+        missing = missing_inputs(run_file, settings, place)
         if dry_run:
             for text in missing:
                 LOG.warning("%s; without --dry-run this is refused", text)
@@ -69,7 +69,7 @@ def submit(arguments: list[str]) -> None:
             check(missing)
         if unset := missing_variables(chain):
             raise ConfigError(f"environment: {', '.join(unset)} is not set here; export it first")
-        submitted = Submitted(chain=chain, to=place, settings=settings_of(found, place), ids={})
+        submitted = Submitted(chain=chain, to=place, settings=settings_of(run_file, place), ids={})
         check_place(submitted)
         if dry_run:
             print(dry_run_text(submitted), end="")

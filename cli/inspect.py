@@ -85,17 +85,17 @@ def diverge(arguments: list[str]) -> None:
 
         if tolerance is not None and not tolerance >= 0:
             raise InputError(f"--tolerance {tolerance} must not be negative")
-        found = comparison.diverge(first, second, checkpoint, tolerance)
-        for row in found[:1]:
+        differences = comparison.diverge(first, second, checkpoint, tolerance)
+        for row in differences[:1]:
             where = f" on rank {row.rank}" if row.rank >= 0 else ""
             LOG.info(
                 "first difference: %s pass, layer %s, %s%s: %.3g relative; %d tensors differ",
-                *(row.direction, row.layer, row.tensor, where, row.relative, len(found)),
+                *(row.direction, row.layer, row.tensor, where, row.relative, len(differences)),
             )
-        if not found:
+        if not differences:
             LOG.info("no tensor differs by more than the tolerance")
         if json:
-            print_json({"differences": found})
+            print_json({"differences": differences})
 
     parse(run, arguments, "diverge")
 
@@ -112,10 +112,10 @@ def replay(arguments: list[str]) -> None:
         """
         from training.recovery import replay as again  # noqa: PLC0415 - imports every engine's parts
 
-        found = again.replay(capsule)
-        LOG.info("%s", again.describe(found))
+        result = again.replay(capsule)
+        LOG.info("%s", again.describe(result))
         if json:
-            print_json(found)
+            print_json(result)
 
     parse(run, arguments, "replay")
 

@@ -68,21 +68,21 @@ def plan(arguments: list[str]) -> None:
 def _run(flags: PlanFlags) -> None:
     check(flags.problems())
     if flags.calibrate is not None:
-        found = write_calibration(flags.calibrate)
+        result = write_calibration(flags.calibrate)
     elif flags.published:
-        found = published_json()
-        show_published(found)
+        result = published_json()
+        show_published(result)
     else:
         _plan(flags)
         return
     if flags.json:
-        print_json(found)
+        print_json(result)
 
 
 def _plan(flags: PlanFlags) -> None:
     made = make_plan(flags)
-    show(made.found, made.parameters, made.hardware)
+    show(made.result, made.parameters, made.hardware)
     if flags.json:
-        print_json(plan_json(made.found, made.parameters, made.hardware))
-    if not made.found.timed:
+        print_json(plan_json(made.result, made.parameters, made.hardware))
+    if not made.result.timed:
         sys.exit(EXIT_FAILED)

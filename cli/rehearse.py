@@ -52,7 +52,7 @@ def rehearse_verb(arguments: list[str]) -> None:
     for name, reason in made.refused.items():
         LOG.error("%s was not rehearsed:\n%s", name, reason)
     if "--json" in own:
-        rows = [{**to_json(one), "matches": one.matches} for one in made.found]
+        rows = [{**to_json(one), "matches": one.matches} for one in made.rehearsals]
         whole = {"matches": made.matches, "rehearsals": rows, "refused": made.refused}
         print_json(whole if preset == ALL else rows[0])
     if made.refused or not made.matches:

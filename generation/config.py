@@ -58,10 +58,10 @@ class OverlapConfig:
         return PackConfig(shard_pairs=pairs, shard_megabytes=megabytes, block=self.block)
 
     def problems(self) -> list[str]:
-        found = self.shards.problems()
+        problems = self.shards.problems()
         if not 0 < self.threshold <= 1 or self.batch < 1:
-            found.append("threshold must lie in (0, 1], and batch be at least 1")
-        return found
+            problems.append("threshold must lie in (0, 1], and batch be at least 1")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,21 +87,21 @@ class DrawSettings:
         return few + self._out_of_range()
 
     def _out_of_range(self) -> list[str]:
-        found = []
+        problems = []
         if self.temperature != 0 and not _LEAST_TEMPERATURE <= self.temperature <= 1000:
-            found.append(
+            problems.append(
                 f"temperature={self.temperature} must be 0 (the most likely code) or "
                 f"{_LEAST_TEMPERATURE} to 1000"
             )
         if self.top_k < 0:
-            found.append(f"top_k={self.top_k} must not be negative; 0 lets every code be drawn")
+            problems.append(f"top_k={self.top_k} must not be negative; 0 lets every code be drawn")
         if not 0 < self.top_p <= 1:
-            found.append(f"top_p={self.top_p} must lie in (0, 1]; 1 lets every code be drawn")
+            problems.append(f"top_p={self.top_p} must lie in (0, 1]; 1 lets every code be drawn")
         if not 0 <= self.guidance <= _MOST_GUIDANCE:
-            found.append(
+            problems.append(
                 f"guidance={self.guidance} must be 0 to {_MOST_GUIDANCE}; 1 is none, try 2 to 5"
             )
-        return found
+        return problems
 
 
 BATCH = 128
@@ -152,15 +152,15 @@ class PromptConfig:
         return bool(self.keep_rows or self.keep or self.redraw or self.mask)
 
     def problems(self) -> list[str]:
-        found = []
+        problems = []
         if (self.image is None) == self.asked:
-            found.append(
+            problems.append(
                 "an image prompt needs --image and one of --keep-rows, --keep, --redraw and --mask:"
                 " give both, or neither"
             )
         if self.keep_rows < 0:
-            found.append("keep_rows must not be negative")
-        return found
+            problems.append("keep_rows must not be negative")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,14 +213,14 @@ class SampleRun:
         return MeshConfig(tensor=self.tensor, pipeline=self.pipeline)
 
     def problems(self) -> list[str]:
-        found = [*self.draw.problems(), *self.keep.problems()]
+        problems = [*self.draw.problems(), *self.keep.problems()]
         if not self.captions or self.show < 1:
-            found.append("give at least one caption in quotes, and a --show of at least 1")
+            problems.append("give at least one caption in quotes, and a --show of at least 1")
         if self.follow and (self.models.step is not None or self.pictures is not None):
-            found.append("--follow draws from all checkpoints; leave out --step and --pictures")
+            problems.append("--follow draws from all checkpoints; leave out --step and --pictures")
         if min(self.tensor, self.pipeline) < 1:
-            found.append("tensor and pipeline must be at least 1")
-        return found
+            problems.append("tensor and pipeline must be at least 1")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,23 +239,25 @@ class EvaluateConfig(SampleConfig):
     """Captions that they are measured on; 0 = all."""
 
     def problems(self) -> list[str]:
-        found = super().problems()
+        problems = super().problems()
         if self.prompts < 1:
-            found.append("prompts must be at least 1")
+            problems.append("prompts must be at least 1")
         if self.guidance_prompts < 0:
-            found.append(
+            problems.append(
                 f"guidance_prompts={self.guidance_prompts} must not be negative; 0 = all captions"
             )
         if self.max_candidates_prompts < 1:
-            found.append(f"max_candidates_prompts={self.max_candidates_prompts} must be at least 1")
+            problems.append(
+                f"max_candidates_prompts={self.max_candidates_prompts} must be at least 1"
+            )
         if self.max_candidates != 0 and self.max_candidates < self.candidates:
-            found.append(
+            problems.append(
                 f"max_candidates={self.max_candidates} must be 0 or at least candidates="
                 f"{self.candidates}, which every caption gets"
             )
         if not all(0 <= scale <= _MOST_GUIDANCE for scale in self.guidance_scales):
-            found.append(f"guidance_scales must be 0 to {_MOST_GUIDANCE}")
-        return found
+            problems.append(f"guidance_scales must be 0 to {_MOST_GUIDANCE}")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,11 +272,11 @@ class ScoreConfig(SampleConfig):
     """Captions, or real pictures, that are done together and kept."""
 
     def problems(self) -> list[str]:
-        found = super().problems()
+        problems = super().problems()
         if self.captions < 0 or self.block < 1:
-            found.append("captions must not be negative, and block be at least 1")
+            problems.append("captions must not be negative, and block be at least 1")
         if not self.radii or not all(0 <= radius < math.inf for radius in self.radii):
-            found.append("radii must be one or more numbers that are not negative")
+            problems.append("radii must be one or more numbers that are not negative")
         elif len(set(self.radii)) < len(self.radii):
-            found.append("radii must differ from one another")
-        return found
+            problems.append("radii must differ from one another")
+        return problems

@@ -52,9 +52,9 @@ def shown_steps(prior: Path, captions: Sequence[str]) -> set[int]:
     if not (prior / BOARD).is_dir():
         return set()
     events = EventAccumulator(str(prior / BOARD), {"images": 0}).Reload()
-    tags, wanted = set(events.Tags()["images"]), [_TAG + caption for caption in captions]
-    found = [{event.step for event in events.Images(tag)} for tag in wanted if tag in tags]
-    return set.intersection(*found) if len(found) == len(captions) else set()
+    tags, names = set(events.Tags()["images"]), [_TAG + caption for caption in captions]
+    steps = [{event.step for event in events.Images(tag)} for tag in names if tag in tags]
+    return set.intersection(*steps) if len(steps) == len(captions) else set()
 
 
 def show(prior: Path, step: int, rows: Sequence[Candidates], most: int) -> None:

@@ -91,8 +91,8 @@ class OpenClipRanker:
         words = in_parts(lambda part: self.model.encode_text(part, normalize=True), text, CAPTIONS)
 
         def look(part: Tensor) -> Tensor:
-            found: Tensor = self.model.encode_image(self.view(part).to(device), normalize=True)
-            return found
+            vectors: Tensor = self.model.encode_image(self.view(part).to(device), normalize=True)
+            return vectors
 
         images = in_parts(look, pixels, OPEN_CLIP_TOGETHER)
         return _cosines(words, images, count)
@@ -102,12 +102,12 @@ class OpenClipRanker:
 
         In whole bytes, as Pillow does, with which open_clip resizes.
         """
-        wanted = self.model.visual.preprocess_cfg
-        size, mode = wanted["size"], wanted["interpolation"]
+        config = self.model.visual.preprocess_cfg
+        size, mode = config["size"], config["interpolation"]
         shape = (size, size) if isinstance(size, int) else tuple(size)
         whole = (pixels * 255).round().clamp(0, 255).byte().cpu()
         resized = F.interpolate(whole, shape, mode=mode, antialias=True) / 255
-        mean, deviation = (torch.tensor(wanted[key], device=CPU) for key in ("mean", "std"))
+        mean, deviation = (torch.tensor(config[key], device=CPU) for key in ("mean", "std"))
         return (resized - mean.view(3, 1, 1)) / deviation.view(3, 1, 1)
 
 
@@ -120,17 +120,17 @@ def open_ranker(clip: Path, bpe: Path, device: torch.device = CPU, pixels: int =
     """
     if any((clip / name).is_file() for name in (CONFIG, WEIGHTS)):
         return _open_clip(clip, device)
-    found = open_model(clip, "clip")
+    saved = open_model(clip, "clip")
     tokenizer, digest = load_tokenizer(bpe)
-    if found.facts["tokenizer"] != digest:
+    if saved.facts["tokenizer"] != digest:
         raise InputError(f"the CLIP in {clip} was trained with another tokenizer than {bpe}")
-    if pixels not in (0, found.config["pixels"]):
+    if pixels not in (0, saved.config["pixels"]):
         raise InputError(
-            f"the CLIP in {clip} was trained on pictures of {found.config['pixels']} pixels, the "
+            f"the CLIP in {clip} was trained on pictures of {saved.config['pixels']} pixels, the "
             f"dVAE's have {pixels}; train one with --model.pixels {pixels}"
         )
-    model: Any = build_model(found)
-    return TapirRanker(clip=model.to(device), tokenizer=tokenizer, digest=found.digest)
+    model: Any = build_model(saved)
+    return TapirRanker(clip=model.to(device), tokenizer=tokenizer, digest=saved.digest)
 
 
 def _open_clip(folder: Path, device: torch.device) -> OpenClipRanker:
@@ -217,11 +217,11 @@ def in_parts(work: Callable[[Tensor], Tensor], rows: Tensor, size: int) -> Tenso
     A matmul or convolution of other sizes may add in another order: a picture that is decoded or
     ranked beside others would differ from the same one by itself in the last bit.
     """
-    found = []
+    outputs = []
     for part in rows.split(size):
         filled = torch.cat([part, part.new_zeros(size - len(part), *part.shape[1:])])
-        found.append(work(filled)[: len(part)])
-    return torch.cat(found)
+        outputs.append(work(filled)[: len(part)])
+    return torch.cat(outputs)
 
 
 def pictures_together(side: int) -> int:

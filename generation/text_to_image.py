@@ -76,7 +76,7 @@ class Studio:
                 "the prior was trained without --caption-drop: it does not know the empty caption, "
                 "and --guidance may do harm"
             )
-        arrays = _room_for(len(captions), count, self.dvae.config.pixels)
+        arrays = _picture_buffer(len(captions), count, self.dvae.config.pixels)
         scores = np.zeros((len(captions), count), np.float32)
         for drawn in self.codes(captions, settings, prompt):
             where = drawn.captions, drawn.candidates
@@ -85,15 +85,15 @@ class Studio:
             arrays[where] = to_bytes(pixels).reshape(arrays[where].shape)
             if done is not None:
                 done(*where, arrays[where])
-        found = []
+        ranked = []
         for caption, pictures, row in zip(captions, arrays, scores, strict=True):
             order = np.argsort(-row, kind="stable")
-            found.append(
+            ranked.append(
                 Candidates(
                     caption=caption, pictures=pictures[order], scores=row[order], drawn=order
                 )
             )
-        return found
+        return ranked
 
     def codes(
         self, captions: list[str], settings: DrawSettings, prompt: Prompt | None = None
@@ -169,7 +169,7 @@ class Arrivals:
                 write_atomic(self._folder / picture_name(i, j), encode_png(picture))
 
 
-def _room_for(captions: int, count: int, side: int) -> NDArray[np.uint8]:
+def _picture_buffer(captions: int, count: int, side: int) -> NDArray[np.uint8]:
     """Memory for all pictures, (captions, count, S, S, 3).
 
     Raises: ConfigError if they do not fit: pages that are touched later would end the process.

@@ -31,10 +31,10 @@ def foreign_module(name: str) -> ModuleType:
 
 
 def _declare_operators() -> None:
-    found = importlib.util.find_spec("torchvision")
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
         return
-    for compiled in Path(found.origin).parent.glob("_C*.so"):
+    for compiled in Path(spec.origin).parent.glob("_C*.so"):
         try:
             torch.ops.load_library(str(compiled))
         except OSError:

@@ -68,16 +68,16 @@ class PlanFlags:
         """Every problem at once."""
         if self.calibrate is not None or self.published:
             return self._unused()
-        found = self.cluster.problems() + self._sizes()
+        problems = self.cluster.problems() + self._sizes()
         if self.gpu not in KNOWN and self.gpu not in SHORT:
-            found.append(
+            problems.append(
                 f"there is no hardware {self.gpu!r} (known: {', '.join([*SHORT, *KNOWN])})"
             )
         elif self.calibration is not None and self.gpu != "cpu":
-            found.append("--calibration holds constants of this machine's cores; add --gpu cpu")
+            problems.append("--calibration holds constants of this machine's cores; add --gpu cpu")
         if self.picture is not None and self.picture.suffix not in PICTURES:
-            found.append(f"--picture {self.picture}: the name must end in {', '.join(PICTURES)}")
-        return found
+            problems.append(f"--picture {self.picture}: the name must end in {', '.join(PICTURES)}")
+        return problems
 
     def _unused(self) -> list[str]:
         """What --calibrate and --published have no use for."""
@@ -94,16 +94,16 @@ class PlanFlags:
         return [f"--{mode} has no use for {', '.join(given)}; leave it out"] if given else []
 
     def _sizes(self) -> list[str]:
-        known, found = PRESETS["prior"], []
+        known, problems = PRESETS["prior"], []
         if not 0 <= self.world <= MOST_RANKS:
-            found.append(f"--world {self.world} must be 1 to {MOST_RANKS:,}; 0 = the preset's")
+            problems.append(f"--world {self.world} must be 1 to {MOST_RANKS:,}; 0 = the preset's")
         if not 0 <= self.batch <= MOST_BATCH:
-            found.append(f"--batch {self.batch} must be 1 to {MOST_BATCH:,}; 0 = the preset's")
+            problems.append(f"--batch {self.batch} must be 1 to {MOST_BATCH:,}; 0 = the preset's")
         if self.preset not in known:
-            found.append(f"there is no prior preset {self.preset!r} (known: {', '.join(known)})")
+            problems.append(f"there is no prior preset {self.preset!r} (known: {', '.join(known)})")
         elif self.batch > 0:
-            found += _undealt(known[self.preset](), self.batch)
-        return found
+            problems += _undealt(known[self.preset](), self.batch)
+        return problems
 
 
 def _undealt(settings: PriorTrain, batch: int) -> list[str]:

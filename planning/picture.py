@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from planning.estimate.hardware import Hardware
 from planning.estimate.memory import CATEGORIES
 from planning.estimate.reserve import NCCL
-from planning.estimate.search import Candidate, Found, Timed
+from planning.estimate.search import Candidate, SearchResult, Timed
 from planning.estimate.step_time import PASSES, Estimate
 
 BARS = 9
@@ -19,14 +19,14 @@ TIMES_USABLE = 3.5
 """Height of the picture over what fits; higher bars are cut."""
 
 
-def draw(found: Found, hardware: Hardware, path: Path) -> None:
+def draw(result: SearchResult, hardware: Hardware, path: Path) -> None:
     """Write the picture; its kind follows from the file's name."""
     figure, (above, below) = plt.subplots(2, 1, figsize=(11, 8), layout="constrained")
-    fitting = [row.candidate for row in found.timed[:4]]
-    others = sorted((row for row in found.rejected if row.bytes_), key=_known, reverse=True)
+    fitting = [row.candidate for row in result.timed[:4]]
+    others = sorted((row for row in result.rejected if row.bytes_), key=_known, reverse=True)
     _memory(above, [*fitting, *others[: BARS - len(fitting)]], hardware)
-    if found.timed:
-        _timeline(below, found.timed[0])
+    if result.timed:
+        _timeline(below, result.timed[0])
     else:
         below.set_axis_off()
     figure.savefig(path)
@@ -65,12 +65,12 @@ def _memory(axes: Axes, rows: list[Candidate], hardware: Hardware) -> None:
 
 def ending(estimate: Estimate) -> list[tuple[str, float, float]]:
     """What follows the passes that are drawn stage by stage: (name, begin, seconds)."""
-    found, at = [], max(span.end for span in estimate.spans)
+    rows, at = [], max(span.end for span in estimate.spans)
     for name, seconds in estimate.parts.items():
         if name not in PASSES and seconds:
-            found.append((name, at, seconds))
+            rows.append((name, at, seconds))
             at += seconds
-    return found
+    return rows
 
 
 def _timeline(axes: Axes, row: Timed) -> None:

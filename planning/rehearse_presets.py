@@ -20,14 +20,14 @@ ALL = "all"
 class Rehearsals:
     """What became of some presets."""
 
-    found: list[Rehearsal]
+    rehearsals: list[Rehearsal]
     refused: dict[str, str]
     """Stage and preset of those that cannot be laid out so -> why."""
 
     @property
     def matches(self) -> bool:
         """True if all ranks' collectives match in every rehearsal."""
-        return all(one.matches for one in self.found)
+        return all(one.matches for one in self.rehearsals)
 
 
 def rehearse_presets(
@@ -48,13 +48,13 @@ def rehearse_presets(
     if refused and preset != ALL:
         (name, reason), *_ = refused.items()
         raise ConfigError(f"{name} cannot be rehearsed:\n{reason}")
-    found: list[Rehearsal] = []
+    rehearsals: list[Rehearsal] = []
     if rehearsed:
         with Pool(device) as pool:
             for its_stage, name, settings in rehearsed:
-                found.append(rehearse(name, its_stage, settings, pool, jobs=jobs))
-                tell(found[-1])
-    return Rehearsals(found=found, refused=refused)
+                rehearsals.append(rehearse(name, its_stage, settings, pool, jobs=jobs))
+                tell(rehearsals[-1])
+    return Rehearsals(rehearsals=rehearsals, refused=refused)
 
 
 def chosen(preset: str, stage: str) -> Iterator[tuple[str, str]]:

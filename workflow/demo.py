@@ -130,8 +130,8 @@ def demo_stages(config: DemoConfig) -> list[DemoStage]:
 
 def _stage(chain: Chain, job: Job) -> DemoStage:
     here = len(chain.tapir())
-    found = [command[here:] for command in commands(chain, job, LocalConfig())]
-    return DemoStage(name=FOLDERS.get(job.name, job.name), commands=found)
+    arguments = [command[here:] for command in commands(chain, job, LocalConfig())]
+    return DemoStage(name=FOLDERS.get(job.name, job.name), commands=arguments)
 
 
 def demo_run(config: DemoConfig, resharded: bool = False) -> RunFile:

@@ -90,17 +90,17 @@ class Visit:
             try:
                 self._burn_in(checks, world, unmet)
             except Exception as error:
-                found = f"it failed: {type(error).__name__}: {error}"
+                what = f"it failed: {type(error).__name__}: {error}"
                 fix = "look at the network between the machines, and at other ranks' output"
-                raise Lost(bad("burn-in", found, fix)) from error
+                raise Lost(bad("burn-in", what, fix)) from error
         worlds.leave_world(world)
 
     def _joined(self, worlds: Any) -> Any:
         try:
             return worlds.join_world()
         except Exception as error:
-            found = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            raise Lost(bad("process group", found, _JOIN_FIX)) from error
+            text = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise Lost(bad("process group", text, _JOIN_FIX)) from error
 
     def _burn_in(self, checks: Any, world: Any, unmet: bool) -> None:
         rank = world.rank if world.size > 1 else None

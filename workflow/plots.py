@@ -41,8 +41,8 @@ def loss_curves(folder: Path) -> str:
 
 def best_of_counts(accuracy: Json) -> dict[int, float]:
     """Caption accuracy by number of candidates, rising."""
-    found = {k.removeprefix(_BEST): v for k, v in accuracy.items() if k.startswith(_BEST)}
-    return dict(sorted((int(count), v) for count, v in found.items() if count.isdigit()))
+    shares = {k.removeprefix(_BEST): v for k, v in accuracy.items() if k.startswith(_BEST)}
+    return dict(sorted((int(count), v) for count, v in shares.items() if count.isdigit()))
 
 
 def accuracy_curves(accuracy: Json) -> str:

@@ -63,5 +63,5 @@ def _scores(path: Path) -> Json | None:
     """FID and IS, if they were measured."""
     if not path.exists():
         return None
-    found: Json = json.loads(path.read_text())
-    return found
+    scores: Json = json.loads(path.read_text())
+    return scores

@@ -125,42 +125,42 @@ class RunFile:
         return self.out / FOLDERS.get(stage, stage)
 
     def problems(self) -> list[str]:
-        found = []
+        problems = []
         if not re.fullmatch(r"[a-z]([-a-z0-9]{0,28}[a-z0-9])?", self.name):
-            found.append(
+            problems.append(
                 f"name={self.name!r} must be lower-case letters, digits and -, at most 30, "
                 "beginning with a letter: jobs are called by it"
             )
-        found += folder_problems(self.out, "out")
+        problems += folder_problems(self.out, "out")
         if re.search(r"[%\n]", str(self.out)):
-            found.append(f"out={str(self.out)!r} must be without % and line breaks")
-        found += place_problems(self.store, "store")
+            problems.append(f"out={str(self.out)!r} must be without % and line breaks")
+        problems += place_problems(self.store, "store")
         if not self.stages:
-            found.append(f"stages: name at least one of {', '.join(STAGES)}")
+            problems.append(f"stages: name at least one of {', '.join(STAGES)}")
         if self.retries < 0:
-            found.append("retries must not be negative")
-        found += self.local.problems() + self.slurm.problems()
+            problems.append("retries must not be negative")
+        problems += self.local.problems() + self.slurm.problems()
         for name, spec in self.stages.items():
-            found += spec.resources.problems(name)
+            problems += spec.resources.problems(name)
             if spec.resources.workers > 1 and name not in ARRAYS:
-                found.append(
+                problems.append(
                     f"stages.{name}: workers are for {' and '.join(ARRAYS)}; use nodes and mesh"
                 )
             if spec.resources.nodes > 1 and name in ("pack", "bpe", "evaluate", *ARRAYS):
-                found.append(f"stages.{name}: nodes are for training; {ARRAYS[0]} has workers")
+                problems.append(f"stages.{name}: nodes are for training; {ARRAYS[0]} has workers")
             if spec.source and name not in ("pack", "score"):
-                found.append(f"stages.{name}: a source is for pack and score")
+                problems.append(f"stages.{name}: a source is for pack and score")
             fixed = {"out", "dvae", "bpe", "prior", "clip", "worker", "again", "help"}
             for flag in sorted(fixed & set(spec.flags)):
-                found.append(f"stages.{name}.flags: {flag} is the run's to set; leave it out")
+                problems.append(f"stages.{name}.flags: {flag} is the run's to set; leave it out")
             if name in PRESETS and spec.preset not in PRESETS[name]:
-                found.append(
+                problems.append(
                     f"stages.{name}: there is no preset {spec.preset!r} (known: "
                     f"{', '.join(PRESETS[name])})"
                 )
         if "pack" in self.stages and not self.stages["pack"].source:
-            found.append("stages.pack: give a source, e.g. source: shapes")
-        return found
+            problems.append("stages.pack: give a source, e.g. source: shapes")
+        return problems
 
 
 def read_runfile(path: Path) -> RunFile:

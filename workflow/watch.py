@@ -109,7 +109,7 @@ def _panel(follower: Follower) -> Panel:
 
 
 def _lines(follower: Follower, row: dict[str, Any]) -> list[tuple[str, str | Text]]:
-    found: list[tuple[str, str | Text]] = [
+    lines: list[tuple[str, str | Text]] = [
         ("step", _progress(follower, row)),
         ("loss", f"{spark(follower.losses, _SPARK)}  {_number(row.get('loss'))}"),
         ("speed", _speed(row)),
@@ -118,17 +118,17 @@ def _lines(follower: Follower, row: dict[str, Any]) -> list[tuple[str, str | Tex
         skipped = ("step", "split")
         figures = {k: v for k, v in follower.validation.items() if k not in skipped}
         text = ", ".join(f"{name} {_number(value)}" for name, value in figures.items())
-        found.append(("validation", f"at {follower.validation['step']}: {text}"))
+        lines.append(("validation", f"at {follower.validation['step']}: {text}"))
     if "time" in row:
-        found.append(("time", _bars(row)))
-    found.append(("loader", _waits(row)))
-    found.append(("memory", _memory(row)))
-    found.append(("update", _update(row)))
+        lines.append(("time", _bars(row)))
+    lines.append(("loader", _waits(row)))
+    lines.append(("memory", _memory(row)))
+    lines.append(("update", _update(row)))
     if beats := beats_of(follower.run):
-        found.append(("ranks", _beats(beats)))
+        lines.append(("ranks", _beats(beats)))
     if follower.passed_over:
-        found.append(("rows", passed_over(follower.passed_over)))
-    return found
+        lines.append(("rows", passed_over(follower.passed_over)))
+    return lines
 
 
 def _progress(follower: Follower, row: dict[str, Any]) -> str:

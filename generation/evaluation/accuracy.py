@@ -32,12 +32,12 @@ def draw_all(
     studio: Studio, captions: list[str], settings: DrawSettings, name: str
 ) -> list[Candidates]:
     """Candidates of many captions, with progress."""
-    found: list[Candidates] = []
+    candidates: list[Candidates] = []
     with progress(name, len(captions)) as meter:
         for start in range(0, len(captions), CHUNK):
-            found += studio.draw(captions[start : start + CHUNK], settings)
-            meter.update(len(found))
-    return found
+            candidates += studio.draw(captions[start : start + CHUNK], settings)
+            meter.update(len(candidates))
+    return candidates
 
 
 def draw_for(
@@ -46,8 +46,8 @@ def draw_for(
     """Candidates of all captions, and `most` of the first `few` if these are more."""
     few = few if most > settings.candidates else 0
     wide = replace(settings, candidates=most) if few else settings
-    found = draw_all(studio, captions[:few], wide, "sample many") if few else []
-    return found + draw_all(studio, captions[few:], settings, "sample")
+    first = draw_all(studio, captions[:few], wide, "sample many") if few else []
+    return first + draw_all(studio, captions[few:], settings, "sample")
 
 
 def caption_accuracy(
@@ -88,12 +88,12 @@ def guidance_accuracy(
 ) -> dict[str, float]:
     """Accuracy of single samples for each scale, on the first `guided` captions; 0 = all."""
     captions = [record.caption for record in records][: guided or None]
-    found = {}
+    shares = {}
     for scale in scales:
         single = replace(settings, candidates=1, guidance=scale)
         rows = draw_all(studio, captions, single, f"guidance {scale:g}")
-        found[f"{scale:g}"] = _share(captions, [row.pictures[0] for row in rows])
-    return found
+        shares[f"{scale:g}"] = _share(captions, [row.pictures[0] for row in rows])
+    return shares
 
 
 def counts_up_to(most: int) -> list[int]:
@@ -111,12 +111,12 @@ def best_of_shares(right: NDArray[np.bool_], scores: NDArray[Any]) -> dict[int, 
     draws = right.shape[1]
     order = np.argsort(-scores, 1, kind="stable")
     ranked = np.take_along_axis(right, order, 1).mean(0)
-    found = {}
+    shares = {}
     for count in counts_up_to(draws):
         choices = math.comb(draws, count)
         wins = [math.comb(draws - 1 - rank, count - 1) / choices for rank in range(draws)]
-        found[count] = float(ranked @ np.array(wins))
-    return found
+        shares[count] = float(ranked @ np.array(wins))
+    return shares
 
 
 def _best_of(captions: Sequence[str], drawn: list[Candidates]) -> dict[int, tuple[float, int]]:
@@ -126,14 +126,14 @@ def _best_of(captions: Sequence[str], drawn: list[Candidates]) -> dict[int, tupl
     """
     least, most = len(drawn[-1].drawn), len(drawn[0].drawn)
     judged = [_judged([caption], [row]) for caption, row in zip(captions, drawn, strict=True)]
-    found: dict[int, tuple[float, int]] = {}
+    shares: dict[int, tuple[float, int]] = {}
     for limit in dict.fromkeys((least, most)):
         rows = [(right, scores) for right, scores in judged if right.shape[1] >= limit]
         right = np.concatenate([right[:, :limit] for right, _ in rows])
         scores = np.concatenate([scores[:, :limit] for _, scores in rows])
         for count, share in best_of_shares(right, scores).items():
-            found.setdefault(count, (share, len(rows)))
-    return found
+            shares.setdefault(count, (share, len(rows)))
+    return shares
 
 
 def _judged(

@@ -63,12 +63,12 @@ class Blocks:
 
     def read_if_there(self, kind: str, name: str, rows: int) -> Array:
         """One array of all blocks of a kind, with ones for the blocks that have none."""
-        found = np.ones(rows, np.float32)
+        values = np.ones(rows, np.float32)
         for each, block in self.tasks:
             path = self._path((kind, block))
             if each == kind and name in _names(path):
-                found[self.part(block)] = _read(path, name)
-        return found
+                values[self.part(block)] = _read(path, name)
+        return values
 
     def _path(self, task: BlockTask) -> Path:
         return self.folder / f"{task[0]}-{task[1]:06d}.safetensors"

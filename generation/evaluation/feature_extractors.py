@@ -89,8 +89,8 @@ class ClipProxy:
     @torch.no_grad()
     def __call__(self, pictures: NDArray[np.uint8]) -> Features:
         parts = to_tensor(pictures).split(_TOGETHER)
-        found = torch.cat([self._clip.embed_image(part.to(self._device)) for part in parts])
-        return found.cpu().numpy(), (found @ self._classes.T).cpu().numpy()
+        features = torch.cat([self._clip.embed_image(part.to(self._device)) for part in parts])
+        return features.cpu().numpy(), (features @ self._classes.T).cpu().numpy()
 
 
 def blurred(pictures: NDArray[np.uint8], radius: float) -> NDArray[np.uint8]:

@@ -178,8 +178,8 @@ def find_overlap(
     store = open_store(dest) if dest else None
     model = build_model(ranker).to(own_mesh().world.device)
     assert isinstance(model, Clip)
-    found = remove_overlap(open_store(raw), theirs, store, model, ranker.digest, config)
-    return write_likeness(found, out)
+    summary = remove_overlap(open_store(raw), theirs, store, model, ranker.digest, config)
+    return write_likeness(summary, out)
 
 
 def remove_overlap(
@@ -209,15 +209,15 @@ def remove_overlap(
         if finished(dest):
             LOG.info("%s already holds this data set; the report is made again", dest.url)
             dest = None
-    theirs, found = _Evaluation(evaluation, clip, config.batch), Likeness()
+    theirs, summary = _Evaluation(evaluation, clip, config.batch), Likeness()
     if dest is None:
         for split, source in sources.items():
-            _compare(split, source, theirs, config, found)
+            _compare(split, source, theirs, config, summary)
     else:
         with given_back(dest):
-            _write(dest, sources, theirs, config, found, request)
-    found.evaluation = theirs.seen(config.threshold)
-    return found
+            _write(dest, sources, theirs, config, summary, request)
+    summary.evaluation = theirs.seen(config.threshold)
+    return summary
 
 
 def _write(
@@ -225,13 +225,13 @@ def _write(
     sources: dict[str, RawSource],
     theirs: "_Evaluation",
     config: OverlapConfig,
-    found: Likeness,
+    summary: Likeness,
     request: dict[str, Any],
 ) -> None:
     rejects, shards = Rejects(dest, 1.0), {}
     for split, source in sources.items():
         writer = RawWriter(dest, split, config.shards)
-        _compare(split, source, theirs, config, found, writer, rejects)
+        _compare(split, source, theirs, config, summary, writer, rejects)
         writer.flush()
         shards[split] = writer.shards
     refuse_empty(shards, "raise the threshold")
@@ -248,12 +248,12 @@ def _compare(
     source: RawSource,
     theirs: _Evaluation,
     config: OverlapConfig,
-    found: Likeness,
+    summary: Likeness,
     writer: RawWriter | None = None,
     rejects: Rejects | None = None,
 ) -> None:
     def left_out(record: RawRecord, error: InputError) -> None:
-        found.unreadable += 1
+        summary.unreadable += 1
         if rejects is not None:
             rejects.add(Unusable(key=record.key, kind="image", reason=str(error)))
 
@@ -263,7 +263,7 @@ def _compare(
             for record, picture, value, place in zip(
                 records, pictures, likeness.tolist(), places.tolist(), strict=True
             ):
-                found.note(value, picture, partial(theirs.picture, theirs.keys[place]))
+                summary.note(value, picture, partial(theirs.picture, theirs.keys[place]))
                 if writer is None or rejects is None:
                     continue
                 if value >= config.threshold:
@@ -271,7 +271,7 @@ def _compare(
                     rejects.add(Unusable(key=record.key, kind="overlap", reason=reason), True)
                 else:
                     writer.add(_pair(record), *record.captions)
-            meter.update(found.pairs)
+            meter.update(summary.pairs)
 
 
 def _pair(record: RawRecord) -> Any:
@@ -279,29 +279,29 @@ def _pair(record: RawRecord) -> Any:
     return make_pair(record.key, record.image, suffix, record.caption.encode(), record.key)
 
 
-def write_likeness(found: Likeness, out: Path) -> dict[str, Any]:
+def write_likeness(summary: Likeness, out: Path) -> dict[str, Any]:
     """Write overlap.json and, for each bin that has any, overlap-0.95.png of example pairs.
 
     Returns what overlap.json says but for the ids.
     """
     rows = []
-    for low, count, examples in zip(BINS.tolist(), found.counts, found.examples, strict=True):
+    for low, count, examples in zip(BINS.tolist(), summary.counts, summary.examples, strict=True):
         name = ""
         if examples:
             name = f"overlap-{low:.2f}.png"
             upper, lower = (np.stack([pair[i] for pair in examples]) for i in (0, 1))
             write_atomic(out / name, encode_png(picture_grid([upper, lower], 2)))
         rows.append({"likeness_from": round(low, 2), "pairs": int(count), "examples": name})
-    if found.unreadable:
-        LOG.warning("%d pairs cannot be decoded and are left out; pack again", found.unreadable)
+    if summary.unreadable:
+        LOG.warning("%d pairs cannot be decoded and are left out; pack again", summary.unreadable)
     body = {
-        "pairs": found.pairs,
-        "unreadable": found.unreadable,
+        "pairs": summary.pairs,
+        "unreadable": summary.unreadable,
         "rows": rows,
-        "evaluation": found.evaluation,
+        "evaluation": summary.evaluation,
     }
     write_atomic(out / REPORT, canonical_json(body))
-    short = {name: value for name, value in found.evaluation.items() if name != "ids"}
+    short = {name: value for name, value in summary.evaluation.items() if name != "ids"}
     return {**body, "evaluation": short}
 
 
@@ -323,13 +323,13 @@ def read_overlap(path: Path, evaluation: EvaluationSet) -> Overlap:
     Raises: InputError if there is none, or it is about another evaluation set.
     """
     try:
-        found = json.loads(path.read_bytes())["evaluation"]
+        body = json.loads(path.read_bytes())["evaluation"]
         overlap = Overlap(
-            threshold=float(found["threshold"]),
-            share=float(found["share"]),
-            pictures=frozenset(found["ids"]),
+            threshold=float(body["threshold"]),
+            share=float(body["share"]),
+            pictures=frozenset(body["ids"]),
         )
-        other = found["fingerprint"] != evaluation.fingerprint
+        other = body["fingerprint"] != evaluation.fingerprint
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path} is no overlap.json ({error!r}); `tapir overlap RAW DATA` writes one"

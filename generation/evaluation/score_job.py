@@ -110,7 +110,7 @@ def open_job(
     Raises: InputError for what is missing or does not belong together.
     """
     numerics = set_numerics(device, deterministic=False)  # as `open_studio` does
-    found = digests(models)
+    model_digests = digests(models)
     pixels = int(open_model(models.dvae, "dvae").config["pixels"])
     evaluation = open_evaluation(data)
     network: Network
@@ -126,7 +126,7 @@ def open_job(
             )
         network = ClipProxy(ranker.clip, ranker.digest, ranker.tokenizer, captions)
     left_out = read_overlap(overlap, evaluation) if overlap is not None else None
-    return ScoreJob(evaluation, found, pixels, network, config, out, numerics, left_out)
+    return ScoreJob(evaluation, model_digests, pixels, network, config, out, numerics, left_out)
 
 
 class ScoreJob:
@@ -179,15 +179,15 @@ class ScoreJob:
         return scores
 
     def _opened(self, studio: Callable[[], Studio]) -> Studio:
-        found = studio()
-        found.tell_cut([caption.text for caption in self._captions])
-        return found
+        opened = studio()
+        opened.tell_cut([caption.text for caption in self._captions])
+        return opened
 
     def _claim(self) -> None:
         """Take OUT for this request; the first one wins."""
         free = {"radii"} if self._config.precision == "bf16" else {"radii", "batch"}
         sampling = {name: v for name, v in to_json(self._config).items() if name not in free}
-        wanted = {
+        request = {
             **self._models,
             **sampling,
             "data": self._evaluation.fingerprint,
@@ -195,44 +195,44 @@ class ScoreJob:
             "captions": len(self._captions),
         }
         store = FolderStore(self._out)
-        if store.put(REQUEST, canonical_json(wanted), if_absent=True):
+        if store.put(REQUEST, canonical_json(request), if_absent=True):
             return
         try:
-            found = read_json(store, REQUEST)
+            stored = read_json(store, REQUEST)
         except CorruptError as error:
             raise InputError(
                 f"{self._out / REQUEST} is damaged; if you know that the settings are those of "
                 "then, delete it, and the same command goes on; else give another --out"
             ) from error
-        names = sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
+        names = sorted(n for n in {*stored, *request} if stored.get(n) != request.get(n))
         if names:
             raise InputError(
                 f"{self._out} holds scores with other {', '.join(names)} "
-                f"(of {names[0]}: {found.get(names[0])}, now {wanted.get(names[0])}); "
+                f"(of {names[0]}: {stored.get(names[0])}, now {request.get(names[0])}); "
                 "give another --out, or the settings of then"
             )
 
     def _sets(self, readable: NDArray[np.bool_]) -> dict[str, Masks]:
         """Which captions and pictures each set of rows has; of the pictures the readable ones."""
         captions, pictures = self._captions, self._pictures
-        found = {ALL: {DRAWN: np.ones(len(captions), bool), REAL: readable}}
+        sets = {ALL: {DRAWN: np.ones(len(captions), bool), REAL: readable}}
         if self._overlap is not None:
             seen = self._overlap.pictures
             kept = [not seen.intersection(caption.pictures) for caption in captions]
             left = set(
                 self._evaluation.pictures_of(c for c, k in zip(captions, kept, strict=True) if k)
             )
-            found[WITHOUT] = {
+            sets[WITHOUT] = {
                 DRAWN: np.array(kept, bool),
                 REAL: readable & np.array([name in left for name in pictures], bool),
             }
-        for name, masks in found.items():
+        for name, masks in sets.items():
             if min(mask.sum() for mask in masks.values()) < 2:
                 raise InputError(
                     f"there are fewer than two captions or pictures ({name}) in "
                     f"{self._evaluation.name}; a FID needs more"
                 )
-        return found
+        return sets
 
     def _do(self, task: BlockTask, studio: Callable[[], Studio]) -> None:
         kind, block = task

@@ -51,15 +51,15 @@ def _moments(blocks: Blocks, kind: str, mask: NDArray[np.bool_], radius: float) 
 def _class_sums(blocks: Blocks, mask: NDArray[np.bool_], radius: float) -> list[ClassSums]:
     """Those of each part of the captions, whose order is by key."""
     count, place = int(mask.sum()), 0
-    found: dict[int, ClassSums] = {}
+    by_part: dict[int, ClassSums] = {}
     for part, every in blocks.read(DRAWN, logits(radius)):
         rows = every[mask[part]]
         places = np.array([part_of(place + i, count) for i in range(len(rows))], np.int64)
         for number in np.unique(places).tolist():
             sums = ClassSums.of(rows[places == number])
-            found[number] = found[number] + sums if number in found else sums
+            by_part[number] = by_part[number] + sums if number in by_part else sums
         place += len(rows)
-    return [found[number] for number in sorted(found)]
+    return [by_part[number] for number in sorted(by_part)]
 
 
 def table(scores: dict[str, Any]) -> str:

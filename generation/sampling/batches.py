@@ -100,7 +100,7 @@ def fitting(
     `least` gives the least of all ranks' numbers: they decode together.
     Raises: ConfigError if not even one candidate fits.
     """
-    wanted = min(batch, need.captions * need.candidates)
+    requested = min(batch, need.captions * need.candidates)
     mine = need.most(batch, free)
     agreed = least(mine)
     where = f"{free / _GB:.2f} GB are free on {device}" if mine == agreed else "a rank has less"
@@ -109,10 +109,10 @@ def fitting(
             f"decoding one candidate takes {need.bytes(1) / _GB:.2f} GB beside the weights, "
             f"{where}: end what holds memory there, or decode {_OTHERWISE}"
         )
-    if agreed < wanted:
+    if agreed < requested:
         LOG.info(
             "a batch of %d candidates takes %.2f GB, %s: it is split, %d or fewer together",
-            *(wanted, need.bytes(wanted) / _GB, where, agreed),
+            *(requested, need.bytes(requested) / _GB, where, agreed),
         )
     return agreed
 

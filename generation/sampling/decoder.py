@@ -83,12 +83,12 @@ class _DecoderBlock:
 
         Shapes: x is (captions, text_length + given, dim).
         """
-        found, k, v = self._whole(x)
+        states, k, v = self._whole(x)
         cache.fill(k, v, reads)
-        return found
+        return states
 
-    def settled(self, x: Tensor) -> Tensor:
-        """Run text and image tokens with one layout of the weights, however they lie here."""
+    def canonical(self, x: Tensor) -> Tensor:
+        """Run text and image tokens without the cache, with the weights in one fixed layout."""
         one = copy(self)
         one._qkv, one._out = self._qkv.in_order(), self._out.in_order()
         one._up, one._down = self._up.in_order(), self._down.in_order()
@@ -102,21 +102,21 @@ class _DecoderBlock:
         for store, new in ((cache.keys, k), (cache.values, v)):
             store.index_copy_(1, place.slot, new.reshape(rows * heads, 1, width))
         keys, values = (store.index_select(1, place.reads) for store in (cache.keys, cache.values))
-        near = torch.bmm(q.reshape(rows * heads, 1, width), keys.transpose(1, 2))
+        image_logits = torch.bmm(q.reshape(rows * heads, 1, width), keys.transpose(1, 2))
         shared = q.view(captions, -1, heads, width).transpose(1, 2)
-        words = torch.matmul(shared, cache.text_keys.transpose(2, 3))
-        text = words.shape[3]
-        logits = torch.cat(
-            [words.transpose(1, 2).reshape(rows, heads, text), near.view(rows, heads, -1)], 2
-        )
+        text_logits = torch.matmul(shared, cache.text_keys.transpose(2, 3))
+        text = text_logits.shape[3]
+        text_logits = text_logits.transpose(1, 2).reshape(rows, heads, text)
+        logits = torch.cat([text_logits, image_logits.view(rows, heads, -1)], 2)
         logits = logits.float() * width**-0.5
         if place.bias is not None:
             logits[..., text:] += place.bias
-        shares = torch.softmax(logits, 2).to(q.dtype)
-        said = shares[..., :text].reshape(captions, -1, heads, text).transpose(1, 2)
-        out = torch.matmul(said, cache.text_values).transpose(1, 2).reshape(rows, heads, width)
-        seen = shares[..., text:].reshape(rows * heads, 1, -1)
-        out = out + torch.bmm(seen, values).view(rows, heads, width)
+        probs = torch.softmax(logits, 2).to(q.dtype)
+        text_probs = probs[..., :text].reshape(captions, -1, heads, text).transpose(1, 2)
+        out = torch.matmul(text_probs, cache.text_values).transpose(1, 2)
+        out = out.reshape(rows, heads, width)
+        image_probs = probs[..., text:].reshape(rows * heads, 1, -1)
+        out = out + torch.bmm(image_probs, values).view(rows, heads, width)
         return self._after(x, out.flatten(1))
 
     def _whole(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,15 +228,16 @@ class Decoder:
         return self._exit(self._step(x, lane, position), self._head)
 
     @torch.no_grad()
-    def settled(self, text: Tensor, image: Tensor) -> Tensor | None:
-        """Logits of the last code of `image`, which is not read: the numbers that count.
+    def canonical_logits(self, text: Tensor, image: Tensor) -> Tensor | None:
+        """Recompute the logits of the last code of `image` without the KV cache.
 
-        In fp32 they are the same to the last bit whatever the decoder was made for; slow.
+        The weights are used in one fixed layout, so that in fp32 the logits are bitwise equal for
+        every batch and every way the decoder was built. The last code itself is not read. Slow.
         Shapes: text (captions, text_length) int64; image (captions, n) int64 -> (captions, codes).
         """
         x = self._entrance(text, image)
         for block in self._blocks:
-            x = block.settled(x)
+            x = block.canonical(x)
         if self._head is None:
             return self._exit(x, None)
         return self._exit(x[:, -1], self._head.in_order())
@@ -269,8 +270,8 @@ class Decoder:
         if self._compiled is None:
             places = {kind: reads.cache_position(position) for kind, reads in self._reads.items()}
             return self._through(x, lane.blocks, places)
-        found: Tensor = self._compiled(x, lane.blocks, self._positions[position : position + 1])
-        return found
+        states: Tensor = self._compiled(x, lane.blocks, self._positions[position : position + 1])
+        return states
 
     def _run(self, x: Tensor, caches: Sequence[LayerCache], at: Tensor) -> Tensor:
         """One step in shapes that are the same for all positions; `at` is (1,), on the device.

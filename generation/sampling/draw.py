@@ -41,13 +41,13 @@ def guided(logits: Tensor, scale: float) -> Tensor:
 
 
 def choose(
-    logits: Tensor, noise: Tensor | None, settings: DrawSettings, settled: bool = False
+    logits: Tensor, noise: Tensor | None, settings: DrawSettings, canonical: bool = False
 ) -> Choice:
     """Pick one code a row: (B, K) logits, and Gumbel noise unless the temperature is 0.
 
-    `settled`: the logits are computed in the one way that counts.
+    `canonical`: the logits are those of `Decoder.canonical_logits`, which do not vary by rounding.
     """
-    close = 0.0 if settled else CLOSE * max(1.0, 2 * settings.guidance - 1)
+    close = 0.0 if canonical else CLOSE * max(1.0, 2 * settings.guidance - 1)
     allowed = _allowed(logits, settings, close)
     scores = logits if noise is None else logits / settings.temperature + noise
     if allowed is not None:

@@ -105,14 +105,14 @@ def _slots(until: list[int]) -> list[int]:
     A position holds its slot from itself to `until`, so that there are as many slots as positions
     that are held at once: fewer cannot be.
     """
-    found: list[int] = []
+    slots: list[int] = []
     free: list[int] = []
     ending: defaultdict[int, list[int]] = defaultdict(list)
     for position, end in enumerate(until):
         free += ending.pop(position - 1, [])
-        found.append(free.pop() if free else max(found, default=-1) + 1)
-        ending[end].append(found[-1])
-    return found
+        slots.append(free.pop() if free else max(slots, default=-1) + 1)
+        ending[end].append(slots[-1])
+    return slots
 
 
 @dataclass(kw_only=True)

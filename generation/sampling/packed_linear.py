@@ -59,10 +59,10 @@ class PackedLinear:
         x = x.to(self._dtype)
         if self._packed:
             name, kind = ("gelu", "tanh") if self._gelu else ("none", "")
-            found: Tensor = torch.ops.mkldnn._linear_pointwise(
+            output: Tensor = torch.ops.mkldnn._linear_pointwise(
                 x, self._weight, self._bias, name, [], kind
             )
-            return found.to(given)
+            return output.to(given)
         return self._activated(F.linear(x, self._weight, self._bias)).to(given)
 
     def _activated(self, x: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ def least_of(world: World, value: int) -> int:
     """The least of all ranks' numbers, on each of them."""
     if world.group is None:
         return value
-    found = torch.tensor(value, device=world.device)
-    dist.all_reduce(found, dist.ReduceOp.MIN, group=world.group)
-    return int(found)
+    least = torch.tensor(value, device=world.device)
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=world.group)
+    return int(least)
 
 
 class Neighbours:
@@ -62,9 +62,9 @@ class Pipeline(Neighbours):
         self._sent: list[tuple[Any, Tensor]] = []
 
     def receive(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        found = torch.empty(shape, device=device)
-        dist.recv(found, self._ranks[self._place - 1], group=self._group)
-        return found
+        states = torch.empty(shape, device=device)
+        dist.recv(states, self._ranks[self._place - 1], group=self._group)
+        return states
 
     def send(self, x: Tensor) -> None:
         self._sent = [(work, kept) for work, kept in self._sent if not work.is_completed()]

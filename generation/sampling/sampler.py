@@ -226,10 +226,10 @@ class _Lane:
         caption, guidance = row // self._each, self._settings.guidance
         text = self._with_empty(self._text[caption : caption + 1])
         image = self._codes[row : row + 1, : position + 1].expand(len(text), -1)
-        logits = self._decoder.settled(text, image)
+        logits = self._decoder.canonical_logits(text, image)
         drawn = torch.full((1,), _UNSURE, device=self._decoder.device)
         if logits is not None:
             logits = logits if guidance == 1 else guided(logits, guidance)
             noise = self._noise(self._keys[row : row + 1], position)
-            drawn = choose(logits, noise, self._settings, settled=True).codes
+            drawn = choose(logits, noise, self._settings, canonical=True).codes
         return self._decoder.neighbours.share(drawn).wait()[0]

@@ -78,7 +78,7 @@ def calibrate(precision: str = "fp32") -> dict[str, float]:
     LOG.info("one core: %s", ", ".join(f"{n} {v / 1e9:.1f}e9" for n, v in rates.items()))
     link = _link()
     LOG.info("two ranks: %.2f GB/s, latency %.2f ms", link["link"] / 1e9, 1e3 * link["latency"])
-    found = {
+    measured = {
         **rates,
         "streamed": 1.0,
         "link": link["link"],
@@ -89,30 +89,30 @@ def calibrate(precision: str = "fp32") -> dict[str, float]:
         "cores": os.cpu_count() or 1,
         "memory": float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
     }
-    return {**found, **_steps(KNOWN["cpu"].with_constants(found), precision)}
+    return {**measured, **_steps(KNOWN["cpu"].with_constants(measured), precision)}
 
 
 def _steps(hardware: Hardware, precision: str) -> dict[str, float]:
     """What whole steps tell: all kinds of them in turns, of each the shortest of all turns."""
     one = EngineConfig(precision=precision)  # type: ignore[arg-type]
     engine = replace(one, name="deepspeed_zero")
-    narrow, ways = runs_for_overheads(one, engine), runs_for_steps(hardware.cores, one, engine)
+    narrow, wide = runs_for_overheads(one, engine), runs_for_steps(hardware.cores, one, engine)
     times: dict[str, list[float]] = {}
     for turn in range(TURNS):
-        LOG.info("steps of %d meshes, turn %d of %d", len(narrow | ways), turn + 1, TURNS)
-        for name, way in (narrow | ways).items():
-            times.setdefault(name, []).extend(time_steps(way, STEPS))
+        LOG.info("steps of %d meshes, turn %d of %d", len(narrow | wide), turn + 1, TURNS)
+        for name, settings in (narrow | wide).items():
+            times.setdefault(name, []).extend(time_steps(settings, STEPS))
     least = {name: min(seconds) for name, seconds in times.items()}
-    found = overheads(least)
+    overhead = overheads(least)
     LOG.info(
         "Python: %.2f ms a layer, %.1f ms a step, %.1f ms more with DeepSpeed",
-        *(1e3 * value for value in found.values()),
+        *(1e3 * value for value in overhead.values()),
     )
-    solved = constants(ways, least, hardware.with_constants(found))
+    solved = constants(wide, least, hardware.with_constants(overhead))
     LOG.info("%s", ", ".join(f"{name} {value:.3g}" for name, value in solved.items()))
     for name in at_bounds(solved):
         LOG.warning("%s lies on its bound; calibrate again while nothing else runs", name)
-    return found | solved
+    return overhead | solved
 
 
 def at_bounds(solved: Mapping[str, float]) -> list[str]:
@@ -159,21 +159,21 @@ def runs_for_steps(cores: int, one: EngineConfig, deepspeed: EngineConfig) -> di
 
 
 def constants(
-    ways: Mapping[str, PriorTrain], least: Mapping[str, float], hardware: Hardware
+    runs: Mapping[str, PriorTrain], least: Mapping[str, float], hardware: Hardware
 ) -> dict[str, float]:
     """The constants with which each run's step is predicted to take as long as it does."""
-    found: dict[str, float] = {}
-    for name, way in PASSES * list(ways.items()):
+    solved: dict[str, float] = {}
+    for name, settings in PASSES * list(runs.items()):
         less = BESIDE.get(name)
 
         def predicted(value: float) -> float:
-            there = hardware.with_constants(found | {name: value})  # noqa: B023 - called at once
-            taken = estimate(ways[less], there).seconds if less else 0.0  # noqa: B023
-            return estimate(way, there).seconds - taken  # noqa: B023
+            there = hardware.with_constants(solved | {name: value})  # noqa: B023 - called at once
+            taken = estimate(runs[less], there).seconds if less else 0.0  # noqa: B023
+            return estimate(settings, there).seconds - taken  # noqa: B023
 
         measured = least[name] - (least[less] if less else 0.0)
-        found[name] = _solved(predicted, measured, *RANGES[name])
-    return found
+        solved[name] = _solved(predicted, measured, *RANGES[name])
+    return solved
 
 
 def _solved(predicted: Callable[[float], float], measured: float, low: float, high: float) -> float:
@@ -213,8 +213,8 @@ def _link() -> dict[str, float]:
         launch(
             "planning.calibration.calibrate:link_rank", payload, 2, ["torch", "torch.distributed"]
         )
-        found: dict[str, float] = json.loads(Path(folder, "link.json").read_text())
-        return found
+        figures: dict[str, float] = json.loads(Path(folder, "link.json").read_text())
+        return figures
 
 
 def link_rank(payload: str) -> None:
@@ -224,6 +224,6 @@ def link_rank(payload: str) -> None:
     dist.barrier()
     link = measure_link(world.group, world.device)
     if world.rank == 0:
-        found = {"link": link.bandwidth, "latency": link.latency / 2}
-        Path(json.loads(payload)["out"], "link.json").write_text(json.dumps(found))
+        figures = {"link": link.bandwidth, "latency": link.latency / 2}
+        Path(json.loads(payload)["out"], "link.json").write_text(json.dumps(figures))
     leave_world(world)

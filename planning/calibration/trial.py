@@ -40,8 +40,8 @@ def time_steps(settings: PriorTrain, steps: int) -> list[float]:
             settings.mesh.world,
             preload,
         )
-        found: list[float] = json.loads(Path(folder, "seconds.json").read_text())
-        return found
+        seconds: list[float] = json.loads(Path(folder, "seconds.json").read_text())
+        return seconds
 
 
 def trial_rank(payload: str) -> None:

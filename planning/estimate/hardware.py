@@ -94,22 +94,22 @@ class Hardware:
 
     def problems(self) -> list[str]:
         """What no processor or cluster can have."""
-        found = []
+        problems = []
         for name, value in vars(self).items():
             if not isinstance(value, float | int):
                 continue
             if name in _SHARES and not 0 < value <= 1:
-                found.append(f"{name}={value} is a share; it must be above 0 and at most 1")
+                problems.append(f"{name}={value} is a share; it must be above 0 and at most 1")
             elif name in _POSITIVE and not 0 < value < _MOST:
-                found.append(f"{name}={value} must be a positive finite number")
+                problems.append(f"{name}={value} must be a positive finite number")
             elif not 0 <= value < _MOST:
-                found.append(f"{name}={value} must be a finite number and not negative")
-        if not found and self.usable <= 0:
-            found.append(
+                problems.append(f"{name}={value} must be a finite number and not negative")
+        if not problems and self.usable <= 0:
+            problems.append(
                 f"memory of {self.memory / GB:g} GB leaves nothing: {self.context / GB:g} GB are "
                 "the driver's and the libraries'"
             )
-        return found
+        return problems
 
     def with_constants(self, constants: Mapping[str, float]) -> "Hardware":
         """The hardware with constants, by field, in place of its own."""
@@ -219,13 +219,13 @@ def hardware_of(name: str, calibration: Path | None = None) -> Hardware:
 
     Raises: InputError for an unknown name, or with everything that is wrong in the file.
     """
-    found = KNOWN.get(SHORT.get(name, name))
-    if found is None:
+    hardware = KNOWN.get(SHORT.get(name, name))
+    if hardware is None:
         raise InputError(f"there is no hardware {name!r} (known: {', '.join([*SHORT, *KNOWN])})")
-    return found if calibration is None else _measured(found, calibration)
+    return hardware if calibration is None else _measured(hardware, calibration)
 
 
-def _measured(found: Hardware, calibration: Path) -> Hardware:
+def _measured(hardware: Hardware, calibration: Path) -> Hardware:
     remedy = f"make one with tapir plan --calibrate {calibration}"
     try:
         measured = json.loads(calibration.read_bytes())
@@ -235,7 +235,7 @@ def _measured(found: Hardware, calibration: Path) -> Hardware:
         raise InputError(f"{calibration} is no calibration; {remedy}")
     missing = [f"{name} is missing" for name in MEASURED if name not in measured]
     wrong = wrong_types(Hardware, measured, "")
-    wrong = wrong or replace(found, **measured).problems() or missing
+    wrong = wrong or replace(hardware, **measured).problems() or missing
     if wrong:
         raise InputError(f"{calibration} is no calibration: {'; '.join(wrong)}; {remedy}")
-    return replace(found, **measured)
+    return replace(hardware, **measured)

@@ -63,20 +63,20 @@ def backward_work(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
     """Kernels of its backward pass: each matmul has two gradients, each stream two operands."""
     half = loads.settings.engine.precision != "fp32"
     narrow = loads.settings.engine.precision == "bf16"
-    found: list[Kernels] = []
+    kernels: list[Kernels] = []
     for k in forward_work(loads, part, hardware):
         if not k.rows:
-            found.append(Kernels(moved=k.moved, times=2 * k.times))
+            kernels.append(Kernels(moved=k.moved, times=2 * k.times))
         elif k.moved:  # attention: five matmuls for two
             again = {**vars(k), "times": 2.5 * k.times, "moved": 2 * k.moved}
-            found.append(Kernels(**again))
+            kernels.append(Kernels(**again))
         else:
             same = Kernels(batch=k.batch, half=narrow if part.name == "head" else k.half)
-            found.append(replace(same, rows=k.rows, columns=k.inner, inner=k.columns))
-            found.append(replace(same, rows=k.inner, columns=k.columns, inner=k.rows))
+            kernels.append(replace(same, rows=k.rows, columns=k.inner, inner=k.columns))
+            kernels.append(replace(same, rows=k.inner, columns=k.columns, inner=k.rows))
     numel = sum(h.numel for h in part.parameters.values())
-    found.append(Kernels(moved=float((CAST_BACK if half else 12) * numel)))
-    return tuple(found)
+    kernels.append(Kernels(moved=float((CAST_BACK if half else 12) * numel)))
+    return tuple(kernels)
 
 
 def _block(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
@@ -135,12 +135,12 @@ def update_work(elements: int) -> Work:
 
 def compression_work(loads: Loads, hardware: Hardware) -> Work:
     """P, Q and the matrix again for each factored shard, and an orthogonal basis."""
-    found: list[Kernels] = []
+    kernels: list[Kernels] = []
     for shard in factored(loads.settings, loads.held, loads.at):
         short, long = sorted((shard.rows, shard.columns))
-        found.append(Kernels(rows=short, columns=long, inner=shard.rank, half=False, times=3))
+        kernels.append(Kernels(rows=short, columns=long, inner=shard.rank, half=False, times=3))
         basis = round(2 * shard.rank / QR_SHARE)
         tall = 8.0 * short * shard.rank
-        found.append(Kernels(rows=short, columns=shard.rank, inner=basis, half=False, moved=tall))
-        found.append(Kernels(moved=28.0 * short * long))
-    return tuple(found)
+        kernels.append(Kernels(rows=short, columns=shard.rank, inner=basis, half=False, moved=tall))
+        kernels.append(Kernels(moved=28.0 * short * long))
+    return tuple(kernels)

@@ -101,13 +101,13 @@ class Held:
 def rank_layers(config: PriorConfig, rank: int, size: int) -> tuple[RankLayer, ...]:
     """All layers of a prior on one tensor rank; blocks differ in their masks' values alone."""
     built = _modules(config, rank, size)
-    found = []
+    layers = []
     for layer in prior_layers(config, 0, FakeTensorParallel(rank, size)):
         module = built[re.sub(r"\d", "", layer.name)]
         held = {n: Held(placement_of(p), p.numel()) for n, p in module.named_parameters()}
         buffers = sum(b.numel() * b.element_size() for b in module.buffers())
-        found.append(RankLayer(name=layer.name, cost=layer.cost, parameters=held, buffers=buffers))
-    return tuple(found)
+        layers.append(RankLayer(name=layer.name, cost=layer.cost, parameters=held, buffers=buffers))
+    return tuple(layers)
 
 
 @lru_cache(maxsize=16)
@@ -123,8 +123,8 @@ def _modules(config: PriorConfig, rank: int, size: int) -> dict[str, nn.Module]:
 
 def named(parts: Sequence[RankLayer]) -> dict[str, Held]:
     """Global parameter name -> parameter, sorted by name as engines do."""
-    found = {f"{part.name}.{name}": h for part in parts for name, h in part.parameters.items()}
-    return dict(sorted(found.items()))
+    parameters = {f"{part.name}.{name}": h for part in parts for name, h in part.parameters.items()}
+    return dict(sorted(parameters.items()))
 
 
 @lru_cache(maxsize=64)
@@ -138,7 +138,7 @@ def keeps_of(config: PriorConfig, size: int, precision: str) -> Keeps:
 
 
 def _kept(config: PriorConfig, size: int, precision: str, samples: int) -> dict[str, int]:
-    found: dict[str, int] = {}
+    totals: dict[str, int] = {}
     modules = copy.deepcopy(_modules(config, 0, size))
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in modules.values():
@@ -155,25 +155,25 @@ def _kept(config: PriorConfig, size: int, precision: str, samples: int) -> dict[
         outside = [*weights, *batch.values()]
         half = precision != "fp32"
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            with _noted(found, "embedding", outside):
+            with _noted(totals, "embedding", outside):
                 modules["embedding"](batch)
-            with _noted(found, "attention", outside):
+            with _noted(totals, "attention", outside):
                 y = block._look_back(x)
-            with _noted(found, "mlp", outside):
+            with _noted(totals, "mlp", outside):
                 block._transform(y)
         with (
             torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
-            _noted(found, "head", outside),
+            _noted(totals, "head", outside),
         ):
             logits = modules["head"](x)
-        with _noted(found, "loss", outside):
+        with _noted(totals, "loss", outside):
             prior_loss(logits, batch, config.text_weight)
-    found["block"] = found["attention"] + found["mlp"]
-    return found
+    totals["block"] = totals["attention"] + totals["mlp"]
+    return totals
 
 
 @contextmanager
-def _noted(found: dict[str, int], name: str, outside: Sequence[Tensor]) -> Iterator[None]:
+def _noted(totals: dict[str, int], name: str, outside: Sequence[Tensor]) -> Iterator[None]:
     """Add up the storages that autograd keeps, each once; `outside` are there anyway."""
     before = {x.untyped_storage()._cdata for x in outside}
     kept: dict[int, Tensor] = {}
@@ -186,7 +186,7 @@ def _noted(found: dict[str, int], name: str, outside: Sequence[Tensor]) -> Itera
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         yield
-    found[name] = sum(x.untyped_storage().nbytes() for x in kept.values())
+    totals[name] = sum(x.untyped_storage().nbytes() for x in kept.values())
 
 
 def count_parameters(config: PriorConfig) -> int:

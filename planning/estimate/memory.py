@@ -82,11 +82,11 @@ def rank_bytes(loads: Loads) -> Bytes:
     """Bytes of every category, at the fullest moment of a step."""
     settings = loads.settings
     keeps = keeps_of(settings.model, settings.mesh.tensor, settings.engine.precision)
-    found = _model_bytes(loads)
-    found["activations"] = activation_bytes(loads, keeps)
-    found["temporary"] += sum(part.buffers for part in loads.layers) + _transient(loads, keeps)
-    found |= _compression_bytes(loads)
-    return {name: found[name] for name in CATEGORIES}
+    sizes = _model_bytes(loads)
+    sizes["activations"] = activation_bytes(loads, keeps)
+    sizes["temporary"] += sum(part.buffers for part in loads.layers) + _transient(loads, keeps)
+    sizes |= _compression_bytes(loads)
+    return {name: sizes[name] for name in CATEGORIES}
 
 
 def _model_bytes(loads: Loads) -> Bytes:

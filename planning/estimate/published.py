@@ -97,7 +97,7 @@ def predict(run: Dense, hardware: Hardware = KNOWN["a100-80gb"]) -> Predicted:
         for micro, chunks in _choices(run, hardware)
         for time in [_step(run, micro, chunks, hardware)]
     ]
-    return min(fitting, key=lambda found: found.seconds)
+    return min(fitting, key=lambda row: row.seconds)
 
 
 def _choices(run: Dense, hardware: Hardware) -> Iterator[tuple[int, int]]:
@@ -169,14 +169,14 @@ def layer_forward(run: Dense, micro: int) -> Work:
 
 def layer_backward(run: Dense, micro: int) -> Work:
     """Twice the forward pass: each matmul has two gradients, each stream two operands."""
-    found = []
+    kernels = []
     for k in layer_forward(run, micro):
         if not k.rows:
-            found.append(Kernels(moved=k.moved, times=2 * k.times))
+            kernels.append(Kernels(moved=k.moved, times=2 * k.times))
             continue
-        found.append(Kernels(rows=k.rows, columns=k.inner, inner=k.columns, batch=k.batch))
-        found.append(Kernels(rows=k.inner, columns=k.columns, inner=k.rows, batch=k.batch))
-    return tuple(found)
+        kernels.append(Kernels(rows=k.rows, columns=k.inner, inner=k.columns, batch=k.batch))
+        kernels.append(Kernels(rows=k.inner, columns=k.columns, inner=k.rows, batch=k.batch))
+    return tuple(kernels)
 
 
 def _head(run: Dense, micro: int) -> Work:

@@ -60,18 +60,18 @@ def communicators(settings: PriorTrain) -> list[tuple[int, bool]]:
     """
     mesh, engine = settings.mesh, settings.engine.name
     cloned = engine == "deepspeed_zero" and stage_of_zero(settings) < 3
-    found = [(mesh.world, True)]
+    groups = [(mesh.world, True)]
     if engine == "deepspeed_pipe":
-        found += [(mesh.tensor * mesh.pipeline, True), (mesh.tensor, True)]
-        found += [(mesh.pipeline, False)] * 2 + [(mesh.data, True)] * 2
-        found += [(mesh.tensor, False)] if mesh.pipeline > 1 else []
+        groups += [(mesh.tensor * mesh.pipeline, True), (mesh.tensor, True)]
+        groups += [(mesh.pipeline, False)] * 2 + [(mesh.data, True)] * 2
+        groups += [(mesh.tensor, False)] if mesh.pipeline > 1 else []
     elif mesh.nodes > 1:
-        found += [(mesh.local, False), (mesh.nodes, True)]
+        groups += [(mesh.local, False), (mesh.nodes, True)]
     elif mesh.tensor > 1:
-        found += [(mesh.tensor, True), (mesh.data, True)]
+        groups += [(mesh.tensor, True), (mesh.data, True)]
     elif cloned:
-        found += [(mesh.data, True)]
-    return [row for row in found if row[0] > 1]
+        groups += [(mesh.data, True)]
+    return [row for row in groups if row[0] > 1]
 
 
 def nccl_bytes(settings: PriorTrain, hardware: Hardware) -> Bytes:

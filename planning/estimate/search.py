@@ -49,7 +49,7 @@ class Timed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class SearchResult:
     """What a search found."""
 
     timed: list[Timed]
@@ -71,22 +71,24 @@ def layout_name(settings: PriorTrain) -> str:
     return f"{joined}, ZeRO-{stage_of_zero(settings)}"
 
 
-def search(settings: PriorTrain, world: int, hardware: Hardware) -> Found:
+def search(settings: PriorTrain, world: int, hardware: Hardware) -> SearchResult:
     """Try all layouts of the preset on so many ranks."""
     timed, rejected = [], []
     for layout in layouts(settings, world, hardware):
-        ways = [weigh(way, world, hardware) for way in ways_of(layout)]
-        fitting = [way for way in ways if not way.why]
+        candidates = [weigh(candidate, world, hardware) for candidate in variants_of(layout)]
+        fitting = [candidate for candidate in candidates if not candidate.why]
         if not fitting:
-            rejected.append(min(ways, key=lambda way: (way.total == 0, way.total)))
+            rejected.append(
+                min(candidates, key=lambda candidate: (candidate.total == 0, candidate.total))
+            )
             continue
-        fitting.sort(key=lambda way: rough_seconds(way.settings, hardware))
+        fitting.sort(key=lambda candidate: rough_seconds(candidate.settings, hardware))
         best = fitting[:SHORTLIST]
         rows = [Timed(candidate=w, estimate=estimate(w.settings, hardware)) for w in best]
         timed.append(min(rows, key=lambda row: row.estimate.seconds))
     timed.sort(key=lambda row: row.estimate.seconds)
-    rejected.sort(key=lambda way: way.total)
-    return Found(timed=timed, rejected=rejected)
+    rejected.sort(key=lambda candidate: candidate.total)
+    return SearchResult(timed=timed, rejected=rejected)
 
 
 def layouts(settings: PriorTrain, world: int, hardware: Hardware) -> Iterator[PriorTrain]:
@@ -124,7 +126,7 @@ def precision_of(settings: PriorTrain, hardware: Hardware) -> str:
     return "bf16" if hardware.bf16 else "fp16"
 
 
-def ways_of(layout: PriorTrain) -> Iterator[PriorTrain]:
+def variants_of(layout: PriorTrain) -> Iterator[PriorTrain]:
     """Micro-batches, recompute and compression of a layout."""
     samples = max(layout.loop.global_batch_size // layout.mesh.data, 1)
     papers = CompressConfig(rank=round(PAPER_SHARE * layout.model.dim))
@@ -183,14 +185,14 @@ def _problems(settings: PriorTrain, world: int) -> list[str]:
 
 def fullest(settings: PriorTrain) -> Bytes:
     """Bytes of the stage that needs most."""
-    found = [rank_bytes(loads) for loads in _stages(settings)]
-    return max(found, key=lambda bytes_: sum(bytes_.values()))
+    sizes = [rank_bytes(loads) for loads in _stages(settings)]
+    return max(sizes, key=lambda bytes_: sum(bytes_.values()))
 
 
 def hungriest(settings: PriorTrain, hardware: Hardware) -> StartUp:
     """The peaks of the stage that takes most of the host to start."""
-    found = [start_up(loads, hardware) for loads in _stages(settings)]
-    return max(found, key=lambda start: (start.host, start.device))
+    starts = [start_up(loads, hardware) for loads in _stages(settings)]
+    return max(starts, key=lambda start: (start.host, start.device))
 
 
 def _stages(settings: PriorTrain) -> list[Loads]:

@@ -76,7 +76,7 @@ def estimate(settings: PriorTrain, hardware: Hardware) -> Estimate:
     slowest = max(range(len(stages)), key=lambda i: stages[i].forward + stages[i].backward)
     ends = [_ending(one, hardware) for one in loads]
     crowd = hardware.crowd(mesh.world)
-    end = max(ends, key=lambda found: sum(found.values()))
+    end = max(ends, key=lambda row: sum(row.values()))
     end = {name: value * crowd for name, value in end.items()}
     overhead = crowd * _overhead(settings, hardware)
     passes = crowded(played, mesh.data * mesh.tensor, hardware)
@@ -124,13 +124,13 @@ def _overhead(settings: PriorTrain, hardware: Hardware) -> float:
 
 
 def _stage(loads: Loads, hardware: Hardware) -> _StageSeconds:
-    found: dict[str, tuple[float, float, float]] = {}
+    by_kind: dict[str, tuple[float, float, float]] = {}
     forward = backward = tensor = 0.0
     for part in loads.layers:
         key = _alike(loads, part)
-        if key not in found:
-            found[key] = _layer(loads, part, hardware)
-        there, back, shared = found[key]
+        if key not in by_kind:
+            by_kind[key] = _layer(loads, part, hardware)
+        there, back, shared = by_kind[key]
         forward, backward, tensor = forward + there, backward + back, tensor + shared
     return _StageSeconds(forward, backward, tensor)
 

@@ -47,12 +47,12 @@ def padded(group: list[Held], replicas: int) -> int:
 def touched(group: list[Held], replicas: int, replica: int) -> int:
     """Elements of all parameters of which a part lies in this replica's partition, and padding."""
     size = padded(group, replicas) // replicas
-    first, last, at, found = size * replica, size * (replica + 1), 0, 0
+    first, last, at, total = size * replica, size * (replica + 1), 0, 0
     for h in group:
         if at < last and at + h.numel > first:
-            found += h.numel
+            total += h.numel
         at += h.numel
-    return found + max(0, last - max(at, first))
+    return total + max(0, last - max(at, first))
 
 
 def shard_numel(h: Held, shards: int) -> int:

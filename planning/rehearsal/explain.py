@@ -88,7 +88,7 @@ def explain(
     roles: Roles, sequences: Mapping[int, RankSequence], outcome: Outcome
 ) -> Mismatch | None:
     """The mismatch behind an outcome; None if all ranks came to their ends."""
-    failed = next((found for found in sequences.values() if found.failure), None)
+    failed = next((sequence for sequence in sequences.values() if sequence.failure), None)
     if failed is not None:
         who = f"rank {failed.rank} ({roles.grid.describe(failed.rank)})"
         text = f"{who} after {len(failed.operations)} operations:\n{failed.failure}"
@@ -106,8 +106,8 @@ class _Reporter:
     def tensor_of_the_host(self) -> Mismatch | None:
         """A tensor in host memory that ranks with GPUs exchange, all of them alike."""
         for rank, sequence in self._sequences.items():
-            found = (i for i, op in enumerate(sequence.operations) if op.on_host)
-            index = next(found, None) if sequence.device != "cpu" else None
+            on_host = (i for i, op in enumerate(sequence.operations) if op.on_host)
+            index = next(on_host, None) if sequence.device != "cpu" else None
             if index is not None:
                 backend = self._operation(rank, index).backend
                 text = f"ranks with GPUs exchange a tensor of the host, which {backend} carries"
@@ -116,7 +116,7 @@ class _Reporter:
 
     def odd_one_out(self) -> Mismatch | None:
         """A rank that differs from the others of its stage."""
-        found: list[tuple[int, Mismatch]] = []
+        mismatches: list[tuple[int, Mismatch]] = []
         stages: dict[int, list[int]] = {}
         for rank in self._sequences:
             stages.setdefault(self._grid.coordinates(rank)[0], []).append(rank)
@@ -127,8 +127,8 @@ class _Reporter:
                 continue
             usual = max(classes, key=lambda c: (classes[c], len(c)))
             odd = next(rank for rank in ranks if calls[rank] != usual)
-            found.append(self._compare(odd, [rank for rank in ranks if calls[rank] == usual]))
-        return min(found, key=lambda pair: pair[0])[1] if found else None
+            mismatches.append(self._compare(odd, [rank for rank in ranks if calls[rank] == usual]))
+        return min(mismatches, key=lambda pair: pair[0])[1] if mismatches else None
 
     def where_they_meet(self) -> Mismatch | None:
         """Two ranks of different stages whose calls meet and do not go together."""
@@ -157,18 +157,18 @@ class _Reporter:
             role = self._sequences[one.role]
             if not op.paired or op.group[0] not in self._sequences:
                 continue
-            wanted = _OTHER[op.kind]
+            opposite = _OTHER[op.kind]
             other = self._sequences[op.group[0]]
             mine = sum(o.kind == op.kind and o.group == op.group for o in role.operations)
             theirs = [
                 i
                 for i, o in enumerate(other.operations)
-                if o.kind == wanted and o.group == (one.role,)
+                if o.kind == opposite and o.group == (one.role,)
             ]
             if mine > len(theirs):
                 text = (
                     f"rank {one.role} has {mine} calls of {op.kind} for rank {other.rank}, which "
-                    f"has {len(theirs)} of {wanted}"
+                    f"has {len(theirs)} of {opposite}"
                 )
                 sides = [self._side(one.role, one.index)]
                 sides += [self._side(other.rank, theirs[-1])] if theirs else []
@@ -239,7 +239,7 @@ class _Reporter:
 
     def _relative(self, rank: int, with_places: bool) -> tuple[Any, ...]:
         """A rank's calls in a form that is the same for every rank of its stage."""
-        found = []
+        calls = []
         for op in self._sequences[rank].operations:
             root: Any = op.root
             spans = None if op.paired else self._grid.spans(rank, op.group)
@@ -248,8 +248,8 @@ class _Reporter:
                 root = tuple(at for at, whole in zip(root_at, spans, strict=True) if whole)
             tensors = (op.bytes, op.dtype, op.device, op.backend)
             call = (op.kind, self._group(rank, op), *tensors, root, op.detail)
-            found.append((*call, op.places) if with_places else call)
-        return tuple(found)
+            calls.append((*call, op.places) if with_places else call)
+        return tuple(calls)
 
     def _group(self, rank: int, op: CollectiveCall) -> Any:
         if op.paired:

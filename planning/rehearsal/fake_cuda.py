@@ -137,10 +137,10 @@ def _list_of(shadow: Any) -> Any:
 def _moved(tensor: Any, *arguments: Any, **named: Any) -> Any:
     """`Tensor.to`, which C++ would leave out between devices that it takes for one."""
     arguments, device = _target(arguments, named)
-    wanted = {name: value for name, value in named.items() if name not in ("device", "other")}
+    keywords = {name: value for name, value in named.items() if name not in ("device", "other")}
     if device is None or device.type == tensor.device.type:
-        return _to(tensor, *arguments, **wanted) if arguments or wanted else tensor
-    dtypes = [x for x in (*arguments, wanted.get("dtype")) if isinstance(x, torch.dtype)]
+        return _to(tensor, *arguments, **keywords) if arguments or keywords else tensor
+    dtypes = [x for x in (*arguments, keywords.get("dtype")) if isinstance(x, torch.dtype)]
     Moves.asked = True
     try:
         dtype = dtypes[0] if dtypes else tensor.dtype

@@ -116,8 +116,8 @@ class Shadows(TorchDispatchMode):
             device.type == "cpu" and not _makes_large(function, arguments, named)
         ):
             return function(*arguments, **named)
-        found = self._filled(function, arguments, named)
-        return self._shadow(function, types, arguments, named) if found is None else found
+        shadow = self._filled(function, arguments, named)
+        return self._shadow(function, types, arguments, named) if shadow is None else shadow
 
     def _filled(self, function: Any, arguments: Any, named: Any) -> Any:
         """A new shadow of a given size, if the function is a usual one and its numbers real."""
@@ -129,20 +129,20 @@ class Shadows(TorchDispatchMode):
     def _shadow(self, function: Any, types: Any, arguments: Any, named: Any) -> Any:
         device = self._plain_device(arguments) if function in _FAST else None
         if device is not None:
-            found = self._soon(function, arguments, named, device)
-            if found is not None:
-                return found
+            result = self._soon(function, arguments, named, device)
+            if result is not None:
+                return result
         if function._overloadpacket.__name__ in _STRICT:
             _refuse_two_devices(function, arguments[0])
-        found = self._fake.dispatch(function, types, arguments, named)
+        result = self._fake.dispatch(function, types, arguments, named)
         if function is _aten.any.default:
-            found.says_no = True  # type: ignore[attr-defined]
+            result.says_no = True  # type: ignore[attr-defined]
         written = _written(function)
         if written is not None:
             place, name = written
-            found = arguments[place] if place < len(arguments) else named[name]
-        _hold(function, arguments, named, found)
-        return found
+            result = arguments[place] if place < len(arguments) else named[name]
+        _hold(function, arguments, named, result)
+        return result
 
     def _soon(self, function: Any, arguments: Any, named: Any, device: torch.device) -> Any:
         """What a function returns that FakeTensorMode need not be asked for; None if it must."""
@@ -151,8 +151,8 @@ class Shadows(TorchDispatchMode):
         if function in _PLAIN:
             inside = {name: value for name, value in named.items() if name != "device"}
             with in_kernel_invocation_manager(self._fake):
-                found = function(*arguments, **inside)
-            return self._made(found, named.get("device") or device)
+                result = function(*arguments, **inside)
+            return self._made(result, named.get("device") or device)
         made = RULES[function](*arguments, **named)
         if made is None:
             return None
@@ -195,9 +195,9 @@ class Shadows(TorchDispatchMode):
 
     def _carry(self, operation: CollectiveCall, arguments: Any) -> None:
         """Hand a small message over, or fill the buffer that waits for one."""
-        found = [_real(x) for x in tree_leaves(arguments[:2]) if isinstance(x, Tensor)]
-        tensors = [x for x in found if x is not None]
-        if not tensors or len(tensors) < len(found):
+        values = [_real(x) for x in tree_leaves(arguments[:2]) if isinstance(x, Tensor)]
+        tensors = [x for x in values if x is not None]
+        if not tensors or len(tensors) < len(values):
             return
         if operation.kind == "send":
             self._broker.give(("send", self._rank, *operation.group), tensors[0].numpy())
@@ -242,9 +242,9 @@ def _value(argument: Any) -> Any:
     return _real(argument) if isinstance(argument, Tensor) else argument
 
 
-def _hold(function: Any, arguments: Any, named: Any, found: Any) -> None:
+def _hold(function: Any, arguments: Any, named: Any, result: Any) -> None:
     """Let whole-numbered shadows hold their values, if those of all that made them are known."""
-    shadows = found if isinstance(found, list | tuple) else [found]
+    shadows = result if isinstance(result, list | tuple) else [result]
     if not all(isinstance(x, FakeTensor) and _is_whole(x) for x in shadows):
         return
     tensors = [x for x in tree_leaves((arguments, named)) if isinstance(x, Tensor)]
@@ -257,7 +257,7 @@ def _hold(function: Any, arguments: Any, named: Any, found: Any) -> None:
         inside["device"] = CPU
     made = function(*values, **inside)
     if _written(function) is None:
-        for shadow, value in zip(shadows, made if shadows is found else [made], strict=True):
+        for shadow, value in zip(shadows, made if shadows is result else [made], strict=True):
             shadow.held = value
 
 

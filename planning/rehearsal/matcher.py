@@ -88,8 +88,8 @@ class _Player:
         self._grid = roles.grid
         steps: dict[tuple[int, Any], _Step] = {}
         self._queues = {
-            role: [self._step(steps, role, op) for op in found.operations]
-            for role, found in sequences.items()
+            role: [self._step(steps, role, op) for op in sequence.operations]
+            for role, sequence in sequences.items()
         }
         world = range(self._grid.world)
         self._role = [roles.of(rank) for rank in world]

@@ -72,9 +72,9 @@ def _layer_norm_backward(
     rstd: Tensor,
     weight: Any,
     bias: Any,
-    wanted: Sequence[bool],
+    requested: Sequence[bool],
 ) -> Made:
-    tensors = zip((x, weight, bias), wanted, strict=True)
+    tensors = zip((x, weight, bias), requested, strict=True)
     return [(t.shape, t.dtype) if asked and t is not None else None for t, asked in tensors]
 
 

@@ -65,15 +65,15 @@ class Pool:
         """
         try:
             self._link.send((list(tasks), runner, jobs))
-            while isinstance(found := self._link.recv(), int):
-                told(found)
+            while isinstance(reply := self._link.recv(), int):
+                told(reply)
         except (EOFError, BrokenPipeError):
             self._server.join()
             code = self._server.exitcode
             raise RankError(f"the process of the rehearsal died (exit code {code})") from None
-        if isinstance(found, str):
-            raise RankError(found)
-        return list(found)
+        if isinstance(reply, str):
+            raise RankError(reply)
+        return list(reply)
 
 
 def _serve(link: Link, device: str) -> None:
@@ -119,7 +119,7 @@ class _Ranks:
         self._processes: dict[int, Any] = {}
         self._messages: dict[Any, list[np.ndarray]] = {}
         self._waiting: dict[Link, tuple[Any, int]] = {}
-        self._found: dict[int, RankSequence] = {}
+        self._sequences: dict[int, RankSequence] = {}
 
     def play(self) -> list[RankSequence]:
         """Run all ranks to their ends."""
@@ -131,7 +131,7 @@ class _Ranks:
                     self._answer(link, None)
             for link in connection.wait(list(self._links)):
                 self._hear(link)
-        return [self._found[i] for i in range(len(self._tasks))]
+        return [self._sequences[i] for i in range(len(self._tasks))]
 
     def end(self) -> None:
         """Leave no process behind."""
@@ -161,8 +161,8 @@ class _Ranks:
         if what == "give":
             channel, message = rest
             self._messages.setdefault(channel, []).append(message)
-            for other, wanted in list(self._waiting.items()):
-                if wanted == (channel, len(self._messages[channel]) - 1):
+            for other, expected in list(self._waiting.items()):
+                if expected == (channel, len(self._messages[channel]) - 1):
                     self._answer(other, message)
         elif what == "take":
             channel, place = rest
@@ -172,8 +172,8 @@ class _Ranks:
             else:
                 self._waiting[link] = (channel, place)
         else:
-            self._found[index] = rest[0]
-            self._tell(len(self._found))
+            self._sequences[index] = rest[0]
+            self._tell(len(self._sequences))
             self._processes[index].join()
             del self._links[link]
             link.close()

@@ -154,8 +154,8 @@ class Listening(TorchDispatchMode):
 
 def backends_of(config: str) -> dict[str, str]:
     """`cpu:gloo,cuda:nccl`, or the name of one backend -> its backends by type of device."""
-    found = BackendConfig(dist.Backend(config)).get_device_backend_map()
-    return {device: str(backend) for device, backend in found.items()}
+    backends = BackendConfig(dist.Backend(config)).get_device_backend_map()
+    return {device: str(backend) for device, backend in backends.items()}
 
 
 @contextmanager
@@ -193,14 +193,14 @@ def groups_noted(
 
 def places(frame: FrameType | None = None) -> tuple[str, ...]:
     """Where a frame, or who calls this, is: the innermost line of a library, and Tapir's own."""
-    found: list[str] = []
+    lines: list[str] = []
     frame = frame or sys._getframe(1)
-    while frame is not None and len(found) < _PLACES:
+    while frame is not None and len(lines) < _PLACES:
         name = _known_file(frame.f_code.co_filename)
-        if name and (not found or not name.startswith(_LIBRARIES)):
-            found.append(f"{name}:{frame.f_lineno} {frame.f_code.co_name}")
+        if name and (not lines or not name.startswith(_LIBRARIES)):
+            lines.append(f"{name}:{frame.f_lineno} {frame.f_code.co_name}")
         frame = frame.f_back
-    return tuple(found)
+    return tuple(lines)
 
 
 def _carries_objects() -> bool:
@@ -245,5 +245,5 @@ def _tensors(name: str, arguments: tuple[Any, ...]) -> list[Tensor]:
         sides = [arguments[_OF_ONE_SIDE[name]]]
     else:
         sides = [a for a in arguments[:2] if isinstance(a, Tensor | list | tuple)]
-    found = [[t for t in tree_leaves(side) if isinstance(t, Tensor)] for side in sides]
-    return max(found, key=lambda side: sum(t.numel() for t in side), default=[])
+    sided = [[t for t in tree_leaves(side) if isinstance(t, Tensor)] for side in sides]
+    return max(sided, key=lambda side: sum(t.numel() for t in side), default=[])

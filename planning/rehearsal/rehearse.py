@@ -96,7 +96,9 @@ def rehearse(
         progress(f"{name}: ranks", len(tasks)) as meter,
         slow(f"{name}: {len(ranks)} of {world:,} ranks make their groups and steps"),
     ):
-        sequences = {found.rank: found for found in pool.run(tasks, runner, jobs, meter.update)}
+        sequences = {
+            sequence.rank: sequence for sequence in pool.run(tasks, runner, jobs, meter.update)
+        }
     with slow(f"{name}: comparing the calls of {world:,} ranks"):
         roles = Roles(grid, ranks)
         outcome = play(roles, sequences)
@@ -180,12 +182,14 @@ def scaled(settings: Any, world: int) -> Any:
 def _without_parts(settings: Any) -> list[str]:
     """What is wrong with the parts that a replica has of the mesh, the batch and the lanes."""
     loop, mesh = settings.loop, settings.mesh
-    found: list[str] = loop.problems() + mesh.problems(sizes=settings.sizes())
-    if found:
-        return found
+    problems: list[str] = loop.problems() + mesh.problems(sizes=settings.sizes())
+    if problems:
+        return problems
     alone = EngineConfig(gradient_accumulation_steps=settings.engine.gradient_accumulation_steps)
-    found += settings.order.problems(loop.global_batch_size, mesh.data)
-    return found + alone.problems(loop.global_batch_size // mesh.data, MeshConfig(), compress=False)
+    problems += settings.order.problems(loop.global_batch_size, mesh.data)
+    return problems + alone.problems(
+        loop.global_batch_size // mesh.data, MeshConfig(), compress=False
+    )
 
 
 def _times(count: int, what: str, more: str = "s") -> str:

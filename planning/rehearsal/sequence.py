@@ -120,17 +120,17 @@ class Grid:
         """Along which axes a group of this rank runs; None if it is not whole axes through it."""
         members = [self.coordinates(member) for member in group]
         mine = self.coordinates(rank)
-        found = []
+        spanned = []
         for axis, size in enumerate(self.sizes):
             seen = {member[axis] for member in members}
             if seen == {mine[axis]} and size > 1:
-                found.append(False)
+                spanned.append(False)
             elif len(seen) == size:
-                found.append(size > 1)
+                spanned.append(size > 1)
             else:
                 return None
-        count = prod(s for s, whole in zip(self.sizes, found, strict=True) if whole)
-        return tuple(found) if count == len(group) else None
+        count = prod(s for s, whole in zip(self.sizes, spanned, strict=True) if whole)
+        return tuple(spanned) if count == len(group) else None
 
     def describe(self, rank: int) -> str:
         """The role of a rank, for reports."""

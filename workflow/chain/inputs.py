@@ -43,17 +43,17 @@ def missing_inputs(run: RunFile, settings: dict[str, Any], to: Scheduler) -> lis
     `settings` are those of the stages. Folders are not looked at for Kubernetes, whose volumes this
     machine need not see.
     """
-    found: dict[tuple[str, str], list[str]] = {}
+    by_input: dict[tuple[str, str], list[str]] = {}
     for stage in run.stages:
         for what in _reads(run, stage, settings[stage]):
             own, place = _own(run, what), _place(run, what, settings[stage])
             if place != own or MADE_BY[what] not in run.stages:
-                found.setdefault((what, place), []).append(stage)
+                by_input.setdefault((what, place), []).append(stage)
     return [
         f"stages: {' and '.join(readers)} {_VERB[len(readers) == 1]} {what} from {place}: there is "
         f"nothing, and no stage of the file makes it; add {MADE_BY[what]}, or give the out and "
         "store of the run that did"
-        for (what, place), readers in found.items()
+        for (what, place), readers in by_input.items()
         if _is_absent(what, place, to)
     ]
 

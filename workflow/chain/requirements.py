@@ -23,20 +23,20 @@ def chain_problems(run: RunFile, settings: dict[str, Any]) -> list[str]:
 
     `settings` are those of the stages.
     """
-    found = _model_problems(settings)
+    problems = _model_problems(settings)
     if "pack" not in settings:
-        return found
+        return problems
     source, pack = run.stages["pack"].source, settings["pack"]
     if {"dvae", "tokenize"} <= settings.keys():
-        found += _picture_problems(source, pack, settings)
+        problems += _picture_problems(source, pack, settings)
     for name in (*_OF_RAW, "prior"):
         if name not in settings or (name == "prior" and "tokenize" not in settings):
             continue
         block = settings["tokenize"].block if name == "prior" else pack.block
         sizes = planned_sizes(source, pack, block)
         if sizes is not None:
-            found += [f"stages.{name}: {text}" for text in size_problems(settings[name], sizes)]
-    return found
+            problems += [f"stages.{name}: {text}" for text in size_problems(settings[name], sizes)]
+    return problems
 
 
 def planned_sizes(source: str, pack: PackConfig, block: int) -> DataSizes | None:
@@ -63,7 +63,7 @@ def packed_problems(run: RunFile, settings: dict[str, Any]) -> list[str]:
     Nothing of a store that cannot be looked at from here, or that holds none yet.
     Raises: InputError for a data set of another kind; CorruptError for a damaged manifest.
     """
-    found, seen = [], {}
+    problems, seen = [], {}
     try:
         for name in (*_OF_RAW, "prior"):
             if name not in settings:
@@ -74,10 +74,10 @@ def packed_problems(run: RunFile, settings: dict[str, Any]) -> list[str]:
             texts = _unfit(settings[name], place[0], seen[place])
             if name == "prior" and seen[place] is None and "tokenize" in settings:
                 texts = _unfit_before_tokens(run, settings)
-            found += [f"stages.{name}: {text}" for text in texts]
+            problems += [f"stages.{name}: {text}" for text in texts]
     except (StoreError, OSError) as error:
         LOG.info("what is packed is not looked at: %s", error)
-    return found
+    return problems
 
 
 def _splits(place: str, kind: str) -> Splits | None:
@@ -92,8 +92,8 @@ def _splits(place: str, kind: str) -> Splits | None:
 def _unfit(stage: Any, place: str, splits: Splits | None) -> list[str]:
     if splits is None:
         return []
-    found = size_problems(stage, sizes_of(place, *splits))
-    return found + model_size_problems(stage.model, splits[0].facts, place)
+    problems = size_problems(stage, sizes_of(place, *splits))
+    return problems + model_size_problems(stage.model, splits[0].facts, place)
 
 
 def _unfit_before_tokens(run: RunFile, settings: dict[str, Any]) -> list[str]:
@@ -126,15 +126,15 @@ def _picture_problems(source: str, pack: PackConfig, settings: dict[str, Any]) -
 
 def _model_problems(settings: dict[str, Any]) -> list[str]:
     """Sizes that two models must have in common."""
-    found = []
+    problems = []
     dvae, clip, prior = (settings.get(name) for name in ("dvae", "clip", "prior"))
     if dvae and prior and "tokenize" in settings:
         facts = {"image_vocabulary": dvae.model.codebook, "grid": dvae.model.grid}
         texts = model_size_problems(prior.model, facts, "the dVAE")
-        found += [f"stages.prior: {text}" for text in texts]
+        problems += [f"stages.prior: {text}" for text in texts]
     if dvae and clip and dvae.model.pixels != clip.model.pixels:
-        found.append(
+        problems.append(
             f"stages.clip: model.pixels={clip.model.pixels} cannot rank the dVAE's pictures of "
             f"{dvae.model.pixels}; set its flag model.pixels to {dvae.model.pixels}"
         )
-    return found
+    return problems

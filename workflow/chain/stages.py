@@ -48,16 +48,16 @@ def chain_of(run: RunFile, to: Scheduler) -> Chain:
 
 def settings_of_stages(run: RunFile) -> dict[str, Any]:
     """The settings that each stage's command will read; a wrong flag ends in exit code 2."""
-    found = {}
+    settings = {}
     for name, spec in run.stages.items():
         flags = [flag for flag in _flags(spec) if not flag.startswith(_NO_SETTINGS)]
         if name in PRESETS:
             preset = PRESETS[name][spec.preset]()
             places = _train(run, name, spec)[3:]
-            found[name] = parse_over(preset, places, f"train {name} {spec.preset}")
+            settings[name] = parse_over(preset, places, f"train {name} {spec.preset}")
         else:
-            found[name] = parse_over(SETTINGS[name](), flags, name, flat=True)
-    return found
+            settings[name] = parse_over(SETTINGS[name](), flags, name, flat=True)
+    return settings
 
 
 def missing_variables(chain: Chain) -> list[str]:

@@ -19,22 +19,22 @@ def states_of(submitted: Submitted) -> dict[str, str]:
     """Each job's state: done by its markers, else what the place says of it."""
     chain = submitted.chain
     if submitted.to == "local":
-        said = local.states(chain.out)
+        reported = local.states(chain.out)
     elif submitted.to == "slurm":
-        said = slurm.states(submitted.ids, chain.out)
+        reported = slurm.states(submitted.ids, chain.out)
     else:
-        said = kubernetes.states(chain, kubernetes_of(submitted))
-    found = {}
+        reported = kubernetes.states(chain, kubernetes_of(submitted))
+    states = {}
     for each in chain.jobs:
         if chain.is_done(each):
-            found[each.name] = "done"
-        elif each.name in said:
-            found[each.name] = said[each.name]
+            states[each.name] = "done"
+        elif each.name in reported:
+            states[each.name] = reported[each.name]
         elif submitted.to == "slurm" and each.name in submitted.ids:
-            found[each.name] = f"ended: {slurm_job.last_words(submitted.ids[each.name])}"
+            states[each.name] = f"ended: {slurm_job.last_words(submitted.ids[each.name])}"
         else:
-            found[each.name] = "not there"
-    return found
+            states[each.name] = "not there"
+    return states
 
 
 def is_over(submitted: Submitted, states: dict[str, str]) -> bool:
