@@ -29,14 +29,13 @@ def plan(arguments: list[str]) -> None:
         json: bool = False,
         cluster: Annotated[ClusterFlags, FLAT] = _USUAL,
     ) -> None:
-        """Say if a prior fits on a cluster, how it runs fastest there, and how long that takes.
+        """Predict whether a prior fits on a cluster, its fastest layout, and the training time.
 
-        Nothing is allocated and no GPU is needed: one rank's real layers are laid out without
-        values, and counted. Days and cost are those of the preset's updates. Exit codes: 0 it fits,
-        1 nothing fits, 2 wrong input.
+        Needs no GPU: one rank's real layers are built on the meta device and counted. Days and
+        cost cover all of the preset's steps. Exit codes: 0 it fits, 1 nothing fits, 2 wrong input.
 
         Args:
-            preset: of a prior: tiny, small, paper_2_8b, paper_5_6b, paper_12b
+            preset: preset of a prior: tiny, small, paper_2_8b, paper_5_6b, paper_12b
             world: ranks; by default those of the preset's mesh
             gpu: v100-16gb, v100-32gb, a100-40gb, a100-80gb, h100, or cpu for this machine
             batch: samples a step; by default the preset's
@@ -46,7 +45,7 @@ def plan(arguments: list[str]) -> None:
             published: show the model's predictions for published runs; takes no preset
             picture: write memory and a step's timeline to FILE.svg, FILE.png or FILE.pdf
             json: print a JSON object on the last line
-            cluster: what differs from a usual cluster of these GPUs
+            cluster: differences from a usual cluster of these GPUs
         """
         flags = PlanFlags(
             preset=preset,

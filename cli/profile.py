@@ -31,12 +31,12 @@ def profile(arguments: list[str]) -> None:
 
         Args:
             run: run folder of a dVAE, prior or CLIP, finished or in progress
-            last: look at so many steps, the last ones; 0 = all that are kept (4096)
-            peak_tflops: of one device, for MFU; 0 = what the run measured at its start
-            plan: what `tapir plan --json` printed, to be shown beside what was measured
-            html: write tables and heat map to this file, too
-            trace: say where the traces of torch.profiler are, and how to open them
-            trace_next: ask the run in progress for a trace of so many steps
+            last: use only this many of the last steps; 0 = all that are kept (4096)
+            peak_tflops: peak of one device, for MFU; 0 = as measured at the run's start
+            plan: output of `tapir plan --json`, shown beside the measurements
+            html: also write tables and heat map to this file
+            trace: list the traces of torch.profiler, and how to open them
+            trace_next: ask the run in progress to trace this many steps
             ranks: ranks that --trace-next traces; none = all
             json: print a JSON object on the last line
         """
@@ -69,7 +69,7 @@ def _profile(
 
 
 def _problems(last: int, peak: float, modes: tuple[bool, bool, bool], ranks: bool) -> list[str]:
-    """What is wrong with the flags; `modes` = --trace, --trace-next, and flags of the report."""
+    """Problems of the flags; `modes` = (--trace, --trace-next, any flag of the report)."""
     problems = []
     if last < 0:
         problems.append(f"--last {last} must not be negative; 0 = all steps that are kept")

@@ -1,4 +1,4 @@
-"""Load the layers that a rank decodes with from a run's weights, whatever mesh wrote them."""
+"""Load one rank's layers for decoding from a run's weights, which any mesh may have written."""
 
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from training.export.weights import fill, open_model
 
 
 def cut_problems(config: PriorConfig, tensor: int, stages: int) -> list[str]:
-    """What is too much for a prior of these sizes."""
+    """Check TP <= heads and PP <= layers."""
     problems = []
     if tensor > config.heads:
         problems.append(f"--tensor {tensor} is more than the prior's {config.heads} heads")
