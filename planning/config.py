@@ -1,4 +1,4 @@
-"""What `tapir plan` is asked, and what is wrong with it; imports no torch."""
+"""Flags of `tapir plan`, and their problems; imports no torch."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -20,7 +20,7 @@ _UNITS = {"network": 1e9 / 8, "link": 1e9, "memory": 1e9, "host_memory": 1e9}
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterFlags:
-    """What of the cluster differs from the defaults of its GPU; 0 = the default."""
+    """Differences of a cluster from the defaults of its GPU; 0 = the default."""
 
     gpus_per_node: int = 0
     """GPUs a node."""
@@ -31,7 +31,7 @@ class ClusterFlags:
     memory: float = 0.0
     """GB a GPU."""
     host_memory: float = 0.0
-    """GB of a node's host, where its ranks start."""
+    """GB of host memory per node, in which its ranks start."""
     cost_per_hour: float = 0.0
     """Dollars a GPU and hour."""
 
@@ -44,14 +44,14 @@ class ClusterFlags:
         ]
 
     def applied(self, hardware: Hardware) -> Hardware:
-        """The hardware with these in place."""
+        """The hardware with these values in place of its own."""
         given = {name: value * _UNITS.get(name, 1) for name, value in vars(self).items() if value}
         return replace(hardware, **given)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanFlags:
-    """All that a plan is asked."""
+    """All flags of `tapir plan`."""
 
     preset: str = ""
     world: int = 0
@@ -80,7 +80,7 @@ class PlanFlags:
         return problems
 
     def _unused(self) -> list[str]:
-        """What --calibrate and --published have no use for."""
+        """Problems of flags that --calibrate and --published do not use."""
         modes = {"calibrate": self.calibrate is not None, "published": self.published}
         if all(modes.values()):
             return ["--calibrate and --published are two commands; give one of them"]
@@ -115,11 +115,11 @@ def _undealt(settings: PriorTrain, batch: int) -> list[str]:
 
 
 _FAMILIES = {"tiny": ("tiny", "tiny"), "small": ("small", "paper_bpe")}
-"""Size of a preset -> the dVAE and the tokenizer that its data come from; others: the paper's."""
+"""Preset -> presets of the dVAE and the tokenizer that make its data; others: the paper's."""
 
 
 def filled(preset: str, settings: StageConfig) -> Any:
-    """The settings with the sizes that training takes from its data: those of the preset's kin."""
+    """Fill vocabulary and grid from the matching dVAE and BPE presets."""
     model: Any = settings.model  # type: ignore[attr-defined]
     dvae_name, bpe_name = _FAMILIES.get(preset, ("paper_dvae", "paper_bpe"))
     dvae, bpe = PRESETS["dvae"][dvae_name]().model, PRESETS["bpe"][bpe_name]()
@@ -132,7 +132,7 @@ def filled(preset: str, settings: StageConfig) -> Any:
 
 
 def settings_of(preset: str, batch: int = 0) -> PriorTrain:
-    """A prior's preset with the vocabularies and grid that its data will have.
+    """A prior's preset, with the vocabularies and grid of its data.
 
     Raises: InputError for an unknown preset.
     """

@@ -16,11 +16,11 @@ from planning.estimate.step_time import PASSES, Estimate
 
 BARS = 9
 TIMES_USABLE = 3.5
-"""Height of the picture over what fits; higher bars are cut."""
+"""Height of the memory axis over the usable memory; higher bars are cut."""
 
 
 def draw(result: SearchResult, hardware: Hardware, path: Path) -> None:
-    """Write the picture; its kind follows from the file's name."""
+    """Write the picture; the suffix of the file gives its format."""
     figure, (above, below) = plt.subplots(2, 1, figsize=(11, 8), layout="constrained")
     fitting = [row.candidate for row in result.timed[:4]]
     others = sorted((row for row in result.rejected if row.bytes_), key=_known, reverse=True)
@@ -34,7 +34,7 @@ def draw(result: SearchResult, hardware: Hardware, path: Path) -> None:
 
 
 def _known(row: Candidate) -> bool:
-    """True for the layouts that everybody asks about: plain data parallelism, and the paper's."""
+    """True for the layouts of most interest: plain data parallelism, and the paper's."""
     settings = row.settings
     return settings.engine.name == "reference" or settings.mesh.nodes > 1
 
@@ -64,7 +64,7 @@ def _memory(axes: Axes, rows: list[Candidate], hardware: Hardware) -> None:
 
 
 def ending(estimate: Estimate) -> list[tuple[str, float, float]]:
-    """What follows the passes that are drawn stage by stage: (name, begin, seconds)."""
+    """Parts of a step after the passes of the stages: (name, begin, seconds)."""
     rows, at = [], max(span.end for span in estimate.spans)
     for name, seconds in estimate.parts.items():
         if name not in PASSES and seconds:
@@ -74,7 +74,7 @@ def ending(estimate: Estimate) -> list[tuple[str, float, float]]:
 
 
 def _timeline(axes: Axes, row: Timed) -> None:
-    """Computing of every stage, then what all do behind the last backward pass."""
+    """Draw the passes of every stage, then what all stages do after the last backward pass."""
     colours = {"forward": "tab:blue", "backward": "tab:orange"}
     for kind, colour in colours.items():
         for stage in {span.stage for span in row.estimate.spans}:

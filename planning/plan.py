@@ -1,4 +1,4 @@
-"""What `tapir plan` does: a preset's fastest layouts on a cluster, and this machine's constants."""
+"""`tapir plan`: a preset's fastest layouts on a cluster, and calibration of this machine."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,12 @@ class Plan:
 
     result: SearchResult
     parameters: int
-    """Of the whole model."""
+    """Parameters of the whole model."""
     hardware: Hardware
 
 
 def make_plan(flags: PlanFlags) -> Plan:
-    """Search the layouts, and draw the best one where --picture says.
+    """Search the layouts, and draw the best one if --picture is given.
 
     Raises: ConfigError with every problem of the hardware or the preset; OSError, before the
     search, if the picture cannot be written.

@@ -17,7 +17,7 @@ from planning.estimate.zero_layout import stage_of_zero
 SHOWN = 8
 """Rows of a table on the terminal; --json has all."""
 WIDTH = 142
-"""Columns that the tables need, also where output is no terminal."""
+"""Columns that the tables need, also if output is no terminal."""
 
 
 def plan_json(result: SearchResult, parameters: int, hardware: Hardware) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def plan_json(result: SearchResult, parameters: int, hardware: Hardware) -> dict
 
 
 def candidate_json(candidate: Candidate) -> dict[str, Any]:
-    """How it runs, and its bytes."""
+    """Settings and bytes of a candidate."""
     settings = candidate.settings
     mesh, engine = settings.mesh, settings.engine
     micro = (
@@ -64,7 +64,7 @@ def candidate_json(candidate: Candidate) -> dict[str, Any]:
 
 
 def start_json(candidate: Candidate) -> dict[str, int]:
-    """Its peaks before the first step, in bytes."""
+    """Peaks before the first step, in bytes."""
     start = candidate.start
     if start is None:
         return {}
@@ -77,7 +77,7 @@ def start_json(candidate: Candidate) -> dict[str, int]:
 
 
 def flags_of(candidate: Candidate) -> list[str]:
-    """What `tapir train prior PRESET` takes to run so."""
+    """Flags of `tapir train prior PRESET` for a candidate."""
     settings = candidate.settings
     mesh, engine = settings.mesh, settings.engine
     flags = [f"--mesh.{name}={value}" for name, value in vars(mesh).items()]
@@ -91,7 +91,7 @@ def flags_of(candidate: Candidate) -> list[str]:
 
 
 def timed_json(row: Timed) -> dict[str, Any]:
-    """A way that fits, with its predicted step."""
+    """A candidate that fits, with its predicted step."""
     estimate = row.estimate
     return {
         **candidate_json(row.candidate),
@@ -108,7 +108,7 @@ def timed_json(row: Timed) -> dict[str, Any]:
 
 
 def rejected_json(row: Candidate, parameters: int) -> dict[str, Any]:
-    """A layout that cannot run, and why."""
+    """A candidate that cannot run, and why."""
     published = beside(row, parameters)
     return {
         **candidate_json(row),
@@ -237,7 +237,7 @@ def published_json() -> dict[str, Any]:
 
 
 def show_published(published: dict[str, Any]) -> None:
-    """Print them as a table."""
+    """Print the predictions of `published_json` as a table."""
     columns = (name.replace("_", " ") for name in published["rows"][0])
     title = "TFLOP/s a GPU: Megatron-LM on A100-80GB (arXiv 2104.04473, table 1)"
     table = _table(title, *columns)
