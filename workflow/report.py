@@ -1,4 +1,4 @@
-"""report.html: one file that shows what a demo folder holds."""
+"""report.html: one page that shows the results of a demo folder."""
 
 import base64
 import json

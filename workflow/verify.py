@@ -1,4 +1,4 @@
-"""Check every digest of what lies at a path: data set, run folder, checkpoint, finished model."""
+"""Check every digest of a data set, run folder, checkpoint or finished model."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from training.export.weights import DESCRIPTION, describe
 
 
 def verify_path(path: str, sample: float = 1.0) -> list[str]:
-    """Check all that lies there; returns what was checked.
+    """Check everything at a path; returns a line for each thing checked.
 
     Raises: CorruptError naming the first damaged file.
     """

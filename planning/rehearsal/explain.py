@@ -1,7 +1,7 @@
-"""Why sequences do not go together: which call, on which ranks, from which line.
+"""Explain why sequences do not match: which call, on which ranks, from which line.
 
-Ranks of one stage make the same calls. If one of them does not, it is named beside one that does;
-otherwise those are that meet with different calls, or that wait for each other.
+Ranks of one stage must make the same calls. If one of them differs, the report names it and one
+that does not; otherwise, ranks that meet with different calls, or that wait for each other.
 """
 
 from collections import Counter
@@ -37,7 +37,7 @@ _HINTS = {
     "round",
 }
 _NEAR = 64
-"""Calls in which one is looked for that came too early."""
+"""Calls that are searched for one that came too early."""
 _SHOWN = 4
 """Waiting ranks that a report names."""
 
@@ -48,9 +48,9 @@ class Side:
 
     rank: int
     role: str
-    """Its place in the mesh."""
+    """Coordinates of the rank in the mesh."""
     index: int
-    """Of the operation in its sequence."""
+    """Index of the operation in the rank's sequence."""
     operation: str
     size: str
     places: tuple[str, ...]
@@ -66,17 +66,17 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Mismatch:
-    """A deadlock, found before it costs."""
+    """A mismatch of collectives, which would be a deadlock or an error on a cluster."""
 
     kind: str
     text: str
     sides: list[Side] = field(default_factory=list)
     hint: str = ""
     waiting: list[str] = field(default_factory=list)
-    """What the first ranks that cannot go on wait in."""
+    """Calls in which the first blocked ranks wait."""
 
     def report(self) -> str:
-        """Everything about it, for a reader."""
+        """The mismatch as text."""
         lines = [f"{self.kind}: {self.text}"]
         for side in self.sides:
             lines += side.lines()
@@ -87,7 +87,7 @@ class Mismatch:
 def explain(
     roles: Roles, sequences: Mapping[int, RankSequence], outcome: Outcome
 ) -> Mismatch | None:
-    """The mismatch behind an outcome; None if all ranks came to their ends."""
+    """The cause of an outcome; None if all ranks reached their ends."""
     failed = next((sequence for sequence in sequences.values() if sequence.failure), None)
     if failed is not None:
         who = f"rank {failed.rank} ({roles.grid.describe(failed.rank)})"
@@ -104,7 +104,7 @@ class _Reporter:
         self._grid, self._sequences, self._outcome = grid, sequences, outcome
 
     def tensor_of_the_host(self) -> Mismatch | None:
-        """A tensor in host memory that ranks with GPUs exchange, all of them alike."""
+        """A tensor in host memory that all ranks with GPUs exchange."""
         for rank, sequence in self._sequences.items():
             on_host = (i for i, op in enumerate(sequence.operations) if op.on_host)
             index = next(on_host, None) if sequence.device != "cpu" else None
@@ -131,7 +131,7 @@ class _Reporter:
         return min(mismatches, key=lambda pair: pair[0])[1] if mismatches else None
 
     def where_they_meet(self) -> Mismatch | None:
-        """Two ranks of different stages whose calls meet and do not go together."""
+        """Two ranks of different stages that meet with calls that do not match."""
         if self._outcome.unequal is None:
             return None
         first, second = self._outcome.unequal
@@ -150,7 +150,7 @@ class _Reporter:
         return self._mismatch(kind, text, sides)
 
     def who_waits(self) -> Mismatch:
-        """Ranks that wait for ever: for one that has ended, or for each other."""
+        """Ranks that wait for ever: for a rank that has ended, or for each other."""
         stuck = self._outcome.stuck
         for one in stuck:
             op = self._operation(one.role, one.index)
@@ -179,7 +179,7 @@ class _Reporter:
         return self._mismatch("deadlock", text, sides)
 
     def _compare(self, odd: int, others: list[int]) -> tuple[int, Mismatch]:
-        """Name the first call in which a rank differs from those of its stage."""
+        """Describe the first call in which a rank differs from those of its stage."""
         mine, usual = self._relative(odd, True), self._relative(others[0], True)
         at = _common(mine, usual)
         met = self._operation(odd, min(at, self._count(odd) - 1)).group
@@ -209,7 +209,7 @@ class _Reporter:
         return one.rank == one.role and op.paired and op.group[0] == other
 
     def _change(self, odd: int, other: int, at: int) -> str:
-        """What is different about the call that a rank makes in another's place."""
+        """Kind of the difference between the calls of two ranks at one index."""
         a, b = self._operations(odd, other, at)
         if a.kind == b.kind == CREATE:
             return "other groups made"
@@ -227,7 +227,7 @@ class _Reporter:
         return "another root" if same and a.root != b.root else "another order"
 
     def _swapped(self, odd: int, other: int, at: int) -> bool:
-        """True if both make both calls, one of them sooner and the other later."""
+        """True if both ranks make both calls, in opposite order."""
         mine, usual = (self._relative(rank, False)[at : at + _NEAR] for rank in (odd, other))
         swapped = mine[0] in usual and usual[0] in mine
         return swapped and Counter(mine) == Counter(usual)

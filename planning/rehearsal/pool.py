@@ -1,7 +1,7 @@
 """Run the ranks of a rehearsal as forks of one process that has imported everything.
 
-The ranks take turns on the cores. One that waits for a message of another gives up its turn; when
-all wait, nobody will ever send, and they are told so.
+At most `jobs` ranks run at a time; a rank that waits for a message does not count. When all wait,
+no message can arrive any more, and each gets NeverSent.
 """
 
 import gc
@@ -27,14 +27,14 @@ Runner = Callable[[Any, Any], RankSequence]
 Link = Any
 """One end of a multiprocessing pipe."""
 _PATIENCE = 5.0
-"""Seconds that the process has to end by itself."""
+"""Seconds in which the process may exit by itself."""
 
 
 class Pool:
-    """A process that forks ranks; a context, which leaves no process behind."""
+    """Context manager of a process that forks ranks; leaves no process running."""
 
     def __init__(self, device: str = "cuda") -> None:
-        """`device` is the type of that which each rank claims to have."""
+        """`device`: type of each rank's device, real or fake."""
         self.device = device
 
     def __enter__(self) -> "Pool":
@@ -60,7 +60,7 @@ class Pool:
     ) -> list[RankSequence]:
         """The sequences of the tasks, in their order; `jobs` ranks run at a time.
 
-        `told` hears how many have come to their ends.
+        `told` is called with the number of finished ranks.
         Raises: RankError if a process dies.
         """
         try:
@@ -102,7 +102,7 @@ def _serve(link: Link, device: str) -> None:
 
 
 def _import_compiler() -> None:
-    """Import what every rank would else import for itself, for seconds."""
+    """Import once what would take every rank seconds."""
     import torch._dynamo  # noqa: PLC0415 - in this process alone
     import torch._inductor.compile_fx  # noqa: F401, PLC0415
 
@@ -134,7 +134,7 @@ class _Ranks:
         return [self._sequences[i] for i in range(len(self._tasks))]
 
     def end(self) -> None:
-        """Leave no process behind."""
+        """Kill the processes that still run."""
         for process in self._processes.values():
             if process.is_alive():
                 process.kill()
@@ -184,7 +184,7 @@ class _Ranks:
 
 
 class _Messenger:
-    """A rank's way to the others."""
+    """The broker of one rank: passes its messages through the pool's process."""
 
     def __init__(self, link: Link) -> None:
         self._link = link

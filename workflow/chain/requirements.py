@@ -1,4 +1,4 @@
-"""What the stages of a run ask of one another, told before the first of them runs."""
+"""Check that the stages of a run fit one another, before the first one runs."""
 
 from dataclasses import replace
 from typing import Any
@@ -19,9 +19,9 @@ Splits = tuple[Manifest, Manifest]
 
 
 def chain_problems(run: RunFile, settings: dict[str, Any]) -> list[str]:
-    """What a stage would refuse of an earlier one's work, as far as the run file says it.
+    """Problems that a stage would have with an earlier one's output, as far as the file tells.
 
-    `settings` are those of the stages.
+    `settings`: settings of each stage.
     """
     problems = _model_problems(settings)
     if "pack" not in settings:
@@ -40,7 +40,7 @@ def chain_problems(run: RunFile, settings: dict[str, Any]) -> list[str]:
 
 
 def planned_sizes(source: str, pack: PackConfig, block: int) -> DataSizes | None:
-    """About how much `pack` will write; None if only the source knows."""
+    """Expected sizes of what `pack` writes; None if they depend on the source."""
     count = pack.count or (SHAPES_COUNT if source == "shapes" else 0)
     if not count:
         return None
@@ -58,9 +58,9 @@ def planned_sizes(source: str, pack: PackConfig, block: int) -> DataSizes | None
 
 
 def packed_problems(run: RunFile, settings: dict[str, Any]) -> list[str]:
-    """What stages would refuse of data sets that are there already.
+    """Problems that stages would have with existing data sets.
 
-    Nothing of a store that cannot be looked at from here, or that holds none yet.
+    Stores that cannot be reached from here, or that hold no data set yet, have none.
     Raises: InputError for a data set of another kind; CorruptError for a damaged manifest.
     """
     problems, seen = [], {}
@@ -81,7 +81,7 @@ def packed_problems(run: RunFile, settings: dict[str, Any]) -> list[str]:
 
 
 def _splits(place: str, kind: str) -> Splits | None:
-    """The manifests of a data set, if both are there."""
+    """The manifests of a data set; None if one is missing."""
     store = open_store(place)
     if not all(store.exists(f"{split}/{NAME}") for split in SPLITS):
         return None
@@ -97,7 +97,7 @@ def _unfit(stage: Any, place: str, splits: Splits | None) -> list[str]:
 
 
 def _unfit_before_tokens(run: RunFile, settings: dict[str, Any]) -> list[str]:
-    """What a prior will lack of tokens that are still to be made, from the pairs that there are."""
+    """Problems of a prior with tokens that are not made yet, from the number of existing pairs."""
     raw, block = _splits(run.raw, RAW), settings["tokenize"].block
     if raw is None:
         return []
@@ -106,7 +106,7 @@ def _unfit_before_tokens(run: RunFile, settings: dict[str, Any]) -> list[str]:
 
 
 def _picture_problems(source: str, pack: PackConfig, settings: dict[str, Any]) -> list[str]:
-    """Why the token job would leave out what is packed: pictures smaller than the dVAE's."""
+    """Problems of packed pictures smaller than the dVAE's, which the token job leaves out."""
     pixels, most = settings["dvae"].model.pixels, settings["tokenize"].max_rejects
     known = {"shapes": pack.pixels, "emoji": EMOJI_PIXELS}
     if max(known.get(source, 0), pack.filters.min_side) >= pixels:
@@ -125,7 +125,7 @@ def _picture_problems(source: str, pack: PackConfig, settings: dict[str, Any]) -
 
 
 def _model_problems(settings: dict[str, Any]) -> list[str]:
-    """Sizes that two models must have in common."""
+    """Problems of sizes that two models must share."""
     problems = []
     dvae, clip, prior = (settings.get(name) for name in ("dvae", "clip", "prior"))
     if dvae and prior and "tokenize" in settings:
