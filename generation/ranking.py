@@ -194,7 +194,7 @@ def _refuse_foreign_parts(folder: Path) -> None:
         raise InputError(f"{path} is no config of open_clip: {error!r}; copy it again") from error
     if tower or ":" in images:
         raise InputError(
-            f"{path}: its tower {tower or images} lies elsewhere, and nothing is downloaded; "
+            f"{path}: its tower {tower or images} is not in the folder, and nothing is downloaded; "
             "choose a checkpoint with open_clip's own towers"
         )
     if tokenizer and not (folder / _TOKENIZER).is_file():

@@ -201,15 +201,15 @@ class ScoreJob:
             stored = read_json(store, REQUEST)
         except CorruptError as error:
             raise InputError(
-                f"{self._out / REQUEST} is damaged; if you know that the settings are those of "
-                "then, delete it, and the same command goes on; else give another --out"
+                f"{self._out / REQUEST} is damaged; if the settings are still the same, "
+                "delete it, and the same command goes on; else give another --out"
             ) from error
         names = sorted(n for n in {*stored, *request} if stored.get(n) != request.get(n))
         if names:
             raise InputError(
                 f"{self._out} holds scores with other {', '.join(names)} "
                 f"(of {names[0]}: {stored.get(names[0])}, now {request.get(names[0])}); "
-                "give another --out, or the settings of then"
+                "give another --out, or the earlier settings"
             )
 
     def _sets(self, readable: NDArray[np.bool_]) -> dict[str, Masks]:

@@ -112,7 +112,7 @@ def _steps(hardware: Hardware, precision: str) -> dict[str, float]:
     solved = constants(wide, least, hardware.with_constants(overhead))
     LOG.info("%s", ", ".join(f"{name} {value:.3g}" for name, value in solved.items()))
     for name in at_bounds(solved):
-        LOG.warning("%s lies on its bound; calibrate again while nothing else runs", name)
+        LOG.warning("%s is on its bound; calibrate again while nothing else runs", name)
     return overhead | solved
 
 
