@@ -11,12 +11,12 @@ PACKAGES = (
     *("core", "cluster", "checkpoint", "parallel", "models"),
     *("data_pipeline", "training", "planning", "generation", "workflow", "cli"),
 )
-"""Ours in HOME; a user's own files may have the same names."""
+"""Our packages in HOME; a user's own files may have the same names."""
 SPINS = "10000"
 """Busy-wait iterations of a libgomp thread at a barrier before it sleeps. libgomp's default keeps
 spinning for milliseconds, which stalls decoding when other processes use the cores: docs/LOG.md."""
 VERBS = {
-    "demo": ("cli.sample:demo", "the whole way on this machine; ends with report.html"),
+    "demo": ("cli.sample:demo", "all stages on this machine; ends with report.html"),
     "pack": ("cli.data:pack", "raw pairs -> shards in a store, split by key"),
     "train": ("cli.train:train", "train dvae | bpe | prior | clip PRESET"),
     "tokenize": ("cli.tokenize:tokenize", "raw shards -> token shards; --worker i/n"),
@@ -25,12 +25,12 @@ VERBS = {
     "evaluate": ("cli.evaluate:evaluate", "caption accuracy for best-of-N on shapes"),
     "score": ("cli.evaluate:score", "FID and IS on MS-COCO, CUB or a packed set; i/n"),
     "submit": ("cli.cluster:submit", "send a run file: local, Slurm or Kubernetes"),
-    "status": ("cli.cluster:status", "how far a submitted run, or a token job, is"),
+    "status": ("cli.cluster:status", "progress of a submitted run or a token job"),
     "logs": ("cli.cluster:logs", "the output of a submitted run's jobs; -f follows"),
     "cancel": ("cli.cluster:cancel", "end all jobs of a submitted run"),
-    "resume": ("cli.cluster:resume", "send the jobs again that have not ended well"),
+    "resume": ("cli.cluster:resume", "submit a run's unfinished and failed jobs again"),
     "job": ("cli.cluster:job", "run a command as one job of a chain (written by submit)"),
-    "overlap": ("cli.evaluate:overlap", "pairs that an evaluation set has, too"),
+    "overlap": ("cli.evaluate:overlap", "pairs whose picture is also in an evaluation set"),
     "rehearse": (
         "cli.rehearse:rehearse_verb",
         "prove that all ranks' collectives match, before a cluster is paid for",
@@ -42,15 +42,15 @@ VERBS = {
     ),
     "import": (
         "cli.export:import_",
-        "such a folder -> finished models, with the same digests",
+        "an exported folder -> finished models, with the same digests",
     ),
     "profile": ("cli.profile:profile", "where the time of a run's steps goes"),
     "watch": ("cli.watch:watch", "runs live in this terminal: loss, speed, time, memory"),
     "diverge": ("cli.inspect:diverge", "the first tensor in which two runs differ"),
-    "replay": ("cli.inspect:replay", "run a step that did not count again, on one process"),
+    "replay": ("cli.inspect:replay", "run a rejected step again, on one process"),
     "seen": ("cli.inspect:seen", "the training steps at which a pair is read"),
     "batch": ("cli.inspect:batch", "the pairs of a training step"),
-    "doctor": ("cli.doctor:doctor", "is this machine, cluster and store ready? how to mend"),
+    "doctor": ("cli.doctor:doctor", "is this machine, cluster and store ready? how to fix it"),
     "verify": ("cli.inspect:verify", "check every digest of a data set or checkpoint"),
 }
 
@@ -151,9 +151,9 @@ def _import_own_packages(here: Path) -> None:
 
 
 def _hides(path: str) -> bool:
-    """Say whether a folder of the module search path holds something that is called as ours."""
+    """True if a folder of the module search path holds a module with one of our names."""
     folder = Path(path)
-    names = [found for name in PACKAGES for found in (name, f"{name}.py")]
+    names = [entry for name in PACKAGES for entry in (name, f"{name}.py")]
     return folder.resolve() != HOME and any((folder / name).exists() for name in names)
 
 

@@ -47,21 +47,21 @@ def submit(arguments: list[str]) -> None:
         wait: bool = False,
         json: bool = False,
     ) -> None:
-        """Send a run file's stages as a chain of jobs; stages that have ended are left out.
+        """Submit a run file's stages as a chain of jobs; finished stages are left out.
 
         Args:
             file: YAML, or Python that sets `run`; docs/reference/run-file.md shows one
-            to: local, slurm or kubernetes; by default what the file says
+            to: local, slurm or kubernetes; by default as in the file
             dry_run: print what would be sent, as a shell script or as YAML, and send nothing
-            wait: show where it stands until all jobs have ended; exit code 1 if one failed
+            wait: show the jobs' states until all have ended; exit code 1 if one failed
             json: print a JSON object on the last line
         """
-        found = read_runfile(file)
-        place = to or found.to
-        chain = chain_of(found, place)
-        settings = settings_of_stages(found)
-        check(packed_problems(found, settings))
-        missing = missing_inputs(found, settings, place)
+        run_file = read_runfile(file)
+        place = to or run_file.to
+        chain = chain_of(run_file, place)
+        settings = settings_of_stages(run_file)
+        check(packed_problems(run_file, settings))
+        missing = missing_inputs(run_file, settings, place)
         if dry_run:
             for text in missing:
                 LOG.warning("%s; without --dry-run this is refused", text)
@@ -69,7 +69,7 @@ def submit(arguments: list[str]) -> None:
             check(missing)
         if unset := missing_variables(chain):
             raise ConfigError(f"environment: {', '.join(unset)} is not set here; export it first")
-        submitted = Submitted(chain=chain, to=place, settings=settings_of(found, place), ids={})
+        submitted = Submitted(chain=chain, to=place, settings=settings_of(run_file, place), ids={})
         check_place(submitted)
         if dry_run:
             print(dry_run_text(submitted), end="")
@@ -88,11 +88,11 @@ def resume(arguments: list[str]) -> None:
     """`tapir resume OUT`."""
 
     def run(out: PositionalPath, wait: bool = False) -> None:
-        """Send the jobs of a chain again that have not ended well.
+        """Submit the unfinished and failed jobs of a chain again.
 
         Args:
             out: the `out` of a run file that was submitted
-            wait: show where it stands until all jobs have ended
+            wait: show the jobs' states until all have ended
         """
         submitted = read_submitted(out)
         sent = send(submitted)
@@ -107,7 +107,7 @@ def cancel(arguments: list[str]) -> None:
     """`tapir cancel OUT`."""
 
     def run(out: PositionalPath) -> None:
-        """End all jobs of a chain; nothing of it stays in a queue or runs. Checkpoints are kept.
+        """Cancel all jobs of a chain, queued or running; checkpoints are kept.
 
         Args:
             out: the `out` of a run file that was submitted
@@ -132,10 +132,10 @@ def status(arguments: list[str]) -> None:
     """`tapir status PLACE`."""
 
     def run(place: PositionalText, json: bool = False) -> None:
-        """Say how far a submitted run, or a token job over all its workers, is.
+        """Show the progress of a submitted run, or of a token job over all its workers.
 
         Args:
-            place: the `out` of a run file; or what `tapir tokenize` writes to (s3:// or a folder)
+            place: the `out` of a run file; or where `tapir tokenize` writes (s3:// or a folder)
             json: print a JSON object on the last line
         """
         if (Path(place) / CHAIN).exists():
@@ -165,7 +165,7 @@ def logs(arguments: list[str]) -> None:
         Args:
             out: the `out` of a run file
             stage: one stage; by default all
-            follow: go on until all jobs have ended
+            follow: print new lines until all jobs have ended
         """
         submitted = read_submitted(out)
         known = [job.name for job in submitted.chain.jobs]
@@ -187,10 +187,10 @@ def job(arguments: list[str]) -> None:
     cut = arguments.index("--") if "--" in arguments else len(arguments)
 
     def run(settings: Annotated[JobSettings, FLAT] = JobSettings()) -> None:  # noqa: B008
-        """Run what stands behind -- as a job of a chain; `tapir submit` writes these commands.
+        """Run the command after -- as one job of a chain; `tapir submit` writes these commands.
 
         Args:
-            settings: how
+            settings: settings of the job
         """
         code = run_job(settings, arguments[cut + 1 :])
         if code:

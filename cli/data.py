@@ -29,7 +29,7 @@ def pack(arguments: list[str]) -> None:
                 or tables
             dest: s3://bucket/prefix or a folder
             config: settings
-            again: write a finished data set anew: mends damaged shards
+            again: write a finished data set again, which repairs damaged shards
             json: print a JSON object on the last line
         """
         refuse_others_folder(dest, "a data set")

@@ -23,13 +23,13 @@ def doctor(arguments: list[str]) -> None:
         config: Annotated[DoctorConfig, tyro.conf.OmitArgPrefixes] = DoctorConfig(),  # noqa: B008
         json: bool = False,
     ) -> None:
-        """Look whether this machine, cluster and store are ready; every finding says how to mend.
+        """Check that this machine, cluster and store are ready; each finding says how to fix it.
 
-        Alone it looks at this machine; started by srun, torchrun or mpirun, or with --ranks, every
-        rank does, and rank 0 prints. Exits with 1 if anything is bad.
+        By itself it checks this machine; under srun, torchrun or mpirun, or with --ranks, every
+        rank checks its own, and rank 0 prints. Exits with 1 if anything is bad.
 
         Args:
-            config: what is looked at
+            config: what to check
             json: print a JSON object on the last line
         """
         check(config.problems())

@@ -25,9 +25,9 @@ def evaluate(arguments: list[str]) -> None:
         """Draw pictures for held-out captions; on shapes, check all attributes for best-of-N.
 
         Args:
-            data: where `tapir pack` wrote
+            data: the data set that `tapir pack` wrote
             out: folder for the pictures and figures
-            models: where the models lie
+            models: run folders of the models
             config: settings
         """
         from generation.evaluation.evaluate import evaluate_models  # noqa: PLC0415
@@ -49,17 +49,17 @@ def score(arguments: list[str]) -> None:
         worker: str = "",
         config: Annotated[ScoreConfig, FLAT] = ScoreConfig(),  # noqa: B008
     ) -> None:
-        """FID and IS of pictures drawn for an evaluation set's captions; goes on where it stopped.
+        """Compute FID and IS of pictures drawn for an evaluation set; resumes by itself.
 
         Args:
             data: coco:DIR or cub:DIR, their public layouts; or where `tapir pack` wrote
             out: folder for the pictures, their features and scores.json; workers share it
-            models: where the models lie
+            models: run folders of the models
             inception: Inception's weights as safetensors; without them, a proxy is computed from
-                CLIP's features, which no published figure can be compared with
+                CLIP's features, which is not comparable with published figures
             overlap: overlap.json of `tapir overlap RAW DATA`: a second score without those pictures
-            worker: which part of the blocks this process does, i/n with i from 0; by default what
-                a Slurm array, a Kubernetes indexed job, MPI or torchrun says
+            worker: this process' share of the blocks, i/n with i from 0; by default set by
+                a Slurm array, a Kubernetes indexed job, MPI or torchrun
             config: settings
         """
         from generation.evaluation.score_job import score_models  # noqa: PLC0415
@@ -84,13 +84,13 @@ def overlap(arguments: list[str]) -> None:
         out: Path = Path("runs/overlap"),
         config: Annotated[OverlapConfig, FLAT] = OverlapConfig(),  # noqa: B008
     ) -> None:
-        """Find pairs whose picture an evaluation set has, too; with --dest, write the others there.
+        """Find pairs whose picture is also in an evaluation set; with --dest, write the others.
 
         Args:
-            raw: where `tapir pack` wrote
+            raw: the data set that `tapir pack` wrote
             evaluation: the evaluation set: coco:DIR, cub:DIR or where `tapir pack` wrote
             dest: s3://bucket/prefix or a folder for the pairs below the threshold; without it, only
-                examples at rising likeness are written, to choose the threshold by
+                examples by likeness are written, which help to choose the threshold
             clip: run folder of a finished CLIP
             out: folder for overlap.json and the examples
             config: settings

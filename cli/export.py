@@ -29,7 +29,7 @@ def export(arguments: list[str]) -> None:
         """Write trained models as safetensors + JSON for others; `tapir import` reads them back.
 
         huggingface: dVAE, prior, CLIP and tokenizer in one folder, as on the Hugging Face hub, with
-        a model card. Of a run that has not ended it takes the newest checkpoint. openai-dvae: a
+        a model card. An unfinished run gives its newest checkpoint. openai-dvae: a
         dVAE in the layout of OpenAI's public dall_e package, as encoder.safetensors and
         decoder.safetensors; it must have 4 groups, bottleneck 4 and the paper's gain.
 
@@ -37,10 +37,10 @@ def export(arguments: list[str]) -> None:
             runs: a run folder, or the folder above the run folders dvae, prior, clip and bpe
             out: folder to write; for huggingface it must be empty or new
             to: the layout
-            prior: run folder of the prior, if it lies elsewhere
-            dvae: run folder of the dVAE, if it lies elsewhere
-            clip: run folder of the CLIP, if it lies elsewhere
-            bpe: folder of tokenizer.json, if it lies elsewhere
+            prior: run folder of the prior, if it is elsewhere
+            dvae: run folder of the dVAE, if it is elsewhere
+            clip: run folder of the CLIP, if it is elsewhere
+            bpe: folder of tokenizer.json, if it is elsewhere
             shard_gigabytes: larger weights are cut into files of at most this size
         """
         if to == "openai-dvae":
@@ -67,15 +67,15 @@ def import_(arguments: list[str]) -> None:
         ] = "auto",
         pixels: int = 256,
     ) -> None:
-        """Turn exported models into finished ones of Tapir's, with the same digests.
+        """Turn exported models into finished run folders, with the same digests.
 
         Args:
             folder: what `tapir export` wrote; or a dVAE of OpenAI's dall_e package as
                 encoder.safetensors and decoder.safetensors (no pickles)
-            out: new folder for the run folders prior, dvae, clip and bpe; of OpenAI's layout the
-                run folder that `tapir tokenize --dvae` takes
+            out: new folder for the run folders prior, dvae, clip and bpe; for OpenAI's layout, the
+                run folder for `tapir tokenize --dvae`
             layout: the layout; auto looks at the files
-            pixels: of OpenAI's layout: side of the square pictures it is to be used for
+            pixels: for OpenAI's layout: side of the square pictures to encode
         """
         hub = (folder / INDEX).is_file() if layout == "auto" else layout == "huggingface"
         if hub:

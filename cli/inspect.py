@@ -16,10 +16,10 @@ def seen(arguments: list[str]) -> None:
     """`tapir seen ID`."""
 
     def run(pair: PositionalText, run: Path = Path("runs/prior"), json: bool = False) -> None:
-        """Say at which training steps a pair is read.
+        """Show the training steps that read a pair.
 
         Args:
-            pair: its id, or its key
+            pair: id or key of the pair
             run: run folder of a prior, dVAE or CLIP
             json: print a JSON object on the last line
         """
@@ -74,7 +74,7 @@ def diverge(arguments: list[str]) -> None:
         Exits with 0 whether they differ or not.
 
         Args:
-            first: run folder whose mesh and engine are taken for right
+            first: run folder that is the reference
             second: run folder to compare with it
             checkpoint: a folder step-N to start from; default the newest of the first run
             tolerance: relative difference of a tensor that still counts as equal; by default 1e-5,
@@ -85,17 +85,17 @@ def diverge(arguments: list[str]) -> None:
 
         if tolerance is not None and not tolerance >= 0:
             raise InputError(f"--tolerance {tolerance} must not be negative")
-        found = comparison.diverge(first, second, checkpoint, tolerance)
-        for row in found[:1]:
+        differences = comparison.diverge(first, second, checkpoint, tolerance)
+        for row in differences[:1]:
             where = f" on rank {row.rank}" if row.rank >= 0 else ""
             LOG.info(
                 "first difference: %s pass, layer %s, %s%s: %.3g relative; %d tensors differ",
-                *(row.direction, row.layer, row.tensor, where, row.relative, len(found)),
+                *(row.direction, row.layer, row.tensor, where, row.relative, len(differences)),
             )
-        if not found:
+        if not differences:
             LOG.info("no tensor differs by more than the tolerance")
         if json:
-            print_json({"differences": found})
+            print_json({"differences": differences})
 
     parse(run, arguments, "diverge")
 
@@ -104,7 +104,7 @@ def replay(arguments: list[str]) -> None:
     """`tapir replay CAPSULE`."""
 
     def run(capsule: PositionalPath, json: bool = False) -> None:
-        """Run a step that did not count (a spike, NaN or corruption) again, on one process.
+        """Run a rejected step (a spike, NaN or corruption) again, on one process.
 
         Args:
             capsule: a file of the run folder's capsules
@@ -112,10 +112,10 @@ def replay(arguments: list[str]) -> None:
         """
         from training.recovery import replay as again  # noqa: PLC0415 - imports every engine's parts
 
-        found = again.replay(capsule)
-        LOG.info("%s", again.describe(found))
+        result = again.replay(capsule)
+        LOG.info("%s", again.describe(result))
         if json:
-            print_json(found)
+            print_json(result)
 
     parse(run, arguments, "replay")
 

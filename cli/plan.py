@@ -29,14 +29,13 @@ def plan(arguments: list[str]) -> None:
         json: bool = False,
         cluster: Annotated[ClusterFlags, FLAT] = _USUAL,
     ) -> None:
-        """Say if a prior fits on a cluster, how it runs fastest there, and how long that takes.
+        """Predict whether a prior fits on a cluster, its fastest layout, and the training time.
 
-        Nothing is allocated and no GPU is needed: one rank's real layers are laid out without
-        values, and counted. Days and cost are those of the preset's updates. Exit codes: 0 it fits,
-        1 nothing fits, 2 wrong input.
+        Needs no GPU: one rank's real layers are built on the meta device and counted. Days and
+        cost cover all of the preset's steps. Exit codes: 0 it fits, 1 nothing fits, 2 wrong input.
 
         Args:
-            preset: of a prior: tiny, small, paper_2_8b, paper_5_6b, paper_12b
+            preset: preset of a prior: tiny, small, paper_2_8b, paper_5_6b, paper_12b
             world: ranks; by default those of the preset's mesh
             gpu: v100-16gb, v100-32gb, a100-40gb, a100-80gb, h100, or cpu for this machine
             batch: samples a step; by default the preset's
@@ -46,7 +45,7 @@ def plan(arguments: list[str]) -> None:
             published: show the model's predictions for published runs; takes no preset
             picture: write memory and a step's timeline to FILE.svg, FILE.png or FILE.pdf
             json: print a JSON object on the last line
-            cluster: what differs from a usual cluster of these GPUs
+            cluster: differences from a usual cluster of these GPUs
         """
         flags = PlanFlags(
             preset=preset,
@@ -68,21 +67,21 @@ def plan(arguments: list[str]) -> None:
 def _run(flags: PlanFlags) -> None:
     check(flags.problems())
     if flags.calibrate is not None:
-        found = write_calibration(flags.calibrate)
+        result = write_calibration(flags.calibrate)
     elif flags.published:
-        found = published_json()
-        show_published(found)
+        result = published_json()
+        show_published(result)
     else:
         _plan(flags)
         return
     if flags.json:
-        print_json(found)
+        print_json(result)
 
 
 def _plan(flags: PlanFlags) -> None:
     made = make_plan(flags)
-    show(made.found, made.parameters, made.hardware)
+    show(made.result, made.parameters, made.hardware)
     if flags.json:
-        print_json(plan_json(made.found, made.parameters, made.hardware))
-    if not made.found.timed:
+        print_json(plan_json(made.result, made.parameters, made.hardware))
+    if not made.result.timed:
         sys.exit(EXIT_FAILED)

@@ -31,12 +31,12 @@ def profile(arguments: list[str]) -> None:
 
         Args:
             run: run folder of a dVAE, prior or CLIP, finished or in progress
-            last: look at so many steps, the last ones; 0 = all that are kept (4096)
-            peak_tflops: of one device, for MFU; 0 = what the run measured at its start
-            plan: what `tapir plan --json` printed, to be shown beside what was measured
-            html: write tables and heat map to this file, too
-            trace: say where the traces of torch.profiler are, and how to open them
-            trace_next: ask the run in progress for a trace of so many steps
+            last: use only this many of the last steps; 0 = all that are kept (4096)
+            peak_tflops: peak of one device, for MFU; 0 = as measured at the run's start
+            plan: output of `tapir plan --json`, shown beside the measurements
+            html: also write tables and heat map to this file
+            trace: list the traces of torch.profiler, and how to open them
+            trace_next: ask the run in progress to trace this many steps
             ranks: ranks that --trace-next traces; none = all
             json: print a JSON object on the last line
         """
@@ -59,40 +59,40 @@ def _profile(
     plan, html = files
     if html:
         refuse_folder(html)
-    found, report = profile_of(run, last, peak, plan)
-    show(found, report)
+    profile, report = profile_of(run, last, peak, plan)
+    show(profile, report)
     if html:
-        write_atomic(html, page(found, report).encode())
+        write_atomic(html, page(profile, report).encode())
         LOG.info("wrote %s", html)
     if json:
         print_json(report)
 
 
 def _problems(last: int, peak: float, modes: tuple[bool, bool, bool], ranks: bool) -> list[str]:
-    """What is wrong with the flags; `modes` = --trace, --trace-next, and flags of the report."""
-    found = []
+    """Problems of the flags; `modes` = (--trace, --trace-next, any flag of the report)."""
+    problems = []
     if last < 0:
-        found.append(f"--last {last} must not be negative; 0 = all steps that are kept")
+        problems.append(f"--last {last} must not be negative; 0 = all steps that are kept")
     if not 0 <= peak < float("inf"):
-        found.append(f"--peak-tflops {peak} must be finite and not negative; 0 = the run's own")
+        problems.append(f"--peak-tflops {peak} must be finite and not negative; 0 = the run's own")
     if sum(modes) > 1:
-        found.append(
+        problems.append(
             "--trace and --trace-next do one thing each, without the report and its flags (--last, "
             "--peak-tflops, --plan, --html); give one of them"
         )
     if ranks and not modes[1]:
-        found.append("--ranks says what --trace-next traces; give --trace-next 5, too")
-    return found
+        problems.append("--ranks says what --trace-next traces; give --trace-next 5, too")
+    return problems
 
 
 def _show_traces(run: Path, as_json: bool) -> None:
-    found = traces(run)
-    if not found:
+    paths = traces(run)
+    if not paths:
         raise InputError(
             f"{run} holds no trace; train with --profile.steps 20:25, or ask a run in progress by "
             f"`tapir profile {run} --trace-next 5`"
         )
-    for path in found:
+    for path in paths:
         LOG.info("%s", path)
     LOG.info("open one in https://ui.perfetto.dev or chrome://tracing (it stays on your machine)")
     LOG.info(
@@ -101,4 +101,4 @@ def _show_traces(run: Path, as_json: bool) -> None:
         run / FOLDER,
     )
     if as_json:
-        print_json({"traces": found})
+        print_json({"traces": paths})

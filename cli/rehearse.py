@@ -15,22 +15,22 @@ DEVICES = ("cuda", "cpu")
 HELP = """usage: tapir rehearse PRESET|all [--world N] [--stage STAGE] [--device cuda|cpu]
                       [--jobs N] [--json] [flags]
 
-Prove that the collectives of all ranks match in order, group, type, size and device: a deadlock is
-found before a cluster is paid for. One rank of each role runs the real loop and engine in a world
-that is only claimed, on tensors without memory: steps, a validation, a save, one more step, and the
-end of a run. Then all ranks' calls are played together. No GPU is needed or touched.
+Prove that the collectives of all ranks match in order, group, type, size and device, so that a
+deadlock is found before a cluster is paid for. One rank of each role runs the real loop and engine
+on fake tensors in a fake process group: steps, a validation, a save, one more step, and the end of
+a run. Then the calls of all ranks are matched. No GPU is needed or used.
 
-  PRESET       a preset of tapir train; `all` rehearses every one, and names those that cannot be
-               laid out so at the end
-  --world N    ranks; the data-parallel degree follows. The global batch stays where it can be
-               dealt out in micro-batches of the preset's size; else each replica keeps its
-               samples (default: the preset's mesh)
-  --device     what each rank has: a GPU (cuda, the default), whose tensors nccl carries and whose
-               pickled objects gloo; or cpu, where gloo carries all
+  PRESET       a preset of tapir train; `all` rehearses every one, and lists at the end those that
+               cannot run on N ranks
+  --world N    ranks; the data-parallel degree follows. The global batch is kept if it divides into
+               micro-batches of the preset's size; else each replica keeps its number of samples
+               (default: the preset's mesh)
+  --device     device of each rank: cuda (the default), with nccl for tensors and gloo for pickled
+               objects; or cpu, with gloo for both
   --stage      prior, dvae or clip; by default the first one that has this preset
   --jobs N     ranks that run at a time (default: the cores of this machine)
   --json       print a JSON object on the last line
-  flags        those of the preset: tapir train STAGE PRESET --help
+  flags        flags of the preset: tapir train STAGE PRESET --help
 
 Exit codes: 0 all match, 1 a mismatch, 2 wrong input.
 """
@@ -52,7 +52,7 @@ def rehearse_verb(arguments: list[str]) -> None:
     for name, reason in made.refused.items():
         LOG.error("%s was not rehearsed:\n%s", name, reason)
     if "--json" in own:
-        rows = [{**to_json(one), "matches": one.matches} for one in made.found]
+        rows = [{**to_json(one), "matches": one.matches} for one in made.rehearsals]
         whole = {"matches": made.matches, "rehearsals": rows, "refused": made.refused}
         print_json(whole if preset == ALL else rows[0])
     if made.refused or not made.matches:
@@ -64,7 +64,7 @@ def _show(done: Rehearsal) -> None:
 
 
 def _own_flags(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """This verb's flags, and what is left for the preset."""
+    """Split into this verb's flags and the preset's."""
     own: dict[str, str] = {}
     rest = list(arguments)
     flags: list[str] = []

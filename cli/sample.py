@@ -16,9 +16,9 @@ def demo(arguments: list[str]) -> None:
     """`tapir demo`."""
 
     def run(config: Annotated[DemoConfig, FLAT] = DemoConfig()) -> None:  # noqa: B008
-        """Walk the whole way on this machine, from pairs to ranked pictures; ends with report.html.
+        """Run all stages on this machine, from pairs to ranked pictures; ends with report.html.
 
-        The same command goes on where an interrupted one stopped.
+        The same command resumes an interrupted demo.
 
         Args:
             config: settings
@@ -34,7 +34,7 @@ def sample(arguments: list[str]) -> None:
     """`tapir sample CAPTION ...`."""
 
     def run(config: Annotated[SampleRun, FLAT]) -> None:
-        """Draw candidates for captions, rank them by CLIP and write a PNG grid, a row a caption.
+        """Draw candidates for captions, rank them by CLIP and write a PNG grid with a row each.
 
         Args:
             config: settings
@@ -50,10 +50,10 @@ def report(arguments: list[str]) -> None:
     """`tapir report DIR`."""
 
     def run(folder: PositionalText = "runs/demo") -> None:
-        """Write report.html of a demo, or of a submitted run, whose stages have ended.
+        """Write report.html of a finished demo or submitted run.
 
         Args:
-            folder: what `tapir demo --out` was given, or the `out` of a run file
+            folder: the --out of `tapir demo`, or the `out` of a run file
         """
         from workflow.report import write_report  # noqa: PLC0415
         from workflow.summary import summarise_chain  # noqa: PLC0415

@@ -23,13 +23,13 @@ def tokenize(arguments: list[str]) -> None:
         """Turn raw shards into token shards: dVAE codes and text ids; restartable.
 
         Args:
-            raw: where `tapir pack` wrote
+            raw: the data set that `tapir pack` wrote
             tokens: s3://bucket/prefix or a folder for the tokens
             dvae: run folder of a finished dVAE
             bpe: folder of tokenizer.json
-            worker: which part of the job this process begins with, i/n with i from 0; by default
-                what a Slurm array, a Kubernetes indexed job, MPI or torchrun says
-            again: check finished shards and make damaged ones anew
+            worker: this process' share of the job, i/n with i from 0; by default set by a Slurm
+                array, a Kubernetes indexed job, MPI or torchrun
+            again: check finished shards and write damaged ones again
             config: settings
         """
         tokenize_shards(raw, tokens, dvae, bpe, worker, again, config)

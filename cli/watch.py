@@ -21,8 +21,8 @@ def watch(arguments: list[str]) -> None:
 
         Args:
             runs: run folders of dVAEs, priors or CLIPs
-            once: print one frame and end; so does a standard output that is no terminal
-            interval: seconds between two looks, up to 3600
+            once: print one frame and exit, as when standard output is no terminal
+            interval: seconds between two updates, up to 3600
         """
         watch_runs(runs, once, interval)
 

@@ -1,4 +1,4 @@
-"""Settings of the demo, of sampling and of the overlap pass; imports no torch."""
+"""Settings of the demo, of sampling, of evaluation and of the overlap pass; imports no torch."""
 
 import math
 from dataclasses import dataclass, field, fields
@@ -16,16 +16,16 @@ _LEAST_TEMPERATURE, _MOST_GUIDANCE = 0.001, 100
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """The whole way on this machine."""
+    """Settings of `tapir demo`: all stages on this machine."""
 
     data: Literal["shapes", "emoji"] = "shapes"
     """Generated pictures with a checker, or real emoji (through npm)."""
     out: Path | None = None
     """Folder of the demo; default runs/demo (runs/demo-emoji for emoji)."""
     mesh: Literal["tp2pp2dp2", "1"] = "tp2pp2dp2"
-    """Where the prior's training ends: it begins on 2 ranks and goes on, from their checkpoint, on
-    8 ranks with tensor, pipeline and data parallelism and compressed gradients; 1 = every stage on
-    one process, also taken where there are fewer GPUs than ranks."""
+    """Mesh of the prior's last part: training starts on 2 ranks and resumes from their checkpoint
+    on 8 ranks with tensor, pipeline and data parallelism and compressed gradients. 1 = every stage
+    on one process, also used if there are fewer GPUs than ranks."""
     size: Literal["tiny", "mini"] = "tiny"
     """tiny: minutes, pictures worth looking at. mini: a test of the plumbing."""
     seed: int = 0
@@ -38,18 +38,18 @@ class DemoConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OverlapConfig:
-    """Pairs that an evaluation set has, too."""
+    """Settings of `tapir overlap`: pairs whose picture is also in an evaluation set."""
 
     threshold: float = 0.98
-    """Cosine of CLIP embeddings from which a picture counts as one of the evaluation set's."""
+    """Least cosine of CLIP embeddings at which a picture counts as one of the evaluation set's."""
     batch: int = 64
     """Pictures embedded together."""
     shard_pairs: int = 2000
-    """Pairs a shard that is written, at most."""
+    """Most pairs per written shard."""
     shard_megabytes: int = 256
-    """Size of a shard, at most."""
+    """Largest size of a written shard."""
     block: int = 64
-    """Pairs that are read by one request in training."""
+    """Pairs that training reads with one request."""
 
     @property
     def shards(self) -> PackConfig:
@@ -58,27 +58,27 @@ class OverlapConfig:
         return PackConfig(shard_pairs=pairs, shard_megabytes=megabytes, block=self.block)
 
     def problems(self) -> list[str]:
-        found = self.shards.problems()
+        problems = self.shards.problems()
         if not 0 < self.threshold <= 1 or self.batch < 1:
-            found.append("threshold must lie in (0, 1], and batch be at least 1")
-        return found
+            problems.append("threshold must lie in (0, 1], and batch be at least 1")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrawSettings:
-    """What decides the codes of each candidate, however they are decoded."""
+    """Sampling settings that determine each candidate's codes, whatever the batch."""
 
     candidates: int = 16
     """Pictures drawn for a caption, before reranking."""
     temperature: float = 1.0
     """Divides the logits; 0 = the most likely code."""
     top_k: int = 0
-    """Codes that may be drawn, at each position; 0 = all."""
+    """Most likely codes that may be drawn at each position; 0 = all."""
     top_p: float = 1.0
-    """The most likely codes that may be drawn have at least this share together; 1 = all."""
+    """Nucleus sampling: draw from the most likely codes with this probability together; 1 = all."""
     guidance: float = 1.0
-    """Classifier-free guidance: how far to go from the empty caption's logits towards the
-    caption's, and beyond; 1 = none. The prior must have been trained with --caption-drop."""
+    """Scale of classifier-free guidance, from the empty caption's logits (0) to the caption's
+    (1, no guidance) and beyond. The prior must have been trained with --caption-drop."""
     seed: int = 0
     """Seed of the draws; candidate c of a caption is the same whatever the batch."""
 
@@ -87,25 +87,25 @@ class DrawSettings:
         return few + self._out_of_range()
 
     def _out_of_range(self) -> list[str]:
-        found = []
+        problems = []
         if self.temperature != 0 and not _LEAST_TEMPERATURE <= self.temperature <= 1000:
-            found.append(
+            problems.append(
                 f"temperature={self.temperature} must be 0 (the most likely code) or "
                 f"{_LEAST_TEMPERATURE} to 1000"
             )
         if self.top_k < 0:
-            found.append(f"top_k={self.top_k} must not be negative; 0 lets every code be drawn")
+            problems.append(f"top_k={self.top_k} must not be negative; 0 lets every code be drawn")
         if not 0 < self.top_p <= 1:
-            found.append(f"top_p={self.top_p} must lie in (0, 1]; 1 lets every code be drawn")
+            problems.append(f"top_p={self.top_p} must lie in (0, 1]; 1 lets every code be drawn")
         if not 0 <= self.guidance <= _MOST_GUIDANCE:
-            found.append(
+            problems.append(
                 f"guidance={self.guidance} must be 0 to {_MOST_GUIDANCE}; 1 is none, try 2 to 5"
             )
-        return found
+        return problems
 
 
 BATCH = 128
-"""Candidates decoded together, unless told otherwise."""
+"""Default number of candidates decoded together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +115,8 @@ class SampleConfig(DrawSettings):
     batch: int = BATCH
     """Candidates decoded together."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the prior's matmuls. In fp32 a key gives one picture whatever the batch; bf16 is faster
-    and may draw another."""
+    """Of the prior's matmuls. In fp32 a seed gives the same picture in every batch; bf16 is faster
+    and may give another one."""
 
     @property
     def draws(self) -> DrawSettings:
@@ -128,51 +128,51 @@ class SampleConfig(DrawSettings):
         return ["candidates and batch must be at least 1"] * few + self._out_of_range()
 
     def one_row(self, captions: int) -> bool:
-        """True if the prior will see one candidate at a time, and no empty caption beside it."""
+        """True if the prior decodes one row at a time: one candidate, without guidance."""
         return min(self.batch, captions * self.candidates) == 1 and self.guidance == 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptConfig:
-    """What is kept of an image prompt; tokens are drawn from the upper left, row by row."""
+    """Which tokens of an image prompt are kept; the others are drawn in raster order."""
 
     image: Path | None = None
-    """An image prompt, PNG or JPEG: of its tokens some are kept, the others are drawn."""
+    """Image prompt, PNG or JPEG; some of its tokens are kept, the others are drawn."""
     keep_rows: int = 0
     """Rows of tokens kept at the top (the paper: 15 of 32)."""
     keep: tuple[str, ...] = ()
-    """Rectangles of tokens kept, as ROWS,COLUMNS from 0, the end left out: 0:4,2:8"""
+    """Rectangles of tokens kept, as ROWS,COLUMNS, each START:END without END: 0:4,2:8"""
     redraw: tuple[str, ...] = ()
-    """Rectangles of tokens drawn anew; without --keep and --keep-rows all others are kept."""
+    """Rectangles of tokens drawn again; without --keep and --keep-rows all others are kept."""
     mask: Path | None = None
-    """A picture whose bright parts are drawn anew and whose dark ones are kept."""
+    """Mask picture: tokens under bright pixels are drawn again, those under dark ones are kept."""
 
     @property
     def asked(self) -> bool:
         return bool(self.keep_rows or self.keep or self.redraw or self.mask)
 
     def problems(self) -> list[str]:
-        found = []
+        problems = []
         if (self.image is None) == self.asked:
-            found.append(
+            problems.append(
                 "an image prompt needs --image and one of --keep-rows, --keep, --redraw and --mask:"
                 " give both, or neither"
             )
         if self.keep_rows < 0:
-            found.append("keep_rows must not be negative")
-        return found
+            problems.append("keep_rows must not be negative")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelPaths:
-    """The models that pictures are made with."""
+    """Run folders of the models."""
 
     prior: Path = Path("runs/prior")
-    """Run folder of a prior; one that has not ended gives its newest checkpoint."""
+    """Run folder of a prior; an unfinished run gives its newest checkpoint."""
     step: int | None = None
     """Take the prior's checkpoint of this step."""
     dvae: Path = Path("runs/dvae")
-    """Run folder of the dVAE that it was trained on."""
+    """Run folder of the dVAE that the prior was trained on."""
     clip: Path = Path("runs/clip")
     """Run folder of a CLIP, or a folder with an open_clip checkpoint (open_clip_config.json and
     open_clip_model.safetensors)."""
@@ -182,29 +182,29 @@ class ModelPaths:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRun:
-    """What `tapir sample` does."""
+    """Settings of `tapir sample`."""
 
     captions: tyro.conf.Positional[tuple[str, ...]]
     """One or more captions, each in quotes."""
     out: Path = Path("samples.png")
-    """PNG to write: the best candidates, a row a caption."""
+    """PNG to write: the best candidates, one row per caption."""
     show: int = 8
-    """How many of the best candidates it holds."""
+    """Best candidates in each row."""
     pictures: Path | None = None
-    """A folder for each candidate as a PNG of its own, as soon as it is finished."""
+    """Folder to which each candidate is written as a PNG as soon as it is finished."""
     rerank: bool = True
     """Rank by CLIP; without it, the candidates stay in the order in which they were drawn."""
     follow: bool = False
-    """Draw from each checkpoint of a prior in training, until it is finished, and show the
-    pictures in its TensorBoard, too."""
+    """Draw from every checkpoint of a prior in training until it is finished, and add the pictures
+    to its TensorBoard."""
     tensor: int = 1
-    """Ranks that share each matmul of the prior, for one that is too large for one process."""
+    """Tensor-parallel ranks, for a prior that is too large for one process."""
     pipeline: int = 1
-    """Stages that its layers are cut into."""
+    """Pipeline stages of the prior."""
     models: ModelPaths = field(default_factory=ModelPaths)
-    """Where the models lie."""
+    """Run folders of the models."""
     keep: PromptConfig = field(default_factory=PromptConfig)
-    """What is kept of an image prompt."""
+    """Image prompt, and which of its tokens are kept."""
     draw: SampleConfig = field(default_factory=SampleConfig)
     """How candidates are drawn."""
 
@@ -213,68 +213,70 @@ class SampleRun:
         return MeshConfig(tensor=self.tensor, pipeline=self.pipeline)
 
     def problems(self) -> list[str]:
-        found = [*self.draw.problems(), *self.keep.problems()]
+        problems = [*self.draw.problems(), *self.keep.problems()]
         if not self.captions or self.show < 1:
-            found.append("give at least one caption in quotes, and a --show of at least 1")
+            problems.append("give at least one caption in quotes, and a --show of at least 1")
         if self.follow and (self.models.step is not None or self.pictures is not None):
-            found.append("--follow draws from all checkpoints; leave out --step and --pictures")
+            problems.append("--follow draws from all checkpoints; leave out --step and --pictures")
         if min(self.tensor, self.pipeline) < 1:
-            found.append("tensor and pipeline must be at least 1")
-        return found
+            problems.append("tensor and pipeline must be at least 1")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(SampleConfig):
-    """How a model is judged."""
+    """Settings of `tapir evaluate`."""
 
     prompts: int = 256
-    """Held-out captions, at most."""
+    """Most held-out captions that are used."""
     max_candidates: int = 0
-    """Candidates of the first captions, for best-of-N beyond `candidates`; 0 = as many."""
+    """Candidates of the first captions, for best-of-N above `candidates`; 0 = `candidates`."""
     max_candidates_prompts: int = 64
     """Captions that get `max_candidates`."""
     guidance_scales: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
     """Guidance scales at which single samples are measured, if the prior was trained for it."""
     guidance_prompts: int = 0
-    """Captions that they are measured on; 0 = all."""
+    """Captions on which the guidance scales are measured; 0 = all."""
 
     def problems(self) -> list[str]:
-        found = super().problems()
+        problems = super().problems()
         if self.prompts < 1:
-            found.append("prompts must be at least 1")
+            problems.append("prompts must be at least 1")
         if self.guidance_prompts < 0:
-            found.append(
+            problems.append(
                 f"guidance_prompts={self.guidance_prompts} must not be negative; 0 = all captions"
             )
         if self.max_candidates_prompts < 1:
-            found.append(f"max_candidates_prompts={self.max_candidates_prompts} must be at least 1")
+            problems.append(
+                f"max_candidates_prompts={self.max_candidates_prompts} must be at least 1"
+            )
         if self.max_candidates != 0 and self.max_candidates < self.candidates:
-            found.append(
+            problems.append(
                 f"max_candidates={self.max_candidates} must be 0 or at least candidates="
                 f"{self.candidates}, which every caption gets"
             )
         if not all(0 <= scale <= _MOST_GUIDANCE for scale in self.guidance_scales):
-            found.append(f"guidance_scales must be 0 to {_MOST_GUIDANCE}")
-        return found
+            problems.append(f"guidance_scales must be 0 to {_MOST_GUIDANCE}")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig(SampleConfig):
-    """How pictures are drawn for a score, and compared."""
+    """Settings of `tapir score`: how pictures are drawn and compared."""
 
     captions: int = 0
-    """Captions that are drawn, chosen by --seed; 0 = 30000 of MS-COCO, all of other sets."""
+    """Captions to draw pictures for, chosen by --seed; 0 = 30000 of MS-COCO, all of other sets."""
     radii: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0, 8.0)
     """Gaussian blurs of both sets: standard deviations in pixels of the drawn pictures."""
     block: int = 64
-    """Captions, or real pictures, that are done together and kept."""
+    """Captions, or real pictures, per block: what a worker computes and stores at a time."""
 
     def problems(self) -> list[str]:
-        found = super().problems()
+        problems = super().problems()
         if self.captions < 0 or self.block < 1:
-            found.append("captions must not be negative, and block be at least 1")
+            problems.append("captions must not be negative, and block be at least 1")
         if not self.radii or not all(0 <= radius < math.inf for radius in self.radii):
-            found.append("radii must be one or more numbers that are not negative")
+            problems.append("radii must be one or more numbers that are not negative")
         elif len(set(self.radii)) < len(self.radii):
-            found.append("radii must differ from one another")
-        return found
+            problems.append("radii must differ from one another")
+        return problems

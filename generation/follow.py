@@ -1,4 +1,4 @@
-"""Pictures of a prior while it trains: which checkpoints to draw from, and TensorBoard."""
+"""Draw from a prior while it trains: choose checkpoints, and show pictures in TensorBoard."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -13,14 +13,14 @@ from generation.text_to_image import Candidates, picture_grid
 from training.export.weights import CONFIG, DESCRIPTION, saved_steps
 
 BOARD = Path("tensorboard", "samples")
-"""In the prior's run folder: a run of its own, beside the one that training writes."""
+"""In the prior's run folder: a TensorBoard run of its own, beside that of training."""
 _PAUSE, _TAG = 5.0, "samples/"
 
 
 def steps_to_draw(prior: Path, pause: float = _PAUSE) -> Iterator[int]:
-    """Steps of a prior's checkpoints, oldest first, and of those to come until it is finished.
+    """Yield the steps of a prior's checkpoints, oldest first, and new ones until training ends.
 
-    `pause` is how many seconds lie between two looks.
+    `pause`: seconds between two looks at the folder.
     Raises: InputError if there is no run of a prior, or a finished one without checkpoints.
     """
     done: set[int] = set()
@@ -48,13 +48,13 @@ def steps_to_draw(prior: Path, pause: float = _PAUSE) -> Iterator[int]:
 
 
 def shown_steps(prior: Path, captions: Sequence[str]) -> set[int]:
-    """Steps of which TensorBoard has pictures of all these captions."""
+    """Steps for which TensorBoard has pictures of all these captions."""
     if not (prior / BOARD).is_dir():
         return set()
     events = EventAccumulator(str(prior / BOARD), {"images": 0}).Reload()
-    tags, wanted = set(events.Tags()["images"]), [_TAG + caption for caption in captions]
-    found = [{event.step for event in events.Images(tag)} for tag in wanted if tag in tags]
-    return set.intersection(*found) if len(found) == len(captions) else set()
+    tags, names = set(events.Tags()["images"]), [_TAG + caption for caption in captions]
+    steps = [{event.step for event in events.Images(tag)} for tag in names if tag in tags]
+    return set.intersection(*steps) if len(steps) == len(captions) else set()
 
 
 def show(prior: Path, step: int, rows: Sequence[Candidates], most: int) -> None:

@@ -1,4 +1,4 @@
-"""Networks that rank candidates: our CLIP, or a checkpoint of open_clip from this machine."""
+"""Networks that rank candidates: our CLIP, or a local checkpoint of open_clip."""
 
 import hashlib
 import json
@@ -30,20 +30,20 @@ _CONVERT = (
     "import torch, safetensors.torch as s; w = torch.load('{pickle}', weights_only=True); "
     "s.save_file({{k: v.clone() for k, v in w.get('state_dict', w).items()}}, '{weights}')"
 )
-"""What a user who trusts a pickle may run; Tapir itself loads none."""
+"""Command for a user who trusts a pickle; Tapir itself loads none."""
 
 CAPTIONS = 8
 """Captions that are embedded together."""
 OPEN_CLIP_TOGETHER = 8
-"""Pictures that a network of open_clip sees together."""
+"""Pictures that a network of open_clip embeds together."""
 
 
 class Ranker(Protocol):
-    """Says how well pictures fit captions."""
+    """Scores how well pictures fit captions."""
 
     @property
     def name(self) -> str:
-        """What it is, for reports."""
+        """Name in reports."""
 
     @property
     def digest(self) -> str:
@@ -58,7 +58,7 @@ class Ranker(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TapirRanker:
-    """A CLIP that was trained here."""
+    """A CLIP trained by Tapir."""
 
     clip: Clip
     tokenizer: Tokenizer
@@ -70,14 +70,14 @@ class TapirRanker:
         length = self.clip.config.text_length
         text = pad_text([encode(self.tokenizer, c) for c in captions], length)
         device, size = self.clip.log_scale.device, pictures_together(self.clip.config.pixels)
-        words = in_parts(lambda part: self.clip.embed_text(part.to(device)), text, CAPTIONS)
+        text_vectors = in_parts(lambda part: self.clip.embed_text(part.to(device)), text, CAPTIONS)
         images = in_parts(lambda part: self.clip.embed_image(part.to(device)), pixels, size)
-        return _cosines(words, images, count)
+        return _cosines(text_vectors, images, count)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OpenClipRanker:
-    """A network of open_clip, with its own tokenizer and its own view of pictures."""
+    """A network of open_clip, with its own tokenizer and preprocessing."""
 
     model: Any
     tokenizer: Callable[[list[str]], Tensor]
@@ -88,49 +88,52 @@ class OpenClipRanker:
     def scores(self, captions: list[str], pixels: Tensor, count: int) -> NDArray[Any]:
         device = next(self.model.parameters()).device
         text = self.tokenizer(captions).to(device)
-        words = in_parts(lambda part: self.model.encode_text(part, normalize=True), text, CAPTIONS)
+        text_vectors = in_parts(
+            lambda part: self.model.encode_text(part, normalize=True), text, CAPTIONS
+        )
 
         def look(part: Tensor) -> Tensor:
-            found: Tensor = self.model.encode_image(self.view(part).to(device), normalize=True)
-            return found
+            vectors: Tensor = self.model.encode_image(self.view(part).to(device), normalize=True)
+            return vectors
 
         images = in_parts(look, pixels, OPEN_CLIP_TOGETHER)
-        return _cosines(words, images, count)
+        return _cosines(text_vectors, images, count)
 
     def view(self, pixels: Tensor) -> Tensor:
-        """Pictures in the network's size, mean and deviation, (B, 3, S, S) in [0, 1] -> the same.
+        """Preprocess pictures to the network's size, mean and standard deviation.
 
-        In whole bytes, as Pillow does, with which open_clip resizes.
+        Resizes whole bytes, as open_clip does with Pillow.
+        Shapes: (B, 3, S, S) in [0, 1] -> the same.
         """
-        wanted = self.model.visual.preprocess_cfg
-        size, mode = wanted["size"], wanted["interpolation"]
+        config = self.model.visual.preprocess_cfg
+        size, mode = config["size"], config["interpolation"]
         shape = (size, size) if isinstance(size, int) else tuple(size)
         whole = (pixels * 255).round().clamp(0, 255).byte().cpu()
         resized = F.interpolate(whole, shape, mode=mode, antialias=True) / 255
-        mean, deviation = (torch.tensor(wanted[key], device=CPU) for key in ("mean", "std"))
+        mean, deviation = (torch.tensor(config[key], device=CPU) for key in ("mean", "std"))
         return (resized - mean.view(3, 1, 1)) / deviation.view(3, 1, 1)
 
 
 def open_ranker(clip: Path, bpe: Path, device: torch.device = CPU, pixels: int = 0) -> Ranker:
     """The CLIP of a run folder, or the open_clip checkpoint in a folder.
 
-    `pixels` is the side of the pictures that it will see, if that is known.
-    Raises: InputError if the run's CLIP has another tokenizer than `bpe` or sees pictures of
-    another size, or the folder of open_clip is not whole.
+    `pixels` is the side of the pictures to rank; 0 if unknown.
+    Raises: InputError if the run's CLIP has another tokenizer than `bpe` or was trained on pictures
+    of another size, or the folder of open_clip is incomplete.
     """
     if any((clip / name).is_file() for name in (CONFIG, WEIGHTS)):
         return _open_clip(clip, device)
-    found = open_model(clip, "clip")
+    saved = open_model(clip, "clip")
     tokenizer, digest = load_tokenizer(bpe)
-    if found.facts["tokenizer"] != digest:
+    if saved.facts["tokenizer"] != digest:
         raise InputError(f"the CLIP in {clip} was trained with another tokenizer than {bpe}")
-    if pixels not in (0, found.config["pixels"]):
+    if pixels not in (0, saved.config["pixels"]):
         raise InputError(
-            f"the CLIP in {clip} was trained on pictures of {found.config['pixels']} pixels, the "
+            f"the CLIP in {clip} was trained on pictures of {saved.config['pixels']} pixels, the "
             f"dVAE's have {pixels}; train one with --model.pixels {pixels}"
         )
-    model: Any = build_model(found)
-    return TapirRanker(clip=model.to(device), tokenizer=tokenizer, digest=found.digest)
+    model: Any = build_model(saved)
+    return TapirRanker(clip=model.to(device), tokenizer=tokenizer, digest=saved.digest)
 
 
 def _open_clip(folder: Path, device: torch.device) -> OpenClipRanker:
@@ -191,7 +194,7 @@ def _refuse_foreign_parts(folder: Path) -> None:
         raise InputError(f"{path} is no config of open_clip: {error!r}; copy it again") from error
     if tower or ":" in images:
         raise InputError(
-            f"{path}: its tower {tower or images} lies elsewhere, and nothing is downloaded; "
+            f"{path}: its tower {tower or images} is not in the folder, and nothing is downloaded; "
             "choose a checkpoint with open_clip's own towers"
         )
     if tokenizer and not (folder / _TOKENIZER).is_file():
@@ -201,27 +204,27 @@ def _refuse_foreign_parts(folder: Path) -> None:
         )
 
 
-def _cosines(words: Tensor, images: Tensor, count: int) -> NDArray[Any]:
+def _cosines(text_vectors: Tensor, images: Tensor, count: int) -> NDArray[Any]:
     """(captions, D) and (captions * count, D) unit vectors -> (captions, count)."""
-    pairs = images.view(len(words), count, -1) * words[:, None]
+    pairs = images.view(len(text_vectors), count, -1) * text_vectors[:, None]
     return np.asarray(pairs.sum(-1).cpu().numpy())
 
 
 PIXELS_TOGETHER = 2**14
-"""Of 32x32 pixels 16 pictures, from 128x128 on one."""
+"""Pixels that go through a network at once: 16 pictures of 32x32, one of 128x128 or more."""
 
 
 def in_parts(work: Callable[[Tensor], Tensor], rows: Tensor, size: int) -> Tensor:
-    """Apply `work` to parts of exactly `size` rows, the last one filled up with zeros.
+    """Apply `work` to parts of exactly `size` rows, the last one padded with zeros.
 
-    A matmul or convolution of other sizes may add in another order: a picture that is decoded or
-    ranked beside others would differ from the same one by itself in the last bit.
+    A matmul or convolution of another batch size may sum in another order, so that the last bits
+    of a picture would depend on its batch.
     """
-    found = []
+    outputs = []
     for part in rows.split(size):
         filled = torch.cat([part, part.new_zeros(size - len(part), *part.shape[1:])])
-        found.append(work(filled)[: len(part)])
-    return torch.cat(found)
+        outputs.append(work(filled)[: len(part)])
+    return torch.cat(outputs)
 
 
 def pictures_together(side: int) -> int:

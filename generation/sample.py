@@ -1,6 +1,6 @@
-"""`tapir sample`: on this process, or with the prior cut over the ranks of a mesh.
+"""`tapir sample`: on this process, or with the prior sharded over the ranks of a mesh.
 
-The ranks of a mesh decode together; the first one alone decodes pixels, ranks and writes.
+All ranks of a mesh decode tokens together; rank 0 alone decodes pixels, ranks and writes.
 """
 
 import json
@@ -38,7 +38,7 @@ PRELOAD = ["torch", "torch.distributed", "generation.sample", MEGATRON]
 
 
 def sample(run: SampleRun) -> None:
-    """Draw, rank and write; with a mesh on ranks of this machine, or on those that are there.
+    """Draw, rank and write: on this process, on ranks spawned here, or on a launcher's ranks.
 
     Raises: ConfigError with every problem of the settings; RankError if a rank dies.
     """
@@ -63,9 +63,9 @@ def sample(run: SampleRun) -> None:
 
 
 def _follow(run: SampleRun) -> None:
-    """Draw from each checkpoint; one that is damaged, or gone meanwhile, is left out.
+    """Draw from each checkpoint; damaged and deleted ones are skipped.
 
-    Raises: the last one's error if nothing could be drawn at all.
+    Raises: the last checkpoint's error if none could be drawn from.
     """
     prior, drawn, failed = run.models.prior, 0, None
     shown: set[int] | None = None
@@ -76,7 +76,7 @@ def _follow(run: SampleRun) -> None:
                 "step %d: its samples are in %s; to draw others, delete it", step, prior / BOARD
             )
             continue
-        (prior / BOARD).mkdir(parents=True, exist_ok=True)  # now, not when all is drawn
+        (prior / BOARD).mkdir(parents=True, exist_ok=True)  # fails now, not after drawing
         try:
             _draw(replace(run, models=replace(run.models, step=step)))
             drawn += 1
@@ -91,7 +91,7 @@ def _follow(run: SampleRun) -> None:
 
 
 def _draw(run: SampleRun) -> None:
-    """On this process, or on ranks that are started for it."""
+    """Draw on this process, or on ranks spawned for it."""
     if run.mesh.world == 1:
         _sample(run, own_mesh())
     else:
@@ -103,7 +103,7 @@ def _draw(run: SampleRun) -> None:
 
 
 def rank_main(payload: str) -> None:
-    """What one rank of a mesh does."""
+    """Entry point of one spawned rank."""
     run = from_json(SampleRun, json.loads(payload))
     heed_stop_signals()
     world = join_world()
@@ -152,6 +152,6 @@ def _write(run: SampleRun, drawn: list[Candidates]) -> None:
 
 
 def _texts(run: SampleRun) -> list[str]:
-    """The captions as the tokenizer gets them, each once."""
+    """The cleaned captions, without duplicates."""
     cleaned = (clean_caption(os.fsencode(caption), repr(caption)) for caption in run.captions)
     return list(dict.fromkeys(cleaned))

@@ -31,7 +31,7 @@ from training.export.weights import load_dvae
 from training.tasks.task import pad_text
 
 Done = Callable[[slice, slice, NDArray[np.uint8]], None]
-"""(which captions, which candidates, their pictures: (captions, candidates, S, S, 3) uint8)."""
+"""Called with ranges of captions and candidates, and their (c, n, S, S, 3) uint8 pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Candidates:
 
 @dataclass(frozen=True, kw_only=True)
 class Studio:
-    """Finished models that belong together."""
+    """Prior, dVAE, ranker and tokenizer that were trained together."""
 
     sampler: Sampler
     dvae: DVAE
@@ -57,7 +57,7 @@ class Studio:
     """None: candidates stay in the order in which they were drawn."""
     tokenizer: Tokenizer
     caption_dropout: float = 0.0
-    """How often the prior saw the empty caption in training."""
+    """Share of the prior's training captions that were replaced by the empty one."""
 
     def draw(
         self,
@@ -68,7 +68,7 @@ class Studio:
     ) -> list[Candidates]:
         """Draw, decode and rerank `settings.candidates` pictures of each caption.
 
-        `done` is told of pictures as they are finished, before they are ranked.
+        `done` is called with pictures as they are finished, before ranking.
         """
         count = settings.candidates
         if settings.guidance != 1 and not self.caption_dropout:
@@ -76,7 +76,7 @@ class Studio:
                 "the prior was trained without --caption-drop: it does not know the empty caption, "
                 "and --guidance may do harm"
             )
-        arrays = _room_for(len(captions), count, self.dvae.config.pixels)
+        arrays = _picture_buffer(len(captions), count, self.dvae.config.pixels)
         scores = np.zeros((len(captions), count), np.float32)
         for drawn in self.codes(captions, settings, prompt):
             where = drawn.captions, drawn.candidates
@@ -85,15 +85,15 @@ class Studio:
             arrays[where] = to_bytes(pixels).reshape(arrays[where].shape)
             if done is not None:
                 done(*where, arrays[where])
-        found = []
+        ranked = []
         for caption, pictures, row in zip(captions, arrays, scores, strict=True):
             order = np.argsort(-row, kind="stable")
-            found.append(
+            ranked.append(
                 Candidates(
                     caption=caption, pictures=pictures[order], scores=row[order], drawn=order
                 )
             )
-        return found
+        return ranked
 
     def codes(
         self, captions: list[str], settings: DrawSettings, prompt: Prompt | None = None
@@ -106,7 +106,7 @@ class Studio:
         return self.sampler.draw(text, keys, settings, prompt)
 
     def tell_cut(self, captions: list[str]) -> None:
-        """Warn of captions that are longer than what the models read of them."""
+        """Warn of captions that are longer than the models' text length."""
         contexts = {"prior": self.sampler.config.text_length}
         if isinstance(self.ranker, TapirRanker):
             contexts["CLIP"] = self.ranker.clip.config.text_length
@@ -123,12 +123,12 @@ class Studio:
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Pictures of codes, (B, 3, S, S) in [0, 1]."""
+        """Decode codes to pictures, (B, 3, S, S) in [0, 1]."""
         return self._through(self.dvae.picture, codes)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Codes of pictures, (B, 3, S, S) in [0, 1] -> (B, grid * grid)."""
+        """Encode pictures to codes, (B, 3, S, S) in [0, 1] -> (B, grid * grid)."""
         return self._through(self.dvae.tokens, pixels)
 
     def _through(self, network: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class Studio:
     def score(self, captions: list[str], pixels: Tensor, count: int) -> NDArray[Any]:
         """The ranker's cosine of each caption with its `count` pictures, (captions, count).
 
-        Zeros if there is none.
+        Zeros without a ranker.
         """
         if self.ranker is None:
             return np.zeros((len(captions), count), np.float32)
@@ -155,7 +155,7 @@ class Studio:
 
 
 class Arrivals:
-    """Shows how many candidates are finished, and writes each as a PNG if a folder is given."""
+    """Counts finished candidates in a progress bar; writes each as a PNG if a folder is given."""
 
     def __init__(self, meter: Meter, folder: Path | None) -> None:
         self._meter, self._folder, self._count = meter, folder, 0
@@ -169,13 +169,13 @@ class Arrivals:
                 write_atomic(self._folder / picture_name(i, j), encode_png(picture))
 
 
-def _room_for(captions: int, count: int, side: int) -> NDArray[np.uint8]:
-    """Memory for all pictures, (captions, count, S, S, 3).
+def _picture_buffer(captions: int, count: int, side: int) -> NDArray[np.uint8]:
+    """Allocate the buffer of all pictures, (captions, count, S, S, 3).
 
-    Raises: ConfigError if they do not fit: pages that are touched later would end the process.
+    Raises: ConfigError if it does not fit: touching its pages later would get the process killed.
     """
     each, free = count * side * side * 3, host_memory()[0]
-    if (captions + 1) * each <= free:  # once more while the last ones are put in order
+    if (captions + 1) * each <= free:  # one more caption: sorting copies its pictures
         try:
             return np.zeros((captions, count, side, side, 3), np.uint8)
         except MemoryError:
@@ -188,7 +188,7 @@ def _room_for(captions: int, count: int, side: int) -> NDArray[np.uint8]:
 
 
 def picture_name(caption: int, candidate: int) -> str:
-    """File of a candidate by itself."""
+    """File name of one candidate."""
     return f"caption-{caption:03d}-candidate-{candidate:03d}.png"
 
 
@@ -200,12 +200,11 @@ def open_studio(
     rerank: bool = True,
     batch: int = BATCH,
 ) -> Studio:
-    """Load models and check that they were trained with one another.
+    """Load models and check by their hashes that they were trained together.
 
-    A run that has not ended gives its newest checkpoint; the prior that of `models.step`, if it is
-    given. On the ranks of a mesh each holds its part of the prior on its own device, and all call
-    `codes` together.
-    `one_row`: candidates will be drawn one by one; `rerank`: with a CLIP; `batch`: candidates that
+    An unfinished run gives its newest checkpoint, a prior the one of `models.step` if it is given.
+    Each rank of a mesh holds its part of the prior on its own device; all call `codes` together.
+    `one_row`: candidates are drawn one at a time; `rerank`: open a CLIP; `batch`: candidates that
     are decoded together.
     Raises: InputError if a hash differs.
     """

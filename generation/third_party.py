@@ -16,8 +16,9 @@ _declared: list[torch.library.Library] = []
 def foreign_module(name: str) -> ModuleType:
     """Import a module that imports torchvision, whose compiled part may not fit this torch.
 
-    Registries hold torchvision for CUDA alone. Beside a CPU torch its compiled operators cannot be
-    loaded, and its import fails on describing two of them; nothing here calls these.
+    Package registries hold torchvision for CUDA alone. With a CPU torch its compiled operators
+    cannot be loaded, and its import fails because two of them are undeclared: they are declared
+    here, and never called.
     Raises: ConfigError if the module is not installed.
     """
     if not _declared and torch.version.cuda is None:
@@ -31,10 +32,10 @@ def foreign_module(name: str) -> ModuleType:
 
 
 def _declare_operators() -> None:
-    found = importlib.util.find_spec("torchvision")
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
         return
-    for compiled in Path(found.origin).parent.glob("_C*.so"):
+    for compiled in Path(spec.origin).parent.glob("_C*.so"):
         try:
             torch.ops.load_library(str(compiled))
         except OSError:

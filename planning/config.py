@@ -1,4 +1,4 @@
-"""What `tapir plan` is asked, and what is wrong with it; imports no torch."""
+"""Flags of `tapir plan`, and their problems; imports no torch."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -20,7 +20,7 @@ _UNITS = {"network": 1e9 / 8, "link": 1e9, "memory": 1e9, "host_memory": 1e9}
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterFlags:
-    """What of the cluster differs from the defaults of its GPU; 0 = the default."""
+    """Differences of a cluster from the defaults of its GPU; 0 = the default."""
 
     gpus_per_node: int = 0
     """GPUs a node."""
@@ -31,7 +31,7 @@ class ClusterFlags:
     memory: float = 0.0
     """GB a GPU."""
     host_memory: float = 0.0
-    """GB of a node's host, where its ranks start."""
+    """GB of host memory per node, in which its ranks start."""
     cost_per_hour: float = 0.0
     """Dollars a GPU and hour."""
 
@@ -44,14 +44,14 @@ class ClusterFlags:
         ]
 
     def applied(self, hardware: Hardware) -> Hardware:
-        """The hardware with these in place."""
+        """The hardware with these values in place of its own."""
         given = {name: value * _UNITS.get(name, 1) for name, value in vars(self).items() if value}
         return replace(hardware, **given)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanFlags:
-    """All that a plan is asked."""
+    """All flags of `tapir plan`."""
 
     preset: str = ""
     world: int = 0
@@ -68,19 +68,19 @@ class PlanFlags:
         """Every problem at once."""
         if self.calibrate is not None or self.published:
             return self._unused()
-        found = self.cluster.problems() + self._sizes()
+        problems = self.cluster.problems() + self._sizes()
         if self.gpu not in KNOWN and self.gpu not in SHORT:
-            found.append(
+            problems.append(
                 f"there is no hardware {self.gpu!r} (known: {', '.join([*SHORT, *KNOWN])})"
             )
         elif self.calibration is not None and self.gpu != "cpu":
-            found.append("--calibration holds constants of this machine's cores; add --gpu cpu")
+            problems.append("--calibration holds constants of this machine's cores; add --gpu cpu")
         if self.picture is not None and self.picture.suffix not in PICTURES:
-            found.append(f"--picture {self.picture}: the name must end in {', '.join(PICTURES)}")
-        return found
+            problems.append(f"--picture {self.picture}: the name must end in {', '.join(PICTURES)}")
+        return problems
 
     def _unused(self) -> list[str]:
-        """What --calibrate and --published have no use for."""
+        """Problems of flags that --calibrate and --published do not use."""
         modes = {"calibrate": self.calibrate is not None, "published": self.published}
         if all(modes.values()):
             return ["--calibrate and --published are two commands; give one of them"]
@@ -94,16 +94,16 @@ class PlanFlags:
         return [f"--{mode} has no use for {', '.join(given)}; leave it out"] if given else []
 
     def _sizes(self) -> list[str]:
-        known, found = PRESETS["prior"], []
+        known, problems = PRESETS["prior"], []
         if not 0 <= self.world <= MOST_RANKS:
-            found.append(f"--world {self.world} must be 1 to {MOST_RANKS:,}; 0 = the preset's")
+            problems.append(f"--world {self.world} must be 1 to {MOST_RANKS:,}; 0 = the preset's")
         if not 0 <= self.batch <= MOST_BATCH:
-            found.append(f"--batch {self.batch} must be 1 to {MOST_BATCH:,}; 0 = the preset's")
+            problems.append(f"--batch {self.batch} must be 1 to {MOST_BATCH:,}; 0 = the preset's")
         if self.preset not in known:
-            found.append(f"there is no prior preset {self.preset!r} (known: {', '.join(known)})")
+            problems.append(f"there is no prior preset {self.preset!r} (known: {', '.join(known)})")
         elif self.batch > 0:
-            found += _undealt(known[self.preset](), self.batch)
-        return found
+            problems += _undealt(known[self.preset](), self.batch)
+        return problems
 
 
 def _undealt(settings: PriorTrain, batch: int) -> list[str]:
@@ -115,11 +115,11 @@ def _undealt(settings: PriorTrain, batch: int) -> list[str]:
 
 
 _FAMILIES = {"tiny": ("tiny", "tiny"), "small": ("small", "paper_bpe")}
-"""Size of a preset -> the dVAE and the tokenizer that its data come from; others: the paper's."""
+"""Preset -> presets of the dVAE and the tokenizer that make its data; others: the paper's."""
 
 
 def filled(preset: str, settings: StageConfig) -> Any:
-    """The settings with the sizes that training takes from its data: those of the preset's kin."""
+    """Fill vocabulary and grid from the matching dVAE and BPE presets."""
     model: Any = settings.model  # type: ignore[attr-defined]
     dvae_name, bpe_name = _FAMILIES.get(preset, ("paper_dvae", "paper_bpe"))
     dvae, bpe = PRESETS["dvae"][dvae_name]().model, PRESETS["bpe"][bpe_name]()
@@ -132,7 +132,7 @@ def filled(preset: str, settings: StageConfig) -> Any:
 
 
 def settings_of(preset: str, batch: int = 0) -> PriorTrain:
-    """A prior's preset with the vocabularies and grid that its data will have.
+    """A prior's preset, with the vocabularies and grid of its data.
 
     Raises: InputError for an unknown preset.
     """

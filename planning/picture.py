@@ -11,22 +11,22 @@ from matplotlib.axes import Axes
 from planning.estimate.hardware import Hardware
 from planning.estimate.memory import CATEGORIES
 from planning.estimate.reserve import NCCL
-from planning.estimate.search import Candidate, Found, Timed
+from planning.estimate.search import Candidate, SearchResult, Timed
 from planning.estimate.step_time import PASSES, Estimate
 
 BARS = 9
 TIMES_USABLE = 3.5
-"""Height of the picture over what fits; higher bars are cut."""
+"""Height of the memory axis over the usable memory; higher bars are cut."""
 
 
-def draw(found: Found, hardware: Hardware, path: Path) -> None:
-    """Write the picture; its kind follows from the file's name."""
+def draw(result: SearchResult, hardware: Hardware, path: Path) -> None:
+    """Write the picture; the suffix of the file gives its format."""
     figure, (above, below) = plt.subplots(2, 1, figsize=(11, 8), layout="constrained")
-    fitting = [row.candidate for row in found.timed[:4]]
-    others = sorted((row for row in found.rejected if row.bytes_), key=_known, reverse=True)
+    fitting = [row.candidate for row in result.timed[:4]]
+    others = sorted((row for row in result.rejected if row.bytes_), key=_known, reverse=True)
     _memory(above, [*fitting, *others[: BARS - len(fitting)]], hardware)
-    if found.timed:
-        _timeline(below, found.timed[0])
+    if result.timed:
+        _timeline(below, result.timed[0])
     else:
         below.set_axis_off()
     figure.savefig(path)
@@ -34,7 +34,7 @@ def draw(found: Found, hardware: Hardware, path: Path) -> None:
 
 
 def _known(row: Candidate) -> bool:
-    """True for the layouts that everybody asks about: plain data parallelism, and the paper's."""
+    """True for the layouts of most interest: plain data parallelism, and the paper's."""
     settings = row.settings
     return settings.engine.name == "reference" or settings.mesh.nodes > 1
 
@@ -64,17 +64,17 @@ def _memory(axes: Axes, rows: list[Candidate], hardware: Hardware) -> None:
 
 
 def ending(estimate: Estimate) -> list[tuple[str, float, float]]:
-    """What follows the passes that are drawn stage by stage: (name, begin, seconds)."""
-    found, at = [], max(span.end for span in estimate.spans)
+    """Parts of a step after the passes of the stages: (name, begin, seconds)."""
+    rows, at = [], max(span.end for span in estimate.spans)
     for name, seconds in estimate.parts.items():
         if name not in PASSES and seconds:
-            found.append((name, at, seconds))
+            rows.append((name, at, seconds))
             at += seconds
-    return found
+    return rows
 
 
 def _timeline(axes: Axes, row: Timed) -> None:
-    """Computing of every stage, then what all do behind the last backward pass."""
+    """Draw the passes of every stage, then what all stages do after the last backward pass."""
     colours = {"forward": "tab:blue", "backward": "tab:orange"}
     for kind, colour in colours.items():
         for stage in {span.stage for span in row.estimate.spans}:

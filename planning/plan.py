@@ -1,4 +1,4 @@
-"""What `tapir plan` does: a preset's fastest layouts on a cluster, and this machine's constants."""
+"""`tapir plan`: a preset's fastest layouts on a cluster, and calibration of this machine."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,21 +10,21 @@ from core.log import LOG
 from planning.config import PlanFlags, settings_of
 from planning.estimate.hardware import Hardware, hardware_of
 from planning.estimate.layers import count_parameters
-from planning.estimate.search import Found, search
+from planning.estimate.search import SearchResult, search
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """The layouts of a preset on a cluster, the fastest first."""
 
-    found: Found
+    result: SearchResult
     parameters: int
-    """Of the whole model."""
+    """Parameters of the whole model."""
     hardware: Hardware
 
 
 def make_plan(flags: PlanFlags) -> Plan:
-    """Search the layouts, and draw the best one where --picture says.
+    """Search the layouts, and draw the best one if --picture is given.
 
     Raises: ConfigError with every problem of the hardware or the preset; OSError, before the
     search, if the picture cannot be written.
@@ -35,13 +35,13 @@ def make_plan(flags: PlanFlags) -> Plan:
         _refuse_unwritable(flags.picture)
     settings = settings_of(flags.preset, flags.batch)
     check(settings.fixed_problems())
-    found = search(settings, flags.world or settings.mesh.world, hardware)
+    result = search(settings, flags.world or settings.mesh.world, hardware)
     if flags.picture is not None:
         from planning.picture import draw  # noqa: PLC0415 - matplotlib takes a second
 
-        draw(found, hardware, flags.picture)
+        draw(result, hardware, flags.picture)
         LOG.info("wrote %s", flags.picture)
-    return Plan(found=found, parameters=count_parameters(settings.model), hardware=hardware)
+    return Plan(result=result, parameters=count_parameters(settings.model), hardware=hardware)
 
 
 def write_calibration(path: Path) -> dict[str, float]:

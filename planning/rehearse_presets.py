@@ -1,4 +1,4 @@
-"""Rehearse presets: which are meant, and which can be laid out on so many ranks."""
+"""Rehearse one preset or all, on a chosen number of ranks."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -12,22 +12,22 @@ from planning.rehearsal.rehearse import Rehearsal, checked, rehearse, scaled
 from training.presets import PRESETS
 
 STAGES = ("prior", "dvae", "clip")
-"""Stages that have a mesh; a preset's name is looked for in this order."""
+"""Stages that have a mesh; a preset's name is looked up in this order."""
 ALL = "all"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rehearsals:
-    """What became of some presets."""
+    """Results of rehearsing presets."""
 
-    found: list[Rehearsal]
+    rehearsals: list[Rehearsal]
     refused: dict[str, str]
-    """Stage and preset of those that cannot be laid out so -> why."""
+    """Stage and preset that cannot run on this number of ranks -> why."""
 
     @property
     def matches(self) -> bool:
         """True if all ranks' collectives match in every rehearsal."""
-        return all(one.matches for one in self.found)
+        return all(one.matches for one in self.rehearsals)
 
 
 def rehearse_presets(
@@ -39,26 +39,26 @@ def rehearse_presets(
     device: str,
     tell: Callable[[Rehearsal], None],
 ) -> Rehearsals:
-    """Rehearse a preset, or all of them; each is told as soon as it is done.
+    """Rehearse a preset, or all of them; `tell` is called with each result as it is done.
 
-    Raises: InputError for an unknown stage or preset; ConfigError if the only one cannot be laid
-    out on `world` ranks.
+    Raises: InputError for an unknown stage or preset; ConfigError if a single preset cannot run on
+    `world` ranks.
     """
     rehearsed, refused = laid_out(chosen(preset, stage), flags, world)
     if refused and preset != ALL:
         (name, reason), *_ = refused.items()
         raise ConfigError(f"{name} cannot be rehearsed:\n{reason}")
-    found: list[Rehearsal] = []
+    rehearsals: list[Rehearsal] = []
     if rehearsed:
         with Pool(device) as pool:
             for its_stage, name, settings in rehearsed:
-                found.append(rehearse(name, its_stage, settings, pool, jobs=jobs))
-                tell(found[-1])
-    return Rehearsals(found=found, refused=refused)
+                rehearsals.append(rehearse(name, its_stage, settings, pool, jobs=jobs))
+                tell(rehearsals[-1])
+    return Rehearsals(rehearsals=rehearsals, refused=refused)
 
 
 def chosen(preset: str, stage: str) -> Iterator[tuple[str, str]]:
-    """Stages and presets that are meant."""
+    """(stage, preset) of each chosen preset."""
     if stage and stage not in STAGES:
         raise InputError(f"there is no stage {stage!r} with ranks (known: {', '.join(STAGES)})")
     pairs = [(s, name) for s in ([stage] if stage else STAGES) for name in PRESETS[s]]
@@ -76,7 +76,7 @@ def chosen(preset: str, stage: str) -> Iterator[tuple[str, str]]:
 def laid_out(
     pairs: Iterable[tuple[str, str]], flags: list[str], world: int
 ) -> tuple[list[tuple[str, str, Any]], dict[str, str]]:
-    """Stage, preset and settings of those that can be rehearsed; of others what is wrong."""
+    """(stage, preset, settings) of presets that can be rehearsed, and the problems of others."""
     settings, refused = [], {}
     for stage, name in pairs:
         try:
@@ -87,7 +87,7 @@ def laid_out(
 
 
 def _settings(stage: str, name: str, flags: list[str], world: int) -> Any:
-    """A preset, changed by flags and laid out on so many ranks. Raises: ConfigError."""
+    """A preset, changed by flags and scaled to `world` ranks. Raises: ConfigError."""
     settings = PRESETS[stage][name]()
     if flags:
         settings = parse_over(settings, flags, f"rehearse {name}")

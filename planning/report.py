@@ -11,18 +11,18 @@ from planning.estimate.hardware import Hardware
 from planning.estimate.memory import CATEGORIES
 from planning.estimate.published import RUNS, predict
 from planning.estimate.reserve import NCCL, PROCESS
-from planning.estimate.search import Candidate, Found, Timed, beside, layout_name
+from planning.estimate.search import Candidate, SearchResult, Timed, beside, layout_name
 from planning.estimate.zero_layout import stage_of_zero
 
 SHOWN = 8
 """Rows of a table on the terminal; --json has all."""
 WIDTH = 142
-"""Columns that the tables need, also where output is no terminal."""
+"""Columns that the tables need, also if output is no terminal."""
 
 
-def plan_json(found: Found, parameters: int, hardware: Hardware) -> dict[str, Any]:
+def plan_json(result: SearchResult, parameters: int, hardware: Hardware) -> dict[str, Any]:
     """The whole plan."""
-    rows = [timed_json(row) for row in found.timed]
+    rows = [timed_json(row) for row in result.timed]
     return {
         "fits": bool(rows),
         "parameters": parameters,
@@ -32,12 +32,12 @@ def plan_json(found: Found, parameters: int, hardware: Hardware) -> dict[str, An
         "host_memory_bytes": int(hardware.host_memory),
         "best": rows[0] if rows else None,
         "alternatives": rows[1:],
-        "rejected": [rejected_json(row, parameters) for row in found.rejected],
+        "rejected": [rejected_json(row, parameters) for row in result.rejected],
     }
 
 
-def way_json(candidate: Candidate) -> dict[str, Any]:
-    """How it runs, and its bytes."""
+def candidate_json(candidate: Candidate) -> dict[str, Any]:
+    """Settings and bytes of a candidate."""
     settings = candidate.settings
     mesh, engine = settings.mesh, settings.engine
     micro = (
@@ -64,7 +64,7 @@ def way_json(candidate: Candidate) -> dict[str, Any]:
 
 
 def start_json(candidate: Candidate) -> dict[str, int]:
-    """Its peaks before the first step, in bytes."""
+    """Peaks before the first step, in bytes."""
     start = candidate.start
     if start is None:
         return {}
@@ -77,7 +77,7 @@ def start_json(candidate: Candidate) -> dict[str, int]:
 
 
 def flags_of(candidate: Candidate) -> list[str]:
-    """What `tapir train prior PRESET` takes to run so."""
+    """Flags of `tapir train prior PRESET` for a candidate."""
     settings = candidate.settings
     mesh, engine = settings.mesh, settings.engine
     flags = [f"--mesh.{name}={value}" for name, value in vars(mesh).items()]
@@ -91,10 +91,10 @@ def flags_of(candidate: Candidate) -> list[str]:
 
 
 def timed_json(row: Timed) -> dict[str, Any]:
-    """A way that fits, with its predicted step."""
+    """A candidate that fits, with its predicted step."""
     estimate = row.estimate
     return {
-        **way_json(row.candidate),
+        **candidate_json(row.candidate),
         "step_seconds": estimate.seconds,
         "mfu": estimate.mfu,
         "bubble": estimate.bubble,
@@ -108,35 +108,39 @@ def timed_json(row: Timed) -> dict[str, Any]:
 
 
 def rejected_json(row: Candidate, parameters: int) -> dict[str, Any]:
-    """A layout that cannot run, and why."""
+    """A candidate that cannot run, and why."""
     published = beside(row, parameters)
-    return {**way_json(row), "why": row.why, **({"published": published} if published else {})}
+    return {
+        **candidate_json(row),
+        "why": row.why,
+        **({"published": published} if published else {}),
+    }
 
 
-def show(found: Found, parameters: int, hardware: Hardware) -> None:
+def show(result: SearchResult, parameters: int, hardware: Hardware) -> None:
     """Print the plan as tables."""
     console = _console()
-    if found.timed:
-        console.print(_fitting(found, parameters, hardware), _spent(found.timed[0]))
+    if result.timed:
+        console.print(_fitting(result, parameters, hardware), _spent(result.timed[0]))
     else:
-        console.print(_title(found, parameters, hardware))
-    rows = [row for row in _shown(found) if row.bytes_]
+        console.print(_title(result, parameters, hardware))
+    rows = [row for row in _shown(result) if row.bytes_]
     if rows:
         console.print(_bytes_table(rows))
-    for row in found.rejected:
+    for row in result.rejected:
         console.print(f"{_mesh(row)} {layout_name(row.settings)}: {row.why}")
         for name, count in beside(row, parameters).items():
             console.print(f"    beside it, {name.replace('_', ' ')}: {size_text(count)} a rank")
 
 
-def _shown(found: Found) -> list[Candidate]:
-    return [row.candidate for row in found.timed[:SHOWN]] + found.rejected
+def _shown(result: SearchResult) -> list[Candidate]:
+    return [row.candidate for row in result.timed[:SHOWN]] + result.rejected
 
 
-def _title(found: Found, parameters: int, hardware: Hardware) -> str:
+def _title(result: SearchResult, parameters: int, hardware: Hardware) -> str:
     return (
-        f"{parameters:,} parameters on {hardware.name}: {len(found.timed)} layouts fit, "
-        f"{len(found.rejected)} do not"
+        f"{parameters:,} parameters on {hardware.name}: {len(result.timed)} layouts fit, "
+        f"{len(result.rejected)} do not"
     )
 
 
@@ -166,18 +170,18 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _fitting(found: Found, parameters: int, hardware: Hardware) -> Table:
-    size, unit = memory_unit(max(row.candidate.total for row in found.timed[:SHOWN]))
+def _fitting(result: SearchResult, parameters: int, hardware: Hardware) -> Table:
+    size, unit = memory_unit(max(row.candidate.total for row in result.timed[:SHOWN]))
     columns = ("mesh", "layout", "micro", "recompute", "rank", unit, "step s", "MFU", "bubble")
-    table = _table(_title(found, parameters, hardware), *columns, "days", "cost $")
-    for row in found.timed[:SHOWN]:
-        way, estimate = way_json(row.candidate), row.estimate
+    table = _table(_title(result, parameters, hardware), *columns, "days", "cost $")
+    for row in result.timed[:SHOWN]:
+        body, estimate = candidate_json(row.candidate), row.estimate
         table.add_row(
             _mesh(row.candidate),
             _short(row.candidate),
-            f"{way['micro_batch']} x {way['gradient_accumulation_steps']}",
-            "yes" if way["recompute"] else "no",
-            str(way["compress_rank"]),
+            f"{body['micro_batch']} x {body['gradient_accumulation_steps']}",
+            "yes" if body["recompute"] else "no",
+            str(body["compress_rank"]),
             f"{row.candidate.total / size:.1f}",
             f"{estimate.seconds:.3g}",
             f"{estimate.mfu:.1%}",
@@ -214,31 +218,31 @@ def published_json() -> dict[str, Any]:
     """The published runs, predicted row by row."""
     rows: list[dict[str, Any]] = []
     for run in RUNS:
-        found = predict(run)
+        predicted = predict(run)
         rows.append(
             {
                 "run": run.name,
                 "tensor": run.tensor,
                 "pipeline": run.pipeline,
                 "gpus": run.gpus,
-                "micro_batch": found.micro,
-                "chunks": found.chunks,
+                "micro_batch": predicted.micro,
+                "chunks": predicted.chunks,
                 "published_tflops": run.measured,
-                "predicted_tflops": found.tflops,
-                "error": found.tflops / run.measured - 1,
+                "predicted_tflops": predicted.tflops,
+                "error": predicted.tflops / run.measured - 1,
             }
         )
     errors = [abs(row["error"]) for row in rows]
     return {"rows": rows, "mean_error": sum(errors) / len(errors)}
 
 
-def show_published(found: dict[str, Any]) -> None:
-    """Print them as a table."""
-    columns = (name.replace("_", " ") for name in found["rows"][0])
+def show_published(published: dict[str, Any]) -> None:
+    """Print the predictions of `published_json` as a table."""
+    columns = (name.replace("_", " ") for name in published["rows"][0])
     title = "TFLOP/s a GPU: Megatron-LM on A100-80GB (arXiv 2104.04473, table 1)"
     table = _table(title, *columns)
-    for row in found["rows"]:
+    for row in published["rows"]:
         *cells, error = row.values()
         texts = [f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in cells]
         table.add_row(*texts, f"{error:+.1%}")
-    _console().print(table, f"mean error {found['mean_error']:.1%}")
+    _console().print(table, f"mean error {published['mean_error']:.1%}")

@@ -1,4 +1,4 @@
-"""`tapir demo`: every stage as its own command, against a private object store."""
+"""`tapir demo`: run every stage as its own command, with a private object store."""
 
 import json
 import os
@@ -42,7 +42,7 @@ MESHES: dict[str, dict[str, Value]] = {
 }
 """Flags of the prior's last part; 44 is the paper's 0.226 times the width of 192."""
 RESHARD = "reshard"
-"""The stage that goes on with the prior on another mesh; its own folder holds its log alone."""
+"""The stage that resumes the prior on another mesh; its own folder holds only its log."""
 EVALUATED: dict[str, Value] = {
     "prompts": 512,
     "candidates": 16,
@@ -52,7 +52,7 @@ EVALUATED: dict[str, Value] = {
     "guidance": 1.5,
 }
 CAPTION_DROP = 0.1
-"""So that the report can show what guidance does."""
+"""Caption dropout of the prior, so that the report can show the effect of guidance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class DemoStage:
 
 
 def run_demo(config: DemoConfig) -> Path:
-    """Walk all stages, write summary.json and report.html; finished stages are kept.
+    """Run all stages, write summary.json and report.html; finished stages are kept.
 
     Raises: TapirError naming the stage that failed, with the end of its log.
     """
@@ -86,7 +86,7 @@ def run_demo(config: DemoConfig) -> Path:
 
 
 def _claim(folder: Path, config: DemoConfig) -> None:
-    """Note what this demo is; raises InputError if the folder holds another one."""
+    """Store this demo's settings; raises InputError if the folder holds another demo."""
     mine = {name: getattr(config, name) for name in ("data", "mesh", "size", "seed")}
     note = folder / NOTE
     if not note.exists():
@@ -104,7 +104,7 @@ def _claim(folder: Path, config: DemoConfig) -> None:
 
 
 def fitted(config: DemoConfig, gpus: int) -> DemoConfig:
-    """The demo on one rank if this machine has fewer GPUs than its mesh has ranks.
+    """Reduce the demo to one rank if this machine has fewer GPUs than its mesh has ranks.
 
     Without GPUs all ranks share the CPU.
     """
@@ -117,7 +117,7 @@ def fitted(config: DemoConfig, gpus: int) -> DemoConfig:
 
 
 def demo_stages(config: DemoConfig) -> list[DemoStage]:
-    """The demo as commands that a user could type: those of its run file."""
+    """The demo as the commands of its run file, which a user could type."""
     chain = chain_of(demo_run(config), "local")
     stages = [_stage(chain, job) for job in chain.jobs if job.name in STAGES]
     if config.mesh != "1":
@@ -130,12 +130,12 @@ def demo_stages(config: DemoConfig) -> list[DemoStage]:
 
 def _stage(chain: Chain, job: Job) -> DemoStage:
     here = len(chain.tapir())
-    found = [command[here:] for command in commands(chain, job, LocalConfig())]
-    return DemoStage(name=FOLDERS.get(job.name, job.name), commands=found)
+    arguments = [command[here:] for command in commands(chain, job, LocalConfig())]
+    return DemoStage(name=FOLDERS.get(job.name, job.name), commands=arguments)
 
 
 def demo_run(config: DemoConfig, resharded: bool = False) -> RunFile:
-    """The demo as a run file; the prior's stage is its first part, or `resharded` its last one."""
+    """The demo as a run file, with the prior's first part, or if `resharded` its last part."""
     sizes = _sizes(config)
     first = sizes["prior"].pop("loop.stop_at")
     alone: dict[str, Value] = {"mesh.data": 1} if config.mesh == "1" else {}
@@ -165,7 +165,7 @@ def demo_run(config: DemoConfig, resharded: bool = False) -> RunFile:
 
 
 def _sizes(config: DemoConfig) -> dict[str, dict[str, Value]]:
-    """What the demo changes about the presets; loop.stop_at ends the prior's first part."""
+    """Changes of the demo to the presets; loop.stop_at ends the prior's first part."""
     shapes = config.data == "shapes"
     if config.size == "mini":
         short: dict[str, Value] = {
@@ -173,7 +173,7 @@ def _sizes(config: DemoConfig) -> dict[str, dict[str, Value]]:
             "loop.global_batch_size": 32,
             "loop.validation_samples": 32,
         }
-        learns = shapes  # how a picture depends on its caption; emoji show the plumbing alone
+        learns = shapes  # to draw what a caption says; emoji only test the plumbing
         pack = {"count": 1500 if learns else 300, "validation": 0.2}
         prior = {**short, "loop.steps": 100 if learns else 24, "loop.stop_at": 90 if learns else 18}
         return {
@@ -229,7 +229,7 @@ def _run(stage: DemoStage, folder: Path, server: ObjectServer) -> None:
 
 
 def _wait(stage: DemoStage, running: list[Any], log: Path) -> None:
-    """Wait for all commands, and show what they log."""
+    """Wait for all commands, and show their logs."""
     shown = log.stat().st_size if log.exists() else 0
     waiting = True
     while waiting:

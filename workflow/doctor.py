@@ -1,6 +1,6 @@
-"""The verb doctor: one process alone, or ranks that meet, are compared and burn in.
+"""`tapir doctor`: check one process, or compare ranks that meet and run a burn-in.
 
-Imports torch only for what needs it: `tapir doctor --node` runs first in every submitted job.
+Imports torch only where it is needed: `tapir doctor --node` runs first in every submitted job.
 """
 
 import json as texts
@@ -27,7 +27,7 @@ from core.launch_environment import as_number, free_port
 Deliver = Callable[[list[Finding]], None]
 PRELOAD = ["torch", "torch.distributed", "parallel.diagnostics.checks"]
 BURN_SECONDS = 120.0
-"""What the burn-in may take beyond its matmuls: messages, and the engine's imports."""
+"""Time limit of the burn-in beyond its matmuls: for messages, and the engine's imports."""
 _GO = "go on"
 _JOIN_FIX = (
     "all TCP ports between the machines must be open, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME "
@@ -36,16 +36,16 @@ _JOIN_FIX = (
 
 
 class Visit:
-    """One rank's way through the checks."""
+    """The checks of one rank."""
 
     def __init__(self, config: DoctorConfig, size: int, deliver: Deliver) -> None:
-        """`deliver` takes all rows, on rank 0; of a rank that is lost, its own ones."""
+        """`deliver` is called with all rows on rank 0, and with its own rows on a lost rank."""
         self._config, self._size, self._deliver = config, size, deliver
         self._rank = own_rank() or 0
         self._rows: list[Finding] = []
 
     def run(self) -> list[Finding]:
-        """Look, meet, compare and burn in; returns what was delivered, nothing elsewhere."""
+        """Check, meet, compare and burn in; returns the delivered rows, none on other ranks."""
         rendezvous = rendezvous_of() if self._size > 1 else None
         self._rows = node_findings(self._config, own_rank())
         try:
@@ -64,7 +64,7 @@ class Visit:
         return self._rows
 
     def _meet(self, rendezvous: Rendezvous) -> bool:
-        """Compare with the ranks that come to the rendezvous; says whether all did."""
+        """Compare with the ranks that reach the rendezvous; returns whether all did."""
         wait = self._config.wait
         with meet(rendezvous, wait) as meeting:
             self._rows = compare(rendezvous.rank, self._rows, self._config.out, meeting.gather)
@@ -90,17 +90,17 @@ class Visit:
             try:
                 self._burn_in(checks, world, unmet)
             except Exception as error:
-                found = f"it failed: {type(error).__name__}: {error}"
+                what = f"it failed: {type(error).__name__}: {error}"
                 fix = "look at the network between the machines, and at other ranks' output"
-                raise Lost(bad("burn-in", found, fix)) from error
+                raise Lost(bad("burn-in", what, fix)) from error
         worlds.leave_world(world)
 
     def _joined(self, worlds: Any) -> Any:
         try:
             return worlds.join_world()
         except Exception as error:
-            found = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            raise Lost(bad("process group", found, _JOIN_FIX)) from error
+            text = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise Lost(bad("process group", text, _JOIN_FIX)) from error
 
     def _burn_in(self, checks: Any, world: Any, unmet: bool) -> None:
         rank = world.rank if world.size > 1 else None
@@ -118,7 +118,7 @@ class Visit:
 
     @contextmanager
     def _limit(self, seconds: float, late: str) -> Iterator[None]:
-        """Deliver what is known and end, if the context takes longer: nobody can stop a join."""
+        """Deliver the rows and exit if the context takes longer, since a join cannot be stopped."""
 
         def give_up() -> None:
             row = bad("process group", late, _JOIN_FIX)
@@ -136,7 +136,7 @@ class Visit:
 
 
 def rank_main(payload: str) -> None:
-    """A rank that `--ranks` spawned: its rows go into a file."""
+    """Entry point of a rank that `--ranks` spawned; it writes its rows to a file."""
     body = texts.loads(payload)
 
     def deliver(rows: list[Finding]) -> None:
@@ -148,7 +148,7 @@ def rank_main(payload: str) -> None:
 
 
 def spawn_visits(config: DoctorConfig) -> list[Finding]:
-    """Start the ranks here, and collect what they delivered."""
+    """Spawn ranks on this machine, and collect their rows."""
     rows: list[Finding] = []
     lost: list[Finding] = []
     try:
@@ -168,5 +168,5 @@ def spawn_visits(config: DoctorConfig) -> list[Finding]:
 
 
 def own_rank() -> int | None:
-    """The rank that a launcher gave by RANK; None if there is only one, or it is not known yet."""
+    """The rank in the variable RANK; None for a single process, or before it is known."""
     return as_number(os.environ.get("RANK", ""))

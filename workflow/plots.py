@@ -1,4 +1,4 @@
-"""The curves of report.html, as SVG."""
+"""Plots of report.html, as SVG."""
 
 import io
 import itertools
@@ -40,9 +40,9 @@ def loss_curves(folder: Path) -> str:
 
 
 def best_of_counts(accuracy: Json) -> dict[int, float]:
-    """Caption accuracy by number of candidates, rising."""
-    found = {k.removeprefix(_BEST): v for k, v in accuracy.items() if k.startswith(_BEST)}
-    return dict(sorted((int(count), v) for count, v in found.items() if count.isdigit()))
+    """Caption accuracy by number of candidates, in ascending order."""
+    shares = {k.removeprefix(_BEST): v for k, v in accuracy.items() if k.startswith(_BEST)}
+    return dict(sorted((int(count), v) for count, v in shares.items() if count.isdigit()))
 
 
 def accuracy_curves(accuracy: Json) -> str:
@@ -69,7 +69,7 @@ def accuracy_curves(accuracy: Json) -> str:
 
 
 def score_curves(rows: list[Json]) -> str:
-    """FID and IS by the radius of the blur, a line for each set."""
+    """FID and IS by blur radius, one line for each set."""
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3))
     for axis, name in zip(axes, ("fid", "is"), strict=True):
         styles = itertools.cycle(("o-", "s--", "^:"))
@@ -84,7 +84,7 @@ def score_curves(rows: list[Json]) -> str:
 
 
 def _svg(figure: Any) -> str:
-    """Text stays text, in the page's font: as outlines it would be most of the file."""
+    """SVG text of a figure; its text stays text, since outlines would be most of the file."""
     buffer = io.StringIO()
     figure.tight_layout()
     with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif"}):

@@ -1,4 +1,4 @@
-"""report.html: one file that shows what a demo folder holds."""
+"""report.html: one page that shows the results of a demo folder."""
 
 import base64
 import json
@@ -63,5 +63,5 @@ def _scores(path: Path) -> Json | None:
     """FID and IS, if they were measured."""
     if not path.exists():
         return None
-    found: Json = json.loads(path.read_text())
-    return found
+    scores: Json = json.loads(path.read_text())
+    return scores

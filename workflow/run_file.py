@@ -37,7 +37,7 @@ from training.config import BPETrain, ClipTrain, DVAETrain, PriorTrain
 from training.presets import PRESETS
 
 STAGES = ("pack", "bpe", "dvae", "tokenize", "prior", "clip", "score", "evaluate")
-"""In an order in which they can run."""
+"""In a valid order of execution."""
 AFTER: dict[str, tuple[str, ...]] = {
     "pack": (),
     "bpe": ("pack",),
@@ -49,7 +49,7 @@ AFTER: dict[str, tuple[str, ...]] = {
     "evaluate": ("prior", "clip"),
 }
 ARRAYS = ("tokenize", "score")
-"""Stages whose work any number of workers can share."""
+"""Stages that any number of workers can share."""
 SETTINGS: dict[str, Any] = {
     "pack": PackConfig,
     "bpe": BPETrain,
@@ -60,9 +60,9 @@ SETTINGS: dict[str, Any] = {
     "score": ScoreConfig,
     "evaluate": EvaluateConfig,
 }
-"""Whose fields the flags of a stage are."""
+"""Settings of each stage, whose fields are its flags."""
 FOLDERS = {"tokenize": "tokens", "score": "scores", "evaluate": "samples"}
-"""Folders of stages that are not called by their stage's name."""
+"""Folders of stages whose name differs from the stage's."""
 Value = str | int | float | bool
 
 
@@ -73,11 +73,11 @@ class StageSpec:
     preset: str = "tiny"
     """Preset of a training stage."""
     source: str = ""
-    """What `pack` packs."""
+    """Source of `pack` or `score`."""
     flags: dict[str, Value] = field(default_factory=dict)
     """Changes, as the command's flags without dashes: loop.steps: 100."""
     resources: Resources = field(default_factory=Resources)
-    """What it needs."""
+    """Resources of its job."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,27 +85,27 @@ class RunFile:
     """A whole run."""
 
     name: str
-    """Lower case; jobs are called by it."""
+    """Lower case; names of jobs begin with it."""
     out: Path
     """Folder of everything but the data; on a cluster all nodes must see it."""
     store: str = ""
-    """Where raw pairs and tokens lie: s3://bucket/prefix or a folder; by default `data` in out."""
+    """Store of raw pairs and tokens: s3://bucket/prefix or a folder; by default `data` in out."""
     to: Scheduler = "local"
-    """Where it is sent, unless --to says otherwise."""
+    """Scheduler, unless --to names another one."""
     python: str = ""
     """Interpreter on the nodes; by default the one that submits, in containers python3."""
     environment: tuple[str, ...] = ()
-    """Names of further variables that jobs get; the AWS_ ones of S3 always are."""
+    """Names of further variables that jobs inherit; they always inherit S3's AWS_ ones."""
     retries: int = 2
     """Failures of a stage after which it is not started again."""
     stages: dict[str, StageSpec] = field(default_factory=dict)
-    """Stages to run; those left out must have been run before, or not be needed."""
+    """Stages to run; others must have run before, or not be needed."""
     local: LocalConfig = field(default_factory=LocalConfig)
-    """This machine."""
+    """Settings for this machine."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
-    """Slurm."""
+    """Settings for Slurm."""
     kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
-    """Kubernetes."""
+    """Settings for Kubernetes."""
 
     @property
     def raw(self) -> str:
@@ -117,7 +117,7 @@ class RunFile:
 
     @property
     def data(self) -> str:
-        """Where both lie."""
+        """Store of raw pairs and tokens."""
         return self.store.rstrip("/") or str(self.out / "data")
 
     def folder(self, stage: str) -> Path:
@@ -125,42 +125,42 @@ class RunFile:
         return self.out / FOLDERS.get(stage, stage)
 
     def problems(self) -> list[str]:
-        found = []
+        problems = []
         if not re.fullmatch(r"[a-z]([-a-z0-9]{0,28}[a-z0-9])?", self.name):
-            found.append(
+            problems.append(
                 f"name={self.name!r} must be lower-case letters, digits and -, at most 30, "
                 "beginning with a letter: jobs are called by it"
             )
-        found += folder_problems(self.out, "out")
+        problems += folder_problems(self.out, "out")
         if re.search(r"[%\n]", str(self.out)):
-            found.append(f"out={str(self.out)!r} must be without % and line breaks")
-        found += place_problems(self.store, "store")
+            problems.append(f"out={str(self.out)!r} must be without % and line breaks")
+        problems += place_problems(self.store, "store")
         if not self.stages:
-            found.append(f"stages: name at least one of {', '.join(STAGES)}")
+            problems.append(f"stages: name at least one of {', '.join(STAGES)}")
         if self.retries < 0:
-            found.append("retries must not be negative")
-        found += self.local.problems() + self.slurm.problems()
+            problems.append("retries must not be negative")
+        problems += self.local.problems() + self.slurm.problems()
         for name, spec in self.stages.items():
-            found += spec.resources.problems(name)
+            problems += spec.resources.problems(name)
             if spec.resources.workers > 1 and name not in ARRAYS:
-                found.append(
+                problems.append(
                     f"stages.{name}: workers are for {' and '.join(ARRAYS)}; use nodes and mesh"
                 )
             if spec.resources.nodes > 1 and name in ("pack", "bpe", "evaluate", *ARRAYS):
-                found.append(f"stages.{name}: nodes are for training; {ARRAYS[0]} has workers")
+                problems.append(f"stages.{name}: nodes are for training; {ARRAYS[0]} has workers")
             if spec.source and name not in ("pack", "score"):
-                found.append(f"stages.{name}: a source is for pack and score")
+                problems.append(f"stages.{name}: a source is for pack and score")
             fixed = {"out", "dvae", "bpe", "prior", "clip", "worker", "again", "help"}
             for flag in sorted(fixed & set(spec.flags)):
-                found.append(f"stages.{name}.flags: {flag} is the run's to set; leave it out")
+                problems.append(f"stages.{name}.flags: {flag} is the run's to set; leave it out")
             if name in PRESETS and spec.preset not in PRESETS[name]:
-                found.append(
+                problems.append(
                     f"stages.{name}: there is no preset {spec.preset!r} (known: "
                     f"{', '.join(PRESETS[name])})"
                 )
         if "pack" in self.stages and not self.stages["pack"].source:
-            found.append("stages.pack: give a source, e.g. source: shapes")
-        return found
+            problems.append("stages.pack: give a source, e.g. source: shapes")
+        return problems
 
 
 def read_runfile(path: Path) -> RunFile:
@@ -192,7 +192,7 @@ def read_runfile(path: Path) -> RunFile:
 
 
 def _with_new_names(body: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The file under new names; one line tells of old ones."""
+    """The file with old names of fields replaced; logs one line if there are any."""
     pairs: dict[str, str] = {}
     stages = body.get("stages")
     if not isinstance(stages, dict):
@@ -213,7 +213,7 @@ def _with_new_names(body: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _python(path: Path) -> Any:
-    """What a Python file calls `run`. Raises: InputError if it does not run to its end."""
+    """The variable `run` of a Python file. Raises: InputError if the file raises."""
     try:
         return runpy.run_path(str(path)).get("run")
     except FileNotFoundError:
@@ -250,5 +250,5 @@ def _refuse_unknown(where: str, body: dict[str, Any], known: Any) -> None:
 
 
 def settings_of(run: RunFile, to: Scheduler) -> dict[str, Any]:
-    """The run file's part about the place where it is sent."""
+    """The run file's settings for a scheduler."""
     return dict(vars(getattr(run, to)))

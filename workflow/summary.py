@@ -1,4 +1,4 @@
-"""What a whole run came to: the figures of all its stages in one place."""
+"""The figures of all stages of a run in one place."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def summarise(
 
 
 def summarise_chain(out: Path) -> None:
-    """Write summary.json of a chain that has run, unless it is there."""
+    """Write summary.json of a finished chain."""
     chain = read_submitted(out).chain
     seconds = {}
     for job in chain.jobs:

@@ -1,4 +1,4 @@
-"""Check every digest of what lies at a path: data set, run folder, checkpoint, finished model."""
+"""Check every digest of a data set, run folder, checkpoint or finished model."""
 
 from pathlib import Path
 
@@ -13,40 +13,40 @@ from training.export.weights import DESCRIPTION, describe
 
 
 def verify_path(path: str, sample: float = 1.0) -> list[str]:
-    """Check all that lies there; returns what was checked.
+    """Check everything at a path; returns a line for each thing checked.
 
     Raises: CorruptError naming the first damaged file.
     """
-    store, found = open_store(path), []
+    store, verified = open_store(path), []
     for split in SPLITS:
         if store.exists(f"{split}/{NAME}"):
             count = verify_split(store, split, sample)
             what = "shards" if sample >= 1 else "blocks"
-            found.append(f"{path}/{split}: {count} {what}")
+            verified.append(f"{path}/{split}: {count} {what}")
         elif any(name.endswith(".tar") for name in store.names(f"{split}/")):
             LOG.warning("%s/%s has shards and no %s: it is not checked", path, split, NAME)
     name = path.rstrip("/").rpartition("/")[2]
     if name.startswith("step-") and store.exists(MANIFEST):
-        found.append(open_checkpoint(path).url)
+        verified.append(open_checkpoint(path).url)
     for root in (path, f"{path.rstrip('/')}/checkpoints"):
-        found += _verify_checkpoints(root)
+        verified += _verify_checkpoints(root)
     folder = Path(path)
     if "://" in path:
-        return found
+        return verified
     if (folder / DESCRIPTION).exists():
         for stage in ("dvae", "prior", "clip"):
             try:
                 describe(folder, stage)
-                found.append(f"{folder}/{DESCRIPTION}")
+                verified.append(f"{folder}/{DESCRIPTION}")
             except InputError:
                 continue
-    return found
+    return verified
 
 
 def _verify_checkpoints(root: str) -> list[str]:
     store = open_store(root)
     steps = finished_steps(store)
-    found = {name.split("/")[0] for name in store.names("step-")}
-    for name in sorted(found - {f"step-{step}" for step in steps}):
+    started = {name.split("/")[0] for name in store.names("step-")}
+    for name in sorted(started - {f"step-{step}" for step in steps}):
         LOG.warning("%s/%s has no manifest: it was never finished, and is not checked", root, name)
     return [open_checkpoint(f"{root}/step-{step}").url for step in steps]

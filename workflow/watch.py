@@ -1,4 +1,4 @@
-"""`tapir watch RUN...`: runs live in a terminal, from their metrics.jsonl and heartbeats alone."""
+"""`tapir watch RUN...`: show runs live in a terminal, from metrics.jsonl and heartbeats alone."""
 
 import codecs
 import itertools
@@ -23,15 +23,15 @@ from training.run.tail import Follower
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _PLAIN = {**dict(zip(_BLOCKS, ".:-=+*%#", strict=True)), "…": "."}
-"""What stands for them where an encoding has none."""
+"""ASCII replacements for encodings without these characters."""
 _SPARK, _BAR, _MOST_BEATS = 60, 30, 16
 _NAME = "tapir-plain"
 _QUIET = 60.0
-"""Seconds without a row after which the panel says so."""
+"""Seconds without a row after which the panel warns."""
 _SLOW = 1.2
-"""A rank's own work over its peers' above which it is named."""
+"""Ratio of a rank's own work to its peers' above which it is named."""
 _LONGEST = 3600.0
-"""Seconds between two looks, at most."""
+"""Most seconds between two updates."""
 
 
 def watch_runs(runs: Sequence[Path], once: bool, interval: float) -> None:
@@ -53,7 +53,7 @@ def watch_runs(runs: Sequence[Path], once: bool, interval: float) -> None:
 
 
 def _in_plain_signs(error: UnicodeError) -> tuple[str, int]:
-    """Write what the terminal's encoding lacks with the signs that every encoding has."""
+    """Codec error handler: replace characters that the terminal's encoding lacks by ASCII."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end]
@@ -87,7 +87,7 @@ def _fitting(followers: Sequence[Follower], console: Console) -> RenderableType:
 
 
 def frame(followers: Sequence[Follower]) -> RenderableType:
-    """What is to be seen now."""
+    """The current panels of all runs."""
     return Group(*(_panel(follower) for follower in followers))
 
 
@@ -109,7 +109,7 @@ def _panel(follower: Follower) -> Panel:
 
 
 def _lines(follower: Follower, row: dict[str, Any]) -> list[tuple[str, str | Text]]:
-    found: list[tuple[str, str | Text]] = [
+    lines: list[tuple[str, str | Text]] = [
         ("step", _progress(follower, row)),
         ("loss", f"{spark(follower.losses, _SPARK)}  {_number(row.get('loss'))}"),
         ("speed", _speed(row)),
@@ -118,17 +118,17 @@ def _lines(follower: Follower, row: dict[str, Any]) -> list[tuple[str, str | Tex
         skipped = ("step", "split")
         figures = {k: v for k, v in follower.validation.items() if k not in skipped}
         text = ", ".join(f"{name} {_number(value)}" for name, value in figures.items())
-        found.append(("validation", f"at {follower.validation['step']}: {text}"))
+        lines.append(("validation", f"at {follower.validation['step']}: {text}"))
     if "time" in row:
-        found.append(("time", _bars(row)))
-    found.append(("loader", _waits(row)))
-    found.append(("memory", _memory(row)))
-    found.append(("update", _update(row)))
+        lines.append(("time", _bars(row)))
+    lines.append(("loader", _waits(row)))
+    lines.append(("memory", _memory(row)))
+    lines.append(("update", _update(row)))
     if beats := beats_of(follower.run):
-        found.append(("ranks", _beats(beats)))
+        lines.append(("ranks", _beats(beats)))
     if follower.passed_over:
-        found.append(("rows", passed_over(follower.passed_over)))
-    return found
+        lines.append(("rows", passed_over(follower.passed_over)))
+    return lines
 
 
 def _progress(follower: Follower, row: dict[str, Any]) -> str:
@@ -221,7 +221,7 @@ def spark(given: Iterable[float], width: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
+    """Seconds in a readable unit."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"

@@ -1,8 +1,8 @@
 """Caption accuracy on shapes: are ALL attributes of the caption in the picture?
 
 For best-of-N, N draws of a caption are ranked by CLIP and the best one is checked (figure 6 of the
-paper in small). Chance is the same pictures against shuffled captions; the upper
-bound is what the dVAE keeps of true pictures.
+paper in small). Chance is the accuracy against shuffled captions; the upper bound is the accuracy
+of the dVAE's reconstructions of the true pictures.
 """
 
 import math
@@ -31,23 +31,23 @@ Figures = dict[str, Any]
 def draw_all(
     studio: Studio, captions: list[str], settings: DrawSettings, name: str
 ) -> list[Candidates]:
-    """Candidates of many captions, with progress."""
-    found: list[Candidates] = []
+    """Draw candidates of many captions, with a progress bar."""
+    candidates: list[Candidates] = []
     with progress(name, len(captions)) as meter:
         for start in range(0, len(captions), CHUNK):
-            found += studio.draw(captions[start : start + CHUNK], settings)
-            meter.update(len(found))
-    return found
+            candidates += studio.draw(captions[start : start + CHUNK], settings)
+            meter.update(len(candidates))
+    return candidates
 
 
 def draw_for(
     studio: Studio, captions: list[str], settings: DrawSettings, most: int, few: int
 ) -> list[Candidates]:
-    """Candidates of all captions, and `most` of the first `few` if these are more."""
+    """Draw candidates of all captions: `most` for the first `few` if that is more than usual."""
     few = few if most > settings.candidates else 0
     wide = replace(settings, candidates=most) if few else settings
-    found = draw_all(studio, captions[:few], wide, "sample many") if few else []
-    return found + draw_all(studio, captions[few:], settings, "sample")
+    first = draw_all(studio, captions[:few], wide, "sample many") if few else []
+    return first + draw_all(studio, captions[few:], settings, "sample")
 
 
 def caption_accuracy(
@@ -55,8 +55,8 @@ def caption_accuracy(
 ) -> Figures:
     """Measure best-of-N for N = 1, 2, 4, ..., beside chance and the upper bound.
 
-    Larger N are measured on the captions that have so many candidates: the first ones.
-    Raises: InputError if a caption is none of the shapes generator.
+    Larger N are measured on the first captions alone, which have enough candidates.
+    Raises: InputError if a caption is not one of the shapes generator.
     """
     captions = [record.caption for record in records]
     for caption in captions:
@@ -88,12 +88,12 @@ def guidance_accuracy(
 ) -> dict[str, float]:
     """Accuracy of single samples for each scale, on the first `guided` captions; 0 = all."""
     captions = [record.caption for record in records][: guided or None]
-    found = {}
+    shares = {}
     for scale in scales:
         single = replace(settings, candidates=1, guidance=scale)
         rows = draw_all(studio, captions, single, f"guidance {scale:g}")
-        found[f"{scale:g}"] = _share(captions, [row.pictures[0] for row in rows])
-    return found
+        shares[f"{scale:g}"] = _share(captions, [row.pictures[0] for row in rows])
+    return shares
 
 
 def counts_up_to(most: int) -> list[int]:
@@ -102,38 +102,38 @@ def counts_up_to(most: int) -> list[int]:
 
 
 def best_of_shares(right: NDArray[np.bool_], scores: NDArray[Any]) -> dict[int, float]:
-    """Share of captions that the best-ranked of N draws fits, for N = 1, 2, 4, ...
+    """Share of captions whose best-ranked of N draws is right, for N = 1, 2, 4, ...
 
-    It is the mean over all choices of N of the draws, without drawing them: the draw at rank k of D
-    wins a choice if it is in it, and the N - 1 others come behind k.
+    This is the exact mean over all subsets of N of the D draws: the draw at rank k wins a subset
+    if it is in it and the N - 1 others rank after k.
     Shapes: (captions, draws) each, in the order of the draws.
     """
     draws = right.shape[1]
     order = np.argsort(-scores, 1, kind="stable")
     ranked = np.take_along_axis(right, order, 1).mean(0)
-    found = {}
+    shares = {}
     for count in counts_up_to(draws):
         choices = math.comb(draws, count)
         wins = [math.comb(draws - 1 - rank, count - 1) / choices for rank in range(draws)]
-        found[count] = float(ranked @ np.array(wins))
-    return found
+        shares[count] = float(ranked @ np.array(wins))
+    return shares
 
 
 def _best_of(captions: Sequence[str], drawn: list[Candidates]) -> dict[int, tuple[float, int]]:
-    """For each N the share of captions that the best of N fits, and how many captions were asked.
+    """N -> (share of captions whose best of N is right, number of captions measured).
 
-    All have as many candidates, or the first ones have more.
+    The first captions may have more candidates than the others.
     """
     least, most = len(drawn[-1].drawn), len(drawn[0].drawn)
     judged = [_judged([caption], [row]) for caption, row in zip(captions, drawn, strict=True)]
-    found: dict[int, tuple[float, int]] = {}
+    shares: dict[int, tuple[float, int]] = {}
     for limit in dict.fromkeys((least, most)):
         rows = [(right, scores) for right, scores in judged if right.shape[1] >= limit]
         right = np.concatenate([right[:, :limit] for right, _ in rows])
         scores = np.concatenate([scores[:, :limit] for _, scores in rows])
         for count, share in best_of_shares(right, scores).items():
-            found.setdefault(count, (share, len(rows)))
-    return found
+            shares.setdefault(count, (share, len(rows)))
+    return shares
 
 
 def _judged(
@@ -161,7 +161,7 @@ def _share(captions: Sequence[str], pictures: Sequence[Any] | NDArray[Any]) -> f
 
 
 def _derangement(count: int, seed: int) -> NDArray[Any]:
-    """A keyed order in which no position keeps its place."""
+    """A keyed permutation without fixed points."""
     order = keyed_rng(seed, count, "accuracy/shuffle").permutation(count)
     wrong = np.empty(count, np.int64)
     wrong[order] = np.roll(order, 1)

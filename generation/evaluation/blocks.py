@@ -1,4 +1,4 @@
-"""Arrays about many pictures, in one file a block, each beside its own digest."""
+"""Arrays about many pictures, one file per block, each array with its digest."""
 
 import json
 from collections.abc import Iterator
@@ -16,14 +16,14 @@ from core.files.atomic import sha256, write_atomic
 
 Array = NDArray[np.float32]
 BlockTask = tuple[str, int]
-"""A kind of pictures, and which block of them."""
+"""(kind of pictures, block number)."""
 
 _DIGESTS = "sha256"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """A folder of such files."""
+    """A folder of block files."""
 
     folder: Path
     size: int
@@ -33,16 +33,16 @@ class Blocks:
 
     @property
     def tasks(self) -> list[BlockTask]:
-        """All blocks that there will be."""
+        """All blocks of the finished job."""
         counts = {kind: -(-rows // self.size) for kind, rows in self.rows.items()}
         return [(kind, block) for kind, count in counts.items() for block in range(count)]
 
     def part(self, block: int) -> slice:
-        """Which pictures of its kind a block has."""
+        """Range of a block's pictures among those of its kind."""
         return slice(block * self.size, (block + 1) * self.size)
 
     def exists(self, task: BlockTask) -> bool:
-        """Say whether a block is there."""
+        """True if a block has been written."""
         return self._path(task).exists()
 
     def write(self, task: BlockTask, arrays: dict[str, Array]) -> None:
@@ -53,7 +53,7 @@ class Blocks:
         write_atomic(self._path(task), save(plain, {_DIGESTS: json.dumps(digests)}))
 
     def read(self, kind: str, name: str) -> Iterator[tuple[slice, Array]]:
-        """One array of all blocks of a kind, in order, and which pictures each block has.
+        """One array of all blocks of a kind, in order, with the range of pictures of each block.
 
         Raises: CorruptError if a byte changed.
         """
@@ -62,13 +62,13 @@ class Blocks:
                 yield self.part(block), _read(self._path((kind, block)), name)
 
     def read_if_there(self, kind: str, name: str, rows: int) -> Array:
-        """One array of all blocks of a kind, with ones for the blocks that have none."""
-        found = np.ones(rows, np.float32)
+        """One array of all blocks of a kind, with ones for the blocks that lack it."""
+        values = np.ones(rows, np.float32)
         for each, block in self.tasks:
             path = self._path((kind, block))
             if each == kind and name in _names(path):
-                found[self.part(block)] = _read(path, name)
-        return found
+                values[self.part(block)] = _read(path, name)
+        return values
 
     def _path(self, task: BlockTask) -> Path:
         return self.folder / f"{task[0]}-{task[1]:06d}.safetensors"

@@ -1,4 +1,4 @@
-"""Draw candidates for held-out captions, measure them and keep what the report shows."""
+"""Draw candidates for held-out captions, measure them and write the report's pictures."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Networks whose features the FID and the IS are of: Inception, or CLIP as a proxy."""
+"""Feature extractors of FID and IS: Inception, or CLIP as a proxy."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ from parallel.device import CPU
 from training.tasks.task import pad_text
 
 MOST_CLASSES = 1000
-"""Captions that the proxy takes for classes, at most."""
+"""Most captions that the proxy uses as classes."""
 _TOGETHER = 32
 _WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 _MODULE = "torch_fidelity.feature_extractor_inceptionv3"
@@ -38,10 +38,10 @@ Features = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
 class Network(Protocol):
-    """Something that sees pictures."""
+    """A feature extractor."""
 
     label: str
-    """What its scores are, for people."""
+    """Name of its scores in reports."""
     name: str
     """The network and its weights."""
 
@@ -50,7 +50,7 @@ class Network(Protocol):
 
 
 class Inception:
-    """The Inception network of published FIDs; the step to 299 pixels is its own."""
+    """The Inception network of published FIDs; it resizes to 299 pixels itself."""
 
     label = "FID and IS (Inception features)"
 
@@ -69,7 +69,7 @@ class Inception:
 
 
 class ClipProxy:
-    """A reranker in Inception's place: its unit vectors, and captions in the place of classes.
+    """CLIP in Inception's place: its unit vectors are features, captions stand for classes.
 
     A picture's logits are CLIP's scaled cosines with the first MOST_CLASSES captions.
     """
@@ -83,21 +83,21 @@ class ClipProxy:
         text = pad_text([encode(tokenizer, c) for c in classes], clip.config.text_length)
         with torch.no_grad():
             parts = text.to(self._device).split(_TOGETHER)
-            words = torch.cat([clip.embed_text(part) for part in parts])
-            self._classes: Tensor = clip.log_scale.clamp(max=MOST_SCALE).exp() * words
+            class_vectors = torch.cat([clip.embed_text(part) for part in parts])
+            self._classes: Tensor = clip.log_scale.clamp(max=MOST_SCALE).exp() * class_vectors
 
     @torch.no_grad()
     def __call__(self, pictures: NDArray[np.uint8]) -> Features:
         parts = to_tensor(pictures).split(_TOGETHER)
-        found = torch.cat([self._clip.embed_image(part.to(self._device)) for part in parts])
-        return found.cpu().numpy(), (found @ self._classes.T).cpu().numpy()
+        features = torch.cat([self._clip.embed_image(part.to(self._device)) for part in parts])
+        return features.cpu().numpy(), (features @ self._classes.T).cpu().numpy()
 
 
 def blurred(pictures: NDArray[np.uint8], radius: float) -> NDArray[np.uint8]:
     """Blur pictures by a Gaussian.
 
     Shapes: (n, S, S, 3) -> the same. Units: the radius is the Gaussian's standard deviation in
-    pixels of the pictures as they are, before the network resizes them; 0 = as they are.
+    pixels of the pictures before the network resizes them; 0 = no blur.
     The paper's figure 9 says "blur kernel radius" and no more; its pictures have 256 pixels.
     """
     if radius == 0:

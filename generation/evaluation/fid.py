@@ -1,4 +1,4 @@
-"""FID and IS from sums that are added block by block, so that any machine may hold any block."""
+"""FID and IS from sums over blocks, so that any machine may compute any block."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from core.errors import InputError
 
 SPLITS = 10
-"""Parts that the IS is the mean over, as in its authors' code."""
+"""Parts over which the IS is averaged, as in its authors' code."""
 
 Array = NDArray[np.float64]
 
@@ -111,6 +111,6 @@ def inception_score(parts: list[ClassSums]) -> tuple[float, float]:
 
 
 def part_of(place: int, count: int, parts: int = SPLITS) -> int:
-    """Which of equal parts of `count` pictures the one at a place belongs to."""
+    """Number of the equal part of `count` pictures that holds the picture at `place`."""
     parts = min(parts, count)
     return ((place + 1) * parts - 1) // count

@@ -1,9 +1,9 @@
-"""`tapir overlap RAW EVAL`: pairs whose picture an evaluation set has, too, found and left out.
+"""`tapir overlap RAW EVAL`: find and leave out pairs whose picture is also in an evaluation set.
 
-A picture's likeness to the evaluation set is the cosine of its CLIP embedding with the nearest one
-there. Examples at rising likeness show where the threshold belongs; with one, the other pairs are
-written as a data set of their own. overlap.json names the evaluation pictures that a training pair
-is as like as that, too: `tapir score --overlap` leaves them out of a second score.
+A picture's likeness to the evaluation set is the largest cosine of its CLIP embedding with those
+of the set. Examples by likeness help to choose the threshold; pairs below it are written as a new
+data set. overlap.json also names the evaluation pictures whose likeness to a training pair reaches
+the threshold: `tapir score --overlap` leaves them out of a second score.
 Source: arXiv 2102.12092, section 3.2: 21% of MS-COCO's validation images were found in YFCC100M.
 """
 
@@ -55,17 +55,17 @@ REPORT = "overlap.json"
 
 @dataclass(kw_only=True)
 class Likeness:
-    """How like the evaluation set the pairs are."""
+    """Histogram of the pairs' likeness to the evaluation set, with examples."""
 
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(BINS), np.int64))
-    """Pairs from each of BINS up to the next; the last is 1 itself."""
+    """Pairs from each of BINS up to the next; the last bin is exactly 1."""
     examples: list[list[NDArray[np.uint8]]] = field(default_factory=lambda: [[] for _ in BINS])
-    """(2, S, S, 3): a picture beside the nearest of the evaluation set, some for each bin."""
+    """Some (2, S, S, 3) for each bin: a picture and the nearest one of the evaluation set."""
     pairs: int = 0
     unreadable: int = 0
-    """Pairs whose picture does not decode: compared with nothing, and not written."""
+    """Pairs whose picture does not decode; they are neither compared nor written."""
     evaluation: dict[str, Any] = field(default_factory=dict)
-    """Which evaluation pictures the training split has, too, as `read_overlap` reads it."""
+    """Evaluation pictures that are also in the training split, in `read_overlap`'s format."""
 
     def note(
         self, likeness: float, picture: NDArray[np.uint8], other: Callable[[], NDArray[np.uint8]]
@@ -87,7 +87,7 @@ class _Evaluation:
         self._given, self._clip, self._batch = given, clip, batch
         self.keys = given.pictures
         self.unreadable: list[str] = []
-        """Pictures that do not decode: nothing is like them."""
+        """Pictures that do not decode; they match nothing."""
         parts = [self.keys[i : i + batch] for i in range(0, len(self.keys), batch)]
         with progress("embed", len(self.keys)) as meter:
             embedded = []
@@ -123,7 +123,7 @@ class _Evaluation:
     def embedded(
         self, source: RawSource, left_out: Callable[[RawRecord, InputError], None]
     ) -> Iterator[tuple[list[RawRecord], NDArray[np.uint8], NDArray[np.float32]]]:
-        """Batches of pairs with their pictures and unit vectors; `left_out` is told of the rest."""
+        """Batches of pairs with pictures and unit vectors; `left_out` is called for the others."""
         for block in range(len(source.sizes)):
             records = list(source.read(block))
             for i in range(0, len(records), self._batch):
@@ -137,7 +137,10 @@ class _Evaluation:
     def nearest(
         self, vectors: NDArray[np.float32], training: bool
     ) -> tuple[NDArray[Any], NDArray[Any]]:
-        """For each vector the largest cosine and where it is; notes it if they are trained on."""
+        """Largest cosine of each vector, and its place among the evaluation pictures.
+
+        For pairs of the training split, also update the evaluation pictures' largest cosines.
+        """
         cosines = vectors @ self._vectors.T
         if training:
             np.maximum(self._best, cosines.max(0), out=self._best)
@@ -145,7 +148,7 @@ class _Evaluation:
         return cosines[np.arange(len(vectors)), places], places
 
     def seen(self, threshold: float) -> dict[str, Any]:
-        """Its pictures that a training pair is as like as the threshold."""
+        """Evaluation pictures whose likeness to a training pair reaches the threshold."""
         places = np.flatnonzero(self._best >= threshold).tolist()
         return {
             "fingerprint": self._given.fingerprint,
@@ -178,8 +181,8 @@ def find_overlap(
     store = open_store(dest) if dest else None
     model = build_model(ranker).to(own_mesh().world.device)
     assert isinstance(model, Clip)
-    found = remove_overlap(open_store(raw), theirs, store, model, ranker.digest, config)
-    return write_likeness(found, out)
+    summary = remove_overlap(open_store(raw), theirs, store, model, ranker.digest, config)
+    return write_likeness(summary, out)
 
 
 def remove_overlap(
@@ -193,7 +196,7 @@ def remove_overlap(
     """Compare RAW with an evaluation set; with a DEST, write the pairs below the threshold there.
 
     Pictures are embedded on the device of `clip`.
-    Raises: InputError if DEST holds other data, or no pair is left of a split.
+    Raises: InputError if DEST holds other data, or a split has no pair left.
     """
     set_numerics(clip.log_scale.device, deterministic=False)
     sources = {split: RawSource(raw, split) for split in SPLITS}
@@ -209,15 +212,15 @@ def remove_overlap(
         if finished(dest):
             LOG.info("%s already holds this data set; the report is made again", dest.url)
             dest = None
-    theirs, found = _Evaluation(evaluation, clip, config.batch), Likeness()
+    theirs, summary = _Evaluation(evaluation, clip, config.batch), Likeness()
     if dest is None:
         for split, source in sources.items():
-            _compare(split, source, theirs, config, found)
+            _compare(split, source, theirs, config, summary)
     else:
         with given_back(dest):
-            _write(dest, sources, theirs, config, found, request)
-    found.evaluation = theirs.seen(config.threshold)
-    return found
+            _write(dest, sources, theirs, config, summary, request)
+    summary.evaluation = theirs.seen(config.threshold)
+    return summary
 
 
 def _write(
@@ -225,13 +228,13 @@ def _write(
     sources: dict[str, RawSource],
     theirs: "_Evaluation",
     config: OverlapConfig,
-    found: Likeness,
+    summary: Likeness,
     request: dict[str, Any],
 ) -> None:
     rejects, shards = Rejects(dest, 1.0), {}
     for split, source in sources.items():
         writer = RawWriter(dest, split, config.shards)
-        _compare(split, source, theirs, config, found, writer, rejects)
+        _compare(split, source, theirs, config, summary, writer, rejects)
         writer.flush()
         shards[split] = writer.shards
     refuse_empty(shards, "raise the threshold")
@@ -248,12 +251,12 @@ def _compare(
     source: RawSource,
     theirs: _Evaluation,
     config: OverlapConfig,
-    found: Likeness,
+    summary: Likeness,
     writer: RawWriter | None = None,
     rejects: Rejects | None = None,
 ) -> None:
     def left_out(record: RawRecord, error: InputError) -> None:
-        found.unreadable += 1
+        summary.unreadable += 1
         if rejects is not None:
             rejects.add(Unusable(key=record.key, kind="image", reason=str(error)))
 
@@ -263,7 +266,7 @@ def _compare(
             for record, picture, value, place in zip(
                 records, pictures, likeness.tolist(), places.tolist(), strict=True
             ):
-                found.note(value, picture, partial(theirs.picture, theirs.keys[place]))
+                summary.note(value, picture, partial(theirs.picture, theirs.keys[place]))
                 if writer is None or rejects is None:
                     continue
                 if value >= config.threshold:
@@ -271,7 +274,7 @@ def _compare(
                     rejects.add(Unusable(key=record.key, kind="overlap", reason=reason), True)
                 else:
                     writer.add(_pair(record), *record.captions)
-            meter.update(found.pairs)
+            meter.update(summary.pairs)
 
 
 def _pair(record: RawRecord) -> Any:
@@ -279,29 +282,29 @@ def _pair(record: RawRecord) -> Any:
     return make_pair(record.key, record.image, suffix, record.caption.encode(), record.key)
 
 
-def write_likeness(found: Likeness, out: Path) -> dict[str, Any]:
-    """Write overlap.json and, for each bin that has any, overlap-0.95.png of example pairs.
+def write_likeness(summary: Likeness, out: Path) -> dict[str, Any]:
+    """Write overlap.json and, for each bin with examples, a picture such as overlap-0.95.png.
 
-    Returns what overlap.json says but for the ids.
+    Returns the content of overlap.json without the ids.
     """
     rows = []
-    for low, count, examples in zip(BINS.tolist(), found.counts, found.examples, strict=True):
+    for low, count, examples in zip(BINS.tolist(), summary.counts, summary.examples, strict=True):
         name = ""
         if examples:
             name = f"overlap-{low:.2f}.png"
             upper, lower = (np.stack([pair[i] for pair in examples]) for i in (0, 1))
             write_atomic(out / name, encode_png(picture_grid([upper, lower], 2)))
         rows.append({"likeness_from": round(low, 2), "pairs": int(count), "examples": name})
-    if found.unreadable:
-        LOG.warning("%d pairs cannot be decoded and are left out; pack again", found.unreadable)
+    if summary.unreadable:
+        LOG.warning("%d pairs cannot be decoded and are left out; pack again", summary.unreadable)
     body = {
-        "pairs": found.pairs,
-        "unreadable": found.unreadable,
+        "pairs": summary.pairs,
+        "unreadable": summary.unreadable,
         "rows": rows,
-        "evaluation": found.evaluation,
+        "evaluation": summary.evaluation,
     }
     write_atomic(out / REPORT, canonical_json(body))
-    short = {name: value for name, value in found.evaluation.items() if name != "ids"}
+    short = {name: value for name, value in summary.evaluation.items() if name != "ids"}
     return {**body, "evaluation": short}
 
 
@@ -310,9 +313,9 @@ class Overlap:
     """Pictures of an evaluation set that a model was trained on."""
 
     threshold: float
-    """Likeness from which on a picture counts."""
+    """Least likeness at which a picture counts."""
     share: float
-    """Of all pictures of the set; of a packed one those of both splits."""
+    """Share of the set's pictures; for a packed set, of both splits."""
     pictures: frozenset[str]
     """Their ids."""
 
@@ -323,13 +326,13 @@ def read_overlap(path: Path, evaluation: EvaluationSet) -> Overlap:
     Raises: InputError if there is none, or it is about another evaluation set.
     """
     try:
-        found = json.loads(path.read_bytes())["evaluation"]
+        body = json.loads(path.read_bytes())["evaluation"]
         overlap = Overlap(
-            threshold=float(found["threshold"]),
-            share=float(found["share"]),
-            pictures=frozenset(found["ids"]),
+            threshold=float(body["threshold"]),
+            share=float(body["share"]),
+            pictures=frozenset(body["ids"]),
         )
-        other = found["fingerprint"] != evaluation.fingerprint
+        other = body["fingerprint"] != evaluation.fingerprint
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path} is no overlap.json ({error!r}); `tapir overlap RAW DATA` writes one"

@@ -1,15 +1,15 @@
 """`tapir score DATA`: FID and IS of drawn pictures, by blocks, on any number of workers.
 
-    OUT/request.json                           captions, models, settings; other ones are refused
+    OUT/request.json                           captions, models, settings; OUT takes no others
     OUT/pictures/000012.tar                    a block's best pictures as PNG, with their captions
     OUT/features-HASH/drawn-000012.safetensors their features and logits at every radius
     OUT/features-HASH/real-000003.safetensors  features of a block of real pictures
     OUT/scores.json
 
-HASH is of the network and the radii: with other ones, the pictures that were drawn are scored anew.
-A file is whole or not there, and depends on its block alone; sums go through the blocks in order.
-So workers may be killed and started again, with another count, too: on CPUs of one kind the scores
-keep every bit.
+HASH covers the network and the radii: if they change, the pictures already drawn are scored again.
+Files are written atomically and depend on their block alone; sums are taken in the order of the
+blocks. So workers may be killed and restarted, also in another number: on CPUs of one kind the
+scores are bitwise equal.
 """
 
 import functools
@@ -71,7 +71,7 @@ def score_models(
     out: Path,
     worker: str,
 ) -> dict[str, Any] | None:
-    """Do one worker's share of the score job; the scores if nothing is left to others.
+    """Do one worker's share of the score job; return the scores if all blocks are done.
 
     Raises: ConfigError with every problem of the settings; InputError if OUT is another's folder.
     """
@@ -85,7 +85,7 @@ def score_models(
 
 
 def digests(models: ModelPaths) -> dict[str, str]:
-    """What the models are."""
+    """Digests of the models by role."""
     dvae = open_model(models.dvae, "dvae")
     pixels = int(dvae.config["pixels"])
     return {
@@ -105,12 +105,12 @@ def open_job(
     out: Path,
     device: torch.device = CPU,
 ) -> "ScoreJob":
-    """Read everything that can be wrong, before anything is drawn; `device` is the network's.
+    """Open the data and the models and check them before anything is drawn.
 
-    Raises: InputError for what is missing or does not belong together.
+    `device` is the network's. Raises: InputError if something is missing or does not fit.
     """
     numerics = set_numerics(device, deterministic=False)  # as `open_studio` does
-    found = digests(models)
+    model_digests = digests(models)
     pixels = int(open_model(models.dvae, "dvae").config["pixels"])
     evaluation = open_evaluation(data)
     network: Network
@@ -126,11 +126,11 @@ def open_job(
             )
         network = ClipProxy(ranker.clip, ranker.digest, ranker.tokenizer, captions)
     left_out = read_overlap(overlap, evaluation) if overlap is not None else None
-    return ScoreJob(evaluation, found, pixels, network, config, out, numerics, left_out)
+    return ScoreJob(evaluation, model_digests, pixels, network, config, out, numerics, left_out)
 
 
 class ScoreJob:
-    """All that has to be done, and what of it there is."""
+    """The blocks of a score, and which of them are done."""
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ class ScoreJob:
         self._masks = self._sets(np.ones(len(self._pictures), bool))
 
     def run(self, studio: Callable[[], Studio], member: JobWorker) -> dict[str, Any] | None:
-        """Do this member's blocks; the scores, if nothing is left to others.
+        """Do this worker's blocks; return the scores if all blocks are done.
 
         Raises: InputError if OUT holds blocks of another request.
         """
@@ -179,15 +179,15 @@ class ScoreJob:
         return scores
 
     def _opened(self, studio: Callable[[], Studio]) -> Studio:
-        found = studio()
-        found.tell_cut([caption.text for caption in self._captions])
-        return found
+        opened = studio()
+        opened.tell_cut([caption.text for caption in self._captions])
+        return opened
 
     def _claim(self) -> None:
-        """Take OUT for this request; the first one wins."""
+        """Store this request in OUT, or check that OUT holds the same one."""
         free = {"radii"} if self._config.precision == "bf16" else {"radii", "batch"}
         sampling = {name: v for name, v in to_json(self._config).items() if name not in free}
-        wanted = {
+        request = {
             **self._models,
             **sampling,
             "data": self._evaluation.fingerprint,
@@ -195,44 +195,44 @@ class ScoreJob:
             "captions": len(self._captions),
         }
         store = FolderStore(self._out)
-        if store.put(REQUEST, canonical_json(wanted), if_absent=True):
+        if store.put(REQUEST, canonical_json(request), if_absent=True):
             return
         try:
-            found = read_json(store, REQUEST)
+            stored = read_json(store, REQUEST)
         except CorruptError as error:
             raise InputError(
-                f"{self._out / REQUEST} is damaged; if you know that the settings are those of "
-                "then, delete it, and the same command goes on; else give another --out"
+                f"{self._out / REQUEST} is damaged; if the settings are still the same, "
+                "delete it, and the same command goes on; else give another --out"
             ) from error
-        names = sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
+        names = sorted(n for n in {*stored, *request} if stored.get(n) != request.get(n))
         if names:
             raise InputError(
                 f"{self._out} holds scores with other {', '.join(names)} "
-                f"(of {names[0]}: {found.get(names[0])}, now {wanted.get(names[0])}); "
-                "give another --out, or the settings of then"
+                f"(of {names[0]}: {stored.get(names[0])}, now {request.get(names[0])}); "
+                "give another --out, or the earlier settings"
             )
 
     def _sets(self, readable: NDArray[np.bool_]) -> dict[str, Masks]:
-        """Which captions and pictures each set of rows has; of the pictures the readable ones."""
+        """Masks of the captions and the readable pictures of each set of rows."""
         captions, pictures = self._captions, self._pictures
-        found = {ALL: {DRAWN: np.ones(len(captions), bool), REAL: readable}}
+        sets = {ALL: {DRAWN: np.ones(len(captions), bool), REAL: readable}}
         if self._overlap is not None:
             seen = self._overlap.pictures
             kept = [not seen.intersection(caption.pictures) for caption in captions]
             left = set(
                 self._evaluation.pictures_of(c for c, k in zip(captions, kept, strict=True) if k)
             )
-            found[WITHOUT] = {
+            sets[WITHOUT] = {
                 DRAWN: np.array(kept, bool),
                 REAL: readable & np.array([name in left for name in pictures], bool),
             }
-        for name, masks in found.items():
+        for name, masks in sets.items():
             if min(mask.sum() for mask in masks.values()) < 2:
                 raise InputError(
                     f"there are fewer than two captions or pictures ({name}) in "
                     f"{self._evaluation.name}; a FID needs more"
                 )
-        return found
+        return sets
 
     def _do(self, task: BlockTask, studio: Callable[[], Studio]) -> None:
         kind, block = task
@@ -249,7 +249,7 @@ class ScoreJob:
         self._blocks.write(task, arrays)
 
     def _real(self, block: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-        """A block's real pictures, and which of them decode: the others are black."""
+        """A block's real pictures, and which of them decode; the others are black."""
         names, read = self._pictures[self._blocks.part(block)], self._evaluation.read
         pictures = np.zeros((len(names), self._pixels, self._pixels, 3), np.uint8)
         readable = np.ones(len(names), np.float32)
@@ -263,7 +263,7 @@ class ScoreJob:
         return pictures, readable
 
     def _drawn(self, block: int, studio: Callable[[], Studio]) -> NDArray[np.uint8]:
-        """A block's pictures as its tar has them, which is made if it is not there."""
+        """A block's pictures from its tar; draw and write the tar first if it does not exist."""
         path = self._out / PICTURES / f"{block:06d}.tar"
         part = self._blocks.part(block)
         captions = self._captions[part]

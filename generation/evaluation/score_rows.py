@@ -21,7 +21,7 @@ def features(radius: float) -> str:
 
 
 READABLE = "readable"
-"""Name of the array of which real pictures decode, 1 or 0; blocks of before have none: all do."""
+"""Name of the array with 1 for each real picture that decodes; older blocks lack it: all do."""
 
 
 def logits(radius: float) -> str:
@@ -49,21 +49,21 @@ def _moments(blocks: Blocks, kind: str, mask: NDArray[np.bool_], radius: float) 
 
 
 def _class_sums(blocks: Blocks, mask: NDArray[np.bool_], radius: float) -> list[ClassSums]:
-    """Those of each part of the captions, whose order is by key."""
+    """Class sums of each part of the captions, which are ordered by key."""
     count, place = int(mask.sum()), 0
-    found: dict[int, ClassSums] = {}
+    by_part: dict[int, ClassSums] = {}
     for part, every in blocks.read(DRAWN, logits(radius)):
         rows = every[mask[part]]
         places = np.array([part_of(place + i, count) for i in range(len(rows))], np.int64)
         for number in np.unique(places).tolist():
             sums = ClassSums.of(rows[places == number])
-            found[number] = found[number] + sums if number in found else sums
+            by_part[number] = by_part[number] + sums if number in by_part else sums
         place += len(rows)
-    return [found[number] for number in sorted(found)]
+    return [by_part[number] for number in sorted(by_part)]
 
 
 def table(scores: dict[str, Any]) -> str:
-    """The scores for people."""
+    """The scores as a text table."""
     lines = [scores["label"], f"{'set':<16} {'radius':>6} {'FID':>9} {'IS':>7} {'+-':>6}"]
     for row in scores["rows"]:
         numbers = f"{row['fid']:9.4g} {row['is']:7.3f} {row['is_std']:6.3f}"

@@ -1,4 +1,4 @@
-"""Which candidates are decoded together: as many as are wanted, or as fit into free memory."""
+"""Batches of candidates of the requested size, or of the size that fits into free memory."""
 
 import os
 from bisect import bisect_right
@@ -16,15 +16,15 @@ from generation.sampling.kv_cache import CacheShape
 
 _GB = 1e9
 _KEPT = 0.1
-"""Share of the free memory that is left to what is not counted."""
+"""Share of the free memory that is reserved for what is not counted."""
 _START = 40
-"""Bytes for each number of the states while the text is run: heads and a hidden layer in fp32."""
+"""Bytes per element of the hidden states during prefill: heads and an MLP layer in fp32."""
 
 _OTHERWISE = "with --precision bf16, without --guidance, or on more ranks (--tensor, --pipeline)"
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a rank may take: what is free there, and what torch holds without using it."""
+    """Bytes that a rank may take: free memory, and what torch's allocator has cached."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -44,7 +44,7 @@ class Batch:
         return _length(self.captions) * _length(self.candidates)
 
     def halves(self) -> list["Batch"]:
-        """The same as two, the captions apart, or the candidates of one."""
+        """Two halves: of the captions, or of the candidates of a single caption."""
         if _length(self.captions) > 1:
             rows = _cut(self.captions, 2)
             return [Batch(captions=part, candidates=self.candidates) for part in rows]
@@ -52,9 +52,9 @@ class Batch:
 
 
 def batches(captions: int, count: int, most: int) -> Iterator[Batch]:
-    """Deal `count` candidates of each caption to batches of at most `most`, evenly.
+    """Split `count` candidates of each caption evenly into batches of at most `most`.
 
-    A batch has the captions whose candidates all fit, or as many candidates of one as fit.
+    A batch holds all candidates of some captions, or some candidates of one caption.
     """
     together = max(1, most // count)
     for part in _cut(slice(0, captions), -(-captions // together)):
@@ -64,21 +64,21 @@ def batches(captions: int, count: int, most: int) -> Iterator[Batch]:
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """What decoding takes on this rank, by the number of candidates that are decoded together."""
+    """Memory that decoding takes on this rank, by the size of the batch."""
 
     caches: CacheShape
     captions: int
     candidates: int
     """Of each caption."""
     given: int = 0
-    """Image tokens that are run with the text."""
+    """Image tokens that are prefilled with the text."""
     streams: int = 1
     """2 with guidance: each candidate again with the empty caption."""
     lanes: int = 1
-    """Stages of a pipeline, among which a batch's candidates are dealt."""
+    """Pipeline stages; a batch's candidates are split into as many lanes."""
 
     def bytes(self, batch: int) -> int:
-        """The largest batch of `batches`: its caches, and the states of its text."""
+        """Bytes of the largest of `batches`: its caches, and the hidden states of its prefill."""
         config, one = self.caches.config, self.caches.of_one()
         captions = min(self.captions, max(1, batch // self.candidates))
         each = min(self.candidates, batch)
@@ -95,12 +95,12 @@ class Need:
 def fitting(
     need: Need, batch: int, free: int, device: torch.device, least: Callable[[int], int]
 ) -> int:
-    """How many candidates are decoded together, and a line in the log if `batch` does not fit.
+    """The batch size that fits on all ranks; logs a line if it is smaller than `batch`.
 
-    `least` gives the least of all ranks' numbers: they decode together.
+    `least`: minimum over all ranks, which decode together.
     Raises: ConfigError if not even one candidate fits.
     """
-    wanted = min(batch, need.captions * need.candidates)
+    requested = min(batch, need.captions * need.candidates)
     mine = need.most(batch, free)
     agreed = least(mine)
     where = f"{free / _GB:.2f} GB are free on {device}" if mine == agreed else "a rank has less"
@@ -109,18 +109,18 @@ def fitting(
             f"decoding one candidate takes {need.bytes(1) / _GB:.2f} GB beside the weights, "
             f"{where}: end what holds memory there, or decode {_OTHERWISE}"
         )
-    if agreed < wanted:
+    if agreed < requested:
         LOG.info(
             "a batch of %d candidates takes %.2f GB, %s: it is split, %d or fewer together",
-            *(wanted, need.bytes(wanted) / _GB, where, agreed),
+            *(requested, need.bytes(requested) / _GB, where, agreed),
         )
     return agreed
 
 
 def without_memory(batch: Batch, device: torch.device, alone: bool) -> list[Batch]:
-    """The halves of a batch for which the device ran out of memory after all, with a warning.
+    """Halve a batch that ran out of device memory, with a warning.
 
-    Raises: ConfigError if it has one candidate; or if other ranks, which wait, decode it too.
+    Raises: ConfigError for a batch of one candidate, or if other ranks wait in the same batch.
     """
     if not alone or batch.rows == 1:
         raise ConfigError(
@@ -143,7 +143,7 @@ def _length(part: slice) -> int:
 
 
 def _cut(whole: slice, parts: int) -> list[slice]:
-    """Parts that differ by one at most."""
+    """Cut into parts whose lengths differ by at most one."""
     first, length = int(whole.start), _length(whole)
     bounds = [first + length * i // parts for i in range(parts + 1)]
     return [slice(a, b) for a, b in pairwise(bounds)]

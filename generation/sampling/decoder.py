@@ -1,9 +1,9 @@
-"""A prior, or a stage of one, that decodes image tokens with key/value caches.
+"""Decode image tokens with KV caches on a prior, or on one pipeline stage of it.
 
-The layers are those that were trained (models/prior.py); here their weights are packed for few
-rows, and attention reads only what the masks allow. Text and given image tokens go through in one
-piece (`start`), then one token at a time (`next`). With tensor parallelism every rank has its heads
-and channels; with a pipeline every rank has its layers, and states travel between neighbours.
+The layers are those of models/prior.py with weights packed for few rows; attention reads only the
+cache slots that the masks allow. `start` prefills the text and the given image tokens, then `next`
+runs one token at a time. With tensor parallelism each rank holds its heads and channels; with a
+pipeline each rank holds its layers, and hidden states are sent to the next stage.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,7 +44,7 @@ class LocalPrior:
     tensor: TensorParallel = field(default_factory=TensorParallel)
     neighbours: Neighbours = field(default_factory=Neighbours)
     least: Callable[[int], int] = int
-    """The least of the numbers of all ranks that decode together."""
+    """Minimum of a number over all ranks that decode together."""
 
 
 class _DecoderBlock:
@@ -69,7 +69,7 @@ class _DecoderBlock:
         alone = part.tensor.size == 1
         ends = block.out, block.down
         self._out, self._down = (packed(end.weight.T, end.bias if alone else None) for end in ends)
-        self._late = [None if alone else end.bias.detach() for end in ends]
+        self._reduced_biases = [None if alone else end.bias.detach() for end in ends]
         shape = (self.kind, config.text_length, config.grid, config.conv_kernel)
         self._mask = full_mask(*shape).to(weight.device)
         self.heads = len(q.weight) // self._width
@@ -79,16 +79,16 @@ class _DecoderBlock:
         return sum(each.bytes for each in (self._qkv, self._out, self._up, self._down))
 
     def start(self, x: Tensor, cache: LayerCache, reads: Reads) -> Tensor:
-        """Run the text and the given image tokens, and fill the cache.
+        """Prefill: run the text and the given image tokens, and fill the cache.
 
         Shapes: x is (captions, text_length + given, dim).
         """
-        found, k, v = self._whole(x)
+        states, k, v = self._whole(x)
         cache.fill(k, v, reads)
-        return found
+        return states
 
-    def settled(self, x: Tensor) -> Tensor:
-        """Run text and image tokens with one layout of the weights, however they lie here."""
+    def canonical(self, x: Tensor) -> Tensor:
+        """Run text and image tokens without the cache, with the weights in one fixed layout."""
         one = copy(self)
         one._qkv, one._out = self._qkv.in_order(), self._out.in_order()
         one._up, one._down = self._up.in_order(), self._down.in_order()
@@ -98,25 +98,25 @@ class _DecoderBlock:
         """Run one image position of every candidate; x is (rows, dim)."""
         rows, captions, width = len(x), len(cache.text_keys), self._width
         heads = cache.text_keys.shape[1]
-        q, k, v = self._qkv(self._entered(x, 0)).view(rows, 3, heads, width).unbind(1)
+        q, k, v = self._qkv(self._normalized(x, 0)).view(rows, 3, heads, width).unbind(1)
         for store, new in ((cache.keys, k), (cache.values, v)):
             store.index_copy_(1, place.slot, new.reshape(rows * heads, 1, width))
         keys, values = (store.index_select(1, place.reads) for store in (cache.keys, cache.values))
-        near = torch.bmm(q.reshape(rows * heads, 1, width), keys.transpose(1, 2))
+        image_logits = torch.bmm(q.reshape(rows * heads, 1, width), keys.transpose(1, 2))
         shared = q.view(captions, -1, heads, width).transpose(1, 2)
-        words = torch.matmul(shared, cache.text_keys.transpose(2, 3))
-        text = words.shape[3]
-        logits = torch.cat(
-            [words.transpose(1, 2).reshape(rows, heads, text), near.view(rows, heads, -1)], 2
-        )
+        text_logits = torch.matmul(shared, cache.text_keys.transpose(2, 3))
+        text = text_logits.shape[3]
+        text_logits = text_logits.transpose(1, 2).reshape(rows, heads, text)
+        logits = torch.cat([text_logits, image_logits.view(rows, heads, -1)], 2)
         logits = logits.float() * width**-0.5
         if place.bias is not None:
             logits[..., text:] += place.bias
-        shares = torch.softmax(logits, 2).to(q.dtype)
-        said = shares[..., :text].reshape(captions, -1, heads, text).transpose(1, 2)
-        out = torch.matmul(said, cache.text_values).transpose(1, 2).reshape(rows, heads, width)
-        seen = shares[..., text:].reshape(rows * heads, 1, -1)
-        out = out + torch.bmm(seen, values).view(rows, heads, width)
+        probs = torch.softmax(logits, 2).to(q.dtype)
+        text_probs = probs[..., :text].reshape(captions, -1, heads, text).transpose(1, 2)
+        out = torch.matmul(text_probs, cache.text_values).transpose(1, 2)
+        out = out.reshape(rows, heads, width)
+        image_probs = probs[..., text:].reshape(rows * heads, 1, -1)
+        out = out + torch.bmm(image_probs, values).view(rows, heads, width)
         return self._after(x, out.flatten(1))
 
     def _whole(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,18 +129,18 @@ class _DecoderBlock:
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
         shape = (*x.shape[:2], 3, -1, self._width)
-        return self._qkv(self._entered(x, 0)).view(shape).permute(2, 0, 3, 1, 4).unbind(0)
+        return self._qkv(self._normalized(x, 0)).view(shape).permute(2, 0, 3, 1, 4).unbind(0)
 
     def _after(self, x: Tensor, attended: Tensor) -> Tensor:
         """What follows attention: its output matrix, and the MLP resblock."""
-        x = x + self._joined(self._out(attended), 0)
-        return x + self._joined(self._down(self._up(self._entered(x, 1))), 1)
+        x = x + self._reduced(self._out(attended), 0)
+        return x + self._reduced(self._down(self._up(self._normalized(x, 1))), 1)
 
-    def _entered(self, x: Tensor, which: int) -> Tensor:
+    def _normalized(self, x: Tensor, which: int) -> Tensor:
         return self._norms[which](x).to(self._dtype)  # type: ignore[no-any-return]
 
-    def _joined(self, partial: Tensor, which: int) -> Tensor:
-        bias = self._late[which]
+    def _reduced(self, partial: Tensor, which: int) -> Tensor:
+        bias = self._reduced_biases[which]
         return partial if bias is None else self._tensor.leave(partial.float()) + bias
 
 
@@ -148,13 +148,13 @@ class Decoder:
     """This rank's layers, packed; all ranks of a model call the same methods together."""
 
     def __init__(self, part: LocalPrior, precision: str = "fp32", one_row: bool = False) -> None:
-        """`one_row`: candidates come one by one, and a CPU's weights and caches are made for it."""
+        """`one_row`: lay out a CPU's weights and caches for one candidate at a time."""
         self.config, self.neighbours, self._tensor = part.config, part.neighbours, part.tensor
         self.least = part.least
         modules = list(part.layers.values())
         dtype = DTYPES[precision]
         self.exact = dtype == torch.float32
-        """In fp32 a key gives one picture whatever the batch."""
+        """True in fp32, in which a key gives the same picture in every batch."""
         self.device = next(modules[0].parameters()).device
         one_row = one_row and self.device.type == "cpu"
         first, last = modules[0], modules[-1]
@@ -197,12 +197,12 @@ class Decoder:
 
     @property
     def bytes(self) -> int:
-        """Weights that a token reads on this rank."""
+        """Bytes of weights that one token reads on this rank."""
         return sum(block.bytes for block in self._blocks) + (self._head.bytes if self._head else 0)
 
     @torch.no_grad()
     def start(self, text: Tensor, given: Tensor, each: int) -> Lane:
-        """Run captions and the codes that are given, for `each` candidates of every caption.
+        """Prefill captions and given codes, for `each` candidates of every caption.
 
         Shapes: text (captions, text_length) int64; given (captions, n) int64, n < grid * grid.
         """
@@ -218,7 +218,7 @@ class Decoder:
     def next(self, lane: Lane, position: int, before: Tensor) -> Tensor | None:
         """Logits of the code at an image position, on the last stage; None on the others.
 
-        Shapes: before (rows,) the codes one position earlier (anything at position 0) ->
+        Shapes: before (rows,) the codes one position earlier (unused at position 0) ->
         (rows, codes).
         """
         if self._embedding is not None:
@@ -228,21 +228,22 @@ class Decoder:
         return self._exit(self._step(x, lane, position), self._head)
 
     @torch.no_grad()
-    def settled(self, text: Tensor, image: Tensor) -> Tensor | None:
-        """Logits of the last code of `image`, which is not read: the numbers that count.
+    def canonical_logits(self, text: Tensor, image: Tensor) -> Tensor | None:
+        """Recompute the logits of the last code of `image` without the KV cache.
 
-        In fp32 they are the same to the last bit whatever the decoder was made for; slow.
+        The weights are used in one fixed layout, so that in fp32 the logits are bitwise equal for
+        every batch and layout of the decoder. The last code itself is not read. Slow.
         Shapes: text (captions, text_length) int64; image (captions, n) int64 -> (captions, codes).
         """
         x = self._entrance(text, image)
         for block in self._blocks:
-            x = block.settled(x)
+            x = block.canonical(x)
         if self._head is None:
             return self._exit(x, None)
         return self._exit(x[:, -1], self._head.in_order())
 
     def _entrance(self, text: Tensor, image: Tensor) -> Tensor:
-        """States before this rank's first block, (captions, text_length + n, dim)."""
+        """Hidden states before this rank's first block, (captions, text_length + n, dim)."""
         if self._embedding is None:
             length = self.config.text_length + image.shape[1]
             return self.neighbours.receive((len(text), length, self.config.dim), self.device)
@@ -269,13 +270,13 @@ class Decoder:
         if self._compiled is None:
             places = {kind: reads.cache_position(position) for kind, reads in self._reads.items()}
             return self._through(x, lane.blocks, places)
-        found: Tensor = self._compiled(x, lane.blocks, self._positions[position : position + 1])
-        return found
+        states: Tensor = self._compiled(x, lane.blocks, self._positions[position : position + 1])
+        return states
 
     def _run(self, x: Tensor, caches: Sequence[LayerCache], at: Tensor) -> Tensor:
-        """One step in shapes that are the same for all positions; `at` is (1,), on the device.
+        """One step with the same shapes at every position; `at` is (1,), on the device.
 
-        Between two steps of a lane only x and `at` change their address.
+        As a CUDA graph needs, only x and `at` change their address between steps of a lane.
         """
         places = {kind: reads.cache_position_at(at) for kind, reads in self._reads.items()}
         return self._through(x, caches, places)

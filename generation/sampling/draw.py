@@ -1,9 +1,9 @@
 """From logits to a code: temperature, top-k, top-p and guidance, with keyed noise.
 
-A draw is the largest of the logits plus Gumbel noise. Two computations of the same logits differ by
-rounding, with the number of rows that are multiplied together, say; the draw only differs where
-two codes are closer than that. `choose` says where they are, so that these draws can be made from
-logits that are computed in one way always: then a key gives one picture, whatever the batch.
+A draw is the argmax of the logits plus Gumbel noise. Logits of the same row differ by rounding
+between batch sizes, which changes a draw only if two codes are that close. `choose` reports such
+rows, so that the sampler can draw them from canonical logits (`Decoder.canonical_logits`): then a
+key gives the same picture in every batch.
 """
 
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from torch import Tensor
 from generation.config import DrawSettings
 
 CLOSE = 2e-4
-"""Two logits closer than this may change places by rounding; they are computed to 1e-4."""
+"""Two logits closer than this may swap places by rounding; their error is at most 1e-4."""
 _NEVER = -torch.inf
 _TIES = 32
-"""Codes beyond top_k that are looked at for ties."""
+"""Codes after the first top_k that are searched for ties."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +41,13 @@ def guided(logits: Tensor, scale: float) -> Tensor:
 
 
 def choose(
-    logits: Tensor, noise: Tensor | None, settings: DrawSettings, settled: bool = False
+    logits: Tensor, noise: Tensor | None, settings: DrawSettings, canonical: bool = False
 ) -> Choice:
     """Pick one code a row: (B, K) logits, and Gumbel noise unless the temperature is 0.
 
-    `settled`: the logits are computed in the one way that counts.
+    `canonical`: the logits are those of `Decoder.canonical_logits`, free of rounding differences.
     """
-    close = 0.0 if settled else CLOSE * max(1.0, 2 * settings.guidance - 1)
+    close = 0.0 if canonical else CLOSE * max(1.0, 2 * settings.guidance - 1)
     allowed = _allowed(logits, settings, close)
     scores = logits if noise is None else logits / settings.temperature + noise
     if allowed is not None:
@@ -65,9 +65,9 @@ class _Allowed:
     """Which codes may be drawn."""
 
     limit: Tensor
-    """(B,) the least logit that may be, by rounding, among those that are let in."""
+    """(B,) lower cutoff with rounding tolerance: codes below it may not be drawn."""
     doubtful: Tensor
-    """(B,) the largest logit that may be, by rounding, among those that are left out."""
+    """(B,) upper cutoff with rounding tolerance: codes above it may certainly be drawn."""
 
 
 def _allowed(logits: Tensor, settings: DrawSettings, close: float) -> _Allowed | None:

@@ -1,10 +1,9 @@
-"""What decoding remembers: keys and values of the text, shared by the candidates of a caption, and
-of the image, for each candidate; and which of them a position reads.
+"""KV caches: the candidates of a caption share the text's part, each has an image part of its own.
 
-A layer's mask lets an image position read some tens of earlier ones, and lets an early position be
-read for some time only: a row layer reads the last grid + 1 positions. So the image part of a cache
-has slots, as few as the mask allows, and a slot whose position no later one reads takes the next
-position. At the paper's sizes a row layer has 33 slots, a column layer 993, the convolution 166.
+A layer's sparse mask lets an image position read only some earlier ones; a row layer reads the last
+grid + 1. So the image part has as few slots as the mask allows: a slot is reused once no later
+position reads it. At the paper's sizes a row layer has 33 slots, a column layer 993, the
+convolution 166.
 """
 
 from collections import defaultdict
@@ -23,22 +22,22 @@ _META = torch.device("meta")
 
 
 class CachePosition(NamedTuple):
-    """Where one position is stored, and what it reads."""
+    """The slot of one image position, and the slots that it reads."""
 
     slot: Tensor
     """(1,) int64."""
     reads: Tensor
     """(w,) int64: slots."""
     bias: Tensor | None
-    """(w,): 0, or minus infinity for a slot that only fills up the shape; None: all are read."""
+    """(w,): 0, or minus infinity for padding; None: all slots are read."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Reads:
-    """In which slot each image position is stored, and which slots it reads, its own among them."""
+    """The slot of each image position, and the slots that it reads, its own included."""
 
     slots: int
-    """The fewest that hold every position for as long as one reads it."""
+    """Fewest slots that hold every position until its last read."""
     slot: Tensor
     """(grid * grid,) int64."""
     until: Tensor
@@ -46,12 +45,12 @@ class Reads:
     index: Tensor
     """(grid * grid, widest) int64: the slots that each reads, in the order of their positions."""
     counts: list[int]
-    """How many of a row of `index` are real."""
+    """Valid entries of each row of `index`."""
     bias: Tensor
-    """(grid * grid, widest): 0 where `index` is real, minus infinity elsewhere."""
+    """(grid * grid, widest): 0 where `index` is valid, minus infinity elsewhere."""
 
     def to(self, device: torch.device) -> "Reads":
-        """The same tables on a device, so that a step copies none there."""
+        """The tables on a device, so that no step copies them there."""
         return Reads(
             slots=self.slots,
             slot=self.slot.to(device),
@@ -62,12 +61,12 @@ class Reads:
         )
 
     def cache_position(self, position: int) -> CachePosition:
-        """Where the cache stores a position, and what the position reads."""
+        """The slot of a position, and the slots that it reads."""
         index = self.index[position, : self.counts[position]]
         return CachePosition(self.slot[position : position + 1], index, None)
 
     def cache_position_at(self, at: Tensor) -> CachePosition:
-        """The same in one shape for all positions, which lies on the device: `at` is (1,)."""
+        """`cache_position` with one shape for all positions; `at` is (1,), on the device."""
         index, bias = (table.index_select(0, at)[0] for table in (self.index, self.bias))
         return CachePosition(self.slot.index_select(0, at), index, bias)
 
@@ -78,7 +77,7 @@ class Reads:
 
 @lru_cache(maxsize=16)
 def reads_of(kind: Kind, grid: int, conv_kernel: int) -> Reads:
-    """The slots of a mask."""
+    """Assign slots to the positions of a mask."""
     mask = image_mask(kind, grid, conv_kernel)
     until = [int(column.nonzero()[-1]) for column in mask.T]
     slots = _slots(until)
@@ -100,24 +99,24 @@ def reads_of(kind: Kind, grid: int, conv_kernel: int) -> Reads:
 
 
 def _slots(until: list[int]) -> list[int]:
-    """Give each position a slot that is free by then, and a new one only if there is none.
+    """Reuse a free slot for each position; add a slot only if none is free.
 
-    A position holds its slot from itself to `until`, so that there are as many slots as positions
-    that are held at once: fewer cannot be.
+    A position holds its slot until its last read, so that the number of slots is the largest number
+    of positions held at once, which is the minimum.
     """
-    found: list[int] = []
+    slots: list[int] = []
     free: list[int] = []
     ending: defaultdict[int, list[int]] = defaultdict(list)
     for position, end in enumerate(until):
         free += ending.pop(position - 1, [])
-        found.append(free.pop() if free else max(found, default=-1) + 1)
-        ending[end].append(found[-1])
-    return found
+        slots.append(free.pop() if free else max(slots, default=-1) + 1)
+        ending[end].append(slots[-1])
+    return slots
 
 
 @dataclass(kw_only=True)
 class LayerCache:
-    """Keys and values of one block, in memory that is laid out once and written in place."""
+    """Keys and values of one block, in buffers that are allocated once and written in place."""
 
     text_keys: Tensor
     """(captions, heads, text_length, D)."""
@@ -127,7 +126,7 @@ class LayerCache:
     values: Tensor
 
     def fill(self, keys: Tensor, values: Tensor, reads: Reads) -> None:
-        """Store the text's, and of image tokens that are given the ones that are still read.
+        """Store the text's keys and values, and those of given image tokens that are read later.
 
         Shapes: (captions, heads, text_length + given, D).
         """
@@ -142,7 +141,7 @@ class LayerCache:
 
 @dataclass(kw_only=True)
 class Lane:
-    """Candidates that are decoded together: `each` of every caption, caption by caption."""
+    """Candidates that are decoded together: `each` per caption, in the order of the captions."""
 
     captions: int
     each: int
@@ -171,17 +170,17 @@ class Lane:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheShape:
-    """What the caches of one rank look like: known from the config, without any weight."""
+    """Shapes of one rank's caches, known from the config without weights."""
 
     config: PriorConfig
     kinds: tuple[Kind, ...]
     """The masks of this rank's layers."""
     heads: int
-    """This rank's."""
+    """Attention heads of this rank."""
     dtype: torch.dtype
 
     def lane(self, captions: int, each: int, device: torch.device) -> Lane:
-        """Lay out empty caches for `each` candidates of every caption."""
+        """Allocate empty caches for `each` candidates of every caption."""
         config, heads = self.config, self.heads
         width = config.dim // config.heads
         lane = Lane(captions=captions, each=each)
@@ -199,7 +198,7 @@ class CacheShape:
         return lane
 
     def of_one(self) -> Lane:
-        """The caches of one candidate on the meta device: sizes, and no memory."""
+        """The caches of one candidate on the meta device: sizes without memory."""
         return self.lane(1, 1, _META)
 
 

@@ -1,4 +1,4 @@
-"""Load the layers that a rank decodes with from a run's weights, whatever mesh wrote them."""
+"""Load one rank's layers for decoding from a run's weights, which any mesh may have written."""
 
 from functools import partial
 from pathlib import Path
@@ -17,14 +17,14 @@ from training.export.weights import fill, open_model
 
 
 def cut_problems(config: PriorConfig, tensor: int, stages: int) -> list[str]:
-    """What is too much for a prior of these sizes."""
-    found = []
+    """Check TP <= heads and PP <= layers."""
+    problems = []
     if tensor > config.heads:
-        found.append(f"--tensor {tensor} is more than the prior's {config.heads} heads")
+        problems.append(f"--tensor {tensor} is more than the prior's {config.heads} heads")
     layers = config.layers + 2  # with embedding and head
     if stages > layers:
-        found.append(f"--pipeline {stages} is more than the prior's {layers} layers")
-    return found
+        problems.append(f"--pipeline {stages} is more than the prior's {layers} layers")
+    return problems
 
 
 def load_local_prior(
@@ -34,14 +34,14 @@ def load_local_prior(
 
     Raises: ConfigError if the mesh does not fit; InputError, CorruptError as `open_model`.
     """
-    found = open_model(folder, "prior", step)
-    config = from_json(PriorConfig, found.config)
+    saved = open_model(folder, "prior", step)
+    config = from_json(PriorConfig, saved.config)
     layers = prior_layers(config, 0, mesh.shared)
     stages = mesh.pipeline.size
     check(cut_problems(config, mesh.tensor.size, stages))
     mine = stage_layers(layers, mesh.pipeline.rank, stages)
     built = nn.ModuleDict({layer.name: layer.build() for layer in mine})
-    fill(built, found)
+    fill(built, saved)
     neighbours = Pipeline(mesh.pipeline) if stages > 1 else Neighbours()
     part = LocalPrior(
         layers=dict(built.eval().to(mesh.world.device).items()),
@@ -50,4 +50,4 @@ def load_local_prior(
         neighbours=neighbours,
         least=partial(least_of, mesh.world),
     )
-    return part, found.facts
+    return part, saved.facts

@@ -1,4 +1,4 @@
-"""Linear layers as decoding wants them: few rows, so that reading the weights is what costs."""
+"""Linear layers for decoding: with few rows, reading the weights takes most of the time."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ _MOST_HALF = 65504.0
 class PackedLinear:
     """x W^T + b, with W laid out once for the CPU's kernels; elsewhere plain torch.
 
-    From 2 to some tens of rows oneDNN's own layout is twice as fast as torch's. At one row it is
-    read at 0.6 of what the memory gives. There, in fp32, W^T in order is read at 0.8 if there are
-    more outputs than inputs, and W in order if there are not; 16 bits are read at 0.8 to 1 by
-    FBGEMM's kernel for fp16 weights, whose sums are fp32: docs/LOG.md.
+    From 2 to some tens of rows oneDNN's packed layout is twice as fast as torch's. For one row it
+    reads weights at 0.6 of the memory's bandwidth, so other layouts are used: in fp32, row-major
+    W^T if there are more outputs than inputs, else row-major W (0.8); in 16 bits, FBGEMM's kernel
+    for fp16 weights, which sums in fp32 (0.8 to 1). Figures: docs/LOG.md.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class PackedLinear:
         self._bias = None if bias is None else bias.detach().to(dtype)
         self._gelu, self._dtype = gelu, dtype
         self.bytes = weight.numel() * weight.element_size()
-        """What is read of the weights for each call."""
+        """Bytes of weights that each call reads."""
         self._in_order = one_row and dtype == torch.float32
         self._half = _half(weight, self._bias) if one_row and dtype == torch.bfloat16 else None
         self._packed = not self._in_order and self._half is None and _packs(weight)
@@ -44,7 +44,7 @@ class PackedLinear:
         self._weight = weight if self._half is None else weight.new_empty(0)
 
     def in_order(self) -> "PackedLinear":
-        """The same on a CPU in fp32, laid out for calls of one row; elsewhere itself."""
+        """On a CPU in fp32, the layer in the layout for one row; elsewhere itself."""
         if self._in_order or self._weight.device.type != "cpu" or self._dtype != torch.float32:
             return self
         weight = self._weight.to_dense() if self._packed else self._weight
@@ -59,10 +59,10 @@ class PackedLinear:
         x = x.to(self._dtype)
         if self._packed:
             name, kind = ("gelu", "tanh") if self._gelu else ("none", "")
-            found: Tensor = torch.ops.mkldnn._linear_pointwise(
+            output: Tensor = torch.ops.mkldnn._linear_pointwise(
                 x, self._weight, self._bias, name, [], kind
             )
-            return found.to(given)
+            return output.to(given)
         return self._activated(F.linear(x, self._weight, self._bias)).to(given)
 
     def _activated(self, x: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class PackedLinear:
 
 
 def _packs(weight: Tensor) -> bool:
-    """oneDNN lays out 16 bits only on CPUs with AVX-512 or instructions of their own for them."""
+    """True if oneDNN packs this weight; 16 bits need AVX-512 or the CPU's own instructions."""
     known = hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not known:
         return False
@@ -79,9 +79,9 @@ def _packs(weight: Tensor) -> bool:
 
 
 def _half(weight: Tensor, bias: Tensor | None) -> Any:
-    """FBGEMM's fp16 layout; None where there is no FBGEMM, or a weight is beyond fp16 or no number.
+    """FBGEMM's fp16 layout; None without FBGEMM, or if a weight is NaN or out of fp16's range.
 
-    A bf16 weight from 2^-14 on is an fp16 number; a smaller one moves by at most 2^-25.
+    bf16 weights of at least 2^-14 are exact in fp16; smaller ones change by at most 2^-25.
     """
     known = torch.backends.quantized.engine in ("fbgemm", "x86")
     if not known or weight.device.type != "cpu" or not float(weight.abs().max()) <= _MOST_HALF:

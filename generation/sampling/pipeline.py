@@ -1,4 +1,4 @@
-"""How the stages of a pipeline that decodes talk to each other."""
+"""Communication between the pipeline stages of a decoder."""
 
 from typing import Any
 
@@ -12,47 +12,47 @@ from parallel.world import World
 
 
 def least_of(world: World, value: int) -> int:
-    """The least of all ranks' numbers, on each of them."""
+    """All-reduce the minimum of a number over all ranks."""
     if world.group is None:
         return value
-    found = torch.tensor(value, device=world.device)
-    dist.all_reduce(found, dist.ReduceOp.MIN, group=world.group)
-    return int(found)
+    least = torch.tensor(value, device=world.device)
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=world.group)
+    return int(least)
 
 
 class Neighbours:
-    """The only stage."""
+    """Neighbours of the only stage of a pipeline: none."""
 
     size = 1
 
     def receive(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        """States of the stage before."""
+        """Receive hidden states from the previous stage."""
         raise TapirError("this stage is the first one")
 
     def send(self, x: Tensor) -> None:
-        """Pass states to the next stage, without waiting for it."""
+        """Send hidden states to the next stage, without waiting for it."""
         raise TapirError("this stage is the last one")
 
     def share(self, codes: Tensor) -> "Shared":
-        """Spread what the last stage has drawn; the others give a tensor of that size."""
+        """Broadcast the codes of the last stage; other stages pass a tensor of that size."""
         return Shared(codes, None)
 
 
 class Shared:
-    """Codes on their way to all stages."""
+    """Codes whose broadcast is under way."""
 
     def __init__(self, codes: Tensor, work: Any) -> None:
         self._codes, self._work = codes, work
 
     def wait(self) -> Tensor:
-        """The last stage's codes."""
+        """Wait for the last stage's codes."""
         if self._work is not None:
             self._work.wait()
         return self._codes
 
 
 class Pipeline(Neighbours):
-    """A stage among several; all call the same methods in the same order."""
+    """Neighbours of one stage of several; all call the same methods in the same order."""
 
     def __init__(self, group: Group) -> None:
         assert group.handle is not None
@@ -62,9 +62,9 @@ class Pipeline(Neighbours):
         self._sent: list[tuple[Any, Tensor]] = []
 
     def receive(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        found = torch.empty(shape, device=device)
-        dist.recv(found, self._ranks[self._place - 1], group=self._group)
-        return found
+        states = torch.empty(shape, device=device)
+        dist.recv(states, self._ranks[self._place - 1], group=self._group)
+        return states
 
     def send(self, x: Tensor) -> None:
         self._sent = [(work, kept) for work, kept in self._sent if not work.is_completed()]

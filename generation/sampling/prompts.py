@@ -1,8 +1,8 @@
 """Image prompts: which tokens of a given picture are kept while the others are drawn.
 
-Tokens are drawn in raster order, and a token sees those before it alone. Kept rows at the top are
-seen by all that follows, as in the paper. What is kept further down is seen only by what comes
-after it: the part above or left of it is drawn without knowing it, so that seams may show there.
+Tokens are drawn in raster order, and each attends to earlier ones alone. All drawn tokens see kept
+rows at the top, as in the paper. A kept token further down is seen by later tokens only: earlier
+ones are drawn without it, so that seams may show there.
 """
 
 import re
@@ -24,9 +24,9 @@ _KEPT_BELOW = 128
 
 
 def kept_tokens(config: PromptConfig, grid: int) -> Tensor:
-    """Which tokens a prompt keeps, (grid * grid,) bool.
+    """Mask of the tokens that a prompt keeps, (grid * grid,) bool.
 
-    Raises: ConfigError if a part lies outside of the grid, or nothing is kept, or nothing drawn;
+    Raises: ConfigError if a part is outside the grid, or nothing is kept, or nothing drawn;
     InputError if the mask is no picture.
     """
     kept = torch.zeros(grid, grid, dtype=torch.bool, device="cpu")
@@ -51,7 +51,7 @@ def kept_tokens(config: PromptConfig, grid: int) -> Tensor:
 
 
 def prompt_of(codes: Tensor, config: PromptConfig, grid: int) -> Prompt:
-    """The prompt of a picture's codes, (grid * grid,)."""
+    """Make a prompt of a picture's codes, (grid * grid,)."""
     return Prompt(codes=codes, kept=kept_tokens(config, grid))
 
 
@@ -72,7 +72,7 @@ def _rectangle(text: str, grid: int) -> tuple[slice, slice]:
 
 
 def _redrawn(config: PromptConfig, grid: int) -> Tensor:
-    """Tokens of which a mask has any bright pixel, (grid, grid) bool."""
+    """Tokens under any bright pixel of a mask, (grid, grid) bool."""
     mask, image = _opened(config.mask), _opened(config.image)
     shapes = [x.shape[1] / x.shape[0] for x in (mask, image)]
     if abs(shapes[0] / shapes[1] - 1) > 0.02:

@@ -1,4 +1,4 @@
-"""Draw image tokens from a prior: many candidates of some captions at once, keyed one by one."""
+"""Draw image tokens from a prior: batches of candidates, each with a random key of its own."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from models.keyed_noise import gumbel_noise
 from models.prior import PAD
 
 Keys = list[list[tuple[KeyPart, ...]]]
-"""For each caption the key of each of its candidates."""
+"""Random key of each candidate, by caption."""
 _UNSURE = -1
 
 
@@ -36,7 +36,7 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """Some candidates that are finished."""
+    """Finished candidates of some captions."""
 
     captions: slice
     candidates: slice
@@ -63,11 +63,11 @@ class Sampler:
     def draw(
         self, text: Tensor, keys: Keys, settings: DrawSettings, prompt: Prompt | None = None
     ) -> Iterator[Drawn]:
-        """Draw candidates, a batch at a time, and hand them out as they are finished.
+        """Draw candidates batch by batch, and yield each batch when it is finished.
 
-        Fewer at a time if the caches of so many do not fit into free memory.
-        Shapes: text (captions, text_length) int64, PAD behind a caption.
-        Raises: ConfigError if those of one candidate do not fit.
+        A batch is made smaller if its caches do not fit into free memory.
+        Shapes: text (captions, text_length) int64, padded with PAD.
+        Raises: ConfigError if the caches of one candidate do not fit.
         """
         count = len(keys[0]) if keys else 0
         if len(keys) != len(text) or any(len(row) != count for row in keys):
@@ -93,7 +93,7 @@ class Sampler:
     def _fitting(
         self, captions: int, count: int, settings: DrawSettings, prompt: Prompt | None
     ) -> int:
-        """How many candidates are decoded together."""
+        """The batch size that fits into free memory."""
         decoder = self.decoder
         need = Need(
             caches=decoder.caches,
@@ -109,7 +109,7 @@ class Sampler:
     def _codes(
         self, text: Tensor, keys: Keys, settings: DrawSettings, prompt: Prompt | None
     ) -> Tensor | None:
-        """A batch, (captions, candidates, grid * grid); None if memory ran out."""
+        """Codes of a batch, (captions, candidates, grid * grid); None if memory ran out."""
         try:
             lanes = [
                 _Lane(self.decoder, text, part, settings, prompt)
@@ -123,7 +123,7 @@ class Sampler:
 
 
 def _split(keys: Keys, lanes: int) -> list[Keys]:
-    """Deal the candidates to lanes, so that every stage of a pipeline has work."""
+    """Split candidates into lanes, so that every pipeline stage has work."""
     count = len(keys[0])
     bounds = [count * i // lanes for i in range(lanes + 1)]
     return [[row[a:b] for row in keys] for a, b in pairwise(bounds) if a < b]
@@ -137,7 +137,7 @@ def _decode(lanes: "list[_Lane]", length: int) -> list[Tensor]:
 
 
 def _span(prompt: Prompt | None, length: int) -> tuple[int, int]:
-    """The first position that is drawn, and the end of the last one."""
+    """The first position that is drawn, and one after the last."""
     if prompt is None:
         return 0, length
     drawn = (~prompt.kept).nonzero().flatten().tolist()
@@ -171,10 +171,10 @@ class _Lane:
         self._shared: tuple[Shared, int] | None = None
 
     def advance(self, position: int) -> None:
-        """Decode one position of every candidate; one that is given is only read."""
+        """Decode one position of every candidate; a kept position is read, not drawn."""
         if not self._first <= position < self._end:
             return
-        self._settle()
+        self._store_codes()
         logits = self._next(self._lane, position, self._codes)
         if self._kept[position]:
             return
@@ -187,7 +187,7 @@ class _Lane:
 
     def finish(self) -> Tensor:
         """(captions, each, grid * grid)."""
-        self._settle()
+        self._store_codes()
         return self._codes.view(self._captions, self._each, -1)
 
     def _start(self, text: Tensor, given: Tensor, each: int) -> Lane:
@@ -195,7 +195,7 @@ class _Lane:
         return self._decoder.start(text, given.expand(len(text), -1), each)
 
     def _with_empty(self, text: Tensor) -> Tensor:
-        """With guidance, as many empty captions behind the captions."""
+        """With guidance, append as many empty captions."""
         plain = self._settings.guidance == 1
         return text if plain else torch.cat([text, torch.full_like(text, PAD)])
 
@@ -211,8 +211,8 @@ class _Lane:
             return None
         return gumbel_noise(keys, (self._decoder.config.image_vocabulary,), position)
 
-    def _settle(self) -> None:
-        """Take the last position's codes; those that rounding could change are drawn again."""
+    def _store_codes(self) -> None:
+        """Store the last position's codes; redraw those that rounding could change."""
         if self._shared is None:
             return
         (shared, position), self._shared = self._shared, None
@@ -222,14 +222,14 @@ class _Lane:
             self._codes[row, position] = self._by_itself(row, position)
 
     def _by_itself(self, row: int, position: int) -> Tensor:
-        """Draw one candidate's code from logits that do not depend on the others of its batch."""
+        """Draw one candidate's code from canonical logits, which do not depend on its batch."""
         caption, guidance = row // self._each, self._settings.guidance
         text = self._with_empty(self._text[caption : caption + 1])
         image = self._codes[row : row + 1, : position + 1].expand(len(text), -1)
-        logits = self._decoder.settled(text, image)
+        logits = self._decoder.canonical_logits(text, image)
         drawn = torch.full((1,), _UNSURE, device=self._decoder.device)
         if logits is not None:
             logits = logits if guidance == 1 else guided(logits, guidance)
             noise = self._noise(self._keys[row : row + 1], position)
-            drawn = choose(logits, noise, self._settings, settled=True).codes
+            drawn = choose(logits, noise, self._settings, canonical=True).codes
         return self._decoder.neighbours.share(drawn).wait()[0]

@@ -1,11 +1,12 @@
-"""What this machine really reaches: one run that measures the constants of `cpu` plans.
+"""Measure the constants of `tapir plan --gpu cpu` on this machine.
 
-Matmuls at a few sizes and a copy of memory give rates, all-reduces of two sizes between two ranks
-the link. Steps of a narrow model with few and many micro-batches give what Python costs a layer and
-a step. Steps of a wider one give the rest: alone, the share of the matmuls' rate which a whole step
-reaches; a replica a core, what a core keeps of it while others work; as two tensor ranks, in many
-micro-batches what a hop of a collective between layers takes (ranks that compute are not ready at
-the same moment, and have to be woken), in one what collectives reach of the link.
+Square matmuls and a copy of memory give rates; all-reduces of two sizes between two ranks give the
+link. Steps of a narrow model with few and many micro-batches give Python's overhead per layer and
+per step. Steps of a wide model give the rest: on one rank, the share of the matmul rate that a
+whole step reaches; with one replica per core, the share of it that a core keeps while the others
+work; on two tensor ranks with many micro-batches, the latency of a collective between layers (ranks
+arrive at different times and have to be woken), with one micro-batch, the share of the link that
+collectives reach.
 """
 
 import json
@@ -36,7 +37,7 @@ from training.config import LoopConfig, PriorTrain
 SIZES = (256, 512, 1024)
 """Sides of the square matmuls."""
 COPIED = 2**27
-"""Bytes of the copy that tells the memory's rate."""
+"""Bytes of the copy that measures the memory's bandwidth."""
 ROUNDS, STEPS, TURNS = 7, 8, 5
 NARROW = PriorConfig(
     dim=64, heads=4, layers=6, text_length=16, text_vocabulary=64, image_vocabulary=64, grid=4
@@ -47,26 +48,26 @@ WIDE = PriorConfig(
 FEW, MANY = 1, 8
 """Micro-batches a step."""
 EACH = 16
-"""Pictures a step of a replica of the wide model."""
+"""Samples per step of a replica of the wide model."""
 MOST_RANKS = 16
-"""Ranks that calibration starts."""
+"""Most ranks that calibration starts."""
 RANGES = {
     "sustained": (0.02, 1.0),
     "together": (0.02, 1.0),
     "link_latency": (1e-6, 0.1),
     "joined": (0.02, 1.0),
 }
-"""Between which a constant that steps tell is looked for: shares, and seconds of a hop."""
+"""Search range of each constant that is solved from steps: shares, and seconds of a hop."""
 PASSES = 6
-"""Over the constants that steps tell, for what replicas keep depends on what links give."""
+"""Rounds over those constants, since they depend on one another."""
 BESIDE = {"link_latency": "joined"}
-"""From what a run's step takes more than another's: as many bytes, in fewer collectives."""
+"""Constant -> the run whose step time is subtracted: the same bytes in fewer collectives."""
 
 
 def calibrate(precision: str = "fp32") -> dict[str, float]:
     """Measure this machine; returns fields of `Hardware`.
 
-    Units: operations, bytes and seconds; a rate is that of one core.
+    Units: operations, bytes and seconds; rates of one core.
     """
     torch.set_num_threads(1)
     set_numerics(CPU, "auto")
@@ -78,7 +79,7 @@ def calibrate(precision: str = "fp32") -> dict[str, float]:
     LOG.info("one core: %s", ", ".join(f"{n} {v / 1e9:.1f}e9" for n, v in rates.items()))
     link = _link()
     LOG.info("two ranks: %.2f GB/s, latency %.2f ms", link["link"] / 1e9, 1e3 * link["latency"])
-    found = {
+    measured = {
         **rates,
         "streamed": 1.0,
         "link": link["link"],
@@ -89,34 +90,34 @@ def calibrate(precision: str = "fp32") -> dict[str, float]:
         "cores": os.cpu_count() or 1,
         "memory": float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
     }
-    return {**found, **_steps(KNOWN["cpu"].with_constants(found), precision)}
+    return {**measured, **_steps(KNOWN["cpu"].with_constants(measured), precision)}
 
 
 def _steps(hardware: Hardware, precision: str) -> dict[str, float]:
-    """What whole steps tell: all kinds of them in turns, of each the shortest of all turns."""
+    """Constants from whole steps: the runs take turns, and the shortest step of each counts."""
     one = EngineConfig(precision=precision)  # type: ignore[arg-type]
     engine = replace(one, name="deepspeed_zero")
-    narrow, ways = runs_for_overheads(one, engine), runs_for_steps(hardware.cores, one, engine)
+    narrow, wide = runs_for_overheads(one, engine), runs_for_steps(hardware.cores, one, engine)
     times: dict[str, list[float]] = {}
     for turn in range(TURNS):
-        LOG.info("steps of %d meshes, turn %d of %d", len(narrow | ways), turn + 1, TURNS)
-        for name, way in (narrow | ways).items():
-            times.setdefault(name, []).extend(time_steps(way, STEPS))
+        LOG.info("steps of %d meshes, turn %d of %d", len(narrow | wide), turn + 1, TURNS)
+        for name, settings in (narrow | wide).items():
+            times.setdefault(name, []).extend(time_steps(settings, STEPS))
     least = {name: min(seconds) for name, seconds in times.items()}
-    found = overheads(least)
+    overhead = overheads(least)
     LOG.info(
         "Python: %.2f ms a layer, %.1f ms a step, %.1f ms more with DeepSpeed",
-        *(1e3 * value for value in found.values()),
+        *(1e3 * value for value in overhead.values()),
     )
-    solved = constants(ways, least, hardware.with_constants(found))
+    solved = constants(wide, least, hardware.with_constants(overhead))
     LOG.info("%s", ", ".join(f"{name} {value:.3g}" for name, value in solved.items()))
     for name in at_bounds(solved):
-        LOG.warning("%s lies on its bound; calibrate again while nothing else runs", name)
-    return found | solved
+        LOG.warning("%s is on its bound; calibrate again while nothing else runs", name)
+    return overhead | solved
 
 
 def at_bounds(solved: Mapping[str, float]) -> list[str]:
-    """Constants that no steps can have told; a share may be 1."""
+    """Constants on a bound of their range, which no step can determine; a share may be 1."""
 
     def inside(name: str, value: float) -> bool:
         low, high = RANGES[name]
@@ -126,7 +127,7 @@ def at_bounds(solved: Mapping[str, float]) -> list[str]:
 
 
 def runs_for_overheads(one: EngineConfig, deepspeed: EngineConfig) -> dict[str, PriorTrain]:
-    """The runs whose steps are Python's above all."""
+    """Runs whose steps take mostly Python's time."""
     few = PriorTrain(model=NARROW, loop=LoopConfig(global_batch_size=MANY), engine=one)
     many = replace(few, engine=replace(one, gradient_accumulation_steps=MANY))
     two = replace(few, mesh=MeshConfig(data=2))
@@ -134,7 +135,7 @@ def runs_for_overheads(one: EngineConfig, deepspeed: EngineConfig) -> dict[str, 
 
 
 def overheads(least: Mapping[str, float]) -> dict[str, float]:
-    """Python's seconds a layer, a step, and with DeepSpeed, from the steps of those runs."""
+    """Python's seconds per layer, per step, and DeepSpeed's on top, from those runs' steps."""
     layers = NARROW.layers + 2
     layer = max(least["many"] - least["few"], 0.0) / ((MANY - FEW) * layers)
     return {
@@ -145,7 +146,7 @@ def overheads(least: Mapping[str, float]) -> dict[str, float]:
 
 
 def runs_for_steps(cores: int, one: EngineConfig, deepspeed: EngineConfig) -> dict[str, PriorTrain]:
-    """The runs from whose steps a constant each is found, with those before it."""
+    """Constant -> the run that determines it, given the constants before it."""
     alone = PriorTrain(model=WIDE, loop=LoopConfig(global_batch_size=EACH), engine=one)
     if cores == 1:
         return {"sustained": alone}
@@ -159,25 +160,25 @@ def runs_for_steps(cores: int, one: EngineConfig, deepspeed: EngineConfig) -> di
 
 
 def constants(
-    ways: Mapping[str, PriorTrain], least: Mapping[str, float], hardware: Hardware
+    runs: Mapping[str, PriorTrain], least: Mapping[str, float], hardware: Hardware
 ) -> dict[str, float]:
-    """The constants with which each run's step is predicted to take as long as it does."""
-    found: dict[str, float] = {}
-    for name, way in PASSES * list(ways.items()):
+    """Solve the constants for which each run's predicted step time equals the measured one."""
+    solved: dict[str, float] = {}
+    for name, settings in PASSES * list(runs.items()):
         less = BESIDE.get(name)
 
         def predicted(value: float) -> float:
-            there = hardware.with_constants(found | {name: value})  # noqa: B023 - called at once
-            taken = estimate(ways[less], there).seconds if less else 0.0  # noqa: B023
-            return estimate(way, there).seconds - taken  # noqa: B023
+            there = hardware.with_constants(solved | {name: value})  # noqa: B023 - called at once
+            taken = estimate(runs[less], there).seconds if less else 0.0  # noqa: B023
+            return estimate(settings, there).seconds - taken  # noqa: B023
 
         measured = least[name] - (least[less] if less else 0.0)
-        found[name] = _solved(predicted, measured, *RANGES[name])
-    return found
+        solved[name] = _solved(predicted, measured, *RANGES[name])
+    return solved
 
 
 def _solved(predicted: Callable[[float], float], measured: float, low: float, high: float) -> float:
-    """Where a prediction that only rises, or only falls, is what was measured."""
+    """Bisect for the value at which a monotonic prediction equals the measurement."""
     rises = predicted(high) > predicted(low)
     for _ in range(30):
         middle = math.sqrt(low * high)
@@ -192,7 +193,7 @@ def _matmul_rate(size: int, dtype: torch.dtype) -> float:
 
 
 def _memory_rate() -> float:
-    """Bytes read and written a second."""
+    """Bytes read and written per second."""
     source = torch.ones(COPIED // 4)
     target = torch.empty_like(source)
     return 2 * COPIED / _best(lambda: target.copy_(source))
@@ -213,8 +214,8 @@ def _link() -> dict[str, float]:
         launch(
             "planning.calibration.calibrate:link_rank", payload, 2, ["torch", "torch.distributed"]
         )
-        found: dict[str, float] = json.loads(Path(folder, "link.json").read_text())
-        return found
+        figures: dict[str, float] = json.loads(Path(folder, "link.json").read_text())
+        return figures
 
 
 def link_rank(payload: str) -> None:
@@ -224,6 +225,6 @@ def link_rank(payload: str) -> None:
     dist.barrier()
     link = measure_link(world.group, world.device)
     if world.rank == 0:
-        found = {"link": link.bandwidth, "latency": link.latency / 2}
-        Path(json.loads(payload)["out"], "link.json").write_text(json.dumps(found))
+        figures = {"link": link.bandwidth, "latency": link.latency / 2}
+        Path(json.loads(payload)["out"], "link.json").write_text(json.dumps(figures))
     leave_world(world)

@@ -1,4 +1,4 @@
-"""Real steps of a mesh on this machine, timed: what calibration and the benchmark measure."""
+"""Time real steps of a mesh on this machine, for calibration and the benchmark."""
 
 import json
 import time
@@ -22,11 +22,11 @@ from training.config import PriorTrain
 from training.tasks.task import hand_over
 
 WARM = 3
-"""Steps before the first one that counts."""
+"""Warm-up steps that are not timed."""
 
 
 def time_steps(settings: PriorTrain, steps: int) -> list[float]:
-    """Seconds of each of so many steps, on ranks of their own.
+    """Seconds of each of `steps` steps, on newly spawned ranks.
 
     Raises: RankError if a rank fails.
     """
@@ -40,8 +40,8 @@ def time_steps(settings: PriorTrain, steps: int) -> list[float]:
             settings.mesh.world,
             preload,
         )
-        found: list[float] = json.loads(Path(folder, "seconds.json").read_text())
-        return found
+        seconds: list[float] = json.loads(Path(folder, "seconds.json").read_text())
+        return seconds
 
 
 def trial_rank(payload: str) -> None:

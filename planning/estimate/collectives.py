@@ -7,7 +7,7 @@ from planning.estimate.hardware import Hardware
 
 
 def group_span(mesh: MeshConfig, group: str) -> tuple[int, int]:
-    """(ranks of a group, distance of neighbours among the world's ranks): parallel/mesh.py."""
+    """(ranks of a group, stride between neighbours in global ranks), as in parallel/mesh.py."""
     return {
         "tensor": (mesh.tensor, 1),
         "machine": (mesh.local, mesh.tensor),
@@ -19,10 +19,10 @@ def group_span(mesh: MeshConfig, group: str) -> tuple[int, int]:
 
 
 def ring(size: int, stride: int, hardware: Hardware) -> tuple[float, float]:
-    """(bytes a second, seconds a hop) of a ring over `size` ranks, `stride` apart.
+    """(bytes per second, seconds per hop) of a ring over `size` ranks, `stride` apart.
 
-    Across nodes, all groups that leave a node share its network: as many as `stride`, at most one
-    a processor.
+    Across nodes, all groups that leave a node share its network: `stride` of them, at most one per
+    processor.
     """
     if size * stride <= hardware.gpus_per_node:
         return hardware.link * hardware.joined, hardware.link_latency
@@ -47,7 +47,7 @@ def gather(count: float, span: tuple[int, int], hardware: Hardware) -> float:
 
 
 def hand_on(count: float, mesh: MeshConfig, hardware: Hardware) -> float:
-    """Seconds to send `count` bytes to the next stage, while all ranks of a node do."""
+    """Seconds to send `count` bytes to the next stage while all ranks of a node send."""
     _, stride = group_span(mesh, "pipeline")
     if mesh.pipeline * stride <= hardware.gpus_per_node:
         return count / (hardware.link * hardware.joined) + hardware.link_latency

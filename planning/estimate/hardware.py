@@ -1,9 +1,9 @@
 """Processors and clusters by their physical constants; imports no torch.
 
-Peaks, memory and links are the makers' data sheets'. `sustained` and `streamed` are what large
-kernels reach of them: tensor cores are held back by power and by loading their operands, streams
-of memory by refresh and turnarounds. They were lowered once, from 0.85 to 0.8, after a first look
-at the published runs (planning/estimate/published.py), which came out 12% too fast one and all.
+Peaks, memory and links are from data sheets. `sustained` and `streamed` are the shares of them that
+large kernels reach: power and operand loads limit tensor cores, refresh and turnarounds limit
+memory. They were lowered once, from 0.85 to 0.8, since all published runs
+(planning/estimate/published.py) were predicted 12% too fast.
 """
 
 import json
@@ -16,9 +16,9 @@ from core.errors import InputError
 
 GB = 1e9
 MEASURED = ("half_flops", "full_flops", "bandwidth", "link", "overhead", "sustained")
-"""What every calibration holds, among others."""
+"""Fields that every calibration must hold."""
 _MOST = 1e30
-"""Constants below it can be multiplied."""
+"""Constants below it can be multiplied without overflow."""
 _SHARES = ("sustained", "streamed", "joined", "together")
 _POSITIVE = (
     "half_flops",
@@ -39,34 +39,34 @@ class Hardware:
 
     name: str
     half_flops: float
-    """Peak of 16-bit matmuls with 32-bit sums, in operations a second."""
+    """Peak of 16-bit matmuls with fp32 accumulation, in operations per second."""
     full_flops: float
     """Peak of fp32 matmuls."""
     bf16: bool = True
-    """False if there are no bf16 units: 16 bits are fp16 then."""
+    """False without bf16 units: 16 bits mean fp16 then."""
     memory: float
-    """Bytes a processor."""
+    """Bytes per processor."""
     context: float = 0.6 * GB
-    """Bytes of it that a process' context takes: 0.3 of the driver and of kernels that are loaded
-    when they are first used (pytorch issue 107667; 0.2 to 0.7 with older ones, issue 28113), and
-    the workspaces of matmuls. NCCL's are counted by themselves: planning/estimate/reserve.py."""
+    """Bytes of it that a process' context takes: 0.3 GB of the driver and of lazily loaded kernels
+    (pytorch issue 107667; 0.2 to 0.7 with older ones, issue 28113), and the workspaces of matmuls.
+    NCCL's buffers are counted apart: planning/estimate/reserve.py."""
     channels: int = 24
-    """Channels of one of NCCL's communicators inside a node: 24 on A100s with NVSwitch (NVIDIA/nccl
+    """Channels of an NCCL communicator inside a node: 24 on A100s with NVSwitch (NVIDIA/nccl
     issue 578); 0 = no NCCL."""
     host_memory: float
-    """Bytes of a node's host."""
+    """Bytes of host memory per node."""
     bandwidth: float
-    """Bytes a second of memory."""
+    """Bytes per second of memory."""
     units: int
-    """Multiprocessors: a matmul's tiles run in waves of so many."""
+    """Multiprocessors: a matmul's tiles run in waves of this many."""
     link: float
-    """Bytes a second that a processor sends to its neighbours inside a node."""
+    """Bytes per second that a processor sends to its neighbours inside a node."""
     link_latency: float = 8e-6
     """Seconds of one hop inside a node, with its kernel."""
     gpus_per_node: int = 8
-    """Processors a node."""
+    """Processors per node."""
     network: float
-    """Bytes a second that a node sends to the others."""
+    """Bytes per second that a node sends to the others."""
     network_latency: float = 15e-6
     """Seconds of one hop between nodes."""
     launch: float = 4e-6
@@ -78,45 +78,45 @@ class Hardware:
     joined: float = 0.8
     """Share of a link that a ring of collectives reaches."""
     rings: bool = False
-    """True if small collectives go round a ring, too (gloo); NCCL's are trees, of fewer hops."""
+    """True if small collectives use a ring, too (gloo); NCCL uses trees, which have fewer hops."""
     overhead: float = 0.0
-    """Seconds a micro-batch's layer spends outside of kernels (Python, on CPUs)."""
+    """Seconds outside of kernels per layer and micro-batch (Python, on CPUs)."""
     step_overhead: float = 0.01
-    """Seconds a step spends outside of kernels."""
+    """Seconds outside of kernels per step."""
     engine_overhead: float = 0.0
-    """Seconds a step that DeepSpeed's engines spend on top."""
+    """Additional seconds per step of DeepSpeed's engines."""
     cores: int = 0
-    """Processors that all ranks of a node share; 0 = every rank has its own."""
+    """Cores that all ranks of a node share; 0 = every rank has a processor of its own."""
     together: float = 1.0
-    """Share of its rate that one of them keeps while all others work, too."""
+    """Share of its rate that a core keeps while all others work."""
     cost_per_hour: float = 0.0
-    """Dollars a processor and hour, of public clouds on demand; 0 = unknown."""
+    """Dollars per processor and hour, of public clouds on demand; 0 = unknown."""
 
     def problems(self) -> list[str]:
-        """What no processor or cluster can have."""
-        found = []
+        """Every value that no processor or cluster can have."""
+        problems = []
         for name, value in vars(self).items():
             if not isinstance(value, float | int):
                 continue
             if name in _SHARES and not 0 < value <= 1:
-                found.append(f"{name}={value} is a share; it must be above 0 and at most 1")
+                problems.append(f"{name}={value} is a share; it must be above 0 and at most 1")
             elif name in _POSITIVE and not 0 < value < _MOST:
-                found.append(f"{name}={value} must be a positive finite number")
+                problems.append(f"{name}={value} must be a positive finite number")
             elif not 0 <= value < _MOST:
-                found.append(f"{name}={value} must be a finite number and not negative")
-        if not found and self.usable <= 0:
-            found.append(
+                problems.append(f"{name}={value} must be a finite number and not negative")
+        if not problems and self.usable <= 0:
+            problems.append(
                 f"memory of {self.memory / GB:g} GB leaves nothing: {self.context / GB:g} GB are "
                 "the driver's and the libraries'"
             )
-        return found
+        return problems
 
     def with_constants(self, constants: Mapping[str, float]) -> "Hardware":
-        """The hardware with constants, by field, in place of its own."""
+        """The hardware with these constants, by field, in place of its own."""
         return replace(self, **{**vars(self), **constants})
 
     def crowd(self, ranks: int) -> float:
-        """How much longer a rank takes while so many work than one alone."""
+        """Slow-down of a rank while `ranks` ranks compute on the same machine."""
         if not self.cores or ranks < 2:
             return 1.0
         others = min(1.0, (ranks - 1) / max(self.cores - 1, 1))
@@ -176,7 +176,7 @@ _H100 = Hardware(
     sustained=0.7,
     cost_per_hour=4.0,
 )
-"""SXM; its tensor cores reach a smaller share: 700 W do not feed all of them at full clock."""
+"""SXM; 700 W do not feed all tensor cores at full clock, so they reach a smaller share."""
 
 _CPU = Hardware(
     name="cpu",
@@ -198,7 +198,7 @@ _CPU = Hardware(
     joined=1.0,
     rings=True,
 )
-"""A rank a core of this machine; `tapir plan --calibrate` measures it."""
+"""One rank per core of this machine; `tapir plan --calibrate` measures it."""
 
 KNOWN = {
     row.name: row
@@ -215,17 +215,17 @@ SHORT = {"v100": "v100-16gb", "a100": "a100-80gb"}
 
 
 def hardware_of(name: str, calibration: Path | None = None) -> Hardware:
-    """The hardware of that name, with measured constants in place of those of data sheets.
+    """The hardware of that name, with constants of a calibration file in place of data sheets'.
 
-    Raises: InputError for an unknown name, or with everything that is wrong in the file.
+    Raises: InputError for an unknown name, or with every problem of the file.
     """
-    found = KNOWN.get(SHORT.get(name, name))
-    if found is None:
+    hardware = KNOWN.get(SHORT.get(name, name))
+    if hardware is None:
         raise InputError(f"there is no hardware {name!r} (known: {', '.join([*SHORT, *KNOWN])})")
-    return found if calibration is None else _measured(found, calibration)
+    return hardware if calibration is None else _measured(hardware, calibration)
 
 
-def _measured(found: Hardware, calibration: Path) -> Hardware:
+def _measured(hardware: Hardware, calibration: Path) -> Hardware:
     remedy = f"make one with tapir plan --calibrate {calibration}"
     try:
         measured = json.loads(calibration.read_bytes())
@@ -235,7 +235,7 @@ def _measured(found: Hardware, calibration: Path) -> Hardware:
         raise InputError(f"{calibration} is no calibration; {remedy}")
     missing = [f"{name} is missing" for name in MEASURED if name not in measured]
     wrong = wrong_types(Hardware, measured, "")
-    wrong = wrong or replace(found, **measured).problems() or missing
+    wrong = wrong or replace(hardware, **measured).problems() or missing
     if wrong:
         raise InputError(f"{calibration} is no calibration: {'; '.join(wrong)}; {remedy}")
-    return replace(found, **measured)
+    return replace(hardware, **measured)

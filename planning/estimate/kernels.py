@@ -9,18 +9,17 @@ from planning.estimate.hardware import Hardware
 TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 64))
 """Rows and columns of the result that one multiprocessor works on at a time."""
 FILL = 128
-"""Steps of the inner dimension that a tile's first loads and last stores take."""
+"""Time of a tile's first loads and last stores, in steps of the inner dimension."""
 REUSE = 8.0
-"""Steps' worth of loads that a tile of equal rows and columns cannot hide: small tiles load more
-for each operation."""
+"""Loads that a square tile cannot hide, in steps: small tiles load more for each operation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """Some kernels that run one after another: `times` equal ones."""
+    """`times` equal kernels that run one after another."""
 
     rows: int = 0
-    """Of a matmul's result; 0 = no matmul, only memory is read and written."""
+    """Rows of a matmul's result; 0 = no matmul: the kernel only reads and writes memory."""
     columns: int = 0
     inner: int = 0
     """Length of the sums."""
@@ -29,7 +28,7 @@ class Kernels:
     half: bool = True
     """16-bit operands."""
     moved: float = 0.0
-    """Bytes read and written, if not those of the operands and the result."""
+    """Bytes read and written; 0 = those of the operands and the result."""
     times: float = 1.0
 
     @property
@@ -66,7 +65,7 @@ def _one(k: Kernels, hardware: Hardware) -> float:
 
 
 def _tiled(k: Kernels, tile: tuple[int, int], peak: float, hardware: Hardware) -> float:
-    """Whole waves of tiles, of which the last one is not full."""
+    """Seconds of a matmul in whole waves of tiles; the last wave takes as long as a full one."""
     rows, columns = tile
     tiles = -(-k.rows // rows) * -(-k.columns // columns) * k.batch
     waves = -(-tiles // hardware.units)

@@ -1,7 +1,7 @@
 """Kernels of a prior's layers on one tensor rank, as autocast over fp32 weights runs them.
 
-Every micro-batch casts the weights to 16 bits anew, and adds 16-bit gradients to fp32 ones: that
-is why small micro-batches are slow beside their matmuls.
+Every micro-batch casts the weights to 16 bits again and adds 16-bit gradients to fp32 ones, which
+makes small micro-batches slow.
 """
 
 from dataclasses import replace
@@ -16,20 +16,20 @@ from planning.estimate.memory import Loads
 from planning.estimate.zero_layout import factored
 
 BLOCK = 128
-"""Queries and keys of FlexAttention's tiles."""
+"""Queries and keys per tile of FlexAttention."""
 FLASH = 0.5
-"""Share of a matmul's rate that attention reaches, with a softmax between its two."""
+"""Share of a matmul's rate that attention reaches, with a softmax between its two matmuls."""
 CAST, CAST_BACK = 6, 18
-"""Bytes a weight: read fp32 and write 16 bits; cast the gradient back and add it to the sum."""
+"""Bytes per weight: read fp32 and write 16 bits; cast the gradient back and add it to the sum."""
 UPDATE = 36
-"""Bytes an element of AdamW: weight, gradient and moments read and written, and the norm's look."""
+"""Bytes per element of AdamW: read and write weight, gradient, moments; read for the norm."""
 QR_SHARE = 0.05
 """Share of the fp32 peak that orthogonalising tall matrices reaches."""
 
 
 @lru_cache(maxsize=64)
 def pairs(config: PriorConfig, kind: Kind, tiled: bool) -> int:
-    """Pairs of a query and a key that a layer works on: the mask's, or those of all tiles met."""
+    """Query-key pairs that a layer computes: the mask's, or those of all tiles that it touches."""
     mask = full_mask(kind, config.text_length, config.grid, config.conv_kernel)
     if not tiled:
         return int(mask.sum())
@@ -60,23 +60,23 @@ def forward_work(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
 
 
 def backward_work(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
-    """Kernels of its backward pass: each matmul has two gradients, each stream two operands."""
+    """Kernels of a layer's backward pass: two gradients per matmul, elementwise work twice."""
     half = loads.settings.engine.precision != "fp32"
     narrow = loads.settings.engine.precision == "bf16"
-    found: list[Kernels] = []
+    kernels: list[Kernels] = []
     for k in forward_work(loads, part, hardware):
         if not k.rows:
-            found.append(Kernels(moved=k.moved, times=2 * k.times))
+            kernels.append(Kernels(moved=k.moved, times=2 * k.times))
         elif k.moved:  # attention: five matmuls for two
             again = {**vars(k), "times": 2.5 * k.times, "moved": 2 * k.moved}
-            found.append(Kernels(**again))
+            kernels.append(Kernels(**again))
         else:
             same = Kernels(batch=k.batch, half=narrow if part.name == "head" else k.half)
-            found.append(replace(same, rows=k.rows, columns=k.inner, inner=k.columns))
-            found.append(replace(same, rows=k.inner, columns=k.columns, inner=k.rows))
+            kernels.append(replace(same, rows=k.rows, columns=k.inner, inner=k.columns))
+            kernels.append(replace(same, rows=k.inner, columns=k.columns, inner=k.rows))
     numel = sum(h.numel for h in part.parameters.values())
-    found.append(Kernels(moved=float((CAST_BACK if half else 12) * numel)))
-    return tuple(found)
+    kernels.append(Kernels(moved=float((CAST_BACK if half else 12) * numel)))
+    return tuple(kernels)
 
 
 def _block(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
@@ -134,13 +134,13 @@ def update_work(elements: int) -> Work:
 
 
 def compression_work(loads: Loads, hardware: Hardware) -> Work:
-    """P, Q and the matrix again for each factored shard, and an orthogonal basis."""
-    found: list[Kernels] = []
+    """Kernels of PowerSGD: P, Q, the decompressed matrix and QR of each factored shard."""
+    kernels: list[Kernels] = []
     for shard in factored(loads.settings, loads.held, loads.at):
         short, long = sorted((shard.rows, shard.columns))
-        found.append(Kernels(rows=short, columns=long, inner=shard.rank, half=False, times=3))
+        kernels.append(Kernels(rows=short, columns=long, inner=shard.rank, half=False, times=3))
         basis = round(2 * shard.rank / QR_SHARE)
         tall = 8.0 * short * shard.rank
-        found.append(Kernels(rows=short, columns=shard.rank, inner=basis, half=False, moved=tall))
-        found.append(Kernels(moved=28.0 * short * long))
-    return tuple(found)
+        kernels.append(Kernels(rows=short, columns=shard.rank, inner=basis, half=False, moved=tall))
+        kernels.append(Kernels(moved=28.0 * short * long))
+    return tuple(kernels)

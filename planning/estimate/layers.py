@@ -1,7 +1,7 @@
-"""One rank's real modules without their values: parameters counted, saved activations noted.
+"""Count the parameters and saved activations of one rank's real modules, without values.
 
-Parameters lie on the meta device. The forward pass runs on fake CPU tensors (sizes and types, no
-values) under the precision of the run, and hooks note what autograd keeps for the way back.
+Parameters are on the meta device. The forward pass runs on fake CPU tensors (sizes and types, no
+values) in the precision of the run, and hooks record the tensors that autograd saves for backward.
 """
 
 import copy
@@ -23,11 +23,11 @@ from parallel.placement import Placement, placement_of
 from parallel.tensor.ops import TensorParallel
 
 Keeps = dict[str, tuple[int, int]]
-"""What of a layer -> (bytes kept a sample, bytes kept whatever the batch)."""
+"""Part of a layer -> (bytes saved per sample, bytes saved whatever the batch)."""
 
 
 class FakeTensorParallel(TensorParallel):
-    """A rank of a tensor group without the others: layers get their shapes, and sum nothing."""
+    """One tensor-parallel rank without its group: layers get their shapes and reduce nothing."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
@@ -43,7 +43,7 @@ class FakeTensorParallel(TensorParallel):
 
 
 class _SharedLoss(Function):
-    """Keeps what megatron-core's vocabulary-parallel cross-entropy keeps."""
+    """Saves what megatron-core's vocabulary-parallel cross-entropy saves for backward."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class _SharedLoss(Function):
 
 
 class _Attention(Function):
-    """Keeps what banded attention on CPUs and FlexAttention on GPUs keep."""
+    """Saves what banded attention on CPUs and FlexAttention on GPUs save for backward."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class _Attention(Function):
 
 
 class _ShapeBlock(PriorBlock):
-    """The real block, but for the attention's kernel."""
+    """The real block except for the attention kernel."""
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out: Tensor = _Attention.apply(q, k, v)
@@ -75,10 +75,10 @@ class RankLayer:
     """A layer as one tensor rank holds it."""
 
     name: str
-    """As `prior_layers` has it."""
+    """As in `prior_layers`."""
     cost: int
     parameters: dict[str, "Held"]
-    """By name inside of the layer."""
+    """By name within the layer."""
     buffers: int
     """Bytes of masks."""
 
@@ -99,15 +99,15 @@ class Held:
 
 @lru_cache(maxsize=64)
 def rank_layers(config: PriorConfig, rank: int, size: int) -> tuple[RankLayer, ...]:
-    """All layers of a prior on one tensor rank; blocks differ in their masks' values alone."""
+    """All layers of a prior on one tensor rank; blocks differ only in their masks' values."""
     built = _modules(config, rank, size)
-    found = []
+    layers = []
     for layer in prior_layers(config, 0, FakeTensorParallel(rank, size)):
         module = built[re.sub(r"\d", "", layer.name)]
         held = {n: Held(placement_of(p), p.numel()) for n, p in module.named_parameters()}
         buffers = sum(b.numel() * b.element_size() for b in module.buffers())
-        found.append(RankLayer(name=layer.name, cost=layer.cost, parameters=held, buffers=buffers))
-    return tuple(found)
+        layers.append(RankLayer(name=layer.name, cost=layer.cost, parameters=held, buffers=buffers))
+    return tuple(layers)
 
 
 @lru_cache(maxsize=16)
@@ -123,22 +123,22 @@ def _modules(config: PriorConfig, rank: int, size: int) -> dict[str, nn.Module]:
 
 def named(parts: Sequence[RankLayer]) -> dict[str, Held]:
     """Global parameter name -> parameter, sorted by name as engines do."""
-    found = {f"{part.name}.{name}": h for part in parts for name, h in part.parameters.items()}
-    return dict(sorted(found.items()))
+    parameters = {f"{part.name}.{name}": h for part in parts for name, h in part.parameters.items()}
+    return dict(sorted(parameters.items()))
 
 
 @lru_cache(maxsize=64)
 def keeps_of(config: PriorConfig, size: int, precision: str) -> Keeps:
-    """What autograd keeps of `embedding`, `block`, its two branches, `head` and `loss`.
+    """Bytes that autograd saves of `embedding`, `block`, its two branches, `head` and `loss`.
 
-    fp16 counts as bf16 in blocks: GPUs keep 16 bits in both; the head keeps fp32 then.
+    fp16 counts as bf16 in blocks, since both are 16 bits; under fp16 the head saves fp32.
     """
     one, two = (_kept(config, size, precision, samples) for samples in (1, 2))
     return {name: (two[name] - one[name], 2 * one[name] - two[name]) for name in one}
 
 
 def _kept(config: PriorConfig, size: int, precision: str, samples: int) -> dict[str, int]:
-    found: dict[str, int] = {}
+    totals: dict[str, int] = {}
     modules = copy.deepcopy(_modules(config, 0, size))
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in modules.values():
@@ -155,26 +155,26 @@ def _kept(config: PriorConfig, size: int, precision: str, samples: int) -> dict[
         outside = [*weights, *batch.values()]
         half = precision != "fp32"
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            with _noted(found, "embedding", outside):
+            with _noted(totals, "embedding", outside):
                 modules["embedding"](batch)
-            with _noted(found, "attention", outside):
+            with _noted(totals, "attention", outside):
                 y = block._look_back(x)
-            with _noted(found, "mlp", outside):
+            with _noted(totals, "mlp", outside):
                 block._transform(y)
         with (
             torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
-            _noted(found, "head", outside),
+            _noted(totals, "head", outside),
         ):
             logits = modules["head"](x)
-        with _noted(found, "loss", outside):
+        with _noted(totals, "loss", outside):
             prior_loss(logits, batch, config.text_weight)
-    found["block"] = found["attention"] + found["mlp"]
-    return found
+    totals["block"] = totals["attention"] + totals["mlp"]
+    return totals
 
 
 @contextmanager
-def _noted(found: dict[str, int], name: str, outside: Sequence[Tensor]) -> Iterator[None]:
-    """Add up the storages that autograd keeps, each once; `outside` are there anyway."""
+def _noted(totals: dict[str, int], name: str, outside: Sequence[Tensor]) -> Iterator[None]:
+    """Add up the storages that autograd saves, each once, except for those of `outside`."""
     before = {x.untyped_storage()._cdata for x in outside}
     kept: dict[int, Tensor] = {}
 
@@ -186,7 +186,7 @@ def _noted(found: dict[str, int], name: str, outside: Sequence[Tensor]) -> Itera
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         yield
-    found[name] = sum(x.untyped_storage().nbytes() for x in kept.values())
+    totals[name] = sum(x.untyped_storage().nbytes() for x in kept.values())
 
 
 def count_parameters(config: PriorConfig) -> int:

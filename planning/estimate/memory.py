@@ -35,7 +35,7 @@ Bytes = dict[str, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Loads:
-    """What a rank holds, and how it runs it."""
+    """Layers and parameters of one rank, and the settings it runs them with."""
 
     settings: PriorTrain
     at: RankCoordinates
@@ -54,7 +54,7 @@ class Loads:
 
     @property
     def in_flight(self) -> int:
-        """Micro-batches whose activations are kept at a time: DeepSpeed's TrainSchedule."""
+        """Micro-batches whose activations are kept at a time in DeepSpeed's TrainSchedule."""
         mesh, engine = self.settings.mesh, self.settings.engine
         return (
             min(mesh.pipeline - self.at.stage, engine.gradient_accumulation_steps)
@@ -79,14 +79,14 @@ def _held(
 
 
 def rank_bytes(loads: Loads) -> Bytes:
-    """Bytes of every category, at the fullest moment of a step."""
+    """Peak bytes of every category in a step."""
     settings = loads.settings
     keeps = keeps_of(settings.model, settings.mesh.tensor, settings.engine.precision)
-    found = _model_bytes(loads)
-    found["activations"] = activation_bytes(loads, keeps)
-    found["temporary"] += sum(part.buffers for part in loads.layers) + _transient(loads, keeps)
-    found |= _compression_bytes(loads)
-    return {name: found[name] for name in CATEGORIES}
+    sizes = _model_bytes(loads)
+    sizes["activations"] = activation_bytes(loads, keeps)
+    sizes["temporary"] += sum(part.buffers for part in loads.layers) + _transient(loads, keeps)
+    sizes |= _compression_bytes(loads)
+    return {name: sizes[name] for name in CATEGORIES}
 
 
 def _model_bytes(loads: Loads) -> Bytes:
@@ -113,7 +113,7 @@ def _model_bytes(loads: Loads) -> Bytes:
     bucket = max(total if settings.compress.on else 0, BUCKET)
     again = (
         settings.engine.gradient_accumulation_steps > 1
-    )  # new gradients lie beside the sum of earlier ones
+    )  # new gradients beside the accumulated ones
     copied = partial if stage == 1 or again else 0
     return {
         "parameters": 4 * whole,
@@ -145,7 +145,7 @@ def _third_stage(loads: Loads, total: int, moment: int) -> Bytes:
 
 
 def activation_bytes(loads: Loads, keeps: Keeps) -> int:
-    """What autograd keeps at most; with recompute, two inputs a block and one branch's own."""
+    """Peak bytes that autograd saves; with recompute, two inputs per block and one branch."""
     settings, micro = loads.settings, loads.micro
     config = settings.model
     state = 4 * micro * config.length * config.dim
@@ -164,7 +164,7 @@ def activation_bytes(loads: Loads, keeps: Keeps) -> int:
 
 
 def _transient(loads: Loads, keeps: Keeps) -> int:
-    """States and their gradients on the way between layers, stages and ranks."""
+    """Bytes of hidden states and their gradients in flight between layers, stages and ranks."""
     settings, micro = loads.settings, loads.micro
     config, mesh = settings.model, settings.mesh
     state = 4 * micro * config.length * config.dim
@@ -191,7 +191,7 @@ def _compression_bytes(loads: Loads) -> Bytes:
 
 
 def published_schemes(parameters: int, shards: int) -> dict[str, int]:
-    """Bytes a rank by what a parameter costs in published layouts, sharded over a machine.
+    """Bytes per rank of published layouts that shard the parameters over a machine.
 
     mixed_fp32_adam: 16-bit weights and gradients, fp32 masters and moments (ZeRO's 16 bytes).
     paper_16_bit: 16-bit weights and moments, gradients in the 16-bit error buffer (8 bytes;

@@ -1,7 +1,7 @@
-"""A step of DeepSpeed's pipeline, played through: who computes, sends and waits when.
+"""Simulate a step of DeepSpeed's pipeline: when each stage computes, sends and waits.
 
-The order of work is its TrainSchedule's (runtime/pipe/schedule.py): one micro-batch forward, one
-backward in turns, sends and receives that block both ends.
+The order is that of its TrainSchedule (runtime/pipe/schedule.py): 1F1B, with sends and receives
+that block both ends.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ Kind = Literal["forward", "backward", "send", "receive"]
 
 @dataclass(frozen=True)
 class Action:
-    """One thing that a stage does."""
+    """One action of a stage."""
 
     kind: Kind
     micro: int
@@ -26,7 +26,7 @@ class Action:
 
 @dataclass(frozen=True)
 class Span:
-    """When a stage computed."""
+    """A pass of one stage, and when it ran."""
 
     stage: int
     kind: str
@@ -37,21 +37,21 @@ class Span:
 
 @dataclass
 class Played:
-    """What came out."""
+    """A simulated step."""
 
     seconds: float
     busy: list[float]
-    """Seconds that each stage computed."""
+    """Seconds of computation of each stage."""
     spans: list[Span] = field(default_factory=list)
 
     @property
     def bubble(self) -> float:
-        """Share of the stages' time in which they did not compute."""
+        """Share of the stages' time without computation."""
         return 1 - sum(self.busy) / (len(self.busy) * self.seconds) if self.seconds else 0.0
 
 
 def actions(stage: int, stages: int, micro_batches: int) -> Iterator[Action]:
-    """What a stage does in a step, in order."""
+    """The actions of a stage in a step, in order."""
     before = -1
 
     def real(micro: int) -> bool:
@@ -84,7 +84,7 @@ def actions(stage: int, stages: int, micro_batches: int) -> Iterator[Action]:
 def play(
     forward: Sequence[float], backward: Sequence[float], micro_batches: int, transfer: float
 ) -> Played:
-    """Run all stages; `forward` and `backward` are a micro-batch's seconds on each stage."""
+    """Simulate all stages; `forward` and `backward` are seconds per micro-batch on each stage."""
     stages = len(forward)
     plans = _plans(stages, micro_batches)
     at, clock, busy = [0] * stages, [0.0] * stages, [0.0] * stages
@@ -115,9 +115,9 @@ def play(
 
 
 def crowded(played: Played, ranks: int, hardware: Hardware) -> float:
-    """Seconds of the same passes where ranks share the cores of a machine, evenly.
+    """Seconds of the same passes if all ranks share the cores of one machine evenly.
 
-    `ranks` are those of one stage: its replicas and tensor ranks compute at the same time.
+    `ranks`: ranks of one stage, whose replicas and tensor ranks compute at the same time.
     """
     if not hardware.cores:
         return played.seconds
@@ -136,7 +136,7 @@ def _plans(stages: int, micro_batches: int) -> list[list[Action]]:
 
 
 def _meets(plans: list[list[Action]], at: list[int], stage: int, action: Action) -> bool:
-    """True if the stage at the other end has come to the same transfer."""
+    """True if the stage at the other end has reached the same transfer."""
     if at[action.peer] >= len(plans[action.peer]):
         return False
     other = plans[action.peer][at[action.peer]]

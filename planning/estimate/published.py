@@ -1,11 +1,11 @@
-"""The cost model tried against published runs of Megatron-LM, row by row.
+"""The cost model's predictions for published runs of Megatron-LM, row by row.
 
-A dense GPT with full recompute on A100-80GB, as Narayanan et al. 2021 (arXiv 2104.04473) ran it:
+A dense GPT with full recompute on A100-80GB, as in Narayanan et al. 2021 (arXiv 2104.04473):
 unfused attention, fused bias, GELU, softmax and dropout, interleaved schedule with each tensor rank
-sending its part, gradients added up and all-reduced in fp32 after the last backward pass. The
-micro-batch and the layers of a chunk are not in the table: the model's own best ones that fit are
-taken. Constants are the same for all rows; after a first look, which was 12% too fast everywhere,
-large kernels' shares of the peaks were lowered and the fp32 sums of gradients were counted.
+sending its part, gradients accumulated and all-reduced in fp32 after the last backward pass. The
+table gives neither micro-batch nor layers per chunk: the best ones that fit are used. Constants are
+the same for all rows. The first predictions were 12% too fast everywhere, so large kernels' shares
+of the peaks were lowered and the fp32 accumulation of gradients was counted.
 """
 
 from collections.abc import Iterator
@@ -19,9 +19,9 @@ from planning.estimate.kernels import Kernels, Work, seconds
 LENGTH, VOCABULARY = 2048, 51_200
 HALF, FULL = 2, 4
 STATE_BYTES = 18
-"""Of a parameter: 16-bit weight, fp32 gradient, master and two moments."""
+"""Bytes per parameter: 16-bit weight, fp32 gradient, master and two moments."""
 ADDED_BYTES = 10
-"""Of a parameter and micro-batch: its 16-bit gradient is read and added to the fp32 one."""
+"""Bytes per parameter and micro-batch: adding its 16-bit gradient to the fp32 one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Dense:
     gpus: int
     batch: int
     measured: float
-    """TFLOP/s a GPU, recompute counted."""
+    """TFLOP/s per GPU, recompute included."""
 
     @property
     def mesh(self) -> MeshConfig:
@@ -46,7 +46,7 @@ class Dense:
 
     @property
     def step_flops(self) -> float:
-        """Operations of a step, by the paper's formula."""
+        """FLOPs of a step by the paper's formula."""
         h, rows = self.hidden, self.batch * LENGTH
         extra = 1 + LENGTH / (6 * h) + VOCABULARY / (16 * self.layers * h)
         return 96.0 * rows * self.layers * h * h * extra
@@ -79,11 +79,11 @@ RUNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Predicted:
-    """One way to run it."""
+    """A predicted configuration of a run."""
 
     micro: int
     chunks: int
-    """Parts of a stage's layers that take turns."""
+    """Interleaved chunks of layers per stage."""
     seconds: float
     tflops: float
 
@@ -97,7 +97,7 @@ def predict(run: Dense, hardware: Hardware = KNOWN["a100-80gb"]) -> Predicted:
         for micro, chunks in _choices(run, hardware)
         for time in [_step(run, micro, chunks, hardware)]
     ]
-    return min(fitting, key=lambda found: found.seconds)
+    return min(fitting, key=lambda row: row.seconds)
 
 
 def _choices(run: Dense, hardware: Hardware) -> Iterator[tuple[int, int]]:
@@ -113,7 +113,7 @@ def _choices(run: Dense, hardware: Hardware) -> Iterator[tuple[int, int]]:
 
 
 def _bytes(run: Dense, micro: int, chunks: int) -> float:
-    """States of the parameters, inputs of the layers in flight, one layer's own tensors."""
+    """Bytes of model states, saved inputs of the layers in flight, and one layer's activations."""
     weights = 12 * run.hidden**2 * run.layers / run.pipeline + VOCABULARY * run.hidden
     state = HALF * micro * LENGTH * run.hidden
     waits = run.pipeline * (1 + (run.pipeline - 1) / (run.pipeline * chunks))
@@ -139,7 +139,7 @@ def _step(run: Dense, micro: int, chunks: int, hardware: Hardware) -> float:
     bubble = (run.pipeline - 1) / chunks * busy
     sends = 2 * chunks * count * hand_on(state / run.tensor, mesh, hardware)
     sends = sends if run.pipeline > 1 else 0.0
-    late = head * count if run.pipeline > 1 else 0.0  # the last stage has it on top
+    late = head * count if run.pipeline > 1 else 0.0  # on the last stage alone
     weights = (12 * run.hidden**2 * layers + VOCABULARY * run.hidden) / run.tensor
     reduced = all_reduce(FULL * weights, group_span(mesh, "data"), hardware)
     update = seconds((Kernels(moved=32 * weights),), hardware)
@@ -168,15 +168,15 @@ def layer_forward(run: Dense, micro: int) -> Work:
 
 
 def layer_backward(run: Dense, micro: int) -> Work:
-    """Twice the forward pass: each matmul has two gradients, each stream two operands."""
-    found = []
+    """Kernels of a layer's backward pass: two gradients per matmul, elementwise work twice."""
+    kernels = []
     for k in layer_forward(run, micro):
         if not k.rows:
-            found.append(Kernels(moved=k.moved, times=2 * k.times))
+            kernels.append(Kernels(moved=k.moved, times=2 * k.times))
             continue
-        found.append(Kernels(rows=k.rows, columns=k.inner, inner=k.columns, batch=k.batch))
-        found.append(Kernels(rows=k.inner, columns=k.columns, inner=k.rows, batch=k.batch))
-    return tuple(found)
+        kernels.append(Kernels(rows=k.rows, columns=k.inner, inner=k.columns, batch=k.batch))
+        kernels.append(Kernels(rows=k.inner, columns=k.columns, inner=k.rows, batch=k.batch))
+    return tuple(kernels)
 
 
 def _head(run: Dense, micro: int) -> Work:

@@ -1,6 +1,6 @@
-"""What a rank takes beside the tensors of its steps: NCCL's buffers, and its peaks at the start.
+"""Memory of a rank beside the tensors of its steps: NCCL's buffers, and the peaks at start-up.
 
-Nothing here was measured by this project: the constants are other people's, named with them.
+This project measured none of these constants: each names its source.
 """
 
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from training.config import PriorTrain
 NCCL = "nccl"
 """The category of NCCL's buffers, beside those of planning/estimate/memory.py."""
 RING = 12 * 2**20
-"""Bytes a channel for the neighbours of a ring, or for a peer: 10 MiB to receive in all three
+"""Bytes per channel for the neighbours of a ring, or for a peer: 10 MiB to receive in all three
 protocols (4 + 4.7 + 0.5), 2 MiB to send. Source: the allocations in NVIDIA/nccl issue 1685."""
 TREES = 17 * 2**20
-"""Bytes a channel more for all-reduces, which also go along trees. Source: 688 MiB of a
+"""Additional bytes per channel for all-reduces, which also use trees. Source: 688 MiB of a
 communicator of 24 channels after an all-reduce on A100s, NVIDIA/nccl issue 964."""
 PROCESS = int(2.5 * GB)
-"""Host bytes of a rank without a model: 2.06 GB with CUDA's libraries (pytorch issue 113326), and
-what DeepSpeed, megatron-core and the loader import."""
+"""Host bytes of a rank without a model: 2.06 GB with CUDA's libraries (pytorch issue 113326), plus
+the imports of DeepSpeed, megatron-core and the loader."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,15 +31,15 @@ class StartUp:
     """The peaks of a rank before its first step, in bytes."""
 
     host: int
-    """Of weights in host memory, beside the process itself."""
+    """Weights in host memory, without the process itself."""
     device: int
-    """Of weights and gradients on the device."""
+    """Weights and gradients on the device."""
     ranks: int
-    """Ranks that start on a node together."""
+    """Ranks that start on a node at the same time."""
 
     @property
     def node(self) -> int:
-        """Of the host's memory, over all ranks of a node."""
+        """Host memory of all ranks of a node."""
         return self.ranks * (PROCESS + self.host)
 
     def problem(self, hardware: Hardware) -> str:
@@ -54,30 +54,30 @@ class StartUp:
 
 
 def communicators(settings: PriorTrain) -> list[tuple[int, bool]]:
-    """(Ranks, if there are all-reduces) of the process groups over which this rank sends something.
+    """(size, whether it all-reduces) of each process group that this rank communicates over.
 
-    DeepSpeed and megatron-core make some of their own, of the same ranks as the mesh's.
+    DeepSpeed and megatron-core create some of their own over the same ranks as the mesh's groups.
     """
     mesh, engine = settings.mesh, settings.engine.name
     cloned = engine == "deepspeed_zero" and stage_of_zero(settings) < 3
-    found = [(mesh.world, True)]
+    groups = [(mesh.world, True)]
     if engine == "deepspeed_pipe":
-        found += [(mesh.tensor * mesh.pipeline, True), (mesh.tensor, True)]
-        found += [(mesh.pipeline, False)] * 2 + [(mesh.data, True)] * 2
-        found += [(mesh.tensor, False)] if mesh.pipeline > 1 else []
+        groups += [(mesh.tensor * mesh.pipeline, True), (mesh.tensor, True)]
+        groups += [(mesh.pipeline, False)] * 2 + [(mesh.data, True)] * 2
+        groups += [(mesh.tensor, False)] if mesh.pipeline > 1 else []
     elif mesh.nodes > 1:
-        found += [(mesh.local, False), (mesh.nodes, True)]
+        groups += [(mesh.local, False), (mesh.nodes, True)]
     elif mesh.tensor > 1:
-        found += [(mesh.tensor, True), (mesh.data, True)]
+        groups += [(mesh.tensor, True), (mesh.data, True)]
     elif cloned:
-        found += [(mesh.data, True)]
-    return [row for row in found if row[0] > 1]
+        groups += [(mesh.data, True)]
+    return [row for row in groups if row[0] > 1]
 
 
 def nccl_bytes(settings: PriorTrain, hardware: Hardware) -> Bytes:
-    """Bytes of NCCL's buffers on a rank; a middle stage has two neighbours beside its groups.
+    """Bytes of NCCL's buffers on a rank: its groups, and up to two neighbouring stages.
 
-    Connections are made when they are first used (NCCL 2.22 and later).
+    Connections are made on first use (NCCL 2.22 and later).
     """
     rings = [RING + TREES * reduces for _, reduces in communicators(settings)]
     peers = min(settings.mesh.pipeline - 1, 2)
@@ -87,9 +87,9 @@ def nccl_bytes(settings: PriorTrain, hardware: Hardware) -> Bytes:
 def start_up(loads: Loads, hardware: Hardware) -> StartUp:
     """The peaks of one rank while its engine is built.
 
-    Layers are built on the host and moved one by one; ZeRO-3 draws rows of its shards alone.
-    DeepSpeed 0.19.8 flattens ZeRO-1's and ZeRO-2's weights beside themselves on the device if both
-    fit, else twice on the host (runtime/zero/stage_1_and_2.py).
+    Layers are built on the host and moved one by one; ZeRO-3 initialises only the rows of its
+    shards. DeepSpeed 0.19.8 flattens the weights of ZeRO-1 and ZeRO-2 into a copy on the device if
+    both fit, else into two copies on the host (runtime/zero/stage_1_and_2.py).
     """
     settings, held = loads.settings, list(loads.held.values())
     ranks = min(settings.mesh.world, hardware.gpus_per_node)

@@ -15,23 +15,23 @@ from planning.estimate.zero_layout import stage_of_zero
 from training.config import PriorTrain
 
 MOST_TENSOR = 8
-"""Tensor ranks share each matmul: more than a node's links carry too much."""
+"""Most tensor-parallel ranks: beyond a node, links are too slow to share each matmul."""
 SHORTLIST = 3
-"""Ways to run a layout that are played through, after a rough look at all."""
+"""Candidates of a layout whose pipeline is simulated, after a rough estimate of all."""
 MOST_MICRO = 4096
-"""Micro-batches of a step that are played through, at most."""
+"""Most micro-batches per step that are simulated."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One way to run, with what it takes."""
+    """Settings of a run, with the memory they take."""
 
     settings: PriorTrain
     bytes_: Bytes
-    """Of the fullest rank."""
+    """Bytes of the fullest rank."""
     start: StartUp | None = None
-    """Its peaks before the first step; None if it cannot be laid out, and on CPUs: there the host's
-    memory is the ranks', and a step takes more of it."""
+    """Peaks before the first step; None for impossible settings, and on CPUs, where ranks use the
+    host's memory and a step takes more of it."""
     why: str = ""
     """Why it cannot run; empty if it fits."""
 
@@ -42,24 +42,24 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Timed:
-    """A way that fits, with its time."""
+    """A candidate that fits, with its time."""
 
     candidate: Candidate
     estimate: Estimate
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """What a search found."""
+class SearchResult:
+    """Candidates of a search, one per layout."""
 
     timed: list[Timed]
-    """The best way of each layout that fits, fastest first."""
+    """The fastest candidate of each layout that fits, fastest first."""
     rejected: list[Candidate]
-    """The leanest way of each layout that does not."""
+    """The candidate that needs least memory of each layout that does not fit."""
 
 
 def layout_name(settings: PriorTrain) -> str:
-    """What people call it."""
+    """Usual name of a layout."""
     mesh, engine = settings.mesh, settings.engine
     if mesh.nodes > 1:
         return f"paper: ZeRO-3 in {mesh.nodes} machines of {mesh.local}"
@@ -71,26 +71,28 @@ def layout_name(settings: PriorTrain) -> str:
     return f"{joined}, ZeRO-{stage_of_zero(settings)}"
 
 
-def search(settings: PriorTrain, world: int, hardware: Hardware) -> Found:
-    """Try all layouts of the preset on so many ranks."""
+def search(settings: PriorTrain, world: int, hardware: Hardware) -> SearchResult:
+    """Estimate all layouts of the preset on `world` ranks."""
     timed, rejected = [], []
     for layout in layouts(settings, world, hardware):
-        ways = [weigh(way, world, hardware) for way in ways_of(layout)]
-        fitting = [way for way in ways if not way.why]
+        candidates = [weigh(candidate, world, hardware) for candidate in variants_of(layout)]
+        fitting = [candidate for candidate in candidates if not candidate.why]
         if not fitting:
-            rejected.append(min(ways, key=lambda way: (way.total == 0, way.total)))
+            rejected.append(
+                min(candidates, key=lambda candidate: (candidate.total == 0, candidate.total))
+            )
             continue
-        fitting.sort(key=lambda way: rough_seconds(way.settings, hardware))
+        fitting.sort(key=lambda candidate: rough_seconds(candidate.settings, hardware))
         best = fitting[:SHORTLIST]
         rows = [Timed(candidate=w, estimate=estimate(w.settings, hardware)) for w in best]
         timed.append(min(rows, key=lambda row: row.estimate.seconds))
     timed.sort(key=lambda row: row.estimate.seconds)
-    rejected.sort(key=lambda way: way.total)
-    return Found(timed=timed, rejected=rejected)
+    rejected.sort(key=lambda candidate: candidate.total)
+    return SearchResult(timed=timed, rejected=rejected)
 
 
 def layouts(settings: PriorTrain, world: int, hardware: Hardware) -> Iterator[PriorTrain]:
-    """Every mesh and engine that the ranks can be arranged in."""
+    """Every mesh and engine for `world` ranks."""
     fast = precision_of(settings, hardware)
     most = min(MOST_TENSOR, hardware.gpus_per_node, settings.model.heads)
     tensors = [t for t in (1, 2, 4, 8) if world % t == 0 and t <= most]
@@ -116,7 +118,7 @@ def layouts(settings: PriorTrain, world: int, hardware: Hardware) -> Iterator[Pr
 
 
 def precision_of(settings: PriorTrain, hardware: Hardware) -> str:
-    """What a run computes in there: `auto` as training settles it, 16 bits as the units have."""
+    """Precision of a run on this hardware: `auto` is resolved as in training, fp16 without bf16."""
     asked = settings.engine.precision
     gains = hardware.half_flops >= LEAST_GAIN * hardware.full_flops
     if asked == "fp32" or (asked == "auto" and not gains):
@@ -124,8 +126,8 @@ def precision_of(settings: PriorTrain, hardware: Hardware) -> str:
     return "bf16" if hardware.bf16 else "fp16"
 
 
-def ways_of(layout: PriorTrain) -> Iterator[PriorTrain]:
-    """Micro-batches, recompute and compression of a layout."""
+def variants_of(layout: PriorTrain) -> Iterator[PriorTrain]:
+    """Every micro-batch size, recompute and compression of a layout."""
     samples = max(layout.loop.global_batch_size // layout.mesh.data, 1)
     papers = CompressConfig(rank=round(PAPER_SHARE * layout.model.dim))
     powers = (2**i for i in range(samples.bit_length()))
@@ -145,7 +147,7 @@ def _sends_gradients(layout: PriorTrain) -> bool:
 
 
 def weigh(settings: PriorTrain, world: int, hardware: Hardware) -> Candidate:
-    """The bytes of the fullest rank, and what is wrong with this way."""
+    """Compute the bytes of the fullest rank, and why the settings cannot run, if so."""
     problems = _problems(settings, world)
     if problems:
         return Candidate(settings=settings, bytes_={}, why="; ".join(problems))
@@ -165,7 +167,7 @@ def weigh(settings: PriorTrain, world: int, hardware: Hardware) -> Candidate:
 
 
 def _problems(settings: PriorTrain, world: int) -> list[str]:
-    """What cannot be, in words of what a plan can change: its ranks and its batch."""
+    """Problems of the settings, in terms of the flags of a plan: its ranks and its batch."""
     data, lanes, batch = settings.mesh.data, settings.order.lanes, settings.loop.global_batch_size
     if lanes % data:
         return [
@@ -182,15 +184,15 @@ def _problems(settings: PriorTrain, world: int) -> list[str]:
 
 
 def fullest(settings: PriorTrain) -> Bytes:
-    """Bytes of the stage that needs most."""
-    found = [rank_bytes(loads) for loads in _stages(settings)]
-    return max(found, key=lambda bytes_: sum(bytes_.values()))
+    """Bytes of the stage that needs most memory."""
+    sizes = [rank_bytes(loads) for loads in _stages(settings)]
+    return max(sizes, key=lambda bytes_: sum(bytes_.values()))
 
 
 def hungriest(settings: PriorTrain, hardware: Hardware) -> StartUp:
-    """The peaks of the stage that takes most of the host to start."""
-    found = [start_up(loads, hardware) for loads in _stages(settings)]
-    return max(found, key=lambda start: (start.host, start.device))
+    """Start-up peaks of the stage that needs most host memory."""
+    starts = [start_up(loads, hardware) for loads in _stages(settings)]
+    return max(starts, key=lambda start: (start.host, start.device))
 
 
 def _stages(settings: PriorTrain) -> list[Loads]:
@@ -200,6 +202,6 @@ def _stages(settings: PriorTrain) -> list[Loads]:
 
 
 def beside(candidate: Candidate, parameters: int) -> dict[str, int]:
-    """What the published schemes would take of a layout that shards inside of a machine."""
+    """Bytes of the published schemes for a layout that shards within a machine, for comparison."""
     mesh = candidate.settings.mesh
     return published_schemes(parameters, mesh.local) if mesh.nodes > 1 else {}

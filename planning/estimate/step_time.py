@@ -1,4 +1,4 @@
-"""How long a step takes, and where the time goes."""
+"""Estimate the time of a step, and its parts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,46 +26,46 @@ from training.config import PriorTrain
 
 HOURS = 3600.0
 PASSES = ("compute", "tensor", "bubble")
-"""Parts of a step up to the last backward pass; `crowding` is what ranks that share cores add."""
+"""Parts of a step up to the last backward pass; `crowding` is added if ranks share cores."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A step's time and what follows from it."""
+    """A step's time, and figures derived from it."""
 
     seconds: float
     compute: float
-    """Seconds of kernels on the busiest stage, recompute with it."""
+    """Seconds of kernels on the busiest stage, recompute included."""
     bubble: float
     """Share of the pipeline's time in which stages wait for each other."""
     exposed: float
-    """Seconds of collectives that nothing hides, on the busiest stage."""
+    """Seconds of collectives not overlapped with computation, on the busiest stage."""
     parts: dict[str, float]
-    """Seconds by what a rank of the busiest stage does; they add up to the step."""
+    """Seconds of the step by activity of a rank of the busiest stage."""
     mfu: float
-    """Model operations (real masks, no recompute) over the peak of 16-bit matmuls."""
+    """Model FLOPs (real masks, no recompute) over the peak of 16-bit matmuls."""
     tokens_per_second: float
     days: float
     """For loop.steps updates."""
     cost: float
     """Dollars of all of them; 0 = unknown."""
     traffic: Counts
-    """Calls and bytes a step of a rank of the busiest stage."""
+    """Calls and bytes per step of a rank of the busiest stage."""
     spans: list[Span]
 
 
 @dataclass(frozen=True)
 class _StageSeconds:
-    """A stage's seconds for one micro-batch."""
+    """Seconds of one stage per micro-batch."""
 
     forward: float
     backward: float
     tensor: float
-    """Of both, what the tensor group's collectives take."""
+    """Part of both that the tensor group's collectives take."""
 
 
 def estimate(settings: PriorTrain, hardware: Hardware) -> Estimate:
-    """The step of the first replica, stage by stage.
+    """Estimate the step of the first replica, stage by stage.
 
     Ranks that share cores slow each other down while they compute at the same time.
     """
@@ -76,7 +76,7 @@ def estimate(settings: PriorTrain, hardware: Hardware) -> Estimate:
     slowest = max(range(len(stages)), key=lambda i: stages[i].forward + stages[i].backward)
     ends = [_ending(one, hardware) for one in loads]
     crowd = hardware.crowd(mesh.world)
-    end = max(ends, key=lambda found: sum(found.values()))
+    end = max(ends, key=lambda row: sum(row.values()))
     end = {name: value * crowd for name, value in end.items()}
     overhead = crowd * _overhead(settings, hardware)
     passes = crowded(played, mesh.data * mesh.tensor, hardware)
@@ -109,7 +109,7 @@ def estimate(settings: PriorTrain, hardware: Hardware) -> Estimate:
 
 
 def rough_seconds(settings: PriorTrain, hardware: Hardware) -> float:
-    """A step without playing the pipeline through: every stage as slow as the slowest."""
+    """Estimate a step without simulating the pipeline: every stage as slow as the slowest."""
     mesh, times = settings.mesh, settings.engine.gradient_accumulation_steps
     ends = sorted({0, mesh.pipeline - 1})
     loads = [loads_of(settings, RankCoordinates(stage=stage)) for stage in ends]
@@ -124,19 +124,19 @@ def _overhead(settings: PriorTrain, hardware: Hardware) -> float:
 
 
 def _stage(loads: Loads, hardware: Hardware) -> _StageSeconds:
-    found: dict[str, tuple[float, float, float]] = {}
+    by_kind: dict[str, tuple[float, float, float]] = {}
     forward = backward = tensor = 0.0
     for part in loads.layers:
         key = _alike(loads, part)
-        if key not in found:
-            found[key] = _layer(loads, part, hardware)
-        there, back, shared = found[key]
+        if key not in by_kind:
+            by_kind[key] = _layer(loads, part, hardware)
+        there, back, shared = by_kind[key]
         forward, backward, tensor = forward + there, backward + back, tensor + shared
     return _StageSeconds(forward, backward, tensor)
 
 
 def _alike(loads: Loads, part: RankLayer) -> str:
-    """Blocks with one kind of mask take equally long."""
+    """Key of layers that take equally long: blocks with the same kind of mask."""
     if not part.name.startswith("block"):
         return part.name
     return layer_kind(int(part.name.removeprefix("block")) + 1, loads.settings.model.layers)
@@ -166,7 +166,7 @@ def _layer(loads: Loads, part: RankLayer, hardware: Hardware) -> tuple[float, fl
 
 
 def _third_stage(loads: Loads, part: RankLayer, hardware: Hardware) -> float:
-    """ZeRO-3's gathering of a layer's weights; scattering its gradients takes as long."""
+    """Seconds to gather a layer's weights under ZeRO-3; scattering its gradients takes as long."""
     if stage_of_zero(loads.settings) != 3:
         return 0.0
     mesh = loads.settings.mesh
@@ -189,7 +189,7 @@ def _played(settings: PriorTrain, stages: Sequence[_StageSeconds], hardware: Har
 
 
 def _ending(loads: Loads, hardware: Hardware) -> dict[str, float]:
-    """What follows the last backward pass: gradients, the update, weights, and the results."""
+    """Seconds after the last backward pass: gradients, update, weights, and results."""
     settings, held = loads.settings, loads.held
     mesh, stage = settings.mesh, stage_of_zero(settings)
     data = group_span(mesh, "data")
@@ -218,7 +218,7 @@ def _ending(loads: Loads, hardware: Hardware) -> dict[str, float]:
 
 
 def _sent(loads: Loads, elements: int) -> float:
-    """Elements of gradients that go over the replicas."""
+    """Elements of gradients that are reduced over the replicas."""
     shards = list(factored(loads.settings, loads.held, loads.at))
     if not shards:
         return elements

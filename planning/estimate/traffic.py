@@ -1,7 +1,7 @@
-"""Calls and bytes of every collective of one step, by group and operation, as the ledger counts.
+"""Predict calls and bytes of all collectives of one step, by group and operation, as the ledger.
 
-A closed form of what the engines do in a step that is not the first one (which also sends shapes
-and, under ZeRO-3, gathers once more). Bytes are those of the larger side of an operation.
+A closed form of the engines' traffic in any step but the first, which also sends shapes and, under
+ZeRO-3, gathers once more. Bytes are those of the larger side of an operation.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,7 +28,7 @@ FLOAT, DOUBLE = 4, 8
 
 
 class Tally:
-    """Counts under the ledger's labels: the last of the groups with equal ranks names them."""
+    """Counts under the ledger's labels; of groups with equal ranks, the last one is the label."""
 
     def __init__(self, mesh: MeshConfig, at: RankCoordinates) -> None:
         self.counts: Counts = {}
@@ -38,7 +38,7 @@ class Tally:
             self._labels[ranks] = name
 
     def add(self, group: str, operation: str, count: float, calls: int = 1) -> None:
-        """Note `calls` operations of `count` bytes in all."""
+        """Count `calls` operations of `count` bytes in total."""
         if group not in self._ranks:
             return
         label = self._labels[self._ranks[group]]
@@ -52,7 +52,7 @@ class Tally:
 
 
 def _groups(mesh: MeshConfig, at: RankCoordinates) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The mesh's groups of this rank in the ledger's order: parallel/mesh.py."""
+    """This rank's groups of the mesh in the ledger's order, as in parallel/mesh.py."""
     if mesh.world == 1:
         return
     data = tuple(rank_at(mesh, at._replace(replica=d)) for d in range(mesh.data))
@@ -84,9 +84,9 @@ def step_traffic(loads: Loads) -> Counts:
 
 
 def _layers(loads: Loads, tally: Tally) -> None:
-    """The tensor group's sums of states, in fp32, in every micro-batch.
+    """The tensor group's all-reduces of hidden states, in fp32, in every micro-batch.
 
-    Recomputing a branch ends at its last kept tensor, before the sum of its output.
+    Recomputing a branch ends at its last saved tensor, before the all-reduce of its output.
     """
     settings, config = loads.settings, loads.settings.model
     if settings.mesh.tensor == 1:
@@ -107,7 +107,7 @@ def _layers(loads: Loads, tally: Tally) -> None:
 
 
 def _stages(loads: Loads, tally: Tally) -> None:
-    """States forward and gradients back; tensor ranks carry a part each, and gather it again."""
+    """Hidden states forward and gradients back; tensor ranks send a part each and gather it."""
     settings, config, at = loads.settings, loads.settings.model, loads.at
     mesh, times = settings.mesh, settings.engine.gradient_accumulation_steps
     numel = loads.micro * config.length * config.dim
@@ -133,7 +133,7 @@ def _stages(loads: Loads, tally: Tally) -> None:
 
 
 def _gradients(loads: Loads, tally: Tally) -> None:
-    """Gradients over the replicas, and the weights back where ZeRO shards them."""
+    """Gradients reduced over the replicas, and weights gathered where ZeRO shards them."""
     settings, held = loads.settings, loads.held
     stage = stage_of_zero(settings)
     times = settings.engine.gradient_accumulation_steps
@@ -161,7 +161,7 @@ def _gradients(loads: Loads, tally: Tally) -> None:
 
 
 def _buckets(sizes: list[int]) -> int:
-    """Reductions of gradients that come in this order; a larger one goes by itself."""
+    """Number of gradient buckets in this order; a gradient larger than a bucket has its own."""
     calls, filled = 0, 0
     for size in sizes:
         if filled and filled + size > BUCKET:
@@ -171,7 +171,7 @@ def _buckets(sizes: list[int]) -> int:
 
 
 def _prefetches(sizes: list[int]) -> int:
-    """Gathers of weights ahead of their use: each takes parameters until a bucket is full."""
+    """Number of prefetching gathers: each takes parameters until a bucket is full."""
     calls, filled = 0, 0
     for size in sizes:
         filled += size
@@ -181,7 +181,7 @@ def _prefetches(sizes: list[int]) -> int:
 
 
 def _factors(loads: Loads, tally: Tally, group: str, sizes: Mapping[str, int], rounds: int) -> None:
-    """P, Q, and all that is not factored with the flag of what is not finite."""
+    """P, Q, and everything that is not factored, with the flag for non-finite values."""
     settings = loads.settings
     shards = list(factored(settings, loads.held, loads.at))
     for side in (min, max):
@@ -201,7 +201,7 @@ def factored_names(loads: Loads) -> Iterator[tuple[str, Held]]:
 
 
 def _third_stage(loads: Loads, tally: Tally) -> None:
-    """ZeRO-3: weights gathered before use and behind the step, gradients scattered."""
+    """ZeRO-3: weights are gathered before use and after the step, gradients scattered."""
     settings, held = loads.settings, loads.held
     mesh, times = settings.mesh, settings.engine.gradient_accumulation_steps
     shards = mesh.local
@@ -210,7 +210,7 @@ def _third_stage(loads: Loads, tally: Tally) -> None:
     tally.add("machine", "all_gather_into_tensor", FLOAT * sum(whole[n] for n in small), len(small))
     large = [h.numel for part in loads.layers for h in part.parameters.values()]
     large = [numel for numel in large if numel >= PERSISTENT]
-    passes = 2 if sum(large) > LIVE else 1  # a small model stays gathered for the way back
+    passes = 2 if sum(large) > LIVE else 1  # a small model stays gathered for backward
     if large:
         count = FLOAT * sum(shards * -(-numel // shards) for numel in large)
         calls = 1 + _prefetches(large[1:])
@@ -230,7 +230,7 @@ def _third_stage(loads: Loads, tally: Tally) -> None:
 
 
 def _results(loads: Loads, tally: Tally) -> None:
-    """Mean losses, known to all stages, and the one number by which all ranks decide."""
+    """Mean losses, broadcast to all stages, and the all-reduce by which all ranks decide."""
     settings, at = loads.settings, loads.at
     mesh = settings.mesh
     last = at.stage == mesh.pipeline - 1

@@ -1,4 +1,4 @@
-"""How engines lay parameters out: ZeRO's groups, partitions and shards, and compression's factors.
+"""Layout of parameters in the engines: ZeRO's groups, partitions and shards, PowerSGD's factors.
 
 Mirrors parallel/engines and DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py, stage3.py).
 """
@@ -14,9 +14,9 @@ from planning.estimate.layers import Held
 from training.config import PriorTrain
 
 BUCKET = 2**20
-"""Elements that ZeRO reduces together: as parallel/engines/deepspeed/engine.py sets it."""
+"""Elements of a ZeRO bucket, as parallel/engines/deepspeed/engine.py sets it."""
 ALIGNED = 2
-"""Elements that a partition of ZeRO-1/2 is a multiple of."""
+"""A partition of ZeRO-1/2 has a multiple of this many elements."""
 PERSISTENT = 100_000
 """ZeRO-3 keeps parameters of fewer elements whole on every rank (DeepSpeed's default)."""
 LIVE = 1_000_000_000
@@ -45,14 +45,14 @@ def padded(group: list[Held], replicas: int) -> int:
 
 
 def touched(group: list[Held], replicas: int, replica: int) -> int:
-    """Elements of all parameters of which a part lies in this replica's partition, and padding."""
+    """Elements of all parameters that overlap this replica's partition, and padding."""
     size = padded(group, replicas) // replicas
-    first, last, at, found = size * replica, size * (replica + 1), 0, 0
+    first, last, at, total = size * replica, size * (replica + 1), 0, 0
     for h in group:
         if at < last and at + h.numel > first:
-            found += h.numel
+            total += h.numel
         at += h.numel
-    return found + max(0, last - max(at, first))
+    return total + max(0, last - max(at, first))
 
 
 def shard_numel(h: Held, shards: int) -> int:
@@ -61,7 +61,7 @@ def shard_numel(h: Held, shards: int) -> int:
 
 
 def total_rank(settings: PriorTrain) -> int:
-    """The rank over all shards of a matrix; `auto` stands for the paper's share of the width."""
+    """Compression rank over all shards of a matrix; `auto` = the paper's share of the width."""
     rank = settings.compress.rank
     return round(PAPER_SHARE * settings.model.dim) if rank == "auto" else rank
 

@@ -1,4 +1,4 @@
-"""What a rehearsal leaves out: long computations that communicate nothing."""
+"""Skip long computations without communication in a rehearsal."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from planning.rehearsal.patches import replaced
 
 @contextmanager
 def without_arithmetic() -> Iterator[None]:
-    """Leave out long computations that communicate nothing; change modules as shadows bear it."""
+    """Skip long computations without communication; patch modules for FakeTensor."""
     changes = [
         (models.initialization, "_runs", _no_draws),
         (models.keyed_noise, "draw_bits", _no_bits),
@@ -33,7 +33,7 @@ def without_arithmetic() -> Iterator[None]:
 
 
 def _no_draws(*_: object) -> Iterator[tuple[int, Tensor]]:
-    """Matrices stay as they were made."""
+    """Leave matrices as they were allocated."""
     return iter(())
 
 
@@ -49,14 +49,14 @@ def _no_sums(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def _decide(norm: float, sums: Tensor, judge: Judge) -> Decision:
-    """Nobody asks for a stop, though all values are one."""
+    """Ignore stop requests, since every fake value reads as one."""
     return replace(decide(norm, sums, judge), stopping=False)
 
 
 def _apply(
     module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True
 ) -> nn.Module:
-    """`Module._apply` for shadows, which torch would swap in a way that they do not bear."""
+    """`Module._apply` for fake tensors, which do not support torch's way to swap parameters."""
     for owner in module.modules() if recurse else [module]:
         for name, held in owner._parameters.items():
             with torch.no_grad():

@@ -1,7 +1,7 @@
-"""Why sequences do not go together: which call, on which ranks, from which line.
+"""Explain why sequences do not match: which call, on which ranks, from which line.
 
-Ranks of one stage make the same calls. If one of them does not, it is named beside one that does;
-otherwise those are that meet with different calls, or that wait for each other.
+Ranks of one stage must make the same calls. If one of them differs, the report names it and one
+that does not; otherwise, ranks that meet with different calls, or that wait for each other.
 """
 
 from collections import Counter
@@ -37,7 +37,7 @@ _HINTS = {
     "round",
 }
 _NEAR = 64
-"""Calls in which one is looked for that came too early."""
+"""Calls that are searched for one that came too early."""
 _SHOWN = 4
 """Waiting ranks that a report names."""
 
@@ -48,9 +48,9 @@ class Side:
 
     rank: int
     role: str
-    """Its place in the mesh."""
+    """Coordinates of the rank in the mesh."""
     index: int
-    """Of the operation in its sequence."""
+    """Index of the operation in the rank's sequence."""
     operation: str
     size: str
     places: tuple[str, ...]
@@ -66,17 +66,17 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Mismatch:
-    """A deadlock, found before it costs."""
+    """A mismatch of collectives, which would be a deadlock or an error on a cluster."""
 
     kind: str
     text: str
     sides: list[Side] = field(default_factory=list)
     hint: str = ""
     waiting: list[str] = field(default_factory=list)
-    """What the first ranks that cannot go on wait in."""
+    """Calls in which the first blocked ranks wait."""
 
     def report(self) -> str:
-        """Everything about it, for a reader."""
+        """The mismatch as text."""
         lines = [f"{self.kind}: {self.text}"]
         for side in self.sides:
             lines += side.lines()
@@ -87,8 +87,8 @@ class Mismatch:
 def explain(
     roles: Roles, sequences: Mapping[int, RankSequence], outcome: Outcome
 ) -> Mismatch | None:
-    """The mismatch behind an outcome; None if all ranks came to their ends."""
-    failed = next((found for found in sequences.values() if found.failure), None)
+    """The cause of an outcome; None if all ranks reached their ends."""
+    failed = next((sequence for sequence in sequences.values() if sequence.failure), None)
     if failed is not None:
         who = f"rank {failed.rank} ({roles.grid.describe(failed.rank)})"
         text = f"{who} after {len(failed.operations)} operations:\n{failed.failure}"
@@ -104,10 +104,10 @@ class _Reporter:
         self._grid, self._sequences, self._outcome = grid, sequences, outcome
 
     def tensor_of_the_host(self) -> Mismatch | None:
-        """A tensor in host memory that ranks with GPUs exchange, all of them alike."""
+        """A tensor in host memory that all ranks with GPUs exchange."""
         for rank, sequence in self._sequences.items():
-            found = (i for i, op in enumerate(sequence.operations) if op.on_host)
-            index = next(found, None) if sequence.device != "cpu" else None
+            on_host = (i for i, op in enumerate(sequence.operations) if op.on_host)
+            index = next(on_host, None) if sequence.device != "cpu" else None
             if index is not None:
                 backend = self._operation(rank, index).backend
                 text = f"ranks with GPUs exchange a tensor of the host, which {backend} carries"
@@ -116,7 +116,7 @@ class _Reporter:
 
     def odd_one_out(self) -> Mismatch | None:
         """A rank that differs from the others of its stage."""
-        found: list[tuple[int, Mismatch]] = []
+        mismatches: list[tuple[int, Mismatch]] = []
         stages: dict[int, list[int]] = {}
         for rank in self._sequences:
             stages.setdefault(self._grid.coordinates(rank)[0], []).append(rank)
@@ -127,11 +127,11 @@ class _Reporter:
                 continue
             usual = max(classes, key=lambda c: (classes[c], len(c)))
             odd = next(rank for rank in ranks if calls[rank] != usual)
-            found.append(self._compare(odd, [rank for rank in ranks if calls[rank] == usual]))
-        return min(found, key=lambda pair: pair[0])[1] if found else None
+            mismatches.append(self._compare(odd, [rank for rank in ranks if calls[rank] == usual]))
+        return min(mismatches, key=lambda pair: pair[0])[1] if mismatches else None
 
     def where_they_meet(self) -> Mismatch | None:
-        """Two ranks of different stages whose calls meet and do not go together."""
+        """Two ranks of different stages that meet with calls that do not match."""
         if self._outcome.unequal is None:
             return None
         first, second = self._outcome.unequal
@@ -150,25 +150,25 @@ class _Reporter:
         return self._mismatch(kind, text, sides)
 
     def who_waits(self) -> Mismatch:
-        """Ranks that wait for ever: for one that has ended, or for each other."""
+        """Ranks that wait for ever: for a rank that has ended, or for each other."""
         stuck = self._outcome.stuck
         for one in stuck:
             op = self._operation(one.role, one.index)
             role = self._sequences[one.role]
             if not op.paired or op.group[0] not in self._sequences:
                 continue
-            wanted = _OTHER[op.kind]
+            opposite = _OTHER[op.kind]
             other = self._sequences[op.group[0]]
             mine = sum(o.kind == op.kind and o.group == op.group for o in role.operations)
             theirs = [
                 i
                 for i, o in enumerate(other.operations)
-                if o.kind == wanted and o.group == (one.role,)
+                if o.kind == opposite and o.group == (one.role,)
             ]
             if mine > len(theirs):
                 text = (
                     f"rank {one.role} has {mine} calls of {op.kind} for rank {other.rank}, which "
-                    f"has {len(theirs)} of {wanted}"
+                    f"has {len(theirs)} of {opposite}"
                 )
                 sides = [self._side(one.role, one.index)]
                 sides += [self._side(other.rank, theirs[-1])] if theirs else []
@@ -179,7 +179,7 @@ class _Reporter:
         return self._mismatch("deadlock", text, sides)
 
     def _compare(self, odd: int, others: list[int]) -> tuple[int, Mismatch]:
-        """Name the first call in which a rank differs from those of its stage."""
+        """Describe the first call in which a rank differs from those of its stage."""
         mine, usual = self._relative(odd, True), self._relative(others[0], True)
         at = _common(mine, usual)
         met = self._operation(odd, min(at, self._count(odd) - 1)).group
@@ -209,7 +209,7 @@ class _Reporter:
         return one.rank == one.role and op.paired and op.group[0] == other
 
     def _change(self, odd: int, other: int, at: int) -> str:
-        """What is different about the call that a rank makes in another's place."""
+        """Kind of the difference between the calls of two ranks at one index."""
         a, b = self._operations(odd, other, at)
         if a.kind == b.kind == CREATE:
             return "other groups made"
@@ -227,7 +227,7 @@ class _Reporter:
         return "another root" if same and a.root != b.root else "another order"
 
     def _swapped(self, odd: int, other: int, at: int) -> bool:
-        """True if both make both calls, one of them sooner and the other later."""
+        """True if both ranks make both calls, in opposite order."""
         mine, usual = (self._relative(rank, False)[at : at + _NEAR] for rank in (odd, other))
         swapped = mine[0] in usual and usual[0] in mine
         return swapped and Counter(mine) == Counter(usual)
@@ -239,7 +239,7 @@ class _Reporter:
 
     def _relative(self, rank: int, with_places: bool) -> tuple[Any, ...]:
         """A rank's calls in a form that is the same for every rank of its stage."""
-        found = []
+        calls = []
         for op in self._sequences[rank].operations:
             root: Any = op.root
             spans = None if op.paired else self._grid.spans(rank, op.group)
@@ -248,8 +248,8 @@ class _Reporter:
                 root = tuple(at for at, whole in zip(root_at, spans, strict=True) if whole)
             tensors = (op.bytes, op.dtype, op.device, op.backend)
             call = (op.kind, self._group(rank, op), *tensors, root, op.detail)
-            found.append((*call, op.places) if with_places else call)
-        return tuple(found)
+            calls.append((*call, op.places) if with_places else call)
+        return tuple(calls)
 
     def _group(self, rank: int, op: CollectiveCall) -> Any:
         if op.paired:

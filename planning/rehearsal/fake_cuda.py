@@ -1,9 +1,10 @@
-"""A GPU for a rank that has none: shadows name it as their device, and torch.cuda only nods.
+"""A fake GPU for a rank without one: shadows have it as their device, torch.cuda is stubbed.
 
-torch's C++ code takes every shadow for a tensor of the CPU, which each build of torch can index,
-differentiate and autocast. Python, and the rules of FakeTensorMode for mixed devices, see the
-device that the program asked for. What depends on a device inside of C++ is therefore decided here:
-copies between devices, and tensors made of Python numbers.
+A shadow is a FakeTensor whose values may be known (fake_tensors.py). To torch's C++ code every
+shadow is a CPU tensor, which any build of torch can index, differentiate and autocast. Python, and
+FakeTensorMode's rules for mixed devices, see the device that the program asked for. Whatever
+depends on the device within C++ is decided here: copies between devices, and tensors made from
+Python numbers.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,18 +23,18 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 _BYTES = 80 * 2**30
 _new_shadow, _to, _tolist, _data = FakeTensor.__new__, Tensor.to, FakeTensor.tolist, Tensor.data
 FakeTensor.held = None  # type: ignore[attr-defined]
-"""The real tensor of the CPU with a shadow's values, if they are known."""
+"""A real CPU tensor with the values of a shadow, if they are known."""
 _tensor, _as_tensor, _autocast = torch.tensor, torch.as_tensor, torch.autocast.__init__
 
 
 class Moves:
-    """Whether a copy goes to the device that it names; those of C++ name that of its own view."""
+    """True while Python asks for a copy to another device; C++ copies name the device it sees."""
 
     asked = False
 
 
 class _Idle:
-    """A stream or an event, on which nothing runs."""
+    """A stub of a stream or an event."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -70,12 +71,12 @@ _ANSWERS: dict[str, Any] = {
     "get_device_properties": _CARD,
     "get_device_capability": (_CARD.major, _CARD.minor),
 }
-"""What functions of torch.cuda say in a rehearsal; a rank sees one GPU, its own."""
+"""Return values of torch.cuda's functions in a rehearsal; a rank sees one GPU, its own."""
 
 
 @contextmanager
 def claimed_gpu() -> Iterator[None]:
-    """Let this process believe that it has a GPU; all tensors must be made by `Shadows`."""
+    """Pretend that this process has a GPU; `Shadows` must make all tensors."""
     with replaced(_changes()):
         yield
 
@@ -108,7 +109,7 @@ def _changes() -> list[Change]:
 
 
 def _answering(answer: Any) -> Callable[..., Any]:
-    """A function of its own for each name: torch's compiler keeps a table of them."""
+    """A new stub for each name, since torch's compiler keeps a table of functions."""
     return lambda *_, **__: answer
 
 
@@ -135,12 +136,12 @@ def _list_of(shadow: Any) -> Any:
 
 
 def _moved(tensor: Any, *arguments: Any, **named: Any) -> Any:
-    """`Tensor.to`, which C++ would leave out between devices that it takes for one."""
+    """`Tensor.to`, which C++ would skip between devices that are the same CPU to it."""
     arguments, device = _target(arguments, named)
-    wanted = {name: value for name, value in named.items() if name not in ("device", "other")}
+    keywords = {name: value for name, value in named.items() if name not in ("device", "other")}
     if device is None or device.type == tensor.device.type:
-        return _to(tensor, *arguments, **wanted) if arguments or wanted else tensor
-    dtypes = [x for x in (*arguments, wanted.get("dtype")) if isinstance(x, torch.dtype)]
+        return _to(tensor, *arguments, **keywords) if arguments or keywords else tensor
+    dtypes = [x for x in (*arguments, keywords.get("dtype")) if isinstance(x, torch.dtype)]
     Moves.asked = True
     try:
         dtype = dtypes[0] if dtypes else tensor.dtype
@@ -150,7 +151,7 @@ def _moved(tensor: Any, *arguments: Any, **named: Any) -> Any:
 
 
 def _target(arguments: Any, named: dict[str, Any]) -> tuple[tuple[Any, ...], torch.device | None]:
-    """What is left of the arguments of `Tensor.to` without its device, and the device."""
+    """Split the arguments of `Tensor.to` into those without the device, and the device."""
     given = named.get("device", named.get("other"))
     if given is None and arguments and not isinstance(arguments[0], torch.dtype):
         given, *rest = arguments

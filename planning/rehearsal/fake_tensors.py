@@ -1,10 +1,10 @@
-"""Tensors for a rank that computes nothing: shapes and types are real, memory and values are not.
+"""Tensors of a rehearsed rank: real shapes and types, without memory and values.
 
-What is small and whole-numbered keeps its values: shapes that stages tell each other, counts,
-pickled names. On the CPU such a tensor is real, on a GPU a shadow that holds a real one. All else
-is torch's FakeTensor. Where the program reads a value (a norm, a loss, a flag), it gets one, or for
-`any` no: as in a step whose gradients are finite. Collectives do nothing, but small whole-numbered
-messages arrive: a broker carries them between the rehearsed ranks.
+Small integer tensors keep their values: shapes that stages exchange, counts, pickled names. On the
+CPU such a tensor is real, on a GPU it is a shadow that holds a real one. All others are torch's
+FakeTensor. If the program reads a value (a norm, a loss, a flag), it gets 1, and False for `any`,
+as in a step with finite gradients. Collectives do nothing, except that a broker carries small
+integer messages between the rehearsed ranks.
 """
 
 import functools
@@ -33,11 +33,11 @@ from planning.rehearsal.sequence import CollectiveCall
 warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 SMALL = 2**20
-"""Elements up to which a whole-numbered tensor is real."""
+"""Most elements of an integer tensor that is real."""
 PICKLED = 2**30
-"""The same for bytes: the pickled objects of all ranks lie in one buffer, and are unpickled."""
+"""The same for bytes: one buffer holds the pickled objects of all ranks, and is unpickled."""
 Channel = tuple[object, ...]
-"""Who speaks to whom: ("send", from, to), or ("broadcast", from, *ranks of the group)."""
+"""Source and destination: ("send", from, to), or ("broadcast", from, *ranks of the group)."""
 _MAKERS = ("empty", "zeros", "ones", "full", "empty_strided", "rand", "randn", "randint", "normal")
 _LIKE = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")
 _aten = torch.ops.aten
@@ -51,7 +51,7 @@ _PLAIN = frozenset(
     }.items()
     for name in names.split()
 )
-"""Functions of which there are very many: torch's rules for shapes, without its book-keeping."""
+"""Frequent functions that run torch's rules for shapes without FakeTensorMode's overhead."""
 _BY_SIZE = frozenset(
     (
         _aten.empty.memory_format,
@@ -63,7 +63,7 @@ _BY_SIZE = frozenset(
 )
 _FAST = _PLAIN | WRITING | frozenset(RULES)
 _BY_AUTOGRAD = (_aten._to_copy.default, _aten.new_empty_strided.default)
-"""Functions that C++ calls with the device that it takes a tensor to be on."""
+"""Functions that C++ calls with the device that it sees, not the one the program asked for."""
 _STRICT = ("stack", "cat")
 """Functions that refuse even single numbers of another device, which torch's rules let pass."""
 
@@ -75,14 +75,14 @@ class Broker(Protocol):
         """Send the next message of a channel."""
 
     def take(self, channel: Channel, place: int) -> np.ndarray:
-        """Wait for a message of a channel, by its place from 0.
+        """Wait for message number `place` of a channel, from 0.
 
-        Raises: NeverSent if no rank that is rehearsed will send it.
+        Raises: NeverSent if no rehearsed rank will send it.
         """
 
 
 class Shadows(TorchDispatchMode):
-    """Runs a rank's program on shadows of its tensors and records what it communicates."""
+    """Runs a rank's program on shadows of its tensors and records its communication."""
 
     def __init__(self, recorder: Recorder, broker: Broker) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class Shadows(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here, and two more calls for each function would be felt."""
+        """Save two calls per function: nothing is compiled here."""
         return False
 
     def __torch_dispatch__(
@@ -116,11 +116,11 @@ class Shadows(TorchDispatchMode):
             device.type == "cpu" and not _makes_large(function, arguments, named)
         ):
             return function(*arguments, **named)
-        found = self._filled(function, arguments, named)
-        return self._shadow(function, types, arguments, named) if found is None else found
+        shadow = self._filled(function, arguments, named)
+        return self._shadow(function, types, arguments, named) if shadow is None else shadow
 
     def _filled(self, function: Any, arguments: Any, named: Any) -> Any:
-        """A new shadow of a given size, if the function is a usual one and its numbers real."""
+        """A new floating-point shadow if the function only needs a size; None otherwise."""
         dtype = named.get("dtype") or torch.get_default_dtype()
         if function not in _BY_SIZE or not dtype.is_floating_point:
             return None
@@ -129,30 +129,30 @@ class Shadows(TorchDispatchMode):
     def _shadow(self, function: Any, types: Any, arguments: Any, named: Any) -> Any:
         device = self._plain_device(arguments) if function in _FAST else None
         if device is not None:
-            found = self._soon(function, arguments, named, device)
-            if found is not None:
-                return found
+            result = self._soon(function, arguments, named, device)
+            if result is not None:
+                return result
         if function._overloadpacket.__name__ in _STRICT:
             _refuse_two_devices(function, arguments[0])
-        found = self._fake.dispatch(function, types, arguments, named)
+        result = self._fake.dispatch(function, types, arguments, named)
         if function is _aten.any.default:
-            found.says_no = True  # type: ignore[attr-defined]
+            result.says_no = True  # type: ignore[attr-defined]
         written = _written(function)
         if written is not None:
             place, name = written
-            found = arguments[place] if place < len(arguments) else named[name]
-        _hold(function, arguments, named, found)
-        return found
+            result = arguments[place] if place < len(arguments) else named[name]
+        _hold(function, arguments, named, result)
+        return result
 
     def _soon(self, function: Any, arguments: Any, named: Any, device: torch.device) -> Any:
-        """What a function returns that FakeTensorMode need not be asked for; None if it must."""
+        """The result of a frequent function without FakeTensorMode; None if that is needed."""
         if function in WRITING:
             return arguments[0] if arguments[0].is_floating_point() else None
         if function in _PLAIN:
             inside = {name: value for name, value in named.items() if name != "device"}
             with in_kernel_invocation_manager(self._fake):
-                found = function(*arguments, **inside)
-            return self._made(found, named.get("device") or device)
+                result = function(*arguments, **inside)
+            return self._made(result, named.get("device") or device)
         made = RULES[function](*arguments, **named)
         if made is None:
             return None
@@ -160,7 +160,7 @@ class Shadows(TorchDispatchMode):
         return shadows[0] if len(shadows) == 1 else tuple(shadows)
 
     def _made(self, meta: Tensor, device: torch.device) -> FakeTensor:
-        """A shadow, sooner than FakeTensor makes it: its state is that of another one."""
+        """Make a shadow faster than FakeTensor does, with the state of another one."""
         if device not in self._state:
             self._state[device] = dict(vars(FakeTensor(self._fake, meta, device)))
         shadow: FakeTensor = Tensor._make_subclass(
@@ -170,7 +170,7 @@ class Shadows(TorchDispatchMode):
         return shadow
 
     def _plain_device(self, arguments: Any) -> torch.device | None:
-        """The one device of shadows without values; None if there are other tensors, too."""
+        """The device of the arguments if they are shadows without values, all on one; else None."""
         device = None
         for x in arguments:
             if isinstance(x, FakeTensor):
@@ -183,7 +183,7 @@ class Shadows(TorchDispatchMode):
         return device
 
     def _is_own(self, shadow: FakeTensor) -> bool:
-        """False for shadows that a deep copy gave a mode of their own."""
+        """False for shadows that a deep copy gave another mode."""
         return shadow.fake_mode is self._fake
 
     def _communicate(self, function: Any, arguments: Any) -> Any:
@@ -194,10 +194,10 @@ class Shadows(TorchDispatchMode):
         return work if count == 1 else (arguments[0], work) if count else None
 
     def _carry(self, operation: CollectiveCall, arguments: Any) -> None:
-        """Hand a small message over, or fill the buffer that waits for one."""
-        found = [_real(x) for x in tree_leaves(arguments[:2]) if isinstance(x, Tensor)]
-        tensors = [x for x in found if x is not None]
-        if not tensors or len(tensors) < len(found):
+        """Pass a small message to the broker, or fill a buffer with one from it."""
+        values = [_real(x) for x in tree_leaves(arguments[:2]) if isinstance(x, Tensor)]
+        tensors = [x for x in values if x is not None]
+        if not tensors or len(tensors) < len(values):
             return
         if operation.kind == "send":
             self._broker.give(("send", self._rank, *operation.group), tensors[0].numpy())
@@ -223,7 +223,7 @@ class Shadows(TorchDispatchMode):
 
 
 def _real(tensor: Any) -> Tensor | None:
-    """The values of a tensor, if they are known and whole-numbered."""
+    """The values of an integer tensor, if they are known."""
     if isinstance(tensor, FakeTensor):
         held: Tensor | None = tensor.held  # type: ignore[attr-defined]
         return held
@@ -242,9 +242,9 @@ def _value(argument: Any) -> Any:
     return _real(argument) if isinstance(argument, Tensor) else argument
 
 
-def _hold(function: Any, arguments: Any, named: Any, found: Any) -> None:
-    """Let whole-numbered shadows hold their values, if those of all that made them are known."""
-    shadows = found if isinstance(found, list | tuple) else [found]
+def _hold(function: Any, arguments: Any, named: Any, result: Any) -> None:
+    """Compute the values of integer shadows, if those of all arguments are known."""
+    shadows = result if isinstance(result, list | tuple) else [result]
     if not all(isinstance(x, FakeTensor) and _is_whole(x) for x in shadows):
         return
     tensors = [x for x in tree_leaves((arguments, named)) if isinstance(x, Tensor)]
@@ -257,7 +257,7 @@ def _hold(function: Any, arguments: Any, named: Any, found: Any) -> None:
         inside["device"] = CPU
     made = function(*values, **inside)
     if _written(function) is None:
-        for shadow, value in zip(shadows, made if shadows is found else [made], strict=True):
+        for shadow, value in zip(shadows, made if shadows is result else [made], strict=True):
             shadow.held = value
 
 
@@ -268,7 +268,7 @@ def _refuse_two_devices(function: Any, tensors: Any) -> None:
 
 
 def _value_of(shadow: Any) -> bool | int | float:
-    """One, as the type has it; no where it was asked if any element is true."""
+    """The known value of a shadow, else 1 of its type; False for the result of `any`."""
     held: Tensor | None = shadow.held
     if held is not None:
         return held.item()
@@ -279,7 +279,7 @@ def _value_of(shadow: Any) -> bool | int | float:
 
 
 def _makes_large(function: Any, arguments: Any, named: Any) -> bool:
-    """True for a function that makes a tensor which is not to be real."""
+    """True for a function that makes a tensor which must not be real: floating-point or large."""
     name = function._overloadpacket.__name__
     dtype = named.get("dtype")
     if name in _LIKE:
@@ -295,7 +295,7 @@ def _makes_large(function: Any, arguments: Any, named: Any) -> bool:
 
 @functools.cache
 def _written(function: Any) -> tuple[int, str] | None:
-    """The argument that a function writes and returns, if it does."""
+    """(place, name) of the argument that a function writes and returns; None if there is none."""
     returns = function._schema.returns
     if len(returns) != 1 or returns[0].alias_info is None or not returns[0].alias_info.is_write:
         return None

@@ -1,9 +1,9 @@
-"""Do the sequences of all ranks go together? Every rank's queue is played to its end.
+"""Match the sequences of all ranks by simulating every rank's queue of calls to its end.
 
-Calls block: a collective ends when all ranks of its group have come to it, a message when both
-sides have. What can go to its end like this cannot deadlock with calls that block less. The ranks
-of one role make the same calls, each over its own groups, so that a sequence of one of them stands
-for all: `Grid.spans` says along which axes a group runs, and so which one another rank has.
+Calls block: a collective ends when all ranks of its group have reached it, a message when both
+sides have. If all queues end like this, no deadlock is possible with calls that block less. The
+ranks of one role make the same calls, each over its own groups, so that one rehearsed sequence
+stands for all of them: `Grid.spans` gives the axes of a group, and so the group of another rank.
 """
 
 from collections import deque
@@ -15,28 +15,28 @@ from planning.rehearsal.sequence import CollectiveCall, Coordinates, Grid
 from planning.rehearsal.sequence import Sequence as RankSequence
 
 MeetingKey = tuple[Any, ...]
-"""Where ranks meet: a group, or the two sides of a message."""
+"""Identifies a rendezvous: a group, or the two sides of a message."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stuck:
-    """A rank that cannot go on."""
+    """A rank that is blocked for ever."""
 
     rank: int
     role: int
-    """The rehearsed rank that it follows."""
+    """The rehearsed rank whose sequence it follows."""
     index: int
-    """Of the operation in its sequence."""
+    """Index of the operation in that sequence."""
 
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What came of playing all queues."""
+    """Result of simulating all queues."""
 
     operations: int = 0
-    """That were finished, over all ranks."""
+    """Finished operations over all ranks."""
     bytes: int = 0
-    """Of them."""
+    """Bytes of the finished operations."""
     unequal: tuple[Stuck, Stuck] | None = None
     """Two ranks that meet with different calls."""
     stuck: list[Stuck] = field(default_factory=list)
@@ -44,15 +44,15 @@ class Outcome:
 
     @property
     def whole(self) -> bool:
-        """True if every rank came to its end."""
+        """True if every rank reached its end."""
         return self.unequal is None and not self.stuck
 
 
 class Roles:
-    """Which rehearsed rank stands for which ranks."""
+    """Maps each rank to the rehearsed rank that stands for it."""
 
     def __init__(self, grid: Grid, rehearsed: Sequence[int]) -> None:
-        """`rehearsed` are the ranks of a grid of chosen coordinates on each axis."""
+        """`rehearsed`: all combinations of some coordinates on each axis of the grid."""
         self.grid = grid
         self._chosen = [
             sorted({grid.coordinates(rank)[axis] for rank in rehearsed})
@@ -72,13 +72,13 @@ class Roles:
 
 @dataclass(frozen=True)
 class _Step:
-    """An operation of a role, ready to be placed for each of its ranks."""
+    """An operation of a role, relative to the rank that makes it."""
 
     operation: CollectiveCall
     spans: tuple[bool, ...] | None
-    """Axes of its group; None if it is no group of whole axes, which stays as it is."""
+    """Axes of its group; None for a group that is not made of whole axes: the same for all."""
     offset: Coordinates
-    """From this rank to the other one of a message."""
+    """Coordinates of a message's other rank relative to this one."""
 
 
 class _Player:
@@ -88,8 +88,8 @@ class _Player:
         self._grid = roles.grid
         steps: dict[tuple[int, Any], _Step] = {}
         self._queues = {
-            role: [self._step(steps, role, op) for op in found.operations]
-            for role, found in sequences.items()
+            role: [self._step(steps, role, op) for op in sequence.operations]
+            for role, sequence in sequences.items()
         }
         world = range(self._grid.world)
         self._role = [roles.of(rank) for rank in world]
@@ -100,7 +100,7 @@ class _Player:
         self.outcome = Outcome()
 
     def play(self) -> Outcome:
-        """Let ranks go on as long as any can."""
+        """Advance ranks as long as any can go on."""
         ready = deque(range(self._grid.world))
         while ready and self.outcome.unequal is None:
             rank = ready.popleft()
@@ -140,7 +140,7 @@ class _Player:
         return known[key]
 
     def _meeting(self, rank: int, step: _Step) -> tuple[MeetingKey, int]:
-        """Where a rank meets whom in a step, and how many they are."""
+        """The rendezvous of a rank's step, and the number of ranks that meet there."""
         key = (rank, id(step))
         if key not in self._meetings:
             self._meetings[key] = self._find_meeting(rank, step)
@@ -159,7 +159,7 @@ class _Player:
         return ("axes", *fixed), len(op.group)
 
     def _alike(self, a: int, b: int) -> bool:
-        """True if two ranks that meet make calls that go together."""
+        """True if two ranks that meet make matching calls."""
         if a == b:
             return True
         one, other = (self._queues[self._role[r]][self._at[r]].operation for r in (a, b))
@@ -170,5 +170,5 @@ class _Player:
 
 
 def play(roles: Roles, sequences: Mapping[int, RankSequence]) -> Outcome:
-    """Play the queues of all ranks of the grid to their ends."""
+    """Simulate the queues of all ranks of the grid to their ends."""
     return _Player(roles, sequences).play()

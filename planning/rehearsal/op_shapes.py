@@ -1,8 +1,7 @@
-"""Shapes and types of what the functions return that a rank calls most.
+"""Result shapes and types of the functions that a rank calls most.
 
-torch derives them from its references in Python, a hundred times slower. A rule gives one (shape,
-type) for each tensor that is returned, or nothing for arguments that it does not know; the results
-are contiguous.
+torch derives them from its Python references, a hundred times slower. A rule returns one (shape,
+type) for each result, or None for arguments that it does not handle; the results are contiguous.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from torch import Tensor
 
 _aten = torch.ops.aten
 Made = list[tuple[Sequence[int], torch.dtype] | None] | None
-"""None in the list for a tensor that was not asked for."""
+"""None in the list stands for a result that is not requested."""
 
 
 def _same(x: Tensor, *_: Any, **__: Any) -> Made:
@@ -72,9 +71,9 @@ def _layer_norm_backward(
     rstd: Tensor,
     weight: Any,
     bias: Any,
-    wanted: Sequence[bool],
+    requested: Sequence[bool],
 ) -> Made:
-    tensors = zip((x, weight, bias), wanted, strict=True)
+    tensors = zip((x, weight, bias), requested, strict=True)
     return [(t.shape, t.dtype) if asked and t is not None else None for t, asked in tensors]
 
 
@@ -123,4 +122,4 @@ WRITING = frozenset(
         _aten.index_put_.default,
     )
 )
-"""Functions that return their first argument, whose shape stays."""
+"""In-place functions, which return their first argument."""

@@ -1,17 +1,17 @@
-"""Let modules and classes behave otherwise for the time of a rehearsal."""
+"""Patch modules and classes for the time of a rehearsal."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 Change = tuple[Any, str, Any]
-"""A module or class, an attribute of it, and what it shall be."""
+"""(module or class, name of an attribute, its new value)."""
 _ABSENT = object()
 
 
 @contextmanager
 def replaced(changes: Iterable[Change]) -> Iterator[None]:
-    """Replace attributes in the context."""
+    """Replace attributes within the context."""
     changes = list(changes)
     before = [(owner, name, vars(owner).get(name, _ABSENT)) for owner, name, _ in changes]
     try:
@@ -27,4 +27,4 @@ def replaced(changes: Iterable[Change]) -> Iterator[None]:
 
 
 def nothing(*_: Any, **__: Any) -> None:
-    """Do nothing, whatever is asked for."""
+    """Do nothing, with any arguments."""

@@ -1,7 +1,7 @@
 """Run the ranks of a rehearsal as forks of one process that has imported everything.
 
-The ranks take turns on the cores. One that waits for a message of another gives up its turn; when
-all wait, nobody will ever send, and they are told so.
+At most `jobs` ranks run at a time; a rank that waits for a message does not count. When all wait,
+no message can arrive any more, and each gets NeverSent.
 """
 
 import gc
@@ -27,14 +27,14 @@ Runner = Callable[[Any, Any], RankSequence]
 Link = Any
 """One end of a multiprocessing pipe."""
 _PATIENCE = 5.0
-"""Seconds that the process has to end by itself."""
+"""Seconds in which the process may exit by itself."""
 
 
 class Pool:
-    """A process that forks ranks; a context, which leaves no process behind."""
+    """Context manager of a process that forks ranks; leaves no process running."""
 
     def __init__(self, device: str = "cuda") -> None:
-        """`device` is the type of that which each rank claims to have."""
+        """`device`: type of each rank's device, real or fake."""
         self.device = device
 
     def __enter__(self) -> "Pool":
@@ -60,20 +60,20 @@ class Pool:
     ) -> list[RankSequence]:
         """The sequences of the tasks, in their order; `jobs` ranks run at a time.
 
-        `told` hears how many have come to their ends.
+        `told` is called with the number of finished ranks.
         Raises: RankError if a process dies.
         """
         try:
             self._link.send((list(tasks), runner, jobs))
-            while isinstance(found := self._link.recv(), int):
-                told(found)
+            while isinstance(reply := self._link.recv(), int):
+                told(reply)
         except (EOFError, BrokenPipeError):
             self._server.join()
             code = self._server.exitcode
             raise RankError(f"the process of the rehearsal died (exit code {code})") from None
-        if isinstance(found, str):
-            raise RankError(found)
-        return list(found)
+        if isinstance(reply, str):
+            raise RankError(reply)
+        return list(reply)
 
 
 def _serve(link: Link, device: str) -> None:
@@ -102,7 +102,7 @@ def _serve(link: Link, device: str) -> None:
 
 
 def _import_compiler() -> None:
-    """Import what every rank would else import for itself, for seconds."""
+    """Import once what would take every rank seconds."""
     import torch._dynamo  # noqa: PLC0415 - in this process alone
     import torch._inductor.compile_fx  # noqa: F401, PLC0415
 
@@ -119,7 +119,7 @@ class _Ranks:
         self._processes: dict[int, Any] = {}
         self._messages: dict[Any, list[np.ndarray]] = {}
         self._waiting: dict[Link, tuple[Any, int]] = {}
-        self._found: dict[int, RankSequence] = {}
+        self._sequences: dict[int, RankSequence] = {}
 
     def play(self) -> list[RankSequence]:
         """Run all ranks to their ends."""
@@ -131,10 +131,10 @@ class _Ranks:
                     self._answer(link, None)
             for link in connection.wait(list(self._links)):
                 self._hear(link)
-        return [self._found[i] for i in range(len(self._tasks))]
+        return [self._sequences[i] for i in range(len(self._tasks))]
 
     def end(self) -> None:
-        """Leave no process behind."""
+        """Kill the processes that still run."""
         for process in self._processes.values():
             if process.is_alive():
                 process.kill()
@@ -161,8 +161,8 @@ class _Ranks:
         if what == "give":
             channel, message = rest
             self._messages.setdefault(channel, []).append(message)
-            for other, wanted in list(self._waiting.items()):
-                if wanted == (channel, len(self._messages[channel]) - 1):
+            for other, expected in list(self._waiting.items()):
+                if expected == (channel, len(self._messages[channel]) - 1):
                     self._answer(other, message)
         elif what == "take":
             channel, place = rest
@@ -172,8 +172,8 @@ class _Ranks:
             else:
                 self._waiting[link] = (channel, place)
         else:
-            self._found[index] = rest[0]
-            self._tell(len(self._found))
+            self._sequences[index] = rest[0]
+            self._tell(len(self._sequences))
             self._processes[index].join()
             del self._links[link]
             link.close()
@@ -184,7 +184,7 @@ class _Ranks:
 
 
 class _Messenger:
-    """A rank's way to the others."""
+    """The broker of one rank: passes its messages through the pool's process."""
 
     def __init__(self, link: Link) -> None:
         self._link = link

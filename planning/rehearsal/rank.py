@@ -1,4 +1,4 @@
-"""One rank of a rehearsal: the real engine makes its steps in a world that is only claimed."""
+"""One rank of a rehearsal: the real engine runs its steps in a fake process group."""
 
 import os
 import traceback
@@ -25,7 +25,7 @@ from training.config import StageConfig
 
 @dataclass(frozen=True, kw_only=True)
 class RankTask:
-    """What one rank rehearses; its model's sizes are all filled in."""
+    """The rehearsal of one rank; all sizes of its model are filled in."""
 
     stage: str
     settings: StageConfig
@@ -33,13 +33,13 @@ class RankTask:
     steps: int
     """Training steps before the validation."""
     device: str = "cuda"
-    """Type of the device that each rank has of its own."""
+    """Type of each rank's device."""
 
 
 def run_rank(task: RankTask, broker: Broker) -> Sequence:
-    """The sequence of one rank: it joins, builds its engine, trains, evaluates and compares.
+    """Run one rank and record its sequence.
 
-    It ends early with an error, which is noted, or with a message that nobody sends.
+    The sequence ends early at an error, which it records, or at a message that nobody sends.
     """
     recorder = Recorder(task.rank)
     try:
@@ -51,7 +51,7 @@ def run_rank(task: RankTask, broker: Broker) -> Sequence:
         ):
             train(task, recorder)
     except NeverSent:
-        pass  # the sequence ends in this call, which its check will find
+        pass  # the matcher finds the call that ends the sequence
     except Exception as error:
         frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
         lines = "".join(f"\n      at {place}" for place in places(list(frames)[-1]))
@@ -61,14 +61,14 @@ def run_rank(task: RankTask, broker: Broker) -> Sequence:
 
 
 def train(task: RankTask, recorder: Recorder | None = None) -> None:
-    """What a rank does in a run, on any rank of any world, without data."""
+    """Train as in a run, on any rank of any world, without data."""
     mesh = build_mesh(task.settings.mesh, join_world())
     play(task.stage, task.settings, task.steps, mesh, recorder)
 
 
 @contextmanager
 def claimed_world(task: RankTask, recorder: Recorder) -> Iterator[None]:
-    """Let this process believe that it is a rank of a world that a launcher started."""
+    """Pretend that a launcher started this process as a rank of a whole world."""
     rank, size, asked = task.rank, task.settings.mesh.world, ""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK="0")
     original = dist.init_process_group
@@ -104,6 +104,6 @@ def claimed_world(task: RankTask, recorder: Recorder) -> Iterator[None]:
 
 
 def _fakes(config: str) -> str:
-    """torch's fake backend for the devices that other backends were asked for."""
+    """torch's fake backend for the devices of the requested backends."""
     devices = backends_of(config)
     return "fake" if "cpu" in devices else ",".join(f"{device}:fake" for device in devices)

@@ -1,7 +1,7 @@
-"""Write down what this rank communicates, at torch's dispatcher, below every library.
+"""Record this rank's communication at torch's dispatcher, below every library.
 
-The same recorder listens to a rehearsed rank and to a real one, so that both can be compared.
-Which reduction is asked for (a sum, a maximum) is not visible there, and not noted.
+The same recorder records rehearsed and real ranks, so that both can be compared. The reduction
+(sum, maximum) is not visible at the dispatcher and not recorded.
 """
 
 import functools
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from planning.rehearsal.sequence import CREATE, OBJECTS, CollectiveCall, Sequence
 
 NAMESPACE = "c10d"
-"""The dispatcher's home of collectives."""
+"""The dispatcher's namespace of collectives."""
 ROOT = Path(__file__).parents[2]
 _KINDS = {
     "allreduce_": "all_reduce",
@@ -33,16 +33,16 @@ _KINDS = {
     "alltoall_base_": "all_to_all_single",
     "recv_any_source_": "recv",
 }
-"""The dispatcher's names -> those of torch.distributed; others only lose their underscores."""
+"""The dispatcher's names -> torch.distributed's; others only lose their underscores."""
 _OF_ONE_SIDE = {"gather_": 1, "scatter_": 0}
-"""Operations whose root alone has the larger side: the argument that all ranks have."""
+"""Operations whose larger side only the root has -> index of the argument that all ranks have."""
 _PEERS = ("root_rank", "dst", "src")
 _LIBRARIES = ("deepspeed", "megatron")
 _WRAPPERS = ("deepspeed/comm/", "deepspeed/utils/", "deepspeed/runtime/pipe/p2p.py")
 _OWN = ("parallel", "models", "training")
 _PLACES = 3
 _DEPTH = 14
-"""Calls between a function of torch.distributed and what it dispatches, and some more."""
+"""Most stack frames between a function of torch.distributed and the dispatcher, with a margin."""
 _C10D = dist.distributed_c10d.__file__
 
 
@@ -86,14 +86,14 @@ class Recorder:
         return operation
 
     def note_group(self, ranks: tuple[int, ...]) -> None:
-        """Add a group that all ranks make."""
+        """Record a group that all ranks create."""
         self.sequence.created.append(ranks)
         if self._made == 0:
             self._where = places()
         self._made += 1
 
     def close_groups(self) -> None:
-        """Make one operation of the groups that were made since the last one."""
+        """Record the groups created since the last operation as one operation."""
         if not self._made:
             return
         made = repr(self.sequence.created[-self._made :]).encode()
@@ -110,11 +110,11 @@ class Recorder:
         self._made = 0
 
     def note_backends(self, group: Any, config: str) -> None:
-        """Remember what carries a group's tensors, by the config that it was asked for."""
+        """Remember a group's backends, from the config it was created with."""
         self._backends[group.group_name] = backends_of(config)
 
     def repeat(self, first: int, last: int) -> None:
-        """Add some operations once more."""
+        """Record a range of operations once more."""
         self.sequence.operations += self.sequence.operations[first:last]
 
     def _ranks(self, boxed: Any) -> tuple[str, tuple[int, ...]]:
@@ -138,7 +138,7 @@ class Recorder:
 
 
 class Listening(TorchDispatchMode):
-    """Lets everything through and notes what is communicated; for real ranks."""
+    """Runs every function and records communication; for real ranks."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -154,18 +154,17 @@ class Listening(TorchDispatchMode):
 
 def backends_of(config: str) -> dict[str, str]:
     """`cpu:gloo,cuda:nccl`, or the name of one backend -> its backends by type of device."""
-    found = BackendConfig(dist.Backend(config)).get_device_backend_map()
-    return {device: str(backend) for device, backend in found.items()}
+    backends = BackendConfig(dist.Backend(config)).get_device_backend_map()
+    return {device: str(backend) for device, backend in backends.items()}
 
 
 @contextmanager
 def groups_noted(
     recorder: Recorder, change: Callable[[dict[str, Any]], str | None]
 ) -> Iterator[None]:
-    """Note every `new_group` of the context.
+    """Record every `new_group` within the context.
 
-    `change` may alter its named arguments; it returns which backends were asked for, if others are
-    used.
+    `change` may alter its keyword arguments; it returns the requested backends if it replaced them.
     """
     modules = (dist, dist.distributed_c10d)
     original = dist.new_group
@@ -192,19 +191,19 @@ def groups_noted(
 
 
 def places(frame: FrameType | None = None) -> tuple[str, ...]:
-    """Where a frame, or who calls this, is: the innermost line of a library, and Tapir's own."""
-    found: list[str] = []
+    """Code locations of a frame, or of the caller: the innermost library line, then Tapir's."""
+    lines: list[str] = []
     frame = frame or sys._getframe(1)
-    while frame is not None and len(found) < _PLACES:
+    while frame is not None and len(lines) < _PLACES:
         name = _known_file(frame.f_code.co_filename)
-        if name and (not found or not name.startswith(_LIBRARIES)):
-            found.append(f"{name}:{frame.f_lineno} {frame.f_code.co_name}")
+        if name and (not lines or not name.startswith(_LIBRARIES)):
+            lines.append(f"{name}:{frame.f_lineno} {frame.f_code.co_name}")
         frame = frame.f_back
-    return tuple(found)
+    return tuple(lines)
 
 
 def _carries_objects() -> bool:
-    """True inside of torch's functions that exchange pickled objects."""
+    """True within torch's functions that exchange pickled objects."""
     frame: FrameType | None = sys._getframe(1)
     for _ in range(_DEPTH):
         if frame is None:
@@ -222,7 +221,7 @@ def _name_of(tensors: list[Tensor]) -> str:
 
 @functools.cache
 def _known_file(path: str) -> str:
-    """A file of Tapir or of a library that it trains with, by its short name; else nothing."""
+    """Short name of a file of Tapir or of a training library; empty for all others."""
     for library in _LIBRARIES:
         for folder in getattr(sys.modules.get(library), "__path__", ()):
             if Path(path).is_relative_to(folder):
@@ -245,5 +244,5 @@ def _tensors(name: str, arguments: tuple[Any, ...]) -> list[Tensor]:
         sides = [arguments[_OF_ONE_SIDE[name]]]
     else:
         sides = [a for a in arguments[:2] if isinstance(a, Tensor | list | tuple)]
-    found = [[t for t in tree_leaves(side) if isinstance(t, Tensor)] for side in sides]
-    return max(found, key=lambda side: sum(t.numel() for t in side), default=[])
+    sided = [[t for t in tree_leaves(side) if isinstance(t, Tensor)] for side in sides]
+    return max(sided, key=lambda side: sum(t.numel() for t in side), default=[])

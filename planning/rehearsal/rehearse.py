@@ -1,10 +1,9 @@
 """Prove that all ranks' collectives match, before a cluster is paid for.
 
-One run for each role of rank: every stage, and on the other axes of the mesh the first rank and the
-last, which stands for those between; without a pipeline, the second one too. Each runs the real
-loop and engine over the claimed world, on tensors without memory, from the first step over a
-validation and a save to the end of a run; then the queues of all ranks of the world are played
-against each other.
+One rank of each role is run: every stage, and on the other axes of the mesh the first rank and the
+last, which stands for those in between; without a pipeline, the second one too. Each runs the real
+loop and engine on fake tensors in a fake process group: steps, a validation, a save, and the end of
+a run. Then the recorded calls of all ranks of the world are matched.
 """
 
 import time
@@ -27,7 +26,7 @@ from planning.rehearsal.sequence import Grid
 
 @dataclass(frozen=True, kw_only=True)
 class Rehearsal:
-    """What a rehearsal found."""
+    """Result of a rehearsal."""
 
     preset: str
     stage: str
@@ -38,27 +37,27 @@ class Rehearsal:
     steps: int
     """Training steps that were rehearsed; a validation and a save come before the last one."""
     device: str
-    """Type of the device that each rank has."""
+    """Type of each rank's device."""
     roles: int
-    """Ranks that were run."""
+    """Number of ranks that were run."""
     calls: dict[str, int] = field(default_factory=dict)
     """Operations of rank 0, by kind."""
     backends: dict[str, int] = field(default_factory=dict)
-    """The same, by what carries them."""
+    """Operations of rank 0, by backend."""
     operations: int
-    """Matched over all ranks."""
+    """Matched operations over all ranks."""
     bytes: int
-    """Of them, as each rank sees them."""
+    """Bytes of the matched operations, as each rank sees them."""
     seconds: float
     mismatch: Mismatch | None
 
     @property
     def matches(self) -> bool:
-        """True if all ranks' sequences go together."""
+        """True if all ranks' sequences match."""
         return self.mismatch is None
 
     def lines(self) -> list[str]:
-        """For the terminal."""
+        """Lines for the terminal."""
         mesh = self.mesh
         cut = f", {mesh.nodes} machines" if mesh.nodes > 1 else ""
         calls = ", ".join(f"{kind} {count}" for kind, count in sorted(self.calls.items()))
@@ -86,7 +85,7 @@ def rehearse(
     """
     began = time.perf_counter()
     grid, ranks = Grid(settings.mesh), roles_of(settings.mesh)
-    steps = 2 if settings.engine.zero_stage == 3 else 1  # it fetches ahead what a step has read
+    steps = 2 if settings.engine.zero_stage == 3 else 1  # ZeRO-3 prefetches from step 2
     tasks = [
         RankTask(stage=stage, settings=settings, rank=rank, steps=steps, device=pool.device)
         for rank in ranks
@@ -96,7 +95,9 @@ def rehearse(
         progress(f"{name}: ranks", len(tasks)) as meter,
         slow(f"{name}: {len(ranks)} of {world:,} ranks make their groups and steps"),
     ):
-        sequences = {found.rank: found for found in pool.run(tasks, runner, jobs, meter.update)}
+        sequences = {
+            sequence.rank: sequence for sequence in pool.run(tasks, runner, jobs, meter.update)
+        }
     with slow(f"{name}: comparing the calls of {world:,} ranks"):
         roles = Roles(grid, ranks)
         outcome = play(roles, sequences)
@@ -120,9 +121,9 @@ def rehearse(
 
 
 def checked(settings: Any) -> Any:
-    """The settings, if they can be rehearsed.
+    """Return the settings if they can be rehearsed.
 
-    Raises: ConfigError with every problem of them.
+    Raises: ConfigError with every problem of the settings.
     """
     check(settings.problems(settings.mesh.world))
     if settings.mesh.world < 2:
@@ -131,7 +132,7 @@ def checked(settings: Any) -> Any:
 
 
 def roles_of(mesh: MeshConfig) -> list[int]:
-    """The ranks to run: stages next to each other, since they wait for each other's shapes."""
+    """The ranks to run, in an order that starts all stages together: they exchange shapes."""
     grid = Grid(mesh)
     stages, *sizes = grid.sizes
     second = {1} if stages == 1 else set()
@@ -140,12 +141,12 @@ def roles_of(mesh: MeshConfig) -> list[int]:
 
 
 def scaled(settings: Any, world: int) -> Any:
-    """The same settings on so many ranks, by more or fewer replicas.
+    """Scale settings to `world` ranks by the data-parallel degree.
 
     The global batch stays if each replica then has whole micro-batches of the same size; else each
-    replica keeps its samples. Where that makes more lanes, validations get a sample for each.
-    Raises: ConfigError if whole replicas do not make up that number, or with every problem of
-    settings that leave a replica nothing to keep.
+    replica keeps its samples. If that makes more lanes, validation gets a sample for each.
+    Raises: ConfigError if `world` is not a number of whole replicas, or with every problem of
+    settings whose parts per replica are not defined.
     """
     if _without_parts(settings):
         check(settings.problems())
@@ -165,7 +166,7 @@ def scaled(settings: Any, world: int) -> Any:
     if batch % (data * micro) == 0 and lanes % data == 0:
         accumulate = batch // data // micro
     else:
-        enough = held_out >= lanes  # what is wrong before stays so, and is found
+        enough = held_out >= lanes  # too few before: stays so, and is reported
         batch, lanes = (max(1, count // mesh.data) * data for count in (batch, lanes))
         held_out = max(held_out, lanes) if enough else held_out
     return replace(
@@ -178,14 +179,16 @@ def scaled(settings: Any, world: int) -> Any:
 
 
 def _without_parts(settings: Any) -> list[str]:
-    """What is wrong with the parts that a replica has of the mesh, the batch and the lanes."""
+    """Problems of a replica's parts of the mesh, the batch and the lanes."""
     loop, mesh = settings.loop, settings.mesh
-    found: list[str] = loop.problems() + mesh.problems(sizes=settings.sizes())
-    if found:
-        return found
+    problems: list[str] = loop.problems() + mesh.problems(sizes=settings.sizes())
+    if problems:
+        return problems
     alone = EngineConfig(gradient_accumulation_steps=settings.engine.gradient_accumulation_steps)
-    found += settings.order.problems(loop.global_batch_size, mesh.data)
-    return found + alone.problems(loop.global_batch_size // mesh.data, MeshConfig(), compress=False)
+    problems += settings.order.problems(loop.global_batch_size, mesh.data)
+    return problems + alone.problems(
+        loop.global_batch_size // mesh.data, MeshConfig(), compress=False
+    )
 
 
 def _times(count: int, what: str, more: str = "s") -> str:

@@ -1,4 +1,4 @@
-"""What a rank communicates, in order: the operations that `tapir rehearse` compares."""
+"""A rank's sequence of collectives and messages, which `tapir rehearse` compares."""
 
 from dataclasses import dataclass, field
 from math import prod
@@ -7,9 +7,9 @@ from parallel.config import MeshConfig
 from parallel.mesh import RankCoordinates, coordinates_of, rank_at
 
 PAIRS = ("send", "recv")
-"""Operations between two ranks; all others are a group's."""
+"""Operations between two ranks; all others are over a group."""
 CREATE = "new_group"
-"""Groups made in one go; every rank of the world must make the same ones in the same order."""
+"""Creation of consecutive groups; every rank must create the same ones in the same order."""
 OBJECTS = "objects"
 AXES = ("pipeline", "machine", "local", "tensor")
 """Axes of the grid, slowest first; a machine's replicas are `local`."""
@@ -27,21 +27,21 @@ class CollectiveCall:
     kind: str
     """all_reduce, broadcast, send, recv, ..."""
     group: tuple[int, ...]
-    """Global ranks that take part, in the group's order; of a message, the other rank alone."""
+    """Global ranks that take part, in the group's order; for a message, the other rank alone."""
     bytes: int
-    """Of the larger side, as this rank sees it; not of objects, whose sizes may differ."""
+    """Bytes of the larger side, as this rank sees it; 0 for objects, whose sizes may differ."""
     dtype: str
-    """Type of the tensors; OBJECTS if they are pickled objects of the host."""
+    """Type of the tensors; OBJECTS for pickled objects of the host."""
     root: int = -1
-    """Global rank that a broadcast or reduce goes out from or to."""
+    """Global rank of the source of a broadcast or the target of a reduce; -1 = none."""
     device: str = ""
     """Type of the device that the tensors are on."""
     backend: str = ""
-    """What carries tensors of this device in this group: nccl, gloo."""
+    """Backend of this device in this group: nccl, gloo."""
     detail: str = ""
-    """What else must be equal: a digest of the groups that are made."""
+    """Anything else that must be equal: a digest of the groups that are created."""
     places: tuple[str, ...] = ()
-    """Where it is called: `file:line function`, the innermost first."""
+    """Call sites as `file:line function`, the innermost first."""
 
     @property
     def paired(self) -> bool:
@@ -50,13 +50,13 @@ class CollectiveCall:
 
     @property
     def signature(self) -> tuple[object, ...]:
-        """What must be equal on all ranks of the group, or on both sides of a message."""
+        """Fields that must be equal on all ranks of the group, or on both sides of a message."""
         tensors = (self.bytes, self.dtype, self.device, self.backend)
         return tensors if self.paired else (self.kind, *tensors, self.root, self.detail)
 
     @property
     def on_host(self) -> bool:
-        """True for tensors in host memory; objects and barriers are expected there."""
+        """True for tensors in host memory, in which only objects and barriers are expected."""
         return self.device == "cpu" and self.dtype not in ("", OBJECTS)
 
     def text(self) -> str:
@@ -68,7 +68,7 @@ class CollectiveCall:
         return f"{self.kind} over {short(self.group)}"
 
     def size(self) -> str:
-        """Bytes, type and place, for reports."""
+        """Bytes, type and device, for reports."""
         what = self.dtype
         if what not in ("", OBJECTS):
             what = f"{self.bytes:,} bytes of {what}"
@@ -77,16 +77,16 @@ class CollectiveCall:
 
 @dataclass(kw_only=True)
 class Sequence:
-    """All operations of one rank, from its start to the end of what was run."""
+    """All operations of one rank, in order."""
 
     rank: int
     operations: list[CollectiveCall] = field(default_factory=list)
     created: list[tuple[int, ...]] = field(default_factory=list)
-    """Ranks of each group that was made, in order."""
+    """Ranks of each created group, in order."""
     device: str = "cpu"
     """Type of this rank's device."""
     failure: str = ""
-    """The error that ended it before its time, if one did."""
+    """The error that ended it early; empty if none did."""
 
 
 def short(ranks: tuple[int, ...]) -> str:
@@ -117,20 +117,20 @@ class Grid:
         return rank_at(self._mesh, RankCoordinates(stage, replica, shard))
 
     def spans(self, rank: int, group: tuple[int, ...]) -> tuple[bool, ...] | None:
-        """Along which axes a group of this rank runs; None if it is not whole axes through it."""
+        """For each axis whether a group of this rank spans it; None if it spans a part of one."""
         members = [self.coordinates(member) for member in group]
         mine = self.coordinates(rank)
-        found = []
+        spanned = []
         for axis, size in enumerate(self.sizes):
             seen = {member[axis] for member in members}
             if seen == {mine[axis]} and size > 1:
-                found.append(False)
+                spanned.append(False)
             elif len(seen) == size:
-                found.append(size > 1)
+                spanned.append(size > 1)
             else:
                 return None
-        count = prod(s for s, whole in zip(self.sizes, found, strict=True) if whole)
-        return tuple(found) if count == len(group) else None
+        count = prod(s for s, whole in zip(self.sizes, spanned, strict=True) if whole)
+        return tuple(spanned) if count == len(group) else None
 
     def describe(self, rank: int) -> str:
         """The role of a rank, for reports."""

@@ -1,8 +1,8 @@
 """The real loop of a stage, without data and without a disk.
 
-A rank makes steps, validates, saves, makes one more step and finishes, as a run does in days: what
-is asked of the data at the first validation is asked here. Data sets have as many samples as are
-asked for, and no content; checkpoints have a manifest, and no weights.
+A rank makes steps, validates, saves, makes one more step and finishes, as a run does in days. Data
+sets have the required number of samples without content; checkpoints have a manifest without
+weights.
 """
 
 import os
@@ -41,15 +41,15 @@ from training.tasks.task import Pictures
 from training.trainer import Run
 
 _NOWHERE = Path(os.devnull) / "rehearsal"
-"""A folder that cannot be: nothing is read there, or written."""
+"""A folder that cannot exist: nothing is read or written there."""
 _TWICE = 2
-"""Evaluations of one size after a step that are run; later ones repeat the calls of the last."""
+"""Evaluations of each batch size run after a step; later ones repeat the calls of the last."""
 
 
 def play(stage: str, settings: Any, steps: int, mesh: Mesh, recorder: Recorder | None) -> None:
-    """Train so many steps, validate, save, train one more step and finish.
+    """Train `steps` steps, validate, save, train one more step and finish.
 
-    With a recorder, evaluations that repeat others only have their calls noted again.
+    With a recorder, repeated evaluations are not run: their calls are recorded again.
     """
     settings = _shortened(settings, steps)
     check(size_problems(settings, _sizes(settings)))
@@ -62,9 +62,9 @@ def play(stage: str, settings: Any, steps: int, mesh: Mesh, recorder: Recorder |
 
 
 def _shortened(settings: Any, steps: int) -> Any:
-    """A run of `steps` and one more, which leaves no traces."""
+    """Settings of a run of `steps` steps and one more that writes no files."""
     engine = settings.engine
-    if engine.precision == "auto":  # what is sent does not depend on it
+    if engine.precision == "auto":  # communication does not depend on it
         engine = replace(engine, precision="bf16")
     return replace(
         settings,
@@ -77,7 +77,7 @@ def _shortened(settings: Any, steps: int) -> Any:
 
 
 def _sizes(settings: Any) -> DataSizes:
-    """A data set with as many held-out pairs as are asked for, and enough others."""
+    """Sizes of a data set with the required number of held-out pairs, and enough others."""
     held_out, lanes = settings.loop.validation_samples, settings.order.lanes
     place = f"a data set for loop.validation_samples={held_out}"
     return DataSizes(
@@ -106,7 +106,7 @@ def _changes(recorder: Recorder | None) -> list[Change]:
 
 
 def _repeat_evaluations(engine: Any, recorder: Recorder) -> None:
-    """Run an evaluation only if fewer than two of its size were run since the last step."""
+    """Patch the engine to run two evaluations per batch size and step, and to repeat the rest."""
     evaluate: Callable[[Batch], Losses]
     step, evaluate = engine.step, engine.evaluate
     known: dict[Any, list[tuple[Losses, int, int]]] = defaultdict(list)
@@ -179,7 +179,7 @@ class _DVAEWithoutData(DVAETask):
         }
 
     def figures(self, *_: Any) -> tuple[dict[str, float], Pictures]:
-        return {}, {}  # each rank by itself looks at values
+        return {}, {}  # computed from values, without communication
 
 
 class _ClipWithoutData(ClipTask):
@@ -244,7 +244,7 @@ class _EmptyStream:
 
 
 class _MemoryStore:
-    """A store of this process alone; it keeps the manifests."""
+    """A store in this process' memory; it holds the manifests."""
 
     url = "memory"
 
@@ -271,14 +271,14 @@ class _MemoryStore:
 
 
 class _NoFolder:
-    """The folder of a run, of which nothing is kept."""
+    """A run folder that writes nothing."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.begin = self.log = self.show = self.close = nothing
 
 
 class _AtOnce:
-    """An executor that does its work in the caller's thread, where the recorder listens."""
+    """An executor that works in the caller's thread, where the recorder sees communication."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -287,7 +287,7 @@ class _AtOnce:
         done: Future[Any] = Future()
         try:
             done.set_result(work(*arguments))
-        except Exception as error:  # the caller asks for it, as for that of a thread
+        except Exception as error:  # raised by result(), as from a thread
             done.set_exception(error)
         return done
 

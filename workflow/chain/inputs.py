@@ -1,4 +1,4 @@
-"""What the stages of a run read, and which of it nobody made yet."""
+"""Inputs of a run's stages, and which of them are missing."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ READ: dict[str, tuple[str, ...]] = {
     "score": _DRAWN,
     "evaluate": (_RAW, *_DRAWN),
 }
-"""What each stage reads; `pack` and `score` have a source besides."""
+"""Inputs of each stage; `pack` and `score` also have a source."""
 MADE_BY = {
     _RAW: "pack",
     _TOKENS: "tokenize",
@@ -32,28 +32,28 @@ MADE_BY = {
     _CLIP: "clip",
     _BPE: "bpe",
 }
-"""The stage that makes it."""
+"""The stage that makes each input."""
 _MODEL = "model.json"
 _VERB = {True: "needs", False: "need"}
 
 
 def missing_inputs(run: RunFile, settings: dict[str, Any], to: Scheduler) -> list[str]:
-    """Inputs that no stage of the run makes and that are not there, each with what to do.
+    """Problems of inputs that no stage of the run makes and that do not exist, with fixes.
 
-    `settings` are those of the stages. Folders are not looked at for Kubernetes, whose volumes this
-    machine need not see.
+    `settings`: settings of each stage. For Kubernetes, folders are not checked, since this machine
+    need not see its volumes.
     """
-    found: dict[tuple[str, str], list[str]] = {}
+    by_input: dict[tuple[str, str], list[str]] = {}
     for stage in run.stages:
         for what in _reads(run, stage, settings[stage]):
             own, place = _own(run, what), _place(run, what, settings[stage])
             if place != own or MADE_BY[what] not in run.stages:
-                found.setdefault((what, place), []).append(stage)
+                by_input.setdefault((what, place), []).append(stage)
     return [
         f"stages: {' and '.join(readers)} {_VERB[len(readers) == 1]} {what} from {place}: there is "
         f"nothing, and no stage of the file makes it; add {MADE_BY[what]}, or give the out and "
         "store of the run that did"
-        for (what, place), readers in found.items()
+        for (what, place), readers in by_input.items()
         if _is_absent(what, place, to)
     ]
 
@@ -70,19 +70,19 @@ def _reads(run: RunFile, stage: str, settings: Any) -> tuple[str, ...]:
 
 
 def _own(run: RunFile, what: str) -> str:
-    """Where the run itself has it."""
+    """The place of an input within the run."""
     data = {_RAW: run.raw, _TOKENS: run.tokens}
     return data.get(what) or str(run.folder(MADE_BY[what]))
 
 
 def _place(run: RunFile, what: str, settings: Any) -> str:
-    """Where a stage reads it: a training stage may be given another place by its flags."""
+    """The place from which a stage reads an input; flags of a training stage may change it."""
     given = getattr(settings, "data" if what in (_RAW, _TOKENS) else "bpe", None)
     return str(given) if given and what in (_RAW, _TOKENS, _BPE) else _own(run, what)
 
 
 def _is_absent(what: str, place: str, to: Scheduler) -> bool:
-    """Say whether a place can be looked at and does not hold an input."""
+    """True if a place can be checked and does not hold an input."""
     if to == "kubernetes" and not place.startswith(S3):
         return False
     files = [f"{split}/{NAME}" for split in SPLITS]

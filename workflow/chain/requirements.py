@@ -1,4 +1,4 @@
-"""What the stages of a run ask of one another, told before the first of them runs."""
+"""Check that the stages of a run fit one another, before the first one runs."""
 
 from dataclasses import replace
 from typing import Any
@@ -19,28 +19,28 @@ Splits = tuple[Manifest, Manifest]
 
 
 def chain_problems(run: RunFile, settings: dict[str, Any]) -> list[str]:
-    """What a stage would refuse of an earlier one's work, as far as the run file says it.
+    """Problems that a stage would have with an earlier one's output, as far as the file tells.
 
-    `settings` are those of the stages.
+    `settings`: settings of each stage.
     """
-    found = _model_problems(settings)
+    problems = _model_problems(settings)
     if "pack" not in settings:
-        return found
+        return problems
     source, pack = run.stages["pack"].source, settings["pack"]
     if {"dvae", "tokenize"} <= settings.keys():
-        found += _picture_problems(source, pack, settings)
+        problems += _picture_problems(source, pack, settings)
     for name in (*_OF_RAW, "prior"):
         if name not in settings or (name == "prior" and "tokenize" not in settings):
             continue
         block = settings["tokenize"].block if name == "prior" else pack.block
         sizes = planned_sizes(source, pack, block)
         if sizes is not None:
-            found += [f"stages.{name}: {text}" for text in size_problems(settings[name], sizes)]
-    return found
+            problems += [f"stages.{name}: {text}" for text in size_problems(settings[name], sizes)]
+    return problems
 
 
 def planned_sizes(source: str, pack: PackConfig, block: int) -> DataSizes | None:
-    """About how much `pack` will write; None if only the source knows."""
+    """Expected sizes of what `pack` writes; None if they depend on the source."""
     count = pack.count or (SHAPES_COUNT if source == "shapes" else 0)
     if not count:
         return None
@@ -58,12 +58,12 @@ def planned_sizes(source: str, pack: PackConfig, block: int) -> DataSizes | None
 
 
 def packed_problems(run: RunFile, settings: dict[str, Any]) -> list[str]:
-    """What stages would refuse of data sets that are there already.
+    """Problems that stages would have with existing data sets.
 
-    Nothing of a store that cannot be looked at from here, or that holds none yet.
+    Stores that cannot be reached from here, or that hold no data set yet, have none.
     Raises: InputError for a data set of another kind; CorruptError for a damaged manifest.
     """
-    found, seen = [], {}
+    problems, seen = [], {}
     try:
         for name in (*_OF_RAW, "prior"):
             if name not in settings:
@@ -74,14 +74,14 @@ def packed_problems(run: RunFile, settings: dict[str, Any]) -> list[str]:
             texts = _unfit(settings[name], place[0], seen[place])
             if name == "prior" and seen[place] is None and "tokenize" in settings:
                 texts = _unfit_before_tokens(run, settings)
-            found += [f"stages.{name}: {text}" for text in texts]
+            problems += [f"stages.{name}: {text}" for text in texts]
     except (StoreError, OSError) as error:
         LOG.info("what is packed is not looked at: %s", error)
-    return found
+    return problems
 
 
 def _splits(place: str, kind: str) -> Splits | None:
-    """The manifests of a data set, if both are there."""
+    """The manifests of a data set; None if one is missing."""
     store = open_store(place)
     if not all(store.exists(f"{split}/{NAME}") for split in SPLITS):
         return None
@@ -92,12 +92,12 @@ def _splits(place: str, kind: str) -> Splits | None:
 def _unfit(stage: Any, place: str, splits: Splits | None) -> list[str]:
     if splits is None:
         return []
-    found = size_problems(stage, sizes_of(place, *splits))
-    return found + model_size_problems(stage.model, splits[0].facts, place)
+    problems = size_problems(stage, sizes_of(place, *splits))
+    return problems + model_size_problems(stage.model, splits[0].facts, place)
 
 
 def _unfit_before_tokens(run: RunFile, settings: dict[str, Any]) -> list[str]:
-    """What a prior will lack of tokens that are still to be made, from the pairs that there are."""
+    """Problems of a prior with tokens that are not made yet, from the number of existing pairs."""
     raw, block = _splits(run.raw, RAW), settings["tokenize"].block
     if raw is None:
         return []
@@ -106,7 +106,7 @@ def _unfit_before_tokens(run: RunFile, settings: dict[str, Any]) -> list[str]:
 
 
 def _picture_problems(source: str, pack: PackConfig, settings: dict[str, Any]) -> list[str]:
-    """Why the token job would leave out what is packed: pictures smaller than the dVAE's."""
+    """Problems of packed pictures smaller than the dVAE's, which the token job leaves out."""
     pixels, most = settings["dvae"].model.pixels, settings["tokenize"].max_rejects
     known = {"shapes": pack.pixels, "emoji": EMOJI_PIXELS}
     if max(known.get(source, 0), pack.filters.min_side) >= pixels:
@@ -125,16 +125,16 @@ def _picture_problems(source: str, pack: PackConfig, settings: dict[str, Any]) -
 
 
 def _model_problems(settings: dict[str, Any]) -> list[str]:
-    """Sizes that two models must have in common."""
-    found = []
+    """Problems of sizes that two models must share."""
+    problems = []
     dvae, clip, prior = (settings.get(name) for name in ("dvae", "clip", "prior"))
     if dvae and prior and "tokenize" in settings:
         facts = {"image_vocabulary": dvae.model.codebook, "grid": dvae.model.grid}
         texts = model_size_problems(prior.model, facts, "the dVAE")
-        found += [f"stages.prior: {text}" for text in texts]
+        problems += [f"stages.prior: {text}" for text in texts]
     if dvae and clip and dvae.model.pixels != clip.model.pixels:
-        found.append(
+        problems.append(
             f"stages.clip: model.pixels={clip.model.pixels} cannot rank the dVAE's pictures of "
             f"{dvae.model.pixels}; set its flag model.pixels to {dvae.model.pixels}"
         )
-    return found
+    return problems

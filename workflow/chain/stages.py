@@ -1,4 +1,4 @@
-"""From a run file to its chain of jobs, whose settings are checked before anything is sent."""
+"""Turn a run file into a chain of jobs, and check its settings before anything is submitted."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ _NO_SETTINGS = ("--inception=", "--overlap=")
 
 
 def chain_of(run: RunFile, to: Scheduler) -> Chain:
-    """The jobs of a run for a place, each with the command that a user could type.
+    """The jobs of a run on a scheduler, each with the command that a user could type.
 
     Raises: ConfigError with every problem of the stages' settings.
     """
@@ -47,21 +47,21 @@ def chain_of(run: RunFile, to: Scheduler) -> Chain:
 
 
 def settings_of_stages(run: RunFile) -> dict[str, Any]:
-    """The settings that each stage's command will read; a wrong flag ends in exit code 2."""
-    found = {}
+    """The settings of each stage's command; a wrong flag exits with code 2."""
+    settings = {}
     for name, spec in run.stages.items():
         flags = [flag for flag in _flags(spec) if not flag.startswith(_NO_SETTINGS)]
         if name in PRESETS:
             preset = PRESETS[name][spec.preset]()
             places = _train(run, name, spec)[3:]
-            found[name] = parse_over(preset, places, f"train {name} {spec.preset}")
+            settings[name] = parse_over(preset, places, f"train {name} {spec.preset}")
         else:
-            found[name] = parse_over(SETTINGS[name](), flags, name, flat=True)
-    return found
+            settings[name] = parse_over(SETTINGS[name](), flags, name, flat=True)
+    return settings
 
 
 def missing_variables(chain: Chain) -> list[str]:
-    """Variables that the run file names and this process does not have."""
+    """Environment variables that the run file names and this process lacks."""
     return [n for n in chain.environment if n not in (*AWS, *AWS_REGION) and n not in os.environ]
 
 
@@ -98,7 +98,7 @@ def _ranks(name: str, settings: Any) -> int:
 
 
 def _rank_problems(run: RunFile, name: str, world: int) -> list[str]:
-    """What is wrong with how a stage's ranks are dealt to its nodes and their GPUs."""
+    """Problems of distributing a stage's ranks over its nodes and their GPUs."""
     resources = run.stages[name].resources
     nodes, gpus = resources.nodes, resources.gpus
     if world % nodes:
@@ -131,7 +131,7 @@ def _train(run: RunFile, name: str, spec: StageSpec) -> list[str]:
 
 
 def _draw(run: RunFile, name: str, spec: StageSpec) -> list[str]:
-    """`score` and `evaluate`: the data, where they write, and the models that they read."""
+    """Command of `score` and `evaluate`: the data, the output folder, and the models."""
     models = [f"--{model}={run.folder(model)}" for model in ("prior", "dvae", "clip", "bpe")]
     return [name, spec.source or run.raw, f"--out={run.folder(name)}", *models, *_flags(spec)]
 
@@ -141,7 +141,7 @@ def _flags(spec: StageSpec) -> list[str]:
 
 
 def _flag(key: str, value: Value) -> str:
-    """A changed field as tyro's flag."""
+    """A changed field as a flag of tyro."""
     name = key.replace("_", "-")
     if isinstance(value, bool):
         head, _, last = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""How far the jobs of a chain are, and what they say."""
+"""States and logs of the jobs of a chain."""
 
 import sys
 import time
@@ -16,29 +16,29 @@ _LOOK, _PAUSE = 1.0, 10.0
 
 
 def states_of(submitted: Submitted) -> dict[str, str]:
-    """Each job's state: done by its markers, else what the place says of it."""
+    """Each job's state: done by its markers, else as its scheduler reports."""
     chain = submitted.chain
     if submitted.to == "local":
-        said = local.states(chain.out)
+        reported = local.states(chain.out)
     elif submitted.to == "slurm":
-        said = slurm.states(submitted.ids, chain.out)
+        reported = slurm.states(submitted.ids, chain.out)
     else:
-        said = kubernetes.states(chain, kubernetes_of(submitted))
-    found = {}
+        reported = kubernetes.states(chain, kubernetes_of(submitted))
+    states = {}
     for each in chain.jobs:
         if chain.is_done(each):
-            found[each.name] = "done"
-        elif each.name in said:
-            found[each.name] = said[each.name]
+            states[each.name] = "done"
+        elif each.name in reported:
+            states[each.name] = reported[each.name]
         elif submitted.to == "slurm" and each.name in submitted.ids:
-            found[each.name] = f"ended: {slurm_job.last_words(submitted.ids[each.name])}"
+            states[each.name] = f"ended: {slurm_job.last_words(submitted.ids[each.name])}"
         else:
-            found[each.name] = "not there"
-    return found
+            states[each.name] = "not there"
+    return states
 
 
 def is_over(submitted: Submitted, states: dict[str, str]) -> bool:
-    """Say whether no job runs or waits any more."""
+    """True if no job runs or waits any more."""
     if submitted.to == "local":
         return not any(text in ("running", "waiting") for text in states.values())
     if submitted.to == "slurm":
@@ -48,7 +48,7 @@ def is_over(submitted: Submitted, states: dict[str, str]) -> bool:
 
 
 def place_settings(submitted: Submitted) -> dict[str, Any]:
-    """Those of the place, with tuples again where JSON made lists of them."""
+    """The scheduler's settings, with JSON's lists as tuples again."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in submitted.settings.items()}
 
 
@@ -57,7 +57,7 @@ def kubernetes_of(submitted: Submitted) -> kubernetes.KubernetesConfig:
 
 
 def _states_at_last(submitted: Submitted) -> dict[str, str]:
-    """`states_of`, as soon as the scheduler answers."""
+    """`states_of`, retried until the scheduler answers."""
     while True:
         try:
             return states_of(submitted)
@@ -70,7 +70,7 @@ def _states_at_last(submitted: Submitted) -> dict[str, str]:
 
 @contextmanager
 def only_looking() -> Iterator[None]:
-    """Ctrl-C ends the looking alone; the run goes on."""
+    """Let Ctrl-C end this command alone; the run goes on."""
     try:
         yield
     except KeyboardInterrupt:
@@ -98,7 +98,7 @@ def wait_for(submitted: Submitted) -> None:
 
 
 def _last_line(submitted: Submitted, name: str) -> str:
-    """What a job said last of its trouble, before `tapir job` named the exit code."""
+    """The last line of a job's log before `tapir job` logged the exit code."""
     lines = [
         line
         for path in sorted(submitted.chain.out.glob(f"{LOGS}/{name}*.log"))
@@ -109,7 +109,7 @@ def _last_line(submitted: Submitted, name: str) -> str:
 
 
 def follow_logs(submitted: Submitted, stage: str, follow: bool) -> None:
-    """Print log files, and what is appended to them until the chain is over."""
+    """Print log files, and with `follow` new lines until the chain is over."""
     chain: Chain = submitted.chain
     read: dict[Path, int] = {}
     names: Callable[[], list[Path]] = lambda: sorted(  # noqa: E731

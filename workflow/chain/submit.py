@@ -1,4 +1,4 @@
-"""The verbs submit, status, logs, cancel, resume and job."""
+"""Submit a chain of jobs to its scheduler, or print what would be submitted."""
 
 from pathlib import Path
 
@@ -11,9 +11,9 @@ from workflow.chain.states import is_over, kubernetes_of, place_settings, states
 
 
 def send(submitted: Submitted) -> Submitted:
-    """Send what is left of a chain.
+    """Submit the unfinished jobs of a chain.
 
-    Raises: InputError if it is under way, or nothing is left.
+    Raises: InputError if the chain still runs.
     """
     _refuse_running(submitted.chain.out)
     chain = submitted.chain.without_done()

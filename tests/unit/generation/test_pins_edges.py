@@ -29,7 +29,7 @@ def _decoded(decoder: Decoder) -> list[Any]:
     batch = prior_batch()
     text, image = batch["text"], batch["image"]
     lane = decoder.start(text, image[:, :3], 1)
-    found = [decoder.next(lane, 3, image[:, 2]), decoder.settled(text, image[:, :4])]
+    found = [decoder.next(lane, 3, image[:, 2]), decoder.canonical_logits(text, image[:, :4])]
     return [None if x is None else x.tolist() for x in found]
 
 

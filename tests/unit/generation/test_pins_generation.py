@@ -30,7 +30,7 @@ def test_guidance_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gap", "flags", "settled", "sure"),
+    ("gap", "flags", "canonical", "sure"),
     [
         (3e-4, {}, False, True),
         (1e-4, {}, False, False),
@@ -46,22 +46,22 @@ def test_guidance_by_hand() -> None:
     ],
 )
 def test_a_draw_is_sure_where_rounding_could_not_change_it(
-    gap: float, flags: dict[str, float], settled: bool, sure: bool
+    gap: float, flags: dict[str, float], canonical: bool, sure: bool
 ) -> None:
     logits = torch.tensor([[0.0, gap, -1.0]], dtype=torch.float64)
-    found = choose(logits, torch.zeros(1, 3), DrawSettings(**flags), settled)  # type: ignore[arg-type]
+    found = choose(logits, torch.zeros(1, 3), DrawSettings(**flags), canonical)  # type: ignore[arg-type]
     assert found.sure.tolist() == [sure]
     if gap:
         assert found.codes.tolist() == [1]
 
 
-def _drawable(logits: list[float], settled: bool = True, **flags: Any) -> dict[int, bool]:
+def _drawable(logits: list[float], canonical: bool = True, **flags: Any) -> dict[int, bool]:
     """The codes that noise can bring about, and whether each draw is sure."""
     found = {}
     for code in range(len(logits)):
         noise = torch.zeros(1, len(logits))
         noise[0, code] = 1e3
-        choice = choose(torch.tensor([logits]), noise, DrawSettings(**flags), settled)
+        choice = choose(torch.tensor([logits]), noise, DrawSettings(**flags), canonical)
         if int(choice.codes) == code:
             found[code] = bool(choice.sure)
     return found
@@ -391,11 +391,11 @@ def test_a_tensor_group_adds_the_biases_to_the_sum_once() -> None:
 def test_a_draw_that_rounding_cannot_change_is_computed_once(
     guidance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    again, settled = [], Decoder.settled
+    again, canonical = [], Decoder.canonical_logits
     monkeypatch.setattr(
         Decoder,
-        "settled",
-        lambda *given: again.append(1) or settled(*given),  # type: ignore[func-returns-value]
+        "canonical_logits",
+        lambda *given: again.append(1) or canonical(*given),  # type: ignore[func-returns-value]
     )
     decoder = Decoder(LocalPrior(layers=trained_like(CONFIG), config=CONFIG))
     keys = cast(Any, [[(1, c, 0)] for c in "abc"])

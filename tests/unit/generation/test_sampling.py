@@ -70,7 +70,7 @@ def by_definition(
                 logits = free + settings.guidance * (logits - free)
             noise = gumbel_noise(rows, (20,), position)
             image[:, position] = choose(
-                logits, noise if settings.temperature else None, settings, settled=True
+                logits, noise if settings.temperature else None, settings, canonical=True
             ).codes
     return image.view(len(keys), -1, LENGTH)
 
@@ -121,7 +121,7 @@ def test_draws_are_those_of_the_definition(
     assert draw(decoder, text, keys, settings).equal(by_definition(layers, text, keys, settings))
 
 
-@pytest.mark.parametrize("close", [choosing.CLOSE, 0.5], ids=["as is", "most draws settled"])
+@pytest.mark.parametrize("close", [choosing.CLOSE, 0.5], ids=["as is", "most draws recomputed"])
 def test_a_key_gives_one_picture_whatever_the_batch(
     layers: nn.ModuleDict, decoder: Decoder, close: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,13 +143,13 @@ def test_draws_that_rounding_could_change_are_made_by_themselves(
     monkeypatch.setattr(choosing, "CLOSE", 0.3)
     text, keys, settings = prior_batch()["text"], keys_of(3, 4), DrawSettings(guidance=1.5)
     made: list[tuple[int, int]] = []
-    alone = Decoder.settled
+    alone = Decoder.canonical_logits
 
     def counted(self: Decoder, text: Tensor, image: Tensor) -> Tensor | None:
         made.append(tuple(image.shape))
         return alone(self, text, image)
 
-    monkeypatch.setattr(Decoder, "settled", counted)
+    monkeypatch.setattr(Decoder, "canonical_logits", counted)
     found = draw(decoder, text, keys, settings)
     assert len(made) > 10, "no draw was close"
     assert found.equal(by_definition(layers, text, keys, settings))

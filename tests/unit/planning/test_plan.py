@@ -34,7 +34,7 @@ from planning.estimate.layers import Held, count_parameters, rank_layers
 from planning.estimate.memory import CATEGORIES, loads_of, rank_bytes
 from planning.estimate.pipeline_schedule import actions, crowded, play
 from planning.estimate.reserve import NCCL, PROCESS, nccl_bytes
-from planning.estimate.search import MOST_MICRO, Candidate, search, ways_of, weigh
+from planning.estimate.search import MOST_MICRO, Candidate, search, variants_of, weigh
 from planning.estimate.step_time import estimate
 from planning.estimate.zero_layout import BUCKET, padded, touched
 from tests.harness import tapir
@@ -371,7 +371,7 @@ def test_large_batches_are_dealt_out_in_powers_of_two() -> None:
         TINY, loop=replace(TINY.loop, global_batch_size=3 * 2**28), mesh=MeshConfig(data=2)
     )
     large = replace(large, engine=EngineConfig())
-    counts = {way.engine.gradient_accumulation_steps for way in ways_of(large)}
+    counts = {way.engine.gradient_accumulation_steps for way in variants_of(large)}
     assert counts == {3 * 2**28 // 2 // 2**i for i in range(28)}
     way = replace(large, engine=EngineConfig(gradient_accumulation_steps=2 * MOST_MICRO))
     assert "give a smaller --batch" in weigh(way, 2, hardware_of("h100")).why

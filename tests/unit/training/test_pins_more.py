@@ -333,8 +333,10 @@ def test_only_fp32_draws_are_made_again_by_themselves(
 
     monkeypatch.setattr(choosing, "CLOSE", 0.5)
     decoder, asked = Decoder(LocalPrior(layers=trained_like(), config=CONFIG), precision), []
-    settled = decoder.settled
-    monkeypatch.setattr(decoder, "settled", lambda *given: asked.append(1) or settled(*given))
+    canonical = decoder.canonical_logits
+    monkeypatch.setattr(
+        decoder, "canonical_logits", lambda *given: asked.append(1) or canonical(*given)
+    )
     keys = [[(1, "a", i) for i in range(3)]]
     list(Sampler(decoder).draw(prior_batch()["text"][:1], cast(Any, keys), DrawSettings()))
     assert bool(asked) == (precision == "fp32")
