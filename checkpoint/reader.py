@@ -102,19 +102,19 @@ class CheckpointReader:
 
         Raises: CheckpointError if there is no such tensor, or some of them are missing.
         """
-        found = torch.empty(max(stop - start, 0), device="cpu")
+        elements = torch.empty(max(stop - start, 0), device="cpu")
         covered = 0
         for row in self._parts(name, kind):
             first, last = max(start, row["start"]), min(stop, row["stop"])
             if first < last:
-                found[first - start : last - start] = self._fetch(row, first, last)
+                elements[first - start : last - start] = self._fetch(row, first, last)
                 covered += last - first
-        if covered != found.numel():
+        if covered != elements.numel():
             raise CheckpointError(
                 f"{self.url}: the slices of {name!r} ({kind}) hold {covered} of "
-                f"{found.numel()} elements"
+                f"{elements.numel()} elements"
             )
-        return found
+        return elements
 
     def _parts(self, name: str, kind: str) -> list[dict[str, Any]]:
         parts = self._rows.get(name, {}).get(kind)
@@ -143,5 +143,5 @@ def open_checkpoint(url: str) -> CheckpointReader:
 def finished_steps(store: Store) -> list[int]:
     """Steps of the checkpoints that have a manifest, oldest first."""
     names = (name.split("/") for name in store.names("step-"))
-    found = {parts[0][5:] for parts in names if len(parts) == 2 and parts[1] == MANIFEST}
-    return sorted(int(step) for step in found if step.isdigit())
+    steps = {parts[0][5:] for parts in names if len(parts) == 2 and parts[1] == MANIFEST}
+    return sorted(int(step) for step in steps if step.isdigit())

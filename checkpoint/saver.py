@@ -92,10 +92,10 @@ class Saver:
 
 def _done(work: Callable[[], None]) -> "Future[None]":
     """Do some work now; its outcome as a future."""
-    found: Future[None] = Future()
+    outcome: Future[None] = Future()
     try:
         work()
-        found.set_result(None)
+        outcome.set_result(None)
     except StoreError as error:
-        found.set_exception(error)
-    return found
+        outcome.set_exception(error)
+    return outcome

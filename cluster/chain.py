@@ -41,14 +41,14 @@ class Resources:
     """Workers that may run at the same time; 0 = all."""
 
     def problems(self, name: str) -> list[str]:
-        found = []
+        problems = []
         if min(self.nodes, self.cpus, self.workers) < 1:
-            found.append(f"stages.{name}: nodes, cpus and workers must be at least 1")
+            problems.append(f"stages.{name}: nodes, cpus and workers must be at least 1")
         if min(self.gpus, self.minutes, self.parallelism) < 0:
-            found.append(f"stages.{name}: gpus, minutes and parallelism must not be negative")
+            problems.append(f"stages.{name}: gpus, minutes and parallelism must not be negative")
         if not re.fullmatch(r"(\d+[KMGT]?)?", self.memory):
-            found.append(f"stages.{name}: memory={self.memory!r} must be like 64G")
-        return found
+            problems.append(f"stages.{name}: memory={self.memory!r} must be like 64G")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,13 +149,13 @@ class Chain:
         Raises: InputError if it has ended well with another command; CorruptError.
         """
         folder = self.out / MARKERS
-        found = [read_marker(str(folder), name) for name in job.markers()]
-        if any(facts and facts["command"] != job.fingerprint for facts in found):
+        markers = [read_marker(str(folder), name) for name in job.markers()]
+        if any(facts and facts["command"] != job.fingerprint for facts in markers):
             raise InputError(
                 f"stage {job.name} of {self.out} has ended well with other flags; give another "
                 f"out, or delete {folder / job.name}*.json to run it again"
             )
-        return all(found)
+        return all(markers)
 
     def without_done(self) -> "Chain":
         """The jobs that are left, waiting only for each other."""

@@ -20,9 +20,9 @@ class SupervisorConfig:
     """After SIGTERM or SIGUSR1, time to finish the step and save; then all ranks are ended."""
 
     def problems(self) -> list[str]:
-        found = []
+        problems = []
         if self.max_restarts < 0:
-            found.append(
+            problems.append(
                 "supervisor.max_restarts must not be negative; 0 = end at the first failure"
             )
         seconds = (
@@ -32,5 +32,5 @@ class SupervisorConfig:
             self.grace_seconds,
         )
         if not all(0 < each < math.inf for each in seconds):
-            found.append("supervisor's seconds must be positive numbers")
-        return found
+            problems.append("supervisor's seconds must be positive numbers")
+        return problems

@@ -50,32 +50,34 @@ class KubernetesConfig:
     """Labels that nodes must have, as key=value."""
 
     def problems(self, chain: Chain) -> list[str]:
-        found = []
+        problems = []
         if not self.claim:
-            found.append("kubernetes.claim must name a PersistentVolumeClaim for the run folders")
+            problems.append(
+                "kubernetes.claim must name a PersistentVolumeClaim for the run folders"
+            )
         if not str(chain.out).startswith(self.mount.rstrip("/") + "/"):
-            found.append(
+            problems.append(
                 f"out={chain.out} does not lie in kubernetes.mount={self.mount}; try "
                 f"out: {self.mount.rstrip('/')}/{chain.name}"
             )
         if any("=" not in label for label in self.node_selector):
-            found.append("kubernetes.node_selector must be key=value")
-        found += [
+            problems.append("kubernetes.node_selector must be key=value")
+        problems += [
             f"{name!r} is no Kubernetes name (lower case, digits and -, at most 50); change `name`"
             for name in (_name(chain, job) for job in chain.jobs)
             if not re.fullmatch(r"[a-z]([-a-z0-9]{0,48}[a-z0-9])?", name)
         ]
-        return found
+        return problems
 
 
 def manifests(chain: Chain, config: KubernetesConfig) -> list[dict[str, Any]]:
     """All objects of a chain, in the order in which they are applied."""
-    found = []
+    objects = []
     for job in chain.jobs:
         if job.resources.nodes > 1:
-            found.append(_service(chain, job, config))
-        found.append(_job(chain, job, config))
-    return found
+            objects.append(_service(chain, job, config))
+        objects.append(_job(chain, job, config))
+    return objects
 
 
 def dry_run(chain: Chain, config: KubernetesConfig) -> str:
@@ -221,12 +223,12 @@ def _container(
 
 def _limits(job: Job, config: KubernetesConfig) -> dict[str, str]:
     resources = job.resources
-    found = {"cpu": str(resources.cpus)}
+    limits = {"cpu": str(resources.cpus)}
     if resources.memory:
-        found["memory"] = re.sub(r"([KMGT])$", r"\1i", resources.memory)
+        limits["memory"] = re.sub(r"([KMGT])$", r"\1i", resources.memory)
     if resources.gpus:
-        found[config.gpu] = str(resources.gpus)
-    return found
+        limits[config.gpu] = str(resources.gpus)
+    return limits
 
 
 def _job_command(chain: Chain, job: Job) -> list[str]:
@@ -253,13 +255,13 @@ def submit(chain: Chain, config: KubernetesConfig) -> dict[str, str]:
 def states(chain: Chain, config: KubernetesConfig) -> dict[str, str]:
     """What the cluster says of each job."""
     text = _kubectl(config, "get", "jobs", "-l", f"{_LABEL}/instance={chain.name}", "-o", "json")
-    found = {}
+    by_job = {}
     for item in json.loads(text)["items"]:
         status = item.get("status", {})
         ended = [c["type"] for c in status.get("conditions", []) if c["status"] == "True"]
         counts = [f"{status[k]} {k}" for k in ("active", "succeeded", "failed") if status.get(k)]
-        found[item["metadata"]["labels"][f"{_LABEL}/component"]] = ", ".join([*ended, *counts])
-    return found
+        by_job[item["metadata"]["labels"][f"{_LABEL}/component"]] = ", ".join([*ended, *counts])
+    return by_job
 
 
 def cancel(chain: Chain, config: KubernetesConfig) -> None:
@@ -271,8 +273,8 @@ def cancel(chain: Chain, config: KubernetesConfig) -> None:
 def logs_command(chain: Chain, config: KubernetesConfig, job: str, follow: bool) -> list[str]:
     """The kubectl command that shows a job's output."""
     chosen = f"{_LABEL}/instance={chain.name},{_LABEL}/component={job}"
-    found = ["kubectl", "-n", config.namespace, "logs", "-l", chosen, "--all-containers"]
-    return [*found, "--prefix", "--tail=-1", *(["-f"] if follow else [])]
+    command = ["kubectl", "-n", config.namespace, "logs", "-l", chosen, "--all-containers"]
+    return [*command, "--prefix", "--tail=-1", *(["-f"] if follow else [])]
 
 
 def _kubectl(config: KubernetesConfig, *arguments: str, text: str = "") -> str:

@@ -81,10 +81,10 @@ def states(out: Path) -> dict[str, str]:
     """What became of each job; running ones only while their runner lives."""
     state = _read(out)
     alive = _runs(int(state.get("pid", 0)), out)
-    found = dict(state.get("states", {}))
+    by_job = dict(state.get("states", {}))
     return {
         name: text if alive or text not in ("running", "waiting") else "its runner has died"
-        for name, text in found.items()
+        for name, text in by_job.items()
     }
 
 

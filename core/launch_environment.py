@@ -54,12 +54,12 @@ class Variables:
         if text is None:
             self.problems[name] = f"{name} is not set in the environment ({what})"
             return least
-        found = as_number(text)
-        if found is None or found < least or (most is not None and found > most):
+        number = as_number(text)
+        if number is None or number < least or (most is not None and number > most):
             bounds = f"{least} or more" if most is None else f"{least} to {most}"
             self.problems[name] = f"{name}={text!r} in the environment is no {what} ({bounds})"
             return least
-        return found
+        return number
 
     def pair(self, rank: str, size: str) -> tuple[int, int]:
         """A rank and how many there are."""
@@ -92,13 +92,13 @@ def ranks_of(environment: Mapping[str, str] = os.environ) -> Ranks | None:
 def check_launch(environment: Mapping[str, str] = os.environ) -> Ranks | None:
     """`ranks_of`, for ranks that are to meet: the place on the machine and the address, too."""
     variables = Variables(environment)
-    found = _started(variables)
+    ranks = _started(variables)
     _local_rank(variables)
     _local_ranks(variables)
-    if found is not None and found.launcher == "torchrun" and found.size > 1:
+    if ranks is not None and ranks.launcher == "torchrun" and ranks.size > 1:
         _address(variables)
     variables.check()
-    return found
+    return ranks
 
 
 def address_of_ranks(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
@@ -137,24 +137,24 @@ def refuse_left_socket(environment: Mapping[str, str] = os.environ) -> None:
 
 def _checked(environment: Mapping[str, str], read: Callable[[Variables], T]) -> T:
     variables = Variables(environment)
-    found = read(variables)
+    result = read(variables)
     variables.check()
-    return found
+    return result
 
 
 def _started(variables: Variables) -> Ranks | None:
     if "RANK" in variables and "WORLD_SIZE" in variables:
         rank, size = variables.pair("RANK", "WORLD_SIZE")
         return Ranks(launcher="torchrun", rank=rank, size=size)
-    found = _by_mpi_or_srun(variables)
-    others = f", and {found.launcher} started {found.size} ranks" if found else ""
+    ranks = _by_mpi_or_srun(variables)
+    others = f", and {ranks.launcher} started {ranks.size} ranks" if ranks else ""
     if "WORLD_SIZE" in variables:
         size = variables.number("WORLD_SIZE", "number of ranks", 1)
-        if found is None or found.size != size:
+        if ranks is None or ranks.size != size:
             _note_alone(variables, "WORLD_SIZE", "RANK", others)
     if "RANK" in variables:
         _note_alone(variables, "RANK", "WORLD_SIZE", others)
-    return found
+    return ranks
 
 
 def _note_alone(variables: Variables, name: str, missing: str, others: str = "") -> None:
@@ -247,8 +247,8 @@ def ranks_given(environment: Mapping[str, str] = os.environ) -> int | None:
 
     Raises: InputError with every launcher's variable that is odd, or lacks the others it needs.
     """
-    found = check_launch(environment)
-    return found.size if found else None
+    ranks = check_launch(environment)
+    return ranks.size if ranks else None
 
 
 def free_port(address: str = "127.0.0.1") -> int:

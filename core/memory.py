@@ -52,8 +52,8 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    wanted = ((MMAP_MAX, 0), (TRIM_THRESHOLD, _LARGEST), (TOP_PAD, _PAD))
-    taken = [mallopt(name, value) for name, value in wanted]
+    options = ((MMAP_MAX, 0), (TRIM_THRESHOLD, _LARGEST), (TOP_PAD, _PAD))
+    taken = [mallopt(name, value) for name, value in options]
     return all(taken)
 
 

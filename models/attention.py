@@ -116,8 +116,8 @@ class _Masked(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        found = _flash_backward(*gradients, *ctx.saved_tensors, mask=ctx.mask)
-        return (*found, None)
+        dqkv = _flash_backward(*gradients, *ctx.saved_tensors, mask=ctx.mask)
+        return (*dqkv, None)
 
 
 class _Banded(Function):
@@ -127,12 +127,12 @@ class _Banded(Function):
         out = q.new_empty(q.shape)
         earlier, among = _flash(q[:, :, :text], k[:, :, :text], v[:, :, :text], causal=True)
         out[:, :, :text] = earlier
-        said, sums = _flash(q[:, :, text:], k[:, :, :text], v[:, :, :text])
+        text_out, sums = _flash(q[:, :, text:], k[:, :, :text], v[:, :, :text])
         sums = sums.contiguous()
         for sample, heads in _chunks(q, band):
             at = sample, heads, slice(text, None)
             out[at] = _band_forward(
-                q[at], k[at], v[at], said[sample, heads], sums[sample, heads], band
+                q[at], k[at], v[at], text_out[sample, heads], sums[sample, heads], band
             )
         ctx.save_for_backward(q, k, v, out, among, sums)
         ctx.band = band
@@ -154,11 +154,11 @@ class _Banded(Function):
         inner = (_wide(grad[:, :, text:]) * _wide(out[:, :, text:])).sum(-1)
         for sample, heads in _chunks(q, band):
             at = sample, heads, slice(text, None)
-            found = _band_backward(
+            parts = _band_backward(
                 q[at], k[at], v[at], grad[at], sums[sample, heads], inner[sample, heads], band
             )
-            dq[sample, heads, text:] += found[0]
-            dk[sample, heads, text:], dv[sample, heads, text:] = found[1], found[2]
+            dq[sample, heads, text:] += parts[0]
+            dk[sample, heads, text:], dv[sample, heads, text:] = parts[1], parts[2]
         return dq, dk, dv, None
 
 
@@ -195,7 +195,7 @@ def _chunks(x: Tensor, band: Band) -> list[tuple[int, slice]]:
 
 
 def _band_forward(
-    q: Tensor, k: Tensor, v: Tensor, said: Tensor, sums: Tensor, band: Band
+    q: Tensor, k: Tensor, v: Tensor, text_out: Tensor, sums: Tensor, band: Band
 ) -> Tensor:
     """Some heads' image outputs, (heads, grid * grid, D); `sums` becomes the common log-sum."""
     queries = _tiles(q, band)
@@ -214,7 +214,7 @@ def _band_forward(
     shares = torch.softmax(logits, -1)
     common = top - shares.amax(-1, keepdim=True).log()
     out = torch.bmm(shares[..., :width], values)
-    out.addcmul_(_tiles(said, band), shares[..., width:])
+    out.addcmul_(_tiles(text_out, band), shares[..., width:])
     _untile(common, band, sums[..., None])
     return _untile(out, band, out.new_empty(q.shape))
 
@@ -245,8 +245,8 @@ def _tiles(x: Tensor, band: Band) -> Tensor:
 def _untile(tiles: Tensor, band: Band, into: Tensor) -> Tensor:
     """The way back of `_tiles`, written into (heads, grid * grid, D)."""
     shaped = into.unflatten(1, (band.grid, band.grid))
-    found = tiles.unflatten(0, (-1, band.grid))
-    (shaped.transpose(1, 2) if band.kind == "column" else shaped).copy_(found)
+    by_head = tiles.unflatten(0, (-1, band.grid))
+    (shaped.transpose(1, 2) if band.kind == "column" else shaped).copy_(by_head)
     return into
 
 

@@ -92,13 +92,13 @@ def contrastive_loss(
     does not fit its pictures. `captions` are keys of the captions, (b,) int64. `gather` collects a
     rank's (b, ...) of every rank, with gradients; this rank's rows begin at `offset`.
     """
-    wanted = torch.arange(len(images), device=images.device) + offset
+    targets = torch.arange(len(images), device=images.device) + offset
     same = captions[:, None] == gather(captions)
-    same.scatter_(1, wanted[:, None], False)
+    same.scatter_(1, targets[:, None], False)
     by_image = (scale * images @ gather(texts).T).masked_fill(same, -torch.inf)
     by_text = (scale * texts @ gather(images).T).masked_fill(same, -torch.inf)
-    loss = (F.cross_entropy(by_image, wanted) + F.cross_entropy(by_text, wanted)) / 2
-    right = (by_image.argmax(1) == wanted).float().mean()
+    loss = (F.cross_entropy(by_image, targets) + F.cross_entropy(by_text, targets)) / 2
+    right = (by_image.argmax(1) == targets).float().mean()
     return {"loss": loss, "accuracy": right}
 
 

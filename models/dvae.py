@@ -115,9 +115,9 @@ class DVAE(nn.Module):
         scale = 1 / logits.std((0, 2, 3)).clamp_min(1e-6)
         bias.sub_(logits.mean((0, 2, 3))).mul_(scale)
         weight.mul_(scale[:, None, None, None])
-        wanted = torch.logit(squeeze_pixels(image, self.config.epsilon)).transpose(0, 1).flatten(1)
-        median = wanted.median(1).values
-        spread = (wanted - median[:, None]).abs().mean(1).clamp_min(1e-3)
+        pixels = torch.logit(squeeze_pixels(image, self.config.epsilon)).transpose(0, 1).flatten(1)
+        median = pixels.median(1).values
+        spread = (pixels - median[:, None]).abs().mean(1).clamp_min(1e-3)
         weight, bias = _last(self.decoder)
         weight.mul_(FIRST_DECODER_SCALE)
         bias.copy_(torch.cat([median, spread.log()]))

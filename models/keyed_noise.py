@@ -45,14 +45,14 @@ def draw_bits(keys: Tensor, count: int, position: int = 0) -> Tensor:
 
 def _by_numpy(keys: Tensor, count: int, position: int) -> Tensor:
     words = -(-count // 2)
-    found = np.empty((len(keys), words), "<u8")
+    draws = np.empty((len(keys), words), "<u8")
     philox = np.random.Philox(key=0, counter=[0, position, 0, 0])
     state = philox.state  # to set it is ten times faster than to make another generator
-    for row, key in zip(found, keys.tolist(), strict=True):
+    for row, key in zip(draws, keys.tolist(), strict=True):
         state["state"]["key"][0] = key
         philox.state = state
         row[:] = philox.random_raw(words)
-    return torch.from_numpy(found.view("<u4")[:, :count].astype(np.int64))
+    return torch.from_numpy(draws.view("<u4")[:, :count].astype(np.int64))
 
 
 def philox_bits(keys: Tensor, blocks: int, position: int) -> Tensor:

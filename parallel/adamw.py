@@ -67,12 +67,12 @@ class AdamW(_CappedAdamW, torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient; there is no closure."""
-        capped = self._make_room() if self._most < math.inf else []
+        capped = self._lower_variances() if self._most < math.inf else []
         super().step()
         if capped:
             torch._foreach_clamp_max_(capped, self._most)
 
-    def _make_room(self) -> list[Tensor]:
+    def _lower_variances(self) -> list[Tensor]:
         """Lower those running variances that this step would lift above the cap.
 
         Returns the variances if any of them could be, to be cut at the cap behind the step.

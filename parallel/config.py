@@ -50,31 +50,31 @@ class MeshConfig:
         sizes: ModelSizes = ModelSizes(),
     ) -> list[str]:
         """What is impossible about this mesh; `world` is the number of ranks that were given."""
-        found = []
+        problems = []
         if min(self.data, self.tensor, self.pipeline, self.nodes) < 1:
             return ["mesh.data, tensor, pipeline and nodes must be at least 1"]
         if not sizes.cuttable and self.tensor * self.pipeline > 1:
-            found.append(
+            problems.append(
                 "mesh.tensor and mesh.pipeline must be 1: this stage's model is trained by data "
                 f"parallelism alone; try --mesh.data {self.world}"
             )
         elif self.tensor > max(sizes.heads, 1):
-            found.append(
+            problems.append(
                 f"mesh.tensor={self.tensor} is more than {sizes.heads} heads; try {sizes.heads}"
             )
         if sizes.cuttable and self.pipeline > max(sizes.layers, 1):
-            found.append(
+            problems.append(
                 f"mesh.pipeline={self.pipeline} is more than {sizes.layers} layers; "
                 f"try {sizes.layers}"
             )
         if self.data % self.nodes:
             divisors = [d for d in range(1, self.data + 1) if self.data % d == 0]
             near = min(divisors, key=lambda d: abs(d - self.nodes))
-            found.append(
+            problems.append(
                 f"mesh.nodes={self.nodes} does not divide mesh.data={self.data}; try {near}"
             )
         elif self.nodes > 1 and self.local < 2:
-            found.append(
+            problems.append(
                 f"mesh.nodes={self.nodes} leaves one replica a machine, and nothing to shard "
                 f"ZeRO-3 over; try --mesh.data {2 * self.nodes}, or --mesh.nodes 1"
             )
@@ -85,11 +85,11 @@ class MeshConfig:
                 if world % block == 0
                 else f"start a multiple of {block} ranks"
             )
-            found.append(
+            problems.append(
                 f"the mesh data={self.data} x tensor={self.tensor} x pipeline={self.pipeline} "
                 f"needs {self.world} ranks, but {world} were started; {hint}"
             )
-        return found
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,34 +132,34 @@ class OptimConfig:
     """Steps between two updates of that average."""
 
     def problems(self) -> list[str]:
-        found = []
+        problems = []
         if not (0 < self.lr < math.inf and self.clip_norm > 0 and 0 < self.eps < math.inf):
-            found.append("optim.lr, optim.eps and optim.clip_norm must be positive numbers")
+            problems.append("optim.lr, optim.eps and optim.clip_norm must be positive numbers")
         if not (0 <= self.final_lr < math.inf and 0 <= self.weight_decay < math.inf):
-            found.append("optim.final_lr and optim.weight_decay must not be negative")
+            problems.append("optim.final_lr and optim.weight_decay must not be negative")
         if self.warmup < 0:
-            found.append("optim.warmup must not be negative")
+            problems.append("optim.warmup must not be negative")
         if not 0 < self.decay_fraction <= 1:
-            found.append(
+            problems.append(
                 f"optim.decay_fraction={self.decay_fraction} must be above 0 and at most 1"
             )
         if self.halvings < 0 or self.patience < 1 or not 0 <= self.plateau_threshold < 1:
-            found.append(
+            problems.append(
                 "optim.halvings must not be negative, optim.patience at least 1 and "
                 "optim.plateau_threshold in [0, 1)"
             )
         if not 0 <= self.max_variance < math.inf:
-            found.append("optim.max_variance must not be negative; 0 = none")
+            problems.append("optim.max_variance must not be negative; 0 = none")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            found.append("optim.beta1 and optim.beta2 must lie in [0, 1)")
+            problems.append("optim.beta1 and optim.beta2 must lie in [0, 1)")
         if not 0 <= self.ema < 1 or self.ema_every < 1:
-            found.append("optim.ema must lie in [0, 1), and optim.ema_every be at least 1")
+            problems.append("optim.ema must lie in [0, 1), and optim.ema_every be at least 1")
         if self.moments == "bf16" and max(self.beta1, self.beta2) > 0.98:
-            found.append(
+            problems.append(
                 "optim.moments=bf16 cannot follow moments with a beta above 0.98; lower beta2 (the "
                 "paper: 0.96), or use --optim.moments fp32"
             )
-        return found
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,49 +213,49 @@ class EngineConfig:
 
     def problems(self, batch_per_replica: int, mesh: MeshConfig, compress: bool) -> list[str]:
         """What this engine cannot do on this mesh, each with the nearest thing that it can."""
-        found = []
+        problems = []
         if self.zero_stage not in (1, 2, 3):
-            found.append(f"engine.zero_stage={self.zero_stage} must be 1, 2 or 3; try 1")
+            problems.append(f"engine.zero_stage={self.zero_stage} must be 1, 2 or 3; try 1")
         steps = self.gradient_accumulation_steps
         if steps < 1 or batch_per_replica % max(steps, 1):
             near = [n for n in range(1, batch_per_replica + 1) if batch_per_replica % n == 0]
             best = min(near, key=lambda n: abs(n - steps), default=1)
-            found.append(
+            problems.append(
                 f"engine.gradient_accumulation_steps={steps} does not divide the "
                 f"{batch_per_replica} samples of a replica; try {best}"
             )
         if self.name == "reference" and mesh.tensor * mesh.pipeline > 1:
-            found.append(
+            problems.append(
                 "engine.name=reference has no tensor or pipeline ranks; use --engine.name "
                 + ("deepspeed_pipe" if mesh.pipeline > 1 else "deepspeed_zero")
             )
         if self.name == "deepspeed_zero" and mesh.pipeline > 1:
-            found.append(
+            problems.append(
                 "engine.name=deepspeed_zero has no pipeline; use --engine.name deepspeed_pipe"
             )
         if self.name == "deepspeed_pipe" and self.zero_stage != 1:
-            found.append(
+            problems.append(
                 f"engine.zero_stage={self.zero_stage} does not go with a pipeline: DeepSpeed "
                 "refuses it; use --engine.zero-stage 1"
             )
         if self.name != "reference" and mesh.world < 2:
-            found.append(
+            problems.append(
                 f"engine.name={self.name} needs at least 2 ranks, e.g. mesh.data=2; "
                 "on one process use --engine.name reference"
             )
         layout = self.name == "deepspeed_zero" and self.zero_stage == 3
         if mesh.nodes > 1 and not (layout and mesh.tensor == 1):
-            found.append(
+            problems.append(
                 f"mesh.nodes={mesh.nodes} is the paper's layout: it needs --engine.name "
                 "deepspeed_zero --engine.zero-stage 3 --mesh.tensor 1; otherwise --mesh.nodes 1"
             )
         if compress and layout and mesh.nodes == 1:
-            found.append(
+            problems.append(
                 "compress.rank: ZeRO-3 on one machine keeps no replica whose gradients could be "
                 "compressed; set mesh.nodes, or --engine.zero-stage 1"
             )
         elif compress and mesh.data == 1:
-            found.append(
+            problems.append(
                 "compress.rank: with mesh.data=1 no gradients are sent; set --compress.rank 0"
             )
-        return found
+        return problems

@@ -121,14 +121,14 @@ def build_mesh(config: MeshConfig, world: World) -> Mesh:
 
 
 def _checked(config: MeshConfig, axis: str, handle: "dist.ProcessGroup", rank: int) -> Group:
-    wanted = next(row for row in axis_ranks(config, axis) if rank in row)
-    found = dist.get_process_group_ranks(handle)
-    if found != wanted:
+    expected = next(row for row in axis_ranks(config, axis) if rank in row)
+    ranks = dist.get_process_group_ranks(handle)
+    if ranks != expected:
         raise TapirError(
-            f"rank {rank}: megatron-core's {axis} group is {found}, the mesh expects {wanted}; "
+            f"rank {rank}: megatron-core's {axis} group is {ranks}, the mesh expects {expected}; "
             "the installed megatron-core arranges ranks differently from the tested 0.16"
         )
-    return Group(handle, wanted.index(rank), len(wanted))
+    return Group(handle, expected.index(rank), len(expected))
 
 
 def _subgroup(rows: "np.ndarray", rank: int) -> Group:

@@ -64,11 +64,11 @@ class Placement:
 
     def read(self, reader: Reader, name: str, kind: str, start: int, count: int) -> Tensor:
         """Elements [start, start + count) of the flat local parameter, zero where it is padding."""
-        found = torch.zeros(count, device="cpu")
+        elements = torch.zeros(count, device="cpu")
         real = min(count, max(0, self.numel - start))
         first = self.first_element + start
-        found[:real] = reader.flat(name, kind, first, first + real)
-        return found
+        elements[:real] = reader.flat(name, kind, first, first + real)
+        return elements
 
 
 def place(parameter: nn.Parameter, placement: Placement) -> None:

@@ -108,8 +108,8 @@ def medium_is_accurate() -> bool:
     a, b = (torch.randn(shape, generator=draws, device=CPU) for _ in range(2))
     exact = a.double() @ b.double()
     with _matmuls("medium"):
-        found = a @ b
-    return float((found.double() - exact).norm() / exact.norm()) < WORST_ERROR
+        product = a @ b
+    return float((product.double() - exact).norm() / exact.norm()) < WORST_ERROR
 
 
 def small_matmuls() -> AbstractContextManager[None]:
@@ -141,7 +141,7 @@ def _name_of(device: torch.device) -> str:
 
 
 def _software() -> str:
-    found = f"torch {torch.__version__}"
+    versions = f"torch {torch.__version__}"
     if torch.version.cuda is None:
-        return found
-    return f"{found}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+        return versions
+    return f"{versions}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"

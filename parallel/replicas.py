@@ -42,9 +42,9 @@ def different(tensors: Sequence[Tensor], group: Group) -> list[int]:
     if group.handle is None or group.size == 1:
         return []
     mine = fingerprint(tensors)
-    found = [torch.empty_like(mine) for _ in range(group.size)]
-    dist.all_gather(found, mine, group=group.handle)
-    rows = [tuple(row.tolist()) for row in found]
+    fingerprints = [torch.empty_like(mine) for _ in range(group.size)]
+    dist.all_gather(fingerprints, mine, group=group.handle)
+    rows = [tuple(row.tolist()) for row in fingerprints]
     (usual, count), *_ = Counter(rows).most_common(1)
     ranks = dist.get_process_group_ranks(group.handle)
     if 2 * count <= group.size and len(set(rows)) > 1:

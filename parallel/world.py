@@ -63,9 +63,9 @@ class World:
     def _gather(self, text: str, group: "dist.ProcessGroup | None") -> list[str]:
         if group is None:
             return [text]
-        found: list[str] = [""] * self.size
-        dist.all_gather_object(found, text, group=group)
-        return found
+        texts: list[str] = [""] * self.size
+        dist.all_gather_object(texts, text, group=group)
+        return texts
 
 
 def join_world() -> World:

@@ -47,8 +47,8 @@ def compare(rank: int, rows: list[Finding], out: Path, gather: Gather) -> list[F
     if rank:
         return rows
     told = [_told(text) for text in texts if text]
-    found = [row for each in told for row in each.rows]
-    return placed([*found, *clock_rows(told), *folder_rows(told, token, path)], 0)
+    all_rows = [row for each in told for row in each.rows]
+    return placed([*all_rows, *clock_rows(told), *folder_rows(told, token, path)], 0)
 
 
 def clock_rows(told: list[Told]) -> list[Finding]:

@@ -40,17 +40,17 @@ class DoctorConfig:
     """Seconds of matmuls in the burn-in."""
 
     def problems(self) -> list[str]:
-        found = []
+        problems = []
         bucket = self.data.removeprefix("s3://").partition("/")[0]
         if "://" in self.data and not (self.data.startswith("s3://") and bucket):
-            found.append(f"--data {self.data} is no store; give s3://bucket/prefix or a folder")
+            problems.append(f"--data {self.data} is no store; give s3://bucket/prefix or a folder")
         needs = (self.memory, self.disk, self.shared_memory)
         if not all(0 <= each < math.inf for each in needs):
-            found.append("--memory, --disk and --shared-memory are GB and must not be negative")
+            problems.append("--memory, --disk and --shared-memory are GB and must not be negative")
         if min(self.files, self.gpus, self.ranks) < 0:
-            found.append("--files, --gpus and --ranks must not be negative")
+            problems.append("--files, --gpus and --ranks must not be negative")
         if not all(0 < each < math.inf for each in (self.wait, self.seconds)):
-            found.append("--wait and --seconds must be positive numbers")
+            problems.append("--wait and --seconds must be positive numbers")
         if self.node and self.ranks:
-            found.append("--node looks at one machine alone: leave out --ranks")
-        return found
+            problems.append("--node looks at one machine alone: leave out --ranks")
+        return problems

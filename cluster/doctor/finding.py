@@ -33,19 +33,19 @@ class Finding:
 Check = Callable[[], list[Finding]]
 
 
-def ok(check: str, found: str) -> Finding:
+def ok(check: str, text: str) -> Finding:
     """A row that asks for nothing."""
-    return Finding(check=check, status="ok", found=found)
+    return Finding(check=check, status="ok", found=text)
 
 
-def warning(check: str, found: str, fix: str) -> Finding:
+def warning(check: str, text: str, fix: str) -> Finding:
     """A row that may do harm."""
-    return Finding(check=check, status="warning", found=found, fix=fix)
+    return Finding(check=check, status="warning", found=text, fix=fix)
 
 
-def bad(check: str, found: str, fix: str) -> Finding:
+def bad(check: str, text: str, fix: str) -> Finding:
     """A row that a run would fail of."""
-    return Finding(check=check, status="bad", found=found, fix=fix)
+    return Finding(check=check, status="bad", found=text, fix=fix)
 
 
 def worst(rows: Iterable[Finding]) -> Status:
@@ -120,9 +120,9 @@ _FIX = "set the clock of that machine: chronyc makestep, or systemctl restart ch
 def clock_finding(offset: float, whose: str) -> Finding:
     """A row for a clock that is `offset` seconds ahead of somebody's."""
     direction = "ahead of" if offset > 0 else "behind"
-    found = f"the clock is {abs(offset):.1f} s {direction} {whose}"
+    text = f"the clock is {abs(offset):.1f} s {direction} {whose}"
     if abs(offset) > WRONG:
-        return bad("clock", found, _FIX)
+        return bad("clock", text, _FIX)
     if abs(offset) > NOTED:
-        return warning("clock", found, _FIX)
-    return ok("clock", found)
+        return warning("clock", text, _FIX)
+    return ok("clock", text)

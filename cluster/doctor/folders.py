@@ -34,11 +34,11 @@ def _file_system(folder: Path) -> Finding:
     missing = lacks(folder)
     if not missing:
         return ok("file system", f"{folder}: locks, links, renames, case and sync as needed")
-    found = f"{folder} has no {', no '.join(missing)}"
+    text = f"{folder} has no {', no '.join(missing)}"
     if RENAME in missing:
-        return bad("file system", found, "give an --out on another disk: nothing is safe there")
+        return bad("file system", text, "give an --out on another disk: nothing is safe there")
     fix = "let only one machine work there, or give an --out on a disk that has them"
-    return warning("file system", found, fix)
+    return warning("file system", text, fix)
 
 
 def temporary_findings() -> list[Finding]:
@@ -65,16 +65,16 @@ def shared_memory_findings(need: float) -> list[Finding]:
         "mount -o remount,size=50% /dev/shm"
     )
     try:
-        room = os.statvfs(_SHARED)
+        space = os.statvfs(_SHARED)
         with _probe(_SHARED) as path:
             _write(path, _SHARED_BYTES)
     except OSError as error:
         return [bad("shared memory", f"/dev/shm cannot be used: {error.strerror}", fix)]
-    free, whole = room.f_bavail * room.f_frsize, room.f_blocks * room.f_frsize
-    found = f"{free / GB:.2f} of {whole / GB:.2f} GB of /dev/shm are free"
+    free, whole = space.f_bavail * space.f_frsize, space.f_blocks * space.f_frsize
+    text = f"{free / GB:.2f} of {whole / GB:.2f} GB of /dev/shm are free"
     if free < need * GB:
-        return [bad("shared memory", f"{found}; {need:g} are needed", fix)]
-    return [ok("shared memory", found)]
+        return [bad("shared memory", f"{text}; {need:g} are needed", fix)]
+    return [ok("shared memory", text)]
 
 
 def existing(path: Path) -> Path:
@@ -91,25 +91,25 @@ def _folder(check: str, path: Path, need: float, other: str) -> list[Finding]:
         return [bad(check, f"{path} does not exist", f"mkdir -p it {other}")]
     if not path.is_dir():
         return [bad(check, f"{path} is no folder", f"remove the file {other}")]
-    room = os.statvfs(path)
-    free = room.f_bavail * room.f_frsize
-    found = f"{path}: {free / GB:.2f} of {room.f_blocks * room.f_frsize / GB:.2f} GB are free"
-    make_room = f"delete what is not needed there, {other}"
+    space = os.statvfs(path)
+    free = space.f_bavail * space.f_frsize
+    text = f"{path}: {free / GB:.2f} of {space.f_blocks * space.f_frsize / GB:.2f} GB are free"
+    cleanup = f"delete what is not needed there, {other}"
     if free < need * GB:
-        return [bad(check, f"{found}; {need:g} are needed", make_room)]
-    if room.f_files and room.f_favail == 0:
-        return [bad(check, f"{path} has no room for another file (inodes)", make_room)]
+        return [bad(check, f"{text}; {need:g} are needed", cleanup)]
+    if space.f_files and space.f_favail == 0:
+        return [bad(check, f"{path} has no room for another file (inodes)", cleanup)]
     try:
         with _probe(path) as probe:
             seconds = _write(probe, PROBE_BYTES)
     except OSError as error:
         return [_refused(check, path, error, other)]
     speed = PROBE_BYTES / MB / seconds
-    found = f"{found}, {speed:.0f} MB/s written and synced"
+    text = f"{text}, {speed:.0f} MB/s written and synced"
     if speed < SLOW:
         fix = f"checkpoints will take long there: use a faster disk, {other}"
-        return [warning(check, found, fix)]
-    return [ok(check, found)]
+        return [warning(check, text, fix)]
+    return [ok(check, text)]
 
 
 def _refused(check: str, path: Path, error: OSError, other: str) -> Finding:

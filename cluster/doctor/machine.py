@@ -45,24 +45,26 @@ def requirements() -> list[str]:
 
 def _package(need: str) -> Finding | None:
     try:
-        wanted = Requirement(need)
+        requirement = Requirement(need)
     except InvalidRequirement:
         return warning("packages", f"requirements.txt holds {need!r}", "write it as name>=version")
-    if wanted.marker is not None and not wanted.marker.evaluate():
+    if requirement.marker is not None and not requirement.marker.evaluate():
         return None
-    fix = f"{sys.executable} -m pip install '{wanted.name}{wanted.specifier}'"
+    fix = f"{sys.executable} -m pip install '{requirement.name}{requirement.specifier}'"
     try:
-        found = importlib.metadata.distribution(wanted.name)
-        version = found.metadata["Version"]
+        package = importlib.metadata.distribution(requirement.name)
+        version = package.metadata["Version"]
     except importlib.metadata.PackageNotFoundError:
-        return bad("packages", f"{wanted.name} is not installed", fix)
+        return bad("packages", f"{requirement.name} is not installed", fix)
     if not version:
-        where = found.locate_file("")
-        return bad("packages", f"{wanted.name} in {where} is installed in parts", fix)
-    if wanted.specifier.contains(version, prereleases=True):
+        where = package.locate_file("")
+        return bad("packages", f"{requirement.name} in {where} is installed in parts", fix)
+    if requirement.specifier.contains(version, prereleases=True):
         return None
-    where = found.locate_file("")
-    text = f"{wanted.name} {version} is installed in {where}, {wanted.specifier} is needed"
+    where = package.locate_file("")
+    text = (
+        f"{requirement.name} {version} is installed in {where}, {requirement.specifier} is needed"
+    )
     return bad("packages", text, f"{fix}; see that no other folder of PYTHONPATH holds another one")
 
 
@@ -72,20 +74,20 @@ def host_findings() -> list[Finding]:
     try:
         addresses = sorted({str(each[4][0]) for each in socket.getaddrinfo(name, None)})
     except OSError as error:
-        found = f"the name {name} does not resolve ({error.strerror or error})"
+        text = f"the name {name} does not resolve ({error.strerror or error})"
         fix = f"put {name} into /etc/hosts or DNS, or export GLOO_SOCKET_IFNAME=<interface>"
         given = any(os.environ.get(variable) for variable in _NETWORK_GIVEN)
-        return [(warning if given else bad)("host name", found, fix)]
+        return [(warning if given else bad)("host name", text, fix)]
     return [ok("host name", f"{name} is {', '.join(addresses)}")]
 
 
 def memory_findings(need: float) -> list[Finding]:
     """Free memory, of the machine and of this job's control group."""
     free, whole = host_memory()
-    found = f"{free / GB:.1f} of {whole / GB:.1f} GB are free"
+    text = f"{free / GB:.1f} of {whole / GB:.1f} GB are free"
     if free < need * GB:
         fix = "end what holds memory here, ask the scheduler for more, or use another machine"
-        return [bad("memory", f"{found}; {need:g} are needed", fix)]
+        return [bad("memory", f"{text}; {need:g} are needed", fix)]
     if free < _LITTLE_MEMORY * GB:
-        return [warning("memory", found, "end what holds memory here")]
-    return [ok("memory", found)]
+        return [warning("memory", text, "end what holds memory here")]
+    return [ok("memory", text)]

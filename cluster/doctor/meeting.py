@@ -83,10 +83,10 @@ class RankLinks:
         """A `Gather` over those that came."""
         if self.rendezvous.rank:
             return [self._ask_first(text)]
-        found = [text] + [""] * (self.rendezvous.size - 1)
+        texts = [text] + [""] * (self.rendezvous.size - 1)
         for rank, link in list(self.links.items()):
             try:
-                found[rank] = link.receive()
+                texts[rank] = link.receive()
             except OSError:
                 self.links.pop(rank)
         for rank, link in list(self.links.items()):
@@ -94,7 +94,7 @@ class RankLinks:
                 link.send(text)
             except OSError:
                 self.links.pop(rank)
-        return found
+        return texts
 
     def _ask_first(self, text: str) -> str:
         try:
@@ -124,14 +124,14 @@ def meet(rendezvous: Rendezvous, wait: float) -> Iterator[RankLinks]:
 def missing_row(rendezvous: Rendezvous, missing: list[int], wait: float) -> Finding:
     """What rank 0 says of ranks that did not come."""
     shown = ", ".join(map(str, missing[:16])) + (", ..." if len(missing) > 16 else "")
-    found = (
+    text = (
         f"of {rendezvous.size} ranks, {shown} did not come to {rendezvous.text} within {wait:g} s"
     )
     fix = (
         f"open TCP port {rendezvous.port} between the machines (firewall, network policy), or see "
         "why those ranks did not start; each prints what it saw itself"
     )
-    return bad(_CHECK, found, fix)
+    return bad(_CHECK, text, fix)
 
 
 class _Link:
@@ -167,10 +167,10 @@ def _listen(rendezvous: Rendezvous) -> socket.socket:
         where, backlog = ("", rendezvous.port), max(128, rendezvous.size)
         return socket.create_server(where, family=family, backlog=backlog, dualstack_ipv6=both)
     except OSError as error:
-        found = f"rank 0 cannot listen at port {rendezvous.port}: {error.strerror}"
+        text = f"rank 0 cannot listen at port {rendezvous.port}: {error.strerror}"
         holder = f"ss -ltnp sport = :{rendezvous.port}"
         fix = f"end what holds the port ({holder}), or choose another MASTER_PORT"
-        raise Lost(bad(_CHECK, found, fix)) from error
+        raise Lost(bad(_CHECK, text, fix)) from error
 
 
 def _await_all(listener: socket.socket, meeting: RankLinks, stack: ExitStack) -> None:
@@ -209,30 +209,30 @@ def _greet(rendezvous: Rendezvous, connection: socket.socket, wait: float) -> _L
 
 def _unreached(rendezvous: Rendezvous, error: Any) -> Finding:
     if isinstance(error, socket.gaierror):
-        found = f"the name {rendezvous.address} of rank 0's machine does not resolve here"
+        text = f"the name {rendezvous.address} of rank 0's machine does not resolve here"
         fix = "set MASTER_ADDR to its IP address, or put the name into /etc/hosts or DNS"
-        return bad(_CHECK, found, fix)
+        return bad(_CHECK, text, fix)
     if isinstance(error, ConnectionRefusedError):
         reason = "rank 0 does not listen, or the port is rejected"
-        found = f"{rendezvous.text} refuses connections: {reason}"
+        text = f"{rendezvous.text} refuses connections: {reason}"
         fix = f"see rank 0's output; open TCP port {rendezvous.port} between the machines"
     elif isinstance(error, TimeoutError):
         whole = _answers(rendezvous.address)
         machine = "its machine answers at another port" if whole else "nor does its machine"
-        found = f"{rendezvous.text} does not answer: packets are dropped ({machine})"
+        text = f"{rendezvous.text} does not answer: packets are dropped ({machine})"
         fix = f"open TCP port {rendezvous.port} between the machines (firewall, network policy)"
         if not whole:
             fix = f"is {rendezvous.address} the address of rank 0's machine? {fix}"
     else:
-        found = f"{rendezvous.text} cannot be reached: {error.strerror or error}"
+        text = f"{rendezvous.text} cannot be reached: {error.strerror or error}"
         fix = f"look at this machine's routes and firewall: ip route get {rendezvous.address}"
-    return bad(_CHECK, found, fix)
+    return bad(_CHECK, text, fix)
 
 
 def _silent(rendezvous: Rendezvous, error: OSError) -> Finding:
-    found = f"{rendezvous.text} took the connection, but is no rank 0 of this job ({error})"
+    text = f"{rendezvous.text} took the connection, but is no rank 0 of this job ({error})"
     fix = "another program holds that port (choose another), or rank 0 has ended: see its output"
-    return bad(_CHECK, found, fix)
+    return bad(_CHECK, text, fix)
 
 
 def _answers(address: str) -> bool:

@@ -32,8 +32,8 @@ def burn_rows(burned: Sequence[Burned]) -> list[Finding]:
     rows = [*_rates(burned), *_links(burned)]
     reduce = statistics.median(each.reduce for each in burned)
     if reduce:
-        found = f"{reduce / GIGA:.3g} GB/s over {_ranks(burned)}"
-        rows.append(ok("all-reduce", found))
+        text = f"{reduce / GIGA:.3g} GB/s over {_ranks(burned)}"
+        rows.append(ok("all-reduce", text))
     return rows
 
 
@@ -42,13 +42,13 @@ def _rates(burned: Sequence[Burned]) -> list[Finding]:
     rows = []
     for each in burned:
         share = each.rate / middle
-        found = f"{each.rate / TERA:.3g} TFLOP/s, {share:.0%} of the median of {_ranks(burned)}"
+        speed = f"{each.rate / TERA:.3g} TFLOP/s, {share:.0%} of the median of {_ranks(burned)}"
         fix = (
             "another job on its cores or GPU, a power or heat limit, or wrong CPU binding: look at "
             "top and nvidia-smi there; exclude the machine if it stays slow"
         )
         if share < NOTED_RATE:
-            row = (bad if share < SLOW_RATE else warning)("matmul", found, fix)
+            row = (bad if share < SLOW_RATE else warning)("matmul", speed, fix)
             rows.append(replace(row, host=each.host, rank=each.rank))
     text = f"{middle / TERA:.3g} TFLOP/s, the median of {_ranks(burned)}"
     return rows or [ok("matmul", text)]
@@ -72,12 +72,12 @@ def _links(burned: Sequence[Burned]) -> list[Finding]:
             share = a.link / middle
             if share >= NOTED_LINK:
                 continue
-            found = (
+            text = (
                 f"rank {a.rank} ({a.host}) to rank {b.rank} ({b.host}): {a.link / GIGA:.3g} GB/s, "
                 f"{share:.0%} of the median {kind}"
             )
             fix = "look at cable, port errors (ethtool -S, ibstat) and load of both; exclude one"
-            row = (bad if share < SLOW_LINK else warning)("link", found, fix)
+            row = (bad if share < SLOW_LINK else warning)("link", text, fix)
             rows.append(replace(row, host=a.host, rank=a.rank))
     return rows or ([ok("link", ", ".join(medians))] if medians else [])
 

@@ -28,8 +28,8 @@ def ask(command: Sequence[str], seconds: float) -> Answer:
     except OSError as error:
         return Answer(problem=f"cannot be run: {error.strerror}")
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        return Answer(problem=said[-1] if said else f"exit code {done.returncode}")
+        lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        return Answer(problem=lines[-1] if lines else f"exit code {done.returncode}")
     return Answer(text=done.stdout.strip())
 
 
@@ -48,10 +48,10 @@ def _slurm() -> list[Finding]:
         fix = "is slurmctld up and reachable? see scontrol ping, SLURM_CONF, slurmctld's log"
         return [bad("scheduler", f"Slurm does not answer: {answer.problem}", fix), *_munge()]
     states = [line.split()[0].rstrip("*~#!%$@+^-") for line in answer.text.splitlines()]
-    found = f"Slurm answers; nodes: {', '.join(answer.text.splitlines())}"
+    text = f"Slurm answers; nodes: {', '.join(answer.text.splitlines())}"
     if not set(states) - {"down", "drain", "drained", "fail", "unk", "inval"}:
-        return [bad("scheduler", found, "no node takes jobs: see sinfo -R")]
-    return [ok("scheduler", found)]
+        return [bad("scheduler", text, "no node takes jobs: see sinfo -R")]
+    return [ok("scheduler", text)]
 
 
 def _munge() -> list[Finding]:
@@ -73,7 +73,7 @@ def _kubernetes() -> list[Finding]:
     if answer.text.endswith("yes"):
         return [ok("scheduler", "Kubernetes answers; this user may create jobs")]
     if answer.problem == "no" or answer.text.endswith("no"):
-        found = "Kubernetes answers; this user may not create jobs"
-        return [bad("scheduler", found, "ask for a role with create on jobs.batch here")]
+        text = "Kubernetes answers; this user may not create jobs"
+        return [bad("scheduler", text, "ask for a role with create on jobs.batch here")]
     fix = "check KUBECONFIG and the cluster's address: kubectl cluster-info"
     return [bad("scheduler", f"Kubernetes does not answer: {answer.problem}", fix)]

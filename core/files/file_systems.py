@@ -102,10 +102,10 @@ def lacks(folder: Path) -> list[str]:
     with TemporaryDirectory(dir=folder, prefix=".tapir-doctor-") as name:
         one, two = Path(name, "one"), Path(name, "two")
         one.touch()
-        found = [what for what, act in _acts(one, two).items() if _fails(act)]
+        missing = [what for what, act in _acts(one, two).items() if _fails(act)]
         if Path(name, "ONE").exists():
-            found.append("names that differ in case alone")
-    return found
+            missing.append("names that differ in case alone")
+    return missing
 
 
 def _acts(one: Path, two: Path) -> dict[str, Callable[[], object]]:

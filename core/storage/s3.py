@@ -17,9 +17,9 @@ from core.errors import AbsentError, StoreError, StoreInputError
 from core.storage.s3_answers import (
     BUCKET_IS_OURS,
     code_of,
-    is_behind_the_end,
     is_failed_condition,
     is_no_condition,
+    is_past_the_end,
     passes,
 )
 from core.storage.s3_body import PartStream, read_into
@@ -61,7 +61,7 @@ class S3Store:
         try:
             self._retries.ask(name, read)
         except StoreError as error:
-            if not is_behind_the_end(error.__cause__):  # as in a file
+            if not is_past_the_end(error.__cause__):  # as in a file
                 raise
         return b"".join(parts)
 
@@ -114,14 +114,14 @@ class S3Store:
         cut = len(self.prefix) + 1 if self.prefix else 0
 
         def ask(client: Any) -> list[str]:
-            found, page = [], {}
+            keys, page = [], {}
             for page in client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.bucket, Prefix=start
             ):
-                found += [item["Key"] for item in page.get("Contents", [])]
+                keys += [item["Key"] for item in page.get("Contents", [])]
             if page.get("IsTruncated") and not page.get("NextContinuationToken"):
                 raise StoreError(f"{self.url} lists a part of its objects, and not how to go on")
-            kept = (key[cut:] for key in found if key.startswith(start))
+            kept = (key[cut:] for key in keys if key.startswith(start))
             return sorted(key for key in kept if key and not key.endswith("/"))  # of consoles
 
         return self._retries.ask(prefix, ask)

@@ -77,7 +77,7 @@ def is_page(error: BaseException | None) -> bool:
     return bool(headers.get("content-length") != "0")
 
 
-def is_behind_the_end(error: BaseException | None) -> bool:
+def is_past_the_end(error: BaseException | None) -> bool:
     """Say whether a range begins where the object has ended."""
     return status_of(error) == 416
 

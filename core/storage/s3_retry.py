@@ -56,9 +56,9 @@ class Retries:
         while True:
             try:
                 with self.explained(name):
-                    found = request(self.client)
+                    result = request(self.client)
                 self._answered = True
-                return found
+                return result
             except (KeyError, TypeError, ValueError) as error:  # of boto3's readers of answers
                 raise unreadable(self._url, name, error) from error
             except StoreError as error:
@@ -89,14 +89,14 @@ class Retries:
         clients, self._plain = (self._first, self.later), True
         self._first, self.later = self._make(plain=True)
         try:
-            found = self.ask(name, request)
+            result = self.ask(name, request)
         except StoreError as again:
             if may_be_checksums(again.__cause__):
                 (self._first, self.later), self._plain = clients, False
                 raise error from error.__cause__
             raise
         LOG.warning("%s takes no checksums of requests (%s): they are left out", self._url, error)
-        return found
+        return result
 
     def _waits(self, cause: BaseException | None) -> float:
         """Seconds for which an error that may pass is waited out."""

@@ -107,12 +107,12 @@ class FolderStore:
         files = (
             path for at, _, here in walked for name in here if (path := Path(at, name)).is_file()
         )
-        found = (
+        names = (
             path.relative_to(self.root).as_posix()
             for path in files
             if not path.name.startswith((TEMPORARY, LOCK))
         )
-        return sorted(name for name in found if name.startswith(prefix))
+        return sorted(name for name in names if name.startswith(prefix))
 
     def exists(self, name: str) -> bool:
         return self._path(name).is_file()

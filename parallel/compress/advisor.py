@@ -97,7 +97,7 @@ def advise(
     """Weigh compression at some shares of the width; `others` elements are never compressed."""
     width = min(shard.oriented[0] for shard in shards) * parts
     raw = 4 * (sum(s.rows * s.columns for s in shards) + others)
-    found = []
+    advice = []
     for share in shares:
         total = max(parts, round(share * width))
         each = shard_rank(total, parts)
@@ -106,7 +106,7 @@ def advise(
         compute = measure_compute(shards, each, device)
         extra = compute + 2 * link.latency
         saved = (raw - sent) / link.bandwidth
-        found.append(
+        advice.append(
             Advice(
                 rank=total,
                 raw_bytes=raw,
@@ -116,7 +116,7 @@ def advise(
                 break_even=(raw - sent) / extra,
             )
         )
-    return found
+    return advice
 
 
 def chosen_rank(

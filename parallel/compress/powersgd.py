@@ -138,20 +138,20 @@ class PowerSGD:
         rest = [torch.nan_to_num(g, 0.0, 0.0, 0.0).clone() for g in plain.values()]
         self._average([*rest, flag])
         everywhere = p_finite and q_finite and float(flag) == 0.0
-        found = dict(zip(plain, rest, strict=True))
-        squares = {name: gradient.square().sum() for name, gradient in found.items()}
+        means = dict(zip(plain, rest, strict=True))
+        squares = {name: gradient.square().sum() for name, gradient in means.items()}
         for batch, i, member in self._members():
             squares[member.name] = batch.q_mean[i].square().sum()
         if not everywhere:
             broken = torch.tensor(math.inf, device=self._device)
             squares = dict.fromkeys(squares, broken)
         for batch in self._batches:
-            self._finish(batch, p_finite and q_finite, found)
+            self._finish(batch, p_finite and q_finite, means)
         raw = sum(gradient.numel() for gradient in gradients.values())
         sent = sum(b.p.numel() + b.q_mean.numel() for b in self._batches)
         sent += 1 + sum(t.numel() for t in rest)
         return Reduced(
-            gradients=found,
+            gradients=means,
             squares=squares,
             raw_bytes=4 * raw,
             sent_bytes=4 * sent,
@@ -194,11 +194,11 @@ class PowerSGD:
         copy_parts(flat, tensors)
         return finite
 
-    def _finish(self, batch: _Batch, finite: bool, found: dict[str, Tensor]) -> None:
+    def _finish(self, batch: _Batch, finite: bool, gradients: dict[str, Tensor]) -> None:
         """Hand out decompressed gradients, and keep what they lack."""
         mean = batch.p @ batch.q_mean.transpose(1, 2)
         for i, member in enumerate(batch.members):
-            found[member.name] = _turn(mean[i], member)
+            gradients[member.name] = _turn(mean[i], member)
         if finite and self._feedback:
             batch.error -= mean
         elif not bool(torch.isfinite(batch.error).all()):

@@ -168,14 +168,14 @@ class Compressor:
             for name, gradient in gradients.items()
         }
         reduced = self._powersgd.reduce(real)
-        found = {}
+        averaged = {}
         for name, gradient in gradients.items():
             flat = torch.zeros(gradient.numel(), dtype=gradient.dtype, device=gradient.device)
             part = reduced.gradients[name].reshape(-1)
             flat[: part.numel()] = part
-            found[name] = flat
+            averaged[name] = flat
         return Reduced(
-            gradients=found,
+            gradients=averaged,
             squares=reduced.squares,
             raw_bytes=reduced.raw_bytes,
             sent_bytes=reduced.sent_bytes,

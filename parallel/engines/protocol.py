@@ -80,8 +80,8 @@ class Recomputed(nn.Module):
     def run_branch(self, branch: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """The branch, of which only the input is kept if `recompute` is set."""
         if self.recompute and torch.is_grad_enabled():
-            found: Tensor = checkpoint(branch, x, use_reentrant=False)
-            return found
+            out: Tensor = checkpoint(branch, x, use_reentrant=False)
+            return out
         return branch(x)
 
 

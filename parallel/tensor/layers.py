@@ -119,8 +119,8 @@ class _HalfBack(Function):
         ctx.save_for_backward(x.to(torch.bfloat16), weight.to(torch.bfloat16))
         # F.linear gives a view for one sample, but the vocabulary-parallel loss writes over this
         logits = torch.addmm(bias, x.flatten(0, -2), weight.T)
-        found: Tensor = torch.ops.aten._unsafe_view(logits, [*x.shape[:-1], len(weight)])
-        return found
+        out: Tensor = torch.ops.aten._unsafe_view(logits, [*x.shape[:-1], len(weight)])
+        return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:

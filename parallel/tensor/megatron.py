@@ -37,12 +37,12 @@ class MegatronTensorParallel(TensorParallel):
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
 
     def enter(self, x: Tensor) -> Tensor:
-        found: Tensor = copy_to_tensor_model_parallel_region(x, self.group)
-        return found
+        out: Tensor = copy_to_tensor_model_parallel_region(x, self.group)
+        return out
 
     def leave(self, x: Tensor) -> Tensor:
-        found: Tensor = reduce_from_tensor_model_parallel_region(x.contiguous(), self.group)
-        return found
+        out: Tensor = reduce_from_tensor_model_parallel_region(x.contiguous(), self.group)
+        return out
 
     def gather(self, x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(self.size)]

@@ -123,9 +123,9 @@ class DeepSpeedEngine:
                 for kind in ("master", *MOMENTS):
                     if kind not in tensors:  # before the first step
                         continue
-                    found = place.slice(name, kind, part.start, tensors[kind])
-                    if found is not None:
-                        yield found
+                    state_slice = place.slice(name, kind, part.start, tensors[kind])
+                    if state_slice is not None:
+                        yield state_slice
                 if "step" in part.state and part.start == 0 and place.first == 0:
                     data = part.state["step"].reshape(1)
                     yield StateSlice(name=name, kind="step", shape=(), start=0, data=data)

@@ -142,14 +142,14 @@ def hook_zero12(optimizer: Any, names: Mapping[str, nn.Parameter], norm: Norm) -
     name_of = {id(parameter): name for name, parameter in names.items()}
 
     def check_overflow(partition_gradients: bool = True) -> None:
-        found: Gradients = {}
+        gradients: Gradients = {}
         for i, parameters in enumerate(optimizer.params_in_partition):
             real = (
                 g for g in optimizer.averaged_gradients[i] if not getattr(g, "_zero_padding", False)
             )
             for parameter, gradient in zip(parameters, real, strict=False):
-                found[name_of[id(parameter)]] = gradient
-        optimizer.tapir_norm = norm(found)
+                gradients[name_of[id(parameter)]] = gradient
+        optimizer.tapir_norm = norm(gradients)
         optimizer.overflow = optimizer.tapir_norm == float("inf")
 
     def scaled_global_norm(norm_type: int = 2) -> Tensor:
@@ -181,12 +181,12 @@ def hook_zero3(optimizer: Any, names: Mapping[str, nn.Parameter], norm: Norm) ->
     name_of = {id(parameter): name for name, parameter in names.items()}
 
     def check(update_scale: bool = True) -> bool:
-        found = {
+        gradients = {
             name_of[id(parameter)]: gradient
             for i, group in enumerate(optimizer.fp16_groups)
             for parameter, gradient in zip(group, optimizer.averaged_gradients[i], strict=True)
         }
-        optimizer.tapir_norm = norm(found)
+        optimizer.tapir_norm = norm(gradients)
         optimizer.overflow = optimizer.tapir_norm == float("inf")
         return bool(optimizer.overflow)
 

@@ -152,10 +152,10 @@ class _Stages(PipelineModule):  # type: ignore[misc]
 
     def global_names(self) -> dict[str, nn.Parameter]:
         """Global parameter name -> parameter of this stage, sorted by name."""
-        found: dict[str, nn.Parameter] = {}
+        names: dict[str, nn.Parameter] = {}
         for stage in self.stages():
-            found.update(stage.global_names())
-        return dict(sorted(found.items()))
+            names.update(stage.global_names())
+        return dict(sorted(names.items()))
 
     def scales(self) -> dict[str, Scale]:
         """The gradient scales of this stage's branches."""

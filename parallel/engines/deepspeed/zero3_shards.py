@@ -105,8 +105,8 @@ class Shards:
 
     def _flat(self, shards: list[Tensor]) -> Tensor:
         starts = [start for start, _ in self._spans.values()]
-        found = [shard.storage_offset() for shard in shards]
-        assert found == starts, "DeepSpeed's flat groups have another order than parameter_groups"
+        offsets = [shard.storage_offset() for shard in shards]
+        assert offsets == starts, "DeepSpeed's flat groups have another order than parameter_groups"
         return self._buffer
 
 
@@ -114,13 +114,13 @@ def _spans(modules: nn.Module, optim: OptimConfig, size: int) -> dict[str, tuple
     """Parameter name -> (first element, elements) of its shard, one behind the other."""
     names = dict(sorted(modules.named_parameters()))
     name_of = {id(parameter): name for name, parameter in names.items()}
-    found, end = {}, 0
+    spans, end = {}, 0
     for flat in parameter_groups(names, optim):
         for parameter in flat["params"]:
             count = -(-parameter.numel() // size)
-            found[name_of[id(parameter)]] = end, count
+            spans[name_of[id(parameter)]] = end, count
             end += count
-    return found
+    return spans
 
 
 def _hollow(module: nn.Module, name: str, device: torch.device) -> nn.Parameter:
