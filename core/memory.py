@@ -46,7 +46,8 @@ def keep_freed_memory() -> bool:
     """Tell glibc to keep what is freed; returns False where there is no glibc.
 
     On CPUs torch allocates every tensor anew. By default glibc maps and unmaps large blocks, so
-    that each tensor costs page faults again; kept memory is reused. The process keeps its peak size.
+    that each tensor costs page faults again; kept memory is reused. The process
+    keeps its peak size.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -122,7 +122,7 @@ class S3Store:
             if page.get("IsTruncated") and not page.get("NextContinuationToken"):
                 raise StoreError(f"{self.url} lists a part of its objects, and not how to go on")
             kept = (key[cut:] for key in keys if key.startswith(start))
-            return sorted(key for key in kept if key and not key.endswith("/"))  # folder markers of web consoles
+            return sorted(key for key in kept if key and not key.endswith("/"))  # of consoles
 
         return self._retries.ask(prefix, ask)
 

@@ -145,7 +145,7 @@ def free_space(store: Store) -> int | None:
 
 
 def _raise_unless_gone(error: OSError) -> None:
-    """Ignore folders that vanish during the listing, or that are not readable: they are not ours."""
+    """Ignore folders that vanish during the listing or are not readable: they are not ours."""
     if not isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
         raise StoreError(f"cannot list {error.filename}: {error}") from error
 

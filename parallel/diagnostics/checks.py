@@ -1,4 +1,4 @@
-"""What needs torch of `tapir doctor`: its build, the devices, and a burn-in on every rank."""
+"""Checks of `tapir doctor` that need torch: its build, the devices, and a burn-in on every rank."""
 
 import importlib.metadata
 import json
@@ -79,7 +79,7 @@ def _backends() -> Finding:
 
 
 def _deepspeed() -> Finding:
-    """Its hooks are private API: one version is tested, and it must be importable with torch."""
+    """Check DeepSpeed's version: hooks.py uses private API of the tested one."""
     try:
         from parallel.engines.deepspeed import hooks  # noqa: PLC0415 - a check: it may fail
     except Exception as error:
@@ -94,7 +94,7 @@ def _deepspeed() -> Finding:
 
 @contextmanager
 def _one_dtype(device: torch.device) -> Iterator[None]:
-    """GPUs are judged by bf16, CPUs by fp32."""
+    """Run in bf16 on GPUs, in fp32 on CPUs."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
     try:
@@ -104,7 +104,7 @@ def _one_dtype(device: torch.device) -> Iterator[None]:
 
 
 def _matmuls(device: torch.device, seconds: float) -> float:
-    """FLOP/s of products in a row: what shares the core or GPU is seen in it."""
+    """FLOP/s of consecutive matmuls; another job on the same core or GPU lowers it."""
     side = SIDE_GPU if device.type == "cuda" else SIDE
     a, b = (torch.randn(side, side, device=device) for _ in range(2))
     out = a @ b
@@ -120,9 +120,9 @@ def _matmuls(device: torch.device, seconds: float) -> float:
 
 
 def _ring(world: World, device: torch.device) -> float:
-    """Bytes/s from this rank to the next and back; neighbours of a link wait for their turn.
+    """Bytes/s from this rank to the next and back; links that share a rank take turns.
 
-    Two ranks have one link: the second one has none of its own.
+    Two ranks have one link, which counts for the first: the second returns 0.
     """
     values = torch.ones(SENT_GPU if device.type == "cuda" else SENT, device=device)
     links = world.size if world.size > 2 else 1
@@ -142,7 +142,7 @@ def _ring(world: World, device: torch.device) -> float:
 
 
 def _turn(link: int, links: int) -> int:
-    """Links of a turn share no rank; an odd ring needs a third turn."""
+    """The turn of a link: links of one turn share no rank; an odd ring needs a third turn."""
     return 2 if links % 2 and link == links - 1 and links > 1 else link % 2
 
 

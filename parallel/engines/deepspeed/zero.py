@@ -83,7 +83,7 @@ class DeepSpeedZeroEngine(DeepSpeedEngine):
             losses = self._engine(batch)
             step.losses.append({name: value.detach() for name, value in losses.items()})
             self._engine.backward(losses["loss"])
-            self._engine.step()  # the last one decides by the losses so far
+            self._engine.step()  # only the last one updates the weights
         return self._result(step)
 
     @torch.no_grad()
