@@ -24,7 +24,7 @@ _LABEL = "app.kubernetes.io"
 
 @dataclass(frozen=True, kw_only=True)
 class KubernetesConfig:
-    """What the cluster gives to every pod."""
+    """Settings of every pod."""
 
     image: str = "tapir:gpu"
     """Image made from cluster/Dockerfile."""
@@ -33,7 +33,7 @@ class KubernetesConfig:
     claim: str = ""
     """PersistentVolumeClaim (ReadWriteMany) for the run folders; needed."""
     mount: str = "/runs"
-    """Where it is mounted; the run file's `out` must lie in it."""
+    """Mount path of the claim; the run file's `out` must be in it."""
     secrets: tuple[str, ...] = ()
     """Secrets whose entries become environment variables (credentials of the object store)."""
     config_maps: tuple[str, ...] = ()
@@ -71,7 +71,7 @@ class KubernetesConfig:
 
 
 def manifests(chain: Chain, config: KubernetesConfig) -> list[dict[str, Any]]:
-    """All objects of a chain, in the order in which they are applied."""
+    """All objects of a chain, in the order of application."""
     objects = []
     for job in chain.jobs:
         if job.resources.nodes > 1:
@@ -87,7 +87,7 @@ def dry_run(chain: Chain, config: KubernetesConfig) -> str:
 
 
 class _Plain(yaml.SafeDumper):
-    """Writes equal parts out, instead of referring to the first."""
+    """Dumps repeated values in full, without YAML aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -106,7 +106,7 @@ def _labels(chain: Chain, job: Job) -> dict[str, str]:
 
 
 def _service(chain: Chain, job: Job, config: KubernetesConfig) -> dict[str, Any]:
-    """A headless service: gives each pod of a job a name that the others can find."""
+    """A headless service: gives each pod of a job a DNS name."""
     labels = _labels(chain, job)
     return {
         "apiVersion": "v1",
@@ -167,7 +167,9 @@ def _rules() -> list[dict[str, Any]]:
 
 
 def _pod(chain: Chain, job: Job, config: KubernetesConfig) -> dict[str, Any]:
-    doctor = chain.tapir("doctor", "--node", f"--out={chain.out}")  # GPUs are the main container's
+    doctor = chain.tapir(
+        "doctor", "--node", f"--out={chain.out}"
+    )  # only the main container has GPUs
     first = [_container(chain, job, config, "doctor", doctor)]
     earlier = (before for before in chain.jobs if before.name in job.after)
     waited = [name for before in earlier for name in before.markers()]
@@ -242,7 +244,7 @@ def _job_command(chain: Chain, job: Job) -> list[str]:
 
 
 def submit(chain: Chain, config: KubernetesConfig) -> dict[str, str]:
-    """Apply all objects, in place of failed ones of an earlier time; returns their names by job.
+    """Delete earlier jobs of these names and apply all objects; returns the names by job.
 
     Raises: ConfigError without kubectl; TapirError with the cluster's answer.
     """
@@ -253,7 +255,7 @@ def submit(chain: Chain, config: KubernetesConfig) -> dict[str, str]:
 
 
 def states(chain: Chain, config: KubernetesConfig) -> dict[str, str]:
-    """What the cluster says of each job."""
+    """The cluster's status of each job."""
     text = _kubectl(config, "get", "jobs", "-l", f"{_LABEL}/instance={chain.name}", "-o", "json")
     by_job = {}
     for item in json.loads(text)["items"]:

@@ -1,4 +1,4 @@
-"""A private S3 server on free loopback ports: SeaweedFS, with credentials made for the moment."""
+"""A private S3 server on free loopback ports: SeaweedFS, with temporary credentials."""
 
 import json
 import os
@@ -35,11 +35,11 @@ class ObjectServer:
     endpoint: str
     pid: int
     environment: dict[str, str]
-    """What a client must have in its environment."""
+    """Environment variables for clients."""
 
     @contextmanager
     def credentials(self) -> Iterator[None]:
-        """Have the server's credentials in this process's environment for a moment."""
+        """Set the server's credentials in this process's environment during the context."""
         before = dict(os.environ)
         os.environ.update(self.environment)
         try:
@@ -51,9 +51,9 @@ class ObjectServer:
 
 @contextmanager
 def object_server(folder: Path, bucket: str) -> Iterator[ObjectServer]:
-    """Serve a folder over S3 until the context ends; what is stored stays in the folder.
+    """Serve a folder over S3 until the context ends; objects stay in the folder.
 
-    The bucket exists, and what an earlier server stored is readable, when the context begins.
+    When the context begins, the bucket exists, and objects of an earlier server are readable.
 
     Raises: ConfigError if `weed` is not installed; StoreError if it does not come up.
     """
@@ -137,14 +137,14 @@ def _sweep_sockets() -> None:
 
 
 def _remove_sockets(ports: list[int]) -> None:
-    """Delete the sockets that a killed SeaweedFS leaves at places it does not let us choose."""
+    """Delete the sockets that a killed SeaweedFS leaves in /tmp; their path is hard-coded."""
     for port in ports:
         for path in Path("/tmp").glob(f"seaweedfs-*-grpc-{port + _GRPC_OFFSET}.sock"):
             path.unlink(missing_ok=True)
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that are free now, and so are their gRPC neighbours."""
+    """Ports that are free now, together with their gRPC ports."""
     ports: list[int] = []
     with ExitStack() as held:
         while len(ports) < count:
@@ -169,7 +169,7 @@ def _wait_until_ready(
 ) -> None:
     """Wait until an earlier server's object reads back, then until a new one does.
 
-    SeaweedFS answers seconds before its volume server has told the master what it holds.
+    SeaweedFS answers seconds before its volume server has registered its volumes.
     """
     deadline = time.monotonic() + READY_SECONDS
     problem: TapirError | None = None

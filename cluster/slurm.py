@@ -18,12 +18,12 @@ from core.files.atomic import write_atomic
 _ANSWER_SECONDS = 60
 _PORTS = 20_000
 _FORGOTTEN = "Invalid job id"
-"""squeue's word for jobs that Slurm no longer knows."""
+"""squeue's error for jobs that Slurm no longer knows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmConfig:
-    """What the site wants of every job."""
+    """sbatch settings of every job."""
 
     partition: str = ""
     """Partition; empty = the default one."""
@@ -38,9 +38,9 @@ class SlurmConfig:
     launcher: Literal["torchrun", "srun"] = "torchrun"
     """What starts the ranks: torchrun on each node, or srun itself."""
     warn_seconds: int = 120
-    """A job is asked to save so many seconds before its time limit."""
+    """Seconds before its time limit at which a job is asked to save."""
     doctor: bool = True
-    """Check every node before the ranks start, and leave bad ones out."""
+    """Check every node before the ranks start, and exclude bad ones."""
     extra: tuple[str, ...] = ()
     """Further options of sbatch, e.g. --reservation=NAME."""
 
@@ -109,12 +109,12 @@ def _options(chain: Chain, job: Job, config: SlurmConfig) -> list[str]:
 
 
 def _escaped(log: Path) -> str:
-    """A log's path as an option of a batch script, where a space ends it and # begins a comment."""
+    """Escape a log's path for an #SBATCH line, where a space ends it and # begins a comment."""
     return re.sub(r"([\s\\\"'#])", r"\\\1", str(log))
 
 
 def _job_command(chain: Chain, job: Job, config: SlurmConfig) -> list[str]:
-    """`tapir job` around the launcher around the stage's command."""
+    """The stage's command, wrapped in its launcher, wrapped in `tapir job`."""
     name = f"{job.name}-{WORKER}" if job.array else job.name
     check = ["--check-nodes", f"--gpus={job.resources.gpus}"] if config.doctor else []
     command = _start_ranks(chain, job, config)
@@ -136,14 +136,14 @@ def _start_ranks(chain: Chain, job: Job, config: SlurmConfig) -> list[str]:
 
 
 def _lines(words: list[str]) -> list[str]:
-    """Words as lines of a shell script: options of `tapir job` first, the rest in one line each."""
+    """Lines of a `tapir job` command in a shell script: its flags one by one, then its command."""
     quoted = [shlex.quote(word) for word in words]
     cut = quoted.index("--")
     return [" ".join(quoted[:5]), *quoted[5:cut], "--", " ".join(quoted[cut + 1 :])]
 
 
 def sbatch_command(chain: Chain, job: Job, ids: dict[str, str]) -> list[str]:
-    """How a job's script is sent; `ids` are those of the jobs before it."""
+    """The sbatch command of a job; `ids` are Slurm's ids of earlier jobs."""
     waits = ":".join(ids[name] for name in job.after if name in ids)
     dependency = [f"--dependency=afterok:{waits}"] if waits else []
     script = str(chain.out / SCRIPTS / f"{job.name}.sh")
@@ -185,9 +185,9 @@ def dry_run(chain: Chain, config: SlurmConfig) -> str:
 
 
 def states(ids: dict[str, str], out: Path) -> dict[str, str]:
-    """What Slurm says of each job: RUNNING on n1, PENDING (Dependency), ...; gone ones are not in.
+    """Slurm's state of each queued job: RUNNING on n1, PENDING (Dependency), ...
 
-    Jobs that wait out a requeue are released on the way.
+    Also releases jobs that Slurm holds after a requeue.
     """
     if not ids:
         return {}
@@ -204,7 +204,7 @@ def states(ids: dict[str, str], out: Path) -> dict[str, str]:
 
 
 def _seconds_to(begin: str) -> float:
-    """How long a job is held, by squeue's local time; 0 if it is about to start."""
+    """Seconds until a job's begin time, which squeue prints in local time; 0 if there is none."""
     try:
         return (datetime.fromisoformat(begin) - datetime.now()).total_seconds()
     except ValueError:

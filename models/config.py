@@ -25,10 +25,10 @@ class DVAEConfig:
     code_width: int = 32
     """Channels of a code's vector, the decoder's first layer."""
     min_log_scale: float = -1.5
-    """Floor of the likelihood's log scale; flat backgrounds would drive it to -inf and drown all
-    else (the paper's photos need none: -20)."""
+    """Floor of the likelihood's log scale; flat backgrounds would drive it to -inf and dominate the
+    loss (the paper's photos need none: -20)."""
     init: Literal["calibrated", "paper"] = "calibrated"
-    """First weights. calibrated: a decoder that hears the codes whatever their number, and output
+    """Initial weights. calibrated: decoder inputs that do not shrink with the codebook, and output
     layers fitted to a first batch. paper: every convolution from N(0, 1 / fan-in)."""
     epsilon: float = 0.1
     """Pixels are mapped into (epsilon, 1 - epsilon) before the logit-Laplace likelihood."""
@@ -40,7 +40,7 @@ class DVAEConfig:
 
     @property
     def tokens(self) -> int:
-        """Image tokens a picture."""
+        """Image tokens per picture."""
         return self.grid**2
 
     def problems(self) -> list[str]:
@@ -77,7 +77,7 @@ class PriorConfig:
     text_length: int = 24
     """Positions for text; shorter captions are padded with learned per-position embeddings."""
     text_weight: float = 0.125
-    """Share of the text loss; the image loss has the rest (the paper: 1/8 and 7/8)."""
+    """Weight of the text loss; the image loss has the rest (the paper: 1/8 and 7/8)."""
     conv_kernel: int = 11
     """Side of the convolutional mask's window, odd (the paper: 11)."""
     text_vocabulary: int = 0

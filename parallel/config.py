@@ -199,8 +199,8 @@ class EngineConfig:
     recompute: bool = False
     """Recompute each resblock's activations in the backward pass instead of keeping them."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
-    """auto: chosen before the first step and kept for the run: on CPUs the faster of fp32 and bf16 by
-    a matmul that all ranks time; on GPUs bf16 if supported. bf16: matmuls in bf16 with fp32
+    """auto: chosen before the first step and kept for the run: on CPUs the faster of fp32 and bf16
+    by a matmul that all ranks time; on GPUs bf16 if supported. bf16: matmuls in bf16 with fp32
     accumulation. fp16: residual branches in fp16, each with its own gradient scale; emulated on
     CPUs. In both, weights, moments, norms, logits and all-reduces stay fp32."""
     matmul_precision: Literal["auto", "highest", "medium"] = "auto"

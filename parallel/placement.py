@@ -54,7 +54,7 @@ class Placement:
         )
 
     def slice(self, name: str, kind: str, start: int, data: Tensor) -> StateSlice | None:
-        """The slice of elements start.. of the flat local parameter; None if they are all padding."""
+        """The slice of elements start.. of the flat local parameter; None if all are padding."""
         real = min(data.numel(), max(0, self.numel - start))
         if real == 0:
             return None

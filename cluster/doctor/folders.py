@@ -1,4 +1,4 @@
-"""Room and speed of the run folder, the temporary folder and shared memory."""
+"""Free space and speed of the run folder, the temporary folder and shared memory."""
 
 import errno
 import os
@@ -18,14 +18,14 @@ PROBE = ".tapir-doctor-"
 PROBE_BYTES = 16_000_000
 TEMPORARY_GB = 0.25
 SLOW = 20.0
-"""MB a second with fsync, below which checkpoints take long."""
+"""MB/s with fsync below which checkpoints take long."""
 _SHARED = Path("/dev/shm")
 _SHARED_BYTES = 1_000_000
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def run_folder_findings(out: Path, need: float) -> list[Finding]:
-    """The run folder, or what is there of the way to it."""
+    """Check the run folder, or its nearest existing parent."""
     rows = _folder(RUN_FOLDER, existing(out), need, "or give another --out")
     return rows if rows[0].status == "bad" else [*rows, _file_system(existing(out))]
 
@@ -42,14 +42,14 @@ def _file_system(folder: Path) -> Finding:
 
 
 def temporary_findings() -> list[Finding]:
-    """The folder for temporary files that is named; Python quietly takes another if it is full."""
+    """Check the folder in TMPDIR; Python silently uses another if it is full."""
     named = [os.environ[name] for name in ("TMPDIR", "TEMP", "TMP") if os.environ.get(name)]
     path = Path(next(iter(named), "/tmp"))
     return _folder("temporary folder", path, TEMPORARY_GB, "or export TMPDIR=<another folder>")
 
 
 def socket_findings() -> list[Finding]:
-    """The folder in which the ranks of a machine meet: TMPDIR, or a short one in its place."""
+    """Check the folder for the ranks' sockets: TMPDIR, or one with a short path."""
     try:
         folder = private_folder("tapir-doctor")
     except TapirError as error:
@@ -59,7 +59,7 @@ def socket_findings() -> list[Finding]:
 
 
 def shared_memory_findings(need: float) -> list[Finding]:
-    """/dev/shm, through which NCCL, loaders and semaphores of one machine talk."""
+    """Check /dev/shm, which NCCL, loaders and semaphores of one machine use."""
     fix = (
         "docker run --shm-size=8g; Kubernetes: an emptyDir of medium Memory at /dev/shm; else "
         "mount -o remount,size=50% /dev/shm"
@@ -78,7 +78,7 @@ def shared_memory_findings(need: float) -> list[Finding]:
 
 
 def existing(path: Path) -> Path:
-    """The folder itself, or the nearest one above it that is there."""
+    """The folder, or its nearest existing parent."""
     path = path.absolute()
     while not path.exists() and path != path.parent:
         path = path.parent
@@ -86,7 +86,7 @@ def existing(path: Path) -> Path:
 
 
 def _folder(check: str, path: Path, need: float, other: str) -> list[Finding]:
-    """Room, then the speed of a write that is really on the disk."""
+    """Check free space, then the speed of a synced write."""
     if not path.exists():
         return [bad(check, f"{path} does not exist", f"mkdir -p it {other}")]
     if not path.is_dir():
@@ -134,7 +134,7 @@ def _probe(folder: Path) -> Iterator[Path]:
 
 
 def _write(path: Path, size: int) -> float:
-    """Seconds to write and sync random bytes, which no file system makes small."""
+    """Seconds to write and sync random bytes, which cannot be compressed."""
     block = os.urandom(1_000_000)
     began = time.perf_counter()
     with open(path, "wb") as file:

@@ -21,7 +21,7 @@ _SECONDS = 10.0
 
 
 def gpu_findings(need: int) -> list[Finding]:
-    """Are all GPUs there, do they count errors, and is torch built for them?"""
+    """Check the number of GPUs, their error counters, and torch's build."""
     devices = gpu_devices()
     text = f"{len(devices)} GPUs on this machine"
     if len(devices) < need:
@@ -36,7 +36,7 @@ def _build(devices: list[str]) -> list[Finding]:
     try:
         version = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
-        return []  # a row of the packages
+        return []  # reported by the package check
     if devices and version.endswith("+cpu"):
         fix = "pip install torch from the index of the driver's CUDA version (see nvidia-smi)"
         return [bad("torch build", f"torch {version} is built for CPUs, here are GPUs", fix)]

@@ -1,4 +1,4 @@
-"""What the kernel allows a process: open files, locked memory, processes, core dumps."""
+"""Kernel limits of a process: open files, locked memory, processes, core dumps."""
 
 import resource
 from pathlib import Path
@@ -8,7 +8,7 @@ from cluster.doctor.finding import MB, Finding, bad, ok, warning
 GOOD_FILES = 4096
 LEAST_PROCESSES, GOOD_PROCESSES = 512, 4096
 LEAST_LOCKED = 2**20
-"""Bytes; 64 kB is an old default that RDMA and io_uring fail of."""
+"""Bytes; 64 kB is an old default, too little for RDMA and io_uring."""
 _INFINIBAND = Path("/sys/class/infiniband")
 _CORE_PATTERN = Path("/proc/sys/kernel/core_pattern")
 

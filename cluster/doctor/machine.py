@@ -19,7 +19,7 @@ _NETWORK_GIVEN = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def python_findings() -> list[Finding]:
-    """The interpreter's version."""
+    """Check the interpreter's version."""
     have = ".".join(map(str, sys.version_info[:3]))
     where = f"Python {have} at {sys.executable}"
     if sys.version_info[:2] < LEAST_PYTHON:
@@ -29,14 +29,14 @@ def python_findings() -> list[Finding]:
 
 
 def package_findings(needs: Sequence[str] | None = None) -> list[Finding]:
-    """Installed versions against the bounds of requirements.txt, as `needs`."""
+    """Check installed versions against `needs`, by default requirements.txt."""
     needs = requirements() if needs is None else needs
     rows = [row for need in needs if (row := _package(need)) is not None]
     return rows or [ok("packages", f"{len(needs)} packages as requirements.txt asks")]
 
 
 def requirements() -> list[str]:
-    """The lines of requirements.txt beside the code, or what the installed tapir asks for."""
+    """The lines of requirements.txt next to the code, or the installed tapir's requirements."""
     if _REQUIREMENTS.exists():
         lines = (line.partition("#")[0].strip() for line in _REQUIREMENTS.read_text().splitlines())
         return [line for line in lines if line and not line.startswith("-")]
@@ -69,7 +69,7 @@ def _package(need: str) -> Finding | None:
 
 
 def host_findings() -> list[Finding]:
-    """Does this machine's name resolve? gloo asks for it, unless an interface is named."""
+    """Check that this machine's name resolves; gloo needs it, unless an interface is set."""
     name = socket.gethostname()
     try:
         addresses = sorted({str(each[4][0]) for each in socket.getaddrinfo(name, None)})
@@ -82,7 +82,7 @@ def host_findings() -> list[Finding]:
 
 
 def memory_findings(need: float) -> list[Finding]:
-    """Free memory, of the machine and of this job's control group."""
+    """Check free memory of the machine and of this job's control group."""
     free, whole = host_memory()
     text = f"{free / GB:.1f} of {whole / GB:.1f} GB are free"
     if free < need * GB:

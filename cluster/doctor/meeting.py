@@ -1,7 +1,7 @@
-"""All ranks meet at the rendezvous address before torch does: a blocked port is found in seconds.
+"""Connect all ranks at the rendezvous address before torch does: finds a blocked port in seconds.
 
-Rank 0 listens at MASTER_ADDR:MASTER_PORT, the others say who they are; then texts go to rank 0,
-and its own go to all, as often as needed. Lines of JSON over TCP, nothing else.
+Rank 0 listens at MASTER_ADDR:MASTER_PORT and the others send it their rank. Then each gather sends
+a text of every rank to rank 0, and rank 0's text to all. The protocol is lines of JSON over TCP.
 """
 
 import errno
@@ -19,10 +19,10 @@ from cluster.doctor.finding import Finding, bad
 from core.launch_environment import as_number
 
 Gather = Callable[[str], list[str]]
-"""Every rank's text on rank 0, "" of those that are silent; elsewhere rank 0's text comes first."""
+"""On rank 0 every rank's text, empty for silent ranks; on other ranks rank 0's text comes first."""
 _GREETING = "tapir-doctor"
 _LONGEST = 2**24
-"""Characters of a text; more is no doctor's."""
+"""Most characters of a text; a longer one is not from `tapir doctor`."""
 _HELLO_SECONDS = 5.0
 _AGAIN = 0.1
 _CHECK = "rendezvous"
@@ -30,7 +30,7 @@ _OWN_FILES = 256
 
 
 class Lost(Exception):
-    """This rank cannot go on with the others; holds the row that says why."""
+    """This rank has lost the others; holds the row that explains why."""
 
     def __init__(self, row: Finding) -> None:
         super().__init__(row.found)
@@ -39,7 +39,7 @@ class Lost(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Rendezvous:
-    """What a rank needs to meet the others: its rank, the world size, rank 0's address and port."""
+    """Rank, world size, and rank 0's address and port."""
 
     rank: int
     size: int
@@ -52,9 +52,9 @@ class Rendezvous:
 
 
 def rendezvous_of(environment: Mapping[str, str] = os.environ) -> Rendezvous | None:
-    """The rendezvous that the environment names, if its port is free for rank 0 to listen at.
+    """The rendezvous in the environment, if rank 0 can listen at its port; else None.
 
-    torchrun's agent holds the port itself; srun's and mpirun's ranks agree on one later.
+    torchrun's agent holds the port itself; ranks of srun and mpirun agree on one later.
     """
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     values = [environment.get(name, "") for name in names]
@@ -67,20 +67,20 @@ def rendezvous_of(environment: Mapping[str, str] = os.environ) -> Rendezvous | N
 
 @dataclass(kw_only=True)
 class RankLinks:
-    """One rank's connections to the ranks that it met."""
+    """One rank's connections to other ranks."""
 
     rendezvous: Rendezvous
     wait: float
     links: dict[int, "_Link"] = field(default_factory=dict)
-    """On rank 0 one to each rank that came; elsewhere the one to rank 0."""
+    """On rank 0 one to each rank that connected; on other ranks the one to rank 0."""
 
     @property
     def missing(self) -> list[int]:
-        """Ranks that did not come, or fell silent; known to rank 0 alone."""
+        """Ranks that did not connect or fell silent; known only on rank 0."""
         return [rank for rank in range(1, self.rendezvous.size) if rank not in self.links]
 
     def gather(self, text: str) -> list[str]:
-        """A `Gather` over those that came."""
+        """A `Gather` over the connected ranks."""
         if self.rendezvous.rank:
             return [self._ask_first(text)]
         texts = [text] + [""] * (self.rendezvous.size - 1)
@@ -122,7 +122,7 @@ def meet(rendezvous: Rendezvous, wait: float) -> Iterator[RankLinks]:
 
 
 def missing_row(rendezvous: Rendezvous, missing: list[int], wait: float) -> Finding:
-    """What rank 0 says of ranks that did not come."""
+    """The row for ranks that did not connect."""
     shown = ", ".join(map(str, missing[:16])) + (", ..." if len(missing) > 16 else "")
     text = (
         f"of {rendezvous.size} ranks, {shown} did not come to {rendezvous.text} within {wait:g} s"
@@ -159,7 +159,7 @@ class _Link:
 def _listen(rendezvous: Rendezvous) -> socket.socket:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = _OWN_FILES + rendezvous.size
-    if soft < files <= hard:  # one connection a rank, as torch's store will have
+    if soft < files <= hard:  # one connection per rank, like torch's store
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
     try:
         both = socket.has_dualstack_ipv6()
@@ -236,7 +236,7 @@ def _silent(rendezvous: Rendezvous, error: OSError) -> Finding:
 
 
 def _answers(address: str) -> bool:
-    """Say whether a machine answers at all: a port that nobody listens at refuses."""
+    """True if a machine answers at all: a closed port refuses the connection."""
     try:
         with socket.create_connection((address, 1), timeout=1):
             return True

@@ -1,4 +1,4 @@
-"""Which ranks and links are slower than the others in the burn-in."""
+"""Find ranks and links that are slower than the others in the burn-in."""
 
 import statistics
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ class Burned:
     rate: float
     """FLOP/s of matmuls."""
     link: float
-    """Bytes/s to the next rank; 0 if this rank has no link of its own in the ring."""
+    """Bytes/s to the next rank; 0 if another rank measures this link."""
     reduce: float
-    """Bytes/s of the all-reduce, as it goes over the wire; 0 on one rank."""
+    """Bytes/s of the all-reduce on the wire; 0 on one rank."""
 
 
 def burn_rows(burned: Sequence[Burned]) -> list[Finding]:
@@ -55,7 +55,7 @@ def _rates(burned: Sequence[Burned]) -> list[Finding]:
 
 
 def _links(burned: Sequence[Burned]) -> list[Finding]:
-    """A link within a machine is compared with others within machines, so those between."""
+    """Compare each link with the median of its kind: within or between machines."""
     rows, medians = [], []
     for inside in (True, False):
         kind = "within a machine" if inside else "between machines"

@@ -1,4 +1,4 @@
-"""Programs that are asked something, and the schedulers among them."""
+"""Query external programs, and check schedulers with them."""
 
 import shutil
 import subprocess
@@ -13,14 +13,14 @@ _SLURM = ("sinfo", "sbatch", "squeue", "scontrol", "scancel", "srun")
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a program printed, or why it did not."""
+    """Output of a program, or why there is none."""
 
     text: str = ""
     problem: str = ""
 
 
 def ask(command: Sequence[str], seconds: float) -> Answer:
-    """Run a program that prints something."""
+    """Run a program and return its output."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -34,7 +34,7 @@ def ask(command: Sequence[str], seconds: float) -> Answer:
 
 
 def scheduler_findings(kind: str) -> list[Finding]:
-    """Does the scheduler answer, and may this user submit to it?"""
+    """Check that the scheduler answers and that this user may submit."""
     return _slurm() if kind == "slurm" else _kubernetes()
 
 
@@ -55,7 +55,7 @@ def _slurm() -> list[Finding]:
 
 
 def _munge() -> list[Finding]:
-    """Munge is asked only where Slurm is silent: a private one may have another socket."""
+    """Check Munge, only if Slurm does not answer: a private Munge may use another socket."""
     if shutil.which("munge") is None:
         return []
     answer = ask(["munge", "--no-input"], _SECONDS)

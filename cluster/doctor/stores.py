@@ -1,4 +1,4 @@
-"""Rights, speed and clock of the object store, or folder, that the data lies in."""
+"""Access rights, speed and clock of the data's object store or folder."""
 
 import email.utils
 import os
@@ -19,7 +19,7 @@ from core.storage.store import FolderStore, Store
 
 PROBES = ".tapir-doctor"
 SLOW = 1.0
-"""MB a second, below which a job waits for its data; probes are small, so latency counts."""
+"""MB/s below which a job waits for its data; probes are small, so latency counts."""
 _CLOCK_SECONDS = 5.0
 _OTHER = b"another writer"
 _WRONG_KEY = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "403")
@@ -27,7 +27,7 @@ _SKEWED = "RequestTimeTooSkewed"
 
 
 class _Unreachable(Exception):
-    """No request can succeed; holds the row."""
+    """No request can succeed; holds the row that explains why."""
 
     def __init__(self, row: Finding) -> None:
         super().__init__(row.found)
@@ -35,7 +35,7 @@ class _Unreachable(Exception):
 
 
 def store_findings(url: str, rights: str, size: int) -> list[Finding]:
-    """Try every right with a probe object of `size` bytes, which is deleted again."""
+    """Test every right with a probe object of `size` bytes, which is deleted."""
     try:
         return _try_rights(_open(url, rights), rights, size)
     except _Unreachable as failed:
@@ -43,7 +43,7 @@ def store_findings(url: str, rights: str, size: int) -> list[Finding]:
 
 
 def store_clock_findings() -> list[Finding]:
-    """This machine's clock against the Date that the store's endpoint sends."""
+    """Compare this machine's clock with the Date header of the store's endpoint."""
     endpoint = _endpoint()
     before = time.time()
     try:
@@ -68,7 +68,7 @@ _NO_ANSWER = "check AWS_ENDPOINT_URL; compare this machine's clock by chronyc tr
 
 
 def _open(url: str, rights: str) -> Store:
-    """A store that fails at once instead of waiting an outage out."""
+    """Open a store that fails at once instead of waiting out an outage."""
     try:
         if url.startswith("s3://"):
             bucket, _, prefix = url.removeprefix("s3://").partition("/")
@@ -147,7 +147,7 @@ def _speed(url: str, seconds: dict[str, float], size: int) -> list[Finding]:
 def _why(url: str, error: StoreError) -> str:
     """The reason why one right is missing.
 
-    Raises: _Unreachable if no other request would do better.
+    Raises: _Unreachable if all other requests would fail, too.
     """
     response: Any = getattr(error.__cause__, "response", None)
     if response is None and url.startswith("s3://"):

@@ -85,7 +85,7 @@ class Retries:
             raise error
 
     def _ask_plainly(self, name: str, request: Callable[[Any], T], error: StoreError) -> T:
-        """Repeat a refused request without checksums, which old stores refuse; stick to it on success."""
+        """Repeat a refused request without checksums; keep that for later ones on success."""
         clients, self._plain = (self._first, self.later), True
         self._first, self.later = self._make(plain=True)
         try:

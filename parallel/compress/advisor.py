@@ -94,7 +94,7 @@ def advise(
     shares: Sequence[float],
     device: torch.device,
 ) -> list[Advice]:
-    """Estimate compression at ranks of some shares of the width; `others` elements stay as they are."""
+    """Estimate compression at some shares of the width; `others` elements stay as they are."""
     width = min(shard.oriented[0] for shard in shards) * parts
     raw = 4 * (sum(s.rows * s.columns for s in shards) + others)
     advice = []

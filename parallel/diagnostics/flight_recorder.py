@@ -15,7 +15,7 @@ from core.heartbeat import DIAGNOSE, FOLDER
 _KEPT = "200"
 """Collectives that are remembered."""
 _RECORDERS = {"all": "_dump_fr_trace_json", "nccl": "_dump_nccl_trace_json"}
-"""torch's dump functions. In some versions the first covers gloo only; CPU builds lack the second."""
+"""torch's dump functions. In some versions the first covers only gloo; CPU builds lack NCCL's."""
 
 
 def record_flight() -> None:

@@ -216,7 +216,7 @@ class Compressor:
                     yield part
 
     def load(self, reader: Reader) -> None:
-        """Load the buffers; after a change of the replica count, each gets its share of their sum."""
+        """Load the buffers; if the replica count changed, each gets its share of their sum."""
         drawn = self._powersgd.bases()
         errors, bases = {}, {}
         for name, place in self._matrices.items():
