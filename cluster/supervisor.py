@@ -24,8 +24,8 @@ def supervise(
 ) -> None:
     """Run `module:function` on every rank; after a failure all restart from the forkserver.
 
-    SIGTERM and SIGUSR1 are forwarded to the ranks, which save and exit. `reports` is a folder for the
-    stacks of ranks that hang.
+    SIGTERM and SIGUSR1 are forwarded to the ranks, which save and exit. `reports` is a folder for
+    the stacks of ranks that hang.
     Raises: RankError after config.max_restarts failures without progress, or for wrong input;
     Preempted if the ranks were asked to stop and saved.
     """

@@ -2,7 +2,7 @@
 
 torchrun and Tapir's launcher set RANK and WORLD_SIZE; MPICH, Open MPI and srun set their own. An
 invalid or incomplete set is refused by name: a process that guesses would train alone, or wait
-for ranks that nobody started.
+for ranks that never started.
 """
 
 import os
