@@ -1,11 +1,11 @@
-"""What a checkpoint is made of: slices of globally named tensors, and a sealed manifest.
+"""The checkpoint format: slices of globally named tensors, and a sealed manifest.
 
     step-N/rank-00000.safetensors   the slices that rank 0 owned
     step-N/rank-00001.safetensors   ...
     step-N/manifest.json            written last: every slice, every file's sha256, its own digest
 
 A slice is a flat, row-major range [start, stop) of the global tensor: tensor parallelism cuts
-rows, ZeRO cuts flat ranges. It keeps the type that it has in memory.
+rows, ZeRO cuts flat ranges. It is stored in the type that it has in memory.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ MANIFEST = "manifest.json"
 VERSION = 2
 KINDS = ("master", "exp_avg", "exp_avg_sq", "step")
 """fp32 weights, AdamW's moments, and the optimiser's step count. Compression adds `error@R`, the
-error buffer of replica R, and `basis`, a warm-started Q; fp16 adds `scale`; averaging adds `ema`.
+error buffer of replica R, and `basis`, a warm-started Q; fp16 adds `scale`, EMA adds `ema`.
 """
 
 
@@ -28,7 +28,7 @@ class StateSlice:
     name: str
     """Global parameter name."""
     kind: str
-    """One of KINDS, or what was added to them."""
+    """One of KINDS, or an added kind."""
     shape: tuple[int, ...]
     """Shape of the global tensor."""
     start: int
@@ -42,7 +42,7 @@ class StateSlice:
 
 
 class Reader(Protocol):
-    """Gives out tensors of a checkpoint, whatever mesh wrote them."""
+    """Reads tensors of a checkpoint, whatever mesh wrote them."""
 
     def tensor(self, name: str, kind: str) -> Tensor:
         """The whole global tensor, float32; CheckpointError if parts are missing."""
@@ -54,7 +54,7 @@ class Reader(Protocol):
         """The global tensor's shape."""
 
     def kinds(self, name: str) -> list[str]:
-        """What is stored of one parameter."""
+        """Kinds that are stored for one parameter."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Global shape of every parameter."""

@@ -1,4 +1,4 @@
-"""Read a checkpoint of any mesh: check every byte once, then fetch only what is asked for."""
+"""Read a checkpoint of any mesh: verify every byte once, then fetch only the requested ranges."""
 
 import hashlib
 import math
@@ -53,7 +53,7 @@ class CheckpointReader:
                 kinds.setdefault(row["kind"], []).append({**row, "file": file["file"]})
 
     def verify(self, rank: int = 0, ranks: int = 1) -> None:
-        """Check the digest of every `ranks`-th file, from `rank` on.
+        """Check the digests of this rank's share of the files: `rank`, `rank + ranks`, ...
 
         Raises: CorruptError naming the file that is missing or damaged.
         """
@@ -86,7 +86,7 @@ class CheckpointReader:
         return tuple(self._parts(name, kind)[0]["shape"])
 
     def kinds(self, name: str) -> list[str]:
-        """What is stored of one parameter."""
+        """Kinds that are stored for one parameter."""
         return sorted(self._rows.get(name, {}))
 
     def tensor(self, name: str, kind: str) -> Tensor:
@@ -102,19 +102,19 @@ class CheckpointReader:
 
         Raises: CheckpointError if there is no such tensor, or some of them are missing.
         """
-        found = torch.empty(max(stop - start, 0), device="cpu")
+        elements = torch.empty(max(stop - start, 0), device="cpu")
         covered = 0
         for row in self._parts(name, kind):
             first, last = max(start, row["start"]), min(stop, row["stop"])
             if first < last:
-                found[first - start : last - start] = self._fetch(row, first, last)
+                elements[first - start : last - start] = self._fetch(row, first, last)
                 covered += last - first
-        if covered != found.numel():
+        if covered != elements.numel():
             raise CheckpointError(
                 f"{self.url}: the slices of {name!r} ({kind}) hold {covered} of "
-                f"{found.numel()} elements"
+                f"{elements.numel()} elements"
             )
-        return found
+        return elements
 
     def _parts(self, name: str, kind: str) -> list[dict[str, Any]]:
         parts = self._rows.get(name, {}).get(kind)
@@ -133,7 +133,7 @@ class CheckpointReader:
 
 
 def open_checkpoint(url: str) -> CheckpointReader:
-    """Open and verify a checkpoint by its place, s3://bucket/.../step-N or a folder."""
+    """Open and verify a checkpoint at s3://bucket/.../step-N or in a folder."""
     root, _, name = url.rstrip("/").rpartition("/")
     reader = CheckpointReader(open_store(root or "."), name)
     reader.verify()
@@ -141,7 +141,7 @@ def open_checkpoint(url: str) -> CheckpointReader:
 
 
 def finished_steps(store: Store) -> list[int]:
-    """Steps of the checkpoints that have a manifest, oldest first."""
+    """Steps of the finished checkpoints (with a manifest), oldest first."""
     names = (name.split("/") for name in store.names("step-"))
-    found = {parts[0][5:] for parts in names if len(parts) == 2 and parts[1] == MANIFEST}
-    return sorted(int(step) for step in found if step.isdigit())
+    steps = {parts[0][5:] for parts in names if len(parts) == 2 and parts[1] == MANIFEST}
+    return sorted(int(step) for step in steps if step.isdigit())

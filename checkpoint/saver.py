@@ -1,4 +1,4 @@
-"""Save while training goes on: copy the state, then digest and write it in a thread."""
+"""Asynchronous saving: copy the state, then digest and write it in a thread."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -17,8 +17,8 @@ from core.storage.store import Store
 class Saver:
     """Writes this rank's part of the checkpoints of a run, one at a time.
 
-    In the background a save blocks only for a copy in memory, whose buffers are kept for the next
-    one: as much memory again as the state has.
+    In the background, a save blocks training only for a copy in memory. Later saves reuse the
+    buffers of that copy, which take as much memory as the state.
     """
 
     def __init__(self, store: Store, rank: int, gather: Gather, background: bool) -> None:
@@ -31,9 +31,9 @@ class Saver:
     def save(
         self, name: str, slices: Iterable[StateSlice], facts: Json, then: Callable[[], None]
     ) -> float:
-        """Write a checkpoint and call `then`; returns the seconds that training was held up.
+        """Write a checkpoint, then call `then`; returns the seconds that training was blocked.
 
-        Waits for the save before it. Whether a save failed is to be asked by `failure`.
+        Waits for the previous save. Call `failure` to learn whether a save failed.
         """
         began = time.perf_counter()
         if self._pool is None:
@@ -52,7 +52,7 @@ class Saver:
         return time.perf_counter() - began
 
     def failure(self) -> StoreError | None:
-        """Why the last save failed, once; None while it runs."""
+        """The error of the last save, returned once; None while it runs or if it succeeded."""
         if self._pending is None or not self._pending.done():
             return None
         error, self._pending = self._pending.exception(), None
@@ -61,12 +61,12 @@ class Saver:
         return error
 
     def settle(self) -> None:
-        """Wait for a save in the background; its failure can still be asked for."""
+        """Wait for a background save; `failure` still returns its error."""
         if self._pending is not None:
             self._pending.exception()
 
     def wait(self) -> None:
-        """Wait for a save in the background. Raises: StoreError if it failed."""
+        """Wait for a background save. Raises: StoreError if it failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -91,11 +91,11 @@ class Saver:
 
 
 def _done(work: Callable[[], None]) -> "Future[None]":
-    """Do some work now; its outcome as a future."""
-    found: Future[None] = Future()
+    """Run some work now and return its outcome as a future."""
+    outcome: Future[None] = Future()
     try:
         work()
-        found.set_result(None)
+        outcome.set_result(None)
     except StoreError as error:
-        found.set_exception(error)
-    return found
+        outcome.set_exception(error)
+    return outcome

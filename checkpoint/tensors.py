@@ -1,4 +1,4 @@
-"""A safetensors file of fp32 tensors that come one at a time: no more than one is in memory."""
+"""Write a safetensors file of fp32 tensors with only one of them in memory at a time."""
 
 import json
 import math
@@ -11,15 +11,15 @@ from checkpoint.writer import bytes_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 Read = Callable[[str], Tensor]
-"""Gives the tensor of a name."""
+"""Tensor name -> tensor."""
 
 
 def file_parts(
     shapes: Shapes, read: Read, metadata: dict[str, str] | None = None
 ) -> Iterator[bytes | memoryview]:
-    """What `safetensors.torch.save` makes of these tensors, byte for byte: header, then tensors.
+    """Yield the bytes that `safetensors.torch.save` would write: header, then tensors.
 
-    The same bytes, because the digest of a finished dVAE is what ties tokens and priors to it.
+    The bytes must be equal, because tokens and priors refer to a dVAE by its file's digest.
     """
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     at = 0

@@ -14,7 +14,7 @@ from core.files.atomic import Json, seal
 from core.storage.store import Store
 
 Gather = Callable[[str], list[str]]
-"""Collects one string of every rank on every rank."""
+"""All-gathers one string of every rank."""
 _NAMES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -31,8 +31,8 @@ def write_checkpoint(
 ) -> None:
     """Write this rank's slices; rank 0 adds the manifest when all ranks have written.
 
-    A folder without a manifest is no checkpoint, so a crash at any moment leaves the previous one
-    as the newest. If any rank cannot write, no rank's checkpoint counts.
+    A folder without a manifest is not a checkpoint, so that after a crash the previous one is still
+    the newest. If any rank fails to write, no manifest is written.
     Raises: StoreError, on every rank, naming the rank that could not write and why.
     """
     try:
@@ -74,9 +74,9 @@ def _write_slices(store: Store, name: str, slices: list[StateSlice], rank: int) 
 
 
 def _layout(slices: list[StateSlice]) -> tuple[bytes, list[dict[str, Any]]]:
-    """The safetensors header, and for each slice where its bytes lie in the file.
+    """The safetensors header, and the manifest row of each slice with its offset in the file.
 
-    Ours, because the library can only build a whole file in memory or write it undigested.
+    The library is not used: it builds the whole file in memory, or writes it without a digest.
     """
     entries: dict[str, Any] = {}
     sizes: list[tuple[int, int, str]] = []
@@ -108,6 +108,6 @@ def _layout(slices: list[StateSlice]) -> tuple[bytes, list[dict[str, Any]]]:
 
 
 def bytes_of(data: Tensor) -> memoryview:
-    """The elements of a tensor, row-major."""
+    """The bytes of a tensor, row-major."""
     flat: Any = data.detach().reshape(-1).contiguous().cpu().view(torch.uint8).numpy()
     return memoryview(flat)

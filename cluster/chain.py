@@ -1,4 +1,4 @@
-"""Jobs and chains of jobs as values; local, Slurm and Kubernetes render the same ones."""
+"""Jobs and chains of jobs as values, shared by the local, Slurm and Kubernetes backends."""
 
 import re
 import shlex
@@ -12,12 +12,12 @@ from core.files.atomic import Json, seal, sha256, unseal, write_atomic
 from core.storage.store import open_store
 
 Scheduler = Literal["local", "slurm", "kubernetes"]
-"""What runs a chain of jobs."""
+"""Backend that runs a chain of jobs."""
 CHAIN, LOGS, MARKERS, SCRIPTS = "chain.json", "logs", "markers", "jobs"
 CANCELLED = "cancelled"
-"""A file in the chain's folder: nothing of it shall start again."""
+"""A file in the chain's folder: no job of it starts again."""
 WORKER = "{worker}"
-"""In the name of a job: the number of a worker of its array."""
+"""Placeholder in a job's name for the number of its array worker."""
 ALWAYS_PASSED = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH")
 
 
@@ -34,21 +34,21 @@ class Resources:
     memory: str = ""
     """Memory of each node, e.g. 64G; empty = the scheduler's default."""
     minutes: int = 0
-    """Time limit of one start; the job saves and is queued again before it. 0 = the default."""
+    """Time limit of one run; before it the job saves and is requeued. 0 = the default."""
     workers: int = 1
     """Processes of a token job: an array."""
     parallelism: int = 0
     """Workers that may run at the same time; 0 = all."""
 
     def problems(self, name: str) -> list[str]:
-        found = []
+        problems = []
         if min(self.nodes, self.cpus, self.workers) < 1:
-            found.append(f"stages.{name}: nodes, cpus and workers must be at least 1")
+            problems.append(f"stages.{name}: nodes, cpus and workers must be at least 1")
         if min(self.gpus, self.minutes, self.parallelism) < 0:
-            found.append(f"stages.{name}: gpus, minutes and parallelism must not be negative")
+            problems.append(f"stages.{name}: gpus, minutes and parallelism must not be negative")
         if not re.fullmatch(r"(\d+[KMGT]?)?", self.memory):
-            found.append(f"stages.{name}: memory={self.memory!r} must be like 64G")
-        return found
+            problems.append(f"stages.{name}: memory={self.memory!r} must be like 64G")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +59,13 @@ class Job:
     command: tuple[str, ...]
     """Arguments of tapir."""
     after: tuple[str, ...] = ()
-    """Jobs that must have ended well."""
+    """Jobs that must have succeeded."""
     ranks: int = 1
     """Processes on each node; above 1, or on several nodes, a launcher starts them."""
     array: bool = False
-    """True for `resources.workers` equal workers, which share the work among themselves."""
+    """True for an array of `resources.workers` equal workers, which split the work."""
     trains: bool = False
-    """True if it saves a checkpoint when it is asked to stop."""
+    """True if it saves a checkpoint on a stop request."""
     resources: Resources = field(default_factory=Resources)
 
     @property
@@ -79,11 +79,11 @@ class Job:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the command."""
+        """Digest of the command."""
         return sha256("\0".join(self.command).encode())[:12]
 
     def markers(self) -> list[str]:
-        """Names of the files that are there when it has ended well."""
+        """Names of the files that mark its success."""
         if not self.array:
             return [f"{self.name}.json"]
         return [f"{self.name}-{i}.json" for i in range(self.resources.workers)]
@@ -91,7 +91,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Chain:
-    """Jobs with dependencies, in an order in which they could run."""
+    """Jobs with dependencies, in topological order."""
 
     name: str
     out: Path
@@ -108,7 +108,7 @@ class Chain:
 
     @property
     def passed(self) -> list[str]:
-        """Names of all variables that are handed over."""
+        """Names of all environment variables that jobs get."""
         return sorted({*ALWAYS_PASSED, *self.environment})
 
     def log(self, job: Job, worker: str = "") -> Path:
@@ -116,11 +116,11 @@ class Chain:
         return self.out / LOGS / f"{job.name}{f'-{worker}' if worker else ''}.log"
 
     def tapir(self, *arguments: str) -> list[str]:
-        """A tapir command on the nodes."""
+        """A tapir command line on the nodes."""
         return [self.python, "-P", "-m", "tapir", *arguments]
 
     def wrapped(self, job: Job, name: str, command: list[str], *flags: str) -> list[str]:
-        """`tapir job` around what a job runs; `name` is that of its worker, for an array."""
+        """Wrap a job's command in `tapir job`; `name` is the array worker's, if it has workers."""
         return [
             *self.tapir("job"),
             f"--name={name}",
@@ -135,7 +135,7 @@ class Chain:
         ]
 
     def torchrun(self, job: Job, number: str, address: str, port: str) -> list[str]:
-        """What starts a job's ranks on one of its nodes, whose number the shell knows."""
+        """torchrun's command on one node of a job; shell variable `number` holds the node rank."""
         launch = (
             'export PYTHONSAFEPATH=1; exec "$0" -m torch.distributed.run '
             f'--nnodes={job.resources.nodes} --nproc-per-node={job.ranks} --node-rank="${number}" '
@@ -144,21 +144,21 @@ class Chain:
         return ["bash", "-c", launch, self.python, *job.command]
 
     def is_done(self, job: Job) -> bool:
-        """Say whether all markers of a job are there and whole.
+        """True if all markers of a job exist and are intact.
 
-        Raises: InputError if it has ended well with another command; CorruptError.
+        Raises: InputError if it has succeeded with another command; CorruptError.
         """
         folder = self.out / MARKERS
-        found = [read_marker(str(folder), name) for name in job.markers()]
-        if any(facts and facts["command"] != job.fingerprint for facts in found):
+        markers = [read_marker(str(folder), name) for name in job.markers()]
+        if any(facts and facts["command"] != job.fingerprint for facts in markers):
             raise InputError(
                 f"stage {job.name} of {self.out} has ended well with other flags; give another "
                 f"out, or delete {folder / job.name}*.json to run it again"
             )
-        return all(found)
+        return all(markers)
 
     def without_done(self) -> "Chain":
-        """The jobs that are left, waiting only for each other."""
+        """The chain of the unfinished jobs; dependencies on finished ones are dropped."""
         left = [job for job in self.jobs if not self.is_done(job)]
         names = {job.name for job in left}
         rest = [
@@ -170,23 +170,23 @@ class Chain:
 
 @dataclass(frozen=True, kw_only=True)
 class Submitted:
-    """A chain that was sent somewhere."""
+    """A chain that was submitted to a scheduler."""
 
     chain: Chain
     to: Scheduler
     settings: dict[str, object]
-    """Those of the place, as the run file has them."""
+    """The scheduler's settings, from the run file."""
     ids: dict[str, str]
-    """The scheduler's names of the jobs that were sent last."""
+    """Job name -> the scheduler's id, of the last submission."""
 
 
 def write_submitted(submitted: Submitted) -> None:
-    """Note in the chain's folder what was sent."""
+    """Record a submission in the chain's folder."""
     write_atomic(submitted.chain.out / CHAIN, seal(to_json(submitted)))
 
 
 def read_submitted(out: Path) -> Submitted:
-    """What `write_submitted` noted.
+    """Read the record of `write_submitted`.
 
     Raises: InputError if nothing was submitted from this folder; CorruptError.
     """
@@ -209,14 +209,14 @@ def read_submitted(out: Path) -> Submitted:
 
 
 def write_marker(folder: str, name: str, facts: dict[str, object]) -> None:
-    """Note that a job has ended well; the note carries its own digest."""
+    """Write the marker of a successful job; it carries its own digest."""
     open_store(folder).put(name, seal(dict(facts)))
 
 
 def read_marker(folder: str, name: str) -> Json:
-    """What a job that has ended well noted; nothing if it has not.
+    """Read the marker of a successful job; empty if there is none.
 
-    Raises: CorruptError if the note is damaged.
+    Raises: CorruptError if the marker is damaged.
     """
     store = open_store(folder)
     if not store.exists(name):

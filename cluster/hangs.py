@@ -1,4 +1,4 @@
-"""Find ranks that are stopped or hang, and say where: stacks and the last collectives."""
+"""Detect ranks that are stopped or hang, and report their stacks and last collectives."""
 
 import contextlib
 import json
@@ -15,12 +15,12 @@ from core.errors import RankError
 from core.heartbeat import DIAGNOSE, Beat, read_beats
 
 _PATIENCE = 2.0
-"""Seconds for the ranks to write down where they are."""
+"""Seconds for the ranks to write stacks and collectives."""
 _FRAMES = 6
 
 
 class Watch:
-    """Looks at the ranks of one start."""
+    """Watches the ranks of one launch."""
 
     def __init__(
         self, processes: list[Any], folder: Path, config: SupervisorConfig, reports: Path | None
@@ -32,7 +32,7 @@ class Watch:
         self._stopped: dict[int, float] = {}
 
     def look(self) -> None:
-        """Raise RankError for a rank that is stopped, or without a sign of life, for too long."""
+        """Raise RankError for a rank that is stopped, or has no heartbeat, for too long."""
         now, ranks = time.monotonic(), len(self._processes)
         for rank, process in enumerate(self._processes):
             if not is_stopped(process.pid):
@@ -60,7 +60,7 @@ class Watch:
         )
 
     def _ask_where(self) -> None:
-        """Let every rank write its stacks (faulthandler) and its last collectives (a thread)."""
+        """Make every rank write its stacks (faulthandler) and its last collectives (a thread)."""
         (self._folder / DIAGNOSE).touch()
         for process in self._processes:
             with contextlib.suppress(ProcessLookupError, TypeError):
@@ -84,7 +84,7 @@ class Watch:
         return [f"stack of rank {rank}:", *main.splitlines()[1 : 1 + _FRAMES]] if main else []
 
     def _flight(self, rank: int) -> list[str]:
-        """A rank's last collective, as torch's flight recorder has it."""
+        """A rank's last collective, from torch's flight recorder."""
         try:
             entries = json.loads((self._folder / f"flight-{rank}.json").read_text())["entries"]
         except (OSError, ValueError, KeyError):
@@ -111,7 +111,7 @@ class Watch:
 
 
 def _culprit(beats: list[Beat], ranks: int) -> int:
-    """The rank that others wait for: never heard of, else outside of a collective, else behind."""
+    """The rank that others wait for: without heartbeat, else not in a collective, else last."""
     silent = sorted(set(range(ranks)) - {beat.rank for beat in beats})
     if silent:
         return silent[0]

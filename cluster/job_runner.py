@@ -1,6 +1,6 @@
-"""The life of one job where it runs: check the nodes, run, pass on signals, mark, run again.
+"""`tapir job`: checks the nodes, runs a command, forwards signals, writes the marker, retries.
 
-Slurm, Kubernetes and the local runner all start jobs through `tapir job`.
+Slurm, Kubernetes and the local runner all start jobs through it.
 """
 
 import os
@@ -26,31 +26,31 @@ _LOOK_FOR_MARKERS = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class JobSettings:
-    """How a job is run."""
+    """Settings of `tapir job`."""
 
     name: str = ""
-    """What to call it in the log; {worker} is the number of this worker of an array."""
+    """Name in the log; {worker} is replaced by the number of this array worker."""
     out: Path = Path("runs")
     """Folder of the chain."""
     markers: str = ""
-    """Where markers lie: s3://bucket/prefix or a folder; by default `markers` in --out."""
+    """Folder or s3://bucket/prefix of the markers; by default `markers` in --out."""
     after: tuple[str, ...] = ()
     """Markers to wait for first."""
     marker: str = ""
     """Marker to write after success; empty = none."""
     fingerprint: str = ""
-    """Of the stage's command, for the marker."""
+    """Digest of the stage's command, for the marker."""
     again: Literal["here", "slurm", "no"] = "here"
-    """After a failure, or a stop before the end: start the command again here, let Slurm queue the
-    job again, or leave both to whoever looks at the exit code."""
+    """After a failure or a preemption: restart the command here, let Slurm requeue the job, or
+    leave both to the caller, who sees the exit code."""
     retries: int = 2
     """Failures after which it is not started again."""
     saves: bool = False
-    """Asked to stop, the command saves by itself; others are ended at once."""
+    """On a stop request the command saves by itself; other commands are ended at once."""
     grace: float = 600.0
     """Seconds it may take to save."""
     check_nodes: bool = False
-    """Run `tapir doctor` on every node of the Slurm job first, and leave out the bad ones."""
+    """Run `tapir doctor` on every node of the Slurm job first, and exclude bad nodes."""
     gpus: int = 0
     """GPUs that each node must have."""
 
@@ -110,7 +110,7 @@ def _run(settings: JobSettings, command: Sequence[str], place: str, asked: "_Ask
 
 
 def _run_once(settings: JobSettings, command: Sequence[str], asked: "_Asked") -> int:
-    """Run the command; a wish to stop becomes a file that ranks look for, or its end."""
+    """Run the command; a stop request is forwarded as a file, else as SIGTERM."""
     if asked.count:
         return EXIT_PREEMPTED
     wish = settings.out / "jobs" / f"{settings.name}.stop"
@@ -139,7 +139,7 @@ def _run_once(settings: JobSettings, command: Sequence[str], asked: "_Asked") ->
 
 
 def _without(settings: JobSettings, bad: dict[str, str]) -> int:
-    """Queue the job again without its bad nodes, as long as there are enough others."""
+    """Requeue the job without its bad nodes, if enough others are left."""
     for node, problem in bad.items():
         LOG.error("node %s: %s", node, problem)
     if not leave_out(settings.out, bad):
@@ -150,7 +150,7 @@ def _without(settings: JobSettings, bad: dict[str, str]) -> int:
 
 
 def _wait_for(place: str, name: str, asked: "_Asked") -> bool:
-    """Wait until a marker is there and whole; False if this process was asked to stop."""
+    """Wait until a marker exists and is intact; False if this process was asked to stop."""
     told = False
     while not read_marker(place, name):
         if asked.count:
@@ -163,7 +163,7 @@ def _wait_for(place: str, name: str, asked: "_Asked") -> bool:
 
 
 def _count(failures: Path) -> int:
-    """How often the job has failed, with this time."""
+    """Number of failures of the job, including this one."""
     try:
         count = int(failures.read_text()) + 1
     except (OSError, ValueError):
@@ -174,7 +174,7 @@ def _count(failures: Path) -> int:
 
 
 class _Asked:
-    """Counts SIGTERM and SIGUSR1 instead of dying of them; a job gets both at a preemption."""
+    """Counts SIGTERM and SIGUSR1 instead of exiting; a preempted job gets both."""
 
     def __enter__(self) -> "_Asked":
         self._times: list[float] = []
@@ -188,7 +188,7 @@ class _Asked:
 
     @property
     def count(self) -> int:
-        """1 after the first, more after another one that came clearly later."""
+        """1 after the first signal, more if another one came over a second later."""
         return len(self._times)
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:

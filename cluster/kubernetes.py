@@ -24,7 +24,7 @@ _LABEL = "app.kubernetes.io"
 
 @dataclass(frozen=True, kw_only=True)
 class KubernetesConfig:
-    """What the cluster gives to every pod."""
+    """Settings of every pod."""
 
     image: str = "tapir:gpu"
     """Image made from cluster/Dockerfile."""
@@ -33,7 +33,7 @@ class KubernetesConfig:
     claim: str = ""
     """PersistentVolumeClaim (ReadWriteMany) for the run folders; needed."""
     mount: str = "/runs"
-    """Where it is mounted; the run file's `out` must lie in it."""
+    """Mount path of the claim; the run file's `out` must be in it."""
     secrets: tuple[str, ...] = ()
     """Secrets whose entries become environment variables (credentials of the object store)."""
     config_maps: tuple[str, ...] = ()
@@ -50,32 +50,34 @@ class KubernetesConfig:
     """Labels that nodes must have, as key=value."""
 
     def problems(self, chain: Chain) -> list[str]:
-        found = []
+        problems = []
         if not self.claim:
-            found.append("kubernetes.claim must name a PersistentVolumeClaim for the run folders")
+            problems.append(
+                "kubernetes.claim must name a PersistentVolumeClaim for the run folders"
+            )
         if not str(chain.out).startswith(self.mount.rstrip("/") + "/"):
-            found.append(
+            problems.append(
                 f"out={chain.out} does not lie in kubernetes.mount={self.mount}; try "
                 f"out: {self.mount.rstrip('/')}/{chain.name}"
             )
         if any("=" not in label for label in self.node_selector):
-            found.append("kubernetes.node_selector must be key=value")
-        found += [
+            problems.append("kubernetes.node_selector must be key=value")
+        problems += [
             f"{name!r} is no Kubernetes name (lower case, digits and -, at most 50); change `name`"
             for name in (_name(chain, job) for job in chain.jobs)
             if not re.fullmatch(r"[a-z]([-a-z0-9]{0,48}[a-z0-9])?", name)
         ]
-        return found
+        return problems
 
 
 def manifests(chain: Chain, config: KubernetesConfig) -> list[dict[str, Any]]:
-    """All objects of a chain, in the order in which they are applied."""
-    found = []
+    """All objects of a chain, in the order of application."""
+    objects = []
     for job in chain.jobs:
         if job.resources.nodes > 1:
-            found.append(_service(chain, job, config))
-        found.append(_job(chain, job, config))
-    return found
+            objects.append(_service(chain, job, config))
+        objects.append(_job(chain, job, config))
+    return objects
 
 
 def dry_run(chain: Chain, config: KubernetesConfig) -> str:
@@ -85,7 +87,7 @@ def dry_run(chain: Chain, config: KubernetesConfig) -> str:
 
 
 class _Plain(yaml.SafeDumper):
-    """Writes equal parts out, instead of referring to the first."""
+    """Dumps repeated values in full, without YAML aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -104,7 +106,7 @@ def _labels(chain: Chain, job: Job) -> dict[str, str]:
 
 
 def _service(chain: Chain, job: Job, config: KubernetesConfig) -> dict[str, Any]:
-    """A headless service: gives each pod of a job a name that the others can find."""
+    """A headless service: gives each pod of a job a DNS name."""
     labels = _labels(chain, job)
     return {
         "apiVersion": "v1",
@@ -165,7 +167,9 @@ def _rules() -> list[dict[str, Any]]:
 
 
 def _pod(chain: Chain, job: Job, config: KubernetesConfig) -> dict[str, Any]:
-    doctor = chain.tapir("doctor", "--node", f"--out={chain.out}")  # GPUs are the main container's
+    doctor = chain.tapir(
+        "doctor", "--node", f"--out={chain.out}"
+    )  # only the main container has GPUs
     first = [_container(chain, job, config, "doctor", doctor)]
     earlier = (before for before in chain.jobs if before.name in job.after)
     waited = [name for before in earlier for name in before.markers()]
@@ -221,12 +225,12 @@ def _container(
 
 def _limits(job: Job, config: KubernetesConfig) -> dict[str, str]:
     resources = job.resources
-    found = {"cpu": str(resources.cpus)}
+    limits = {"cpu": str(resources.cpus)}
     if resources.memory:
-        found["memory"] = re.sub(r"([KMGT])$", r"\1i", resources.memory)
+        limits["memory"] = re.sub(r"([KMGT])$", r"\1i", resources.memory)
     if resources.gpus:
-        found[config.gpu] = str(resources.gpus)
-    return found
+        limits[config.gpu] = str(resources.gpus)
+    return limits
 
 
 def _job_command(chain: Chain, job: Job) -> list[str]:
@@ -240,7 +244,7 @@ def _job_command(chain: Chain, job: Job) -> list[str]:
 
 
 def submit(chain: Chain, config: KubernetesConfig) -> dict[str, str]:
-    """Apply all objects, in place of failed ones of an earlier time; returns their names by job.
+    """Delete earlier jobs of these names and apply all objects; returns the names by job.
 
     Raises: ConfigError without kubectl; TapirError with the cluster's answer.
     """
@@ -251,15 +255,15 @@ def submit(chain: Chain, config: KubernetesConfig) -> dict[str, str]:
 
 
 def states(chain: Chain, config: KubernetesConfig) -> dict[str, str]:
-    """What the cluster says of each job."""
+    """The cluster's status of each job."""
     text = _kubectl(config, "get", "jobs", "-l", f"{_LABEL}/instance={chain.name}", "-o", "json")
-    found = {}
+    by_job = {}
     for item in json.loads(text)["items"]:
         status = item.get("status", {})
         ended = [c["type"] for c in status.get("conditions", []) if c["status"] == "True"]
         counts = [f"{status[k]} {k}" for k in ("active", "succeeded", "failed") if status.get(k)]
-        found[item["metadata"]["labels"][f"{_LABEL}/component"]] = ", ".join([*ended, *counts])
-    return found
+        by_job[item["metadata"]["labels"][f"{_LABEL}/component"]] = ", ".join([*ended, *counts])
+    return by_job
 
 
 def cancel(chain: Chain, config: KubernetesConfig) -> None:
@@ -271,8 +275,8 @@ def cancel(chain: Chain, config: KubernetesConfig) -> None:
 def logs_command(chain: Chain, config: KubernetesConfig, job: str, follow: bool) -> list[str]:
     """The kubectl command that shows a job's output."""
     chosen = f"{_LABEL}/instance={chain.name},{_LABEL}/component={job}"
-    found = ["kubectl", "-n", config.namespace, "logs", "-l", chosen, "--all-containers"]
-    return [*found, "--prefix", "--tail=-1", *(["-f"] if follow else [])]
+    command = ["kubectl", "-n", config.namespace, "logs", "-l", chosen, "--all-containers"]
+    return [*command, "--prefix", "--tail=-1", *(["-f"] if follow else [])]
 
 
 def _kubectl(config: KubernetesConfig, *arguments: str, text: str = "") -> str:

@@ -1,7 +1,7 @@
 """Spawn the ranks of a job on this machine, and end all of them when one dies.
 
-Ranks start from a forkserver that has imported torch once. Each writes its error into a file; the
-first one that fails decides the message and the exit code. No rank outlives the launcher.
+Ranks start from a forkserver that has imported torch once. Each writes its error to a file; the
+first rank that fails determines the message and the exit code. No rank outlives the launcher.
 """
 
 import atexit
@@ -43,18 +43,18 @@ from core.log import set_up_logging
 from core.stop import STOP, heed_stop_signals
 
 _LOOK = 0.5
-"""Seconds between two looks at living ranks."""
+"""Seconds between two polls of the ranks."""
 
 
 class RankInputError(RankError):
-    """A rank found that the input is wrong."""
+    """A rank failed because of wrong input."""
 
     exit_code = EXIT_WRONG_INPUT
     retry = False
 
 
 class StopRequest:
-    """A wish to stop that is handed to the ranks that run."""
+    """A stop request, forwarded to the running ranks."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -62,14 +62,14 @@ class StopRequest:
         self._folder: Path | None = None
 
     def ask(self) -> None:
-        """Tell the ranks, now or when they start; they save and end with EXIT_PREEMPTED."""
+        """Forward the request, also to ranks that start later; they save and exit."""
         self.asked, self.since = True, time.monotonic()
         if self._folder is not None:
             (self._folder / STOP).touch()
 
     @contextlib.contextmanager
     def told_in(self, folder: Path) -> Iterator[None]:
-        """The ranks that run in this context look into the folder."""
+        """Ranks that run in this context watch the folder."""
         self._folder = folder
         try:
             yield
@@ -77,16 +77,16 @@ class StopRequest:
             self._folder = None
 
     def sleep(self, seconds: float) -> None:
-        """Wait, unless a stop is asked for."""
+        """Sleep until the time is over or a stop is requested."""
         until = time.monotonic() + seconds
         while not self.asked and (left := until - time.monotonic()) > 0:
             time.sleep(min(left, 0.2))
 
 
 def call_target(target: str, *arguments: Any) -> Any:
-    """Call a function that is named as `module:function`; its module is imported by this call.
+    """Import and call a function given as `module:function`.
 
-    So a process that only starts ranks never imports what the ranks import.
+    A process that only starts ranks thus never imports the ranks' modules.
     """
     module, function = target.split(":")
     return getattr(importlib.import_module(module), function)(*arguments)
@@ -110,8 +110,8 @@ def launch(
     config, supervised, stop = config or SupervisorConfig(), stop is not None, stop or StopRequest()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ["PYTHONSAFEPATH"] = "1"  # the forkserver would import from the current folder
-    # what is preloaded asks torch for GPUs: without this, CUDA starts, and no fork can use it
+    os.environ["PYTHONSAFEPATH"] = "1"  # else the forkserver imports from the current folder
+    # preloaded modules query GPUs; without this, CUDA is initialised and unusable after a fork
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(preload)
@@ -137,7 +137,7 @@ def launch(
 
 
 def _start(process: Any) -> None:
-    """Start a rank. Raises: RankError if the forkserver dies meanwhile, e.g. while it imports."""
+    """Start a rank. Raises: RankError if the forkserver dies meanwhile, e.g. during imports."""
     try:
         process.start()
     except (EOFError, ConnectionError) as error:
@@ -150,7 +150,7 @@ def _start(process: Any) -> None:
 
 @functools.cache
 def _session_folder() -> Path:
-    """This process's temporary folder; the forkserver's socket is in it, too."""
+    """This process's temporary folder, which also holds the forkserver's socket."""
     folder = private_folder("tapir-ranks")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     multiprocessing.process.current_process()._config["tempdir"] = str(folder)  # type: ignore[attr-defined]
@@ -188,7 +188,7 @@ def _wait(
 
 
 def _explain(rank: int, processes: list[Any], folder: Path) -> TapirError:
-    """Say why the world ended: a signal counts first, its victims' errors follow from it."""
+    """Explain the failure: a killed rank comes first, because it causes the other ranks' errors."""
     time.sleep(0.2)  # a rank that failed first may still be writing its reason, or dying
     killed = [i for i, process in enumerate(processes) if (process.exitcode or 0) < 0]
     rank = killed[0] if killed else rank
@@ -212,7 +212,7 @@ def _explain(rank: int, processes: list[Any], folder: Path) -> TapirError:
 
 
 def _end(processes: list[Any]) -> None:
-    """Kill what still runs: what matters was written whole, and a broken world cannot save."""
+    """Kill the remaining ranks: files are written atomically, and a broken world cannot save."""
     for process in processes:
         if process.is_alive():
             process.kill()
@@ -221,7 +221,7 @@ def _end(processes: list[Any]) -> None:
 
 
 class _terminable:
-    """Turn TERM into KeyboardInterrupt, so that both end the ranks; a supervisor does more."""
+    """Turn SIGTERM into KeyboardInterrupt, unless a supervisor handles signals."""
 
     def __init__(self, supervised: bool) -> None:
         self._supervised = supervised
@@ -242,7 +242,7 @@ class _terminable:
 def _run_rank(
     target: str, payload: str, rank: int, ranks: int, folder: str, environment: dict[str, str]
 ) -> None:
-    """The life of a rank; the forkserver's own environment is that of its start, maybe older."""
+    """Main function of a rank; sets the environment, since the forkserver's may be outdated."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     heed_stop_signals()
     die_with_parent()

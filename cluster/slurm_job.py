@@ -1,4 +1,4 @@
-"""What a job does with the Slurm that it runs in: check its nodes, queue itself again."""
+"""Slurm commands of a running job: check its nodes, requeue itself."""
 
 import json
 import os
@@ -11,21 +11,21 @@ from cluster.chain import LOGS, SCRIPTS
 from core.files.atomic import write_atomic
 
 BAD_NODES = "bad-nodes"
-"""A file beside the scripts: nodes that a check before a start found bad, one a line."""
+"""A file beside the scripts: nodes that failed the check before a start, one per line."""
 CLEANING = 10
-"""Seconds that nodes are given between two starts of a job: while they still clean up, the new one
-waits for its steps for ever."""
+"""Seconds between two starts of a job: a start on nodes that still clean up waits for its steps
+forever."""
 _RELEASE = (
     "for _ in $(seq 60); do sleep 1; scontrol show job $0 | grep -q JobState=PENDING && "
     f'scontrol update jobid=$0 "$@" starttime=now+{CLEANING} && break; done'
 )
-"""Ends Slurm's hold of two minutes on a job that is queued again, where the site permits it."""
+"""Ends Slurm's hold of two minutes on a requeued job, if the site permits it."""
 
 
 def queue_again(code: int, out: Path) -> None:
-    """Let Slurm queue this job again, without bad nodes, and end its hold of two minutes.
+    """Requeue this job without bad nodes, and end Slurm's hold of two minutes.
 
-    Sites where exit code 75 queues a job again (RequeueExit) need no asking.
+    Sites with exit code 75 in RequeueExit requeue it themselves.
     """
     number = os.environ["SLURM_JOB_ID"]
     subprocess.Popen(
@@ -42,7 +42,7 @@ def queue_again(code: int, out: Path) -> None:
 
 
 def leave_out(out: Path, bad: Iterable[str]) -> bool:
-    """Note bad nodes for all jobs of a chain; says whether enough others are left for this job."""
+    """Record bad nodes for all jobs of a chain; True if enough others are left for this job."""
     known = sorted({*bad, *bad_before(out)})
     write_atomic(out / SCRIPTS / BAD_NODES, "".join(f"{node}\n" for node in known).encode())
     command = ["sinfo", "-h", "-N", "-o", "%N", "-p", os.environ["SLURM_JOB_PARTITION"]]
@@ -52,31 +52,31 @@ def leave_out(out: Path, bad: Iterable[str]) -> bool:
 
 
 def bad_before(out: Path) -> list[str]:
-    """The nodes that were noted."""
+    """The recorded bad nodes."""
     path = out / SCRIPTS / BAD_NODES
     return path.read_text().split() if path.exists() else []
 
 
 def without_bad(out: Path) -> list[str]:
-    """The change that keeps a waiting job off the bad nodes."""
-    found = bad_before(out)
-    return [f"excnodelist={','.join(found)}"] if found else []
+    """The scontrol option that keeps a pending job off the bad nodes."""
+    nodes = bad_before(out)
+    return [f"excnodelist={','.join(nodes)}"] if nodes else []
 
 
 def was_cancelled() -> bool:
-    """Say whether somebody cancelled the Slurm job that this process runs in."""
+    """True if this process's Slurm job was cancelled."""
     number = os.environ.get("SLURM_JOB_ID")
     return number is not None and last_words(number).startswith("CANCELLED")
 
 
 def last_words(number: str) -> str:
-    """State and reason of a job that has left the queue, as long as Slurm remembers it."""
+    """State and exit code of a job that has left the queue, while Slurm remembers it."""
     words = _words(number)
     return f"{words.get('JobState', 'gone')} (exit code {words.get('ExitCode', '?')})"
 
 
 def _words(number: str) -> dict[str, str]:
-    """What Slurm knows of a job."""
+    """The fields of `scontrol show job`."""
     done = subprocess.run(
         ["scontrol", "-o", "show", "job", number], capture_output=True, text=True, check=False
     )
@@ -99,7 +99,7 @@ def bad_nodes(out: Path, name: str, gpus: int) -> dict[str, str]:
 
 
 def _verdict(report: Path) -> str:
-    """What is wrong by a doctor's last line; nothing if all is well."""
+    """The problems in the last line of a doctor's report; empty if there are none."""
     try:
         rows = json.loads(report.read_text().splitlines()[-1])["rows"]
     except (OSError, ValueError, IndexError, KeyError):

@@ -1,4 +1,4 @@
-"""Start the ranks again when one dies or hangs, until the run ends or no longer gets on."""
+"""Restart the ranks when one dies or hangs, until the run ends or makes no more progress."""
 
 import signal
 from pathlib import Path
@@ -22,10 +22,10 @@ def supervise(
     config: SupervisorConfig,
     reports: Path,
 ) -> None:
-    """Run `module:function` on every rank; after a failure all start again from the forkserver.
+    """Run `module:function` on every rank; after a failure all restart from the forkserver.
 
-    SIGTERM and SIGUSR1 are handed to the ranks, which save and end. `reports` is a folder for the
-    stacks of ranks that hang.
+    SIGTERM and SIGUSR1 are forwarded to the ranks, which save and exit. `reports` is a folder for
+    the stacks of ranks that hang.
     Raises: RankError after config.max_restarts failures without progress, or for wrong input;
     Preempted if the ranks were asked to stop and saved.
     """
@@ -52,13 +52,13 @@ def supervise(
 
 def _crash_loop(error: RankError, failures: int, best: int) -> RankError:
     where = f"after step {best}" if best >= 0 else "before the first step"
-    found = RankError(f"{failures} failures in a row {where}, giving up; the last one: {error}")
-    found.retry, found.step = False, best
-    return found
+    failure = RankError(f"{failures} failures in a row {where}, giving up; the last one: {error}")
+    failure.retry, failure.step = False, best
+    return failure
 
 
 class _Forwarded:
-    """Hand SIGTERM and SIGUSR1 to the ranks; a second SIGTERM ends all at once."""
+    """Forward SIGTERM and SIGUSR1 to the ranks; a second SIGTERM ends all at once."""
 
     def __enter__(self) -> StopRequest:
         self._stop = StopRequest()

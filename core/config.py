@@ -27,7 +27,7 @@ def to_json(config: Any) -> Any:
 
 
 def from_json(kind: type[T], value: dict[str, Any], where: str = "") -> T:
-    """Build a config of dataclasses from what `to_json` made, now or under old names.
+    """Build a config dataclass from the JSON of `to_json`; old field names are translated.
 
     Raises: ConfigError for an unknown field, with the nearest right name.
     """
@@ -35,7 +35,7 @@ def from_json(kind: type[T], value: dict[str, Any], where: str = "") -> T:
 
 
 def with_new_names(kind: type, value: dict[str, Any], where: str = "") -> dict[str, Any]:
-    """The JSON of a config under new names; one line tells of old ones if `where` names a file."""
+    """Translate old field names in a config's JSON; logs them in one line if `where` is given."""
     body, pairs = _renamed(kind, value, "")
     if where:
         tell_renamed(where, pairs)
@@ -45,7 +45,7 @@ def with_new_names(kind: type, value: dict[str, Any], where: str = "") -> dict[s
 def _renamed(
     kind: type, value: dict[str, Any], prefix: str
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """A config under new names, and its old names as users know them."""
+    """Return the config under new names, and its dotted old names -> new names."""
     names = new_names(kind)
     pairs = {f"{prefix}{old}": f"{prefix}{names[old]}" for old in value if old in names}
     body = renamed(kind, value)
@@ -67,7 +67,7 @@ def _build(kind: type[T], value: dict[str, Any]) -> T:
 
 
 def wrong_types(kind: type, value: Any, where: str) -> list[str]:
-    """What of a mapping from outside has not the type of the dataclass's field."""
+    """One problem for each value of a user's mapping that does not fit the dataclass's field."""
     if not isinstance(value, dict):
         return [f"{where}: a mapping is wanted, not {value!r}"]
     hints, problems = typing.get_type_hints(kind), []
@@ -102,7 +102,7 @@ def _fits(hint: Any, item: Any) -> bool:
 
 
 def _words(hint: Any) -> str:
-    """A type as people say it."""
+    """Describe a type in plain words."""
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(map(str, typing.get_args(hint)))
     if typing.get_origin(hint) is tuple:
@@ -133,9 +133,9 @@ S3 = "s3://"
 
 
 def place_problems(place: str, setting: str = "") -> list[str]:
-    """What is wrong with `s3://bucket/prefix` or a folder, named by its setting if it has one.
+    """Check the form of `s3://bucket/prefix` or a folder, without any I/O.
 
-    Nothing is looked up.
+    `setting` names the place in the problems.
     """
     named = f"{setting}={place!r}" if setting else repr(place)
     if place.startswith(S3) and not place.removeprefix(S3).partition("/")[0]:
@@ -146,7 +146,7 @@ def place_problems(place: str, setting: str = "") -> list[str]:
 
 
 def folder_problems(folder: Path, setting: str) -> list[str]:
-    """What is wrong with a folder that must not be an address: it would be one called `s3:`."""
+    """Refuse a URL where a folder is needed; as a path it would be a folder called `s3:`."""
     if re.match(r"\w+:/", str(folder)):
         return [f"{setting}={str(folder)!r} must be a folder that all nodes see"]
     return []

@@ -1,4 +1,4 @@
-"""The errors that Tapir raises, and the exit codes that they end in."""
+"""Tapir's exceptions and their exit codes."""
 
 import difflib
 import errno
@@ -10,7 +10,7 @@ EXIT_PREEMPTED = 75
 
 
 class TapirError(Exception):
-    """Something failed that the user did not cause; says what, where and what to do."""
+    """Base of all errors; the message says what failed, where, and what to do."""
 
     exit_code = EXIT_FAILED
     retry = True
@@ -29,7 +29,7 @@ class ConfigError(TapirError):
 
 
 class InputError(TapirError):
-    """What was given to read (a file, a caption, a bucket) cannot be used as it is."""
+    """An input (a file, a caption, a bucket) is missing or unusable."""
 
     exit_code = EXIT_WRONG_INPUT
 
@@ -45,7 +45,7 @@ class StoreInputError(StoreError):
 
 
 class AbsentError(StoreInputError):
-    """The object store answered that it has no such object: not refused, not out of reach."""
+    """The object does not exist: the store itself answered so."""
 
 
 class CorruptError(TapirError):
@@ -61,7 +61,7 @@ class CheckpointError(TapirError):
 
 
 class TrainingError(TapirError):
-    """Training does not get on: the same data or settings would fail again."""
+    """Training makes no progress, and a restart with the same settings would fail again."""
 
     retry = False
 
@@ -74,7 +74,7 @@ class Preempted(TapirError):
 
 
 def did_you_mean(name: object, known: Iterable[object]) -> str:
-    """The end of a message about an unknown name: the nearest known one, if one is near."""
+    """Suffix for a message about an unknown name: suggests the closest known one, if any."""
     nearest = difflib.get_close_matches(str(name), [str(each) for each in known], 1)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
@@ -93,24 +93,24 @@ _NO_MEMORY = (
     *("can't allocate memory", "out of memory", "bad_alloc", "Insufficient memory"),
     "Cannot allocate memory",
 )
-"""As torch's allocators, its libraries, OpenCV and the operating system say it."""
+"""Out-of-memory messages of torch's allocators and libraries, OpenCV and the OS."""
 
 
 def if_full(error: OSError) -> str:
-    """What to do about a full disk or a used-up quota; nothing for another error."""
+    """Advice for a full disk or an exhausted quota; empty for another error."""
     return "; make room there and start again" if error.errno in _FULL else ""
 
 
 def no_memory(error: BaseException) -> bool:
-    """Say whether memory ran out: of the host, or of a device."""
+    """True if host or device memory ran out."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
         return True
-    said = isinstance(error, RuntimeError | OSError) or type(error).__module__ == "cv2"
-    return said and any(text in str(error) for text in _NO_MEMORY)
+    known_kind = isinstance(error, RuntimeError | OSError) or type(error).__module__ == "cv2"
+    return known_kind and any(text in str(error) for text in _NO_MEMORY)
 
 
 def of_memory(error: BaseException) -> ConfigError:
-    """Say that memory ran out."""
+    """Turn an out-of-memory error into one with advice."""
     reason = (str(error) or type(error).__name__).strip().splitlines()[0]
     return ConfigError(
         f"memory ran out: {reason}; end what holds memory, raise a limit (ulimit -v, a control "
@@ -120,7 +120,7 @@ def of_memory(error: BaseException) -> ConfigError:
 
 
 def of_files(error: OSError) -> TapirError:
-    """Say what the file system refused: a wrong path is wrong input, a full disk is not."""
+    """Turn an OSError into an InputError for a wrong path, else into a TapirError."""
     where = f" {error.filename}" if error.filename else ""
     reason = (error.strerror or str(error)) + if_full(error)
     if isinstance(error, _WRONG_PATHS):

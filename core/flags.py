@@ -20,9 +20,9 @@ PositionalPath = Annotated[Path, tyro.conf.Positional]
 
 
 def parse(function: Callable[..., T], arguments: Sequence[str], verb: str) -> T:
-    """Call a function with what the command line says; every parameter is a flag.
+    """Call a function with arguments from the command line; every parameter is a flag.
 
-    A wrong flag ends in exit code 2 with the nearest right one.
+    An unknown flag exits with code 2 and suggests the closest known one.
     """
     names: dict[str, str] = {}
     for hint in get_type_hints(function, include_extras=True).values():
@@ -38,7 +38,7 @@ def parse_over(
     description: str | None = None,
     flat: bool = False,
 ) -> T:
-    """Change fields of a preset by flags; `flat`: without the names of the fields they lie in."""
+    """Override fields of a preset by flags; `flat`: flags of nested configs have no prefix."""
     return tyro.cli(
         type(default),
         default=default,
@@ -50,7 +50,7 @@ def parse_over(
 
 
 def renamed_flags(kind: Any, flat: bool = False) -> dict[str, str]:
-    """Old name -> new name of a config's flags, without dashes; `flat`: those of parts, too."""
+    """Old name -> new name of a config's flags, without dashes; `flat` as in `parse_over`."""
     return dict(_renamed_flags(kind, "", flat))
 
 
@@ -64,7 +64,7 @@ def _renamed_flags(kind: Any, prefix: str, flat: bool) -> Iterator[tuple[str, st
 
 
 def with_new_flags(names: dict[str, str], arguments: Sequence[str]) -> list[str]:
-    """A command line with its flags under new names; one line tells of old ones."""
+    """Translate old flags of a command line; logs them in one line."""
     renamed, pairs = [], {}
     for argument in arguments:
         head, equals, value = argument.partition("=")

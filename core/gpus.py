@@ -1,4 +1,4 @@
-"""The GPUs of this machine and which of them a rank takes, without torch.
+"""Count this machine's GPUs and choose one for each rank, without torch.
 
 Importing torch takes seconds, and asking it may start CUDA, after which a process must not fork.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from core.launch_environment import RENDEZVOUS, local_rank
 
 DEVICES = Path("/dev")
-"""Where the driver puts a file for each GPU, nvidia0, nvidia1, ...; a pod may see others."""
+"""The driver creates nvidia0, nvidia1, ... here; a pod may see other numbers."""
 _SHARED = ("TORCHELASTIC_RUN_ID", RENDEZVOUS)
 """Set by launchers whose ranks all see the same GPUs."""
 
@@ -25,7 +25,7 @@ def gpu_devices() -> list[str]:
 
 @cache
 def built_for_cuda() -> bool:
-    """Say whether the installed torch is a build for CUDA; it is not imported."""
+    """True if the installed torch is built for CUDA; does not import it."""
     spec = find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         return False
@@ -35,10 +35,10 @@ def built_for_cuda() -> bool:
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> int:
-    """How many GPUs CUDA would show a process with this environment.
+    """Number of GPUs that CUDA shows to a process with this environment.
 
-    CUDA_VISIBLE_DEVICES counts up to its first entry that is none: a number beyond the last GPU,
-    or -1; an empty one hides all, and so does one that names a GPU twice.
+    CUDA_VISIBLE_DEVICES is read up to its first invalid entry (-1, or a number beyond the last
+    GPU). An empty list, or one that names a GPU twice, hides all GPUs.
     """
     there = len(gpu_devices())
     named = environment.get("CUDA_VISIBLE_DEVICES")
@@ -54,19 +54,19 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def usable_gpus(environment: Mapping[str, str] = os.environ) -> int:
-    """How many GPUs the installed torch could use in a process with this environment."""
+    """Number of GPUs that the installed torch can use with this environment."""
     return visible_gpus(environment) if built_for_cuda() else 0
 
 
 def own_gpus(environment: Mapping[str, str]) -> bool:
-    """Say whether the launcher may show each rank GPUs of its own (srun --gpus-per-task, MPI)."""
+    """True if the launcher may show each rank its own GPUs (srun --gpus-per-task, MPI)."""
     return not any(name in environment for name in _SHARED)
 
 
 def gpu_problems(ranks: int, gpus: int) -> list[str]:
-    """What is wrong with so many ranks on a machine that shows all of them these GPUs.
+    """Check that a machine whose ranks all see the same GPUs has one for each.
 
-    Without any GPU ranks run on the CPU, as many as are wanted.
+    Without any GPU, any number of ranks runs on the CPU.
     """
     if gpus == 0 or ranks <= gpus:
         return []
@@ -79,10 +79,10 @@ def gpu_problems(ranks: int, gpus: int) -> list[str]:
 
 
 def gpu_of_rank(place: int, ranks: int, gpus: int, own: bool) -> tuple[int, list[str]]:
-    """Which of the GPUs that a rank sees is its own, by its place on the machine; what is wrong.
+    """(index of a local rank's GPU among those that it sees, problems).
 
-    Where the launcher shows each rank GPUs of its own, the first one is taken as soon as there are
-    fewer than ranks.
+    `own`: the launcher may show each rank its own GPUs. A rank then takes the first one if it sees
+    fewer GPUs than there are ranks.
     """
     if place < 0:
         return 0, [f"local rank {place} is no place among the ranks of this machine (0, 1, ...)"]
@@ -94,10 +94,10 @@ def gpu_of_rank(place: int, ranks: int, gpus: int, own: bool) -> tuple[int, list
 
 
 def gpu_of_worker(number: int, gpus: int, environment: Mapping[str, str] = os.environ) -> int:
-    """Which of the GPUs that a worker of a job sees it takes; more workers than GPUs share them.
+    """Index of the GPU that a worker of a job takes; workers share GPUs if there are too few.
 
-    Its place on this machine decides where the launcher tells it, else its number in the job.
-    Raises: InputError if what the launcher tells is no number.
+    The local rank decides if the launcher sets one, else the worker's number in the job.
+    Raises: InputError if the launcher's local rank is not a number.
     """
     place = local_rank(environment)
     return (number if place is None else place) % gpus

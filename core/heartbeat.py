@@ -1,6 +1,6 @@
-"""Signs of life: each rank overwrites one small file that the supervisor reads.
+"""Heartbeats: each rank overwrites one small file that the supervisor reads.
 
-Times are of the monotonic clock, which all processes of a machine share and nobody sets.
+Times are those of the monotonic clock, which all processes of a machine share.
 """
 
 import json
@@ -11,14 +11,14 @@ from pathlib import Path
 
 SIZE = 256
 FOLDER = "TAPIR_HEARTBEATS"
-"""Environment variable with the folder that the files lie in."""
+"""Environment variable: the folder of the heartbeat files."""
 DIAGNOSE = "diagnose"
-"""A file in that folder: every rank shall write down where it is."""
+"""A file in that folder: asks every rank to write its stacks and last collectives."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Beat:
-    """What a rank said last."""
+    """The last heartbeat of a rank."""
 
     rank: int
     pid: int
@@ -31,7 +31,7 @@ class Beat:
 
 
 class Heart:
-    """Writes this rank's file; does nothing where no supervisor listens."""
+    """Writes this rank's heartbeat file; a no-op without a supervisor."""
 
     def __init__(self, rank: int) -> None:
         folder = os.environ.get(FOLDER)
@@ -40,7 +40,7 @@ class Heart:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600) if path else None
 
     def beat(self, doing: str, step: int | None = None) -> None:
-        """Say what this rank does now; cheap enough for every step."""
+        """Record what this rank does now; cheap enough for every step."""
         self._step = self._step if step is None else step
         if self._file is None:
             return
@@ -52,14 +52,14 @@ class Heart:
 
 
 def read_beats(folder: Path, ranks: int) -> list[Beat]:
-    """The last beats of the ranks that have spoken."""
-    found = []
+    """The last heartbeats of the ranks that have written one."""
+    beats = []
     for rank in range(ranks):
         try:
-            found.append(Beat(**json.loads(_path(folder, rank).read_bytes())))
+            beats.append(Beat(**json.loads(_path(folder, rank).read_bytes())))
         except (OSError, ValueError, TypeError):
-            continue  # not there yet, or half written: the next look sees it
-    return found
+            continue  # missing or half written: the next poll reads it
+    return beats
 
 
 def _path(folder: Path, rank: int) -> Path:

@@ -1,8 +1,8 @@
-"""What launchers say of a process in its environment: read in one place, checked as a whole.
+"""Read and check the environment variables of torchrun, mpirun, srun and Tapir's launcher.
 
-torchrun and Tapir's launcher set RANK and WORLD_SIZE; MPICH and Open MPI variables of their own;
-srun one for each step of a job. One of them alone, or an odd value, is refused by name: a process
-that guesses would train alone, or wait for ranks that nobody started.
+torchrun and Tapir's launcher set RANK and WORLD_SIZE; MPICH, Open MPI and srun set their own. An
+invalid or incomplete set is refused by name: a process that guesses would train alone, or wait
+for ranks that never started.
 """
 
 import os
@@ -17,52 +17,52 @@ from core.errors import InputError
 
 T = TypeVar("T")
 RENDEZVOUS = "TAPIR_RENDEZVOUS"
-"""Where the ranks of Tapir's own launcher meet."""
+"""Environment variable: the address of the store of Tapir's own launcher."""
 _LONGEST = 18
 _LAST_PORT = 65_535
 _MPI = (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))
 _LOCAL_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK")
-"""A process's place on its machine, as torchrun, MPICH and Open MPI tell it."""
+"""Variables of torchrun, MPICH and Open MPI with the local rank."""
 _LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
 _FIX = "torchrun, mpirun and srun set all that they need; a process alone needs none"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process among those that a launcher started."""
+    """Rank and world size, as a launcher set them."""
 
     launcher: Literal["torchrun", "mpirun", "srun"]
-    """Whose variables say so; Tapir's own launcher sets torchrun's."""
+    """The launcher whose variables were read; Tapir's own sets torchrun's."""
     rank: int
     size: int
 
 
 class Variables:
-    """Reads numbers from an environment and notes everything that is wrong with them."""
+    """Reads numbers from an environment and collects all problems."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self.environment = environment
         self.problems: dict[str, str] = {}
-        """What is wrong, by the variable's name."""
+        """Problems by variable name."""
 
     def __contains__(self, name: str) -> bool:
         return name in self.environment
 
     def number(self, name: str, what: str, least: int = 0, most: int | None = None) -> int:
-        """A variable's number; one that is absent, odd or out of bounds is noted, and `least`."""
+        """Read a number; notes a problem and returns `least` if it is missing or invalid."""
         text = self.environment.get(name)
         if text is None:
             self.problems[name] = f"{name} is not set in the environment ({what})"
             return least
-        found = as_number(text)
-        if found is None or found < least or (most is not None and found > most):
+        number = as_number(text)
+        if number is None or number < least or (most is not None and number > most):
             bounds = f"{least} or more" if most is None else f"{least} to {most}"
             self.problems[name] = f"{name}={text!r} in the environment is no {what} ({bounds})"
             return least
-        return found
+        return number
 
     def pair(self, rank: str, size: str) -> tuple[int, int]:
-        """A rank and how many there are."""
+        """Read (rank, number of ranks)."""
         ranks = self.number(size, "number of ranks", 1)
         known = as_number(self.environment.get(size, "")) == ranks
         return self.number(rank, f"rank of {size}", 0, ranks - 1 if known else None), ranks
@@ -74,53 +74,53 @@ class Variables:
 
 
 def as_number(text: str) -> int | None:
-    """A text of ASCII digits as a number; None for all else, signs and spaces included."""
+    """Parse ASCII digits; None for anything else, including signs and spaces."""
     plain = text.isascii() and text.isdecimal() and len(text) <= _LONGEST
     return int(text) if plain else None
 
 
 def ranks_of(environment: Mapping[str, str] = os.environ) -> Ranks | None:
-    """What torchrun, mpirun, srun or Tapir's launcher made this process; None if nobody did.
+    """Rank and world size of this process; None if no launcher started it.
 
-    torchrun counts before mpirun and srun, inside of which it may run, and mpirun before srun. A
-    step of one task (srun --pty bash) is no launcher, and neither is its MPI of one rank.
-    Raises: InputError with every variable that is odd, or there without the others it needs.
+    torchrun takes precedence over mpirun and srun, in which it may run, and mpirun over srun. A
+    Slurm step of one task (srun --pty bash) is no launcher, and neither is its MPI of one rank.
+    Raises: InputError with every invalid or incomplete variable.
     """
     return _checked(environment, _started)
 
 
 def check_launch(environment: Mapping[str, str] = os.environ) -> Ranks | None:
-    """`ranks_of`, for ranks that are to meet: the place on the machine and the address, too."""
+    """`ranks_of` for ranks that join a process group: also checks local rank and address."""
     variables = Variables(environment)
-    found = _started(variables)
+    ranks = _started(variables)
     _local_rank(variables)
     _local_ranks(variables)
-    if found is not None and found.launcher == "torchrun" and found.size > 1:
+    if ranks is not None and ranks.launcher == "torchrun" and ranks.size > 1:
         _address(variables)
     variables.check()
-    return found
+    return ranks
 
 
 def address_of_ranks(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
-    """Host and port of the store that ranks meet at.
+    """Host and port of the rendezvous store.
 
-    Raises: InputError if they are not known, or the port is none.
+    Raises: InputError if they are missing or invalid.
     """
     return _checked(environment, _address)
 
 
 def local_rank(environment: Mapping[str, str] = os.environ) -> int | None:
-    """This process's place on its machine; None if no launcher tells it. Raises: InputError."""
+    """Local rank of this process; None if no launcher sets it. Raises: InputError."""
     return _checked(environment, _local_rank)
 
 
 def local_ranks(environment: Mapping[str, str] = os.environ) -> int:
-    """Ranks on this machine, as far as the launcher tells; 1 if it does not. Raises: InputError."""
+    """Number of ranks on this machine; 1 if no launcher sets it. Raises: InputError."""
     return _checked(environment, _local_ranks)
 
 
 def refuse_left_socket(environment: Mapping[str, str] = os.environ) -> None:
-    """Raise InputError if PMI_FD is no socket of this process: MPI would end it from C."""
+    """Raise InputError if PMI_FD is not an open socket: MPI would abort the process."""
     text = environment.get("PMI_FD")
     if text is None:
         return
@@ -137,24 +137,24 @@ def refuse_left_socket(environment: Mapping[str, str] = os.environ) -> None:
 
 def _checked(environment: Mapping[str, str], read: Callable[[Variables], T]) -> T:
     variables = Variables(environment)
-    found = read(variables)
+    result = read(variables)
     variables.check()
-    return found
+    return result
 
 
 def _started(variables: Variables) -> Ranks | None:
     if "RANK" in variables and "WORLD_SIZE" in variables:
         rank, size = variables.pair("RANK", "WORLD_SIZE")
         return Ranks(launcher="torchrun", rank=rank, size=size)
-    found = _by_mpi_or_srun(variables)
-    others = f", and {found.launcher} started {found.size} ranks" if found else ""
+    ranks = _by_mpi_or_srun(variables)
+    others = f", and {ranks.launcher} started {ranks.size} ranks" if ranks else ""
     if "WORLD_SIZE" in variables:
         size = variables.number("WORLD_SIZE", "number of ranks", 1)
-        if found is None or found.size != size:
+        if ranks is None or ranks.size != size:
             _note_alone(variables, "WORLD_SIZE", "RANK", others)
     if "RANK" in variables:
         _note_alone(variables, "RANK", "WORLD_SIZE", others)
-    return found
+    return ranks
 
 
 def _note_alone(variables: Variables, name: str, missing: str, others: str = "") -> None:
@@ -170,7 +170,7 @@ def _by_mpi_or_srun(variables: Variables) -> Ranks | None:
         if rank_name in variables and size_name in variables:
             rank, size = variables.pair(rank_name, size_name)
             if size == 1 and _in_step(variables) and not variables.problems:
-                break  # srun's own MPI, maybe of the step around this one
+                break  # PMI variables of srun, maybe of an outer step
             return Ranks(launcher="mpirun", rank=rank, size=size)
         if size_name in variables:
             variables.number(size_name, "number of ranks", 1)
@@ -188,7 +188,7 @@ def _by_mpi_or_srun(variables: Variables) -> Ranks | None:
 
 
 def _step(variables: Variables) -> int:
-    """Tasks of the Slurm step that this process is in; 0 outside of one, as in a batch script."""
+    """Number of tasks of this Slurm step; 0 outside of a step, e.g. in a batch script."""
     if not _in_step(variables):
         return 0
     return variables.number("SLURM_STEP_NUM_TASKS", "number of ranks", 1)
@@ -243,16 +243,16 @@ def _local_ranks(variables: Variables) -> int:
 
 
 def ranks_given(environment: Mapping[str, str] = os.environ) -> int | None:
-    """How many ranks torchrun, mpirun, srun or our launcher started; None if nobody did.
+    """Number of ranks that a launcher started; None without a launcher.
 
-    Raises: InputError with every launcher's variable that is odd, or lacks the others it needs.
+    Raises: InputError with every invalid or incomplete variable.
     """
-    found = check_launch(environment)
-    return found.size if found else None
+    ranks = check_launch(environment)
+    return ranks.size if ranks else None
 
 
 def free_port(address: str = "127.0.0.1") -> int:
-    """A TCP port that nobody listens at now; "" = on every address of this machine."""
+    """A TCP port that is free now; an empty address = on all interfaces."""
     with socket.socket() as listener:
         listener.bind((address, 0))
         return int(listener.getsockname()[1])

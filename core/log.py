@@ -20,7 +20,7 @@ _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 PLAIN_INTERVAL = 10.0
 """Seconds between two plain progress lines."""
 SLOW_SECONDS = 5.0
-"""What takes longer without any progress to show says that it goes on."""
+"""Seconds after which a phase without progress logs that it still runs."""
 
 
 class HideSecrets(logging.Filter):
@@ -39,7 +39,7 @@ class HideSecrets(logging.Filter):
 def set_up_logging(rank: int | None = None) -> None:
     """Send the log to standard error; ranks other than 0 only report warnings.
 
-    Without a rank it is the one that torchrun, mpirun or srun says.
+    The default rank is that of torchrun, mpirun or srun.
     """
     if rank is None:
         told = (as_number(os.environ.get(name, "")) for name in _RANKS)
@@ -58,7 +58,7 @@ def set_up_logging(rank: int | None = None) -> None:
 
 
 class Meter:
-    """Where a long job stands; `update` is cheap enough for every step."""
+    """Progress of a long job; `update` is cheap enough for every step."""
 
     def __init__(self, name: str, total: int, bar: Progress | None) -> None:
         self._name, self._total, self._bar = name, total, bar
@@ -85,7 +85,7 @@ class Meter:
 
 @contextmanager
 def slow(what: str) -> Iterator[None]:
-    """Say what goes on in this context after some seconds, and again each time twice as late."""
+    """Log that this context still runs, after some seconds and then at doubling intervals."""
     done, began = threading.Event(), time.monotonic()
 
     def tell() -> None:
@@ -107,7 +107,7 @@ def slow(what: str) -> Iterator[None]:
 def progress(name: str, total: int, show: bool = True) -> Iterator[Meter]:
     """Show the progress of a job: a bar on a terminal, a line every 10 s elsewhere.
 
-    A total of 0 is one that nobody knows.
+    A total of 0 means unknown.
     """
     if not (show and sys.stderr.isatty()):
         meter = Meter(name, total, None)

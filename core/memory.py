@@ -1,4 +1,4 @@
-"""The memory of this machine: how much is free, and keeping what was freed in the process."""
+"""Free memory of this machine, and a glibc setting that keeps freed memory in the process."""
 
 import ctypes
 import os
@@ -14,11 +14,11 @@ _CGROUPS = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
 )
-"""Version 2 and 1: the limit, what is used, and the part of it that is files to be dropped."""
+"""Of cgroup v2 and v1: limit, usage, and the reclaimable page cache in the usage."""
 
 
 def host_memory(root: Path = Path("/")) -> tuple[int, int]:
-    """Bytes that are free, and all; limits of control group and process (ulimit -v) count."""
+    """(free, total) bytes, within the limits of the control group and of ulimit -v."""
     table = _table(root / "proc/meminfo")
     free, whole = table["MemAvailable"] * 1024, table["MemTotal"] * 1024
     for limit, used, dropped in _CGROUPS:
@@ -45,15 +45,15 @@ def _table(path: Path) -> dict[str, int]:
 def keep_freed_memory() -> bool:
     """Tell glibc to keep what is freed; returns False where there is no glibc.
 
-    On CPUs torch allocates every tensor anew. By default a large one is mapped, filled page fault
-    by page fault, and unmapped again; kept memory is simply used again. The process stays as
-    large as it ever was.
+    On CPUs torch allocates every tensor anew. By default glibc maps and unmaps large blocks, so
+    that each tensor costs page faults again; kept memory is reused. The process
+    keeps its peak size.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    wanted = ((MMAP_MAX, 0), (TRIM_THRESHOLD, _LARGEST), (TOP_PAD, _PAD))
-    taken = [mallopt(name, value) for name, value in wanted]
+    options = ((MMAP_MAX, 0), (TRIM_THRESHOLD, _LARGEST), (TOP_PAD, _PAD))
+    taken = [mallopt(name, value) for name, value in options]
     return all(taken)
 
 
@@ -61,16 +61,16 @@ _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"))
 
 
 def unit_of(count: float) -> tuple[float, str]:
-    """The largest unit of which there is one at least, with its bytes."""
+    """The largest unit that is not above `count` bytes, as (bytes, name)."""
     return next(((size, name) for size, name in _UNITS if count >= size), (1e3, "kB"))
 
 
 def memory_unit(most: float) -> tuple[float, str]:
-    """The unit of a table of memory whose largest figure this is: GB, or MB for small models."""
+    """The unit of a memory table with this largest figure: GB, or MB for small models."""
     return min(unit_of(most), (1e9, "GB"))
 
 
 def size_text(count: float) -> str:
-    """Bytes in a unit in which they are no 0.0."""
+    """Format bytes in the largest unit that fits."""
     size, name = unit_of(count)
     return f"{count / size:,.1f} {name}"

@@ -1,6 +1,6 @@
-"""What users typed and stored under other names before: the one table, for all readers.
+"""Old names of flags, config fields and stored keys, for all readers.
 
-Writers know new names alone. docs/decisions/021-names.md gives the reason of each row.
+Writers use new names only. docs/decisions/021-names.md gives the reason of each row.
 """
 
 from collections.abc import Mapping
@@ -49,14 +49,14 @@ RENAMED: dict[str, dict[str, str]] = {
     },
     "a layout of plan --json": {"accumulate": "gradient_accumulation_steps"},
 }
-"""By config class, whose fields are flags and keys of config.json and run files, or by what a file
-holds: old name -> new name."""
+"""Config class (its fields are flags and keys of config.json and run files), or kind of stored
+mapping -> old name -> new name."""
 FACTS, ROW, LAYOUT = "facts of a model", "a row of metrics.jsonl", "a layout of plan --json"
 _told: set[str] = set()
 
 
 def new_names(owner: type | str) -> dict[str, str]:
-    """Old name -> new name of a config class, with what it inherits, or of a kind of mapping."""
+    """Old name -> new name of a config class and its bases, or of a kind of mapping."""
     if isinstance(owner, str):
         return RENAMED[owner]
     parts = [RENAMED.get(kind.__name__, {}) for kind in reversed(owner.__mro__)]
@@ -64,15 +64,15 @@ def new_names(owner: type | str) -> dict[str, str]:
 
 
 def renamed(owner: type | str, body: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored mapping under new names; if it has both, the new one counts."""
+    """Translate a stored mapping to new names; a new name wins over its old one."""
     names = new_names(owner)
     now = {names.get(name, name): item for name, item in body.items() if name in names}
     return {**now, **{name: item for name, item in body.items() if name not in names}}
 
 
 def tell_renamed(where: str, pairs: Mapping[str, str]) -> None:
-    """Name the old names of a file in one line, once in a process."""
-    if not pairs or where in _told or not LOG.isEnabledFor(INFO):  # the other ranks read it, too
+    """Log the old names of a file in one line, once per process."""
+    if not pairs or where in _told or not LOG.isEnabledFor(INFO):  # only rank 0 logs at INFO
         return
     _told.add(where)
     text = ", ".join(f"{old} is now {new}" for old, new in pairs.items())

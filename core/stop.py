@@ -1,7 +1,7 @@
-"""A wish to stop, from SIGTERM, SIGUSR1, the supervisor or a job: heeded between two steps.
+"""Stop requests by SIGTERM, SIGUSR1, the supervisor or a job; checked between two steps.
 
-The supervisor leaves a file instead of sending signals, for a rank that starts may not listen yet;
-so does a job on several nodes, whose signals reach only the first one.
+The supervisor writes a file instead of sending signals, because a starting rank may have no handler
+yet; so does a job on several nodes, whose signals reach only the first node.
 """
 
 import os
@@ -12,20 +12,20 @@ from core.heartbeat import FOLDER
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOP = "stop"
-"""A file in the folder of the heartbeats."""
+"""A file in the heartbeat folder that requests a stop."""
 STOP_FILE = "TAPIR_STOP"
-"""Environment variable with the file of a job."""
+"""Environment variable: a job's stop file."""
 _asked = False
 
 
 def heed_stop_signals() -> None:
-    """Note the signals from now on; call it in the main thread."""
+    """Install the signal handlers; call it in the main thread."""
     for number in SIGNALS:
         signal.signal(number, _note)
 
 
 def stop_asked() -> bool:
-    """Say whether this process was asked to stop; a job's file is looked for by rank 0 alone."""
+    """True if this process was asked to stop; only rank 0 checks a job's file."""
     folder, job = os.environ.get(FOLDER), os.environ.get(STOP_FILE)
     return (
         _asked

@@ -1,4 +1,4 @@
-"""Which part of a data job this process does: given, or read from what started it."""
+"""Which worker of a data job this process is, by a flag or by the environment."""
 
 import os
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class JobWorker:
 
 
 def job_worker_of(text: str) -> JobWorker:
-    """Parse i/n; without it, ask the environment; alone if nobody started several.
+    """Parse i/n; if empty, read the environment; the default is 0/1.
 
     Raises: InputError for anything else.
     """

@@ -1,13 +1,12 @@
-"""Attention that does not compute what the masks forbid.
+"""Block-sparse attention on CPUs, which skips the masked positions.
 
 Text attends to earlier text, an image position to all text and to a band of earlier image
-positions. The text parts run on torch's flash kernel for CPUs, which gives the logarithm of each
-softmax's sum; the band is cut into tiles of one image row (column, if the image is transposed),
-whose keys are one stretch of the raster. Both parts share one softmax: the text's log-sum is one
-more logit of the band. Backwards, each part needs only the common output and log-sum, so that no
-matrix of probabilities is kept. Streams too short to gain by that go to the kernel whole, with the
-mask; what is kept for the way back is the same. Source of the masks: arXiv 2102.12092, section 2.2,
-appendix B.1.
+positions. The text parts run on torch's flash kernel for CPUs, which returns each softmax's
+log-sum-exp. The band is cut into tiles of one image row (or column, in a transposed image), whose
+keys are a contiguous range of the raster. Both parts share one softmax: the text's log-sum-exp is
+one more logit of the band. The backward pass needs only the common output and log-sum-exp, so that
+no matrix of probabilities is saved. Short streams run on the dense kernel with the mask. Source of
+the masks: arXiv 2102.12092, section 2.2, appendix B.1.
 """
 
 import math
@@ -24,32 +23,32 @@ from models.masks import Kind, full_mask, image_mask
 from parallel.precision import small_matmuls
 
 CACHED = 64 * 1024
-"""Logits that are worked on together, at least a head's."""
+"""Logits computed in one call; at least those of one head."""
 SHORT = 128
-"""Positions of a stream up to which the kernel alone is faster (docs/LOG.md)."""
+"""Longest stream for which the dense kernel is faster (docs/LOG.md)."""
 _DROPOUT = 0.0
-"""The kernel has none."""
+"""The kernel supports no dropout."""
 _HERE = "cpu"
-"""Bands are cut on the CPU even where a model is laid out on the meta device."""
+"""Bands are built on the CPU even if the model is on the meta device."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Band:
-    """What image positions attend to among themselves, tile by tile of `grid` queries."""
+    """The image-to-image mask, in tiles of `grid` queries."""
 
     kind: Kind
     text: int
     grid: int
     halo: int
-    """Keys before a tile's first query that it reaches."""
+    """Number of keys before a tile's first query that the tile attends to."""
     bias: Tensor
     """(grid, grid, halo + grid): 0 where a tile's query may attend, minus infinity elsewhere."""
     dense: Tensor | None
-    """The same for a whole short stream, (length, length); None = it is cut into tiles."""
+    """The same for a whole short stream, (length, length); None = use tiles."""
 
     @property
     def together(self) -> int:
-        """Heads whose logits stay in a core's cache: small grids run several in one call."""
+        """Heads per call, so that their logits fit in a core's cache."""
         return max(1, CACHED // self.bias.numel())
 
     def biases(self, heads: int, dtype: torch.dtype) -> Tensor:
@@ -66,7 +65,7 @@ def _repeated(band: Band, heads: int) -> Tensor:
 def band_of(kind: Kind, text: int, grid: int, conv_kernel: int) -> Band:
     """Cut an image mask into tiles."""
     mask = image_mask(kind, grid, conv_kernel)
-    if kind == "column":  # the same for every column: its own earlier rows
+    if kind == "column":  # equal for all columns: earlier rows of the same column
         halo, tiles = (
             0,
             torch.ones(grid, grid, dtype=torch.bool, device=_HERE).tril().expand(grid, -1, -1),
@@ -87,12 +86,12 @@ def band_of(kind: Kind, text: int, grid: int, conv_kernel: int) -> Band:
 
 
 def _bias(mask: Tensor) -> Tensor:
-    """0 where a mask allows, minus infinity elsewhere."""
+    """0 where a mask allows attention, minus infinity elsewhere."""
     return torch.zeros(mask.shape, device=_HERE).masked_fill(~mask, -math.inf)
 
 
 def banded_attention(q: Tensor, k: Tensor, v: Tensor, band: Band) -> Tensor:
-    """Attention of the whole stream on a CPU; what is 16 bits is summed in 32.
+    """Attention of the whole stream on a CPU; 16-bit inputs accumulate in fp32.
 
     Shapes: (B, heads, text + grid * grid, D) each -> the same.
     """
@@ -102,22 +101,22 @@ def banded_attention(q: Tensor, k: Tensor, v: Tensor, band: Band) -> Tensor:
 
 
 class _Masked(Function):
-    """The kernel on a whole short stream."""
+    """Dense kernel on a whole short stream."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, band: Band) -> Tensor:
         assert band.dense is not None
         mask = band.dense.to(q.dtype)
         out, sums = _flash(q, k, v, mask=mask)
-        out = out.contiguous()  # as the tiles' is: one layout for what reads it, and for plans
+        out = out.contiguous()  # like the tiled output, so that both have one memory layout
         ctx.save_for_backward(q, k, v, out, sums)
         ctx.mask = mask
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        found = _flash_backward(*gradients, *ctx.saved_tensors, mask=ctx.mask)
-        return (*found, None)
+        dqkv = _flash_backward(*gradients, *ctx.saved_tensors, mask=ctx.mask)
+        return (*dqkv, None)
 
 
 class _Banded(Function):
@@ -127,12 +126,12 @@ class _Banded(Function):
         out = q.new_empty(q.shape)
         earlier, among = _flash(q[:, :, :text], k[:, :, :text], v[:, :, :text], causal=True)
         out[:, :, :text] = earlier
-        said, sums = _flash(q[:, :, text:], k[:, :, :text], v[:, :, :text])
+        text_out, sums = _flash(q[:, :, text:], k[:, :, :text], v[:, :, :text])
         sums = sums.contiguous()
         for sample, heads in _chunks(q, band):
             at = sample, heads, slice(text, None)
             out[at] = _band_forward(
-                q[at], k[at], v[at], said[sample, heads], sums[sample, heads], band
+                q[at], k[at], v[at], text_out[sample, heads], sums[sample, heads], band
             )
         ctx.save_for_backward(q, k, v, out, among, sums)
         ctx.band = band
@@ -154,11 +153,11 @@ class _Banded(Function):
         inner = (_wide(grad[:, :, text:]) * _wide(out[:, :, text:])).sum(-1)
         for sample, heads in _chunks(q, band):
             at = sample, heads, slice(text, None)
-            found = _band_backward(
+            parts = _band_backward(
                 q[at], k[at], v[at], grad[at], sums[sample, heads], inner[sample, heads], band
             )
-            dq[sample, heads, text:] += found[0]
-            dk[sample, heads, text:], dv[sample, heads, text:] = found[1], found[2]
+            dq[sample, heads, text:] += parts[0]
+            dk[sample, heads, text:], dv[sample, heads, text:] = parts[1], parts[2]
         return dq, dk, dv, None
 
 
@@ -188,16 +187,16 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _chunks(x: Tensor, band: Band) -> list[tuple[int, slice]]:
-    """(sample, heads) of what is worked on together."""
+    """(sample, heads) of each call."""
     samples, heads = x.shape[:2]
     step = band.together
     return [(i, slice(j, j + step)) for i in range(samples) for j in range(0, heads, step)]
 
 
 def _band_forward(
-    q: Tensor, k: Tensor, v: Tensor, said: Tensor, sums: Tensor, band: Band
+    q: Tensor, k: Tensor, v: Tensor, text_out: Tensor, sums: Tensor, band: Band
 ) -> Tensor:
-    """Some heads' image outputs, (heads, grid * grid, D); `sums` becomes the common log-sum."""
+    """Some heads' image outputs, (heads, grid * grid, D); `sums` becomes the common log-sum-exp."""
     queries = _tiles(q, band)
     keys, values = _stretches(k, band), _stretches(v, band)
     width = band.bias.shape[2]
@@ -214,7 +213,7 @@ def _band_forward(
     shares = torch.softmax(logits, -1)
     common = top - shares.amax(-1, keepdim=True).log()
     out = torch.bmm(shares[..., :width], values)
-    out.addcmul_(_tiles(said, band), shares[..., width:])
+    out.addcmul_(_tiles(text_out, band), shares[..., width:])
     _untile(common, band, sums[..., None])
     return _untile(out, band, out.new_empty(q.shape))
 
@@ -243,17 +242,17 @@ def _tiles(x: Tensor, band: Band) -> Tensor:
 
 
 def _untile(tiles: Tensor, band: Band, into: Tensor) -> Tensor:
-    """The way back of `_tiles`, written into (heads, grid * grid, D)."""
+    """Inverse of `_tiles`, written into (heads, grid * grid, D)."""
     shaped = into.unflatten(1, (band.grid, band.grid))
-    found = tiles.unflatten(0, (-1, band.grid))
-    (shaped.transpose(1, 2) if band.kind == "column" else shaped).copy_(found)
+    by_head = tiles.unflatten(0, (-1, band.grid))
+    (shaped.transpose(1, 2) if band.kind == "column" else shaped).copy_(by_head)
     return into
 
 
 def _stretches(x: Tensor, band: Band) -> Tensor:
     """(heads, grid * grid, D) -> (heads * grid, halo + grid, D): each tile's keys.
 
-    Of a single head they are read in place.
+    A single head is not copied.
     """
     if band.halo == 0:
         return _tiles(x, band)
@@ -264,7 +263,7 @@ def _stretches(x: Tensor, band: Band) -> Tensor:
 
 
 def _fold(parts: Tensor, band: Band) -> Tensor:
-    """Sum what tiles say of the same key: the way back of `_stretches`, (heads, grid * grid, D)."""
+    """Sum tiles' gradients of the same key: adjoint of `_stretches`, (heads, grid * grid, D)."""
     grid, halo = band.grid, band.halo
     tiles = parts.unflatten(0, (-1, grid))
     heads, width = len(tiles), parts.shape[2]

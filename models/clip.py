@@ -1,6 +1,6 @@
-"""A small contrastive image/text model; its cosine ranks candidates.
+"""A small contrastive image/text model; its cosine similarity ranks candidates.
 
-Source: arXiv 2103.00020, with two transformers that read all of their positions.
+Source: arXiv 2103.00020, with two bidirectional transformers.
 """
 
 import math
@@ -24,7 +24,7 @@ Gather = Callable[[Tensor], Tensor]
 
 
 class _Tower(nn.Module):
-    """A transformer whose first state becomes the embedding."""
+    """A transformer; its first position's output becomes the embedding."""
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Clip(nn.Module):
         return out
 
     def embed_text(self, text: Tensor) -> Tensor:
-        """Unit vectors of captions: (B, T) ids, PAD behind the caption -> (B, dim)."""
+        """Unit vectors of captions: (B, T) ids, PAD after the caption -> (B, dim)."""
         words = self.words(text.clamp_min(0)) + self.word_place.weight
         out: Tensor = self.text_tower(words, text == PAD)
         return out
@@ -88,22 +88,22 @@ def contrastive_loss(
 ) -> dict[str, Tensor]:
     """Symmetric cross-entropy of each pair against the pairs of all ranks with other captions.
 
-    A picture of the same caption is no wrong answer: counted as one, it would teach that a caption
-    does not fit its pictures. `captions` are keys of the captions, (b,) int64. `gather` collects a
-    rank's (b, ...) of every rank, with gradients; this rank's rows begin at `offset`.
+    Pairs with an equal caption are masked out: as negatives, they would teach that a caption does
+    not fit its pictures. `captions` are keys of the captions, (b,) int64. `gather` all-gathers
+    (b, ...) with gradients; this rank's rows begin at `offset`.
     """
-    wanted = torch.arange(len(images), device=images.device) + offset
+    targets = torch.arange(len(images), device=images.device) + offset
     same = captions[:, None] == gather(captions)
-    same.scatter_(1, wanted[:, None], False)
+    same.scatter_(1, targets[:, None], False)
     by_image = (scale * images @ gather(texts).T).masked_fill(same, -torch.inf)
     by_text = (scale * texts @ gather(images).T).masked_fill(same, -torch.inf)
-    loss = (F.cross_entropy(by_image, wanted) + F.cross_entropy(by_text, wanted)) / 2
-    right = (by_image.argmax(1) == wanted).float().mean()
+    loss = (F.cross_entropy(by_image, targets) + F.cross_entropy(by_text, targets)) / 2
+    right = (by_image.argmax(1) == targets).float().mean()
     return {"loss": loss, "accuracy": right}
 
 
 def caption_keys(text: Tensor) -> Tensor:
-    """A number for each caption, equal for equal ones: (B, T) ids -> (B,) int64."""
+    """Hash of each caption: (B, T) ids -> (B,) int64."""
     keys = torch.zeros(len(text), dtype=torch.int64, device=text.device)
     for column in text.unbind(1):
         keys = (keys + column + 2) * KEY_FACTOR  # modulo 2^64

@@ -1,9 +1,9 @@
-"""The dVAE's encoder laid out to turn many pictures into codes: channels last, 16 bits, no graph.
+"""The dVAE's encoder for inference on many pictures: channels last, bf16, no autograd graph.
 
-In bf16, residual branches are in 16 bits, while the identity path and the first convolution, which
-reads the pixels, stay in fp32 (the paper, appendix D, does so in the transformer): bf16 has fewer
-steps than a pixel. The last convolution, which decides between codes, runs in 16 bits to find
-each position's best candidates; these alone are compared again in fp32.
+In bf16, residual branches run in 16 bits. The identity path and the first convolution stay in fp32
+(like the transformer in the paper, appendix D), because bf16 resolves fewer levels than a pixel
+has. The last convolution runs in 16 bits to find each position's best candidates; their logits are
+then recomputed in fp32.
 """
 
 import copy
@@ -17,7 +17,7 @@ from models.logit_laplace import squeeze_pixels
 
 Precision = Literal["fp32", "bf16"]
 CANDIDATES = 8
-"""Codes of a position that are compared again; bf16 logits are off by less than their spread."""
+"""Codes per position that are recomputed; the error of bf16 logits is below their spread."""
 
 
 class CodeReader:
@@ -43,7 +43,7 @@ class CodeReader:
 
     @property
     def device(self) -> torch.device:
-        """Where the pictures must be."""
+        """Device that the pictures must be on."""
         return self._weight.device
 
     @torch.no_grad()
@@ -66,14 +66,14 @@ class CodeReader:
         return chosen.view(len(image), -1)
 
     def _states(self, x: Tensor) -> Tensor:
-        """What the last convolution reads; writes over what is not needed again."""
+        """Inputs of the last convolution; reuses buffers in place."""
         for layer in self._body:
             x = _residual(x, layer) if isinstance(layer, ResidualBlock) else layer(x)
         return x
 
 
 def _residual(x: Tensor, block: ResidualBlock) -> Tensor:
-    """The block, whose gain is in its last convolution."""
+    """The block, whose gain is folded into its last convolution."""
     *inner, last = block.convs
     h = x.to(next(block.convs.parameters()).dtype, copy=True).relu_()
     for conv in inner:

@@ -25,10 +25,10 @@ class DVAEConfig:
     code_width: int = 32
     """Channels of a code's vector, the decoder's first layer."""
     min_log_scale: float = -1.5
-    """Floor of the likelihood's log scale; flat backgrounds would drive it to -inf and drown all
-    else (the paper's photos need none: -20)."""
+    """Floor of the likelihood's log scale; flat backgrounds would drive it to -inf and dominate the
+    loss (the paper's photos need none: -20)."""
     init: Literal["calibrated", "paper"] = "calibrated"
-    """First weights. calibrated: a decoder that hears the codes whatever their number, and output
+    """Initial weights. calibrated: decoder inputs that do not shrink with the codebook, and output
     layers fitted to a first batch. paper: every convolution from N(0, 1 / fan-in)."""
     epsilon: float = 0.1
     """Pixels are mapped into (epsilon, 1 - epsilon) before the logit-Laplace likelihood."""
@@ -40,7 +40,7 @@ class DVAEConfig:
 
     @property
     def tokens(self) -> int:
-        """Image tokens a picture."""
+        """Image tokens per picture."""
         return self.grid**2
 
     def problems(self) -> list[str]:
@@ -49,19 +49,19 @@ class DVAEConfig:
             return [
                 "model.pixels, width, groups, blocks, bottleneck and code_width must be at least 1"
             ]
-        found = []
+        problems = []
         step = 1 << (self.groups - 1)
         if self.pixels % step or self.pixels < step:
             nearest = max(step, round(self.pixels / step) * step)
-            found.append(
+            problems.append(
                 f"model.pixels={self.pixels} is no multiple of {step}, which {self.groups} "
                 f"groups need; try {nearest}"
             )
         if not 2 <= self.codebook <= 65536:
-            found.append(f"model.codebook={self.codebook} must be 2 to 65536 (uint16 tokens)")
+            problems.append(f"model.codebook={self.codebook} must be 2 to 65536 (uint16 tokens)")
         if not 0 < self.epsilon < 0.5:
-            found.append(f"model.epsilon={self.epsilon} must lie in (0, 0.5); the paper has 0.1")
-        return found
+            problems.append(f"model.epsilon={self.epsilon} must lie in (0, 0.5); the paper has 0.1")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class PriorConfig:
     text_length: int = 24
     """Positions for text; shorter captions are padded with learned per-position embeddings."""
     text_weight: float = 0.125
-    """Share of the text loss; the image loss has the rest (the paper: 1/8 and 7/8)."""
+    """Weight of the text loss; the image loss has the rest (the paper: 1/8 and 7/8)."""
     conv_kernel: int = 11
     """Side of the convolutional mask's window, odd (the paper: 11)."""
     text_vocabulary: int = 0
@@ -99,20 +99,20 @@ class PriorConfig:
     def problems(self) -> list[str]:
         if min(self.dim, self.heads, self.layers, self.text_length, self.conv_kernel) < 1:
             return ["model.dim, heads, layers, text_length and conv_kernel must be at least 1"]
-        found = []
+        problems = []
         if self.dim % self.heads:
             divisors = [h for h in range(1, 129) if self.dim % h == 0]
             nearest = min(divisors, key=lambda h: abs(h - self.heads))
-            found.append(
+            problems.append(
                 f"model.heads={self.heads} does not divide model.dim={self.dim}; try {nearest}"
             )
         if self.conv_kernel % 2 == 0:
-            found.append(
+            problems.append(
                 f"model.conv_kernel={self.conv_kernel} must be odd; try {self.conv_kernel + 1}"
             )
         if not 0 <= self.text_weight <= 1:
-            found.append(f"model.text_weight={self.text_weight} must lie in [0, 1]")
-        return found
+            problems.append(f"model.text_weight={self.text_weight} must lie in [0, 1]")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,9 +137,9 @@ class ClipConfig:
     def problems(self) -> list[str]:
         if min(self.pixels, self.patch, self.dim, self.heads, self.layers, self.text_length) < 1:
             return ["model.pixels, patch, dim, heads, layers and text_length must be at least 1"]
-        found = []
+        problems = []
         if self.pixels % self.patch:
-            found.append(f"model.patch={self.patch} does not divide model.pixels={self.pixels}")
+            problems.append(f"model.patch={self.patch} does not divide model.pixels={self.pixels}")
         if self.dim % self.heads:
-            found.append(f"model.heads={self.heads} does not divide model.dim={self.dim}")
-        return found
+            problems.append(f"model.heads={self.heads} does not divide model.dim={self.dim}")
+        return problems

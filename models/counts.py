@@ -1,4 +1,4 @@
-"""Parameters and floating-point operations of a prior, counted by its sizes and real masks."""
+"""Parameter and FLOP counts of a prior, from its sizes and real masks."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,14 +10,14 @@ from models.masks import Kind, image_mask, layer_kind
 
 @dataclass(frozen=True, kw_only=True)
 class PriorParameters:
-    """How many values a prior learns, by kind."""
+    """Parameter counts of a prior, by kind."""
 
     matrices: int
-    """Of attention and MLP: 12 dim^2 a layer, what the paper's sizes are named by."""
+    """Attention and MLP: 12 dim^2 per layer; the paper names its sizes by this count."""
     embeddings: int
-    """Text and image tokens, the padding and the places of text, rows and columns, two starts."""
+    """Text and image tokens, text padding, text positions, rows and columns, start tokens."""
     unembeddings: int
-    """Two matrices of their own, one for each vocabulary."""
+    """Two untied matrices, one per vocabulary."""
     gains_and_biases: int
 
     @property
@@ -27,7 +27,7 @@ class PriorParameters:
 
 
 def prior_parameters(config: PriorConfig) -> PriorParameters:
-    """Count the parameters of a prior; padding of heads or vocabularies over ranks left out."""
+    """Count the parameters of a prior, without tensor-parallel padding."""
     dim, layers = config.dim, config.layers
     vocabularies = config.text_vocabulary + config.image_vocabulary
     places = 2 * config.text_length + 2 * config.grid
@@ -56,8 +56,8 @@ def _pairs(kind: Kind, grid: int, conv_kernel: int) -> int:
 def prior_flops(config: PriorConfig) -> int:
     """Floating-point operations of the matmuls of one sample, forward and backward.
 
-    Attention counts the allowed pairs only, the head text positions over the text vocabulary and
-    image positions over the codes. Backward counts twice; recomputed activations are not counted.
+    Attention counts only unmasked pairs; the head counts text positions over the text vocabulary,
+    image positions over the codes. Backward counts twice; recomputation does not count.
     """
     matrices = 2 * 12 * config.dim**2 * config.layers * config.length
     attention = 4 * config.dim * attended_pairs(config)
@@ -67,5 +67,5 @@ def prior_flops(config: PriorConfig) -> int:
 
 
 def step_flops(config: Any, batch: int) -> float:
-    """FLOPs of a step over all ranks; 0 for models whose FLOPs are not counted by their sizes."""
+    """FLOPs of a step over all ranks; 0 for models other than the prior."""
     return batch * prior_flops(config) if isinstance(config, PriorConfig) else 0.0

@@ -24,7 +24,7 @@ from models.logit_laplace import (
 
 CHANNELS = 3
 FIRST_DECODER_SCALE = 0.3
-"""What `calibrate` leaves of the decoder's initial output weights."""
+"""Factor by which `calibrate` shrinks the decoder's initial output weights."""
 _conv = partial(nn.Conv2d, padding="same")
 
 
@@ -33,9 +33,9 @@ class DVAETerms:
     """The two terms of the bound, as means."""
 
     log_likelihood: Tensor
-    """Nats a pixel value."""
+    """Nats per pixel value."""
     kl: Tensor
-    """Nats a token position."""
+    """Nats per token position."""
 
 
 class ResidualBlock(nn.Module):
@@ -65,7 +65,7 @@ class ResidualBlock(nn.Module):
 class DVAE(nn.Module):
     """Encoder, codebook and decoder.
 
-    Under autocast the convolutions run in 16 bits, but those beside the codes in fp32.
+    Under autocast, convolutions run in 16 bits, except the two next to the codes (fp32).
     Shapes: pictures are (B, 3, pixels, pixels) float32 in [0, 1]; codes are (B, grid, grid).
     """
 
@@ -106,18 +106,18 @@ class DVAE(nn.Module):
     def calibrate(self, image: Tensor) -> None:
         """Fit the two output layers' scales to a first batch, so that training starts balanced.
 
-        Code logits get mean 0 and deviation 1 over the batch; the decoder starts at each
-        channel's median and mean deviation. Without it a flat background decides which code wins
-        everywhere, and the codebook collapses (docs/LOG.md).
+        Code logits get mean 0 and standard deviation 1 over the batch; the decoder starts at each
+        channel's median and mean absolute deviation. Without this a flat background selects one
+        code everywhere, and the codebook collapses (docs/LOG.md).
         Shapes: (B, 3, S, S) in [0, 1].
         """
         logits, (weight, bias) = self.logits(image), _last(self.encoder)
         scale = 1 / logits.std((0, 2, 3)).clamp_min(1e-6)
         bias.sub_(logits.mean((0, 2, 3))).mul_(scale)
         weight.mul_(scale[:, None, None, None])
-        wanted = torch.logit(squeeze_pixels(image, self.config.epsilon)).transpose(0, 1).flatten(1)
-        median = wanted.median(1).values
-        spread = (wanted - median[:, None]).abs().mean(1).clamp_min(1e-3)
+        pixels = torch.logit(squeeze_pixels(image, self.config.epsilon)).transpose(0, 1).flatten(1)
+        median = pixels.median(1).values
+        spread = (pixels - median[:, None]).abs().mean(1).clamp_min(1e-3)
         weight, bias = _last(self.decoder)
         weight.mul_(FIRST_DECODER_SCALE)
         bias.copy_(torch.cat([median, spread.log()]))
@@ -125,7 +125,7 @@ class DVAE(nn.Module):
     def forward(self, image: Tensor, tau: Tensor, keys: Tensor) -> tuple[DVAETerms, Tensor]:
         """The bound's terms and the code logits, for one relaxed draw.
 
-        Shapes: `keys` is (B,) int64, a key of each picture's noise.
+        Shapes: `keys` is (B,) int64, one noise key per picture.
         """
         logits = self.logits(image)
         noise = gumbel_noise(keys, tuple(logits.shape[1:]))

@@ -1,8 +1,8 @@
 """The masks for FlexAttention on GPUs, with column layers in transposed order.
 
 In raster order a column mask touches nearly every block of 128 keys; with the image transposed,
-each column is one stretch, and most blocks are empty. Has not run on a GPU yet; what is proven on a
-CPU is that the masks are the dense ones, and that Inductor compiles each of them.
+each column is contiguous, and most blocks are empty. Has not run on a GPU yet; CPU tests check that
+the masks equal the dense ones, and that Inductor compiles each of them.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ BLOCK = 128
 
 
 def mask_mod(kind: Kind, text: int, grid: int, conv_kernel: int) -> MaskMod:
-    """FlexAttention's form of `masks.full_mask`; of a column mask, over the transposed image."""
+    """`masks.full_mask` as a FlexAttention mask_mod; column masks use the transposed image."""
     half = min(conv_kernel // 2, grid // 2)
 
     def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def mask_mod(kind: Kind, text: int, grid: int, conv_kernel: int) -> MaskMod:
             near = offset <= grid
         elif kind == "column":
             near = (query - text) // grid == (key - text) // grid
-        else:  # rows above, and columns to both sides, with wrap
+        else:  # rows above, and columns to both sides, with wrap-around
             rows = (offset + half) // grid
             columns = offset - rows * grid
             near = (rows <= half) & (columns <= half)
@@ -42,7 +42,7 @@ def mask_mod(kind: Kind, text: int, grid: int, conv_kernel: int) -> MaskMod:
 
 @lru_cache(maxsize=16)
 def block_mask(kind: Kind, text: int, grid: int, conv_kernel: int, device: str) -> BlockMask:
-    """Which blocks of 128 x 128 pairs hold any that a mask allows."""
+    """The 128 x 128 blocks that contain unmasked pairs."""
     length = text + grid * grid
     allowed = mask_mod(kind, text, grid, conv_kernel)
     return create_block_mask(allowed, None, None, length, length, device=device, BLOCK_SIZE=BLOCK)

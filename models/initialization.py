@@ -24,10 +24,9 @@ def generator(*parts: KeyPart) -> torch.Generator:
 def init_normal(module: nn.Module, seed: int, std: dict[str, float], prefix: str = "") -> None:
     """Draw every matrix of a module from N(0, std^2), keyed by `prefix` + the parameter's name.
 
-    `std` maps a name's ending to its standard deviation, the first match counts. Biases become
-    zero and gains one: torch would draw some of them from its global state. A rank that holds
-    some rows of a matrix draws these alone, with the values that one rank would draw. On the meta
-    device there is nothing to draw.
+    `std` maps a name's suffix to its standard deviation; the first match counts. Biases become
+    zero and gains one: torch would draw some of them from its global state. A rank draws only its
+    rows of a sharded matrix, with the same values as on one rank. Meta parameters are skipped.
     Raises: KeyError if a matrix has no entry.
     """
     for name, parameter in module.named_parameters():
@@ -48,7 +47,7 @@ def draw_normal(
 ) -> None:
     """Fill `out` with what `init_normal` puts at elements start.. of a flat parameter.
 
-    Shapes: (n,); what lies behind the placement's real elements is zero.
+    Shapes: (n,); elements after the placement's real ones are zero.
     Raises: KeyError if a parameter is neither bias nor gain and has no entry in `std`.
     """
     if len(part.shape) > 1:
@@ -72,7 +71,7 @@ def _runs(
     """Standard normal values of elements [start, start + count) of a placement, run by run.
 
     They are drawn in blocks of rows whose keys hold the row number of the global matrix.
-    Yields (elements before the run, the run), in memory that the next run takes again.
+    Yields (offset of the run, its values); the buffer is reused by the next run.
     """
     width = prod(part.shape[1:])
     begin = part.first_element + start
@@ -89,13 +88,13 @@ def _runs(
 def init_fan_in(module: nn.Module, seed: int, one_hot: str = "") -> None:
     """Draw convolutions from N(0, 1 / fan-in) and set biases to zero, keyed by name.
 
-    The layer named `one_hot` sees one input at a time, so its fan-in is one: scaled by the size
-    of a codebook, the codes would be too faint for the decoder to hear (docs/LOG.md).
+    The layer named `one_hot` has one non-zero input, so its fan-in is one: divided by the codebook
+    size, the decoder would ignore the codes (docs/LOG.md).
     Source: openai/DALL-E, its Conv2d.
     """
     for name, parameter in module.named_parameters():
         if parameter.is_meta:
-            continue  # laid out only
+            continue  # shapes only
         if parameter.dim() > 1:
             fan_in = 1 if name == f"{one_hot}.weight" else parameter[0].numel()
             draws = generator(seed, name, "init")

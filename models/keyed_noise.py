@@ -1,4 +1,4 @@
-"""Keyed noise by its one definition: numpy.random.Philox's bits, and Gumbel noise made of them.
+"""Keyed noise: the bits of numpy.random.Philox, and Gumbel noise computed from them.
 
 A draw is a function of (key, position, place in the sample) and of nothing else: not of the
 device, the batch, the rank, or how many draws came before. Philox4x64-10 turns a counter and a key
@@ -25,7 +25,7 @@ def gumbel_noise(keys: Tensor, shape: tuple[int, ...], position: int = 0) -> Ten
     """Standard Gumbel noise for some samples, drawn on their keys' device.
 
     -log(-log(u)) with u = (bits + 1/2) / 2^32, in float64 and rounded at the end, so that devices
-    agree but for the last bit of a rare value.
+    agree except for the last bit of rare values.
     Shapes: (B,) int64, not negative -> (B, *shape) float32.
     """
     bits = draw_bits(keys, prod(shape), position)
@@ -45,18 +45,18 @@ def draw_bits(keys: Tensor, count: int, position: int = 0) -> Tensor:
 
 def _by_numpy(keys: Tensor, count: int, position: int) -> Tensor:
     words = -(-count // 2)
-    found = np.empty((len(keys), words), "<u8")
+    draws = np.empty((len(keys), words), "<u8")
     philox = np.random.Philox(key=0, counter=[0, position, 0, 0])
-    state = philox.state  # to set it is ten times faster than to make another generator
-    for row, key in zip(found, keys.tolist(), strict=True):
+    state = philox.state  # setting it is ten times faster than creating a generator
+    for row, key in zip(draws, keys.tolist(), strict=True):
         state["state"]["key"][0] = key
         philox.state = state
         row[:] = philox.random_raw(words)
-    return torch.from_numpy(found.view("<u4")[:, :count].astype(np.int64))
+    return torch.from_numpy(draws.view("<u4")[:, :count].astype(np.int64))
 
 
 def philox_bits(keys: Tensor, blocks: int, position: int) -> Tensor:
-    """The same draws by torch's integers, on any device: (B,) -> (B, 8 * blocks)."""
+    """The same draws in torch integers, on any device: (B,) -> (B, 8 * blocks)."""
     first = torch.arange(1, blocks + 1, device=keys.device)
     zero = torch.zeros_like(first)
     counter = [first, torch.full_like(first, position), zero, zero]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 Kind = Literal["row", "column", "conv"]
 _HERE = "cpu"
-"""Masks are built on the CPU even where a model is laid out on the meta device."""
+"""Masks are built on the CPU even if the model is on the meta device."""
 
 
 def layer_kind(layer: int, layers: int) -> Kind:

@@ -1,8 +1,8 @@
 """The autoregressive transformer over text and image tokens, as layers that a pipeline can cut.
 
-The stream has text_length + grid^2 inputs: start-of-text, the text but its last token, then
-start-of-image and the image but its last token... position i predicts token i. Padding has a
-learned embedding for each text position and is attended to, but is no target of the text loss.
+The stream has text_length + grid^2 inputs: start-of-text, the text without its last token,
+start-of-image, the image without its last token. Position i predicts token i. Padding has a learned
+embedding per text position and is attended to, but is not a target of the text loss.
 """
 
 from collections.abc import Callable
@@ -24,10 +24,10 @@ from parallel.tensor.layers import ColumnLinear, RowLinear, VocabularyEmbedding,
 from parallel.tensor.ops import TensorParallel
 
 PAD = -1
-"""Marks text positions behind the caption."""
+"""Marks text positions after the caption."""
 
 BRANCHES = ("attention", "mlp")
-"""Resblocks of a layer, each with a gradient scale of its own."""
+"""Resblocks of a layer, each with its own gradient scale."""
 
 
 class PriorEmbedding(nn.Module):
@@ -76,10 +76,10 @@ class PriorEmbedding(nn.Module):
 
 
 class PriorBlock(Recomputed):
-    """An attention resblock and an MLP resblock, normalised on the way in.
+    """A pre-norm attention resblock and a pre-norm MLP resblock.
 
-    Keys have no bias: it would shift all logits of a query alike, which softmax does not see, and
-    AdamW would turn the rounding of its zero gradient into full steps.
+    Keys have no bias: it would shift all logits of a query equally, which softmax cancels, and
+    AdamW would turn the rounding noise of its zero gradient into full steps.
     """
 
     def __init__(self, config: PriorConfig, layer: int, tensor: TensorParallel) -> None:
@@ -113,7 +113,7 @@ class PriorBlock(Recomputed):
         return x + self.mlp_branch.leave(self._mlp(self.mlp_branch.enter(x)))
 
     def branches(self) -> dict[str, tuple[Branch, list[nn.Parameter]]]:
-        """The two resblocks' marks and parameters, for gradient scales."""
+        """The two resblocks' branches and parameters, for gradient scales."""
         attention = (self.attention_norm, self.q, self.k, self.v, self.out)
         mlp = (self.mlp_norm, self.up, self.down)
         return {
@@ -168,7 +168,7 @@ class PriorHead(nn.Module):
     def forward(self, x: Tensor) -> PriorLogits:
         """Logits in fp32, whatever the precision of the blocks (the paper, appendix D).
 
-        Under bf16 the matmuls of the way back are in bf16: docs/decisions/007.
+        Under bf16 the matmuls of the backward pass are in bf16: docs/decisions/007.
         """
         device = x.device.type
         half = torch.is_autocast_enabled(device)
@@ -183,11 +183,11 @@ class PriorHead(nn.Module):
 def prior_layers(
     config: PriorConfig, seed: int, tensor: TensorParallel | None = None
 ) -> list[Layer]:
-    """The named layers of a prior, initialised by key and parameter name when they are built.
+    """The named layers of a prior; initial weights are keyed by seed and parameter name.
 
-    Matrices start with a deviation of dim^-1/2 (0.016 at the paper's width), what enters the
-    residual stream with that over the root of the resblocks. A fixed 0.02 makes narrow models
-    learn slowly: docs/LOG.md. A layer's cost is its multiplications a position.
+    Matrices start with standard deviation dim^-1/2 (0.016 at the paper's width), output projections
+    of resblocks with that / sqrt(number of resblocks). A fixed 0.02 makes narrow models learn
+    slowly: docs/LOG.md. A layer's cost is its multiplications per position.
     """
     group = tensor or TensorParallel()
     std = config.dim**-0.5
@@ -223,7 +223,7 @@ def build_prior(config: PriorConfig, seed: int = 0) -> nn.ModuleDict:
 
 
 def prior_program(config: PriorConfig, seed: int, tensor: TensorParallel | None = None) -> Program:
-    """What is trained: the layers, their loss, and the matrices that PowerSGD may compress."""
+    """The program to train: layers, loss, and the matrices that PowerSGD may compress."""
     return Program(
         layers=prior_layers(config, seed, tensor),
         loss=partial(prior_loss, text_weight=config.text_weight),
@@ -237,7 +237,7 @@ COMPRESSED = tuple(f"{name}.weight" for name in ("q", "k", "v", "out", "up", "do
 
 
 LOSSES = ("loss", "text_loss", "image_loss")
-"""What `prior_loss` gives, in its order."""
+"""Keys of `prior_loss`, in order."""
 
 
 def prior_loss(
@@ -246,8 +246,8 @@ def prior_loss(
     """The weighted loss: text_weight * text + (1 - text_weight) * image cross-entropy.
 
     The text loss of a sample is the mean over its own tokens, so that a batch's loss is the mean
-    over its samples, however they are spread over ranks.
-    Units: nats a token.
+    over its samples, independent of their distribution over ranks.
+    Units: nats per token.
     """
     text, tensor = batch["text"], logits.tensor
     real = (text != PAD).float()

@@ -11,12 +11,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class _CappedAdamW(torch.optim.Optimizer):
-    """What AdamW and AdamW16 share: their options, and what they keep of a parameter."""
+    """Options and per-parameter state that AdamW and AdamW16 share."""
 
     moments: torch.dtype | None = None
-    """Type of the moments; None: the parameter's."""
+    """Type of the moments; None = the parameter's."""
     step_on_host = False
-    """Where the step count is: the fused kernel reads it on the device, AdamW16 on the host."""
+    """True if the step count is on the host (AdamW16); the fused kernel reads it on the device."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class _CappedAdamW(torch.optim.Optimizer):
     def first_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """A step count of zero and zero moments, with the strides of their parameter.
 
-        The fused kernel goes through memory, not through indices.
+        The fused kernel walks memory, not indices.
         """
         device = torch.device("cpu") if self.step_on_host else parameter.device
         state = {"step": torch.zeros((), device=device)}
@@ -45,7 +45,7 @@ class _CappedAdamW(torch.optim.Optimizer):
         return state
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
-        """What is kept of a parameter, from its first step on."""
+        """The optimiser state of a parameter, created at its first step."""
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
             state.update(self.first_state(parameter))
@@ -55,9 +55,9 @@ class _CappedAdamW(torch.optim.Optimizer):
 class AdamW(_CappedAdamW, torch.optim.AdamW):
     """torch's fused AdamW, whose running variance is clipped by value before it is used.
 
-    The clip costs a look at the largest gradient and variance, and more only if the cap could be
-    passed. A parameter's update does not depend on what lies beside it, so that its copies on
-    several ranks stay equal.
+    Each step checks the largest gradient and variance, and does more only if the cap could be
+    exceeded. A parameter's update does not depend on its neighbours in memory, so that its copies
+    on several ranks stay equal.
     Source: arXiv 2102.12092, section 3.5: the variance of the 12B prior is clipped to 5.
     """
 
@@ -66,16 +66,16 @@ class AdamW(_CappedAdamW, torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient; there is no closure."""
-        capped = self._make_room() if self._most < math.inf else []
+        """Update every parameter that has a gradient; `closure` is ignored."""
+        capped = self._lower_variances() if self._most < math.inf else []
         super().step()
         if capped:
             torch._foreach_clamp_max_(capped, self._most)
 
-    def _make_room(self) -> list[Tensor]:
-        """Lower those running variances that this step would lift above the cap.
+    def _lower_variances(self) -> list[Tensor]:
+        """Lower each running variance so that this step does not lift it above the cap.
 
-        Returns the variances if any of them could be, to be cut at the cap behind the step.
+        Returns all variances if any could exceed the cap, to be clamped after the step.
         """
         parameters = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
         if not parameters:
@@ -112,7 +112,7 @@ class AdamW16(_CappedAdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient; there is no closure."""
+        """Update every parameter that has a gradient; `closure` is ignored."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters:

@@ -5,7 +5,7 @@ from typing import Protocol, TypeVar
 
 
 class Costed(Protocol):
-    """What is cut: a layer, or what stands for one."""
+    """Something with a cost, e.g. a layer."""
 
     @property
     def cost(self) -> int: ...
@@ -21,9 +21,9 @@ def stage_layers(layers: Sequence[C], stage: int, stages: int) -> Sequence[C]:
 
 
 def balanced_starts(costs: Sequence[int], stages: int) -> list[int]:
-    """Where each stage begins, and the end: the dearest stage is as cheap as it can be.
+    """First layer of each stage, then the end; minimises the cost of the most expensive stage.
 
-    No stage is empty. Among equal cuts the earlier stages are the longer ones: they start first.
+    No stage is empty. Among equal cuts the earlier stages get more layers: they start first.
     Raises: ValueError for more stages than layers.
     """
     if not 1 <= stages <= len(costs):

@@ -6,12 +6,12 @@ from typing import Literal
 
 EngineName = Literal["reference", "deepspeed_zero", "deepspeed_pipe"]
 LEAST_GAIN = 1.25
-"""So many times faster what `auto` takes must be: 16 bits cost accuracy."""
+"""Least speed-up for which `auto` chooses the less exact mode: 16 bits cost accuracy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSizes:
-    """What a mesh must divide."""
+    """Sizes of a model that limit its mesh."""
 
     heads: int = 1
     """Attention heads; padded where the tensor degree does not divide them."""
@@ -28,12 +28,12 @@ class MeshConfig:
     data: int = 1
     """Replicas that each read their own part of the global batch."""
     tensor: int = 1
-    """Ranks that share each matmul; heads are padded where it does not divide them."""
+    """Ranks that share each matmul; heads are padded if it does not divide them."""
     pipeline: int = 1
     """Stages that the layers are cut into."""
     nodes: int = 1
-    """Nodes that the replicas are on; above 1, ZeRO-3 shards inside a node, and gradients are
-    reduced (and compressed) between nodes."""
+    """Nodes of the replicas; above 1, ZeRO-3 shards inside a node, and gradients are reduced (and
+    compressed) between nodes."""
 
     @property
     def world(self) -> int:
@@ -49,32 +49,32 @@ class MeshConfig:
         world: int | None = None,
         sizes: ModelSizes = ModelSizes(),
     ) -> list[str]:
-        """What is impossible about this mesh; `world` is the number of ranks that were given."""
-        found = []
+        """Check the mesh against the model and against `world`, the number of started ranks."""
+        problems = []
         if min(self.data, self.tensor, self.pipeline, self.nodes) < 1:
             return ["mesh.data, tensor, pipeline and nodes must be at least 1"]
         if not sizes.cuttable and self.tensor * self.pipeline > 1:
-            found.append(
+            problems.append(
                 "mesh.tensor and mesh.pipeline must be 1: this stage's model is trained by data "
                 f"parallelism alone; try --mesh.data {self.world}"
             )
         elif self.tensor > max(sizes.heads, 1):
-            found.append(
+            problems.append(
                 f"mesh.tensor={self.tensor} is more than {sizes.heads} heads; try {sizes.heads}"
             )
         if sizes.cuttable and self.pipeline > max(sizes.layers, 1):
-            found.append(
+            problems.append(
                 f"mesh.pipeline={self.pipeline} is more than {sizes.layers} layers; "
                 f"try {sizes.layers}"
             )
         if self.data % self.nodes:
             divisors = [d for d in range(1, self.data + 1) if self.data % d == 0]
             near = min(divisors, key=lambda d: abs(d - self.nodes))
-            found.append(
+            problems.append(
                 f"mesh.nodes={self.nodes} does not divide mesh.data={self.data}; try {near}"
             )
         elif self.nodes > 1 and self.local < 2:
-            found.append(
+            problems.append(
                 f"mesh.nodes={self.nodes} leaves one replica a machine, and nothing to shard "
                 f"ZeRO-3 over; try --mesh.data {2 * self.nodes}, or --mesh.nodes 1"
             )
@@ -85,11 +85,11 @@ class MeshConfig:
                 if world % block == 0
                 else f"start a multiple of {block} ranks"
             )
-            found.append(
+            problems.append(
                 f"the mesh data={self.data} x tensor={self.tensor} x pipeline={self.pipeline} "
                 f"needs {self.world} ranks, but {world} were started; {hint}"
             )
-        return found
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +99,12 @@ class OptimConfig:
     lr: float = 1e-3
     """Peak learning rate."""
     final_lr: float = 0.0
-    """Learning rate at the end of the cosine that leads down to it."""
+    """Learning rate at the end of the cosine decay."""
     decay_fraction: float = 1.0
-    """Share of the run in which that cosine falls; behind it final_lr is held."""
+    """Share of the run in which the cosine decays; after it final_lr is held."""
     halvings: int = 0
-    """Times that the learning rate is halved at a plateau of the validation loss, instead of the
-    cosine; 0 = the cosine (the paper's prior: 5)."""
+    """Halvings of the learning rate at plateaus of the validation loss, instead of the cosine;
+    0 = the cosine (the paper's prior: 5)."""
     patience: int = 5
     """Validations without a new best loss that make a plateau."""
     plateau_threshold: float = 0.001
@@ -122,44 +122,44 @@ class OptimConfig:
     clip_norm: float = 4.0
     """Global gradient norm above which gradients are scaled down."""
     moments: Literal["fp32", "bf16"] = "fp32"
-    """How AdamW's moments are stored; bf16 takes half of the memory."""
+    """Type of AdamW's stored moments; bf16 takes half of the memory."""
     max_variance: float = 0.0
     """Cap of AdamW's running variance, before it is used; 0 = none (the paper's prior: 5)."""
     ema: float = 0.0
-    """Decay of a moving average of the weights, which is what is exported; 0 = none (the paper's
-    prior: 0.99)."""
+    """Decay of a moving average of the weights, which is exported; 0 = none (the paper's prior:
+    0.99)."""
     ema_every: int = 25
     """Steps between two updates of that average."""
 
     def problems(self) -> list[str]:
-        found = []
+        problems = []
         if not (0 < self.lr < math.inf and self.clip_norm > 0 and 0 < self.eps < math.inf):
-            found.append("optim.lr, optim.eps and optim.clip_norm must be positive numbers")
+            problems.append("optim.lr, optim.eps and optim.clip_norm must be positive numbers")
         if not (0 <= self.final_lr < math.inf and 0 <= self.weight_decay < math.inf):
-            found.append("optim.final_lr and optim.weight_decay must not be negative")
+            problems.append("optim.final_lr and optim.weight_decay must not be negative")
         if self.warmup < 0:
-            found.append("optim.warmup must not be negative")
+            problems.append("optim.warmup must not be negative")
         if not 0 < self.decay_fraction <= 1:
-            found.append(
+            problems.append(
                 f"optim.decay_fraction={self.decay_fraction} must be above 0 and at most 1"
             )
         if self.halvings < 0 or self.patience < 1 or not 0 <= self.plateau_threshold < 1:
-            found.append(
+            problems.append(
                 "optim.halvings must not be negative, optim.patience at least 1 and "
                 "optim.plateau_threshold in [0, 1)"
             )
         if not 0 <= self.max_variance < math.inf:
-            found.append("optim.max_variance must not be negative; 0 = none")
+            problems.append("optim.max_variance must not be negative; 0 = none")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            found.append("optim.beta1 and optim.beta2 must lie in [0, 1)")
+            problems.append("optim.beta1 and optim.beta2 must lie in [0, 1)")
         if not 0 <= self.ema < 1 or self.ema_every < 1:
-            found.append("optim.ema must lie in [0, 1), and optim.ema_every be at least 1")
+            problems.append("optim.ema must lie in [0, 1), and optim.ema_every be at least 1")
         if self.moments == "bf16" and max(self.beta1, self.beta2) > 0.98:
-            found.append(
+            problems.append(
                 "optim.moments=bf16 cannot follow moments with a beta above 0.98; lower beta2 (the "
                 "paper: 0.96), or use --optim.moments fp32"
             )
-        return found
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,11 +168,11 @@ class CompressConfig:
 
     rank: int | Literal["auto"] = 0
     """Total rank of a compressed matrix, over its shards; 0 = off (the paper: 0.226 * dim); auto =
-    the paper's, if a measurement at start-up finds that it gains time on this link."""
+    the paper's, if a measurement at start-up shows that it saves time on this link."""
     warm_start: bool = False
     """Start each step from the last Q instead of the fixed one (the paper: fixed)."""
     error_feedback: bool = True
-    """Add what earlier steps did not carry to the next gradient."""
+    """Add the compression error of earlier steps to the next gradient."""
 
     @property
     def on(self) -> bool:
@@ -195,67 +195,67 @@ class EngineConfig:
     zero_stage: int = 1
     """What deepspeed_zero shards over replicas: 1 = optimiser, 2 = gradients too, 3 = weights."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches a step, on each replica; with a pipeline, those that its stages work on."""
+    """Micro-batches per step on each replica; a pipeline's stages work on them concurrently."""
     recompute: bool = False
     """Recompute each resblock's activations in the backward pass instead of keeping them."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
-    """auto: the faster one, settled before the first step and then kept by the run: on CPUs of fp32
-    and bf16, by a matmul that all ranks time; on GPUs bf16 where they have it. bf16: matmuls in
-    bf16 with fp32 accumulation. fp16: residual branches in fp16, each with a gradient scale of its
-    own; emulated on CPUs. In both, weights, moments, norms, logits and all-reduces stay fp32."""
+    """auto: chosen before the first step and kept for the run: on CPUs the faster of fp32 and bf16
+    by a matmul that all ranks time; on GPUs bf16 if supported. bf16: matmuls in bf16 with fp32
+    accumulation. fp16: residual branches in fp16, each with its own gradient scale; emulated on
+    CPUs. In both, weights, moments, norms, logits and all-reduces stay fp32."""
     matmul_precision: Literal["auto", "highest", "medium"] = "auto"
     """fp32 matmuls, and on GPUs convolutions: highest = fp32 throughout; medium = TF32 on GPUs;
-    auto = highest on GPUs, and on CPUs medium where it is as accurate and a matmul that all ranks
-    time is faster; settled like `precision`."""
+    auto = highest on GPUs; on CPUs medium if it is as accurate and faster in a matmul that all
+    ranks time; chosen once, like `precision`."""
     deterministic: bool = True
     """On GPUs: algorithms that give the same bits every time, so that a resumed run equals an
     unbroken one; off = maybe faster. CPUs always do."""
 
     def problems(self, batch_per_replica: int, mesh: MeshConfig, compress: bool) -> list[str]:
-        """What this engine cannot do on this mesh, each with the nearest thing that it can."""
-        found = []
+        """What this engine cannot do on this mesh, each with the nearest supported setting."""
+        problems = []
         if self.zero_stage not in (1, 2, 3):
-            found.append(f"engine.zero_stage={self.zero_stage} must be 1, 2 or 3; try 1")
+            problems.append(f"engine.zero_stage={self.zero_stage} must be 1, 2 or 3; try 1")
         steps = self.gradient_accumulation_steps
         if steps < 1 or batch_per_replica % max(steps, 1):
             near = [n for n in range(1, batch_per_replica + 1) if batch_per_replica % n == 0]
             best = min(near, key=lambda n: abs(n - steps), default=1)
-            found.append(
+            problems.append(
                 f"engine.gradient_accumulation_steps={steps} does not divide the "
                 f"{batch_per_replica} samples of a replica; try {best}"
             )
         if self.name == "reference" and mesh.tensor * mesh.pipeline > 1:
-            found.append(
+            problems.append(
                 "engine.name=reference has no tensor or pipeline ranks; use --engine.name "
                 + ("deepspeed_pipe" if mesh.pipeline > 1 else "deepspeed_zero")
             )
         if self.name == "deepspeed_zero" and mesh.pipeline > 1:
-            found.append(
+            problems.append(
                 "engine.name=deepspeed_zero has no pipeline; use --engine.name deepspeed_pipe"
             )
         if self.name == "deepspeed_pipe" and self.zero_stage != 1:
-            found.append(
+            problems.append(
                 f"engine.zero_stage={self.zero_stage} does not go with a pipeline: DeepSpeed "
                 "refuses it; use --engine.zero-stage 1"
             )
         if self.name != "reference" and mesh.world < 2:
-            found.append(
+            problems.append(
                 f"engine.name={self.name} needs at least 2 ranks, e.g. mesh.data=2; "
                 "on one process use --engine.name reference"
             )
         layout = self.name == "deepspeed_zero" and self.zero_stage == 3
         if mesh.nodes > 1 and not (layout and mesh.tensor == 1):
-            found.append(
+            problems.append(
                 f"mesh.nodes={mesh.nodes} is the paper's layout: it needs --engine.name "
                 "deepspeed_zero --engine.zero-stage 3 --mesh.tensor 1; otherwise --mesh.nodes 1"
             )
         if compress and layout and mesh.nodes == 1:
-            found.append(
+            problems.append(
                 "compress.rank: ZeRO-3 on one machine keeps no replica whose gradients could be "
                 "compressed; set mesh.nodes, or --engine.zero-stage 1"
             )
         elif compress and mesh.data == 1:
-            found.append(
+            problems.append(
                 "compress.rank: with mesh.data=1 no gradients are sent; set --compress.rank 0"
             )
-        return found
+        return problems

@@ -14,7 +14,7 @@ from core.launch_environment import local_rank, local_ranks
 
 CPU = torch.device("cpu")
 _backends = {"cpu": "gloo", "cuda": "nccl"}
-"""Which backend carries tensors of a type of device."""
+"""Device type -> backend of its process groups."""
 _shared = False
 """True if several ranks may use one GPU."""
 
@@ -30,7 +30,7 @@ def share_devices(kind: str, backend: str) -> None:
 
 
 def backends(device: torch.device) -> str:
-    """The backends of a world's process groups: gloo for what lies on the host, and the device's.
+    """The backends of a world's process groups: gloo for host tensors, and the device's.
 
     Returns a string for `torch.distributed.init_process_group`.
     """
@@ -40,7 +40,7 @@ def backends(device: torch.device) -> str:
 
 
 def rank_device(environment: Mapping[str, str] = os.environ) -> torch.device:
-    """The device of this rank, which becomes torch's current one; the CPU where no GPU is visible.
+    """Choose this rank's device and make it torch's current one; the CPU if no GPU is visible.
 
     Raises: ConfigError if this machine has more ranks than GPUs.
     """
@@ -57,7 +57,7 @@ def rank_device(environment: Mapping[str, str] = os.environ) -> torch.device:
 
 
 def worker_device(number: int = 0) -> torch.device:
-    """The device of a job's worker, or of a process alone, which becomes torch's current one.
+    """Choose the device of a job's worker, or of a single process, and make it torch's current one.
 
     Workers exchange no tensors, so that several may use one GPU.
     """
@@ -70,7 +70,7 @@ def worker_device(number: int = 0) -> torch.device:
 
 
 def refuse_shared_gpus(store: Store, device: torch.device, rank: int) -> None:
-    """Compare the ranks' GPUs where each may have been shown its own.
+    """Check that no two ranks have the same GPU, if the launcher gave each its own.
 
     Raises: ConfigError on the second rank that has the same GPU.
     """
@@ -85,7 +85,7 @@ def refuse_shared_gpus(store: Store, device: torch.device, rank: int) -> None:
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until a device has done what it was given; a CPU has already."""
+    """Synchronise with a device; a no-op on CPUs."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -111,7 +111,7 @@ class CudaStopwatch(Stopwatch):
     """Adds up the time that the current stream spends in a context, by events.
 
     A collective returns to the host as soon as it is queued: only the stream knows how long it
-    waited for other ranks. What has not happened yet counts at a later look.
+    waited for other ranks. Unfinished events are counted by a later call of `seconds`.
     """
 
     def __init__(self) -> None:
@@ -126,7 +126,7 @@ class CudaStopwatch(Stopwatch):
         self._pairs.append((self._first, self._mark()))
 
     def seconds(self) -> float:
-        """Seconds of all that has happened."""
+        """Seconds of all finished events."""
         pending = []
         for first, last in self._pairs:  # those of several streams end in any order
             if last.query():
@@ -144,5 +144,5 @@ class CudaStopwatch(Stopwatch):
 
 
 def stopwatch(device: torch.device) -> Stopwatch:
-    """The clock of what a device does."""
+    """A stopwatch for work on a device."""
     return CudaStopwatch() if device.type == "cuda" else Stopwatch()

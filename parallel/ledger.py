@@ -1,8 +1,8 @@
-"""A book of what this rank communicates: group, operation, calls and bytes.
+"""Counts this rank's communication: group, operation, calls and bytes.
 
-The functions of torch.distributed are wrapped, so that megatron-core's and DeepSpeed's traffic is
-in it as well as ours. Bytes are those of the larger side of an operation (what an all-gather puts
-out, what a reduce-scatter takes in), as this rank sees them, before any algorithm splits them.
+The functions of torch.distributed are wrapped, so that traffic of megatron-core and DeepSpeed is
+counted too. Bytes are those of the larger side of an operation (an all-gather's output, a
+reduce-scatter's input) on this rank, before any algorithm splits them.
 """
 
 import functools
@@ -33,28 +33,28 @@ OPERATIONS = {
     "isend": ("tensor", 0),
     "irecv": ("tensor", 0),
 }
-"""Operation -> the name and place of the argument whose bytes count."""
+"""Operation -> (name, position) of the argument whose bytes are counted."""
 PAIRS = ("send", "recv", "isend", "irecv")
-"""Between two ranks; without a group, stages send them to their neighbours."""
+"""Point-to-point operations; without a group they are between pipeline stages."""
 Counts = dict[str, dict[str, dict[str, int]]]
 """group -> operation -> {"calls", "bytes"}."""
 Timer = Callable[[str, str, int], AbstractContextManager[None]]
-"""(group, operation, bytes) -> a context that the rank waits in for an operation."""
+"""(group, operation, bytes) -> a context around the rank's wait for an operation."""
 _NOTHING = nullcontext()
 
 
 def untimed(_group: str, _operation: str, _bytes: int) -> AbstractContextManager[None]:
-    """The timer of who wants to know nothing."""
+    """No-op timer."""
     return _NOTHING
 
 
 @dataclass(kw_only=True)
 class Traffic:
-    """What this rank communicated in a stretch of time."""
+    """Communication of this rank during a context."""
 
     counts: Counts = field(default_factory=dict)
     blocked: float = 0.0
-    """Seconds that the rank waited in collectives."""
+    """Seconds that the rank was blocked in collectives."""
 
     @property
     def bytes(self) -> int:
@@ -63,7 +63,7 @@ class Traffic:
 
 
 class Ledger:
-    """Notes each operation of this rank; `counted` gives those of a context."""
+    """Counts each operation of this rank; `counted` gives the counts of a context."""
 
     def __init__(self, mesh: Mesh, heart: Heart) -> None:
         self._aside, self._heart = mesh.world.aside, heart
@@ -82,23 +82,23 @@ class Ledger:
         self._group_labels: dict[Any, str] = {}
         self._pairs = "pipeline" if mesh.pipeline.size > 1 else "world"
         self._counting: list[Counts] = []
-        """Those of the contexts that are open."""
+        """Counts of all open contexts."""
         self._blocked = stopwatch(mesh.world.device)
         self._local = threading.local()
         self._last = ("", "", 0)
-        """Group, operation and bytes of the operation noted last."""
+        """Group, operation and bytes of the last operation."""
         self._going_on: dict[int, tuple[str, str, int]] = {}
-        """The same of those that were started and are waited for later, by their handle's id."""
+        """Handle id -> the same, for asynchronous operations that are not yet waited for."""
         self.timer: Timer = untimed
-        """Of a profile, which wants to know what the rank waits in."""
+        """Set by a profiler to time the waits."""
 
     def skips(self, group: Any) -> bool:
-        """True inside of a noted operation, whose parts are not noted again, and for the saver."""
+        """True inside a counted operation (nested calls do not count), and for the saver."""
         return getattr(self._local, "inside", False) or (group is not None and group is self._aside)
 
     @contextmanager
     def note(self, group: Any, operation: str, count: int) -> Iterator[None]:
-        """Count one operation of `count` bytes, which runs in the context."""
+        """Count one operation of `count` bytes that runs in the context."""
         label = self._label(group, operation)
         for counts in self._counting:
             row = counts.setdefault(label, {}).setdefault(operation, {"calls": 0, "bytes": 0})
@@ -111,7 +111,7 @@ class Ledger:
 
     @contextmanager
     def counted(self) -> Iterator[Traffic]:
-        """What is noted in the context; whole when it is left."""
+        """Counts of the context; complete when it ends."""
         traffic, before = Traffic(), self._blocked.seconds()
         self._counting.append(traffic.counts)
         self._going_on.clear()
@@ -124,7 +124,7 @@ class Ledger:
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Note nothing that this thread does in the context."""
+        """Count nothing that this thread does in the context."""
         before, self._local.inside = getattr(self._local, "inside", False), True
         try:
             yield
@@ -132,12 +132,12 @@ class Ledger:
             self._local.inside = before
 
     def follow(self, work: Any) -> None:
-        """Remember the handle of the operation noted last, if it is waited for later."""
+        """Remember the handle of the last operation if it is asynchronous."""
         if isinstance(work, dist.Work):
             self._going_on[id(work)] = self._last
 
     def wait(self, work: Any, run: Callable[[], Any]) -> Any:
-        """Run the wait for an operation that was started before."""
+        """Run the wait for an asynchronous operation."""
         place = None if self.skips(None) else self._going_on.pop(id(work), None)
         if place is None:
             return run()
@@ -165,7 +165,7 @@ class Ledger:
 
 @contextmanager
 def recorded(mesh: Mesh, heart: Heart | None = None) -> Iterator[Ledger]:
-    """Keep a ledger while the context lasts; start DeepSpeed inside of it."""
+    """Keep a ledger during the context; initialise DeepSpeed inside it."""
     ledger = Ledger(mesh, heart or Heart(mesh.world.rank))
     if mesh.world.group is None:
         yield ledger

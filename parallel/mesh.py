@@ -18,17 +18,17 @@ from parallel.tensor.ops import TensorParallel
 from parallel.world import World
 
 AXES = ("pipeline", "data", "tensor")
-"""Axes of the grid of ranks, the slowest first."""
+"""Axes of the grid of ranks; the last one varies fastest with the global rank."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Some ranks that communicate, as one of them sees it."""
+    """A process group, as one of its ranks sees it."""
 
     handle: "dist.ProcessGroup | None" = None
-    """None in a world of one rank, and for axes that no engine communicates over."""
+    """None in a world of one rank, and for unused axes."""
     rank: int = 0
-    """This rank's place among them."""
+    """This rank's index in the group."""
     size: int = 1
 
 
@@ -46,7 +46,7 @@ class Mesh:
     machine: Group = Group()
     """The data-parallel ranks of one machine: ZeRO-3 shards over them."""
     between: Group = Group()
-    """The ranks of one ordinal on all machines: they hold the same shards."""
+    """The ranks with the same local index on all machines: they hold the same shards."""
 
     shared: TensorParallel = field(default_factory=TensorParallel)
     """Operations of the tensor group, for the layers."""
@@ -58,15 +58,15 @@ class Mesh:
 
 
 def own_mesh(number: int = 0) -> Mesh:
-    """The mesh of a process that works by itself, whatever started it, on its own device.
+    """A single-process mesh on this process's own device, whatever launcher started it.
 
-    `number` is that of a worker in its job: each takes another GPU, as far as there are some.
+    `number` is the worker's number in its job; workers take different GPUs while there are any.
     """
     return Mesh(world=World(device=worker_device(number)))
 
 
 class RankCoordinates(NamedTuple):
-    """Where a rank stands in the grid, in the order of AXES."""
+    """A rank's coordinates in the grid, in the order of AXES."""
 
     stage: int = 0
     replica: int = 0
@@ -121,14 +121,14 @@ def build_mesh(config: MeshConfig, world: World) -> Mesh:
 
 
 def _checked(config: MeshConfig, axis: str, handle: "dist.ProcessGroup", rank: int) -> Group:
-    wanted = next(row for row in axis_ranks(config, axis) if rank in row)
-    found = dist.get_process_group_ranks(handle)
-    if found != wanted:
+    expected = next(row for row in axis_ranks(config, axis) if rank in row)
+    ranks = dist.get_process_group_ranks(handle)
+    if ranks != expected:
         raise TapirError(
-            f"rank {rank}: megatron-core's {axis} group is {found}, the mesh expects {wanted}; "
+            f"rank {rank}: megatron-core's {axis} group is {ranks}, the mesh expects {expected}; "
             "the installed megatron-core arranges ranks differently from the tested 0.16"
         )
-    return Group(handle, wanted.index(rank), len(wanted))
+    return Group(handle, expected.index(rank), len(expected))
 
 
 def _subgroup(rows: "np.ndarray", rank: int) -> Group:

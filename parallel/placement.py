@@ -1,8 +1,8 @@
 """Which part of a global tensor a rank's parameter holds.
 
 Tensor parallelism cuts every matrix along axis 0 (matrices whose input is cut are stored as
-(in, out)), so that a part is a run of rows, with padding rows behind it where the degree does not
-divide. Padding is zero, stays zero, and never reaches a checkpoint.
+(in, out)), so that a part is a run of rows, followed by padding rows if the degree does not
+divide. Padding is zero, stays zero, and is never saved.
 """
 
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from checkpoint.format import Reader, StateSlice
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Rows [first, first + rows) of a global tensor; the whole of one without axes."""
+    """Rows [first, first + rows) of a global tensor; a scalar is whole."""
 
     shape: tuple[int, ...]
     """Global shape."""
     first: int
     rows: int
-    """Real rows; a parameter may have padding rows behind them."""
+    """Real rows; a parameter may have padding rows after them."""
     split: bool
     """True if each tensor rank has rows of its own, False if all hold the same."""
 
@@ -33,7 +33,7 @@ class Placement:
 
     @property
     def first_element(self) -> int:
-        """Where the rows begin in the flat global tensor."""
+        """First element of the rows in the flat global tensor."""
         return self.first * prod(self.shape[1:]) if self.shape else 0
 
     def flat_shard(self, rank: int, count: int) -> "Placement | None":
@@ -54,7 +54,7 @@ class Placement:
         )
 
     def slice(self, name: str, kind: str, start: int, data: Tensor) -> StateSlice | None:
-        """Describe elements start.. of the flat local parameter; None if they are all padding."""
+        """The slice of elements start.. of the flat local parameter; None if all are padding."""
         real = min(data.numel(), max(0, self.numel - start))
         if real == 0:
             return None
@@ -63,21 +63,21 @@ class Placement:
         return StateSlice(name=name, kind=kind, shape=self.shape, start=first, data=flat)
 
     def read(self, reader: Reader, name: str, kind: str, start: int, count: int) -> Tensor:
-        """Elements [start, start + count) of the flat local parameter, zero where it is padding."""
-        found = torch.zeros(count, device="cpu")
+        """Read elements [start, start + count) of the flat local parameter; padding is zero."""
+        elements = torch.zeros(count, device="cpu")
         real = min(count, max(0, self.numel - start))
         first = self.first_element + start
-        found[:real] = reader.flat(name, kind, first, first + real)
-        return found
+        elements[:real] = reader.flat(name, kind, first, first + real)
+        return elements
 
 
 def place(parameter: nn.Parameter, placement: Placement) -> None:
-    """Note on a parameter which part of the global tensor it is."""
+    """Attach its placement to a parameter."""
     parameter.tapir_placement = placement  # type: ignore[attr-defined]
 
 
 def placement_of(parameter: nn.Parameter) -> Placement:
-    """The placement that `place` noted; by default a parameter is whole."""
+    """The placement that `place` attached; by default a parameter is whole."""
     noted: Placement | None = getattr(parameter, "tapir_placement", None)
     if noted is not None:
         return noted
@@ -86,9 +86,9 @@ def placement_of(parameter: nn.Parameter) -> Placement:
 
 
 def move(module: nn.Module, device: torch.device) -> nn.Module:
-    """Move a module to a device; its parameters keep what `place` noted.
+    """Move a module to a device; its parameters keep their placements.
 
-    torch may put new parameters in the place of those on another type of device.
+    torch may create new parameters when the device type changes.
     """
     noted = {name: getattr(p, "tapir_placement", None) for name, p in module.named_parameters()}
     module.to(device)
@@ -99,7 +99,7 @@ def move(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def rows_of(rows: int, unit: int, rank: int, size: int) -> tuple[int, int, int]:
-    """Deal `rows` in whole units (heads, say) to `size` ranks.
+    """Split `rows` in whole units (e.g. heads) over `size` ranks.
 
     Returns (first row, real rows, rows with padding) of a rank; all ranks have equal padded rows.
     """

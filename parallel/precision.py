@@ -1,8 +1,8 @@
-"""How fp32 matmuls and convolutions are computed, and what makes a step repeat bit for bit.
+"""torch's flags for fp32 matmuls and convolutions, and for bitwise reproducible steps.
 
-No other module sets these flags. Torch's older setters are used, and they alone: they keep what its
-newer getters (`fp32_precision`) read in step, on every torch that Tapir runs with; after a newer
-setter the older getters raise, and so does Inductor where it asks them (pytorch 166387).
+No other module sets these flags. Only torch's older setters are used: they stay consistent with its
+newer getters (`fp32_precision`) on every supported torch. After a newer setter the older getters
+raise, and so does Inductor, which calls them (pytorch 166387).
 """
 
 import os
@@ -22,13 +22,13 @@ PROBE_SIZE = 256
 WORST_ERROR = 2e-6
 """Relative error against float64 that still counts as fp32 accuracy."""
 WORKSPACE = ":4096:8"
-"""cuBLAS's workspace, with which it computes alike whatever other streams do."""
+"""cuBLAS workspace with which its results do not depend on other streams."""
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Numerics:
-    """What decides the last bits of a process's results; checkpoints and token sets hold it."""
+    """Settings that decide the last bits of results; stored in checkpoints and token sets."""
 
     matmul: str
     """fp32 matmuls. highest: fp32 throughout. medium: TF32 on GPUs; on CPUs bf16 if oneDNN has
@@ -42,10 +42,10 @@ class Numerics:
     software: str
     """Versions of torch, CUDA and cuDNN."""
     precision: str = "fp32"
-    """Of matmuls outside of norms, logits and sums: fp32, bf16 or fp16."""
+    """Precision of matmuls outside of norms, logits and sums: fp32, bf16 or fp16."""
 
     def differences(self, recorded: Mapping[str, Any]) -> list[str]:
-        """What was otherwise where other results were made; what they do not tell is left out."""
+        """Differences from the recorded settings of other results; absent fields are ignored."""
         now = to_json(self)
         names = [field.name for field in fields(self) if field.name in recorded]
         return [f"{n} {recorded[n]}, now {now[n]}" for n in names if recorded[n] != now[n]]
@@ -59,10 +59,10 @@ def set_numerics(
 ) -> Numerics:
     """Set how this process computes on a device; call it before the first matmul there.
 
-    `matmul` is highest, medium or auto, of EngineConfig (highest, unless training has settled it
-    before); fp32 results that are to equal those of another device need highest. `deterministic`
-    chooses algorithms without a race on GPUs, where there are some; torch warns of an operation
-    that has none. `precision` is noted alone: the engine computes in it.
+    `matmul` is highest, medium or auto, as in EngineConfig (auto = highest, unless training has
+    resolved it before). fp32 results that must equal those of another device need highest.
+    `deterministic` chooses deterministic algorithms on GPUs; torch warns of operations without one.
+    `precision` is only recorded: the engine applies it.
     """
     matmul = "highest" if matmul == "auto" else matmul
     set_flags(device.type, matmul, deterministic)
@@ -97,7 +97,7 @@ def set_flags(kind: str, matmul: str, deterministic: bool) -> None:
     torch.backends.cudnn.deterministic = strict
     if strict != torch.are_deterministic_algorithms_enabled():  # the setter imports Inductor
         torch.use_deterministic_algorithms(strict, warn_only=True)
-        # a pass over every new tensor, which only finds reads of what was never written
+        # costs a pass over every new tensor, only to expose reads of uninitialised memory
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
@@ -108,14 +108,14 @@ def medium_is_accurate() -> bool:
     a, b = (torch.randn(shape, generator=draws, device=CPU) for _ in range(2))
     exact = a.double() @ b.double()
     with _matmuls("medium"):
-        found = a @ b
-    return float((found.double() - exact).norm() / exact.norm()) < WORST_ERROR
+        product = a @ b
+    return float((product.double() - exact).norm() / exact.norm()) < WORST_ERROR
 
 
 def small_matmuls() -> AbstractContextManager[None]:
-    """For kernels that multiply many small matrices of fp32 on a CPU.
+    """Context for CPU kernels that multiply many small fp32 matrices.
 
-    At `medium` torch hands each to oneDNN, whose calls take longer than such a product.
+    At `medium` torch calls oneDNN for each, which takes longer than the product itself.
     """
     return _matmuls("highest")
 
@@ -141,7 +141,7 @@ def _name_of(device: torch.device) -> str:
 
 
 def _software() -> str:
-    found = f"torch {torch.__version__}"
+    versions = f"torch {torch.__version__}"
     if torch.version.cuda is None:
-        return found
-    return f"{found}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+        return versions
+    return f"{versions}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"

@@ -1,13 +1,13 @@
-"""Where ranks wait for each other before torch makes their process group.
+"""Ranks wait for each other here before torch creates their process group.
 
-Inside of torch a process hears neither Ctrl-C nor SIGTERM while its peers are late. So all wait
-here first, in Python: each notes in the common store that it came, the last one writes that all
-are there, and one that stops or gives up before writes that instead. Whichever was written first
-holds for all of them.
+Inside torch a process reacts neither to Ctrl-C nor to SIGTERM while its peers are late. So all
+ranks first wait here, in Python: each registers in the common store, and the last one writes that
+all have arrived. A rank that stops or times out writes that instead. The first entry written is
+valid for all ranks.
 
-torchrun's store outlives its restarts, and what it tells its ranks of them differs between
-machines. There rank 0 draws a name for the round and gives it to each rank that asks, and what
-earlier rounds wrote is never read again.
+torchrun's store survives restarts, and its restart counters differ between machines. There rank 0
+draws a name for the round and gives it to each rank that asks; entries of earlier rounds are never
+read again.
 """
 
 import os
@@ -29,22 +29,22 @@ from core.stop import stop_asked
 
 EXIT_INTERRUPTED = 130
 NOTICE_SECONDS = 5.0
-"""A rank that waits longer says once for whom."""
+"""A rank that waits longer logs once which ranks are missing."""
 RESOLVE_SECONDS = 10.0
-"""How long a name may fail to resolve: a pod's record appears after the pod."""
+"""How long a host name may fail to resolve: a pod's DNS record appears after the pod."""
 _CONNECT_SECONDS = 1.0
 _STORE_SECONDS = 60.0
 _HEARD_SECONDS = 2.0
-"""How long the rank that holds the store stays for those who have not read why it ends."""
+"""How long the rank that serves the store stays for ranks that have not yet read the reason."""
 _SHOWN = 8
 _PATIENCE = {signal.SIGINT: 2.0, signal.SIGTERM: 10.0, signal.SIGUSR1: 10.0}
-"""Seconds in which a signal may be heeded by Python before the process ends without it."""
+"""Seconds that Python's handler of a signal has before the process is ended."""
 _CAME, _END, _MET = "came", "end", "met"
 _STOPPED = "was asked to stop"
 
 
 def met_store(rank: int, size: int, timeout: timedelta) -> Store:
-    """The ranks' common store, when all of them have come; see `Meeting.store`."""
+    """The ranks' common store, after all have arrived; see `Meeting.store`."""
     return Meeting(rank, size, timeout).store()
 
 
@@ -58,10 +58,10 @@ class Meeting:
         self._place, self._told = "", False
 
     def store(self) -> Store:
-        """Open the common store and wait until all ranks have come.
+        """Open the common store and wait until all ranks have arrived.
 
         Raises: InputError if the place is wrong; Preempted if this rank or another is asked to
-        stop; KeyboardInterrupt, with what was waited for; TapirError after the timeout.
+        stop; KeyboardInterrupt, naming the missing ranks; TapirError after the timeout.
         """
         try:
             return self._gather(self._open())
@@ -70,7 +70,7 @@ class Meeting:
             raise KeyboardInterrupt(f"interrupted: {self.sentence()}") from None
 
     def sentence(self) -> str:
-        """Who waits for whom, where and how long."""
+        """Describe which rank waits for which, where and how long."""
         seconds = time.monotonic() - self._began
         missing = _listed(self._missing())
         if self._store is None and self._rank == 0:
@@ -103,7 +103,7 @@ class Meeting:
         return PrefixStore("tapir", store)
 
     def _reach(self, host: str, port: int, holds: bool) -> None:
-        """Wait until the name resolves and, unless this rank listens itself, somebody listens."""
+        """Wait until the name resolves and, unless this rank serves the store, the port is open."""
         while True:
             try:
                 if holds:
@@ -160,7 +160,7 @@ class Meeting:
         raise AssertionError("pauses never end")
 
     def _look(self) -> None:
-        """Heed a stop and the timeout, unless all have met; say once that it takes long."""
+        """Check for a stop request and the timeout; log once if it takes long."""
         waited = time.monotonic() - self._began
         if stop_asked() and self._leave(_STOPPED):
             raise self._stopped()
@@ -179,7 +179,7 @@ class Meeting:
         return Preempted(f"asked to stop: {self.sentence()}; start the same again")
 
     def _leave(self, why: str) -> bool:
-        """Tell the others that this rank does not wait any more; False if all have met by now."""
+        """Tell the others that this rank leaves; False if all have already met."""
         if self._store is None:
             return True
         with suppress(RuntimeError):
@@ -189,7 +189,7 @@ class Meeting:
         return True
 
     def _end_as_told(self, end: str) -> None:
-        """Raise what another rank's leaving means for this one."""
+        """Raise the error that follows from another rank's leaving."""
         text = f"{end}, so that the {self._size} ranks will not meet {self._place}"
         assert self._store is not None, "what was told came out of the store"
         with suppress(RuntimeError):
@@ -198,7 +198,7 @@ class Meeting:
         raise Preempted(text) if end.endswith(_STOPPED) else TapirError(text)
 
     def _linger(self) -> None:
-        """Stay while the others read: the store may end with this rank, who is the first."""
+        """On rank 0, which may serve the store, wait until the others have read the reason."""
         until = time.monotonic() + _HEARD_SECONDS
         store = self._store
         while self._rank == 0 and store is not None and time.monotonic() < until:
@@ -207,7 +207,7 @@ class Meeting:
             time.sleep(0.05)
 
     def _missing(self) -> list[int] | None:
-        """Ranks that have not come; None if the store does not tell."""
+        """Ranks that have not arrived; None if the store does not answer."""
         store = self._store
         if store is None:
             return None
@@ -217,18 +217,18 @@ class Meeting:
 
 
 class Seats:
-    """Who belongs to a round, in a store that outlives it: ranks ask, the round's rank 0 gives.
+    """Membership of a round in a store that outlives it: ranks ask, the round's rank 0 answers.
 
-    A dead process's question gets an answer, too, which nobody reads.
+    Requests of dead processes are answered too; nobody reads the answer.
     """
 
     def __init__(self, store: Store) -> None:
         self._store, self._read = store, 0
         self.name = secrets.token_hex(8)
-        """Of this process; rank 0's is the round's."""
+        """Random name of this process; rank 0's names the round."""
 
     def store(self, name: str) -> Store:
-        """What the ranks of a round share."""
+        """The store of one round."""
         return PrefixStore(name, self._store)
 
     def ask(self, rank: int) -> None:
@@ -236,14 +236,14 @@ class Seats:
         self._store.set(f"asked-{self._store.add('asked', 1)}", f"{rank} {self.name}")
 
     def taken(self, rank: int) -> str:
-        """The round in which this process has a seat; nothing if it has none yet."""
+        """The round that has accepted this process; empty if none has yet."""
         if not self._store.check([f"seat-{rank}"]):
             return ""
         name, whose = self._store.get(f"seat-{rank}").decode().split()
         return name if whose == self.name else ""
 
     def give(self) -> None:
-        """As rank 0: answer what was asked since the last time."""
+        """On rank 0: answer all new requests."""
         asked = self._store.add("asked", 0)
         while self._read < asked and self._store.check([f"asked-{self._read + 1}"]):
             self._read += 1
@@ -252,12 +252,12 @@ class Seats:
 
 
 def _is_agents() -> bool:
-    """Say whether torchrun's agent holds the store."""
+    """True if torchrun's agent serves the store."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _pauses() -> Iterator[float]:
-    """Seconds between two looks, longer and longer."""
+    """Growing seconds between two polls."""
     pause = 0.005
     while True:
         yield pause
@@ -269,7 +269,7 @@ def _key(rank: int) -> str:
 
 
 def _listed(missing: list[int] | None) -> str:
-    """Ranks in words."""
+    """Describe the missing ranks."""
     if missing is None:
         return "rank 0, which does not answer yet"
     if not missing:
@@ -280,7 +280,7 @@ def _listed(missing: list[int] | None) -> str:
 
 
 def _refused(rank: int, place: str, holds: bool, error: RuntimeError) -> TapirError:
-    """Say why torch's store could not be opened."""
+    """Explain why torch's store could not be opened."""
     text = str(error).partition("\n")[0]
     if holds and "EADDRINUSE" in text:
         return InputError(
@@ -294,9 +294,9 @@ def _refused(rank: int, place: str, holds: bool, error: RuntimeError) -> TapirEr
 
 @contextmanager
 def heard(waits: str) -> Iterator[None]:
-    """End this process on a signal even where Python's handlers do not run: inside of torch or MPI.
+    """End this process on a signal even if Python's handlers do not run, inside torch or MPI.
 
-    `waits` says who waits for what. Python's own way of ending has some seconds before that.
+    `waits` describes the wait. Python's own handlers get some seconds first.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -11,7 +11,7 @@ from parallel.mesh import Group
 
 
 def flat_average(tensors: Sequence[Tensor], group: "dist.ProcessGroup | None", size: int) -> Tensor:
-    """The tensors end to end, averaged over the `size` ranks of a group; None has one rank."""
+    """Concatenate tensors and average them over the `size` ranks of a group; None = one rank."""
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     if group is not None:
         dist.all_reduce(flat, group=group)
@@ -20,13 +20,13 @@ def flat_average(tensors: Sequence[Tensor], group: "dist.ProcessGroup | None", s
 
 
 def copy_parts(flat: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Copy a flat tensor's parts into the tensors that it was made of."""
+    """Copy the parts of a flat tensor back into its tensors."""
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
-    """One int64 a tensor: the sum of its bit patterns, which every single flipped bit changes."""
+    """One int64 per tensor: the sum of its bit patterns; any single bit flip changes it."""
     sums = [t.detach().reshape(-1).view(_INTEGER[t.element_size()]).sum() for t in tensors]
     return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64, device="cpu")
 
@@ -35,16 +35,16 @@ _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def different(tensors: Sequence[Tensor], group: Group) -> list[int]:
-    """Global ranks of the group whose tensors differ from those of most; the same list on all.
+    """Global ranks of the group whose tensors differ from the majority's; the same on all ranks.
 
     Two replicas that differ are both named: there is no majority.
     """
     if group.handle is None or group.size == 1:
         return []
     mine = fingerprint(tensors)
-    found = [torch.empty_like(mine) for _ in range(group.size)]
-    dist.all_gather(found, mine, group=group.handle)
-    rows = [tuple(row.tolist()) for row in found]
+    fingerprints = [torch.empty_like(mine) for _ in range(group.size)]
+    dist.all_gather(fingerprints, mine, group=group.handle)
+    rows = [tuple(row.tolist()) for row in fingerprints]
     (usual, count), *_ = Counter(rows).most_common(1)
     ranks = dist.get_process_group_ranks(group.handle)
     if 2 * count <= group.size and len(set(rows)) > 1:

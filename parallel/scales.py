@@ -1,7 +1,7 @@
 """Gradient scales of residual branches: 16-bit training without one global loss scale.
 
 The gradient that enters a branch is multiplied by the branch's own scale and cast to 16 bits; the
-gradient that leaves it is filtered (what is not finite becomes zero), divided by the scale and
+gradient that leaves it is filtered (non-finite values become zero), divided by the scale and
 added in fp32 to the identity path's. Parameter gradients stay scaled in 16 bits and are unscaled
 in fp32. Source: arXiv 2102.12092, appendix D.
 
@@ -21,15 +21,15 @@ from torch.autograd import Function
 FIRST, LEAST, MOST = 2.0**13, 2.0**7, 2.0**24
 GROWTH, SHRINK = 2.0 ** (1 / 1000), 2.0**-0.5
 HOLD = 125
-"""Updates after a division in which the same scale is not divided again."""
+"""Updates after a division during which the same scale is not divided again."""
 
 
 @dataclass
 class Counters:
-    """Gradient values that 16 bits could not hold, since the last look."""
+    """Counts of gradient values that the cast to 16 bits flushed to zero."""
 
     seen: int = 0
-    """Values that were not zero before the cast."""
+    """Values that were non-zero before the cast."""
     flushed: int = 0
     """Of those, values that the cast made zero."""
 
@@ -42,17 +42,17 @@ class Counters:
 
 @dataclass
 class Scale:
-    """One branch's scale and what its last backward pass found."""
+    """One branch's gradient scale, with the state of its last backward pass."""
 
     value: float = FIRST
     since_division: int = HOLD
-    """Updates since it was divided last."""
+    """Updates since its last division."""
     finite: bool = True
     """False if a parameter gradient of this branch was not finite since the last update."""
     counters: Counters = field(default_factory=Counters)
 
     def update(self, finite: bool) -> None:
-        """Grow after a finite update, else divide, at most once in HOLD updates."""
+        """Grow after a finite update, else divide, at most once per HOLD updates."""
         self.since_division += 1
         if finite:
             self.value *= GROWTH
@@ -87,7 +87,7 @@ class Branch(nn.Module):
         return out
 
     def watch(self, parameters: Sequence[nn.Parameter], scale: Scale) -> None:
-        """Switch on: matrices' gradients are rounded to 16 bits, all are noted and unscaled."""
+        """Switch on: hooks check and unscale all gradients, and round matrices' to 16 bits."""
         self.scale = scale
 
         def unscale(gradient: Tensor) -> Tensor:
@@ -102,19 +102,19 @@ class Branch(nn.Module):
 
 
 class Scales:
-    """The scales of all branches of a model, of which this rank may run some."""
+    """The scales of all branches of a model; `here` holds those of this rank."""
 
     def __init__(self, everywhere: Sequence[str], here: Mapping[str, Scale]) -> None:
-        """`everywhere` names the branches of all stages, in one order on all ranks."""
+        """`everywhere` names the branches of all stages, in the same order on all ranks."""
         self._everywhere, self.here = list(everywhere), dict(here)
 
     def broken(self, device: torch.device) -> Tensor:
-        """For each branch of the model, how many of this rank's passes broke: (branches,)."""
+        """For each branch of the model, 1 if this rank's gradients were not finite: (branches,)."""
         flags = [float(n in self.here and not self.here[n].finite) for n in self._everywhere]
         return torch.tensor(flags, dtype=torch.float64, device=device)
 
     def update(self, broken: Tensor) -> None:
-        """Move every scale by the sum of `broken` over all ranks."""
+        """Update every scale by the sum of `broken` over all ranks."""
         for name, count in zip(self._everywhere, broken.tolist(), strict=True):
             if name in self.here:
                 self.here[name].update(count == 0)
@@ -156,5 +156,5 @@ class _Leave(Function):
 
 
 def _inside(x: Tensor) -> torch.dtype:
-    """What a branch computes in: fp16 on GPUs; fp32 on 16-bit values elsewhere (emulation)."""
+    """Type that a branch computes in: fp16 on GPUs; else fp32 on 16-bit values (emulation)."""
     return torch.float16 if x.device.type == "cuda" else torch.float32

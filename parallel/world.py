@@ -1,4 +1,4 @@
-"""Who am I among the ranks: our launcher, torchrun, mpirun and srun alike."""
+"""The world of ranks, under Tapir's launcher, torchrun, mpirun and srun."""
 
 import os
 import socket
@@ -27,17 +27,17 @@ _MPI_FIX = (
 
 @dataclass(frozen=True)
 class World:
-    """This rank's place, and the data-parallel group."""
+    """This rank's place in the world, and the process groups of all ranks."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     device: torch.device = CPU
-    """Where this rank's weights, batches and collectives are."""
+    """Device of this rank's weights, batches and collectives."""
     group: "dist.ProcessGroup | None" = None
-    """None on one process: nothing needs to be reduced."""
+    """All ranks; None on one process."""
     aside: "dist.ProcessGroup | None" = None
-    """All ranks again, for the thread that saves: its collectives must not mix with the loop's."""
+    """All ranks again, for the saving thread: its collectives must not mix with the loop's."""
 
     def mean(self, values: Tensor) -> Tensor:
         """Average a small tensor over all ranks; returns it on this rank's device."""
@@ -63,19 +63,19 @@ class World:
     def _gather(self, text: str, group: "dist.ProcessGroup | None") -> list[str]:
         if group is None:
             return [text]
-        found: list[str] = [""] * self.size
-        dist.all_gather_object(found, text, group=group)
-        return found
+        texts: list[str] = [""] * self.size
+        dist.all_gather_object(texts, text, group=group)
+        return texts
 
 
 def join_world() -> World:
-    """Join the ranks that a launcher started, or be the only one; choose this rank's device.
+    """Join the launcher's ranks, if any, and choose this rank's device.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK and TAPIR_RENDEZVOUS (our launcher) or MASTER_ADDR and
     MASTER_PORT (torchrun); under mpirun, rank 0 chooses the address and MPI spreads it; under srun
     Slurm's variables and the first node's address are used.
-    Raises: InputError if these variables are odd or incomplete; ConfigError if this machine has
-    more ranks than GPUs; what `Meeting.store` raises if the ranks do not meet.
+    Raises: InputError if these variables are invalid or incomplete; ConfigError if this machine has
+    more ranks than GPUs; the errors of `Meeting.store` if the ranks do not meet.
     """
     started = ranks_of()
     if started is None or started.size == 1:
@@ -94,10 +94,10 @@ def join_world() -> World:
 
 
 def _meet(rank: int, size: int, device: torch.device) -> None:
-    """Make the process group of all ranks, when all have come.
+    """Create the process group after all ranks have arrived.
 
-    On GPUs gloo connects two ranks when they first exchange host objects, and not before: among
-    1,024 ranks its full mesh is a million sockets.
+    On GPUs gloo connects two ranks only when they first exchange host objects: a full mesh of
+    1,024 ranks is a million sockets.
     """
     store = met_store(rank, size, TIMEOUT)
     bound: dict[str, Any] = {}
@@ -118,7 +118,7 @@ def leave_world(world: World) -> None:
 
 
 def _adopt_mpi_ranks(size: int) -> None:
-    """torch's variables from MPI itself, as many ranks as its launcher's variables say."""
+    """Set torch's variables from MPI; checks its size against the launcher's variables."""
     refuse_left_socket(os.environ)
     try:
         from mpi4py import MPI  # noqa: PLC0415 - importing it starts MPI: only under mpirun
@@ -167,8 +167,8 @@ def srun_ranks(environment: Mapping[str, str], address_of: Callable[[str], str])
 def _address_of(nodes: str) -> str:
     """NodeAddr of the first node of a Slurm list; a node's name need not resolve.
 
-    Where Slurm does not tell, as in a container without scontrol, MASTER_ADDR does.
-    Raises: InputError if neither does.
+    Falls back to MASTER_ADDR, e.g. in a container without scontrol.
+    Raises: InputError if neither is known.
     """
     try:
         first = _scontrol("show", "hostnames", nodes).split()[0]

@@ -1,4 +1,4 @@
-"""What only a comparison of the ranks shows: their clocks, and if they share the run folder."""
+"""Checks that compare ranks: their clocks, and whether they share the run folder."""
 
 import json
 import statistics
@@ -14,25 +14,25 @@ from cluster.doctor.folders import PROBE, RUN_FOLDER, existing
 from cluster.doctor.meeting import Gather
 
 ROUNDS = 5
-"""Times are taken as all ranks leave a gather; the median of the rounds counts."""
+"""Times are taken when all ranks leave a gather; the median of the rounds is used."""
 _SEEN_SECONDS = 2.0
-"""A network file system may show a new file this late."""
+"""A new file may take this long to appear on a network file system."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Told:
-    """What a rank tells rank 0."""
+    """What a rank sends to rank 0."""
 
     rank: int
     host: str
     seen: str | None
-    """What it read in the file of rank 0; empty if it saw none, None if it did not look."""
+    """Content that it read in rank 0's file; empty if it saw none, None if it did not check."""
     times: list[float]
     rows: list[Finding]
 
 
 def compare(rank: int, rows: list[Finding], out: Path, gather: Gather) -> list[Finding]:
-    """On rank 0 the rows of all ranks, with those of the comparison; elsewhere this rank's own."""
+    """On rank 0 all ranks' rows plus those of the comparison; on other ranks their own rows."""
     broken = any(row.check == RUN_FOLDER and row.status == "bad" for row in rows)
     with _written(Path() if broken else existing(out), rank, broken) as (path, token):
         path = Path(gather(str(path))[0])
@@ -47,8 +47,8 @@ def compare(rank: int, rows: list[Finding], out: Path, gather: Gather) -> list[F
     if rank:
         return rows
     told = [_told(text) for text in texts if text]
-    found = [row for each in told for row in each.rows]
-    return placed([*found, *clock_rows(told), *folder_rows(told, token, path)], 0)
+    all_rows = [row for each in told for row in each.rows]
+    return placed([*all_rows, *clock_rows(told), *folder_rows(told, token, path)], 0)
 
 
 def clock_rows(told: list[Told]) -> list[Finding]:
@@ -74,7 +74,7 @@ def clock_rows(told: list[Told]) -> list[Finding]:
 def folder_rows(told: list[Told], token: str, path: Path) -> list[Finding]:
     """Rows for ranks that do not see what rank 0 wrote into the run folder."""
     if not token:
-        return []  # rank 0 cannot use it: a row of its own says so
+        return []  # rank 0 cannot use it: another row reports that
     fix = "mount the same file system at that path on all machines, or give another --out"
     blind = [
         replace(
@@ -90,9 +90,9 @@ def folder_rows(told: list[Told], token: str, path: Path) -> list[Finding]:
 
 @contextmanager
 def _written(folder: Path, rank: int, broken: bool) -> Iterator[tuple[Path, str]]:
-    """Rank 0's file, and what is in it; "" if it could not be written."""
+    """Rank 0's probe file and its content; empty if it could not be written."""
     path, token = folder / f"{PROBE}{uuid.uuid4().hex[:12]}", uuid.uuid4().hex
-    if rank or broken:  # what hangs or fails there is known, and must not stop the comparison
+    if rank or broken:  # a broken folder is reported already, and must not stop the comparison
         yield path, ""
         return
     try:

@@ -1,4 +1,4 @@
-"""What `tapir doctor` looks at; imports no torch."""
+"""Settings of `tapir doctor`; imports no torch."""
 
 import math
 from dataclasses import dataclass
@@ -8,20 +8,20 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
-    """What is looked at, and what the run will ask of it."""
+    """What to check, and what the run needs."""
 
     out: Path = Path("runs")
-    """Run folder; all ranks must see the same one. What is tried in it is removed again."""
+    """Run folder; all ranks must see the same one. Probe files in it are removed."""
     data: str = ""
-    """s3://bucket/prefix or a folder whose rights and speed are tried; empty = none."""
+    """s3://bucket/prefix or a folder whose access rights and speed are tested; empty = none."""
     rights: Literal["read", "write"] = "write"
-    """What is asked of --data: reading alone, or writing, deleting and conditional puts, too."""
+    """Rights needed on --data: read only, or also writes, deletes and conditional puts."""
     node: bool = False
-    """Only the quick checks of one machine, without torch; what a submitted job runs first."""
+    """Only the quick checks of one machine, without torch; submitted jobs run this first."""
     quick: bool = False
     """Leave out torch, devices and the burn-in; ranks still meet and are compared."""
     ranks: int = 0
-    """Spawn so many ranks here, if no launcher has started any."""
+    """Ranks to spawn here, if no launcher has started any."""
     scheduler: Literal["none", "slurm", "kubernetes"] = "none"
     """The scheduler that must answer here."""
     memory: float = 0.0
@@ -35,22 +35,22 @@ class DoctorConfig:
     gpus: int = 0
     """GPUs that each machine must have."""
     wait: float = 60.0
-    """Seconds in which all ranks must have met."""
+    """Seconds within which all ranks must have met."""
     seconds: float = 1.0
     """Seconds of matmuls in the burn-in."""
 
     def problems(self) -> list[str]:
-        found = []
+        problems = []
         bucket = self.data.removeprefix("s3://").partition("/")[0]
         if "://" in self.data and not (self.data.startswith("s3://") and bucket):
-            found.append(f"--data {self.data} is no store; give s3://bucket/prefix or a folder")
+            problems.append(f"--data {self.data} is no store; give s3://bucket/prefix or a folder")
         needs = (self.memory, self.disk, self.shared_memory)
         if not all(0 <= each < math.inf for each in needs):
-            found.append("--memory, --disk and --shared-memory are GB and must not be negative")
+            problems.append("--memory, --disk and --shared-memory are GB and must not be negative")
         if min(self.files, self.gpus, self.ranks) < 0:
-            found.append("--files, --gpus and --ranks must not be negative")
+            problems.append("--files, --gpus and --ranks must not be negative")
         if not all(0 < each < math.inf for each in (self.wait, self.seconds)):
-            found.append("--wait and --seconds must be positive numbers")
+            problems.append("--wait and --seconds must be positive numbers")
         if self.node and self.ranks:
-            found.append("--node looks at one machine alone: leave out --ranks")
-        return found
+            problems.append("--node looks at one machine alone: leave out --ranks")
+        return problems

@@ -1,4 +1,4 @@
-"""A row of the report, and how checks are run so that none can hang or break the others."""
+"""Rows of the report, and a runner of checks that hang or fail without breaking the others."""
 
 import logging
 import os
@@ -19,13 +19,13 @@ MB = 1e6
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What one check found in one place."""
+    """Result of one check in one place."""
 
     check: str
     status: Status
     found: str
     fix: str = ""
-    """How to mend it; empty if nothing is to be mended."""
+    """How to fix it; empty if there is nothing to fix."""
     host: str = ""
     rank: int | None = None
 
@@ -33,28 +33,28 @@ class Finding:
 Check = Callable[[], list[Finding]]
 
 
-def ok(check: str, found: str) -> Finding:
-    """A row that asks for nothing."""
-    return Finding(check=check, status="ok", found=found)
+def ok(check: str, text: str) -> Finding:
+    """A row without a problem."""
+    return Finding(check=check, status="ok", found=text)
 
 
-def warning(check: str, found: str, fix: str) -> Finding:
-    """A row that may do harm."""
-    return Finding(check=check, status="warning", found=found, fix=fix)
+def warning(check: str, text: str, fix: str) -> Finding:
+    """A row for a possible problem."""
+    return Finding(check=check, status="warning", found=text, fix=fix)
 
 
-def bad(check: str, found: str, fix: str) -> Finding:
-    """A row that a run would fail of."""
-    return Finding(check=check, status="bad", found=found, fix=fix)
+def bad(check: str, text: str, fix: str) -> Finding:
+    """A row for a problem that makes runs fail."""
+    return Finding(check=check, status="bad", found=text, fix=fix)
 
 
 def worst(rows: Iterable[Finding]) -> Status:
-    """The gravest status of some rows."""
+    """The worst status of some rows."""
     return max((row.status for row in rows), key=STATUSES.index, default="ok")
 
 
 def placed(rows: Iterable[Finding], rank: int | None) -> list[Finding]:
-    """Give rows without a place this one, and hide what must not be read."""
+    """Fill in host and rank where missing, and hide secrets."""
     return [
         replace(
             row,
@@ -67,12 +67,12 @@ def placed(rows: Iterable[Finding], rank: int | None) -> list[Finding]:
 
 
 def here() -> str:
-    """This machine, by the name that its scheduler would exclude it by."""
+    """This machine's name, as its scheduler knows it."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def run_checks(checks: Mapping[str, Check], limit: float) -> list[Finding]:
-    """Run checks side by side; one that hangs (a dead file server) or fails becomes a row."""
+    """Run checks in parallel; a check that hangs (a dead file server) or fails becomes a row."""
     done: dict[str, list[Finding]] = {}
 
     def run(name: str, check: Check) -> None:
@@ -107,7 +107,7 @@ def _hidden(text: str) -> str:
 
 
 NOTED = 2.0
-"""Seconds; a machine that asks a time server is off by milliseconds."""
+"""Seconds; with a time server, clocks are off by milliseconds."""
 
 
 WRONG = 30.0
@@ -118,11 +118,11 @@ _FIX = "set the clock of that machine: chronyc makestep, or systemctl restart ch
 
 
 def clock_finding(offset: float, whose: str) -> Finding:
-    """A row for a clock that is `offset` seconds ahead of somebody's."""
+    """A row for a clock that is `offset` seconds ahead of the reference `whose`."""
     direction = "ahead of" if offset > 0 else "behind"
-    found = f"the clock is {abs(offset):.1f} s {direction} {whose}"
+    text = f"the clock is {abs(offset):.1f} s {direction} {whose}"
     if abs(offset) > WRONG:
-        return bad("clock", found, _FIX)
+        return bad("clock", text, _FIX)
     if abs(offset) > NOTED:
-        return warning("clock", found, _FIX)
-    return ok("clock", found)
+        return warning("clock", text, _FIX)
+    return ok("clock", text)

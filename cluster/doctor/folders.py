@@ -1,4 +1,4 @@
-"""Room and speed of the run folder, the temporary folder and shared memory."""
+"""Free space and speed of the run folder, the temporary folder and shared memory."""
 
 import errno
 import os
@@ -18,14 +18,14 @@ PROBE = ".tapir-doctor-"
 PROBE_BYTES = 16_000_000
 TEMPORARY_GB = 0.25
 SLOW = 20.0
-"""MB a second with fsync, below which checkpoints take long."""
+"""MB/s with fsync below which checkpoints take long."""
 _SHARED = Path("/dev/shm")
 _SHARED_BYTES = 1_000_000
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def run_folder_findings(out: Path, need: float) -> list[Finding]:
-    """The run folder, or what is there of the way to it."""
+    """Check the run folder, or its nearest existing parent."""
     rows = _folder(RUN_FOLDER, existing(out), need, "or give another --out")
     return rows if rows[0].status == "bad" else [*rows, _file_system(existing(out))]
 
@@ -34,22 +34,22 @@ def _file_system(folder: Path) -> Finding:
     missing = lacks(folder)
     if not missing:
         return ok("file system", f"{folder}: locks, links, renames, case and sync as needed")
-    found = f"{folder} has no {', no '.join(missing)}"
+    text = f"{folder} has no {', no '.join(missing)}"
     if RENAME in missing:
-        return bad("file system", found, "give an --out on another disk: nothing is safe there")
+        return bad("file system", text, "give an --out on another disk: nothing is safe there")
     fix = "let only one machine work there, or give an --out on a disk that has them"
-    return warning("file system", found, fix)
+    return warning("file system", text, fix)
 
 
 def temporary_findings() -> list[Finding]:
-    """The folder for temporary files that is named; Python quietly takes another if it is full."""
+    """Check the folder in TMPDIR; Python silently uses another if it is full."""
     named = [os.environ[name] for name in ("TMPDIR", "TEMP", "TMP") if os.environ.get(name)]
     path = Path(next(iter(named), "/tmp"))
     return _folder("temporary folder", path, TEMPORARY_GB, "or export TMPDIR=<another folder>")
 
 
 def socket_findings() -> list[Finding]:
-    """The folder in which the ranks of a machine meet: TMPDIR, or a short one in its place."""
+    """Check the folder for the ranks' sockets: TMPDIR, or one with a short path."""
     try:
         folder = private_folder("tapir-doctor")
     except TapirError as error:
@@ -59,26 +59,26 @@ def socket_findings() -> list[Finding]:
 
 
 def shared_memory_findings(need: float) -> list[Finding]:
-    """/dev/shm, through which NCCL, loaders and semaphores of one machine talk."""
+    """Check /dev/shm, which NCCL, loaders and semaphores of one machine use."""
     fix = (
         "docker run --shm-size=8g; Kubernetes: an emptyDir of medium Memory at /dev/shm; else "
         "mount -o remount,size=50% /dev/shm"
     )
     try:
-        room = os.statvfs(_SHARED)
+        space = os.statvfs(_SHARED)
         with _probe(_SHARED) as path:
             _write(path, _SHARED_BYTES)
     except OSError as error:
         return [bad("shared memory", f"/dev/shm cannot be used: {error.strerror}", fix)]
-    free, whole = room.f_bavail * room.f_frsize, room.f_blocks * room.f_frsize
-    found = f"{free / GB:.2f} of {whole / GB:.2f} GB of /dev/shm are free"
+    free, whole = space.f_bavail * space.f_frsize, space.f_blocks * space.f_frsize
+    text = f"{free / GB:.2f} of {whole / GB:.2f} GB of /dev/shm are free"
     if free < need * GB:
-        return [bad("shared memory", f"{found}; {need:g} are needed", fix)]
-    return [ok("shared memory", found)]
+        return [bad("shared memory", f"{text}; {need:g} are needed", fix)]
+    return [ok("shared memory", text)]
 
 
 def existing(path: Path) -> Path:
-    """The folder itself, or the nearest one above it that is there."""
+    """The folder, or its nearest existing parent."""
     path = path.absolute()
     while not path.exists() and path != path.parent:
         path = path.parent
@@ -86,30 +86,30 @@ def existing(path: Path) -> Path:
 
 
 def _folder(check: str, path: Path, need: float, other: str) -> list[Finding]:
-    """Room, then the speed of a write that is really on the disk."""
+    """Check free space, then the speed of a synced write."""
     if not path.exists():
         return [bad(check, f"{path} does not exist", f"mkdir -p it {other}")]
     if not path.is_dir():
         return [bad(check, f"{path} is no folder", f"remove the file {other}")]
-    room = os.statvfs(path)
-    free = room.f_bavail * room.f_frsize
-    found = f"{path}: {free / GB:.2f} of {room.f_blocks * room.f_frsize / GB:.2f} GB are free"
-    make_room = f"delete what is not needed there, {other}"
+    space = os.statvfs(path)
+    free = space.f_bavail * space.f_frsize
+    text = f"{path}: {free / GB:.2f} of {space.f_blocks * space.f_frsize / GB:.2f} GB are free"
+    cleanup = f"delete what is not needed there, {other}"
     if free < need * GB:
-        return [bad(check, f"{found}; {need:g} are needed", make_room)]
-    if room.f_files and room.f_favail == 0:
-        return [bad(check, f"{path} has no room for another file (inodes)", make_room)]
+        return [bad(check, f"{text}; {need:g} are needed", cleanup)]
+    if space.f_files and space.f_favail == 0:
+        return [bad(check, f"{path} has no room for another file (inodes)", cleanup)]
     try:
         with _probe(path) as probe:
             seconds = _write(probe, PROBE_BYTES)
     except OSError as error:
         return [_refused(check, path, error, other)]
     speed = PROBE_BYTES / MB / seconds
-    found = f"{found}, {speed:.0f} MB/s written and synced"
+    text = f"{text}, {speed:.0f} MB/s written and synced"
     if speed < SLOW:
         fix = f"checkpoints will take long there: use a faster disk, {other}"
-        return [warning(check, found, fix)]
-    return [ok(check, found)]
+        return [warning(check, text, fix)]
+    return [ok(check, text)]
 
 
 def _refused(check: str, path: Path, error: OSError, other: str) -> Finding:
@@ -134,7 +134,7 @@ def _probe(folder: Path) -> Iterator[Path]:
 
 
 def _write(path: Path, size: int) -> float:
-    """Seconds to write and sync random bytes, which no file system makes small."""
+    """Seconds to write and sync random bytes, which cannot be compressed."""
     block = os.urandom(1_000_000)
     began = time.perf_counter()
     with open(path, "wb") as file:

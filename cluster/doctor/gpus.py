@@ -21,22 +21,22 @@ _SECONDS = 10.0
 
 
 def gpu_findings(need: int) -> list[Finding]:
-    """Are all GPUs there, do they count errors, and is torch built for them?"""
+    """Check the number of GPUs, their error counters, and torch's build."""
     devices = gpu_devices()
-    found = f"{len(devices)} GPUs on this machine"
+    text = f"{len(devices)} GPUs on this machine"
     if len(devices) < need:
         fix = "see nvidia-smi and dmesg; ask the scheduler for GPUs (--gres=gpu:N, nvidia.com/gpu)"
-        return [bad("gpus", f"{found}; {need} are needed", fix), *_build(devices)]
+        return [bad("gpus", f"{text}; {need} are needed", fix), *_build(devices)]
     if not devices:
-        return [ok("gpus", f"{found}: this is a CPU machine")]
-    return [ok("gpus", found), *_build(devices), *_counters()]
+        return [ok("gpus", f"{text}: this is a CPU machine")]
+    return [ok("gpus", text), *_build(devices), *_counters()]
 
 
 def _build(devices: list[str]) -> list[Finding]:
     try:
         version = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
-        return []  # a row of the packages
+        return []  # reported by the package check
     if devices and version.endswith("+cpu"):
         fix = "pip install torch from the index of the driver's CUDA version (see nvidia-smi)"
         return [bad("torch build", f"torch {version} is built for CPUs, here are GPUs", fix)]
@@ -61,12 +61,14 @@ def counter_rows(text: str) -> list[Finding]:
     table = [[word.strip() for word in line.split(",")] for line in text.splitlines() if line]
     for index, name, errors, slowed, hot in table:
         if errors.isdigit() and int(errors):
-            found = f"GPU {index} ({name}) has {errors} uncorrected ECC errors"
-            rows.append(bad("gpu errors", found, "drain the machine; nvidia-smi -r, then memtest"))
+            problem = f"GPU {index} ({name}) has {errors} uncorrected ECC errors"
+            rows.append(
+                bad("gpu errors", problem, "drain the machine; nvidia-smi -r, then memtest")
+            )
         if "Active" in (slowed, hot):
             reason = "heat" if hot == "Active" else "power"
-            found = f"GPU {index} ({name}) is slowed down by {reason}"
-            rows.append(warning("gpu errors", found, "look at cooling and power of the machine"))
+            problem = f"GPU {index} ({name}) is slowed down by {reason}"
+            rows.append(warning("gpu errors", problem, "look at cooling and power of the machine"))
     return rows or [ok("gpu errors", f"no errors on {len(table)} GPUs")]
 
 

@@ -19,7 +19,7 @@ _NETWORK_GIVEN = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def python_findings() -> list[Finding]:
-    """The interpreter's version."""
+    """Check the interpreter's version."""
     have = ".".join(map(str, sys.version_info[:3]))
     where = f"Python {have} at {sys.executable}"
     if sys.version_info[:2] < LEAST_PYTHON:
@@ -29,14 +29,14 @@ def python_findings() -> list[Finding]:
 
 
 def package_findings(needs: Sequence[str] | None = None) -> list[Finding]:
-    """Installed versions against the bounds of requirements.txt, as `needs`."""
+    """Check installed versions against `needs`, by default requirements.txt."""
     needs = requirements() if needs is None else needs
     rows = [row for need in needs if (row := _package(need)) is not None]
     return rows or [ok("packages", f"{len(needs)} packages as requirements.txt asks")]
 
 
 def requirements() -> list[str]:
-    """The lines of requirements.txt beside the code, or what the installed tapir asks for."""
+    """The lines of requirements.txt next to the code, or the installed tapir's requirements."""
     if _REQUIREMENTS.exists():
         lines = (line.partition("#")[0].strip() for line in _REQUIREMENTS.read_text().splitlines())
         return [line for line in lines if line and not line.startswith("-")]
@@ -45,47 +45,49 @@ def requirements() -> list[str]:
 
 def _package(need: str) -> Finding | None:
     try:
-        wanted = Requirement(need)
+        requirement = Requirement(need)
     except InvalidRequirement:
         return warning("packages", f"requirements.txt holds {need!r}", "write it as name>=version")
-    if wanted.marker is not None and not wanted.marker.evaluate():
+    if requirement.marker is not None and not requirement.marker.evaluate():
         return None
-    fix = f"{sys.executable} -m pip install '{wanted.name}{wanted.specifier}'"
+    fix = f"{sys.executable} -m pip install '{requirement.name}{requirement.specifier}'"
     try:
-        found = importlib.metadata.distribution(wanted.name)
-        version = found.metadata["Version"]
+        package = importlib.metadata.distribution(requirement.name)
+        version = package.metadata["Version"]
     except importlib.metadata.PackageNotFoundError:
-        return bad("packages", f"{wanted.name} is not installed", fix)
+        return bad("packages", f"{requirement.name} is not installed", fix)
     if not version:
-        where = found.locate_file("")
-        return bad("packages", f"{wanted.name} in {where} is installed in parts", fix)
-    if wanted.specifier.contains(version, prereleases=True):
+        where = package.locate_file("")
+        return bad("packages", f"{requirement.name} in {where} is installed in parts", fix)
+    if requirement.specifier.contains(version, prereleases=True):
         return None
-    where = found.locate_file("")
-    text = f"{wanted.name} {version} is installed in {where}, {wanted.specifier} is needed"
+    where = package.locate_file("")
+    text = (
+        f"{requirement.name} {version} is installed in {where}, {requirement.specifier} is needed"
+    )
     return bad("packages", text, f"{fix}; see that no other folder of PYTHONPATH holds another one")
 
 
 def host_findings() -> list[Finding]:
-    """Does this machine's name resolve? gloo asks for it, unless an interface is named."""
+    """Check that this machine's name resolves; gloo needs it, unless an interface is set."""
     name = socket.gethostname()
     try:
         addresses = sorted({str(each[4][0]) for each in socket.getaddrinfo(name, None)})
     except OSError as error:
-        found = f"the name {name} does not resolve ({error.strerror or error})"
+        text = f"the name {name} does not resolve ({error.strerror or error})"
         fix = f"put {name} into /etc/hosts or DNS, or export GLOO_SOCKET_IFNAME=<interface>"
         given = any(os.environ.get(variable) for variable in _NETWORK_GIVEN)
-        return [(warning if given else bad)("host name", found, fix)]
+        return [(warning if given else bad)("host name", text, fix)]
     return [ok("host name", f"{name} is {', '.join(addresses)}")]
 
 
 def memory_findings(need: float) -> list[Finding]:
-    """Free memory, of the machine and of this job's control group."""
+    """Check free memory of the machine and of this job's control group."""
     free, whole = host_memory()
-    found = f"{free / GB:.1f} of {whole / GB:.1f} GB are free"
+    text = f"{free / GB:.1f} of {whole / GB:.1f} GB are free"
     if free < need * GB:
         fix = "end what holds memory here, ask the scheduler for more, or use another machine"
-        return [bad("memory", f"{found}; {need:g} are needed", fix)]
+        return [bad("memory", f"{text}; {need:g} are needed", fix)]
     if free < _LITTLE_MEMORY * GB:
-        return [warning("memory", found, "end what holds memory here")]
-    return [ok("memory", found)]
+        return [warning("memory", text, "end what holds memory here")]
+    return [ok("memory", text)]

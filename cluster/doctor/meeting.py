@@ -1,7 +1,7 @@
-"""All ranks meet at the rendezvous address before torch does: a blocked port is found in seconds.
+"""Connect all ranks at the rendezvous address before torch does: finds a blocked port in seconds.
 
-Rank 0 listens at MASTER_ADDR:MASTER_PORT, the others say who they are; then texts go to rank 0,
-and its own go to all, as often as needed. Lines of JSON over TCP, nothing else.
+Rank 0 listens at MASTER_ADDR:MASTER_PORT and the others send it their rank. Then each gather sends
+a text of every rank to rank 0, and rank 0's text to all. The protocol is lines of JSON over TCP.
 """
 
 import errno
@@ -19,10 +19,10 @@ from cluster.doctor.finding import Finding, bad
 from core.launch_environment import as_number
 
 Gather = Callable[[str], list[str]]
-"""Every rank's text on rank 0, "" of those that are silent; elsewhere rank 0's text comes first."""
+"""On rank 0 every rank's text, empty for silent ranks; on other ranks rank 0's text comes first."""
 _GREETING = "tapir-doctor"
 _LONGEST = 2**24
-"""Characters of a text; more is no doctor's."""
+"""Most characters of a text; a longer one is not from `tapir doctor`."""
 _HELLO_SECONDS = 5.0
 _AGAIN = 0.1
 _CHECK = "rendezvous"
@@ -30,7 +30,7 @@ _OWN_FILES = 256
 
 
 class Lost(Exception):
-    """This rank cannot go on with the others; holds the row that says why."""
+    """This rank has lost the others; holds the row that explains why."""
 
     def __init__(self, row: Finding) -> None:
         super().__init__(row.found)
@@ -39,7 +39,7 @@ class Lost(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Rendezvous:
-    """What a rank needs to meet the others: its rank, the world size, rank 0's address and port."""
+    """Rank, world size, and rank 0's address and port."""
 
     rank: int
     size: int
@@ -52,9 +52,9 @@ class Rendezvous:
 
 
 def rendezvous_of(environment: Mapping[str, str] = os.environ) -> Rendezvous | None:
-    """The rendezvous that the environment names, if its port is free for rank 0 to listen at.
+    """The rendezvous in the environment, if rank 0 can listen at its port; else None.
 
-    torchrun's agent holds the port itself; srun's and mpirun's ranks agree on one later.
+    torchrun's agent holds the port itself; ranks of srun and mpirun agree on one later.
     """
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     values = [environment.get(name, "") for name in names]
@@ -67,26 +67,26 @@ def rendezvous_of(environment: Mapping[str, str] = os.environ) -> Rendezvous | N
 
 @dataclass(kw_only=True)
 class RankLinks:
-    """One rank's connections to the ranks that it met."""
+    """One rank's connections to other ranks."""
 
     rendezvous: Rendezvous
     wait: float
     links: dict[int, "_Link"] = field(default_factory=dict)
-    """On rank 0 one to each rank that came; elsewhere the one to rank 0."""
+    """On rank 0 one to each rank that connected; on other ranks the one to rank 0."""
 
     @property
     def missing(self) -> list[int]:
-        """Ranks that did not come, or fell silent; known to rank 0 alone."""
+        """Ranks that did not connect or fell silent; known only on rank 0."""
         return [rank for rank in range(1, self.rendezvous.size) if rank not in self.links]
 
     def gather(self, text: str) -> list[str]:
-        """A `Gather` over those that came."""
+        """A `Gather` over the connected ranks."""
         if self.rendezvous.rank:
             return [self._ask_first(text)]
-        found = [text] + [""] * (self.rendezvous.size - 1)
+        texts = [text] + [""] * (self.rendezvous.size - 1)
         for rank, link in list(self.links.items()):
             try:
-                found[rank] = link.receive()
+                texts[rank] = link.receive()
             except OSError:
                 self.links.pop(rank)
         for rank, link in list(self.links.items()):
@@ -94,7 +94,7 @@ class RankLinks:
                 link.send(text)
             except OSError:
                 self.links.pop(rank)
-        return found
+        return texts
 
     def _ask_first(self, text: str) -> str:
         try:
@@ -122,16 +122,16 @@ def meet(rendezvous: Rendezvous, wait: float) -> Iterator[RankLinks]:
 
 
 def missing_row(rendezvous: Rendezvous, missing: list[int], wait: float) -> Finding:
-    """What rank 0 says of ranks that did not come."""
+    """The row for ranks that did not connect."""
     shown = ", ".join(map(str, missing[:16])) + (", ..." if len(missing) > 16 else "")
-    found = (
+    text = (
         f"of {rendezvous.size} ranks, {shown} did not come to {rendezvous.text} within {wait:g} s"
     )
     fix = (
         f"open TCP port {rendezvous.port} between the machines (firewall, network policy), or see "
         "why those ranks did not start; each prints what it saw itself"
     )
-    return bad(_CHECK, found, fix)
+    return bad(_CHECK, text, fix)
 
 
 class _Link:
@@ -159,7 +159,7 @@ class _Link:
 def _listen(rendezvous: Rendezvous) -> socket.socket:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = _OWN_FILES + rendezvous.size
-    if soft < files <= hard:  # one connection a rank, as torch's store will have
+    if soft < files <= hard:  # one connection per rank, like torch's store
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
     try:
         both = socket.has_dualstack_ipv6()
@@ -167,10 +167,10 @@ def _listen(rendezvous: Rendezvous) -> socket.socket:
         where, backlog = ("", rendezvous.port), max(128, rendezvous.size)
         return socket.create_server(where, family=family, backlog=backlog, dualstack_ipv6=both)
     except OSError as error:
-        found = f"rank 0 cannot listen at port {rendezvous.port}: {error.strerror}"
+        text = f"rank 0 cannot listen at port {rendezvous.port}: {error.strerror}"
         holder = f"ss -ltnp sport = :{rendezvous.port}"
         fix = f"end what holds the port ({holder}), or choose another MASTER_PORT"
-        raise Lost(bad(_CHECK, found, fix)) from error
+        raise Lost(bad(_CHECK, text, fix)) from error
 
 
 def _await_all(listener: socket.socket, meeting: RankLinks, stack: ExitStack) -> None:
@@ -209,34 +209,34 @@ def _greet(rendezvous: Rendezvous, connection: socket.socket, wait: float) -> _L
 
 def _unreached(rendezvous: Rendezvous, error: Any) -> Finding:
     if isinstance(error, socket.gaierror):
-        found = f"the name {rendezvous.address} of rank 0's machine does not resolve here"
+        text = f"the name {rendezvous.address} of rank 0's machine does not resolve here"
         fix = "set MASTER_ADDR to its IP address, or put the name into /etc/hosts or DNS"
-        return bad(_CHECK, found, fix)
+        return bad(_CHECK, text, fix)
     if isinstance(error, ConnectionRefusedError):
         reason = "rank 0 does not listen, or the port is rejected"
-        found = f"{rendezvous.text} refuses connections: {reason}"
+        text = f"{rendezvous.text} refuses connections: {reason}"
         fix = f"see rank 0's output; open TCP port {rendezvous.port} between the machines"
     elif isinstance(error, TimeoutError):
         whole = _answers(rendezvous.address)
         machine = "its machine answers at another port" if whole else "nor does its machine"
-        found = f"{rendezvous.text} does not answer: packets are dropped ({machine})"
+        text = f"{rendezvous.text} does not answer: packets are dropped ({machine})"
         fix = f"open TCP port {rendezvous.port} between the machines (firewall, network policy)"
         if not whole:
             fix = f"is {rendezvous.address} the address of rank 0's machine? {fix}"
     else:
-        found = f"{rendezvous.text} cannot be reached: {error.strerror or error}"
+        text = f"{rendezvous.text} cannot be reached: {error.strerror or error}"
         fix = f"look at this machine's routes and firewall: ip route get {rendezvous.address}"
-    return bad(_CHECK, found, fix)
+    return bad(_CHECK, text, fix)
 
 
 def _silent(rendezvous: Rendezvous, error: OSError) -> Finding:
-    found = f"{rendezvous.text} took the connection, but is no rank 0 of this job ({error})"
+    text = f"{rendezvous.text} took the connection, but is no rank 0 of this job ({error})"
     fix = "another program holds that port (choose another), or rank 0 has ended: see its output"
-    return bad(_CHECK, found, fix)
+    return bad(_CHECK, text, fix)
 
 
 def _answers(address: str) -> bool:
-    """Say whether a machine answers at all: a port that nobody listens at refuses."""
+    """True if a machine answers at all: a closed port refuses the connection."""
     try:
         with socket.create_connection((address, 1), timeout=1):
             return True

@@ -11,7 +11,7 @@ _SMALL, _LARGE = 1_000_000, 16_000_000
 
 
 def node_findings(config: DoctorConfig, rank: int | None) -> list[Finding]:
-    """All rows of this machine; checks that hang or fail become rows themselves."""
+    """All rows of this machine; checks that hang or fail become rows."""
     size = _SMALL if config.node or config.quick else _LARGE
     checks: dict[str, Check] = {
         "python": machine.python_findings,

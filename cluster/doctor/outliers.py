@@ -1,4 +1,4 @@
-"""Which ranks and links are slower than the others in the burn-in."""
+"""Find ranks and links that are slower than the others in the burn-in."""
 
 import statistics
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ class Burned:
     rate: float
     """FLOP/s of matmuls."""
     link: float
-    """Bytes/s to the next rank; 0 if this rank has no link of its own in the ring."""
+    """Bytes/s to the next rank; 0 if another rank measures this link."""
     reduce: float
-    """Bytes/s of the all-reduce, as it goes over the wire; 0 on one rank."""
+    """Bytes/s of the all-reduce on the wire; 0 on one rank."""
 
 
 def burn_rows(burned: Sequence[Burned]) -> list[Finding]:
@@ -32,8 +32,8 @@ def burn_rows(burned: Sequence[Burned]) -> list[Finding]:
     rows = [*_rates(burned), *_links(burned)]
     reduce = statistics.median(each.reduce for each in burned)
     if reduce:
-        found = f"{reduce / GIGA:.3g} GB/s over {_ranks(burned)}"
-        rows.append(ok("all-reduce", found))
+        text = f"{reduce / GIGA:.3g} GB/s over {_ranks(burned)}"
+        rows.append(ok("all-reduce", text))
     return rows
 
 
@@ -42,20 +42,20 @@ def _rates(burned: Sequence[Burned]) -> list[Finding]:
     rows = []
     for each in burned:
         share = each.rate / middle
-        found = f"{each.rate / TERA:.3g} TFLOP/s, {share:.0%} of the median of {_ranks(burned)}"
+        speed = f"{each.rate / TERA:.3g} TFLOP/s, {share:.0%} of the median of {_ranks(burned)}"
         fix = (
             "another job on its cores or GPU, a power or heat limit, or wrong CPU binding: look at "
             "top and nvidia-smi there; exclude the machine if it stays slow"
         )
         if share < NOTED_RATE:
-            row = (bad if share < SLOW_RATE else warning)("matmul", found, fix)
+            row = (bad if share < SLOW_RATE else warning)("matmul", speed, fix)
             rows.append(replace(row, host=each.host, rank=each.rank))
     text = f"{middle / TERA:.3g} TFLOP/s, the median of {_ranks(burned)}"
     return rows or [ok("matmul", text)]
 
 
 def _links(burned: Sequence[Burned]) -> list[Finding]:
-    """A link within a machine is compared with others within machines, so those between."""
+    """Compare each link with the median of its kind: within or between machines."""
     rows, medians = [], []
     for inside in (True, False):
         kind = "within a machine" if inside else "between machines"
@@ -72,12 +72,12 @@ def _links(burned: Sequence[Burned]) -> list[Finding]:
             share = a.link / middle
             if share >= NOTED_LINK:
                 continue
-            found = (
+            text = (
                 f"rank {a.rank} ({a.host}) to rank {b.rank} ({b.host}): {a.link / GIGA:.3g} GB/s, "
                 f"{share:.0%} of the median {kind}"
             )
             fix = "look at cable, port errors (ethtool -S, ibstat) and load of both; exclude one"
-            row = (bad if share < SLOW_LINK else warning)("link", found, fix)
+            row = (bad if share < SLOW_LINK else warning)("link", text, fix)
             rows.append(replace(row, host=a.host, rank=a.rank))
     return rows or ([ok("link", ", ".join(medians))] if medians else [])
 

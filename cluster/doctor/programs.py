@@ -1,4 +1,4 @@
-"""Programs that are asked something, and the schedulers among them."""
+"""Query external programs, and check schedulers with them."""
 
 import shutil
 import subprocess
@@ -13,14 +13,14 @@ _SLURM = ("sinfo", "sbatch", "squeue", "scontrol", "scancel", "srun")
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a program printed, or why it did not."""
+    """Output of a program, or why there is none."""
 
     text: str = ""
     problem: str = ""
 
 
 def ask(command: Sequence[str], seconds: float) -> Answer:
-    """Run a program that prints something."""
+    """Run a program and return its output."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -28,13 +28,13 @@ def ask(command: Sequence[str], seconds: float) -> Answer:
     except OSError as error:
         return Answer(problem=f"cannot be run: {error.strerror}")
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        return Answer(problem=said[-1] if said else f"exit code {done.returncode}")
+        lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        return Answer(problem=lines[-1] if lines else f"exit code {done.returncode}")
     return Answer(text=done.stdout.strip())
 
 
 def scheduler_findings(kind: str) -> list[Finding]:
-    """Does the scheduler answer, and may this user submit to it?"""
+    """Check that the scheduler answers and that this user may submit."""
     return _slurm() if kind == "slurm" else _kubernetes()
 
 
@@ -48,14 +48,14 @@ def _slurm() -> list[Finding]:
         fix = "is slurmctld up and reachable? see scontrol ping, SLURM_CONF, slurmctld's log"
         return [bad("scheduler", f"Slurm does not answer: {answer.problem}", fix), *_munge()]
     states = [line.split()[0].rstrip("*~#!%$@+^-") for line in answer.text.splitlines()]
-    found = f"Slurm answers; nodes: {', '.join(answer.text.splitlines())}"
+    text = f"Slurm answers; nodes: {', '.join(answer.text.splitlines())}"
     if not set(states) - {"down", "drain", "drained", "fail", "unk", "inval"}:
-        return [bad("scheduler", found, "no node takes jobs: see sinfo -R")]
-    return [ok("scheduler", found)]
+        return [bad("scheduler", text, "no node takes jobs: see sinfo -R")]
+    return [ok("scheduler", text)]
 
 
 def _munge() -> list[Finding]:
-    """Munge is asked only where Slurm is silent: a private one may have another socket."""
+    """Check Munge, only if Slurm does not answer: a private Munge may use another socket."""
     if shutil.which("munge") is None:
         return []
     answer = ask(["munge", "--no-input"], _SECONDS)
@@ -73,7 +73,7 @@ def _kubernetes() -> list[Finding]:
     if answer.text.endswith("yes"):
         return [ok("scheduler", "Kubernetes answers; this user may create jobs")]
     if answer.problem == "no" or answer.text.endswith("no"):
-        found = "Kubernetes answers; this user may not create jobs"
-        return [bad("scheduler", found, "ask for a role with create on jobs.batch here")]
+        text = "Kubernetes answers; this user may not create jobs"
+        return [bad("scheduler", text, "ask for a role with create on jobs.batch here")]
     fix = "check KUBECONFIG and the cluster's address: kubectl cluster-info"
     return [bad("scheduler", f"Kubernetes does not answer: {answer.problem}", fix)]

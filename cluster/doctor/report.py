@@ -23,7 +23,7 @@ def exit_code(rows: Sequence[Finding]) -> int:
 
 
 def as_json(rows: Sequence[Finding]) -> dict[str, Any]:
-    """What --json prints: the gravest status, how many rows of each, and all rows."""
+    """The output of --json: the worst status, row counts by status, and all rows."""
     counts: dict[str, Any] = {
         status: sum(row.status == status for row in rows) for status in STATUSES
     }
@@ -31,7 +31,7 @@ def as_json(rows: Sequence[Finding]) -> dict[str, Any]:
 
 
 def show(rows: Sequence[Finding]) -> None:
-    """Print the rows, equal ones of several ranks together, and a line that sums up."""
+    """Print the rows, equal ones of several ranks merged, and a summary line."""
     lines = merged(rows)
     if sys.stdout.isatty():
         _table(lines)
@@ -44,7 +44,7 @@ def show(rows: Sequence[Finding]) -> None:
 
 
 def merged(rows: Sequence[Finding]) -> list[tuple[Finding, str]]:
-    """One row for each thing found, with all its places; bad ones last, where they are seen."""
+    """Merge equal rows, each with all its places; bad ones come last, next to the prompt."""
     places: dict[tuple[str, ...], list[Finding]] = {}
     for row in rows:
         same = () if row.status == "ok" else (row.found, row.fix)

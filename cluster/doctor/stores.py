@@ -1,4 +1,4 @@
-"""Rights, speed and clock of the object store, or folder, that the data lies in."""
+"""Access rights, speed and clock of the data's object store or folder."""
 
 import email.utils
 import os
@@ -19,7 +19,7 @@ from core.storage.store import FolderStore, Store
 
 PROBES = ".tapir-doctor"
 SLOW = 1.0
-"""MB a second, below which a job waits for its data; probes are small, so latency counts."""
+"""MB/s below which a job waits for its data; probes are small, so latency counts."""
 _CLOCK_SECONDS = 5.0
 _OTHER = b"another writer"
 _WRONG_KEY = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "403")
@@ -27,7 +27,7 @@ _SKEWED = "RequestTimeTooSkewed"
 
 
 class _Unreachable(Exception):
-    """No request can succeed; holds the row."""
+    """No request can succeed; holds the row that explains why."""
 
     def __init__(self, row: Finding) -> None:
         super().__init__(row.found)
@@ -35,7 +35,7 @@ class _Unreachable(Exception):
 
 
 def store_findings(url: str, rights: str, size: int) -> list[Finding]:
-    """Try every right with a probe object of `size` bytes, which is deleted again."""
+    """Test every right with a probe object of `size` bytes, which is deleted."""
     try:
         return _try_rights(_open(url, rights), rights, size)
     except _Unreachable as failed:
@@ -43,7 +43,7 @@ def store_findings(url: str, rights: str, size: int) -> list[Finding]:
 
 
 def store_clock_findings() -> list[Finding]:
-    """This machine's clock against the Date that the store's endpoint sends."""
+    """Compare this machine's clock with the Date header of the store's endpoint."""
     endpoint = _endpoint()
     before = time.time()
     try:
@@ -68,14 +68,14 @@ _NO_ANSWER = "check AWS_ENDPOINT_URL; compare this machine's clock by chronyc tr
 
 
 def _open(url: str, rights: str) -> Store:
-    """A store that fails at once instead of waiting an outage out."""
+    """Open a store that fails at once instead of waiting out an outage."""
     try:
         if url.startswith("s3://"):
             bucket, _, prefix = url.removeprefix("s3://").partition("/")
             return S3Store(bucket, prefix, attempts=2, patience=0)
         if rights == "read" and not Path(url).is_dir():
-            found = f"there is no folder {url} on this machine"
-            raise _Unreachable(bad("store", found, "mount it here, or fix --data"))
+            text = f"there is no folder {url} on this machine"
+            raise _Unreachable(bad("store", text, "mount it here, or fix --data"))
         return FolderStore(existing(Path(url)))
     except TapirError as error:
         fix = "export AWS_ENDPOINT_URL=<its address>"
@@ -119,35 +119,35 @@ def _rights_rows(
     url: str, seconds: dict[str, float], refused: dict[str, str], kept: list[bool]
 ) -> list[Finding]:
     if kept == [True]:
-        found = f"{url} overwrites what a conditional put (If-None-Match) must keep"
-        return [bad("store rights", found, "use a store that keeps to it: jobs take leases by it")]
+        text = f"{url} overwrites what a conditional put (If-None-Match) must keep"
+        return [bad("store rights", text, "use a store that keeps to it: jobs take leases by it")]
     may = ", ".join(seconds) or "nothing"
     if not refused:
         return [ok("store rights", f"{url}: may {may}")]
     reasons = "; ".join(sorted(set(refused.values())))
-    found = f"{url}: may {may}; may not {', '.join(refused)} ({reasons})"
+    text = f"{url}: may {may}; may not {', '.join(refused)} ({reasons})"
     fix = (
         f"give this key the right to {', '.join(refused)} there (bucket policy or identity), or "
         "use another key; --rights read if nothing is to be written"
     )
-    return [bad("store rights", found, fix)]
+    return [bad("store rights", text, fix)]
 
 
 def _speed(url: str, seconds: dict[str, float], size: int) -> list[Finding]:
     if not {"write", "read"} <= seconds.keys():
         return []
     written, read = size / MB / seconds["write"], size / MB / seconds["read"]
-    found = f"{url}: {written:.1f} MB/s written, {read:.1f} MB/s read, by one connection"
+    text = f"{url}: {written:.1f} MB/s written, {read:.1f} MB/s read, by one connection"
     if min(written, read) < SLOW:
         fix = "use a store nearer to the machines, or look at their network"
-        return [warning("store speed", found, fix)]
-    return [ok("store speed", found)]
+        return [warning("store speed", text, fix)]
+    return [ok("store speed", text)]
 
 
 def _why(url: str, error: StoreError) -> str:
     """The reason why one right is missing.
 
-    Raises: _Unreachable if no other request would do better.
+    Raises: _Unreachable if all other requests would fail, too.
     """
     response: Any = getattr(error.__cause__, "response", None)
     if response is None and url.startswith("s3://"):
@@ -157,13 +157,13 @@ def _why(url: str, error: StoreError) -> str:
         raise _Unreachable(bad("store", str(error), fix)) from error
     code = str(response.get("Error", {}).get("Code", "")) if response else ""
     if code in _WRONG_KEY:
-        found = f"{url} refuses the key ({code})"
+        text = f"{url} refuses the key ({code})"
         fix = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY: mistyped, or another store's"
-        raise _Unreachable(bad("store", found, fix)) from error
+        raise _Unreachable(bad("store", text, fix)) from error
     if code == _SKEWED:
-        found = f"{url} refuses requests because of this machine's clock"
+        text = f"{url} refuses requests because of this machine's clock"
         fix = "set the clock: chronyc makestep, or systemctl restart chronyd"
-        raise _Unreachable(bad("store", found, fix)) from error
+        raise _Unreachable(bad("store", text, fix)) from error
     if code == "NoSuchBucket":
         fix = "create the bucket, or fix --data"
         raise _Unreachable(bad("store", str(error), fix)) from error

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, with digests computed before they are written."""
+"""Atomic file writes, and JSON files that carry their own digest."""
 
 import errno
 import hashlib
@@ -34,7 +34,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """`write_atomic` of a file that comes in parts, which need not be in memory at once."""
+    """`write_atomic` for a file given in parts, so that it need not fit in memory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
     try:
@@ -50,7 +50,7 @@ def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> None:
 
 
 def refuse_folder(path: Path) -> None:
-    """Make sure that a file can be written at a path, before the work that fills it.
+    """Check that a file can be written at a path, before the work that produces it.
 
     Raises: OSError if its folder cannot be made or written to, or there is a folder of that name.
     """
@@ -65,9 +65,9 @@ def refuse_folder(path: Path) -> None:
 
 
 def canonical_json(value: Json) -> bytes:
-    """The one byte string of a JSON object: sorted keys, no spaces that vary."""
+    """Serialise a JSON object deterministically: sorted keys, fixed white space."""
     text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
-    return text.encode(errors="backslashreplace")  # paths that are no UTF-8, as JSON escapes
+    return text.encode(errors="backslashreplace")  # non-UTF-8 paths become JSON escapes
 
 
 def seal(value: Json) -> bytes:
@@ -97,7 +97,7 @@ def unseal(data: bytes, where: str) -> Json:
 
 @contextmanager
 def held(folder: Path, what: str) -> Iterator[None]:
-    """Hold a folder, which is made if need be, for one process at a time.
+    """Lock a folder for one process at a time; creates it if needed.
 
     Raises: InputError if another process holds it, or it cannot be written.
     """
@@ -118,7 +118,7 @@ def held(folder: Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Fill a folder that appears whole or not at all; yields where it is filled.
+    """Create a folder atomically: yields a staging folder that is renamed at the end.
 
     Raises: InputError if something is there already, or another process fills it.
     """

@@ -1,6 +1,6 @@
-"""What some file systems lack (locks, hard links, folders that can be synced), and its substitute.
+"""Fallbacks for file systems without locks, hard links or fsync of folders.
 
-Each lack is named once, in the log; `lacks` tries all of them for `tapir doctor`.
+Each missing feature is logged once; `lacks` probes all of them for `tapir doctor`.
 """
 
 import errno
@@ -30,8 +30,8 @@ _told: set[str] = set()
 def lock(path: Path, wait: bool = False) -> Iterator[bool]:
     """Hold a lock file while the context lasts; yields False if another process holds it.
 
-    Where there are no locks, a file with the owner's name takes their place: it is given up by a
-    process of this machine that has died, not by one of another machine.
+    Where flock is not supported, a file with the owner's name replaces it. Such a file is taken
+    over from a dead process of this machine, never from another machine.
     Raises: OSError if the file cannot be made, or others hold it for a minute.
     """
     with open(path, "w") as file:
@@ -57,9 +57,9 @@ def lock(path: Path, wait: bool = False) -> Iterator[bool]:
 
 
 def rename_if_absent(source: Path, target: Path, root: Path) -> bool:
-    """Give a whole file a name that nobody has; returns False if somebody has it.
+    """Rename a file unless the target exists; returns False if it does.
 
-    By a hard link, which is the one act that needs no lock; else under a lock in `root`.
+    Uses a hard link, which is atomic without a lock; else a lock in `root`.
     """
     try:
         os.link(source, target)
@@ -79,10 +79,10 @@ def rename_if_absent(source: Path, target: Path, root: Path) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a loss of power, where that is possible."""
+    """fsync a folder, so that its names survive a power loss; a no-op where not supported."""
     try:
         handle = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # it may be written to, but not read
+    except PermissionError:  # writable, but not readable
         return
     try:
         os.fsync(handle)
@@ -95,17 +95,17 @@ def sync_folder(folder: Path) -> None:
 
 
 def lacks(folder: Path) -> list[str]:
-    """What the file system of a folder lacks; one empty file and one folder are tried with.
+    """List the features that a folder's file system lacks; probes with temporary files.
 
     Raises: OSError if nothing can be written there.
     """
     with TemporaryDirectory(dir=folder, prefix=".tapir-doctor-") as name:
         one, two = Path(name, "one"), Path(name, "two")
         one.touch()
-        found = [what for what, act in _acts(one, two).items() if _fails(act)]
+        missing = [what for what, act in _acts(one, two).items() if _fails(act)]
         if Path(name, "ONE").exists():
-            found.append("names that differ in case alone")
-    return found
+            missing.append("names that differ in case alone")
+    return missing
 
 
 def _acts(one: Path, two: Path) -> dict[str, Callable[[], object]]:
@@ -146,14 +146,14 @@ def _wait_for(owner: Path) -> bool:
 
 
 def _take(owner: Path) -> bool:
-    """Make the owner's file, in place of one whose process has died."""
+    """Create the owner file, or replace that of a dead process."""
     if _make(owner, _me()):
         return True
     before = _read(owner)
     if not _has_died(before):
         return False
     aside = owner.with_name(owner.name + "-old")
-    if not _make(aside, _me()):  # only one may look, and put itself in its place
+    if not _make(aside, _me()):  # one process at a time may replace a stale owner
         return False
     try:
         if _read(owner) == before:
@@ -185,7 +185,7 @@ def _me() -> str:
 
 
 def _has_died(owner: str) -> bool:
-    """Say whether an owner was a process of this machine that is no more."""
+    """True if an owner was a process of this machine that no longer runs."""
     words = owner.rsplit(" ", 2)
     if len(words) != 3 or words[0] != socket.gethostname() or not words[1].isdigit():
         return False
@@ -193,7 +193,7 @@ def _has_died(owner: str) -> bool:
 
 
 def _began(pid: int) -> str:
-    """When a process (Linux) began, which tells it from a later one of the same number."""
+    """Start time of a process (Linux), which tells it from a later one with the same pid."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:

@@ -1,4 +1,4 @@
-"""Whose a folder is: what a command writes is never mixed with what another one wrote there."""
+"""Which command wrote a folder, so that outputs of different commands never mix."""
 
 import json
 from contextlib import suppress
@@ -18,15 +18,15 @@ _MARKS = {
     "demo.json": "demo",
     "seconds.json": "demo",
 }
-"""Files by which the folder of a command is known."""
+"""Files that identify the command that wrote a folder."""
 _STAGES = ("model.json", "config.json")
-"""Files of a training, which name its stage."""
+"""Files of a training run that name its stage."""
 
 
 def refuse_others_folder(place: Path | str, mine: str) -> None:
-    """Make sure that a folder is new, or of the same command; a prefix of a bucket is not asked.
+    """Check that a folder is new or of the same command; bucket prefixes are not checked.
 
-    Raises: InputError if it is a data set's or another command's.
+    Raises: InputError if it holds a data set or the output of another command.
     """
     owner = "" if str(place).startswith(S3) else owner_of(Path(place))
     if owner not in ("", mine):
@@ -35,7 +35,7 @@ def refuse_others_folder(place: Path | str, mine: str) -> None:
 
 
 def owner_of(folder: Path) -> str:
-    """The command that wrote a folder, `a data set`, or nothing if that is not known."""
+    """The command that wrote a folder, or `a data set`; empty if unknown."""
     for name in _STAGES:
         with suppress(OSError, ValueError, TypeError, KeyError):
             return f"train {json.loads((folder / name).read_bytes())['stage']}"

@@ -15,19 +15,19 @@ from core.log import LOG
 
 _SHORT = ("/tmp", "/var/tmp", "/dev/shm")
 _LONGEST = 107
-"""Bytes of a socket's path (Linux)."""
+"""Most bytes of a socket's path (Linux)."""
 _SOCKET = "pymp-xxxxxxxx/listener-xxxxxxxx"
-"""The longest name that multiprocessing and we give to a socket."""
+"""Longest socket name that multiprocessing or Tapir uses."""
 _NO_URL = r"[#?\t\r\n]"
-"""torch takes the address of a file store for a URL, and cuts it there."""
+"""torch parses a file store's address as a URL and cuts it at these characters."""
 _told: set[str] = set()
 
 
 def private_folder(purpose: str) -> Path:
-    """Make a temporary folder for this process, and delete those whose process is gone.
+    """Make a temporary folder for this process, and delete those of dead processes.
 
-    It is in the folder of TMPDIR if sockets and locks can be made there, else in a short one.
-    Raises: TapirError if there is no such folder.
+    It is in TMPDIR if sockets and locks work there, else in a folder with a short path.
+    Raises: TapirError if they work nowhere.
     """
     _tell_of_another_tmpdir()
     refused = []
@@ -51,7 +51,7 @@ def private_folder(purpose: str) -> Path:
 
 
 def left_folders(purpose: str) -> Iterator[Path]:
-    """Private folders of processes that are gone."""
+    """Private folders of dead processes."""
     for root in _roots():
         yield from (path for path in _folders(root, purpose) if not _owner_lives(path))
 
@@ -69,13 +69,13 @@ def _owner_lives(path: Path) -> bool:
 
 
 def _roots() -> list[Path]:
-    """Where temporary folders may be, the best first."""
+    """Candidate parents of temporary folders, preferred first."""
     named = [tempfile.gettempdir(), os.environ.get("XDG_RUNTIME_DIR", ""), *_SHORT]
     return [Path(path) for path in dict.fromkeys(named) if path]
 
 
 def _refusal(folder: Path) -> str:
-    """Why a folder cannot hold sockets, locks and the ranks' file store; nothing if it can."""
+    """Why a folder cannot hold sockets, locks and the ranks' file store; empty if it can."""
     if len(os.fsencode(folder / _SOCKET)) > _LONGEST:
         return "its path is too long for sockets"
     if re.search(_NO_URL, str(folder)):
@@ -96,7 +96,7 @@ def _refusal(folder: Path) -> str:
 
 
 def _tell_of_another_tmpdir() -> None:
-    """Python quietly takes another folder if TMPDIR cannot be written."""
+    """Warn if TMPDIR is not writable: Python then silently uses another folder."""
     named, used = os.environ.get("TMPDIR", ""), tempfile.gettempdir()
     if named and Path(named).absolute() != Path(used).absolute() and named not in _told:
         _told.add(named)

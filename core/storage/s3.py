@@ -1,7 +1,6 @@
 """A prefix of a bucket of any S3-compatible object store, through boto3.
 
-Which errors pass stands in s3_answers.py, when a request is tried again in s3_retry.py, and what
-users are told in s3_messages.py.
+s3_answers.py classifies errors, s3_retry.py repeats requests, s3_messages.py explains errors.
 """
 
 import io
@@ -17,9 +16,9 @@ from core.errors import AbsentError, StoreError, StoreInputError
 from core.storage.s3_answers import (
     BUCKET_IS_OURS,
     code_of,
-    is_behind_the_end,
     is_failed_condition,
     is_no_condition,
+    is_past_the_end,
     passes,
 )
 from core.storage.s3_body import PartStream, read_into
@@ -37,9 +36,10 @@ class S3Store:
     def __init__(
         self, bucket: str, prefix: str, attempts: int = 6, patience: float = PATIENCE
     ) -> None:
-        """`patience` is how many seconds of outage are waited out, once the store has answered.
+        """`patience`: seconds of outage to wait out, once the store has answered.
 
-        Before, at most 30 s, and only where something listens: a wrong endpoint is told at once.
+        Before its first answer at most 30 s, and only if the port is open: a wrong endpoint fails
+        at once.
         """
         self.bucket, self.prefix = bucket, prefix.strip("/")
         self.url = f"s3://{bucket}/{self.prefix}".rstrip("/")
@@ -49,7 +49,7 @@ class S3Store:
         refuse_secrets("the endpoint", self._retries.client.meta.endpoint_url)
 
     def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
-        """A body that is cut goes on where it ended."""
+        """Read an object or a range; a truncated body is resumed where it ended."""
         parts: list[bytes] = []
 
         def read(client: Any) -> None:
@@ -61,14 +61,14 @@ class S3Store:
         try:
             self._retries.ask(name, read)
         except StoreError as error:
-            if not is_behind_the_end(error.__cause__):  # as in a file
+            if not is_past_the_end(error.__cause__):  # empty, as in a file
                 raise
         return b"".join(parts)
 
     def _read_into(
         self, client: Any, parts: list[bytes], name: str, start: int, length: int | None
     ) -> None:
-        """Read a range; what came before an error stays in `parts`."""
+        """Read a range; bytes received before an error stay in `parts`."""
         extra = {}
         if start or length is not None:
             extra["Range"] = f"bytes={start}-" + ("" if length is None else str(start + length - 1))
@@ -98,7 +98,7 @@ class S3Store:
             return False
 
     def put_parts(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
-        """A multipart upload, if it is large; what an aborted one leaves is removed by boto3."""
+        """Multipart upload of a large object; boto3 cleans up an aborted one."""
         stream = io.BufferedReader(PartStream(parts), _PART)
         first = stream.read(_PART)
         if len(first) < _PART:
@@ -114,14 +114,14 @@ class S3Store:
         cut = len(self.prefix) + 1 if self.prefix else 0
 
         def ask(client: Any) -> list[str]:
-            found, page = [], {}
+            keys, page = [], {}
             for page in client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.bucket, Prefix=start
             ):
-                found += [item["Key"] for item in page.get("Contents", [])]
+                keys += [item["Key"] for item in page.get("Contents", [])]
             if page.get("IsTruncated") and not page.get("NextContinuationToken"):
                 raise StoreError(f"{self.url} lists a part of its objects, and not how to go on")
-            kept = (key[cut:] for key in found if key.startswith(start))
+            kept = (key[cut:] for key in keys if key.startswith(start))
             return sorted(key for key in kept if key and not key.endswith("/"))  # of consoles
 
         return self._retries.ask(prefix, ask)
@@ -164,7 +164,7 @@ class S3Store:
             return None
 
     def _check_bucket(self) -> None:
-        """HEAD does not say whether the object or its bucket is missing: ask once."""
+        """Check once that the bucket exists: HEAD does not say which of the two is missing."""
         if self._bucket_seen:
             return
         try:
@@ -173,7 +173,7 @@ class S3Store:
             raise StoreInputError(no_bucket(self.url)) from error
         except StoreError as error:
             if passes(error.__cause__) or not isinstance(error.__cause__, ClientError):
-                raise  # a refusal says nothing: who may read objects need not see the bucket
+                raise  # a 403 proves nothing: a key may read objects without HEAD on the bucket
         self._bucket_seen = True
 
     def _key(self, name: str) -> str:

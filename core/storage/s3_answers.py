@@ -1,6 +1,6 @@
-"""What the answers of an object store mean: which errors pass, and which do not.
+"""Classify errors of an object store: transient, conflict, not implemented and so on.
 
-Stores differ in what they implement; each answer is judged by its status and its code alone.
+Stores differ in what they implement; only HTTP status and error code are used.
 """
 
 from botocore.exceptions import (
@@ -13,7 +13,7 @@ from botocore.exceptions import (
 )
 
 CUT = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
-"""A body that ended too early: what came of it counts."""
+"""A truncated body; the bytes received so far are kept."""
 BUCKET_IS_OURS = ("BucketAlreadyExists", "BucketAlreadyOwnedByYou")
 NOT_IMPLEMENTED = (405, 411, 417, 501, 505)
 EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken")
@@ -27,21 +27,21 @@ _CHECKSUM_CODES = ("SignatureDoesNotMatch", "XAmzContentSHA256Mismatch")
 
 
 def code_of(error: BaseException | None) -> str:
-    """The store's own code, or the status of an answer without one."""
+    """The store's error code, or the HTTP status of an answer without one."""
     if isinstance(error, ClientError):
         return str(error.response.get("Error", {}).get("Code", ""))
     return ""
 
 
 def status_of(error: BaseException | None) -> int:
-    """The status of an answer, 0 if there was none."""
+    """The HTTP status of an answer, 0 if there was none."""
     if isinstance(error, ClientError):
         return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     return 0
 
 
 def passes(error: BaseException | None) -> bool:
-    """Say whether an error may be gone in a while."""
+    """True for a transient error."""
     if not isinstance(error, ClientError):
         return isinstance(error, HTTPClientError | ConnectionError)
     status, code = status_of(error), code_of(error)
@@ -51,25 +51,25 @@ def passes(error: BaseException | None) -> bool:
 
 
 def is_conflict(error: BaseException | None) -> bool:
-    """Say whether another writer was at the same name at the same moment: the next try is sound."""
+    """True if another writer wrote the same name at the same time; a retry is safe."""
     return status_of(error) == 409 and code_of(error) in _CONFLICTS
 
 
 def is_failed_condition(error: BaseException | None) -> bool:
-    """Say whether a conditional write was refused because there is an object."""
+    """True if a conditional write was refused because the object exists."""
     return status_of(error) == 412
 
 
 def is_no_condition(error: BaseException | None) -> bool:
-    """Say whether a conditional write was refused because the store knows none."""
+    """True if the store does not implement conditional writes."""
     status = status_of(error)
     return status in NOT_IMPLEMENTED or (status == 400 and code_of(error) in _UNKNOWN)
 
 
 def is_page(error: BaseException | None) -> bool:
-    """Say whether an answer may be a web page: boto3 takes one for an error 500 without a code.
+    """True if the answer may be a web page: boto3 reports one as an error 500 without a code.
 
-    An error 500 without a body is a store's, or its proxy's.
+    An error 500 without a body comes from a store or its proxy.
     """
     if not isinstance(error, ClientError) or code_of(error) != "500":
         return False
@@ -77,13 +77,13 @@ def is_page(error: BaseException | None) -> bool:
     return bool(headers.get("content-length") != "0")
 
 
-def is_behind_the_end(error: BaseException | None) -> bool:
-    """Say whether a range begins where the object has ended."""
+def is_past_the_end(error: BaseException | None) -> bool:
+    """True if a range begins past the object's end."""
     return status_of(error) == 416
 
 
 def may_be_checksums(error: BaseException | None) -> bool:
-    """Say whether a store may have refused a request because of its checksum."""
+    """True if a store may have refused a request because of its checksum."""
     code = code_of(error)
     if code in EXPIRED or code in _BUSY:
         return False

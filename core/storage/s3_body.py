@@ -1,4 +1,4 @@
-"""Bodies of S3 requests and answers: parts in a row, ranges that a store may not keep to."""
+"""Bodies of S3 requests and answers: streams of parts, and ranges that a store may ignore."""
 
 import io
 import re
@@ -13,9 +13,9 @@ _CHUNK = 2**20
 
 
 def read_into(parts: list[bytes], answer: Any, where: str, start: int, length: int | None) -> None:
-    """Append the asked bytes of a GET to `parts`; what came before an error stays there.
+    """Append the requested bytes of a GET to `parts`; bytes before an error stay there.
 
-    Raises: IncompleteReadError if fewer came than the answer says; StoreError for another range.
+    Raises: IncompleteReadError for a truncated body; StoreError for another range.
     """
     first, expected = _place_of(where, answer, start)
     body = answer["Body"]
@@ -36,10 +36,10 @@ def read_into(parts: list[bytes], answer: Any, where: str, start: int, length: i
 
 
 def _place_of(where: str, answer: Any, start: int) -> tuple[int, int | None]:
-    """Where the bytes of an answer begin, and how many there are, if it says so."""
+    """(offset, count) of the bytes of an answer; the count is None if it is not given."""
     size = answer.get("ContentLength")
     if answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
-        return 0, size  # the whole object: some stores know no ranges
+        return 0, size  # the whole object: some stores ignore ranges
     place = re.fullmatch(r"bytes (\d+)-(\d+)/.*", str(answer.get("ContentRange", "")))
     if place is None:
         return start, size
@@ -55,7 +55,7 @@ def _skip(body: Any, count: int) -> None:
 
 
 class PartStream(io.RawIOBase):
-    """Byte strings end to end, as a file to read from."""
+    """A readable file of concatenated byte strings."""
 
     def __init__(self, parts: Iterable[bytes | memoryview]) -> None:
         self._parts = iter(parts)

@@ -1,4 +1,4 @@
-"""boto3's clients of an object store, from the environment."""
+"""boto3 clients of an object store, configured by the environment."""
 
 import os
 from typing import Any
@@ -8,19 +8,19 @@ from botocore.config import Config
 from core.errors import StoreInputError
 
 _SECONDS, _FIRST_SECONDS = 60, 10
-"""For an answer; before the first one a silent port is more likely than a slow store."""
+"""Read timeouts; the second until the first answer: a silent port is likelier than a slow store."""
 _ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 _CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
 def clients_of(session: Any, attempts: int, plain: bool) -> tuple[Any, Any]:
-    """The client of the first questions, which waits less, and that of all others."""
+    """(client until the first answer, with a shorter timeout; client for all later requests)."""
     first = _client_of(session, min(attempts, 2), _FIRST_SECONDS, plain)
     return first, _client_of(session, attempts, _SECONDS, plain)
 
 
 def _client_of(session: Any, attempts: int, seconds: int, plain: bool) -> Any:
-    """A client that waits so many seconds for an answer; `plain`: that sends no checksums."""
+    """Build a client with a read timeout of `seconds`; `plain`: without checksums."""
     retries: Any = {"mode": "adaptive", "total_max_attempts": attempts}
     path_style: Any = {"addressing_style": "path"}
     checksums: Any = "when_required" if plain else None
@@ -38,7 +38,7 @@ def _client_of(session: Any, attempts: int, seconds: int, plain: bool) -> Any:
 
 
 def check_environment() -> None:
-    """Refuse what boto3 would repeat in its errors: keys with white space, passwords in URLs."""
+    """Refuse secrets that boto3 would print in errors: keys with white space, passwords in URLs."""
     for name in _CREDENTIALS:
         if any(letter.isspace() for letter in os.environ.get(name, "")):
             raise StoreInputError(f"{name} holds white space or a line break; export it without")

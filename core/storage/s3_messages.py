@@ -1,4 +1,4 @@
-"""What an object store's errors say to the user: what, where and what to do about it."""
+"""Messages for errors of an object store: what failed, where, and what to do."""
 
 from boto3.exceptions import S3UploadFailedError
 from botocore.exceptions import (
@@ -24,15 +24,15 @@ from core.storage.s3_answers import (
 )
 
 EXPLAINED = (ClientError, BotoCoreError, S3UploadFailedError, RecursionError)
-"""Errors of a request that `explanation` has words for."""
+"""Errors of a request that `explanation` translates."""
 _NO_ANSWER = "; it has not answered yet: check the address, and http or https, in AWS_ENDPOINT_URL"
 _MISSING = ("404", "NotFound")
-"""Of HEAD, which has no body; a GET without the store's own code may be a proxy's."""
+"""Codes of HEAD, whose answer has no body; on a GET they may be a proxy's."""
 _DENIED = ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "401")
 
 
 def explanation(error: Exception, url: str, name: str, answered: bool) -> StoreError:
-    """What an error of a request becomes; `answered`: the store has answered before."""
+    """Translate an error of a request; `answered`: the store has answered before."""
     where = f"{url}/{name}".rstrip("/")
     hint = "" if answered else _NO_ANSWER
     if isinstance(error, ClientError):
@@ -43,7 +43,7 @@ def explanation(error: Exception, url: str, name: str, answered: bool) -> StoreE
         )
     if isinstance(error, ParamValidationError):
         return StoreInputError(f"{url} is no valid bucket or key: {error}")
-    if isinstance(error, RecursionError):  # botocore asks where to, and is sent on again
+    if isinstance(error, RecursionError):  # botocore follows redirects in a circle
         return StoreInputError(_moved(url))
     if not answered and isinstance(error, EndpointConnectionError | EndpointProviderError):
         return StoreInputError(f"nothing answers for {url}; check AWS_ENDPOINT_URL ({error})")
@@ -56,12 +56,12 @@ def explanation(error: Exception, url: str, name: str, answered: bool) -> StoreE
 
 
 def unreadable(url: str, name: str, error: Exception) -> StoreError:
-    """An answer that boto3 cannot read."""
+    """The error for an answer that boto3 cannot parse."""
     return StoreError(f"{url}/{name}: no S3 store answers so ({error!r}); check AWS_ENDPOINT_URL")
 
 
 def wrong_settings(url: str, error: Exception) -> StoreInputError:
-    """Settings that boto3 makes no client from."""
+    """The error for settings that boto3 rejects."""
     return StoreInputError(
         f"the settings for {url} are wrong ({error}); check AWS_ENDPOINT_URL (written "
         "as http://host:port), AWS_DEFAULT_REGION (as us-east-1), AWS_PROFILE and the "
@@ -70,7 +70,7 @@ def wrong_settings(url: str, error: Exception) -> StoreInputError:
 
 
 def _refusal(url: str, name: str, error: ClientError, hint: str) -> StoreError:
-    """What a refused request becomes; `hint` is added where the address may be wrong."""
+    """Translate a refused request; `hint` is added where the address may be wrong."""
     code, status, operation = code_of(error), status_of(error), error.operation_name
     where = f"{url}/{name}".rstrip("/")
     if code == "NoSuchKey" or (code in _MISSING and operation.startswith(("Head", "Delete"))):
@@ -113,7 +113,7 @@ def _refusal(url: str, name: str, error: ClientError, hint: str) -> StoreError:
 
 
 def no_conditional_put(url: str, error: StoreError) -> StoreInputError:
-    """A store that cannot keep what is there."""
+    """The error for a store without conditional writes."""
     cause = error.__cause__
     return StoreInputError(
         f"{url} does not implement conditional writes (If-None-Match on PUT: {status_of(cause)} "

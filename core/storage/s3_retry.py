@@ -1,4 +1,4 @@
-"""When a request to an object store is tried again, for how long, and by which client."""
+"""Retries of requests to an object store: when, for how long, and with which client."""
 
 import functools
 import time
@@ -17,14 +17,14 @@ from core.storage.s3_clients import clients_of
 from core.storage.s3_messages import EXPLAINED, explanation, unreadable, wrong_settings
 
 PATIENCE, FIRST_PATIENCE = 300.0, 30.0
-"""Seconds of outage that are waited out, and before the store has answered for the first time."""
+"""Seconds of outage to wait out, and the same before the store's first answer."""
 T = TypeVar("T")
 _CONFLICTS = 12
-"""Tries of a write that others write at the same moment; half a minute at most."""
+"""Retries of a write that conflicts with other writers; half a minute at most."""
 
 
 class Retries:
-    """Requests to one store; all its state is what the store's answers have told about it."""
+    """Sends requests to one store; its state is what the answers revealed about the store."""
 
     def __init__(self, url: str, attempts: int, patience: float) -> None:
         """`attempts` are botocore's own, within one request."""
@@ -39,7 +39,7 @@ class Retries:
 
     @property
     def client(self) -> Any:
-        """The client of the next request: before the first answer one that waits less."""
+        """The client of the next request; before the first answer its timeout is shorter."""
         return self.later if self._answered else self._first
 
     @contextmanager
@@ -51,15 +51,15 @@ class Retries:
             raise explanation(error, self._url, name, self._answered) from error
 
     def ask(self, name: str, request: Callable[[Any], T]) -> T:
-        """Give a client to a request; an outage of a store that has answered is waited out."""
+        """Run a request with a client; waits out outages of a store that has answered."""
         began, attempt, conflicts = time.monotonic(), 0, 0
         while True:
             try:
                 with self.explained(name):
-                    found = request(self.client)
+                    result = request(self.client)
                 self._answered = True
-                return found
-            except (KeyError, TypeError, ValueError) as error:  # of boto3's readers of answers
+                return result
+            except (KeyError, TypeError, ValueError) as error:  # of boto3's parsers
                 raise unreadable(self._url, name, error) from error
             except StoreError as error:
                 cause = error.__cause__
@@ -77,7 +77,7 @@ class Retries:
                 time.sleep(pause)
 
     def _refuse_or_wait(self, error: StoreError, began: float) -> None:
-        """Raise the error, unless it may pass."""
+        """Raise the error, unless it is transient and there is time left."""
         cause = error.__cause__
         may_pass = isinstance(cause, CUT) or passes(cause)
         self._answered |= isinstance(cause, ClientError) and not may_pass  # "no" is an answer
@@ -85,21 +85,21 @@ class Retries:
             raise error
 
     def _ask_plainly(self, name: str, request: Callable[[Any], T], error: StoreError) -> T:
-        """Do a refused request without checksums, which are new; keep to it if that helps."""
+        """Repeat a refused request without checksums; keep that for later ones on success."""
         clients, self._plain = (self._first, self.later), True
         self._first, self.later = self._make(plain=True)
         try:
-            found = self.ask(name, request)
+            result = self.ask(name, request)
         except StoreError as again:
             if may_be_checksums(again.__cause__):
                 (self._first, self.later), self._plain = clients, False
                 raise error from error.__cause__
             raise
         LOG.warning("%s takes no checksums of requests (%s): they are left out", self._url, error)
-        return found
+        return result
 
     def _waits(self, cause: BaseException | None) -> float:
-        """Seconds for which an error that may pass is waited out."""
+        """Seconds for which a transient error is waited out."""
         if self._answered and not is_page(cause):
             return self._patience
         listens = isinstance(cause, (ClientError, ConnectionClosedError, *CUT))

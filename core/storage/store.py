@@ -1,7 +1,7 @@
-"""Where data lives: a folder, or a bucket of any S3-compatible object store.
+"""Stores of data: a folder, or a bucket of any S3-compatible object store.
 
 `open_store("s3://bucket/prefix")` reads AWS_ENDPOINT_URL and the credentials from the
-environment, as boto3 does; nothing of them is ever written down.
+environment, as boto3 does; credentials are never written to a file.
 """
 
 import errno
@@ -42,7 +42,7 @@ class Store(Protocol):
         """Read an object or a range of it; AbsentError if there is none."""
 
     def put(self, name: str, data: bytes, if_absent: bool = False) -> bool:
-        """Write an object whole; with if_absent, returns False if somebody else was first."""
+        """Write an object atomically; with if_absent, returns False if it exists."""
 
     def put_parts(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
         """Write an object that comes in parts; it appears whole or not at all."""
@@ -51,13 +51,13 @@ class Store(Protocol):
         """All names that begin with the prefix, sorted."""
 
     def exists(self, name: str) -> bool:
-        """Say whether there is such an object."""
+        """True if the object exists."""
 
     def delete(self, name: str) -> None:
         """Remove an object, if there is one."""
 
     def etag(self, name: str) -> str:
-        """The store's version mark of an object."""
+        """The ETag of an object."""
 
 
 class FolderStore:
@@ -107,12 +107,12 @@ class FolderStore:
         files = (
             path for at, _, here in walked for name in here if (path := Path(at, name)).is_file()
         )
-        found = (
+        names = (
             path.relative_to(self.root).as_posix()
             for path in files
             if not path.name.startswith((TEMPORARY, LOCK))
         )
-        return sorted(name for name in found if name.startswith(prefix))
+        return sorted(name for name in names if name.startswith(prefix))
 
     def exists(self, name: str) -> bool:
         return self._path(name).is_file()
@@ -121,7 +121,7 @@ class FolderStore:
         path = self._path(name)
         path.unlink(missing_ok=True)
         if path.parent != self.root:
-            with suppress(OSError):  # others' files are in it, or it has gone
+            with suppress(OSError):  # not empty, or already gone
                 path.parent.rmdir()
 
     def etag(self, name: str) -> str:
@@ -135,7 +135,7 @@ class FolderStore:
 
 
 def free_space(store: Store) -> int | None:
-    """Bytes that a folder's disk has free; None of an object store, which does not say."""
+    """Free bytes on a folder's disk; None for an object store."""
     if not isinstance(store, FolderStore):
         return None
     place = store.root.absolute()
@@ -145,13 +145,13 @@ def free_space(store: Store) -> int | None:
 
 
 def _raise_unless_gone(error: OSError) -> None:
-    """Others may delete folders that are being listed; what may not be read is not ours."""
+    """Ignore folders that vanish during the listing or are not readable: they are not ours."""
     if not isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
         raise StoreError(f"cannot list {error.filename}: {error}") from error
 
 
 def _link(root: Path, staged: Path, path: Path, data: bytes) -> bool:
-    """Write a file aside and give it its name, if nobody else did."""
+    """Write a temporary file and rename it, unless the name exists."""
     write_atomic(staged, data)
     try:
         return rename_if_absent(staged, path, root)
@@ -160,7 +160,7 @@ def _link(root: Path, staged: Path, path: Path, data: bytes) -> bool:
 
 
 def _patiently(write: Callable[[], T]) -> T:
-    """Write again if the folder was deleted meanwhile: `delete` removes empty ones."""
+    """Retry a write whose folder was deleted meanwhile: `delete` removes empty ones."""
     for _ in range(_AGAIN):
         with suppress(FileNotFoundError):
             return write()

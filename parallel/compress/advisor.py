@@ -1,7 +1,7 @@
 """Does compression pay on this link? Measured on the model's own shapes, in seconds.
 
-A step without compression sends all gradient bytes; with it, the factors and the rest, and it
-computes them. The break-even bandwidth is where both take equally long: below it, compression pays.
+A step without compression sends all gradient bytes; a step with it computes the factors and sends
+them with the uncompressed rest. Below the break-even bandwidth, compression saves time.
 """
 
 import time
@@ -19,13 +19,13 @@ PAPER_SHARE = 0.226
 """Rank over width that the paper found to cost no loss (896 of 3968)."""
 SHARES = (1 / 16, 1 / 8, PAPER_SHARE, 0.5)
 PROBES = (2**16, 2**22)
-"""Bytes of the two all-reduces that tell latency and bandwidth apart."""
+"""Bytes of the two all-reduces from which latency and bandwidth are solved."""
 ROUNDS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """What an all-reduce over a group costs: latency + bytes / bandwidth."""
+    """Cost model of an all-reduce over a group: latency + bytes / bandwidth."""
 
     latency: float
     """Seconds."""
@@ -39,7 +39,7 @@ class Link:
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """What one rank gains."""
+    """What compression at one rank gains."""
 
     rank: int
     """Total rank, over the shards of a matrix."""
@@ -48,15 +48,15 @@ class Advice:
     compute_ms: float
     """Factors, orthogonalisation and decompression of one step."""
     gained_ms: float
-    """Saved a step on this link; negative if compression costs time."""
+    """Time saved per step on this link; negative if compression costs time."""
     break_even: float
     """Bytes a second of all-reduce payload below which it pays."""
 
 
 def measure_link(group: "dist.ProcessGroup", device: torch.device) -> Link:
-    """Time two sizes of all-reduce of tensors on a device: that is where gradients are reduced.
+    """Time all-reduces of two sizes on the device of the gradients.
 
-    Every rank of the group must call it, and gets one answer.
+    Collective: every rank of the group must call it, and all get the same result.
     """
     seconds = []
     for count in PROBES:
@@ -94,10 +94,10 @@ def advise(
     shares: Sequence[float],
     device: torch.device,
 ) -> list[Advice]:
-    """Weigh compression at some shares of the width; `others` elements are never compressed."""
+    """Estimate compression at some shares of the width; `others` elements stay as they are."""
     width = min(shard.oriented[0] for shard in shards) * parts
     raw = 4 * (sum(s.rows * s.columns for s in shards) + others)
-    found = []
+    advice = []
     for share in shares:
         total = max(parts, round(share * width))
         each = shard_rank(total, parts)
@@ -106,7 +106,7 @@ def advise(
         compute = measure_compute(shards, each, device)
         extra = compute + 2 * link.latency
         saved = (raw - sent) / link.bandwidth
-        found.append(
+        advice.append(
             Advice(
                 rank=total,
                 raw_bytes=raw,
@@ -116,7 +116,7 @@ def advise(
                 break_even=(raw - sent) / extra,
             )
         )
-    return found
+    return advice
 
 
 def chosen_rank(
@@ -126,7 +126,7 @@ def chosen_rank(
     group: "dist.ProcessGroup",
     device: torch.device,
 ) -> int:
-    """The paper's rank if it gains time here, else 0; every rank of the world gets one answer."""
+    """The paper's rank if it saves time on this link, else 0; the same on every rank."""
     link = measure_link(group, device)
     table = advise(shards, others, parts, link, SHARES, device) if shards else []
     LOG.info("link: %.1f MB/s, latency %.2f ms", link.bandwidth / 1e6, 1e3 * link.latency)

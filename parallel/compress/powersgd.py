@@ -1,8 +1,8 @@
 """PowerSGD with error feedback: low-rank all-reduce of gradient matrices.
 
 Source: arXiv 2102.12092, appendix E (fixed Q, epsilon shift, norm from the factors, non-finite
-rules); arXiv 1905.13727 (the method, warm start). Means over the group stand where the paper has
-sums over machines: P is orthogonalised, so its scale is immaterial, and Q carries the mean.
+rules); arXiv 1905.13727 (the method, warm start). Means over the group replace the
+paper's sums over machines: P is orthogonalised, so its scale does not matter, and Q holds the mean.
 """
 
 import math
@@ -23,31 +23,31 @@ SHIFT = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixShard:
-    """This rank's part of a gradient matrix, factored by itself."""
+    """This rank's shard of a gradient matrix; each shard is factored on its own."""
 
     name: str
     """Global parameter name; fixed Q is drawn from it, so that tied copies agree."""
     rows: int
     columns: int
     shard: int = 0
-    """Which of the parameter's shards this is: each draws a Q of its own."""
+    """Index of the shard; each shard draws its own Q."""
 
     @property
     def oriented(self) -> tuple[int, int]:
-        """(short, long) side: the orthogonalisation runs over the short one."""
+        """(short, long) side; the columns of P have the short length."""
         return min(self.rows, self.columns), max(self.rows, self.columns)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reduced:
-    """What a reduction over the group found; the same on all of its ranks."""
+    """Result of a reduction over the group; the same on all of its ranks."""
 
     gradients: dict[str, Tensor]
     """Mean gradients: decompressed matrices, and the rest as it was sent."""
     squares: dict[str, Tensor]
     """Sum of squares of each mean gradient, from its factor; infinite if any was not finite."""
     raw_bytes: int
-    """What an uncompressed fp32 all-reduce would have carried."""
+    """Bytes of an uncompressed fp32 all-reduce."""
     sent_bytes: int
 
     @property
@@ -57,7 +57,7 @@ class Reduced:
 
     @property
     def finite(self) -> bool:
-        """False if a gradient on any replica was not; the mean gradients always are."""
+        """False if any replica had a non-finite gradient; the mean gradients are always finite."""
         return bool(torch.isfinite(self.norm_squared))
 
 
@@ -67,9 +67,9 @@ class _Batch:
 
     members: list[MatrixShard]
     error: Tensor
-    """(n, short, long): what earlier updates did not carry."""
+    """(n, short, long): error feedback, the residual of earlier updates."""
     q: Tensor
-    """(n, long, rank): what the error is multiplied by."""
+    """(n, long, rank): the Q that the error is multiplied by."""
     p: Tensor = field(init=False)
     """(n, short, rank), orthonormal."""
     q_mean: Tensor = field(init=False)
@@ -77,7 +77,7 @@ class _Batch:
 
 
 class PowerSGD:
-    """Keeps the error buffers and reduces gradients over one group of ranks."""
+    """Error buffers, and the compressed all-reduce of gradients over one group of ranks."""
 
     def __init__(
         self,
@@ -90,9 +90,9 @@ class PowerSGD:
         warm_start: bool = False,
         error_feedback: bool = True,
     ) -> None:
-        """`rank` is that of a shard: the config's total rank divided by the shards.
+        """`rank` is the rank of one shard: the config's total rank divided by the shards.
 
-        Buffers are on `device`, where the gradients must be, too.
+        Buffers and gradients must be on `device`.
         Raises: ValueError for a rank below 1.
         """
         if rank < 1:
@@ -138,20 +138,20 @@ class PowerSGD:
         rest = [torch.nan_to_num(g, 0.0, 0.0, 0.0).clone() for g in plain.values()]
         self._average([*rest, flag])
         everywhere = p_finite and q_finite and float(flag) == 0.0
-        found = dict(zip(plain, rest, strict=True))
-        squares = {name: gradient.square().sum() for name, gradient in found.items()}
+        means = dict(zip(plain, rest, strict=True))
+        squares = {name: gradient.square().sum() for name, gradient in means.items()}
         for batch, i, member in self._members():
             squares[member.name] = batch.q_mean[i].square().sum()
         if not everywhere:
             broken = torch.tensor(math.inf, device=self._device)
             squares = dict.fromkeys(squares, broken)
         for batch in self._batches:
-            self._finish(batch, p_finite and q_finite, found)
+            self._finish(batch, p_finite and q_finite, means)
         raw = sum(gradient.numel() for gradient in gradients.values())
         sent = sum(b.p.numel() + b.q_mean.numel() for b in self._batches)
         sent += 1 + sum(t.numel() for t in rest)
         return Reduced(
-            gradients=found,
+            gradients=means,
             squares=squares,
             raw_bytes=4 * raw,
             sent_bytes=4 * sent,
@@ -162,12 +162,12 @@ class PowerSGD:
         return {m.name: _turn(batch.error[i], m) for batch, i, m in self._members()}
 
     def bases(self) -> dict[str, Tensor]:
-        """The Q of each shard by name, (long side, rank); differs from the drawn one if warm."""
+        """The Q of each shard by name, (long side, rank); with a warm start, the last one."""
         return {m.name: batch.q[i] for batch, i, m in self._members()}
 
     @torch.no_grad()
     def load(self, errors: Mapping[str, Tensor], bases: Mapping[str, Tensor]) -> None:
-        """Take back what `errors` and `bases` gave."""
+        """Restore the results of `errors` and `bases`."""
         for batch, i, member in self._members():
             batch.error[i].copy_(_turn(errors[member.name], member))
             batch.q[i].copy_(bases[member.name])
@@ -194,11 +194,11 @@ class PowerSGD:
         copy_parts(flat, tensors)
         return finite
 
-    def _finish(self, batch: _Batch, finite: bool, found: dict[str, Tensor]) -> None:
-        """Hand out decompressed gradients, and keep what they lack."""
+    def _finish(self, batch: _Batch, finite: bool, gradients: dict[str, Tensor]) -> None:
+        """Add the decompressed gradients to `gradients`, and keep the residual as error."""
         mean = batch.p @ batch.q_mean.transpose(1, 2)
         for i, member in enumerate(batch.members):
-            found[member.name] = _turn(mean[i], member)
+            gradients[member.name] = _turn(mean[i], member)
         if finite and self._feedback:
             batch.error -= mean
         elif not bool(torch.isfinite(batch.error).all()):
@@ -208,7 +208,7 @@ class PowerSGD:
 
 
 def shard_rank(total: int, shards: int) -> int:
-    """The rank of one of m shards: the paper's 896 over 8 GPUs is 112 each."""
+    """The rank of one shard: the paper's 896 over 8 GPUs is 112 each."""
     return max(1, total // shards)
 
 
@@ -226,7 +226,7 @@ def _orthonormal(p: Tensor) -> Tensor:
 
 
 def _turn(matrix: Tensor, shard: MatrixShard) -> Tensor:
-    """Between (rows, columns) and (short, long); its own inverse."""
+    """Convert between (rows, columns) and (short, long); its own inverse."""
     return matrix if shard.rows <= shard.columns else matrix.T
 
 

@@ -1,4 +1,4 @@
-"""What needs torch of `tapir doctor`: its build, the devices, and a burn-in on every rank."""
+"""Checks of `tapir doctor` that need torch: its build, the devices, and a burn-in on every rank."""
 
 import importlib.metadata
 import json
@@ -50,9 +50,9 @@ def burn_in(world: World, seconds: float) -> list[Finding]:
 def _version() -> Finding:
     installed = importlib.metadata.version("torch")
     if torch.__version__.partition("+")[0] != installed.partition("+")[0]:
-        found = f"torch {torch.__version__} runs, but {installed} is what is installed first"
+        text = f"torch {torch.__version__} runs, but {installed} is what is installed first"
         fix = f"two torches are on the path: keep one (this one is {torch.__file__})"
-        return bad("torch", found, fix)
+        return bad("torch", text, fix)
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs"
     return ok("torch", f"torch {torch.__version__} for {built}")
 
@@ -62,9 +62,9 @@ def _devices(world: World) -> list[Finding]:
     if not there and not seen:
         return [ok("devices", f"a CPU, {torch.get_num_threads()} threads a rank")]
     if not torch.cuda.is_available():
-        found = f"torch sees none of {there} GPUs"
+        text = f"torch sees none of {there} GPUs"
         fix = "match torch's CUDA with the driver (nvidia-smi), and see CUDA_VISIBLE_DEVICES"
-        return [bad("devices", found, fix)]
+        return [bad("devices", text, fix)]
     return [ok("devices", torch.cuda.get_device_name(world.device))]
 
 
@@ -73,28 +73,28 @@ def _backends() -> Finding:
     needed = ["gloo", *(["nccl"] if gpu_devices() else [])]
     missing = [name for name in needed if not there[name]]
     if missing:
-        found = f"torch was built without {', '.join(missing)}"
-        return bad("backends", found, "install the build of torch that is made for this machine")
+        text = f"torch was built without {', '.join(missing)}"
+        return bad("backends", text, "install the build of torch that is made for this machine")
     return ok("backends", f"torch has {', '.join(name for name, has in there.items() if has)}")
 
 
 def _deepspeed() -> Finding:
-    """Its hooks are private API: one version is tested, and it must be importable with torch."""
+    """Check DeepSpeed's version: hooks.py uses private API of the tested one."""
     try:
         from parallel.engines.deepspeed import hooks  # noqa: PLC0415 - a check: it may fail
     except Exception as error:
-        found = f"deepspeed cannot be imported: {type(error).__name__}: {error}"
-        return bad("deepspeed", found, "pip install the versions of constraints/cpu.txt")
+        text = f"deepspeed cannot be imported: {type(error).__name__}: {error}"
+        return bad("deepspeed", text, "pip install the versions of constraints/cpu.txt")
     version = importlib.metadata.version("deepspeed")
     if version not in hooks.TESTED:
-        found = f"deepspeed {version} is installed; tested is {', '.join(hooks.TESTED)}"
-        return bad("deepspeed", found, f"pip install deepspeed=={hooks.TESTED[-1]}")
+        text = f"deepspeed {version} is installed; tested is {', '.join(hooks.TESTED)}"
+        return bad("deepspeed", text, f"pip install deepspeed=={hooks.TESTED[-1]}")
     return ok("deepspeed", f"deepspeed {version}, as tested")
 
 
 @contextmanager
 def _one_dtype(device: torch.device) -> Iterator[None]:
-    """GPUs are judged by bf16, CPUs by fp32."""
+    """Run in bf16 on GPUs, in fp32 on CPUs."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
     try:
@@ -104,7 +104,7 @@ def _one_dtype(device: torch.device) -> Iterator[None]:
 
 
 def _matmuls(device: torch.device, seconds: float) -> float:
-    """FLOP/s of products in a row: what shares the core or GPU is seen in it."""
+    """FLOP/s of consecutive matmuls; another job on the same core or GPU lowers it."""
     side = SIDE_GPU if device.type == "cuda" else SIDE
     a, b = (torch.randn(side, side, device=device) for _ in range(2))
     out = a @ b
@@ -120,29 +120,29 @@ def _matmuls(device: torch.device, seconds: float) -> float:
 
 
 def _ring(world: World, device: torch.device) -> float:
-    """Bytes/s from this rank to the next and back; neighbours of a link wait for their turn.
+    """Bytes/s from this rank to the next and back; links that share a rank take turns.
 
-    Two ranks have one link: the second one has none of its own.
+    Two ranks have one link, which counts for the first: the second returns 0.
     """
     values = torch.ones(SENT_GPU if device.type == "cuda" else SENT, device=device)
     links = world.size if world.size > 2 else 1
-    found = 0.0
+    rate = 0.0
     for turn in (0, 1, 2):
         world.barrier()
         mine = [link for link in range(links) if _turn(link, links) == turn]
         for link in mine:
             other = (link + 1) % world.size
             if world.rank == link:
-                found = _there_and_back(values, other, device)
+                rate = _there_and_back(values, other, device)
             elif world.rank == other:
                 for _ in range(REPEATS + 1):
                     dist.recv(values, link)
                     dist.send(values, link)
-    return found
+    return rate
 
 
 def _turn(link: int, links: int) -> int:
-    """Links of a turn share no rank; an odd ring needs a third turn."""
+    """The turn of a link: links of one turn share no rank; an odd ring needs a third turn."""
     return 2 if links % 2 and link == links - 1 and links > 1 else link % 2
 
 

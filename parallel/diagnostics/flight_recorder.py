@@ -15,15 +15,14 @@ from core.heartbeat import DIAGNOSE, FOLDER
 _KEPT = "200"
 """Collectives that are remembered."""
 _RECORDERS = {"all": "_dump_fr_trace_json", "nccl": "_dump_nccl_trace_json"}
-"""Torch's functions. In some versions the first one tells of gloo alone; a CPU build lacks the
-second."""
+"""torch's dump functions. In some versions the first covers only gloo; CPU builds lack NCCL's."""
 
 
 def record_flight() -> None:
     """Remember collectives, and write them as flight-R.json when the supervisor asks.
 
-    Call it before the process group is made. A thread writes, since the main one is stuck in a
-    collective then; without a supervisor nothing is recorded.
+    Call it before the process group is created. A thread writes the file, because the main thread
+    hangs in a collective then; without a supervisor nothing is recorded.
     """
     folder, rank = os.environ.get(FOLDER), os.environ.get("RANK")
     if folder is None:
@@ -41,20 +40,20 @@ def record_flight() -> None:
 
 
 def remember() -> None:
-    """Let the process groups that are made from now on keep their last collectives."""
+    """Enable torch's flight recorder for process groups created from now on."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", _KEPT)
-    if not hasattr(c10d, _RECORDERS["all"]):  # such a torch knows NCCL's older name alone
+    if not hasattr(c10d, _RECORDERS["all"]):  # an older torch knows only NCCL's variable
         os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", _KEPT)
 
 
 def last_collectives() -> dict[str, Any]:
-    """What the recorders of all backends of this process hold, as `entries` in their order."""
+    """The recorded collectives of all backends of this process, as `entries` by time."""
     dumps = {name: getattr(c10d, function, None) for name, function in _RECORDERS.items()}
     return joined({name: json.loads(dump()) for name, dump in dumps.items() if dump is not None})
 
 
 def joined(recorders: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The entries of several recorders by time, each once; the rest of each under its name."""
+    """Merge recorders: entries by time without duplicates, other fields by recorder name."""
     entries: dict[tuple[int, int, str], Any] = {}
     rest = {}
     for name, recorder in recorders.items():

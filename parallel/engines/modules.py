@@ -1,4 +1,4 @@
-"""What all engines share: one norm and finite flag, mean losses, compression of named gradients."""
+"""Helpers of all engines: global norm and decision, mean losses, gradient compression."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,8 +25,8 @@ ERROR, BASIS, SCALE = "error@", "basis", "scale"
 def mean_losses(seen: list[Losses], names: Sequence[str], mesh: Mesh) -> dict[str, float]:
     """Average each loss over micro-batches, then over the replicas; known on every rank.
 
-    Only the last stage has seen losses. All replicas must hold batches of one size, so that the
-    mean of means is the mean.
+    Only the last stage has losses. All replicas must have batches of equal size, so that the mean
+    of means is the global mean.
     """
     values = torch.zeros(len(names), device=mesh.world.device)
     if seen:
@@ -48,7 +48,7 @@ def decide_update(
     """Reduce the gradient norm and the votes over all ranks: update or skip, go on or stop.
 
     `squares` are sums of squares of this rank's gradients, weighted so that the sum over the world
-    counts every element once. The gradient scales move by the flags of the same reduction.
+    counts every element once. The same reduction updates the gradient scales.
     """
     device = mesh.world.device
     zero = torch.zeros((), dtype=torch.float64, device=device)
@@ -74,7 +74,7 @@ def scale_slices(scales: Scales, mesh: Mesh) -> Iterator[StateSlice]:
 
 
 def load_scales(scales: Scales, reader: Reader) -> None:
-    """Take back gradient scales; those that are not stored keep their first value."""
+    """Load gradient scales; scales that are not stored keep their initial value."""
     for name, scale in scales.here.items():
         if SCALE in reader.kinds(name):
             value, since = reader.tensor(name, SCALE).tolist()
@@ -82,12 +82,12 @@ def load_scales(scales: Scales, reader: Reader) -> None:
 
 
 def counts_once(placement: Placement, mesh: Mesh) -> bool:
-    """Say whether this tensor rank counts (and saves) a parameter that all of them may hold."""
+    """True if this tensor rank counts and saves a parameter; rank 0 does for replicated ones."""
     return placement.split or mesh.tensor.rank == 0
 
 
 def placements(names: Mapping[str, nn.Parameter]) -> dict[str, Placement]:
-    """The placement of each parameter; ask before ZeRO-3 empties them."""
+    """The placement of each parameter; call it before ZeRO-3 empties them."""
     return {name: placement_of(parameter) for name, parameter in names.items()}
 
 
@@ -99,7 +99,7 @@ def build_compressor(
     parts: Group,
     device: torch.device,
 ) -> "Compressor | None":
-    """Compression over `group` of matrices that are cut over `parts`; None if it is off.
+    """Build PowerSGD over `group` for matrices that are sharded over `parts`; None if it is off.
 
     Raises: ConfigError if this program has no compressible matrices.
     """
@@ -126,7 +126,7 @@ def _shards(matrices: Mapping[str, Placement], parts: Group) -> list[MatrixShard
 
 
 class Compressor:
-    """PowerSGD over the replicas of this rank's matrices, with its checkpoint."""
+    """PowerSGD over the replicas of this rank's matrices, with its checkpoint state."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class Compressor:
         parts: Group,
         device: torch.device,
     ) -> None:
-        """`rank` is the total one, over the parts of a matrix."""
+        """`rank` is the total rank, over the shards of a matrix."""
         self._matrices, self._group, self._parts = dict(matrices), group, parts
         self.rank = shard_rank(rank, parts.size)
         self._powersgd = PowerSGD(
@@ -168,14 +168,14 @@ class Compressor:
             for name, gradient in gradients.items()
         }
         reduced = self._powersgd.reduce(real)
-        found = {}
+        averaged = {}
         for name, gradient in gradients.items():
             flat = torch.zeros(gradient.numel(), dtype=gradient.dtype, device=gradient.device)
             part = reduced.gradients[name].reshape(-1)
             flat[: part.numel()] = part
-            found[name] = flat
+            averaged[name] = flat
         return Reduced(
-            gradients=found,
+            gradients=averaged,
             squares=reduced.squares,
             raw_bytes=reduced.raw_bytes,
             sent_bytes=reduced.sent_bytes,
@@ -193,7 +193,7 @@ class Compressor:
         return shares, replace(reduced, gradients={})
 
     def facts(self, reductions: Sequence[Reduced]) -> dict[str, float]:
-        """Figures of a step for metrics.jsonl: bytes of its reductions, raw and sent; the rank."""
+        """Metrics of a step: raw and sent bytes of its reductions, and the rank."""
         if not reductions:
             return {"compress_rank": self.rank}
         return {
@@ -216,7 +216,7 @@ class Compressor:
                     yield part
 
     def load(self, reader: Reader) -> None:
-        """Take back the buffers; from another number of replicas, their sum is divided."""
+        """Load the buffers; if the replica count changed, each gets its share of their sum."""
         drawn = self._powersgd.bases()
         errors, bases = {}, {}
         for name, place in self._matrices.items():
@@ -246,7 +246,7 @@ class Compressor:
         )
 
     def _basis(self, reader: Reader, name: str, drawn: Tensor) -> Tensor:
-        """The stored Q if the matrix was cut as it is now, else the drawn one: it warms anew."""
+        """The stored Q if the sharding of the matrix is unchanged, else the drawn one."""
         if not self._warm or BASIS not in reader.kinds(name):
             return drawn
         place = self._basis_place(drawn)

@@ -1,7 +1,8 @@
-"""What an engine is: it owns the weights, the optimiser and the step; the loop owns the rest.
+"""Engines and programs: an engine owns the weights, the optimiser and the training step.
 
-A `Program` is what gets trained: named layers that a pipeline can cut, and a loss on the output
-of the last one. The first layer takes the batch (a dict of tensors), the others what came before.
+A `Program` is the model to train: named layers that a pipeline can cut, and a loss on the last
+layer's output. The first layer takes the batch (a dict of tensors), each other layer the output
+of the layer before it.
 """
 
 import math
@@ -28,8 +29,8 @@ Losses = dict[str, Tensor]
 
 
 Draw = Callable[[str, Placement, int, Tensor], None]
-"""(Name of a parameter inside of the layer, its placement, an element, a flat tensor): fill the
-tensor with the initial values of the flat local parameter from that element on."""
+"""(parameter name inside the layer, its placement, start, flat tensor): fill the tensor with the
+initial values of the flat local parameter from element `start` on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +40,13 @@ class Layer:
     name: str
     """First part of the global names of its parameters."""
     build: Callable[[], nn.Module]
-    """Its module with the initial weights; with shapes alone under torch.device("meta")."""
+    """Builds the module with initial weights; only shapes under torch.device("meta")."""
     draw: Draw | None = None
-    """Draws a part of one initial weight without the others; None: only `build` has them."""
+    """Draws a part of one initial weight; None = initial weights come from `build` only."""
     cost: int = 1
-    """What it costs beside the other layers; stages are balanced by it."""
+    """Relative cost, by which stages are balanced."""
     branches: tuple[str, ...] = ()
-    """Keys of its module's `branches()`: residual branches that fp16 gives a scale each."""
+    """Keys of its module's `branches()`: residual branches, each with its own scale in fp16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,33 +56,33 @@ class Program:
     layers: list[Layer]
     loss: Callable[[Any, Batch], Losses]
     losses: tuple[str, ...]
-    """Names of the losses: ranks that see none must know them."""
+    """Names of the losses; ranks that compute none need them too."""
     compressed: tuple[str, ...] = ()
     """Endings of the names of matrices whose gradients may be compressed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """All that an engine is configured by."""
+    """Configuration of an engine."""
 
     optim: OptimConfig
     engine: EngineConfig
     compress: CompressConfig
     seed: int
     judge: Judge = accept_all
-    """Says why an update must be skipped."""
+    """Returns why an update must be skipped, or nothing."""
 
 
 class Recomputed(nn.Module):
-    """A layer that can run its residual branches again in the backward pass, one at a time."""
+    """A layer with activation checkpointing of each residual branch."""
 
     recompute = False
 
     def run_branch(self, branch: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """The branch, of which only the input is kept if `recompute` is set."""
+        """Run a branch; if `recompute` is set, only its input is kept for the backward pass."""
         if self.recompute and torch.is_grad_enabled():
-            found: Tensor = checkpoint(branch, x, use_reentrant=False)
-            return found
+            out: Tensor = checkpoint(branch, x, use_reentrant=False)
+            return out
         return branch(x)
 
 
@@ -89,7 +90,7 @@ class Stage(nn.Module):
     """Some consecutive layers of a program on a device, in the run's precision."""
 
     def __init__(self, layers: Sequence[Layer], engine: EngineConfig, device: torch.device) -> None:
-        """Layers are built one after the other, so that the host never holds several."""
+        """Builds and moves one layer at a time, so that the host never holds several."""
         super().__init__()
         if engine.precision == "auto":
             raise ConfigError(
@@ -103,7 +104,7 @@ class Stage(nn.Module):
             if isinstance(module, Recomputed):
                 module.recompute = engine.recompute
         self.scales: dict[str, Scale] = {}
-        """The gradient scale of each residual branch, in fp16 alone."""
+        """The gradient scale of each residual branch; empty unless in fp16."""
         if engine.precision == "fp16":
             for layer in layers:
                 built: Any = self.layers[layer.name]
@@ -124,12 +125,12 @@ class Stage(nn.Module):
         return state
 
     def global_names(self) -> dict[str, nn.Parameter]:
-        """Global parameter name -> parameter, sorted by name, so that all ranks see one order."""
+        """Global parameter name -> parameter, sorted by name: the same order on all ranks."""
         return dict(sorted(self.layers.named_parameters()))
 
 
 def scales_of(program: Program, here: dict[str, Scale], engine: EngineConfig) -> Scales:
-    """The scales of a program's branches, of which this rank runs some, or none."""
+    """The scales of a program's branches; `here` holds those of this rank."""
     names = [f"{layer.name}.{key}" for layer in program.layers for key in layer.branches]
     return Scales(names if engine.precision == "fp16" else [], here)
 
@@ -148,7 +149,7 @@ class Whole(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one optimiser step did."""
+    """Result of one optimiser step."""
 
     losses: dict[str, float]
     """Means over the global batch."""
@@ -171,7 +172,7 @@ class Engine(Protocol):
     ) -> StepResult:
         """Accumulate gradients, reduce them, clip, and update; the same result on every rank.
 
-        `wants_stop`: this rank was asked to stop, which the result tells all ranks.
+        `wants_stop`: this rank was asked to stop; `stopping` in the result tells all ranks.
         """
 
     def evaluate(self, batch: Batch) -> Losses:
@@ -187,7 +188,7 @@ class Engine(Protocol):
         """Take this rank's part of the state from a checkpoint of any mesh."""
 
     def replicas(self) -> list[tuple[list[Tensor], Group]]:
-        """Tensors that all ranks of a group hold alike between two steps."""
+        """Tensors that are equal on all ranks of a group between two steps."""
 
     def layers(self) -> dict[str, nn.Module]:
         """The layers that this rank runs, in order, by name."""
@@ -208,8 +209,8 @@ Builder = Callable[[Program, EngineSettings, Mesh], Engine]
 def parameter_groups(names: dict[str, nn.Parameter], optim: OptimConfig) -> list[dict[str, Any]]:
     """Two optimiser groups: matrices decay, gains and biases do not.
 
-    Parameters are sorted by name, so that every rank sees one order. Their placements tell which
-    are matrices: ZeRO-3's are flat.
+    Parameters are sorted by name: the same order on all ranks. Matrices are recognised by their
+    placement, because ZeRO-3's parameters are flat.
     """
     ordered = [names[name] for name in sorted(names)]
     matrices = [p for p in ordered if len(placement_of(p).shape) > 1]

@@ -1,8 +1,8 @@
-"""Plain torch, on one process or with all-reduced gradients: the oracle of every equality test.
+"""Plain torch, single-process or data-parallel: the reference of every equality test.
 
-Gradients are reduced as one flat fp32 tensor in name order rather than by torch's DDP, whose
-buckets change order after the first step: on more than two ranks that moves rounding, and a
-resumed run would no longer be bit-equal to an unbroken one.
+Gradients are reduced as one flat fp32 tensor in name order. torch's DDP reorders its buckets after
+the first step, which changes rounding on more than two ranks: a resumed run would not be bitwise
+equal to an uninterrupted one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -125,7 +125,7 @@ class ReferenceEngine:
         self._optimizer.zero_grad(set_to_none=True)
 
     def _backward(self, batch: Batch, micro_batches: int) -> Losses:
-        """Add the gradients of one of so many micro-batches; returns its losses."""
+        """Accumulate the gradients of one of `micro_batches`; returns its losses."""
         losses: Losses = self._whole(batch)
         (losses["loss"] / micro_batches).backward()
         return {name: value.detach() for name, value in losses.items()}
@@ -133,7 +133,7 @@ class ReferenceEngine:
     def _reduce(self) -> tuple[list[Tensor], dict[str, float]]:
         """Average gradients over the replicas.
 
-        Returns this rank's share of their squares, and the figures of compression.
+        Returns this rank's share of their squares, and the metrics of compression.
         """
         gradients = {n: p.grad for n, p in self._names.items() if p.grad is not None}
         size = self._mesh.data.size

@@ -1,4 +1,4 @@
-"""The registry of engines, each imported when it is asked for; imports no torch itself."""
+"""The registry of engines; each is imported on demand. Imports no torch itself."""
 
 import importlib
 from typing import Any
@@ -9,22 +9,22 @@ ENGINES = {
     "deepspeed_pipe": ("parallel.engines.deepspeed.pipe", "DeepSpeedPipeEngine"),
 }
 MEGATRON = "parallel.tensor.megatron"
-"""Imported only where there are tensor or pipeline ranks."""
+"""Imported only for tensor or pipeline parallelism."""
 
 
 def modules_of(engine: str, model_parallel: bool) -> list[str]:
-    """What a forkserver should import before ranks with this engine start."""
+    """Modules that a forkserver imports before ranks with this engine start."""
     return [ENGINES[engine][0], *([MEGATRON] if model_parallel else [])]
 
 
 def import_engine(engine: str, model_parallel: bool) -> None:
-    """Import what ranks with this engine need, in a process that then forks them."""
+    """Import an engine's modules, in a process that then forks the ranks."""
     for name in modules_of(engine, model_parallel):
         importlib.import_module(name)
 
 
 def build_engine(program: Any, settings: Any, mesh: Any) -> Any:
-    """Build the engine that the settings name, as parallel.engines.protocol.Builder says."""
+    """Build the engine that the settings name; typed as parallel.engines.protocol.Builder."""
     module, name = ENGINES[settings.engine.name]
     builder = getattr(importlib.import_module(module), name)
     return builder(program, settings, mesh)

@@ -1,7 +1,7 @@
 """Linears and embeddings that a tensor group shares; weights are cut along axis 0.
 
-Every layer on one rank is the whole layer, so one model definition serves every degree. Weights
-are made on torch's default device: the host, from where engines move them layer by layer, or meta.
+On one rank each layer is the whole layer, so one model definition serves every degree. Weights are
+created on torch's default device: the host, from which engines move them layer by layer, or meta.
 """
 
 from typing import Any, cast
@@ -21,7 +21,7 @@ MASKED = -1e30
 class ColumnLinear(nn.Module):
     """x W^T + b for this rank's rows of W: whole states in, a part of the channels out.
 
-    Shapes: weight (outputs, inputs); `unit` outputs (a head's, say) stay together. Call
+    Shapes: weight (outputs, inputs); `unit` outputs (e.g. of one head) stay together. Call
     `tensor.enter` on the input first, once for all linears that share it.
     """
 
@@ -95,7 +95,7 @@ class VocabularyHead(ColumnLinear):
         self._padding = padded - self._rows
 
     def forward(self, x: Tensor, half: bool = False) -> Tensor:
-        """Logits in fp32 of states in fp32; `half`: the matmuls of the way back are in bf16."""
+        """fp32 logits of fp32 states; `half`: the matmuls of the backward pass are in bf16."""
         assert self.bias is not None
         logits: Tensor
         if half and torch.is_grad_enabled():
@@ -117,10 +117,10 @@ class _HalfBack(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x.to(torch.bfloat16), weight.to(torch.bfloat16))
-        # F.linear gives a view for one sample, but the vocabulary-parallel loss writes over this
+        # F.linear returns a view for one sample, but the vocabulary-parallel loss writes in place
         logits = torch.addmm(bias, x.flatten(0, -2), weight.T)
-        found: Tensor = torch.ops.aten._unsafe_view(logits, [*x.shape[:-1], len(weight)])
-        return found
+        out: Tensor = torch.ops.aten._unsafe_view(logits, [*x.shape[:-1], len(weight)])
+        return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,8 +1,7 @@
 """megatron-core's process groups and tensor-parallel operations.
 
-Its linears are not used: their autograd function casts for CUDA alone, so that bf16 would fail on
-CPUs; its mappings between cut and whole regions, its vocabulary-parallel embedding and
-cross-entropy are (docs/decisions/002).
+Its region mappings, vocabulary-parallel embedding and cross-entropy are used. Its linears are not:
+their autograd function casts for CUDA only, so that bf16 fails on CPUs (docs/decisions/002).
 """
 
 import torch
@@ -37,16 +36,16 @@ class MegatronTensorParallel(TensorParallel):
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
 
     def enter(self, x: Tensor) -> Tensor:
-        found: Tensor = copy_to_tensor_model_parallel_region(x, self.group)
-        return found
+        out: Tensor = copy_to_tensor_model_parallel_region(x, self.group)
+        return out
 
     def leave(self, x: Tensor) -> Tensor:
-        found: Tensor = reduce_from_tensor_model_parallel_region(x.contiguous(), self.group)
-        return found
+        out: Tensor = reduce_from_tensor_model_parallel_region(x.contiguous(), self.group)
+        return out
 
     def gather(self, x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous(), group=self.group)  # megatron's is for CUDA alone
+        dist.all_gather(parts, x.contiguous(), group=self.group)  # megatron's is for CUDA only
         return torch.cat(parts, -1)
 
     def embedding(self, rows: int, width: int) -> nn.Module:

@@ -1,25 +1,25 @@
-"""What tensor-parallel layers ask of their group; on one rank each is plain torch."""
+"""Operations of a tensor group for its layers; on one rank each is plain torch."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class TensorParallel:
-    """A rank by itself; `parallel.tensor.megatron` has the one for several."""
+    """Tensor parallelism of degree 1; `parallel.tensor.megatron` has the real one."""
 
     rank = 0
     size = 1
 
     def enter(self, x: Tensor) -> Tensor:
-        """Pass states into a cut region; backward, the gradients of all ranks are summed."""
+        """Copy states into a tensor-parallel region; backward sums the gradients of all ranks."""
         return x
 
     def leave(self, x: Tensor) -> Tensor:
-        """Sum the parts that the ranks computed; backward, gradients pass."""
+        """Sum the partial results of all ranks; backward passes the gradient through."""
         return x
 
     def gather(self, x: Tensor) -> Tensor:
-        """Join the parts of the last axis that the ranks hold, on all of them; without gradients.
+        """All-gather along the last axis; without gradients.
 
         Shapes: (..., n / size) -> (..., n).
         """

@@ -1,4 +1,4 @@
-"""What both DeepSpeed engines share: optimiser state as slices, the global norm, compression."""
+"""Base of both DeepSpeed engines: optimiser state as slices, the global norm, compression."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -43,15 +43,15 @@ BUCKET = 2**20
 
 @dataclass(kw_only=True)
 class Pass:
-    """What one step, or one evaluation, returns through DeepSpeed's callbacks."""
+    """Results of one step or evaluation, filled by DeepSpeed's callbacks."""
 
     wants_stop: bool = False
     losses: list[Losses] = field(default_factory=list)
-    """Of the micro-batches so far, on the ranks that compute them."""
+    """Losses of the micro-batches so far, on the ranks that compute them."""
     reductions: list[Reduced] = field(default_factory=list)
-    """Those that were compressed, without their gradients."""
+    """Compressed reductions, without their gradients."""
     decision: Decision | None = None
-    """Of a step, as soon as the gradients are averaged."""
+    """The decision about a step's update, once its gradients are averaged."""
 
 
 class DeepSpeedEngine:
@@ -70,13 +70,13 @@ class DeepSpeedEngine:
         scales: Scales,
         judge: Judge,
     ) -> None:
-        """`copies` are the ranks of other machines that hold the same partitions."""
+        """`copies`: number of machines that hold the same partitions."""
         self._names, self._places, self._mesh = names, placements(names), mesh
         self._copies, self._scales, self._judge = copies, scales, judge
         self._losses_named = program.losses
         self._compressor: Compressor | None = None
         self._current = Pass()
-        """The pass under way, which the callbacks fill."""
+        """The current pass, filled by the callbacks."""
 
     @property
     def _optimizer(self) -> Any:
@@ -108,7 +108,7 @@ class DeepSpeedEngine:
         return decision.clipped_by
 
     def state_slices(self) -> Iterator[StateSlice]:
-        """What this rank saves: ZeRO's fragments, and its compression buffers."""
+        """The slices that this rank saves: ZeRO's fragments, and compression buffers."""
         if self._compressor is not None:
             yield from self._compressor.slices()
         yield from scale_slices(self._scales, self._mesh)
@@ -123,16 +123,16 @@ class DeepSpeedEngine:
                 for kind in ("master", *MOMENTS):
                     if kind not in tensors:  # before the first step
                         continue
-                    found = place.slice(name, kind, part.start, tensors[kind])
-                    if found is not None:
-                        yield found
+                    state_slice = place.slice(name, kind, part.start, tensors[kind])
+                    if state_slice is not None:
+                        yield state_slice
                 if "step" in part.state and part.start == 0 and place.first == 0:
                     data = part.state["step"].reshape(1)
                     yield StateSlice(name=name, kind="step", shape=(), start=0, data=data)
 
     @torch.no_grad()
     def load_slices(self, reader: Reader) -> None:
-        """Fill masters and moments from a checkpoint of any mesh, and spread the weights."""
+        """Load masters and moments from a checkpoint of any mesh, and update all ranks' weights."""
         ensure_adam_state(self._optimizer)
         for name, parameter in self._names.items():
             place = self._places[name]
@@ -148,7 +148,7 @@ class DeepSpeedEngine:
             self._compressor.load(reader)
 
     def replicas(self) -> list[tuple[list[Tensor], Group]]:
-        """What the ranks of a group hold alike: weights, or in the paper's layout their shards."""
+        """Tensors that are equal on all ranks of a group: weights, or shards between machines."""
         whole = {name: p for name, p in self._names.items() if not hasattr(p, "ds_tensor")}
         common: list[Tensor] = [p for n, p in whole.items() if not self._places[n].split]
         shards = [self._shard(p) for p in self._names.values() if hasattr(p, "ds_tensor")]
@@ -164,14 +164,14 @@ class DeepSpeedEngine:
         return {name: place.shape for name, place in self._places.items()}
 
     def _shard(self, parameter: Any) -> Tensor:
-        """A ZeRO-3 shard without its padding, which nobody sets."""
+        """A ZeRO-3 shard without its uninitialised padding."""
         count = parameter.ds_tensor.numel()
         real = max(0, min(count, parameter.ds_numel - count * self._mesh.machine.rank))
         shard: Tensor = parameter.ds_tensor.reshape(-1)[:real]
         return shard
 
     def memory(self) -> dict[str, int]:
-        """Bytes on this rank, as ZeRO really laid them out, with its padding and copies."""
+        """Bytes on this rank in ZeRO's real layout, with padding and copies."""
         return held_bytes(self._optimizer, self._names)
 
     def close(self) -> None:
@@ -195,7 +195,7 @@ class DeepSpeedEngine:
             compress_zero12(self._optimizer, self._names, self._compressed)
 
     def _compressed(self, gradients: Gradients) -> Gradients:
-        """Average gradients by compression, and note it for this step's figures."""
+        """Average gradients with compression, and keep its byte counts for the step's metrics."""
         assert self._compressor is not None, "hooked only with compression"
         reduced = self._compressor.reduce(gradients)
         self._current.reductions.append(replace(reduced, gradients={}))
@@ -216,7 +216,7 @@ class DeepSpeedEngine:
 def zero_config(
     optim: OptimConfig, stage: int, accumulate: int, elements: int | None
 ) -> dict[str, Any]:
-    """DeepSpeed's config. `elements` sizes the bucket that compression needs whole."""
+    """DeepSpeed's config; `elements` sizes one bucket for all gradients, as compression needs."""
     bucket = max(elements or 0, BUCKET)
     zero: dict[str, Any] = {
         "stage": stage,

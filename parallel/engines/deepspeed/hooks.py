@@ -3,7 +3,7 @@
 - the optimiser state's fragments (`_hp_mapping`, `grad_position`), for checkpoints without pickles;
 - `average_tensor` of ZeRO-1/2 and the step of ZeRO-3, where gradients are reduced, for compression;
 - the overflow check and norm of both, replaced by one number over all ranks;
-- ZeRO-3's parameters and flat groups, which `zero3_shards.py` makes itself.
+- ZeRO-3's parameters and flat groups, which `zero3_shards.py` creates itself.
 """
 
 import contextlib
@@ -39,11 +39,11 @@ Gradients = dict[str, Tensor]
 Reduce = Callable[[Gradients], Gradients]
 """Local gradients by name -> gradients averaged over the replicas, flat."""
 Norm = Callable[[Gradients], float]
-"""Averaged gradients of this rank's partition by name -> the global norm, infinite if to skip."""
+"""Averaged gradients of this rank's partition by name -> the global norm; infinity skips."""
 
 
 class GroupsOfMesh:
-    """The groups that DeepSpeed asks an `mpu` for: `data` shards its state, `tensor` the model."""
+    """The mesh's groups as DeepSpeed's `mpu`: optimiser state is sharded over the data group."""
 
     def __init__(self, mesh: Mesh, data: str) -> None:
         """`data` names the mesh's group over which DeepSpeed reduces and shards."""
@@ -113,7 +113,7 @@ def initialize(
 def start_comm(device: torch.device) -> None:
     """Let DeepSpeed adopt the joined process group, and this rank's device.
 
-    It takes LOCAL_RANK for the number of the GPU; where each rank sees its own alone, that is 0.
+    DeepSpeed reads the GPU's index from LOCAL_RANK; it is 0 if each rank sees only its own GPU.
     Raises: ConfigError for a version whose private parts were never tested.
     """
     version = importlib.metadata.version("deepspeed")
@@ -138,18 +138,18 @@ def quiet() -> Iterator[None]:
 
 
 def hook_zero12(optimizer: Any, names: Mapping[str, nn.Parameter], norm: Norm) -> None:
-    """Let ZeRO-1/2 skip and clip by `norm`."""
+    """Replace the overflow check and global norm of ZeRO-1/2 by `norm`."""
     name_of = {id(parameter): name for name, parameter in names.items()}
 
     def check_overflow(partition_gradients: bool = True) -> None:
-        found: Gradients = {}
+        gradients: Gradients = {}
         for i, parameters in enumerate(optimizer.params_in_partition):
             real = (
                 g for g in optimizer.averaged_gradients[i] if not getattr(g, "_zero_padding", False)
             )
             for parameter, gradient in zip(parameters, real, strict=False):
-                found[name_of[id(parameter)]] = gradient
-        optimizer.tapir_norm = norm(found)
+                gradients[name_of[id(parameter)]] = gradient
+        optimizer.tapir_norm = norm(gradients)
         optimizer.overflow = optimizer.tapir_norm == float("inf")
 
     def scaled_global_norm(norm_type: int = 2) -> Tensor:
@@ -161,7 +161,7 @@ def hook_zero12(optimizer: Any, names: Mapping[str, nn.Parameter], norm: Norm) -
 
 
 def compress_zero12(optimizer: Any, names: Mapping[str, nn.Parameter], reduce: Reduce) -> None:
-    """Let ZeRO-1/2 average its bucket by `reduce`; the bucket must hold all parameters."""
+    """Replace the averaging of ZeRO-1/2 by `reduce`; one bucket must hold all parameters."""
     name_of = {id(parameter): name for name, parameter in names.items()}
 
     def average_tensor(tensor: Tensor, communication_data_type: torch.dtype) -> None:
@@ -177,16 +177,16 @@ def compress_zero12(optimizer: Any, names: Mapping[str, nn.Parameter], reduce: R
 
 
 def hook_zero3(optimizer: Any, names: Mapping[str, nn.Parameter], norm: Norm) -> None:
-    """Let ZeRO-3 skip and clip by `norm`, which may change the gradients' values first."""
+    """Replace the overflow check and norm of ZeRO-3 by `norm`, which may change gradients."""
     name_of = {id(parameter): name for name, parameter in names.items()}
 
     def check(update_scale: bool = True) -> bool:
-        found = {
+        gradients = {
             name_of[id(parameter)]: gradient
             for i, group in enumerate(optimizer.fp16_groups)
             for parameter, gradient in zip(group, optimizer.averaged_gradients[i], strict=True)
         }
-        optimizer.tapir_norm = norm(found)
+        optimizer.tapir_norm = norm(gradients)
         optimizer.overflow = optimizer.tapir_norm == float("inf")
         return bool(optimizer.overflow)
 
@@ -195,7 +195,7 @@ def hook_zero3(optimizer: Any, names: Mapping[str, nn.Parameter], norm: Norm) ->
 
 
 def fragments(optimizer: Any, parameter: nn.Parameter) -> Iterator[Fragment]:
-    """The fragments of a parameter that this rank owns (one or none)."""
+    """Yield this rank's fragment of a parameter, if it owns one."""
     if hasattr(parameter, "ds_id"):
         group, offset, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
         partition = optimizer.fp32_partitioned_groups_flat[group]
@@ -217,7 +217,7 @@ def fragments(optimizer: Any, parameter: nn.Parameter) -> Iterator[Fragment]:
 
 
 def ensure_adam_state(optimizer: Any) -> None:
-    """Give every partition zero moments, as its first step would."""
+    """Create zero moments for every partition, as the first step does."""
     for partition in _partitions(optimizer):
         state = optimizer.optimizer.state[partition]
         if "exp_avg" not in state:
@@ -225,7 +225,7 @@ def ensure_adam_state(optimizer: Any) -> None:
 
 
 def publish_masters(optimizer: Any) -> None:
-    """Spread masters that were written through fragments into the weights of all ranks."""
+    """Copy masters that were written through fragments to the weights of all ranks."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
@@ -238,11 +238,10 @@ def publish_masters(optimizer: Any) -> None:
 
 
 def held_bytes(optimizer: Any, names: Mapping[str, nn.Parameter]) -> dict[str, int]:
-    """Bytes of weights, gradients and optimiser state that this rank holds in a step.
+    """Bytes of weights, gradients and optimiser state that this rank holds during a step.
 
-    ZeRO-1 keeps whole gradients until they are reduced; ZeRO-2 those of every parameter of which a
-    part is this rank's; ZeRO-3 the whole of small parameters beside their shards. ZeRO-1 and ZeRO-2
-    keep masters of their own beside fp32 weights.
+    ZeRO-1 keeps all gradients until they are reduced, ZeRO-2 those of parameters in this rank's
+    partition. Both keep fp32 masters beside fp32 weights. ZeRO-3 also keeps small parameters whole.
     """
     parameters: list[Any] = list(names.values())
     partitions = _partitions(optimizer)

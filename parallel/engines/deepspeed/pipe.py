@@ -34,9 +34,9 @@ from parallel.mesh import AXES, Mesh
 from parallel.scales import Scale
 
 _NAMES = {"pipeline": "pipe", "data": "data", "tensor": "model"}
-"""Our axes -> DeepSpeed's."""
+"""Mesh axis -> DeepSpeed's name."""
 Fields = tuple[Tensor, ...]
-"""A batch as a pipeline carries it: its tensors in the order of their names."""
+"""A batch as a tuple of tensors, sorted by name."""
 
 
 class DeepSpeedPipeEngine(DeepSpeedEngine):
@@ -90,7 +90,7 @@ class DeepSpeedPipeEngine(DeepSpeedEngine):
 
     def _feed(self, batches: Sequence[Batch]) -> Iterator[tuple[Fields, Fields]]:
         """Batches as (inputs, labels): the first stage reads the former, the last the latter."""
-        self._fields[:] = sorted(batches[0])  # none in the middle, where no batch is looked at
+        self._fields[:] = sorted(batches[0])  # middle stages read no batch
         rows = [tuple(batch[name] for name in self._fields) for batch in batches]
         return iter([(row, row) for row in rows])
 
@@ -101,7 +101,7 @@ class DeepSpeedPipeEngine(DeepSpeedEngine):
 
 
 class _First(nn.Module):
-    """Give the first layer its batch as a dict again."""
+    """The first layer: turns the tuple of tensors back into a batch."""
 
     def __init__(self, stage: Stage, fields: list[str]) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class _First(nn.Module):
 
 
 class _Recipe(LayerSpec):  # type: ignore[misc]
-    """A layer that only the ranks of its stage build."""
+    """A layer that is built only on the ranks of its stage."""
 
     def __init__(
         self, layer: Layer, engine: EngineConfig, fields: list[str] | None, device: torch.device
@@ -145,17 +145,17 @@ class _Stages(PipelineModule):  # type: ignore[misc]
         super().__init__(layers=recipes, topology=topology, loss_fn=loss)
 
     def _partition_layers(self, method: str = "cost") -> None:
-        """Cut by cost; DeepSpeed's own way counts parameters, and a head has few for its work."""
+        """Cut by cost instead of by parameter count, which underestimates the head."""
         self.parts = balanced_starts(self._costs, self.num_stages)
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
 
     def global_names(self) -> dict[str, nn.Parameter]:
         """Global parameter name -> parameter of this stage, sorted by name."""
-        found: dict[str, nn.Parameter] = {}
+        names: dict[str, nn.Parameter] = {}
         for stage in self.stages():
-            found.update(stage.global_names())
-        return dict(sorted(found.items()))
+            names.update(stage.global_names())
+        return dict(sorted(names.items()))
 
     def scales(self) -> dict[str, Scale]:
         """The gradient scales of this stage's branches."""

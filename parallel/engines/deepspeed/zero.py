@@ -62,8 +62,8 @@ class DeepSpeedZeroEngine(DeepSpeedEngine):
         with own.adopted() if own else nullcontext():
             self._engine = initialize(self._whole, optimizer, config, mesh.world.device, mpu)
         if self._stage == 3:
-            wanted = {n: p for n, p in self._places.items() if n.endswith(program.compressed)}
-            shards = {n: self._shard_of(n, p) for n, p in wanted.items()} if compress else {}
+            compressible = {n: p for n, p in self._places.items() if n.endswith(program.compressed)}
+            shards = {n: self._shard_of(n, p) for n, p in compressible.items()} if compress else {}
             held = {n: p for n, p in shards.items() if p is not None}
             self._compressor = build_compressor(
                 program, held, settings, mesh.between, mesh.machine, mesh.world.device
@@ -83,7 +83,7 @@ class DeepSpeedZeroEngine(DeepSpeedEngine):
             losses = self._engine(batch)
             step.losses.append({name: value.detach() for name, value in losses.items()})
             self._engine.backward(losses["loss"])
-            self._engine.step()  # the last one decides by the losses so far
+            self._engine.step()  # only the last one updates the weights
         return self._result(step)
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
-"""ZeRO-3 without a whole model on any rank: of each parameter a rank has its shard from the start.
+"""Build a ZeRO-3 model so that each rank only ever allocates its own shards.
 
-All shards of a rank lie in one buffer, in the order of DeepSpeed's flat groups, and are drawn
-there. By itself DeepSpeed cuts whole layers, copies the shards into a second buffer, clones that
-for the fp32 masters, and gathers every parameter once to hook its gradient (0.19.8, stage3.py).
+All shards of a rank are initialised in one buffer, in the order of DeepSpeed's flat groups. Plain
+DeepSpeed cuts whole layers, copies the shards into a second buffer, clones that for the fp32
+masters, and gathers every parameter once to hook its gradient (0.19.8, stage3.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,10 +31,10 @@ class Shards:
     def __init__(
         self, layers: Sequence[Layer], optim: OptimConfig, group: Group, device: torch.device
     ) -> None:
-        """`group` are the ranks over which every parameter is cut."""
+        """`group`: the ranks over which every parameter is sharded."""
         start_comm(device)
         self._group = group
-        with torch.device("meta"):  # modules that were built beforehand are as they are
+        with torch.device("meta"):  # prebuilt modules keep their device
             self._shapes = nn.ModuleDict({layer.name: layer.build() for layer in layers})
         self._spans = _spans(self._shapes, optim, group.size)
         total = sum(count for _, count in self._spans.values())
@@ -43,16 +43,16 @@ class Shards:
             module=nn.Module(), data_parallel_group=group.handle, dtype=torch.float32
         )
         self.layers = [replace(layer, build=partial(self._build, layer)) for layer in layers]
-        """The program's layers; they are built with this rank's shards alone."""
+        """The program's layers; they build only this rank's shards."""
 
     @contextmanager
     def adopted(self) -> Iterator[None]:
-        """Let DeepSpeed take the buffer for its flat groups, and for their fp32 masters too."""
+        """Make DeepSpeed use the buffer as its flat groups and as their fp32 masters."""
         owner: Any = stage3.DeepSpeedZeroOptimizer_Stage3
         masters, hooks = owner._create_fp32_partitions, owner.create_reduce_and_remove_grad_hooks
 
         def share_masters(optimizer: Any) -> None:
-            optimizer.device = torch.device(optimizer.device)  # it compares devices with its name
+            optimizer.device = torch.device(optimizer.device)  # compared with torch devices
             masters(optimizer)
 
         def hook_shards(optimizer: Any) -> None:
@@ -79,12 +79,12 @@ class Shards:
                 parameter = _hollow(module, name, device)
             else:
                 self._take(parameter, shard)
-            place(parameter, part)  # its shape goes
+            place(parameter, part)  # ZeRO-3 empties its shape
             self._convert(parameter, shard)
         return module
 
     def _take(self, parameter: nn.Parameter, shard: Tensor) -> None:
-        """Cut this rank's shard from the first rank's values of a whole parameter."""
+        """Copy this rank's shard out of a whole parameter, broadcast by the group's first rank."""
         whole = parameter.detach().contiguous()
         if self._group.handle is not None:
             first = dist.get_global_rank(self._group.handle, 0)
@@ -94,7 +94,7 @@ class Shards:
         shard[mine.numel() :].zero_()
 
     def _convert(self, parameter: Any, shard: Any) -> None:
-        """Make a parameter one of ZeRO-3's, as it is between two uses."""
+        """Convert a parameter to ZeRO-3's partitioned state."""
         self._zero._convert_to_deepspeed_param(parameter)
         shard.ds_numel = shard.numel()
         shard.status, shard.final_location = PartitionedParamStatus.AVAILABLE, None
@@ -105,26 +105,26 @@ class Shards:
 
     def _flat(self, shards: list[Tensor]) -> Tensor:
         starts = [start for start, _ in self._spans.values()]
-        found = [shard.storage_offset() for shard in shards]
-        assert found == starts, "DeepSpeed's flat groups have another order than parameter_groups"
+        offsets = [shard.storage_offset() for shard in shards]
+        assert offsets == starts, "DeepSpeed's flat groups have another order than parameter_groups"
         return self._buffer
 
 
 def _spans(modules: nn.Module, optim: OptimConfig, size: int) -> dict[str, tuple[int, int]]:
-    """Parameter name -> (first element, elements) of its shard, one behind the other."""
+    """Parameter name -> (first element, count) of its shard in the buffer, without gaps."""
     names = dict(sorted(modules.named_parameters()))
     name_of = {id(parameter): name for name, parameter in names.items()}
-    found, end = {}, 0
+    spans, end = {}, 0
     for flat in parameter_groups(names, optim):
         for parameter in flat["params"]:
             count = -(-parameter.numel() // size)
-            found[name_of[id(parameter)]] = end, count
+            spans[name_of[id(parameter)]] = end, count
             end += count
-    return found
+    return spans
 
 
 def _hollow(module: nn.Module, name: str, device: torch.device) -> nn.Parameter:
-    """Put a parameter of a meta one's shape and of one element's memory in its place."""
+    """Replace a meta parameter by one of the same shape that takes one element of memory."""
     owner, _, last = name.rpartition(".")
     shape = module.get_parameter(name)
     made = nn.Parameter(torch.empty(1, device=device).expand(shape.shape), shape.requires_grad)
@@ -144,7 +144,7 @@ def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[N
 
 @contextmanager
 def _none_gathered(parameters: Sequence[Any]) -> Iterator[None]:
-    """Leave parameters cut where they would be gathered: to hook a gradient takes no values."""
+    """Disable the gathering of parameters; hooking their gradients needs no values."""
     with ExitStack() as stack:
         for parameter in parameters:
             for name in ("all_gather", "partition"):

@@ -175,7 +175,7 @@ def test_variances_are_touched_only_where_they_could_pass_the_cap(
     weight.grad = torch.full((3,), 2.0)
     for most, cut in ((2.0, 0), (1.99, 1)):
         optimizer = AdamW(groups, lr=0.1, betas=(0.9, 0.5), eps=1e-8, max_variance=most)
-        assert len(optimizer._make_room()) == cut
+        assert len(optimizer._lower_variances()) == cut
     monkeypatch.setattr(torch, "_foreach_norm", None)
     AdamW(groups, lr=0.1, betas=(0.9, 0.5), eps=1e-8).step()
 
