@@ -29,12 +29,14 @@ class FilterConfig:
     one before; -1 = keep them."""
 
     def problems(self) -> list[str]:
-        found = []
+        problems = []
         if min(self.min_words, self.min_side) < 0 or not (self.aspect == 0 or self.aspect >= 1):
-            found.append("min_words and min_side must not be negative, aspect be 0 or at least 1")
+            problems.append(
+                "min_words and min_side must not be negative, aspect be 0 or at least 1"
+            )
         if not -1 <= self.near <= 3:
-            found.append(f"near={self.near} must be 0 to 3, or -1 to keep near duplicates")
-        return found
+            problems.append(f"near={self.near} must be 0 to 3, or -1 to keep near duplicates")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,16 +68,16 @@ class PackConfig:
     """Where packages that a source downloads are kept."""
 
     def problems(self) -> list[str]:
-        found = self.filters.problems()
+        problems = self.filters.problems()
         if not 0 < self.validation < 1:
-            found.append(f"validation={self.validation} must lie between 0 and 1; try 0.05")
+            problems.append(f"validation={self.validation} must lie between 0 and 1; try 0.05")
         if min(self.shard_pairs, self.shard_megabytes, self.block, self.threads) < 1:
-            found.append("shard_pairs, shard_megabytes, block and threads must be at least 1")
+            problems.append("shard_pairs, shard_megabytes, block and threads must be at least 1")
         if not 0 <= self.max_rejects < 1:
-            found.append(f"max_rejects={self.max_rejects} is a share; it must lie in [0, 1)")
+            problems.append(f"max_rejects={self.max_rejects} is a share; it must lie in [0, 1)")
         if self.count < 0 or not 16 <= self.pixels <= 1024:
-            found.append("count must not be negative, and pixels be 16 to 1024")
-        return found
+            problems.append("count must not be negative, and pixels be 16 to 1024")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,17 +95,17 @@ class OrderConfig:
         lanes = self.lanes if self.lanes % ranks == 0 else ranks * max(1, self.lanes // ranks)
         batch = max(lanes, round(global_batch / lanes) * lanes)
         advice = f"try --order.lanes {lanes} --loop.global-batch-size {batch}"
-        found = []
+        problems = []
         if self.lanes % ranks:
-            found.append(
+            problems.append(
                 f"{ranks} data-parallel ranks do not divide order.lanes={self.lanes}; {advice}"
             )
         elif global_batch % self.lanes:
-            found.append(
+            problems.append(
                 f"order.lanes={self.lanes} does not divide loop.global_batch_size={global_batch}; "
                 f"{advice}"
             )
-        return found
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,12 +122,12 @@ class LoaderConfig:
     """Size of the cache; the oldest blocks make room."""
 
     def problems(self) -> list[str]:
-        found = []
+        problems = []
         if min(self.readers, self.prefetch) < 1:
-            found.append("loader.readers and loader.prefetch must be at least 1")
+            problems.append("loader.readers and loader.prefetch must be at least 1")
         if not self.cache_gigabytes > 0:
-            found.append("loader.cache_gigabytes must be positive")
-        return found
+            problems.append("loader.cache_gigabytes must be positive")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,11 +153,11 @@ class TokenizeConfig:
     """Share of pairs that may be left out (and counted), such as pictures below the dVAE's size."""
 
     def problems(self) -> list[str]:
-        found = []
+        problems = []
         if min(self.block, self.batch, self.threads, self.readers, self.variants) < 1:
-            found.append("block, batch, threads, readers and variants must be at least 1")
+            problems.append("block, batch, threads, readers and variants must be at least 1")
         if not self.lease_seconds > 0:
-            found.append("lease_seconds must be positive")
+            problems.append("lease_seconds must be positive")
         if not 0 <= self.max_rejects < 1:
-            found.append(f"max_rejects={self.max_rejects} is a share; it must lie in [0, 1)")
-        return found
+            problems.append(f"max_rejects={self.max_rejects} is a share; it must lie in [0, 1)")
+        return problems

@@ -66,8 +66,8 @@ class EvaluationSet:
 
     def pictures_of(self, captions: Iterable[EvaluationCaption]) -> list[str]:
         """Ids of some captions' pictures, each once, in stored order."""
-        wanted = {name for caption in captions for name in caption.pictures}
-        return [name for name in self.pictures if name in wanted]
+        ids = {name for caption in captions for name in caption.pictures}
+        return [name for name in self.pictures if name in ids]
 
 
 def open_evaluation(place: str, splits: Sequence[str] = ("validation",)) -> EvaluationSet:
@@ -85,12 +85,12 @@ def open_evaluation(place: str, splits: Sequence[str] = ("validation",)) -> Eval
 def packed_set(store: Store, splits: Sequence[str]) -> EvaluationSet:
     """Splits of what `tapir pack` wrote."""
     sources = {split: RawSource(store, split) for split in SPLITS}
-    found: list[tuple[str, str]] = []
+    pairs: list[tuple[str, str]] = []
     places: dict[str, tuple[str, int]] = {}
     for split in splits:
         for block in range(len(sources[split].sizes)):
             for record in sources[split].read(block):
-                found += [(caption, record.key) for caption in record.captions]
+                pairs += [(caption, record.key) for caption in record.captions]
                 places[record.key] = split, block
     held: dict[tuple[str, int], RawRecords] = {}
 
@@ -104,7 +104,7 @@ def packed_set(store: Store, splits: Sequence[str]) -> EvaluationSet:
     return EvaluationSet(
         name=f"{' and '.join(splits)} pairs of {store.url}",
         fingerprint=sha256("/".join(s.fingerprint for s in sources.values()).encode()),
-        captions=_each_once(found),
+        captions=_each_once(pairs),
         pictures=list(places),
         usual=0,
         read=read,
@@ -117,10 +117,10 @@ def _named(records: RawRecords, key: str) -> RawRecord:
 
 def _each_once(pairs: Iterable[tuple[str, str]]) -> list[EvaluationCaption]:
     """Captions by their texts, from (text, picture) pairs."""
-    found: dict[str, dict[str, None]] = {}
+    by_text: dict[str, dict[str, None]] = {}
     for text, picture in pairs:
-        found.setdefault(text, {})[picture] = None
-    return [EvaluationCaption(text=text, pictures=tuple(found[text])) for text in sorted(found)]
+        by_text.setdefault(text, {})[picture] = None
+    return [EvaluationCaption(text=text, pictures=tuple(by_text[text])) for text in sorted(by_text)]
 
 
 def _from_folder(name: str, pairs: list[tuple[str, str]], root: Path, usual: int) -> EvaluationSet:
@@ -191,8 +191,8 @@ def _cub(folder: Path) -> EvaluationSet:
         (p / "testclasses.txt" for p in places if (p / "testclasses.txt").exists()), None
     )
     if classes is not None:
-        wanted = set(_text(classes).split())
-        chosen = sorted(name for name in names.values() if name.split("/")[0] in wanted)
+        test_classes = set(_text(classes).split())
+        chosen = sorted(name for name in names.values() if name.split("/")[0] in test_classes)
     else:
         training = _table(root / "train_test_split.txt")
         chosen = sorted(name for number, name in names.items() if training.get(number) == "0")

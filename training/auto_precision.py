@@ -46,12 +46,12 @@ def settle_precision(settings: S, world: World) -> S:
     engine_numerics(world.device, engine)
     rates = _rates(settings, world.device)
     begun = _begun_with(settings) if world.rank == 0 else {}
-    said = [json.loads(text) for text in world.gather_text(json.dumps([begun, rates]))]
-    here = fastest([rates for _, rates in said])
+    answers = [json.loads(text) for text in world.gather_text(json.dumps([begun, rates]))]
+    here = fastest([rates for _, rates in answers])
     for name in names:
-        kept = said[0][0].get(name, "")
+        kept = answers[0][0].get(name, "")
         if world.rank == 0:
-            _tell(name, kept, here[name], said[0][1] if world.device.type == "cpu" else {})
+            _tell(name, kept, here[name], answers[0][1] if world.device.type == "cpu" else {})
         engine = replace(engine, **{**vars(engine), name: kept or here[name]})
     return replace(settings, engine=engine)
 
@@ -79,12 +79,12 @@ def cpu_rates() -> dict[str, float]:
     """Operations a second of a matmul on this rank's threads, in turns."""
     draws = torch.Generator("cpu").manual_seed(0)
     x = torch.randn(SIDE, SIDE, generator=draws, device="cpu")
-    ways = {"fp32": ("highest", x), "bf16": ("highest", x.bfloat16())}
+    candidates = {"fp32": ("highest", x), "bf16": ("highest", x.bfloat16())}
     if medium_is_accurate():
-        ways[MEDIUM] = ("medium", x)
-    least = dict.fromkeys(ways, float("inf"))
+        candidates[MEDIUM] = ("medium", x)
+    least = dict.fromkeys(candidates, float("inf"))
     for _ in range(ROUNDS):
-        for name, (matmul, a) in ways.items():
+        for name, (matmul, a) in candidates.items():
             set_numerics(x.device, matmul)
             began = time.perf_counter()
             torch.mm(a, a)
@@ -106,16 +106,16 @@ def _begun_with(settings: StageConfig) -> dict[str, str]:
     store = open_store(settings.checkpoint.to or str(settings.out / "checkpoints"))
     for step in reversed(finished_steps(store)):
         try:
-            return _settled(CheckpointReader(store, f"step-{step}").facts["config"])
+            return _resolved(CheckpointReader(store, f"step-{step}").facts["config"])
         except (CorruptError, CheckpointError):
             continue  # which is told when the run resumes
     try:
-        return _settled(config_of(settings.out))
+        return _resolved(config_of(settings.out))
     except (InputError, KeyError, TypeError):
         return {}
 
 
-def _settled(config: dict[str, Any]) -> dict[str, str]:
+def _resolved(config: dict[str, Any]) -> dict[str, str]:
     """What a config.json says that is no `auto`."""
     known = {"precision": ("fp32", "bf16", "fp16"), "matmul_precision": ("highest", "medium")}
     engine = config["engine"]

@@ -40,16 +40,18 @@ class LoopConfig:
         return self.stop_at or self.steps
 
     def problems(self) -> list[str]:
-        found = []
+        problems = []
         if min(self.steps, self.global_batch_size, self.log_every, self.validation_samples) < 1:
-            found.append(
+            problems.append(
                 "loop.steps, global_batch_size, log_every and validation_samples must be at least 1"
             )
         if not 0 <= self.stop_at <= self.steps:
-            found.append(f"loop.stop_at={self.stop_at} must lie in 0 (all steps) to {self.steps}")
+            problems.append(
+                f"loop.stop_at={self.stop_at} must lie in 0 (all steps) to {self.steps}"
+            )
         if self.validate_every < 0:
-            found.append("loop.validate_every must not be negative; 0 = only at the end")
-        return found
+            problems.append("loop.validate_every must not be negative; 0 = only at the end")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +72,12 @@ class CheckpointConfig:
     """Write while training goes on: takes memory for a copy of this rank's state."""
 
     def problems(self) -> list[str]:
-        found = []
+        problems = []
         if min(self.every, self.keep) < 1:
-            found.append("checkpoint.every and checkpoint.keep must be at least 1")
+            problems.append("checkpoint.every and checkpoint.keep must be at least 1")
         if not 0 <= self.keep_every_hours < math.inf:
-            found.append("checkpoint.keep_every_hours must not be negative; 0 = none")
-        return found + place_problems(self.to, "checkpoint.to")
+            problems.append("checkpoint.keep_every_hours must not be negative; 0 = none")
+        return problems + place_problems(self.to, "checkpoint.to")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,21 +97,21 @@ class ProfileConfig:
     told. On CPUs plan with --calibration."""
 
     def problems(self) -> list[str]:
-        found = []
+        problems = []
         try:
             first, last = parse_steps(self.steps or "1:1")
             if not 1 <= first <= last:
-                found.append(f"profile.steps={self.steps} is no range from step 1 on; try 20:25")
+                problems.append(f"profile.steps={self.steps} is no range from step 1 on; try 20:25")
         except ValueError:
-            found.append(f"profile.steps={self.steps} must be first:last, e.g. 20:25")
+            problems.append(f"profile.steps={self.steps} must be first:last, e.g. 20:25")
         try:
             if any(rank < 0 for rank in parse_ranks(self.ranks)):
-                found.append(f"profile.ranks={self.ranks} must not be negative; try 0,3 or all")
+                problems.append(f"profile.ranks={self.ranks} must not be negative; try 0,3 or all")
         except ValueError:
-            found.append(f"profile.ranks={self.ranks} must be numbers, e.g. 0,3, or all")
+            problems.append(f"profile.ranks={self.ranks} must be numbers, e.g. 0,3, or all")
         if not 0 <= self.peak_tflops < math.inf:
-            found.append("profile.peak_tflops must not be negative; 0 = measure it")
-        return found
+            problems.append("profile.peak_tflops must not be negative; 0 = measure it")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,48 +159,48 @@ class StageConfig:
         Whatever validations, saves and the end of the run need of the settings is asked here too:
         nothing of that may wait for its step.
         """
-        found = self.fixed_problems() + self.mesh.problems(world, self.sizes())
+        problems = self.fixed_problems() + self.mesh.problems(world, self.sizes())
         replicas = max(self.mesh.data, 1)
-        found += self.order.problems(self.loop.global_batch_size, replicas)
-        found += self.engine.problems(
+        problems += self.order.problems(self.loop.global_batch_size, replicas)
+        problems += self.engine.problems(
             self.loop.global_batch_size // replicas, self.mesh, self.compress.on
         )
-        return found
+        return problems
 
     def fixed_problems(self) -> list[str]:
         """The problems that no other mesh or engine would mend."""
-        found = self.loop.problems() + self.optim.problems() + self.compress.problems()
-        found += self.checkpoint.problems() + self.guard.problems() + self.supervisor.problems()
-        found += self.profile.problems() + self.loader.problems() + self.model_problems()
-        found += place_problems(self.data, "data") + folder_problems(self.out, "out")
-        return found + self._validation_problems()
+        problems = self.loop.problems() + self.optim.problems() + self.compress.problems()
+        problems += self.checkpoint.problems() + self.guard.problems() + self.supervisor.problems()
+        problems += self.profile.problems() + self.loader.problems() + self.model_problems()
+        problems += place_problems(self.data, "data") + folder_problems(self.out, "out")
+        return problems + self._validation_problems()
 
     def _validation_problems(self) -> list[str]:
         """What validations need, and what needs them."""
-        loop, lanes, found = self.loop, self.order.lanes, []
+        loop, lanes, problems = self.loop, self.order.lanes, []
         if 0 < loop.validation_samples < lanes:
-            found.append(
+            problems.append(
                 f"loop.validation_samples={loop.validation_samples} is less than order.lanes="
                 f"{lanes}, and a validation must give every lane as many samples; try "
                 f"--loop.validation-samples {lanes}, or fewer lanes"
             )
         if self.optim.halvings and not loop.validate_every:
-            found.append(
+            problems.append(
                 "optim.halvings needs validations to see a plateau; set loop.validate_every, or "
                 "--optim.halvings 0 for the cosine"
             )
         if self.guard.min_codebook_usage and not loop.validate_every:
-            found.append(
+            problems.append(
                 "guard.min_codebook_usage needs validations to see codes; set loop.validate_every, "
                 "or --guard.min-codebook-usage 0"
             )
         if self.checkpoint.best and not self._saves_validated():
-            found.append(
+            problems.append(
                 f"checkpoint.best: of loop.steps={loop.steps} only the last one is both validated "
                 f"(loop.validate_every={loop.validate_every}) and saved (checkpoint.every="
                 f"{self.checkpoint.every}); make one a multiple of the other"
             )
-        return found
+        return problems
 
     def _saves_validated(self) -> bool:
         """True if a step before the last one is validated and saved, or the run is too short."""
@@ -209,17 +211,17 @@ class StageConfig:
 
     def _of_priors_alone(self) -> list[str]:
         """What the networks of pictures cannot do."""
-        found = []
+        problems = []
         if self.engine.precision == "fp16":
-            found.append(
+            problems.append(
                 "engine.precision=fp16 needs a gradient scale for each resblock, which only the "
                 "prior has: small gradients would become zero; use --engine.precision bf16"
             )
         if self.compress.on:
-            found.append(
+            problems.append(
                 "compress.rank: only the prior's gradients can be compressed; set --compress.rank 0"
             )
-        return found
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,14 +248,14 @@ class DVAETrain(StageConfig):
     """Share of the run in which beta moves."""
 
     def model_problems(self) -> list[str]:
-        found = self.model.problems() + self._of_priors_alone()
+        problems = self.model.problems() + self._of_priors_alone()
         if not 0 < self.tau_last <= self.tau_first < math.inf:
-            found.append("tau_last must be positive and not above tau_first")
+            problems.append("tau_last must be positive and not above tau_first")
         if not (0 < self.tau_fraction <= 1 and 0 < self.beta_fraction <= 1):
-            found.append("tau_fraction and beta_fraction must be above 0 and at most 1")
+            problems.append("tau_fraction and beta_fraction must be above 0 and at most 1")
         if not (0 <= self.beta_first < math.inf and 0 <= self.beta < math.inf):
-            found.append("beta_first and beta must not be negative")
-        return found
+            problems.append("beta_first and beta must not be negative")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,12 +280,14 @@ class PriorTrain(StageConfig):
         return ModelSizes(heads=self.model.heads, layers=self.model.layers, cuttable=True)
 
     def model_problems(self) -> list[str]:
-        found = self.model.problems() + self.guard.without_codes()
+        problems = self.model.problems() + self.guard.without_codes()
         if not 0 <= self.bpe_dropout < 1:
-            found.append(f"bpe_dropout={self.bpe_dropout} must lie in [0, 1); the paper's is 0.1")
+            problems.append(
+                f"bpe_dropout={self.bpe_dropout} must lie in [0, 1); the paper's is 0.1"
+            )
         if not 0 <= self.caption_dropout < 1:
-            found.append(f"caption_dropout={self.caption_dropout} must lie in [0, 1); try 0.1")
-        return found
+            problems.append(f"caption_dropout={self.caption_dropout} must lie in [0, 1); try 0.1")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,15 +324,15 @@ class BPETrain:
     """Captions that are read, at most."""
 
     def problems(self) -> list[str]:
-        found = [] if self.texts is not None else place_problems(self.data, "data")
-        found += folder_problems(self.out, "out")
+        problems = [] if self.texts is not None else place_problems(self.data, "data")
+        problems += folder_problems(self.out, "out")
         if not 256 < self.vocabulary <= 65536:
-            found.append(
+            problems.append(
                 f"vocabulary={self.vocabulary} must be 257 to 65536 (256 of them are bytes)"
             )
         if self.max_captions < 1:
-            found.append("max_captions must be at least 1")
-        return found
+            problems.append("max_captions must be at least 1")
+        return problems
 
 
 def parse_steps(text: str) -> tuple[int, int]:

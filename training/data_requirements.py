@@ -36,21 +36,21 @@ def sizes_of(place: str, train: Manifest, held_out: Manifest) -> DataSizes:
 
 def size_problems(settings: StageConfig, sizes: DataSizes) -> list[str]:
     """Why a stage could not train on so much data, or not validate."""
-    lanes, batch, found = settings.order.lanes, settings.loop.global_batch_size, []
+    lanes, batch, problems = settings.order.lanes, settings.loop.global_batch_size, []
     if sizes.held_out < lanes:
-        found.append(
+        problems.append(
             f"the validation split of {sizes.place} has {sizes.about}{sizes.held_out} pairs, and a "
             f"validation needs one for each of order.lanes={lanes} at least; pack more pairs or a "
             "larger --validation share, or lower order.lanes"
         )
     if sizes.train < batch or sizes.blocks < lanes:
-        found.append(
+        problems.append(
             f"the train split of {sizes.place} has {sizes.about}{sizes.train} pairs in "
             f"{sizes.blocks} blocks, which fill no batch of loop.global_batch_size={batch} over "
             f"order.lanes={lanes}: every lane needs a block; lower loop.global_batch_size or "
             "order.lanes, or make smaller blocks (--block of pack and tokenize)"
         )
-    return found
+    return problems
 
 
 def model_size_problems(model: Any, facts: Mapping[str, Any], place: str) -> list[str]:
@@ -64,5 +64,5 @@ def model_size_problems(model: Any, facts: Mapping[str, Any], place: str) -> lis
 
 def refuse_unfit(settings: Any, train: Manifest, held_out: Manifest) -> None:
     """Raise ConfigError, before a model is built, if a stage cannot run to its end on its data."""
-    found = size_problems(settings, sizes_of(settings.data, train, held_out))
-    check(found + model_size_problems(settings.model, train.facts, settings.data))
+    problems = size_problems(settings, sizes_of(settings.data, train, held_out))
+    check(problems + model_size_problems(settings.model, train.facts, settings.data))

@@ -46,8 +46,8 @@ class Validation:
 
         They are never none: training.data_requirements asks for one a lane before the first step.
         """
-        wanted = self._settings.loop.validation_samples
-        records = first_records(self._task.held_out, wanted)
+        count = self._settings.loop.validation_samples
+        records = first_records(self._task.held_out, count)
         return records[: len(records) - len(records) % self._settings.order.lanes]
 
     def _means(self, records: Sequence[Any], change: Change | None = None) -> dict[str, float]:

@@ -59,10 +59,10 @@ def dump_shard_index(index: BlockIndex, ids: NDArray[np.uint64]) -> bytes:
 
 def first_double(ids: Sequence[NDArray[np.uint64]]) -> int:
     """An id that occurs twice in some shards, or -1; takes 8 bytes of memory a record."""
-    found = np.concatenate(ids)
-    found.sort()
-    same = np.flatnonzero(found[1:] == found[:-1])
-    return int(found[same[0]]) if len(same) else -1
+    merged = np.concatenate(ids)
+    merged.sort()
+    same = np.flatnonzero(merged[1:] == merged[:-1])
+    return int(merged[same[0]]) if len(same) else -1
 
 
 def dump_index(parts: Sequence[BlockIndex]) -> bytes:
@@ -132,11 +132,11 @@ class BlockReader:
         index = self._variants[variant]
         name = self._prefix + self.shard_of(block, variant).name
         start, size = int(index.start[block]), int(index.bytes[block])
-        wanted = int(index.crc32[block])
-        key = f"{self._store.url}/{name}:{start}:{size}:{wanted:08x}"
+        expected = int(index.crc32[block])
+        key = f"{self._store.url}/{name}:{start}:{size}:{expected:08x}"
         if self._cache:
             kept = self._cache.get(key)
-            if kept is not None and crc32(kept) == wanted:
+            if kept is not None and crc32(kept) == expected:
                 return kept
         data = b""
         for _ in range(_FETCHES):
@@ -144,16 +144,16 @@ class BlockReader:
                 data = self._store.get(name, start, size)
             except AbsentError as error:
                 raise CorruptError(
-                    f"{self._store.url}/{name}: the block at offset {start} (crc32 {wanted:08x}) "
+                    f"{self._store.url}/{name}: the block at offset {start} (crc32 {expected:08x}) "
                     f"cannot be read: {error}; restore the shard"
                 ) from error
-            if crc32(data) == wanted:
+            if crc32(data) == expected:
                 if self._cache:
                     self._cache.put(key, data)
                 return data
         raise CorruptError(
             f"{self._store.url}/{name}: the block at offset {start} has crc32 "
-            f"{crc32(data):08x} over {len(data)} bytes, its index says {wanted:08x} over "
+            f"{crc32(data):08x} over {len(data)} bytes, its index says {expected:08x} over "
             f"{size}; restore the shard, or make it anew by the command that made it, with --again"
         )
 

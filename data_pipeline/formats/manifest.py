@@ -68,14 +68,14 @@ def read_json(store: Store, name: str) -> dict[str, Any]:
     Raises: CorruptError, naming it, if it is none.
     """
     try:
-        found = json.loads(store.get(name))
+        body = json.loads(store.get(name))
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        body = None
+    if not isinstance(body, dict):
         raise CorruptError(
             f"{store.url}/{name} is damaged; mend it by the command that made it, with --again"
         )
-    return found
+    return body
 
 
 def write_manifest(store: Store, prefix: str, manifest: Manifest) -> None:

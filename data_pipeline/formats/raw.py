@@ -62,8 +62,8 @@ class RawRecords(Sequence[RawRecord]):
     @overload
     def __getitem__(self, place: slice) -> "RawRecords": ...
     def __getitem__(self, place: int | slice) -> "RawRecord | RawRecords":
-        found = self._records[place]
-        return found if isinstance(found, RawRecord) else RawRecords(found)
+        chosen = self._records[place]
+        return chosen if isinstance(chosen, RawRecord) else RawRecords(chosen)
 
     def __iter__(self) -> Iterator[RawRecord]:
         return iter(self._records)
@@ -72,16 +72,16 @@ class RawRecords(Sequence[RawRecord]):
     def gather(pieces: "Sequence[tuple[RawRecords, NDArray[Any], Rows]]") -> "RawRecords":
         """Put records together: of each piece those at some places, as some rows of the result."""
         count = sum(len(places) for _, places, _ in pieces)
-        found: list[Any] = [None] * count
+        gathered: list[Any] = [None] * count
         for records, places, rows in pieces:
             numbers = range(count)[rows] if isinstance(rows, slice) else rows.tolist()
             for row, place in zip(numbers, places.tolist(), strict=True):
-                found[row] = records[place]
-        return RawRecords(found)
+                gathered[row] = records[place]
+        return RawRecords(gathered)
 
 
-class RawRoom:
-    """Room for the records of some blocks, filled by several threads."""
+class RawBuffer:
+    """Collects the records of several blocks, filled by several threads."""
 
     def __init__(self, blocks: int) -> None:
         self._parts: list[Any] = [()] * blocks
@@ -113,9 +113,9 @@ class RawSource:
         """
         return parse_pairs(self.blocks.read(block, variant))
 
-    def room(self, sizes: NDArray[Any], spare: RawRoom | None = None) -> RawRoom:
-        """Room for blocks of some sizes."""
-        return RawRoom(len(sizes))
+    def buffer(self, sizes: NDArray[Any], free: RawBuffer | None = None) -> RawBuffer:
+        """A buffer for blocks of these sizes; `free` is not needed."""
+        return RawBuffer(len(sizes))
 
     def empty(self) -> RawRecords:
         """No records."""
@@ -124,11 +124,11 @@ class RawSource:
 
 def parse_pairs(tar: bytes) -> RawRecords:
     """The pairs of a shard that `tapir pack` wrote, or of a block of it."""
-    found: dict[str, dict[str, bytes]] = {}
+    pairs: dict[str, dict[str, bytes]] = {}
     for member in list_members(tar):
         key, _, extension = member.name.partition(".")
-        found.setdefault(key, {})[extension] = tar[member.start : member.start + member.length]
-    return RawRecords([_record(key, parts) for key, parts in found.items()])
+        pairs.setdefault(key, {})[extension] = tar[member.start : member.start + member.length]
+    return RawRecords([_record(key, parts) for key, parts in pairs.items()])
 
 
 def _record(key: str, parts: dict[str, bytes]) -> RawRecord:

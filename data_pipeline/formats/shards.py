@@ -102,9 +102,9 @@ def put_manifest(
     Raises: InputError if an id occurs twice; CorruptError for a damaged index.
     """
     with ThreadPoolExecutor(_READERS, "index") as pool:
-        found = list(pool.map(lambda shard: read_shard_index(store, prefix, shard), shards))
+        indexes = list(pool.map(lambda shard: read_shard_index(store, prefix, shard), shards))
     once = len(shards) // variants
-    double = first_double([arrays.pop("ids") for arrays in found][:once])
+    double = first_double([arrays.pop("ids") for arrays in indexes][:once])
     if double >= 0:
         raise InputError(
             f"{store.url}/{prefix} holds two pairs of the id {double}; give every pair its own key"
@@ -112,7 +112,7 @@ def put_manifest(
     index = dump_index(
         [
             BlockIndex(**{name: rows for name, rows in arrays.items() if name != "places"})
-            for arrays in found
+            for arrays in indexes
         ]
     )
     store.put(prefix + INDEX, index)

@@ -91,9 +91,9 @@ class TokenRecords(Sequence[TokenRecord]):
             starts, stops = records.ends[places], records.ends[places + 1]
             lengths[rows] = stops - starts
             view = np.ascontiguousarray(records.text).data
-            found = [view[a:b] for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
+            slices = [view[a:b] for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
             numbers = range(count)[rows] if isinstance(rows, slice) else rows.tolist()
-            for row, text in zip(numbers, found, strict=True):
+            for row, text in zip(numbers, slices, strict=True):
                 texts[row] = text
         ends = np.zeros(count + 1, np.int64)
         np.cumsum(lengths, out=ends[1:])
@@ -113,16 +113,16 @@ class TokenRecords(Sequence[TokenRecord]):
         )
 
 
-class TokenRoom:
-    """Room for the records of some blocks, filled by several threads."""
+class TokenBuffer:
+    """Preallocated arrays for the records of several blocks, filled by several threads."""
 
-    def __init__(self, sizes: NDArray[Any], width: int, spare: "TokenRoom | None" = None) -> None:
-        """Use the memory of `spare`, which nobody needs any more: fresh pages are dear."""
+    def __init__(self, sizes: NDArray[Any], width: int, free: "TokenBuffer | None" = None) -> None:
+        """Reuses the memory of `free` if it is large enough: page faults are slow."""
         self._starts = np.cumsum([0, *sizes])
         count = int(self._starts[-1])
-        big_enough = spare is not None and len(spare.image) >= count
+        big_enough = free is not None and len(free.image) >= count
         self.image: NDArray[np.uint16]
-        self.image = spare.image if spare and big_enough else np.empty((count, width), np.uint16)
+        self.image = free.image if free and big_enough else np.empty((count, width), np.uint16)
         self._ids = np.empty(count, np.uint64)
         self._texts: list[Any] = [None] * len(sizes)
         self._ends: list[Any] = [None] * len(sizes)
@@ -190,9 +190,9 @@ class TokenSource:
         """
         return decode_block(self.blocks.read(block, variant))
 
-    def room(self, sizes: NDArray[Any], spare: TokenRoom | None = None) -> TokenRoom:
-        """Room for blocks of some sizes, if possible in the memory of `spare`."""
-        return TokenRoom(sizes, self._width, spare)
+    def buffer(self, sizes: NDArray[Any], free: TokenBuffer | None = None) -> TokenBuffer:
+        """A buffer for blocks of these sizes, in the memory of `free` if it is large enough."""
+        return TokenBuffer(sizes, self._width, free)
 
     def empty(self) -> TokenRecords:
         """No records."""

@@ -184,10 +184,10 @@ def _transparent(part: Image.Image, samples: Any, low: Image.Image | None) -> An
     if key is None or part.mode not in ("1", "L", "I;16", "RGB"):
         return None
     if part.mode == "RGB":
-        wanted = np.array(key, np.int64)
-        high = wanted >> 8 if low else wanted & 255
+        colour = np.array(key, np.int64)
+        high = colour >> 8 if low else colour & 255
         clear = (np.asarray(part) == high).all(-1)
-        return clear & (np.asarray(low) == wanted & 255).all(-1) if low else clear
+        return clear & (np.asarray(low) == colour & 255).all(-1) if low else clear
     if part.mode == "I;16":
         return np.asarray(part, np.int32) == int(key)
     mask, scale = _GREY_KEYS.get(samples, (255, 1))

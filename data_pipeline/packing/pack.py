@@ -131,12 +131,12 @@ def pack(source: str, store: Store, config: PackConfig, again: bool = False) -> 
         "config": {k: v for k, v in to_json(config).items() if k not in _NOT_ASKED},
     }
     claim(store, request, again)
-    found = finished(store)
-    if found and found["train"].facts.get("request") != request:
-        raise _taken(store, found["train"].facts.get("request", {}))
-    if found and not again:
+    manifests = finished(store)
+    if manifests and manifests["train"].facts.get("request") != request:
+        raise _taken(store, manifests["train"].facts.get("request", {}))
+    if manifests and not again:
         LOG.info("%s already holds this data set", store.url)
-        return found
+        return manifests
     with given_back(store):
         return _write(source, store, config, request)
 
@@ -190,7 +190,7 @@ def close_set(
     store: Store, shards: dict[str, list[Shard]], facts: dict[str, dict[str, Any]], rejects: Rejects
 ) -> dict[str, Manifest]:
     """Write the manifests of both splits, and delete shards of an earlier, unfinished attempt."""
-    found = {
+    manifests = {
         name: put_manifest(store, f"{name}/", RAW, rows, facts[name], dict(rejects.kinds))
         for name, rows in shards.items()
     }
@@ -200,29 +200,29 @@ def close_set(
     for name in filter(_PARTS.fullmatch, store.names()):
         if name not in kept:
             store.delete(name)
-    return found
+    return manifests
 
 
 def _fill(source: str, config: PackConfig, splits: dict[str, RawWriter], rejects: Rejects) -> int:
     packed = 0
     keys, duplicates = Keys(), Duplicates(config.filters)
     with progress("pack", config.count or (SHAPES_COUNT if source == "shapes" else 0)) as meter:
-        for found in _examined(open_source(source, config), config):
-            if isinstance(found, tuple):
-                rejects.add(*found)
+        for item in _examined(open_source(source, config), config):
+            if isinstance(item, tuple):
+                rejects.add(*item)
                 continue
-            pair = found.pair
+            pair = item.pair
             if not keys.add(pair.key):
                 reason = f"the key {pair.key!r} ({pair.where}) occurs twice; give it another name"
                 rejects.add(Unusable(key=pair.key, kind="key", reason=reason))
                 continue
-            text = "\n".join(found.captions)
-            double = duplicates.reject(pair.key, pair.image, text, found.look)
+            text = "\n".join(item.captions)
+            double = duplicates.reject(pair.key, pair.image, text, item.look)
             if double:
                 rejects.add(Unusable(key=pair.key, **vars(double)), True)
                 continue
             held_out = key_fraction(config.seed, pair.split_key, "split") < config.validation
-            splits["validation" if held_out else "train"].add(pair, *found.captions)
+            splits["validation" if held_out else "train"].add(pair, *item.captions)
             packed += 1
             meter.update(packed)
             if packed == config.count:
@@ -281,21 +281,21 @@ def claim(store: Store, request: dict[str, Any], again: bool = False) -> None:
 
     Raises: InputError if DEST is taken by another request; StoreError if it cannot be written.
     """
-    wanted = canonical_json(request)
+    content = canonical_json(request)
     if not store.exists(REQUEST):
         others = [name for split in SPLITS for name in store.names(f"{split}/")]
         if others:
             raise InputError(f"{store.url} holds other files ({others[0]}); choose an empty DEST")
-        if store.put(REQUEST, wanted, if_absent=True):
+        if store.put(REQUEST, content, if_absent=True):
             return
-    if store.get(REQUEST) == wanted:
+    if store.get(REQUEST) == content:
         return
     try:
         other = read_json(store, REQUEST)
     except CorruptError:
         if not again:
             raise
-        store.put(REQUEST, wanted)
+        store.put(REQUEST, content)
         return
     raise _taken(store, other)
 
@@ -309,9 +309,9 @@ def _taken(store: Store, other: dict[str, Any]) -> InputError:
 
 def finished(store: Store) -> dict[str, Manifest]:
     """The manifests of a raw data set, if all are there."""
-    found = {}
+    manifests = {}
     for name in SPLITS:
         if not store.exists(f"{name}/{NAME}"):
             return {}
-        found[name] = read_manifest(store, f"{name}/", RAW)
-    return found
+        manifests[name] = read_manifest(store, f"{name}/", RAW)
+    return manifests

@@ -64,10 +64,10 @@ def walk(root: Path) -> Iterator[tuple[Path | Unusable, list[str], list[str]]]:
     """`os.walk` by name, without links and metadata; what cannot be read comes as a reject."""
     failed: list[OSError] = []
     for folder, folders, names in os.walk(root, onerror=failed.append, followlinks=False):
-        for found in (folders, names):
-            for name in sorted(found):
+        for entries in (folders, names):
+            for name in sorted(entries):
                 if is_metadata(Path(name)):
-                    found.remove(name)
+                    entries.remove(name)
                     yield unusable(Path(folder, name).as_posix(), IS_METADATA, METADATA), [], []
         folders.sort()
         yield Path(folder), folders, names
@@ -116,8 +116,8 @@ def _file(root: Path, path: Path, notes: dict[str, str]) -> Pair | Unusable:
     if not path.is_file():
         return unusable(where, "is no plain file")
     try:
-        found = {extension: _start(note) for extension, note in beside.items() if note.is_file()}
-        caption = captions_of(found.get(CAPTION), found.get(NOTE))
+        contents = {extension: _start(note) for extension, note in beside.items() if note.is_file()}
+        caption = captions_of(contents.get(CAPTION), contents.get(NOTE))
         if caption is None:
             return unusable(where, f"has no caption; write it to {text} beside it", "caption")
         if path.stat().st_size > MOST_BYTES:

@@ -90,8 +90,8 @@ def captions_of(text: bytes | None, note: bytes | None) -> bytes | None:
 
 def _noted(note: bytes) -> list[str]:
     try:
-        found = json.loads(note)
-        value = found["captions"] if "captions" in found else found["caption"]
+        body = json.loads(note)
+        value = body["captions"] if "captions" in body else body["caption"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return []
     values = value if isinstance(value, list) else [value]

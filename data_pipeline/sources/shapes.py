@@ -139,7 +139,7 @@ def read_picture(image: Image) -> list[Seen]:
     cover = _coverage(image, palette, nearest)
     solid = (cover > 0.5).astype(np.uint8)
     count, labels, stats, _ = cv2.connectedComponentsWithStats(solid, connectivity=4)
-    found = []
+    objects = []
     for label in range(1, count):
         inside = labels == label
         if stats[label, cv2.CC_STAT_AREA] < SMALLEST_OBJECT * side * side:
@@ -148,8 +148,8 @@ def read_picture(image: Image) -> list[Seen]:
         votes = nearest[core if core.sum() >= 4 else inside]
         colour = int(np.bincount(votes[votes > 0], minlength=len(palette)).argmax())
         if colour > 0:
-            found.append(_describe(inside, cover, names[colour - 1], side))
-    return found
+            objects.append(_describe(inside, cover, names[colour - 1], side))
+    return objects
 
 
 def matches(caption: str, image: Image) -> bool:

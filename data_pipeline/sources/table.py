@@ -62,8 +62,8 @@ def _columns(schema: Any, types: Any) -> tuple[str, str]:
     pictures = [names[name] for name in PICTURES if name in names and holds_bytes(names[name])]
     places = [names[name] for name in (*PLACES, "image") if name in names]
     captions = [names[name] for name in CAPTIONS if name in names]
-    for found, known in ((pictures + places, (*PLACES, *PICTURES)), (captions, CAPTIONS)):
-        if not found:
+    for columns, known in ((pictures + places, (*PLACES, *PICTURES)), (captions, CAPTIONS)):
+        if not columns:
             raise _RowError(f"has no column {' or '.join(known)}; rename one")
     return (pictures + places)[0], captions[0]
 

@@ -88,7 +88,7 @@ class _Header(tarfile.TarInfo):
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> "_Header":
         try:
-            found = super().fromtarfile(archive)
+            header = super().fromtarfile(archive)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             setattr(archive, _ENDED, True)
             raise
@@ -97,7 +97,7 @@ class _Header(tarfile.TarInfo):
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"a damaged header at {archive.offset}: {error}") from error
         setattr(archive, _ENDED, False)
-        return found
+        return header
 
 
 def _members(tar: tarfile.TarFile, path: Path, archive: str) -> Iterator[Pair | Unusable]:
@@ -222,14 +222,14 @@ class _Group:
 
     def _close(self, sample: _Sample) -> Iterator[Pair | Unusable]:
         """Give a sample as a pair if it is one, or keep the names of its members."""
-        found, caption = sample.pictures, sample.caption
+        pictures, caption = sample.pictures, sample.caption
         where = f"{self._path}:{sample.stem}"
-        if found and caption is not None:
+        if pictures and caption is not None:
             self._pairs.add(sample.stem)
             key = key_of(f"{self._archive}/{sample.stem}")
-            data = sample.parts[found[0]] or b""
-            yield make_pair(key, data, found[0], caption, where)
-            for extension in found[1:]:
+            data = sample.parts[pictures[0]] or b""
+            yield make_pair(key, data, pictures[0], caption, where)
+            for extension in pictures[1:]:
                 yield unusable(
                     f"{where}.{extension}", "is a second picture of one caption", "image"
                 )

@@ -36,11 +36,11 @@ class BlockCache:
         """What is kept under a key."""
         path = self._path(key)
         try:
-            found = path.read_bytes()
+            data = path.read_bytes()
             path.touch()
         except OSError:
             return None
-        return found
+        return data
 
     def put(self, key: str, data: bytes) -> None:
         """Keep a block, without fsync: a cache may lose it, and errors cost only time."""
@@ -56,12 +56,12 @@ class BlockCache:
         with self._lock:
             self._bytes += len(data)
             if self._bytes > self._most:
-                self._make_room()
+                self._evict()
 
     def _path(self, key: str) -> Path:
         return self._folder / (sha256(key.encode())[:32] + _SUFFIX)
 
-    def _make_room(self) -> None:
+    def _evict(self) -> None:
         files = sorted(self._files())
         self._bytes = sum(size for _, _, size in files)
         for _, path, size in files:
@@ -71,12 +71,12 @@ class BlockCache:
             self._bytes -= size
 
     def _files(self) -> list[tuple[float, Path, int]]:
-        found = []
+        files = []
         for path in self._folder.glob(f"[!.]*{_SUFFIX}"):
             with suppress(OSError):
                 stat = path.stat()
-                found.append((stat.st_mtime, path, stat.st_size))
-        return found
+                files.append((stat.st_mtime, path, stat.st_size))
+        return files
 
 
 def open_cache(loader: LoaderConfig) -> BlockCache | None:

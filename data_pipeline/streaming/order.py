@@ -99,13 +99,13 @@ class LaneOrder:
 
         Shapes: returns (len(lanes) * batch / C, 2): block, and record in it.
         """
-        first, found = step * self.per_lane, []
+        first, parts = step * self.per_lane, []
         last = first + self.per_lane
         for lane in lanes:
             for window in self.windows(epoch, lane, first, last):
                 inside = slice(max(first, window.start) - window.start, last - window.start)
-                found.append(self._members(window)[self.shuffle(window)[inside]])
-        return np.concatenate(found)
+                parts.append(self._members(window)[self.shuffle(window)[inside]])
+        return np.concatenate(parts)
 
     def locate(self, epoch: int, block: int, record: int) -> tuple[int, int] | None:
         """The step and slot at which a record is read; None if the epoch leaves it out."""

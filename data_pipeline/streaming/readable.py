@@ -37,13 +37,13 @@ class ReadablePairs:
 
         Raises: InputError if no picture of the source decodes.
         """
-        found = []
+        pairs = []
         for record in records:
             try:
-                found.append((record, decode_rgb(record.image, record.key)))
+                pairs.append((record, decode_rgb(record.image, record.key)))
             except InputError as error:
-                found.append(self._other(record, source, error))
-        return found
+                pairs.append(self._other(record, source, error))
+        return pairs
 
     def _other(self, record: RawRecord, source: RawSource, error: InputError) -> Any:
         if id(source) not in self._instead:

@@ -23,8 +23,8 @@ from data_pipeline.streaming.order import VERSION, LaneOrder, Window
 
 _CHUNK = 32
 """Records of a lane that are put together at once."""
-_SPARE = 4
-"""Rooms of read windows that are kept for the next ones."""
+_KEPT_BUFFERS = 4
+"""Free buffers that are kept for the next windows."""
 
 
 class Records(Protocol):
@@ -39,8 +39,8 @@ class Records(Protocol):
         """Put records together: of each piece those at some places, as some rows of the result."""
 
 
-class Room(Protocol):
-    """Where threads put the blocks of a window; TokenRoom and RawRoom."""
+class Buffer(Protocol):
+    """Collects the blocks of a window from several threads; TokenBuffer and RawBuffer."""
 
     def put(self, block: int, records: Any) -> None:
         """Take the records of one of the blocks."""
@@ -64,8 +64,8 @@ class BlockSource(Protocol[R]):
     def read(self, block: int, variant: int = 0) -> R:
         """Fetch and check one block."""
 
-    def room(self, sizes: NDArray[Any], spare: Any = None) -> Room:
-        """Room for blocks of some sizes, in the memory of a room that nobody needs any more."""
+    def buffer(self, sizes: NDArray[Any], free: Any = None) -> Buffer:
+        """A buffer for blocks of these sizes, in the memory of `free` if it is large enough."""
 
     def empty(self) -> R:
         """No records."""
@@ -195,8 +195,8 @@ class Stream:
         while True:
             while ahead < self._loader.prefetch or not waiting:
                 chunk = next(chunks)
-                wanted = windows.plan(chunk)
-                waiting.append((chunk, joiner.submit(windows.join, chunk, wanted)))
+                needed = windows.plan(chunk)
+                waiting.append((chunk, joiner.submit(windows.join, chunk, needed)))
                 ahead += chunk.count
             chunk, future = waiting.popleft()
             ahead -= chunk.count
@@ -225,26 +225,26 @@ class Windows:
         self._fetched: dict[tuple[int, int, int], list[Future[Any]]] = {}
         self._ready: dict[tuple[int, int, int], tuple[Any, NDArray[Any]]] = {}
         """Windows with their permutations; known to the joining thread alone."""
-        self._rooms: dict[tuple[int, int, int], Room] = {}
-        self._spare: list[Room] = []
+        self._buffers: dict[tuple[int, int, int], Buffer] = {}
+        self._free: list[Buffer] = []
         """Of windows that were read to their ends."""
 
     def plan(self, chunk: Chunk) -> list[Window]:
         """Have all blocks of a chunk fetched; its windows, lane by lane."""
         first = chunk.first * self._order.per_lane
         last = first + chunk.count * self._order.per_lane
-        found = []
+        windows = []
         for lane in self._lanes:
             newest = self._newest.get(lane)
             if newest and newest.epoch == chunk.epoch and last <= newest.end:
-                found.append(newest)
+                windows.append(newest)
                 continue
             for window in self._order.windows(chunk.epoch, lane, first, last):
                 if newest is None or window.key > newest.key:
                     self._fetched[window.key] = self._fetch(window)
                     self._newest[lane] = window
-                found.append(window)
-        return found
+                windows.append(window)
+        return windows
 
     def join(self, chunk: Chunk, windows: list[Window]) -> Any:
         """The records of a chunk, step by step."""
@@ -267,23 +267,23 @@ class Windows:
         for window in windows:
             if window.end <= last or chunk.ends_epoch:
                 del self._ready[window.key]
-                self._spare.append(self._rooms.pop(window.key))
-        del self._spare[:-_SPARE]
+                self._free.append(self._buffers.pop(window.key))
+        del self._free[:-_KEPT_BUFFERS]
         return gathered
 
     def forget(self) -> None:
         """Let go of what was planned and never joined."""
         self._fetched.clear()
-        self._rooms.clear()
+        self._buffers.clear()
 
     def _fetch(self, window: Window) -> list[Future[Any]]:
         variant = window.epoch % self._source.variants
-        spare = self._spare.pop() if self._spare else None
-        room = self._source.room(self._source.sizes[window.blocks], spare)
-        self._rooms[window.key] = room
+        free = self._free.pop() if self._free else None
+        buffer = self._source.buffer(self._source.sizes[window.blocks], free)
+        self._buffers[window.key] = buffer
 
         def fill(place: int, block: int) -> None:
-            room.put(place, self._source.read(block, variant))
+            buffer.put(place, self._source.read(block, variant))
 
         blocks = enumerate(window.blocks.tolist())
         return [self._pool.submit(fill, place, block) for place, block in blocks]
@@ -293,7 +293,7 @@ class Windows:
         if window.key not in self._ready:
             for future in self._fetched.pop(window.key):
                 future.result()
-            records = self._rooms[window.key].records()
+            records = self._buffers[window.key].records()
             self._ready[window.key] = records, self._order.shuffle(window)
         return self._ready[window.key]
 

@@ -46,8 +46,8 @@ def clean_captions(raw: bytes, where: str) -> tuple[str, ...]:
     Raises: InputError if they are not UTF-8 or hold no visible character.
     """
     lines = _LINES.split(_decoded(raw, MOST_CAPTIONS * MOST_BYTES, where))
-    found = [_cleaned(line, where) for line in lines if is_visible(line)]
-    return tuple(dict.fromkeys(found[:MOST_CAPTIONS])) or (_cleaned("", where),)
+    captions = [_cleaned(line, where) for line in lines if is_visible(line)]
+    return tuple(dict.fromkeys(captions[:MOST_CAPTIONS])) or (_cleaned("", where),)
 
 
 def joined(captions: list[str]) -> bytes:

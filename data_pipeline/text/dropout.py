@@ -39,20 +39,20 @@ class DropoutEncoder:
     def encode(self, text: Iterable[int], *key: KeyPart) -> NDArray[np.uint16]:
         """Other ids of the same text; equal keys give equal ids."""
         draw = random.Random(key_int(*key, "bpe dropout")).random
-        found: list[int] = []
+        ids: list[int] = []
         run: list[str] = []
         for number in map(int, text):
             symbol = self._symbols[number]
             inside = _IN_A_RUN(symbol)
             if not inside or symbol[0] == SPACE:
-                found += self._merged(run, draw)
+                ids += self._merged(run, draw)
                 run = []
             if inside:
                 run.extend(symbol)
             else:
-                found.append(number)
-        found += self._merged(run, draw)
-        return np.asarray(found, np.uint16)
+                ids.append(number)
+        ids += self._merged(run, draw)
+        return np.asarray(ids, np.uint16)
 
     def _merged(self, run: list[str], draw: Callable[[], float]) -> list[int]:
         while len(run) > 1:
@@ -70,14 +70,14 @@ class DropoutEncoder:
 
 def _joined(run: list[str], places: list[int]) -> list[str]:
     """Merge a symbol with the next one at some places, from the left; merges do not overlap."""
-    found: list[str] = []
+    merged: list[str] = []
     at = 0
-    wanted = set(places)
+    starts = set(places)
     while at < len(run):
-        if at in wanted:
-            found.append(run[at] + run[at + 1])
+        if at in starts:
+            merged.append(run[at] + run[at + 1])
             at += 2
         else:
-            found.append(run[at])
+            merged.append(run[at])
             at += 1
-    return found
+    return merged

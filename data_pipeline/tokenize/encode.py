@@ -39,13 +39,13 @@ class Encoders:
 
     def problems(self) -> list[str]:
         """Why records, whose numbers have 16 bits, cannot hold what these models make."""
-        found, entries = self.codes.config.problems(), self.tokenizer.get_vocab_size()
+        problems, entries = self.codes.config.problems(), self.tokenizer.get_vocab_size()
         if entries > MOST_ENTRIES:
-            found.append(
+            problems.append(
                 f"the tokenizer has {entries} entries, and records hold {MOST_ENTRIES} (uint16); "
                 "train one with a smaller --vocabulary"
             )
-        return found
+        return problems
 
     def facts(self, config: TokenizeConfig) -> dict[str, object]:
         """What makes two token data sets comparable.
@@ -91,14 +91,14 @@ def encode_pairs(
     pixels = encoders.codes.config.pixels
     for batch in _cropped(records, pixels, config):
         usable = []
-        for record, found in batch:
-            if isinstance(found, InputError):
-                kind = "small" if isinstance(found, _SmallError) else "image"
-                rejects.append({"key": record.key, "kind": kind, "reason": str(found)})
+        for record, cropped in batch:
+            if isinstance(cropped, InputError):
+                kind = "small" if isinstance(cropped, _SmallError) else "image"
+                rejects.append({"key": record.key, "kind": kind, "reason": str(cropped)})
             else:
-                usable.append((record, found))
+                usable.append((record, cropped))
         if usable:
-            crops = np.concatenate([found for _, found in usable])
+            crops = np.concatenate([cropped for _, cropped in usable])
             codes = codes_of(crops, encoders.codes).reshape(len(usable), config.variants, -1)
             for (record, _), rows in zip(usable, codes, strict=True):
                 for number, image in enumerate(rows):

@@ -97,14 +97,14 @@ class Leases:
 
 def read_leases(store: Store, prefix: str) -> list[dict[str, Any]]:
     """Who holds what now; for `tapir status`."""
-    found = []
+    leases = []
     for name in store.names(prefix + FOLDER):
         try:
             content = store.get(name)
-            found.append({"task": name, "dead": holder_is_dead(content), **json.loads(content)})
+            leases.append({"task": name, "dead": holder_is_dead(content), **json.loads(content)})
         except (StoreError, ValueError):
             continue  # given back a moment ago
-    return found
+    return leases
 
 
 def _this_machine() -> dict[str, str]:

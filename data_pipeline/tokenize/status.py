@@ -37,13 +37,13 @@ def job_status(tokens: Store) -> list[SplitStatus]:
     """
     if not tokens.exists(REQUEST):
         raise InputError(f"there is no token job at {tokens.url}; start it with `tapir tokenize`")
-    wanted = read_json(tokens, REQUEST).get("input")
-    if not isinstance(wanted, dict):
+    counts = read_json(tokens, REQUEST).get("input")
+    if not isinstance(counts, dict):
         raise InputError(f"{tokens.url} is not the place of a token job; give that of its tokens")
-    return [_split_status(tokens, split, wanted[split]) for split in SPLITS]
+    return [_split_status(tokens, split, counts[split]) for split in SPLITS]
 
 
-def _split_status(tokens: Store, split: str, wanted: dict[str, int]) -> SplitStatus:
+def _split_status(tokens: Store, split: str, expected: dict[str, int]) -> SplitStatus:
     names = tokens.names(f"{split}/{DONE}")
     with ThreadPoolExecutor(16) as pool:
         records = list(pool.map(lambda name: read_json(tokens, name), names))
@@ -57,10 +57,10 @@ def _split_status(tokens: Store, split: str, wanted: dict[str, int]) -> SplitSta
     finished = sum(record["shards"][0]["samples"] for record in records)
     return SplitStatus(
         split=split,
-        shards=wanted["shards"],
+        shards=expected["shards"],
         shards_done=len(names),
-        pairs=wanted["pairs"],
-        pairs_done=min(wanted["pairs"], finished + sum(rejects.values()) + running),
+        pairs=expected["pairs"],
+        pairs_done=min(expected["pairs"], finished + sum(rejects.values()) + running),
         rejects=rejects,
         finished=tokens.exists(f"{split}/{NAME}"),
         devices=dict(devices),

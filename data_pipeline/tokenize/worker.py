@@ -190,10 +190,10 @@ class Worker:
         for split, source in self._sources.items():
             tasks = [task for task in self._tasks if task.split == split]
             with ThreadPoolExecutor(_READERS, "records") as pool:
-                found = list(pool.map(lambda t: read_json(self._tokens, t.record), tasks))
+                records = list(pool.map(lambda t: read_json(self._tokens, t.record), tasks))
             variants = self._config.variants
-            shards = [Shard(**row["shards"][v]) for v in range(variants) for row in found]
-            rejects: Counter[str] = sum((Counter(row["rejects"]) for row in found), Counter())
+            shards = [Shard(**row["shards"][v]) for v in range(variants) for row in records]
+            rejects: Counter[str] = sum((Counter(row["rejects"]) for row in records), Counter())
             samples = sum(shard.samples for shard in shards[: len(tasks)])
             where = f"{self._tokens.url}/{split}"
             if samples + rejects.total() != source.samples:
@@ -201,13 +201,13 @@ class Worker:
                     f"{where} has {samples} records and {rejects.total()} rejects for "
                     f"{source.samples} pairs; run `tapir tokenize` with --again"
                 )
-            first = next((row["first_reject"] for row in found if row["first_reject"]), "")
+            first = next((row["first_reject"] for row in records if row["first_reject"]), "")
             self._refuse_rejects(split, rejects.total(), first)
             facts = {**self._encoders.facts(self._config), "raw": source.fingerprint}
             facts["split"] = split
             put_manifest(
                 *(self._tokens, f"{split}/", TOKENS, shards, facts, dict(rejects), variants),
-                numerics=_numerics_of(found),
+                numerics=_numerics_of(records),
             )
             self._leases[split].sweep()
 
@@ -243,17 +243,20 @@ class Worker:
             split: {"shards": len(source.shards), "pairs": source.samples}
             for split, source in self._sources.items()
         }
-        wanted = canonical_json(
+        request = canonical_json(
             {**self._encoders.facts(self._config), "raw": pairs, "input": counts}
         )
-        if self._tokens.put(REQUEST, wanted, if_absent=True) or self._tokens.get(REQUEST) == wanted:
+        if (
+            self._tokens.put(REQUEST, request, if_absent=True)
+            or self._tokens.get(REQUEST) == request
+        ):
             return
         try:
             read_json(self._tokens, REQUEST)
         except CorruptError:
             if not again:
                 raise
-            self._tokens.put(REQUEST, wanted)
+            self._tokens.put(REQUEST, request)
             return
         raise InputError(
             f"{self._tokens.url} holds tokens of other pairs, or of another dVAE, tokenizer, block "

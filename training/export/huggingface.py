@@ -202,10 +202,10 @@ def import_parts(folder: Path, out: Path) -> list[str]:
 
 def _import_tokenizer(folder: Path, out: Path, digest: str) -> None:
     try:
-        found = load_tokenizer(folder)[1]
+        actual = load_tokenizer(folder)[1]
     except CorruptError as error:
         raise InputError(str(error)) from error
-    if found != digest:
+    if actual != digest:
         raise InputError(f"{folder / FILE} is not the one that {INDEX} names; copy it again")
     write_atomic(out / FILE, (folder / FILE).read_bytes())
 
@@ -283,7 +283,7 @@ def _finite(value: Tensor, name: str, where: str) -> Tensor:
     return value
 
 
-def _unsealed(path: Path, wanted: Mapping[str, type]) -> dict[str, Any]:
+def _unsealed(path: Path, fields: Mapping[str, type]) -> dict[str, Any]:
     """The content of a sealed file that has these fields."""
     if not path.is_file():
         raise InputError(f"there is no {path}; give a folder that `tapir export` wrote")
@@ -293,6 +293,6 @@ def _unsealed(path: Path, wanted: Mapping[str, type]) -> dict[str, Any]:
         raise InputError(
             f"{path} is damaged, or `tapir export` did not write it; copy it again"
         ) from error
-    if wrong := [name for name, kind in wanted.items() if not isinstance(body.get(name), kind)]:
+    if wrong := [name for name, kind in fields.items() if not isinstance(body.get(name), kind)]:
         raise InputError(f"{path} has no {wrong[0]!r}: `tapir export` did not write it")
     return body

@@ -74,10 +74,10 @@ class Weights:
         """sha256 of the file that a finished model has, or would have."""
         if self.stated:
             return self.stated
-        found = hashlib.sha256()
+        sha = hashlib.sha256()
         for part in file_parts(self.shapes, self.read):
-            found.update(part)
-        return found.hexdigest()
+            sha.update(part)
+        return sha.hexdigest()
 
 
 def save_model(folder: Path, stage: str, config: Json, facts: Json, reader: Reader) -> None:
@@ -131,9 +131,14 @@ def describe(folder: Path, stage: str) -> Json:
 
 def read_model(folder: Path, stage: str) -> tuple[Json, dict[str, Tensor]]:
     """`describe` with all weights at once."""
-    found = _finished(folder, stage)
-    body = {"stage": stage, "config": found.config, "facts": found.facts, "sha256": found.stated}
-    return body, {name: found.read(name) for name in found.shapes}
+    weights = _finished(folder, stage)
+    body = {
+        "stage": stage,
+        "config": weights.config,
+        "facts": weights.facts,
+        "sha256": weights.stated,
+    }
+    return body, {name: weights.read(name) for name in weights.shapes}
 
 
 def read_description(folder: Path, stage: str) -> dict[str, Any]:
@@ -170,49 +175,51 @@ def model_is_whole(folder: Path, stage: str) -> bool:
 
 def load_dvae(folder: Path, step: int | None = None) -> tuple[DVAE, str]:
     """A dVAE and the hash of its weights."""
-    found = open_model(folder, "dvae", step)
-    dvae: Any = build_model(found)
-    return dvae, found.digest
+    weights = open_model(folder, "dvae", step)
+    dvae: Any = build_model(weights)
+    return dvae, weights.digest
 
 
 def load_prior(
     folder: Path, step: int | None = None
 ) -> tuple[nn.ModuleDict, PriorConfig, dict[str, Any]]:
     """A prior's layers, its sizes and its facts."""
-    found = open_model(folder, "prior", step)
-    layers: Any = build_model(found)
-    return layers, from_json(PriorConfig, found.config), found.facts
+    weights = open_model(folder, "prior", step)
+    layers: Any = build_model(weights)
+    return layers, from_json(PriorConfig, weights.config), weights.facts
 
 
 def load_clip(folder: Path, step: int | None = None) -> tuple[Clip, dict[str, Any]]:
     """A reranker and its facts."""
-    found = open_model(folder, "clip", step)
-    clip: Any = build_model(found)
-    return clip, found.facts
+    weights = open_model(folder, "clip", step)
+    clip: Any = build_model(weights)
+    return clip, weights.facts
 
 
 @torch.no_grad()
-def build_model(found: Weights) -> nn.Module:
+def build_model(weights: Weights) -> nn.Module:
     """The network with its weights. Raises: CorruptError if some are missing or do not fit."""
-    kind = KINDS[found.stage]
-    network = kind.build(from_json(kind.config, found.config))
-    fill(network, found)
+    kind = KINDS[weights.stage]
+    network = kind.build(from_json(kind.config, weights.config))
+    fill(network, weights)
     return network.eval()
 
 
 @torch.no_grad()
-def fill(network: nn.Module, found: Weights) -> None:
+def fill(network: nn.Module, weights: Weights) -> None:
     """Read the parameters of a network, or of a rank's part of one, by their placements.
 
     Raises: CorruptError if some are missing or do not fit.
     """
-    prefix = KINDS[found.stage].prefix
-    wanted = {f"{prefix}{name}": p for name, p in network.named_parameters()}
-    wrong = sorted(n for n, p in wanted.items() if found.shapes.get(n) != placement_of(p).shape)
+    prefix = KINDS[weights.stage].prefix
+    parameters = {f"{prefix}{name}": p for name, p in network.named_parameters()}
+    wrong = sorted(
+        n for n, p in parameters.items() if weights.shapes.get(n) != placement_of(p).shape
+    )
     if wrong:
-        raise CorruptError(f"{found.where} lacks {wrong[:3]}, or holds them in another shape")
-    for name, parameter in wanted.items():
-        part, value = placement_of(parameter), found.read(name)
+        raise CorruptError(f"{weights.where} lacks {wrong[:3]}, or holds them in another shape")
+    for name, parameter in parameters.items():
+        part, value = placement_of(parameter), weights.read(name)
         if part.split:
             parameter.zero_()
             parameter[: part.rows] = value[part.first : part.first + part.rows]
@@ -225,8 +232,8 @@ def misfits(stage: str, config: Any, shapes: Shapes) -> list[str]:
     with torch.device("meta"):
         network = KINDS[stage].build(config)
     prefix = KINDS[stage].prefix
-    wanted = {f"{prefix}{name}": tuple(p.shape) for name, p in network.named_parameters()}
-    return sorted(n for n in {*wanted, *shapes} if wanted.get(n) != shapes.get(n))
+    expected = {f"{prefix}{name}": tuple(p.shape) for name, p in network.named_parameters()}
+    return sorted(n for n in {*expected, *shapes} if expected.get(n) != shapes.get(n))
 
 
 def _finished(folder: Path, stage: str) -> Weights:

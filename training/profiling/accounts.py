@@ -46,19 +46,19 @@ class Accounts:
 
     def take_step(self) -> list[float]:
         """Seconds of each category since the last call."""
-        found = [now - then for now, then in zip(self._totals, self._at_step, strict=True)]
+        spent = [now - then for now, then in zip(self._totals, self._at_step, strict=True)]
         self._at_step = list(self._totals)
-        return found
+        return spent
 
     def take_row(self) -> tuple[list[float], dict[str, dict[str, float]]]:
         """The same since the last call of this one, and seconds by group and operation."""
-        found = [now - then for now, then in zip(self._totals, self._at_row, strict=True)]
+        spent = [now - then for now, then in zip(self._totals, self._at_row, strict=True)]
         self._at_row = list(self._totals)
         operations: dict[str, dict[str, Any]] = {}
         for (group, name), seconds in self._operations.items():
             operations.setdefault(group, {})[name] = seconds
         self._operations = {}
-        return found, operations
+        return spent, operations
 
 
 class Waits:
@@ -76,10 +76,10 @@ class Waits:
 
     def row(self) -> dict[str, float]:
         """Figures for metrics.jsonl; data_wait_fraction is of the time since the last row."""
-        found = {
+        row = {
             "data_wait_seconds": self._waits[-1],
             "data_wait_fraction": self._waited / max(self._spent, 1e-9),
             "data_wait_seconds_p999": float(np.quantile(self._waits, 0.999)),
         }
         self._waited = self._spent = 0.0
-        return found
+        return row

@@ -15,14 +15,14 @@ def warnings_for(
     settings: StageConfig, shares: Mapping[str, float], ratios: Mapping[int, float]
 ) -> list[str]:
     """What stands out, in the order of what it costs; `ratios` are ranks' against their peers."""
-    found = [
+    candidates = [
         (shares[DATA_WAIT], _data_bound(settings, shares[DATA_WAIT])),
         (shares[BUBBLE], _bubble(settings, shares[BUBBLE])),
         (shares[CHECKPOINT], _held_up(settings, shares[CHECKPOINT])),
         (shares[OTHER], _python(shares[OTHER])),
         (max(ratios.values()) - 1, _slow_rank(ratios)),
     ]
-    return [text for _, text in sorted(found, key=lambda row: -row[0]) if text]
+    return [text for _, text in sorted(candidates, key=lambda row: -row[0]) if text]
 
 
 def accumulate_to_halve(settings: StageConfig) -> int:
@@ -33,8 +33,8 @@ def accumulate_to_halve(settings: StageConfig) -> int:
     """
     stages, micro = settings.mesh.pipeline, settings.engine.gradient_accumulation_steps
     replica = settings.loop.global_batch_size // max(settings.mesh.data, 1)
-    wanted = 2 * micro + stages - 1
-    return next((n for n in range(wanted, replica + 1) if replica % n == 0), 0)
+    least = 2 * micro + stages - 1
+    return next((n for n in range(least, replica + 1) if replica % n == 0), 0)
 
 
 def _data_bound(settings: StageConfig, share: float) -> str:
@@ -53,9 +53,9 @@ def _bubble(settings: StageConfig, share: float) -> str:
     if share <= _BUBBLE:
         return ""
     micro = accumulate_to_halve(settings)
-    wanted = 2 * settings.engine.gradient_accumulation_steps + settings.mesh.pipeline - 1
-    more = f"--loop.global-batch-size {wanted * max(settings.mesh.data, 1)} " if not micro else ""
-    advice = f"{more}--engine.gradient-accumulation-steps {micro or wanted}"
+    least = 2 * settings.engine.gradient_accumulation_steps + settings.mesh.pipeline - 1
+    more = f"--loop.global-batch-size {least * max(settings.mesh.data, 1)} " if not micro else ""
+    advice = f"{more}--engine.gradient-accumulation-steps {micro or least}"
     return (
         f"bubble: {share:.0%} of the time the stages wait for one another; {advice} would about "
         "halve it, or use fewer stages"

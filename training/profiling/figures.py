@@ -50,15 +50,15 @@ def measure_peak(precision: str, device: torch.device) -> float:
 def memory(device: torch.device) -> dict[str, int]:
     """Bytes of this process now and at most, and of its GPU."""
     most = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = {"memory_peak_bytes": most}
+    figures = {"memory_peak_bytes": most}
     if _STATM.exists():
         pages = int(_STATM.read_text().split()[1])
-        found["memory_bytes"] = pages * os.sysconf("SC_PAGE_SIZE")
-        found["memory_peak_bytes"] = max(most, found["memory_bytes"])
+        figures["memory_bytes"] = pages * os.sysconf("SC_PAGE_SIZE")
+        figures["memory_peak_bytes"] = max(most, figures["memory_bytes"])
     if device.type == "cuda":
-        found["cuda_bytes"] = torch.cuda.memory_allocated(device)
-        found["cuda_peak_bytes"] = torch.cuda.max_memory_allocated(device)
-    return found
+        figures["cuda_bytes"] = torch.cuda.memory_allocated(device)
+        figures["cuda_peak_bytes"] = torch.cuda.max_memory_allocated(device)
+    return figures
 
 
 def memory_of(ranks: Sequence[dict[str, Any]]) -> dict[str, int]:
@@ -72,12 +72,12 @@ def over_peers(work: np.ndarray, stages: np.ndarray) -> np.ndarray:
 
     Shapes: (ranks, steps) and (ranks,) -> (ranks, steps).
     """
-    found = np.ones(work.shape)
+    ratios = np.ones(work.shape)
     for stage in np.unique(stages):
         ours = stages == stage
         if ours.sum() > 1:
-            found[ours] = work[ours] / np.maximum(_median_of_others(work[ours]), 1e-9)
-    return found
+            ratios[ours] = work[ours] / np.maximum(_median_of_others(work[ours]), 1e-9)
+    return ratios
 
 
 def _median_of_others(work: np.ndarray) -> np.ndarray:

@@ -121,10 +121,10 @@ def profile_of(run: Path, last: int, peak: float, plan: Path | None) -> tuple[Pr
 
     Raises: InputError for no run folder, one without a profile, or another run's plan.
     """
-    found = read_profile(run, last)
-    on_gpu = any("cuda_bytes" in row for row in found.rows) if found.rows else None
-    planned = read_plan(plan, found.settings, on_gpu) if plan else None
-    return found, report_of(found, peak, planned)
+    profiled = read_profile(run, last)
+    on_gpu = any("cuda_bytes" in row for row in profiled.rows) if profiled.rows else None
+    planned = read_plan(plan, profiled.settings, on_gpu) if plan else None
+    return profiled, report_of(profiled, peak, planned)
 
 
 def read_profile(run: Path, last: int = 0) -> Profiled:
@@ -166,11 +166,12 @@ def read_profile(run: Path, last: int = 0) -> Profiled:
     )
 
 
-def _missing_ranks(ranks: int, found: list[int]) -> list[str]:
-    lacking = ranks - len(found)
+def _missing_ranks(ranks: int, present: list[int]) -> list[str]:
+    lacking = ranks - len(present)
     if not lacking:
         return []
-    named = [rank for rank in range(len(found) + _MOST_NAMED) if rank not in found][:_MOST_NAMED]
+    absent = [rank for rank in range(len(present) + _MOST_NAMED) if rank not in present]
+    named = absent[:_MOST_NAMED]
     text = ", ".join(str(rank) for rank in named if rank < ranks)
     return [
         f"the profile of {lacking} of {ranks} ranks is missing, empty or damaged (rank {text}"
@@ -195,28 +196,28 @@ def _together(rings: Sequence[RankSteps], last: int) -> tuple[np.ndarray, np.nda
     return steps, np.stack(rows).astype(np.float64)
 
 
-def report_of(found: Profiled, peak: float, plan: Planned | None) -> Report:
+def report_of(profiled: Profiled, peak: float, plan: Planned | None) -> Report:
     """Sum a profile up; `peak` is one device's TFLOP/s, 0 = what the run measured."""
-    seconds = max(found.seconds.sum(2).mean(), 1e-9)
+    seconds = max(profiled.seconds.sum(2).mean(), 1e-9)
     apart = [CATEGORIES.index(name) for name in (CHECKPOINT, VALIDATION)]
-    training = max(seconds - found.seconds[:, :, apart].sum(2).mean(), 1e-9)
-    flops = found.settings.loop.global_batch_size * model_flops(found.model)
-    total, source = _peak(found, peak)
-    tokens = _tokens_a_step(found.rows)
-    medians = np.median(found.own(), 1)
-    ratios = {int(n): float(r) for n, r in zip(found.numbers, medians, strict=True)}
+    training = max(seconds - profiled.seconds[:, :, apart].sum(2).mean(), 1e-9)
+    flops = profiled.settings.loop.global_batch_size * model_flops(profiled.model)
+    total, source = _peak(profiled, peak)
+    tokens = _tokens_a_step(profiled.rows)
+    medians = np.median(profiled.own(), 1)
+    ratios = {int(n): float(r) for n, r in zip(profiled.numbers, medians, strict=True)}
     time = {
-        name: _spent(found.seconds[:, :, i], seconds, found.numbers)
+        name: _spent(profiled.seconds[:, :, i], seconds, profiled.numbers)
         for i, name in enumerate(CATEGORIES)
     }
     shares = {name: row.share for name, row in time.items()}
     return Report(
-        run=str(found.run),
-        stage=found.stage,
-        ranks=found.ranks,
-        first_step=int(found.steps[0]),
-        last_step=int(found.steps[-1]),
-        steps=len(found.steps),
+        run=str(profiled.run),
+        stage=profiled.stage,
+        ranks=profiled.ranks,
+        first_step=int(profiled.steps[0]),
+        last_step=int(profiled.steps[-1]),
+        steps=len(profiled.steps),
         time=time,
         seconds=float(seconds),
         steps_per_second=float(1 / seconds),
@@ -226,10 +227,10 @@ def report_of(found: Profiled, peak: float, plan: Planned | None) -> Report:
         peak_tflops=total,
         peak_source=source,
         mfu=float(flops / training / 1e12 / total),
-        collectives=_traffic(found.rows),
+        collectives=_traffic(profiled.rows),
         slow_ranks=ratios,
-        missing=found.missing,
-        warnings=warnings_for(found.settings, shares, ratios),
+        missing=profiled.missing,
+        warnings=warnings_for(profiled.settings, shares, ratios),
         predicted=plan.seconds if plan else None,
         predicted_for=plan.gpu if plan else "",
     )
@@ -246,19 +247,19 @@ def _spent(seconds: np.ndarray, whole: float, numbers: np.ndarray) -> Spent:
     )
 
 
-def _peak(found: Profiled, peak: float) -> tuple[float, str]:
+def _peak(profiled: Profiled, peak: float) -> tuple[float, str]:
     """TFLOP/s of all ranks, and where the figure comes from."""
-    together = [row["concurrent_ranks"] for row in found.rows if row.get("concurrent_ranks")]
+    together = [row["concurrent_ranks"] for row in profiled.rows if row.get("concurrent_ranks")]
     if peak:
-        return peak * (together[-1] if together else found.ranks), "given"
-    noted = [row["peak_tflops"] for row in found.rows if row.get("peak_tflops")]
+        return peak * (together[-1] if together else profiled.ranks), "given"
+    noted = [row["peak_tflops"] for row in profiled.rows if row.get("peak_tflops")]
     if noted:
         return float(noted[-1]), "of the run"
     device = worker_device()
-    engine_numerics(device, found.settings.engine)
-    here = measure_peak(found.settings.engine.precision, device) / 1e12
+    engine_numerics(device, profiled.settings.engine)
+    here = measure_peak(profiled.settings.engine.precision, device) / 1e12
     rank = {"peak": here, **cores_of(device)}
-    return peaks_of([rank] * found.ranks)[0], "measured on this machine now"
+    return peaks_of([rank] * profiled.ranks)[0], "measured on this machine now"
 
 
 def _tokens_a_step(rows: Sequence[dict[str, Any]]) -> float | None:
@@ -274,13 +275,13 @@ def _traffic(rows: Sequence[dict[str, Any]]) -> list[Traffic]:
     What is called between steps alone (a row's own gather, comparisons) is not one of a step.
     """
     noted = [row for row in rows if row.get("comm_seconds") and "comm" in row]
-    found = []
+    traffic = []
     for group, operation in sorted(
         {(g, op) for row in noted for g, part in row["comm"].items() for op in part}
     ):
         counts = [row["comm"].get(group, {}).get(operation, {}) for row in noted]
         taken = [row["comm_seconds"].get(group, {}).get(operation, 0.0) for row in noted]
-        found.append(
+        traffic.append(
             Traffic(
                 group=group,
                 operation=operation,
@@ -289,4 +290,4 @@ def _traffic(rows: Sequence[dict[str, Any]]) -> list[Traffic]:
                 seconds=statistics.fmean(taken),
             )
         )
-    return sorted(found, key=lambda row: -row.seconds)
+    return sorted(traffic, key=lambda row: -row.seconds)

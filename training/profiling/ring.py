@@ -92,11 +92,11 @@ class Ring:
 
 def read_rings(run: Path) -> list[RankSteps]:
     """The ranks' last steps, by rank; files of another number of ranks than rank 0's are old."""
-    found = [ring for path in (run / FOLDER).glob("rank-*.bin") if (ring := _read(path))]
-    first = next((ring for ring in found if ring.rank == 0), None)
+    rings = [ring for path in (run / FOLDER).glob("rank-*.bin") if (ring := _read(path))]
+    first = next((ring for ring in rings if ring.rank == 0), None)
     if first is None:
         return []
-    return sorted((r for r in found if r.ranks == first.ranks), key=lambda ring: ring.rank)
+    return sorted((r for r in rings if r.ranks == first.ranks), key=lambda ring: ring.rank)
 
 
 def _read(path: Path) -> RankSteps | None:

@@ -130,8 +130,8 @@ class Tracer:
 
 def traces(run: Path) -> list[Path]:
     """The traces of a run, oldest first."""
-    found = (run / FOLDER).glob(f"trace-*/rank-*{ENDING}")
-    return sorted(found, key=lambda path: path.stat().st_mtime_ns)
+    paths = (run / FOLDER).glob(f"trace-*/rank-*{ENDING}")
+    return sorted(paths, key=lambda path: path.stat().st_mtime_ns)
 
 
 def request_trace(run: Path, steps: int, ranks: list[int]) -> None:
@@ -145,22 +145,22 @@ def request_trace(run: Path, steps: int, ranks: list[int]) -> None:
     if follower.finished:
         raise InputError(f"{run} has ended at step {follower.steps}: no step is left to trace")
     _, settings = settings_of_run(run)
-    path, found = run / FOLDER / REQUEST, []
+    path, problems = run / FOLDER / REQUEST, []
     if steps < 1:
-        found.append(f"a trace of {steps} steps holds nothing; ask for at least 1")
+        problems.append(f"a trace of {steps} steps holds nothing; ask for at least 1")
     if steps > MOST_STEPS:
-        found.append(
+        problems.append(
             f"a trace of {steps} steps is too long: the profiler keeps every event in memory until "
             f"its end; ask for at most {MOST_STEPS}"
         )
     world = settings.mesh.world
     if wrong := [rank for rank in ranks if not 0 <= rank < world]:
         text = ", ".join(map(str, wrong))
-        found.append(f"the run has no rank {text}; its ranks are 0 to {world - 1}")
+        problems.append(f"the run has no rank {text}; its ranks are 0 to {world - 1}")
     if path.exists():
-        found.append(
+        problems.append(
             f"another request waits in {path}; it is heeded with the next row of metrics.jsonl, "
             "after a trace in progress; ask again then, or delete it"
         )
-    check(found)
+    check(problems)
     write_atomic(path, json.dumps({"steps": steps, "ranks": ranks}).encode())

@@ -23,18 +23,20 @@ class GuardConfig:
     """Share of the run from which on codes are looked at; before it few of them are no fault."""
 
     def problems(self) -> list[str]:
-        found = []
+        problems = []
         if not self.sigma_factor >= 0 or self.compare_every < 0:
-            found.append("guard.sigma_factor and guard.compare_every must not be negative; 0 = off")
+            problems.append(
+                "guard.sigma_factor and guard.compare_every must not be negative; 0 = off"
+            )
         if self.window < 16:
-            found.append(f"guard.window={self.window} is too short for a deviation; try 128")
+            problems.append(f"guard.window={self.window} is too short for a deviation; try 128")
         if self.rewind_after < 1:
-            found.append("guard.rewind_after must be at least 1")
+            problems.append("guard.rewind_after must be at least 1")
         if not (0 <= self.min_codebook_usage <= 1 and 0 <= self.codebook_usage_after <= 1):
-            found.append(
+            problems.append(
                 "guard.min_codebook_usage and guard.codebook_usage_after are shares: 0 to 1"
             )
-        return found
+        return problems
 
     def without_codes(self) -> list[str]:
         """Problems of a stage that has no codebook."""

@@ -192,11 +192,11 @@ def _compare_states(
 
 
 def _load(folder: Path) -> dict[int, tuple[dict[str, Tensor], dict[str, Any]]]:
-    found = {}
+    traces = {}
     for path in folder.glob("rank-*.json"):
         rank = int(path.stem.split("-")[1])
-        found[rank] = (load_file(path.with_suffix(".safetensors")), json.loads(path.read_text()))
-    return found
+        traces[rank] = (load_file(path.with_suffix(".safetensors")), json.loads(path.read_text()))
+    return traces
 
 
 def _global_batch(
@@ -210,6 +210,6 @@ def _global_batch(
     return {key: torch.cat([row[i] for i in sorted(row)]) for key, row in parts.items()}
 
 
-def _relative(expected: Tensor, found: Tensor) -> float:
+def _relative(expected: Tensor, actual: Tensor) -> float:
     scale = float(expected.double().norm())
-    return float((expected.double() - found.double()).norm()) / max(scale, 1e-30)
+    return float((expected.double() - actual.double()).norm()) / max(scale, 1e-30)

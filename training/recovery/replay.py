@@ -138,17 +138,17 @@ def _checkpoint(home: str, step: int) -> CheckpointReader:
     return open_checkpoint(f"{home}/step-{step}")
 
 
-def describe(found: Replay) -> str:
+def describe(result: Replay) -> str:
     """A few lines for the terminal."""
-    again = f"skipped again: {found.skipped}" if found.skipped else "not skipped this time"
-    data = "the same records" if found.same_records else "OTHER RECORDS than then"
-    rows = [f"  {name}  loss {loss:.4g}" for name, loss in found.worst]
+    again = f"skipped again: {result.skipped}" if result.skipped else "not skipped this time"
+    data = "the same records" if result.same_records else "OTHER RECORDS than then"
+    rows = [f"  {name}  loss {loss:.4g}" for name, loss in result.worst]
     return "\n".join(
         [
-            f"step {found.step}, then: {found.reason}",
+            f"step {result.step}, then: {result.reason}",
             f"now {again}, on {data}",
-            f"loss {found.loss:.6g} (then {found.loss_then}), "
-            f"gradient norm {found.grad_norm:.6g} (then {found.grad_norm_then})",
+            f"loss {result.loss:.6g} (then {result.loss_then}), "
+            f"gradient norm {result.grad_norm:.6g} (then {result.grad_norm_then})",
             "samples with the highest loss:",
             *rows,
         ]

@@ -88,8 +88,8 @@ class Recovery:
         wrong: set[int] = set()
         for tensors, group in engine.replicas():
             wrong |= set(different(tensors, group))
-        found = self._mesh.world.gather_text(json.dumps(sorted(wrong)))
-        ranks = sorted({rank for text in found for rank in json.loads(text)})
+        reports = self._mesh.world.gather_text(json.dumps(sorted(wrong)))
+        ranks = sorted({rank for text in reports for rank in json.loads(text)})
         if not ranks:
             return
         what = f"the weights of rank {', '.join(map(str, ranks))} differ from their replicas'"
@@ -163,8 +163,8 @@ def checkpoints_of_capsules(out: Path) -> set[int]:
 
 
 def _newest_capsules(out: Path) -> list[Path]:
-    found = (out / CAPSULES).glob("step-*.json")
-    return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    capsules = (out / CAPSULES).glob("step-*.json")
+    return sorted(capsules, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
 def _number(value: float) -> float | str:

@@ -22,7 +22,7 @@ SLOWER = 2.0
 """A median step that takes so many times what a plan says is told of."""
 WARM, WINDOW = 10, 50
 """Steps that are not counted at the start, and those that the median is taken of."""
-ROOM = 2
+CHECKPOINTS_FREE = 2
 """Checkpoints that a disk must have room for."""
 
 
@@ -37,7 +37,7 @@ class Alarms:
         self._settings, self._world = settings, mesh.world
         self._bytes = mesh.pipeline.size * checkpoint_bytes(shapes, settings.optim)
         self._seconds: deque[float] = deque(maxlen=WINDOW)
-        self._steps, self._said = 0, set[str]()
+        self._steps, self._warned = 0, set[str]()
         plan = settings.profile.plan
         times = read_plan(plan, settings, mesh.world.device.type == "cuda").seconds if plan else {}
         self._planned = sum(times.values())
@@ -77,7 +77,7 @@ class Alarms:
             "--checkpoint.to; a save that does not fit is tried again at the next one, and older "
             "checkpoints stay whole"
         )
-        self._say("disk", free is not None and free < ROOM * self._bytes, text)
+        self._say("disk", free is not None and free < CHECKPOINTS_FREE * self._bytes, text)
 
     def pace(self, step: int, seconds: float) -> None:
         """Compare a step's time with profile.plan."""
@@ -98,9 +98,9 @@ class Alarms:
 
     def _say(self, what: str, wrong: bool, text: str) -> None:
         """Warn when something becomes wrong, not again while it stays so."""
-        if wrong and what not in self._said and self._world.rank == 0:
+        if wrong and what not in self._warned and self._world.rank == 0:
             LOG.warning("%s", text)
-        (self._said.add if wrong else self._said.discard)(what)
+        (self._warned.add if wrong else self._warned.discard)(what)
 
 
 def checkpoint_bytes(shapes: Iterable[Iterable[int]], optim: OptimConfig) -> int:

@@ -86,14 +86,14 @@ class Checkpoints:
                 reader.verify(self._rank, self._ranks)
             except CorruptError as error:
                 mine = str(error)
-            found = sorted({error for error in self._gather(mine) if error})
-            if not found:
+            errors = sorted({error for error in self._gather(mine) if error})
+            if not errors:
                 assert reader is not None
                 self._note(step, reader.facts)
                 self.whole = step
                 return reader
-            LOG.warning("%s; trying an older checkpoint", "\n".join(found))
-            damaged += found
+            LOG.warning("%s; trying an older checkpoint", "\n".join(errors))
+            damaged += errors
         if damaged:
             raise CheckpointError(
                 "no checkpoint of this run is whole; restore one of these, or train in another "
@@ -158,8 +158,8 @@ class Checkpoints:
             self.delete(step)
 
     def _all_steps(self) -> set[int]:
-        found = {name.split("/")[0][5:] for name in self.store.names("step-")}
-        return {int(text) for text in found if text.isdigit()}
+        numbers = {name.split("/")[0][5:] for name in self.store.names("step-")}
+        return {int(text) for text in numbers if text.isdigit()}
 
     def _remember(self, step: int) -> None:
         try:

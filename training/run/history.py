@@ -68,13 +68,13 @@ class History:
         for slot, (block, record) in enumerate(places.tolist()):
             if block not in blocks:
                 blocks[block] = self._source.read(block, variant)
-            found = blocks[block][record]
+            pair = blocks[block][record]
             shard = self._source.blocks.shard_of(block, variant).name
             rows.append(
                 ReadPair(
                     slot=slot,
-                    id=found.id,
-                    key=getattr(found, "key", ""),
+                    id=pair.id,
+                    key=getattr(pair, "key", ""),
                     shard=shard,
                     block=block,
                     record=record,
@@ -88,17 +88,17 @@ class History:
         Raises: InputError if the data set does not have it.
         """
         block, record = self._find(text)
-        found, before, epoch = [], 0, 0
+        steps, before, epoch = [], 0, 0
         while before < self.steps:
             passed = [inside for e, inside in self._passed if e == epoch]
             place = self._order.locate(epoch, block, record)
             if place is not None and place[0] not in passed:
                 step = before + place[0] - sum(inside < place[0] for inside in passed) + 1
                 if step <= self.steps:
-                    found.append(step)
+                    steps.append(step)
             before += self._order.steps(epoch) - len(passed)
             epoch += 1
-        return found
+        return steps
 
     def _find(self, text: str) -> tuple[int, int]:
         try:

@@ -57,9 +57,9 @@ def rows_of(lines: Iterable[str], where: str = "") -> tuple[list[dict[str, Any]]
     if where:
         old = new_names(ROW).items()
         tell_renamed(where, {a: b for a, b in old if any(f'"{a}":' in line for line in lines)})
-    found = [row_of(line) for line in lines]
-    rows = [row for row in found if row is not None]
-    return rows, len(found) - len(rows)
+    parsed = [row_of(line) for line in lines]
+    rows = [row for row in parsed if row is not None]
+    return rows, len(parsed) - len(rows)
 
 
 def passed_over(count: int) -> str:

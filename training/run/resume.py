@@ -70,12 +70,12 @@ def tell_other_numerics(reader: CheckpointReader, numerics: Numerics) -> None:
 
 def _fixed(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """All settings that a resumed run must keep, as dotted names."""
-    found: dict[str, Any] = {}
+    fixed: dict[str, Any] = {}
     for name, value in config.items():
         if (not prefix and name in _MAY_CHANGE) or (prefix == "loop." and name in _LOOP_MAY_CHANGE):
             continue
         if isinstance(value, dict):
-            found.update(_fixed(value, f"{prefix}{name}."))
+            fixed.update(_fixed(value, f"{prefix}{name}."))
         else:
-            found[prefix + name] = value
-    return found
+            fixed[prefix + name] = value
+    return fixed

@@ -85,11 +85,11 @@ class Follower:
     @property
     def seconds_a_step(self) -> float:
         """Recent time of a step, with its part of validation and saves where that was noted."""
-        found: list[float] = [
+        seconds: list[float] = [
             sum(row["time"].values()) if "time" in row else row.get("seconds", 0)
             for row in self._recent
         ]
-        return sum(found) / max(len(found), 1)
+        return sum(seconds) / max(len(seconds), 1)
 
     @property
     def quiet(self) -> float:
