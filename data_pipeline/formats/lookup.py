@@ -1,4 +1,4 @@
-"""Where a pair lies, by its id: two small reads a shard, for ids are spread evenly and sorted."""
+"""Find a pair by its id in two small reads per shard: ids are sorted and uniformly distributed."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +14,12 @@ from data_pipeline.formats.manifest import Shard
 
 _HEAD = 2048
 _SPREAD = 8
-"""Standard deviations to both sides of where an id is expected."""
+"""Half-width of the search range around an id's expected position, in standard deviations."""
 _READERS = 32
 
 
 def find_pair(store: Store, split: str, blocks: BlockReader, text: str) -> tuple[int, int]:
-    """The block of a pair and its place in that, by its key or its id.
+    """Find a pair by its key or id: (block, position in the block).
 
     Raises: InputError if the data set has no such pair.
     """
@@ -38,7 +38,7 @@ def find_pair(store: Store, split: str, blocks: BlockReader, text: str) -> tuple
 def find_record(
     store: Store, split: str, blocks: BlockReader, target: int
 ) -> tuple[int, int] | None:
-    """The block of a record and its place in that, if the data set has the id."""
+    """Find a record by its id: (block, position in the block), or None."""
     manifest = blocks.manifest
     shards = manifest.shards[: len(manifest.shards) // manifest.variants]
     with ThreadPoolExecutor(_READERS, "lookup") as pool:
@@ -50,7 +50,7 @@ def find_record(
 
 
 def _place(store: Store, split: str, shard: Shard, target: int) -> int | None:
-    """The place of an id in a shard."""
+    """The position of an id in a shard, or None."""
     count, name = shard.samples, f"{split}/{shard.index_name}"
     if count == 0:
         return None

@@ -1,4 +1,4 @@
-"""Real captioned pictures from a package registry: emoji and their names."""
+"""Captioned pictures from an npm package: emoji and their names."""
 
 import json
 import re
@@ -43,7 +43,7 @@ def emoji_pairs(cache: Path) -> Iterator[Pair]:
 
 
 def _tone(name: str) -> str:
-    """`emoji modifier fitzpatrick type-3` -> a word that people use."""
+    """`emoji modifier fitzpatrick type-3` -> `medium-light skin tone`."""
     words = {"1-2": "light", "3": "medium-light", "4": "medium", "5": "medium-dark", "6": "dark"}
     return f"{words[name.rsplit('type-', 1)[1]]} skin tone"
 

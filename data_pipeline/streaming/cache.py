@@ -1,4 +1,4 @@
-"""A local copy of fetched blocks: a folder of files that several ranks of a machine may share."""
+"""A local cache of fetched blocks: a folder that several ranks of a machine may share."""
 
 import threading
 import time
@@ -12,12 +12,12 @@ from data_pipeline.config import LoaderConfig
 
 _SUFFIX = ".block"
 _KEPT = 0.9
-"""Share of the limit that is left when room was made."""
+"""Share of the size limit that remains after an eviction."""
 _STALE_SECONDS = 3600.0
 
 
 class BlockCache:
-    """Keeps blocks by a key that holds their digest; the reader checks what comes out."""
+    """Stores blocks by a key that contains their checksum; the reader verifies it."""
 
     def __init__(self, folder: Path, most_bytes: int) -> None:
         self._folder, self._most = folder, most_bytes
@@ -33,7 +33,7 @@ class BlockCache:
         self._bytes = sum(size for _, _, size in self._files())
 
     def get(self, key: str) -> bytes | None:
-        """What is kept under a key."""
+        """The block of a key, or None."""
         path = self._path(key)
         try:
             data = path.read_bytes()
@@ -43,7 +43,7 @@ class BlockCache:
         return data
 
     def put(self, key: str, data: bytes) -> None:
-        """Keep a block, without fsync: a cache may lose it, and errors cost only time."""
+        """Store a block, without fsync: a lost block is fetched again."""
         path = self._path(key)
         temporary = path.with_name(f"{TEMPORARY}{threading.get_native_id()}-{path.name}")
         try:
@@ -80,7 +80,7 @@ class BlockCache:
 
 
 def open_cache(loader: LoaderConfig) -> BlockCache | None:
-    """The loader's cache, if it is to have one."""
+    """The loader's cache, or None if it is not configured."""
     if loader.cache is None:
         return None
     return BlockCache(loader.cache, int(loader.cache_gigabytes * 1e9))

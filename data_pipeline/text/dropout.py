@@ -1,7 +1,7 @@
-"""BPE dropout: other segmentations of the same caption, drawn by key at every reading.
+"""BPE dropout: random segmentations of a caption, keyed anew at every reading.
 
-Each merge that could be done next is passed over with probability `rate`, each time anew; the best
-of the others is done at all its places that were not passed over. At rate 0 this is BPE itself.
+Each iteration drops every candidate merge with probability `rate` and applies the best remaining
+merge at all its undropped places. At rate 0 this is plain BPE.
 Source: Provilkov et al., arXiv 1910.13267, as its reference implementation does it.
 """
 
@@ -19,15 +19,15 @@ from core.errors import InputError
 from core.keys import KeyPart, key_int
 
 SPACE = "Ġ"
-"""A space among the symbols of bytes; where words take it, it begins a run of letters."""
+"""The byte symbol of a space; it begins a run of letters if spaces are joined."""
 _IN_A_RUN = re.compile(f"{SPACE}?[a-z]*").fullmatch
 
 
 class DropoutEncoder:
-    """Segments again what a tokenizer of data_pipeline.text.bpe has encoded."""
+    """Re-segments text ids of a tokenizer of data_pipeline.text.bpe."""
 
     def __init__(self, tokenizer: Tokenizer, rate: float) -> None:
-        """Raises: InputError if the rate is no probability."""
+        """Raises: InputError if the rate is not in [0, 1)."""
         if not 0 <= rate < 1:
             raise InputError(f"the BPE dropout {rate} must lie in [0, 1); the paper's is 0.1")
         model = json.loads(tokenizer.to_str())["model"]
@@ -37,7 +37,7 @@ class DropoutEncoder:
         self._ranks = {(a, b): rank for rank, (a, b) in enumerate(pairs)}
 
     def encode(self, text: Iterable[int], *key: KeyPart) -> NDArray[np.uint16]:
-        """Other ids of the same text; equal keys give equal ids."""
+        """Randomly re-segmented ids of the same text; equal keys give equal ids."""
         draw = random.Random(key_int(*key, "bpe dropout")).random
         ids: list[int] = []
         run: list[str] = []
@@ -69,7 +69,7 @@ class DropoutEncoder:
 
 
 def _joined(run: list[str], places: list[int]) -> list[str]:
-    """Merge a symbol with the next one at some places, from the left; merges do not overlap."""
+    """Merge the symbols at these places with their successors, from the left, without overlap."""
     merged: list[str] = []
     at = 0
     starts = set(places)

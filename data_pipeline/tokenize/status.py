@@ -1,4 +1,4 @@
-"""How far a token job is, over all its workers."""
+"""Progress of a token job over all workers."""
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -20,18 +20,18 @@ class SplitStatus:
     shards_done: int
     pairs: int
     pairs_done: int
-    """In finished shards, and in those being made as far as their workers last said."""
+    """Pairs of finished shards, plus the last reported progress of running ones."""
     rejects: dict[str, int]
     finished: bool
-    """True if the manifest is there."""
+    """True if the manifest exists."""
     devices: dict[str, int]
     """Finished shards by the device that encoded them."""
     workers: list[dict[str, Any]]
-    """worker, holder and progress of every lease; a dead worker's stays until it is taken over."""
+    """worker, holder and progress of each lease; a dead worker's lease stays until taken over."""
 
 
 def job_status(tokens: Store) -> list[SplitStatus]:
-    """Read the place of a token job.
+    """Read the status of a token job from its output store.
 
     Raises: InputError if there is none.
     """
@@ -69,7 +69,7 @@ def _split_status(tokens: Store, split: str, expected: dict[str, int]) -> SplitS
 
 
 def describe_status(rows: list[SplitStatus]) -> str:
-    """A few lines for the terminal."""
+    """Format a status for the terminal."""
     lines = []
     for row in rows:
         alive = [lease for lease in row.workers if not lease["dead"]]
