@@ -1,4 +1,4 @@
-"""Settings of the training stages, composed of each package's own; imports no torch."""
+"""Settings of the training stages, composed of other packages' settings; imports no torch."""
 
 import math
 from dataclasses import dataclass, field
@@ -15,24 +15,24 @@ from training.recovery.config import GuardConfig
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """How long to train, and how often to look."""
+    """Length of the run, and intervals of logging and validation."""
 
     steps: int = 1000
     """Optimiser steps of the whole run."""
     stop_at: int = 0
-    """End after this step with a checkpoint, before the run is whole: the same run goes on later,
-    on any mesh; 0 = train all steps."""
+    """Stop after this step with a checkpoint; the run can be resumed later on any mesh; 0 = train
+    all steps."""
     global_batch_size: int = 64
-    """Global batch size: samples a step, over all ranks."""
+    """Samples per step over all ranks."""
     seed: int = 0
-    """Seed of weights, order and noise."""
+    """Seed of weights, data order and noise."""
     log_every: int = 10
-    """Steps between two lines of metrics.jsonl."""
+    """Steps between rows of metrics.jsonl."""
     validate_every: int = 200
-    """Steps between two passes over held-out data; 0 = only at the end."""
+    """Steps between validations; 0 = only at the end."""
     validation_samples: int = 512
-    """Held-out samples of a pass: at least order.lanes, and cut to a multiple of them, so that the
-    replicas of every mesh have equal parts of the same ones."""
+    """Held-out samples per validation: at least order.lanes, rounded down to a multiple of it, so
+    that the replicas of every mesh share the same samples equally."""
 
     @property
     def end(self) -> int:
@@ -56,20 +56,20 @@ class LoopConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When checkpoints are written, where, and which are kept."""
+    """When and where checkpoints are written, and which are kept."""
 
     every: int = 200
-    """Steps between two checkpoints; one is always written at the end."""
+    """Steps between checkpoints; one is always written at the end."""
     keep: int = 2
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     keep_every_hours: float = 0.0
-    """Keep one for every so many hours, too; 0 = none."""
+    """Also keep one checkpoint per this many hours; 0 = none."""
     best: bool = False
-    """Keep the one with the lowest validation loss, too, of those saved at a validated step."""
+    """Also keep the checkpoint with the lowest validation loss, among those of validated steps."""
     to: str = ""
-    """s3://bucket/prefix or a folder; by default `checkpoints` in the run folder."""
+    """s3://bucket/prefix or a folder; default: `checkpoints` in the run folder."""
     async_save: bool = True
-    """Write while training goes on: takes memory for a copy of this rank's state."""
+    """Write in the background; needs host memory for a copy of this rank's state."""
 
     def problems(self) -> list[str]:
         problems = []
@@ -82,19 +82,19 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
-    """How the run is watched: always, and closely for some steps."""
+    """The always-on profile, and traces of some steps."""
 
     always: bool = True
-    """Note where the time of every step goes, on every rank; `tapir profile` shows it."""
+    """Record the time of every step by category on every rank; `tapir profile` shows it."""
     steps: str = ""
-    """Steps to trace by torch.profiler, first:last, both included, e.g. 20:25; none by default."""
+    """Steps to trace with torch.profiler, first:last inclusive, e.g. 20:25; default: none."""
     ranks: str = "0"
     """Ranks to trace, e.g. 0,3; `all` for every rank."""
     peak_tflops: float = 0.0
-    """TFLOP/s of one device that MFU is a share of; 0 = measured by matmuls at the start."""
+    """Peak TFLOP/s of one device, for MFU; 0 = measured by matmuls at the start."""
     plan: Path | None = None
-    """What `tapir plan --json` printed for this mesh: a median step that takes twice as long is
-    told. On CPUs plan with --calibration."""
+    """Output of `tapir plan --json` for this mesh; warns if the median step takes twice as long. On
+    CPUs plan with --calibration."""
 
     def problems(self) -> list[str]:
         problems = []
@@ -116,10 +116,10 @@ class ProfileConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """What every training stage has."""
+    """Settings that all training stages share."""
 
     data: str = "data/raw"
-    """Where the data set lies: s3://bucket/prefix or a folder."""
+    """The data set: s3://bucket/prefix or a folder."""
     out: Path = Path("runs/stage")
     """Run folder: config, metrics, TensorBoard, checkpoints; the same folder resumes."""
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -129,24 +129,24 @@ class StageConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Arrangement of the ranks."""
     engine: EngineConfig = field(default_factory=EngineConfig)
-    """Owner of the step."""
+    """Engine that computes the step."""
     compress: CompressConfig = field(default_factory=CompressConfig)
     """Gradient compression."""
     order: OrderConfig = field(default_factory=OrderConfig)
     """Order of the records."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
-    """How they are fetched."""
+    """Fetching of the records."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     """Guards against spikes and corruption."""
     profile: ProfileConfig = field(default_factory=ProfileConfig)
-    """Where the time goes."""
+    """Profile and traces."""
     supervisor: SupervisorConfig = field(default_factory=SupervisorConfig)
-    """Restarts, on ranks that this command starts itself."""
+    """Restarts of the ranks that this command starts itself."""
 
     def sizes(self) -> ModelSizes:
-        """What the mesh must divide."""
+        """Model sizes that the mesh must divide."""
         return ModelSizes()
 
     def model_problems(self) -> list[str]:
@@ -154,10 +154,10 @@ class StageConfig:
         return []
 
     def problems(self, world: int | None = None) -> list[str]:
-        """Every problem at once; `world` is the number of ranks that a launcher started.
+        """All problems at once; `world` is the number of ranks that a launcher started.
 
-        Whatever validations, saves and the end of the run need of the settings is asked here too:
-        nothing of that may wait for its step.
+        This includes the requirements of validations, saves and the end of the run, so that none
+        fails hours later.
         """
         problems = self.fixed_problems() + self.mesh.problems(world, self.sizes())
         replicas = max(self.mesh.data, 1)
@@ -168,7 +168,7 @@ class StageConfig:
         return problems
 
     def fixed_problems(self) -> list[str]:
-        """The problems that no other mesh or engine would mend."""
+        """Problems that do not depend on the mesh or the engine."""
         problems = self.loop.problems() + self.optim.problems() + self.compress.problems()
         problems += self.checkpoint.problems() + self.guard.problems() + self.supervisor.problems()
         problems += self.profile.problems() + self.loader.problems() + self.model_problems()
@@ -176,7 +176,7 @@ class StageConfig:
         return problems + self._validation_problems()
 
     def _validation_problems(self) -> list[str]:
-        """What validations need, and what needs them."""
+        """Problems of validations, and of settings that need validations."""
         loop, lanes, problems = self.loop, self.order.lanes, []
         if 0 < loop.validation_samples < lanes:
             problems.append(
@@ -203,14 +203,14 @@ class StageConfig:
         return problems
 
     def _saves_validated(self) -> bool:
-        """True if a step before the last one is validated and saved, or the run is too short."""
+        """True if a step before the last is both validated and saved, or the run is too short."""
         often = (self.checkpoint.every, self.loop.validate_every)
         if min(often) < 1:
-            return self.checkpoint.every < 1  # which is a problem of its own
+            return self.checkpoint.every < 1  # reported by CheckpointConfig.problems
         return math.lcm(*often) < self.loop.steps or max(often) >= self.loop.steps
 
     def _of_priors_alone(self) -> list[str]:
-        """What the networks of pictures cannot do."""
+        """Problems of the dVAE and CLIP: features that only the prior supports."""
         problems = []
         if self.engine.precision == "fp16":
             problems.append(
@@ -233,19 +233,19 @@ class DVAETrain(StageConfig):
     model: DVAEConfig = field(default_factory=DVAEConfig)
     """The network."""
     augment: bool = True
-    """Train on random crops and mirror images (the paper's listing 1) instead of middle squares."""
+    """Train on random crops and flips (the paper's listing 1) instead of central squares."""
     tau_first: float = 1.0
     """Gumbel temperature at the first step."""
     tau_last: float = 1 / 16
-    """Gumbel temperature at the end of its cosine."""
+    """Final Gumbel temperature, reached by a cosine."""
     tau_fraction: float = 0.8
-    """Share of the run after which the temperature stays at its last value."""
+    """Share of the run over which the temperature is annealed."""
     beta_first: float = 0.0
     """Weight of the KL term at the first step (the paper: 0)."""
     beta: float = 6.6
     """Final weight of the KL term, reached by a cosine (the paper: 6.6)."""
     beta_fraction: float = 0.3
-    """Share of the run in which beta moves."""
+    """Share of the run over which beta is annealed."""
 
     def model_problems(self) -> list[str]:
         problems = self.model.problems() + self._of_priors_alone()
@@ -263,18 +263,18 @@ class PriorTrain(StageConfig):
     """Train the transformer on the tokens of the token job."""
 
     data: str = "data/tokens"
-    """Where the tokens lie: s3://bucket/prefix or a folder."""
+    """The tokens: s3://bucket/prefix or a folder."""
     out: Path = Path("runs/prior")
     """Run folder: config, metrics, TensorBoard, checkpoints; the same folder resumes."""
     model: PriorConfig = field(default_factory=PriorConfig)
     """The network."""
     bpe_dropout: float = 0.0
-    """Probability that a merge is passed over, drawn anew at every reading (the paper: 0.1)."""
+    """Probability of dropping a BPE merge, drawn anew at every reading (the paper: 0.1)."""
     bpe: Path = Path("runs/bpe")
-    """Folder of the tokens' tokenizer.json; read if bpe_dropout is above 0."""
+    """Folder of the tokens' tokenizer.json; only read if bpe_dropout is above 0."""
     caption_dropout: float = 0.0
-    """Probability that a caption is left empty at a reading, for classifier-free guidance in
-    sampling: try 0.1 (the paper: none)."""
+    """Probability of an empty caption, for classifier-free guidance in sampling; try 0.1 (the
+    paper: none)."""
 
     def sizes(self) -> ModelSizes:
         return ModelSizes(heads=self.model.heads, layers=self.model.layers, cuttable=True)
@@ -310,18 +310,18 @@ class BPETrain:
     """Learn the tokenizer's merges from the captions of the train split."""
 
     data: str = "data/raw"
-    """Where the raw pairs lie: s3://bucket/prefix or a folder."""
+    """The raw pairs: s3://bucket/prefix or a folder."""
     texts: Path | None = None
-    """A UTF-8 file with a caption on each line, instead of the raw pairs."""
+    """A UTF-8 file with one caption per line, instead of the raw pairs."""
     out: Path = Path("runs/bpe")
     """Folder for tokenizer.json."""
     vocabulary: int = 512
     """Entries, 256 of them bytes (the paper: 16384)."""
     spaces: Literal["alone", "joined"] = "alone"
-    """alone = every space is a token (the paper); joined = a word and the space before it merge:
-    half as many tokens a caption, and a prior learns earlier what stands where."""
+    """alone = every space is a token (the paper); joined = a word merges with the space before it:
+    half the tokens per caption, and a prior learns object positions earlier."""
     max_captions: int = 1_000_000
-    """Captions that are read, at most."""
+    """Maximum captions to read."""
 
     def problems(self) -> list[str]:
         problems = [] if self.texts is not None else place_problems(self.data, "data")
@@ -342,5 +342,5 @@ def parse_steps(text: str) -> tuple[int, int]:
 
 
 def parse_ranks(text: str) -> list[int]:
-    """`0,3` -> [0, 3], `all` -> none. Raises: ValueError."""
+    """`0,3` -> [0, 3], `all` -> []. Raises: ValueError."""
     return [] if text == "all" else [int(word) for word in text.split(",")]

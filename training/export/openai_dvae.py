@@ -1,8 +1,8 @@
-"""The dVAE in the layout of OpenAI's public `dall_e` package, and back.
+"""Exports and imports the dVAE in the layout of OpenAI's public `dall_e` package.
 
-A folder of that layout holds encoder.safetensors and decoder.safetensors with the parameters of
-the package's Encoder and Decoder under its names. The pickles that OpenAI published are not read:
-loading a pickle runs what is in it. Source: openai/DALL-E, dall_e/encoder.py and decoder.py.
+The folder holds encoder.safetensors and decoder.safetensors with the parameters of the package's
+Encoder and Decoder under its names. OpenAI's published pickles are not read: loading a pickle can
+execute code. Source: openai/DALL-E, dall_e/encoder.py and decoder.py.
 """
 
 import re
@@ -31,7 +31,7 @@ _KINDS = {"weight": "w", "bias": "b"}
 def export_dvae(run: Path, out: Path) -> list[Path]:
     """Write a finished dVAE in the package's layout; returns the files.
 
-    Raises: ConfigError if the package cannot hold these sizes.
+    Raises: ConfigError if the package does not support these sizes.
     """
     body, tensors = read_model(run, "dvae")
     problems = _foreign_sizes(DVAEConfig(**body["config"]))
@@ -54,9 +54,9 @@ def export_dvae(run: Path, out: Path) -> list[Path]:
 
 
 def import_dvae(folder: Path, out: Path, pixels: int) -> DVAEConfig:
-    """Turn a folder of the package's layout into a finished dVAE; returns its sizes.
+    """Convert a folder of the package's layout to a finished dVAE; returns its sizes.
 
-    Raises: InputError if the folder holds something else; ConfigError if `pixels` does not fit.
+    Raises: InputError if the folder is of another kind; ConfigError if `pixels` does not fit.
     """
     tensors = {
         f"{_PREFIX}{part}.{_ours(name, folder)}": value.float()
@@ -146,9 +146,9 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _sizes(tensors: dict[str, Tensor], folder: Path, pixels: int) -> DVAEConfig:
-    """What the shapes say of the sizes.
+    """Infer the sizes from the tensors' shapes.
 
-    Raises: InputError if they are not those of one dVAE.
+    Raises: InputError if the input layers are missing.
     """
     ends = (f"{_PREFIX}encoder.input.weight", f"{_PREFIX}decoder.input.weight")
     if not all(name in tensors and tensors[name].dim() == 4 for name in ends):

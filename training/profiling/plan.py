@@ -1,4 +1,4 @@
-"""What a plan predicted for the mesh of a run, in the categories of a profile."""
+"""Reads a plan's predicted step time for a run, by the categories of a profile."""
 
 import json
 import math
@@ -22,27 +22,27 @@ _OF_PART = {
     "update": OPTIMIZER,
     "overhead": OTHER,
 }
-"""Parts of a step as `tapir plan` names them -> categories."""
+"""Parts of a step in `tapir plan` -> categories."""
 _VOCABULARY = 0.1
-"""Share of the parameters in which plan and run may differ: a plan takes the usual vocabularies,
-training those of its data."""
+"""Maximum relative difference of the parameter counts: a plan assumes default vocabularies, a run
+takes those of its data."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """What a plan says of the run's way to train."""
+    """A plan's prediction for the layout of a run."""
 
     seconds: dict[str, float]
-    """Of a step, by category."""
+    """Seconds per step by category."""
     gpu: str = ""
-    """The hardware that was planned for; empty if the file does not say."""
+    """The planned hardware; empty if the file does not name it."""
 
 
 def read_plan(plan: Path, settings: StageConfig, on_gpu: bool | None = None) -> Planned:
-    """The prediction of `tapir plan --json`, or of {"time": {category: seconds}}.
+    """Read the output of `tapir plan --json`, or {"time": {category: seconds}}.
 
-    `on_gpu` says where the run was, None = unknown.
-    Raises: InputError if the file is no plan, or one of another model, machine, or way to train.
+    `on_gpu` is True if the run was on GPUs, None if unknown.
+    Raises: InputError if the file is no plan, or for another model, machine or layout.
     """
     try:
         body = json.loads(plan.read_bytes())
@@ -64,7 +64,7 @@ def read_plan(plan: Path, settings: StageConfig, on_gpu: bool | None = None) -> 
 
 
 def _of_run(body: dict[str, Any], settings: StageConfig) -> dict[str, float]:
-    """The parts of the first planned way that trains as the run does."""
+    """Seconds by part of the first planned layout that equals the run's."""
     model: Any = settings.model  # type: ignore[attr-defined]
     if not isinstance(model, PriorConfig):
         raise InputError("plans are made for priors alone; this run is none")
@@ -99,7 +99,7 @@ def _with_new_names(layout: dict[str, Any]) -> dict[str, Any]:
 
 
 def _layout_of(settings: StageConfig) -> dict[str, Any]:
-    """How a run trains, in the fields of a plan's way."""
+    """The layout of a run, in the fields of a plan."""
     engine, mesh, rank = settings.engine, settings.mesh, settings.compress.rank
     return {
         "mesh": dict(vars(mesh)),

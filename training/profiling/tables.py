@@ -17,7 +17,7 @@ _HEAT = "own work of each rank over the median of its peers', the other ranks of
 
 
 def page(profiled: Profiled, report: Report) -> str:
-    """The report as one HTML page without outside parts."""
+    """The report as one self-contained HTML page."""
     console = Console(record=True, width=_WIDTH, file=io.StringIO(), color_system="truecolor")
     console.print(_tables(report))
     tables = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
