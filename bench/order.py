@@ -50,7 +50,7 @@ class CountedSource:
     def read(self, block: int, variant: int = 0) -> Any:
         """Never called: `submit` runs nothing."""
 
-    def room(self, sizes: Any, spare: Any = None) -> Any:
+    def buffer(self, sizes: Any, free: Any = None) -> Any:
         """There is nothing to hold."""
 
     def empty(self) -> Any:

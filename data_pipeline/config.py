@@ -10,31 +10,33 @@ SHAPES_COUNT = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class FilterConfig:
-    """Which readable pairs are left out on purpose; each reject is kept with its reason."""
+    """Filters for readable pairs; each rejected pair is recorded with its reason."""
 
     min_words: int = 0
-    """Words that a caption must have."""
+    """Minimum words of a caption."""
     english: bool = False
-    """Leave out captions that are not English, by a rule of letters and common words."""
+    """Leave out captions that are not English, judged by letters and common words."""
     boilerplate: bool = False
     """Leave out captions such as `photographed on 3 May`, stock photo notes and file names."""
     aspect: float = 0.0
-    """Longer side over shorter side, at most (the paper: 2); 0 = any."""
+    """Maximum ratio of the longer to the shorter side (the paper: 2); 0 = any."""
     min_side: int = 0
-    """Pixels of the shorter side, at least (the paper: 256)."""
+    """Minimum pixels of the shorter side (the paper: 256)."""
     duplicates: bool = False
-    """Leave out pairs whose image and caption were there before."""
+    """Leave out exact duplicates: the same image with the same caption."""
     near: int = -1
-    """Leave out pictures whose 64-bit perceptual hash differs in at most so many bits (0 to 3) from
-    one before; -1 = keep them."""
+    """Leave out near duplicates: pictures whose 64-bit perceptual hash differs from an earlier one
+    in at most this many bits (0 to 3); -1 = keep them."""
 
     def problems(self) -> list[str]:
-        found = []
+        problems = []
         if min(self.min_words, self.min_side) < 0 or not (self.aspect == 0 or self.aspect >= 1):
-            found.append("min_words and min_side must not be negative, aspect be 0 or at least 1")
+            problems.append(
+                "min_words and min_side must not be negative, aspect be 0 or at least 1"
+            )
         if not -1 <= self.near <= 3:
-            found.append(f"near={self.near} must be 0 to 3, or -1 to keep near duplicates")
-        return found
+            problems.append(f"near={self.near} must be 0 to 3, or -1 to keep near duplicates")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,50 +44,50 @@ class PackConfig:
     """Write raw pairs as WebDataset shards, split into train and validation."""
 
     count: int = 0
-    """How many pairs to take; 0 = all (shapes: 10000)."""
+    """Number of pairs to take; 0 = all (shapes: 10000)."""
     pixels: int = 32
     """Side of the pictures that `shapes` draws; other sources keep their own size."""
     seed: int = 0
     """Seed of the generator and of the split."""
     validation: float = 0.05
-    """Share of the pairs that is held out, chosen by key."""
+    """Share of the pairs in the validation split, chosen by key."""
     shard_pairs: int = 2000
-    """Pairs a shard, at most."""
+    """Maximum pairs per shard."""
     shard_megabytes: int = 256
-    """Size of a shard, at most."""
+    """Maximum size of a shard."""
     block: int = 64
-    """Pairs that are read by one request in training."""
+    """Pairs per block, the unit that training reads in one request."""
     max_rejects: float = 0.0
-    """Share of unusable pairs that may be left out (and counted) instead of stopping; what the
-    filters leave out does not count."""
+    """Maximum share of unusable pairs; they are left out and counted, and above it `pack` stops.
+    Pairs that a filter rejects do not count."""
     threads: int = 2
     """Threads that decode and check pictures; the shards are the same for any number."""
     filters: FilterConfig = field(default_factory=FilterConfig)
-    """Pairs that are left out on purpose."""
+    """Filters."""
     cache: Path = Path(".cache")
-    """Where packages that a source downloads are kept."""
+    """Folder for packages that a source downloads."""
 
     def problems(self) -> list[str]:
-        found = self.filters.problems()
+        problems = self.filters.problems()
         if not 0 < self.validation < 1:
-            found.append(f"validation={self.validation} must lie between 0 and 1; try 0.05")
+            problems.append(f"validation={self.validation} must lie between 0 and 1; try 0.05")
         if min(self.shard_pairs, self.shard_megabytes, self.block, self.threads) < 1:
-            found.append("shard_pairs, shard_megabytes, block and threads must be at least 1")
+            problems.append("shard_pairs, shard_megabytes, block and threads must be at least 1")
         if not 0 <= self.max_rejects < 1:
-            found.append(f"max_rejects={self.max_rejects} is a share; it must lie in [0, 1)")
+            problems.append(f"max_rejects={self.max_rejects} is a share; it must lie in [0, 1)")
         if self.count < 0 or not 16 <= self.pixels <= 1024:
-            found.append("count must not be negative, and pixels be 16 to 1024")
-        return found
+            problems.append("count must not be negative, and pixels be 16 to 1024")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
 class OrderConfig:
-    """The order in which records are read: exact, keyed, the same for every number of ranks."""
+    """Order of the records: determined by the seed, and the same for every number of ranks."""
 
     lanes: int = 8
     """Independent sub-streams; every data-parallel degree must divide it."""
     shuffle_buffer: int = 8
-    """Blocks of a lane that are shuffled together; each rank keeps its lanes' windows in memory."""
+    """Blocks in a lane's shuffle window; each rank holds the windows of its lanes in memory."""
 
     def problems(self, global_batch: int, ranks: int) -> list[str]:
         if min(self.lanes, self.shuffle_buffer) < 1:
@@ -93,39 +95,39 @@ class OrderConfig:
         lanes = self.lanes if self.lanes % ranks == 0 else ranks * max(1, self.lanes // ranks)
         batch = max(lanes, round(global_batch / lanes) * lanes)
         advice = f"try --order.lanes {lanes} --loop.global-batch-size {batch}"
-        found = []
+        problems = []
         if self.lanes % ranks:
-            found.append(
+            problems.append(
                 f"{ranks} data-parallel ranks do not divide order.lanes={self.lanes}; {advice}"
             )
         elif global_batch % self.lanes:
-            found.append(
+            problems.append(
                 f"order.lanes={self.lanes} does not divide loop.global_batch_size={global_batch}; "
                 f"{advice}"
             )
-        return found
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """How a rank fetches its records; changes speed and memory, never what is read."""
+    """How a rank fetches its records; affects speed and memory, never the order."""
 
     readers: int = 4
     """Threads that fetch blocks from the store."""
     prefetch: int = 16
-    """Steps whose batches are fetched before they are needed."""
+    """Steps that are fetched ahead."""
     cache: Path | None = None
     """Local folder that keeps fetched blocks; several ranks may share it."""
     cache_gigabytes: float = 10.0
-    """Size of the cache; the oldest blocks make room."""
+    """Size of the cache; the least recently used blocks are evicted."""
 
     def problems(self) -> list[str]:
-        found = []
+        problems = []
         if min(self.readers, self.prefetch) < 1:
-            found.append("loader.readers and loader.prefetch must be at least 1")
+            problems.append("loader.readers and loader.prefetch must be at least 1")
         if not self.cache_gigabytes > 0:
-            found.append("loader.cache_gigabytes must be positive")
-        return found
+            problems.append("loader.cache_gigabytes must be positive")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,29 +135,29 @@ class TokenizeConfig:
     """The token job: dVAE codes and text ids of every raw pair."""
 
     block: int = 64
-    """Records a block of the token shards, read by one request (the paper's scale: 128)."""
+    """Records per block of the token shards, read in one request (the paper's scale: 128)."""
     variants: int = 1
-    """Keyed crops of every picture; epoch e of the prior reads variant e % variants."""
+    """Random crops per picture; epoch e of the prior reads variant e % variants."""
     batch: int = 64
     """Pictures encoded together."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the encoder. bf16: over twice as fast where matmuls in bf16 are, and about 1% of other
-    codes."""
+    """Precision of the encoder. bf16 is over twice as fast on hardware with bf16 matmuls, and
+    changes about 1% of the codes."""
     threads: int = 1
-    """Threads of a worker's encoder."""
+    """Torch threads of a worker."""
     readers: int = 2
     """Threads that decode pictures while the encoder works."""
     lease_seconds: float = 60.0
-    """A shard whose worker has not been heard of for so long is taken over by another."""
+    """A lease that is not renewed for this long is taken over by another worker."""
     max_rejects: float = 0.01
-    """Share of pairs that may be left out (and counted), such as pictures below the dVAE's size."""
+    """Maximum share of unusable pairs, such as pictures below the dVAE's size."""
 
     def problems(self) -> list[str]:
-        found = []
+        problems = []
         if min(self.block, self.batch, self.threads, self.readers, self.variants) < 1:
-            found.append("block, batch, threads, readers and variants must be at least 1")
+            problems.append("block, batch, threads, readers and variants must be at least 1")
         if not self.lease_seconds > 0:
-            found.append("lease_seconds must be positive")
+            problems.append("lease_seconds must be positive")
         if not 0 <= self.max_rejects < 1:
-            found.append(f"max_rejects={self.max_rejects} is a share; it must lie in [0, 1)")
-        return found
+            problems.append(f"max_rejects={self.max_rejects} is a share; it must lie in [0, 1)")
+        return problems

@@ -1,15 +1,15 @@
-"""Captions with pictures that a finished model is judged by: MS-COCO, CUB, or a packed set.
+"""Evaluation sets of captions with pictures: MS-COCO, CUB, or a packed data set.
 
-`coco:DIR` and `cub:DIR` are read in their public layouts, from folders that the user has:
+`coco:DIR` and `cub:DIR` are read in their public layouts:
 
     DIR/annotations/captions_val2014.json     DIR/val2014/COCO_val2014_*.jpg   (or both of 2017)
     DIR/CUB_200_2011/{images.txt, train_test_split.txt, images/CLASS/IMAGE.jpg}
     DIR/text_c10/CLASS/IMAGE.txt              ten captions, one a line
     DIR/testclasses.txt                       one class a line; then these classes are the test set
 
-Of CUB's last two, the archive that they come in makes DIR/cvpr2016_cub/..., which does as well.
-Text-to-image models are compared on the test classes; without their list, the test pictures of
-train_test_split.txt are taken. Anything else is what `tapir pack` wrote: its validation split.
+CUB's last two may also be in DIR/cvpr2016_cub/, where their archive puts them. Text-to-image models
+are compared on the test classes; without testclasses.txt, the test pictures of train_test_split.txt
+are used. Any other place is a data set of `tapir pack`, and its validation split is used.
 """
 
 import json
@@ -29,14 +29,14 @@ from data_pipeline.text.captions import clean_caption, is_odd, is_visible
 
 COCO, CUB = "coco:", "cub:"
 PAPER_CAPTIONS = 30_000
-"""MS-COCO's validation captions that the paper draws."""
+"""Number of MS-COCO validation captions that the paper samples."""
 _COCO_YEARS = ("2014", "2017")
 _CUB_TEXTS = ("", "cvpr2016_cub")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationCaption:
-    """A caption, and the pictures that it was written for."""
+    """A caption and the pictures that it describes."""
 
     text: str
     pictures: tuple[str, ...]
@@ -44,36 +44,36 @@ class EvaluationCaption:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSet:
-    """Captions and pictures by their ids."""
+    """The captions and the pictures of an evaluation set."""
 
     name: str
-    """What of which data set it is."""
+    """Split and data set, for messages."""
     fingerprint: str
-    """A digest of the captions and of the pictures' names (of a packed set: of all its bytes)."""
+    """Digest of the captions and picture names; for a packed set, of all its bytes."""
     captions: list[EvaluationCaption]
-    """Each text once."""
+    """Distinct captions."""
     pictures: list[str]
     """Ids of all pictures, in stored order."""
     usual: int
-    """Captions that a score is usually of; 0 = all."""
+    """Default number of captions for a score; 0 = all."""
     read: Callable[[str], bytes]
-    """The encoded picture of an id."""
+    """Reads the encoded picture of an id."""
 
     def choose(self, count: int, seed: int) -> list[EvaluationCaption]:
-        """Choose captions by key, in the order of their keys; 0 = as many as usual."""
+        """Sample `count` captions by key, in key order; 0 = the usual number."""
         chosen = sorted(self.captions, key=lambda c: (key_int(seed, c.text, "choose"), c.text))
         return chosen[: count or self.usual or None]
 
     def pictures_of(self, captions: Iterable[EvaluationCaption]) -> list[str]:
-        """Ids of some captions' pictures, each once, in stored order."""
-        wanted = {name for caption in captions for name in caption.pictures}
-        return [name for name in self.pictures if name in wanted]
+        """Distinct picture ids of these captions, in stored order."""
+        ids = {name for caption in captions for name in caption.pictures}
+        return [name for name in self.pictures if name in ids]
 
 
 def open_evaluation(place: str, splits: Sequence[str] = ("validation",)) -> EvaluationSet:
-    """Open coco:DIR, cub:DIR or these splits of what `tapir pack` wrote.
+    """Open coco:DIR, cub:DIR or these splits of a packed data set.
 
-    Raises: InputError if a file is missing, saying which one belongs where.
+    Raises: InputError if a file is missing, naming it.
     """
     if place.startswith(COCO):
         return _coco(Path(place.removeprefix(COCO)))
@@ -83,14 +83,14 @@ def open_evaluation(place: str, splits: Sequence[str] = ("validation",)) -> Eval
 
 
 def packed_set(store: Store, splits: Sequence[str]) -> EvaluationSet:
-    """Splits of what `tapir pack` wrote."""
+    """The evaluation set of these splits of a packed data set."""
     sources = {split: RawSource(store, split) for split in SPLITS}
-    found: list[tuple[str, str]] = []
+    pairs: list[tuple[str, str]] = []
     places: dict[str, tuple[str, int]] = {}
     for split in splits:
         for block in range(len(sources[split].sizes)):
             for record in sources[split].read(block):
-                found += [(caption, record.key) for caption in record.captions]
+                pairs += [(caption, record.key) for caption in record.captions]
                 places[record.key] = split, block
     held: dict[tuple[str, int], RawRecords] = {}
 
@@ -104,7 +104,7 @@ def packed_set(store: Store, splits: Sequence[str]) -> EvaluationSet:
     return EvaluationSet(
         name=f"{' and '.join(splits)} pairs of {store.url}",
         fingerprint=sha256("/".join(s.fingerprint for s in sources.values()).encode()),
-        captions=_each_once(found),
+        captions=_each_once(pairs),
         pictures=list(places),
         usual=0,
         read=read,
@@ -117,10 +117,10 @@ def _named(records: RawRecords, key: str) -> RawRecord:
 
 def _each_once(pairs: Iterable[tuple[str, str]]) -> list[EvaluationCaption]:
     """Captions by their texts, from (text, picture) pairs."""
-    found: dict[str, dict[str, None]] = {}
+    by_text: dict[str, dict[str, None]] = {}
     for text, picture in pairs:
-        found.setdefault(text, {})[picture] = None
-    return [EvaluationCaption(text=text, pictures=tuple(found[text])) for text in sorted(found)]
+        by_text.setdefault(text, {})[picture] = None
+    return [EvaluationCaption(text=text, pictures=tuple(by_text[text])) for text in sorted(by_text)]
 
 
 def _from_folder(name: str, pairs: list[tuple[str, str]], root: Path, usual: int) -> EvaluationSet:
@@ -146,7 +146,7 @@ def _from_folder(name: str, pairs: list[tuple[str, str]], root: Path, usual: int
 
 
 def _coco(folder: Path) -> EvaluationSet:
-    """MS-COCO's validation split; that of 2014, which the paper has, if there are two."""
+    """MS-COCO's validation split: of 2014, as in the paper, else of 2017."""
     files = {year: folder / "annotations" / f"captions_val{year}.json" for year in _COCO_YEARS}
     year = next((year for year, path in files.items() if path.is_file()), None)
     if year is None:
@@ -191,8 +191,8 @@ def _cub(folder: Path) -> EvaluationSet:
         (p / "testclasses.txt" for p in places if (p / "testclasses.txt").exists()), None
     )
     if classes is not None:
-        wanted = set(_text(classes).split())
-        chosen = sorted(name for name in names.values() if name.split("/")[0] in wanted)
+        test_classes = set(_text(classes).split())
+        chosen = sorted(name for name in names.values() if name.split("/")[0] in test_classes)
     else:
         training = _table(root / "train_test_split.txt")
         chosen = sorted(name for number, name in names.items() if training.get(number) == "0")
@@ -209,7 +209,7 @@ def _cub(folder: Path) -> EvaluationSet:
 
 
 def _table(path: Path) -> dict[str, str]:
-    """Lines of a number and a word."""
+    """Parse lines of a number and a word."""
     rows = [line.split() for line in _text(path).splitlines() if line.strip()]
     wrong = next((row for row in rows if len(row) != 2), None)
     if wrong is not None:
@@ -237,7 +237,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _inside(name: str, where: Path, depth: int) -> str:
-    """A picture's path out of a file of annotations: some plain names below one another."""
+    """Check a picture's relative path in an annotation file: `depth` plain names."""
     parts = name.split("/")
     plain = not any(map(is_odd, name)) and "\\" not in name and not {"", ".", ".."} & set(parts)
     if len(parts) != depth or not plain:

@@ -1,5 +1,5 @@
 """One training loop for dVAE, prior and CLIP, with its configs, presets and run folders.
 
-Start: trainer.py: the loop; stages.py: what can be trained; launch.py: how ranks start.
+Start: trainer.py: the loop; stages.py: the stages; launch.py: starts the ranks.
 Imports: data_pipeline, models, parallel, checkpoint, core; cluster's supervisor.
 """

@@ -1,9 +1,9 @@
-"""`auto` of the engine's precisions: settled before a run's first step, on all ranks, then kept.
+"""Resolves `auto` precisions of the engine, once per run and equally on all ranks.
 
-On CPUs bf16 can be far slower than fp32 (where no instruction multiplies it) and far faster (where
-tiles do); oneDNN's fp32 kernels can be faster than MKL's (AMD) and slower (Intel). So ranks time
-one matmul in each. Its size is fixed: far from a tie, so that the same machine answers alike, busy
-or not. What a run has begun with it keeps (docs/decisions/017).
+On CPUs bf16 can be far slower than fp32 (without bf16 instructions) or far faster (with AMX tiles);
+oneDNN's fp32 kernels can be faster than MKL's (AMD) or slower (Intel). So each rank times one
+matmul per precision. Its size is fixed and makes close results rare, so that a machine gives the
+same answer under load. A resumed run keeps its precisions (docs/decisions/017).
 """
 
 import json
@@ -26,16 +26,16 @@ from training.run.config import config_of
 
 S = TypeVar("S", bound=StageConfig)
 SIDE, ROUNDS = 256, 6
-"""Of the square matrices, and how often they are multiplied: the least time counts."""
+"""Side of the square matrices, and number of timed matmuls; the minimum counts."""
 MEDIUM = "fp32 medium"
 """fp32 by the kernels of `engine.matmul_precision medium`, where they are accurate."""
 PRECISIONS = ("fp32", MEDIUM, "bf16", "fp16")
 
 
 def settle_precision(settings: S, world: World) -> S:
-    """The settings with precisions in place of `auto`; all ranks call it together.
+    """Replace `auto` precisions in the settings; collective over all ranks.
 
-    Matmuls in fp32 stay `auto` on GPUs, where that is `highest`.
+    On GPUs matmul_precision stays `auto`, which means `highest` there.
     """
     engine = settings.engine
     names = [name for name in ("precision", "matmul_precision") if vars(engine)[name] == "auto"]
@@ -46,21 +46,21 @@ def settle_precision(settings: S, world: World) -> S:
     engine_numerics(world.device, engine)
     rates = _rates(settings, world.device)
     begun = _begun_with(settings) if world.rank == 0 else {}
-    said = [json.loads(text) for text in world.gather_text(json.dumps([begun, rates]))]
-    here = fastest([rates for _, rates in said])
+    answers = [json.loads(text) for text in world.gather_text(json.dumps([begun, rates]))]
+    here = fastest([rates for _, rates in answers])
     for name in names:
-        kept = said[0][0].get(name, "")
+        kept = answers[0][0].get(name, "")
         if world.rank == 0:
-            _tell(name, kept, here[name], said[0][1] if world.device.type == "cpu" else {})
+            _tell(name, kept, here[name], answers[0][1] if world.device.type == "cpu" else {})
         engine = replace(engine, **{**vars(engine), name: kept or here[name]})
     return replace(settings, engine=engine)
 
 
 def fastest(ranks: Sequence[dict[str, float]]) -> dict[str, str]:
-    """The precisions in which the slowest rank is fastest, of those that all can compute in.
+    """The precisions with the highest rate of the slowest rank, among those that all ranks support.
 
-    `ranks` are operations a second of each. 16 bits cost accuracy, and oneDNN's fp32 kernels the
-    small matmuls of attention: they must gain LEAST_GAIN.
+    `ranks` are operations per second by precision. 16 bits cost accuracy, and oneDNN's fp32 kernels
+    slow down the small matmuls of attention, so both must be LEAST_GAIN times faster.
     """
     shared = [name for name in PRECISIONS if all(name in rates for rates in ranks)]
     slowest = {name: min(rates[name] for rates in ranks) for name in shared}
@@ -76,15 +76,15 @@ def fastest(ranks: Sequence[dict[str, float]]) -> dict[str, str]:
 
 
 def cpu_rates() -> dict[str, float]:
-    """Operations a second of a matmul on this rank's threads, in turns."""
+    """Operations per second of a matmul on this rank's threads, by precision, timed in turns."""
     draws = torch.Generator("cpu").manual_seed(0)
     x = torch.randn(SIDE, SIDE, generator=draws, device="cpu")
-    ways = {"fp32": ("highest", x), "bf16": ("highest", x.bfloat16())}
+    candidates = {"fp32": ("highest", x), "bf16": ("highest", x.bfloat16())}
     if medium_is_accurate():
-        ways[MEDIUM] = ("medium", x)
-    least = dict.fromkeys(ways, float("inf"))
+        candidates[MEDIUM] = ("medium", x)
+    least = dict.fromkeys(candidates, float("inf"))
     for _ in range(ROUNDS):
-        for name, (matmul, a) in ways.items():
+        for name, (matmul, a) in candidates.items():
             set_numerics(x.device, matmul)
             began = time.perf_counter()
             torch.mm(a, a)
@@ -93,7 +93,7 @@ def cpu_rates() -> dict[str, float]:
 
 
 def _rates(settings: StageConfig, device: torch.device) -> dict[str, float]:
-    """Of each precision; GPUs are not timed: 16 bits are faster on all that have units for them."""
+    """Rate by precision; GPUs are not timed: 16 bits are faster on all that support them."""
     if device.type == "cpu":
         return cpu_rates()
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
@@ -106,24 +106,24 @@ def _begun_with(settings: StageConfig) -> dict[str, str]:
     store = open_store(settings.checkpoint.to or str(settings.out / "checkpoints"))
     for step in reversed(finished_steps(store)):
         try:
-            return _settled(CheckpointReader(store, f"step-{step}").facts["config"])
+            return _resolved(CheckpointReader(store, f"step-{step}").facts["config"])
         except (CorruptError, CheckpointError):
-            continue  # which is told when the run resumes
+            continue  # reported when the run resumes
     try:
-        return _settled(config_of(settings.out))
+        return _resolved(config_of(settings.out))
     except (InputError, KeyError, TypeError):
         return {}
 
 
-def _settled(config: dict[str, Any]) -> dict[str, str]:
-    """What a config.json says that is no `auto`."""
+def _resolved(config: dict[str, Any]) -> dict[str, str]:
+    """The precisions in a stored config that are not `auto`."""
     known = {"precision": ("fp32", "bf16", "fp16"), "matmul_precision": ("highest", "medium")}
     engine = config["engine"]
     return {name: engine[name] for name, values in known.items() if engine.get(name) in values}
 
 
 def _tell(name: str, kept: str, here: str, rates: dict[str, float]) -> None:
-    """Say what was settled, unless it is the default, with the rates if they were timed."""
+    """Log the chosen precision, unless it is the default, with the timed rates."""
     figures = ", ".join(f"{kind} {rate / 1e9:.0f} GFLOP/s" for kind, rate in rates.items())
     timed = f" (a matmul here: {figures})" if rates else ""
     if not kept and here != "highest":

@@ -1,4 +1,4 @@
-"""Settings of the training stages, composed of each package's own; imports no torch."""
+"""Settings of the training stages, composed of other packages' settings; imports no torch."""
 
 import math
 from dataclasses import dataclass, field
@@ -15,24 +15,24 @@ from training.recovery.config import GuardConfig
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """How long to train, and how often to look."""
+    """Length of the run, and intervals of logging and validation."""
 
     steps: int = 1000
     """Optimiser steps of the whole run."""
     stop_at: int = 0
-    """End after this step with a checkpoint, before the run is whole: the same run goes on later,
-    on any mesh; 0 = train all steps."""
+    """Stop after this step with a checkpoint; the run can be resumed later on any mesh; 0 = train
+    all steps."""
     global_batch_size: int = 64
-    """Global batch size: samples a step, over all ranks."""
+    """Samples per step over all ranks."""
     seed: int = 0
-    """Seed of weights, order and noise."""
+    """Seed of weights, data order and noise."""
     log_every: int = 10
-    """Steps between two lines of metrics.jsonl."""
+    """Steps between rows of metrics.jsonl."""
     validate_every: int = 200
-    """Steps between two passes over held-out data; 0 = only at the end."""
+    """Steps between validations; 0 = only at the end."""
     validation_samples: int = 512
-    """Held-out samples of a pass: at least order.lanes, and cut to a multiple of them, so that the
-    replicas of every mesh have equal parts of the same ones."""
+    """Held-out samples per validation: at least order.lanes, rounded down to a multiple of it, so
+    that the replicas of every mesh share the same samples equally."""
 
     @property
     def end(self) -> int:
@@ -40,84 +40,86 @@ class LoopConfig:
         return self.stop_at or self.steps
 
     def problems(self) -> list[str]:
-        found = []
+        problems = []
         if min(self.steps, self.global_batch_size, self.log_every, self.validation_samples) < 1:
-            found.append(
+            problems.append(
                 "loop.steps, global_batch_size, log_every and validation_samples must be at least 1"
             )
         if not 0 <= self.stop_at <= self.steps:
-            found.append(f"loop.stop_at={self.stop_at} must lie in 0 (all steps) to {self.steps}")
+            problems.append(
+                f"loop.stop_at={self.stop_at} must lie in 0 (all steps) to {self.steps}"
+            )
         if self.validate_every < 0:
-            found.append("loop.validate_every must not be negative; 0 = only at the end")
-        return found
+            problems.append("loop.validate_every must not be negative; 0 = only at the end")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When checkpoints are written, where, and which are kept."""
+    """When and where checkpoints are written, and which are kept."""
 
     every: int = 200
-    """Steps between two checkpoints; one is always written at the end."""
+    """Steps between checkpoints; one is always written at the end."""
     keep: int = 2
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     keep_every_hours: float = 0.0
-    """Keep one for every so many hours, too; 0 = none."""
+    """Also keep one checkpoint per this many hours; 0 = none."""
     best: bool = False
-    """Keep the one with the lowest validation loss, too, of those saved at a validated step."""
+    """Also keep the checkpoint with the lowest validation loss, among those of validated steps."""
     to: str = ""
-    """s3://bucket/prefix or a folder; by default `checkpoints` in the run folder."""
+    """s3://bucket/prefix or a folder; default: `checkpoints` in the run folder."""
     async_save: bool = True
-    """Write while training goes on: takes memory for a copy of this rank's state."""
+    """Write in the background; needs host memory for a copy of this rank's state."""
 
     def problems(self) -> list[str]:
-        found = []
+        problems = []
         if min(self.every, self.keep) < 1:
-            found.append("checkpoint.every and checkpoint.keep must be at least 1")
+            problems.append("checkpoint.every and checkpoint.keep must be at least 1")
         if not 0 <= self.keep_every_hours < math.inf:
-            found.append("checkpoint.keep_every_hours must not be negative; 0 = none")
-        return found + place_problems(self.to, "checkpoint.to")
+            problems.append("checkpoint.keep_every_hours must not be negative; 0 = none")
+        return problems + place_problems(self.to, "checkpoint.to")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
-    """How the run is watched: always, and closely for some steps."""
+    """The always-on profile, and traces of some steps."""
 
     always: bool = True
-    """Note where the time of every step goes, on every rank; `tapir profile` shows it."""
+    """Record the time of every step by category on every rank; `tapir profile` shows it."""
     steps: str = ""
-    """Steps to trace by torch.profiler, first:last, both included, e.g. 20:25; none by default."""
+    """Steps to trace with torch.profiler, first:last inclusive, e.g. 20:25; default: none."""
     ranks: str = "0"
     """Ranks to trace, e.g. 0,3; `all` for every rank."""
     peak_tflops: float = 0.0
-    """TFLOP/s of one device that MFU is a share of; 0 = measured by matmuls at the start."""
+    """Peak TFLOP/s of one device, for MFU; 0 = measured by matmuls at the start."""
     plan: Path | None = None
-    """What `tapir plan --json` printed for this mesh: a median step that takes twice as long is
-    told. On CPUs plan with --calibration."""
+    """Output of `tapir plan --json` for this mesh; warns if the median step takes twice as long. On
+    CPUs plan with --calibration."""
 
     def problems(self) -> list[str]:
-        found = []
+        problems = []
         try:
             first, last = parse_steps(self.steps or "1:1")
             if not 1 <= first <= last:
-                found.append(f"profile.steps={self.steps} is no range from step 1 on; try 20:25")
+                problems.append(f"profile.steps={self.steps} is no range from step 1 on; try 20:25")
         except ValueError:
-            found.append(f"profile.steps={self.steps} must be first:last, e.g. 20:25")
+            problems.append(f"profile.steps={self.steps} must be first:last, e.g. 20:25")
         try:
             if any(rank < 0 for rank in parse_ranks(self.ranks)):
-                found.append(f"profile.ranks={self.ranks} must not be negative; try 0,3 or all")
+                problems.append(f"profile.ranks={self.ranks} must not be negative; try 0,3 or all")
         except ValueError:
-            found.append(f"profile.ranks={self.ranks} must be numbers, e.g. 0,3, or all")
+            problems.append(f"profile.ranks={self.ranks} must be numbers, e.g. 0,3, or all")
         if not 0 <= self.peak_tflops < math.inf:
-            found.append("profile.peak_tflops must not be negative; 0 = measure it")
-        return found
+            problems.append("profile.peak_tflops must not be negative; 0 = measure it")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """What every training stage has."""
+    """Settings that all training stages share."""
 
     data: str = "data/raw"
-    """Where the data set lies: s3://bucket/prefix or a folder."""
+    """The data set: s3://bucket/prefix or a folder."""
     out: Path = Path("runs/stage")
     """Run folder: config, metrics, TensorBoard, checkpoints; the same folder resumes."""
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -127,24 +129,24 @@ class StageConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Arrangement of the ranks."""
     engine: EngineConfig = field(default_factory=EngineConfig)
-    """Owner of the step."""
+    """Engine that computes the step."""
     compress: CompressConfig = field(default_factory=CompressConfig)
     """Gradient compression."""
     order: OrderConfig = field(default_factory=OrderConfig)
     """Order of the records."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
-    """How they are fetched."""
+    """Fetching of the records."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     """Guards against spikes and corruption."""
     profile: ProfileConfig = field(default_factory=ProfileConfig)
-    """Where the time goes."""
+    """Profile and traces."""
     supervisor: SupervisorConfig = field(default_factory=SupervisorConfig)
-    """Restarts, on ranks that this command starts itself."""
+    """Restarts of the ranks that this command starts itself."""
 
     def sizes(self) -> ModelSizes:
-        """What the mesh must divide."""
+        """Model sizes that the mesh must divide."""
         return ModelSizes()
 
     def model_problems(self) -> list[str]:
@@ -152,74 +154,74 @@ class StageConfig:
         return []
 
     def problems(self, world: int | None = None) -> list[str]:
-        """Every problem at once; `world` is the number of ranks that a launcher started.
+        """All problems at once; `world` is the number of ranks that a launcher started.
 
-        Whatever validations, saves and the end of the run need of the settings is asked here too:
-        nothing of that may wait for its step.
+        This includes the requirements of validations, saves and the end of the run, so that none
+        fails hours later.
         """
-        found = self.fixed_problems() + self.mesh.problems(world, self.sizes())
+        problems = self.fixed_problems() + self.mesh.problems(world, self.sizes())
         replicas = max(self.mesh.data, 1)
-        found += self.order.problems(self.loop.global_batch_size, replicas)
-        found += self.engine.problems(
+        problems += self.order.problems(self.loop.global_batch_size, replicas)
+        problems += self.engine.problems(
             self.loop.global_batch_size // replicas, self.mesh, self.compress.on
         )
-        return found
+        return problems
 
     def fixed_problems(self) -> list[str]:
-        """The problems that no other mesh or engine would mend."""
-        found = self.loop.problems() + self.optim.problems() + self.compress.problems()
-        found += self.checkpoint.problems() + self.guard.problems() + self.supervisor.problems()
-        found += self.profile.problems() + self.loader.problems() + self.model_problems()
-        found += place_problems(self.data, "data") + folder_problems(self.out, "out")
-        return found + self._validation_problems()
+        """Problems that do not depend on the mesh or the engine."""
+        problems = self.loop.problems() + self.optim.problems() + self.compress.problems()
+        problems += self.checkpoint.problems() + self.guard.problems() + self.supervisor.problems()
+        problems += self.profile.problems() + self.loader.problems() + self.model_problems()
+        problems += place_problems(self.data, "data") + folder_problems(self.out, "out")
+        return problems + self._validation_problems()
 
     def _validation_problems(self) -> list[str]:
-        """What validations need, and what needs them."""
-        loop, lanes, found = self.loop, self.order.lanes, []
+        """Problems of validations, and of settings that need validations."""
+        loop, lanes, problems = self.loop, self.order.lanes, []
         if 0 < loop.validation_samples < lanes:
-            found.append(
+            problems.append(
                 f"loop.validation_samples={loop.validation_samples} is less than order.lanes="
                 f"{lanes}, and a validation must give every lane as many samples; try "
                 f"--loop.validation-samples {lanes}, or fewer lanes"
             )
         if self.optim.halvings and not loop.validate_every:
-            found.append(
+            problems.append(
                 "optim.halvings needs validations to see a plateau; set loop.validate_every, or "
                 "--optim.halvings 0 for the cosine"
             )
         if self.guard.min_codebook_usage and not loop.validate_every:
-            found.append(
+            problems.append(
                 "guard.min_codebook_usage needs validations to see codes; set loop.validate_every, "
                 "or --guard.min-codebook-usage 0"
             )
         if self.checkpoint.best and not self._saves_validated():
-            found.append(
+            problems.append(
                 f"checkpoint.best: of loop.steps={loop.steps} only the last one is both validated "
                 f"(loop.validate_every={loop.validate_every}) and saved (checkpoint.every="
                 f"{self.checkpoint.every}); make one a multiple of the other"
             )
-        return found
+        return problems
 
     def _saves_validated(self) -> bool:
-        """True if a step before the last one is validated and saved, or the run is too short."""
+        """True if a step before the last is both validated and saved, or the run is too short."""
         often = (self.checkpoint.every, self.loop.validate_every)
         if min(often) < 1:
-            return self.checkpoint.every < 1  # which is a problem of its own
+            return self.checkpoint.every < 1  # reported by CheckpointConfig.problems
         return math.lcm(*often) < self.loop.steps or max(often) >= self.loop.steps
 
     def _of_priors_alone(self) -> list[str]:
-        """What the networks of pictures cannot do."""
-        found = []
+        """Problems of the dVAE and CLIP: features that only the prior supports."""
+        problems = []
         if self.engine.precision == "fp16":
-            found.append(
+            problems.append(
                 "engine.precision=fp16 needs a gradient scale for each resblock, which only the "
                 "prior has: small gradients would become zero; use --engine.precision bf16"
             )
         if self.compress.on:
-            found.append(
+            problems.append(
                 "compress.rank: only the prior's gradients can be compressed; set --compress.rank 0"
             )
-        return found
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,29 +233,29 @@ class DVAETrain(StageConfig):
     model: DVAEConfig = field(default_factory=DVAEConfig)
     """The network."""
     augment: bool = True
-    """Train on random crops and mirror images (the paper's listing 1) instead of middle squares."""
+    """Train on random crops and flips (the paper's listing 1) instead of central squares."""
     tau_first: float = 1.0
     """Gumbel temperature at the first step."""
     tau_last: float = 1 / 16
-    """Gumbel temperature at the end of its cosine."""
+    """Final Gumbel temperature, reached by a cosine."""
     tau_fraction: float = 0.8
-    """Share of the run after which the temperature stays at its last value."""
+    """Share of the run over which the temperature is annealed."""
     beta_first: float = 0.0
     """Weight of the KL term at the first step (the paper: 0)."""
     beta: float = 6.6
     """Final weight of the KL term, reached by a cosine (the paper: 6.6)."""
     beta_fraction: float = 0.3
-    """Share of the run in which beta moves."""
+    """Share of the run over which beta is annealed."""
 
     def model_problems(self) -> list[str]:
-        found = self.model.problems() + self._of_priors_alone()
+        problems = self.model.problems() + self._of_priors_alone()
         if not 0 < self.tau_last <= self.tau_first < math.inf:
-            found.append("tau_last must be positive and not above tau_first")
+            problems.append("tau_last must be positive and not above tau_first")
         if not (0 < self.tau_fraction <= 1 and 0 < self.beta_fraction <= 1):
-            found.append("tau_fraction and beta_fraction must be above 0 and at most 1")
+            problems.append("tau_fraction and beta_fraction must be above 0 and at most 1")
         if not (0 <= self.beta_first < math.inf and 0 <= self.beta < math.inf):
-            found.append("beta_first and beta must not be negative")
-        return found
+            problems.append("beta_first and beta must not be negative")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,29 +263,31 @@ class PriorTrain(StageConfig):
     """Train the transformer on the tokens of the token job."""
 
     data: str = "data/tokens"
-    """Where the tokens lie: s3://bucket/prefix or a folder."""
+    """The tokens: s3://bucket/prefix or a folder."""
     out: Path = Path("runs/prior")
     """Run folder: config, metrics, TensorBoard, checkpoints; the same folder resumes."""
     model: PriorConfig = field(default_factory=PriorConfig)
     """The network."""
     bpe_dropout: float = 0.0
-    """Probability that a merge is passed over, drawn anew at every reading (the paper: 0.1)."""
+    """Probability of dropping a BPE merge, drawn anew at every reading (the paper: 0.1)."""
     bpe: Path = Path("runs/bpe")
-    """Folder of the tokens' tokenizer.json; read if bpe_dropout is above 0."""
+    """Folder of the tokens' tokenizer.json; only read if bpe_dropout is above 0."""
     caption_dropout: float = 0.0
-    """Probability that a caption is left empty at a reading, for classifier-free guidance in
-    sampling: try 0.1 (the paper: none)."""
+    """Probability of an empty caption, for classifier-free guidance in sampling; try 0.1 (the
+    paper: none)."""
 
     def sizes(self) -> ModelSizes:
         return ModelSizes(heads=self.model.heads, layers=self.model.layers, cuttable=True)
 
     def model_problems(self) -> list[str]:
-        found = self.model.problems() + self.guard.without_codes()
+        problems = self.model.problems() + self.guard.without_codes()
         if not 0 <= self.bpe_dropout < 1:
-            found.append(f"bpe_dropout={self.bpe_dropout} must lie in [0, 1); the paper's is 0.1")
+            problems.append(
+                f"bpe_dropout={self.bpe_dropout} must lie in [0, 1); the paper's is 0.1"
+            )
         if not 0 <= self.caption_dropout < 1:
-            found.append(f"caption_dropout={self.caption_dropout} must lie in [0, 1); try 0.1")
-        return found
+            problems.append(f"caption_dropout={self.caption_dropout} must lie in [0, 1); try 0.1")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,29 +310,29 @@ class BPETrain:
     """Learn the tokenizer's merges from the captions of the train split."""
 
     data: str = "data/raw"
-    """Where the raw pairs lie: s3://bucket/prefix or a folder."""
+    """The raw pairs: s3://bucket/prefix or a folder."""
     texts: Path | None = None
-    """A UTF-8 file with a caption on each line, instead of the raw pairs."""
+    """A UTF-8 file with one caption per line, instead of the raw pairs."""
     out: Path = Path("runs/bpe")
     """Folder for tokenizer.json."""
     vocabulary: int = 512
     """Entries, 256 of them bytes (the paper: 16384)."""
     spaces: Literal["alone", "joined"] = "alone"
-    """alone = every space is a token (the paper); joined = a word and the space before it merge:
-    half as many tokens a caption, and a prior learns earlier what stands where."""
+    """alone = every space is a token (the paper); joined = a word merges with the space before it:
+    half the tokens per caption, and a prior learns object positions earlier."""
     max_captions: int = 1_000_000
-    """Captions that are read, at most."""
+    """Maximum captions to read."""
 
     def problems(self) -> list[str]:
-        found = [] if self.texts is not None else place_problems(self.data, "data")
-        found += folder_problems(self.out, "out")
+        problems = [] if self.texts is not None else place_problems(self.data, "data")
+        problems += folder_problems(self.out, "out")
         if not 256 < self.vocabulary <= 65536:
-            found.append(
+            problems.append(
                 f"vocabulary={self.vocabulary} must be 257 to 65536 (256 of them are bytes)"
             )
         if self.max_captions < 1:
-            found.append("max_captions must be at least 1")
-        return found
+            problems.append("max_captions must be at least 1")
+        return problems
 
 
 def parse_steps(text: str) -> tuple[int, int]:
@@ -338,5 +342,5 @@ def parse_steps(text: str) -> tuple[int, int]:
 
 
 def parse_ranks(text: str) -> list[int]:
-    """`0,3` -> [0, 3], `all` -> none. Raises: ValueError."""
+    """`0,3` -> [0, 3], `all` -> []. Raises: ValueError."""
     return [] if text == "all" else [int(word) for word in text.split(",")]

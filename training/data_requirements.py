@@ -1,4 +1,4 @@
-"""What a stage needs of its data set, asked of what the manifests say; imports no torch."""
+"""Checks of a stage's settings against the manifests of its data set; imports no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,52 +9,52 @@ from data_pipeline.formats.manifest import Manifest
 from training.config import StageConfig
 
 MADE_FROM_DATA = ("text_vocabulary", "image_vocabulary", "grid")
-"""Sizes of a model that its data decide; 0 in the settings = theirs."""
+"""Model sizes that the data determine; 0 in the settings = taken from the data."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSizes:
-    """How much of a data set there is to read."""
+    """The sizes of a data set."""
 
     place: str
-    """Where, as a message says it."""
+    """The place of the data set, for messages."""
     train: int
     """Pairs to train on."""
     blocks: int
-    """Blocks that they are read in."""
+    """Blocks of the train split."""
     held_out: int
     """Pairs of the validation split."""
     about: str = ""
-    """`about `, for what is not packed yet."""
+    """`about ` if the data set is not packed yet, for messages."""
 
 
 def sizes_of(place: str, train: Manifest, held_out: Manifest) -> DataSizes:
-    """The sizes of a data set that is there."""
+    """The sizes of an existing data set."""
     blocks = sum(shard.blocks for shard in train.shards) // train.variants
     return DataSizes(place=place, train=train.samples, blocks=blocks, held_out=held_out.samples)
 
 
 def size_problems(settings: StageConfig, sizes: DataSizes) -> list[str]:
-    """Why a stage could not train on so much data, or not validate."""
-    lanes, batch, found = settings.order.lanes, settings.loop.global_batch_size, []
+    """Reasons why a stage cannot train or validate on a data set of these sizes."""
+    lanes, batch, problems = settings.order.lanes, settings.loop.global_batch_size, []
     if sizes.held_out < lanes:
-        found.append(
+        problems.append(
             f"the validation split of {sizes.place} has {sizes.about}{sizes.held_out} pairs, and a "
             f"validation needs one for each of order.lanes={lanes} at least; pack more pairs or a "
             "larger --validation share, or lower order.lanes"
         )
     if sizes.train < batch or sizes.blocks < lanes:
-        found.append(
+        problems.append(
             f"the train split of {sizes.place} has {sizes.about}{sizes.train} pairs in "
             f"{sizes.blocks} blocks, which fill no batch of loop.global_batch_size={batch} over "
             f"order.lanes={lanes}: every lane needs a block; lower loop.global_batch_size or "
             "order.lanes, or make smaller blocks (--block of pack and tokenize)"
         )
-    return found
+    return problems
 
 
 def model_size_problems(model: Any, facts: Mapping[str, Any], place: str) -> list[str]:
-    """Which sizes of a model are not those of the data; `facts` are the data's."""
+    """Model sizes that differ from the data's; `facts` are those of its manifest."""
     return [
         f"model.{name}={asked} is not that of {place}, {facts[name]}; leave it out"
         for name in MADE_FROM_DATA
@@ -63,6 +63,6 @@ def model_size_problems(model: Any, facts: Mapping[str, Any], place: str) -> lis
 
 
 def refuse_unfit(settings: Any, train: Manifest, held_out: Manifest) -> None:
-    """Raise ConfigError, before a model is built, if a stage cannot run to its end on its data."""
-    found = size_problems(settings, sizes_of(settings.data, train, held_out))
-    check(found + model_size_problems(settings.model, train.facts, settings.data))
+    """Raise ConfigError if a stage cannot train and validate on its data; needs no model."""
+    problems = size_problems(settings, sizes_of(settings.data, train, held_out))
+    check(problems + model_size_problems(settings.model, train.facts, settings.data))

@@ -1,7 +1,7 @@
-"""An exponential moving average of the weights, kept in the shards that each rank saves.
+"""Exponential moving average (EMA) of the weights, sharded as each rank saves them.
 
-It lies in host memory. On GPUs an update costs the step one copy inside the GPU; the way to the
-host and the averaging go on beside the next steps (arXiv 2102.12092, section 3.5).
+It is stored in host memory. On GPUs an update blocks the step for one copy on the device; the
+transfer to the host and the averaging overlap the next steps (arXiv 2102.12092, section 3.5).
 """
 
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ from parallel.config import OptimConfig
 from parallel.engines.protocol import Engine
 
 EMA = "ema"
-"""Kind of its slices in a checkpoint."""
+"""Kind of the EMA slices in a checkpoint."""
 
 
 class Average:
-    """The mean weights; nothing if optim.ema is 0."""
+    """EMA of this rank's master weights; does nothing if optim.ema is 0."""
 
     def __init__(self, engine: Engine, optim: OptimConfig, device: torch.device) -> None:
-        """`device` is the rank's, where the engine's weights are."""
+        """`device` is this rank's device, which holds the engine's weights."""
         self._device = device
         self._engine, self._decay, self._every = engine, optim.ema, optim.ema_every
         self._mean: dict[tuple[str, int], Tensor] = {}
@@ -35,7 +35,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights behind a step, every optim.ema_every steps."""
+        """Update the EMA with the weights after a step, every optim.ema_every steps."""
         if not self._decay or step % self._every:
             return
         self._settle()
@@ -49,7 +49,7 @@ class Average:
         self._going_on = self._thread.submit(self._fetch, copies, done)
 
     def _fetch(self, copies: dict[tuple[str, int], Tensor], done: torch.cuda.Event) -> None:
-        # a thread begins on device 0, whatever the rank's is
+        # a new thread's current device is 0, not the rank's
         with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream(self._device)):
             done.wait()
             self._lerp({key: data.to("cpu") for key, data in copies.items()})
@@ -66,7 +66,7 @@ class Average:
             self._going_on = None
 
     def slices(self) -> Iterator[StateSlice]:
-        """What this rank saves of the mean."""
+        """The EMA slices that this rank saves."""
         self._settle()
         if self._decay:
             for key, part in self._masters():
@@ -79,7 +79,7 @@ class Average:
                 )
 
     def load(self, reader: Reader) -> None:
-        """Take the mean from a checkpoint; one without a mean gives its weights."""
+        """Load the EMA from a checkpoint; without one, start from its weights."""
         self._settle()
         for key, part in self._masters() if self._decay else ():
             kind = EMA if EMA in reader.kinds(part.name) else "master"

@@ -1,6 +1,6 @@
-"""Entry point of the training stages: decide who the ranks are, then run the loop.
+"""Entry point of the training stages: start or join the ranks, then run the loop.
 
-Imports no torch: a process that only starts ranks has no use for it.
+Imports no torch: the launcher process does not need it.
 """
 
 import os
@@ -19,13 +19,13 @@ from training.stages import to_payload
 
 RANKS_A_CORE = 16
 TARGET = "training.worker:run"
-"""What each rank runs."""
+"""Function that each rank runs."""
 PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "training.worker"]
-"""Every optimiser of torch imports torch._dynamo: 2 s of each rank that does so by itself."""
+"""torch's optimisers import torch._dynamo, which takes 2 s in each rank unless preloaded."""
 
 
 def train_stage(stage: str, settings: StageConfig) -> None:
-    """Train a stage: join the ranks that are there, or spawn the mesh's own.
+    """Train a stage: join the launcher's ranks, or spawn the ranks of the mesh.
 
     Raises: ConfigError with every problem of the settings; RankError if a rank dies.
     """
@@ -45,7 +45,7 @@ def train_stage(stage: str, settings: StageConfig) -> None:
 
 
 def _refuse_too_many(world: int) -> None:
-    """Raise ConfigError for a mesh that is meant for a cluster, not for ranks of this machine."""
+    """Raise ConfigError for a mesh that is too large for this machine."""
     check(gpu_problems(world, usable_gpus()))
     cores = os.cpu_count() or 1
     if world > RANKS_A_CORE * cores:

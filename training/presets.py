@@ -1,4 +1,4 @@
-"""Presets: functions that return a stage's settings; every field stays a flag."""
+"""Presets: functions that return a stage's settings; flags override each field."""
 
 from collections.abc import Callable
 from typing import Any
@@ -56,7 +56,7 @@ def prior_tiny() -> PriorTrain:
 
 
 def clip_tiny() -> ClipTrain:
-    """Two 3-layer towers of width 128; patches of 8 cost half of 4's time and rank better."""
+    """Two 3-layer towers of width 128; patches of 8 take half the time of 4 and rank better."""
     return ClipTrain(
         model=ClipConfig(patch=8),
         loop=LoopConfig(steps=480, global_batch_size=128, validate_every=160),
@@ -127,9 +127,9 @@ def prior_small() -> PriorTrain:
 
 
 def _paper_prior(dim: int, rank: int, mesh: MeshConfig) -> PriorTrain:
-    """64 layers of heads of 64 channels, 256 text and 32x32 image tokens, 430,000 updates.
+    """64 layers, head width 64, 256 text and 32x32 image tokens, 430,000 updates.
 
-    A lane is a sample of the batch, and a validation reads one of each: 1.05M image tokens.
+    There is one lane per sample of the batch, and a validation reads as many: 1.05M image tokens.
     """
     lanes = 1024
     return PriorTrain(

@@ -8,7 +8,7 @@ from parallel.config import OptimConfig
 
 
 def cosine(first: float, last: float, share: float) -> float:
-    """Go from first to last along half a cosine; outside of [0, 1] the ends are held."""
+    """Half-cosine from first to last; `share` is clamped to [0, 1]."""
     share = min(max(share, 0.0), 1.0)
     return last + (first - last) * 0.5 * (1 + math.cos(math.pi * share))
 
@@ -16,8 +16,8 @@ def cosine(first: float, last: float, share: float) -> float:
 def learning_rate(optim: OptimConfig, step: int, steps: int, halved: int = 0) -> float:
     """The learning rate of an update.
 
-    Linear warm-up, then the peak halved `halved` times if optim.halvings is set; else a cosine
-    down to final_lr, which is held from optim.decay_fraction of the run on.
+    Linear warm-up, then optim.lr halved `halved` times if optim.halvings is set; else a cosine to
+    final_lr, which is reached at optim.decay_fraction of the run.
     """
     if step < optim.warmup:
         return optim.lr * (step + 1) / optim.warmup
@@ -29,10 +29,10 @@ def learning_rate(optim: OptimConfig, step: int, steps: int, halved: int = 0) ->
 
 @dataclass
 class Plateau:
-    """Counts validations that brought no new best loss.
+    """Detects plateaus of the validation loss.
 
     The paper halves the learning rate five times "each time the training loss appeared to
-    plateau" and gives no rule; this one looks at held-out data.
+    plateau" and gives no rule; this one uses the validation loss.
     Source: arXiv 2102.12092, section 3.5.
     """
 
@@ -42,7 +42,7 @@ class Plateau:
     halved: int = 0
 
     def observe(self, optim: OptimConfig, step: int, loss: float) -> bool:
-        """Take in the held-out loss behind a step; returns True if the rate is halved now."""
+        """Add the validation loss after a step; returns True if the rate is halved now."""
         if step < optim.warmup or self.halved >= optim.halvings:
             return False
         if loss < self.best * (1 - optim.plateau_threshold):
@@ -55,10 +55,10 @@ class Plateau:
         return True
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps; the best loss as text, for it may be infinite."""
+        """The state to save in a checkpoint; the best loss is text, because it may be infinite."""
         return {**asdict(self), "best": repr(self.best)}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take back a state; an empty one, of a run without plateaus, starts anew."""
+        """Restore a saved state; an empty state, of a run without plateaus, resets."""
         self.best = float(state.get("best", math.inf))
         self.since, self.halved = int(state.get("since", 0)), int(state.get("halved", 0))

@@ -1,7 +1,7 @@
-"""The registry of stages that the training loop knows; imports no torch.
+"""The registry of training stages; imports no torch.
 
-A new model is a settings class in training/config.py, a module in training/tasks/ with a function
-`build(settings, mesh)`, and a row here.
+A new model needs a settings class in training/config.py, a module in training/tasks/ with a
+function `build(settings, mesh)`, and a row here.
 """
 
 import importlib
@@ -16,11 +16,11 @@ from training.config import ClipTrain, DVAETrain, PriorTrain, StageConfig
 
 @dataclass(frozen=True, kw_only=True)
 class StageEntry:
-    """What the loop needs to know to train a stage."""
+    """The settings and the task of a stage."""
 
     settings: type[StageConfig]
     task: str
-    """Module of training/tasks/ that builds its task; imported by ranks alone."""
+    """Module of training/tasks/ that builds its task; only ranks import it."""
 
 
 STAGES = {
@@ -31,28 +31,28 @@ STAGES = {
 
 
 def make_task(stage: str, settings: StageConfig, mesh: Any) -> Any:
-    """The task (training.tasks.task.Task) of a stage on this rank's mesh."""
+    """Build the task (training.tasks.task.Task) of a stage on this rank's mesh."""
     build: Callable[..., Any] = importlib.import_module(STAGES[stage].task).build
     return build(settings, mesh)
 
 
 def to_payload(stage: str, settings: StageConfig) -> str:
-    """A stage and its settings as text, for ranks in other processes."""
+    """Serialise a stage and its settings for ranks in other processes."""
     return json.dumps({"stage": stage, "settings": to_json(settings)})
 
 
 def parse_payload(payload: str) -> tuple[str, Any]:
-    """The stage and settings of `to_payload`."""
+    """Parse the output of `to_payload`."""
     body = json.loads(payload)
     return body["stage"], settings_from_json(body["stage"], body["settings"])
 
 
 def settings_from_json(stage: str, body: dict[str, Any], where: str = "") -> Any:
-    """Settings of a stage. Raises: ConfigError for unknown fields or types."""
+    """Parse the settings of a stage. Raises: ConfigError for unknown fields or types."""
     return from_json(STAGES[stage].settings, body, where)
 
 
 def config_with_new_names(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """A run's stored config under the names of now; that of no training stage stays as it is."""
+    """A run's stored config with renamed fields under new names; unchanged for other stages."""
     entry = STAGES.get(str(config.get("stage")))
     return config if entry is None else with_new_names(entry.settings, config, where)

@@ -1,4 +1,4 @@
-"""Learning the tokenizer: the one stage that is no loop over batches."""
+"""Trains the tokenizer, the only stage without the training loop."""
 
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice

@@ -1,4 +1,4 @@
-"""One loop for dVAE, prior and CLIP, on any engine."""
+"""The training loop of the dVAE, prior and CLIP, on any engine."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -36,7 +36,7 @@ from training.tasks.task import Task, hand_over, split_records
 from training.validation import Validation
 
 _PAUSES = (5.0, 30.0)
-"""Seconds before the last save is tried again."""
+"""Seconds before each retry of the last save."""
 
 
 class Run:
@@ -59,7 +59,7 @@ class Run:
         self.config = {"stage": stage, **to_json(settings), "model": to_json(task.model_config)}
         self.folder = RunFolder(settings.out, self.config, writes=world.rank == 0)
         self.recovery = Recovery(settings.guard, mesh, settings.out)
-        self.stream = _stream(task, settings, mesh)  # refuses too little data: before the engine
+        self.stream = _stream(task, settings, mesh)  # before the engine: it rejects too little data
         self.engine: Engine = build_engine(task.program, self._engine_settings(), mesh)
         self.average = Average(self.engine, settings.optim, world.device)
         self.plateau = Plateau()
@@ -79,12 +79,12 @@ class Run:
         self.step = 0
         self._resumed_at: int | None = None
         self._scored: tuple[int, float] | None = None
-        """The last validation's step and loss."""
+        """(step, loss) of the last validation."""
 
     def train(self) -> None:
         """Train to loop.steps or loop.stop_at, from the newest checkpoint if there is one.
 
-        Raises: Preempted if the process was asked to stop, after a checkpoint.
+        Raises: Preempted after a checkpoint, if the process received a stop request.
         """
         self._resume()
         self.folder.begin(self.step)
@@ -112,7 +112,7 @@ class Run:
             LOG.info("saved at step %d of %d, where --loop.stop-at ends", self.step, loop.steps)
 
     def steps(self) -> Iterator[tuple[StepResult, StepCost]]:
-        """The training steps that are left, and what each of them took."""
+        """Do the remaining training steps; yields each result with its cost."""
         began = time.perf_counter()
         batches = iter(self.stream)
         while self.step < self.settings.loop.end:
@@ -139,7 +139,7 @@ class Run:
             began = time.perf_counter()
 
     def one_step(self, records: Sequence[Any]) -> StepResult:
-        """Update by these records of this replica; the step counts even if it is skipped."""
+        """Do one update with this replica's records; a skipped update counts as a step."""
         settings, halved = self.settings, self.plateau.halved
         micro = self._micro_batches(records)
         lr = learning_rate(settings.optim, self.step, settings.loop.steps, halved)
@@ -159,14 +159,14 @@ class Run:
         return [hand_over(task.batch(part, self.step), device) if part else {} for part in parts]
 
     def report(self, result: StepResult, cost: StepCost, meter: Meter) -> None:
-        """Tell of a step, and of what goes wrong slowly."""
+        """Log a step, and check the alarms."""
         self._note_failure()
         self.alarms.pace(self.step, cost.seconds)
         self.log.step(self.step, self.stream.state.epoch, result, cost, meter)
 
     @timed(VALIDATION)
     def validate(self) -> dict[str, float]:
-        """Mean losses over held-out samples, logged as a row of split `validation`."""
+        """Evaluate held-out samples, and log the means as a row of split `validation`."""
         row, pictures = self._validation.run(self.step)
         self._scored = self.step, row["loss"]
         if self.plateau.observe(self.settings.optim, self.step, row["loss"]):
@@ -178,9 +178,9 @@ class Run:
 
     @timed(CHECKPOINT)
     def save(self) -> None:
-        """Write a checkpoint, in the background unless told otherwise.
+        """Write a checkpoint, in the background unless configured otherwise.
 
-        Raises: TapirError if the replicas differ: a corrupt state is never saved.
+        Raises: TapirError if the replicas differ; a corrupt state is never saved.
         """
         self._heart.beat("save")
         self.recovery.compare_replicas(self.engine, self.step)
@@ -204,7 +204,7 @@ class Run:
         self.log.note("save_held_up_seconds", held_up)
 
     def resume_from(self, reader: CheckpointReader) -> None:
-        """Take weights, moments and the position of the data from a checkpoint.
+        """Load weights, moments and the data position from a checkpoint.
 
         Raises: ConfigError if it holds another model or other data.
         """
@@ -218,7 +218,7 @@ class Run:
         self.step = self._resumed_at = int(reader.facts["step"])
 
     def close(self) -> None:
-        """Let go of the folder and the engine."""
+        """Close the profile, the run folder and the engine."""
         self.profile.close()
         self.folder.close()
         self.engine.close()
@@ -242,7 +242,7 @@ class Run:
         yield from self.average.slices()
 
     def _loss_now(self) -> float | None:
-        """The validation loss of these weights, if they were validated."""
+        """The validation loss at this step, if it was validated."""
         return self._scored[1] if self._scored and self._scored[0] == self.step else None
 
     def _facts_of_step(self, state: StreamState) -> dict[str, Any]:
@@ -266,7 +266,7 @@ class Run:
             tell_other_numerics(reader, self.numerics)
 
     def _rewind(self) -> None:
-        """Go back to the newest checkpoint and pass over the data of the skipped updates."""
+        """Go back to the newest checkpoint, and skip the data of the skipped updates."""
         self.checkpoints.saver.settle()
         reader = self.checkpoints.newest()
         reached = self.step
@@ -278,9 +278,9 @@ class Run:
         self.profile.open(self.step)
 
     def _save_surely(self) -> None:
-        """The last save: tried again, for a disk may be made free meanwhile.
+        """Write the last checkpoint, with retries in case disk space becomes free.
 
-        Raises: TrainingError if no attempt was written.
+        Raises: TrainingError if all attempts fail.
         """
         for pause in (*_PAUSES, None):
             self.save()
@@ -295,7 +295,7 @@ class Run:
                 time.sleep(pause)
 
     def _finish(self) -> None:
-        """Validate, save and write the finished model, unless all ranks find it there."""
+        """Validate, save and write the finished model, unless it exists already."""
         whole = self.world.rank == 0 and model_is_whole(self.settings.out, self.stage)
         if any(self.world.gather_text("yes" if whole else "")) and self._resumed_at == self.step:
             return
@@ -312,7 +312,7 @@ class Run:
 
 
 def _stream(task: Task[Any], settings: StageConfig, mesh: Mesh) -> Stream:
-    """This replica's part of the training data."""
+    """The stream of this replica's training data."""
     return Stream(
         task.train,
         seed=settings.loop.seed,

@@ -13,15 +13,15 @@ from training.config import StageConfig
 from training.tasks.task import Pictures, Task, hand_over
 
 Change = Callable[[Batch, int], Batch]
-"""Changes a batch that begins at a record of this replica."""
+"""(batch, index of its first record in this replica) -> changed batch."""
 EVALUATED_TOGETHER = 64
-"""Samples, at most."""
+"""Maximum samples per batch."""
 TOKENS_TOGETHER = 8192
-"""Their tokens, at most, so that large models have room."""
+"""Maximum tokens per batch, to bound memory."""
 
 
 class Validation:
-    """Evaluates one run; all ranks call it together."""
+    """Validations of one run; collective over all ranks."""
 
     def __init__(
         self, task: Task[Any], engine: Engine, settings: StageConfig, mesh: Mesh, heart: Heart
@@ -31,7 +31,7 @@ class Validation:
         self._unreadable = 0.0
 
     def run(self, step: int) -> tuple[dict[str, float], Pictures]:
-        """Losses, the task's own figures, and pictures."""
+        """(losses and the task's figures, pictures) of a validation."""
         self._step = step
         records = self._held_out()
         mine = records[self._mesh.data.rank :: self._mesh.data.size]
@@ -42,16 +42,16 @@ class Validation:
         return {**row, **figures}, pictures
 
     def _held_out(self) -> list[Any]:
-        """The held-out records: as many as give every replica of any mesh equal parts.
+        """The held-out records, rounded down to a multiple of order.lanes.
 
-        They are never none: training.data_requirements asks for one a lane before the first step.
+        There is at least one per lane: training.data_requirements checks it before the first step.
         """
-        wanted = self._settings.loop.validation_samples
-        records = first_records(self._task.held_out, wanted)
+        count = self._settings.loop.validation_samples
+        records = first_records(self._task.held_out, count)
         return records[: len(records) - len(records) % self._settings.order.lanes]
 
     def _means(self, records: Sequence[Any], change: Change | None = None) -> dict[str, float]:
-        """Mean losses over this replica's records and all replicas; every rank must call it."""
+        """Mean losses over the records of all replicas; collective over all ranks."""
         totals: dict[str, float] = {}
         together = max(1, min(EVALUATED_TOGETHER, TOKENS_TOGETHER // self._task.units))
         for start in range(0, len(records), together):

@@ -1,4 +1,4 @@
-"""What one rank does; the launcher preloads this module."""
+"""The entry point of a rank; the launcher preloads this module."""
 
 from core.errors import ConfigError
 from core.heartbeat import Heart

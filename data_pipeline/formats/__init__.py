@@ -1,5 +1,5 @@
 """How data sets are stored: shards, manifests, indexes, raw pairs and token records.
 
-Start: manifest.py: what a data set is; shards.py: tars; tokens.py and raw.py: what is in them.
+Start: manifest.py: the data set; shards.py: its tars; tokens.py and raw.py: their records.
 Imports: core; data_pipeline.images and text.
 """

@@ -1,8 +1,8 @@
-"""Where the blocks of a data set lie: flat arrays, small enough for every rank to hold all of them.
+"""The block index of a data set: flat arrays, small enough for every rank to hold them all.
 
-A block is a run of records in a shard that one ranged GET reads. The arrays are kept as
-safetensors: one file beside each shard, and one for the whole data set, which is all that a reader
-needs at its start (20 bytes a block and variant).
+A block is a run of records in a shard that one ranged GET reads. The arrays are stored as
+safetensors: one file beside each shard, and one for the whole data set. A reader loads only the
+latter at its start (20 bytes per block and variant).
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ _FETCHES = 3
 
 @dataclass(frozen=True, kw_only=True)
 class BlockIndex:
-    """Arrays over the blocks of one shard, or of all shards of a variant in manifest order."""
+    """Per-block arrays of one shard, or of all shards of a variant in manifest order."""
 
     start: NDArray[np.uint64]
     bytes: NDArray[np.uint32]
@@ -41,7 +41,7 @@ class BlockIndex:
 
 
 def index_of(tar: bytes, ranges: Ranges) -> BlockIndex:
-    """Describe blocks of a shard in memory."""
+    """Build the index of a shard in memory."""
     view = memoryview(tar)
     rows = [(*row, crc32(view[row[0] : row[0] + row[1]])) for row in ranges]
     columns = np.asarray(rows, np.uint64).reshape(-1, len(_FIELDS)).T
@@ -51,28 +51,28 @@ def index_of(tar: bytes, ranges: Ranges) -> BlockIndex:
 
 
 def dump_shard_index(index: BlockIndex, ids: NDArray[np.uint64]) -> bytes:
-    """Serialise a shard's index with its records' ids, sorted, and where each of them stands."""
+    """Serialise a shard's index with the sorted ids of its records and their positions."""
     order = np.argsort(ids, kind="stable")
     rows: dict[str, NDArray[Any]] = {"ids": ids[order], "places": order.astype(np.uint32)}
     return tensors.save({**vars(index), **rows})
 
 
 def first_double(ids: Sequence[NDArray[np.uint64]]) -> int:
-    """An id that occurs twice in some shards, or -1; takes 8 bytes of memory a record."""
-    found = np.concatenate(ids)
-    found.sort()
-    same = np.flatnonzero(found[1:] == found[:-1])
-    return int(found[same[0]]) if len(same) else -1
+    """An id that occurs twice in these shards, or -1; uses 8 bytes of memory per record."""
+    merged = np.concatenate(ids)
+    merged.sort()
+    same = np.flatnonzero(merged[1:] == merged[:-1])
+    return int(merged[same[0]]) if len(same) else -1
 
 
 def dump_index(parts: Sequence[BlockIndex]) -> bytes:
-    """Serialise the index of a data set: its shards' ones, in manifest order."""
+    """Serialise the index of a data set: the shard indexes, concatenated in manifest order."""
     fields = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS}
     return tensors.save(fields)
 
 
 def read_shard_index(store: Store, prefix: str, shard: Shard) -> dict[str, NDArray[Any]]:
-    """A shard's index: start, bytes, records, crc32 of its blocks; ids and places of its records.
+    """A shard's index: start, bytes, records, crc32 of each block; ids and places of the records.
 
     Raises: CorruptError, naming the file.
     """
@@ -109,7 +109,7 @@ def _read(store: Store, name: str, digest: str) -> dict[str, NDArray[Any]]:
 
 
 class BlockReader:
-    """Reads the blocks of one split: a ranged GET and a digest each."""
+    """Reads the blocks of one split, each by a ranged GET with a checksum."""
 
     def __init__(
         self, store: Store, prefix: str, manifest: Manifest, cache: BlockCache | None = None
@@ -125,18 +125,18 @@ class BlockReader:
         self.records = self._variants[0].records.astype(np.int64)
 
     def read(self, block: int, variant: int = 0) -> bytes:
-        """Fetch one block, from the cache if it is there; fetched again if its digest is wrong.
+        """Read one block, from the cache if it is there; fetch it again if its checksum is wrong.
 
         Raises: CorruptError, naming the shard, the offset and both digests.
         """
         index = self._variants[variant]
         name = self._prefix + self.shard_of(block, variant).name
         start, size = int(index.start[block]), int(index.bytes[block])
-        wanted = int(index.crc32[block])
-        key = f"{self._store.url}/{name}:{start}:{size}:{wanted:08x}"
+        expected = int(index.crc32[block])
+        key = f"{self._store.url}/{name}:{start}:{size}:{expected:08x}"
         if self._cache:
             kept = self._cache.get(key)
-            if kept is not None and crc32(kept) == wanted:
+            if kept is not None and crc32(kept) == expected:
                 return kept
         data = b""
         for _ in range(_FETCHES):
@@ -144,25 +144,25 @@ class BlockReader:
                 data = self._store.get(name, start, size)
             except AbsentError as error:
                 raise CorruptError(
-                    f"{self._store.url}/{name}: the block at offset {start} (crc32 {wanted:08x}) "
+                    f"{self._store.url}/{name}: the block at offset {start} (crc32 {expected:08x}) "
                     f"cannot be read: {error}; restore the shard"
                 ) from error
-            if crc32(data) == wanted:
+            if crc32(data) == expected:
                 if self._cache:
                     self._cache.put(key, data)
                 return data
         raise CorruptError(
             f"{self._store.url}/{name}: the block at offset {start} has crc32 "
-            f"{crc32(data):08x} over {len(data)} bytes, its index says {wanted:08x} over "
+            f"{crc32(data):08x} over {len(data)} bytes, its index says {expected:08x} over "
             f"{size}; restore the shard, or make it anew by the command that made it, with --again"
         )
 
     def shard_of(self, block: int, variant: int = 0) -> Shard:
-        """The shard that a block lies in."""
+        """The shard that holds a block."""
         return self._shards[variant][int(np.searchsorted(self._ends, block, "right"))]
 
     def block_of(self, shard: int, record: int) -> tuple[int, int]:
-        """From a record's place in a shard to its block and its place in that."""
+        """Convert a record's position in a shard to (block, position in the block)."""
         first = int(self._ends[shard]) - self._shards[0][shard].blocks
         ends = np.cumsum(self.records[first : int(self._ends[shard])])
         block = int(np.searchsorted(ends, record, "right"))

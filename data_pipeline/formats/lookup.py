@@ -1,4 +1,4 @@
-"""Where a pair lies, by its id: two small reads a shard, for ids are spread evenly and sorted."""
+"""Find a pair by its id in two small reads per shard: ids are sorted and uniformly distributed."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -14,20 +14,20 @@ from data_pipeline.formats.manifest import Shard
 
 _HEAD = 2048
 _SPREAD = 8
-"""Standard deviations to both sides of where an id is expected."""
+"""Half-width of the search range around an id's expected position, in standard deviations."""
 _READERS = 32
 
 
 def find_pair(store: Store, split: str, blocks: BlockReader, text: str) -> tuple[int, int]:
-    """The block of a pair and its place in that, by its key or its id.
+    """Find a pair by its key or id: (block, position in the block).
 
     Raises: InputError if the data set has no such pair.
     """
     ids = [key_int(text)]
     if text.isascii() and text.isdecimal() and int(text) < 2**63:
         ids.append(int(text))
-    for wanted in ids:
-        place = find_record(store, split, blocks, wanted)
+    for candidate in ids:
+        place = find_record(store, split, blocks, candidate)
         if place is not None:
             return place
     raise InputError(
@@ -36,21 +36,21 @@ def find_pair(store: Store, split: str, blocks: BlockReader, text: str) -> tuple
 
 
 def find_record(
-    store: Store, split: str, blocks: BlockReader, wanted: int
+    store: Store, split: str, blocks: BlockReader, target: int
 ) -> tuple[int, int] | None:
-    """The block of a record and its place in that, if the data set has the id."""
+    """Find a record by its id: (block, position in the block), or None."""
     manifest = blocks.manifest
     shards = manifest.shards[: len(manifest.shards) // manifest.variants]
     with ThreadPoolExecutor(_READERS, "lookup") as pool:
-        found = list(pool.map(lambda shard: _place(store, split, shard, wanted), shards))
-    for number, place in enumerate(found):
+        places = list(pool.map(lambda shard: _place(store, split, shard, target), shards))
+    for number, place in enumerate(places):
         if place is not None:
             return blocks.block_of(number, place)
     return None
 
 
-def _place(store: Store, split: str, shard: Shard, wanted: int) -> int | None:
-    """The place of an id in a shard."""
+def _place(store: Store, split: str, shard: Shard, target: int) -> int | None:
+    """The position of an id in a shard, or None."""
     count, name = shard.samples, f"{split}/{shard.index_name}"
     if count == 0:
         return None
@@ -59,14 +59,14 @@ def _place(store: Store, split: str, shard: Shard, wanted: int) -> int | None:
     if size + 8 > len(head):
         head = store.get(name, 0, size + 8)
     header = json.loads(head[8 : 8 + size])
-    expected = int(wanted / 2**63 * count)
+    expected = int(target / 2**63 * count)
     margin = int(_SPREAD * (count**0.5 + 1))
     low, high = max(0, expected - margin), min(count, expected + margin)
     ids = _rows(store, name, header["ids"], size + 8, low, high, np.uint64)
-    if (low > 0 and ids[0] > wanted) or (high < count and ids[-1] < wanted):
+    if (low > 0 and ids[0] > target) or (high < count and ids[-1] < target):
         low, ids = 0, _rows(store, name, header["ids"], size + 8, 0, count, np.uint64)
-    at = int(np.searchsorted(ids, np.uint64(wanted)))
-    if at == len(ids) or int(ids[at]) != wanted:
+    at = int(np.searchsorted(ids, np.uint64(target)))
+    if at == len(ids) or int(ids[at]) != target:
         return None
     return int(_rows(store, name, header["places"], size + 8, low + at, low + at + 1, np.uint32)[0])
 

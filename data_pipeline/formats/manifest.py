@@ -1,4 +1,4 @@
-"""What a data set consists of: shards with counts and digests, under one fingerprint."""
+"""The manifest of a data set: its shards with counts and digests, under one fingerprint."""
 
 import json
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ class Shard:
     name: str
     samples: int
     blocks: int
-    """Runs of records that are read by one request each."""
+    """Runs of records, each read in one request."""
     bytes: int
     sha256: str
     etag: str
@@ -40,46 +40,46 @@ class Manifest:
     format: str
     """RAW or TOKENS."""
     shards: list[Shard]
-    """Of a data set of K variants: K times as many, variant by variant."""
+    """Shards in order, grouped by variant."""
     samples: int
     facts: dict[str, Any]
     """What the data was made from: source, split, dVAE hash, tokenizer hash, grid, ..."""
     rejects: dict[str, int]
     """Left-out pairs by reason."""
     index_sha256: str
-    """Digest of index.safetensors, which says where every block lies."""
+    """Digest of index.safetensors, the block index."""
     variants: int = 1
-    """Token sets over other crops of the same pairs; epoch e reads variant e % variants."""
+    """Token sets of different crops of the same pairs; epoch e reads variant e % variants."""
     numerics: list[dict[str, Any]] = field(default_factory=list)
-    """How tokens were computed (parallel.precision.Numerics), each way with how many input shards
-    it made; not in the fingerprint, since fp32 codes of all devices are comparable."""
+    """How tokens were computed (parallel.precision.Numerics), with the number of input shards for
+    each; not in the fingerprint, since fp32 codes of all devices are comparable."""
 
     @property
     def fingerprint(self) -> str:
-        """A digest of everything that a reader sees; equal data sets have equal ones."""
+        """Digest of everything that a reader sees; equal data sets have equal fingerprints."""
         body = to_json(self)
         del body["numerics"]
         return sha256(canonical_json({**body, "shards": [s["sha256"] for s in body["shards"]]}))
 
 
 def read_json(store: Store, name: str) -> dict[str, Any]:
-    """Read an object of JSON.
+    """Read a JSON object.
 
-    Raises: CorruptError, naming it, if it is none.
+    Raises: CorruptError, naming the file, if it is not a JSON object.
     """
     try:
-        found = json.loads(store.get(name))
+        body = json.loads(store.get(name))
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        body = None
+    if not isinstance(body, dict):
         raise CorruptError(
             f"{store.url}/{name} is damaged; mend it by the command that made it, with --again"
         )
-    return found
+    return body
 
 
 def write_manifest(store: Store, prefix: str, manifest: Manifest) -> None:
-    """Write the manifest last, sealed with its own digest."""
+    """Write the manifest, sealed with its own digest; call it after all other files are written."""
     body = {**to_json(manifest), "fingerprint": manifest.fingerprint}
     if not manifest.numerics:
         del body["numerics"]

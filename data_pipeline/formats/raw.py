@@ -1,4 +1,4 @@
-"""Raw shards as blocks of pairs, still encoded."""
+"""Raw shards, read as blocks of encoded pairs."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -20,36 +20,36 @@ Rows = slice | NDArray[Any]
 
 @dataclass(frozen=True, kw_only=True)
 class RawRecord:
-    """A stored pair, still encoded."""
+    """A stored pair; the picture is still encoded."""
 
     key: str
     image: bytes
     extension: str
     """png, jpg or webp."""
     caption: str
-    """The first one."""
+    """The first caption."""
     others: tuple[str, ...] = ()
     """Further captions of the picture."""
 
     @property
     def captions(self) -> tuple[str, ...]:
-        """All of them."""
+        """All captions."""
         return (self.caption, *self.others)
 
     def drawn_caption(self, *key: KeyPart) -> str:
-        """One of them; equal keys give the same one, whatever else is read."""
+        """Sample one caption; equal keys give the same one."""
         if not self.others:
             return self.caption
         return self.captions[key_int(*key, self.id, "caption") % len(self.captions)]
 
     @property
     def id(self) -> int:
-        """A hash of the key: the pair's name in the order and in token records."""
+        """Hash of the key; identifies the pair in token records."""
         return key_int(self.key)
 
 
 class RawRecords(Sequence[RawRecord]):
-    """Some pairs, as the stream moves them about."""
+    """A batch of pairs, as the stream handles it."""
 
     def __init__(self, records: Sequence[RawRecord]) -> None:
         self._records = list(records)
@@ -62,36 +62,36 @@ class RawRecords(Sequence[RawRecord]):
     @overload
     def __getitem__(self, place: slice) -> "RawRecords": ...
     def __getitem__(self, place: int | slice) -> "RawRecord | RawRecords":
-        found = self._records[place]
-        return found if isinstance(found, RawRecord) else RawRecords(found)
+        chosen = self._records[place]
+        return chosen if isinstance(chosen, RawRecord) else RawRecords(chosen)
 
     def __iter__(self) -> Iterator[RawRecord]:
         return iter(self._records)
 
     @staticmethod
     def gather(pieces: "Sequence[tuple[RawRecords, NDArray[Any], Rows]]") -> "RawRecords":
-        """Put records together: of each piece those at some places, as some rows of the result."""
+        """For each piece (records, places, rows), copy records[places] to rows of the result."""
         count = sum(len(places) for _, places, _ in pieces)
-        found: list[Any] = [None] * count
+        gathered: list[Any] = [None] * count
         for records, places, rows in pieces:
             numbers = range(count)[rows] if isinstance(rows, slice) else rows.tolist()
             for row, place in zip(numbers, places.tolist(), strict=True):
-                found[row] = records[place]
-        return RawRecords(found)
+                gathered[row] = records[place]
+        return RawRecords(gathered)
 
 
-class RawRoom:
-    """Room for the records of some blocks, filled by several threads."""
+class RawBuffer:
+    """Collects the records of several blocks, filled by several threads."""
 
     def __init__(self, blocks: int) -> None:
         self._parts: list[Any] = [()] * blocks
 
     def put(self, block: int, records: RawRecords) -> None:
-        """Note the records of one of the blocks."""
+        """Store the records of one block."""
         self._parts[block] = records
 
     def records(self) -> RawRecords:
-        """All of them, block by block."""
+        """All records, in block order."""
         return RawRecords([record for part in self._parts for record in part])
 
 
@@ -113,9 +113,9 @@ class RawSource:
         """
         return parse_pairs(self.blocks.read(block, variant))
 
-    def room(self, sizes: NDArray[Any], spare: RawRoom | None = None) -> RawRoom:
-        """Room for blocks of some sizes."""
-        return RawRoom(len(sizes))
+    def buffer(self, sizes: NDArray[Any], free: RawBuffer | None = None) -> RawBuffer:
+        """A buffer for blocks of these sizes; `free` is not needed."""
+        return RawBuffer(len(sizes))
 
     def empty(self) -> RawRecords:
         """No records."""
@@ -123,12 +123,12 @@ class RawSource:
 
 
 def parse_pairs(tar: bytes) -> RawRecords:
-    """The pairs of a shard that `tapir pack` wrote, or of a block of it."""
-    found: dict[str, dict[str, bytes]] = {}
+    """Parse the pairs of a raw shard, or of a block of one."""
+    pairs: dict[str, dict[str, bytes]] = {}
     for member in list_members(tar):
         key, _, extension = member.name.partition(".")
-        found.setdefault(key, {})[extension] = tar[member.start : member.start + member.length]
-    return RawRecords([_record(key, parts) for key, parts in found.items()])
+        pairs.setdefault(key, {})[extension] = tar[member.start : member.start + member.length]
+    return RawRecords([_record(key, parts) for key, parts in pairs.items()])
 
 
 def _record(key: str, parts: dict[str, bytes]) -> RawRecord:

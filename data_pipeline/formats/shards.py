@@ -1,4 +1,4 @@
-"""Tar shards, written by the webdataset library, and the data sets that they make up."""
+"""Tar shards, written by the webdataset library, and the manifests of data sets."""
 
 import io
 import tarfile
@@ -32,7 +32,7 @@ _READERS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """Where a file lies inside of a tar."""
+    """The offsets of a file in a tar."""
 
     name: str
     header: int
@@ -41,12 +41,12 @@ class Member:
 
     @property
     def end(self) -> int:
-        """Where the next member's header begins."""
+        """Offset of the next member's header."""
         return self.start + -(-self.length // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
 def build_tar(samples: list[dict[str, Any]]) -> bytes:
-    """Write samples ({"__key__": ..., extension: bytes}) as one tar, byte for byte repeatable."""
+    """Write samples ({"__key__": ..., extension: bytes}) as a tar; equal samples, equal bytes."""
     buffer = io.BytesIO()
     writer = webdataset.TarWriter(buffer, encoder=False, mtime=0, user="tapir", group="tapir")
     for sample in samples:
@@ -56,7 +56,7 @@ def build_tar(samples: list[dict[str, Any]]) -> bytes:
 
 
 def list_members(tar: bytes) -> list[Member]:
-    """List the files of a tar, or of a part that begins and ends between members."""
+    """List the files of a tar, or of a part of one that is cut between members."""
     with tarfile.open(fileobj=io.BytesIO(tar), mode="r:") as archive:
         return [
             Member(
@@ -72,7 +72,7 @@ def list_members(tar: bytes) -> list[Member]:
 def describe(
     store: Store, prefix: str, name: str, tar: bytes, ranges: Ranges, ids: NDArray[np.uint64]
 ) -> Shard:
-    """Write the index of a shard that is in the store."""
+    """Write the index of a stored shard, and return its manifest entry."""
     index = dump_shard_index(index_of(tar, ranges), ids)
     shard = Shard(
         name=name,
@@ -97,14 +97,14 @@ def put_manifest(
     variants: int = 1,
     numerics: Sequence[dict[str, Any]] = (),
 ) -> Manifest:
-    """Join the shards' indexes and describe the data set, last of all.
+    """Concatenate the shards' indexes and write the manifest, as the last files of a data set.
 
     Raises: InputError if an id occurs twice; CorruptError for a damaged index.
     """
     with ThreadPoolExecutor(_READERS, "index") as pool:
-        found = list(pool.map(lambda shard: read_shard_index(store, prefix, shard), shards))
+        indexes = list(pool.map(lambda shard: read_shard_index(store, prefix, shard), shards))
     once = len(shards) // variants
-    double = first_double([arrays.pop("ids") for arrays in found][:once])
+    double = first_double([arrays.pop("ids") for arrays in indexes][:once])
     if double >= 0:
         raise InputError(
             f"{store.url}/{prefix} holds two pairs of the id {double}; give every pair its own key"
@@ -112,7 +112,7 @@ def put_manifest(
     index = dump_index(
         [
             BlockIndex(**{name: rows for name, rows in arrays.items() if name != "places"})
-            for arrays in found
+            for arrays in indexes
         ]
     )
     store.put(prefix + INDEX, index)

@@ -1,4 +1,4 @@
-"""Token records: image codes and text ids of pairs, stored as blocks inside of tar shards."""
+"""Token records: image codes and text ids of pairs, stored as blocks in tar shards."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ class TokenRecord:
     image: NDArray[np.uint16]
     """Codes in raster order, (grid * grid,)."""
     text: NDArray[np.uint16]
-    """All text ids, untruncated."""
+    """Text ids, not truncated."""
 
 
 class TokenRecords(Sequence[TokenRecord]):
-    """Some records as arrays: a batch costs a few copies, whatever its size.
+    """A batch of records as arrays, so that gathering takes a few copies at any size.
 
-    ids (n,), image (n, grid * grid), text: those of record i are text[ends[i] : ends[i + 1]].
+    ids (n,), image (n, grid * grid), text (total,): record i has text[ends[i] : ends[i + 1]].
     """
 
     def __init__(
@@ -71,12 +71,12 @@ class TokenRecords(Sequence[TokenRecord]):
         return (self[i] for i in range(len(self)))
 
     def take(self, places: NDArray[Any]) -> "TokenRecords":
-        """The records at some places, in that order."""
+        """The records at these places, in that order."""
         return TokenRecords.gather([(self, places, slice(0, len(places)))])
 
     @staticmethod
     def gather(pieces: "Sequence[tuple[TokenRecords, NDArray[Any], Rows]]") -> "TokenRecords":
-        """Put records together: of each piece those at some places, as some rows of the result."""
+        """For each piece (records, places, rows), copy records[places] to rows of the result."""
         count = sum(len(places) for _, places, _ in pieces)
         ids = np.empty(count, np.uint64)
         image = np.empty((count, pieces[0][0].image.shape[1]), np.uint16)
@@ -91,9 +91,9 @@ class TokenRecords(Sequence[TokenRecord]):
             starts, stops = records.ends[places], records.ends[places + 1]
             lengths[rows] = stops - starts
             view = np.ascontiguousarray(records.text).data
-            found = [view[a:b] for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
+            slices = [view[a:b] for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
             numbers = range(count)[rows] if isinstance(rows, slice) else rows.tolist()
-            for row, text in zip(numbers, found, strict=True):
+            for row, text in zip(numbers, slices, strict=True):
                 texts[row] = text
         ends = np.zeros(count + 1, np.int64)
         np.cumsum(lengths, out=ends[1:])
@@ -101,7 +101,7 @@ class TokenRecords(Sequence[TokenRecord]):
 
     @staticmethod
     def of(records: Sequence[TokenRecord]) -> "TokenRecords":
-        """Arrays of single records.
+        """Stack single records.
 
         Raises: ValueError if there are none.
         """
@@ -113,28 +113,28 @@ class TokenRecords(Sequence[TokenRecord]):
         )
 
 
-class TokenRoom:
-    """Room for the records of some blocks, filled by several threads."""
+class TokenBuffer:
+    """Preallocated arrays for the records of several blocks, filled by several threads."""
 
-    def __init__(self, sizes: NDArray[Any], width: int, spare: "TokenRoom | None" = None) -> None:
-        """Use the memory of `spare`, which nobody needs any more: fresh pages are dear."""
+    def __init__(self, sizes: NDArray[Any], width: int, free: "TokenBuffer | None" = None) -> None:
+        """Reuses the memory of `free` if it is large enough: page faults are slow."""
         self._starts = np.cumsum([0, *sizes])
         count = int(self._starts[-1])
-        big_enough = spare is not None and len(spare.image) >= count
+        big_enough = free is not None and len(free.image) >= count
         self.image: NDArray[np.uint16]
-        self.image = spare.image if spare and big_enough else np.empty((count, width), np.uint16)
+        self.image = free.image if free and big_enough else np.empty((count, width), np.uint16)
         self._ids = np.empty(count, np.uint64)
         self._texts: list[Any] = [None] * len(sizes)
         self._ends: list[Any] = [None] * len(sizes)
 
     def put(self, block: int, records: TokenRecords) -> None:
-        """Copy the records of one of the blocks to their place."""
+        """Copy the records of one block to their place."""
         rows = slice(self._starts[block], self._starts[block + 1])
         self._ids[rows], self.image[rows] = records.ids, records.image
         self._texts[block], self._ends[block] = records.text.copy(), records.ends
 
     def records(self) -> TokenRecords:
-        """All of them, block by block."""
+        """All records, in block order."""
         at = np.cumsum([0, *map(len, self._texts)])
         parts = [ends[1:] + start for ends, start in zip(self._ends, at, strict=False)]
         text = np.concatenate(self._texts)
@@ -143,7 +143,7 @@ class TokenRoom:
 
 
 def encode_block(records: TokenRecords) -> bytes:
-    """Lay out records: magic, n, image length, ids, offsets, image codes, text ids."""
+    """Serialise records: magic, n, image length, ids, offsets, image codes, text ids."""
     parts = [
         np.array(records.image.shape, "<u4"),
         records.ids.astype("<u8"),
@@ -155,9 +155,9 @@ def encode_block(records: TokenRecords) -> bytes:
 
 
 def decode_block(data: bytes) -> TokenRecords:
-    """Read what `encode_block` wrote.
+    """Parse the output of `encode_block`.
 
-    Raises: CorruptError if this is no such block.
+    Raises: CorruptError if the magic is missing.
     """
     if data[: len(_MAGIC)] != _MAGIC:
         raise CorruptError("these bytes are no block of token records")
@@ -190,9 +190,9 @@ class TokenSource:
         """
         return decode_block(self.blocks.read(block, variant))
 
-    def room(self, sizes: NDArray[Any], spare: TokenRoom | None = None) -> TokenRoom:
-        """Room for blocks of some sizes, if possible in the memory of `spare`."""
-        return TokenRoom(sizes, self._width, spare)
+    def buffer(self, sizes: NDArray[Any], free: TokenBuffer | None = None) -> TokenBuffer:
+        """A buffer for blocks of these sizes, in the memory of `free` if it is large enough."""
+        return TokenBuffer(sizes, self._width, free)
 
     def empty(self) -> TokenRecords:
         """No records."""

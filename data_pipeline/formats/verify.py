@@ -1,4 +1,4 @@
-"""`tapir verify` of data sets: every byte, or a keyed sample of the blocks, by several threads."""
+"""`tapir verify` of data sets: every byte, or a keyed sample of the blocks, in threads."""
 
 import hashlib
 from collections.abc import Callable, Iterable
@@ -16,9 +16,9 @@ _PART = 8 * 2**20
 
 
 def verify_split(store: Store, split: str, sample: float = 1.0, seed: int = 0) -> int:
-    """Check a split's manifest and indexes, and its shards whole or a share of their blocks.
+    """Check a split's manifest, its indexes, and its shards or a share `sample` of their blocks.
 
-    Returns how many shards, or blocks of a sample, were read.
+    Returns the number of shards, or of sampled blocks, that were read.
     Raises: CorruptError naming the first damaged file.
     """
     prefix = f"{split}/"

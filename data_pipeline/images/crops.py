@@ -25,7 +25,7 @@ EXTENSIONS = ("png", "jpg", "jpeg", "jpe", "jfif", "webp")
 
 
 def square(image: NDArray[Any], pixels: int) -> NDArray[np.uint8]:
-    """Crop the middle square and resize it by area.
+    """Crop the central square and resize it with area interpolation.
 
     Shapes: (height, width, 3) -> (pixels, pixels, 3).
     """
@@ -35,10 +35,10 @@ def square(image: NDArray[Any], pixels: int) -> NDArray[np.uint8]:
 
 
 def prior_crop(image: NDArray[Any], pixels: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """The crop that the prior sees: a square near the middle, resized, and cut at random.
+    """Augmentation of the prior: a square near the centre, resized, then randomly cropped.
 
     Shapes: (height, width, 3), neither side below `pixels` -> (pixels, pixels, 3).
-    Source: arXiv 2102.12092, listing 2, for 256 pixels; no flip, captions speak of left and right.
+    Source: arXiv 2102.12092, listing 2, for 256 pixels. No flip: captions say left and right.
     """
     height, width = image.shape[:2]
     side = min(height, width)
@@ -53,10 +53,10 @@ def prior_crop(image: NDArray[Any], pixels: int, rng: np.random.Generator) -> ND
 
 
 def dvae_crop(image: NDArray[Any], pixels: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """The view of a picture that the dVAE trains on: a random square, resized, cut and flipped.
+    """Augmentation of the dVAE: a random square, resized, randomly cropped and flipped.
 
-    Shapes: (height, width, 3) -> (pixels, pixels, 3); a picture whose shorter side is below
-    `pixels` is only squared.
+    Shapes: (height, width, 3) -> (pixels, pixels, 3). A picture whose shorter side is below
+    `pixels` is resized by `square` instead.
     Source: arXiv 2102.12092, listing 1, for 256 pixels.
     """
     height, width = image.shape[:2]
@@ -83,7 +83,7 @@ def _cut(image: NDArray[Any], top: int, left: int, side: int) -> NDArray[Any]:
 
 
 def _resized(image: NDArray[Any], pixels: int) -> NDArray[np.uint8]:
-    """Resize a square by area."""
+    """Resize a square with area interpolation."""
     if len(image) == pixels:
         return np.ascontiguousarray(image)
     return np.asarray(cv2.resize(image, (pixels, pixels), interpolation=cv2.INTER_AREA), np.uint8)

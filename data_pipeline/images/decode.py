@@ -1,8 +1,8 @@
-"""The one function that decodes pictures: `pack` accepts what it decodes, and every stage calls it.
+"""The only picture decoder: `pack` accepts the pictures that it decodes, and all stages use it.
 
-A picture is opened by its first bytes, checked against the caps, decoded, put on white and turned
-upright. Metadata that cannot be read counts as absent; of a JPEG with several pictures (MPO, as
-phones write them) the first one is the photo. Whatever else Pillow raises becomes an InputError.
+The format is detected from the first bytes, the size is checked, and the decoded picture is
+composited on white and rotated upright. Unreadable metadata counts as absent. A JPEG with several
+pictures (MPO, from phones) yields the first one. Every exception of Pillow becomes an InputError.
 """
 
 import io
@@ -24,21 +24,21 @@ from PIL.WebPImagePlugin import WebPImageFile
 from core.errors import InputError
 
 MOST_PIXELS = 24_000_000
-"""A 24-megapixel camera's; four bytes each are held while a picture is decoded."""
+"""24 megapixels, a camera's; decoding holds four bytes per pixel."""
 _LARGE = 4_000_000
-"""Pixels from which on one picture is decoded at a time: 4 bytes each."""
+"""Pictures with at least this many pixels are decoded one at a time, to bound memory."""
 _ONE_LARGE = Lock()
 _TOGETHER = 1_000_000
-"""Pixels that are converted at once."""
+"""Pixels that are converted together."""
 _WHITE = 255
 _NARROW, _AREA = 72, cv2.INTER_AREA
 _ORIENTATION = 0x0112
 _OF_RGB_16 = "RGB;16B", "RGB;16L"
-"""Pillow's names of 16-bit samples that are read as their high, and as their low bytes."""
+"""Pillow's raw modes that read the high bytes, and the low bytes, of 16-bit samples."""
 _GREY_KEYS = {"1": (1, 255), "L;2": (3, 85), "L;4": (15, 17), "L": (255, 1)}
-"""Of PNG's greys: which bits of a transparent sample count, and what it is scaled by."""
+"""PNG greyscale raw mode -> (mask of a transparent sample, factor to 8 bits)."""
 
-warnings.filterwarnings("ignore", module=r"PIL\.")  # of metadata that is damaged
+warnings.filterwarnings("ignore", module=r"PIL\.")  # about damaged metadata
 
 Rgb = NDArray[np.uint8]
 T = TypeVar("T")
@@ -46,38 +46,38 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Inspected:
-    """What `tapir pack` must know of a picture."""
+    """The facts about a picture that `tapir pack` needs."""
 
     width: int
     height: int
     look: int
-    """A 64-bit perceptual hash: which of two neighbouring areas is brighter."""
+    """64-bit perceptual hash (difference hash)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Decoded:
-    """A picture that is decoded, before it is turned upright."""
+    """A decoded picture, before it is rotated upright."""
 
     width: int
     height: int
     orientation: object
     parts: Iterator[tuple[slice, Rgb]]
-    """Some rows at a time, on white."""
+    """(rows, pixels on white), some rows at a time."""
 
 
 def decode_rgb(data: bytes, where: str) -> Rgb:
     """Decode one image; transparency becomes white, EXIF rotation is applied, 16 bits become 8.
 
     Shapes: returns (height, width, 3) uint8.
-    Raises: InputError for anything that is no whole still PNG, JPEG or WebP of a sane size.
+    Raises: InputError unless it is a whole still PNG, JPEG or WebP within the size limit.
     """
     return _decode(data, where, _whole)
 
 
 def inspect(data: bytes, where: str) -> Inspected:
-    """Decode a picture as `decode_rgb` does, and keep what `pack` must know of it.
+    """Decode a picture as `decode_rgb` does, and return only the facts that `pack` needs.
 
-    Raises: InputError for what `decode_rgb` refuses.
+    Raises: InputError as `decode_rgb` does.
     """
     return _decode(data, where, _glance)
 
@@ -91,7 +91,7 @@ def _decode(data: bytes, where: str, keep: Callable[[_Decoded], T]) -> T:
                 return keep(_decoded(image, data, where))
     except (InputError, MemoryError):
         raise
-    except Exception as error:  # of damaged files Pillow raises nearly everything
+    except Exception as error:  # Pillow raises nearly anything for damaged files
         raise InputError(
             f"{where} is no readable PNG, JPEG or WebP image: {error or type(error).__name__}"
         ) from error
@@ -105,7 +105,7 @@ def _whole(picture: _Decoded) -> Rgb:
 
 
 def _glance(picture: _Decoded) -> Inspected:
-    """Its size and look; of a large picture never all pixels are held beside Pillow's."""
+    """Size and perceptual hash, computed without a second full copy of a large picture."""
     narrow = [
         cv2.resize(
             cv2.cvtColor(part, cv2.COLOR_RGB2GRAY), (_NARROW, len(part)), interpolation=_AREA
@@ -124,7 +124,7 @@ def _opened(data: bytes, where: str) -> ImageFile:
     file = io.BytesIO(data)
     image: ImageFile
     if data[:3] == b"\xff\xd8\xff":
-        image = JpegImageFile(file)  # Image.open would look for more pictures behind the first
+        image = JpegImageFile(file)  # Image.open would search for more pictures
     elif data[:8] == b"\x89PNG\r\n\x1a\n":
         image = PngImageFile(file)
     elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
@@ -161,7 +161,7 @@ def _decoded(image: ImageFile, data: bytes, where: str) -> _Decoded:
 def _on_white(
     image: Image.Image, samples: Any, low: Image.Image | None
 ) -> Iterator[tuple[slice, Rgb]]:
-    """Convert some rows at a time, by the table of modes; `low` are the low bytes of 16-bit RGB."""
+    """Convert some rows at a time with MODES; `low` has the low bytes of 16-bit RGB."""
     rows = max(1, _TOGETHER // image.width)
     for top in range(0, image.height, rows):
         bottom = min(top + rows, image.height)
@@ -175,19 +175,19 @@ def _on_white(
 
 
 def _transparent(part: Image.Image, samples: Any, low: Image.Image | None) -> Any:
-    """Which pixels have the one colour that a PNG calls transparent, exactly; None if it has none.
+    """Mask of the pixels that equal a PNG's transparent colour; None if it has none.
 
-    Source: the PNG specification, tRNS: of samples with fewer bits the low ones count, and of
-    16-bit samples both bytes are compared.
+    Source: the PNG specification, tRNS: only the low bits count for samples with fewer than 16
+    bits; both bytes are compared for 16-bit samples.
     """
     key = part.info.get("transparency")
     if key is None or part.mode not in ("1", "L", "I;16", "RGB"):
         return None
     if part.mode == "RGB":
-        wanted = np.array(key, np.int64)
-        high = wanted >> 8 if low else wanted & 255
+        colour = np.array(key, np.int64)
+        high = colour >> 8 if low else colour & 255
         clear = (np.asarray(part) == high).all(-1)
-        return clear & (np.asarray(low) == wanted & 255).all(-1) if low else clear
+        return clear & (np.asarray(low) == colour & 255).all(-1) if low else clear
     if part.mode == "I;16":
         return np.asarray(part, np.int32) == int(key)
     mask, scale = _GREY_KEYS.get(samples, (255, 1))
@@ -209,7 +209,7 @@ def _blended(part: Image.Image) -> Rgb:
 
 
 def _sixteen_bits(part: Image.Image) -> Rgb:
-    """Grey of 16 bits, which Pillow's own conversion would clip."""
+    """Convert 16-bit grey, which Pillow's own conversion would clip."""
     grey = (np.asarray(part, np.int32) >> 8).clip(0, 255).astype(np.uint8)
     return np.repeat(grey[:, :, None], 3, 2)
 
@@ -228,14 +228,14 @@ MODES: dict[str, Callable[[Image.Image], Rgb]] = {
     "I;16": _sixteen_bits,
     "I;16B": _sixteen_bits,
 }
-"""Every mode in which Pillow gives a PNG, JPEG or WebP, and how it becomes RGB on white."""
+"""Pillow's modes of PNG, JPEG and WebP -> conversion to RGB on white."""
 
 
 def _orientation(image: Image.Image) -> object:
-    """The orientation alone, of the EXIF or else of the XMP; 1 if it is absent or damaged."""
+    """Orientation from EXIF, else from XMP; 1 if it is absent or damaged."""
     try:
         return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # of damaged metadata Pillow raises nearly everything
+    except Exception:  # Pillow raises nearly anything for damaged metadata
         return 1
 
 
@@ -244,7 +244,7 @@ def _is_transposed(orientation: object) -> bool:
 
 
 def _upright(pixels: NDArray[Any], orientation: object) -> NDArray[Any]:
-    """Undo an EXIF orientation: rows become columns, and some of both are reversed."""
+    """Undo an EXIF orientation by a transpose and flips."""
     turned = np.swapaxes(pixels, 0, 1) if _is_transposed(orientation) else pixels
     if orientation in (3, 4, 7, 8):
         turned = turned[::-1]

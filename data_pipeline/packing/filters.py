@@ -1,4 +1,4 @@
-"""The paper's filters of raw pairs, and exact and near duplicates; each one is an option.
+"""The paper's filters for raw pairs, and for exact and near duplicates; each one is optional.
 
 Source: arXiv 2102.12092, section 3.1 and appendix C: captions that are too short, not English or
 boilerplate, and images of an aspect ratio outside of [1/2, 2] are left out.
@@ -23,11 +23,11 @@ _ENGLISH = (
     "right two three four"
 )
 _LONG = 6
-"""Words from which on an English caption is expected to hold a word of grammar."""
+"""Captions with at least this many words must contain one of _ENGLISH."""
 _LATIN = 0.9
 BANDS = 4
 MOST_NEAR = BANDS - 1
-"""Hashes that differ in so few bits agree in one of the bands at least."""
+"""Two hashes that differ in at most this many bits agree in at least one band."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Reject:
 
 
 def caption_reject(caption: str, config: FilterConfig) -> Reject | None:
-    """Judge a cleaned caption."""
+    """Apply the caption filters to a cleaned caption."""
     words = caption.split()
     if len(words) < config.min_words:
         return Reject(
@@ -53,7 +53,7 @@ def caption_reject(caption: str, config: FilterConfig) -> Reject | None:
 
 
 def is_english(caption: str) -> bool:
-    """A rule: letters are a-z, and a long caption has one of the commonest English words."""
+    """Heuristic: letters are a-z, and a long caption has one of the commonest English words."""
     letters = [c for c in caption if c.isalpha()]
     latin = sum(c.isascii() for c in letters)
     words = re.findall(r"[a-z]+", caption)
@@ -62,7 +62,7 @@ def is_english(caption: str) -> bool:
 
 
 def image_reject(image: Inspected, config: FilterConfig) -> Reject | None:
-    """Judge the size of a picture."""
+    """Apply the size filters to a picture."""
     short, long = sorted((image.width, image.height))
     if short < config.min_side:
         return Reject(
@@ -76,7 +76,7 @@ def image_reject(image: Inspected, config: FilterConfig) -> Reject | None:
 
 
 class Duplicates:
-    """What was packed before, by digest and by perceptual hash; about 0.5 kB of memory a pair."""
+    """Pairs seen so far, by digest and by perceptual hash; about 0.5 kB of memory per pair."""
 
     def __init__(self, config: FilterConfig) -> None:
         self._config = config
@@ -84,7 +84,7 @@ class Duplicates:
         self._bands: dict[tuple[int, int], list[tuple[int, str]]] = defaultdict(list)
 
     def reject(self, key: str, image: bytes, caption: str, look: int) -> Reject | None:
-        """Judge a pair, and remember it if it is new; `look` is its perceptual hash."""
+        """Reject a duplicate, else record the pair; `look` is its perceptual hash."""
         if self._config.duplicates:
             digest = hashlib.blake2b(image + b"\0" + caption.encode(), digest_size=16).digest()
             if digest in self._seen:

@@ -1,9 +1,9 @@
 """`tapir pack SRC DEST`: raw pairs -> WebDataset shards, split by key.
 
 <split>/shard-000000.tar     KEY.jpg|png|webp, KEY.json, KEY.txt: any WebDataset reader reads it
-<split>/*.index.safetensors  blocks (ranged GETs) of a shard, of the data set
-<split>/manifest.json        last of all
-rejects/000000.jsonl         every pair that was left out: key, kind, reason
+<split>/*.index.safetensors  block index of a shard, and of the data set
+<split>/manifest.json        written last
+rejects/000000.jsonl         rejected pairs: key, kind, reason
 """
 
 import json
@@ -49,12 +49,12 @@ _PARTS = re.compile(
 )
 _OURS = re.compile(rf"{_PARTS.pattern}|({'|'.join(SPLITS)})/{INDEX}|{REQUEST}")
 _NOT_ASKED = ("cache", "threads")
-"""Settings that do not change what is written."""
+"""Settings that do not affect the output."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Examined:
-    """A pair that can be used."""
+    """A usable pair."""
 
     pair: Pair
     captions: tuple[str, ...]
@@ -62,7 +62,7 @@ class _Examined:
 
 
 class RawWriter:
-    """Collects the pairs of one split and writes a shard whenever one is full."""
+    """Collects the pairs of one split and writes a shard when it is full."""
 
     def __init__(self, store: Store, name: str, config: PackConfig) -> None:
         self._store, self._prefix, self._config = store, f"{name}/", config
@@ -73,7 +73,7 @@ class RawWriter:
         """Pairs with several captions."""
 
     def add(self, pair: Pair, *captions: str) -> None:
-        """Take a pair with its cleaned captions; the .json names them if they are several."""
+        """Add a pair with its cleaned captions; the .json lists them if there are several."""
         facts: dict[str, Any] = {"key": pair.key, "split_key": pair.split_key}
         if len(captions) > 1:
             facts["captions"] = captions
@@ -92,7 +92,7 @@ class RawWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write the pairs that wait as a shard."""
+        """Write the collected pairs as a shard."""
         if not self._waiting:
             return
         tar = build_tar(self._waiting)
@@ -120,7 +120,7 @@ def pair_ranges(tar: bytes, block: int) -> list[tuple[int, int, int]]:
 def pack(source: str, store: Store, config: PackConfig, again: bool = False) -> dict[str, Manifest]:
     """Write SRC's pairs to the store; finished work with the same settings is kept.
 
-    `again` writes all of it anew, which mends damaged shards: the same SRC gives the same bytes.
+    `again` writes everything again, which repairs damaged shards: equal SRC, equal bytes.
     Raises: InputError for unusable pairs beyond max_rejects, or if DEST holds other data.
     """
     check(config.problems())
@@ -131,19 +131,19 @@ def pack(source: str, store: Store, config: PackConfig, again: bool = False) -> 
         "config": {k: v for k, v in to_json(config).items() if k not in _NOT_ASKED},
     }
     claim(store, request, again)
-    found = finished(store)
-    if found and found["train"].facts.get("request") != request:
-        raise _taken(store, found["train"].facts.get("request", {}))
-    if found and not again:
+    manifests = finished(store)
+    if manifests and manifests["train"].facts.get("request") != request:
+        raise _taken(store, manifests["train"].facts.get("request", {}))
+    if manifests and not again:
         LOG.info("%s already holds this data set", store.url)
-        return found
+        return manifests
     with given_back(store):
         return _write(source, store, config, request)
 
 
 @contextmanager
 def given_back(store: Store) -> Iterator[None]:
-    """Free a claimed place if what was to be written is refused: mended, it may come here."""
+    """Delete a claimed, unfinished data set on an InputError, so that DEST can be used again."""
     try:
         yield
     except InputError:
@@ -189,8 +189,8 @@ def _write(
 def close_set(
     store: Store, shards: dict[str, list[Shard]], facts: dict[str, dict[str, Any]], rejects: Rejects
 ) -> dict[str, Manifest]:
-    """Write the manifests of both splits, and delete shards of an earlier, unfinished attempt."""
-    found = {
+    """Write both splits' manifests, and delete shards of an earlier, unfinished attempt."""
+    manifests = {
         name: put_manifest(store, f"{name}/", RAW, rows, facts[name], dict(rejects.kinds))
         for name, rows in shards.items()
     }
@@ -200,29 +200,29 @@ def close_set(
     for name in filter(_PARTS.fullmatch, store.names()):
         if name not in kept:
             store.delete(name)
-    return found
+    return manifests
 
 
 def _fill(source: str, config: PackConfig, splits: dict[str, RawWriter], rejects: Rejects) -> int:
     packed = 0
     keys, duplicates = Keys(), Duplicates(config.filters)
     with progress("pack", config.count or (SHAPES_COUNT if source == "shapes" else 0)) as meter:
-        for found in _examined(open_source(source, config), config):
-            if isinstance(found, tuple):
-                rejects.add(*found)
+        for item in _examined(open_source(source, config), config):
+            if isinstance(item, tuple):
+                rejects.add(*item)
                 continue
-            pair = found.pair
+            pair = item.pair
             if not keys.add(pair.key):
                 reason = f"the key {pair.key!r} ({pair.where}) occurs twice; give it another name"
                 rejects.add(Unusable(key=pair.key, kind="key", reason=reason))
                 continue
-            text = "\n".join(found.captions)
-            double = duplicates.reject(pair.key, pair.image, text, found.look)
+            text = "\n".join(item.captions)
+            double = duplicates.reject(pair.key, pair.image, text, item.look)
             if double:
                 rejects.add(Unusable(key=pair.key, **vars(double)), True)
                 continue
             held_out = key_fraction(config.seed, pair.split_key, "split") < config.validation
-            splits["validation" if held_out else "train"].add(pair, *found.captions)
+            splits["validation" if held_out else "train"].add(pair, *item.captions)
             packed += 1
             meter.update(packed)
             if packed == config.count:
@@ -235,9 +235,7 @@ def _fill(source: str, config: PackConfig, splits: dict[str, RawWriter], rejects
 def _examined(
     items: Iterator[Pair | Unusable], config: PackConfig
 ) -> Iterator[_Examined | tuple[Unusable, bool]]:
-    """Each item in the source's order, examined by threads: a pair, or a reject and if a filter
-    asked for it.
-    """
+    """Examine items in threads, in source order: yields a pair, or (reject, from a filter)."""
     with ThreadPoolExecutor(config.threads, "examine") as pool:
         waiting: deque[Future[_Examined | tuple[Unusable, bool]]] = deque()
         try:
@@ -277,25 +275,25 @@ def refuse_empty(shards: dict[str, list[Shard]], advice: str) -> None:
 
 
 def claim(store: Store, request: dict[str, Any], again: bool = False) -> None:
-    """Take DEST for this request, before any work; the same request may come again.
+    """Claim DEST for this request, before any work; the same request may claim it again.
 
     Raises: InputError if DEST is taken by another request; StoreError if it cannot be written.
     """
-    wanted = canonical_json(request)
+    content = canonical_json(request)
     if not store.exists(REQUEST):
         others = [name for split in SPLITS for name in store.names(f"{split}/")]
         if others:
             raise InputError(f"{store.url} holds other files ({others[0]}); choose an empty DEST")
-        if store.put(REQUEST, wanted, if_absent=True):
+        if store.put(REQUEST, content, if_absent=True):
             return
-    if store.get(REQUEST) == wanted:
+    if store.get(REQUEST) == content:
         return
     try:
         other = read_json(store, REQUEST)
     except CorruptError:
         if not again:
             raise
-        store.put(REQUEST, wanted)
+        store.put(REQUEST, content)
         return
     raise _taken(store, other)
 
@@ -308,10 +306,10 @@ def _taken(store: Store, other: dict[str, Any]) -> InputError:
 
 
 def finished(store: Store) -> dict[str, Manifest]:
-    """The manifests of a raw data set, if all are there."""
-    found = {}
+    """The manifests of a raw data set; empty unless it is finished."""
+    manifests = {}
     for name in SPLITS:
         if not store.exists(f"{name}/{NAME}"):
             return {}
-        found[name] = read_manifest(store, f"{name}/", RAW)
-    return found
+        manifests[name] = read_manifest(store, f"{name}/", RAW)
+    return manifests

@@ -1,4 +1,4 @@
-"""What `tapir pack` leaves out, and the keys that it has let in."""
+"""Pairs that `tapir pack` rejects, and the keys that it has accepted."""
 
 import json
 from collections import Counter
@@ -17,10 +17,10 @@ _NEW_KEYS = 1_000_000
 
 
 class Rejects:
-    """Every pair that is left out, written as it comes."""
+    """Records rejected pairs and writes them in parts."""
 
     def __init__(self, store: Store, most: float) -> None:
-        """`most` is the share of unusable pairs that may be left out."""
+        """`most` is the maximum share of unusable pairs."""
         self._store, self._most = store, most
         self._lines: list[str] = []
         self.parts = 0
@@ -29,9 +29,9 @@ class Rejects:
         self.first = ""
 
     def add(self, reject: Unusable, asked: bool = False) -> None:
-        """Note one; `asked` if a filter that the user set left it out.
+        """Record a reject; `asked` is True if a filter rejected it.
 
-        Raises: InputError if it is unusable and none may be.
+        Raises: InputError if it is unusable and max_rejects is 0.
         """
         if not asked and reject.kind not in (IGNORED, METADATA):
             if self._most == 0:
@@ -47,24 +47,24 @@ class Rejects:
             self.flush()
 
     def flush(self) -> None:
-        """Write the rejects that wait."""
+        """Write the collected rejects as a part."""
         self._store.put(self.part(self.parts), "".join(self._lines).encode())
         self._lines, self.parts = [], self.parts + 1
 
     def part(self, number: int) -> str:
-        """The name of a part."""
+        """File name of a part."""
         return f"{REJECTS}{number:06d}.jsonl"
 
 
 class Keys:
-    """The ids of keys that were met, in 8 bytes each: sorted arrays beside a set of the newest."""
+    """A set of key ids in 8 bytes each: sorted arrays, and a Python set of the newest."""
 
     def __init__(self) -> None:
         self._new: set[int] = set()
         self._old: list[NDArray[np.uint64]] = []
 
     def add(self, key: str) -> bool:
-        """Note a key; False if it, or one of the same id, was there before."""
+        """Add a key; False if its id is already present."""
         name = key_int(key)
         if name in self._new or any(_holds(ids, name) for ids in self._old):
             return False
@@ -74,7 +74,7 @@ class Keys:
         return True
 
     def _fold(self) -> None:
-        """Sort the newest ones in; an array is merged with those that are no longer than it."""
+        """Move the newest ids to a sorted array, merged with arrays that are no longer than it."""
         ids = np.sort(np.fromiter(self._new, np.uint64, len(self._new)))
         while self._old and len(self._old[-1]) <= len(ids):
             ids = np.sort(np.concatenate([self._old.pop(), ids]), kind="stable")

@@ -1,4 +1,4 @@
-"""From the SRC of `tapir pack SRC DEST` to a stream of pairs."""
+"""Opens the SRC of `tapir pack SRC DEST` as a stream of pairs."""
 
 import os
 from collections.abc import Iterator
@@ -49,7 +49,7 @@ def open_source(source: str, config: PackConfig) -> Iterator[Pair | Unusable]:
 
 
 def _folder(path: Path) -> Iterator[Pair | Unusable]:
-    """Tars if there are any (a downloader leaves a table beside each), else captions or tables."""
+    """Tars if there are any (img2dataset writes a table beside each), else captions or tables."""
     tars = sorted(p for p in path.rglob("*") if is_tar(p.name) and _is_content(p, path))
     if tars:
         return chain(tar_pairs(tars, path), loose_files(path))
@@ -66,7 +66,7 @@ def _is_content(path: Path, root: Path) -> bool:
 
 
 def source_content(source: str) -> str:
-    """A digest of what a path holds (names, sizes and times), so that a changed one is noticed."""
+    """Digest of a path's file names, sizes and times, to detect a changed source."""
     path = Path(source)
     if source in ("shapes", "emoji") or not path.exists():
         return ""
@@ -78,7 +78,7 @@ def source_content(source: str) -> str:
 
 
 def shapes_pairs(count: int, pixels: int, seed: int) -> Iterator[Pair]:
-    """Yield the first `count` pictures of the shapes generator; captions decide the split."""
+    """Yield the first `count` pictures of the shapes generator; equal captions share a split."""
     for index in range(count):
         scene = draw_scene(seed, index)
         yield Pair(

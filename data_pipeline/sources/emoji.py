@@ -1,4 +1,4 @@
-"""Real captioned pictures from a package registry: emoji and their names."""
+"""Captioned pictures from an npm package: emoji and their names."""
 
 import json
 import re
@@ -17,7 +17,7 @@ PACKAGE = "emoji-datasource-google@16.0.0"
 PIXELS = 64
 """Side of its pictures."""
 _IMAGES = f"package/img/google/{PIXELS}/"
-_WANTED = re.compile(rf"package/(emoji\.json|img/google/{PIXELS}/[0-9a-z-]+\.png)")
+_MEMBERS = re.compile(rf"package/(emoji\.json|img/google/{PIXELS}/[0-9a-z-]+\.png)")
 
 
 def emoji_pairs(cache: Path) -> Iterator[Pair]:
@@ -30,7 +30,7 @@ def emoji_pairs(cache: Path) -> Iterator[Pair]:
         files = {
             member.name: tar.extractfile(member).read()  # type: ignore[union-attr]
             for member in tar
-            if member.isfile() and _WANTED.fullmatch(member.name)
+            if member.isfile() and _MEMBERS.fullmatch(member.name)
         }
     entries = json.loads(files["package/emoji.json"])
     tones = {entry["unified"]: entry["name"].lower() for entry in entries}
@@ -43,7 +43,7 @@ def emoji_pairs(cache: Path) -> Iterator[Pair]:
 
 
 def _tone(name: str) -> str:
-    """`emoji modifier fitzpatrick type-3` -> a word that people use."""
+    """`emoji modifier fitzpatrick type-3` -> `medium-light skin tone`."""
     words = {"1-2": "light", "3": "medium-light", "4": "medium", "5": "medium-dark", "6": "dark"}
     return f"{words[name.rsplit('type-', 1)[1]]} skin tone"
 

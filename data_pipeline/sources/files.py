@@ -1,4 +1,4 @@
-"""Pairs that a user already has as files: a folder of pictures with .txt or .json captions."""
+"""Pairs from a folder of pictures with .txt or .json captions."""
 
 import os
 from collections import defaultdict
@@ -30,16 +30,16 @@ from data_pipeline.text.captions import MOST_BYTES as CAPTION_BYTES
 from data_pipeline.text.captions import MOST_CAPTIONS
 
 MOST_BYTES = 64 * 2**20
-"""A larger picture, or member of an archive, is refused before it is read."""
+"""Maximum size of a picture or archive member; larger ones are rejected unread."""
 MOST_CAPTION_BYTES = MOST_CAPTIONS * CAPTION_BYTES + 4
-"""Bytes of a file of captions that are read."""
+"""Bytes that are read of a caption file."""
 
 
 def folder_pairs(root: Path) -> Iterator[Pair | Unusable]:
-    """Yield pictures with their captions, by name; every file is in a pair or a reject.
+    """Yield pictures with their captions, in name order; every file yields a pair or a reject.
 
-    NAME.png|jpg|jpeg|webp has its captions in NAME.txt, one a line, or as the `caption` of
-    NAME.json; extensions may be capitals.
+    NAME.png|jpg|jpeg|webp has its captions in NAME.txt, one per line, or as the `caption` of
+    NAME.json; extensions may be upper case.
     """
     for folder, folders, names in walk(root):
         if isinstance(folder, Unusable):
@@ -61,13 +61,13 @@ def folder_pairs(root: Path) -> Iterator[Pair | Unusable]:
 
 
 def walk(root: Path) -> Iterator[tuple[Path | Unusable, list[str], list[str]]]:
-    """`os.walk` by name, without links and metadata; what cannot be read comes as a reject."""
+    """`os.walk` in name order, without links and metadata; unreadable folders yield a reject."""
     failed: list[OSError] = []
     for folder, folders, names in os.walk(root, onerror=failed.append, followlinks=False):
-        for found in (folders, names):
-            for name in sorted(found):
+        for entries in (folders, names):
+            for name in sorted(entries):
                 if is_metadata(Path(name)):
-                    found.remove(name)
+                    entries.remove(name)
                     yield unusable(Path(folder, name).as_posix(), IS_METADATA, METADATA), [], []
         folders.sort()
         yield Path(folder), folders, names
@@ -79,7 +79,7 @@ def walk(root: Path) -> Iterator[tuple[Path | Unusable, list[str], list[str]]]:
 
 
 def loose_files(root: Path) -> Iterator[Unusable]:
-    """What lies among tars: pictures are rejects, other files are counted."""
+    """Rejects for the files among tars that are no tars; only pictures count as unusable."""
     for folder, _, names in walk(root):
         if isinstance(folder, Unusable):
             yield folder
@@ -94,7 +94,7 @@ def loose_files(root: Path) -> Iterator[Unusable]:
 
 
 def _other(path: Path) -> Unusable:
-    """A file that is part of no pair."""
+    """The reject of a file that belongs to no pair."""
     if path.is_symlink():
         return unusable(path.as_posix(), "is no picture and no .txt caption")
     if extension_of(path.name) == CAPTION:
@@ -116,8 +116,8 @@ def _file(root: Path, path: Path, notes: dict[str, str]) -> Pair | Unusable:
     if not path.is_file():
         return unusable(where, "is no plain file")
     try:
-        found = {extension: _start(note) for extension, note in beside.items() if note.is_file()}
-        caption = captions_of(found.get(CAPTION), found.get(NOTE))
+        contents = {extension: _start(note) for extension, note in beside.items() if note.is_file()}
+        caption = captions_of(contents.get(CAPTION), contents.get(NOTE))
         if caption is None:
             return unusable(where, f"has no caption; write it to {text} beside it", "caption")
         if path.stat().st_size > MOST_BYTES:

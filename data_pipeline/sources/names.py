@@ -1,6 +1,4 @@
-"""What a file's name says: a picture, a picture of a type that is not read, an archive, or metadata
-that a file system left there.
-"""
+"""File types by name: pictures, unsupported pictures, archives, and file-system metadata."""
 
 from pathlib import PurePath
 
@@ -31,30 +29,30 @@ IS_METADATA = "is metadata of a file system"
 
 
 def is_metadata(path: PurePath) -> bool:
-    """Say whether macOS, Windows or a NAS left a file there (`._NAME`, `__MACOSX/`, ...)."""
+    """True for files that macOS, Windows or a NAS create (`._NAME`, `__MACOSX/`, ...)."""
     parts = [part.lower() for part in path.parts]
     name = parts[-1] if parts else ""
     return name.startswith("._") or name in _FILES or not _FOLDERS.isdisjoint(parts)
 
 
 def is_tar(name: str) -> bool:
-    """Say whether a file is named like an archive of pairs."""
+    """True for the name of a supported archive."""
     return name.lower().endswith(TARS)
 
 
 def extension_of(name: str) -> str:
-    """What stands behind the last dot, in small letters; nothing if nothing stands before it."""
+    """The extension in lower case, without the dot; empty for names like `.txt`."""
     stem, _, extension = name.rpartition(".")
     return extension.lower() if stem else ""
 
 
 def is_picture(name: str) -> bool:
-    """Say whether a file is named like a picture of any type, read or not."""
+    """True for the name of a picture, supported or not."""
     return extension_of(name) in _OTHER_PICTURES or extension_of(name) in EXTENSIONS
 
 
 def why_not_read(name: str) -> tuple[str, str]:
-    """(kind, reason) of a file that is neither a picture that is read, nor a caption or note."""
+    """(kind, reason) for rejecting a file that is no supported picture, caption or note."""
     extension = extension_of(name)
     if extension in _OTHER_PICTURES:
         return "image", f"is a picture of the type {extension}; convert it to PNG, JPEG or WebP"

@@ -12,22 +12,22 @@ class Pair:
     """An encoded image with its caption."""
 
     key: str
-    """Unique name within the data set; the members of a shard are KEY.png, KEY.txt, KEY.json."""
+    """Unique name in the data set; the members of a shard are KEY.png, KEY.txt, KEY.json."""
     image: bytes
     """The encoded image, as it will be stored."""
     extension: str
     """png, jpg or webp: how the image is encoded."""
     caption: bytes
-    """The captions' bytes, one a line; `pack` checks that they are UTF-8."""
+    """The captions, one per line; `pack` checks that they are UTF-8."""
     split_key: str
-    """Pairs with the same split_key land in the same split (by default the key itself)."""
+    """Pairs with the same split_key are in the same split (default: the key)."""
     where: str
     """Where it came from, for error messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unusable:
-    """What a source found and cannot give as a pair; nothing is passed over in silence."""
+    """A file or row that is no usable pair; sources report every one of them."""
 
     key: str
     kind: str
@@ -36,13 +36,13 @@ class Unusable:
 
 
 IGNORED = "ignored"
-"""Other files among the pairs; they are counted, and never stop a job."""
+"""Kind of other files among the pairs; counted, but never an error."""
 METADATA = "metadata"
-"""What file systems leave among files; counted, and never stops a job."""
+"""Kind of file-system metadata; counted, but never an error."""
 
 
 def make_pair(key: str, image: bytes, suffix: str, caption: bytes, where: str) -> Pair:
-    """A pair that decides its split by its own key."""
+    """Build a pair whose split_key is its key."""
     extension = suffix.lower().removeprefix(".")
     if extension in ("jpeg", "jpe", "jfif"):
         extension = "jpg"
@@ -52,21 +52,21 @@ def make_pair(key: str, image: bytes, suffix: str, caption: bytes, where: str) -
 
 
 def unusable(where: str, reason: str, kind: str = "file") -> Unusable:
-    """A reject that is named by where it is."""
+    """Build a reject whose key is its path."""
     text = printable(where)
     return Unusable(key=text, kind=kind, reason=f"{text} {reason}")
 
 
 def printable(path: str) -> str:
-    """A path as text, whatever bytes are in it."""
+    """A path as valid UTF-8 text; undecodable bytes are escaped."""
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def key_of(name: str) -> str:
-    """A pair's key from its path: no folders, no further extension, nothing unprintable.
+    """A pair's key from its path: no slashes, no dots, no unprintable characters.
 
-    Different names have different keys: what cannot be read back from the key is told apart by a
-    digest of the name.
+    Different names have different keys: if the name cannot be recovered from the key, a digest of
+    the name is appended.
     """
     plain = "".join("_" if is_odd(c) else c for c in name).replace("/", "__").replace(".", "_")
     if plain.replace("__", "/") == name:
@@ -76,9 +76,9 @@ def key_of(name: str) -> str:
 
 
 def captions_of(text: bytes | None, note: bytes | None) -> bytes | None:
-    """The captions of a .txt and of a .json's `caption` or `captions`, one a line; None if none.
+    """The captions from a .txt, or a .json's `caption` or `captions`, one per line; None if none.
 
-    A list of several in the .json counts most, then a .txt that is not blank.
+    A list of several captions in the .json takes precedence, then a .txt that is not blank.
     """
     noted = _noted(note or b"")
     if len(noted) > 1:
@@ -90,8 +90,8 @@ def captions_of(text: bytes | None, note: bytes | None) -> bytes | None:
 
 def _noted(note: bytes) -> list[str]:
     try:
-        found = json.loads(note)
-        value = found["captions"] if "captions" in found else found["caption"]
+        body = json.loads(note)
+        value = body["captions"] if "captions" in body else body["caption"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return []
     values = value if isinstance(value, list) else [value]

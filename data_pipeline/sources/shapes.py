@@ -1,8 +1,8 @@
 """An unlimited, keyed generator of captioned pictures, and a checker that reads them back.
 
 A picture holds one object ("a small red circle") or two with a relation
-("a small red circle above a large blue square"). The checker finds the objects of any picture
-by colour, size and the ideal outline that an object overlaps most: an uneven square is a square.
+("a small red circle above a large blue square"). The checker classifies the
+objects of a picture by colour, size and the ideal outline with the highest overlap.
 """
 
 import re
@@ -31,12 +31,12 @@ EXTENT = {"small": 0.25, "large": 0.42}
 """Width of an object as a fraction of the picture's side."""
 BETWEEN_SIZES = 0.335
 AREA = cv2.INTER_AREA
-"""Of OpenCV: a pixel becomes the mean of the finer ones inside."""
+"""OpenCV's area interpolation: a pixel is the mean of the finer pixels inside it."""
 SUPERSAMPLE, FINE = 8, 4
-"""Points along a pixel, of pictures and of the outlines that the checker compares them with."""
+"""Samples along a pixel's side, for pictures and for the checker's outlines."""
 SINGLE_OBJECT_SHARE = 0.25
 SMALLEST_OBJECT = 0.012
-"""Blobs that cover less than this fraction of the picture are noise to the checker."""
+"""The checker ignores blobs that cover less than this fraction of the picture."""
 
 _OBJECT = rf"a (small|large) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
 _CAPTION = re.compile(rf"{_OBJECT}(?: ({'|'.join(RELATIONS)}) {_OBJECT})?")
@@ -58,7 +58,7 @@ class Thing:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What a caption says: one thing, or two with a relation."""
+    """The content of a caption: one thing, or two with a relation."""
 
     first: Thing
     relation: str | None = None
@@ -71,7 +71,7 @@ class Scene:
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """A thing that the checker found in a picture, with its centre in pixels."""
+    """A thing that the checker detected in a picture, with its centre in pixels."""
 
     thing: Thing
     x: float
@@ -79,7 +79,7 @@ class Seen:
 
 
 def draw_scene(seed: int, index: int) -> Scene:
-    """Choose the scene number `index`; depends on (seed, index) alone."""
+    """Draw the scene number `index`; depends on (seed, index) alone."""
     rng = keyed_rng(seed, index, "shapes/scene")
     first, second = _draw_thing(rng), _draw_thing(rng)
     if rng.random() < SINGLE_OBJECT_SHARE:
@@ -88,7 +88,7 @@ def draw_scene(seed: int, index: int) -> Scene:
 
 
 def render(scene: Scene, pixels: int, seed: int, index: int) -> Image:
-    """Draw a scene at a keyed place.
+    """Render a scene at a keyed random position.
 
     Shapes: returns (pixels, pixels, 3) uint8 RGB.
     """
@@ -111,7 +111,7 @@ def render(scene: Scene, pixels: int, seed: int, index: int) -> Image:
 
 
 def parse_caption(caption: str) -> Scene:
-    """Read a caption of this generator back into its scene.
+    """Parse a caption of this generator into its scene.
 
     Raises: InputError for any other text.
     """
@@ -127,7 +127,7 @@ def parse_caption(caption: str) -> Scene:
 
 
 def read_picture(image: Image) -> list[Seen]:
-    """Find the objects of a picture.
+    """Detect the objects of a picture.
 
     Shapes: image is (side, side, 3) uint8 RGB.
     """
@@ -139,7 +139,7 @@ def read_picture(image: Image) -> list[Seen]:
     cover = _coverage(image, palette, nearest)
     solid = (cover > 0.5).astype(np.uint8)
     count, labels, stats, _ = cv2.connectedComponentsWithStats(solid, connectivity=4)
-    found = []
+    objects = []
     for label in range(1, count):
         inside = labels == label
         if stats[label, cv2.CC_STAT_AREA] < SMALLEST_OBJECT * side * side:
@@ -148,12 +148,12 @@ def read_picture(image: Image) -> list[Seen]:
         votes = nearest[core if core.sum() >= 4 else inside]
         colour = int(np.bincount(votes[votes > 0], minlength=len(palette)).argmax())
         if colour > 0:
-            found.append(_describe(inside, cover, names[colour - 1], side))
-    return found
+            objects.append(_describe(inside, cover, names[colour - 1], side))
+    return objects
 
 
 def matches(caption: str, image: Image) -> bool:
-    """Say whether ALL attributes of the caption, and nothing else, are in the picture."""
+    """True if the picture shows ALL attributes of the caption, and nothing else."""
     scene = parse_caption(caption)
     seen = read_picture(image)
     if scene.second is None:
@@ -191,10 +191,10 @@ def _paint(canvas: Image, thing: Thing, x: float, y: float) -> None:
 
 
 def _coverage(image: Image, palette: NDArray[Any], nearest: NDArray[Any]) -> NDArray[Any]:
-    """Estimate how much of each pixel an object covers, from its distance to the background.
+    """Estimate the covered fraction of each pixel from its colour distance to the background.
 
-    The colour of the object is the most distant palette colour among the neighbours, so that a
-    half-covered edge pixel is measured against the object's own colour.
+    The distance is relative to the most distant palette colour among the neighbours, so that an
+    edge pixel is compared with the object's own colour.
     """
     background = palette[0]
     away = np.sqrt(((image.astype(np.float32) - background) ** 2).sum(-1))
@@ -218,7 +218,7 @@ def _describe(inside: NDArray[Any], cover: NDArray[Any], colour: str, side: int)
 
 
 def _edge(profile: NDArray[Any]) -> float:
-    """Where a profile of coverage begins, in pixels and parts of one."""
+    """Subpixel position at which a coverage profile begins."""
     first = int(np.argmax(profile >= 0.5)) + 1
     return first - float(profile[:first].sum())
 
@@ -226,7 +226,7 @@ def _edge(profile: NDArray[Any]) -> float:
 def _outlines(
     left: float, top: float, width: float, height: float, side: int
 ) -> dict[str, NDArray[Any]]:
-    """How much of each pixel every shape of that frame would cover, (side, side) each."""
+    """Coverage of each ideal shape in this bounding box, (side, side) each."""
     fine = (np.arange(side * FINE) + 0.5) / FINE
     across, down = ((fine - left) / width)[None], ((fine - top) / height)[:, None]
     square = (across >= 0) & (across <= 1) & (down >= 0) & (down <= 1)

@@ -1,4 +1,4 @@
-"""Pairs of a parquet table: a caption a row, and its picture or where that lies on this machine."""
+"""Pairs from a parquet table: each row has a caption, and a picture or its local path."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,7 +13,7 @@ from data_pipeline.sources.pair import Pair, Unusable, key_of, make_pair, unusab
 from data_pipeline.text.captions import joined
 
 PICTURES = ("jpg", "png", "webp", "image")
-"""Columns of encoded pictures, as img2dataset and the Hugging Face hub write them."""
+"""Column names of encoded pictures, as written by img2dataset and the Hugging Face hub."""
 PLACES = ("path", "file", "image_path", "url")
 CAPTIONS = ("caption", "captions", "text")
 _BYTES_TOGETHER = 32
@@ -25,11 +25,11 @@ class _RowError(Exception):
 
 
 def table_pairs(paths: list[Path]) -> Iterator[Pair | Unusable]:
-    """Yield the rows of tables: `caption` (a text, or a list of several), and a column of pictures
-    (`jpg`, `png`, `webp`, `image`) or of places (`path`, `file`, `image_path`, `url`).
+    """Yield the rows of tables: `caption` (a text, or a list of texts), and a column of pictures
+    (`jpg`, `png`, `webp`, `image`) or of paths (`path`, `file`, `image_path`, `url`).
 
-    A path is taken from the table's folder and must stay in it; a URL must be file://. A row that
-    is no pair is one reject, and so is a table that cannot be read.
+    A path is relative to the table's folder and must stay in it; a URL must be file://. A row that
+    is no pair yields a reject, and so does an unreadable table.
     """
     import pyarrow  # noqa: PLC0415 - 100 MB that other sources do without
     from pyarrow import parquet  # noqa: PLC0415
@@ -52,7 +52,7 @@ def table_pairs(paths: list[Path]) -> Iterator[Pair | Unusable]:
 
 
 def _columns(schema: Any, types: Any) -> tuple[str, str]:
-    """The columns of pictures or places, and of captions."""
+    """Names of the column of pictures or paths, and of the column of captions."""
 
     def holds_bytes(name: str) -> bool:
         kind = schema.field(name).type
@@ -62,14 +62,14 @@ def _columns(schema: Any, types: Any) -> tuple[str, str]:
     pictures = [names[name] for name in PICTURES if name in names and holds_bytes(names[name])]
     places = [names[name] for name in (*PLACES, "image") if name in names]
     captions = [names[name] for name in CAPTIONS if name in names]
-    for found, known in ((pictures + places, (*PLACES, *PICTURES)), (captions, CAPTIONS)):
-        if not found:
+    for columns, known in ((pictures + places, (*PLACES, *PICTURES)), (captions, CAPTIONS)):
+        if not columns:
             raise _RowError(f"has no column {' or '.join(known)}; rename one")
     return (pictures + places)[0], captions[0]
 
 
 def _rows(batch: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a batch; without a value that Python cannot hold, such as a text of no UTF-8."""
+    """The rows of a batch, without values that do not convert, such as text that is not UTF-8."""
     try:
         yield from batch.to_pylist()
         return
@@ -111,7 +111,7 @@ def _caption(value: object) -> bytes:
 
 
 def _type_of(picture: bytes) -> str:
-    """The extension of a picture by its first bytes; if they are none, decoding will say so."""
+    """The extension of a picture by its first bytes; decoding rejects anything else later."""
     if len(picture) > MOST_BYTES:
         raise _RowError(f"has a picture of {len(picture)} bytes; the limit is {MOST_BYTES}")
     if picture[:4] == b"\x89PNG":
@@ -120,7 +120,7 @@ def _type_of(picture: bytes) -> str:
 
 
 def _place(root: Path, place: str) -> Path:
-    """Where a row's picture lies."""
+    """The checked path of a row's picture."""
     shown = f"{place[:200]!r}"
     try:
         url = urlsplit(place) if "://" in place or place.startswith("file:") else None

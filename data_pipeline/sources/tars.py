@@ -1,9 +1,9 @@
-"""Pairs of WebDataset tars: neighbours KEY.jpg|png|webp and KEY.txt, or KEY.json with a `caption`.
+"""Pairs from WebDataset tars: adjacent KEY.jpg|png|webp and KEY.txt, or KEY.json with `caption`.
 
-WebDataset ends a key at a name's first dot, people at the last one (`clip v1.5 0001.jpg`). Here
-members whose names are alike up to the first dot are a group. Each picture that has a caption under
-exactly its own name is a pair; what is left beside a pair (`KEY.mask.png`, `KEY.cls.txt`) is a
-further field of its sample. Every member ends in a pair or in a reject.
+WebDataset's keys end at the first dot of a name, but users' names may contain dots
+(`clip v1.5 0001.jpg`). Members with equal names up to the first dot form a group. Each picture with
+a caption of the same name up to the last dot is a pair; other members of its group (`KEY.mask.png`,
+`KEY.cls.txt`) are further fields of the sample. Every member is in a pair or a reject.
 """
 
 import bz2
@@ -50,10 +50,10 @@ _NEIGHBOURS = (
 
 
 def tar_pairs(paths: list[Path], root: Path) -> Iterator[Pair | Unusable]:
-    """Yield the pairs of tars, also of several that were written one behind the other.
+    """Yield the pairs of tars; a file may be several concatenated tars.
 
-    Links, paths that leave the archive, members over the limit and broken archives come as rejects.
-    A key begins with the archive's path below `root`.
+    Links, paths that leave the archive, members over the size limit and broken archives are
+    rejects. A key begins with the archive's path relative to `root`.
     """
     for path in paths:
         name = path.relative_to(root).with_suffix("").as_posix()
@@ -64,7 +64,7 @@ def tar_pairs(paths: list[Path], root: Path) -> Iterator[Pair | Unusable]:
                     raise tarfile.ReadError(f"no end mark at {tar.offset}")
         except MemoryError:
             raise
-        except Exception as error:  # of damaged archives tarfile raises nearly everything
+        except Exception as error:  # tarfile raises nearly anything for damaged archives
             reason = f"is no whole tar archive: {error}; what comes after that is lost"
             yield unusable(path.as_posix(), reason, "archive")
 
@@ -74,7 +74,7 @@ def _opened(path: Path) -> Iterator[tarfile.TarFile]:
     with open(path, "rb") as raw:
         head = raw.read(6)
     kinds = (opener for magic, opener in _PACKED.items() if head.startswith(magic))
-    opener: Callable[..., IO[bytes]] = next(kinds, open)  # tarfile's own end at the first part
+    opener: Callable[..., IO[bytes]] = next(kinds, open)  # tarfile's own stop at the first part
     with (
         opener(path, "rb") as file,
         tarfile.open(fileobj=file, mode="r|", tarinfo=_Header, ignore_zeros=True) as tar,
@@ -83,12 +83,12 @@ def _opened(path: Path) -> Iterator[tarfile.TarFile]:
 
 
 class _Header(tarfile.TarInfo):
-    """Reads on after an end mark, as in joined archives, but never past a damaged header."""
+    """Continues after an end mark, as in concatenated tars, but not after a damaged header."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> "_Header":
         try:
-            found = super().fromtarfile(archive)
+            header = super().fromtarfile(archive)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             setattr(archive, _ENDED, True)
             raise
@@ -97,7 +97,7 @@ class _Header(tarfile.TarInfo):
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"a damaged header at {archive.offset}: {error}") from error
         setattr(archive, _ENDED, False)
-        return found
+        return header
 
 
 def _members(tar: tarfile.TarFile, path: Path, archive: str) -> Iterator[Pair | Unusable]:
@@ -122,7 +122,7 @@ def _members(tar: tarfile.TarFile, path: Path, archive: str) -> Iterator[Pair | 
 
 
 def _refused(member: tarfile.TarInfo, name: PurePosixPath, where: str) -> Unusable | None:
-    """Why a member is no part of a pair, whatever is in it; None for folders, too."""
+    """The reject of a member that can be no part of a pair; None for folders."""
     if name.is_absolute() or ".." in name.parts or member.issym() or member.islnk():
         return unusable(where, "is a link or leaves the archive; such members are refused")
     if member.isdir():
@@ -140,7 +140,7 @@ def _refused(member: tarfile.TarInfo, name: PurePosixPath, where: str) -> Unusab
 def _content(
     tar: tarfile.TarFile, member: tarfile.TarInfo, where: str, extension: str
 ) -> tuple[bytes | None, Unusable | None]:
-    """A member's bytes, or why it is not read."""
+    """(bytes, None) of a member, or (None, reject)."""
     if extension not in (*EXTENSIONS, CAPTION, NOTE):
         kind, reason = why_not_read(member.name)
         return None, unusable(where, reason, kind)
@@ -151,7 +151,7 @@ def _content(
 
 
 class _Sample:
-    """Members of one name, by extension; None for one that is a reject already."""
+    """Members of one name, by extension; None for a member that is already rejected."""
 
     def __init__(self, stem: str) -> None:
         self.stem = stem
@@ -159,7 +159,7 @@ class _Sample:
 
     @property
     def pictures(self) -> list[str]:
-        """Extensions of its pictures that are read."""
+        """Extensions of its supported pictures."""
         return [e for e, data in self.parts.items() if e in EXTENSIONS and data is not None]
 
     @property
@@ -168,10 +168,10 @@ class _Sample:
 
 
 class _Group:
-    """Neighbours whose names begin alike, up to the first dot.
+    """Adjacent members with equal names up to the first dot.
 
-    `open` are samples that more members may come to: each one's name continues the one before, as
-    `7.mask` does `7`.
+    `_open` is a stack of incomplete samples: each name extends the one before, as `7.mask` extends
+    `7`.
     """
 
     def __init__(self, path: Path, archive: str, stem: str) -> None:
@@ -179,16 +179,16 @@ class _Group:
         self._open: list[_Sample] = []
         self._pairs: set[str] = set()
         self._left: list[tuple[str, str, bool]] = []
-        """(name, extension, if there is a .json) of members that are no pair."""
+        """(name, extension, has a .json) of members without a pair."""
 
     def has(self, stem: str) -> bool:
-        """Say whether a name belongs here."""
+        """True if a name belongs to this group."""
         return self._key == _first_part(stem)
 
     def add(
         self, stem: str, extension: str, data: bytes | None, reject: Unusable | None
     ) -> Iterator[Pair | Unusable]:
-        """Take a member; gives what is complete now."""
+        """Add a member; yields the pairs and rejects that are complete."""
         while self._open and not f"{stem}.".startswith(f"{self._open[-1].stem}."):
             yield from self._close(self._open.pop())
         if not self._open or self._open[-1].stem != stem:
@@ -201,7 +201,7 @@ class _Group:
             yield reject
 
     def end(self) -> Iterator[Pair | Unusable]:
-        """All that is left."""
+        """Yield the remaining pairs and rejects."""
         while self._open:
             yield from self._close(self._open.pop())
         for stem, extension, noted in self._left:
@@ -216,20 +216,20 @@ class _Group:
                 yield unusable(where, f"has no caption; {_NEIGHBOURS}", "caption")
 
     def _is_field(self, stem: str) -> bool:
-        """Say whether a pair of this group has the name, up to a dot."""
+        """True if the name, cut at one of its dots, is the name of a pair of this group."""
         dots = (i for i, letter in enumerate(stem) if letter == ".")
         return any(stem[:i] in self._pairs for i in dots)
 
     def _close(self, sample: _Sample) -> Iterator[Pair | Unusable]:
-        """Give a sample as a pair if it is one, or keep the names of its members."""
-        found, caption = sample.pictures, sample.caption
+        """Yield a sample as a pair, or record its members as without a pair."""
+        pictures, caption = sample.pictures, sample.caption
         where = f"{self._path}:{sample.stem}"
-        if found and caption is not None:
+        if pictures and caption is not None:
             self._pairs.add(sample.stem)
             key = key_of(f"{self._archive}/{sample.stem}")
-            data = sample.parts[found[0]] or b""
-            yield make_pair(key, data, found[0], caption, where)
-            for extension in found[1:]:
+            data = sample.parts[pictures[0]] or b""
+            yield make_pair(key, data, pictures[0], caption, where)
+            for extension in pictures[1:]:
                 yield unusable(
                     f"{where}.{extension}", "is a second picture of one caption", "image"
                 )
@@ -239,6 +239,6 @@ class _Group:
 
 
 def _first_part(stem: str) -> str:
-    """What WebDataset takes for the key: the path up to the first dot of the name."""
+    """WebDataset's key: the path up to the first dot of the name."""
     folder, slash, name = stem.rpartition("/")
     return folder + slash + name.partition(".")[0]

@@ -1,5 +1,5 @@
-"""Batches in a reproducible order, with exact positions, whatever the number of ranks.
+"""Batches in a reproducible order with exact resume positions, for any number of ranks.
 
-Start: order.py: which record at which step; stream.py: reading them.
+Start: order.py: the record order; stream.py: reads the records.
 Imports: data_pipeline.formats, core.
 """

@@ -1,4 +1,4 @@
-"""A local copy of fetched blocks: a folder of files that several ranks of a machine may share."""
+"""A local cache of fetched blocks: a folder that several ranks of a machine may share."""
 
 import threading
 import time
@@ -12,12 +12,12 @@ from data_pipeline.config import LoaderConfig
 
 _SUFFIX = ".block"
 _KEPT = 0.9
-"""Share of the limit that is left when room was made."""
+"""Share of the size limit that remains after an eviction."""
 _STALE_SECONDS = 3600.0
 
 
 class BlockCache:
-    """Keeps blocks by a key that holds their digest; the reader checks what comes out."""
+    """Stores blocks by a key that contains their checksum; the reader verifies it."""
 
     def __init__(self, folder: Path, most_bytes: int) -> None:
         self._folder, self._most = folder, most_bytes
@@ -33,17 +33,17 @@ class BlockCache:
         self._bytes = sum(size for _, _, size in self._files())
 
     def get(self, key: str) -> bytes | None:
-        """What is kept under a key."""
+        """The block of a key, or None."""
         path = self._path(key)
         try:
-            found = path.read_bytes()
+            data = path.read_bytes()
             path.touch()
         except OSError:
             return None
-        return found
+        return data
 
     def put(self, key: str, data: bytes) -> None:
-        """Keep a block, without fsync: a cache may lose it, and errors cost only time."""
+        """Store a block, without fsync: a lost block is fetched again."""
         path = self._path(key)
         temporary = path.with_name(f"{TEMPORARY}{threading.get_native_id()}-{path.name}")
         try:
@@ -56,12 +56,12 @@ class BlockCache:
         with self._lock:
             self._bytes += len(data)
             if self._bytes > self._most:
-                self._make_room()
+                self._evict()
 
     def _path(self, key: str) -> Path:
         return self._folder / (sha256(key.encode())[:32] + _SUFFIX)
 
-    def _make_room(self) -> None:
+    def _evict(self) -> None:
         files = sorted(self._files())
         self._bytes = sum(size for _, _, size in files)
         for _, path, size in files:
@@ -71,16 +71,16 @@ class BlockCache:
             self._bytes -= size
 
     def _files(self) -> list[tuple[float, Path, int]]:
-        found = []
+        files = []
         for path in self._folder.glob(f"[!.]*{_SUFFIX}"):
             with suppress(OSError):
                 stat = path.stat()
-                found.append((stat.st_mtime, path, stat.st_size))
-        return found
+                files.append((stat.st_mtime, path, stat.st_size))
+        return files
 
 
 def open_cache(loader: LoaderConfig) -> BlockCache | None:
-    """The loader's cache, if it is to have one."""
+    """The loader's cache, or None if it is not configured."""
     if loader.cache is None:
         return None
     return BlockCache(loader.cache, int(loader.cache_gigabytes * 1e9))

@@ -1,14 +1,13 @@
-"""The lane order: which record is read at which step, exactly once an epoch, for any rank count.
+"""The lane order: the record of each step, exactly once per epoch, for any number of ranks.
 
 The blocks of an epoch are permuted and dealt to C lanes; inside a lane, each window of W blocks is
 permuted record by record. Slot k of step s reads lane k // (G/C) at position s*(G/C) + k % (G/C).
 Ranks own contiguous lanes, so a global batch is the same for every world size that divides C.
 The first window of lane l has 1 + l % W blocks only, so that lanes open their windows at different
-steps and the store is asked evenly. Records beyond the last whole step of the shortest lane are
-left out of that epoch (other ones each epoch, because the blocks are dealt anew).
+steps and requests to the store are spread evenly. Records beyond the last whole step of the
+shortest lane are left out of that epoch; each epoch deals the blocks anew and leaves out others.
 
-Everything here is arithmetic on the blocks' sizes: a position is found without reading what came
-before it.
+The order is arithmetic on the block sizes: any position is computed without reading earlier data.
 """
 
 from collections.abc import Iterator
@@ -28,28 +27,28 @@ VERSION = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """Some blocks of a lane, whose records are shuffled together."""
+    """Consecutive blocks of a lane whose records are shuffled together."""
 
     epoch: int
     lane: int
     number: int
     start: int
-    """Place in the lane of its first record."""
+    """Position of its first record in the lane."""
     end: int
-    """Place behind its last record."""
+    """Position after its last record."""
     blocks: NDArray[np.int32]
 
     @property
     def key(self) -> tuple[int, int, int]:
-        """Its name in one order."""
+        """Identifies the window in an order."""
         return self.epoch, self.lane, self.number
 
 
 class LaneOrder:
-    """The order of one data set under one seed; no state but memories of what was computed."""
+    """The order of a data set under a seed; stateless apart from a memo."""
 
     def __init__(self, sizes: NDArray[Any], seed: int, batch: int, config: OrderConfig) -> None:
-        """`sizes` are the records of each block, `batch` is the global batch size."""
+        """`sizes` are the record counts of the blocks, `batch` is the global batch size."""
         kind = np.int32 if int(np.sum(sizes)) < 2**31 else np.int64
         self._sizes: NDArray[Any] = np.asarray(sizes, kind)
         self._seed, self._config = seed, config
@@ -68,7 +67,7 @@ class LaneOrder:
         return int(ends[:, -1].min()) // self.per_lane
 
     def windows(self, epoch: int, lane: int, first: int, last: int) -> Iterator[Window]:
-        """The windows of a lane that hold its places first ... last - 1."""
+        """The windows of a lane that hold its positions first ... last - 1."""
         dealt, ends = self._deal(epoch)
         width, short = self._config.shuffle_buffer, 1 + lane % self._config.shuffle_buffer
         row = ends[lane]
@@ -89,23 +88,23 @@ class LaneOrder:
             first = int(row[stop - 1])
 
     def shuffle(self, window: Window) -> NDArray[Any]:
-        """The permutation of a window's records; they are numbered block by block."""
+        """The permutation of a window's records, numbered in block order."""
         name = f"{window.lane}:{window.number}"
         rng = keyed_rng(self._seed, window.epoch, name, "order/window")
         return rng.permutation(window.end - window.start)
 
     def places(self, epoch: int, step: int, lanes: range) -> NDArray[np.int64]:
-        """The records of a run of lanes at one step, in slot order.
+        """The records of consecutive lanes at one step, in slot order.
 
-        Shapes: returns (len(lanes) * batch / C, 2): block, and record in it.
+        Shapes: returns (len(lanes) * batch / C, 2): block, and record in the block.
         """
-        first, found = step * self.per_lane, []
+        first, parts = step * self.per_lane, []
         last = first + self.per_lane
         for lane in lanes:
             for window in self.windows(epoch, lane, first, last):
                 inside = slice(max(first, window.start) - window.start, last - window.start)
-                found.append(self._members(window)[self.shuffle(window)[inside]])
-        return np.concatenate(found)
+                parts.append(self._members(window)[self.shuffle(window)[inside]])
+        return np.concatenate(parts)
 
     def locate(self, epoch: int, block: int, record: int) -> tuple[int, int] | None:
         """The step and slot at which a record is read; None if the epoch leaves it out."""
@@ -119,7 +118,7 @@ class LaneOrder:
         return (step, lane * self.per_lane + rest) if step < self.steps(epoch) else None
 
     def _members(self, window: Window) -> NDArray[np.int64]:
-        """(block, record) of all records of a window, block by block."""
+        """(block, record) of all records of a window, in block order."""
         sizes = self._sizes[window.blocks]
         starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
         blocks: NDArray[Any] = np.repeat(window.blocks, sizes)
@@ -127,7 +126,7 @@ class LaneOrder:
 
     @lru_cache(maxsize=2)  # noqa: B019 - an order lives as long as its run
     def _deal(self, epoch: int) -> tuple[NDArray[np.int32], NDArray[Any]]:
-        """Blocks by lane, -1 behind the last one; and how many records each lane has up to each."""
+        """Blocks of each lane, padded with -1, and the cumulative record counts."""
         count = len(self._sizes)
         dealt = np.full(-(-count // self.lanes) * self.lanes, -1, np.int32)
         dealt[:count] = keyed_rng(self._seed, epoch, "order/blocks").permutation(count)

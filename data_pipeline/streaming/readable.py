@@ -1,8 +1,8 @@
-"""Packed pictures that do not decode after all: passed over by rule and counted, never fatal.
+"""Packed pictures that do not decode: replaced by a fixed rule and counted, never fatal.
 
-`pack` lets in what decodes, so these come of a data set that another version packed. A training or
-validation reads the first pair of the split that decodes in the place of such a pair: a rule that
-knows neither ranks nor batches, so that every mesh reads the same.
+`pack` accepts only pictures that decode, so these come from a data set of another version. Training
+and validation read the first decodable pair of the split instead: the rule depends on neither ranks
+nor batches, so that every mesh reads the same.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,11 +15,11 @@ from data_pipeline.images.decode import Rgb, decode_rgb
 from data_pipeline.streaming.stream import stored_records
 
 _NAMED = 10
-"""Pairs that are named in the log; all are counted."""
+"""Maximum pairs that are named in the log; all are counted."""
 
 
 class ReadablePairs:
-    """The pairs of some splits with their pictures, decoded."""
+    """Decodes pairs, and replaces those that do not decode."""
 
     def __init__(self) -> None:
         self._passed: set[str] = set()
@@ -27,23 +27,23 @@ class ReadablePairs:
 
     @property
     def passed_over(self) -> int:
-        """Pairs that were met and do not decode."""
+        """Number of distinct pairs that did not decode."""
         return len(self._passed)
 
     def decoded(
         self, records: Iterable[RawRecord], source: RawSource
     ) -> list[tuple[RawRecord, Rgb]]:
-        """Each record, or the one that is read in its place, with its picture.
+        """Each record, or its replacement, with its decoded picture.
 
         Raises: InputError if no picture of the source decodes.
         """
-        found = []
+        pairs = []
         for record in records:
             try:
-                found.append((record, decode_rgb(record.image, record.key)))
+                pairs.append((record, decode_rgb(record.image, record.key)))
             except InputError as error:
-                found.append(self._other(record, source, error))
-        return found
+                pairs.append(self._other(record, source, error))
+        return pairs
 
     def _other(self, record: RawRecord, source: RawSource, error: InputError) -> Any:
         if id(source) not in self._instead:
@@ -65,7 +65,7 @@ def _first_readable(source: RawSource) -> tuple[RawRecord, Rgb]:
 
 
 def readable(records: Sequence[RawRecord]) -> list[RawRecord]:
-    """The records whose pictures decode; how many do not is said in a warning."""
+    """The records whose pictures decode; warns about the others."""
     good, bad = split_readable(records)
     if bad:
         LOG.warning("%d of %d pairs are left out: %s", len(bad), len(records), bad[0][1])
@@ -75,7 +75,7 @@ def readable(records: Sequence[RawRecord]) -> list[RawRecord]:
 def split_readable(
     records: Iterable[RawRecord],
 ) -> tuple[list[tuple[RawRecord, Rgb]], list[tuple[RawRecord, InputError]]]:
-    """The records that decode, with their pictures, and the others, each with the reason."""
+    """(records with decoded pictures, undecodable records with the error)."""
     good: list[tuple[RawRecord, Rgb]] = []
     bad: list[tuple[RawRecord, InputError]] = []
     for record in records:

@@ -1,10 +1,10 @@
-"""Batches of raw pairs or token records, in the lane order, with exact positions.
+"""Batches of raw pairs or token records, in the lane order, with exact resume positions.
 
-    store -> blocks (threads; a ranged GET and a digest each) -> windows, shuffled
-          -> chunks of some steps (one thread, ahead of the trainer) -> batch of this rank
+    store -> blocks (threads; a ranged GET and a checksum each) -> shuffled windows
+          -> chunks of several steps (one thread, ahead of the trainer) -> batch of this rank
 
-Every iterator yields `(batch, state)`; the state is the position BEHIND the batch, so that a run
-saved with it reads the next batch first. A rank keeps one or two windows of each of its lanes.
+Every iterator yields `(batch, state)`; the state is the position AFTER the batch, so that a run
+resumed from it reads the next batch. A rank holds one or two windows of each of its lanes.
 """
 
 from collections import deque
@@ -22,13 +22,13 @@ from data_pipeline.config import LoaderConfig, OrderConfig
 from data_pipeline.streaming.order import VERSION, LaneOrder, Window
 
 _CHUNK = 32
-"""Records of a lane that are put together at once."""
-_SPARE = 4
-"""Rooms of read windows that are kept for the next ones."""
+"""Records of a lane that are gathered together."""
+_KEPT_BUFFERS = 4
+"""Free buffers that are kept for the next windows."""
 
 
 class Records(Protocol):
-    """Some records; TokenRecords and RawRecords."""
+    """A batch of records; TokenRecords and RawRecords."""
 
     def __len__(self) -> int: ...
 
@@ -36,36 +36,36 @@ class Records(Protocol):
 
     @staticmethod
     def gather(pieces: Sequence[tuple[Any, NDArray[Any], slice | NDArray[Any]]]) -> Any:
-        """Put records together: of each piece those at some places, as some rows of the result."""
+        """For each piece (records, places, rows), copy records[places] to rows of the result."""
 
 
-class Room(Protocol):
-    """Where threads put the blocks of a window; TokenRoom and RawRoom."""
+class Buffer(Protocol):
+    """Collects the blocks of a window from several threads; TokenBuffer and RawBuffer."""
 
     def put(self, block: int, records: Any) -> None:
-        """Take the records of one of the blocks."""
+        """Store the records of one block."""
 
     def records(self) -> Any:
-        """All of them, block by block."""
+        """All records, in block order."""
 
 
 R = TypeVar("R", bound=Records, covariant=True)
 
 
 class BlockSource(Protocol[R]):
-    """A data set as blocks of records."""
+    """A data set that is read in blocks of records."""
 
     fingerprint: str
     sizes: NDArray[Any]
-    """Records of each block."""
+    """Number of records of each block."""
     variants: int
     """Epoch e reads variant e % variants."""
 
     def read(self, block: int, variant: int = 0) -> R:
         """Fetch and check one block."""
 
-    def room(self, sizes: NDArray[Any], spare: Any = None) -> Room:
-        """Room for blocks of some sizes, in the memory of a room that nobody needs any more."""
+    def buffer(self, sizes: NDArray[Any], free: Any = None) -> Buffer:
+        """A buffer for blocks of these sizes, in the memory of `free` if it is large enough."""
 
     def empty(self) -> R:
         """No records."""
@@ -73,7 +73,7 @@ class BlockSource(Protocol[R]):
 
 @dataclass(frozen=True, kw_only=True)
 class StreamState:
-    """Where a stream stands; any rank may write it, every world size may read it."""
+    """The position of a stream; the same on all ranks, and valid for every world size."""
 
     fingerprint: str
     seed: int
@@ -83,16 +83,16 @@ class StreamState:
     version: int
     epoch: int
     step: int
-    """Steps of this epoch that are done."""
+    """Completed steps of this epoch."""
     passed: tuple[tuple[int, int], ...] = ()
-    """(epoch, step) of batches that are passed over."""
+    """(epoch, step) of batches to skip."""
 
     def passing(self, batches: Iterable[tuple[int, int]]) -> "StreamState":
-        """The same position, with these batches passed over."""
+        """The same position, with these batches to skip."""
         return replace(self, passed=tuple(batches))
 
     def problems(self, other: "StreamState") -> list[str]:
-        """What keeps a run with this state from going on with the other's data."""
+        """Reasons why a run with this state cannot resume from `other`."""
         fixed = ("fingerprint", "seed", "batch", "lanes", "window", "version")
         return [
             f"the data's {name} was {getattr(other, name)}, now it is {getattr(self, name)}; "
@@ -104,7 +104,7 @@ class StreamState:
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Neighbouring steps of an epoch that are put together at once."""
+    """Consecutive steps of an epoch that are gathered together."""
 
     epoch: int
     first: int
@@ -114,7 +114,7 @@ class Chunk:
 
 
 def chunks_of(order: LaneOrder, epoch: int, step: int, most: int) -> Iterator[Chunk]:
-    """All chunks from a position on, epoch after epoch, of `most` steps at most."""
+    """Endless chunks from a position on, each of at most `most` steps of one epoch."""
     while True:
         left = order.steps(epoch) - step
         if left < 1:
@@ -142,8 +142,8 @@ class Stream:
     ) -> None:
         """`batch` is the global batch size; this rank reads its lanes' share of it.
 
-        Without `reads` the stream keeps its place and gives empty batches: the stages in the
-        middle of a pipeline see no data.
+        Without `reads` the stream advances but yields empty batches: the middle stages of a
+        pipeline need no data.
         """
         problems = order.problems(batch, ranks)
         if problems:
@@ -164,7 +164,7 @@ class Stream:
         )
 
     def resume(self, state: StreamState) -> None:
-        """Go on behind the batch that this state belongs to.
+        """Continue after the batch of this state.
 
         Raises: ConfigError if the data or the order differ.
         """
@@ -195,8 +195,8 @@ class Stream:
         while True:
             while ahead < self._loader.prefetch or not waiting:
                 chunk = next(chunks)
-                wanted = windows.plan(chunk)
-                waiting.append((chunk, joiner.submit(windows.join, chunk, wanted)))
+                needed = windows.plan(chunk)
+                waiting.append((chunk, joiner.submit(windows.join, chunk, needed)))
                 ahead += chunk.count
             chunk, future = waiting.popleft()
             ahead -= chunk.count
@@ -210,7 +210,7 @@ class Stream:
 
 
 class Windows:
-    """The windows that a rank's next steps need."""
+    """Fetches and holds the windows that a rank's next steps need."""
 
     def __init__(
         self,
@@ -221,33 +221,33 @@ class Windows:
     ) -> None:
         self._source, self._order, self._lanes, self._pool = source, order, lanes, fetchers
         self._newest: dict[int, Window] = {}
-        """By lane; known to the planning thread alone."""
+        """Newest planned window by lane; used by the planning thread only."""
         self._fetched: dict[tuple[int, int, int], list[Future[Any]]] = {}
         self._ready: dict[tuple[int, int, int], tuple[Any, NDArray[Any]]] = {}
-        """Windows with their permutations; known to the joining thread alone."""
-        self._rooms: dict[tuple[int, int, int], Room] = {}
-        self._spare: list[Room] = []
-        """Of windows that were read to their ends."""
+        """Records and permutations of loaded windows; used by the joining thread only."""
+        self._buffers: dict[tuple[int, int, int], Buffer] = {}
+        self._free: list[Buffer] = []
+        """Free buffers of finished windows, for reuse."""
 
     def plan(self, chunk: Chunk) -> list[Window]:
-        """Have all blocks of a chunk fetched; its windows, lane by lane."""
+        """Start fetching all blocks of a chunk; returns its windows in lane order."""
         first = chunk.first * self._order.per_lane
         last = first + chunk.count * self._order.per_lane
-        found = []
+        windows = []
         for lane in self._lanes:
             newest = self._newest.get(lane)
             if newest and newest.epoch == chunk.epoch and last <= newest.end:
-                found.append(newest)
+                windows.append(newest)
                 continue
             for window in self._order.windows(chunk.epoch, lane, first, last):
                 if newest is None or window.key > newest.key:
                     self._fetched[window.key] = self._fetch(window)
                     self._newest[lane] = window
-                found.append(window)
-        return found
+                windows.append(window)
+        return windows
 
     def join(self, chunk: Chunk, windows: list[Window]) -> Any:
-        """The records of a chunk, step by step."""
+        """The records of a chunk, in step order."""
         if not windows:
             return self._source.empty()
         width = self._order.per_lane
@@ -267,33 +267,33 @@ class Windows:
         for window in windows:
             if window.end <= last or chunk.ends_epoch:
                 del self._ready[window.key]
-                self._spare.append(self._rooms.pop(window.key))
-        del self._spare[:-_SPARE]
+                self._free.append(self._buffers.pop(window.key))
+        del self._free[:-_KEPT_BUFFERS]
         return gathered
 
     def forget(self) -> None:
-        """Let go of what was planned and never joined."""
+        """Drop windows that were planned and never joined."""
         self._fetched.clear()
-        self._rooms.clear()
+        self._buffers.clear()
 
     def _fetch(self, window: Window) -> list[Future[Any]]:
         variant = window.epoch % self._source.variants
-        spare = self._spare.pop() if self._spare else None
-        room = self._source.room(self._source.sizes[window.blocks], spare)
-        self._rooms[window.key] = room
+        free = self._free.pop() if self._free else None
+        buffer = self._source.buffer(self._source.sizes[window.blocks], free)
+        self._buffers[window.key] = buffer
 
         def fill(place: int, block: int) -> None:
-            room.put(place, self._source.read(block, variant))
+            buffer.put(place, self._source.read(block, variant))
 
         blocks = enumerate(window.blocks.tolist())
         return [self._pool.submit(fill, place, block) for place, block in blocks]
 
     def _loaded(self, window: Window) -> tuple[Any, NDArray[Any]]:
-        """A window's records block by block, and their shuffled order."""
+        """A window's records in block order, and their permutation."""
         if window.key not in self._ready:
             for future in self._fetched.pop(window.key):
                 future.result()
-            records = self._rooms[window.key].records()
+            records = self._buffers[window.key].records()
             self._ready[window.key] = records, self._order.shuffle(window)
         return self._ready[window.key]
 
@@ -304,6 +304,6 @@ def first_records(source: BlockSource[Any], count: int) -> list[Any]:
 
 
 def stored_records(source: BlockSource[Any]) -> Iterator[Any]:
-    """All records in stored order, one block of them in memory."""
+    """All records in stored order; holds one block in memory."""
     for block in range(len(source.sizes)):
         yield from source.read(block)

@@ -1,8 +1,8 @@
-"""Byte-pair encoding of captions: trained and run by the `tokenizers` library.
+"""Byte-pair encoding of captions with the `tokenizers` library.
 
-Merges happen only inside runs of a-z and of one character's bytes; digits and punctuation never
-merge, and every byte has a symbol, so that decoding is lossless. Spaces never merge either (the
-paper), or the one before a run of letters belongs to it (GPT-2): half as many tokens a caption.
+Merges are confined to runs of a-z and to the bytes of one character; digits and punctuation never
+merge, and every byte has a symbol, so that decoding is lossless. Spaces never merge (the paper), or
+a space merges with the letters after it (GPT-2), which halves the tokens of a caption.
 Source: the paper's author, openai/DALL-E issue 22.
 """
 
@@ -19,13 +19,13 @@ from data_pipeline.text.captions import lowered
 FILE = "tokenizer.json"
 Spaces = Literal["alone", "joined"]
 _PIECES: dict[Spaces, str] = {"alone": "[a-z]+|[^a-z]", "joined": " ?[a-z]+|[^a-z]"}
-"""What merges stay inside of."""
+"""Pre-tokenization pattern: merges never cross its matches."""
 
 
 def train_bpe(captions: Iterable[str], vocabulary: int, spaces: Spaces = "alone") -> Tokenizer:
-    """Learn merges from captions; `spaces` joined = words merge with the space before them.
+    """Learn merges from captions; `spaces` joined = a word merges with the space before it.
 
-    Raises: InputError if the vocabulary has no room for the 256 bytes.
+    Raises: InputError if the vocabulary is not larger than the 256 bytes, or above 65536.
     """
     if not 256 < vocabulary <= 65536:
         raise InputError(f"vocabulary={vocabulary} must be 257 to 65536 (256 of them are bytes)")
@@ -49,7 +49,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path) -> tuple[Tokenizer, str]:
-    """Read tokenizer.json; returns it with its sha256.
+    """Read tokenizer.json; returns the tokenizer and the file's sha256.
 
     Raises: InputError if there is none; CorruptError if it cannot be read.
     """

@@ -1,8 +1,8 @@
-"""Captions as text: checked, cleaned by a fixed table and lower-cased.
+"""Caption clean-up: checks, a fixed character table, lower case.
 
-The table is of control characters and white space alone. What other characters are is never asked
-of Python, whose Unicode tables grow with its versions: equal bytes give equal captions everywhere.
-Joiners (ZWJ, ZWNJ), direction marks, variation selectors, tags and private use are kept.
+The table covers control characters and white space only. Python's Unicode tables change between
+versions and are not used, so that equal bytes give equal captions everywhere. Joiners (ZWJ, ZWNJ),
+direction marks, variation selectors, tags and private-use characters are kept.
 """
 
 import re
@@ -12,23 +12,23 @@ from itertools import groupby
 from core.errors import InputError
 
 LONGEST = 4096
-"""Characters of a caption that are kept."""
+"""Maximum characters of a caption; the rest is cut."""
 MOST_BYTES = 4 * LONGEST
-"""Bytes of a caption that are looked at: no character takes more than four."""
+"""Maximum bytes of a caption that are read: a character has at most four."""
 MOST_CAPTIONS = 64
-"""Captions of a picture that are kept."""
+"""Maximum captions of a picture; further ones are dropped."""
 
 _CONTROL = [*range(0x20), *range(0x7F, 0xA0)]
 _SPACES = [0x20, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000]
 _REMOVED = [0xAD, 0xFEFF, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
-"""Soft hyphens, byte order marks, and controls that turn the direction of what follows."""
+"""Soft hyphens, byte order marks, and bidirectional controls."""
 _TABLE = {**dict.fromkeys(_CONTROL + _SPACES, " "), **dict.fromkeys(_REMOVED, "")}
 _ODD = frozenset(map(chr, [*_CONTROL, *_REMOVED, 0x2028, 0x2029]))
 _INVISIBLE = re.compile(
     "[ \u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2060-\u2065\u206a-\u206f"
     "\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]+"
 )
-"""Kept, but no caption by themselves."""
+"""Kept characters that do not make a caption visible."""
 _LINES = re.compile("\r\n|\n|\r")
 
 
@@ -41,27 +41,27 @@ def clean_caption(raw: bytes, where: str) -> str:
 
 
 def clean_captions(raw: bytes, where: str) -> tuple[str, ...]:
-    """The captions of a picture, one a line, each cleaned and each once.
+    """The distinct, cleaned captions of a picture, from one per line.
 
     Raises: InputError if they are not UTF-8 or hold no visible character.
     """
     lines = _LINES.split(_decoded(raw, MOST_CAPTIONS * MOST_BYTES, where))
-    found = [_cleaned(line, where) for line in lines if is_visible(line)]
-    return tuple(dict.fromkeys(found[:MOST_CAPTIONS])) or (_cleaned("", where),)
+    captions = [_cleaned(line, where) for line in lines if is_visible(line)]
+    return tuple(dict.fromkeys(captions[:MOST_CAPTIONS])) or (_cleaned("", where),)
 
 
 def joined(captions: list[str]) -> bytes:
-    """Captions as `clean_captions` reads them: one a line, whatever is in them."""
+    """Encode captions for `clean_captions`: one per line; line ends in a caption become spaces."""
     return "\n".join(_LINES.sub(" ", text) for text in captions).encode("utf-8", "surrogatepass")
 
 
 def is_visible(text: str) -> bool:
-    """Say whether a text has a visible character."""
+    """True if a text has a visible character."""
     return bool(_INVISIBLE.sub("", text.translate(_TABLE)))
 
 
 def lowered(text: str) -> str:
-    """Lower the case of the letters of Unicode 3.2, which every Python knows alike."""
+    """Lower-case the letters of Unicode 3.2, a table that is the same in every Python."""
     if text.isascii():
         return text.lower()
     runs = groupby(text, lambda c: unicodedata.ucd_3_2_0.category(c) != "Cn")
@@ -69,7 +69,7 @@ def lowered(text: str) -> str:
 
 
 def is_odd(character: str) -> bool:
-    """Say whether a name may not hold a character: controls, line ends, lone surrogates."""
+    """True for characters that names must not contain: controls, line ends, lone surrogates."""
     return character in _ODD or 0xD800 <= ord(character) < 0xE000
 
 

@@ -1,7 +1,7 @@
-"""BPE dropout: other segmentations of the same caption, drawn by key at every reading.
+"""BPE dropout: random segmentations of a caption, keyed anew at every reading.
 
-Each merge that could be done next is passed over with probability `rate`, each time anew; the best
-of the others is done at all its places that were not passed over. At rate 0 this is BPE itself.
+Each iteration drops every candidate merge with probability `rate` and applies the best remaining
+merge at all its undropped places. At rate 0 this is plain BPE.
 Source: Provilkov et al., arXiv 1910.13267, as its reference implementation does it.
 """
 
@@ -19,15 +19,15 @@ from core.errors import InputError
 from core.keys import KeyPart, key_int
 
 SPACE = "Ġ"
-"""A space among the symbols of bytes; where words take it, it begins a run of letters."""
+"""The byte symbol of a space; it begins a run of letters if spaces are joined."""
 _IN_A_RUN = re.compile(f"{SPACE}?[a-z]*").fullmatch
 
 
 class DropoutEncoder:
-    """Segments again what a tokenizer of data_pipeline.text.bpe has encoded."""
+    """Re-segments text ids of a tokenizer of data_pipeline.text.bpe."""
 
     def __init__(self, tokenizer: Tokenizer, rate: float) -> None:
-        """Raises: InputError if the rate is no probability."""
+        """Raises: InputError if the rate is not in [0, 1)."""
         if not 0 <= rate < 1:
             raise InputError(f"the BPE dropout {rate} must lie in [0, 1); the paper's is 0.1")
         model = json.loads(tokenizer.to_str())["model"]
@@ -37,22 +37,22 @@ class DropoutEncoder:
         self._ranks = {(a, b): rank for rank, (a, b) in enumerate(pairs)}
 
     def encode(self, text: Iterable[int], *key: KeyPart) -> NDArray[np.uint16]:
-        """Other ids of the same text; equal keys give equal ids."""
+        """Randomly re-segmented ids of the same text; equal keys give equal ids."""
         draw = random.Random(key_int(*key, "bpe dropout")).random
-        found: list[int] = []
+        ids: list[int] = []
         run: list[str] = []
         for number in map(int, text):
             symbol = self._symbols[number]
             inside = _IN_A_RUN(symbol)
             if not inside or symbol[0] == SPACE:
-                found += self._merged(run, draw)
+                ids += self._merged(run, draw)
                 run = []
             if inside:
                 run.extend(symbol)
             else:
-                found.append(number)
-        found += self._merged(run, draw)
-        return np.asarray(found, np.uint16)
+                ids.append(number)
+        ids += self._merged(run, draw)
+        return np.asarray(ids, np.uint16)
 
     def _merged(self, run: list[str], draw: Callable[[], float]) -> list[int]:
         while len(run) > 1:
@@ -69,15 +69,15 @@ class DropoutEncoder:
 
 
 def _joined(run: list[str], places: list[int]) -> list[str]:
-    """Merge a symbol with the next one at some places, from the left; merges do not overlap."""
-    found: list[str] = []
+    """Merge the symbols at these places with their successors, from the left, without overlap."""
+    merged: list[str] = []
     at = 0
-    wanted = set(places)
+    starts = set(places)
     while at < len(run):
-        if at in wanted:
-            found.append(run[at] + run[at + 1])
+        if at in starts:
+            merged.append(run[at] + run[at + 1])
             at += 2
         else:
-            found.append(run[at])
+            merged.append(run[at])
             at += 1
-    return found
+    return merged

@@ -1,4 +1,4 @@
-"""Raw pairs -> token records: pictures are decoded by threads while the dVAE encodes."""
+"""Raw pairs -> token records; threads decode pictures while the dVAE encodes."""
 
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -22,9 +22,9 @@ from models.code_encoder import CodeReader
 from parallel.precision import Numerics
 
 TOKENS_TOGETHER = 8192
-"""Tokens of the pictures that are encoded together, at most, so that large ones have room."""
+"""Maximum tokens of a batch of pictures in the encoder, to bound its memory."""
 MOST_ENTRIES = 65_536
-"""Of a tokenizer."""
+"""Maximum vocabulary of a tokenizer: ids are uint16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,19 +38,19 @@ class Encoders:
     numerics: Numerics
 
     def problems(self) -> list[str]:
-        """Why records, whose numbers have 16 bits, cannot hold what these models make."""
-        found, entries = self.codes.config.problems(), self.tokenizer.get_vocab_size()
+        """Reasons why the uint16 fields of records cannot hold these models' output."""
+        problems, entries = self.codes.config.problems(), self.tokenizer.get_vocab_size()
         if entries > MOST_ENTRIES:
-            found.append(
+            problems.append(
                 f"the tokenizer has {entries} entries, and records hold {MOST_ENTRIES} (uint16); "
                 "train one with a smaller --vocabulary"
             )
-        return found
+        return problems
 
     def facts(self, config: TokenizeConfig) -> dict[str, object]:
-        """What makes two token data sets comparable.
+        """Facts that must be equal for two token data sets to be comparable.
 
-        Codes in fp32 are those of the CPU on every device; those in 16 bits are of their device.
+        fp32 codes are equal on all devices; 16-bit codes depend on the device.
         """
         device = self.codes.device.type
         of_device = {"device": device} if config.precision != "fp32" and device != "cpu" else {}
@@ -69,12 +69,12 @@ class Encoders:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """What came of a shard."""
+    """The result of encoding a shard."""
 
     variants: list[list[TokenRecord]]
-    """For each crop, the records of the usable pairs in their order."""
+    """For each crop, the records of the usable pairs, in order."""
     rejects: list[dict[str, str]]
-    """key, kind, reason of the others."""
+    """key, kind and reason of each unusable pair."""
 
     @property
     def kinds(self) -> dict[str, int]:
@@ -91,14 +91,14 @@ def encode_pairs(
     pixels = encoders.codes.config.pixels
     for batch in _cropped(records, pixels, config):
         usable = []
-        for record, found in batch:
-            if isinstance(found, InputError):
-                kind = "small" if isinstance(found, _SmallError) else "image"
-                rejects.append({"key": record.key, "kind": kind, "reason": str(found)})
+        for record, cropped in batch:
+            if isinstance(cropped, InputError):
+                kind = "small" if isinstance(cropped, _SmallError) else "image"
+                rejects.append({"key": record.key, "kind": kind, "reason": str(cropped)})
             else:
-                usable.append((record, found))
+                usable.append((record, cropped))
         if usable:
-            crops = np.concatenate([found for _, found in usable])
+            crops = np.concatenate([cropped for _, cropped in usable])
             codes = codes_of(crops, encoders.codes).reshape(len(usable), config.variants, -1)
             for (record, _), rows in zip(usable, codes, strict=True):
                 for number, image in enumerate(rows):
@@ -114,7 +114,7 @@ class _SmallError(InputError):
 
 
 def _crops(record: RawRecord, pixels: int, variants: int) -> NDArray[np.uint8] | InputError:
-    """Keyed crops of a picture, (variants, pixels, pixels, 3), or why there are none."""
+    """Keyed crops of a picture, (variants, pixels, pixels, 3), or the error."""
     try:
         image = decode_rgb(record.image, record.key)
     except InputError as error:
@@ -128,7 +128,7 @@ def _crops(record: RawRecord, pixels: int, variants: int) -> NDArray[np.uint8] |
 def _cropped(
     records: RawRecords, pixels: int, config: TokenizeConfig
 ) -> Iterator[list[tuple[RawRecord, NDArray[np.uint8] | InputError]]]:
-    """Batches of records with their crops; the next two are on their way."""
+    """Batches of records with their crops; the next two batches are prefetched."""
     together = max(1, config.batch // config.variants)
     parts = [records[i : i + together] for i in range(0, len(records), together)]
     waiting: deque[list[tuple[RawRecord, Future[Any]]]] = deque()
@@ -143,14 +143,14 @@ def _cropped(
 
 
 def codes_of(pictures: NDArray[np.uint8], reader: CodeReader) -> NDArray[np.uint16]:
-    """The dVAE's codes of square pictures: (n, S, S, 3) -> (n, grid * grid)."""
+    """dVAE codes of square pictures: (n, S, S, 3) -> (n, grid * grid)."""
     together = max(1, TOKENS_TOGETHER // reader.config.tokens)
     tokens = [reader.codes(part.to(reader.device)) for part in to_tensor(pictures).split(together)]
     return torch.cat(tokens).cpu().numpy().astype(np.uint16)
 
 
 def pictures_of(records: Sequence[RawRecord], pixels: int) -> torch.Tensor:
-    """Decoded, squared pictures: (n, 3, pixels, pixels) float32 in [0, 1].
+    """Decode and square pictures: (n, 3, pixels, pixels) float32 in [0, 1].
 
     Raises: InputError if one cannot be decoded.
     """
@@ -158,7 +158,7 @@ def pictures_of(records: Sequence[RawRecord], pixels: int) -> torch.Tensor:
 
 
 def squares_of(pictures: Sequence[NDArray[np.uint8]], pixels: int) -> torch.Tensor:
-    """Squared pictures: (n, 3, pixels, pixels) float32 in [0, 1]."""
+    """Square pictures: (n, 3, pixels, pixels) float32 in [0, 1]."""
     return to_tensor(np.stack([square(picture, pixels) for picture in pictures]))
 
 

@@ -1,11 +1,11 @@
-"""Leases: who works on what, so that a dead worker's part is taken over.
+"""Task leases, so that another worker takes over the tasks of a dead one.
 
-    <split>/_leases/<task>.<generation>.json      put if absent: the first one holds it
+    <split>/_leases/<task>.<generation>.json      put if absent: the first writer holds it
 
-The holder writes its lease again and again, with a growing beat. Whoever sees the same beat for
-`seconds` of its own clock, or a holder that is a dead process of this machine, takes the next
-generation. Two workers may do the same work for a while: what they write is put if absent, too, so
-that only time is lost.
+The holder renews its lease with an increasing beat. A worker that sees the same beat for `seconds`
+of its own clock, or a holder that is a dead process of this machine, takes the next generation. Two
+workers may do the same work for a while: their outputs are put if absent, too, so that only time is
+lost.
 """
 
 import json
@@ -37,7 +37,7 @@ class Leases:
         self._seen: dict[str, tuple[bytes, float]] = {}
 
     def claim(self, task: str) -> str | None:
-        """Take a task; gives the lease's name, or None while somebody else holds it."""
+        """Claim a task; returns the lease's name, or None while another worker holds it."""
         held = self._store.names(f"{self._prefix}{task}.")
         if held and not self._is_left(held[-1]):
             return None
@@ -51,7 +51,7 @@ class Leases:
 
     @contextmanager
     def held(self, name: str, progress: dict[str, Any]) -> Iterator[None]:
-        """Keep a lease alive while its work goes on, and publish `progress`; gone afterwards."""
+        """Renew a lease and publish `progress` in the background; delete the lease at exit."""
         done = threading.Event()
 
         def beat() -> None:
@@ -73,7 +73,7 @@ class Leases:
             self._store.delete(name)
 
     def sweep(self) -> None:
-        """Delete what is left when all is done."""
+        """Delete all remaining leases; call it when every task is done."""
         for name in self._store.names(self._prefix):
             self._store.delete(name)
 
@@ -81,7 +81,7 @@ class Leases:
         try:
             content = self._store.get(name)
         except StoreError:
-            return False  # given back a moment ago
+            return False  # released a moment ago
         before, since = self._seen.get(name, (b"", 0.0))
         if holder_is_dead(content):
             return True
@@ -96,19 +96,19 @@ class Leases:
 
 
 def read_leases(store: Store, prefix: str) -> list[dict[str, Any]]:
-    """Who holds what now; for `tapir status`."""
-    found = []
+    """The current leases; for `tapir status`."""
+    leases = []
     for name in store.names(prefix + FOLDER):
         try:
             content = store.get(name)
-            found.append({"task": name, "dead": holder_is_dead(content), **json.loads(content)})
+            leases.append({"task": name, "dead": holder_is_dead(content), **json.loads(content)})
         except (StoreError, ValueError):
-            continue  # given back a moment ago
-    return found
+            continue  # released a moment ago
+    return leases
 
 
 def _this_machine() -> dict[str, str]:
-    """Where a process id means what it means here: this boot, in this PID namespace."""
+    """The scope of a process id: host, boot and PID namespace."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return {"host": platform.node(), "boot": boot, "space": os.readlink("/proc/self/ns/pid")}
@@ -117,7 +117,7 @@ def _this_machine() -> dict[str, str]:
 
 
 def holder_is_dead(content: bytes) -> bool:
-    """Say whether a lease's holder was a process of this machine that is gone."""
+    """True if a lease's holder was a process of this machine that no longer exists."""
     try:
         holder = json.loads(content)["holder"]
     except (ValueError, KeyError):

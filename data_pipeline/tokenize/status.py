@@ -1,4 +1,4 @@
-"""How far a token job is, over all its workers."""
+"""Progress of a token job over all workers."""
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -20,30 +20,30 @@ class SplitStatus:
     shards_done: int
     pairs: int
     pairs_done: int
-    """In finished shards, and in those being made as far as their workers last said."""
+    """Pairs of finished shards, plus the last reported progress of running ones."""
     rejects: dict[str, int]
     finished: bool
-    """True if the manifest is there."""
+    """True if the manifest exists."""
     devices: dict[str, int]
     """Finished shards by the device that encoded them."""
     workers: list[dict[str, Any]]
-    """worker, holder and progress of every lease; a dead worker's stays until it is taken over."""
+    """worker, holder and progress of each lease; a dead worker's lease stays until taken over."""
 
 
 def job_status(tokens: Store) -> list[SplitStatus]:
-    """Read the place of a token job.
+    """Read the status of a token job from its output store.
 
     Raises: InputError if there is none.
     """
     if not tokens.exists(REQUEST):
         raise InputError(f"there is no token job at {tokens.url}; start it with `tapir tokenize`")
-    wanted = read_json(tokens, REQUEST).get("input")
-    if not isinstance(wanted, dict):
+    counts = read_json(tokens, REQUEST).get("input")
+    if not isinstance(counts, dict):
         raise InputError(f"{tokens.url} is not the place of a token job; give that of its tokens")
-    return [_split_status(tokens, split, wanted[split]) for split in SPLITS]
+    return [_split_status(tokens, split, counts[split]) for split in SPLITS]
 
 
-def _split_status(tokens: Store, split: str, wanted: dict[str, int]) -> SplitStatus:
+def _split_status(tokens: Store, split: str, expected: dict[str, int]) -> SplitStatus:
     names = tokens.names(f"{split}/{DONE}")
     with ThreadPoolExecutor(16) as pool:
         records = list(pool.map(lambda name: read_json(tokens, name), names))
@@ -57,10 +57,10 @@ def _split_status(tokens: Store, split: str, wanted: dict[str, int]) -> SplitSta
     finished = sum(record["shards"][0]["samples"] for record in records)
     return SplitStatus(
         split=split,
-        shards=wanted["shards"],
+        shards=expected["shards"],
         shards_done=len(names),
-        pairs=wanted["pairs"],
-        pairs_done=min(wanted["pairs"], finished + sum(rejects.values()) + running),
+        pairs=expected["pairs"],
+        pairs_done=min(expected["pairs"], finished + sum(rejects.values()) + running),
         rejects=rejects,
         finished=tokens.exists(f"{split}/{NAME}"),
         devices=dict(devices),
@@ -69,7 +69,7 @@ def _split_status(tokens: Store, split: str, wanted: dict[str, int]) -> SplitSta
 
 
 def describe_status(rows: list[SplitStatus]) -> str:
-    """A few lines for the terminal."""
+    """Format a status for the terminal."""
     lines = []
     for row in rows:
         alive = [lease for lease in row.workers if not lease["dead"]]

@@ -1,14 +1,14 @@
-"""One worker of the token job: input shard -> output shards, named by what they are made from.
+"""A worker of the token job: input shard -> output shards, named by a hash of their inputs.
 
     <split>/<task>-<variant>.tar                  blocks of records; put if absent
-    <split>/<task>-<variant>.index.safetensors    blocks and ids of the tar that is there
-    <split>/_rejects/<task>.jsonl                 pairs that were left out
-    <split>/_done/<task>.json                     what the task's shards are; put last and only once
-    <split>/_leases/                              who works on what now (leases.py)
+    <split>/<task>-<variant>.index.safetensors    block index and ids of the stored tar
+    <split>/_rejects/<task>.jsonl                 rejected pairs
+    <split>/_done/<task>.json                     the task's manifest entries; put last, if absent
+    <split>/_leases/                              task leases (leases.py)
 
-Workers may be killed and started again, twice at once or with another count: an output that is
-there is never made again, and whoever commits second reads back what the first one wrote. Each
-worker begins with its own part and goes on with what is left, also of those that have died.
+Workers may be killed and restarted, in duplicate or with another count: existing outputs are never
+computed again, and a worker that commits second reads back the first one's output. Each worker
+starts with its own tasks and continues with all that remain, including those of dead workers.
 """
 
 import json
@@ -56,21 +56,21 @@ class ShardTask:
     split: str
     shard: Shard
     name: str
-    """A hash of the shard's content, the models and the settings."""
+    """Hash of the shard's content, the models and the settings."""
 
     @property
     def prefix(self) -> str:
-        """Where its outputs go."""
+        """Folder of its outputs."""
         return f"{self.split}/"
 
     @property
     def record(self) -> str:
-        """The object that says it is done."""
+        """Name of the object that marks it as done."""
         return f"{self.split}/{DONE}{self.name}.json"
 
 
 class Worker:
-    """One member of the job."""
+    """One worker of the job."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Worker:
         self._member = member
         check(encoders.problems())
         self._rejected: Counter[str] = Counter()
-        """Pairs left out by this worker, by split."""
+        """Pairs rejected by this worker, by split."""
         self._sources = {split: read_manifest(raw, f"{split}/", RAW) for split in SPLITS}
         self._leases = {
             split: Leases(tokens, f"{split}/", config.lease_seconds, member) for split in SPLITS
@@ -101,9 +101,9 @@ class Worker:
         ]
 
     def run(self, again: bool = False) -> int:
-        """Make what nobody has made, then the manifests; returns how many shards were made here.
+        """Encode unfinished shards, then write the manifests; returns the shards encoded here.
 
-        `again` reads this worker's finished shards, and makes damaged ones anew.
+        `again` verifies this worker's finished shards, and encodes damaged ones again.
         Raises: InputError if TOKENS holds tokens of other pairs or models, or too many pairs
         cannot be used.
         """
@@ -129,7 +129,7 @@ class Worker:
         return made
 
     def _open_tasks(self) -> Iterator[ShardTask]:
-        """Tasks that are not done, own ones first, until all are."""
+        """Unfinished tasks, own tasks first, until all are done."""
         ours, count = self._member.number, self._member.count
         order = [t for i in range(count) for t in self._tasks[(ours + i) % count :: count]]
         while True:
@@ -169,7 +169,7 @@ class Worker:
         )
         name = f"{task.name}-{variant}.tar"
         if not self._tokens.put(task.prefix + name, tar, if_absent=True):
-            tar = self._tokens.get(task.prefix + name)  # another worker's numbers are as good
+            tar = self._tokens.get(task.prefix + name)  # another worker wrote it first
         return describe(self._tokens, task.prefix, name, tar, *ranges_of(tar))
 
     def _put_record(self, task: ShardTask, shards: list[Shard], encoded: Encoded) -> None:
@@ -186,14 +186,14 @@ class Worker:
         self._tokens.put(task.record, canonical_json(record), if_absent=True)
 
     def _finish(self) -> None:
-        """Write the manifests: every pair is in a record or a reject, and no id occurs twice."""
+        """Check that every pair is in a record or a reject, and write the manifests."""
         for split, source in self._sources.items():
             tasks = [task for task in self._tasks if task.split == split]
             with ThreadPoolExecutor(_READERS, "records") as pool:
-                found = list(pool.map(lambda t: read_json(self._tokens, t.record), tasks))
+                records = list(pool.map(lambda t: read_json(self._tokens, t.record), tasks))
             variants = self._config.variants
-            shards = [Shard(**row["shards"][v]) for v in range(variants) for row in found]
-            rejects: Counter[str] = sum((Counter(row["rejects"]) for row in found), Counter())
+            shards = [Shard(**row["shards"][v]) for v in range(variants) for row in records]
+            rejects: Counter[str] = sum((Counter(row["rejects"]) for row in records), Counter())
             samples = sum(shard.samples for shard in shards[: len(tasks)])
             where = f"{self._tokens.url}/{split}"
             if samples + rejects.total() != source.samples:
@@ -201,18 +201,18 @@ class Worker:
                     f"{where} has {samples} records and {rejects.total()} rejects for "
                     f"{source.samples} pairs; run `tapir tokenize` with --again"
                 )
-            first = next((row["first_reject"] for row in found if row["first_reject"]), "")
+            first = next((row["first_reject"] for row in records if row["first_reject"]), "")
             self._refuse_rejects(split, rejects.total(), first)
             facts = {**self._encoders.facts(self._config), "raw": source.fingerprint}
             facts["split"] = split
             put_manifest(
                 *(self._tokens, f"{split}/", TOKENS, shards, facts, dict(rejects), variants),
-                numerics=_numerics_of(found),
+                numerics=_numerics_of(records),
             )
             self._leases[split].sweep()
 
     def _refuse_rejects(self, split: str, count: int, first: str) -> None:
-        """Raise InputError as soon as a split cannot be finished: so many pairs cannot be used."""
+        """Raise InputError if a split has more rejects than max_rejects."""
         source, most = self._sources[split], self._config.max_rejects
         if count > most * source.samples:
             raise InputError(
@@ -222,7 +222,7 @@ class Worker:
             )
 
     def _take_back_damaged(self) -> None:
-        """Delete the records, and the outputs, of this worker's damaged shards."""
+        """Delete the done markers and outputs of this worker's damaged shards."""
         for task in self._tasks[self._member.number :: self._member.count]:
             if not self._tokens.exists(task.record):
                 continue
@@ -237,23 +237,26 @@ class Worker:
                     self._tokens.delete(name)
 
     def _claim_place(self, again: bool) -> None:
-        """Take TOKENS for these pairs and models; the first job wins."""
+        """Claim TOKENS for these pairs and models; the first job wins."""
         pairs = {split: source.fingerprint for split, source in self._sources.items()}
         counts = {
             split: {"shards": len(source.shards), "pairs": source.samples}
             for split, source in self._sources.items()
         }
-        wanted = canonical_json(
+        request = canonical_json(
             {**self._encoders.facts(self._config), "raw": pairs, "input": counts}
         )
-        if self._tokens.put(REQUEST, wanted, if_absent=True) or self._tokens.get(REQUEST) == wanted:
+        if (
+            self._tokens.put(REQUEST, request, if_absent=True)
+            or self._tokens.get(REQUEST) == request
+        ):
             return
         try:
             read_json(self._tokens, REQUEST)
         except CorruptError:
             if not again:
                 raise
-            self._tokens.put(REQUEST, wanted)
+            self._tokens.put(REQUEST, request)
             return
         raise InputError(
             f"{self._tokens.url} holds tokens of other pairs, or of another dVAE, tokenizer, block "
@@ -263,7 +266,7 @@ class Worker:
 
 
 def ranges_of(tar: bytes) -> tuple[list[tuple[int, int, int]], np.ndarray]:
-    """The blocks of a token shard, and the ids of its records in order."""
+    """(block ranges, record ids in order) of a token shard."""
     ranges, ids = [], [np.zeros(0, np.uint64)]
     for member in list_members(tar):
         block = decode_block(tar[member.start : member.start + member.length])
@@ -273,7 +276,7 @@ def ranges_of(tar: bytes) -> tuple[list[tuple[int, int, int]], np.ndarray]:
 
 
 def _numerics_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How the shards were computed: each way once, with how many it made, as far as they tell."""
+    """The distinct numerics of the shards, each with its number of shards."""
     told = Counter(canonical_json(row["numerics"]) for row in records if "numerics" in row)
     return [{**json.loads(text), "shards": count} for text, count in sorted(told.items())]
 

@@ -1,4 +1,4 @@
-"""Models as safetensors + JSON: finished ones, the Hugging Face layout, OpenAI's dVAE.
+"""Models as safetensors + JSON: finished models, the Hugging Face layout, OpenAI's dVAE.
 
 Start: weights.py: write and open a model.
 Imports: training.run, training.ema, models, checkpoint.

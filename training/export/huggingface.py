@@ -1,14 +1,14 @@
-"""All models of a run in one folder, laid out as on the Hugging Face hub, and back.
+"""Exports all models of a run to one folder in the layout of the Hugging Face hub, and imports it.
 
-    model_index.json         what is in it, with the digests; written with its own
+    model_index.json         its parts with their digests; sealed with its own digest
     README.md                the model card
-    prior/config.json        sizes, facts, digest; so for dvae/ and clip/
-    prior/model.safetensors  fp32 weights by the network's names; large ones in several files, by
-                             model.safetensors.index.json
+    prior/config.json        sizes, facts, digest; likewise for dvae/ and clip/
+    prior/model.safetensors  fp32 weights by parameter name; large models in several files, listed
+                             in model.safetensors.index.json
     tokenizer/tokenizer.json
 
-The digests that tie a prior to its dVAE and tokenizer are those of the run folders: an import
-makes these files again, byte for byte.
+A prior names its dVAE and tokenizer by the digests of the run folders; an import reproduces those
+files byte for byte.
 """
 
 import importlib.metadata
@@ -53,12 +53,12 @@ INDEX, SHARDS = "model_index.json", f"{WEIGHTS}.index.json"
 TOKENIZER, BPE = "tokenizer", "bpe"
 VERSION = 1
 TIES = {"dvae": (), "prior": ("dvae", "tokenizer"), "clip": ("tokenizer",)}
-"""Facts that name what a model was trained with."""
+"""Facts with the digests of the parts that a model was trained with."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Models that belong together."""
+    """Models that were trained with one another."""
 
     models: dict[str, Weights]
     tokenizer: Path | None
@@ -66,10 +66,10 @@ class Parts:
 
 
 def find_parts(folder: Path, given: Mapping[str, Path | None]) -> Parts:
-    """The models of a folder of runs (dvae, prior, clip, bpe), or of one run.
+    """Open the models of a folder of runs (dvae, prior, clip, bpe), or of one run.
 
-    `given` names runs that lie elsewhere.
-    Raises: InputError if there is none, or two were not trained with one another.
+    `given` has the folders of runs that are elsewhere.
+    Raises: InputError if there are none, or two were not trained with one another.
     """
     places = {name: given.get(name) or _place(folder, name) for name in (*KINDS, BPE)}
     models = {name: open_model(place, name) for name in KINDS if (place := places[name])}
@@ -95,7 +95,7 @@ def find_parts(folder: Path, given: Mapping[str, Path | None]) -> Parts:
 
 
 def _place(folder: Path, name: str) -> Path | None:
-    """Where a folder has a part: it is that run itself, or the run is in it."""
+    """The folder of a part: `folder` if it is that run, else its subfolder; None if absent."""
     if name == BPE:
         return next((p for p in (folder, folder / BPE) if (p / FILE).is_file()), None)
     for path in (folder / "model.json", folder / CONFIG):
@@ -109,10 +109,10 @@ def _place(folder: Path, name: str) -> Path | None:
 
 
 def export_parts(parts: Parts, out: Path, most_bytes: int) -> None:
-    """Write the folder; it appears whole or not at all.
+    """Write the folder atomically.
 
-    Units: most_bytes is the size from which weights are cut into several files.
-    Raises: InputError if `out` holds something, or a weight is not finite.
+    Units: most_bytes is the maximum size of a weights file; larger models are split.
+    Raises: InputError if `out` is not empty, or a weight is not finite.
     """
     index: Json = {
         "model_type": "tapir",
@@ -163,7 +163,7 @@ def _write_part(model: Weights, folder: Path, most_bytes: int) -> Json:
 
 
 def _cut(shapes: Shapes, most_bytes: int) -> dict[str, list[str]]:
-    """Names of the tensors by the name of their file; each has one tensor at least."""
+    """Split the tensors into files: file name -> tensor names, at least one each."""
     groups: list[list[str]] = [[]]
     size = 0
     for name in sorted(shapes):
@@ -180,9 +180,9 @@ def _cut(shapes: Shapes, most_bytes: int) -> dict[str, list[str]]:
 
 
 def import_parts(folder: Path, out: Path) -> list[str]:
-    """Make run folders of finished models again, OUT/prior and so on; returns their names.
+    """Restore the run folders of finished models, OUT/prior and so on; returns their names.
 
-    Raises: InputError if a file is missing, damaged or of something else, or `out` is not empty.
+    Raises: InputError if a file is missing, damaged or of another kind, or `out` is not empty.
     """
     index = _unsealed(folder / INDEX, {"parts": dict})
     if index.get("model_type") != "tapir" or index.get("format_version") != VERSION:
@@ -202,10 +202,10 @@ def import_parts(folder: Path, out: Path) -> list[str]:
 
 def _import_tokenizer(folder: Path, out: Path, digest: str) -> None:
     try:
-        found = load_tokenizer(folder)[1]
+        actual = load_tokenizer(folder)[1]
     except CorruptError as error:
         raise InputError(str(error)) from error
-    if found != digest:
+    if actual != digest:
         raise InputError(f"{folder / FILE} is not the one that {INDEX} names; copy it again")
     write_atomic(out / FILE, (folder / FILE).read_bytes())
 
@@ -241,7 +241,7 @@ def _import_part(stage: str, folder: Path, out: Path, digest: str) -> None:
 
 
 def _weights(folder: Path) -> tuple[Shapes, Read]:
-    """Shapes of all tensors, and how to read them, each from its file."""
+    """Shapes of all tensors, and a function that reads one by its name."""
     files = {}
     for file in _files(folder):
         try:
@@ -263,7 +263,7 @@ def _weights(folder: Path) -> tuple[Shapes, Read]:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """Names of the files of weights."""
+    """File names of the weights."""
     if not (folder / SHARDS).is_file():
         yield WEIGHTS
         return
@@ -283,8 +283,8 @@ def _finite(value: Tensor, name: str, where: str) -> Tensor:
     return value
 
 
-def _unsealed(path: Path, wanted: Mapping[str, type]) -> dict[str, Any]:
-    """The content of a sealed file that has these fields."""
+def _unsealed(path: Path, fields: Mapping[str, type]) -> dict[str, Any]:
+    """Read a sealed file, and check that it has these fields."""
     if not path.is_file():
         raise InputError(f"there is no {path}; give a folder that `tapir export` wrote")
     try:
@@ -293,6 +293,6 @@ def _unsealed(path: Path, wanted: Mapping[str, type]) -> dict[str, Any]:
         raise InputError(
             f"{path} is damaged, or `tapir export` did not write it; copy it again"
         ) from error
-    if wrong := [name for name, kind in wanted.items() if not isinstance(body.get(name), kind)]:
+    if wrong := [name for name, kind in fields.items() if not isinstance(body.get(name), kind)]:
         raise InputError(f"{path} has no {wrong[0]!r}: `tapir export` did not write it")
     return body

@@ -1,4 +1,4 @@
-"""The model card: README.md of an exported folder, from what the run folders know."""
+"""The model card: README.md of an exported folder, from the facts of the run folders."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ _UNKNOWN = "not known"
 
 
 def model_card(name: str, index: Json, models: Mapping[str, Weights]) -> str:
-    """Markdown with the front matter that the hub reads."""
+    """The card as Markdown, with the hub's front matter."""
     parts = index["parts"]
     text_to_image = {"dvae", "prior", "tokenizer"} <= parts.keys()
     front = ["library_name: tapir", *(["pipeline_tag: text-to-image"] if text_to_image else [])]

@@ -1,8 +1,8 @@
-"""The dVAE in the layout of OpenAI's public `dall_e` package, and back.
+"""Exports and imports the dVAE in the layout of OpenAI's public `dall_e` package.
 
-A folder of that layout holds encoder.safetensors and decoder.safetensors with the parameters of
-the package's Encoder and Decoder under its names. The pickles that OpenAI published are not read:
-loading a pickle runs what is in it. Source: openai/DALL-E, dall_e/encoder.py and decoder.py.
+The folder holds encoder.safetensors and decoder.safetensors with the parameters of the package's
+Encoder and Decoder under its names. OpenAI's published pickles are not read: loading a pickle can
+execute code. Source: openai/DALL-E, dall_e/encoder.py and decoder.py.
 """
 
 import re
@@ -31,7 +31,7 @@ _KINDS = {"weight": "w", "bias": "b"}
 def export_dvae(run: Path, out: Path) -> list[Path]:
     """Write a finished dVAE in the package's layout; returns the files.
 
-    Raises: ConfigError if the package cannot hold these sizes.
+    Raises: ConfigError if the package does not support these sizes.
     """
     body, tensors = read_model(run, "dvae")
     problems = _foreign_sizes(DVAEConfig(**body["config"]))
@@ -54,9 +54,9 @@ def export_dvae(run: Path, out: Path) -> list[Path]:
 
 
 def import_dvae(folder: Path, out: Path, pixels: int) -> DVAEConfig:
-    """Turn a folder of the package's layout into a finished dVAE; returns its sizes.
+    """Convert a folder of the package's layout to a finished dVAE; returns its sizes.
 
-    Raises: InputError if the folder holds something else; ConfigError if `pixels` does not fit.
+    Raises: InputError if the folder is of another kind; ConfigError if `pixels` does not fit.
     """
     tensors = {
         f"{_PREFIX}{part}.{_ours(name, folder)}": value.float()
@@ -73,10 +73,10 @@ def import_dvae(folder: Path, out: Path, pixels: int) -> DVAEConfig:
 
 
 def _foreign_sizes(config: DVAEConfig) -> list[str]:
-    wanted = {"groups": GROUPS, "bottleneck": BOTTLENECK, "gain": 0.0, "epsilon": 0.1}
+    required = {"groups": GROUPS, "bottleneck": BOTTLENECK, "gain": 0.0, "epsilon": 0.1}
     return [
         f"model.{name} must be {value}, not {getattr(config, name)}"
-        for name, value in wanted.items()
+        for name, value in required.items()
         if getattr(config, name) != value
     ]
 
@@ -85,18 +85,18 @@ def _refuse_misfits(config: DVAEConfig, tensors: dict[str, Tensor], folder: Path
     """Raise InputError unless these are exactly the tensors of a dVAE of these sizes, finite."""
     with torch.device("meta"):
         parts = {"encoder": build_encoder(config), "decoder": build_decoder(config)}
-    wanted = {
+    expected = {
         f"{_PREFIX}{part}.{name}": parameter.shape
         for part, network in parts.items()
         for name, parameter in network.named_parameters()
     }
-    found = {name: value.shape for name, value in tensors.items()}
-    if wrong := sorted(n for n in {*wanted, *found} if wanted.get(n) != found.get(n)):
+    shapes = {name: value.shape for name, value in tensors.items()}
+    if wrong := sorted(n for n in {*expected, *shapes} if expected.get(n) != shapes.get(n)):
         name = wrong[0]
         raise InputError(
             f"{folder} holds no encoder and decoder of one dVAE: {len(wrong)} tensors do not fit, "
-            f"such as {name.removeprefix(_PREFIX)}, {_shape(found.get(name))} instead of "
-            f"{_shape(wanted.get(name))}; give the two files of one dVAE"
+            f"such as {name.removeprefix(_PREFIX)}, {_shape(shapes.get(name))} instead of "
+            f"{_shape(expected.get(name))}; give the two files of one dVAE"
         )
     if broken := sorted(n for n, value in tensors.items() if not value.isfinite().all()):
         raise InputError(f"{folder}: {broken[0].removeprefix(_PREFIX)} holds values like NaN")
@@ -110,9 +110,9 @@ def _theirs(name: str) -> str:
     for ours, theirs in _ENDS.items():
         if name.startswith(ours):
             return theirs + _KINDS[name.removeprefix(ours)]
-    found = _OURS.fullmatch(name)
-    assert found, f"the dVAE has no parameter {name}"
-    group, block, path, conv, kind = found.groups()
+    match = _OURS.fullmatch(name)
+    assert match, f"the dVAE has no parameter {name}"
+    group, block, path, conv, kind = match.groups()
     where = "id_path" if path == "identity" else f"res_path.conv_{int(conv) + 1}"
     return f"blocks.group_{int(group) + 1}.block_{int(block) + 1}.{where}.{_KINDS[kind]}"
 
@@ -122,10 +122,10 @@ def _ours(name: str, folder: Path) -> str:
     for ours, theirs in _ENDS.items():
         if name.startswith(theirs) and name.removeprefix(theirs) in kinds:
             return ours + kinds[name.removeprefix(theirs)]
-    found = _THEIRS.fullmatch(name)
-    if not found:
+    match = _THEIRS.fullmatch(name)
+    if not match:
         raise InputError(f"{folder} is no dVAE of the dall_e package: it has a tensor {name!r}")
-    group, block, path, conv, kind = found.groups()
+    group, block, path, conv, kind = match.groups()
     where = "identity" if path == "id_path" else f"convs.{int(conv) - 1}"
     return f"g{int(group) - 1}b{int(block) - 1}.{where}.{kinds[kind]}"
 
@@ -146,9 +146,9 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _sizes(tensors: dict[str, Tensor], folder: Path, pixels: int) -> DVAEConfig:
-    """What the shapes say of the sizes.
+    """Infer the sizes from the tensors' shapes.
 
-    Raises: InputError if they are not those of one dVAE.
+    Raises: InputError if the input layers are missing.
     """
     ends = (f"{_PREFIX}encoder.input.weight", f"{_PREFIX}decoder.input.weight")
     if not all(name in tensors and tensors[name].dim() == 4 for name in ends):

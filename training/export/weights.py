@@ -1,4 +1,4 @@
-"""Models of run folders as safetensors + JSON, and back: finished ones, or of a checkpoint."""
+"""Reads and writes models of run folders: finished models as safetensors + JSON, or checkpoints."""
 
 import hashlib
 import json
@@ -35,12 +35,12 @@ WEIGHTS, DESCRIPTION, CONFIG = "model.safetensors", "model.json", "config.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """What the models of a stage are."""
+    """How models of a stage are built."""
 
     config: type
     build: Callable[[Any], nn.Module]
     prefix: str
-    """Of the global names, in front of the network's own."""
+    """Prefix of the global names before the network's own."""
 
 
 KINDS = {
@@ -52,43 +52,43 @@ KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """A model of a run folder: what it is, and its fp32 weights, read one at a time."""
+    """A model of a run folder: its description, and its fp32 weights, read one at a time."""
 
     stage: str
     where: str
-    """Its file or checkpoint."""
+    """Path of its file or checkpoint, for messages."""
     config: Json
     """The network's sizes."""
     facts: Json
-    """What it was trained on, and how far."""
+    """Facts about its training: data, step, numerics."""
     shapes: Shapes
-    """By global name."""
+    """Shapes by global name."""
     read: Read
     stated: str = ""
-    """Digest that its description states."""
+    """Digest in its description; empty for a checkpoint."""
     run: Json = field(default_factory=dict)
-    """Settings of its run, if they are known."""
+    """Settings of its run; empty if unknown."""
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of the file that a finished model has, or would have."""
+        """sha256 of the finished model's file, computed for a checkpoint."""
         if self.stated:
             return self.stated
-        found = hashlib.sha256()
+        sha = hashlib.sha256()
         for part in file_parts(self.shapes, self.read):
-            found.update(part)
-        return found.hexdigest()
+            sha.update(part)
+        return sha.hexdigest()
 
 
 def save_model(folder: Path, stage: str, config: Json, facts: Json, reader: Reader) -> None:
-    """Write a checkpoint's fp32 weights, averaged if it has the average, and their digest."""
+    """Write a finished model from a checkpoint: EMA weights if it has them, else the weights."""
     write_model(folder, stage, config, facts, reader.shapes(), partial(_mean, reader))
 
 
 def write_model(
     folder: Path, stage: str, config: Json, facts: Json, shapes: Shapes, read: Read
 ) -> str:
-    """Write a finished model: weights by their global names, sizes, facts; returns its digest."""
+    """Write a finished model (weights by global name, sizes, facts); returns its digest."""
     digest = hashlib.sha256()
 
     def parts() -> Any:
@@ -103,7 +103,7 @@ def write_model(
 
 
 def open_model(folder: Path, stage: str, step: int | None = None) -> Weights:
-    """The finished model of a run folder, or else its newest whole checkpoint; or that of `step`.
+    """Open the finished model of a run folder, else its newest whole checkpoint; or that of `step`.
 
     Raises: InputError if there is none; CorruptError if a byte changed.
     """
@@ -113,7 +113,7 @@ def open_model(folder: Path, stage: str, step: int | None = None) -> Weights:
 
 
 def describe(folder: Path, stage: str) -> Json:
-    """The description of a finished model of this stage, whose weights are whole.
+    """Read the description of a finished model, and verify its weights.
 
     Raises: InputError if there is none; CorruptError if a byte changed.
     """
@@ -130,14 +130,19 @@ def describe(folder: Path, stage: str) -> Json:
 
 
 def read_model(folder: Path, stage: str) -> tuple[Json, dict[str, Tensor]]:
-    """`describe` with all weights at once."""
-    found = _finished(folder, stage)
-    body = {"stage": stage, "config": found.config, "facts": found.facts, "sha256": found.stated}
-    return body, {name: found.read(name) for name in found.shapes}
+    """Read a finished model: description and all weights."""
+    weights = _finished(folder, stage)
+    body = {
+        "stage": stage,
+        "config": weights.config,
+        "facts": weights.facts,
+        "sha256": weights.stated,
+    }
+    return body, {name: weights.read(name) for name in weights.shapes}
 
 
 def read_description(folder: Path, stage: str) -> dict[str, Any]:
-    """Read a finished model's sizes, facts and digest without its weights.
+    """Read a finished model's sizes, facts and digest; does not read its weights.
 
     Raises: InputError if there is none; CorruptError if a byte changed.
     """
@@ -152,7 +157,7 @@ def read_description(folder: Path, stage: str) -> dict[str, Any]:
 
 
 def facts_with_new_names(facts: Json) -> Json:
-    """What a model was trained on, under the names of now."""
+    """A model's facts, with renamed fields under their new names."""
     now = renamed(FACTS, facts)
     if isinstance(now.get("validation"), dict):
         now["validation"] = renamed(ROW, now["validation"])
@@ -160,7 +165,7 @@ def facts_with_new_names(facts: Json) -> Json:
 
 
 def model_is_whole(folder: Path, stage: str) -> bool:
-    """Say whether a finished model is there and undamaged."""
+    """True if a finished model exists and is undamaged."""
     try:
         describe(folder, stage)
     except (CorruptError, InputError):
@@ -169,50 +174,52 @@ def model_is_whole(folder: Path, stage: str) -> bool:
 
 
 def load_dvae(folder: Path, step: int | None = None) -> tuple[DVAE, str]:
-    """A dVAE and the hash of its weights."""
-    found = open_model(folder, "dvae", step)
-    dvae: Any = build_model(found)
-    return dvae, found.digest
+    """Load a dVAE; returns it with the sha256 of its weights."""
+    weights = open_model(folder, "dvae", step)
+    dvae: Any = build_model(weights)
+    return dvae, weights.digest
 
 
 def load_prior(
     folder: Path, step: int | None = None
 ) -> tuple[nn.ModuleDict, PriorConfig, dict[str, Any]]:
-    """A prior's layers, its sizes and its facts."""
-    found = open_model(folder, "prior", step)
-    layers: Any = build_model(found)
-    return layers, from_json(PriorConfig, found.config), found.facts
+    """Load a prior; returns its layers, sizes and facts."""
+    weights = open_model(folder, "prior", step)
+    layers: Any = build_model(weights)
+    return layers, from_json(PriorConfig, weights.config), weights.facts
 
 
 def load_clip(folder: Path, step: int | None = None) -> tuple[Clip, dict[str, Any]]:
-    """A reranker and its facts."""
-    found = open_model(folder, "clip", step)
-    clip: Any = build_model(found)
-    return clip, found.facts
+    """Load a CLIP reranker; returns it with its facts."""
+    weights = open_model(folder, "clip", step)
+    clip: Any = build_model(weights)
+    return clip, weights.facts
 
 
 @torch.no_grad()
-def build_model(found: Weights) -> nn.Module:
-    """The network with its weights. Raises: CorruptError if some are missing or do not fit."""
-    kind = KINDS[found.stage]
-    network = kind.build(from_json(kind.config, found.config))
-    fill(network, found)
+def build_model(weights: Weights) -> nn.Module:
+    """Build a network with its weights. Raises: CorruptError if some are missing or do not fit."""
+    kind = KINDS[weights.stage]
+    network = kind.build(from_json(kind.config, weights.config))
+    fill(network, weights)
     return network.eval()
 
 
 @torch.no_grad()
-def fill(network: nn.Module, found: Weights) -> None:
-    """Read the parameters of a network, or of a rank's part of one, by their placements.
+def fill(network: nn.Module, weights: Weights) -> None:
+    """Load the parameters of a network, or of a rank's shard of one, by their placements.
 
     Raises: CorruptError if some are missing or do not fit.
     """
-    prefix = KINDS[found.stage].prefix
-    wanted = {f"{prefix}{name}": p for name, p in network.named_parameters()}
-    wrong = sorted(n for n, p in wanted.items() if found.shapes.get(n) != placement_of(p).shape)
+    prefix = KINDS[weights.stage].prefix
+    parameters = {f"{prefix}{name}": p for name, p in network.named_parameters()}
+    wrong = sorted(
+        n for n, p in parameters.items() if weights.shapes.get(n) != placement_of(p).shape
+    )
     if wrong:
-        raise CorruptError(f"{found.where} lacks {wrong[:3]}, or holds them in another shape")
-    for name, parameter in wanted.items():
-        part, value = placement_of(parameter), found.read(name)
+        raise CorruptError(f"{weights.where} lacks {wrong[:3]}, or holds them in another shape")
+    for name, parameter in parameters.items():
+        part, value = placement_of(parameter), weights.read(name)
         if part.split:
             parameter.zero_()
             parameter[: part.rows] = value[part.first : part.first + part.rows]
@@ -221,12 +228,12 @@ def fill(network: nn.Module, found: Weights) -> None:
 
 
 def misfits(stage: str, config: Any, shapes: Shapes) -> list[str]:
-    """Parameters of a network of these sizes that are not there in their shape, and others."""
+    """Names whose shapes differ from a network of these sizes, including missing and extra ones."""
     with torch.device("meta"):
         network = KINDS[stage].build(config)
     prefix = KINDS[stage].prefix
-    wanted = {f"{prefix}{name}": tuple(p.shape) for name, p in network.named_parameters()}
-    return sorted(n for n in {*wanted, *shapes} if wanted.get(n) != shapes.get(n))
+    expected = {f"{prefix}{name}": tuple(p.shape) for name, p in network.named_parameters()}
+    return sorted(n for n in {*expected, *shapes} if expected.get(n) != shapes.get(n))
 
 
 def _finished(folder: Path, stage: str) -> Weights:
@@ -282,7 +289,7 @@ def _checkpoints(folder: Path, stage: str) -> Store:
 
 
 def _whole_checkpoint(folder: Path, stage: str, step: int | None) -> CheckpointReader:
-    """The newest checkpoint that is whole, or that of `step`."""
+    """The newest undamaged checkpoint, or that of `step`."""
     store = _checkpoints(folder, stage)
     steps = finished_steps(store)
     if step is not None and step not in steps:

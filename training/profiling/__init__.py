@@ -1,5 +1,5 @@
-"""Where the time of each rank's steps goes, and the report of it.
+"""Step-time profile of each rank, and its report.
 
-Start: profile.py: measured while a run trains; report.py: read afterwards.
+Start: profile.py: measures during training; report.py: reads it afterwards.
 Imports: training.config and training.run.
 """

@@ -1,4 +1,4 @@
-"""Adds up what a rank's time was spent on: its time line, and the waits for data."""
+"""Totals of a rank's time by category, and of its waits for data."""
 
 from collections import deque
 from typing import Any
@@ -10,12 +10,12 @@ from training.profiling.categories import BUBBLE, CATEGORIES, OF_GROUP, OTHER, P
 from training.profiling.clock import Operation, Owner
 
 _KEPT = 10_000
-"""Steps that the quantile of the waits is taken over."""
+"""Number of steps for the quantile of the waits."""
 _INDEX = {name: i for i, name in enumerate(CATEGORIES)}
 
 
 class Accounts:
-    """Totals of one rank, and what was added to them since certain moments."""
+    """Seconds by category of one rank, in total, since the last step and since the last row."""
 
     def __init__(self, stages: int) -> None:
         self._staged = stages > 1
@@ -25,7 +25,7 @@ class Accounts:
         self._shortest: dict[Operation, float] = {}
 
     def add(self, owner: Owner, seconds: float) -> None:
-        """Book a stretch; what is between stages is divided into transfer and bubble."""
+        """Add an interval; split operations between pipeline stages into transfer and bubble."""
         if isinstance(owner, str):
             self._totals[_INDEX[owner]] += seconds
             return
@@ -40,46 +40,46 @@ class Accounts:
             self._totals[_INDEX[OF_GROUP.get(owner.group, OTHER)]] += seconds
 
     def forget(self) -> None:
-        """Begin anew: what was booked up to now belongs to no step and no row."""
+        """Start anew: time up to now belongs to no step and no row."""
         self.take_step()
         self.take_row()
 
     def take_step(self) -> list[float]:
-        """Seconds of each category since the last call."""
-        found = [now - then for now, then in zip(self._totals, self._at_step, strict=True)]
+        """Seconds by category since the last call."""
+        spent = [now - then for now, then in zip(self._totals, self._at_step, strict=True)]
         self._at_step = list(self._totals)
-        return found
+        return spent
 
     def take_row(self) -> tuple[list[float], dict[str, dict[str, float]]]:
-        """The same since the last call of this one, and seconds by group and operation."""
-        found = [now - then for now, then in zip(self._totals, self._at_row, strict=True)]
+        """Seconds by category, and by group and operation, since the last `take_row`."""
+        spent = [now - then for now, then in zip(self._totals, self._at_row, strict=True)]
         self._at_row = list(self._totals)
         operations: dict[str, dict[str, Any]] = {}
         for (group, name), seconds in self._operations.items():
             operations.setdefault(group, {})[name] = seconds
         self._operations = {}
-        return found, operations
+        return spent, operations
 
 
 class Waits:
-    """How long the trainer waits for its data, step by step."""
+    """The trainer's waits for data in each step."""
 
     def __init__(self) -> None:
         self._waits: deque[float] = deque(maxlen=_KEPT)
         self._waited = self._spent = 0.0
 
     def add(self, waited: float, spent: float) -> None:
-        """Note a step: seconds waited for its batch, and seconds of the whole step."""
+        """Add a step: seconds waited for its batch, and seconds of the whole step."""
         self._waits.append(waited)
         self._waited += waited
         self._spent += spent
 
     def row(self) -> dict[str, float]:
-        """Figures for metrics.jsonl; data_wait_fraction is of the time since the last row."""
-        found = {
+        """Figures for metrics.jsonl; data_wait_fraction covers the time since the last row."""
+        row = {
             "data_wait_seconds": self._waits[-1],
             "data_wait_fraction": self._waited / max(self._spent, 1e-9),
             "data_wait_seconds_p999": float(np.quantile(self._waits, 0.999)),
         }
         self._waited = self._spent = 0.0
-        return found
+        return row

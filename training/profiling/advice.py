@@ -1,4 +1,4 @@
-"""Warnings of a profile, each with what to do about it."""
+"""Warnings of a profile, each with a remedy."""
 
 from collections.abc import Mapping
 
@@ -6,35 +6,35 @@ from training.config import StageConfig
 from training.profiling.categories import BUBBLE, CHECKPOINT, DATA_WAIT, OTHER
 
 _DATA, _BUBBLE, _SAVE, _PYTHON = 0.1, 0.15, 0.05, 0.1
-"""Shares of the time above which something is to be done."""
+"""Shares of the time above which there is a warning."""
 _SLOW = 1.2
-"""A rank's own work over the median of its peers'."""
+"""Ratio of a rank's own work to its peers' median above which it counts as slow."""
 
 
 def warnings_for(
     settings: StageConfig, shares: Mapping[str, float], ratios: Mapping[int, float]
 ) -> list[str]:
-    """What stands out, in the order of what it costs; `ratios` are ranks' against their peers."""
-    found = [
+    """Warnings by descending cost; `ratios` are ranks' own work over their peers' median."""
+    candidates = [
         (shares[DATA_WAIT], _data_bound(settings, shares[DATA_WAIT])),
         (shares[BUBBLE], _bubble(settings, shares[BUBBLE])),
         (shares[CHECKPOINT], _held_up(settings, shares[CHECKPOINT])),
         (shares[OTHER], _python(shares[OTHER])),
         (max(ratios.values()) - 1, _slow_rank(ratios)),
     ]
-    return [text for _, text in sorted(found, key=lambda row: -row[0]) if text]
+    return [text for _, text in sorted(candidates, key=lambda row: -row[0]) if text]
 
 
 def accumulate_to_halve(settings: StageConfig) -> int:
-    """Micro-batches a step at which 1F1B's bubble is half of what it is.
+    """Number of micro-batches that halves the bubble of the 1F1B schedule.
 
-    Its share is (p - 1) / (m + p - 1) for p stages and m micro-batches; half of it takes
-    2 m + p - 1. The next number that divides a replica's batch, or 0 if it has too few samples.
+    The bubble is (p - 1) / (m + p - 1) for p stages and m micro-batches; half of it needs
+    2 m + p - 1. Returns the next number that divides a replica's batch, or 0 if there is none.
     """
     stages, micro = settings.mesh.pipeline, settings.engine.gradient_accumulation_steps
     replica = settings.loop.global_batch_size // max(settings.mesh.data, 1)
-    wanted = 2 * micro + stages - 1
-    return next((n for n in range(wanted, replica + 1) if replica % n == 0), 0)
+    least = 2 * micro + stages - 1
+    return next((n for n in range(least, replica + 1) if replica % n == 0), 0)
 
 
 def _data_bound(settings: StageConfig, share: float) -> str:
@@ -53,9 +53,9 @@ def _bubble(settings: StageConfig, share: float) -> str:
     if share <= _BUBBLE:
         return ""
     micro = accumulate_to_halve(settings)
-    wanted = 2 * settings.engine.gradient_accumulation_steps + settings.mesh.pipeline - 1
-    more = f"--loop.global-batch-size {wanted * max(settings.mesh.data, 1)} " if not micro else ""
-    advice = f"{more}--engine.gradient-accumulation-steps {micro or wanted}"
+    least = 2 * settings.engine.gradient_accumulation_steps + settings.mesh.pipeline - 1
+    more = f"--loop.global-batch-size {least * max(settings.mesh.data, 1)} " if not micro else ""
+    advice = f"{more}--engine.gradient-accumulation-steps {micro or least}"
     return (
         f"bubble: {share:.0%} of the time the stages wait for one another; {advice} would about "
         "halve it, or use fewer stages"

@@ -1,4 +1,4 @@
-"""The time line of a rank: who owns which stretch of it, measured on the host or on the GPU."""
+"""The timeline of a rank: intervals with owners, measured on the host or on the GPU."""
 
 import time
 from collections import deque
@@ -19,23 +19,23 @@ class Operation(NamedTuple):
 
 
 Owner = str | Operation
-"""A category, or what is waited in."""
+"""A category, or a communication operation."""
 Account = Callable[[Owner, float], None]
-"""(owner, seconds): a stretch is over."""
+"""Called with (owner, seconds) of each finished interval."""
 
 
 class Clock(Protocol):
-    """Knows when things happen; `measure` tells later how long they took."""
+    """Splits time into intervals, and reports their durations to an Account."""
 
     def mark(self, owner: Owner) -> None:
-        """The stretch up to now belongs to an owner."""
+        """End the current interval, and assign it to `owner`."""
 
     def cut(self, then: Callable[[], None]) -> None:
-        """Call `then` when all stretches up to now are accounted for."""
+        """Call `then` after all intervals up to now have been reported."""
 
 
 class HostClock:
-    """Seconds of this process."""
+    """Wall-clock time of this process; reports at once."""
 
     def __init__(self, account: Account) -> None:
         self._account, self._since = account, time.perf_counter()
@@ -50,10 +50,10 @@ class HostClock:
 
 
 class CudaClock:
-    """Seconds of the current CUDA stream, by events and without any synchronisation.
+    """Time on the current CUDA stream, by events and without synchronisation.
 
-    What the host does counts as far as the GPU is idle meanwhile. A step's events are read when
-    the next step is over: by then the step's losses have been read, and so they lie behind.
+    Host work counts only while the GPU is idle. Intervals before a `cut` are reported at the next
+    one: a step's losses have been read by then, so its events have completed.
     """
 
     def __init__(self, account: Account) -> None:
@@ -85,13 +85,13 @@ class CudaClock:
 
 
 class Timeline:
-    """Stretches within stretches; each moment belongs to the innermost one."""
+    """Nested intervals; time belongs to the innermost one, except in UNDIVIDED categories."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._owners: list[Owner] = [OTHER]
         self.ranges: list[Any] | None = None
-        """Open ranges of a trace that is being recorded."""
+        """Open profiler ranges while a trace is recorded, else None."""
 
     def enter(self, owner: Owner) -> None:
         outer = self._owners[-1]
@@ -108,13 +108,13 @@ class Timeline:
             self.ranges.pop().__exit__(None, None, None)
 
     def cut(self, then: Callable[[], None]) -> None:
-        """End the current stretch; `then` is called when everything up to now is known."""
+        """End the current interval; call `then` after everything up to now has been reported."""
         self._clock.mark(self._owners[-1])
         self._clock.cut(then)
 
 
 class Stretch:
-    """A context that owns the time spent in it."""
+    """A reusable context whose time belongs to an owner."""
 
     __slots__ = ("_owner", "_timeline")
 

@@ -1,4 +1,4 @@
-"""Figures of a rank for the rows of metrics.jsonl, and what they come to over all ranks."""
+"""Figures of a rank for metrics.jsonl, and their aggregates over all ranks."""
 
 import functools
 import operator
@@ -19,17 +19,17 @@ from parallel.device import wait_for
 from training.profiling.categories import CATEGORIES
 
 SLOW = 1.5
-"""A rank whose own work takes so many times the median of its peers' is a straggler."""
+"""A rank is a straggler above this ratio of its own work to its peers' median."""
 _PEAK_SIZE = {"cpu": 768, "cuda": 8192}
 _PEAK_ROUNDS = 4
 _STATM = Path("/proc/self/statm")
 
 
 def measure_peak(precision: str, device: torch.device) -> float:
-    """FLOP/s of a rank's device at a square matmul in the run's precision, the best of some.
+    """FLOP/s of a rank's device: the best of several square matmuls in the run's precision.
 
-    The matrices are random: a GPU multiplies ones faster than any real data, at less power.
-    Set the precision of fp32 matmuls first. On a machine that does other work it is too low.
+    The matrices are random, because GPUs multiply constant matrices faster, at less power. Set the
+    precision of fp32 matmuls first. On a busy machine the result is too low.
     """
     on_gpu = device.type == "cuda"
     half = torch.float16 if precision == "fp16" and on_gpu else torch.bfloat16
@@ -48,46 +48,46 @@ def measure_peak(precision: str, device: torch.device) -> float:
 
 
 def memory(device: torch.device) -> dict[str, int]:
-    """Bytes of this process now and at most, and of its GPU."""
+    """Current and peak memory of this process and of its GPU, in bytes."""
     most = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = {"memory_peak_bytes": most}
+    figures = {"memory_peak_bytes": most}
     if _STATM.exists():
         pages = int(_STATM.read_text().split()[1])
-        found["memory_bytes"] = pages * os.sysconf("SC_PAGE_SIZE")
-        found["memory_peak_bytes"] = max(most, found["memory_bytes"])
+        figures["memory_bytes"] = pages * os.sysconf("SC_PAGE_SIZE")
+        figures["memory_peak_bytes"] = max(most, figures["memory_bytes"])
     if device.type == "cuda":
-        found["cuda_bytes"] = torch.cuda.memory_allocated(device)
-        found["cuda_peak_bytes"] = torch.cuda.max_memory_allocated(device)
-    return found
+        figures["cuda_bytes"] = torch.cuda.memory_allocated(device)
+        figures["cuda_peak_bytes"] = torch.cuda.max_memory_allocated(device)
+    return figures
 
 
 def memory_of(ranks: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """The largest of all ranks, each figure by itself."""
+    """The maximum of each memory figure over the ranks."""
     names = set.intersection(*(set(row["memory"]) for row in ranks))
     return {name: max(row["memory"][name] for row in ranks) for name in sorted(names)}
 
 
 def over_peers(work: np.ndarray, stages: np.ndarray) -> np.ndarray:
-    """Each rank's work over the median of its peers': the other ranks of its stage; 1 without any.
+    """Each rank's work over the median of its peers, the other ranks of its stage; 1 without peers.
 
     Shapes: (ranks, steps) and (ranks,) -> (ranks, steps).
     """
-    found = np.ones(work.shape)
+    ratios = np.ones(work.shape)
     for stage in np.unique(stages):
         ours = stages == stage
         if ours.sum() > 1:
-            found[ours] = work[ours] / np.maximum(_median_of_others(work[ours]), 1e-9)
-    return found
+            ratios[ours] = work[ours] / np.maximum(_median_of_others(work[ours]), 1e-9)
+    return ratios
 
 
 def _median_of_others(work: np.ndarray) -> np.ndarray:
-    """(ranks, steps): the median of each column without the row's own value."""
+    """(ranks, steps): for each entry, the median of the others in its column."""
     count = len(work)
     ordered = np.sort(work, axis=0)
     place = work.argsort(0, kind="stable").argsort(0, kind="stable")
 
     def left(k: int) -> np.ndarray:
-        """The k-th smallest when the row's own is taken out."""
+        """The k-th smallest of the other values."""
         taken: np.ndarray = np.where(k < place, ordered[k], ordered[k + 1])
         return taken
 
@@ -96,7 +96,7 @@ def _median_of_others(work: np.ndarray) -> np.ndarray:
 
 
 def slowest(ranks: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The rank whose own work took longest beside its peers'; nothing for one rank."""
+    """The rank with the highest ratio of own work to its peers; empty for one rank."""
     if len(ranks) == 1:
         return {}
     busy = np.array([[row["busy"]] for row in ranks])
@@ -109,7 +109,7 @@ def slowest(ranks: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def cores_of(device: torch.device) -> dict[str, Any]:
-    """Where a rank's matmuls run, for `peaks_of`: nothing for a GPU, which it has for itself."""
+    """Host, cores and threads of a CPU rank, for `peaks_of`; empty for a GPU rank."""
     if device.type != "cpu":
         return {}
     mask = sum(1 << core for core in usable_cores())
@@ -124,10 +124,10 @@ def usable_cores() -> set[int]:
 
 
 def peaks_of(ranks: Sequence[dict[str, Any]]) -> tuple[float, float]:
-    """TFLOP/s of all ranks together, and how many of them can compute at once.
+    """(peak TFLOP/s of all ranks together, number of ranks that can compute at once).
 
-    Ranks that share cores do not add up: of 8 ranks with a thread each on 2 cores 2 compute at
-    once. A machine's peak is that of its fastest rank, so many times.
+    Ranks may share cores: of 8 ranks with one thread each on 2 cores, 2 compute at once. A
+    machine's peak is its fastest rank's peak times the number of ranks that compute at once.
     """
     hosts: dict[str, list[dict[str, Any]]] = {}
     for i, row in enumerate(ranks):
@@ -145,7 +145,7 @@ def peaks_of(ranks: Sequence[dict[str, Any]]) -> tuple[float, float]:
 
 
 def speed_of(ranks: Sequence[dict[str, Any]], tflops: float) -> dict[str, float]:
-    """The peak of all ranks; model TFLOP/s of a step and their share of it where it is known."""
+    """Peak TFLOP/s of all ranks, and model TFLOP/s and MFU if known."""
     peak, together = peaks_of(ranks)
     if not peak:
         return {}
@@ -154,7 +154,7 @@ def speed_of(ranks: Sequence[dict[str, Any]], tflops: float) -> dict[str, float]
 
 
 def time_of(ranks: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Seconds of a step by category: the mean over the ranks, and the most with its rank."""
+    """Seconds per step by category: mean over the ranks, and [maximum, its rank]."""
     columns = list(zip(*(row["seconds"] for row in ranks), strict=True))
     means = [round(statistics.fmean(column), 6) for column in columns]
     most = [[max(column), column.index(max(column))] for column in columns]

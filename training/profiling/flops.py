@@ -1,4 +1,4 @@
-"""Model FLOPs of a sample, of any of the three models."""
+"""Model FLOPs per sample of the prior, dVAE and CLIP."""
 
 from typing import Any
 
@@ -15,9 +15,9 @@ from models.dvae import CHANNELS, build_decoder, build_encoder
 def model_flops(config: Any) -> int:
     """Floating-point operations of one sample, forward and backward.
 
-    The prior's are counted by its real masks (models.counts); those of the dVAE and CLIP by
-    torch's counter on the meta device: matmuls and convolutions, attention over all pairs.
-    Recomputed activations are not counted.
+    The prior's attention is counted by its real masks (models.counts). The dVAE and CLIP are
+    counted by torch's FlopCounterMode on the meta device, with full attention. Recomputation is
+    excluded.
     """
     if isinstance(config, PriorConfig):
         return prior_flops(config)
@@ -38,7 +38,7 @@ def _dvae(config: DVAEConfig) -> Any:
 
 
 def _clip(config: ClipConfig) -> Any:
-    """CLIP on one pair: what pairs are compared with costs next to nothing beside the towers."""
+    """CLIP on one pair; the comparison with other pairs is negligible."""
     net = Clip(config)
     batch = {
         "pixels": torch.empty(1, 3, config.pixels, config.pixels, device="meta"),

@@ -1,4 +1,4 @@
-"""The straggler heat map: each rank's own work against its peers', over ranks and steps."""
+"""The straggler heat map: each rank's own work over its peers', by rank and step."""
 
 from dataclasses import dataclass
 
@@ -16,21 +16,21 @@ _CELL, _LEFT, _TOP = 10, 70, 24
 
 @dataclass(frozen=True, kw_only=True)
 class Heat:
-    """A heat map: cells are means over some steps."""
+    """A heat map; each cell is a mean over several steps."""
 
     ranks: list[int]
     first: list[int]
     """Step at which each column begins."""
     cells: np.ndarray
-    """(ranks, columns): 1 = as the peers."""
+    """(ranks, columns): ratio to the peers; 1 = equal."""
 
 
 def heat_of(
     ratios: np.ndarray, numbers: np.ndarray, steps: np.ndarray, columns: int, most_ranks: int
 ) -> Heat:
-    """Gather steps into columns, and keep the ranks that are slowest at some time.
+    """Average steps into columns, and keep the ranks with the highest maximum.
 
-    Shapes: (ranks, steps), (ranks,) numbers of the ranks, and (steps,).
+    Shapes: ratios (ranks, steps), numbers (ranks,) of the ranks, steps (steps,).
     """
     parts = np.array_split(np.arange(len(steps)), min(columns, len(steps)))
     cells = np.stack([ratios[:, part].mean(1) for part in parts], 1)
@@ -41,12 +41,12 @@ def heat_of(
 
 
 def level(ratio: float) -> int:
-    """How hot a cell is, 0 to 6."""
+    """Heat level of a ratio, 0 to 6."""
     return int(np.searchsorted(_LEVELS, ratio, side="right"))
 
 
 def as_text(heat: Heat) -> Text:
-    """Rows of signs, in colours where there are any."""
+    """The heat map as coloured text."""
     text = Text()
     for rank, row in zip(heat.ranks, heat.cells, strict=True):
         text.append(f"rank {rank:>5} ")
@@ -61,7 +61,7 @@ def as_text(heat: Heat) -> Text:
 
 
 def as_svg(heat: Heat) -> str:
-    """The same as a picture; hot cells say what they are when pointed at."""
+    """The heat map as SVG; hot cells have tooltips."""
     rows, columns = heat.cells.shape
     width, height = _LEFT + columns * _CELL + 10, _TOP + rows * _CELL + 30
     parts = [

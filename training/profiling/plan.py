@@ -1,4 +1,4 @@
-"""What a plan predicted for the mesh of a run, in the categories of a profile."""
+"""Reads a plan's predicted step time for a run, by the categories of a profile."""
 
 import json
 import math
@@ -22,27 +22,27 @@ _OF_PART = {
     "update": OPTIMIZER,
     "overhead": OTHER,
 }
-"""Parts of a step as `tapir plan` names them -> categories."""
+"""Parts of a step in `tapir plan` -> categories."""
 _VOCABULARY = 0.1
-"""Share of the parameters in which plan and run may differ: a plan takes the usual vocabularies,
-training those of its data."""
+"""Maximum relative difference of the parameter counts: a plan assumes default vocabularies, a run
+takes those of its data."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """What a plan says of the run's way to train."""
+    """A plan's prediction for the layout of a run."""
 
     seconds: dict[str, float]
-    """Of a step, by category."""
+    """Seconds per step by category."""
     gpu: str = ""
-    """The hardware that was planned for; empty if the file does not say."""
+    """The planned hardware; empty if the file does not name it."""
 
 
 def read_plan(plan: Path, settings: StageConfig, on_gpu: bool | None = None) -> Planned:
-    """The prediction of `tapir plan --json`, or of {"time": {category: seconds}}.
+    """Read the output of `tapir plan --json`, or {"time": {category: seconds}}.
 
-    `on_gpu` says where the run was, None = unknown.
-    Raises: InputError if the file is no plan, or one of another model, machine, or way to train.
+    `on_gpu` is True if the run was on GPUs, None if unknown.
+    Raises: InputError if the file is no plan, or for another model, machine or layout.
     """
     try:
         text = plan.read_bytes().decode()
@@ -52,9 +52,9 @@ def read_plan(plan: Path, settings: StageConfig, on_gpu: bool | None = None) -> 
         times = body["time"] if "time" in body else _of_run(body, settings)
         if gpu and on_gpu is not None and on_gpu == (gpu == "cpu"):
             raise InputError(f"{plan} is for {gpu}; the run was on {'a GPU' if on_gpu else 'CPUs'}")
-        found = dict.fromkeys(CATEGORIES, 0.0)
+        predicted = dict.fromkeys(CATEGORIES, 0.0)
         for name, seconds in times.items():
-            found[_category(name, settings)] += float(seconds)
+            predicted[_category(name, settings)] += float(seconds)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{plan} is no plan: save the last line of `tapir plan --json`, or give "
@@ -62,11 +62,11 @@ def read_plan(plan: Path, settings: StageConfig, on_gpu: bool | None = None) -> 
         ) from error
     if not all(0 <= float(seconds) < math.inf for seconds in times.values()):
         raise InputError(f"{plan}: seconds must be finite and not negative")
-    return Planned(seconds=found, gpu=gpu)
+    return Planned(seconds=predicted, gpu=gpu)
 
 
 def _of_run(body: dict[str, Any], settings: StageConfig) -> dict[str, float]:
-    """The parts of the first planned way that trains as the run does."""
+    """Seconds by part of the first planned layout that equals the run's."""
     model: Any = settings.model  # type: ignore[attr-defined]
     if not isinstance(model, PriorConfig):
         raise InputError("plans are made for priors alone; this run is none")
@@ -76,29 +76,32 @@ def _of_run(body: dict[str, Any], settings: StageConfig) -> dict[str, float]:
             f"the plan's model has {body['parameters']:,} parameters, the run's {parameters:,}; "
             "plan for the run's preset"
         )
-    wanted = _way_of(settings)
-    ways = [_with_new_names(way) for way in (body["best"], *body["alternatives"]) if way]
-    others = [
-        {name: way[name] for name, value in wanted.items() if way[name] != value} for way in ways
+    ours = _layout_of(settings)
+    layouts = [
+        _with_new_names(layout) for layout in (body["best"], *body["alternatives"]) if layout
     ]
-    for way, other in zip(ways, others, strict=True):
+    others = [
+        {name: layout[name] for name, value in ours.items() if layout[name] != value}
+        for layout in layouts
+    ]
+    for layout, other in zip(layouts, others, strict=True):
         if not other:
-            times: dict[str, float] = way["seconds"]
+            times: dict[str, float] = layout["seconds"]
             return times
     nearest = min(others, key=len, default={})
-    text = ", ".join(f"{name} {value} (run: {wanted[name]})" for name, value in nearest.items())
+    text = ", ".join(f"{name} {value} (run: {ours[name]})" for name, value in nearest.items())
     raise InputError(
-        f"none of the plan's {len(ways)} ways is the run's; plan for as many ranks and the same "
+        f"none of the plan's {len(layouts)} ways is the run's; plan for as many ranks and the same "
         f"batch{'; the nearest one has ' + text if text else ''}"
     )
 
 
-def _with_new_names(way: dict[str, Any]) -> dict[str, Any]:
-    return renamed(LAYOUT, {**way, "mesh": renamed(MeshConfig, way["mesh"])})
+def _with_new_names(layout: dict[str, Any]) -> dict[str, Any]:
+    return renamed(LAYOUT, {**layout, "mesh": renamed(MeshConfig, layout["mesh"])})
 
 
-def _way_of(settings: StageConfig) -> dict[str, Any]:
-    """How a run trains, in the fields of a plan's way."""
+def _layout_of(settings: StageConfig) -> dict[str, Any]:
+    """The layout of a run, in the fields of a plan."""
     engine, mesh, rank = settings.engine, settings.mesh, settings.compress.rank
     return {
         "mesh": dict(vars(mesh)),

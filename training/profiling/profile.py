@@ -1,9 +1,9 @@
-"""Always-on profile of a run: where the time of each rank's steps goes, without torch.profiler.
+"""Always-on step-time profile of a run, by category and rank, without torch.profiler.
 
-Every moment of a rank belongs to one category (training/profiling/categories.py). The loop opens
-stretches, the ledger one for every collective, torch's optimiser hooks one for every update; what
-is left is `other`. Each step's seconds go into a small file of its rank, and with each row of
-metrics.jsonl the ranks exchange theirs in the one gather that the row takes anyway.
+All time of a rank is assigned to categories (training/profiling/categories.py). The loop opens
+intervals, the ledger opens one per collective, and torch's optimiser hooks open one per update; the
+rest is `other`. Each step's seconds are written to a small file per rank, and the ranks exchange
+them in the gather of each row of metrics.jsonl.
 """
 
 import functools
@@ -41,7 +41,7 @@ _OFF = nullcontext()
 
 
 def timed(category: str) -> Callable[[T], T]:
-    """Let a method of what has a `profile` own the time spent in it."""
+    """Decorator: assign a method's time to a category of `self.profile`."""
 
     def wrap(method: T) -> T:
         @functools.wraps(method)
@@ -55,7 +55,7 @@ def timed(category: str) -> Callable[[T], T]:
 
 
 class Profile:
-    """One rank's; it does nothing before `open`."""
+    """Step-time profiler of one rank; inactive before `open`."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Profile:
         flops: float,
         precision: str,
     ) -> None:
-        """`flops` are those of a step of all ranks, 0 if unknown; `precision` is the engine's."""
+        """`flops` per step over all ranks, 0 if unknown; `precision` of the engine."""
         self._config, self._flops, self._precision = config, flops, precision
         self._mesh, self._ledger, self._out = mesh, ledger, out
         self._accounts = Accounts(mesh.pipeline.size)
@@ -80,7 +80,7 @@ class Profile:
         self._peak = 0.0
 
     def open(self, step: int) -> None:
-        """Profile what follows a step; also after a rewind to it."""
+        """Start profiling after `step`, at the start of a run or after a rewind."""
         self._step, self._rows_step = 0, step
         if not self._config.always:
             return
@@ -105,7 +105,7 @@ class Profile:
         ]
 
     def detach(self) -> None:
-        """Time nothing more."""
+        """Stop timing."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -116,16 +116,16 @@ class Profile:
         return self._stretches[category] if self._hooks else _OFF
 
     def begin(self, step: int) -> None:
-        """A step begins, and the one before is over, with its validation and save."""
+        """Begin a step; this ends the step before it, including its validation and save."""
         self._tracer.begin(step)
         if self._hooks:
             self._end_step()
         self._step = step
 
     def row(self, step: int, seconds: float, busy: float) -> dict[str, Any]:
-        """Figures of all ranks for a row of metrics.jsonl; all ranks call it together.
+        """Figures of all ranks for a row of metrics.jsonl; collective over all ranks.
 
-        `seconds` are those of this step, `busy` the part in which this rank waited for no other.
+        `seconds` is this step's time, `busy` the part of it without waits for other ranks.
         """
         spent, operations = self._accounts.take_row()
         steps, self._rows_step = max(step - self._rows_step, 1), step
@@ -150,7 +150,7 @@ class Profile:
         return row
 
     def close(self) -> None:
-        """Write what the last step took, and end a trace."""
+        """Write the last step, and end a trace."""
         self._tracer.close()
         if self._hooks:
             self._end_step()

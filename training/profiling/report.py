@@ -1,4 +1,4 @@
-"""What the profile of a run says: where time went, how fast it was, and what to do about it."""
+"""The report of a run's profile: time by category, speed, and warnings with remedies."""
 
 import statistics
 from collections.abc import Sequence
@@ -23,25 +23,25 @@ from training.run.folder import read_rows
 from training.run.metrics import passed_over
 
 _MOST_NAMED = 8
-"""Ranks of a list that are named."""
+"""Maximum ranks that a message names."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spent:
-    """What a category took of the steps, over all ranks. Units: seconds a step."""
+    """A category's time over all ranks. Units: seconds per step."""
 
     mean: float
     p50: float
     p99: float
     share: float
-    """Of the whole time."""
+    """Share of the whole time."""
     slowest_rank: int
     """The rank that spent most on it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """One kind of collective, a step, as rank 0 sees it."""
+    """One kind of collective, per step, on rank 0."""
 
     group: str
     operation: str
@@ -52,7 +52,7 @@ class Traffic:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Everything that `tapir profile` shows."""
+    """The content of `tapir profile`."""
 
     run: str
     stage: str
@@ -60,77 +60,77 @@ class Report:
     first_step: int
     last_step: int
     steps: int
-    """Steps that the figures are taken over."""
+    """Number of steps that the figures cover."""
     time: dict[str, Spent]
     seconds: float
-    """Mean of a step, with its part of validation and saves."""
+    """Mean per step, including its share of validation and saves."""
     steps_per_second: float
     tokens_per_second: float | None
-    """None if no row of metrics.jsonl says how many tokens a step has."""
+    """None if no row of metrics.jsonl has the number of tokens."""
     model_flops: float
-    """Of a step."""
+    """Per step."""
     model_tflops: float
-    """A second, over steps without validation and saves."""
+    """Achieved TFLOP/s, excluding validation and saves."""
     peak_tflops: float
-    """Of all ranks."""
+    """Peak of all ranks together."""
     peak_source: str
     mfu: float
     collectives: list[Traffic]
     slow_ranks: dict[int, float]
-    """Each rank's own work over the median of its peers', the other ranks of its stage."""
+    """Own work of each rank over the median of its peers, the other ranks of its stage."""
     missing: list[str]
-    """What the run folder lacks, so that figures are missing or come from some ranks alone."""
+    """Data missing in the run folder; figures are then absent, or cover only some ranks."""
     warnings: list[str]
     predicted: dict[str, float] | None = None
-    """A plan's seconds by category."""
+    """A plan's seconds per step by category."""
     predicted_for: str = ""
-    """The hardware that the plan was made for."""
+    """The hardware of the plan."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Profiled:
-    """What a run folder holds about its time."""
+    """The profile data of a run folder."""
 
     run: Path
     stage: str
     settings: StageConfig
     model: Any
     rows: list[dict[str, Any]]
-    """Of training, from metrics.jsonl, that tell of these steps."""
+    """Training rows of metrics.jsonl for these steps."""
     ranks: int
-    """Of the run."""
+    """Number of ranks of the run."""
     numbers: np.ndarray
-    """(found,) numbers of the ranks whose files are there."""
+    """(files,) ranks with a profile file."""
     stages: np.ndarray
-    """(found,) place in the pipeline."""
+    """(files,) pipeline stage."""
     steps: np.ndarray
-    """(steps,) numbers of the steps."""
+    """(steps,) step numbers."""
     seconds: np.ndarray
-    """(found, steps, categories)."""
+    """(files, steps, categories)."""
     missing: list[str]
-    """What the folder lacks."""
+    """Data missing in the run folder."""
 
     def own(self) -> np.ndarray:
-        """Each rank's own work over its peers' at that step, (found, steps)."""
+        """Each rank's own work over its peers' at each step, (files, steps)."""
         columns = [CATEGORIES.index(name) for name in OWN]
         return over_peers(self.seconds[:, :, columns].sum(2), self.stages)
 
 
 def profile_of(run: Path, last: int, peak: float, plan: Path | None) -> tuple[Profiled, Report]:
-    """The last steps of a run and what they say, beside what a plan file predicted.
+    """Read and report the last steps of a run, with a plan's prediction if given.
 
-    Raises: InputError for no run folder, one without a profile, or another run's plan.
+    Raises: InputError if it is no run folder, has no profile, or the plan is for another run.
     """
-    found = read_profile(run, last)
-    on_gpu = any("cuda_bytes" in row for row in found.rows) if found.rows else None
-    planned = read_plan(plan, found.settings, on_gpu) if plan else None
-    return found, report_of(found, peak, planned)
+    profiled = read_profile(run, last)
+    on_gpu = any("cuda_bytes" in row for row in profiled.rows) if profiled.rows else None
+    planned = read_plan(plan, profiled.settings, on_gpu) if plan else None
+    return profiled, report_of(profiled, peak, planned)
 
 
 def read_profile(run: Path, last: int = 0) -> Profiled:
-    """The last steps of a run, finished or in progress; 0 = all that are kept.
+    """Read the last steps of a run, finished or in progress; 0 = all recorded steps.
 
-    Raises: InputError for no run folder, or one without a profile.
+    Raises: InputError if it is no run folder, or has no profile.
     """
     stage, settings = settings_of_run(run)
     rings = [ring for ring in read_rings(run) if len(ring.steps)]
@@ -166,11 +166,12 @@ def read_profile(run: Path, last: int = 0) -> Profiled:
     )
 
 
-def _missing_ranks(ranks: int, found: list[int]) -> list[str]:
-    lacking = ranks - len(found)
+def _missing_ranks(ranks: int, present: list[int]) -> list[str]:
+    lacking = ranks - len(present)
     if not lacking:
         return []
-    named = [rank for rank in range(len(found) + _MOST_NAMED) if rank not in found][:_MOST_NAMED]
+    absent = [rank for rank in range(len(present) + _MOST_NAMED) if rank not in present]
+    named = absent[:_MOST_NAMED]
     text = ", ".join(str(rank) for rank in named if rank < ranks)
     return [
         f"the profile of {lacking} of {ranks} ranks is missing, empty or damaged (rank {text}"
@@ -179,14 +180,14 @@ def _missing_ranks(ranks: int, found: list[int]) -> list[str]:
 
 
 def rows_of_steps(rows: list[dict[str, Any]], first: int, last: int) -> list[dict[str, Any]]:
-    """The rows that tell of some steps, each of those since the row before; else the last one."""
+    """The rows that cover these steps, else the last row; a row covers those since the previous."""
     earlier = [0, *(row["step"] for row in rows)]
     told = [row for row, before in zip(rows, earlier, strict=False) if before < last]
     return [row for row in told if row["step"] >= first] or rows[-1:]
 
 
 def _together(rings: Sequence[RankSteps], last: int) -> tuple[np.ndarray, np.ndarray]:
-    """The steps that all ranks have, and their seconds."""
+    """The steps recorded by all ranks, and their seconds."""
     steps = rings[0].steps
     for ring in rings[1:]:
         steps = np.intersect1d(steps, ring.steps)
@@ -195,28 +196,28 @@ def _together(rings: Sequence[RankSteps], last: int) -> tuple[np.ndarray, np.nda
     return steps, np.stack(rows).astype(np.float64)
 
 
-def report_of(found: Profiled, peak: float, plan: Planned | None) -> Report:
-    """Sum a profile up; `peak` is one device's TFLOP/s, 0 = what the run measured."""
-    seconds = max(found.seconds.sum(2).mean(), 1e-9)
+def report_of(profiled: Profiled, peak: float, plan: Planned | None) -> Report:
+    """Summarise a profile; `peak` is one device's TFLOP/s, 0 = as measured by the run."""
+    seconds = max(profiled.seconds.sum(2).mean(), 1e-9)
     apart = [CATEGORIES.index(name) for name in (CHECKPOINT, VALIDATION)]
-    training = max(seconds - found.seconds[:, :, apart].sum(2).mean(), 1e-9)
-    flops = found.settings.loop.global_batch_size * model_flops(found.model)
-    total, source = _peak(found, peak)
-    tokens = _tokens_a_step(found.rows)
-    medians = np.median(found.own(), 1)
-    ratios = {int(n): float(r) for n, r in zip(found.numbers, medians, strict=True)}
+    training = max(seconds - profiled.seconds[:, :, apart].sum(2).mean(), 1e-9)
+    flops = profiled.settings.loop.global_batch_size * model_flops(profiled.model)
+    total, source = _peak(profiled, peak)
+    tokens = _tokens_a_step(profiled.rows)
+    medians = np.median(profiled.own(), 1)
+    ratios = {int(n): float(r) for n, r in zip(profiled.numbers, medians, strict=True)}
     time = {
-        name: _spent(found.seconds[:, :, i], seconds, found.numbers)
+        name: _spent(profiled.seconds[:, :, i], seconds, profiled.numbers)
         for i, name in enumerate(CATEGORIES)
     }
     shares = {name: row.share for name, row in time.items()}
     return Report(
-        run=str(found.run),
-        stage=found.stage,
-        ranks=found.ranks,
-        first_step=int(found.steps[0]),
-        last_step=int(found.steps[-1]),
-        steps=len(found.steps),
+        run=str(profiled.run),
+        stage=profiled.stage,
+        ranks=profiled.ranks,
+        first_step=int(profiled.steps[0]),
+        last_step=int(profiled.steps[-1]),
+        steps=len(profiled.steps),
         time=time,
         seconds=float(seconds),
         steps_per_second=float(1 / seconds),
@@ -226,10 +227,10 @@ def report_of(found: Profiled, peak: float, plan: Planned | None) -> Report:
         peak_tflops=total,
         peak_source=source,
         mfu=float(flops / training / 1e12 / total),
-        collectives=_traffic(found.rows),
+        collectives=_traffic(profiled.rows),
         slow_ranks=ratios,
-        missing=found.missing,
-        warnings=warnings_for(found.settings, shares, ratios),
+        missing=profiled.missing,
+        warnings=warnings_for(profiled.settings, shares, ratios),
         predicted=plan.seconds if plan else None,
         predicted_for=plan.gpu if plan else "",
     )
@@ -246,19 +247,19 @@ def _spent(seconds: np.ndarray, whole: float, numbers: np.ndarray) -> Spent:
     )
 
 
-def _peak(found: Profiled, peak: float) -> tuple[float, str]:
-    """TFLOP/s of all ranks, and where the figure comes from."""
-    together = [row["concurrent_ranks"] for row in found.rows if row.get("concurrent_ranks")]
+def _peak(profiled: Profiled, peak: float) -> tuple[float, str]:
+    """Peak TFLOP/s of all ranks, and the source of the figure."""
+    together = [row["concurrent_ranks"] for row in profiled.rows if row.get("concurrent_ranks")]
     if peak:
-        return peak * (together[-1] if together else found.ranks), "given"
-    noted = [row["peak_tflops"] for row in found.rows if row.get("peak_tflops")]
+        return peak * (together[-1] if together else profiled.ranks), "given"
+    noted = [row["peak_tflops"] for row in profiled.rows if row.get("peak_tflops")]
     if noted:
         return float(noted[-1]), "of the run"
     device = worker_device()
-    engine_numerics(device, found.settings.engine)
-    here = measure_peak(found.settings.engine.precision, device) / 1e12
+    engine_numerics(device, profiled.settings.engine)
+    here = measure_peak(profiled.settings.engine.precision, device) / 1e12
     rank = {"peak": here, **cores_of(device)}
-    return peaks_of([rank] * found.ranks)[0], "measured on this machine now"
+    return peaks_of([rank] * profiled.ranks)[0], "measured on this machine now"
 
 
 def _tokens_a_step(rows: Sequence[dict[str, Any]]) -> float | None:
@@ -269,18 +270,18 @@ def _tokens_a_step(rows: Sequence[dict[str, Any]]) -> float | None:
 
 
 def _traffic(rows: Sequence[dict[str, Any]]) -> list[Traffic]:
-    """Collectives of a step by group and operation; the longest first.
+    """Collectives per step by group and operation, longest first.
 
-    What is called between steps alone (a row's own gather, comparisons) is not one of a step.
+    Collectives between steps (a row's gather, replica comparisons) are excluded.
     """
     noted = [row for row in rows if row.get("comm_seconds") and "comm" in row]
-    found = []
+    traffic = []
     for group, operation in sorted(
         {(g, op) for row in noted for g, part in row["comm"].items() for op in part}
     ):
         counts = [row["comm"].get(group, {}).get(operation, {}) for row in noted]
         taken = [row["comm_seconds"].get(group, {}).get(operation, 0.0) for row in noted]
-        found.append(
+        traffic.append(
             Traffic(
                 group=group,
                 operation=operation,
@@ -289,4 +290,4 @@ def _traffic(rows: Sequence[dict[str, Any]]) -> list[Traffic]:
                 seconds=statistics.fmean(taken),
             )
         )
-    return sorted(found, key=lambda row: -row.seconds)
+    return sorted(traffic, key=lambda row: -row.seconds)

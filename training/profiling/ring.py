@@ -1,6 +1,6 @@
-"""The last steps of each rank, in a small file that is written over and over.
+"""A ring buffer file per rank with the times of its last steps.
 
-A header of 512 bytes (JSON, padded) is followed by RECORDS slots; step n lies in slot n % RECORDS.
+A header of 512 bytes (padded JSON) is followed by RECORDS slots; step n is in slot n % RECORDS.
 """
 
 import json
@@ -19,38 +19,38 @@ from core.log import LOG
 from training.profiling.categories import CATEGORIES
 
 RECORDS = 4096
-"""Steps that are kept: 229 KB a rank."""
+"""Steps per file: 229 KB per rank."""
 HEADER = 512
 _MOST_STEPS = 2**40
-"""A slot with a larger number is damaged."""
+"""A slot with a larger step number is damaged."""
 FOLDER = "profile"
-"""In the run folder."""
+"""Folder in the run folder."""
 _SLOT = struct.Struct(f"<qd{len(CATEGORIES)}f")
 _TYPE = np.dtype([("step", "<i8"), ("time", "<f8"), ("seconds", "<f4", (len(CATEGORIES),))])
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankSteps:
-    """What a rank's file holds."""
+    """The content of a rank's file."""
 
     rank: int
     ranks: int
-    """Of the run that wrote it."""
+    """Number of ranks of the run."""
     stage: int
-    """Place in the pipeline."""
+    """Pipeline stage."""
     steps: np.ndarray
     """(n,) int64, ascending."""
     times: np.ndarray
-    """(n,) Unix seconds at which the steps were over."""
+    """(n,) Unix time at the end of each step."""
     seconds: np.ndarray
     """(n, categories) float32."""
 
 
 class Ring:
-    """Writes one rank's file; if that fails, training goes on without."""
+    """Writes one rank's file; on a failure training continues without it."""
 
     def __init__(self, out: Path, rank: int, ranks: int, stage: int, step: int) -> None:
-        """Steps above `step`, written before a crash, are taken out."""
+        """Steps after `step`, written before a crash or rewind, are removed."""
         self._path = out / FOLDER / f"rank-{rank}.bin"
         facts = {"rank": rank, "ranks": ranks, "stage": stage, "categories": CATEGORIES}
         header = json.dumps(facts).encode().ljust(HEADER)
@@ -63,7 +63,7 @@ class Ring:
             self._give_up(error)
 
     def add(self, step: int, seconds: Sequence[float]) -> None:
-        """Put a step in its slot."""
+        """Write a step to its slot."""
         if self._file is None:
             return
         place = HEADER + step % RECORDS * _SLOT.size
@@ -91,16 +91,16 @@ class Ring:
 
 
 def read_rings(run: Path) -> list[RankSteps]:
-    """The ranks' last steps, by rank; files of another number of ranks than rank 0's are old."""
-    found = [ring for path in (run / FOLDER).glob("rank-*.bin") if (ring := _read(path))]
-    first = next((ring for ring in found if ring.rank == 0), None)
+    """Read all ranks' files; skips stale ones, whose number of ranks differs from rank 0's."""
+    rings = [ring for path in (run / FOLDER).glob("rank-*.bin") if (ring := _read(path))]
+    first = next((ring for ring in rings if ring.rank == 0), None)
     if first is None:
         return []
-    return sorted((r for r in found if r.ranks == first.ranks), key=lambda ring: ring.rank)
+    return sorted((r for r in rings if r.ranks == first.ranks), key=lambda ring: ring.rank)
 
 
 def _read(path: Path) -> RankSteps | None:
-    """One file; None if it is none of this version, or damaged."""
+    """Read one file; None if it is damaged or of another version."""
     data = path.read_bytes()
     try:
         facts: dict[str, Any] = json.loads(data[:HEADER])

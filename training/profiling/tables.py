@@ -16,29 +16,29 @@ _WIDTH = 110
 _HEAT = "own work of each rank over the median of its peers', the other ranks of its stage"
 
 
-def page(found: Profiled, report: Report) -> str:
-    """The report as one HTML page without outside parts."""
+def page(profiled: Profiled, report: Report) -> str:
+    """The report as one self-contained HTML page."""
     console = Console(record=True, width=_WIDTH, file=io.StringIO(), color_system="truecolor")
     console.print(_tables(report))
     tables = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
-    heat = heat_of(found.own(), found.numbers, found.steps, 120, 1024)
+    heat = heat_of(profiled.own(), profiled.numbers, profiled.steps, 120, 1024)
     return (
         f'<!doctype html><meta charset="utf-8"><title>profile of {html.escape(report.run)}</title>'
         f"{tables}<h3>{_HEAT}</h3>{as_svg(heat)}\n"
     )
 
 
-def show(found: Profiled, report: Report) -> None:
+def show(profiled: Profiled, report: Report) -> None:
     """Print the report on the terminal."""
     for text in report.missing:
-        LOG.warning("%s: %s", found.run, text)
-    Console(width=_WIDTH).print(_view(found, report))
+        LOG.warning("%s: %s", profiled.run, text)
+    Console(width=_WIDTH).print(_view(profiled, report))
 
 
-def _view(found: Profiled, report: Report) -> RenderableType:
-    if len(found.numbers) == 1:
+def _view(profiled: Profiled, report: Report) -> RenderableType:
+    if len(profiled.numbers) == 1:
         return _tables(report)
-    heat = heat_of(found.own(), found.numbers, found.steps, 64, 32)
+    heat = heat_of(profiled.own(), profiled.numbers, profiled.steps, 64, 32)
     return Group(_tables(report), Text(_HEAT, style="bold"), as_text(heat))
 
 
@@ -46,8 +46,8 @@ def _tables(report: Report) -> RenderableType:
     parts: list[RenderableType] = [_breakdown(report), Text(_speed(report))]
     if report.collectives:
         parts.append(_collectives(report))
-    said = [*report.missing, *report.warnings]
-    parts += [Text(f"! {text}", style="yellow") for text in said]
+    notes = [*report.missing, *report.warnings]
+    parts += [Text(f"! {text}", style="yellow") for text in notes]
     return Group(*parts)
 
 

@@ -1,7 +1,7 @@
-"""Traces of some steps by torch.profiler, for Perfetto, Chrome and TensorBoard's plugin.
+"""torch.profiler traces of some steps, for Perfetto, Chrome and TensorBoard's plugin.
 
-Asked for by flags, or from a run in progress by a file that rank 0 looks for with each row of
-metrics.jsonl; all ranks learn of it in the row's gather, and so begin at the same step.
+Traces are requested by flags, or during a run by a file that rank 0 checks at each row of
+metrics.jsonl; the row's gather distributes the request, so that all ranks begin at the same step.
 """
 
 import json
@@ -26,15 +26,15 @@ from training.run.tail import Follower
 
 REQUEST = "request.json"
 ENDING = ".pt.trace.json.gz"
-"""What TensorBoard's plugin (torch-tb-profiler) and Perfetto both open."""
+"""Opened by both TensorBoard's plugin (torch-tb-profiler) and Perfetto."""
 MOST_STEPS = 100
-"""Steps of a trace that is asked for: all of its events are in memory until its end."""
+"""Maximum steps of a requested trace: all events are in memory until its end."""
 Plan = dict[str, Any]
-"""{"first": step, "last": step, "ranks": numbers, none for all}."""
+"""{"first": step, "last": step, "ranks": list, empty for all}."""
 
 
 class Tracer:
-    """One rank's; records while a planned step is under way."""
+    """Traces planned steps of one rank."""
 
     def __init__(
         self,
@@ -49,15 +49,15 @@ class Tracer:
         self._first = self._last = -1
         self._running: Any = None
         self._planned: list[tuple[int, int]] = []
-        """First and last steps of traces on any rank."""
+        """(first, last) steps of all traces, on any rank."""
         self._mine: list[tuple[int, int]] = []
-        """Of them, those of this rank."""
+        """(first, last) steps of this rank's traces."""
         if config.steps:
             first, last = parse_steps(config.steps)
             self.plan({"first": first, "last": last, "ranks": parse_ranks(config.ranks)})
 
     def plan(self, plan: Plan | None) -> None:
-        """Record some steps, both ends included, if this rank is one of those meant."""
+        """Plan a trace of steps first ... last, if this rank is in it."""
         if plan is None:
             return
         steps = plan["first"], plan["last"]
@@ -66,9 +66,9 @@ class Tracer:
             self._mine.append(steps)
 
     def asked(self, step: int) -> Plan | None:
-        """What rank 0's request file asks for behind a step; the file goes, or waits for its turn.
+        """Rank 0: read and delete the request file, and return the requested trace after `step`.
 
-        It waits while one of these steps is in another trace.
+        The file stays while the trace would overlap another one.
         """
         path = self._out / FOLDER / REQUEST
         if self._rank or not path.exists():
@@ -86,7 +86,7 @@ class Tracer:
             return None
 
     def begin(self, step: int) -> None:
-        """A step begins: record it, or end the trace before it."""
+        """Begin a step: start, continue or end a trace."""
         if self._running is not None and step > self._last:
             self.close()
         if self._running is not None:
@@ -99,7 +99,7 @@ class Tracer:
                 return
 
     def close(self) -> None:
-        """End the trace that may be recorded, and write it."""
+        """End and write the current trace, if any."""
         running, self._running = self._running, None
         if running is None:
             return
@@ -130,37 +130,37 @@ class Tracer:
 
 def traces(run: Path) -> list[Path]:
     """The traces of a run, oldest first."""
-    found = (run / FOLDER).glob(f"trace-*/rank-*{ENDING}")
-    return sorted(found, key=lambda path: path.stat().st_mtime_ns)
+    paths = (run / FOLDER).glob(f"trace-*/rank-*{ENDING}")
+    return sorted(paths, key=lambda path: path.stat().st_mtime_ns)
 
 
 def request_trace(run: Path, steps: int, ranks: list[int]) -> None:
-    """Ask a run in progress for a trace of its next steps; no ranks = all.
+    """Request a trace of the next steps of a run in progress; no ranks = all.
 
-    Raises: InputError for no run folder, or one that has ended; ConfigError for steps and ranks
-    that cannot be traced, or if another request waits.
+    Raises: InputError if it is no run folder, or the run has ended; ConfigError for invalid steps
+    or ranks, or if another request is pending.
     """
     follower = Follower(run)
     follower.look()
     if follower.finished:
         raise InputError(f"{run} has ended at step {follower.steps}: no step is left to trace")
     _, settings = settings_of_run(run)
-    path, found = run / FOLDER / REQUEST, []
+    path, problems = run / FOLDER / REQUEST, []
     if steps < 1:
-        found.append(f"a trace of {steps} steps holds nothing; ask for at least 1")
+        problems.append(f"a trace of {steps} steps holds nothing; ask for at least 1")
     if steps > MOST_STEPS:
-        found.append(
+        problems.append(
             f"a trace of {steps} steps is too long: the profiler keeps every event in memory until "
             f"its end; ask for at most {MOST_STEPS}"
         )
     world = settings.mesh.world
     if wrong := [rank for rank in ranks if not 0 <= rank < world]:
         text = ", ".join(map(str, wrong))
-        found.append(f"the run has no rank {text}; its ranks are 0 to {world - 1}")
+        problems.append(f"the run has no rank {text}; its ranks are 0 to {world - 1}")
     if path.exists():
-        found.append(
+        problems.append(
             f"another request waits in {path}; it is heeded with the next row of metrics.jsonl, "
             "after a trace in progress; ask again then, or delete it"
         )
-    check(found)
+    check(problems)
     write_atomic(path, json.dumps({"steps": steps, "ranks": ranks}).encode())

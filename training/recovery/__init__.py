@@ -1,6 +1,6 @@
-"""What happens to a step that must not count, and tools to find out why.
+"""Recovery from bad steps, and tools to analyse them.
 
-Start: guards.py: is an update a spike; rewind.py: skip it or go back; replay.py and diverge.py:
-why.
-Imports: training.trainer and what is below it.
+Start: guards.py: detects spikes; rewind.py: skips a step or goes back to a checkpoint; replay.py
+and diverge.py: analyse a step.
+Imports: training.trainer and the modules below it.
 """

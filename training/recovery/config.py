@@ -5,36 +5,38 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """What keeps a bad batch or a bad machine from spoiling a run."""
+    """Protection of a run against bad batches and bad hardware."""
 
     sigma_factor: float = 6.0
-    """Skip an update whose loss, or log of its gradient norm, lies so many standard deviations
-    above the mean of the updates before; 0 = never."""
+    """Skip an update whose loss or log gradient norm is this many standard deviations above the
+    mean of the updates before; 0 = never."""
     window: int = 128
-    """Updates that the mean is taken over; none is skipped before half of them are there."""
+    """Updates in the mean; none is skipped before half a window."""
     rewind_after: int = 10
-    """So many skipped updates in a row go back to the last checkpoint and pass over their data."""
+    """Skipped updates in a row that cause a rewind to the last checkpoint, without their data."""
     compare_every: int = 100
-    """Steps between two comparisons of the replicas' weights; 0 = only before a save."""
+    """Steps between comparisons of the replicas' weights; 0 = only before a save."""
     min_codebook_usage: float = 0.0
-    """Stop a dVAE of whose codes a validation uses a smaller share; 0 = never. Below a tenth of
-    them there is a warning in any case."""
+    """Stop a dVAE if a validation uses a smaller share of its codes; 0 = never. Below a tenth there
+    is always a warning."""
     codebook_usage_after: float = 0.25
-    """Share of the run from which on codes are looked at; before it few of them are no fault."""
+    """Share of the run after which codebook usage is checked."""
 
     def problems(self) -> list[str]:
-        found = []
+        problems = []
         if not self.sigma_factor >= 0 or self.compare_every < 0:
-            found.append("guard.sigma_factor and guard.compare_every must not be negative; 0 = off")
+            problems.append(
+                "guard.sigma_factor and guard.compare_every must not be negative; 0 = off"
+            )
         if self.window < 16:
-            found.append(f"guard.window={self.window} is too short for a deviation; try 128")
+            problems.append(f"guard.window={self.window} is too short for a deviation; try 128")
         if self.rewind_after < 1:
-            found.append("guard.rewind_after must be at least 1")
+            problems.append("guard.rewind_after must be at least 1")
         if not (0 <= self.min_codebook_usage <= 1 and 0 <= self.codebook_usage_after <= 1):
-            found.append(
+            problems.append(
                 "guard.min_codebook_usage and guard.codebook_usage_after are shares: 0 to 1"
             )
-        return found
+        return problems
 
     def without_codes(self) -> list[str]:
         """Problems of a stage that has no codebook."""

@@ -1,8 +1,8 @@
 """`tapir diverge A B`: the first tensor in which two runs differ, from one checkpoint and batch.
 
-Each run does one step under its own mesh and engine, and notes for every layer what went forward
-and which gradient came back, then what the update made of every weight. Samples are compared by
-their place in the global batch, so that any two meshes can be compared.
+Each run does one step with its own mesh and engine, and records the output and output gradient of
+every layer, then every updated weight. Samples are matched by their position in the global batch,
+so that any two meshes can be compared.
 """
 
 import dataclasses
@@ -33,20 +33,20 @@ from training.stages import make_task, settings_from_json
 from training.trainer import Run
 
 AFTER = "after"
-"""Folder of a traced run's state behind its step."""
+"""Folder of a traced run's state after its step."""
 KINDS = {"exp_avg": "gradient", "master": "weight"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Where two runs part."""
+    """A difference between two runs."""
 
     direction: str
     """forward, backward or update."""
     layer: str
     tensor: str
     rank: int
-    """Rank of the second run; -1 for the state that all ranks share."""
+    """Rank of the second run; -1 for the global state."""
     relative: float
     """Norm of the difference over the norm of the first run's tensor."""
 
@@ -54,7 +54,7 @@ class Difference:
 def diverge(
     first: Path, second: Path, checkpoint: Path | None, tolerance: float | None
 ) -> list[Difference]:
-    """All differences above the tolerance, in the order in which a step computes.
+    """All differences above the tolerance, in the order of computation.
 
     Raises: InputError if the folders hold no runs, or no common checkpoint can be read.
     """
@@ -74,7 +74,7 @@ def diverge(
 
 
 def trace_rank(payload: str) -> None:
-    """One step on this rank, noted into `out`; started by the launcher."""
+    """Do one step on this rank, and write its tensors to `out`; started by the launcher."""
     body = json.loads(payload)
     out, settings = Path(body["out"]), settings_from_json(body["stage"], body["settings"])
     world = join_world()
@@ -100,7 +100,7 @@ def trace_rank(payload: str) -> None:
 
 
 def _note(layer: Any, name: str, notes: dict[str, list[Tensor]], local: int) -> None:
-    """Keep a layer's outputs and their gradients; recomputed passes are not noted again."""
+    """Record a layer's outputs and their gradients; ignores activation recomputation."""
 
     def forward(_module: Any, _inputs: Any, output: Any) -> None:
         parts = output if isinstance(output, Tensor) else None
@@ -192,17 +192,17 @@ def _compare_states(
 
 
 def _load(folder: Path) -> dict[int, tuple[dict[str, Tensor], dict[str, Any]]]:
-    found = {}
+    traces = {}
     for path in folder.glob("rank-*.json"):
         rank = int(path.stem.split("-")[1])
-        found[rank] = (load_file(path.with_suffix(".safetensors")), json.loads(path.read_text()))
-    return found
+        traces[rank] = (load_file(path.with_suffix(".safetensors")), json.loads(path.read_text()))
+    return traces
 
 
 def _global_batch(
     ranks: dict[int, tuple[dict[str, Tensor], dict[str, Any]]],
 ) -> dict[str, Tensor]:
-    """Each noted tensor over the whole batch, from the first rank that has each replica's part."""
+    """Concatenate each tensor over the replicas; uses the first rank of each replica."""
     parts: dict[str, dict[int, Tensor]] = {}
     for _, (tensors, place) in sorted(ranks.items()):
         for key, value in tensors.items():
@@ -210,6 +210,6 @@ def _global_batch(
     return {key: torch.cat([row[i] for i in sorted(row)]) for key, row in parts.items()}
 
 
-def _relative(expected: Tensor, found: Tensor) -> float:
+def _relative(expected: Tensor, actual: Tensor) -> float:
     scale = float(expected.double().norm())
-    return float((expected.double() - found.double()).norm()) / max(scale, 1e-30)
+    return float((expected.double() - actual.double()).norm()) / max(scale, 1e-30)

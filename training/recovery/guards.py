@@ -1,4 +1,4 @@
-"""Guards of the update: spikes of loss and gradient norm, and a history that resumes exactly."""
+"""Detects spikes of loss and gradient norm; the history is saved in checkpoints."""
 
 import math
 from collections import deque
@@ -7,11 +7,11 @@ from typing import Any
 from training.recovery.config import GuardConfig
 
 _LEAST = 0.01
-"""Smallest standard deviation, relative to the mean: a flat curve is not a spike's excuse."""
+"""Minimum standard deviation relative to the mean, so that a flat loss curve triggers nothing."""
 
 
 class Guard:
-    """Judges each update by those before; the same on every rank, since its inputs are."""
+    """Compares each update with earlier ones; equal on all ranks, since its inputs are."""
 
     def __init__(self, config: GuardConfig) -> None:
         self._config = config
@@ -19,9 +19,9 @@ class Guard:
         self._norms: deque[float] = deque(maxlen=config.window)
 
     def judge(self, norm: float, loss: float) -> str:
-        """Say why an update is a spike, or take it into the history and return nothing.
+        """Return why an update is a spike; else add it to the history and return "".
 
-        Units: nats; the norm is compared by its logarithm, for its tail is long.
+        Units: loss in nats; the norm is compared by its logarithm, because it is heavy-tailed.
         """
         size = math.log(max(norm, 1e-30))
         if not math.isfinite(loss):
@@ -38,11 +38,11 @@ class Guard:
         return ""
 
     def state(self) -> dict[str, Any]:
-        """The history, for a checkpoint."""
+        """The history, to save in a checkpoint."""
         return {"losses": list(self._losses), "norms": list(self._norms)}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take back a history."""
+        """Restore a saved history."""
         self._losses.clear()
         self._norms.clear()
         self._losses.extend(state.get("losses", []))

@@ -1,7 +1,7 @@
-"""`tapir replay CAPSULE`: run a step that went wrong again, on one process.
+"""`tapir replay CAPSULE`: repeat a bad step in one process.
 
-The run goes from the capsule's checkpoint over every step up to the bad one, with the reference
-engine and without compression; at the bad one, each sample's loss is taken by itself.
+The replay starts at the capsule's checkpoint and repeats all steps up to the bad one, with the
+reference engine and without compression; it evaluates the bad step's loss for each sample.
 """
 
 import contextlib
@@ -30,27 +30,27 @@ _SHOWN = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """What came out the second time."""
+    """The result of a replay."""
 
     step: int
     reason: str
-    """Why the step did not count in the run."""
+    """Why the run skipped the step."""
     loss: float
     loss_then: Any
     grad_norm: float
     grad_norm_then: Any
     skipped: str
-    """Why it does not count now; nothing if the run's hardware, not its data, was at fault."""
+    """Why the replay skips it; empty if not, which points to the hardware instead of the data."""
     same_records: bool
-    """True if the data is what it was."""
+    """True if the batch equals the recorded one."""
     worst: list[tuple[str, float]]
-    """The samples with the highest losses."""
+    """(sample, loss) of the highest losses."""
 
 
 def replay(capsule: Path) -> Replay:
-    """Run the capsule's step again.
+    """Replay a capsule.
 
-    Raises: InputError if this is no capsule, or its checkpoint is gone.
+    Raises: InputError if it is no capsule, or its checkpoint is gone.
     """
     if not capsule.is_file():
         raise InputError(f"there is no capsule {capsule}; a run keeps them in its folder capsules")
@@ -100,7 +100,7 @@ def _losses_of(run: Run, records: Sequence[Any]) -> list[float]:
 
 @contextlib.contextmanager
 def _run_of(body: dict[str, Any], out: str) -> Iterator[Run]:
-    """The capsule's run on this process, at its checkpoint."""
+    """The capsule's run in this process, resumed from its checkpoint."""
     config = {name: value for name, value in body["config"].items() if name != "stage"}
     settings = settings_from_json(body["stage"], config, "the capsule")
     home = settings.checkpoint.to or str(settings.out / "checkpoints")
@@ -138,17 +138,17 @@ def _checkpoint(home: str, step: int) -> CheckpointReader:
     return open_checkpoint(f"{home}/step-{step}")
 
 
-def describe(found: Replay) -> str:
-    """A few lines for the terminal."""
-    again = f"skipped again: {found.skipped}" if found.skipped else "not skipped this time"
-    data = "the same records" if found.same_records else "OTHER RECORDS than then"
-    rows = [f"  {name}  loss {loss:.4g}" for name, loss in found.worst]
+def describe(result: Replay) -> str:
+    """Format the result for the terminal."""
+    again = f"skipped again: {result.skipped}" if result.skipped else "not skipped this time"
+    data = "the same records" if result.same_records else "OTHER RECORDS than then"
+    rows = [f"  {name}  loss {loss:.4g}" for name, loss in result.worst]
     return "\n".join(
         [
-            f"step {found.step}, then: {found.reason}",
+            f"step {result.step}, then: {result.reason}",
             f"now {again}, on {data}",
-            f"loss {found.loss:.6g} (then {found.loss_then}), "
-            f"gradient norm {found.grad_norm:.6g} (then {found.grad_norm_then})",
+            f"loss {result.loss:.6g} (then {result.loss_then}), "
+            f"gradient norm {result.grad_norm:.6g} (then {result.grad_norm_then})",
             "samples with the highest loss:",
             *rows,
         ]

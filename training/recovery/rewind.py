@@ -1,6 +1,6 @@
-"""What happens after a step that must not count: skip, note it in a capsule, go back.
+"""Recovery from bad steps: skip the update, write a capsule, rewind to a checkpoint.
 
-A capsule is a small sealed file from which `tapir replay` runs the step again.
+A capsule is a small sealed file that `tapir replay` reads to repeat the step.
 """
 
 import json
@@ -23,26 +23,26 @@ CAPSULES = "capsules"
 _MOST_CAPSULES = 20
 _PROTECTED = 2
 _MOST_REWINDS = 3
-"""Rewinds without a step beyond those before."""
+"""Maximum rewinds in a row without progress beyond the farthest step."""
 
 
 class Recovery:
-    """The guards of one run; all ranks call it together and decide alike."""
+    """The guards of one run; collective, with equal decisions on all ranks."""
 
     def __init__(self, config: GuardConfig, mesh: Mesh, out: Path) -> None:
         self.guard = Guard(config)
         self._config, self._mesh, self._out = config, mesh, out
         self._bad: list[tuple[int, int]] = []
-        """(epoch, step in it) of the updates skipped in a row."""
+        """(epoch, step in the epoch) of the current row of skipped updates."""
         self._rewinds, self._farthest = 0, -1
         self._last: tuple[StepResult, Sequence[Any], dict[str, Any]] | None = None
 
     def must_rewind(
         self, result: StepResult, records: Sequence[Any], state: StreamState, facts: dict[str, Any]
     ) -> bool:
-        """Note a skipped update; True if so many were skipped in a row that the run goes back.
+        """Record a skipped update; True if guard.rewind_after of them followed one another.
 
-        `state` is the position behind the batch, `facts` stand in the capsule.
+        `state` is the position after the batch, `facts` are written to the capsule.
         """
         self._last = (result, records, facts)
         if not result.skipped:
@@ -55,10 +55,10 @@ class Recovery:
         return len(self._bad) == self._config.rewind_after
 
     def rewound(self, state: StreamState, step: int, reached: int) -> StreamState:
-        """The checkpoint's position with the data that caused it passed over.
+        """The checkpoint's position `state`, set to skip the data of the bad updates.
 
-        `step` is the checkpoint's, `reached` the one that the run had come to.
-        Raises: TrainingError if the run goes back again and again.
+        `step` is the checkpoint's step, `reached` the step before the rewind.
+        Raises: TrainingError after _MOST_REWINDS rewinds without progress.
         """
         self._rewinds = 1 if reached > self._farthest else self._rewinds + 1
         self._farthest = max(self._farthest, reached)
@@ -74,22 +74,22 @@ class Recovery:
         return state.passing(sorted(passed))
 
     def too_early(self, step: int) -> TrainingError:
-        """The error of a run that must go back before its first checkpoint."""
+        """The error of a run that must rewind before its first checkpoint."""
         return TrainingError(
             f"step {step}: {len(self._bad)} updates in a row were skipped before the first "
             "checkpoint; lower optim.lr or guard.sigma_factor"
         )
 
     def compare_replicas(self, engine: Engine, step: int) -> None:
-        """Compare what replicas hold in common.
+        """Compare the replicated tensors of all replicas.
 
         Raises: TapirError on every rank, naming the ranks that differ from the others.
         """
         wrong: set[int] = set()
         for tensors, group in engine.replicas():
             wrong |= set(different(tensors, group))
-        found = self._mesh.world.gather_text(json.dumps(sorted(wrong)))
-        ranks = sorted({rank for text in found for rank in json.loads(text)})
+        reports = self._mesh.world.gather_text(json.dumps(sorted(wrong)))
+        ranks = sorted({rank for text in reports for rank in json.loads(text)})
         if not ranks:
             return
         what = f"the weights of rank {', '.join(map(str, ranks))} differ from their replicas'"
@@ -100,7 +100,7 @@ class Recovery:
         )
 
     def due(self, step: int) -> bool:
-        """Say whether the replicas shall be compared after this step."""
+        """True if the replicas are to be compared after this step."""
         every = self._config.compare_every
         return bool(every) and step % every == 0
 
@@ -109,7 +109,7 @@ class Recovery:
             LOG.warning("%s", text)
 
     def _write_capsule(self, reason: str) -> None:
-        """Seal what `tapir replay` needs of the last step; all ranks call it."""
+        """Write the capsule of the last step; collective over all ranks."""
         if self._last is None:
             return
         result, records, facts = self._last
@@ -135,12 +135,12 @@ class Recovery:
 
 
 def record_id(record: Any) -> str:
-    """The name of a pair: its key, or the hash of it in token records."""
+    """A pair's key, or for token records the hash of it."""
     return str(record.key if hasattr(record, "key") else record.id)
 
 
 def record_digest(record: Any) -> str:
-    """16 hex digits over a record's content."""
+    """Digest of a record's content, 16 hex digits."""
     parts = [
         getattr(record, name) for name in ("image", "text", "caption") if hasattr(record, name)
     ]
@@ -149,7 +149,7 @@ def record_digest(record: Any) -> str:
 
 
 def checkpoints_of_capsules(out: Path) -> set[int]:
-    """Steps of the checkpoints that the newest capsules' replays start from: two at most."""
+    """Checkpoint steps that the newest capsules start from, at most two."""
     steps: list[int] = []
     for path in _newest_capsules(out):
         try:
@@ -163,8 +163,8 @@ def checkpoints_of_capsules(out: Path) -> set[int]:
 
 
 def _newest_capsules(out: Path) -> list[Path]:
-    found = (out / CAPSULES).glob("step-*.json")
-    return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    capsules = (out / CAPSULES).glob("step-*.json")
+    return sorted(capsules, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
 def _number(value: float) -> float | str:

@@ -1,5 +1,5 @@
-"""The folder of a run: config, metrics, checkpoints, and how a run resumes from them.
+"""The run folder: config, metrics, checkpoints, and resuming from them.
 
-Start: folder.py: one owner at a time; metrics.py: the rows that everybody reads.
+Start: folder.py: the owner's side; metrics.py: the rows for readers.
 Imports: training.config, checkpoint, core.
 """

@@ -1,4 +1,4 @@
-"""What goes wrong slowly in a run: each said in one line when it happens, with what to do."""
+"""Warnings about slow problems of a run, each logged once with a remedy."""
 
 import math
 import statistics
@@ -17,33 +17,33 @@ from training.config import StageConfig
 from training.profiling.plan import read_plan
 
 FEW_CODES = 0.1
-"""Share of a codebook below which a dVAE is told of, whatever guard.min_codebook_usage."""
+"""Codebook usage below which there is a warning, independent of guard.min_codebook_usage."""
 SLOWER = 2.0
-"""A median step that takes so many times what a plan says is told of."""
+"""Ratio of the median step time to a plan's above which there is a warning."""
 WARM, WINDOW = 10, 50
-"""Steps that are not counted at the start, and those that the median is taken of."""
-ROOM = 2
-"""Checkpoints that a disk must have room for."""
+"""Warm-up steps that are ignored, and steps in the median."""
+CHECKPOINTS_FREE = 2
+"""There is a warning if the disk has space for fewer checkpoints."""
 
 
 class Alarms:
-    """Of one run; rank 0 speaks, and all ranks stop together."""
+    """Alarms of one run; rank 0 logs, and all ranks stop together."""
 
     def __init__(self, settings: StageConfig, mesh: Mesh, shapes: Iterable[Iterable[int]]) -> None:
-        """`shapes` are those of the parameters of this rank's stage; the stages are about equal.
+        """`shapes` of the parameters of this rank's pipeline stage; stages are about equal in size.
 
-        Raises: InputError if profile.plan is no plan of this run.
+        Raises: InputError if profile.plan is not a plan of this run.
         """
         self._settings, self._world = settings, mesh.world
         self._bytes = mesh.pipeline.size * checkpoint_bytes(shapes, settings.optim)
         self._seconds: deque[float] = deque(maxlen=WINDOW)
-        self._steps, self._said = 0, set[str]()
+        self._steps, self._warned = 0, set[str]()
         plan = settings.profile.plan
         times = read_plan(plan, settings, mesh.world.device.type == "cuda").seconds if plan else {}
         self._planned = sum(times.values())
 
     def codes(self, row: Mapping[str, float], step: int) -> None:
-        """Look at a validation's codes; all ranks call it together.
+        """Check a validation's codebook usage; collective over all ranks.
 
         Raises: TrainingError below guard.min_codebook_usage, while there are steps left.
         """
@@ -67,7 +67,7 @@ class Alarms:
         self._say("codes", dead, text)
 
     def disk(self, store: Store, step: int) -> None:
-        """Look whether the next checkpoints fit; before a save, and before the first step."""
+        """Check the free space before a save, and before the first step."""
         if self._world.rank:
             return
         free = free_space(store)
@@ -77,7 +77,7 @@ class Alarms:
             "--checkpoint.to; a save that does not fit is tried again at the next one, and older "
             "checkpoints stay whole"
         )
-        self._say("disk", free is not None and free < ROOM * self._bytes, text)
+        self._say("disk", free is not None and free < CHECKPOINTS_FREE * self._bytes, text)
 
     def pace(self, step: int, seconds: float) -> None:
         """Compare a step's time with profile.plan."""
@@ -97,27 +97,27 @@ class Alarms:
         self._say("pace", median > SLOWER * self._planned, text)
 
     def _say(self, what: str, wrong: bool, text: str) -> None:
-        """Warn when something becomes wrong, not again while it stays so."""
-        if wrong and what not in self._said and self._world.rank == 0:
+        """Warn when a problem appears, but not again while it persists."""
+        if wrong and what not in self._warned and self._world.rank == 0:
             LOG.warning("%s", text)
-        (self._said.add if wrong else self._said.discard)(what)
+        (self._warned.add if wrong else self._warned.discard)(what)
 
 
 def checkpoint_bytes(shapes: Iterable[Iterable[int]], optim: OptimConfig) -> int:
-    """Bytes of a checkpoint: weights in fp32, two moments, and the moving average if there is one;
-    without error buffers of compression."""
+    """Bytes of a checkpoint: fp32 weights, two moments, and the EMA if there is one; excludes the
+    error buffers of compression."""
     each = 4 + 2 * (4 if optim.moments == "fp32" else 2) + (4 if optim.ema else 0)
     return each * sum(math.prod(shape) for shape in shapes)
 
 
 _BLOCKS = 16
-"""Blocks of the training split that are looked at, evenly spread over it."""
+"""Maximum blocks of the train split that are sampled, evenly spaced."""
 
 
 def tell_cut_captions(task: Any) -> float:
-    """Warn of the share of captions that are cut at `model.text_length`; returns it.
+    """Warn about captions longer than `model.text_length`; returns their share.
 
-    Of a task without captions it is 0. A sample of the blocks stands for a large data set.
+    0 for a task without captions. A large data set is sampled by blocks.
     """
     context = getattr(task.model_config, "text_length", 0)
     if not context:

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: saved by all ranks, kept by a policy, the newest whole one found."""
+"""The checkpoints of a run: saving, retention, and finding the newest undamaged one."""
 
 import time
 from dataclasses import dataclass
@@ -18,17 +18,17 @@ _PROBE = "writable"
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """What the retention policy knows of a checkpoint."""
+    """A checkpoint, as the retention policy sees it."""
 
     step: int
     time: float
     """Unix seconds."""
     loss: float | None
-    """Validation loss when it was saved, if there was one."""
+    """Validation loss at its step, if validated."""
 
 
 def kept_steps(saved: list[Saved], config: CheckpointConfig) -> set[int]:
-    """Steps that the policy keeps: the last ones, one for every so many hours, the best."""
+    """Steps that the retention policy keeps: the newest, one per keep_every_hours, the best."""
     rows = sorted(saved, key=lambda row: row.step)
     kept = {row.step for row in rows[-config.keep :]}
     if config.keep_every_hours > 0:
@@ -44,7 +44,7 @@ def kept_steps(saved: list[Saved], config: CheckpointConfig) -> set[int]:
 
 
 class Checkpoints:
-    """All ranks call the public methods together."""
+    """The checkpoints of one run; public methods are collective over all ranks."""
 
     def __init__(
         self,
@@ -54,23 +54,23 @@ class Checkpoints:
         ranks: int,
         gathers: tuple[Gather, Gather],
     ) -> None:
-        """`gathers` are for the loop and, over a process group of its own, for the saver."""
+        """`gathers` of the loop and, over a separate process group, of the background saver."""
         self.store, self._config = store, config
         self._rank, self._ranks, self._gather = rank, ranks, gathers[0]
         self.saver = Saver(store, rank, gathers[1], config.async_save)
-        """Writes them; may be waited for."""
+        """Writes checkpoints, in the background if configured."""
         self._known: dict[int, Saved] = {}
         self.whole: int | None = None
-        """Step of the newest checkpoint that was written or read whole; rank 0 knows."""
+        """Step of the newest checkpoint known to be undamaged; valid on rank 0."""
         self.protected: set[int] = set()
-        """Steps that replay capsules start from."""
+        """Steps that replay capsules start from; never deleted."""
 
     def newest(self) -> CheckpointReader | None:
-        """The newest checkpoint that is whole, verified by all ranks in shares.
+        """The newest undamaged checkpoint; each rank verifies a share of it.
 
-        Damaged ones are reported and passed over, unfinished ones deleted.
-        Raises: CheckpointError if there are finished checkpoints and all are damaged;
-        StoreInputError if the store cannot be written to: better known now than at the first save.
+        Damaged checkpoints are reported and skipped, unfinished ones deleted.
+        Raises: CheckpointError if all finished checkpoints are damaged; StoreInputError if the
+        store is not writable, which is tested here instead of at the first save.
         """
         listed = finished_steps(self.store) if self._rank == 0 else []
         if self._rank == 0:
@@ -86,14 +86,14 @@ class Checkpoints:
                 reader.verify(self._rank, self._ranks)
             except CorruptError as error:
                 mine = str(error)
-            found = sorted({error for error in self._gather(mine) if error})
-            if not found:
+            errors = sorted({error for error in self._gather(mine) if error})
+            if not errors:
                 assert reader is not None
                 self._note(step, reader.facts)
                 self.whole = step
                 return reader
-            LOG.warning("%s; trying an older checkpoint", "\n".join(found))
-            damaged += found
+            LOG.warning("%s; trying an older checkpoint", "\n".join(errors))
+            damaged += errors
         if damaged:
             raise CheckpointError(
                 "no checkpoint of this run is whole; restore one of these, or train in another "
@@ -102,23 +102,23 @@ class Checkpoints:
         return None
 
     def save(self, step: int, slices: Any, facts: Json) -> float:
-        """Write a checkpoint, in the background if so configured; returns seconds held up.
+        """Write a checkpoint, in the background if configured; returns the seconds it blocked.
 
-        `saver.settle()` first. A failure is to be asked for; older checkpoints stay whole.
+        Call `saver.settle()` first, and `failure()` later; older checkpoints stay intact.
         """
         facts = {**facts, "time": time.time()}
         self._note(step, facts)
         return self.saver.save(f"step-{step}", slices, facts, lambda: self._written(step))
 
     def failure(self) -> str:
-        """Why a save failed since the last call, if one did; it is logged, too."""
+        """The error of a save since the last call, or ""; also logs it."""
         error = self.saver.failure()
         if error is not None and self._rank == 0:
             LOG.error("%s; training goes on, older checkpoints are whole", error)
         return str(error or "")
 
     def delete(self, step: int) -> None:
-        """Remove a checkpoint: its manifest first, so that no half of one counts."""
+        """Delete a checkpoint: its manifest first, so that a partial one is never read."""
         names = self.store.names(f"step-{step}/")
         for name in sorted(names, key=lambda name: not name.endswith("manifest.json")):
             self.store.delete(name)
@@ -132,7 +132,7 @@ class Checkpoints:
         self._prune()
 
     def _prune(self) -> None:
-        """Delete what the policy does not keep."""
+        """Delete checkpoints that the policy does not keep."""
         if self._rank:
             return
         finished = finished_steps(self.store)
@@ -144,7 +144,7 @@ class Checkpoints:
             self.delete(step)
 
     def _sweep(self, finished: set[int]) -> None:
-        """Delete unfinished checkpoints, but never all that there is."""
+        """Delete unfinished checkpoints, unless there are no finished ones."""
         unfinished = self._all_steps() - finished
         if unfinished and not finished:
             LOG.warning(
@@ -158,8 +158,8 @@ class Checkpoints:
             self.delete(step)
 
     def _all_steps(self) -> set[int]:
-        found = {name.split("/")[0][5:] for name in self.store.names("step-")}
-        return {int(text) for text in found if text.isdigit()}
+        numbers = {name.split("/")[0][5:] for name in self.store.names("step-")}
+        return {int(text) for text in numbers if text.isdigit()}
 
     def _remember(self, step: int) -> None:
         try:

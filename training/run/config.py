@@ -16,7 +16,7 @@ _REMEDY = (
 
 
 def config_of(run: Path) -> dict[str, Any]:
-    """The settings of a run, with its stage. Raises: InputError if the folder holds no run."""
+    """Read a run's settings and stage. Raises: InputError if the folder is no run folder."""
     path = run / "config.json"
     try:
         body: dict[str, Any] = json.loads(path.read_bytes())
@@ -36,7 +36,7 @@ def config_of(run: Path) -> dict[str, Any]:
 
 
 def settings_of_run(run: Path) -> tuple[str, StageConfig]:
-    """The stage and its settings. Raises: InputError for no run, or settings of no training."""
+    """(stage, settings) of a training run. Raises: InputError if it is none, or damaged."""
     body = config_of(run)
     stage = body.pop("stage")
     path = run / "config.json"

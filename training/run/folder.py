@@ -1,4 +1,4 @@
-"""The folder of a run: one owner at a time, metrics without gaps or doubles."""
+"""The run folder: one owner at a time, and metrics without gaps or duplicates."""
 
 import json
 import math
@@ -22,10 +22,10 @@ _MOST_BINS = 1024
 
 
 class RunFolder:
-    """Rank 0's hold on a run folder; the other ranks write nothing."""
+    """The locked run folder of rank 0; the other ranks write nothing."""
 
     def __init__(self, root: Path, config: Json, writes: bool) -> None:
-        """Raises: InputError if another run holds the folder, or it cannot be written."""
+        """Raises: InputError if another run holds the lock, or the folder is not writable."""
         self.root, self._writes = root, writes
         self._lock = ExitStack()
         if writes:
@@ -35,10 +35,10 @@ class RunFolder:
         self._metrics = root / "metrics.jsonl"
         self._board: SummaryWriter | None = None
         self._unwritten: list[str] = []
-        """Rows that a full disk did not take."""
+        """Rows that are not written yet, e.g. because the disk was full."""
 
     def begin(self, step: int) -> None:
-        """Start to write behind `step`; rows of later steps, written before a crash, go."""
+        """Start writing after `step`; removes rows of later steps, written before a crash."""
         if not self._writes:
             return
         write_atomic(self.root / "config.json", self._config)
@@ -55,7 +55,7 @@ class RunFolder:
         write_live(self.root)
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append one row to metrics.jsonl and to TensorBoard."""
+        """Append a row to metrics.jsonl and to TensorBoard."""
         if not self._writes or self._board is None:
             return
         clean = {
@@ -74,7 +74,7 @@ class RunFolder:
             )
 
     def _append(self) -> None:
-        """Write the rows that wait; a row of which a full disk took a part is taken back."""
+        """Write pending rows; truncates a partly written row on an error."""
         whole = self._metrics.stat().st_size if self._metrics.exists() else 0
         try:
             with open(self._metrics, "a") as file:
@@ -86,7 +86,7 @@ class RunFolder:
         self._unwritten.clear()
 
     def show(self, name: str, value: Any, step: int) -> None:
-        """Show an image, (H, W, 3) uint8, or a histogram of whole numbers, (n,), in TensorBoard."""
+        """Add an image, (H, W, 3) uint8, or a histogram of integers, (n,), to TensorBoard."""
         if self._board is None:
             return
         if np.ndim(value) == 3:
@@ -103,7 +103,7 @@ class RunFolder:
 
 
 def _scalars(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """A row's figures with their tags; those by category are `time/compute` and so on."""
+    """(tag, value) of a row's figures; categories are tagged `time/compute` and so on."""
     prefix = row.get("split", "train")
     for name, value in row.items():
         if isinstance(value, int | float) and name != "step":
@@ -120,12 +120,12 @@ def _step_of(row: str) -> float:
 
 
 def read_metrics(root: Path) -> list[dict[str, Any]]:
-    """All rows of a run's metrics.jsonl; lines that are none are left out."""
+    """All rows of a run's metrics.jsonl, without invalid lines."""
     return read_rows(root)[0]
 
 
 def read_rows(root: Path) -> tuple[list[dict[str, Any]], int]:
-    """The same, and how many lines were left out."""
+    """The rows of a run's metrics.jsonl, and the number of invalid lines."""
     path = root / "metrics.jsonl"
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     return rows_of(lines, str(path))
@@ -135,13 +135,13 @@ _NAME = "live.json"
 
 
 def write_live(run: Path) -> None:
-    """Note this machine, and the folder of the heartbeats if a supervisor listens."""
+    """Record this host, and the heartbeat folder if there is a supervisor."""
     note = {"host": socket.gethostname(), "beats": os.environ.get(FOLDER, "")}
     write_atomic(run / _NAME, canonical_json(note))
 
 
 def beats_of(run: Path) -> list[Beat]:
-    """The last signs of life of a run's ranks, if they run on this machine; else none."""
+    """The last heartbeats of a run's ranks; empty if they are not on this machine."""
     try:
         note = json.loads((run / _NAME).read_text())
         folder = Path(note["beats"])

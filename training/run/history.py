@@ -1,4 +1,4 @@
-"""Which pairs a run reads at a step, and at which steps it reads a pair; from the order alone."""
+"""Maps steps of a run to the pairs it reads, and pairs to steps, from the data order alone."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,20 +22,20 @@ class ReadPair:
     """A pair in a batch."""
 
     slot: int
-    """Its row in the global batch."""
+    """Row in the global batch."""
     id: int
     key: str
-    """Nothing if the data is tokens, which keep ids alone."""
+    """Empty for token data, which has ids only."""
     shard: str
     block: int
     record: int
 
 
 class History:
-    """The order of one run, with the batches that its rewinds passed over."""
+    """The data order of one run, with the batches that its rewinds skipped."""
 
     def __init__(self, run: Path) -> None:
-        """Raises: InputError if this is no run folder of a training stage."""
+        """Raises: InputError if it is not a run folder of dvae, prior or clip."""
         config = config_of(run)
         if config["stage"] not in STAGES:
             raise InputError(f"{run} is no run of dvae, prior or clip")
@@ -54,7 +54,7 @@ class History:
         self.steps: int = loop.steps
 
     def batch(self, step: int) -> list[ReadPair]:
-        """The pairs of a training step, counted from 1 as metrics.jsonl does.
+        """The pairs of a training step, counted from 1 as in metrics.jsonl.
 
         Raises: InputError if the run has no such step.
         """
@@ -68,13 +68,13 @@ class History:
         for slot, (block, record) in enumerate(places.tolist()):
             if block not in blocks:
                 blocks[block] = self._source.read(block, variant)
-            found = blocks[block][record]
+            pair = blocks[block][record]
             shard = self._source.blocks.shard_of(block, variant).name
             rows.append(
                 ReadPair(
                     slot=slot,
-                    id=found.id,
-                    key=getattr(found, "key", ""),
+                    id=pair.id,
+                    key=getattr(pair, "key", ""),
                     shard=shard,
                     block=block,
                     record=record,
@@ -83,22 +83,22 @@ class History:
         return rows
 
     def seen(self, text: str) -> list[int]:
-        """The training steps up to loop.steps at which a pair (its id or key) is read.
+        """The training steps up to loop.steps that read a pair, given by its id or key.
 
-        Raises: InputError if the data set does not have it.
+        Raises: InputError if the train split does not have it.
         """
         block, record = self._find(text)
-        found, before, epoch = [], 0, 0
+        steps, before, epoch = [], 0, 0
         while before < self.steps:
             passed = [inside for e, inside in self._passed if e == epoch]
             place = self._order.locate(epoch, block, record)
             if place is not None and place[0] not in passed:
                 step = before + place[0] - sum(inside < place[0] for inside in passed) + 1
                 if step <= self.steps:
-                    found.append(step)
+                    steps.append(step)
             before += self._order.steps(epoch) - len(passed)
             epoch += 1
-        return found
+        return steps
 
     def _find(self, text: str) -> tuple[int, int]:
         try:
@@ -111,7 +111,7 @@ class History:
             ) from None
 
     def _position(self, index: int) -> tuple[int, int]:
-        """The epoch and the step in it of the batch with `index` trained ones before it."""
+        """(epoch, step in the epoch) of the batch number `index`, without skipped batches."""
         epoch, before = 0, 0
         while True:
             steps = self._order.steps(epoch)
@@ -126,7 +126,7 @@ class History:
 
 
 def _passed_over(checkpoints: str) -> list[tuple[int, int]]:
-    """What the newest checkpoint says of batches that rewinds passed over."""
+    """(epoch, step) of the batches that rewinds skipped, from the newest checkpoint."""
     store = open_store(checkpoints)
     steps = finished_steps(store)
     if not steps:

@@ -1,4 +1,4 @@
-"""What a run tells of its steps: a line on the terminal, and rows of metrics.jsonl."""
+"""Logging of steps: a line on the terminal, and rows of metrics.jsonl."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,32 +15,32 @@ from training.tasks.task import Pictures
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """What one step took on this rank."""
+    """The cost of one step on this rank."""
 
     seconds: float
-    """Of the whole step."""
+    """Seconds of the whole step."""
     waited: float
-    """Seconds of them in which the rank waited for its batch."""
+    """Seconds of it that the rank waited for its batch."""
     traffic: Traffic
 
 
 class RunLog:
-    """The log of one run; all ranks call it together, and rank 0 writes."""
+    """The log of one run; collective over all ranks, and rank 0 writes."""
 
     def __init__(
         self, settings: StageConfig, units: int, folder: RunFolder, profile: Profile
     ) -> None:
-        """`units` are the tokens of a sample."""
+        """`units` is the number of tokens per sample."""
         self._loop, self._units = settings.loop, units
         self._folder, self._profile, self._waits = folder, profile, Waits()
         self._notes: dict[str, Any] = {"precision": settings.engine.precision}
 
     def note(self, name: str, value: Any) -> None:
-        """Add a figure to the next row of a step."""
+        """Add a figure to the next training row."""
         self._notes[name] = value
 
     def step(self, step: int, epoch: int, result: StepResult, cost: StepCost, meter: Meter) -> None:
-        """Tell of a step on the terminal, and every loop.log_every steps in metrics.jsonl."""
+        """Log a step to the terminal, and every loop.log_every steps to metrics.jsonl."""
         loop, seconds, traffic = self._loop, cost.seconds, cost.traffic
         self._waits.add(cost.waited, seconds)
         rate = loop.global_batch_size * self._units / seconds
@@ -65,7 +65,7 @@ class RunLog:
             self._folder.log(row)
 
     def validation(self, step: int, row: dict[str, float], pictures: Pictures) -> None:
-        """Write a row of split `validation`, and show its pictures."""
+        """Write a row of split `validation`, and its pictures to TensorBoard."""
         for name, image in pictures.items():
             self._folder.show(name, image, step)
         self._folder.log({"step": step, "split": "validation", **row})

@@ -1,4 +1,4 @@
-"""Rows of metrics.jsonl as readers may trust them, from a file that anything may be written in."""
+"""Validated rows of metrics.jsonl; the file may contain anything."""
 
 import json
 import math
@@ -8,9 +8,9 @@ from typing import Any
 from core.renamed import ROW, renamed, tell_old_keys
 
 _DIGITS = 18
-"""Of the longest whole number."""
+"""Maximum digits of an integer."""
 _LARGEST = 1e100
-"""Figures below it can be added up."""
+"""Bound of figures, so that sums stay finite."""
 _FIGURES = (
     "seconds",
     "tokens_per_second",
@@ -29,18 +29,18 @@ _FIGURES = (
     "compress_raw_bytes",
     "compress_sent_bytes",
 )
-"""What readers compute with."""
+"""Fields that must be numbers, because readers compute with them."""
 _GO_TOGETHER = {
     "mfu": "model_tflops",
     "slowest_ratio": "slowest_rank",
     "compress_raw_bytes": "compress_sent_bytes",
 }
 _DEPTHS = {"time": 1, "comm_seconds": 2, "comm": 3}
-"""Mappings of figures, and how deep they are."""
+"""Fields that are nested mappings of figures, and their depth."""
 
 
 def row_of(line: str) -> dict[str, Any] | None:
-    """The row of a line, under new names; None if it is none, or has no number for a figure."""
+    """Parse a line, with renamed fields under new names; None if it is invalid."""
     try:
         row = json.loads(line, parse_int=_whole)
     except (ValueError, RecursionError):
@@ -52,17 +52,17 @@ def row_of(line: str) -> dict[str, Any] | None:
 
 
 def rows_of(lines: Iterable[str], where: str = "") -> tuple[list[dict[str, Any]], int]:
-    """The rows, and how many lines are none; one line tells of old names in the file `where`."""
+    """The valid rows, and the number of invalid lines; logs old names once if `where` is given."""
     lines = list(lines)
     if where:
         tell_old_keys(where, "\n".join(lines), ROW)
-    found = [row_of(line) for line in lines]
-    rows = [row for row in found if row is not None]
-    return rows, len(found) - len(rows)
+    parsed = [row_of(line) for line in lines]
+    rows = [row for row in parsed if row is not None]
+    return rows, len(parsed) - len(rows)
 
 
 def passed_over(count: int) -> str:
-    """What readers say of lines that are no rows."""
+    """The message about invalid lines."""
     return f"{count} line{'s' if count > 1 else ''} of metrics.jsonl cannot be read: passed over"
 
 
@@ -85,7 +85,7 @@ def _sound(row: dict[str, Any]) -> bool:
 
 
 def _figures(value: Any, depth: int) -> bool:
-    """True for a number that can be added up, or mappings of such, so many inside of each other."""
+    """True for a finite number below _LARGEST, or mappings of them nested `depth` deep."""
     if depth:
         return isinstance(value, dict) and all(_figures(each, depth - 1) for each in value.values())
     return (

@@ -1,4 +1,4 @@
-"""What a resumed run must have in common with the checkpoint it starts from."""
+"""Checks of a resumed run against its checkpoint."""
 
 from typing import Any
 
@@ -22,12 +22,12 @@ _MAY_CHANGE = (
     "profile",
     "supervisor",
 )
-"""Settings that a resumed run may give anew."""
+"""Settings that a resumed run may change."""
 _LOOP_MAY_CHANGE = ("stop_at", "log_every", "validate_every", "validation_samples")
 
 
 def refuse_other_config(reader: CheckpointReader, config: dict[str, Any]) -> None:
-    """Raise ConfigError with a table of the settings that differ and must not."""
+    """Raise ConfigError with a table of the settings that changed and must not."""
     stored = config_with_new_names(reader.facts["config"], reader.url)
     before, now = _fixed(stored), _fixed(config)
     rows = [
@@ -46,7 +46,7 @@ def refuse_other_config(reader: CheckpointReader, config: dict[str, Any]) -> Non
 
 
 def refuse_other_shapes(reader: CheckpointReader, engine: Engine) -> None:
-    """Raise ConfigError if the checkpoint holds other tensors than the engine."""
+    """Raise ConfigError if the checkpoint lacks a tensor of the engine in its shape."""
     stored, mine = reader.shapes(), engine.shapes()
     wrong = sorted(set(mine.items()) - set(stored.items()))[:3]
     if wrong:
@@ -54,7 +54,7 @@ def refuse_other_shapes(reader: CheckpointReader, engine: Engine) -> None:
 
 
 def tell_other_numerics(reader: CheckpointReader, numerics: Numerics) -> None:
-    """Warn of what keeps the resumed run from repeating an unbroken one bit for bit."""
+    """Warn about changed numerics: the resumed run is then not bitwise reproducible."""
     recorded = reader.facts.get("numerics", {})
     if recorded:  # older versions noted the precision in the settings alone
         before = reader.facts["config"].get("engine", {}).get("precision", "fp32")
@@ -69,13 +69,13 @@ def tell_other_numerics(reader: CheckpointReader, numerics: Numerics) -> None:
 
 
 def _fixed(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """All settings that a resumed run must keep, as dotted names."""
-    found: dict[str, Any] = {}
+    """The settings that a resumed run must not change, by dotted name."""
+    fixed: dict[str, Any] = {}
     for name, value in config.items():
         if (not prefix and name in _MAY_CHANGE) or (prefix == "loop." and name in _LOOP_MAY_CHANGE):
             continue
         if isinstance(value, dict):
-            found.update(_fixed(value, f"{prefix}{name}."))
+            fixed.update(_fixed(value, f"{prefix}{name}."))
         else:
-            found[prefix + name] = value
-    return found
+            fixed[prefix + name] = value
+    return fixed

@@ -1,4 +1,4 @@
-"""Follow a growing metrics.jsonl without reading it again from the start."""
+"""Follows a growing metrics.jsonl without rereading it."""
 
 import math
 import os
@@ -14,23 +14,23 @@ from training.run.metrics import row_of
 _PART = 2**20
 _MOST_LOSSES = 20_000
 _LARGEST = 1e100
-"""Losses below it can be drawn."""
+"""Bound of losses that can be drawn."""
 _RECENT = 20
-"""Rows that the time of a step is taken over."""
+"""Number of rows for the recent step time."""
 
 
 class Tail:
-    """Whole lines that were added since the last look; notices a file that begins anew."""
+    """Yields complete lines added since the last call; detects a replaced file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: tuple[int, int] | None = None
-        """Device and inode of the file that was read last."""
+        """Device and inode of the file read last."""
         self._at = 0
         self.began_anew = False
 
     def lines(self) -> Iterator[str]:
-        """New lines; the last one waits until its end is written."""
+        """New complete lines; a partial last line is read later."""
         self.began_anew = False
         try:
             with open(self._path, "rb") as file:
@@ -54,10 +54,10 @@ class Tail:
 
 
 class Follower:
-    """What is known of a run, kept up to date by `look`."""
+    """The state of a run, updated by `look`."""
 
     def __init__(self, run: Path) -> None:
-        """Raises: InputError if this is no run folder."""
+        """Raises: InputError if it is no run folder."""
         body = config_of(run)
         self.run, self.stage = run, str(body["stage"])
         self.steps: int = body["loop"]["steps"]
@@ -65,7 +65,7 @@ class Follower:
         self._forget()
 
     def look(self) -> None:
-        """Take in what was added."""
+        """Read the rows added since the last call."""
         for line in self._tail.lines():
             if self._tail.began_anew:
                 self._forget()
@@ -84,16 +84,16 @@ class Follower:
 
     @property
     def seconds_a_step(self) -> float:
-        """Recent time of a step, with its part of validation and saves where that was noted."""
-        found: list[float] = [
+        """Recent step time, including its share of validation and saves if profiled."""
+        seconds: list[float] = [
             sum(row["time"].values()) if "time" in row else row.get("seconds", 0)
             for row in self._recent
         ]
-        return sum(found) / max(len(found), 1)
+        return sum(seconds) / max(len(seconds), 1)
 
     @property
     def quiet(self) -> float:
-        """Seconds since something was written."""
+        """Seconds since the last write."""
         try:
             return max(0.0, time.time() - (self.run / "metrics.jsonl").stat().st_mtime)
         except OSError:
@@ -101,12 +101,12 @@ class Follower:
 
     def _forget(self) -> None:
         self.last: dict[str, Any] = {}
-        """The last row of training."""
+        """The last training row."""
         self.validation: dict[str, Any] = {}
-        """The last row of validation."""
+        """The last validation row."""
         self.losses: deque[float] = deque(maxlen=_MOST_LOSSES)
         self.passed_over = 0
-        """Lines that are no rows."""
+        """Number of invalid lines."""
         self._recent: deque[dict[str, Any]] = deque(maxlen=_RECENT)
 
     def _take(self, line: str) -> None:

@@ -1,4 +1,4 @@
-"""The CLIP that ranks candidates, as a task of the training loop."""
+"""The CLIP reranker as a task of the training loop."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +26,7 @@ from training.tasks.task import Means, Pictures, pad_text
 
 
 class ClipTask:
-    """Pictures against captions."""
+    """Contrastive training on pictures and captions."""
 
     def __init__(self, settings: ClipTrain, world: World) -> None:
         store = open_store(settings.data)
@@ -41,7 +41,7 @@ class ClipTask:
         self._set_model(config, settings.loop.seed, world)
 
     def _set_model(self, config: ClipConfig, seed: int, world: World) -> None:
-        """The program, for these settings or for a rehearsal of them."""
+        """Set the model's program; rehearsals call it with other sizes."""
         self.model_config, self.units = config, config.text_length
         self.program = clip_program(Clip(config, seed), world)
 
@@ -74,7 +74,7 @@ class ClipTask:
 
 
 def clip_program(clip: Clip, world: World) -> Program:
-    """CLIP as one layer; in training each pair is compared with those of all ranks."""
+    """CLIP as one layer; in training the contrastive loss is over the pairs of all ranks."""
 
     def everywhere(rows: Tensor) -> Tensor:
         out: Tensor = _GatherRows.apply(rows, world)
@@ -94,7 +94,7 @@ def clip_program(clip: Clip, world: World) -> Program:
 
 
 class _GatherRows(Function):
-    """All-gather rows; the gradient of a row is the sum of what all ranks made of it."""
+    """All-gather rows; the backward pass all-reduces the gradient and takes this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, world: World) -> Tensor:

@@ -1,4 +1,4 @@
-"""The dVAE, pictures -> codes -> pictures, as a task of the training loop."""
+"""The dVAE as a task of the training loop."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,9 +26,9 @@ from training.tasks.task import Means, Pictures, perplexity
 
 SHOWN = 8
 CALIBRATED = 256
-"""Pictures that the dVAE's first scales are fitted to."""
+"""Number of pictures for the calibrated initialisation."""
 TOGETHER = 4096
-"""Tokens of the pictures that are looked at together in a validation."""
+"""Maximum tokens per batch of a validation's figures."""
 
 
 class DVAELayer(nn.Module):
@@ -42,7 +42,7 @@ class DVAELayer(nn.Module):
 
 
 class DVAETask:
-    """Pictures -> codes -> pictures."""
+    """Training of the dVAE on pictures."""
 
     def __init__(self, settings: DVAETrain) -> None:
         store = open_store(settings.data)
@@ -56,7 +56,7 @@ class DVAETask:
             self.dvae.calibrate(self._squares(first, self.train))
 
     def _set_model(self, config: DVAEConfig, seed: int) -> None:
-        """The model and its program, for these settings or for a rehearsal of them."""
+        """Set the model and its program; rehearsals call it with other sizes."""
         self.model_config, self.units = config, config.tokens
         self.dvae = DVAE(config, seed)
         self.program = dvae_program(self.dvae, config)
@@ -85,7 +85,7 @@ class DVAETask:
         return squares_of(pictures, self.model_config.pixels)
 
     def _views(self, records: Sequence[RawRecord], step: int) -> Tensor:
-        """What a training step sees of some pictures, (B, 3, S, S)."""
+        """The augmented pictures of a training step, (B, 3, S, S)."""
         if not self._settings.augment:
             return self._squares(records, self.train)
         pixels, seed = self.model_config.pixels, self._settings.loop.seed
@@ -143,5 +143,5 @@ def _rows(originals: Tensor, again: Tensor) -> np.ndarray:
 
 
 def build(settings: DVAETrain, _mesh: Mesh) -> DVAETask:
-    """The task of `tapir train dvae`; it needs no mesh."""
+    """The task of `tapir train dvae`; it does not use the mesh."""
     return DVAETask(settings)

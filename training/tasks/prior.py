@@ -1,4 +1,4 @@
-"""The prior, the transformer over text and image tokens, as a task of the training loop."""
+"""The prior, a transformer over text and image tokens, as a task of the training loop."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,7 +32,7 @@ def token_batch(records: Sequence[TokenRecord], text_length: int) -> Batch:
 
 
 class PriorTask:
-    """The transformer over text and image tokens."""
+    """Training of the prior on token records."""
 
     unreadable = 0
 
@@ -55,7 +55,7 @@ class PriorTask:
         self._set_model(config, settings.loop.seed, tensor)
 
     def _set_model(self, config: PriorConfig, seed: int, tensor: TensorParallel) -> None:
-        """The program, for these settings or for a rehearsal of them."""
+        """Set the model's program; rehearsals call it with other sizes."""
         self.model_config, self.units = config, config.length
         self.program = prior_program(config, seed, tensor)
 
@@ -72,13 +72,13 @@ class PriorTask:
         return [len(record.text) for record in records]
 
     def _maybe_empty(self, record: TokenRecord, step: int) -> TokenRecord:
-        """The record, or by its key the same picture with the empty caption."""
+        """Caption dropout: the record, or the same picture with an empty caption, by key."""
         drawn = key_fraction(self._settings.loop.seed, step, record.id, "caption drop")
         kept = drawn >= self._settings.caption_dropout
         return record if kept else replace(record, text=record.text[:0])
 
     def _open_dropout(self) -> DropoutEncoder | None:
-        """Raises: InputError if the tokens were made by another tokenizer."""
+        """Raises: InputError if the tokens were made with another tokenizer."""
         rate, folder = self._settings.bpe_dropout, self._settings.bpe
         if rate == 0:
             return None
@@ -97,10 +97,10 @@ class PriorTask:
     def figures(
         self, means: Means, mine: Sequence[TokenRecord], records: Sequence[TokenRecord]
     ) -> tuple[dict[str, float], Pictures]:
-        """The two bounds that a prior must beat on held-out images.
+        """Two baselines that the loss of a prior on held-out images must beat.
 
-        shuffled_caption_loss: the image loss with every caption given to another picture.
-        per_position_entropy: of the training codes at each position, averaged; nats a token.
+        shuffled_caption_loss: the image loss with permuted captions.
+        per_position_entropy: mean over positions of the training codes' entropy; nats per token.
         """
         shift = 1 + key_int(self._settings.loop.seed, "shuffle") % max(len(records) - 1, 1)
         places = {id(record): i for i, record in enumerate(records)}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from bench.order import CountedSource, amplification
 from core.errors import ConfigError
 from data_pipeline.config import LoaderConfig, OrderConfig
-from data_pipeline.formats.tokens import TokenRecord, TokenRecords, TokenRoom
+from data_pipeline.formats.tokens import TokenBuffer, TokenRecord, TokenRecords
 from data_pipeline.streaming.order import LaneOrder
 from data_pipeline.streaming.stream import Stream, StreamState
 
@@ -48,8 +48,8 @@ class NumberedSource:
             ]
         )
 
-    def room(self, sizes: Any, spare: Any = None) -> TokenRoom:
-        return TokenRoom(sizes, 2, spare)
+    def buffer(self, sizes: Any, free: Any = None) -> TokenBuffer:
+        return TokenBuffer(sizes, 2, free)
 
     def empty(self) -> TokenRecords:
         raise AssertionError("every rank reads")

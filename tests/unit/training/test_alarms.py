@@ -21,7 +21,7 @@ from training.presets import dvae_tiny, prior_tiny
 from training.profiling.figures import cores_of, peaks_of, speed_of
 from training.run import alarms
 from training.run import folder as run_folder
-from training.run.alarms import ROOM, WARM, WINDOW, Alarms, checkpoint_bytes
+from training.run.alarms import CHECKPOINTS_FREE, WARM, WINDOW, Alarms, checkpoint_bytes
 from training.run.folder import RunFolder, read_rows
 
 
@@ -94,7 +94,7 @@ def test_a_disk_without_room_for_two_checkpoints_is_told(told: Any, tmp_path: Pa
     roomy = _alarms(PriorTrain(), [(10,)])
     roomy.disk(store, 5)
     assert not told.messages
-    tight = _alarms(PriorTrain(), [(free // ROOM // 12 + 10**6,)])
+    tight = _alarms(PriorTrain(), [(free // CHECKPOINTS_FREE // 12 + 10**6,)])
     tight.disk(store, 5)
     tight.disk(store, 10)
     assert len(told.messages) == 1 and "make room" in told.messages[0]
