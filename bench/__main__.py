@@ -18,10 +18,10 @@ _RUNS = re.compile(r"^def run\(|^from bench\.\S+ import run$", re.MULTILINE)
 def names() -> list[str]:
     """The benchmarks: modules of this folder with a function `run`."""
     files = [*Path(__file__).parent.glob("*.py"), *Path(__file__).parent.glob("*/__init__.py")]
-    found = [path.parent.name if path.stem == "__init__" else path.stem for path in files]
+    modules = [path.parent.name if path.stem == "__init__" else path.stem for path in files]
     return sorted(
         name
-        for name, path in zip(found, files, strict=True)
+        for name, path in zip(modules, files, strict=True)
         if path != Path(__file__) and _RUNS.search(path.read_text())
     )
 

@@ -26,7 +26,7 @@ TEXT, GRID = sized((256, 32), (64, 16))
 ROUNDS = sized(7, 1)
 BITS = {"highest": 24, "medium": 8}
 """Significant bits that torch promises for the operands of an fp32 matmul: medium may be bf16."""
-WANTED = {"row": 2.8, "column": 3.2, "conv": 2.3}
+TARGETS = {"row": 2.8, "column": 3.2, "conv": 2.3}
 """At the highest precision."""
 KINDS: tuple[Kind, ...] = ("row", "column", "conv")
 
@@ -66,13 +66,13 @@ def _row(kind: Kind, precision: str) -> dict[str, Any]:
     times = [(_seconds(dense), _seconds(ours)) for _ in range(ROUNDS)]
     ratios = [a / b for a, b in times]
     theirs, mine = (statistics.median(column) for column in zip(*times, strict=True))
-    wanted = f", wanted {WANTED[kind]}x" if precision == "highest" else ""
+    target = f", wanted {TARGETS[kind]}x" if precision == "highest" else ""
     ceiling = mask.numel() / int(mask.sum())
     return bench_row(
         f"{kind} attention, fp32 {precision}",
         1e3 * mine,
         "ms",
-        f"dense mask {1e3 * theirs:.0f} ms, ceiling by pairs {ceiling:.1f}x{wanted}",
+        f"dense mask {1e3 * theirs:.0f} ms, ceiling by pairs {ceiling:.1f}x{target}",
         ratios,
         ratio=theirs / mine,
     )

@@ -67,8 +67,8 @@ def pieces_of_subword_nmt(tokenizer: Tokenizer, rate: float) -> Callable[[str], 
     codes = {tuple(pair): rank for rank, pair in enumerate(merges)}
 
     def pieces(word: str) -> tuple[str, ...]:
-        found: tuple[str, ...] = subword_nmt(word, codes, {}, None, "", (0, 1), {}, None, rate)
-        return found
+        parts: tuple[str, ...] = subword_nmt(word, codes, {}, None, "", (0, 1), {}, None, rate)
+        return parts
 
     return pieces
 

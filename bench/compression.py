@@ -30,8 +30,8 @@ def run() -> list[dict[str, Any]]:
         rows.append(_row(width, 0, "uncompressed", plain, plain))
         for rank in ranks:
             for variant, flags in _variants(rank == PAPERS[width] and width == 96).items():
-                found = _losses(tokens, width, rank, variant, flags)
-                rows.append(_row(width, rank, variant, found, plain))
+                losses = _losses(tokens, width, rank, variant, flags)
+                rows.append(_row(width, rank, variant, losses, plain))
     return rows
 
 
@@ -43,10 +43,10 @@ def saved_share(width: int, rank: int) -> float:
 
 
 def _variants(without_feedback: bool) -> dict[str, list[str]]:
-    found = {"fixed Q": [], "warm Q": ["--compress.warm-start"]}
+    variants = {"fixed Q": [], "warm Q": ["--compress.warm-start"]}
     if without_feedback:
-        found["fixed Q, no error feedback"] = ["--compress.no-error-feedback"]
-    return found
+        variants["fixed Q, no error feedback"] = ["--compress.no-error-feedback"]
+    return variants
 
 
 def _losses(tokens: str, width: int, rank: int, variant: str, flags: list[str]) -> list[float]:

@@ -57,7 +57,7 @@ LOCAL = {
     "mosaic": "mosaic",
 }
 """Contenders beside Tapir, and whose environment they need."""
-WANTED = {"webdataset_two": 10.0, "webdataset_one": 5.0, "litdata": 2.0, "webdataset from S3": 4.0}
+TARGETS = {"webdataset_two": 10.0, "webdataset_one": 5.0, "litdata": 2.0, "webdataset from S3": 4.0}
 
 
 def run() -> list[dict[str, Any]]:
@@ -110,13 +110,13 @@ def _signed(server: ObjectServer) -> list[str]:
     import boto3  # noqa: PLC0415 - reads the credentials of the moment
 
     client = boto3.client("s3", endpoint_url=server.endpoint)
-    found = []
+    urls = []
     for name in S3Store(BUCKET, "webdataset").names():
         if name.endswith(".tar"):
             where = {"Bucket": BUCKET, "Key": f"webdataset/{name}"}
             url = client.generate_presigned_url("get_object", Params=where, ExpiresIn=3600)
-            found.append(f"pipe:curl -s '{url}'")
-    return found
+            urls.append(f"pipe:curl -s '{url}'")
+    return urls
 
 
 def _copy(source: Store, target: Store) -> None:
@@ -174,10 +174,10 @@ def _measure(
     command = module_command(CHILD, name, place, python=python)
     inherited = child_environment(environment or os.environ)
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=inherited)
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert name == "raw" or found["records"] == SHARDS * RECORDS, (name, found)
-    print(f"{name}: {found}", file=sys.stderr)
-    return float(found["cpu"])
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert name == "raw" or result["records"] == SHARDS * RECORDS, (name, result)
+    print(f"{name}: {result}", file=sys.stderr)
+    return float(result["cpu"])
 
 
 def _note(used: dict[str, list[float]], name: str, value: float) -> None:
@@ -186,8 +186,8 @@ def _note(used: dict[str, list[float]], name: str, value: float) -> None:
 
 def _row(name: str, used: list[float], base: list[float], baseline: str) -> dict[str, Any]:
     ratios = [a / b for a, b in zip(used, base, strict=True)]
-    wanted = WANTED.get(name, 0.0)
-    text = f"{baseline}, wanted {wanted:g}x" if wanted else baseline
+    target = TARGETS.get(name, 0.0)
+    text = f"{baseline}, wanted {target:g}x" if target else baseline
     return bench_row(
         f"{name}, CPU a record",
         statistics.median(used),

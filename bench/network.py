@@ -70,9 +70,9 @@ def _break_even(machines: Machines) -> dict[str, Any]:
     points = []
     for megabits in SWEEP:
         machines.shape(megabits)
-        found = _measure(machines)
-        gain = statistics.median(found["plain"]) - statistics.median(found["compressed"])
-        points.append((found["bandwidth"], gain, found["break_even"]))
+        figures = _measure(machines)
+        gain = statistics.median(figures["plain"]) - statistics.median(figures["compressed"])
+        points.append((figures["bandwidth"], gain, figures["break_even"]))
         print(f"{megabits:g} Mbit/s: {points[-1]}", file=sys.stderr)
     measured = _crossing([(1 / bandwidth, gain) for bandwidth, gain, _ in points])
     advised = statistics.median(point[2] for point in points)

@@ -71,17 +71,17 @@ def run() -> list[dict[str, Any]]:
         command = call_command("bench.order:position", epoch, step)
         piped: dict[str, Any] = {"stdout": subprocess.PIPE, "env": child_environment()}
         done = subprocess.run(command, text=True, check=True, **piped)
-        found = json.loads(done.stdout.splitlines()[-1])
-        assert found["seconds"] < 1 and found["megabytes"] < 100, found
+        figures = json.loads(done.stdout.splitlines()[-1])
+        assert figures["seconds"] < 1 and figures["megabytes"] < 100, figures
         where = f"state to batch, epoch {epoch} step {step}"
-        rows.append(bench_row(where, found["seconds"], "s", "1 s", [1 / found["seconds"]]))
+        rows.append(bench_row(where, figures["seconds"], "s", "1 s", [1 / figures["seconds"]]))
         rows.append(
             bench_row(
                 f"{where}, more memory",
-                found["megabytes"],
+                figures["megabytes"],
                 "MB",
                 "100 MB",
-                [100 / found["megabytes"]],
+                [100 / figures["megabytes"]],
             )
         )
     source = CountedSource(sizes_250m())
@@ -113,12 +113,12 @@ def amplification(source: CountedSource, order: LaneOrder, world: int, batch: in
 
 
 def _epoch(order: LaneOrder) -> list[Chunk]:
-    found: list[Chunk] = []
+    chunks: list[Chunk] = []
     for chunk in chunks_of(order, 0, 0, 32):
         if chunk.epoch:
-            return found
-        found.append(chunk)
-    return found
+            return chunks
+        chunks.append(chunk)
+    return chunks
 
 
 def position(epoch: int, step: int) -> None:

@@ -102,15 +102,15 @@ def run() -> list[dict[str, Any]]:
     for precision, bound in sized(BOUND, {"fp32": BOUND["fp32"]}).items():
         single = train(ONE.precise(precision))
         for case in sized(CASES, CASES[:1]):
-            found = difference(single, train(case.precise(precision)))
+            worst = difference(single, train(case.precise(precision)))
             rows.append(
                 bench_row(
                     f"{case.name} {precision}",
-                    found,
+                    worst,
                     "relative difference",
                     f"bound {bound:g}",
-                    [found],
-                    ratio=bound / max(found, 1e-12),
+                    [worst],
+                    ratio=bound / max(worst, 1e-12),
                 )
             )
     return rows
@@ -162,8 +162,8 @@ def train_rank(payload: str) -> None:
     program = prior_program(case.model, SEED, mesh.shared)
 
     def loss(logits: Any, batch: Batch) -> Losses:
-        found = program.loss(logits, batch)
-        return {**found, "loss": found["loss"] * math.nan} if breaks[0] else found
+        figures = program.loss(logits, batch)
+        return {**figures, "loss": figures["loss"] * math.nan} if breaks[0] else figures
 
     with recorded(mesh) as ledger:
         engine = build_engine(replace(program, loss=loss), settings, mesh)

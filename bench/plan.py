@@ -47,11 +47,11 @@ MESHES = sized(_MESHES, {name: _MESHES[name] for name in ("DP2", "1 rank")})
 def run() -> list[dict[str, Any]]:
     """One row a mesh, then whether the order is right, and how good the chosen mesh is."""
     hardware = KNOWN["cpu"] if tiny() else KNOWN["cpu"].with_constants(calibrate())
-    predicted = {name: estimate(way, hardware).seconds for name, way in MESHES.items()}
+    predicted = {name: estimate(mesh, hardware).seconds for name, mesh in MESHES.items()}
     rounds: dict[str, list[float]] = {name: [] for name in MESHES}
     for _ in range(ROUNDS):
-        for name, way in MESHES.items():
-            rounds[name].append(min(time_steps(way, STEPS)))
+        for name, mesh in MESHES.items():
+            rounds[name].append(min(time_steps(mesh, STEPS)))
     measured = {name: min(seconds) for name, seconds in rounds.items()}
     rows = []
     for name, seconds in rounds.items():

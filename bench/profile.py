@@ -106,8 +106,8 @@ def _pairs(settings: PriorTrain, out: Path, ranks: int) -> list[tuple[float, flo
     payload = json.dumps({"settings": to_json(settings), "out": str(out)})
     preload = [*PRELOAD, *modules_of(settings.engine.name, False), "bench.profile"]
     launch("bench.profile:measure_rank", payload, ranks, preload)
-    found = [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
-    return [(sum(p[0] for p in row), sum(p[1] for p in row)) for row in zip(*found, strict=True)]
+    per_rank = [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
+    return [(sum(p[0] for p in row), sum(p[1] for p in row)) for row in zip(*per_rank, strict=True)]
 
 
 def measure_rank(payload: str) -> None:

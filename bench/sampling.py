@@ -134,8 +134,8 @@ def _plain(layers: nn.ModuleDict, precision: str, growing: bool) -> float:
                 state: Any = {"text": text, "image": image}
                 for layer in layers.values():
                     state = layer(state)
-                found: Tensor = state.image[:, position]
-                return found
+                codes: Tensor = state.image[:, position]
+                return codes
             embedding, *blocks, head = layers.values()
             assert isinstance(embedding, PriorEmbedding) and isinstance(head, PriorHead)
             x = torch.cat(

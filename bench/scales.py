@@ -60,8 +60,8 @@ def run() -> list[dict[str, Any]]:
             shares[value] = share
             print(f"global scale {value:g}: {share:.3e} flushed", file=sys.stderr)
     best = min(shares, key=lambda value: (shares[value], -value))
-    globally, flushed = _settled(stage, many, dict.fromkeys(stage.scales, 2 * best), together=True)
-    own, share = _settled(stage, many, _settled(stage, few, dict.fromkeys(stage.scales, MOST))[0])
+    globally, flushed = _search(stage, many, dict.fromkeys(stage.scales, 2 * best), together=True)
+    own, share = _search(stage, many, _search(stage, few, dict.fromkeys(stage.scales, MOST))[0])
     best = next(iter(globally.values()))
     spread = list(own.values())
     print(f"best global scale {best:g}: {flushed:.3e} flushed", file=sys.stderr)
@@ -102,7 +102,7 @@ def _trained(config: PriorConfig, batches: list[Batch]) -> Stage:
     return stage
 
 
-def _settled(
+def _search(
     stage: Stage, probes: list[Batch], values: dict[str, float], together: bool = False
 ) -> tuple[dict[str, float], float]:
     """Halve scales until every branch stays finite; `together` halves all. Returns the share

@@ -68,12 +68,12 @@ def run() -> list[dict[str, Any]]:
         ("share of a 50 ms step waited for data", waits["share"], "", 0.005),
         ("p99.9 of the wait, store standing still for 2 s", stalled["p999"], "s", 2.0),
     ]
-    found = [
+    results = [
         bench_row(name, value, unit, f"at most {most}", [most / max(value, 1e-6)])
         for name, value, unit, most in rows
     ]
     print(json.dumps({"starts": starts, "waits": waits, "stalled": stalled, "whole": whole}))
-    return found
+    return results
 
 
 def _write() -> None:
@@ -119,9 +119,9 @@ def _stalls() -> Any:
 def _child(what: str, environment: dict[str, str]) -> dict[str, Any]:
     command = call_command(f"bench.stream:{what}")
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    print(f"{what}: {found}", file=sys.stderr)
-    return found
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(f"{what}: {figures}", file=sys.stderr)
+    return figures
 
 
 def _stream(ahead: int = 64) -> Stream:
@@ -154,8 +154,8 @@ def wait() -> None:
         time.sleep(STEP_SECONDS)
     spent = time.perf_counter() - began
     quantiles = {"p50": 0.5, "p99": 0.99, "p999": 0.999, "most": 1.0}
-    found = {name: float(np.quantile(waits, q)) for name, q in quantiles.items()}
-    print(json.dumps({"share": sum(waits) / spent, **found}))
+    figures = {name: float(np.quantile(waits, q)) for name, q in quantiles.items()}
+    print(json.dumps({"share": sum(waits) / spent, **figures}))
     sys.stdout.flush()
     os._exit(0)
 
@@ -175,8 +175,8 @@ def whole() -> None:
     seconds = time.perf_counter() - began
     third = len(sizes) // 3
     means = [float(np.mean(sizes[i * third : (i + 1) * third])) for i in range(3)]
-    found = {"records": count, "seconds": seconds, "most_mb": max(sizes)}
-    found |= {"first_third_mb": means[0], "last_third_mb": means[2]}
-    print(json.dumps(found))
+    figures = {"records": count, "seconds": seconds, "most_mb": max(sizes)}
+    figures |= {"first_third_mb": means[0], "last_third_mb": means[2]}
+    print(json.dumps(figures))
     sys.stdout.flush()
     os._exit(0)

@@ -46,7 +46,7 @@ CONFIG = PriorConfig(
 )
 BATCH, WARM, ROUNDS, LR = 2, sized(2, 1), sized(7, 1), 4.5e-4
 PEAK_SIZES = sized((1024, 2048), (128,))
-WANTED_RATIO, WANTED_MFU = 4.0, 0.5
+TARGET_RATIO, TARGET_MFU = 4.0, 0.5
 
 
 class PlainPrior(nn.Module):
@@ -131,10 +131,10 @@ def run() -> list[dict[str, Any]]:
     try:
         for turn in range(-WARM, ROUNDS):
             for name, worker in workers.items():
-                spent, found = worker.turn()
-                losses.setdefault(name, found)
+                spent, value = worker.turn()
+                losses.setdefault(name, value)
                 if turn >= 0:
-                    seconds[name].append(spent if name != "peak" else found)
+                    seconds[name].append(spent if name != "peak" else value)
     finally:
         for worker in workers.values():
             worker.end()
@@ -154,13 +154,13 @@ def _rows(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
         mine, theirs = seconds[name], seconds[baseline]
         ratios = [b / a for a, b in zip(mine, theirs, strict=True)]
         gated = (name, baseline) == ("tapir bf16", "plain fp32")
-        wanted = f", wanted {WANTED_RATIO:g}x" if gated else ""
+        target = f", wanted {TARGET_RATIO:g}x" if gated else ""
         rows.append(
             bench_row(
                 f"train step, {name}",
                 tokens / statistics.median(mine),
                 "tokens/s",
-                f"{baseline}: {tokens / statistics.median(theirs):.0f}{wanted}",
+                f"{baseline}: {tokens / statistics.median(theirs):.0f}{target}",
                 ratios,
             )
         )
@@ -172,7 +172,7 @@ def _rows(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
             "MFU, tapir bf16",
             flops / statistics.median(mine) / 1e9,
             "GFLOP/s",
-            f"bf16 matmul {peak:.0f} GFLOP/s, wanted {WANTED_MFU:g}",
+            f"bf16 matmul {peak:.0f} GFLOP/s, wanted {TARGET_MFU:g}",
             shares,
         )
     )
@@ -233,13 +233,13 @@ def _peak() -> Callable[[], float]:
     pairs = [[torch.randn(n, n, dtype=torch.bfloat16) for _ in range(2)] for n in PEAK_SIZES]
 
     def best() -> float:
-        found = []
+        per_operation = []
         for a, b in pairs:
             a @ b
             began = time.perf_counter()
             a @ b
-            found.append((time.perf_counter() - began) / (2 * len(a) ** 3))
-        return min(found)
+            per_operation.append((time.perf_counter() - began) / (2 * len(a) ** 3))
+        return min(per_operation)
 
     return best
 

@@ -49,5 +49,5 @@ def report(payload: str) -> None:
     """On the rank: the calls that its forkserver made before the fork."""
     body = json.loads(payload)
     there = [name for name in body["preload"] if name in sys.modules]
-    found = {"preloaded": there, "calls": CALLS, "asks_nvml": ASKS_NVML}
-    Path(body["out"], "calls.json").write_text(json.dumps(found))
+    facts = {"preloaded": there, "calls": CALLS, "asks_nvml": ASKS_NVML}
+    Path(body["out"], "calls.json").write_text(json.dumps(facts))

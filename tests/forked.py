@@ -23,13 +23,13 @@ def forked_ranks(folder: Path, ranks: int, work: Callable[[int], Any]) -> list[A
         process.start()
         theirs.close()
         ends.append((process, mine))
-    found = []
+    values = []
     for process, mine in ends:
         fine, value = mine.recv()
         process.join()
         assert fine, value
-        found.append(value)
-    return found
+        values.append(value)
+    return values
 
 
 def _rank(

@@ -45,8 +45,8 @@ def run_world(target: str, payload: dict[str, Any], ranks: int) -> list[Any]:
     Raises: RankError if any rank fails.
     """
     launch(target, json.dumps(payload), ranks, PRELOAD)
-    found = [Path(payload["out"], f"result-{rank}.json") for rank in range(ranks)]
-    return [json.loads(path.read_text()) for path in found if path.exists()]
+    paths = [Path(payload["out"], f"result-{rank}.json") for rank in range(ranks)]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
 def tapir(*arguments: str, code: int = 0, cwd: Path | None = None, **extra: str) -> str:
@@ -120,12 +120,12 @@ def heed_interrupts() -> None:
 
 def processes_with(text: str) -> list[int]:
     """PIDs of living processes whose command line or environment holds a text."""
-    found = []
+    pids = []
     for process in psutil.process_iter(["pid", "cmdline", "status"]):
         line = " ".join(process.info["cmdline"] or [])
         if text in line and process.info["status"] != psutil.STATUS_ZOMBIE:
-            found.append(process.info["pid"])
-    return found
+            pids.append(process.info["pid"])
+    return pids
 
 
 def rows_of(run: Path, split: str = "train") -> list[dict[str, Any]]:
@@ -138,4 +138,4 @@ def rows_of(run: Path, split: str = "train") -> list[dict[str, Any]]:
 
 def installed(package: str) -> bool:
     """Say whether a package is installed beside this Python."""
-    return any(found.name == package for found in distributions())
+    return any(distribution.name == package for distribution in distributions())

@@ -89,13 +89,13 @@ def _run(function: Any, arguments: Any, named: Any) -> Any:
     goes_to = named.get("device")
     if goes_to is not None:
         inside["device"] = "cpu"
-    found = function(*raw, **inside)
+    result = function(*raw, **inside)
     if torch.device(goes_to or SECOND).type == "cpu":
-        return found
+        return result
     if function is _aten.copy_.default:
         return arguments[0]
-    found = tree_map(lambda x: SecondTensor(x) if isinstance(x, Tensor) else x, found)
-    return return_and_correct_aliasing(function, arguments, named, found)
+    result = tree_map(lambda x: SecondTensor(x) if isinstance(x, Tensor) else x, result)
+    return return_and_correct_aliasing(function, arguments, named, result)
 
 
 def _raw(value: Any) -> Any:

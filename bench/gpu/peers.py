@@ -76,8 +76,8 @@ def _step(net: nn.Module, loss: Callable[[], Tensor], device: torch.device) -> S
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16):
-            found = loss()
-        found.backward()
+            value = loss()
+        value.backward()
         optimizer.step()
 
     return step

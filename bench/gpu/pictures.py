@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 
-from bench.gpu.report import GpuReport, Wanted, at_least, rates, seconds, wall_seconds
+from bench.gpu.report import GpuReport, Target, at_least, rates, seconds, wall_seconds
 from data_pipeline.config import TokenizeConfig
 from data_pipeline.formats.raw import RawRecord, RawRecords
 from data_pipeline.tokenize.encode import Encoders, encode_pairs
@@ -44,13 +44,13 @@ def pictures(report: GpuReport) -> None:
     for precision, least in CLOSE.items():
         reader = CodeReader(model, precision)  # type: ignore[arg-type]
         equal = float((reader.codes(some.to(device)).cpu() == exact).float().mean())
-        report.row(f"{precision}: codes equal to the CPU's", equal, "", Wanted(least=least))
+        report.row(f"{precision}: codes equal to the CPU's", equal, "", Target(least=least))
         x = smooth(batch, model.config.pixels).to(device)
         rate, every = rates(batch, seconds(partial(reader.codes, x), device, 2, 5))
-        wanted = at_least(1000) if precision == "bf16" else None
+        target = at_least(1000) if precision == "bf16" else None
         beside = "" if tiny else f"{rate * FLOPS / 1e12:.0f} TFLOP/s"
         report.row(
-            f"{precision}: on the device", rate, "pictures/s", wanted, baseline=beside, spread=every
+            f"{precision}: on the device", rate, "pictures/s", target, baseline=beside, spread=every
         )
     rate, every = _from_files(reader, many, device)
     report.row(

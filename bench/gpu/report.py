@@ -18,7 +18,7 @@ ALONE = "none: others are compared with it"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class Target:
     """What a figure must be."""
 
     least: float | None = None
@@ -32,9 +32,9 @@ class Wanted:
 
     @property
     def bound(self) -> float:
-        found = self.least if self.least is not None else self.most
-        assert found is not None, "a figure is wanted to be at least or at most something"
-        return found
+        limit = self.least if self.least is not None else self.most
+        assert limit is not None, "a target is at least or at most a value"
+        return limit
 
     def reached(self, value: float) -> bool:
         """False for what is not a number, too."""
@@ -47,9 +47,9 @@ class Wanted:
         return self.bound / value if value > 0 and self.bound else float(self.reached(value))
 
 
-def at_least(value: float) -> Wanted:
-    """Wanted of a speed."""
-    return Wanted(least=value, speed=True)
+def at_least(value: float) -> Target:
+    """Lower bound of a speed, judged on GPUs at full size alone."""
+    return Target(least=value, speed=True)
 
 
 class GpuReport:
@@ -78,7 +78,7 @@ class GpuReport:
         name: str,
         value: float,
         unit: str = "",
-        wanted: Wanted | None = None,
+        target: Target | None = None,
         *,
         baseline: str = "",
         spread: Sequence[float] = (),
@@ -89,16 +89,16 @@ class GpuReport:
         `spread` are the same figure's values in all rounds.
         """
         passed = None
-        if wanted is not None and (self.judged or not wanted.speed):
-            passed = wanted.reached(value)
-        text = f"wanted {wanted.text}" if wanted else ""
-        ratios = [wanted.ratio(one) if wanted else 1.0 for one in (value, *spread)]
+        if target is not None and (self.judged or not target.speed):
+            passed = target.reached(value)
+        text = f"wanted {target.text}" if target else ""
+        ratios = [target.ratio(one) if target else 1.0 for one in (value, *spread)]
         beside = ", ".join(part for part in (baseline, text) if part) or ALONE
         self._write(
             {
                 "section": self._section,
                 **bench_row(name, value, unit, beside, ratios[1:] or ratios, ratio=ratios[0]),
-                "wanted": wanted.text if wanted else "",
+                "wanted": target.text if target else "",
                 "passed": passed,
                 **more,
             }
@@ -151,14 +151,14 @@ def _one(work: Callable[[], object], device: torch.device) -> float:
 
 def wall_seconds(work: Callable[[], object], device: torch.device, rounds: int) -> list[float]:
     """Seconds on the host's clock until the device has done it: what a user waits."""
-    found = []
+    times = []
     for _ in range(rounds):
         wait_for(device)
         began = time.perf_counter()
         work()
         wait_for(device)
-        found.append(time.perf_counter() - began)
-    return found
+        times.append(time.perf_counter() - began)
+    return times
 
 
 def rates(amount: float, spent: Sequence[float]) -> tuple[float, list[float]]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.gpu.kernels import copy_rates
-from bench.gpu.report import GpuReport, Wanted, at_least, rates, wall_seconds
+from bench.gpu.report import GpuReport, Target, at_least, rates, wall_seconds
 from bench.gpu.training import LARGE, TINY, drawn_on
 from generation.config import DrawSettings
 from generation.sampling.decoder import Decoder, LocalPrior
@@ -27,7 +27,7 @@ CLOSE = 1e-4
 def decoding(report: GpuReport) -> None:
     """Logits of every position with caches on the device, against one pass on the CPU."""
     worst = largest_difference(report.device)
-    report.row("logits differ from those without a cache", worst, "", Wanted(most=CLOSE))
+    report.row("logits differ from those without a cache", worst, "", Target(most=CLOSE))
     _graphs(report)
 
 
@@ -42,9 +42,9 @@ def largest_difference(device: torch.device) -> float:
     lane = decoder.start(text.to(device), image[:, :FIRST].to(device), 1)
     worst = 0.0
     for at in range(FIRST, SMALL.image_length):
-        found = decoder.next(lane, at, image[:, at - 1].to(device))
-        assert found is not None, "one process has the last stage"
-        worst = max(worst, float((found.cpu() - exact[:, at]).abs().max()))
+        logits = decoder.next(lane, at, image[:, at - 1].to(device))
+        assert logits is not None, "one process has the last stage"
+        worst = max(worst, float((logits.cpu() - exact[:, at]).abs().max()))
     return worst
 
 
@@ -58,7 +58,7 @@ def _whole(layers: nn.ModuleDict, batch: dict[str, Tensor]) -> Tensor:
 
 def _graphs(report: GpuReport) -> None:
     skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
-    report.row("CUDA graphs that were skipped", skipped, "", Wanted(most=0))
+    report.row("CUDA graphs that were skipped", skipped, "", Target(most=0))
 
 
 def sampling(report: GpuReport) -> None:

@@ -81,8 +81,8 @@ def _webdataset(place: str, shuffled: int) -> Any:
     import webdataset  # noqa: PLC0415
 
     urls = json.loads(Path(place, "urls.json").read_text())
-    found = webdataset.WebDataset(urls, shardshuffle=len(urls) if shuffled else False)
-    return found.shuffle(shuffled) if shuffled else found
+    dataset = webdataset.WebDataset(urls, shardshuffle=len(urls) if shuffled else False)
+    return dataset.shuffle(shuffled) if shuffled else dataset
 
 
 def litdata(place: str) -> Iterator[int]:

@@ -55,12 +55,12 @@ class _Handler(BaseHTTPRequestHandler):
         target = self.server.target
         link = http.client.HTTPConnection(str(target.hostname), target.port, timeout=60)
         link.request(self.command, self.path, body, dict(self.headers))
-        found = link.getresponse()
-        data = found.read()
-        headers = {k: v for k, v in found.getheaders() if k.lower() not in _OWN}
-        size = int(found.getheader("Content-Length") or len(data))
+        response = link.getresponse()
+        data = response.read()
+        headers = {k: v for k, v in response.getheaders() if k.lower() not in _OWN}
+        size = int(response.getheader("Content-Length") or len(data))
         sent = data[: len(data) // 2] if what == "cut" else data
-        self._answer(found.status, headers, sent, size)
+        self._answer(response.status, headers, sent, size)
         link.close()
         if what == "cut":
             self.close_connection = True

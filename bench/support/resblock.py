@@ -26,7 +26,7 @@ from parallel.tensor.ops import TensorParallel
 CONFIG = PriorConfig(
     dim=sized(3968, 128), heads=sized(62, 2), layers=64, text_length=256, grid=sized(32, 8)
 )
-ROUNDS, WANTED = sized(3, 1), 0.8
+ROUNDS, TARGET = sized(3, 1), 0.8
 
 
 def rows() -> list[dict[str, Any]]:
@@ -49,7 +49,7 @@ def rows() -> list[dict[str, Any]]:
             "paper-size resblock pair, bf16",
             flops / statistics.median(seconds["block"]) / 1e9,
             "GFLOP/s",
-            f"its own matmuls alone: {alone:.0f}, wanted {WANTED:g}",
+            f"its own matmuls alone: {alone:.0f}, wanted {TARGET:g}",
             ratios,
         )
     ]

@@ -24,8 +24,8 @@ class TurnWorker:
         Raises: EOFError if the process died.
         """
         self._here.send("turn")
-        found: tuple[float, Any] = self._here.recv()
-        return found
+        result: tuple[float, Any] = self._here.recv()
+        return result
 
     def end(self) -> None:
         """Ask it to end, and wait."""
@@ -38,5 +38,5 @@ def _serve(make: Callable[[], Callable[[], Any]], pipe: Connection) -> None:
     work = make()
     while pipe.recv() == "turn":
         began = time.perf_counter()
-        found = work()
-        pipe.send((time.perf_counter() - began, found))
+        value = work()
+        pipe.send((time.perf_counter() - began, value))

@@ -205,7 +205,7 @@ def test_losses_are_averaged_where_they_are() -> None:
     assert mean_losses([losses, losses], ("loss",), MESH) == {"loss": 1.0}
 
 
-def test_the_norm_is_decided_from_what_lies_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_norm_is_decided_from_the_tensors_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fake tensors let 0-dim tensors of two devices be stacked; CUDA does not."""
     stack = torch.stack
 

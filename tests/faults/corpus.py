@@ -19,9 +19,9 @@ def picture(
     kind: str = "PNG", mode: str = "RGB", size: tuple[int, int] = SIZE, **save: object
 ) -> bytes:
     """One encoded picture."""
-    found = io.BytesIO()
-    Image.new(mode, size).save(found, kind, **save)
-    return found.getvalue()
+    buffer = io.BytesIO()
+    Image.new(mode, size).save(buffer, kind, **save)
+    return buffer.getvalue()
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -41,16 +41,16 @@ def _frames() -> list[Image.Image]:
 
 
 def _animated(kind: str) -> bytes:
-    found, (first, *others) = io.BytesIO(), _frames()
-    first.save(found, kind, save_all=True, append_images=others)
-    return found.getvalue()
+    buffer, (first, *others) = io.BytesIO(), _frames()
+    first.save(buffer, kind, save_all=True, append_images=others)
+    return buffer.getvalue()
 
 
 def _zipped(marker: Path) -> bytes:
-    found = io.BytesIO()
-    with zipfile.ZipFile(found, "w") as archive:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("__main__.py", f"open({str(marker)!r}, 'w').close()")
-    return found.getvalue()
+    return buffer.getvalue()
 
 
 def _rotated() -> bytes:

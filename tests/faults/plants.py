@@ -75,8 +75,8 @@ def _scale_loss(factor: Callable[[Any], float]) -> None:
     whole = models.prior.prior_loss
 
     def prior_loss(*arguments: Any, **names: Any) -> Any:
-        found = whole(*arguments, **names)
-        return {**found, "loss": found["loss"] * current[0]} if current[0] != 1 else found
+        figures = whole(*arguments, **names)
+        return {**figures, "loss": figures["loss"] * current[0]} if current[0] != 1 else figures
 
     models.prior.prior_loss = prior_loss
 

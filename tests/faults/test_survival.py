@@ -69,15 +69,15 @@ def make(tokens: Path, tmp_path: Path) -> Make:
 @pytest.fixture
 def messages() -> list[str]:
     """What the supervisor logs."""
-    found: list[str] = []
+    texts: list[str] = []
 
     class Keep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            found.append(record.getMessage())
+            texts.append(record.getMessage())
 
     handler = Keep()
     LOG.addHandler(handler)
-    yield found  # type: ignore[misc]
+    yield texts  # type: ignore[misc]
     LOG.removeHandler(handler)
 
 
@@ -114,9 +114,9 @@ def same(make: Make, unbroken: dict[str, tuple[list[list[float]], bytes]]) -> Ca
 def _ranks(count: int) -> list[int]:
     """PIDs of the ranks that this process started, once all are there."""
     while True:
-        found = [p.pid for p in _children() if p.num_threads() > 3]
-        if len(found) >= count:
-            return found
+        pids = [p.pid for p in _children() if p.num_threads() > 3]
+        if len(pids) >= count:
+            return pids
         time.sleep(0.02)
 
 
@@ -200,7 +200,7 @@ def test_a_stopped_rank_is_named_and_replaced(
 
 
 @pytest.mark.world
-def test_a_frozen_rank_is_found_by_its_silence(
+def test_a_frozen_rank_is_detected_by_its_silence(
     make: Make, same: Same, fault: Record, messages: list[str]
 ) -> None:
     fault(2, "a rank sleeps for ever")
@@ -242,9 +242,9 @@ def test_preemption_saves_and_ends_with_75(
         os.kill(os.getpid(), how)
 
     _when(_resumed(settings.out, 8), ask)
-    with pytest.raises(Preempted, match="with a checkpoint saved") as found:
+    with pytest.raises(Preempted, match="with a checkpoint saved") as raised:
         train_with("nothing", settings)
-    assert found.value.exit_code == 75
+    assert raised.value.exit_code == 75
     fault.outcome("step finished, saved, exit code 75; resumed bit-equal")
     train_with("nothing", settings)
     same(settings)
@@ -328,9 +328,9 @@ def test_spikes_are_skipped_and_in_a_row_rewound(make: Make, fault: Record, engi
 @pytest.mark.slow
 def test_rewinding_in_vain_ends_the_run(make: Make) -> None:
     settings = make(**GUARD, loop={"steps": 26, "global_batch_size": 16})
-    with pytest.raises(RankError, match="3 rewinds and other data did not help") as found:
+    with pytest.raises(RankError, match="3 rewinds and other data did not help") as raised:
         train_with("spike", settings, batches=list(range(15, 40)))
-    assert not found.value.retry
+    assert not raised.value.retry
 
 
 @pytest.mark.world

@@ -24,9 +24,9 @@ RACES = "does not have a deterministic implementation"
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory, device: torch.device) -> Chain:
     """Raw pairs and a tokenizer."""
-    found = Chain(folder=tmp_path_factory.mktemp("chain"), device=device)
-    found.pack()
-    return found
+    trained = Chain(folder=tmp_path_factory.mktemp("chain"), device=device)
+    trained.pack()
+    return trained
 
 
 @pytest.mark.parametrize("stage", ["dvae", "clip", "prior"])
@@ -52,8 +52,8 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(
 
 def _digest(chain: Chain, stage: str) -> str:
     """sha256 of the weights."""
-    found: str = json.loads((chain.folder / stage / "model.json").read_bytes())["sha256"]
-    return found
+    digest: str = json.loads((chain.folder / stage / "model.json").read_bytes())["sha256"]
+    return digest
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ def names(file: Path) -> list[str]:
     return [plain(re.split("[<>=;]", line)[0].strip()) for line in lines if line]
 
 
-def wanted() -> dict[str, str]:
+def pinned_versions() -> dict[str, str]:
     """Names and versions of the wheels that travel."""
     versions = pins(ROOT / "constraints" / "gpu.txt", LIST)
     return {name: versions[name] for name in names(LIST)}
@@ -194,7 +194,7 @@ def main() -> int:
     flags = parser.parse_args()
     try:
         if flags.verb == "lay":
-            new = lay(flags.wheels, wanted())
+            new = lay(flags.wheels, pinned_versions())
             print(f"{new} fetched; {weigh(flags.wheels)}")
         else:
             new = install(flags.wheels, flags.site.absolute())

@@ -30,9 +30,9 @@ def test_samples_of_each_checkpoint_stand_in_tensorboard(
     models = [f"--prior={prior}", f"--dvae={dvae}", f"--bpe={bpe}", "--no-rerank"]
     few = ["--candidates=3", "--show=2"]
     best = tmp_path / "best.png"
-    said = tapir("sample", *CAPTIONS, *models, *few, f"--out={best}", "--follow")
+    output = tapir("sample", *CAPTIONS, *models, *few, f"--out={best}", "--follow")
     assert training.wait(PATIENCE) == 0
-    rows = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     none: dict[str, list[float]] = {caption: [] for caption in CAPTIONS}
     assert rows == [{"step": step, "scores": none} for step in (4, 8, STEPS)]
     assert _shown(prior) == {f"samples/{caption}": [4, 8, STEPS] for caption in CAPTIONS}
@@ -43,8 +43,8 @@ def test_samples_of_each_checkpoint_stand_in_tensorboard(
     assert '"step"' not in tapir(*again)
     tapir("sample", *CAPTIONS, *models, "--follow", "--step=4", code=2)
     _damage(prior / "checkpoints" / "step-8")
-    said = tapir("sample", "a cat", *models, *few, f"--out={best}", "--follow")
-    assert "damaged" in said and "step 12: samples" in said
+    output = tapir("sample", "a cat", *models, *few, f"--out={best}", "--follow")
+    assert "damaged" in output and "step 12: samples" in output
     before = {f"samples/{caption}": [4, 8, STEPS] for caption in CAPTIONS}
     assert _shown(prior) == {**before, "samples/a cat": [4, STEPS]}
     for step in (4, STEPS):

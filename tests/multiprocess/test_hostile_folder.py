@@ -138,5 +138,5 @@ subprocess.run([sys.executable, "-c", child], check=True)
 
 
 def test_the_names_that_are_guarded_are_all_packages() -> None:
-    found = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    assert found - {"tests", "bench"} == set(PACKAGES)
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert packages - {"tests", "bench"} == set(PACKAGES)

@@ -140,12 +140,12 @@ def measure_ranks(payload: str) -> None:
     body = json.loads(payload)
     world = join_world()
     torch.set_float32_matmul_precision("highest")
-    found = {}
+    figures = {}
     with recorded(Mesh(world=world)) as ledger:  # DeepSpeed keeps the functions it finds first
         for row in body["cases"]:
             case = from_json(Case, row)
-            found[case.name] = _measure(case, world, ledger)
-    Path(body["out"], f"result-{world.rank}.json").write_text(json.dumps(found))
+            figures[case.name] = _measure(case, world, ledger)
+    Path(body["out"], f"result-{world.rank}.json").write_text(json.dumps(figures))
     leave_world(world)
 
 
@@ -172,10 +172,10 @@ def _measure(case: Case, world: World, ledger: Ledger) -> dict[str, Any]:
             engine.step(micro, 1e-4)
     carrying = {handle or dist.group.WORLD for handle in ledger._group_labels}
     sizes = sorted(n for n in map(dist.get_world_size, carrying) if n > 1)
-    found = {**_model_bytes(engine, weights, seen), "activations": kept.peak}
+    sizes_in_bytes = {**_model_bytes(engine, weights, seen), "activations": kept.peak}
     says = engine.memory()
     engine.close()
-    return {"bytes": found, "comm": traffic.counts, "says": says, "groups": sizes}
+    return {"bytes": sizes_in_bytes, "comm": traffic.counts, "says": says, "groups": sizes}
 
 
 def _micro_batches(case: Case, step: int, replica: int) -> list[dict[str, Tensor]]:
@@ -226,7 +226,7 @@ def _model_bytes(
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """Case -> what each rank counted; one world for all cases of a size."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    by_case: dict[str, list[dict[str, Any]]] = {}
     for world in (2, 4):
         out = tmp_path_factory.mktemp(f"world{world}")
         cases = [case for case in [*CASES, TRAFFIC_ONLY] if case.mesh.world == world]
@@ -235,8 +235,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
         preload = ["torch", "torch.distributed", *sorted(modules)]
         launch(f"{__name__}:measure_ranks", json.dumps(payload), world, preload)
         ranks = [json.loads((out / f"result-{r}.json").read_text()) for r in range(world)]
-        found |= {case.name: [rank[case.name] for rank in ranks] for case in cases}
-    return found
+        by_case |= {case.name: [rank[case.name] for rank in ranks] for case in cases}
+    return by_case
 
 
 @pytest.mark.world

@@ -43,7 +43,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def runs(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {name: tmp_path_factory.mktemp(name) for name in RUNS}
+    folders = {name: tmp_path_factory.mktemp(name) for name in RUNS}
     tiny = prior_tiny()
     settings = replace(
         tiny,
@@ -52,12 +52,12 @@ def runs(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
         engine=EngineConfig(name="deepspeed_pipe", gradient_accumulation_steps=4),
     )
     body = json.dumps({"stage": "prior", **to_json(settings)})
-    (found["pipe"] / "config.json").write_text(body)
-    request_trace(found["pipe"], 2, [1, 0])
+    (folders["pipe"] / "config.json").write_text(body)
+    request_trace(folders["pipe"], 2, [1, 0])
     for name, flags in RUNS.items():
-        run = ["train", "prior", "tiny", f"--data={tokens}", f"--out={found[name]}"]
+        run = ["train", "prior", "tiny", f"--data={tokens}", f"--out={folders[name]}"]
         tapir(*run, *FLAGS, *flags)
-    return found
+    return folders
 
 
 def _events(path: Path) -> list[dict[str, Any]]:
@@ -118,8 +118,8 @@ def test_traces_are_of_the_steps_and_ranks_asked_for(runs: dict[str, Path]) -> N
     (flags,) = traces(runs["on"])
     assert (flags.parent.name, flags.name.split(".")[0]) == ("trace-4-5", "rank-1")
     names = {event.get("name", "") for event in _events(flags)}
-    wanted = ("compute", "optimizer", "all_gather_into_tensor over data")
-    assert {f"tapir: {name}" for name in wanted} <= names
+    expected = ("compute", "optimizer", "all_gather_into_tensor over data")
+    assert {f"tapir: {name}" for name in expected} <= names
     assert sum(name.startswith("ProfilerStep#") for name in names) == 2
     assert "ui.perfetto.dev" in tapir("profile", str(runs["on"]), "--trace")
 

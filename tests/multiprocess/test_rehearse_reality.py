@@ -102,10 +102,10 @@ def run_real(task: RankTask, _: Any) -> Sequence:
     with groups_noted(recorder, lambda named: None), Listening(recorder):
         train(task)
         recorder.close_groups()
-        found = replace(recorder.sequence, operations=list(recorder.sequence.operations))
+        sequence = replace(recorder.sequence, operations=list(recorder.sequence.operations))
         torch.distributed.barrier()  # no rank leaves while another one still waits for it
         torch.distributed.destroy_process_group()
-    return found
+    return sequence
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_ranks_that_claim_gpus_make_the_calls_of_those_on_the_cpu(
 ) -> None:
     """fp16 aside, which is emulated on CPUs: the same calls, tensors by nccl, objects by gloo."""
     stage, settings = CASES[name]
-    found = {}
+    sequences = {}
     for running in (pool, gpus):
         device = running.device
         ends = [0, settings.mesh.world - 1]
@@ -161,8 +161,8 @@ def test_ranks_that_claim_gpus_make_the_calls_of_those_on_the_cpu(
             RankTask(stage=stage, settings=settings, rank=rank, steps=1, device=device)
             for rank in (ends if settings.mesh.pipeline == 1 else range(settings.mesh.world))
         ]
-        found[device] = running.run(tasks, run_rank, 2)
-    for one, other in zip(found["cpu"], found["cuda"], strict=True):
+        sequences[device] = running.run(tasks, run_rank, 2)
+    for one, other in zip(sequences["cpu"], sequences["cuda"], strict=True):
         assert not other.failure, other.failure
         for mine, theirs in zip(one.operations, other.operations, strict=True):
             backend = "" if theirs.kind == CREATE else "gloo" if theirs.dtype == OBJECTS else "nccl"

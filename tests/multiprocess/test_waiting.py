@@ -44,10 +44,10 @@ class _Rank:
 
     def end(self) -> tuple[str, str]:
         """How it ended, after all warnings."""
-        while (found := self.hear())[0] == "told":
+        while (outcome := self.hear())[0] == "told":
             pass
         self.process.join()
-        return found
+        return outcome
 
     def kill(self, number: int) -> None:
         os.kill(self.process.pid or 0, number)
@@ -65,10 +65,10 @@ def _be(work: Callable[[], Any], environment: dict[str, str], link: Any) -> None
     LOG.handlers[:] = [Told()]
     rendezvous.NOTICE_SECONDS = 0.0
     try:
-        found = "met", str(work() or "")
+        outcome = "met", str(work() or "")
     except BaseException as error:
-        found = type(error).__name__, str(error)
-    link.send(found)
+        outcome = type(error).__name__, str(error)
+    link.send(outcome)
 
 
 def waits(rank: int, size: int, environment: dict[str, str], seconds: float = 600) -> _Rank:

@@ -59,10 +59,10 @@ def main() -> int:
 
 def all_mutants() -> list[Mutant]:
     """Every mutant of every target, in the order of files and lines."""
-    found = []
+    mutants = []
     for target in targets():
-        found += mutants_of(target.path, (ROOT / target.path).read_bytes(), target.functions)
-    return found
+        mutants += mutants_of(target.path, (ROOT / target.path).read_bytes(), target.functions)
+    return mutants
 
 
 def _try(mutants: list[Mutant], chosen: Selection, verdicts: Verdicts, width: int) -> int:
@@ -110,10 +110,10 @@ def _killer(folder: Path, status: int | None) -> str:
 
 
 def _report(mutants: list[Mutant], chosen: Selection, verdicts: Verdicts) -> int:
-    found = ((mutant, verdicts.get(mutant, chosen.of(mutant))) for mutant in mutants)
+    decided = ((mutant, verdicts.get(mutant, chosen.of(mutant))) for mutant in mutants)
     for path, label in unlisted(all_mutants()):
         print(f"listed as equivalent, but it is no mutant: {path}: {label}")
-    return tell({mutant: verdict.killer for mutant, verdict in found if verdict is not None})
+    return tell({mutant: verdict.killer for mutant, verdict in decided if verdict is not None})
 
 
 def _try_patch(patch: Path, chosen: Selection) -> int:

@@ -115,11 +115,11 @@ def measure(files: Sequence[str], out: Path) -> None:
     watcher = _Watcher()
     pytest.main([*files, *_QUIET, f"--basetemp={out}/tmp"], plugins=[watcher])
     watcher.coverage.stop()
-    found: dict[str, Any] = {"tests": watcher.passed, "lines": watcher.lines()}
-    found["modules"] = sorted(set(sys.modules))
-    found["files"] = {name: file_digest(name) for name in _own_files()}
-    found["forking"] = sorted(watcher.forking & set(watcher.passed))
-    (out / "map.json").write_text(json.dumps(found))
+    record: dict[str, Any] = {"tests": watcher.passed, "lines": watcher.lines()}
+    record["modules"] = sorted(set(sys.modules))
+    record["files"] = {name: file_digest(name) for name in _own_files()}
+    record["forking"] = sorted(watcher.forking & set(watcher.passed))
+    (out / "map.json").write_text(json.dumps(record))
 
 
 def _own_files() -> list[str]:
@@ -183,17 +183,17 @@ class _Watcher:
 
     def lines(self) -> dict[str, dict[int, list[str]]]:
         """File -> line -> tests."""
-        found: dict[str, dict[int, list[str]]] = {}
+        tests: dict[str, dict[int, list[str]]] = {}
         data = self.coverage.get_data()
         for file in data.measured_files():
             name = Path(file).relative_to(ROOT).as_posix()
-            found[name] = {
+            tests[name] = {
                 line: sorted(
                     c for c in contexts if c in self.passed or c.startswith("file ")
                 )
                 for line, contexts in data.contexts_by_lineno(file).items()
             }  # fmt: skip
-        return found
+        return tests
 
 
 def _cpu_seconds() -> float:

@@ -107,17 +107,17 @@ def _fork(work: Work, folder: Path, seconds: float) -> int:
 def _ended(running: dict[int, _Fork]) -> list[tuple[int, int | None]]:
     """Those that ended, waiting for at least one, or that were ended for their time."""
     while True:
-        found: list[tuple[int, int | None]] = []
+        exited: list[tuple[int, int | None]] = []
         for pid, fork in running.items():
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 _kill_group(pid)  # what the tests left behind
-                found.append((pid, status))
+                exited.append((pid, status))
             elif fork.is_late(pid):
                 _kill(pid)
-                found.append((pid, None))
-        if found:
-            return found
+                exited.append((pid, None))
+        if exited:
+            return exited
         time.sleep(0.01)
 
 

@@ -53,13 +53,13 @@ class Selection:
         files = {name.removeprefix("file ") for name in names if name.startswith("file ")}
         tests = {t for t in self.seconds if t in names or t.split("::")[0] in files}
         order = sorted(tests, key=lambda t: (t.split("::")[0] not in importers, self.seconds[t], t))
-        spent, found = 0.0, []
+        spent, chosen = 0.0, []
         for test in order:
             spent += self.seconds[test]
             if spent > most:
                 break
-            found.append(test)
-        return found
+            chosen.append(test)
+        return chosen
 
     def of(self, mutant: Mutant) -> list[str]:
         """The tests of a mutant."""
@@ -102,8 +102,8 @@ def _measure(stale: list[str], stored: dict[str, Path], width: int) -> None:
 
 
 def _test_files() -> list[str]:
-    found = [path for top in TESTS for path in sorted((ROOT / top).glob("test_*.py"))]
-    names = [(path.stem.removeprefix("test_"), path) for path in found]
+    paths = [path for top in TESTS for path in sorted((ROOT / top).glob("test_*.py"))]
+    names = [(path.stem.removeprefix("test_"), path) for path in paths]
     near = [path for name, path in names if name in _NEAR or name.startswith("pins_")]
     return [path.relative_to(ROOT).as_posix() for path in near]
 
@@ -116,21 +116,21 @@ def _is_fresh(path: Path) -> bool:
 
 
 def _importers() -> dict[str, list[str]]:
-    found: dict[str, list[str]] = defaultdict(list)
+    importers: dict[str, list[str]] = defaultdict(list)
     for folder in TESTS:
         for path in sorted((ROOT / folder).glob("test_*.py")):
             name = path.relative_to(ROOT).as_posix()
             for module in _imported(ast.parse(path.read_bytes())):
-                found[module.replace(".", "/") + ".py"].append(name)
-    return found
+                importers[module.replace(".", "/") + ".py"].append(name)
+    return importers
 
 
 def _imported(tree: ast.Module) -> set[str]:
-    found = set()
+    modules = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+            modules.add(node.module)
+            modules.update(f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-    return found
+            modules.update(alias.name for alias in node.names)
+    return modules

@@ -52,8 +52,8 @@ class Target:
 
 def targets() -> list[Target]:
     """All files that `make mutants` changes."""
-    found = sorted({path for pattern in _FILES for path in ROOT.glob(pattern)})
-    names = [path.relative_to(ROOT).as_posix() for path in found if path.name != "__init__.py"]
+    paths = sorted({path for pattern in _FILES for path in ROOT.glob(pattern)})
+    names = [path.relative_to(ROOT).as_posix() for path in paths if path.name != "__init__.py"]
     return [Target(path=name, functions=frozenset(_ONLY.get(name, ()))) for name in names]
 
 
@@ -77,9 +77,9 @@ def file_digest(path: str) -> str:
 
 def digest_of(tops: Iterable[str]) -> str:
     """Of all Python files below some folders; those of the mutants themselves do not count."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for top in tops:
         for path in sorted((ROOT / top).rglob("*.py")):
             if "mutants" not in path.parent.name:
-                found.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
-    return found.hexdigest()[:16]
+                digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -112,10 +112,10 @@ def _is_of(process: psutil.Process, slurm: Slurm, number: int) -> bool:
         if process.name().startswith("slurmstepd"):
             log = str(slurm.root / "log" / f"slurmd-n{number}.log")
             return process.cwd() == spool or any(f.path == log for f in process.open_files())
-        found = process.environ()
+        variables = process.environ()
     except (psutil.Error, OSError):
         return False
-    node, cluster = found.get("SLURMD_NODENAME"), found.get("SLURM_CLUSTER_NAME")
+    node, cluster = variables.get("SLURMD_NODENAME"), variables.get("SLURM_CLUSTER_NAME")
     return node == f"n{number}" and cluster == slurm.name
 
 
@@ -168,12 +168,12 @@ def _write_config(slurm: Slurm, nodes: int) -> None:
 
 def _free_ports(count: int) -> list[int]:
     with ExitStack() as held:
-        found = []
+        ports = []
         for _ in range(count):
             listener = held.enter_context(socket.socket())
             listener.bind(("127.0.0.1", 0))
-            found.append(listener.getsockname()[1])
-        return found
+            ports.append(listener.getsockname()[1])
+        return ports
 
 
 def _wait_until_idle(slurm: Slurm, nodes: int) -> None:

@@ -34,8 +34,8 @@ def wait_for(what: Callable[[], Any], seconds: float = _PATIENCE) -> Any:
     """The first true answer."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        if found := what():
-            return found
+        if result := what():
+            return result
         time.sleep(0.5)
     raise AssertionError("waited in vain")
 
@@ -48,12 +48,12 @@ def finish(slurm: Slurm, out: Path) -> dict[str, str]:
     """Wait until the chain is over, as a user who looks at it."""
 
     def over() -> dict[str, str] | None:
-        found = states(slurm, out)
-        ended = all(text == "done" or text.startswith("ended") for text in found.values())
-        return found if ended else None
+        by_stage = states(slurm, out)
+        ended = all(text == "done" or text.startswith("ended") for text in by_stage.values())
+        return by_stage if ended else None
 
-    found: dict[str, str] = wait_for(over)
-    return found
+    by_stage: dict[str, str] = wait_for(over)
+    return by_stage
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
@@ -75,9 +75,9 @@ def tokens(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "tokenize": {"workers": 2, "flags": {"block": 8}},
     }
     tapir("submit", str(write(out, stages)), cwd=hostile, **slurm.environment)
-    found = finish(slurm, out)
+    by_stage = finish(slurm, out)
     assert foreign_code(hostile) == []
-    assert set(found.values()) == {"done"}, tapir("logs", str(out), **slurm.environment)
+    assert set(by_stage.values()) == {"done"}, tapir("logs", str(out), **slurm.environment)
     return out
 
 
@@ -160,19 +160,19 @@ def test_the_time_limit_is_no_end(slurm: Slurm, tokens: Path, tmp_path: Path) ->
 
 
 @pytest.mark.big
-def test_behind_a_failed_stage_nothing_waits(slurm: Slurm, tmp_path: Path) -> None:
+def test_nothing_waits_for_a_failed_stage(slurm: Slurm, tmp_path: Path) -> None:
     out = tmp_path / "failed"
     stages = {"pack": pack(), "bpe": {"flags": {"texts": "/nowhere"}}, "dvae": {}, "tokenize": {}}
     stages["dvae"] = {"flags": {**_SHORT, "loop.steps": 6, "mesh.data": 1}}
     path = write(out, stages)
     tapir("submit", str(path), "--wait", code=1, **slurm.environment)
-    found = states(slurm, out)
-    assert found["bpe"].startswith("ended: FAILED") and found["dvae"] == "done"
-    assert found["tokenize"].startswith("ended: CANCELLED") and not slurm.queue()
+    by_stage = states(slurm, out)
+    assert by_stage["bpe"].startswith("ended: FAILED") and by_stage["dvae"] == "done"
+    assert by_stage["tokenize"].startswith("ended: CANCELLED") and not slurm.queue()
 
 
 @pytest.mark.big
-def test_cancel_leaves_nothing_behind(slurm: Slurm, tokens: Path, tmp_path: Path) -> None:
+def test_cancel_removes_every_process(slurm: Slurm, tokens: Path, tmp_path: Path) -> None:
     out = tmp_path / "cancelled"
     stages = {"prior": prior(tokens, 5000), "evaluate": {}}
     tapir("submit", str(write(out, stages)), **slurm.environment)

@@ -39,12 +39,12 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def runs(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {}
+    folders = {}
     for name, flags in RUNS.items():
-        found[name] = tmp_path_factory.mktemp(name)
-        run = ["train", "prior", "tiny", f"--data={tokens}", f"--out={found[name]}"]
+        folders[name] = tmp_path_factory.mktemp(name)
+        run = ["train", "prior", "tiny", f"--data={tokens}", f"--out={folders[name]}"]
         tapir(*run, *FLAGS, *flags)
-    return found
+    return folders
 
 
 def _differences(runs: dict[str, Path], a: str, b: str) -> list[dict[str, object]]:

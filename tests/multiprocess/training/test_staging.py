@@ -22,8 +22,8 @@ def test_every_operation_gives_what_gloo_gives(tmp_path: Path) -> None:
     payload: dict[str, Any] = {"out": str(tmp_path), "kind": "cpu"}
     ranks = run_world("tests.operations:try_operations", payload, RANKS)
     assert len(ranks) == RANKS
-    for rank, found in enumerate(ranks):
-        for name, (staged, gloo) in found.items():
+    for rank, results in enumerate(ranks):
+        for name, (staged, gloo) in results.items():
             assert staged == gloo, f"rank {rank}: {name}"
 
 

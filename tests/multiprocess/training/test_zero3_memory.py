@@ -47,8 +47,8 @@ def measure_ranks(payload: str) -> None:
     world = join_world()
     mesh = build_mesh(MeshConfig(data=RANKS), world)
     build_engine(prior_program(FIRST, 0), SETTINGS, mesh).close()
-    found = {**_grown(prior_program(MODEL, 0), mesh), "dvae": _built_before(mesh)}
-    Path(json.loads(payload)["out"], f"result-{world.rank}.json").write_text(json.dumps(found))
+    figures = {**_grown(prior_program(MODEL, 0), mesh), "dvae": _built_before(mesh)}
+    Path(json.loads(payload)["out"], f"result-{world.rank}.json").write_text(json.dumps(figures))
     leave_world(world)
 
 
@@ -135,6 +135,6 @@ def test_no_rank_holds_more_than_its_part_and_a_layer(ranks: list[dict[str, Any]
 @pytest.mark.slow
 def test_the_parts_are_the_weights_of_one_process_bit_for_bit(ranks: list[dict[str, Any]]) -> None:
     """Of a module that was built before the engine, they are the first rank's."""
-    for found in (ranks, [rank["dvae"] for rank in ranks]):
-        assert [rank["unlike"] for rank in found] == [[]] * RANKS
-        assert sum(rank["elements"] for rank in found) == found[0]["all"]
+    for rows in (ranks, [rank["dvae"] for rank in ranks]):
+        assert [rank["unlike"] for rank in rows] == [[]] * RANKS
+        assert sum(rank["elements"] for rank in rows) == rows[0]["all"]
