@@ -179,7 +179,7 @@ def test_compressed_gradients_take_their_first_step() -> None:
 
 
 @pytest.mark.parametrize("moments", ["fp32", "bf16"])
-def test_what_is_resumed_is_where_the_weights_are(moments: str) -> None:
+def test_resumed_state_is_on_the_device_of_the_weights(moments: str) -> None:
     """torch's fused AdamW wants moments and count there; ours in 16 bits reads its count here."""
     engine = _engine(optim=OptimConfig(moments=moments, beta2=0.96))
 
@@ -200,7 +200,7 @@ def test_what_is_resumed_is_where_the_weights_are(moments: str) -> None:
     engine._optimizer.step()
 
 
-def test_losses_are_averaged_where_they_are() -> None:
+def test_losses_are_averaged_on_their_device() -> None:
     losses = {"loss": torch.zeros((), device=CUDA)}
     assert mean_losses([losses, losses], ("loss",), MESH) == {"loss": 1.0}
 
@@ -220,7 +220,7 @@ def test_the_norm_is_decided_from_the_tensors_on_the_gpu(monkeypatch: pytest.Mon
     assert decision.clipped_by == 1.0
 
 
-def test_gradients_are_compressed_where_they_are() -> None:
+def test_gradients_are_compressed_on_their_device() -> None:
     place = Placement(shape=(8, 8), first=0, rows=8, split=False)
     shards = [MatrixShard(name="a", rows=8, columns=8)]
     compressor = Compressor({"a": place}, shards, 2, SETTINGS, Group(), Group(), CUDA)

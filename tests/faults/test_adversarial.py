@@ -80,7 +80,7 @@ def _files_of(rejects: list[dict[str, str]]) -> int:
 
 
 @pytest.mark.world
-def test_members_that_reach_out_are_refused_and_the_pairs_between_them_packed(
+def test_members_outside_the_folder_are_refused_and_the_other_pairs_packed(
     tmp_path: Path, fault: Record
 ) -> None:
     fault(31, "a tar of escapes, links, devices, pickles between good pairs")

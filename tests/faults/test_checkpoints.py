@@ -137,7 +137,7 @@ def _checkpoints(root: Path, **settings: object) -> Checkpoints:
     return Checkpoints(FolderStore(root), config, 0, 1, (alone, alone))
 
 
-def test_an_older_checkpoint_stands_in_for_a_damaged_one(tmp_path: Path) -> None:
+def test_an_older_checkpoint_replaces_a_damaged_one(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         _save(tmp_path, step)
     (tmp_path / "step-30" / "manifest.json").unlink()

@@ -50,7 +50,7 @@ def test_a_store_that_fails_now_and_then(
 
 
 @pytest.mark.world
-def test_a_body_that_is_cut_goes_on_where_it_ended(
+def test_a_truncated_body_is_continued_where_it_ended(
     s3: ObjectServer, monkeypatch: pytest.MonkeyPatch, fault: Record
 ) -> None:
     fault(18, "S3 closes in the middle of a body, three times")
@@ -128,7 +128,7 @@ def _png(size: tuple[int, int]) -> bytes:
     return buffer.getvalue()
 
 
-def test_pictures_that_are_none(tmp_path: Path, fault: Record) -> None:
+def test_invalid_pictures_are_rejected(tmp_path: Path, fault: Record) -> None:
     fault(21, "HTML as JPEG, half a JPEG, CMYK, 0 bytes")
     source = tmp_path / "in"
     source.mkdir()
@@ -174,7 +174,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(
 
 
 @pytest.mark.parametrize("kind", ["../x.png", "/x.png", "symlink", "x.pyd"])
-def test_archives_that_reach_out(tmp_path: Path, fault: Record, kind: str) -> None:
+def test_archives_with_members_outside_the_folder(tmp_path: Path, fault: Record, kind: str) -> None:
     fault(23, f"{kind} in a tar")
     marker = tmp_path / "x.png"
     with tarfile.open(tmp_path / "bad.tar", "w") as tar:
@@ -201,7 +201,7 @@ def test_a_pipe_is_no_store(tmp_path: Path, fault: Record) -> None:
     fault.outcome("refused, marker absent")
 
 
-def test_captions_that_are_none(fault: Record) -> None:
+def test_invalid_captions_are_rejected(fault: Record) -> None:
     fault(24, "captions: empty, 10 MB, invalid UTF-8, NUL")
     for wrong in (b"", b" \n\t", b"\xff\xfe"):
         with pytest.raises(InputError):

@@ -251,7 +251,7 @@ def test_preemption_saves_and_ends_with_75(
 
 
 @pytest.mark.slow
-def test_a_wish_to_stop_while_ranks_start_is_kept(make: Make) -> None:
+def test_a_stop_request_while_ranks_start_is_kept(make: Make) -> None:
     settings = make()
     _when(lambda: bool(_children()), lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Preempted):
@@ -300,7 +300,9 @@ ENGINES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", list(ENGINES))
-def test_spikes_are_skipped_and_in_a_row_rewound(make: Make, fault: Record, engine: str) -> None:
+def test_a_spike_is_skipped_and_a_row_of_spikes_is_rewound(
+    make: Make, fault: Record, engine: str
+) -> None:
     """One wild batch is skipped; three in a row go back and pass over their data.
 
     All checkpoints are kept: a save that is late makes the replay start from an older one."""
@@ -326,7 +328,7 @@ def test_spikes_are_skipped_and_in_a_row_rewound(make: Make, fault: Record, engi
 
 
 @pytest.mark.slow
-def test_rewinding_in_vain_ends_the_run(make: Make) -> None:
+def test_rewinds_without_success_end_the_run(make: Make) -> None:
     settings = make(**GUARD, loop={"steps": 26, "global_batch_size": 16})
     with pytest.raises(RankError, match="3 rewinds and other data did not help") as raised:
         train_with("spike", settings, batches=list(range(15, 40)))
@@ -346,7 +348,7 @@ def test_a_flipped_weight_names_its_rank(
 
 
 @pytest.mark.world
-def test_a_run_whose_checkpoints_lie_in_an_object_store(
+def test_a_run_with_checkpoints_in_an_object_store(
     make: Make, same: Same, s3: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The newest checkpoint there is damaged, so the run goes on from the one before it."""

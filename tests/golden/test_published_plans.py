@@ -13,7 +13,7 @@ def test_throughput_of_published_runs_is_predicted() -> None:
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
-def test_their_operations_are_those_of_their_formula(run: Dense) -> None:
+def test_operations_of_published_runs_equal_their_formula(run: Dense) -> None:
     """A layer's matmuls, done four times, and the head's, done three times: within 2%."""
     h, rows = run.hidden, run.batch * 2048
     layer = 24 * rows * h * h + 4 * rows * 2048 * h

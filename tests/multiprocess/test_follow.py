@@ -82,7 +82,7 @@ def test_a_follower_that_is_too_slow_goes_on_with_the_newest(tmp_path: Path) -> 
     assert list(steps) == []
 
 
-def test_what_has_no_checkpoints_is_not_followed(tmp_path: Path) -> None:
+def test_a_folder_without_checkpoints_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no prior in"):
         next(steps_to_draw(tmp_path))
     (tmp_path / "model.json").write_text("{}")

@@ -137,6 +137,6 @@ subprocess.run([sys.executable, "-c", child], check=True)
     assert foreign_code(hostile) == []
 
 
-def test_the_names_that_are_guarded_are_all_packages() -> None:
+def test_all_packages_are_guarded() -> None:
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
     assert packages - {"tests", "bench"} == set(PACKAGES)

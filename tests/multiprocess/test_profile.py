@@ -77,7 +77,7 @@ def test_losses_are_the_same_with_and_without(runs: dict[str, Path]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["on", "pipe"])
-def test_every_moment_of_every_rank_is_booked(name: str, runs: dict[str, Path]) -> None:
+def test_all_time_of_every_rank_is_in_a_category(name: str, runs: dict[str, Path]) -> None:
     """Steps were over at `times`; what lies between two of them is the sum of the categories."""
     rings = read_rings(runs[name])
     assert [ring.rank for ring in rings] == [0, 1]
@@ -125,7 +125,7 @@ def test_traces_are_of_the_steps_and_ranks_asked_for(runs: dict[str, Path]) -> N
 
 
 @pytest.mark.slow
-def test_a_request_is_heeded_by_all_ranks_at_the_same_step(runs: dict[str, Path]) -> None:
+def test_all_ranks_start_a_requested_trace_at_the_same_step(runs: dict[str, Path]) -> None:
     asked = traces(runs["pipe"])
     assert {path.parent.name for path in asked} == {"trace-4-5"}
     assert {path.name.split(".")[0] for path in asked} == {"rank-0", "rank-1"}

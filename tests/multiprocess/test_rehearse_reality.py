@@ -117,7 +117,7 @@ def pool() -> Iterator[Pool]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_the_rehearsed_sequence_is_the_real_one(name: str, pool: Pool, tmp_path: Path) -> None:
+def test_the_rehearsed_sequence_equals_the_real_one(name: str, pool: Pool, tmp_path: Path) -> None:
     """On every rank, over steps, validations, saves and the end: the same operations in the same
     order, of the same groups, types, bytes and backends, from the same lines."""
     stage, settings = CASES[name]

@@ -82,7 +82,7 @@ def decode(payload: str) -> None:
 
 
 @pytest.mark.world
-def test_a_cut_prior_decodes_what_the_whole_stream_says(tmp_path: Path) -> None:
+def test_a_sharded_prior_decodes_the_logits_of_one_process(tmp_path: Path) -> None:
     """Of 3 heads, 2 tensor ranks pad theirs; one rank has little memory, and all split alike."""
     tensor = pipeline = 2
     configs = [replace(CONFIG, layers=n, conv_kernel=kernel) for n, kernel in MASKS]

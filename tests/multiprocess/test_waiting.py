@@ -140,7 +140,7 @@ def test_ranks_that_all_come_meet_in_any_order() -> None:
     assert [rank.end()[0] for rank in ranks] == ["met"] * 3
 
 
-def test_rounds_of_one_store_know_nothing_of_each_other() -> None:
+def test_rounds_of_one_store_are_independent() -> None:
     """torchrun's agents keep their store over restarts, and count these differently."""
     store = rendezvous.TCPStore(
         "127.0.0.1", 0, None, True, timedelta(seconds=_SECONDS), wait_for_workers=False
@@ -193,7 +193,7 @@ def test_a_wait_ends_by_itself() -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_a_signal_ends_a_rank_that_is_inside_of_torch(number: int, code: int) -> None:
+def test_a_signal_ends_a_rank_that_waits_inside_torch(number: int, code: int) -> None:
     """torch's own wait for its ranks runs no handler of Python's."""
 
     def stuck() -> None:

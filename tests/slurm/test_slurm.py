@@ -151,7 +151,7 @@ def test_a_preempted_job_saves_and_comes_back(slurm: Slurm, tokens: Path, tmp_pa
 
 
 @pytest.mark.big
-def test_the_time_limit_is_no_end(slurm: Slurm, tokens: Path, tmp_path: Path) -> None:
+def test_a_job_continues_after_its_time_limit(slurm: Slurm, tokens: Path, tmp_path: Path) -> None:
     out = tmp_path / "limit"
     stage = {**prior(tokens, 200), "minutes": 2}
     tapir("submit", str(write(out, {"prior": stage}, warn_seconds=60)), **slurm.environment)

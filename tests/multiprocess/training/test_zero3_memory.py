@@ -124,7 +124,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_no_rank_holds_more_than_its_part_and_a_layer(ranks: list[dict[str, Any]]) -> None:
+def test_no_rank_holds_more_than_its_shard_and_a_layer(ranks: list[dict[str, Any]]) -> None:
     """With the engine come gradients, a part as large as the weights', and DeepSpeed's bucket."""
     for rank in ranks:
         most = rank["model"] / RANKS + rank["largest"]
@@ -133,7 +133,9 @@ def test_no_rank_holds_more_than_its_part_and_a_layer(ranks: list[dict[str, Any]
 
 
 @pytest.mark.slow
-def test_the_parts_are_the_weights_of_one_process_bit_for_bit(ranks: list[dict[str, Any]]) -> None:
+def test_the_shards_equal_the_weights_of_one_process_bit_for_bit(
+    ranks: list[dict[str, Any]],
+) -> None:
     """Of a module that was built before the engine, they are the first rank's."""
     for rows in (ranks, [rank["dvae"] for rank in ranks]):
         assert [rank["unlike"] for rank in rows] == [[]] * RANKS
