@@ -1,8 +1,8 @@
 """Held-out loss of a prior against the rank of its compressed gradients, over some seeds.
 
 Trains on the token data set that TAPIR_BENCH_TOKENS names (default: makes one from shapes), two
-replicas each, 1,000 steps; runs that are there already are not repeated. docs/engine.md has the
-figures and what follows from them.
+replicas each, 1,000 steps; finished runs are not repeated. docs/engine.md has the figures and
+conclusions.
 """
 
 from typing import Any

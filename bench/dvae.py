@@ -1,4 +1,4 @@
-"""Pictures into codes by the paper's encoder, and how far its 16 bits agree with fp32.
+"""Speed of the paper's encoder, and agreement of its bf16 codes with fp32.
 
 Speed: 256x256 pictures on one thread, against the encoder run as it is written (eager, fp32);
 each has a process of its own, and rounds take turns.
@@ -93,7 +93,7 @@ def _eager() -> Callable[[], object]:
 
 
 def _reader(precision: Precision) -> Callable[[], object]:
-    """What a worker of `tapir tokenize` does."""
+    """Encode as a worker of `tapir tokenize` does."""
     torch.set_num_threads(1)
     keep_freed_memory()
     reader, image = CodeReader(DVAE(dvae_paper().model), precision), _image()

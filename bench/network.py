@@ -66,7 +66,7 @@ def run() -> list[dict[str, Any]]:
 
 
 def _break_even(machines: Machines) -> dict[str, Any]:
-    """Sweep the rate; interpolate where compression stops to pay, as payload bandwidth."""
+    """Sweep the rate; interpolate the payload bandwidth at which compression stops to pay."""
     points = []
     for megabits in SWEEP:
         machines.shape(megabits)
@@ -101,7 +101,7 @@ def _measure(machines: Machines) -> dict[str, Any]:
 
 
 def _rank() -> None:
-    """What one machine's rank does: interleaved steps of both, then the advisor."""
+    """One machine's rank: interleaved steps with and without compression, then the advisor."""
     set_up_logging(1)
     torch.set_num_threads(1)
     world = join_world()

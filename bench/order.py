@@ -2,8 +2,8 @@
 
 An index alone, no records: 2,500 shards of 100,000 in blocks of 128, 1024 lanes of 8-block windows.
 A child process measures time and memory from the state; then every rank of four world sizes walks
-one epoch through the stream's own planning of windows, and what it would fetch is counted.
-Each figure is taken once: its spread is the figure itself.
+one epoch through the stream's own planning of windows, and the records that it would fetch are
+counted. Each figure is taken once: its spread is the figure itself.
 """
 
 import json
@@ -32,7 +32,7 @@ POSITIONS = sized(((0, 0), (0, 200_000), (3, 123_456), (17, 1)), ((3, 123_456),)
 
 
 class CountedSource:
-    """Blocks that are counted when they are asked for; it holds no records."""
+    """Counts the blocks that are requested; holds no records."""
 
     variants = 1
     fingerprint = ""
@@ -42,7 +42,7 @@ class CountedSource:
         self.blocks = self.records = 0
 
     def submit(self, fill: Any, place: int, block: int) -> "Future[Any]":
-        """Stands where the stream has its fetching threads."""
+        """Replaces the stream's fetching threads."""
         self.blocks += 1
         self.records += int(self.sizes[block])
         return Future()
@@ -51,7 +51,7 @@ class CountedSource:
         """Never called: `submit` runs nothing."""
 
     def room(self, sizes: Any, spare: Any = None) -> Any:
-        """There is nothing to hold."""
+        """No buffer: there are no records."""
 
     def empty(self) -> Any:
         """Never called."""

@@ -1,4 +1,4 @@
-"""Largest difference of each mesh and engine from one process, over some steps.
+"""Largest difference between each mesh or engine and one process, over some steps.
 
 Every configuration trains the same small prior on the same random tokens; a row's value is the
 largest relative difference of loss and gradient norm over all steps.

@@ -1,8 +1,8 @@
-"""Does `tapir plan --gpu cpu` know this machine: six meshes predicted, then measured.
+"""Accuracy of `tapir plan --gpu cpu` on this machine: six meshes predicted, then measured.
 
-One calibration run comes first; nothing of the measured steps goes back into it. Meshes are run in
-turns, some rounds each; a round counts its least step, as calibration does: other work on the
-machine only adds. A row's ratio is the predicted over the measured step time.
+One calibration run comes first; nothing of the measured steps goes back into it. Meshes run in
+turns for several rounds; a round counts its fastest step, as calibration does, because other work
+on the machine only adds time. A row's ratio is the predicted over the measured step time.
 """
 
 import itertools

@@ -1,7 +1,7 @@
-"""How long a checkpoint holds training up: written in the background, against written in front.
+"""How long a checkpoint blocks training: written in the background against in the foreground.
 
-A prior of 90 million parameters (1.1 GB of weights and moments) after one real step; the two ways
-take turns, and what they wrote is compared byte for byte.
+A prior of 90 million parameters (1.1 GB of weights and moments) after one real step; the two modes
+take turns, and their files are compared byte for byte.
 """
 
 import shutil

@@ -3,10 +3,10 @@
 2,500 shards of 2,048 records of 1,024 image and 256 text tokens (13.1 GB), written by the project's
 own writers and read by its stream over S3 on loopback, in child processes:
 
-start       seconds from nothing but the address to the first batch, with all 2,500 shards
+start       seconds from the address alone to the first batch, with all 2,500 shards
 memory      resident size over the whole stream; its last third against its first
 wait        share of the step that a trainer of STEP_SECONDS waits
-stalls      the same while the store stands still for 2 s, again and again (a proxy in between)
+stalls      the same while the store repeatedly stalls for 2 s (a proxy in between)
 
 The start is the median of three; the others are one run of 1.5 to 3 minutes each.
 """
@@ -48,7 +48,7 @@ STARTS = sized(3, 1)
 
 
 def run() -> list[dict[str, Any]]:
-    """Rows; ratio > 1 is better than what was asked."""
+    """Rows; ratio > 1 is better than the target."""
     with object_server(FOLDER / "weed", BUCKET) as server:
         with server.credentials():
             _write()
@@ -138,11 +138,11 @@ def start() -> None:
     assert len(records) == BATCH
     print(json.dumps({"seconds": time.perf_counter() - began}))
     sys.stdout.flush()
-    os._exit(0)  # the batches ahead are not waited for
+    os._exit(0)  # do not wait for prefetched batches
 
 
 def wait() -> None:
-    """Print how long a trainer waits whose steps take STEP_SECONDS."""
+    """Print how long a trainer with steps of STEP_SECONDS waits."""
     waits = []
     batches = iter(_stream())
     next(batches)

@@ -1,7 +1,7 @@
 """One training step of a small prior against the plain definition, on one thread.
 
 Width 512, 8 heads, depth 4, 64 text + 16x16 image tokens, batch 2, vocabularies 16,384 + 8,192.
-Plain is what one writes first: attention with a dense boolean mask, one head over both
+Plain is a first implementation: attention with a dense boolean mask, one head over both
 vocabularies at every position, torch's default precision, AdamW in a loop over the parameters;
 it starts with our weights, and its first loss must equal ours. Plain in bf16 has autocast, the
 fused AdamW and the better matmul precision as well. MFU counts the real masks and the split head,
@@ -50,7 +50,7 @@ TARGET_RATIO, TARGET_MFU = 4.0, 0.5
 
 
 class PlainPrior(nn.Module):
-    """The model as one would write it first, with the weights of ours."""
+    """The model in its plainest form, with our weights."""
 
     def __init__(self, config: PriorConfig, ours: nn.ModuleDict) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ def _program() -> Program:
 
 
 def _tapir(precision: Any) -> Callable[[], float]:
-    """What `tapir train` does on a rank."""
+    """The step of `tapir train` on a rank."""
     torch.set_num_threads(1)
     keep_freed_memory()
     set_numerics(CPU, "auto")

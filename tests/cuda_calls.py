@@ -37,7 +37,7 @@ if "TAPIR_TEST_WATCH_CUDA" in os.environ:
 
 
 def launch_and_report(out: str, preload: list[str]) -> None:
-    """Launch one rank with these preloads; it writes what its forkserver called."""
+    """Launch one rank with these preloads; it writes the CUDA calls of its forkserver."""
     from cluster.launcher import launch
 
     os.environ["TAPIR_TEST_WATCH_CUDA"] = "1"

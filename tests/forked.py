@@ -1,4 +1,4 @@
-"""Worlds of two ranks that are forks of the test itself: what the test changed, they see."""
+"""Worlds of two ranks that are forks of the test itself, so that they see its patches."""
 
 import multiprocessing
 import traceback

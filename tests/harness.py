@@ -32,7 +32,7 @@ READ_LATE = ("AWS_", "WORLD_SIZE", "RANK", "MASTER_")
 COLD = 2
 """Commands of a session before a process is made warm for the others (tests/warm.py)."""
 _cold = 0 if "TAPIR_COLD" not in os.environ else -(10**9)
-os.environ["PYTHONPATH"] = PATH  # a forkserver does not look into the current folder
+os.environ["PYTHONPATH"] = PATH  # a forkserver does not import from the current folder
 PATIENCE = 300.0
 """Seconds that a test waits for what should take a few; other workers may keep all cores busy."""
 _STARTED: list["subprocess.Popen[bytes]"] = []
@@ -52,7 +52,7 @@ def run_world(target: str, payload: dict[str, Any], ranks: int) -> list[Any]:
 def tapir(*arguments: str, code: int = 0, cwd: Path | None = None, **extra: str) -> str:
     """Run the command line; returns its output, checks its exit code.
 
-    The first ones of a session, and those with another folder or environment, run as a user's do.
+    The first commands of a session, and those with another folder or environment, are cold.
     """
     global _cold
     _cold += 1
@@ -105,7 +105,7 @@ def start_tapir(*arguments: str, log: Path) -> "subprocess.Popen[bytes]":
 
 
 def end_started() -> None:
-    """Kill what `start_tapir` started and what still runs of its session."""
+    """Kill the processes of `start_tapir` and their sessions."""
     while _STARTED:
         process = _STARTED.pop()
         with contextlib.suppress(ProcessLookupError):
@@ -114,7 +114,7 @@ def end_started() -> None:
 
 
 def heed_interrupts() -> None:
-    """A background job of a shell inherits SIGINT as ignored; what a test starts must not."""
+    """Restore SIGINT in a child: a shell's background job inherits it as ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

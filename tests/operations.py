@@ -1,4 +1,4 @@
-"""Every operation that the engines use, on a group and a device; each gives tensors to compare."""
+"""Every operation that the engines use, on a group and a device; returns tensors to compare."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ _together = dist.distributed_c10d._coalescing_manager
 
 
 class Operations:
-    """What one rank calls; `_` methods are no operations."""
+    """The operations of one rank; `_` methods are helpers."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self._group, self._device = group, device
@@ -172,7 +172,7 @@ class Operations:
 
 
 def try_operations(payload: str) -> None:
-    """Call every operation on both; results and what was carried go to result-RANK.json."""
+    """Call every operation on both backends; writes results and traffic to result-RANK.json."""
     body = json.loads(payload)
     stage(body["kind"])
     world = join_world()

@@ -17,7 +17,7 @@ KINDS: tuple[Kind, ...] = ("row", "column", "conv")
 CLOSE = {torch.bfloat16: 1e-2, torch.float32: 2e-6}
 """Largest relative error of outputs and gradients against float64 and a dense mask."""
 COPIES = {"H200": 4300.0}
-"""GB/s that a copy must reach, by what is in the card's name; others: 3000."""
+"""GB/s that a copy must reach, by a part of the card's name; others: 3000."""
 
 
 def ceilings(report: GpuReport) -> None:
@@ -54,7 +54,7 @@ def _card(device: torch.device) -> str:
 
 
 def copy_rates(report: GpuReport) -> tuple[float, list[float]]:
-    """Bytes a second of a copy that no cache holds, each read and written."""
+    """Bytes a second of a copy larger than any cache, counting reads and writes."""
     x = torch.randn(2**18 if report.tiny else 2**29, device=report.device)
     y = torch.empty_like(x)
     return rates(2 * x.nbytes, seconds(lambda: y.copy_(x), report.device))

@@ -34,7 +34,7 @@ def engine_on(device: torch.device, precision: str = "fp32") -> ReferenceEngine:
 
 
 def train(engine: ReferenceEngine, device: torch.device, steps: Sequence[int]) -> list[StepResult]:
-    """Some steps of the parity benchmark, by their numbers."""
+    """Train the given steps of the parity benchmark."""
     results = []
     for step in steps:
         batch = {name: value.to(device) for name, value in batch_of(step, MODEL).items()}
@@ -90,15 +90,15 @@ def bits(engine: ReferenceEngine) -> Bits:
 
 
 def unequal(a: Bits, b: Bits) -> int:
-    """Tensors of which a bit differs, or that one of both lacks."""
+    """Tensors that differ in a bit, or that are in only one of the two."""
     return len(a.keys() ^ b.keys()) + sum(not torch.equal(a[k], b[k]) for k in a.keys() & b.keys())
 
 
 def moved(source: torch.device, target: torch.device, background: bool) -> dict[str, Any]:
-    """Train, save, load on another device; go on there, and once more after another load.
+    """Train, save and load on another device; continue there, then load and continue again.
 
     `lost`: tensors that came with another bit. `repeated`: tensors in which two runs from the same
-    checkpoint differ. `drift`: how far their losses are from those of the run that was saved.
+    checkpoint differ. `drift`: largest difference of their losses from the saved run's.
     """
     first = engine_on(source)
     train(first, source, range(2))

@@ -1,4 +1,4 @@
-"""Pictures into codes by the paper's dVAE: equal to the CPU's, and how many a second."""
+"""Codes of the paper's dVAE: agreement with the CPU, and pictures a second."""
 
 import io
 import os
@@ -24,7 +24,7 @@ from parallel.precision import set_numerics
 from training.presets import dvae_paper
 
 CLOSE = {"fp32": 0.9999, "bf16": 0.98}
-"""Share of codes that must be the CPU's of fp32."""
+"""Share of codes that must equal the CPU's in fp32."""
 FLOPS = 0.29e12
 """Of a 256x256 picture."""
 

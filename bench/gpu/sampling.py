@@ -1,4 +1,4 @@
-"""Decoding against no cache, and against the bytes that a token reads."""
+"""Decoding against no cache, and against the memory bandwidth."""
 
 import statistics
 from dataclasses import replace
@@ -17,7 +17,7 @@ from models.prior import build_prior
 
 SMALL = replace(TINY, layers=4)
 FIRST = 5
-"""Codes that are given before the first that is decoded."""
+"""Given codes before the first decoded one."""
 AT = 37
 """A position in the middle of a row."""
 CLOSE = 1e-4
@@ -32,7 +32,7 @@ def decoding(report: GpuReport) -> None:
 
 
 def largest_difference(device: torch.device) -> float:
-    """Of a logit of a small prior, over all positions."""
+    """Largest difference of a logit of a small prior, over all positions."""
     draws = torch.Generator().manual_seed(0)
     text = torch.randint(0, SMALL.text_vocabulary, (2, SMALL.text_length), generator=draws)
     image = torch.randint(0, SMALL.image_vocabulary, (2, SMALL.image_length), generator=draws)

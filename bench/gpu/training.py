@@ -46,7 +46,7 @@ LARGE = PriorConfig(
 
 @contextmanager
 def drawn_on(device: torch.device) -> Iterator[None]:
-    """Draw initial weights on the device: by key they come from the host, a minute for 1.3B."""
+    """Draw initial weights on the device: keyed draws run on the host, a minute for 1.3B."""
     with replaced([(models.prior, "init_normal", _draw)]), device:
         yield
 
@@ -178,7 +178,7 @@ def _engine_seconds(settings: PriorTrain, device: torch.device) -> list[float]:
 
 
 def _peers(report: GpuReport, config: PriorConfig, batch: int, ours: float) -> None:
-    """The peers run as they come: without the flags that make our steps repeat."""
+    """Peers run with their defaults, without the flags that make our steps deterministic."""
     set_numerics(report.device, deterministic=False)
     for name, build in PEERS.items():
         label = f"training over {name}"

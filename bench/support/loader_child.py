@@ -130,7 +130,7 @@ class _Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return module
 
     def exec_module(self, module: Any) -> None:
-        """There is nothing to run."""
+        """Does nothing."""
 
 
 class _Stub(types.ModuleType):
@@ -174,7 +174,7 @@ def write_webdataset(place: str) -> None:
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process, its threads and the children it has waited for."""
+    """CPU time of this process, its threads and its reaped children."""
     kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     return sum(use.ru_utime + use.ru_stime for use in map(resource.getrusage, kinds))
 

@@ -3,7 +3,7 @@
 Width 3968, 62 heads, 1,280 positions, forward and backward, gradients of states and weights. The
 matmuls are those of its six matrices, three each (forward, states, weights), in bf16 on tensors
 that lie ready; the block besides has norms, attention under a row mask, GELU, and weights and
-gradients in fp32. What attention multiplies is not counted. Rounds take turns; medians.
+gradients in fp32. Attention's own products are not counted. Rounds take turns; medians.
 """
 
 import statistics
@@ -74,7 +74,7 @@ def _block() -> Callable[[], None]:
 
 
 def matmuls(dim: int, rows: int, device: torch.device) -> Callable[[], None]:
-    """Three products of each of a resblock pair's six matrices, in bf16 on tensors that exist."""
+    """Three products of each of a resblock pair's six matrices, in bf16 on allocated tensors."""
     sizes = [(dim, dim)] * 4 + [(dim, 4 * dim), (4 * dim, dim)]
 
     def made(*shape: int) -> Tensor:

@@ -72,7 +72,7 @@ def originals() -> dict[str, bytes]:
     for kind in OTHERS:
         try:
             files[kind] = _saved(rgb, kind)
-        except (KeyError, OSError):  # this Pillow was built without it
+        except (KeyError, OSError):  # this Pillow is built without the format
             continue
     return files
 
@@ -80,7 +80,7 @@ def originals() -> dict[str, bytes]:
 def flip(data: bytes, rng: np.random.Generator) -> bytes:
     """Change one to four bytes, half of the time near the start, and now and then the length.
 
-    Half of the PNGs get true checksums again: else nothing behind the checksums would be tried.
+    Half of the PNGs get valid checksums, so that the code after the checksum is tested.
     """
     changed = bytearray(data)
     reach = len(data) if rng.integers(2) else min(len(data), 120)
@@ -93,7 +93,7 @@ def flip(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def _sealed(data: bytes) -> bytes:
-    """A PNG with the checksums of its chunks made anew, as far as its lengths lead."""
+    """A PNG with recomputed chunk checksums, as far as its lengths are valid."""
     sealed, at = data[:8], 8
     while at + 12 <= len(data):
         length = struct.unpack(">I", data[at : at + 4])[0]
@@ -108,7 +108,7 @@ def _sealed(data: bytes) -> bytes:
 def try_flips(count: int, seed: int) -> Counter[str]:
     """Try `count` flipped pictures; how many were accepted and refused.
 
-    Raises: AssertionError if two looks at a picture differ, or anything but InputError comes.
+    Raises: AssertionError if two reads of a picture differ, or anything but InputError is raised.
     """
     rng, names, counts = np.random.default_rng(seed), originals(), Counter[str]()
     for number in range(count):

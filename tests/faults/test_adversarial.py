@@ -1,4 +1,4 @@
-"""Files that mean harm: none crashes, none runs, memory stays small, every one is accounted for."""
+"""Hostile files: none crashes or runs, memory stays small, every one is accounted for."""
 
 import json
 import subprocess
@@ -73,7 +73,7 @@ def test_a_corpus_of_harm_is_packed_and_accounted_for(tmp_path: Path, fault: Rec
 
 
 def _files_of(rejects: list[dict[str, str]]) -> int:
-    """Files of rejected pairs: two each, but for those that have no caption or are folders."""
+    """Number of files of rejected pairs: two each, one without a caption or for a folder."""
     single = ("no-caption", "folder-link", "-name.png")
     rows = [row for row in rejects if row["kind"] != "ignored"]
     return sum(1 if any(name in row["key"] for name in single) else 2 for row in rows)

@@ -1,4 +1,4 @@
-"""Damaged, missing, hostile and half-written checkpoint files, and which are kept."""
+"""Damaged, missing, hostile and half-written checkpoint files, and retention."""
 
 import multiprocessing
 import os
@@ -48,12 +48,12 @@ def _save(root: Path, step: int = 1, ranks: int = 2) -> Path:
 
     def gather(text: str) -> list[str]:
         if "sha256" not in text:
-            return [text]  # the outcome
+            return [text]  # the outcome of the save
         written.append(text)
         return written
 
     store = FolderStore(root)
-    for rank in reversed(range(ranks)):  # rank 0 comes last: it has all the others' rows
+    for rank in reversed(range(ranks)):  # rank 0 last: it gathers the others' rows
         write_checkpoint(store, f"step-{step}", rows[rank], {"step": step}, rank, gather)
     return root / f"step-{step}"
 

@@ -1,4 +1,4 @@
-"""Faults of stores and of data: each injected for real, none loses or doubles a record."""
+"""Faults of stores and data, injected for real: none loses or repeats a record."""
 
 import io
 import subprocess

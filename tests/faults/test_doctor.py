@@ -1,6 +1,6 @@
-"""`tapir doctor` names each planted fault, its place and how to mend it; a sound machine has none.
+"""`tapir doctor` names each planted fault, its place and its fix; a sound machine has none.
 
-The faults are real: small and read-only mounts, name spaces, limits, a store that refuses.
+The faults are real: small and read-only mounts, namespaces, limits, a store that refuses.
 """
 
 import json
@@ -61,7 +61,7 @@ tapir.main()
 def run(
     command: Sequence[str], code: int, limit: Callable[[], None] | None = None, **extra: str
 ) -> Rows:
-    """The rows of a doctor; asserts that it ends with an exit code."""
+    """The rows of a doctor; asserts its exit code."""
     environment = {**ENVIRONMENT, **extra}
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, preexec_fn=limit, timeout=PATIENCE
@@ -78,7 +78,7 @@ def run_ranks(
     port: int | None = None,
     extra: Sequence[dict[str, str]] = ({}, {}),
 ) -> list[Rows]:
-    """The rows of each rank, started as a launcher does on machines of one rank each."""
+    """The rows of each rank, started as by a launcher on machines of one rank each."""
     started = []
     world = {"MASTER_ADDR": address, "MASTER_PORT": str(port or free_port())}
     for rank, (command, more) in enumerate(zip(commands, extra, strict=True)):
@@ -95,13 +95,13 @@ def run_ranks(
 
 
 def mounted(script: str, command: Sequence[str]) -> list[str]:
-    """A command in a mount name space of its own, after a script that mounts."""
+    """A command in its own mount namespace, after a script that mounts."""
     inside = ["unshare", "--mount", "--propagation", "private", "sh", "-ec"]
     return [*inside, f'{script}\nexec "$@"', "sh", *command]
 
 
 def assert_named(rows: Rows, check: str, text: str, mend: str, **place: Any) -> str:
-    """Assert that exactly this is wrong, there, and how to mend it; returns it in a line."""
+    """Assert that only this check fails, with this place and fix; returns it as one line."""
     wrong = [row for row in rows if row["status"] == "bad"]
     assert {row["check"] for row in wrong} == {check}, wrong
     row = wrong[0]

@@ -80,7 +80,7 @@ def _flags(tokens: Path, out: Path) -> list[str]:
 
 
 def _ranks(launcher: int, before: set[int]) -> list[Beat]:
-    """The ranks of the newest start, as soon as both have spoken."""
+    """The ranks of the newest start, once both have logged."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         beats = [beat for beat in _beats(launcher) if beat.pid not in before]

@@ -1,4 +1,4 @@
-"""A stream from a real S3 server through a proxy that fails: complete, or stopped by name."""
+"""A stream from S3 through a failing proxy: complete, or stopped with the shard's name."""
 
 import re
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""A run under its supervisor survives what happens to its ranks, and ends with the same numbers."""
+"""A supervised run survives faults of its ranks and ends with the same numbers."""
 
 import contextlib
 import json
@@ -68,7 +68,7 @@ def make(tokens: Path, tmp_path: Path) -> Make:
 
 @pytest.fixture
 def messages() -> list[str]:
-    """What the supervisor logs."""
+    """Messages that the supervisor logs."""
     texts: list[str] = []
 
     class Keep(logging.Handler):
@@ -91,13 +91,13 @@ def _weights(run: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def unbroken() -> dict[str, tuple[list[list[float]], bytes]]:
-    """Figures and weights of runs in which nothing happened, by their settings."""
+    """Figures and weights of runs without faults, by their settings."""
     return {}
 
 
 @pytest.fixture
 def same(make: Make, unbroken: dict[str, tuple[list[list[float]], bytes]]) -> Callable[..., None]:
-    """The run equals one in which nothing happened, bit by bit."""
+    """Assert that the run equals one without faults, bit for bit."""
 
     def check(settings: PriorTrain, **parts: dict[str, Any]) -> None:
         key = json.dumps(parts, sort_keys=True)
@@ -112,7 +112,7 @@ def same(make: Make, unbroken: dict[str, tuple[list[list[float]], bytes]]) -> Ca
 
 
 def _ranks(count: int) -> list[int]:
-    """PIDs of the ranks that this process started, once all are there."""
+    """PIDs of the ranks that this process started, once all run."""
     while True:
         pids = [p.pid for p in _children() if p.num_threads() > 3]
         if len(pids) >= count:
@@ -121,7 +121,7 @@ def _ranks(count: int) -> list[int]:
 
 
 def _children() -> list[psutil.Process]:
-    """Children of this process's forkserver; other tests' servers are none."""
+    """Children of this process's forkserver, without other tests' servers."""
     servers = [p for p in psutil.Process().children() if "forkserver" in " ".join(p.cmdline())]
     return [child for server in servers for child in server.children()]
 
@@ -142,7 +142,7 @@ def _resumed(run: Path, step: int) -> Callable[[], bool]:
 
 
 def _saved(run: Path) -> bool:
-    """A rank that is lost now does not cost all steps: else no row is left for a moment."""
+    """True once a checkpoint exists, so that a lost rank does not cost all steps."""
     return any(run.glob("checkpoints/*/manifest.json"))
 
 
@@ -303,9 +303,9 @@ ENGINES = {
 def test_a_spike_is_skipped_and_a_row_of_spikes_is_rewound(
     make: Make, fault: Record, engine: str
 ) -> None:
-    """One wild batch is skipped; three in a row go back and pass over their data.
+    """One spike is skipped; three in a row rewind and skip their data.
 
-    All checkpoints are kept: a save that is late makes the replay start from an older one."""
+    All checkpoints are kept, because after a late save the replay starts from an older one."""
     fault(15, f"a batch's loss times 10,000, then three in a row ({engine})")
     kept = {"checkpoint": {"every": 5, "keep": 9}}
     settings = make(**GUARD, **ENGINES[engine], **kept, loop={"steps": 26, "global_batch_size": 16})
@@ -351,7 +351,7 @@ def test_a_flipped_weight_names_its_rank(
 def test_a_run_with_checkpoints_in_an_object_store(
     make: Make, same: Same, s3: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The newest checkpoint there is damaged, so the run goes on from the one before it."""
+    """The newest checkpoint is damaged, so the run continues from the one before."""
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     place = f"runs/{tmp_path.name}"
@@ -386,7 +386,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_stops_no_training(
     make: Make, same: Same, fault: Record, tiny_disk: Path, background: bool
 ) -> None:
-    """The disk fills up behind the first checkpoint and is made free before the last one."""
+    """The disk fills up after the first checkpoint and is freed before the last."""
     fault(10, f"the disk of the checkpoints is full ({'back' if background else 'fore'}ground)")
     where = {"every": 5, "keep": 1, "to": str(tiny_disk), "async_save": background}
     settings = make(checkpoint=where)
@@ -408,8 +408,8 @@ def _fill(path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_best_of_the_validated_checkpoints_is_kept(make: Make) -> None:
-    """The best one lies in the middle: from step 14 on the learning rate is 1, which moves weights
-    of 0.1 by about 1 a step. The two validations behind that cannot be the best."""
+    """The best one is in the middle: from step 14 on the learning rate is 1, which moves weights
+    of 0.1 by about 1 a step, so the two validations after that cannot be the best."""
     jump = {"lr": 2e-3, "warmup": 12, "final_lr": 1.0, "decay_fraction": 0.5}
     where = {"every": 3, "keep": 1, "best": True}
     settings = make(
@@ -437,7 +437,7 @@ def test_a_straggler_is_named(make: Make) -> None:
 def test_a_clock_that_jumps_changes_nothing(
     make: Make, same: Same, fault: Record, messages: list[str]
 ) -> None:
-    """The slow steps last longer than the watchdog waits: it would wake if it trusted the clock."""
+    """Steps are slower than the watchdog's limit: it would fire if it used the wall clock."""
     fault(28, "the clock goes back a day and forward two")
     settings = make(supervisor={"hang_seconds": 10.0})
     train_with("clock", settings, at=6, back=22, seconds=0.8)

@@ -1,4 +1,4 @@
-"""The token job under everything at once: the same bytes as one undisturbed worker."""
+"""The token job under all faults at once: the same bytes as one undisturbed worker."""
 
 import json
 import os
@@ -108,7 +108,7 @@ def _start(
 
 
 def _holder_of_a_lease(numbers: set[int]) -> int:
-    """Wait until one of some workers of four holds a lease, as `tapir status` sees it."""
+    """Wait until one of these workers holds a lease; returns its number."""
     store, deadline = S3Store(BUCKET, "job-many"), time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         for split in ("train", "validation"):

@@ -1,4 +1,4 @@
-"""What users typed and stored before the renaming is still read; before/README.md says what."""
+"""Flags and files from before the renaming still work; before/README.md lists them."""
 
 import json
 import shutil
@@ -28,27 +28,27 @@ LOSSES = ("loss", "text_loss", "image_loss", "grad_norm", "lr")
 
 @pytest.fixture(scope="module")
 def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The miniature, in a place that its absolute paths do not name."""
+    """The miniature, moved so that its absolute paths are wrong."""
     return Path(shutil.copytree(BEFORE, tmp_path_factory.mktemp("before") / "run"))
 
 
 @pytest.fixture(scope="module")
 def resumed(before: Path) -> str:
-    """What the command says that takes the stopped prior to its end, typed with its old flags."""
+    """Output of the command, with its old flags, that resumes the stopped prior to its end."""
     places = [f"--data={before / 'tokens'}", f"--out={before / 'prior'}"]
     return tapir("train", "prior", "tiny", *places, *FLAGS.split())
 
 
 @pytest.fixture(scope="module")
 def same_bits(before: Path, resumed: str) -> bool:
-    """True on a machine that computes as the one that made the miniature."""
+    """True on a machine that rounds as the one that made the miniature."""
     old, new = (read_description(before / name, "prior")["facts"] for name in ("whole", "prior"))
     assert ("was computed otherwise" in resumed) == (old["numerics"] != new["numerics"])
     return bool(old["numerics"] == new["numerics"])
 
 
 def models(before: Path, prior: str = "whole") -> list[str]:
-    """Flags that name the models of the miniature."""
+    """Flags for the models of the miniature."""
     folders = {"prior": prior, "dvae": "dvae", "clip": "clip", "bpe": "bpe"}
     return [f"--{name}={before / folder}" for name, folder in folders.items()]
 
@@ -64,12 +64,14 @@ def test_an_old_stopped_prior_resumes_to_the_unbroken_result(
     assert "resumed from" in resumed and "step-4" in resumed
     for split in ("train", "validation"):
         new, old = rows_of(before / "prior", split), rows_of(BEFORE / "whole", split)
-        old = [row for row in old if split == "train" or row["step"] != 4]  # where it was stopped
+        old = [
+            row for row in old if split == "train" or row["step"] != 4
+        ]  # the step at which it was stopped
         assert [row["step"] for row in new] == [row["step"] for row in old]
         for mine, theirs in zip(new, old, strict=True):
             for name in LOSSES:
                 expected = theirs.get(name)
-                if not same_bits and expected is not None:  # another CPU rounds otherwise
+                if not same_bits and expected is not None:  # another CPU rounds differently
                     expected = pytest.approx(expected, rel=1e-4)
                 assert mine.get(name) == expected, (split, mine["step"], name)
     config = json.loads((before / "prior" / "config.json").read_text())
@@ -97,7 +99,7 @@ def test_old_metrics_are_read_under_the_new_keys(before: Path) -> None:
 def test_an_old_run_reports_what_was_read(tmp_path: Path, before: Path) -> None:
     run = shutil.copytree(BEFORE / "prior", tmp_path / "run")
     config = json.loads((run / "config.json").read_text())
-    config["data"] = str(before / "tokens")  # else it names a folder of another machine
+    config["data"] = str(before / "tokens")  # the stored path is of another machine
     (run / "config.json").write_text(json.dumps(config))
     text = tapir("batch", "5", f"--run={run}")
     assert text.count(OLD) == 1 and ".tar block" in text
@@ -129,7 +131,7 @@ def test_pictures_equal_the_old_ones(before: Path, same_bits: bool, tmp_path: Pa
 def test_an_old_checkpoint_is_sampled(before: Path, tmp_path: Path) -> None:
     stopped = shutil.copytree(BEFORE / "prior", tmp_path / "stopped")
     flags = [*models(before)[1:], f"--prior={stopped}", "--candidates=2", "--show=2"]
-    flags.append("--guidance=2")  # refused if the model's facts did not tell of dropped captions
+    flags.append("--guidance=2")  # needs the fact that captions were dropped
     text = tapir("sample", CAPTION, f"--out={tmp_path / 'a.png'}", *flags)
     assert (tmp_path / "a.png").exists() and "step-4" in text
 

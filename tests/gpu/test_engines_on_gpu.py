@@ -1,4 +1,4 @@
-"""A step on a GPU equals the CPU's; checkpoints go both ways; a resumed run is the unbroken one."""
+"""A step on a GPU equals the CPU's; checkpoints move both ways; resuming is exact."""
 
 import pytest
 import torch

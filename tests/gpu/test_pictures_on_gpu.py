@@ -1,4 +1,4 @@
-"""Candidates and scores on a GPU are those of the CPU, but for near ties and rounding."""
+"""Candidates and scores on a GPU equal the CPU's except for near ties and rounding."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from tests.unit.models.test_models import CONFIG, trained_like
 
 
 def test_candidates_are_those_of_the_cpu(device: torch.device) -> None:
-    """A draw whose two best codes are nearly tied may fall otherwise: one of twelve at most."""
+    """A draw with a near tie may differ: one of twelve at most."""
     draws = torch.Generator().manual_seed(0)
     text = torch.randint(0, 30, (2, CONFIG.text_length), generator=draws)
     codes = []

@@ -1,4 +1,4 @@
-"""Every benchmark runs, in miniature, from a folder whose files are called as Python's modules."""
+"""Every benchmark runs in miniature, from a folder of files named like Python's modules."""
 
 import json
 import math

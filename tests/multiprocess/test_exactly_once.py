@@ -1,4 +1,4 @@
-"""An epoch over real shards, killed at random and gone on with by other numbers of ranks."""
+"""An epoch over real shards, killed at random and continued by other numbers of ranks."""
 
 import json
 import os
@@ -68,12 +68,12 @@ def _run_and_kill(data: Path, out: Path, attempt: int, ranks: int, until: int | 
 
 
 def _batches(out: Path) -> dict[int, list[int]]:
-    """The global batch of every step; what two attempts read of one step must be equal."""
+    """The global batch of every step; two attempts must read the same batch at a step."""
     by_step: dict[int, dict[int, list[list[int]]]] = defaultdict(dict)
     for path in sorted(out.glob("read-*.jsonl")):
         attempt = int(path.name.split("-")[1])
         for line in path.read_text().splitlines():
-            if line.endswith("}"):  # a kill may cut the last one
+            if line.endswith("}"):  # a kill may truncate the last line
                 row = json.loads(line)
                 by_step[row["step"]].setdefault(attempt, [[] for _ in range(WORLDS[attempt])])
                 by_step[row["step"]][attempt][row["rank"]] = row["ids"]

@@ -65,7 +65,7 @@ def _damage(checkpoint: Path) -> None:
 
 
 def test_a_follower_that_is_too_slow_goes_on_with_the_newest(tmp_path: Path) -> None:
-    """Else it would ask for the next one to be deleted, and for the next, and draw none."""
+    """Otherwise each checkpoint would be deleted before it is read."""
     config = {"stage": "prior", "loop": {"steps": 9}, "checkpoint": {"to": str(tmp_path / "c")}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     store = FolderStore(tmp_path / "c")

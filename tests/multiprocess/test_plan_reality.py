@@ -1,4 +1,4 @@
-"""What `tapir plan` counts beforehand is what engines hold, send and keep when they really run."""
+"""The counts of `tapir plan` equal what live engines allocate, send and keep."""
 
 import json
 import weakref
@@ -94,7 +94,7 @@ def planned(case: Case, rank: int) -> Loads:
 
 
 class Kept:
-    """Bytes of tensors that autograd holds at most at a time, each storage once."""
+    """Peak bytes of tensors that autograd holds, each storage counted once."""
 
     def __init__(self, weights: list[torch.nn.Parameter], batches: Iterable[Tensor]) -> None:
         self._weights, self._outside = weights, {_key(x) for x in batches}
@@ -131,7 +131,7 @@ def _key(x: Tensor) -> int:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Of all storages, each once."""
+    """Bytes of all storages, each counted once."""
     return sum({_key(x): x.untyped_storage().nbytes() for x in tensors}.values())
 
 
@@ -141,7 +141,7 @@ def measure_ranks(payload: str) -> None:
     world = join_world()
     torch.set_float32_matmul_precision("highest")
     figures = {}
-    with recorded(Mesh(world=world)) as ledger:  # DeepSpeed keeps the functions it finds first
+    with recorded(Mesh(world=world)) as ledger:  # DeepSpeed keeps references to the first functions
         for row in body["cases"]:
             case = from_json(Case, row)
             figures[case.name] = _measure(case, world, ledger)
@@ -193,7 +193,7 @@ def _at_gradient(weights: list[torch.nn.Parameter], seen: dict[str, int]) -> Non
 
 
 def _at_update(engine: Any, seen: dict[str, int]) -> str:
-    """Gradients that are there when the update is decided."""
+    """Gradients that exist when the update is decided."""
     optimizer = getattr(getattr(engine, "_engine", None), "optimizer", None)
     if optimizer is not None:
         parts = [g for group in optimizer.averaged_gradients.values() for g in group]
@@ -264,7 +264,7 @@ def test_traffic_of_every_rank(case: Case, measured: dict[str, list[dict[str, An
 def test_process_groups_of_every_rank(
     case: Case, measured: dict[str, list[dict[str, Any]]]
 ) -> None:
-    """Those that carry something: NCCL makes buffers for each."""
+    """Groups that communicate: NCCL allocates buffers for each."""
     sizes = sorted(ranks for ranks, _ in communicators(planned(case, 0).settings))
     for rank, real in enumerate(measured[case.name]):
         assert sizes == real["groups"], f"rank {rank}"

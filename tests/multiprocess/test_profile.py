@@ -1,4 +1,4 @@
-"""The profile of real ranks: what it adds up to, that it changes nothing, traces on demand."""
+"""The profile of real ranks: its sums, equal losses with and without it, traces on demand."""
 
 import gzip
 import json
@@ -78,7 +78,7 @@ def test_losses_are_the_same_with_and_without(runs: dict[str, Path]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["on", "pipe"])
 def test_all_time_of_every_rank_is_in_a_category(name: str, runs: dict[str, Path]) -> None:
-    """Steps were over at `times`; what lies between two of them is the sum of the categories."""
+    """The time between two steps' ends is the sum of the categories."""
     rings = read_rings(runs[name])
     assert [ring.rank for ring in rings] == [0, 1]
     for ring in rings:

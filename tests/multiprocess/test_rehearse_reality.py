@@ -1,4 +1,4 @@
-"""What a rehearsal says of each rank is what the rank really communicates over gloo."""
+"""The rehearsed operations of each rank equal those that it really runs over gloo."""
 
 import os
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ MODEL = PriorConfig(
 def prior(
     mesh: MeshConfig, rank: int = 0, precision: Any = "fp32", samples: int = 2, **engine: Any
 ) -> PriorTrain:
-    """A small prior with so many samples a micro-batch."""
+    """A small prior with a micro-batch of `samples`."""
     settings = EngineConfig(gradient_accumulation_steps=2, precision=precision, **engine)
     return PriorTrain(
         model=MODEL,

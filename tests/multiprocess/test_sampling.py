@@ -1,4 +1,4 @@
-"""A prior that is cut over tensor ranks and stages draws what one process draws."""
+"""A prior sharded over tensor ranks and stages draws the samples of one process."""
 
 import json
 from dataclasses import replace
@@ -38,7 +38,7 @@ def write_prior(folder: Path, config: PriorConfig) -> nn.ModuleDict:
 
 
 def draws(decoder: Decoder, settings: DrawSettings, free: float = 1e12) -> list[Any]:
-    """Codes of 3 captions with 4 candidates each, where `free` bytes are."""
+    """Codes of 3 captions with 4 candidates each, given `free` bytes of memory."""
     keys = [[(7, f"caption {i}", j) for j in range(4)] for i in range(3)]
     codes = torch.full((3, 4, CONFIG.image_length), -1)
     sampler = Sampler(decoder, lambda device: int(free))
@@ -48,7 +48,7 @@ def draws(decoder: Decoder, settings: DrawSettings, free: float = 1e12) -> list[
 
 
 def given_logits(decoder: Decoder) -> list[Any] | None:
-    """Logits of every position after 3 that are given, then the last one's settled ones.
+    """Logits of each position after 3 given ones, then the last one's recomputed without cache.
 
     None on stages before the last.
     """
@@ -83,7 +83,7 @@ def decode(payload: str) -> None:
 
 @pytest.mark.world
 def test_a_sharded_prior_decodes_the_logits_of_one_process(tmp_path: Path) -> None:
-    """Of 3 heads, 2 tensor ranks pad theirs; one rank has little memory, and all split alike."""
+    """3 heads are padded for 2 tensor ranks; one has little memory, and all split alike."""
     tensor = pipeline = 2
     configs = [replace(CONFIG, layers=n, conv_kernel=kernel) for n, kernel in MASKS]
     folders = [tmp_path / f"prior-{i}" for i in range(len(MASKS))]

@@ -1,4 +1,4 @@
-"""Ranks whose peers are late hear Ctrl-C and SIGTERM, and say who was waited for, and where."""
+"""Ranks that wait for peers react to Ctrl-C and SIGTERM, and name the missing ranks and hosts."""
 
 import logging
 import multiprocessing
@@ -27,7 +27,7 @@ _SECONDS = 120.0
 
 
 class _Rank:
-    """A fork of the test that waits; its warnings and its end come through a pipe."""
+    """A fork of the test that waits; sends its warnings and its outcome through a pipe."""
 
     def __init__(self, work: Callable[[], Any], environment: dict[str, str]) -> None:
         context = multiprocessing.get_context("fork")
@@ -37,13 +37,13 @@ class _Rank:
         theirs.close()
 
     def hear(self) -> tuple[str, str]:
-        """What comes next: ("told", a warning) or how it ended."""
+        """The next message: ("told", a warning) or the outcome."""
         assert self._link.poll(_SECONDS), "the rank says nothing"
         what, text = self._link.recv()
         return what, text
 
     def end(self) -> tuple[str, str]:
-        """How it ended, after all warnings."""
+        """The outcome, after all warnings."""
         while (outcome := self.hear())[0] == "told":
             pass
         self.process.join()
@@ -120,7 +120,7 @@ def test_a_rank_that_stops_ends_those_that_wait_with_it() -> None:
 
 
 def rendezvous_came(where: dict[str, str]) -> int:
-    """How many ranks have noted themselves in the store."""
+    """How many ranks have registered in the store."""
     host, port = where["MASTER_ADDR"], int(where["MASTER_PORT"])
     seconds = timedelta(seconds=60)
     store = rendezvous.TCPStore(host, port, None, False, seconds, wait_for_workers=False)
@@ -198,7 +198,7 @@ def test_a_signal_ends_a_rank_that_waits_inside_torch(number: int, code: int) ->
 
     def stuck() -> None:
         rendezvous._PATIENCE = dict.fromkeys(rendezvous._PATIENCE, 0.05)
-        signal.signal(signal.SIGINT, lambda *_: None)  # it may come before torch waits
+        signal.signal(signal.SIGINT, lambda *_: None)  # the signal may arrive before torch waits
         with heard("rank 0 of 2 waits in torch"):
             LOG.warning("begins")
             rendezvous.TCPStore("127.0.0.1", 0, 2, True, timedelta(seconds=_SECONDS * 2))

@@ -1,6 +1,6 @@
 """`make mutants`: try all mutants, SAMPLE=n of them with SEED=s, or those of PATCH=file.diff.
 
-Verdicts are kept in ~/.cache/tapir/mutants (or TAPIR_MUTANTS), so that a run goes on where the
+Verdicts are kept in ~/.cache/tapir/mutants (or TAPIR_MUTANTS), so that a run continues where the
 last one ended, and mutants of unchanged files are not tried again.
 """
 
@@ -70,7 +70,7 @@ def _try(mutants: list[Mutant], chosen: Selection, verdicts: Verdicts, width: in
     for mutant in mutants:
         if verdicts.get(mutant, chosen.of(mutant)) is None:
             open_.append(mutant)
-    open_.sort(key=lambda mutant: not verdicts.lived(mutant))  # what new tests were written for
+    open_.sort(key=lambda mutant: not verdicts.lived(mutant))  # survivors may have new tests
     print(f"{len(mutants)} mutants, {len(open_)} to try", flush=True)
     forks = run_forks(_jobs(open_, chosen), width)
     again = []

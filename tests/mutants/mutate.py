@@ -57,7 +57,7 @@ class Mutant:
 
     @property
     def key(self) -> str:
-        """Names it among those of the same source."""
+        """Identifies it among the mutants of the same source."""
         text = f"{self.path}:{self.start}:{self.end}:{self.new}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

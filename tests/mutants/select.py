@@ -27,7 +27,7 @@ _MEASURING = 900.0
 
 @dataclass(kw_only=True)
 class Selection:
-    """What each test costs and runs."""
+    """Cost and covered lines of each test."""
 
     seconds: dict[str, float]
     lines: dict[str, dict[int, list[str]]]
@@ -67,7 +67,7 @@ class Selection:
 
 
 def selection(cache: Path, width: int) -> Selection:
-    """Measure the tests, but for those whose files, and mutated files, are as they were."""
+    """Measure the tests whose files, or mutated files that they import, have changed."""
     folder = cache / "lines"
     folder.mkdir(exist_ok=True)
     stored = {file: folder / f"{file.replace('/', '-')}.json" for file in _test_files()}

@@ -1,4 +1,4 @@
-"""Which code is mutated, and what of it is not."""
+"""Which code is mutated, and which parts are excluded."""
 
 import ast
 import hashlib
@@ -58,7 +58,7 @@ def targets() -> list[Target]:
 
 
 def is_message(node: ast.AST) -> bool:
-    """Whether a node only tells people something, or guards what the type checker sees."""
+    """True for a node that only formats a message or narrows a type."""
     if isinstance(node, ast.Raise | ast.JoinedStr | ast.Assert):
         return True
     if not isinstance(node, ast.Call):
@@ -71,12 +71,12 @@ def is_message(node: ast.AST) -> bool:
 
 @lru_cache(maxsize=1024)
 def file_digest(path: str) -> str:
-    """Of a file, named from the root."""
+    """Digest of a file, named from the root."""
     return hashlib.sha256((ROOT / path).read_bytes()).hexdigest()[:16]
 
 
 def digest_of(tops: Iterable[str]) -> str:
-    """Of all Python files below some folders; those of the mutants themselves do not count."""
+    """Digest of all Python files below some folders, without tests/mutants."""
     digest = hashlib.sha256()
     for top in tops:
         for path in sorted((ROOT / top).rglob("*.py")):

@@ -81,17 +81,17 @@ class Slurm:
         return done.stdout
 
     def queue(self) -> str:
-        """All jobs that are not over."""
+        """All jobs that have not ended."""
         return self.ask("squeue", "-h", "-o", "%i %j %T %r %N")
 
     def start_node(self, number: int, files: int = 4096) -> None:
-        """Start (again) one slurmd, whose jobs may open so many files."""
+        """Start or restart a slurmd whose jobs may open `files` files."""
         (self.root / "spool" / f"n{number}").mkdir(parents=True, exist_ok=True)
         command = ["/usr/sbin/slurmd", "-N", f"n{number}", "-f", str(self.config)]
         subprocess.run(["prlimit", f"--nofile={files}", *command], check=True)
 
     def kill_node(self, number: int) -> None:
-        """Kill a slurmd and all that runs on its node at once, as a lost machine would."""
+        """Kill a slurmd and all processes of its node at once, like a lost machine."""
         pids = [int((self.root / "run" / f"slurmd-n{number}.pid").read_text())]
         pids += [process.pid for process in psutil.process_iter() if _is_of(process, self, number)]
         for pid in pids:
@@ -187,7 +187,7 @@ def _wait_until_idle(slurm: Slurm, nodes: int) -> None:
 
 
 def _end(slurm: Slurm) -> None:
-    """End what this cluster started, by its PID files, and what still runs on its nodes."""
+    """End the cluster's daemons by their PID files, and all processes of its nodes."""
     with contextlib.suppress(AssertionError, FileNotFoundError):
         slurm.ask("scancel", "--full", "--user=root")
     files = [*(slurm.root / "run").glob("*.pid"), slurm.root / "munge" / "pid"]

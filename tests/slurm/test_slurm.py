@@ -45,7 +45,7 @@ def states(slurm: Slurm, out: Path) -> dict[str, str]:
 
 
 def finish(slurm: Slurm, out: Path) -> dict[str, str]:
-    """Wait until the chain is over, as a user who looks at it."""
+    """Wait until the chain has ended, by `tapir status`."""
 
     def over() -> dict[str, str] | None:
         by_stage = states(slurm, out)
@@ -64,7 +64,7 @@ def losses(run: Path) -> list[tuple[int, float]]:
 def tokens(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A chain up to the tokens, an array of two workers: the smoke test looks at it.
 
-    It is sent from a folder whose files are called as our modules are.
+    It is submitted from a folder of files named like our modules.
     """
     folder = tmp_path_factory.mktemp("chain")
     out, hostile = folder / "data", hostile_folder(folder / "hostile")
@@ -179,7 +179,7 @@ def test_cancel_removes_every_process(slurm: Slurm, tokens: Path, tmp_path: Path
     wait_for(lambda: len(rows_of(out / "prior")) > 3)
     assert len(slurm.processes()) > 4
     tapir("cancel", str(out), **slurm.environment)
-    wait_for(lambda: not slurm.processes(), 30)  # none is left that could queue the job again
+    wait_for(lambda: not slurm.processes(), 30)  # any left could queue the job again
     wait_for(lambda: not slurm.queue())
     assert all(text.startswith("ended: CANCELLED") for text in states(slurm, out).values())
     assert len(rows_of(out / "prior")) < 5000

@@ -114,7 +114,7 @@ def test_saved_here_loads_there(
 
 @pytest.mark.slow
 def test_one_process_opens_a_checkpoint_of_any_mesh(saved: dict[str, Path], tmp_path: Path) -> None:
-    """What an unfinished run gives is what `tapir train` would have written at that step."""
+    """An unfinished run's checkpoint loads as the model that `tapir train` writes at that step."""
     for name, run in saved.items():
         unfinished = tmp_path / name
         ended = shutil.ignore_patterns("model.*")
@@ -152,7 +152,7 @@ def test_a_compressed_run_resumes_bit_equal(layout: str, tokens: Path, tmp_path:
 
 @pytest.mark.slow
 def test_saving_in_the_background_changes_nothing(tokens: Path, tmp_path: Path) -> None:
-    """Every step saved, in the background and in front, against saves at the end alone."""
+    """Saves at every step, in background and foreground, against one save at the end."""
     ways = [{"every": 1}, {"every": 1, "async_save": False}, {"every": 10**6}]
     results = []
     for i, checkpoint in enumerate(ways):

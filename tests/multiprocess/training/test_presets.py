@@ -113,7 +113,7 @@ def assert_the_end_was_reached(run: Path, stage: str, preset: str) -> None:
 
 @pytest.mark.parametrize("preset", PAPERS)
 def test_the_papers_stages_reach_their_ends(preset: str, folder: Path, tokens: Path) -> None:
-    """Lanes and batch 1,024, compression, bf16, average and BPE dropout as they are."""
+    """With the preset's lanes and batch of 1,024, compression, bf16, average and BPE dropout."""
     run = paper_run(folder, preset)
     prior = run.stages["prior"]
     out = f"--out={folder / preset}"

@@ -1,4 +1,4 @@
-"""The staging backend does what gloo does, and carries every mesh and engine."""
+"""The staging backend gives gloo's results, and trains every mesh and engine."""
 
 from pathlib import Path
 from typing import Any
