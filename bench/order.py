@@ -51,7 +51,7 @@ class CountedSource:
         """Never called: `submit` runs nothing."""
 
     def room(self, sizes: Any, spare: Any = None) -> Any:
-        """No buffer: there are no records."""
+        """There is nothing to hold."""
 
     def empty(self) -> Any:
         """Never called."""

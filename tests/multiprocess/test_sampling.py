@@ -48,7 +48,7 @@ def draws(decoder: Decoder, settings: DrawSettings, free: float = 1e12) -> list[
 
 
 def given_logits(decoder: Decoder) -> list[Any] | None:
-    """Logits of each position after 3 given ones, then the last one's recomputed without cache.
+    """Logits of every position after 3 that are given, then the last one's settled ones.
 
     None on stages before the last.
     """
@@ -58,10 +58,10 @@ def given_logits(decoder: Decoder) -> list[Any] | None:
         decoder.next(lane, position, batch["image"][:, position - 1])
         for position in range(3, CONFIG.image_length)
     ]
-    recomputed = decoder.settled(batch["text"], batch["image"])
-    if recomputed is None:
+    settled = decoder.settled(batch["text"], batch["image"])
+    if settled is None:
         return None
-    return torch.stack([*rows, recomputed], 1).tolist()  # type: ignore[list-item]
+    return torch.stack([*rows, settled], 1).tolist()  # type: ignore[list-item]
 
 
 def decode(payload: str) -> None:
