@@ -18,10 +18,10 @@ _RUNS = re.compile(r"^def run\(|^from bench\.\S+ import run$", re.MULTILINE)
 def names() -> list[str]:
     """The benchmarks: modules of this folder with a function `run`."""
     files = [*Path(__file__).parent.glob("*.py"), *Path(__file__).parent.glob("*/__init__.py")]
-    found = [path.parent.name if path.stem == "__init__" else path.stem for path in files]
+    modules = [path.parent.name if path.stem == "__init__" else path.stem for path in files]
     return sorted(
         name
-        for name, path in zip(found, files, strict=True)
+        for name, path in zip(modules, files, strict=True)
         if path != Path(__file__) and _RUNS.search(path.read_text())
     )
 
@@ -33,11 +33,13 @@ def main() -> None:
         "--json", action="store_true", help="print one JSON object on the last line"
     )
     parser.add_argument(
-        "--tiny", action="store_true", help="in miniature: does it run? its figures mean nothing"
+        "--tiny",
+        action="store_true",
+        help="run in miniature to see that it works; figures mean nothing",
     )
     gpu = parser.add_argument_group("of gpu alone")
     gpu.add_argument("--device", choices=("cuda", "cpu"), help="cpu: a dry run (cuda)")
-    gpu.add_argument("--out", help="folder for the rows ($OUT, else runs/gpu)")
+    gpu.add_argument("--out", help="folder of the rows ($OUT, else runs/gpu)")
     gpu.add_argument("--only", help="names of sections, with commas between them")
     gpu.add_argument("--budget", type=float, help="seconds of all sections together (420)")
     chosen = parser.parse_args()

@@ -2,7 +2,7 @@
 
 Batch 2, 8 heads, 256 text + 32x32 image tokens, 64 channels a head, fp32. Both sides run at the
 same matmul precision, in turns; process CPU time. Outputs and gradients are compared as well,
-within what that precision itself rounds. The ceiling is the number of pairs that the dense mask
+within the rounding error of that precision. The ceiling is the number of pairs that the dense mask
 computes over those that the mask allows.
 """
 
@@ -26,7 +26,7 @@ TEXT, GRID = sized((256, 32), (64, 16))
 ROUNDS = sized(7, 1)
 BITS = {"highest": 24, "medium": 8}
 """Significant bits that torch promises for the operands of an fp32 matmul: medium may be bf16."""
-WANTED = {"row": 2.8, "column": 3.2, "conv": 2.3}
+TARGETS = {"row": 2.8, "column": 3.2, "conv": 2.3}
 """At the highest precision."""
 KINDS: tuple[Kind, ...] = ("row", "column", "conv")
 
@@ -66,33 +66,33 @@ def _row(kind: Kind, precision: str) -> dict[str, Any]:
     times = [(_seconds(dense), _seconds(ours)) for _ in range(ROUNDS)]
     ratios = [a / b for a, b in times]
     theirs, mine = (statistics.median(column) for column in zip(*times, strict=True))
-    wanted = f", wanted {WANTED[kind]}x" if precision == "highest" else ""
+    target = f", wanted {TARGETS[kind]}x" if precision == "highest" else ""
     ceiling = mask.numel() / int(mask.sum())
     return bench_row(
         f"{kind} attention, fp32 {precision}",
         1e3 * mine,
         "ms",
-        f"dense mask {1e3 * theirs:.0f} ms, ceiling by pairs {ceiling:.1f}x{wanted}",
+        f"dense mask {1e3 * theirs:.0f} ms, ceiling by pairs {ceiling:.1f}x{target}",
         ratios,
         ratio=theirs / mine,
     )
 
 
 def differences(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[float]:
-    """Of each pair of tensors, the norm of their difference over the first one's."""
+    """For each pair of tensors, the norm of the difference over the norm of the first."""
     with torch.no_grad():
         return [float((x - y).norm() / x.norm()) for x, y in zip(a, b, strict=True)]
 
 
 def rounding(inputs: Sequence[Tensor], mask: Tensor, bits: int) -> list[float]:
-    """Bounds of `differences` between two ways to compute attention, by the format alone.
+    """Bounds of `differences` between two implementations, from the number format alone.
 
-    Of the output and the gradients of q, k and v; `inputs` are q, k, v and the output's gradient.
-    A matmul rounds its operands to `bits`: how much that moves a result is taken in float64, from
-    the products below with operands rounded, against those that are not. It adds up in fp32: a sum
-    of n terms rounds n times, by 2^-24 / sqrt(3) of it at most (root mean square), and a result has
-    up to 4 products behind it; independent errors add up as roots. Two ways: twice all of it. No
-    CPU has a part in this.
+    One bound each for the output and the gradients of q, k and v; `inputs` are q, k, v and the
+    output's gradient. A matmul rounds its operands to `bits`; the effect is computed in float64, as
+    the difference between products of rounded and of exact operands. Sums are in fp32: a sum of n
+    terms rounds n times, each time by at most 2^-24 / sqrt(3) of it (root mean square). A result
+    passes through at most 4 products; independent errors add in quadrature. Both implementations
+    have this error, hence the factor of two. The bound does not depend on the CPU.
     """
     q, k, v, grad = (x.detach().double() for x in inputs)
     exact = _products(q, k, v, grad, mask, 53)
@@ -104,7 +104,7 @@ def rounding(inputs: Sequence[Tensor], mask: Tensor, bits: int) -> list[float]:
 def _products(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, mask: Tensor, bits: int
 ) -> list[Tensor]:
-    """Output and gradients, by the definition; operands of products have so many bits."""
+    """Output and gradients by the definition; operands of products are rounded to `bits`."""
 
     def product(a: Tensor, b: Tensor) -> Tensor:
         return _rounded(a, bits) @ _rounded(b, bits)

@@ -1,7 +1,7 @@
 """A tokenizer of the paper's 16,384 entries on a real English corpus, and its dropout.
 
-The statistics and the speed of the dropout are those of subword-nmt, the published implementation,
-on the same merges and the same words; without dropout both must equal the `tokenizers` library.
+Statistics and speed of the dropout are compared with subword-nmt, the published implementation, on
+the same merges and words; without dropout both must equal the `tokenizers` library.
 """
 
 import json
@@ -67,8 +67,8 @@ def pieces_of_subword_nmt(tokenizer: Tokenizer, rate: float) -> Callable[[str], 
     codes = {tuple(pair): rank for rank, pair in enumerate(merges)}
 
     def pieces(word: str) -> tuple[str, ...]:
-        found: tuple[str, ...] = subword_nmt(word, codes, {}, None, "", (0, 1), {}, None, rate)
-        return found
+        parts: tuple[str, ...] = subword_nmt(word, codes, {}, None, "", (0, 1), {}, None, rate)
+        return parts
 
     return pieces
 

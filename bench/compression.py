@@ -1,8 +1,8 @@
 """Held-out loss of a prior against the rank of its compressed gradients, over some seeds.
 
 Trains on the token data set that TAPIR_BENCH_TOKENS names (default: makes one from shapes), two
-replicas each, 1,000 steps; runs that are there already are not repeated. docs/engine.md has the
-figures and what follows from them.
+replicas each, 1,000 steps; finished runs are not repeated. docs/engine.md has the figures and
+conclusions.
 """
 
 from typing import Any
@@ -30,8 +30,8 @@ def run() -> list[dict[str, Any]]:
         rows.append(_row(width, 0, "uncompressed", plain, plain))
         for rank in ranks:
             for variant, flags in _variants(rank == PAPERS[width] and width == 96).items():
-                found = _losses(tokens, width, rank, variant, flags)
-                rows.append(_row(width, rank, variant, found, plain))
+                losses = _losses(tokens, width, rank, variant, flags)
+                rows.append(_row(width, rank, variant, losses, plain))
     return rows
 
 
@@ -43,10 +43,10 @@ def saved_share(width: int, rank: int) -> float:
 
 
 def _variants(without_feedback: bool) -> dict[str, list[str]]:
-    found = {"fixed Q": [], "warm Q": ["--compress.warm-start"]}
+    variants = {"fixed Q": [], "warm Q": ["--compress.warm-start"]}
     if without_feedback:
-        found["fixed Q, no error feedback"] = ["--compress.no-error-feedback"]
-    return found
+        variants["fixed Q, no error feedback"] = ["--compress.no-error-feedback"]
+    return variants
 
 
 def _losses(tokens: str, width: int, rank: int, variant: str, flags: list[str]) -> list[float]:

@@ -1,4 +1,4 @@
-"""Pictures into codes by the paper's encoder, and how far its 16 bits agree with fp32.
+"""Speed of the paper's encoder, and agreement of its bf16 codes with fp32.
 
 Speed: 256x256 pictures on one thread, against the encoder run as it is written (eager, fp32);
 each has a process of its own, and rounds take turns.
@@ -33,7 +33,7 @@ FOLDER = cache("dvae")
 PICTURES, SIDE, TRAINED = sized(4, 1), sized(256, 32), sized(8000, 300)
 ROUNDS = sized(3, 1)
 HELD_OUT = range(1_000_000, 1_000_000 + sized(512, 16))
-WANTED, WANTED_AGREEMENT, WANTED_PERPLEXITY = 2.6, 0.99, 100.0
+TARGET_SPEEDUP, TARGET_AGREEMENT, TARGET_PERPLEXITY = 2.6, 0.99, 100.0
 FLAGS = [
     "--model.codebook=512",
     f"--loop.steps={sized(1500, 2)}",
@@ -64,14 +64,14 @@ def _speed() -> list[dict[str, Any]]:
     rows = []
     for name in ("fp32", "bf16"):
         ratios = [a / b for a, b in zip(seconds["eager"], seconds[name], strict=True)]
-        wanted = f", wanted {WANTED:g}x" if name == "bf16" else ""
+        target = f", wanted {TARGET_SPEEDUP:g}x" if name == "bf16" else ""
         median = statistics.median(seconds["eager"])
         rows.append(
             bench_row(
                 f"paper encoder, codes in {name}",
                 PICTURES / statistics.median(seconds[name]),
                 "pictures/s",
-                f"eager fp32 {PICTURES / median:.2f}{wanted}",
+                f"eager fp32 {PICTURES / median:.2f}{target}",
                 ratios,
             )
         )
@@ -93,7 +93,7 @@ def _eager() -> Callable[[], object]:
 
 
 def _reader(precision: Precision) -> Callable[[], object]:
-    """What a worker of `tapir tokenize` does."""
+    """Encode as a worker of `tapir tokenize` does."""
     torch.set_num_threads(1)
     keep_freed_memory()
     reader, image = CodeReader(DVAE(dvae_paper().model), precision), _image()
@@ -123,14 +123,14 @@ def _agreement() -> list[dict[str, Any]]:
     agreed = float((whole == half).float().mean())
     used = perplexity(whole)
     return [
-        _exactly("codes that bf16 and fp32 agree on", agreed, "", WANTED_AGREEMENT),
-        _exactly("codebook perplexity of that dVAE", used, "codes", WANTED_PERPLEXITY),
+        _exactly("codes that bf16 and fp32 agree on", agreed, "", TARGET_AGREEMENT),
+        _exactly("codebook perplexity of that dVAE", used, "codes", TARGET_PERPLEXITY),
     ]
 
 
-def _exactly(name: str, value: float, unit: str, wanted: float) -> dict[str, Any]:
-    ratio = value / wanted
-    baseline = f"wanted {wanted:g}"
+def _exactly(name: str, value: float, unit: str, target: float) -> dict[str, Any]:
+    ratio = value / target
+    baseline = f"wanted {target:g}"
     return bench_row(name, value, unit, baseline, [ratio])
 
 

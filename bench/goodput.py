@@ -1,8 +1,8 @@
 """Goodput of the paper's 12B run on 1,024 GPUs with two failures a day, by simulation.
 
-Costs are measured here and scaled to a rank's share of the state: what a save holds training up,
-how long it takes to be written, how fast it is verified and read, and the seconds from the
-SIGKILL of one of 8 ranks to the next trained step.
+Costs are measured here and scaled to a rank's share of the state: how long a save blocks training,
+how long it takes to write, how fast it is verified and read, and the seconds from the SIGKILL of
+one of 8 ranks to the next trained step.
 """
 
 import json
@@ -53,11 +53,11 @@ class Costs:
     """Seconds on each rank."""
 
     hold: float
-    """A save holds training up."""
+    """Seconds that a save blocks training."""
     write: float
-    """Until it is written: a failure before that goes back one further."""
+    """Seconds until a save is written; a failure before then resumes from the one before."""
     restart: float
-    """From a failure to the next trained step."""
+    """Seconds from a failure to the next trained step."""
 
 
 def run() -> list[dict[str, Any]]:
@@ -95,7 +95,7 @@ def run() -> list[dict[str, Any]]:
 
 
 def simulate(costs: Costs, interval: float, seed: int) -> float:
-    """Share of the wall time in which steps are trained that need not be trained again."""
+    """Share of the wall time spent on steps that no failure undoes."""
     draws = keyed_rng(seed, int(interval), "goodput")
     now = useful = 0.0
     while now < DAYS * DAY:
@@ -134,7 +134,7 @@ def measured_restarts() -> list[float]:
 
 
 def _kill_one(launcher: int, out: Path) -> float:
-    """Kill one rank; seconds until a step is logged by the ranks that follow."""
+    """Kill one rank; returns the seconds until the restarted ranks log a step."""
     start = len(_rows(out))
     _until(lambda: len(_rows(out)) > start + 12)
     session = next(Path(tempfile.gettempdir()).glob(f"tapir-ranks-{launcher}-*"))
@@ -149,7 +149,7 @@ def _kill_one(launcher: int, out: Path) -> float:
 
 
 def _measured_save(share: float) -> tuple[float, float, float]:
-    """Seconds that a save of a rank's share holds up, is written in, and is read back in."""
+    """Seconds that a save of a rank's share blocks training, takes to write and to read back."""
     data = torch.zeros(int(share / 4)).normal_()
     part = StateSlice(name="w", kind="master", shape=(data.numel(),), start=0, data=data)
     store = FolderStore(FOLDER / "checkpoints")

@@ -1,15 +1,15 @@
 """CPU per record of the loader against others, on the same 204,800 token records (2,560 B each).
 
-Every contender runs in a process of its own, and those of other projects in a virtual environment
-of their own that the benchmark makes; rounds are interleaved. What is counted is user and system
-time of the process, its threads and its children, from before the data set is opened to after the
-last record. Fairness: Tapir checks a crc of every block and gives batches of 512 as arrays in its
-lane order; the others give single records, as bytes or (litdata) as two arrays, are not asked to
-batch them, and check nothing. webdataset shuffles shards and a buffer of 5,000 records,
-litdata and mosaicml-streaming (which runs with stubs of torchvision and transformers) their chunks
-and the records in them, Tapir windows of 8 blocks of 512 in 4 lanes. From S3 (SeaweedFS on
-loopback) webdataset reads by `pipe:curl` and pre-signed addresses. Every
-contender's files are read once right before its turn, so that the file system's cache is warm.
+Every contender runs in its own process, other projects in their own virtual environments, which the
+benchmark makes; rounds are interleaved. The figure is user and system time of the process, its
+threads and its children, from before the data set is opened to after the last record. Fairness:
+Tapir checks a crc of every block and gives batches of 512 as arrays in its lane order; the others
+give single records, as bytes or (litdata) as two arrays, are not asked to batch them, and check
+nothing. webdataset shuffles shards and a buffer of 5,000 records, litdata and mosaicml-streaming
+(which runs with stubs of torchvision and transformers) their chunks and the records in them, Tapir
+windows of 8 blocks of 512 in 4 lanes. From S3 (SeaweedFS on loopback) webdataset reads by
+`pipe:curl` and pre-signed addresses. Every contender's files are read once right before its turn,
+so that the file system's cache is warm.
 """
 
 import json
@@ -47,7 +47,7 @@ PACKAGES = {
     ],
 }
 ALONE = {"mosaic": "mosaicml-streaming"}
-"""Installed without what they ask for: the clients of three clouds, which no record needs."""
+"""Installed without dependencies: clients of three clouds, which reading records does not need."""
 LOCAL = {
     "raw": "",
     "webdataset_plain": "webdataset",
@@ -57,7 +57,7 @@ LOCAL = {
     "mosaic": "mosaic",
 }
 """Contenders beside Tapir, and whose environment they need."""
-WANTED = {"webdataset_two": 10.0, "webdataset_one": 5.0, "litdata": 2.0, "webdataset from S3": 4.0}
+TARGETS = {"webdataset_two": 10.0, "webdataset_one": 5.0, "litdata": 2.0, "webdataset from S3": 4.0}
 
 
 def run() -> list[dict[str, Any]]:
@@ -80,7 +80,7 @@ def run() -> list[dict[str, Any]]:
 
 
 def _packages() -> list[str]:
-    """The other projects; of a miniature those that this Python has, for none is installed then."""
+    """The other projects; a miniature installs none and runs those that this Python has."""
     return [name for name in PACKAGES if not tiny() or find_spec(name) is not None]
 
 
@@ -110,13 +110,13 @@ def _signed(server: ObjectServer) -> list[str]:
     import boto3  # noqa: PLC0415 - reads the credentials of the moment
 
     client = boto3.client("s3", endpoint_url=server.endpoint)
-    found = []
+    urls = []
     for name in S3Store(BUCKET, "webdataset").names():
         if name.endswith(".tar"):
             where = {"Bucket": BUCKET, "Key": f"webdataset/{name}"}
             url = client.generate_presigned_url("get_object", Params=where, ExpiresIn=3600)
-            found.append(f"pipe:curl -s '{url}'")
-    return found
+            urls.append(f"pipe:curl -s '{url}'")
+    return urls
 
 
 def _copy(source: Store, target: Store) -> None:
@@ -126,7 +126,7 @@ def _copy(source: Store, target: Store) -> None:
 
 
 def _environment(name: str) -> str:
-    """The Python of a contender's own virtual environment, made if it is not there."""
+    """The Python of a contender's virtual environment, which is made if it is missing."""
     if tiny():
         return sys.executable
     venv = FOLDER / f"venv-{name}"
@@ -160,7 +160,7 @@ def _write(pythons: dict[str, str]) -> None:
 
 
 def _warm(folder: Path) -> None:
-    """Read a contender's files: a minute later the system may have dropped them again."""
+    """Read a contender's files into the page cache, which may have dropped them."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             with open(path, "rb") as file:
@@ -174,10 +174,10 @@ def _measure(
     command = module_command(CHILD, name, place, python=python)
     inherited = child_environment(environment or os.environ)
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=inherited)
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert name == "raw" or found["records"] == SHARDS * RECORDS, (name, found)
-    print(f"{name}: {found}", file=sys.stderr)
-    return float(found["cpu"])
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert name == "raw" or result["records"] == SHARDS * RECORDS, (name, result)
+    print(f"{name}: {result}", file=sys.stderr)
+    return float(result["cpu"])
 
 
 def _note(used: dict[str, list[float]], name: str, value: float) -> None:
@@ -186,8 +186,8 @@ def _note(used: dict[str, list[float]], name: str, value: float) -> None:
 
 def _row(name: str, used: list[float], base: list[float], baseline: str) -> dict[str, Any]:
     ratios = [a / b for a, b in zip(used, base, strict=True)]
-    wanted = WANTED.get(name, 0.0)
-    text = f"{baseline}, wanted {wanted:g}x" if wanted else baseline
+    target = TARGETS.get(name, 0.0)
+    text = f"{baseline}, wanted {target:g}x" if target else baseline
     return bench_row(
         f"{name}, CPU a record",
         statistics.median(used),

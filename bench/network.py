@@ -66,13 +66,13 @@ def run() -> list[dict[str, Any]]:
 
 
 def _break_even(machines: Machines) -> dict[str, Any]:
-    """Sweep the rate; interpolate where compression stops to pay, as payload bandwidth."""
+    """Sweep the rate; interpolate the payload bandwidth at which compression stops to pay."""
     points = []
     for megabits in SWEEP:
         machines.shape(megabits)
-        found = _measure(machines)
-        gain = statistics.median(found["plain"]) - statistics.median(found["compressed"])
-        points.append((found["bandwidth"], gain, found["break_even"]))
+        figures = _measure(machines)
+        gain = statistics.median(figures["plain"]) - statistics.median(figures["compressed"])
+        points.append((figures["bandwidth"], gain, figures["break_even"]))
         print(f"{megabits:g} Mbit/s: {points[-1]}", file=sys.stderr)
     measured = _crossing([(1 / bandwidth, gain) for bandwidth, gain, _ in points])
     advised = statistics.median(point[2] for point in points)
@@ -101,7 +101,7 @@ def _measure(machines: Machines) -> dict[str, Any]:
 
 
 def _rank() -> None:
-    """What one machine's rank does: interleaved steps of both, then the advisor."""
+    """One machine's rank: interleaved steps with and without compression, then the advisor."""
     set_up_logging(1)
     torch.set_num_threads(1)
     world = join_world()

@@ -2,8 +2,8 @@
 
 An index alone, no records: 2,500 shards of 100,000 in blocks of 128, 1024 lanes of 8-block windows.
 A child process measures time and memory from the state; then every rank of four world sizes walks
-one epoch through the stream's own planning of windows, and what it would fetch is counted.
-Each figure is taken once: its spread is the figure itself.
+one epoch through the stream's own planning of windows, and the records that it would fetch are
+counted. Each figure is taken once: its spread is the figure itself.
 """
 
 import json
@@ -32,7 +32,7 @@ POSITIONS = sized(((0, 0), (0, 200_000), (3, 123_456), (17, 1)), ((3, 123_456),)
 
 
 class CountedSource:
-    """Blocks that are counted when they are asked for; it holds no records."""
+    """Counts the blocks that are requested; holds no records."""
 
     variants = 1
     fingerprint = ""
@@ -42,7 +42,7 @@ class CountedSource:
         self.blocks = self.records = 0
 
     def submit(self, fill: Any, place: int, block: int) -> "Future[Any]":
-        """Stands where the stream has its fetching threads."""
+        """Replaces the stream's fetching threads."""
         self.blocks += 1
         self.records += int(self.sizes[block])
         return Future()
@@ -71,17 +71,17 @@ def run() -> list[dict[str, Any]]:
         command = call_command("bench.order:position", epoch, step)
         piped: dict[str, Any] = {"stdout": subprocess.PIPE, "env": child_environment()}
         done = subprocess.run(command, text=True, check=True, **piped)
-        found = json.loads(done.stdout.splitlines()[-1])
-        assert found["seconds"] < 1 and found["megabytes"] < 100, found
+        figures = json.loads(done.stdout.splitlines()[-1])
+        assert figures["seconds"] < 1 and figures["megabytes"] < 100, figures
         where = f"state to batch, epoch {epoch} step {step}"
-        rows.append(bench_row(where, found["seconds"], "s", "1 s", [1 / found["seconds"]]))
+        rows.append(bench_row(where, figures["seconds"], "s", "1 s", [1 / figures["seconds"]]))
         rows.append(
             bench_row(
                 f"{where}, more memory",
-                found["megabytes"],
+                figures["megabytes"],
                 "MB",
                 "100 MB",
-                [100 / found["megabytes"]],
+                [100 / figures["megabytes"]],
             )
         )
     source = CountedSource(sizes_250m())
@@ -113,12 +113,12 @@ def amplification(source: CountedSource, order: LaneOrder, world: int, batch: in
 
 
 def _epoch(order: LaneOrder) -> list[Chunk]:
-    found: list[Chunk] = []
+    chunks: list[Chunk] = []
     for chunk in chunks_of(order, 0, 0, 32):
         if chunk.epoch:
-            return found
-        found.append(chunk)
-    return found
+            return chunks
+        chunks.append(chunk)
+    return chunks
 
 
 def position(epoch: int, step: int) -> None:

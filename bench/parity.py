@@ -1,4 +1,4 @@
-"""Largest difference of each mesh and engine from one process, over some steps.
+"""Largest difference between each mesh or engine and one process, over some steps.
 
 Every configuration trains the same small prior on the same random tokens; a row's value is the
 largest relative difference of loss and gradient norm over all steps.
@@ -102,15 +102,15 @@ def run() -> list[dict[str, Any]]:
     for precision, bound in sized(BOUND, {"fp32": BOUND["fp32"]}).items():
         single = train(ONE.precise(precision))
         for case in sized(CASES, CASES[:1]):
-            found = difference(single, train(case.precise(precision)))
+            worst = difference(single, train(case.precise(precision)))
             rows.append(
                 bench_row(
                     f"{case.name} {precision}",
-                    found,
+                    worst,
                     "relative difference",
                     f"bound {bound:g}",
-                    [found],
-                    ratio=bound / max(found, 1e-12),
+                    [worst],
+                    ratio=bound / max(worst, 1e-12),
                 )
             )
     return rows
@@ -162,8 +162,8 @@ def train_rank(payload: str) -> None:
     program = prior_program(case.model, SEED, mesh.shared)
 
     def loss(logits: Any, batch: Batch) -> Losses:
-        found = program.loss(logits, batch)
-        return {**found, "loss": found["loss"] * math.nan} if breaks[0] else found
+        figures = program.loss(logits, batch)
+        return {**figures, "loss": figures["loss"] * math.nan} if breaks[0] else figures
 
     with recorded(mesh) as ledger:
         engine = build_engine(replace(program, loss=loss), settings, mesh)

@@ -1,8 +1,8 @@
-"""Does `tapir plan --gpu cpu` know this machine: six meshes predicted, then measured.
+"""Accuracy of `tapir plan --gpu cpu` on this machine: six meshes predicted, then measured.
 
-One calibration run comes first; nothing of the measured steps goes back into it. Meshes are run in
-turns, some rounds each; a round counts its least step, as calibration does: other work on the
-machine only adds. A row's ratio is the predicted over the measured step time.
+One calibration run comes first; nothing of the measured steps goes back into it. Meshes run in
+turns for several rounds; a round counts its fastest step, as calibration does, because other work
+on the machine only adds time. A row's ratio is the predicted over the measured step time.
 """
 
 import itertools
@@ -47,11 +47,11 @@ MESHES = sized(_MESHES, {name: _MESHES[name] for name in ("DP2", "1 rank")})
 def run() -> list[dict[str, Any]]:
     """One row a mesh, then whether the order is right, and how good the chosen mesh is."""
     hardware = KNOWN["cpu"] if tiny() else KNOWN["cpu"].with_constants(calibrate())
-    predicted = {name: estimate(way, hardware).seconds for name, way in MESHES.items()}
+    predicted = {name: estimate(mesh, hardware).seconds for name, mesh in MESHES.items()}
     rounds: dict[str, list[float]] = {name: [] for name in MESHES}
     for _ in range(ROUNDS):
-        for name, way in MESHES.items():
-            rounds[name].append(min(time_steps(way, STEPS)))
+        for name, mesh in MESHES.items():
+            rounds[name].append(min(time_steps(mesh, STEPS)))
     measured = {name: min(seconds) for name, seconds in rounds.items()}
     rows = []
     for name, seconds in rounds.items():

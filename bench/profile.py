@@ -1,9 +1,9 @@
-"""What the always-on profile costs: paired steps with it and without, in the same process.
+"""Cost of the always-on profile: paired steps with and without it, in the same process.
 
 The tiny prior is trained by the real loop on a batch of 8, with its rows, TensorBoard and guards:
-by one process, and by two ranks under deepspeed_zero, whose CPU times are added up. Which step of
-a pair has the profile is drawn by key, and is the other one 50 pairs later: what comes every 10
-steps (rows) and every 100 (comparisons of replicas) falls on both alike. A share is the mean
+by one process, and by two ranks under deepspeed_zero, whose CPU times are added up. A keyed draw
+chooses which step of a pair has the profile; 50 pairs later it is the other one, so that work every
+10 steps (rows) and every 100 (comparisons of replicas) falls on both alike. A share is the mean
 difference of CPU time over the mean without; the interval is 1.96 standard errors wide on either
 side.
 """
@@ -39,7 +39,7 @@ from training.trainer import Run
 
 WARM, PAIRS, BATCH = sized(20, 2), sized(400, 6), 8
 BLOCK = 50
-"""Pairs behind which the order turns round."""
+"""Pairs after which the order is reversed."""
 BOUND = 2.0
 """Percent that the upper end of the interval must stay below."""
 CASES = {
@@ -106,8 +106,8 @@ def _pairs(settings: PriorTrain, out: Path, ranks: int) -> list[tuple[float, flo
     payload = json.dumps({"settings": to_json(settings), "out": str(out)})
     preload = [*PRELOAD, *modules_of(settings.engine.name, False), "bench.profile"]
     launch("bench.profile:measure_rank", payload, ranks, preload)
-    found = [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
-    return [(sum(p[0] for p in row), sum(p[1] for p in row)) for row in zip(*found, strict=True)]
+    per_rank = [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
+    return [(sum(p[0] for p in row), sum(p[1] for p in row)) for row in zip(*per_rank, strict=True)]
 
 
 def measure_rank(payload: str) -> None:

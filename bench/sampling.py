@@ -1,9 +1,9 @@
-"""Sampling against no cache, and against what the memory gives, on one thread.
+"""Sampling against no cache, and against the memory bandwidth, on one thread.
 
 Dim 1024, 4 layers, 16 heads, 64 text + 16x16 image tokens, 8192 codes. Both sides have the same
 precision and draw with the same noise. No cache: for each token the layers of models/prior.py with
 dense masks, over the text and the codes so far (the growing prefix; running the whole stream every
-time, as a forward pass in training does, costs more and stands in a row of its own). The bound is
+time, as a forward pass in training does, costs more and has a row of its own). The bound is
 the bytes of the weights that a token reads, at the rate at which this machine reads memory.
 """
 
@@ -134,8 +134,8 @@ def _plain(layers: nn.ModuleDict, precision: str, growing: bool) -> float:
                 state: Any = {"text": text, "image": image}
                 for layer in layers.values():
                     state = layer(state)
-                found: Tensor = state.image[:, position]
-                return found
+                codes: Tensor = state.image[:, position]
+                return codes
             embedding, *blocks, head = layers.values()
             assert isinstance(embedding, PriorEmbedding) and isinstance(head, PriorHead)
             x = torch.cat(

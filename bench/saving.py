@@ -1,7 +1,7 @@
-"""How long a checkpoint holds training up: written in the background, against written in front.
+"""How long a checkpoint blocks training: written in the background against in the foreground.
 
-A prior of 90 million parameters (1.1 GB of weights and moments) after one real step; the two ways
-take turns, and what they wrote is compared byte for byte.
+A prior of 90 million parameters (1.1 GB of weights and moments) after one real step; the two modes
+take turns, and their files are compared byte for byte.
 """
 
 import shutil
@@ -35,26 +35,26 @@ def run() -> list[dict[str, Any]]:
     seconds: dict[bool, list[float]] = {True: [], False: []}
     shutil.rmtree(FOLDER, ignore_errors=True)
     store = FolderStore(FOLDER)
-    savers = {way: Saver(store, 0, lambda text: [text], way) for way in (True, False)}
+    savers = {mode: Saver(store, 0, lambda text: [text], mode) for mode in (True, False)}
     for i in range(ROUNDS + 1):
-        for way, saver in savers.items():
-            held_up = saver.save(f"step-{int(way)}", engine.state_slices(), {}, lambda: None)
+        for mode, saver in savers.items():
+            held_up = saver.save(f"step-{int(mode)}", engine.state_slices(), {}, lambda: None)
             saver.wait()
             if i:  # the first round allocates the buffers
-                seconds[way].append(held_up)
+                seconds[mode].append(held_up)
     digests = [open_checkpoint(f"{FOLDER}/step-{n}").files[0]["sha256"] for n in (0, 1)]
     assert digests[0] == digests[1], "the two ways wrote different bytes"
     shutil.rmtree(FOLDER)
-    front, behind = (statistics.median(seconds[way]) for way in (False, True))
+    front, background = (statistics.median(seconds[mode]) for mode in (False, True))
     ratios = [a / b for a, b in zip(seconds[False], seconds[True], strict=True)]
     return [
         bench_row(
             f"save of {size / 1e9:.2f} GB, held up in the background",
-            behind,
+            background,
             "s",
             f"in front {front:.3f} s ({size / front / 1e9:.2f} GB/s)",
             ratios,
-            ratio=front / behind,
+            ratio=front / background,
         )
     ]
 

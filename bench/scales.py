@@ -1,8 +1,8 @@
 """Gradient values that fp16 flushes to zero: a scale for each resblock against one for all.
 
 A deep prior is trained in fp32 on shapes; then gradients of some batches are taken in emulated fp16
-under every global scale of a sweep of powers of two, and under scales of the resblocks' own: the
-largest that keeps each finite, which is where the rules of appendix D settle.
+under every global scale of a sweep of powers of two, and under one scale for each resblock: the
+largest that keeps it finite, to which the rules of appendix D converge.
 """
 
 import sys
@@ -60,8 +60,8 @@ def run() -> list[dict[str, Any]]:
             shares[value] = share
             print(f"global scale {value:g}: {share:.3e} flushed", file=sys.stderr)
     best = min(shares, key=lambda value: (shares[value], -value))
-    globally, flushed = _settled(stage, many, dict.fromkeys(stage.scales, 2 * best), together=True)
-    own, share = _settled(stage, many, _settled(stage, few, dict.fromkeys(stage.scales, MOST))[0])
+    globally, flushed = _search(stage, many, dict.fromkeys(stage.scales, 2 * best), together=True)
+    own, share = _search(stage, many, _search(stage, few, dict.fromkeys(stage.scales, MOST))[0])
     best = next(iter(globally.values()))
     spread = list(own.values())
     print(f"best global scale {best:g}: {flushed:.3e} flushed", file=sys.stderr)
@@ -102,11 +102,11 @@ def _trained(config: PriorConfig, batches: list[Batch]) -> Stage:
     return stage
 
 
-def _settled(
+def _search(
     stage: Stage, probes: list[Batch], values: dict[str, float], together: bool = False
 ) -> tuple[dict[str, float], float]:
-    """Halve scales until every branch stays finite; `together` halves all. Returns the share
-    that they flush, too."""
+    """Halve scales until every branch stays finite; `together` halves all. Also returns the
+    share of values that they flush."""
     while True:
         finite, share, _ = _pass(stage, probes, values)
         if all(finite.values()):

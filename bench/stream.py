@@ -3,10 +3,10 @@
 2,500 shards of 2,048 records of 1,024 image and 256 text tokens (13.1 GB), written by the project's
 own writers and read by its stream over S3 on loopback, in child processes:
 
-start       seconds from nothing but the address to the first batch, with all 2,500 shards
+start       seconds from the address alone to the first batch, with all 2,500 shards
 memory      resident size over the whole stream; its last third against its first
 wait        share of the step that a trainer of STEP_SECONDS waits
-stalls      the same while the store stands still for 2 s, again and again (a proxy in between)
+stalls      the same while the store repeatedly stalls for 2 s (a proxy in between)
 
 The start is the median of three; the others are one run of 1.5 to 3 minutes each.
 """
@@ -48,7 +48,7 @@ STARTS = sized(3, 1)
 
 
 def run() -> list[dict[str, Any]]:
-    """Rows; ratio > 1 is better than what was asked."""
+    """Rows; ratio > 1 is better than the target."""
     with object_server(FOLDER / "weed", BUCKET) as server:
         with server.credentials():
             _write()
@@ -68,12 +68,12 @@ def run() -> list[dict[str, Any]]:
         ("share of a 50 ms step waited for data", waits["share"], "", 0.005),
         ("p99.9 of the wait, store standing still for 2 s", stalled["p999"], "s", 2.0),
     ]
-    found = [
+    results = [
         bench_row(name, value, unit, f"at most {most}", [most / max(value, 1e-6)])
         for name, value, unit, most in rows
     ]
     print(json.dumps({"starts": starts, "waits": waits, "stalled": stalled, "whole": whole}))
-    return found
+    return results
 
 
 def _write() -> None:
@@ -119,9 +119,9 @@ def _stalls() -> Any:
 def _child(what: str, environment: dict[str, str]) -> dict[str, Any]:
     command = call_command(f"bench.stream:{what}")
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    print(f"{what}: {found}", file=sys.stderr)
-    return found
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(f"{what}: {figures}", file=sys.stderr)
+    return figures
 
 
 def _stream(ahead: int = 64) -> Stream:
@@ -138,11 +138,11 @@ def start() -> None:
     assert len(records) == BATCH
     print(json.dumps({"seconds": time.perf_counter() - began}))
     sys.stdout.flush()
-    os._exit(0)  # the batches ahead are not waited for
+    os._exit(0)  # do not wait for prefetched batches
 
 
 def wait() -> None:
-    """Print how long a trainer waits whose steps take STEP_SECONDS."""
+    """Print how long a trainer with steps of STEP_SECONDS waits."""
     waits = []
     batches = iter(_stream())
     next(batches)
@@ -154,8 +154,8 @@ def wait() -> None:
         time.sleep(STEP_SECONDS)
     spent = time.perf_counter() - began
     quantiles = {"p50": 0.5, "p99": 0.99, "p999": 0.999, "most": 1.0}
-    found = {name: float(np.quantile(waits, q)) for name, q in quantiles.items()}
-    print(json.dumps({"share": sum(waits) / spent, **found}))
+    figures = {name: float(np.quantile(waits, q)) for name, q in quantiles.items()}
+    print(json.dumps({"share": sum(waits) / spent, **figures}))
     sys.stdout.flush()
     os._exit(0)
 
@@ -175,8 +175,8 @@ def whole() -> None:
     seconds = time.perf_counter() - began
     third = len(sizes) // 3
     means = [float(np.mean(sizes[i * third : (i + 1) * third])) for i in range(3)]
-    found = {"records": count, "seconds": seconds, "most_mb": max(sizes)}
-    found |= {"first_third_mb": means[0], "last_third_mb": means[2]}
-    print(json.dumps(found))
+    figures = {"records": count, "seconds": seconds, "most_mb": max(sizes)}
+    figures |= {"first_third_mb": means[0], "last_third_mb": means[2]}
+    print(json.dumps(figures))
     sys.stdout.flush()
     os._exit(0)

@@ -1,7 +1,7 @@
 """One training step of a small prior against the plain definition, on one thread.
 
 Width 512, 8 heads, depth 4, 64 text + 16x16 image tokens, batch 2, vocabularies 16,384 + 8,192.
-Plain is what one writes first: attention with a dense boolean mask, one head over both
+Plain is a first implementation: attention with a dense boolean mask, one head over both
 vocabularies at every position, torch's default precision, AdamW in a loop over the parameters;
 it starts with our weights, and its first loss must equal ours. Plain in bf16 has autocast, the
 fused AdamW and the better matmul precision as well. MFU counts the real masks and the split head,
@@ -46,11 +46,11 @@ CONFIG = PriorConfig(
 )
 BATCH, WARM, ROUNDS, LR = 2, sized(2, 1), sized(7, 1), 4.5e-4
 PEAK_SIZES = sized((1024, 2048), (128,))
-WANTED_RATIO, WANTED_MFU = 4.0, 0.5
+TARGET_RATIO, TARGET_MFU = 4.0, 0.5
 
 
 class PlainPrior(nn.Module):
-    """The model as one would write it first, with the weights of ours."""
+    """The model in its plainest form, with our weights."""
 
     def __init__(self, config: PriorConfig, ours: nn.ModuleDict) -> None:
         super().__init__()
@@ -131,10 +131,10 @@ def run() -> list[dict[str, Any]]:
     try:
         for turn in range(-WARM, ROUNDS):
             for name, worker in workers.items():
-                spent, found = worker.turn()
-                losses.setdefault(name, found)
+                spent, value = worker.turn()
+                losses.setdefault(name, value)
                 if turn >= 0:
-                    seconds[name].append(spent if name != "peak" else found)
+                    seconds[name].append(spent if name != "peak" else value)
     finally:
         for worker in workers.values():
             worker.end()
@@ -154,13 +154,13 @@ def _rows(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
         mine, theirs = seconds[name], seconds[baseline]
         ratios = [b / a for a, b in zip(mine, theirs, strict=True)]
         gated = (name, baseline) == ("tapir bf16", "plain fp32")
-        wanted = f", wanted {WANTED_RATIO:g}x" if gated else ""
+        target = f", wanted {TARGET_RATIO:g}x" if gated else ""
         rows.append(
             bench_row(
                 f"train step, {name}",
                 tokens / statistics.median(mine),
                 "tokens/s",
-                f"{baseline}: {tokens / statistics.median(theirs):.0f}{wanted}",
+                f"{baseline}: {tokens / statistics.median(theirs):.0f}{target}",
                 ratios,
             )
         )
@@ -172,7 +172,7 @@ def _rows(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
             "MFU, tapir bf16",
             flops / statistics.median(mine) / 1e9,
             "GFLOP/s",
-            f"bf16 matmul {peak:.0f} GFLOP/s, wanted {WANTED_MFU:g}",
+            f"bf16 matmul {peak:.0f} GFLOP/s, wanted {TARGET_MFU:g}",
             shares,
         )
     )
@@ -192,7 +192,7 @@ def _program() -> Program:
 
 
 def _tapir(precision: Any) -> Callable[[], float]:
-    """What `tapir train` does on a rank."""
+    """The step of `tapir train` on a rank."""
     torch.set_num_threads(1)
     keep_freed_memory()
     set_numerics(CPU, "auto")
@@ -233,13 +233,13 @@ def _peak() -> Callable[[], float]:
     pairs = [[torch.randn(n, n, dtype=torch.bfloat16) for _ in range(2)] for n in PEAK_SIZES]
 
     def best() -> float:
-        found = []
+        per_operation = []
         for a, b in pairs:
             a @ b
             began = time.perf_counter()
             a @ b
-            found.append((time.perf_counter() - began) / (2 * len(a) ** 3))
-        return min(found)
+            per_operation.append((time.perf_counter() - began) / (2 * len(a) ** 3))
+        return min(per_operation)
 
     return best
 

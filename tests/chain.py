@@ -1,4 +1,4 @@
-"""All stages on this process and any device: seconds, no subprocess."""
+"""All stages in this process on any device: seconds, no subprocess."""
 
 import shutil
 from dataclasses import dataclass, replace
@@ -89,7 +89,7 @@ class Chain:
         return [row for row in read_metrics(settings.out) if "split" not in row]
 
     def forget(self, stage: str, step: int) -> None:
-        """Let a stage have ended at a step: what came later goes."""
+        """Remove everything that a stage wrote after a step."""
         out = self.folder / stage
         for path in (out / "checkpoints").glob("step-*"):
             if int(path.name[5:]) > step:

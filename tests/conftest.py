@@ -1,4 +1,4 @@
-"""Small data sets and models that many tests share; made once, whichever worker needs one first."""
+"""Small data sets and models that many tests share; the first worker that needs one makes it."""
 
 import multiprocessing.forkserver
 import os
@@ -17,13 +17,13 @@ from core.log import LOG
 from tests.harness import EVERYTHING, end_started, tapir
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before the first forkserver: worlds of 8 share 2 cores
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of a job in a shell's background
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts background jobs so
     signal.signal(signal.SIGINT, signal.default_int_handler)
 _preload = multiprocessing.forkserver.set_forkserver_preload
 
 
 def _preload_everything(names: list[str]) -> None:
-    """The first world of a process decides what its forkserver imports, ranks the rest, each."""
+    """Import all engines in the first forkserver: later ranks would each import the rest."""
     _preload([*dict.fromkeys([*EVERYTHING, *names])])
 
 
@@ -32,7 +32,7 @@ multiprocessing.forkserver.set_forkserver_preload = _preload_everything
 
 @pytest.fixture(autouse=True)
 def _as_it_was() -> Iterator[None]:
-    """No test leaves a log that a verb set up, or, failed, a run of 5,000 steps, to the next."""
+    """Remove log handlers and background runs that a test left."""
     log = LOG.handlers[:], LOG.propagate, LOG.level
     yield
     LOG.handlers[:], LOG.propagate, LOG.level = log
@@ -90,7 +90,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectServer]:
     """A real SeaweedFS on loopback."""
     try:
         find_weed()
-    except ConfigError as missing:  # `make install` brings it; the machine of `make py312` lacks it
+    except ConfigError as missing:  # installed by `make install`; `make py312` runs without it
         pytest.skip(str(missing))
     with ExitStack() as stack:
         for last in (False, False, True):
@@ -98,14 +98,14 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectServer]:
                 place = tmp_path_factory.mktemp("weed")
                 server = stack.enter_context(object_server(place, "tapir-tests"))
                 break
-            except StoreError:  # on a busy machine it may be late, or its port be taken meanwhile
+            except StoreError:  # on a busy machine it may start late or lose its port
                 if last:
                     raise
         yield server
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print fault -> outcome -> seconds, of whichever worker injected it."""
+    """Print fault -> outcome -> seconds, collected from all workers."""
     ended = [one for kind in ("passed", "failed") for one in terminalreporter.getreports(kind)]
     kept = [one for one in ended if one.when == "call"]
     rows = [value for one in kept for name, value in one.user_properties if name == "fault"]

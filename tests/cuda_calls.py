@@ -37,7 +37,7 @@ if "TAPIR_TEST_WATCH_CUDA" in os.environ:
 
 
 def launch_and_report(out: str, preload: list[str]) -> None:
-    """Launch one rank with these preloads; it writes what its forkserver called."""
+    """Launch one rank with these preloads; it writes the CUDA calls of its forkserver."""
     from cluster.launcher import launch
 
     os.environ["TAPIR_TEST_WATCH_CUDA"] = "1"
@@ -49,5 +49,5 @@ def report(payload: str) -> None:
     """On the rank: the calls that its forkserver made before the fork."""
     body = json.loads(payload)
     there = [name for name in body["preload"] if name in sys.modules]
-    found = {"preloaded": there, "calls": CALLS, "asks_nvml": ASKS_NVML}
-    Path(body["out"], "calls.json").write_text(json.dumps(found))
+    facts = {"preloaded": there, "calls": CALLS, "asks_nvml": ASKS_NVML}
+    Path(body["out"], "calls.json").write_text(json.dumps(facts))

@@ -1,4 +1,4 @@
-"""Worlds of two ranks that are forks of the test itself: what the test changed, they see."""
+"""Worlds of two ranks that are forks of the test itself, so that they see its patches."""
 
 import multiprocessing
 import traceback
@@ -23,13 +23,13 @@ def forked_ranks(folder: Path, ranks: int, work: Callable[[int], Any]) -> list[A
         process.start()
         theirs.close()
         ends.append((process, mine))
-    found = []
+    values = []
     for process, mine in ends:
         fine, value = mine.recv()
         process.join()
         assert fine, value
-        found.append(value)
-    return found
+        values.append(value)
+    return values
 
 
 def _rank(

@@ -32,7 +32,7 @@ READ_LATE = ("AWS_", "WORLD_SIZE", "RANK", "MASTER_")
 COLD = 2
 """Commands of a session before a process is made warm for the others (tests/warm.py)."""
 _cold = 0 if "TAPIR_COLD" not in os.environ else -(10**9)
-os.environ["PYTHONPATH"] = PATH  # a forkserver does not look into the current folder
+os.environ["PYTHONPATH"] = PATH  # a forkserver does not import from the current folder
 PATIENCE = 300.0
 """Seconds that a test waits for what should take a few; other workers may keep all cores busy."""
 _STARTED: list["subprocess.Popen[bytes]"] = []
@@ -45,14 +45,14 @@ def run_world(target: str, payload: dict[str, Any], ranks: int) -> list[Any]:
     Raises: RankError if any rank fails.
     """
     launch(target, json.dumps(payload), ranks, PRELOAD)
-    found = [Path(payload["out"], f"result-{rank}.json") for rank in range(ranks)]
-    return [json.loads(path.read_text()) for path in found if path.exists()]
+    paths = [Path(payload["out"], f"result-{rank}.json") for rank in range(ranks)]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
 def tapir(*arguments: str, code: int = 0, cwd: Path | None = None, **extra: str) -> str:
     """Run the command line; returns its output, checks its exit code.
 
-    The first ones of a session, and those with another folder or environment, run as a user's do.
+    The first commands of a session, and those with another folder or environment, are cold.
     """
     global _cold
     _cold += 1
@@ -105,7 +105,7 @@ def start_tapir(*arguments: str, log: Path) -> "subprocess.Popen[bytes]":
 
 
 def end_started() -> None:
-    """Kill what `start_tapir` started and what still runs of its session."""
+    """Kill the processes of `start_tapir` and their sessions."""
     while _STARTED:
         process = _STARTED.pop()
         with contextlib.suppress(ProcessLookupError):
@@ -114,18 +114,18 @@ def end_started() -> None:
 
 
 def heed_interrupts() -> None:
-    """A background job of a shell inherits SIGINT as ignored; what a test starts must not."""
+    """Restore SIGINT in a child: a shell's background job inherits it as ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def processes_with(text: str) -> list[int]:
     """PIDs of living processes whose command line or environment holds a text."""
-    found = []
+    pids = []
     for process in psutil.process_iter(["pid", "cmdline", "status"]):
         line = " ".join(process.info["cmdline"] or [])
         if text in line and process.info["status"] != psutil.STATUS_ZOMBIE:
-            found.append(process.info["pid"])
-    return found
+            pids.append(process.info["pid"])
+    return pids
 
 
 def rows_of(run: Path, split: str = "train") -> list[dict[str, Any]]:
@@ -138,4 +138,4 @@ def rows_of(run: Path, split: str = "train") -> list[dict[str, Any]]:
 
 def installed(package: str) -> bool:
     """Say whether a package is installed beside this Python."""
-    return any(found.name == package for found in distributions())
+    return any(distribution.name == package for distribution in distributions())

@@ -1,4 +1,4 @@
-"""A folder whose files are called as our modules are, or as Python's; what runs of them is seen."""
+"""A folder of files named like our modules or Python's; each leaves a mark if it runs."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ _FOLDERS = ("tapir", "multiprocessing", "importlib", "sitecustomize", "training"
 def hostile_folder(folder: Path, only_ours: bool = False) -> Path:
     """Fill a folder with modules that leave a file when they run, and with a clone of Tapir.
 
-    `only_ours`: without Python's names and the clone, which no program survives in PYTHONPATH.
+    `only_ours`: without Python's names and the clone, which break any program in PYTHONPATH.
     """
     folder.mkdir(parents=True, exist_ok=True)
     code = (

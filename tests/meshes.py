@@ -1,7 +1,7 @@
 """All meshes of the parity benchmark, trained through the staging backend.
 
-`python -m tests.meshes OUT KIND NAME...` trains the cases of these names: a process of its own has
-a forkserver of its own, which has imported all engines before the first rank starts.
+`python -m tests.meshes OUT KIND NAME...` trains the named cases in a separate process, whose
+forkserver imports all engines before the first rank starts.
 """
 
 import json
@@ -63,7 +63,7 @@ def main(out: str, kind: str, *names: str) -> None:
 
 
 def train_on_cpu(payload: str) -> None:
-    """One rank, whose tensors are on the CPU and staged all the same."""
+    """One rank with CPU tensors, staged like GPU tensors."""
     _train("cpu", payload)
 
 

@@ -1,4 +1,4 @@
-"""An object store on loopback whose answers a test bends: no real one can be told to be odd."""
+"""An object store on loopback whose answers a test changes, as no real store allows."""
 
 import hashlib
 import threading
@@ -23,7 +23,7 @@ Bend = Callable[[BaseHTTPRequestHandler, Answer], Answer]
 
 
 def error(status: int, code: str) -> Answer:
-    """A refusal as stores write it."""
+    """An error response in S3's format."""
     body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>told</Message></Error>"
     return Answer(status, body.encode())
 
@@ -50,7 +50,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         with self.server.lock:
             self.server.asked.append(f"{self.command} {self.path}")
-            answer = self.server.bend(self, Answer())  # before: a refused request does nothing
+            answer = self.server.bend(
+                self, Answer()
+            )  # first, because a refused request has no effect
             if answer.status < 300:
                 answer = self.server.bend(self, self._right())
         size = None if answer.headers.get("Content-Length", "") is None else len(answer.body)

@@ -1,4 +1,4 @@
-"""Every operation that the engines use, on a group and a device; each gives tensors to compare."""
+"""Every operation that the engines use, on a group and a device; returns tensors to compare."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ _together = dist.distributed_c10d._coalescing_manager
 
 
 class Operations:
-    """What one rank calls; `_` methods are no operations."""
+    """The operations of one rank; `_` methods are helpers."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self._group, self._device = group, device
@@ -43,9 +43,9 @@ class Operations:
         work = dist.all_reduce(x, group=self._group, async_op=True)
         while not work.is_completed():
             pass
-        found = x.clone()
+        total = x.clone()
         work.wait()
-        return [found, x]
+        return [total, x]
 
     def reduce(self) -> list[Tensor]:
         x = self._mine()
@@ -172,24 +172,24 @@ class Operations:
 
 
 def try_operations(payload: str) -> None:
-    """Call every operation on both; results and what was carried go to result-RANK.json."""
+    """Call every operation on both backends; writes results and traffic to result-RANK.json."""
     body = json.loads(payload)
     stage(body["kind"])
     world = join_world()
     assert world.group is not None and world.aside is not None
     assert world.device.type == body["kind"]
-    found = {}
+    results = {}
     for name in (name for name in vars(Operations) if not name.startswith("_")):
         before = carried.total()
         staged = _values(getattr(Operations(world.group, world.device), name))
         alone = name == "objects" or (name == "subgroup" and world.rank == 2)
         assert alone or carried.total() > before, f"{name} went another way"
         gloo = _values(getattr(Operations(world.aside, torch.device("cpu")), name))
-        found[name] = [staged, gloo]
+        results[name] = [staged, gloo]
     with pytest.raises(ValueError, match="not contiguous"):
         dist.all_reduce(torch.zeros(2, 3, device=world.device)[:, 1], group=world.group)
-    found["mean"] = _means(world.group, world.device)
-    Path(body["out"], f"result-{world.rank}.json").write_text(json.dumps(found))
+    results["mean"] = _means(world.group, world.device)
+    Path(body["out"], f"result-{world.rank}.json").write_text(json.dumps(results))
     leave_world(world)
 
 

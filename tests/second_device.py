@@ -1,7 +1,7 @@
 """A second device for tests without GPUs: its tensors have values, and are not the CPU's.
 
 A tensor of it wraps one of the CPU, which torch's own kernels compute with, so that results are
-those of the CPU to the last bit. What CUDA refuses is refused here too: tensors of two devices in
+those of the CPU to the last bit. It refuses what CUDA refuses: tensors of two devices in
 one operation, unless one is a single number in plain arithmetic, or a CPU index. torch's interface
 for such devices (PrivateUse1) is experimental; nothing outside of tests rests on it.
 """
@@ -57,7 +57,7 @@ class SecondTensor(Tensor):
         return f"SecondTensor({self.raw!r})"
 
     def tolist(self) -> Any:
-        """torch's own refuses tensors that wrap others."""
+        """torch's own method refuses wrapper tensors."""
         return self.raw.tolist()
 
     @classmethod
@@ -65,7 +65,7 @@ class SecondTensor(Tensor):
         cls, function: Any, types: Any, arguments: Any = (), named: Any = None
     ) -> Any:
         named = named or {}
-        if function.namespace != "c10d":  # a collective is told its tensors' devices by its group
+        if function.namespace != "c10d":  # a collective's group determines its devices
             _refuse_two_devices(function, arguments, named)
         return _run(function, arguments, named)
 
@@ -89,13 +89,13 @@ def _run(function: Any, arguments: Any, named: Any) -> Any:
     goes_to = named.get("device")
     if goes_to is not None:
         inside["device"] = "cpu"
-    found = function(*raw, **inside)
+    result = function(*raw, **inside)
     if torch.device(goes_to or SECOND).type == "cpu":
-        return found
+        return result
     if function is _aten.copy_.default:
         return arguments[0]
-    found = tree_map(lambda x: SecondTensor(x) if isinstance(x, Tensor) else x, found)
-    return return_and_correct_aliasing(function, arguments, named, found)
+    result = tree_map(lambda x: SecondTensor(x) if isinstance(x, Tensor) else x, result)
+    return return_and_correct_aliasing(function, arguments, named, result)
 
 
 def _raw(value: Any) -> Any:

@@ -1,8 +1,8 @@
 """A backend that carries collectives through host memory, so that several ranks share one GPU.
 
-NCCL refuses two ranks on a GPU. Here each operation copies its tensors to the host, runs there
-over gloo, and copies the results back when it is waited for: values and the order of operations
-are proven, not NCCL's speed or its overlap. `stage` before `join_world` makes it the backend of a
+NCCL refuses two ranks on a GPU. Here each operation copies its tensors to the host, runs there over
+gloo, and copies the results back when it is waited for: this tests values and the order of
+operations, not NCCL's speed or its overlap. `stage` before `join_world` makes it the backend of a
 type of device; on a CPU it stages just as well, which is how it is tried without a GPU.
 """
 
@@ -32,7 +32,7 @@ def stage(kind: str) -> None:
 
 
 def _carried(name: str) -> Callable[..., dist.Work]:
-    """A method of a process group that is carried as it is."""
+    """A method of a process group that is staged unchanged."""
 
     def call(self: "Staged", *arguments: Any) -> dist.Work:
         return self.carry(name, *arguments)
@@ -56,7 +56,7 @@ class StagedWork(dist.Work):
         return True
 
     def is_completed(self) -> bool:
-        """True also means that the results are on the device, as it does with NCCL."""
+        """True also means that the results are on the device, as with NCCL."""
         return self._done or (all(work.is_completed() for work in self._works) and self.wait())
 
     def is_success(self) -> bool:
@@ -87,7 +87,7 @@ class Staged(dist.ProcessGroup):
         self._coalesced: list[Any] | None = None
 
     def _register(self, device: torch.device, inner: "dist.ProcessGroupGloo") -> None:
-        """Tell torch which devices there are; it asks for the backend of one to set a timeout."""
+        """Register the devices with torch, which asks for a device's backend to set a timeout."""
         self._register_backend(device, dist.ProcessGroup.BackendType.GLOO, inner)
 
     def getBackendName(self) -> str:
@@ -138,7 +138,7 @@ class Staged(dist.ProcessGroup):
     def carry(self, name: str, results: Any, *rest: Any) -> dist.Work:
         """Run an operation of gloo on host copies of its tensors.
 
-        `results` are the tensors that it writes into, but for those that are sent.
+        `results` are the tensors that it writes into and does not send.
         Raises: ValueError for tensors on two types of device and for those that are not
         contiguous, which NCCL refuses, and of which gloo takes the wrong elements.
         """
@@ -175,7 +175,7 @@ def _to_host(leaf: Any) -> Any:
 
 
 def _sum_for_mean(options: tuple[Any, ...]) -> bool:
-    """Ask for a sum in place of a mean, which gloo does not have; True if it was a mean."""
+    """Replace a mean, which gloo lacks, by a sum; True if it was a mean."""
     mean = bool(options) and getattr(options[-1], "reduceOp", None) == dist.ReduceOp.AVG
     if mean:
         options[-1].reduceOp = dist.ReduceOp.SUM

@@ -1,7 +1,8 @@
 """`tapir` as forks of one process that has imported what its verbs import: seconds become 20 ms.
 
-`python -m tests.warm FD` takes requests from a socket, each with a file for output and errors. What
-a fork starts as a forkserver is a fork, too: of this process, so that it knows nothing of the verb.
+`python -m tests.warm FD` takes requests from a socket, each with a file for output and errors. A
+forkserver that a fork starts is a fork of this process as well, so that it has none of the verb's
+state.
 """
 
 import atexit
@@ -50,7 +51,7 @@ class Warm:
             try:
                 answer = self._mine.recv(_MESSAGE)
             except TimeoutError:
-                self._server.kill()  # and with it what it has forked
+                self._server.kill()  # its forks end with it
                 raise
             text = b""
             for file in (output, errors):
@@ -114,7 +115,7 @@ def _be_tapir(
 
 
 def _replace_forkserver() -> None:
-    """Whoever starts a forkserver gets a fork of this moment, which waits for its command."""
+    """Replace a forkserver by a fork of the current process that waits for its command."""
     mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
     if not pid:

@@ -17,12 +17,12 @@ from parallel.precision import set_numerics
 
 
 def main(device: str, size: str, *sections: str) -> None:
-    """Run sections; ends with 3 if the GPU answers no more, which only a new process mends."""
+    """Run sections; exits with 3 if the GPU no longer answers, which only a new process repairs."""
     if device == "cpu":
         torch.set_num_threads(1)  # a dry run; its times mean nothing, and others work beside it
     torch._dynamo.config.recompile_limit = 64  # more shapes than a run has
     report = GpuReport(torch.device(device), size == "tiny", os.fdopen(os.dup(1), "w"))
-    os.dup2(2, 1)  # what libraries print is not a row
+    os.dup2(2, 1)  # output of libraries must not mix with rows
     if report.device.type == "cuda":
         torch.cuda.set_device(0)
         report.device = torch.device("cuda", 0)

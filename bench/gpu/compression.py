@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from bench.gpu.report import GpuReport, Wanted, at_least, rates, seconds
+from bench.gpu.report import GpuReport, Target, at_least, rates, seconds
 from parallel.compress.powersgd import _orthonormal
 
 
@@ -38,5 +38,5 @@ def compression(report: GpuReport) -> None:
         basis = _orthonormal(p)[0].double()
         off = basis.T @ basis - torch.eye(rank, device=device, dtype=torch.float64)
         report.row(
-            f"{name}: furthest from orthonormal", float(off.abs().max()), "", Wanted(most=1e-5)
+            f"{name}: furthest from orthonormal", float(off.abs().max()), "", Target(most=1e-5)
         )

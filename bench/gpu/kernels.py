@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.gpu.report import GpuReport, Wanted, at_least, rates, relative, seconds
+from bench.gpu.report import GpuReport, Target, at_least, rates, relative, seconds
 from models.attention import band_of, banded_attention
 from models.flex_attention import flexible_attention
 from models.masks import Kind, full_mask
@@ -17,7 +17,7 @@ KINDS: tuple[Kind, ...] = ("row", "column", "conv")
 CLOSE = {torch.bfloat16: 1e-2, torch.float32: 2e-6}
 """Largest relative error of outputs and gradients against float64 and a dense mask."""
 COPIES = {"H200": 4300.0}
-"""GB/s that a copy must reach, by what is in the card's name; others: 3000."""
+"""GB/s that a copy must reach, by a part of the card's name; others: 3000."""
 
 
 def ceilings(report: GpuReport) -> None:
@@ -35,12 +35,12 @@ def ceilings(report: GpuReport) -> None:
     rate, every = rates(2 * side**3 / 1e12, seconds(lambda: a @ b, device))
     report.row(f"fp32 matmul of {side}, without TF32", rate, "TFLOP/s", spread=every)
     rate, every = copy_rates(report)
-    wanted = next((least for name, least in COPIES.items() if name in _card(device)), 3000.0)
+    target = next((least for name, least in COPIES.items() if name in _card(device)), 3000.0)
     report.row(
         "copy, read and written",
         rate / 1e9,
         "GB/s",
-        at_least(wanted),
+        at_least(target),
         baseline="data sheet 3350 (H200 4800)",
     )
     if device.type == "cuda":
@@ -54,7 +54,7 @@ def _card(device: torch.device) -> str:
 
 
 def copy_rates(report: GpuReport) -> tuple[float, list[float]]:
-    """Bytes a second of a copy that no cache holds, each read and written."""
+    """Bytes a second of a copy larger than any cache, counting reads and writes."""
     x = torch.randn(2**18 if report.tiny else 2**29, device=report.device)
     y = torch.empty_like(x)
     return rates(2 * x.nbytes, seconds(lambda: y.copy_(x), report.device))
@@ -82,10 +82,10 @@ def attention_equals_dense(report: GpuReport) -> None:
         exact = _with_gradients((q, k, v, grad), partial(_dense, kind=kind, text=text, grid=grid))
         for dtype, bound in CLOSE.items():
             there = [x.to(report.device, dtype) for x in (q, k, v, grad)]
-            found = _with_gradients(there, lambda *x, kind=kind: ours(*x, kind, text, grid, 11))
-            worst = max(relative(a, b) for a, b in zip(found, exact, strict=True))
+            ours_here = _with_gradients(there, lambda *x, kind=kind: ours(*x, kind, text, grid, 11))
+            worst = max(relative(a, b) for a, b in zip(ours_here, exact, strict=True))
             name = f"{kind} attention, {str(dtype).removeprefix('torch.')}"
-            report.row(name, worst, "relative error", Wanted(most=bound))
+            report.row(name, worst, "relative error", Target(most=bound))
 
 
 def _with_gradients(tensors: Sequence[Tensor], attend: Callable[..., Tensor]) -> list[Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu.report import GpuReport, Wanted
+from bench.gpu.report import GpuReport, Target
 from bench.parity import BOUND, MODEL, OPTIM, batch_of
 from checkpoint.format import KINDS
 from checkpoint.reader import CheckpointReader
@@ -34,12 +34,12 @@ def engine_on(device: torch.device, precision: str = "fp32") -> ReferenceEngine:
 
 
 def train(engine: ReferenceEngine, device: torch.device, steps: Sequence[int]) -> list[StepResult]:
-    """Some steps of the parity benchmark, by their numbers."""
-    found = []
+    """Train the given steps of the parity benchmark."""
+    results = []
     for step in steps:
         batch = {name: value.to(device) for name, value in batch_of(step, MODEL).items()}
-        found.append(engine.step([batch], OPTIM.lr * min(1.0, (step + 1) / OPTIM.warmup)))
-    return found
+        results.append(engine.step([batch], OPTIM.lr * min(1.0, (step + 1) / OPTIM.warmup)))
+    return results
 
 
 def largest_difference(ours: Sequence[StepResult], exact: Sequence[StepResult]) -> float:
@@ -54,13 +54,13 @@ def steps(report: GpuReport) -> None:
     """Losses and norms of some steps in each precision, with clipping and AdamW."""
     for precision, bound in BOUND.items():
         exact = train(engine_on(CPU, precision), CPU, range(STEPS))
-        found = train(engine_on(report.device, precision), report.device, range(STEPS))
-        worst = largest_difference(found, exact)
+        results = train(engine_on(report.device, precision), report.device, range(STEPS))
+        worst = largest_difference(results, exact)
         report.row(
             f"{STEPS} steps of the reference engine, {precision}",
             worst,
             "relative difference",
-            Wanted(most=bound),
+            Target(most=bound),
         )
 
 
@@ -90,15 +90,15 @@ def bits(engine: ReferenceEngine) -> Bits:
 
 
 def unequal(a: Bits, b: Bits) -> int:
-    """Tensors of which a bit differs, or that one of both lacks."""
+    """Tensors that differ in a bit, or that are in only one of the two."""
     return len(a.keys() ^ b.keys()) + sum(not torch.equal(a[k], b[k]) for k in a.keys() & b.keys())
 
 
 def moved(source: torch.device, target: torch.device, background: bool) -> dict[str, Any]:
-    """Train, save, load on another device; go on there, and once more after another load.
+    """Train, save and load on another device; continue there, then load and continue again.
 
     `lost`: tensors that came with another bit. `repeated`: tensors in which two runs from the same
-    checkpoint differ. `drift`: how far their losses are from those of the run that was saved.
+    checkpoint differ. `drift`: largest difference of their losses from the saved run's.
     """
     first = engine_on(source)
     train(first, source, range(2))
@@ -126,14 +126,14 @@ def checkpoints(report: GpuReport) -> None:
     """From the CPU to the device, back, and from the device to itself."""
     device = report.device
     ways = {"CPU to GPU": (CPU, device), "GPU to CPU": (device, CPU), "GPU": (device, device)}
-    for way, (source, target) in ways.items():
-        found = moved(source, target, background=way != "CPU to GPU")
-        none = Wanted(most=0)
-        report.row(f"{way}: tensors with another bit", found["lost"], "tensors", none)
-        report.row(f"{way}: two runs from it differ in", found["repeated"], "tensors", none)
+    for direction, (source, target) in ways.items():
+        figures = moved(source, target, background=direction != "CPU to GPU")
+        none = Target(most=0)
+        report.row(f"{direction}: tensors with another bit", figures["lost"], "tensors", none)
+        report.row(f"{direction}: two runs from it differ in", figures["repeated"], "tensors", none)
         if source == target:
-            name = f"{way}: a resumed run and the unbroken one differ in"
-            report.row(name, found["unbroken"], "tensors", none)
+            name = f"{direction}: a resumed run and the unbroken one differ in"
+            report.row(name, figures["unbroken"], "tensors", none)
         else:
-            name = f"{way}: losses differ from the unbroken run's"
-            report.row(name, found["drift"], "relative difference", Wanted(most=BOUND["fp32"]))
+            name = f"{direction}: losses differ from the unbroken run's"
+            report.row(name, figures["drift"], "relative difference", Target(most=BOUND["fp32"]))

@@ -1,4 +1,4 @@
-"""Starts the process that runs the sections, and another one for the rest when it ends early."""
+"""Starts the process that runs the sections; if it ends early, another runs the rest."""
 
 import json
 import os
@@ -21,7 +21,7 @@ BUDGET = 420.0
 def run(
     device: str = "cuda", tiny: bool = False, out: str = "", only: str = "", budget: float = BUDGET
 ) -> list[Row]:
-    """Rows of all sections; also in OUT/bench-gpu.jsonl as they come."""
+    """Rows of all sections; each is also appended to OUT/bench-gpu.jsonl at once."""
     names = [name for name in SECTIONS if not only or name in only.split(",")]
     folder = Path(out or os.environ.get("OUT") or "runs/gpu")
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def _all(device: str, tiny: bool, names: list[str], until: float) -> Iterator[Ro
 
 
 def _process(device: str, tiny: bool, names: list[str], until: float) -> Generator[Row, None, int]:
-    """The rows of one process; returns how many sections are over, however they ended."""
+    """The rows of one process; returns how many sections have ended, failed ones included."""
     targets = [f"{name}={SECTIONS[name][0]}" for name in names]
     command = module_command("bench.gpu.child", device, "tiny" if tiny else "full", *targets)
     environment = child_environment()

@@ -41,7 +41,7 @@ def gpt_neox(config: PriorConfig, batch: int, device: torch.device) -> Step:
 def dalle_pytorch(config: PriorConfig, batch: int, device: torch.device) -> Step:
     """DALLE-pytorch's transformer of as many weights (13 dim^2 a layer), without its heads.
 
-    Its package imports what is not needed here, and is passed by.
+    Its package's __init__ imports unneeded packages and is bypassed.
     Raises: ImportError if it is not installed.
     """
     place = importlib.util.find_spec("dalle_pytorch")
@@ -76,8 +76,8 @@ def _step(net: nn.Module, loss: Callable[[], Tensor], device: torch.device) -> S
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16):
-            found = loss()
-        found.backward()
+            value = loss()
+        value.backward()
         optimizer.step()
 
     return step

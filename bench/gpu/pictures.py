@@ -1,4 +1,4 @@
-"""Pictures into codes by the paper's dVAE: equal to the CPU's, and how many a second."""
+"""Codes of the paper's dVAE: agreement with the CPU, and pictures a second."""
 
 import io
 import os
@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 
-from bench.gpu.report import GpuReport, Wanted, at_least, rates, seconds, wall_seconds
+from bench.gpu.report import GpuReport, Target, at_least, rates, seconds, wall_seconds
 from data_pipeline.config import TokenizeConfig
 from data_pipeline.formats.raw import RawRecord, RawRecords
 from data_pipeline.tokenize.encode import Encoders, encode_pairs
@@ -24,7 +24,7 @@ from parallel.precision import set_numerics
 from training.presets import dvae_paper
 
 CLOSE = {"fp32": 0.9999, "bf16": 0.98}
-"""Share of codes that must be the CPU's of fp32."""
+"""Share of codes that must equal the CPU's in fp32."""
 FLOPS = 0.29e12
 """Of a 256x256 picture."""
 
@@ -44,13 +44,13 @@ def pictures(report: GpuReport) -> None:
     for precision, least in CLOSE.items():
         reader = CodeReader(model, precision)  # type: ignore[arg-type]
         equal = float((reader.codes(some.to(device)).cpu() == exact).float().mean())
-        report.row(f"{precision}: codes equal to the CPU's", equal, "", Wanted(least=least))
+        report.row(f"{precision}: codes equal to the CPU's", equal, "", Target(least=least))
         x = smooth(batch, model.config.pixels).to(device)
         rate, every = rates(batch, seconds(partial(reader.codes, x), device, 2, 5))
-        wanted = at_least(1000) if precision == "bf16" else None
+        target = at_least(1000) if precision == "bf16" else None
         beside = "" if tiny else f"{rate * FLOPS / 1e12:.0f} TFLOP/s"
         report.row(
-            f"{precision}: on the device", rate, "pictures/s", wanted, baseline=beside, spread=every
+            f"{precision}: on the device", rate, "pictures/s", target, baseline=beside, spread=every
         )
     rate, every = _from_files(reader, many, device)
     report.row(

@@ -1,4 +1,4 @@
-"""Rows of the GPU benchmark, and how its sections take time."""
+"""Rows of the GPU benchmark, and timers for its sections."""
 
 import json
 import statistics
@@ -14,17 +14,17 @@ from bench.support.rows import Row, bench_row
 from parallel.device import wait_for
 
 ALONE = "none: others are compared with it"
-"""The baseline of a figure that stands by itself."""
+"""Baseline of a figure without a comparison."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What a figure must be."""
+class Target:
+    """Bound that a figure must reach."""
 
     least: float | None = None
     most: float | None = None
     speed: bool = False
-    """Asked of GPUs at full size alone."""
+    """Judged only on GPUs at full size."""
 
     @property
     def text(self) -> str:
@@ -32,28 +32,28 @@ class Wanted:
 
     @property
     def bound(self) -> float:
-        found = self.least if self.least is not None else self.most
-        assert found is not None, "a figure is wanted to be at least or at most something"
-        return found
+        limit = self.least if self.least is not None else self.most
+        assert limit is not None, "a target is at least or at most a value"
+        return limit
 
     def reached(self, value: float) -> bool:
-        """False for what is not a number, too."""
+        """False for NaN."""
         return value >= self.bound if self.least is not None else value <= self.bound
 
     def ratio(self, value: float) -> float:
-        """At least 1 where it is reached."""
+        """At least 1 if the target is reached."""
         if self.least is not None:
             return value / self.bound
         return self.bound / value if value > 0 and self.bound else float(self.reached(value))
 
 
-def at_least(value: float) -> Wanted:
-    """Wanted of a speed."""
-    return Wanted(least=value, speed=True)
+def at_least(value: float) -> Target:
+    """Lower bound of a speed, judged on GPUs at full size alone."""
+    return Target(least=value, speed=True)
 
 
 class GpuReport:
-    """Where the sections put their rows; each is written at once."""
+    """Collects the rows of all sections; each is written at once."""
 
     def __init__(self, device: torch.device, tiny: bool, output: TextIO) -> None:
         self.device, self.tiny = device, tiny
@@ -61,7 +61,7 @@ class GpuReport:
 
     @property
     def judged(self) -> bool:
-        """True if figures of speed mean anything here."""
+        """True if figures of speed are meaningful here."""
         return self.device.type == "cuda" and not self.tiny
 
     def begin(self, section: str) -> None:
@@ -78,38 +78,38 @@ class GpuReport:
         name: str,
         value: float,
         unit: str = "",
-        wanted: Wanted | None = None,
+        target: Target | None = None,
         *,
         baseline: str = "",
         spread: Sequence[float] = (),
         **more: Any,
     ) -> None:
-        """One figure. `baseline` says what it stands beside; a ratio above 1 is better than wanted.
+        """One figure. `baseline` names the comparison; a ratio above 1 is better than the target.
 
         `spread` are the same figure's values in all rounds.
         """
         passed = None
-        if wanted is not None and (self.judged or not wanted.speed):
-            passed = wanted.reached(value)
-        text = f"wanted {wanted.text}" if wanted else ""
-        ratios = [wanted.ratio(one) if wanted else 1.0 for one in (value, *spread)]
+        if target is not None and (self.judged or not target.speed):
+            passed = target.reached(value)
+        text = f"wanted {target.text}" if target else ""
+        ratios = [target.ratio(one) if target else 1.0 for one in (value, *spread)]
         beside = ", ".join(part for part in (baseline, text) if part) or ALONE
         self._write(
             {
                 "section": self._section,
                 **bench_row(name, value, unit, beside, ratios[1:] or ratios, ratio=ratios[0]),
-                "wanted": wanted.text if wanted else "",
+                "wanted": target.text if target else "",
                 "passed": passed,
                 **more,
             }
         )
 
     def absent(self, name: str, why: str) -> None:
-        """A figure that cannot be had here, and why: no failure."""
+        """A figure that cannot be measured here, and why; not a failure."""
         self.row(name, 0.0, baseline=f"not run: {why}", absent=True)
 
     def failed(self, name: str, why: str) -> None:
-        """Something that went wrong in place of a figure."""
+        """A failure in place of a figure."""
         self._write(failed_row(self._section, name, why))
 
     def _write(self, row: Row) -> None:
@@ -117,7 +117,7 @@ class GpuReport:
 
 
 def failed_row(section: str, name: str, why: str) -> Row:
-    """A row of what went wrong."""
+    """The row of a failure."""
     return {
         "section": section,
         **bench_row(name, 0.0, "", why, [0.0]),
@@ -150,15 +150,15 @@ def _one(work: Callable[[], object], device: torch.device) -> float:
 
 
 def wall_seconds(work: Callable[[], object], device: torch.device, rounds: int) -> list[float]:
-    """Seconds on the host's clock until the device has done it: what a user waits."""
-    found = []
+    """Seconds on the host's clock until the device is done, as a user waits."""
+    times = []
     for _ in range(rounds):
         wait_for(device)
         began = time.perf_counter()
         work()
         wait_for(device)
-        found.append(time.perf_counter() - began)
-    return found
+        times.append(time.perf_counter() - began)
+    return times
 
 
 def rates(amount: float, spent: Sequence[float]) -> tuple[float, list[float]]:
@@ -167,6 +167,6 @@ def rates(amount: float, spent: Sequence[float]) -> tuple[float, list[float]]:
 
 
 def relative(value: Tensor, exact: Tensor) -> float:
-    """Norm of the difference over the norm of what is exact; not a number stays one."""
+    """Norm of the difference over the norm of the exact value; NaN stays NaN."""
     a, b = value.detach().double().cpu(), exact.detach().double().cpu()
     return float((a - b).norm() / b.norm())

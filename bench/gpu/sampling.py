@@ -1,4 +1,4 @@
-"""Decoding against no cache, and against the bytes that a token reads."""
+"""Decoding against no cache, and against the memory bandwidth."""
 
 import statistics
 from dataclasses import replace
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.gpu.kernels import copy_rates
-from bench.gpu.report import GpuReport, Wanted, at_least, rates, wall_seconds
+from bench.gpu.report import GpuReport, Target, at_least, rates, wall_seconds
 from bench.gpu.training import LARGE, TINY, drawn_on
 from generation.config import DrawSettings
 from generation.sampling.decoder import Decoder, LocalPrior
@@ -17,7 +17,7 @@ from models.prior import build_prior
 
 SMALL = replace(TINY, layers=4)
 FIRST = 5
-"""Codes that are given before the first that is decoded."""
+"""Given codes before the first decoded one."""
 AT = 37
 """A position in the middle of a row."""
 CLOSE = 1e-4
@@ -27,12 +27,12 @@ CLOSE = 1e-4
 def decoding(report: GpuReport) -> None:
     """Logits of every position with caches on the device, against one pass on the CPU."""
     worst = largest_difference(report.device)
-    report.row("logits differ from those without a cache", worst, "", Wanted(most=CLOSE))
+    report.row("logits differ from those without a cache", worst, "", Target(most=CLOSE))
     _graphs(report)
 
 
 def largest_difference(device: torch.device) -> float:
-    """Of a logit of a small prior, over all positions."""
+    """Largest difference of a logit of a small prior, over all positions."""
     draws = torch.Generator().manual_seed(0)
     text = torch.randint(0, SMALL.text_vocabulary, (2, SMALL.text_length), generator=draws)
     image = torch.randint(0, SMALL.image_vocabulary, (2, SMALL.image_length), generator=draws)
@@ -42,9 +42,9 @@ def largest_difference(device: torch.device) -> float:
     lane = decoder.start(text.to(device), image[:, :FIRST].to(device), 1)
     worst = 0.0
     for at in range(FIRST, SMALL.image_length):
-        found = decoder.next(lane, at, image[:, at - 1].to(device))
-        assert found is not None, "one process has the last stage"
-        worst = max(worst, float((found.cpu() - exact[:, at]).abs().max()))
+        logits = decoder.next(lane, at, image[:, at - 1].to(device))
+        assert logits is not None, "one process has the last stage"
+        worst = max(worst, float((logits.cpu() - exact[:, at]).abs().max()))
     return worst
 
 
@@ -58,7 +58,7 @@ def _whole(layers: nn.ModuleDict, batch: dict[str, Tensor]) -> Tensor:
 
 def _graphs(report: GpuReport) -> None:
     skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
-    report.row("CUDA graphs that were skipped", skipped, "", Wanted(most=0))
+    report.row("CUDA graphs that were skipped", skipped, "", Target(most=0))
 
 
 def sampling(report: GpuReport) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 import models.prior
 from bench.gpu.peers import PEERS
-from bench.gpu.report import GpuReport, Wanted, at_least, rates, seconds
+from bench.gpu.report import GpuReport, Target, at_least, rates, seconds
 from bench.support.resblock import matmuls
 from models.config import PriorConfig
 from models.counts import prior_flops, prior_parameters
@@ -46,7 +46,7 @@ LARGE = PriorConfig(
 
 @contextmanager
 def drawn_on(device: torch.device) -> Iterator[None]:
-    """Draw initial weights on the device: by key they come from the host, a minute for 1.3B."""
+    """Draw initial weights on the device: keyed draws run on the host, a minute for 1.3B."""
     with replaced([(models.prior, "init_normal", _draw)]), device:
         yield
 
@@ -85,12 +85,12 @@ def resblocks(report: GpuReport) -> None:
             spent = seconds(_block(config, number, batch, report.device), report.device, 3, 5)
             share, every = rates(alone, spent)
             beside = f"{flops / statistics.median(spent):.0f} TFLOP/s"
-            wanted = at_least(0.8) if batch > 1 else None
+            target = at_least(0.8) if batch > 1 else None
             report.row(
                 f"{name}, {kind}: share of its matmuls",
                 share,
                 "",
-                wanted,
+                target,
                 baseline=beside,
                 spread=every,
             )
@@ -132,12 +132,12 @@ def training(report: GpuReport) -> None:
     tokens, every = rates(batch * config.length, spent)
     report.row(f"{name}: training", tokens, "tokens/s", spread=every)
     share, every = rates(batch * prior_flops(config) / PEAK, spent)
-    wanted = at_least(0.4)
+    target = at_least(0.4)
     report.row(
         f"{name}: MFU of 989 TFLOP/s",
         share,
         "",
-        wanted,
+        target,
         baseline="0.50 wanted; MegaScale 0.55",
         spread=every,
     )
@@ -152,7 +152,7 @@ def training(report: GpuReport) -> None:
             f"{name}: plan's memory off by",
             abs(planned / peak - 1),
             "",
-            Wanted(most=0.05, speed=True),
+            Target(most=0.05, speed=True),
             baseline=beside,
         )
     else:
@@ -172,13 +172,13 @@ def _engine_seconds(settings: PriorTrain, device: torch.device) -> list[float]:
             "text": torch.randint(0, config.text_vocabulary, (batch, config.text_length)),
             "image": torch.randint(0, config.image_vocabulary, (batch, config.image_length)),
         }
-    found = seconds(lambda: engine.step([tokens], 1e-4), device, 3, 5)
+    times = seconds(lambda: engine.step([tokens], 1e-4), device, 3, 5)
     engine.close()
-    return found
+    return times
 
 
 def _peers(report: GpuReport, config: PriorConfig, batch: int, ours: float) -> None:
-    """The peers run as they come: without the flags that make our steps repeat."""
+    """Peers run with their defaults, without the flags that make our steps deterministic."""
     set_numerics(report.device, deterministic=False)
     for name, build in PEERS.items():
         label = f"training over {name}"

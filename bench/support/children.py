@@ -27,7 +27,7 @@ def call_command(target: str, *arguments: Any) -> list[str]:
 
 
 def child_environment(base: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """An environment in which this tree is found from any folder, and the folder hides nothing."""
+    """An environment that imports this tree from any folder, whose files shadow nothing."""
     paths = [str(ROOT), *filter(None, base.get("PYTHONPATH", "").split(os.pathsep))]
     return {**base, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "PYTHONSAFEPATH": "1"}
 

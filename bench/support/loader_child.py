@@ -81,8 +81,8 @@ def _webdataset(place: str, shuffled: int) -> Any:
     import webdataset  # noqa: PLC0415
 
     urls = json.loads(Path(place, "urls.json").read_text())
-    found = webdataset.WebDataset(urls, shardshuffle=len(urls) if shuffled else False)
-    return found.shuffle(shuffled) if shuffled else found
+    dataset = webdataset.WebDataset(urls, shardshuffle=len(urls) if shuffled else False)
+    return dataset.shuffle(shuffled) if shuffled else dataset
 
 
 def litdata(place: str) -> Iterator[int]:
@@ -130,7 +130,7 @@ class _Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return module
 
     def exec_module(self, module: Any) -> None:
-        """There is nothing to run."""
+        """Does nothing."""
 
 
 class _Stub(types.ModuleType):
@@ -174,7 +174,7 @@ def write_webdataset(place: str) -> None:
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process, its threads and the children it has waited for."""
+    """CPU time of this process, its threads and its reaped children."""
     kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     return sum(use.ru_utime + use.ru_stime for use in map(resource.getrusage, kinds))
 

@@ -68,7 +68,7 @@ class Machines:
             self.end()
 
     def end(self) -> None:
-        """Kill what still runs."""
+        """Kill all remaining processes."""
         for process in self.running:
             process.kill()
             process.wait()

@@ -18,7 +18,7 @@ _OWN = ("content-length", "transfer-encoding", "connection")
 
 
 class _Server(ThreadingHTTPServer):
-    """Counts the requests, and asks the plan about each."""
+    """Counts the requests and asks the plan for the fault of each."""
 
     def __init__(self, endpoint: str, plan: Plan) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -26,7 +26,7 @@ class _Server(ThreadingHTTPServer):
         self._lock, self._count = threading.Lock(), 0
 
     def planned(self, method: str, path: str) -> str:
-        """What becomes of the next request."""
+        """The fault of the next request."""
         with self._lock:
             self._count += 1
             return self._plan(self._count, method, path)
@@ -55,12 +55,12 @@ class _Handler(BaseHTTPRequestHandler):
         target = self.server.target
         link = http.client.HTTPConnection(str(target.hostname), target.port, timeout=60)
         link.request(self.command, self.path, body, dict(self.headers))
-        found = link.getresponse()
-        data = found.read()
-        headers = {k: v for k, v in found.getheaders() if k.lower() not in _OWN}
-        size = int(found.getheader("Content-Length") or len(data))
+        response = link.getresponse()
+        data = response.read()
+        headers = {k: v for k, v in response.getheaders() if k.lower() not in _OWN}
+        size = int(response.getheader("Content-Length") or len(data))
         sent = data[: len(data) // 2] if what == "cut" else data
-        self._answer(found.status, headers, sent, size)
+        self._answer(response.status, headers, sent, size)
         link.close()
         if what == "cut":
             self.close_connection = True
@@ -78,7 +78,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def faulty_proxy(endpoint: str, plan: Plan) -> Iterator[str]:
-    """Serve on a free loopback port what the endpoint serves, with faults; gives its address."""
+    """Serve the endpoint on a free loopback port, with faults; yields the address."""
     server = _Server(endpoint, plan)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

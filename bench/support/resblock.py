@@ -3,7 +3,7 @@
 Width 3968, 62 heads, 1,280 positions, forward and backward, gradients of states and weights. The
 matmuls are those of its six matrices, three each (forward, states, weights), in bf16 on tensors
 that lie ready; the block besides has norms, attention under a row mask, GELU, and weights and
-gradients in fp32. What attention multiplies is not counted. Rounds take turns; medians.
+gradients in fp32. Attention's own products are not counted. Rounds take turns; medians.
 """
 
 import statistics
@@ -26,7 +26,7 @@ from parallel.tensor.ops import TensorParallel
 CONFIG = PriorConfig(
     dim=sized(3968, 128), heads=sized(62, 2), layers=64, text_length=256, grid=sized(32, 8)
 )
-ROUNDS, WANTED = sized(3, 1), 0.8
+ROUNDS, TARGET = sized(3, 1), 0.8
 
 
 def rows() -> list[dict[str, Any]]:
@@ -49,7 +49,7 @@ def rows() -> list[dict[str, Any]]:
             "paper-size resblock pair, bf16",
             flops / statistics.median(seconds["block"]) / 1e9,
             "GFLOP/s",
-            f"its own matmuls alone: {alone:.0f}, wanted {WANTED:g}",
+            f"its own matmuls alone: {alone:.0f}, wanted {TARGET:g}",
             ratios,
         )
     ]
@@ -74,7 +74,7 @@ def _block() -> Callable[[], None]:
 
 
 def matmuls(dim: int, rows: int, device: torch.device) -> Callable[[], None]:
-    """Three products of each of a resblock pair's six matrices, in bf16 on tensors that exist."""
+    """Three products of each of a resblock pair's six matrices, in bf16 on allocated tensors."""
     sizes = [(dim, dim)] * 4 + [(dim, 4 * dim), (4 * dim, dim)]
 
     def made(*shape: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 TINY = "TAPIR_BENCH_TINY"
-"""Variable that says so to the processes that a benchmark starts, too."""
+"""Environment variable that tells child processes to run in miniature."""
 
 
 def tiny() -> bool:
@@ -18,10 +18,10 @@ def tiny() -> bool:
 
 
 def sized(full: T, small: T) -> T:
-    """The full size, or that of the miniature."""
+    """The full size, or the miniature's."""
     return small if tiny() else full
 
 
 def cache(name: str) -> Path:
-    """The folder, in the current one, in which a benchmark keeps what takes long to make."""
+    """Folder in the current one for files that are slow to make."""
     return Path(".cache", f"bench-{name}{'-tiny' if tiny() else ''}")

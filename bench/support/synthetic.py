@@ -33,17 +33,17 @@ def write_tokens(
     split: str = "train",
 ) -> Manifest:
     """Write a split of `shards` x `count` records."""
-    found = []
+    described = []
     for shard in range(shards):
         records = records_of(shard, count, grid * grid, text)
         tar = build_tar(list(_blocks(records, block)))
         name = f"shard-{shard:06d}.tar"
         store.put(f"{split}/{name}", tar)
-        found.append(describe(store, f"{split}/", name, tar, *ranges_of(tar)))
+        described.append(describe(store, f"{split}/", name, tar, *ranges_of(tar)))
     facts: dict[str, int | str]
     facts = {"grid": grid, "text_vocabulary": VOCABULARY, "image_vocabulary": VOCABULARY}
     facts |= {"dvae": "none", "tokenizer": "none"}
-    return put_manifest(store, f"{split}/", TOKENS, found, facts, {})
+    return put_manifest(store, f"{split}/", TOKENS, described, facts, {})
 
 
 def _blocks(records: TokenRecords, block: int) -> Iterator[dict[str, object]]:

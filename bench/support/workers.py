@@ -1,4 +1,4 @@
-"""Contenders of a benchmark in processes of their own, which take turns."""
+"""Runs each contender of a benchmark in its own process; they take turns."""
 
 import multiprocessing
 import time
@@ -8,10 +8,10 @@ from typing import Any
 
 
 class TurnWorker:
-    """A contender: what it does to threads and allocator concerns it alone."""
+    """A contender in its own process, so that thread and allocator settings stay its own."""
 
     def __init__(self, make: Callable[[], Callable[[], Any]]) -> None:
-        """`make` runs in the process and returns what is timed; it must be importable."""
+        """`make` runs in the process and returns the timed function; it must be importable."""
         spawn = multiprocessing.get_context("spawn")
         self._here, there = spawn.Pipe()
         self._process = spawn.Process(target=_serve, args=(make, there), daemon=True)
@@ -19,16 +19,16 @@ class TurnWorker:
         there.close()
 
     def turn(self) -> tuple[float, Any]:
-        """Run it once more: seconds, and what it returned.
+        """Run it once; returns the seconds and its result.
 
         Raises: EOFError if the process died.
         """
         self._here.send("turn")
-        found: tuple[float, Any] = self._here.recv()
-        return found
+        result: tuple[float, Any] = self._here.recv()
+        return result
 
     def end(self) -> None:
-        """Ask it to end, and wait."""
+        """Ask the process to end, and wait."""
         if self._process.is_alive():
             self._here.send("end")
         self._process.join()
@@ -38,5 +38,5 @@ def _serve(make: Callable[[], Callable[[], Any]], pipe: Connection) -> None:
     work = make()
     while pipe.recv() == "turn":
         began = time.perf_counter()
-        found = work()
-        pipe.send((time.perf_counter() - began, found))
+        value = work()
+        pipe.send((time.perf_counter() - began, value))

@@ -1,1 +1,1 @@
-"""What only a CUDA build of torch shows, with or without a GPU; run by `make py312`."""
+"""Tests that need a CUDA build of torch, with or without a GPU; run by `make py312`."""

@@ -1,4 +1,4 @@
-"""Stands in for NVML where there is no driver: torch would ask CUDA instead. Preloaded first."""
+"""Replaces NVML where there is no driver, since torch would ask CUDA instead. Preloaded first."""
 
 import torch
 

@@ -1,7 +1,7 @@
 """Engines on fake CUDA tensors: shapes and devices without values, and without a GPU.
 
 FakeTensorMode refuses two devices in one operation, as CUDA does, and gives every result the
-device that the real kernel would give it. Only single numbers pass it unseen.
+device that the real kernel would give it. Only 0-dim tensors escape this check.
 """
 
 import math
@@ -52,7 +52,7 @@ RANKED = ClipConfig(text_vocabulary=32)
 
 
 class _Read(TorchDispatchMode):
-    """What is read from a fake tensor is true, or one; that any is broken is false."""
+    """Reads of fake tensors return true or 1; results of `any` return false."""
 
     def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), named: Any = None) -> Any:
         if call is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
@@ -67,24 +67,24 @@ class _Read(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fake tensors for all that is made; keyed draws and attention's kernels need real ones."""
+    """Make all tensors fake, except for keyed draws and attention's kernels."""
     monkeypatch.setattr(models.initialization, "_runs", lambda *_: ())
     noise = lambda keys, shape: torch.ones(len(keys), *shape, device=keys.device)  # noqa: E731
     monkeypatch.setattr(models.dvae, "gumbel_noise", noise)
     monkeypatch.setattr(models.prior, "flexible_attention", lambda q, k, v, *_: q + k + v)
     monkeypatch.setattr(protocol, "move", _moved)
-    if not torch.cuda.is_available():  # what asks for a driver
+    if not torch.cuda.is_available():  # calls that need a driver
         monkeypatch.setattr(Tensor, "backward", _backward)
         monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     for kind in ("row", "column", "conv"):
-        band_of(kind, PRIOR.text_length, PRIOR.grid, PRIOR.conv_kernel)  # cached, of real tensors
+        band_of(kind, PRIOR.text_length, PRIOR.grid, PRIOR.conv_kernel)  # cached, with real tensors
     with FakeTensorMode(allow_non_fake_inputs=True), _Read():
         yield
 
 
 def _backward(loss: Tensor) -> None:
-    """Gradients for all leaves of a loss; autograd's engine itself wants a driver."""
+    """Gradients for all leaves of a loss; autograd's engine needs a driver."""
     seen, left = set(), [loss.grad_fn]
     while left:
         node = left.pop()
@@ -98,7 +98,7 @@ def _backward(loss: Tensor) -> None:
 
 
 def _moved(module: nn.Module, device: torch.device) -> nn.Module:
-    """`placement.move` for fake tensors: torch cannot put them in each other's place."""
+    """`placement.move` for fake tensors, whose data torch cannot swap."""
     for part in module.modules():
         for name, weight in part._parameters.items():
             if weight is not None:
@@ -134,7 +134,7 @@ STAGES: dict[str, tuple[Callable[[], Program], Callable[[], Batch]]] = {
 
 
 def _real(build: Callable[[], Module]) -> Module:
-    """A module whose making fake tensors do not go through."""
+    """A module that cannot be built with fake tensors."""
     with unset_fake_temporarily():
         return build()
 
@@ -179,8 +179,8 @@ def test_compressed_gradients_take_their_first_step() -> None:
 
 
 @pytest.mark.parametrize("moments", ["fp32", "bf16"])
-def test_what_is_resumed_is_where_the_weights_are(moments: str) -> None:
-    """torch's fused AdamW wants moments and count there; ours in 16 bits reads its count here."""
+def test_resumed_state_is_on_the_device_of_the_weights(moments: str) -> None:
+    """torch's fused AdamW needs moments and count on the GPU; AdamW16 its count on the CPU."""
     engine = _engine(optim=OptimConfig(moments=moments, beta2=0.96))
 
     class Stored:
@@ -200,12 +200,12 @@ def test_what_is_resumed_is_where_the_weights_are(moments: str) -> None:
     engine._optimizer.step()
 
 
-def test_losses_are_averaged_where_they_are() -> None:
+def test_losses_are_averaged_on_their_device() -> None:
     losses = {"loss": torch.zeros((), device=CUDA)}
     assert mean_losses([losses, losses], ("loss",), MESH) == {"loss": 1.0}
 
 
-def test_the_norm_is_decided_from_what_lies_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_norm_is_decided_from_the_tensors_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fake tensors let 0-dim tensors of two devices be stacked; CUDA does not."""
     stack = torch.stack
 
@@ -220,7 +220,7 @@ def test_the_norm_is_decided_from_what_lies_on_the_gpu(monkeypatch: pytest.Monke
     assert decision.clipped_by == 1.0
 
 
-def test_gradients_are_compressed_where_they_are() -> None:
+def test_gradients_are_compressed_on_their_device() -> None:
     place = Placement(shape=(8, 8), first=0, rows=8, split=False)
     shards = [MatrixShard(name="a", rows=8, columns=8)]
     compressor = Compressor({"a": place}, shards, 2, SETTINGS, Group(), Group(), CUDA)
@@ -231,6 +231,6 @@ def test_gradients_are_compressed_where_they_are() -> None:
 
 
 def test_two_devices_in_one_operation_are_refused() -> None:
-    """What these tests rest on."""
+    """The assumption of these tests."""
     with pytest.raises(RuntimeError, match="device"):
         _engine().step([_tokens(torch.device("cpu"))], 1e-3)

@@ -2,7 +2,7 @@
 
 CUDA must still work in them.
 
-A CPU build cannot tell: its `torch.cuda._is_in_bad_fork()` is always false.
+A CPU build cannot test this: its `torch.cuda._is_in_bad_fork()` is always false.
 """
 
 import json
@@ -24,7 +24,7 @@ launch("tests.cuda_build.test_fork:report", sys.argv[1], 1, sys.argv[2:])
 
 
 def report(out: str) -> None:
-    """On the rank: can it use CUDA, and had the process that it is a fork of imported torch?"""
+    """On the rank: report whether CUDA works and whether its parent had imported torch."""
     preloaded = "torch" in sys.modules
     import torch
 
@@ -45,7 +45,7 @@ def test_ranks_can_use_cuda_after_the_preloads(tmp_path: Path) -> None:
 
 
 def test_without_nvml_the_same_imports_start_cuda(tmp_path: Path) -> None:
-    """What the launcher prevents: pytorch asks the driver, and no fork can use CUDA any more."""
+    """The failure that the launcher prevents: torch asks the driver, then no fork can use CUDA."""
     preload = ["torch", "torch.distributed", MEGATRON]
     facts = _forked(preload, tmp_path / "facts", **{NVML: "0"})
     assert facts == {"preloaded": True, "bad": True}

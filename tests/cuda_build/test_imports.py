@@ -1,4 +1,4 @@
-"""Every module imports, and every wheel has what it needs, on the packages that are here."""
+"""Every module imports, and every wheel's requirements are installed."""
 
 import importlib.util
 import pkgutil
@@ -32,14 +32,14 @@ def _modules(package: str) -> list[str]:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_module_imports(package: str) -> None:
-    """In a process of its own: what another package imported first must not help."""
+    """In its own process, so that another package's imports do not help."""
     command = [sys.executable, "-P", "-c", _IMPORT, *_modules(package)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_every_need_of_a_wheel_is_installed() -> None:
-    """In a version that fits; of the peers, only parts that need less are imported."""
+    """In a matching version; of the peers, only parts with fewer requirements are imported."""
     missing = []
     for name in wanted().keys() - pins(LIST).keys():
         for text in metadata.requires(name) or []:

@@ -1,4 +1,4 @@
-"""The whole way in miniature, on real parts: SeaweedFS, DeepSpeed, npm."""
+"""The whole pipeline in miniature, with SeaweedFS, DeepSpeed and npm."""
 
 import json
 import shutil
@@ -22,9 +22,9 @@ STAGES = ["pack", "bpe", "dvae", "tokens", "prior", "reshard", "clip", "scores",
 
 @torch.no_grad()
 def caption_accuracy(out: Path, count: int = 256) -> float:
-    """How often the prior finds a new picture likelier with its own caption than with the next's.
+    """How often a new picture is likelier with its own caption than with the next one's.
 
-    A prior that does not look at captions has 0.5, whatever its loss.
+    A prior that ignores captions has 0.5, whatever its loss.
     """
     dvae, _ = load_dvae(out / "dvae")
     layers, config, _ = load_prior(out / "prior")
@@ -53,7 +53,7 @@ def test_shapes_demo_in_miniature(tmp_path: Path) -> None:
     assert summary["prior"]["mesh"] == {"data": 2, "tensor": 2, "pipeline": 2, "nodes": 1}
     steps = rows_of(out / "prior")
     assert [row["step"] for row in steps] == [*range(10, 101, 10)]
-    # a prior that does not look at captions has half, one that does not look back has the entropy
+    # a prior that ignores captions has half; one that ignores the past has the entropy
     prior = summary["prior"]
     assert caption_accuracy(out) > 0.75
     assert prior["validation_loss"] < prior["shuffled_caption_loss"] - 0.05

@@ -1,4 +1,4 @@
-"""The record of faults: what was injected, what came of it, how long it took."""
+"""The record of faults: injection, outcome, seconds."""
 
 import time
 
@@ -17,12 +17,12 @@ class Record:
         self._number, self._what, self._began = number, what, time.monotonic()
 
     def outcome(self, text: str, seconds: float | None = None) -> None:
-        """Note what came of it; seconds since the injection unless they are given."""
+        """Record the outcome; seconds are counted from the injection unless given."""
         taken = time.monotonic() - self._began if seconds is None else seconds
         self._properties.append(("fault", (self._number, self._what, text, taken)))
 
 
 @pytest.fixture
 def fault(request: pytest.FixtureRequest) -> Record:
-    """Notes a fault of the list in docs/reliability.md; numbers above 25 are the extra ones."""
+    """Records a fault of the table in docs/reliability.md; numbers above 25 are extra."""
     return Record(request.node.user_properties)

@@ -1,4 +1,4 @@
-"""A corpus of files that mean harm, or are broken, beside some that are only unusual."""
+"""A corpus of hostile and broken files, with some that are valid but unusual."""
 
 import io
 import os
@@ -19,9 +19,9 @@ def picture(
     kind: str = "PNG", mode: str = "RGB", size: tuple[int, int] = SIZE, **save: object
 ) -> bytes:
     """One encoded picture."""
-    found = io.BytesIO()
-    Image.new(mode, size).save(found, kind, **save)
-    return found.getvalue()
+    buffer = io.BytesIO()
+    Image.new(mode, size).save(buffer, kind, **save)
+    return buffer.getvalue()
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -41,16 +41,16 @@ def _frames() -> list[Image.Image]:
 
 
 def _animated(kind: str) -> bytes:
-    found, (first, *others) = io.BytesIO(), _frames()
-    first.save(found, kind, save_all=True, append_images=others)
-    return found.getvalue()
+    buffer, (first, *others) = io.BytesIO(), _frames()
+    first.save(buffer, kind, save_all=True, append_images=others)
+    return buffer.getvalue()
 
 
 def _zipped(marker: Path) -> bytes:
-    found = io.BytesIO()
-    with zipfile.ZipFile(found, "w") as archive:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("__main__.py", f"open({str(marker)!r}, 'w').close()")
-    return found.getvalue()
+    return buffer.getvalue()
 
 
 def _rotated() -> bytes:
@@ -64,7 +64,7 @@ def _flipped(data: bytes, at: int) -> bytes:
 
 
 def accepted() -> dict[str, bytes]:
-    """Unusual pictures that are whole: they are packed."""
+    """Unusual but valid pictures, which are packed."""
     sixteen = b"".join(b"\0" + b"\xab\xcd" * 3 * 40 for _ in range(40))
     return {
         "cmyk.jpg": picture("JPEG", "CMYK"),
@@ -86,7 +86,7 @@ def accepted() -> dict[str, bytes]:
 
 
 def polyglots(marker: Path) -> dict[str, bytes]:
-    """Pictures that are something else, too."""
+    """Files that are valid pictures and another format as well."""
     return {
         "jpeg-and-zip.jpg": picture("JPEG") + _zipped(marker),
         "png-and-script.png": picture("PNG") + f"\n#!/bin/sh\ntouch {marker}\n".encode(),
@@ -94,7 +94,7 @@ def polyglots(marker: Path) -> dict[str, bytes]:
 
 
 def refused(marker: Path) -> dict[str, bytes]:
-    """Files with a picture's name that no loader may swallow."""
+    """Files named like pictures that every loader must refuse."""
     whole, jpeg = picture("PNG"), picture("JPEG", size=(200, 200))
     text = PngImagePlugin.PngInfo()
     text.add_text("bomb", "x" * 80_000_000, zip=True)
@@ -150,7 +150,7 @@ ODD_CAPTIONS = {
 
 
 def write_folder(root: Path, marker: Path) -> dict[str, bool]:
-    """Write the corpus; says of each file whether it must be packed (with its caption)."""
+    """Write the corpus; returns for each file whether it must be packed (with its caption)."""
     root.mkdir()
     expected: dict[str, bool] = {}
     groups = [(accepted(), True), (polyglots(marker), True), (refused(marker), False)]
@@ -189,7 +189,7 @@ def _programs(marker: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def write_tar(path: Path, marker: Path) -> int:
-    """Write a tar with good pairs between members that reach out; returns how many are good."""
+    """Write a tar of good pairs and members outside its folder; returns the number of good ones."""
     pickled = b"cos\nsystem\n(S'touch " + str(marker).encode() + b"'\ntR."
     with tarfile.open(path, "w") as tar:
         for i in range(3):

@@ -27,9 +27,9 @@ def _noise(mode: str) -> Image.Image:
 
 
 def _saved(image: Image.Image, kind: str, **save: object) -> bytes:
-    found = io.BytesIO()
-    image.save(found, kind, **save)
-    return found.getvalue()
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **save)
+    return buffer.getvalue()
 
 
 def _exif() -> bytes:
@@ -56,31 +56,31 @@ def originals() -> dict[str, bytes]:
     rgb, text = _noise("RGB"), PngImagePlugin.PngInfo()
     text.add_text("Raw profile type exif", "\nexif\n 12\n" + _exif().hex())
     text.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="8"/>')
-    found = {f"png {m}": _saved(_noise(m), "PNG") for m in ("1", "L", "LA", "P", "RGB", "RGBA")}
-    found |= dict(_sixteen())
-    found["png trns"] = _saved(_noise("P"), "PNG", transparency=3)
-    found["png exif"] = _saved(rgb, "PNG", exif=_exif())
-    found["png text"] = _saved(rgb, "PNG", pnginfo=text)
-    found["png profile"] = _saved(rgb, "PNG", icc_profile=b"\0" * 128, dpi=(72, 72))
+    files = {f"png {m}": _saved(_noise(m), "PNG") for m in ("1", "L", "LA", "P", "RGB", "RGBA")}
+    files |= dict(_sixteen())
+    files["png trns"] = _saved(_noise("P"), "PNG", transparency=3)
+    files["png exif"] = _saved(rgb, "PNG", exif=_exif())
+    files["png text"] = _saved(rgb, "PNG", pnginfo=text)
+    files["png profile"] = _saved(rgb, "PNG", icc_profile=b"\0" * 128, dpi=(72, 72))
     for mode in ("L", "RGB", "CMYK"):
-        found[f"jpeg {mode}"] = _saved(_noise(mode), "JPEG")
-    found["jpeg exif"] = _saved(rgb, "JPEG", exif=_exif(), progressive=True)
-    found["jpeg two"] = _saved(rgb, "MPO", save_all=True, append_images=[_noise("RGB")])
-    found["webp lossy"] = _saved(rgb, "WEBP", exif=_exif())
-    found["webp lossless"] = _saved(_noise("RGBA"), "WEBP", lossless=True)
-    found["webp moving"] = _saved(rgb, "WEBP", save_all=True, append_images=[_noise("L")])
+        files[f"jpeg {mode}"] = _saved(_noise(mode), "JPEG")
+    files["jpeg exif"] = _saved(rgb, "JPEG", exif=_exif(), progressive=True)
+    files["jpeg two"] = _saved(rgb, "MPO", save_all=True, append_images=[_noise("RGB")])
+    files["webp lossy"] = _saved(rgb, "WEBP", exif=_exif())
+    files["webp lossless"] = _saved(_noise("RGBA"), "WEBP", lossless=True)
+    files["webp moving"] = _saved(rgb, "WEBP", save_all=True, append_images=[_noise("L")])
     for kind in OTHERS:
         try:
-            found[kind] = _saved(rgb, kind)
-        except (KeyError, OSError):  # this Pillow was built without it
+            files[kind] = _saved(rgb, kind)
+        except (KeyError, OSError):  # this Pillow is built without the format
             continue
-    return found
+    return files
 
 
 def flip(data: bytes, rng: np.random.Generator) -> bytes:
     """Change one to four bytes, half of the time near the start, and now and then the length.
 
-    Half of the PNGs get true checksums again: else nothing behind the checksums would be tried.
+    Half of the PNGs get valid checksums, so that the code after the checksum is tested.
     """
     changed = bytearray(data)
     reach = len(data) if rng.integers(2) else min(len(data), 120)
@@ -93,31 +93,31 @@ def flip(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def _sealed(data: bytes) -> bytes:
-    """A PNG with the checksums of its chunks made anew, as far as its lengths lead."""
-    found, at = data[:8], 8
+    """A PNG with recomputed chunk checksums, as far as its lengths are valid."""
+    sealed, at = data[:8], 8
     while at + 12 <= len(data):
         length = struct.unpack(">I", data[at : at + 4])[0]
         body = data[at + 8 : at + 8 + length]
         if length > len(data) or len(body) < length:
             break
-        found += chunk(data[at + 4 : at + 8], body)
+        sealed += chunk(data[at + 4 : at + 8], body)
         at += 12 + length
-    return found + data[at:]
+    return sealed + data[at:]
 
 
 def try_flips(count: int, seed: int) -> Counter[str]:
     """Try `count` flipped pictures; how many were accepted and refused.
 
-    Raises: AssertionError if two looks at a picture differ, or anything but InputError comes.
+    Raises: AssertionError if two reads of a picture differ, or anything but InputError is raised.
     """
-    rng, names, found = np.random.default_rng(seed), originals(), Counter[str]()
+    rng, names, counts = np.random.default_rng(seed), originals(), Counter[str]()
     for number in range(count):
         name = list(names)[number % len(names)]
         data = flip(names[name], rng)
         verdicts = [_verdict(look, data, f"{name} {number} of seed {seed}") for look in range(2)]
         assert verdicts[0] == verdicts[1], (name, number, seed, verdicts)
-        found[f"{name.split()[0]} {'accepted' if verdicts[0] else 'refused'}"] += 1
-    return found
+        counts[f"{name.split()[0]} {'accepted' if verdicts[0] else 'refused'}"] += 1
+    return counts
 
 
 def _verdict(look: int, data: bytes, where: str) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""Faults that are planted inside of ranks; each is one function of the rank's payload.
+"""Faults that are planted in ranks; each is a function that the rank's payload names.
 
 A plant changes the code of its own process only, then the ordinary rank runs.
 """
@@ -65,7 +65,7 @@ def _before_step(act: Callable[[Any, int], None]) -> None:
 
 
 def _scale_loss(factor: Callable[[Any], float]) -> None:
-    """Multiply the loss by what `factor(run)` says before each step."""
+    """Multiply the loss by `factor(run)`, evaluated before each step."""
     current = [1.0]
 
     def act(run: Any, _step: int) -> None:
@@ -75,8 +75,8 @@ def _scale_loss(factor: Callable[[Any], float]) -> None:
     whole = models.prior.prior_loss
 
     def prior_loss(*arguments: Any, **names: Any) -> Any:
-        found = whole(*arguments, **names)
-        return {**found, "loss": found["loss"] * current[0]} if current[0] != 1 else found
+        figures = whole(*arguments, **names)
+        return {**figures, "loss": figures["loss"] * current[0]} if current[0] != 1 else figures
 
     models.prior.prior_loss = prior_loss
 
@@ -109,7 +109,7 @@ def not_finite(facts: Facts) -> None:
 
 
 def crash(facts: Facts) -> None:
-    """The same step raises, on every start."""
+    """The same step raises on every start."""
 
     def act(run: Any, step: int) -> None:
         if step == facts["at"] and run.world.rank == 1:
@@ -165,7 +165,7 @@ def slow(facts: Facts) -> None:
 
 
 def clock(facts: Facts) -> None:
-    """The wall clock goes back a day, and in the end forward two; steps are slow meanwhile."""
+    """The wall clock jumps back a day, later forward two; steps are slow meanwhile."""
     real = time.time
 
     def act(_run: Any, step: int) -> None:

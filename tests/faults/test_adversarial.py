@@ -1,4 +1,4 @@
-"""Files that mean harm: none crashes, none runs, memory stays small, every one is accounted for."""
+"""Hostile files: none crashes or runs, memory stays small, every one is accounted for."""
 
 import json
 import subprocess
@@ -73,14 +73,14 @@ def test_a_corpus_of_harm_is_packed_and_accounted_for(tmp_path: Path, fault: Rec
 
 
 def _files_of(rejects: list[dict[str, str]]) -> int:
-    """Files of rejected pairs: two each, but for those that have no caption or are folders."""
+    """Number of files of rejected pairs: two each, one without a caption or for a folder."""
     single = ("no-caption", "folder-link", "-name.png")
-    found = [row for row in rejects if row["kind"] != "ignored"]
-    return sum(1 if any(name in row["key"] for name in single) else 2 for row in found)
+    rows = [row for row in rejects if row["kind"] != "ignored"]
+    return sum(1 if any(name in row["key"] for name in single) else 2 for row in rows)
 
 
 @pytest.mark.world
-def test_members_that_reach_out_are_refused_and_the_pairs_between_them_packed(
+def test_members_outside_the_folder_are_refused_and_the_other_pairs_packed(
     tmp_path: Path, fault: Record
 ) -> None:
     fault(31, "a tar of escapes, links, devices, pickles between good pairs")
@@ -96,8 +96,8 @@ def test_members_that_reach_out_are_refused_and_the_pairs_between_them_packed(
 
 
 def test_16_bits_become_8_and_rotation_is_applied() -> None:
-    found = corpus.accepted()
+    files = corpus.accepted()
     grey = corpus.png_of(2, 1, 16, 0, b"\0\xff\xff\x80\x00")
     assert decode_rgb(grey, "x")[0, :, 0].tolist() == [255, 128]
-    assert decode_rgb(found["rgb16.png"], "x")[0, 0].tolist() == [0xAB] * 3
-    assert decode_rgb(found["rotated.jpg"], "x").shape == (48, 40, 3)
+    assert decode_rgb(files["rgb16.png"], "x")[0, 0].tolist() == [0xAB] * 3
+    assert decode_rgb(files["rotated.jpg"], "x").shape == (48, 40, 3)

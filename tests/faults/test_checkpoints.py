@@ -1,4 +1,4 @@
-"""Damaged, missing, hostile and half-written checkpoint files, and which are kept."""
+"""Damaged, missing, hostile and half-written checkpoint files, and retention."""
 
 import multiprocessing
 import os
@@ -30,15 +30,15 @@ def alone(text: str) -> list[str]:
 
 
 def _slices(value: float) -> list[StateSlice]:
-    found = []
+    slices = []
     for kind in ("master", "exp_avg", "exp_avg_sq"):
         data = torch.full((12,), value) + torch.arange(12)
         if kind == "exp_avg":
             data = data.bfloat16()
         for start, stop in ((0, 5), (5, 12)):
             part = data[start:stop]
-            found.append(StateSlice(name="w", kind=kind, shape=(3, 4), start=start, data=part))
-    return found
+            slices.append(StateSlice(name="w", kind=kind, shape=(3, 4), start=start, data=part))
+    return slices
 
 
 def _save(root: Path, step: int = 1, ranks: int = 2) -> Path:
@@ -48,12 +48,12 @@ def _save(root: Path, step: int = 1, ranks: int = 2) -> Path:
 
     def gather(text: str) -> list[str]:
         if "sha256" not in text:
-            return [text]  # the outcome
+            return [text]  # the outcome of the save
         written.append(text)
         return written
 
     store = FolderStore(root)
-    for rank in reversed(range(ranks)):  # rank 0 comes last: it has all the others' rows
+    for rank in reversed(range(ranks)):  # rank 0 last: it gathers the others' rows
         write_checkpoint(store, f"step-{step}", rows[rank], {"step": step}, rank, gather)
     return root / f"step-{step}"
 
@@ -137,15 +137,15 @@ def _checkpoints(root: Path, **settings: object) -> Checkpoints:
     return Checkpoints(FolderStore(root), config, 0, 1, (alone, alone))
 
 
-def test_an_older_checkpoint_stands_in_for_a_damaged_one(tmp_path: Path) -> None:
+def test_an_older_checkpoint_replaces_a_damaged_one(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         _save(tmp_path, step)
     (tmp_path / "step-30" / "manifest.json").unlink()
     damaged = tmp_path / "step-20" / "rank-00001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-3])
     run = _checkpoints(tmp_path)
-    found = run.newest()
-    assert found is not None and found.facts["step"] == 10
+    newest = run.newest()
+    assert newest is not None and newest.facts["step"] == 10
     assert not (tmp_path / "step-30").exists(), "unfinished ones are cleaned"
     (tmp_path / "step-10" / "manifest.json").write_bytes(b"{}")
     with pytest.raises(CheckpointError, match="no checkpoint of this run is whole"):
@@ -188,10 +188,10 @@ def test_killed_at_every_write_boundary(tmp_path: Path, fault: Record) -> None:
         process = context.Process(target=_save_and_die, args=(str(root), boundary))
         process.start()
         process.join()
-        found = _checkpoints(root).newest()
-        assert found is not None
-        outcomes.append(found.facts["step"])
-        assert found.tensor("w", "master").flatten()[0] == found.facts["step"]
+        newest = _checkpoints(root).newest()
+        assert newest is not None
+        outcomes.append(newest.facts["step"])
+        assert newest.tensor("w", "master").flatten()[0] == newest.facts["step"]
         if process.exitcode == 0:
             break
     assert process.exitcode == 0, "more boundaries than expected"
@@ -227,9 +227,11 @@ def test_checkpoints_live_in_object_stores(s3: ObjectServer, tmp_path: Path) -> 
             part = StateSlice(name="w", kind="master", shape=(10, 10**6), start=0, data=big + step)
             run.save(step, [part], {"step": step})
         run.saver.wait()
-        found = run.newest()
-        assert found is not None and finished_steps(store) == [2]
-        assert found.flat("w", "master", 9_999_990, 10_000_000).tolist() == (big + 2)[-10:].tolist()
+        newest = run.newest()
+        assert newest is not None and finished_steps(store) == [2]
+        assert (
+            newest.flat("w", "master", 9_999_990, 10_000_000).tolist() == (big + 2)[-10:].tolist()
+        )
         name = "step-2/rank-00000.safetensors"
         store.put(name, store.get(name)[:-1])
         with pytest.raises(CheckpointError, match="rank-00000"):

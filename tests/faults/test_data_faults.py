@@ -1,4 +1,4 @@
-"""Faults of stores and of data: each injected for real, none loses or doubles a record."""
+"""Faults of stores and data, injected for real: none loses or repeats a record."""
 
 import io
 import subprocess
@@ -44,13 +44,13 @@ def test_a_store_that_fails_now_and_then(
     s3: ObjectServer, monkeypatch: pytest.MonkeyPatch, fault: Record, what: str
 ) -> None:
     fault(17, f"S3 answers {what} to every second request")
-    found = _read_through(s3, monkeypatch, lambda n, *_: what if n % 2 else "")
-    assert found == BODY + BODY[1000:6000]
+    body = _read_through(s3, monkeypatch, lambda n, *_: what if n % 2 else "")
+    assert body == BODY + BODY[1000:6000]
     fault.outcome("retried, finished")
 
 
 @pytest.mark.world
-def test_a_body_that_is_cut_goes_on_where_it_ended(
+def test_a_truncated_body_is_continued_where_it_ended(
     s3: ObjectServer, monkeypatch: pytest.MonkeyPatch, fault: Record
 ) -> None:
     fault(18, "S3 closes in the middle of a body, three times")
@@ -60,8 +60,8 @@ def test_a_body_that_is_cut_goes_on_where_it_ended(
         asked.append(number)
         return "cut" if method == "GET" and number <= 4 else ""
 
-    found = _read_through(s3, monkeypatch, plan)
-    assert found == BODY + BODY[1000:6000] and len(asked) >= 5
+    body = _read_through(s3, monkeypatch, plan)
+    assert body == BODY + BODY[1000:6000] and len(asked) >= 5
     fault.outcome("resumed by range, bytes equal")
 
 
@@ -123,12 +123,12 @@ def test_a_shard_cut_at_a_member_boundary(raw: Path, tmp_path: Path, fault: Reco
 
 
 def _png(size: tuple[int, int]) -> bytes:
-    found = io.BytesIO()
-    Image.new("RGB", size, (200, 40, 40)).save(found, "PNG")
-    return found.getvalue()
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (200, 40, 40)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
-def test_pictures_that_are_none(tmp_path: Path, fault: Record) -> None:
+def test_invalid_pictures_are_rejected(tmp_path: Path, fault: Record) -> None:
     fault(21, "HTML as JPEG, half a JPEG, CMYK, 0 bytes")
     source = tmp_path / "in"
     source.mkdir()
@@ -141,9 +141,9 @@ def test_pictures_that_are_none(tmp_path: Path, fault: Record) -> None:
     for i, (name, data) in enumerate(files.items()):
         (source / f"{name}.jpg").write_bytes(data)
         (source / f"{name}.txt").write_text(f"picture number {i}")
-    found = pack(str(source), FolderStore(tmp_path / "a"), PackConfig(max_rejects=0.1))
-    assert sum(m.samples for m in found.values()) == 41
-    assert found["train"].rejects == {"image": 3}
+    manifests = pack(str(source), FolderStore(tmp_path / "a"), PackConfig(max_rejects=0.1))
+    assert sum(m.samples for m in manifests.values()) == 41
+    assert manifests["train"].rejects == {"image": 3}
     assert decode_rgb(cmyk.getvalue(), "cmyk").shape == (40, 40, 3)
     with pytest.raises(InputError):
         pack(str(source), FolderStore(tmp_path / "b"), PackConfig(max_rejects=0.01))
@@ -174,7 +174,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(
 
 
 @pytest.mark.parametrize("kind", ["../x.png", "/x.png", "symlink", "x.pyd"])
-def test_archives_that_reach_out(tmp_path: Path, fault: Record, kind: str) -> None:
+def test_archives_with_members_outside_the_folder(tmp_path: Path, fault: Record, kind: str) -> None:
     fault(23, f"{kind} in a tar")
     marker = tmp_path / "x.png"
     with tarfile.open(tmp_path / "bad.tar", "w") as tar:
@@ -201,7 +201,7 @@ def test_a_pipe_is_no_store(tmp_path: Path, fault: Record) -> None:
     fault.outcome("refused, marker absent")
 
 
-def test_captions_that_are_none(fault: Record) -> None:
+def test_invalid_captions_are_rejected(fault: Record) -> None:
     fault(24, "captions: empty, 10 MB, invalid UTF-8, NUL")
     for wrong in (b"", b" \n\t", b"\xff\xfe"):
         with pytest.raises(InputError):
@@ -217,7 +217,7 @@ def test_an_epoch_goes_on_with_other_ranks(tokens: Path, fault: Record) -> None:
     order = OrderConfig(lanes=8)
 
     def ids(ranks: int, state: object, steps: int) -> tuple[list[int], object]:
-        found: list[list[int]] = []
+        trained: list[list[int]] = []
         streams = []
         for rank in range(ranks):
             stream = Stream(source, seed=1, batch=16, order=order, rank=rank, ranks=ranks)
@@ -229,10 +229,10 @@ def test_an_epoch_goes_on_with_other_ranks(tokens: Path, fault: Record) -> None:
             for one in streams:
                 records, last = next(one)
                 step += [record.id for record in records]
-            found.append(step)
+            trained.append(step)
         for one in streams:
             one.close()  # type: ignore[attr-defined]
-        return [name for step in found for name in step], last
+        return [name for step in trained for name in step], last
 
     whole, _ = ids(1, None, 20)
     first, state = ids(4, None, 7)

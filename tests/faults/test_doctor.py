@@ -1,6 +1,6 @@
-"""`tapir doctor` names each planted fault, its place and how to mend it; a sound machine has none.
+"""`tapir doctor` names each planted fault, its place and its fix; a sound machine has none.
 
-The faults are real: small and read-only mounts, name spaces, limits, a store that refuses.
+The faults are real: small and read-only mounts, namespaces, limits, a store that refuses.
 """
 
 import json
@@ -61,7 +61,7 @@ tapir.main()
 def run(
     command: Sequence[str], code: int, limit: Callable[[], None] | None = None, **extra: str
 ) -> Rows:
-    """The rows of a doctor; asserts that it ends with an exit code."""
+    """The rows of a doctor; asserts its exit code."""
     environment = {**ENVIRONMENT, **extra}
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, preexec_fn=limit, timeout=PATIENCE
@@ -78,7 +78,7 @@ def run_ranks(
     port: int | None = None,
     extra: Sequence[dict[str, str]] = ({}, {}),
 ) -> list[Rows]:
-    """The rows of each rank, started as a launcher does on machines of one rank each."""
+    """The rows of each rank, started as by a launcher on machines of one rank each."""
     started = []
     world = {"MASTER_ADDR": address, "MASTER_PORT": str(port or free_port())}
     for rank, (command, more) in enumerate(zip(commands, extra, strict=True)):
@@ -86,22 +86,22 @@ def run_ranks(
         environment = {**ENVIRONMENT, **world, **own, **more}
         both = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         started.append(subprocess.Popen(command, text=True, env=environment, **both))
-    found = []
+    reports = []
     for process, code in zip(started, codes, strict=True):
         output, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode == code, output + errors
-        found.append(json.loads(output.splitlines()[-1])["rows"] if output else [])
-    return found
+        reports.append(json.loads(output.splitlines()[-1])["rows"] if output else [])
+    return reports
 
 
 def mounted(script: str, command: Sequence[str]) -> list[str]:
-    """A command in a mount name space of its own, after a script that mounts."""
+    """A command in its own mount namespace, after a script that mounts."""
     inside = ["unshare", "--mount", "--propagation", "private", "sh", "-ec"]
     return [*inside, f'{script}\nexec "$@"', "sh", *command]
 
 
 def assert_named(rows: Rows, check: str, text: str, mend: str, **place: Any) -> str:
-    """Assert that exactly this is wrong, there, and how to mend it; returns it in a line."""
+    """Assert that only this check fails, with this place and fix; returns it as one line."""
     wrong = [row for row in rows if row["status"] == "bad"]
     assert {row["check"] for row in wrong} == {check}, wrong
     row = wrong[0]
@@ -212,22 +212,22 @@ def test_a_missing_package(tmp_path: Path, fault: Record) -> None:
         f" overlay {site}\nrm -r {site}/webdataset*"
     )
     rows = run(mounted(without, NODE), 1)
-    found = assert_named(
+    text = assert_named(
         rows, "packages", "webdataset is not installed", "pip install 'webdataset>="
     )
     assert list(site.glob("webdataset-*"))
-    fault.outcome(found)
+    fault.outcome(text)
 
 
 def test_a_host_name_that_does_not_resolve(fault: Record) -> None:
     fault(40, "doctor: an unknown host name")
     rename = ["unshare", "--uts", "--net", "sh", "-c", 'hostname lost-node; exec "$@"', "sh"]
     rows = run([*rename, *NODE], 1)
-    found = assert_named(
+    text = assert_named(
         rows, "host name", "lost-node does not resolve", "/etc/hosts", host="lost-node"
     )
     rows = run([*rename, *NODE], 0, GLOO_SOCKET_IFNAME="eth0")
-    fault.outcome(found)
+    fault.outcome(text)
 
 
 def test_no_store(fault: Record) -> None:
@@ -287,9 +287,9 @@ def test_a_clock_that_the_store_disagrees_with(
 def test_a_clock_that_other_ranks_disagree_with(skewed: dict[str, str], fault: Record) -> None:
     fault(40, "doctor: a rank's clock is two minutes ahead")
     rows, _ = run_ranks([QUICK, QUICK], [1, 0], extra=[{}, skewed])
-    found = assert_named(rows, "clock", "s ahead of rank 0's", "chronyc makestep", rank=1)
-    assert abs(float(found.split()[4]) - 120) < 5
-    fault.outcome(found)
+    text = assert_named(rows, "clock", "s ahead of rank 0's", "chronyc makestep", rank=1)
+    assert abs(float(text.split()[4]) - 120) < 5
+    fault.outcome(text)
 
 
 def test_a_blocked_port(fault: Record) -> None:
@@ -327,8 +327,8 @@ def test_ranks_that_do_not_share_the_run_folder(tmp_path: Path, fault: Record) -
     broken = mounted(f"mount -t tmpfs -o size=2m tmpfs {tmp_path}", command)
     both, _ = run_ranks([command, broken], [1, 0])
     assert_named(both, "run folder", "1 are needed", "another --out", rank=1)
-    found = assert_named(rows, "shared run folder", str(tmp_path), "mount the same", rank=1)
-    fault.outcome(found)
+    text = assert_named(rows, "shared run folder", str(tmp_path), "mount the same", rank=1)
+    fault.outcome(text)
 
 
 @pytest.mark.parametrize("kind", ["slurm", "kubernetes"])
@@ -379,7 +379,7 @@ def test_sound_ranks_meet_compare_and_burn_in(tmp_path: Path) -> None:
 
 
 @pytest.mark.world
-def test_ranks_of_mpirun_are_found(tmp_path: Path) -> None:
+def test_ranks_of_mpirun_are_listed(tmp_path: Path) -> None:
     mpirun = str(Path(sys.executable).parent / "mpirun")
     command = [mpirun, "-np", "2", *TAPIR, "doctor", "--quick", "--json", f"--out={tmp_path}"]
     rows = run(command, 0)

@@ -1,4 +1,4 @@
-"""Every layout ends by itself, again and again: no rank is left waiting for another."""
+"""Every layout ends by itself, repeatedly: no rank keeps waiting for another."""
 
 import os
 import signal

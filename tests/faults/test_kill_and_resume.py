@@ -88,8 +88,8 @@ def test_two_runs_on_one_folder_and_changed_settings(tokens: Path, tmp_path: Pat
 def _ranks_of(launcher: int) -> list[int]:
     import psutil
 
-    found = psutil.Process(launcher).children(recursive=True)
-    return [p.pid for p in found if p.num_threads() > 3]
+    children = psutil.Process(launcher).children(recursive=True)
+    return [p.pid for p in children if p.num_threads() > 3]
 
 
 def _alive(pid: int) -> bool:

@@ -1,4 +1,4 @@
-"""Kill or stop any rank of any layout: it is named, all ranks end soon, no process is left.
+"""Kill or stop any rank of any layout: it is named, all ranks end soon, no process remains.
 
 TAPIR_LOST_RANKS=all (part of `make soak`) takes every rank of every layout, by both signals.
 """

@@ -1,4 +1,4 @@
-"""The private object server after a kill -9: what was stored is there as soon as it is up."""
+"""The private object server after a kill -9: stored objects are readable as soon as it is up."""
 
 import os
 import signal

@@ -68,8 +68,8 @@ def test_a_run_survives_kills_at_random_moments(
     tapir("train", "prior", "tiny", *_flags(tokens, tmp_path / "unbroken"))
     for split in ("train", "validation"):
         rows = [rows_of(folder, split) for folder in (run, tmp_path / "unbroken")]
-        found = [[[row.get(name) for name in COMPARED] for row in part] for part in rows]
-        assert found[0] == found[1] and found[0]
+        compared = [[[row.get(name) for name in COMPARED] for row in part] for part in rows]
+        assert compared[0] == compared[1] and compared[0]
     weights = [path / "model.safetensors" for path in (run, tmp_path / "unbroken")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     assert not list(run.rglob(".tmp-*"))
@@ -80,7 +80,7 @@ def _flags(tokens: Path, out: Path) -> list[str]:
 
 
 def _ranks(launcher: int, before: set[int]) -> list[Beat]:
-    """The ranks of the newest start, as soon as both have spoken."""
+    """The ranks of the newest start, once both have logged."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         beats = [beat for beat in _beats(launcher) if beat.pid not in before]

@@ -1,4 +1,4 @@
-"""A stream from a real S3 server through a proxy that fails: complete, or stopped by name."""
+"""A stream from S3 through a failing proxy: complete, or stopped with the shard's name."""
 
 import re
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ def stored(s3: ObjectServer) -> str:
 
 
 @contextmanager
-def _behind(s3: ObjectServer, monkeypatch: pytest.MonkeyPatch, plan: Plan) -> Iterator[None]:
+def _proxied(s3: ObjectServer, monkeypatch: pytest.MonkeyPatch, plan: Plan) -> Iterator[None]:
     with faulty_proxy(s3.endpoint, plan) as address:
         for name, value in {**s3.environment, "AWS_ENDPOINT_URL": address}.items():
             monkeypatch.setenv(name, value)
@@ -41,12 +41,12 @@ def _epoch(prefix: str, patience: float = 60) -> list[int]:
     source = TokenSource(S3Store(BUCKET, prefix, attempts=2, patience=patience), "train")
     loader = LoaderConfig(readers=4, prefetch=4)
     stream = Stream(source, seed=0, batch=16, order=ORDER, loader=loader)
-    found: list[int] = []
+    ids: list[int] = []
     batches = iter(stream)
     for _ in range(stream.order.steps(0)):
-        found += next(batches)[0].ids.tolist()
+        ids += next(batches)[0].ids.tolist()
     batches.close()  # type: ignore[attr-defined]
-    return sorted(found)
+    return sorted(ids)
 
 
 @pytest.mark.world
@@ -64,7 +64,7 @@ def test_a_stream_through_a_failing_store_is_complete(
         asked.append(number)
         return what if number % 3 == 0 and method == "GET" else ""
 
-    with _behind(s3, monkeypatch, plan):
+    with _proxied(s3, monkeypatch, plan):
         assert _epoch(stored) == whole
     assert len(asked) > 30
     fault.outcome("every record of the epoch, once")
@@ -86,7 +86,7 @@ def test_a_dead_shard_ends_the_stream_by_name(
         store = S3Store(BUCKET, stored)
         data = store.get(name)
         store.delete(name)
-    with _behind(s3, monkeypatch, plan):
+    with _proxied(s3, monkeypatch, plan):
         with pytest.raises(CorruptError, match=rf"{where}: the block at offset \d+ \(crc32 \w+\)"):
             _epoch(stored)
         for status, patience in (("500", 1.0), ("404", 60.0)):  # a store's 404 says NoSuchKey

@@ -1,4 +1,4 @@
-"""A run under its supervisor survives what happens to its ranks, and ends with the same numbers."""
+"""A supervised run survives faults of its ranks and ends with the same numbers."""
 
 import contextlib
 import json
@@ -68,16 +68,16 @@ def make(tokens: Path, tmp_path: Path) -> Make:
 
 @pytest.fixture
 def messages() -> list[str]:
-    """What the supervisor logs."""
-    found: list[str] = []
+    """Messages that the supervisor logs."""
+    texts: list[str] = []
 
     class Keep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            found.append(record.getMessage())
+            texts.append(record.getMessage())
 
     handler = Keep()
     LOG.addHandler(handler)
-    yield found  # type: ignore[misc]
+    yield texts  # type: ignore[misc]
     LOG.removeHandler(handler)
 
 
@@ -91,13 +91,13 @@ def _weights(run: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def unbroken() -> dict[str, tuple[list[list[float]], bytes]]:
-    """Figures and weights of runs in which nothing happened, by their settings."""
+    """Figures and weights of runs without faults, by their settings."""
     return {}
 
 
 @pytest.fixture
 def same(make: Make, unbroken: dict[str, tuple[list[list[float]], bytes]]) -> Callable[..., None]:
-    """The run equals one in which nothing happened, bit by bit."""
+    """Assert that the run equals one without faults, bit for bit."""
 
     def check(settings: PriorTrain, **parts: dict[str, Any]) -> None:
         key = json.dumps(parts, sort_keys=True)
@@ -112,16 +112,16 @@ def same(make: Make, unbroken: dict[str, tuple[list[list[float]], bytes]]) -> Ca
 
 
 def _ranks(count: int) -> list[int]:
-    """PIDs of the ranks that this process started, once all are there."""
+    """PIDs of the ranks that this process started, once all run."""
     while True:
-        found = [p.pid for p in _children() if p.num_threads() > 3]
-        if len(found) >= count:
-            return found
+        pids = [p.pid for p in _children() if p.num_threads() > 3]
+        if len(pids) >= count:
+            return pids
         time.sleep(0.02)
 
 
 def _children() -> list[psutil.Process]:
-    """Children of this process's forkserver; other tests' servers are none."""
+    """Children of this process's forkserver, without other tests' servers."""
     servers = [p for p in psutil.Process().children() if "forkserver" in " ".join(p.cmdline())]
     return [child for server in servers for child in server.children()]
 
@@ -142,7 +142,7 @@ def _resumed(run: Path, step: int) -> Callable[[], bool]:
 
 
 def _saved(run: Path) -> bool:
-    """A rank that is lost now does not cost all steps: else no row is left for a moment."""
+    """True once a checkpoint exists, so that a lost rank does not cost all steps."""
     return any(run.glob("checkpoints/*/manifest.json"))
 
 
@@ -200,7 +200,7 @@ def test_a_stopped_rank_is_named_and_replaced(
 
 
 @pytest.mark.world
-def test_a_frozen_rank_is_found_by_its_silence(
+def test_a_frozen_rank_is_detected_by_its_silence(
     make: Make, same: Same, fault: Record, messages: list[str]
 ) -> None:
     fault(2, "a rank sleeps for ever")
@@ -242,16 +242,16 @@ def test_preemption_saves_and_ends_with_75(
         os.kill(os.getpid(), how)
 
     _when(_resumed(settings.out, 8), ask)
-    with pytest.raises(Preempted, match="with a checkpoint saved") as found:
+    with pytest.raises(Preempted, match="with a checkpoint saved") as raised:
         train_with("nothing", settings)
-    assert found.value.exit_code == 75
+    assert raised.value.exit_code == 75
     fault.outcome("step finished, saved, exit code 75; resumed bit-equal")
     train_with("nothing", settings)
     same(settings)
 
 
 @pytest.mark.slow
-def test_a_wish_to_stop_while_ranks_start_is_kept(make: Make) -> None:
+def test_a_stop_request_while_ranks_start_is_kept(make: Make) -> None:
     settings = make()
     _when(lambda: bool(_children()), lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Preempted):
@@ -300,10 +300,12 @@ ENGINES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", list(ENGINES))
-def test_spikes_are_skipped_and_in_a_row_rewound(make: Make, fault: Record, engine: str) -> None:
-    """One wild batch is skipped; three in a row go back and pass over their data.
+def test_a_spike_is_skipped_and_a_row_of_spikes_is_rewound(
+    make: Make, fault: Record, engine: str
+) -> None:
+    """One spike is skipped; three in a row rewind and skip their data.
 
-    All checkpoints are kept: a save that is late makes the replay start from an older one."""
+    All checkpoints are kept, because after a late save the replay starts from an older one."""
     fault(15, f"a batch's loss times 10,000, then three in a row ({engine})")
     kept = {"checkpoint": {"every": 5, "keep": 9}}
     settings = make(**GUARD, **ENGINES[engine], **kept, loop={"steps": 26, "global_batch_size": 16})
@@ -326,11 +328,11 @@ def test_spikes_are_skipped_and_in_a_row_rewound(make: Make, fault: Record, engi
 
 
 @pytest.mark.slow
-def test_rewinding_in_vain_ends_the_run(make: Make) -> None:
+def test_rewinds_without_success_end_the_run(make: Make) -> None:
     settings = make(**GUARD, loop={"steps": 26, "global_batch_size": 16})
-    with pytest.raises(RankError, match="3 rewinds and other data did not help") as found:
+    with pytest.raises(RankError, match="3 rewinds and other data did not help") as raised:
         train_with("spike", settings, batches=list(range(15, 40)))
-    assert not found.value.retry
+    assert not raised.value.retry
 
 
 @pytest.mark.world
@@ -346,10 +348,10 @@ def test_a_flipped_weight_names_its_rank(
 
 
 @pytest.mark.world
-def test_a_run_whose_checkpoints_lie_in_an_object_store(
+def test_a_run_with_checkpoints_in_an_object_store(
     make: Make, same: Same, s3: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The newest checkpoint there is damaged, so the run goes on from the one before it."""
+    """The newest checkpoint is damaged, so the run continues from the one before."""
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     place = f"runs/{tmp_path.name}"
@@ -384,7 +386,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_stops_no_training(
     make: Make, same: Same, fault: Record, tiny_disk: Path, background: bool
 ) -> None:
-    """The disk fills up behind the first checkpoint and is made free before the last one."""
+    """The disk fills up after the first checkpoint and is freed before the last."""
     fault(10, f"the disk of the checkpoints is full ({'back' if background else 'fore'}ground)")
     where = {"every": 5, "keep": 1, "to": str(tiny_disk), "async_save": background}
     settings = make(checkpoint=where)
@@ -406,8 +408,8 @@ def _fill(path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_best_of_the_validated_checkpoints_is_kept(make: Make) -> None:
-    """The best one lies in the middle: from step 14 on the learning rate is 1, which moves weights
-    of 0.1 by about 1 a step. The two validations behind that cannot be the best."""
+    """The best one is in the middle: from step 14 on the learning rate is 1, which moves weights
+    of 0.1 by about 1 a step, so the two validations after that cannot be the best."""
     jump = {"lr": 2e-3, "warmup": 12, "final_lr": 1.0, "decay_fraction": 0.5}
     where = {"every": 3, "keep": 1, "best": True}
     settings = make(
@@ -435,7 +437,7 @@ def test_a_straggler_is_named(make: Make) -> None:
 def test_a_clock_that_jumps_changes_nothing(
     make: Make, same: Same, fault: Record, messages: list[str]
 ) -> None:
-    """The slow steps last longer than the watchdog waits: it would wake if it trusted the clock."""
+    """Steps are slower than the watchdog's limit: it would fire if it used the wall clock."""
     fault(28, "the clock goes back a day and forward two")
     settings = make(supervisor={"hang_seconds": 10.0})
     train_with("clock", settings, at=6, back=22, seconds=0.8)

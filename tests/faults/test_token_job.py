@@ -1,4 +1,4 @@
-"""The token job under everything at once: the same bytes as one undisturbed worker."""
+"""The token job under all faults at once: the same bytes as one undisturbed worker."""
 
 import json
 import os
@@ -86,15 +86,15 @@ def test_killed_doubled_and_cut_off_workers_lose_and_double_nothing(
     assert codes == [-9, -9, 0, 0, 0, 0], logs
     assert down["refused"] > 0
     with s3.credentials():
-        found, wanted = _objects("job-many"), _objects("job-one")
+        actual, expected = _objects("job-many"), _objects("job-one")
         store = S3Store(BUCKET, "job-many")
         manifests = [
             json.loads(store.get(f"{split}/manifest.json")) for split in ("train", "validation")
         ]
-    assert found == wanted
+    assert actual == expected
     counts = [manifest["samples"] + sum(manifest["rejects"].values()) for manifest in manifests]
     assert sum(counts) == PAIRS and sum(sum(m["rejects"].values()) for m in manifests) == SMALL
-    assert any("_rejects/" in name for name in found) and not any("_leases/" in n for n in found)
+    assert any("_rejects/" in name for name in actual) and not any("_leases/" in n for n in actual)
     shutil.rmtree(tmp_path / "in")
     fault.outcome("every object equal to those of one undisturbed worker, rejects too")
 
@@ -108,7 +108,7 @@ def _start(
 
 
 def _holder_of_a_lease(numbers: set[int]) -> int:
-    """Wait until one of some workers of four holds a lease, as `tapir status` sees it."""
+    """Wait until one of these workers holds a lease; returns its number."""
     store, deadline = S3Store(BUCKET, "job-many"), time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         for split in ("train", "validation"):

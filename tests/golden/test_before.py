@@ -1,4 +1,4 @@
-"""What users typed and stored before the renaming is still read; before/README.md says what."""
+"""Flags and files from before the renaming still work; before/README.md lists them."""
 
 import json
 import shutil
@@ -28,27 +28,27 @@ LOSSES = ("loss", "text_loss", "image_loss", "grad_norm", "lr")
 
 @pytest.fixture(scope="module")
 def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The miniature, in a place that its absolute paths do not name."""
+    """The miniature, moved so that its absolute paths are wrong."""
     return Path(shutil.copytree(BEFORE, tmp_path_factory.mktemp("before") / "run"))
 
 
 @pytest.fixture(scope="module")
 def resumed(before: Path) -> str:
-    """What the command says that takes the stopped prior to its end, typed with its old flags."""
+    """Output of the command, with its old flags, that resumes the stopped prior to its end."""
     places = [f"--data={before / 'tokens'}", f"--out={before / 'prior'}"]
     return tapir("train", "prior", "tiny", *places, *FLAGS.split())
 
 
 @pytest.fixture(scope="module")
 def same_bits(before: Path, resumed: str) -> bool:
-    """True on a machine that computes as the one that made the miniature."""
+    """True on a machine that rounds as the one that made the miniature."""
     old, new = (read_description(before / name, "prior")["facts"] for name in ("whole", "prior"))
     assert ("was computed otherwise" in resumed) == (old["numerics"] != new["numerics"])
     return bool(old["numerics"] == new["numerics"])
 
 
 def models(before: Path, prior: str = "whole") -> list[str]:
-    """Flags that name the models of the miniature."""
+    """Flags for the models of the miniature."""
     folders = {"prior": prior, "dvae": "dvae", "clip": "clip", "bpe": "bpe"}
     return [f"--{name}={before / folder}" for name, folder in folders.items()]
 
@@ -58,18 +58,20 @@ def test_the_data_sets_and_the_checkpoint_are_whole(before: Path) -> None:
         assert '"verified"' in tapir("verify", str(before / place))
 
 
-def test_a_stopped_prior_goes_on_as_one_in_one_piece(
+def test_an_old_stopped_prior_resumes_to_the_unbroken_result(
     before: Path, resumed: str, same_bits: bool
 ) -> None:
     assert "resumed from" in resumed and "step-4" in resumed
     for split in ("train", "validation"):
         new, old = rows_of(before / "prior", split), rows_of(BEFORE / "whole", split)
-        old = [row for row in old if split == "train" or row["step"] != 4]  # where it was stopped
+        old = [
+            row for row in old if split == "train" or row["step"] != 4
+        ]  # the step at which it was stopped
         assert [row["step"] for row in new] == [row["step"] for row in old]
         for mine, theirs in zip(new, old, strict=True):
             for name in LOSSES:
                 expected = theirs.get(name)
-                if not same_bits and expected is not None:  # another CPU rounds otherwise
+                if not same_bits and expected is not None:  # another CPU rounds differently
                     expected = pytest.approx(expected, rel=1e-4)
                 assert mine.get(name) == expected, (split, mine["step"], name)
     config = json.loads((before / "prior" / "config.json").read_text())
@@ -81,29 +83,29 @@ def test_a_stopped_prior_goes_on_as_one_in_one_piece(
         assert digests[0] == digests[1]
 
 
-def test_each_file_is_told_of_in_one_line(before: Path, resumed: str) -> None:
+def test_each_old_file_is_reported_in_one_line(before: Path, resumed: str) -> None:
     lines = [line for line in resumed.splitlines() if OLD in line]
     assert len(lines) == 2, resumed
     assert "the command line" in lines[0] and "--engine.accumulate is now" in lines[0]
     assert "step-4" in lines[1] and "loop.until is now loop.stop_at" in lines[1]
 
 
-def test_metrics_of_before_have_the_keys_of_now(before: Path) -> None:
+def test_old_metrics_are_read_under_the_new_keys(before: Path) -> None:
     rows = read_metrics(before / "dvae")
     assert all("codebook_usage" in row for row in rows if row.get("split") == "validation")
     assert all("data_wait_fraction" in row for row in rows if "split" not in row)
 
 
-def test_a_run_of_before_says_what_it_read(tmp_path: Path, before: Path) -> None:
+def test_an_old_run_reports_what_was_read(tmp_path: Path, before: Path) -> None:
     run = shutil.copytree(BEFORE / "prior", tmp_path / "run")
     config = json.loads((run / "config.json").read_text())
-    config["data"] = str(before / "tokens")  # else it names a folder of another machine
+    config["data"] = str(before / "tokens")  # the stored path is of another machine
     (run / "config.json").write_text(json.dumps(config))
     text = tapir("batch", "5", f"--run={run}")
     assert text.count(OLD) == 1 and ".tar block" in text
 
 
-def test_models_leave_and_come_back(before: Path, resumed: str, tmp_path: Path) -> None:
+def test_old_models_are_exported_and_imported(before: Path, resumed: str, tmp_path: Path) -> None:
     tapir("export", str(before), str(tmp_path / "hub"), *models(before))
     tapir("import", str(tmp_path / "hub"), str(tmp_path / "again"))
     for stage, name in (("prior", "whole"), ("dvae", "dvae"), ("clip", "clip")):
@@ -111,13 +113,13 @@ def test_models_leave_and_come_back(before: Path, resumed: str, tmp_path: Path) 
         assert read_description(tmp_path / "again" / stage, stage)["sha256"] == old["sha256"]
 
 
-def test_a_folder_that_was_exported_before_comes_in(before: Path, tmp_path: Path) -> None:
+def test_an_old_export_is_imported(before: Path, tmp_path: Path) -> None:
     tapir("import", str(before / "hub"), str(tmp_path / "in"))
     old = read_description(BEFORE / "dvae", "dvae")
     assert read_description(tmp_path / "in" / "dvae", "dvae")["sha256"] == old["sha256"]
 
 
-def test_pictures_are_the_ones_of_before(before: Path, same_bits: bool, tmp_path: Path) -> None:
+def test_pictures_equal_the_old_ones(before: Path, same_bits: bool, tmp_path: Path) -> None:
     draw = ["--candidates=4", "--show=4"]
     tapir("sample", CAPTION, f"--out={tmp_path / 'a.png'}", *models(before), *draw)
     new, old = ((p.read_bytes(), str(p)) for p in (tmp_path / "a.png", BEFORE / "sample.png"))
@@ -126,15 +128,15 @@ def test_pictures_are_the_ones_of_before(before: Path, same_bits: bool, tmp_path
         assert (decode_rgb(*new) == decode_rgb(*old)).all()
 
 
-def test_a_checkpoint_of_before_draws(before: Path, tmp_path: Path) -> None:
+def test_an_old_checkpoint_is_sampled(before: Path, tmp_path: Path) -> None:
     stopped = shutil.copytree(BEFORE / "prior", tmp_path / "stopped")
     flags = [*models(before)[1:], f"--prior={stopped}", "--candidates=2", "--show=2"]
-    flags.append("--guidance=2")  # refused if the model's facts did not tell of dropped captions
+    flags.append("--guidance=2")  # needs the fact that captions were dropped
     text = tapir("sample", CAPTION, f"--out={tmp_path / 'a.png'}", *flags)
     assert (tmp_path / "a.png").exists() and "step-4" in text
 
 
-def test_a_run_file_of_before_is_sent(tmp_path: Path) -> None:
+def test_an_old_run_file_is_submitted(tmp_path: Path) -> None:
     text = tapir("submit", str(BEFORE / "run.yaml"), "--dry-run", cwd=tmp_path)
     assert text.count(OLD) == 1 and "at_once is now parallelism" in text
     commands = [line for line in text.splitlines() if OLD not in line]
@@ -150,6 +152,6 @@ def test_a_run_file_of_before_is_sent(tmp_path: Path) -> None:
         assert f"# {stage}\n" in text
 
 
-def test_a_report_of_before_is_written(before: Path) -> None:
+def test_a_report_of_an_old_run_is_written(before: Path) -> None:
     tapir("report", str(before))
     assert CAPTION.split()[-1] in (before / "report.html").read_text()

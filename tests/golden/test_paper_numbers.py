@@ -58,7 +58,7 @@ def test_published_dvae_has_97_616_006_parameters() -> None:
 
 
 def test_first_weights_of_the_published_dvae() -> None:
-    """Every convolution N(0, 1 / fan-in), the one that reads the codes as well; no bias."""
+    """Every convolution is N(0, 1 / fan-in), including the one that reads the codes; no bias."""
     dvae = DVAE(DVAEConfig(width=16, bottleneck=4, codebook=512, gain=0.0, init="paper"))
     for name, parameter in dvae.named_parameters():
         if parameter.dim() > 1 and parameter.numel() > 2000:
@@ -95,7 +95,7 @@ def test_schedules_of_the_published_dvae() -> None:
 def test_parameters_of_the_published_priors(
     preset: Callable[[], PriorTrain], dim: int, matrices: int, total: int
 ) -> None:
-    """Of the total, 2 * dim are our choice: a start of text and a start of the image, which the
+    """2 * dim of the total are our choice: start-of-text and start-of-image vectors, which the
     paper's figure 10 shows and its text does not count.
     """
     sizes = {"text_vocabulary": 16_384, "image_vocabulary": 8_192, "grid": 32}
@@ -123,7 +123,7 @@ def test_optimiser_of_the_published_prior() -> None:
 
 
 def test_share_of_pairs_that_the_masks_keep() -> None:
-    """Beside causal attention over all of the image: 6.34, 3.22 and 10.9%; 39.6% of everything."""
+    """Relative to causal attention over the image: 6.34, 3.22 and 10.9%; 39.6% of all pairs."""
     causal = 1024 * 1025 // 2
     for kind, share in (("row", 0.0634), ("column", 0.0322), ("conv", 0.109)):
         assert int(image_mask(kind, 32).sum()) / causal == pytest.approx(share, rel=5e-3)  # type: ignore[arg-type]

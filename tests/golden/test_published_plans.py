@@ -13,8 +13,8 @@ def test_throughput_of_published_runs_is_predicted() -> None:
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
-def test_their_operations_are_those_of_their_formula(run: Dense) -> None:
-    """A layer's matmuls, done four times, and the head's, done three times: within 2%."""
+def test_operations_of_published_runs_equal_their_formula(run: Dense) -> None:
+    """A layer's matmuls count four times, the head's three times: within 2%."""
     h, rows = run.hidden, run.batch * 2048
     layer = 24 * rows * h * h + 4 * rows * 2048 * h
     head = 2 * rows * 51_200 * h
@@ -22,7 +22,7 @@ def test_their_operations_are_those_of_their_formula(run: Dense) -> None:
 
 
 def test_predictions_between_the_rows_are_smooth() -> None:
-    """Every size between 1.7B and 1008B lies in the range of the published ones, or 5% beside."""
+    """Every size from 1.7B to 1008B is within the published range, or 5% outside it."""
     sizes = [(32, 3072, 30, 2, 1, 64, 512), (48, 6144, 40, 8, 1, 256, 1024)]
     sizes += [(80, 10240, 60, 8, 4, 1024, 1792), (128, 16384, 96, 8, 16, 1920, 2160)]
     for heads, hidden, layers, tensor, pipeline, gpus, batch in sizes:

@@ -1,4 +1,4 @@
-"""These tests are collected only where CUDA is, or for the device that the environment names."""
+"""These tests are collected only with CUDA, or for the device that the environment names."""
 
 import os
 
@@ -8,11 +8,11 @@ import torch
 from parallel.diagnostics.flight_recorder import remember
 
 DEVICE = os.environ.get("TAPIR_GPU_TESTS_DEVICE", "cuda")
-remember()  # the recorders look at the environment once
+remember()  # the recorders read the environment once
 collect_ignore_glob = [] if DEVICE != "cuda" or torch.cuda.is_available() else ["test_*.py"]
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """What is tested; the CPU in a dry run."""
+    """The tested device; the CPU in a dry run."""
     return torch.device(DEVICE)

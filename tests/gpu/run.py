@@ -1,6 +1,6 @@
-"""Everything that one GPU proves, in one command: tests/gpu, then `python -m bench gpu`.
+"""All checks on one GPU in one command: tests/gpu, then `python -m bench gpu`.
 
-Made for a bare machine: this tree and the standard library alone, no network, no make. Runs with
+For a bare machine: needs only this tree and the standard library, no network, no make. Runs with
 the Python of .venv if there is one, else with this one and the wheels of .whl
 (tests/gpu/wheels.py). Results go to $OUT, else to runs/gpu; a table comes last. Ends with 1 if a
 test failed or a figure missed what is wanted, with 2 if another run is at work there, or a GPU or
@@ -93,7 +93,7 @@ def _run(flags: argparse.Namespace, out: Path) -> int:
 
 
 def _python(environment: dict[str, str]) -> str:
-    """The Python to run with; where there is no .venv, the wheels are put in its way."""
+    """The Python to run with; without a .venv, the wheels are put on its path."""
     own = ROOT / ".venv" / "bin" / "python"
     paths = [str(ROOT)]
     if not own.exists() and any((ROOT / ".whl").glob("*.whl")):
@@ -108,7 +108,7 @@ def _python(environment: dict[str, str]) -> str:
 
 
 def _tests(python: str, environment: dict[str, str], out: Path, until: float) -> None:
-    """Worlds of several ranks beside the tests of one process, so that no core idles."""
+    """Run tests of worlds beside those of one process, so that no core idles."""
     tests = [python, "-m", "pytest", "-m", "big or not big", "-p", "no:cacheprovider"]
     folder, running = "tests/gpu", []
     for name, chosen in (
@@ -121,7 +121,7 @@ def _tests(python: str, environment: dict[str, str], out: Path, until: float) ->
 
 
 def _start(command: list[str], environment: dict[str, str], log: Path) -> "subprocess.Popen[bytes]":
-    """Start a process in its own session; no signal ends this one before it has noted it."""
+    """Start a process in its own session; no signal ends this one before the child is recorded."""
     print(f"{log.name}: {' '.join(command)}", flush=True)
     signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     try:
@@ -147,7 +147,7 @@ def _before_it_runs() -> None:
 
 
 def _end(running: "list[subprocess.Popen[bytes]]", until: float) -> None:
-    """Wait for processes; what runs after the time is killed with all that it started."""
+    """Wait for processes; those that exceed the time are killed with their children."""
     for process in running:
         try:
             process.wait(max(until - time.monotonic(), 0.1))
@@ -157,13 +157,13 @@ def _end(running: "list[subprocess.Popen[bytes]]", until: float) -> None:
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """Kill a process with all that it started."""
+    """Kill a process and its session."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def table(out: Path) -> tuple[str, list[str]]:
-    """What was found, as Markdown, and the names of what failed."""
+    """Results as a Markdown table, and the names of failures."""
     lines, failed = ["| what | figure | wanted | |", "|---|---|---|---|"], []
     for name in ("tests-gpu", "tests-gpu-ranks"):
         counted, bad = _counted(out / f"{name}.xml")
@@ -186,7 +186,7 @@ def table(out: Path) -> tuple[str, list[str]]:
 
 
 def _counted(report: Path) -> tuple[str, list[str]]:
-    """How many tests passed, with the largest of what they measured; names of those that failed."""
+    """Number of passed tests with their largest figures; names of failed tests."""
     if not report.exists():
         return "left no report: see its log", [report.stem]
     cases = list(ElementTree.parse(report).iter("testcase"))

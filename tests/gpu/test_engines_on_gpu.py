@@ -1,4 +1,4 @@
-"""A step on a GPU equals the CPU's; checkpoints go both ways; a resumed run is the unbroken one."""
+"""A step on a GPU equals the CPU's; checkpoints move both ways; resuming is exact."""
 
 import pytest
 import torch
@@ -11,26 +11,26 @@ from parallel.device import CPU
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_steps_equal_the_cpus(precision: str, device: torch.device) -> None:
     exact = train(engine_on(CPU, precision), CPU, range(STEPS))
-    found = train(engine_on(device, precision), device, range(STEPS))
+    results = train(engine_on(device, precision), device, range(STEPS))
     assert max(result.grad_norm for result in exact) > 1.0, "clipping never acted"
-    assert largest_difference(found, exact) < BOUND[precision]
+    assert largest_difference(results, exact) < BOUND[precision]
 
 
 @pytest.mark.parametrize("background", [False, True])
-@pytest.mark.parametrize("way", ["to", "from"])
+@pytest.mark.parametrize("direction", ["to", "from"])
 def test_a_checkpoint_keeps_every_bit_between_cpu_and_gpu(
-    way: str, background: bool, device: torch.device
+    direction: str, background: bool, device: torch.device
 ) -> None:
-    source, target = (CPU, device) if way == "to" else (device, CPU)
-    found = moved(source, target, background)
-    assert found["lost"] == 0
-    assert found["repeated"] == 0
-    assert found["drift"] < BOUND["fp32"]
+    source, target = (CPU, device) if direction == "to" else (device, CPU)
+    figures = moved(source, target, background)
+    assert figures["lost"] == 0
+    assert figures["repeated"] == 0
+    assert figures["drift"] < BOUND["fp32"]
 
 
 def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(device: torch.device) -> None:
-    found = moved(device, device, background=True)
-    assert (found["lost"], found["unbroken"]) == (0, 0)
+    figures = moved(device, device, background=True)
+    assert (figures["lost"], figures["unbroken"]) == (0, 0)
 
 
 def test_the_same_steps_give_the_same_bits(device: torch.device) -> None:

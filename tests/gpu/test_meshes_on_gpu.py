@@ -25,8 +25,8 @@ def test_every_operation_gives_what_gloo_gives(tmp_path: Path, device: torch.dev
     payload: dict[str, Any] = {"out": str(tmp_path), "kind": device.type}
     ranks = run_world("tests.operations:try_operations", payload, 3)
     assert len(ranks) == 3
-    for rank, found in enumerate(ranks):
-        for name, (staged, gloo) in found.items():
+    for rank, results in enumerate(ranks):
+        for name, (staged, gloo) in results.items():
             assert staged == gloo, f"rank {rank}: {name}"
 
 
@@ -37,6 +37,6 @@ def test_a_mesh_trains_as_one_process_does(
     precision = name.split()[-1]
     single, other = meshes[f"one process {precision}"], meshes[name]
     assert max(row["grad_norm"] for row in single) > 1.0, "clipping never acted"
-    found = difference(single, other)
-    record_property(f"difference in {precision}", found)
-    assert found < BOUND[precision]
+    worst = difference(single, other)
+    record_property(f"difference in {precision}", worst)
+    assert worst < BOUND[precision]

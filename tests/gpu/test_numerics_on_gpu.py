@@ -1,4 +1,4 @@
-"""What docs/reliability.md says of a GPU's bits: fp32 codes are the CPU's, and runs repeat."""
+"""docs/reliability.md's promises on a GPU: fp32 codes equal the CPU's, and runs repeat."""
 
 import json
 import warnings
@@ -24,9 +24,9 @@ RACES = "does not have a deterministic implementation"
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory, device: torch.device) -> Chain:
     """Raw pairs and a tokenizer."""
-    found = Chain(folder=tmp_path_factory.mktemp("chain"), device=device)
-    found.pack()
-    return found
+    trained = Chain(folder=tmp_path_factory.mktemp("chain"), device=device)
+    trained.pack()
+    return trained
 
 
 @pytest.mark.parametrize("stage", ["dvae", "clip", "prior"])
@@ -52,13 +52,13 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(
 
 def _digest(chain: Chain, stage: str) -> str:
     """sha256 of the weights."""
-    found: str = json.loads((chain.folder / stage / "model.json").read_bytes())["sha256"]
-    return found
+    digest: str = json.loads((chain.folder / stage / "model.json").read_bytes())["sha256"]
+    return digest
 
 
 @torch.no_grad()
 def test_fp32_codes_are_those_of_the_cpu(device: torch.device) -> None:
-    """Of 16,384 codes at most one near tie falls otherwise; TF32 makes many do so."""
+    """At most one near tie in 16,384 codes differs; with TF32 many do."""
     dvae = DVAE(DVAEConfig(pixels=64, groups=3, width=32, codebook=512)).eval()
     pictures = torch.rand(64, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     pictures = torch.nn.functional.avg_pool2d(pictures, 5, 1, 2)

@@ -1,4 +1,4 @@
-"""Candidates and scores on a GPU are those of the CPU, but for near ties and rounding."""
+"""Candidates and scores on a GPU equal the CPU's except for near ties and rounding."""
 
 from pathlib import Path
 
@@ -21,15 +21,15 @@ from tests.unit.models.test_models import CONFIG, trained_like
 
 
 def test_candidates_are_those_of_the_cpu(device: torch.device) -> None:
-    """A draw whose two best codes are nearly tied may fall otherwise: one of twelve at most."""
+    """A draw with a near tie may differ: one of twelve at most."""
     draws = torch.Generator().manual_seed(0)
     text = torch.randint(0, 30, (2, CONFIG.text_length), generator=draws)
-    found = []
+    codes = []
     for place in (CPU, device):
         decoder = Decoder(LocalPrior(layers=trained_like().to(place), config=CONFIG))
-        found.append(draw(decoder, text, keys_of(2, 6), DrawSettings(), None).flatten(0, 1))
-    assert len(found[0].unique(dim=0)) > 6
-    assert int((found[0] != found[1]).any(1).sum()) <= 1
+        codes.append(draw(decoder, text, keys_of(2, 6), DrawSettings(), None).flatten(0, 1))
+    assert len(codes[0].unique(dim=0)) > 6
+    assert int((codes[0] != codes[1]).any(1).sum()) <= 1
 
 
 def test_scores_are_those_of_the_cpu(tmp_path: Path, device: torch.device) -> None:
@@ -38,7 +38,7 @@ def test_scores_are_those_of_the_cpu(tmp_path: Path, device: torch.device) -> No
     captions = [caption.text for caption in open_evaluation(data).captions]
     models = write_models(tmp_path, captions)
     config = ScoreConfig(candidates=2, captions=10, block=5, radii=(0.0, 1.0))
-    found = []
+    values = []
     for number, place in enumerate((CPU, device)):
         mesh = Mesh(world=World(device=place))
         given = {"inception": None, "overlap": None, "out": tmp_path / str(number)}
@@ -46,5 +46,5 @@ def test_scores_are_those_of_the_cpu(tmp_path: Path, device: torch.device) -> No
         alone = JobWorker(number=0, count=1)
         scores = job.run(lambda mesh=mesh: open_studio(models, config.precision, mesh), alone)
         assert scores is not None
-        found.append([row[name] for row in scores["rows"] for name in ("fid", "is")])
-    assert np.isfinite(found).all() and np.allclose(*found, rtol=1e-3)
+        values.append([row[name] for row in scores["rows"] for name in ("fid", "is")])
+    assert np.isfinite(values).all() and np.allclose(*values, rtol=1e-3)

@@ -12,11 +12,11 @@ def test_decoded_logits_equal_the_cpu(device: torch.device) -> None:
     draws = torch.Generator().manual_seed(0)
     text = torch.randint(0, 30, (2, config.text_length), generator=draws)
     image = torch.randint(0, 20, (2, 64), generator=draws)
-    found = []
+    logits = []
     for place in (torch.device("cpu"), device):
         layers = dict(build_prior(config).to(place).items())
         decoder = Decoder(LocalPrior(layers=layers, config=config))
         lane = decoder.start(text.to(place), image[:, :5].to(place), 1)
         rows = [decoder.next(lane, at, image[:, at - 1].to(place)) for at in range(5, 64)]
-        found.append(torch.stack([row.cpu() for row in rows if row is not None]))
-    assert torch.allclose(*found, atol=1e-4)
+        logits.append(torch.stack([row.cpu() for row in rows if row is not None]))
+    assert torch.allclose(*logits, atol=1e-4)

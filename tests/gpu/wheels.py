@@ -1,4 +1,4 @@
-"""Wheels for a GPU machine without a network: laid where there is an index, installed there.
+"""Wheels for a GPU machine without a network: downloaded beforehand, installed there.
 
 `lay` needs an index and any Python 3; `install` needs pip alone. Only the standard library is
 imported: this runs before anything is installed.
@@ -34,7 +34,7 @@ class WheelsError(Exception):
 
 
 def plain(name: str) -> str:
-    """A project's name as it begins the name of its wheel."""
+    """A project's name as in its wheel's file name."""
     return re.sub(r"[-_.]+", "_", name).lower()
 
 
@@ -51,14 +51,14 @@ def names(file: Path) -> list[str]:
     return [plain(re.split("[<>=;]", line)[0].strip()) for line in lines if line]
 
 
-def wanted() -> dict[str, str]:
-    """Names and versions of the wheels that travel."""
+def pinned_versions() -> dict[str, str]:
+    """Names and versions of the wheels to install."""
     versions = pins(ROOT / "constraints" / "gpu.txt", LIST)
     return {name: versions[name] for name in names(LIST)}
 
 
 def laid(folder: Path, wheels: Mapping[str, str]) -> dict[str, Path]:
-    """The wheels in a folder that are to travel; all others are removed from it."""
+    """The needed wheels in a folder; all others are removed."""
     prefixes = {f"{name}-{version}-": name for name, version in wheels.items()}
     there = {}
     for path in sorted(folder.glob("*.whl")):
@@ -74,7 +74,7 @@ def laid(folder: Path, wheels: Mapping[str, str]) -> dict[str, Path]:
 def lay(folder: Path, wheels: Mapping[str, str]) -> int:
     """Fetch or build the wheels that are missing; returns how many.
 
-    Raises: WheelsError if pip does not get them; those that it got are kept.
+    Raises: WheelsError if pip cannot fetch one; fetched ones are kept.
     """
     folder.mkdir(exist_ok=True)
     _sweep(folder)
@@ -95,7 +95,7 @@ def lay(folder: Path, wheels: Mapping[str, str]) -> int:
 
 
 def _sweep(folder: Path) -> None:
-    """Delete what runs that were killed have left."""
+    """Delete leftovers of killed runs."""
     for left in folder.glob(f"{_UNFINISHED}*-*"):
         if not Path("/proc", left.name.removeprefix(_UNFINISHED).split("-")[0]).exists():
             shutil.rmtree(left, ignore_errors=True)
@@ -108,7 +108,7 @@ def fits(wheel: str) -> bool:
 
 
 def weigh(folder: Path, root: Path = ROOT) -> str:
-    """Add up the files that git does not ignore and the wheels; returns it in words.
+    """Size of the files that git does not ignore and of the wheels, as text.
 
     Raises: WheelsError if it is more than may travel.
     """
@@ -194,11 +194,11 @@ def main() -> int:
     flags = parser.parse_args()
     try:
         if flags.verb == "lay":
-            new = lay(flags.wheels, wanted())
+            new = lay(flags.wheels, pinned_versions())
             print(f"{new} fetched; {weigh(flags.wheels)}")
         else:
             new = install(flags.wheels, flags.site.absolute())
-            path = f"{ROOT}:{flags.site.absolute()}"  # in this order: a wheel brings `tests` too
+            path = f"{ROOT}:{flags.site.absolute()}"  # first: a wheel contains `tests` too
             print(f"{new} wheels installed; export PYTHONPATH={path}")
     except WheelsError as error:
         print(error, file=sys.stderr)

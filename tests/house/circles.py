@@ -1,6 +1,6 @@
 """Import circles between modules.
 
-Every import counts, wherever it stands: in a function, under TYPE_CHECKING, and as a string that
+Every import counts: at the top, in a function, under TYPE_CHECKING, and as a string that
 names a module ("a.b") or a function of one ("a.b:f"), as registries, preload lists, launchers and
 importlib take them. A module that names itself, to start ranks that run one of its functions, is
 no circle.
@@ -48,7 +48,7 @@ def circles(sources: Iterable[Source]) -> list[str]:
 
 
 def edges_of(source: Source, known: Modules) -> Iterator[Edge]:
-    """Every module of ours that a file imports or names in a string, but itself.
+    """Every module of ours, except itself, that a file imports or names in a string.
 
     An import runs the __init__ of the packages above its module, too, except those that are
     already being imported because they hold the file.

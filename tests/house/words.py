@@ -64,7 +64,7 @@ def _is_banned(name: str) -> bool:
 
 
 def _module_names(source: Source, folders: set[str]) -> list[str]:
-    """The file's own name, and that of its folder in the first file of each folder."""
+    """The file's name, and for the first file of a folder also the folder's."""
     path = PurePosixPath(source.path)
     is_new = source.folder not in folders
     folders.add(source.folder)

@@ -1,4 +1,4 @@
-"""A job that reads one epoch and notes what it read: the data side of a training run, alone."""
+"""A job that reads one epoch and records what it read: a training run's data side alone."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ def open_stream(data: str, rank: int = 0, ranks: int = 1) -> Stream:
 
 
 def read_epoch(payload: str) -> None:
-    """Go on from state.json; rank 0 saves the position behind every step that all have noted."""
+    """Continue from state.json; rank 0 saves the position after each step that all recorded."""
     given = json.loads(payload)
     world, out = join_world(), Path(given["out"])
     stream = open_stream(given["data"], world.rank, world.size)

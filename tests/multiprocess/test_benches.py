@@ -1,4 +1,4 @@
-"""Every benchmark runs, in miniature, from a folder whose files are called as Python's modules."""
+"""Every benchmark runs in miniature, from a folder of files named like Python's modules."""
 
 import json
 import math
@@ -21,8 +21,8 @@ HIDING = ("profile", "random", "statistics", "json", "queue")
 
 
 def test_every_file_with_a_benchmark_is_listed() -> None:
-    found = {"attention", "gpu", "loader", "profile", "stream", "train_step"}
-    assert found < set(names()) and not {"workers", "loader_child", "sizes"} & set(names())
+    listed = {"attention", "gpu", "loader", "profile", "stream", "train_step"}
+    assert listed < set(names()) and not {"workers", "loader_child", "sizes"} & set(names())
 
 
 @pytest.mark.parametrize("name", names())

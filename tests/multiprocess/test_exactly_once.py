@@ -1,4 +1,4 @@
-"""An epoch over real shards, killed at random and gone on with by other numbers of ranks."""
+"""An epoch over real shards, killed at random and continued by other numbers of ranks."""
 
 import json
 import os
@@ -68,17 +68,17 @@ def _run_and_kill(data: Path, out: Path, attempt: int, ranks: int, until: int | 
 
 
 def _batches(out: Path) -> dict[int, list[int]]:
-    """The global batch of every step; what two attempts read of one step must be equal."""
-    found: dict[int, dict[int, list[list[int]]]] = defaultdict(dict)
+    """The global batch of every step; two attempts must read the same batch at a step."""
+    by_step: dict[int, dict[int, list[list[int]]]] = defaultdict(dict)
     for path in sorted(out.glob("read-*.jsonl")):
         attempt = int(path.name.split("-")[1])
         for line in path.read_text().splitlines():
-            if line.endswith("}"):  # a kill may cut the last one
+            if line.endswith("}"):  # a kill may truncate the last line
                 row = json.loads(line)
-                found[row["step"]].setdefault(attempt, [[] for _ in range(WORLDS[attempt])])
-                found[row["step"]][attempt][row["rank"]] = row["ids"]
+                by_step[row["step"]].setdefault(attempt, [[] for _ in range(WORLDS[attempt])])
+                by_step[row["step"]][attempt][row["rank"]] = row["ids"]
     batches: dict[int, list[int]] = {}
-    for step, attempts in found.items():
+    for step, attempts in by_step.items():
         whole = [[i for part in parts for i in part] for parts in attempts.values() if all(parts)]
         assert whole and all(batch == whole[0] for batch in whole), step
         batches[step] = whole[0]

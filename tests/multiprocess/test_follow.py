@@ -30,9 +30,9 @@ def test_samples_of_each_checkpoint_stand_in_tensorboard(
     models = [f"--prior={prior}", f"--dvae={dvae}", f"--bpe={bpe}", "--no-rerank"]
     few = ["--candidates=3", "--show=2"]
     best = tmp_path / "best.png"
-    said = tapir("sample", *CAPTIONS, *models, *few, f"--out={best}", "--follow")
+    output = tapir("sample", *CAPTIONS, *models, *few, f"--out={best}", "--follow")
     assert training.wait(PATIENCE) == 0
-    rows = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     none: dict[str, list[float]] = {caption: [] for caption in CAPTIONS}
     assert rows == [{"step": step, "scores": none} for step in (4, 8, STEPS)]
     assert _shown(prior) == {f"samples/{caption}": [4, 8, STEPS] for caption in CAPTIONS}
@@ -43,8 +43,8 @@ def test_samples_of_each_checkpoint_stand_in_tensorboard(
     assert '"step"' not in tapir(*again)
     tapir("sample", *CAPTIONS, *models, "--follow", "--step=4", code=2)
     _damage(prior / "checkpoints" / "step-8")
-    said = tapir("sample", "a cat", *models, *few, f"--out={best}", "--follow")
-    assert "damaged" in said and "step 12: samples" in said
+    output = tapir("sample", "a cat", *models, *few, f"--out={best}", "--follow")
+    assert "damaged" in output and "step 12: samples" in output
     before = {f"samples/{caption}": [4, 8, STEPS] for caption in CAPTIONS}
     assert _shown(prior) == {**before, "samples/a cat": [4, STEPS]}
     for step in (4, STEPS):
@@ -65,7 +65,7 @@ def _damage(checkpoint: Path) -> None:
 
 
 def test_a_follower_that_is_too_slow_goes_on_with_the_newest(tmp_path: Path) -> None:
-    """Else it would ask for the next one to be deleted, and for the next, and draw none."""
+    """Otherwise each checkpoint would be deleted before it is read."""
     config = {"stage": "prior", "loop": {"steps": 9}, "checkpoint": {"to": str(tmp_path / "c")}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     store = FolderStore(tmp_path / "c")
@@ -82,7 +82,7 @@ def test_a_follower_that_is_too_slow_goes_on_with_the_newest(tmp_path: Path) -> 
     assert list(steps) == []
 
 
-def test_what_has_no_checkpoints_is_not_followed(tmp_path: Path) -> None:
+def test_a_folder_without_checkpoints_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no prior in"):
         next(steps_to_draw(tmp_path))
     (tmp_path / "model.json").write_text("{}")

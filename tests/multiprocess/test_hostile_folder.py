@@ -1,4 +1,4 @@
-"""Tapir in a folder whose files are called as its own modules are: nothing of them runs."""
+"""Tapir in a folder of files named like its own modules runs none of them."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def hostile(tmp_path: Path) -> Iterator[Path]:
 
 
 def bare() -> dict[str, str]:
-    """The environment of a user who has installed Tapir, and knows nothing of its modules."""
+    """The environment of a user who has installed Tapir."""
     return {k: v for k, v in ENVIRONMENT.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH")}
 
 
@@ -56,7 +56,7 @@ def run(command: list[str], cwd: Path, code: int = 0, **extra: str) -> str:
 
 
 def beside(name: str) -> str:
-    """A program of this environment."""
+    """Path of a program of this environment."""
     return str(Path(sys.executable).with_name(name))
 
 
@@ -64,7 +64,7 @@ def beside(name: str) -> str:
 def test_every_verb_works(
     hostile: Path, raw: Path, bpe: Path, tokens: Path, dvae: Path, tmp_path: Path
 ) -> None:
-    """Those that the demo and a submitted chain start are run by their tests in such a folder."""
+    """Verbs of the demo and of chains are tested in such a folder by their own tests."""
     data, prior = str(raw), str(tmp_path / "prior")
     run_file = tmp_path / "run.yaml"
     stages = {"pack": {"source": "shapes"}, "prior": {"nodes": 2, "flags": {"data": str(tokens)}}}
@@ -119,7 +119,7 @@ def test_torchrun_joins_ranks_as_the_reference_shows_it(
 
 @pytest.mark.parametrize("left", ["{}", ":", "{}/models:{}:"])
 def test_a_pythonpath_that_was_left_over_hides_nothing(tmp_path: Path, left: str) -> None:
-    """Packages that are called as ours are passed over, in children too; others' stay in reach."""
+    """Folders named like our packages are skipped, in children too; other packages still import."""
     hostile = hostile_folder(tmp_path / "hostile", only_ours=True)
     code = """
 import os, subprocess, sys, tapir
@@ -137,6 +137,6 @@ subprocess.run([sys.executable, "-c", child], check=True)
     assert foreign_code(hostile) == []
 
 
-def test_the_names_that_are_guarded_are_all_packages() -> None:
-    found = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    assert found - {"tests", "bench"} == set(PACKAGES)
+def test_all_packages_are_guarded() -> None:
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert packages - {"tests", "bench"} == set(PACKAGES)

@@ -10,9 +10,9 @@ from tests.harness import run_world
 
 @pytest.mark.world
 def test_ranks_meet_and_report(tmp_path: Path) -> None:
-    found = run_world("tests.multiprocess.training.worlds:sum_ranks", {"out": str(tmp_path)}, 3)
-    assert [value for value, _ in found] == [6.0, 6.0, 6.0]
-    assert len({pid for _, pid in found}) == 3
+    results = run_world("tests.multiprocess.training.worlds:sum_ranks", {"out": str(tmp_path)}, 3)
+    assert [value for value, _ in results] == [6.0, 6.0, 6.0]
+    assert len({pid for _, pid in results}) == 3
 
 
 def test_a_failing_rank_fails_the_world(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A run file on this machine: the chain runs behind the terminal, can be cancelled and goes on."""
+"""A run file on this machine: the chain runs in the background, is cancelled and continues."""
 
 import json
 import resource
@@ -32,7 +32,7 @@ def write(folder: Path, launcher: str = "tapir", **stages: Any) -> Path:
 
 
 def states(out: Path) -> dict[str, str]:
-    """What `tapir status` says."""
+    """State of each stage by `tapir status`."""
     return dict(json_of("status", str(out)))
 
 
@@ -49,8 +49,8 @@ def test_a_chain_is_cancelled_and_goes_on(tmp_path: Path) -> None:
         time.sleep(0.1)
     tapir("cancel", str(out))
     assert not processes_with(str(out))
-    said = states(out)
-    assert said["pack"] == "done" and said["bpe"] == "done" and "75" in said["dvae"]
+    by_stage = states(out)
+    assert by_stage["pack"] == "done" and by_stage["bpe"] == "done" and "75" in by_stage["dvae"]
     reached = len(rows_of(out / "dvae"))
     assert reached < 100 and list((out / "dvae" / "checkpoints").glob("step-*/manifest.json"))
     tapir("resume", str(out), "--wait")
@@ -65,23 +65,23 @@ def test_a_chain_is_cancelled_and_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.world
-def test_behind_a_failed_stage_nothing_runs(tmp_path: Path) -> None:
+def test_nothing_runs_after_a_failed_stage(tmp_path: Path) -> None:
     clip = {"flags": {"loop.validation_samples": 8, "order.lanes": 2, "loop.global_batch_size": 8}}
     path = write(tmp_path, bpe={"flags": {"texts": str(tmp_path / "none")}}, clip=clip)
     tapir("submit", str(path), "--wait", code=1)
-    said = states(tmp_path / "out")
-    assert said["pack"] == "done"
-    assert said["bpe"] == "failed (exit code 2)" and said["clip"].startswith("not run")
+    by_stage = states(tmp_path / "out")
+    assert by_stage["pack"] == "done"
+    assert by_stage["bpe"] == "failed (exit code 2)" and by_stage["clip"].startswith("not run")
     until = time.monotonic() + PATIENCE
     while processes_with(str(tmp_path / "out")) and time.monotonic() < until:
-        time.sleep(0.1)  # what runs the chain ends after its last job is told
+        time.sleep(0.1)  # the chain's process ends after it reports its last job
     assert not processes_with(str(tmp_path / "out"))
 
 
 @pytest.mark.slow
 def test_an_unfit_machine_runs_nothing(tmp_path: Path) -> None:
     path, files = write(tmp_path), resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, files[1]))  # what is started inherits it
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, files[1]))  # children inherit it
     try:
         cold_tapir("submit", str(path), "--wait", code=1)
     finally:

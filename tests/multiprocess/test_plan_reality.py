@@ -1,4 +1,4 @@
-"""What `tapir plan` counts beforehand is what engines hold, send and keep when they really run."""
+"""The counts of `tapir plan` equal what live engines allocate, send and keep."""
 
 import json
 import weakref
@@ -94,7 +94,7 @@ def planned(case: Case, rank: int) -> Loads:
 
 
 class Kept:
-    """Bytes of tensors that autograd holds at most at a time, each storage once."""
+    """Peak bytes of tensors that autograd holds, each storage counted once."""
 
     def __init__(self, weights: list[torch.nn.Parameter], batches: Iterable[Tensor]) -> None:
         self._weights, self._outside = weights, {_key(x) for x in batches}
@@ -131,7 +131,7 @@ def _key(x: Tensor) -> int:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Of all storages, each once."""
+    """Bytes of all storages, each counted once."""
     return sum({_key(x): x.untyped_storage().nbytes() for x in tensors}.values())
 
 
@@ -140,12 +140,12 @@ def measure_ranks(payload: str) -> None:
     body = json.loads(payload)
     world = join_world()
     torch.set_float32_matmul_precision("highest")
-    found = {}
-    with recorded(Mesh(world=world)) as ledger:  # DeepSpeed keeps the functions it finds first
+    figures = {}
+    with recorded(Mesh(world=world)) as ledger:  # DeepSpeed keeps references to the first functions
         for row in body["cases"]:
             case = from_json(Case, row)
-            found[case.name] = _measure(case, world, ledger)
-    Path(body["out"], f"result-{world.rank}.json").write_text(json.dumps(found))
+            figures[case.name] = _measure(case, world, ledger)
+    Path(body["out"], f"result-{world.rank}.json").write_text(json.dumps(figures))
     leave_world(world)
 
 
@@ -172,10 +172,10 @@ def _measure(case: Case, world: World, ledger: Ledger) -> dict[str, Any]:
             engine.step(micro, 1e-4)
     carrying = {handle or dist.group.WORLD for handle in ledger._group_labels}
     sizes = sorted(n for n in map(dist.get_world_size, carrying) if n > 1)
-    found = {**_model_bytes(engine, weights, seen), "activations": kept.peak}
+    sizes_in_bytes = {**_model_bytes(engine, weights, seen), "activations": kept.peak}
     says = engine.memory()
     engine.close()
-    return {"bytes": found, "comm": traffic.counts, "says": says, "groups": sizes}
+    return {"bytes": sizes_in_bytes, "comm": traffic.counts, "says": says, "groups": sizes}
 
 
 def _micro_batches(case: Case, step: int, replica: int) -> list[dict[str, Tensor]]:
@@ -193,7 +193,7 @@ def _at_gradient(weights: list[torch.nn.Parameter], seen: dict[str, int]) -> Non
 
 
 def _at_update(engine: Any, seen: dict[str, int]) -> str:
-    """Gradients that are there when the update is decided."""
+    """Gradients that exist when the update is decided."""
     optimizer = getattr(getattr(engine, "_engine", None), "optimizer", None)
     if optimizer is not None:
         parts = [g for group in optimizer.averaged_gradients.values() for g in group]
@@ -226,7 +226,7 @@ def _model_bytes(
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """Case -> what each rank counted; one world for all cases of a size."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    by_case: dict[str, list[dict[str, Any]]] = {}
     for world in (2, 4):
         out = tmp_path_factory.mktemp(f"world{world}")
         cases = [case for case in [*CASES, TRAFFIC_ONLY] if case.mesh.world == world]
@@ -235,8 +235,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
         preload = ["torch", "torch.distributed", *sorted(modules)]
         launch(f"{__name__}:measure_ranks", json.dumps(payload), world, preload)
         ranks = [json.loads((out / f"result-{r}.json").read_text()) for r in range(world)]
-        found |= {case.name: [rank[case.name] for rank in ranks] for case in cases}
-    return found
+        by_case |= {case.name: [rank[case.name] for rank in ranks] for case in cases}
+    return by_case
 
 
 @pytest.mark.world
@@ -264,7 +264,7 @@ def test_traffic_of_every_rank(case: Case, measured: dict[str, list[dict[str, An
 def test_process_groups_of_every_rank(
     case: Case, measured: dict[str, list[dict[str, Any]]]
 ) -> None:
-    """Those that carry something: NCCL makes buffers for each."""
+    """Groups that communicate: NCCL allocates buffers for each."""
     sizes = sorted(ranks for ranks, _ in communicators(planned(case, 0).settings))
     for rank, real in enumerate(measured[case.name]):
         assert sizes == real["groups"], f"rank {rank}"

@@ -1,4 +1,4 @@
-"""The profile of real ranks: what it adds up to, that it changes nothing, traces on demand."""
+"""The profile of real ranks: its sums, equal losses with and without it, traces on demand."""
 
 import gzip
 import json
@@ -43,7 +43,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def runs(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {name: tmp_path_factory.mktemp(name) for name in RUNS}
+    folders = {name: tmp_path_factory.mktemp(name) for name in RUNS}
     tiny = prior_tiny()
     settings = replace(
         tiny,
@@ -52,12 +52,12 @@ def runs(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
         engine=EngineConfig(name="deepspeed_pipe", gradient_accumulation_steps=4),
     )
     body = json.dumps({"stage": "prior", **to_json(settings)})
-    (found["pipe"] / "config.json").write_text(body)
-    request_trace(found["pipe"], 2, [1, 0])
+    (folders["pipe"] / "config.json").write_text(body)
+    request_trace(folders["pipe"], 2, [1, 0])
     for name, flags in RUNS.items():
-        run = ["train", "prior", "tiny", f"--data={tokens}", f"--out={found[name]}"]
+        run = ["train", "prior", "tiny", f"--data={tokens}", f"--out={folders[name]}"]
         tapir(*run, *FLAGS, *flags)
-    return found
+    return folders
 
 
 def _events(path: Path) -> list[dict[str, Any]]:
@@ -77,8 +77,8 @@ def test_losses_are_the_same_with_and_without(runs: dict[str, Path]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["on", "pipe"])
-def test_every_moment_of_every_rank_is_booked(name: str, runs: dict[str, Path]) -> None:
-    """Steps were over at `times`; what lies between two of them is the sum of the categories."""
+def test_all_time_of_every_rank_is_in_a_category(name: str, runs: dict[str, Path]) -> None:
+    """The time between two steps' ends is the sum of the categories."""
     rings = read_rings(runs[name])
     assert [ring.rank for ring in rings] == [0, 1]
     for ring in rings:
@@ -118,14 +118,14 @@ def test_traces_are_of_the_steps_and_ranks_asked_for(runs: dict[str, Path]) -> N
     (flags,) = traces(runs["on"])
     assert (flags.parent.name, flags.name.split(".")[0]) == ("trace-4-5", "rank-1")
     names = {event.get("name", "") for event in _events(flags)}
-    wanted = ("compute", "optimizer", "all_gather_into_tensor over data")
-    assert {f"tapir: {name}" for name in wanted} <= names
+    expected = ("compute", "optimizer", "all_gather_into_tensor over data")
+    assert {f"tapir: {name}" for name in expected} <= names
     assert sum(name.startswith("ProfilerStep#") for name in names) == 2
     assert "ui.perfetto.dev" in tapir("profile", str(runs["on"]), "--trace")
 
 
 @pytest.mark.slow
-def test_a_request_is_heeded_by_all_ranks_at_the_same_step(runs: dict[str, Path]) -> None:
+def test_all_ranks_start_a_requested_trace_at_the_same_step(runs: dict[str, Path]) -> None:
     asked = traces(runs["pipe"])
     assert {path.parent.name for path in asked} == {"trace-4-5"}
     assert {path.name.split(".")[0] for path in asked} == {"rank-0", "rank-1"}

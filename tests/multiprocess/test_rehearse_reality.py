@@ -1,4 +1,4 @@
-"""What a rehearsal says of each rank is what the rank really communicates over gloo."""
+"""The rehearsed operations of each rank equal those that it really runs over gloo."""
 
 import os
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ MODEL = PriorConfig(
 def prior(
     mesh: MeshConfig, rank: int = 0, precision: Any = "fp32", samples: int = 2, **engine: Any
 ) -> PriorTrain:
-    """A small prior with so many samples a micro-batch."""
+    """A small prior with a micro-batch of `samples`."""
     settings = EngineConfig(gradient_accumulation_steps=2, precision=precision, **engine)
     return PriorTrain(
         model=MODEL,
@@ -102,10 +102,10 @@ def run_real(task: RankTask, _: Any) -> Sequence:
     with groups_noted(recorder, lambda named: None), Listening(recorder):
         train(task)
         recorder.close_groups()
-        found = replace(recorder.sequence, operations=list(recorder.sequence.operations))
+        sequence = replace(recorder.sequence, operations=list(recorder.sequence.operations))
         torch.distributed.barrier()  # no rank leaves while another one still waits for it
         torch.distributed.destroy_process_group()
-    return found
+    return sequence
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def pool() -> Iterator[Pool]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_the_rehearsed_sequence_is_the_real_one(name: str, pool: Pool, tmp_path: Path) -> None:
+def test_the_rehearsed_sequence_equals_the_real_one(name: str, pool: Pool, tmp_path: Path) -> None:
     """On every rank, over steps, validations, saves and the end: the same operations in the same
     order, of the same groups, types, bytes and backends, from the same lines."""
     stage, settings = CASES[name]
@@ -153,7 +153,7 @@ def test_ranks_that_claim_gpus_make_the_calls_of_those_on_the_cpu(
 ) -> None:
     """fp16 aside, which is emulated on CPUs: the same calls, tensors by nccl, objects by gloo."""
     stage, settings = CASES[name]
-    found = {}
+    sequences = {}
     for running in (pool, gpus):
         device = running.device
         ends = [0, settings.mesh.world - 1]
@@ -161,8 +161,8 @@ def test_ranks_that_claim_gpus_make_the_calls_of_those_on_the_cpu(
             RankTask(stage=stage, settings=settings, rank=rank, steps=1, device=device)
             for rank in (ends if settings.mesh.pipeline == 1 else range(settings.mesh.world))
         ]
-        found[device] = running.run(tasks, run_rank, 2)
-    for one, other in zip(found["cpu"], found["cuda"], strict=True):
+        sequences[device] = running.run(tasks, run_rank, 2)
+    for one, other in zip(sequences["cpu"], sequences["cuda"], strict=True):
         assert not other.failure, other.failure
         for mine, theirs in zip(one.operations, other.operations, strict=True):
             backend = "" if theirs.kind == CREATE else "gloo" if theirs.dtype == OBJECTS else "nccl"

@@ -1,4 +1,4 @@
-"""A prior that is cut over tensor ranks and stages draws what one process draws."""
+"""A prior sharded over tensor ranks and stages draws the samples of one process."""
 
 import json
 from dataclasses import replace
@@ -38,13 +38,13 @@ def write_prior(folder: Path, config: PriorConfig) -> nn.ModuleDict:
 
 
 def draws(decoder: Decoder, settings: DrawSettings, free: float = 1e12) -> list[Any]:
-    """Codes of 3 captions with 4 candidates each, where `free` bytes are."""
+    """Codes of 3 captions with 4 candidates each, given `free` bytes of memory."""
     keys = [[(7, f"caption {i}", j) for j in range(4)] for i in range(3)]
-    found = torch.full((3, 4, CONFIG.image_length), -1)
+    codes = torch.full((3, 4, CONFIG.image_length), -1)
     sampler = Sampler(decoder, lambda device: int(free))
     for drawn in sampler.draw(prior_batch()["text"], keys, settings):
-        found[drawn.captions, drawn.candidates] = drawn.codes
-    return found.tolist()
+        codes[drawn.captions, drawn.candidates] = drawn.codes
+    return codes.tolist()
 
 
 def given_logits(decoder: Decoder) -> list[Any] | None:
@@ -69,21 +69,21 @@ def decode(payload: str) -> None:
     body = json.loads(payload)
     world = join_world()
     mesh = build_mesh(MeshConfig(tensor=body["tensor"], pipeline=body["pipeline"]), world)
-    found = []
+    results = []
     for prior in body["priors"]:
         decoder = Decoder(load_local_prior(Path(prior), None, mesh)[0])
         need = Need(caches=decoder.caches, captions=3, candidates=4, streams=2, lanes=2)
         free = need.bytes(3) / 0.9 + 1 if world.rank == 2 else 1e12
         assert need.most(12, int(free)) == (3 if world.rank == 2 else 12)
         likely = draws(decoder, DrawSettings(temperature=0.0))
-        found.append([given_logits(decoder), likely, draws(decoder, GUIDED, free)])
-    Path(body["out"], f"result-{world.rank}.json").write_text(json.dumps(found))
+        results.append([given_logits(decoder), likely, draws(decoder, GUIDED, free)])
+    Path(body["out"], f"result-{world.rank}.json").write_text(json.dumps(results))
     leave_world(world)
 
 
 @pytest.mark.world
-def test_a_cut_prior_decodes_what_the_whole_stream_says(tmp_path: Path) -> None:
-    """Of 3 heads, 2 tensor ranks pad theirs; one rank has little memory, and all split alike."""
+def test_a_sharded_prior_decodes_the_logits_of_one_process(tmp_path: Path) -> None:
+    """3 heads are padded for 2 tensor ranks; one has little memory, and all split alike."""
     tensor = pipeline = 2
     configs = [replace(CONFIG, layers=n, conv_kernel=kernel) for n, kernel in MASKS]
     folders = [tmp_path / f"prior-{i}" for i in range(len(MASKS))]
@@ -93,12 +93,12 @@ def test_a_cut_prior_decodes_what_the_whole_stream_says(tmp_path: Path) -> None:
     ranks = run_world(f"{__name__}:decode", body, tensor * pipeline)
     for i, (layers, folder) in enumerate(zip(priors, folders, strict=True)):
         with torch.no_grad():
-            wanted = prior_logits(layers, prior_batch())[:, 3:]
-            wanted = torch.cat([wanted, wanted[:, -1:]], 1)
+            whole = prior_logits(layers, prior_batch())[:, 3:]
+            whole = torch.cat([whole, whole[:, -1:]], 1)
         last = [rank[i][0] for rank in ranks if rank[i][0] is not None]
         assert len(last) == tensor
         for logits in last:
-            assert float((torch.tensor(logits) - wanted).abs().max()) < 1e-4
+            assert float((torch.tensor(logits) - whole).abs().max()) < 1e-4
         one = Decoder(load_local_prior(folder, None, Mesh())[0])
         expected = [draws(one, DrawSettings(temperature=0.0)), draws(one, GUIDED)]
         assert all(rank[i][1:] == expected for rank in ranks)

@@ -1,4 +1,4 @@
-"""Ranks whose peers are late hear Ctrl-C and SIGTERM, and say who was waited for, and where."""
+"""Ranks that wait for peers react to Ctrl-C and SIGTERM, and name the missing ranks and hosts."""
 
 import logging
 import multiprocessing
@@ -27,7 +27,7 @@ _SECONDS = 120.0
 
 
 class _Rank:
-    """A fork of the test that waits; its warnings and its end come through a pipe."""
+    """A fork of the test that waits; sends its warnings and its outcome through a pipe."""
 
     def __init__(self, work: Callable[[], Any], environment: dict[str, str]) -> None:
         context = multiprocessing.get_context("fork")
@@ -37,17 +37,17 @@ class _Rank:
         theirs.close()
 
     def hear(self) -> tuple[str, str]:
-        """What comes next: ("told", a warning) or how it ended."""
+        """The next message: ("told", a warning) or the outcome."""
         assert self._link.poll(_SECONDS), "the rank says nothing"
         what, text = self._link.recv()
         return what, text
 
     def end(self) -> tuple[str, str]:
-        """How it ended, after all warnings."""
-        while (found := self.hear())[0] == "told":
+        """The outcome, after all warnings."""
+        while (outcome := self.hear())[0] == "told":
             pass
         self.process.join()
-        return found
+        return outcome
 
     def kill(self, number: int) -> None:
         os.kill(self.process.pid or 0, number)
@@ -65,10 +65,10 @@ def _be(work: Callable[[], Any], environment: dict[str, str], link: Any) -> None
     LOG.handlers[:] = [Told()]
     rendezvous.NOTICE_SECONDS = 0.0
     try:
-        found = "met", str(work() or "")
+        outcome = "met", str(work() or "")
     except BaseException as error:
-        found = type(error).__name__, str(error)
-    link.send(found)
+        outcome = type(error).__name__, str(error)
+    link.send(outcome)
 
 
 def waits(rank: int, size: int, environment: dict[str, str], seconds: float = 600) -> _Rank:
@@ -120,7 +120,7 @@ def test_a_rank_that_stops_ends_those_that_wait_with_it() -> None:
 
 
 def rendezvous_came(where: dict[str, str]) -> int:
-    """How many ranks have noted themselves in the store."""
+    """How many ranks have registered in the store."""
     host, port = where["MASTER_ADDR"], int(where["MASTER_PORT"])
     seconds = timedelta(seconds=60)
     store = rendezvous.TCPStore(host, port, None, False, seconds, wait_for_workers=False)
@@ -140,7 +140,7 @@ def test_ranks_that_all_come_meet_in_any_order() -> None:
     assert [rank.end()[0] for rank in ranks] == ["met"] * 3
 
 
-def test_rounds_of_one_store_know_nothing_of_each_other() -> None:
+def test_rounds_of_one_store_are_independent() -> None:
     """torchrun's agents keep their store over restarts, and count these differently."""
     store = rendezvous.TCPStore(
         "127.0.0.1", 0, None, True, timedelta(seconds=_SECONDS), wait_for_workers=False
@@ -193,12 +193,12 @@ def test_a_wait_ends_by_itself() -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_a_signal_ends_a_rank_that_is_inside_of_torch(number: int, code: int) -> None:
+def test_a_signal_ends_a_rank_that_waits_inside_torch(number: int, code: int) -> None:
     """torch's own wait for its ranks runs no handler of Python's."""
 
     def stuck() -> None:
         rendezvous._PATIENCE = dict.fromkeys(rendezvous._PATIENCE, 0.05)
-        signal.signal(signal.SIGINT, lambda *_: None)  # it may come before torch waits
+        signal.signal(signal.SIGINT, lambda *_: None)  # the signal may arrive before torch waits
         with heard("rank 0 of 2 waits in torch"):
             LOG.warning("begins")
             rendezvous.TCPStore("127.0.0.1", 0, 2, True, timedelta(seconds=_SECONDS * 2))

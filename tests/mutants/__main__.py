@@ -1,6 +1,6 @@
 """`make mutants`: try all mutants, SAMPLE=n of them with SEED=s, or those of PATCH=file.diff.
 
-Verdicts are kept in ~/.cache/tapir/mutants (or TAPIR_MUTANTS), so that a run goes on where the
+Verdicts are kept in ~/.cache/tapir/mutants (or TAPIR_MUTANTS), so that a run continues where the
 last one ended, and mutants of unchanged files are not tried again.
 """
 
@@ -59,10 +59,10 @@ def main() -> int:
 
 def all_mutants() -> list[Mutant]:
     """Every mutant of every target, in the order of files and lines."""
-    found = []
+    mutants = []
     for target in targets():
-        found += mutants_of(target.path, (ROOT / target.path).read_bytes(), target.functions)
-    return found
+        mutants += mutants_of(target.path, (ROOT / target.path).read_bytes(), target.functions)
+    return mutants
 
 
 def _try(mutants: list[Mutant], chosen: Selection, verdicts: Verdicts, width: int) -> int:
@@ -70,7 +70,7 @@ def _try(mutants: list[Mutant], chosen: Selection, verdicts: Verdicts, width: in
     for mutant in mutants:
         if verdicts.get(mutant, chosen.of(mutant)) is None:
             open_.append(mutant)
-    open_.sort(key=lambda mutant: not verdicts.lived(mutant))  # what new tests were written for
+    open_.sort(key=lambda mutant: not verdicts.lived(mutant))  # survivors may have new tests
     print(f"{len(mutants)} mutants, {len(open_)} to try", flush=True)
     forks = run_forks(_jobs(open_, chosen), width)
     again = []
@@ -110,10 +110,10 @@ def _killer(folder: Path, status: int | None) -> str:
 
 
 def _report(mutants: list[Mutant], chosen: Selection, verdicts: Verdicts) -> int:
-    found = ((mutant, verdicts.get(mutant, chosen.of(mutant))) for mutant in mutants)
+    decided = ((mutant, verdicts.get(mutant, chosen.of(mutant))) for mutant in mutants)
     for path, label in unlisted(all_mutants()):
         print(f"listed as equivalent, but it is no mutant: {path}: {label}")
-    return tell({mutant: verdict.killer for mutant, verdict in found if verdict is not None})
+    return tell({mutant: verdict.killer for mutant, verdict in decided if verdict is not None})
 
 
 def _try_patch(patch: Path, chosen: Selection) -> int:

@@ -1,4 +1,4 @@
-"""What a forked process does: run some tests, with one module of the project changed."""
+"""Runs some tests in a fork, with one module of the project changed."""
 
 import functools
 import importlib.machinery
@@ -39,7 +39,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
 
 class Finder:
-    """Hands out changed sources; the rest of the project is imported as it is."""
+    """Import finder for changed sources; other modules are imported normally."""
 
     def __init__(self, sources: dict[str, bytes]) -> None:
         self._sources = {_module_of(path): (path, text) for path, text in sources.items()}
@@ -61,7 +61,7 @@ def _module_of(path: str) -> str:
 
 
 class _Verdict:
-    """Remembers the first test that failed, and ends this process in one that does not end."""
+    """Records the first failed test, and kills this process if a test does not end."""
 
     def __init__(self, seconds: Mapping[str, float], patience: float) -> None:
         self.failed = ""
@@ -81,7 +81,7 @@ class _Verdict:
 
 
 def _may_compute(seconds: float) -> None:
-    """Let the kernel end this process by SIGXCPU once it has had a core for so long from now on."""
+    """Have the kernel send SIGXCPU after this many more CPU seconds."""
     soft = math.ceil(time.process_time() + seconds)
     resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
 
@@ -96,8 +96,8 @@ def try_sources(
 ) -> None:
     """Run tests with changed sources, to the first failure, and write what failed.
 
-    `seconds` are what the tests take; one that computes for five times as long, and 5 s, has no
-    end, `patience` times as long if it is tried again.
+    `seconds` are the tests' usual times; a test that computes for 5 s and five times as long
+    counts as endless, `patience` times as long if it is tried again.
     """
     _begin(out)
     _may_compute(60 * patience)
@@ -115,15 +115,15 @@ def measure(files: Sequence[str], out: Path) -> None:
     watcher = _Watcher()
     pytest.main([*files, *_QUIET, f"--basetemp={out}/tmp"], plugins=[watcher])
     watcher.coverage.stop()
-    found: dict[str, Any] = {"tests": watcher.passed, "lines": watcher.lines()}
-    found["modules"] = sorted(set(sys.modules))
-    found["files"] = {name: file_digest(name) for name in _own_files()}
-    found["forking"] = sorted(watcher.forking & set(watcher.passed))
-    (out / "map.json").write_text(json.dumps(found))
+    record: dict[str, Any] = {"tests": watcher.passed, "lines": watcher.lines()}
+    record["modules"] = sorted(set(sys.modules))
+    record["files"] = {name: file_digest(name) for name in _own_files()}
+    record["forking"] = sorted(watcher.forking & set(watcher.passed))
+    (out / "map.json").write_text(json.dumps(record))
 
 
 def _own_files() -> list[str]:
-    """Of the files that this process has imported, those that are mutated, and tests."""
+    """Imported files that are mutated or are tests."""
     files = [Path(getattr(module, "__file__", None) or "/") for module in sys.modules.values()]
     names = {f.relative_to(ROOT).as_posix() for f in files if f.is_relative_to(ROOT)}
     mutated = {target.path for target in targets()}
@@ -131,7 +131,7 @@ def _own_files() -> list[str]:
 
 
 class _Watcher:
-    """Attributes lines to tests; what fixtures of a file run, to all of its tests."""
+    """Attributes lines to tests; lines run by a file's fixtures, to all of its tests."""
 
     def __init__(self) -> None:
         self.coverage = coverage.Coverage(
@@ -183,26 +183,26 @@ class _Watcher:
 
     def lines(self) -> dict[str, dict[int, list[str]]]:
         """File -> line -> tests."""
-        found: dict[str, dict[int, list[str]]] = {}
+        tests: dict[str, dict[int, list[str]]] = {}
         data = self.coverage.get_data()
         for file in data.measured_files():
             name = Path(file).relative_to(ROOT).as_posix()
-            found[name] = {
+            tests[name] = {
                 line: sorted(
                     c for c in contexts if c in self.passed or c.startswith("file ")
                 )
                 for line, contexts in data.contexts_by_lineno(file).items()
             }  # fmt: skip
-        return found
+        return tests
 
 
 def _cpu_seconds() -> float:
-    """Of this process and those it has waited for: what others do on the machine is not in it."""
+    """CPU seconds of this process and its reaped children, independent of other load."""
     return sum(os.times()[:4])
 
 
 def forget() -> None:
-    """Empty the project's caches of results, so that every test runs what it needs."""
+    """Empty the project's result caches, so that every test computes its own."""
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] in PACKAGES:
             for value in list(vars(module).values()):
@@ -213,7 +213,7 @@ def forget() -> None:
 def _begin(out: Path) -> None:
     os.chdir(ROOT)
     sys.argv = ["pytest"]
-    os.environ["TAPIR_COLD"] = "1"  # a warm process pays in a long session alone
+    os.environ["TAPIR_COLD"] = "1"  # a warm process pays off only in a long session
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with (out / "log").open("wb") as log:

@@ -13,7 +13,7 @@ MAKERS = ("core", "checkpoint", "parallel", "models", "data_pipeline", "training
 
 
 def make_data(cache: Path) -> None:
-    """Make what tests/conftest.py would make in every session, and say where it is."""
+    """Make the data of tests/conftest.py once, and set the variable that names the folder."""
     folder = cache / f"made-{digest_of(MAKERS)}"
     if not (folder / "whole").exists():
         for old in cache.glob("made-*"):

@@ -57,7 +57,7 @@ class Mutant:
 
     @property
     def key(self) -> str:
-        """Names it among those of the same source."""
+        """Identifies it among the mutants of the same source."""
         text = f"{self.path}:{self.start}:{self.end}:{self.new}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -69,8 +69,8 @@ def apply(source: bytes, mutant: Mutant) -> bytes:
 
 def mutants_of(path: str, source: bytes, functions: frozenset[str]) -> list[Mutant]:
     """All changes of a file that compile, in the order of the source."""
-    found = list(_Walk(path, source, functions).run())
-    return sorted(found, key=lambda m: (m.start, m.end, m.new))
+    mutants = list(_Walk(path, source, functions).run())
+    return sorted(mutants, key=lambda m: (m.start, m.end, m.new))
 
 
 class _Walk:

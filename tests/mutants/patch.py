@@ -51,7 +51,7 @@ def patched(diff: bytes) -> list[Changed]:
 
 def _touched(diff: bytes) -> tuple[int, ...]:
     """The lines of one file that its part of a diff removes or adds to."""
-    found: list[int] = []
+    numbers: list[int] = []
     at = 0
     for line in diff.splitlines():
         if hunk := _HUNK.match(line):
@@ -59,6 +59,6 @@ def _touched(diff: bytes) -> tuple[int, ...]:
         elif at and line.startswith((b"+", b"-", b" ")) and not line.startswith(b"---"):
             added = line.startswith(b"+")
             if not line.startswith(b" "):
-                found.append(max(at - added, 1))
+                numbers.append(max(at - added, 1))
             at += not added
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(numbers))

@@ -27,7 +27,7 @@ def preload(names: list[str], own: tuple[str, ...]) -> None:
             continue
         try:
             importlib.import_module(name)
-        except Exception:  # what cannot be imported alone, a fork imports itself
+        except Exception:  # a fork imports it itself
             continue
     gc.collect()
     gc.freeze()
@@ -44,14 +44,14 @@ class _Fork:
     """When to look at it next."""
 
     def is_late(self, pid: int) -> bool:
-        """Whether it has computed, or slept, for longer than it may."""
+        """True if it has computed, or slept, beyond its limit."""
         now = time.monotonic()
         if now < self.look:
             return False
         self.look = now + 0.2
         used, waited, ready = _cores(pid)
         if ready and used < self.seconds:
-            return False  # how long it has been waiting by now is not in `waited` yet
+            return False  # its current wait is not in `waited` yet
         return now - self.began - waited > self.seconds
 
 
@@ -94,7 +94,7 @@ def _fork(work: Work, folder: Path, seconds: float) -> int:
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.setsid()
-        most = math.ceil(2 * seconds) + 10  # of a core, also if this process is left behind
+        most = math.ceil(2 * seconds) + 10  # CPU seconds, also if this process dies first
         resource.setrlimit(resource.RLIMIT_CPU, (most, resource.RLIM_INFINITY))
         work(folder)
         code = 0
@@ -105,25 +105,25 @@ def _fork(work: Work, folder: Path, seconds: float) -> int:
 
 
 def _ended(running: dict[int, _Fork]) -> list[tuple[int, int | None]]:
-    """Those that ended, waiting for at least one, or that were ended for their time."""
+    """Forks that ended or were killed for their time; waits for at least one."""
     while True:
-        found: list[tuple[int, int | None]] = []
+        exited: list[tuple[int, int | None]] = []
         for pid, fork in running.items():
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
-                _kill_group(pid)  # what the tests left behind
-                found.append((pid, status))
+                _kill_group(pid)  # processes that the tests left
+                exited.append((pid, status))
             elif fork.is_late(pid):
                 _kill(pid)
-                found.append((pid, None))
-        if found:
-            return found
+                exited.append((pid, None))
+        if exited:
+            return exited
         time.sleep(0.01)
 
 
 def _cores(session: int) -> tuple[float, float, bool]:
-    """Of a fork and what it has started: seconds on a core and in the queue for one; and whether
-    any of them is there now."""
+    """Seconds of a fork and its children on a core and in the run queue; and whether any of
+    them is runnable now."""
     used, waited, ready = 0, 0, False
     for entry in Path("/proc").iterdir():
         try:
@@ -133,7 +133,7 @@ def _cores(session: int) -> tuple[float, float, bool]:
                 ran, queued, _ = map(int, (task / "schedstat").read_text().split())
                 used, waited = used + ran, waited + queued
                 ready |= (task / "stat").read_text().rpartition(")")[2].split()[0] == "R"
-        except OSError:  # it ended, or this kernel keeps no such count
+        except OSError:  # it ended, or this kernel has no such counter
             continue
     return used / 1e9, waited / 1e9, ready
 

@@ -1,7 +1,7 @@
-"""What became of all mutants: counts by file, and survivors that are known or new.
+"""The verdicts on all mutants: counts by file, and survivors that are known or new.
 
 equivalent.toml lists the survivors that compute the same values, each with the reason. They are
-tried like all others: one that a test catches, or that is no mutant of the tree, is told of.
+tried like all others: one that a test catches, or that is no mutant of the tree, is reported.
 """
 
 import tomllib
@@ -33,7 +33,7 @@ def equivalents() -> dict[Name, str]:
 
 
 def name_of(mutant: Mutant) -> Name:
-    """How the list names a mutant: line numbers would move."""
+    """A mutant's name in the list, without line numbers, which would move."""
     return mutant.path, mutant.label
 
 

@@ -27,7 +27,7 @@ _MEASURING = 900.0
 
 @dataclass(kw_only=True)
 class Selection:
-    """What each test costs and runs."""
+    """Cost and covered lines of each test."""
 
     seconds: dict[str, float]
     lines: dict[str, dict[int, list[str]]]
@@ -53,13 +53,13 @@ class Selection:
         files = {name.removeprefix("file ") for name in names if name.startswith("file ")}
         tests = {t for t in self.seconds if t in names or t.split("::")[0] in files}
         order = sorted(tests, key=lambda t: (t.split("::")[0] not in importers, self.seconds[t], t))
-        spent, found = 0.0, []
+        spent, chosen = 0.0, []
         for test in order:
             spent += self.seconds[test]
             if spent > most:
                 break
-            found.append(test)
-        return found
+            chosen.append(test)
+        return chosen
 
     def of(self, mutant: Mutant) -> list[str]:
         """The tests of a mutant."""
@@ -67,7 +67,7 @@ class Selection:
 
 
 def selection(cache: Path, width: int) -> Selection:
-    """Measure the tests, but for those whose files, and mutated files, are as they were."""
+    """Measure the tests whose files, or mutated files that they import, have changed."""
     folder = cache / "lines"
     folder.mkdir(exist_ok=True)
     stored = {file: folder / f"{file.replace('/', '-')}.json" for file in pinning_files()}
@@ -103,8 +103,8 @@ def _measure(stale: list[str], stored: dict[str, Path], width: int) -> None:
 
 def pinning_files() -> list[str]:
     """Test files whose tests mutants are tried on."""
-    found = [path for top in TESTS for path in sorted((ROOT / top).rglob("test_*.py"))]
-    names = [(path.stem.removeprefix("test_"), path) for path in found]
+    paths = [path for top in TESTS for path in sorted((ROOT / top).rglob("test_*.py"))]
+    names = [(path.stem.removeprefix("test_"), path) for path in paths]
     near = [path for name, path in names if name in _NEAR or name.startswith("pins_")]
     return [path.relative_to(ROOT).as_posix() for path in near]
 
@@ -117,21 +117,21 @@ def _is_fresh(path: Path) -> bool:
 
 
 def _importers() -> dict[str, list[str]]:
-    found: dict[str, list[str]] = defaultdict(list)
+    importers: dict[str, list[str]] = defaultdict(list)
     for folder in TESTS:
         for path in sorted((ROOT / folder).rglob("test_*.py")):
             name = path.relative_to(ROOT).as_posix()
             for module in _imported(ast.parse(path.read_bytes())):
-                found[module.replace(".", "/") + ".py"].append(name)
-    return found
+                importers[module.replace(".", "/") + ".py"].append(name)
+    return importers
 
 
 def _imported(tree: ast.Module) -> set[str]:
-    found = set()
+    modules = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+            modules.add(node.module)
+            modules.update(f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-    return found
+            modules.update(alias.name for alias in node.names)
+    return modules

@@ -1,4 +1,4 @@
-"""Which code is mutated, and what of it is not."""
+"""Which code is mutated, and which parts are excluded."""
 
 import ast
 import hashlib
@@ -52,13 +52,13 @@ class Target:
 
 def targets() -> list[Target]:
     """All files that `make mutants` changes."""
-    found = sorted({path for pattern in _FILES for path in ROOT.glob(pattern)})
-    names = [path.relative_to(ROOT).as_posix() for path in found if path.name != "__init__.py"]
+    paths = sorted({path for pattern in _FILES for path in ROOT.glob(pattern)})
+    names = [path.relative_to(ROOT).as_posix() for path in paths if path.name != "__init__.py"]
     return [Target(path=name, functions=frozenset(_ONLY.get(name, ()))) for name in names]
 
 
 def is_message(node: ast.AST) -> bool:
-    """Whether a node only tells people something, or guards what the type checker sees."""
+    """True for a node that only formats a message or narrows a type."""
     if isinstance(node, ast.Raise | ast.JoinedStr | ast.Assert):
         return True
     if not isinstance(node, ast.Call):
@@ -71,15 +71,15 @@ def is_message(node: ast.AST) -> bool:
 
 @lru_cache(maxsize=1024)
 def file_digest(path: str) -> str:
-    """Of a file, named from the root."""
+    """Digest of a file, named from the root."""
     return hashlib.sha256((ROOT / path).read_bytes()).hexdigest()[:16]
 
 
 def digest_of(tops: Iterable[str]) -> str:
-    """Of all Python files below some folders; those of the mutants themselves do not count."""
-    found = hashlib.sha256()
+    """Digest of all Python files below some folders, without tests/mutants."""
+    digest = hashlib.sha256()
     for top in tops:
         for path in sorted((ROOT / top).rglob("*.py")):
             if "mutants" not in path.parent.name:
-                found.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
-    return found.hexdigest()[:16]
+                digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]

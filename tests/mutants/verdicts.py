@@ -1,4 +1,4 @@
-"""What became of each mutant, kept by digest of what decided it."""
+"""The verdict on each mutant, stored by digest of the sources and tests that decided it."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ class Verdict:
 
 
 class Verdicts:
-    """Verdicts in a file of JSON lines that is only added to, so that a kill loses nothing."""
+    """Verdicts in an append-only file of JSON lines, so that a kill loses nothing."""
 
     def __init__(self, cache: Path) -> None:
         self._file = cache / "verdicts.jsonl"
@@ -31,19 +31,19 @@ class Verdicts:
                 try:
                     row = json.loads(line)
                 except ValueError:
-                    continue  # cut off by a kill
+                    continue  # truncated by a kill
                 key = row.pop("key")
                 self._known[key] = Verdict(**row)
 
     def get(self, mutant: Mutant, tests: Sequence[str]) -> Verdict | None:
-        """What is known of a mutant, if its source and what decided it are unchanged."""
+        """The verdict on a mutant, if its source and the deciding tests are unchanged."""
         known = self._known.get(_key(mutant))
         if known is None:
             return None
         return known if known.basis == _basis(known.killer, tests) else None
 
     def lived(self, mutant: Mutant) -> bool:
-        """Whether it survived other tests, or an earlier state of these."""
+        """True if it survived other tests, or an earlier version of these."""
         known = self._known.get(_key(mutant))
         return known is not None and not known.killer
 

@@ -81,17 +81,17 @@ class Slurm:
         return done.stdout
 
     def queue(self) -> str:
-        """All jobs that are not over."""
+        """All jobs that have not ended."""
         return self.ask("squeue", "-h", "-o", "%i %j %T %r %N")
 
     def start_node(self, number: int, files: int = 4096) -> None:
-        """Start (again) one slurmd, whose jobs may open so many files."""
+        """Start or restart a slurmd whose jobs may open `files` files."""
         (self.root / "spool" / f"n{number}").mkdir(parents=True, exist_ok=True)
         command = ["/usr/sbin/slurmd", "-N", f"n{number}", "-f", str(self.config)]
         subprocess.run(["prlimit", f"--nofile={files}", *command], check=True)
 
     def kill_node(self, number: int) -> None:
-        """Kill a slurmd and all that runs on its node at once, as a lost machine would."""
+        """Kill a slurmd and all processes of its node at once, like a lost machine."""
         pids = [int((self.root / "run" / f"slurmd-n{number}.pid").read_text())]
         pids += [process.pid for process in psutil.process_iter() if _is_of(process, self, number)]
         for pid in pids:
@@ -112,10 +112,10 @@ def _is_of(process: psutil.Process, slurm: Slurm, number: int) -> bool:
         if process.name().startswith("slurmstepd"):
             log = str(slurm.root / "log" / f"slurmd-n{number}.log")
             return process.cwd() == spool or any(f.path == log for f in process.open_files())
-        found = process.environ()
+        variables = process.environ()
     except (psutil.Error, OSError):
         return False
-    node, cluster = found.get("SLURMD_NODENAME"), found.get("SLURM_CLUSTER_NAME")
+    node, cluster = variables.get("SLURMD_NODENAME"), variables.get("SLURM_CLUSTER_NAME")
     return node == f"n{number}" and cluster == slurm.name
 
 
@@ -168,12 +168,12 @@ def _write_config(slurm: Slurm, nodes: int) -> None:
 
 def _free_ports(count: int) -> list[int]:
     with ExitStack() as held:
-        found = []
+        ports = []
         for _ in range(count):
             listener = held.enter_context(socket.socket())
             listener.bind(("127.0.0.1", 0))
-            found.append(listener.getsockname()[1])
-        return found
+            ports.append(listener.getsockname()[1])
+        return ports
 
 
 def _wait_until_idle(slurm: Slurm, nodes: int) -> None:
@@ -187,7 +187,7 @@ def _wait_until_idle(slurm: Slurm, nodes: int) -> None:
 
 
 def _end(slurm: Slurm) -> None:
-    """End what this cluster started, by its PID files, and what still runs on its nodes."""
+    """End the cluster's daemons by their PID files, and all processes of its nodes."""
     with contextlib.suppress(AssertionError, FileNotFoundError):
         slurm.ask("scancel", "--full", "--user=root")
     files = [*(slurm.root / "run").glob("*.pid"), slurm.root / "munge" / "pid"]

@@ -34,8 +34,8 @@ def wait_for(what: Callable[[], Any], seconds: float = _PATIENCE) -> Any:
     """The first true answer."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        if found := what():
-            return found
+        if result := what():
+            return result
         time.sleep(0.5)
     raise AssertionError("waited in vain")
 
@@ -45,15 +45,15 @@ def states(slurm: Slurm, out: Path) -> dict[str, str]:
 
 
 def finish(slurm: Slurm, out: Path) -> dict[str, str]:
-    """Wait until the chain is over, as a user who looks at it."""
+    """Wait until the chain has ended, by `tapir status`."""
 
     def over() -> dict[str, str] | None:
-        found = states(slurm, out)
-        ended = all(text == "done" or text.startswith("ended") for text in found.values())
-        return found if ended else None
+        by_stage = states(slurm, out)
+        ended = all(text == "done" or text.startswith("ended") for text in by_stage.values())
+        return by_stage if ended else None
 
-    found: dict[str, str] = wait_for(over)
-    return found
+    by_stage: dict[str, str] = wait_for(over)
+    return by_stage
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
@@ -64,7 +64,7 @@ def losses(run: Path) -> list[tuple[int, float]]:
 def tokens(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A chain up to the tokens, an array of two workers: the smoke test looks at it.
 
-    It is sent from a folder whose files are called as our modules are.
+    It is submitted from a folder of files named like our modules.
     """
     folder = tmp_path_factory.mktemp("chain")
     out, hostile = folder / "data", hostile_folder(folder / "hostile")
@@ -75,9 +75,9 @@ def tokens(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "tokenize": {"workers": 2, "flags": {"block": 8}},
     }
     tapir("submit", str(write(out, stages)), cwd=hostile, **slurm.environment)
-    found = finish(slurm, out)
+    by_stage = finish(slurm, out)
     assert foreign_code(hostile) == []
-    assert set(found.values()) == {"done"}, tapir("logs", str(out), **slurm.environment)
+    assert set(by_stage.values()) == {"done"}, tapir("logs", str(out), **slurm.environment)
     return out
 
 
@@ -151,7 +151,7 @@ def test_a_preempted_job_saves_and_comes_back(slurm: Slurm, tokens: Path, tmp_pa
 
 
 @pytest.mark.big
-def test_the_time_limit_is_no_end(slurm: Slurm, tokens: Path, tmp_path: Path) -> None:
+def test_a_job_continues_after_its_time_limit(slurm: Slurm, tokens: Path, tmp_path: Path) -> None:
     out = tmp_path / "limit"
     stage = {**prior(tokens, 200), "minutes": 2}
     tapir("submit", str(write(out, {"prior": stage}, warn_seconds=60)), **slurm.environment)
@@ -160,26 +160,26 @@ def test_the_time_limit_is_no_end(slurm: Slurm, tokens: Path, tmp_path: Path) ->
 
 
 @pytest.mark.big
-def test_behind_a_failed_stage_nothing_waits(slurm: Slurm, tmp_path: Path) -> None:
+def test_nothing_waits_for_a_failed_stage(slurm: Slurm, tmp_path: Path) -> None:
     out = tmp_path / "failed"
     stages = {"pack": pack(), "bpe": {"flags": {"texts": "/nowhere"}}, "dvae": {}, "tokenize": {}}
     stages["dvae"] = {"flags": {**_SHORT, "loop.steps": 6, "mesh.data": 1}}
     path = write(out, stages)
     tapir("submit", str(path), "--wait", code=1, **slurm.environment)
-    found = states(slurm, out)
-    assert found["bpe"].startswith("ended: FAILED") and found["dvae"] == "done"
-    assert found["tokenize"].startswith("ended: CANCELLED") and not slurm.queue()
+    by_stage = states(slurm, out)
+    assert by_stage["bpe"].startswith("ended: FAILED") and by_stage["dvae"] == "done"
+    assert by_stage["tokenize"].startswith("ended: CANCELLED") and not slurm.queue()
 
 
 @pytest.mark.big
-def test_cancel_leaves_nothing_behind(slurm: Slurm, tokens: Path, tmp_path: Path) -> None:
+def test_cancel_removes_every_process(slurm: Slurm, tokens: Path, tmp_path: Path) -> None:
     out = tmp_path / "cancelled"
     stages = {"prior": prior(tokens, 5000), "evaluate": {}}
     tapir("submit", str(write(out, stages)), **slurm.environment)
     wait_for(lambda: len(rows_of(out / "prior")) > 3)
     assert len(slurm.processes()) > 4
     tapir("cancel", str(out), **slurm.environment)
-    wait_for(lambda: not slurm.processes(), 30)  # none is left that could queue the job again
+    wait_for(lambda: not slurm.processes(), 30)  # any left could queue the job again
     wait_for(lambda: not slurm.queue())
     assert all(text.startswith("ended: CANCELLED") for text in states(slurm, out).values())
     assert len(rows_of(out / "prior")) < 5000

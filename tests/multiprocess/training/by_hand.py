@@ -53,7 +53,7 @@ def train_by_hand(rank: int, steps: int) -> list[dict[str, float]]:
 
 
 def _carried(matrix: Tensor, name: str, part: int, rank: int) -> Tensor:
-    """What a rank of PowerSGD carries: the projection on an orthonormal P of M Q (appendix E)."""
+    """The part of M that PowerSGD sends: the projection on an orthonormal P of M Q (appendix E)."""
     if matrix.shape[0] > matrix.shape[1]:
         return _carried(matrix.T, name, part, rank).T
     draws = torch.Generator().manual_seed(key_int(SEED, name, part, "powersgd"))

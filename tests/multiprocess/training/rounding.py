@@ -56,12 +56,12 @@ def most_of_losses(config: PriorConfig) -> float:
     largest of some steps. Taken in fp32 at the first step: trained weights make it less.
     """
     layers, batch = build_prior(config, SEED), batch_of(0, config)
-    found: dict[int, tuple[Tensor, list[Tensor]]] = {}
+    by_input: dict[int, tuple[Tensor, list[Tensor]]] = {}
 
     def rounded(x: Tensor) -> None:
-        if id(x) not in found:  # q, k and v share their input
+        if id(x) not in by_input:  # q, k and v share their input
             squares: list[Tensor] = []
-            found[id(x)] = x, squares
+            by_input[id(x)] = x, squares
             x.register_hook(lambda slope: squares.append((x.detach() * slope).square().sum()))
 
     for module in layers.modules():
@@ -74,8 +74,8 @@ def most_of_losses(config: PriorConfig) -> float:
         state = layer(state)
     loss = prior_loss(state, batch, config.text_weight)["loss"]
     loss.backward()
-    square = sum(float(one) for _, squares in found.values() for one in squares)
-    assert len(found) == (6 + 4 + 6) * config.layers, "six products a block, three of one input"
+    square = sum(float(one) for _, squares in by_input.values() for one in squares)
+    assert len(by_input) == (6 + 4 + 6) * config.layers, "six products a block, three of one input"
     return SIGMAS * math.sqrt(2 * square) * MOST / float(loss.detach())
 
 
@@ -101,10 +101,12 @@ def run(payload: str) -> None:
 
     def reduce(self: PowerSGD, gradients: Mapping[str, Tensor]) -> Reduced:
         exact = {name: _mean(gradients[name], self._group) for name in sorted(self.names)}
-        found = compressed(self, gradients)
-        ratios = [(found.gradients[n].double() - m).norm() / m.norm() for n, m in exact.items()]
+        compressed_step = compressed(self, gradients)
+        ratios = [
+            (compressed_step.gradients[n].double() - m).norm() / m.norm() for n, m in exact.items()
+        ]
         off.append(float(torch.stack(ratios).max()))
-        return found
+        return compressed_step
 
     PowerSGD.reduce = reduce  # type: ignore[method-assign]
     train_rank(payload)

@@ -80,11 +80,11 @@ def _settings(tokens: Path, out: Path, layout: str, **parts: dict[str, Any]) -> 
 
 @pytest.fixture(scope="module")
 def saved(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {}
+    folders = {}
     for name in sorted({source for source, _ in PAIRS}):
-        found[name] = tmp_path_factory.mktemp(name.replace(" ", "_"))
-        train_with("nothing", _settings(tokens, found[name], name))
-    return found
+        folders[name] = tmp_path_factory.mktemp(name.replace(" ", "_"))
+        train_with("nothing", _settings(tokens, folders[name], name))
+    return folders
 
 
 def _from_half(source: Path, target: Path) -> None:
@@ -114,16 +114,16 @@ def test_saved_here_loads_there(
 
 @pytest.mark.slow
 def test_one_process_opens_a_checkpoint_of_any_mesh(saved: dict[str, Path], tmp_path: Path) -> None:
-    """What an unfinished run gives is what `tapir train` would have written at that step."""
+    """An unfinished run's checkpoint loads as the model that `tapir train` writes at that step."""
     for name, run in saved.items():
         unfinished = tmp_path / name
         ended = shutil.ignore_patterns("model.*")
         shutil.copytree(run, unfinished, ignore=ended)
-        (mine, config, facts), wanted = load_prior(unfinished), load_prior(run)
-        pairs = zip(mine.parameters(), wanted[0].parameters(), strict=True)
+        (mine, config, facts), expected = load_prior(unfinished), load_prior(run)
+        pairs = zip(mine.parameters(), expected[0].parameters(), strict=True)
         assert all(a.equal(b) for a, b in pairs), name
-        assert (config, facts["step"]) == (wanted[1], STEPS)
-        assert facts.items() <= wanted[2].items() and {"dvae", "tokenizer"} <= facts.keys()
+        assert (config, facts["step"]) == (expected[1], STEPS)
+        assert facts.items() <= expected[2].items() and {"dvae", "tokenizer"} <= facts.keys()
         assert open_model(unfinished, "prior").digest == open_model(run, "prior").digest
         half = load_prior(run, SAVED)
         assert half[2]["step"] == SAVED
@@ -152,12 +152,12 @@ def test_a_compressed_run_resumes_bit_equal(layout: str, tokens: Path, tmp_path:
 
 @pytest.mark.slow
 def test_saving_in_the_background_changes_nothing(tokens: Path, tmp_path: Path) -> None:
-    """Every step saved, in the background and in front, against saves at the end alone."""
+    """Saves at every step, in background and foreground, against one save at the end."""
     ways = [{"every": 1}, {"every": 1, "async_save": False}, {"every": 10**6}]
-    found = []
-    for i, way in enumerate(ways):
-        settings = _settings(tokens, tmp_path / str(i), "TP2xDP2 ZeRO-2", checkpoint=way)
+    results = []
+    for i, checkpoint in enumerate(ways):
+        settings = _settings(tokens, tmp_path / str(i), "TP2xDP2 ZeRO-2", checkpoint=checkpoint)
         train_with("nothing", settings)
         rows = [(row["loss"], row["grad_norm"]) for row in rows_of(settings.out)]
-        found.append((rows, (settings.out / "model.safetensors").read_bytes()))
-    assert found[0] == found[1] == found[2]
+        results.append((rows, (settings.out / "model.safetensors").read_bytes()))
+    assert results[0] == results[1] == results[2]

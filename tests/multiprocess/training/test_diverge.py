@@ -39,12 +39,12 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def runs(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {}
+    folders = {}
     for name, flags in RUNS.items():
-        found[name] = tmp_path_factory.mktemp(name)
-        run = ["train", "prior", "tiny", f"--data={tokens}", f"--out={found[name]}"]
+        folders[name] = tmp_path_factory.mktemp(name)
+        run = ["train", "prior", "tiny", f"--data={tokens}", f"--out={folders[name]}"]
         tapir(*run, *FLAGS, *flags)
-    return found
+    return folders
 
 
 def _differences(runs: dict[str, Path], a: str, b: str) -> list[dict[str, object]]:
@@ -78,7 +78,7 @@ def test_another_learning_rate_differs_in_the_update_alone(runs: dict[str, Path]
 
 
 @pytest.mark.world
-def test_what_is_no_run_and_no_capsule_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_or_capsule_is_refused(tmp_path: Path) -> None:
     assert "is no run folder" in tapir("diverge", str(tmp_path), str(tmp_path), code=2)
     wrong = tapir("diverge", str(tmp_path), str(tmp_path), "--tolerance=-1", code=2)
     assert "must not be negative" in wrong

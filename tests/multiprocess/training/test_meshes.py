@@ -64,7 +64,7 @@ def test_bf16_stays_within_its_bound(name: str) -> None:
 @pytest.mark.world
 @pytest.mark.parametrize("name", COMPRESSED)
 def test_full_rank_compression_equals_none(name: str) -> None:
-    """The factors are sent whatever the rank: more bytes than without them shows that they were."""
+    """Factors of full rank have more bytes than gradients, which shows that they were sent."""
     forced = train(replace(_case(name).precise("fp32"), compress=CompressConfig(rank=10**6)))
     assert difference(_trained(name, "fp32"), forced) < 1e-4
     assert all(row["compress_sent_bytes"] > row["compress_raw_bytes"] > 0 for row in forced)
@@ -160,8 +160,8 @@ def test_the_ledger_and_the_compressor_agree() -> None:
 def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_update_on_all(
     name: str, rank: int
 ) -> None:
-    """The skipped step leaves weights and moments alone: the next ones go on as if it had not been.
-    Error buffers still hand over what they held, as in the paper (appendix E, step 12)."""
+    """The skipped step leaves weights and moments unchanged; error buffers are still consumed,
+    as in the paper (appendix E, step 12)."""
     case = replace(_case(name).precise("fp32"), compress=CompressConfig(rank=rank))
     broken = train(replace(case, steps=5, broken_step=2))
     assert [math.isfinite(row["grad_norm"]) for row in broken] == [True, True, False, True, True]

@@ -42,10 +42,10 @@ def test_a_block_sees_what_its_mask_allows(kind: str) -> None:
 @pytest.mark.world
 def test_two_tensor_ranks_see_the_same(tmp_path: Path) -> None:
     """Three heads on two ranks: one of them is padding, which must reach nothing."""
-    found = run_world(
+    results = run_world(
         "tests.multiprocess.training.test_no_future:reach_rank", {"out": str(tmp_path)}, 2
     )
-    for rank in found:
+    for rank in results:
         for kind, rows in rank.items():
             assert torch.tensor(rows).equal(full_mask(kind, 5, 4, 3)), kind
 
@@ -54,6 +54,6 @@ def reach_rank(payload: str) -> None:
     """Report every kind's reach on this tensor rank."""
     world = join_world()
     mesh = build_mesh(MeshConfig(tensor=2), world)
-    found = {kind: _reach(layer, mesh.shared).tolist() for kind, layer in LAYERS.items()}
-    Path(json.loads(payload)["out"], f"result-{world.rank}.json").write_text(json.dumps(found))
+    reached = {kind: _reach(layer, mesh.shared).tolist() for kind, layer in LAYERS.items()}
+    Path(json.loads(payload)["out"], f"result-{world.rank}.json").write_text(json.dumps(reached))
     leave_world(world)

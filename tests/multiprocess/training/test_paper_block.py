@@ -22,15 +22,15 @@ LAYERS = {"row": 1, "column": 2, "conv": 64}
 @pytest.mark.big
 @pytest.mark.parametrize("kind", sorted(LAYERS))
 def test_two_tensor_ranks_equal_one(kind: str, tmp_path: Path) -> None:
-    found = {}
+    by_ranks = {}
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
         out.mkdir()
         body = {"out": str(out), "layer": LAYERS[kind], "tensor": ranks}
         target = "tests.multiprocess.training.test_paper_block:run_block"
-        found[ranks] = run_world(target, body, ranks)[0]
-    for name, expected in found[1].items():
-        one, two = torch.tensor(expected).double(), torch.tensor(found[2][name]).double()
+        by_ranks[ranks] = run_world(target, body, ranks)[0]
+    for name, expected in by_ranks[1].items():
+        one, two = torch.tensor(expected).double(), torch.tensor(by_ranks[2][name]).double()
         assert float((one - two).norm() / one.norm()) < 1e-5, name
 
 

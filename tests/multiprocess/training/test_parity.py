@@ -31,11 +31,11 @@ MESHES = {
 
 @pytest.fixture(scope="module")
 def runs(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {}
+    folders = {}
     for name, mesh in MESHES.items():
-        found[name] = tmp_path_factory.mktemp(name)
-        tapir("train", "prior", "tiny", f"--data={tokens}", f"--out={found[name]}", *FLAGS, *mesh)
-    return found
+        folders[name] = tmp_path_factory.mktemp(name)
+        tapir("train", "prior", "tiny", f"--data={tokens}", f"--out={folders[name]}", *FLAGS, *mesh)
+    return folders
 
 
 @pytest.mark.world

@@ -106,14 +106,14 @@ def assert_the_end_was_reached(run: Path, stage: str, preset: str) -> None:
     own: Any = to_json(PRESETS[stage][preset]())
     for part, names in KEPT.items():
         for name in names:
-            wanted, found = own[part][name], config[part][name]
-            settled = wanted == "auto" and found in ("fp32", "bf16")
-            assert settled or found == wanted, (part, name)
+            expected, actual = own[part][name], config[part][name]
+            resolved = expected == "auto" and actual in ("fp32", "bf16")
+            assert resolved or actual == expected, (part, name)
 
 
 @pytest.mark.parametrize("preset", PAPERS)
 def test_the_papers_stages_reach_their_ends(preset: str, folder: Path, tokens: Path) -> None:
-    """Lanes and batch 1,024, compression, bf16, average and BPE dropout as they are."""
+    """With the preset's lanes and batch of 1,024, compression, bf16, average and BPE dropout."""
     run = paper_run(folder, preset)
     prior = run.stages["prior"]
     out = f"--out={folder / preset}"

@@ -1,4 +1,4 @@
-"""The staging backend does what gloo does, and carries every mesh and engine."""
+"""The staging backend gives gloo's results, and trains every mesh and engine."""
 
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ def test_every_operation_gives_what_gloo_gives(tmp_path: Path) -> None:
     payload: dict[str, Any] = {"out": str(tmp_path), "kind": "cpu"}
     ranks = run_world("tests.operations:try_operations", payload, RANKS)
     assert len(ranks) == RANKS
-    for rank, found in enumerate(ranks):
-        for name, (staged, gloo) in found.items():
+    for rank, results in enumerate(ranks):
+        for name, (staged, gloo) in results.items():
             assert staged == gloo, f"rank {rank}: {name}"
 
 

@@ -47,16 +47,16 @@ def measure_ranks(payload: str) -> None:
     world = join_world()
     mesh = build_mesh(MeshConfig(data=RANKS), world)
     build_engine(prior_program(FIRST, 0), SETTINGS, mesh).close()
-    found = {**_grown(prior_program(MODEL, 0), mesh), "dvae": _built_before(mesh)}
-    Path(json.loads(payload)["out"], f"result-{world.rank}.json").write_text(json.dumps(found))
+    figures = {**_grown(prior_program(MODEL, 0), mesh), "dvae": _built_before(mesh)}
+    Path(json.loads(payload)["out"], f"result-{world.rank}.json").write_text(json.dumps(figures))
     leave_world(world)
 
 
 def _grown(program: Program, mesh: Mesh) -> dict[str, Any]:
-    """Growth of the peak until the weights are there, and until the engine is; equal weights."""
+    """Growth of peak memory until the weights, and until the engine, exist; equal weights."""
     gc.collect()
     mesh.world.barrier()
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before, grown = _kilobytes("VmRSS"), {}
     initialize = deepspeed_zero.initialize
 
@@ -81,7 +81,7 @@ def _grown(program: Program, mesh: Mesh) -> dict[str, Any]:
 
 
 def _built_before(mesh: Mesh) -> dict[str, Any]:
-    """A module that is there before the engine, and differs on each rank."""
+    """A module built before the engine, different on each rank."""
     config = DVAEConfig(pixels=16, width=8)
     dvae = DVAE(config, seed=mesh.world.rank)
     layer = Layer(name="dvae", build=lambda: dvae)
@@ -92,7 +92,7 @@ def _built_before(mesh: Mesh) -> dict[str, Any]:
 
 
 def _compared(engine: Any, whole: dict[str, nn.Parameter]) -> dict[str, Any]:
-    """How many elements this rank has, and in which parameters one differs."""
+    """Number of elements on this rank, and the parameters in which one differs."""
     mine = [part for part in engine.state_slices() if part.kind == "master"]
     unlike = [
         part.name
@@ -124,8 +124,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_no_rank_holds_more_than_its_part_and_a_layer(ranks: list[dict[str, Any]]) -> None:
-    """With the engine come gradients, a part as large as the weights', and DeepSpeed's bucket."""
+def test_no_rank_holds_more_than_its_shard_and_a_layer(ranks: list[dict[str, Any]]) -> None:
+    """The engine adds gradients, a shard as large as the weights', and DeepSpeed's bucket."""
     for rank in ranks:
         most = rank["model"] / RANKS + rank["largest"]
         assert rank["weights"] <= most
@@ -133,8 +133,10 @@ def test_no_rank_holds_more_than_its_part_and_a_layer(ranks: list[dict[str, Any]
 
 
 @pytest.mark.slow
-def test_the_parts_are_the_weights_of_one_process_bit_for_bit(ranks: list[dict[str, Any]]) -> None:
-    """Of a module that was built before the engine, they are the first rank's."""
-    for found in (ranks, [rank["dvae"] for rank in ranks]):
-        assert [rank["unlike"] for rank in found] == [[]] * RANKS
-        assert sum(rank["elements"] for rank in found) == found[0]["all"]
+def test_the_shards_equal_the_weights_of_one_process_bit_for_bit(
+    ranks: list[dict[str, Any]],
+) -> None:
+    """A module built before the engine takes the first rank's weights."""
+    for rows in (ranks, [rank["dvae"] for rank in ranks]):
+        assert [rank["unlike"] for rank in rows] == [[]] * RANKS
+        assert sum(rank["elements"] for rank in rows) == rows[0]["all"]

@@ -1,4 +1,4 @@
-"""What the ranks of the multi-process tests run."""
+"""Functions that the ranks of the multi-process tests run."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def sum_ranks(payload: str) -> None:
 
 
 def train_case(payload: str) -> None:
-    """Say who I am, then train a case of the parity benchmark."""
+    """Report this rank, then train a case of the parity benchmark."""
     out = Path(json.loads(payload)["out"])
     (out / f".pid-{os.environ['RANK']}").write_text(str(os.getpid()))
     (out / f".pid-{os.environ['RANK']}").rename(out / f"pid-{os.environ['RANK']}")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench.gpu import parent
-from bench.gpu.report import GpuReport, Wanted
+from bench.gpu.report import GpuReport, Target
 from tests.gpu.run import table
 from tests.harness import ENVIRONMENT, ROOT, heed_interrupts, processes_with
 
@@ -20,11 +20,11 @@ HERE = "tests.unit.bench.test_gpu_run"
 
 
 def fine(report: GpuReport) -> None:
-    report.row("one", 2.0, "s", Wanted(most=3.0))
+    report.row("one", 2.0, "s", Target(most=3.0))
 
 
 def missed(report: GpuReport) -> None:
-    report.row("two", math.nan, "x", Wanted(least=1.0))
+    report.row("two", math.nan, "x", Target(least=1.0))
 
 
 def fails(_: GpuReport) -> None:

