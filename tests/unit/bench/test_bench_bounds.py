@@ -37,11 +37,11 @@ def _run(kind: Kind, forget: bool = False) -> tuple[list[float], dict[str, list[
         mask = mask.clone()
         mask[TEXT + 5, 3] = False
 
-    def found(out: torch.Tensor) -> list[torch.Tensor]:
+    def output_and_gradients(out: torch.Tensor) -> list[torch.Tensor]:
         return [out, *torch.autograd.grad(out, leaves, grad)]
 
-    dense = found(F.scaled_dot_product_attention(*leaves, attn_mask=mask))
-    return differences(dense, found(banded_attention(*leaves, band))), bounds
+    dense = output_and_gradients(F.scaled_dot_product_attention(*leaves, attn_mask=mask))
+    return differences(dense, output_and_gradients(banded_attention(*leaves, band))), bounds
 
 
 @pytest.mark.parametrize("kind", KINDS)

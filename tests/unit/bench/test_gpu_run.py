@@ -92,9 +92,7 @@ def test_the_table_tells_what_failed_and_what_was_not_run(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_one_run_works_in_a_folder_and_leaves_nothing_behind(
-    number: int, code: int, tmp_path: Path
-) -> None:
+def test_one_run_works_in_a_folder_and_cleans_up(number: int, code: int, tmp_path: Path) -> None:
     command = [sys.executable, "-P", str(ROOT / "tests/gpu/run.py"), "--device=cpu", "--tiny"]
     environment = {**ENVIRONMENT, "OUT": str(tmp_path)}
 

@@ -175,9 +175,9 @@ def _meet(rank: int, port: int, seconds: float) -> list[list[str]]:
 
 def test_ranks_meet_and_tell_rank_0(port: int) -> None:
     with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(lambda rank: _meet(rank, port, 20.0), range(3)))
-    assert found[0] == [[f"{word} of {rank}" for rank in range(3)] for word in ("name", "time")]
-    assert found[1] == found[2] == [["name of 0"], ["time of 0"]]
+        messages = list(pool.map(lambda rank: _meet(rank, port, 20.0), range(3)))
+    assert messages[0] == [[f"{word} of {rank}" for rank in range(3)] for word in ("name", "time")]
+    assert messages[1] == messages[2] == [["name of 0"], ["time of 0"]]
 
 
 def test_strangers_and_missing_ranks_do_not_end_a_meeting(port: int) -> None:
@@ -205,10 +205,10 @@ def test_strangers_and_missing_ranks_do_not_end_a_meeting(port: int) -> None:
 
 def test_a_name_of_rank_0_that_does_not_resolve(port: int) -> None:
     place = Rendezvous(rank=1, size=2, address="no-such-host.invalid", port=port)
-    with pytest.raises(Lost) as found, meet(place, 0.2):
+    with pytest.raises(Lost) as caught, meet(place, 0.2):
         pass
-    assert "does not resolve" in found.value.row.found
-    assert "MASTER_ADDR" in found.value.row.fix
+    assert "does not resolve" in caught.value.row.found
+    assert "MASTER_ADDR" in caught.value.row.fix
 
 
 class Overwrites(FolderStore):

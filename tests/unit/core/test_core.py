@@ -51,9 +51,9 @@ def test_settings_survive_json() -> None:
 
 
 def test_problems_come_all_at_once_with_a_fix() -> None:
-    found = MeshConfig(data=2, tensor=2).problems(world=3)
-    assert len(found) == 2
-    assert "needs 4 ranks, but 3" in found[1]
+    problems = MeshConfig(data=2, tensor=2).problems(world=3)
+    assert len(problems) == 2
+    assert "needs 4 ranks, but 3" in problems[1]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_closed_streams_are_replaced_by_the_null_device(closed: str) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_a_full_disk_behind_standard_output_is_named() -> None:
+def test_a_full_disk_under_standard_output_is_named() -> None:
     with open("/dev/full", "wb") as full:
         command = [sys.executable, "-P", "-m", "tapir", "--help"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=ENVIRONMENT)

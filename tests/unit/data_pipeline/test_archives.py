@@ -59,9 +59,9 @@ def _folder(path: Path, members: Members) -> Path:
 
 
 def _read(source: Path) -> tuple[list[Pair], list[Unusable]]:
-    found = list(open_source(str(source), PackConfig()))
-    pairs = [item for item in found if isinstance(item, Pair)]
-    return pairs, [item for item in found if isinstance(item, Unusable)]
+    items = list(open_source(str(source), PackConfig()))
+    pairs = [item for item in items if isinstance(item, Pair)]
+    return pairs, [item for item in items if isinstance(item, Unusable)]
 
 
 def _captions(pairs: list[Pair]) -> dict[str, str]:
@@ -83,8 +83,8 @@ def test_metadata_of_file_systems_is_passed_over_and_named(tmp_path: Path, kind:
     whole_folders = 2 if kind == "folder" else 3
     assert len(rejects) == 6 + whole_folders
     assert all("metadata of a file system" in reject.reason for reject in rejects)
-    found = pack(str(source), FolderStore(tmp_path / "out"), PackConfig(validation=0.4))
-    assert found["train"].rejects == {"metadata": len(rejects)}
+    manifests = pack(str(source), FolderStore(tmp_path / "out"), PackConfig(validation=0.4))
+    assert manifests["train"].rejects == {"metadata": len(rejects)}
 
 
 def test_metadata_among_tars_is_no_tar(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_joined_archives_are_read_past_each_end_mark(tmp_path: Path, packed: str
 
 
 @pytest.mark.parametrize("damage", ["second header", "no second end", "noise"])
-def test_what_is_lost_behind_an_end_mark_is_a_reject(tmp_path: Path, damage: str) -> None:
+def test_what_is_lost_after_an_end_mark_is_a_reject(tmp_path: Path, damage: str) -> None:
     first = _tar(tmp_path / "a.tar", _pairs("a", 3)).read_bytes()
     second = bytearray(_tar(tmp_path / "b.tar", _pairs("b", 3)).read_bytes())
     if damage == "second header":
@@ -158,8 +158,8 @@ def test_no_member_is_lost_where_a_name_comes_twice(tmp_path: Path) -> None:
     doubled = _tar(tmp_path / "a.tar", [*good, *first, *second, ("x.txt", b"two")])
     store = FolderStore(tmp_path / "out")
     config = PackConfig(validation=0.4, max_rejects=0.5)
-    found = pack(str(doubled), store, config)
-    assert found["train"].rejects == {"key": 1}
+    manifests = pack(str(doubled), store, config)
+    assert manifests["train"].rejects == {"key": 1}
     reason = json.loads(store.get("rejects/000000.jsonl"))["reason"]
     assert "the key 'a__x'" in reason and "occurs twice" in reason
     with pytest.raises(InputError, match="occurs twice; give it another name"):
@@ -225,12 +225,12 @@ def test_different_names_have_different_keys(tmp_path: Path) -> None:
     members = []
     for name in ("a_b", "a.b", "d__x", "d/x"):
         members += [(f"{name}.png", _picture(len(members))), (f"{name}.txt", b"words")]
-    found = pack(
+    manifests = pack(
         str(_folder(tmp_path / "in", members)),
         FolderStore(tmp_path / "o"),
         PackConfig(validation=0.4),
     )
-    assert sum(manifest.samples for manifest in found.values()) == 4
+    assert sum(manifest.samples for manifest in manifests.values()) == 4
 
 
 @given(st.lists(st.text("ab_./\x02\u00e9", min_size=1, max_size=6), unique=True, max_size=40))
@@ -371,12 +371,12 @@ def _seal(data: bytearray) -> None:
 
 def test_a_folder_may_have_any_name_and_other_files_are_no_source(tmp_path: Path) -> None:
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
-    found = pack(
+    manifests = pack(
         str(_folder(folder, _pairs("", 12))),
         FolderStore(tmp_path / "o"),
         PackConfig(validation=0.4),
     )
-    assert sum(manifest.samples for manifest in found.values()) == 12
+    assert sum(manifest.samples for manifest in manifests.values()) == 12
     (tmp_path / "a.zip").write_bytes(b"PK\3\4")
     with pytest.raises(InputError, match="unpack other archives"):
         pack(str(tmp_path / "a.zip"), FolderStore(tmp_path / "z"), PackConfig())

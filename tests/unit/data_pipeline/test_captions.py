@@ -200,8 +200,8 @@ def test_filters_judge_each_of_them(tmp_path: Path) -> None:
             f"one\nthese are words {i}\ntwo" if i else "one\ntwo"
         )
     config = PackConfig(validation=0.4, filters=FilterConfig(min_words=3))
-    found = pack(str(tmp_path / "in"), FolderStore(tmp_path / "out"), config)
-    assert found["train"].rejects == {"short": 1}
+    manifests = pack(str(tmp_path / "in"), FolderStore(tmp_path / "out"), config)
+    assert manifests["train"].rejects == {"short": 1}
     assert all(len(r.captions) == 1 for r in _records(FolderStore(tmp_path / "out")))
 
 
@@ -254,7 +254,7 @@ def test_clip_and_tokens_read_a_drawn_one_and_the_tokenizer_all(
             assert row.text.tolist() == expected
 
 
-def test_the_share_of_captions_that_are_cut_is_said_once(
+def test_the_share_of_captions_that_are_cut_is_logged_once(
     several: FolderStore,
     bpe: Path,
     caplog: pytest.LogCaptureFixture,
@@ -280,8 +280,8 @@ def test_the_share_of_captions_that_are_cut_is_said_once(
         share = tell_cut_captions(ClipTask(settings, World()))
         cut = sum(n > length for n in lengths)
         assert share == cut / len(lengths)
-        said = f"of {len(lengths)} looked at, {cut} have more than model.text_length={length}"
-        assert (said in caplog.text) == (cut > 0) == bool(caplog.records)
+        message = f"of {len(lengths)} looked at, {cut} have more than model.text_length={length}"
+        assert (message in caplog.text) == (cut > 0) == bool(caplog.records)
 
 
 def test_a_run_and_a_prompt_say_what_is_cut(

@@ -31,9 +31,9 @@ ON_WHITE = {
 
 
 def _saved(image: Image.Image, kind: str, **save: object) -> bytes:
-    found = io.BytesIO()
-    image.save(found, kind, **save)
-    return found.getvalue()
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **save)
+    return buffer.getvalue()
 
 
 def _mixed(size: tuple[int, int] = (6, 4)) -> Image.Image:
@@ -144,11 +144,11 @@ def test_damaged_metadata_harms_no_picture(name: str, kind: str) -> None:
         odd = data[:33] + chunk(b"eXIf", exif.removeprefix(b"Exif\0\0")) + data[33:]
     else:
         odd = _saved(_mixed(), kind, exif=exif)
-    found = decode_rgb(odd, "x")
+    pixels = decode_rgb(odd, "x")
     expected = np.rot90(plain, -1) if orientation == 6 else plain
-    assert found.shape == expected.shape and (found == expected).all()
+    assert pixels.shape == expected.shape and (pixels == expected).all()
     seen = inspect(odd, "x")
-    assert (seen.height, seen.width) == found.shape[:2]
+    assert (seen.height, seen.width) == pixels.shape[:2]
 
 
 def test_orientations_in_texts_count_and_damaged_texts_do_not() -> None:
@@ -188,7 +188,7 @@ def test_animations_are_refused_and_animations_of_one_picture_are_pictures() -> 
 
 
 def test_whatever_is_accepted_decodes_and_all_else_is_an_input_error() -> None:
-    found = try_flips(6000, 24)
-    assert found.total() == 6000
-    assert all(found[f"{kind} accepted"] > 50 for kind in ("png", "jpeg", "webp"))
-    assert not found["GIF accepted"] and found["GIF refused"]
+    outcomes = try_flips(6000, 24)
+    assert outcomes.total() == 6000
+    assert all(outcomes[f"{kind} accepted"] > 50 for kind in ("png", "jpeg", "webp"))
+    assert not outcomes["GIF accepted"] and outcomes["GIF refused"]

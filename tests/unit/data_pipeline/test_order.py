@@ -57,11 +57,11 @@ class NumberedSource:
 
 def _take(stream: Stream, count: int) -> list[tuple[list[int], StreamState]]:
     batches = iter(stream)
-    found = [
+    taken = [
         (records.ids.tolist(), state) for records, state in (next(batches) for _ in range(count))
     ]
     batches.close()  # type: ignore[attr-defined]
-    return found
+    return taken
 
 
 @settings(max_examples=40, deadline=None)
@@ -82,12 +82,12 @@ def test_a_stream_killed_anywhere_goes_on_with_any_number_of_ranks(
 
     def stream(rank: int, ranks: int, state: StreamState | None) -> Stream:
         loader = LoaderConfig(readers=2, prefetch=ahead)
-        found = Stream(
+        reader = Stream(
             source, seed=5, batch=batch, order=order, loader=loader, rank=rank, ranks=ranks
         )
         if state is not None:
-            found.resume(state)
-        return found
+            reader.resume(state)
+        return reader
 
     try:
         plan = stream(0, 1, None).order

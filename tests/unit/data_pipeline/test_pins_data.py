@@ -55,8 +55,8 @@ def test_the_order_is_its_definition(lanes: int, window: int, batch: int, epoch:
     assert order.steps(epoch) == len(expected)
     read = {}
     for step, records in enumerate(expected):
-        found = order.places(epoch, step, range(lanes))
-        assert [tuple(map(int, row)) for row in found] == records
+        places = order.places(epoch, step, range(lanes))
+        assert [tuple(map(int, row)) for row in places] == records
         for slot, record in enumerate(records):
             read[record] = (step, slot)
         if lanes > 1:

@@ -51,8 +51,8 @@ def test_checker_refuses_each_wrong_attribute() -> None:
 def test_an_uneven_outline_is_read_as_the_nearest_shape(shape: str, size: str) -> None:
     """Corners, or places on the circle, moved by up to a tenth of the width."""
     thing = Thing(size=size, colour="blue", shape=shape)
-    found = [read_picture(_uneven(thing, 32, i)) for i in range(200)]
-    assert np.mean([[seen.thing.shape for seen in row] == [shape] for row in found]) >= 0.95
+    readings = [read_picture(_uneven(thing, 32, i)) for i in range(200)]
+    assert np.mean([[seen.thing.shape for seen in row] == [shape] for row in readings]) >= 0.95
 
 
 def _uneven(thing: Thing, pixels: int, index: int) -> NDArray[np.uint8]:

@@ -108,7 +108,7 @@ def test_wrong_input_is_named(run: SampleRun, changes: dict[str, object], text: 
 
 
 @pytest.mark.parametrize("field", ["out", "pictures"])
-def test_what_cannot_be_written_is_found_before_anything_is_drawn(
+def test_a_file_that_cannot_be_written_fails_before_anything_is_drawn(
     run: SampleRun, field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
@@ -152,9 +152,9 @@ def test_a_limit_of_the_process_counts_as_memory() -> None:
             np.zeros(2**30)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
-    for found in (torchs.value, numpys.value):
-        assert no_memory(found)
-        assert of_memory(found).exit_code == 2 and "ulimit -v" in str(of_memory(found))
+    for error in (torchs.value, numpys.value):
+        assert no_memory(error)
+        assert of_memory(error).exit_code == 2 and "ulimit -v" in str(of_memory(error))
     assert not no_memory(RuntimeError("shapes differ"))
 
 
@@ -169,6 +169,6 @@ def test_memory_that_runs_out_anywhere_ends_in_a_sentence(
     monkeypatch.setattr("sys.argv", ["tapir", "sample"])
     with pytest.raises(SystemExit) as ended:
         tapir.main()
-    said = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 2 and len(said) == 1
-    assert said[0].startswith("tapir: memory ran out: ") and "fewer candidates" in said[0]
+    lines = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and len(lines) == 1
+    assert lines[0].startswith("tapir: memory ran out: ") and "fewer candidates" in lines[0]

@@ -122,8 +122,8 @@ def test_scores_say_what_they_are(place: Place, unbroken: Path) -> None:
     assert scores["numerics"]["matmul"] == scores["numerics"]["conv"] == "highest"
     assert [row["radius"] for row in scores["rows"]] == [0.0, 1.0, 4.0]
     chosen = open_evaluation(place.data).choose(22, 0)
-    wanted = {name for caption in chosen for name in caption.pictures}
-    assert {row["pictures"] for row in scores["rows"]} == {len(wanted)} == {scores["pictures"]}
+    names = {name for caption in chosen for name in caption.pictures}
+    assert {row["pictures"] for row in scores["rows"]} == {len(names)} == {scores["pictures"]}
     assert all(row["fid"] > 0 and row["is"] >= 1 for row in scores["rows"])
     assert len({row["fid"] for row in scores["rows"]}) == 3
     records = [
@@ -205,9 +205,9 @@ def test_a_second_score_leaves_the_overlap_out(
 ) -> None:
     evaluation = open_evaluation(place.data)
     seen = evaluation.pictures[3:9]
-    found = {"fingerprint": evaluation.fingerprint, "threshold": 0.9, "share": 6 / 16, "ids": seen}
+    body = {"fingerprint": evaluation.fingerprint, "threshold": 0.9, "share": 6 / 16, "ids": seen}
     path = tmp_path / "overlap.json"
-    path.write_text(json.dumps({"evaluation": found}))
+    path.write_text(json.dumps({"evaluation": body}))
     scores = place.run(unbroken, overlap=path)
     assert scores is not None
     kept = [c for c in evaluation.choose(22, 0) if not set(c.pictures) & set(seen)]
@@ -219,10 +219,10 @@ def test_a_second_score_leaves_the_overlap_out(
     assert rows[0]["fid"] != scores["rows"][0]["fid"]
     plain = json.loads((unbroken / "scores.json").read_text())["rows"][:3]
     assert plain == [row for row in scores["rows"] if row["set"] == "all"]
-    path.write_text(json.dumps({"evaluation": {**found, "fingerprint": "other"}}))
+    path.write_text(json.dumps({"evaluation": {**body, "fingerprint": "other"}}))
     with pytest.raises(InputError, match="about another evaluation set"):
         place.run(unbroken, overlap=path)
-    path.write_text(json.dumps({"evaluation": {**found, "ids": evaluation.pictures}}))
+    path.write_text(json.dumps({"evaluation": {**body, "ids": evaluation.pictures}}))
     with pytest.raises(InputError, match="fewer than two captions or pictures"):
         place.run(unbroken, overlap=path)
 
@@ -309,7 +309,7 @@ def _models(place: Place) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("data", "flags", "said"),
+    ("data", "flags", "message"),
     [
         ("cub:{here}", [], "images.txt is missing"),
         ("coco:{here}", [], "unpack MS-COCO"),
@@ -325,11 +325,11 @@ def _models(place: Place) -> list[str]:
     ],
 )
 def test_wrong_input_ends_before_anything_is_drawn(
-    place: Place, tmp_path: Path, data: str, flags: list[str], said: str
+    place: Place, tmp_path: Path, data: str, flags: list[str], message: str
 ) -> None:
     known = {"here": str(tmp_path), "data": place.data}
     given = [flag.format(**known) for flag in (data, *_models(place), *flags)]
-    with pytest.raises(TapirError, match=said) as caught:
+    with pytest.raises(TapirError, match=message) as caught:
         score([*given, f"--out={tmp_path / 'out'}"])
     assert caught.value.exit_code == 2
     assert not (tmp_path / "out").exists()

@@ -72,10 +72,10 @@ def test_codes_of_the_reader_are_the_models() -> None:
     config = DVAEConfig(width=16, blocks=2, groups=3, codebook=300, bottleneck=4, gain=0.0)
     model = DVAE(config).eval()
     image = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    wanted, logits = model.tokens(image), model.logits(image).permute(0, 2, 3, 1).flatten(1, 2)
+    expected, logits = model.tokens(image), model.logits(image).permute(0, 2, 3, 1).flatten(1, 2)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert CodeReader(model).codes(image).equal(wanted)
+    assert CodeReader(model).codes(image).equal(expected)
     half = CodeReader(model, "bf16").codes(image)
     lost = logits.amax(-1) - logits.gather(-1, half[..., None])[..., 0]
-    assert float((half == wanted).float().mean()) > 0.95 and float(lost.max()) < 0.05
+    assert float((half == expected).float().mean()) > 0.95 and float(lost.max()) < 0.05
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())

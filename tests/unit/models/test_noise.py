@@ -27,8 +27,8 @@ def test_bits_are_numpys(position: int, count: int) -> None:
 
 def test_the_integers_of_other_devices_give_the_same_bits() -> None:
     for position in (0, 5, 2**40):
-        found = philox_bits(torch.tensor(KEYS), 3, position)
-        assert found.tolist() == [_numpy(key, position, 24) for key in KEYS]
+        bits = philox_bits(torch.tensor(KEYS), 3, position)
+        assert bits.tolist() == [_numpy(key, position, 24) for key in KEYS]
 
 
 def test_a_known_answer_of_the_authors() -> None:
@@ -43,9 +43,9 @@ def test_a_known_answer_of_the_authors() -> None:
 def test_noise_follows_from_the_bits() -> None:
     """-ln(-ln u), worked out by Python's own logarithm."""
     keys = torch.tensor([5, 2**62 + 1])
-    found = gumbel_noise(keys, (3, 2, 2), 9)
-    assert found.shape == (2, 3, 2, 2) and found.dtype == torch.float32
-    for row, key in zip(found.flatten(1).tolist(), (5, 2**62 + 1), strict=True):
+    noise = gumbel_noise(keys, (3, 2, 2), 9)
+    assert noise.shape == (2, 3, 2, 2) and noise.dtype == torch.float32
+    for row, key in zip(noise.flatten(1).tolist(), (5, 2**62 + 1), strict=True):
         bits = _numpy(key, 9, 12)
         assert row == pytest.approx([-math.log(-math.log((b + 0.5) / 2**32)) for b in bits])
 

@@ -60,8 +60,8 @@ def test_codes_are_relaxed_by_hand() -> None:
     """exp(2 ln 3) = 9 against exp(2 ln 2) = 4."""
     logits = torch.tensor([0.0, math.log(2)]).view(1, 2, 1, 1)
     noise = torch.tensor([math.log(3), 0.0]).view(1, 2, 1, 1)
-    found = gumbel_codes(logits, 0.5, noise).flatten().tolist()
-    assert found == pytest.approx([9 / 13, 4 / 13])
+    codes = gumbel_codes(logits, 0.5, noise).flatten().tolist()
+    assert codes == pytest.approx([9 / 13, 4 / 13])
     for bad in (0.0, -1.0):
         with pytest.raises(ConfigError, match="must be positive"):
             gumbel_codes(logits, bad, noise)
@@ -220,8 +220,8 @@ def test_without_a_one_hot_layer_every_fan_in_counts() -> None:
 def test_first_weights_are_drawn_in_blocks_of_64_rows_by_name() -> None:
     """Rows 60..70 of a matrix, by its own Mersenne Twister for each block."""
     part = Placement(shape=(130, 3), first=60, rows=10, split=True)
-    found = torch.empty(12, 3)
-    draw_normal(7, {"a": 9.0, "w": 0.5}, "block.", "w", part, 0, found.view(-1))
+    weights = torch.empty(12, 3)
+    draw_normal(7, {"a": 9.0, "w": 0.5}, "block.", "w", part, 0, weights.view(-1))
     blocks = [
         torch.empty(192).normal_(
             generator=torch.Generator().manual_seed(key_int(7, "block.w", number, "init"))
@@ -229,7 +229,7 @@ def test_first_weights_are_drawn_in_blocks_of_64_rows_by_name() -> None:
         for number in (0, 1)
     ]
     expected = 0.5 * torch.cat(blocks).view(128, 3)[60:70]
-    assert found[:10].equal(expected) and not found[10:].any()
+    assert weights[:10].equal(expected) and not weights[10:].any()
     some = torch.empty(7)
     draw_normal(7, {"w": 0.5}, "block.", "w", part, 5, some)
     assert some.equal(expected.flatten()[5:12])
@@ -346,8 +346,8 @@ def test_a_contrastive_loss_by_hand() -> None:
     eye = torch.eye(2)
     keys = torch.tensor([1, 2])
     scale = torch.tensor(math.log(3))
-    found = contrastive_loss(eye, eye, scale, keys, lambda rows: rows, 0)
-    assert float(found["loss"]) == pytest.approx(0.2876821) and float(found["accuracy"]) == 1.0
+    losses = contrastive_loss(eye, eye, scale, keys, lambda rows: rows, 0)
+    assert float(losses["loss"]) == pytest.approx(0.2876821) and float(losses["accuracy"]) == 1.0
     turned = contrastive_loss(eye, eye.flip(0), scale, keys, lambda rows: rows, 0)
     assert float(turned["loss"]) == pytest.approx(1.3862944) and float(turned["accuracy"]) == 0.0
     texts = torch.tensor([[1.0, 0.0], [1.0, 0.0]])  # by picture ln 2 and ln 2; by text ln 4/3, ln 4
@@ -361,18 +361,18 @@ def test_a_rank_finds_its_own_rows_among_all() -> None:
     images, texts = torch.randn(2, 4, 3, generator=draws)
     captions = torch.tensor([5, 6, 7, 5])
     rows = iter([captions, texts, images])
-    found = contrastive_loss(
+    losses = contrastive_loss(
         images[2:], texts[2:], torch.tensor(1.5), captions[2:], lambda _: next(rows), 2
     )
     by_image, by_text = 1.5 * images[2:] @ texts.T, 1.5 * texts[2:] @ images.T
     by_image[1, 0] = by_text[1, 0] = -torch.inf
     each = [x.log_softmax(1)[[0, 1], [2, 3]] for x in (by_image, by_text)]
-    assert float(found["loss"]) == pytest.approx(float(-(each[0] + each[1]).mean() / 2))
+    assert float(losses["loss"]) == pytest.approx(float(-(each[0] + each[1]).mean() / 2))
 
 
 def test_keys_of_captions_as_a_congruential_generator_gives_them() -> None:
     """((0 + 3 + 2) * M + 1 + 2) * M modulo 2^64 with Knuth's M = 6364136223846793005."""
     m = 6364136223846793005
     expected = ((5 * m + 3) * m) % 2**64
-    found = int(caption_keys(torch.tensor([[3, 1]]))[0]) % 2**64
-    assert found == expected
+    key = int(caption_keys(torch.tensor([[3, 1]]))[0]) % 2**64
+    assert key == expected

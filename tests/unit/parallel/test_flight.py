@@ -23,10 +23,10 @@ def test_entries_of_two_recorders_are_joined_by_time_each_once() -> None:
     nccl = _recorder("2.28", ("nccl:all_reduce", 1), ("nccl:all_reduce", 5))
     both = {"entries": gloo["entries"] + nccl["entries"]}
     for first in (gloo, both):  # in newer versions the general recorder has NCCL's, too
-        found = joined({"all": first, "nccl": nccl})
-        times = [entry["time_created_ns"] for entry in found["entries"]]
-        assert times == [1, 3, 5, 9] and found["entries"][-1]["profiling_name"] == "gloo:barrier"
-        assert found["recorders"]["nccl"] == {"comm_lib_version": "2.28"}
+        merged = joined({"all": first, "nccl": nccl})
+        times = [entry["time_created_ns"] for entry in merged["entries"]]
+        assert times == [1, 3, 5, 9] and merged["entries"][-1]["profiling_name"] == "gloo:barrier"
+        assert merged["recorders"]["nccl"] == {"comm_lib_version": "2.28"}
 
 
 def test_nccls_recorder_is_asked_where_torch_has_one(monkeypatch: pytest.MonkeyPatch) -> None:

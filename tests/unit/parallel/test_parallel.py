@@ -159,8 +159,8 @@ def test_impossible_choices_are_named_with_the_nearest_possible(
     mesh: MeshConfig, engine: EngineConfig, compress: int, expected: str
 ) -> None:
     sizes = ModelSizes(heads=6, layers=5, cuttable=True)
-    found = mesh.problems(None, sizes) + engine.problems(16 // mesh.data, mesh, compress > 0)
-    assert any(expected in text for text in found), found
+    problems = mesh.problems(None, sizes) + engine.problems(16 // mesh.data, mesh, compress > 0)
+    assert any(expected in text for text in problems), problems
 
 
 def test_compression_of_a_negative_rank_is_refused() -> None:
@@ -188,8 +188,8 @@ def test_error_buffers_of_other_machines_are_summed_and_divided(tmp_path: Path) 
         group = Group(None, 0, size)
         other = Compressor({"w": place}, shards, 2, settings, group, Group(), CPU)
         other.load(reader)
-        found = next(iter(other.slices())).data.view(4, 6)
-        torch.testing.assert_close(found, sums / size)
+        buffer = next(iter(other.slices())).data.view(4, 6)
+        torch.testing.assert_close(buffer, sums / size)
 
 
 @pytest.mark.parametrize(
@@ -225,10 +225,10 @@ def test_ranks_of_srun_are_torchs() -> None:
     assert ranks_of(slurm) == Ranks(launcher="srun", rank=3, size=4)
     batch_script = {name: value for name, value in slurm.items() if "STEP" not in name}
     assert ranks_of(batch_script) is None
-    found = srun_ranks(slurm, lambda nodes: f"first of {nodes}")
-    assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"]) == ("3", "1", "4")
-    assert found["MASTER_ADDR"] == "first of node[1-2]"
-    assert found["MASTER_PORT"] == str(20_000 + 7 * 31 + 2)
+    given = srun_ranks(slurm, lambda nodes: f"first of {nodes}")
+    assert (given["RANK"], given["LOCAL_RANK"], given["WORLD_SIZE"]) == ("3", "1", "4")
+    assert given["MASTER_ADDR"] == "first of node[1-2]"
+    assert given["MASTER_PORT"] == str(20_000 + 7 * 31 + 2)
 
 
 @pytest.mark.parametrize("text", ["zwei", "²", "٣", "0", "-1", ""])

@@ -58,9 +58,9 @@ def test_factors_are_made_where_the_gradients_are() -> None:
     ramp = torch.arange(6.0).view(2, 3)
     with torch.device("meta"):
         power = PowerSGD(shards, rank=2, seed=0, group=None, device=CPU)
-        found = power.reduce({"w": ramp}).gradients["w"]
+        gradient = power.reduce({"w": ramp}).gradients["w"]
     assert {x.device for b in power._batches for x in (b.p, b.q, b.q_mean)} == {CPU}
-    torch.testing.assert_close(found, ramp)
+    torch.testing.assert_close(gradient, ramp)
 
 
 def test_buffers_of_a_checkpoint_are_on_the_cpu() -> None:
@@ -86,9 +86,9 @@ def test_draws_are_made_where_the_decoder_is() -> None:
     settings = DrawSettings(top_p=0.9)
     (plain,) = Sampler(decoder).draw(text, keys, settings)
     with torch.device("meta"):
-        (found,) = Sampler(decoder).draw(text, keys, settings)
+        (draws,) = Sampler(decoder).draw(text, keys, settings)
         positions = Decoder(part)._positions
-    assert found.codes.equal(plain.codes) and positions.device == CPU
+    assert draws.codes.equal(plain.codes) and positions.device == CPU
 
 
 def test_a_mask_is_made_where_it_is_asked_for() -> None:
@@ -100,8 +100,8 @@ def test_a_mask_is_made_where_it_is_asked_for() -> None:
 def test_a_gpus_mask_is_made_on_it_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flex, "create_block_mask", lambda *sizes, **how: (sizes[1:], how))
     monkeypatch.setattr(flex, "BLOCK", 64)
-    found = cast(Any, block_mask("row", 128, 16, 11, "cuda:1"))
-    assert found == ((None, None, 384, 384), {"device": "cuda:1", "BLOCK_SIZE": 64})
+    mask = cast(Any, block_mask("row", 128, 16, 11, "cuda:1"))
+    assert mask == ((None, None, 384, 384), {"device": "cuda:1", "BLOCK_SIZE": 64})
     block_mask.cache_clear()
 
 
@@ -120,9 +120,9 @@ def test_noise_is_drawn_where_its_keys_are(monkeypatch: pytest.MonkeyPatch) -> N
 def test_captions_are_compared_where_they_are() -> None:
     eye, keys = torch.eye(2), torch.tensor([1, 2])
     with torch.device("meta"):
-        found = contrastive_loss(eye, eye, torch.tensor(1.0, device=CPU), keys, lambda x: x, 0)
+        losses = contrastive_loss(eye, eye, torch.tensor(1.0, device=CPU), keys, lambda x: x, 0)
         assert caption_keys(torch.zeros(2, 3, dtype=torch.int64, device=CPU)).device == CPU
-    assert found["loss"].device == CPU and float(found["accuracy"]) == 1.0
+    assert losses["loss"].device == CPU and float(losses["accuracy"]) == 1.0
 
 
 def test_a_gpu_is_handed_pinned_memory_without_waiting() -> None:

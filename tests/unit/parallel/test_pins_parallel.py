@@ -55,8 +55,8 @@ def test_one_step_is_the_papers_by_hand() -> None:
         p[0, 0] += 1e-6
         p /= p.norm()
         expected = p @ (p.T @ matrix)
-        found = reduced.gradients[name]
-        torch.testing.assert_close(found, expected.T if name == "w" else expected)
+        gradient = reduced.gradients[name]
+        torch.testing.assert_close(gradient, expected.T if name == "w" else expected)
         assert float(reduced.squares[name]) == pytest.approx(float(expected.square().sum()), 1e-5)
     assert reduced.gradients["b"].tolist() == [3, 4] and float(reduced.squares["b"]) == 25.0
     assert reduced.raw_bytes == 4 * (12 + 12 + 2)
@@ -68,8 +68,8 @@ def test_a_square_matrix_is_not_turned_and_none_may_be_compressed() -> None:
     power = PowerSGD([MatrixShard(name="w", rows=2, columns=2)], rank=1, seed=0, group=None,
                      device=CPU)  # fmt: skip
     power._batches[0].q.copy_(torch.tensor([[[1.0], [0.0]]]))
-    found = power.reduce({"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}).gradients["w"]
-    assert found.flatten().tolist() == pytest.approx([1.0, 1.4, 3.0, 4.2], rel=1e-5)
+    gradient = power.reduce({"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}).gradients["w"]
+    assert gradient.flatten().tolist() == pytest.approx([1.0, 1.4, 3.0, 4.2], rel=1e-5)
     none = PowerSGD([], rank=1, seed=0, group=None, device=CPU).reduce({"b": torch.tensor([3.0])})
     assert float(none.norm_squared) == 9.0
 
@@ -99,17 +99,17 @@ def test_means_over_two_ranks_are_those_of_the_definition(tmp_path: Path) -> Non
 
     def rank(number: int) -> Any:
         power = _power(dist.group.WORLD)
-        found = []
+        results = []
         for step in range(2):
             rows = {"w": given[step][number], "v": torch.zeros(3, 4), "b": plain[number]}
             if number == 1 and step == 1:
                 rows["b"] = torch.tensor([math.inf, 1.0])
             reduced = power.reduce(rows)
-            found.append({n: g.tolist() for n, g in reduced.gradients.items()})
-            found.append(float(reduced.norm_squared))
+            results.append({n: g.tolist() for n, g in reduced.gradients.items()})
+            results.append(float(reduced.norm_squared))
         alone = _power([dist.new_group([0]), dist.new_group([1])][number])
         own = alone.reduce({"w": given[0][number], "v": torch.zeros(3, 4), "b": plain[number]})
-        return found, power.errors()["w"].tolist(), own.gradients["b"].tolist()
+        return results, power.errors()["w"].tolist(), own.gradients["b"].tolist()
 
     (ours, error0, own0), (theirs, error1, own1) = forked_ranks(tmp_path, 2, rank)
     assert ours == theirs and [own0, own1] == [[1.0, 5.0], [3.0, -1.0]]
@@ -223,15 +223,15 @@ def test_a_stage_without_matrices_has_no_vote(
     under another default device, of which `meta` is one without values."""
 
     def decide(number: int) -> list[int]:
-        found = []
+        ranks = []
         for gained in (None, -0.5, 0.5):
             row = SimpleNamespace(rank=7, gained_ms=gained, sent_bytes=1, raw_bytes=1,
                                   compute_ms=1.0, break_even=1.0)  # fmt: skip
             monkeypatch.setattr(advisor, "advise", lambda *_, row=row: [row] * 4)
             shards = SHARDS if gained and number else []
             with torch.device("meta"):
-                found.append(chosen_rank(shards, 1, 1, cast(Any, dist.group.WORLD), CPU))
-        return found
+                ranks.append(chosen_rank(shards, 1, 1, cast(Any, dist.group.WORLD), CPU))
+        return ranks
 
     monkeypatch.setattr(advisor, "measure_link", lambda *_: Link(latency=0.0, bandwidth=1.0))
     assert forked_ranks(tmp_path, 2, decide) == [[0, 0, 7]] * 2
@@ -258,16 +258,16 @@ def test_norms_losses_and_wishes_are_shared_by_two_ranks(
         here = {"a": Scale()} if number == 0 else {"b": Scale()}
         scales = Scales(["a", "b"], here)
         first = decide_update(squares, _mesh(number), scales, vote, accept_all)
-        found = [first.clipped_by, first.loss, first.stopping]
+        results = [first.clipped_by, first.loss, first.stopping]
         if number == 0:
             here["a"].finite = False
         blind = replace(vote, losses=[])
         second = decide_update(squares, _mesh(number), scales, blind, accept_all)
-        found += [second.clipped_by, second.loss]
-        found.append(next(iter(here.values())).value / 2**13)
+        results += [second.clipped_by, second.loss]
+        results.append(next(iter(here.values())).value / 2**13)
         squares, scales = [torch.tensor(math.inf)], Scales([], {})
         infinite = decide_update(squares, _mesh(number), scales, blind, accept_all)
-        found.append(infinite.clipped_by)
+        results.append(infinite.clipped_by)
         group, groups = Group(dist.new_group([0, 1]), number, 2), []
 
         def noting(call: Any) -> Any:
@@ -277,20 +277,20 @@ def test_norms_losses_and_wishes_are_shared_by_two_ranks(
             monkeypatch.setattr(dist, name, noting(getattr(dist, name)))
         seen = [{"x": torch.tensor(1.0 + number), "y": torch.tensor(8.0)},
                 {"x": torch.tensor(3.0 + number), "y": torch.tensor(0.0)}]  # fmt: skip
-        found.append(mean_losses(seen, ("x", "y"), _mesh(number, data=group)))
+        results.append(mean_losses(seen, ("x", "y"), _mesh(number, data=group)))
         last = seen if number == 1 else []
-        found.append(mean_losses(last, ("y", "x"), _mesh(number, pipeline=group)))
-        found.append([each is group.handle for each in groups])
-        return found
+        results.append(mean_losses(last, ("y", "x"), _mesh(number, pipeline=group)))
+        results.append([each is group.handle for each in groups])
+        return results
 
     ours, theirs = forked_ranks(tmp_path, 2, rank)
     grown = 2 ** (1 / 1000)
-    for found, scale in ((ours, grown * 2**-0.5), (theirs, grown**2)):
-        assert found[:5] == [7.0, 3.0, True, math.inf, 0.0]
-        assert found[5] == pytest.approx(scale)
-        assert found[6] == math.inf
-        assert found[7] == {"x": 2.5, "y": 4.0}
-        assert found[8] == {"y": 4.0, "x": 3.0} and found[9] == [True, True]
+    for results, scale in ((ours, grown * 2**-0.5), (theirs, grown**2)):
+        assert results[:5] == [7.0, 3.0, True, math.inf, 0.0]
+        assert results[5] == pytest.approx(scale)
+        assert results[6] == math.inf
+        assert results[7] == {"x": 2.5, "y": 4.0}
+        assert results[8] == {"y": 4.0, "x": 3.0} and results[9] == [True, True]
 
 
 def test_who_counts_and_who_saves() -> None:
@@ -367,15 +367,15 @@ def test_a_compressors_gradients_bytes_and_flags() -> None:
     gradient = torch.arange(9.0)
     reductions: list[Reduced] = []
     for calls in (1, 2):
-        found = one.reduce({"w": gradient, "b": torch.tensor([[2.0, 1.0]])})
-        reductions.append(found)
+        reduced = one.reduce({"w": gradient, "b": torch.tensor([[2.0, 1.0]])})
+        reductions.append(reduced)
         assert one.facts(reductions)["compress_raw_bytes"] == calls * 4 * 8
         assert one.facts(reductions)["compress_sent_bytes"] == calls * 4 * (2 * 2 + 3 * 2 + 2 + 1)
-    assert isinstance(found, Reduced) and found.raw_bytes == 32 and found.sent_bytes == 52
-    torch.testing.assert_close(found.gradients["w"][:6], gradient[:6], rtol=1e-4, atol=1e-4)
-    assert found.gradients["w"][6:].tolist() == [0, 0, 0]
-    assert found.gradients["b"].tolist() == [2.0, 1.0]
-    assert float(found.squares["w"]) == pytest.approx(55.0, rel=1e-4)
+    assert isinstance(reduced, Reduced) and reduced.raw_bytes == 32 and reduced.sent_bytes == 52
+    torch.testing.assert_close(reduced.gradients["w"][:6], gradient[:6], rtol=1e-4, atol=1e-4)
+    assert reduced.gradients["w"][6:].tolist() == [0, 0, 0]
+    assert reduced.gradients["b"].tolist() == [2.0, 1.0]
+    assert float(reduced.squares["w"]) == pytest.approx(55.0, rel=1e-4)
     facts = one.facts(reductions)
     assert facts == {"compress_raw_bytes": 64, "compress_sent_bytes": 104, "compress_rank": 2}
     assert one.facts([]) == {"compress_rank": 2} and all(each.finite for each in reductions)

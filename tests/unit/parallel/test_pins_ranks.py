@@ -45,20 +45,20 @@ def test_two_stages_draw_what_one_does(tmp_path: Path, monkeypatch: pytest.Monke
 
     def drawn(part: LocalPrior) -> Any:
         with torch.device("meta"):  # all is made where the decoder is
-            (found,) = Sampler(Decoder(part)).draw(text, keys, DrawSettings())
-        return found.codes.tolist()
+            (batch,) = Sampler(Decoder(part)).draw(text, keys, DrawSettings())
+        return batch.codes.tolist()
 
     def stage(rank: int) -> Any:
         mine = {n: layers[n] for n in (names[:2] if rank == 0 else names[2:])}
         neighbours = _Noted(Group(dist.group.WORLD, rank, 2))
-        found = drawn(LocalPrior(layers=mine, config=CONFIG, neighbours=neighbours))
-        return found, neighbours.sizes
+        codes = drawn(LocalPrior(layers=mine, config=CONFIG, neighbours=neighbours))
+        return codes, neighbours.sizes
 
     whole = drawn(LocalPrior(layers=layers, config=CONFIG))
     assert forked_ranks(tmp_path, 2, stage) == [(whole, {3, 1})] * 2
 
 
-def test_rows_are_summed_however_a_rank_s_gradient_lies_in_memory(tmp_path: Path) -> None:
+def test_rows_are_summed_in_any_memory_layout_of_a_gradient(tmp_path: Path) -> None:
     def rank(number: int) -> Any:
         world = World(rank=number, size=2, group=dist.group.WORLD, device=CPU)
         ctx = SimpleNamespace(world=world, count=1)
@@ -94,9 +94,9 @@ def test_a_mean_factor_that_overflows_is_clamped() -> None:
     power = PowerSGD(shards, rank=1, seed=0, group=None, device=CPU)
     power._batches[0].q.fill_(1e-3)
     gradient = torch.full((4, 5), 2e38)
-    found = power.reduce({"w": gradient})
-    assert found.norm_squared == torch.inf and power.errors()["w"].equal(gradient)
-    assert found.gradients["w"].flatten().tolist() == pytest.approx([1.7014e38] * 20, rel=1e-3)
+    reduced = power.reduce({"w": gradient})
+    assert reduced.norm_squared == torch.inf and power.errors()["w"].equal(gradient)
+    assert reduced.gradients["w"].flatten().tolist() == pytest.approx([1.7014e38] * 20, rel=1e-3)
 
 
 def test_the_first_epoch_must_have_a_step() -> None:

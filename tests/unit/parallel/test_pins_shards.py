@@ -80,8 +80,8 @@ def test_two_shards_of_a_block_decode_as_the_whole(tmp_path: Path) -> None:
     whole = through(LocalPrior(layers={}, config=config), block)
     for states, again, heads in forked_ranks(tmp_path, 2, rank):
         assert heads * 2 == whole[2]
-        for found in (states, again):
-            torch.testing.assert_close(torch.tensor(found), torch.tensor(whole[0]))
+        for output in (states, again):
+            torch.testing.assert_close(torch.tensor(output), torch.tensor(whole[0]))
 
 
 def test_a_stage_may_hold_one_layer() -> None:
@@ -148,8 +148,8 @@ def test_a_nanosecond_is_seen_beside_a_second(monkeypatch: pytest.MonkeyPatch) -
     times = iter([1.0] * 3 + [1.0 + 2.0**-29] * 3)
     monkeypatch.setattr(advisor, "_timed_all_reduce", lambda *_: next(times))
     monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: None)
-    found = measure_link(cast(Any, None), CPU).bandwidth
-    assert found == pytest.approx(4128768 * 2.0**29)
+    bandwidth = measure_link(cast(Any, None), CPU).bandwidth
+    assert bandwidth == pytest.approx(4128768 * 2.0**29)
 
 
 def test_stages_agree_on_a_small_gain_and_on_one_rank(
@@ -183,9 +183,9 @@ def test_replicas_average_at_full_rank_in_the_gradients_own_type(tmp_path: Path)
     def reduce(number: int) -> list[Any]:
         one = _compressor(Group(dist.group.WORLD, number, 2))
         ramp = (1 + number) * torch.arange(6.0).view(2, 3)
-        found = one.reduce({"w": ramp, "b": torch.tensor([1.0 + 2 * number])}).gradients
+        gradients = one.reduce({"w": ramp, "b": torch.tensor([1.0 + 2 * number])}).gradients
         half = one.reduce({"w": ramp.bfloat16(), "b": torch.ones(1)}).gradients["w"]
-        return [found["w"].tolist(), found["b"].tolist(), str(half.dtype)]
+        return [gradients["w"].tolist(), gradients["b"].tolist(), str(half.dtype)]
 
     for weights, bias, kind in forked_ranks(tmp_path, 2, reduce):
         assert weights == pytest.approx([1.5 * i for i in range(6)], abs=1e-5)

@@ -86,8 +86,8 @@ def test_gpus_compute_without_tf32_and_races_unless_asked_to() -> None:
 
 def test_nothing_else_sets_these_flags() -> None:
     files = [path for name in PACKAGES for path in (ROOT / name).rglob("*.py")]
-    found = {str(path.relative_to(ROOT)) for path in files if FLAGS.search(path.read_text())}
-    assert found == {"parallel/precision.py"}
+    setters = {str(path.relative_to(ROOT)) for path in files if FLAGS.search(path.read_text())}
+    assert setters == {"parallel/precision.py"}
 
 
 class _Devices(TorchDispatchMode):
@@ -104,7 +104,7 @@ class _Devices(TorchDispatchMode):
         return out
 
 
-def test_auto_that_nobody_settled_is_highest_and_asks_no_device() -> None:
+def test_unresolved_auto_is_highest_and_asks_no_device() -> None:
     with _Devices() as seen:
         assert set_numerics(META, "auto").matmul == set_numerics(CPU, "auto").matmul == "highest"
     assert not seen.calls
@@ -133,12 +133,12 @@ def test_the_peak_is_measured_on_random_data(precision: str) -> None:
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     """A dVAE, its tokens and a prior."""
-    found = Chain(folder=tmp_path_factory.mktemp("chain"), device=CPU)
-    found.pack()
-    found.train("dvae")
-    found.tokenize()
-    found.train("prior", engine=EngineConfig(matmul_precision="highest"))
-    return found
+    models = Chain(folder=tmp_path_factory.mktemp("chain"), device=CPU)
+    models.pack()
+    models.train("dvae")
+    models.tokenize()
+    models.train("prior", engine=EngineConfig(matmul_precision="highest"))
+    return models
 
 
 def test_checkpoints_models_and_tokens_tell_how_they_were_computed(chain: Chain) -> None:

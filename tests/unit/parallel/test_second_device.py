@@ -117,15 +117,15 @@ STAGES = [("prior", "fp32"), ("prior", "fp16"), ("dvae", "fp32"), ("clip", "fp32
 def test_a_stage_trains_validates_saves_and_resumes(
     stage: str, precision: str, homes: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    found = {}
+    losses = {}
     for device in (CPU, SECOND):
         out = tmp_path / device.type
         settings = _settings(stage, homes[stage], out, precision=precision)
-        found[device] = _trained(stage, settings, device)
+        losses[device] = _trained(stage, settings, device)
         for gone in (out / "checkpoints" / "step-3", out / "model.safetensors"):
             shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
-        assert _trained(stage, settings, device) == found[device], "resumed from step 2"
-    ours, cpus = (torch.tensor(found[device]) for device in (SECOND, CPU))
+        assert _trained(stage, settings, device) == losses[device], "resumed from step 2"
+    ours, cpus = (torch.tensor(losses[device]) for device in (SECOND, CPU))
     # the same kernels but for attention; fp16 casts other rounding errors to 16 bits
     torch.testing.assert_close(ours, cpus, rtol=2e-3 if precision == "fp16" else 1e-5, atol=1e-6)
 
@@ -152,9 +152,9 @@ def test_a_step_is_replayed(homes: dict[str, dict[str, Any]], tmp_path: Path) ->
                 cast(Any, run.engine)._judge = lambda norm, loss: "planted"
             if run.step == 3:
                 assert result.skipped == "planted"
-    found = replay.replay(tmp_path / "capsules" / "step-3.json")
-    assert found.same_records and not found.skipped and len(found.worst) == 5
-    assert found.loss == pytest.approx(found.loss_then, rel=1e-6)
+    replayed = replay.replay(tmp_path / "capsules" / "step-3.json")
+    assert replayed.same_records and not replayed.skipped and len(replayed.worst) == 5
+    assert replayed.loss == pytest.approx(replayed.loss_then, rel=1e-6)
 
 
 def test_a_step_is_traced_for_diverge(
@@ -188,7 +188,7 @@ def _compressor(device: torch.device) -> Compressor:
 
 def test_gradients_are_compressed_where_they_are(tmp_path: Path) -> None:
     """A flat gradient with padding behind it; buffers are saved and taken back."""
-    found = {}
+    results = {}
     for device in (CPU, SECOND):
         draws, compressor = torch.Generator().manual_seed(0), _compressor(device)
         for _ in range(2):
@@ -196,15 +196,15 @@ def test_gradients_are_compressed_where_they_are(tmp_path: Path) -> None:
             reduced = compressor.reduce({"w": gradient, "bias": torch.ones(3, device=device)})
             assert {g.device for g in reduced.gradients.values()} == {device}
             assert {s.device for s in reduced.squares.values()} == {device}
-        found[device] = [reduced.gradients["w"].cpu(), next(iter(compressor.slices())).data.cpu()]
+        results[device] = [reduced.gradients["w"].cpu(), next(iter(compressor.slices())).data.cpu()]
         slices = list(compressor.slices())
         write_checkpoint(
             FolderStore(tmp_path / device.type), "step-1", slices, {}, 0, lambda text: [text]
         )
         other = _compressor(device)
         other.load(open_checkpoint(f"{tmp_path / device.type}/step-1"))
-        assert torch.equal(next(iter(other.slices())).data.cpu(), found[device][1])
-    assert all(torch.equal(a, b) for a, b in zip(found[CPU], found[SECOND], strict=True))
+        assert torch.equal(next(iter(other.slices())).data.cpu(), results[device][1])
+    assert all(torch.equal(a, b) for a, b in zip(results[CPU], results[SECOND], strict=True))
 
 
 def test_a_broken_gradient_is_told_where_it_is() -> None:

@@ -54,14 +54,14 @@ class _Resources(HTMLParser):
 
 def outside_resources(site: Path) -> list[str]:
     """What the pages and style sheets of a site load from another host."""
-    found = []
+    urls = []
     for path in sorted(site.rglob("*.html")):
         page = _Resources()
         page.feed(path.read_text())
-        found += [f"{path.relative_to(site)}: {url}" for url in page.outside]
+        urls += [f"{path.relative_to(site)}: {url}" for url in page.outside]
     for path in sorted(site.rglob("*.css")):
-        found += [f"{path.relative_to(site)}: {url}" for url in IN_STYLES.findall(path.read_text())]
-    return found
+        urls += [f"{path.relative_to(site)}: {url}" for url in IN_STYLES.findall(path.read_text())]
+    return urls
 
 
 @pytest.mark.parametrize(

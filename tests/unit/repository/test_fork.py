@@ -33,10 +33,10 @@ def test_preloads_do_not_start_cuda(tmp_path: Path) -> None:
     environment = {k: v for k, v in ENVIRONMENT.items() if k != "PYTORCH_NVML_BASED_CUDA_CHECK"}
     command = [sys.executable, "-c", _RUN, str(tmp_path), *EVERYTHING]
     subprocess.run(command, check=True, env=environment, cwd=ROOT, timeout=300)
-    found = json.loads((tmp_path / "calls.json").read_text())
-    assert found["preloaded"] == EVERYTHING
-    assert set(found["calls"]) <= {"is_available", "device_count"}, found["calls"]
-    assert found["asks_nvml"], "a build for CUDA would ask CUDA itself, and poison the fork"
+    recorded = json.loads((tmp_path / "calls.json").read_text())
+    assert recorded["preloaded"] == EVERYTHING
+    assert set(recorded["calls"]) <= {"is_available", "device_count"}, recorded["calls"]
+    assert recorded["asks_nvml"], "a build for CUDA would ask CUDA itself, and poison the fork"
 
 
 _OPTIMISE = """

@@ -31,9 +31,9 @@ def f(x: int, y=0.5, *, mode: str = "a") -> int:
 
 
 def test_each_operator_sign_comparison_constant_default_and_keyword_is_changed() -> None:
-    found = mutants_of("x.py", SOURCE, frozenset())
-    changed = {apply(SOURCE, m).decode() for m in found}
-    assert len(changed) == len(found) == 14
+    mutants = mutants_of("x.py", SOURCE, frozenset())
+    changed = {apply(SOURCE, m).decode() for m in mutants}
+    assert len(changed) == len(mutants) == 14
     text = SOURCE.decode()
     for old, new in [
         ("WIDTH: int = 3", "WIDTH: int = 4"), ("y=0.5", "y=1.0"), ('"a"', "'a_'"),
@@ -53,9 +53,9 @@ def test_only_the_named_functions_of_a_file_are_changed() -> None:
 
 
 def test_there_are_at_least_two_thousand_and_all_of_them_compile() -> None:
-    found = all_mutants()
-    assert len(found) >= 2000 and len({(m.path, m.key) for m in found}) == len(found)
-    for mutant in found[::20]:
+    mutants = all_mutants()
+    assert len(mutants) >= 2000 and len({(m.path, m.key) for m in mutants}) == len(mutants)
+    for mutant in mutants[::20]:
         compile(apply(Path(mutant.path).read_bytes(), mutant), mutant.path, "exec")
 
 

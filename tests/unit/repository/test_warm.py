@@ -23,11 +23,11 @@ def test_a_warm_command_ends_as_a_cold_one(
     monkeypatch.setattr(harness, "_cold", harness.COLD)
     given = [part.format(tmp=tmp_path) for part in arguments]
     cold = cold_tapir(*given, code=code)
-    assert _said(tapir(*given, code=code)) == _said(cold)
+    assert _output(tapir(*given, code=code)) == _output(cold)
     with pytest.raises(AssertionError, match=f"exit {code}, not 0"):
         tapir(*given)
 
 
-def _said(text: str) -> list[str]:
+def _output(text: str) -> list[str]:
     """Without what gloo says of a peer that has ended: the ranks race."""
     return [line for line in text.splitlines() if not line.startswith("[")]

@@ -235,7 +235,7 @@ def test_defaults_of_what_is_trained() -> None:
     assert StepResult(losses={}, grad_norm=0.0).skipped == ""
 
 
-def test_a_branch_is_recomputed_only_where_gradients_are_wanted() -> None:
+def test_a_branch_is_recomputed_only_if_gradients_are_needed() -> None:
     layer, calls = Recomputed(), []
 
     def branch(x: Tensor) -> Tensor:
@@ -314,10 +314,10 @@ def _prior_task(drop: float) -> PriorTask:
 
 def test_token_batches_by_hand() -> None:
     records = [_token(0, [1, 2, 3, 4], [3, 2, 1, 0]), _token(1, [], [1, 1, 1, 1])]
-    found = token_batch(records, 3)
-    assert found["text"].tolist() == [[1, 2, 3], [-1, -1, -1]]
-    assert found["image"].tolist() == [[3, 2, 1, 0], [1, 1, 1, 1]]
-    assert found["text"].dtype == found["image"].dtype == torch.int64
+    batch = token_batch(records, 3)
+    assert batch["text"].tolist() == [[1, 2, 3], [-1, -1, -1]]
+    assert batch["image"].tolist() == [[3, 2, 1, 0], [1, 1, 1, 1]]
+    assert batch["text"].dtype == batch["image"].dtype == torch.int64
     assert pad_text([[5]], 2).tolist() == [[5, -1]]
 
 
@@ -420,9 +420,9 @@ def test_pictures_of_a_step_are_crops_by_key_and_squares_in_validation() -> None
     task, record = _dvae_task(), _picture(3)
     image = decode_rgb(record.image, "x")
     expected = dvae_crop(image, 8, keyed_rng(11, 7, "p3", "augment"))
-    found = task.batch([record], 7)["pixels"]
-    assert found.shape == (1, 3, 8, 8)
-    assert (found[0].permute(1, 2, 0) * 255).round().byte().numpy().tolist() == expected.tolist()
+    pixels = task.batch([record], 7)["pixels"]
+    assert pixels.shape == (1, 3, 8, 8)
+    assert (pixels[0].permute(1, 2, 0) * 255).round().byte().numpy().tolist() == expected.tolist()
     middle = square(image, 8).tolist()
     for batch in (task.batch([record], 7, False), _dvae_task(augment=False).batch([record], 7)):
         assert (batch["pixels"][0].permute(1, 2, 0) * 255).round().byte().tolist() == middle
@@ -482,10 +482,10 @@ def test_pairs_of_all_ranks_are_compared_and_gradients_come_back(tmp_path: Path)
     def losses(world: World, rows: slice) -> tuple[float, float]:
         program = clip_program(cast(Any, torch.nn.Identity()), world)
         output = (images[rows], texts[rows], torch.tensor(2.0))
-        found = program.loss(output, {"text": captions[rows]})["loss"]
+        loss = program.loss(output, {"text": captions[rows]})["loss"]
         with torch.no_grad():
             alone = program.loss(output, {"text": captions[rows]})["loss"]
-        return float(found), float(alone)
+        return float(loss), float(alone)
 
     def rank(number: int) -> Any:
         world = World(rank=number, size=2, group=dist.group.WORLD, device=CPU)

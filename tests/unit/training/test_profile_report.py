@@ -37,7 +37,7 @@ def _plan_of_run(settings: PriorTrain, **changed: Any) -> dict[str, Any]:
     """What a plan says of the way in which these settings train."""
     engine, mesh = settings.engine, settings.mesh
     parts = {"compute": 1.0, "compress": 0.5, "gradients": 2.0, "weights": 1.0, "update": 0.25}
-    way = {
+    layout = {
         "mesh": dict(vars(mesh)),
         "engine": engine.name,
         "gradient_accumulation_steps": engine.gradient_accumulation_steps,
@@ -51,8 +51,8 @@ def _plan_of_run(settings: PriorTrain, **changed: Any) -> dict[str, Any]:
         "compress_rank": settings.compress.rank,
         "seconds": {**parts, "results": 0.125, "overhead": 3.0, "bubble": 4.0, "crowding": 8.0},
     }
-    other = {**way, "mesh": {**way["mesh"], "data": 1}, "engine": "reference"}
-    alternatives = [{**way, **{k: v for k, v in changed.items() if k in way}}]
+    other = {**layout, "mesh": {**layout["mesh"], "data": 1}, "engine": "reference"}
+    alternatives = [{**layout, **{k: v for k, v in changed.items() if k in layout}}]
     head = {"gpu": "h100", "parameters": prior_parameters(settings.model).total}
     whole = {**head, "best": other, "alternatives": alternatives}
     return {**whole, **{k: v for k, v in changed.items() if k in whole}}
@@ -62,13 +62,13 @@ MESHED = replace(prior_tiny(), mesh=MeshConfig(pipeline=2, data=2))
 MESHED = replace(MESHED, model=replace(MESHED.model, text_vocabulary=300, image_vocabulary=64))
 
 
-def test_a_plan_is_read_for_the_way_of_the_run(tmp_path: Path) -> None:
+def test_a_plan_is_read_for_the_layout_of_the_run(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(_plan_of_run(MESHED)))
-    found = read_plan(path, MESHED, on_gpu=True)
-    wanted = {COMPUTE: 9.5, DATA: 3.0, OPTIMIZER: 0.25, PIPELINE: 0.125, OTHER: 3.0, BUBBLE: 4.0}
-    assert {name: value for name, value in found.seconds.items() if value} == wanted
-    assert found.gpu == "h100"
+    plan = read_plan(path, MESHED, on_gpu=True)
+    expected = {COMPUTE: 9.5, DATA: 3.0, OPTIMIZER: 0.25, PIPELINE: 0.125, OTHER: 3.0, BUBBLE: 4.0}
+    assert {name: value for name, value in plan.seconds.items() if value} == expected
+    assert plan.gpu == "h100"
 
 
 @pytest.mark.parametrize(
@@ -110,9 +110,9 @@ def test_what_cannot_be_profiled_is_refused(dvae: Path, tmp_path: Path) -> None:
         ([str(tmp_path), "--trace-next=1"], "is no run folder"),
         ([str(dvae), f"--plan={plan}"], "is no plan"),
     ):
-        with pytest.raises(TapirError, match=words) as found:
+        with pytest.raises(TapirError, match=words) as caught:
             profile(arguments)
-        assert found.value.exit_code == EXIT_WRONG_INPUT
+        assert caught.value.exit_code == EXIT_WRONG_INPUT
     with pytest.raises(IsADirectoryError) as folder:
         profile([str(dvae), f"--html={tmp_path}"])
     assert folder.value.filename == str(tmp_path)

@@ -41,10 +41,10 @@ def test_a_line_waits_until_it_is_whole(run: Path) -> None:
     tail = Tail(path)
     assert list(tail.lines()) == []
     with open(path, "w") as file:
-        for text, wanted in (("one\ntw", ["one"]), ("o", []), ("\nthree\n", ["two", "three"])):
+        for text, expected in (("one\ntw", ["one"]), ("o", []), ("\nthree\n", ["two", "three"])):
             file.write(text)
             file.flush()
-            assert list(tail.lines()) == wanted
+            assert list(tail.lines()) == expected
 
 
 def test_nothing_is_read_twice(run: Path) -> None:

@@ -19,7 +19,7 @@ from parallel.world import World
 from planning.estimate.hardware import KNOWN
 from planning.estimate.search import layouts
 from tests.chain import Chain
-from training import auto_precision as settled
+from training import auto_precision
 from training.auto_precision import cpu_rates, fastest, settle_precision
 from training.config import PriorTrain
 from training.presets import prior_tiny
@@ -65,13 +65,13 @@ class Ranks(World):
 
 
 def test_every_rank_settles_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settled, "cpu_rates", lambda: FAST)
+    monkeypatch.setattr(auto_precision, "cpu_rates", lambda: FAST)
     settings = PriorTrain(engine=AUTO, out=tmp_path / "run")
     assert settle_precision(settings, World()).engine.precision == "bf16"
     for rank in (0, 1):
-        found = settle_precision(settings, Ranks(rank=rank, size=2))
-        settled_ = EngineConfig(precision="fp32", matmul_precision="highest")
-        assert found == replace(settings, engine=settled_)
+        resolved = settle_precision(settings, Ranks(rank=rank, size=2))
+        expected = EngineConfig(precision="fp32", matmul_precision="highest")
+        assert resolved == replace(settings, engine=expected)
     given = replace(settings, engine=EngineConfig(precision="bf16", matmul_precision="medium"))
     assert settle_precision(given, World()) is given
 
@@ -84,7 +84,7 @@ def test_a_cpu_is_timed_in_both() -> None:
     torch.set_float32_matmul_precision(before)
 
 
-def test_nothing_computes_in_a_precision_that_is_not_settled() -> None:
+def test_nothing_computes_in_an_unresolved_precision() -> None:
     with pytest.raises(ConfigError, match="is settled before an engine is built"):
         Stage([], AUTO, CPU)
 
@@ -110,7 +110,7 @@ def test_a_resumed_run_keeps_what_it_was_begun_in_and_says_what_this_machine_wou
     chain.pack()
     chain.train("dvae")
     chain.tokenize()
-    monkeypatch.setattr(settled, "cpu_rates", lambda: FAST)
+    monkeypatch.setattr(auto_precision, "cpu_rates", lambda: FAST)
     chain.train("prior", engine=AUTO)
     run = tmp_path / "prior"
     config = json.loads((run / "config.json").read_text())
@@ -119,7 +119,7 @@ def test_a_resumed_run_keeps_what_it_was_begun_in_and_says_what_this_machine_wou
     assert config["engine"]["precision"] == "bf16" == row["precision"]
     assert model["facts"]["numerics"]["precision"] == "bf16"
     assert "engine.precision auto: bf16 (a matmul here: fp32" in caplog.text
-    monkeypatch.setattr(settled, "cpu_rates", lambda: SLOW)
+    monkeypatch.setattr(auto_precision, "cpu_rates", lambda: SLOW)
     for text, engine in (("begun in bf16", AUTO), ("precision bf16, now fp32", EngineConfig())):
         chain.forget("prior", 2)
         caplog.clear()
