@@ -1,4 +1,4 @@
-"""`make gpu` and its benchmark: what ends early costs its own figures only, and the table tells."""
+"""`make gpu`: a section that fails loses only its own figures, and the table names it."""
 
 import json
 import math
@@ -60,7 +60,7 @@ def test_a_section_that_ends_early_costs_only_itself(
     ]
 
 
-def test_what_there_was_no_time_for_has_failed(
+def test_sections_without_time_left_count_as_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parent, "SECTIONS", {"fine": (f"{HERE}:fine", 60.0)})

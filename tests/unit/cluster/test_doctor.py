@@ -1,4 +1,4 @@
-"""The parts of `tapir doctor`: rows, outliers, clocks, the meeting of ranks, what GPUs count."""
+"""The parts of `tapir doctor`: rows, outliers, clocks, rendezvous, GPU error counters."""
 
 import socket
 import subprocess
@@ -27,7 +27,7 @@ SOUND = Burned(rank=0, host="a", rate=1e12, link=1e9, reduce=1e9)
 
 
 def _burned(count: int, hosts: int = 1) -> list[Burned]:
-    """Equal ranks, in blocks over the hosts."""
+    """Measurements of equal ranks, block-distributed over the hosts."""
     names = [f"host{rank * hosts // count}" for rank in range(count)]
     return [replace(SOUND, rank=rank, host=name) for rank, name in enumerate(names)]
 
@@ -167,7 +167,7 @@ def port() -> int:
 
 
 def _meet(rank: int, port: int, seconds: float) -> list[list[str]]:
-    """Two texts of one of three ranks."""
+    """One of three ranks exchanges two texts with the others."""
     place = Rendezvous(rank=rank, size=3, address="127.0.0.1", port=port)
     with meet(place, seconds) as meeting:
         return [meeting.gather(f"{word} of {rank}") for word in ("name", "time")]
@@ -212,7 +212,7 @@ def test_a_name_of_rank_0_that_does_not_resolve(port: int) -> None:
 
 
 class Overwrites(FolderStore):
-    """A store that knows no If-None-Match, as some do not."""
+    """A store that ignores If-None-Match, as some do."""
 
     def put(self, name: str, data: bytes, if_absent: bool = False) -> bool:
         return super().put(name, data)

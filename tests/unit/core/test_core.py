@@ -1,4 +1,4 @@
-"""Keys, files, settings and the command line's manners."""
+"""Keys, files, settings and the behaviour of the command line."""
 
 import json
 import os
@@ -124,7 +124,7 @@ def test_a_full_disk_under_standard_output_is_named() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["tokenize", "--help"]])
-def test_a_reader_that_leaves_early_ends_it_quietly(arguments: list[str]) -> None:
+def test_a_closed_pipe_ends_a_command_quietly(arguments: list[str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-P", "-m", "tapir", *arguments]
@@ -140,7 +140,7 @@ def test_mesh_must_match_the_ranks_that_were_started() -> None:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_control_group_s_limit_counts_and_files_that_can_be_dropped_are_free(
+def test_a_cgroup_limit_counts_and_droppable_page_cache_is_free(
     version: int, tmp_path: Path
 ) -> None:
     (tmp_path / "proc").mkdir()

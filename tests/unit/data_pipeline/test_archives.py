@@ -1,4 +1,4 @@
-"""Archives, folders and tables as people have them: each file is in a pair or a named reject."""
+"""Archives, folders and tables in the wild: each file ends in a pair or a named reject."""
 
 import bz2
 import gzip
@@ -130,7 +130,7 @@ def test_what_is_lost_after_an_end_mark_is_a_reject(tmp_path: Path, damage: str)
 
 
 def test_names_may_have_dots(tmp_path: Path) -> None:
-    """A pair has one name up to the last dot; what is left beside a pair is a further field."""
+    """A pair's name ends at the last dot; other files of that name become further fields."""
     members = [*_pairs("clip v1.5 ", 3), *_pairs("set.v1/", 2), ("7.cls.txt", b"3")]
     members += [("7.mask.png", _picture(9)), ("7.png", _picture(7)), ("7.txt", b"seven")]
     members += [("7.v2.png", _picture(8)), ("7.v2.txt", b"seven again"), ("8.b.png", _picture(1))]
@@ -173,7 +173,7 @@ def test_no_member_is_lost_where_a_name_comes_twice(tmp_path: Path) -> None:
     assert later["train"].rejects == {"key": 1}
 
 
-def test_members_that_are_apart_say_that_they_must_be_neighbours(tmp_path: Path) -> None:
+def test_separated_members_are_rejects_that_ask_for_neighbours(tmp_path: Path) -> None:
     rows = _pairs("", 4)
     apart = sorted(rows, key=lambda row: row[0].rpartition(".")[2])
     pairs, rejects = _read(_tar(tmp_path / "a.tar", apart))
@@ -285,7 +285,7 @@ def test_one_row_of_a_table_is_one_reject(tmp_path: Path) -> None:
 
 
 def test_a_caption_that_is_no_text_is_one_reject(tmp_path: Path) -> None:
-    """Bytes that are no UTF-8 in a column of texts, as other writers let in."""
+    """Some writers allow bytes that are not UTF-8 in a text column."""
     (tmp_path / "1.png").write_bytes(_picture(1))
     raw = pyarrow.array([b"good", b"caf\xe9", b"fine"], pyarrow.binary())
     texts = pyarrow.Array.from_buffers(pyarrow.string(), 3, raw.buffers())
@@ -340,10 +340,8 @@ def test_a_file_that_may_not_be_read_is_one_reject(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
-def test_of_archives_with_flipped_bytes_nothing_is_lost_in_silence(
-    tmp_path: Path, form: int
-) -> None:
-    """Fewer pairs than there were come with a reject, and nothing else is raised."""
+def test_no_pair_of_a_corrupt_archive_is_lost_silently(tmp_path: Path, form: int) -> None:
+    """If pairs are missing there is a reject, and no other exception is raised."""
     name = "x" * (90 if form == tarfile.USTAR_FORMAT else 150)
     whole = _tar(tmp_path / "a.tar", [*_pairs("", 3), *_pairs(name, 1)], form).read_bytes()
     rng = np.random.default_rng(form)
@@ -361,7 +359,7 @@ def test_of_archives_with_flipped_bytes_nothing_is_lost_in_silence(
 
 
 def _seal(data: bytearray) -> None:
-    """Give headers true checksums, so that what they say is believed."""
+    """Gives headers valid checksums, so that a reader trusts them."""
     for at in range(0, len(data) - 511, 512):
         if data[at + 257 : at + 262] == b"ustar":
             header = data[at : at + 512]

@@ -1,4 +1,4 @@
-"""Pictures as they come: every mode, transparent colour and orientation, and damaged metadata."""
+"""Decoding of pictures: every mode, transparency and orientation, and damaged metadata."""
 
 import io
 import struct
@@ -81,7 +81,7 @@ def test_pictures_of_many_rows_are_converted_in_parts(monkeypatch: pytest.Monkey
 def test_a_png_s_one_transparent_colour_is_white_and_its_neighbours_are_not(
     depth: int, colour: int, row: bytes, key: bytes, expected: list[int]
 ) -> None:
-    """By the specification's hand: low bits count, and both bytes of 16-bit samples."""
+    """By the PNG specification: low bits count, and both bytes of 16-bit samples."""
     data = png_of(2, 1, depth, colour, b"\0" + row, chunk(b"tRNS", key))
     assert decode_rgb(data, "x")[0, :, 0].tolist() == expected
 
@@ -164,14 +164,14 @@ def test_orientations_in_texts_count_and_damaged_texts_do_not() -> None:
 
 
 def test_of_a_jpeg_with_more_pictures_the_first_is_the_photo() -> None:
-    """Phones write a second picture behind the photo, and say so in its head (MPF)."""
+    """Phones append a second picture to the photo and list it in the header (MPF)."""
     first, second = Image.new("RGB", (32, 16), (200, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 200))
     data = _saved(first, "MPO", save_all=True, append_images=[second])
     assert Image.open(io.BytesIO(data)).n_frames == 2
     assert (decode_rgb(data, "x") == decode_rgb(_saved(first, "JPEG"), "x")).all()
     assert inspect(data, "x").width == 32
     at = data.index(b"MPF\0") + 4
-    for place in range(at, at + 60, 3):  # a damaged index of the pictures behind is not read
+    for place in range(at, at + 60, 3):  # the damaged index of appended pictures is not read
         damaged = bytearray(data)
         damaged[place] ^= 0xFF
         assert decode_rgb(bytes(damaged), "x").shape == (16, 32, 3)

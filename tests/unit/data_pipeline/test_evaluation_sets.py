@@ -116,7 +116,7 @@ def test_what_is_missing_of_cub_is_named(tmp_path: Path, missing: str) -> None:
 @pytest.mark.parametrize(
     "text", ["[]", "{", '{"images": [], "annotations": [{}]}', '{"images": 3}']
 )
-def test_annotations_that_are_none_are_refused(tmp_path: Path, text: str) -> None:
+def test_invalid_annotations_are_refused(tmp_path: Path, text: str) -> None:
     write_coco(tmp_path, 2)
     (tmp_path / "annotations" / "captions_val2014.json").write_text(text)
     with pytest.raises(InputError, match=r"captions_val2014\.json"):

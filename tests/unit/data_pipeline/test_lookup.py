@@ -1,4 +1,4 @@
-"""Where a pair lies, when it is read, what a job has done; caches, samples, members, dropout."""
+"""Where a pair is stored, when a run reads it, the state of a job; caches, samples, dropout."""
 
 import json
 import time

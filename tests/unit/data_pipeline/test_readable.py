@@ -1,4 +1,4 @@
-"""A packed picture that does not decode after all ends no stage: it is passed over and counted."""
+"""A packed picture that fails to decode stops no stage: it is skipped and counted."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ BROKEN = {"train": (0, 5), "validation": (3,)}
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> FolderStore:
-    """A data set as a version packed it that looked at pictures otherwise."""
+    """A data set as written by a version with weaker checks of pictures."""
     store = FolderStore(tmp_path_factory.mktemp("packed"))
     shards = {}
     for split, count in (("train", 32), ("validation", 8)):
@@ -76,7 +76,7 @@ def _records(packed: FolderStore, split: str) -> list[RawRecord]:
 def test_a_training_reads_the_first_readable_pair_in_its_place(
     packed: FolderStore, bpe: Path
 ) -> None:
-    """The same one in every batch, with its own caption."""
+    """In every batch the same substitute, with its own caption."""
     dvae = DVAETask(_settings(dvae_tiny(), packed))
     clip = dataclasses.replace(clip_tiny(), bpe=bpe)
     tasks = [dvae, ClipTask(_settings(clip, packed), World())]
@@ -149,7 +149,7 @@ def test_overlap_leaves_them_out_and_compares_with_the_others(
     assert write_likeness(overlap, tmp_path)["unreadable"] == 3
 
 
-def test_scores_are_made_without_them(tmp_path: Path) -> None:
+def test_scores_skip_unreadable_pictures(tmp_path: Path) -> None:
     coco = write_coco(tmp_path / "coco", 16)
     captions = [caption.text for caption in open_evaluation(f"coco:{coco}").captions]
     models = write_models(tmp_path, captions)

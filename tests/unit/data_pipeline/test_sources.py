@@ -60,7 +60,7 @@ def test_a_tar_of_the_webdataset_library_packs_and_reads_back_with_it(tmp_path: 
 
 
 def test_the_layouts_of_img2dataset_pack(tmp_path: Path) -> None:
-    """Its tars with .jpg, .txt and .json and a table and statistics beside; and its files."""
+    """Its tars of .jpg, .txt and .json beside a table and statistics, and its plain files."""
     for kind in ("webdataset", "files"):
         root = tmp_path / kind
         (root / "00000").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Caches keep what a later position reads and no more, and a batch that does not fit is split."""
+"""Caches keep only what later positions read; a batch that does not fit is split."""
 
 import logging
 import weakref
@@ -61,7 +61,7 @@ def test_a_slot_is_taken_again_when_nobody_reads_it_any_more(
 
 
 def test_the_paper_s_masks_need_few_slots() -> None:
-    """Nobody below the last row but its own position reads one of the last row."""
+    """Column: only its own position reads a code of the last row, so 31 rows and one slot do."""
     slots = {kind: reads_of(kind, 32, 11).slots for kind in KINDS}
     assert slots == {"row": 33, "column": 31 * 32 + 1, "conv": 5 * 32 + 5 + 1}
 
@@ -95,7 +95,7 @@ def test_a_decoder_lays_out_what_its_shape_says(precision: str, one_row: bool) -
 
 
 class Small(Decoder):
-    """A device with room for some bytes of one lane's caches; counts what is laid out there."""
+    """A device that holds caches of `capacity` bytes for one lane; records what it allocates."""
 
     error: Exception = torch.OutOfMemoryError("CUDA out of memory")
 
@@ -122,7 +122,7 @@ def layers() -> nn.ModuleDict:
 def draw(
     decoder: Decoder, settings: DrawSettings, free: int, prompt: Prompt | None = None
 ) -> Tensor:
-    """Codes of 3 captions with 4 candidates each, where `free` bytes are."""
+    """Codes of 3 captions with 4 candidates each, with `free` bytes of memory."""
     codes = torch.full((3, 4, CONFIG.image_length), -1)
     sampler = Sampler(decoder, lambda device: free)
     for drawn in sampler.draw(prior_batch()["text"], KEYS, settings, prompt):

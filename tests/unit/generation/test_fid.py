@@ -1,4 +1,4 @@
-"""FID and IS: equal to torch-fidelity's, mergeable, and worse for worse pictures."""
+"""FID and IS equal torch-fidelity's, merge from parts, and grow worse with worse pictures."""
 
 from functools import reduce
 from operator import add

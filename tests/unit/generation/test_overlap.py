@@ -1,4 +1,4 @@
-"""Pairs that an evaluation set has, too, are found by their pictures and left out."""
+"""Pairs whose pictures are also in an evaluation set are listed and removed."""
 
 import json
 from pathlib import Path

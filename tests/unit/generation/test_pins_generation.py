@@ -1,4 +1,4 @@
-"""Draws, shares and scores: numbers by hand, and statistics against softmax."""
+"""Draws, shares and scores: hand-computed numbers, and statistics against softmax."""
 
 import math
 from types import SimpleNamespace
@@ -56,7 +56,7 @@ def test_a_draw_is_sure_where_rounding_could_not_change_it(
 
 
 def _drawable(logits: list[float], canonical: bool = True, **flags: Any) -> dict[int, bool]:
-    """The codes that noise can bring about, and whether each draw is sure."""
+    """Code -> whether its draw is sure, for each code that some noise selects."""
     drawable = {}
     for code in range(len(logits)):
         noise = torch.zeros(1, len(logits))
@@ -84,7 +84,7 @@ def test_which_codes_may_be_drawn_by_hand() -> None:
 
 
 def test_nuclei_by_hand() -> None:
-    """Shares 0.5, 0.3, 0.2: a code is let in if those before it have less than top_p."""
+    """Probabilities 0.5, 0.3, 0.2: a code is kept if those before it sum to less than top_p."""
     logits = [math.log(p) for p in (0.5, 0.3, 0.2)]
     assert list(_drawable(logits, top_p=0.45)) == [0]
     assert list(_drawable(logits, top_p=0.55)) == [0, 1]
@@ -123,7 +123,7 @@ def small() -> tuple[Any, Decoder, PriorConfig]:
 
 @pytest.mark.parametrize("flags", [{}, {"temperature": 0.6}, {"guidance": 2.0}])
 def test_sampled_codes_follow_softmax(small: Any, flags: dict[str, float]) -> None:
-    """Chi-square of 20,000 candidates of one caption; 24.3 is passed once in a thousand."""
+    """Chi-square of 20,000 candidates of one caption; 24.3 is exceeded once in a thousand."""
     layers, decoder, _ = small
     text = torch.tensor([[3, 1, -1]])
     settings = DrawSettings(**flags)  # type: ignore[arg-type]
@@ -182,7 +182,7 @@ def test_counts_and_shares_by_hand() -> None:
 
 
 class _Studio:
-    """Notes what is drawn; a picture is its caption."""
+    """Records what is drawn; a picture is its caption."""
 
     def __init__(self) -> None:
         self.drawn: list[tuple[int, DrawSettings]] = []
@@ -213,7 +213,7 @@ def _records(*captions: str) -> list[RawRecord]:
 
 
 def test_accuracy_of_four_captions_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draws are handed over best first, with their places; chance shuffles the captions."""
+    """Draws come best first, with their places; chance shuffles the captions."""
     monkeypatch.setattr(accuracy, "matches", lambda caption, picture: caption == picture)
     monkeypatch.setattr(accuracy, "parse_caption", lambda caption: None)
     pictures = {"truth": ["a", "b", "c", "d"], "again": ["a", "b", "c", "x"]}
@@ -301,7 +301,7 @@ def test_the_first_few_captions_get_more_draws() -> None:
     assert EvaluateConfig(candidates=16, max_candidates=8).problems()  # type: ignore[call-arg]
 
 
-def test_nobody_keeps_his_place_in_a_derangement() -> None:
+def test_a_derangement_has_no_fixed_point() -> None:
     for seed in range(20):
         for count in (2, 3, 7):
             order = accuracy._derangement(count, seed)
@@ -365,7 +365,7 @@ def test_parts_of_a_set() -> None:
 
 
 def test_a_tensor_group_adds_the_biases_to_the_sum_once() -> None:
-    """Two ranks that hold the same half of what enters the residual stream sum to the whole."""
+    """Two ranks with equal halves of the residual stream's input sum to the whole."""
 
     class Two(TensorParallel):
         size = 2

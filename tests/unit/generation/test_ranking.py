@@ -1,4 +1,4 @@
-"""Candidates ranked by a checkpoint of open_clip, compared with open_clip itself."""
+"""Candidates ranked by an open_clip checkpoint, compared with open_clip itself."""
 
 import json
 import shlex
@@ -36,7 +36,7 @@ VIEW = {"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.3, 0.2]}
 
 
 def _pixels(count: int) -> torch.Tensor:
-    """Coarse pictures, (count, 3, 32, 32), of whole bytes."""
+    """Low-resolution pictures, (count, 3, 32, 32), of whole byte values."""
     drawn = torch.randint(0, 256, (count, 3, 8, 8), generator=generator("pixels"))
     return (drawn / 255).repeat_interleave(4, 2).repeat_interleave(4, 3)
 

@@ -1,4 +1,4 @@
-"""`tapir sample` with small models that were never trained: what it writes, and what it refuses."""
+"""`tapir sample` with small untrained models: what it writes and what it refuses."""
 
 import json
 import resource
@@ -64,7 +64,7 @@ def test_the_batch_changes_no_byte(run: SampleRun, tmp_path: Path) -> None:
 
 
 def test_all_models_are_on_the_device_of_the_rank(run: SampleRun) -> None:
-    """Nobody asks CUDA: another device than the CPU is taken as it is given."""
+    """CUDA is not asked: a device other than the CPU is used as given."""
     meta = torch.device("meta")
     studio = open_studio(run.models, mesh=Mesh(world=World(device=meta)))
     ranker = studio.ranker
@@ -131,7 +131,7 @@ def test_pictures_that_no_memory_holds_are_refused_before_one_is_drawn(
     many = replace(run, draw=replace(run.draw, candidates=10**9))
     with pytest.raises(ConfigError, match=r"1,000,000,000 candidates of 2 captions are .* GB of"):
         sample(many)
-    with monkeypatch.context() as patch:  # which the system would promise, and not have
+    with monkeypatch.context() as patch:  # overcommit would grant it without having it
         patch.setattr("generation.text_to_image.host_memory", lambda: (1000, 1000))
         with pytest.raises(ConfigError, match="5 candidates of 2 captions are"):
             sample(run)
@@ -139,7 +139,7 @@ def test_pictures_that_no_memory_holds_are_refused_before_one_is_drawn(
 
 
 def test_a_limit_of_the_process_counts_as_memory() -> None:
-    """`ulimit -v`: what a system has free is of no use to a process that may not take it."""
+    """`ulimit -v`: a process cannot use the system's free memory beyond its own limit."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + 2**26

@@ -1,5 +1,4 @@
-"""Cached decoding equals the definition, a key gives one picture whatever the batch, and the rest
-of what a sampler promises."""
+"""Cached decoding equals the definition, a key gives the same picture in any batch."""
 
 import json
 import math
@@ -57,7 +56,7 @@ def draw(
 def by_definition(
     layers: nn.ModuleDict, text: Tensor, keys: Keys, settings: DrawSettings
 ) -> Tensor:
-    """The same draws from the whole stream, run again for every token."""
+    """The same draws, with the whole stream recomputed for every token."""
     rows = torch.tensor([key_int(*key, "sample") for row in keys for key in row])
     text = text.repeat_interleave(len(keys[0]), 0)
     empty = torch.full_like(text, PAD)
@@ -137,7 +136,7 @@ def test_a_key_gives_one_picture_whatever_the_batch(
     assert not draw(decoder, text, other, settings).equal(whole)
 
 
-def test_draws_that_rounding_could_change_are_made_by_themselves(
+def test_near_ties_are_drawn_again_one_by_one(
     layers: nn.ModuleDict, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choosing, "CLOSE", 0.3)
@@ -155,7 +154,7 @@ def test_draws_that_rounding_could_change_are_made_by_themselves(
     assert codes.equal(by_definition(layers, text, keys, settings))
 
 
-def test_guidance_of_one_is_none(decoder: Decoder) -> None:
+def test_guidance_of_one_changes_nothing(decoder: Decoder) -> None:
     text, keys = prior_batch()["text"], keys_of(3, 4)
     plain = draw(decoder, text, keys, DrawSettings())
     assert draw(decoder, text, keys, DrawSettings(guidance=1.0)).equal(plain)
@@ -228,7 +227,7 @@ def test_kept_tokens_follow_from_rows_rectangles_and_masks(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("one_row", [False, True])
 def test_bf16_is_no_further_off_than_in_training(layers: nn.ModuleDict, one_row: bool) -> None:
-    """In the mean over all positions: which way one position's logits are rounded is chance."""
+    """On average over all positions: the rounding of a single position's logits is random."""
     batch = prior_batch()
     half = Decoder(LocalPrior(layers=layers, config=CONFIG), "bf16", one_row)
     lane, rows = half.start(batch["text"], batch["image"][:, :0], 1), []
@@ -247,7 +246,9 @@ def test_bf16_is_no_further_off_than_in_training(layers: nn.ModuleDict, one_row:
 @pytest.mark.parametrize("largest", [1.0, 4e5], ids=["usual", "beyond fp16"])
 @pytest.mark.parametrize("one_row", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_layout_is_its_layer(outputs: int, largest: float, one_row: bool, precision: str) -> None:
+def test_each_weight_layout_computes_its_layer(
+    outputs: int, largest: float, one_row: bool, precision: str
+) -> None:
     draws = torch.Generator().manual_seed(0)
     weight = largest * torch.rand(outputs, 24, generator=draws) - largest / 2
     bias, x = torch.rand(outputs, generator=draws), torch.rand(1, 3, 24, generator=draws)
@@ -263,7 +264,7 @@ def test_a_layout_is_its_layer(outputs: int, largest: float, one_row: bool, prec
 
 
 def test_bf16_needs_no_instructions_of_its_own() -> None:
-    """oneDNN reads what it may use when it is loaded: a process of its own."""
+    """In a new process: oneDNN reads its instruction limit when it is loaded."""
     code = (
         "import torch; from generation.sampling.packed_linear import PackedLinear as Packed; "
         "found = Packed(torch.eye(24), None, torch.bfloat16)(torch.ones(1, 2, 24)); "

@@ -1,4 +1,4 @@
-"""`tapir score`: the same bits however often it is killed and shared; wrong input is refused."""
+"""`tapir score`: bitwise equal results for any kills and workers; wrong input is refused."""
 
 import json
 import multiprocessing
@@ -67,8 +67,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture(scope="module")
 def apart() -> Iterator[ProcessPoolExecutor]:
-    """A process as a command is one: what other tests leave behind in this one changes last bits
-    of CLIP's scores."""
+    """Runs in a fresh process: the state of other tests changes the last bits of CLIP's scores."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, torch.set_num_threads, (1,)) as pool:
         yield pool
@@ -89,7 +88,7 @@ def _digests(out: Path) -> dict[str, str]:
 
 
 def _die_at(place: Place, out: Path, call: int) -> None:
-    """Run until the network is called for the n-th time, and be killed there."""
+    """Runs until the n-th call of the network, and kills the process there."""
     torch.set_num_threads(1)
     job = place.job(out)
     network, calls = job._network, [0]
@@ -239,7 +238,7 @@ def test_blur_is_a_gaussian_of_that_deviation() -> None:
 
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of the right shapes that were never trained."""
+    """Untrained weights of the right shapes."""
     module: Any = foreign_module("torch_fidelity.feature_extractor_inceptionv3")
     path = tmp_path_factory.mktemp("inception") / "inception.safetensors"
     module.load_state_dict_from_url, kept = (lambda *_, **__: {}), module.load_state_dict_from_url

@@ -1,4 +1,4 @@
-"""Samples and scores on a device that is not the CPU: codes and figures are the same."""
+"""Samples and scores on a device other than the CPU: the same codes and figures."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ ALONE = JobWorker(number=0, count=1)
     "settings,batch", [({}, 128), ({"guidance": 2.0}, 128), ({"top_p": 0.8}, 2)]
 )
 def test_candidates_are_those_of_the_cpu(settings: dict[str, Any], batch: int) -> None:
-    """With rows that are given, and candidates whose near ties are drawn again."""
+    """With given rows, and with candidates whose near ties are drawn again."""
     draws = torch.Generator().manual_seed(0)
     text = torch.randint(0, 30, (2, CONFIG.text_length), generator=draws)
     text[1, 4:] = PAD

@@ -18,7 +18,7 @@ SIZES = [(5, 4, 3), (24, 8, 11), (64, 16, 11)]
 
 
 def _bands(kind: Kind, *shape: int) -> list[Band]:
-    """The band of a shape; of a short stream both ways, whole and in tiles."""
+    """The band of a shape; for a short stream both implementations, dense and tiled."""
     band = band_of(kind, *shape)
     assert (band.dense is None) == (shape[0] + shape[1] ** 2 > SHORT)
     return [band] if band.dense is None else [band, replace(band, dense=None)]
@@ -101,8 +101,10 @@ def test_few_blocks_of_a_transposed_column_mask_are_used() -> None:
 
 @pytest.mark.parametrize("kind", ["row", "column", "conv"])
 def test_flexible_attention_is_compiled_and_equals_the_dense_definition(kind: Kind) -> None:
-    """Inductor takes it (on a CPU the forward pass alone). Its CPU kernel is not asked for numbers:
-    torch 2.13's reads what was never written, with no mask too (docs/LOG.md); a GPU's is."""
+    """Inductor compiles it (on a CPU only the forward pass). A GPU's kernel is compared elsewhere;
+    torch 2.13's CPU kernel is not, for it reads uninitialised memory, also without a mask
+    (docs/LOG.md).
+    """
     q, k, v, _ = _inputs(64, 8)
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=full_mask(kind, 64, 8, 11))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The prior sees no future, CLIP ranks, draws are keyed."""
+"""The prior sees no future, CLIP ranks, draws depend on their keys."""
 
 import itertools
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The dVAE's and CLIP's numbers, by hand and by torch.distributions."""
+"""The dVAE's and CLIP's numbers, computed by hand and by torch.distributions."""
 
 import math
 from collections import OrderedDict
@@ -192,7 +192,7 @@ def test_convolutions_read_pictures_channels_last() -> None:
 
 @torch.no_grad()
 def test_a_reader_compares_its_best_candidates_in_fp32() -> None:
-    """Codes a hair apart: bf16 alone could not tell them, fp32 can."""
+    """Two nearly equal codes: bf16 alone cannot tell them apart, fp32 can."""
     draws = torch.Generator().manual_seed(0)
     config = DVAEConfig(pixels=4, width=8, groups=1, codebook=6, gain=0.7)
     dvae = DVAE(config, 5)
@@ -209,7 +209,7 @@ def test_a_reader_compares_its_best_candidates_in_fp32() -> None:
 
 
 def test_without_a_one_hot_layer_every_fan_in_counts() -> None:
-    """Whatever a layer's name is."""
+    """Regardless of a layer's name."""
     for name in ("_", "line"):
         layers = nn.Sequential(OrderedDict([(name, nn.Linear(16, 2))]))
         init_fan_in(layers, 7)
@@ -218,7 +218,7 @@ def test_without_a_one_hot_layer_every_fan_in_counts() -> None:
 
 
 def test_first_weights_are_drawn_in_blocks_of_64_rows_by_name() -> None:
-    """Rows 60..70 of a matrix, by its own Mersenne Twister for each block."""
+    """Rows 60..70 of a matrix; each block has its own Mersenne Twister."""
     part = Placement(shape=(130, 3), first=60, rows=10, split=True)
     weights = torch.empty(12, 3)
     draw_normal(7, {"a": 9.0, "w": 0.5}, "block.", "w", part, 0, weights.view(-1))
@@ -298,7 +298,7 @@ def test_a_clip_s_parts() -> None:
 
 @torch.no_grad()
 def test_both_towers_by_torchs_functions() -> None:
-    """Before each half a norm, GELU in the middle; the state of the summary is the vector."""
+    """Pre-norm blocks with GELU; the vector is the state of the summary token."""
     config = ClipConfig(
         pixels=4, patch=2, dim=8, heads=2, layers=2, text_length=3, text_vocabulary=5
     )
@@ -342,7 +342,7 @@ def test_both_towers_by_torchs_functions() -> None:
 
 
 def test_a_contrastive_loss_by_hand() -> None:
-    """Two pairs, unit vectors, scale ln 3: rows (3, 1) and (1, 3) in odds: ln 4/3 each way."""
+    """Two pairs of unit vectors at scale ln 3: odds (3, 1) and (1, 3), so ln 4/3 each way."""
     eye = torch.eye(2)
     keys = torch.tensor([1, 2])
     scale = torch.tensor(math.log(3))

@@ -29,7 +29,7 @@ LN2, LN3, LN7 = math.log(2), math.log(3), math.log(7)
 
 
 def test_the_loss_of_three_captions_by_hand() -> None:
-    """Pads count nowhere, an empty caption has no text loss, each caption weighs the same.
+    """Pads are ignored, an empty caption has no text loss, each caption has the same weight.
 
     Row 1: ln 4/3 and ln 2, their mean 0.490415. Row 2: ln 8. Row 3 is empty: 0.
     """
@@ -114,8 +114,9 @@ CONV = """#........
 
 @pytest.mark.parametrize(("kind", "drawn"), [("row", ROW), ("column", COLUMN), ("conv", CONV)])
 def test_masks_of_a_grid_of_three_as_drawn(kind: str, drawn: str) -> None:
-    """A convolution of 3 reads its row's left neighbour, and the row above from -1 to +1: 4 back
-    to 2 back, with wrap."""
+    """A convolution of 3 reads its row's left neighbour and three codes of the row above: 2 to 4
+    positions back, with wrap-around.
+    """
     mask = image_mask(kind, 3, 3)  # type: ignore[arg-type]
     assert ["".join(".#"[int(x)] for x in row) for row in mask] == drawn.split("\n")
     whole = full_mask(kind, 2, 3, 3)  # type: ignore[arg-type]
@@ -183,7 +184,7 @@ def test_the_head_reads_text_from_text_and_codes_from_the_image() -> None:
 
 
 def test_first_weights_have_the_width_s_deviation_and_branches_end_fainter() -> None:
-    """dim^-1/2 = 1/8 at 64, and over sqrt(2 * 8) = 4 where a branch ends; gains 1, biases 0."""
+    """dim^-1/2 = 1/8 at 64, over sqrt(2 * 8) = 4 at the end of a branch; gains 1, biases 0."""
     config = _tiny(dim=64, heads=2, layers=8)
     layers = {layer.name: layer for layer in prior_layers(config, 3)}
     block = layers["block004"].build()

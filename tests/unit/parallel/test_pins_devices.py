@@ -1,4 +1,4 @@
-"""Pins of where tensors are made, how weights lie in memory, and what a GPU is asked for."""
+"""Pins of the device of new tensors, memory layouts of weights, and transfers to a GPU."""
 
 from types import SimpleNamespace
 from typing import Any, cast
@@ -29,7 +29,7 @@ from training.tasks.task import hand_over, pad_text
 
 
 def test_batches_are_on_the_cpu_wherever_a_model_is_laid_out() -> None:
-    """Under another default device; `meta` is one without values."""
+    """Under another default device; `meta` holds no values."""
     task = _dvae_task(augment=False)
     with torch.device("meta"):
         text = pad_text([[3, 1], [2]], 3)
@@ -106,7 +106,7 @@ def test_a_gpus_mask_is_made_on_it_in_blocks(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_noise_is_drawn_where_its_keys_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By NumPy on CPUs, by torch's integers elsewhere: 3 blocks hold 17 draws."""
+    """NumPy on CPUs, torch's integers on other devices: 17 draws take 3 blocks."""
     for name in ("_by_numpy", "philox_bits"):
         monkeypatch.setattr(
             noise, name, lambda keys, n, at, name=name: torch.full((1, 24), n)
@@ -146,7 +146,7 @@ def test_a_step_becomes_one_graph_of_one_shape(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_convolutions_are_channels_last() -> None:
-    """Also after a checkpoint was read into weights that lay otherwise."""
+    """Also after weights in another layout have loaded a checkpoint."""
     dvae = DVAE(DVAEConfig(pixels=8, width=8, groups=2, codebook=40))
     for layer in (dvae.encoder.g0b0, dvae.decoder.g0b0):
         assert layer.convs[0 if layer is dvae.encoder.g0b0 else 1].weight.is_contiguous(

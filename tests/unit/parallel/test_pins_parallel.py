@@ -1,4 +1,4 @@
-"""PowerSGD, its advice, norms and scales: numbers by hand, and worlds of two ranks."""
+"""PowerSGD, its advice, norms and scales: hand-computed numbers, and worlds of two ranks."""
 
 import math
 from dataclasses import replace
@@ -43,7 +43,7 @@ def _power(group: Any = None, **flags: Any) -> PowerSGD:
 
 
 def test_one_step_is_the_papers_by_hand() -> None:
-    """P = M Q over the long side, orthonormal by its length, M^T P back; 3 x 4 and 4 x 3 alike."""
+    """P = M Q along the long side, orthonormalised, M^T P back; the same for 3 x 4 and 4 x 3."""
     draws = torch.Generator().manual_seed(2)
     tall = torch.randn(4, 3, generator=draws)
     wide = torch.randn(3, 4, generator=draws)
@@ -89,9 +89,9 @@ def test_ranks_below_one_are_refused_and_wide_ranks_are_cut() -> None:
 
 
 def test_means_over_two_ranks_are_those_of_the_definition(tmp_path: Path) -> None:
-    """What is sent is the mean; an infinite value on one rank is told to both and hurts nobody.
+    """Ranks exchange the mean; both learn of an infinite value on one, and it harms no state.
 
-    In a group of its own a rank's mean is what it has.
+    In a group of one the mean is the rank's own value.
     """
     draws = torch.Generator().manual_seed(3)
     given = [[torch.randn(4, 3, generator=draws) for _ in range(2)] for _ in range(2)]
@@ -219,8 +219,9 @@ def test_ranks_agree_on_the_sum_of_their_gains(
 def test_a_stage_without_matrices_has_no_vote(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two of them give no rank; beside one that loses or gains half of a millisecond, it decides;
-    under another default device, of which `meta` is one without values."""
+    """Two such stages give no rank; beside a stage that loses or gains half a millisecond, that
+    stage decides. The default device is `meta`, which holds no values.
+    """
 
     def decide(number: int) -> list[int]:
         ranks = []
@@ -247,8 +248,7 @@ def test_norms_losses_and_wishes_are_shared_by_two_ranks(
 ) -> None:
     """9 + 16 on one and 24 + 0 on the other: a norm of 7; losses 1, 3 and 5: a mean of 3.
 
-    Losses are shared by the replicas, and by the stages, and not by the world of which they are
-    a part.
+    Losses are averaged over replicas and stages, not over the world that holds them.
     """
 
     def rank(number: int) -> Any:
@@ -300,7 +300,7 @@ def test_who_counts_and_who_saves() -> None:
         mesh = Mesh(tensor=Group(None, number, 2))
         assert counts_once(split, mesh) and counts_once(whole, mesh) == (number == 0)
     scales = Scales(["a"], {"a": Scale(value=300.0, since_division=4)})
-    with torch.device("meta"):  # stored from the CPU, wherever a model is laid out
+    with torch.device("meta"):  # stored from the CPU under any default device
         (stored,) = scale_slices(scales, Mesh())
     assert stored.data.tolist() == [300.0, 4.0]
     assert (stored.name, stored.kind, stored.shape, stored.start) == ("a", "scale", (2,), 0)

@@ -29,7 +29,7 @@ from training.tasks.clip import _GatherRows
 
 
 class _Noted(Pipeline):
-    """Notes how many codes it shares."""
+    """Records how many codes it shares."""
 
     def share(self, codes: Tensor) -> Shared:
         self.sizes = {*getattr(self, "sizes", ()), len(codes)}
@@ -37,14 +37,15 @@ class _Noted(Pipeline):
 
 
 def test_two_stages_draw_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nearly all codes are close here: those of a batch (of a lane of three) are shared, and then
-    drawn again and shared one by one, by both stages."""
+    """Nearly all codes are near ties here: both stages share the codes of a batch (of a lane of
+    three), then draw them again and share them one by one.
+    """
     monkeypatch.setattr(choosing, "CLOSE", 0.5)
     layers, text = trained_like(), prior_batch()["text"]
     names, keys = list(layers), cast(Any, [[(1, c, i) for i in range(2)] for c in "abc"])
 
     def drawn(part: LocalPrior) -> Any:
-        with torch.device("meta"):  # all is made where the decoder is
+        with torch.device("meta"):  # all tensors are on the decoder's device
             (batch,) = Sampler(Decoder(part)).draw(text, keys, DrawSettings())
         return batch.codes.tolist()
 
@@ -88,8 +89,9 @@ def test_a_link_is_measured_on_the_device_of_the_gradients(
 
 
 def test_a_mean_factor_that_overflows_is_clamped() -> None:
-    """P is (1/2, 1/2, 1/2, 1/2); 4 * 2e38 / 2 is beyond fp32, whose largest number is 3.4028e38.
-    Half of that is handed out, in an update that is skipped, and all is owed."""
+    """P is (1/2, 1/2, 1/2, 1/2); 4 * 2e38 / 2 exceeds fp32's largest number, 3.4028e38. The update
+    is skipped: it returns half of that number, and the error keeps the whole gradient.
+    """
     shards = [MatrixShard(name="w", rows=4, columns=5)]
     power = PowerSGD(shards, rank=1, seed=0, group=None, device=CPU)
     power._batches[0].q.fill_(1e-3)

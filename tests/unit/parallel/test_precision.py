@@ -1,4 +1,4 @@
-"""Which precision fp32 has, what is deterministic, and that results tell of it."""
+"""The precision of fp32 matmuls, determinism, and the numerics recorded in results."""
 
 import json
 import logging
@@ -61,7 +61,7 @@ def _flags_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize(("matmul", "tf32"), [("highest", False), ("medium", True)])
 def test_torchs_older_and_newer_getters_agree(matmul: str, tf32: bool) -> None:
-    """Inductor asks both; where a newer setter was used, the older getters raise."""
+    """Inductor calls both; after a newer setter the older getters raise."""
     set_flags("cuda", matmul, deterministic=False)
     assert torch.get_float32_matmul_precision() == matmul
     assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
@@ -91,7 +91,7 @@ def test_nothing_else_sets_these_flags() -> None:
 
 
 class _Devices(TorchDispatchMode):
-    """Notes on which devices operations compute."""
+    """Records the devices on which operations compute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ def test_unresolved_auto_is_highest_and_asks_no_device() -> None:
     assert not seen.calls
 
 
-def test_what_looks_at_the_other_kernels_leaves_the_flags_as_they_were() -> None:
+def test_probing_other_kernels_restores_the_flags() -> None:
     for matmul in ("highest", "medium"):
         set_flags("cpu", matmul, True)
         with _Devices() as seen:
@@ -154,7 +154,7 @@ def test_checkpoints_models_and_tokens_tell_how_they_were_computed(chain: Chain)
     assert f"{shards} by {here['device']}" in describe_status(job_status(tokens))
 
 
-def test_a_resumed_run_says_what_is_computed_otherwise(
+def test_a_resumed_run_logs_changed_numerics(
     chain: Chain, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LOG, "propagate", True)
@@ -170,10 +170,10 @@ def test_a_resumed_run_says_what_is_computed_otherwise(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_one_rank_says_what_is_computed_otherwise(
+def test_one_rank_logs_changed_numerics(
     rank: int, chain: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All ranks resume; two of them would say the same twice."""
+    """All ranks resume; only one logs it."""
     told: list[object] = []
     monkeypatch.setattr(loop, "tell_other_numerics", lambda *given: told.append(given))
     reader = open_checkpoint(f"{chain.folder}/prior/checkpoints/step-2")

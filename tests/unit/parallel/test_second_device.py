@@ -1,4 +1,4 @@
-"""Every stage on a device that is not the CPU: nothing may lie on the wrong one of two devices."""
+"""Every stage on a device other than the CPU: no tensor may be on the wrong device."""
 
 import json
 import math
@@ -53,14 +53,14 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, kind: Any, text: int, grid: int, con
 
 @pytest.fixture(autouse=True)
 def no_kernels_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FlexAttention compiles for real devices alone."""
+    """FlexAttention compiles only for real devices."""
     monkeypatch.setattr(models.prior, "flexible_attention", _dense)
     monkeypatch.setattr(replay, "own_mesh", lambda: Mesh(world=World(device=SECOND)))
 
 
 @pytest.fixture
 def homes(raw: Path, bpe: Path, tokens: Path) -> dict[str, dict[str, Any]]:
-    """What each stage reads."""
+    """The inputs of each stage."""
     return {
         "prior": {"data": str(tokens), "bpe": bpe, "bpe_dropout": 0.1},
         "dvae": {"data": str(raw)},
@@ -101,7 +101,7 @@ def _opened(stage: str, settings: StageConfig, device: torch.device) -> Iterator
 
 
 def _trained(stage: str, settings: StageConfig, device: torch.device) -> list[float]:
-    """All losses of the run's folder, after training to its end."""
+    """All losses in the run's folder, after training to the end."""
     with _opened(stage, settings, device) as run:
         run.train()
         held = {p.device for layer in run.engine.layers().values() for p in layer.parameters()}
@@ -142,7 +142,7 @@ def test_a_checkpoint_of_one_device_is_read_on_the_other(
 
 
 def test_a_step_is_replayed(homes: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    """A capsule of the run's third step; its records are handed over one by one."""
+    """A capsule of the run's third step; its records are read one by one."""
     settings = _settings("prior", homes["prior"], tmp_path)
     with _opened("prior", settings, SECOND) as run:
         for result, _ in run.steps():
@@ -187,7 +187,7 @@ def _compressor(device: torch.device) -> Compressor:
 
 
 def test_gradients_are_compressed_where_they_are(tmp_path: Path) -> None:
-    """A flat gradient with padding behind it; buffers are saved and taken back."""
+    """A flat gradient followed by padding; buffers are saved and loaded."""
     results = {}
     for device in (CPU, SECOND):
         draws, compressor = torch.Generator().manual_seed(0), _compressor(device)
@@ -241,7 +241,7 @@ def test_one_reduction_decides_on_the_device() -> None:
 def test_all_stages_broadcast_losses_from_their_device(
     last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NCCL carries the last stage's tensor: a stage that waited with another's would hang."""
+    """NCCL carries the last stage's tensor: a stage that waits with another backend would hang."""
     sent: list[Tensor] = []
     monkeypatch.setattr(dist, "broadcast", lambda tensor, **_: sent.append(tensor))
     monkeypatch.setattr(dist, "get_global_rank", lambda *_: 1)

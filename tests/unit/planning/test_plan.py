@@ -1,4 +1,4 @@
-"""The plan's parts: counting, schedules, kernels, links, the search and its verb."""
+"""The parts of a plan: counting, schedules, kernels, links, the search and its verb."""
 
 import json
 from dataclasses import replace
@@ -79,7 +79,7 @@ def test_stages_act_in_deepspeeds_order(stages: int, micro_batches: int) -> None
 
 
 def test_the_bubble_of_even_stages_is_the_textbooks() -> None:
-    """7 of 23 at 8 stages and 16 micro-batches, whatever a backward pass takes."""
+    """7 of 23 at 8 stages and 16 micro-batches, however long a backward pass takes."""
     assert play([1.0] * 8, [2.0] * 8, 16, 0.0).bubble == pytest.approx(7 / 23)
     assert play([1.0], [2.0], 4, 0.0).seconds == 12.0
     assert play([1.0] * 2, [2.0] * 2, 4, 0.5).seconds > play([1.0] * 2, [2.0] * 2, 4, 0.0).seconds
@@ -108,7 +108,7 @@ def test_a_core_that_works_beside_others_is_slower() -> None:
 
 @pytest.mark.parametrize("cores", [1, 2, 32])
 def test_calibration_finds_the_constants_that_the_steps_have(cores: int) -> None:
-    """Steps that are as long as predicted with some constants give them back."""
+    """From the predicted times of steps, calibration recovers the constants behind them."""
     runs = runs_for_steps(cores, EngineConfig(), EngineConfig(name="deepspeed_zero"))
     expected = {"sustained": 0.5, "together": 0.8, "link_latency": 9e-4, "joined": 0.3}
     hardware = replace(KNOWN["cpu"], cores=cores)
@@ -129,7 +129,7 @@ def test_a_calibration_on_a_busy_machine_is_told() -> None:
 
 
 def test_calibration_finds_pythons_cost() -> None:
-    """From steps that take it and nothing else."""
+    """From steps that cost nothing but Python's overhead."""
     expected = {"overhead": 1e-3, "step_overhead": 4e-2, "engine_overhead": 6e-3}
     runs = runs_for_overheads(EngineConfig(), EngineConfig(name="deepspeed_zero"))
     free = replace(KNOWN["cpu"], half_flops=1e29, full_flops=1e29, bandwidth=1e29, link=1e29)
@@ -274,7 +274,7 @@ def taken_on_cpus() -> int:
 
 
 def test_a_small_model_is_planned_on_one_and_on_eight() -> None:
-    """One rank has the reference engine alone; eight have faster meshes."""
+    """One rank has only the reference engine; eight have faster meshes."""
     one, eight = (search(TINY, world, hardware_of("cpu")) for world in (1, 8))
     assert [row.candidate.settings.engine.name for row in one.timed] == ["reference"]
     assert len(eight.timed) > 5
@@ -310,7 +310,7 @@ def test_wrong_hardware_and_calibrations_are_refused(tmp_path: Path) -> None:
         ({"memory": 1e8}, "leaves nothing"),
     ],
 )
-def test_constants_that_cannot_be_are_refused(
+def test_impossible_constants_are_refused(
     constants: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "c.json"
@@ -421,7 +421,8 @@ def test_sizes_are_printed_in_readable_units() -> None:
 @pytest.mark.world
 def test_the_papers_model_on_the_papers_machines(tmp_path: Path) -> None:
     """1024 V100-16GB: TP x PP with ZeRO-1 fits; plain data parallelism and the paper's layout with
-    fp32 Adam do not, and what the paper's 16-bit moments would take stands beside it."""
+    fp32 Adam do not. The bytes with the paper's 16-bit moments are reported beside it.
+    """
     picture = tmp_path / "plan.svg"
     flags = ["--world", "1024", "--gpu", "v100-16gb", "--json", "--picture", str(picture)]
     printed = tapir("plan", "paper_12b", *flags).splitlines()

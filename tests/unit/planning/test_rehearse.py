@@ -1,4 +1,4 @@
-"""A rehearsal passes what matches, and names the call, the ranks and the line of what does not."""
+"""A rehearsal passes matching collectives, and names call, ranks and line of a mismatch."""
 
 import json
 from collections.abc import Iterator
@@ -46,13 +46,13 @@ ODD = 3
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
-    """One process that has imported the engines, for all cases."""
+    """One process with all engines imported, for all cases."""
     with Pool() as running:
         yield running
 
 
 def skips_a_collective(task: RankTask, broker: Any) -> Sequence:
-    """One of a rank's row-parallel layers does not sum its parts."""
+    """One rank omits the all-reduce of one row-parallel layer."""
     from parallel.tensor.megatron import MegatronTensorParallel as Group
 
     leave, calls = Group.leave, []
@@ -75,7 +75,7 @@ def sends_another_size(task: RankTask, broker: Any) -> Sequence:
 
 
 def uses_another_group(task: RankTask, broker: Any) -> Sequence:
-    """A rank asks its replicas alone for the norm."""
+    """One rank averages the norm over its replicas only."""
     from parallel.engines.deepspeed import engine
 
     decide = engine.decide_update
@@ -121,12 +121,12 @@ def misses_a_message(task: RankTask, broker: Any) -> Sequence:
 
 
 def averages_on_the_host(task: RankTask, broker: Any) -> Sequence:
-    """A rank's figures of a validation are not moved to its GPU."""
+    """One rank leaves its validation figures on the host."""
     return run_rank(task, broker) if task.rank != ODD else all_average_on_the_host(task, broker)
 
 
 def all_average_on_the_host(task: RankTask, broker: Any) -> Sequence:
-    """No rank's figures of a validation are moved to its GPU."""
+    """All ranks leave their validation figures on the host."""
     from parallel.world import World
 
     mean = World.mean
@@ -135,7 +135,7 @@ def all_average_on_the_host(task: RankTask, broker: Any) -> Sequence:
 
 
 def waits_on_the_host(task: RankTask, broker: Any) -> Sequence:
-    """The stages that see no losses wait for those of the last one with a tensor of the host."""
+    """The stages without losses receive those of the last stage in a host tensor."""
     from parallel.engines.deepspeed import engine, pipe
 
     means = engine.mean_losses
@@ -178,7 +178,7 @@ def test_a_planted_fault_is_detected_and_located(kind: str, pool: Pool) -> None:
 
 @pytest.mark.slow
 def test_a_stage_that_waits_on_the_host_for_a_gpu_tensor_is_reported(pool: Pool) -> None:
-    """The last stage broadcasts by nccl, the others wait in gloo: a hang at every step."""
+    """The last stage broadcasts with nccl, the others wait in gloo: every step hangs."""
     mismatch = rehearse("planted", "prior", PIPE, pool, waits_on_the_host).mismatch
     assert mismatch is not None and mismatch.kind == "another device", (
         mismatch and mismatch.report()
@@ -242,7 +242,7 @@ def test_a_rank_that_fails_is_reported_with_its_error(pool: Pool) -> None:
 
 
 def fails(task: RankTask, broker: Any) -> Sequence:
-    """A rank's loss cannot be computed."""
+    """The loss of one rank raises."""
     import models.prior as prior
 
     def loss(*_: Any, **__: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Every tensor says its device: a factory that does not makes one on the CPU, or on the default."""
+"""Every tensor factory names its device: one that does not uses the CPU or the default device."""
 
 import ast
 

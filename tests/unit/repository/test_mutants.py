@@ -1,4 +1,4 @@
-"""What `make mutants` changes, how a diff is tried, and that a verdict outlives its run."""
+"""What `make mutants` changes, how a diff is tried, and when a verdict is reused."""
 
 import os
 import time
@@ -133,7 +133,7 @@ def test_survivors_are_known_or_new(
 
 
 def test_what_others_take_of_a_core_is_not_a_forks_time() -> None:
-    """Four forks that need 0.3 s of one core each: the last ends after 1.2 s, and may have 0.9."""
+    """Four forks need 0.3 s of one core each: the last ends after 1.2 s, and its limit is 0.9 s."""
     core = min(os.sched_getaffinity(0))
 
     def work(folder: Path) -> None:

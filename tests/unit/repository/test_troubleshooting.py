@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md quotes messages that the code can still say."""
+"""docs/troubleshooting.md quotes only messages that exist in the code."""
 
 import ast
 import re
@@ -20,7 +20,7 @@ PLACEHOLDER = re.compile(r"%[-+.0-9,]*[a-z]")
 
 @cache
 def _messages() -> tuple[str, ...]:
-    """All texts of the code, with ... where values stand."""
+    """All string literals of the code, with … in place of values."""
     files = [path for name in PACKAGES for path in (ROOT / name).rglob("*.py")]
     return tuple(text for path in files for text in _texts(ast.parse(path.read_text())))
 
@@ -47,7 +47,7 @@ def test_a_quoted_message_is_in_the_code(quote: str) -> None:
     assert _is_in_the_code(quote)
 
 
-def test_a_message_that_nobody_says_is_seen() -> None:
+def test_a_message_that_the_code_lacks_is_seen() -> None:
     assert len(QUOTES) > 40
     assert not _is_in_the_code("the source … holds no pears: no images with captions…")
 

@@ -1,4 +1,4 @@
-"""Commands as forks of a warm process end as those of a user do."""
+"""Commands run as forks of a warm process give the same results as a user's commands."""
 
 from pathlib import Path
 
@@ -29,5 +29,5 @@ def test_a_warm_command_ends_as_a_cold_one(
 
 
 def _output(text: str) -> list[str]:
-    """Without what gloo says of a peer that has ended: the ranks race."""
+    """Drops gloo's lines about ended peers, whose order varies."""
     return [line for line in text.splitlines() if not line.startswith("[")]

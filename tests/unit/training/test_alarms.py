@@ -1,4 +1,4 @@
-"""What a run says in one line when it goes wrong slowly."""
+"""Warnings of one line about a run that degrades slowly."""
 
 import errno
 import json
@@ -57,7 +57,7 @@ def test_a_dead_codebook_is_told_once_from_a_quarter_of_the_run_on(told: Any) ->
     assert len(told.messages) == 2
 
 
-def test_guard_codes_stops_a_run_that_has_steps_left(told: Any) -> None:
+def test_the_codebook_guard_stops_a_run_that_has_steps_left(told: Any) -> None:
     settings = replace(
         dvae_tiny(),
         loop=LoopConfig(steps=1000),
@@ -70,11 +70,11 @@ def test_guard_codes_stops_a_run_that_has_steps_left(told: Any) -> None:
         TrainingError, match=r"step 100: the dVAE uses 31 .*guard\.min_codebook_usage=0\.5"
     ):
         alarms.codes(_row(31), 100)
-    alarms.codes(_row(31), 1000)  # trained to its end: the model is kept, with a word
+    alarms.codes(_row(31), 1000)  # a finished run keeps its model; this only warns
     assert len(told.messages) == 1
 
 
-def test_what_guard_codes_cannot_mean_is_refused_at_once() -> None:
+def test_an_invalid_codebook_guard_is_refused_at_once() -> None:
     asked = GuardConfig(min_codebook_usage=1.5)
     assert "guard.min_codebook_usage and guard.codebook_usage_after are shares" in "\n".join(
         asked.problems()
@@ -122,7 +122,7 @@ def test_a_run_much_slower_than_its_plan_is_told_once(told: Any, tmp_path: Path)
     assert "times the 1 s of" in told.messages[0] and "tapir profile" in told.messages[0]
 
 
-def test_a_plan_that_is_none_is_refused_before_the_first_step(tmp_path: Path) -> None:
+def test_an_invalid_plan_is_refused_before_the_first_step(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("[]")
     with pytest.raises(InputError, match="is no plan"):
         _alarms(PriorTrain(profile=ProfileConfig(plan=tmp_path / "plan.json")))
@@ -151,7 +151,7 @@ def test_ranks_that_share_cores_do_not_add_up() -> None:
 def test_rows_that_a_full_disk_did_not_take_are_written_later(
     tmp_path: Path, told: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Part of a row is written before the disk is full: that part goes, too."""
+    """The disk fills within a row: the partial row is removed as well."""
     folder = RunFolder(tmp_path, {}, writes=True)
     folder.begin(0)
     folder.log({"step": 1, "loss": 1.0})
@@ -168,7 +168,7 @@ def test_rows_that_a_full_disk_did_not_take_are_written_later(
 
 
 class _Full:
-    """A file on a disk that takes five more bytes."""
+    """A file on a disk with five bytes left."""
 
     def __init__(self, file: Any) -> None:
         self._file = file

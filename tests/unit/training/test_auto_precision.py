@@ -1,4 +1,4 @@
-"""`engine.precision auto`: which one it becomes, on every rank, and that a run keeps it."""
+"""`engine.precision auto`: which precision it becomes, on every rank, and that a run keeps it."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ def _precision(*ranks: dict[str, float]) -> str:
     return fastest(ranks)["precision"]
 
 
-def test_the_faster_one_is_taken_and_16_bits_must_gain() -> None:
+def test_the_faster_precision_is_chosen_and_16_bits_must_gain() -> None:
     assert _precision(FAST) == "bf16" and _precision(SLOW) == "fp32"
     assert _precision({"fp32": 100.0, "bf16": 100 * LEAST_GAIN}) == "bf16"
     assert _precision({"fp32": 100.0, "bf16": 99.9 * LEAST_GAIN}) == "fp32"
@@ -50,7 +50,7 @@ def test_fp32s_other_kernels_are_taken_where_they_gain_and_bf16_is_compared_with
 
 
 def test_mixed_ranks_take_what_suits_the_slowest() -> None:
-    """A laptop with AVX2 beside three machines with AMX: bf16 would wait for it for minutes."""
+    """A laptop with AVX2 and three machines with AMX: in bf16 all would wait minutes for it."""
     assert _precision(FAST, FAST, SLOW, FAST) == "fp32"
     assert _precision(FAST, {"fp32": 50.0, "bf16": 70.0}) == "bf16"
     assert _precision({"fp32": 1.0, "bf16": 8.0, "fp16": 4.0}, {"fp32": 1.0, "fp16": 4.0}) == "fp16"
@@ -58,13 +58,15 @@ def test_mixed_ranks_take_what_suits_the_slowest() -> None:
 
 
 class Ranks(World):
-    """A world of which only this rank is here; the others say what is given."""
+    """A world in which only this rank exists; the other ranks' texts are given."""
 
     def gather_text(self, text: str) -> list[str]:
         return [text, json.dumps([{}, SLOW])] if self.rank == 0 else [json.dumps([{}, SLOW]), text]
 
 
-def test_every_rank_settles_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_rank_resolves_auto_to_the_same_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(auto_precision, "cpu_rates", lambda: FAST)
     settings = PriorTrain(engine=AUTO, out=tmp_path / "run")
     assert settle_precision(settings, World()).engine.precision == "bf16"
@@ -76,7 +78,7 @@ def test_every_rank_settles_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert settle_precision(given, World()) is given
 
 
-def test_a_cpu_is_timed_in_both() -> None:
+def test_a_cpu_is_timed_in_each_precision() -> None:
     names = {"fp32", "bf16", *(["fp32 medium"] if medium_is_accurate() else [])}
     before = torch.get_float32_matmul_precision()
     set_numerics(CPU, "highest")
@@ -89,7 +91,7 @@ def test_nothing_computes_in_an_unresolved_precision() -> None:
         Stage([], AUTO, CPU)
 
 
-def test_plans_settle_it_by_the_hardware() -> None:
+def test_plans_resolve_auto_from_the_hardware() -> None:
     tiny = replace(prior_tiny(), engine=AUTO)
 
     def planned(hardware: Any) -> str:
@@ -101,7 +103,7 @@ def test_plans_settle_it_by_the_hardware() -> None:
     assert planned(KNOWN["h100"]) == "bf16" and planned(KNOWN["v100-16gb"]) == "fp16"
 
 
-def test_a_resumed_run_keeps_what_it_was_begun_in_and_says_what_this_machine_would_take(
+def test_a_resumed_run_keeps_its_precision_and_logs_what_this_machine_would_choose(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LOG, "propagate", True)

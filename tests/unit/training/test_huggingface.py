@@ -1,4 +1,4 @@
-"""Models in one folder as on the Hugging Face hub, and back; and of runs that have not ended."""
+"""Export of models to one Hugging Face folder and import; also of unfinished runs."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def _write(folder: Path, stage: str, config: Any, network: torch.nn.Module, fact
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """Run folders of tiny models with keyed weights that belong together."""
+    """Run folders of matching tiny models with keyed weights."""
     folder = tmp_path / "runs"
     save_tokenizer(train_bpe(CAPTIONS, 280), folder / "bpe")
     tokenizer, text = load_tokenizer(folder / "bpe")

@@ -1,4 +1,4 @@
-"""More pins that a run of `make mutants` asked for: ends, defaults, and what is not a number."""
+"""More pins that `make mutants` asked for: ends of ranges, defaults and non-finite numbers."""
 
 import json
 import math
@@ -146,7 +146,7 @@ def test_the_heads_backward_is_in_16_bits_only_under_bf16() -> None:
 
 @pytest.mark.parametrize("kind", [AdamW, AdamW16])
 def test_an_epsilon_and_no_decay_of_its_own(kind: Any) -> None:
-    """A gradient of 1 and an epsilon of 1: half of the rate; one of 0 moves nothing."""
+    """A gradient of 1 with epsilon 1 moves half of the rate; a gradient of 0 moves nothing."""
     weights = [nn.Parameter(torch.full((2,), 3.0)) for _ in range(2)]
     optimizer = kind([{"params": weights}], lr=0.5, betas=(0.9, 0.96), eps=1.0)
     weights[0].grad, weights[1].grad = torch.ones(2), torch.zeros(2)
@@ -169,7 +169,7 @@ def test_a_cap_below_one_acts_on_gradients_below_one() -> None:
 def test_variances_are_touched_only_where_they_could_pass_the_cap(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """2^2 / 2 is a cap of 2 exactly; without a cap nobody looks at the largest gradient."""
+    """2^2 / 2 equals a cap of 2; without a cap the largest gradient is not computed."""
     weight = nn.Parameter(torch.ones(3))
     groups = [{"params": [weight]}]
     weight.grad = torch.full((3,), 2.0)
@@ -243,7 +243,7 @@ def test_validation_pictures_are_looked_at_in_parts(
 @torch.no_grad()
 @pytest.mark.parametrize("start", ["calibrated", "paper"])
 def test_a_dvae_is_calibrated_where_its_start_says_so(start: Any, tmp_path: Path) -> None:
-    """On the first pictures of the train split; else its weights are those that were drawn."""
+    """On the first pictures of the train split; otherwise it keeps its drawn weights."""
     store, shards = FolderStore(tmp_path), {}
     for split in SPLITS:
         writer = RawWriter(store, split, PackConfig(block=2))

@@ -229,7 +229,7 @@ def test_no_table_gives_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class _Stored:
-    """A checkpoint of error buffers and a basis; notes what is asked for."""
+    """A checkpoint of error buffers and a basis; records the requests."""
 
     def __init__(self, kinds: dict[str, Tensor], shape: tuple[int, ...]) -> None:
         self._kinds, self._shape = kinds, shape
@@ -312,7 +312,7 @@ def test_bytes_of_a_decoder_are_its_weights() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("layers", [2, 4])
 def test_the_step_in_one_shape_for_all_positions_equals_the_plain_one(layers: int) -> None:
-    """What GPUs compile: every position reads as many slots, some of which only fill up."""
+    """The step that GPUs compile: every position reads the same number of slots, padded."""
     config = replace(CONFIG, layers=layers)
     prior, batch = trained_like(config), prior_batch()
     plain, padded = (Decoder(LocalPrior(layers=prior, config=config)) for _ in range(2))
@@ -326,7 +326,7 @@ def test_the_step_in_one_shape_for_all_positions_equals_the_plain_one(layers: in
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_only_fp32_draws_are_made_again_by_themselves(
+def test_only_fp32_near_ties_are_drawn_again(
     precision: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from generation.sampling import draw as choosing

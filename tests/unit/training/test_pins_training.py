@@ -1,4 +1,4 @@
-"""What a step is given, by hand: rate, temperature, beta, batches, averages, figures."""
+"""Inputs of a step, computed by hand: rate, temperature, beta, batches, averages, figures."""
 
 import math
 from collections.abc import Iterator
@@ -48,7 +48,7 @@ from training.trainer import Run
 
 
 class _Engine:
-    """Notes what it is given."""
+    """Records its inputs."""
 
     def __init__(self) -> None:
         self.given: list[tuple[list[Any], float]] = []
@@ -59,7 +59,7 @@ class _Engine:
 
 
 def _run(step: int, halved: int, optim: OptimConfig, accumulate: int = 1) -> Any:
-    """A run, of which only what `one_step` asks for is there."""
+    """A run with only the attributes that `one_step` reads."""
     run = object.__new__(Run)
     run.settings = cast(
         Any,
@@ -257,7 +257,7 @@ def test_a_branch_is_recomputed_only_if_gradients_are_needed() -> None:
 
 
 class _Slices:
-    """An engine that holds one matrix; and, as a checkpoint, what is stored of it."""
+    """An engine with one matrix, and a checkpoint of it."""
 
     def __init__(self) -> None:
         self.data, self.kinds_stored = torch.zeros(3), ["master"]
@@ -276,7 +276,7 @@ class _Slices:
 
 
 def test_an_average_by_hand() -> None:
-    """0, then a quarter of the way to 4, then to 8: 1, 2.75; steps in between do not count."""
+    """0, then a quarter towards 4, then towards 8: 1, 2.75; steps in between are ignored."""
     engine = _Slices()
     average = Average(cast(Any, engine), OptimConfig(ema=0.75, ema_every=2), CPU)
     for step, value in ((1, 50.0), (2, 4.0), (3, 50.0), (4, 8.0)):
@@ -430,8 +430,8 @@ def test_pictures_of_a_step_are_crops_by_key_and_squares_in_validation() -> None
 
 @torch.no_grad()
 def test_figures_of_a_dvae_by_hand() -> None:
-    """Every picture's codes are 0, 0, 0, 1 and its reconstruction is 0.1 off: 20 dB; 100 dB stand
-    for one that is not off at all. 2 of 5 codes are used, or of the 4 that one picture has.
+    """Every picture has codes 0, 0, 0, 1 and a reconstruction error of 0.1: 20 dB; a perfect one
+    counts as 100 dB. 2 codes are used, of 5, or of the 4 that one picture holds.
     """
     task = _dvae_task()
     task.model_config = replace(task.model_config, pixels=4, groups=2, codebook=5)
@@ -473,7 +473,7 @@ def test_figures_of_a_dvae_by_hand() -> None:
 def test_pairs_of_all_ranks_are_compared_and_gradients_come_back(tmp_path: Path) -> None:
     """Two ranks with two pairs each against one process with all four.
 
-    The gather's gradient is asked for directly: a fork may not use autograd's engine.
+    The gather's backward is called directly: a fork must not use autograd's engine.
     """
     draws = torch.Generator().manual_seed(5)
     images, texts = torch.randn(2, 4, 3, generator=draws)

@@ -1,4 +1,4 @@
-"""Where time goes: what belongs to whom, the files it is kept in, and what is said about it."""
+"""Accounting of step time: owners of each moment, the files, the warnings."""
 
 import json
 import time
@@ -50,7 +50,7 @@ ALL_REDUCE = Operation("data", "all_reduce", 8)
 
 
 class _Ticks:
-    """A clock by which every stretch takes one second."""
+    """A clock in which every interval takes one second."""
 
     def __init__(self, account: Callable[[Owner, float], None]) -> None:
         self._account = account
@@ -109,7 +109,7 @@ def test_waits_between_stages_are_bubble_beyond_the_shortest() -> None:
 
 
 def test_the_wait_for_a_handle_counts_as_its_operation(tmp_path: Path) -> None:
-    """A real process group, of one rank; parts of an operation are not timed again."""
+    """A real process group of one rank; nested operations are not timed twice."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     seen: list[tuple[str, str, int]] = []
 

@@ -1,4 +1,4 @@
-"""What `tapir profile` reads of run folders, whole and damaged, of plans and of its flags."""
+"""`tapir profile`: reads run folders, whole and damaged, plans and its own flags."""
 
 import json
 from dataclasses import replace
@@ -34,7 +34,7 @@ SLOT = 16 + 4 * len(CATEGORIES)
 
 
 def _plan_of_run(settings: PriorTrain, **changed: Any) -> dict[str, Any]:
-    """What a plan says of the way in which these settings train."""
+    """A plan file with the layout of these settings."""
     engine, mesh = settings.engine, settings.mesh
     parts = {"compute": 1.0, "compress": 0.5, "gradients": 2.0, "weights": 1.0, "update": 0.25}
     layout = {
@@ -138,7 +138,7 @@ def test_a_damaged_config_is_named(body: str, words: str, tmp_path: Path) -> Non
 
 
 def _run_of(folder: Path, ranks: int, steps: int, log_every: int = 1) -> Path:
-    """A run folder as a prior of some ranks leaves it."""
+    """The run folder of a prior on some ranks."""
     mesh = replace(MESHED, mesh=MeshConfig(data=ranks), order=OrderConfig(lanes=ranks))
     settings = replace(mesh, loop=replace(mesh.loop, global_batch_size=4 * ranks, steps=20))
     body = json.dumps({"stage": "prior", **to_json(settings)})

@@ -1,4 +1,4 @@
-"""What later steps and stages need is asked for before the first step."""
+"""Requirements of later steps and stages are checked before the first step."""
 
 import json
 import re
@@ -147,7 +147,7 @@ def test_plan_train_and_rehearse_name_it_before_step_1(
 
 
 def _refuse_a_start(stage: str, settings: StageConfig) -> None:
-    """`train_stage`, but whatever gets past its first line is a failure of the test."""
+    """Replaces `train_stage`: a test fails if the verb gets past its first line."""
     from core.config import check
 
     check(settings.problems())
@@ -155,7 +155,7 @@ def _refuse_a_start(stage: str, settings: StageConfig) -> None:
 
 
 def run_file(folder: Path, **stages: Any) -> Path:
-    """A run of some stages, which looks for data in the folder."""
+    """A run file with some stages and data in the folder."""
     body = {"name": "run", "out": str(folder / "out"), "store": str(folder), "stages": stages}
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(body))
@@ -219,7 +219,7 @@ def test_filters_of_pack_are_flags_of_a_run_file(
 
 @pytest.fixture
 def packed(raw: Path, tokens: Path, tmp_path: Path) -> Path:
-    """A store in which the 600 pairs and their tokens are."""
+    """A store with 600 pairs and their tokens."""
     (tmp_path / "raw").symlink_to(raw)
     (tmp_path / "tokens").symlink_to(tokens)
     return tmp_path
@@ -268,10 +268,10 @@ def test_inputs_that_nobody_makes_are_refused_before_anything_is_sent(
     submit([str(file), "--dry-run"])
     assert re.search(message + ".* without --dry-run this is refused", caplog.text)
     run = read_runfile(file)
-    assert not missing_inputs(run, settings_of_stages(run), "kubernetes")  # volumes of elsewhere
+    assert not missing_inputs(run, settings_of_stages(run), "kubernetes")  # not its volumes
 
 
-def test_submit_says_nothing_of_a_store_that_is_out_of_reach(
+def test_submit_ignores_a_store_that_is_out_of_reach(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):

@@ -41,7 +41,7 @@ SCORES = {
 
 
 def demo_folder(folder: Path, candidates: int = 5, side: int = 32, **accuracy: Any) -> Path:
-    """What the stages of a demo leave, with drawn numbers and pictures."""
+    """The files that the stages of a demo write, with generated numbers and pictures."""
     samples = folder / "samples"
     samples.mkdir(parents=True)
     (folder / "scores").mkdir()
@@ -79,7 +79,7 @@ def demo_folder(folder: Path, candidates: int = 5, side: int = 32, **accuracy: A
 
 
 class _Gallery(HTMLParser):
-    """What a browser finds: ids, figures with their captions, and each candidate."""
+    """Parses the page as a browser does: ids, figures with captions, and each candidate."""
 
     def __init__(self, html: str) -> None:
         super().__init__()

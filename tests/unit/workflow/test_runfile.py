@@ -1,4 +1,4 @@
-"""Run files: what they mean, and what is wrong with them."""
+"""Run files: their meaning and their errors."""
 
 import subprocess
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_a_run_becomes_a_chain_of_commands(tmp_path: Path) -> None:
     assert jobs["tokenize"].markers() == [f"tokenize-{i}.json" for i in range(4)]
 
 
-def test_what_is_left_out_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_stage_that_is_left_out_is_not_waited_for(tmp_path: Path) -> None:
     path = write(tmp_path)
     body = yaml.safe_load(path.read_text())
     del body["stages"]["tokenize"], body["stages"]["bpe"]
@@ -172,7 +172,7 @@ def test_secrets_are_handed_over_by_name(tmp_path: Path) -> None:
 
 
 def manifests_of(path: Path) -> list[dict[str, Any]]:
-    """The objects that would be applied."""
+    """The Kubernetes objects that would be applied."""
     run = read_runfile(path)
     config = kubernetes.KubernetesConfig(**settings_of(run, "kubernetes"))
     chain = chain_of(run, "kubernetes")
