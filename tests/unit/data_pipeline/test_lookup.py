@@ -34,7 +34,7 @@ from training.tasks.prior import PriorTask
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> FolderStore:
     """A small token data set."""
-    store = FolderStore(tmp_path_factory.mktemp("tokens"))
+    store = FolderStore(tmp_path_factory.mktemp("stored"))
     write_tokens(store, 5, 300, 16, grid=4, text=5)
     return store
 
