@@ -105,4 +105,4 @@ def _verdict(report: Path) -> str:
     except (OSError, ValueError, IndexError, KeyError):
         return "tapir doctor gave no answer there"
     bad = [row for row in rows if row["status"] == "bad"]
-    return "; ".join(f"{row['check']}: {row['found']} ({row['fix']})" for row in bad)
+    return "; ".join(f"{row['check']}: {row['observed']} ({row['fix']})" for row in bad)

@@ -23,7 +23,7 @@ class Finding:
 
     check: str
     status: Status
-    found: str
+    observed: str
     fix: str = ""
     """How to fix it; empty if there is nothing to fix."""
     host: str = ""
@@ -35,17 +35,17 @@ Check = Callable[[], list[Finding]]
 
 def ok(check: str, text: str) -> Finding:
     """A row without a problem."""
-    return Finding(check=check, status="ok", found=text)
+    return Finding(check=check, status="ok", observed=text)
 
 
 def warning(check: str, text: str, fix: str) -> Finding:
     """A row for a possible problem."""
-    return Finding(check=check, status="warning", found=text, fix=fix)
+    return Finding(check=check, status="warning", observed=text, fix=fix)
 
 
 def bad(check: str, text: str, fix: str) -> Finding:
     """A row for a problem that makes runs fail."""
-    return Finding(check=check, status="bad", found=text, fix=fix)
+    return Finding(check=check, status="bad", observed=text, fix=fix)
 
 
 def worst(rows: Iterable[Finding]) -> Status:
@@ -58,7 +58,7 @@ def placed(rows: Iterable[Finding], rank: int | None) -> list[Finding]:
     return [
         replace(
             row,
-            found=_hidden(row.found),
+            observed=_hidden(row.observed),
             host=row.host or here(),
             rank=rank if row.rank is None else row.rank,
         )

@@ -33,7 +33,7 @@ class Lost(Exception):
     """This rank has lost the others; holds the row that explains why."""
 
     def __init__(self, row: Finding) -> None:
-        super().__init__(row.found)
+        super().__init__(row.observed)
         self.row = row
 
 

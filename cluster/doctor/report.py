@@ -38,7 +38,7 @@ def show(rows: Sequence[Finding]) -> None:
     else:
         for row, where in lines:
             mend = f" -> {row.fix}" if row.status != "ok" else ""
-            print(f"{row.status:<8}{row.check}: {row.found} [{where}]{mend}")
+            print(f"{row.status:<8}{row.check}: {row.observed} [{where}]{mend}")
     counts = as_json(rows)
     print(f"{counts['bad']} bad, {counts['warning']} warnings, {counts['ok']} ok")
 
@@ -47,7 +47,7 @@ def merged(rows: Sequence[Finding]) -> list[tuple[Finding, str]]:
     """Merge equal rows, each with all its places; bad ones come last, next to the prompt."""
     places: dict[tuple[str, ...], list[Finding]] = {}
     for row in rows:
-        same = () if row.status == "ok" else (row.found, row.fix)
+        same = () if row.status == "ok" else (row.observed, row.fix)
         places.setdefault((row.status, row.check, *same), []).append(row)
     lines = [(each[0], _where(each)) for each in places.values()]
     return sorted(lines, key=lambda line: STATUSES.index(line[0].status))
@@ -63,9 +63,9 @@ def _where(rows: Sequence[Finding]) -> str:
 
 
 def _table(lines: Sequence[tuple[Finding, str]]) -> None:
-    table = Table("check", "status", "found", "where", "how to mend")
+    table = Table("check", "status", "observed", "where", "how to mend")
     for row, where in lines:
         colour = _COLOURS[row.status]
-        texts = (row.found, where, row.fix if row.status != "ok" else "")
+        texts = (row.observed, where, row.fix if row.status != "ok" else "")
         table.add_row(row.check, Text(row.status, colour), *map(Text, texts))
     Console().print(table)

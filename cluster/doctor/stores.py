@@ -30,7 +30,7 @@ class _Unreachable(Exception):
     """No request can succeed; holds the row that explains why."""
 
     def __init__(self, row: Finding) -> None:
-        super().__init__(row.found)
+        super().__init__(row.observed)
         self.row = row
 
 

@@ -105,11 +105,11 @@ def assert_named(rows: Rows, check: str, text: str, mend: str, **place: Any) -> 
     wrong = [row for row in rows if row["status"] == "bad"]
     assert {row["check"] for row in wrong} == {check}, wrong
     row = wrong[0]
-    assert text in row["found"], wrong
+    assert text in row["observed"], wrong
     assert mend in row["fix"], row
     assert {name: row[name] for name in place} == place, row
     assert row["host"]
-    return f"{row['host']}: {row['found'][:70]}"
+    return f"{row['host']}: {row['observed'][:70]}"
 
 
 def test_a_sound_machine_has_no_bad_row(tmp_path: Path, s3: ObjectServer) -> None:
@@ -163,7 +163,7 @@ def test_too_little_locked_memory(fault: Record) -> None:
     rows = run(NODE, 0, lambda: resource.setrlimit(resource.RLIMIT_MEMLOCK, (65_536, 65_536)))
     row = next(row for row in rows if row["check"] == "locked memory")
     assert row["status"] == "warning" and "ulimit -l unlimited" in row["fix"]
-    fault.outcome(row["found"])
+    fault.outcome(row["observed"])
 
 
 def test_more_memory_or_gpus_than_there_are(fault: Record) -> None:
@@ -198,9 +198,9 @@ def test_versions_that_are_not_those_that_run(tmp_path: Path, fault: Record) -> 
     rows = run([*TAPIR, "doctor", "--json", "--seconds=0.1"], 1, PYTHONPATH=path)
     wrong = {row["check"]: row for row in rows if row["status"] == "bad"}
     assert set(wrong) == {"torch", "deepspeed"}
-    assert "2.12.0 is what is installed first" in wrong["torch"]["found"]
+    assert "2.12.0 is what is installed first" in wrong["torch"]["observed"]
     assert "pip install deepspeed==" in wrong["deepspeed"]["fix"]
-    fault.outcome(wrong["torch"]["found"])
+    fault.outcome(wrong["torch"]["observed"])
 
 
 def test_a_missing_package(tmp_path: Path, fault: Record) -> None:

@@ -1,4 +1,4 @@
-"""Finished models that were never trained, for tests of what comes after training."""
+"""Untrained but complete models, for tests of the stages after training."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ PIXELS = 16
 
 
 def write_models(folder: Path, captions: list[str], seed: int = 0) -> ModelPaths:
-    """A dVAE, a prior, a CLIP and a tokenizer that belong together."""
+    """Writes a dVAE, a prior, a CLIP and a tokenizer that match."""
     models = ModelPaths(**{name: folder / name for name in ("prior", "dvae", "clip", "bpe")})
     save_tokenizer(train_bpe(captions, 280), models.bpe)
     tokenizer, digest = load_tokenizer(models.bpe)

@@ -1,4 +1,4 @@
-"""MS-COCO and CUB in small: the public layouts, with drawn pictures."""
+"""MS-COCO and CUB in miniature: the public layouts, with generated pictures."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from data_pipeline.sources.shapes import draw_scene, render
 
 
 def picture(number: int, pixels: int = 40) -> bytes:
-    """A picture, as the files of both sets hold one."""
+    """A picture in the file format of both sets."""
     return encode_png(render(draw_scene(0, number), pixels, 0, number))
 
 
@@ -29,7 +29,7 @@ def write_coco(folder: Path, pictures: int, year: str = "2014") -> Path:
 
 
 def write_cub(folder: Path, classes: int = 4, pictures: int = 3) -> Path:
-    """CUB_200_2011 and text_c10; in each class the first picture is a test picture."""
+    """CUB_200_2011 and text_c10; the first picture of each class is a test picture."""
     root = folder / "CUB_200_2011"
     lines, flags = [], []
     for kind in range(classes):

@@ -1,4 +1,4 @@
-"""Bounds of benchmarks hold on every CPU: those that round the operands of matmuls are played."""
+"""Error bounds of benchmarks hold on every CPU, also on one that computes fp32 matmuls in bf16."""
 
 from dataclasses import replace
 from typing import Any
@@ -16,7 +16,7 @@ TEXT, GRID, KERNEL = 24, 8, 11
 
 
 class MatmulsInBf16(TorchDispatchMode):
-    """A CPU whose fp32 matmuls at `medium` are bf16 ones that add up in fp32: Intel with AMX."""
+    """Emulates Intel CPUs with AMX: fp32 matmuls at `medium` round inputs to bf16, sum in fp32."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm"):
@@ -31,17 +31,17 @@ def _run(kind: Kind, forget: bool = False) -> tuple[list[float], dict[str, list[
     *inputs, grad = (torch.randn(shape, generator=draws).transpose(1, 2) for _ in range(4))
     leaves = [x.requires_grad_() for x in inputs]
     mask = full_mask(kind, TEXT, GRID, KERNEL)
-    band = replace(band_of(kind, TEXT, GRID, KERNEL), dense=None)  # in tiles, as long streams are
+    band = replace(band_of(kind, TEXT, GRID, KERNEL), dense=None)  # tiled, as for long streams
     bounds = {n: rounding([*inputs, grad], mask, bits) for n, bits in BITS.items()}
     if forget:
         mask = mask.clone()
         mask[TEXT + 5, 3] = False
 
-    def found(out: torch.Tensor) -> list[torch.Tensor]:
+    def output_and_gradients(out: torch.Tensor) -> list[torch.Tensor]:
         return [out, *torch.autograd.grad(out, leaves, grad)]
 
-    dense = found(F.scaled_dot_product_attention(*leaves, attn_mask=mask))
-    return differences(dense, found(banded_attention(*leaves, band))), bounds
+    dense = output_and_gradients(F.scaled_dot_product_attention(*leaves, attn_mask=mask))
+    return differences(dense, output_and_gradients(banded_attention(*leaves, band))), bounds
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,4 @@
-"""`make gpu` and its benchmark: what ends early costs its own figures only, and the table tells."""
+"""`make gpu`: a section that fails loses only its own figures, and the table names it."""
 
 import json
 import math
@@ -60,7 +60,7 @@ def test_a_section_that_ends_early_costs_only_itself(
     ]
 
 
-def test_what_there_was_no_time_for_has_failed(
+def test_sections_without_time_left_count_as_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parent, "SECTIONS", {"fine": (f"{HERE}:fine", 60.0)})
@@ -92,9 +92,7 @@ def test_the_table_tells_what_failed_and_what_was_not_run(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_one_run_works_in_a_folder_and_leaves_nothing_behind(
-    number: int, code: int, tmp_path: Path
-) -> None:
+def test_one_run_works_in_a_folder_and_cleans_up(number: int, code: int, tmp_path: Path) -> None:
     command = [sys.executable, "-P", str(ROOT / "tests/gpu/run.py"), "--device=cpu", "--tiny"]
     environment = {**ENVIRONMENT, "OUT": str(tmp_path)}
 

@@ -1,4 +1,4 @@
-"""The parts of `tapir doctor`: rows, outliers, clocks, the meeting of ranks, what GPUs count."""
+"""The parts of `tapir doctor`: rows, outliers, clocks, rendezvous, GPU error counters."""
 
 import socket
 import subprocess
@@ -27,7 +27,7 @@ SOUND = Burned(rank=0, host="a", rate=1e12, link=1e9, reduce=1e9)
 
 
 def _burned(count: int, hosts: int = 1) -> list[Burned]:
-    """Equal ranks, in blocks over the hosts."""
+    """Measurements of equal ranks, block-distributed over the hosts."""
     names = [f"host{rank * hosts // count}" for rank in range(count)]
     return [replace(SOUND, rank=rank, host=name) for rank, name in enumerate(names)]
 
@@ -49,7 +49,7 @@ def test_slow_ranks_are_named() -> None:
     ranks[3] = replace(ranks[3], rate=0.7e12)
     assert _wrong(burn_rows(ranks)) == [("matmul", "bad", 2), ("matmul", "warning", 3)]
     row = burn_rows(ranks)[0]
-    assert row.host == "slow" and "0.4 TFLOP/s, 40% of the median of 4 ranks" in row.found
+    assert row.host == "slow" and "0.4 TFLOP/s, 40% of the median of 4 ranks" in row.observed
     two = [SOUND, replace(SOUND, rank=1, rate=0.3e12)]
     assert _wrong(burn_rows(two)) == [("matmul", "bad", 1)]
 
@@ -61,7 +61,7 @@ def test_links_are_compared_with_their_kind() -> None:
     ranks[3] = replace(ranks[3], link=2e7)
     rows = burn_rows(ranks)
     assert _wrong(rows) == [("link", "bad", 3)]
-    assert "rank 3 (host1) to rank 4 (host2): 0.02 GB/s, 20% of the median" in rows[1].found
+    assert "rank 3 (host1) to rank 4 (host2): 0.02 GB/s, 20% of the median" in rows[1].observed
 
 
 @pytest.mark.parametrize("links", [1, 3, 4, 5, 8, 9])
@@ -85,7 +85,7 @@ def test_clocks_are_compared_with_the_median() -> None:
     assert not _wrong(clock_rows([told(0, 0.0), told(1, 0.2)]))
     rows = clock_rows([told(0, -300.0), told(1, 0.0), told(2, 5.0)])
     assert _wrong(rows) == [("clock", "bad", 0), ("clock", "warning", 2)]
-    assert "300.0 s behind the median" in rows[0].found and rows[0].host == "h0"
+    assert "300.0 s behind the median" in rows[0].observed and rows[0].host == "h0"
     assert clock_rows([told(0, 0.0)]) == []
 
 
@@ -106,14 +106,14 @@ def test_a_check_that_hangs_or_fails_becomes_a_row() -> None:
         ("net", "bad"),
         ("host", "ok"),
     ]
-    assert "no answer within 0.2 s" in rows[0].found and "stale file handle" in rows[1].found
+    assert "no answer within 0.2 s" in rows[0].observed and "stale file handle" in rows[1].observed
 
 
 def test_rows_hold_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
     monkeypatch.setenv("SLURMD_NODENAME", "n7")
     row = placed([bad("store", "refused very-secret, 100% sure", "mend")], 3)[0]
-    assert row.found == "refused ***, 100% sure" and (row.host, row.rank) == ("n7", 3)
+    assert row.observed == "refused ***, 100% sure" and (row.host, row.rank) == ("n7", 3)
 
 
 def test_equal_rows_of_ranks_are_shown_once() -> None:
@@ -129,17 +129,17 @@ def test_equal_rows_of_ranks_are_shown_once() -> None:
     assert exit_code(rows) == 1 and exit_code(rows[:9]) == 0 and worst([]) == "ok"
     body = as_json(rows)
     assert (body["status"], body["ok"], body["warning"], body["bad"]) == ("bad", 9, 1, 2)
-    assert set(body["rows"][0]) == {"check", "status", "found", "fix", "host", "rank"}
+    assert set(body["rows"][0]) == {"check", "status", "observed", "fix", "host", "rank"}
 
 
 def test_what_nvidia_smi_and_the_kernel_count() -> None:
     table = "0, NVIDIA H100, 0, Not Active, Not Active\n1, NVIDIA H100, 12, Not Active, Active\n"
     rows = counter_rows(table)
     assert [row.status for row in rows] == ["bad", "warning"]
-    assert "GPU 1 (NVIDIA H100) has 12" in rows[0].found and "by heat" in rows[1].found
+    assert "GPU 1 (NVIDIA H100) has 12" in rows[0].observed and "by heat" in rows[1].observed
     assert counter_rows("0, NVIDIA T4, [N/A], Not Active, Not Active\n")[0].status == "ok"
     line = "[ 12.3] NVRM: Xid (PCI:0000:3b:00): 79, pid=1, GPU has fallen off the bus.\n"
-    assert [row.found for row in xid_rows(line * 2)] == ["Xid 79 of 0000:3b:00, 2 times"]
+    assert [row.observed for row in xid_rows(line * 2)] == ["Xid 79 of 0000:3b:00, 2 times"]
 
 
 def test_packages_against_their_bounds() -> None:
@@ -149,7 +149,7 @@ def test_packages_against_their_bounds() -> None:
     ]
     rows = package_findings(["numpy>=99", "no-such-package>=1", "numpy>=1"])
     assert [row.status for row in rows] == ["bad", "bad"]
-    assert "numpy>=99" in rows[0].fix and "no-such-package is not installed" in rows[1].found
+    assert "numpy>=99" in rows[0].fix and "no-such-package is not installed" in rows[1].observed
 
 
 def test_a_place_is_named_by_the_environment() -> None:
@@ -167,7 +167,7 @@ def port() -> int:
 
 
 def _meet(rank: int, port: int, seconds: float) -> list[list[str]]:
-    """Two texts of one of three ranks."""
+    """One of three ranks exchanges two texts with the others."""
     place = Rendezvous(rank=rank, size=3, address="127.0.0.1", port=port)
     with meet(place, seconds) as meeting:
         return [meeting.gather(f"{word} of {rank}") for word in ("name", "time")]
@@ -175,9 +175,9 @@ def _meet(rank: int, port: int, seconds: float) -> list[list[str]]:
 
 def test_ranks_meet_and_tell_rank_0(port: int) -> None:
     with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(lambda rank: _meet(rank, port, 20.0), range(3)))
-    assert found[0] == [[f"{word} of {rank}" for rank in range(3)] for word in ("name", "time")]
-    assert found[1] == found[2] == [["name of 0"], ["time of 0"]]
+        messages = list(pool.map(lambda rank: _meet(rank, port, 20.0), range(3)))
+    assert messages[0] == [[f"{word} of {rank}" for rank in range(3)] for word in ("name", "time")]
+    assert messages[1] == messages[2] == [["name of 0"], ["time of 0"]]
 
 
 def test_strangers_and_missing_ranks_do_not_end_a_meeting(port: int) -> None:
@@ -205,14 +205,14 @@ def test_strangers_and_missing_ranks_do_not_end_a_meeting(port: int) -> None:
 
 def test_a_name_of_rank_0_that_does_not_resolve(port: int) -> None:
     place = Rendezvous(rank=1, size=2, address="no-such-host.invalid", port=port)
-    with pytest.raises(Lost) as found, meet(place, 0.2):
+    with pytest.raises(Lost) as caught, meet(place, 0.2):
         pass
-    assert "does not resolve" in found.value.row.found
-    assert "MASTER_ADDR" in found.value.row.fix
+    assert "does not resolve" in caught.value.row.observed
+    assert "MASTER_ADDR" in caught.value.row.fix
 
 
 class Overwrites(FolderStore):
-    """A store that knows no If-None-Match, as some do not."""
+    """A store that ignores If-None-Match, as some do."""
 
     def put(self, name: str, data: bytes, if_absent: bool = False) -> bool:
         return super().put(name, data)
@@ -223,9 +223,9 @@ def test_rights_of_folders_and_of_stores_that_overwrite(tmp_path: Path) -> None:
     assert [row.check for row in rows] == ["store rights", "store speed"]
     assert worst(rows) != "bad" and not list(tmp_path.iterdir())
     row = store_findings(str(tmp_path / "new"), "read", 1000)[0]
-    assert row.status == "bad" and "there is no folder" in row.found
+    assert row.status == "bad" and "there is no folder" in row.observed
     row = _try_rights(Overwrites(tmp_path), "write", 1000)[0]
-    assert row.status == "bad" and "If-None-Match" in row.found
+    assert row.status == "bad" and "If-None-Match" in row.observed
 
 
 def test_wrong_flags_are_all_named() -> None:

@@ -1,4 +1,4 @@
-"""Keys, files, settings and the command line's manners."""
+"""Keys, files, settings and the behaviour of the command line."""
 
 import json
 import os
@@ -51,9 +51,9 @@ def test_settings_survive_json() -> None:
 
 
 def test_problems_come_all_at_once_with_a_fix() -> None:
-    found = MeshConfig(data=2, tensor=2).problems(world=3)
-    assert len(found) == 2
-    assert "needs 4 ranks, but 3" in found[1]
+    problems = MeshConfig(data=2, tensor=2).problems(world=3)
+    assert len(problems) == 2
+    assert "needs 4 ranks, but 3" in problems[1]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_closed_streams_are_replaced_by_the_null_device(closed: str) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_a_full_disk_behind_standard_output_is_named() -> None:
+def test_a_full_disk_under_standard_output_is_named() -> None:
     with open("/dev/full", "wb") as full:
         command = [sys.executable, "-P", "-m", "tapir", "--help"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=ENVIRONMENT)
@@ -124,7 +124,7 @@ def test_a_full_disk_behind_standard_output_is_named() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["tokenize", "--help"]])
-def test_a_reader_that_leaves_early_ends_it_quietly(arguments: list[str]) -> None:
+def test_a_closed_pipe_ends_a_command_quietly(arguments: list[str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-P", "-m", "tapir", *arguments]
@@ -140,7 +140,7 @@ def test_mesh_must_match_the_ranks_that_were_started() -> None:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_control_group_s_limit_counts_and_files_that_can_be_dropped_are_free(
+def test_a_cgroup_limit_counts_and_droppable_page_cache_is_free(
     version: int, tmp_path: Path
 ) -> None:
     (tmp_path / "proc").mkdir()

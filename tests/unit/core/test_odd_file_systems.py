@@ -1,4 +1,4 @@
-"""File systems without locks, hard links or sync of folders: all works, and each is named once."""
+"""File systems without locks, hard links or directory fsync: all works, with one warning each."""
 
 import errno
 import fcntl
@@ -66,7 +66,7 @@ LACKS = ["hard links", "locks", "sync of folders"]
 
 @pytest.fixture(params=[errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.EINVAL])
 def bare(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every file system lacks all three."""
+    """Every file system lacks all three features."""
 
     def refuse(*_: object) -> None:
         raise OSError(request.param, os.strerror(request.param))
@@ -116,23 +116,23 @@ def test_each_lack_is_named_once(
         with held(tmp_path, "run"):
             write_atomic(tmp_path / "x", b"1")
             FolderStore(tmp_path).put(f"y{i}", b"1", if_absent=True)
-    said = [record.getMessage().partition("has no ")[2] for record in caplog.records]
-    assert sorted(text.partition(" (")[0] for text in said) == LACKS
+    warnings = [record.getMessage().partition("has no ")[2] for record in caplog.records]
+    assert sorted(text.partition(" (")[0] for text in warnings) == LACKS
 
 
 def test_doctor_names_what_is_lacking(bare: None, tmp_path: Path) -> None:
     missing = lacks(tmp_path)
     assert sorted(missing) == LACKS
     row = folders.run_folder_findings(tmp_path, 0)[1]
-    assert row.status == "warning" and "no locks, no hard links, no sync of folders" in row.found
+    assert row.status == "warning" and "no locks, no hard links, no sync of folders" in row.observed
     assert list(tmp_path.iterdir()) == []
 
 
-def test_doctor_has_nothing_to_say_of_a_sound_disk(tmp_path: Path) -> None:
+def test_doctor_reports_nothing_on_a_sound_disk(tmp_path: Path) -> None:
     assert folders.run_folder_findings(tmp_path, 0)[1].status == "ok"
 
 
-def test_names_that_differ_in_case_alone_are_looked_at(
+def test_a_case_insensitive_file_system_is_detected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exists = Path.exists
@@ -141,7 +141,7 @@ def test_names_that_differ_in_case_alone_are_looked_at(
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC, errno.ESTALE])
-def test_a_disk_that_fails_is_not_taken_for_one_that_lacks(
+def test_an_io_error_is_not_taken_for_a_missing_feature(
     error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object) -> None:
@@ -168,7 +168,7 @@ def test_an_owner_that_died_is_followed_and_one_elsewhere_is_not(
     here = os.uname().nodename
     for text, mine in (
         (f"{here} {dead.pid} {began}", True),
-        (f"{here} {os.getpid()} 1", True),  # the number was given again
+        (f"{here} {os.getpid()} 1", True),  # the process id was reused
         (f"{here} {os.getpid()} {file_systems._began(os.getpid())}", False),
         (f"elsewhere {dead.pid} {began}", False),
         ("", False),  # it is being written

@@ -1,4 +1,4 @@
-"""Object stores that answer oddly: a right result or a named cause, and soon."""
+"""Object stores with nonconforming answers: the result is right or the cause is named soon."""
 
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
@@ -17,7 +17,7 @@ Open = Callable[[Bend], tuple[S3Store, OddServer]]
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
-    """Opens a bucket of a store that answers as it is bent."""
+    """Opens a bucket of a store whose answers `bend` changes."""
     contexts = []
     names = ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION", "AWS_PROFILE")
     for name in names:
@@ -37,19 +37,19 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
 
 
 def first(times: int, odd: Callable[[BaseHTTPRequestHandler], Answer | None]) -> Bend:
-    """Odd to the first requests that it concerns; a negative number: to all."""
+    """Gives `odd`'s answer to the first `times` requests that it matches; to all if negative."""
     left = [times]
 
     def bend(request: BaseHTTPRequestHandler, right: Answer) -> Answer:
-        found = odd(request) if left[0] else None
-        left[0] -= found is not None
-        return found or right
+        answer = odd(request) if left[0] else None
+        left[0] -= answer is not None
+        return answer or right
 
     return bend
 
 
 def on(method: str, answer: Answer, header: str = "") -> Callable[..., Answer | None]:
-    """The answer to requests of a method that have a header."""
+    """Answers requests with this method, and with this header if one is given."""
 
     def odd(request: BaseHTTPRequestHandler) -> Answer | None:
         told = not header or any(name.lower().startswith(header) for name in request.headers)
@@ -139,14 +139,14 @@ def test_a_refused_write_says_why_at_once(opened: Open) -> None:
 @pytest.mark.parametrize(
     "answer", [error(503, "SlowDown"), error(400, "RequestTimeout"), Answer(429), Answer(408)]
 )
-def test_what_passes_is_waited_out(opened: Open, answer: Answer) -> None:
+def test_transient_errors_are_waited_out(opened: Open, answer: Answer) -> None:
     store, server = opened(first(3, on("PUT", answer)))
     store.put("x", b"1")
     assert server.objects == {"b/p/x": b"1"}
 
 
 def bent(change: Callable[[BaseHTTPRequestHandler, Answer], None], method: str = "GET") -> Bend:
-    """The right answer to a method, changed."""
+    """Changes the correct answer to a method."""
 
     def bend(request: BaseHTTPRequestHandler, right: Answer) -> Answer:
         if request.command == method:
@@ -216,7 +216,7 @@ def test_etags_are_opaque_and_needed(opened: Open) -> None:
         store.etag("x")
 
 
-def test_headers_that_are_none_are_named(opened: Open) -> None:
+def test_malformed_headers_are_named(opened: Open) -> None:
     headers: dict[str, str | None] = {"Last-Modified": "yesterday"}
     store, _ = opened(bent(lambda _, right: right.headers.update(headers), "HEAD"))
     store.put("x", b"1")
@@ -244,7 +244,7 @@ LISTS: list[tuple[bytes, str | None]] = [
 def test_lists_are_whole_sorted_and_of_the_prefix(
     opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What odd stores send: any order, their consoles' folders, other prefixes, a part, a page."""
+    """Nonconforming lists: unsorted, folder markers, other prefixes, truncated, an HTML page."""
     monkeypatch.setattr("core.storage.s3_retry.FIRST_PATIENCE", 0.1)
     told = [b""]
 
@@ -268,8 +268,8 @@ def test_deleting_what_is_not_there_is_no_error(opened: Open) -> None:
             store.get("x")
 
 
-def test_a_page_is_told_from_a_bare_error() -> None:
-    """The one is named after half a minute, the other is waited out as an outage."""
+def test_an_html_error_page_is_told_from_a_bare_error() -> None:
+    """An HTML page is named after half a minute; a bare error is waited out as an outage."""
     for length, page in (("0", False), ("45", True), (None, True)):
         headers = {} if length is None else {"content-length": length}
         answer: Any = {"Error": {"Code": "500"}, "ResponseMetadata": {"HTTPHeaders": headers}}

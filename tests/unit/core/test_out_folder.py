@@ -1,4 +1,4 @@
-"""A folder that a command writes to is new, or its own: nothing is mixed, nothing overwritten."""
+"""A command writes to a new folder or its own: nothing is mixed, nothing overwritten."""
 
 import json
 import threading
@@ -31,7 +31,7 @@ FILES = {
 
 
 def folder_of(path: Path, owner: str) -> Path:
-    """What is known of a folder that a command wrote."""
+    """The note in a folder that a command wrote."""
     file = path / FILES[owner]
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps({"stage": owner.removeprefix("train ")}))

@@ -1,4 +1,4 @@
-"""Launchers' variables: what they make of a process, and what is refused by name."""
+"""Launchers' environment variables: which rank they give a process, and what is refused."""
 
 import logging
 import os
@@ -65,9 +65,9 @@ ALONE = {"PMI_RANK": "0", "PMI_SIZE": "1"}
 def test_which_launcher_started_a_process(
     environment: dict[str, str], launcher: str | None, size: int | None
 ) -> None:
-    found = ranks_of(environment)
-    assert (found and found.launcher) == launcher
-    assert ranks_given(environment) == (found and found.size) == size
+    ranks = ranks_of(environment)
+    assert (ranks and ranks.launcher) == launcher
+    assert ranks_given(environment) == (ranks and ranks.size) == size
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_without_scontrol_the_address_is_asked_for(
 def test_variables_of_an_mpi_that_is_not_there_are_refused(
     library: dict[str, str], named: str
 ) -> None:
-    """Each rank would else train alone, into the same folder."""
+    """Otherwise each rank would train alone, all into the same folder."""
     if not library and not installed("mpich") and find_library("mpi") is None:
         pytest.skip("needs an MPI library: pip install mpich")
     reader, writer = os.pipe()

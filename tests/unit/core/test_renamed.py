@@ -1,4 +1,4 @@
-"""The table of renamed names: whole, and read by flags, configs, run files, metrics and plans."""
+"""The table of renamed names is complete; flags, configs, run files, metrics and plans use it."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ CONFIGS = {
 
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The notices of a fresh process."""
+    """The deprecation notices of a fresh process."""
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
@@ -64,7 +64,7 @@ def test_the_table_names_what_there_is() -> None:
             assert new in fields and old not in fields, (name, old)
 
 
-def test_a_config_of_before_is_the_same_config(lines: list[str]) -> None:
+def test_an_old_config_equals_the_new_one(lines: list[str]) -> None:
     settings = PriorTrain(loop=LoopConfig(global_batch_size=8), caption_dropout=0.5)
     old = to_json(settings)
     old["loop"]["batch"] = old["loop"].pop("global_batch_size")
@@ -78,7 +78,7 @@ def test_a_config_of_before_is_the_same_config(lines: list[str]) -> None:
         from_json(PriorTrain, {"lop": {}})
 
 
-def test_of_both_names_the_new_one_counts() -> None:
+def test_the_new_name_wins_over_the_old() -> None:
     assert renamed(LoopConfig, {"stop_at": 1, "until": 2}) == {"stop_at": 1}
     assert renamed(LoopConfig, {"until": 2, "stop_at": 1}) == {"stop_at": 1}
 
@@ -100,7 +100,7 @@ def test_flags_without_prefix_and_values_stay() -> None:
     assert with_new_flags(names, old) == new
 
 
-def test_rows_of_before_have_the_new_keys(tmp_path: Path, lines: list[str]) -> None:
+def test_old_rows_get_the_new_keys(tmp_path: Path, lines: list[str]) -> None:
     old = {"step": 1, "data_share": 0.5, "data_seconds": 0.1, "codes_share": 0.25, "loss": 2.0}
     row = row_of(json.dumps(old))
     new = ["step", "loss", "data_wait_fraction", "data_wait_seconds", "codebook_usage"]
@@ -111,7 +111,7 @@ def test_rows_of_before_have_the_new_keys(tmp_path: Path, lines: list[str]) -> N
     assert row_of('{"step": 1, "data_share": "much"}') is None
 
 
-def test_a_run_file_of_before_is_read(tmp_path: Path, lines: list[str]) -> None:
+def test_an_old_run_file_is_read(tmp_path: Path, lines: list[str]) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(
         "name: a\nout: runs/a\nstages:\n  tokenize: {workers: 4, at_once: 2}\n"

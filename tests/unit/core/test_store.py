@@ -70,7 +70,7 @@ def test_wrong_bucket_and_wrong_key_exit_2_without_secrets(s3: ObjectServer) -> 
 def test_an_outage_at_the_start_of_a_job_is_waited_out(
     s3: ObjectServer, monkeypatch: pytest.MonkeyPatch, outage: tuple[int, ...]
 ) -> None:
-    """The first questions of a job: HEAD of an object that is not there yet, then of its bucket."""
+    """A job's first requests: HEAD of an object that does not exist yet, then of its bucket."""
     bucket = f"b{uuid.uuid4().hex[:12]}"
     asked: list[str] = []
 
@@ -89,7 +89,7 @@ def test_an_outage_at_the_start_of_a_job_is_waited_out(
 
 @pytest.fixture
 def beside(s3: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
-    """A bucket behind a proxy that answers every request as it is told; gives its name."""
+    """A bucket behind a proxy that gives the chosen answer to every request; yields its name."""
     bucket, answer = f"b{uuid.uuid4().hex[:12]}", [""]
 
     def tell(what: str) -> str:
@@ -104,8 +104,8 @@ def beside(s3: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
         yield tell
 
 
-def test_a_refusal_is_not_an_absence(beside: Callable[[str], str]) -> None:
-    """What is taken for absent or damaged is made anew: a refused key must not lead there."""
+def test_a_refused_request_does_not_mean_absent(beside: Callable[[str], str]) -> None:
+    """Absent or damaged objects are made anew; a refused key must not cause that."""
     store = S3Store(beside("403"), "", attempts=1, patience=0)
     for ask in (lambda: store.get("x"), lambda: CheckpointReader(store, "step-4")):
         with pytest.raises(StoreInputError, match="access denied") as raised:
@@ -128,7 +128,7 @@ def test_a_refusal_is_not_an_absence(beside: Callable[[str], str]) -> None:
         ("reset", "not answered yet.*AWS_ENDPOINT", 1),
     ],
 )
-def test_no_answer_is_not_an_absence(
+def test_no_answer_does_not_mean_absent(
     beside: Callable[[str], str], answer: str, text: str, code: int
 ) -> None:
     store = S3Store(beside(answer), "", attempts=1, patience=0)
@@ -152,7 +152,7 @@ def test_a_store_that_went_away_is_no_wrong_input(
         monkeypatch.setenv("AWS_ENDPOINT_URL", address)
         store, late = (S3Store("tapir-tests", "", attempts=1, patience=0) for _ in range(2))
         assert not store.exists("x")
-        with pytest.raises(StoreError):  # the connection that was kept ends, too
+        with pytest.raises(StoreError):  # the kept-alive connection ends, too
             store.exists("x")
     for one, code in ((store, 1), (late, 2)):
         with pytest.raises(StoreError) as raised:
@@ -243,9 +243,9 @@ def test_writers_and_deleters_of_one_folder_do_not_disturb_each_other(tmp_path: 
     assert len(store.names()) == 100
 
 
-def test_a_finished_pack_is_found_again_in_every_store(store: Store, tmp_path: Path) -> None:
+def test_a_finished_pack_is_reused_in_every_store(store: Store, tmp_path: Path) -> None:
     config = PackConfig(count=30, validation=0.3)
-    found = pack("shapes", store, config)
-    assert pack("shapes", store, config) == found
+    manifests = pack("shapes", store, config)
+    assert pack("shapes", store, config) == manifests
     with pytest.raises(InputError, match="is taken by another data set"):
         pack("shapes", store, PackConfig(count=31, validation=0.3))

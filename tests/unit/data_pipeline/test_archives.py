@@ -1,4 +1,4 @@
-"""Archives, folders and tables as people have them: each file is in a pair or a named reject."""
+"""Archives, folders and tables in the wild: each file ends in a pair or a named reject."""
 
 import bz2
 import gzip
@@ -59,9 +59,9 @@ def _folder(path: Path, members: Members) -> Path:
 
 
 def _read(source: Path) -> tuple[list[Pair], list[Unusable]]:
-    found = list(open_source(str(source), PackConfig()))
-    pairs = [item for item in found if isinstance(item, Pair)]
-    return pairs, [item for item in found if isinstance(item, Unusable)]
+    items = list(open_source(str(source), PackConfig()))
+    pairs = [item for item in items if isinstance(item, Pair)]
+    return pairs, [item for item in items if isinstance(item, Unusable)]
 
 
 def _captions(pairs: list[Pair]) -> dict[str, str]:
@@ -83,8 +83,8 @@ def test_metadata_of_file_systems_is_passed_over_and_named(tmp_path: Path, kind:
     whole_folders = 2 if kind == "folder" else 3
     assert len(rejects) == 6 + whole_folders
     assert all("metadata of a file system" in reject.reason for reject in rejects)
-    found = pack(str(source), FolderStore(tmp_path / "out"), PackConfig(validation=0.4))
-    assert found["train"].rejects == {"metadata": len(rejects)}
+    manifests = pack(str(source), FolderStore(tmp_path / "out"), PackConfig(validation=0.4))
+    assert manifests["train"].rejects == {"metadata": len(rejects)}
 
 
 def test_metadata_among_tars_is_no_tar(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_joined_archives_are_read_past_each_end_mark(tmp_path: Path, packed: str
 
 
 @pytest.mark.parametrize("damage", ["second header", "no second end", "noise"])
-def test_what_is_lost_behind_an_end_mark_is_a_reject(tmp_path: Path, damage: str) -> None:
+def test_what_is_lost_after_an_end_mark_is_a_reject(tmp_path: Path, damage: str) -> None:
     first = _tar(tmp_path / "a.tar", _pairs("a", 3)).read_bytes()
     second = bytearray(_tar(tmp_path / "b.tar", _pairs("b", 3)).read_bytes())
     if damage == "second header":
@@ -130,7 +130,7 @@ def test_what_is_lost_behind_an_end_mark_is_a_reject(tmp_path: Path, damage: str
 
 
 def test_names_may_have_dots(tmp_path: Path) -> None:
-    """A pair has one name up to the last dot; what is left beside a pair is a further field."""
+    """A pair's name ends at the last dot; other files of that name become further fields."""
     members = [*_pairs("clip v1.5 ", 3), *_pairs("set.v1/", 2), ("7.cls.txt", b"3")]
     members += [("7.mask.png", _picture(9)), ("7.png", _picture(7)), ("7.txt", b"seven")]
     members += [("7.v2.png", _picture(8)), ("7.v2.txt", b"seven again"), ("8.b.png", _picture(1))]
@@ -158,8 +158,8 @@ def test_no_member_is_lost_where_a_name_comes_twice(tmp_path: Path) -> None:
     doubled = _tar(tmp_path / "a.tar", [*good, *first, *second, ("x.txt", b"two")])
     store = FolderStore(tmp_path / "out")
     config = PackConfig(validation=0.4, max_rejects=0.5)
-    found = pack(str(doubled), store, config)
-    assert found["train"].rejects == {"key": 1}
+    manifests = pack(str(doubled), store, config)
+    assert manifests["train"].rejects == {"key": 1}
     reason = json.loads(store.get("rejects/000000.jsonl"))["reason"]
     assert "the key 'a__x'" in reason and "occurs twice" in reason
     with pytest.raises(InputError, match="occurs twice; give it another name"):
@@ -173,7 +173,7 @@ def test_no_member_is_lost_where_a_name_comes_twice(tmp_path: Path) -> None:
     assert later["train"].rejects == {"key": 1}
 
 
-def test_members_that_are_apart_say_that_they_must_be_neighbours(tmp_path: Path) -> None:
+def test_separated_members_are_rejects_that_ask_for_neighbours(tmp_path: Path) -> None:
     rows = _pairs("", 4)
     apart = sorted(rows, key=lambda row: row[0].rpartition(".")[2])
     pairs, rejects = _read(_tar(tmp_path / "a.tar", apart))
@@ -225,12 +225,12 @@ def test_different_names_have_different_keys(tmp_path: Path) -> None:
     members = []
     for name in ("a_b", "a.b", "d__x", "d/x"):
         members += [(f"{name}.png", _picture(len(members))), (f"{name}.txt", b"words")]
-    found = pack(
+    manifests = pack(
         str(_folder(tmp_path / "in", members)),
         FolderStore(tmp_path / "o"),
         PackConfig(validation=0.4),
     )
-    assert sum(manifest.samples for manifest in found.values()) == 4
+    assert sum(manifest.samples for manifest in manifests.values()) == 4
 
 
 @given(st.lists(st.text("ab_./\x02\u00e9", min_size=1, max_size=6), unique=True, max_size=40))
@@ -285,7 +285,7 @@ def test_one_row_of_a_table_is_one_reject(tmp_path: Path) -> None:
 
 
 def test_a_caption_that_is_no_text_is_one_reject(tmp_path: Path) -> None:
-    """Bytes that are no UTF-8 in a column of texts, as other writers let in."""
+    """Some writers allow bytes that are not UTF-8 in a text column."""
     (tmp_path / "1.png").write_bytes(_picture(1))
     raw = pyarrow.array([b"good", b"caf\xe9", b"fine"], pyarrow.binary())
     texts = pyarrow.Array.from_buffers(pyarrow.string(), 3, raw.buffers())
@@ -340,10 +340,8 @@ def test_a_file_that_may_not_be_read_is_one_reject(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
-def test_of_archives_with_flipped_bytes_nothing_is_lost_in_silence(
-    tmp_path: Path, form: int
-) -> None:
-    """Fewer pairs than there were come with a reject, and nothing else is raised."""
+def test_no_pair_of_a_corrupt_archive_is_lost_silently(tmp_path: Path, form: int) -> None:
+    """If pairs are missing there is a reject, and no other exception is raised."""
     name = "x" * (90 if form == tarfile.USTAR_FORMAT else 150)
     whole = _tar(tmp_path / "a.tar", [*_pairs("", 3), *_pairs(name, 1)], form).read_bytes()
     rng = np.random.default_rng(form)
@@ -361,7 +359,7 @@ def test_of_archives_with_flipped_bytes_nothing_is_lost_in_silence(
 
 
 def _seal(data: bytearray) -> None:
-    """Give headers true checksums, so that what they say is believed."""
+    """Gives headers valid checksums, so that a reader trusts them."""
     for at in range(0, len(data) - 511, 512):
         if data[at + 257 : at + 262] == b"ustar":
             header = data[at : at + 512]
@@ -371,12 +369,12 @@ def _seal(data: bytearray) -> None:
 
 def test_a_folder_may_have_any_name_and_other_files_are_no_source(tmp_path: Path) -> None:
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
-    found = pack(
+    manifests = pack(
         str(_folder(folder, _pairs("", 12))),
         FolderStore(tmp_path / "o"),
         PackConfig(validation=0.4),
     )
-    assert sum(manifest.samples for manifest in found.values()) == 12
+    assert sum(manifest.samples for manifest in manifests.values()) == 12
     (tmp_path / "a.zip").write_bytes(b"PK\3\4")
     with pytest.raises(InputError, match="unpack other archives"):
         pack(str(tmp_path / "a.zip"), FolderStore(tmp_path / "z"), PackConfig())

@@ -1,4 +1,4 @@
-"""A tokenizer of the paper's size on real English, and its dropout beside the published one."""
+"""A tokenizer of the paper's size on real English; its dropout against the published one."""
 
 import json
 import random

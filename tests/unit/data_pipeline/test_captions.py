@@ -1,4 +1,4 @@
-"""Captions: cleaned by a fixed table, and several of one picture kept as several."""
+"""Captions are cleaned by a fixed table; several captions of one picture stay several."""
 
 import dataclasses
 import json
@@ -82,7 +82,7 @@ def test_captions_are_cleaned_by_a_fixed_table(text: str) -> None:
 
 
 def test_only_the_table_decides_what_is_kept() -> None:
-    """Of all characters, between letters: 65 controls and 18 spaces fold, 11 are taken out."""
+    """Each character between letters: 65 controls and 18 spaces become a space, 11 are removed."""
     changes: Counter[str] = Counter()
     some = (code for code in range(0x3400, 0x110000, 101) if not 0xD800 <= code < 0xE000)
     for code in (*range(0x3400), *some, 0xFEFF):
@@ -146,7 +146,7 @@ def test_lines_are_captions_each_once_and_each_cut() -> None:
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory: pytest.TempPathFactory) -> FolderStore:
-    """40 pictures; those of even numbers have four captions, in both forms."""
+    """40 pictures; the even ones have four captions, in both file formats."""
     folder = tmp_path_factory.mktemp("several")
     (folder / "in").mkdir()
     for i in range(40):
@@ -200,8 +200,8 @@ def test_filters_judge_each_of_them(tmp_path: Path) -> None:
             f"one\nthese are words {i}\ntwo" if i else "one\ntwo"
         )
     config = PackConfig(validation=0.4, filters=FilterConfig(min_words=3))
-    found = pack(str(tmp_path / "in"), FolderStore(tmp_path / "out"), config)
-    assert found["train"].rejects == {"short": 1}
+    manifests = pack(str(tmp_path / "in"), FolderStore(tmp_path / "out"), config)
+    assert manifests["train"].rejects == {"short": 1}
     assert all(len(r.captions) == 1 for r in _records(FolderStore(tmp_path / "out")))
 
 
@@ -254,13 +254,13 @@ def test_clip_and_tokens_read_a_drawn_one_and_the_tokenizer_all(
             assert row.text.tolist() == expected
 
 
-def test_the_share_of_captions_that_are_cut_is_said_once(
+def test_the_share_of_captions_that_are_cut_is_logged_once(
     several: FolderStore,
     bpe: Path,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """`view a of 7` has 11 letters or less and as many tokens as the tokenizer makes of them."""
+    """`view a of 7` has at most 11 letters; its token count depends on the tokenizer."""
     monkeypatch.setattr(LOG, "propagate", True)
     tokenizer, _ = load_tokenizer(bpe)
     captions = [c for r in stored_records(RawSource(several, "train")) for c in r.captions]
@@ -280,8 +280,8 @@ def test_the_share_of_captions_that_are_cut_is_said_once(
         share = tell_cut_captions(ClipTask(settings, World()))
         cut = sum(n > length for n in lengths)
         assert share == cut / len(lengths)
-        said = f"of {len(lengths)} looked at, {cut} have more than model.text_length={length}"
-        assert (said in caplog.text) == (cut > 0) == bool(caplog.records)
+        message = f"of {len(lengths)} looked at, {cut} have more than model.text_length={length}"
+        assert (message in caplog.text) == (cut > 0) == bool(caplog.records)
 
 
 def test_a_run_and_a_prompt_say_what_is_cut(

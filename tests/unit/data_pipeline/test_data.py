@@ -52,9 +52,9 @@ def test_shards_are_read_by_the_webdataset_library(raw: Path) -> None:
 
 def test_our_own_and_foreign_tars_pack(raw: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
-    found = pack(str(raw / "train"), FolderStore(again), PackConfig(validation=0.2))
+    manifests = pack(str(raw / "train"), FolderStore(again), PackConfig(validation=0.2))
     count = read_manifest(FolderStore(raw), "train/", RAW).samples
-    assert sum(manifest.samples for manifest in found.values()) == count
+    assert sum(manifest.samples for manifest in manifests.values()) == count
 
 
 def test_no_caption_of_validation_is_trained_on(raw: Path) -> None:
@@ -93,9 +93,9 @@ def test_bad_pairs_are_left_out_and_counted_where_asked(tmp_path: Path) -> None:
     source = _folder(tmp_path / "in", {**captions, "zz": b"\xff"})
     (source / "p3.png").write_bytes(b"<html>")
     store = FolderStore(tmp_path / "out")
-    found = pack(str(source), store, PackConfig(validation=0.3, max_rejects=0.1))
-    assert sum(m.samples for m in found.values()) == 29
-    assert found["train"].rejects == {"caption": 1, "image": 1}
+    manifests = pack(str(source), store, PackConfig(validation=0.3, max_rejects=0.1))
+    assert sum(m.samples for m in manifests.values()) == 29
+    assert manifests["train"].rejects == {"caption": 1, "image": 1}
     assert len(store.get("rejects/000000.jsonl").splitlines()) == 2
 
 

@@ -1,4 +1,4 @@
-"""Pictures as they come: every mode, transparent colour and orientation, and damaged metadata."""
+"""Decoding of pictures: every mode, transparency and orientation, and damaged metadata."""
 
 import io
 import struct
@@ -31,9 +31,9 @@ ON_WHITE = {
 
 
 def _saved(image: Image.Image, kind: str, **save: object) -> bytes:
-    found = io.BytesIO()
-    image.save(found, kind, **save)
-    return found.getvalue()
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **save)
+    return buffer.getvalue()
 
 
 def _mixed(size: tuple[int, int] = (6, 4)) -> Image.Image:
@@ -81,7 +81,7 @@ def test_pictures_of_many_rows_are_converted_in_parts(monkeypatch: pytest.Monkey
 def test_a_png_s_one_transparent_colour_is_white_and_its_neighbours_are_not(
     depth: int, colour: int, row: bytes, key: bytes, expected: list[int]
 ) -> None:
-    """By the specification's hand: low bits count, and both bytes of 16-bit samples."""
+    """By the PNG specification: low bits count, and both bytes of 16-bit samples."""
     data = png_of(2, 1, depth, colour, b"\0" + row, chunk(b"tRNS", key))
     assert decode_rgb(data, "x")[0, :, 0].tolist() == expected
 
@@ -144,11 +144,11 @@ def test_damaged_metadata_harms_no_picture(name: str, kind: str) -> None:
         odd = data[:33] + chunk(b"eXIf", exif.removeprefix(b"Exif\0\0")) + data[33:]
     else:
         odd = _saved(_mixed(), kind, exif=exif)
-    found = decode_rgb(odd, "x")
+    pixels = decode_rgb(odd, "x")
     expected = np.rot90(plain, -1) if orientation == 6 else plain
-    assert found.shape == expected.shape and (found == expected).all()
+    assert pixels.shape == expected.shape and (pixels == expected).all()
     seen = inspect(odd, "x")
-    assert (seen.height, seen.width) == found.shape[:2]
+    assert (seen.height, seen.width) == pixels.shape[:2]
 
 
 def test_orientations_in_texts_count_and_damaged_texts_do_not() -> None:
@@ -164,14 +164,14 @@ def test_orientations_in_texts_count_and_damaged_texts_do_not() -> None:
 
 
 def test_of_a_jpeg_with_more_pictures_the_first_is_the_photo() -> None:
-    """Phones write a second picture behind the photo, and say so in its head (MPF)."""
+    """Phones append a second picture to the photo and list it in the header (MPF)."""
     first, second = Image.new("RGB", (32, 16), (200, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 200))
     data = _saved(first, "MPO", save_all=True, append_images=[second])
     assert Image.open(io.BytesIO(data)).n_frames == 2
     assert (decode_rgb(data, "x") == decode_rgb(_saved(first, "JPEG"), "x")).all()
     assert inspect(data, "x").width == 32
     at = data.index(b"MPF\0") + 4
-    for place in range(at, at + 60, 3):  # a damaged index of the pictures behind is not read
+    for place in range(at, at + 60, 3):  # the damaged index of appended pictures is not read
         damaged = bytearray(data)
         damaged[place] ^= 0xFF
         assert decode_rgb(bytes(damaged), "x").shape == (16, 32, 3)
@@ -188,7 +188,7 @@ def test_animations_are_refused_and_animations_of_one_picture_are_pictures() -> 
 
 
 def test_whatever_is_accepted_decodes_and_all_else_is_an_input_error() -> None:
-    found = try_flips(6000, 24)
-    assert found.total() == 6000
-    assert all(found[f"{kind} accepted"] > 50 for kind in ("png", "jpeg", "webp"))
-    assert not found["GIF accepted"] and found["GIF refused"]
+    outcomes = try_flips(6000, 24)
+    assert outcomes.total() == 6000
+    assert all(outcomes[f"{kind} accepted"] > 50 for kind in ("png", "jpeg", "webp"))
+    assert not outcomes["GIF accepted"] and outcomes["GIF refused"]

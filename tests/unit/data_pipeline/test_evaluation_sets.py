@@ -14,13 +14,13 @@ from tests.unit.layouts import picture, write_coco, write_cub
 
 @pytest.mark.parametrize("year", ["2014", "2017"])
 def test_coco_in_both_namings(tmp_path: Path, year: str) -> None:
-    found = open_evaluation(f"coco:{write_coco(tmp_path, 5, year)}")
-    assert len(found.captions) == 10 and len(found.pictures) == 5
-    assert found.pictures[1] == ("COCO_val2014_" if year == "2014" else "") + "000000000007.jpg"
-    assert found.read(found.pictures[3]) == picture(3)
-    second = next(c for c in found.captions if c.text == "a second 3")
-    assert second.pictures == (found.pictures[3],)
-    assert found.usual == 30_000
+    coco = open_evaluation(f"coco:{write_coco(tmp_path, 5, year)}")
+    assert len(coco.captions) == 10 and len(coco.pictures) == 5
+    assert coco.pictures[1] == ("COCO_val2014_" if year == "2014" else "") + "000000000007.jpg"
+    assert coco.read(coco.pictures[3]) == picture(3)
+    second = next(c for c in coco.captions if c.text == "a second 3")
+    assert second.pictures == (coco.pictures[3],)
+    assert coco.usual == 30_000
 
 
 def test_of_two_years_the_papers_is_taken(tmp_path: Path) -> None:
@@ -29,25 +29,25 @@ def test_of_two_years_the_papers_is_taken(tmp_path: Path) -> None:
 
 
 def test_captions_are_chosen_by_key_and_pictures_come_once(tmp_path: Path) -> None:
-    found = open_evaluation(f"coco:{write_coco(tmp_path, 20)}")
-    chosen = found.choose(8, 0)
-    assert chosen == found.choose(8, 0) and chosen != found.choose(8, 1)
-    assert chosen == found.choose(9, 0)[:8] and len({c.text for c in chosen}) == 8
-    wanted = {name for caption in chosen for name in caption.pictures}
-    assert found.pictures_of(chosen) == sorted(wanted)
-    assert len(found.choose(0, 0)) == 40
+    coco = open_evaluation(f"coco:{write_coco(tmp_path, 20)}")
+    chosen = coco.choose(8, 0)
+    assert chosen == coco.choose(8, 0) and chosen != coco.choose(8, 1)
+    assert chosen == coco.choose(9, 0)[:8] and len({c.text for c in chosen}) == 8
+    names = {name for caption in chosen for name in caption.pictures}
+    assert coco.pictures_of(chosen) == sorted(names)
+    assert len(coco.choose(0, 0)) == 40
 
 
 def test_cub_by_the_split_of_pictures_and_by_that_of_classes(tmp_path: Path) -> None:
-    found = open_evaluation(f"cub:{write_cub(tmp_path)}")
-    assert found.pictures == [f"{k + 1:03d}.Bird_{k}/Bird_0000_{3 * k}.jpg" for k in range(4)]
-    assert found.read(found.pictures[2]) == picture(6)
-    plain = next(c for c in found.captions if c.text == "a plain bird")
-    assert len(found.captions) == 4 * 9 + 1 and plain.pictures == tuple(found.pictures)
+    cub = open_evaluation(f"cub:{write_cub(tmp_path)}")
+    assert cub.pictures == [f"{k + 1:03d}.Bird_{k}/Bird_0000_{3 * k}.jpg" for k in range(4)]
+    assert cub.read(cub.pictures[2]) == picture(6)
+    plain = next(c for c in cub.captions if c.text == "a plain bird")
+    assert len(cub.captions) == 4 * 9 + 1 and plain.pictures == tuple(cub.pictures)
     (tmp_path / "testclasses.txt").write_text("002.Bird_1\n004.Bird_3\n")
     classes = open_evaluation(f"cub:{tmp_path}")
     assert {name[:3] for name in classes.pictures} == {"002", "004"}
-    assert len(classes.pictures) == 6 and classes.fingerprint != found.fingerprint
+    assert len(classes.pictures) == 6 and classes.fingerprint != cub.fingerprint
     (tmp_path / "cvpr2016_cub").mkdir()
     for name in ("text_c10", "testclasses.txt"):
         (tmp_path / name).rename(tmp_path / "cvpr2016_cub" / name)
@@ -55,11 +55,11 @@ def test_cub_by_the_split_of_pictures_and_by_that_of_classes(tmp_path: Path) -> 
 
 
 def test_a_packed_set(raw: Path) -> None:
-    found, every = open_evaluation(str(raw)), open_evaluation(str(raw), SPLITS)
-    assert found.pictures == every.pictures[-len(found.pictures) :]
-    assert len(every.pictures) == 600 and found.fingerprint == every.fingerprint
-    assert found.read(found.pictures[-1])[:4] == b"\x89PNG"
-    assert len({found.read(name) for name in found.pictures}) == len(found.pictures)
+    validation, every = open_evaluation(str(raw)), open_evaluation(str(raw), SPLITS)
+    assert validation.pictures == every.pictures[-len(validation.pictures) :]
+    assert len(every.pictures) == 600 and validation.fingerprint == every.fingerprint
+    assert validation.read(validation.pictures[-1])[:4] == b"\x89PNG"
+    assert len({validation.read(name) for name in validation.pictures}) == len(validation.pictures)
 
 
 def _edit(folder: Path, change: Callable[[dict[str, list[dict[str, object]]]], object]) -> None:
@@ -116,7 +116,7 @@ def test_what_is_missing_of_cub_is_named(tmp_path: Path, missing: str) -> None:
 @pytest.mark.parametrize(
     "text", ["[]", "{", '{"images": [], "annotations": [{}]}', '{"images": 3}']
 )
-def test_annotations_that_are_none_are_refused(tmp_path: Path, text: str) -> None:
+def test_invalid_annotations_are_refused(tmp_path: Path, text: str) -> None:
     write_coco(tmp_path, 2)
     (tmp_path / "annotations" / "captions_val2014.json").write_text(text)
     with pytest.raises(InputError, match=r"captions_val2014\.json"):

@@ -1,4 +1,4 @@
-"""Where a pair lies, when it is read, what a job has done; caches, samples, members, dropout."""
+"""Where a pair is stored, when a run reads it, the state of a job; caches, samples, dropout."""
 
 import json
 import time
@@ -34,12 +34,12 @@ from training.tasks.prior import PriorTask
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> FolderStore:
     """A small token data set."""
-    store = FolderStore(tmp_path_factory.mktemp("written"))
+    store = FolderStore(tmp_path_factory.mktemp("stored"))
     write_tokens(store, 5, 300, 16, grid=4, text=5)
     return store
 
 
-def test_every_record_is_found_by_its_id(stored: FolderStore) -> None:
+def test_every_record_is_looked_up_by_its_id(stored: FolderStore) -> None:
     source = TokenSource(stored, "train")
     for shard, place in ((0, 0), (2, 150), (4, 299), (3, 17)):
         block, record = find_pair(stored, "train", source.blocks, str(key_int(shard, place)))
@@ -65,8 +65,8 @@ def test_seen_and_batch_say_what_a_run_reads(raw: Path, tmp_path: Path) -> None:
     for step in range(1, 46):
         assert [pair.key for pair in history.batch(step)] == read[step - 1]
     for key in read[6][:5] + read[40][:5]:
-        wanted = [step + 1 for step, keys in enumerate(read) if key in keys]
-        assert history.seen(key) == wanted == history.seen(str(key_int(key)))
+        steps = [step + 1 for step, keys in enumerate(read) if key in keys]
+        assert history.seen(key) == steps == history.seen(str(key_int(key)))
     text = tapir("seen", read[6][3], f"--run={tmp_path}", "--json")
     assert 7 in json.loads(text.splitlines()[0])["steps"]
     assert "is not one of" in tapir("batch", "46", f"--run={tmp_path}", code=2)
@@ -96,9 +96,9 @@ def test_batches_passed_over_move_the_later_steps(raw: Path, tmp_path: Path) -> 
 
 
 def test_status_counts_a_job(tokens: Path, tmp_path: Path) -> None:
-    found = json.loads(tapir("status", str(tokens), "--json").splitlines()[0])
+    status = json.loads(tapir("status", str(tokens), "--json").splitlines()[0])
     for split in ("train", "validation"):
-        row = found[split]
+        row = status[split]
         assert row["finished"] and row["shards"] == row["shards_done"]
         assert row["pairs"] == row["pairs_done"] and row["workers"] == []
     assert "no token job" in tapir("status", str(tmp_path), code=2)
@@ -157,7 +157,7 @@ def test_a_sample_of_the_blocks_is_verified(stored: FolderStore, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("environment", "wanted"),
+    ("environment", "expected"),
     [
         ({}, (0, 1)),
         (
@@ -174,11 +174,11 @@ def test_a_sample_of_the_blocks_is_verified(stored: FolderStore, tmp_path: Path)
     ],
 )
 def test_a_worker_finds_its_part(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], wanted: tuple[int, int]
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: tuple[int, int]
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert job_worker_of("") == JobWorker(number=wanted[0], count=wanted[1])
+    assert job_worker_of("") == JobWorker(number=expected[0], count=expected[1])
     assert job_worker_of("1/3") == JobWorker(number=1, count=3)
     for wrong in ("3/3", "a/b", "1", "-1/2"):
         with pytest.raises(InputError, match="i/n"):

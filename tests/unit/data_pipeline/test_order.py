@@ -1,4 +1,4 @@
-"""The lane order and the stream over it: properties, whatever the sizes, ranks and kills."""
+"""Properties of the lane order and its stream, for any sizes, ranks and kills."""
 
 import dataclasses
 import itertools
@@ -20,12 +20,12 @@ from data_pipeline.streaming.stream import Stream, StreamState
 
 
 def flat(parts: Iterable[list[int]]) -> list[int]:
-    """One list of many."""
+    """Concatenates lists."""
     return list(itertools.chain.from_iterable(parts))
 
 
 class NumberedSource:
-    """Records that are their own numbers, in blocks of given sizes."""
+    """Records are consecutive numbers, in blocks of the given sizes."""
 
     fingerprint = "numbered"
 
@@ -57,11 +57,11 @@ class NumberedSource:
 
 def _take(stream: Stream, count: int) -> list[tuple[list[int], StreamState]]:
     batches = iter(stream)
-    found = [
+    taken = [
         (records.ids.tolist(), state) for records, state in (next(batches) for _ in range(count))
     ]
     batches.close()  # type: ignore[attr-defined]
-    return found
+    return taken
 
 
 @settings(max_examples=40, deadline=None)
@@ -82,12 +82,12 @@ def test_a_stream_killed_anywhere_goes_on_with_any_number_of_ranks(
 
     def stream(rank: int, ranks: int, state: StreamState | None) -> Stream:
         loader = LoaderConfig(readers=2, prefetch=ahead)
-        found = Stream(
+        reader = Stream(
             source, seed=5, batch=batch, order=order, loader=loader, rank=rank, ranks=ranks
         )
         if state is not None:
-            found.resume(state)
-        return found
+            reader.resume(state)
+        return reader
 
     try:
         plan = stream(0, 1, None).order
@@ -125,7 +125,7 @@ def test_a_stream_keeps_no_more_than_its_lanes_windows() -> None:
     source = NumberedSource([4] * 256)
     stream = Stream(source, seed=1, batch=8, order=OrderConfig(lanes=4, shuffle_buffer=8))
     _take(stream, 30)
-    needed = 4 * 30 * 2 // 4  # lanes * records of a lane / records of a block, and what is ahead
+    needed = 4 * 30 * 2 // 4  # lanes * records per lane / records per block; the rest is prefetch
     assert max(source.reads.values()) == 1
     assert len(source.reads) <= needed + 4 * 16
 

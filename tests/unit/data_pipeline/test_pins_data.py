@@ -1,4 +1,4 @@
-"""Order, crops and segmentations against plain definitions and numbers worked out by hand."""
+"""Order, crops and segmentations against plain definitions and hand-computed numbers."""
 
 import io
 from itertools import pairwise
@@ -21,7 +21,7 @@ SIZES = [3, 5, 2, 4, 4, 1, 5, 3, 2, 4, 3]
 def _by_definition(
     sizes: list[int], seed: int, batch: int, lanes: int, window: int, epoch: int
 ) -> list[list[tuple[int, int]]]:
-    """The order of order.py's first paragraph, with lists: global batches, slot by slot."""
+    """The definition at the head of order.py with plain lists: global batches, slot by slot."""
     dealt = keyed_rng(seed, epoch, "order/blocks").permutation(len(sizes))
     places = []
     for lane in range(lanes):
@@ -55,8 +55,8 @@ def test_the_order_is_its_definition(lanes: int, window: int, batch: int, epoch:
     assert order.steps(epoch) == len(expected)
     read = {}
     for step, records in enumerate(expected):
-        found = order.places(epoch, step, range(lanes))
-        assert [tuple(map(int, row)) for row in found] == records
+        places = order.places(epoch, step, range(lanes))
+        assert [tuple(map(int, row)) for row in places] == records
         for slot, record in enumerate(records):
             read[record] = (step, slot)
         if lanes > 1:
@@ -93,7 +93,7 @@ def test_too_few_records_for_a_batch_are_refused_and_just_enough_are_not() -> No
 
 
 class _Fixed:
-    """A generator that hands out given numbers and notes the ranges that it was asked for."""
+    """A generator that returns given numbers and records the requested ranges."""
 
     def __init__(self, *answers: Any) -> None:
         self._answers, self.asked = list(answers), []  # type: ignore[var-annotated]
@@ -175,7 +175,7 @@ def _encoded(image: Image.Image, kind: str = "PNG") -> bytes:
 
 
 def test_a_look_says_which_neighbours_are_brighter() -> None:
-    """9 columns of brightness 0 1 0 1 ...: 10101010 in each of 8 rows; a fall to the right: 0."""
+    """9 columns of brightness 0 1 0 1 ...: 10101010 in each of 8 rows; a falling ramp gives 0."""
     stripes = np.repeat(np.tile(np.array([0, 200] * 4 + [0], np.uint8), (8, 1)), 8, 0)
     image = Image.fromarray(np.repeat(stripes, 8, 1))
     assert image.size == (72, 64)
@@ -224,7 +224,7 @@ def test_without_dropout_merges_are_done_by_rank() -> None:
 
 
 def test_merges_are_passed_over_at_the_rate() -> None:
-    """`ab` alone: left as two letters with chance 0.3 (four deviations of 4,000: 0.029)."""
+    """`ab` alone stays two letters with probability 0.3 (four deviations of 4,000: 0.029)."""
     encoder = DropoutEncoder(_Words(), 0.3)  # type: ignore[arg-type]
     apart = [len(encoder.encode([3], 1, i)) == 2 for i in range(4000)]
     assert 0.271 < np.mean(apart) < 0.329

@@ -1,4 +1,4 @@
-"""A packed picture that does not decode after all ends no stage: it is passed over and counted."""
+"""A packed picture that fails to decode stops no stage: it is skipped and counted."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ BROKEN = {"train": (0, 5), "validation": (3,)}
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> FolderStore:
-    """A data set as a version packed it that looked at pictures otherwise."""
+    """A data set as written by a version with weaker checks of pictures."""
     store = FolderStore(tmp_path_factory.mktemp("packed"))
     shards = {}
     for split, count in (("train", 32), ("validation", 8)):
@@ -76,7 +76,7 @@ def _records(packed: FolderStore, split: str) -> list[RawRecord]:
 def test_a_training_reads_the_first_readable_pair_in_its_place(
     packed: FolderStore, bpe: Path
 ) -> None:
-    """The same one in every batch, with its own caption."""
+    """In every batch the same substitute, with its own caption."""
     dvae = DVAETask(_settings(dvae_tiny(), packed))
     clip = dataclasses.replace(clip_tiny(), bpe=bpe)
     tasks = [dvae, ClipTask(_settings(clip, packed), World())]
@@ -140,16 +140,16 @@ def test_overlap_leaves_them_out_and_compares_with_the_others(
     sorted((coco / "val2014").iterdir())[2].write_bytes(b"<html>")
     theirs = open_evaluation(f"coco:{coco}")
     config = OverlapConfig(threshold=1.0, batch=4)
-    found = remove_overlap(packed, theirs, dest, clip, "hash", config)
-    assert found.unreadable == 3 and found.pairs == 37
-    assert found.evaluation["unreadable"] == 1 and found.evaluation["pictures"] == 8
+    overlap = remove_overlap(packed, theirs, dest, clip, "hash", config)
+    assert overlap.unreadable == 3 and overlap.pairs == 37
+    assert overlap.evaluation["unreadable"] == 1 and overlap.evaluation["pictures"] == 8
     rows = [json.loads(line) for line in dest.get("rejects/000000.jsonl").splitlines()]
     left_out = sorted(row["key"] for row in rows if row["kind"] == "image")
     assert left_out == ["train-000", "train-005", "validation-003"]
-    assert write_likeness(found, tmp_path)["unreadable"] == 3
+    assert write_likeness(overlap, tmp_path)["unreadable"] == 3
 
 
-def test_scores_are_made_without_them(tmp_path: Path) -> None:
+def test_scores_skip_unreadable_pictures(tmp_path: Path) -> None:
     coco = write_coco(tmp_path / "coco", 16)
     captions = [caption.text for caption in open_evaluation(f"coco:{coco}").captions]
     models = write_models(tmp_path, captions)
@@ -163,9 +163,9 @@ def test_scores_are_made_without_them(tmp_path: Path) -> None:
     pictures = sorted((coco / "val2014").iterdir())
     pictures[2].write_bytes(b"<html>")
     pictures[7].write_bytes(pictures[7].read_bytes()[:100])
-    found = scores("damaged")
-    assert found["pictures"] == 16 and found["pictures_unreadable"] == 2
-    assert [row["pictures"] for row in found["rows"]] == [14]
+    result = scores("damaged")
+    assert result["pictures"] == 16 and result["pictures_unreadable"] == 2
+    assert [row["pictures"] for row in result["rows"]] == [14]
 
 
 def test_samples_of_held_out_captions_are_drawn_without_them(

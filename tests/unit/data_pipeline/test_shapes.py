@@ -1,4 +1,4 @@
-"""The generator and its checker agree, and the checker can say no."""
+"""The generator and its checker agree, and the checker rejects wrong pictures."""
 
 import cv2
 import numpy as np
@@ -49,10 +49,10 @@ def test_checker_refuses_each_wrong_attribute() -> None:
 @pytest.mark.parametrize("size", EXTENT)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_an_uneven_outline_is_read_as_the_nearest_shape(shape: str, size: str) -> None:
-    """Corners, or places on the circle, moved by up to a tenth of the width."""
+    """Corners, or points of the circle, are moved by up to a tenth of the width."""
     thing = Thing(size=size, colour="blue", shape=shape)
-    found = [read_picture(_uneven(thing, 32, i)) for i in range(200)]
-    assert np.mean([[seen.thing.shape for seen in row] == [shape] for row in found]) >= 0.95
+    readings = [read_picture(_uneven(thing, 32, i)) for i in range(200)]
+    assert np.mean([[seen.thing.shape for seen in row] == [shape] for row in readings]) >= 0.95
 
 
 def _uneven(thing: Thing, pixels: int, index: int) -> NDArray[np.uint8]:

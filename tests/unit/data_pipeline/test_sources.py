@@ -39,28 +39,28 @@ def _rejects(out: Path) -> dict[str, dict[str, str]]:
     return {row["key"]: row for row in map(json.loads, lines)}
 
 
-def _total(found: dict[str, Manifest]) -> int:
-    return sum(manifest.samples for manifest in found.values())
+def _total(manifests: dict[str, Manifest]) -> int:
+    return sum(manifest.samples for manifest in manifests.values())
 
 
 def test_a_tar_of_the_webdataset_library_packs_and_reads_back_with_it(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    wanted = {}
+    pictures = {}
     for shard in range(2):
         with webdataset.TarWriter(open(tmp_path / "in" / f"{shard}.tar", "wb")) as sink:
             for i in range(10 * shard, 10 * shard + 10):
                 picture = np.full((30, 20, 3), 10 * i, np.uint8)
                 sink.write({"__key__": f"s{i:03d}", "png": picture, "txt": f"Number {i}", "cls": i})
-                wanted[f"number {i}"] = picture
+                pictures[f"number {i}"] = picture
     pack(str(tmp_path / "in"), FolderStore(tmp_path / "out"), HALF)
     names = [str(path) for path in sorted((tmp_path / "out").rglob("*.tar"))]
     rows = list(webdataset.WebDataset(names, shardshuffle=False).decode("rgb8"))
-    assert {row["txt"] for row in rows} == set(wanted)
-    assert all((row["png"] == wanted[row["txt"]]).all() for row in rows)
+    assert {row["txt"] for row in rows} == set(pictures)
+    assert all((row["png"] == pictures[row["txt"]]).all() for row in rows)
 
 
 def test_the_layouts_of_img2dataset_pack(tmp_path: Path) -> None:
-    """Its tars with .jpg, .txt and .json and a table and statistics beside; and its files."""
+    """Its tars of .jpg, .txt and .json beside a table and statistics, and its plain files."""
     for kind in ("webdataset", "files"):
         root = tmp_path / kind
         (root / "00000").mkdir(parents=True)
@@ -84,8 +84,8 @@ def test_the_layouts_of_img2dataset_pack(tmp_path: Path) -> None:
         else:
             for path in (root / "00000").iterdir():
                 path.unlink()
-        found = pack(str(root), FolderStore(tmp_path / f"{kind}-out"), HALF)
-        assert _total(found) == (12 if kind == "webdataset" else 11)
+        manifests = pack(str(root), FolderStore(tmp_path / f"{kind}-out"), HALF)
+        assert _total(manifests) == (12 if kind == "webdataset" else 11)
 
 
 def test_a_table_of_local_paths_packs_and_rows_that_leave_it_are_rejected(tmp_path: Path) -> None:
@@ -100,8 +100,8 @@ def test_a_table_of_local_paths_packs_and_rows_that_leave_it_are_rejected(tmp_pa
     parquet.write_table(pyarrow.table(rows), tmp_path / "table" / "t.parquet")
     config = PackConfig(validation=0.4, max_rejects=0.5)
     table = str(tmp_path / "table" / "t.parquet")
-    found = pack(table, FolderStore(tmp_path / "out"), config)
-    assert _total(found) == 8 and found["train"].rejects == {"row": 4}
+    manifests = pack(table, FolderStore(tmp_path / "out"), config)
+    assert _total(manifests) == 8 and manifests["train"].rejects == {"row": 4}
     with pytest.raises(InputError, match="leaves the table's folder"):
         pack(table, FolderStore(tmp_path / "strict"), HALF)
     with pytest.raises(InputError, match="no column"):
@@ -142,7 +142,7 @@ def test_filters_leave_out_what_they_are_for_and_say_why(tmp_path: Path) -> None
         near=1,
     )
     config = PackConfig(validation=0.4, filters=filters)
-    found = pack(str(source), FolderStore(tmp_path / "out"), config)
+    manifests = pack(str(source), FolderStore(tmp_path / "out"), config)
     kinds = {key: row["kind"] for key, row in _rejects(tmp_path / "out").items()}
     assert kinds == {
         "short": "short",
@@ -155,9 +155,9 @@ def test_filters_leave_out_what_they_are_for_and_say_why(tmp_path: Path) -> None
         "same": "duplicate",
         "near": "near-duplicate",
     }
-    assert _total(found) == 10 and sum(found["train"].rejects.values()) == 9
+    assert _total(manifests) == 10 and sum(manifests["train"].rejects.values()) == 9
     threads = PackConfig(validation=0.4, filters=filters, threads=5)
-    assert pack(str(source), FolderStore(tmp_path / "again"), threads) == found
+    assert pack(str(source), FolderStore(tmp_path / "again"), threads) == manifests
     assert caption_reject("img_0231", FilterConfig(boilerplate=True)) is not None
 
 
@@ -187,8 +187,8 @@ def test_an_archive_that_breaks_off_is_a_reject_of_its_own(tmp_path: Path) -> No
     with pytest.raises(InputError, match="no whole tar archive"):
         pack(str(tmp_path / "a.tar"), FolderStore(tmp_path / "strict"), HALF)
     config = PackConfig(validation=0.4, max_rejects=0.5)
-    found = pack(str(tmp_path / "a.tar"), FolderStore(tmp_path / "out"), config)
-    assert found["train"].rejects == {"archive": 1} and 4 <= _total(found) < 12
+    manifests = pack(str(tmp_path / "a.tar"), FolderStore(tmp_path / "out"), config)
+    assert manifests["train"].rejects == {"archive": 1} and 4 <= _total(manifests) < 12
 
 
 @pytest.mark.parametrize("damage", ["header", "boundary", "inside a header", "data"])
@@ -207,8 +207,8 @@ def test_a_tar_that_is_damaged_or_cut_is_never_taken_for_a_short_one(
     with pytest.raises(InputError, match="no whole tar archive"):
         pack(str(path), FolderStore(tmp_path / "strict"), HALF)
     config = PackConfig(validation=0.4, max_rejects=0.5)
-    found = pack(str(path), FolderStore(tmp_path / "out"), config)
-    assert found["train"].rejects["archive"] == 1 and 8 <= _total(found) <= 11
+    manifests = pack(str(path), FolderStore(tmp_path / "out"), config)
+    assert manifests["train"].rejects["archive"] == 1 and 8 <= _total(manifests) <= 11
 
 
 def test_nothing_in_a_folder_of_tars_is_passed_over_in_silence(tmp_path: Path) -> None:
@@ -223,9 +223,9 @@ def test_nothing_in_a_folder_of_tars_is_passed_over_in_silence(tmp_path: Path) -
     with pytest.raises(InputError, match=r"second picture|lies among tars"):
         pack(str(root), FolderStore(tmp_path / "strict"), HALF)
     config = PackConfig(validation=0.4, max_rejects=0.5)
-    found = pack(str(root), FolderStore(tmp_path / "out"), config)
-    assert _total(found) == 18
-    assert found["train"].rejects == {"image": 1, "file": 1, "ignored": 1}
+    manifests = pack(str(root), FolderStore(tmp_path / "out"), config)
+    assert _total(manifests) == 18
+    assert manifests["train"].rejects == {"image": 1, "file": 1, "ignored": 1}
 
 
 def test_capitals_are_pictures_too_and_count_counts_pairs(tmp_path: Path) -> None:
@@ -235,8 +235,10 @@ def test_capitals_are_pictures_too_and_count_counts_pairs(tmp_path: Path) -> Non
         (source / f"{i:02d}.JPEG").write_bytes(_picture(i))
         (source / f"{i:02d}.txt").write_text(f"number {i}")
         (source / f"{i:02d}.note").write_text("x")
-    found = pack(str(source), FolderStore(tmp_path / "out"), PackConfig(validation=0.4, count=10))
-    assert _total(found) == 10 and set(found["train"].rejects) == {"ignored"}
+    manifests = pack(
+        str(source), FolderStore(tmp_path / "out"), PackConfig(validation=0.4, count=10)
+    )
+    assert _total(manifests) == 10 and set(manifests["train"].rejects) == {"ignored"}
 
 
 def test_a_refused_pack_leaves_the_place_as_it_was(tmp_path: Path) -> None:

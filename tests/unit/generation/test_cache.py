@@ -1,4 +1,4 @@
-"""Caches keep what a later position reads and no more, and a batch that does not fit is split."""
+"""Caches keep only what later positions read; a batch that does not fit is split."""
 
 import logging
 import weakref
@@ -52,16 +52,16 @@ def test_a_slot_is_taken_again_when_nobody_reads_it_any_more(
             reads.cache_position_at(torch.tensor([position])),
         )
         held[exact.slot] = position
-        wanted = mask[position].nonzero().flatten()
-        assert held[exact.reads].equal(wanted) and padded.slot.equal(exact.slot)
+        visible = mask[position].nonzero().flatten()
+        assert held[exact.reads].equal(visible) and padded.slot.equal(exact.slot)
         assert padded.bias is not None
-        assert held[padded.reads[padded.bias == 0]].equal(wanted)
+        assert held[padded.reads[padded.bias == 0]].equal(visible)
     needed = [(mask[p:, : p + 1].any(0)).sum() for p in range(grid * grid)]
     assert reads.slots == max(needed), "fewer slots would do"
 
 
 def test_the_paper_s_masks_need_few_slots() -> None:
-    """Nobody below the last row but its own position reads one of the last row."""
+    """Column: only its own position reads a code of the last row, so 31 rows and one slot do."""
     slots = {kind: reads_of(kind, 32, 11).slots for kind in KINDS}
     assert slots == {"row": 33, "column": 31 * 32 + 1, "conv": 5 * 32 + 5 + 1}
 
@@ -95,17 +95,17 @@ def test_a_decoder_lays_out_what_its_shape_says(precision: str, one_row: bool) -
 
 
 class Small(Decoder):
-    """A device with room for some bytes of one lane's caches; counts what is laid out there."""
+    """A device that holds caches of `capacity` bytes for one lane; records what it allocates."""
 
     error: Exception = torch.OutOfMemoryError("CUDA out of memory")
 
-    def __init__(self, layers: nn.ModuleDict, room: float = float("inf")) -> None:
+    def __init__(self, layers: nn.ModuleDict, capacity: float = float("inf")) -> None:
         super().__init__(LocalPrior(layers=layers, config=CONFIG))
-        self.room, self.laid_out = room, list[int]()
+        self.capacity, self.laid_out = capacity, list[int]()
         self._lane: Callable[[], Lane | None] = lambda: None
 
     def start(self, text: Tensor, given: Tensor, each: int) -> Lane:
-        if self.caches.lane(len(text), each, torch.device("meta")).bytes > self.room:
+        if self.caches.lane(len(text), each, torch.device("meta")).bytes > self.capacity:
             raise self.error
         assert self._lane() is None, "two lanes at once"
         lane = super().start(text, given, each)
@@ -122,12 +122,12 @@ def layers() -> nn.ModuleDict:
 def draw(
     decoder: Decoder, settings: DrawSettings, free: int, prompt: Prompt | None = None
 ) -> Tensor:
-    """Codes of 3 captions with 4 candidates each, where `free` bytes are."""
-    found = torch.full((3, 4, CONFIG.image_length), -1)
+    """Codes of 3 captions with 4 candidates each, with `free` bytes of memory."""
+    codes = torch.full((3, 4, CONFIG.image_length), -1)
     sampler = Sampler(decoder, lambda device: free)
     for drawn in sampler.draw(prior_batch()["text"], KEYS, settings, prompt):
-        found[drawn.captions, drawn.candidates] = drawn.codes
-    return found
+        codes[drawn.captions, drawn.candidates] = drawn.codes
+    return codes
 
 
 @pytest.mark.parametrize("settings", [DrawSettings(), GUIDED], ids=["plain", "guided"])
@@ -180,11 +180,11 @@ def test_a_device_that_runs_out_of_memory_gets_halves(
 ) -> None:
     whole = draw(Small(layers), DrawSettings(), 10**12)
     one = Small(layers).caches.of_one()
-    decoder = Small(layers, room=one.text_bytes + rows * one.image_bytes)
+    decoder = Small(layers, capacity=one.text_bytes + rows * one.image_bytes)
     assert draw(decoder, DrawSettings(), 10**12).equal(whole)
     assert len(caplog.messages) < 5 and all("ran out of memory" in m for m in caplog.messages)
     with pytest.raises(ConfigError, match=r"ran out of memory.*--batch"):
-        draw(Small(layers, room=0), DrawSettings(), 10**12)
+        draw(Small(layers, capacity=0), DrawSettings(), 10**12)
 
 
 @pytest.mark.parametrize(
@@ -202,23 +202,23 @@ def test_a_host_without_memory_gets_halves_too(
 ) -> None:
     monkeypatch.setattr(Small, "error", error)
     one = Small(layers).caches.of_one()
-    decoder = Small(layers, room=one.text_bytes + 2 * one.image_bytes)
+    decoder = Small(layers, capacity=one.text_bytes + 2 * one.image_bytes)
     whole = draw(Small(layers), DrawSettings(), 10**12)
     assert draw(decoder, DrawSettings(), 10**12).equal(whole)
     monkeypatch.setattr(Small, "error", RuntimeError("shapes differ"))
     with pytest.raises(RuntimeError, match="shapes differ"):
-        draw(Small(layers, room=0), DrawSettings(), 10**12)
+        draw(Small(layers, capacity=0), DrawSettings(), 10**12)
 
 
 def test_batches_are_even_and_hold_every_candidate_once() -> None:
     for captions, count, most in [(3, 4, 12), (3, 4, 11), (3, 4, 3), (1, 130, 128), (5, 1, 2)]:
         seen = torch.zeros(captions, count, dtype=torch.int64)
-        found = list(batches(captions, count, most))
-        for batch in found:
+        parts = list(batches(captions, count, most))
+        for batch in parts:
             assert 0 < batch.rows <= most
             seen[batch.captions, batch.candidates] += 1
         assert (seen == 1).all()
-        assert max(b.rows for b in found) - min(b.rows for b in found) <= count
+        assert max(b.rows for b in parts) - min(b.rows for b in parts) <= count
     halves = Batch(captions=slice(2, 3), candidates=slice(5, 10)).halves()
     assert [half.candidates for half in halves] == [slice(5, 7), slice(7, 10)]
     apart = Batch(captions=slice(2, 5), candidates=slice(0, 4)).halves()

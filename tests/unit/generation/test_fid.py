@@ -1,4 +1,4 @@
-"""FID and IS: equal to torch-fidelity's, mergeable, and worse for worse pictures."""
+"""FID and IS equal torch-fidelity's, merge from parts, and grow worse with worse pictures."""
 
 from functools import reduce
 from operator import add
@@ -33,8 +33,8 @@ def test_fid_equals_torch_fidelity(rows: int, width: int, rank: int) -> None:
     one, two = _features(rows, width, 1, rank), _features(rows + 10, width, 2, rank)
     wide = [torch.from_numpy(x.astype(np.float64)) for x in (one, two)]
     statistics = [theirs.fid_features_to_statistics(x) for x in wide]
-    wanted = theirs.fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]
-    assert frechet_distance(Moments.of(one), Moments.of(two)) == pytest.approx(wanted, abs=1e-3)
+    expected = theirs.fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]
+    assert frechet_distance(Moments.of(one), Moments.of(two)) == pytest.approx(expected, abs=1e-3)
 
 
 def test_fid_of_a_set_with_itself_is_zero_and_symmetric() -> None:
@@ -59,7 +59,7 @@ def test_sums_of_parts_are_those_of_the_whole() -> None:
 def test_is_equals_torch_fidelity(rows: int, parts: int) -> None:
     theirs = foreign_module("torch_fidelity.metric_isc")
     logits = 3 * _features(rows, 20, 5)
-    wanted = theirs.isc_features_to_metric(torch.from_numpy(logits), parts, shuffle=False)
+    expected = theirs.isc_features_to_metric(torch.from_numpy(logits), parts, shuffle=False)
     places = np.array([part_of(i, rows, parts) for i in range(rows)])
     assert np.bincount(places).tolist() == [
         (i + 1) * rows // parts - i * rows // parts for i in range(parts)
@@ -67,8 +67,8 @@ def test_is_equals_torch_fidelity(rows: int, parts: int) -> None:
     halves = [logits[places == i] for i in range(parts)]
     sums = [ClassSums.of(x[: len(x) // 2]) + ClassSums.of(x[len(x) // 2 :]) for x in halves]
     mean, spread = inception_score(sums)
-    assert mean == pytest.approx(wanted["inception_score_mean"], rel=1e-9)
-    assert spread == pytest.approx(wanted["inception_score_std"], rel=1e-6, abs=1e-9)
+    assert mean == pytest.approx(expected["inception_score_mean"], rel=1e-9)
+    assert spread == pytest.approx(expected["inception_score_std"], rel=1e-6, abs=1e-9)
 
 
 def test_a_class_that_is_never_seen_does_no_harm() -> None:
@@ -87,8 +87,8 @@ def test_fid_grows_with_the_noise_of_the_pictures() -> None:
             return Moments.of(clip.embed_image(to_tensor(pictures.astype(np.uint8))).numpy())
 
     real = moments(shapes[:120])
-    found = [
+    distances = [
         frechet_distance(real, moments((shapes[120:] + level * noise).clip(0, 255)))
         for level in (0, 16, 32, 64, 128)
     ]
-    assert found == sorted(found) and found[-1] > 3 * found[0]
+    assert distances == sorted(distances) and distances[-1] > 3 * distances[0]

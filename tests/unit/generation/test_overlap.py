@@ -1,4 +1,4 @@
-"""Pairs that an evaluation set has, too, are found by their pictures and left out."""
+"""Pairs whose pictures are also in an evaluation set are listed and removed."""
 
 import json
 from pathlib import Path
@@ -44,14 +44,14 @@ def test_overlapping_pairs_are_shown_and_removed(tmp_path: Path) -> None:
     clip = Clip(ClipConfig(), 0).eval()
     dest = FolderStore(tmp_path / "dest")
     config = OverlapConfig(threshold=0.999, batch=5)
-    found = remove_overlap(raw, packed_set(theirs, SPLITS), dest, clip, "hash", config)
+    result = remove_overlap(raw, packed_set(theirs, SPLITS), dest, clip, "hash", config)
     sources = [RawSource(dest, split) for split in ("train", "validation")]
     keys = {r.key for s in sources for block in range(len(s.sizes)) for r in s.read(block)}
     assert keys == {f"p{i:03d}" for i in range(24) if i not in SHARED}
     rows = [json.loads(line) for line in dest.get("rejects/000000.jsonl").splitlines()]
     assert [row["key"] for row in rows if row["kind"] == "overlap"]
     assert sorted(row["key"] for row in rows) == [f"p{i:03d}" for i in SHARED]
-    body = write_likeness(found, tmp_path / "report")
+    body = write_likeness(result, tmp_path / "report")
     assert body["pairs"] == 24 and sum(row["pairs"] for row in body["rows"][-2:]) >= len(SHARED)
     assert list((tmp_path / "report").glob("overlap-*.png"))
     assert sources[0].manifest.facts["overlap"]["clip"] == "hash"
@@ -60,11 +60,11 @@ def test_overlapping_pairs_are_shown_and_removed(tmp_path: Path) -> None:
 def test_without_a_place_nothing_is_written(tmp_path: Path) -> None:
     raw = _set(tmp_path / "raw", list(range(24)))
     clip = Clip(ClipConfig(), 0).eval()
-    found = remove_overlap(raw, packed_set(raw, SPLITS), None, clip, "hash", OverlapConfig())
-    assert found.counts[-2:].sum() == found.pairs == 24
+    result = remove_overlap(raw, packed_set(raw, SPLITS), None, clip, "hash", OverlapConfig())
+    assert result.counts[-2:].sum() == result.pairs == 24
     assert not (tmp_path / "dest").exists()
     trained = {r.key for r in first_records(RawSource(raw, "train"), 24)}
-    assert 0 < len(trained) < 24 and set(found.evaluation["ids"]) == trained
+    assert 0 < len(trained) < 24 and set(result.evaluation["ids"]) == trained
 
 
 def test_the_pictures_of_coco_that_were_trained_on_are_named(tmp_path: Path) -> None:
@@ -76,8 +76,8 @@ def test_the_pictures_of_coco_that_were_trained_on_are_named(tmp_path: Path) -> 
         (coco / "val2014" / name).write_bytes(_picture(int(key[1:]), 1))
     theirs = open_evaluation(f"coco:{coco}")
     clip = Clip(ClipConfig(), 0).eval()
-    found = remove_overlap(raw, theirs, None, clip, "hash", OverlapConfig(threshold=0.999))
-    body = write_likeness(found, tmp_path / "report")
+    result = remove_overlap(raw, theirs, None, clip, "hash", OverlapConfig(threshold=0.999))
+    body = write_likeness(result, tmp_path / "report")
     assert body["evaluation"]["overlapping"] == 3 and "ids" not in body["evaluation"]
     overlap = read_overlap(tmp_path / "report" / "overlap.json", theirs)
     assert overlap.pictures == set(names[2:5])

@@ -1,4 +1,4 @@
-"""Pins of what only several ranks, a full device or the last draw shows."""
+"""Pins of cases that need several ranks, a full device or the last draw."""
 
 import json
 from pathlib import Path
@@ -25,12 +25,12 @@ from tests.unit.models.test_models import CONFIG, prior_batch, trained_like
 
 @torch.no_grad()
 def _decoded(decoder: Decoder) -> list[Any]:
-    """Logits behind three given codes, at the next position, and once more by themselves."""
+    """Logits after three given codes: of the next position, and recomputed without the cache."""
     batch = prior_batch()
     text, image = batch["text"], batch["image"]
     lane = decoder.start(text, image[:, :3], 1)
-    found = [decoder.next(lane, 3, image[:, 2]), decoder.canonical_logits(text, image[:, :4])]
-    return [None if x is None else x.tolist() for x in found]
+    logits = [decoder.next(lane, 3, image[:, 2]), decoder.canonical_logits(text, image[:, :4])]
+    return [None if x is None else x.tolist() for x in logits]
 
 
 def test_two_stages_decode_as_one_does(tmp_path: Path) -> None:
@@ -41,9 +41,9 @@ def test_two_stages_decode_as_one_does(tmp_path: Path) -> None:
         mine = names[:2] if rank == 0 else names[2:]
         neighbours = Pipeline(Group(dist.group.WORLD, rank, 2))
         part = LocalPrior(layers={n: layers[n] for n in mine}, config=CONFIG, neighbours=neighbours)
-        found = _decoded(Decoder(part))
-        neighbours.share(torch.zeros(1)).wait()  # what was sent is kept until it has come
-        return found
+        logits = _decoded(Decoder(part))
+        neighbours.share(torch.zeros(1)).wait()  # buffers live until the send completes
+        return logits
 
     first, last = forked_ranks(tmp_path, 2, stage)
     assert first == [None, None]
@@ -53,8 +53,9 @@ def test_two_stages_decode_as_one_does(tmp_path: Path) -> None:
 
 
 def test_a_batch_without_memory_is_drawn_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 5 candidates 2 fit: 5 fail, 2 and 3 of them, of which 3 fail, and 1 and 2; what the
-    halves need is asked for from then on."""
+    """2 of 5 candidates fit: 5 fail and are split in 2 and 3; 3 fail and are split in 1 and 2. From
+    then on requests have the size of the halves.
+    """
     decoder, tried = Decoder(LocalPrior(layers=trained_like(), config=CONFIG)), []
     start = decoder.start
 
@@ -72,8 +73,8 @@ def test_a_batch_without_memory_is_drawn_in_halves(monkeypatch: pytest.MonkeyPat
     assert torch.cat([d.codes for d in halved], 1).equal(torch.cat([d.codes for d in plain], 1))
 
 
-def test_weights_learn_behind_a_branch_that_is_run_again() -> None:
-    """Its input needs no gradient, as that of a first layer; the slope of (3 w)^2 / 2 is 9 w."""
+def test_weights_learn_in_a_recomputed_branch_whose_input_needs_no_gradient() -> None:
+    """As in a first layer; the slope of (3 w)^2 / 2 is 9 w."""
 
     class Line(Recomputed):
         def __init__(self) -> None:
@@ -95,20 +96,20 @@ def _words(*symbols: str, merges: tuple[str, ...] = ()) -> Any:
 
 
 def test_only_ascii_letters_are_merged_anew() -> None:
-    """`é` is lower, but more than one byte; `a1` is lower, but no word."""
+    """`é` is lower case, but more than one byte; `a1` is lower case, but not a word."""
     encoder = DropoutEncoder(_words("é", "a1", "ab"), 0.0)
     assert encoder.encode([2 - 1, 0]).tolist() == [1, 0]
 
 
 def test_a_merge_is_passed_over_with_the_rate_exactly() -> None:
-    """A draw lies in [0, 1): below the rate with probability `rate`; at rate 0 never."""
-    for rate, drawn, found in ((0.0, 0.0, [2]), (0.5, 0.5, [2]), (0.5, 0.499, [0, 1])):
+    """A draw is in [0, 1): below the rate with probability `rate`; never at rate 0."""
+    for rate, drawn, tokens in ((0.0, 0.0, [2]), (0.5, 0.5, [2]), (0.5, 0.499, [0, 1])):
         encoder = DropoutEncoder(_words("a", "b", "ab", merges=("a b",)), rate)
-        assert encoder._merged(["a", "b"], lambda drawn=drawn: drawn) == found  # type: ignore[misc]
+        assert encoder._merged(["a", "b"], lambda drawn=drawn: drawn) == tokens  # type: ignore[misc]
 
 
 def test_chance_judges_the_best_ranked_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two captions, each other's derangement: the best pictures fit the other one's caption."""
+    """Two captions, deranged: each one's best picture fits the other caption."""
     monkeypatch.setattr(accuracy, "matches", lambda caption, picture: caption == picture)
     monkeypatch.setattr(accuracy, "parse_caption", lambda caption: None)
     monkeypatch.setattr(accuracy, "pictures_of", lambda records, pixels: ["a", "b"])
@@ -121,5 +122,5 @@ def test_chance_judges_the_best_ranked_picture(monkeypatch: pytest.MonkeyPatch) 
         SimpleNamespace(pictures=["a", "b"], drawn=[0, 1], scores=[0.9, 0.1]),
     ]
     records = [cast(RawRecord, SimpleNamespace(caption=c)) for c in "ab"]
-    found = accuracy.caption_accuracy(cast(Any, studio), records, cast(Any, rows), 1)
-    assert (found["chance"], found["best_of_1"], found["best_of_2"]) == (1.0, 0.5, 0.0)
+    result = accuracy.caption_accuracy(cast(Any, studio), records, cast(Any, rows), 1)
+    assert (result["chance"], result["best_of_1"], result["best_of_2"]) == (1.0, 0.5, 0.0)

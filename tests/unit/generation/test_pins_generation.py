@@ -1,4 +1,4 @@
-"""Draws, shares and scores: numbers by hand, and statistics against softmax."""
+"""Draws, shares and scores: hand-computed numbers, and statistics against softmax."""
 
 import math
 from types import SimpleNamespace
@@ -49,22 +49,22 @@ def test_a_draw_is_sure_where_rounding_could_not_change_it(
     gap: float, flags: dict[str, float], canonical: bool, sure: bool
 ) -> None:
     logits = torch.tensor([[0.0, gap, -1.0]], dtype=torch.float64)
-    found = choose(logits, torch.zeros(1, 3), DrawSettings(**flags), canonical)  # type: ignore[arg-type]
-    assert found.sure.tolist() == [sure]
+    choice = choose(logits, torch.zeros(1, 3), DrawSettings(**flags), canonical)  # type: ignore[arg-type]
+    assert choice.sure.tolist() == [sure]
     if gap:
-        assert found.codes.tolist() == [1]
+        assert choice.codes.tolist() == [1]
 
 
 def _drawable(logits: list[float], canonical: bool = True, **flags: Any) -> dict[int, bool]:
-    """The codes that noise can bring about, and whether each draw is sure."""
-    found = {}
+    """Code -> whether its draw is sure, for each code that some noise selects."""
+    drawable = {}
     for code in range(len(logits)):
         noise = torch.zeros(1, len(logits))
         noise[0, code] = 1e3
         choice = choose(torch.tensor([logits]), noise, DrawSettings(**flags), canonical)
         if int(choice.codes) == code:
-            found[code] = bool(choice.sure)
-    return found
+            drawable[code] = bool(choice.sure)
+    return drawable
 
 
 def test_which_codes_may_be_drawn_by_hand() -> None:
@@ -84,7 +84,7 @@ def test_which_codes_may_be_drawn_by_hand() -> None:
 
 
 def test_nuclei_by_hand() -> None:
-    """Shares 0.5, 0.3, 0.2: a code is let in if those before it have less than top_p."""
+    """Probabilities 0.5, 0.3, 0.2: a code is kept if those before it sum to less than top_p."""
     logits = [math.log(p) for p in (0.5, 0.3, 0.2)]
     assert list(_drawable(logits, top_p=0.45)) == [0]
     assert list(_drawable(logits, top_p=0.55)) == [0, 1]
@@ -123,7 +123,7 @@ def small() -> tuple[Any, Decoder, PriorConfig]:
 
 @pytest.mark.parametrize("flags", [{}, {"temperature": 0.6}, {"guidance": 2.0}])
 def test_sampled_codes_follow_softmax(small: Any, flags: dict[str, float]) -> None:
-    """Chi-square of 20,000 candidates of one caption; 24.3 is passed once in a thousand."""
+    """Chi-square of 20,000 candidates of one caption; 24.3 is exceeded once in a thousand."""
     layers, decoder, _ = small
     text = torch.tensor([[3, 1, -1]])
     settings = DrawSettings(**flags)  # type: ignore[arg-type]
@@ -175,14 +175,14 @@ def test_counts_and_shares_by_hand() -> None:
     assert [counts_up_to(n) for n in (1, 2, 5, 16)] == [[1], [1, 2], [1, 2, 4], [1, 2, 4, 8, 16]]
     right = np.array([[True, False, False, True]])
     scores = np.array([[0.1, 0.9, 0.5, 0.7]])  # ranked: 1 wrong, 3 right, 2 wrong, 0 right
-    found = best_of_shares(right, scores)
-    assert found == pytest.approx({1: 0.5, 2: 2 / 6, 4: 0.0})
+    shares = best_of_shares(right, scores)
+    assert shares == pytest.approx({1: 0.5, 2: 2 / 6, 4: 0.0})
     tied = best_of_shares(np.array([[True, False]]), np.array([[1.0, 1.0]]))
     assert tied == {1: 0.5, 2: 1.0}
 
 
 class _Studio:
-    """Notes what is drawn; a picture is its caption."""
+    """Records what is drawn; a picture is its caption."""
 
     def __init__(self) -> None:
         self.drawn: list[tuple[int, DrawSettings]] = []
@@ -203,9 +203,9 @@ class _Studio:
 def test_captions_are_drawn_in_chunks_of_32() -> None:
     studio = _Studio()
     captions = [str(i) for i in range(70)]
-    found = accuracy.draw_all(cast(Any, studio), captions, DrawSettings(), "sample")
-    assert [n for n, _ in studio.drawn] == [32, 32, 6] and len(found) == 70
-    assert found[33].pictures == ["33"]
+    drawn = accuracy.draw_all(cast(Any, studio), captions, DrawSettings(), "sample")
+    assert [n for n, _ in studio.drawn] == [32, 32, 6] and len(drawn) == 70
+    assert drawn[33].pictures == ["33"]
 
 
 def _records(*captions: str) -> list[RawRecord]:
@@ -213,7 +213,7 @@ def _records(*captions: str) -> list[RawRecord]:
 
 
 def test_accuracy_of_four_captions_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draws are handed over best first, with their places; chance shuffles the captions."""
+    """Draws come best first, with their places; chance shuffles the captions."""
     monkeypatch.setattr(accuracy, "matches", lambda caption, picture: caption == picture)
     monkeypatch.setattr(accuracy, "parse_caption", lambda caption: None)
     pictures = {"truth": ["a", "b", "c", "d"], "again": ["a", "b", "c", "x"]}
@@ -230,11 +230,11 @@ def test_accuracy_of_four_captions_by_hand(monkeypatch: pytest.MonkeyPatch) -> N
         SimpleNamespace(pictures=["x", "x"], drawn=[0, 1], scores=[0.6, 0.4]),
     ]
     records = _records("a", "b", "c", "d")
-    found = accuracy.caption_accuracy(cast(Any, studio), records, cast(Any, rows), 1)
-    assert (found["prompts"], found["best_of_1"], found["best_of_2"]) == (4, 0.5, 0.5)
-    assert found["best_of_2_low95"] == pytest.approx(0.1500, abs=1e-4)  # Wilson, 2 of 4
-    assert found["chance"] == 0.0 and "best_of_2_prompts" not in found
-    assert (found["reconstruction"], found["checker_on_truth"]) == (0.75, 1.0)
+    result = accuracy.caption_accuracy(cast(Any, studio), records, cast(Any, rows), 1)
+    assert (result["prompts"], result["best_of_1"], result["best_of_2"]) == (4, 0.5, 0.5)
+    assert result["best_of_2_low95"] == pytest.approx(0.1500, abs=1e-4)  # Wilson, 2 of 4
+    assert result["chance"] == 0.0 and "best_of_2_prompts" not in result
+    assert (result["reconstruction"], result["checker_on_truth"]) == (0.75, 1.0)
     right, scores = accuracy._judged(["a", "b"], cast(Any, rows[:2]))
     assert right.tolist() == [[False, True], [False, True]]
     assert scores.tolist() == [pytest.approx([0.1, 0.9]), pytest.approx([0.8, 0.2])]
@@ -253,9 +253,9 @@ def test_larger_counts_are_measured_on_the_captions_that_have_them(
         SimpleNamespace(pictures=["c", "x"], drawn=[0, 1], scores=[2, 1]),
         SimpleNamespace(pictures=["x", "x"], drawn=[1, 0], scores=[2, 1]),
     ]
-    found = accuracy._best_of(["a", "b", "c", "d"], cast(Any, rows))
+    shares = accuracy._best_of(["a", "b", "c", "d"], cast(Any, rows))
     # first draws: a, a | x, b | c, x | x, x; best of two: a, x, c, x; of four: x, b
-    assert found == {1: ((1 + 0.5 + 0.5 + 0) / 4, 4), 2: (0.5, 4), 4: (0.5, 2)}
+    assert shares == {1: ((1 + 0.5 + 0.5 + 0) / 4, 4), 2: (0.5, 4), 4: (0.5, 2)}
     same = accuracy._best_of(["c", "d"], cast(Any, rows[2:]))
     assert same == {1: (0.25, 2), 2: (0.5, 2)}
     two = accuracy._best_of(["b", "c"], cast(Any, rows[1:3]))
@@ -273,10 +273,10 @@ def test_the_figures_say_how_many_captions_a_larger_count_is_of(
         SimpleNamespace(pictures=["a", "x"], drawn=[0, 1], scores=[2, 1]),
         SimpleNamespace(pictures=["x"], drawn=[0], scores=[1]),
     ]
-    found = accuracy.caption_accuracy(cast(Any, _Studio()), _records("a", "b"), cast(Any, rows), 1)
-    assert (found["best_of_1"], found["best_of_2"], found["best_of_2_prompts"]) == (0.5, 1.0, 1)
-    assert "best_of_1_prompts" not in found
-    assert found["best_of_2_low95"] == pytest.approx(wilson_low(1.0, 1))
+    result = accuracy.caption_accuracy(cast(Any, _Studio()), _records("a", "b"), cast(Any, rows), 1)
+    assert (result["best_of_1"], result["best_of_2"], result["best_of_2_prompts"]) == (0.5, 1.0, 1)
+    assert "best_of_1_prompts" not in result
+    assert result["best_of_2_low95"] == pytest.approx(wilson_low(1.0, 1))
 
 
 def test_of_equal_scores_the_first_draw_wins() -> None:
@@ -301,7 +301,7 @@ def test_the_first_few_captions_get_more_draws() -> None:
     assert EvaluateConfig(candidates=16, max_candidates=8).problems()  # type: ignore[call-arg]
 
 
-def test_nobody_keeps_his_place_in_a_derangement() -> None:
+def test_a_derangement_has_no_fixed_point() -> None:
     for seed in range(20):
         for count in (2, 3, 7):
             order = accuracy._derangement(count, seed)
@@ -318,8 +318,8 @@ def test_guidance_is_measured_on_single_draws(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(accuracy, "matches", lambda caption, picture: caption == picture)
     studio = _Studio()
     settings, records = DrawSettings(candidates=9), _records("a", "b", "c", "d")
-    found = accuracy.guidance_accuracy(cast(Any, studio), records, settings, (1.0, 2.5))
-    assert found == {"1": 0.5, "2.5": 0.5}
+    shares = accuracy.guidance_accuracy(cast(Any, studio), records, settings, (1.0, 2.5))
+    assert shares == {"1": 0.5, "2.5": 0.5}
     assert [(s.candidates, s.guidance) for _, s in studio.drawn] == [(1, 1.0), (1, 2.5)]
     accuracy.guidance_accuracy(cast(Any, studio), records, settings, (2.5,), guided=2)
     assert studio.drawn[-1][0] == 2
@@ -365,7 +365,7 @@ def test_parts_of_a_set() -> None:
 
 
 def test_a_tensor_group_adds_the_biases_to_the_sum_once() -> None:
-    """Two ranks that hold the same half of what enters the residual stream sum to the whole."""
+    """Two ranks with equal halves of the residual stream's input sum to the whole."""
 
     class Two(TensorParallel):
         size = 2
@@ -391,11 +391,11 @@ def test_a_tensor_group_adds_the_biases_to_the_sum_once() -> None:
 def test_a_draw_that_rounding_cannot_change_is_computed_once(
     guidance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    again, canonical = [], Decoder.canonical_logits
+    again, recompute = [], Decoder.canonical_logits
     monkeypatch.setattr(
         Decoder,
         "canonical_logits",
-        lambda *given: again.append(1) or canonical(*given),  # type: ignore[func-returns-value]
+        lambda *given: again.append(1) or recompute(*given),  # type: ignore[func-returns-value]
     )
     decoder = Decoder(LocalPrior(layers=trained_like(CONFIG), config=CONFIG))
     keys = cast(Any, [[(1, c, 0)] for c in "abc"])

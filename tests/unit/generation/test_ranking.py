@@ -1,4 +1,4 @@
-"""Candidates ranked by a checkpoint of open_clip, compared with open_clip itself."""
+"""Candidates ranked by an open_clip checkpoint, compared with open_clip itself."""
 
 import json
 import shlex
@@ -36,7 +36,7 @@ VIEW = {"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.3, 0.2]}
 
 
 def _pixels(count: int) -> torch.Tensor:
-    """Coarse pictures, (count, 3, 32, 32), of whole bytes."""
+    """Low-resolution pictures, (count, 3, 32, 32), of whole byte values."""
     drawn = torch.randint(0, 256, (count, 3, 8, 8), generator=generator("pixels"))
     return (drawn / 255).repeat_interleave(4, 2).repeat_interleave(4, 3)
 
@@ -68,7 +68,7 @@ def test_scores_are_those_of_open_clip(folder: Path) -> None:
     assert ranker.digest == sha256((folder / WEIGHTS).read_bytes())
     assert ranker.name == f"open_clip {folder.name}"
     pixels = _pixels(6)
-    found = ranker.scores(CAPTIONS, pixels, 3)
+    scores = ranker.scores(CAPTIONS, pixels, 3)
     open_clip = foreign_module("open_clip")
     model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
     model.eval()
@@ -78,8 +78,8 @@ def test_scores_are_those_of_open_clip(folder: Path) -> None:
     assert levels.round().abs().max() <= 2 and (levels.round() != 0).float().mean() < 0.01
     images = model.encode_image(ranker.view(pixels))
     expected = torch.cosine_similarity(words.repeat_interleave(3, 0), images).view(2, 3).numpy()
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-    assert found.std() > 0.01
+    np.testing.assert_allclose(scores, expected, atol=1e-6)
+    assert scores.std() > 0.01
 
 
 def test_folders_that_are_not_whole_are_refused(folder: Path) -> None:

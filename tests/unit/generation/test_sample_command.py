@@ -1,4 +1,4 @@
-"""`tapir sample` with small models that were never trained: what it writes, and what it refuses."""
+"""`tapir sample` with small untrained models: what it writes and what it refuses."""
 
 import json
 import resource
@@ -64,7 +64,7 @@ def test_the_batch_changes_no_byte(run: SampleRun, tmp_path: Path) -> None:
 
 
 def test_all_models_are_on_the_device_of_the_rank(run: SampleRun) -> None:
-    """Nobody asks CUDA: another device than the CPU is taken as it is given."""
+    """CUDA is not asked: a device other than the CPU is used as given."""
     meta = torch.device("meta")
     studio = open_studio(run.models, mesh=Mesh(world=World(device=meta)))
     ranker = studio.ranker
@@ -108,7 +108,7 @@ def test_wrong_input_is_named(run: SampleRun, changes: dict[str, object], text: 
 
 
 @pytest.mark.parametrize("field", ["out", "pictures"])
-def test_what_cannot_be_written_is_found_before_anything_is_drawn(
+def test_a_file_that_cannot_be_written_fails_before_anything_is_drawn(
     run: SampleRun, field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
@@ -131,7 +131,7 @@ def test_pictures_that_no_memory_holds_are_refused_before_one_is_drawn(
     many = replace(run, draw=replace(run.draw, candidates=10**9))
     with pytest.raises(ConfigError, match=r"1,000,000,000 candidates of 2 captions are .* GB of"):
         sample(many)
-    with monkeypatch.context() as patch:  # which the system would promise, and not have
+    with monkeypatch.context() as patch:  # overcommit would grant it without having it
         patch.setattr("generation.text_to_image.host_memory", lambda: (1000, 1000))
         with pytest.raises(ConfigError, match="5 candidates of 2 captions are"):
             sample(run)
@@ -139,7 +139,7 @@ def test_pictures_that_no_memory_holds_are_refused_before_one_is_drawn(
 
 
 def test_a_limit_of_the_process_counts_as_memory() -> None:
-    """`ulimit -v`: what a system has free is of no use to a process that may not take it."""
+    """`ulimit -v`: a process cannot use the system's free memory beyond its own limit."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + 2**26
@@ -152,9 +152,9 @@ def test_a_limit_of_the_process_counts_as_memory() -> None:
             np.zeros(2**30)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
-    for found in (torchs.value, numpys.value):
-        assert no_memory(found)
-        assert of_memory(found).exit_code == 2 and "ulimit -v" in str(of_memory(found))
+    for error in (torchs.value, numpys.value):
+        assert no_memory(error)
+        assert of_memory(error).exit_code == 2 and "ulimit -v" in str(of_memory(error))
     assert not no_memory(RuntimeError("shapes differ"))
 
 
@@ -169,6 +169,6 @@ def test_memory_that_runs_out_anywhere_ends_in_a_sentence(
     monkeypatch.setattr("sys.argv", ["tapir", "sample"])
     with pytest.raises(SystemExit) as ended:
         tapir.main()
-    said = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 2 and len(said) == 1
-    assert said[0].startswith("tapir: memory ran out: ") and "fewer candidates" in said[0]
+    lines = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and len(lines) == 1
+    assert lines[0].startswith("tapir: memory ran out: ") and "fewer candidates" in lines[0]

@@ -1,5 +1,4 @@
-"""Cached decoding equals the definition, a key gives one picture whatever the batch, and the rest
-of what a sampler promises."""
+"""Cached decoding equals the definition, a key gives the same picture in any batch."""
 
 import json
 import math
@@ -48,16 +47,16 @@ def draw(
     batch: int = 128,
 ) -> Tensor:
     """(captions, candidates, grid * grid)."""
-    found = torch.full((len(text), len(keys[0]), LENGTH), -1)
+    codes = torch.full((len(text), len(keys[0]), LENGTH), -1)
     for drawn in Sampler(decoder, batch=batch).draw(text, keys, settings, prompt):
-        found[drawn.captions, drawn.candidates] = drawn.codes
-    return found
+        codes[drawn.captions, drawn.candidates] = drawn.codes
+    return codes
 
 
 def by_definition(
     layers: nn.ModuleDict, text: Tensor, keys: Keys, settings: DrawSettings
 ) -> Tensor:
-    """The same draws from the whole stream, run again for every token."""
+    """The same draws, with the whole stream recomputed for every token."""
     rows = torch.tensor([key_int(*key, "sample") for row in keys for key in row])
     text = text.repeat_interleave(len(keys[0]), 0)
     empty = torch.full_like(text, PAD)
@@ -94,13 +93,13 @@ def test_logits_with_the_cache_equal_the_whole_stream(
     layers, batch = trained_like(config), prior_batch()
     decoder = Decoder(LocalPrior(layers=layers, config=config), one_row=one_row)
     with torch.no_grad():
-        wanted = prior_logits(layers, batch)
+        expected = prior_logits(layers, batch)
     for given in (0, 1, 7, 13):
         lane = decoder.start(batch["text"], batch["image"][:, :given], 1)
         for position in range(given, LENGTH):
-            found = decoder.next(lane, position, batch["image"][:, max(position - 1, 0)])
-            assert found is not None
-            assert float((found - wanted[:, position]).abs().max()) < 1e-4
+            logits = decoder.next(lane, position, batch["image"][:, max(position - 1, 0)])
+            assert logits is not None
+            assert float((logits - expected[:, position]).abs().max()) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -137,7 +136,7 @@ def test_a_key_gives_one_picture_whatever_the_batch(
     assert not draw(decoder, text, other, settings).equal(whole)
 
 
-def test_draws_that_rounding_could_change_are_made_by_themselves(
+def test_near_ties_are_drawn_again_one_by_one(
     layers: nn.ModuleDict, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choosing, "CLOSE", 0.3)
@@ -150,12 +149,12 @@ def test_draws_that_rounding_could_change_are_made_by_themselves(
         return alone(self, text, image)
 
     monkeypatch.setattr(Decoder, "canonical_logits", counted)
-    found = draw(decoder, text, keys, settings)
+    codes = draw(decoder, text, keys, settings)
     assert len(made) > 10, "no draw was close"
-    assert found.equal(by_definition(layers, text, keys, settings))
+    assert codes.equal(by_definition(layers, text, keys, settings))
 
 
-def test_guidance_of_one_is_none(decoder: Decoder) -> None:
+def test_guidance_of_one_changes_nothing(decoder: Decoder) -> None:
     text, keys = prior_batch()["text"], keys_of(3, 4)
     plain = draw(decoder, text, keys, DrawSettings())
     assert draw(decoder, text, keys, DrawSettings(guidance=1.0)).equal(plain)
@@ -200,8 +199,8 @@ def test_kept_tokens_follow_from_rows_rectangles_and_masks(tmp_path: Path) -> No
     image.write_bytes(encode_png(np.zeros((32, 32, 3), np.uint8)))
 
     def grid(**flags: object) -> list[str]:
-        found = kept_tokens(PromptConfig(image=image, **flags), 4)  # type: ignore[arg-type]
-        return ["".join(".#"[int(x)] for x in row) for row in found.view(4, 4)]
+        kept = kept_tokens(PromptConfig(image=image, **flags), 4)  # type: ignore[arg-type]
+        return ["".join(".#"[int(x)] for x in row) for row in kept.view(4, 4)]
 
     assert grid(keep_rows=2) == ["####", "####", "....", "...."]
     assert grid(keep=("1:3,:2",)) == ["....", "##..", "##..", "...."]
@@ -228,42 +227,44 @@ def test_kept_tokens_follow_from_rows_rectangles_and_masks(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("one_row", [False, True])
 def test_bf16_is_no_further_off_than_in_training(layers: nn.ModuleDict, one_row: bool) -> None:
-    """In the mean over all positions: which way one position's logits are rounded is chance."""
+    """On average over all positions: the rounding of a single position's logits is random."""
     batch = prior_batch()
     half = Decoder(LocalPrior(layers=layers, config=CONFIG), "bf16", one_row)
-    lane, found = half.start(batch["text"], batch["image"][:, :0], 1), []
+    lane, rows = half.start(batch["text"], batch["image"][:, :0], 1), []
     for position in range(LENGTH):
-        found.append(half.next(lane, position, batch["image"][:, max(position - 1, 0)]))
+        rows.append(half.next(lane, position, batch["image"][:, max(position - 1, 0)]))
     with torch.no_grad():
-        wanted = prior_logits(layers, batch)
+        expected = prior_logits(layers, batch)
         with torch.autocast("cpu", torch.bfloat16):
             trained = prior_logits(layers, batch)
-    ours = torch.stack(found, 1)  # type: ignore[arg-type]
-    assert not ours.equal(wanted)
-    assert float((ours - wanted).abs().mean()) < 1.5 * float((trained - wanted).abs().mean())
+    ours = torch.stack(rows, 1)  # type: ignore[arg-type]
+    assert not ours.equal(expected)
+    assert float((ours - expected).abs().mean()) < 1.5 * float((trained - expected).abs().mean())
 
 
 @pytest.mark.parametrize("outputs", [40, 16])
 @pytest.mark.parametrize("largest", [1.0, 4e5], ids=["usual", "beyond fp16"])
 @pytest.mark.parametrize("one_row", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_layout_is_its_layer(outputs: int, largest: float, one_row: bool, precision: str) -> None:
+def test_each_weight_layout_computes_its_layer(
+    outputs: int, largest: float, one_row: bool, precision: str
+) -> None:
     draws = torch.Generator().manual_seed(0)
     weight = largest * torch.rand(outputs, 24, generator=draws) - largest / 2
     bias, x = torch.rand(outputs, generator=draws), torch.rand(1, 3, 24, generator=draws)
     dtype = DTYPES[precision]
     layer = packed.PackedLinear(weight, bias, dtype, one_row=one_row)
-    wanted = F.linear(x.double(), weight.to(dtype).double(), bias.to(dtype).double())
+    expected = F.linear(x.double(), weight.to(dtype).double(), bias.to(dtype).double())
     bound = (1e-6 if precision == "fp32" else 1e-2) * largest * 24
     for layout in (layer, layer.in_order()):
-        assert float((layout(x[:, :1]) - wanted[:, :1]).abs().max()) < bound
-        assert float((layout(x) - wanted).abs().max()) < bound and layout(x).dtype == x.dtype
+        assert float((layout(x[:, :1]) - expected[:, :1]).abs().max()) < bound
+        assert float((layout(x) - expected).abs().max()) < bound and layout(x).dtype == x.dtype
     held = layer._weight
     assert layer._half is None or held.untyped_storage().nbytes() == 0, "weights are held twice"
 
 
 def test_bf16_needs_no_instructions_of_its_own() -> None:
-    """oneDNN reads what it may use when it is loaded: a process of its own."""
+    """In a new process: oneDNN reads its instruction limit when it is loaded."""
     code = (
         "import torch; from generation.sampling.packed_linear import PackedLinear as Packed; "
         "found = Packed(torch.eye(24), None, torch.bfloat16)(torch.ones(1, 2, 24)); "

@@ -1,4 +1,4 @@
-"""`tapir score`: the same bits however often it is killed and shared; wrong input is refused."""
+"""`tapir score`: bitwise equal results for any kills and workers; wrong input is refused."""
 
 import json
 import multiprocessing
@@ -67,8 +67,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture(scope="module")
 def apart() -> Iterator[ProcessPoolExecutor]:
-    """A process as a command is one: what other tests leave behind in this one changes last bits
-    of CLIP's scores."""
+    """Runs in a fresh process: the state of other tests changes the last bits of CLIP's scores."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, torch.set_num_threads, (1,)) as pool:
         yield pool
@@ -89,7 +88,7 @@ def _digests(out: Path) -> dict[str, str]:
 
 
 def _die_at(place: Place, out: Path, call: int) -> None:
-    """Run until the network is called for the n-th time, and be killed there."""
+    """Runs until the n-th call of the network, and kills the process there."""
     torch.set_num_threads(1)
     job = place.job(out)
     network, calls = job._network, [0]
@@ -122,8 +121,8 @@ def test_scores_say_what_they_are(place: Place, unbroken: Path) -> None:
     assert scores["numerics"]["matmul"] == scores["numerics"]["conv"] == "highest"
     assert [row["radius"] for row in scores["rows"]] == [0.0, 1.0, 4.0]
     chosen = open_evaluation(place.data).choose(22, 0)
-    wanted = {name for caption in chosen for name in caption.pictures}
-    assert {row["pictures"] for row in scores["rows"]} == {len(wanted)} == {scores["pictures"]}
+    names = {name for caption in chosen for name in caption.pictures}
+    assert {row["pictures"] for row in scores["rows"]} == {len(names)} == {scores["pictures"]}
     assert all(row["fid"] > 0 and row["is"] >= 1 for row in scores["rows"])
     assert len({row["fid"] for row in scores["rows"]}) == 3
     records = [
@@ -205,9 +204,9 @@ def test_a_second_score_leaves_the_overlap_out(
 ) -> None:
     evaluation = open_evaluation(place.data)
     seen = evaluation.pictures[3:9]
-    found = {"fingerprint": evaluation.fingerprint, "threshold": 0.9, "share": 6 / 16, "ids": seen}
+    body = {"fingerprint": evaluation.fingerprint, "threshold": 0.9, "share": 6 / 16, "ids": seen}
     path = tmp_path / "overlap.json"
-    path.write_text(json.dumps({"evaluation": found}))
+    path.write_text(json.dumps({"evaluation": body}))
     scores = place.run(unbroken, overlap=path)
     assert scores is not None
     kept = [c for c in evaluation.choose(22, 0) if not set(c.pictures) & set(seen)]
@@ -219,10 +218,10 @@ def test_a_second_score_leaves_the_overlap_out(
     assert rows[0]["fid"] != scores["rows"][0]["fid"]
     plain = json.loads((unbroken / "scores.json").read_text())["rows"][:3]
     assert plain == [row for row in scores["rows"] if row["set"] == "all"]
-    path.write_text(json.dumps({"evaluation": {**found, "fingerprint": "other"}}))
+    path.write_text(json.dumps({"evaluation": {**body, "fingerprint": "other"}}))
     with pytest.raises(InputError, match="about another evaluation set"):
         place.run(unbroken, overlap=path)
-    path.write_text(json.dumps({"evaluation": {**found, "ids": evaluation.pictures}}))
+    path.write_text(json.dumps({"evaluation": {**body, "ids": evaluation.pictures}}))
     with pytest.raises(InputError, match="fewer than two captions or pictures"):
         place.run(unbroken, overlap=path)
 
@@ -239,7 +238,7 @@ def test_blur_is_a_gaussian_of_that_deviation() -> None:
 
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of the right shapes that were never trained."""
+    """Untrained weights of the right shapes."""
     module: Any = foreign_module("torch_fidelity.feature_extractor_inceptionv3")
     path = tmp_path_factory.mktemp("inception") / "inception.safetensors"
     module.load_state_dict_from_url, kept = (lambda *_, **__: {}), module.load_state_dict_from_url
@@ -309,7 +308,7 @@ def _models(place: Place) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("data", "flags", "said"),
+    ("data", "flags", "message"),
     [
         ("cub:{here}", [], "images.txt is missing"),
         ("coco:{here}", [], "unpack MS-COCO"),
@@ -325,11 +324,11 @@ def _models(place: Place) -> list[str]:
     ],
 )
 def test_wrong_input_ends_before_anything_is_drawn(
-    place: Place, tmp_path: Path, data: str, flags: list[str], said: str
+    place: Place, tmp_path: Path, data: str, flags: list[str], message: str
 ) -> None:
     known = {"here": str(tmp_path), "data": place.data}
     given = [flag.format(**known) for flag in (data, *_models(place), *flags)]
-    with pytest.raises(TapirError, match=said) as caught:
+    with pytest.raises(TapirError, match=message) as caught:
         score([*given, f"--out={tmp_path / 'out'}"])
     assert caught.value.exit_code == 2
     assert not (tmp_path / "out").exists()

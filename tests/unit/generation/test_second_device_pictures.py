@@ -1,4 +1,4 @@
-"""Samples and scores on a device that is not the CPU: codes and figures are the same."""
+"""Samples and scores on a device other than the CPU: the same codes and figures."""
 
 from pathlib import Path
 from typing import Any
@@ -32,19 +32,19 @@ ALONE = JobWorker(number=0, count=1)
     "settings,batch", [({}, 128), ({"guidance": 2.0}, 128), ({"top_p": 0.8}, 2)]
 )
 def test_candidates_are_those_of_the_cpu(settings: dict[str, Any], batch: int) -> None:
-    """With rows that are given, and candidates whose near ties are drawn again."""
+    """With given rows, and with candidates whose near ties are drawn again."""
     draws = torch.Generator().manual_seed(0)
     text = torch.randint(0, 30, (2, CONFIG.text_length), generator=draws)
     text[1, 4:] = PAD
     codes = torch.randint(0, 20, (CONFIG.image_length,), generator=draws)
     prompt = Prompt(codes=codes, kept=torch.arange(CONFIG.image_length) < CONFIG.grid + 2)
-    found = []
+    results = []
     for device in (CPU, SECOND):
         layers: nn.ModuleDict = trained_like().to(device)
         decoder = Decoder(LocalPrior(layers=layers, config=CONFIG))
         assert decoder.device == device
-        found.append(draw(decoder, text, keys_of(2, 3), DrawSettings(**settings), prompt, batch))
-    assert torch.equal(*found)
+        results.append(draw(decoder, text, keys_of(2, 3), DrawSettings(**settings), prompt, batch))
+    assert torch.equal(*results)
 
 
 def test_scores_are_those_of_the_cpu(tmp_path: Path) -> None:
@@ -52,12 +52,12 @@ def test_scores_are_those_of_the_cpu(tmp_path: Path) -> None:
     captions = [caption.text for caption in open_evaluation(data).captions]
     models = write_models(tmp_path, captions)
     config = ScoreConfig(candidates=2, captions=10, block=5, radii=(0.0, 1.0))
-    found = []
+    metrics = []
     for device in (CPU, SECOND):
         mesh = Mesh(world=World(device=device))
         given = {"inception": None, "overlap": None, "out": tmp_path / device.type}
         job = open_job(data, models, config=config, device=device, **given)
         scores = job.run(lambda mesh=mesh: open_studio(models, config.precision, mesh), ALONE)
         assert scores is not None
-        found.append([row[name] for row in scores["rows"] for name in ("fid", "is")])
-    assert np.isfinite(found).all() and np.allclose(*found, rtol=1e-5)
+        metrics.append([row[name] for row in scores["rows"] for name in ("fid", "is")])
+    assert np.isfinite(metrics).all() and np.allclose(*metrics, rtol=1e-5)

@@ -18,7 +18,7 @@ SIZES = [(5, 4, 3), (24, 8, 11), (64, 16, 11)]
 
 
 def _bands(kind: Kind, *shape: int) -> list[Band]:
-    """The band of a shape; of a short stream both ways, whole and in tiles."""
+    """The band of a shape; for a short stream both implementations, dense and tiled."""
     band = band_of(kind, *shape)
     assert (band.dense is None) == (shape[0] + shape[1] ** 2 > SHORT)
     return [band] if band.dense is None else [band, replace(band, dense=None)]
@@ -83,13 +83,13 @@ def test_the_masks_for_gpus_are_the_dense_ones(
 ) -> None:
     length = text + grid * grid
     mask = create_mask(mask_mod(kind, text, grid, kernel), None, None, length, length, "cpu")[0, 0]
-    wanted = full_mask(kind, text, grid, kernel)
+    expected = full_mask(kind, text, grid, kernel)
     if kind == "column":
         order = transposed(torch.arange(length)[None, None, :, None], text, grid).flatten()
-        wanted = wanted[order][:, order]
-    assert torch.equal(mask, wanted)
+        expected = expected[order][:, order]
+    assert torch.equal(mask, expected)
     blocks = block_mask(kind, text, grid, kernel, "cpu").to_dense()[0, 0].bool()
-    padded = F.pad(wanted, (0, -length % 128, 0, -length % 128))
+    padded = F.pad(expected, (0, -length % 128, 0, -length % 128))
     tiled = padded.unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
     assert torch.equal(blocks, tiled.any(3).any(1))
 
@@ -101,13 +101,15 @@ def test_few_blocks_of_a_transposed_column_mask_are_used() -> None:
 
 @pytest.mark.parametrize("kind", ["row", "column", "conv"])
 def test_flexible_attention_is_compiled_and_equals_the_dense_definition(kind: Kind) -> None:
-    """Inductor takes it (on a CPU the forward pass alone). Its CPU kernel is not asked for numbers:
-    torch 2.13's reads what was never written, with no mask too (docs/LOG.md); a GPU's is."""
+    """Inductor compiles it (on a CPU only the forward pass). A GPU's kernel is compared elsewhere;
+    torch 2.13's CPU kernel is not, for it reads uninitialised memory, also without a mask
+    (docs/LOG.md).
+    """
     q, k, v, _ = _inputs(64, 8)
-    wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=full_mask(kind, 64, 8, 11))
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=full_mask(kind, 64, 8, 11))
     with torch.no_grad():
         compiled = flex.flexible_attention(q, k, v, kind, 64, 8, 11)
         with torch.compiler.set_stance("force_eager"):
-            found = flex.flexible_attention(q, k, v, kind, 64, 8, 11)
-    assert compiled.shape == wanted.shape
-    assert (wanted - found).abs().max() < 1e-5
+            output = flex.flexible_attention(q, k, v, kind, 64, 8, 11)
+    assert compiled.shape == expected.shape
+    assert (expected - output).abs().max() < 1e-5

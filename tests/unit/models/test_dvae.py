@@ -1,4 +1,4 @@
-"""The dVAE's start, its views of pictures and its precisions."""
+"""The dVAE's initialisation, its views of pictures and its precisions."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_pictures_of_different_codes_differ_from_the_start(seed: int) -> None:
 
 
 def test_views_of_the_papers_first_listing() -> None:
-    """A view is cut from a random square that was scaled to 9/8 to 3/2 of the size, or less."""
+    """A random square is scaled to at most 9/8 to 3/2 of the size; the view is cut from it."""
     ramp = np.zeros((96, 160, 3), np.uint8)
     ramp[..., 0], ramp[..., 1] = np.arange(160), np.arange(96)[:, None]
     flips, scales, lefts = set(), [], []
@@ -68,14 +68,14 @@ def test_the_layers_beside_the_codes_stay_in_fp32() -> None:
 
 @torch.no_grad()
 def test_codes_of_the_reader_are_the_models() -> None:
-    """In fp32 all of them; in bf16 all but near ties, and then one of the model's best."""
+    """All of them in fp32; in bf16 all but near ties, and those are among the model's best."""
     config = DVAEConfig(width=16, blocks=2, groups=3, codebook=300, bottleneck=4, gain=0.0)
     model = DVAE(config).eval()
     image = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    wanted, logits = model.tokens(image), model.logits(image).permute(0, 2, 3, 1).flatten(1, 2)
+    expected, logits = model.tokens(image), model.logits(image).permute(0, 2, 3, 1).flatten(1, 2)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert CodeReader(model).codes(image).equal(wanted)
+    assert CodeReader(model).codes(image).equal(expected)
     half = CodeReader(model, "bf16").codes(image)
     lost = logits.amax(-1) - logits.gather(-1, half[..., None])[..., 0]
-    assert float((half == wanted).float().mean()) > 0.95 and float(lost.max()) < 0.05
+    assert float((half == expected).float().mean()) > 0.95 and float(lost.max()) < 0.05
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())

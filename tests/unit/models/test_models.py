@@ -1,4 +1,4 @@
-"""The prior sees no future, CLIP ranks, draws are keyed."""
+"""The prior sees no future, CLIP ranks, draws depend on their keys."""
 
 import itertools
 from dataclasses import replace
@@ -107,11 +107,11 @@ def test_pictures_of_the_same_caption_are_no_wrong_answers() -> None:
     assert (keys[:, None] == keys).int().tolist() == [
         [1, 0, 1, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]
     ]  # fmt: skip
-    found = contrastive_loss(images, texts, torch.tensor(2.0), keys, lambda rows: rows, 0)
+    losses = contrastive_loss(images, texts, torch.tensor(2.0), keys, lambda rows: rows, 0)
     logits = 2 * images @ texts.T
     logits[0, 2] = logits[2, 0] = -torch.inf
-    wanted = -(logits.log_softmax(1).diag() + logits.log_softmax(0).diag()).mean() / 2
-    assert torch.allclose(found["loss"], wanted)
+    expected = -(logits.log_softmax(1).diag() + logits.log_softmax(0).diag()).mean() / 2
+    assert torch.allclose(losses["loss"], expected)
 
 
 def test_best_of_n_is_the_mean_over_all_choices_of_n_draws() -> None:

@@ -1,4 +1,4 @@
-"""Keyed noise: NumPy's Philox bits, known answers of its authors, and the law of Gumbel."""
+"""Keyed noise: NumPy's Philox bits, its authors' known answers, the Gumbel distribution."""
 
 import math
 
@@ -27,13 +27,14 @@ def test_bits_are_numpys(position: int, count: int) -> None:
 
 def test_the_integers_of_other_devices_give_the_same_bits() -> None:
     for position in (0, 5, 2**40):
-        found = philox_bits(torch.tensor(KEYS), 3, position)
-        assert found.tolist() == [_numpy(key, position, 24) for key in KEYS]
+        bits = philox_bits(torch.tensor(KEYS), 3, position)
+        assert bits.tolist() == [_numpy(key, position, 24) for key in KEYS]
 
 
 def test_a_known_answer_of_the_authors() -> None:
-    """Random123's kat_vectors, philox4x64 10 rounds, counter and key 0: NumPy begins at 1, so it is
-    reached by a counter that wraps."""
+    """Random123's kat_vectors, philox4x64, 10 rounds, counter and key 0. NumPy begins at counter 1,
+    so the test wraps the counter around.
+    """
     wrapped = np.random.Philox(key=0, counter=[2**64 - 1] * 4).random_raw(4)
     assert [f"{word:016x}" for word in wrapped] == [
         "16554d9eca36314c", "db20fe9d672d0fdc", "d7e772cee186176b", "7e68b68aec7ba23b",
@@ -41,11 +42,11 @@ def test_a_known_answer_of_the_authors() -> None:
 
 
 def test_noise_follows_from_the_bits() -> None:
-    """-ln(-ln u), worked out by Python's own logarithm."""
+    """-ln(-ln u), computed with Python's own logarithm."""
     keys = torch.tensor([5, 2**62 + 1])
-    found = gumbel_noise(keys, (3, 2, 2), 9)
-    assert found.shape == (2, 3, 2, 2) and found.dtype == torch.float32
-    for row, key in zip(found.flatten(1).tolist(), (5, 2**62 + 1), strict=True):
+    noise = gumbel_noise(keys, (3, 2, 2), 9)
+    assert noise.shape == (2, 3, 2, 2) and noise.dtype == torch.float32
+    for row, key in zip(noise.flatten(1).tolist(), (5, 2**62 + 1), strict=True):
         bits = _numpy(key, 9, 12)
         assert row == pytest.approx([-math.log(-math.log((b + 0.5) / 2**32)) for b in bits])
 
@@ -58,7 +59,7 @@ def test_noise_depends_on_key_and_position_alone() -> None:
 
 
 def test_a_hundred_thousand_draws_have_gumbels_distribution() -> None:
-    """Kolmogorov-Smirnov against exp(-exp(-x)): 1.95 / sqrt(n) is passed once in a thousand."""
+    """Kolmogorov-Smirnov against exp(-exp(-x)): 1.95 / sqrt(n) is exceeded once in a thousand."""
     drawn = gumbel_noise(torch.arange(1000), (100,)).flatten().double().sort().values
     expected = torch.exp(-torch.exp(-drawn))
     steps = torch.arange(1, 100_001) / 100_000
@@ -67,7 +68,7 @@ def test_a_hundred_thousand_draws_have_gumbels_distribution() -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_draws_follow_softmax(temperature: float) -> None:
-    """Chi-square of 100,000 draws over 8 codes: 24.3 is passed once in a thousand (7 degrees)."""
+    """Chi-square of 100,000 draws over 8 codes: 24.3 (7 degrees) is exceeded once in a thousand."""
     from generation.config import DrawSettings
     from generation.sampling.draw import choose
 

@@ -1,4 +1,4 @@
-"""The dVAE's and CLIP's numbers, by hand and by torch.distributions."""
+"""The dVAE's and CLIP's numbers, computed by hand and by torch.distributions."""
 
 import math
 from collections import OrderedDict
@@ -60,8 +60,8 @@ def test_codes_are_relaxed_by_hand() -> None:
     """exp(2 ln 3) = 9 against exp(2 ln 2) = 4."""
     logits = torch.tensor([0.0, math.log(2)]).view(1, 2, 1, 1)
     noise = torch.tensor([math.log(3), 0.0]).view(1, 2, 1, 1)
-    found = gumbel_codes(logits, 0.5, noise).flatten().tolist()
-    assert found == pytest.approx([9 / 13, 4 / 13])
+    codes = gumbel_codes(logits, 0.5, noise).flatten().tolist()
+    assert codes == pytest.approx([9 / 13, 4 / 13])
     for bad in (0.0, -1.0):
         with pytest.raises(ConfigError, match="must be positive"):
             gumbel_codes(logits, bad, noise)
@@ -192,7 +192,7 @@ def test_convolutions_read_pictures_channels_last() -> None:
 
 @torch.no_grad()
 def test_a_reader_compares_its_best_candidates_in_fp32() -> None:
-    """Codes a hair apart: bf16 alone could not tell them, fp32 can."""
+    """Two nearly equal codes: bf16 alone cannot tell them apart, fp32 can."""
     draws = torch.Generator().manual_seed(0)
     config = DVAEConfig(pixels=4, width=8, groups=1, codebook=6, gain=0.7)
     dvae = DVAE(config, 5)
@@ -209,7 +209,7 @@ def test_a_reader_compares_its_best_candidates_in_fp32() -> None:
 
 
 def test_without_a_one_hot_layer_every_fan_in_counts() -> None:
-    """Whatever a layer's name is."""
+    """Regardless of a layer's name."""
     for name in ("_", "line"):
         layers = nn.Sequential(OrderedDict([(name, nn.Linear(16, 2))]))
         init_fan_in(layers, 7)
@@ -218,10 +218,10 @@ def test_without_a_one_hot_layer_every_fan_in_counts() -> None:
 
 
 def test_first_weights_are_drawn_in_blocks_of_64_rows_by_name() -> None:
-    """Rows 60..70 of a matrix, by its own Mersenne Twister for each block."""
+    """Rows 60..70 of a matrix; each block has its own Mersenne Twister."""
     part = Placement(shape=(130, 3), first=60, rows=10, split=True)
-    found = torch.empty(12, 3)
-    draw_normal(7, {"a": 9.0, "w": 0.5}, "block.", "w", part, 0, found.view(-1))
+    weights = torch.empty(12, 3)
+    draw_normal(7, {"a": 9.0, "w": 0.5}, "block.", "w", part, 0, weights.view(-1))
     blocks = [
         torch.empty(192).normal_(
             generator=torch.Generator().manual_seed(key_int(7, "block.w", number, "init"))
@@ -229,7 +229,7 @@ def test_first_weights_are_drawn_in_blocks_of_64_rows_by_name() -> None:
         for number in (0, 1)
     ]
     expected = 0.5 * torch.cat(blocks).view(128, 3)[60:70]
-    assert found[:10].equal(expected) and not found[10:].any()
+    assert weights[:10].equal(expected) and not weights[10:].any()
     some = torch.empty(7)
     draw_normal(7, {"w": 0.5}, "block.", "w", part, 5, some)
     assert some.equal(expected.flatten()[5:12])
@@ -298,7 +298,7 @@ def test_a_clip_s_parts() -> None:
 
 @torch.no_grad()
 def test_both_towers_by_torchs_functions() -> None:
-    """Before each half a norm, GELU in the middle; the state of the summary is the vector."""
+    """Pre-norm blocks with GELU; the vector is the state of the summary token."""
     config = ClipConfig(
         pixels=4, patch=2, dim=8, heads=2, layers=2, text_length=3, text_vocabulary=5
     )
@@ -342,12 +342,12 @@ def test_both_towers_by_torchs_functions() -> None:
 
 
 def test_a_contrastive_loss_by_hand() -> None:
-    """Two pairs, unit vectors, scale ln 3: rows (3, 1) and (1, 3) in odds: ln 4/3 each way."""
+    """Two pairs of unit vectors at scale ln 3: odds (3, 1) and (1, 3), so ln 4/3 each way."""
     eye = torch.eye(2)
     keys = torch.tensor([1, 2])
     scale = torch.tensor(math.log(3))
-    found = contrastive_loss(eye, eye, scale, keys, lambda rows: rows, 0)
-    assert float(found["loss"]) == pytest.approx(0.2876821) and float(found["accuracy"]) == 1.0
+    losses = contrastive_loss(eye, eye, scale, keys, lambda rows: rows, 0)
+    assert float(losses["loss"]) == pytest.approx(0.2876821) and float(losses["accuracy"]) == 1.0
     turned = contrastive_loss(eye, eye.flip(0), scale, keys, lambda rows: rows, 0)
     assert float(turned["loss"]) == pytest.approx(1.3862944) and float(turned["accuracy"]) == 0.0
     texts = torch.tensor([[1.0, 0.0], [1.0, 0.0]])  # by picture ln 2 and ln 2; by text ln 4/3, ln 4
@@ -361,18 +361,18 @@ def test_a_rank_finds_its_own_rows_among_all() -> None:
     images, texts = torch.randn(2, 4, 3, generator=draws)
     captions = torch.tensor([5, 6, 7, 5])
     rows = iter([captions, texts, images])
-    found = contrastive_loss(
+    losses = contrastive_loss(
         images[2:], texts[2:], torch.tensor(1.5), captions[2:], lambda _: next(rows), 2
     )
     by_image, by_text = 1.5 * images[2:] @ texts.T, 1.5 * texts[2:] @ images.T
     by_image[1, 0] = by_text[1, 0] = -torch.inf
     each = [x.log_softmax(1)[[0, 1], [2, 3]] for x in (by_image, by_text)]
-    assert float(found["loss"]) == pytest.approx(float(-(each[0] + each[1]).mean() / 2))
+    assert float(losses["loss"]) == pytest.approx(float(-(each[0] + each[1]).mean() / 2))
 
 
 def test_keys_of_captions_as_a_congruential_generator_gives_them() -> None:
     """((0 + 3 + 2) * M + 1 + 2) * M modulo 2^64 with Knuth's M = 6364136223846793005."""
     m = 6364136223846793005
     expected = ((5 * m + 3) * m) % 2**64
-    found = int(caption_keys(torch.tensor([[3, 1]]))[0]) % 2**64
-    assert found == expected
+    key = int(caption_keys(torch.tensor([[3, 1]]))[0]) % 2**64
+    assert key == expected

@@ -29,7 +29,7 @@ LN2, LN3, LN7 = math.log(2), math.log(3), math.log(7)
 
 
 def test_the_loss_of_three_captions_by_hand() -> None:
-    """Pads count nowhere, an empty caption has no text loss, each caption weighs the same.
+    """Pads are ignored, an empty caption has no text loss, each caption has the same weight.
 
     Row 1: ln 4/3 and ln 2, their mean 0.490415. Row 2: ln 8. Row 3 is empty: 0.
     """
@@ -44,10 +44,10 @@ def test_the_loss_of_three_captions_by_hand() -> None:
     of_image = torch.tensor([[[LN3, 0.0]], [[LN3, 0.0]], [[0.0, 0.0]]])
     logits = PriorLogits(text=of_text, image=of_image, tensor=ALONE)
     batch = {"text": text, "image": torch.tensor([[0], [1], [0]])}
-    found = prior_loss(logits, batch, PriorConfig().text_weight)
-    assert float(found["text_loss"]) == pytest.approx(0.8566187, rel=1e-6)
-    assert float(found["image_loss"]) == pytest.approx(0.7890412, rel=1e-6)
-    assert float(found["loss"]) == pytest.approx(0.7974884, rel=1e-6)
+    losses = prior_loss(logits, batch, PriorConfig().text_weight)
+    assert float(losses["text_loss"]) == pytest.approx(0.8566187, rel=1e-6)
+    assert float(losses["image_loss"]) == pytest.approx(0.7890412, rel=1e-6)
+    assert float(losses["loss"]) == pytest.approx(0.7974884, rel=1e-6)
     program = prior_program(_tiny(), 0)
     assert float(program.loss(logits, batch)["loss"]) == pytest.approx(0.7974884, rel=1e-6)
     assert float(prior_loss(logits, batch, 0.5)["loss"]) == pytest.approx(0.82283, rel=1e-5)
@@ -73,9 +73,9 @@ def test_inputs_are_shifted_by_one_and_every_pad_has_its_own_embedding() -> None
             getattr(table, "table", table).weight.copy_(torch.tensor(rows)[:, None])
     text = torch.tensor([[2, PAD, PAD], [PAD, PAD, PAD], [0, 1, 3]])
     image = torch.tensor([[1, 0, 2, 1]]).expand(3, 4)
-    found = embedding({"text": text, "image": image})[..., 0]
+    embedded = embedding({"text": text, "image": image})[..., 0]
     pictures = [9 + 8.5, 2000 + 16.5, 1000 + 8.25, 3000 + 16.25]
-    assert found.tolist() == [
+    assert embedded.tolist() == [
         [107, 203, 320, *pictures],
         [107, 210, 320, *pictures],
         [107, 201, 302, *pictures],
@@ -114,8 +114,9 @@ CONV = """#........
 
 @pytest.mark.parametrize(("kind", "drawn"), [("row", ROW), ("column", COLUMN), ("conv", CONV)])
 def test_masks_of_a_grid_of_three_as_drawn(kind: str, drawn: str) -> None:
-    """A convolution of 3 reads its row's left neighbour, and the row above from -1 to +1: 4 back
-    to 2 back, with wrap."""
+    """A convolution of 3 reads its row's left neighbour and three codes of the row above: 2 to 4
+    positions back, with wrap-around.
+    """
     mask = image_mask(kind, 3, 3)  # type: ignore[arg-type]
     assert ["".join(".#"[int(x)] for x in row) for row in mask] == drawn.split("\n")
     whole = full_mask(kind, 2, 3, 3)  # type: ignore[arg-type]
@@ -133,9 +134,9 @@ def test_the_gpus_masks_are_the_drawn_ones(kind: str, text: int, grid: int, kern
         places = torch.cat([places[:text], turned])
     allowed = mask_mod(kind, text, grid, kernel)  # type: ignore[arg-type]
     at = torch.arange(length)
-    found = allowed(at, at, at[:, None], at[None])
+    result = allowed(at, at, at[:, None], at[None])
     mask = full_mask(kind, text, grid, kernel)[places][:, places]  # type: ignore[arg-type]
-    assert found.equal(mask)
+    assert result.equal(mask)
 
 
 @pytest.mark.parametrize(("number", "kind"), [(1, "row"), (2, "column"), (4, "conv")])
@@ -174,16 +175,16 @@ def test_the_head_reads_text_from_text_and_codes_from_the_image() -> None:
         head.image.weight.copy_(torch.tensor([[0.0, 1], [0, 0], [4, 0]]))
         head.image.bias.copy_(torch.tensor([0.0, 7, 0]))
     x = torch.tensor([[3.0, 1.0]]).expand(1, 7, 2)  # normalised: (1, -1)
-    found = head(x)
-    assert found.text.shape == (1, 3, 4) and found.image.shape == (1, 4, 3)
+    logits = head(x)
+    assert logits.text.shape == (1, 3, 4) and logits.image.shape == (1, 4, 3)
     torch.testing.assert_close(
-        found.text[0, 0], torch.tensor([1.0, 2, 5, -3]), rtol=1e-4, atol=1e-4
+        logits.text[0, 0], torch.tensor([1.0, 2, 5, -3]), rtol=1e-4, atol=1e-4
     )
-    torch.testing.assert_close(found.image[0, 3], torch.tensor([-1.0, 7, 4]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits.image[0, 3], torch.tensor([-1.0, 7, 4]), rtol=1e-4, atol=1e-4)
 
 
 def test_first_weights_have_the_width_s_deviation_and_branches_end_fainter() -> None:
-    """dim^-1/2 = 1/8 at 64, and over sqrt(2 * 8) = 4 where a branch ends; gains 1, biases 0."""
+    """dim^-1/2 = 1/8 at 64, over sqrt(2 * 8) = 4 at the end of a branch; gains 1, biases 0."""
     config = _tiny(dim=64, heads=2, layers=8)
     layers = {layer.name: layer for layer in prior_layers(config, 3)}
     block = layers["block004"].build()
@@ -218,12 +219,12 @@ def test_streams_of_up_to_128_positions_are_short() -> None:
 def test_counts_by_hand() -> None:
     """dim 8, a row and a conv layer, text 3 of 4 entries, grid 2 of 3 codes."""
     config = _tiny(dim=8, heads=2, layers=2)
-    found = prior_parameters(config)
-    assert found.matrices == 12 * 64 * 2 == 1536
-    assert found.embeddings == (4 + 3 + 3 + 3 + 2 + 2 + 2) * 8 == 152
-    assert found.unembeddings == 56
-    assert found.gains_and_biases == 2 * 12 * 8 + 16 + 7 == 215
-    assert found.total == 1959
+    counts = prior_parameters(config)
+    assert counts.matrices == 12 * 64 * 2 == 1536
+    assert counts.embeddings == (4 + 3 + 3 + 3 + 2 + 2 + 2) * 8 == 152
+    assert counts.unembeddings == 56
+    assert counts.gains_and_biases == 2 * 12 * 8 + 16 + 7 == 215
+    assert counts.total == 1959
     # text on text 6, image on text 12; row: 1 + 2 + 3 + 3; conv: 1 + 2 + 3 + 4
     assert attended_pairs(config) == (18 + 9) + (18 + 10)
     # 3 * (2 * 12 * 64 * 2 * 7 + 4 * 8 * 55 + 2 * 8 * 24)
@@ -252,7 +253,7 @@ def test_defaults_of_the_networks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ({}, ""),
         ({"dim": 0}, "at least 1"),
@@ -274,12 +275,12 @@ def test_defaults_of_the_networks() -> None:
         ({"text_weight": 1.0}, ""),
     ],
 )
-def test_problems_of_a_prior(flags: dict[str, float], said: str) -> None:
-    _assert_told(PriorConfig(**flags).problems(), said)  # type: ignore[arg-type]
+def test_problems_of_a_prior(flags: dict[str, float], message: str) -> None:
+    _assert_told(PriorConfig(**flags).problems(), message)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ({}, ""),
         *(({name: 0}, "at least 1") for name in (
@@ -298,12 +299,12 @@ def test_problems_of_a_prior(flags: dict[str, float], said: str) -> None:
         ({"epsilon": 0.5}, "must lie in (0, 0.5)"),
     ],
 )  # fmt: skip
-def test_problems_of_a_dvae(flags: dict[str, float], said: str) -> None:
-    _assert_told(DVAEConfig(**flags).problems(), said)  # type: ignore[arg-type]
+def test_problems_of_a_dvae(flags: dict[str, float], message: str) -> None:
+    _assert_told(DVAEConfig(**flags).problems(), message)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ({}, ""),
         *(({name: 0}, "at least 1") for name in (
@@ -313,13 +314,13 @@ def test_problems_of_a_dvae(flags: dict[str, float], said: str) -> None:
         ({"heads": 5}, "does not divide model.dim"),
     ],
 )  # fmt: skip
-def test_problems_of_clip(flags: dict[str, int], said: str) -> None:
-    _assert_told(ClipConfig(**flags).problems(), said)
+def test_problems_of_clip(flags: dict[str, int], message: str) -> None:
+    _assert_told(ClipConfig(**flags).problems(), message)
 
 
-def _assert_told(problems: list[str], said: str) -> None:
-    assert len(problems) == bool(said)
-    assert said in "".join(problems)
+def _assert_told(problems: list[str], message: str) -> None:
+    assert len(problems) == bool(message)
+    assert message in "".join(problems)
 
 
 def test_a_column_layer_is_transposed_and_back() -> None:

@@ -41,7 +41,7 @@ def test_the_variance_is_capped_before_it_is_used(kind: type[AdamW] | type[AdamW
     """Against the formulas in float64; some of the gradients pass the cap and some do not."""
     draws = torch.Generator().manual_seed(1)
     start = torch.randn(40, generator=draws)
-    weight, wanted = torch.nn.Parameter(start.clone()), start.double()
+    weight, expected = torch.nn.Parameter(start.clone()), start.double()
     optimizer = kind([{"params": [weight], "weight_decay": 0.1}], **SETTINGS, max_variance=5.0)
     mean = variance = torch.zeros(40, dtype=torch.float64)
     passed = 0
@@ -53,19 +53,19 @@ def test_the_variance_is_capped_before_it_is_used(kind: type[AdamW] | type[AdamW
         variance = 0.96 * variance + 0.04 * gradient.double() ** 2
         passed += int((variance > 5).sum())
         variance = variance.clamp_max(5)
-        wanted = wanted * (1 - 1e-3)
+        expected = expected * (1 - 1e-3)
         root = (variance / (1 - 0.96**step)).sqrt() + 1e-8
-        wanted = wanted - 1e-2 * mean / (1 - 0.9**step) / root
+        expected = expected - 1e-2 * mean / (1 - 0.9**step) / root
     assert 100 < passed < 2000
     assert float(optimizer.state[weight]["exp_avg_sq"].max()) <= 5.0
     bound = 1e-6 if kind is AdamW else 2**-8
-    assert float((weight.detach().double() - wanted).norm() / wanted.norm()) < bound
+    assert float((weight.detach().double() - expected).norm() / expected.norm()) < bound
 
 
 def test_a_cap_that_is_not_reached_changes_no_bit() -> None:
     draws = torch.Generator().manual_seed(2)
     start, high = torch.randn(2, 33, generator=draws), torch.full((5,), 9.0)
-    found = []
+    weights = []
     for companions in ([], [high]):
         parameters = [torch.nn.Parameter(x.clone()) for x in (start, *companions)]
         optimizer = AdamW([{"params": parameters, "weight_decay": 0.1}], **SETTINGS, max_variance=1)
@@ -73,10 +73,10 @@ def test_a_cap_that_is_not_reached_changes_no_bit() -> None:
             for parameter in parameters:
                 parameter.grad = parameter.detach() * (0.1 + step / 100)
             optimizer.step()
-        found.append(parameters[0].detach())
+        weights.append(parameters[0].detach())
     plain = torch.nn.Parameter(start.clone())
     optimizer = AdamW([{"params": [plain], "weight_decay": 0.1}], **SETTINGS)
     for step in range(20):
         plain.grad = plain.detach() * (0.1 + step / 100)
         optimizer.step()
-    assert found[0].equal(found[1]) and found[0].equal(plain.detach())
+    assert weights[0].equal(weights[1]) and weights[0].equal(plain.detach())

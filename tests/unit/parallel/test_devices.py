@@ -24,7 +24,7 @@ TORCHRUN = {"TORCHELASTIC_RUN_ID": "none"}
 
 @pytest.fixture
 def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Lets this machine have the device files of some GPUs, and a torch that is built for them."""
+    """Gives this machine the device files of some GPUs, and a torch that is built for them."""
 
     def have(*minors: int) -> None:
         for minor in minors:
@@ -40,7 +40,7 @@ def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Lets torch see some GPUs; returns what becomes current."""
+    """Gives torch some GPUs; returns the list of devices that become current."""
     chosen: list[int] = []
 
     def sees(count: int) -> list[int]:
@@ -68,7 +68,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
     ],
 )
 def test_visible_gpus_are_counted_as_cuda_does(named: str | None, count: int, gpus: Any) -> None:
-    """Pods may see other minors than 0; CUDA numbers what is there from 0 on."""
+    """Pods may see device files that begin above 0; CUDA numbers the visible ones from 0."""
     gpus(3, 5)
     environment = {} if named is None else {"CUDA_VISIBLE_DEVICES": named}
     assert visible_gpus(environment) == usable_gpus(environment) == count
@@ -109,7 +109,7 @@ def test_ranks_that_share_what_they_see_take_one_gpu_each() -> None:
 
 
 def test_ranks_that_see_their_own_gpu_alone_take_the_first() -> None:
-    """srun --gpus-per-task=1: four ranks, each of which sees one GPU and has another number."""
+    """srun --gpus-per-task=1: four ranks with different local ranks, and each sees one GPU."""
     slurm = {"SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_NODEID": "0", "SLURM_GPUS_PER_TASK": "1"}
     assert own_gpus(slurm) and not own_gpus({**slurm, **TORCHRUN})
     assert [gpu_of_rank(rank, 4, 1, own_gpus(slurm))[0] for rank in range(4)] == [0] * 4
@@ -144,7 +144,7 @@ def test_a_rank_takes_its_device_once(cuda: Any) -> None:
 def test_two_ranks_that_were_shown_the_same_gpu_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """srun without --gpus-per-task, on a machine with one GPU: each rank sees one, the same."""
+    """srun without --gpus-per-task on a machine with one GPU: each rank sees the same one."""
 
     class Properties:
         uuid = "8932f937"
@@ -199,7 +199,7 @@ def test_the_demos_prior_goes_on_from_two_ranks_to_eight() -> None:
 
 
 def test_a_gpus_stopwatch_counts_what_has_happened(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Streams end in any order; what has not ended yet counts at a later look."""
+    """Streams end in any order; unfinished work counts at a later query."""
 
     class Event:
         def __init__(self, at: float) -> None:

@@ -1,4 +1,4 @@
-"""The last collectives of every backend of a world are written, in the order they were called."""
+"""The last collectives of all backends of a world are dumped in the order of their calls."""
 
 import json
 from typing import Any
@@ -10,7 +10,7 @@ from parallel.diagnostics.flight_recorder import joined, last_collectives
 
 
 def _recorder(library: str, *entries: tuple[str, int]) -> dict[str, Any]:
-    """What torch's recorders dump, cut down."""
+    """A shortened dump of torch's flight recorders."""
     rows = [
         {"record_id": i, "profiling_name": name, "time_created_ns": when}
         for i, (name, when) in enumerate(entries)
@@ -23,14 +23,14 @@ def test_entries_of_two_recorders_are_joined_by_time_each_once() -> None:
     nccl = _recorder("2.28", ("nccl:all_reduce", 1), ("nccl:all_reduce", 5))
     both = {"entries": gloo["entries"] + nccl["entries"]}
     for first in (gloo, both):  # in newer versions the general recorder has NCCL's, too
-        found = joined({"all": first, "nccl": nccl})
-        times = [entry["time_created_ns"] for entry in found["entries"]]
-        assert times == [1, 3, 5, 9] and found["entries"][-1]["profiling_name"] == "gloo:barrier"
-        assert found["recorders"]["nccl"] == {"comm_lib_version": "2.28"}
+        merged = joined({"all": first, "nccl": nccl})
+        times = [entry["time_created_ns"] for entry in merged["entries"]]
+        assert times == [1, 3, 5, 9] and merged["entries"][-1]["profiling_name"] == "gloo:barrier"
+        assert merged["recorders"]["nccl"] == {"comm_lib_version": "2.28"}
 
 
 def test_nccls_recorder_is_asked_where_torch_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU build has none: here stands what a CUDA build returns."""
+    """A CPU build has none: the test substitutes what a CUDA build returns."""
     nccl = _recorder("2.28", ("nccl:broadcast", 1))
     dump = json.dumps(nccl).encode
     monkeypatch.setattr(c10d, "_dump_nccl_trace_json", lambda: dump(), raising=False)

@@ -1,4 +1,4 @@
-"""Placements, stages, grids and what a mesh refuses."""
+"""Placements, stages, grids and the meshes that are refused."""
 
 import itertools
 import math
@@ -30,7 +30,7 @@ from parallel.world import srun_ranks
 
 
 class _Rank(TensorParallel):
-    """A tensor rank whose layers are only built, never run."""
+    """A tensor-parallel rank whose layers are only built, never run."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
@@ -80,7 +80,7 @@ def test_coordinates_of_a_rank_lead_back_to_it() -> None:
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_tensor_ranks_draw_the_rows_of_one_rank(size: int, tmp_path: Path) -> None:
-    """5 heads and odd vocabularies: most sizes pad; what is saved is the model of one rank."""
+    """5 heads and odd vocabularies: most sizes pad; the saved model is that of one rank."""
     config = PriorConfig(
         dim=40, heads=5, layers=1, text_length=3, text_vocabulary=13, image_vocabulary=7, grid=2
     )
@@ -105,7 +105,7 @@ def test_tensor_ranks_draw_the_rows_of_one_rank(size: int, tmp_path: Path) -> No
 @pytest.mark.parametrize("shards", [3, 4])
 @pytest.mark.parametrize("size", [1, 2])
 def test_zero3_shards_are_drawn_as_parts_of_the_whole(size: int, shards: int) -> None:
-    """Most begin inside of a row, and 160 rows are several blocks of keys."""
+    """Most shards begin within a row, and 160 rows are several blocks of keys."""
     config = PriorConfig(
         dim=40, heads=5, layers=1, text_length=3, text_vocabulary=13, image_vocabulary=7, grid=2
     )
@@ -159,8 +159,8 @@ def test_impossible_choices_are_named_with_the_nearest_possible(
     mesh: MeshConfig, engine: EngineConfig, compress: int, expected: str
 ) -> None:
     sizes = ModelSizes(heads=6, layers=5, cuttable=True)
-    found = mesh.problems(None, sizes) + engine.problems(16 // mesh.data, mesh, compress > 0)
-    assert any(expected in text for text in found), found
+    problems = mesh.problems(None, sizes) + engine.problems(16 // mesh.data, mesh, compress > 0)
+    assert any(expected in text for text in problems), problems
 
 
 def test_compression_of_a_negative_rank_is_refused() -> None:
@@ -168,7 +168,7 @@ def test_compression_of_a_negative_rank_is_refused() -> None:
 
 
 def test_error_buffers_of_other_machines_are_summed_and_divided(tmp_path: Path) -> None:
-    """Two replicas' buffers, taken up by one replica and by one of four."""
+    """Two replicas' buffers, loaded by one replica and by one of four."""
     place = Placement(shape=(4, 6), first=0, rows=4, split=False)
     compress = CompressConfig(rank=2)
     settings = EngineSettings(optim=OptimConfig(), engine=EngineConfig(), compress=compress, seed=0)
@@ -188,15 +188,15 @@ def test_error_buffers_of_other_machines_are_summed_and_divided(tmp_path: Path) 
         group = Group(None, 0, size)
         other = Compressor({"w": place}, shards, 2, settings, group, Group(), CPU)
         other.load(reader)
-        found = next(iter(other.slices())).data.view(4, 6)
-        torch.testing.assert_close(found, sums / size)
+        buffer = next(iter(other.slices())).data.view(4, 6)
+        torch.testing.assert_close(buffer, sums / size)
 
 
 @pytest.mark.parametrize(
     ("dim", "rank", "saved"), [(1920, 512, 0.833), (2688, 640, 0.851), (3968, 896, 0.859)]
 )
 def test_the_papers_shards_save_what_the_paper_says(dim: int, rank: int, saved: float) -> None:
-    """A block's matrices as the layers hold them, cut as ZeRO-3 cuts them over 8 GPUs."""
+    """The matrices of a block as the layers hold them, sharded as ZeRO-3 does over 8 GPUs."""
     config = PriorConfig(dim=dim, heads=dim // 64, layers=1, text_length=2, grid=2)
     with torch.device("meta"):
         block = PriorBlock(config, 1, TensorParallel())
@@ -225,10 +225,10 @@ def test_ranks_of_srun_are_torchs() -> None:
     assert ranks_of(slurm) == Ranks(launcher="srun", rank=3, size=4)
     batch_script = {name: value for name, value in slurm.items() if "STEP" not in name}
     assert ranks_of(batch_script) is None
-    found = srun_ranks(slurm, lambda nodes: f"first of {nodes}")
-    assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"]) == ("3", "1", "4")
-    assert found["MASTER_ADDR"] == "first of node[1-2]"
-    assert found["MASTER_PORT"] == str(20_000 + 7 * 31 + 2)
+    given = srun_ranks(slurm, lambda nodes: f"first of {nodes}")
+    assert (given["RANK"], given["LOCAL_RANK"], given["WORLD_SIZE"]) == ("3", "1", "4")
+    assert given["MASTER_ADDR"] == "first of node[1-2]"
+    assert given["MASTER_PORT"] == str(20_000 + 7 * 31 + 2)
 
 
 @pytest.mark.parametrize("text", ["zwei", "²", "٣", "0", "-1", ""])

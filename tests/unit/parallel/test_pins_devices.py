@@ -1,4 +1,4 @@
-"""Pins of where tensors are made, how weights lie in memory, and what a GPU is asked for."""
+"""Pins of the device of new tensors, memory layouts of weights, and transfers to a GPU."""
 
 from types import SimpleNamespace
 from typing import Any, cast
@@ -29,7 +29,7 @@ from training.tasks.task import hand_over, pad_text
 
 
 def test_batches_are_on_the_cpu_wherever_a_model_is_laid_out() -> None:
-    """Under another default device; `meta` is one without values."""
+    """Under another default device; `meta` holds no values."""
     task = _dvae_task(augment=False)
     with torch.device("meta"):
         text = pad_text([[3, 1], [2]], 3)
@@ -58,9 +58,9 @@ def test_factors_are_made_where_the_gradients_are() -> None:
     ramp = torch.arange(6.0).view(2, 3)
     with torch.device("meta"):
         power = PowerSGD(shards, rank=2, seed=0, group=None, device=CPU)
-        found = power.reduce({"w": ramp}).gradients["w"]
+        gradient = power.reduce({"w": ramp}).gradients["w"]
     assert {x.device for b in power._batches for x in (b.p, b.q, b.q_mean)} == {CPU}
-    torch.testing.assert_close(found, ramp)
+    torch.testing.assert_close(gradient, ramp)
 
 
 def test_buffers_of_a_checkpoint_are_on_the_cpu() -> None:
@@ -86,9 +86,9 @@ def test_draws_are_made_where_the_decoder_is() -> None:
     settings = DrawSettings(top_p=0.9)
     (plain,) = Sampler(decoder).draw(text, keys, settings)
     with torch.device("meta"):
-        (found,) = Sampler(decoder).draw(text, keys, settings)
+        (draws,) = Sampler(decoder).draw(text, keys, settings)
         positions = Decoder(part)._positions
-    assert found.codes.equal(plain.codes) and positions.device == CPU
+    assert draws.codes.equal(plain.codes) and positions.device == CPU
 
 
 def test_a_mask_is_made_where_it_is_asked_for() -> None:
@@ -100,13 +100,13 @@ def test_a_mask_is_made_where_it_is_asked_for() -> None:
 def test_a_gpus_mask_is_made_on_it_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flex, "create_block_mask", lambda *sizes, **how: (sizes[1:], how))
     monkeypatch.setattr(flex, "BLOCK", 64)
-    found = cast(Any, block_mask("row", 128, 16, 11, "cuda:1"))
-    assert found == ((None, None, 384, 384), {"device": "cuda:1", "BLOCK_SIZE": 64})
+    mask = cast(Any, block_mask("row", 128, 16, 11, "cuda:1"))
+    assert mask == ((None, None, 384, 384), {"device": "cuda:1", "BLOCK_SIZE": 64})
     block_mask.cache_clear()
 
 
 def test_noise_is_drawn_where_its_keys_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By NumPy on CPUs, by torch's integers elsewhere: 3 blocks hold 17 draws."""
+    """NumPy on CPUs, torch's integers on other devices: 17 draws take 3 blocks."""
     for name in ("_by_numpy", "philox_bits"):
         monkeypatch.setattr(
             noise, name, lambda keys, n, at, name=name: torch.full((1, 24), n)
@@ -120,9 +120,9 @@ def test_noise_is_drawn_where_its_keys_are(monkeypatch: pytest.MonkeyPatch) -> N
 def test_captions_are_compared_where_they_are() -> None:
     eye, keys = torch.eye(2), torch.tensor([1, 2])
     with torch.device("meta"):
-        found = contrastive_loss(eye, eye, torch.tensor(1.0, device=CPU), keys, lambda x: x, 0)
+        losses = contrastive_loss(eye, eye, torch.tensor(1.0, device=CPU), keys, lambda x: x, 0)
         assert caption_keys(torch.zeros(2, 3, dtype=torch.int64, device=CPU)).device == CPU
-    assert found["loss"].device == CPU and float(found["accuracy"]) == 1.0
+    assert losses["loss"].device == CPU and float(losses["accuracy"]) == 1.0
 
 
 def test_a_gpu_is_handed_pinned_memory_without_waiting() -> None:
@@ -146,7 +146,7 @@ def test_a_step_becomes_one_graph_of_one_shape(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_convolutions_are_channels_last() -> None:
-    """Also after a checkpoint was read into weights that lay otherwise."""
+    """Also after weights in another layout have loaded a checkpoint."""
     dvae = DVAE(DVAEConfig(pixels=8, width=8, groups=2, codebook=40))
     for layer in (dvae.encoder.g0b0, dvae.decoder.g0b0):
         assert layer.convs[0 if layer is dvae.encoder.g0b0 else 1].weight.is_contiguous(

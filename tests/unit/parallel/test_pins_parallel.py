@@ -1,4 +1,4 @@
-"""PowerSGD, its advice, norms and scales: numbers by hand, and worlds of two ranks."""
+"""PowerSGD, its advice, norms and scales: hand-computed numbers, and worlds of two ranks."""
 
 import math
 from dataclasses import replace
@@ -43,7 +43,7 @@ def _power(group: Any = None, **flags: Any) -> PowerSGD:
 
 
 def test_one_step_is_the_papers_by_hand() -> None:
-    """P = M Q over the long side, orthonormal by its length, M^T P back; 3 x 4 and 4 x 3 alike."""
+    """P = M Q along the long side, orthonormalised, M^T P back; the same for 3 x 4 and 4 x 3."""
     draws = torch.Generator().manual_seed(2)
     tall = torch.randn(4, 3, generator=draws)
     wide = torch.randn(3, 4, generator=draws)
@@ -55,8 +55,8 @@ def test_one_step_is_the_papers_by_hand() -> None:
         p[0, 0] += 1e-6
         p /= p.norm()
         expected = p @ (p.T @ matrix)
-        found = reduced.gradients[name]
-        torch.testing.assert_close(found, expected.T if name == "w" else expected)
+        gradient = reduced.gradients[name]
+        torch.testing.assert_close(gradient, expected.T if name == "w" else expected)
         assert float(reduced.squares[name]) == pytest.approx(float(expected.square().sum()), 1e-5)
     assert reduced.gradients["b"].tolist() == [3, 4] and float(reduced.squares["b"]) == 25.0
     assert reduced.raw_bytes == 4 * (12 + 12 + 2)
@@ -68,8 +68,8 @@ def test_a_square_matrix_is_not_turned_and_none_may_be_compressed() -> None:
     power = PowerSGD([MatrixShard(name="w", rows=2, columns=2)], rank=1, seed=0, group=None,
                      device=CPU)  # fmt: skip
     power._batches[0].q.copy_(torch.tensor([[[1.0], [0.0]]]))
-    found = power.reduce({"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}).gradients["w"]
-    assert found.flatten().tolist() == pytest.approx([1.0, 1.4, 3.0, 4.2], rel=1e-5)
+    gradient = power.reduce({"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}).gradients["w"]
+    assert gradient.flatten().tolist() == pytest.approx([1.0, 1.4, 3.0, 4.2], rel=1e-5)
     none = PowerSGD([], rank=1, seed=0, group=None, device=CPU).reduce({"b": torch.tensor([3.0])})
     assert float(none.norm_squared) == 9.0
 
@@ -89,9 +89,9 @@ def test_ranks_below_one_are_refused_and_wide_ranks_are_cut() -> None:
 
 
 def test_means_over_two_ranks_are_those_of_the_definition(tmp_path: Path) -> None:
-    """What is sent is the mean; an infinite value on one rank is told to both and hurts nobody.
+    """Ranks exchange the mean; both learn of an infinite value on one, and it harms no state.
 
-    In a group of its own a rank's mean is what it has.
+    In a group of one the mean is the rank's own value.
     """
     draws = torch.Generator().manual_seed(3)
     given = [[torch.randn(4, 3, generator=draws) for _ in range(2)] for _ in range(2)]
@@ -99,17 +99,17 @@ def test_means_over_two_ranks_are_those_of_the_definition(tmp_path: Path) -> Non
 
     def rank(number: int) -> Any:
         power = _power(dist.group.WORLD)
-        found = []
+        results = []
         for step in range(2):
             rows = {"w": given[step][number], "v": torch.zeros(3, 4), "b": plain[number]}
             if number == 1 and step == 1:
                 rows["b"] = torch.tensor([math.inf, 1.0])
             reduced = power.reduce(rows)
-            found.append({n: g.tolist() for n, g in reduced.gradients.items()})
-            found.append(float(reduced.norm_squared))
+            results.append({n: g.tolist() for n, g in reduced.gradients.items()})
+            results.append(float(reduced.norm_squared))
         alone = _power([dist.new_group([0]), dist.new_group([1])][number])
         own = alone.reduce({"w": given[0][number], "v": torch.zeros(3, 4), "b": plain[number]})
-        return found, power.errors()["w"].tolist(), own.gradients["b"].tolist()
+        return results, power.errors()["w"].tolist(), own.gradients["b"].tolist()
 
     (ours, error0, own0), (theirs, error1, own1) = forked_ranks(tmp_path, 2, rank)
     assert ours == theirs and [own0, own1] == [[1.0, 5.0], [3.0, -1.0]]
@@ -219,19 +219,20 @@ def test_ranks_agree_on_the_sum_of_their_gains(
 def test_a_stage_without_matrices_has_no_vote(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two of them give no rank; beside one that loses or gains half of a millisecond, it decides;
-    under another default device, of which `meta` is one without values."""
+    """Two such stages give no rank; beside a stage that loses or gains half a millisecond, that
+    stage decides. The default device is `meta`, which holds no values.
+    """
 
     def decide(number: int) -> list[int]:
-        found = []
+        ranks = []
         for gained in (None, -0.5, 0.5):
             row = SimpleNamespace(rank=7, gained_ms=gained, sent_bytes=1, raw_bytes=1,
                                   compute_ms=1.0, break_even=1.0)  # fmt: skip
             monkeypatch.setattr(advisor, "advise", lambda *_, row=row: [row] * 4)
             shards = SHARDS if gained and number else []
             with torch.device("meta"):
-                found.append(chosen_rank(shards, 1, 1, cast(Any, dist.group.WORLD), CPU))
-        return found
+                ranks.append(chosen_rank(shards, 1, 1, cast(Any, dist.group.WORLD), CPU))
+        return ranks
 
     monkeypatch.setattr(advisor, "measure_link", lambda *_: Link(latency=0.0, bandwidth=1.0))
     assert forked_ranks(tmp_path, 2, decide) == [[0, 0, 7]] * 2
@@ -247,8 +248,7 @@ def test_norms_losses_and_wishes_are_shared_by_two_ranks(
 ) -> None:
     """9 + 16 on one and 24 + 0 on the other: a norm of 7; losses 1, 3 and 5: a mean of 3.
 
-    Losses are shared by the replicas, and by the stages, and not by the world of which they are
-    a part.
+    Losses are averaged over replicas and stages, not over the world that holds them.
     """
 
     def rank(number: int) -> Any:
@@ -258,16 +258,16 @@ def test_norms_losses_and_wishes_are_shared_by_two_ranks(
         here = {"a": Scale()} if number == 0 else {"b": Scale()}
         scales = Scales(["a", "b"], here)
         first = decide_update(squares, _mesh(number), scales, vote, accept_all)
-        found = [first.clipped_by, first.loss, first.stopping]
+        results = [first.clipped_by, first.loss, first.stopping]
         if number == 0:
             here["a"].finite = False
         blind = replace(vote, losses=[])
         second = decide_update(squares, _mesh(number), scales, blind, accept_all)
-        found += [second.clipped_by, second.loss]
-        found.append(next(iter(here.values())).value / 2**13)
+        results += [second.clipped_by, second.loss]
+        results.append(next(iter(here.values())).value / 2**13)
         squares, scales = [torch.tensor(math.inf)], Scales([], {})
         infinite = decide_update(squares, _mesh(number), scales, blind, accept_all)
-        found.append(infinite.clipped_by)
+        results.append(infinite.clipped_by)
         group, groups = Group(dist.new_group([0, 1]), number, 2), []
 
         def noting(call: Any) -> Any:
@@ -277,20 +277,20 @@ def test_norms_losses_and_wishes_are_shared_by_two_ranks(
             monkeypatch.setattr(dist, name, noting(getattr(dist, name)))
         seen = [{"x": torch.tensor(1.0 + number), "y": torch.tensor(8.0)},
                 {"x": torch.tensor(3.0 + number), "y": torch.tensor(0.0)}]  # fmt: skip
-        found.append(mean_losses(seen, ("x", "y"), _mesh(number, data=group)))
+        results.append(mean_losses(seen, ("x", "y"), _mesh(number, data=group)))
         last = seen if number == 1 else []
-        found.append(mean_losses(last, ("y", "x"), _mesh(number, pipeline=group)))
-        found.append([each is group.handle for each in groups])
-        return found
+        results.append(mean_losses(last, ("y", "x"), _mesh(number, pipeline=group)))
+        results.append([each is group.handle for each in groups])
+        return results
 
     ours, theirs = forked_ranks(tmp_path, 2, rank)
     grown = 2 ** (1 / 1000)
-    for found, scale in ((ours, grown * 2**-0.5), (theirs, grown**2)):
-        assert found[:5] == [7.0, 3.0, True, math.inf, 0.0]
-        assert found[5] == pytest.approx(scale)
-        assert found[6] == math.inf
-        assert found[7] == {"x": 2.5, "y": 4.0}
-        assert found[8] == {"y": 4.0, "x": 3.0} and found[9] == [True, True]
+    for results, scale in ((ours, grown * 2**-0.5), (theirs, grown**2)):
+        assert results[:5] == [7.0, 3.0, True, math.inf, 0.0]
+        assert results[5] == pytest.approx(scale)
+        assert results[6] == math.inf
+        assert results[7] == {"x": 2.5, "y": 4.0}
+        assert results[8] == {"y": 4.0, "x": 3.0} and results[9] == [True, True]
 
 
 def test_who_counts_and_who_saves() -> None:
@@ -300,7 +300,7 @@ def test_who_counts_and_who_saves() -> None:
         mesh = Mesh(tensor=Group(None, number, 2))
         assert counts_once(split, mesh) and counts_once(whole, mesh) == (number == 0)
     scales = Scales(["a"], {"a": Scale(value=300.0, since_division=4)})
-    with torch.device("meta"):  # stored from the CPU, wherever a model is laid out
+    with torch.device("meta"):  # stored from the CPU under any default device
         (stored,) = scale_slices(scales, Mesh())
     assert stored.data.tolist() == [300.0, 4.0]
     assert (stored.name, stored.kind, stored.shape, stored.start) == ("a", "scale", (2,), 0)
@@ -367,15 +367,15 @@ def test_a_compressors_gradients_bytes_and_flags() -> None:
     gradient = torch.arange(9.0)
     reductions: list[Reduced] = []
     for calls in (1, 2):
-        found = one.reduce({"w": gradient, "b": torch.tensor([[2.0, 1.0]])})
-        reductions.append(found)
+        reduced = one.reduce({"w": gradient, "b": torch.tensor([[2.0, 1.0]])})
+        reductions.append(reduced)
         assert one.facts(reductions)["compress_raw_bytes"] == calls * 4 * 8
         assert one.facts(reductions)["compress_sent_bytes"] == calls * 4 * (2 * 2 + 3 * 2 + 2 + 1)
-    assert isinstance(found, Reduced) and found.raw_bytes == 32 and found.sent_bytes == 52
-    torch.testing.assert_close(found.gradients["w"][:6], gradient[:6], rtol=1e-4, atol=1e-4)
-    assert found.gradients["w"][6:].tolist() == [0, 0, 0]
-    assert found.gradients["b"].tolist() == [2.0, 1.0]
-    assert float(found.squares["w"]) == pytest.approx(55.0, rel=1e-4)
+    assert isinstance(reduced, Reduced) and reduced.raw_bytes == 32 and reduced.sent_bytes == 52
+    torch.testing.assert_close(reduced.gradients["w"][:6], gradient[:6], rtol=1e-4, atol=1e-4)
+    assert reduced.gradients["w"][6:].tolist() == [0, 0, 0]
+    assert reduced.gradients["b"].tolist() == [2.0, 1.0]
+    assert float(reduced.squares["w"]) == pytest.approx(55.0, rel=1e-4)
     facts = one.facts(reductions)
     assert facts == {"compress_raw_bytes": 64, "compress_sent_bytes": 104, "compress_rank": 2}
     assert one.facts([]) == {"compress_rank": 2} and all(each.finite for each in reductions)

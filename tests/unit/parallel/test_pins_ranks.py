@@ -29,7 +29,7 @@ from training.tasks.clip import _GatherRows
 
 
 class _Noted(Pipeline):
-    """Notes how many codes it shares."""
+    """Records how many codes it shares."""
 
     def share(self, codes: Tensor) -> Shared:
         self.sizes = {*getattr(self, "sizes", ()), len(codes)}
@@ -37,28 +37,29 @@ class _Noted(Pipeline):
 
 
 def test_two_stages_draw_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nearly all codes are close here: those of a batch (of a lane of three) are shared, and then
-    drawn again and shared one by one, by both stages."""
+    """Nearly all codes are near ties here: both stages share the codes of a batch (of a lane of
+    three), then draw them again and share them one by one.
+    """
     monkeypatch.setattr(choosing, "CLOSE", 0.5)
     layers, text = trained_like(), prior_batch()["text"]
     names, keys = list(layers), cast(Any, [[(1, c, i) for i in range(2)] for c in "abc"])
 
     def drawn(part: LocalPrior) -> Any:
-        with torch.device("meta"):  # all is made where the decoder is
-            (found,) = Sampler(Decoder(part)).draw(text, keys, DrawSettings())
-        return found.codes.tolist()
+        with torch.device("meta"):  # all tensors are on the decoder's device
+            (batch,) = Sampler(Decoder(part)).draw(text, keys, DrawSettings())
+        return batch.codes.tolist()
 
     def stage(rank: int) -> Any:
         mine = {n: layers[n] for n in (names[:2] if rank == 0 else names[2:])}
         neighbours = _Noted(Group(dist.group.WORLD, rank, 2))
-        found = drawn(LocalPrior(layers=mine, config=CONFIG, neighbours=neighbours))
-        return found, neighbours.sizes
+        codes = drawn(LocalPrior(layers=mine, config=CONFIG, neighbours=neighbours))
+        return codes, neighbours.sizes
 
     whole = drawn(LocalPrior(layers=layers, config=CONFIG))
     assert forked_ranks(tmp_path, 2, stage) == [(whole, {3, 1})] * 2
 
 
-def test_rows_are_summed_however_a_rank_s_gradient_lies_in_memory(tmp_path: Path) -> None:
+def test_rows_are_summed_in_any_memory_layout_of_a_gradient(tmp_path: Path) -> None:
     def rank(number: int) -> Any:
         world = World(rank=number, size=2, group=dist.group.WORLD, device=CPU)
         ctx = SimpleNamespace(world=world, count=1)
@@ -88,15 +89,16 @@ def test_a_link_is_measured_on_the_device_of_the_gradients(
 
 
 def test_a_mean_factor_that_overflows_is_clamped() -> None:
-    """P is (1/2, 1/2, 1/2, 1/2); 4 * 2e38 / 2 is beyond fp32, whose largest number is 3.4028e38.
-    Half of that is handed out, in an update that is skipped, and all is owed."""
+    """P is (1/2, 1/2, 1/2, 1/2); 4 * 2e38 / 2 exceeds fp32's largest number, 3.4028e38. The update
+    is skipped: it returns half of that number, and the error keeps the whole gradient.
+    """
     shards = [MatrixShard(name="w", rows=4, columns=5)]
     power = PowerSGD(shards, rank=1, seed=0, group=None, device=CPU)
     power._batches[0].q.fill_(1e-3)
     gradient = torch.full((4, 5), 2e38)
-    found = power.reduce({"w": gradient})
-    assert found.norm_squared == torch.inf and power.errors()["w"].equal(gradient)
-    assert found.gradients["w"].flatten().tolist() == pytest.approx([1.7014e38] * 20, rel=1e-3)
+    reduced = power.reduce({"w": gradient})
+    assert reduced.norm_squared == torch.inf and power.errors()["w"].equal(gradient)
+    assert reduced.gradients["w"].flatten().tolist() == pytest.approx([1.7014e38] * 20, rel=1e-3)
 
 
 def test_the_first_epoch_must_have_a_step() -> None:

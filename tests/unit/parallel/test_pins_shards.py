@@ -1,4 +1,4 @@
-"""Pins of what tensor shards, sub-groups of ranks and 16-bit gradients must give."""
+"""Pins of tensor shards, sub-groups of ranks and 16-bit gradients."""
 
 import copy
 from dataclasses import replace
@@ -36,7 +36,7 @@ from tests.unit.models.test_models import CONFIG, prior_batch, trained_like
 
 
 class _Shard(TensorParallel):
-    """One of two ranks that share a block; partial sums are added by gloo."""
+    """One of two ranks that share a block; gloo adds the partial sums."""
 
     size = 2
 
@@ -50,7 +50,7 @@ class _Shard(TensorParallel):
 
 
 def _cut(block: PriorBlock, rank: int) -> PriorBlock:
-    """A rank's half of the heads and of the hidden channels."""
+    """One rank's half of the heads and of the hidden channels."""
     mine = copy.deepcopy(block)
     for name in ("q", "k", "v", "out", "up", "down"):
         line = getattr(mine, name)
@@ -63,7 +63,7 @@ def _cut(block: PriorBlock, rank: int) -> PriorBlock:
 
 @torch.no_grad()
 def test_two_shards_of_a_block_decode_as_the_whole(tmp_path: Path) -> None:
-    """The biases behind both row matrices differ, and are added once."""
+    """The biases of both row-parallel matrices differ, and are added once."""
     config = replace(CONFIG, heads=4)
     block = cast(PriorBlock, trained_like(config)["block000"])
     assert not block.out.bias.allclose(block.down.bias)
@@ -80,8 +80,8 @@ def test_two_shards_of_a_block_decode_as_the_whole(tmp_path: Path) -> None:
     whole = through(LocalPrior(layers={}, config=config), block)
     for states, again, heads in forked_ranks(tmp_path, 2, rank):
         assert heads * 2 == whole[2]
-        for found in (states, again):
-            torch.testing.assert_close(torch.tensor(found), torch.tensor(whole[0]))
+        for output in (states, again):
+            torch.testing.assert_close(torch.tensor(output), torch.tensor(whole[0]))
 
 
 def test_a_stage_may_hold_one_layer() -> None:
@@ -110,8 +110,9 @@ def test_lanes_change_no_draw(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_edges_of_what_may_be_drawn() -> None:
-    """Two codes are a codebook; without noise a gap is close below CLOSE; a share that stands at
-    the edge of the tolerance is doubtful; if all codes are let in, none is."""
+    """A codebook of two codes; without noise a gap below CLOSE is a near tie; a probability at the
+    edge of the tolerance is unsure; if all codes are kept, none is unsure.
+    """
     pair = choose(torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2), DrawSettings())
     assert (pair.codes.tolist(), pair.sure.tolist()) == ([1], [True])
     greedy = choose(torch.tensor([[0.0, 0.75 * CLOSE, -1.0]]), None, DrawSettings(temperature=0.0))
@@ -124,7 +125,7 @@ def test_edges_of_what_may_be_drawn() -> None:
 def test_a_link_is_measured_within_its_group(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Replicas of one stage may be nearer to each other than the rest of the world."""
+    """Replicas of one stage may have faster links than the rest of the world."""
 
     def measure(number: int) -> list[bool]:
         group, all_reduce = dist.new_group([0]), dist.all_reduce
@@ -148,14 +149,14 @@ def test_a_nanosecond_is_seen_beside_a_second(monkeypatch: pytest.MonkeyPatch) -
     times = iter([1.0] * 3 + [1.0 + 2.0**-29] * 3)
     monkeypatch.setattr(advisor, "_timed_all_reduce", lambda *_: next(times))
     monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: None)
-    found = measure_link(cast(Any, None), CPU).bandwidth
-    assert found == pytest.approx(4128768 * 2.0**29)
+    bandwidth = measure_link(cast(Any, None), CPU).bandwidth
+    assert bandwidth == pytest.approx(4128768 * 2.0**29)
 
 
 def test_stages_agree_on_a_small_gain_and_on_one_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """2^25 + 1 and -2^25 are 1 together, which 32 bits do not hold; 7 and 7 are 7."""
+    """2^25 + 1 and -2^25 sum to 1, which 32-bit floats cannot hold; 7 and 7 give 7."""
 
     def decide(number: int) -> int:
         row = SimpleNamespace(rank=7, gained_ms=(2.0**25 + 1, -(2.0**25))[number], sent_bytes=1,
@@ -183,9 +184,9 @@ def test_replicas_average_at_full_rank_in_the_gradients_own_type(tmp_path: Path)
     def reduce(number: int) -> list[Any]:
         one = _compressor(Group(dist.group.WORLD, number, 2))
         ramp = (1 + number) * torch.arange(6.0).view(2, 3)
-        found = one.reduce({"w": ramp, "b": torch.tensor([1.0 + 2 * number])}).gradients
+        gradients = one.reduce({"w": ramp, "b": torch.tensor([1.0 + 2 * number])}).gradients
         half = one.reduce({"w": ramp.bfloat16(), "b": torch.ones(1)}).gradients["w"]
-        return [found["w"].tolist(), found["b"].tolist(), str(half.dtype)]
+        return [gradients["w"].tolist(), gradients["b"].tolist(), str(half.dtype)]
 
     for weights, bias, kind in forked_ranks(tmp_path, 2, reduce):
         assert weights == pytest.approx([1.5 * i for i in range(6)], abs=1e-5)
@@ -193,7 +194,7 @@ def test_replicas_average_at_full_rank_in_the_gradients_own_type(tmp_path: Path)
 
 
 def test_buffers_of_as_many_other_replicas_are_averaged() -> None:
-    """Replica 0 of two finds those of 1 and 2: 0..5 and four times 0..5."""
+    """Replica 0 of two loads those of 1 and 2: 0..5 and four times 0..5."""
 
     class Stored:
         def kinds(self, name: str) -> list[str]:
@@ -208,8 +209,9 @@ def test_buffers_of_as_many_other_replicas_are_averaged() -> None:
 
 
 def test_what_a_skipped_update_did_not_carry_stays_owed() -> None:
-    """A factor that overflows skips the update, so the error keeps the whole gradient; the other
-    factor, of a basis that was clamped, is finite."""
+    """A factor overflows and the update is skipped, so the error keeps the whole gradient. The
+    other factor, computed from a clamped basis, is finite.
+    """
     power = PowerSGD([MatrixShard(name="w", rows=1, columns=2)], rank=1, seed=0, group=None,
                      device=CPU)  # fmt: skip
     power._batches[0].q.copy_(torch.tensor([[[4.0], [4.0]]]))

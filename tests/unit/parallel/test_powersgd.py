@@ -18,8 +18,8 @@ def _shards() -> list[MatrixShard]:
 
 def _gradients(seed: int) -> dict[str, Tensor]:
     draws = torch.Generator().manual_seed(seed)
-    found = {name: torch.randn(shape, generator=draws) for name, shape in SHAPES.items()}
-    return {**found, "bias": torch.randn(5, generator=draws)}
+    matrices = {name: torch.randn(shape, generator=draws) for name, shape in SHAPES.items()}
+    return {**matrices, "bias": torch.randn(5, generator=draws)}
 
 
 def _powersgd(rank: int = 2, **flags: bool) -> PowerSGD:

@@ -1,4 +1,4 @@
-"""Which precision fp32 has, what is deterministic, and that results tell of it."""
+"""The precision of fp32 matmuls, determinism, and the numerics recorded in results."""
 
 import json
 import logging
@@ -61,7 +61,7 @@ def _flags_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize(("matmul", "tf32"), [("highest", False), ("medium", True)])
 def test_torchs_older_and_newer_getters_agree(matmul: str, tf32: bool) -> None:
-    """Inductor asks both; where a newer setter was used, the older getters raise."""
+    """Inductor calls both; after a newer setter the older getters raise."""
     set_flags("cuda", matmul, deterministic=False)
     assert torch.get_float32_matmul_precision() == matmul
     assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
@@ -86,12 +86,12 @@ def test_gpus_compute_without_tf32_and_races_unless_asked_to() -> None:
 
 def test_nothing_else_sets_these_flags() -> None:
     files = [path for name in PACKAGES for path in (ROOT / name).rglob("*.py")]
-    found = {str(path.relative_to(ROOT)) for path in files if FLAGS.search(path.read_text())}
-    assert found == {"parallel/precision.py"}
+    setters = {str(path.relative_to(ROOT)) for path in files if FLAGS.search(path.read_text())}
+    assert setters == {"parallel/precision.py"}
 
 
 class _Devices(TorchDispatchMode):
-    """Notes on which devices operations compute."""
+    """Records the devices on which operations compute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,13 +104,13 @@ class _Devices(TorchDispatchMode):
         return out
 
 
-def test_auto_that_nobody_settled_is_highest_and_asks_no_device() -> None:
+def test_unresolved_auto_is_highest_and_asks_no_device() -> None:
     with _Devices() as seen:
         assert set_numerics(META, "auto").matmul == set_numerics(CPU, "auto").matmul == "highest"
     assert not seen.calls
 
 
-def test_what_looks_at_the_other_kernels_leaves_the_flags_as_they_were() -> None:
+def test_probing_other_kernels_restores_the_flags() -> None:
     for matmul in ("highest", "medium"):
         set_flags("cpu", matmul, True)
         with _Devices() as seen:
@@ -133,12 +133,12 @@ def test_the_peak_is_measured_on_random_data(precision: str) -> None:
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     """A dVAE, its tokens and a prior."""
-    found = Chain(folder=tmp_path_factory.mktemp("chain"), device=CPU)
-    found.pack()
-    found.train("dvae")
-    found.tokenize()
-    found.train("prior", engine=EngineConfig(matmul_precision="highest"))
-    return found
+    models = Chain(folder=tmp_path_factory.mktemp("chain"), device=CPU)
+    models.pack()
+    models.train("dvae")
+    models.tokenize()
+    models.train("prior", engine=EngineConfig(matmul_precision="highest"))
+    return models
 
 
 def test_checkpoints_models_and_tokens_tell_how_they_were_computed(chain: Chain) -> None:
@@ -154,7 +154,7 @@ def test_checkpoints_models_and_tokens_tell_how_they_were_computed(chain: Chain)
     assert f"{shards} by {here['device']}" in describe_status(job_status(tokens))
 
 
-def test_a_resumed_run_says_what_is_computed_otherwise(
+def test_a_resumed_run_logs_changed_numerics(
     chain: Chain, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LOG, "propagate", True)
@@ -170,10 +170,10 @@ def test_a_resumed_run_says_what_is_computed_otherwise(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_one_rank_says_what_is_computed_otherwise(
+def test_one_rank_logs_changed_numerics(
     rank: int, chain: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All ranks resume; two of them would say the same twice."""
+    """All ranks resume; only one logs it."""
     told: list[object] = []
     monkeypatch.setattr(loop, "tell_other_numerics", lambda *given: told.append(given))
     reader = open_checkpoint(f"{chain.folder}/prior/checkpoints/step-2")

@@ -1,4 +1,4 @@
-"""Gradient scales of residual branches, against a table worked out by hand and against fp32."""
+"""Gradient scales of residual branches, against a hand-computed table and against fp32."""
 
 import math
 
@@ -15,7 +15,7 @@ GROW, HALF = 2 ** (1 / 1000), 2**-0.5
 
 
 def test_rules_step_by_step() -> None:
-    """Finite updates multiply by 2^(1/1000), a broken one divides by sqrt(2), then 125 are held."""
+    """Finite updates multiply by 2^(1/1000), an overflow divides by sqrt(2), then 125 are held."""
     scale = Scale()
     table = [(True, 2.0**13 * GROW), (True, 2.0**13 * GROW**2)]
     table.append((False, 2.0**13 * GROW**2 * HALF))
@@ -86,7 +86,7 @@ def test_an_overflow_is_filtered_from_states_and_breaks_its_branch_alone() -> No
 
 
 def test_counters_see_what_16_bits_flush() -> None:
-    """2^-25 is half of the least fp16 number and rounds to zero; scaled by 2^13 it survives."""
+    """2^-25 is half of the smallest fp16 number and rounds to zero; scaled by 2^13 it survives."""
     for value, flushed in ((FIRST, 0), (1.0, 6)):
         branch, y = Branch(), torch.zeros(6, requires_grad=True)
         branch.scale, branch.count = Scale(value=value), True

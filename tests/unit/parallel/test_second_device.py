@@ -1,4 +1,4 @@
-"""Every stage on a device that is not the CPU: nothing may lie on the wrong one of two devices."""
+"""Every stage on a device other than the CPU: no tensor may be on the wrong device."""
 
 import json
 import math
@@ -53,14 +53,14 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, kind: Any, text: int, grid: int, con
 
 @pytest.fixture(autouse=True)
 def no_kernels_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FlexAttention compiles for real devices alone."""
+    """FlexAttention compiles only for real devices."""
     monkeypatch.setattr(models.prior, "flexible_attention", _dense)
     monkeypatch.setattr(replay, "own_mesh", lambda: Mesh(world=World(device=SECOND)))
 
 
 @pytest.fixture
 def homes(raw: Path, bpe: Path, tokens: Path) -> dict[str, dict[str, Any]]:
-    """What each stage reads."""
+    """The inputs of each stage."""
     return {
         "prior": {"data": str(tokens), "bpe": bpe, "bpe_dropout": 0.1},
         "dvae": {"data": str(raw)},
@@ -101,7 +101,7 @@ def _opened(stage: str, settings: StageConfig, device: torch.device) -> Iterator
 
 
 def _trained(stage: str, settings: StageConfig, device: torch.device) -> list[float]:
-    """All losses of the run's folder, after training to its end."""
+    """All losses in the run's folder, after training to the end."""
     with _opened(stage, settings, device) as run:
         run.train()
         held = {p.device for layer in run.engine.layers().values() for p in layer.parameters()}
@@ -117,15 +117,15 @@ STAGES = [("prior", "fp32"), ("prior", "fp16"), ("dvae", "fp32"), ("clip", "fp32
 def test_a_stage_trains_validates_saves_and_resumes(
     stage: str, precision: str, homes: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    found = {}
+    losses = {}
     for device in (CPU, SECOND):
         out = tmp_path / device.type
         settings = _settings(stage, homes[stage], out, precision=precision)
-        found[device] = _trained(stage, settings, device)
+        losses[device] = _trained(stage, settings, device)
         for gone in (out / "checkpoints" / "step-3", out / "model.safetensors"):
             shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
-        assert _trained(stage, settings, device) == found[device], "resumed from step 2"
-    ours, cpus = (torch.tensor(found[device]) for device in (SECOND, CPU))
+        assert _trained(stage, settings, device) == losses[device], "resumed from step 2"
+    ours, cpus = (torch.tensor(losses[device]) for device in (SECOND, CPU))
     # the same kernels but for attention; fp16 casts other rounding errors to 16 bits
     torch.testing.assert_close(ours, cpus, rtol=2e-3 if precision == "fp16" else 1e-5, atol=1e-6)
 
@@ -142,7 +142,7 @@ def test_a_checkpoint_of_one_device_is_read_on_the_other(
 
 
 def test_a_step_is_replayed(homes: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    """A capsule of the run's third step; its records are handed over one by one."""
+    """A capsule of the run's third step; its records are read one by one."""
     settings = _settings("prior", homes["prior"], tmp_path)
     with _opened("prior", settings, SECOND) as run:
         for result, _ in run.steps():
@@ -152,9 +152,9 @@ def test_a_step_is_replayed(homes: dict[str, dict[str, Any]], tmp_path: Path) ->
                 cast(Any, run.engine)._judge = lambda norm, loss: "planted"
             if run.step == 3:
                 assert result.skipped == "planted"
-    found = replay.replay(tmp_path / "capsules" / "step-3.json")
-    assert found.same_records and not found.skipped and len(found.worst) == 5
-    assert found.loss == pytest.approx(found.loss_then, rel=1e-6)
+    replayed = replay.replay(tmp_path / "capsules" / "step-3.json")
+    assert replayed.same_records and not replayed.skipped and len(replayed.worst) == 5
+    assert replayed.loss == pytest.approx(replayed.loss_then, rel=1e-6)
 
 
 def test_a_step_is_traced_for_diverge(
@@ -187,8 +187,8 @@ def _compressor(device: torch.device) -> Compressor:
 
 
 def test_gradients_are_compressed_where_they_are(tmp_path: Path) -> None:
-    """A flat gradient with padding behind it; buffers are saved and taken back."""
-    found = {}
+    """A flat gradient followed by padding; buffers are saved and loaded."""
+    results = {}
     for device in (CPU, SECOND):
         draws, compressor = torch.Generator().manual_seed(0), _compressor(device)
         for _ in range(2):
@@ -196,15 +196,15 @@ def test_gradients_are_compressed_where_they_are(tmp_path: Path) -> None:
             reduced = compressor.reduce({"w": gradient, "bias": torch.ones(3, device=device)})
             assert {g.device for g in reduced.gradients.values()} == {device}
             assert {s.device for s in reduced.squares.values()} == {device}
-        found[device] = [reduced.gradients["w"].cpu(), next(iter(compressor.slices())).data.cpu()]
+        results[device] = [reduced.gradients["w"].cpu(), next(iter(compressor.slices())).data.cpu()]
         slices = list(compressor.slices())
         write_checkpoint(
             FolderStore(tmp_path / device.type), "step-1", slices, {}, 0, lambda text: [text]
         )
         other = _compressor(device)
         other.load(open_checkpoint(f"{tmp_path / device.type}/step-1"))
-        assert torch.equal(next(iter(other.slices())).data.cpu(), found[device][1])
-    assert all(torch.equal(a, b) for a, b in zip(found[CPU], found[SECOND], strict=True))
+        assert torch.equal(next(iter(other.slices())).data.cpu(), results[device][1])
+    assert all(torch.equal(a, b) for a, b in zip(results[CPU], results[SECOND], strict=True))
 
 
 def test_a_broken_gradient_is_told_where_it_is() -> None:
@@ -241,7 +241,7 @@ def test_one_reduction_decides_on_the_device() -> None:
 def test_all_stages_broadcast_losses_from_their_device(
     last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NCCL carries the last stage's tensor: a stage that waited with another's would hang."""
+    """NCCL carries the last stage's tensor: a stage that waits with another backend would hang."""
     sent: list[Tensor] = []
     monkeypatch.setattr(dist, "broadcast", lambda tensor, **_: sent.append(tensor))
     monkeypatch.setattr(dist, "get_global_rank", lambda *_: 1)

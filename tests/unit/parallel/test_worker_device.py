@@ -1,4 +1,4 @@
-"""Workers of a data job spread over the GPUs that they see."""
+"""Workers of a data job are spread over the GPUs that they see."""
 
 import pytest
 

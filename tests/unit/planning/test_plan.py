@@ -1,4 +1,4 @@
-"""The plan's parts: counting, schedules, kernels, links, the search and its verb."""
+"""The parts of a plan: counting, schedules, kernels, links, the search and its verb."""
 
 import json
 from dataclasses import replace
@@ -70,16 +70,16 @@ def test_stages_act_in_deepspeeds_order(stages: int, micro_batches: int) -> None
     for stage in range(stages):
         theirs = schedule.TrainSchedule(micro_batches, stages, stage)
         commands = [type(command).__name__ for step in theirs.steps() for command in step]
-        wanted = [
-            (kind, stage + way if way else -1)
-            for kind, way in (named[name] for name in commands if name in named)
+        expected = [
+            (kind, stage + direction if direction else -1)
+            for kind, direction in (named[name] for name in commands if name in named)
         ]
         mine = [(a.kind, a.peer) for a in actions(stage, stages, micro_batches)]
-        assert mine == wanted
+        assert mine == expected
 
 
 def test_the_bubble_of_even_stages_is_the_textbooks() -> None:
-    """7 of 23 at 8 stages and 16 micro-batches, whatever a backward pass takes."""
+    """7 of 23 at 8 stages and 16 micro-batches, however long a backward pass takes."""
     assert play([1.0] * 8, [2.0] * 8, 16, 0.0).bubble == pytest.approx(7 / 23)
     assert play([1.0], [2.0], 4, 0.0).seconds == 12.0
     assert play([1.0] * 2, [2.0] * 2, 4, 0.5).seconds > play([1.0] * 2, [2.0] * 2, 4, 0.0).seconds
@@ -108,14 +108,14 @@ def test_a_core_that_works_beside_others_is_slower() -> None:
 
 @pytest.mark.parametrize("cores", [1, 2, 32])
 def test_calibration_finds_the_constants_that_the_steps_have(cores: int) -> None:
-    """Steps that are as long as predicted with some constants give them back."""
+    """From the predicted times of steps, calibration recovers the constants behind them."""
     runs = runs_for_steps(cores, EngineConfig(), EngineConfig(name="deepspeed_zero"))
-    wanted = {"sustained": 0.5, "together": 0.8, "link_latency": 9e-4, "joined": 0.3}
+    expected = {"sustained": 0.5, "together": 0.8, "link_latency": 9e-4, "joined": 0.3}
     hardware = replace(KNOWN["cpu"], cores=cores)
-    true = replace(hardware, **wanted)
-    found = constants(runs, {n: estimate(run, true).seconds for n, run in runs.items()}, hardware)
-    assert list(found) == (list(wanted) if cores > 1 else ["sustained"])
-    assert found == pytest.approx({name: wanted[name] for name in found}, rel=0.01)
+    true = replace(hardware, **expected)
+    fitted = constants(runs, {n: estimate(run, true).seconds for n, run in runs.items()}, hardware)
+    assert list(fitted) == (list(expected) if cores > 1 else ["sustained"])
+    assert fitted == pytest.approx({name: expected[name] for name in fitted}, rel=0.01)
 
 
 def test_a_calibration_on_a_busy_machine_is_told() -> None:
@@ -129,13 +129,13 @@ def test_a_calibration_on_a_busy_machine_is_told() -> None:
 
 
 def test_calibration_finds_pythons_cost() -> None:
-    """From steps that take it and nothing else."""
-    wanted = {"overhead": 1e-3, "step_overhead": 4e-2, "engine_overhead": 6e-3}
+    """From steps that cost nothing but Python's overhead."""
+    expected = {"overhead": 1e-3, "step_overhead": 4e-2, "engine_overhead": 6e-3}
     runs = runs_for_overheads(EngineConfig(), EngineConfig(name="deepspeed_zero"))
     free = replace(KNOWN["cpu"], half_flops=1e29, full_flops=1e29, bandwidth=1e29, link=1e29)
-    true = replace(free, cores=0, link_latency=0.0, launch=0.0, **wanted)
-    found = overheads({name: estimate(run, true).seconds for name, run in runs.items()})
-    assert found == pytest.approx(wanted, rel=1e-6)
+    true = replace(free, cores=0, link_latency=0.0, launch=0.0, **expected)
+    fitted = overheads({name: estimate(run, true).seconds for name, run in runs.items()})
+    assert fitted == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_bucket_is_the_engines() -> None:
@@ -216,9 +216,9 @@ def test_fewer_resources_never_make_it_faster() -> None:
 
 def test_what_does_not_fit_says_why() -> None:
     plain = replace(settings_of("paper_12b"), mesh=MeshConfig(data=1024), engine=EngineConfig())
-    found = weigh(replace(plain, compress=CompressConfig()), 1024, hardware_of("h100"))
-    assert "80" not in found.why and "79.4 GB of h100" in found.why
-    assert found.bytes_["optimizer"] == 8 * count_parameters(plain.model)
+    verdict = weigh(replace(plain, compress=CompressConfig()), 1024, hardware_of("h100"))
+    assert "80" not in verdict.why and "79.4 GB of h100" in verdict.why
+    assert verdict.bytes_["optimizer"] == 8 * count_parameters(plain.model)
     odd = replace(TINY, mesh=MeshConfig(data=3), engine=EngineConfig())
     assert "3 replicas" in weigh(odd, 3, hardware_of("h100")).why
 
@@ -274,7 +274,7 @@ def taken_on_cpus() -> int:
 
 
 def test_a_small_model_is_planned_on_one_and_on_eight() -> None:
-    """One rank has the reference engine alone; eight have faster meshes."""
+    """One rank has only the reference engine; eight have faster meshes."""
     one, eight = (search(TINY, world, hardware_of("cpu")) for world in (1, 8))
     assert [row.candidate.settings.engine.name for row in one.timed] == ["reference"]
     assert len(eight.timed) > 5
@@ -310,7 +310,7 @@ def test_wrong_hardware_and_calibrations_are_refused(tmp_path: Path) -> None:
         ({"memory": 1e8}, "leaves nothing"),
     ],
 )
-def test_constants_that_cannot_be_are_refused(
+def test_impossible_constants_are_refused(
     constants: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "c.json"
@@ -349,10 +349,10 @@ def test_wrong_flags_are_refused_at_once(
     flags: list[str], words: str | int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("planning.plan.search", None)  # nothing is looked for
-    with pytest.raises(ConfigError, match=words if isinstance(words, str) else "-") as found:
+    with pytest.raises(ConfigError, match=words if isinstance(words, str) else "-") as caught:
         plan(["tiny", *flags])
     if isinstance(words, int):
-        assert len(str(found.value).splitlines()) == words
+        assert len(str(caught.value).splitlines()) == words
 
 
 @pytest.mark.parametrize("flag", ["--picture", "--calibrate"])
@@ -371,17 +371,17 @@ def test_large_batches_are_dealt_out_in_powers_of_two() -> None:
         TINY, loop=replace(TINY.loop, global_batch_size=3 * 2**28), mesh=MeshConfig(data=2)
     )
     large = replace(large, engine=EngineConfig())
-    counts = {way.engine.gradient_accumulation_steps for way in variants_of(large)}
+    counts = {layout.engine.gradient_accumulation_steps for layout in variants_of(large)}
     assert counts == {3 * 2**28 // 2 // 2**i for i in range(28)}
-    way = replace(large, engine=EngineConfig(gradient_accumulation_steps=2 * MOST_MICRO))
-    assert "give a smaller --batch" in weigh(way, 2, hardware_of("h100")).why
+    layout = replace(large, engine=EngineConfig(gradient_accumulation_steps=2 * MOST_MICRO))
+    assert "give a smaller --batch" in weigh(layout, 2, hardware_of("h100")).why
 
 
 def test_advice_names_what_a_plan_has() -> None:
-    found = search(TINY, 12, hardware_of("h100"))
-    assert found.rejected and not any("--order" in row.why for row in found.rejected)
-    tensors = {row.candidate.settings.mesh.tensor for row in found.timed}
-    tensors |= {row.settings.mesh.tensor for row in found.rejected}
+    plans = search(TINY, 12, hardware_of("h100"))
+    assert plans.rejected and not any("--order" in row.why for row in plans.rejected)
+    tensors = {row.candidate.settings.mesh.tensor for row in plans.timed}
+    tensors |= {row.settings.mesh.tensor for row in plans.rejected}
     assert max(tensors) <= TINY.model.heads
 
 
@@ -404,15 +404,15 @@ def test_the_pictures_timeline_is_the_whole_step(gpu: str) -> None:
 
     mesh = MeshConfig(data=2, pipeline=2)
     engine = EngineConfig(name="deepspeed_pipe", gradient_accumulation_steps=4)
-    found = estimate(replace(TINY, mesh=mesh, engine=engine), hardware_of(gpu))
-    bars = ending(found)
+    step = estimate(replace(TINY, mesh=mesh, engine=engine), hardware_of(gpu))
+    bars = ending(step)
     assert "overhead" in [name for name, _, _ in bars]
-    assert ("crowding" in found.parts) == (gpu == "cpu")
-    assert bars[-1][1] + bars[-1][2] == pytest.approx(found.seconds)
-    assert sum(found.parts.values()) == pytest.approx(found.seconds)
+    assert ("crowding" in step.parts) == (gpu == "cpu")
+    assert bars[-1][1] + bars[-1][2] == pytest.approx(step.seconds)
+    assert sum(step.parts.values()) == pytest.approx(step.seconds)
 
 
-def test_bytes_are_said_in_a_unit_that_shows() -> None:
+def test_sizes_are_printed_in_readable_units() -> None:
     texts = [size_text(count) for count in (500, 48.3e6, 12.34e9, 2e12)]
     assert texts == ["0.5 kB", "48.3 MB", "12.3 GB", "2.0 TB"]
     assert memory_unit(5e12) == (1e9, "GB") and memory_unit(5e7) == (1e6, "MB")
@@ -421,18 +421,19 @@ def test_bytes_are_said_in_a_unit_that_shows() -> None:
 @pytest.mark.world
 def test_the_papers_model_on_the_papers_machines(tmp_path: Path) -> None:
     """1024 V100-16GB: TP x PP with ZeRO-1 fits; plain data parallelism and the paper's layout with
-    fp32 Adam do not, and what the paper's 16-bit moments would take stands beside it."""
+    fp32 Adam do not. The bytes with the paper's 16-bit moments are reported beside it.
+    """
     picture = tmp_path / "plan.svg"
     flags = ["--world", "1024", "--gpu", "v100-16gb", "--json", "--picture", str(picture)]
     printed = tapir("plan", "paper_12b", *flags).splitlines()
-    found = json.loads(next(line for line in printed if line.startswith("{")))
-    assert found["fits"] and found["parameters"] == 12_292_587_008
-    best = found["best"]
+    result = json.loads(next(line for line in printed if line.startswith("{")))
+    assert result["fits"] and result["parameters"] == 12_292_587_008
+    best = result["best"]
     assert best["mesh"]["tensor"] > 1 and best["mesh"]["pipeline"] > 1 and best["zero_stage"] == 1
     assert best["total_bytes"] < 16e9 and 0 < best["mfu"] < 1 and best["days"] > 0
-    rows = {row["layout"]: row for row in found["rejected"]}
+    rows = {row["layout"]: row for row in result["rejected"]}
     plain = rows["plain data parallelism"]
-    assert plain["bytes"]["parameters"] == 4 * found["parameters"] and "GB" in plain["why"]
+    assert plain["bytes"]["parameters"] == 4 * result["parameters"] and "GB" in plain["why"]
     paper = rows["paper: ZeRO-3 in 128 machines of 8"]
     assert paper["published"]["mixed_fp32_adam"] == pytest.approx(24.6e9, rel=0.01)
     assert paper["published"]["paper_16_bit"] == pytest.approx(12.3e9, rel=0.01)

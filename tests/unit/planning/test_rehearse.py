@@ -1,4 +1,4 @@
-"""A rehearsal passes what matches, and names the call, the ranks and the line of what does not."""
+"""A rehearsal passes matching collectives, and names call, ranks and line of a mismatch."""
 
 import json
 from collections.abc import Iterator
@@ -46,13 +46,13 @@ ODD = 3
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
-    """One process that has imported the engines, for all cases."""
+    """One process with all engines imported, for all cases."""
     with Pool() as running:
         yield running
 
 
 def skips_a_collective(task: RankTask, broker: Any) -> Sequence:
-    """One of a rank's row-parallel layers does not sum its parts."""
+    """One rank omits the all-reduce of one row-parallel layer."""
     from parallel.tensor.megatron import MegatronTensorParallel as Group
 
     leave, calls = Group.leave, []
@@ -75,7 +75,7 @@ def sends_another_size(task: RankTask, broker: Any) -> Sequence:
 
 
 def uses_another_group(task: RankTask, broker: Any) -> Sequence:
-    """A rank asks its replicas alone for the norm."""
+    """One rank averages the norm over its replicas only."""
     from parallel.engines.deepspeed import engine
 
     decide = engine.decide_update
@@ -97,8 +97,8 @@ def goes_in_another_order(task: RankTask, broker: Any) -> Sequence:
 
     def image_first(logits: Any, batch: Any, text_weight: float) -> Any:
         turned = replace(logits, text=logits.image, image=logits.text)
-        found = loss(turned, {"text": batch["image"], "image": batch["text"]}, 1 - text_weight)
-        return {**found, "text_loss": found["image_loss"], "image_loss": found["text_loss"]}
+        losses = loss(turned, {"text": batch["image"], "image": batch["text"]}, 1 - text_weight)
+        return {**losses, "text_loss": losses["image_loss"], "image_loss": losses["text_loss"]}
 
     if task.rank == ODD:
         prior.prior_loss = image_first
@@ -121,12 +121,12 @@ def misses_a_message(task: RankTask, broker: Any) -> Sequence:
 
 
 def averages_on_the_host(task: RankTask, broker: Any) -> Sequence:
-    """A rank's figures of a validation are not moved to its GPU."""
+    """One rank leaves its validation figures on the host."""
     return run_rank(task, broker) if task.rank != ODD else all_average_on_the_host(task, broker)
 
 
 def all_average_on_the_host(task: RankTask, broker: Any) -> Sequence:
-    """No rank's figures of a validation are moved to its GPU."""
+    """All ranks leave their validation figures on the host."""
     from parallel.world import World
 
     mean = World.mean
@@ -135,7 +135,7 @@ def all_average_on_the_host(task: RankTask, broker: Any) -> Sequence:
 
 
 def waits_on_the_host(task: RankTask, broker: Any) -> Sequence:
-    """The stages that see no losses wait for those of the last one with a tensor of the host."""
+    """The stages without losses receive those of the last stage in a host tensor."""
     from parallel.engines.deepspeed import engine, pipe
 
     means = engine.mean_losses
@@ -165,37 +165,39 @@ FAULTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FAULTS)
-def test_a_planted_fault_is_found_and_placed(kind: str, pool: Pool) -> None:
+def test_a_planted_fault_is_detected_and_located(kind: str, pool: Pool) -> None:
     runner, settings, operation, place = FAULTS[kind]
-    found = rehearse("planted", "prior", settings, pool, runner).mismatch
-    assert found is not None and found.kind == kind, found and found.report()
-    named = [side for side in found.sides if side.operation == operation]
-    assert named, found.report()
-    assert any(place in line for side in named for line in side.places), found.report()
-    assert ODD in [side.rank for side in found.sides], found.report()
-    assert found.hint and found.waiting
+    mismatch = rehearse("planted", "prior", settings, pool, runner).mismatch
+    assert mismatch is not None and mismatch.kind == kind, mismatch and mismatch.report()
+    named = [side for side in mismatch.sides if side.operation == operation]
+    assert named, mismatch.report()
+    assert any(place in line for side in named for line in side.places), mismatch.report()
+    assert ODD in [side.rank for side in mismatch.sides], mismatch.report()
+    assert mismatch.hint and mismatch.waiting
 
 
 @pytest.mark.slow
-def test_a_stage_that_waits_on_the_host_for_a_tensor_of_a_gpu_is_found(pool: Pool) -> None:
-    """The last stage broadcasts by nccl, the others wait in gloo: a hang at every step."""
-    found = rehearse("planted", "prior", PIPE, pool, waits_on_the_host).mismatch
-    assert found is not None and found.kind == "another device", found and found.report()
-    assert {side.role.split(",")[0] for side in found.sides} == {"stage 0 of 2", "stage 1 of 2"}
-    assert all("mean_losses" in side.places[0] for side in found.sides), found.report()
-    sizes = sorted(side.size for side in found.sides)
+def test_a_stage_that_waits_on_the_host_for_a_gpu_tensor_is_reported(pool: Pool) -> None:
+    """The last stage broadcasts with nccl, the others wait in gloo: every step hangs."""
+    mismatch = rehearse("planted", "prior", PIPE, pool, waits_on_the_host).mismatch
+    assert mismatch is not None and mismatch.kind == "another device", (
+        mismatch and mismatch.report()
+    )
+    assert {side.role.split(",")[0] for side in mismatch.sides} == {"stage 0 of 2", "stage 1 of 2"}
+    assert all("mean_losses" in side.places[0] for side in mismatch.sides), mismatch.report()
+    sizes = sorted(side.size for side in mismatch.sides)
     assert sizes == [f"12 bytes of float32 on {p}" for p in ("cpu (gloo)", "cuda (nccl)")]
-    assert "each waits for ever" in found.text and "mesh.world.device" in found.hint
+    assert "each waits for ever" in mismatch.text and "mesh.world.device" in mismatch.hint
 
 
 @pytest.mark.slow
-def test_a_tensor_of_the_host_is_found_though_all_ranks_bring_one(pool: Pool) -> None:
-    found = rehearse("planted", "prior", TENSOR, pool, all_average_on_the_host).mismatch
-    assert found is not None and found.kind == "host tensor", found and found.report()
-    assert "validation.py" in found.report() and "on cpu (gloo)" in found.report()
+def test_a_host_tensor_on_all_ranks_is_reported(pool: Pool) -> None:
+    mismatch = rehearse("planted", "prior", TENSOR, pool, all_average_on_the_host).mismatch
+    assert mismatch is not None and mismatch.kind == "host tensor", mismatch and mismatch.report()
+    assert "validation.py" in mismatch.report() and "on cpu (gloo)" in mismatch.report()
 
 
-def test_too_few_validation_samples_are_found_at_the_first_validation(
+def test_too_few_validation_samples_fail_the_first_validation(
     pool: Pool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(core.log, "SLOW_SECONDS", 0.01)
@@ -203,44 +205,44 @@ def test_too_few_validation_samples_are_found_at_the_first_validation(
     caplog.set_level("INFO", core.log.LOG.name)
     loop, order = replace(TENSOR.loop, validation_samples=512), OrderConfig(lanes=1024)
     settings = replace(TENSOR, loop=loop, order=order)
-    found = rehearse("planted", "prior", settings, pool).mismatch
-    assert found is not None and found.kind == "failed"
-    assert "has 512 pairs" in found.text and "order.lanes=1024" in found.text
+    mismatch = rehearse("planted", "prior", settings, pool).mismatch
+    assert mismatch is not None and mismatch.kind == "failed"
+    assert "has 512 pairs" in mismatch.text and "order.lanes=1024" in mismatch.text
     assert "ranks make their groups and steps: for" in caplog.text, "a slow rehearsal says so"
 
 
 def test_presets_with_too_few_validation_samples_are_named() -> None:
     pairs = [("prior", name) for name in PRESETS["prior"]]
-    wanted, refused = laid_out(pairs, ["--loop.validation-samples=512"], 1024)
+    rehearsed, refused = laid_out(pairs, ["--loop.validation-samples=512"], 1024)
     paper = {f"prior {name}" for name in PRESETS["prior"] if name.startswith("paper")}
-    assert paper <= set(refused) and len(wanted) == len(pairs) - len(refused)
+    assert paper <= set(refused) and len(rehearsed) == len(pairs) - len(refused)
     assert all("validation_samples=512" in refused[name] for name in paper)
 
 
 @pytest.mark.world
 @pytest.mark.parametrize("settings", [TENSOR, PIPE])
 def test_what_matches_passes(settings: PriorTrain, pool: Pool) -> None:
-    found = rehearse("as it is", "prior", settings, pool)
-    assert found.matches, found.mismatch and found.mismatch.report()
-    assert found.operations > 150 and set(found.backends) == {"gloo", "nccl"}
+    result = rehearse("as it is", "prior", settings, pool)
+    assert result.matches, result.mismatch and result.mismatch.report()
+    assert result.operations > 150 and set(result.backends) == {"gloo", "nccl"}
 
 
 @pytest.mark.slow
 def test_texts_of_all_ranks_are_gathered_in_large_worlds(pool: Pool) -> None:
     ((_, _, settings),), _ = laid_out([("dvae", "tiny")], [], 5000)
-    found = rehearse("large", "dvae", settings, pool)
-    assert found.matches, found.mismatch and found.mismatch.report()
+    result = rehearse("large", "dvae", settings, pool)
+    assert result.matches, result.mismatch and result.mismatch.report()
 
 
 @pytest.mark.world
 def test_a_rank_that_fails_is_reported_with_its_error(pool: Pool) -> None:
-    found = rehearse("failing", "prior", TENSOR, pool, fails).mismatch
-    assert found is not None and found.kind == "failed"
-    assert "rank 3" in found.text and "ValueError: planted" in found.text
+    mismatch = rehearse("failing", "prior", TENSOR, pool, fails).mismatch
+    assert mismatch is not None and mismatch.kind == "failed"
+    assert "rank 3" in mismatch.text and "ValueError: planted" in mismatch.text
 
 
 def fails(task: RankTask, broker: Any) -> Sequence:
-    """A rank's loss cannot be computed."""
+    """The loss of one rank raises."""
     import models.prior as prior
 
     def loss(*_: Any, **__: Any) -> Any:
@@ -255,15 +257,15 @@ def fails(task: RankTask, broker: Any) -> Sequence:
 def test_the_verb_says_so_in_json(capsys: pytest.CaptureFixture[str]) -> None:
     rehearse_verb(["tiny", "--world", "16", "--engine.zero-stage=2", "--json"])
     *lines, last = capsys.readouterr().out.splitlines()
-    found = json.loads(last)
+    result = json.loads(last)
     assert "1 micro-batch a step" in lines[0] and " TB" not in lines[-1]
-    assert found["matches"] and found["mismatch"] is None
-    assert found["mesh"]["data"] == 16 and found["batch"] == 256
-    assert found["roles"] == 3 and found["calls"]["all_reduce"] > 0
+    assert result["matches"] and result["mismatch"] is None
+    assert result["mesh"]["data"] == 16 and result["batch"] == 256
+    assert result["roles"] == 3 and result["calls"]["all_reduce"] > 0
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["papr_12b"], "did you mean 'paper_12b'"),
         (["tiny", "--world", "no"], "no positive whole number"),
@@ -292,24 +294,24 @@ def test_the_verb_says_so_in_json(capsys: pytest.CaptureFixture[str]) -> None:
         (["tiny", "--order.lanes", "0", "--mesh.tensor", "0"], "(?s)mesh.data.*order.lanes and"),
     ],
 )
-def test_wrong_input_ends_in_exit_code_2(arguments: list[str], said: str) -> None:
-    with pytest.raises(TapirError, match=said) as found:
+def test_wrong_input_ends_in_exit_code_2(arguments: list[str], message: str) -> None:
+    with pytest.raises(TapirError, match=message) as caught:
         rehearse_verb(arguments)
-    assert found.value.exit_code == EXIT_WRONG_INPUT
+    assert caught.value.exit_code == EXIT_WRONG_INPUT
 
 
 def test_all_goes_on_past_presets_that_cannot_be_laid_out(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pairs = [("prior", name) for name in PRESETS["prior"]]
-    wanted, refused = laid_out(pairs, [], 8)
-    assert ("prior", "tiny") in [row[:2] for row in wanted]
+    rehearsed, refused = laid_out(pairs, [], 8)
+    assert ("prior", "tiny") in [row[:2] for row in rehearsed]
     assert "no multiple of the 16" in refused["prior paper_12b"]
     with pytest.raises(SystemExit) as ended:
         rehearse_verb(["all", "--stage=dvae", "--order.lanes=0", "--json"])
     assert ended.value.code == EXIT_WRONG_INPUT
-    found = json.loads(capsys.readouterr().out)
-    assert set(found["refused"]) == {f"dvae {name}" for name in PRESETS["dvae"]}
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["refused"]) == {f"dvae {name}" for name in PRESETS["dvae"]}
 
 
 def test_presets_grow_with_the_world() -> None:
@@ -362,25 +364,27 @@ def _played(*queues: list[CollectiveCall]) -> tuple[Outcome, Mismatch | None]:
 def test_stages_that_both_send_first_wait_for_each_other() -> None:
     first = [[_message("send", i + 2), _message("recv", i + 2)] for i in (0, 1)]
     second = [[_message("send", i), _message("recv", i)] for i in (0, 1)]
-    outcome, found = _played(*first, *second)
-    assert len(outcome.stuck) == 4 and found is not None and found.kind == "deadlock"
+    outcome, mismatch = _played(*first, *second)
+    assert len(outcome.stuck) == 4 and mismatch is not None and mismatch.kind == "deadlock"
     turned = [queue[::-1] for queue in second]
-    outcome, found = _played(*first, *turned)
-    assert outcome.whole and found is None and outcome.operations == 8
+    outcome, mismatch = _played(*first, *turned)
+    assert outcome.whole and mismatch is None and outcome.operations == 8
 
 
 def test_a_message_that_a_whole_stage_forgets_is_counted() -> None:
     first = [[_message("send", i + 2)] for i in (0, 1)]
     second = [[_message("recv", i)] * 2 for i in (0, 1)]
-    _, found = _played(*first, *second)
-    assert found is not None and found.kind == "missing message"
-    assert "rank 2 has 2 calls of recv for rank 0, which has 1 of send" in found.text
+    _, mismatch = _played(*first, *second)
+    assert mismatch is not None and mismatch.kind == "missing message"
+    assert "rank 2 has 2 calls of recv for rank 0, which has 1 of send" in mismatch.text
 
 
 def test_sizes_of_messages_and_of_groups_over_stages_are_compared() -> None:
     wrong = [_message("recv", 0, 16)], [_message("recv", 1, 16)]
-    outcome, found = _played([_message("send", 2)], [_message("send", 3)], *wrong)
-    assert outcome.unequal and found is not None and found.kind == "another size"
-    outcome, found = _played([_sum(0, 2)], [_sum(1, 3)], [_sum(0, 2, size=4)], [_sum(1, 3, size=4)])
-    assert found is not None and found.kind == "another size"
-    assert {side.rank for side in found.sides} == {0, 2}
+    outcome, mismatch = _played([_message("send", 2)], [_message("send", 3)], *wrong)
+    assert outcome.unequal and mismatch is not None and mismatch.kind == "another size"
+    outcome, mismatch = _played(
+        [_sum(0, 2)], [_sum(1, 3)], [_sum(0, 2, size=4)], [_sum(1, 3, size=4)]
+    )
+    assert mismatch is not None and mismatch.kind == "another size"
+    assert {side.rank for side in mismatch.sides} == {0, 2}

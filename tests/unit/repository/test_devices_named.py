@@ -1,4 +1,4 @@
-"""Every tensor says its device: a factory that does not makes one on the CPU, or on the default."""
+"""Every tensor factory names its device: one that does not uses the CPU or the default device."""
 
 import ast
 
@@ -14,15 +14,15 @@ FACTORIES = {
 
 def _bare(source: str) -> list[int]:
     """Lines of calls to torch's factories that name no device."""
-    found = []
+    lines = []
     for node in ast.walk(ast.parse(source)):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
             continue
         of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
         named = any(keyword.arg in ("device", None) for keyword in node.keywords)
         if of_torch and node.func.attr in FACTORIES and not named:
-            found.append(node.lineno)
-    return found
+            lines.append(node.lineno)
+    return lines
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ LINKS = {"stylesheet", "preconnect", "preload", "modulepreload", "prefetch", "dn
 
 
 class _Resources(HTMLParser):
-    """Collects what a page loads from elsewhere."""
+    """Collects the URLs that a page loads from other hosts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,15 +53,15 @@ class _Resources(HTMLParser):
 
 
 def outside_resources(site: Path) -> list[str]:
-    """What the pages and style sheets of a site load from another host."""
-    found = []
+    """The URLs that a site's pages and style sheets load from other hosts."""
+    urls = []
     for path in sorted(site.rglob("*.html")):
         page = _Resources()
         page.feed(path.read_text())
-        found += [f"{path.relative_to(site)}: {url}" for url in page.outside]
+        urls += [f"{path.relative_to(site)}: {url}" for url in page.outside]
     for path in sorted(site.rglob("*.css")):
-        found += [f"{path.relative_to(site)}: {url}" for url in IN_STYLES.findall(path.read_text())]
-    return found
+        urls += [f"{path.relative_to(site)}: {url}" for url in IN_STYLES.findall(path.read_text())]
+    return urls
 
 
 @pytest.mark.parametrize(

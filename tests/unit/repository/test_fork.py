@@ -1,4 +1,4 @@
-"""What the launcher preloads may ask for GPUs, but must not start CUDA: a fork could not use it."""
+"""Preloaded modules may count GPUs, but must not start CUDA: forks could not use it."""
 
 import json
 import subprocess
@@ -26,17 +26,17 @@ launch_and_report(sys.argv[1], sys.argv[2:])
 
 @pytest.mark.world
 def test_preloads_do_not_start_cuda(tmp_path: Path) -> None:
-    """With a build for CUDA, megatron-core asks whether there is a GPU while it is imported.
+    """In a CUDA build, megatron-core asks for GPUs during its import.
 
-    torch then asks NVML, and leaves CUDA alone, only if it is told so in the environment.
+    Only an environment variable makes torch ask NVML, which leaves CUDA alone.
     """
     environment = {k: v for k, v in ENVIRONMENT.items() if k != "PYTORCH_NVML_BASED_CUDA_CHECK"}
     command = [sys.executable, "-c", _RUN, str(tmp_path), *EVERYTHING]
     subprocess.run(command, check=True, env=environment, cwd=ROOT, timeout=300)
-    found = json.loads((tmp_path / "calls.json").read_text())
-    assert found["preloaded"] == EVERYTHING
-    assert set(found["calls"]) <= {"is_available", "device_count"}, found["calls"]
-    assert found["asks_nvml"], "a build for CUDA would ask CUDA itself, and poison the fork"
+    recorded = json.loads((tmp_path / "calls.json").read_text())
+    assert recorded["preloaded"] == EVERYTHING
+    assert set(recorded["calls"]) <= {"is_available", "device_count"}, recorded["calls"]
+    assert recorded["asks_nvml"], "a build for CUDA would ask CUDA itself, and poison the fork"
 
 
 _OPTIMISE = """
@@ -53,7 +53,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 
 @pytest.mark.world
 def test_an_optimiser_imports_nothing_in_each_rank() -> None:
-    """torch's imports torch._dynamo, which costs a rank more than all of its own start."""
+    """torch's optimisers import torch._dynamo, which takes longer than a rank's own start."""
     command = [sys.executable, "-c", _OPTIMISE, *PRELOAD, *modules_of("reference", False)]
     done = subprocess.run(
         command, check=True, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, timeout=300

@@ -1,4 +1,4 @@
-"""The house checks see what they are for, each with its file and line."""
+"""The house checks detect each violation, with its file and line."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What `make mutants` changes, how a diff is tried, and that a verdict outlives its run."""
+"""What `make mutants` changes, how a diff is tried, and when a verdict is reused."""
 
 import os
 import time
@@ -32,9 +32,9 @@ def f(x: int, y=0.5, *, mode: str = "a") -> int:
 
 
 def test_each_operator_sign_comparison_constant_default_and_keyword_is_changed() -> None:
-    found = mutants_of("x.py", SOURCE, frozenset())
-    changed = {apply(SOURCE, m).decode() for m in found}
-    assert len(changed) == len(found) == 14
+    mutants = mutants_of("x.py", SOURCE, frozenset())
+    changed = {apply(SOURCE, m).decode() for m in mutants}
+    assert len(changed) == len(mutants) == 14
     text = SOURCE.decode()
     for old, new in [
         ("WIDTH: int = 3", "WIDTH: int = 4"), ("y=0.5", "y=1.0"), ('"a"', "'a_'"),
@@ -54,9 +54,9 @@ def test_only_the_named_functions_of_a_file_are_changed() -> None:
 
 
 def test_there_are_at_least_two_thousand_and_all_of_them_compile() -> None:
-    found = all_mutants()
-    assert len(found) >= 2000 and len({(m.path, m.key) for m in found}) == len(found)
-    for mutant in found[::20]:
+    mutants = all_mutants()
+    assert len(mutants) >= 2000 and len({(m.path, m.key) for m in mutants}) == len(mutants)
+    for mutant in mutants[::20]:
         compile(apply(Path(mutant.path).read_bytes(), mutant), mutant.path, "exec")
 
 
@@ -134,7 +134,7 @@ def test_survivors_are_known_or_new(
 
 
 def test_what_others_take_of_a_core_is_not_a_forks_time() -> None:
-    """Four forks that need 0.3 s of one core each: the last ends after 1.2 s, and may have 0.9."""
+    """Four forks need 0.3 s of one core each: the last ends after 1.2 s, and its limit is 0.9 s."""
     core = min(os.sched_getaffinity(0))
 
     def work(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md quotes messages that the code can still say."""
+"""docs/troubleshooting.md quotes only messages that exist in the code."""
 
 import ast
 import re
@@ -20,23 +20,23 @@ PLACEHOLDER = re.compile(r"%[-+.0-9,]*[a-z]")
 
 @cache
 def _messages() -> tuple[str, ...]:
-    """All texts of the code, with ... where values stand."""
+    """All string literals of the code, with … in place of values."""
     files = [path for name in PACKAGES for path in (ROOT / name).rglob("*.py")]
     return tuple(text for path in files for text in _texts(ast.parse(path.read_text())))
 
 
 def _texts(tree: ast.AST) -> list[str]:
-    found = []
+    texts = []
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             parts = [str(x.value) if isinstance(x, ast.Constant) else "…" for x in node.values]
-            found.append("".join(parts))
+            texts.append("".join(parts))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found.append(PLACEHOLDER.sub("…", node.value).replace("%%", "%"))
-    return found
+            texts.append(PLACEHOLDER.sub("…", node.value).replace("%%", "%"))
+    return texts
 
 
-def _is_said(quote: str) -> bool:
+def _is_in_the_code(quote: str) -> bool:
     pattern = ".*".join(map(re.escape, quote.split("…")))
     return any(re.search(pattern, text, re.DOTALL) for text in _messages())
 
@@ -44,12 +44,12 @@ def _is_said(quote: str) -> bool:
 @pytest.mark.parametrize("quote", QUOTES)
 def test_a_quoted_message_is_in_the_code(quote: str) -> None:
     assert len(quote.replace("…", "").strip()) > 15, "too short to search for"
-    assert _is_said(quote)
+    assert _is_in_the_code(quote)
 
 
-def test_a_message_that_nobody_says_is_seen() -> None:
+def test_a_message_that_the_code_lacks_is_seen() -> None:
     assert len(QUOTES) > 40
-    assert not _is_said("the source … holds no pears: no images with captions…")
+    assert not _is_in_the_code("the source … holds no pears: no images with captions…")
 
 
 def test_the_page_is_linked() -> None:

@@ -1,4 +1,4 @@
-"""Commands as forks of a warm process end as those of a user do."""
+"""Commands run as forks of a warm process give the same results as a user's commands."""
 
 from pathlib import Path
 
@@ -23,11 +23,11 @@ def test_a_warm_command_ends_as_a_cold_one(
     monkeypatch.setattr(harness, "_cold", harness.COLD)
     given = [part.format(tmp=tmp_path) for part in arguments]
     cold = cold_tapir(*given, code=code)
-    assert _said(tapir(*given, code=code)) == _said(cold)
+    assert _output(tapir(*given, code=code)) == _output(cold)
     with pytest.raises(AssertionError, match=f"exit {code}, not 0"):
         tapir(*given)
 
 
-def _said(text: str) -> list[str]:
-    """Without what gloo says of a peer that has ended: the ranks race."""
+def _output(text: str) -> list[str]:
+    """Drops gloo's lines about ended peers, whose order varies."""
     return [line for line in text.splitlines() if not line.startswith("[")]

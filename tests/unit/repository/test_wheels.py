@@ -1,4 +1,4 @@
-"""Wheels for a GPU machine without a network: what is laid, what it weighs, how it is installed."""
+"""Wheels for a GPU machine without a network: which are collected, their size, the install."""
 
 import os
 import signal

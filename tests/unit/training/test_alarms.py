@@ -1,4 +1,4 @@
-"""What a run says in one line when it goes wrong slowly."""
+"""Warnings of one line about a run that degrades slowly."""
 
 import errno
 import json
@@ -42,39 +42,39 @@ def _row(used: float, of: int = 64) -> dict[str, float]:
 
 def test_a_dead_codebook_is_told_once_from_a_quarter_of_the_run_on(told: Any) -> None:
     settings = replace(dvae_tiny(), loop=LoopConfig(steps=1000))
-    found = _alarms(settings)
-    found.codes(_row(1), 249)
-    found.codes(_row(7), 250)
-    found.codes({"loss": 1.0}, 250)
+    alarms = _alarms(settings)
+    alarms.codes(_row(1), 249)
+    alarms.codes(_row(7), 250)
+    alarms.codes({"loss": 1.0}, 250)
     assert not told.messages
-    found.codes(_row(1), 250)
-    found.codes(_row(2), 500)
+    alarms.codes(_row(1), 250)
+    alarms.codes(_row(2), 500)
     assert len(told.messages) == 1
     assert "step 250: the dVAE uses 1 of its codes (1.6%" in told.messages[0]
     assert "--loop.seed" in told.messages[0] and "--model.codebook" in told.messages[0]
-    found.codes(_row(60), 600)
-    found.codes(_row(3), 700)
+    alarms.codes(_row(60), 600)
+    alarms.codes(_row(3), 700)
     assert len(told.messages) == 2
 
 
-def test_guard_codes_stops_a_run_that_has_steps_left(told: Any) -> None:
+def test_the_codebook_guard_stops_a_run_that_has_steps_left(told: Any) -> None:
     settings = replace(
         dvae_tiny(),
         loop=LoopConfig(steps=1000),
         guard=GuardConfig(min_codebook_usage=0.5, codebook_usage_after=0.1),
     )
-    found = _alarms(settings)
-    found.codes(_row(20), 99)
-    found.codes(_row(32), 100)
+    alarms = _alarms(settings)
+    alarms.codes(_row(20), 99)
+    alarms.codes(_row(32), 100)
     with pytest.raises(
         TrainingError, match=r"step 100: the dVAE uses 31 .*guard\.min_codebook_usage=0\.5"
     ):
-        found.codes(_row(31), 100)
-    found.codes(_row(31), 1000)  # trained to its end: the model is kept, with a word
+        alarms.codes(_row(31), 100)
+    alarms.codes(_row(31), 1000)  # a finished run keeps its model; this only warns
     assert len(told.messages) == 1
 
 
-def test_what_guard_codes_cannot_mean_is_refused_at_once() -> None:
+def test_an_invalid_codebook_guard_is_refused_at_once() -> None:
     asked = GuardConfig(min_codebook_usage=1.5)
     assert "guard.min_codebook_usage and guard.codebook_usage_after are shares" in "\n".join(
         asked.problems()
@@ -87,7 +87,7 @@ def test_what_guard_codes_cannot_mean_is_refused_at_once() -> None:
     assert "only a dVAE has codes" in "\n".join(prior.fixed_problems())
 
 
-def test_a_disk_without_room_for_two_checkpoints_is_told(told: Any, tmp_path: Path) -> None:
+def test_a_disk_too_full_for_two_checkpoints_is_warned_about(told: Any, tmp_path: Path) -> None:
     store = FolderStore(tmp_path / "not there yet" / "checkpoints")
     free = free_space(store)
     assert free is not None and free > 0
@@ -110,19 +110,19 @@ def test_a_checkpoint_s_bytes_are_weights_moments_and_average() -> None:
 def test_a_run_much_slower_than_its_plan_is_told_once(told: Any, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps({"time": {"compute": 0.75, "data": 0.25}}))
-    found = _alarms(PriorTrain(profile=ProfileConfig(plan=plan)))
+    alarms = _alarms(PriorTrain(profile=ProfileConfig(plan=plan)))
     for step in range(WARM):
-        found.pace(step, 100.0)
+        alarms.pace(step, 100.0)
     for step in range(WINDOW):
-        found.pace(step, 1.99)
+        alarms.pace(step, 1.99)
     assert not told.messages
     for step in range(WINDOW):
-        found.pace(step, 2.5)
+        alarms.pace(step, 2.5)
     assert len(told.messages) == 1
     assert "times the 1 s of" in told.messages[0] and "tapir profile" in told.messages[0]
 
 
-def test_a_plan_that_is_none_is_refused_before_the_first_step(tmp_path: Path) -> None:
+def test_an_invalid_plan_is_refused_before_the_first_step(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("[]")
     with pytest.raises(InputError, match="is no plan"):
         _alarms(PriorTrain(profile=ProfileConfig(plan=tmp_path / "plan.json")))
@@ -151,7 +151,7 @@ def test_ranks_that_share_cores_do_not_add_up() -> None:
 def test_rows_that_a_full_disk_did_not_take_are_written_later(
     tmp_path: Path, told: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Part of a row is written before the disk is full: that part goes, too."""
+    """The disk fills within a row: the partial row is removed as well."""
     folder = RunFolder(tmp_path, {}, writes=True)
     folder.begin(0)
     folder.log({"step": 1, "loss": 1.0})
@@ -168,7 +168,7 @@ def test_rows_that_a_full_disk_did_not_take_are_written_later(
 
 
 class _Full:
-    """A file on a disk that takes five more bytes."""
+    """A file on a disk with five bytes left."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -186,7 +186,7 @@ class _Full:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_said_with_what_to_do(
+def test_the_error_of_a_full_disk_tells_what_to_do(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = of_files(OSError(number, os.strerror(number), "/data/shard"))

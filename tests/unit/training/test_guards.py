@@ -1,4 +1,4 @@
-"""Guards: when an update is a spike, and that its history resumes exactly."""
+"""Guards: when an update is a spike, and that their history resumes exactly."""
 
 import json
 import math

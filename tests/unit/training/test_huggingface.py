@@ -1,4 +1,4 @@
-"""Models in one folder as on the Hugging Face hub, and back; and of runs that have not ended."""
+"""Export of models to one Hugging Face folder and import; also of unfinished runs."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def _write(folder: Path, stage: str, config: Any, network: torch.nn.Module, fact
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """Run folders of tiny models with keyed weights that belong together."""
+    """Run folders of matching tiny models with keyed weights."""
     folder = tmp_path / "runs"
     save_tokenizer(train_bpe(CAPTIONS, 280), folder / "bpe")
     tokenizer, text = load_tokenizer(folder / "bpe")
@@ -100,7 +100,7 @@ def test_other_libraries_read_the_folder(runs: Path, exported: Path) -> None:
         load_prior(runs / "prior")[0],
         load_clip(runs / "clip")[0],
     )
-    for stage, wanted in zip(STAGES, networks, strict=True):
+    for stage, expected in zip(STAGES, networks, strict=True):
         config = json.loads((exported / stage / "config.json").read_bytes())
         assert config["model_type"] == f"tapir-{stage}" and config["dtype"] == "float32"
         kind = KINDS[stage]
@@ -109,7 +109,7 @@ def test_other_libraries_read_the_folder(runs: Path, exported: Path) -> None:
             for parameter in mine.parameters():
                 parameter.zero_()
         load_torch_model(mine, exported / stage, strict=True)
-        pairs = zip(mine.parameters(), wanted.parameters(), strict=True)
+        pairs = zip(mine.parameters(), expected.parameters(), strict=True)
         assert all(a.equal(b) for a, b in pairs), stage
         for path in (exported / stage).glob("*.safetensors"):
             with safe_open(str(path), "pt") as file:
@@ -404,5 +404,5 @@ def test_an_unfinished_run_is_exported_as_if_it_had_ended(runs: Path, tmp_path: 
     _checkpoint(runs / "prior", str(run / "checkpoints"), 1)
     export_parts(find_parts(runs, {"prior": run}), tmp_path / "hub", GIGABYTE)
     import_parts(tmp_path / "hub", tmp_path / "back")
-    mine, wanted = (path / "prior/model.safetensors" for path in (tmp_path / "back", runs))
-    assert mine.read_bytes() == wanted.read_bytes()
+    mine, expected = (path / "prior/model.safetensors" for path in (tmp_path / "back", runs))
+    assert mine.read_bytes() == expected.read_bytes()

@@ -1,4 +1,4 @@
-"""More pins that a run of `make mutants` asked for: ends, defaults, and what is not a number."""
+"""More pins that `make mutants` asked for: ends of ranges, defaults and non-finite numbers."""
 
 import json
 import math
@@ -86,10 +86,10 @@ def test_id_0_is_a_word_and_pads_are_none() -> None:
     clip = Clip(ClipConfig(pixels=8, patch=4, dim=32, heads=2, layers=1, text_vocabulary=9), 3)
     text = torch.full((3, 24), -1)
     text[:, 0] = torch.tensor([0, 1, 2])
-    found = clip.embed_text(text)
-    assert float((found[0] - found[1]).norm()) > 1e-3
+    embedded = clip.embed_text(text)
+    assert float((embedded[0] - embedded[1]).norm()) > 1e-3
     clip.words.weight[0] = torch.randn(32, generator=torch.Generator().manual_seed(0))
-    assert clip.embed_text(text)[1:].allclose(found[1:], atol=1e-6)
+    assert clip.embed_text(text)[1:].allclose(embedded[1:], atol=1e-6)
 
 
 @torch.no_grad()
@@ -119,11 +119,11 @@ def test_the_largest_draw_is_finite_and_blocks_hold_eight(monkeypatch: pytest.Mo
     assert noise._signed(2**63 - 1) == 2**63 - 1 and noise._signed(1) == 1
     ends = torch.tensor([[0, 2**32 - 1]])
     monkeypatch.setattr(noise, "draw_bits", lambda *_: ends)
-    found = noise.gumbel_noise(keys, (2,))[0].tolist()
-    assert found == pytest.approx([-3.1300, 22.8739], abs=1e-4)  # -ln(33 ln 2), 33 ln 2
+    draws = noise.gumbel_noise(keys, (2,))[0].tolist()
+    assert draws == pytest.approx([-3.1300, 22.8739], abs=1e-4)  # -ln(33 ln 2), 33 ln 2
 
 
-def test_the_head_s_way_back_is_in_16_bits_under_bf16_alone() -> None:
+def test_the_heads_backward_is_in_16_bits_only_under_bf16() -> None:
     class Noted(nn.Module):
         def forward(self, x: Tensor, half: bool) -> Tensor:
             seen.append(half)
@@ -146,7 +146,7 @@ def test_the_head_s_way_back_is_in_16_bits_under_bf16_alone() -> None:
 
 @pytest.mark.parametrize("kind", [AdamW, AdamW16])
 def test_an_epsilon_and_no_decay_of_its_own(kind: Any) -> None:
-    """A gradient of 1 and an epsilon of 1: half of the rate; one of 0 moves nothing."""
+    """A gradient of 1 with epsilon 1 moves half of the rate; a gradient of 0 moves nothing."""
     weights = [nn.Parameter(torch.full((2,), 3.0)) for _ in range(2)]
     optimizer = kind([{"params": weights}], lr=0.5, betas=(0.9, 0.96), eps=1.0)
     weights[0].grad, weights[1].grad = torch.ones(2), torch.zeros(2)
@@ -169,7 +169,7 @@ def test_a_cap_below_one_acts_on_gradients_below_one() -> None:
 def test_variances_are_touched_only_where_they_could_pass_the_cap(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """2^2 / 2 is a cap of 2 exactly; without a cap nobody looks at the largest gradient."""
+    """2^2 / 2 equals a cap of 2; without a cap the largest gradient is not computed."""
     weight = nn.Parameter(torch.ones(3))
     groups = [{"params": [weight]}]
     weight.grad = torch.full((3,), 2.0)
@@ -196,8 +196,8 @@ def test_what_is_not_a_number_comes_back_as_zero() -> None:
     shards = [MatrixShard(name="w", rows=3, columns=4)]
     power = PowerSGD(shards, rank=1, seed=0, group=None, device=CPU)
     bad = torch.tensor([math.nan, math.inf, -math.inf, 2.0])
-    found = power.reduce({"w": torch.ones(3, 4), "b": bad})
-    assert found.gradients["b"].tolist() == [0.0, 0.0, 0.0, 2.0]
+    reduced = power.reduce({"w": torch.ones(3, 4), "b": bad})
+    assert reduced.gradients["b"].tolist() == [0.0, 0.0, 0.0, 2.0]
     huge = power.reduce({"w": torch.full((3, 4), 3e38), "b": torch.ones(1)})
     assert huge.norm_squared == math.inf
 
@@ -243,7 +243,7 @@ def test_validation_pictures_are_looked_at_in_parts(
 @torch.no_grad()
 @pytest.mark.parametrize("start", ["calibrated", "paper"])
 def test_a_dvae_is_calibrated_where_its_start_says_so(start: Any, tmp_path: Path) -> None:
-    """On the first pictures of the train split; else its weights are those that were drawn."""
+    """On the first pictures of the train split; otherwise it keeps its drawn weights."""
     store, shards = FolderStore(tmp_path), {}
     for split in SPLITS:
         writer = RawWriter(store, split, PackConfig(block=2))
@@ -266,8 +266,8 @@ def test_a_dvae_is_calibrated_where_its_start_says_so(start: Any, tmp_path: Path
         expected.calibrate(first)
         deviations = task.dvae.logits(first).std((0, 2, 3))
         assert deviations.tolist() == pytest.approx([1.0] * 5, rel=1e-4)
-    found = task.dvae.state_dict()
-    assert all(found[name].equal(value) for name, value in expected.state_dict().items())
+    state = task.dvae.state_dict()
+    assert all(state[name].equal(value) for name, value in expected.state_dict().items())
 
 
 def test_captions_stand_at_the_edge_of_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:

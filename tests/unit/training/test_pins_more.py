@@ -102,10 +102,10 @@ def test_captions_are_drawn_in_training_alone_and_bad_pictures_replaced(
     record = SimpleNamespace(
         caption="a", captions=["a", "bc"], drawn_caption=lambda seed, step: f"{seed}{step}"
     )
-    found = task.batch([cast(RawRecord, record)], 5)
-    assert found["text"].tolist() == [[ord("3"), ord("5"), -1]]
-    assert found["pixels"].shape == (1, 3, 4, 4)
-    assert found["pixels"].unique().tolist() == pytest.approx([0.2])
+    batch = task.batch([cast(RawRecord, record)], 5)
+    assert batch["text"].tolist() == [[ord("3"), ord("5"), -1]]
+    assert batch["pixels"].shape == (1, 3, 4, 4)
+    assert batch["pixels"].unique().tolist() == pytest.approx([0.2])
     assert task.batch([cast(RawRecord, record)], 5, False)["text"].tolist() == [[97, -1, -1]]
     assert sources == ["t", "v"]
     assert task.text_lengths([cast(RawRecord, record)]) == [1, 2]
@@ -229,7 +229,7 @@ def test_no_table_gives_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class _Stored:
-    """A checkpoint of error buffers and a basis; notes what is asked for."""
+    """A checkpoint of error buffers and a basis; records the requests."""
 
     def __init__(self, kinds: dict[str, Tensor], shape: tuple[int, ...]) -> None:
         self._kinds, self._shape = kinds, shape
@@ -312,7 +312,7 @@ def test_bytes_of_a_decoder_are_its_weights() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("layers", [2, 4])
 def test_the_step_in_one_shape_for_all_positions_equals_the_plain_one(layers: int) -> None:
-    """What GPUs compile: every position reads as many slots, some of which only fill up."""
+    """The step that GPUs compile: every position reads the same number of slots, padded."""
     config = replace(CONFIG, layers=layers)
     prior, batch = trained_like(config), prior_batch()
     plain, padded = (Decoder(LocalPrior(layers=prior, config=config)) for _ in range(2))
@@ -320,22 +320,22 @@ def test_the_step_in_one_shape_for_all_positions_equals_the_plain_one(layers: in
     lanes = [d.start(batch["text"], batch["image"][:, :0], 1) for d in (plain, padded)]
     for position in range(16):
         before = batch["image"][:, max(position - 1, 0)]
-        found = [d.next(lane, position, before) for d, lane in zip((plain, padded), lanes)]  # noqa: B905
-        assert found[0] is not None and found[1] is not None
-        torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
+        logits = [d.next(lane, position, before) for d, lane in zip((plain, padded), lanes)]  # noqa: B905
+        assert logits[0] is not None and logits[1] is not None
+        torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_only_fp32_draws_are_made_again_by_themselves(
+def test_only_fp32_near_ties_are_drawn_again(
     precision: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from generation.sampling import draw as choosing
 
     monkeypatch.setattr(choosing, "CLOSE", 0.5)
     decoder, asked = Decoder(LocalPrior(layers=trained_like(), config=CONFIG), precision), []
-    canonical = decoder.canonical_logits
+    recompute = decoder.canonical_logits
     monkeypatch.setattr(
-        decoder, "canonical_logits", lambda *given: asked.append(1) or canonical(*given)
+        decoder, "canonical_logits", lambda *given: asked.append(1) or recompute(*given)
     )
     keys = [[(1, "a", i) for i in range(3)]]
     list(Sampler(decoder).draw(prior_batch()["text"][:1], cast(Any, keys), DrawSettings()))

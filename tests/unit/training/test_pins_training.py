@@ -1,4 +1,4 @@
-"""What a step is given, by hand: rate, temperature, beta, batches, averages, figures."""
+"""Inputs of a step, computed by hand: rate, temperature, beta, batches, averages, figures."""
 
 import math
 from collections.abc import Iterator
@@ -48,7 +48,7 @@ from training.trainer import Run
 
 
 class _Engine:
-    """Notes what it is given."""
+    """Records its inputs."""
 
     def __init__(self) -> None:
         self.given: list[tuple[list[Any], float]] = []
@@ -59,7 +59,7 @@ class _Engine:
 
 
 def _run(step: int, halved: int, optim: OptimConfig, accumulate: int = 1) -> Any:
-    """A run, of which only what `one_step` asks for is there."""
+    """A run with only the attributes that `one_step` reads."""
     run = object.__new__(Run)
     run.settings = cast(
         Any,
@@ -235,7 +235,7 @@ def test_defaults_of_what_is_trained() -> None:
     assert StepResult(losses={}, grad_norm=0.0).skipped == ""
 
 
-def test_a_branch_is_recomputed_only_where_gradients_are_wanted() -> None:
+def test_a_branch_is_recomputed_only_if_gradients_are_needed() -> None:
     layer, calls = Recomputed(), []
 
     def branch(x: Tensor) -> Tensor:
@@ -257,7 +257,7 @@ def test_a_branch_is_recomputed_only_where_gradients_are_wanted() -> None:
 
 
 class _Slices:
-    """An engine that holds one matrix; and, as a checkpoint, what is stored of it."""
+    """An engine with one matrix, and a checkpoint of it."""
 
     def __init__(self) -> None:
         self.data, self.kinds_stored = torch.zeros(3), ["master"]
@@ -276,7 +276,7 @@ class _Slices:
 
 
 def test_an_average_by_hand() -> None:
-    """0, then a quarter of the way to 4, then to 8: 1, 2.75; steps in between do not count."""
+    """0, then a quarter towards 4, then towards 8: 1, 2.75; steps in between are ignored."""
     engine = _Slices()
     average = Average(cast(Any, engine), OptimConfig(ema=0.75, ema_every=2), CPU)
     for step, value in ((1, 50.0), (2, 4.0), (3, 50.0), (4, 8.0)):
@@ -314,10 +314,10 @@ def _prior_task(drop: float) -> PriorTask:
 
 def test_token_batches_by_hand() -> None:
     records = [_token(0, [1, 2, 3, 4], [3, 2, 1, 0]), _token(1, [], [1, 1, 1, 1])]
-    found = token_batch(records, 3)
-    assert found["text"].tolist() == [[1, 2, 3], [-1, -1, -1]]
-    assert found["image"].tolist() == [[3, 2, 1, 0], [1, 1, 1, 1]]
-    assert found["text"].dtype == found["image"].dtype == torch.int64
+    batch = token_batch(records, 3)
+    assert batch["text"].tolist() == [[1, 2, 3], [-1, -1, -1]]
+    assert batch["image"].tolist() == [[3, 2, 1, 0], [1, 1, 1, 1]]
+    assert batch["text"].dtype == batch["image"].dtype == torch.int64
     assert pad_text([[5]], 2).tolist() == [[5, -1]]
 
 
@@ -420,9 +420,9 @@ def test_pictures_of_a_step_are_crops_by_key_and_squares_in_validation() -> None
     task, record = _dvae_task(), _picture(3)
     image = decode_rgb(record.image, "x")
     expected = dvae_crop(image, 8, keyed_rng(11, 7, "p3", "augment"))
-    found = task.batch([record], 7)["pixels"]
-    assert found.shape == (1, 3, 8, 8)
-    assert (found[0].permute(1, 2, 0) * 255).round().byte().numpy().tolist() == expected.tolist()
+    pixels = task.batch([record], 7)["pixels"]
+    assert pixels.shape == (1, 3, 8, 8)
+    assert (pixels[0].permute(1, 2, 0) * 255).round().byte().numpy().tolist() == expected.tolist()
     middle = square(image, 8).tolist()
     for batch in (task.batch([record], 7, False), _dvae_task(augment=False).batch([record], 7)):
         assert (batch["pixels"][0].permute(1, 2, 0) * 255).round().byte().tolist() == middle
@@ -430,8 +430,8 @@ def test_pictures_of_a_step_are_crops_by_key_and_squares_in_validation() -> None
 
 @torch.no_grad()
 def test_figures_of_a_dvae_by_hand() -> None:
-    """Every picture's codes are 0, 0, 0, 1 and its reconstruction is 0.1 off: 20 dB; 100 dB stand
-    for one that is not off at all. 2 of 5 codes are used, or of the 4 that one picture has.
+    """Every picture has codes 0, 0, 0, 1 and a reconstruction error of 0.1: 20 dB; a perfect one
+    counts as 100 dB. 2 codes are used, of 5, or of the 4 that one picture holds.
     """
     task = _dvae_task()
     task.model_config = replace(task.model_config, pixels=4, groups=2, codebook=5)
@@ -473,7 +473,7 @@ def test_figures_of_a_dvae_by_hand() -> None:
 def test_pairs_of_all_ranks_are_compared_and_gradients_come_back(tmp_path: Path) -> None:
     """Two ranks with two pairs each against one process with all four.
 
-    The gather's gradient is asked for directly: a fork may not use autograd's engine.
+    The gather's backward is called directly: a fork must not use autograd's engine.
     """
     draws = torch.Generator().manual_seed(5)
     images, texts = torch.randn(2, 4, 3, generator=draws)
@@ -482,10 +482,10 @@ def test_pairs_of_all_ranks_are_compared_and_gradients_come_back(tmp_path: Path)
     def losses(world: World, rows: slice) -> tuple[float, float]:
         program = clip_program(cast(Any, torch.nn.Identity()), world)
         output = (images[rows], texts[rows], torch.tensor(2.0))
-        found = program.loss(output, {"text": captions[rows]})["loss"]
+        loss = program.loss(output, {"text": captions[rows]})["loss"]
         with torch.no_grad():
             alone = program.loss(output, {"text": captions[rows]})["loss"]
-        return float(found), float(alone)
+        return float(loss), float(alone)
 
     def rank(number: int) -> Any:
         world = World(rank=number, size=2, group=dist.group.WORLD, device=CPU)

@@ -1,4 +1,4 @@
-"""Where time goes: what belongs to whom, the files it is kept in, and what is said about it."""
+"""Accounting of step time: owners of each moment, the files, the warnings."""
 
 import json
 import time
@@ -50,7 +50,7 @@ ALL_REDUCE = Operation("data", "all_reduce", 8)
 
 
 class _Ticks:
-    """A clock by which every stretch takes one second."""
+    """A clock in which every interval takes one second."""
 
     def __init__(self, account: Callable[[Owner, float], None]) -> None:
         self._account = account
@@ -74,10 +74,10 @@ def test_each_moment_belongs_to_the_innermost_owner() -> None:
     with Stretch(line, VALIDATION), Stretch(line, ALL_REDUCE):
         pass
     line.cut(lambda: None)
-    found = _named(accounts.take_step())
-    assert found == {COMPUTE: 2, DATA: 2, OPTIMIZER: 1, VALIDATION: 3, OTHER: 3}
+    accounted = _named(accounts.take_step())
+    assert accounted == {COMPUTE: 2, DATA: 2, OPTIMIZER: 1, VALIDATION: 3, OTHER: 3}
     assert accounts.take_row() == (
-        [found.get(name, 0) for name in CATEGORIES],
+        [accounted.get(name, 0) for name in CATEGORIES],
         {"data": {"all_reduce": 2}},
     )
     assert _named(accounts.take_step()) == {}
@@ -104,12 +104,12 @@ def test_waits_between_stages_are_bubble_beyond_the_shortest() -> None:
     accounts.add(norm, 0.3)
     accounts.add(norm, 0.7)
     accounts.add(Operation("tensor", "all_reduce", 8), 1.0)
-    found = _named(accounts.take_step())
-    assert found == pytest.approx({PIPELINE: 0.7 + 0.2 + 0.6, BUBBLE: 0.3 + 0.4, TENSOR: 1.0})
+    accounted = _named(accounts.take_step())
+    assert accounted == pytest.approx({PIPELINE: 0.7 + 0.2 + 0.6, BUBBLE: 0.3 + 0.4, TENSOR: 1.0})
 
 
 def test_the_wait_for_a_handle_counts_as_its_operation(tmp_path: Path) -> None:
-    """A real process group, of one rank; parts of an operation are not timed again."""
+    """A real process group of one rank; nested operations are not timed twice."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     seen: list[tuple[str, str, int]] = []
 
@@ -147,9 +147,9 @@ def test_a_ring_keeps_the_last_steps(tmp_path: Path) -> None:
     for step in range(1, RECORDS + 11):
         ring.add(step, [float(step)] * len(CATEGORIES))
     ring.close()
-    (found,) = read_rings(tmp_path)
-    assert (found.steps[0], found.steps[-1], len(found.steps)) == (11, RECORDS + 10, RECORDS)
-    assert (found.seconds == found.steps[:, None]).all()
+    (rows,) = read_rings(tmp_path)
+    assert (rows.steps[0], rows.steps[-1], len(rows.steps)) == (11, RECORDS + 10, RECORDS)
+    assert (rows.seconds == rows.steps[:, None]).all()
 
 
 def test_a_resumed_ring_forgets_what_came_after(tmp_path: Path) -> None:
@@ -212,10 +212,10 @@ def test_warnings_come_with_what_to_do() -> None:
     settings = prior_tiny()
     assert warnings_for(settings, shares, {0: 1.0, 1: 1.0}) == []
     bad = {**shares, DATA_WAIT: 0.2, BUBBLE: 0.3, "checkpoint": 0.1, OTHER: 0.15}
-    found = warnings_for(settings, bad, {0: 1.0, 1: 1.8, 3: 1.0})
-    assert len(found) == 5 and found[0].startswith("rank 1 takes 1.80 times")
-    assert "--engine.gradient-accumulation-steps" in found[1] and "--loader.prefetch 32" in found[2]
-    assert f"--checkpoint.every {2 * settings.checkpoint.every}" in found[4]
+    texts = warnings_for(settings, bad, {0: 1.0, 1: 1.8, 3: 1.0})
+    assert len(texts) == 5 and texts[0].startswith("rank 1 takes 1.80 times")
+    assert "--engine.gradient-accumulation-steps" in texts[1] and "--loader.prefetch 32" in texts[2]
+    assert f"--checkpoint.every {2 * settings.checkpoint.every}" in texts[4]
 
 
 def test_the_heat_map_shows_the_slow_rank() -> None:
@@ -231,12 +231,12 @@ def test_the_heat_map_shows_the_slow_rank() -> None:
 def test_peers_are_the_other_ranks_of_the_stage(ranks: int) -> None:
     work = np.random.default_rng(ranks).integers(1, 5, (ranks, 6)).astype(float)
     stages = np.array([0] * ranks + [1])
-    found = over_peers(np.vstack([work, work[:1]]), stages)
-    assert (found[-1] == 1).all()
+    ratios = over_peers(np.vstack([work, work[:1]]), stages)
+    assert (ratios[-1] == 1).all()
     for rank in range(ranks):
         others = np.delete(work, rank, 0)
-        wanted = work[rank] / np.median(others, 0) if ranks > 1 else np.ones(6)
-        assert found[rank] == pytest.approx(wanted)
+        expected = work[rank] / np.median(others, 0) if ranks > 1 else np.ones(6)
+        assert ratios[rank] == pytest.approx(expected)
 
 
 def test_flops_are_those_of_the_real_models() -> None:
@@ -279,8 +279,8 @@ def test_wrong_settings_are_refused(wrong: dict[str, object]) -> None:
 
 def test_tensorboard_reads_what_a_run_wrote(dvae: Path) -> None:
     events = EventAccumulator(str(dvae / "tensorboard"), {"histograms": 0}).Reload()
-    wanted = {"train/loss", "train/memory_bytes", "train/data_wait_fraction", "time/compute"}
-    assert wanted <= set(events.Tags()["scalars"])
+    expected = {"train/loss", "train/memory_bytes", "train/data_wait_fraction", "time/compute"}
+    assert expected <= set(events.Tags()["scalars"])
     assert events.Scalars("time/compute")[-1].value > 0
     codes = events.Histograms("codebook")[-1].histogram_value
     assert codes.num > 0 and codes.max < dvae_tiny().model.codebook

@@ -1,4 +1,4 @@
-"""What `tapir profile` reads of run folders, whole and damaged, of plans and of its flags."""
+"""`tapir profile`: reads run folders, whole and damaged, plans and its own flags."""
 
 import json
 from dataclasses import replace
@@ -34,10 +34,10 @@ SLOT = 16 + 4 * len(CATEGORIES)
 
 
 def _plan_of_run(settings: PriorTrain, **changed: Any) -> dict[str, Any]:
-    """What a plan says of the way in which these settings train."""
+    """A plan file with the layout of these settings."""
     engine, mesh = settings.engine, settings.mesh
     parts = {"compute": 1.0, "compress": 0.5, "gradients": 2.0, "weights": 1.0, "update": 0.25}
-    way = {
+    layout = {
         "mesh": dict(vars(mesh)),
         "engine": engine.name,
         "gradient_accumulation_steps": engine.gradient_accumulation_steps,
@@ -51,8 +51,8 @@ def _plan_of_run(settings: PriorTrain, **changed: Any) -> dict[str, Any]:
         "compress_rank": settings.compress.rank,
         "seconds": {**parts, "results": 0.125, "overhead": 3.0, "bubble": 4.0, "crowding": 8.0},
     }
-    other = {**way, "mesh": {**way["mesh"], "data": 1}, "engine": "reference"}
-    alternatives = [{**way, **{k: v for k, v in changed.items() if k in way}}]
+    other = {**layout, "mesh": {**layout["mesh"], "data": 1}, "engine": "reference"}
+    alternatives = [{**layout, **{k: v for k, v in changed.items() if k in layout}}]
     head = {"gpu": "h100", "parameters": prior_parameters(settings.model).total}
     whole = {**head, "best": other, "alternatives": alternatives}
     return {**whole, **{k: v for k, v in changed.items() if k in whole}}
@@ -62,13 +62,13 @@ MESHED = replace(prior_tiny(), mesh=MeshConfig(pipeline=2, data=2))
 MESHED = replace(MESHED, model=replace(MESHED.model, text_vocabulary=300, image_vocabulary=64))
 
 
-def test_a_plan_is_read_for_the_way_of_the_run(tmp_path: Path) -> None:
+def test_a_plan_is_read_for_the_layout_of_the_run(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(_plan_of_run(MESHED)))
-    found = read_plan(path, MESHED, on_gpu=True)
-    wanted = {COMPUTE: 9.5, DATA: 3.0, OPTIMIZER: 0.25, PIPELINE: 0.125, OTHER: 3.0, BUBBLE: 4.0}
-    assert {name: value for name, value in found.seconds.items() if value} == wanted
-    assert found.gpu == "h100"
+    plan = read_plan(path, MESHED, on_gpu=True)
+    expected = {COMPUTE: 9.5, DATA: 3.0, OPTIMIZER: 0.25, PIPELINE: 0.125, OTHER: 3.0, BUBBLE: 4.0}
+    assert {name: value for name, value in plan.seconds.items() if value} == expected
+    assert plan.gpu == "h100"
 
 
 def test_a_plan_with_old_names_is_read(tmp_path: Path) -> None:
@@ -117,9 +117,9 @@ def test_what_cannot_be_profiled_is_refused(dvae: Path, tmp_path: Path) -> None:
         ([str(tmp_path), "--trace-next=1"], "is no run folder"),
         ([str(dvae), f"--plan={plan}"], "is no plan"),
     ):
-        with pytest.raises(TapirError, match=words) as found:
+        with pytest.raises(TapirError, match=words) as caught:
             profile(arguments)
-        assert found.value.exit_code == EXIT_WRONG_INPUT
+        assert caught.value.exit_code == EXIT_WRONG_INPUT
     with pytest.raises(IsADirectoryError) as folder:
         profile([str(dvae), f"--html={tmp_path}"])
     assert folder.value.filename == str(tmp_path)
@@ -145,7 +145,7 @@ def test_a_damaged_config_is_named(body: str, words: str, tmp_path: Path) -> Non
 
 
 def _run_of(folder: Path, ranks: int, steps: int, log_every: int = 1) -> Path:
-    """A run folder as a prior of some ranks leaves it."""
+    """The run folder of a prior on some ranks."""
     mesh = replace(MESHED, mesh=MeshConfig(data=ranks), order=OrderConfig(lanes=ranks))
     settings = replace(mesh, loop=replace(mesh.loop, global_batch_size=4 * ranks, steps=20))
     body = json.dumps({"stage": "prior", **to_json(settings)})

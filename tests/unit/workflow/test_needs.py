@@ -1,4 +1,4 @@
-"""What later steps and stages need is asked for before the first step."""
+"""Requirements of later steps and stages are checked before the first step."""
 
 import json
 import re
@@ -61,7 +61,7 @@ WIDE = {"order": OrderConfig(lanes=128), "loop": LoopConfig(global_batch_size=12
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         (PriorTrain(loop=LoopConfig(validation_samples=4)), "validation_samples=4 is less than"),
         (DVAETrain(engine=EngineConfig(precision="fp16")), "precision=fp16 needs a gradient scale"),
@@ -91,8 +91,8 @@ WIDE = {"order": OrderConfig(lanes=128), "loop": LoopConfig(global_batch_size=12
         (PriorTrain(out=Path("s3://bucket/x")), "out='s3:/bucket/x' must be a folder"),
     ],
 )
-def test_what_would_end_a_run_later_is_a_problem(settings: StageConfig, said: str) -> None:
-    assert [text for text in settings.problems() if said in text]
+def test_what_would_end_a_run_later_is_a_problem(settings: StageConfig, message: str) -> None:
+    assert [text for text in settings.problems() if message in text]
 
 
 def test_fp16_compression_and_a_best_checkpoint_stay_where_they_work() -> None:
@@ -134,9 +134,9 @@ def test_plan_train_and_rehearse_name_it_before_step_1(
     preset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cli.train.train_stage", _refuse_a_start)
-    with pytest.raises(ConfigError, match=PLANTED) as found:
+    with pytest.raises(ConfigError, match=PLANTED) as caught:
         train(["prior", preset, FLAG])
-    assert found.value.exit_code == EXIT_WRONG_INPUT
+    assert caught.value.exit_code == EXIT_WRONG_INPUT
     _, refused = laid_out([("prior", preset), ("dvae", "paper_dvae")], [FLAG], 1024)
     assert list(refused) == [f"prior {preset}"] and PLANTED in refused[f"prior {preset}"]
     planted = _planted(PRESETS["prior"][preset]())
@@ -147,7 +147,7 @@ def test_plan_train_and_rehearse_name_it_before_step_1(
 
 
 def _refuse_a_start(stage: str, settings: StageConfig) -> None:
-    """`train_stage`, but whatever gets past its first line is a failure of the test."""
+    """Replaces `train_stage`: a test fails if the verb gets past its first line."""
     from core.config import check
 
     check(settings.problems())
@@ -155,7 +155,7 @@ def _refuse_a_start(stage: str, settings: StageConfig) -> None:
 
 
 def run_file(folder: Path, **stages: Any) -> Path:
-    """A run of some stages, which looks for data in the folder."""
+    """A run file with some stages and data in the folder."""
     body = {"name": "run", "out": str(folder / "out"), "store": str(folder), "stages": stages}
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(body))
@@ -169,7 +169,7 @@ SMALL: dict[str, Any] = {"preset": "small", "flags": {"model.pixels": 32}}
 
 
 @pytest.mark.parametrize(
-    ("stages", "said"),
+    ("stages", "message"),
     [
         ({"prior": PAPER}, f"stages.prior: {PLANTED}"),
         ({"pack": SHAPES, "dvae": SMALL}, "has about 30 pairs, .* one for each of order.lanes=64"),
@@ -200,11 +200,11 @@ SMALL: dict[str, Any] = {"preset": "small", "flags": {"model.pixels": 32}}
     ],
 )
 def test_a_chain_is_refused_for_what_a_later_stage_needs(
-    tmp_path: Path, stages: dict[str, Any], said: str
+    tmp_path: Path, stages: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(TapirError, match=said) as found:
+    with pytest.raises(TapirError, match=message) as caught:
         submit([str(run_file(tmp_path, **stages)), "--dry-run"])
-    assert found.value.exit_code == EXIT_WRONG_INPUT and not (tmp_path / "out").exists()
+    assert caught.value.exit_code == EXIT_WRONG_INPUT and not (tmp_path / "out").exists()
 
 
 def test_filters_of_pack_are_flags_of_a_run_file(
@@ -213,13 +213,13 @@ def test_filters_of_pack_are_flags_of_a_run_file(
     flags = {"min_side": 32, "english": True, "aspect": 2}
     file = run_file(tmp_path, pack={"source": "/data", "flags": flags}, dvae={}, tokenize={})
     submit([str(file), "--dry-run"])
-    said = capsys.readouterr().out
-    assert "--aspect=2 --english --min-side=32" in said
+    printed = capsys.readouterr().out
+    assert "--aspect=2 --english --min-side=32" in printed
 
 
 @pytest.fixture
 def packed(raw: Path, tokens: Path, tmp_path: Path) -> Path:
-    """A store in which the 600 pairs and their tokens are."""
+    """A store with 600 pairs and their tokens."""
     (tmp_path / "raw").symlink_to(raw)
     (tmp_path / "tokens").symlink_to(tokens)
     return tmp_path
@@ -231,12 +231,12 @@ def test_submit_names_a_packed_split_that_is_too_small(
     wide = {"order.lanes": 128, "loop.global_batch_size": 128}
     stages = {name: {"flags": {**wide, "mesh.data": 1}} for name in ("dvae", "clip")}
     prior = {"flags": {**wide, "model.grid": 9}}
-    with pytest.raises(ConfigError) as found:
+    with pytest.raises(ConfigError) as caught:
         submit([str(run_file(packed, **stages, prior=prior)), "--dry-run"])
-    said, held_out = str(found.value), _held_out(packed / "raw")
+    message, held_out = str(caught.value), _held_out(packed / "raw")
     for stage in ("dvae", "clip", "prior"):
-        assert f"stages.{stage}: the validation split of {packed}/" in said
-    assert said.count(f"has {held_out} pairs") == 3 and "model.grid=9 is not that of" in said
+        assert f"stages.{stage}: the validation split of {packed}/" in message
+    assert message.count(f"has {held_out} pairs") == 3 and "model.grid=9 is not that of" in message
     (packed / "tokens").unlink()
     with pytest.raises(ConfigError, match=r"stages.prior: the validation split of .*/raw has"):
         submit([str(run_file(packed, tokenize={}, prior={"flags": wide})), "--dry-run"])
@@ -246,7 +246,7 @@ def test_submit_names_a_packed_split_that_is_too_small(
 
 
 @pytest.mark.parametrize(
-    ("stages", "said"),
+    ("stages", "message"),
     [
         ({"prior": {}}, r"prior needs tokens from .*/tokens: .* add tokenize"),
         (
@@ -259,19 +259,19 @@ def test_submit_names_a_packed_split_that_is_too_small(
     ],
 )
 def test_inputs_that_nobody_makes_are_refused_before_anything_is_sent(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, stages: dict[str, Any], said: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, stages: dict[str, Any], message: str
 ) -> None:
     file = run_file(tmp_path, **stages)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         submit([str(file)])
     assert not (tmp_path / "out").exists()
     submit([str(file), "--dry-run"])
-    assert re.search(said + ".* without --dry-run this is refused", caplog.text)
+    assert re.search(message + ".* without --dry-run this is refused", caplog.text)
     run = read_runfile(file)
-    assert not missing_inputs(run, settings_of_stages(run), "kubernetes")  # volumes of elsewhere
+    assert not missing_inputs(run, settings_of_stages(run), "kubernetes")  # not its volumes
 
 
-def test_submit_says_nothing_of_a_store_that_is_out_of_reach(
+def test_submit_ignores_a_store_that_is_out_of_reach(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -295,12 +295,12 @@ def test_a_run_on_too_small_a_split_ends_before_its_model_is_built(
 ) -> None:
     for name in ("dvae.DVAE", "clip.Clip", "prior.prior_program"):
         monkeypatch.setattr(f"training.tasks.{name}", None)
-    said = f"has {_held_out(raw)} pairs, and a validation needs one for each of order.lanes=128"
-    with pytest.raises(ConfigError, match=said):
+    message = f"has {_held_out(raw)} pairs, and a validation needs one for each of order.lanes=128"
+    with pytest.raises(ConfigError, match=message):
         DVAETask(DVAETrain(data=str(raw), **WIDE))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         ClipTask(ClipTrain(data=str(raw), bpe=bpe, **WIDE), World())  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         PriorTask(PriorTrain(data=str(tokens), **WIDE), TensorParallel())  # type: ignore[arg-type]
     other = PriorTrain(data=str(tokens), model=PriorConfig(grid=9))
     with pytest.raises(ConfigError, match=r"model\.grid=9 is not that of"):

@@ -41,7 +41,7 @@ SCORES = {
 
 
 def demo_folder(folder: Path, candidates: int = 5, side: int = 32, **accuracy: Any) -> Path:
-    """What the stages of a demo leave, with drawn numbers and pictures."""
+    """The files that the stages of a demo write, with generated numbers and pictures."""
     samples = folder / "samples"
     samples.mkdir(parents=True)
     (folder / "scores").mkdir()
@@ -79,7 +79,7 @@ def demo_folder(folder: Path, candidates: int = 5, side: int = 32, **accuracy: A
 
 
 class _Gallery(HTMLParser):
-    """What a browser finds: ids, figures with their captions, and each candidate."""
+    """Parses the page as a browser does: ids, figures with captions, and each candidate."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -89,16 +89,16 @@ class _Gallery(HTMLParser):
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._in, found = tag, dict(attrs)
-        self.ids += [str(found["id"])] if "id" in found and tag != "g" else []
+        self._in, attributes = tag, dict(attrs)
+        self.ids += [str(attributes["id"])] if "id" in attributes and tag != "g" else []
         if tag == "figure":
-            self.figures.append({**found, "text": "", "candidates": [], "at": []})
+            self.figures.append({**attributes, "text": "", "candidates": [], "at": []})
         elif tag == "ol":
-            self.figures[-1].update(found)
+            self.figures[-1].update(attributes)
         elif tag == "li":
-            self.figures[-1]["candidates"].append(found["title"])
+            self.figures[-1]["candidates"].append(attributes["title"])
         elif tag == "i" and self.figures:
-            self.figures[-1]["at"].append(found["style"])
+            self.figures[-1]["at"].append(attributes["style"])
 
     def handle_data(self, data: str) -> None:
         if self._in == "figcaption" and self.figures and data.strip():
@@ -120,23 +120,23 @@ def test_the_gallery_holds_every_candidate_with_its_score(tmp_path: Path) -> Non
         titles = [f"candidate {i} of 5, score {s:.4f}" for i, s in enumerate(row["scores"], 1)]
         assert figure["candidates"] == titles
         assert figure["at"] == [f"--at: {i}" for i in range(5)]
-        found = re.fullmatch(
+        match = re.fullmatch(
             r"--side: (\d+)px; --tiles: url\(data:image/png;base64,(.*)\)", figure["style"]
         )
-        assert found
-        data = base64.b64decode(found[2])
+        assert match
+        data = base64.b64decode(match[2])
         assert data == (tmp_path / "samples" / row["file"]).read_bytes()
         tiles = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-        assert tiles.shape == (int(found[1]), 5 * int(found[1]), 3)
+        assert tiles.shape == (int(match[1]), 5 * int(match[1]), 3)
     assert "<b>blue" not in html
 
 
-@pytest.mark.parametrize(("side", "wanted", "enlarged"), [(8, 80, True), (100, 128, False)])
+@pytest.mark.parametrize(("side", "shown", "enlarged"), [(8, 80, True), (100, 128, False)])
 def test_tiles_have_a_size_that_can_be_seen(
-    side: int, wanted: int, enlarged: bool, tmp_path: Path
+    side: int, shown: int, enlarged: bool, tmp_path: Path
 ) -> None:
     figure = _Gallery(_page(demo_folder(tmp_path, side=side))).figures[0]
-    assert figure["style"].startswith(f"--side: {wanted}px;")
+    assert figure["style"].startswith(f"--side: {shown}px;")
     assert ("enlarged" in figure["class"]) == enlarged
 
 
@@ -144,8 +144,8 @@ def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
     (demo_folder(tmp_path) / "scores" / "scores.json").write_text(json.dumps(SCORES))
     html = _page(tmp_path)
     page = _Gallery(html)
-    wanted = re.search(r'\[("tools".*)\]\.map\(id => document', html)
-    assert wanted and set(json.loads(f"[{wanted[1]}]")) <= set(page.ids)
+    ids = re.search(r'\[("tools".*)\]\.map\(id => document', html)
+    assert ids and set(json.loads(f"[{ids[1]}]")) <= set(page.ids)
     assert not any(text in html for text in ("<script src", "<link", "@import", "fetch("))
     assert not re.search(r'(src|href)="(?!data:|#)', html)
     assert not re.search(r"url\((?!data:|#)", html)
@@ -177,9 +177,9 @@ def test_the_search_finds_and_sorts(tmp_path: Path) -> None:
       orders: ["place", "score", "caption"].map(f => sorted(rows, f).map(row => row.place)),
     }}));"""
     done = subprocess.run(["node", "-e", ask], capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
-    assert found["found"] == [places for _, places in SEARCHES]
-    assert found["orders"] == [[0, 1, 2], [1, 2, 0], [1, 0, 2]]
+    results = json.loads(done.stdout)
+    assert results["found"] == [places for _, places in SEARCHES]
+    assert results["orders"] == [[0, 1, 2], [1, 2, 0], [1, 0, 2]]
 
 
 def test_sections_appear_with_their_data(tmp_path: Path) -> None:

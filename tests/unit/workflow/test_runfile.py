@@ -1,4 +1,4 @@
-"""Run files: what they mean, and what is wrong with them."""
+"""Run files: their meaning and their errors."""
 
 import subprocess
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_a_run_becomes_a_chain_of_commands(tmp_path: Path) -> None:
     assert jobs["tokenize"].markers() == [f"tokenize-{i}.json" for i in range(4)]
 
 
-def test_what_is_left_out_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_stage_that_is_left_out_is_not_waited_for(tmp_path: Path) -> None:
     path = write(tmp_path)
     body = yaml.safe_load(path.read_text())
     del body["stages"]["tokenize"], body["stages"]["bpe"]
@@ -99,7 +99,7 @@ def test_finished_jobs_are_not_sent_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "stages", "said"),
+    ("changes", "stages", "message"),
     [
         ({}, {"piror": {}}, "did you mean 'prior'"),
         ({}, {"prior": {"nodse": 2}}, "did you mean 'nodes'"),
@@ -131,9 +131,9 @@ def test_finished_jobs_are_not_sent_again(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_run_is_refused(
-    tmp_path: Path, changes: dict[str, Any], stages: dict[str, Any], said: str
+    tmp_path: Path, changes: dict[str, Any], stages: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(TapirError, match=said) as caught:
+    with pytest.raises(TapirError, match=message) as caught:
         chain_of(read_runfile(write(tmp_path, changes, **stages)), "local")
     assert caught.value.exit_code == 2
 
@@ -172,7 +172,7 @@ def test_secrets_are_handed_over_by_name(tmp_path: Path) -> None:
 
 
 def manifests_of(path: Path) -> list[dict[str, Any]]:
-    """The objects that would be applied."""
+    """The Kubernetes objects that would be applied."""
     run = read_runfile(path)
     config = kubernetes.KubernetesConfig(**settings_of(run, "kubernetes"))
     chain = chain_of(run, "kubernetes")
@@ -189,7 +189,7 @@ def test_manifests_of_every_stage_are_valid(tmp_path: Path, version: str) -> Non
         kubernetes_validate.validate(each, version, strict=True)
 
 
-def test_a_wrong_manifest_is_found(tmp_path: Path) -> None:
+def test_a_wrong_manifest_fails_validation(tmp_path: Path) -> None:
     kubernetes_validate = pytest.importorskip("kubernetes_validate", reason=DEVELOPERS)
     job = next(each for each in manifests_of(write(tmp_path)) if each["kind"] == "Job")
     job["spec"]["completionMod"] = job["spec"].pop("completionMode")

@@ -1,4 +1,4 @@
-"""`tapir watch` follows metrics.jsonl as it grows, breaks off and begins anew."""
+"""`tapir watch` follows metrics.jsonl while it grows, is truncated and restarts."""
 
 import io
 import json
@@ -41,10 +41,10 @@ def test_a_line_waits_until_it_is_whole(run: Path) -> None:
     tail = Tail(path)
     assert list(tail.lines()) == []
     with open(path, "w") as file:
-        for text, wanted in (("one\ntw", ["one"]), ("o", []), ("\nthree\n", ["two", "three"])):
+        for text, expected in (("one\ntw", ["one"]), ("o", []), ("\nthree\n", ["two", "three"])):
             file.write(text)
             file.flush()
-            assert list(tail.lines()) == wanted
+            assert list(tail.lines()) == expected
 
 
 def test_nothing_is_read_twice(run: Path) -> None:
@@ -53,7 +53,7 @@ def test_nothing_is_read_twice(run: Path) -> None:
     follower = Follower(run)
     follower.look()
     with open(path, "r+") as file:
-        file.write(" " * 5)  # what was read before is not looked at again
+        file.write(" " * 5)  # bytes already read are not read again
         file.seek(0, 2)
         file.write("no row\n" + _row(20) + '{"step": 3')
     follower.look()

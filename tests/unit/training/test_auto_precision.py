@@ -1,4 +1,4 @@
-"""`engine.precision auto`: which one it becomes, on every rank, and that a run keeps it."""
+"""`engine.precision auto`: which precision it becomes, on every rank, and that a run keeps it."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ from parallel.world import World
 from planning.estimate.hardware import KNOWN
 from planning.estimate.search import layouts
 from tests.chain import Chain
-from training import auto_precision as settled
+from training import auto_precision
 from training.auto_precision import cpu_rates, fastest, settle_precision
 from training.config import PriorTrain
 from training.presets import prior_tiny
@@ -32,7 +32,7 @@ def _precision(*ranks: dict[str, float]) -> str:
     return fastest(ranks)["precision"]
 
 
-def test_the_faster_one_is_taken_and_16_bits_must_gain() -> None:
+def test_the_faster_precision_is_chosen_and_16_bits_must_gain() -> None:
     assert _precision(FAST) == "bf16" and _precision(SLOW) == "fp32"
     assert _precision({"fp32": 100.0, "bf16": 100 * LEAST_GAIN}) == "bf16"
     assert _precision({"fp32": 100.0, "bf16": 99.9 * LEAST_GAIN}) == "fp32"
@@ -50,7 +50,7 @@ def test_fp32s_other_kernels_are_taken_where_they_gain_and_bf16_is_compared_with
 
 
 def test_mixed_ranks_take_what_suits_the_slowest() -> None:
-    """A laptop with AVX2 beside three machines with AMX: bf16 would wait for it for minutes."""
+    """A laptop with AVX2 and three machines with AMX: in bf16 all would wait minutes for it."""
     assert _precision(FAST, FAST, SLOW, FAST) == "fp32"
     assert _precision(FAST, {"fp32": 50.0, "bf16": 70.0}) == "bf16"
     assert _precision({"fp32": 1.0, "bf16": 8.0, "fp16": 4.0}, {"fp32": 1.0, "fp16": 4.0}) == "fp16"
@@ -58,25 +58,27 @@ def test_mixed_ranks_take_what_suits_the_slowest() -> None:
 
 
 class Ranks(World):
-    """A world of which only this rank is here; the others say what is given."""
+    """A world in which only this rank exists; the other ranks' texts are given."""
 
     def gather_text(self, text: str) -> list[str]:
         return [text, json.dumps([{}, SLOW])] if self.rank == 0 else [json.dumps([{}, SLOW]), text]
 
 
-def test_every_rank_settles_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settled, "cpu_rates", lambda: FAST)
+def test_every_rank_resolves_auto_to_the_same_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto_precision, "cpu_rates", lambda: FAST)
     settings = PriorTrain(engine=AUTO, out=tmp_path / "run")
     assert settle_precision(settings, World()).engine.precision == "bf16"
     for rank in (0, 1):
-        found = settle_precision(settings, Ranks(rank=rank, size=2))
-        settled_ = EngineConfig(precision="fp32", matmul_precision="highest")
-        assert found == replace(settings, engine=settled_)
+        resolved = settle_precision(settings, Ranks(rank=rank, size=2))
+        expected = EngineConfig(precision="fp32", matmul_precision="highest")
+        assert resolved == replace(settings, engine=expected)
     given = replace(settings, engine=EngineConfig(precision="bf16", matmul_precision="medium"))
     assert settle_precision(given, World()) is given
 
 
-def test_a_cpu_is_timed_in_both() -> None:
+def test_a_cpu_is_timed_in_each_precision() -> None:
     names = {"fp32", "bf16", *(["fp32 medium"] if medium_is_accurate() else [])}
     before = torch.get_float32_matmul_precision()
     set_numerics(CPU, "highest")
@@ -84,12 +86,12 @@ def test_a_cpu_is_timed_in_both() -> None:
     torch.set_float32_matmul_precision(before)
 
 
-def test_nothing_computes_in_a_precision_that_is_not_settled() -> None:
+def test_nothing_computes_in_an_unresolved_precision() -> None:
     with pytest.raises(ConfigError, match="is settled before an engine is built"):
         Stage([], AUTO, CPU)
 
 
-def test_plans_settle_it_by_the_hardware() -> None:
+def test_plans_resolve_auto_from_the_hardware() -> None:
     tiny = replace(prior_tiny(), engine=AUTO)
 
     def planned(hardware: Any) -> str:
@@ -101,7 +103,7 @@ def test_plans_settle_it_by_the_hardware() -> None:
     assert planned(KNOWN["h100"]) == "bf16" and planned(KNOWN["v100-16gb"]) == "fp16"
 
 
-def test_a_resumed_run_keeps_what_it_was_begun_in_and_says_what_this_machine_would_take(
+def test_a_resumed_run_keeps_its_precision_and_logs_what_this_machine_would_choose(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LOG, "propagate", True)
@@ -110,7 +112,7 @@ def test_a_resumed_run_keeps_what_it_was_begun_in_and_says_what_this_machine_wou
     chain.pack()
     chain.train("dvae")
     chain.tokenize()
-    monkeypatch.setattr(settled, "cpu_rates", lambda: FAST)
+    monkeypatch.setattr(auto_precision, "cpu_rates", lambda: FAST)
     chain.train("prior", engine=AUTO)
     run = tmp_path / "prior"
     config = json.loads((run / "config.json").read_text())
@@ -119,7 +121,7 @@ def test_a_resumed_run_keeps_what_it_was_begun_in_and_says_what_this_machine_wou
     assert config["engine"]["precision"] == "bf16" == row["precision"]
     assert model["facts"]["numerics"]["precision"] == "bf16"
     assert "engine.precision auto: bf16 (a matmul here: fp32" in caplog.text
-    monkeypatch.setattr(settled, "cpu_rates", lambda: SLOW)
+    monkeypatch.setattr(auto_precision, "cpu_rates", lambda: SLOW)
     for text, engine in (("begun in bf16", AUTO), ("precision bf16, now fp32", EngineConfig())):
         chain.forget("prior", 2)
         caplog.clear()
