@@ -151,11 +151,8 @@ class Run:
 
     @timed(DATA_WAIT)
     def _micro_batches(self, records: Sequence[Any]) -> list[Batch]:
-        parts, task = (
-            split_records(records, self.settings.engine.gradient_accumulation_steps),
-            self.task,
-        )
-        device = self.world.device
+        task, device = self.task, self.world.device
+        parts = split_records(records, self.settings.engine.gradient_accumulation_steps)
         return [hand_over(task.batch(part, self.step), device) if part else {} for part in parts]
 
     def report(self, result: StepResult, cost: StepCost, meter: Meter) -> None:
