@@ -40,12 +40,12 @@ def plan(arguments: list[str]) -> None:
             gpu: v100-16gb, v100-32gb, a100-40gb, a100-80gb, h100, or cpu for this machine
             batch: samples a step; by default the preset's
             calibration: a file that --calibrate wrote, in place of the constants of --gpu cpu
-            calibrate: measure this machine while it is idle (some minutes), and write this file;
-                takes no preset
+            calibrate: measure this machine, which must be idle (some minutes), and write this
+                file; takes no preset
             published: show the model's predictions for published runs; takes no preset
             picture: write memory and a step's timeline to FILE.svg, FILE.png or FILE.pdf
             json: print a JSON object on the last line
-            cluster: differences from a usual cluster of these GPUs
+            cluster: overrides of the default cluster of these GPUs
         """
         flags = PlanFlags(
             preset=preset,

@@ -38,7 +38,7 @@ class SlurmConfig:
     launcher: Literal["torchrun", "srun"] = "torchrun"
     """What starts the ranks: torchrun on each node, or srun itself."""
     warn_seconds: int = 120
-    """Seconds before its time limit at which a job is asked to save."""
+    """A job receives SIGUSR1 this many seconds before its time limit, so that it saves."""
     doctor: bool = True
     """Check every node before the ranks start, and exclude bad ones."""
     extra: tuple[str, ...] = ()
@@ -54,7 +54,9 @@ class SlurmConfig:
             problems.append("slurm.extra must be options without spaces that begin with --")
         words = (self.partition, self.account, self.qos, self.constraint, self.exclude)
         if any(re.search(r"\s", word) for word in words):
-            problems.append("slurm.partition, account, qos, constraint and exclude have no spaces")
+            problems.append(
+                "slurm.partition, account, qos, constraint, exclude must not have spaces"
+            )
         return problems
 
 
@@ -236,7 +238,9 @@ def cancel(numbers: list[str]) -> None:
     until = time.monotonic() + _ANSWER_SECONDS
     while _queue(numbers, "%i"):
         if time.monotonic() > until:
-            raise TapirError(f"Slurm has not ended jobs {', '.join(numbers)}: see squeue")
+            raise TapirError(
+                f"jobs {', '.join(numbers)} are still in the queue after scancel: see squeue"
+            )
         time.sleep(0.5)
 
 

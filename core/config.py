@@ -1,4 +1,4 @@
-"""Config dataclasses <-> JSON, with every problem reported at once."""
+"""Config dataclasses <-> JSON; `wrong_types` lists every wrong value of a user's mapping."""
 
 import dataclasses
 import re

@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 import tyro
 
 from core.config import to_json
+from core.errors import InputError
 from core.renamed import new_names, tell_renamed
 
 T = TypeVar("T")
@@ -65,20 +66,33 @@ def _renamed_flags(kind: Any, prefix: str, flat: bool) -> Iterator[tuple[str, st
 
 def with_new_flags(names: dict[str, str], arguments: Sequence[str]) -> list[str]:
     """Translate old flags of a command line; logs them in one line."""
-    renamed, pairs = [], {}
-    for argument in arguments:
-        head, equals, value = argument.partition("=")
-        dotted = head.removeprefix("--").replace("-", "_")
-        part, dot, last = dotted.rpartition(".")
-        no = "no_" if last.startswith("no_") and dotted not in names else ""
-        old = f"{part}{dot}{last.removeprefix(no)}"
-        if head.startswith("--") and old in names:
-            part, dot, last = names[old].rpartition(".")
-            new = f"--{part}{dot}{no}{last}".replace("_", "-")
-            pairs[head], argument = new, f"{new}{equals}{value}"
-        renamed.append(argument)
+    translated, pairs = [], {}
+    end = list(arguments).index("--") if "--" in arguments else len(arguments)
+    for argument in arguments[:end]:
+        flag, equals, value = argument.partition("=")
+        if new := _new_flag(names, flag):
+            pairs[flag], argument = new, f"{new}{equals}{value}"
+        translated.append(argument)
+    given = {argument.partition("=")[0].replace("_", "-") for argument in arguments[:end]}
+    for old, new in pairs.items():
+        if new in given:
+            raise InputError(f"{old} and {new} are the same setting: give {new} alone")
     tell_renamed("the command line", pairs)
-    return renamed
+    return [*translated, *arguments[end:]]
+
+
+def _new_flag(names: dict[str, str], flag: str) -> str:
+    """The new spelling of an old flag, else ""; `--a.no-old` is the negation of `--a.old`."""
+    if not flag.startswith("--"):
+        return ""
+    dotted = flag.removeprefix("--").replace("-", "_")
+    owner, dot, field = dotted.rpartition(".")
+    no = "no_" if field.startswith("no_") and dotted not in names else ""
+    old = f"{owner}{dot}{field.removeprefix(no)}"
+    if old not in names:
+        return ""
+    owner, dot, field = names[old].rpartition(".")
+    return f"--{owner}{dot}{no}{field}".replace("_", "-")
 
 
 def print_json(value: Any) -> None:

@@ -65,13 +65,17 @@ def new_names(owner: type | str) -> dict[str, str]:
 
 def renamed(owner: type | str, body: Mapping[str, Any]) -> dict[str, Any]:
     """Translate a stored mapping to new names; a new name wins over its old one."""
-    names = new_names(owner)
-    now = {names.get(name, name): item for name, item in body.items() if name in names}
+    return translated(new_names(owner), body)
+
+
+def translated(names: Mapping[str, str], body: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace the keys of a mapping that are old names; a new name wins over its old one."""
+    now = {names[name]: item for name, item in body.items() if name in names}
     return {**now, **{name: item for name, item in body.items() if name not in names}}
 
 
 def tell_renamed(where: str, pairs: Mapping[str, str]) -> None:
-    """Log the old names of a file in one line, once per process."""
+    """Log a file's old names in one line, once per file and process, on rank 0."""
     if not pairs or where in _told or not LOG.isEnabledFor(INFO):  # only rank 0 logs at INFO
         return
     _told.add(where)

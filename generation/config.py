@@ -78,7 +78,7 @@ class DrawSettings:
     """Nucleus sampling: draw from the most likely codes with this probability together; 1 = all."""
     guidance: float = 1.0
     """Scale of classifier-free guidance, from the empty caption's logits (0) to the caption's
-    (1, no guidance) and beyond. The prior must have been trained with --caption-drop."""
+    (1, no guidance) and beyond. The prior must have been trained with --caption-dropout."""
     seed: int = 0
     """Seed of the draws; candidate c of a caption is the same whatever the batch."""
 

@@ -31,7 +31,7 @@ from training.export.weights import load_dvae
 from training.tasks.task import pad_text
 
 Done = Callable[[slice, slice, NDArray[np.uint8]], None]
-"""Called with ranges of captions and candidates, and their (c, n, S, S, 3) uint8 pictures."""
+"""Called with slices of captions (c) and candidates (n), and their (c, n, S, S, 3) pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Candidates:
     scores: NDArray[Any]
     """(N,) cosines, in rank order."""
     drawn: NDArray[Any]
-    """(N,) which draw each was."""
+    """(N,) the candidate's number, in the order of drawing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +73,8 @@ class Studio:
         count = settings.candidates
         if settings.guidance != 1 and not self.caption_dropout:
             LOG.warning(
-                "the prior was trained without --caption-drop: it does not know the empty caption, "
-                "and --guidance may do harm"
+                "the prior was trained without --caption-dropout: it does not know the empty "
+                "caption, and --guidance may do harm"
             )
         arrays = _picture_buffer(len(captions), count, self.dvae.config.pixels)
         scores = np.zeros((len(captions), count), np.float32)
@@ -202,7 +202,7 @@ def open_studio(
 ) -> Studio:
     """Load models and check by their hashes that they were trained together.
 
-    An unfinished run gives its newest checkpoint, a prior the one of `models.step` if it is given.
+    Of an unfinished run the newest checkpoint is loaded; of a prior that of `models.step` if set.
     Each rank of a mesh holds its part of the prior on its own device; all call `codes` together.
     `one_row`: candidates are drawn one at a time; `rerank`: open a CLIP; `batch`: candidates that
     are decoded together.
@@ -210,7 +210,7 @@ def open_studio(
     """
     mesh = mesh or Mesh()
     device = mesh.world.device
-    set_numerics(device, deterministic=False)  # Inductor would write caches by sorted index_put
+    set_numerics(device, deterministic=False)  # else Inductor sorts KV-cache writes: slow
     part, facts = load_local_prior(models.prior, models.step, mesh)
     dvae, dvae_hash = load_dvae(models.dvae)
     tokenizer, tokenizer_hash = load_tokenizer(models.bpe)

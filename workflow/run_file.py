@@ -30,7 +30,7 @@ from cluster.slurm import SlurmConfig
 from core.config import check, folder_problems, from_json, place_problems, wrong_types
 from core.errors import ConfigError, InputError, did_you_mean
 from core.flags import renamed_flags
-from core.renamed import new_names, renamed, tell_renamed
+from core.renamed import new_names, renamed, tell_renamed, translated
 from data_pipeline.config import PackConfig, TokenizeConfig
 from generation.config import EvaluateConfig, ScoreConfig
 from training.config import BPETrain, ClipTrain, DVAETrain, PriorTrain
@@ -206,8 +206,9 @@ def _with_new_names(body: dict[str, Any], path: Path) -> dict[str, Any]:
             specs[name] = stage = renamed(Resources, stage)
             if isinstance(flags, dict) and name in SETTINGS:
                 names = renamed_flags(SETTINGS[name])
+                flags = {str(flag).replace("-", "_"): item for flag, item in flags.items()}
                 pairs |= {old: new for old, new in names.items() if old in flags}
-                stage["flags"] = {names.get(flag, flag): item for flag, item in flags.items()}
+                stage["flags"] = translated(names, flags)
     tell_renamed(str(path), pairs)
     return {**body, "stages": specs}
 
@@ -228,11 +229,13 @@ def _stage(name: str, body: Any) -> StageSpec:
         raise ConfigError(f"stages.{name}: a mapping is wanted, e.g. {{flags: {{loop.steps: 9}}}}")
     body = {key: item for key, item in body.items() if item is not None}
     flags = body.get("flags", {})
-    plain = all(isinstance(v, str | int | float) and isinstance(k, str) for k, v in flags.items())
-    if not plain:
-        raise ConfigError(f"stages.{name}.flags: texts, numbers, true or false are wanted")
+    for key, value in flags.items():
+        if not (isinstance(key, str) and isinstance(value, str | int | float)):
+            raise ConfigError(
+                f"stages.{name}.flags.{key}: {value!r} must be a text, a number, true or false"
+            )
     needs = {each.name for each in fields(Resources)}
-    known = {"preset", "source", "flags", *needs}
+    known = ["preset", "source", "flags", *sorted(needs)]
     _refuse_unknown(f"stages.{name}", body, known)
     asked = {key: body[key] for key in body if key in needs}
     rest = {key: body[key] for key in body if key not in needs}

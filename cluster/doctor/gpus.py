@@ -39,7 +39,9 @@ def _build(devices: list[str]) -> list[Finding]:
         return []  # reported by the package check
     if devices and version.endswith("+cpu"):
         fix = "pip install torch from the index of the driver's CUDA version (see nvidia-smi)"
-        return [bad("torch build", f"torch {version} is built for CPUs, here are GPUs", fix)]
+        return [
+            bad("torch build", f"torch {version} is a CPU build, but this machine has GPUs", fix)
+        ]
     return [ok("torch build", f"torch {version} for {len(devices)} GPUs")]
 
 
@@ -56,17 +58,17 @@ def _counters() -> list[Finding]:
 
 
 def counter_rows(text: str) -> list[Finding]:
-    """Rows from nvidia-smi's table: uncorrected ECC errors and slowdowns by heat or power."""
+    """Rows from nvidia-smi's table: uncorrected ECC errors and slowdowns by heat or hardware."""
     rows = []
     table = [[word.strip() for word in line.split(",")] for line in text.splitlines() if line]
     for index, name, errors, slowed, hot in table:
         if errors.isdigit() and int(errors):
             problem = f"GPU {index} ({name}) has {errors} uncorrected ECC errors"
             rows.append(
-                bad("gpu errors", problem, "drain the machine; nvidia-smi -r, then memtest")
+                bad("gpu errors", problem, "drain the machine; nvidia-smi -r, then dcgmi diag")
             )
         if "Active" in (slowed, hot):
-            reason = "heat" if hot == "Active" else "power"
+            reason = "heat" if hot == "Active" else "hardware (power brake or other)"
             problem = f"GPU {index} ({name}) is slowed down by {reason}"
             rows.append(warning("gpu errors", problem, "look at cooling and power of the machine"))
     return rows or [ok("gpu errors", f"no errors on {len(table)} GPUs")]
@@ -77,7 +79,7 @@ def xid_rows(text: str) -> list[Finding]:
     counts: dict[tuple[str, str], int] = {}
     for device, number in _XID.findall(text):
         counts[device, number] = counts.get((device, number), 0) + 1
-    fix = "see NVIDIA's list of Xid errors; drain the machine if it comes back after a reset"
+    fix = "see NVIDIA's list of Xid errors; drain the machine if the error returns after a reset"
     return [
         warning("gpu errors", f"Xid {number} of {device}, {count} times", fix)
         for (device, number), count in counts.items()

@@ -1,7 +1,7 @@
-"""Connect all ranks at the rendezvous address before torch does: finds a blocked port in seconds.
+"""Connect all ranks at the rendezvous address before torch does, to see a blocked port in seconds.
 
-Rank 0 listens at MASTER_ADDR:MASTER_PORT and the others send it their rank. Then each gather sends
-a text of every rank to rank 0, and rank 0's text to all. The protocol is lines of JSON over TCP.
+Rank 0 listens at MASTER_ADDR:MASTER_PORT and the others send it their rank. In each gather every
+rank sends a text to rank 0 and gets rank 0's text back. The protocol is lines of JSON over TCP.
 """
 
 import errno
@@ -19,10 +19,10 @@ from cluster.doctor.finding import Finding, bad
 from core.launch_environment import as_number
 
 Gather = Callable[[str], list[str]]
-"""On rank 0 every rank's text, empty for silent ranks; on other ranks rank 0's text comes first."""
+"""On rank 0 the texts by rank, empty for silent ranks; on other ranks rank 0's text alone."""
 _GREETING = "tapir-doctor"
 _LONGEST = 2**24
-"""Most characters of a text; a longer one is not from `tapir doctor`."""
+"""Maximum length of a text, in characters; a longer one is not from `tapir doctor`."""
 _HELLO_SECONDS = 5.0
 _AGAIN = 0.1
 _CHECK = "rendezvous"
@@ -30,7 +30,7 @@ _OWN_FILES = 256
 
 
 class Lost(Exception):
-    """This rank has lost the others; holds the row that explains why."""
+    """This rank has lost the others; carries the finding that explains why."""
 
     def __init__(self, row: Finding) -> None:
         super().__init__(row.observed)
@@ -129,7 +129,7 @@ def missing_row(rendezvous: Rendezvous, missing: list[int], wait: float) -> Find
     )
     fix = (
         f"open TCP port {rendezvous.port} between the machines (firewall, network policy), or see "
-        "why those ranks did not start; each prints what it saw itself"
+        "why those ranks did not start; each of them prints its own finding"
     )
     return bad(_CHECK, text, fix)
 
@@ -153,7 +153,9 @@ class _Link:
                 return str(json.loads(line))
             raise ConnectionResetError(errno.ECONNRESET, "the other side has gone")
         except ValueError as error:
-            raise ConnectionAbortedError(errno.EPROTO, "the other side is no doctor") from error
+            raise ConnectionAbortedError(
+                errno.EPROTO, "the other side is not `tapir doctor`"
+            ) from error
 
 
 def _listen(rendezvous: Rendezvous) -> socket.socket:
@@ -218,7 +220,9 @@ def _unreached(rendezvous: Rendezvous, error: Any) -> Finding:
         fix = f"see rank 0's output; open TCP port {rendezvous.port} between the machines"
     elif isinstance(error, TimeoutError):
         whole = _answers(rendezvous.address)
-        machine = "its machine answers at another port" if whole else "nor does its machine"
+        machine = (
+            "its machine answers at another port" if whole else "its machine does not answer either"
+        )
         text = f"{rendezvous.text} does not answer: packets are dropped ({machine})"
         fix = f"open TCP port {rendezvous.port} between the machines (firewall, network policy)"
         if not whole:
@@ -230,7 +234,7 @@ def _unreached(rendezvous: Rendezvous, error: Any) -> Finding:
 
 
 def _silent(rendezvous: Rendezvous, error: OSError) -> Finding:
-    text = f"{rendezvous.text} took the connection, but is no rank 0 of this job ({error})"
+    text = f"{rendezvous.text} accepted the connection, but is not rank 0 of this job ({error})"
     fix = "another program holds that port (choose another), or rank 0 has ended: see its output"
     return bad(_CHECK, text, fix)
 

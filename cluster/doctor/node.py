@@ -7,7 +7,7 @@ from cluster.doctor.finding import Check, Finding, placed, run_checks
 LIMIT = 30.0
 """Seconds after which a check counts as hanging."""
 _SMALL, _LARGE = 1_000_000, 16_000_000
-"""Bytes of the store's probe."""
+"""Bytes of the store probe: quick, full."""
 
 
 def node_findings(config: DoctorConfig, rank: int | None) -> list[Finding]:

@@ -30,8 +30,8 @@ _told: set[str] = set()
 def lock(path: Path, wait: bool = False) -> Iterator[bool]:
     """Hold a lock file while the context lasts; yields False if another process holds it.
 
-    Where flock is not supported, a file with the owner's name replaces it. Such a file is taken
-    over from a dead process of this machine, never from another machine.
+    Where flock is not supported, a second file that names the holding process is the lock; it is
+    taken over if that process was on this machine and has died.
     Raises: OSError if the file cannot be made, or others hold it for a minute.
     """
     with open(path, "w") as file:
@@ -193,7 +193,7 @@ def _has_died(owner: str) -> bool:
 
 
 def _began(pid: int) -> str:
-    """Start time of a process (Linux), which tells it from a later one with the same pid."""
+    """Start time of a process (Linux): a later process with the same pid has another one."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:

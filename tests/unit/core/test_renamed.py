@@ -13,7 +13,7 @@ from cluster.chain import Resources
 from cluster.config import SupervisorConfig
 from core import renamed as table
 from core.config import from_json, to_json
-from core.errors import ConfigError
+from core.errors import ConfigError, InputError
 from core.flags import parse_over, renamed_flags, with_new_flags
 from core.log import LOG
 from core.renamed import FACTS, LAYOUT, RENAMED, ROW, renamed
@@ -93,6 +93,15 @@ def test_old_flags_are_read_and_told_once(lines: list[str]) -> None:
     assert "--checkpoint.no-background is now --checkpoint.no-async-save" in lines[0]
 
 
+@pytest.mark.parametrize(
+    "flags",
+    ["--loop.batch 8 --loop.global-batch-size 16", "--loop.global_batch_size=16 --loop.batch=8"],
+)
+def test_an_old_flag_beside_its_new_one_is_refused(flags: str) -> None:
+    with pytest.raises(InputError, match=r"give --loop\.global-batch-size alone"):
+        parse_over(PriorTrain(), flags.split(), "train")
+
+
 def test_flags_without_prefix_and_values_stay() -> None:
     names = renamed_flags(EvaluateConfig, flat=True)
     old = ["--most", "8", "few", "--few=2", "--no-most-x", "--mostly"]
@@ -123,3 +132,12 @@ def test_an_old_run_file_is_read(tmp_path: Path, lines: list[str]) -> None:
     assert flags["prior"] == {"loop.stop_at": 3, "loop.steps": 9}
     assert flags["evaluate"] == {"max_candidates": 20}
     assert len(lines) == 1 and lines[0].startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    "flags", ["loop.stop_at: 4, loop.until: 9", "loop.until: 9, loop.stop_at: 4", "loop.stop-at: 4"]
+)
+def test_the_new_name_wins_in_a_run_file_too(flags: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"name: a\nout: runs/a\nstages:\n  prior: {{flags: {{{flags}}}}}\n")
+    assert read_runfile(path).stages["prior"].flags == {"loop.stop_at": 4}

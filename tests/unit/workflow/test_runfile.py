@@ -120,7 +120,7 @@ def test_finished_jobs_are_not_sent_again(tmp_path: Path) -> None:
         ({"out": "s3://bucket/run"}, {}, "must be a folder"),
         ({"store": "gs://bucket"}, {}, "no store that Tapir reads"),
         ({"slurm": 5}, {}, "slurm: a mapping is wanted"),
-        ({"slurm": {"partition": "a b"}}, {}, "have no spaces"),
+        ({"slurm": {"partition": "a b"}}, {}, "must not have spaces"),
         ({"environment": "HOME"}, {}, "environment='HOME' must be a list of texts"),
         ({"to": "mars"}, {}, "to='mars' must be local or slurm or kubernetes"),
         ({}, {"prior": {"minutes": "1:00:00"}}, "stages.prior.minutes='1:00:00' must be"),
