@@ -50,11 +50,13 @@ def _refuse_running(out: Path) -> None:
 
 
 def check_place(submitted: Submitted) -> None:
+    """Raise ConfigError if the scheduler's settings do not fit the chain."""
     if submitted.to == "kubernetes":
         check(kubernetes_of(submitted).problems(submitted.chain))
 
 
 def dry_run_text(submitted: Submitted) -> str:
+    """The shell script, sbatch scripts or manifests that `send` would submit."""
     chain = submitted.chain.without_done()
     if submitted.to == "local":
         return local.dry_run(chain, local.LocalConfig(**place_settings(submitted)))
@@ -68,4 +70,5 @@ def _slurm(submitted: Submitted) -> slurm.SlurmConfig:
 
 
 def table(states: dict[str, str]) -> str:
+    """One line per job: name and state."""
     return "\n".join(f"{name:<10} {text}" for name, text in states.items())
