@@ -71,7 +71,7 @@ def test_two_shards_of_a_block_decode_as_the_whole(tmp_path: Path) -> None:
 
     def through(part: LocalPrior, mine: PriorBlock) -> list[Any]:
         packed = _DecoderBlock(mine, 1, part, torch.float32, one_row=False)
-        return [packed._whole(x)[0].tolist(), packed.settled(x).tolist(), packed.heads]
+        return [packed._whole(x)[0].tolist(), packed.canonical(x).tolist(), packed.heads]
 
     def rank(number: int) -> list[Any]:
         part = LocalPrior(layers={}, config=config, tensor=_Shard(number))
