@@ -64,6 +64,8 @@ def is_message(node: ast.AST) -> bool:
     if not isinstance(node, ast.Call):
         return False
     called = node.func
+    if isinstance(called, ast.Name):
+        return called.id == "TypeVar"
     return isinstance(called, ast.Attribute) and (
         isinstance(called.value, ast.Name) and called.value.id == "LOG"
     )

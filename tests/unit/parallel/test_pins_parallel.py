@@ -32,6 +32,7 @@ from parallel.engines.modules import (
 from parallel.engines.protocol import EngineSettings, Layer, Program, Stage, Whole
 from parallel.mesh import Group, Mesh
 from parallel.placement import Placement
+from parallel.replicas import flat_average
 from parallel.scales import Branch, Counters, Scale, Scales
 from parallel.world import World
 from tests.forked import forked_ranks
@@ -491,3 +492,18 @@ def test_a_stage_recomputes_where_the_engine_says_so() -> None:
         stage = Stage([layer, plain], EngineConfig(recompute=on), CPU)
         assert stage.layers["a"].recompute is on
         assert not hasattr(stage.layers["b"], "recompute")
+
+
+def test_a_flat_average_is_over_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[object] = []
+
+    def all_reduce(flat: Tensor, group: object = None) -> None:
+        groups.append(group)
+        flat *= 4.0
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    group = cast(Any, "a group of two")
+    tensors = [torch.tensor([[1.0, 2.0]]), torch.tensor([3.0])]
+    assert flat_average(tensors, group, 2).tolist() == [2.0, 4.0, 6.0]
+    assert groups == ["a group of two"]
+    assert flat_average(tensors, None, 2).tolist() == [1.0, 2.0, 3.0] and len(groups) == 1
