@@ -315,7 +315,7 @@ def test_a_port_that_is_taken(fault: Record) -> None:
         commands = [[*QUICK, "--wait=1"]] * 2
         first, second = run_ranks(commands, [1, 1], port=port)
     fault.outcome(assert_named(first, "rendezvous", "cannot listen", "MASTER_PORT", rank=0))
-    assert_named(second, "rendezvous", "is no rank 0", "another program", rank=1)
+    assert_named(second, "rendezvous", "is not rank 0", "another program", rank=1)
 
 
 def test_ranks_that_do_not_share_the_run_folder(tmp_path: Path, fault: Record) -> None:
