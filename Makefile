@@ -54,7 +54,7 @@ demo: $(STAMP) $(if $(filter emoji,$(DATA)),system)
 test: $(DEV_STAMP) system
 	$(PYTEST)
 
-test-slow: $(DEV_STAMP) system
+test-slow: $(DEV_STAMP) $(DOCS_STAMP) system
 	$(PYTEST) -m "slow and not big"
 
 test-fast: $(DEV_STAMP)

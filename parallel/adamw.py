@@ -31,6 +31,7 @@ class _CappedAdamW(torch.optim.Optimizer):
         self._start(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
 
     def _start(self, groups: list[dict[str, Any]], options: dict[str, Any]) -> None:
+        """Call the constructor of torch's optimiser; each subclass defines it."""
         raise NotImplementedError
 
     def first_state(self, parameter: Tensor) -> dict[str, Tensor]:
