@@ -100,6 +100,20 @@ def test_few_blocks_of_a_transposed_column_mask_are_used() -> None:
 
 
 @pytest.mark.parametrize("kind", ["row", "column", "conv"])
+def test_flexible_attention_in_eager_mode_equals_the_dense_definition(kind: Kind) -> None:
+    q, k, v, _ = _inputs(64, 8)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=full_mask(kind, 64, 8, 11))
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        output = flex.flexible_attention(q, k, v, kind, 64, 8, 11)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+
+
+def test_each_shape_has_a_kernel_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **options: (function, options))
+    assert flex._compiled.__wrapped__() == (flex.flex_attention, {"dynamic": False})
+
+
+@pytest.mark.parametrize("kind", ["row", "column", "conv"])
 def test_flexible_attention_is_compiled_and_equals_the_dense_definition(kind: Kind) -> None:
     """Inductor compiles it (on a CPU only the forward pass). A GPU's kernel is compared elsewhere;
     torch 2.13's CPU kernel is not, for it reads uninitialised memory, also without a mask

@@ -105,6 +105,16 @@ def test_a_gpus_mask_is_made_on_it_in_blocks(monkeypatch: pytest.MonkeyPatch) ->
     block_mask.cache_clear()
 
 
+@pytest.mark.parametrize(("kind", "device"), [(AdamW, "meta"), (AdamW16, "cpu")])
+def test_step_counts_are_where_the_update_reads_them(kind: type[AdamW], device: str) -> None:
+    """The fused kernel's beside its parameter, the other's on the host."""
+    optimizer = kind(
+        [{"params": [torch.nn.Parameter(torch.zeros(2))]}], lr=1, betas=(0.9, 0.9), eps=1
+    )
+    state = optimizer.first_state(torch.zeros(2, device="meta"))
+    assert state["step"].device.type == device and state["exp_avg"].device.type == "meta"
+
+
 def test_noise_is_drawn_where_its_keys_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """NumPy on CPUs, torch's integers on other devices: 17 draws take 3 blocks."""
     for name in ("_by_numpy", "philox_bits"):

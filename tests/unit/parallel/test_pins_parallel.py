@@ -384,6 +384,19 @@ def test_a_compressors_gradients_bytes_and_flags() -> None:
     assert not broken.finite and one.reduce({"w": gradient}).finite
 
 
+def test_a_compressor_averages_in_place_and_each_replica_counts_its_share_of_the_norm() -> None:
+    held = {"w": Placement(shape=(2, 2), first=0, rows=2, split=False)}
+    replicas, alone = Group(None, 1, 4), Group(None, 0, 1)
+    matrices = [MatrixShard(name="w", rows=2, columns=2)]
+    compressor = Compressor(held, matrices, 2, _settings(rank=2), replicas, alone, CPU)
+    gradients = {"w": torch.tensor([[3.0, 0.0], [0.0, 4.0]]), "b": torch.tensor([2.0])}
+    shares, reduced = compressor.average(gradients)
+    assert gradients["b"].tolist() == [2.0] and gradients["w"].shape == (2, 2)
+    torch.testing.assert_close(gradients["w"], torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
+    assert sum(float(share) for share in shares) == pytest.approx((9 + 16 + 4) / 4, rel=1e-4)
+    assert reduced.gradients == {} and reduced.raw_bytes == 4 * 5
+
+
 def test_only_what_is_switched_on_is_passed_on_and_saved() -> None:
     held = {"w": Placement(shape=(8, 3), first=4, rows=2, split=True)}
     shards = [MatrixShard(name="w", rows=2, columns=3, shard=1)]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import fields, replace
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -27,6 +28,7 @@ from parallel.adamw import AdamW, AdamW16
 from parallel.config import OptimConfig
 from parallel.device import CPU
 from parallel.engines.protocol import (
+    Engine,
     Layer,
     Program,
     Recomputed,
@@ -232,7 +234,9 @@ def test_defaults_of_what_is_trained() -> None:
     layer = of(Layer)
     assert (layer["draw"], layer["cost"], layer["branches"]) == (None, 1, ())
     assert of(Program)["compressed"] == ()
-    assert StepResult(losses={}, grad_norm=0.0).skipped == ""
+    result = StepResult(losses={}, grad_norm=0.0)
+    assert (result.skipped, result.stopping) == ("", False)
+    assert signature(Engine.step).parameters["wants_stop"].default is False
 
 
 def test_a_branch_is_recomputed_only_if_gradients_are_needed() -> None:
