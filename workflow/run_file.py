@@ -77,7 +77,7 @@ class StageSpec:
     source: str = ""
     """Source of `pack` or `score`."""
     flags: dict[str, Value | list[Value]] = field(default_factory=dict)
-    """Changes, as the command's flags without dashes: loop.steps: 100; a list for several values."""
+    """Changes, as the command's flags without dashes: loop.steps: 100; a list = several values."""
     resources: Resources = field(default_factory=Resources)
     """Resources of its job."""
 

@@ -65,11 +65,12 @@ def unfinished_inputs(run: RunFile, settings: dict[str, Any]) -> list[str]:
         loop = getattr(settings.get(stage), "loop", None)
         readers = [name for name in run.stages if what in _reads(run, name, settings[name])]
         if loop is not None and loop.end < loop.steps and readers:
-            read = "reads" if len(readers) == 1 else "read"
+            *rest, last = readers
+            names = f"{', '.join(rest)} and {last} read" if rest else f"{last} reads"
             notices.append(
                 f"stages.{stage}.flags.loop.stop_at={loop.stop_at} is below loop.steps="
-                f"{loop.steps}: {what} stays unfinished, and {' and '.join(readers)} {read} its "
-                "last checkpoint; leave loop.stop_at out to train it to the end first"
+                f"{loop.steps}: {what} stays unfinished, and {names} its last "
+                "checkpoint; leave loop.stop_at out to train it to the end first"
             )
     return notices
 

@@ -149,5 +149,10 @@ def _places(run: RunFile, name: str) -> list[str]:
 def _draw(run: RunFile, name: str, spec: StageSpec) -> list[str]:
     """Command of `score` and `evaluate`: the data, the output folder, and the models."""
     models = [f"--{model}={run.folder(model)}" for model in ("prior", "dvae", "clip", "bpe")]
-    return [name, spec.source or run.raw, f"--out={run.folder(name)}", *models, *arguments_of(spec.flags)]
-
+    return [
+        name,
+        spec.source or run.raw,
+        f"--out={run.folder(name)}",
+        *models,
+        *arguments_of(spec.flags),
+    ]

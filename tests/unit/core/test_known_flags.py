@@ -1,7 +1,6 @@
 """Flags are known as tyro knows them; a wrong one gets the right spelling, on every verb."""
 
 import contextlib
-import importlib
 import io
 import re
 from collections.abc import Callable, Iterator
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cluster.launcher import call_target
 from core.errors import ConfigError, InputError, joined
 from core.flags import parse, parse_over
 from core.known_flags import KnownFlags, flag_text, known_flags
@@ -25,7 +25,7 @@ class _Seen(Exception):
 
 def parser_of(verb: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """The function whose parameters are a verb's flags."""
-    module, name = VERBS[verb][0].split(":")
+    module = VERBS[verb][0].partition(":")[0]
 
     def caught(function: Callable[..., Any], *_: Any) -> None:
         raise _Seen(function)
@@ -33,7 +33,7 @@ def parser_of(verb: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     with monkeypatch.context() as patched:
         patched.setattr(f"{module}.parse", caught)
         with pytest.raises(_Seen) as seen:
-            getattr(importlib.import_module(module), name)([])
+            call_target(VERBS[verb][0], [])
     function: Callable[..., Any] = seen.value.args[0]
     return function
 
@@ -79,8 +79,8 @@ def test_every_flag_of_a_stage_is_known(settings: Any) -> None:
     [
         ("prior", "--no-checkpoint.async-save", "mean '--checkpoint.no-async-save'?"),
         ("prior", "--no-checkpoint.background", "mean '--checkpoint.no-async-save'?"),
-        ("prior", "--no-checkpoint.backgruond", "mean '--checkpoint.no-async-save'?"),
-        ("prior", "--checkpoint.backgruond", "mean '--checkpoint.async-save'?"),
+        ("prior", "--no-checkpoint.backgroumd", "mean '--checkpoint.no-async-save'?"),
+        ("prior", "--checkpoint.backgroumd", "mean '--checkpoint.async-save'?"),
         ("prior", "--checkpoint.no_asinc_save", "mean '--checkpoint.no-async-save'?"),
         ("prior", "--no-async-save", "mean '--checkpoint.no-async-save'?"),
         ("prior", "--lop.batch 3", "mean '--loop.global-batch-size'?"),
@@ -111,9 +111,8 @@ def test_a_wrong_flag_gets_the_right_spelling(stage: str, flags: str, answer: st
     ],
 )
 def test_a_wrong_flag_of_a_verb_gets_the_right_spelling(verb: str, flags: str, answer: str) -> None:
-    module, function = VERBS[verb][0].split(":")
     with pytest.raises(InputError, match=re.escape(answer)):
-        getattr(importlib.import_module(module), function)(flags.split())
+        call_target(VERBS[verb][0], flags.split())
 
 
 def test_all_wrong_flags_are_named_at_once() -> None:
