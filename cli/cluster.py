@@ -22,7 +22,7 @@ from core.flags import FLAT, PositionalPath, PositionalText, parse, print_json
 from core.log import LOG
 from core.storage.store import open_store
 from data_pipeline.tokenize.status import describe_status, job_status
-from workflow.chain.inputs import missing_inputs
+from workflow.chain.inputs import missing_inputs, unfinished_inputs
 from workflow.chain.requirements import packed_problems
 from workflow.chain.stages import chain_of, missing_variables, settings_of_stages
 from workflow.chain.states import (
@@ -56,32 +56,44 @@ def submit(arguments: list[str]) -> None:
             wait: show the jobs' states until all have ended; exit code 1 if one failed
             json: print a JSON object on the last line
         """
-        run_file = read_runfile(file)
-        place = to or run_file.to
-        chain = chain_of(run_file, place)
-        settings = settings_of_stages(run_file)
-        check(packed_problems(run_file, settings))
-        missing = missing_inputs(run_file, settings, place)
-        if dry_run:
-            for text in missing:
-                LOG.warning("%s; without --dry-run this is refused", text)
-        else:
-            check(missing)
-        if unset := missing_variables(chain):
-            raise ConfigError(f"environment: {', '.join(unset)} is not set here; export it first")
-        submitted = Submitted(chain=chain, to=place, settings=settings_of(run_file, place), ids={})
-        check_place(submitted)
+        try:
+            submitted = _planned(file, to, dry_run)
+        except ConfigError as error:
+            raise error.of_file(file) from error
         if dry_run:
             print(dry_run_text(submitted), end="")
             return
         sent = send(submitted)
         if json:
-            print_json({"out": str(chain.out), "to": place, "jobs": sent.ids})
+            out = str(submitted.chain.out)
+            print_json({"out": out, "to": submitted.to, "jobs": sent.ids})
         if wait:
             with only_looking():
                 wait_for(sent)
 
     parse(run, arguments, "submit")
+
+
+def _planned(file: Path, to: Scheduler | None, dry_run: bool) -> Submitted:
+    """A run file as a chain that can be sent. Raises: ConfigError, InputError."""
+    run_file = read_runfile(file)
+    place = to or run_file.to
+    chain = chain_of(run_file, place)
+    settings = settings_of_stages(run_file)
+    check(packed_problems(run_file, settings))
+    for text in unfinished_inputs(run_file, settings):
+        LOG.warning("%s: %s", file, text)
+    missing = missing_inputs(run_file, settings, place)
+    if dry_run:
+        for text in missing:
+            LOG.warning("%s; without --dry-run this is refused", text)
+    else:
+        check(missing)
+    if unset := missing_variables(chain):
+        raise ConfigError(f"environment: {', '.join(unset)} is not set here; export it first")
+    submitted = Submitted(chain=chain, to=place, settings=settings_of(run_file, place), ids={})
+    check_place(submitted)
+    return submitted
 
 
 def resume(arguments: list[str]) -> None:

@@ -80,7 +80,7 @@ def wrong_types(kind: type, value: Any, where: str) -> list[str]:
         elif dataclasses.is_dataclass(hint):
             problems += wrong_types(typing.cast(type, hint), item, place)
         elif not _fits(hint, item):
-            problems.append(f"{place}={item!r} must be {_words(hint)}")
+            problems.append(f"{place}={item!r} must be {describe_type(hint)}")
     return problems
 
 
@@ -101,12 +101,13 @@ def _fits(hint: Any, item: Any) -> bool:
     return isinstance(item, kind) and (hint is bool or not isinstance(item, bool))
 
 
-def _words(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
     """Describe a type in plain words."""
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(map(str, typing.get_args(hint)))
     if typing.get_origin(hint) is tuple:
-        return "a list of texts"
+        numbers = {float: "numbers", int: "whole numbers"}
+        return f"a list of {numbers.get(typing.get_args(hint)[0], 'texts')}"
     names = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
     return names.get(hint, "a mapping" if typing.get_origin(hint) is dict else "a text")
 

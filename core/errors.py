@@ -2,7 +2,7 @@
 
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 EXIT_FAILED = 1
 EXIT_WRONG_INPUT = 2
@@ -24,8 +24,13 @@ class ConfigError(TapirError):
 
     @classmethod
     def from_problems(cls, problems: list[str]) -> "ConfigError":
-        """Join all problems found at once into one error."""
-        return cls("\n".join(f"- {problem}" for problem in problems))
+        """Join all problems into one error; each has a line if there are several."""
+        return cls(joined(problems))
+
+    def of_file(self, path: object) -> "ConfigError":
+        """The same problems, with the file in front."""
+        gap = "\n" if str(self).startswith("- ") else " "
+        return ConfigError(f"{path}:{gap}{self}")
 
 
 class InputError(TapirError):
@@ -73,10 +78,20 @@ class Preempted(TapirError):
     retry = False
 
 
-def did_you_mean(name: object, known: Iterable[object]) -> str:
-    """Suffix for a message about an unknown name: suggests the closest known one, if any."""
+def joined(problems: list[str]) -> str:
+    """One problem as it is; several as a list with bullets."""
+    return problems[0] if len(problems) == 1 else "\n".join(f"- {each}" for each in problems)
+
+
+def did_you_mean(
+    name: object, known: Iterable[object], meant: Mapping[str, str] | None = None
+) -> str:
+    """Suffix for a message about an unknown name: suggests the closest known one, if any.
+
+    `meant`: what to suggest for a known name, in place of it.
+    """
     nearest = difflib.get_close_matches(str(name), [str(each) for each in known], 1)
-    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return f"; did you mean {(meant or {}).get(nearest[0], nearest[0])!r}?" if nearest else ""
 
 
 _WRONG_PATHS = (

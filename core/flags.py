@@ -1,17 +1,17 @@
 """Command lines from typed functions and configs, by tyro."""
 
-import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from core.config import to_json
 from core.errors import InputError
-from core.renamed import new_names, tell_renamed
+from core.known_flags import known_flags, refuse_unknown_flags
+from core.renamed import tell_renamed
 
 T = TypeVar("T")
 FLAT: Any = tyro.conf.OmitArgPrefixes
@@ -25,11 +25,10 @@ def parse(function: Callable[..., T], arguments: Sequence[str], verb: str) -> T:
 
     An unknown flag exits with code 2 and suggests the closest known one.
     """
-    names: dict[str, str] = {}
-    for hint in get_type_hints(function, include_extras=True).values():
-        kind = next(iter(get_args(hint)), hint)
-        names |= renamed_flags(kind, flat=True)
-    return tyro.cli(function, args=with_new_flags(names, arguments), prog=f"tapir {verb}")
+    known = known_flags(function, flat=True)
+    translated = with_new_flags(known.renamed, arguments)
+    refuse_unknown_flags(known, translated, verb)
+    return tyro.cli(function, args=translated, prog=f"tapir {verb}")
 
 
 def parse_over(
@@ -38,34 +37,27 @@ def parse_over(
     verb: str,
     description: str | None = None,
     flat: bool = False,
+    others: Sequence[str] = (),
 ) -> T:
-    """Override fields of a preset by flags; `flat`: flags of nested configs have no prefix."""
+    """Override fields of a preset by flags; `flat`: flags of nested configs have no prefix.
+
+    `others`: further flags of the verb, to suggest for an unknown one.
+    """
+    known = known_flags(type(default), flat)
+    translated = with_new_flags(known.renamed, arguments)
+    refuse_unknown_flags(known, translated, verb, others)
     return tyro.cli(
         type(default),
         default=default,
-        args=with_new_flags(renamed_flags(type(default), flat), arguments),
+        args=translated,
         prog=f"tapir {verb}",
         description=description,
         config=(tyro.conf.OmitArgPrefixes,) if flat else (),
     )
 
 
-def renamed_flags(kind: Any, flat: bool = False) -> dict[str, str]:
-    """Old name -> new name of a config's flags, without dashes; `flat` as in `parse_over`."""
-    return dict(_renamed_flags(kind, "", flat))
-
-
-def _renamed_flags(kind: Any, prefix: str, flat: bool) -> Iterator[tuple[str, str]]:
-    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
-        return
-    for old, new in new_names(kind).items():
-        yield prefix + old, prefix + new
-    for name, hint in get_type_hints(kind).items():
-        yield from _renamed_flags(hint, prefix if flat else f"{prefix}{name}.", flat)
-
-
 def with_new_flags(names: dict[str, str], arguments: Sequence[str]) -> list[str]:
-    """Translate old flags of a command line; logs them in one line."""
+    """Translate old flags of a command line; logs them once."""
     translated, pairs = [], {}
     end = list(arguments).index("--") if "--" in arguments else len(arguments)
     for argument in arguments[:end]:

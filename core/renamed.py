@@ -52,6 +52,7 @@ RENAMED: dict[str, dict[str, str]] = {
 """Config class (its fields are flags and keys of config.json and run files), or kind of stored
 mapping -> old name -> new name."""
 FACTS, ROW, LAYOUT = "facts of a model", "a row of metrics.jsonl", "a layout of plan --json"
+_SHOWN, _PAGE = 10, "docs/decisions/021-names.md"
 _told: set[str] = set()
 
 
@@ -75,12 +76,15 @@ def translated(names: Mapping[str, str], body: Mapping[str, Any]) -> dict[str, A
 
 
 def tell_renamed(where: str, pairs: Mapping[str, str]) -> None:
-    """Log a file's old names in one line, once per file and process, on rank 0."""
+    """Log a file's old names, once per file and process, on rank 0; at most `_SHOWN` of them."""
     if not pairs or where in _told or not LOG.isEnabledFor(INFO):  # only rank 0 logs at INFO
         return
     _told.add(where)
-    text = ", ".join(f"{old} is now {new}" for old, new in pairs.items())
-    LOG.warning("%s has old names, which are still read: %s", where, text)
+    lines = [f"{old} is now {new}" for old, new in pairs.items()]
+    if len(lines) > _SHOWN:
+        lines[_SHOWN:] = [f"and {len(lines) - _SHOWN} more ({_PAGE})"]
+    text = f" {lines[0]}" if len(lines) == 1 else "".join(f"\n  {line}" for line in lines)
+    LOG.warning("%s has old names, which are still read:%s", where, text)
 
 
 def tell_old_keys(where: str, text: str, *owners: type | str) -> None:

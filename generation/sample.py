@@ -140,15 +140,17 @@ def _sample(run: SampleRun, mesh: Mesh) -> None:
 
 
 def _write(run: SampleRun, drawn: list[Candidates]) -> None:
-    """Write the grid of the best candidates, and print their scores."""
+    """Write the grid of the best candidates, and print their scores if they were ranked."""
     grid = picture_grid([row.pictures[: run.show] for row in drawn], 4)
     write_atomic(run.out, encode_png(grid))
-    most = run.show if run.rerank else 0
-    scores: Json = {row.caption: row.scores[:most].tolist() for row in drawn}
+    LOG.info("wrote %s", run.out)
+    scores: Json = {row.caption: row.scores[: run.show].tolist() for row in drawn}
     if run.follow and run.models.step is not None:
         show(run.models.prior, run.models.step, drawn, run.show)
-        scores = {"step": run.models.step, "scores": scores}
-    print_json(scores)
+        ranked = {"scores": scores} if run.rerank else {}
+        print_json({"step": run.models.step, **ranked})
+    elif run.rerank:
+        print_json(scores)
 
 
 def _texts(run: SampleRun) -> list[str]:

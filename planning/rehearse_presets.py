@@ -13,6 +13,8 @@ from training.presets import PRESETS
 
 STAGES = ("prior", "dvae", "clip")
 """Stages that have a mesh; a preset's name is looked up in this order."""
+OWN_FLAGS = ("world", "stage", "device", "jobs", "json")
+"""Flags of the verb; all others are a preset's."""
 ALL = "all"
 
 
@@ -90,6 +92,6 @@ def _settings(stage: str, name: str, flags: list[str], world: int) -> Any:
     """A preset, changed by flags and scaled to `world` ranks. Raises: ConfigError."""
     settings = PRESETS[stage][name]()
     if flags:
-        settings = parse_over(settings, flags, f"rehearse {name}")
+        settings = parse_over(settings, flags, f"rehearse {name}", others=OWN_FLAGS)
     settings = filled(name, settings)
     return checked(scaled(settings, world or settings.mesh.world))

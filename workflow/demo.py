@@ -22,7 +22,8 @@ from generation.config import DemoConfig
 from parallel.config import MeshConfig
 from workflow.chain.stages import chain_of
 from workflow.report import write_report
-from workflow.run_file import FOLDERS, STAGES, RunFile, StageSpec, Value
+from workflow.run_file import FOLDERS, STAGES, RunFile, StageSpec
+from workflow.run_flags import Value
 from workflow.summary import summarise
 
 BUCKET = "tapir-demo"

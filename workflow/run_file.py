@@ -17,7 +17,7 @@ slurm: {partition: main}
 
 import re
 import runpy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,13 @@ from cluster.local import LocalConfig
 from cluster.slurm import SlurmConfig
 from core.config import check, folder_problems, from_json, place_problems, wrong_types
 from core.errors import ConfigError, InputError, did_you_mean
-from core.flags import renamed_flags
+from core.known_flags import KnownFlags, known_flags
 from core.renamed import new_names, renamed, tell_renamed, translated
 from data_pipeline.config import PackConfig, TokenizeConfig
 from generation.config import EvaluateConfig, ScoreConfig
 from training.config import BPETrain, ClipTrain, DVAETrain, PriorTrain
 from training.presets import PRESETS
+from workflow.run_flags import Value
 
 STAGES = ("pack", "bpe", "dvae", "tokenize", "prior", "clip", "score", "evaluate")
 """In a valid order of execution."""
@@ -63,7 +64,8 @@ SETTINGS: dict[str, Any] = {
 """Settings of each stage, whose fields are its flags."""
 FOLDERS = {"tokenize": "tokens", "score": "scores", "evaluate": "samples"}
 """Folders of stages whose name differs from the stage's."""
-Value = str | int | float | bool
+FILES = {"inception": Path, "overlap": Path}
+"""Flags of `score` beside its settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +76,8 @@ class StageSpec:
     """Preset of a training stage."""
     source: str = ""
     """Source of `pack` or `score`."""
-    flags: dict[str, Value] = field(default_factory=dict)
-    """Changes, as the command's flags without dashes: loop.steps: 100."""
+    flags: dict[str, Value | list[Value]] = field(default_factory=dict)
+    """Changes, as the command's flags without dashes: loop.steps: 100; a list = several values."""
     resources: Resources = field(default_factory=Resources)
     """Resources of its job."""
 
@@ -183,7 +185,7 @@ def read_runfile(path: Path) -> RunFile:
     _refuse_unknown("stages", stages, STAGES)
     specs = {name: _stage(name, stages[name]) for name in STAGES if name in stages}
     missing = [name for name in ("name", "out") if not body.get(name)]
-    check([f"{name}: missing in {path}" for name in missing])
+    check([f"{name}: missing" for name in missing])
     out = Path(body["out"]).expanduser()
     run = from_json(RunFile, {**body, "out": str(out), "stages": {}})
     run = RunFile(**{**vars(run), "stages": specs})
@@ -205,7 +207,7 @@ def _with_new_names(body: dict[str, Any], path: Path) -> dict[str, Any]:
             pairs |= {old: new for old, new in resources.items() if old in stage}
             specs[name] = stage = renamed(Resources, stage)
             if isinstance(flags, dict) and name in SETTINGS:
-                names = renamed_flags(SETTINGS[name])
+                names = flags_of(name).renamed
                 flags = {str(flag).replace("-", "_"): item for flag, item in flags.items()}
                 pairs |= {old: new for old, new in names.items() if old in flags}
                 stage["flags"] = translated(names, flags)
@@ -230,9 +232,11 @@ def _stage(name: str, body: Any) -> StageSpec:
     body = {key: item for key, item in body.items() if item is not None}
     flags = body.get("flags", {})
     for key, value in flags.items():
-        if not (isinstance(key, str) and isinstance(value, str | int | float)):
+        values = value if isinstance(value, list) else [value]
+        if not (isinstance(key, str) and all(isinstance(v, str | int | float) for v in values)):
             raise ConfigError(
-                f"stages.{name}.flags.{key}: {value!r} must be a text, a number, true or false"
+                f"stages.{name}.flags.{key}: {value!r} must be a text, a number, true or false, or "
+                "a list of them"
             )
     needs = {each.name for each in fields(Resources)}
     known = ["preset", "source", "flags", *sorted(needs)]
@@ -245,10 +249,17 @@ def _stage(name: str, body: Any) -> StageSpec:
     return StageSpec(**rest, resources=resources)
 
 
+def flags_of(stage: str) -> KnownFlags:
+    """The flags that a stage may change."""
+    known = known_flags(SETTINGS[stage], flat=stage not in PRESETS)
+    return replace(known, types={**known.types, **(FILES if stage == "score" else {})})
+
+
 def _refuse_unknown(where: str, body: dict[str, Any], known: Any) -> None:
+    old = new_names(Resources)
     for name in body:
         if name not in known:
-            hint = did_you_mean(name, known) or f" (known: {', '.join(known)})"
+            hint = did_you_mean(name, [*known, *old], old) or f" (known: {', '.join(known)})"
             raise ConfigError(f"{where} knows no {name!r}{hint}")
 
 

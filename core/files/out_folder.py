@@ -19,6 +19,8 @@ _MARKS = {
     "seconds.json": "demo",
 }
 """Files that identify the command that wrote a folder."""
+_DRAWN = {"evaluate": "samples", "score": "scores", "overlap": "overlap"}
+"""Commands that write many files beside one another, and the usual name of their folder."""
 _STAGES = ("model.json", "config.json")
 """Files of a training run that name its stage."""
 
@@ -26,12 +28,27 @@ _STAGES = ("model.json", "config.json")
 def refuse_others_folder(place: Path | str, mine: str) -> None:
     """Check that a folder is new or of the same command; bucket prefixes are not checked.
 
-    Raises: InputError if it holds a data set or the output of another command.
+    Raises: InputError if it holds a data set or the output of another command, or, for pictures and
+    figures, run folders.
     """
     owner = "" if str(place).startswith(S3) else owner_of(Path(place))
     if owner not in ("", mine):
         what = owner if owner == "a data set" else f"what `tapir {owner}` wrote"
         raise InputError(f"{place} holds {what}; give another folder")
+    inside = [] if owner or mine not in _DRAWN else _runs_in(Path(place))
+    if inside:
+        raise InputError(
+            f"{place} holds the run folders {', '.join(inside)}, and files of `tapir {mine}` would "
+            f"be mixed with them; give a folder of its own, e.g. {place}/{_DRAWN[mine]}"
+        )
+
+
+def _runs_in(folder: Path) -> list[str]:
+    """Names of the folders in a folder that a command wrote; without data sets."""
+    if not folder.is_dir():
+        return []
+    names = sorted(each.name for each in folder.iterdir() if each.is_dir())
+    return [name for name in names if owner_of(folder / name) not in ("", "a data set")]
 
 
 def owner_of(folder: Path) -> str:

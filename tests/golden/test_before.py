@@ -83,11 +83,11 @@ def test_an_old_stopped_prior_resumes_to_the_unbroken_result(
         assert digests[0] == digests[1]
 
 
-def test_each_old_file_is_reported_in_one_line(before: Path, resumed: str) -> None:
-    lines = [line for line in resumed.splitlines() if OLD in line]
-    assert len(lines) == 2, resumed
-    assert "the command line" in lines[0] and "--engine.accumulate is now" in lines[0]
-    assert "step-4" in lines[1] and "loop.until is now loop.stop_at" in lines[1]
+def test_each_old_file_is_reported_once(before: Path, resumed: str) -> None:
+    first, *notices = resumed.split(OLD)
+    assert len(notices) == 2, resumed
+    assert first.endswith("the command line ") and "\n  --engine.accumulate is now" in notices[0]
+    assert "step-4" in notices[0] and "\n  loop.until is now loop.stop_at\n" in notices[1]
 
 
 def test_old_metrics_are_read_under_the_new_keys(before: Path) -> None:
@@ -138,8 +138,9 @@ def test_an_old_checkpoint_is_sampled(before: Path, tmp_path: Path) -> None:
 
 def test_an_old_run_file_is_submitted(tmp_path: Path) -> None:
     text = tapir("submit", str(BEFORE / "run.yaml"), "--dry-run", cwd=tmp_path)
-    assert text.count(OLD) == 1 and "at_once is now parallelism" in text
-    commands = [line for line in text.splitlines() if OLD not in line]
+    assert text.count(OLD) == 1 and text.count(" is now ") == 10
+    assert "  and 15 more (docs/decisions/021-names.md)\n" in text
+    commands = [line for line in text.splitlines() if " is now " not in line]
     for old in (
         "--loop.until",
         "--engine.accumulate",

@@ -58,6 +58,23 @@ def missing_inputs(run: RunFile, settings: dict[str, Any], to: Scheduler) -> lis
     ]
 
 
+def unfinished_inputs(run: RunFile, settings: dict[str, Any]) -> list[str]:
+    """Notices of stages that loop.stop_at ends early, although later ones read their models."""
+    notices = []
+    for what, stage in MADE_BY.items():
+        loop = getattr(settings.get(stage), "loop", None)
+        readers = [name for name in run.stages if what in _reads(run, name, settings[name])]
+        if loop is not None and loop.end < loop.steps and readers:
+            *rest, last = readers
+            names = f"{', '.join(rest)} and {last} read" if rest else f"{last} reads"
+            notices.append(
+                f"stages.{stage}.flags.loop.stop_at={loop.stop_at} is below loop.steps="
+                f"{loop.steps}: {what} stays unfinished, and {names} its last "
+                "checkpoint; leave loop.stop_at out to train it to the end first"
+            )
+    return notices
+
+
 def _reads(run: RunFile, stage: str, settings: Any) -> tuple[str, ...]:
     read = READ.get(stage, ())
     if stage == "score" and not run.stages[stage].source:

@@ -11,12 +11,11 @@ from core.config import check
 from core.flags import parse_over
 from training.presets import PRESETS
 from workflow.chain.requirements import chain_problems
-from workflow.run_file import AFTER, ARRAYS, SETTINGS, RunFile, StageSpec, Value
+from workflow.run_file import AFTER, ARRAYS, FILES, SETTINGS, RunFile, StageSpec, flags_of
+from workflow.run_flags import arguments_of, flag_problems, parsed
 
 AWS = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 AWS_REGION = ("AWS_DEFAULT_REGION", "AWS_REGION", "AWS_PROFILE")
-_NO_SETTINGS = ("--inception=", "--overlap=")
-"""Flags of `score` that name files."""
 
 
 def chain_of(run: RunFile, to: Scheduler) -> Chain:
@@ -47,17 +46,30 @@ def chain_of(run: RunFile, to: Scheduler) -> Chain:
 
 
 def settings_of_stages(run: RunFile) -> dict[str, Any]:
-    """The settings of each stage's command; a wrong flag exits with code 2."""
-    settings = {}
-    for name, spec in run.stages.items():
-        flags = [flag for flag in _flags(spec) if not flag.startswith(_NO_SETTINGS)]
-        if name in PRESETS:
-            preset = PRESETS[name][spec.preset]()
-            places = _train(run, name, spec)[3:]
-            settings[name] = parse_over(preset, places, f"train {name} {spec.preset}")
-        else:
-            settings[name] = parse_over(SETTINGS[name](), flags, name, flat=True)
+    """The settings of each stage's command. Raises: ConfigError with every wrong flag."""
+    settings, problems = {}, []
+    for name in run.stages:
+        settings[name], texts = _settings(run, name)
+        problems += texts
+    check(problems)
     return settings
+
+
+def _settings(run: RunFile, name: str) -> tuple[Any, list[str]]:
+    """A stage's settings, or the problems of its flags."""
+    spec, known, where = run.stages[name], flags_of(name), f"stages.{name}.flags"
+    default, places, verb = SETTINGS[name](), list[str](), name
+    if name in PRESETS:
+        default, places = PRESETS[name][spec.preset](), _places(run, name)
+        verb = f"train {name} {spec.preset}"
+    if problems := flag_problems(where, known, spec.flags, verb):
+        return None, problems
+
+    def parse(arguments: list[str]) -> Any:
+        return parse_over(default, [*places, *arguments], verb, flat=name not in PRESETS)
+
+    flags = {key: value for key, value in spec.flags.items() if key not in FILES}
+    return parsed(where, known, flags, parse)
 
 
 def missing_variables(chain: Chain) -> list[str]:
@@ -115,36 +127,32 @@ def _rank_problems(run: RunFile, name: str, world: int) -> list[str]:
 
 
 def _pack(run: RunFile, name: str, spec: StageSpec) -> list[str]:
-    return ["pack", spec.source, run.raw, *_flags(spec)]
+    return ["pack", spec.source, run.raw, *arguments_of(spec.flags)]
 
 
 def _tokenize(run: RunFile, name: str, spec: StageSpec) -> list[str]:
     models = [f"--{model}={run.folder(model)}" for model in ("dvae", "bpe")]
-    return ["tokenize", run.raw, run.tokens, *models, *_flags(spec)]
+    return ["tokenize", run.raw, run.tokens, *models, *arguments_of(spec.flags)]
 
 
 def _train(run: RunFile, name: str, spec: StageSpec) -> list[str]:
+    return ["train", name, spec.preset, *_places(run, name), *arguments_of(spec.flags)]
+
+
+def _places(run: RunFile, name: str) -> list[str]:
+    """Flags of a training stage that the run sets."""
     data = run.tokens if name == "prior" else run.raw
     bpe = [f"--bpe={run.folder('bpe')}"] if name in ("clip", "prior") else []
-    places = [f"--data={data}", f"--out={run.folder(name)}", *bpe]
-    return ["train", name, spec.preset, *places, *_flags(spec)]
+    return [f"--data={data}", f"--out={run.folder(name)}", *bpe]
 
 
 def _draw(run: RunFile, name: str, spec: StageSpec) -> list[str]:
     """Command of `score` and `evaluate`: the data, the output folder, and the models."""
     models = [f"--{model}={run.folder(model)}" for model in ("prior", "dvae", "clip", "bpe")]
-    return [name, spec.source or run.raw, f"--out={run.folder(name)}", *models, *_flags(spec)]
-
-
-def _flags(spec: StageSpec) -> list[str]:
-    return [_flag(key, value) for key, value in spec.flags.items()]
-
-
-def _flag(key: str, value: Value) -> str:
-    """A changed field as a flag of tyro."""
-    name = key.replace("_", "-")
-    if isinstance(value, bool):
-        head, _, last = name.rpartition(".")
-        dot = "." if head else ""
-        return f"--{head}{dot}{'' if value else 'no-'}{last}"
-    return f"--{name}={value}"
+    return [
+        name,
+        spec.source or run.raw,
+        f"--out={run.folder(name)}",
+        *models,
+        *arguments_of(spec.flags),
+    ]

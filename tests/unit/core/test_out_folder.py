@@ -59,6 +59,21 @@ def test_every_command_refuses_the_folder_of_another(owner: str, tmp_path: Path)
     refuse_others_folder(path, owner)
 
 
+@pytest.mark.parametrize("mine", ["evaluate", "score", "overlap"])
+def test_pictures_are_not_mixed_with_run_folders(mine: str, tmp_path: Path) -> None:
+    folder_of(tmp_path / "runs" / "raw", "a data set")
+    refuse_others_folder(tmp_path / "runs", mine)
+    folder_of(tmp_path / "runs" / "prior", "train prior")
+    folder_of(tmp_path / "runs" / "dvae", "train dvae")
+    commands = {"evaluate": evaluate, "score": score, "overlap": overlap}
+    data = ["raw", "none"] if mine == "overlap" else ["coco:none"]
+    with pytest.raises(InputError, match=r"holds the run folders dvae, prior, and .*/runs/"):
+        commands[mine]([*data, f"--out={tmp_path / 'runs'}"])
+    refuse_others_folder(tmp_path / "runs" / "new", mine)
+    (tmp_path / "runs" / FILES[mine]).touch()
+    refuse_others_folder(tmp_path / "runs", mine)
+
+
 def test_damaged_notes_and_new_folders_belong_to_nobody(tmp_path: Path) -> None:
     for text in ("", "[]", "{}", "no JSON"):
         (tmp_path / "config.json").write_text(text)

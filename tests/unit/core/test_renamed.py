@@ -14,7 +14,8 @@ from cluster.config import SupervisorConfig
 from core import renamed as table
 from core.config import from_json, to_json
 from core.errors import ConfigError, InputError
-from core.flags import parse_over, renamed_flags, with_new_flags
+from core.flags import parse_over, with_new_flags
+from core.known_flags import known_flags
 from core.log import LOG
 from core.renamed import FACTS, LAYOUT, RENAMED, ROW, renamed
 from data_pipeline.config import LoaderConfig, OrderConfig
@@ -102,8 +103,17 @@ def test_an_old_flag_beside_its_new_one_is_refused(flags: str) -> None:
         parse_over(PriorTrain(), flags.split(), "train")
 
 
+def test_many_old_names_are_told_on_few_lines(lines: list[str]) -> None:
+    old = [f"--{name}=1" for name in known_flags(PriorTrain).renamed if "background" not in name]
+    with_new_flags(known_flags(PriorTrain).renamed, old)
+    text = lines[0].splitlines()
+    assert len(lines) == 1 and len(text) == 12 and max(map(len, text)) < 100
+    assert text[0].endswith("still read:") and " is now " in text[1]
+    assert text[-1] == f"  and {len(old) - 10} more (docs/decisions/021-names.md)"
+
+
 def test_flags_without_prefix_and_values_stay() -> None:
-    names = renamed_flags(EvaluateConfig, flat=True)
+    names = known_flags(EvaluateConfig, flat=True).renamed
     old = ["--most", "8", "few", "--few=2", "--no-most-x", "--mostly"]
     new = ["--max-candidates", "8", "few", "--max-candidates-prompts=2", "--no-most-x", "--mostly"]
     assert with_new_flags(names, old) == new

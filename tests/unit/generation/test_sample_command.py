@@ -55,6 +55,13 @@ def test_the_best_stand_in_rows_and_each_has_a_file(
     assert picture(files[0]).shape == (PIXELS, PIXELS, 3)
 
 
+def test_without_a_ranking_no_scores_are_printed(
+    run: SampleRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample(replace(run, rerank=False))
+    assert capsys.readouterr().out == "" and run.out.is_file()
+
+
 def test_the_batch_changes_no_byte(run: SampleRun, tmp_path: Path) -> None:
     sample(run)
     for batch in (1, 2, 128):

@@ -1,17 +1,20 @@
 """Run files: their meaning and their errors."""
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from cli.cluster import submit
 from cluster import kubernetes, slurm
 from cluster.chain import Submitted, read_submitted, write_marker, write_submitted
-from core.errors import CorruptError, InputError, TapirError
+from core.errors import ConfigError, CorruptError, InputError, TapirError
 from tests.harness import DEVELOPERS, ROOT, tapir
-from workflow.chain.stages import chain_of
+from workflow.chain.inputs import unfinished_inputs
+from workflow.chain.stages import chain_of, settings_of_stages
 from workflow.run_file import read_runfile, settings_of
 
 RUN: dict[str, Any] = {
@@ -136,6 +139,104 @@ def test_a_wrong_run_is_refused(
     with pytest.raises(TapirError, match=message) as caught:
         chain_of(read_runfile(write(tmp_path, changes, **stages)), "local")
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("stages", "problem"),
+    [
+        (
+            {"prior": {"flags": {"loop.stepz": 3}}},
+            "stages.prior.flags.loop.stepz: unknown; did you mean 'loop.steps'?",
+        ),
+        (
+            {"prior": {"flags": {"loop.batsh": 3}}},
+            "stages.prior.flags.loop.batsh: unknown; did you mean 'loop.global_batch_size'?",
+        ),
+        (
+            {"evaluate": {"flags": {"guidid": 3}}},
+            "stages.evaluate.flags.guidid: unknown; did you mean 'guidance_prompts'?",
+        ),
+        (
+            {"prior": {"flags": {"no_checkpoint.background": True}}},
+            "stages.prior.flags.no_checkpoint.background: unknown; did you mean "
+            "'checkpoint.async_save: false'?",
+        ),
+        (
+            {"prior": {"flags": {"checkpoint.async_save": "off"}}},
+            "stages.prior.flags.checkpoint.async_save='off' must be true or false",
+        ),
+        (
+            {"prior": {"flags": {"loop.steps": "many"}}},
+            "stages.prior.flags.loop.steps='many' must be a whole number",
+        ),
+        (
+            {"prior": {"flags": {"loop.steps": [3, 4]}}},
+            "stages.prior.flags.loop.steps=[3, 4] must be a whole number",
+        ),
+        (
+            {"evaluate": {"flags": {"guidance_scales": [1, "x"]}}},
+            "stages.evaluate.flags.guidance_scales=[1, 'x'] must be a list of numbers",
+        ),
+        (
+            {"evaluate": {"flags": {"guidance_scales": [[1], 2]}}},
+            "stages.evaluate.flags.guidance_scales: [[1], 2] must be a text, a number, true or "
+            "false, or a list of them",
+        ),
+        (
+            {"tokenize": {"at_onec": 2}},
+            "stages.tokenize knows no 'at_onec'; did you mean 'parallelism'?",
+        ),
+        (
+            {"prior": {"flags": {"xyzzy": 1}}},
+            "stages.prior.flags.xyzzy: unknown; `tapir train prior tiny --help` lists the flags",
+        ),
+        (
+            {"pack": {"source": "shapes", "flags": {"count": "x"}}, "bpe": {"flags": {"q": 1}}},
+            "\n- stages.pack.flags.count='x' must be a whole number\n- stages.bpe.flags.q: unknown;"
+            " `tapir train bpe tiny --help` lists the flags",
+        ),
+    ],
+)
+def test_submit_names_the_file_the_stage_and_the_flag(
+    tmp_path: Path, stages: dict[str, Any], problem: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, **stages)
+    with pytest.raises(ConfigError) as raised:
+        submit([str(path), "--dry-run"])
+    gap = "" if problem.startswith("\n") else " "
+    assert str(raised.value) == f"{path}:{gap}{problem}"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_list_becomes_the_values_of_its_flag(tmp_path: Path) -> None:
+    lists = {"guidance_scales": [1, 2.5], "prompts": 8}
+    path = write(
+        tmp_path, evaluate={"flags": lists}, score={"source": "coco:x", "flags": {"radii": [0]}}
+    )
+    run = read_runfile(path)
+    jobs = {job.name: job.command for job in chain_of(run, "local").jobs}
+    assert jobs["evaluate"][-4:] == ("--guidance-scales", "1", "2.5", "--prompts=8")
+    assert jobs["score"][-2:] == ("--radii", "0")
+    settings = settings_of_stages(run)
+    assert settings["evaluate"].guidance_scales == (1.0, 2.5)
+    assert settings["score"].radii == (0.0,)
+    text = tapir("submit", str(path), "--to=slurm", "--dry-run")
+    assert "--guidance-scales 1 2.5 --prompts=8" in text
+
+
+def test_a_stage_that_stops_early_is_told(tmp_path: Path) -> None:
+    stops = {"flags": {"loop.steps": 6, "loop.stop_at": 3, "mesh.data": 1}}
+    path = write(tmp_path, dvae=stops, prior={"flags": {"loop.steps": 9, "loop.stop_at": 9}})
+    text = " ".join(tapir("submit", str(path), "--dry-run").split())
+    whole = read_runfile(path)
+    notices = unfinished_inputs(whole, settings_of_stages(whole))
+    assert len(notices) == 1 and f"{path}: {notices[0]}" in text and text.count("stop_at=") == 1
+    assert notices[0].startswith(
+        "stages.dvae.flags.loop.stop_at=3 is below loop.steps=6: a dVAE stays unfinished, and "
+        "tokenize, score and evaluate read its last checkpoint"
+    )
+    alone = replace(whole, stages={"dvae": whole.stages["dvae"]})
+    assert unfinished_inputs(alone, settings_of_stages(alone)) == []
 
 
 def test_wrong_files_and_flags_end_with_2(tmp_path: Path) -> None:
