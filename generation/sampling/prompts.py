@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from core.errors import ConfigError, InputError
-from data_pipeline.images.crops import decode_rgb, square
+from data_pipeline.images.crops import square
+from data_pipeline.images.decode import decode_rgb
 from generation.config import PromptConfig
 from generation.sampling.sampler import Prompt
 
@@ -44,7 +45,7 @@ def kept_tokens(config: PromptConfig, grid: int) -> Tensor:
     if not kept.any() or kept.all():
         raise ConfigError(
             f"the image prompt keeps {'all' if kept.any() else 'none'} of the {grid}x{grid} tokens:"
-            " say what is kept by --keep-rows or --keep, or what is drawn anew by --redraw or "
+            " say what is kept by --keep-rows or --keep, or what is redrawn by --redraw or "
             "--mask"
         )
     return kept.flatten()

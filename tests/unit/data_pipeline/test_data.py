@@ -23,7 +23,8 @@ from data_pipeline.formats.tokens import (
     decode_block,
     encode_block,
 )
-from data_pipeline.images.crops import decode_rgb, encode_png
+from data_pipeline.images.crops import encode_png
+from data_pipeline.images.decode import decode_rgb
 from data_pipeline.packing.pack import pack
 from data_pipeline.streaming.order import LaneOrder
 from data_pipeline.streaming.stream import Stream

@@ -419,7 +419,7 @@ def test_temperature_and_beta_of_a_step(step: int, tau: float | None, beta: floa
 
 
 def test_pictures_of_a_step_are_crops_by_key_and_squares_in_validation() -> None:
-    from data_pipeline.images.crops import decode_rgb
+    from data_pipeline.images.decode import decode_rgb
 
     task, record = _dvae_task(), _picture(3)
     image = decode_rgb(record.image, "x")
