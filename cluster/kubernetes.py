@@ -57,7 +57,7 @@ class KubernetesConfig:
             )
         if not str(chain.out).startswith(self.mount.rstrip("/") + "/"):
             problems.append(
-                f"out={chain.out} does not lie in kubernetes.mount={self.mount}; try "
+                f"out={chain.out} is not inside kubernetes.mount={self.mount}; try "
                 f"out: {self.mount.rstrip('/')}/{chain.name}"
             )
         if any("=" not in label for label in self.node_selector):

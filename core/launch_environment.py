@@ -205,7 +205,7 @@ def _address(variables: Variables) -> tuple[str, int]:
     if not name:
         variables.problems["MASTER_ADDR"] = (
             "MASTER_ADDR is not set in the environment: on every rank export the address of rank "
-            "0's machine, or start the ranks by torchrun"
+            "0's node, or start the ranks by torchrun"
         )
     return name, variables.number("MASTER_PORT", "port that rank 0 listens at", 1, _LAST_PORT)
 

@@ -241,7 +241,7 @@ def _inside(name: str, where: Path, depth: int) -> str:
     parts = name.split("/")
     plain = not any(map(is_odd, name)) and "\\" not in name and not {"", ".", ".."} & set(parts)
     if len(parts) != depth or not plain:
-        raise InputError(f"{where} names the picture {name!r}, which lies outside of its folder")
+        raise InputError(f"{where} names the picture {name!r}, which is outside of its folder")
     return name
 
 

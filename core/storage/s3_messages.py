@@ -100,7 +100,7 @@ def _refusal(url: str, name: str, error: ClientError, hint: str) -> StoreError:
             "that does, or check that AWS_ENDPOINT_URL is that of an S3 store and of no proxy"
         )
     if code in FULL or status == 507:
-        return StoreError(f"{url} is full ({status} {code}): free room there, or raise its quota")
+        return StoreError(f"{url} is full ({status} {code}): free space there, or raise its quota")
     if is_conflict(error):
         return StoreError(
             f"{where}: another writer was at it at each try ({status} {code}); start the same again"

@@ -87,7 +87,7 @@ def loose_files(root: Path) -> Iterator[Unusable]:
         for name in sorted(names):
             where = (folder / name).as_posix()
             if is_picture(name):
-                yield unusable(where, "lies among tars; pack it from a folder of its own")
+                yield unusable(where, "is among tars; pack it from a folder of its own")
             elif not is_tar(name):
                 kind, reason = why_not_read(name)
                 yield unusable(where, reason if kind != IGNORED else "is no tar", kind)

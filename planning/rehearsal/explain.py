@@ -33,8 +33,8 @@ _HINTS = {
     "missing message": "each send needs its recv on the other rank: compare the two sides' "
     "schedules around these lines",
     "other groups made": "every rank must make the same groups in the same order, its own or not",
-    "deadlock": "these ranks wait for each other: let one of them make its calls the other way "
-    "round",
+    "deadlock": "these ranks wait for each other: let one of them make its calls in the other "
+    "order",
 }
 _NEAR = 64
 """Calls that are searched for one that came too early."""

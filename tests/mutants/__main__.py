@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument("--patch", type=Path, help="a diff to try instead")
     parser.add_argument("--width", type=int, default=min(os.cpu_count() or 1, 8))
     asked = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no fork is left behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no fork outlives it
     cache = Path(os.environ.get("TAPIR_MUTANTS", Path.home() / ".cache/tapir/mutants"))
     cache.mkdir(parents=True, exist_ok=True)
     make_data(cache)

@@ -20,7 +20,7 @@ class Changed:
     path: str
     source: bytes
     lines: tuple[int, ...]
-    """Of the file as it is, those that go, and those that something is put behind."""
+    """Lines of the file as it is that are removed, or after which something is inserted."""
 
 
 def patched(diff: bytes) -> list[Changed]:

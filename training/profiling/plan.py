@@ -91,8 +91,8 @@ def _of_run(body: dict[str, Any], settings: StageConfig) -> dict[str, float]:
     nearest = min(others, key=len, default={})
     text = ", ".join(f"{name} {value} (run: {ours[name]})" for name, value in nearest.items())
     raise InputError(
-        f"none of the plan's {len(layouts)} ways is the run's; plan for as many ranks and the same "
-        f"batch{'; the nearest one has ' + text if text else ''}"
+        f"none of the plan's {len(layouts)} layouts is the run's; plan for as many ranks and the "
+        f"same batch{'; the nearest one has ' + text if text else ''}"
     )
 
 

@@ -34,7 +34,7 @@ class Spent:
     p50: float
     p99: float
     share: float
-    """Share of the whole time."""
+    """Fraction of the whole time."""
     slowest_rank: int
     """The rank that spent most on it."""
 
@@ -137,7 +137,7 @@ def read_profile(run: Path, last: int = 0) -> Profiled:
     if not rings:
         raise InputError(
             f"{run} holds no profile; train a step at least, without --profile.no-always (a "
-            "damaged profile/rank-0.bin is written anew when the run resumes)"
+            "damaged profile/rank-0.bin is rewritten when the run resumes)"
         )
     steps, seconds = _together(rings, last)
     if not len(steps):

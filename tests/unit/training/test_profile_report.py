@@ -81,7 +81,7 @@ def test_a_plan_with_old_names_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"best": None, "alternatives": []}, "none of the plan's 0 ways"),
+        ({"best": None, "alternatives": []}, "none of the plan's 0 layouts"),
         ({"recompute": True}, r"nearest one has recompute True \(run: False\)"),
         ({"precision": "fp32"}, "precision fp32"),
         ({"micro_batch": 1}, "micro_batch 1"),
