@@ -96,5 +96,5 @@ def _number(own: dict[str, str], name: str, default: int) -> int:
         return default
     number = int(text) if text.isdecimal() and len(text) <= len(str(MOST_RANKS)) else 0
     if not 1 <= number <= MOST_RANKS:
-        raise InputError(f"{name} {text!r} is no positive whole number up to {MOST_RANKS:,}")
+        raise InputError(f"{name} {text!r} is not a positive whole number up to {MOST_RANKS:,}")
     return number

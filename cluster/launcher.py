@@ -144,7 +144,7 @@ def _start(process: Any) -> None:
         raise RankError(
             f"the process that starts the ranks (multiprocessing's forkserver) died before "
             f"{process.name} had begun: was it killed, maybe for memory (dmesg tells)? Its own "
-            "output, if any, stands above"
+            "output, if any, is above"
         ) from error
 
 

@@ -142,7 +142,7 @@ def place_problems(place: str, setting: str = "") -> list[str]:
     if place.startswith(S3) and not place.removeprefix(S3).partition("/")[0]:
         return [f"{named} names no bucket; write s3://bucket/prefix"]
     if not place.startswith(S3) and ("://" in place or place.startswith("pipe:")):
-        return [f"{named} is no store that Tapir reads; give s3://bucket/prefix or a folder"]
+        return [f"{named} is not a store that Tapir reads; give s3://bucket/prefix or a folder"]
     return []
 
 

@@ -54,7 +54,7 @@ class DVAEConfig:
         if self.pixels % step or self.pixels < step:
             nearest = max(step, round(self.pixels / step) * step)
             problems.append(
-                f"model.pixels={self.pixels} is no multiple of {step}, which {self.groups} "
+                f"model.pixels={self.pixels} is not a multiple of {step}, which {self.groups} "
                 f"groups need; try {nearest}"
             )
         if not 2 <= self.codebook <= 65536:

@@ -43,7 +43,9 @@ class DoctorConfig:
         problems = []
         bucket = self.data.removeprefix("s3://").partition("/")[0]
         if "://" in self.data and not (self.data.startswith("s3://") and bucket):
-            problems.append(f"--data {self.data} is no store; give s3://bucket/prefix or a folder")
+            problems.append(
+                f"--data {self.data} is not a store; give s3://bucket/prefix or a folder"
+            )
         needs = (self.memory, self.disk, self.shared_memory)
         if not all(0 <= each < math.inf for each in needs):
             problems.append("--memory, --disk and --shared-memory are GB and must not be negative")

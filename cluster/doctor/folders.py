@@ -90,7 +90,7 @@ def _folder(check: str, path: Path, need: float, other: str) -> list[Finding]:
     if not path.exists():
         return [bad(check, f"{path} does not exist", f"mkdir -p it {other}")]
     if not path.is_dir():
-        return [bad(check, f"{path} is no folder", f"remove the file {other}")]
+        return [bad(check, f"{path} is not a folder", f"remove the file {other}")]
     space = os.statvfs(path)
     free = space.f_bavail * space.f_frsize
     text = f"{path}: {free / GB:.2f} of {space.f_blocks * space.f_frsize / GB:.2f} GB are free"

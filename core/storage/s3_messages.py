@@ -42,7 +42,7 @@ def explanation(error: Exception, url: str, name: str, answered: bool) -> StoreE
             f"no credentials for {url}; export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
     if isinstance(error, ParamValidationError):
-        return StoreInputError(f"{url} is no valid bucket or key: {error}")
+        return StoreInputError(f"{url} is not a valid bucket or key: {error}")
     if isinstance(error, RecursionError):  # botocore follows redirects in a circle
         return StoreInputError(_moved(url))
     if not answered and isinstance(error, EndpointConnectionError | EndpointProviderError):

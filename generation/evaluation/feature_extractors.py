@@ -114,7 +114,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str]:
         return load(data), sha256(data)
     except SafetensorError as error:
         raise InputError(
-            f"{path} is no safetensors file, and no pickle is loaded; {_HOW}"
+            f"{path} is not a safetensors file, and no pickle is loaded; {_HOW}"
         ) from error
 
 

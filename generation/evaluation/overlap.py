@@ -336,7 +336,7 @@ def read_overlap(path: Path, evaluation: EvaluationSet) -> Overlap:
         other = body["fingerprint"] != evaluation.fingerprint
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{path} is no overlap.json ({error!r}); `tapir overlap RAW DATA` writes one"
+            f"{path} is not an overlap.json ({error!r}); `tapir overlap RAW DATA` writes one"
         ) from error
     if other:
         raise InputError(

@@ -232,10 +232,10 @@ def _measured(hardware: Hardware, calibration: Path) -> Hardware:
     except ValueError:
         measured = None
     if not isinstance(measured, dict):
-        raise InputError(f"{calibration} is no calibration; {remedy}")
+        raise InputError(f"{calibration} is not a calibration; {remedy}")
     missing = [f"{name} is missing" for name in MEASURED if name not in measured]
     wrong = wrong_types(Hardware, measured, "")
     wrong = wrong or replace(hardware, **measured).problems() or missing
     if wrong:
-        raise InputError(f"{calibration} is no calibration: {'; '.join(wrong)}; {remedy}")
+        raise InputError(f"{calibration} is not a calibration: {'; '.join(wrong)}; {remedy}")
     return replace(hardware, **measured)

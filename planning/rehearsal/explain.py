@@ -196,7 +196,7 @@ class _Reporter:
         elif self._operations(odd, other, at)[0 if kind == "extra call" else 1].paired:
             kind = "missing message"
             shown += [(one.role, one.index) for one in self._outcome.stuck if self._waits(one, odd)]
-        text = f"rank {odd} differs from rank {other}, which stands at the same stage"
+        text = f"rank {odd} differs from rank {other}, which is at the same stage"
         if kind == "another device":
             a, b = self._operations(odd, other, at)
             text += _backends(odd, a, other, b)

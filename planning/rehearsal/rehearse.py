@@ -155,7 +155,7 @@ def scaled(settings: Any, world: int) -> Any:
     if world < 1 or world % block:
         near = max(1, round(world / block)) * block
         raise ConfigError(
-            f"{world} ranks are no multiple of the {block} of a replica (tensor {mesh.tensor} x "
+            f"{world} ranks are not a multiple of the {block} of a replica (tensor {mesh.tensor} x "
             f"pipeline {mesh.pipeline}); try --world {near}"
         )
     data = world // block

@@ -112,7 +112,7 @@ def _killer(folder: Path, status: int | None) -> str:
 def _report(mutants: list[Mutant], chosen: Selection, verdicts: Verdicts) -> int:
     decided = ((mutant, verdicts.get(mutant, chosen.of(mutant))) for mutant in mutants)
     for path, label in unlisted(all_mutants()):
-        print(f"listed as equivalent, but it is no mutant: {path}: {label}")
+        print(f"listed as equivalent, but it is not a mutant: {path}: {label}")
     return tell({mutant: verdict.killer for mutant, verdict in decided if verdict is not None})
 
 

@@ -42,7 +42,7 @@ def read_plan(plan: Path, settings: StageConfig, on_gpu: bool | None = None) -> 
     """Read the output of `tapir plan --json`, or {"time": {category: seconds}}.
 
     `on_gpu` is True if the run was on GPUs, None if unknown.
-    Raises: InputError if the file is no plan, or for another model, machine or layout.
+    Raises: InputError if the file is not a plan, or for another model, machine or layout.
     """
     try:
         text = plan.read_bytes().decode()
@@ -57,7 +57,7 @@ def read_plan(plan: Path, settings: StageConfig, on_gpu: bool | None = None) -> 
             predicted[_category(name, settings)] += float(seconds)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{plan} is no plan: save the last line of `tapir plan --json`, or give "
+            f"{plan} is not a plan: save the last line of `tapir plan --json`, or give "
             '{"time": {category: seconds}}'
         ) from error
     if not all(0 <= float(seconds) < math.inf for seconds in times.values()):

@@ -112,7 +112,7 @@ def test_archives_that_escape_are_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_images_are_capped_and_checked_before_they_are_decoded() -> None:
-    with pytest.raises(InputError, match="no readable"):
+    with pytest.raises(InputError, match="not a readable"):
         decode_rgb(PICTURE[:60], "half.png")
     assert decode_rgb(PICTURE, "x").shape == (20, 30, 3)
 

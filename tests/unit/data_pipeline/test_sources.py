@@ -69,7 +69,7 @@ def test_the_layouts_of_img2dataset_pack(tmp_path: Path) -> None:
                 note = json.dumps({"caption": f"photo {i}", "key": f"{i:09d}", "status": "success"})
                 parts = {"jpg": _picture(i), "txt": f"photo {i}".encode(), "json": note.encode()}
                 if i == 5:
-                    del parts["txt"]  # the caption stands in the .json, too
+                    del parts["txt"]  # the caption is in the .json, too
                 for extension, data in parts.items():
                     member = tarfile.TarInfo(f"{i:09d}.{extension}")
                     member.size = len(data)
@@ -184,7 +184,7 @@ def test_an_archive_that_breaks_off_is_a_reject_of_its_own(tmp_path: Path) -> No
                 tar.addfile(member, io.BytesIO(data))
     data = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(data[: len(data) * 2 // 3])
-    with pytest.raises(InputError, match="no whole tar archive"):
+    with pytest.raises(InputError, match="not a whole tar archive"):
         pack(str(tmp_path / "a.tar"), FolderStore(tmp_path / "strict"), HALF)
     config = PackConfig(validation=0.4, max_rejects=0.5)
     manifests = pack(str(tmp_path / "a.tar"), FolderStore(tmp_path / "out"), config)
@@ -204,7 +204,7 @@ def test_a_tar_that_is_damaged_or_cut_is_never_taken_for_a_short_one(
     cuts = {"boundary": member.offset, "inside a header": member.offset + 100}
     cuts["data"] = member.offset_data + 5
     path.write_bytes(data[: cuts.get(damage, len(data))])
-    with pytest.raises(InputError, match="no whole tar archive"):
+    with pytest.raises(InputError, match="not a whole tar archive"):
         pack(str(path), FolderStore(tmp_path / "strict"), HALF)
     config = PackConfig(validation=0.4, max_rejects=0.5)
     manifests = pack(str(path), FolderStore(tmp_path / "out"), config)

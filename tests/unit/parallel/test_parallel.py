@@ -235,5 +235,5 @@ def test_ranks_of_srun_are_torchs() -> None:
 def test_numbers_of_ranks_are_read_as_numbers_or_refused(text: str) -> None:
     srun = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": text}
     for environment in ({"WORLD_SIZE": text}, {"PMI_SIZE": text}, srun):
-        with pytest.raises(InputError, match="no number of ranks"):
+        with pytest.raises(InputError, match="not a number of ranks"):
             ranks_given(environment)

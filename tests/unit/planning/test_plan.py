@@ -335,7 +335,7 @@ def test_impossible_constants_are_refused(
         ),
         (["--world=-1", "--batch=-4"], 2),
         ([f"--world={10**26}", f"--batch={10**12}", "--picture=plan.gif"], 3),
-        (["--batch=12"], "no multiple of the preset's order.lanes=8; try 16"),
+        (["--batch=12"], "not a multiple of the preset's order.lanes=8; try 16"),
         (["--memory=inf"], 1),
         (["--memory=0.5"], "leaves nothing"),
         (["--calibration=c.json"], "add --gpu cpu"),

@@ -124,7 +124,7 @@ def test_a_run_much_slower_than_its_plan_is_told_once(told: Any, tmp_path: Path)
 
 def test_an_invalid_plan_is_refused_before_the_first_step(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("[]")
-    with pytest.raises(InputError, match="is no plan"):
+    with pytest.raises(InputError, match="is not a plan"):
         _alarms(PriorTrain(profile=ProfileConfig(plan=tmp_path / "plan.json")))
 
 

@@ -121,7 +121,7 @@ def test_finished_jobs_are_not_sent_again(tmp_path: Path) -> None:
         ({"retries": "many"}, {}, "retries='many' must be a whole number"),
         ({"name": "My run"}, {}, "must be lower-case letters"),
         ({"out": "s3://bucket/run"}, {}, "must be a folder"),
-        ({"store": "gs://bucket"}, {}, "no store that Tapir reads"),
+        ({"store": "gs://bucket"}, {}, "not a store that Tapir reads"),
         ({"slurm": 5}, {}, "slurm: expected a mapping"),
         ({"slurm": {"partition": "a b"}}, {}, "must not have spaces"),
         ({"environment": "HOME"}, {}, "environment='HOME' must be a list of texts"),
