@@ -226,7 +226,7 @@ def test_bpe_is_lossless_and_merges_only_letters(bpe: Path) -> None:
 def test_stores_refuse_what_leaves_them(tmp_path: Path) -> None:
     with pytest.raises(InputError.__mro__[1], match="outside"):
         FolderStore(tmp_path / "a").get("../b")
-    with pytest.raises(ConfigError, match="no store"):
+    with pytest.raises(ConfigError, match="not a store"):
         open_store("pipe:cat /etc/passwd")
 
 

@@ -306,7 +306,7 @@ def test_wrong_hardware_and_calibrations_are_refused(tmp_path: Path) -> None:
         ({"half_flops": -1e12, "launch": -1}, "half_flops.*positive.*launch=-1"),
         ({"half_flops": 10**400}, "positive"),
         ({"memory": float("nan")}, "memory=nan"),
-        ({"sustained": 1.5}, "share"),
+        ({"sustained": 1.5}, "fraction"),
         ({"memory": 1e8}, "leaves nothing"),
     ],
 )
