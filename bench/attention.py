@@ -66,7 +66,7 @@ def _row(kind: Kind, precision: str) -> dict[str, Any]:
     times = [(_seconds(dense), _seconds(ours)) for _ in range(ROUNDS)]
     ratios = [a / b for a, b in times]
     theirs, mine = (statistics.median(column) for column in zip(*times, strict=True))
-    target = f", wanted {TARGETS[kind]}x" if precision == "highest" else ""
+    target = f", target {TARGETS[kind]}x" if precision == "highest" else ""
     ceiling = mask.numel() / int(mask.sum())
     return bench_row(
         f"{kind} attention, fp32 {precision}",

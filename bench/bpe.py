@@ -96,7 +96,7 @@ def _dropout_rows(tokenizer: Tokenizer, words: list[str]) -> list[dict[str, Any]
             f"pieces a word at dropout {RATE} ({without:.3f} without)",
             pieces[0],
             "pieces",
-            f"subword-nmt {pieces[1]:.4f}, wanted within 2%",
+            f"subword-nmt {pieces[1]:.4f}, target within 2%",
             same,
             ratio=pieces[0] / pieces[1],
         )

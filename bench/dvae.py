@@ -64,7 +64,7 @@ def _speed() -> list[dict[str, Any]]:
     rows = []
     for name in ("fp32", "bf16"):
         ratios = [a / b for a, b in zip(seconds["eager"], seconds[name], strict=True)]
-        target = f", wanted {TARGET_SPEEDUP:g}x" if name == "bf16" else ""
+        target = f", target {TARGET_SPEEDUP:g}x" if name == "bf16" else ""
         median = statistics.median(seconds["eager"])
         rows.append(
             bench_row(
@@ -130,7 +130,7 @@ def _agreement() -> list[dict[str, Any]]:
 
 def _exactly(name: str, value: float, unit: str, target: float) -> dict[str, Any]:
     ratio = value / target
-    baseline = f"wanted {target:g}"
+    baseline = f"target {target:g}"
     return bench_row(name, value, unit, baseline, [ratio])
 
 

@@ -36,7 +36,7 @@ GPUS, FAILURES_A_DAY = 1024, 2.0
 STATE = 12e9 * 12
 """Bytes: fp32 weights and two moments."""
 REPLACEMENT = 300.0
-"""Seconds until a failed machine is replaced and the job runs again; assumed, not measured."""
+"""Seconds until a failed node is replaced and the job runs again; assumed, not measured."""
 SPREAD = 0.5
 """Seconds of start-up for each doubling of the ranks beyond 8; assumed."""
 DAY, DAYS = 86_400.0, sized(365 * 20, 30)

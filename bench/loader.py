@@ -187,7 +187,7 @@ def _note(used: dict[str, list[float]], name: str, value: float) -> None:
 def _row(name: str, used: list[float], base: list[float], baseline: str) -> dict[str, Any]:
     ratios = [a / b for a, b in zip(used, base, strict=True)]
     target = TARGETS.get(name, 0.0)
-    text = f"{baseline}, wanted {target:g}x" if target else baseline
+    text = f"{baseline}, target {target:g}x" if target else baseline
     return bench_row(
         f"{name}, CPU a record",
         statistics.median(used),

@@ -101,7 +101,7 @@ def _measure(machines: Machines) -> dict[str, Any]:
 
 
 def _rank() -> None:
-    """One machine's rank: interleaved steps with and without compression, then the advisor."""
+    """One node's rank: interleaved steps with and without compression, then the advisor."""
     set_up_logging(1)
     torch.set_num_threads(1)
     world = join_world()
@@ -132,7 +132,7 @@ def _rank() -> None:
     ]
     total = sum(p.numel() for _, p in named)
     others = total - sum(s.rows * s.columns for s in shards)
-    assert mesh.data.handle is not None, "two machines have a group"
+    assert mesh.data.handle is not None, "two nodes have a group"
     link = measure_link(mesh.data.handle, world.device)
     advice = advise(shards, others, 1, link, [RANK / MODEL.dim], world.device)[0]
     body = {

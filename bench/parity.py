@@ -70,7 +70,7 @@ def _pipe(tensor: int = 1, pipeline: int = 1, data: int = 1, **engine: Any) -> C
 
 def _zero(stage: int, tensor: int = 1, data: int = 2, nodes: int = 1) -> Case:
     name = f"TP{tensor}xDP{data}" if tensor > 1 else f"DP{data}"
-    layout = f"paper layout, {nodes} machines of {data // nodes}"
+    layout = f"paper layout, {nodes} nodes of {data // nodes}"
     return Case(
         name=layout if nodes > 1 else f"{name} ZeRO-{stage}",
         mesh=MeshConfig(tensor=tensor, data=data, nodes=nodes),

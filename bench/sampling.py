@@ -74,9 +74,9 @@ def _rows(
     one = seconds["1"]
     at = f"{precision}, batch 1"
     rows = [
-        _row(f"{at}: cache over growing prefix", 1, one, seconds["plain"], "no cache, wanted 20x"),
+        _row(f"{at}: cache over growing prefix", 1, one, seconds["plain"], "no cache, target 20x"),
         _row(f"{at}: cache over whole stream", 1, one, seconds["whole"], "the whole stream"),
-        _row(f"{at}: share of the read rate", 1, one, bound, "reading the weights, wanted 0.4"),
+        _row(f"{at}: share of the read rate", 1, one, bound, "reading the weights, target 0.4"),
     ]
     for batch in BATCHES[1:]:
         flops = [_flops(batch) * s for s in seconds["matmul"]]

@@ -43,7 +43,7 @@ def run() -> list[dict[str, Any]]:
             if i:  # the first round allocates the buffers
                 seconds[mode].append(held_up)
     digests = [open_checkpoint(f"{FOLDER}/step-{n}").files[0]["sha256"] for n in (0, 1)]
-    assert digests[0] == digests[1], "the two ways wrote different bytes"
+    assert digests[0] == digests[1], "the two modes wrote different bytes"
     shutil.rmtree(FOLDER)
     front, background = (statistics.median(seconds[mode]) for mode in (False, True))
     ratios = [a / b for a, b in zip(seconds[False], seconds[True], strict=True)]

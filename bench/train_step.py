@@ -154,7 +154,7 @@ def _rows(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
         mine, theirs = seconds[name], seconds[baseline]
         ratios = [b / a for a, b in zip(mine, theirs, strict=True)]
         gated = (name, baseline) == ("tapir bf16", "plain fp32")
-        target = f", wanted {TARGET_RATIO:g}x" if gated else ""
+        target = f", target {TARGET_RATIO:g}x" if gated else ""
         rows.append(
             bench_row(
                 f"train step, {name}",
@@ -172,7 +172,7 @@ def _rows(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
             "MFU, tapir bf16",
             flops / statistics.median(mine) / 1e9,
             "GFLOP/s",
-            f"bf16 matmul {peak:.0f} GFLOP/s, wanted {TARGET_MFU:g}",
+            f"bf16 matmul {peak:.0f} GFLOP/s, target {TARGET_MFU:g}",
             shares,
         )
     )

@@ -60,7 +60,7 @@ class CheckpointReader:
         for file in self.files[rank::ranks]:
             path = f"{self.url}/{file['file']}"
             if "/" in file["file"]:
-                raise CorruptError(f"{path} lies outside of its checkpoint")
+                raise CorruptError(f"{path} is outside of its checkpoint")
             digest, count = hashlib.sha256(), 0
             try:
                 while part := self._store.get(f"{self.name}/{file['file']}", count, _CHUNK):

@@ -57,8 +57,8 @@ def score(arguments: list[str]) -> None:
             models: run folders of the models
             inception: Inception's weights as safetensors; without them, a proxy is computed from
                 CLIP's features, which is not comparable with published figures
-            overlap: overlap.json of `tapir overlap RAW DATA`: a second score without those pictures
-            worker: this process' share of the blocks, i/n with i from 0; by default set by
+            overlap: overlap.json of `tapir overlap RAW DATA`; adds a score without those pictures
+            worker: this process's part of the blocks, i/n with i from 0; by default set by
                 a Slurm array, a Kubernetes indexed job, MPI or torchrun
             config: settings
         """

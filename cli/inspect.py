@@ -128,7 +128,7 @@ def verify(arguments: list[str]) -> None:
 
         Args:
             path: s3://bucket/prefix or a folder
-            sample: share of a data set's blocks that is read; 1 = every byte of its shards
+            sample: fraction of a data set's blocks that is read; 1 = every byte of its shards
         """
         if not 0 < sample <= 1:
             raise InputError(f"--sample {sample} must be above 0 and at most 1")

@@ -16,7 +16,7 @@ HELP = """usage: tapir rehearse PRESET|all [--world N] [--stage STAGE] [--device
                       [--jobs N] [--json] [flags]
 
 Prove that the collectives of all ranks match in order, group, type, size and device, so that a
-deadlock is found before a cluster is paid for. One rank of each role runs the real loop and engine
+deadlock shows before a cluster is paid for. One rank of each role runs the real loop and engine
 on fake tensors in a fake process group: steps, a validation, a save, one more step, and the end of
 a run. Then the calls of all ranks are matched. No GPU is needed or used.
 
@@ -96,5 +96,5 @@ def _number(own: dict[str, str], name: str, default: int) -> int:
         return default
     number = int(text) if text.isdecimal() and len(text) <= len(str(MOST_RANKS)) else 0
     if not 1 <= number <= MOST_RANKS:
-        raise InputError(f"{name} {text!r} is no positive whole number up to {MOST_RANKS:,}")
+        raise InputError(f"{name} {text!r} is not a positive whole number up to {MOST_RANKS:,}")
     return number

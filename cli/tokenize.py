@@ -27,7 +27,7 @@ def tokenize(arguments: list[str]) -> None:
             tokens: s3://bucket/prefix or a folder for the tokens
             dvae: run folder of a finished dVAE
             bpe: folder of tokenizer.json
-            worker: this process' share of the job, i/n with i from 0; by default set by a Slurm
+            worker: this process's part of the job, i/n with i from 0; by default set by a Slurm
                 array, a Kubernetes indexed job, MPI or torchrun
             again: check finished shards and write damaged ones again
             config: settings

@@ -21,7 +21,7 @@ def watch(arguments: list[str]) -> None:
 
         Args:
             runs: run folders of dVAEs, priors or CLIPs
-            once: print one frame and exit, as when standard output is no terminal
+            once: print one frame and exit, as when standard output is not a terminal
             interval: seconds between two updates, up to 3600
         """
         watch_runs(runs, once, interval)

@@ -26,7 +26,7 @@ class Resources:
     """What a job needs of each node."""
 
     nodes: int = 1
-    """Machines."""
+    """Nodes of the job."""
     gpus: int = 0
     """GPUs of each node."""
     cpus: int = 1

@@ -113,10 +113,10 @@ def _run_once(settings: JobSettings, command: Sequence[str], asked: "_Asked") ->
     """Run the command; a stop request is forwarded as a file, else as SIGTERM."""
     if asked.count:
         return EXIT_PREEMPTED
-    wish = settings.out / "jobs" / f"{settings.name}.stop"
-    wish.parent.mkdir(parents=True, exist_ok=True)
-    wish.unlink(missing_ok=True)
-    environment = {**os.environ, STOP_FILE: str(wish.resolve())}
+    request = settings.out / "jobs" / f"{settings.name}.stop"
+    request.parent.mkdir(parents=True, exist_ok=True)
+    request.unlink(missing_ok=True)
+    environment = {**os.environ, STOP_FILE: str(request.resolve())}
     process = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent)
     since: float | None = None
     try:
@@ -125,7 +125,7 @@ def _run_once(settings: JobSettings, command: Sequence[str], asked: "_Asked") ->
             if asked.count and since is None:
                 since = time.monotonic()
                 LOG.warning("job %s: asked to stop", settings.name)
-                wish.touch()
+                request.touch()
                 if not settings.saves:
                     process.terminate()
             late = since is not None and time.monotonic() - since > settings.grace
@@ -133,7 +133,7 @@ def _run_once(settings: JobSettings, command: Sequence[str], asked: "_Asked") ->
                 stop(process)
     finally:
         stop(process)
-        wish.unlink(missing_ok=True)
+        request.unlink(missing_ok=True)
     code = process.returncode
     return code if code >= 0 else EXIT_FAILED
 

@@ -57,13 +57,13 @@ class KubernetesConfig:
             )
         if not str(chain.out).startswith(self.mount.rstrip("/") + "/"):
             problems.append(
-                f"out={chain.out} does not lie in kubernetes.mount={self.mount}; try "
+                f"out={chain.out} is not inside kubernetes.mount={self.mount}; try "
                 f"out: {self.mount.rstrip('/')}/{chain.name}"
             )
         if any("=" not in label for label in self.node_selector):
             problems.append("kubernetes.node_selector must be key=value")
         problems += [
-            f"{name!r} is no Kubernetes name (lower case, digits and -, at most 50); change `name`"
+            f"{name!r} is not a Kubernetes name (lower case, digits, -, at most 50); change `name`"
             for name in (_name(chain, job) for job in chain.jobs)
             if not re.fullmatch(r"[a-z]([-a-z0-9]{0,48}[a-z0-9])?", name)
         ]

@@ -144,7 +144,7 @@ def _start(process: Any) -> None:
         raise RankError(
             f"the process that starts the ranks (multiprocessing's forkserver) died before "
             f"{process.name} had begun: was it killed, maybe for memory (dmesg tells)? Its own "
-            "output, if any, stands above"
+            "output, if any, is above"
         ) from error
 
 
@@ -172,8 +172,8 @@ def _wait(
             late = time.monotonic() - stop.since - config.grace_seconds
             if late > 0:
                 raise RankError(
-                    f"the ranks did not save within {config.grace_seconds:.0f} s of the wish to "
-                    "stop; all were ended, the last checkpoint is whole"
+                    f"the ranks did not save within {config.grace_seconds:.0f} s of the stop "
+                    "request; all were ended, the last checkpoint is whole"
                 )
         for sentinel in connection.wait(list(waiting), timeout=_LOOK):
             rank = waiting.pop(sentinel)  # type: ignore[arg-type]

@@ -23,15 +23,15 @@ RUNNER_LOG = "chain.log"
 _STATE = "local.json"
 _LOOK = 0.2
 _END_SECONDS = 660
-"""A job may take ten minutes to save."""
+"""Seconds that `cancel` waits for the runner: a job may take ten minutes to save."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalConfig:
-    """Launcher of ranks on this machine."""
+    """What starts the ranks on this machine."""
 
     launcher: Literal["tapir", "mpirun"] = "tapir"
-    """tapir watches over its ranks and starts them again; mpirun tries a cluster's MPI."""
+    """tapir supervises its ranks and restarts them; mpirun joins them by MPI, as a cluster does."""
 
     def problems(self) -> list[str]:
         if self.launcher not in ("tapir", "mpirun"):
@@ -40,7 +40,7 @@ class LocalConfig:
 
 
 def commands(chain: Chain, job: Job, config: LocalConfig) -> list[list[str]]:
-    """The commands of a job, one for each worker."""
+    """Command lines of a job, one for each worker."""
     if config.launcher == "mpirun" and job.world > 1:
         beside = Path(chain.python).with_name("mpirun")
         mpirun = str(beside) if beside.exists() else "mpirun"
@@ -70,7 +70,7 @@ def submit(chain: Chain) -> dict[str, str]:
     until = time.monotonic() + 30
     while _read(chain.out).get("pid") != runner.pid:
         if runner.poll() == EXIT_WRONG_INPUT:
-            raise InputError(f"{chain.out} is under way already: another submit was faster")
+            raise InputError(f"{chain.out} is running already: another submit was faster")
         if runner.poll() is not None or time.monotonic() > until:
             raise TapirError(f"the runner did not start; see {log_file}")
         time.sleep(_LOOK / 4)
@@ -117,7 +117,7 @@ def _read(out: Path) -> dict[str, Any]:
 
 
 class Runner:
-    """Runs the unfinished jobs."""
+    """Runs the unfinished jobs of a chain, one after the other."""
 
     def __init__(self, out: Path) -> None:
         submitted = read_submitted(out)
@@ -142,7 +142,7 @@ class Runner:
             if self._asked or any(
                 self._states.get(name) not in (None, "done") for name in job.after
             ):
-                self._note(job, "not run: an earlier job did not end well")
+                self._note(job, "not run: an earlier job failed")
                 continue
             self._note(job, "running")
             code = self._run(job)
@@ -212,7 +212,7 @@ def dry_run(chain: Chain, config: LocalConfig) -> str:
 
 
 def main(out: Path) -> int:
-    """Run a chain from its folder; only one runner works in it."""
+    """Run a chain from its folder, under a lock that admits one runner."""
     with held(out / SCRIPTS, "chain"):
         (out / CANCELLED).unlink(missing_ok=True)
         return Runner(out).run()

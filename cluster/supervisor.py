@@ -11,7 +11,7 @@ from core.log import LOG
 from core.stop import stop_asked
 
 _LONGEST = 60.0
-"""Most seconds between two starts."""
+"""Maximum seconds between two starts."""
 
 
 def supervise(

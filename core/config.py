@@ -69,7 +69,7 @@ def _build(kind: type[T], value: dict[str, Any]) -> T:
 def wrong_types(kind: type, value: Any, where: str) -> list[str]:
     """One problem for each value of a user's mapping that does not fit the dataclass's field."""
     if not isinstance(value, dict):
-        return [f"{where}: a mapping is wanted, not {value!r}"]
+        return [f"{where}: expected a mapping, got {value!r}"]
     hints, problems = typing.get_type_hints(kind), []
     for name, item in value.items():
         hint = hints.get(name)
@@ -142,7 +142,7 @@ def place_problems(place: str, setting: str = "") -> list[str]:
     if place.startswith(S3) and not place.removeprefix(S3).partition("/")[0]:
         return [f"{named} names no bucket; write s3://bucket/prefix"]
     if not place.startswith(S3) and ("://" in place or place.startswith("pipe:")):
-        return [f"{named} is no store that Tapir reads; give s3://bucket/prefix or a folder"]
+        return [f"{named} is not a store that Tapir reads; give s3://bucket/prefix or a folder"]
     return []
 
 

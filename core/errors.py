@@ -113,7 +113,7 @@ _NO_MEMORY = (
 
 def if_full(error: OSError) -> str:
     """Advice for a full disk or an exhausted quota; empty for another error."""
-    return "; make room there and start again" if error.errno in _FULL else ""
+    return "; free space there and start again" if error.errno in _FULL else ""
 
 
 def no_memory(error: BaseException) -> bool:

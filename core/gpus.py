@@ -85,7 +85,7 @@ def gpu_of_rank(place: int, ranks: int, gpus: int, own: bool) -> tuple[int, list
     fewer GPUs than there are ranks.
     """
     if place < 0:
-        return 0, [f"local rank {place} is no place among the ranks of this machine (0, 1, ...)"]
+        return 0, [f"local rank {place} is not a place among the ranks of this machine (0, 1, ...)"]
     ranks = max(ranks, place + 1)
     if own and ranks > gpus:
         return 0, []

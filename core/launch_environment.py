@@ -57,7 +57,7 @@ class Variables:
         number = as_number(text)
         if number is None or number < least or (most is not None and number > most):
             bounds = f"{least} or more" if most is None else f"{least} to {most}"
-            self.problems[name] = f"{name}={text!r} in the environment is no {what} ({bounds})"
+            self.problems[name] = f"{name}={text!r} in the environment is not a {what} ({bounds})"
             return least
         return number
 
@@ -83,7 +83,7 @@ def ranks_of(environment: Mapping[str, str] = os.environ) -> Ranks | None:
     """Rank and world size of this process; None if no launcher started it.
 
     torchrun takes precedence over mpirun and srun, in which it may run, and mpirun over srun. A
-    Slurm step of one task (srun --pty bash) is no launcher, and neither is its MPI of one rank.
+    Slurm step of one task (srun --pty bash) is not a launcher, and neither is its MPI of one rank.
     Raises: InputError with every invalid or incomplete variable.
     """
     return _checked(environment, _started)
@@ -130,8 +130,8 @@ def refuse_left_socket(environment: Mapping[str, str] = os.environ) -> None:
         is_socket = False
     if not is_socket:
         raise InputError(
-            f"PMI_FD={text!r} in the environment is no socket of mpirun's: `unset PMI_FD PMI_RANK "
-            f"PMI_SIZE` if they are left over from elsewhere; {_FIX}"
+            f"PMI_FD={text!r} in the environment is not a socket of mpirun's: `unset PMI_FD "
+            f"PMI_RANK PMI_SIZE` if they are left over from elsewhere; {_FIX}"
         )
 
 
@@ -205,7 +205,7 @@ def _address(variables: Variables) -> tuple[str, int]:
     if not name:
         variables.problems["MASTER_ADDR"] = (
             "MASTER_ADDR is not set in the environment: on every rank export the address of rank "
-            "0's machine, or start the ranks by torchrun"
+            "0's node, or start the ranks by torchrun"
         )
     return name, variables.number("MASTER_PORT", "port that rank 0 listens at", 1, _LAST_PORT)
 
@@ -233,7 +233,7 @@ def _local_ranks(variables: Variables) -> int:
         match = re.fullmatch(r"(\d{1,6})(?:\(x(\d{1,6})\))?", word, re.ASCII)
         if match is None:
             variables.problems["tasks"] = (
-                f"SLURM_STEP_TASKS_PER_NODE={text!r} in the environment is no list of numbers"
+                f"SLURM_STEP_TASKS_PER_NODE={text!r} in the environment is not a list of numbers"
             )
             return 1
         counts += [int(match[1])] * int(match[2] or 1)

@@ -39,7 +39,7 @@ class HideSecrets(logging.Filter):
 def set_up_logging(rank: int | None = None) -> None:
     """Send the log to standard error; ranks other than 0 only report warnings.
 
-    The default rank is that of torchrun, mpirun or srun.
+    `rank` is by default the one that torchrun, mpirun or srun gave.
     """
     if rank is None:
         told = (as_number(os.environ.get(name, "")) for name in _RANKS)
@@ -85,7 +85,7 @@ class Meter:
 
 @contextmanager
 def slow(what: str) -> Iterator[None]:
-    """Log that this context still runs, after some seconds and then at doubling intervals."""
+    """Log that the enclosed code still runs: after SLOW_SECONDS, then at doubling intervals."""
     done, began = threading.Event(), time.monotonic()
 
     def tell() -> None:

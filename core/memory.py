@@ -45,9 +45,9 @@ def _table(path: Path) -> dict[str, int]:
 def keep_freed_memory() -> bool:
     """Tell glibc to keep what is freed; returns False where there is no glibc.
 
-    On CPUs torch allocates every tensor anew. By default glibc maps and unmaps large blocks, so
-    that each tensor costs page faults again; kept memory is reused. The process
-    keeps its peak size.
+    On CPUs torch allocates memory for every tensor. By default glibc maps and unmaps large blocks,
+    so that each tensor costs page faults again; kept memory is reused. The process keeps its
+    peak size.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

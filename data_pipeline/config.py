@@ -50,7 +50,7 @@ class PackConfig:
     seed: int = 0
     """Seed of the generator and of the split."""
     validation: float = 0.05
-    """Share of the pairs in the validation split, chosen by key."""
+    """Fraction of the pairs in the validation split, chosen by key."""
     shard_pairs: int = 2000
     """Maximum pairs per shard."""
     shard_megabytes: int = 256
@@ -58,7 +58,7 @@ class PackConfig:
     block: int = 64
     """Pairs per block, the unit that training reads in one request."""
     max_rejects: float = 0.0
-    """Maximum share of unusable pairs; they are left out and counted, and above it `pack` stops.
+    """Maximum fraction of unusable pairs; they are left out and counted, and above it `pack` stops.
     Pairs that a filter rejects do not count."""
     threads: int = 2
     """Threads that decode and check pictures; the shards are the same for any number."""
@@ -70,11 +70,11 @@ class PackConfig:
     def problems(self) -> list[str]:
         problems = self.filters.problems()
         if not 0 < self.validation < 1:
-            problems.append(f"validation={self.validation} must lie between 0 and 1; try 0.05")
+            problems.append(f"validation={self.validation} must be between 0 and 1; try 0.05")
         if min(self.shard_pairs, self.shard_megabytes, self.block, self.threads) < 1:
             problems.append("shard_pairs, shard_megabytes, block and threads must be at least 1")
         if not 0 <= self.max_rejects < 1:
-            problems.append(f"max_rejects={self.max_rejects} is a share; it must lie in [0, 1)")
+            problems.append(f"max_rejects={self.max_rejects} is a fraction; it must be in [0, 1)")
         if self.count < 0 or not 16 <= self.pixels <= 1024:
             problems.append("count must not be negative, and pixels be 16 to 1024")
         return problems
@@ -150,7 +150,7 @@ class TokenizeConfig:
     lease_seconds: float = 60.0
     """A lease that is not renewed for this long is taken over by another worker."""
     max_rejects: float = 0.01
-    """Maximum share of unusable pairs, such as pictures below the dVAE's size."""
+    """Maximum fraction of unusable pairs, such as pictures below the dVAE's size."""
 
     def problems(self) -> list[str]:
         problems = []
@@ -159,5 +159,5 @@ class TokenizeConfig:
         if not self.lease_seconds > 0:
             problems.append("lease_seconds must be positive")
         if not 0 <= self.max_rejects < 1:
-            problems.append(f"max_rejects={self.max_rejects} is a share; it must lie in [0, 1)")
+            problems.append(f"max_rejects={self.max_rejects} is a fraction; it must be in [0, 1)")
         return problems

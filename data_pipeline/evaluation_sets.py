@@ -165,7 +165,7 @@ def _coco(folder: Path) -> EvaluationSet:
         pairs = [(_cleaned(text, f"{name} in {files[year]}"), name) for text, name in kept]
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{files[year]} is no file of MS-COCO's captions ({error!r} in it); unpack it again"
+            f"{files[year]} is not a file of MS-COCO's captions ({error!r} in it); unpack it again"
         ) from error
     if len(kept) < len(rows):
         LOG.warning(
@@ -230,7 +230,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         body = json.loads(_text(path))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no JSON ({error}); unpack it again") from error
+        raise InputError(f"{path} is not JSON ({error}); unpack it again") from error
     if not isinstance(body, dict):
         raise InputError(f"{path} holds no JSON object; unpack it again")
     return body
@@ -241,7 +241,7 @@ def _inside(name: str, where: Path, depth: int) -> str:
     parts = name.split("/")
     plain = not any(map(is_odd, name)) and "\\" not in name and not {"", ".", ".."} & set(parts)
     if len(parts) != depth or not plain:
-        raise InputError(f"{where} names the picture {name!r}, which lies outside of its folder")
+        raise InputError(f"{where} names the picture {name!r}, which is outside of its folder")
     return name
 
 

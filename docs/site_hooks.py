@@ -21,6 +21,10 @@ WIDTH = "100"
 """Columns of a verb's help, and of the prose around it."""
 COPIED = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 """Page of the site -> file at the root of the repository."""
+VERBS_PAGE = "reference/verbs.md"
+"""In the repository it is a short page; on the site it holds the help of all verbs."""
+HISTORY = ("decisions/", "LOG.md", "changelog.md")
+"""Pages that search ranks below the guides."""
 
 
 def on_config(config: Any) -> Any:
@@ -36,14 +40,19 @@ def on_config(config: Any) -> Any:
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that are not stored in docs/."""
-    pages = {"reference/verbs.md": verbs_page()}
     for page, source in COPIED.items():
-        pages[page] = links_inside((ROOT / source).read_text())
-    for name, content in pages.items():
-        files.append(File.generated(config, name, content=content))
+        content = links_inside((ROOT / source).read_text())
+        files.append(File.generated(config, page, content=content))
     text = (ROOT / "llms.txt").read_text()
     files.append(File.generated(config, "llms.txt", content=links_to_html(text)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Fill the page of the verbs, and rank history low in searches."""
+    if page.file.src_uri.startswith(HISTORY):
+        page.meta["search"] = {"boost": 0.2}
+    return verbs_page() if page.file.src_uri == VERBS_PAGE else markdown
 
 
 def links_inside(text: str) -> str:

@@ -41,13 +41,13 @@ class OverlapConfig:
     """Settings of `tapir overlap`: pairs whose picture is also in an evaluation set."""
 
     threshold: float = 0.98
-    """Least cosine of CLIP embeddings at which a picture counts as one of the evaluation set's."""
+    """Minimum cosine of CLIP embeddings at which a picture counts as one of the evaluation set."""
     batch: int = 64
     """Pictures embedded together."""
     shard_pairs: int = 2000
-    """Most pairs per written shard."""
+    """Maximum pairs per written shard."""
     shard_megabytes: int = 256
-    """Largest size of a written shard."""
+    """Maximum size of a written shard."""
     block: int = 64
     """Pairs that training reads with one request."""
 
@@ -60,7 +60,7 @@ class OverlapConfig:
     def problems(self) -> list[str]:
         problems = self.shards.problems()
         if not 0 < self.threshold <= 1 or self.batch < 1:
-            problems.append("threshold must lie in (0, 1], and batch be at least 1")
+            problems.append("threshold must be in (0, 1], and batch at least 1")
         return problems
 
 
@@ -75,7 +75,8 @@ class DrawSettings:
     top_k: int = 0
     """Most likely codes that may be drawn at each position; 0 = all."""
     top_p: float = 1.0
-    """Nucleus sampling: draw from the most likely codes with this probability together; 1 = all."""
+    """Nucleus sampling: draw from the most likely codes whose probabilities add up to
+    this; 1 = all."""
     guidance: float = 1.0
     """Scale of classifier-free guidance, from the empty caption's logits (0) to the caption's
     (1, no guidance) and beyond. The prior must have been trained with --caption-dropout."""
@@ -94,9 +95,9 @@ class DrawSettings:
                 f"{_LEAST_TEMPERATURE} to 1000"
             )
         if self.top_k < 0:
-            problems.append(f"top_k={self.top_k} must not be negative; 0 lets every code be drawn")
+            problems.append(f"top_k={self.top_k} must not be negative; 0 allows every code")
         if not 0 < self.top_p <= 1:
-            problems.append(f"top_p={self.top_p} must lie in (0, 1]; 1 lets every code be drawn")
+            problems.append(f"top_p={self.top_p} must be in (0, 1]; 1 allows every code")
         if not 0 <= self.guidance <= _MOST_GUIDANCE:
             problems.append(
                 f"guidance={self.guidance} must be 0 to {_MOST_GUIDANCE}; 1 is none, try 2 to 5"
@@ -228,7 +229,7 @@ class EvaluateConfig(SampleConfig):
     """Settings of `tapir evaluate`."""
 
     prompts: int = 256
-    """Most held-out captions that are used."""
+    """Held-out captions to draw for, at most."""
     max_candidates: int = 0
     """Candidates of the first captions, for best-of-N above `candidates`; 0 = `candidates`."""
     max_candidates_prompts: int = 64

@@ -191,7 +191,9 @@ def _refuse_foreign_parts(folder: Path) -> None:
     except FileNotFoundError as error:
         raise InputError(f"there is no {path} beside {WEIGHTS}; copy it there") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no config of open_clip: {error!r}; copy it again") from error
+        raise InputError(
+            f"{path} is not a config of open_clip: {error!r}; copy it again"
+        ) from error
     if tower or ":" in images:
         raise InputError(
             f"{path}: its tower {tower or images} is not in the folder, and nothing is downloaded; "

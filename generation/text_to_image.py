@@ -17,7 +17,8 @@ from core.errors import ConfigError, InputError
 from core.files.atomic import write_atomic
 from core.log import LOG, Meter
 from core.memory import host_memory
-from data_pipeline.images.crops import decode_rgb, encode_png, square
+from data_pipeline.images.crops import encode_png, square
+from data_pipeline.images.decode import decode_rgb
 from data_pipeline.text.bpe import encode, load_tokenizer
 from generation.config import BATCH, DrawSettings, ModelPaths
 from generation.ranking import Ranker, TapirRanker, in_parts, open_ranker, pictures_together
@@ -57,7 +58,7 @@ class Studio:
     """None: candidates stay in the order in which they were drawn."""
     tokenizer: Tokenizer
     caption_dropout: float = 0.0
-    """Share of the prior's training captions that were replaced by the empty one."""
+    """Fraction of the prior's training captions that were replaced by the empty one."""
 
     def draw(
         self,

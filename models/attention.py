@@ -23,7 +23,7 @@ from models.masks import Kind, full_mask, image_mask
 from parallel.precision import small_matmuls
 
 CACHED = 64 * 1024
-"""Logits computed in one call; at least those of one head."""
+"""Logits computed in one call, or those of one head if they are more."""
 SHORT = 128
 """Longest stream for which the dense kernel is faster (docs/LOG.md)."""
 _DROPOUT = 0.0
@@ -63,7 +63,7 @@ def _repeated(band: Band, heads: int) -> Tensor:
 
 @lru_cache(maxsize=16)
 def band_of(kind: Kind, text: int, grid: int, conv_kernel: int) -> Band:
-    """Cut an image mask into tiles."""
+    """The band of an image mask, cut into tiles."""
     mask = image_mask(kind, grid, conv_kernel)
     if kind == "column":  # equal for all columns: earlier rows of the same column
         halo, tiles = (
@@ -120,6 +120,8 @@ class _Masked(Function):
 
 
 class _Banded(Function):
+    """Flash kernel on the text parts, tiles on the band."""
+
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, band: Band) -> Tensor:
         text = band.text
@@ -182,12 +184,12 @@ def _flash_backward(
 
 
 def _wide(x: Tensor) -> Tensor:
-    """At least 32 bits."""
+    """In fp32, or unchanged in fp64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def _chunks(x: Tensor, band: Band) -> list[tuple[int, slice]]:
-    """(sample, heads) of each call."""
+    """(sample, slice of heads) of each call of the band's kernels."""
     samples, heads = x.shape[:2]
     step = band.together
     return [(i, slice(j, j + step)) for i in range(samples) for j in range(0, heads, step)]

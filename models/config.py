@@ -54,13 +54,13 @@ class DVAEConfig:
         if self.pixels % step or self.pixels < step:
             nearest = max(step, round(self.pixels / step) * step)
             problems.append(
-                f"model.pixels={self.pixels} is no multiple of {step}, which {self.groups} "
+                f"model.pixels={self.pixels} is not a multiple of {step}, which {self.groups} "
                 f"groups need; try {nearest}"
             )
         if not 2 <= self.codebook <= 65536:
             problems.append(f"model.codebook={self.codebook} must be 2 to 65536 (uint16 tokens)")
         if not 0 < self.epsilon < 0.5:
-            problems.append(f"model.epsilon={self.epsilon} must lie in (0, 0.5); the paper has 0.1")
+            problems.append(f"model.epsilon={self.epsilon} must be in (0, 0.5); the paper has 0.1")
         return problems
 
 
@@ -111,7 +111,7 @@ class PriorConfig:
                 f"model.conv_kernel={self.conv_kernel} must be odd; try {self.conv_kernel + 1}"
             )
         if not 0 <= self.text_weight <= 1:
-            problems.append(f"model.text_weight={self.text_weight} must lie in [0, 1]")
+            problems.append(f"model.text_weight={self.text_weight} must be in [0, 1]")
         return problems
 
 

@@ -41,7 +41,7 @@ class MeshConfig:
 
     @property
     def local(self) -> int:
-        """Replicas on one machine."""
+        """Replicas of one node."""
         return self.data // self.nodes
 
     def problems(
@@ -75,7 +75,7 @@ class MeshConfig:
             )
         elif self.nodes > 1 and self.local < 2:
             problems.append(
-                f"mesh.nodes={self.nodes} leaves one replica a machine, and nothing to shard "
+                f"mesh.nodes={self.nodes} leaves one replica a node, and nothing to shard "
                 f"ZeRO-3 over; try --mesh.data {2 * self.nodes}, or --mesh.nodes 1"
             )
         block = self.tensor * self.pipeline
@@ -101,14 +101,14 @@ class OptimConfig:
     final_lr: float = 0.0
     """Learning rate at the end of the cosine decay."""
     decay_fraction: float = 1.0
-    """Share of the run in which the cosine decays; after it final_lr is held."""
+    """Fraction of the run in which the cosine decays; after it final_lr is held."""
     halvings: int = 0
     """Halvings of the learning rate at plateaus of the validation loss, instead of the cosine;
     0 = the cosine (the paper's prior: 5)."""
     patience: int = 5
     """Validations without a new best loss that make a plateau."""
     plateau_threshold: float = 0.001
-    """Share by which a loss must be below the best one to count as a new best."""
+    """Fraction by which a loss must be below the best one to count as a new best."""
     warmup: int = 50
     """Steps of the linear rise from 0."""
     beta1: float = 0.9
@@ -151,9 +151,9 @@ class OptimConfig:
         if not 0 <= self.max_variance < math.inf:
             problems.append("optim.max_variance must not be negative; 0 = none")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            problems.append("optim.beta1 and optim.beta2 must lie in [0, 1)")
+            problems.append("optim.beta1 and optim.beta2 must be in [0, 1)")
         if not 0 <= self.ema < 1 or self.ema_every < 1:
-            problems.append("optim.ema must lie in [0, 1), and optim.ema_every be at least 1")
+            problems.append("optim.ema must be in [0, 1), and optim.ema_every at least 1")
         if self.moments == "bf16" and max(self.beta1, self.beta2) > 0.98:
             problems.append(
                 "optim.moments=bf16 cannot follow moments with a beta above 0.98; lower beta2 (the "
@@ -251,7 +251,7 @@ class EngineConfig:
             )
         if compress and layout and mesh.nodes == 1:
             problems.append(
-                "compress.rank: ZeRO-3 on one machine keeps no replica whose gradients could be "
+                "compress.rank: ZeRO-3 on one node keeps no replica whose gradients could be "
                 "compressed; set mesh.nodes, or --engine.zero-stage 1"
             )
         elif compress and mesh.data == 1:

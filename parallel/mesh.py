@@ -44,9 +44,9 @@ class Mesh:
     pipeline: Group = Group()
     """The stages of one replica."""
     machine: Group = Group()
-    """The data-parallel ranks of one machine: ZeRO-3 shards over them."""
+    """The data-parallel ranks of one node: ZeRO-3 shards over them."""
     between: Group = Group()
-    """The ranks with the same local index on all machines: they hold the same shards."""
+    """The ranks with the same local index on all nodes: they hold the same shards."""
 
     shared: TensorParallel = field(default_factory=TensorParallel)
     """Operations of the tensor group, for the layers."""
@@ -98,7 +98,7 @@ def axis_ranks(config: MeshConfig, axis: str) -> list[list[int]]:
 def build_mesh(config: MeshConfig, world: World) -> Mesh:
     """Build all groups; every rank of the world must call it.
 
-    Raises: TapirError if megatron-core arranges the ranks in another way.
+    Raises: TapirError if megatron-core arranges the ranks differently.
     """
     if world.group is None:
         return Mesh(world=world)

@@ -5,7 +5,7 @@ ranks first wait here, in Python: each registers in the common store, and the la
 all have arrived. A rank that stops or times out writes that instead. The first entry written is
 valid for all ranks.
 
-torchrun's store survives restarts, and its restart counters differ between machines. There rank 0
+torchrun's store survives restarts, and its restart counters differ between nodes. There rank 0
 draws a name for the round and gives it to each rank that asks; entries of earlier rounds are never
 read again.
 """
@@ -115,7 +115,7 @@ class Meeting:
                 if time.monotonic() - self._began >= RESOLVE_SECONDS:
                     raise InputError(
                         f"rank {self._rank}: MASTER_ADDR={host!r} does not resolve on this machine "
-                        f"({error}); set it to the IP address of rank 0's machine, or put "
+                        f"({error}); set it to the IP address of rank 0's node, or put "
                         "the name into /etc/hosts or DNS"
                     ) from None
             except OSError:
@@ -167,7 +167,7 @@ class Meeting:
         if waited > self._timeout.total_seconds() and self._leave("gave up"):
             raise TapirError(
                 f"{self.sentence()}: giving up; see whether they were started and what they say, "
-                "and that the port is open between the machines"
+                "and that the port is open between the nodes"
             )
         if waited > NOTICE_SECONDS and not self._told:
             self._told = True

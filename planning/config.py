@@ -111,7 +111,7 @@ def _undealt(settings: PriorTrain, batch: int) -> list[str]:
     if batch % lanes == 0:
         return []
     near = max(1, round(batch / lanes)) * lanes
-    return [f"--batch {batch} is no multiple of the preset's order.lanes={lanes}; try {near}"]
+    return [f"--batch {batch} is not a multiple of the preset's order.lanes={lanes}; try {near}"]
 
 
 _FAMILIES = {"tiny": ("tiny", "tiny"), "small": ("small", "paper_bpe")}

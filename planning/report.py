@@ -17,7 +17,7 @@ from planning.estimate.zero_layout import stage_of_zero
 SHOWN = 8
 """Rows of a table on the terminal; --json has all."""
 WIDTH = 142
-"""Columns that the tables need, also if output is no terminal."""
+"""Columns that the tables need, also if output is not a terminal."""
 
 
 def plan_json(result: SearchResult, parameters: int, hardware: Hardware) -> dict[str, Any]:

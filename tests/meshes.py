@@ -76,7 +76,7 @@ def _train(kind: str, payload: str) -> None:
     stage(kind)
     parity.train_rank(payload)
     world = int(os.environ["WORLD_SIZE"])
-    assert world == 1 or carried.total() > 0, "its collectives went another way"
+    assert world == 1 or carried.total() > 0, "its collectives went elsewhere"
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ def try_operations(payload: str) -> None:
         before = carried.total()
         staged = _values(getattr(Operations(world.group, world.device), name))
         alone = name == "objects" or (name == "subgroup" and world.rank == 2)
-        assert alone or carried.total() > before, f"{name} went another way"
+        assert alone or carried.total() > before, f"{name} went elsewhere"
         gloo = _values(getattr(Operations(world.aside, torch.device("cpu")), name))
         results[name] = [staged, gloo]
     with pytest.raises(ValueError, match="not contiguous"):

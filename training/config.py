@@ -46,9 +46,7 @@ class LoopConfig:
                 "loop.steps, global_batch_size, log_every and validation_samples must be at least 1"
             )
         if not 0 <= self.stop_at <= self.steps:
-            problems.append(
-                f"loop.stop_at={self.stop_at} must lie in 0 (all steps) to {self.steps}"
-            )
+            problems.append(f"loop.stop_at={self.stop_at} must be 0 (all steps) to {self.steps}")
         if self.validate_every < 0:
             problems.append("loop.validate_every must not be negative; 0 = only at the end")
         return problems
@@ -61,7 +59,7 @@ class CheckpointConfig:
     every: int = 200
     """Steps between checkpoints; one is always written at the end."""
     keep: int = 2
-    """Number of newest checkpoints to keep."""
+    """Newest checkpoints to keep."""
     keep_every_hours: float = 0.0
     """Also keep one checkpoint per this many hours; 0 = none."""
     best: bool = False
@@ -101,7 +99,9 @@ class ProfileConfig:
         try:
             first, last = parse_steps(self.steps or "1:1")
             if not 1 <= first <= last:
-                problems.append(f"profile.steps={self.steps} is no range from step 1 on; try 20:25")
+                problems.append(
+                    f"profile.steps={self.steps} must be a range of steps from 1 on; try 20:25"
+                )
         except ValueError:
             problems.append(f"profile.steps={self.steps} must be first:last, e.g. 20:25")
         try:
@@ -181,7 +181,7 @@ class StageConfig:
         if 0 < loop.validation_samples < lanes:
             problems.append(
                 f"loop.validation_samples={loop.validation_samples} is less than order.lanes="
-                f"{lanes}, and a validation must give every lane as many samples; try "
+                f"{lanes}, and each lane must give a validation the same number; try "
                 f"--loop.validation-samples {lanes}, or fewer lanes"
             )
         if self.optim.halvings and not loop.validate_every:
@@ -191,26 +191,26 @@ class StageConfig:
             )
         if self.guard.min_codebook_usage and not loop.validate_every:
             problems.append(
-                "guard.min_codebook_usage needs validations to see codes; set loop.validate_every, "
-                "or --guard.min-codebook-usage 0"
+                "guard.min_codebook_usage needs validations, which count codes; set "
+                "loop.validate_every, or --guard.min-codebook-usage 0"
             )
         if self.checkpoint.best and not self._saves_validated():
             problems.append(
-                f"checkpoint.best: of loop.steps={loop.steps} only the last one is both validated "
+                f"checkpoint.best: only the last of loop.steps={loop.steps} is both validated "
                 f"(loop.validate_every={loop.validate_every}) and saved (checkpoint.every="
                 f"{self.checkpoint.every}); make one a multiple of the other"
             )
         return problems
 
     def _saves_validated(self) -> bool:
-        """True if a step before the last is both validated and saved, or the run is too short."""
+        """True if a step before the last is validated and saved, or one happens only at the end."""
         often = (self.checkpoint.every, self.loop.validate_every)
         if min(often) < 1:
             return self.checkpoint.every < 1  # reported by CheckpointConfig.problems
         return math.lcm(*often) < self.loop.steps or max(often) >= self.loop.steps
 
-    def _of_priors_alone(self) -> list[str]:
-        """Problems of the dVAE and CLIP: features that only the prior supports."""
+    def _prior_only_problems(self) -> list[str]:
+        """Features that only the prior supports; for the dVAE and CLIP."""
         problems = []
         if self.engine.precision == "fp16":
             problems.append(
@@ -239,16 +239,16 @@ class DVAETrain(StageConfig):
     tau_last: float = 1 / 16
     """Final Gumbel temperature, reached by a cosine."""
     tau_fraction: float = 0.8
-    """Share of the run over which the temperature is annealed."""
+    """Fraction of the run over which the temperature is annealed."""
     beta_first: float = 0.0
     """Weight of the KL term at the first step (the paper: 0)."""
     beta: float = 6.6
     """Final weight of the KL term, reached by a cosine (the paper: 6.6)."""
     beta_fraction: float = 0.3
-    """Share of the run over which beta is annealed."""
+    """Fraction of the run over which beta is annealed."""
 
     def model_problems(self) -> list[str]:
-        problems = self.model.problems() + self._of_priors_alone()
+        problems = self.model.problems() + self._prior_only_problems()
         if not 0 < self.tau_last <= self.tau_first < math.inf:
             problems.append("tau_last must be positive and not above tau_first")
         if not (0 < self.tau_fraction <= 1 and 0 < self.beta_fraction <= 1):
@@ -269,7 +269,7 @@ class PriorTrain(StageConfig):
     model: PriorConfig = field(default_factory=PriorConfig)
     """The network."""
     bpe_dropout: float = 0.0
-    """Probability of dropping a BPE merge, drawn anew at every reading (the paper: 0.1)."""
+    """Probability of dropping a BPE merge, drawn again at every reading (the paper: 0.1)."""
     bpe: Path = Path("runs/bpe")
     """Folder of the tokens' tokenizer.json; only read if bpe_dropout is above 0."""
     caption_dropout: float = 0.0
@@ -282,11 +282,9 @@ class PriorTrain(StageConfig):
     def model_problems(self) -> list[str]:
         problems = self.model.problems() + self.guard.without_codes()
         if not 0 <= self.bpe_dropout < 1:
-            problems.append(
-                f"bpe_dropout={self.bpe_dropout} must lie in [0, 1); the paper's is 0.1"
-            )
+            problems.append(f"bpe_dropout={self.bpe_dropout} must be in [0, 1); the paper's is 0.1")
         if not 0 <= self.caption_dropout < 1:
-            problems.append(f"caption_dropout={self.caption_dropout} must lie in [0, 1); try 0.1")
+            problems.append(f"caption_dropout={self.caption_dropout} must be in [0, 1); try 0.1")
         return problems
 
 
@@ -302,7 +300,7 @@ class ClipTrain(StageConfig):
     """The network."""
 
     def model_problems(self) -> list[str]:
-        return self.model.problems() + self._of_priors_alone() + self.guard.without_codes()
+        return self.model.problems() + self._prior_only_problems() + self.guard.without_codes()
 
 
 @dataclass(frozen=True, kw_only=True)

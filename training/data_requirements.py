@@ -41,7 +41,7 @@ def size_problems(settings: StageConfig, sizes: DataSizes) -> list[str]:
         problems.append(
             f"the validation split of {sizes.place} has {sizes.about}{sizes.held_out} pairs, and a "
             f"validation needs one for each of order.lanes={lanes} at least; pack more pairs or a "
-            "larger --validation share, or lower order.lanes"
+            "larger --validation, or lower order.lanes"
         )
     if sizes.train < batch or sizes.blocks < lanes:
         problems.append(

@@ -30,7 +30,7 @@ BURN_SECONDS = 120.0
 """Time limit of the burn-in beyond its matmuls: for messages, and the engine's imports."""
 _GO = "go on"
 _JOIN_FIX = (
-    "all TCP ports between the machines must be open, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME "
+    "all TCP ports between the nodes must be open, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME "
     "must name an interface that reaches them; see whether all ranks started"
 )
 
@@ -80,7 +80,7 @@ class Visit:
             from parallel.diagnostics import checks  # noqa: PLC0415
         except Exception as error:
             text = f"torch cannot be imported: {type(error).__name__}: {error}"
-            raise Lost(bad("torch", text, "install requirements.txt anew in this venv")) from error
+            raise Lost(bad("torch", text, "install requirements.txt again in this venv")) from error
         seconds = self._config.wait
         with self._limit(seconds, f"not all of {self._size} ranks had joined after {seconds:g} s"):
             world = self._joined(worlds)
@@ -91,7 +91,7 @@ class Visit:
                 self._burn_in(checks, world, unmet)
             except Exception as error:
                 what = f"it failed: {type(error).__name__}: {error}"
-                fix = "look at the network between the machines, and at other ranks' output"
+                fix = "look at the network between the nodes, and at other ranks' output"
                 raise Lost(bad("burn-in", what, fix)) from error
         worlds.leave_world(world)
 

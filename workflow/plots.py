@@ -84,7 +84,7 @@ def score_curves(rows: list[Json]) -> str:
 
 
 def _svg(figure: Any) -> str:
-    """SVG text of a figure; its text stays text, since outlines would be most of the file."""
+    """A figure as SVG, with labels as text: as outlines they would be most of the file."""
     buffer = io.StringIO()
     figure.tight_layout()
     with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif"}):

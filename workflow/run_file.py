@@ -177,7 +177,7 @@ def read_runfile(path: Path) -> RunFile:
     except (yaml.YAMLError, UnicodeDecodeError, SyntaxError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     if not isinstance(body, dict):
-        raise InputError(f"{path} holds no run: a mapping of name, out and stages is wanted")
+        raise InputError(f"{path} holds no run: expected a mapping of name, out and stages")
     body = {name: item for name, item in body.items() if item is not None}
     body = _with_new_names(body, path)
     stages = body.get("stages", {})
@@ -228,7 +228,7 @@ def _python(path: Path) -> Any:
 def _stage(name: str, body: Any) -> StageSpec:
     body = {} if body is None else body
     if not isinstance(body, dict) or not isinstance(body.get("flags") or {}, dict):
-        raise ConfigError(f"stages.{name}: a mapping is wanted, e.g. {{flags: {{loop.steps: 9}}}}")
+        raise ConfigError(f"stages.{name}: expected a mapping, e.g. {{flags: {{loop.steps: 9}}}}")
     body = {key: item for key, item in body.items() if item is not None}
     flags = body.get("flags", {})
     for key, value in flags.items():

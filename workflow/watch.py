@@ -31,7 +31,7 @@ _QUIET = 60.0
 _SLOW = 1.2
 """Ratio of a rank's own work to its peers' above which it is named."""
 _LONGEST = 3600.0
-"""Most seconds between two updates."""
+"""Maximum seconds between two updates."""
 
 
 def watch_runs(runs: Sequence[Path], once: bool, interval: float) -> None:

@@ -125,8 +125,8 @@ def moved(source: torch.device, target: torch.device, background: bool) -> dict[
 def checkpoints(report: GpuReport) -> None:
     """From the CPU to the device, back, and from the device to itself."""
     device = report.device
-    ways = {"CPU to GPU": (CPU, device), "GPU to CPU": (device, CPU), "GPU": (device, device)}
-    for direction, (source, target) in ways.items():
+    moves = {"CPU to GPU": (CPU, device), "GPU to CPU": (device, CPU), "GPU": (device, device)}
+    for direction, (source, target) in moves.items():
         figures = moved(source, target, background=direction != "CPU to GPU")
         none = Target(most=0)
         report.row(f"{direction}: tensors with another bit", figures["lost"], "tensors", none)

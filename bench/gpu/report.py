@@ -91,14 +91,14 @@ class GpuReport:
         passed = None
         if target is not None and (self.judged or not target.speed):
             passed = target.reached(value)
-        text = f"wanted {target.text}" if target else ""
+        text = f"target {target.text}" if target else ""
         ratios = [target.ratio(one) if target else 1.0 for one in (value, *spread)]
         beside = ", ".join(part for part in (baseline, text) if part) or ALONE
         self._write(
             {
                 "section": self._section,
                 **bench_row(name, value, unit, beside, ratios[1:] or ratios, ratio=ratios[0]),
-                "wanted": target.text if target else "",
+                "target": target.text if target else "",
                 "passed": passed,
                 **more,
             }
@@ -121,7 +121,7 @@ def failed_row(section: str, name: str, why: str) -> Row:
     return {
         "section": section,
         **bench_row(name, 0.0, "", why, [0.0]),
-        "wanted": "",
+        "target": "",
         "passed": False,
     }
 

@@ -88,7 +88,7 @@ def _token(
     share, every = rates(bound, spent)
     name = f"{config.layers} layers of {config.dim}, batch {batch}"
     beside = f"{statistics.median(spent) * 1e3:.3f} ms a token, reading weights and caches "
-    beside += f"{bound * 1e3:.3f}; {compiled:.0f} s to compile; 0.7 wanted, gpt-fast 0.7"
+    beside += f"{bound * 1e3:.3f}; {compiled:.0f} s to compile; target 0.7, gpt-fast 0.7"
     report.row(
         f"{name}: share of the bandwidth", share, "", at_least(0.5), baseline=beside, spread=every
     )

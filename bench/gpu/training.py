@@ -138,7 +138,7 @@ def training(report: GpuReport) -> None:
         share,
         "",
         target,
-        baseline="0.50 wanted; MegaScale 0.55",
+        baseline="target 0.50; MegaScale 0.55",
         spread=every,
     )
     plan = estimate(settings, hardware_of("h100")).seconds

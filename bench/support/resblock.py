@@ -2,7 +2,7 @@
 
 Width 3968, 62 heads, 1,280 positions, forward and backward, gradients of states and weights. The
 matmuls are those of its six matrices, three each (forward, states, weights), in bf16 on tensors
-that lie ready; the block besides has norms, attention under a row mask, GELU, and weights and
+in memory; the block also has norms, attention under a row mask, GELU, and weights and
 gradients in fp32. Attention's own products are not counted. Rounds take turns; medians.
 """
 
@@ -49,7 +49,7 @@ def rows() -> list[dict[str, Any]]:
             "paper-size resblock pair, bf16",
             flops / statistics.median(seconds["block"]) / 1e9,
             "GFLOP/s",
-            f"its own matmuls alone: {alone:.0f}, wanted {TARGET:g}",
+            f"its own matmuls alone: {alone:.0f}, target {TARGET:g}",
             ratios,
         )
     ]

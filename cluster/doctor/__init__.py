@@ -1,5 +1,5 @@
 """Is this machine, cluster or store ready? Each finding with its fix.
 
-Start: node.py: the checks of one machine; finding.py: a row.
+Start: node.py: the checks of one node; finding.py: a row.
 Imports: core, cluster.
 """

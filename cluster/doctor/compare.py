@@ -52,7 +52,7 @@ def compare(rank: int, rows: list[Finding], out: Path, gather: Gather) -> list[F
 
 
 def clock_rows(told: list[Told]) -> list[Finding]:
-    """Rows for clocks that are off: from rank 0's with two machines, from the median with more."""
+    """Rows for clocks that are off: from rank 0's with two nodes, from the median with more."""
     if len(told) < 2:
         return []
     rounds = range(ROUNDS)
@@ -75,7 +75,7 @@ def folder_rows(told: list[Told], token: str, path: Path) -> list[Finding]:
     """Rows for ranks that do not see what rank 0 wrote into the run folder."""
     if not token:
         return []  # rank 0 cannot use it: another row reports that
-    fix = "mount the same file system at that path on all machines, or give another --out"
+    fix = "mount the same file system at that path on all nodes, or give another --out"
     blind = [
         replace(
             bad("shared run folder", f"{path.parent} is not the one that rank 0 sees", fix),

@@ -17,7 +17,7 @@ class DoctorConfig:
     rights: Literal["read", "write"] = "write"
     """Rights needed on --data: read only, or also writes, deletes and conditional puts."""
     node: bool = False
-    """Only the quick checks of one machine, without torch; submitted jobs run this first."""
+    """Only the quick checks of one node, without torch; submitted jobs run this first."""
     quick: bool = False
     """Leave out torch, devices and the burn-in; ranks still meet and are compared."""
     ranks: int = 0
@@ -25,7 +25,7 @@ class DoctorConfig:
     scheduler: Literal["none", "slurm", "kubernetes"] = "none"
     """The scheduler that must answer here."""
     memory: float = 0.0
-    """GB of free memory that the run needs on each machine."""
+    """GB of free memory that the run needs on each node."""
     disk: float = 1.0
     """GB that must be free in the run folder."""
     shared_memory: float = 0.25
@@ -33,7 +33,7 @@ class DoctorConfig:
     files: int = 1024
     """Open files that a process must be allowed."""
     gpus: int = 0
-    """GPUs that each machine must have."""
+    """GPUs that each node must have."""
     wait: float = 60.0
     """Seconds within which all ranks must have met."""
     seconds: float = 1.0
@@ -43,7 +43,9 @@ class DoctorConfig:
         problems = []
         bucket = self.data.removeprefix("s3://").partition("/")[0]
         if "://" in self.data and not (self.data.startswith("s3://") and bucket):
-            problems.append(f"--data {self.data} is no store; give s3://bucket/prefix or a folder")
+            problems.append(
+                f"--data {self.data} is not a store; give s3://bucket/prefix or a folder"
+            )
         needs = (self.memory, self.disk, self.shared_memory)
         if not all(0 <= each < math.inf for each in needs):
             problems.append("--memory, --disk and --shared-memory are GB and must not be negative")
@@ -52,5 +54,5 @@ class DoctorConfig:
         if not all(0 < each < math.inf for each in (self.wait, self.seconds)):
             problems.append("--wait and --seconds must be positive numbers")
         if self.node and self.ranks:
-            problems.append("--node looks at one machine alone: leave out --ranks")
+            problems.append("--node checks one node: leave out --ranks")
         return problems

@@ -114,7 +114,7 @@ WRONG = 30.0
 """Seconds. Munge refuses 300, S3 refuses 900."""
 
 
-_FIX = "set the clock of that machine: chronyc makestep, or systemctl restart chronyd"
+_FIX = "set the clock of that node: chronyc makestep, or systemctl restart chronyd"
 
 
 def clock_finding(offset: float, whose: str) -> Finding:

@@ -37,7 +37,7 @@ def _file_system(folder: Path) -> Finding:
     text = f"{folder} has no {', no '.join(missing)}"
     if RENAME in missing:
         return bad("file system", text, "give an --out on another disk: nothing is safe there")
-    fix = "let only one machine work there, or give an --out on a disk that has them"
+    fix = "let only one node work there, or give an --out on a disk that has them"
     return warning("file system", text, fix)
 
 
@@ -59,7 +59,7 @@ def socket_findings() -> list[Finding]:
 
 
 def shared_memory_findings(need: float) -> list[Finding]:
-    """Check /dev/shm, which NCCL, loaders and semaphores of one machine use."""
+    """Check /dev/shm, which NCCL, loaders and semaphores of one node use."""
     fix = (
         "docker run --shm-size=8g; Kubernetes: an emptyDir of medium Memory at /dev/shm; else "
         "mount -o remount,size=50% /dev/shm"
@@ -90,7 +90,7 @@ def _folder(check: str, path: Path, need: float, other: str) -> list[Finding]:
     if not path.exists():
         return [bad(check, f"{path} does not exist", f"mkdir -p it {other}")]
     if not path.is_dir():
-        return [bad(check, f"{path} is no folder", f"remove the file {other}")]
+        return [bad(check, f"{path} is not a folder", f"remove the file {other}")]
     space = os.statvfs(path)
     free = space.f_bavail * space.f_frsize
     text = f"{path}: {free / GB:.2f} of {space.f_blocks * space.f_frsize / GB:.2f} GB are free"
@@ -98,7 +98,7 @@ def _folder(check: str, path: Path, need: float, other: str) -> list[Finding]:
     if free < need * GB:
         return [bad(check, f"{text}; {need:g} are needed", cleanup)]
     if space.f_files and space.f_favail == 0:
-        return [bad(check, f"{path} has no room for another file (inodes)", cleanup)]
+        return [bad(check, f"{path} has no free inode for another file", cleanup)]
     try:
         with _probe(path) as probe:
             seconds = _write(probe, PROBE_BYTES)
@@ -114,7 +114,7 @@ def _folder(check: str, path: Path, need: float, other: str) -> list[Finding]:
 
 def _refused(check: str, path: Path, error: OSError, other: str) -> Finding:
     if error.errno in _FULL:
-        how = f"free room or raise the quota there, {other}"
+        how = f"free space or raise the quota there, {other}"
     elif error.errno == errno.EROFS:
         how = f"mount it for writing (the disk may have failed: see dmesg), {other}"
     elif error.errno == errno.EFBIG:

@@ -51,7 +51,7 @@ def _counters() -> list[Finding]:
         return [warning("gpu errors", "there is no nvidia-smi to ask", fix)]
     answer = ask(_QUERY, _SECONDS)
     if answer.problem:
-        fix = "reset or reboot the machine; look into dmesg for Xid errors"
+        fix = "reset or reboot the node; look into dmesg for Xid errors"
         return [bad("gpu errors", f"nvidia-smi: {answer.problem}", fix)]
     kernel = ask(["dmesg"], _SECONDS)
     return [*counter_rows(answer.text), *xid_rows(kernel.text)]
@@ -65,12 +65,12 @@ def counter_rows(text: str) -> list[Finding]:
         if errors.isdigit() and int(errors):
             problem = f"GPU {index} ({name}) has {errors} uncorrected ECC errors"
             rows.append(
-                bad("gpu errors", problem, "drain the machine; nvidia-smi -r, then dcgmi diag")
+                bad("gpu errors", problem, "drain the node; nvidia-smi -r, then dcgmi diag")
             )
         if "Active" in (slowed, hot):
             reason = "heat" if hot == "Active" else "hardware (power brake or other)"
             problem = f"GPU {index} ({name}) is slowed down by {reason}"
-            rows.append(warning("gpu errors", problem, "look at cooling and power of the machine"))
+            rows.append(warning("gpu errors", problem, "look at cooling and power of the node"))
     return rows or [ok("gpu errors", f"no errors on {len(table)} GPUs")]
 
 
@@ -79,7 +79,7 @@ def xid_rows(text: str) -> list[Finding]:
     counts: dict[tuple[str, str], int] = {}
     for device, number in _XID.findall(text):
         counts[device, number] = counts.get((device, number), 0) + 1
-    fix = "see NVIDIA's list of Xid errors; drain the machine if the error returns after a reset"
+    fix = "see NVIDIA's list of Xid errors; drain the node if the error returns after a reset"
     return [
         warning("gpu errors", f"Xid {number} of {device}, {count} times", fix)
         for (device, number), count in counts.items()

@@ -82,11 +82,11 @@ def host_findings() -> list[Finding]:
 
 
 def memory_findings(need: float) -> list[Finding]:
-    """Check free memory of the machine and of this job's control group."""
+    """Check free memory of the node and of this job's control group."""
     free, whole = host_memory()
     text = f"{free / GB:.1f} of {whole / GB:.1f} GB are free"
     if free < need * GB:
-        fix = "end what holds memory here, ask the scheduler for more, or use another machine"
+        fix = "end what holds memory here, ask the scheduler for more, or use another node"
         return [bad("memory", f"{text}; {need:g} are needed", fix)]
     if free < _LITTLE_MEMORY * GB:
         return [warning("memory", text, "end what holds memory here")]

@@ -128,7 +128,7 @@ def missing_row(rendezvous: Rendezvous, missing: list[int], wait: float) -> Find
         f"of {rendezvous.size} ranks, {shown} did not come to {rendezvous.text} within {wait:g} s"
     )
     fix = (
-        f"open TCP port {rendezvous.port} between the machines (firewall, network policy), or see "
+        f"open TCP port {rendezvous.port} between the nodes (firewall, network policy), or see "
         "why those ranks did not start; each of them prints its own finding"
     )
     return bad(_CHECK, text, fix)
@@ -211,22 +211,20 @@ def _greet(rendezvous: Rendezvous, connection: socket.socket, wait: float) -> _L
 
 def _unreached(rendezvous: Rendezvous, error: Any) -> Finding:
     if isinstance(error, socket.gaierror):
-        text = f"the name {rendezvous.address} of rank 0's machine does not resolve here"
+        text = f"the name {rendezvous.address} of rank 0's node does not resolve here"
         fix = "set MASTER_ADDR to its IP address, or put the name into /etc/hosts or DNS"
         return bad(_CHECK, text, fix)
     if isinstance(error, ConnectionRefusedError):
         reason = "rank 0 does not listen, or the port is rejected"
         text = f"{rendezvous.text} refuses connections: {reason}"
-        fix = f"see rank 0's output; open TCP port {rendezvous.port} between the machines"
+        fix = f"see rank 0's output; open TCP port {rendezvous.port} between the nodes"
     elif isinstance(error, TimeoutError):
         whole = _answers(rendezvous.address)
-        machine = (
-            "its machine answers at another port" if whole else "its machine does not answer either"
-        )
-        text = f"{rendezvous.text} does not answer: packets are dropped ({machine})"
-        fix = f"open TCP port {rendezvous.port} between the machines (firewall, network policy)"
+        node = "its node answers at another port" if whole else "its node does not answer either"
+        text = f"{rendezvous.text} does not answer: packets are dropped ({node})"
+        fix = f"open TCP port {rendezvous.port} between the nodes (firewall, network policy)"
         if not whole:
-            fix = f"is {rendezvous.address} the address of rank 0's machine? {fix}"
+            fix = f"is {rendezvous.address} the address of rank 0's node? {fix}"
     else:
         text = f"{rendezvous.text} cannot be reached: {error.strerror or error}"
         fix = f"look at this machine's routes and firewall: ip route get {rendezvous.address}"
@@ -240,7 +238,7 @@ def _silent(rendezvous: Rendezvous, error: OSError) -> Finding:
 
 
 def _answers(address: str) -> bool:
-    """True if a machine answers at all: a closed port refuses the connection."""
+    """True if a node answers at all: a closed port refuses the connection."""
     try:
         with socket.create_connection((address, 1), timeout=1):
             return True

@@ -1,4 +1,4 @@
-"""The checks of one machine; a second or two, without torch."""
+"""The checks of one node; a second or two, without torch."""
 
 from cluster.doctor import folders, gpus, limits, machine, programs
 from cluster.doctor.config import DoctorConfig

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from cluster.doctor.finding import Finding, bad, ok, warning
 
 SLOW_RATE, NOTED_RATE = 0.5, 0.8
-"""Share of the median rate of matmuls."""
+"""Fraction of the median rate of matmuls."""
 SLOW_LINK, NOTED_LINK = 0.33, 0.6
-"""Share of the median bandwidth of links of the same kind."""
+"""Fraction of the median bandwidth of links of the same kind."""
 TERA, GIGA = 1e12, 1e9
 
 
@@ -45,7 +45,7 @@ def _rates(burned: Sequence[Burned]) -> list[Finding]:
         speed = f"{each.rate / TERA:.3g} TFLOP/s, {share:.0%} of the median of {_ranks(burned)}"
         fix = (
             "another job on its cores or GPU, a power or heat limit, or wrong CPU binding: look at "
-            "top and nvidia-smi there; exclude the machine if it stays slow"
+            "top and nvidia-smi there; exclude the node if it stays slow"
         )
         if share < NOTED_RATE:
             row = (bad if share < SLOW_RATE else warning)("matmul", speed, fix)
@@ -55,10 +55,10 @@ def _rates(burned: Sequence[Burned]) -> list[Finding]:
 
 
 def _links(burned: Sequence[Burned]) -> list[Finding]:
-    """Compare each link with the median of its kind: within or between machines."""
+    """Compare each link with the median of its kind: within or between nodes."""
     rows, medians = [], []
     for inside in (True, False):
-        kind = "within a machine" if inside else "between machines"
+        kind = "within a node" if inside else "between nodes"
         pairs = [
             (a, b)
             for a, b in zip(burned, [*burned[1:], *burned[:1]], strict=True)

@@ -60,7 +60,7 @@ def _munge() -> list[Finding]:
         return []
     answer = ask(["munge", "--no-input"], _SECONDS)
     if answer.problem:
-        fix = "systemctl restart munge; all machines need the same /etc/munge/munge.key and time"
+        fix = "systemctl restart munge; all nodes need the same /etc/munge/munge.key and time"
         return [warning("munge", f"munge makes no credential: {answer.problem}", fix)]
     return [ok("munge", "munge makes credentials")]
 

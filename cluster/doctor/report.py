@@ -58,7 +58,7 @@ def _where(rows: Sequence[Finding]) -> str:
     ranks = sorted({row.rank for row in rows if row.rank is not None})
     more = ", ..." if len(ranks) > _SHOWN else ""
     shown = ", ".join(map(str, ranks[:_SHOWN])) + more
-    where = hosts[0] if len(hosts) == 1 else f"{len(hosts)} machines: {', '.join(hosts[:_SHOWN])}"
+    where = hosts[0] if len(hosts) == 1 else f"{len(hosts)} nodes: {', '.join(hosts[:_SHOWN])}"
     return f"{where} rank {shown}" if ranks else where
 
 

@@ -139,7 +139,7 @@ def _speed(url: str, seconds: dict[str, float], size: int) -> list[Finding]:
     written, read = size / MB / seconds["write"], size / MB / seconds["read"]
     text = f"{url}: {written:.1f} MB/s written, {read:.1f} MB/s read, by one connection"
     if min(written, read) < SLOW:
-        fix = "use a store nearer to the machines, or look at their network"
+        fix = "use a store nearer to the nodes, or look at their network"
         return [warning("store speed", text, fix)]
     return [ok("store speed", text)]
 

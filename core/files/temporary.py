@@ -15,7 +15,7 @@ from core.log import LOG
 
 _SHORT = ("/tmp", "/var/tmp", "/dev/shm")
 _LONGEST = 107
-"""Most bytes of a socket's path (Linux)."""
+"""Maximum bytes of a socket's path (Linux)."""
 _SOCKET = "pymp-xxxxxxxx/listener-xxxxxxxx"
 """Longest socket name that multiprocessing or Tapir uses."""
 _NO_URL = r"[#?\t\r\n]"
@@ -87,7 +87,7 @@ def _refusal(folder: Path) -> str:
         probe.unlink()
         with open(probe, "wb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            file.write(b"room")
+            file.write(b"lock")
     except OSError as error:
         return f"no sockets or locks there: {error.strerror or error}"
     finally:

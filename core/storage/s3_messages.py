@@ -42,7 +42,7 @@ def explanation(error: Exception, url: str, name: str, answered: bool) -> StoreE
             f"no credentials for {url}; export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
     if isinstance(error, ParamValidationError):
-        return StoreInputError(f"{url} is no valid bucket or key: {error}")
+        return StoreInputError(f"{url} is not a valid bucket or key: {error}")
     if isinstance(error, RecursionError):  # botocore follows redirects in a circle
         return StoreInputError(_moved(url))
     if not answered and isinstance(error, EndpointConnectionError | EndpointProviderError):
@@ -100,7 +100,7 @@ def _refusal(url: str, name: str, error: ClientError, hint: str) -> StoreError:
             "that does, or check that AWS_ENDPOINT_URL is that of an S3 store and of no proxy"
         )
     if code in FULL or status == 507:
-        return StoreError(f"{url} is full ({status} {code}): free room there, or raise its quota")
+        return StoreError(f"{url} is full ({status} {code}): free space there, or raise its quota")
     if is_conflict(error):
         return StoreError(
             f"{where}: another writer was at it at each try ({status} {code}); start the same again"

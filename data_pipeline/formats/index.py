@@ -154,7 +154,7 @@ class BlockReader:
         raise CorruptError(
             f"{self._store.url}/{name}: the block at offset {start} has crc32 "
             f"{crc32(data):08x} over {len(data)} bytes, its index says {expected:08x} over "
-            f"{size}; restore the shard, or make it anew by the command that made it, with --again"
+            f"{size}; restore the shard, or make it again by the command that made it, with --again"
         )
 
     def shard_of(self, block: int, variant: int = 0) -> Shard:

@@ -160,7 +160,7 @@ def decode_block(data: bytes) -> TokenRecords:
     Raises: CorruptError if the magic is missing.
     """
     if data[: len(_MAGIC)] != _MAGIC:
-        raise CorruptError("these bytes are no block of token records")
+        raise CorruptError("these bytes are not a block of token records")
     count, length = (int(x) for x in np.frombuffer(data, "<u4", 2, len(_MAGIC)))
     at = len(_MAGIC) + 8
     ids = np.frombuffer(data, "<u8", count, at)

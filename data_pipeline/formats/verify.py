@@ -16,7 +16,7 @@ _PART = 8 * 2**20
 
 
 def verify_split(store: Store, split: str, sample: float = 1.0, seed: int = 0) -> int:
-    """Check a split's manifest, its indexes, and its shards or a share `sample` of their blocks.
+    """Check a split's manifest, its indexes, and its shards or a fraction `sample` of their blocks.
 
     Returns the number of shards, or of sampled blocks, that were read.
     Raises: CorruptError naming the first damaged file.

@@ -8,19 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_pipeline.images.decode import Inspected, decode_rgb, inspect
-
-__all__ = [
-    "EXTENSIONS",
-    "Inspected",
-    "decode_rgb",
-    "dvae_crop",
-    "encode_png",
-    "inspect",
-    "prior_crop",
-    "square",
-]
-
 EXTENSIONS = ("png", "jpg", "jpeg", "jpe", "jfif", "webp")
 
 

@@ -93,7 +93,7 @@ def _decode(data: bytes, where: str, keep: Callable[[_Decoded], T]) -> T:
         raise
     except Exception as error:  # Pillow raises nearly anything for damaged files
         raise InputError(
-            f"{where} is no readable PNG, JPEG or WebP image: {error or type(error).__name__}"
+            f"{where} is not a readable PNG, JPEG or WebP image: {error or type(error).__name__}"
         ) from error
 
 
@@ -130,7 +130,7 @@ def _opened(data: bytes, where: str) -> ImageFile:
     elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         image = WebPImageFile(file)
     else:
-        raise InputError(f"{where} is no PNG, JPEG or WebP, or its start is damaged")
+        raise InputError(f"{where} is not a PNG, JPEG or WebP, or its start is damaged")
     if image.width * image.height > MOST_PIXELS:
         raise InputError(
             f"{where} has {image.width}x{image.height} pixels; the limit is {MOST_PIXELS}"

@@ -10,7 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from data_pipeline.config import FilterConfig
-from data_pipeline.images.crops import Inspected
+from data_pipeline.images.decode import Inspected
 
 _BOILERPLATE = re.compile(
     r"photographed (on|in|at) .*\d|\bstock (photo|image|picture|vector|footage)|image may contain"

@@ -36,7 +36,7 @@ from data_pipeline.formats.manifest import (
     read_manifest,
 )
 from data_pipeline.formats.shards import build_tar, describe, list_members, put_manifest
-from data_pipeline.images.crops import inspect
+from data_pipeline.images.decode import inspect
 from data_pipeline.packing.filters import Duplicates, Reject, caption_reject, image_reject
 from data_pipeline.packing.rejects import REJECTS, Keys, Rejects
 from data_pipeline.sources.catalogue import open_source, source_content
@@ -158,7 +158,7 @@ def _refuse_inside(source: str, store: Store) -> None:
     if isinstance(store, FolderStore) and root.is_dir():
         where = store.root.resolve()
         if where.is_relative_to(root):
-            raise InputError(f"DEST {where} lies in SRC {root}; give a place outside of it")
+            raise InputError(f"DEST {where} is inside SRC {root}; give a place outside of it")
 
 
 def _write(

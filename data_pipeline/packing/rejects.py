@@ -20,7 +20,7 @@ class Rejects:
     """Records rejected pairs and writes them in parts."""
 
     def __init__(self, store: Store, most: float) -> None:
-        """`most` is the maximum share of unusable pairs."""
+        """`most` is the maximum fraction of unusable pairs."""
         self._store, self._most = store, most
         self._lines: list[str] = []
         self.parts = 0

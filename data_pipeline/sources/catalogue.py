@@ -37,7 +37,7 @@ def open_source(source: str, config: PackConfig) -> Iterator[Pair | Unusable]:
         pairs = _folder(path)
     elif path.exists():
         raise InputError(
-            f"{source!r} is no source; give a folder, a tar (plain, gzip, bzip2 or xz) or a "
+            f"{source!r} is not a source; give a folder, a tar (plain, gzip, bzip2 or xz) or a "
             ".parquet table, and unpack other archives"
         )
     else:

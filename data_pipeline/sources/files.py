@@ -79,7 +79,7 @@ def walk(root: Path) -> Iterator[tuple[Path | Unusable, list[str], list[str]]]:
 
 
 def loose_files(root: Path) -> Iterator[Unusable]:
-    """Rejects for the files among tars that are no tars; only pictures count as unusable."""
+    """Rejects for the files among tars that are not tars; only pictures count as unusable."""
     for folder, _, names in walk(root):
         if isinstance(folder, Unusable):
             yield folder
@@ -87,16 +87,16 @@ def loose_files(root: Path) -> Iterator[Unusable]:
         for name in sorted(names):
             where = (folder / name).as_posix()
             if is_picture(name):
-                yield unusable(where, "lies among tars; pack it from a folder of its own")
+                yield unusable(where, "is among tars; pack it from a folder of its own")
             elif not is_tar(name):
                 kind, reason = why_not_read(name)
-                yield unusable(where, reason if kind != IGNORED else "is no tar", kind)
+                yield unusable(where, reason if kind != IGNORED else "is not a tar", kind)
 
 
 def _other(path: Path) -> Unusable:
     """The reject of a file that belongs to no pair."""
     if path.is_symlink():
-        return unusable(path.as_posix(), "is no picture and no .txt caption")
+        return unusable(path.as_posix(), "is neither a picture nor a .txt caption")
     if extension_of(path.name) == CAPTION:
         return unusable(path.as_posix(), "is a caption without a picture", IGNORED)
     kind, reason = why_not_read(path.name)
@@ -114,7 +114,7 @@ def _file(root: Path, path: Path, notes: dict[str, str]) -> Pair | Unusable:
     except UnicodeEncodeError:
         return unusable(where, "has a name that is not UTF-8; rename it")
     if not path.is_file():
-        return unusable(where, "is no plain file")
+        return unusable(where, "is not a plain file")
     try:
         contents = {extension: _start(note) for extension, note in beside.items() if note.is_file()}
         caption = captions_of(contents.get(CAPTION), contents.get(NOTE))

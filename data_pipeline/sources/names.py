@@ -52,7 +52,7 @@ def is_picture(name: str) -> bool:
 
 
 def why_not_read(name: str) -> tuple[str, str]:
-    """(kind, reason) for rejecting a file that is no supported picture, caption or note."""
+    """(kind, reason) for rejecting a file that is not a supported picture, caption or note."""
     extension = extension_of(name)
     if extension in _OTHER_PICTURES:
         return "image", f"is a picture of the type {extension}; convert it to PNG, JPEG or WebP"
@@ -61,4 +61,4 @@ def why_not_read(name: str) -> tuple[str, str]:
             "archive",
             "is an archive among pairs; unpack it, or pack it by itself if it is a tar",
         )
-    return "ignored", "is no picture and no .txt caption"
+    return "ignored", "is neither a picture nor a .txt caption"

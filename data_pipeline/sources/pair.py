@@ -27,7 +27,7 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True)
 class Unusable:
-    """A file or row that is no usable pair; sources report every one of them."""
+    """A file or row that is not a usable pair; sources report every one of them."""
 
     key: str
     kind: str

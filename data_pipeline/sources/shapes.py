@@ -117,7 +117,7 @@ def parse_caption(caption: str) -> Scene:
     """
     match = _CAPTION.fullmatch(caption)
     if not match:
-        raise InputError(f"{caption!r} is no caption of the shapes generator")
+        raise InputError(f"{caption!r} is not a caption of the shapes generator")
     size, colour, shape, relation, *other = match.groups()
     first = Thing(size=size, colour=colour, shape=shape)
     if relation is None:

@@ -21,7 +21,7 @@ _ROWS = 1024
 
 
 class _RowError(Exception):
-    """Why a row is no pair."""
+    """Why a row is not a pair."""
 
 
 def table_pairs(paths: list[Path]) -> Iterator[Pair | Unusable]:
@@ -29,7 +29,7 @@ def table_pairs(paths: list[Path]) -> Iterator[Pair | Unusable]:
     (`jpg`, `png`, `webp`, `image`) or of paths (`path`, `file`, `image_path`, `url`).
 
     A path is relative to the table's folder and must stay in it; a URL must be file://. A row that
-    is no pair yields a reject, and so does an unreadable table.
+    is not a pair yields a reject, and so does an unreadable table.
     """
     import pyarrow  # noqa: PLC0415 - 100 MB that other sources do without
     from pyarrow import parquet  # noqa: PLC0415
@@ -47,7 +47,7 @@ def table_pairs(paths: list[Path]) -> Iterator[Pair | Unusable]:
         except _RowError as error:
             yield unusable(path.as_posix(), str(error), "table")
         except (pyarrow.ArrowException, OSError, ValueError) as error:
-            reason = f"is no readable parquet table from row {number} on: {error}"
+            reason = f"is not a readable parquet table from row {number} on: {error}"
             yield unusable(path.as_posix(), reason, "table")
 
 
@@ -129,11 +129,11 @@ def _place(root: Path, place: str) -> Path:
         path = (root / (unquote(url.path) if url else place)).resolve()
         size = path.stat().st_size if path.is_file() else -1
     except (OSError, ValueError) as error:  # a malformed URL, a name that is too long, a NUL
-        raise _RowError(f"{shown} is no path: {error}") from error
+        raise _RowError(f"{shown} is not a path: {error}") from error
     if not path.is_relative_to(root):
         raise _RowError(f"{shown} leaves the table's folder; put the pictures there")
     if not 0 <= size <= MOST_BYTES:
-        raise _RowError(f"{shown} is no file, or larger than {MOST_BYTES} bytes")
+        raise _RowError(f"{shown} is not a file, or larger than {MOST_BYTES} bytes")
     if extension_of(path.name) not in EXTENSIONS:
-        raise _RowError(f"{shown} is no PNG, JPEG or WebP")
+        raise _RowError(f"{shown} is not a PNG, JPEG or WebP")
     return path

@@ -65,7 +65,7 @@ def tar_pairs(paths: list[Path], root: Path) -> Iterator[Pair | Unusable]:
         except MemoryError:
             raise
         except Exception as error:  # tarfile raises nearly anything for damaged archives
-            reason = f"is no whole tar archive: {error}; what comes after that is lost"
+            reason = f"is not a whole tar archive: {error}; what comes after that is lost"
             yield unusable(path.as_posix(), reason, "archive")
 
 
@@ -130,7 +130,7 @@ def _refused(member: tarfile.TarInfo, name: PurePosixPath, where: str) -> Unusab
     if is_metadata(name):
         return unusable(where, IS_METADATA, METADATA)
     if not member.isfile():
-        return unusable(where, "is no plain file")
+        return unusable(where, "is not a plain file")
     if is_picture(name.name) or extension_of(name.name) in (CAPTION, NOTE):
         return None
     kind, reason = why_not_read(name.name)

@@ -12,7 +12,7 @@ from data_pipeline.config import LoaderConfig
 
 _SUFFIX = ".block"
 _KEPT = 0.9
-"""Share of the size limit that remains after an eviction."""
+"""Fraction of the size limit that remains after an eviction."""
 _STALE_SECONDS = 3600.0
 
 

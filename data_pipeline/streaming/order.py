@@ -5,7 +5,7 @@ permuted record by record. Slot k of step s reads lane k // (G/C) at position s*
 Ranks own contiguous lanes, so a global batch is the same for every world size that divides C.
 The first window of lane l has 1 + l % W blocks only, so that lanes open their windows at different
 steps and requests to the store are spread evenly. Records beyond the last whole step of the
-shortest lane are left out of that epoch; each epoch deals the blocks anew and leaves out others.
+shortest lane are left out of that epoch; each epoch deals the blocks again and leaves out others.
 
 The order is arithmetic on the block sizes: any position is computed without reading earlier data.
 """

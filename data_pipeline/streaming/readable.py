@@ -61,7 +61,7 @@ def _first_readable(source: RawSource) -> tuple[RawRecord, Rgb]:
             return record, decode_rgb(record.image, record.key)
         except InputError:
             continue
-    raise InputError("no picture of a split can be decoded; make the data set anew: tapir pack")
+    raise InputError("no picture of a split can be decoded; make the data set again: tapir pack")
 
 
 def readable(records: Sequence[RawRecord]) -> list[RawRecord]:

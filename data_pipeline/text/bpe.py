@@ -61,7 +61,7 @@ def load_tokenizer(folder: Path) -> tuple[Tokenizer, str]:
         return Tokenizer.from_str(data.decode()), sha256(data)
     except Exception as error:  # the library raises nothing more precise
         raise CorruptError(
-            f"{path} is no tokenizer ({error}); make it again with `tapir train bpe`"
+            f"{path} is not a tokenizer ({error}); make it again with `tapir train bpe`"
         ) from error
 
 

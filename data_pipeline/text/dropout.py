@@ -1,4 +1,4 @@
-"""BPE dropout: random segmentations of a caption, keyed anew at every reading.
+"""BPE dropout: random segmentations of a caption, with a new key at every reading.
 
 Each iteration drops every candidate merge with probability `rate` and applies the best remaining
 merge at all its undropped places. At rate 0 this is plain BPE.
@@ -29,7 +29,7 @@ class DropoutEncoder:
     def __init__(self, tokenizer: Tokenizer, rate: float) -> None:
         """Raises: InputError if the rate is not in [0, 1)."""
         if not 0 <= rate < 1:
-            raise InputError(f"the BPE dropout {rate} must lie in [0, 1); the paper's is 0.1")
+            raise InputError(f"the BPE dropout {rate} must be in [0, 1); the paper's is 0.1")
         model = json.loads(tokenizer.to_str())["model"]
         self._rate, self._ids = rate, dict(model["vocab"])
         self._symbols = {number: symbol for symbol, number in self._ids.items()}

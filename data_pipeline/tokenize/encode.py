@@ -16,7 +16,8 @@ from core.keys import keyed_rng
 from data_pipeline.config import TokenizeConfig
 from data_pipeline.formats.raw import RawRecord, RawRecords
 from data_pipeline.formats.tokens import TokenRecord
-from data_pipeline.images.crops import decode_rgb, prior_crop, square
+from data_pipeline.images.crops import prior_crop, square
+from data_pipeline.images.decode import decode_rgb
 from data_pipeline.text.bpe import encode
 from models.code_encoder import CodeReader
 from parallel.precision import Numerics

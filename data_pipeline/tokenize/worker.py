@@ -230,7 +230,7 @@ class Worker:
                 for row in json.loads(self._tokens.get(task.record))["shards"]:
                     _check(self._tokens, task.prefix, Shard(**row))
             except (AbsentError, CorruptError, ValueError, KeyError, TypeError) as error:
-                LOG.info("%s%s is damaged, and made anew: %s", task.prefix, task.name, error)
+                LOG.info("%s%s is damaged, and is made again: %s", task.prefix, task.name, error)
                 for split_name in (NAME, f"{DONE}{task.name}.json"):
                     self._tokens.delete(task.prefix + split_name)
                 for name in self._tokens.names(f"{task.prefix}{task.name}"):

@@ -25,7 +25,7 @@ from generation.text_to_image import Candidates, Studio, to_bytes
 CHUNK = 32
 """Captions drawn between two progress updates."""
 Figures = dict[str, Any]
-"""Shares by name; under "guidance", shares by scale."""
+"""Fractions by name; under "guidance", fractions by scale."""
 
 
 def draw_all(
@@ -102,7 +102,7 @@ def counts_up_to(most: int) -> list[int]:
 
 
 def best_of_shares(right: NDArray[np.bool_], scores: NDArray[Any]) -> dict[int, float]:
-    """Share of captions whose best-ranked of N draws is right, for N = 1, 2, 4, ...
+    """Fraction of captions whose best-ranked of N draws is right, for N = 1, 2, 4, ...
 
     This is the exact mean over all subsets of N of the D draws: the draw at rank k wins a subset
     if it is in it and the N - 1 others rank after k.
@@ -120,7 +120,7 @@ def best_of_shares(right: NDArray[np.bool_], scores: NDArray[Any]) -> dict[int, 
 
 
 def _best_of(captions: Sequence[str], drawn: list[Candidates]) -> dict[int, tuple[float, int]]:
-    """N -> (share of captions whose best of N is right, number of captions measured).
+    """N -> (fraction of captions whose best of N is right, number of captions measured).
 
     The first captions may have more candidates than the others.
     """
@@ -149,7 +149,7 @@ def _judged(
 
 
 def wilson_low(share: float, count: int, z: float = 1.96) -> float:
-    """Lower end of the 95% Wilson interval of a share."""
+    """Lower end of the 95% Wilson interval of a fraction."""
     centre = share + z * z / (2 * count)
     spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return max(0.0, (centre - spread) / (1 + z * z / count))

@@ -23,7 +23,7 @@ from parallel.device import CPU
 from training.tasks.task import pad_text
 
 MOST_CLASSES = 1000
-"""Most captions that the proxy uses as classes."""
+"""Maximum captions that the proxy uses as classes."""
 _TOGETHER = 32
 _WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 _MODULE = "torch_fidelity.feature_extractor_inceptionv3"
@@ -114,7 +114,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str]:
         return load(data), sha256(data)
     except SafetensorError as error:
         raise InputError(
-            f"{path} is no safetensors file, and no pickle is loaded; {_HOW}"
+            f"{path} is not a safetensors file, and no pickle is loaded; {_HOW}"
         ) from error
 
 

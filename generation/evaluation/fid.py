@@ -1,4 +1,4 @@
-"""FID and IS from sums over blocks, so that any machine may compute any block."""
+"""FID and IS from sums over blocks, so that any worker may compute any block."""
 
 from dataclasses import dataclass
 
@@ -42,7 +42,7 @@ class Moments:
 
     @property
     def covariance(self) -> Array:
-        """Unbiased."""
+        """The unbiased estimate, (D, D)."""
         centred = self.products - self.count * np.outer(self.mean, self.mean)
         return np.asarray(centred / (self.count - 1))
 
@@ -111,6 +111,6 @@ def inception_score(parts: list[ClassSums]) -> tuple[float, float]:
 
 
 def part_of(place: int, count: int, parts: int = SPLITS) -> int:
-    """Number of the equal part of `count` pictures that holds the picture at `place`."""
+    """Index of the part that holds picture `place` when `count` pictures are cut equally."""
     parts = min(parts, count)
     return ((place + 1) * parts - 1) // count

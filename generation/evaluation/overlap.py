@@ -4,7 +4,7 @@ A picture's likeness to the evaluation set is the largest cosine of its CLIP emb
 of the set. Examples by likeness help to choose the threshold; pairs below it are written as a new
 data set. overlap.json also names the evaluation pictures whose likeness to a training pair reaches
 the threshold: `tapir score --overlap` leaves them out of a second score.
-Source: arXiv 2102.12092, section 3.2: 21% of MS-COCO's validation images were found in YFCC100M.
+Source: arXiv 2102.12092, section 3.2: 21% of MS-COCO's validation images are in YFCC100M.
 """
 
 import json
@@ -28,7 +28,8 @@ from core.storage.store import Store, open_store
 from data_pipeline.evaluation_sets import EvaluationSet, open_evaluation
 from data_pipeline.formats.manifest import SPLITS
 from data_pipeline.formats.raw import RawRecord, RawSource
-from data_pipeline.images.crops import decode_rgb, encode_png, square
+from data_pipeline.images.crops import encode_png, square
+from data_pipeline.images.decode import decode_rgb
 from data_pipeline.packing.pack import (
     RawWriter,
     claim,
@@ -315,7 +316,7 @@ class Overlap:
     threshold: float
     """Least likeness at which a picture counts."""
     share: float
-    """Share of the set's pictures; for a packed set, of both splits."""
+    """Fraction of the set's pictures; for a packed set, of both splits."""
     pictures: frozenset[str]
     """Their ids."""
 
@@ -335,7 +336,7 @@ def read_overlap(path: Path, evaluation: EvaluationSet) -> Overlap:
         other = body["fingerprint"] != evaluation.fingerprint
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{path} is no overlap.json ({error!r}); `tapir overlap RAW DATA` writes one"
+            f"{path} is not an overlap.json ({error!r}); `tapir overlap RAW DATA` writes one"
         ) from error
     if other:
         raise InputError(

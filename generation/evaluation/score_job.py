@@ -33,7 +33,8 @@ from data_pipeline.evaluation_sets import EvaluationSet, open_evaluation
 from data_pipeline.formats.manifest import read_json
 from data_pipeline.formats.raw import parse_pairs
 from data_pipeline.formats.shards import build_tar
-from data_pipeline.images.crops import decode_rgb, encode_png, square
+from data_pipeline.images.crops import encode_png, square
+from data_pipeline.images.decode import decode_rgb
 from data_pipeline.text.bpe import load_tokenizer
 from generation.config import ModelPaths, ScoreConfig
 from generation.evaluation.blocks import Blocks, BlockTask

@@ -16,7 +16,7 @@ from generation.sampling.kv_cache import CacheShape
 
 _GB = 1e9
 _KEPT = 0.1
-"""Share of the free memory that is reserved for what is not counted."""
+"""Fraction of the free memory that is reserved for what is not counted."""
 _START = 40
 """Bytes per element of the hidden states during prefill: heads and an MLP layer in fp32."""
 

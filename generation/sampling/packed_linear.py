@@ -11,7 +11,7 @@ _MOST_HALF = 65504.0
 
 
 class PackedLinear:
-    """x W^T + b, with W laid out once for the CPU's kernels; elsewhere plain torch.
+    """x W^T + b, with W packed once for the CPU's kernels; on other devices plain torch.
 
     From 2 to some tens of rows oneDNN's packed layout is twice as fast as torch's. For one row it
     reads weights at 0.6 of the memory's bandwidth, so other layouts are used: in fp32, row-major
@@ -28,7 +28,7 @@ class PackedLinear:
         gelu: bool = False,
         one_row: bool = False,
     ) -> None:
-        """`weight` is (outputs, inputs); `one_row`: lay it out for calls of one row."""
+        """`weight` is (outputs, inputs); `one_row` chooses the layout for calls of one row."""
         weight = weight.detach().to(dtype).contiguous()
         self._bias = None if bias is None else bias.detach().to(dtype)
         self._gelu, self._dtype = gelu, dtype
@@ -44,7 +44,7 @@ class PackedLinear:
         self._weight = weight if self._half is None else weight.new_empty(0)
 
     def in_order(self) -> "PackedLinear":
-        """On a CPU in fp32, the layer in the layout for one row; elsewhere itself."""
+        """The layer in the layout for one row if it is fp32 on a CPU, else itself."""
         if self._in_order or self._weight.device.type != "cpu" or self._dtype != torch.float32:
             return self
         weight = self._weight.to_dense() if self._packed else self._weight
@@ -70,7 +70,7 @@ class PackedLinear:
 
 
 def _packs(weight: Tensor) -> bool:
-    """True if oneDNN packs this weight; 16 bits need AVX-512 or the CPU's own instructions."""
+    """True if oneDNN packs this weight; bf16 needs AVX-512 or native bf16 instructions."""
     known = hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not known:
         return False
@@ -86,5 +86,5 @@ def _half(weight: Tensor, bias: Tensor | None) -> Any:
     known = torch.backends.quantized.engine in ("fbgemm", "x86")
     if not known or weight.device.type != "cpu" or not float(weight.abs().max()) <= _MOST_HALF:
         return None
-    there = None if bias is None else bias.float()
-    return torch.ops.quantized.linear_prepack_fp16(weight.float(), there)
+    wide_bias = None if bias is None else bias.float()
+    return torch.ops.quantized.linear_prepack_fp16(weight.float(), wide_bias)

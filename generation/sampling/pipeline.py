@@ -39,7 +39,7 @@ class Neighbours:
 
 
 class Shared:
-    """Codes whose broadcast is under way."""
+    """Codes whose broadcast is in progress."""
 
     def __init__(self, codes: Tensor, work: Any) -> None:
         self._codes, self._work = codes, work

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from core.errors import ConfigError, InputError
-from data_pipeline.images.crops import decode_rgb, square
+from data_pipeline.images.crops import square
+from data_pipeline.images.decode import decode_rgb
 from generation.config import PromptConfig
 from generation.sampling.sampler import Prompt
 
@@ -27,7 +28,7 @@ def kept_tokens(config: PromptConfig, grid: int) -> Tensor:
     """Mask of the tokens that a prompt keeps, (grid * grid,) bool.
 
     Raises: ConfigError if a part is outside the grid, or nothing is kept, or nothing drawn;
-    InputError if the mask is no picture.
+    InputError if the mask is not a picture.
     """
     kept = torch.zeros(grid, grid, dtype=torch.bool, device="cpu")
     if config.keep_rows > grid:
@@ -44,7 +45,7 @@ def kept_tokens(config: PromptConfig, grid: int) -> Tensor:
     if not kept.any() or kept.all():
         raise ConfigError(
             f"the image prompt keeps {'all' if kept.any() else 'none'} of the {grid}x{grid} tokens:"
-            " say what is kept by --keep-rows or --keep, or what is drawn anew by --redraw or "
+            " say what is kept by --keep-rows or --keep, or what is redrawn by --redraw or "
             "--mask"
         )
     return kept.flatten()
@@ -59,7 +60,7 @@ def _rectangle(text: str, grid: int) -> tuple[slice, slice]:
     match = _RECTANGLE.fullmatch(text.replace(" ", ""))
     if match is None:
         raise ConfigError(
-            f"{text!r} is no rectangle of tokens; write ROWS,COLUMNS, each as first:end, e.g. "
+            f"{text!r} is not a rectangle of tokens; write ROWS,COLUMNS, each as first:end, e.g. "
             f"0:{grid // 2},: for the upper half"
         )
     top, bottom, left, right = (

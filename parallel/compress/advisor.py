@@ -16,7 +16,7 @@ from parallel.compress.powersgd import MatrixShard, PowerSGD, shard_rank
 from parallel.device import wait_for
 
 PAPER_SHARE = 0.226
-"""Rank over width that the paper found to cost no loss (896 of 3968)."""
+"""Rank over width that costs no loss according to the paper (896 of 3968)."""
 SHARES = (1 / 16, 1 / 8, PAPER_SHARE, 0.5)
 PROBES = (2**16, 2**22)
 """Bytes of the two all-reduces from which latency and bandwidth are solved."""
@@ -94,7 +94,7 @@ def advise(
     shares: Sequence[float],
     device: torch.device,
 ) -> list[Advice]:
-    """Estimate compression at some shares of the width; `others` elements stay as they are."""
+    """Estimate compression at some fractions of the width; `others` elements stay as they are."""
     width = min(shard.oriented[0] for shard in shards) * parts
     raw = 4 * (sum(s.rows * s.columns for s in shards) + others)
     advice = []

@@ -2,7 +2,7 @@
 
 Source: arXiv 2102.12092, appendix E (fixed Q, epsilon shift, norm from the factors, non-finite
 rules); arXiv 1905.13727 (the method, warm start). Means over the group replace the
-paper's sums over machines: P is orthogonalised, so its scale does not matter, and Q holds the mean.
+paper's sums over nodes: P is orthogonalised, so its scale does not matter, and Q holds the mean.
 """
 
 import math

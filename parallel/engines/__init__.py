@@ -1,4 +1,4 @@
-"""Training engines behind one protocol: plain torch, DeepSpeed ZeRO, DeepSpeed pipelines.
+"""Training engines with one protocol: plain torch, DeepSpeed ZeRO, DeepSpeed pipelines.
 
 Start: protocol.py; reference.py is the plain one.
 Imports: parallel, checkpoint, core.

@@ -94,7 +94,8 @@ class Stage(nn.Module):
         super().__init__()
         if engine.precision == "auto":
             raise ConfigError(
-                "engine.precision=auto is settled before an engine is built; give one"
+                "engine.precision=auto must be resolved (training/auto_precision.py) before "
+                "an engine is built; give fp32, bf16 or fp16"
             )
         self.layers = nn.ModuleDict()
         for layer in layers:

@@ -2,10 +2,10 @@
 
 Square matmuls and a copy of memory give rates; all-reduces of two sizes between two ranks give the
 link. Steps of a narrow model with few and many micro-batches give Python's overhead per layer and
-per step. Steps of a wide model give the rest: on one rank, the share of the matmul rate that a
-whole step reaches; with one replica per core, the share of it that a core keeps while the others
+per step. Steps of a wide model give the rest: on one rank, the fraction of the matmul rate that a
+whole step reaches; with one replica per core, the fraction of it that a core keeps while the others
 work; on two tensor ranks with many micro-batches, the latency of a collective between layers (ranks
-arrive at different times and have to be woken), with one micro-batch, the share of the link that
+arrive at different times and have to be woken), with one micro-batch, the fraction of the link that
 collectives reach.
 """
 
@@ -50,14 +50,14 @@ FEW, MANY = 1, 8
 EACH = 16
 """Samples per step of a replica of the wide model."""
 MOST_RANKS = 16
-"""Most ranks that calibration starts."""
+"""Maximum ranks that calibration starts."""
 RANGES = {
     "sustained": (0.02, 1.0),
     "together": (0.02, 1.0),
     "link_latency": (1e-6, 0.1),
     "joined": (0.02, 1.0),
 }
-"""Search range of each constant that is solved from steps: shares, and seconds of a hop."""
+"""Search range of each constant that is solved from steps: fractions, and seconds of a hop."""
 PASSES = 6
 """Rounds over those constants, since they depend on one another."""
 BESIDE = {"link_latency": "joined"}
@@ -117,7 +117,7 @@ def _steps(hardware: Hardware, precision: str) -> dict[str, float]:
 
 
 def at_bounds(solved: Mapping[str, float]) -> list[str]:
-    """Constants on a bound of their range, which no step can determine; a share may be 1."""
+    """Constants on a bound of their range, which no step can determine; a fraction may be 1."""
 
     def inside(name: str, value: float) -> bool:
         low, high = RANGES[name]

@@ -1,8 +1,8 @@
 """Processors and clusters by their physical constants; imports no torch.
 
-Peaks, memory and links are from data sheets. `sustained` and `streamed` are the shares of them that
-large kernels reach: power and operand loads limit tensor cores, refresh and turnarounds limit
-memory. They were lowered once, from 0.85 to 0.8, since all published runs
+Peaks, memory and links are from data sheets. `sustained` and `streamed` are the fractions of
+them that large kernels reach: power and operand loads limit tensor cores, refresh and turnarounds
+limit memory. They were lowered once, from 0.85 to 0.8, since all published runs
 (planning/estimate/published.py) were predicted 12% too fast.
 """
 
@@ -72,11 +72,11 @@ class Hardware:
     launch: float = 4e-6
     """Seconds between two dependent kernels."""
     sustained: float = 0.8
-    """Share of the peak that whole waves of tiles reach."""
+    """Fraction of the peak that whole waves of tiles reach."""
     streamed: float = 0.8
-    """Share of the bandwidth that elementwise kernels reach."""
+    """Fraction of the bandwidth that elementwise kernels reach."""
     joined: float = 0.8
-    """Share of a link that a ring of collectives reaches."""
+    """Fraction of a link that a ring of collectives reaches."""
     rings: bool = False
     """True if small collectives use a ring, too (gloo); NCCL uses trees, which have fewer hops."""
     overhead: float = 0.0
@@ -88,7 +88,7 @@ class Hardware:
     cores: int = 0
     """Cores that all ranks of a node share; 0 = every rank has a processor of its own."""
     together: float = 1.0
-    """Share of its rate that a core keeps while all others work."""
+    """Fraction of its rate that a core keeps while all others work."""
     cost_per_hour: float = 0.0
     """Dollars per processor and hour, of public clouds on demand; 0 = unknown."""
 
@@ -99,7 +99,7 @@ class Hardware:
             if not isinstance(value, float | int):
                 continue
             if name in _SHARES and not 0 < value <= 1:
-                problems.append(f"{name}={value} is a share; it must be above 0 and at most 1")
+                problems.append(f"{name}={value} is a fraction; it must be above 0 and at most 1")
             elif name in _POSITIVE and not 0 < value < _MOST:
                 problems.append(f"{name}={value} must be a positive finite number")
             elif not 0 <= value < _MOST:
@@ -155,7 +155,7 @@ def _v100(memory: float, host: int) -> Hardware:
         memory=memory * GB,
         bandwidth=900 * GB,
         units=80,
-        channels=12,  # six links, each way
+        channels=12,  # six links, each in both directions
         host_memory=host * GIB,
         link=150 * GB,
         network=12.5 * GB,
@@ -232,10 +232,10 @@ def _measured(hardware: Hardware, calibration: Path) -> Hardware:
     except ValueError:
         measured = None
     if not isinstance(measured, dict):
-        raise InputError(f"{calibration} is no calibration; {remedy}")
+        raise InputError(f"{calibration} is not a calibration; {remedy}")
     missing = [f"{name} is missing" for name in MEASURED if name not in measured]
     wrong = wrong_types(Hardware, measured, "")
     wrong = wrong or replace(hardware, **measured).problems() or missing
     if wrong:
-        raise InputError(f"{calibration} is no calibration: {'; '.join(wrong)}; {remedy}")
+        raise InputError(f"{calibration} is not a calibration: {'; '.join(wrong)}; {remedy}")
     return replace(hardware, **measured)

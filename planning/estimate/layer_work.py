@@ -18,13 +18,13 @@ from planning.estimate.zero_layout import factored
 BLOCK = 128
 """Queries and keys per tile of FlexAttention."""
 FLASH = 0.5
-"""Share of a matmul's rate that attention reaches, with a softmax between its two matmuls."""
+"""Fraction of a matmul's rate that attention reaches, with a softmax between its two matmuls."""
 CAST, CAST_BACK = 6, 18
 """Bytes per weight: read fp32 and write 16 bits; cast the gradient back and add it to the sum."""
 UPDATE = 36
 """Bytes per element of AdamW: read and write weight, gradient, moments; read for the norm."""
 QR_SHARE = 0.05
-"""Share of the fp32 peak that orthogonalising tall matrices reaches."""
+"""Fraction of the fp32 peak that orthogonalising tall matrices reaches."""
 
 
 @lru_cache(maxsize=64)

@@ -134,7 +134,7 @@ def _third_stage(loads: Loads, total: int, moment: int) -> Bytes:
     )
     gathered = min(total - kept, LIVE + largest)
     plain = loads.settings.mesh.nodes > 1 and not loads.settings.compress.on
-    flat = 4 * mine if plain else 0  # one flat gradient between machines
+    flat = 4 * mine if plain else 0  # one flat gradient between nodes
     return {
         "parameters": 4 * (mine + kept),  # the shards are the masters as well
         "gradients": 4 * mine,
@@ -191,7 +191,7 @@ def _compression_bytes(loads: Loads) -> Bytes:
 
 
 def published_schemes(parameters: int, shards: int) -> dict[str, int]:
-    """Bytes per rank of published layouts that shard the parameters over a machine.
+    """Bytes per rank of published layouts that shard the parameters over a node.
 
     mixed_fp32_adam: 16-bit weights and gradients, fp32 masters and moments (ZeRO's 16 bytes).
     paper_16_bit: 16-bit weights and moments, gradients in the 16-bit error buffer (8 bytes;

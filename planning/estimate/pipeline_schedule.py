@@ -46,7 +46,7 @@ class Played:
 
     @property
     def bubble(self) -> float:
-        """Share of the stages' time without computation."""
+        """Fraction of the stages' time without computation."""
         return 1 - sum(self.busy) / (len(self.busy) * self.seconds) if self.seconds else 0.0
 
 

@@ -15,11 +15,11 @@ from planning.estimate.zero_layout import stage_of_zero
 from training.config import PriorTrain
 
 MOST_TENSOR = 8
-"""Most tensor-parallel ranks: beyond a node, links are too slow to share each matmul."""
+"""Maximum tensor-parallel ranks: beyond a node, links are too slow to share each matmul."""
 SHORTLIST = 3
 """Candidates of a layout whose pipeline is simulated, after a rough estimate of all."""
 MOST_MICRO = 4096
-"""Most micro-batches per step that are simulated."""
+"""Maximum micro-batches per step that are simulated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def layout_name(settings: PriorTrain) -> str:
     """Usual name of a layout."""
     mesh, engine = settings.mesh, settings.engine
     if mesh.nodes > 1:
-        return f"paper: ZeRO-3 in {mesh.nodes} machines of {mesh.local}"
+        return f"paper: ZeRO-3 in {mesh.nodes} nodes of {mesh.local}"
     if engine.name == "reference":
         return "plain data parallelism"
     if engine.name == "deepspeed_pipe":
@@ -202,6 +202,6 @@ def _stages(settings: PriorTrain) -> list[Loads]:
 
 
 def beside(candidate: Candidate, parameters: int) -> dict[str, int]:
-    """Bytes of the published schemes for a layout that shards within a machine, for comparison."""
+    """Bytes of the published schemes for a layout that shards within a node, for comparison."""
     mesh = candidate.settings.mesh
     return published_schemes(parameters, mesh.local) if mesh.nodes > 1 else {}

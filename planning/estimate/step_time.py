@@ -37,7 +37,7 @@ class Estimate:
     compute: float
     """Seconds of kernels on the busiest stage, recompute included."""
     bubble: float
-    """Share of the pipeline's time in which stages wait for each other."""
+    """Fraction of the pipeline's time in which stages wait for each other."""
     exposed: float
     """Seconds of collectives not overlapped with computation, on the busiest stage."""
     parts: dict[str, float]

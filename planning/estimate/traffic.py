@@ -94,7 +94,7 @@ def _layers(loads: Loads, tally: Tally) -> None:
     micro, times = loads.micro, settings.engine.gradient_accumulation_steps
     state = FLOAT * micro * config.length * config.dim
     for part in loads.layers:
-        if part.name.startswith("block"):  # two branches, one sum each way
+        if part.name.startswith("block"):  # two branches, one sum forward and one backward
             tally.add("tensor", "all_reduce", 4 * state * times, 4 * times)
         elif part.name == "embedding":  # all words, and all codes but the last
             positions = config.text_length + config.image_length - 1

@@ -61,7 +61,7 @@ def shard_numel(h: Held, shards: int) -> int:
 
 
 def total_rank(settings: PriorTrain) -> int:
-    """Compression rank over all shards of a matrix; `auto` = the paper's share of the width."""
+    """Compression rank over all shards of a matrix; `auto` = the paper's fraction of the width."""
     rank = settings.compress.rank
     return round(PAPER_SHARE * settings.model.dim) if rank == "auto" else rank
 

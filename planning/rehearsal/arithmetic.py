@@ -56,7 +56,7 @@ def _decide(norm: float, sums: Tensor, judge: Judge) -> Decision:
 def _apply(
     module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True
 ) -> nn.Module:
-    """`Module._apply` for fake tensors, which do not support torch's way to swap parameters."""
+    """`Module._apply` for fake tensors, which do not support torch's swapping of parameters."""
     for owner in module.modules() if recurse else [module]:
         for name, held in owner._parameters.items():
             with torch.no_grad():

@@ -33,8 +33,8 @@ _HINTS = {
     "missing message": "each send needs its recv on the other rank: compare the two sides' "
     "schedules around these lines",
     "other groups made": "every rank must make the same groups in the same order, its own or not",
-    "deadlock": "these ranks wait for each other: let one of them make its calls the other way "
-    "round",
+    "deadlock": "these ranks wait for each other: let one of them make its calls in the other "
+    "order",
 }
 _NEAR = 64
 """Calls that are searched for one that came too early."""
@@ -196,7 +196,7 @@ class _Reporter:
         elif self._operations(odd, other, at)[0 if kind == "extra call" else 1].paired:
             kind = "missing message"
             shown += [(one.role, one.index) for one in self._outcome.stuck if self._waits(one, odd)]
-        text = f"rank {odd} differs from rank {other}, which stands at the same stage"
+        text = f"rank {odd} differs from rank {other}, which is at the same stage"
         if kind == "another device":
             a, b = self._operations(odd, other, at)
             text += _backends(odd, a, other, b)

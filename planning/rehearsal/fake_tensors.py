@@ -33,7 +33,7 @@ from planning.rehearsal.sequence import CollectiveCall
 warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 SMALL = 2**20
-"""Most elements of an integer tensor that is real."""
+"""Maximum elements of an integer tensor that is real."""
 PICKLED = 2**30
 """The same for bytes: one buffer holds the pickled objects of all ranks, and is unpickled."""
 Channel = tuple[object, ...]

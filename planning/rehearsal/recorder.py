@@ -42,7 +42,7 @@ _WRAPPERS = ("deepspeed/comm/", "deepspeed/utils/", "deepspeed/runtime/pipe/p2p.
 _OWN = ("parallel", "models", "training")
 _PLACES = 3
 _DEPTH = 14
-"""Most stack frames between a function of torch.distributed and the dispatcher, with a margin."""
+"""Maximum stack frames from a function of torch.distributed to the dispatcher, with a margin."""
 _C10D = dist.distributed_c10d.__file__
 
 

@@ -59,7 +59,7 @@ class Rehearsal:
     def lines(self) -> list[str]:
         """Lines for the terminal."""
         mesh = self.mesh
-        cut = f", {mesh.nodes} machines" if mesh.nodes > 1 else ""
+        cut = f", {mesh.nodes} nodes" if mesh.nodes > 1 else ""
         calls = ", ".join(f"{kind} {count}" for kind, count in sorted(self.calls.items()))
         carriers = ", ".join(f"{name} {count}" for name, count in sorted(self.backends.items()))
         lines = [
@@ -155,11 +155,11 @@ def scaled(settings: Any, world: int) -> Any:
     if world < 1 or world % block:
         near = max(1, round(world / block)) * block
         raise ConfigError(
-            f"{world} ranks are no multiple of the {block} of a replica (tensor {mesh.tensor} x "
+            f"{world} ranks are not a multiple of the {block} of a replica (tensor {mesh.tensor} x "
             f"pipeline {mesh.pipeline}); try --world {near}"
         )
     data = world // block
-    machines = max(1, data // mesh.local) if mesh.nodes > 1 else 1
+    nodes = max(1, data // mesh.local) if mesh.nodes > 1 else 1
     lanes, accumulate = settings.order.lanes, settings.engine.gradient_accumulation_steps
     held_out = settings.loop.validation_samples
     micro = batch // mesh.data // accumulate
@@ -171,7 +171,7 @@ def scaled(settings: Any, world: int) -> Any:
         held_out = max(held_out, lanes) if enough else held_out
     return replace(
         settings,
-        mesh=replace(mesh, data=data, nodes=machines),
+        mesh=replace(mesh, data=data, nodes=nodes),
         loop=replace(settings.loop, global_batch_size=batch, validation_samples=held_out),
         order=replace(settings.order, lanes=lanes),
         engine=replace(settings.engine, gradient_accumulation_steps=accumulate),

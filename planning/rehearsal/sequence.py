@@ -12,7 +12,7 @@ CREATE = "new_group"
 """Creation of consecutive groups; every rank must create the same ones in the same order."""
 OBJECTS = "objects"
 AXES = ("pipeline", "machine", "local", "tensor")
-"""Axes of the grid, slowest first; a machine's replicas are `local`."""
+"""Axes of the grid, slowest first; the replicas of a `machine` (node) are `local`."""
 Coordinates = tuple[int, ...]
 
 
@@ -97,7 +97,7 @@ def short(ranks: tuple[int, ...]) -> str:
 
 
 class Grid:
-    """Coordinates of ranks in the mesh, its data axis cut into machines and their replicas."""
+    """Coordinates of ranks in the mesh, its data axis cut into nodes and their replicas."""
 
     def __init__(self, mesh: MeshConfig) -> None:
         self.sizes = (mesh.pipeline, mesh.nodes, mesh.local, mesh.tensor)

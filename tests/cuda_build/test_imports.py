@@ -9,7 +9,7 @@ from importlib import metadata
 import pytest
 from packaging.requirements import Requirement
 
-from tests.gpu.wheels import LIST, pins, wanted
+from tests.gpu.wheels import LIST, pinned_versions, pins
 from tests.harness import ENVIRONMENT
 
 PACKAGES = (
@@ -41,7 +41,7 @@ def test_every_module_imports(package: str) -> None:
 def test_every_need_of_a_wheel_is_installed() -> None:
     """In a matching version; of the peers, only parts with fewer requirements are imported."""
     missing = []
-    for name in wanted().keys() - pins(LIST).keys():
+    for name in pinned_versions().keys() - pins(LIST).keys():
         for text in metadata.requires(name) or []:
             need = Requirement(text)
             if need.marker is not None and not need.marker.evaluate({"extra": ""}):

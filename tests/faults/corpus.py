@@ -204,7 +204,7 @@ def write_tar(path: Path, marker: Path) -> int:
         for extension in ("pyd", "pickle", "pth"):
             _add(tar, f"harm.{extension}", pickled)
         _add(tar, "last.png", picture())
-        _add(tar, "last.txt", b"a good pair behind all that")
+        _add(tar, "last.txt", b"a good pair after all that")
     return 4
 
 

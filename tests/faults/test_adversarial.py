@@ -10,7 +10,7 @@ import pytest
 
 from core.storage.store import FolderStore
 from data_pipeline.formats.raw import RawRecord, RawSource
-from data_pipeline.images.crops import decode_rgb
+from data_pipeline.images.decode import decode_rgb
 from data_pipeline.sources.pair import key_of
 from tests.faults import corpus
 from tests.faults.conftest import Record

@@ -18,7 +18,7 @@ from core.storage.store import FolderStore
 from data_pipeline.config import OrderConfig, PackConfig
 from data_pipeline.formats.raw import RawSource
 from data_pipeline.formats.tokens import TokenSource
-from data_pipeline.images.crops import decode_rgb
+from data_pipeline.images.decode import decode_rgb
 from data_pipeline.packing.pack import pack
 from data_pipeline.streaming.stream import Stream
 from data_pipeline.text.captions import LONGEST, clean_caption
@@ -159,7 +159,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(
     code = (
         "import resource, sys\n"
         "from pathlib import Path\n"
-        "from data_pipeline.images.crops import decode_rgb\n"
+        "from data_pipeline.images.decode import decode_rgb\n"
         "from core.errors import InputError\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try:\n"

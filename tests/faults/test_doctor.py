@@ -169,7 +169,7 @@ def test_too_little_locked_memory(fault: Record) -> None:
 def test_more_memory_or_gpus_than_there_are(fault: Record) -> None:
     fault(40, "doctor: a run of 9 PB")
     rows = run([*NODE, "--memory=9e6"], 1)
-    fault.outcome(assert_named(rows, "memory", "9e+06 are needed", "another machine"))
+    fault.outcome(assert_named(rows, "memory", "9e+06 are needed", "another node"))
     rows = run([*NODE, "--gpus=64"], 1)
     assert_named(rows, "gpus", "64 are needed", "--gres=gpu:N")
 
@@ -304,7 +304,7 @@ def test_a_blocked_port(fault: Record) -> None:
     assert_named(
         first, "rendezvous", f"1 did not come to 10.231.7.1:{port}", f"TCP port {port}", rank=0
     )
-    text = "packets are dropped (its machine answers at another port)"
+    text = "packets are dropped (its node answers at another port)"
     fault.outcome(assert_named(second, "rendezvous", text, f"open TCP port {port}", rank=1))
 
 

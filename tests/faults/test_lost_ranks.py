@@ -31,7 +31,7 @@ SOME = [
         ("DP2 reference", 0, signal.SIGKILL),
         ("TP2xPP2xDP2 pipe", 5, signal.SIGKILL),
         ("TP2xDP2 ZeRO-3", 2, signal.SIGSTOP),
-        ("paper layout, 2 machines of 2", 3, signal.SIGKILL),
+        ("paper layout, 2 nodes of 2", 3, signal.SIGKILL),
     )
 ]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.images.crops import decode_rgb
+from data_pipeline.images.decode import decode_rgb
 from tests.harness import rows_of, tapir
 from training.export.weights import read_description
 from training.run.folder import read_metrics

@@ -3,7 +3,7 @@
 For a bare machine: needs only this tree and the standard library, no network, no make. Runs with
 the Python of .venv if there is one, else with this one and the wheels of .whl
 (tests/gpu/wheels.py). Results go to $OUT, else to runs/gpu; a table comes last. Ends with 1 if a
-test failed or a figure missed what is wanted, with 2 if another run is at work there, or a GPU or
+test failed or a figure missed its target, with 2 if another run is at work there, or a GPU or
 pytest is missing.
 """
 
@@ -164,7 +164,7 @@ def _kill(process: "subprocess.Popen[bytes]") -> None:
 
 def table(out: Path) -> tuple[str, list[str]]:
     """Results as a Markdown table, and the names of failures."""
-    lines, failed = ["| what | figure | wanted | |", "|---|---|---|---|"], []
+    lines, failed = ["| what | figure | target | |", "|---|---|---|---|"], []
     for name in ("tests-gpu", "tests-gpu-ranks"):
         counted, bad = _counted(out / f"{name}.xml")
         lines.append(f"| {name} | {counted} | all pass | {'FAIL' if bad else 'pass'} |")
@@ -176,10 +176,10 @@ def table(out: Path) -> tuple[str, list[str]]:
         name = f"{row['section']}: {row['name']}"
         verdict = {True: "pass", False: "FAIL", None: ""}[row["passed"]]
         figure = f"{row['value']:.4g} {row['unit']}".strip() if row["value"] else "0"
-        beside = row["baseline"].replace(f", wanted {row['wanted']}", "")
+        beside = row["baseline"].replace(f", target {row['target']}", "")
         figure = beside if row.get("absent") or (row["ratio"] == 0 and not row["value"]) else figure
-        note = f" ({beside})" if beside not in (figure, f"wanted {row['wanted']}", "") else ""
-        lines.append(f"| {name} | {figure}{note} | {row['wanted']} | {verdict} |")
+        note = f" ({beside})" if beside not in (figure, f"target {row['target']}", "") else ""
+        lines.append(f"| {name} | {figure}{note} | {row['target']} | {verdict} |")
         failed += [name] if row["passed"] is False else []
     lines += ["", f"{len(rows)} figures, {len(failed)} failed{''.join(f'; {n}' for n in failed)}"]
     return "\n".join(lines) + "\n", failed

@@ -1,4 +1,4 @@
-"""A step on a GPU equals the CPU's; checkpoints move both ways; resuming is exact."""
+"""A step on a GPU equals the CPU's; checkpoints move in both directions; resuming is exact."""
 
 import pytest
 import torch

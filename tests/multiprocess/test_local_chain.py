@@ -43,7 +43,7 @@ def test_a_chain_is_cancelled_and_goes_on(tmp_path: Path) -> None:
     path = write(tmp_path, bpe={}, dvae=dvae)
     text = tapir("submit", str(path))
     assert "sent 3 jobs to local" in text
-    assert "under way already" in tapir("submit", str(path), code=2)
+    assert "running already" in tapir("submit", str(path), code=2)
     until = time.monotonic() + PATIENCE
     while len(rows_of(out / "dvae")) < 3 and time.monotonic() < until:
         time.sleep(0.1)

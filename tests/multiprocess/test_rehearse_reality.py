@@ -56,7 +56,7 @@ CASES: dict[str, tuple[str, Any]] = {
         "prior",
         prior(MeshConfig(tensor=2, data=2), name="deepspeed_zero", precision="fp16"),
     ),
-    "paper layout, 2 machines of 2": (
+    "paper layout, 2 nodes of 2": (
         "prior",
         prior(MeshConfig(data=4, nodes=2), rank=8, name="deepspeed_zero", zero_stage=3),
     ),
@@ -146,7 +146,7 @@ def gpus() -> Iterator[Pool]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["TP2 x PP2, bf16, recomputed", "paper layout, 2 machines of 2", "dVAE, DP2"]
+    "name", ["TP2 x PP2, bf16, recomputed", "paper layout, 2 nodes of 2", "dVAE, DP2"]
 )
 def test_ranks_that_claim_gpus_make_the_calls_of_those_on_the_cpu(
     name: str, pool: Pool, gpus: Pool

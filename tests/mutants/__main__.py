@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument("--patch", type=Path, help="a diff to try instead")
     parser.add_argument("--width", type=int, default=min(os.cpu_count() or 1, 8))
     asked = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no fork is left behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no fork outlives it
     cache = Path(os.environ.get("TAPIR_MUTANTS", Path.home() / ".cache/tapir/mutants"))
     cache.mkdir(parents=True, exist_ok=True)
     make_data(cache)
@@ -112,7 +112,7 @@ def _killer(folder: Path, status: int | None) -> str:
 def _report(mutants: list[Mutant], chosen: Selection, verdicts: Verdicts) -> int:
     decided = ((mutant, verdicts.get(mutant, chosen.of(mutant))) for mutant in mutants)
     for path, label in unlisted(all_mutants()):
-        print(f"listed as equivalent, but it is no mutant: {path}: {label}")
+        print(f"listed as equivalent, but it is not a mutant: {path}: {label}")
     return tell({mutant: verdict.killer for mutant, verdict in decided if verdict is not None})
 
 

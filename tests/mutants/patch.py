@@ -20,7 +20,7 @@ class Changed:
     path: str
     source: bytes
     lines: tuple[int, ...]
-    """Of the file as it is, those that go, and those that something is put behind."""
+    """Lines of the file as it is that are removed, or after which something is inserted."""
 
 
 def patched(diff: bytes) -> list[Changed]:
@@ -33,7 +33,7 @@ def patched(diff: bytes) -> list[Changed]:
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             if not (ROOT / name).is_file():
-                raise SystemExit(f"the diff changes {name}, which is no file of this tree")
+                raise SystemExit(f"the diff changes {name}, which is not a file of this tree")
             target = Path(folder, name)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, target)

@@ -1,7 +1,7 @@
 """The verdicts on all mutants: counts by file, and survivors that are known or new.
 
 equivalent.toml lists the survivors that compute the same values, each with the reason. They are
-tried like all others: one that a test catches, or that is no mutant of the tree, is reported.
+tried like all others: one that a test catches, or that is not a mutant of the tree, is reported.
 """
 
 import tomllib
@@ -38,7 +38,7 @@ def name_of(mutant: Mutant) -> Name:
 
 
 def unlisted(mutants: Iterable[Mutant]) -> list[Name]:
-    """Entries of the list that are no mutants of the tree."""
+    """Entries of the list that are not mutants of the tree."""
     return sorted(set(equivalents()) - {name_of(mutant) for mutant in mutants})
 
 

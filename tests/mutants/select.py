@@ -19,7 +19,7 @@ _NEAR = (
     "parallel", "paper_numbers", "powersgd", "sampling", "scales", "schedules", "second_device",
     "second_device_pictures",
 )  # fmt: skip
-"""Tests of what is mutated, beside all `test_pins_*`; others run it by the way, and slowly."""
+"""Tests of what is mutated, beside all `test_pins_*`; others run it too, but slowly."""
 MOST_SECONDS = 8.0
 """Of tests a mutant."""
 _MEASURING = 900.0

@@ -248,7 +248,8 @@ def _weights(folder: Path) -> tuple[Shapes, Read]:
             files[file] = safe_open(str(folder / file), "pt")
         except (SafetensorError, OSError) as error:
             raise InputError(
-                f"{folder / file} is missing or no whole safetensors file ({error}); copy it again"
+                f"{folder / file} is missing or not a whole safetensors file ({error}); copy it "
+                "again"
             ) from error
     where = {name: file for file, opened in files.items() for name in opened.keys()}  # noqa: SIM118
 

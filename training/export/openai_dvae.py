@@ -124,7 +124,7 @@ def _ours(name: str, folder: Path) -> str:
             return ours + kinds[name.removeprefix(theirs)]
     match = _THEIRS.fullmatch(name)
     if not match:
-        raise InputError(f"{folder} is no dVAE of the dall_e package: it has a tensor {name!r}")
+        raise InputError(f"{folder} is not a dVAE of the dall_e package: it has a tensor {name!r}")
     group, block, path, conv, kind = match.groups()
     where = "identity" if path == "id_path" else f"convs.{int(conv) - 1}"
     return f"g{int(group) - 1}b{int(block) - 1}.{where}.{kinds[kind]}"
@@ -141,7 +141,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         return load(path.read_bytes())
     except Exception as error:  # the library raises nothing more precise
         raise InputError(
-            f"{path} is no whole safetensors file ({error}); write or copy it again"
+            f"{path} is not a whole safetensors file ({error}); write or copy it again"
         ) from error
 
 

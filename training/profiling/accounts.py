@@ -40,7 +40,7 @@ class Accounts:
             self._totals[_INDEX[OF_GROUP.get(owner.group, OTHER)]] += seconds
 
     def forget(self) -> None:
-        """Start anew: time up to now belongs to no step and no row."""
+        """Start over: time up to now belongs to no step and no row."""
         self.take_step()
         self.take_row()
 

@@ -41,11 +41,11 @@ def _data_bound(settings: StageConfig, share: float) -> str:
     if share <= _DATA:
         return ""
     loader = settings.loader
-    ways = f"--loader.prefetch {2 * loader.prefetch} --loader.readers {2 * loader.readers}"
+    flags = f"--loader.prefetch {2 * loader.prefetch} --loader.readers {2 * loader.readers}"
     cache = "" if loader.cache else ", and --loader.cache with a local folder"
     return (
         f"data-bound: {share:.0%} of the time is waiting for records or making tensors of them; "
-        f"try {ways}{cache}"
+        f"try {flags}{cache}"
     )
 
 
@@ -88,5 +88,5 @@ def _slow_rank(ratios: Mapping[int, float]) -> str:
         return ""
     return (
         f"rank {worst} takes {ratios[worst]:.2f} times its peers' time for its own work, and all "
-        "others wait for it: look at its machine (clocks, other processes, heat), or leave it out"
+        "others wait for it: look at its node (clocks, other processes, heat), or leave it out"
     )

@@ -42,7 +42,7 @@ def read_plan(plan: Path, settings: StageConfig, on_gpu: bool | None = None) -> 
     """Read the output of `tapir plan --json`, or {"time": {category: seconds}}.
 
     `on_gpu` is True if the run was on GPUs, None if unknown.
-    Raises: InputError if the file is no plan, or for another model, machine or layout.
+    Raises: InputError if the file is not a plan, or for another model, machine or layout.
     """
     try:
         text = plan.read_bytes().decode()
@@ -57,7 +57,7 @@ def read_plan(plan: Path, settings: StageConfig, on_gpu: bool | None = None) -> 
             predicted[_category(name, settings)] += float(seconds)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{plan} is no plan: save the last line of `tapir plan --json`, or give "
+            f"{plan} is not a plan: save the last line of `tapir plan --json`, or give "
             '{"time": {category: seconds}}'
         ) from error
     if not all(0 <= float(seconds) < math.inf for seconds in times.values()):
@@ -91,8 +91,8 @@ def _of_run(body: dict[str, Any], settings: StageConfig) -> dict[str, float]:
     nearest = min(others, key=len, default={})
     text = ", ".join(f"{name} {value} (run: {ours[name]})" for name, value in nearest.items())
     raise InputError(
-        f"none of the plan's {len(layouts)} ways is the run's; plan for as many ranks and the same "
-        f"batch{'; the nearest one has ' + text if text else ''}"
+        f"none of the plan's {len(layouts)} layouts is the run's; plan for as many ranks and the "
+        f"same batch{'; the nearest one has ' + text if text else ''}"
     )
 
 

@@ -34,7 +34,7 @@ class Spent:
     p50: float
     p99: float
     share: float
-    """Share of the whole time."""
+    """Fraction of the whole time."""
     slowest_rank: int
     """The rank that spent most on it."""
 
@@ -119,7 +119,7 @@ class Profiled:
 def profile_of(run: Path, last: int, peak: float, plan: Path | None) -> tuple[Profiled, Report]:
     """Read and report the last steps of a run, with a plan's prediction if given.
 
-    Raises: InputError if it is no run folder, has no profile, or the plan is for another run.
+    Raises: InputError if it is not a run folder, has no profile, or the plan is for another run.
     """
     profiled = read_profile(run, last)
     on_gpu = any("cuda_bytes" in row for row in profiled.rows) if profiled.rows else None
@@ -130,14 +130,14 @@ def profile_of(run: Path, last: int, peak: float, plan: Path | None) -> tuple[Pr
 def read_profile(run: Path, last: int = 0) -> Profiled:
     """Read the last steps of a run, finished or in progress; 0 = all recorded steps.
 
-    Raises: InputError if it is no run folder, or has no profile.
+    Raises: InputError if it is not a run folder, or has no profile.
     """
     stage, settings = settings_of_run(run)
     rings = [ring for ring in read_rings(run) if len(ring.steps)]
     if not rings:
         raise InputError(
             f"{run} holds no profile; train a step at least, without --profile.no-always (a "
-            "damaged profile/rank-0.bin is written anew when the run resumes)"
+            "damaged profile/rank-0.bin is rewritten when the run resumes)"
         )
     steps, seconds = _together(rings, last)
     if not len(steps):

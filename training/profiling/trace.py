@@ -82,7 +82,7 @@ class Tracer:
             path.unlink()
             return {"first": first, "last": last, "ranks": ranks}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            LOG.error("%s is no request for a trace: %s", path, error)
+            LOG.error("%s is not a request for a trace: %s", path, error)
             return None
 
     def begin(self, step: int) -> None:
@@ -137,8 +137,8 @@ def traces(run: Path) -> list[Path]:
 def request_trace(run: Path, steps: int, ranks: list[int]) -> None:
     """Request a trace of the next steps of a run in progress; no ranks = all.
 
-    Raises: InputError if it is no run folder, or the run has ended; ConfigError for invalid steps
-    or ranks, or if another request is pending.
+    Raises: InputError if it is not a run folder, or the run has ended; ConfigError for invalid
+    steps or ranks, or if another request is pending.
     """
     follower = Follower(run)
     follower.look()

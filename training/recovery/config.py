@@ -13,14 +13,15 @@ class GuardConfig:
     window: int = 128
     """Updates in the mean; none is skipped before half a window."""
     rewind_after: int = 10
-    """Skipped updates in a row that cause a rewind to the last checkpoint, without their data."""
+    """Consecutive skipped updates that cause a rewind to the last checkpoint; their data is then
+    left out."""
     compare_every: int = 100
     """Steps between comparisons of the replicas' weights; 0 = only before a save."""
     min_codebook_usage: float = 0.0
-    """Stop a dVAE if a validation uses a smaller share of its codes; 0 = never. Below a tenth there
-    is always a warning."""
+    """Stop a dVAE if a validation uses a smaller fraction of its codes; 0 = never. Below a tenth
+    there is always a warning."""
     codebook_usage_after: float = 0.25
-    """Share of the run after which codebook usage is checked."""
+    """Fraction of the run after which codebook usage is checked."""
 
     def problems(self) -> list[str]:
         problems = []
@@ -34,7 +35,7 @@ class GuardConfig:
             problems.append("guard.rewind_after must be at least 1")
         if not (0 <= self.min_codebook_usage <= 1 and 0 <= self.codebook_usage_after <= 1):
             problems.append(
-                "guard.min_codebook_usage and guard.codebook_usage_after are shares: 0 to 1"
+                "guard.min_codebook_usage and guard.codebook_usage_after are fractions: 0 to 1"
             )
         return problems
 

@@ -124,7 +124,9 @@ def _is_backward() -> bool:
 def _config(folder: Path) -> tuple[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        raise InputError(f"{folder} is no run folder (no config.json); give `tapir train`'s --out")
+        raise InputError(
+            f"{folder} is not a run folder (no config.json); give `tapir train`'s --out"
+        )
     body = json.loads(path.read_text())
     stage = body.pop("stage")
     return stage, settings_from_json(stage, body, str(path))

@@ -59,6 +59,6 @@ class Guard:
         if value <= mean + sigmas * deviation:
             return ""
         return (
-            f"{name} {value:.4g} lies {(value - mean) / deviation:.1f} standard deviations above "
+            f"{name} {value:.4g} is {(value - mean) / deviation:.1f} standard deviations above "
             f"the mean {mean:.4g} of the last {len(history)} updates"
         )

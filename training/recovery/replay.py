@@ -50,16 +50,16 @@ class Replay:
 def replay(capsule: Path) -> Replay:
     """Replay a capsule.
 
-    Raises: InputError if it is no capsule, or its checkpoint is gone.
+    Raises: InputError if it is not a capsule, or its checkpoint is gone.
     """
     if not capsule.is_file():
         raise InputError(f"there is no capsule {capsule}; a run keeps them in its folder capsules")
     try:
         body = unseal(capsule.read_bytes(), str(capsule))
     except CorruptError as error:
-        raise InputError(f"{capsule} is no capsule, or a byte of it changed") from error
+        raise InputError(f"{capsule} is not a capsule, or a byte of it changed") from error
     if not {"position", "records", "config", "checkpoint"} <= body.keys():
-        raise InputError(f"{capsule} is no capsule; a run keeps them in its folder capsules")
+        raise InputError(f"{capsule} is not a capsule; a run keeps them in its folder capsules")
     with tempfile.TemporaryDirectory(prefix="tapir-replay-") as out, _run_of(body, out) as run:
         return _replay(run, body)
 

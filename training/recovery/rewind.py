@@ -33,14 +33,14 @@ class Recovery:
         self.guard = Guard(config)
         self._config, self._mesh, self._out = config, mesh, out
         self._bad: list[tuple[int, int]] = []
-        """(epoch, step in the epoch) of the current row of skipped updates."""
+        """(epoch, step in the epoch) of the updates skipped since the last good one."""
         self._rewinds, self._farthest = 0, -1
         self._last: tuple[StepResult, Sequence[Any], dict[str, Any]] | None = None
 
     def must_rewind(
         self, result: StepResult, records: Sequence[Any], state: StreamState, facts: dict[str, Any]
     ) -> bool:
-        """Record a skipped update; True if guard.rewind_after of them followed one another.
+        """Record a skipped update; True at the guard.rewind_after-th in a row.
 
         `state` is the position after the batch, `facts` are written to the capsule.
         """
@@ -68,7 +68,7 @@ class Recovery:
                 "rewinds and other data did not help; lower optim.lr, or look at a capsule with "
                 "`tapir replay`"
             )
-        self._warn(f"back to step {step}; the data of {len(self._bad)} updates is passed over")
+        self._warn(f"back to step {step}; the data of {len(self._bad)} updates is skipped")
         passed = {*((epoch, step) for epoch, step in state.passed), *self._bad}
         self._bad.clear()
         return state.passing(sorted(passed))
@@ -96,11 +96,11 @@ class Recovery:
         self._write_capsule(what)
         raise TapirError(
             f"step {step}: {what}: silent corruption (memory, GPU or a bug); nothing of this step "
-            "was saved, and training goes on from the last checkpoint; check that machine"
+            "was saved, and training goes on from the last checkpoint; check that node"
         )
 
     def due(self, step: int) -> bool:
-        """True if the replicas are to be compared after this step."""
+        """True if guard.compare_every asks for a comparison of replicas after this step."""
         every = self._config.compare_every
         return bool(every) and step % every == 0
 

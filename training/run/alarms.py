@@ -73,7 +73,7 @@ class Alarms:
         free = free_space(store)
         text = (
             f"step {step}: {store.url} has {(free or 0) / 1e9:.2f} GB free, and a checkpoint takes "
-            f"{self._bytes / 1e9:.2f} GB: make room, lower --checkpoint.keep, or give another "
+            f"{self._bytes / 1e9:.2f} GB: free space, lower --checkpoint.keep, or give another "
             "--checkpoint.to; a save that does not fit is tried again at the next one, and older "
             "checkpoints stay whole"
         )
@@ -92,7 +92,7 @@ class Alarms:
             f"step {step}: a step takes {median:.3g} s, {median / self._planned:.1f} times the "
             f"{self._planned:.3g} s of {self._settings.profile.plan}: `tapir profile "
             f"{self._settings.out} --plan FILE` shows where the time goes; look for other work on "
-            "these machines, slow storage, or a slow rank (slowest_rank in metrics.jsonl)"
+            "these nodes, slow storage, or a slow rank (slowest_rank in metrics.jsonl)"
         )
         self._say("pace", median > SLOWER * self._planned, text)
 

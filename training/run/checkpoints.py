@@ -149,7 +149,7 @@ class Checkpoints:
         if unfinished and not finished:
             LOG.warning(
                 "%s holds only checkpoints without a manifest (steps %s): they were never finished "
-                "or lost it, and the run starts anew",
+                "or lost it, and the run starts from step 0",
                 self.store.url,
                 ", ".join(map(str, sorted(unfinished))),
             )

@@ -16,7 +16,7 @@ _REMEDY = (
 
 
 def config_of(run: Path) -> dict[str, Any]:
-    """Read a run's settings and stage. Raises: InputError if the folder is no run folder."""
+    """Read a run's settings and stage. Raises: InputError if the folder is not a run folder."""
     path = run / "config.json"
     try:
         body: dict[str, Any] = json.loads(path.read_bytes())
@@ -32,7 +32,7 @@ def config_of(run: Path) -> dict[str, Any]:
             reason += "; a run that has just been started writes it in its first minute"
     except (ValueError, AttributeError, KeyError, TypeError):
         reason = f"{path} is damaged"
-    raise InputError(f"{run} is no run folder ({reason}); give the --out of `tapir train`")
+    raise InputError(f"{run} is not a run folder ({reason}); give the --out of `tapir train`")
 
 
 def settings_of_run(run: Path) -> tuple[str, StageConfig]:

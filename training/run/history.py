@@ -38,7 +38,7 @@ class History:
         """Raises: InputError if it is not a run folder of dvae, prior or clip."""
         config = config_of(run)
         if config["stage"] not in STAGES:
-            raise InputError(f"{run} is no run of dvae, prior or clip")
+            raise InputError(f"{run} is not a run of dvae, prior or clip")
         self.settings: Any = settings_from_json(
             config["stage"], {k: v for k, v in config.items() if k != "stage"}
         )

@@ -57,7 +57,7 @@ class Follower:
     """The state of a run, updated by `look`."""
 
     def __init__(self, run: Path) -> None:
-        """Raises: InputError if it is no run folder."""
+        """Raises: InputError if it is not a run folder."""
         body = config_of(run)
         self.run, self.stage = run, str(body["stage"])
         self.steps: int = body["loop"]["steps"]

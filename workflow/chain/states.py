@@ -56,7 +56,7 @@ def kubernetes_of(submitted: Submitted) -> kubernetes.KubernetesConfig:
     return kubernetes.KubernetesConfig(**place_settings(submitted))
 
 
-def _states_at_last(submitted: Submitted) -> dict[str, str]:
+def _states_once_answered(submitted: Submitted) -> dict[str, str]:
     """`states_of`, retried until the scheduler answers."""
     while True:
         try:
@@ -70,7 +70,7 @@ def _states_at_last(submitted: Submitted) -> dict[str, str]:
 
 @contextmanager
 def only_looking() -> Iterator[None]:
-    """Let Ctrl-C end this command alone; the run goes on."""
+    """Ctrl-C ends the enclosed command with exit code 130; the run goes on."""
     try:
         yield
     except KeyboardInterrupt:
@@ -82,7 +82,7 @@ def wait_for(submitted: Submitted) -> None:
     """Log every change until the chain is over; exits with 1 if a job failed."""
     shown: dict[str, str] = {}
     while True:
-        states = _states_at_last(submitted)
+        states = _states_once_answered(submitted)
         for name, text in states.items():
             if shown.get(name) != text:
                 LOG.info("%s: %s", name, text)
@@ -92,13 +92,13 @@ def wait_for(submitted: Submitted) -> None:
         time.sleep(_LOOK)
     for name, text in shown.items():
         if text.startswith(("failed", "ended: FAILED")) and (why := _last_line(submitted, name)):
-            LOG.error("%s: %s (all of it: tapir logs %s %s)", name, why, submitted.chain.out, name)
+            LOG.error("%s: %s (full log: tapir logs %s %s)", name, why, submitted.chain.out, name)
     if any(text != "done" for text in shown.values()):
         sys.exit(1)
 
 
 def _last_line(submitted: Submitted, name: str) -> str:
-    """The last line of a job's log before `tapir job` logged the exit code."""
+    """The last line of a job's logs that its command wrote, not `tapir job`."""
     lines = [
         line
         for path in sorted(submitted.chain.out.glob(f"{LOGS}/{name}*.log"))
@@ -120,7 +120,7 @@ def follow_logs(submitted: Submitted, stage: str, follow: bool) -> None:
         if path.exists()
     )
     while True:
-        over = not follow or is_over(submitted, _states_at_last(submitted))
+        over = not follow or is_over(submitted, _states_once_answered(submitted))
         for path in names():
             with open(path, "rb") as file:
                 file.seek(read.get(path, 0))

@@ -45,7 +45,7 @@ def _refuse_running(out: Path) -> None:
     states = states_of(before)
     if before.ids and not is_over(before, states):
         raise InputError(
-            f"{out} is under way already:\n{table(states)}\nwait for it, or `tapir cancel {out}`"
+            f"{out} is running already:\n{table(states)}\nwait for it, or `tapir cancel {out}`"
         )
 
 

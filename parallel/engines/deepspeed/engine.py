@@ -55,7 +55,7 @@ class Pass:
 
 
 class DeepSpeedEngine:
-    """Named, sharded optimiser state behind a DeepSpeed engine; subclasses build it and step."""
+    """Named, sharded optimiser state of a DeepSpeed engine; subclasses build it and step."""
 
     name: str
     _engine: Any
@@ -70,7 +70,7 @@ class DeepSpeedEngine:
         scales: Scales,
         judge: Judge,
     ) -> None:
-        """`copies`: number of machines that hold the same partitions."""
+        """`copies`: number of nodes that hold the same partitions."""
         self._names, self._places, self._mesh = names, placements(names), mesh
         self._copies, self._scales, self._judge = copies, scales, judge
         self._losses_named = program.losses
@@ -148,7 +148,7 @@ class DeepSpeedEngine:
             self._compressor.load(reader)
 
     def replicas(self) -> list[tuple[list[Tensor], Group]]:
-        """Tensors that are equal on all ranks of a group: weights, or shards between machines."""
+        """Tensors that are equal on all ranks of a group: weights, or shards between nodes."""
         whole = {name: p for name, p in self._names.items() if not hasattr(p, "ds_tensor")}
         common: list[Tensor] = [p for n, p in whole.items() if not self._places[n].split]
         shards = [self._shard(p) for p in self._names.values() if hasattr(p, "ds_tensor")]

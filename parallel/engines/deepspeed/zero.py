@@ -1,7 +1,7 @@
 """DeepSpeed owns the step: ZeRO-1/2/3 over the replicas, with tensor parallelism.
 
-With mesh.nodes above 1 this is the paper's layout: ZeRO-3 shards over the ranks of a machine,
-and gradient shards are reduced, compressed or not, between the machines.
+With mesh.nodes above 1 this is the paper's layout: ZeRO-3 shards over the ranks of a node,
+and gradient shards are reduced, compressed or not, between the nodes.
 """
 
 from collections.abc import Sequence
@@ -104,7 +104,7 @@ class DeepSpeedZeroEngine(DeepSpeedEngine):
         return shard
 
     def _norm_between_machines(self, gradients: Gradients) -> float:
-        """Average shards over the machines (in place), then take the global norm."""
+        """Average shards over the nodes (in place), then take the global norm."""
         between = self._mesh.between
         if between.size == 1:
             return self._norm(gradients)

@@ -153,9 +153,9 @@ def test_a_compressed_run_resumes_bit_equal(layout: str, tokens: Path, tmp_path:
 @pytest.mark.slow
 def test_saving_in_the_background_changes_nothing(tokens: Path, tmp_path: Path) -> None:
     """Saves at every step, in background and foreground, against one save at the end."""
-    ways = [{"every": 1}, {"every": 1, "async_save": False}, {"every": 10**6}]
+    modes = [{"every": 1}, {"every": 1, "async_save": False}, {"every": 10**6}]
     results = []
-    for i, checkpoint in enumerate(ways):
+    for i, checkpoint in enumerate(modes):
         settings = _settings(tokens, tmp_path / str(i), "TP2xDP2 ZeRO-2", checkpoint=checkpoint)
         train_with("nothing", settings)
         rows = [(row["loss"], row["grad_norm"]) for row in rows_of(settings.out)]

@@ -79,10 +79,13 @@ def test_another_learning_rate_differs_in_the_update_alone(runs: dict[str, Path]
 
 @pytest.mark.world
 def test_a_folder_without_a_run_or_capsule_is_refused(tmp_path: Path) -> None:
-    assert "is no run folder" in tapir("diverge", str(tmp_path), str(tmp_path), code=2)
+    assert "is not a run folder" in tapir("diverge", str(tmp_path), str(tmp_path), code=2)
     wrong = tapir("diverge", str(tmp_path), str(tmp_path), "--tolerance=-1", code=2)
     assert "must not be negative" in wrong
     (tmp_path / "c.json").write_bytes(seal({"step": 3}))
-    for path, text in ((tmp_path / "c.json", "is no capsule;"), (Path(__file__), "is no capsule,")):
+    for path, text in (
+        (tmp_path / "c.json", "is not a capsule;"),
+        (Path(__file__), "is not a capsule,"),
+    ):
         assert text in tapir("replay", str(path), code=2)
     assert "there is no capsule" in tapir("replay", str(tmp_path / "none"), code=2)

@@ -52,11 +52,11 @@ def test_a_section_that_ends_early_costs_only_itself(
     assert [row["name"] for row in kept] == [row["name"] for row in rows]
     judged = [(r["section"], r["passed"], r["baseline"]) for r in rows if r["passed"] is not None]
     assert judged == [
-        ("missed", False, "wanted >= 1"),
+        ("missed", False, "target >= 1"),
         ("dies", False, "its process ended with -9"),
         ("hangs", False, "took too long and was ended"),
         ("fails", False, "RuntimeError: planted"),
-        ("fine", True, "wanted <= 3"),
+        ("fine", True, "target <= 3"),
     ]
 
 
@@ -74,7 +74,7 @@ def test_the_table_tells_what_failed_and_what_was_not_run(tmp_path: Path) -> Non
     bad = """<testcase name="c"><failure/><properties><property name="error" value="0.5"/>
     <property name="error" value="0.25"/></properties></testcase>"""
     (tmp_path / "tests-gpu.xml").write_text(JUNIT.format(bad))
-    row = {"section": "s", "unit": "s", "baseline": "", "ratio": 1.0, "wanted": "<= 3"}
+    row = {"section": "s", "unit": "s", "baseline": "", "ratio": 1.0, "target": "<= 3"}
     absent = {"name": "peer", "value": 0.0, "passed": None, "absent": True, "baseline": "not run"}
     rows = [{**row, "name": "one", "value": 2.0, "passed": True}, {**row, **absent}]
     rows.append({**row, "name": "two", "value": 4.0, "passed": False, "baseline": "beside"})

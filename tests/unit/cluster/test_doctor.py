@@ -124,7 +124,7 @@ def test_equal_rows_of_ranks_are_shown_once() -> None:
     assert shown == [
         ("ok", "a rank 0, 1, 2, 3, 4, 5, ..."),
         ("warning", "a rank 2"),
-        ("bad", "2 machines: h0, h1 rank 0, 1"),
+        ("bad", "2 nodes: h0, h1 rank 0, 1"),
     ]
     assert exit_code(rows) == 1 and exit_code(rows[:9]) == 0 and worst([]) == "ok"
     body = as_json(rows)

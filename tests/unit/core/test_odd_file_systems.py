@@ -45,9 +45,9 @@ int flock(int fd, int how) {
 }
 int fsync(int fd) {
     int (*real)(int) = dlsym(RTLD_NEXT, "fsync");
-    struct stat found;
-    fstat(fd, &found);
-    return S_ISDIR(found.st_mode) && there(fd) ? refuse() : real(fd);
+    struct stat status;
+    fstat(fd, &status);
+    return S_ISDIR(status.st_mode) && there(fd) ? refuse() : real(fd);
 }
 int link(const char *a, const char *b) {
     int (*real)(const char *, const char *) = dlsym(RTLD_NEXT, "link");

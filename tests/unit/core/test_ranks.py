@@ -243,5 +243,5 @@ def test_a_left_socket_of_mpirun_is_refused_before_mpi_ends_the_process() -> Non
         refuse_left_socket({"PMI_FD": str(ours.fileno())})
     refuse_left_socket({})
     for text in (str(ours.fileno()), "0x7", "-1", str(2**70)):
-        with pytest.raises(InputError, match=r"PMI_FD=.* is no socket of mpirun's"):
+        with pytest.raises(InputError, match=r"PMI_FD=.* is not a socket of mpirun's"):
             refuse_left_socket({"PMI_FD": text})

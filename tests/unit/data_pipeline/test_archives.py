@@ -126,7 +126,7 @@ def test_what_is_lost_after_an_end_mark_is_a_reject(tmp_path: Path, damage: str)
     pairs, rejects = _read(source)
     assert len(pairs) == (6 if damage == "no second end" else 3)
     assert [reject.kind for reject in rejects] == ["archive"]
-    assert "joined.tar is no whole tar archive" in rejects[0].reason
+    assert "joined.tar is not a whole tar archive" in rejects[0].reason
 
 
 def test_names_may_have_dots(tmp_path: Path) -> None:

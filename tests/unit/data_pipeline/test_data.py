@@ -23,7 +23,8 @@ from data_pipeline.formats.tokens import (
     decode_block,
     encode_block,
 )
-from data_pipeline.images.crops import decode_rgb, encode_png
+from data_pipeline.images.crops import encode_png
+from data_pipeline.images.decode import decode_rgb
 from data_pipeline.packing.pack import pack
 from data_pipeline.streaming.order import LaneOrder
 from data_pipeline.streaming.stream import Stream
@@ -111,7 +112,7 @@ def test_archives_that_escape_are_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_images_are_capped_and_checked_before_they_are_decoded() -> None:
-    with pytest.raises(InputError, match="no readable"):
+    with pytest.raises(InputError, match="not a readable"):
         decode_rgb(PICTURE[:60], "half.png")
     assert decode_rgb(PICTURE, "x").shape == (20, 30, 3)
 
@@ -225,7 +226,7 @@ def test_bpe_is_lossless_and_merges_only_letters(bpe: Path) -> None:
 def test_stores_refuse_what_leaves_them(tmp_path: Path) -> None:
     with pytest.raises(InputError.__mro__[1], match="outside"):
         FolderStore(tmp_path / "a").get("../b")
-    with pytest.raises(ConfigError, match="no store"):
+    with pytest.raises(ConfigError, match="not a store"):
         open_store("pipe:cat /etc/passwd")
 
 

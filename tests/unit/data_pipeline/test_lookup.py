@@ -220,7 +220,7 @@ def test_bpe_dropout_is_keyed_lossless_and_bpe_itself_at_rate_0(bpe: Path) -> No
     assert half.encode(ids, 3).tolist() == drawn[3] and len({tuple(row) for row in drawn}) > 20
     mean = np.mean([len(row) for row in drawn])
     assert len(ids) < mean < len(text)
-    with pytest.raises(InputError, match="must lie in"):
+    with pytest.raises(InputError, match="must be in"):
         DropoutEncoder(tokenizer, 1.0)
 
 

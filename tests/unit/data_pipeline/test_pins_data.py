@@ -12,6 +12,7 @@ from core.errors import ConfigError, InputError
 from core.keys import keyed_rng
 from data_pipeline.config import OrderConfig
 from data_pipeline.images import crops as images
+from data_pipeline.images.decode import decode_rgb, inspect
 from data_pipeline.streaming.order import LaneOrder
 from data_pipeline.text.dropout import DropoutEncoder, _joined
 
@@ -179,25 +180,25 @@ def test_a_look_says_which_neighbours_are_brighter() -> None:
     stripes = np.repeat(np.tile(np.array([0, 200] * 4 + [0], np.uint8), (8, 1)), 8, 0)
     image = Image.fromarray(np.repeat(stripes, 8, 1))
     assert image.size == (72, 64)
-    look = images.inspect(_encoded(image), "x")
+    look = inspect(_encoded(image), "x")
     assert look.look == 0xAAAAAAAAAAAAAAAA and (look.width, look.height) == (72, 64)
     fall = Image.fromarray(np.tile(np.linspace(255, 0, 72).astype(np.uint8), (64, 1)))
-    assert images.inspect(_encoded(fall), "x").look == 0
+    assert inspect(_encoded(fall), "x").look == 0
     flat = Image.new("RGB", (40, 30), "white")
-    assert images.inspect(_encoded(flat), "x").look == 0
+    assert inspect(_encoded(flat), "x").look == 0
     first = np.zeros((64, 72), np.uint8)
     first[:8, 64:] = 255
-    assert images.inspect(_encoded(Image.fromarray(first)), "x").look == 1 << 56
+    assert inspect(_encoded(Image.fromarray(first)), "x").look == 1 << 56
 
 
 def test_colours_of_pixels_by_hand() -> None:
     clear = Image.new("RGBA", (1, 1), (255, 0, 0, 0))
-    assert images.decode_rgb(_encoded(clear), "x").tolist() == [[[255, 255, 255]]]
+    assert decode_rgb(_encoded(clear), "x").tolist() == [[[255, 255, 255]]]
     half = Image.new("LA", (1, 1), (0, 51))
-    assert images.decode_rgb(_encoded(half), "x").tolist() == [[[204] * 3]]
+    assert decode_rgb(_encoded(half), "x").tolist() == [[[204] * 3]]
     deep = Image.fromarray(np.array([[0, 256, 65535]], np.uint16))
-    assert images.decode_rgb(_encoded(deep), "x").tolist() == [[[0] * 3, [1] * 3, [255] * 3]]
-    again = images.decode_rgb(images.encode_png(_ramp(2, 3)), "x")
+    assert decode_rgb(_encoded(deep), "x").tolist() == [[[0] * 3, [1] * 3, [255] * 3]]
+    again = decode_rgb(images.encode_png(_ramp(2, 3)), "x")
     assert again.tolist() == _ramp(2, 3).tolist()
 
 
@@ -219,7 +220,7 @@ def test_without_dropout_merges_are_done_by_rank() -> None:
     assert encoder.encode([0, 2, 1]).tolist() == [0, 2, 1]
     assert encoder.encode([]).tolist() == [] and encoder.encode([0]).dtype == np.uint16
     for bad in (-0.1, 1.0):
-        with pytest.raises(InputError, match="must lie in"):
+        with pytest.raises(InputError, match="must be in"):
             DropoutEncoder(_Words(), bad)  # type: ignore[arg-type]
 
 

@@ -79,7 +79,7 @@ def test_every_word_occurs_and_captions_parse() -> None:
     text = " ".join(captions)
     assert all(word in text for word in (*COLOURS, *SHAPES, *RELATIONS))
     assert all(parse_caption(caption).caption == caption for caption in captions)
-    with pytest.raises(InputError, match="no caption of the shapes"):
+    with pytest.raises(InputError, match="not a caption of the shapes"):
         parse_caption("a dog")
 
 

@@ -69,7 +69,7 @@ def test_the_layouts_of_img2dataset_pack(tmp_path: Path) -> None:
                 note = json.dumps({"caption": f"photo {i}", "key": f"{i:09d}", "status": "success"})
                 parts = {"jpg": _picture(i), "txt": f"photo {i}".encode(), "json": note.encode()}
                 if i == 5:
-                    del parts["txt"]  # the caption stands in the .json, too
+                    del parts["txt"]  # the caption is in the .json, too
                 for extension, data in parts.items():
                     member = tarfile.TarInfo(f"{i:09d}.{extension}")
                     member.size = len(data)
@@ -184,7 +184,7 @@ def test_an_archive_that_breaks_off_is_a_reject_of_its_own(tmp_path: Path) -> No
                 tar.addfile(member, io.BytesIO(data))
     data = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(data[: len(data) * 2 // 3])
-    with pytest.raises(InputError, match="no whole tar archive"):
+    with pytest.raises(InputError, match="not a whole tar archive"):
         pack(str(tmp_path / "a.tar"), FolderStore(tmp_path / "strict"), HALF)
     config = PackConfig(validation=0.4, max_rejects=0.5)
     manifests = pack(str(tmp_path / "a.tar"), FolderStore(tmp_path / "out"), config)
@@ -204,7 +204,7 @@ def test_a_tar_that_is_damaged_or_cut_is_never_taken_for_a_short_one(
     cuts = {"boundary": member.offset, "inside a header": member.offset + 100}
     cuts["data"] = member.offset_data + 5
     path.write_bytes(data[: cuts.get(damage, len(data))])
-    with pytest.raises(InputError, match="no whole tar archive"):
+    with pytest.raises(InputError, match="not a whole tar archive"):
         pack(str(path), FolderStore(tmp_path / "strict"), HALF)
     config = PackConfig(validation=0.4, max_rejects=0.5)
     manifests = pack(str(path), FolderStore(tmp_path / "out"), config)
@@ -220,7 +220,7 @@ def test_nothing_in_a_folder_of_tars_is_passed_over_in_silence(tmp_path: Path) -
     _tar(root / "below" / "a.tar", [*names, "5.jpg"])
     (root / "loose.png").write_bytes(_picture(1))
     (root / "loose.txt").write_text("loose")
-    with pytest.raises(InputError, match=r"second picture|lies among tars"):
+    with pytest.raises(InputError, match=r"second picture|is among tars"):
         pack(str(root), FolderStore(tmp_path / "strict"), HALF)
     config = PackConfig(validation=0.4, max_rejects=0.5)
     manifests = pack(str(root), FolderStore(tmp_path / "out"), config)
@@ -261,7 +261,7 @@ def test_a_refused_pack_leaves_the_place_as_it_was(tmp_path: Path) -> None:
     out.delete("request.json")
     with pytest.raises(InputError, match="holds other files"):
         pack(str(source), out, small)
-    with pytest.raises(InputError, match="lies in SRC"):
+    with pytest.raises(InputError, match="is inside SRC"):
         pack(str(source), FolderStore(source / "inside"), HALF)
 
 

@@ -91,7 +91,7 @@ def test_folders_that_are_not_whole_are_refused(folder: Path) -> None:
         ({"text_cfg": {**text, "hf_tokenizer_name": "timm/SigLIP"}}, "lacks the files of its tok"),
         ({"text_cfg": {**text, "width": 64}}, "no checkpoint that open_clip reads"),
         ({"text_cfg": {**text, "colour": 1}}, "no checkpoint that open_clip reads"),
-        ({"text_cfg": 3}, "no config of open_clip"),
+        ({"text_cfg": 3}, "not a config of open_clip"),
     ]
     for change, reason in configs:
         _write(folder, {"model_cfg": {**SIZES, **change}})

@@ -13,7 +13,8 @@ import torch
 import tapir
 from core.errors import ConfigError, InputError, no_memory, of_memory
 from core.memory import host_memory
-from data_pipeline.images.crops import decode_rgb, encode_png
+from data_pipeline.images.crops import encode_png
+from data_pipeline.images.decode import decode_rgb
 from generation import sample as sample_module
 from generation.config import ModelPaths, PromptConfig, SampleConfig, SampleRun
 from generation.ranking import TapirRanker

@@ -267,8 +267,8 @@ def test_bf16_needs_no_instructions_of_its_own() -> None:
     """In a new process: oneDNN reads its instruction limit when it is loaded."""
     code = (
         "import torch; from generation.sampling.packed_linear import PackedLinear as Packed; "
-        "found = Packed(torch.eye(24), None, torch.bfloat16)(torch.ones(1, 2, 24)); "
-        "print(found.tolist())"
+        "output = Packed(torch.eye(24), None, torch.bfloat16)(torch.ones(1, 2, 24)); "
+        "print(output.tolist())"
     )
     environment = {**ENVIRONMENT, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     run = [sys.executable, "-c", code]

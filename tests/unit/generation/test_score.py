@@ -314,7 +314,7 @@ def _models(place: Place) -> list[str]:
         ("coco:{here}", [], "unpack MS-COCO"),
         ("{here}", [], "no .*manifest.json"),
         ("{data}", ["--inception={here}/none"], "releases of torch-fidelity"),
-        ("{data}", ["--overlap={here}/none"], "no overlap.json"),
+        ("{data}", ["--overlap={here}/none"], "not an overlap.json"),
         ("{data}", ["--prior={here}/none"], "no prior in"),
         ("{data}", ["--radii", "-1"], "radii must be"),
         ("{data}", ["--radii", "1", "1"], "radii must differ"),

@@ -342,7 +342,7 @@ def test_both_towers_by_torchs_functions() -> None:
 
 
 def test_a_contrastive_loss_by_hand() -> None:
-    """Two pairs of unit vectors at scale ln 3: odds (3, 1) and (1, 3), so ln 4/3 each way."""
+    """Two pairs of unit vectors at scale ln 3: odds (3, 1) and (1, 3), thus ln 4/3 in both."""
     eye = torch.eye(2)
     keys = torch.tensor([1, 2])
     scale = torch.tensor(math.log(3))

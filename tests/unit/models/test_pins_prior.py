@@ -269,8 +269,8 @@ def test_defaults_of_the_networks() -> None:
         ({"dim": 12, "heads": 5}, "try 4"),
         ({"conv_kernel": 4}, "must be odd; try 5"),
         ({"conv_kernel": 3}, ""),
-        ({"text_weight": -0.1}, "must lie in [0, 1]"),
-        ({"text_weight": 1.1}, "must lie in [0, 1]"),
+        ({"text_weight": -0.1}, "must be in [0, 1]"),
+        ({"text_weight": 1.1}, "must be in [0, 1]"),
         ({"text_weight": 0.0}, ""),
         ({"text_weight": 1.0}, ""),
     ],
@@ -295,8 +295,8 @@ def test_problems_of_a_prior(flags: dict[str, float], message: str) -> None:
         ({"codebook": 65537}, "2 to 65536"),
         ({"codebook": 2}, ""),
         ({"codebook": 65536}, ""),
-        ({"epsilon": 0.0}, "must lie in (0, 0.5)"),
-        ({"epsilon": 0.5}, "must lie in (0, 0.5)"),
+        ({"epsilon": 0.0}, "must be in (0, 0.5)"),
+        ({"epsilon": 0.5}, "must be in (0, 0.5)"),
     ],
 )  # fmt: skip
 def test_problems_of_a_dvae(flags: dict[str, float], message: str) -> None:

@@ -143,7 +143,7 @@ def test_a_flat_range_reads_back_with_zeros_for_padding(tmp_path: Path) -> None:
         (MeshConfig(tensor=9), EngineConfig(name="deepspeed_pipe"), 0, "more than 6 heads; try 6"),
         (MeshConfig(pipeline=7), EngineConfig(name="deepspeed_pipe"), 0, "7 is more than 5 layers"),
         (MeshConfig(data=8, nodes=3), EngineConfig(name="deepspeed_zero", zero_stage=3), 0, "2"),
-        (MeshConfig(data=2, nodes=2), EngineConfig(), 0, "leaves one replica a machine"),
+        (MeshConfig(data=2, nodes=2), EngineConfig(), 0, "leaves one replica a node"),
         (MeshConfig(tensor=2), EngineConfig(), 0, "use --engine.name deepspeed_zero"),
         (MeshConfig(pipeline=2), EngineConfig(), 0, "use --engine.name deepspeed_pipe"),
         (MeshConfig(pipeline=2), EngineConfig(name="deepspeed_zero"), 0, "deepspeed_pipe"),
@@ -235,5 +235,5 @@ def test_ranks_of_srun_are_torchs() -> None:
 def test_numbers_of_ranks_are_read_as_numbers_or_refused(text: str) -> None:
     srun = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": text}
     for environment in ({"WORLD_SIZE": text}, {"PMI_SIZE": text}, srun):
-        with pytest.raises(InputError, match="no number of ranks"):
+        with pytest.raises(InputError, match="not a number of ranks"):
             ranks_given(environment)

@@ -108,7 +108,7 @@ def test_a_core_that_works_beside_others_is_slower() -> None:
 
 @pytest.mark.parametrize("cores", [1, 2, 32])
 def test_calibration_finds_the_constants_that_the_steps_have(cores: int) -> None:
-    """From the predicted times of steps, calibration recovers the constants behind them."""
+    """From the predicted times of steps, calibration recovers the constants that gave them."""
     runs = runs_for_steps(cores, EngineConfig(), EngineConfig(name="deepspeed_zero"))
     expected = {"sustained": 0.5, "together": 0.8, "link_latency": 9e-4, "joined": 0.3}
     hardware = replace(KNOWN["cpu"], cores=cores)
@@ -306,7 +306,7 @@ def test_wrong_hardware_and_calibrations_are_refused(tmp_path: Path) -> None:
         ({"half_flops": -1e12, "launch": -1}, "half_flops.*positive.*launch=-1"),
         ({"half_flops": 10**400}, "positive"),
         ({"memory": float("nan")}, "memory=nan"),
-        ({"sustained": 1.5}, "share"),
+        ({"sustained": 1.5}, "fraction"),
         ({"memory": 1e8}, "leaves nothing"),
     ],
 )
@@ -335,7 +335,7 @@ def test_impossible_constants_are_refused(
         ),
         (["--world=-1", "--batch=-4"], 2),
         ([f"--world={10**26}", f"--batch={10**12}", "--picture=plan.gif"], 3),
-        (["--batch=12"], "no multiple of the preset's order.lanes=8; try 16"),
+        (["--batch=12"], "not a multiple of the preset's order.lanes=8; try 16"),
         (["--memory=inf"], 1),
         (["--memory=0.5"], "leaves nothing"),
         (["--calibration=c.json"], "add --gpu cpu"),
@@ -434,7 +434,7 @@ def test_the_papers_model_on_the_papers_machines(tmp_path: Path) -> None:
     rows = {row["layout"]: row for row in result["rejected"]}
     plain = rows["plain data parallelism"]
     assert plain["bytes"]["parameters"] == 4 * result["parameters"] and "GB" in plain["why"]
-    paper = rows["paper: ZeRO-3 in 128 machines of 8"]
+    paper = rows["paper: ZeRO-3 in 128 nodes of 8"]
     assert paper["published"]["mixed_fp32_adam"] == pytest.approx(24.6e9, rel=0.01)
     assert paper["published"]["paper_16_bit"] == pytest.approx(12.3e9, rel=0.01)
     assert paper["total_bytes"] > 24.6e9

@@ -268,13 +268,13 @@ def test_the_verb_says_so_in_json(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["papr_12b"], "did you mean 'paper_12b'"),
-        (["tiny", "--world", "no"], "no positive whole number"),
+        (["tiny", "--world", "no"], "not a positive whole number"),
         (["tiny", "--stage", "bpe"], "no stage 'bpe'"),
         (["tiny", "--device", "tpu"], "neither cuda nor cpu"),
         (["paper_12b", "--world", "1000"], "try --world 992"),
         (["tiny", "--world", "1"], "deepspeed_zero needs at least 2 ranks"),
-        (["tiny", "--world", "²"], "no positive whole number"),
-        (["tiny", "--world", "9" * 5000], "no positive whole number"),
+        (["tiny", "--world", "²"], "not a positive whole number"),
+        (["tiny", "--world", "9" * 5000], "not a positive whole number"),
         (["tiny", "--mesh.tensor", "0"], "prior tiny cannot.*\n- mesh.data, tensor"),
         (["tiny", "--world", "4", "--mesh.data", "0", "--mesh.tensor", "2"], "mesh.data, tensor"),
         (
@@ -306,7 +306,7 @@ def test_all_goes_on_past_presets_that_cannot_be_laid_out(
     pairs = [("prior", name) for name in PRESETS["prior"]]
     rehearsed, refused = laid_out(pairs, [], 8)
     assert ("prior", "tiny") in [row[:2] for row in rehearsed]
-    assert "no multiple of the 16" in refused["prior paper_12b"]
+    assert "not a multiple of the 16" in refused["prior paper_12b"]
     with pytest.raises(SystemExit) as ended:
         rehearse_verb(["all", "--stage=dvae", "--order.lanes=0", "--json"])
     assert ended.value.code == EXIT_WRONG_INPUT
@@ -327,7 +327,7 @@ def test_presets_grow_with_the_world() -> None:
     ) == (256, 1024, 4)
     grown = scaled(PRESETS["dvae"]["paper_dvae"](), 1024)
     assert (grown.loop.global_batch_size, grown.engine.gradient_accumulation_steps) == (8 * 1024, 1)
-    with pytest.raises(ConfigError, match="no multiple of the 16"):
+    with pytest.raises(ConfigError, match="not a multiple of the 16"):
         scaled(PRESETS["prior"]["paper_12b"](), 1000)
 
 

@@ -1,7 +1,9 @@
 """The pages: their links and files exist, snippets run, and the built site needs no network."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -88,12 +90,14 @@ def test_style_sheets_are_read(tmp_path: Path) -> None:
     assert outside_resources(tmp_path) == ["x.css: https://example/x.css"]
 
 
-@pytest.mark.slow
-def test_the_site_needs_no_network(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site."""
     pytest.importorskip("mkdocs", reason="`make docs` installs it")
+    folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-P", "-m", "mkdocs", "build", "--strict", "--site-dir"]
     done = subprocess.run(
-        [*command, str(tmp_path)],
+        [*command, str(folder)],
         cwd=ROOT,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
@@ -101,12 +105,57 @@ def test_the_site_needs_no_network(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert outside_resources(tmp_path) == []
+    return folder
+
+
+@pytest.mark.slow
+def test_the_site_needs_no_network(site: Path) -> None:
+    assert outside_resources(site) == []
     names = ("index.html", "reference/verbs.html", "reference/api.html", "llms.txt")
-    assert all((tmp_path / name).is_file() for name in (*names, "search/search_index.js"))
-    verbs = (tmp_path / "reference" / "verbs.html").read_text()
+    assert all((site / name).is_file() for name in (*names, "search/search_index.js"))
+    verbs = (site / "reference" / "verbs.html").read_text()
     assert "tapir train prior paper_12b" in verbs and "--temperature FLOAT" in verbs
-    assert "open_studio" in (tmp_path / "reference" / "api.html").read_text()
+    assert "open_studio" in (site / "reference" / "api.html").read_text()
+
+
+SEARCH = """
+const fs = require("fs"), vm = require("vm");
+const [worker, index, ...queries] = process.argv.slice(1);
+let answer, listen;
+Object.assign(globalThis, {
+  self: globalThis,
+  fetch: undefined,
+  addEventListener: (_, handler) => { listen = handler; },
+  postMessage: message => answer(message),
+  importScripts: (...names) => { throw new Error(`the search loads ${names}`); },
+});
+for (const file of [worker, index]) vm.runInThisContext(fs.readFileSync(file, "utf8"));
+const ask = data => new Promise(resolve => { answer = resolve; listen({ data }); });
+(async () => {
+  await ask({ type: 0, data: { ...__index, options: {} } });
+  const places = [];
+  for (const query of queries) {
+    const { data } = await ask({ type: 2, data: query });
+    places.push(data.items.map(([section]) => section.location));
+  }
+  console.log(JSON.stringify(places));
+})();
+"""
+"""Runs the site's search worker as a browser does, without anything that could load more."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node: apt install npm")
+def test_the_search_answers_without_a_network(site: Path) -> None:
+    (worker,) = (site / "assets" / "javascripts" / "workers").glob("search.*.js")
+    command = ["node", "-e", SEARCH, str(worker), str(site / "search" / "search_index.js")]
+    queries = ["PowerSGD", "resume", "Slurm", "xyzzy"]
+    done = subprocess.run([*command, *queries], capture_output=True, text=True, check=True)
+    compression, resume, slurm, none = json.loads(done.stdout)
+    assert "engine.html#compression" in compression
+    assert resume[0] == "reference/verbs.html#tapir-resume"
+    assert slurm[0] == "clusters.html#slurm"
+    assert none == []
 
 
 def _targets(page: Path) -> list[str]:
@@ -119,9 +168,7 @@ def test_links_lead_to_files(page: Path) -> None:
     missing = [
         target
         for target in _targets(page)
-        if not re.match(r"[a-z]+:", target)
-        and Path(target).name != "verbs.md"  # made when the site is built
-        and not (page.parent / target).exists()
+        if not re.match(r"[a-z]+:", target) and not (page.parent / target).exists()
     ]
     assert missing == []
 

@@ -30,7 +30,7 @@ BACK = {
     "launched": "launch('core.low:rank_main', '', 2, [])\n",
     "preload": "PRELOAD = ['torch', 'core.low']\n",
 }
-"""Ways in which core/high.py may need core/low.py, in its last or only line but one."""
+"""Forms in which core/high.py may import core/low.py, in its last or only line but one."""
 
 
 @pytest.mark.parametrize("back", BACK.values(), ids=BACK)

@@ -75,7 +75,7 @@ def test_a_diff_is_applied_to_copies(tmp_path: Path) -> None:
     assert Path("models/masks.py").read_bytes() == before
     with pytest.raises(SystemExit, match="does not apply"):
         patched(diff.replace(">= 0", ">= 7").encode())
-    with pytest.raises(SystemExit, match="no file of this tree"):
+    with pytest.raises(SystemExit, match="not a file of this tree"):
         patched(diff.replace("masks.py", "none.py").encode())
 
 

@@ -76,7 +76,7 @@ def test_the_codebook_guard_stops_a_run_that_has_steps_left(told: Any) -> None:
 
 def test_an_invalid_codebook_guard_is_refused_at_once() -> None:
     asked = GuardConfig(min_codebook_usage=1.5)
-    assert "guard.min_codebook_usage and guard.codebook_usage_after are shares" in "\n".join(
+    assert "guard.min_codebook_usage and guard.codebook_usage_after are fractions" in "\n".join(
         asked.problems()
     )
     blind = replace(
@@ -97,7 +97,7 @@ def test_a_disk_too_full_for_two_checkpoints_is_warned_about(told: Any, tmp_path
     tight = _alarms(PriorTrain(), [(free // CHECKPOINTS_FREE // 12 + 10**6,)])
     tight.disk(store, 5)
     tight.disk(store, 10)
-    assert len(told.messages) == 1 and "make room" in told.messages[0]
+    assert len(told.messages) == 1 and "free space" in told.messages[0]
     assert str(store.url) in told.messages[0] and "--checkpoint.to" in told.messages[0]
 
 
@@ -124,7 +124,7 @@ def test_a_run_much_slower_than_its_plan_is_told_once(told: Any, tmp_path: Path)
 
 def test_an_invalid_plan_is_refused_before_the_first_step(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("[]")
-    with pytest.raises(InputError, match="is no plan"):
+    with pytest.raises(InputError, match="is not a plan"):
         _alarms(PriorTrain(profile=ProfileConfig(plan=tmp_path / "plan.json")))
 
 
@@ -160,7 +160,7 @@ def test_rows_that_a_full_disk_did_not_take_are_written_later(
     with monkeypatch.context() as patch:
         patch.setattr(run_folder, "open", lambda *a: _Full(real(*a)), raising=False)
         folder.log({"step": 2, "loss": 2.0})
-    assert "No space left" in told.messages[0] and "make room" in told.messages[0]
+    assert "No space left" in told.messages[0] and "free space" in told.messages[0]
     folder.log({"step": 3, "loss": 3.0})
     folder.close()
     rows, bad = read_rows(tmp_path)
@@ -190,14 +190,14 @@ def test_the_error_of_a_full_disk_tells_what_to_do(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = of_files(OSError(number, os.strerror(number), "/data/shard"))
-    assert error.exit_code == 1 and "/data/shard" in str(error) and "make room" in str(error)
-    assert "make room" not in str(of_files(OSError(errno.EIO, "input/output error", "x")))
+    assert error.exit_code == 1 and "/data/shard" in str(error) and "free space" in str(error)
+    assert "free space" not in str(of_files(OSError(errno.EIO, "input/output error", "x")))
 
     def full(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("core.storage.store.write_atomic", full)
-    with pytest.raises(StoreError, match="make room"):
+    with pytest.raises(StoreError, match="free space"):
         FolderStore(tmp_path).put("x", b"")
 
 

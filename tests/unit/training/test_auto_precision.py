@@ -87,7 +87,7 @@ def test_a_cpu_is_timed_in_each_precision() -> None:
 
 
 def test_nothing_computes_in_an_unresolved_precision() -> None:
-    with pytest.raises(ConfigError, match="is settled before an engine is built"):
+    with pytest.raises(ConfigError, match="must be resolved"):
         Stage([], AUTO, CPU)
 
 

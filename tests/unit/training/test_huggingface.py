@@ -174,10 +174,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "no config": (lambda hub: (hub / "clip/config.json").unlink(), "there is no .*clip/config"),
     "a tokenizer byte": (_flip("tokenizer/tokenizer.json"), "tokenizer"),
     "no tokenizer": (lambda hub: shutil.rmtree(hub / "tokenizer"), "there is no .*tokenizer.json"),
-    "no weights": (lambda hub: (hub / "dvae/model.safetensors").unlink(), "missing or no whole"),
+    "no weights": (lambda hub: (hub / "dvae/model.safetensors").unlink(), "missing or not a whole"),
     "half a file": (
         lambda hub: (hub / "dvae/model.safetensors").write_bytes(b"\x10" + b"\0" * 99),
-        "missing or no whole safetensors",
+        "missing or not a whole safetensors",
     ),
     "a weight's byte": (
         _flip("dvae/model.safetensors"),

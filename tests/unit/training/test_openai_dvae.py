@@ -56,7 +56,7 @@ def test_what_was_exported_comes_back(exported: tuple[Path, Path], tmp_path: Pat
     )
     text = tapir("import", str(out), str(tmp_path / "back"), code=2)
     assert "holds a finished dVAE already" in text
-    assert "no multiple of 8" in tapir(
+    assert "not a multiple of 8" in tapir(
         "import", str(out), str(tmp_path / "x"), "--pixels=33", code=2
     )
 
@@ -93,5 +93,5 @@ def test_files_that_are_not_one_dvae_are_refused(
         with pytest.raises(InputError, match=reason):
             import_dvae(tmp_path, tmp_path / "run", 32)
     (tmp_path / "decoder.safetensors").write_bytes(b"1234567")
-    with pytest.raises(InputError, match="is no whole safetensors file"):
+    with pytest.raises(InputError, match="is not a whole safetensors file"):
         import_dvae(tmp_path, tmp_path / "run", 32)

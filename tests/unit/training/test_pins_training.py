@@ -185,7 +185,7 @@ def test_a_plateau_at_the_seams() -> None:
     plateau = Plateau()
     assert not plateau.observe(optim, 9, 8.0) and plateau.best == math.inf
     assert not plateau.observe(optim, 10, 8.0) and plateau.best == 8.0
-    assert plateau.observe(optim, 11, 4.0), "just half is no gain of half"
+    assert plateau.observe(optim, 11, 4.0), "just half is not a gain of half"
     assert plateau.best == 8.0 and plateau.since == 0 and plateau.halved == 1
     assert not plateau.observe(optim, 12, 3.9) and plateau.best == 3.9 and plateau.since == 0
     assert plateau.observe(optim, 12, 3.9) and plateau.halved == 2
@@ -419,7 +419,7 @@ def test_temperature_and_beta_of_a_step(step: int, tau: float | None, beta: floa
 
 
 def test_pictures_of_a_step_are_crops_by_key_and_squares_in_validation() -> None:
-    from data_pipeline.images.crops import decode_rgb
+    from data_pipeline.images.decode import decode_rgb
 
     task, record = _dvae_task(), _picture(3)
     image = decode_rgb(record.image, "x")

@@ -81,7 +81,7 @@ def test_a_plan_with_old_names_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"best": None, "alternatives": []}, "none of the plan's 0 ways"),
+        ({"best": None, "alternatives": []}, "none of the plan's 0 layouts"),
         ({"recompute": True}, r"nearest one has recompute True \(run: False\)"),
         ({"precision": "fp32"}, "precision fp32"),
         ({"micro_batch": 1}, "micro_batch 1"),
@@ -90,7 +90,7 @@ def test_a_plan_with_old_names_is_read(tmp_path: Path) -> None:
         ({"gpu": "cpu"}, "is for cpu; the run was on a GPU"),
         ({"seconds": {"compute": -1.0}}, "finite and not negative"),
         ({"seconds": {"compute": float("nan")}}, "finite and not negative"),
-        ({"seconds": {"compute": None}}, "is no plan"),
+        ({"seconds": {"compute": None}}, "is not a plan"),
     ],
 )
 def test_a_plan_of_something_else_is_refused(
@@ -106,16 +106,16 @@ def test_what_cannot_be_profiled_is_refused(dvae: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     plan.write_text("[]")
     for arguments, words in (
-        ([str(tmp_path)], "is no run folder .*has just been started"),
-        ([str(tmp_path / "no")], r"is no run folder \(no config.json\)"),
+        ([str(tmp_path)], "is not a run folder .*has just been started"),
+        ([str(tmp_path / "no")], r"is not a run folder \(no config.json\)"),
         ([str(dvae), "--trace"], "holds no trace"),
         ([str(dvae), "--last=-1", "--peak-tflops=nan"], "(?s)--last -1 must.*nan must be finite"),
         ([str(dvae), "--ranks", "0"], "give --trace-next 5, too"),
         ([str(dvae), "--trace", "--trace-next=1"], "give one of them"),
         ([str(dvae), "--trace", f"--plan={plan}"], "give one of them"),
         ([str(dvae), "--trace-next=1"], "has ended at step 6"),
-        ([str(tmp_path), "--trace-next=1"], "is no run folder"),
-        ([str(dvae), f"--plan={plan}"], "is no plan"),
+        ([str(tmp_path), "--trace-next=1"], "is not a run folder"),
+        ([str(dvae), f"--plan={plan}"], "is not a plan"),
     ):
         with pytest.raises(TapirError, match=words) as caught:
             profile(arguments)

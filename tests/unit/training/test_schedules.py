@@ -37,7 +37,10 @@ def test_a_part_of_a_run_ends_at_a_step_of_it() -> None:
     assert LoopConfig(steps=9).end == 9 and LoopConfig(steps=9, stop_at=4).end == 4
     assert not LoopConfig(steps=9, stop_at=9).problems()
     for until in (-1, 10):
-        assert f"stop_at={until} must lie in 0" in LoopConfig(steps=9, stop_at=until).problems()[0]
+        assert (
+            f"stop_at={until} must be 0 (all steps)"
+            in LoopConfig(steps=9, stop_at=until).problems()[0]
+        )
 
 
 def test_validations_in_the_warm_up_do_not_count() -> None:

@@ -74,7 +74,7 @@ WIDE = {"order": OrderConfig(lanes=128), "loop": LoopConfig(global_batch_size=12
         ),
         (
             PriorTrain(loop=LoopConfig(validate_every=0), checkpoint=CheckpointConfig(best=True)),
-            "checkpoint.best: of loop.steps=1000 only the last",
+            "checkpoint.best: only the last of loop.steps=1000",
         ),
         (
             PriorTrain(
@@ -85,9 +85,9 @@ WIDE = {"order": OrderConfig(lanes=128), "loop": LoopConfig(global_batch_size=12
         ),
         (DVAETrain(tau_fraction=0.0), "tau_fraction and beta_fraction must be above 0"),
         (DVAETrain(beta=-1.0), "beta must not be negative"),
-        (PriorTrain(data="gs://bucket/x"), "data='gs://bucket/x' is no store"),
+        (PriorTrain(data="gs://bucket/x"), "data='gs://bucket/x' is not a store"),
         (PriorTrain(checkpoint=CheckpointConfig(to="s3:///x")), "checkpoint.to='s3:///x' names no"),
-        (BPETrain(data="http://x"), "data='http://x' is no store"),
+        (BPETrain(data="http://x"), "data='http://x' is not a store"),
         (PriorTrain(out=Path("s3://bucket/x")), "out='s3:/bucket/x' must be a folder"),
     ],
 )

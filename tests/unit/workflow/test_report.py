@@ -173,12 +173,12 @@ def test_the_search_finds_and_sorts(tmp_path: Path) -> None:
     ask = f"""{script[1]}
     const rows = {json.dumps(rows)}, queries = {json.dumps([query for query, _ in SEARCHES])};
     console.log(JSON.stringify({{
-      found: queries.map(q => rows.filter(row => fits(row.caption, q)).map(row => row.place)),
+      matches: queries.map(q => rows.filter(row => fits(row.caption, q)).map(row => row.place)),
       orders: ["place", "score", "caption"].map(f => sorted(rows, f).map(row => row.place)),
     }}));"""
     done = subprocess.run(["node", "-e", ask], capture_output=True, text=True, check=True)
     results = json.loads(done.stdout)
-    assert results["found"] == [places for _, places in SEARCHES]
+    assert results["matches"] == [places for _, places in SEARCHES]
     assert results["orders"] == [[0, 1, 2], [1, 2, 0], [1, 0, 2]]
 
 

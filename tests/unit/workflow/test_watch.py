@@ -179,7 +179,7 @@ def test_a_finished_run_is_shown_and_ends(dvae: Path, tmp_path: Path) -> None:
     text = tapir("watch", str(dvae), str(dvae))
     assert text.count("6/6 (100%), epoch 0, finished") == 2
     assert "validation at 6" in " ".join(text.split()).replace("│ ", "")
-    assert "is no run folder" in tapir("watch", str(tmp_path), "--once", code=2)
+    assert "is not a run folder" in tapir("watch", str(tmp_path), "--once", code=2)
 
 
 def test_lines_and_durations_are_short() -> None:
