@@ -108,7 +108,9 @@ def _run() -> None:
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
         hint = errors.did_you_mean(verb, VERBS)
-        _fail(f"there is no verb {verb!r}{hint}\n{_help()}", errors.EXIT_WRONG_INPUT)
+        _fail(
+            f"there is no verb {verb!r}{hint}; `tapir --help` lists them", errors.EXIT_WRONG_INPUT
+        )
     module, function = VERBS[verb][0].split(":")
     try:
         importlib.import_module("core.log").set_up_logging()
