@@ -109,7 +109,7 @@ def _run() -> None:
     if verb not in VERBS:
         hint = errors.did_you_mean(verb, VERBS)
         _fail(
-            f"there is no verb {verb!r}{hint}; `tapir --help` lists them", errors.EXIT_WRONG_INPUT
+            f"there is no verb {verb!r}{hint} (`tapir --help` lists them)", errors.EXIT_WRONG_INPUT
         )
     module, function = VERBS[verb][0].split(":")
     try:
