@@ -31,8 +31,8 @@ class _CappedAdamW(torch.optim.Optimizer):
         self._start(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
 
     def _start(self, groups: list[dict[str, Any]], options: dict[str, Any]) -> None:
-        """Call the constructor of torch's optimiser; each subclass defines it."""
-        raise NotImplementedError
+        """Call the constructor of torch's optimiser."""
+        torch.optim.Optimizer.__init__(self, groups, options)
 
     def first_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """A step count of zero and zero moments, with the strides of their parameter.
@@ -107,9 +107,6 @@ class AdamW16(_CappedAdamW):
 
     moments = torch.bfloat16
     step_on_host = True
-
-    def _start(self, groups: list[dict[str, Any]], options: dict[str, Any]) -> None:
-        torch.optim.Optimizer.__init__(self, groups, options)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
