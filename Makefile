@@ -58,7 +58,7 @@ test-slow: $(DEV_STAMP) $(DOCS_STAMP) system
 	$(PYTEST) -m "slow and not big"
 
 test-fast: $(DEV_STAMP)
-	$(PYTEST) -m "not world and not slow and not big"
+	$(PYTEST) -m "not world and not seconds and not slow and not big"
 
 check: $(DEV_STAMP)
 	$(BIN)/ruff check .

@@ -81,6 +81,7 @@ def test_only_the_asked_bytes_are_fetched(tmp_path: Path, monkeypatch: pytest.Mo
     assert sorted(n for n in fetched if n is not None) == [4, 8]
 
 
+@pytest.mark.seconds
 def test_every_flipped_bit_is_refused_and_named(tmp_path: Path, fault: Record) -> None:
     fault(8, "bit flips in a checkpoint's files, its manifest included")
     draws, refused = random.Random(0), 0

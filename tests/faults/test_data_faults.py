@@ -25,6 +25,8 @@ from data_pipeline.text.captions import LONGEST, clean_caption
 from tests.faults.conftest import Record
 from tests.harness import ENVIRONMENT, tapir
 
+pytestmark = pytest.mark.seconds
+
 BODY = bytes(range(256)) * 4096
 """1 MB."""
 

@@ -22,6 +22,8 @@ from core.launch_environment import free_port
 from tests.faults.conftest import Record
 from tests.harness import ENVIRONMENT, PATIENCE, TAPIR
 
+pytestmark = pytest.mark.seconds
+
 HOST = socket.gethostname()
 NODE = (*TAPIR, "doctor", "--node", "--json")
 QUICK = (*TAPIR, "doctor", "--quick", "--json")

@@ -11,6 +11,8 @@ from tests.harness import rows_of, tapir
 from training.export.weights import read_description
 from training.run.folder import read_metrics
 
+pytestmark = pytest.mark.seconds
+
 BEFORE = Path(__file__).with_name("before")
 CAPTION = "a small red circle"
 FLAGS = """

@@ -84,6 +84,7 @@ def test_schedules_of_the_published_dvae() -> None:
     assert not paper.problems() and paper.loop.global_batch_size == 512
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("preset", "dim", "matrices", "total"),
     [

@@ -117,6 +117,7 @@ def test_torchrun_joins_ranks_as_the_reference_shows_it(
     assert [row["step"] for row in rows_of(tmp_path / "prior")] == [1, 2]
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("left", ["{}", ":", "{}/models:{}:"])
 def test_a_pythonpath_that_was_left_over_hides_nothing(tmp_path: Path, left: str) -> None:
     """Folders named like our packages are skipped, in children too; other packages still import."""

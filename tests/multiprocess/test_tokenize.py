@@ -53,6 +53,7 @@ def test_damaged_tokens_are_mended_and_other_pairs_refused(
     assert "holds tokens of other pairs" in tapir(*job, code=2)
 
 
+@pytest.mark.seconds
 def test_tokens_of_another_dvae_are_refused(
     raw: Path, bpe: Path, dvae: Path, tokens: Path, tmp_path: Path
 ) -> None:

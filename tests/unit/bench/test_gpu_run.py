@@ -110,6 +110,7 @@ def test_one_run_works_in_a_folder_and_cleans_up(number: int, code: int, tmp_pat
     assert first.wait(60) == code and not processes_with(f"junitxml={tmp_path}")
 
 
+@pytest.mark.seconds
 def test_without_a_gpu_it_is_refused_at_once(tmp_path: Path) -> None:
     environment = {**ENVIRONMENT, "OUT": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-P", str(ROOT / "tests" / "gpu" / "run.py")]

@@ -180,6 +180,7 @@ def test_ranks_meet_and_tell_rank_0(port: int) -> None:
     assert messages[1] == messages[2] == [["name of 0"], ["time of 0"]]
 
 
+@pytest.mark.seconds
 def test_strangers_and_missing_ranks_do_not_end_a_meeting(port: int) -> None:
     over = threading.Event()
 

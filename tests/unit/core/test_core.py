@@ -56,6 +56,7 @@ def test_problems_come_all_at_once_with_a_fix() -> None:
     assert "needs 4 ranks, but 3" in problems[1]
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -80,6 +81,7 @@ def test_wrong_command_lines_are_answered(arguments: list[str], expected: str) -
     assert expected in tapir(*arguments, code=2)
 
 
+@pytest.mark.seconds
 def test_wrong_environments_are_answered(tmp_path: Path) -> None:
     flags = ["pack", "shapes", "s3://bucket/x"]
     assert "http://host:port" in tapir(*flags, code=2, AWS_ENDPOINT_URL="127.0.0.1:9")
@@ -123,6 +125,7 @@ def test_a_full_disk_under_standard_output_is_named() -> None:
     assert done.stderr == b"tapir: cannot write to standard output: No space left on device\n"
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("arguments", [["--help"], ["tokenize", "--help"]])
 def test_a_closed_pipe_ends_a_command_quietly(arguments: list[str]) -> None:
     reading, writing = os.pipe()
@@ -166,6 +169,7 @@ def test_paths_that_are_no_utf8_are_kept_in_json() -> None:
     assert os.fsencode(json.loads(seal(value))["out"]) == b"/tmp/caf\xe9"
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("extra", [{"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}])
 def test_captions_and_paths_are_utf8_in_every_locale(extra: dict[str, str], tmp_path: Path) -> None:
     folder = tmp_path / 'caf\u00e9 \'a\n"b" %s {}'

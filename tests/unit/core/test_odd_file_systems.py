@@ -180,6 +180,7 @@ def test_an_owner_that_died_is_followed_and_one_elsewhere_is_not(
     assert not (tmp_path / ".lock-owner-old").exists()
 
 
+@pytest.mark.seconds
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler: apt install gcc")
 def test_a_job_runs_where_the_kernel_refuses_all_three(tmp_path: Path) -> None:
     odd, library = tmp_path / "odd", tmp_path / "odd.so"

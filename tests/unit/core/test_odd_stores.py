@@ -12,6 +12,8 @@ from core.storage.s3 import S3Store
 from core.storage.s3_answers import is_page
 from tests.odd_store import Answer, Bend, OddServer, error, odd_store
 
+pytestmark = pytest.mark.seconds
+
 Open = Callable[[Bend], tuple[S3Store, OddServer]]
 
 

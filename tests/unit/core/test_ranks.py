@@ -116,6 +116,7 @@ def test_odd_and_incomplete_variables_are_named(
     assert "a process alone needs none" in str(caught.value)
 
 
+@pytest.mark.seconds
 def test_a_left_over_world_size_ends_a_training_in_exit_code_2() -> None:
     text = tapir("train", "prior", "tiny", code=2, WORLD_SIZE="4")
     assert "WORLD_SIZE='4'" in text and "without RANK" in text and "Traceback" not in text

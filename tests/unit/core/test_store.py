@@ -56,6 +56,7 @@ def test_the_first_put_wins(store: Store) -> None:
     assert store.get("x") == b"first"
 
 
+@pytest.mark.seconds
 def test_wrong_bucket_and_wrong_key_exit_2_without_secrets(s3: ObjectServer) -> None:
     flags = ["train", "bpe", "tiny", "--data=s3://no-such-bucket/raw"]
     text = tapir(*flags, code=2, **s3.environment)
@@ -66,6 +67,7 @@ def test_wrong_bucket_and_wrong_key_exit_2_without_secrets(s3: ObjectServer) -> 
     assert "wrongsecretvalue" not in text
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("outage", [(1, 2), (2, 3)])
 def test_an_outage_at_the_start_of_a_job_is_waited_out(
     s3: ObjectServer, monkeypatch: pytest.MonkeyPatch, outage: tuple[int, ...]
@@ -160,6 +162,7 @@ def test_a_store_that_went_away_is_no_wrong_input(
         assert raised.value.exit_code == code
 
 
+@pytest.mark.seconds
 def test_a_silent_port_is_told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("core.storage.s3_clients._FIRST_SECONDS", 0.5)
     monkeypatch.setattr("core.storage.s3_retry.FIRST_PATIENCE", 1.0)

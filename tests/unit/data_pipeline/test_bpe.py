@@ -66,6 +66,7 @@ def test_every_gloss_comes_back(tokenizer: Tokenizer) -> None:
         assert tokenizer.decode(encode(tokenizer, text)) == text
 
 
+@pytest.mark.seconds
 def test_without_dropout_all_three_agree(tokenizer: Tokenizer) -> None:
     pytest.importorskip("subword_nmt", reason=DEVELOPERS)
     plain, published = DropoutEncoder(tokenizer, 0.0), pieces_of_subword_nmt(tokenizer, 0.0)
@@ -75,6 +76,7 @@ def test_without_dropout_all_three_agree(tokenizer: Tokenizer) -> None:
         assert tuple(tokenizer.id_to_token(i) for i in ids) == published(word)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_dropouts_statistics_are_the_published_ones(tokenizer: Tokenizer, rate: float) -> None:
     """Mean pieces a word, and how many words have 1, 2, 3 and more pieces."""

@@ -224,6 +224,7 @@ def test_one_is_drawn_by_key_and_each_as_often() -> None:
     assert _far_from_even(steps) < 25
 
 
+@pytest.mark.seconds
 def test_clip_and_tokens_read_a_drawn_one_and_the_tokenizer_all(
     several: FolderStore, dvae: Path, tmp_path: Path
 ) -> None:
@@ -284,6 +285,7 @@ def test_the_share_of_captions_that_are_cut_is_logged_once(
         assert (message in caplog.text) == (cut > 0) == bool(caplog.records)
 
 
+@pytest.mark.seconds
 def test_a_run_and_a_prompt_say_what_is_cut(
     tokens: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

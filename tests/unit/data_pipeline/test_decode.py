@@ -187,6 +187,7 @@ def test_animations_are_refused_and_animations_of_one_picture_are_pictures() -> 
                 look(two, "x")
 
 
+@pytest.mark.seconds
 def test_whatever_is_accepted_decodes_and_all_else_is_an_input_error() -> None:
     outcomes = try_flips(6000, 24)
     assert outcomes.total() == 6000

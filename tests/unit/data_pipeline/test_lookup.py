@@ -49,6 +49,7 @@ def test_every_record_is_looked_up_by_its_id(stored: FolderStore) -> None:
             find_pair(stored, "train", source.blocks, text)
 
 
+@pytest.mark.seconds
 def test_seen_and_batch_say_what_a_run_reads(raw: Path, tmp_path: Path) -> None:
     settings = {"stage": "dvae", "data": str(raw), "out": str(tmp_path)}
     settings |= {

@@ -64,6 +64,7 @@ def _take(stream: Stream, count: int) -> list[tuple[list[int], StreamState]]:
     return taken
 
 
+@pytest.mark.seconds
 @settings(max_examples=40, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 9), min_size=16, max_size=60),

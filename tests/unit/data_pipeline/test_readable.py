@@ -93,6 +93,7 @@ def test_a_training_reads_the_first_readable_pair_in_its_place(
             assert torch.equal(second["text"][1], first["text"][1])
 
 
+@pytest.mark.seconds
 def test_a_run_counts_them_and_ends_well(packed: FolderStore, tmp_path: Path) -> None:
     run = tmp_path / "run"
     flags = [
@@ -123,6 +124,7 @@ def test_nothing_readable_is_an_error(packed: FolderStore, tmp_path: Path) -> No
         DVAETask(_settings(dvae_tiny(), store))
 
 
+@pytest.mark.seconds
 def test_the_token_job_rejects_them(
     packed: FolderStore, bpe: Path, dvae: Path, tmp_path: Path
 ) -> None:
@@ -149,6 +151,7 @@ def test_overlap_leaves_them_out_and_compares_with_the_others(
     assert write_likeness(overlap, tmp_path)["unreadable"] == 3
 
 
+@pytest.mark.seconds
 def test_scores_skip_unreadable_pictures(tmp_path: Path) -> None:
     coco = write_coco(tmp_path / "coco", 16)
     captions = [caption.text for caption in open_evaluation(f"coco:{coco}").captions]

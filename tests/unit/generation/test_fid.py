@@ -24,6 +24,7 @@ def _features(rows: int, width: int, seed: int, rank: int = 0) -> Any:
     return (mixed / 3 + rng.normal(size=width)).astype(np.float32)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("rows", "width", "rank"), [(400, 24, 0), (300, 40, 7), (20, 64, 0), (2, 16, 0)]
 )

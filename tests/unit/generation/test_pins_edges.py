@@ -33,6 +33,7 @@ def _decoded(decoder: Decoder) -> list[Any]:
     return [None if x is None else x.tolist() for x in logits]
 
 
+@pytest.mark.seconds
 def test_two_stages_decode_as_one_does(tmp_path: Path) -> None:
     layers = trained_like()
     names = list(layers)

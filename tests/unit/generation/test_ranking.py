@@ -115,6 +115,7 @@ def test_folders_that_are_not_whole_are_refused(folder: Path) -> None:
         open_ranker(folder, folder)
 
 
+@pytest.mark.seconds
 def test_a_pickle_is_refused_with_the_command_that_converts_it(folder: Path) -> None:
     weights = load_file(folder / WEIGHTS)
     torch.save({"state_dict": weights}, folder / "open_clip_pytorch_model.bin")

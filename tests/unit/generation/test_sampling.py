@@ -120,6 +120,7 @@ def test_draws_are_those_of_the_definition(
     assert draw(decoder, text, keys, settings).equal(by_definition(layers, text, keys, settings))
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("close", [choosing.CLOSE, 0.5], ids=["as is", "most draws recomputed"])
 def test_a_key_gives_one_picture_whatever_the_batch(
     layers: nn.ModuleDict, decoder: Decoder, close: float, monkeypatch: pytest.MonkeyPatch
@@ -263,6 +264,7 @@ def test_each_weight_layout_computes_its_layer(
     assert layer._half is None or held.untyped_storage().nbytes() == 0, "weights are held twice"
 
 
+@pytest.mark.seconds
 def test_bf16_needs_no_instructions_of_its_own() -> None:
     """In a new process: oneDNN reads its instruction limit when it is loaded."""
     code = (

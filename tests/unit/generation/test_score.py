@@ -38,6 +38,8 @@ from tests.second_device import SECOND
 from tests.unit.finished import write_models
 from tests.unit.layouts import write_coco, write_cub
 
+pytestmark = pytest.mark.seconds
+
 CONFIG = ScoreConfig(candidates=2, captions=22, block=5, radii=(0.0, 1.0, 4.0))
 ALONE = JobWorker(number=0, count=1)
 

@@ -25,6 +25,8 @@ from tests.unit.generation.test_sampling import draw, keys_of
 from tests.unit.layouts import write_coco
 from tests.unit.models.test_models import CONFIG, trained_like
 
+pytestmark = pytest.mark.seconds
+
 ALONE = JobWorker(number=0, count=1)
 
 

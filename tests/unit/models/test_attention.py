@@ -99,6 +99,7 @@ def test_few_blocks_of_a_transposed_column_mask_are_used() -> None:
     assert used < 0.35
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("kind", ["row", "column", "conv"])
 def test_flexible_attention_in_eager_mode_equals_the_dense_definition(kind: Kind) -> None:
     q, k, v, _ = _inputs(64, 8)
@@ -113,6 +114,7 @@ def test_each_shape_has_a_kernel_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     assert flex._compiled.__wrapped__() == (flex.flex_attention, {"dynamic": False})
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("kind", ["row", "column", "conv"])
 def test_flexible_attention_is_compiled_and_equals_the_dense_definition(kind: Kind) -> None:
     """Inductor compiles it (on a CPU only the forward pass). A GPU's kernel is compared elsewhere;

@@ -210,6 +210,7 @@ def test_what_older_versions_wrote_tells_nothing_and_is_read(chain: Chain, tmp_p
     assert read_manifest(tokens, "train/", TOKENS).fingerprint == before.fingerprint
 
 
+@pytest.mark.seconds
 def test_fp32_codes_of_all_devices_may_mix_and_16_bits_may_not(chain: Chain) -> None:
     elsewhere = replace(chain, device=META)
     assert elsewhere.tokenize() == 0
@@ -219,6 +220,7 @@ def test_fp32_codes_of_all_devices_may_mix_and_16_bits_may_not(chain: Chain) -> 
         elsewhere.tokenize("bf16", "half")
 
 
+@pytest.mark.seconds
 def test_tokens_are_made_where_the_worker_is(chain: Chain) -> None:
     """The second device has the CPU's kernels, so its shards are the CPU's byte for byte."""
     assert replace(chain, device=SECOND).tokenize(place="second") == 5

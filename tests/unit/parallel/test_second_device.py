@@ -45,6 +45,8 @@ from training.recovery import diverge, replay
 from training.stages import make_task
 from training.trainer import Run
 
+pytestmark = pytest.mark.seconds
+
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, kind: Any, text: int, grid: int, conv: int) -> Tensor:
     mask = full_mask(kind, text, grid, conv).to(q.device)

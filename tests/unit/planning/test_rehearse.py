@@ -197,6 +197,7 @@ def test_a_host_tensor_on_all_ranks_is_reported(pool: Pool) -> None:
     assert "validation.py" in mismatch.report() and "on cpu (gloo)" in mismatch.report()
 
 
+@pytest.mark.seconds
 def test_too_few_validation_samples_fail_the_first_validation(
     pool: Pool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

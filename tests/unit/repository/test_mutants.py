@@ -133,6 +133,7 @@ def test_survivors_are_known_or_new(
     assert report.tell(killers) == 1
 
 
+@pytest.mark.seconds
 def test_what_others_take_of_a_core_is_not_a_forks_time() -> None:
     """Four forks need 0.3 s of one core each: the last ends after 1.2 s, and its limit is 0.9 s."""
     core = min(os.sched_getaffinity(0))

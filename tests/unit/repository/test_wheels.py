@@ -119,6 +119,7 @@ def test_laying_that_is_killed_leaves_no_pip_and_no_folder(
     assert list(Path(wheels).iterdir()) == []
 
 
+@pytest.mark.seconds
 def test_wheels_install_beside_this_python_without_an_index(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,6 +103,7 @@ def test_plans_resolve_auto_from_the_hardware() -> None:
     assert planned(KNOWN["h100"]) == "bf16" and planned(KNOWN["v100-16gb"]) == "fp16"
 
 
+@pytest.mark.seconds
 def test_a_resumed_run_keeps_its_precision_and_logs_what_this_machine_would_choose(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

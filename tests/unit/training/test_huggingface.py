@@ -357,6 +357,7 @@ def _first(run: Path, step: int | None = None) -> torch.Tensor:
     return next(load_prior(run, step)[0].parameters()).detach()
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("where", ["run", "folder", "s3"])
 def test_a_run_that_has_not_ended_gives_its_newest_checkpoint(
     where: str, runs: Path, tmp_path: Path, request: pytest.FixtureRequest

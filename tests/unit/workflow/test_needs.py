@@ -271,6 +271,7 @@ def test_inputs_that_nobody_makes_are_refused_before_anything_is_sent(
     assert not missing_inputs(run, settings_of_stages(run), "kubernetes")  # not its volumes
 
 
+@pytest.mark.seconds
 def test_submit_ignores_a_store_that_is_out_of_reach(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

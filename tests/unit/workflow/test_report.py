@@ -182,6 +182,7 @@ def test_the_search_finds_and_sorts(tmp_path: Path) -> None:
     assert results["orders"] == [[0, 1, 2], [1, 2, 0], [1, 0, 2]]
 
 
+@pytest.mark.seconds
 def test_sections_appear_with_their_data(tmp_path: Path) -> None:
     bare = _page(demo_folder(tmp_path / "bare"))
     assert bare.count("<svg") == 1 and "Caption accuracy" not in bare and "blur" not in bare
