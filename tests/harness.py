@@ -25,7 +25,7 @@ EVERYTHING = [*PRELOAD, *(m for name in ENGINES for m in modules_of(name, True))
 TAPIR = [sys.executable, "-P", "-m", "tapir"]
 PATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 """Where children find this tree, and what was installed beside this Python."""
-LONGEST = 600.0
+LONGEST = 1800.0
 """Seconds of one command."""
 READ_LATE = ("AWS_", "WORLD_SIZE", "RANK", "MASTER_")
 """Variables that are read when a verb runs; others may be read by an import."""
@@ -33,7 +33,7 @@ COLD = 2
 """Commands of a session before a process is made warm for the others (tests/warm.py)."""
 _cold = 0 if "TAPIR_COLD" not in os.environ else -(10**9)
 os.environ["PYTHONPATH"] = PATH  # a forkserver does not import from the current folder
-PATIENCE = 300.0
+PATIENCE = 900.0
 """Seconds that a test waits for what should take a few; other workers may keep all cores busy."""
 _STARTED: list["subprocess.Popen[bytes]"] = []
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATH}
