@@ -227,6 +227,7 @@ class Run:
             engine=settings.engine,
             compress=settings.compress,
             seed=settings.loop.seed,
+            errors=settings.checkpoint.errors,
             judge=self.recovery.guard.judge,
         )
 
@@ -235,6 +236,7 @@ class Run:
             self.log.note("save_error", error)
 
     def _slices(self) -> Iterator[StateSlice]:
+        yield from self.engine.error_slices()
         yield from self.engine.state_slices()
         yield from self.average.slices()
 
