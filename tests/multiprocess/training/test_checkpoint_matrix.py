@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from checkpoint.reader import open_checkpoint
 from parallel.config import CompressConfig, EngineConfig, MeshConfig
@@ -195,6 +196,29 @@ def test_without_its_error_buffers_a_run_is_another(
     after, expected = rows_of(tmp_path), rows_of(averaged)[SAVED:]
     assert largest_difference(expected, after, "loss") > 100 * BOUND
     assert largest_difference(expected, after, "grad_norm") > 100 * BOUND
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["TP2xPP2xDP2", "8"])
+def test_eight_ranks_write_the_model_together(layout: str, tokens: Path, tmp_path: Path) -> None:
+    """Eight files that safetensors loads, none above 1.5 times the mean, whatever the mesh."""
+    short = {"steps": 2, "global_batch_size": 16, "validate_every": 0, "validation_samples": 32}
+    parts = {"model": {"dim": 96, "heads": 6}, "loop": short}
+    settings = _settings(tokens, tmp_path, layout, checkpoint={"shard_gigabytes": 0.0}, **parts)
+    train_with("nothing", settings)
+    paths = sorted(tmp_path.glob("model-*.safetensors"))
+    sizes = [path.stat().st_size for path in paths]
+    assert len(paths) == 8 and max(sizes) <= 1.5 * sum(sizes) / 8
+    tensors = {name: value for path in paths for name, value in load_file(path).items()}
+    last = open_checkpoint(str(tmp_path / "checkpoints/step-2"))
+    assert tensors.keys() == last.shapes().keys() and not (tmp_path / "model.safetensors").exists()
+    assert all(value.equal(last.tensor(name, "ema")) for name, value in tensors.items())
+    model = open_model(tmp_path, "prior")
+    assert all(model.read(name).equal(value) for name, value in tensors.items())
+    assert load_prior(tmp_path)[2]["step"] == 2
+    written = [path.stat().st_mtime_ns for path in paths]
+    train_with("nothing", settings)  # nothing is left to do
+    assert [path.stat().st_mtime_ns for path in paths] == written
 
 
 @pytest.mark.slow
