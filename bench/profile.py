@@ -20,6 +20,7 @@ from typing import Any
 from bench.support.rows import bench_row
 from bench.support.sizes import sized
 from bench.tokens import make_tokens
+from checkpoint.config import CheckpointConfig
 from cluster.launcher import launch
 from core.config import from_json, to_json
 from core.heartbeat import Heart
@@ -31,7 +32,7 @@ from parallel.engines.registry import modules_of
 from parallel.ledger import recorded
 from parallel.mesh import build_mesh
 from parallel.world import join_world, leave_world
-from training.config import CheckpointConfig, LoopConfig, PriorTrain
+from training.config import LoopConfig, PriorTrain
 from training.launch import PRELOAD
 from training.presets import prior_tiny
 from training.stages import make_task

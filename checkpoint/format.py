@@ -14,10 +14,14 @@ from typing import Protocol
 from torch import Tensor
 
 MANIFEST = "manifest.json"
-VERSION = 2
+VERSION, MEANS_VERSION = 2, 3
+"""Version 3 holds means of error buffers, which readers of version 2 would ignore."""
+MEAN_ERROR = "error"
+"""Kind of the mean of all replicas' error buffers."""
 KINDS = ("master", "exp_avg", "exp_avg_sq", "step")
 """fp32 weights, AdamW's moments, and the optimiser's step count. Compression adds `error@R`, the
-error buffer of replica R, and `basis`, a warm-started Q; fp16 adds `scale`, EMA adds `ema`.
+error buffer of replica R, or `error`, the mean of all, and `basis`, a warm-started Q; fp16 adds
+`scale`, EMA adds `ema`.
 """
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint.format import MANIFEST, VERSION
+from checkpoint.format import MANIFEST, MEANS_VERSION, VERSION
 from checkpoint.writer import DTYPES
 from core.errors import AbsentError, CheckpointError, CorruptError
 from core.files.atomic import Json, unseal
@@ -40,9 +40,10 @@ class CheckpointReader:
             raise CorruptError(
                 f"{path} is damaged: its digest does not match; an older checkpoint may be whole"
             ) from error
-        if manifest["version"] != VERSION:
+        if manifest["version"] not in (VERSION, MEANS_VERSION):
             raise CheckpointError(
-                f"{path} has format version {manifest['version']}, this Tapir reads {VERSION}"
+                f"{path} has format version {manifest['version']}, this Tapir reads {VERSION} and "
+                f"{MEANS_VERSION}"
             )
         self.facts: Json = manifest["facts"]
         self.files: list[Json] = manifest["files"]

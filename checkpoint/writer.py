@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint.format import MANIFEST, VERSION, StateSlice
+from checkpoint.format import MANIFEST, MEAN_ERROR, MEANS_VERSION, VERSION, StateSlice
 from core.errors import StoreError
 from core.files.atomic import Json, seal
 from core.storage.store import Store
@@ -42,7 +42,10 @@ def write_checkpoint(
     parts = [json.loads(text) for text in gather(json.dumps(mine))]
     errors = [part[_ERROR] for part in parts if _ERROR in part]
     if rank == 0 and not errors:
-        manifest = {"version": VERSION, "facts": facts, "files": [part for part in parts if part]}
+        files = [part for part in parts if part]
+        means = any(row["kind"] == MEAN_ERROR for part in files for row in part["slices"])
+        version = MEANS_VERSION if means else VERSION
+        manifest = {"version": version, "facts": facts, "files": files}
         try:
             store.put(f"{name}/{MANIFEST}", seal(manifest))
         except StoreError as error:

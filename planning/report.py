@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from core.memory import memory_unit, size_text
+from planning.checkpoint_size import checkpoint_bytes
 from planning.estimate.hardware import Hardware
 from planning.estimate.memory import CATEGORIES
 from planning.estimate.published import RUNS, predict
@@ -59,6 +60,7 @@ def candidate_json(candidate: Candidate) -> dict[str, Any]:
         "bytes": candidate.bytes_,
         "total_bytes": candidate.total,
         "start_up": start_json(candidate),
+        "checkpoint": checkpoint_json(candidate),
         "flags": flags_of(candidate),
     }
 
@@ -74,6 +76,14 @@ def start_json(candidate: Candidate) -> dict[str, int]:
         "ranks_a_node": start.ranks,
         "device": start.device,
     }
+
+
+def checkpoint_json(candidate: Candidate) -> dict[str, int]:
+    """Bytes of a checkpoint by part, and of all parts; empty for impossible settings."""
+    if not candidate.bytes_:
+        return {}
+    parts = checkpoint_bytes(candidate.settings)
+    return {**parts, "total": sum(parts.values())}
 
 
 def flags_of(candidate: Candidate) -> list[str]:
@@ -122,6 +132,7 @@ def show(result: SearchResult, parameters: int, hardware: Hardware) -> None:
     console = _console()
     if result.timed:
         console.print(_fitting(result, parameters, hardware), _spent(result.timed[0]))
+        console.print(_stored(result.timed[0].candidate))
     else:
         console.print(_title(result, parameters, hardware))
     rows = [row for row in _shown(result) if row.bytes_]
@@ -197,6 +208,13 @@ def _spent(row: Timed) -> Table:
     table = _table("a step of the first one, seconds", *shown)
     table.add_row(*(f"{value:.3g}" for value in shown.values()))
     return table
+
+
+def _stored(candidate: Candidate) -> str:
+    parts = checkpoint_json(candidate)
+    total = size_text(parts.pop("total"))
+    shares = ", ".join(f"{name} {size_text(count)}" for name, count in parts.items() if count)
+    return f"a checkpoint of the first one takes {total}: {shares}"
 
 
 def _bytes_table(rows: list[Candidate]) -> Table:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from checkpoint.config import CheckpointConfig
 from core.heartbeat import Heart
 from core.storage.store import FolderStore
 from core.workers import JobWorker
@@ -25,7 +26,6 @@ from parallel.world import World
 from training.auto_precision import settle_precision
 from training.config import (
     BPETrain,
-    CheckpointConfig,
     ClipTrain,
     DVAETrain,
     LoopConfig,

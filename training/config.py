@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from checkpoint.config import CheckpointConfig
 from cluster.config import SupervisorConfig
 from core.config import folder_problems, place_problems
 from data_pipeline.config import LoaderConfig, OrderConfig
@@ -49,32 +50,6 @@ class LoopConfig:
         if self.validate_every < 0:
             problems.append("loop.validate_every must not be negative; 0 = only at the end")
         return problems
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """When and where checkpoints are written, and which are kept."""
-
-    every: int = 200
-    """Steps between checkpoints; one is always written at the end."""
-    keep: int = 2
-    """Newest checkpoints to keep."""
-    keep_every_hours: float = 0.0
-    """Also keep one checkpoint per this many hours; 0 = none."""
-    best: bool = False
-    """Also keep the checkpoint with the lowest validation loss, among those of validated steps."""
-    to: str = ""
-    """s3://bucket/prefix or a folder; default: `checkpoints` in the run folder."""
-    async_save: bool = True
-    """Write in the background; needs host memory for a copy of this rank's state."""
-
-    def problems(self) -> list[str]:
-        problems = []
-        if min(self.every, self.keep) < 1:
-            problems.append("checkpoint.every and checkpoint.keep must be at least 1")
-        if not 0 <= self.keep_every_hours < math.inf:
-            problems.append("checkpoint.keep_every_hours must not be negative; 0 = none")
-        return problems + place_problems(self.to, "checkpoint.to")
 
 
 @dataclass(frozen=True, kw_only=True)

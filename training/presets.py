@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+from checkpoint.config import CheckpointConfig
 from data_pipeline.config import OrderConfig
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, OptimConfig
 from training.config import (
     BPETrain,
-    CheckpointConfig,
     ClipTrain,
     DVAETrain,
     LoopConfig,

@@ -22,7 +22,8 @@ from parallel.mesh import Mesh
 from parallel.precision import engine_numerics
 from training.config import StageConfig
 from training.ema import Average
-from training.export.weights import model_is_whole, save_model
+from training.export.save import FinishedModel, Writers, save_model
+from training.export.weights import model_is_whole
 from training.profiling.categories import CHECKPOINT, COMPUTE, DATA_WAIT, VALIDATION
 from training.profiling.profile import Profile, timed
 from training.recovery.rewind import Recovery, checkpoints_of_capsules
@@ -227,6 +228,7 @@ class Run:
             engine=settings.engine,
             compress=settings.compress,
             seed=settings.loop.seed,
+            errors=settings.checkpoint.errors,
             judge=self.recovery.guard.judge,
         )
 
@@ -235,6 +237,7 @@ class Run:
             self.log.note("save_error", error)
 
     def _slices(self) -> Iterator[StateSlice]:
+        yield from self.engine.error_slices()
         yield from self.engine.state_slices()
         yield from self.average.slices()
 
@@ -299,12 +302,16 @@ class Run:
         row = self.validate()
         if self._resumed_at != self.step:
             self._save_surely()
-        if self.world.rank == 0:
-            facts = {**self.task.facts(), "step": self.step, "validation": row}
-            facts["numerics"] = to_json(self.numerics)
-            model = to_json(self.task.model_config)
-            reader = CheckpointReader(self.checkpoints.store, f"step-{self.step}")
-            save_model(self.settings.out, self.stage, model, facts, reader)
+        facts = {**self.task.facts(), "step": self.step, "validation": row}
+        facts["numerics"] = to_json(self.numerics)
+        sizes = to_json(self.task.model_config)
+        save_model(
+            self.settings.out,
+            FinishedModel(stage=self.stage, config=sizes, facts=facts),
+            (self.checkpoints.store, f"step-{self.step}"),
+            1e9 * self.settings.checkpoint.shard_gigabytes,
+            Writers(rank=self.world.rank, size=self.world.size, gather=self.world.gather_text),
+        )
         self.world.barrier()
 
 

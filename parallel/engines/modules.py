@@ -8,18 +8,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from checkpoint.config import averages_errors
 from checkpoint.format import Reader, StateSlice
 from core.errors import ConfigError
 from core.log import LOG
 from parallel.compress.advisor import chosen_rank
 from parallel.compress.powersgd import MatrixShard, PowerSGD, Reduced, shard_rank
 from parallel.control import FIELDS, Decision, Judge, Vote, decide
+from parallel.engines.error_buffers import mean_slices, own_slices, read_errors
 from parallel.engines.protocol import EngineSettings, Losses, Program
 from parallel.mesh import Group, Mesh
 from parallel.placement import Placement, placement_of
 from parallel.scales import Scales
 
-ERROR, BASIS, SCALE = "error@", "basis", "scale"
+BASIS, SCALE = "basis", "scale"
 
 
 def mean_losses(seen: list[Losses], names: Sequence[str], mesh: Mesh) -> dict[str, float]:
@@ -151,6 +153,8 @@ class Compressor:
             error_feedback=settings.compress.error_feedback,
         )
         self._warm = settings.compress.warm_start
+        self._averages = averages_errors(settings.errors, group.size)
+        self._device = device
         LOG.info(
             "PowerSGD: %d matrices at rank %d between %d replicas",
             len(matrices),
@@ -203,12 +207,12 @@ class Compressor:
         }
 
     def slices(self) -> Iterator[StateSlice]:
-        """The error buffers of this replica, and (once) the warm-started Q."""
-        for name, error in self._powersgd.errors().items():
-            kind = f"{ERROR}{self._group.rank}"
-            part = self._matrices[name].slice(name, kind, 0, error.contiguous())
-            if part is not None:
-                yield part
+        """This replica's error buffers or run of their mean, and (once) the warm-started Q.
+
+        Collective over the replicas: all must exhaust it.
+        """
+        cut = mean_slices if self._averages else own_slices
+        yield from cut(self._powersgd.errors(), self._matrices, self._group)
         if self._warm and self._group.rank == 0:
             for name, basis in self._powersgd.bases().items():
                 part = self._basis_place(basis).slice(name, BASIS, 0, basis)
@@ -216,20 +220,11 @@ class Compressor:
                     yield part
 
     def load(self, reader: Reader) -> None:
-        """Load the buffers; if the replica count changed, each gets its share of their sum."""
+        """Load the buffers, or the mean of those of another number of replicas; collective."""
+        flat = read_errors(reader, self._matrices, self._group, self._device)
+        errors = {name: flat[name].view(place.rows, -1) for name, place in self._matrices.items()}
         drawn = self._powersgd.bases()
-        errors, bases = {}, {}
-        for name, place in self._matrices.items():
-            kinds = [kind for kind in reader.kinds(name) if kind.startswith(ERROR)]
-            mine = f"{ERROR}{self._group.rank}"
-            count = place.numel
-            if len(kinds) == self._group.size and mine in kinds:
-                error = place.read(reader, name, mine, 0, count)
-            else:
-                parts = [place.read(reader, name, kind, 0, count) for kind in kinds]
-                error = sum(parts, torch.zeros(count, device="cpu")) / self._group.size
-            errors[name] = error.view(place.rows, -1)
-            bases[name] = self._basis(reader, name, drawn[name])
+        bases = {name: self._basis(reader, name, drawn[name]) for name in self._matrices}
         self._powersgd.load(errors, bases)
 
     def _matrix(self, name: str, gradient: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from checkpoint.config import ErrorBuffers
 from checkpoint.format import Reader, StateSlice
 from core.errors import ConfigError
 from parallel.adamw import AdamW, AdamW16
@@ -69,6 +70,8 @@ class EngineSettings:
     engine: EngineConfig
     compress: CompressConfig
     seed: int
+    errors: ErrorBuffers = "auto"
+    """How checkpoints hold the error buffers of compression."""
     judge: Judge = accept_all
     """Returns why an update must be skipped, or nothing."""
 
@@ -183,10 +186,13 @@ class Engine(Protocol):
         """
 
     def state_slices(self) -> Iterator[StateSlice]:
-        """The parts of weights, moments and compression buffers that this rank saves."""
+        """The parts of weights, moments and gradient scales that this rank saves."""
+
+    def error_slices(self) -> Iterator[StateSlice]:
+        """The compression buffers that this rank saves; collective: all ranks must exhaust it."""
 
     def load_slices(self, reader: Reader) -> None:
-        """Take this rank's part of the state from a checkpoint of any mesh."""
+        """Take this rank's part of the state from a checkpoint of any mesh; collective."""
 
     def replicas(self) -> list[tuple[list[Tensor], Group]]:
         """Tensors that are equal on all ranks of a group between two steps."""

@@ -80,8 +80,6 @@ class ReferenceEngine:
         return losses
 
     def state_slices(self) -> Iterator[StateSlice]:
-        if self._compressor is not None:
-            yield from self._compressor.slices()
         yield from scale_slices(self._scales, self._mesh)
         if self._mesh.world.rank > 0:
             return
@@ -95,6 +93,10 @@ class ReferenceEngine:
                     part = self._places[name].slice(name, kind, 0, tensors[kind])
                     if part is not None:
                         yield part
+
+    def error_slices(self) -> Iterator[StateSlice]:
+        if self._compressor is not None:
+            yield from self._compressor.slices()
 
     @torch.no_grad()
     def load_slices(self, reader: Reader) -> None:

@@ -164,6 +164,19 @@ def slow(facts: Facts) -> None:
     _before_step(act)
 
 
+def errors(facts: Facts) -> None:
+    """Before one step, every replica's error buffers become their mean times a factor."""
+
+    def act(run: Any, step: int) -> None:
+        if step == facts["at"]:
+            compressor = run.engine._compressor
+            for batch in compressor._powersgd._batches:
+                dist.all_reduce(batch.error, group=compressor._group.handle)
+                batch.error *= facts["factor"] / compressor._group.size
+
+    _before_step(act)
+
+
 def clock(facts: Facts) -> None:
     """The wall clock jumps back a day, later forward two; steps are slow meanwhile."""
     real = time.time
@@ -189,6 +202,7 @@ PLANTS: dict[str, Callable[[Facts], None]] = {
         skip_collective,
         flip,
         slow,
+        errors,
         clock,
     )
 }

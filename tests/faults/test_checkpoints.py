@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from checkpoint.config import CheckpointConfig
 from checkpoint.format import StateSlice
 from checkpoint.reader import CheckpointReader, finished_steps, open_checkpoint
 from checkpoint.writer import write_checkpoint
@@ -18,7 +19,6 @@ from core.errors import CheckpointError, CorruptError, StoreError, StoreInputErr
 from core.storage.s3 import S3Store
 from core.storage.store import FolderStore
 from tests.faults.conftest import Record
-from training.config import CheckpointConfig
 from training.run.checkpoints import Checkpoints, Saved, kept_steps
 
 FLIPS = 1000

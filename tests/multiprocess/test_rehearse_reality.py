@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from checkpoint.config import CheckpointConfig, ErrorBuffers
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, OptimConfig
 from planning.rehearsal.pool import Pool
@@ -23,7 +24,12 @@ MODEL = PriorConfig(
 
 
 def prior(
-    mesh: MeshConfig, rank: int = 0, precision: Any = "fp32", samples: int = 2, **engine: Any
+    mesh: MeshConfig,
+    rank: int = 0,
+    precision: Any = "fp32",
+    samples: int = 2,
+    errors: ErrorBuffers = "auto",
+    **engine: Any,
 ) -> PriorTrain:
     """A small prior with a micro-batch of `samples`."""
     settings = EngineConfig(gradient_accumulation_steps=2, precision=precision, **engine)
@@ -32,6 +38,7 @@ def prior(
         mesh=mesh,
         engine=settings,
         compress=CompressConfig(rank=rank),
+        checkpoint=CheckpointConfig(errors=errors),
         loop=LoopConfig(global_batch_size=2 * samples * mesh.data),
         optim=OptimConfig(clip_norm=0.5),
     )
@@ -58,7 +65,9 @@ CASES: dict[str, tuple[str, Any]] = {
     ),
     "paper layout, 2 nodes of 2": (
         "prior",
-        prior(MeshConfig(data=4, nodes=2), rank=8, name="deepspeed_zero", zero_stage=3),
+        prior(
+            MeshConfig(data=4, nodes=2), rank=8, errors="mean", name="deepspeed_zero", zero_stage=3
+        ),
     ),
     "dVAE, DP2, ZeRO-2": (
         "dvae",

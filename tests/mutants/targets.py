@@ -22,6 +22,7 @@ _FILES = (
     "parallel/scales.py",
     "parallel/engines/protocol.py",
     "parallel/engines/modules.py",
+    "parallel/engines/error_buffers.py",
     "data_pipeline/streaming/order.py",
     "data_pipeline/images/crops.py",
     "data_pipeline/text/dropout.py",

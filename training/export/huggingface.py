@@ -28,7 +28,6 @@ from core.config import check, from_json, with_new_names, wrong_types
 from core.errors import CorruptError, InputError
 from core.files.atomic import (
     Json,
-    canonical_json,
     new_folder,
     seal,
     unseal,
@@ -37,11 +36,11 @@ from core.files.atomic import (
 )
 from core.log import LOG
 from data_pipeline.text.bpe import FILE, load_tokenizer
+from training.export.files import SHARDS, WEIGHTS, shard_names, write_index
 from training.export.model_card import model_card
 from training.export.weights import (
     CONFIG,
     KINDS,
-    WEIGHTS,
     Weights,
     facts_with_new_names,
     misfits,
@@ -49,7 +48,7 @@ from training.export.weights import (
     write_model,
 )
 
-INDEX, SHARDS = "model_index.json", f"{WEIGHTS}.index.json"
+INDEX = "model_index.json"
 TOKENIZER, BPE = "tokenizer", "bpe"
 VERSION = 1
 TIES = {"dvae": (), "prior": ("dvae", "tokenizer"), "clip": ("tokenizer",)}
@@ -141,15 +140,13 @@ def _write_part(model: Weights, folder: Path, most_bytes: int) -> Json:
     def read(name: str) -> Tensor:
         return _finite(model.read(prefix + name), name, model.where)
 
-    files = _cut(shapes, most_bytes)
-    for file, names in files.items():
+    cut = _cut(shapes, most_bytes)
+    for file, names in cut.items():
         inside = {name: shapes[name] for name in names}
         write_parts(folder / file, file_parts(inside, read, {"format": "pt"}))
     count = sum(math.prod(shape) for shape in shapes.values())
-    if len(files) > 1:
-        where = {name: file for file, names in files.items() for name in names}
-        sizes = {"total_size": 4 * count, "total_parameters": count}
-        write_atomic(folder / SHARDS, canonical_json({"metadata": sizes, "weight_map": where}))
+    if len(cut) > 1:
+        write_index(folder, cut, shapes)
     body = {
         "model_type": f"tapir-{model.stage}",
         "dtype": "float32",
@@ -158,8 +155,8 @@ def _write_part(model: Weights, folder: Path, most_bytes: int) -> Json:
         "sha256": model.digest,
     }
     write_atomic(folder / CONFIG, seal(json.loads(json.dumps(body))))
-    LOG.info("%s: %d parameters in %d file(s)", model.stage, count, len(files))
-    return {"sha256": model.digest, "parameters": count, "files": list(files)}
+    LOG.info("%s: %d parameters in %d file(s)", model.stage, count, len(cut))
+    return {"sha256": model.digest, "parameters": count, "files": list(cut)}
 
 
 def _cut(shapes: Shapes, most_bytes: int) -> dict[str, list[str]]:
@@ -173,10 +170,7 @@ def _cut(shapes: Shapes, most_bytes: int) -> dict[str, list[str]]:
             size = 0
         groups[-1].append(name)
         size += more
-    if len(groups) == 1:
-        return {WEIGHTS: groups[0]}
-    count = len(groups)
-    return {f"model-{i:05d}-of-{count:05d}.safetensors": g for i, g in enumerate(groups, 1)}
+    return dict(zip(shard_names(len(groups)), groups, strict=True))
 
 
 def import_parts(folder: Path, out: Path) -> list[str]:

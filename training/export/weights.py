@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from checkpoint.format import Reader
@@ -17,7 +16,7 @@ from checkpoint.reader import CheckpointReader, finished_steps
 from checkpoint.tensors import Read, Shapes, file_parts
 from core.config import from_json, with_new_names
 from core.errors import CorruptError, InputError
-from core.files.atomic import Json, seal, unseal, write_atomic, write_parts
+from core.files.atomic import Json, seal, unseal, write_atomic
 from core.log import LOG
 from core.renamed import FACTS, ROW, renamed
 from core.storage.store import Store, open_store
@@ -27,10 +26,18 @@ from models.dvae import DVAE
 from models.prior import build_prior
 from parallel.placement import placement_of
 from training.ema import EMA
+from training.export.files import (
+    SHARDS,
+    WEIGHTS,
+    WeightsFile,
+    open_weights,
+    verify_weights,
+    write_weights,
+)
 from training.run.config import config_of
 from training.stages import config_with_new_names
 
-WEIGHTS, DESCRIPTION, CONFIG = "model.safetensors", "model.json", "config.json"
+DESCRIPTION, CONFIG = "model.json", "config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +72,13 @@ class Weights:
     """Shapes by global name."""
     read: Read
     stated: str = ""
-    """Digest in its description; empty for a checkpoint."""
+    """Digest in its description; empty for a checkpoint, and for a model in several files."""
     run: Json = field(default_factory=dict)
     """Settings of its run; empty if unknown."""
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of the finished model's file, computed for a checkpoint."""
+        """sha256 of the model as one file; computed where it is stored otherwise."""
         if self.stated:
             return self.stated
         sha = hashlib.sha256()
@@ -80,26 +87,25 @@ class Weights:
         return sha.hexdigest()
 
 
-def save_model(folder: Path, stage: str, config: Json, facts: Json, reader: Reader) -> None:
-    """Write a finished model from a checkpoint: EMA weights if it has them, else the weights."""
-    write_model(folder, stage, config, facts, reader.shapes(), partial(_mean, reader))
-
-
 def write_model(
     folder: Path, stage: str, config: Json, facts: Json, shapes: Shapes, read: Read
 ) -> str:
     """Write a finished model (weights by global name, sizes, facts); returns its digest."""
-    digest = hashlib.sha256()
+    written = write_weights(folder / WEIGHTS, shapes, read, None)
+    write_description(folder, stage, config, facts, [written])
+    return written.sha256
 
-    def parts() -> Any:
-        for part in file_parts(shapes, read):
-            digest.update(part)
-            yield part
 
-    write_parts(folder / WEIGHTS, parts())
-    body = {"stage": stage, "config": config, "facts": facts, "sha256": digest.hexdigest()}
+def write_description(
+    folder: Path, stage: str, config: Json, facts: Json, files: Sequence[WeightsFile]
+) -> None:
+    """Describe a model whose weights are written; before this, there is no finished model."""
+    body: Json = {"stage": stage, "config": config, "facts": facts}
+    if len(files) == 1:
+        body["sha256"] = files[0].sha256
+    else:
+        body["files"] = [asdict(file) for file in files]
     write_atomic(folder / DESCRIPTION, seal(json.loads(json.dumps(body))))
-    return digest.hexdigest()
 
 
 def open_model(folder: Path, stage: str, step: int | None = None) -> Weights:
@@ -118,14 +124,7 @@ def describe(folder: Path, stage: str) -> Json:
     Raises: InputError if there is none; CorruptError if a byte changed.
     """
     body = read_description(folder, stage)
-    weights, digest = folder / WEIGHTS, ""
-    if weights.is_file():
-        with open(weights, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != body["sha256"]:
-        raise CorruptError(
-            f"{weights} is damaged or missing; the same `tapir train` makes it again"
-        )
+    verify_weights(folder, _files(body))
     return body
 
 
@@ -136,13 +135,15 @@ def read_model(folder: Path, stage: str) -> tuple[Json, dict[str, Tensor]]:
         "stage": stage,
         "config": weights.config,
         "facts": weights.facts,
-        "sha256": weights.stated,
+        "sha256": weights.digest,
     }
     return body, {name: weights.read(name) for name in weights.shapes}
 
 
 def read_description(folder: Path, stage: str) -> dict[str, Any]:
-    """Read a finished model's sizes, facts and digest; does not read its weights.
+    """Read a finished model's sizes, facts and digests; does not read its weights.
+
+    `sha256` is that of a model in one file; one in several files has a row for each in `files`.
 
     Raises: InputError if there is none; CorruptError if a byte changed.
     """
@@ -236,17 +237,25 @@ def misfits(stage: str, config: Any, shapes: Shapes) -> list[str]:
     return sorted(n for n in {*expected, *shapes} if expected.get(n) != shapes.get(n))
 
 
+def _files(body: Json) -> list[tuple[str, str]]:
+    """(name, sha256) of the files of a described model."""
+    if "files" in body:
+        return [(row["file"], row["sha256"]) for row in body["files"]]
+    return [(WEIGHTS, body["sha256"])]
+
+
 def _finished(folder: Path, stage: str) -> Weights:
     body = describe(folder, stage)
-    file = safe_open(str(folder / WEIGHTS), "pt")
+    names = [name for name, _ in _files(body)]
+    shapes, read = open_weights(folder, names)
     return Weights(
         stage=stage,
-        where=str(folder / WEIGHTS),
+        where=str(folder / (WEIGHTS if len(names) == 1 else SHARDS)),
         config=body["config"],
         facts=body["facts"],
-        shapes={name: tuple(file.get_slice(name).get_shape()) for name in file.keys()},  # noqa: SIM118
-        read=file.get_tensor,
-        stated=body["sha256"],
+        shapes=shapes,
+        read=read,
+        stated=body.get("sha256", ""),
         run=config_of(folder) if (folder / CONFIG).is_file() else {},
     )
 
@@ -271,7 +280,7 @@ def _unfinished(folder: Path, stage: str, step: int | None) -> Weights:
         config=config["model"],
         facts={**facts_with_new_names(facts["task"]), **told, "step": facts["step"]},
         shapes=reader.shapes(),
-        read=partial(_mean, reader),
+        read=partial(averaged_weight, reader),
         run=config,
     )
 
@@ -310,5 +319,6 @@ def _whole_checkpoint(folder: Path, stage: str, step: int | None) -> CheckpointR
     )
 
 
-def _mean(reader: Reader, name: str) -> Tensor:
+def averaged_weight(reader: Reader, name: str) -> Tensor:
+    """The EMA of a weight in a checkpoint, or the weight if there is none."""
     return reader.tensor(name, EMA if EMA in reader.kinds(name) else "master")

@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from checkpoint.config import CheckpointConfig
 from checkpoint.reader import CheckpointReader, finished_steps
 from checkpoint.saver import Saver
 from checkpoint.writer import Gather
@@ -11,7 +12,6 @@ from core.errors import CheckpointError, CorruptError
 from core.files.atomic import Json
 from core.log import LOG
 from core.storage.store import Store
-from training.config import CheckpointConfig
 
 _PROBE = "writable"
 

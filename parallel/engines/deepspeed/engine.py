@@ -108,9 +108,7 @@ class DeepSpeedEngine:
         return decision.clipped_by
 
     def state_slices(self) -> Iterator[StateSlice]:
-        """The slices that this rank saves: ZeRO's fragments, and compression buffers."""
-        if self._compressor is not None:
-            yield from self._compressor.slices()
+        """The slices that this rank saves: ZeRO's fragments, and gradient scales."""
         yield from scale_slices(self._scales, self._mesh)
         if self._mesh.between.rank > 0:
             return
@@ -129,6 +127,11 @@ class DeepSpeedEngine:
                 if "step" in part.state and part.start == 0 and place.first == 0:
                     data = part.state["step"].reshape(1)
                     yield StateSlice(name=name, kind="step", shape=(), start=0, data=data)
+
+    def error_slices(self) -> Iterator[StateSlice]:
+        """The compression buffers that this rank saves; collective over the replicas."""
+        if self._compressor is not None:
+            yield from self._compressor.slices()
 
     @torch.no_grad()
     def load_slices(self, reader: Reader) -> None:

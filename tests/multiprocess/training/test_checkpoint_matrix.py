@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from checkpoint.reader import open_checkpoint
 from parallel.config import CompressConfig, EngineConfig, MeshConfig
@@ -45,6 +46,12 @@ LAYOUTS = {
     "TP2xDP2 ZeRO-2": _zero(2, tensor=2, data=2),
     "paper 2x2": _zero(3, data=4, nodes=2),
 }
+REPLICAS = {
+    "4": _zero(1, data=4),
+    "2": _zero(2, data=2),
+    "8": _zero(1, data=8),
+}
+"""Layouts whose shards of a matrix, and so their Q, are the same."""
 """TP4 pads the 6 heads to 8."""
 ALL = [(a, b) for a in LAYOUTS for b in LAYOUTS if a != b]
 SOME = [
@@ -60,7 +67,7 @@ PAIRS = ALL if os.environ.get("TAPIR_MATRIX") == "all" else SOME
 
 
 def _settings(tokens: Path, out: Path, layout: str, **parts: dict[str, Any]) -> PriorTrain:
-    mesh, engine = LAYOUTS[layout]
+    mesh, engine = (LAYOUTS | REPLICAS)[layout]
     engine = replace(engine, precision="fp32", matmul_precision="highest")
     settings = replace(prior_tiny(), data=str(tokens), out=out, mesh=mesh, engine=engine)
     small: dict[str, dict[str, Any]] = {
@@ -148,6 +155,70 @@ def test_a_compressed_run_resumes_bit_equal(layout: str, tokens: Path, tmp_path:
         assert [row[field] for row in after] == [row[field] for row in expected]
     models = [(run.out / "model.safetensors").read_bytes() for run in runs]
     assert models[0] == models[1]
+
+
+@pytest.fixture(scope="module")
+def averaged(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on 4 replicas that saves the mean of their error buffers, and goes on with it."""
+    out = tmp_path_factory.mktemp("averaged")
+    train_with("errors", _averaging(tokens, out, "4"), at=SAVED + 1, factor=1)
+    return out
+
+
+def _averaging(tokens: Path, out: Path, layout: str) -> PriorTrain:
+    saves = {"every": SAVED, "keep": 9, "errors": "mean"}
+    return replace(
+        _settings(tokens, out, layout, checkpoint=saves), compress=CompressConfig(rank=2)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", REPLICAS)
+def test_the_mean_of_the_error_buffers_is_owed_on_any_number_of_replicas(
+    layout: str, averaged: Path, tokens: Path, tmp_path: Path
+) -> None:
+    """Equal to the run whose buffers were replaced by their mean in memory at that step."""
+    _from_half(averaged, tmp_path)
+    train_with("nothing", _averaging(tokens, tmp_path, layout))
+    after, expected = rows_of(tmp_path), rows_of(averaged)[SAVED:]
+    assert len(after) == STEPS - SAVED
+    for field in ("loss", "grad_norm"):
+        assert largest_difference(expected, after, field) < BOUND, field
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["4", "2"])
+def test_without_its_error_buffers_a_run_is_another(
+    layout: str, averaged: Path, tokens: Path, tmp_path: Path
+) -> None:
+    _from_half(averaged, tmp_path)
+    train_with("errors", _averaging(tokens, tmp_path, layout), at=SAVED + 1, factor=0)
+    after, expected = rows_of(tmp_path), rows_of(averaged)[SAVED:]
+    assert largest_difference(expected, after, "loss") > 100 * BOUND
+    assert largest_difference(expected, after, "grad_norm") > 100 * BOUND
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["TP2xPP2xDP2", "8"])
+def test_eight_ranks_write_the_model_together(layout: str, tokens: Path, tmp_path: Path) -> None:
+    """Eight files that safetensors loads, none above 1.5 times the mean, whatever the mesh."""
+    short = {"steps": 2, "global_batch_size": 16, "validate_every": 0, "validation_samples": 32}
+    parts = {"model": {"dim": 96, "heads": 6}, "loop": short}
+    settings = _settings(tokens, tmp_path, layout, checkpoint={"shard_gigabytes": 0.0}, **parts)
+    train_with("nothing", settings)
+    paths = sorted(tmp_path.glob("model-*.safetensors"))
+    sizes = [path.stat().st_size for path in paths]
+    assert len(paths) == 8 and max(sizes) <= 1.5 * sum(sizes) / 8
+    tensors = {name: value for path in paths for name, value in load_file(path).items()}
+    last = open_checkpoint(str(tmp_path / "checkpoints/step-2"))
+    assert tensors.keys() == last.shapes().keys() and not (tmp_path / "model.safetensors").exists()
+    assert all(value.equal(last.tensor(name, "ema")) for name, value in tensors.items())
+    model = open_model(tmp_path, "prior")
+    assert all(model.read(name).equal(value) for name, value in tensors.items())
+    assert load_prior(tmp_path)[2]["step"] == 2
+    written = [path.stat().st_mtime_ns for path in paths]
+    train_with("nothing", settings)  # nothing is left to do
+    assert [path.stat().st_mtime_ns for path in paths] == written
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from checkpoint.config import CheckpointConfig
 from cluster.chain import Resources
 from cluster.config import SupervisorConfig
 from core import renamed as table
@@ -25,7 +26,6 @@ from parallel.config import EngineConfig, MeshConfig, OptimConfig
 from planning.config import ClusterFlags
 from training.config import (
     BPETrain,
-    CheckpointConfig,
     DVAETrain,
     LoopConfig,
     PriorTrain,

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,12 +17,9 @@ from core.storage.store import FolderStore
 from models.config import PriorConfig
 from models.prior import COMPRESSED, PriorBlock, build_prior, prior_layers
 from parallel.balance import balanced_starts
-from parallel.compress.powersgd import MatrixShard, shard_rank
-from parallel.config import CompressConfig, EngineConfig, MeshConfig, ModelSizes, OptimConfig
-from parallel.device import CPU
-from parallel.engines.modules import Compressor
-from parallel.engines.protocol import EngineSettings
-from parallel.mesh import Group, RankCoordinates, axis_ranks, coordinates_of, rank_at
+from parallel.compress.powersgd import shard_rank
+from parallel.config import CompressConfig, EngineConfig, MeshConfig, ModelSizes
+from parallel.mesh import RankCoordinates, axis_ranks, coordinates_of, rank_at
 from parallel.placement import Placement, placement_of, rows_of
 from parallel.tensor.ops import TensorParallel
 from parallel.world import srun_ranks
@@ -165,31 +161,6 @@ def test_impossible_choices_are_named_with_the_nearest_possible(
 
 def test_compression_of_a_negative_rank_is_refused() -> None:
     assert CompressConfig(rank=-1).problems()
-
-
-def test_error_buffers_of_other_machines_are_summed_and_divided(tmp_path: Path) -> None:
-    """Two replicas' buffers, loaded by one replica and by one of four."""
-    place = Placement(shape=(4, 6), first=0, rows=4, split=False)
-    compress = CompressConfig(rank=2)
-    settings = EngineSettings(optim=OptimConfig(), engine=EngineConfig(), compress=compress, seed=0)
-    shards = [MatrixShard(name="w", rows=4, columns=6)]
-    slices, sums = [], torch.zeros(4, 6)
-    for replica in range(2):
-        one = Compressor({"w": place}, shards, 2, settings, Group(), Group(), CPU)
-        draws = torch.Generator().manual_seed(replica)
-        one.reduce({"w": torch.randn(4, 6, generator=draws)})
-        error = next(iter(one.slices()))
-        slices.append(replace(error, kind=f"error@{replica}"))
-        sums += error.data.view(4, 6)
-    assert sums.abs().max() > 0.1
-    write_checkpoint(FolderStore(tmp_path), "step-1", slices, {}, 0, lambda text: [text])
-    reader = open_checkpoint(f"{tmp_path}/step-1")
-    for size in (1, 4):
-        group = Group(None, 0, size)
-        other = Compressor({"w": place}, shards, 2, settings, group, Group(), CPU)
-        other.load(reader)
-        buffer = next(iter(other.slices())).data.view(4, 6)
-        torch.testing.assert_close(buffer, sums / size)
 
 
 @pytest.mark.parametrize(

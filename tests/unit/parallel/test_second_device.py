@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import models.prior
+from checkpoint.config import CheckpointConfig
 from checkpoint.reader import open_checkpoint
 from checkpoint.writer import write_checkpoint
 from core.config import to_json
@@ -39,7 +40,7 @@ from parallel.scales import Scale, Scales
 from parallel.world import World
 from tests.harness import rows_of
 from tests.second_device import SECOND, SecondTensor
-from training.config import CheckpointConfig, LoopConfig, StageConfig
+from training.config import LoopConfig, StageConfig
 from training.presets import PRESETS
 from training.recovery import diverge, replay
 from training.stages import make_task

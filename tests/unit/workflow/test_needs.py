@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from checkpoint.config import CheckpointConfig
 from cli.cluster import submit
 from cli.plan import plan
 from cli.train import train
@@ -39,7 +40,6 @@ from tests.harness import tapir
 from tests.unit.finished import write_models
 from training.config import (
     BPETrain,
-    CheckpointConfig,
     ClipTrain,
     DVAETrain,
     LoopConfig,

@@ -1,0 +1,132 @@
+"""Write the finished model of a run from its last checkpoint, by all ranks if it is large."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from checkpoint.reader import CheckpointReader
+from checkpoint.tensors import Read, Shapes
+from checkpoint.writer import Gather
+from core.errors import StoreError, TapirError, if_full
+from core.files.atomic import Json
+from core.log import LOG
+from core.storage.store import Store
+from training.export.files import (
+    SHARDS,
+    WEIGHTS,
+    WeightsFile,
+    cut_evenly,
+    write_index,
+    write_weights,
+)
+from training.export.weights import DESCRIPTION, averaged_weight, write_description
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writers:
+    """The ranks that write a model together."""
+
+    rank: int
+    size: int
+    gather: Gather
+
+    def together(self, work: Callable[[], Any]) -> list[Any]:
+        """Do this rank's part of some work; returns the results of all ranks, as JSON.
+
+        Raises: StoreError, on every rank, naming each that failed and why.
+        """
+        mine: Json = {}
+        try:
+            mine["result"] = work()
+        except OSError as error:
+            mine["error"] = f"rank {self.rank}: {error}{if_full(error)}"
+        except TapirError as error:
+            mine["error"] = f"rank {self.rank}: {error}"
+        answers = [json.loads(text) for text in self.gather(json.dumps(mine))]
+        if errors := [answer["error"] for answer in answers if "error" in answer]:
+            raise StoreError(f"the finished model was not written: {'; '.join(errors)}")
+        return [answer["result"] for answer in answers]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedModel:
+    """What a finished model says about itself."""
+
+    stage: str
+    config: Json
+    """The network's sizes."""
+    facts: Json
+    """Facts about its training."""
+
+
+def save_model(
+    folder: Path,
+    model: FinishedModel,
+    checkpoint: tuple[Store, str],
+    most_bytes: float,
+    writers: Writers,
+) -> None:
+    """Write a finished model: EMA weights if the checkpoint has them, else the weights; collective.
+
+    A model above `most_bytes` is cut into files of about equal size, each written by another rank,
+    which reads only its own tensors. The description is removed first and written last: in between,
+    and after a crash, readers find the checkpoint instead.
+    Raises: StoreError, on every rank, if one could not write.
+    """
+    reader = CheckpointReader(*checkpoint)
+    shapes, read = reader.shapes(), partial(averaged_weight, reader)
+    large = 4 * sum(prod(shape) for shape in shapes.values()) > most_bytes
+    files = cut_evenly(shapes, writers.size if large else 1)
+    first = writers.rank == 0
+    writers.together(lambda: _remove_old(folder, files) if first else None)
+    mine = _share(list(files), writers)
+    rows = writers.together(
+        lambda: [asdict(_write(folder, file, files, shapes, read)) for file in mine]
+    )
+    written = {row["file"]: WeightsFile(**row) for share in rows for row in share}
+
+    def describe() -> None:
+        for file in files:
+            if _unseen(folder / file, written[file]):
+                LOG.warning(
+                    "%s is not seen on rank 0's node: is --out on a file system of all nodes? rank "
+                    "0 writes it, too",
+                    folder / file,
+                )
+                _write(folder, file, files, shapes, read)
+        if len(files) > 1:
+            write_index(folder, files, shapes)
+        order = [written[file] for file in files]
+        write_description(folder, model.stage, model.config, model.facts, order)
+
+    writers.together(lambda: describe() if first else None)
+
+
+def _share(files: list[str], writers: Writers) -> list[str]:
+    """The files that this rank writes, spread evenly over the ranks, and so over the nodes."""
+    count = len(files)
+    return [f for i, f in enumerate(files) if i * writers.size // count == writers.rank]
+
+
+def _write(
+    folder: Path, file: str, files: Mapping[str, list[str]], shapes: Shapes, read: Read
+) -> WeightsFile:
+    inside = {name: shapes[name] for name in files[file]}
+    return write_weights(folder / file, inside, read, {"format": "pt"} if len(files) > 1 else None)
+
+
+def _remove_old(folder: Path, files: Mapping[str, list[str]]) -> None:
+    """Remove an older model's description, then those of its files that the new one has not."""
+    (folder / DESCRIPTION).unlink(missing_ok=True)
+    old = [folder / WEIGHTS, folder / SHARDS, *folder.glob("model-*-of-*.safetensors")]
+    for path in old:
+        if path.name not in files:
+            path.unlink(missing_ok=True)
+
+
+def _unseen(path: Path, written: WeightsFile) -> bool:
+    return not path.is_file() or path.stat().st_size != written.bytes
