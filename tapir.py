@@ -126,7 +126,7 @@ def _run() -> None:
         _fail(str(error) or "interrupted; all processes were ended", 130)
     except Exception as error:
         if not errors.no_memory(error):
-            importlib.import_module("core.reason").leave_reason(error)
+            importlib.import_module("core.files.reason").leave_reason(error)
             raise
         _fail_by(errors.of_memory(error))
 
@@ -172,7 +172,7 @@ def _help() -> str:
 
 def _fail_by(error: Any) -> None:
     """End with a TapirError; the job that runs this command learns it, too."""
-    importlib.import_module("core.reason").leave_reason(error)
+    importlib.import_module("core.files.reason").leave_reason(error)
     _fail(str(error), error.exit_code)
 
 

@@ -26,8 +26,8 @@ from core.errors import (
     ConfigError,
     InputError,
 )
+from core.files.reason import REASON_FILE, read_reason
 from core.log import LOG
-from core.reason import REASON_FILE, read_reason
 from core.stop import STOP_FILE
 from core.storage.store import open_store
 

@@ -119,6 +119,7 @@ def test_finished_jobs_are_not_sent_again(tmp_path: Path) -> None:
         ({"slurm": {"launcher": "ssh"}}, {}, "must be torchrun or srun"),
         ({"retires": 3}, {}, "did you mean 'retries'"),
         ({"retries": "many"}, {}, "retries='many' must be a whole number"),
+        ({"stall_hours": 0}, {}, "stall_hours=0 must be a positive number of hours"),
         ({"name": "My run"}, {}, "must be lower-case letters"),
         ({"out": "s3://bucket/run"}, {}, "must be a folder"),
         ({"store": "gs://bucket"}, {}, "not a store that Tapir reads"),
@@ -300,6 +301,41 @@ def test_a_wrong_manifest_fails_validation(tmp_path: Path) -> None:
     job["spec"]["parallelism"] = "two"
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(job, VERSIONS[-1], strict=True)
+
+
+def test_kubernetes_leaves_it_to_the_job_when_to_give_up(tmp_path: Path) -> None:
+    """Only wrong input (2) and a job that gave up (70) end the pods of a stage at once."""
+    objects = {each["metadata"]["name"]: each for each in manifests_of(write(tmp_path))}
+    spec = objects["shapes-prior"]["spec"]
+    fail, ignore, lost = spec["podFailurePolicy"]["rules"]
+    assert fail == {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2, 70]}}
+    assert ignore["action"] == lost["action"] == "Ignore"
+    assert ignore["onExitCodes"]["values"] == [75]
+    assert spec["backoffLimit"] == 2000, "of 2 nodes: far above 20 failures of each"
+
+
+def test_jobs_know_where_their_progress_shows(tmp_path: Path) -> None:
+    changes = {"store": "s3://bucket/shapes", "retries": 5, "stall_hours": 7.5}
+    clip = {"flags": {"mesh.data": 1, "checkpoint.to": "s3://bucket/clip"}}
+    chain = chain_of(read_runfile(write(tmp_path, changes, clip=clip)), "slurm")
+    jobs = {job.name: job for job in chain.jobs}
+    assert {name: job.checkpoints for name, job in jobs.items() if job.checkpoints} == {
+        "dvae": "/runs/shapes/dvae/checkpoints",
+        "prior": "/runs/shapes/prior/checkpoints",
+        "clip": "s3://bucket/clip",
+    }
+    assert {name: job.shards for name, job in jobs.items() if job.shards} == {
+        "pack": "s3://bucket/shapes/raw",
+        "tokenize": "s3://bucket/shapes/tokens",
+        "score": "/runs/shapes/scores",
+    }
+    words = chain.wrapped(jobs["prior"], "prior", ["true"])
+    assert {"--retries=5", "--stall-hours=7.5"} < set(words)
+    assert "--checkpoints=/runs/shapes/prior/checkpoints" in words
+    assert "--shards=s3://bucket/shapes/raw" in chain.wrapped(jobs["pack"], "pack", ["true"])
+    assert not any(
+        "checkpoints" in w or "shards" in w for w in chain.wrapped(jobs["bpe"], "bpe", [])
+    )
 
 
 def test_kubernetes_jobs_wait_for_the_stage_before(tmp_path: Path) -> None:
