@@ -22,7 +22,7 @@ from tests.faults.conftest import Record
 from tests.harness import PATIENCE, TAPIR, rows_of, start_tapir, tapir
 
 FAILURES, FEW = int(os.environ.get("TAPIR_FORGIVEN", "5")), 6
-"""Of a training, 20 in `make faults`, and of a command that starts in no time; more than retries."""
+"""Of a training (20 in `make faults`), and of a command that starts in no time."""
 _WORK = """
 import json, sys, time
 from pathlib import Path
@@ -181,6 +181,16 @@ def test_an_error_that_no_retry_mends_ends_a_job_at_once(tmp_path: Path) -> None
     (start,) = record["starts"]
     assert start["code"] == 70 and shard.name in start["reason"]
     assert "job prior ended with exit code 70: " in job.text()
+
+
+@pytest.mark.world
+def test_a_training_without_a_whole_checkpoint_gives_up(training: Command, tmp_path: Path) -> None:
+    command = training(tmp_path / "run", 2, 1)[len(TAPIR) :]
+    tapir(*command)
+    for path in (tmp_path / "run").glob("checkpoints/*/rank-00000.safetensors"):
+        path.write_bytes(path.read_bytes()[:-8])
+    (tmp_path / "run" / "model.safetensors").unlink()
+    assert "no checkpoint of this run is whole" in tapir(*command, code=70)
 
 
 @pytest.mark.world

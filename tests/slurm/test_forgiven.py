@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from core.files.atomic import unseal
-from tests.harness import processes_with, rows_of, tapir
+from tests.harness import PATIENCE, processes_with, rows_of, tapir
 from tests.slurm.cluster import Slurm
 from tests.slurm.test_slurm import finish, states, wait_for, write
 
@@ -50,18 +50,18 @@ def _lose_node(slurm: Slurm, out: Path) -> None:
 
 @pytest.mark.big
 def test_failures_are_forgiven(slurm: Slurm, tokens: Path, tmp_path: Path) -> None:
-    out, steps = tmp_path / "forgiven", 100 * FAILURES
-    tapir("submit", str(write(out, _prior(tokens, steps, 5))), **slurm.environment)
+    out, steps = tmp_path / "forgiven", 40 * FAILURES
+    tapir("submit", str(write(out, _prior(tokens, steps, 2))), **slurm.environment)
     for number in range(1, FAILURES + 1):
         before = _newest(out)
-        wait_for(lambda: _newest(out) > before)  # noqa: B023
+        wait_for(lambda: _newest(out) > before, 2 * PATIENCE, 0.05)  # noqa: B023
         if number % NODE_EVERY:
             _kill_command(out)
         else:
             _lose_node(slurm, out)
     assert finish(slurm, out)["prior"] == "done", tapir("logs", str(out), **slurm.environment)
     marker = unseal((out / "markers" / "prior.json").read_bytes(), "prior.json")
-    assert marker["starts"] == FAILURES + 1
+    assert marker["starts"] > FAILURES, "a start may fail by itself, e.g. if its port is taken"
     assert [row["step"] for row in rows_of(out / "prior")] == list(range(1, steps + 1))
 
 

@@ -1,5 +1,6 @@
 """Run files: their meaning and their errors."""
 
+import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from core.errors import ConfigError, CorruptError, InputError, TapirError
 from tests.harness import DEVELOPERS, ROOT, tapir
 from workflow.chain.inputs import unfinished_inputs
 from workflow.chain.stages import chain_of, settings_of_stages
+from workflow.chain.states import wait_for
 from workflow.run_file import read_runfile, settings_of
 
 RUN: dict[str, Any] = {
@@ -260,6 +262,16 @@ def test_the_examples_are_whole(tmp_path: Path) -> None:
     script = tmp_path / "submit.sh"
     script.write_text(shapes)
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    line = next(line for line in text.splitlines() if line.startswith("export MASTER_PORT="))
+    ports = {
+        count: subprocess.check_output(
+            ["bash", "-c", f"{line}; echo $MASTER_PORT"],
+            env={"SLURM_JOB_ID": "41000", **({"SLURM_RESTART_COUNT": count} if count else {})},
+            text=True,
+        ).strip()
+        for count in ("", "1", "30")
+    }
+    assert ports == {"": "21000", "1": "21997", "30": "30910"}, "another one after each restart"
 
 
 def test_secrets_are_handed_over_by_name(tmp_path: Path) -> None:
@@ -280,6 +292,29 @@ def manifests_of(path: Path) -> list[dict[str, Any]]:
     chain = chain_of(run, "kubernetes")
     assert not config.problems(chain)
     return list(yaml.safe_load_all(kubernetes.dry_run(chain, config)))
+
+
+def test_a_wait_ends_with_the_reason_why_a_job_gave_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chain = chain_of(read_runfile(write(tmp_path, {"out": str(tmp_path / "o")})), "local")
+    chain = replace(chain, jobs=chain.jobs[:2])
+    texts = {
+        "pack": "one\ntwo\njob pack ended\n",
+        "bpe": "one\njob bpe gives up: 4 failures; last error: x. Mend it\njob bpe ended\ntwo\n",
+    }
+    (chain.out / "jobs").mkdir(parents=True)
+    for job, text in texts.items():
+        log = chain.out / "logs" / f"{job}.log"
+        log.parent.mkdir(exist_ok=True)
+        log.write_text(text)
+    states = {"pack": "failed (exit code 1)", "bpe": "failed (exit code 70)"}
+    (chain.out / "jobs" / "local.json").write_text(json.dumps({"pid": 0, "states": states}))
+    with pytest.raises(SystemExit):
+        wait_for(Submitted(chain=chain, to="local", settings={}, ids={}))
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert lines[0].startswith("pack: two (full log: ")
+    assert lines[1].startswith("bpe: job bpe gives up: 4 failures; last error: x. Mend it (full")
 
 
 @pytest.mark.parametrize("version", VERSIONS)
