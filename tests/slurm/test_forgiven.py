@@ -51,7 +51,8 @@ def _lose_node(slurm: Slurm, out: Path) -> None:
 @pytest.mark.big
 def test_failures_are_forgiven(slurm: Slurm, tokens: Path, tmp_path: Path) -> None:
     out, steps = tmp_path / "forgiven", 40 * FAILURES
-    tapir("submit", str(write(out, _prior(tokens, steps, 2))), **slurm.environment)
+    path = write(out, _prior(tokens, steps, 2), launcher="srun", doctor=False)  # starts sooner
+    tapir("submit", str(path), **slurm.environment)
     for number in range(1, FAILURES + 1):
         before = _newest(out)
         wait_for(lambda: _newest(out) > before, 2 * PATIENCE, 0.05)  # noqa: B023

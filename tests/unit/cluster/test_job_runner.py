@@ -139,3 +139,27 @@ def test_pods_of_one_job_have_records_of_their_own(
 def test_limits_that_cannot_be_are_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="must not be negative, and --stall-hours must be"):
         job(tmp_path, "", **settings)
+
+
+def test_a_reason_of_an_earlier_start_decides_nothing(tmp_path: Path) -> None:
+    script = "from core.errors import *; from core.files.reason import leave_reason\n"
+    assert job(tmp_path, script + "leave_reason(TrainingError('x'))\nraise SystemExit(1)") == 70
+    assert job(tmp_path, "raise SystemExit(3)") == 3
+
+
+def test_the_error_of_a_start_that_left_no_end_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Four lost nodes: the fifth start gives up before its command, by what a rank left."""
+    rows = [{"attempt": i, "time": 100.0 * i, "progress": 0} for i in range(1, 5)]
+    (tmp_path / "jobs").mkdir()
+    body = json.dumps({"starts": rows, "gave_up": False})
+    (tmp_path / "jobs" / "stage.starts").write_text(body)
+    left = {"text": "rank 3: no space", "code": 1, "retry": True}
+    (tmp_path / "jobs" / "stage.reason").write_text(json.dumps(left))
+    assert job(tmp_path, f"open({str(tmp_path / 'ran')!r}, 'w')") == 70
+    assert not (tmp_path / "ran").exists()
+    text = caplog.records[-1].getMessage()
+    assert text.startswith("job stage gives up: 4 failures since ")
+    assert "; last error: rank 3: no space (retries, now 3, in the run file or as a" in text
+    assert text.endswith(". Mend the cause, then: start it again")
