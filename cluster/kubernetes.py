@@ -14,11 +14,20 @@ from typing import Any
 import yaml
 
 from cluster.chain import WORKER, Chain, Job
-from core.errors import EXIT_PREEMPTED, EXIT_WRONG_INPUT, ConfigError, TapirError
+from core.errors import (
+    EXIT_GAVE_UP,
+    EXIT_PREEMPTED,
+    EXIT_WRONG_INPUT,
+    ConfigError,
+    TapirError,
+)
 
 _PORT = 29_500
 _GRACE_SECONDS = 600
 _ANSWER_SECONDS = 60
+_POD_FAILURES = 1000
+"""Failures of each pod after which Kubernetes ends a job. `tapir job` gives up long before if there
+is no progress; this bounds pods that fail before it begins."""
 _LABEL = "app.kubernetes.io"
 
 
@@ -134,7 +143,7 @@ def _job(chain: Chain, job: Job, config: KubernetesConfig) -> dict[str, Any]:
         "completionMode": "Indexed",
         "completions": count,
         "parallelism": (resources.parallelism or count) if job.array else count,
-        "backoffLimit": chain.retries * count,
+        "backoffLimit": _POD_FAILURES * count,
         "podFailurePolicy": {"rules": _rules()},
         "template": {"metadata": {"labels": labels}, "spec": _pod(chain, job, config)},
     }
@@ -153,15 +162,15 @@ def _job(chain: Chain, job: Job, config: KubernetesConfig) -> dict[str, Any]:
 
 
 def _rules() -> list[dict[str, Any]]:
-    """Wrong input ends the job; preemptions do not count as failures."""
+    """What no other start mends ends the job; preemptions do not count as failures."""
 
-    def on(code: int, action: str) -> dict[str, Any]:
-        return {"action": action, "onExitCodes": {"operator": "In", "values": [code]}}
+    def on(action: str, *codes: int) -> dict[str, Any]:
+        return {"action": action, "onExitCodes": {"operator": "In", "values": list(codes)}}
 
     disrupted = {"type": "DisruptionTarget", "status": "True"}
     return [
-        on(EXIT_WRONG_INPUT, "FailJob"),
-        on(EXIT_PREEMPTED, "Ignore"),
+        on("FailJob", EXIT_WRONG_INPUT, EXIT_GAVE_UP),
+        on("Ignore", EXIT_PREEMPTED),
         {"action": "Ignore", "onPodConditions": [disrupted]},
     ]
 
