@@ -21,9 +21,8 @@ from core.keys import keyed_rng
 from core.storage.store import FolderStore, Store
 from data_pipeline.formats.index import BlockIndex, dump_shard_index, index_of
 from data_pipeline.formats.manifest import INDEX, NAME, RAW, Manifest, Shard, write_manifest
-from data_pipeline.formats.shards import build_tar, list_members
+from data_pipeline.formats.shards import FIRST_BLOCKS, build_tar, list_members
 from data_pipeline.formats.tokens import TokenRecords, encode_block
-from data_pipeline.tokenize.figures import COUNTED_BLOCKS
 from data_pipeline.tokenize.ledger import DONE, LEDGER, ROWS
 
 RECORDS, BLOCK, GRID, TEXT = sized(2000, 40), sized(125, 20), sized(32, 4), 16
@@ -104,7 +103,7 @@ def _write_shard(write: Callable[[str, bytes], Any], shard: int) -> None:
     task, ids = task_of(shard), _ids(shard)
     name = f"{task}-0.tar"
     counts = [min(BLOCK, RECORDS - at) for at in range(0, RECORDS, BLOCK)]
-    if shard * len(counts) < COUNTED_BLOCKS:
+    if shard * len(counts) < FIRST_BLOCKS:
         tar, index = _tar(shard, ids)
         write(PREFIX + name, tar)
     else:

@@ -11,6 +11,7 @@ its spread is the figure itself. A folder of the full size needs 8 GB, its makin
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -42,6 +43,7 @@ def run(shards: int = 0, s3: bool = False) -> list[dict[str, Any]]:
             env=environment,
         )
     row = json.loads(done.stdout.splitlines()[-1])
+    print(json.dumps(row), file=sys.stderr)
     each = sum(row["requests"].values()) / shards
     peak, where = row["megabytes"]["peak"], "SeaweedFS" if s3 else "a folder"
     of = f"{shards} shards in {where}"

@@ -24,7 +24,7 @@ from core.storage.store import Store
 
 NAME = "ids.bin"
 _ID_BITS = 63
-_RUN = 2**20
+_RUN = 2**18
 """Rows that are partitioned together, and rows of a partition that are sorted together."""
 _SLOT = 256
 """Rows of a slot, on average."""

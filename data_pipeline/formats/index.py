@@ -86,6 +86,11 @@ def fill(index: BlockIndex, first: int, arrays: dict[str, NDArray[Any]]) -> int:
     return len(arrays["start"])
 
 
+def head(index: BlockIndex, blocks: int) -> BlockIndex:
+    """A copy of the first blocks."""
+    return BlockIndex(**{name: getattr(index, name)[:blocks].copy() for name in _FIELDS})
+
+
 def read_shard_index(store: Store, prefix: str, shard: Shard) -> dict[str, NDArray[Any]]:
     """A shard's index: start, bytes, records, crc32 of each block; ids and places of the records.
 
@@ -127,11 +132,17 @@ class BlockReader:
     """Reads the blocks of one split, each by a ranged GET with a checksum."""
 
     def __init__(
-        self, store: Store, prefix: str, manifest: Manifest, cache: BlockCache | None = None
+        self,
+        store: Store,
+        prefix: str,
+        manifest: Manifest,
+        cache: BlockCache | None = None,
+        index: list[BlockIndex] | None = None,
     ) -> None:
+        """`index`: one for each variant; read from the store by default."""
         self._store, self._prefix, self._cache = store, prefix, cache
         self.manifest = manifest
-        self._variants = read_index(store, prefix, manifest)
+        self._variants = index or read_index(store, prefix, manifest)
         each = len(manifest.shards) // manifest.variants
         self._shards = [
             manifest.shards[v * each : (v + 1) * each] for v in range(manifest.variants)

@@ -18,7 +18,7 @@ from core.log import LOG
 from core.storage.store import Store
 from data_pipeline.config import TokenizeConfig
 from data_pipeline.formats.index import BlockReader
-from data_pipeline.formats.manifest import NAME, TOKENS, Manifest, Shard
+from data_pipeline.formats.manifest import NAME, TOKENS, Shard
 from data_pipeline.formats.shards import put_manifest
 from data_pipeline.formats.tokens import decode_block
 from data_pipeline.tokenize.figures import ENTROPY, per_position_entropy
@@ -63,14 +63,14 @@ class Finisher:
     def __init__(
         self,
         tokens: Store,
-        source: Manifest,
+        pairs: int,
         tasks: list[str],
         facts: dict[str, Any],
         config: TokenizeConfig,
         leases: Leases,
     ) -> None:
-        """`tasks`: one for each shard of `source`, in order; `facts`: those of the manifest."""
-        self._tokens, self._source, self._tasks, self._facts = tokens, source, tasks, facts
+        """`pairs` and `tasks`: of the raw split, in order; `facts`: those of the manifest."""
+        self._tokens, self._pairs, self._tasks, self._facts = tokens, pairs, tasks, facts
         self._config, self._leases, self._prefix = config, leases, f"{facts['split']}/"
 
     def finished(self) -> bool:
@@ -107,13 +107,13 @@ class Finisher:
         rejects = outputs.rejects
         samples = sum(shard.samples for shard in shards[: len(self._tasks)])
         where = f"{self._tokens.url}/{self._facts['split']}"
-        if samples + rejects.total() != self._source.samples:
+        if samples + rejects.total() != self._pairs:
             raise InputError(
                 f"{where} has {samples} records and {rejects.total()} rejects for "
-                f"{self._source.samples} pairs; run `tapir tokenize` with --again"
+                f"{self._pairs} pairs; run `tapir tokenize` with --again"
             )
         first = outputs.first_reject[1] if outputs.first_reject else ""
-        refuse_rejects(where, rejects.total(), self._source.samples, self._config, first)
+        refuse_rejects(where, rejects.total(), self._pairs, self._config, first)
         numerics = [
             {**json.loads(text), "shards": count}
             for text, count in sorted(outputs.numerics.items())

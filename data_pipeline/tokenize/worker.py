@@ -59,9 +59,20 @@ class ShardTask:
     """One input shard."""
 
     split: str
-    shard: Shard
+    shard: str
+    """Its file."""
+    samples: int
+    sha256: str
     name: str
     """Hash of the shard's content, the models and the settings."""
+
+    @staticmethod
+    def of(split: str, shard: Shard, facts: dict[str, Any]) -> "ShardTask":
+        """The task of a raw shard; `facts` are those of models and settings."""
+        name = sha256(canonical_json({"input": shard.sha256, **facts}))
+        return ShardTask(
+            split=split, shard=shard.name, samples=shard.samples, sha256=shard.sha256, name=name
+        )
 
     @property
     def prefix(self) -> str:
@@ -90,21 +101,18 @@ class Worker:
         check(encoders.problems())
         self._rejected: Counter[str] = Counter()
         """Pairs rejected by this worker, by split."""
-        self._sources = {split: read_manifest(raw, f"{split}/", RAW) for split in SPLITS}
         self._leases = {
             split: Leases(tokens, f"{split}/", config.lease_seconds, member) for split in SPLITS
         }
         self._ledgers = {split: Ledger(tokens, f"{split}/") for split in SPLITS}
+        self._tasks: list[ShardTask] = []
+        self._pairs: dict[str, int] = {}
+        self._fingerprints: dict[str, str] = {}
         facts = {**encoders.facts(config), "v": TOKENS}
-        self._tasks = [
-            ShardTask(
-                split=split,
-                shard=shard,
-                name=sha256(canonical_json({"input": shard.sha256, **facts})),
-            )
-            for split, source in self._sources.items()
-            for shard in source.shards
-        ]
+        for split in SPLITS:
+            source = read_manifest(raw, f"{split}/", RAW)
+            self._pairs[split], self._fingerprints[split] = source.samples, source.fingerprint
+            self._tasks += [ShardTask.of(split, shard, facts) for shard in source.shards]
 
     def run(self, again: bool = False) -> int:
         """Encode unfinished shards, then write the manifests; returns the shards encoded here.
@@ -127,10 +135,11 @@ class Worker:
         return made
 
     def _finisher(self, split: str) -> Finisher:
-        source = self._sources[split]
-        facts = {**self._encoders.facts(self._config), "raw": source.fingerprint, "split": split}
+        raw = self._fingerprints[split]
+        facts = {**self._encoders.facts(self._config), "raw": raw, "split": split}
         tasks = [task.name for task in self._tasks if task.split == split]
-        return Finisher(self._tokens, source, tasks, facts, self._config, self._leases[split])
+        pairs, leases = self._pairs[split], self._leases[split]
+        return Finisher(self._tokens, pairs, tasks, facts, self._config, leases)
 
     def _make_open(self) -> int:
         """Make shards until all have a marker; returns how many were made here."""
@@ -165,24 +174,24 @@ class Worker:
         lease = self._leases[task.split].claim(task.name)
         if lease is None:
             return False
-        progress = {"shard": task.shard.name, "of": task.shard.samples, "pairs": 0}
+        progress = {"shard": task.shard, "of": task.samples, "pairs": 0}
         with self._leases[task.split].held(lease, progress):
             if self._tokens.exists(task.record):
                 return False
             self._make(task, progress)
         LOG.info(
             "worker %s: %s/%s -> %s",
-            *(self._member.text, task.split, task.shard.name, task.name[:12]),
+            *(self._member.text, task.split, task.shard, task.name[:12]),
         )
         return True
 
     def _make(self, task: ShardTask, progress: dict[str, Any]) -> None:
-        where = f"{task.split}/{task.shard.name}"
+        where = f"{task.split}/{task.shard}"
         data = self._raw.get(where)
-        if sha256(data) != task.shard.sha256:
+        if sha256(data) != task.sha256:
             raise CorruptError(
                 f"{self._raw.url}/{where} differs from its manifest (sha256 {sha256(data)}, "
-                f"expected {task.shard.sha256}); restore it or run its `tapir pack` with --again"
+                f"expected {task.sha256}); restore it or run its `tapir pack` with --again"
             )
         encoded = encode_pairs(parse_pairs(data), self._encoders, self._config, progress)
         shards = [self._put(task, i, rows) for i, rows in enumerate(encoded.variants)]
@@ -190,7 +199,7 @@ class Worker:
         if encoded.rejects:
             self._rejected[task.split] += len(encoded.rejects)
             where = f"{self._tokens.url}/{task.split}"
-            pairs, first = self._sources[task.split].samples, encoded.rejects[0]["reason"]
+            pairs, first = self._pairs[task.split], encoded.rejects[0]["reason"]
             refuse_rejects(where, self._rejected[task.split], pairs, self._config, first)
 
     def _put(self, task: ShardTask, variant: int, records: list[TokenRecord]) -> Shard:
@@ -238,13 +247,10 @@ class Worker:
 
     def _claim_place(self, again: bool) -> None:
         """Claim TOKENS for these pairs and models; the first job wins."""
-        pairs = {split: source.fingerprint for split, source in self._sources.items()}
-        counts = {
-            split: {"shards": len(source.shards), "pairs": source.samples}
-            for split, source in self._sources.items()
-        }
+        shards = Counter(task.split for task in self._tasks)
+        counts = {split: {"shards": shards[split], "pairs": self._pairs[split]} for split in SPLITS}
         request = canonical_json(
-            {**self._encoders.facts(self._config), "raw": pairs, "input": counts}
+            {**self._encoders.facts(self._config), "raw": self._fingerprints, "input": counts}
         )
         if (
             self._tokens.put(REQUEST, request, if_absent=True)

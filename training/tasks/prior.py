@@ -125,9 +125,10 @@ class PriorTask:
         if ENTROPY not in figures:
             entropy = 0.0
             if self._world.rank == 0:
-                positions, entries = self.model_config.image_length, self._facts["image_vocabulary"]
-                blocks = len(self.train.sizes)
-                entropy = per_position_entropy(self.train.read, blocks, positions, entries)
+                model, blocks = self.model_config, len(self.train.sizes)
+                entropy = per_position_entropy(
+                    self.train.read, blocks, model.image_length, model.image_vocabulary
+                )
             figures[ENTROPY] = self._world.of_rank_0(entropy)
         return figures[ENTROPY]
 
