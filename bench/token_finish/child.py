@@ -7,6 +7,7 @@ import json
 import resource
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 from bench.support.counted import CountedStore
@@ -33,12 +34,14 @@ def main(raw: str, tokens: str) -> dict[str, Any]:
     store = CountedStore(open_store(tokens), names=False)
     config = TokenizeConfig()
     source = read_manifest(open_store(raw), PREFIX, RAW)
-    given = facts(source)
-    tasks = [ShardTask.of("train", shard, given) for shard in source.shards]
-    pairs, names = source.samples, [task_of(number) for number in range(len(tasks))]
+    given, pairs = facts(source), source.samples
+    tasks = [  # as a worker holds them
+        replace(ShardTask.of("train", shard, given), name=task_of(number))
+        for number, shard in enumerate(source.shards)
+    ]
     del source
     leases = Leases(store, PREFIX, config.lease_seconds, JobWorker(number=0, count=1))
-    finisher = Finisher(store, pairs, names, given, config, leases)
+    finisher = Finisher(store, pairs, [task.name for task in tasks], given, config, leases)
     read, began = _peak(), time.perf_counter()
     finisher.finish()
     seconds, peak = time.perf_counter() - began, _peak()

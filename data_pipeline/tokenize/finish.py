@@ -68,10 +68,16 @@ class Finisher:
         facts: dict[str, Any],
         config: TokenizeConfig,
         leases: Leases,
+        ledgers: bool = True,
     ) -> None:
-        """`pairs` and `tasks`: of the raw split, in order; `facts`: those of the manifest."""
+        """`pairs` and `tasks`: of the raw split, in order; `facts`: those of the manifest.
+
+        Without `ledgers` the markers alone are read: a worker that runs on while --again makes a
+        shard anew may write its old record once more.
+        """
         self._tokens, self._pairs, self._tasks, self._facts = tokens, pairs, tasks, facts
         self._config, self._leases, self._prefix = config, leases, f"{facts['split']}/"
+        self._ledgers = ledgers
 
     def finished(self) -> bool:
         """True if the manifest exists."""
@@ -80,7 +86,7 @@ class Finisher:
     def finish(self, again: bool = False) -> bool:
         """Write the manifest, or wait for the worker that does; False if a shard is not done.
 
-        `again` writes it in any case, from the markers and indexes.
+        `again` writes it in any case.
         Raises: InputError if pairs are missing, double or too many of them cannot be used.
         """
         while again or not self.finished():
@@ -89,7 +95,7 @@ class Finisher:
                 time.sleep(min(1.0, self._config.lease_seconds / 8))
                 continue
             with self._leases.held(lease, {"shard": "the manifest"}):
-                if (again or not self.finished()) and not self._write(ledgers=not again):
+                if (again or not self.finished()) and not self._write():
                     return False
             again = False
         return True
@@ -99,8 +105,8 @@ class Finisher:
         sweep_ledgers(self._tokens, self._prefix)
         self._leases.sweep()
 
-    def _write(self, ledgers: bool) -> bool:
-        outputs = self._outputs(ledgers)
+    def _write(self) -> bool:
+        outputs = self._outputs()
         shards = outputs.whole if outputs else None
         if outputs is None or shards is None:
             return False
@@ -126,14 +132,14 @@ class Finisher:
         LOG.info("%s is finished: %d shards", where, len(self._tasks))
         return True
 
-    def _outputs(self, ledgers: bool) -> _Outputs | None:
+    def _outputs(self) -> _Outputs | None:
         """What the markers and ledgers tell; None if a marker is deleted meanwhile."""
         numbers = {task: number for number, task in enumerate(self._tasks)}
         shards: list[list[Shard | None]]
         shards = [[None] * len(self._tasks) for _ in range(self._config.variants)]
         outputs = _Outputs(shards)
         try:
-            for task, record in finished_shards(self._tokens, self._prefix, ledgers):
+            for task, record in finished_shards(self._tokens, self._prefix, self._ledgers):
                 if task in numbers:
                     outputs.add(numbers[task], record)
         except AbsentError:

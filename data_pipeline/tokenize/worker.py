@@ -117,7 +117,8 @@ class Worker:
     def run(self, again: bool = False) -> int:
         """Encode unfinished shards, then write the manifests; returns the shards encoded here.
 
-        `again` verifies this worker's finished shards, and encodes damaged ones again.
+        `again` verifies this worker's finished shards, and encodes damaged ones again; worker 0
+        writes the manifests again.
         Raises: InputError if TOKENS holds tokens of other pairs or models, or too many pairs
         cannot be used.
         """
@@ -125,7 +126,8 @@ class Worker:
         self._claim_place(again)
         if again:
             self._take_back_damaged()
-        finishers, made = [self._finisher(split) for split in SPLITS], 0
+        finishers, made = [self._finisher(split, not again) for split in SPLITS], 0
+        again = again and self._member.number == 0  # one worker writes the manifests anew
         while again or not all(finisher.finished() for finisher in finishers):
             made += self._make_open()
             whole = all(finisher.finish(again) for finisher in finishers)
@@ -134,12 +136,12 @@ class Worker:
             finisher.sweep()
         return made
 
-    def _finisher(self, split: str) -> Finisher:
+    def _finisher(self, split: str, ledgers: bool) -> Finisher:
         raw = self._fingerprints[split]
         facts = {**self._encoders.facts(self._config), "raw": raw, "split": split}
         tasks = [task.name for task in self._tasks if task.split == split]
         pairs, leases = self._pairs[split], self._leases[split]
-        return Finisher(self._tokens, pairs, tasks, facts, self._config, leases)
+        return Finisher(self._tokens, pairs, tasks, facts, self._config, leases, ledgers)
 
     def _make_open(self) -> int:
         """Make shards until all have a marker; returns how many were made here."""
