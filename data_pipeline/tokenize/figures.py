@@ -11,7 +11,8 @@ from data_pipeline.formats.shards import FIRST_BLOCKS
 from data_pipeline.formats.tokens import TokenRecords
 
 ENTROPY = "per_position_entropy"
-_TOGETHER = 4096
+_THREADS = 4
+_TOGETHER = 2048
 """Records whose codes are counted together."""
 _DIGITS = 9
 """Decimals: the last bits of a logarithm differ between CPUs, a manifest must not."""
@@ -27,7 +28,7 @@ def per_position_entropy(
     """
     counts = np.zeros((positions, vocabulary), np.int32)
     waiting: list[NDArray[np.uint16]] = []
-    for records in fetched(read, range(min(blocks, FIRST_BLOCKS))):
+    for records in fetched(read, range(min(blocks, FIRST_BLOCKS)), _THREADS):
         held = records if isinstance(records, TokenRecords) else TokenRecords.of(records)
         waiting.append(held.image)
         if sum(map(len, waiting)) >= _TOGETHER:
