@@ -21,8 +21,9 @@ from core.keys import keyed_rng
 from core.storage.store import FolderStore, Store
 from data_pipeline.formats.index import BlockIndex, dump_shard_index, index_of
 from data_pipeline.formats.manifest import INDEX, NAME, RAW, Manifest, Shard, write_manifest
-from data_pipeline.formats.shards import FIRST_BLOCKS, build_tar, list_members
+from data_pipeline.formats.shards import build_tar, list_members
 from data_pipeline.formats.tokens import TokenRecords, encode_block
+from data_pipeline.tokenize.figures import FIRST_BLOCKS
 from data_pipeline.tokenize.ledger import DONE, LEDGER, ROWS
 
 RECORDS, BLOCK, GRID, TEXT = sized(2000, 40), sized(125, 20), sized(32, 4), 16

@@ -86,9 +86,9 @@ def fill(index: BlockIndex, first: int, arrays: dict[str, NDArray[Any]]) -> int:
     return len(arrays["start"])
 
 
-def head(index: BlockIndex, blocks: int) -> BlockIndex:
-    """A copy of the first blocks."""
-    return BlockIndex(**{name: getattr(index, name)[:blocks].copy() for name in _FIELDS})
+def joined(parts: Sequence[dict[str, NDArray[Any]]]) -> BlockIndex:
+    """The indexes of some shards, one after another."""
+    return BlockIndex(**{name: np.concatenate([part[name] for part in parts]) for name in _FIELDS})
 
 
 def read_shard_index(store: Store, prefix: str, shard: Shard) -> dict[str, NDArray[Any]]:

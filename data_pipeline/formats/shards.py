@@ -3,8 +3,8 @@
 import hashlib
 import io
 import tarfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,10 @@ from data_pipeline.formats.fetch import fetched
 from data_pipeline.formats.ids import NAME as IDS
 from data_pipeline.formats.ids import IdSorter
 from data_pipeline.formats.index import (
-    BlockIndex,
-    BlockReader,
     Ranges,
     dump_shard_index,
     empty_index,
     fill,
-    head,
     index_of,
     index_parts,
     read_shard_index,
@@ -32,9 +29,6 @@ from data_pipeline.formats.index import (
 from data_pipeline.formats.manifest import INDEX, Manifest, Shard, write_manifest
 
 webdataset.utils.enforce_security = True
-
-FIRST_BLOCKS = 2000
-"""Blocks of the first variant that figures of a manifest are computed from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,17 +97,16 @@ def put_manifest(
     rejects: dict[str, int],
     variants: int = 1,
     numerics: Sequence[dict[str, Any]] = (),
-    figures: Callable[[BlockReader], dict[str, float]] | None = None,
+    figures: Mapping[str, float] | None = None,
 ) -> Manifest:
     """Write index.safetensors, ids.bin and the manifest, as the last files of a data set.
 
     Each shard's index is read once, and its ids are dropped when they are in a temporary file.
-    `figures` computes the manifest's figures from the first blocks.
     Raises: InputError if an id occurs twice; CorruptError for a damaged index.
     """
     samples = sum(shard.samples for shard in shards[: len(shards) // variants])
     with IdSorter(samples, f"{store.url}/{prefix}".rstrip("/")) as ids:
-        index_sha256, first = _write_index(store, prefix, shards, variants, ids)
+        index_sha256 = _write_index(store, prefix, shards, variants, ids)
         lookup = {"sha256": ids.write(store, prefix + IDS), "bits": ids.bits}
     manifest = Manifest(
         format=kind,
@@ -124,23 +117,17 @@ def put_manifest(
         index_sha256=index_sha256,
         variants=variants,
         numerics=list(numerics),
+        figures=dict(figures or {}),
         lookup=lookup,
     )
-    if figures:
-        part = replace(manifest, variants=1, shards=_shards_of(shards, len(first)))
-        blocks = BlockReader(store, prefix, part, index=[first])
-        manifest = replace(manifest, figures=figures(blocks))
     write_manifest(store, prefix, manifest)
     return manifest
 
 
 def _write_index(
     store: Store, prefix: str, shards: Sequence[Shard], variants: int, ids: IdSorter
-) -> tuple[str, BlockIndex]:
-    """Concatenate the shards' indexes, and collect the first variant's ids.
-
-    Returns the sha256 and the index of the first blocks.
-    """
+) -> str:
+    """Concatenate the shards' indexes, and collect the first variant's ids; returns the sha256."""
     index = empty_index(sum(shard.blocks for shard in shards))
     once, blocks, records = len(shards) // variants, 0, 0
     read = fetched(lambda shard: read_shard_index(store, prefix, shard), shards)
@@ -158,11 +145,4 @@ def _write_index(
     for part in index_parts(index):
         digest.update(part)
     store.put_parts(prefix + INDEX, index_parts(index))
-    count = min(FIRST_BLOCKS, sum(shard.blocks for shard in shards[:once]))
-    return digest.hexdigest(), head(index, count)
-
-
-def _shards_of(shards: Sequence[Shard], blocks: int) -> list[Shard]:
-    """The shards that hold the first blocks."""
-    ends = np.cumsum([shard.blocks for shard in shards])
-    return list(shards[: int(np.searchsorted(ends, blocks)) + 1])
+    return digest.hexdigest()

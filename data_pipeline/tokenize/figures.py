@@ -7,10 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.formats.fetch import fetched
-from data_pipeline.formats.shards import FIRST_BLOCKS
 from data_pipeline.formats.tokens import TokenRecords
 
 ENTROPY = "per_position_entropy"
+FIRST_BLOCKS = 2000
+"""Blocks of the train split whose codes are counted."""
 _THREADS = 4
 _TOGETHER = 2048
 """Records whose codes are counted together."""

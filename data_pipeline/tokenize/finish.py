@@ -17,13 +17,14 @@ from core.files.atomic import canonical_json
 from core.log import LOG
 from core.storage.store import Store
 from data_pipeline.config import TokenizeConfig
-from data_pipeline.formats.index import BlockReader
-from data_pipeline.formats.manifest import NAME, TOKENS, Shard
+from data_pipeline.formats.fetch import fetched
+from data_pipeline.formats.index import BlockReader, joined, read_shard_index
+from data_pipeline.formats.manifest import NAME, TOKENS, Manifest, Shard, read_json
 from data_pipeline.formats.shards import put_manifest
 from data_pipeline.formats.tokens import decode_block
-from data_pipeline.tokenize.figures import ENTROPY, per_position_entropy
+from data_pipeline.tokenize.figures import ENTROPY, FIRST_BLOCKS, per_position_entropy
 from data_pipeline.tokenize.leases import Leases
-from data_pipeline.tokenize.ledger import Record, finished_shards, sweep_ledgers
+from data_pipeline.tokenize.ledger import DONE, Record, finished_shards, sweep_ledgers
 
 _TASK = "manifest"
 
@@ -106,9 +107,18 @@ class Finisher:
         self._leases.sweep()
 
     def _write(self) -> bool:
-        outputs = self._outputs()
-        shards = outputs.whole if outputs else None
-        if outputs is None or shards is None:
+        try:
+            figures = self._figures()
+            outputs = self._outputs()
+        except AbsentError:
+            return False
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptError(
+                f"a record of {self._tokens.url}/{self._prefix} is damaged ({error}); run `tapir "
+                "tokenize` with --again"
+            ) from error
+        shards = outputs.whole
+        if shards is None:
             return False
         rejects = outputs.rejects
         samples = sum(shard.samples for shard in shards[: len(self._tasks)])
@@ -127,40 +137,52 @@ class Finisher:
         del outputs
         put_manifest(
             *(self._tokens, self._prefix, TOKENS, shards, self._facts, dict(rejects)),
-            *(self._config.variants, numerics, self._figures),
+            *(self._config.variants, numerics, figures),
         )
         LOG.info("%s is finished: %d shards", where, len(self._tasks))
         return True
 
-    def _outputs(self) -> _Outputs | None:
-        """What the markers and ledgers tell; None if a marker is deleted meanwhile."""
+    def _outputs(self) -> _Outputs:
+        """What the markers and ledgers tell.
+
+        Raises: AbsentError if a marker is deleted meanwhile.
+        """
         numbers = {task: number for number, task in enumerate(self._tasks)}
         shards: list[list[Shard | None]]
         shards = [[None] * len(self._tasks) for _ in range(self._config.variants)]
         outputs = _Outputs(shards)
-        try:
-            for task, record in finished_shards(self._tokens, self._prefix, self._ledgers):
-                if task in numbers:
-                    outputs.add(numbers[task], record)
-        except AbsentError:
-            return None
-        except (KeyError, TypeError, ValueError) as error:
-            raise CorruptError(
-                f"a record of {self._tokens.url}/{self._prefix} is damaged ({error}); run `tapir "
-                "tokenize` with --again"
-            ) from error
+        for task, record in finished_shards(self._tokens, self._prefix, self._ledgers):
+            if task in numbers:
+                outputs.add(numbers[task], record)
         return outputs
 
-    def _figures(self, blocks: BlockReader) -> dict[str, float]:
-        """Of the train split: the constant that every validation of a prior reports."""
+    def _figures(self) -> dict[str, float]:
+        """Of the train split: the constant that every validation of a prior reports.
+
+        Raises: AbsentError if a marker is deleted meanwhile.
+        """
         if self._facts["split"] != "train":
             return {}
-        positions = int(self._facts["grid"]) ** 2
-        entropy = per_position_entropy(
-            lambda block: decode_block(blocks.read(block)),
-            *(len(blocks.records), positions, int(self._facts["image_vocabulary"])),
+        shards, indexes, count = [], [], 0
+        for shard, index in fetched(self._first_variant, self._tasks):
+            shards.append(shard)
+            indexes.append(index)
+            count += shard.blocks
+            if count >= FIRST_BLOCKS:
+                break
+        part = Manifest(
+            format=TOKENS, shards=shards, samples=0, facts={}, rejects={}, index_sha256=""
         )
-        return {ENTROPY: entropy}
+        blocks = BlockReader(self._tokens, self._prefix, part, index=[joined(indexes)])
+        sizes = int(self._facts["grid"]) ** 2, int(self._facts["image_vocabulary"])
+        read = lambda block: decode_block(blocks.read(block))  # noqa: E731
+        return {ENTROPY: per_position_entropy(read, count, *sizes)}
+
+    def _first_variant(self, task: str) -> tuple[Shard, dict[str, Any]]:
+        """The entry and the index of a task's first shard."""
+        record = read_json(self._tokens, f"{self._prefix}{DONE}{task}.json")
+        shard = Shard(**record["shards"][0])
+        return shard, read_shard_index(self._tokens, self._prefix, shard)
 
 
 def refuse_rejects(where: str, count: int, pairs: int, config: TokenizeConfig, first: str) -> None:
