@@ -13,6 +13,8 @@ from typing import Any
 from bench.support.sizes import TINY
 
 _RUNS = re.compile(r"^def run\(|^from bench\.\S+ import run$", re.MULTILINE)
+_OWN = {"gpu": ("device", "out", "only", "budget"), "token_finish": ("shards", "s3")}
+"""Flags that belong to one benchmark."""
 
 
 def names() -> list[str]:
@@ -42,11 +44,16 @@ def main() -> None:
     gpu.add_argument("--out", help="folder of the rows ($OUT, else runs/gpu)")
     gpu.add_argument("--only", help="names of sections, with commas between them")
     gpu.add_argument("--budget", type=float, help="seconds of all sections together (420)")
+    finish = parser.add_argument_group("of token_finish alone")
+    finish.add_argument("--shards", type=int, help="shards of the job (125000)")
+    finish.add_argument("--s3", action="store_true", default=None, help="in a SeaweedFS (2000)")
     chosen = parser.parse_args()
-    own = ("device", "out", "only", "budget")
-    flags: dict[str, Any] = {n: v for n in own if (v := getattr(chosen, n)) is not None}
-    if flags and chosen.name != "gpu":
-        parser.error(f"{', '.join(f'--{name}' for name in flags)} belong to gpu")
+    flags: dict[str, Any] = {}
+    for bench, own in _OWN.items():
+        given = {n: v for n in own if (v := getattr(chosen, n)) is not None}
+        if given and chosen.name != bench:
+            parser.error(f"{', '.join(f'--{name}' for name in given)} belong to {bench}")
+        flags |= given
     if chosen.tiny:
         os.environ[TINY] = "1"
     if chosen.name == "gpu":

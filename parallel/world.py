@@ -47,6 +47,14 @@ class World:
             values /= self.size
         return values
 
+    def of_rank_0(self, value: float) -> float:
+        """Rank 0's value, on every rank."""
+        if self.group is None:
+            return value
+        held = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.broadcast(held, src=0, group=self.group)
+        return float(held)
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.group is not None:
@@ -66,6 +74,10 @@ class World:
         texts: list[str] = [""] * self.size
         dist.all_gather_object(texts, text, group=group)
         return texts
+
+
+ALONE = World()
+"""A world of one rank on the CPU."""
 
 
 def join_world() -> World:

@@ -29,6 +29,8 @@ class Validation:
         self._task, self._engine, self._settings = task, engine, settings
         self._mesh, self._heart, self._step = mesh, heart, 0
         self._unreadable = 0.0
+        self._records: Sequence[Any] = ()
+        """The held-out records, read by the first validation and kept: a few MB of tokens."""
 
     def run(self, step: int) -> tuple[dict[str, float], Pictures]:
         """(losses and the task's figures, pictures) of a validation."""
@@ -41,14 +43,19 @@ class Validation:
             figures["pairs_unreadable"] = self._unreadable
         return {**row, **figures}, pictures
 
-    def _held_out(self) -> list[Any]:
+    def _held_out(self) -> Sequence[Any]:
         """The held-out records, rounded down to a multiple of order.lanes.
 
         There is at least one per lane: training.data_requirements checks it before the first step.
+        A rank that needs no data reads none: its records are None.
         """
-        count = self._settings.loop.validation_samples
-        records = first_records(self._task.held_out, count)
-        return records[: len(records) - len(records) % self._settings.order.lanes]
+        if not self._records:
+            held_out, lanes = self._task.held_out, self._settings.order.lanes
+            count = min(self._settings.loop.validation_samples, int(sum(held_out.sizes)))
+            count -= count % lanes
+            reads = self._mesh.needs_data
+            self._records = first_records(held_out, count) if reads else [None] * count
+        return self._records
 
     def _means(self, records: Sequence[Any], change: Change | None = None) -> dict[str, float]:
         """Mean losses over the records of all replicas; collective over all ranks."""
@@ -57,9 +64,7 @@ class Validation:
         for start in range(0, len(records), together):
             self._heart.beat("validation")
             part = records[start : start + together]
-            batch = self._task.batch(part, self._step, training=False)
-            batch = hand_over(batch, self._mesh.world.device)
-            losses = self._engine.evaluate(change(batch, start) if change else batch)
+            losses = self._engine.evaluate(self._batch(part, start, change))
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0.0) + float(value) * len(part)
         names = sorted(totals)
@@ -68,3 +73,10 @@ class Validation:
         *averages, unreadable = self._mesh.world.mean(sums.double()).tolist()
         self._unreadable = round(unreadable * self._mesh.world.size)
         return dict(zip(names, averages, strict=True))
+
+    def _batch(self, part: Sequence[Any], start: int, change: Change | None) -> Batch:
+        if not self._mesh.needs_data:  # of the same size, and without content
+            return {"records": torch.empty(len(part), 0, device=self._mesh.world.device)}
+        batch = self._task.batch(part, self._step, training=False)
+        batch = hand_over(batch, self._mesh.world.device)
+        return change(batch, start) if change else batch

@@ -88,11 +88,16 @@ def unseal(data: bytes, where: str) -> Json:
     except (ValueError, AttributeError):
         intact = False
     if not intact:
-        raise CorruptError(
-            f"{where} is damaged: its digest does not match its content; restore it, or make it "
-            "again by the command that wrote it (pack and tokenize: with --again)"
-        )
+        raise damaged(where)
     return body
+
+
+def damaged(where: str) -> CorruptError:
+    """The error of a sealed file whose bytes changed."""
+    return CorruptError(
+        f"{where} is damaged: its digest does not match its content; restore it, or make it "
+        "again by the command that wrote it (pack and tokenize: with --again)"
+    )
 
 
 @contextmanager

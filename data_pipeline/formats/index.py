@@ -5,7 +5,8 @@ safetensors: one file beside each shard, and one for the whole data set. A reade
 latter at its start (20 bytes per block and variant).
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,18 +58,37 @@ def dump_shard_index(index: BlockIndex, ids: NDArray[np.uint64]) -> bytes:
     return tensors.save({**vars(index), **rows})
 
 
-def first_double(ids: Sequence[NDArray[np.uint64]]) -> int:
-    """An id that occurs twice in these shards, or -1; uses 8 bytes of memory per record."""
-    merged = np.concatenate(ids)
-    merged.sort()
-    same = np.flatnonzero(merged[1:] == merged[:-1])
-    return int(merged[same[0]]) if len(same) else -1
+def index_parts(index: BlockIndex) -> Iterator[bytes | memoryview]:
+    """The index of a data set as safetensors, without a copy of its arrays."""
+    order = sorted(_FIELDS, key=lambda name: (-np.dtype(_FIELDS[name]).itemsize, name))
+    header: dict[str, Any] = {}
+    end = 0
+    for name in order:
+        begin, end = end, end + getattr(index, name).nbytes
+        kind = f"U{8 * np.dtype(_FIELDS[name]).itemsize}"
+        header[name] = {"dtype": kind, "shape": [len(index)], "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in order:
+        yield memoryview(getattr(index, name).view(np.uint8))
 
 
-def dump_index(parts: Sequence[BlockIndex]) -> bytes:
-    """Serialise the index of a data set: the shard indexes, concatenated in manifest order."""
-    fields = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS}
-    return tensors.save(fields)
+def empty_index(blocks: int) -> BlockIndex:
+    """Arrays for so many blocks, to be filled by `fill`."""
+    return BlockIndex(**{name: np.zeros(blocks, kind) for name, kind in _FIELDS.items()})
+
+
+def fill(index: BlockIndex, first: int, arrays: dict[str, NDArray[Any]]) -> int:
+    """Copy a shard's arrays to the blocks from `first` on; returns the number of its blocks."""
+    for name in _FIELDS:
+        getattr(index, name)[first : first + len(arrays[name])] = arrays[name]
+    return len(arrays["start"])
+
+
+def joined(parts: Sequence[dict[str, NDArray[Any]]]) -> BlockIndex:
+    """The indexes of some shards, one after another."""
+    return BlockIndex(**{name: np.concatenate([part[name] for part in parts]) for name in _FIELDS})
 
 
 def read_shard_index(store: Store, prefix: str, shard: Shard) -> dict[str, NDArray[Any]]:
@@ -112,11 +132,17 @@ class BlockReader:
     """Reads the blocks of one split, each by a ranged GET with a checksum."""
 
     def __init__(
-        self, store: Store, prefix: str, manifest: Manifest, cache: BlockCache | None = None
+        self,
+        store: Store,
+        prefix: str,
+        manifest: Manifest,
+        cache: BlockCache | None = None,
+        index: list[BlockIndex] | None = None,
     ) -> None:
+        """`index`: one for each variant; read from the store by default."""
         self._store, self._prefix, self._cache = store, prefix, cache
         self.manifest = manifest
-        self._variants = read_index(store, prefix, manifest)
+        self._variants = index or read_index(store, prefix, manifest)
         each = len(manifest.shards) // manifest.variants
         self._shards = [
             manifest.shards[v * each : (v + 1) * each] for v in range(manifest.variants)
@@ -160,6 +186,12 @@ class BlockReader:
     def shard_of(self, block: int, variant: int = 0) -> Shard:
         """The shard that holds a block."""
         return self._shards[variant][int(np.searchsorted(self._ends, block, "right"))]
+
+    def block_of_record(self, record: int) -> tuple[int, int]:
+        """Convert a record's number in manifest order to (block, position in the block)."""
+        ends = np.cumsum(self.records)
+        block = int(np.searchsorted(ends, record, "right"))
+        return block, record - int(ends[block] - self.records[block])
 
     def block_of(self, shard: int, record: int) -> tuple[int, int]:
         """Convert a record's position in a shard to (block, position in the block)."""

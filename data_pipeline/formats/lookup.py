@@ -1,4 +1,4 @@
-"""Find a pair by its id in two small reads per shard: ids are sorted and uniformly distributed."""
+"""Find a pair by its id: in two small reads of ids.bin, or of each shard's index without it."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +9,7 @@ import numpy as np
 from core.errors import InputError
 from core.keys import key_int
 from core.storage.store import Store
+from data_pipeline.formats.ids import find_in_table
 from data_pipeline.formats.index import BlockReader
 from data_pipeline.formats.manifest import Shard
 
@@ -40,6 +41,10 @@ def find_record(
 ) -> tuple[int, int] | None:
     """Find a record by its id: (block, position in the block), or None."""
     manifest = blocks.manifest
+    if manifest.lookup:
+        bits = int(manifest.lookup["bits"])
+        record = find_in_table(store, f"{split}/", manifest.samples, bits, target)
+        return None if record is None else blocks.block_of_record(record)
     shards = manifest.shards[: len(manifest.shards) // manifest.variants]
     with ThreadPoolExecutor(_READERS, "lookup") as pool:
         places = list(pool.map(lambda shard: _place(store, split, shard, target), shards))

@@ -1,21 +1,29 @@
 """The manifest of a data set: its shards with counts and digests, under one fingerprint."""
 
+import hashlib
 import json
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from core.config import to_json
 from core.errors import CorruptError, InputError
-from core.files.atomic import canonical_json, seal, sha256, unseal
+from core.files.atomic import canonical_json, damaged, sha256
 from core.storage.store import Store
 
 NAME, INDEX = "manifest.json", "index.safetensors"
 SPLITS = ("train", "validation")
 RAW = "tapir-raw-2"
 TOKENS = "tapir-tokens-2"
+_DERIVED = ("numerics", "figures", "lookup")
+"""Fields outside the fingerprint, left out of the file while they are empty."""
+_TOGETHER = 1000
+"""Shards that are serialised together."""
+_DIGEST_LINE = re.compile(rb'\n( "digest": "([0-9a-f]{64})",\n)')
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
     """One tar of a data set, with the index beside it."""
 
@@ -31,6 +39,9 @@ class Shard:
     @property
     def index_name(self) -> str:
         return self.name.removesuffix(".tar") + ".index.safetensors"
+
+
+_SHARD_KEYS = {row.name for row in fields(Shard)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +64,23 @@ class Manifest:
     numerics: list[dict[str, Any]] = field(default_factory=list)
     """How tokens were computed (parallel.precision.Numerics), with the number of input shards for
     each; not in the fingerprint, since fp32 codes of all devices are comparable."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """Statistics of the records that validation reports: per_position_entropy."""
+    lookup: dict[str, Any] = field(default_factory=dict)
+    """sha256 and bits of ids.bin (ids.py); older data sets have none."""
 
     @property
     def fingerprint(self) -> str:
         """Digest of everything that a reader sees; equal data sets have equal fingerprints."""
-        body = to_json(self)
-        del body["numerics"]
-        return sha256(canonical_json({**body, "shards": [s["sha256"] for s in body["shards"]]}))
+        body = self.body()
+        for name in _DERIVED:
+            body.pop(name, None)
+        return sha256(canonical_json({**body, "shards": [s.sha256 for s in self.shards]}))
+
+    def body(self) -> dict[str, Any]:
+        """The fields of the file but for the shards, without derived ones that are empty."""
+        body: dict[str, Any] = to_json(replace(self, shards=[]))
+        return {n: value for n, value in body.items() if value or n not in _DERIVED}
 
 
 def read_json(store: Store, name: str) -> dict[str, Any]:
@@ -80,10 +101,27 @@ def read_json(store: Store, name: str) -> dict[str, Any]:
 
 def write_manifest(store: Store, prefix: str, manifest: Manifest) -> None:
     """Write the manifest, sealed with its own digest; call it after all other files are written."""
-    body = {**to_json(manifest), "fingerprint": manifest.fingerprint}
-    if not manifest.numerics:
-        del body["numerics"]
-    store.put(prefix + NAME, seal(body))
+    body = {**manifest.body(), "fingerprint": manifest.fingerprint}
+    digest = hashlib.sha256()
+    for part in _json_parts(body, manifest.shards):
+        digest.update(part)
+    sealed = {**body, "digest": digest.hexdigest()}
+    store.put_parts(prefix + NAME, _json_parts(sealed, manifest.shards))
+
+
+def _json_parts(body: dict[str, Any], shards: list[Shard]) -> Iterator[bytes]:
+    """`canonical_json` of a body and its shards, in parts: 100,000 shards are 50 MB of text."""
+    if not shards:
+        yield canonical_json(body)
+        return
+    mark = b'"shards": [\n'
+    before, _, after = canonical_json({**body, "shards": [0]}).partition(mark + b"  0")
+    yield before + mark
+    for first in range(0, len(shards), _TOGETHER):
+        part = [canonical_json(to_json(shard)) for shard in shards[first : first + _TOGETHER]]
+        rows = b",\n".join(b"  " + row[:-1].replace(b"\n", b"\n  ") for row in part)
+        yield rows + (b",\n" if first + _TOGETHER < len(shards) else b"")
+    yield after
 
 
 def read_manifest(store: Store, prefix: str, kind: str) -> Manifest:
@@ -95,15 +133,35 @@ def read_manifest(store: Store, prefix: str, kind: str) -> Manifest:
     verb = "pack" if kind == RAW else "tokenize"
     if not store.exists(prefix + NAME):
         raise InputError(f"there is no data set at {where}; make it with `tapir {verb}`")
-    body = unseal(store.get(prefix + NAME), where)
+    body = _unseal(store.get(prefix + NAME), where)
     fingerprint = body.pop("fingerprint")
     if body.get("format") != kind:
         raise InputError(
             f"{where} has the format {body.get('format')!r}; this needs {kind!r}: make it with "
             f"`tapir {verb}` of this version, in an empty place"
         )
-    shards = [Shard(**shard) for shard in body.pop("shards")]
-    manifest = Manifest(shards=shards, **body)
+    manifest = Manifest(**body)
     if manifest.fingerprint != fingerprint:
         raise CorruptError(f"{where}: the fingerprint does not match the shards listed")
     return manifest
+
+
+def _unseal(data: bytes, where: str) -> dict[str, Any]:
+    """`unseal` without a second copy of the text; shards become `Shard`s as they are parsed.
+
+    Raises: CorruptError if a byte changed since it was written.
+    """
+    line = _DIGEST_LINE.search(data)
+    if line is None:
+        raise damaged(where)
+    digest = hashlib.sha256(memoryview(data)[: line.start(1)])
+    digest.update(memoryview(data)[line.end(1) :])
+    if digest.hexdigest() != line[2].decode():
+        raise damaged(where)
+    body: dict[str, Any] = json.loads(data, object_hook=_as_shard)
+    del body["digest"]
+    return body
+
+
+def _as_shard(row: dict[str, Any]) -> Any:
+    return Shard(**row) if row.keys() == _SHARD_KEYS else row

@@ -1,9 +1,9 @@
 """Tar shards, written by the webdataset library, and the manifests of data sets."""
 
+import hashlib
 import io
 import tarfile
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,23 +11,24 @@ import numpy as np
 import webdataset
 from numpy.typing import NDArray
 
-from core.errors import InputError
+from core.errors import CorruptError
 from core.files.atomic import sha256
 from core.storage.store import Store
+from data_pipeline.formats.fetch import fetched
+from data_pipeline.formats.ids import NAME as IDS
+from data_pipeline.formats.ids import IdSorter
 from data_pipeline.formats.index import (
-    BlockIndex,
     Ranges,
-    dump_index,
     dump_shard_index,
-    first_double,
+    empty_index,
+    fill,
     index_of,
+    index_parts,
     read_shard_index,
 )
 from data_pipeline.formats.manifest import INDEX, Manifest, Shard, write_manifest
 
 webdataset.utils.enforce_security = True
-
-_READERS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,35 +97,52 @@ def put_manifest(
     rejects: dict[str, int],
     variants: int = 1,
     numerics: Sequence[dict[str, Any]] = (),
+    figures: Mapping[str, float] | None = None,
 ) -> Manifest:
-    """Concatenate the shards' indexes and write the manifest, as the last files of a data set.
+    """Write index.safetensors, ids.bin and the manifest, as the last files of a data set.
 
+    Each shard's index is read once, and its ids are dropped when they are in a temporary file.
     Raises: InputError if an id occurs twice; CorruptError for a damaged index.
     """
-    with ThreadPoolExecutor(_READERS, "index") as pool:
-        indexes = list(pool.map(lambda shard: read_shard_index(store, prefix, shard), shards))
-    once = len(shards) // variants
-    double = first_double([arrays.pop("ids") for arrays in indexes][:once])
-    if double >= 0:
-        raise InputError(
-            f"{store.url}/{prefix} holds two pairs of the id {double}; give every pair its own key"
-        )
-    index = dump_index(
-        [
-            BlockIndex(**{name: rows for name, rows in arrays.items() if name != "places"})
-            for arrays in indexes
-        ]
-    )
-    store.put(prefix + INDEX, index)
+    samples = sum(shard.samples for shard in shards[: len(shards) // variants])
+    with IdSorter(samples, f"{store.url}/{prefix}".rstrip("/")) as ids:
+        index_sha256 = _write_index(store, prefix, shards, variants, ids)
+        lookup = {"sha256": ids.write(store, prefix + IDS), "bits": ids.bits}
     manifest = Manifest(
         format=kind,
         shards=list(shards),
-        samples=sum(shard.samples for shard in shards[:once]),
+        samples=samples,
         facts=facts,
         rejects=rejects,
-        index_sha256=sha256(index),
+        index_sha256=index_sha256,
         variants=variants,
         numerics=list(numerics),
+        figures=dict(figures or {}),
+        lookup=lookup,
     )
     write_manifest(store, prefix, manifest)
     return manifest
+
+
+def _write_index(
+    store: Store, prefix: str, shards: Sequence[Shard], variants: int, ids: IdSorter
+) -> str:
+    """Concatenate the shards' indexes, and collect the first variant's ids; returns the sha256."""
+    index = empty_index(sum(shard.blocks for shard in shards))
+    once, blocks, records = len(shards) // variants, 0, 0
+    read = fetched(lambda shard: read_shard_index(store, prefix, shard), shards)
+    for number, (shard, arrays) in enumerate(zip(shards, read, strict=True)):
+        if len(arrays["start"]) != shard.blocks or len(arrays["ids"]) != shard.samples:
+            raise CorruptError(
+                f"{store.url}/{prefix}{shard.index_name} has other counts than its shard; mend it "
+                "by the command that made it, with --again"
+            )
+        blocks += fill(index, blocks, arrays)
+        if number < once:
+            ids.add(records, arrays["ids"], arrays["places"])
+            records += shard.samples
+    digest = hashlib.sha256()
+    for part in index_parts(index):
+        digest.update(part)
+    store.put_parts(prefix + INDEX, index_parts(index))
+    return digest.hexdigest()

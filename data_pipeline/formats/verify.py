@@ -8,8 +8,10 @@ from typing import Any
 from core.errors import CorruptError
 from core.keys import key_fraction
 from core.storage.store import Store
+from data_pipeline.formats.ids import NAME as IDS
+from data_pipeline.formats.ids import row_type
 from data_pipeline.formats.index import BlockReader, read_shard_index
-from data_pipeline.formats.manifest import NAME, RAW, TOKENS, Shard, read_manifest
+from data_pipeline.formats.manifest import NAME, RAW, TOKENS, Manifest, Shard, read_manifest
 
 _THREADS = 16
 _PART = 8 * 2**20
@@ -26,6 +28,7 @@ def verify_split(store: Store, split: str, sample: float = 1.0, seed: int = 0) -
     manifest = read_manifest(store, prefix, RAW if RAW.encode() in body else TOKENS)
     blocks = BlockReader(store, prefix, manifest)
     _all(lambda shard: read_shard_index(store, prefix, shard), manifest.shards)
+    check_lookup(store, prefix, manifest)
     if sample >= 1.0:
         _all(lambda shard: _check_shard(store, prefix, shard), manifest.shards)
         return len(manifest.shards)
@@ -49,12 +52,27 @@ def _all(check: Callable[[Any], object], items: Iterable[Any]) -> None:
             pool.shutdown(cancel_futures=True)
 
 
+def check_lookup(store: Store, prefix: str, manifest: Manifest) -> None:
+    """Check ids.bin, if the data set has one.
+
+    Raises: CorruptError, naming the file.
+    """
+    if manifest.lookup:
+        row = row_type(manifest.samples).itemsize
+        size = manifest.samples * row + 8 * (2 ** manifest.lookup["bits"] + 1)
+        _check_digest(store, prefix + IDS, size, manifest.lookup["sha256"])
+
+
 def _check_shard(store: Store, prefix: str, shard: Shard) -> None:
+    _check_digest(store, prefix + shard.name, shard.bytes, shard.sha256)
+
+
+def _check_digest(store: Store, name: str, size: int, expected: str) -> None:
     digest = hashlib.sha256()
-    for start in range(0, shard.bytes + 1, _PART):  # the last part reaches beyond the end
-        digest.update(store.get(prefix + shard.name, start, _PART))
-    if digest.hexdigest() != shard.sha256:
+    for start in range(0, size + 1, _PART):  # the last part reaches beyond the end
+        digest.update(store.get(name, start, _PART))
+    if digest.hexdigest() != expected:
         raise CorruptError(
-            f"{store.url}/{prefix}{shard.name} has sha256 {digest.hexdigest()}, its manifest says "
-            f"{shard.sha256}; mend it by the command that made it, with --again"
+            f"{store.url}/{name} has sha256 {digest.hexdigest()}, its manifest says "
+            f"{expected}; mend it by the command that made it, with --again"
         )

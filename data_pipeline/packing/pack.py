@@ -2,6 +2,7 @@
 
 <split>/shard-000000.tar     KEY.jpg|png|webp, KEY.json, KEY.txt: any WebDataset reader reads it
 <split>/*.index.safetensors  block index of a shard, and of the data set
+<split>/ids.bin              the record of each id (formats/ids.py)
 <split>/manifest.json        written last
 rejects/000000.jsonl         rejected pairs: key, kind, reason
 """
@@ -25,6 +26,7 @@ from core.keys import key_fraction, key_int
 from core.log import LOG, progress
 from core.storage.store import FolderStore, Store
 from data_pipeline.config import SHAPES_COUNT, FilterConfig, PackConfig
+from data_pipeline.formats.ids import NAME as IDS
 from data_pipeline.formats.manifest import (
     INDEX,
     NAME,
@@ -47,7 +49,7 @@ REQUEST = "request.json"
 _PARTS = re.compile(
     rf"({'|'.join(SPLITS)})/shard-\d{{6}}\.(tar|index\.safetensors)|{REJECTS}\d{{6}}\.jsonl"
 )
-_OURS = re.compile(rf"{_PARTS.pattern}|({'|'.join(SPLITS)})/{INDEX}|{REQUEST}")
+_OURS = re.compile(rf"{_PARTS.pattern}|({'|'.join(SPLITS)})/({INDEX}|{IDS})|{REQUEST}")
 _NOT_ASKED = ("cache", "threads")
 """Settings that do not affect the output."""
 

@@ -1,14 +1,14 @@
-"""Progress of a token job over all workers."""
+"""Progress of a token job over all workers: of its ledgers while it runs, then of its manifests."""
 
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from core.errors import InputError
 from core.storage.store import Store
-from data_pipeline.formats.manifest import NAME, SPLITS, read_json
+from data_pipeline.formats.manifest import NAME, SPLITS, TOKENS, read_json, read_manifest
 from data_pipeline.tokenize.leases import read_leases
+from data_pipeline.tokenize.ledger import finished_shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,27 +44,47 @@ def job_status(tokens: Store) -> list[SplitStatus]:
 
 
 def _split_status(tokens: Store, split: str, expected: dict[str, int]) -> SplitStatus:
-    names = tokens.names(f"{split}/{DONE}")
-    with ThreadPoolExecutor(16) as pool:
-        records = list(pool.map(lambda name: read_json(tokens, name), names))
-    rejects: dict[str, int] = {}
-    for record in records:
-        for kind, count in record["rejects"].items():
-            rejects[kind] = rejects.get(kind, 0) + count
-    devices = Counter(row["numerics"]["device"] for row in records if "numerics" in row)
+    if tokens.exists(f"{split}/{NAME}"):
+        return _finished(tokens, split, expected)
+    rejects: Counter[str] = Counter()
+    devices: Counter[str] = Counter()
+    shards = samples = 0
+    for _, record in finished_shards(tokens, f"{split}/"):
+        shards += 1
+        samples += record["shards"][0]["samples"]
+        rejects.update(record["rejects"])
+        if "numerics" in record:
+            devices[record["numerics"]["device"]] += 1
     leases = read_leases(tokens, f"{split}/")
     running = sum(lease["progress"].get("pairs", 0) for lease in leases)
-    finished = sum(record["shards"][0]["samples"] for record in records)
     return SplitStatus(
         split=split,
         shards=expected["shards"],
-        shards_done=len(names),
+        shards_done=shards,
         pairs=expected["pairs"],
-        pairs_done=min(expected["pairs"], finished + sum(rejects.values()) + running),
-        rejects=rejects,
-        finished=tokens.exists(f"{split}/{NAME}"),
+        pairs_done=min(expected["pairs"], samples + rejects.total() + running),
+        rejects=dict(rejects),
+        finished=False,
         devices=dict(devices),
         workers=leases,
+    )
+
+
+def _finished(tokens: Store, split: str, expected: dict[str, int]) -> SplitStatus:
+    manifest = read_manifest(tokens, f"{split}/", TOKENS)
+    devices: Counter[str] = Counter()
+    for row in manifest.numerics:
+        devices[row["device"]] += row["shards"]
+    return SplitStatus(
+        split=split,
+        shards=expected["shards"],
+        shards_done=len(manifest.shards) // manifest.variants,
+        pairs=expected["pairs"],
+        pairs_done=manifest.samples + sum(manifest.rejects.values()),
+        rejects=manifest.rejects,
+        finished=True,
+        devices=dict(devices),
+        workers=read_leases(tokens, f"{split}/"),
     )
 
 
@@ -83,15 +103,12 @@ def describe_status(rows: list[SplitStatus]) -> str:
             lines.append(f"  shards encoded: {', '.join(made)}")
         for lease in row.workers:
             done = lease["progress"]
+            pairs = f", {done.get('pairs', 0)} of {done['of']}" if "of" in done else ""
             lines.append(
                 f"  worker {lease['worker']} on {lease['holder']['host']}"
-                f"{' (dead)' if lease['dead'] else ''}: "
-                f"{done.get('shard', 'starting')}, {done.get('pairs', 0)} of {done.get('of', '?')}"
+                f"{' (dead)' if lease['dead'] else ''}: {done.get('shard', 'starting')}{pairs}"
             )
     return "\n".join(lines)
-
-
-DONE, REJECTS = "_done/", "_rejects/"
 
 
 REQUEST = "request.json"

@@ -3,19 +3,18 @@
     <split>/<task>-<variant>.tar                  blocks of records; put if absent
     <split>/<task>-<variant>.index.safetensors    block index and ids of the stored tar
     <split>/_rejects/<task>.jsonl                 rejected pairs
-    <split>/_done/<task>.json                     the task's manifest entries; put last, if absent
+    <split>/_done/, <split>/_ledger/              what is done (ledger.py); put last
     <split>/_leases/                              task leases (leases.py)
 
 Workers may be killed and restarted, in duplicate or with another count: existing outputs are never
 computed again, and a worker that commits second reads back the first one's output. Each worker
-starts with its own tasks and continues with all that remain, including those of dead workers.
+starts with its own tasks and continues with all that remain, including those of dead workers. One
+of them writes the manifests (finish.py).
 """
 
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +24,7 @@ import torch
 from core.config import check, to_json
 from core.errors import AbsentError, CorruptError, InputError
 from core.files.atomic import canonical_json, sha256
+from core.keys import keyed_rng
 from core.log import LOG
 from core.storage.store import Store
 from core.workers import JobWorker
@@ -40,23 +40,39 @@ from data_pipeline.formats.manifest import (
     read_manifest,
 )
 from data_pipeline.formats.raw import parse_pairs
-from data_pipeline.formats.shards import build_tar, describe, list_members, put_manifest
+from data_pipeline.formats.shards import build_tar, describe, list_members
 from data_pipeline.formats.tokens import TokenRecord, TokenRecords, decode_block, encode_block
 from data_pipeline.tokenize.encode import Encoded, Encoders, encode_pairs
+from data_pipeline.tokenize.finish import Finisher, refuse_rejects
 from data_pipeline.tokenize.leases import Leases
-from data_pipeline.tokenize.status import DONE, REJECTS, REQUEST
+from data_pipeline.tokenize.ledger import DONE, REJECTS, Ledger, done_tasks
+from data_pipeline.tokenize.status import REQUEST
 
-_READERS = 16
+_REFUSED = 8
+"""Shards of other workers that are tried before the next look at what is done."""
+_LISTING = 0.05
+"""Maximum fraction of the time that is spent on listing what is done."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ShardTask:
     """One input shard."""
 
     split: str
-    shard: Shard
+    shard: str
+    """Its file."""
+    samples: int
+    sha256: str
     name: str
     """Hash of the shard's content, the models and the settings."""
+
+    @staticmethod
+    def of(split: str, shard: Shard, facts: dict[str, Any]) -> "ShardTask":
+        """The task of a raw shard; `facts` are those of models and settings."""
+        name = sha256(canonical_json({"input": shard.sha256, **facts}))
+        return ShardTask(
+            split=split, shard=shard.name, samples=shard.samples, sha256=shard.sha256, name=name
+        )
 
     @property
     def prefix(self) -> str:
@@ -85,25 +101,24 @@ class Worker:
         check(encoders.problems())
         self._rejected: Counter[str] = Counter()
         """Pairs rejected by this worker, by split."""
-        self._sources = {split: read_manifest(raw, f"{split}/", RAW) for split in SPLITS}
         self._leases = {
             split: Leases(tokens, f"{split}/", config.lease_seconds, member) for split in SPLITS
         }
+        self._ledgers = {split: Ledger(tokens, f"{split}/") for split in SPLITS}
+        self._tasks: list[ShardTask] = []
+        self._pairs: dict[str, int] = {}
+        self._fingerprints: dict[str, str] = {}
         facts = {**encoders.facts(config), "v": TOKENS}
-        self._tasks = [
-            ShardTask(
-                split=split,
-                shard=shard,
-                name=sha256(canonical_json({"input": shard.sha256, **facts})),
-            )
-            for split, source in self._sources.items()
-            for shard in source.shards
-        ]
+        for split in SPLITS:
+            source = read_manifest(raw, f"{split}/", RAW)
+            self._pairs[split], self._fingerprints[split] = source.samples, source.fingerprint
+            self._tasks += [ShardTask.of(split, shard, facts) for shard in source.shards]
 
     def run(self, again: bool = False) -> int:
         """Encode unfinished shards, then write the manifests; returns the shards encoded here.
 
-        `again` verifies this worker's finished shards, and encodes damaged ones again.
+        `again` verifies this worker's finished shards, and encodes damaged ones again; worker 0
+        writes the manifests again.
         Raises: InputError if TOKENS holds tokens of other pairs or models, or too many pairs
         cannot be used.
         """
@@ -111,52 +126,83 @@ class Worker:
         self._claim_place(again)
         if again:
             self._take_back_damaged()
-        made = 0
-        for task in self._open_tasks():
-            lease = self._leases[task.split].claim(task.name)
-            if lease is None:
-                continue
-            progress = {"shard": task.shard.name, "of": task.shard.samples, "pairs": 0}
-            with self._leases[task.split].held(lease, progress):
-                if not self._tokens.exists(task.record):
-                    self._make(task, progress)
-                    made += 1
-                    LOG.info(
-                        "worker %s: %s/%s -> %s",
-                        *(self._member.text, task.split, task.shard.name, task.name[:12]),
-                    )
-        self._finish()
+        finishers, made = [self._finisher(split, not again) for split in SPLITS], 0
+        again = again and self._member.number == 0  # one worker writes the manifests anew
+        while again or not all(finisher.finished() for finisher in finishers):
+            made += self._make_open()
+            whole = all(finisher.finish(again) for finisher in finishers)
+            again = again and not whole
+        for finisher in finishers:
+            finisher.sweep()
         return made
 
-    def _open_tasks(self) -> Iterator[ShardTask]:
-        """Unfinished tasks, own tasks first, until all are done."""
-        ours, count = self._member.number, self._member.count
-        order = [t for i in range(count) for t in self._tasks[(ours + i) % count :: count]]
+    def _finisher(self, split: str, ledgers: bool) -> Finisher:
+        raw = self._fingerprints[split]
+        facts = {**self._encoders.facts(self._config), "raw": raw, "split": split}
+        tasks = [task.name for task in self._tasks if task.split == split]
+        pairs, leases = self._pairs[split], self._leases[split]
+        return Finisher(self._tokens, pairs, tasks, facts, self._config, leases, ledgers)
+
+    def _make_open(self) -> int:
+        """Make shards until all have a marker; returns how many were made here."""
+        made = passes = 0
         while True:
-            done = {n for split in SPLITS for n in self._tokens.names(f"{split}/{DONE}")}
-            order = [task for task in order if task.record not in done]
-            if not order:
-                return
-            for task in order:
-                if not self._tokens.exists(task.record):
-                    yield task
-            time.sleep(min(1.0, self._config.lease_seconds / 8))
+            began, before = time.monotonic(), made
+            done = {split: done_tasks(self._tokens, f"{split}/") for split in SPLITS}
+            left = [task for task in self._tasks if task.name not in done[task.split]]
+            if not left:
+                return made
+            now = time.monotonic()
+            pause = max(min(1.0, self._config.lease_seconds / 8), (now - began) / _LISTING)
+            refused, passes = 0, passes + 1
+            for task in self._in_turn(left, passes):
+                taken = self._take(task)
+                made, refused = made + taken, refused + (not taken)
+                if refused == _REFUSED or time.monotonic() > now + pause:
+                    break
+            if made == before:
+                time.sleep(pause)
+
+    def _in_turn(self, tasks: list[ShardTask], number: int) -> list[ShardTask]:
+        """This worker's tasks, then those of the others in an order of its own."""
+        own = {task.record for task in self._tasks[self._member.number :: self._member.count]}
+        mine = [task for task in tasks if task.record in own]
+        others = [task for task in tasks if task.record not in own]
+        order = keyed_rng(self._member.number, number, "steal").permutation(len(others))
+        return mine + [others[i] for i in order]
+
+    def _take(self, task: ShardTask) -> bool:
+        """Make a shard, unless another worker holds its lease or has made it."""
+        lease = self._leases[task.split].claim(task.name)
+        if lease is None:
+            return False
+        progress = {"shard": task.shard, "of": task.samples, "pairs": 0}
+        with self._leases[task.split].held(lease, progress):
+            if self._tokens.exists(task.record):
+                return False
+            self._make(task, progress)
+        LOG.info(
+            "worker %s: %s/%s -> %s",
+            *(self._member.text, task.split, task.shard, task.name[:12]),
+        )
+        return True
 
     def _make(self, task: ShardTask, progress: dict[str, Any]) -> None:
-        where = f"{task.split}/{task.shard.name}"
+        where = f"{task.split}/{task.shard}"
         data = self._raw.get(where)
-        if sha256(data) != task.shard.sha256:
+        if sha256(data) != task.sha256:
             raise CorruptError(
                 f"{self._raw.url}/{where} differs from its manifest (sha256 {sha256(data)}, "
-                f"expected {task.shard.sha256}); restore it or run its `tapir pack` with --again"
+                f"expected {task.sha256}); restore it or run its `tapir pack` with --again"
             )
         encoded = encode_pairs(parse_pairs(data), self._encoders, self._config, progress)
         shards = [self._put(task, i, rows) for i, rows in enumerate(encoded.variants)]
         self._put_record(task, shards, encoded)
         if encoded.rejects:
             self._rejected[task.split] += len(encoded.rejects)
-            first = encoded.rejects[0]["reason"]
-            self._refuse_rejects(task.split, self._rejected[task.split], first)
+            where = f"{self._tokens.url}/{task.split}"
+            pairs, first = self._pairs[task.split], encoded.rejects[0]["reason"]
+            refuse_rejects(where, self._rejected[task.split], pairs, self._config, first)
 
     def _put(self, task: ShardTask, variant: int, records: list[TokenRecord]) -> Shard:
         size = self._config.block
@@ -183,48 +229,13 @@ class Worker:
             "first_reject": encoded.rejects[0]["reason"] if encoded.rejects else "",
             "numerics": to_json(self._encoders.numerics),
         }
-        self._tokens.put(task.record, canonical_json(record), if_absent=True)
-
-    def _finish(self) -> None:
-        """Check that every pair is in a record or a reject, and write the manifests."""
-        for split, source in self._sources.items():
-            tasks = [task for task in self._tasks if task.split == split]
-            with ThreadPoolExecutor(_READERS, "records") as pool:
-                records = list(pool.map(lambda t: read_json(self._tokens, t.record), tasks))
-            variants = self._config.variants
-            shards = [Shard(**row["shards"][v]) for v in range(variants) for row in records]
-            rejects: Counter[str] = sum((Counter(row["rejects"]) for row in records), Counter())
-            samples = sum(shard.samples for shard in shards[: len(tasks)])
-            where = f"{self._tokens.url}/{split}"
-            if samples + rejects.total() != source.samples:
-                raise InputError(
-                    f"{where} has {samples} records and {rejects.total()} rejects for "
-                    f"{source.samples} pairs; run `tapir tokenize` with --again"
-                )
-            first = next((row["first_reject"] for row in records if row["first_reject"]), "")
-            self._refuse_rejects(split, rejects.total(), first)
-            facts = {**self._encoders.facts(self._config), "raw": source.fingerprint}
-            facts["split"] = split
-            put_manifest(
-                *(self._tokens, f"{split}/", TOKENS, shards, facts, dict(rejects), variants),
-                numerics=_numerics_of(records),
-            )
-            self._leases[split].sweep()
-
-    def _refuse_rejects(self, split: str, count: int, first: str) -> None:
-        """Raise InputError if a split has more rejects than max_rejects."""
-        source, most = self._sources[split], self._config.max_rejects
-        if count > most * source.samples:
-            raise InputError(
-                f"{count} of {source.samples} pairs of {self._tokens.url}/{split} are unusable, "
-                f"more than --max-rejects {most}; the first: {first}. Pack with --min-side, or "
-                "give a larger --max-rejects: what is made is kept"
-            )
+        self._ledgers[task.split].commit(task.name, record)
 
     def _take_back_damaged(self) -> None:
         """Delete the done markers and outputs of this worker's damaged shards."""
+        done = {split: done_tasks(self._tokens, f"{split}/") for split in SPLITS}
         for task in self._tasks[self._member.number :: self._member.count]:
-            if not self._tokens.exists(task.record):
+            if task.name not in done[task.split]:
                 continue
             try:
                 for row in json.loads(self._tokens.get(task.record))["shards"]:
@@ -238,13 +249,10 @@ class Worker:
 
     def _claim_place(self, again: bool) -> None:
         """Claim TOKENS for these pairs and models; the first job wins."""
-        pairs = {split: source.fingerprint for split, source in self._sources.items()}
-        counts = {
-            split: {"shards": len(source.shards), "pairs": source.samples}
-            for split, source in self._sources.items()
-        }
+        shards = Counter(task.split for task in self._tasks)
+        counts = {split: {"shards": shards[split], "pairs": self._pairs[split]} for split in SPLITS}
         request = canonical_json(
-            {**self._encoders.facts(self._config), "raw": pairs, "input": counts}
+            {**self._encoders.facts(self._config), "raw": self._fingerprints, "input": counts}
         )
         if (
             self._tokens.put(REQUEST, request, if_absent=True)
@@ -273,12 +281,6 @@ def ranges_of(tar: bytes) -> tuple[list[tuple[int, int, int]], np.ndarray]:
         ranges.append((member.start, member.length, len(block)))
         ids.append(block.ids)
     return ranges, np.concatenate(ids)
-
-
-def _numerics_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The distinct numerics of the shards, each with its number of shards."""
-    told = Counter(canonical_json(row["numerics"]) for row in records if "numerics" in row)
-    return [{**json.loads(text), "shards": count} for text, count in sorted(told.items())]
 
 
 def _check(store: Store, prefix: str, shard: Shard) -> None:

@@ -1,15 +1,19 @@
 """The token job: several workers, killed ones, doubled ones; the same bytes as one worker."""
 
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from core.files.atomic import TEMPORARY
 from core.storage.store import FolderStore
-from tests.harness import PATIENCE, start_tapir, tapir
+from tests.harness import ENVIRONMENT, PATIENCE, start_tapir, tapir
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:
@@ -33,6 +37,37 @@ def test_workers_killed_and_doubled_give_the_same_bytes(
     assert [process.wait(PATIENCE) for process in both] == [0, 0, 0]
     assert _bytes(tmp_path / "t") == _bytes(tokens)
     assert "made 0 shards" in tapir(*job, "--worker=1/2")
+
+
+@pytest.mark.world
+def test_another_worker_ends_what_a_killed_finisher_left(
+    raw: Path, bpe: Path, dvae: Path, tokens: Path, tmp_path: Path
+) -> None:
+    job = [str(raw), str(tmp_path / "t"), f"--bpe={bpe}", f"--dvae={dvae}", "--block=8"]
+    reached, log = tmp_path / "reached", tmp_path / "log"
+    command = [sys.executable, "-P", "-m", "tests.multiprocess.stalls", str(reached), *job]
+    killed = subprocess.Popen(command, env=ENVIRONMENT)
+    try:
+        _wait(reached)
+        assert (tmp_path / "t/train/index.safetensors").exists()
+        assert not (tmp_path / "t/train/manifest.json").exists()
+        other = start_tapir("tokenize", *job, log=log)
+        lease = next((tmp_path / "t/train/_leases").iterdir()).read_bytes()
+        assert json.loads(lease)["holder"]["pid"] == killed.pid
+    finally:
+        killed.kill()
+        killed.wait()
+    assert other.wait(PATIENCE) == 0, log.read_text()
+    for leftover in (tmp_path / "t/train").glob(f"{TEMPORARY}*"):
+        leftover.unlink()
+    assert _bytes(tmp_path / "t") == _bytes(tokens)
+
+
+def _wait(path: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.world

@@ -14,11 +14,13 @@ from data_pipeline.formats.tokens import TokenRecord, TokenRecords, TokenSource
 from data_pipeline.streaming.cache import open_cache
 from data_pipeline.text.bpe import load_tokenizer
 from data_pipeline.text.dropout import DropoutEncoder
+from data_pipeline.tokenize.figures import ENTROPY, per_position_entropy
 from models.config import PriorConfig
 from models.prior import prior_program
 from parallel.engines.protocol import Batch
 from parallel.mesh import Mesh
 from parallel.tensor.ops import TensorParallel
+from parallel.world import ALONE, World
 from training.config import PriorTrain
 from training.data_requirements import refuse_unfit
 from training.tasks.task import Means, Pictures, pad_text
@@ -36,7 +38,8 @@ class PriorTask:
 
     unreadable = 0
 
-    def __init__(self, settings: PriorTrain, tensor: TensorParallel) -> None:
+    def __init__(self, settings: PriorTrain, tensor: TensorParallel, world: World = ALONE) -> None:
+        self._world = world
         store = open_store(settings.data)
         self.train = TokenSource(store, "train", open_cache(settings.loader))
         self.held_out = TokenSource(store, "validation")
@@ -117,15 +120,19 @@ class PriorTask:
         }, {}
 
     def _entropy(self) -> float:
-        counts = np.zeros((self.model_config.image_length, self.model_config.image_vocabulary))
-        positions = np.arange(self.model_config.image_length)
-        for block in range(min(len(self.train.sizes), 2000)):
-            for record in self.train.read(block):
-                counts[positions, record.image] += 1
-        shares = torch.from_numpy(counts / counts.sum(1, keepdims=True))
-        return float(torch.special.entr(shares).sum(1).mean())
+        """The manifest's figure; of token sets without one, computed once a run by rank 0."""
+        figures = self.train.manifest.figures
+        if ENTROPY not in figures:
+            entropy = 0.0
+            if self._world.rank == 0:
+                model, blocks = self.model_config, len(self.train.sizes)
+                entropy = per_position_entropy(
+                    self.train.read, blocks, model.image_length, model.image_vocabulary
+                )
+            figures[ENTROPY] = self._world.of_rank_0(entropy)
+        return figures[ENTROPY]
 
 
 def build(settings: PriorTrain, mesh: Mesh) -> PriorTask:
     """The task of `tapir train prior`."""
-    return PriorTask(settings, mesh.shared)
+    return PriorTask(settings, mesh.shared, mesh.world)

@@ -289,7 +289,11 @@ def test_shuffled_captions_are_whole_and_of_other_pictures(
     monkeypatch.setattr(tasks, "key_int", lambda *_: drawn)
     records = [_token(i, [i], [i, 4, 0, 0]) for i in range(4)]
     reads: list[int] = []
-    blocks = SimpleNamespace(sizes=[1] * 2001, read=lambda b: reads.append(b) or [records[b % 4]])
+    blocks = SimpleNamespace(
+        sizes=[1] * 2001,
+        read=lambda b: reads.append(b) or [records[b % 4]],
+        manifest=SimpleNamespace(figures={}),
+    )
     task.train = cast(Any, blocks)
     seen: list[int] = []
 
@@ -298,12 +302,14 @@ def test_shuffled_captions_are_whole_and_of_other_pictures(
         return {"image_loss": 0.0}
 
     figures, _ = task.figures(means, records, records)
-    assert seen == [(i - 1 - drawn % 3) % 4 for i in range(4)] and reads == list(range(2000))
+    assert seen == [(i - 1 - drawn % 3) % 4 for i in range(4)]
+    assert sorted(reads) == list(range(2000))
     assert figures["per_position_entropy"] == pytest.approx(math.log(4) / 4)
     single = [records[0]]
     seen.clear()
     task.figures(means, single, single)
     assert seen == [0], "one picture has only its own"
+    assert len(reads) == 2000, "the entropy is computed once a run"
 
 
 def _five() -> Any:

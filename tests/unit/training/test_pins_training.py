@@ -309,7 +309,7 @@ def _token(number: int, text: list[int], image: list[int]) -> TokenRecord:
 def _prior_task(drop: float) -> PriorTask:
     task = object.__new__(PriorTask)
     task._settings = PriorTrain(caption_dropout=drop, loop=LoopConfig(seed=3))
-    task._dropout = None
+    task._dropout, task._world = None, World()
     task.model_config = PriorConfig(
         text_length=3, text_vocabulary=9, image_vocabulary=4, grid=2, dim=4, heads=1, layers=1
     )
@@ -360,7 +360,10 @@ def test_bounds_of_a_prior_by_hand() -> None:
     task = _prior_task(0.0)
     stored = [[1, 3, 0, 0], [2, 3, 0, 0], [1, 3, 0, 2], [2, 3, 1, 0]]
     blocks = [[_token(i, [i], row)] for i, row in enumerate(stored)]
-    task.train = cast(Any, SimpleNamespace(sizes=[1] * 4, read=lambda block: blocks[block]))
+    manifest = SimpleNamespace(figures={})
+    task.train = cast(
+        Any, SimpleNamespace(sizes=[1] * 4, read=lambda block: blocks[block], manifest=manifest)
+    )
     records = [block[0] for block in blocks]
     seen: list[Tensor] = []
 
@@ -376,6 +379,10 @@ def test_bounds_of_a_prior_by_hand() -> None:
     assert pictures == {} and figures["shuffled_caption_loss"] == 2.5
     of_quarter = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert figures["per_position_entropy"] == pytest.approx((math.log(2) + 2 * of_quarter) / 4)
+    manifest.figures["per_position_entropy"] = 0.125  # of the token job: nothing is counted
+    blocks.clear()
+    assert task.figures(means, records, records)[0]["per_position_entropy"] == 0.125
+    del seen[2:]
     others = torch.cat(seen).tolist()
     shift = 1 + key_int(3, "shuffle") % 3
     assert others == [(i - shift) % 4 for i in range(4)] and sorted(others) == [0, 1, 2, 3]

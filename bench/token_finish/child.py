@@ -1,0 +1,60 @@
+"""Ends the job of job.py as a worker does, and prints what it took; imported by no one.
+
+python -m bench.token_finish.child RAW TOKENS
+"""
+
+import json
+import resource
+import sys
+import time
+from dataclasses import replace
+from typing import Any
+
+from bench.support.counted import CountedStore
+from bench.token_finish.job import PREFIX, facts, task_of
+from core.storage.store import FolderStore, open_store
+from core.workers import JobWorker
+from data_pipeline.config import TokenizeConfig
+from data_pipeline.formats.manifest import RAW, read_manifest
+from data_pipeline.tokenize.finish import Finisher
+from data_pipeline.tokenize.leases import Leases
+from data_pipeline.tokenize.worker import ShardTask
+
+
+def _peak() -> float:
+    """Megabytes of the resident set at its highest, since this program began."""
+    with open("/proc/self/status") as file:
+        line = next(row for row in file if row.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def main(raw: str, tokens: str) -> dict[str, Any]:
+    """Read the raw manifest, finish the job, and tell what it took."""
+    imported = _peak()
+    store = CountedStore(open_store(tokens), names=False)
+    config = TokenizeConfig()
+    source = read_manifest(open_store(raw), PREFIX, RAW)
+    given, pairs = facts(source), source.samples
+    tasks = [  # as a worker holds them
+        replace(ShardTask.of("train", shard, given), name=task_of(number))
+        for number, shard in enumerate(source.shards)
+    ]
+    del source
+    leases = Leases(store, PREFIX, config.lease_seconds, JobWorker(number=0, count=1))
+    finisher = Finisher(store, pairs, [task.name for task in tasks], given, config, leases)
+    read, began = _peak(), time.perf_counter()
+    finisher.finish()
+    seconds, peak = time.perf_counter() - began, _peak()
+    finisher.sweep()
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return {
+        "seconds": seconds,
+        "cpu": usage.ru_utime + usage.ru_stime,
+        "megabytes": {"imported": imported, "begun": read, "peak": peak},
+        "requests": dict(store.requests),
+        "folder": isinstance(store.store, FolderStore),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(*sys.argv[1:])))
