@@ -57,7 +57,7 @@ class Driver:
                 LOG.warning("the chain was cancelled")
                 return GAVE_UP
             try:
-                self._round()
+                self.round()
                 forbidden = 0
             except ApiError as error:
                 forbidden += error.status in _FORBIDDEN and _QUOTA not in str(error)
@@ -78,7 +78,8 @@ class Driver:
         wrong = any(f"exit code {EXIT_WRONG_INPUT} " in stage.why for stage in failed)
         return EXIT_WRONG_INPUT if wrong else GAVE_UP
 
-    def _round(self) -> None:
+    def round(self) -> None:
+        """Look once at every stage that is not over. Raises: ApiError."""
         for stage in self._stages.values():
             if stage.state not in _OVER:
                 self._advance(stage)

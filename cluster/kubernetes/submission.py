@@ -88,7 +88,7 @@ def _chosen(chain: Chain) -> str:
 
 def _delete(config: KubernetesConfig, *what: str) -> None:
     """Delete objects after their pods (foreground), and wait for that."""
-    options = ("--ignore-not-objects", "--cascade=foreground", "--wait=true")
+    options = ("--ignore-not-found", "--cascade=foreground", "--wait=true")
     _kubectl(config, "delete", *what, *options, seconds=_END_SECONDS)
 
 

@@ -16,6 +16,7 @@ from tests.support.kubernetes.schemas import problems_of
 from tests.support.kubernetes.store import Json, Refused, Store
 
 _WATCH_SECONDS = 60.0
+_POLL = 0.05
 
 
 class ApiServer(ThreadingHTTPServer):
@@ -26,6 +27,8 @@ class ApiServer(ThreadingHTTPServer):
     def __init__(self, store: Store, context: ssl.SSLContext, logs: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.store, self.access, self.logs = store, Access(store), logs
+        self.failing = 0
+        """So many requests are answered with 503."""
         self.without: tuple[str, ...] = ()
         """API groups that are not installed."""
         self.created: Callable[[Json, str], None] = lambda _body, _user: None
@@ -36,7 +39,7 @@ class ApiServer(ThreadingHTTPServer):
         return int(self.server_address[1])
 
     def start(self) -> None:
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(_POLL,), daemon=True).start()
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         wrapped = self._context.wrap_socket
@@ -61,6 +64,9 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         body = json.loads(self.rfile.read(length)) if length else {}
         try:
+            if self.server.failing:
+                self.server.failing -= 1
+                raise Refused(503, "ServiceUnavailable", "try again")
             user = self.server.access.user(self.headers.get("Authorization", ""))
             self._serve(user, body)
         except Refused as error:

@@ -85,6 +85,18 @@ class Cluster:
 
 
 @contextmanager
+def serving_cluster(folder: Path, out: Path) -> Iterator[Cluster]:
+    """A cluster without controllers: no pod starts, the test itself sets what happens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cluster = Cluster(folder, out)
+    cluster.server.start()
+    try:
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@contextmanager
 def running_cluster(folder: Path, out: Path) -> Iterator[Cluster]:
     """A cluster in a folder; `out` is where the chain's markers are."""
     folder.mkdir(parents=True)

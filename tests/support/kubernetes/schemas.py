@@ -25,7 +25,26 @@ def job_problems(job: dict[str, Any], version: str = "1.37") -> list[str]:
         kubernetes_validate.validate(job, version, strict=True)
     except kubernetes_validate.ValidationError as error:
         return [f"{'.'.join(map(str, error.path))}: {error.message}"]
-    return []
+    return _policy_problems(job["spec"]) if job["kind"] == "Job" else []
+
+
+def _policy_problems(spec: dict[str, Any]) -> list[str]:
+    """Problems of podFailurePolicy that its schema leaves open."""
+    rules = spec.get("podFailurePolicy", {}).get("rules", [])
+    actions = ["FailJob", "Ignore", "Count"]
+    actions += ["FailIndex"] if "backoffLimitPerIndex" in spec else []
+    problems = [
+        f"podFailurePolicy action {rule['action']!r}"
+        for rule in rules
+        if rule["action"] not in actions
+    ]
+    if rules and spec["template"]["spec"].get("restartPolicy") != "Never":
+        problems.append("podFailurePolicy needs restartPolicy Never")
+    for rule in rules:
+        codes = rule.get("onExitCodes", {}).get("values", [])
+        if codes != sorted(set(codes)) or 0 in codes:
+            problems.append(f"podFailurePolicy exit codes {codes}")
+    return problems
 
 
 def embedded_jobs(jobset: dict[str, Any]) -> list[dict[str, Any]]:
