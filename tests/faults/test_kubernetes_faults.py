@@ -61,7 +61,7 @@ class Setting:
 
     def submit(self, kind: Any, script: str, *jobs: Job) -> None:
         """Send a chain of jobs; `script` knows $who (name-index) and $start (1, 2, ...)."""
-        body = _COUNT.format(out=self.out) + script.format(out=self.out)
+        body = _COUNT.format(out=self.out) + script.format(out=self.out) + "\ntrue\n"
         self.python.with_name("python.stage").write_text(body)
         self.config = KubernetesConfig(kind=kind, claim="c", mount=str(self.folder / "runs"))
         self.chain = Chain(
