@@ -77,7 +77,7 @@ $(DOCS_STAMP): $(STAMP) requirements-docs.txt
 	touch $@
 
 faults: $(DEV_STAMP)
-	TAPIR_OUTAGE=20 $(BIN)/python -m pytest tests/faults -m "not big"
+	TAPIR_OUTAGE=20 TAPIR_FORGIVEN=20 $(BIN)/python -m pytest tests/faults -m "not big"
 
 soak: $(DEV_STAMP)
 	TAPIR_SOAK_KILLS=$${KILLS:-30} $(BIN)/python -m pytest tests/faults/test_soak.py -m "not big"

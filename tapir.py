@@ -5,6 +5,7 @@ import io
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 HOME = Path(__file__).resolve().parent
 PACKAGES = (
@@ -56,7 +57,7 @@ VERBS = {
 
 
 def main() -> None:
-    """Run one verb and exit: 0 done, 2 wrong input or config, 1 anything else."""
+    """Run one verb and exit: 0 done, else as in docs/reference/exit-codes.md."""
     _open_standard_streams()
     code: int | str | None = 0
     try:
@@ -116,18 +117,18 @@ def _run() -> None:
         importlib.import_module("core.log").set_up_logging()
         getattr(importlib.import_module(module), function)(rest)
     except errors.TapirError as error:
-        _fail(str(error), error.exit_code)
+        _fail_by(error)
     except BrokenPipeError:
         sys.exit(errors.EXIT_FAILED)
     except OSError as error:
-        wrong = errors.of_memory(error) if errors.no_memory(error) else errors.of_files(error)
-        _fail(str(wrong), wrong.exit_code)
+        _fail_by(errors.of_memory(error) if errors.no_memory(error) else errors.of_files(error))
     except KeyboardInterrupt as error:
         _fail(str(error) or "interrupted; all processes were ended", 130)
     except Exception as error:
         if not errors.no_memory(error):
+            importlib.import_module("core.files.reason").leave_reason(error)
             raise
-        _fail(str(errors.of_memory(error)), errors.EXIT_WRONG_INPUT)
+        _fail_by(errors.of_memory(error))
 
 
 def _use_utf8() -> None:
@@ -164,9 +165,15 @@ def _help() -> str:
     return (
         "usage: tapir VERB [--help] ...\n\n"
         "Train DALL-E-class text-to-image models, from raw pairs to ranked pictures.\n\n"
-        f"{rows}\n\nEvery verb has --help. Exit codes: 0 done, 2 wrong input, 75 stopped with a "
-        "checkpoint saved, 130 Ctrl-C, 1 failed."
+        f"{rows}\n\nEvery verb has --help. Exit codes: 0 done, 2 wrong input, 70 gave up (no other "
+        "start mends it), 75 stopped with a checkpoint saved, 130 Ctrl-C, 1 failed."
     )
+
+
+def _fail_by(error: Any) -> None:
+    """End with a TapirError; the job that runs this command learns it, too."""
+    importlib.import_module("core.files.reason").leave_reason(error)
+    _fail(str(error), error.exit_code)
 
 
 def _fail(message: str, code: int) -> None:

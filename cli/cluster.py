@@ -202,6 +202,10 @@ def job(arguments: list[str]) -> None:
     def run(settings: Annotated[JobSettings, FLAT] = JobSettings()) -> None:  # noqa: B008
         """Run the command after -- as one job of a chain; `tapir submit` writes these commands.
 
+        Exit codes: 0 done; 2 wrong input; 70 gave up (more failures without progress than
+        --retries, or an error that no other start mends); 75 asked to stop, or waiting to be
+        started again; others are the command's own. Start it again after all but 0, 2 and 70.
+
         Args:
             settings: settings of the job
         """

@@ -66,6 +66,10 @@ class Job:
     """True for an array of `resources.workers` equal workers, which split the work."""
     trains: bool = False
     """True if it saves a checkpoint on a stop request."""
+    checkpoints: str = ""
+    """Place of its checkpoints: a newer one is progress."""
+    shards: str = ""
+    """Place of a data job's output: more finished files are progress."""
     resources: Resources = field(default_factory=Resources)
 
     @property
@@ -102,8 +106,10 @@ class Chain:
     """Interpreter on the nodes."""
     environment: tuple[str, ...] = ()
     """Names of the variables that jobs get; values are never written down."""
-    retries: int = 2
-    """Failures of a job after which it is not started again."""
+    retries: int = 3
+    """Failures of a job without progress that are forgiven."""
+    stall_hours: float = 24.0
+    """Hours that a job's starts may run without progress."""
     jobs: tuple[Job, ...] = ()
 
     @property
@@ -128,6 +134,9 @@ class Chain:
             f"--marker={name}.json",
             f"--fingerprint={job.fingerprint}",
             f"--retries={self.retries}",
+            f"--stall-hours={self.stall_hours:g}",
+            *([f"--checkpoints={job.checkpoints}"] if job.checkpoints else []),
+            *([f"--shards={job.shards}"] if job.shards else []),
             *flags,
             *(["--saves"] if job.trains else []),
             "--",

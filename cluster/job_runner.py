@@ -1,8 +1,9 @@
-"""`tapir job`: checks the nodes, runs a command, forwards signals, writes the marker, retries.
+"""`tapir job`: checks the nodes, runs a command, forwards signals, writes the marker, starts again.
 
 Slurm, Kubernetes and the local runner all start jobs through it.
 """
 
+import math
 import os
 import signal
 import subprocess
@@ -13,12 +14,22 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-from cluster.chain import CANCELLED, WORKER, read_marker, write_marker
+from cluster.chain import CANCELLED, CHAIN, SCRIPTS, WORKER, read_marker, write_marker
 from cluster.processes import die_with_parent, stop
 from cluster.slurm_job import bad_nodes, leave_out, queue_again, was_cancelled
-from core.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_WRONG_INPUT, InputError
+from cluster.starts import Progress, Starts
+from core.errors import (
+    EXIT_FAILED,
+    EXIT_GAVE_UP,
+    EXIT_PREEMPTED,
+    EXIT_WRONG_INPUT,
+    ConfigError,
+    InputError,
+)
+from core.files.reason import REASON_FILE, read_reason
 from core.log import LOG
 from core.stop import STOP_FILE
+from core.storage.store import open_store
 
 _LOOK = 0.2
 _LOOK_FOR_MARKERS = 2.0
@@ -43,8 +54,14 @@ class JobSettings:
     again: Literal["here", "slurm", "no"] = "here"
     """After a failure or a preemption: restart the command here, let Slurm requeue the job, or
     leave both to the caller, who sees the exit code."""
-    retries: int = 2
-    """Failures after which it is not started again."""
+    retries: int = 3
+    """Failures without progress that are forgiven; the next one ends the job with exit code 70."""
+    stall_hours: float = 24.0
+    """Hours that its starts may run without progress, also if each was asked to stop."""
+    checkpoints: str = ""
+    """Folder or s3://bucket/prefix of its checkpoints: a newer one is progress."""
+    shards: str = ""
+    """Folder or s3://bucket/prefix that a data job fills: more finished files are progress."""
     saves: bool = False
     """On a stop request the command saves by itself; other commands are ended at once."""
     grace: float = 600.0
@@ -56,12 +73,14 @@ class JobSettings:
 
 
 def run_job(settings: JobSettings, command: Sequence[str]) -> int:
-    """Run a command to its end; returns the exit code of the job.
+    """Run a command to its end; returns the exit code of the job: docs/reference/exit-codes.md.
 
     Raises: InputError for a command without a name for its log and files.
     """
     if command and not settings.name:
         raise InputError("give the job a --name: its files are called by it")
+    if settings.retries < 0 or not 0 < settings.stall_hours < math.inf:
+        raise ConfigError("--retries must not be negative, and --stall-hours must be positive")
     worker = os.environ.get("SLURM_ARRAY_TASK_ID", os.environ.get("JOB_COMPLETION_INDEX", "0"))
     name, marker = (text.replace(WORKER, worker) for text in (settings.name, settings.marker))
     is_first = worker == "0" or WORKER in settings.marker
@@ -82,44 +101,83 @@ def run_job(settings: JobSettings, command: Sequence[str]) -> int:
 
 
 def _run(settings: JobSettings, command: Sequence[str], place: str, asked: "_Asked") -> int:
-    began = time.time()
-    if settings.check_nodes and (bad := bad_nodes(settings.out, settings.name, settings.gpus)):
-        return _without(settings, bad)
-    failures = settings.out / "jobs" / f"{settings.name}.failures"
+    """Start the command until it succeeds, gives up, or is left to the scheduler."""
+    began, record = time.time(), _record_name(settings)
+    files = settings.out / SCRIPTS
+    files.mkdir(parents=True, exist_ok=True)
+    starts = Starts(
+        open_store(settings.markers or str(files)),
+        record,
+        Progress(checkpoints=settings.checkpoints, shards=settings.shards),
+        settings.retries,
+        settings.stall_hours,
+    )
+    left = files / f"{record}.reason"
     while True:
-        code = _run_once(settings, command, asked)
+        before = read_reason(left)
+        if why := starts.begin(before.text if before else ""):
+            return _give_up(settings, why)
+        left.unlink(missing_ok=True)
+        if settings.check_nodes and (bad := bad_nodes(settings.out, settings.name, settings.gpus)):
+            starts.end(EXIT_PREEMPTED)
+            return _without(settings, bad)
+        code, reason = _run_once(settings, command, asked, left)
         if code == 0:
-            failures.unlink(missing_ok=True)
-            if settings.marker:
-                facts: dict[str, object] = {"job": settings.name, "began": began}
-                facts |= {"command": settings.fingerprint, "seconds": time.time() - began}
-                write_marker(place, settings.marker, facts)
+            _succeed(settings, place, began, starts)
             return 0
+        final = code in (EXIT_WRONG_INPUT, EXIT_GAVE_UP)
+        preempted = not final and (asked.count > 0 or code == EXIT_PREEMPTED)
+        why = starts.end(EXIT_PREEMPTED if preempted else code, reason)
         if (settings.out / CANCELLED).exists() or was_cancelled():
             LOG.warning("job %s was cancelled", settings.name)
             return code
-        preempted = asked.count > 0 or code == EXIT_PREEMPTED
-        count = 0 if preempted else _count(failures)
-        if code == EXIT_WRONG_INPUT or count > settings.retries:
-            LOG.error("job %s ended with exit code %d", settings.name, code)
+        if final:
+            LOG.error("job %s ended with exit code %d: %s", settings.name, code, reason)
             return code
-        code = EXIT_PREEMPTED if preempted else code
+        if why:
+            return _give_up(settings, why)
         if settings.again == "slurm":
             queue_again(EXIT_PREEMPTED, settings.out)
             return EXIT_PREEMPTED
         if settings.again == "no" or preempted:
-            return code
+            return EXIT_PREEMPTED if preempted else code
         LOG.warning("job %s failed (exit code %d); it starts again", settings.name, code)
 
 
-def _run_once(settings: JobSettings, command: Sequence[str], asked: "_Asked") -> int:
-    """Run the command; a stop request is forwarded as a file, else as SIGTERM."""
+def _record_name(settings: JobSettings) -> str:
+    """Name of the record of starts: each pod of a job on several nodes has its own."""
+    pod = os.environ.get("JOB_COMPLETION_INDEX", "")
+    alone = not pod or settings.name.endswith(f"-{pod}")
+    return settings.name if alone else f"{settings.name}-{pod}"
+
+
+def _give_up(settings: JobSettings, why: str) -> int:
+    again = f"tapir resume {settings.out}" if (settings.out / CHAIN).exists() else "start it again"
+    LOG.error("job %s gives up: %s. Mend the cause, then: %s", settings.name, why, again)
+    return EXIT_GAVE_UP
+
+
+def _succeed(settings: JobSettings, place: str, began: float, starts: Starts) -> None:
+    if settings.marker:
+        facts: dict[str, object] = {"job": settings.name, "began": began}
+        facts |= {"command": settings.fingerprint, "seconds": time.time() - began}
+        write_marker(place, settings.marker, {**facts, "starts": starts.attempt})
+    starts.clear()
+
+
+def _run_once(
+    settings: JobSettings, command: Sequence[str], asked: "_Asked", left: Path
+) -> tuple[int, str]:
+    """Run the command; a stop request is forwarded as a file, else as SIGTERM.
+
+    Returns its exit code and the error that it wrote to the file `left`.
+    """
     if asked.count:
-        return EXIT_PREEMPTED
-    request = settings.out / "jobs" / f"{settings.name}.stop"
-    request.parent.mkdir(parents=True, exist_ok=True)
+        return EXIT_PREEMPTED, "asked to stop"
+    request = settings.out / SCRIPTS / f"{settings.name}.stop"
     request.unlink(missing_ok=True)
     environment = {**os.environ, STOP_FILE: str(request.resolve())}
+    environment[REASON_FILE] = str(left.resolve())
     process = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent)
     since: float | None = None
     try:
@@ -137,8 +195,19 @@ def _run_once(settings: JobSettings, command: Sequence[str], asked: "_Asked") ->
     finally:
         stop(process)
         request.unlink(missing_ok=True)
-    code = process.returncode
-    return code if code >= 0 else EXIT_FAILED
+    return _explained(process.returncode, left)
+
+
+def _explained(code: int, left: Path) -> tuple[int, str]:
+    """The exit code and the error of an ended command; a rank's own come before a launcher's."""
+    reason = read_reason(left)
+    if code == 0:
+        return 0, ""
+    if reason is not None:
+        return reason.job_code, reason.text
+    if code < 0:
+        return EXIT_FAILED, f"the command was killed ({signal.Signals(-code).name})"
+    return code, f"exit code {code} without a message; the log has what it printed"
 
 
 def _without(settings: JobSettings, bad: dict[str, str]) -> int:
@@ -147,7 +216,7 @@ def _without(settings: JobSettings, bad: dict[str, str]) -> int:
         LOG.error("node %s: %s", node, problem)
     if not leave_out(settings.out, bad):
         LOG.error("too few other nodes are left: mend the above, then `tapir resume`")
-        return EXIT_FAILED
+        return EXIT_GAVE_UP
     queue_again(EXIT_PREEMPTED, settings.out)
     return EXIT_PREEMPTED
 
@@ -163,17 +232,6 @@ def _wait_for(place: str, name: str, asked: "_Asked") -> bool:
             told = True
         time.sleep(_LOOK_FOR_MARKERS)
     return True
-
-
-def _count(failures: Path) -> int:
-    """Number of failures of the job, including this one."""
-    try:
-        count = int(failures.read_text()) + 1
-    except (OSError, ValueError):
-        count = 1
-    failures.parent.mkdir(parents=True, exist_ok=True)
-    failures.write_text(str(count))
-    return count
 
 
 class _Asked:

@@ -16,8 +16,10 @@ from typing import Any, Literal
 
 from cluster.chain import CANCELLED, LOGS, SCRIPTS, Chain, Job, read_submitted
 from cluster.processes import die_with_parent, is_alive
+from cluster.starts import read_attempts
 from core.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_WRONG_INPUT, InputError, TapirError
 from core.files.atomic import canonical_json, held, write_atomic
+from core.storage.store import open_store
 
 RUNNER_LOG = "chain.log"
 _STATE = "local.json"
@@ -116,6 +118,26 @@ def _read(out: Path) -> dict[str, Any]:
         return {}
 
 
+def _name(job: Job, worker: int) -> str:
+    return f"{job.name}-{worker}" if job.array else job.name
+
+
+class _Killed:
+    """Decides which workers start again after their `tapir job` was killed."""
+
+    def __init__(self, chain: Chain, job: Job) -> None:
+        self._record, self._job = open_store(str(chain.out / SCRIPTS)), job
+        self._attempts: dict[int, int] = {}
+        self._unrecorded, self._most = 0, chain.retries
+
+    def may_start_again(self, worker: int) -> bool:
+        """True if its next start counts this one; a start that left no record is counted here."""
+        attempts = read_attempts(self._record, _name(self._job, worker))
+        self._unrecorded += attempts == self._attempts.get(worker, 0)
+        self._attempts[worker] = attempts
+        return self._unrecorded <= self._most
+
+
 class Runner:
     """Runs the unfinished jobs of a chain, one after the other."""
 
@@ -154,7 +176,8 @@ class Runner:
         """Run all workers of a job, at most `parallelism` at once; returns the exit code."""
         left = list(enumerate(commands(self._chain, job, self._config)))
         running: dict[subprocess.Popen[bytes], tuple[int, list[str]]] = {}
-        most, worst, killed = job.resources.parallelism or len(left), 0, 0
+        most, worst = job.resources.parallelism or len(left), 0
+        killed = _Killed(self._chain, job)
         while running or (left and not self._asked):
             while left and len(running) < most and not self._asked:
                 worker = left.pop(0)
@@ -167,8 +190,7 @@ class Runner:
                 return max([EXIT_PREEMPTED, *codes])
             for process in [p for p in running if p.poll() is not None]:
                 worker = running.pop(process)
-                if process.returncode < 0 and killed < self._chain.retries:
-                    killed += 1
+                if process.returncode < 0 and killed.may_start_again(worker[0]):
                     left.append(worker)
                     continue
                 worst = worst or (process.returncode if process.returncode >= 0 else EXIT_FAILED)
@@ -176,8 +198,7 @@ class Runner:
 
     def _start(self, job: Job, worker: int, command: Sequence[str]) -> "subprocess.Popen[bytes]":
         chain = self._chain
-        name = f"{job.name}-{worker}" if job.array else job.name
-        wrapped = chain.wrapped(job, name, list(command))
+        wrapped = chain.wrapped(job, _name(job, worker), list(command))
         passed = {name: os.environ[name] for name in chain.passed if name in os.environ}
         with open(chain.log(job, str(worker) if job.array else ""), "ab") as log:
             return subprocess.Popen(

@@ -16,7 +16,9 @@ from core.errors import ConfigError, TapirError
 from core.files.atomic import write_atomic
 
 _ANSWER_SECONDS = 60
-_PORTS = 20_000
+_PORTS, _NEXT = 20_000, 997
+"""Ports of the rendezvous, and the step to another one at each restart: something that still holds
+the port must not end every start."""
 _FORGOTTEN = "Invalid job id"
 """squeue's error for jobs that Slurm no longer knows."""
 
@@ -74,7 +76,7 @@ export OMP_NUM_THREADS={threads} PYTHONSAFEPATH=1
 export TAPIR_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd " ")
 export MASTER_ADDR=$(scontrol show node "${{TAPIR_NODES%% *}}" | grep -o "NodeAddr=[^ ]*" \
 | cut -d= -f2)
-export MASTER_PORT=$(({_PORTS} + SLURM_JOB_ID % {_PORTS}))
+export MASTER_PORT=$(({_PORTS} + (SLURM_JOB_ID + {_NEXT} * ${{SLURM_RESTART_COUNT:-0}}) % {_PORTS}))
 exec {words}
 """
 

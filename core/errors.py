@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 
 EXIT_FAILED = 1
 EXIT_WRONG_INPUT = 2
+EXIT_GAVE_UP = 70
+"""EX_SOFTWARE: a crash loop, or an error that no other start mends."""
 EXIT_PREEMPTED = 75
 
 
@@ -15,6 +17,11 @@ class TapirError(Exception):
     exit_code = EXIT_FAILED
     retry = True
     """True if the same command may succeed when it is started again."""
+
+    def give_up(self) -> None:
+        """Take the exit code of errors that no other start mends, if this is one."""
+        if not self.retry and self.exit_code == EXIT_FAILED:
+            self.exit_code = EXIT_GAVE_UP
 
 
 class ConfigError(TapirError):

@@ -8,7 +8,7 @@ import os
 from cluster.launcher import call_target
 from cluster.supervisor import supervise
 from core.config import check
-from core.errors import ConfigError
+from core.errors import ConfigError, TapirError
 from core.files.out_folder import refuse_others_folder
 from core.gpus import gpu_problems, usable_gpus
 from core.launch_environment import ranks_given
@@ -27,8 +27,17 @@ PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "training.worker"]
 def train_stage(stage: str, settings: StageConfig) -> None:
     """Train a stage: join the launcher's ranks, or spawn the ranks of the mesh.
 
-    Raises: ConfigError with every problem of the settings; RankError if a rank dies.
+    Raises: ConfigError with every problem of the settings; RankError if a rank dies. An error that
+    no other start mends has the exit code EXIT_GAVE_UP.
     """
+    try:
+        _train(stage, settings)
+    except TapirError as error:
+        error.give_up()
+        raise
+
+
+def _train(stage: str, settings: StageConfig) -> None:
     started = ranks_given()
     check(settings.problems(started))
     refuse_others_folder(settings.out, f"train {stage}")

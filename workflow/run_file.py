@@ -15,6 +15,7 @@ stages:
 slurm: {partition: main}
 """
 
+import math
 import re
 import runpy
 from dataclasses import dataclass, field, fields, replace
@@ -98,8 +99,10 @@ class RunFile:
     """Interpreter on the nodes; by default the one that submits, in containers python3."""
     environment: tuple[str, ...] = ()
     """Names of further variables that jobs inherit; they always inherit S3's AWS_ ones."""
-    retries: int = 2
-    """Failures of a stage after which it is not started again."""
+    retries: int = 3
+    """Failures of a stage without progress (a newer checkpoint, more shards) that are forgiven."""
+    stall_hours: float = 24.0
+    """Hours that a stage's starts may run without progress."""
     stages: dict[str, StageSpec] = field(default_factory=dict)
     """Stages to run; others must have run before, or not be needed."""
     local: LocalConfig = field(default_factory=LocalConfig)
@@ -141,6 +144,8 @@ class RunFile:
             problems.append(f"stages: name at least one of {', '.join(STAGES)}")
         if self.retries < 0:
             problems.append("retries must not be negative")
+        if not 0 < self.stall_hours < math.inf:
+            problems.append(f"stall_hours={self.stall_hours} must be a positive number of hours")
         problems += self.local.problems() + self.slurm.problems()
         for name, spec in self.stages.items():
             problems += spec.resources.problems(name)

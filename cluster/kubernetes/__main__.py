@@ -7,9 +7,9 @@ from types import FrameType
 
 from cluster.chain import parse_submitted
 from cluster.kubernetes.client import ApiClient
-from cluster.kubernetes.config import GAVE_UP, KubernetesConfig
+from cluster.kubernetes.config import KubernetesConfig
 from cluster.kubernetes.driver import Driver
-from core.errors import EXIT_PREEMPTED, EXIT_WRONG_INPUT, InputError, TapirError
+from core.errors import EXIT_PREEMPTED, InputError, TapirError
 from core.log import LOG, set_up_logging
 
 
@@ -33,8 +33,8 @@ def main(arguments: list[str]) -> int:
         return Driver(submitted.chain, config, ApiClient(folder)).run()
     except TapirError as error:
         LOG.error("%s", error)
-        final = error.exit_code == EXIT_WRONG_INPUT or error.retry
-        return error.exit_code if final else GAVE_UP
+        error.give_up()
+        return error.exit_code
 
 
 def _stop(_number: int, _frame: FrameType | None) -> None:

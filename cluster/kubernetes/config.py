@@ -6,8 +6,6 @@ from typing import Literal
 
 from cluster.chain import Chain, Job
 
-GAVE_UP = 70
-"""Exit code of `tapir job` after failures without progress: nothing starts the stage again."""
 LABEL = "app.kubernetes.io"
 REPLICATED = "run"
 """Name of the only replicated job of a stage's JobSet."""

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 from cluster.chain import CANCELLED, SCRIPTS, Chain, Job
 from cluster.kubernetes.client import ApiClient, ApiError
-from cluster.kubernetes.config import GAVE_UP, KubernetesConfig, jobs_name
+from cluster.kubernetes.config import KubernetesConfig, jobs_name
 from cluster.kubernetes.outcome import Outcome, outcome_of
 from cluster.kubernetes.stages import stage_objects
-from core.errors import EXIT_WRONG_INPUT, InputError
+from core.errors import EXIT_GAVE_UP, EXIT_WRONG_INPUT, InputError
 from core.files.atomic import Json, canonical_json, write_atomic
 from core.log import LOG
 
@@ -55,7 +55,7 @@ class Driver:
         while not self._is_over():
             if (self._chain.out / CANCELLED).exists():
                 LOG.warning("the chain was cancelled")
-                return GAVE_UP
+                return EXIT_GAVE_UP
             try:
                 self.round()
                 forbidden = 0
@@ -76,7 +76,7 @@ class Driver:
         if not failed:
             return 0
         wrong = any(f"exit code {EXIT_WRONG_INPUT} " in stage.why for stage in failed)
-        return EXIT_WRONG_INPUT if wrong else GAVE_UP
+        return EXIT_WRONG_INPUT if wrong else EXIT_GAVE_UP
 
     def round(self) -> None:
         """Look once at every stage that is not over. Raises: ApiError."""

@@ -7,7 +7,6 @@ import yaml
 
 from cluster.chain import CHAIN, Chain, Submitted, submitted_text
 from cluster.kubernetes.config import (
-    GAVE_UP,
     KubernetesConfig,
     driver_name,
     jobs_name,
@@ -16,7 +15,7 @@ from cluster.kubernetes.config import (
 )
 from cluster.kubernetes.pods import claim_mount, claim_volume, variables
 from cluster.kubernetes.stages import on_disruption, on_exit, stage_objects
-from core.errors import EXIT_PREEMPTED, EXIT_WRONG_INPUT
+from core.errors import EXIT_GAVE_UP, EXIT_PREEMPTED, EXIT_WRONG_INPUT
 from core.files.atomic import Json
 
 CHAIN_FOLDER = "/etc/tapir"
@@ -119,7 +118,7 @@ def _job_spec(chain: Chain, config: KubernetesConfig) -> dict[str, Any]:
         "backoffLimit": _RESTARTS,
         "podFailurePolicy": {
             "rules": [
-                on_exit("FailJob", EXIT_WRONG_INPUT, GAVE_UP),
+                on_exit("FailJob", EXIT_WRONG_INPUT, EXIT_GAVE_UP),
                 on_exit("Ignore", EXIT_PREEMPTED),
                 on_disruption(),
             ]

@@ -4,7 +4,6 @@ from typing import Any
 
 from cluster.chain import Chain, Job
 from cluster.kubernetes.config import (
-    GAVE_UP,
     REPLICATED,
     KubernetesConfig,
     labels_of,
@@ -12,14 +11,14 @@ from cluster.kubernetes.config import (
     stage_name,
 )
 from cluster.kubernetes.pods import PORT, pod_template
-from core.errors import EXIT_PREEMPTED, EXIT_WRONG_INPUT
+from core.errors import EXIT_GAVE_UP, EXIT_PREEMPTED, EXIT_WRONG_INPUT
 
 JOBSET_VERSION = "jobset.x-k8s.io/v1alpha2"
 FINAL_REASONS = ("PodFailurePolicy", "FailedIndexes", "MaxFailedIndexesExceeded")
 """Reasons of a failed Job after which no restart helps: an exit code said so."""
 _QUEUE = "kueue.x-k8s.io/queue-name"
 _NO_LIMIT = 2**31 - 1
-"""Restarts of a worker: `tapir job` ends a worker that makes no progress with GAVE_UP."""
+"""Restarts of a worker: `tapir job` ends a worker that makes no progress with EXIT_GAVE_UP."""
 
 
 def stage_objects(chain: Chain, job: Job, config: KubernetesConfig) -> list[dict[str, Any]]:
@@ -123,7 +122,7 @@ def _all_together() -> dict[str, Any]:
     """The first failure of a pod fails the Job, so that all pods restart together."""
     return {
         "backoffLimit": 0,
-        "podFailurePolicy": {"rules": [on_exit("FailJob", EXIT_WRONG_INPUT, GAVE_UP)]},
+        "podFailurePolicy": {"rules": [on_exit("FailJob", EXIT_WRONG_INPUT, EXIT_GAVE_UP)]},
     }
 
 
@@ -134,7 +133,7 @@ def _each_worker_alone() -> dict[str, Any]:
         "podFailurePolicy": {
             "rules": [
                 on_exit("FailJob", EXIT_WRONG_INPUT),
-                on_exit("FailIndex", GAVE_UP),
+                on_exit("FailIndex", EXIT_GAVE_UP),
                 on_exit("Ignore", EXIT_PREEMPTED),
                 on_disruption(),
             ]

@@ -1,7 +1,9 @@
 """A run file on this machine: the chain runs in the background, is cancelled and continues."""
 
 import json
+import os
 import resource
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,32 @@ def test_a_chain_is_cancelled_and_goes_on(tmp_path: Path) -> None:
     assert "have ended well before" in tapir("submit", str(path))
 
 
+@pytest.mark.slow
+def test_a_job_that_is_killed_between_checkpoints_starts_again(tmp_path: Path) -> None:
+    """More often than `retries`: each start made a newer checkpoint, and left no end."""
+    out = tmp_path / "out"
+    dvae = {"flags": {**_SHORT, "loop.steps": 100, "checkpoint.every": 2}}
+    tapir("submit", str(write(tmp_path, dvae=dvae)))
+
+    def newest() -> int:
+        paths = (out / "dvae" / "checkpoints").glob("step-*/manifest.json")
+        return max((int(path.parent.name[5:]) for path in paths), default=0)
+
+    until = time.monotonic() + PATIENCE
+    for _ in range(5):
+        before = newest()
+        while newest() == before and time.monotonic() < until:
+            time.sleep(0.02)
+        (job,) = processes_with("--marker=dvae.json")
+        os.kill(job, signal.SIGKILL)
+    while states(out)["dvae"] == "running" and time.monotonic() < until:
+        time.sleep(0.2)
+    assert states(out)["dvae"] == "done"
+    marker = unseal((out / "markers" / "dvae.json").read_bytes(), "dvae.json")
+    assert marker["starts"] == 6
+    assert [row["step"] for row in rows_of(out / "dvae")] == list(range(1, 101))
+
+
 @pytest.mark.world
 def test_nothing_runs_after_a_failed_stage(tmp_path: Path) -> None:
     clip = {"flags": {"loop.validation_samples": 8, "order.lanes": 2, "loop.global_batch_size": 8}}
@@ -76,6 +104,10 @@ def test_nothing_runs_after_a_failed_stage(tmp_path: Path) -> None:
     while processes_with(str(tmp_path / "out")) and time.monotonic() < until:
         time.sleep(0.1)  # the chain's process ends after it reports its last job
     assert not processes_with(str(tmp_path / "out"))
+    record = tmp_path / "out" / "jobs" / "bpe.starts"
+    assert [start["attempt"] for start in json.loads(record.read_text())["starts"]] == [1]
+    tapir("resume", str(tmp_path / "out"), "--wait", code=1)
+    assert [start["attempt"] for start in json.loads(record.read_text())["starts"]] == [1]
 
 
 @pytest.mark.slow

@@ -30,13 +30,13 @@ def pack(count: int = 600) -> dict[str, Any]:
     return {"source": "shapes", "flags": flags}
 
 
-def wait_for(what: Callable[[], Any], seconds: float = _PATIENCE) -> Any:
+def wait_for(what: Callable[[], Any], seconds: float = _PATIENCE, pause: float = 0.5) -> Any:
     """The first true answer."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if result := what():
             return result
-        time.sleep(0.5)
+        time.sleep(pause)
     raise AssertionError("waited in vain")
 
 

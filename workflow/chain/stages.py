@@ -29,7 +29,7 @@ def chain_of(run: RunFile, to: Scheduler) -> Chain:
         problems += [f"stages.{name}: {text}" for text in stage.problems()]
         problems += _rank_problems(run, name, _ranks(name, stage))
     check(problems + chain_problems(run, settings))
-    jobs = [_job(run, name, _ranks(name, stage)) for name, stage in settings.items()]
+    jobs = [_job(run, name, stage) for name, stage in settings.items()]
     if "evaluate" in run.stages:
         report = ("report", str(run.out))
         before = tuple(name for name in ("score", "evaluate") if name in run.stages)
@@ -41,6 +41,7 @@ def chain_of(run: RunFile, to: Scheduler) -> Chain:
         python=run.python or ("python3" if to == "kubernetes" else sys.executable),
         environment=tuple(sorted({*run.environment, *AWS, *AWS_REGION})),
         retries=run.retries,
+        stall_hours=run.stall_hours,
         jobs=tuple(jobs),
     )
 
@@ -77,8 +78,8 @@ def missing_variables(chain: Chain) -> list[str]:
     return [n for n in chain.environment if n not in (*AWS, *AWS_REGION) and n not in os.environ]
 
 
-def _job(run: RunFile, name: str, world: int) -> Job:
-    spec = run.stages[name]
+def _job(run: RunFile, name: str, settings: Any) -> Job:
+    spec, world = run.stages[name], _ranks(name, settings)
     make: dict[str, Callable[[RunFile, str, StageSpec], list[str]]] = {
         "pack": _pack,
         "tokenize": _tokenize,
@@ -96,6 +97,8 @@ def _job(run: RunFile, name: str, world: int) -> Job:
         ranks=max(1, world // spec.resources.nodes),
         array=name in ARRAYS and spec.resources.workers > 1,
         trains=_trains(name),
+        checkpoints=_checkpoints(settings) if _trains(name) else "",
+        shards=_output(run, name),
         resources=spec.resources,
     )
 
@@ -103,6 +106,16 @@ def _job(run: RunFile, name: str, world: int) -> Job:
 def _trains(name: str) -> bool:
     """True for stages that a mesh of ranks trains."""
     return name in PRESETS and name != "bpe"
+
+
+def _checkpoints(settings: Any) -> str:
+    return str(settings.checkpoint.to or settings.out / "checkpoints")
+
+
+def _output(run: RunFile, name: str) -> str:
+    """Place of the files that a data job keeps when it is started again."""
+    places = {"pack": run.raw, "tokenize": run.tokens, "score": str(run.folder("score"))}
+    return places.get(name, "")
 
 
 def _ranks(name: str, settings: Any) -> int:

@@ -100,14 +100,16 @@ def wait_for(submitted: Submitted) -> None:
 
 
 def _last_line(submitted: Submitted, name: str) -> str:
-    """The last line of a job's logs that its command wrote, not `tapir job`."""
+    """Why a job gave up, else the last line of its logs that its command wrote."""
     lines = [
         line
         for path in sorted(submitted.chain.out.glob(f"{LOGS}/{name}*.log"))
         for line in path.read_text(errors="replace").splitlines()
-        if line.strip() and f"job {name}" not in line
+        if line.strip()
     ]
-    return lines[-1] if lines else ""
+    why = [line for line in lines if f"job {name}" in line and "gives up: " in line]
+    of_command = [line for line in lines if f"job {name}" not in line]
+    return (why or of_command or [""])[-1]
 
 
 def follow_logs(submitted: Submitted, stage: str, follow: bool) -> None:

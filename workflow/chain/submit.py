@@ -5,6 +5,7 @@ from pathlib import Path
 from cluster import local, slurm, slurm_job
 from cluster.chain import CANCELLED, CHAIN, SCRIPTS, Submitted, read_submitted, write_submitted
 from cluster.kubernetes import driver_objects, submission
+from cluster.starts import STARTS
 from core.config import check
 from core.errors import InputError
 from core.log import LOG
@@ -20,7 +21,7 @@ def send(submitted: Submitted) -> Submitted:
     chain = submitted.chain.without_done()
     (chain.out / CANCELLED).unlink(missing_ok=True)
     for left in chain.jobs:
-        for path in (chain.out / SCRIPTS).glob(f"{left.name}*.failures"):
+        for path in (chain.out / SCRIPTS).glob(f"{left.name}*{STARTS}"):
             path.unlink()
     (chain.out / SCRIPTS / slurm_job.BAD_NODES).unlink(missing_ok=True)
     if not chain.jobs:

@@ -1,5 +1,6 @@
 """Run files: their meaning and their errors."""
 
+import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from core.errors import ConfigError, CorruptError, InputError, TapirError
 from tests.harness import ROOT, tapir
 from workflow.chain.inputs import unfinished_inputs
 from workflow.chain.stages import chain_of, settings_of_stages
+from workflow.chain.states import wait_for
 from workflow.run_file import read_runfile
 
 RUN: dict[str, Any] = {
@@ -118,6 +120,7 @@ def test_finished_jobs_are_not_sent_again(tmp_path: Path) -> None:
         ({"slurm": {"launcher": "ssh"}}, {}, "must be torchrun or srun"),
         ({"retires": 3}, {}, "did you mean 'retries'"),
         ({"retries": "many"}, {}, "retries='many' must be a whole number"),
+        ({"stall_hours": 0}, {}, "stall_hours=0 must be a positive number of hours"),
         ({"name": "My run"}, {}, "must be lower-case letters"),
         ({"out": "s3://bucket/run"}, {}, "must be a folder"),
         ({"store": "gs://bucket"}, {}, "not a store that Tapir reads"),
@@ -258,6 +261,16 @@ def test_the_examples_are_whole(tmp_path: Path) -> None:
     script = tmp_path / "submit.sh"
     script.write_text(shapes)
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    line = next(line for line in text.splitlines() if line.startswith("export MASTER_PORT="))
+    ports = {
+        count: subprocess.check_output(
+            ["bash", "-c", f"{line}; echo $MASTER_PORT"],
+            env={"SLURM_JOB_ID": "41000", **({"SLURM_RESTART_COUNT": count} if count else {})},
+            text=True,
+        ).strip()
+        for count in ("", "1", "30")
+    }
+    assert ports == {"": "21000", "1": "21997", "30": "30910"}, "another one after each restart"
 
 
 def test_secrets_are_handed_over_by_name(tmp_path: Path) -> None:
@@ -269,3 +282,56 @@ def test_secrets_are_handed_over_by_name(tmp_path: Path) -> None:
     run = read_runfile(path)
     command = slurm.sbatch_command(chain_of(run, "slurm"), chain_of(run, "slurm").jobs[0], {})
     assert all("=" not in name for name in command[2].removeprefix("--export=").split(","))
+
+
+def test_a_wait_ends_with_the_reason_why_a_job_gave_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chain = chain_of(read_runfile(write(tmp_path, {"out": str(tmp_path / "o")})), "local")
+    chain = replace(chain, jobs=chain.jobs[:2])
+    texts = {
+        "pack": "one\ntwo\njob pack ended\n",
+        "bpe": "one\njob bpe gives up: 4 failures; last error: x. Mend it\njob bpe ended\ntwo\n",
+    }
+    (chain.out / "jobs").mkdir(parents=True)
+    for job, text in texts.items():
+        log = chain.out / "logs" / f"{job}.log"
+        log.parent.mkdir(exist_ok=True)
+        log.write_text(text)
+    states = {"pack": "failed (exit code 1)", "bpe": "failed (exit code 70)"}
+    (chain.out / "jobs" / "local.json").write_text(json.dumps({"pid": 0, "states": states}))
+    with pytest.raises(SystemExit):
+        wait_for(Submitted(chain=chain, to="local", settings={}, ids={}))
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert lines[0].startswith("pack: two (full log: ")
+    assert lines[1].startswith("bpe: job bpe gives up: 4 failures; last error: x. Mend it (full")
+
+
+def test_jobs_know_where_their_progress_shows(tmp_path: Path) -> None:
+    changes = {"store": "s3://bucket/shapes", "retries": 5, "stall_hours": 7.5}
+    clip = {"flags": {"mesh.data": 1, "checkpoint.to": "s3://bucket/clip"}}
+    chain = chain_of(read_runfile(write(tmp_path, changes, clip=clip)), "slurm")
+    jobs = {job.name: job for job in chain.jobs}
+    assert {name: job.checkpoints for name, job in jobs.items() if job.checkpoints} == {
+        "dvae": "/runs/shapes/dvae/checkpoints",
+        "prior": "/runs/shapes/prior/checkpoints",
+        "clip": "s3://bucket/clip",
+    }
+    assert {name: job.shards for name, job in jobs.items() if job.shards} == {
+        "pack": "s3://bucket/shapes/raw",
+        "tokenize": "s3://bucket/shapes/tokens",
+        "score": "/runs/shapes/scores",
+    }
+    words = chain.wrapped(jobs["prior"], "prior", ["true"])
+    assert {"--retries=5", "--stall-hours=7.5"} < set(words)
+    assert "--checkpoints=/runs/shapes/prior/checkpoints" in words
+    assert "--shards=s3://bucket/shapes/raw" in chain.wrapped(jobs["pack"], "pack", ["true"])
+    assert not any(
+        "checkpoints" in w or "shards" in w for w in chain.wrapped(jobs["bpe"], "bpe", [])
+    )
+
+
+def test_kubernetes_needs_a_claim(tmp_path: Path) -> None:
+    path = write(tmp_path, {"kubernetes": {}})
+    text = tapir("submit", str(path), "--to=kubernetes", "--dry-run", code=2)
+    assert "kubernetes.claim must name a PersistentVolumeClaim" in text
