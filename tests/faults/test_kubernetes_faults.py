@@ -60,8 +60,8 @@ class Setting:
         self.python.chmod(0o755)
 
     def submit(self, kind: Any, script: str, *jobs: Job) -> None:
-        """Send a chain of jobs; `script` knows $who (name-index) and $start (1, 2, ...)."""
-        body = _COUNT.format(out=self.out) + script.format(out=self.out) + "\ntrue\n"
+        """Send a chain of jobs; `script` knows $who (name-index), $start (1, 2, ...) and OUT."""
+        body = _COUNT.format(out=self.out) + script.replace("OUT", str(self.out)) + "\ntrue\n"
         self.python.with_name("python.stage").write_text(body)
         self.config = KubernetesConfig(kind=kind, claim="c", mount=str(self.folder / "runs"))
         self.chain = Chain(
@@ -109,16 +109,20 @@ def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Setting
         yield Setting(tmp_path, cluster)
 
 
-_WAITS_ONCE = "if [ $start = 1 ]; then touch {out}/up-$who; exec sleep 600; fi\n"
+_WAITS_ONCE = "if [ $start = 1 ]; then touch OUT/up-$who; exec sleep 600; fi\n"
+_MEETS = """
+[ $who = train-0 ] && until [ $(wc -l < OUT/starts-train-1) -ge $start ]; do sleep 0.1; done
+"""
+_AFTER_OTHER = "until [ -e OUT/up-train-0 ]; do sleep 0.1; done"
 
 
-@pytest.mark.parametrize("kind", ["jobset", "job"])
-@pytest.mark.parametrize("code", [1, 75])
+@pytest.mark.parametrize(("kind", "code"), [("jobset", 75), ("job", 1)])
 def test_all_pods_of_a_training_stage_restart_and_only_they(
     setting: Setting, kind: str, code: int
 ) -> None:
-    fails = f"[ $who$start = train-11 ] && exit {code}\n"
-    setting.submit(kind, fails + "[ $who = train-0 ] && " + _WAITS_ONCE, FIRST, PAIR, LAST)
+    fails = f"if [ $who$start = train-11 ]; then {_AFTER_OTHER}; exit {code}; fi\n"
+    script = fails + "[ $who = train-0 ] && " + _WAITS_ONCE + _MEETS
+    setting.submit(kind, script, FIRST, PAIR, LAST)
     assert setting.ended() == ""
     assert setting.starts() == {"pack-0": 1, "train-0": 2, "train-1": 2, "evaluate-0": 1}
     if kind == "jobset":
@@ -133,17 +137,18 @@ def test_all_pods_of_a_training_stage_restart_and_only_they(
 
 @pytest.mark.parametrize("kind", ["jobset", "job"])
 def test_lost_pods_restart_their_stage(setting: Setting, kind: str) -> None:
-    setting.submit(kind, "case $who in train-*) " + _WAITS_ONCE + ";; esac", FIRST, PAIR)
+    script = "case $who in train-*) " + _WAITS_ONCE + ";; esac" + _MEETS
+    setting.submit(kind, script, FIRST, PAIR)
     setting.until(lambda: len(list(setting.out.glob("up-train-*"))) == 2)
     setting.pods("pair")[1].kill()
     assert setting.ended() == ""
     assert setting.starts() == {"pack-0": 1, "train-0": 2, "train-1": 2}
 
 
-@pytest.mark.parametrize("kind", ["jobset", "job"])
-@pytest.mark.parametrize("code", [2, 70])
+@pytest.mark.parametrize(("kind", "code"), [("jobset", 2), ("job", 70)])
 def test_final_exit_codes_end_the_chain(setting: Setting, kind: str, code: int) -> None:
-    script = f"[ $who = train-0 ] && exit {code}\n[ $who = train-1 ] && exec sleep 600\n"
+    script = f"if [ $who = train-1 ]; then {_AFTER_OTHER}; exit {code}; fi\n"
+    script += "[ $who = train-0 ] && " + _WAITS_ONCE
     setting.submit(kind, script, FIRST, PAIR, LAST)
     assert f"failed with exit code {code} matching FailJob rule" in setting.ended()
     assert setting.starts() == {"pack-0": 1, "train-0": 1, "train-1": 1}

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 import yaml
 
 from cluster.chain import read_submitted
-from tests.harness import json_of, rows_of, tapir
+from cluster.starts import read_attempts
+from core.storage.store import FolderStore
+from tests.harness import PATIENCE, json_of, rows_of, tapir
 from tests.support.kubernetes.cluster import Cluster, running_cluster
 
 _BIN = str(Path(sys.executable).parent)
@@ -110,3 +113,82 @@ def test_a_chain_runs_to_its_end_although_its_driver_is_killed_in_every_stage(
     assert (len(kubernetes.client.CustomObjectsApi().list_namespaced_custom_object(
         "jobset.x-k8s.io", "v1alpha2", "default", "jobsets")["items"])
         == (len(stages) if kind == "jobset" else 0))  # fmt: skip
+
+
+def newest_step(run: Path) -> int:
+    """Step of the newest whole checkpoint; 0 if there is none."""
+    paths = (run / "checkpoints").glob("step-*/manifest.json")
+    return max((int(path.parent.name[5:]) for path in paths), default=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["jobset", "job"])
+def test_kills_between_checkpoints_are_forgiven(
+    kind: str, tmp_path: Path, cluster: Cluster
+) -> None:
+    """More kills than `retries`, each of a whole pod, and each start made a newer checkpoint."""
+    out = tmp_path / "runs" / "tiny"
+    kills = int(os.environ.get("TAPIR_KUBERNETES_KILLS", "5"))
+    steps = 40 * (kills + 1)
+    flags = {**_SHORT, "loop.steps": steps, "checkpoint.every": 2, "checkpoint.keep": 2}
+    path = write(tmp_path, kind, {"pack": _PACK, "dvae": {"flags": flags}})
+    tapir("submit", str(path), **environment(cluster))
+    job = "tiny-dvae-run-0" if kind == "jobset" else "tiny-dvae"
+    until = time.monotonic() + PATIENCE * kills
+    for _ in range(kills):
+        before = newest_step(out / "dvae")
+        while newest_step(out / "dvae") == before or not cluster.jobs.pods_of(job):
+            assert time.monotonic() < until, cluster.created()[-5:]
+            time.sleep(0.02)
+        cluster.jobs.pods_of(job)[0].kill()
+    wait_for_driver(cluster, until + PATIENCE)
+    (driver,) = cluster.store.select("Job", name="tiny-driver")
+    assert driver["status"]["conditions"][-1]["type"] == "Complete"
+    pods = [event for event in cluster.created("Pod") if event.component == "dvae"]
+    assert len(pods) == kills + 1
+    assert [row["step"] for row in rows_of(out / "dvae")] == list(range(1, steps + 1))
+
+
+@pytest.mark.slow
+def test_a_crash_loop_ends_the_chain_with_its_reason(tmp_path: Path, cluster: Cluster) -> None:
+    """Killed before each first checkpoint: `retries` are forgiven, then code 70 ends all."""
+    flags = {**_SHORT, "loop.steps": 100_000, "checkpoint.every": 100_000}
+    stages = {"pack": _PACK, "dvae": {"flags": flags}, "tokenize": {}, "bpe": None}
+    path = write(tmp_path, "jobset", stages)
+    tapir("submit", str(path), **environment(cluster))
+    out, until = tmp_path / "runs" / "tiny", time.monotonic() + PATIENCE * 4
+    for number in range(4):
+        while attempts(out) <= number:
+            assert time.monotonic() < until, cluster.created()[-5:]
+            time.sleep(0.05)
+        cluster.jobs.pods_of("tiny-dvae-run-0")[0].kill()
+    wait_for_driver(cluster, until)
+    (driver,) = cluster.store.select("Job", name="tiny-driver")
+    last = driver["status"]["conditions"][-1]
+    assert last["type"] == "Failed" and "exit code 70 matching FailJob rule" in last["message"]
+    assert started(cluster, "dvae") == 5 and started(cluster, "tokenize") == 0
+    states = json_of("status", str(out), **environment(cluster))
+    assert states["bpe"] == "done" and states["tokenize"] == "not there"
+    text = tapir("logs", str(out), "dvae", **environment(cluster))
+    assert "job dvae gives up: 4 failures before a checkpoint since" in text
+
+
+def attempts(out: Path) -> int:
+    """Starts of the dVAE's only pod on record."""
+    return read_attempts(FolderStore(out / "jobs"), "dvae-0")
+
+
+def started(cluster: Cluster, stage: str) -> int:
+    """Pods of a stage that were created so far."""
+    return sum(event.component == stage for event in cluster.created("Pod"))
+
+
+def wait_for_driver(cluster: Cluster, until: float) -> None:
+    """Wait until the driver's Job has ended."""
+    while True:
+        (driver,) = cluster.store.select("Job", name="tiny-driver")
+        ended = {each["type"] for each in driver["status"].get("conditions", [])}
+        if ended & {"Complete", "Failed"}:
+            return
+        assert time.monotonic() < until, cluster.created()[-5:]
+        time.sleep(0.1)

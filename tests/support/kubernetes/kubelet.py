@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster.processes import die_with_parent
 from core.launch_environment import free_port
 from tests.harness import PATH
 from tests.support.kubernetes.access import Access
@@ -83,6 +84,7 @@ class Kubelet:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=die_with_parent,
             )
         return Pod(name, index, process)
 
