@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from cluster import kubernetes, local, slurm
+from cluster import local, slurm
 from cluster.chain import (
     CANCELLED,
     CHAIN,
@@ -16,6 +16,7 @@ from cluster.chain import (
     read_submitted,
 )
 from cluster.job_runner import JobSettings, run_job
+from cluster.kubernetes import submission
 from core.config import check
 from core.errors import ConfigError, InputError
 from core.flags import FLAT, PositionalPath, PositionalText, parse, print_json
@@ -134,7 +135,7 @@ def cancel(arguments: list[str]) -> None:
         elif submitted.to == "slurm":
             slurm.cancel(list(submitted.ids.values()))
         else:
-            kubernetes.cancel(submitted.chain, kubernetes_of(submitted))
+            submission.cancel(submitted.chain, kubernetes_of(submitted))
         LOG.info("cancelled; `tapir resume %s` goes on from the last checkpoint", out)
 
     parse(run, arguments, "cancel")
@@ -186,7 +187,7 @@ def logs(arguments: list[str]) -> None:
         if submitted.to == "kubernetes":
             for name in [stage] if stage else known:
                 config = kubernetes_of(submitted)
-                subprocess.run(kubernetes.logs_command(submitted.chain, config, name, follow))
+                subprocess.run(submission.logs_command(submitted.chain, config, name, follow))
             return
         with only_looking():
             follow_logs(submitted, stage, follow)

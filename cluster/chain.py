@@ -189,9 +189,14 @@ class Submitted:
     """Job name -> the scheduler's id, of the last submission."""
 
 
+def submitted_text(submitted: Submitted) -> bytes:
+    """A submission as JSON that carries its own digest."""
+    return seal(to_json(submitted))
+
+
 def write_submitted(submitted: Submitted) -> None:
     """Record a submission in the chain's folder."""
-    write_atomic(submitted.chain.out / CHAIN, seal(to_json(submitted)))
+    write_atomic(submitted.chain.out / CHAIN, submitted_text(submitted))
 
 
 def read_submitted(out: Path) -> Submitted:
@@ -202,8 +207,13 @@ def read_submitted(out: Path) -> Submitted:
     path = out / CHAIN
     if not path.is_file():
         raise InputError(f"{out} holds no {CHAIN}: give the `out` of a run file that was submitted")
+    return parse_submitted(path.read_bytes(), str(path))
+
+
+def parse_submitted(data: bytes, where: str) -> Submitted:
+    """The submission of `submitted_text`. Raises: CorruptError."""
     advice = "delete it, end what may still run by the scheduler's own commands, and submit again"
-    body = _unsealed(path.read_bytes(), str(path), advice)
+    body = _unsealed(data, where, advice)
     jobs = tuple(
         from_json(Job, {**job, "command": tuple(job["command"]), "after": tuple(job["after"])})
         for job in body["chain"].pop("jobs")

@@ -83,6 +83,7 @@ def run_job(settings: JobSettings, command: Sequence[str]) -> int:
         raise ConfigError("--retries must not be negative, and --stall-hours must be positive")
     worker = os.environ.get("SLURM_ARRAY_TASK_ID", os.environ.get("JOB_COMPLETION_INDEX", "0"))
     name, marker = (text.replace(WORKER, worker) for text in (settings.name, settings.marker))
+    is_first = worker == "0" or WORKER in settings.marker
     settings = replace(settings, name=name, marker=marker)
     place = settings.markers or str(settings.out / "markers")
     with _Asked() as asked:
@@ -94,6 +95,8 @@ def run_job(settings: JobSettings, command: Sequence[str]) -> int:
         if settings.marker and read_marker(place, settings.marker):
             LOG.info("job %s has ended well before", settings.name)
             return 0
+        if not is_first:  # of the nodes of one job the first writes the marker: it holds rank 0
+            settings = replace(settings, marker="")
         return _run(settings, command, place, asked)
 
 

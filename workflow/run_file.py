@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 
 from cluster.chain import Resources, Scheduler
-from cluster.kubernetes import KubernetesConfig
+from cluster.kubernetes.config import KubernetesConfig
 from cluster.local import LocalConfig
 from cluster.slurm import SlurmConfig
 from core.config import check, folder_problems, from_json, place_problems, wrong_types

@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster import kubernetes, local, slurm, slurm_job
+from cluster import local, slurm, slurm_job
 from cluster.chain import LOGS, Chain, Submitted
+from cluster.kubernetes import submission
+from cluster.kubernetes.config import KubernetesConfig
 from core.errors import EXIT_WRONG_INPUT, TapirError
 from core.log import LOG
 
@@ -23,7 +25,7 @@ def states_of(submitted: Submitted) -> dict[str, str]:
     elif submitted.to == "slurm":
         reported = slurm.states(submitted.ids, chain.out)
     else:
-        reported = kubernetes.states(chain, kubernetes_of(submitted))
+        reported = submission.states(chain, kubernetes_of(submitted))
     states = {}
     for each in chain.jobs:
         if chain.is_done(each):
@@ -44,7 +46,7 @@ def is_over(submitted: Submitted, states: dict[str, str]) -> bool:
     if submitted.to == "slurm":
         return all(text == "done" or text.startswith("ended") for text in states.values())
     ended = ("done", "not there")
-    return all(text in ended or "Failed" in text for text in states.values())
+    return all(text in ended or text.startswith("Failed") for text in states.values())
 
 
 def place_settings(submitted: Submitted) -> dict[str, Any]:
@@ -52,8 +54,8 @@ def place_settings(submitted: Submitted) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in submitted.settings.items()}
 
 
-def kubernetes_of(submitted: Submitted) -> kubernetes.KubernetesConfig:
-    return kubernetes.KubernetesConfig(**place_settings(submitted))
+def kubernetes_of(submitted: Submitted) -> KubernetesConfig:
+    return KubernetesConfig(**place_settings(submitted))
 
 
 def _states_once_answered(submitted: Submitted) -> dict[str, str]:

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from cluster import kubernetes, local, slurm, slurm_job
+from cluster import local, slurm, slurm_job
 from cluster.chain import CANCELLED, CHAIN, SCRIPTS, Submitted, read_submitted, write_submitted
+from cluster.kubernetes import driver_objects, submission
 from cluster.starts import STARTS
 from core.config import check
 from core.errors import InputError
@@ -32,7 +33,7 @@ def send(submitted: Submitted) -> Submitted:
     elif submitted.to == "slurm":
         ids = slurm.submit(chain, _slurm(submitted))
     else:
-        ids = kubernetes.submit(chain, kubernetes_of(submitted))
+        ids = submission.submit(chain, kubernetes_of(submitted))
     sent = Submitted(**{**vars(submitted), "ids": ids})
     write_submitted(sent)
     LOG.info("sent %d jobs to %s: tapir status %s", len(ids), submitted.to, chain.out)
@@ -63,7 +64,7 @@ def dry_run_text(submitted: Submitted) -> str:
         return local.dry_run(chain, local.LocalConfig(**place_settings(submitted)))
     if submitted.to == "slurm":
         return slurm.dry_run(chain, _slurm(submitted))
-    return kubernetes.dry_run(chain, kubernetes_of(submitted))
+    return driver_objects.dry_run(chain, kubernetes_of(submitted))
 
 
 def _slurm(submitted: Submitted) -> slurm.SlurmConfig:

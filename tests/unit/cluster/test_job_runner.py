@@ -41,6 +41,22 @@ def test_a_start_is_recorded_before_its_command_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "jobs" / "stage.starts").exists()
 
 
+def test_of_several_pods_the_first_writes_the_marker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = tmp_path / "markers"
+    for pod, marker in (("1", "stage.json"), ("1", "stage-{worker}.json"), ("0", "stage.json")):
+        monkeypatch.setenv("JOB_COMPLETION_INDEX", pod)
+        assert job(tmp_path, "", marker=marker) == 0
+        written = sorted(path.name for path in names.glob("*.json"))
+        if pod == "0":
+            assert written == ["stage-1.json", "stage.json"]
+        else:
+            assert written == ([] if marker == "stage.json" else ["stage-1.json"])
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "1")
+    assert job(tmp_path, "raise SystemExit(1)", marker="stage.json") == 0, "it has ended well"
+
+
 @pytest.mark.parametrize("code", [1, 3, 137])
 def test_the_fourth_failure_gives_up(tmp_path: Path, code: int) -> None:
     script = f"raise SystemExit({code})"

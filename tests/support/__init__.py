@@ -1,0 +1,1 @@
+"""Stand-ins of services that no test machine has."""
