@@ -22,10 +22,12 @@ _FILES = (
     "parallel/scales.py",
     "parallel/engines/protocol.py",
     "parallel/engines/modules.py",
+    "data_pipeline/streaming/ahead.py",
     "data_pipeline/streaming/order.py",
     "data_pipeline/images/crops.py",
     "data_pipeline/text/dropout.py",
     "training/schedules.py",
+    "training/run/feed.py",
     "training/trainer.py",
     "training/ema.py",
     "training/tasks/*.py",
@@ -37,7 +39,7 @@ _FILES = (
 )
 _ONLY = {
     "parallel/replicas.py": {"flat_average", "copy_parts"},
-    "training/trainer.py": {"steps", "one_step", "_micro_batches", "_loss_now"},
+    "training/trainer.py": {"steps", "one_step", "_loss_now"},
 }
 """Of these files only some functions: the rest is about folders, logs and processes."""
 
