@@ -12,6 +12,8 @@ from typing import Any
 
 from bench.support.sizes import TINY
 
+_OWN = {"gpu": ("device", "out", "only", "budget"), "pictures": ("step_ms",)}
+"""Benchmark -> the flags that it alone has."""
 _RUNS = re.compile(r"^def run\(|^from bench\.\S+ import run$", re.MULTILINE)
 
 
@@ -42,11 +44,16 @@ def main() -> None:
     gpu.add_argument("--out", help="folder of the rows ($OUT, else runs/gpu)")
     gpu.add_argument("--only", help="names of sections, with commas between them")
     gpu.add_argument("--budget", type=float, help="seconds of all sections together (420)")
+    pictures = parser.add_argument_group("of pictures alone")
+    pictures.add_argument("--step-ms", type=float, help="length of a step (50)")
     chosen = parser.parse_args()
-    own = ("device", "out", "only", "budget")
-    flags: dict[str, Any] = {n: v for n in own if (v := getattr(chosen, n)) is not None}
-    if flags and chosen.name != "gpu":
-        parser.error(f"{', '.join(f'--{name}' for name in flags)} belong to gpu")
+    flags: dict[str, Any] = {}
+    for name, own in _OWN.items():
+        given = {n: v for n in own if (v := getattr(chosen, n)) is not None}
+        if given and chosen.name != name:
+            texts = ", ".join(f"--{n.replace('_', '-')}" for n in given)
+            parser.error(f"{texts} belong to {name}")
+        flags |= given
     if chosen.tiny:
         os.environ[TINY] = "1"
     if chosen.name == "gpu":
