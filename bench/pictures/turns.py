@@ -157,7 +157,7 @@ def _calls_in(seconds: float) -> int:
 
 def _waits(turns: dict[str, list[Turn]], step_ms: float) -> list[dict[str, Any]]:
     rows = []
-    for name in ("threads", "processes", "serial"):
+    for name in ("threads", "processes", "serial", "none"):
         shares = [turn.share for turn in turns[name]]
         ratios = [AIM / max(share, 1e-6) for share in shares]
         title = f"{name}: share of a {step_ms:g} ms step waited"

@@ -4,6 +4,7 @@ import dataclasses
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -13,7 +14,7 @@ from core.errors import InputError
 from core.storage.store import open_store
 from data_pipeline.config import LoaderConfig, OrderConfig
 from data_pipeline.formats.raw import RawSource
-from data_pipeline.streaming.stream import Stream
+from data_pipeline.streaming.stream import Stream, first_records
 from parallel.config import EngineConfig
 from parallel.device import CPU
 from parallel.mesh import Mesh
@@ -24,6 +25,7 @@ from training.tasks import dvae as dvae_module
 from training.tasks.clip import ClipTask
 from training.tasks.dvae import DVAETask
 from training.trainer import _stream
+from training.validation import Validation
 
 FIRST = 5
 """Number of the first step."""
@@ -197,3 +199,43 @@ def test_an_error_of_a_worker_names_shard_and_member(
     assert f"member {key}.png," in text and "no memory of that shape" in text
     shard = text.split(" ")[0].removesuffix(",")
     assert open_store(str(raw)).url in shard and key.encode() in Path(shard).read_bytes()
+
+
+class _Engine:
+    """Keeps the batches that it evaluates."""
+
+    def __init__(self) -> None:
+        self.batches: list[Any] = []
+
+    def evaluate(self, batch: Any) -> dict[str, torch.Tensor]:
+        self.batches.append(batch)
+        return {"loss": batch["pixels"].double().mean()}
+
+
+def test_a_validation_s_batches_are_made_ahead_and_the_same(settings: Any) -> None:
+    """In parts of 64, of central squares and first captions; the mean is over all of them."""
+    loop = dataclasses.replace(settings.loop, validation_samples=70)
+    settings = dataclasses.replace(settings, loop=loop)
+    task, engine, used = _task(settings), _Engine(), []
+    task.figures = lambda means, mine, records: ({}, {})
+    note = task.note_used
+    task.note_used = lambda records: (used.extend(records), note(records))
+    heart = cast(Any, SimpleNamespace(beat=lambda *_: None))
+    row, _ = Validation(task, cast(Any, engine), settings, Mesh(), heart).run(9)
+    records = first_records(task.held_out, 68)
+    parts = [records[:64], records[64:]]
+    assert [r.key for r in used] == [r.key for r in records]
+    serial = [task.batch(part, 9, training=False) for part in parts]
+    for mine, theirs in zip(engine.batches, serial, strict=True):
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+        assert mine["pixels"].stride() == theirs["pixels"].stride()
+    whole = torch.cat([batch["pixels"] for batch in serial]).double().mean()
+    assert row == {"loss": pytest.approx(float(whole), rel=1e-6)}
+
+
+def test_figures_of_a_dvae_see_all_pictures_in_order(raw: Path) -> None:
+    task = DVAETask(_settings(dvae_tiny(), raw, 3))
+    records = first_records(task.held_out, 2 * dvae_module.DECODED + 3)
+    pixels = task._held_out_squares(records)
+    expected = task._squares(records, task.held_out)
+    assert torch.equal(pixels, expected) and pixels.stride() == expected.stride()
