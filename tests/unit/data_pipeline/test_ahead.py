@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -43,26 +44,29 @@ def test_a_slow_first_item_does_not_change_the_order() -> None:
     assert [results for _, results in made] == [[i] for i in range(5)]
 
 
-def test_no_more_than_depth_items_are_ahead_of_the_caller() -> None:
-    """The caller has item 0, so items up to `depth` are pulled, whatever the time."""
-    pulled: list[int] = []
-    reached, release = threading.Event(), threading.Event()
+class _AtOnce(ThreadPoolExecutor):
+    """Does the work in the caller's thread, so that it is done when `submit` returns."""
 
-    def items() -> Iterator[int]:
-        for i in range(100):
-            pulled.append(i)
-            if i == 3:
-                reached.set()
-            assert i < 4 or release.wait(PATIENCE), "pulled beyond the depth"
-            yield i
+    def submit(self, fn: Any, /, *arguments: Any, **named: Any) -> Any:
+        done: Future[Any] = Future()
+        done.set_result(fn(*arguments, **named))
+        return done
 
-    made = prepared_ahead(items(), lambda i: [partial(int, i)], 2, 3)
-    assert next(made) == (0, [0])
-    assert reached.wait(PATIENCE) and pulled == [0, 1, 2, 3]
-    release.set()
-    assert next(made) == (1, [1])
-    made.close()
-    assert len(pulled) <= 6 and not _threads()
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_no_more_than_depth_items_are_ahead_of_the_caller(
+    depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caller has the first item, and `depth` more are pulled, however fast the threads are."""
+    monkeypatch.setattr("data_pipeline.streaming.ahead.ThreadPoolExecutor", _AtOnce)
+    items, made = iter(range(100)), []
+    ahead = prepared_ahead(items, lambda i: [partial(made.append, i)], 2, depth)
+    next(ahead)
+    assert made == [*range(1 + depth)]
+    next(ahead)
+    assert made == [*range(2 + depth)]
+    ahead.close()
+    assert next(items) == 2 + depth
 
 
 def test_jobs_run_beside_the_caller_s_own_work() -> None:
