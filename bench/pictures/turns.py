@@ -1,9 +1,9 @@
 """How long a step of given length waits for its pictures, and what making them costs the step.
 
-Batches of JPEGs of 512x384 pixels become the 256x256 crops of the paper's dVAE. A step first calls
-small torch kernels one by one on its own thread, as the launches of a GPU's step do, then sleeps
-until it has its given length. Contenders take turns in one process, each for STEPS steps and for
-as many batches without a step:
+JPEGs of 512x384 pixels become the 256x256 crops of the paper's dVAE, A_SECOND a second. A step
+calls small torch kernels one by one on its own thread, as the launches of a GPU's step do, then
+sleeps until it has its given length. Contenders take turns in one process, each for some steps and
+for as many batches without a step:
 
 none        the step alone, without pictures: how long its calls take undisturbed
 serial      the step's thread makes each batch, then the step begins
@@ -35,12 +35,14 @@ from training.presets import dvae_paper
 from training.tasks.task import hand_over
 
 PIXELS = dvae_paper().model.pixels
-BATCH = sized(8, 2)
-"""Pictures a step: 160 a second at 50 ms; `tapir plan paper_dvae` says what a GPU takes."""
+A_SECOND = 64
+"""Pictures of a rank's steps: the paper's dVAE on 8 H100s, by `tapir plan paper_dvae --world 8`."""
 PICTURES = sized(64, 4)
-STEPS, ROUNDS = sized(40, 3), sized(9, 1)
-CALLS = 0.4
-"""Part of the step in which its thread calls kernels."""
+TURN_SECONDS, LEAST_STEPS = sized(2.0, 0.15), 3
+"""Of a turn's steps."""
+ROUNDS = sized(9, 1)
+CALLS = 0.1
+"""Part of the step in which its thread calls kernels; the dVAE's 3,800 take under 0.05."""
 WORKERS = LoaderConfig().workers
 AIM = 0.01
 CPU = torch.device("cpu")
@@ -51,6 +53,8 @@ Batches = Callable[[], Iterator[torch.Tensor]]
 class Turn:
     """The figures of a contender's turn, in seconds."""
 
+    length: float
+    """Of a step without its wait."""
     waits: list[float]
     calls: float
     """Mean time of a step's own calls."""
@@ -60,15 +64,41 @@ class Turn:
     """A batch, without steps."""
 
     @property
+    def median(self) -> float:
+        """Part of the time that the step of median wait waits."""
+        each = statistics.median(self.waits)
+        return each / (each + self.length)
+
+    @property
     def share(self) -> float:
         """Part of the time that the step's thread waits."""
         return sum(self.waits) / self.total
 
 
+class Pictures:
+    """Makes the batch of a step."""
+
+    def __init__(self, encoded: list[bytes], batch: int) -> None:
+        self.encoded, self.batch = encoded, batch
+
+    def here(self, step: int) -> torch.Tensor:
+        """By this thread."""
+        return to_tensor(crops(self._of(step), PIXELS, step))
+
+    def there(self, pool: ProcessPoolExecutor, step: int) -> torch.Tensor:
+        """By a process, but for the conversion to floats."""
+        return to_tensor(pool.submit(crops, self._of(step), PIXELS, step).result())
+
+    def _of(self, step: int) -> list[bytes]:
+        return [self.encoded[(step * self.batch + i) % PICTURES] for i in range(self.batch)]
+
+
 def run(step_ms: float = 50.0) -> list[dict[str, Any]]:
     """Rows; each ratio is from turns of the same round."""
     torch.set_num_threads(1)
-    pictures = [jpeg(seed) for seed in range(PICTURES)]
+    feed = Pictures(
+        [jpeg(seed) for seed in range(PICTURES)], max(1, round(A_SECOND * step_ms / 1000))
+    )
     length, calls = step_ms / 1000, _calls_in(CALLS * step_ms / 1000)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(WORKERS, spawn) as pool:
@@ -76,9 +106,9 @@ def run(step_ms: float = 50.0) -> list[dict[str, Any]]:
             started.result()
         makers: dict[str, Batches] = {
             "none": lambda: iter(lambda: torch.empty(0, device="cpu"), None),
-            "serial": lambda: (_here(pictures, step) for step in count()),
-            "threads": lambda: _ahead(lambda step: _here(pictures, step)),
-            "processes": lambda: _ahead(lambda step: _there(pool, pictures, step)),
+            "serial": lambda: map(feed.here, count()),
+            "threads": lambda: _ahead(feed.here),
+            "processes": lambda: _ahead(partial(feed.there, pool)),
         }
         turns: dict[str, list[Turn]] = {name: [] for name in makers}
         for number in range(-1, ROUNDS):  # the first round is not counted
@@ -87,19 +117,7 @@ def run(step_ms: float = 50.0) -> list[dict[str, Any]]:
                 print(f"{name}: wait {turn.share:.4f}, calls {turn.calls:.4f}", file=sys.stderr)
                 if number >= 0:
                     turns[name].append(turn)
-    return [*_waits(turns, step_ms), *_costs(turns), *_constants(turns, pictures)]
-
-
-def _batch_of(pictures: list[bytes], step: int) -> list[bytes]:
-    return [pictures[(step * BATCH + i) % PICTURES] for i in range(BATCH)]
-
-
-def _here(pictures: list[bytes], step: int) -> torch.Tensor:
-    return to_tensor(crops(_batch_of(pictures, step), PIXELS, step))
-
-
-def _there(pool: ProcessPoolExecutor, pictures: list[bytes], step: int) -> torch.Tensor:
-    return to_tensor(pool.submit(crops, _batch_of(pictures, step), PIXELS, step).result())
+    return [*_waits(turns, step_ms), *_costs(turns, feed.batch), *_constants(turns, feed)]
 
 
 def _ahead(make: Callable[[int], torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -113,11 +131,12 @@ def _ahead(make: Callable[[int], torch.Tensor]) -> Iterator[torch.Tensor]:
 
 def _turn(make: Batches, length: float, calls: int) -> Turn:
     waits, inside = [], []
+    steps = max(LEAST_STEPS, round(TURN_SECONDS / length))
     batches = make()
     next(batches)  # a run's first batch is not ready yet
     time.sleep(length)
     began = time.perf_counter()
-    for _ in range(STEPS):
+    for _ in range(steps):
         asked = time.perf_counter()
         hand_over({"pixels": next(batches)}, CPU)
         begun = time.perf_counter()
@@ -130,12 +149,13 @@ def _turn(make: Batches, length: float, calls: int) -> Turn:
     for _ in range(depth_of(WORKERS, 1)):
         next(batches)  # what was made during the steps
     began = time.perf_counter()
-    for _ in range(STEPS):
+    for _ in range(steps):
         next(batches)
-    flat_out = (time.perf_counter() - began) / STEPS
+    flat_out = (time.perf_counter() - began) / steps
     if hasattr(batches, "close"):
         batches.close()
-    return Turn(waits=waits, calls=statistics.fmean(inside), total=total, flat_out=flat_out)
+    calls_each = statistics.fmean(inside)
+    return Turn(length=length, waits=waits, calls=calls_each, total=total, flat_out=flat_out)
 
 
 def _call(times: int) -> None:
@@ -156,16 +176,19 @@ def _calls_in(seconds: float) -> int:
 
 
 def _waits(turns: dict[str, list[Turn]], step_ms: float) -> list[dict[str, Any]]:
+    """Shares of the time that is waited; `none` is what the machine's other work adds."""
     rows = []
     for name in ("threads", "processes", "serial", "none"):
-        shares = [turn.share for turn in turns[name]]
-        ratios = [AIM / max(share, 1e-6) for share in shares]
-        title = f"{name}: share of a {step_ms:g} ms step waited"
-        rows.append(bench_row(title, statistics.median(shares), "", f"at most {AIM}", ratios))
+        of_all = [turn.share for turn in turns[name]]
+        of_median = [turn.median for turn in turns[name]]
+        for what, shares in ((f"{step_ms:g} ms steps", of_all), ("a median step", of_median)):
+            ratios = [AIM / max(share, 1e-6) for share in shares]
+            title = f"{name}: share of {what} waited"
+            rows.append(bench_row(title, statistics.median(shares), "", f"at most {AIM}", ratios))
     return rows
 
 
-def _costs(turns: dict[str, list[Turn]]) -> list[dict[str, Any]]:
+def _costs(turns: dict[str, list[Turn]], batch: int) -> list[dict[str, Any]]:
     """What making pictures beside it costs a step's own calls, and the pictures a second."""
     rows = []
     for name in ("threads", "processes"):
@@ -177,19 +200,19 @@ def _costs(turns: dict[str, list[Turn]]) -> list[dict[str, Any]]:
     for name, base in (("threads", "serial"), ("threads", "processes")):
         pairs = list(zip(turns[base], turns[name], strict=True))
         ratios = [theirs.flat_out / mine.flat_out for theirs, mine in pairs]
-        rate = BATCH / statistics.median(turn.flat_out for turn in turns[name])
+        rate = batch / statistics.median(turn.flat_out for turn in turns[name])
         rows.append(bench_row(f"{name}, without a step", rate, "pictures/s", base, ratios))
     return rows
 
 
-def _constants(turns: dict[str, list[Turn]], pictures: list[bytes]) -> list[dict[str, Any]]:
+def _constants(turns: dict[str, list[Turn]], feed: Pictures) -> list[dict[str, Any]]:
     """The constants of planning/decode.py."""
     spent = []
     for number in range(ROUNDS):
         began = time.thread_time()
-        for step in range(STEPS // 4 + 1):
-            _here(pictures, step + number)
-        spent.append((time.thread_time() - began) / (STEPS // 4 + 1) / BATCH)
+        for step in range(10):
+            feed.here(step + number)
+        spent.append((time.thread_time() - began) / 10 / feed.batch)
     once = statistics.median(spent)
     medians = [statistics.median(turn.waits) for turn in turns["threads"]]
     hand = statistics.median(medians)
