@@ -56,6 +56,8 @@ class Turn:
     length: float
     """Of a step without its wait."""
     waits: list[float]
+    own: list[float]
+    """CPU of the step's thread in each wait."""
     calls: float
     """Mean time of a step's own calls."""
     total: float
@@ -130,16 +132,17 @@ def _ahead(make: Callable[[int], torch.Tensor]) -> Iterator[torch.Tensor]:
 
 
 def _turn(make: Batches, length: float, calls: int) -> Turn:
-    waits, inside = [], []
+    waits, own, inside = [], [], []
     steps = max(LEAST_STEPS, round(TURN_SECONDS / length))
     batches = make()
     next(batches)  # a run's first batch is not ready yet
     time.sleep(length)
     began = time.perf_counter()
     for _ in range(steps):
-        asked = time.perf_counter()
+        used, asked = time.thread_time(), time.perf_counter()
         hand_over({"pixels": next(batches)}, CPU)
         begun = time.perf_counter()
+        own.append(time.thread_time() - used)
         _call(calls)
         called = time.perf_counter()
         time.sleep(max(0.0, begun + length - called))
@@ -154,8 +157,14 @@ def _turn(make: Batches, length: float, calls: int) -> Turn:
     flat_out = (time.perf_counter() - began) / steps
     if hasattr(batches, "close"):
         batches.close()
-    calls_each = statistics.fmean(inside)
-    return Turn(length=length, waits=waits, calls=calls_each, total=total, flat_out=flat_out)
+    return Turn(
+        length=length,
+        waits=waits,
+        own=own,
+        calls=statistics.fmean(inside),
+        total=total,
+        flat_out=flat_out,
+    )
 
 
 def _call(times: int) -> None:
@@ -214,12 +223,12 @@ def _constants(turns: dict[str, list[Turn]], feed: Pictures) -> list[dict[str, A
             feed.here(step + number)
         spent.append((time.thread_time() - began) / 10 / feed.batch)
     once = statistics.median(spent)
-    medians = [statistics.median(turn.waits) for turn in turns["threads"]]
+    medians = [statistics.median(turn.own) for turn in turns["threads"]]
     hand = statistics.median(medians)
     return [
         bench_row("CPU a picture", 1000 * once, "ms", "its median", [once / x for x in spent]),
         bench_row(
-            "hand-over of a ready batch",
+            "hand-over of a ready batch, CPU of the step's thread",
             1000 * hand,
             "ms",
             "its median",
