@@ -13,8 +13,12 @@ from typing import Any
 from bench.support.sizes import TINY
 
 _RUNS = re.compile(r"^def run\(|^from bench\.\S+ import run$", re.MULTILINE)
-_OWN = {"gpu": ("device", "out", "only", "budget"), "token_finish": ("shards", "s3")}
-"""Flags that belong to one benchmark."""
+_OWN = {
+    "gpu": ("device", "out", "only", "budget"),
+    "pictures": ("step_ms",),
+    "token_finish": ("shards", "s3"),
+}
+"""Benchmark -> the flags that it alone has."""
 
 
 def names() -> list[str]:
@@ -47,12 +51,15 @@ def main() -> None:
     finish = parser.add_argument_group("of token_finish alone")
     finish.add_argument("--shards", type=int, help="shards of the job (125000)")
     finish.add_argument("--s3", action="store_true", default=None, help="in a SeaweedFS (2000)")
+    pictures = parser.add_argument_group("of pictures alone")
+    pictures.add_argument("--step-ms", type=float, help="length of a step (50)")
     chosen = parser.parse_args()
     flags: dict[str, Any] = {}
     for bench, own in _OWN.items():
         given = {n: v for n in own if (v := getattr(chosen, n)) is not None}
         if given and chosen.name != bench:
-            parser.error(f"{', '.join(f'--{name}' for name in given)} belong to {bench}")
+            texts = ", ".join(f"--{n.replace('_', '-')}" for n in given)
+            parser.error(f"{texts} belong to {bench}")
         flags |= given
     if chosen.tiny:
         os.environ[TINY] = "1"

@@ -29,13 +29,14 @@ def plan(arguments: list[str]) -> None:
         json: bool = False,
         cluster: Annotated[ClusterFlags, FLAT] = _USUAL,
     ) -> None:
-        """Predict whether a prior fits on a cluster, its fastest layout, and the training time.
+        """Predict whether a model fits on a cluster, its fastest layout, and the training time.
 
         Needs no GPU: one rank's real layers are built on the meta device and counted. Days and
         cost cover all of the preset's steps. Exit codes: 0 it fits, 1 nothing fits, 2 wrong input.
 
         Args:
-            preset: preset of a prior: tiny, small, paper_2_8b, paper_5_6b, paper_12b
+            preset: preset of a prior: tiny, small, paper_2_8b, paper_5_6b, paper_12b; or
+                paper_dvae
             world: ranks; by default those of the preset's mesh
             gpu: v100-16gb, v100-32gb, a100-40gb, a100-80gb, h100, or cpu for this machine
             batch: samples a step; by default the preset's

@@ -116,6 +116,9 @@ class LoaderConfig:
     """Threads that fetch blocks from the store."""
     prefetch: int = 16
     """Steps that are fetched ahead."""
+    workers: int = 4
+    """Threads that make the batches of the next steps: decode and crop pictures, encode captions.
+    Each holds one batch in host memory, and one more waits for the step."""
     cache: Path | None = None
     """Local folder that keeps fetched blocks; several ranks may share it."""
     cache_gigabytes: float = 10.0
@@ -123,8 +126,8 @@ class LoaderConfig:
 
     def problems(self) -> list[str]:
         problems = []
-        if min(self.readers, self.prefetch) < 1:
-            problems.append("loader.readers and loader.prefetch must be at least 1")
+        if min(self.readers, self.prefetch, self.workers) < 1:
+            problems.append("loader.readers, prefetch and workers must be at least 1")
         if not self.cache_gigabytes > 0:
             problems.append("loader.cache_gigabytes must be positive")
         return problems

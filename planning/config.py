@@ -1,7 +1,7 @@
 """Flags of `tapir plan`, and their problems; imports no torch."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from core.errors import InputError, did_you_mean
 from models.config import ClipConfig, PriorConfig
 from planning.estimate.hardware import KNOWN, SHORT, Hardware
-from training.config import PriorTrain, StageConfig
+from training.config import StageConfig
 from training.presets import PRESETS
 
 MOST_RANKS = 1_000_000
@@ -95,29 +95,35 @@ class PlanFlags:
         return [f"--{mode} has no use for {', '.join(given)}; leave it out"] if given else []
 
     def _sizes(self) -> list[str]:
-        known, problems = PRESETS["prior"], []
+        known, problems = plannable(), []
         if not 0 <= self.world <= MOST_RANKS:
             problems.append(f"--world {self.world} must be 1 to {MOST_RANKS:,}; 0 = the preset's")
         if not 0 <= self.batch <= MOST_BATCH:
             problems.append(f"--batch {self.batch} must be 1 to {MOST_BATCH:,}; 0 = the preset's")
         if self.preset not in known:
-            problems.append(_no_preset(self.preset, known))
+            problems.append(_no_preset(self.preset))
         elif self.batch > 0:
             problems += _undealt(known[self.preset](), self.batch)
         return problems
 
 
-def _undealt(settings: PriorTrain, batch: int) -> list[str]:
+def plannable() -> dict[str, Callable[[], StageConfig]]:
+    """Presets of `plan`: all of the prior, and those of the dVAE with other names."""
+    return {**PRESETS["dvae"], **PRESETS["prior"]}
+
+
+def _no_preset(name: str) -> str:
+    known = plannable()
+    hint = did_you_mean(name, known)
+    return f"there is no preset {name!r} of a prior or dVAE{hint} (known: {', '.join(known)})"
+
+
+def _undealt(settings: StageConfig, batch: int) -> list[str]:
     lanes = settings.order.lanes
     if batch % lanes == 0:
         return []
     near = max(1, round(batch / lanes)) * lanes
     return [f"--batch {batch} is not a multiple of the preset's order.lanes={lanes}; try {near}"]
-
-
-def _no_preset(name: str, known: Mapping[str, object]) -> str:
-    hint = did_you_mean(name, known)
-    return f"there is no prior preset {name!r}{hint} (known: {', '.join(known)})"
 
 
 _FAMILIES = {"tiny": ("tiny", "tiny"), "small": ("small", "paper_bpe")}
@@ -137,14 +143,14 @@ def filled(preset: str, settings: StageConfig) -> Any:
     return replace(settings, model=model)  # type: ignore[call-arg]
 
 
-def settings_of(preset: str, batch: int = 0) -> PriorTrain:
-    """A prior's preset, with the vocabularies and grid of its data.
+def settings_of(preset: str, batch: int = 0) -> Any:
+    """A preset of a prior, with the vocabularies and grid of its data, or of a dVAE.
 
     Raises: InputError for an unknown preset.
     """
-    known = PRESETS["prior"]
+    known = plannable()
     if preset not in known:
-        raise InputError(_no_preset(preset, known))
-    settings: PriorTrain = filled(preset, known[preset]())
+        raise InputError(_no_preset(preset))
+    settings = filled(preset, known[preset]())
     loop = replace(settings.loop, global_batch_size=batch or settings.loop.global_batch_size)
     return replace(settings, loop=loop)

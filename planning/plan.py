@@ -8,9 +8,11 @@ from core.config import check
 from core.files.atomic import canonical_json, refuse_folder, write_atomic
 from core.log import LOG
 from planning.config import PlanFlags, settings_of
+from planning.dvae import dvae_parameters, search_dvae
 from planning.estimate.hardware import Hardware, hardware_of
 from planning.estimate.layers import count_parameters
 from planning.estimate.search import SearchResult, search
+from training.config import DVAETrain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +37,17 @@ def make_plan(flags: PlanFlags) -> Plan:
         _refuse_unwritable(flags.picture)
     settings = settings_of(flags.preset, flags.batch)
     check(settings.fixed_problems())
-    result = search(settings, flags.world or settings.mesh.world, hardware)
+    world = flags.world or settings.mesh.world
+    if isinstance(settings, DVAETrain):
+        result, parameters = search_dvae(settings, world, hardware), dvae_parameters(settings.model)
+    else:
+        result, parameters = search(settings, world, hardware), count_parameters(settings.model)
     if flags.picture is not None:
         from planning.picture import draw  # noqa: PLC0415 - matplotlib takes a second
 
         draw(result, hardware, flags.picture)
         LOG.info("wrote %s", flags.picture)
-    return Plan(result=result, parameters=count_parameters(settings.model), hardware=hardware)
+    return Plan(result=result, parameters=parameters, hardware=hardware)
 
 
 def write_calibration(path: Path) -> dict[str, float]:

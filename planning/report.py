@@ -71,7 +71,8 @@ def start_json(candidate: Candidate) -> dict[str, int]:
     if start is None:
         return {}
     return {
-        "host_a_rank": PROCESS + start.host,
+        "host_a_rank": PROCESS + start.own,
+        "loader": start.loader,
         "host_a_node": start.node,
         "ranks_a_node": start.ranks,
         "device": start.device,
@@ -113,6 +114,7 @@ def timed_json(row: Timed) -> dict[str, Any]:
         "days": estimate.days,
         "cost_dollars": estimate.cost,
         "seconds": estimate.parts,
+        **({"pictures": estimate.decoding.json()} if estimate.decoding else {}),
         "traffic": estimate.traffic,
     }
 
@@ -133,6 +135,8 @@ def show(result: SearchResult, parameters: int, hardware: Hardware) -> None:
     if result.timed:
         console.print(_fitting(result, parameters, hardware), _spent(result.timed[0]))
         console.print(_stored(result.timed[0].candidate))
+        if pictures := result.timed[0].estimate.decoding:
+            console.print(pictures.text())
     else:
         console.print(_title(result, parameters, hardware))
     rows = [row for row in _shown(result) if row.bytes_]

@@ -1,7 +1,7 @@
 """The training loop of the dVAE, prior and CLIP, on any engine."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -29,11 +29,12 @@ from training.profiling.profile import Profile, timed
 from training.recovery.rewind import Recovery, checkpoints_of_capsules
 from training.run.alarms import Alarms
 from training.run.checkpoints import Checkpoints
+from training.run.feed import Feed
 from training.run.folder import RunFolder
 from training.run.log import RunLog, StepCost
 from training.run.resume import refuse_other_config, refuse_other_shapes, tell_other_numerics
 from training.schedules import Plateau, learning_rate
-from training.tasks.task import Task, hand_over, split_records
+from training.tasks.task import Task
 from training.validation import Validation
 
 _PAUSES = (5.0, 30.0)
@@ -61,6 +62,7 @@ class Run:
         self.folder = RunFolder(settings.out, self.config, writes=world.rank == 0)
         self.recovery = Recovery(settings.guard, mesh, settings.out)
         self.stream = _stream(task, settings, mesh)  # before the engine: it rejects too little data
+        self.feed = Feed(task, self.stream, settings, world.device)
         self.engine: Engine = build_engine(task.program, self._engine_settings(), mesh)
         self.average = Average(self.engine, settings.optim, world.device)
         self.plateau = Plateau()
@@ -115,34 +117,32 @@ class Run:
     def steps(self) -> Iterator[tuple[StepResult, StepCost]]:
         """Do the remaining training steps; yields each result with its cost."""
         began = time.perf_counter()
-        batches = iter(self.stream)
+        batches = self.feed.steps(self.step)
         while self.step < self.settings.loop.end:
             self.profile.begin(self.step + 1)
             asked = time.perf_counter()
             with self.profile.phase(DATA_WAIT):
-                records, state = next(batches)
+                data = next(batches)
             waited = time.perf_counter() - asked
             with self._ledger.counted() as traffic:
-                result = self.one_step(records)
-                facts = self._facts_of_step(state)
-                back = self.recovery.must_rewind(result, records, state, facts)
+                result = self.one_step(data.micro)
+                facts = self._facts_of_step(data.state)
+                back = self.recovery.must_rewind(result, data.records, data.state, facts)
                 if not back:
                     self.average.update(self.step)
                     if self.recovery.due(self.step):
                         self.recovery.compare_replicas(self.engine, self.step)
             if back:
-                batches.close()
                 self._rewind()
-                batches = iter(self.stream)
+                batches = self.feed.steps(self.step)
                 continue
             spent = time.perf_counter() - began
             yield result, StepCost(seconds=spent, waited=waited, traffic=traffic)
             began = time.perf_counter()
 
-    def one_step(self, records: Sequence[Any]) -> StepResult:
-        """Do one update with this replica's records; a skipped update counts as a step."""
+    def one_step(self, micro: list[Batch]) -> StepResult:
+        """Do one update with this replica's micro-batches; a skipped update counts as a step."""
         settings, halved = self.settings, self.plateau.halved
-        micro = self._micro_batches(records)
         lr = learning_rate(settings.optim, self.step, settings.loop.steps, halved)
         with self.profile.phase(COMPUTE):
             result = self.engine.step(micro, lr, wants_stop=stop_asked())
@@ -150,17 +150,11 @@ class Run:
         self._heart.beat("step", self.step)
         return replace(result, facts={**result.facts, "lr": lr})
 
-    @timed(DATA_WAIT)
-    def _micro_batches(self, records: Sequence[Any]) -> list[Batch]:
-        task, device = self.task, self.world.device
-        parts = split_records(records, self.settings.engine.gradient_accumulation_steps)
-        return [hand_over(task.batch(part, self.step), device) if part else {} for part in parts]
-
     def report(self, result: StepResult, cost: StepCost, meter: Meter) -> None:
         """Log a step, and check the alarms."""
         self._note_failure()
         self.alarms.pace(self.step, cost.seconds)
-        self.log.step(self.step, self.stream.state.epoch, result, cost, meter)
+        self.log.step(self.step, self.feed.state.epoch, result, cost, meter)
 
     @timed(VALIDATION)
     def validate(self) -> dict[str, float]:
@@ -185,7 +179,7 @@ class Run:
         facts = {
             "stage": self.stage,
             "step": self.step,
-            "stream": asdict(self.stream.state),
+            "stream": asdict(self.feed.state),
             "guard": self.recovery.guard.state(),
             "plateau": self.plateau.state(),
             "validation_loss": self._loss_now(),
@@ -210,13 +204,14 @@ class Run:
         refuse_other_shapes(reader, self.engine)
         self.engine.load_slices(reader)
         self.average.load(reader)
-        self.stream.resume(StreamState(**reader.facts["stream"]))
+        self.feed.resume(StreamState(**reader.facts["stream"]))
         self.recovery.guard.load(reader.facts.get("guard", {}))
         self.plateau.load(reader.facts.get("plateau", {}))
         self.step = self._resumed_at = int(reader.facts["step"])
 
     def close(self) -> None:
-        """Close the profile, the run folder and the engine."""
+        """Close the feed, the profile, the run folder and the engine."""
+        self.feed.close()
         self.profile.close()
         self.folder.close()
         self.engine.close()
@@ -273,7 +268,7 @@ class Run:
         if reader is None:
             raise self.recovery.too_early(reached)
         self.resume_from(reader)
-        self.stream.resume(self.recovery.rewound(self.stream.state, self.step, reached))
+        self.feed.resume(self.recovery.rewound(self.feed.state, self.step, reached))
         self.folder.begin(self.step)
         self.profile.open(self.step)
 

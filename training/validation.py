@@ -1,16 +1,18 @@
 """Mean losses over held-out samples, the same on every mesh."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from core.heartbeat import Heart
+from data_pipeline.streaming.ahead import depth_of, prepared_ahead
 from data_pipeline.streaming.stream import first_records
 from parallel.engines.protocol import Batch, Engine
 from parallel.mesh import Mesh
 from training.config import StageConfig
-from training.tasks.task import Pictures, Task, hand_over
+from training.tasks.task import Pictures, Task, hand_over, pinned
 
 Change = Callable[[Batch, int], Batch]
 """(batch, index of its first record in this replica) -> changed batch."""
@@ -61,22 +63,34 @@ class Validation:
         """Mean losses over the records of all replicas; collective over all ranks."""
         totals: dict[str, float] = {}
         together = max(1, min(EVALUATED_TOGETHER, TOKENS_TOGETHER // self._task.units))
-        for start in range(0, len(records), together):
+        starts = iter(range(0, len(records), together))
+        workers = self._settings.loader.workers
+
+        def jobs(start: int) -> list[Callable[[], Batch]]:
+            return [partial(self._made, records[start : start + together])]
+
+        for start, (made,) in prepared_ahead(starts, jobs, workers, depth_of(workers)):
             self._heart.beat("validation")
             part = records[start : start + together]
-            losses = self._engine.evaluate(self._batch(part, start, change))
+            batch = hand_over(made, self._mesh.world.device)
+            if self._mesh.needs_data:
+                self._task.note_used(part)
+                batch = change(batch, start) if change else batch
+            losses = self._engine.evaluate(batch)
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0.0) + float(value) * len(part)
+        return self._averages(totals, len(records))
+
+    def _made(self, part: Sequence[Any]) -> Batch:
+        if not self._mesh.needs_data:  # of the same size, and without content
+            return {"records": torch.empty(len(part), 0, device="cpu")}
+        batch = self._task.batch(part, self._step, training=False)
+        return pinned(batch, self._mesh.world.device)
+
+    def _averages(self, totals: dict[str, float], count: int) -> dict[str, float]:
         names = sorted(totals)
-        means = [totals[name] / len(records) for name in names]
+        means = [totals[name] / count for name in names]
         sums = torch.tensor([*means, self._task.unreadable], device=self._mesh.world.device)
         *averages, unreadable = self._mesh.world.mean(sums.double()).tolist()
         self._unreadable = round(unreadable * self._mesh.world.size)
         return dict(zip(names, averages, strict=True))
-
-    def _batch(self, part: Sequence[Any], start: int, change: Change | None) -> Batch:
-        if not self._mesh.needs_data:  # of the same size, and without content
-            return {"records": torch.empty(len(part), 0, device=self._mesh.world.device)}
-        batch = self._task.batch(part, self._step, training=False)
-        batch = hand_over(batch, self._mesh.world.device)
-        return change(batch, start) if change else batch

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from core.keys import KeyPart, key_int
 from core.storage.store import Store
 from data_pipeline.formats.index import BlockReader
+from data_pipeline.formats.lookup import find_pair
 from data_pipeline.formats.manifest import RAW, read_manifest
 from data_pipeline.formats.shards import list_members
 from data_pipeline.images.crops import EXTENSIONS
@@ -100,6 +101,7 @@ class RawSource:
 
     def __init__(self, store: Store, split: str, cache: BlockCache | None = None) -> None:
         prefix = f"{split}/"
+        self._store, self._split = store, split
         self.manifest = read_manifest(store, prefix, RAW)
         self.blocks = BlockReader(store, prefix, self.manifest, cache)
         self.fingerprint = self.manifest.fingerprint
@@ -120,6 +122,12 @@ class RawSource:
     def empty(self) -> RawRecords:
         """No records."""
         return RawRecords([])
+
+    def member(self, key: str, name: str) -> str:
+        """Where a pair's member is stored, for messages: SHARD, member NAME."""
+        block, _ = find_pair(self._store, self._split, self.blocks, key)
+        shard = self.blocks.shard_of(block).name
+        return f"{self._store.url}/{self._split}/{shard}, member {name},"
 
 
 def parse_pairs(tar: bytes) -> RawRecords:

@@ -5,10 +5,13 @@ and validation read the first decodable pair of the split instead: the rule depe
 nor batches, so that every mesh reads the same.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from threading import Lock
 from typing import Any
 
-from core.errors import InputError
+from numpy.typing import NDArray
+
+from core.errors import InputError, TapirError
 from core.log import LOG
 from data_pipeline.formats.raw import RawRecord, RawSource
 from data_pipeline.images.decode import Rgb, decode_rgb
@@ -18,40 +21,64 @@ _NAMED = 10
 """Maximum pairs that are named in the log; all are counted."""
 
 
+Crop = Callable[[RawRecord, Rgb], NDArray[Any]]
+"""(record, decoded picture) -> picture of one size."""
+
+
 class ReadablePairs:
-    """Decodes pairs, and replaces those that do not decode."""
+    """Decodes and crops pairs, and replaces those that do not decode; any thread may call it."""
 
     def __init__(self) -> None:
+        self._lock = Lock()
+        self._unreadable: set[str] = set()
+        """Pairs that did not decode, also of batches that are made ahead and not used yet."""
         self._passed: set[str] = set()
         self._instead: dict[int, tuple[RawRecord, Rgb]] = {}
 
     @property
     def passed_over(self) -> int:
-        """Number of distinct pairs that did not decode."""
+        """Number of distinct used pairs that did not decode."""
         return len(self._passed)
 
-    def decoded(
-        self, records: Iterable[RawRecord], source: RawSource
-    ) -> list[tuple[RawRecord, Rgb]]:
-        """Each record, or its replacement, with its decoded picture.
+    def note_used(self, records: Sequence[RawRecord]) -> None:
+        """Count the records among those of batches that were trained on or evaluated."""
+        if self._unreadable:
+            self._passed |= self._unreadable.intersection(record.key for record in records)
 
-        Raises: InputError if no picture of the source decodes.
+    def decoded(
+        self, records: Iterable[RawRecord], source: RawSource, crop: Crop
+    ) -> list[tuple[RawRecord, NDArray[Any]]]:
+        """Each record, or its replacement, with its picture, cropped by the record's own key.
+
+        Only one picture of full size is held at a time.
+        Raises: InputError if no picture of the source decodes, or one cannot be cropped.
         """
-        pairs = []
-        for record in records:
-            try:
-                pairs.append((record, decode_rgb(record.image, record.key)))
-            except InputError as error:
-                pairs.append(self._other(record, source, error))
-        return pairs
+        return [self._cropped(record, source, crop) for record in records]
+
+    def _cropped(
+        self, record: RawRecord, source: RawSource, crop: Crop
+    ) -> tuple[RawRecord, NDArray[Any]]:
+        try:
+            used, picture = record, decode_rgb(record.image, record.key)
+        except InputError as error:
+            used, picture = self._other(record, source, error)
+        try:
+            return used, crop(record, picture)
+        except (TapirError, MemoryError):
+            raise
+        except Exception as error:  # OpenCV's own
+            member = f"{used.key}.{used.extension}"
+            place = source.member(used.key, member)
+            raise InputError(f"{place} cannot be cropped: {error}; leave it out") from error
 
     def _other(self, record: RawRecord, source: RawSource, error: InputError) -> Any:
-        if id(source) not in self._instead:
-            self._instead[id(source)] = _first_readable(source)
-        other = self._instead[id(source)]
-        if record.key not in self._passed and len(self._passed) < _NAMED:
-            LOG.warning("%s; %s is read in its place: pack again", error, other[0].key)
-        self._passed.add(record.key)
+        with self._lock:
+            if id(source) not in self._instead:
+                self._instead[id(source)] = _first_readable(source)
+            other = self._instead[id(source)]
+            if record.key not in self._unreadable and len(self._unreadable) < _NAMED:
+                LOG.warning("%s; %s is read in its place: pack again", error, other[0].key)
+            self._unreadable.add(record.key)
         return other
 
 

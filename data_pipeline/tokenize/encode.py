@@ -165,4 +165,5 @@ def squares_of(pictures: Sequence[NDArray[np.uint8]], pixels: int) -> torch.Tens
 
 def to_tensor(pictures: NDArray[np.uint8]) -> torch.Tensor:
     """(n, S, S, 3) uint8 -> (n, 3, S, S) float32 in [0, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    scaled = np.divide(pictures, np.float32(255), dtype=np.float32)  # without torch's threads
+    return torch.from_numpy(scaled).permute(0, 3, 1, 2)

@@ -55,6 +55,8 @@ class Hardware:
     issue 578); 0 = no NCCL."""
     host_memory: float
     """Bytes of host memory per node."""
+    host_cores: int = 0
+    """Cores of a node's host (not hyperthreads), which decode pictures beside its ranks."""
     bandwidth: float
     """Bytes per second of memory."""
     units: int
@@ -140,13 +142,14 @@ def _a100(memory: float, bandwidth: float, cost: float) -> Hardware:
         bandwidth=bandwidth,
         units=108,
         host_memory=1152 * GIB,  # AWS p4d and p4de
+        host_cores=48,
         link=300 * GB,
         network=200 * GB,
         cost_per_hour=cost,
     )
 
 
-def _v100(memory: float, host: int) -> Hardware:
+def _v100(memory: float, host: int, cores: int) -> Hardware:
     return Hardware(
         name=f"v100-{memory:.0f}gb",
         half_flops=125e12,
@@ -157,6 +160,7 @@ def _v100(memory: float, host: int) -> Hardware:
         units=80,
         channels=12,  # six links, each in both directions
         host_memory=host * GIB,
+        host_cores=cores,
         link=150 * GB,
         network=12.5 * GB,
         cost_per_hour=2.5,
@@ -171,6 +175,7 @@ _H100 = Hardware(
     bandwidth=3350 * GB,
     units=132,
     host_memory=2048 * GIB,  # AWS p5
+    host_cores=96,
     link=450 * GB,
     network=400 * GB,
     sustained=0.7,
@@ -203,8 +208,8 @@ _CPU = Hardware(
 KNOWN = {
     row.name: row
     for row in (
-        _v100(16, 488),  # AWS p3 and p3dn
-        _v100(32, 768),
+        _v100(16, 488, 32),  # AWS p3 and p3dn
+        _v100(32, 768, 48),
         _a100(40, 1555 * GB, 3.0),
         _a100(80, 2039 * GB, 3.7),
         _H100,

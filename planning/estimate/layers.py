@@ -155,25 +155,25 @@ def _kept(config: PriorConfig, size: int, precision: str, samples: int) -> dict[
         outside = [*weights, *batch.values()]
         half = precision != "fp32"
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            with _noted(totals, "embedding", outside):
+            with noted(totals, "embedding", outside):
                 modules["embedding"](batch)
-            with _noted(totals, "attention", outside):
+            with noted(totals, "attention", outside):
                 y = block._look_back(x)
-            with _noted(totals, "mlp", outside):
+            with noted(totals, "mlp", outside):
                 block._transform(y)
         with (
             torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
-            _noted(totals, "head", outside),
+            noted(totals, "head", outside),
         ):
             logits = modules["head"](x)
-        with _noted(totals, "loss", outside):
+        with noted(totals, "loss", outside):
             prior_loss(logits, batch, config.text_weight)
     totals["block"] = totals["attention"] + totals["mlp"]
     return totals
 
 
 @contextmanager
-def _noted(totals: dict[str, int], name: str, outside: Sequence[Tensor]) -> Iterator[None]:
+def noted(totals: dict[str, int], name: str, outside: Sequence[Tensor]) -> Iterator[None]:
     """Add up the storages that autograd saves, each once, except for those of `outside`."""
     before = {x.untyped_storage()._cdata for x in outside}
     kept: dict[int, Tensor] = {}

@@ -82,14 +82,14 @@ def rank_bytes(loads: Loads) -> Bytes:
     """Peak bytes of every category in a step."""
     settings = loads.settings
     keeps = keeps_of(settings.model, settings.mesh.tensor, settings.engine.precision)
-    sizes = _model_bytes(loads)
+    sizes = model_bytes(loads)
     sizes["activations"] = activation_bytes(loads, keeps)
     sizes["temporary"] += sum(part.buffers for part in loads.layers) + _transient(loads, keeps)
     sizes |= _compression_bytes(loads)
     return {name: sizes[name] for name in CATEGORIES}
 
 
-def _model_bytes(loads: Loads) -> Bytes:
+def model_bytes(loads: Loads) -> Bytes:
     """Weights, gradients, masters and moments, buckets and their copies."""
     settings, held = loads.settings, loads.held
     mesh, stage = settings.mesh, stage_of_zero(settings)

@@ -36,11 +36,18 @@ class StartUp:
     """Weights and gradients on the device."""
     ranks: int
     """Ranks that start on a node at the same time."""
+    loader: int = 0
+    """Batches that are made ahead of the steps; they follow when the weights are on the device."""
 
     @property
     def node(self) -> int:
         """Host memory of all ranks of a node."""
-        return self.ranks * (PROCESS + self.host)
+        return self.ranks * (PROCESS + self.own)
+
+    @property
+    def own(self) -> int:
+        """Host memory of a rank beside its process, at its peak."""
+        return max(self.host, self.loader)
 
     def problem(self, hardware: Hardware) -> str:
         """Why a node cannot start its ranks; empty if it can."""
@@ -48,7 +55,7 @@ class StartUp:
             return ""
         return (
             f"starting takes {size_text(self.node)} of host memory a node, {self.ranks} ranks of "
-            f"{size_text(PROCESS + self.host)}; {hardware.name} has "
+            f"{size_text(PROCESS + self.own)}; {hardware.name} has "
             f"{size_text(hardware.host_memory)} (--host-memory)"
         )
 

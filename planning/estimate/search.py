@@ -7,6 +7,7 @@ from core.memory import size_text
 from parallel.compress.advisor import PAPER_SHARE
 from parallel.config import LEAST_GAIN, CompressConfig, EngineConfig, MeshConfig
 from parallel.mesh import RankCoordinates
+from planning.decode import buffer_bytes
 from planning.estimate.hardware import Hardware
 from planning.estimate.memory import Bytes, Loads, loads_of, published_schemes, rank_bytes
 from planning.estimate.reserve import StartUp, nccl_bytes, start_up
@@ -152,6 +153,8 @@ def weigh(settings: PriorTrain, world: int, hardware: Hardware) -> Candidate:
     if problems:
         return Candidate(settings=settings, bytes_={}, why="; ".join(problems))
     bytes_ = fullest(settings) | nccl_bytes(settings, hardware)
+    if hardware.cores:  # ranks hold their batches in the same memory
+        bytes_["temporary"] += buffer_bytes(settings)
     total = sum(bytes_.values())
     start = None if hardware.cores else hungriest(settings, hardware)
     share = hardware.cores and settings.mesh.world  # ranks of one machine share its memory
@@ -192,7 +195,8 @@ def fullest(settings: PriorTrain) -> Bytes:
 def hungriest(settings: PriorTrain, hardware: Hardware) -> StartUp:
     """Start-up peaks of the stage that needs most host memory."""
     starts = [start_up(loads, hardware) for loads in _stages(settings)]
-    return max(starts, key=lambda start: (start.host, start.device))
+    start = max(starts, key=lambda start: (start.host, start.device))
+    return replace(start, loader=buffer_bytes(settings))
 
 
 def _stages(settings: PriorTrain) -> list[Loads]:

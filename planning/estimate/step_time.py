@@ -7,6 +7,7 @@ from models.counts import prior_flops
 from models.masks import layer_kind
 from parallel.ledger import Counts
 from parallel.mesh import RankCoordinates
+from planning.decode import Decoding
 from planning.estimate.collectives import all_reduce, gather, group_span, hand_on
 from planning.estimate.hardware import Hardware
 from planning.estimate.kernels import seconds
@@ -52,6 +53,8 @@ class Estimate:
     traffic: Counts
     """Calls and bytes per step of a rank of the busiest stage."""
     spans: list[Span]
+    decoding: Decoding | None = None
+    """Pictures that are made beside the step; None for a prior."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def estimate(settings: PriorTrain, hardware: Hardware) -> Estimate:
     stages = [_stage(one, hardware) for one in loads]
     played = _played(settings, stages, hardware)
     slowest = max(range(len(stages)), key=lambda i: stages[i].forward + stages[i].backward)
-    ends = [_ending(one, hardware) for one in loads]
+    ends = [ending_seconds(one, hardware) for one in loads]
     crowd = hardware.crowd(mesh.world)
     end = max(ends, key=lambda row: sum(row.values()))
     end = {name: value * crowd for name, value in end.items()}
@@ -115,7 +118,7 @@ def rough_seconds(settings: PriorTrain, hardware: Hardware) -> float:
     loads = [loads_of(settings, RankCoordinates(stage=stage)) for stage in ends]
     stages = [_stage(one, hardware) for one in loads]
     slowest = max(stage.forward + stage.backward for stage in stages)
-    return (times + mesh.pipeline - 1) * slowest + sum(_ending(loads[0], hardware).values())
+    return (times + mesh.pipeline - 1) * slowest + sum(ending_seconds(loads[0], hardware).values())
 
 
 def _overhead(settings: PriorTrain, hardware: Hardware) -> float:
@@ -188,7 +191,7 @@ def _played(settings: PriorTrain, stages: Sequence[_StageSeconds], hardware: Har
     return play(forward, backward, times, transfer)
 
 
-def _ending(loads: Loads, hardware: Hardware) -> dict[str, float]:
+def ending_seconds(loads: Loads, hardware: Hardware) -> dict[str, float]:
     """Seconds after the last backward pass: gradients, update, weights, and results."""
     settings, held = loads.settings, loads.held
     mesh, stage = settings.mesh, stage_of_zero(settings)

@@ -20,6 +20,7 @@ import torch
 
 import checkpoint.saver
 import checkpoint.writer
+import data_pipeline.streaming.ahead
 import training.ema
 import training.trainer
 from core.config import check
@@ -100,6 +101,7 @@ def _changes(recorder: Recorder | None) -> list[Change]:
         (training.trainer, "save_model", nothing),
         (training.trainer, "progress", _no_progress),
         (training.ema, "ThreadPoolExecutor", _AtOnce),
+        (data_pipeline.streaming.ahead, "ThreadPoolExecutor", _AtOnce),
         (checkpoint.saver, "ThreadPoolExecutor", _AtOnce),
         (checkpoint.writer, "_write_slices", lambda *_: {}),
     ]
@@ -163,7 +165,7 @@ class _PriorWithoutData(PriorTask):
 
 
 class _DVAEWithoutData(DVAETask):
-    unreadable = 0
+    unreadable, note_used = 0, nothing
 
     def __init__(self, settings: Any, mesh: Mesh) -> None:
         self.held_out: Any = _Samples(settings.loop.validation_samples)
@@ -183,7 +185,7 @@ class _DVAEWithoutData(DVAETask):
 
 
 class _ClipWithoutData(ClipTask):
-    unreadable = 0
+    unreadable, note_used = 0, nothing
 
     def __init__(self, settings: Any, mesh: Mesh) -> None:
         self.held_out: Any = _Samples(settings.loop.validation_samples)
@@ -278,7 +280,7 @@ class _NoFolder:
 
 
 class _AtOnce:
-    """An executor that works in the caller's thread, where the recorder sees communication."""
+    """An executor that works in the caller's thread, whose tensors are shadows."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -290,6 +292,9 @@ class _AtOnce:
         except Exception as error:  # raised by result(), as from a thread
             done.set_exception(error)
         return done
+
+    def shutdown(self, **_: Any) -> None:
+        """Nothing is in work."""
 
 
 def _no_progress(*_: Any) -> AbstractContextManager[Any]:

@@ -96,7 +96,7 @@ def nothing(_facts: Facts) -> None:
 
 def spike(facts: Facts) -> None:
     """The loss of some batches (their positions in the epoch) is 10,000 times too large."""
-    _scale_loss(lambda run: 1e4 if run.stream.state.step - 1 in facts["batches"] else 1.0)
+    _scale_loss(lambda run: 1e4 if run.feed.state.step - 1 in facts["batches"] else 1.0)
 
 
 def not_finite(facts: Facts) -> None:

@@ -23,10 +23,12 @@ _FILES = (
     "parallel/engines/protocol.py",
     "parallel/engines/modules.py",
     "parallel/engines/error_buffers.py",
+    "data_pipeline/streaming/ahead.py",
     "data_pipeline/streaming/order.py",
     "data_pipeline/images/crops.py",
     "data_pipeline/text/dropout.py",
     "training/schedules.py",
+    "training/run/feed.py",
     "training/trainer.py",
     "training/ema.py",
     "training/tasks/*.py",
@@ -38,7 +40,7 @@ _FILES = (
 )
 _ONLY = {
     "parallel/replicas.py": {"flat_average", "copy_parts"},
-    "training/trainer.py": {"steps", "one_step", "_micro_batches", "_loss_now"},
+    "training/trainer.py": {"steps", "one_step", "_loss_now"},
 }
 """Of these files only some functions: the rest is about folders, logs and processes."""
 

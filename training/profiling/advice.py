@@ -44,8 +44,9 @@ def _data_bound(settings: StageConfig, share: float) -> str:
     flags = f"--loader.prefetch {2 * loader.prefetch} --loader.readers {2 * loader.readers}"
     cache = "" if loader.cache else ", and --loader.cache with a local folder"
     return (
-        f"data-bound: {share:.0%} of the time is waiting for records or making tensors of them; "
-        f"try {flags}{cache}"
+        f"data-bound: {share:.0%} of the time is waiting for batches; for pictures try "
+        f"--loader.workers {2 * loader.workers} (cores that are free), for a slow store {flags}"
+        f"{cache}"
     )
 
 

@@ -70,10 +70,10 @@ def _replay(run: Run, body: dict[str, Any]) -> Replay:
         while True:
             records, _ = next(batches)
             if run.step + 1 < body["step"]:
-                run.one_step(records)
+                run.one_step(run.feed.micro_batches(records, run.step))
                 continue
             losses = _losses_of(run, records)
-            result = run.one_step(records)
+            result = run.one_step(run.feed.micro_batches(records, run.step))
             break
     finally:
         batches.close()  # type: ignore[attr-defined]

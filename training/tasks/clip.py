@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -11,10 +12,11 @@ from torch.autograd import Function
 from core.config import check
 from core.storage.store import open_store
 from data_pipeline.formats.raw import RawRecord, RawSource
+from data_pipeline.images.crops import square
 from data_pipeline.streaming.cache import open_cache
 from data_pipeline.streaming.readable import ReadablePairs
 from data_pipeline.text.bpe import encode, load_tokenizer
-from data_pipeline.tokenize.encode import squares_of
+from data_pipeline.tokenize.encode import to_tensor
 from models.clip import Clip, caption_keys, contrastive_loss
 from models.config import ClipConfig
 from parallel.engines.protocol import Batch, Layer, Losses, Program
@@ -46,12 +48,13 @@ class ClipTask:
         self.program = clip_program(Clip(config, seed), world)
 
     def batch(self, records: Sequence[RawRecord], step: int, training: bool = True) -> Batch:
-        pairs = self._readable.decoded(records, self.train if training else self.held_out)
+        source, pixels = self.train if training else self.held_out, self.model_config.pixels
+        pairs = self._readable.decoded(records, source, lambda _, picture: square(picture, pixels))
         seed = self._settings.loop.seed
         captions = [r.drawn_caption(seed, step) if training else r.caption for r, _ in pairs]
         texts = [encode(self._tokenizer, caption) for caption in captions]
         return {
-            "pixels": squares_of([picture for _, picture in pairs], self.model_config.pixels),
+            "pixels": to_tensor(np.stack([picture for _, picture in pairs])),
             "text": pad_text(texts, self.model_config.text_length),
         }
 
@@ -63,6 +66,9 @@ class ClipTask:
     @property
     def unreadable(self) -> int:
         return self._readable.passed_over
+
+    def note_used(self, records: Sequence[RawRecord]) -> None:
+        self._readable.note_used(records)
 
     def facts(self) -> dict[str, Any]:
         return {"tokenizer": self._tokenizer_hash, "raw": self.train.fingerprint}

@@ -1,6 +1,7 @@
 """The dVAE as a task of the training loop."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 from core.keys import key_int, keyed_rng
 from core.storage.store import open_store
 from data_pipeline.formats.raw import RawRecord, RawSource
-from data_pipeline.images.crops import dvae_crop
+from data_pipeline.images.crops import dvae_crop, square
+from data_pipeline.images.decode import Rgb
+from data_pipeline.streaming.ahead import depth_of, prepared_ahead
 from data_pipeline.streaming.cache import open_cache
-from data_pipeline.streaming.readable import ReadablePairs
+from data_pipeline.streaming.readable import Crop, ReadablePairs
 from data_pipeline.streaming.stream import first_records
-from data_pipeline.tokenize.encode import squares_of, to_tensor
+from data_pipeline.tokenize.encode import to_tensor
 from models.config import DVAEConfig
 from models.dvae import DVAE, negative_bound
 from parallel.engines.protocol import Batch, Layer, Losses, Program
@@ -27,6 +30,8 @@ from training.tasks.task import Means, Pictures, perplexity
 SHOWN = 8
 CALIBRATED = 256
 """Number of pictures for the calibrated initialisation."""
+DECODED = 16
+"""Pictures of a validation that a worker decodes together."""
 TOGETHER = 4096
 """Maximum tokens per batch of a validation's figures."""
 
@@ -80,21 +85,42 @@ class DVAETask:
     def unreadable(self) -> int:
         return self._readable.passed_over
 
+    def note_used(self, records: Sequence[RawRecord]) -> None:
+        self._readable.note_used(records)
+
     def _squares(self, records: Sequence[RawRecord], source: RawSource) -> Tensor:
-        pictures = [picture for _, picture in self._readable.decoded(records, source)]
-        return squares_of(pictures, self.model_config.pixels)
+        return to_tensor(self._square_pixels(records, source))
+
+    def _square_pixels(self, records: Sequence[RawRecord], source: RawSource) -> Any:
+        """Central squares, (B, S, S, 3) uint8."""
+        pixels = self.model_config.pixels
+        return self._stacked(records, source, lambda _, picture: square(picture, pixels))
 
     def _views(self, records: Sequence[RawRecord], step: int) -> Tensor:
         """The augmented pictures of a training step, (B, 3, S, S)."""
         if not self._settings.augment:
             return self._squares(records, self.train)
         pixels, seed = self.model_config.pixels, self._settings.loop.seed
-        decoded = self._readable.decoded(records, self.train)
-        views = [
-            dvae_crop(picture, pixels, keyed_rng(seed, step, record.key, "augment"))
-            for record, (_, picture) in zip(records, decoded, strict=True)
-        ]
-        return to_tensor(np.stack(views))
+
+        def view(record: RawRecord, picture: Rgb) -> Rgb:
+            return dvae_crop(picture, pixels, keyed_rng(seed, step, record.key, "augment"))
+
+        return to_tensor(self._stacked(records, self.train, view))
+
+    def _stacked(self, records: Sequence[RawRecord], source: RawSource, crop: Crop) -> Any:
+        return np.stack([picture for _, picture in self._readable.decoded(records, source, crop)])
+
+    def _held_out_squares(self, records: Sequence[RawRecord]) -> Tensor:
+        """Central squares of held-out pictures, decoded by all of the loader's workers."""
+        workers = self._settings.loader.workers
+        parts = (records[i : i + DECODED] for i in range(0, len(records), DECODED))
+        squares = prepared_ahead(
+            parts,
+            lambda part: [partial(self._square_pixels, part, self.held_out)],
+            workers,
+            depth_of(workers),
+        )
+        return to_tensor(np.concatenate([part for _, (part,) in squares]))
 
     def facts(self) -> dict[str, Any]:
         return {"raw": self.train.fingerprint}
@@ -103,7 +129,7 @@ class DVAETask:
     def figures(
         self, means: Means, mine: Sequence[RawRecord], records: Sequence[RawRecord]
     ) -> tuple[dict[str, float], Pictures]:
-        pixels = self._squares(records, self.held_out).to(next(self.dvae.parameters()).device)
+        pixels = self._held_out_squares(records).to(next(self.dvae.parameters()).device)
         together = max(1, TOGETHER // self.model_config.tokens)
         codes = torch.cat([self.dvae.tokens(part) for part in pixels.split(together)])
         again = torch.cat([self.dvae.picture(part) for part in codes.split(together)])

@@ -70,6 +70,9 @@ class PriorTask:
             records = [self._maybe_empty(r, step) for r in records]
         return token_batch(records, self.model_config.text_length)
 
+    def note_used(self, records: Sequence[TokenRecord]) -> None:
+        """Token records hold no pictures that could be unreadable."""
+
     def text_lengths(self, records: Sequence[TokenRecord]) -> list[int]:
         """Tokens of each caption, before dropout."""
         return [len(record.text) for record in records]

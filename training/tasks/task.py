@@ -38,8 +38,14 @@ class Task(Protocol, Generic[Record]):
     def unreadable(self) -> int:
         """Number of pairs that this rank replaced, because their pictures do not decode."""
 
+    def note_used(self, records: Sequence[Record]) -> None:
+        """Count the samples of a batch as used: batches are made ahead, and some never used."""
+
     def batch(self, records: Sequence[Record], step: int, training: bool = True) -> Batch:
-        """Tensors of these samples; randomness is keyed by (seed, step, sample)."""
+        """Tensors of these samples; randomness is keyed by (seed, step, sample).
+
+        Called by several threads at a time.
+        """
 
     def facts(self) -> dict[str, Any]:
         """Facts to store with the model, e.g. the digests of its dVAE and tokenizer."""
@@ -66,6 +72,14 @@ def split_records(records: Sequence[Any], parts: int) -> list[Sequence[Any]]:
     """Split records into parts of equal size."""
     size = len(records) // parts
     return [records[i * size : (i + 1) * size] for i in range(parts)]
+
+
+def pinned(batch: Batch, device: torch.device) -> Batch:
+    """The batch in pinned memory if the device is a GPU; pinning takes as long as a copy."""
+    if device.type != "cuda":
+        return batch
+    with torch.cuda.device(device):
+        return {name: x.pin_memory() for name, x in batch.items()}
 
 
 def hand_over(batch: Batch, device: torch.device) -> Batch:

@@ -88,6 +88,10 @@ def test_a_training_reads_the_first_readable_pair_in_its_place(
         assert not torch.equal(first["pixels"][1], first["pixels"][2])
         pixels = task.batch(held_out, 0, training=False)["pixels"]
         assert torch.equal(pixels[3], pixels[0]) and not torch.equal(pixels[3], pixels[1])
+        assert task.unreadable == 0, "a batch that is made ahead is not used yet"
+        task.note_used(train[:4])
+        assert task.unreadable == 1
+        task.note_used([*train[:8], *held_out])
         assert task.unreadable == 3
         if "text" in first:
             assert torch.equal(second["text"][1], first["text"][1])

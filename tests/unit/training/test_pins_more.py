@@ -94,9 +94,9 @@ def test_captions_are_drawn_in_training_alone_and_bad_pictures_replaced(
     plain = np.full((4, 6, 3), 51, np.uint8)
 
     class Readable:
-        def decoded(self, records: Any, source: Any) -> Any:
+        def decoded(self, records: Any, source: Any, crop: Any) -> Any:
             sources.append(source)
-            return [(record, plain) for record in records]
+            return [(record, crop(record, plain)) for record in records]
 
     task._readable, task.train, task.held_out = (cast(Any, x) for x in (Readable(), "t", "v"))
     record = SimpleNamespace(

@@ -41,6 +41,7 @@ from parallel.world import World
 from tests.forked import forked_ranks
 from training.config import DVAETrain, LoopConfig, PriorTrain
 from training.ema import Average
+from training.run.feed import StepData
 from training.schedules import Plateau, cosine, learning_rate
 from training.tasks.clip import _GatherRows, clip_program
 from training.tasks.dvae import DVAETask, _rows, dvae_program
@@ -60,21 +61,17 @@ class _Engine:
         return StepResult(losses={"loss": 1.0}, grad_norm=2.0)
 
 
-def _run(step: int, halved: int, optim: OptimConfig, accumulate: int = 1) -> Any:
-    """A run with only the attributes that `one_step` reads."""
+def _run(step: int, halved: int, optim: OptimConfig) -> Any:
+    """A run with only the attributes that `steps` and `one_step` read."""
     run = object.__new__(Run)
     run.settings = cast(
         Any,
         SimpleNamespace(
             optim=optim,
             loop=LoopConfig(steps=100),
-            engine=SimpleNamespace(gradient_accumulation_steps=accumulate),
         ),
     )
     run.plateau, run.step, run.engine = Plateau(halved=halved), step, cast(Any, _Engine())
-    batch = lambda records, at: {"x": torch.tensor(records), "at": torch.tensor(at)}  # noqa: E731
-    run.task = cast(Any, SimpleNamespace(batch=batch))
-    run.world = World(device=CPU)
     run._ledger = cast(Any, SimpleNamespace(counted=lambda: nullcontext(Traffic())))
     run._heart = cast(Any, SimpleNamespace(beat=lambda *_: None))
     run.begun = []  # type: ignore[attr-defined]
@@ -105,20 +102,9 @@ def test_a_cosine_rate_reaches_the_engine() -> None:
     assert run.engine.given[0][1] == pytest.approx(5.0)
 
 
-def test_a_step_s_records_are_dealt_to_micro_batches_in_order() -> None:
-    run = _run(7, 0, OPTIM, accumulate=3)
-    run.one_step([1, 2, 3, 4, 5, 6])
-    micro = run.engine.given[0][0]
-    assert [m["x"].tolist() for m in micro] == [[1, 2], [3, 4], [5, 6]]
-    assert {int(m["at"]) for m in micro} == {7}
-    run.one_step([])
-    assert run.engine.given[1][0] == [{}, {}, {}]
-
-
 def test_a_run_steps_to_its_end_and_goes_back_where_it_must() -> None:
     run = _run(97, 0, OPTIM)
     state = SimpleNamespace(epoch=2, step=5)
-    run.stream = [([i], state) for i in range(10)]
     told: list[Any] = []
     back = iter([False, True, False, False])
 
@@ -138,15 +124,19 @@ def test_a_run_steps_to_its_end_and_goes_back_where_it_must() -> None:
     run.average = SimpleNamespace(update=averaged.append)
     run._rewind = lambda: setattr(run, "step", 98)
 
-    class _Batches(list[Any]):
-        def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-            yield from list.__iter__(self)
+    asked: list[int] = []
 
-    run.stream = _Batches(run.stream)
+    def data(step: int) -> Iterator[StepData]:
+        asked.append(step)
+        for i in range(10):
+            yield StepData(micro=[{"x": torch.tensor(i)}], records=[i], state=cast(Any, state))
+
+    run.feed = SimpleNamespace(steps=data)
     costs = [cost for _, cost in run.steps()]
     assert averaged == [98, 99, 100] and compared == [100] and run.step == 100
     assert [t[0] for t in told] == [[0], [1], [0], [1]]
-    assert run.begun == [98, 99, 99, 100]
+    assert run.begun == [98, 99, 99, 100] and asked == [97, 98]
+    assert [int(micro[0]["x"]) for micro, _ in run.engine.given] == [0, 1, 0, 1]
     assert told[0][1:] == (98, {"epoch": 2, "step": 4})
     assert len(costs) == 3 and all(0 <= cost.waited <= cost.seconds < 5 for cost in costs)
 
