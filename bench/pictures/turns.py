@@ -175,7 +175,7 @@ def _turn(make: Batches, length: float, calls: int) -> Turn:
 def _cpu() -> float:
     """CPU seconds of this process and of the pool's."""
     times = [child.cpu_times() for child in psutil.Process().children()]
-    return time.process_time() + sum(row.user + row.system for row in times)
+    return float(time.process_time() + sum(row.user + row.system for row in times))
 
 
 def _call(times: int) -> None:
