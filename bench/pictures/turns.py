@@ -23,6 +23,7 @@ from functools import partial
 from itertools import count
 from typing import Any
 
+import psutil
 import torch
 
 from bench.support.picture_child import crops, jpeg, ready
@@ -64,6 +65,8 @@ class Turn:
     """Of all steps, waits included."""
     flat_out: float
     """A batch, without steps."""
+    cpu: float
+    """CPU of it, in this process and its children."""
 
     @property
     def median(self) -> float:
@@ -151,10 +154,11 @@ def _turn(make: Batches, length: float, calls: int) -> Turn:
     total = time.perf_counter() - began
     for _ in range(depth_of(WORKERS, 1)):
         next(batches)  # what was made during the steps
-    began = time.perf_counter()
+    used, began = _cpu(), time.perf_counter()
     for _ in range(steps):
         next(batches)
     flat_out = (time.perf_counter() - began) / steps
+    cpu = (_cpu() - used) / steps
     if hasattr(batches, "close"):
         batches.close()
     return Turn(
@@ -164,7 +168,14 @@ def _turn(make: Batches, length: float, calls: int) -> Turn:
         calls=statistics.fmean(inside),
         total=total,
         flat_out=flat_out,
+        cpu=cpu,
     )
+
+
+def _cpu() -> float:
+    """CPU seconds of this process and of the pool's."""
+    times = [child.cpu_times() for child in psutil.Process().children()]
+    return float(time.process_time() + sum(row.user + row.system for row in times))
 
 
 def _call(times: int) -> None:
@@ -211,6 +222,9 @@ def _costs(turns: dict[str, list[Turn]], batch: int) -> list[dict[str, Any]]:
         ratios = [theirs.flat_out / mine.flat_out for theirs, mine in pairs]
         rate = batch / statistics.median(turn.flat_out for turn in turns[name])
         rows.append(bench_row(f"{name}, without a step", rate, "pictures/s", base, ratios))
+        less = [theirs.cpu / max(mine.cpu, 1e-6) for theirs, mine in pairs]
+        used = 1000 * statistics.median(turn.cpu for turn in turns[name]) / batch
+        rows.append(bench_row(f"{name}, without a step, CPU", used, "ms/picture", base, less))
     return rows
 
 

@@ -75,7 +75,7 @@ def test_smaller_pictures_take_less_time() -> None:
 
 def test_a_plan_prints_what_it_assumes() -> None:
     text = _decoding(0.64).text()
-    assert "takes 100 a second" in text and "JPEG of 512x384" in text and "0.03%" in text
+    assert "takes 100 a second" in text and "JPEG of 512x384" in text and "0.08%" in text
     assert "302.0 MB of host memory a rank" in text
     assert set(_decoding(0.64).json()) >= {"wait_fraction", "busy_cores", "buffer_bytes"}
 
