@@ -112,11 +112,17 @@ class BlockReader:
     """Reads the blocks of one split, each by a ranged GET with a checksum."""
 
     def __init__(
-        self, store: Store, prefix: str, manifest: Manifest, cache: BlockCache | None = None
+        self,
+        store: Store,
+        prefix: str,
+        manifest: Manifest,
+        cache: BlockCache | None = None,
+        index: Sequence[BlockIndex] = (),
     ) -> None:
+        """`index` is that of the data set, if it has been read already."""
         self._store, self._prefix, self._cache = store, prefix, cache
         self.manifest = manifest
-        self._variants = read_index(store, prefix, manifest)
+        self._variants = list(index) or read_index(store, prefix, manifest)
         each = len(manifest.shards) // manifest.variants
         self._shards = [
             manifest.shards[v * each : (v + 1) * each] for v in range(manifest.variants)

@@ -10,6 +10,7 @@ import torch
 from core.errors import InputError
 from core.keys import key_fraction, key_int
 from core.storage.store import open_store
+from data_pipeline.formats.manifest import TOKENS
 from data_pipeline.formats.tokens import TokenRecord, TokenRecords, TokenSource
 from data_pipeline.streaming.cache import open_cache
 from data_pipeline.text.bpe import load_tokenizer
@@ -21,6 +22,7 @@ from parallel.mesh import Mesh
 from parallel.tensor.ops import TensorParallel
 from training.config import PriorTrain
 from training.data_requirements import refuse_unfit
+from training.tasks.splits import UNREAD, Splits, open_splits
 from training.tasks.task import Means, Pictures, pad_text
 
 
@@ -36,11 +38,13 @@ class PriorTask:
 
     unreadable = 0
 
-    def __init__(self, settings: PriorTrain, tensor: TensorParallel) -> None:
+    def __init__(
+        self, settings: PriorTrain, tensor: TensorParallel, splits: Splits = UNREAD
+    ) -> None:
         store = open_store(settings.data)
-        self.train = TokenSource(store, "train", open_cache(settings.loader))
-        self.held_out = TokenSource(store, "validation")
-        refuse_unfit(settings, self.train.manifest, self.held_out.manifest)
+        self.train = TokenSource(store, "train", open_cache(settings.loader), splits.get("train"))
+        self.held_out = TokenSource(store, "validation", opened=splits.get("validation"))
+        refuse_unfit(settings, self.train, self.held_out)
         facts = self.train.manifest.facts
         self._settings, self._facts = settings, facts
         self._dropout = self._open_dropout()
@@ -80,7 +84,7 @@ class PriorTask:
     def _open_dropout(self) -> DropoutEncoder | None:
         """Raises: InputError if the tokens were made with another tokenizer."""
         rate, folder = self._settings.bpe_dropout, self._settings.bpe
-        if rate == 0:
+        if rate == 0 or not self.train.has_index:
             return None
         tokenizer, digest = load_tokenizer(folder)
         if digest != self._facts["tokenizer"]:
@@ -128,4 +132,4 @@ class PriorTask:
 
 def build(settings: PriorTrain, mesh: Mesh) -> PriorTask:
     """The task of `tapir train prior`."""
-    return PriorTask(settings, mesh.shared)
+    return PriorTask(settings, mesh.shared, open_splits(settings.data, TOKENS, mesh))
