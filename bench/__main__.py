@@ -42,11 +42,17 @@ def main() -> None:
     gpu.add_argument("--out", help="folder of the rows ($OUT, else runs/gpu)")
     gpu.add_argument("--only", help="names of sections, with commas between them")
     gpu.add_argument("--budget", type=float, help="seconds of all sections together (420)")
+    start_up = parser.add_argument_group("of start_up alone")
+    start_up.add_argument("--ranks", type=int, help="a larger world to predict, e.g. 256 (none)")
     chosen = parser.parse_args()
     own = ("device", "out", "only", "budget")
     flags: dict[str, Any] = {n: v for n in own if (v := getattr(chosen, n)) is not None}
     if flags and chosen.name != "gpu":
         parser.error(f"{', '.join(f'--{name}' for name in flags)} belong to gpu")
+    if chosen.ranks is not None:
+        if chosen.name != "start_up":
+            parser.error("--ranks belongs to start_up")
+        flags["ranks"] = chosen.ranks
     if chosen.tiny:
         os.environ[TINY] = "1"
     if chosen.name == "gpu":
