@@ -106,6 +106,7 @@ bench: $(DEV_STAMP) system
 	$(BIN)/python -m bench stream --json
 	$(BIN)/python -m bench token_finish --json
 	$(BIN)/python -m bench pictures --json
+	$(BIN)/python -m bench start_up --json
 
 # All that one GPU proves, in 8 minutes; a dry run: make gpu DEVICE=cpu TINY=1. Without make:
 # python3 tests/gpu/run.py. Where there is no .venv it installs nothing but the wheels of .whl.

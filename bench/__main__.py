@@ -16,6 +16,7 @@ _RUNS = re.compile(r"^def run\(|^from bench\.\S+ import run$", re.MULTILINE)
 _OWN = {
     "gpu": ("device", "out", "only", "budget"),
     "pictures": ("step_ms",),
+    "start_up": ("ranks",),
     "token_finish": ("shards", "s3"),
 }
 """Benchmark -> the flags that it alone has."""
@@ -53,6 +54,8 @@ def main() -> None:
     finish.add_argument("--s3", action="store_true", default=None, help="in a SeaweedFS (2000)")
     pictures = parser.add_argument_group("of pictures alone")
     pictures.add_argument("--step-ms", type=float, help="length of a step (50)")
+    start_up = parser.add_argument_group("of start_up alone")
+    start_up.add_argument("--ranks", type=int, help="a larger world to predict, e.g. 256 (none)")
     chosen = parser.parse_args()
     flags: dict[str, Any] = {}
     for bench, own in _OWN.items():

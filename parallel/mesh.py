@@ -56,6 +56,13 @@ class Mesh:
         """True on the first stage, which reads inputs, and on the last, which reads targets."""
         return self.pipeline.rank in (0, self.pipeline.size - 1)
 
+    @property
+    def data_ranks(self) -> list[int]:
+        """The global ranks that need data, in order."""
+        stage = self.world.size // self.pipeline.size
+        last = range(self.world.size - stage, self.world.size)
+        return sorted({*range(stage), *last})
+
 
 def own_mesh(number: int = 0) -> Mesh:
     """A single-process mesh on this process's own device, whatever launcher started it.

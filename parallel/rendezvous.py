@@ -37,6 +37,8 @@ _STORE_SECONDS = 60.0
 _HEARD_SECONDS = 2.0
 """How long the rank that serves the store stays for ranks that have not yet read the reason."""
 _SHOWN = 8
+_BITS = 60
+"""Ranks that share a word of arrival bits in the store, a signed 64-bit number."""
 _PATIENCE = {signal.SIGINT: 2.0, signal.SIGTERM: 10.0, signal.SIGUSR1: 10.0}
 """Seconds that Python's handler of a signal has before the process is ended."""
 _CAME, _END, _MET = "came", "end", "met"
@@ -127,7 +129,7 @@ class Meeting:
         seats = Seats(common) if _is_agents() else None
         try:
             store = self._store = self._round(seats) if seats else common
-            if store.add(_key(self._rank), 1) == 1 and store.add(_CAME, 1) == self._size:
+            if store.add(_key(self._rank), 1) == 1 and self._arrive(store) == self._size:
                 store.compare_set(_END, "", _MET)
             for pause in _pauses():
                 if store.check([_END]):
@@ -146,6 +148,11 @@ class Meeting:
         if end != _MET:
             self._end_as_told(end)
         return store
+
+    def _arrive(self, store: Store) -> int:
+        """Register this rank; returns how many ranks have arrived."""
+        store.add(_word(self._rank // _BITS), 1 << self._rank % _BITS)
+        return int(store.add(_CAME, 1))
 
     def _round(self, seats: "Seats") -> Store:
         """Wait for a seat in the round of the present rank 0."""
@@ -171,9 +178,15 @@ class Meeting:
             )
         if waited > NOTICE_SECONDS and not self._told:
             self._told = True
-            missing = self._missing()
-            if missing is None or not any(rank not in missing for rank in range(self._rank)):
+            if self._is_first_to_tell():
                 LOG.warning("%s; Ctrl-C ends it", self.sentence())
+
+    def _is_first_to_tell(self) -> bool:
+        """True on one of the ranks that have reached the store, and on those that have not."""
+        if self._store is not None:
+            with suppress(RuntimeError):
+                return int(self._store.add("told", 1)) == 1
+        return True
 
     def _stopped(self) -> Preempted:
         return Preempted(f"asked to stop: {self.sentence()}; start the same again")
@@ -207,12 +220,16 @@ class Meeting:
             time.sleep(0.05)
 
     def _missing(self) -> list[int] | None:
-        """Ranks that have not arrived; None if the store does not answer."""
+        """Ranks that have not arrived; None if the store does not answer.
+
+        Takes a request for each _BITS ranks: at worst all ranks ask.
+        """
         store = self._store
         if store is None:
             return None
         with suppress(RuntimeError):
-            return [rank for rank in range(self._size) if not store.check([_key(rank)])]
+            words = [store.add(_word(i), 0) for i in range(-(-self._size // _BITS))]
+            return [r for r in range(self._size) if not words[r // _BITS] >> r % _BITS & 1]
         return None
 
 
@@ -266,6 +283,10 @@ def _pauses() -> Iterator[float]:
 
 def _key(rank: int) -> str:
     return f"rank-{rank}"
+
+
+def _word(number: int) -> str:
+    return f"ranks-{number}"
 
 
 def _listed(missing: list[int] | None) -> str:

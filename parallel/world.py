@@ -3,11 +3,12 @@
 import os
 import socket
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -68,6 +69,38 @@ class World:
         """`gather_text` for a thread beside the loop."""
         return self._gather(text, self.aside)
 
+    def hand_on(self, data: bytes, ranks: Sequence[int]) -> bytes:
+        """Send rank 0's bytes to some ranks, over a binomial tree; returns them on each.
+
+        `ranks` begins with 0 and is the same on all callers; a rank outside of it gets its own
+        `data` back. Only neighbours in the tree connect: there is no group to create.
+        """
+        if self.group is None or self.rank not in ranks:
+            return data
+        mine, reach = list(ranks).index(self.rank), 1
+        while reach < len(ranks) and not mine & reach:
+            reach *= 2
+        if mine:
+            data = self._receive(ranks[mine - reach])
+        while (reach := reach // 2) > 0:
+            if mine + reach < len(ranks):
+                self._send(data, ranks[mine + reach])
+        return data
+
+    def _send(self, data: bytes, rank: int) -> None:
+        for part in (np.int64(len(data)).tobytes(), data):
+            if part:
+                host = torch.frombuffer(bytearray(part), dtype=torch.uint8)
+                dist.send(host, rank, group=self.group)
+
+    def _receive(self, rank: int) -> bytes:
+        size = torch.zeros(1, dtype=torch.int64, device="cpu")
+        dist.recv(size.view(torch.uint8), rank, group=self.group)
+        data = torch.empty(int(size), dtype=torch.uint8, device="cpu")
+        if len(data):
+            dist.recv(data, rank, group=self.group)
+        return data.numpy().tobytes()
+
     def _gather(self, text: str, group: "dist.ProcessGroup | None") -> list[str]:
         if group is None:
             return [text]
@@ -108,13 +141,13 @@ def join_world() -> World:
 def _meet(rank: int, size: int, device: torch.device) -> None:
     """Create the process group after all ranks have arrived.
 
-    On GPUs gloo connects two ranks only when they first exchange host objects: a full mesh of
-    1,024 ranks is a million sockets.
+    gloo connects two ranks only when they first exchange something: a full mesh of 1,024 ranks is
+    a million sockets for each process group, and as many reads of the store.
     """
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     store = met_store(rank, size, TIMEOUT)
     bound: dict[str, Any] = {}
     if device.type == "cuda":
-        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
         refuse_shared_gpus(store, device, rank)
         bound["device_id"] = device
     common = PrefixStore("world", store)

@@ -14,6 +14,7 @@ from planning.estimate.published import RUNS, predict
 from planning.estimate.reserve import NCCL, PROCESS
 from planning.estimate.search import Candidate, SearchResult, Timed, beside, layout_name
 from planning.estimate.zero_layout import stage_of_zero
+from planning.start_up.model import SHARDS, start_costs
 
 SHOWN = 8
 """Rows of a table on the terminal; --json has all."""
@@ -65,12 +66,23 @@ def candidate_json(candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def start_json(candidate: Candidate) -> dict[str, int]:
-    """Peaks before the first step, in bytes."""
-    start = candidate.start
+def start_json(candidate: Candidate) -> dict[str, Any]:
+    """Peaks before the first step, in bytes; CPU seconds and requests before the engine is."""
+    start, costs = candidate.start, start_costs(candidate.settings.mesh)
+    body = {
+        "seconds": costs.total,
+        "seconds_of": costs.seconds,
+        "shards": SHARDS,
+        "requests": {
+            "store": costs.store_requests,
+            "store_a_rank": costs.store_requests_a_rank,
+            "data": costs.data_requests,
+        },
+        "ranks_that_read_data": costs.data_readers,
+    }
     if start is None:
-        return {}
-    return {
+        return body
+    return body | {
         "host_a_rank": PROCESS + start.own,
         "loader": start.loader,
         "host_a_node": start.node,
@@ -137,6 +149,7 @@ def show(result: SearchResult, parameters: int, hardware: Hardware) -> None:
         console.print(_stored(result.timed[0].candidate))
         if pictures := result.timed[0].estimate.decoding:
             console.print(pictures.text())
+        console.print(_start(result.timed[0].candidate))
     else:
         console.print(_title(result, parameters, hardware))
     rows = [row for row in _shown(result) if row.bytes_]
@@ -219,6 +232,16 @@ def _stored(candidate: Candidate) -> str:
     total = size_text(parts.pop("total"))
     shares = ", ".join(f"{name} {size_text(count)}" for name, count in parts.items() if count)
     return f"a checkpoint of the first one takes {total}: {shares}"
+
+
+def _start(candidate: Candidate) -> str:
+    costs = start_costs(candidate.settings.mesh)
+    parts = ", ".join(f"{name} {value:.2g}" for name, value in costs.seconds.items() if value)
+    return (
+        f"its start: {costs.total:.3g} CPU seconds before the engine is built ({parts}; "
+        f"{SHARDS:,} shards); {costs.store_requests:,} requests to the ranks' store, "
+        f"{costs.data_requests} for manifests and indexes\n"
+    )
 
 
 def _bytes_table(rows: list[Candidate]) -> Table:

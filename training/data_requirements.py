@@ -7,6 +7,7 @@ from typing import Any
 
 from core.config import check
 from data_pipeline.formats.manifest import Manifest
+from data_pipeline.formats.split import SplitSource
 from training.config import StageConfig
 
 MADE_FROM_DATA = ("text_vocabulary", "image_vocabulary", "grid")
@@ -75,7 +76,13 @@ def model_size_problems(model: Any, facts: Mapping[str, Any], place: str) -> lis
     ]
 
 
-def refuse_unfit(settings: Any, train: Manifest, held_out: Manifest) -> None:
+def refuse_unfit(settings: Any, train: SplitSource, held_out: SplitSource) -> None:
     """Raise ConfigError if a stage cannot train and validate on its data; needs no model."""
-    problems = size_problems(settings, sizes_of(settings.data, train, held_out))
-    check(problems + model_size_problems(settings.model, train.facts, settings.data))
+    sizes = DataSizes(
+        place=settings.data,
+        train=train.manifest.samples,
+        blocks=len(train.sizes),
+        held_out=held_out.manifest.samples,
+    )
+    facts = train.manifest.facts
+    check(size_problems(settings, sizes) + model_size_problems(settings.model, facts, sizes.place))

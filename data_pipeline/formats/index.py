@@ -137,12 +137,12 @@ class BlockReader:
         prefix: str,
         manifest: Manifest,
         cache: BlockCache | None = None,
-        index: list[BlockIndex] | None = None,
+        index: Sequence[BlockIndex] = (),
     ) -> None:
-        """`index`: one for each variant; read from the store by default."""
+        """`index` is that of the data set, if it has been read already."""
         self._store, self._prefix, self._cache = store, prefix, cache
         self.manifest = manifest
-        self._variants = index or read_index(store, prefix, manifest)
+        self._variants = list(index) or read_index(store, prefix, manifest)
         each = len(manifest.shards) // manifest.variants
         self._shards = [
             manifest.shards[v * each : (v + 1) * each] for v in range(manifest.variants)

@@ -8,13 +8,11 @@ from typing import Any, overload
 from numpy.typing import NDArray
 
 from core.keys import KeyPart, key_int
-from core.storage.store import Store
-from data_pipeline.formats.index import BlockReader
 from data_pipeline.formats.lookup import find_pair
-from data_pipeline.formats.manifest import RAW, read_manifest
+from data_pipeline.formats.manifest import RAW
 from data_pipeline.formats.shards import list_members
+from data_pipeline.formats.split import SplitSource
 from data_pipeline.images.crops import EXTENSIONS
-from data_pipeline.streaming.cache import BlockCache
 
 Rows = slice | NDArray[Any]
 
@@ -96,17 +94,10 @@ class RawBuffer:
         return RawRecords([record for part in self._parts for record in part])
 
 
-class RawSource:
+class RawSource(SplitSource):
     """The pairs of one split."""
 
-    def __init__(self, store: Store, split: str, cache: BlockCache | None = None) -> None:
-        prefix = f"{split}/"
-        self._store, self._split = store, split
-        self.manifest = read_manifest(store, prefix, RAW)
-        self.blocks = BlockReader(store, prefix, self.manifest, cache)
-        self.fingerprint = self.manifest.fingerprint
-        self.sizes = self.blocks.records
-        self.variants = 1
+    kind = RAW
 
     def read(self, block: int, variant: int = 0) -> RawRecords:
         """Fetch one block.

@@ -8,10 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import CorruptError
-from core.storage.store import Store
-from data_pipeline.formats.index import BlockReader
-from data_pipeline.formats.manifest import TOKENS, read_manifest
-from data_pipeline.streaming.cache import BlockCache
+from data_pipeline.formats.manifest import TOKENS
+from data_pipeline.formats.split import SplitSource
 
 Rows = slice | NDArray[Any]
 _MAGIC = b"TPRB\x01\x00\x00\x00"
@@ -171,17 +169,15 @@ def decode_block(data: bytes) -> TokenRecords:
     return TokenRecords(ids, image, text, ends)
 
 
-class TokenSource:
+class TokenSource(SplitSource):
     """The token records of one split."""
 
-    def __init__(self, store: Store, split: str, cache: BlockCache | None = None) -> None:
-        prefix = f"{split}/"
-        self.manifest = read_manifest(store, prefix, TOKENS)
-        self.blocks = BlockReader(store, prefix, self.manifest, cache)
-        self.fingerprint = self.manifest.fingerprint
-        self.sizes = self.blocks.records
-        self.variants = self.manifest.variants
-        self._width = int(self.manifest.facts["grid"]) ** 2
+    kind = TOKENS
+
+    @property
+    def _width(self) -> int:
+        """Codes of an image."""
+        return int(self.manifest.facts["grid"]) ** 2
 
     def read(self, block: int, variant: int = 0) -> TokenRecords:
         """Fetch one block.

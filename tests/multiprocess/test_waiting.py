@@ -226,3 +226,40 @@ def test_an_interrupt_says_what_was_waited_for(
     LOG.handlers[:] = handlers
     assert ended.value.code == 130
     assert "tapir: interrupted: rank 0 of 2 has waited" in capsys.readouterr().err
+
+
+class _Sums:
+    """A store of sums that counts its requests."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, int] = {}
+        self.requests = 0
+
+    def add(self, key: str, amount: int) -> int:
+        self.requests += 1
+        self.sums[key] = self.sums.get(key, 0) + amount
+        return self.sums[key]
+
+
+def test_missing_ranks_take_a_request_for_sixty_ranks() -> None:
+    """1,024 ranks that each ask for each other are a million requests of one store."""
+    store, late = _Sums(), [0, 59, 60, 119, 120, 1023]
+    ranks = [rendezvous.Meeting(rank, 1024, timedelta(seconds=1)) for rank in range(1024)]
+    for rank in ranks:
+        rank._store = store  # type: ignore[assignment]
+    came = [ranks[i]._arrive(store) for i in range(1024) if i not in late]  # type: ignore[arg-type]
+    assert came == list(range(1, 1019))
+    store.requests = 0
+    assert ranks[5]._missing() == late
+    assert store.requests == 18
+    assert all(0 <= number < 2**63 for number in store.sums.values())
+
+
+def test_one_rank_of_those_in_the_store_tells() -> None:
+    store = _Sums()
+    ranks = [rendezvous.Meeting(rank, 8, timedelta(seconds=1)) for rank in range(8)]
+    for rank in ranks[:6]:
+        rank._store = store  # type: ignore[assignment]
+    told = [rank._is_first_to_tell() for rank in ranks]
+    assert told == [True] + [False] * 5 + [True] * 2
+    assert store.requests == 6

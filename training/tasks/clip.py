@@ -11,6 +11,7 @@ from torch.autograd import Function
 
 from core.config import check
 from core.storage.store import open_store
+from data_pipeline.formats.manifest import RAW
 from data_pipeline.formats.raw import RawRecord, RawSource
 from data_pipeline.images.crops import square
 from data_pipeline.streaming.cache import open_cache
@@ -24,17 +25,18 @@ from parallel.mesh import Mesh
 from parallel.world import World
 from training.config import ClipTrain
 from training.data_requirements import model_size_problems, refuse_unfit
+from training.tasks.splits import UNREAD, Splits, open_splits
 from training.tasks.task import Means, Pictures, pad_text
 
 
 class ClipTask:
     """Contrastive training on pictures and captions."""
 
-    def __init__(self, settings: ClipTrain, world: World) -> None:
+    def __init__(self, settings: ClipTrain, world: World, splits: Splits = UNREAD) -> None:
         store = open_store(settings.data)
-        self.train = RawSource(store, "train", open_cache(settings.loader))
-        self.held_out = RawSource(store, "validation")
-        refuse_unfit(settings, self.train.manifest, self.held_out.manifest)
+        self.train = RawSource(store, "train", open_cache(settings.loader), splits.get("train"))
+        self.held_out = RawSource(store, "validation", opened=splits.get("validation"))
+        refuse_unfit(settings, self.train, self.held_out)
         self._settings, self._readable = settings, ReadablePairs()
         self._tokenizer, self._tokenizer_hash = load_tokenizer(settings.bpe)
         entries = self._tokenizer.get_vocab_size()
@@ -123,4 +125,4 @@ def _alone(rows: Tensor) -> Tensor:
 
 def build(settings: ClipTrain, mesh: Mesh) -> ClipTask:
     """The task of `tapir train clip`."""
-    return ClipTask(settings, mesh.world)
+    return ClipTask(settings, mesh.world, open_splits(settings.data, RAW, mesh))

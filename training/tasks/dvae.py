@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from core.keys import key_int, keyed_rng
 from core.storage.store import open_store
+from data_pipeline.formats.manifest import RAW
 from data_pipeline.formats.raw import RawRecord, RawSource
 from data_pipeline.images.crops import dvae_crop, square
 from data_pipeline.images.decode import Rgb
@@ -25,6 +26,7 @@ from parallel.mesh import Mesh
 from training.config import DVAETrain
 from training.data_requirements import refuse_unfit
 from training.schedules import cosine
+from training.tasks.splits import UNREAD, Splits, open_splits
 from training.tasks.task import Means, Pictures, perplexity
 
 SHOWN = 8
@@ -49,11 +51,11 @@ class DVAELayer(nn.Module):
 class DVAETask:
     """Training of the dVAE on pictures."""
 
-    def __init__(self, settings: DVAETrain) -> None:
+    def __init__(self, settings: DVAETrain, splits: Splits = UNREAD) -> None:
         store = open_store(settings.data)
-        self.train = RawSource(store, "train", open_cache(settings.loader))
-        self.held_out = RawSource(store, "validation")
-        refuse_unfit(settings, self.train.manifest, self.held_out.manifest)
+        self.train = RawSource(store, "train", open_cache(settings.loader), splits.get("train"))
+        self.held_out = RawSource(store, "validation", opened=splits.get("validation"))
+        refuse_unfit(settings, self.train, self.held_out)
         self._settings, self._readable = settings, ReadablePairs()
         self._set_model(settings.model, settings.loop.seed)
         if settings.model.init == "calibrated":
@@ -168,6 +170,6 @@ def _rows(originals: Tensor, again: Tensor) -> np.ndarray:
     return np.asarray((grid * 255).round().clamp(0, 255).byte().numpy())
 
 
-def build(settings: DVAETrain, _mesh: Mesh) -> DVAETask:
-    """The task of `tapir train dvae`; it does not use the mesh."""
-    return DVAETask(settings)
+def build(settings: DVAETrain, mesh: Mesh) -> DVAETask:
+    """The task of `tapir train dvae`."""
+    return DVAETask(settings, open_splits(settings.data, RAW, mesh))

@@ -10,6 +10,7 @@ import torch
 from core.errors import InputError
 from core.keys import key_fraction, key_int
 from core.storage.store import open_store
+from data_pipeline.formats.manifest import TOKENS
 from data_pipeline.formats.tokens import TokenRecord, TokenRecords, TokenSource
 from data_pipeline.streaming.cache import open_cache
 from data_pipeline.text.bpe import load_tokenizer
@@ -23,6 +24,7 @@ from parallel.tensor.ops import TensorParallel
 from parallel.world import ALONE, World
 from training.config import PriorTrain
 from training.data_requirements import refuse_unfit
+from training.tasks.splits import UNREAD, Splits, open_splits
 from training.tasks.task import Means, Pictures, pad_text
 
 
@@ -38,12 +40,18 @@ class PriorTask:
 
     unreadable = 0
 
-    def __init__(self, settings: PriorTrain, tensor: TensorParallel, world: World = ALONE) -> None:
+    def __init__(
+        self,
+        settings: PriorTrain,
+        tensor: TensorParallel,
+        splits: Splits = UNREAD,
+        world: World = ALONE,
+    ) -> None:
         self._world = world
         store = open_store(settings.data)
-        self.train = TokenSource(store, "train", open_cache(settings.loader))
-        self.held_out = TokenSource(store, "validation")
-        refuse_unfit(settings, self.train.manifest, self.held_out.manifest)
+        self.train = TokenSource(store, "train", open_cache(settings.loader), splits.get("train"))
+        self.held_out = TokenSource(store, "validation", opened=splits.get("validation"))
+        refuse_unfit(settings, self.train, self.held_out)
         facts = self.train.manifest.facts
         self._settings, self._facts = settings, facts
         self._dropout = self._open_dropout()
@@ -86,7 +94,7 @@ class PriorTask:
     def _open_dropout(self) -> DropoutEncoder | None:
         """Raises: InputError if the tokens were made with another tokenizer."""
         rate, folder = self._settings.bpe_dropout, self._settings.bpe
-        if rate == 0:
+        if rate == 0 or not self.train.has_index:
             return None
         tokenizer, digest = load_tokenizer(folder)
         if digest != self._facts["tokenizer"]:
@@ -138,4 +146,5 @@ class PriorTask:
 
 def build(settings: PriorTrain, mesh: Mesh) -> PriorTask:
     """The task of `tapir train prior`."""
-    return PriorTask(settings, mesh.shared, mesh.world)
+    splits = open_splits(settings.data, TOKENS, mesh)
+    return PriorTask(settings, mesh.shared, splits, mesh.world)

@@ -1,0 +1,88 @@
+"""The start of a world: who reads the data set, how many sockets ranks open, who is missed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.support.synthetic import write_tokens
+from core.errors import RankError
+from core.storage.store import FolderStore
+from data_pipeline.formats.manifest import read_manifest
+from data_pipeline.formats.tokens import TOKENS, TokenSource
+from tests.harness import run_world
+
+pytestmark = pytest.mark.world
+RANKS = "tests.multiprocess.starts"
+
+
+def test_bytes_reach_the_ranks_of_a_list_and_no_others(tmp_path: Path) -> None:
+    results = run_world(f"{RANKS}:hand_on", {"out": str(tmp_path)}, 6)
+    for rank, rows in enumerate(results):
+        assert all(all(row) for row in rows[::2]), rank
+        outside = [rank not in ranks for ranks in (range(6), [0, 2, 3, 5], [0])]
+        assert [all(row) for row in rows[1::2]] == outside, rank
+        assert [any(row) for row in rows[1::2]] == outside, rank
+
+
+def _tokens(place: Path) -> FolderStore:
+    store = FolderStore(place)
+    for split in ("train", "validation"):
+        write_tokens(store, shards=2, count=24, block=8, grid=2, text=4, split=split)
+    return store
+
+
+def _run(place: Path, out: Path, pipeline: int, data: int) -> list[Any]:
+    out.mkdir()
+    payload = {"out": str(out), "place": str(place), "pipeline": pipeline, "data": data}
+    return run_world(f"{RANKS}:open_and_read", payload, pipeline * data)
+
+
+def test_rank_0_alone_reads_manifests_and_indexes(tmp_path: Path) -> None:
+    """Four stages of two replicas: stages 1 and 2 read no records, so ranks 2 to 5."""
+    store = _tokens(tmp_path / "data")
+    results = _run(tmp_path / "data", tmp_path / "out", pipeline=4, data=2)
+    source = TokenSource(store, "train")
+    manifest = read_manifest(store, "train/", TOKENS)
+    once = {
+        f"{what} {split}/{name}": 1
+        for split in ("train", "validation")
+        for what, name in (
+            ("exists", "manifest.json"),
+            ("get", "manifest.json"),
+            ("get", "index.safetensors"),
+        )
+    }
+    for rank, row in enumerate(results):
+        reader = rank in (0, 1, 6, 7)
+        assert row["ranks"] == [0, 1, 6, 7]
+        assert row["needs"] == row["index"] == reader
+        assert row["start"] == (once if rank == 0 else {}), rank
+        facts = [manifest.fingerprint, source.sizes.tolist(), 1, manifest.facts]
+        assert row["facts"] == facts
+        assert row["shards"] == ([shard.sha256 for shard in manifest.shards] if reader else [])
+        assert row["first"] == source.read(0).ids.tolist()
+
+
+def test_an_error_of_rank_0_is_raised_on_every_rank(tmp_path: Path) -> None:
+    store = _tokens(tmp_path / "data")
+    for result in _run(tmp_path / "nothing", tmp_path / "out", pipeline=3, data=1):
+        assert result[0] == "InputError"
+        assert "there is no data set at" in result[1] and "tapir tokenize" in result[1]
+    store.put("validation/index.safetensors", b"damaged")
+    for result in _run(tmp_path / "data", tmp_path / "again", pipeline=3, data=1):
+        assert result[0] == "CorruptError"
+        assert "validation/index.safetensors differs from its manifest" in result[1]
+
+
+def test_ranks_connect_to_those_that_they_speak_with(tmp_path: Path) -> None:
+    """A full mesh of 8 ranks is 7 sockets a rank in each of the two groups of all ranks."""
+    for joined, after, mean in run_world(f"{RANKS}:count_sockets", {"out": str(tmp_path)}, 8):
+        assert mean == 1.0
+        assert joined <= 4, "a listener for each group, and what torch keeps"
+        assert after - joined <= 4, "the neighbours in a ring"
+
+
+def test_a_rank_that_dies_before_it_connects_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RankError, match=r"rank 1 of 3 died \(SIGKILL\)"):
+        run_world(f"{RANKS}:die_before_contact", {"out": str(tmp_path)}, 3)
