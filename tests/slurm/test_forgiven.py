@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,18 @@ def _newest(out: Path) -> int:
     return max((int(path.parent.name[5:]) for path in paths), default=0)
 
 
+def _wait_for_a_newer(slurm: Slurm, out: Path) -> None:
+    """Wait for a newer checkpoint; `tapir status` ends Slurm's hold of a requeued job."""
+    before, until = _newest(out), time.monotonic() + 2 * PATIENCE
+    while _newest(out) <= before:
+        assert time.monotonic() < until, tapir("logs", str(out), **slurm.environment)
+        states(slurm, out)
+        for _ in range(50):
+            if _newest(out) > before:
+                return
+            time.sleep(0.1)
+
+
 def _kill_command(out: Path) -> None:
     """Kill srun, torchrun and the ranks on all nodes, but not `tapir job`."""
     for pid in processes_with(f"--out={out}/prior"):
@@ -54,8 +67,7 @@ def test_failures_are_forgiven(slurm: Slurm, tokens: Path, tmp_path: Path) -> No
     path = write(out, _prior(tokens, steps, 2), launcher="srun", doctor=False)  # starts sooner
     tapir("submit", str(path), **slurm.environment)
     for number in range(1, FAILURES + 1):
-        before = _newest(out)
-        wait_for(lambda: _newest(out) > before, 2 * PATIENCE, 0.05)  # noqa: B023
+        _wait_for_a_newer(slurm, out)
         if number % NODE_EVERY:
             _kill_command(out)
         else:
@@ -72,7 +84,7 @@ def test_failures_at_one_step_end_the_job(slurm: Slurm, tokens: Path, tmp_path: 
     tapir("submit", str(write(out, _prior(tokens, 100_000, 50_000))), **slurm.environment)
     for _ in range(4):
         (out / "prior" / "metrics.jsonl").unlink(missing_ok=True)  # a start removes its rows
-        wait_for(lambda: rows_of(out / "prior"))
+        wait_for(lambda: states(slurm, out) and rows_of(out / "prior"))
         _kill_command(out)
     assert finish(slurm, out)["prior"] == "ended: FAILED (exit code 70:0)"
     log = tapir("logs", str(out), **slurm.environment)
