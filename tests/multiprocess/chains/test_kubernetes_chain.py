@@ -129,7 +129,7 @@ def test_kills_between_checkpoints_are_forgiven(
     """More kills than `retries`, each of a whole pod, and each start made a newer checkpoint."""
     out = tmp_path / "runs" / "tiny"
     kills = int(os.environ.get("TAPIR_KUBERNETES_KILLS", "5"))
-    steps = 40 * (kills + 1)
+    steps = 20 * (kills + 1)
     flags = {**_SHORT, "loop.steps": steps, "checkpoint.every": 2, "checkpoint.keep": 2}
     path = write(tmp_path, kind, {"pack": _PACK, "dvae": {"flags": flags}})
     tapir("submit", str(path), **environment(cluster))
