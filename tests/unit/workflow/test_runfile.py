@@ -189,8 +189,8 @@ def test_a_wrong_run_is_refused(
             "stages.tokenize: unknown 'at_onec'; did you mean 'parallelism'?",
         ),
         (
-            {"clipp": {}, "bpe": {"wrokers": 2, "cpus": "many"}},
-            "\n- stages: unknown 'clipp'; did you mean 'clip'?\n- stages.bpe: unknown 'wrokers'; "
+            {"clipp": {}, "bpe": {"worker": 2, "cpus": "many"}},
+            "\n- stages: unknown 'clipp'; did you mean 'clip'?\n- stages.bpe: unknown 'worker'; "
             "did you mean 'workers'?\n- stages.bpe.cpus='many' must be a whole number",
         ),
         (
