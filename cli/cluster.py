@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from cluster import kubernetes, local, slurm
+from cluster import kubernetes, local
 from cluster.chain import (
     CANCELLED,
     CHAIN,
@@ -16,6 +16,7 @@ from cluster.chain import (
     read_submitted,
 )
 from cluster.job_runner import JobSettings, run_job
+from cluster.slurm import submit as slurm
 from core.config import check
 from core.errors import ConfigError, InputError
 from core.flags import FLAT, PositionalPath, PositionalText, parse, print_json

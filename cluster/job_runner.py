@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -15,10 +16,13 @@ from typing import Literal
 
 from cluster.chain import CANCELLED, WORKER, read_marker, write_marker
 from cluster.processes import die_with_parent, stop
-from cluster.slurm_job import bad_nodes, leave_out, queue_again, was_cancelled
+from cluster.slurm.job import queue_again, was_cancelled
+from cluster.slurm.placement import Placement
+from cluster.slurm.watch import Watches
 from core.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_WRONG_INPUT, InputError
 from core.log import LOG
 from core.stop import STOP_FILE
+from core.workers import WORKER as ARRAY_WORKER
 
 _LOOK = 0.2
 _LOOK_FOR_MARKERS = 2.0
@@ -53,6 +57,8 @@ class JobSettings:
     """Run `tapir doctor` on every node of the Slurm job first, and exclude bad nodes."""
     gpus: int = 0
     """GPUs that each node must have."""
+    nodes: int = 0
+    """Nodes that the command uses; others of the Slurm job are spares. 0 = all, no spares."""
 
 
 def run_job(settings: JobSettings, command: Sequence[str]) -> int:
@@ -62,8 +68,7 @@ def run_job(settings: JobSettings, command: Sequence[str]) -> int:
     """
     if command and not settings.name:
         raise InputError("give the job a --name: its files are called by it")
-    worker = os.environ.get("SLURM_ARRAY_TASK_ID", os.environ.get("JOB_COMPLETION_INDEX", "0"))
-    name, marker = (text.replace(WORKER, worker) for text in (settings.name, settings.marker))
+    name, marker = (text.replace(WORKER, _worker()) for text in (settings.name, settings.marker))
     settings = replace(settings, name=name, marker=marker)
     place = settings.markers or str(settings.out / "markers")
     with _Asked() as asked:
@@ -75,16 +80,20 @@ def run_job(settings: JobSettings, command: Sequence[str]) -> int:
         if settings.marker and read_marker(place, settings.marker):
             LOG.info("job %s has ended well before", settings.name)
             return 0
-        return _run(settings, command, place, asked)
+        with Watches(settings.out, settings.name) if settings.nodes else nullcontext():
+            return _run(settings, command, place, asked)
 
 
 def _run(settings: JobSettings, command: Sequence[str], place: str, asked: "_Asked") -> int:
     began = time.time()
-    if settings.check_nodes and (bad := bad_nodes(settings.out, settings.name, settings.gpus)):
-        return _without(settings, bad)
+    placement = _placement(settings)
     failures = settings.out / "jobs" / f"{settings.name}.failures"
     while True:
-        code = _run_once(settings, command, asked)
+        placed = placement.place(command) if placement else command
+        if placement and not placed:
+            return placement.queue_again()
+        code = _run_once(settings, placed, asked)
+        code = code or _of_lost_nodes(placement)
         if code == 0:
             failures.unlink(missing_ok=True)
             if settings.marker:
@@ -101,7 +110,7 @@ def _run(settings: JobSettings, command: Sequence[str], place: str, asked: "_Ask
             LOG.error("job %s ended with exit code %d", settings.name, code)
             return code
         code = EXIT_PREEMPTED if preempted else code
-        if settings.again == "slurm":
+        if settings.again == "slurm" and (preempted or not settings.nodes):
             queue_again(EXIT_PREEMPTED, settings.out)
             return EXIT_PREEMPTED
         if settings.again == "no" or preempted:
@@ -138,15 +147,27 @@ def _run_once(settings: JobSettings, command: Sequence[str], asked: "_Asked") ->
     return code if code >= 0 else EXIT_FAILED
 
 
-def _without(settings: JobSettings, bad: dict[str, str]) -> int:
-    """Requeue the job without its bad nodes, if enough others are left."""
-    for node, problem in bad.items():
-        LOG.error("node %s: %s", node, problem)
-    if not leave_out(settings.out, bad):
-        LOG.error("too few other nodes are left: mend the above, then `tapir resume`")
-        return EXIT_FAILED
-    queue_again(EXIT_PREEMPTED, settings.out)
-    return EXIT_PREEMPTED
+def _placement(settings: JobSettings) -> Placement | None:
+    """What puts the command on nodes of the Slurm job, if there is one."""
+    if settings.again != "slurm":
+        return None
+    check, used = settings.check_nodes, settings.nodes
+    return Placement(settings.out, settings.name, settings.gpus, used, check)
+
+
+def _of_lost_nodes(placement: Placement | None) -> int:
+    """Exit code of a start that seems to have ended well: not 0 if it has lost nodes."""
+    lost = placement.lost() if placement else []
+    if lost:
+        LOG.error("lost: %s", ", ".join(lost))
+    return EXIT_FAILED if lost else 0
+
+
+def _worker() -> str:
+    """Number of this array worker."""
+    number = os.environ.get(ARRAY_WORKER, "").partition("/")[0]
+    others = (os.environ.get(n) for n in ("SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX"))
+    return number or next((other for other in others if other is not None), "0")
 
 
 def _wait_for(place: str, name: str, asked: "_Asked") -> bool:

@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster import kubernetes, local, slurm, slurm_job
+from cluster import kubernetes, local
 from cluster.chain import LOGS, Chain, Submitted
+from cluster.slurm import submit as slurm
+from cluster.slurm.job import last_words
 from core.errors import EXIT_WRONG_INPUT, TapirError
 from core.log import LOG
 
@@ -31,7 +33,7 @@ def states_of(submitted: Submitted) -> dict[str, str]:
         elif each.name in reported:
             states[each.name] = reported[each.name]
         elif submitted.to == "slurm" and each.name in submitted.ids:
-            states[each.name] = f"ended: {slurm_job.last_words(submitted.ids[each.name])}"
+            states[each.name] = f"ended: {last_words(submitted.ids[each.name])}"
         else:
             states[each.name] = "not there"
     return states

@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from cli.cluster import submit
-from cluster import kubernetes, slurm
+from cluster import kubernetes
 from cluster.chain import Submitted, read_submitted, write_marker, write_submitted
+from cluster.slurm.submit import sbatch_command
 from core.errors import ConfigError, CorruptError, InputError, TapirError
 from tests.harness import DEVELOPERS, ROOT, tapir
 from workflow.chain.inputs import unfinished_inputs
@@ -268,7 +269,7 @@ def test_secrets_are_handed_over_by_name(tmp_path: Path) -> None:
         text = tapir("submit", str(path), f"--to={place}", "--dry-run", **secret)
         assert "s3cr3t-value" not in text and "id-value" not in text
     run = read_runfile(path)
-    command = slurm.sbatch_command(chain_of(run, "slurm"), chain_of(run, "slurm").jobs[0], {})
+    command = sbatch_command(chain_of(run, "slurm"), chain_of(run, "slurm").jobs[0], {})
     assert all("=" not in name for name in command[2].removeprefix("--export=").split(","))
 
 
