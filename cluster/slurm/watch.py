@@ -47,6 +47,7 @@ class Watches:
     def __exit__(self, *_: object) -> None:
         self._end.set()
         self._thread.join(_LAST_SECONDS)  # it may wait for a file system
+        beat_file(self._out, self._name).unlink(missing_ok=True)
 
     def _run(self) -> None:
         """Beat until the end; srun's parent is this thread, so that it must end them."""

@@ -12,7 +12,7 @@ from tests.slurm.cluster import Slurm, private_slurm
 from tests.slurm.conftest import refuse_without_slurm
 from tests.slurm.test_slurm import finish, losses, states, wait_for, write
 
-STEPS = 120
+STEPS = 60
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,7 @@ def run_file(out: Path, data: Path, **changes: Any) -> Path:
         "loop.steps": STEPS,
         "checkpoint.every": 10,
         "mesh.data": 2,
+        "engine.matmul_precision": "highest",  # auto chooses by times
     }
     stage = {"nodes": 2, "spares": 1, "cpus": 2, "flags": flags}
     return write(out, {"dvae": stage}, store=str(data / "data"), **changes)

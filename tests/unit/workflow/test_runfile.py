@@ -126,6 +126,16 @@ def test_finished_jobs_are_not_sent_again(tmp_path: Path) -> None:
         ({"slurm": 5}, {}, "slurm: expected a mapping"),
         ({"slurm": {"partition": "a b"}}, {}, "must not have spaces"),
         ({"environment": "HOME"}, {}, "environment='HOME' must be a list of texts"),
+        ({"environment": ["A,B=1"]}, {}, "'A,B=1' is not the name of a variable"),
+        (
+            {"slurm": {"extra": ["--a\nb"]}},
+            {},
+            "slurm.extra: .* must begin with -- and be one line",
+        ),
+        ({"out": "/runs/a\nb"}, {}, "must be without line breaks"),
+        ({}, {"bpe": {"spares": 1}}, "stages.bpe: spares are for stages of several nodes"),
+        ({}, {"tokenize": {"workers": 4, "spares": 1}}, "stages.tokenize: spares are for stages"),
+        ({}, {"prior": {"nodes": 2, "spares": -1, "flags": {"mesh.data": 4}}}, "not be negative"),
         ({"to": "mars"}, {}, "to='mars' must be local or slurm or kubernetes"),
         ({}, {"prior": {"minutes": "1:00:00"}}, "stages.prior.minutes='1:00:00' must be"),
         ({}, {"prior": {"memory": "lots"}}, "must be like 64G"),
@@ -260,6 +270,18 @@ def test_the_examples_are_whole(tmp_path: Path) -> None:
     script = tmp_path / "submit.sh"
     script.write_text(shapes)
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+
+
+def test_spares_reach_the_script_and_other_places_ignore_them(tmp_path: Path) -> None:
+    stage = {"nodes": 2, "spares": 2, "flags": {"mesh.data": 4}}
+    path = write(tmp_path, {"out": str(tmp_path / "50% off")}, prior=stage)
+    text = tapir("submit", str(path), "--to=slurm", "--dry-run")
+    assert "#SBATCH --nodes=2-4\n#SBATCH --no-kill\n" in text
+    assert f'#SBATCH --output="{tmp_path}/50%% off/logs/prior.log"' in text
+    assert "no-kill" not in tapir("submit", str(path), "--to=local", "--dry-run")
+    assert "backslash" in tapir(
+        "submit", str(write(tmp_path, {"out": "a\\b"})), "--to=slurm", "--dry-run", code=2
+    )
 
 
 def test_secrets_are_handed_over_by_name(tmp_path: Path) -> None:
