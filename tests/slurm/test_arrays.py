@@ -47,7 +47,7 @@ def test_an_array_above_the_limit_is_split(small: Slurm, tmp_path: Path) -> None
         "bpe": {},
         "dvae": {"flags": {**short, "loop.steps": 2}},
         "tokenize": {"workers": WORKERS, "parallelism": 8, "flags": {"block": 8}},
-        "prior": {"flags": {**short, "loop.steps": 2}},
+        "prior": {"flags": {**short, "loop.steps": 2, "engine.name": "reference"}},
     }
     tapir("submit", str(write(out, stages)), **small.environment)
     jobs = [line.split("|") for line in small.ask("squeue", "-h", "-o", "%F|%j|%K|%E").split("\n")]

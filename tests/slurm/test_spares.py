@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -37,20 +36,26 @@ def calm(three: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def run_file(out: Path, data: Path, **changes: Any) -> Path:
+def run_file(out: Path, data: Path, steps: int = STEPS) -> Path:
     """A dVAE on two nodes and a spare one."""
     flags = {
         "loop.global_batch_size": 32,
         "loop.validation_samples": 32,
         "loop.log_every": 1,
         "loop.validate_every": 0,
-        "loop.steps": STEPS,
+        "loop.steps": steps,
         "checkpoint.every": 10,
         "mesh.data": 2,
         "engine.matmul_precision": "highest",  # auto chooses by times
     }
     stage = {"nodes": 2, "spares": 1, "cpus": 2, "flags": flags}
-    return write(out, {"dvae": stage}, store=str(data / "data"), **changes)
+    return write(out, {"dvae": stage}, store=str(data / "data"))
+
+
+def wait_until_idle(cluster: Slurm) -> None:
+    """Wait until all nodes have returned."""
+    ask = ("sinfo", "-h", "-N", "-p", "main", "-t", "idle")
+    wait_for(lambda: cluster.ask(*ask).count("\n") == 3)
 
 
 def lose(cluster: Slurm, out: Path, node: int) -> None:
@@ -69,6 +74,7 @@ def restarts(cluster: Slurm) -> str:
 @pytest.mark.big
 def test_a_spare_node_takes_the_place_of_a_lost_one(three: Slurm, calm: Path) -> None:
     out = calm.with_name("replaced")
+    wait_until_idle(three)
     tapir("submit", str(run_file(out, calm.parent)), **three.environment)
     lose(three, out, 2)
     assert finish(three, out)["dvae"] == "done"
@@ -83,7 +89,7 @@ def test_a_spare_node_takes_the_place_of_a_lost_one(three: Slurm, calm: Path) ->
 @pytest.mark.big
 def test_a_lost_batch_host_is_noticed_by_another_node(three: Slurm, calm: Path) -> None:
     out = calm.with_name("requeued")
-    wait_for(lambda: three.ask("sinfo", "-h", "-N", "-p", "main", "-t", "idle").count("\n") == 3)
+    wait_until_idle(three)
     tapir("submit", str(run_file(out, calm.parent)), **three.environment)
     lose(three, out, 1)
     began = time.monotonic()
@@ -95,3 +101,34 @@ def test_a_lost_batch_host_is_noticed_by_another_node(three: Slurm, calm: Path) 
     assert "batch host n1 is lost" in log and "nodes n2, n3; spares: none" in log
     assert "resumed from" in log and restarts(three) == "1"
     assert losses(out / "dvae") == losses(calm / "dvae")
+
+
+@pytest.mark.big
+def test_without_a_spare_the_job_is_queued_again(three: Slurm, calm: Path) -> None:
+    out = calm.with_name("none")
+    wait_until_idle(three)
+    tapir("submit", str(run_file(out, calm.parent)), **three.environment)
+    lose(three, out, 2)
+    three.kill_node(3)
+    wait_for(lambda: "PENDING" in three.queue())
+    three.start_node(3)
+    assert finish(three, out)["dvae"] == "done"
+    three.start_node(2)
+    log = tapir("logs", str(out), **three.environment)
+    assert "the command needs 2 nodes, the job has 1" in log
+    assert "nodes n1, n3; spares: none" in log and restarts(three) == "1"
+    assert losses(out / "dvae") == losses(calm / "dvae")
+
+
+@pytest.mark.big
+def test_a_bad_node_is_replaced_by_a_spare(calm: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bad"
+    tmp_path.chmod(0o755)
+    with private_slurm(tmp_path / "s", nodes=3, bad=2) as cluster:
+        path = run_file(out, calm.parent, steps=4)
+        tapir("submit", str(path), "--wait", **cluster.environment)
+        log = tapir("logs", str(out), **cluster.environment)
+        assert log.count("node n2: open files") == 1
+        assert "nodes n1, n3; spares: none" in log and restarts(cluster) == "0"
+        assert (out / "jobs" / "bad-nodes").read_text() == "n2\n"
+    assert [step for step, _ in losses(out / "dvae")] == [1, 2, 3, 4]
