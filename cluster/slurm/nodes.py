@@ -117,9 +117,12 @@ def chosen(nodes: Sequence[Node], count: int) -> list[Node]:
     return [node for node in nodes if node in preferred]
 
 
-def environment_of(nodes: Sequence[Node], number: str, start: int) -> dict[str, str]:
-    """Variables of a start on these nodes: their names, and where the ranks meet."""
-    port = PORTS + (int(number) + _STRIDE * start) % PORTS
+def environment_of(nodes: Sequence[Node], port: int, start: int) -> dict[str, str]:
+    """Variables of a start on these nodes: their names, and where the ranks meet.
+
+    `port` is that of start 0, which the script chose.
+    """
+    port = PORTS + (port - PORTS + _STRIDE * start) % PORTS
     return {
         "TAPIR_NODES": " ".join(node.name for node in nodes),
         "MASTER_ADDR": nodes[0].address,

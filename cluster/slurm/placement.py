@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cluster.slurm.job import leave_out, queue_again
 from cluster.slurm.nodes import (
+    PORTS,
     Node,
     allocated,
     bad_nodes,
@@ -30,7 +31,8 @@ class Placement:
         self._out, self._name, self._gpus = out, name, gpus
         self._spares, self._check = used > 0, check
         self._number = os.environ["SLURM_JOB_ID"]
-        self._names = os.environ["TAPIR_NODES"].split()
+        self._port = int(os.environ.get("MASTER_PORT", PORTS))
+        self._names = os.environ.get("TAPIR_NODES", "").split()
         self._used = used or len(self._names)
         self._bad: dict[str, str] = {}
         self._start = -1
@@ -90,7 +92,7 @@ class Placement:
             LOG.warning("nodes %s replaced by %s", ", ".join(gone), ", ".join(new))
         LOG.info("nodes %s; spares: %s", ", ".join(names), ", ".join(spares) or "none")
         self._names = names
-        os.environ.update(environment_of(nodes, self._number, self._start))
+        os.environ.update(environment_of(nodes, self._port, self._start))
 
     def _wait_for_slurm(self) -> None:
         until = time.monotonic() + _PATIENCE_SECONDS

@@ -72,7 +72,7 @@ def restarts(cluster: Slurm) -> str:
 
 
 @pytest.mark.big
-def test_a_spare_node_takes_the_place_of_a_lost_one(three: Slurm, calm: Path) -> None:
+def test_a_lost_node_is_replaced_in_the_same_job(three: Slurm, calm: Path) -> None:
     out = calm.with_name("replaced")
     wait_until_idle(three)
     tapir("submit", str(run_file(out, calm.parent)), **three.environment)
@@ -104,7 +104,7 @@ def test_a_lost_batch_host_is_noticed_by_another_node(three: Slurm, calm: Path) 
 
 
 @pytest.mark.big
-def test_without_a_spare_the_job_is_queued_again(three: Slurm, calm: Path) -> None:
+def test_a_job_with_too_few_nodes_is_queued_again(three: Slurm, calm: Path) -> None:
     out = calm.with_name("none")
     wait_until_idle(three)
     tapir("submit", str(run_file(out, calm.parent)), **three.environment)
@@ -121,7 +121,7 @@ def test_without_a_spare_the_job_is_queued_again(three: Slurm, calm: Path) -> No
 
 
 @pytest.mark.big
-def test_a_bad_node_is_replaced_by_a_spare(calm: Path, tmp_path: Path) -> None:
+def test_a_bad_node_is_replaced(calm: Path, tmp_path: Path) -> None:
     out = tmp_path / "bad"
     tmp_path.chmod(0o755)
     with private_slurm(tmp_path / "s", nodes=3, bad=2) as cluster:

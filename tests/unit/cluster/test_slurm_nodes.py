@@ -5,12 +5,14 @@ The real Slurm is in tests/slurm.
 
 import os
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from cluster.chain import read_marker
+from cluster.chain import CANCELLED, read_marker
 from cluster.job_runner import JobSettings, run_job
 from cluster.slurm.job import fields_of, job_fields, last_words
 from cluster.slurm.nodes import (
@@ -24,15 +26,18 @@ from cluster.slurm.nodes import (
     on_nodes,
 )
 from cluster.slurm.placement import Placement
-from cluster.slurm.watch import Pulse, Watches, beat_file, is_lost, watch_nodes
+from cluster.slurm.watch import Pulse, Watches, beat_file, is_lost, watch, watch_nodes
+from tests.harness import PATIENCE
 
 _SCONTROL = """\
 #!/bin/bash
+echo "$*" >> "$ANSWERS/asked"
 case "$*" in
   "-o show job "*) cat "$ANSWERS/job" ;;
   "show hostnames "*) echo "$3" | tr , '\\n' ;;
   "-o show node "*) for n in ${4//,/ }; do grep "^NodeName=$n " "$ANSWERS/nodes"; done ;;
   "show config") echo "SlurmdPort              = $(cat "$ANSWERS/port")" ;;
+  "requeue "*) ;;
   *) exit 1 ;;
 esac
 """
@@ -71,13 +76,18 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded]
     program.parent.mkdir()
     program.write_text(_SCONTROL)
     program.chmod(0o755)
+    srun = program.with_name("srun")
+    srun.write_text("#!/bin/bash\nexec sleep 1000\n")
+    srun.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("ANSWERS", str(tmp_path))
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURMD_NODENAME", "n1")
-    for name in ("TAPIR_NODES", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "n1 n2 n3")
+    monkeypatch.setenv("TAPIR_NODES", "n1 n2 n3")
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "20007")
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        (tmp_path / "asked").touch()
         answers = Recorded(tmp_path, listener.getsockname()[1])
         answers.job("n1,n2,n3")
         answers.nodes(n1="ALLOCATED", n2="ALLOCATED", n3="ALLOCATED")
@@ -113,12 +123,12 @@ def test_states_of_nodes(state: str, down: bool, draining: bool) -> None:
 
 def test_each_start_meets_at_its_first_node_and_a_port_of_its_own() -> None:
     nodes = [node("n2"), node("n5")]
-    assert environment_of(nodes, "19990", 0) == {
+    assert environment_of(nodes, 39_990, 0) == {
         "TAPIR_NODES": "n2 n5",
         "MASTER_ADDR": "10.0.0.2",
         "MASTER_PORT": "39990",
     }
-    assert environment_of(nodes, "19990", 1)["MASTER_PORT"] == "20091"
+    assert environment_of(nodes, 39_990, 1)["MASTER_PORT"] == "20091"
 
 
 def test_only_the_option_itself_gets_the_nodes() -> None:
@@ -184,7 +194,7 @@ def test_a_lost_node_is_replaced_between_two_starts(
     assert placement.place(command) == []
 
 
-def test_a_spare_that_returns_is_used(slurm: Recorded, tmp_path: Path) -> None:
+def test_a_node_that_returns_is_used(slurm: Recorded, tmp_path: Path) -> None:
     placement = Placement(tmp_path, "prior", gpus=0, used=2, check=False)
     slurm.nodes(n1="ALLOCATED", n2="GONE", n3="ALLOCATED")
     assert placement.place([NODE_LIST]) == ["--nodelist=n1,n3"]
@@ -195,7 +205,7 @@ def test_a_spare_that_returns_is_used(slurm: Recorded, tmp_path: Path) -> None:
 def test_a_command_without_spares_keeps_its_nodes(slurm: Recorded, tmp_path: Path) -> None:
     placement = Placement(tmp_path, "prior", gpus=0, used=0, check=False)
     assert placement.place(["true"]) == ["true"]
-    assert os.environ["MASTER_PORT"] == "n1 n2 n3"
+    assert os.environ["MASTER_ADDR"] == "10.0.0.1"
 
 
 def test_a_good_end_on_lost_nodes_leaves_no_marker(
@@ -209,6 +219,26 @@ def test_a_good_end_on_lost_nodes_leaves_no_marker(
     slurm.job("n1,n2,n3")
     assert run_job(settings, ["true"]) == 0
     assert read_marker(str(tmp_path / "markers"), "x.json")["job"] == "x"
+
+
+def test_each_start_of_a_job_has_nodes_of_its_own(slurm: Recorded, tmp_path: Path) -> None:
+    settings = JobSettings(name="x", out=tmp_path, marker="x.json", again="slurm", nodes=2)
+    lose = 'sed -i s/NodeList=n1,n2,n3/NodeList=n1,n3/ "$ANSWERS/job"; exit 3'
+    script = f'echo "$1 $TAPIR_NODES" >> "$ANSWERS/log"; grep -q n2 "$ANSWERS/job" && {{ {lose}; }}'
+    assert run_job(settings, ["bash", "-c", f"{script}; exit 0", "x", NODE_LIST]) == 0
+    assert (tmp_path / "log").read_text().splitlines() == [
+        "--nodelist=n1,n2 n1 n2",
+        "--nodelist=n1,n3 n1 n3",
+    ]
+    assert read_marker(str(tmp_path / "markers"), "x.json")["job"] == "x"
+
+
+def test_a_job_with_too_few_nodes_is_left_to_slurm(slurm: Recorded, tmp_path: Path) -> None:
+    settings = JobSettings(name="x", out=tmp_path, marker="x.json", again="slurm", nodes=2)
+    slurm.nodes(n1="ALLOCATED", n2="GONE", n3="DOWN")
+    assert run_job(settings, ["touch", str(tmp_path / "started")]) == 75
+    assert "requeue 7" in (tmp_path / "asked").read_text().splitlines()
+    assert not (tmp_path / "started").exists()
 
 
 def test_spares_watch_first_and_the_batch_host_never() -> None:
@@ -229,6 +259,33 @@ def test_silence_is_measured_by_the_readers_clock() -> None:
     assert pulse.silent("2") == 0.0
     now[0] = 131.5
     assert pulse.silent("2") == 1.5
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A watch that looks often."""
+    monkeypatch.setattr("cluster.slurm.watch.BEAT_SECONDS", 0.01)
+    monkeypatch.setattr("cluster.slurm.watch.SILENT_SECONDS", 0.05)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_silent_host_that_is_lost_queues_the_job_again(slurm: Recorded, tmp_path: Path) -> None:
+    slurm.nodes(n1="GONE")
+    watch(tmp_path, "x", "7", "n1")
+    assert "requeue 7" in (tmp_path / "asked").read_text().splitlines()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_silent_host_that_answers_is_left_alone(slurm: Recorded, tmp_path: Path) -> None:
+    thread = threading.Thread(target=watch, args=(tmp_path, "x", "7", "n1"))
+    thread.start()
+    until = time.monotonic() + PATIENCE
+    while (tmp_path / "asked").read_text().count("show node n1") < 2:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    (tmp_path / CANCELLED).touch()
+    thread.join()
+    assert "requeue" not in (tmp_path / "asked").read_text()
 
 
 def test_a_job_beats_while_it_runs(slurm: Recorded, tmp_path: Path) -> None:
