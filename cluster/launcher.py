@@ -20,7 +20,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
-from multiprocessing import connection
+from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -44,6 +44,7 @@ from core.stop import STOP, heed_stop_signals
 
 _LOOK = 0.5
 """Seconds between two polls of the ranks."""
+_STOPS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class RankInputError(RankError):
@@ -122,6 +123,7 @@ def launch(
         stop.told_in(Path(name)),
     ):
         folder = Path(name)
+        _start_forkserver()
         try:
             for rank in range(ranks):
                 arguments = (target, payload, rank, ranks, name, dict(os.environ))
@@ -134,6 +136,17 @@ def launch(
             raise
         finally:
             _end(started)
+
+
+def _start_forkserver() -> None:
+    """Start the forkserver with stop signals blocked: `timeout` and systemd send them to the whole
+    process group, and without a forkserver no rank can be awaited while it saves."""
+    resource_tracker.ensure_running()  # its start unblocks them
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
 
 
 def _start(process: Any) -> None:
@@ -197,7 +210,7 @@ def _explain(rank: int, processes: list[Any], folder: Path) -> TapirError:
     if code > 0 and reasons:
         reason = json.loads(reasons[0].read_text())
         first = int(reasons[0].stem.split("-")[1])
-        if code == EXIT_WRONG_INPUT:
+        if reason["code"] == EXIT_WRONG_INPUT:
             return RankInputError(reason["text"])
         error = RankError(f"rank {first} of {ranks} failed: {reason['text']}")
         error.retry = reason["retry"]
@@ -245,6 +258,7 @@ def _run_rank(
     """Main function of a rank; sets the environment, since the forkserver's may be outdated."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     heed_stop_signals()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
     die_with_parent()
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -268,12 +282,13 @@ def _run_rank(
         call_target(target, payload)
     except (TapirError, OSError) as error:
         known = error if isinstance(error, TapirError) else of_files(error)
-        _leave_reason(folder, rank, str(known), known.retry)
+        _leave_reason(folder, rank, str(known), known.retry, known.exit_code)
         sys.exit(known.exit_code)
     except Exception:
-        _leave_reason(folder, rank, traceback.format_exc(), True)
+        _leave_reason(folder, rank, traceback.format_exc(), True, EXIT_FAILED)
         sys.exit(EXIT_FAILED)
 
 
-def _leave_reason(folder: str, rank: int, text: str, retry: bool) -> None:
-    Path(folder, f"error-{rank}.json").write_text(json.dumps({"text": text, "retry": retry}))
+def _leave_reason(folder: str, rank: int, text: str, retry: bool, code: int) -> None:
+    reason = {"text": text, "retry": retry, "code": code}
+    Path(folder, f"error-{rank}.json").write_text(json.dumps(reason))

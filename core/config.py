@@ -76,7 +76,7 @@ def wrong_types(kind: type, value: Any, where: str) -> list[str]:
         place = f"{where}.{name}" if where else str(name)
         if hint is None:
             hint_text = did_you_mean(name, hints) or f" (known: {', '.join(hints)})"
-            problems.append(f"{where or 'the file'} knows no {name!r}{hint_text}")
+            problems.append(f"{where or 'the file'}: unknown {name!r}{hint_text}")
         elif dataclasses.is_dataclass(hint):
             problems += wrong_types(typing.cast(type, hint), item, place)
         elif not _fits(hint, item):

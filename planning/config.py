@@ -1,11 +1,12 @@
 """Flags of `tapir plan`, and their problems; imports no torch."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from core.errors import InputError
+from core.errors import InputError, did_you_mean
 from models.config import ClipConfig, PriorConfig
 from planning.estimate.hardware import KNOWN, SHORT, Hardware
 from training.config import PriorTrain, StageConfig
@@ -100,7 +101,7 @@ class PlanFlags:
         if not 0 <= self.batch <= MOST_BATCH:
             problems.append(f"--batch {self.batch} must be 1 to {MOST_BATCH:,}; 0 = the preset's")
         if self.preset not in known:
-            problems.append(f"there is no prior preset {self.preset!r} (known: {', '.join(known)})")
+            problems.append(_no_preset(self.preset, known))
         elif self.batch > 0:
             problems += _undealt(known[self.preset](), self.batch)
         return problems
@@ -112,6 +113,11 @@ def _undealt(settings: PriorTrain, batch: int) -> list[str]:
         return []
     near = max(1, round(batch / lanes)) * lanes
     return [f"--batch {batch} is not a multiple of the preset's order.lanes={lanes}; try {near}"]
+
+
+def _no_preset(name: str, known: Mapping[str, object]) -> str:
+    hint = did_you_mean(name, known)
+    return f"there is no prior preset {name!r}{hint} (known: {', '.join(known)})"
 
 
 _FAMILIES = {"tiny": ("tiny", "tiny"), "small": ("small", "paper_bpe")}
@@ -138,7 +144,7 @@ def settings_of(preset: str, batch: int = 0) -> PriorTrain:
     """
     known = PRESETS["prior"]
     if preset not in known:
-        raise InputError(f"there is no prior preset {preset!r} (known: {', '.join(known)})")
+        raise InputError(_no_preset(preset, known))
     settings: PriorTrain = filled(preset, known[preset]())
     loop = replace(settings.loop, global_batch_size=batch or settings.loop.global_batch_size)
     return replace(settings, loop=loop)

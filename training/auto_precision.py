@@ -47,11 +47,12 @@ def settle_precision(settings: S, world: World) -> S:
     rates = _rates(settings, world.device)
     begun = _begun_with(settings) if world.rank == 0 else {}
     answers = [json.loads(text) for text in world.gather_text(json.dumps([begun, rates]))]
-    here = fastest([rates for _, rates in answers])
+    ranks = [rates for _, rates in answers]
+    slowest, here = _slowest(ranks), fastest(ranks)
     for name in names:
         kept = answers[0][0].get(name, "")
         if world.rank == 0:
-            _tell(name, kept, here[name], answers[0][1] if world.device.type == "cpu" else {})
+            _tell(name, kept, here[name], slowest if world.device.type == "cpu" else {})
         engine = replace(engine, **{**vars(engine), name: kept or here[name]})
     return replace(settings, engine=engine)
 
@@ -62,11 +63,11 @@ def fastest(ranks: Sequence[dict[str, float]]) -> dict[str, str]:
     `ranks` are operations per second by precision. 16 bits cost accuracy, and oneDNN's fp32 kernels
     slow down the small matmuls of attention, so both must be LEAST_GAIN times faster.
     """
-    shared = [name for name in PRECISIONS if all(name in rates for rates in ranks)]
-    slowest = {name: min(rates[name] for rates in ranks) for name in shared}
+    slowest = _slowest(ranks)
 
     def gaining(names: Sequence[str], least: str) -> str:
-        best = max((name for name in names if name in shared), key=slowest.__getitem__, default="")
+        known = [name for name in names if name in slowest]
+        best = max(known, key=slowest.__getitem__, default="")
         return best if best and slowest[best] >= LEAST_GAIN * slowest[least] else least
 
     plain = gaining([MEDIUM], "fp32")
@@ -75,8 +76,18 @@ def fastest(ranks: Sequence[dict[str, float]]) -> dict[str, str]:
     return {"precision": "fp32" if best == plain else best, "matmul_precision": matmul}
 
 
+def _slowest(ranks: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Operations per second of the slowest rank, by precision that all ranks support."""
+    shared = [name for name in PRECISIONS if all(name in rates for rates in ranks)]
+    return {name: min(rates[name] for rates in ranks) for name in shared}
+
+
 def cpu_rates() -> dict[str, float]:
-    """Operations per second of a matmul on this rank's threads, by precision, timed in turns."""
+    """Operations per second of a matmul on this rank's threads, by precision, timed in turns.
+
+    One thread is timed by its CPU seconds, which other processes do not lengthen.
+    """
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     draws = torch.Generator("cpu").manual_seed(0)
     x = torch.randn(SIDE, SIDE, generator=draws, device="cpu")
     candidates = {"fp32": ("highest", x), "bf16": ("highest", x.bfloat16())}
@@ -86,9 +97,9 @@ def cpu_rates() -> dict[str, float]:
     for _ in range(ROUNDS):
         for name, (matmul, a) in candidates.items():
             set_numerics(x.device, matmul)
-            began = time.perf_counter()
+            began = clock()
             torch.mm(a, a)
-            least[name] = min(least[name], time.perf_counter() - began)
+            least[name] = min(least[name], clock() - began)
     return {name: 2 * SIDE**3 / seconds for name, seconds in least.items()}
 
 

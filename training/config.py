@@ -41,10 +41,9 @@ class LoopConfig:
 
     def problems(self) -> list[str]:
         problems = []
-        if min(self.steps, self.global_batch_size, self.log_every, self.validation_samples) < 1:
-            problems.append(
-                "loop.steps, global_batch_size, log_every and validation_samples must be at least 1"
-            )
+        for name in ("steps", "global_batch_size", "log_every", "validation_samples"):
+            if getattr(self, name) < 1:
+                problems.append(f"loop.{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.stop_at <= self.steps:
             problems.append(f"loop.stop_at={self.stop_at} must be 0 (all steps) to {self.steps}")
         if self.validate_every < 0:

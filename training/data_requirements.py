@@ -1,5 +1,6 @@
 """Checks of a stage's settings against the manifests of its data set; imports no torch."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,14 +44,26 @@ def size_problems(settings: StageConfig, sizes: DataSizes) -> list[str]:
             f"validation needs one for each of order.lanes={lanes} at least; pack more pairs or a "
             "larger --validation, or lower order.lanes"
         )
-    if sizes.train < batch or sizes.blocks < lanes:
+    if sizes.train < batch:
         problems.append(
-            f"the train split of {sizes.place} has {sizes.about}{sizes.train} pairs in "
-            f"{sizes.blocks} blocks, which fill no batch of loop.global_batch_size={batch} over "
-            f"order.lanes={lanes}: every lane needs a block; lower loop.global_batch_size or "
-            "order.lanes, or make smaller blocks (--block of pack and tokenize)"
+            f"the train split of {sizes.place} has {sizes.about}{sizes.train} pairs, which fill no "
+            f"batch of loop.global_batch_size={batch}; pack more pairs, or lower it"
         )
+    elif sizes.blocks < lanes:
+        problems.append(_few_blocks(settings, sizes))
     return problems
+
+
+def _few_blocks(settings: StageConfig, sizes: DataSizes) -> str:
+    lanes, replicas = settings.order.lanes, settings.mesh.data
+    block = 2 ** int(math.log2(max(1, sizes.train // (2 * lanes))))
+    fit = [n for n in range(sizes.blocks, 0, -1) if lanes % n == 0 and n % replicas == 0]
+    fewer = f"--order.lanes {fit[0]}, or " if fit else ""
+    return (
+        f"the train split of {sizes.place} has {sizes.about}{sizes.train} pairs in {sizes.blocks} "
+        f"blocks, and each of order.lanes={lanes} needs one; give {fewer}smaller blocks: pack and "
+        f"tokenize with --block {block} into a new folder"
+    )
 
 
 def model_size_problems(model: Any, facts: Mapping[str, Any], place: str) -> list[str]:

@@ -286,7 +286,7 @@ class Run:
                 return
             except StoreError as error:
                 if pause is None:
-                    raise TrainingError(f"{error}; free space and start again") from error
+                    raise TrainingError(f"{error}; the last save could not be written") from error
                 if self.world.rank == 0:
                     LOG.error("%s; trying again in %.0f s", error, pause)
                 time.sleep(pause)

@@ -17,6 +17,7 @@ slurm: {partition: main}
 
 import re
 import runpy
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from cluster.kubernetes import KubernetesConfig
 from cluster.local import LocalConfig
 from cluster.slurm.config import SlurmConfig
 from core.config import check, folder_problems, from_json, place_problems, wrong_types
-from core.errors import ConfigError, InputError, did_you_mean
+from core.errors import InputError, did_you_mean
 from core.known_flags import KnownFlags, known_flags
 from core.renamed import new_names, renamed, tell_renamed, translated
 from data_pipeline.config import PackConfig, TokenizeConfig
@@ -64,6 +65,8 @@ SETTINGS: dict[str, Any] = {
 """Settings of each stage, whose fields are its flags."""
 FOLDERS = {"tokenize": "tokens", "score": "scores", "evaluate": "samples"}
 """Folders of stages whose name differs from the stage's."""
+_NEEDS = {each.name for each in fields(Resources)}
+"""A stage's keys that are resources."""
 FILES = {"inception": Path, "overlap": Path}
 """Flags of `score` beside its settings."""
 
@@ -184,11 +187,14 @@ def read_runfile(path: Path) -> RunFile:
     body = {name: item for name, item in body.items() if item is not None}
     body = _with_new_names(body, path)
     stages = body.get("stages", {})
-    check(wrong_types(RunFile, body, ""))
-    _refuse_unknown("stages", stages, STAGES)
-    specs = {name: _stage(name, stages[name]) for name in STAGES if name in stages}
-    missing = [name for name in ("name", "out") if not body.get(name)]
-    check([f"{name}: missing" for name in missing])
+    problems = wrong_types(RunFile, body, "")
+    problems += [f"{name}: missing" for name in ("name", "out") if not body.get(name)]
+    if isinstance(stages, dict):
+        problems += _unknown("stages", stages, STAGES)
+        for name in STAGES:
+            problems += _stage_problems(name, stages.get(name))
+    check(problems)
+    specs = {name: _stage(stages[name]) for name in STAGES if name in stages}
     out = Path(body["out"]).expanduser()
     run = from_json(RunFile, {**body, "out": str(out), "stages": {}})
     run = RunFile(**{**vars(run), "stages": specs})
@@ -228,28 +234,35 @@ def _python(path: Path) -> Any:
         raise InputError(f"{path} failed: {type(error).__name__}: {error}") from error
 
 
-def _stage(name: str, body: Any) -> StageSpec:
-    body = {} if body is None else body
+def _stage_problems(name: str, body: Any) -> list[str]:
+    """Names and types of a stage's mapping that do not fit; nothing if the stage is not there."""
+    where, body = f"stages.{name}", {} if body is None else body
     if not isinstance(body, dict) or not isinstance(body.get("flags") or {}, dict):
-        raise ConfigError(f"stages.{name}: expected a mapping, e.g. {{flags: {{loop.steps: 9}}}}")
-    body = {key: item for key, item in body.items() if item is not None}
-    flags = body.get("flags", {})
-    for key, value in flags.items():
+        return [f"{where}: expected a mapping, e.g. {{flags: {{loop.steps: 9}}}}"]
+    problems = []
+    for key, value in (body.get("flags") or {}).items():
         values = value if isinstance(value, list) else [value]
         if not (isinstance(key, str) and all(isinstance(v, str | int | float) for v in values)):
-            raise ConfigError(
-                f"stages.{name}.flags.{key}: {value!r} must be a text, a number, true or false, or "
+            problems.append(
+                f"{where}.flags.{key}: {value!r} must be a text, a number, true or false, or "
                 "a list of them"
             )
-    needs = {each.name for each in fields(Resources)}
-    known = ["preset", "source", "flags", *sorted(needs)]
-    _refuse_unknown(f"stages.{name}", body, known)
-    asked = {key: body[key] for key in body if key in needs}
-    rest = {key: body[key] for key in body if key not in needs}
-    where = f"stages.{name}"
-    check(wrong_types(Resources, asked, where) + wrong_types(StageSpec, rest, where))
-    resources = from_json(Resources, asked)
-    return StageSpec(**rest, resources=resources)
+    known = ["preset", "source", "flags", *sorted(_NEEDS)]
+    problems += _unknown(where, body, known)
+    asked, rest = _parts({key: body[key] for key in body if key in known})
+    return problems + wrong_types(Resources, asked, where) + wrong_types(StageSpec, rest, where)
+
+
+def _stage(body: dict[str, Any] | None) -> StageSpec:
+    asked, rest = _parts(body or {})
+    return StageSpec(**rest, resources=from_json(Resources, asked))
+
+
+def _parts(body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A stage's resources, and the rest; without empty values."""
+    given = {key: item for key, item in body.items() if item is not None}
+    asked = {key: item for key, item in given.items() if key in _NEEDS}
+    return asked, {key: item for key, item in given.items() if key not in _NEEDS}
 
 
 def flags_of(stage: str) -> KnownFlags:
@@ -258,12 +271,15 @@ def flags_of(stage: str) -> KnownFlags:
     return replace(known, types={**known.types, **(FILES if stage == "score" else {})})
 
 
-def _refuse_unknown(where: str, body: dict[str, Any], known: Any) -> None:
+def _unknown(where: str, body: dict[str, Any], known: Sequence[str]) -> list[str]:
+    """One problem for each name that is not known."""
     old = new_names(Resources)
-    for name in body:
-        if name not in known:
-            hint = did_you_mean(name, [*known, *old], old) or f" (known: {', '.join(known)})"
-            raise ConfigError(f"{where} knows no {name!r}{hint}")
+    return [
+        f"{where}: unknown {name!r}"
+        + (did_you_mean(name, [*known, *old], old) or f" (known: {', '.join(known)})")
+        for name in body
+        if name not in known
+    ]
 
 
 def settings_of(run: RunFile, to: Scheduler) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Which command wrote a folder, so that outputs of different commands never mix."""
 
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,6 +22,8 @@ _MARKS = {
 """Files that identify the command that wrote a folder."""
 _DRAWN = {"evaluate": "samples", "score": "scores", "overlap": "overlap"}
 """Commands that write many files beside one another, and the usual name of their folder."""
+_SOURCES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".tar", ".parquet")
+"""Endings of a data set's files, which no training run writes."""
 _STAGES = ("model.json", "config.json")
 """Files of a training run that name its stage."""
 
@@ -28,10 +31,13 @@ _STAGES = ("model.json", "config.json")
 def refuse_others_folder(place: Path | str, mine: str) -> None:
     """Check that a folder is new or of the same command; bucket prefixes are not checked.
 
-    Raises: InputError if it holds a data set or the output of another command, or, for pictures and
-    figures, run folders.
+    Raises: InputError if it is a file, holds a data set, the output of another command or, for a
+    training run, pictures or archives, or, for pictures and figures, run folders.
     """
-    owner = "" if str(place).startswith(S3) else owner_of(Path(place))
+    if str(place).startswith(S3):
+        return
+    _refuse_files(Path(place))
+    owner = owner_of(Path(place))
     if owner not in ("", mine):
         what = owner if owner == "a data set" else f"what `tapir {owner}` wrote"
         raise InputError(f"{place} holds {what}; give another folder")
@@ -41,6 +47,27 @@ def refuse_others_folder(place: Path | str, mine: str) -> None:
             f"{place} holds the run folders {', '.join(inside)}, and files of `tapir {mine}` would "
             f"be mixed with them; give a folder of its own, e.g. {place}/{_DRAWN[mine]}"
         )
+
+    if not owner and mine.startswith("train ") and (first := _source_in(Path(place))):
+        raise InputError(
+            f"{place} holds {first}, so it is a folder of pictures or archives and no run folder; "
+            f"give a folder of its own, e.g. --out runs/{mine.removeprefix('train ')}"
+        )
+
+
+def _refuse_files(place: Path) -> None:
+    """Raise InputError if a file stands where a folder is needed."""
+    for each in (place, *place.parents):
+        if each.exists():
+            if not each.is_dir():
+                raise InputError(f"{each} is a file, and {place} must be a folder; give another")
+            return
+
+
+def _source_in(folder: Path) -> str:
+    """Name of a picture or an archive in a folder; empty if there is none."""
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    return next((name for name in names if name.lower().endswith(_SOURCES)), "")
 
 
 def _runs_in(folder: Path) -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from core.errors import TrainingError
 from core.log import LOG
+from core.memory import size_text
 from core.storage.store import Store, free_space
 from parallel.config import OptimConfig
 from parallel.mesh import Mesh
@@ -64,6 +65,8 @@ class Alarms:
             raise TrainingError(
                 f"{text} (stopped by guard.min_codebook_usage={guard.min_codebook_usage:g})"
             )
+        if step >= steps:  # told again at the end, where it is seen
+            self._warned.discard("codes")
         self._say("codes", dead, text)
 
     def disk(self, store: Store, step: int) -> None:
@@ -72,8 +75,8 @@ class Alarms:
             return
         free = free_space(store)
         text = (
-            f"step {step}: {store.url} has {(free or 0) / 1e9:.2f} GB free, and a checkpoint takes "
-            f"{self._bytes / 1e9:.2f} GB: free space, lower --checkpoint.keep, or give another "
+            f"step {step}: {store.url} has {size_text(free or 0)} free, and a checkpoint takes "
+            f"{size_text(self._bytes)}: free space, lower --checkpoint.keep, or give another "
             "--checkpoint.to; a save that does not fit is tried again at the next one, and older "
             "checkpoints stay whole"
         )

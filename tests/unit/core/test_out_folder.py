@@ -108,3 +108,22 @@ def test_one_tokenizer_is_learned_in_a_folder_at_a_time(tmp_path: Path) -> None:
     assert (out / "tokenizer.json").read_bytes() == first
     (out / "tokenizer.json").write_text("damaged")
     train_tokenizer(settings)
+
+
+def test_a_training_run_takes_no_file_and_no_folder_of_pictures(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(InputError, match=r"file is a file, and .* must be a folder") as raised:
+            train_stage("dvae", DVAETrain(out=out))
+        assert raised.value.exit_code == 2
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "slurm-1.log").touch()
+    refuse_others_folder(photos, "train dvae")
+    (photos / "b.JPG").touch()
+    (photos / "c.tar").touch()
+    with pytest.raises(InputError, match=r"photos holds b.JPG, .* e.g. --out runs/dvae"):
+        refuse_others_folder(photos, "train dvae")
+    refuse_others_folder(photos, "evaluate")
+    (photos / "config.json").write_text('{"stage": "dvae"}')
+    refuse_others_folder(photos, "train dvae")

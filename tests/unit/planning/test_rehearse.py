@@ -286,7 +286,7 @@ def test_the_verb_says_so_in_json(capsys: pytest.CaptureFixture[str]) -> None:
             ["tiny", "--engine.gradient-accumulation-steps", "1000"],
             "steps=1000 does not divide the 16",
         ),
-        (["tiny", "--loop.global-batch-size", "0"], "loop.steps, global_batch_size"),
+        (["tiny", "--loop.global-batch-size", "0"], "loop.global_batch_size=0 must be at least 1"),
         (["tiny", "--loop.global-batch-size", "-4"], "loop.global_batch_size=-4"),
         (["tiny", "--loop.global-batch-size", "2"], "loop.global_batch_size=2"),
         (["tiny", "--engine.zero-stage", "3", "--mesh.nodes", "3"], "nodes=3 does not"),

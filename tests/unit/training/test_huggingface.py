@@ -198,7 +198,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "no such size": (
         lambda hub: _change(hub / "dvae/config.json", lambda b: b["sizes"].update(wide=8)),
-        "knows no 'wide'",
+        "unknown 'wide'",
     ),
     "a size of text": (
         lambda hub: _change(hub / "dvae/config.json", lambda b: b["sizes"].update(width="8")),

@@ -173,7 +173,10 @@ SMALL: dict[str, Any] = {"preset": "small", "flags": {"model.pixels": 32}}
     [
         ({"prior": PAPER}, f"stages.prior: {PLANTED}"),
         ({"pack": SHAPES, "dvae": SMALL}, "has about 30 pairs, .* one for each of order.lanes=64"),
-        ({"pack": HALF, "dvae": SMALL}, "about 540 pairs in 9 blocks, which fill no batch"),
+        (
+            {"pack": HALF, "dvae": SMALL},
+            "about 540 pairs in 9 blocks, .* order.lanes=64 .*--order.lanes 8, .*--block 4",
+        ),
         (
             {"pack": SHAPES, "dvae": {}, "tokenize": {}, "prior": {"preset": "small"}},
             "stages.prior: the validation split of pack's 600 pairs",

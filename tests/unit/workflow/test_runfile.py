@@ -195,7 +195,12 @@ def test_a_wrong_run_is_refused(
         ),
         (
             {"tokenize": {"at_onec": 2}},
-            "stages.tokenize knows no 'at_onec'; did you mean 'parallelism'?",
+            "stages.tokenize: unknown 'at_onec'; did you mean 'parallelism'?",
+        ),
+        (
+            {"clipp": {}, "bpe": {"wrokers": 2, "cpus": "many"}},
+            "\n- stages: unknown 'clipp'; did you mean 'clip'?\n- stages.bpe: unknown 'wrokers'; "
+            "did you mean 'workers'?\n- stages.bpe.cpus='many' must be a whole number",
         ),
         (
             {"prior": {"flags": {"xyzzy": 1}}},
