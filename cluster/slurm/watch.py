@@ -76,9 +76,17 @@ class Watches:
         self._later = time.monotonic() + _RETRY_SECONDS
         names = allocated(os.environ["SLURM_JOB_ID"])
         for node in watch_nodes(names, os.environ["SLURMD_NODENAME"], self._ended, self._steps):
-            self._steps[node] = subprocess.Popen(
+            self._steps[node] = self._start(node)
+
+    def _start(self, node: str) -> "subprocess.Popen[bytes]":
+        """Start a step; srun's words about its end do not belong into the job's log."""
+        words = self._out / LOGS / "doctor" / f"{self._name}-watch.txt"
+        words.parent.mkdir(parents=True, exist_ok=True)
+        with open(words, "ab") as output:
+            return subprocess.Popen(
                 _step(self._out, self._name, node),
                 stdin=subprocess.DEVNULL,
+                stderr=output,
                 preexec_fn=die_with_parent,
             )
 
