@@ -9,6 +9,9 @@ from cluster.slurm.config import SlurmConfig
 from cluster.slurm.nodes import NODE_LIST, PORTS
 from core.workers import WORKER as ARRAY_WORKER
 
+_NEXT = 997
+"""Between the ports of two starts of a job, so that what still holds one does not end them all."""
+
 
 def render(chain: Chain, job: Job, config: SlurmConfig, part: Part | None = None) -> str:
     """The batch script of a job, or of a part of its array."""
@@ -28,7 +31,7 @@ export OMP_NUM_THREADS={threads} PYTHONSAFEPATH=1
 {number}export TAPIR_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd " ")
 export MASTER_ADDR=$(scontrol show node "${{TAPIR_NODES%% *}}" | grep -o "NodeAddr=[^ ]*" \
 | cut -d= -f2)
-export MASTER_PORT=$(({PORTS} + SLURM_JOB_ID % {PORTS}))
+export MASTER_PORT=$(({PORTS} + (SLURM_JOB_ID + {_NEXT} * ${{SLURM_RESTART_COUNT:-0}}) % {PORTS}))
 exec {words}
 """
 

@@ -56,6 +56,17 @@ def test_a_job_without_spares_fails_with_its_nodes() -> None:
     assert not any("nodelist" in word or word == "--overlap" for word in words)
 
 
+def test_each_restart_has_another_port() -> None:
+    lines = render(chain_of(prior()), prior(), SlurmConfig()).splitlines()
+    port = next(line for line in lines if line.startswith("export MASTER_PORT="))
+
+    def of(restarts: str) -> str:
+        shown = f"SLURM_JOB_ID=39999; {restarts} {port}; echo $MASTER_PORT"
+        return subprocess.check_output(["bash", "-c", shown]).decode().strip()
+
+    assert of("") == "39999" and of("SLURM_RESTART_COUNT=2;") == "21993"
+
+
 def test_a_job_with_spares_asks_for_a_range_and_lists_its_own_nodes() -> None:
     job = prior(spares=3)
     text = render(chain_of(job), job, SlurmConfig())
