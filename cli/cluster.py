@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from cluster import local, slurm
+from cluster import local
 from cluster.chain import (
     CANCELLED,
     CHAIN,
@@ -17,6 +17,7 @@ from cluster.chain import (
 )
 from cluster.job_runner import JobSettings, run_job
 from cluster.kubernetes import submission
+from cluster.slurm import submit as slurm
 from core.config import check
 from core.errors import ConfigError, InputError
 from core.flags import FLAT, PositionalPath, PositionalText, parse, print_json

@@ -1,5 +1,5 @@
 """Jobs on this machine, Slurm and Kubernetes; launching and supervising ranks. No torch.
 
-Start: chain.py: jobs as values; slurm.py, kubernetes/, local.py render them.
+Start: chain.py: jobs as values; slurm/, kubernetes/, local.py render them.
 Imports: core only.
 """

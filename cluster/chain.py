@@ -27,6 +27,8 @@ class Resources:
 
     nodes: int = 1
     """Nodes of the job."""
+    spares: int = 0
+    """Further nodes that a Slurm job asks for, each to take the place of a lost or bad one."""
     gpus: int = 0
     """GPUs of each node."""
     cpus: int = 1
@@ -46,6 +48,13 @@ class Resources:
             problems.append(f"stages.{name}: nodes, cpus and workers must be at least 1")
         if min(self.gpus, self.minutes, self.parallelism) < 0:
             problems.append(f"stages.{name}: gpus, minutes and parallelism must not be negative")
+        if self.spares < 0:
+            problems.append(f"stages.{name}: spares must not be negative")
+        if self.spares > 0 and self.nodes == 1:
+            problems.append(
+                f"stages.{name}: spares are for stages of several nodes: a stage of one node runs "
+                "on its batch host, and Slurm queues it again elsewhere; leave spares out"
+            )
         if not re.fullmatch(r"(\d+[KMGT]?)?", self.memory):
             problems.append(f"stages.{name}: memory={self.memory!r} must be like 64G")
         return problems

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -16,7 +17,9 @@ from typing import Literal
 
 from cluster.chain import CANCELLED, CHAIN, SCRIPTS, WORKER, read_marker, write_marker
 from cluster.processes import die_with_parent, stop
-from cluster.slurm_job import bad_nodes, leave_out, queue_again, was_cancelled
+from cluster.slurm.job import queue_again, was_cancelled
+from cluster.slurm.placement import Placement
+from cluster.slurm.watch import Watches
 from cluster.starts import Progress, Starts
 from core.errors import (
     EXIT_FAILED,
@@ -30,6 +33,7 @@ from core.files.reason import REASON_FILE, read_reason
 from core.log import LOG
 from core.stop import STOP_FILE
 from core.storage.store import open_store
+from core.workers import WORKER as ARRAY_WORKER
 
 _LOOK = 0.2
 _LOOK_FOR_MARKERS = 2.0
@@ -70,6 +74,8 @@ class JobSettings:
     """Run `tapir doctor` on every node of the Slurm job first, and exclude bad nodes."""
     gpus: int = 0
     """GPUs that each node must have."""
+    nodes: int = 0
+    """Nodes that the command uses; others of the Slurm job are spares. 0 = all, no spares."""
 
 
 def run_job(settings: JobSettings, command: Sequence[str]) -> int:
@@ -81,7 +87,7 @@ def run_job(settings: JobSettings, command: Sequence[str]) -> int:
         raise InputError("give the job a --name: its files are called by it")
     if settings.retries < 0 or not 0 < settings.stall_hours < math.inf:
         raise ConfigError("--retries must not be negative, and --stall-hours must be positive")
-    worker = os.environ.get("SLURM_ARRAY_TASK_ID", os.environ.get("JOB_COMPLETION_INDEX", "0"))
+    worker = _worker()
     name, marker = (text.replace(WORKER, worker) for text in (settings.name, settings.marker))
     is_first = worker == "0" or WORKER in settings.marker
     settings = replace(settings, name=name, marker=marker)
@@ -97,7 +103,8 @@ def run_job(settings: JobSettings, command: Sequence[str]) -> int:
             return 0
         if not is_first:  # of the nodes of one job the first writes the marker: it holds rank 0
             settings = replace(settings, marker="")
-        return _run(settings, command, place, asked)
+        with Watches(settings.out, settings.name) if settings.nodes else nullcontext():
+            return _run(settings, command, place, asked)
 
 
 def _run(settings: JobSettings, command: Sequence[str], place: str, asked: "_Asked") -> int:
@@ -112,16 +119,19 @@ def _run(settings: JobSettings, command: Sequence[str], place: str, asked: "_Ask
         settings.retries,
         settings.stall_hours,
     )
-    left = files / f"{record}.reason"
+    left, placement = files / f"{record}.reason", _placement(settings)
     while True:
         before = read_reason(left)
         if why := starts.begin(before.text if before else ""):
             return _give_up(settings, why)
         left.unlink(missing_ok=True)
-        if settings.check_nodes and (bad := bad_nodes(settings.out, settings.name, settings.gpus)):
+        placed = placement.place(command) if placement else command
+        if placement and not placed:
             starts.end(EXIT_PREEMPTED)
-            return _without(settings, bad)
-        code, reason = _run_once(settings, command, asked, left)
+            return placement.queue_again()
+        code, reason = _run_once(settings, placed, asked, left)
+        if code == 0 and placement and (lost := placement.lost()):
+            code, reason = EXIT_FAILED, f"lost nodes: {', '.join(lost)}"
         if code == 0:
             _succeed(settings, place, began, starts)
             return 0
@@ -136,7 +146,7 @@ def _run(settings: JobSettings, command: Sequence[str], place: str, asked: "_Ask
             return code
         if why:
             return _give_up(settings, why)
-        if settings.again == "slurm":
+        if settings.again == "slurm" and (preempted or not settings.nodes):
             queue_again(EXIT_PREEMPTED, settings.out)
             return EXIT_PREEMPTED
         if settings.again == "no" or preempted:
@@ -210,15 +220,19 @@ def _explained(code: int, left: Path) -> tuple[int, str]:
     return code, f"exit code {code} without a message; the log has what it printed"
 
 
-def _without(settings: JobSettings, bad: dict[str, str]) -> int:
-    """Requeue the job without its bad nodes, if enough others are left."""
-    for node, problem in bad.items():
-        LOG.error("node %s: %s", node, problem)
-    if not leave_out(settings.out, bad):
-        LOG.error("too few other nodes are left: mend the above, then `tapir resume`")
-        return EXIT_GAVE_UP
-    queue_again(EXIT_PREEMPTED, settings.out)
-    return EXIT_PREEMPTED
+def _placement(settings: JobSettings) -> Placement | None:
+    """What puts the command on nodes of the Slurm job, if there is one."""
+    if settings.again != "slurm":
+        return None
+    check, used = settings.check_nodes, settings.nodes
+    return Placement(settings.out, settings.name, settings.gpus, used, check)
+
+
+def _worker() -> str:
+    """Number of this array worker."""
+    number = os.environ.get(ARRAY_WORKER, "").partition("/")[0]
+    others = (os.environ.get(n) for n in ("SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX"))
+    return number or next((other for other in others if other is not None), "0")
 
 
 def _wait_for(place: str, name: str, asked: "_Asked") -> bool:

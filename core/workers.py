@@ -7,6 +7,8 @@ from core.errors import InputError
 from core.launch_environment import as_number, ranks_of
 
 COUNT = "TAPIR_WORKERS"
+WORKER = "TAPIR_WORKER"
+"""Environment variable: i/n, for a worker of an array that is split over several jobs."""
 _JOBS = (
     ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
     ("JOB_COMPLETION_INDEX", COUNT, ""),
@@ -35,6 +37,9 @@ def job_worker_of(text: str) -> JobWorker:
     if text:
         number, _, count = text.partition("/")
         return _checked(number, count, f"--worker {text!r}")
+    if text := os.environ.get(WORKER, ""):
+        number, _, count = text.partition("/")
+        return _checked(number, count, f"{WORKER}={text!r} in the environment")
     for number_name, count_name, first_name in _JOBS:
         if number_name in os.environ:
             return _of_job(number_name, count_name, first_name)

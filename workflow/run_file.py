@@ -28,7 +28,7 @@ import yaml
 from cluster.chain import Resources, Scheduler
 from cluster.kubernetes.config import KubernetesConfig
 from cluster.local import LocalConfig
-from cluster.slurm import SlurmConfig
+from cluster.slurm.config import SlurmConfig
 from core.config import check, folder_problems, from_json, place_problems, wrong_types
 from core.errors import InputError, did_you_mean
 from core.known_flags import KnownFlags, known_flags
@@ -140,8 +140,11 @@ class RunFile:
                 "beginning with a letter: jobs are called by it"
             )
         problems += folder_problems(self.out, "out")
-        if re.search(r"[%\n]", str(self.out)):
-            problems.append(f"out={str(self.out)!r} must be without % and line breaks")
+        if re.search(r"[\r\n]", str(self.out)):
+            problems.append(f"out={str(self.out)!r} must be without line breaks")
+        for variable in self.environment:
+            if not re.fullmatch(r"[A-Za-z_]\w*", variable, re.ASCII):
+                problems.append(f"environment: {variable!r} is not the name of a variable")
         problems += place_problems(self.store, "store")
         if not self.stages:
             problems.append(f"stages: name at least one of {', '.join(STAGES)}")

@@ -120,8 +120,11 @@ def _is_of(process: psutil.Process, slurm: Slurm, number: int) -> bool:
 
 
 @contextlib.contextmanager
-def private_slurm(root: Path, nodes: int = 2, bad: int = 0) -> Iterator[Slurm]:
-    """Run a Slurm of our own in a folder, until the context ends; node `bad` is cramped."""
+def private_slurm(root: Path, nodes: int = 2, bad: int = 0, settings: str = "") -> Iterator[Slurm]:
+    """Run a Slurm of our own in a folder, until the context ends; node `bad` is cramped.
+
+    `settings` are further lines of its slurm.conf.
+    """
     for name in ("state", "spool", "log", "run", "munge"):
         (root / name).mkdir(parents=True)
     root.chmod(0o755)
@@ -129,7 +132,7 @@ def private_slurm(root: Path, nodes: int = 2, bad: int = 0) -> Iterator[Slurm]:
     with ExitStack() as stack:
         stack.callback(_end, slurm)
         _start_munge(root / "munge")
-        _write_config(slurm, nodes)
+        _write_config(slurm, nodes, settings)
         subprocess.run(["/usr/sbin/slurmctld", "-f", str(slurm.config)], check=True)
         for number in range(1, nodes + 1):
             slurm.start_node(number, files=256 if number == bad else 4096)
@@ -157,10 +160,11 @@ def _start_munge(folder: Path) -> None:
     )
 
 
-def _write_config(slurm: Slurm, nodes: int) -> None:
+def _write_config(slurm: Slurm, nodes: int, settings: str) -> None:
     host = socket.gethostname().split(".")[0]
     ports = _free_ports(nodes + 1)
     text = _CONFIG.format(name=slurm.name, host=host, root=slurm.root, port=ports[0])
+    text += settings
     for number, port in enumerate(ports[1:], 1):
         text += _NODE.format(i=number, host=host, port=port)
     slurm.config.write_text(text + _PARTITIONS.format(nodes=nodes))

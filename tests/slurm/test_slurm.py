@@ -17,9 +17,10 @@ _SHORT = {"loop.global_batch_size": 32, "loop.validation_samples": 32}
 _PATIENCE = 600
 
 
-def write(out: Path, stages: dict[str, Any], **slurm: Any) -> Path:
+def write(out: Path, stages: dict[str, Any], store: str = "", **slurm: Any) -> Path:
     """A run file for this Slurm."""
     body = {"name": out.name, "out": str(out), "to": "slurm", "stages": stages, "slurm": slurm}
+    body |= {"store": store} if store else {}
     path = out.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(body))
     return path

@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster import local, slurm, slurm_job
+from cluster import local
 from cluster.chain import LOGS, Chain, Submitted
 from cluster.kubernetes import submission
 from cluster.kubernetes.config import KubernetesConfig
+from cluster.slurm import submit as slurm
+from cluster.slurm.job import last_words
 from core.errors import EXIT_WRONG_INPUT, TapirError
 from core.log import LOG
 
@@ -33,7 +35,7 @@ def states_of(submitted: Submitted) -> dict[str, str]:
         elif each.name in reported:
             states[each.name] = reported[each.name]
         elif submitted.to == "slurm" and each.name in submitted.ids:
-            states[each.name] = f"ended: {slurm_job.last_words(submitted.ids[each.name])}"
+            states[each.name] = f"ended: {last_words(submitted.ids[each.name])}"
         else:
             states[each.name] = "not there"
     return states

@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
-from cluster import local, slurm, slurm_job
+from cluster import local
 from cluster.chain import CANCELLED, CHAIN, SCRIPTS, Submitted, read_submitted, write_submitted
 from cluster.kubernetes import driver_objects, submission
+from cluster.slurm import submit as slurm
+from cluster.slurm.config import SlurmConfig, folder_problems
+from cluster.slurm.job import BAD_NODES
 from cluster.starts import STARTS
 from core.config import check
 from core.errors import InputError
@@ -23,7 +26,7 @@ def send(submitted: Submitted) -> Submitted:
     for left in chain.jobs:
         for path in (chain.out / SCRIPTS).glob(f"{left.name}*{STARTS}"):
             path.unlink()
-    (chain.out / SCRIPTS / slurm_job.BAD_NODES).unlink(missing_ok=True)
+    (chain.out / SCRIPTS / BAD_NODES).unlink(missing_ok=True)
     if not chain.jobs:
         LOG.info("all jobs of %s have ended well before", chain.out)
         return submitted
@@ -55,6 +58,8 @@ def check_place(submitted: Submitted) -> None:
     """Raise ConfigError if the scheduler's settings do not fit the chain."""
     if submitted.to == "kubernetes":
         check(kubernetes_of(submitted).problems(submitted.chain))
+    elif submitted.to == "slurm":
+        check(folder_problems(submitted.chain.out))
 
 
 def dry_run_text(submitted: Submitted) -> str:
@@ -67,8 +72,8 @@ def dry_run_text(submitted: Submitted) -> str:
     return driver_objects.dry_run(chain, kubernetes_of(submitted))
 
 
-def _slurm(submitted: Submitted) -> slurm.SlurmConfig:
-    return slurm.SlurmConfig(**place_settings(submitted))
+def _slurm(submitted: Submitted) -> SlurmConfig:
+    return SlurmConfig(**place_settings(submitted))
 
 
 def table(states: dict[str, str]) -> str:

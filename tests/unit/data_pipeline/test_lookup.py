@@ -169,6 +169,7 @@ def test_a_sample_of_the_blocks_is_verified(stored: FolderStore, tmp_path: Path)
             },
             (2, 4),
         ),
+        ({"TAPIR_WORKER": "17/25", "SLURM_ARRAY_TASK_ID": "7"}, (17, 25)),
         ({"JOB_COMPLETION_INDEX": "3", "TAPIR_WORKERS": "8"}, (3, 8)),
         ({"PMI_RANK": "1", "PMI_SIZE": "2"}, (1, 2)),
         ({"RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),
@@ -189,6 +190,9 @@ def test_a_worker_finds_its_part(
 def test_an_index_without_a_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "3")
     with pytest.raises(InputError, match="export TAPIR_WORKERS"):
+        job_worker_of("")
+    monkeypatch.setenv("TAPIR_WORKER", "25/25")
+    with pytest.raises(InputError, match="TAPIR_WORKER='25/25' in the environment must be i/n"):
         job_worker_of("")
 
 

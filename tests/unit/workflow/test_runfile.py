@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from cli.cluster import submit
-from cluster import slurm
 from cluster.chain import Submitted, read_submitted, write_marker, write_submitted
+from cluster.slurm.submit import sbatch_command
 from core.errors import ConfigError, CorruptError, InputError, TapirError
 from tests.harness import ROOT, tapir
 from workflow.chain.inputs import unfinished_inputs
@@ -127,6 +127,16 @@ def test_finished_jobs_are_not_sent_again(tmp_path: Path) -> None:
         ({"slurm": 5}, {}, "slurm: expected a mapping"),
         ({"slurm": {"partition": "a b"}}, {}, "must not have spaces"),
         ({"environment": "HOME"}, {}, "environment='HOME' must be a list of texts"),
+        ({"environment": ["A,B=1"]}, {}, "'A,B=1' is not the name of a variable"),
+        (
+            {"slurm": {"extra": ["--a\nb"]}},
+            {},
+            "slurm.extra: .* must begin with -- and be one line",
+        ),
+        ({"out": "/runs/a\nb"}, {}, "must be without line breaks"),
+        ({}, {"bpe": {"spares": 1}}, "stages.bpe: spares are for stages of several nodes"),
+        ({}, {"tokenize": {"workers": 4, "spares": 1}}, "stages.tokenize: spares are for stages"),
+        ({}, {"prior": {"nodes": 2, "spares": -1, "flags": {"mesh.data": 4}}}, "not be negative"),
         ({"to": "mars"}, {}, "to='mars' must be local or slurm or kubernetes"),
         ({}, {"prior": {"minutes": "1:00:00"}}, "stages.prior.minutes='1:00:00' must be"),
         ({}, {"prior": {"memory": "lots"}}, "must be like 64G"),
@@ -278,6 +288,18 @@ def test_the_examples_are_whole(tmp_path: Path) -> None:
     assert ports == {"": "21000", "1": "21997", "30": "30910"}, "another one after each restart"
 
 
+def test_spares_reach_the_script_and_other_places_ignore_them(tmp_path: Path) -> None:
+    stage = {"nodes": 2, "spares": 2, "flags": {"mesh.data": 4}}
+    path = write(tmp_path, {"out": str(tmp_path / "50% off")}, prior=stage)
+    text = tapir("submit", str(path), "--to=slurm", "--dry-run")
+    assert "#SBATCH --nodes=2-4\n#SBATCH --no-kill\n" in text
+    assert f'#SBATCH --output="{tmp_path}/50%% off/logs/prior.log"' in text
+    assert "no-kill" not in tapir("submit", str(path), "--to=local", "--dry-run")
+    assert "backslash" in tapir(
+        "submit", str(write(tmp_path, {"out": "a\\b"})), "--to=slurm", "--dry-run", code=2
+    )
+
+
 def test_secrets_are_handed_over_by_name(tmp_path: Path) -> None:
     path = write(tmp_path)
     secret = {"AWS_SECRET_ACCESS_KEY": "s3cr3t-value", "AWS_ACCESS_KEY_ID": "id-value"}
@@ -285,7 +307,7 @@ def test_secrets_are_handed_over_by_name(tmp_path: Path) -> None:
         text = tapir("submit", str(path), f"--to={place}", "--dry-run", **secret)
         assert "s3cr3t-value" not in text and "id-value" not in text
     run = read_runfile(path)
-    command = slurm.sbatch_command(chain_of(run, "slurm"), chain_of(run, "slurm").jobs[0], {})
+    command = sbatch_command(chain_of(run, "slurm"), chain_of(run, "slurm").jobs[0], {})
     assert all("=" not in name for name in command[2].removeprefix("--export=").split(","))
 
 
