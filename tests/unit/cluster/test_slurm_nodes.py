@@ -212,9 +212,9 @@ def test_a_good_end_on_lost_nodes_leaves_no_marker(
     slurm: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cluster.slurm.placement._PATIENCE_SECONDS", 0.0)
-    settings = JobSettings(name="x", out=tmp_path, marker="x.json", again="slurm", retries=0)
+    settings = JobSettings(name="x", out=tmp_path, marker="x.json", again="slurm")
     slurm.job("n1,n2")
-    assert run_job(settings, ["true"]) == 1
+    assert run_job(settings, ["true"]) == 75
     assert read_marker(str(tmp_path / "markers"), "x.json") == {}
     slurm.job("n1,n2,n3")
     assert run_job(settings, ["true"]) == 0
