@@ -281,7 +281,7 @@ def test_a_silent_host_that_answers_is_left_alone(slurm: Recorded, tmp_path: Pat
     thread.start()
     until = time.monotonic() + PATIENCE
     while (tmp_path / "asked").read_text().count("show node n1") < 2:
-        assert time.monotonic() < until
+        assert thread.is_alive() and time.monotonic() < until
         time.sleep(0.01)
     (tmp_path / CANCELLED).touch()
     thread.join()
