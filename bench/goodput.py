@@ -31,6 +31,8 @@ from checkpoint.saver import Saver
 from core.heartbeat import read_beats
 from core.keys import keyed_rng
 from core.storage.store import FolderStore
+from planning.checkpoint_size import checkpoint_bytes
+from planning.config import settings_of
 
 GPUS, FAILURES_A_DAY = 1024, 3.0
 """Source: 7.9 hours between failures of a job on 1,024 GPUs, arXiv 2410.21680."""
@@ -68,20 +70,15 @@ class Costs:
     """Seconds from a failure to the next trained step, if no other failure comes."""
 
 
-def checkpoint_parts() -> dict[str, float]:
-    """Bytes of a checkpoint of the 12B preset by part, with one mean error buffer."""
-    return {"masters": 49e9, "moments": 98e9, "average": 49e9, "errors": 48e9}
-
-
 def run() -> list[dict[str, Any]]:
     """One row an interval, and the seconds of a restart."""
     restarts = measured_restarts()
     restart = statistics.median(restarts)
-    parts = checkpoint_parts()
+    parts = checkpoint_bytes(settings_of("paper_12b"))
     share = sized(sum(parts.values()) / GPUS, 1e6)
     hold, write, read = _measured_save(share)
     costs = Costs(hold=hold, write=write, restart=REPLACEMENT + GPU_START + read)
-    sizes = ", ".join(f"{name} {size / 1e9:.0f}" for name, size in parts.items())
+    sizes = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
     print(f"a checkpoint in GB: {sizes}; {share / 1e6:.0f} MB a rank: {costs}", file=sys.stderr)
     print("\n".join(f"assumed: {text}" for text in ASSUMED), file=sys.stderr)
     rows = [

@@ -15,6 +15,7 @@ from planning.estimate.reserve import NCCL, PROCESS
 from planning.estimate.search import Candidate, SearchResult, Timed, beside, layout_name
 from planning.estimate.zero_layout import stage_of_zero
 from planning.start_up.model import SHARDS, start_costs
+from training.config import PriorTrain
 
 SHOWN = 8
 """Rows of a table on the terminal; --json has all."""
@@ -92,10 +93,11 @@ def start_json(candidate: Candidate) -> dict[str, Any]:
 
 
 def checkpoint_json(candidate: Candidate) -> dict[str, int]:
-    """Bytes of a checkpoint by part, and of all parts; empty for impossible settings."""
-    if not candidate.bytes_:
+    """Bytes of a prior's checkpoint by part, and of all parts; empty for impossible settings."""
+    settings = candidate.settings
+    if not (candidate.bytes_ and isinstance(settings, PriorTrain)):
         return {}
-    parts = checkpoint_bytes(candidate.settings)
+    parts = checkpoint_bytes(settings)
     return {**parts, "total": sum(parts.values())}
 
 
@@ -146,7 +148,8 @@ def show(result: SearchResult, parameters: int, hardware: Hardware) -> None:
     console = _console()
     if result.timed:
         console.print(_fitting(result, parameters, hardware), _spent(result.timed[0]))
-        console.print(_stored(result.timed[0].candidate))
+        if parts := checkpoint_json(result.timed[0].candidate):
+            console.print(_stored(parts))
         if pictures := result.timed[0].estimate.decoding:
             console.print(pictures.text())
         console.print(_start(result.timed[0].candidate))
@@ -227,8 +230,7 @@ def _spent(row: Timed) -> Table:
     return table
 
 
-def _stored(candidate: Candidate) -> str:
-    parts = checkpoint_json(candidate)
+def _stored(parts: dict[str, int]) -> str:
     total = size_text(parts.pop("total"))
     shares = ", ".join(f"{name} {size_text(count)}" for name, count in parts.items() if count)
     return f"a checkpoint of the first one takes {total}: {shares}"

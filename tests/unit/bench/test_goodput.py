@@ -5,7 +5,9 @@ import statistics
 import pytest
 
 from bench import goodput
-from bench.goodput import Costs, checkpoint_parts, expected, simulate
+from bench.goodput import Costs, expected, simulate
+from planning.checkpoint_size import checkpoint_bytes
+from planning.config import settings_of
 
 COSTS = Costs(hold=1.0, write=10.0, restart=1210.0)
 
@@ -32,6 +34,6 @@ def test_a_restart_that_is_longer_than_most_runs_leaves_little() -> None:
 
 
 def test_the_checkpoint_has_all_parts_of_the_12b_preset() -> None:
-    parts = checkpoint_parts()
-    assert list(parts) == ["masters", "moments", "average", "errors"]
-    assert sum(parts.values()) == 244e9 <= 250e9
+    parts = checkpoint_bytes(settings_of("paper_12b"))
+    assert list(parts) == ["masters", "moments", "average", "errors", "rest"]
+    assert sum(parts.values()) == 245_050_109_748 <= 250e9

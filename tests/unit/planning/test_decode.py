@@ -187,6 +187,6 @@ def test_a_dvae_s_batch_must_be_dealt_to_its_lanes() -> None:
     with pytest.raises(ConfigError, match=r"order.lanes=512; try 512"):
         plan(["paper_dvae", "--batch=100"])
     with pytest.raises(
-        ConfigError, match=r"no preset 'paper_clip' of a prior or dVAE .*paper_dvae"
+        ConfigError, match=r"no preset 'paper_clip' of a prior or dVAE; .*paper_dvae"
     ):
         plan(["paper_clip"])

@@ -120,6 +120,7 @@ def test_dropout_wants_the_tokenizer_of_the_tokens(
     monkeypatch.setattr(tasks, "DropoutEncoder", lambda *given: given)
     task = object.__new__(PriorTask)
     task._settings = PriorTrain(bpe_dropout=rate)
+    task.train = SimpleNamespace(has_index=True)  # type: ignore[assignment]
     task._facts = {"tokenizer": "same", "dvae": "d", "grid": 4, "more": 1}
     if digest == "other":
         with pytest.raises(InputError, match="is not the tokenizer"):
