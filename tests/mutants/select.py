@@ -15,9 +15,9 @@ from tests.mutants.targets import ROOT, file_digest
 
 TESTS = ("tests/unit", "tests/golden")
 _NEAR = (
-    "adamw", "attention", "bpe", "cache", "dvae", "fid", "models", "noise", "openai_dvae", "order",
-    "parallel", "paper_numbers", "powersgd", "sampling", "scales", "schedules", "second_device",
-    "second_device_pictures",
+    "adamw", "ahead", "attention", "bpe", "cache", "dvae", "error_buffers", "feed", "fid", "models",
+    "noise", "openai_dvae", "order", "parallel", "paper_numbers", "powersgd", "sampling", "scales",
+    "schedules", "second_device", "second_device_pictures",
 )  # fmt: skip
 """Tests of what is mutated, beside all `test_pins_*`; others run it too, but slowly."""
 MOST_SECONDS = 8.0

@@ -43,6 +43,8 @@ _ONLY = {
     "training/trainer.py": {"steps", "one_step", "_loss_now"},
 }
 """Of these files only some functions: the rest is about folders, logs and processes."""
+_NOT = ("__init__.py", "splits.py")
+"""splits.py hands a data set's manifests from rank to rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,7 @@ class Target:
 def targets() -> list[Target]:
     """All files that `make mutants` changes."""
     paths = sorted({path for pattern in _FILES for path in ROOT.glob(pattern)})
-    names = [path.relative_to(ROOT).as_posix() for path in paths if path.name != "__init__.py"]
+    names = [path.relative_to(ROOT).as_posix() for path in paths if path.name not in _NOT]
     return [Target(path=name, functions=frozenset(_ONLY.get(name, ()))) for name in names]
 
 

@@ -126,6 +126,7 @@ def test_an_item_without_jobs_is_passed_on() -> None:
 )
 def test_all_workers_have_work_and_one_item_is_ready(workers: int, jobs: int, depth: int) -> None:
     assert depth_of(workers, jobs) == depth
+    assert depth_of(3) == 4
     assert (depth - 1) * jobs >= workers > (depth - 2) * jobs
 
 

@@ -520,3 +520,7 @@ def test_a_flat_average_is_over_its_group(monkeypatch: pytest.MonkeyPatch) -> No
     assert flat_average(tensors, group, 2).tolist() == [2.0, 4.0, 6.0]
     assert groups == ["a group of two"]
     assert flat_average(tensors, None, 2).tolist() == [1.0, 2.0, 3.0] and len(groups) == 1
+
+
+def test_error_buffers_are_held_by_the_number_of_replicas_unless_asked() -> None:
+    assert _settings().errors == "auto"

@@ -46,7 +46,7 @@ from training.schedules import Plateau, cosine, learning_rate
 from training.tasks.clip import _GatherRows, clip_program
 from training.tasks.dvae import DVAETask, _rows, dvae_program
 from training.tasks.prior import PriorTask, token_batch
-from training.tasks.task import pad_text, perplexity
+from training.tasks.task import pad_text, perplexity, split_records
 from training.trainer import Run
 
 
@@ -506,3 +506,7 @@ def test_pairs_of_all_ranks_are_compared_and_gradients_come_back(tmp_path: Path)
         assert alone == pytest.approx(here[1], rel=1e-5), "without gradients a rank is alone"
         assert gathered == images.tolist()
         assert back == (3 * torch.arange(12.0).view(4, 3))[rows].tolist(), "once and twice"
+
+
+def test_records_are_split_into_consecutive_parts() -> None:
+    assert split_records([0, 1, 2, 3, 4, 5], 3) == [[0, 1], [2, 3], [4, 5]]
