@@ -4,7 +4,6 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from cluster.processes import start, stop
 from core.errors import ConfigError, StoreError, TapirError
 from core.files.temporary import left_folders, private_folder
+from core.launch_environment import free_port
 from core.storage.s3 import S3Store
 
 READY_SECONDS = 60
@@ -67,7 +67,7 @@ def object_server(folder: Path, bucket: str) -> Iterator[ObjectServer]:
         identity = private / _IDENTITIES
         identity.touch(mode=0o600)
         identity.write_text(json.dumps(_identities(access, secret)))
-        ports = _free_ports(4)
+        ports = [free_port(beside=_GRPC_OFFSET) for _ in range(4)]
         (private / _PORTS).write_text(json.dumps(ports))
         endpoint = f"http://127.0.0.1:{ports[3]}"
         command = _command(weed, folder.resolve(), private, ports)
@@ -141,27 +141,6 @@ def _remove_sockets(ports: list[int]) -> None:
     for port in ports:
         for path in Path("/tmp").glob(f"seaweedfs-*-grpc-{port + _GRPC_OFFSET}.sock"):
             path.unlink(missing_ok=True)
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that are free now, together with their gRPC ports."""
-    ports: list[int] = []
-    with ExitStack() as held:
-        while len(ports) < count:
-            first = held.enter_context(socket.socket())
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
-            if port + _GRPC_OFFSET > 65_535:
-                port -= 2 * _GRPC_OFFSET
-            try:
-                for candidate in (port, port + _GRPC_OFFSET):
-                    probe = held.enter_context(socket.socket())
-                    if candidate != first.getsockname()[1]:
-                        probe.bind(("127.0.0.1", candidate))
-            except OSError:
-                continue
-            ports.append(port)
-    return ports
 
 
 def _wait_until_ready(

@@ -7,6 +7,7 @@ for ranks that never started.
 
 import os
 import re
+import secrets
 import socket
 import stat
 from collections.abc import Callable, Mapping
@@ -18,6 +19,9 @@ from core.errors import InputError
 T = TypeVar("T")
 RENDEZVOUS = "TAPIR_RENDEZVOUS"
 """Environment variable: the address of the store of Tapir's own launcher."""
+FIRST_PORT, PORT_COUNT = 20_000, 12_000
+"""Jobs of Slurm meet at one of these ports, by their number."""
+_FIRST_FREE, _PORT_ATTEMPTS = 10_240, 1_000
 _LONGEST = 18
 _LAST_PORT = 65_535
 _MPI = (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))
@@ -251,8 +255,22 @@ def ranks_given(environment: Mapping[str, str] = os.environ) -> int | None:
     return ranks.size if ranks else None
 
 
-def free_port(address: str = "127.0.0.1") -> int:
-    """A TCP port that is free now; an empty address = on all interfaces."""
-    with socket.socket() as listener:
-        listener.bind((address, 0))
-        return int(listener.getsockname()[1])
+def free_port(address: str = "127.0.0.1", beside: int = 0) -> int:
+    """A TCP port that is free now, as is the one `beside` ports above it.
+
+    Linux gives outgoing connections ports of 32768 and more (ip_local_port_range); these lie
+    below, so that none takes the port before its server does. An empty address = all interfaces.
+    Raises: OSError if none is found.
+    """
+    for left in reversed(range(_PORT_ATTEMPTS)):
+        port = _FIRST_FREE + secrets.randbelow(FIRST_PORT - _FIRST_FREE)
+        try:
+            with socket.socket() as first, socket.socket() as second:
+                first.bind((address, port))
+                if beside:
+                    second.bind((address, port + beside))
+            return port
+        except OSError:
+            if not left:
+                raise
+    raise AssertionError("the last attempt returns or raises")

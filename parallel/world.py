@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
 from core.errors import InputError
-from core.launch_environment import free_port, ranks_of, refuse_left_socket
+from core.launch_environment import FIRST_PORT, PORT_COUNT, free_port, ranks_of, refuse_left_socket
 from parallel.device import CPU, backends, rank_device, refuse_shared_gpus
 from parallel.rendezvous import heard, met_store
 
@@ -205,7 +205,7 @@ def srun_ranks(environment: Mapping[str, str], address_of: Callable[[str], str])
         "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
         "LOCAL_RANK": environment["SLURM_LOCALID"],
         "MASTER_ADDR": address_of(environment["SLURM_STEP_NODELIST"]),
-        "MASTER_PORT": str(20_000 + step % 20_000),
+        "MASTER_PORT": str(FIRST_PORT + step % PORT_COUNT),
     }
 
 

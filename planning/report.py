@@ -68,7 +68,7 @@ def candidate_json(candidate: Candidate) -> dict[str, Any]:
 
 
 def start_json(candidate: Candidate) -> dict[str, Any]:
-    """Peaks before the first step, in bytes; CPU seconds and requests before the engine is."""
+    """Peaks before the first step, in bytes; CPU seconds and requests until the engine is built."""
     start, costs = candidate.start, start_costs(candidate.settings.mesh)
     body = {
         "seconds": costs.total,
@@ -102,7 +102,7 @@ def checkpoint_json(candidate: Candidate) -> dict[str, int]:
 
 
 def flags_of(candidate: Candidate) -> list[str]:
-    """Flags of `tapir train prior PRESET` for a candidate."""
+    """Flags of `tapir train prior PRESET`, or of a dVAE, for a candidate."""
     settings = candidate.settings
     mesh, engine = settings.mesh, settings.engine
     flags = [f"--mesh.{name}={value}" for name, value in vars(mesh).items()]
@@ -240,8 +240,8 @@ def _start(candidate: Candidate) -> str:
     costs = start_costs(candidate.settings.mesh)
     parts = ", ".join(f"{name} {value:.2g}" for name, value in costs.seconds.items() if value)
     return (
-        f"its start: {costs.total:.3g} CPU seconds before the engine is built ({parts}; "
-        f"{SHARDS:,} shards); {costs.store_requests:,} requests to the ranks' store, "
+        f"its start: {costs.total:.3g} CPU seconds of an EPYC core before the engine is built "
+        f"({parts}; {SHARDS:,} shards); {costs.store_requests:,} requests to the ranks' store, "
         f"{costs.data_requests} for manifests and indexes\n"
     )
 

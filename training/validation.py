@@ -20,6 +20,8 @@ EVALUATED_TOGETHER = 64
 """Maximum samples per batch."""
 TOKENS_TOGETHER = 8192
 """Maximum tokens per batch, to bound memory."""
+KEPT = 2**28
+"""Bytes of held-out tokens or encoded pictures that are kept; more are read at each validation."""
 
 
 class Validation:
@@ -32,7 +34,7 @@ class Validation:
         self._mesh, self._heart, self._step = mesh, heart, 0
         self._unreadable = 0.0
         self._records: Sequence[Any] = ()
-        """The held-out records, read by the first validation and kept: a few MB of tokens."""
+        """The held-out records that the first validation read, if they are at most KEPT bytes."""
 
     def run(self, step: int) -> tuple[dict[str, float], Pictures]:
         """(losses and the task's figures, pictures) of a validation."""
@@ -51,13 +53,16 @@ class Validation:
         There is at least one per lane: training.data_requirements checks it before the first step.
         A rank that needs no data reads none: its records are None.
         """
-        if not self._records:
+        records = self._records
+        if not records:
             held_out, lanes = self._task.held_out, self._settings.order.lanes
             count = min(self._settings.loop.validation_samples, int(sum(held_out.sizes)))
             count -= count % lanes
             reads = self._mesh.needs_data
-            self._records = first_records(held_out, count) if reads else [None] * count
-        return self._records
+            records = first_records(held_out, count) if reads else [None] * count
+            if sum(memoryview(getattr(each, "image", b"")).nbytes for each in records) <= KEPT:
+                self._records = records
+        return records
 
     def _means(self, records: Sequence[Any], change: Change | None = None) -> dict[str, float]:
         """Mean losses over the records of all replicas; collective over all ranks."""

@@ -9,6 +9,7 @@ from cluster.chain import parse_submitted
 from cluster.kubernetes.client import ApiClient
 from cluster.kubernetes.config import KubernetesConfig
 from cluster.kubernetes.driver import Driver
+from core.config import from_json
 from core.errors import EXIT_PREEMPTED, InputError, TapirError
 from core.log import LOG, set_up_logging
 
@@ -26,10 +27,7 @@ def main(arguments: list[str]) -> int:
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error}") from error
         submitted = parse_submitted(data, str(path))
-        settings = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in submitted.settings.items()
-        }
-        config = KubernetesConfig(**settings)  # type: ignore[arg-type]
+        config = from_json(KubernetesConfig, submitted.settings)
         return Driver(submitted.chain, config, ApiClient(folder)).run()
     except TapirError as error:
         LOG.error("%s", error)

@@ -89,11 +89,11 @@ def _command(chain: Chain, job: Job, config: KubernetesConfig) -> list[str]:
         address = f"{first_pod(chain, job, config.kind)}.{stage_name(chain, job)}"
         command = chain.torchrun(job, "JOB_COMPLETION_INDEX", address, str(PORT))
     return chain.wrapped(
-        job, name, _after_check(chain, command), "--again=no", f"--grace={_GRACE_SECONDS - 30}"
+        job, name, _after_check(chain, job, command), "--again=no", f"--grace={_GRACE_SECONDS - 30}"
     )
 
 
-def _after_check(chain: Chain, command: list[str]) -> list[str]:
+def _after_check(chain: Chain, job: Job, command: list[str]) -> list[str]:
     """The command after `tapir doctor`; `tapir job` counts an unfit node like any other failure."""
-    doctor = chain.tapir("doctor", "--node", f"--out={chain.out}")
+    doctor = chain.tapir("doctor", "--node", f"--out={chain.out}", f"--gpus={job.resources.gpus}")
     return ["bash", "-c", f'{shlex.join(doctor)} && exec "$@"', "checked", *command]

@@ -68,8 +68,9 @@ def without_bad(out: Path) -> list[str]:
 
 def was_cancelled() -> bool:
     """True if this process's Slurm job was cancelled."""
-    number = os.environ.get("SLURM_JOB_ID")
-    return number is not None and last_words(number).startswith("CANCELLED")
+    number = os.environ.get("SLURM_JOB_ID", "")
+    mine = [task for task in _tasks(number) if task.get("JobId") == number] if number else []
+    return any(task.get("JobState", "").startswith("CANCELLED") for task in mine)
 
 
 def last_words(numbers: str) -> str:

@@ -17,11 +17,10 @@ from pathlib import Path
 from cluster.chain import LOGS
 from cluster.processes import stop
 from cluster.slurm.job import fields_of, job_fields
+from core.launch_environment import FIRST_PORT, PORT_COUNT
 
 NODE_LIST = "--nodelist={nodes}"
 """srun's option in a job's command: `tapir job` replaces {nodes} before each start."""
-PORTS = 20_000
-"""MASTER_PORT is one of so many ports from this one on."""
 _STRIDE = 101
 """Between the ports of two starts, so that a start is not joined by ranks of a lost node."""
 _CONNECT_SECONDS = 5.0
@@ -122,7 +121,7 @@ def environment_of(nodes: Sequence[Node], port: int, start: int) -> dict[str, st
 
     `port` is that of start 0, which the script chose.
     """
-    port = PORTS + (port - PORTS + _STRIDE * start) % PORTS
+    port = FIRST_PORT + (port - FIRST_PORT + _STRIDE * start) % PORT_COUNT
     return {
         "TAPIR_NODES": " ".join(node.name for node in nodes),
         "MASTER_ADDR": nodes[0].address,

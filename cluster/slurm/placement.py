@@ -7,7 +7,6 @@ from pathlib import Path
 
 from cluster.slurm.job import leave_out, queue_again
 from cluster.slurm.nodes import (
-    PORTS,
     Node,
     allocated,
     bad_nodes,
@@ -17,6 +16,7 @@ from cluster.slurm.nodes import (
     on_nodes,
 )
 from core.errors import EXIT_GAVE_UP, EXIT_PREEMPTED
+from core.launch_environment import FIRST_PORT
 from core.log import LOG
 
 _PATIENCE_SECONDS, _PAUSE_SECONDS = 300.0, 5.0
@@ -31,7 +31,7 @@ class Placement:
         self._out, self._name, self._gpus = out, name, gpus
         self._spares, self._check = used > 0, check
         self._number = os.environ["SLURM_JOB_ID"]
-        self._port = int(os.environ.get("MASTER_PORT", PORTS))
+        self._port = int(os.environ.get("MASTER_PORT", FIRST_PORT))
         self._names = os.environ.get("TAPIR_NODES", "").split()
         self._used = used or len(self._names)
         self._bad: dict[str, str] = {}

@@ -6,7 +6,8 @@ import shlex
 from cluster.chain import WORKER, Chain, Job
 from cluster.slurm.arrays import Part
 from cluster.slurm.config import SlurmConfig
-from cluster.slurm.nodes import NODE_LIST, PORTS
+from cluster.slurm.nodes import NODE_LIST
+from core.launch_environment import FIRST_PORT, PORT_COUNT
 from core.workers import WORKER as ARRAY_WORKER
 
 _NEXT = 997
@@ -31,7 +32,8 @@ export OMP_NUM_THREADS={threads} PYTHONSAFEPATH=1
 {number}export TAPIR_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd " ")
 export MASTER_ADDR=$(scontrol show node "${{TAPIR_NODES%% *}}" | grep -o "NodeAddr=[^ ]*" \
 | cut -d= -f2)
-export MASTER_PORT=$(({PORTS} + (SLURM_JOB_ID + {_NEXT} * ${{SLURM_RESTART_COUNT:-0}}) % {PORTS}))
+export MASTER_PORT=$(({FIRST_PORT} \
++ (SLURM_JOB_ID + {_NEXT} * ${{SLURM_RESTART_COUNT:-0}}) % {PORT_COUNT}))
 exec {words}
 """
 

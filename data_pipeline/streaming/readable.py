@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from threading import Lock
 from typing import Any
 
+import cv2
 from numpy.typing import NDArray
 
-from core.errors import InputError, TapirError
+from core.errors import InputError, no_memory
 from core.log import LOG
 from data_pipeline.formats.raw import RawRecord, RawSource
 from data_pipeline.images.decode import Rgb, decode_rgb
@@ -64,9 +65,9 @@ class ReadablePairs:
             used, picture = self._other(record, source, error)
         try:
             return used, crop(record, picture)
-        except (TapirError, MemoryError):
-            raise
-        except Exception as error:  # OpenCV's own
+        except cv2.error as error:
+            if no_memory(error):
+                raise
             member = f"{used.key}.{used.extension}"
             place = source.member(used.key, member)
             raise InputError(f"{place} cannot be cropped: {error}; leave it out") from error

@@ -1,9 +1,10 @@
 """The end of a token job: one worker at a time writes a split's manifest.
 
-Whoever finds all shards of a split done claims the lease `manifest`; the others wait for the
-manifest, and take over if the holder dies. The manifest depends on the shards' records alone, in
-the order of the raw shards, so that every finisher writes the same bytes. Requests: the listing, a
-read of each part of the ledgers, and one of each shard's index.
+The worker that finds all shards of a split done claims the lease `manifest`; the others wait for
+the manifest, and take over if the holder dies. The manifest depends on the shards' records alone,
+in the order of the raw shards, so that every finisher writes the same bytes. Requests: the listing,
+a read of each part of the ledgers, one of each shard's index, and, for the entropy, of the first
+FIRST_BLOCKS blocks with their markers and indexes.
 """
 
 import json
@@ -159,7 +160,7 @@ class Finisher:
     def _figures(self) -> dict[str, float]:
         """Of the train split: the constant that every validation of a prior reports.
 
-        Raises: AbsentError if a marker is deleted meanwhile.
+        Raises: AbsentError if a marker is deleted meanwhile; CorruptError if an index is missing.
         """
         if self._facts["split"] != "train":
             return {}
@@ -182,7 +183,10 @@ class Finisher:
         """The entry and the index of a task's first shard."""
         record = read_json(self._tokens, f"{self._prefix}{DONE}{task}.json")
         shard = Shard(**record["shards"][0])
-        return shard, read_shard_index(self._tokens, self._prefix, shard)
+        try:
+            return shard, read_shard_index(self._tokens, self._prefix, shard)
+        except AbsentError as error:
+            raise CorruptError(f"{error}; run `tapir tokenize` with --again") from error
 
 
 def refuse_rejects(where: str, count: int, pairs: int, config: TokenizeConfig, first: str) -> None:

@@ -22,6 +22,7 @@ import checkpoint.saver
 import checkpoint.writer
 import data_pipeline.streaming.ahead
 import training.ema
+import training.export.save
 import training.trainer
 from core.config import check
 from core.errors import AbsentError
@@ -35,6 +36,8 @@ from planning.rehearsal.patches import Change, nothing, replaced
 from planning.rehearsal.recorder import Recorder
 from training.config import ProfileConfig
 from training.data_requirements import DataSizes, size_problems
+from training.export.files import WEIGHTS, WeightsFile
+from training.export.save import Writers
 from training.tasks.clip import ClipTask
 from training.tasks.dvae import DVAETask
 from training.tasks.prior import PriorTask
@@ -98,7 +101,12 @@ def _changes(recorder: Recorder | None) -> list[Change]:
         (training.trainer, "Stream", _EmptyStream),
         (training.trainer, "RunFolder", _NoFolder),
         (training.trainer, "open_store", lambda _: _MemoryStore()),
-        (training.trainer, "save_model", nothing),
+        (training.export.save, "CheckpointReader", _NoCheckpoint),
+        (training.export.save.Writers, "together", _together),
+        (training.export.save, "_begin", lambda *_: {WEIGHTS: []}),
+        (training.export.save, "_write", lambda *_: WeightsFile(file=WEIGHTS, bytes=0, sha256="")),
+        (training.export.save, "_unseen", lambda *_: False),
+        (training.export.save, "write_description", nothing),
         (training.trainer, "progress", _no_progress),
         (training.ema, "ThreadPoolExecutor", _AtOnce),
         (data_pipeline.streaming.ahead, "ThreadPoolExecutor", _AtOnce),
@@ -243,6 +251,20 @@ class _EmptyStream:
         while True:
             self.state = replace(self.state, step=self.state.step + 1)
             yield self._records, self.state
+
+
+def _together(writers: Writers, work: Callable[[], Any]) -> list[Any]:
+    """A rehearsed rank hears only itself: what rank 0 says is one file."""
+    result = work()
+    writers.gather("")
+    return [{WEIGHTS: []} if result is None else result]
+
+
+class _NoCheckpoint:
+    def __init__(self, *_: Any) -> None: ...
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {}
 
 
 class _MemoryStore:

@@ -1,7 +1,8 @@
 """CPU seconds and requests between the start of a job and the building of its engine.
 
 Not in it: building the engine, DeepSpeed's and NCCL's own groups, reading a checkpoint, and waits
-for other ranks and for name resolution. `python -m bench start_up` measures the constants.
+for other ranks and for name resolution. `python -m bench start_up` fits `rank`, `rank_each`,
+`store` and `request`; the other constants were measured once (docs/LOG.md).
 """
 
 import math
@@ -28,7 +29,7 @@ axis; those in and between nodes."""
 
 @dataclass(frozen=True, kw_only=True)
 class Constants:
-    """CPU seconds, measured on two shared cores of an Intel Xeon beside other work."""
+    """CPU seconds, measured on two shared cores of an AMD EPYC beside other work."""
 
     imports: float = 4.4
     """torch, the training loop, DeepSpeed and megatron-core, in a new process."""

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from core.launch_environment import free_port
+
 _CONFIG = """\
 ClusterName={name}
 SlurmctldHost={host}(127.0.0.1)
@@ -162,22 +164,12 @@ def _start_munge(folder: Path) -> None:
 
 def _write_config(slurm: Slurm, nodes: int, settings: str) -> None:
     host = socket.gethostname().split(".")[0]
-    ports = _free_ports(nodes + 1)
+    ports = [free_port() for _ in range(nodes + 1)]
     text = _CONFIG.format(name=slurm.name, host=host, root=slurm.root, port=ports[0])
     text += settings
     for number, port in enumerate(ports[1:], 1):
         text += _NODE.format(i=number, host=host, port=port)
     slurm.config.write_text(text + _PARTITIONS.format(nodes=nodes))
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as held:
-        ports = []
-        for _ in range(count):
-            listener = held.enter_context(socket.socket())
-            listener.bind(("127.0.0.1", 0))
-            ports.append(listener.getsockname()[1])
-        return ports
 
 
 def _wait_until_idle(slurm: Slurm, nodes: int) -> None:

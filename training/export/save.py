@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.reader import CheckpointReader
-from checkpoint.tensors import Read, Shapes
+from checkpoint.tensors import Shapes
 from checkpoint.writer import Gather
 from core.errors import StoreError, TapirError, if_full
 from core.files.atomic import Json
@@ -77,16 +77,20 @@ def save_model(
     and after a crash, readers find the checkpoint instead.
     Raises: StoreError, on every rank, if one could not write.
     """
-    reader = CheckpointReader(*checkpoint)
-    shapes, read = reader.shapes(), partial(averaged_weight, reader)
-    large = 4 * sum(prod(shape) for shape in shapes.values()) > most_bytes
-    files = cut_evenly(shapes, writers.size if large else 1)
     first = writers.rank == 0
-    writers.together(lambda: _remove_old(folder, files) if first else None)
+
+    def begin() -> dict[str, list[str]] | None:
+        return _begin(folder, CheckpointReader(*checkpoint).shapes(), most_bytes, writers.size)
+
+    files = writers.together(lambda: begin() if first else None)[0]
+
+    def write(names: list[str]) -> list[WeightsFile]:
+        """Write these files; ranks without files read no manifest."""
+        reader = CheckpointReader(*checkpoint) if names else None
+        return [_write(folder, name, files, reader) for name in names if reader]
+
     mine = _share(list(files), writers)
-    rows = writers.together(
-        lambda: [asdict(_write(folder, file, files, shapes, read)) for file in mine]
-    )
+    rows = writers.together(lambda: [asdict(row) for row in write(mine)])
     written = {row["file"]: WeightsFile(**row) for share in rows for row in share}
 
     def describe() -> None:
@@ -97,9 +101,9 @@ def save_model(
                     "0 writes it, too",
                     folder / file,
                 )
-                _write(folder, file, files, shapes, read)
+                write([file])
         if len(files) > 1:
-            write_index(folder, files, shapes)
+            write_index(folder, files, CheckpointReader(*checkpoint).shapes())
         order = [written[file] for file in files]
         write_description(folder, model.stage, model.config, model.facts, order)
 
@@ -112,20 +116,24 @@ def _share(files: list[str], writers: Writers) -> list[str]:
     return [f for i, f in enumerate(files) if i * writers.size // count == writers.rank]
 
 
+def _begin(folder: Path, shapes: Shapes, most_bytes: float, ranks: int) -> dict[str, list[str]]:
+    """Remove an older model, its description first; returns the new one's files.
+
+    An older file with the name of a new one would pass for what another node has written.
+    """
+    (folder / DESCRIPTION).unlink(missing_ok=True)
+    for path in (folder / WEIGHTS, folder / SHARDS, *folder.glob("model-*-of-*.safetensors")):
+        path.unlink(missing_ok=True)
+    large = 4 * sum(prod(shape) for shape in shapes.values()) > most_bytes
+    return cut_evenly(shapes, ranks if large else 1)
+
+
 def _write(
-    folder: Path, file: str, files: Mapping[str, list[str]], shapes: Shapes, read: Read
+    folder: Path, file: str, files: Mapping[str, list[str]], reader: CheckpointReader
 ) -> WeightsFile:
+    shapes, read = reader.shapes(), partial(averaged_weight, reader)
     inside = {name: shapes[name] for name in files[file]}
     return write_weights(folder / file, inside, read, {"format": "pt"} if len(files) > 1 else None)
-
-
-def _remove_old(folder: Path, files: Mapping[str, list[str]]) -> None:
-    """Remove an older model's description, then those of its files that the new one has not."""
-    (folder / DESCRIPTION).unlink(missing_ok=True)
-    old = [folder / WEIGHTS, folder / SHARDS, *folder.glob("model-*-of-*.safetensors")]
-    for path in old:
-        if path.name not in files:
-            path.unlink(missing_ok=True)
 
 
 def _unseen(path: Path, written: WeightsFile) -> bool:

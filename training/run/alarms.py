@@ -36,7 +36,8 @@ class Alarms:
         Raises: InputError if profile.plan is not a plan of this run.
         """
         self._settings, self._world = settings, mesh.world
-        self._bytes = mesh.pipeline.size * checkpoint_bytes(shapes, settings.optim)
+        self._bytes = mesh.pipeline.size * weight_bytes(shapes, settings.optim)
+        self._more = " and its error buffers" if settings.compress.on else ""
         self._seconds: deque[float] = deque(maxlen=WINDOW)
         self._steps, self._warned = 0, set[str]()
         plan = settings.profile.plan
@@ -76,9 +77,9 @@ class Alarms:
         free = free_space(store)
         text = (
             f"step {step}: {store.url} has {size_text(free or 0)} free, and a checkpoint takes "
-            f"{size_text(self._bytes)}: free space, lower --checkpoint.keep, or give another "
-            "--checkpoint.to; a save that does not fit is tried again at the next one, and older "
-            "checkpoints stay whole"
+            f"{size_text(self._bytes)}{self._more}: free space, lower --checkpoint.keep, or give "
+            "another --checkpoint.to; a save that does not fit is tried again at the next one, and "
+            "older checkpoints stay whole"
         )
         self._say("disk", free is not None and free < CHECKPOINTS_FREE * self._bytes, text)
 
@@ -106,7 +107,7 @@ class Alarms:
         (self._warned.add if wrong else self._warned.discard)(what)
 
 
-def checkpoint_bytes(shapes: Iterable[Iterable[int]], optim: OptimConfig) -> int:
+def weight_bytes(shapes: Iterable[Iterable[int]], optim: OptimConfig) -> int:
     """Bytes of a checkpoint: fp32 weights, two moments, and the EMA if there is one; excludes the
     error buffers of compression."""
     each = 4 + 2 * (4 if optim.moments == "fp32" else 2) + (4 if optim.ema else 0)

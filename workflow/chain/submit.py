@@ -47,8 +47,10 @@ def _refuse_running(out: Path) -> None:
     if not (out / CHAIN).exists():
         return
     before = read_submitted(out)
+    if not before.ids:  # it was refused, and what it asked for may not exist
+        return
     states = states_of(before)
-    if before.ids and not is_over(before, states):
+    if not is_over(before, states):
         raise InputError(
             f"{out} is running already:\n{table(states)}\nwait for it, or `tapir cancel {out}`"
         )

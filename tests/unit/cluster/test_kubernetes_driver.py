@@ -1,4 +1,4 @@
-"""The driver's decisions, against a real API server of the tests without controllers."""
+"""The driver's decisions, against the tests' stand-in of an API server, without controllers."""
 
 import json
 import logging

@@ -202,9 +202,8 @@ def test_pods_check_their_node_and_meet_at_the_first_one() -> None:
         own, rest = command[: command.index("--")], command[command.index("--") + 1 :]
         assert own[:5] == ["python3", "-P", "-m", "tapir", "job"] and "--saves" in own
         assert {"--name=prior", "--marker=prior.json", "--again=no"} <= set(own)
-        assert rest[:3] == [
-            "bash", "-c", 'python3 -P -m tapir doctor --node --out=/runs/s && exec "$@"'
-        ]  # fmt: skip
+        check = "python3 -P -m tapir doctor --node --out=/runs/s --gpus=2"
+        assert rest[:3] == ["bash", "-c", f'{check} && exec "$@"']
         assert f"--master-addr={address} --master-port=29500" in rest[6]
         assert '--nnodes=2 --nproc-per-node=2 --node-rank="$JOB_COMPLETION_INDEX"' in rest[6]
         limits = {"cpu": "8", "memory": "64Gi", "nvidia.com/gpu": "2"}

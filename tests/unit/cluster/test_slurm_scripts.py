@@ -64,7 +64,7 @@ def test_each_restart_has_another_port() -> None:
         shown = f"SLURM_JOB_ID=39999; {restarts} {port}; echo $MASTER_PORT"
         return subprocess.check_output(["bash", "-c", shown]).decode().strip()
 
-    assert of("") == "39999" and of("SLURM_RESTART_COUNT=2;") == "21993"
+    assert of("") == "23999" and of("SLURM_RESTART_COUNT=2;") == "25993"
 
 
 def test_a_job_with_spares_asks_for_a_range_and_lists_its_own_nodes() -> None:

@@ -21,7 +21,7 @@ from training.presets import dvae_tiny, prior_tiny
 from training.profiling.figures import cores_of, peaks_of, speed_of
 from training.run import alarms
 from training.run import folder as run_folder
-from training.run.alarms import CHECKPOINTS_FREE, WARM, WINDOW, Alarms, checkpoint_bytes
+from training.run.alarms import CHECKPOINTS_FREE, WARM, WINDOW, Alarms, weight_bytes
 from training.run.folder import RunFolder, read_rows
 
 
@@ -102,9 +102,9 @@ def test_a_disk_too_full_for_two_checkpoints_is_warned_about(told: Any, tmp_path
 
 
 def test_a_checkpoint_s_bytes_are_weights_moments_and_average() -> None:
-    assert checkpoint_bytes([(2, 3), (4,)], OptimConfig()) == 10 * 12
-    assert checkpoint_bytes([(10,)], OptimConfig(moments="bf16", ema=0.9)) == 10 * 12
-    assert checkpoint_bytes([(10,)], OptimConfig(moments="bf16")) == 10 * 8
+    assert weight_bytes([(2, 3), (4,)], OptimConfig()) == 10 * 12
+    assert weight_bytes([(10,)], OptimConfig(moments="bf16", ema=0.9)) == 10 * 12
+    assert weight_bytes([(10,)], OptimConfig(moments="bf16")) == 10 * 8
 
 
 def test_a_run_much_slower_than_its_plan_is_told_once(told: Any, tmp_path: Path) -> None:

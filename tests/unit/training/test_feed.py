@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import cv2
 import pytest
 import torch
 
@@ -183,7 +184,7 @@ def test_an_error_of_a_worker_names_shard_and_member(
 
     def crop(picture: Any, pixels: int, rng: Any) -> Any:
         if rng == "the broken one":
-            raise ValueError("no memory of that shape")
+            raise cv2.error("no picture of that shape")
         return plain(picture, pixels, rng)
 
     def rng(*parts: Any) -> Any:
@@ -196,7 +197,7 @@ def test_an_error_of_a_worker_names_shard_and_member(
         next(feed.steps(0))
     feed.close()
     text = str(told.value)
-    assert f"member {key}.png," in text and "no memory of that shape" in text
+    assert f"member {key}.png," in text and "no picture of that shape" in text
     shard = text.split(" ")[0].removesuffix(",")
     assert open_store(str(raw)).url in shard and key.encode() in Path(shard).read_bytes()
 

@@ -179,7 +179,7 @@ def test_each_rank_reads_its_own_tensors_alone(
 
 
 def test_files_are_spread_over_the_ranks() -> None:
-    """194 files over 1,024 ranks: at most two for the 8 ranks of a node."""
+    """189 files over 1,024 ranks: at most two for the 8 ranks of a node."""
     files = [str(i) for i in range(194)]
     owners = [
         rank

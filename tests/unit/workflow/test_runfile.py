@@ -285,7 +285,7 @@ def test_the_examples_are_whole(tmp_path: Path) -> None:
         ).strip()
         for count in ("", "1", "30")
     }
-    assert ports == {"": "21000", "1": "21997", "30": "30910"}, "another one after each restart"
+    assert ports == {"": "25000", "1": "25997", "30": "30910"}, "another one after each restart"
 
 
 def test_spares_reach_the_script_and_other_places_ignore_them(tmp_path: Path) -> None:
