@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from core.errors import InputError
+from core.errors import CorruptError, InputError
 from core.storage.store import Store
 from data_pipeline.formats.manifest import NAME, SPLITS, TOKENS, read_json, read_manifest
 from data_pipeline.tokenize.leases import read_leases
@@ -49,12 +49,18 @@ def _split_status(tokens: Store, split: str, expected: dict[str, int]) -> SplitS
     rejects: Counter[str] = Counter()
     devices: Counter[str] = Counter()
     shards = samples = 0
-    for _, record in finished_shards(tokens, f"{split}/"):
-        shards += 1
-        samples += record["shards"][0]["samples"]
-        rejects.update(record["rejects"])
-        if "numerics" in record:
-            devices[record["numerics"]["device"]] += 1
+    try:
+        for _, record in finished_shards(tokens, f"{split}/"):
+            shards += 1
+            samples += record["shards"][0]["samples"]
+            rejects.update(record["rejects"])
+            if "numerics" in record:
+                devices[record["numerics"]["device"]] += 1
+    except (KeyError, IndexError, TypeError) as error:
+        raise CorruptError(
+            f"a record of {tokens.url}/{split}/ is damaged ({error}); run `tapir tokenize` with "
+            "--again"
+        ) from error
     leases = read_leases(tokens, f"{split}/")
     running = sum(lease["progress"].get("pairs", 0) for lease in leases)
     return SplitStatus(

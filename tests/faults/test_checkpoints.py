@@ -16,10 +16,13 @@ from checkpoint.reader import CheckpointReader, finished_steps, open_checkpoint
 from checkpoint.writer import write_checkpoint
 from cluster.object_server import ObjectServer
 from core.errors import CheckpointError, CorruptError, StoreError, StoreInputError
+from core.files.atomic import TEMPORARY
+from core.log import LOG
 from core.storage.s3 import S3Store
 from core.storage.store import FolderStore
 from tests.faults.conftest import Record
 from training.run.checkpoints import Checkpoints, Saved, kept_steps
+from training.run.resume import tell_dropped_errors
 
 FLIPS = 1000
 
@@ -136,6 +139,37 @@ def test_planted_pickles_are_never_executed(tmp_path: Path, fault: Record) -> No
 def _checkpoints(root: Path, **settings: object) -> Checkpoints:
     config = CheckpointConfig(async_save=False, **settings)  # type: ignore[arg-type]
     return Checkpoints(FolderStore(root), config, 0, 1, (alone, alone))
+
+
+@pytest.mark.parametrize("kind", ["error", "error@1", "ema"])
+def test_a_resume_without_compression_tells_what_it_drops(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LOG, "propagate", True)
+    store, zeros = FolderStore(tmp_path), torch.zeros(12)
+    slices = [
+        StateSlice(name="w", kind=each, shape=(3, 4), start=0, data=zeros)
+        for each in ("master", kind)
+    ]
+    write_checkpoint(store, "step-1", slices, {}, 0, alone)
+    for compresses in (True, False):
+        caplog.clear()
+        tell_dropped_errors(CheckpointReader(store, "step-1"), compresses)
+        assert ("what they hold back is dropped" in caplog.text) == (
+            kind != "ema" and not compresses
+        )
+
+
+def test_a_start_deletes_what_killed_writers_left(tmp_path: Path) -> None:
+    """Also in a folder outside of the run, and beside a whole checkpoint."""
+    _save(tmp_path, 10)
+    for step in (10, 20):
+        left = tmp_path / f"step-{step}" / f"{TEMPORARY}01234567-rank-00000.safetensors"
+        left.parent.mkdir(exist_ok=True)
+        left.write_bytes(b"half of it")
+    newest = _checkpoints(tmp_path).newest()
+    assert newest is not None and newest.name == "step-10"
+    assert not list(tmp_path.rglob(f"{TEMPORARY}*"))
 
 
 def test_an_older_checkpoint_replaces_a_damaged_one(tmp_path: Path) -> None:

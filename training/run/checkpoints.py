@@ -9,9 +9,9 @@ from checkpoint.reader import CheckpointReader, finished_steps
 from checkpoint.saver import Saver
 from checkpoint.writer import Gather
 from core.errors import CheckpointError, CorruptError
-from core.files.atomic import Json
+from core.files.atomic import Json, remove_leftovers
 from core.log import LOG
-from core.storage.store import Store
+from core.storage.store import FolderStore, Store
 
 _PROBE = "writable"
 
@@ -144,7 +144,12 @@ class Checkpoints:
             self.delete(step)
 
     def _sweep(self, finished: set[int]) -> None:
-        """Delete unfinished checkpoints, unless there are no finished ones."""
+        """Delete unfinished checkpoints, unless there are no finished ones.
+
+        Temporary files of writers that were killed go in any case: no name of the store shows them.
+        """
+        if isinstance(self.store, FolderStore):
+            remove_leftovers(self.store.root)
         unfinished = self._all_steps() - finished
         if unfinished and not finished:
             LOG.warning(
