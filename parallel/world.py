@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,6 +17,7 @@ from core.errors import InputError
 from core.launch_environment import FIRST_PORT, PORT_COUNT, free_port, ranks_of, refuse_left_socket
 from parallel.device import CPU, backends, rank_device, refuse_shared_gpus
 from parallel.rendezvous import heard, met_store
+from parallel.tree import Tree
 
 TIMEOUT = timedelta(minutes=10)
 _MPI_FIX = (
@@ -62,7 +62,11 @@ class World:
             dist.barrier(group=self.group)
 
     def gather_text(self, text: str) -> list[str]:
-        """Collect one string of every rank, on every rank."""
+        """Collect one string of every rank over a tree; collective.
+
+        Returns all of them on rank 0, and rank 0's alone on the others: what follows from all of
+        them, rank 0 tells in a second call.
+        """
         return self._gather(text, self.group)
 
     def gather_aside(self, text: str) -> list[str]:
@@ -77,36 +81,14 @@ class World:
         """
         if self.group is None or self.rank not in ranks:
             return data
-        mine, reach = list(ranks).index(self.rank), 1
-        while reach < len(ranks) and not mine & reach:
-            reach *= 2
-        if mine:
-            data = self._receive(ranks[mine - reach])
-        while (reach := reach // 2) > 0:
-            if mine + reach < len(ranks):
-                self._send(data, ranks[mine + reach])
-        return data
-
-    def _send(self, data: bytes, rank: int) -> None:
-        for part in (np.int64(len(data)).tobytes(), data):
-            if part:
-                host = torch.frombuffer(bytearray(part), dtype=torch.uint8)
-                dist.send(host, rank, group=self.group)
-
-    def _receive(self, rank: int) -> bytes:
-        size = torch.zeros(1, dtype=torch.int64, device="cpu")
-        dist.recv(size.view(torch.uint8), rank, group=self.group)
-        data = torch.empty(int(size), dtype=torch.uint8, device="cpu")
-        if len(data):
-            dist.recv(data, rank, group=self.group)
-        return data.numpy().tobytes()
+        return Tree(self.rank, ranks, self.group).spread(data)
 
     def _gather(self, text: str, group: "dist.ProcessGroup | None") -> list[str]:
         if group is None:
             return [text]
-        texts: list[str] = [""] * self.size
-        dist.all_gather_object(texts, text, group=group)
-        return texts
+        tree, data = Tree(self.rank, range(self.size), group), text.encode(errors="surrogatepass")
+        texts, first = tree.gather(data), tree.spread(data)
+        return [each.decode(errors="surrogatepass") for each in texts or [first]]
 
 
 ALONE = World()

@@ -257,6 +257,7 @@ def _together(writers: Writers, work: Callable[[], Any]) -> list[Any]:
     """A rehearsed rank hears only itself: what rank 0 says is one file."""
     result = work()
     writers.gather("")
+    writers.gather("")
     return [{WEIGHTS: []} if result is None else result]
 
 
