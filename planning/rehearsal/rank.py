@@ -96,7 +96,11 @@ def claimed_world(task: RankTask, recorder: Recorder) -> Iterator[None]:
     ]
     recorder.sequence.device = device.type
     try:
-        with replaced(changes), groups_noted(recorder, claim), texts_noted(recorder, rehearsed=True):
+        with (
+            replaced(changes),
+            groups_noted(recorder, claim),
+            texts_noted(recorder, rehearsed=True),
+        ):
             yield
     finally:
         if dist.is_initialized():
