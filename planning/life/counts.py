@@ -39,6 +39,7 @@ class Counts:
 
     def __init__(self) -> None:
         self._counts, self._lock = dict.fromkeys(COUNTED, 0), threading.Lock()
+        self._local = threading.local()
         self.marks: list[dict[str, Any]] = []
 
     def add(self, kind: str) -> None:
@@ -69,8 +70,14 @@ class Counts:
 
     def _counted(self, function: Callable[..., Any], kind: str) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
+            if getattr(self._local, "inside", False):  # a send calls isend
+                return function(*arguments, **named)
             self.add(kind)
-            return function(*arguments, **named)
+            self._local.inside = True
+            try:
+                return function(*arguments, **named)
+            finally:
+                self._local.inside = False
 
         return call
 

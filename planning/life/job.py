@@ -103,9 +103,10 @@ class Job:
             if set(model.read(block_name(rank)).tolist()) != {weight_after(rank, plan.steps)}:
                 problems.append(f"the finished model lacks steps of rank {rank}, or has some twice")
         left = FolderStore(self.place / LEASES).names(leases.FOLDER)
-        for rank, times in Counter(event.rank for event in plan.events()).items():
-            names = [name for name in left if rank is not None and lease_of(rank) in name]
-            if rank is not None and len(names) < times:
+        lost = Counter(event.rank for event in plan.events() if event.rank is not None)
+        for rank, times in lost.items():
+            names = [name for name in left if lease_of(rank) in name]
+            if len(names) < times:
                 problems.append(f"rank {rank} was lost {times} times, and left {len(names)} leases")
         if problems:
             raise self._wrong("; ".join(problems))

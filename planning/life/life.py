@@ -84,11 +84,12 @@ def _at_start(marks: list[dict[str, Any]], kind: str) -> int:
 
 
 def _a_checkpoint(marks: list[dict[str, Any]], kind: str) -> float:
-    """From one checkpoint to the next, and the step between; the median of a start's."""
-    saves = [mark["counts"][kind] for mark in marks if mark["what"] == SAVE]
-    return statistics.median(after - before for before, after in pairwise(saves))
+    """From one checkpoint to the next, and the step between; the median, without the last one's."""
+    saves = [mark["counts"][kind] for mark in marks if mark["what"] == SAVE][:-1]
+    return float(statistics.median(after - before for before, after in pairwise(saves)))
 
 
 def _at_end(marks: list[dict[str, Any]], kind: str) -> int:
-    """From the last save to the end: its write, and the finished model."""
-    return int(marks[-1]["counts"][kind] - marks[-2]["counts"][kind])
+    """From the last save but one: the last step, a validation, a checkpoint, and the model."""
+    *_, before, _, end = (mark["counts"][kind] for mark in marks)
+    return int(end - before)

@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from torch._C._distributed_c10d import TCPStore
+
 import data_pipeline.streaming.ahead
 import parallel.rendezvous
 import training.trainer
@@ -126,15 +128,16 @@ class _StoreApart:
     """torch's TCPStore, which rank 0 serves at a port of its own: it asks there as all ranks do."""
 
     def __init__(self, store_port: int) -> None:
-        self._port, self._open, self._served = store_port, parallel.rendezvous.TCPStore, None
+        self._port = store_port
+        self._served: TCPStore | None = None
 
     def __call__(self, host: str, port: int, size: int, is_master: bool, **named: Any) -> Any:
-        if is_master:
-            self._served = self._open(host, self._port, size, is_master=True, **named)
+        if is_master:  # kept, since it serves as long as it lives
+            self._served = TCPStore(host, self._port, size, is_master=True, **named)
         while True:
             with suppress(ConnectionRefusedError):  # the proxy has not seen the store yet
                 socket.create_connection((host, port)).close()
-                return self._open(host, port, size, is_master=False, **named)
+                return TCPStore(host, port, size, is_master=False, **named)
             time.sleep(_PAUSE)
 
 
