@@ -7,8 +7,11 @@ from pathlib import Path
 from cluster.supervisor import supervise
 from core.errors import TapirError
 from core.log import LOG, set_up_logging
-from planning.life.config import PRELOAD, STAGE, TARGET
+from planning.life.config import STAGE
 from training.stages import settings_from_json
+
+TARGET = "planning.life.rank:start"
+PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "planning.life.rank"]
 
 
 def main(path: str) -> None:

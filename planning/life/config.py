@@ -15,8 +15,6 @@ WORLDS = (8, 32, 128, 256)
 LEAST, MOST = 2, 1024
 """Ranks of a world that one machine can start."""
 STAGE = "prior"
-TARGET = "planning.life.rank:start"
-PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "planning.life.rank"]
 RUN, LEASES, ROWS, MARKS = "run", "leases", "rows", "marks.jsonl"
 """In the job's folder: the run, its leases, a row of each rank, rank 0's marks with their times."""
 _MODEL = PriorConfig(
