@@ -147,8 +147,10 @@ class Job:
             LOG.info(
                 "%d ranks: rank %d is lost after step %d", self.plan.world, event.rank, event.step
             )
-            beat = next(beat for beat in beats_of(self.run) if beat.rank == event.rank)
-            os.kill(beat.pid, signal.SIGKILL)
+            pids = {beat.rank: beat.pid for beat in beats_of(self.run)}
+            if event.rank not in pids:
+                raise self._wrong(f"rank {event.rank} has no heartbeat")
+            os.kill(pids[event.rank], signal.SIGKILL)
         (self.place / done(number)).touch()
 
     def _wrong(self, what: str) -> TapirError:
