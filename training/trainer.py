@@ -298,7 +298,7 @@ class Run:
     def _finish(self) -> None:
         """Validate, save and write the finished model, unless it exists already."""
         whole = self.world.rank == 0 and model_is_whole(self.settings.out, self.stage)
-        if any(self.world.gather_text("yes" if whole else "")) and self._resumed_at == self.step:
+        if self.world.gather_text("yes" if whole else "")[0] and self._resumed_at == self.step:
             return
         row = self.validate()
         if self._resumed_at != self.step:
