@@ -94,6 +94,9 @@ class StageConfig:
 
     data: str = "data/raw"
     """The data set: s3://bucket/prefix or a folder."""
+    grow: bool = False
+    """Look for a newer version of the data set (`tapir pack --append`) after each epoch, and read
+    it from then on; else a run reads the version that it began with."""
     out: Path = Path("runs/stage")
     """Run folder: config, metrics, TensorBoard, checkpoints; the same folder resumes."""
     loop: LoopConfig = field(default_factory=LoopConfig)

@@ -162,12 +162,12 @@ class IdSorter:
         )
 
 
-def find_in_table(store: Store, prefix: str, records: int, bits: int, target: int) -> int | None:
-    """The record of an id, counted in manifest order, or None.
+def find_in_table(store: Store, name: str, records: int, bits: int, target: int) -> int | None:
+    """The record of an id in the table `name`, counted in manifest order, or None.
 
     Raises: CorruptError if the table does not fit the manifest.
     """
-    name, row = prefix + NAME, row_type(records)
+    row = row_type(records)
     slot = min(target >> (_ID_BITS - bits), 2**bits - 1)
     slots = store.get(name, records * row.itemsize + 8 * slot, 16)
     first, last = np.frombuffer(slots, "<u8").tolist() if len(slots) == 16 else (1, 0)

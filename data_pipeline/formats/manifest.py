@@ -14,6 +14,10 @@ from core.storage.store import Store
 
 NAME, INDEX = "manifest.json", "index.safetensors"
 SPLITS = ("train", "validation")
+NEWEST = 0
+"""In place of a version's number."""
+EARLIER = "earlier"
+"""The fact that lists the fingerprints of earlier versions; the first version has none."""
 RAW = "tapir-raw-2"
 TOKENS = "tapir-tokens-2"
 _DERIVED = ("numerics", "figures", "lookup")
@@ -70,6 +74,20 @@ class Manifest:
     """sha256 and bits of ids.bin (ids.py); older data sets have none."""
 
     @property
+    def earlier(self) -> list[str]:
+        """Fingerprints of the earlier versions of a growing data set, in order."""
+        return list(self.facts.get(EARLIER, ()))
+
+    @property
+    def version(self) -> int:
+        """Number of this version, from 1 on."""
+        return 1 + len(self.earlier)
+
+    def file(self, name: str) -> str:
+        """The name of its index or ids: `name`; of later versions index-000002.safetensors etc."""
+        return name if self.version == 1 else versioned(name, self.version)
+
+    @property
     def fingerprint(self) -> str:
         """Digest of everything that a reader sees; equal data sets have equal fingerprints."""
         body = self.body()
@@ -81,6 +99,12 @@ class Manifest:
         """The fields of the file but for the shards, without derived ones that are empty."""
         body: dict[str, Any] = to_json(replace(self, shards=[]))
         return {n: value for n, value in body.items() if value or n not in _DERIVED}
+
+
+def versioned(name: str, version: int) -> str:
+    """`manifest.json` -> `manifest-000001.json`."""
+    stem, _, ending = name.partition(".")
+    return f"{stem}-{version:06d}.{ending}"
 
 
 def read_json(store: Store, name: str) -> dict[str, Any]:
@@ -100,7 +124,14 @@ def read_json(store: Store, name: str) -> dict[str, Any]:
 
 
 def write_manifest(store: Store, prefix: str, manifest: Manifest) -> None:
-    """Write the manifest, sealed with its own digest; call it after all other files are written."""
+    """Write the manifest, sealed with its own digest; call it after all other files are written.
+
+    That of the version before stays, as manifest-000001.json and so on.
+    """
+    if manifest.earlier:
+        kept = prefix + versioned(NAME, len(manifest.earlier))
+        if not store.exists(kept):
+            store.put(kept, store.get(prefix + NAME))
     body = {**manifest.body(), "fingerprint": manifest.fingerprint}
     digest = hashlib.sha256()
     for part in _json_parts(body, manifest.shards):
@@ -124,16 +155,42 @@ def _json_parts(body: dict[str, Any], shards: list[Shard]) -> Iterator[bytes]:
     yield after
 
 
-def read_manifest(store: Store, prefix: str, kind: str) -> Manifest:
-    """Read and check the manifest of a data set of this format.
+def read_manifest(store: Store, prefix: str, kind: str, version: int = NEWEST) -> Manifest:
+    """Read and check the manifest of a data set of this format; `version`: one before the newest.
 
     Raises: InputError if there is none or it is of another kind; CorruptError if it is damaged.
     """
-    where = f"{store.url}/{prefix}{NAME}"
+    manifest = _read(store, prefix + NAME, kind)
+    if version in (NEWEST, manifest.version):
+        return manifest
+    if version > manifest.version:
+        raise InputError(
+            f"{store.url}/{prefix} has no version {version}; the newest is {manifest.version}"
+        )
+    return _read(store, prefix + versioned(NAME, version), kind)
+
+
+def version_of(store: Store, newest: Manifest, fingerprint: str) -> int:
+    """The number of the version that has this fingerprint.
+
+    Raises: InputError if it is not a version of this data set.
+    """
+    versions = [*newest.earlier, newest.fingerprint]
+    if fingerprint not in versions:
+        raise InputError(
+            f"the data set at {store.url} is another one: it has no version {fingerprint[:12]}, "
+            f"which this run reads (it has {', '.join(name[:12] for name in versions[-5:])}); give "
+            "the place that has it as --data, or start a new run folder"
+        )
+    return versions.index(fingerprint) + 1
+
+
+def _read(store: Store, name: str, kind: str) -> Manifest:
+    where = f"{store.url}/{name}"
     verb = "pack" if kind == RAW else "tokenize"
-    if not store.exists(prefix + NAME):
+    if not store.exists(name):
         raise InputError(f"there is no data set at {where}; make it with `tapir {verb}`")
-    body = _unseal(store.get(prefix + NAME), where)
+    body = _unseal(store.get(name), where)
     fingerprint = body.pop("fingerprint")
     if body.get("format") != kind:
         raise InputError(

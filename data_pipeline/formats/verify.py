@@ -60,7 +60,7 @@ def check_lookup(store: Store, prefix: str, manifest: Manifest) -> None:
     if manifest.lookup:
         row = row_type(manifest.samples).itemsize
         size = manifest.samples * row + 8 * (2 ** manifest.lookup["bits"] + 1)
-        _check_digest(store, prefix + IDS, size, manifest.lookup["sha256"])
+        _check_digest(store, prefix + manifest.file(IDS), size, manifest.lookup["sha256"])
 
 
 def _check_shard(store: Store, prefix: str, shard: Shard) -> None:

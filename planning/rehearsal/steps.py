@@ -27,7 +27,7 @@ import training.trainer
 from core.config import check
 from core.errors import AbsentError
 from core.heartbeat import Heart
-from data_pipeline.streaming.stream import StreamState
+from data_pipeline.streaming.state import StreamState
 from parallel.engines.protocol import Batch, Engine, Losses, StepResult
 from parallel.engines.registry import build_engine
 from parallel.ledger import Ledger
@@ -234,6 +234,7 @@ class _EmptyStream:
         rank: int,
         ranks: int,
         reads: bool,
+        pauses: bool,
     ) -> None:
         self._records = [None] * (batch // ranks if reads else 0)
         self.state = StreamState(
