@@ -107,6 +107,11 @@ def versioned(name: str, version: int) -> str:
     return f"{stem}-{version:06d}.{ending}"
 
 
+def manifest_name(version: int) -> str:
+    """The object that is written last for a version."""
+    return NAME if version == 1 else versioned(NAME, version)
+
+
 def read_json(store: Store, name: str) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -126,18 +131,21 @@ def read_json(store: Store, name: str) -> dict[str, Any]:
 def write_manifest(store: Store, prefix: str, manifest: Manifest) -> None:
     """Write the manifest, sealed with its own digest; call it after all other files are written.
 
-    That of the version before stays, as manifest-000001.json and so on.
+    manifest.json is the newest version; if there are several, each is also manifest-000001.json
+    and so on.
     """
-    if manifest.earlier:
-        kept = prefix + versioned(NAME, len(manifest.earlier))
-        if not store.exists(kept):
-            store.put(kept, store.get(prefix + NAME))
+    first = prefix + versioned(NAME, 1)
+    if manifest.version == 2 and not store.exists(first):
+        store.put(first, store.get(prefix + NAME))
     body = {**manifest.body(), "fingerprint": manifest.fingerprint}
     digest = hashlib.sha256()
     for part in _json_parts(body, manifest.shards):
         digest.update(part)
     sealed = {**body, "digest": digest.hexdigest()}
     store.put_parts(prefix + NAME, _json_parts(sealed, manifest.shards))
+    if manifest.version > 1:
+        name = prefix + versioned(NAME, manifest.version)
+        store.put_parts(name, _json_parts(sealed, manifest.shards))
 
 
 def _json_parts(body: dict[str, Any], shards: list[Shard]) -> Iterator[bytes]:
