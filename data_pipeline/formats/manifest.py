@@ -201,6 +201,21 @@ def read_manifest(store: Store, prefix: str, kind: str, version: int = NEWEST) -
     return _read(store, prefix + versioned(NAME, version), kind)
 
 
+def newest_manifests(store: Store, kind: str) -> dict[str, Manifest]:
+    """The manifests of the newest version that both splits have, by split.
+
+    Raises: as `read_manifest`.
+    """
+    newest = {split: read_manifest(store, f"{split}/", kind) for split in SPLITS}
+    version = min(manifest.version for manifest in newest.values())
+    return {
+        split: manifest
+        if manifest.version == version
+        else read_manifest(store, f"{split}/", kind, version)
+        for split, manifest in newest.items()
+    }
+
+
 def version_of(store: Store, newest: Manifest, fingerprint: str) -> int:
     """The number of the version that has this fingerprint.
 

@@ -17,7 +17,14 @@ from safetensors import numpy as tensors
 from core.config import to_json
 from core.storage.store import Store
 from data_pipeline.formats.index import BlockIndex, BlockReader, read_index
-from data_pipeline.formats.manifest import NEWEST, Manifest, Shard, read_manifest, version_of
+from data_pipeline.formats.manifest import (
+    NEWEST,
+    Manifest,
+    Shard,
+    newest_manifests,
+    read_manifest,
+    version_of,
+)
 from data_pipeline.streaming.cache import BlockCache
 
 _HEAD = 8
@@ -52,13 +59,12 @@ def open_split(store: Store, split: str, kind: str, version: int = NEWEST) -> Op
 
 
 def newest_splits(store: Store, kind: str) -> dict[str, OpenSplit]:
-    """Both splits of the newest version, which is that of train: its manifest is written last.
+    """The splits of the newest version that both have.
 
     Raises: as `open_split`.
     """
-    train = open_split(store, "train", kind)
-    held_out = open_split(store, "validation", kind, train.manifest.version)
-    return {"train": train, "validation": held_out}
+    manifests = newest_manifests(store, kind)
+    return {split: _open(store, split, manifest) for split, manifest in manifests.items()}
 
 
 def splits_at(store: Store, kind: str, train: str, held_out: str = "") -> dict[str, OpenSplit]:

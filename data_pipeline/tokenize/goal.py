@@ -15,6 +15,7 @@ from data_pipeline.formats.manifest import (
     TOKENS,
     Manifest,
     manifest_name,
+    newest_manifests,
     read_manifest,
 )
 from data_pipeline.jobs.request import claimed, newest_version
@@ -46,7 +47,7 @@ def claim_goal(raw: Store, tokens: Store, facts: dict[str, Any], again: bool) ->
 
     Raises: InputError if TOKENS holds tokens of other pairs or models.
     """
-    newest = _splits_at(raw, read_manifest(raw, "train/", RAW))
+    newest = newest_manifests(raw, RAW)
     number = max(1, newest_version(tokens))
     request = claimed(tokens, number, _request(facts, newest), again)
     while request != _request(facts, newest):
@@ -57,11 +58,6 @@ def claim_goal(raw: Store, tokens: Store, facts: dict[str, Any], again: bool) ->
         number += 1
         request = claimed(tokens, number, _request(facts, newest), again)
     return Goal(version=number, raw=newest, is_newest=True)
-
-
-def _splits_at(raw: Store, train: Manifest) -> dict[str, Manifest]:
-    """Both splits of the version of a train split."""
-    return {"train": train, "validation": read_manifest(raw, "validation/", RAW, train.version)}
 
 
 def _request(facts: dict[str, Any], raw: dict[str, Manifest]) -> dict[str, Any]:
@@ -84,8 +80,8 @@ def _begun(
     earlier = newest["train"].earlier
     asked = request.get("raw", {}).get("train")
     if asked in earlier:
-        train = read_manifest(raw, "train/", RAW, earlier.index(asked) + 1)
-        begun = _splits_at(raw, train)
+        number = earlier.index(asked) + 1
+        begun = {split: read_manifest(raw, f"{split}/", RAW, number) for split in SPLITS}
         if request == _request(facts, begun):
             return begun
     raise InputError(

@@ -103,8 +103,7 @@ class Worker:
             for shard in source.shards
         ]
         job = Job(self._tokens, tasks, self._member, self._config.lease_seconds)
-        # the version of a set is that of its train split, which is finished last
-        finishers = [self._finisher(job, split, not again) for split in reversed(SPLITS)]
+        finishers = [self._finisher(job, split, not again) for split in SPLITS]
         if again:
             job.repair(self._check, self._outputs, finishers)
         return job.run(Work(make=self._make, judge=self._judge), finishers, again)

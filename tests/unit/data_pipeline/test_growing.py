@@ -15,7 +15,7 @@ from core.keys import key_int
 from core.storage.store import FolderStore
 from data_pipeline.config import LoaderConfig, OrderConfig
 from data_pipeline.formats.lookup import find_pair
-from data_pipeline.formats.manifest import TOKENS, Manifest, read_manifest
+from data_pipeline.formats.manifest import SPLITS, TOKENS, Manifest, read_manifest
 from data_pipeline.formats.split import newer_split, newest_splits, splits_at
 from data_pipeline.formats.tokens import TokenSource
 from data_pipeline.formats.verify import verify_split
@@ -170,15 +170,17 @@ def test_a_set_written_again_keeps_its_chain(tmp_path: Path) -> None:
     assert read_manifest(store, "train/", TOKENS).fingerprint == second.fingerprint
 
 
-def test_both_splits_are_opened_at_the_version_of_train(tmp_path: Path) -> None:
-    """A writer that dies between the manifests leaves the newer validation split behind."""
+@pytest.mark.parametrize("ahead", SPLITS)
+def test_a_version_counts_when_both_splits_have_it(ahead: str, tmp_path: Path) -> None:
+    """A writer that dies between the manifests leaves one split ahead of the other."""
     store = FolderStore(tmp_path)
     first, second = _grown(store, 2, 3)
-    held_out = read_manifest(store, "validation/", TOKENS)
-    write_tokens(store, 2, 48, 8, 4, 5, "validation", held_out)
+    expected = {s: opened.fingerprint for s, opened in newest_splits(store, TOKENS).items()}
+    parent = read_manifest(store, f"{ahead}/", TOKENS)
+    write_tokens(store, 4, 48, 8, 4, 5, ahead, parent)
     opened = newest_splits(store, TOKENS)
-    assert opened["train"].fingerprint == second.fingerprint
-    assert opened["validation"].manifest.version == 2 and sum(opened["validation"].sizes) == 48
+    assert {split: each.fingerprint for split, each in opened.items()} == expected
+    assert {each.manifest.version for each in opened.values()} == {2}
     both = splits_at(store, TOKENS, second.fingerprint, first.fingerprint)
     assert (both["train"].manifest.version, both["validation"].manifest.version) == (2, 1)
 
