@@ -10,7 +10,7 @@ from core.keys import key_fraction
 from core.storage.store import Store
 from data_pipeline.formats.ids import NAME as IDS
 from data_pipeline.formats.ids import row_type
-from data_pipeline.formats.index import BlockReader, read_shard_index
+from data_pipeline.formats.index import BlockReader, read_index, read_shard_index
 from data_pipeline.formats.manifest import NAME, RAW, TOKENS, Manifest, Shard, read_manifest
 
 _THREADS = 16
@@ -20,15 +20,22 @@ _PART = 8 * 2**20
 def verify_split(store: Store, split: str, sample: float = 1.0, seed: int = 0) -> int:
     """Check a split's manifest, its indexes, and its shards or a fraction `sample` of their blocks.
 
+    Earlier versions list some of the same shards; their other files are checked too.
+
     Returns the number of shards, or of sampled blocks, that were read.
     Raises: CorruptError naming the first damaged file.
     """
     prefix = f"{split}/"
     body = store.get(prefix + NAME)
-    manifest = read_manifest(store, prefix, RAW if RAW.encode() in body else TOKENS)
+    kind = RAW if RAW.encode() in body else TOKENS
+    manifest = read_manifest(store, prefix, kind)
     blocks = BlockReader(store, prefix, manifest)
     _all(lambda shard: read_shard_index(store, prefix, shard), manifest.shards)
     check_lookup(store, prefix, manifest)
+    for version in range(1, manifest.version):
+        earlier = read_manifest(store, prefix, kind, version)
+        read_index(store, prefix, earlier)
+        check_lookup(store, prefix, earlier)
     if sample >= 1.0:
         _all(lambda shard: _check_shard(store, prefix, shard), manifest.shards)
         return len(manifest.shards)

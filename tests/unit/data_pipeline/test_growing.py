@@ -157,6 +157,9 @@ def test_every_version_stays_readable(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="no pair of the key or id"):
             find_pair(store, "train", source.blocks, text)
     verify_split(store, "train")
+    (tmp_path / "train/ids-000002.bin").write_bytes(b"")
+    with pytest.raises(CorruptError, match=r"ids-000002\.bin has sha256"):
+        verify_split(store, "train")
     with pytest.raises(InputError, match="has no version 4; the newest is 3"):
         read_manifest(store, "train/", TOKENS, 4)
 
