@@ -22,8 +22,8 @@ from core.errors import AbsentError, CorruptError
 from core.files.atomic import sha256
 from core.storage.store import Store
 from data_pipeline.formats.manifest import INDEX, Manifest, Shard
-from data_pipeline.formats.masks import Kept, bits_of
-from data_pipeline.formats.places import CHANGED, Places
+from data_pipeline.formats.views.masks import Kept, bits_of
+from data_pipeline.formats.views.places import CHANGED, Places
 from data_pipeline.streaming.cache import BlockCache
 
 Ranges = Sequence[tuple[int, int, int]]

@@ -15,9 +15,9 @@ from data_pipeline.config import FilterConfig
 from data_pipeline.formats.index import BlockReader
 from data_pipeline.formats.lookup import find_pair
 from data_pipeline.formats.manifest import RAW
-from data_pipeline.formats.places import place_of
 from data_pipeline.formats.shards import list_members
 from data_pipeline.formats.split import SplitSource
+from data_pipeline.formats.views.places import place_of
 from data_pipeline.images.crops import EXTENSIONS
 from data_pipeline.packing.filters import caption_reject
 from data_pipeline.sources.pair import Pair

@@ -120,7 +120,7 @@ def test_splits_share_no_byte(tars: list[Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("byte", [False, True])
-def test_a_changed_archive_is_found(tmp_path: Path, byte: bool) -> None:
+def test_a_changed_archive_is_refused(tmp_path: Path, byte: bool) -> None:
     path = written(tmp_path / "src", "00000.tar", img2dataset(0, 12))
     placed = FolderStore(tmp_path / "set")
     in_place_set(placed, [path])
@@ -141,7 +141,7 @@ def test_a_changed_archive_is_found(tmp_path: Path, byte: bool) -> None:
         RawSource(placed, "train").read(0)
 
 
-def test_what_lies_between_pairs_ends_a_block_if_it_is_long(tmp_path: Path) -> None:
+def test_long_members_between_pairs_end_a_block(tmp_path: Path) -> None:
     rows = img2dataset(0, 2)
     members = [*rows[:3], ("film.mp4", bytes(2**20 + 1)), *rows[3:], ("a.mp4", bytes(9000))]
     path = written(tmp_path / "src", "00000.tar", [*members, *img2dataset(5, 1)])

@@ -13,17 +13,17 @@ from core.errors import CorruptError, InputError
 from core.keys import key_fraction
 from core.storage.store import FolderStore, Store, open_store
 from data_pipeline.config import OrderConfig, PackConfig
-from data_pipeline.formats import places
 from data_pipeline.formats.ids import NAME as IDS
 from data_pipeline.formats.index import index_parts
 from data_pipeline.formats.lookup import find_pair
 from data_pipeline.formats.manifest import INDEX, NAME, RAW, SPLITS, read_manifest
-from data_pipeline.formats.masks import Kept, MaskWriter, Ranks, bits_of
 from data_pipeline.formats.raw import RawRecord, RawSource
 from data_pipeline.formats.raw_set import Base, write_split, write_view
 from data_pipeline.formats.raw_shards import RawShards
 from data_pipeline.formats.split import dump_split, load_split, open_split
 from data_pipeline.formats.verify import verify_split
+from data_pipeline.formats.views import places
+from data_pipeline.formats.views.masks import Kept, MaskWriter, Ranks, bits_of
 from data_pipeline.packing.pack import pack
 from data_pipeline.streaming.cache import BlockCache
 from data_pipeline.streaming.stream import Stream
