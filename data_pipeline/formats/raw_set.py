@@ -20,9 +20,9 @@ from data_pipeline.formats.ids import NAME as IDS
 from data_pipeline.formats.ids import IdSorter, rows_of_table
 from data_pipeline.formats.index import BlockIndex, empty_index, index_parts, read_shard_index
 from data_pipeline.formats.manifest import EARLIER, INDEX, RAW, Manifest, Shard, write_manifest
-from data_pipeline.formats.masks import Kept, MaskWriter, Ranks, bits_of, counts, narrowed
-from data_pipeline.formats.places import place_of
 from data_pipeline.formats.split import OpenSplit, open_split
+from data_pipeline.formats.views.masks import Kept, MaskWriter, Ranks, bits_of, counts, narrowed
+from data_pipeline.formats.views.places import place_of
 
 Keep = Callable[[int], Kept | None]
 """Which records of a unit or shard stay, by its number: one bit each, in order; None = all."""

@@ -24,8 +24,8 @@ from core.storage.store import Store
 from core.workers import JobWorker
 from data_pipeline.config import TokenizeConfig
 from data_pipeline.formats.index import read_shard_index
-from data_pipeline.formats.manifest import SPLITS, TOKENS, Shard
-from data_pipeline.formats.raw import parse_pairs
+from data_pipeline.formats.manifest import SPLITS, TOKENS, Shard, shard_json
+from data_pipeline.formats.raw_shards import RawShards
 from data_pipeline.formats.shards import build_tar, describe, list_members
 from data_pipeline.formats.tokens import TokenRecord, TokenRecords, decode_block, encode_block
 from data_pipeline.jobs.finish import Finisher
@@ -42,17 +42,16 @@ REJECTS = "_rejects/"
 class ShardTask(Task):
     """One input shard; its name is the hash of the shard's content, the models and the settings."""
 
-    sha256: str
+    number: int
+    """Of the shard in its split."""
 
     @staticmethod
-    def of(split: str, shard: Shard, facts: dict[str, Any]) -> "ShardTask":
+    def of(split: str, number: int, source: RawShards, facts: dict[str, Any]) -> "ShardTask":
         """The task of a raw shard; `facts` are those of models and settings."""
-        name = sha256(canonical_json({"input": shard.sha256, **facts}))
-        prefix = f"{split}/"
+        shard, prefix = source.manifest.shards[number], f"{split}/"
+        name = sha256(canonical_json({"input": source.digest(number), **facts}))
         shown = prefix + shard.name
-        return ShardTask(
-            prefix=prefix, name=name, shown=shown, size=shard.samples, sha256=shard.sha256
-        )
+        return ShardTask(prefix=prefix, name=name, shown=shown, size=shard.samples, number=number)
 
     @property
     def split(self) -> str:
@@ -76,6 +75,7 @@ class Worker:
         self._rejected: Counter[str] = Counter()
         """Pairs rejected by this worker, by split."""
         self._goal: Goal
+        self._sources: dict[str, RawShards]
 
     def run(self, again: bool = False) -> int:
         """Encode unfinished shards, then write the manifests; returns the shards encoded here.
@@ -97,10 +97,14 @@ class Worker:
     def _run(self, again: bool) -> int:
         """Finish one version of the token set."""
         facts = {**self._encoders.facts(self._config), "v": TOKENS}
+        self._sources = {
+            split: RawShards(self._raw, split, manifest)
+            for split, manifest in self._goal.raw.items()
+        }
         tasks = [
-            ShardTask.of(split, shard, facts)
-            for split, source in self._goal.raw.items()
-            for shard in source.shards
+            ShardTask.of(split, number, source, facts)
+            for split, source in self._sources.items()
+            for number in range(len(source.manifest.shards))
         ]
         job = Job(self._tokens, tasks, self._member, self._config.lease_seconds)
         finishers = [self._finisher(job, split, not again) for split in SPLITS]
@@ -119,19 +123,14 @@ class Worker:
         return job.finisher(prefix, self._goal.result(split), writer.write)
 
     def _make(self, task: ShardTask, progress: Progress) -> Record:
-        data = self._raw.get(task.shown)
-        if sha256(data) != task.sha256:
-            raise CorruptError(
-                f"{self._raw.url}/{task.shown} differs from its manifest (sha256 {sha256(data)}, "
-                f"expected {task.sha256}); restore it or run its `tapir pack` with --again"
-            )
-        encoded = encode_pairs(parse_pairs(data), self._encoders, self._config, progress)
+        records = self._sources[task.split].records(task.number)
+        encoded = encode_pairs(records, self._encoders, self._config, progress)
         shards = [self._put(task, i, rows) for i, rows in enumerate(encoded.variants)]
         body = "".join(json.dumps(row) + "\n" for row in encoded.rejects).encode()
         if encoded.rejects:
             self._tokens.put(f"{task.prefix}{REJECTS}{task.name}.jsonl", body)
         return {
-            "shards": [to_json(shard) for shard in shards],
+            "shards": [shard_json(shard) for shard in shards],
             "rejects": encoded.kinds,
             "rejects_sha256": sha256(body),
             "first_reject": encoded.rejects[0]["reason"] if encoded.rejects else "",

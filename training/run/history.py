@@ -80,7 +80,7 @@ class History:
             if block not in blocks:
                 blocks[block] = source.read(block, variant)
             pair = blocks[block][record]
-            shard = source.blocks.shard_of(block, variant).name
+            shard = source.blocks.shard_of(block, variant).shown
             rows.append(
                 ReadPair(
                     slot=slot,
