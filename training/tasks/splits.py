@@ -44,9 +44,22 @@ def open_version(place: str, kind: str, mesh: Mesh, train: str, held_out: str = 
 def open_newer(place: str, kind: str, mesh: Mesh, fingerprint: str) -> Splits:
     """The newest train split; empty if it has this fingerprint.
 
-    Collective, and raises, as `open_splits`.
+    Collective, and raises, as `open_splits`: one broadcast if there is no newer one.
     """
-    return _handed_on(mesh, lambda: newer_split(open_store(place), kind, fingerprint))
+    newer: Splits | TapirError = UNREAD
+    if mesh.world.rank == 0:
+        try:
+            newer = newer_split(open_store(place), kind, fingerprint)
+        except TapirError as error:
+            newer = error
+
+    def read() -> Splits:
+        if isinstance(newer, TapirError):
+            raise newer
+        return newer
+
+    is_new = mesh.world.of_rank_0(newer != UNREAD)
+    return _handed_on(mesh, read) if is_new else UNREAD
 
 
 def _handed_on(mesh: Mesh, read: Callable[[], Splits]) -> Splits:
