@@ -1,5 +1,6 @@
 """Masks, views and joins of raw sets: which records stay, without a copy or another cut."""
 
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,13 +10,14 @@ from safetensors import numpy as tensors
 
 from bench.support.counted import CountedStore
 from core.errors import CorruptError, InputError
-from core.keys import key_fraction
+from core.files.atomic import sha256
+from core.keys import key_fraction, key_int
 from core.storage.store import FolderStore, Store, open_store
 from data_pipeline.config import OrderConfig, PackConfig
 from data_pipeline.formats.ids import NAME as IDS
-from data_pipeline.formats.index import index_parts
+from data_pipeline.formats.index import BlockIndex, dump_shard_index, index_parts
 from data_pipeline.formats.lookup import find_pair
-from data_pipeline.formats.manifest import INDEX, NAME, RAW, SPLITS, read_manifest
+from data_pipeline.formats.manifest import INDEX, NAME, RAW, SPLITS, Shard, read_manifest
 from data_pipeline.formats.raw import RawRecord, RawSource
 from data_pipeline.formats.raw_set import Base, write_split, write_view
 from data_pipeline.formats.raw_shards import RawShards
@@ -291,3 +293,48 @@ def test_an_unmasked_index_has_the_arrays_of_before(copied: FolderStore) -> None
     assert list(index.arrays) == ["start", "bytes", "records", "crc32"]
     assert b"".join(index_parts(index)) == copied.get(f"train/{INDEX}")
     assert b"place" not in copied.get(f"train/{NAME}")
+
+
+@pytest.mark.seconds
+def test_a_million_records_take_a_few_bytes_each(tmp_path: Path) -> None:
+    """A Python object a record would take at least 50 MB."""
+    store, view, each = FolderStore(tmp_path / "s"), FolderStore(tmp_path / "v"), 10_000
+    shards = [_synthetic(store, number, each) for number in range(100)]
+    kept = np.random.default_rng(0).random(each) < 0.8
+    tracemalloc.start()
+    units = [[shard] for shard in shards]
+    write_split(store, "train/", units, {}, {}, lambda unit: np.roll(kept, unit))
+    base = Base(
+        store=store, split="train", keep=lambda _: np.arange(np.count_nonzero(kept)) % 5 > 0
+    )
+    manifest = write_view(view, "train/", [base], {}, {})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
+    index = open_split(view, "train", RAW).index[0]
+    assert index.mask is not None and index.pairs is not None
+    assert index.mask.nbytes == -(-int(index.pairs.sum()) // 8)
+    assert sum(array.itemsize for name, array in index.arrays.items() if name != "mask") == 24
+    assert manifest.samples == int(index.records.sum()) == 100 * (kept.sum() - -(-kept.sum() // 5))
+
+
+def _synthetic(store: FolderStore, number: int, records: int) -> Shard:
+    """The index of an archive that does not exist."""
+    sizes = np.full(records // 50, 50, np.uint32)
+    ids = np.asarray([key_int(number, i) for i in range(records)], np.uint64)
+    starts = (np.cumsum(sizes) * 10).astype(np.uint64)
+    index = BlockIndex(start=starts, bytes=sizes, records=sizes, crc32=sizes)
+    data, place = dump_shard_index(index, ids), f"/none/{number}.tar"
+    shard = Shard(
+        name=f"shard-{number:06d}.tar",
+        samples=records,
+        blocks=len(index),
+        bytes=1,
+        sha256=sha256(place.encode()),
+        etag="",
+        index_sha256=sha256(data),
+        place=place,
+        archive=str(number),
+    )
+    store.put(f"train/{shard.index_name}", data)
+    return shard
