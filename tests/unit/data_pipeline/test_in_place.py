@@ -137,7 +137,9 @@ def test_a_changed_archive_is_refused(tmp_path: Path, byte: bool) -> None:
     with pytest.raises(CorruptError, match=match):
         source.read(0)
     path.unlink()
-    with pytest.raises(CorruptError, match=r"00000\.tar is gone .*; restore it"):
+    with pytest.raises(
+        CorruptError, match=r"00000\.tar, a tar of this data set, is gone .*; restore it"
+    ):
         RawSource(placed, "train").read(0)
 
 
