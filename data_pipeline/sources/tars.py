@@ -11,10 +11,11 @@ import gzip
 import lzma
 import tarfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from contextlib import contextmanager, nullcontext
+from pathlib import PurePosixPath
 from typing import IO, Any
 
+from core.errors import TapirError
 from data_pipeline.images.crops import EXTENSIONS
 from data_pipeline.sources.files import MOST_BYTES, MOST_CAPTION_BYTES
 from data_pipeline.sources.names import (
@@ -38,6 +39,7 @@ from data_pipeline.sources.pair import (
 )
 
 _ENDED = "has_ended"
+_BUFFER = 2**16
 _PACKED: dict[bytes, Callable[..., Any]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
@@ -49,35 +51,34 @@ _NEIGHBOURS = (
 )
 
 
-def tar_pairs(paths: list[Path], root: Path) -> Iterator[Pair | Unusable]:
-    """Yield the pairs of tars; a file may be several concatenated tars.
+def tar_pairs(file: IO[bytes], where: str, archive: str) -> Iterator[Pair | Unusable]:
+    """Yield the pairs of a tar, which may be several concatenated ones; reads it once.
 
-    Links, paths that leave the archive, members over the size limit and broken archives are
-    rejects. A key begins with the archive's path relative to `root`.
+    Links, paths that leave the archive, members over the size limit and a broken archive are
+    rejects. Keys begin with `archive`.
     """
-    for path in paths:
-        name = path.relative_to(root).with_suffix("").as_posix()
-        try:
-            with _opened(path) as tar:
-                yield from _members(tar, path, name)
-                if not getattr(tar, _ENDED, False):
-                    raise tarfile.ReadError(f"no end mark at {tar.offset}")
-        except MemoryError:
-            raise
-        except Exception as error:  # tarfile raises nearly anything for damaged archives
-            reason = f"is not a whole tar archive: {error}; what comes after that is lost"
-            yield unusable(path.as_posix(), reason, "archive")
+    try:
+        with _opened(file) as tar:
+            yield from _members(tar, where, archive)
+            if not getattr(tar, _ENDED, False):
+                raise tarfile.ReadError(f"no end mark at {tar.offset}")
+    except (MemoryError, TapirError):
+        raise
+    except Exception as error:  # tarfile raises nearly anything for damaged archives
+        reason = f"is not a whole tar archive: {error}; what comes after that is lost"
+        yield unusable(where, reason, "archive")
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tarfile.TarFile]:
-    with open(path, "rb") as raw:
-        head = raw.read(6)
-    kinds = (opener for magic, opener in _PACKED.items() if head.startswith(magic))
-    opener: Callable[..., IO[bytes]] = next(kinds, open)  # tarfile's own stop at the first part
+def _opened(raw: IO[bytes]) -> Iterator[tarfile.TarFile]:
+    head = raw.read(6)
+    raw.seek(0)
+    opener = next((opener for magic, opener in _PACKED.items() if head.startswith(magic)), None)
     with (
-        opener(path, "rb") as file,
-        tarfile.open(fileobj=file, mode="r|", tarinfo=_Header, ignore_zeros=True) as tar,
+        opener(raw, "rb") if opener else nullcontext(raw) as file,
+        tarfile.open(
+            fileobj=file, mode="r|", tarinfo=_Header, ignore_zeros=True, bufsize=_BUFFER
+        ) as tar,  # tarfile's own decompression stops at the first part
     ):
         yield tar
 
@@ -100,7 +101,7 @@ class _Header(tarfile.TarInfo):
         return header
 
 
-def _members(tar: tarfile.TarFile, path: Path, archive: str) -> Iterator[Pair | Unusable]:
+def _members(tar: tarfile.TarFile, path: str, archive: str) -> Iterator[Pair | Unusable]:
     group = _Group(path, archive, "")
     try:
         for member in tar:
@@ -174,7 +175,7 @@ class _Group:
     `7`.
     """
 
-    def __init__(self, path: Path, archive: str, stem: str) -> None:
+    def __init__(self, path: str, archive: str, stem: str) -> None:
         self._path, self._archive, self._key = path, archive, _first_part(stem)
         self._open: list[_Sample] = []
         self._pairs: set[str] = set()
