@@ -13,7 +13,7 @@ from data_pipeline.sources.pair import Pair, Unusable, unusable
 from data_pipeline.sources.places import Files
 from data_pipeline.sources.shapes import draw_scene, render
 from data_pipeline.sources.table import TablePart, table_pairs
-from data_pipeline.sources.tars import tar_pairs
+from data_pipeline.sources.tars import archive_pairs
 
 FileRow = FilePair | Unusable
 
@@ -74,7 +74,7 @@ def _tar(unit: Unit, files: Files) -> Iterator[Pair | Unusable]:
         yield unusable(where, f"cannot be read: {error.strerror}", "archive")
         return
     with file:
-        yield from tar_pairs(file, where, unit.archive)
+        yield from archive_pairs(file, where, unit.archive)
 
 
 def shapes_pairs(first: int, count: int, pixels: int, seed: int) -> Iterator[Pair]:
