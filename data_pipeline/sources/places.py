@@ -14,7 +14,7 @@ from typing import IO, Protocol
 from core.errors import AbsentError
 from core.storage.entry import Entry
 from core.storage.ranged_file import RangedFile
-from core.storage.store import Store, open_store
+from core.storage.store import Store
 from data_pipeline.sources.names import IS_METADATA, is_metadata
 from data_pipeline.sources.pair import METADATA, Unusable, unusable
 
@@ -64,6 +64,12 @@ class Files(Protocol):
     def open(self, name: str) -> IO[bytes]:
         """A seekable file. Raises: OSError."""
 
+    def place(self, name: str) -> str:
+        """A file's absolute path or URL."""
+
+    def entry(self, name: str) -> Entry | None:
+        """Size and tag of a file; None if it is gone."""
+
     def is_link(self, name: str) -> bool:
         """True for a symbolic link."""
 
@@ -97,8 +103,7 @@ class LocalFiles:
             folders[:] = [n for n in folders if select.enters((folder / n).as_posix())]
             for name in ((folder / name).as_posix() for name in names):
                 if select.selects(name):
-                    stat = os.lstat(self.root / name)
-                    rows.append(Entry(name, stat.st_size, str(stat.st_mtime_ns)))
+                    rows.append(entry_of(self.root / name, name))
         return sorted(rows)
 
     def read(self, name: str, most: int) -> bytes:
@@ -107,6 +112,13 @@ class LocalFiles:
 
     def open(self, name: str) -> IO[bytes]:
         return open(self.root / name, "rb")
+
+    def place(self, name: str) -> str:
+        return (self.root / name).absolute().as_posix()
+
+    def entry(self, name: str) -> Entry | None:
+        path = self.root / name
+        return entry_of(path, name) if path.is_file() else None
 
     def is_link(self, name: str) -> bool:
         return (self.root / name).is_symlink()
@@ -159,10 +171,20 @@ class StoredFiles:
             raise FileNotFoundError(2, "there is no such object") from error
 
     def open(self, name: str) -> IO[bytes]:
-        rows = [row for row in self.store.entries(name) if row.name == name]
-        if not rows:
+        entry = self.entry(name)
+        if entry is None:
             raise FileNotFoundError(2, "there is no such object")
-        return io.BufferedReader(RangedFile(self.store, name, rows[0].size), _BUFFER)
+        return io.BufferedReader(RangedFile(self.store, name, entry.size), _BUFFER)
+
+    def place(self, name: str) -> str:
+        return self.where(name)
+
+    def entry(self, name: str) -> Entry | None:
+        try:
+            size, tag = self.store.head(name)
+        except AbsentError:
+            return None
+        return Entry(name, size, tag)
 
     def is_link(self, name: str) -> bool:
         return False
@@ -171,9 +193,10 @@ class StoredFiles:
         return True
 
 
-def open_place(url: str) -> Files:
-    """The files at a URL or in a folder."""
-    return StoredFiles(open_store(url)) if "://" in url else LocalFiles(Path(url))
+def entry_of(path: Path, name: str) -> Entry:
+    """Size and time of a local file."""
+    stat = path.stat()
+    return Entry(name, stat.st_size, str(stat.st_mtime_ns))
 
 
 def _without_metadata(

@@ -23,6 +23,7 @@ from data_pipeline.sources.places import (
     LocalFiles,
     Select,
     StoredFiles,
+    entry_of,
 )
 from data_pipeline.sources.table import row_groups
 from data_pipeline.sources.units import FileRow, Unit
@@ -98,9 +99,7 @@ def _open(text: str) -> Source:
     if not stored and path.is_dir():
         return Source(text=text, files=LocalFiles(path), content=_content(path))
     if not stored and path.is_file():
-        stat = path.stat()
-        entry = Entry(path.name, stat.st_size, str(stat.st_mtime_ns))
-        return _single(text, LocalFiles(path.parent), entry, _content(path))
+        return _single(text, LocalFiles(path.parent), entry_of(path, path.name), _content(path))
     if is_pattern(text):
         return _matched(text)
     if not stored:
