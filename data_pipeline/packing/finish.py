@@ -91,11 +91,9 @@ class SetWriter:
         rejects = {Rejects(self._store, 0.0, task.number).name for task in self._tasks}
         delete_others(self._store, shards, rejects | {WHOLE_SET})
 
-    def _put(
-        self, units: dict[str, list[list[Shard]]], kinds: Counter[str], compare: bool
-    ) -> None:
+    def _put(self, units: dict[str, list[list[Shard]]], kinds: Counter[str], compare: bool) -> None:
         """Write the manifests, the one of RESULT last; `compare`: pairs with those of all units."""
-        keeps = dict.fromkeys(SPLITS, keep_all)
+        keeps: dict[str, Keep] = dict.fromkeys(SPLITS, keep_all)
         with ExitStack() as stack:
             if compare:
                 verdict = self._verdict(stack)
@@ -104,9 +102,7 @@ class SetWriter:
                 self._store.put_parts(WHOLE_SET, _reject_lines(verdict))
             for name in SPLITS:
                 facts = {"request": self._request, "split": name}
-                write_split(
-                    self._store, f"{name}/", units[name], facts, dict(kinds), keeps[name]
-                )
+                write_split(self._store, f"{name}/", units[name], facts, dict(kinds), keeps[name])
 
     def _refuse(self, records: list[Record], kinds: Counter[str]) -> None:
         packed = sum(record["packed"] for record in records)

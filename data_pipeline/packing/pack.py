@@ -1,4 +1,4 @@
-"""`tapir pack SRC ... DEST`: raw pairs -> WebDataset shards, split by key, by any number of workers.
+"""`tapir pack SRC ... DEST`: raw pairs -> WebDataset shards, by any number of workers.
 
 <split>/shard-000000.tar     KEY.jpg|png|webp, KEY.json, KEY.txt: any WebDataset reader reads it
 <split>/*.index.safetensors  block index of a shard, and of the data set
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from core.config import check, to_json
-from core.errors import AbsentError, CorruptError, InputError
+from core.errors import CorruptError, InputError
 from core.files.atomic import canonical_json, sha256
 from core.log import LOG, progress
 from core.storage.store import FolderStore, Store

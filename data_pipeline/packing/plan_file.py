@@ -1,7 +1,7 @@
 """The plan of a pack job in its place, so that all workers have the same units.
 
-    units/plan.json           the units in order; put if absent: the first counts
-    units/files-000000.json   a slice of a listing: pictures with their captions, and rejects
+units/plan.json           the units in order; put if absent: the first counts
+units/files-000000.json   a slice of a listing: pictures with their captions, and rejects
 """
 
 import json
@@ -33,8 +33,8 @@ def shared_plan(store: Store, sources: Sequence[Source], config: PackConfig) -> 
         units = [json.dumps([getattr(unit, name) for name in _FIELDS]) for unit in plan.units]
         store.put(PLAN, seal({"fields": _FIELDS, "units": units}), if_absent=True)
     body = _read(store, PLAN)
-    rows = map(json.loads, body["units"])
-    return [Unit(**dict(zip(body["fields"], row, strict=True))) for row in rows]
+    names, texts = body["fields"], body["units"]
+    return [Unit(**dict(zip(names, json.loads(text), strict=True))) for text in texts]
 
 
 def read_rows(store: Store, name: str) -> list[FileRow]:

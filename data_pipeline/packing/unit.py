@@ -66,7 +66,7 @@ class UnitPacker:
             for item in examined(items, self._config):
                 output.add(item, is_placed=tar is not None)
                 progress["pairs"] = output.packed
-                if output.packed == self._config.count:
+                if 0 < self._config.count == output.packed:
                     break
         return {**output.close(tar), "bytes": task.bytes, "in_place": tar is not None}
 

@@ -11,7 +11,7 @@ from core.storage.store import Store
 from data_pipeline.config import PackConfig
 from data_pipeline.formats.manifest import Shard
 from data_pipeline.formats.shards import describe
-from data_pipeline.formats.tar_writer import TarBuffer
+from data_pipeline.packing.tar_buffer import TarBuffer
 from data_pipeline.sources.pair import Pair
 
 
@@ -75,7 +75,9 @@ class RawWriter:
             return
         ends = [*self._starts[1:], self._tar.size]
         block = self._config.block
-        runs = [(self._starts[i : i + block], ends[i : i + block]) for i in range(0, len(ends), block)]
+        runs = [
+            (self._starts[i : i + block], ends[i : i + block]) for i in range(0, len(ends), block)
+        ]
         ranges = [(first[0], last[-1] - first[0], len(first)) for first, last in runs]
         ids = np.array([key_int(key) for key in self._keys], np.uint64)
         name, tar = self._name(len(self.shards)), self._tar.finish()

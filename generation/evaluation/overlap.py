@@ -30,8 +30,7 @@ from data_pipeline.formats.manifest import SPLITS
 from data_pipeline.formats.raw import RawRecord, RawSource
 from data_pipeline.images.crops import encode_png, square
 from data_pipeline.images.decode import decode_rgb
-from data_pipeline.packing.pack import (
-    RawWriter,
+from data_pipeline.packing.place import (
     claim,
     close_set,
     finished,
@@ -39,6 +38,7 @@ from data_pipeline.packing.pack import (
     refuse_empty,
 )
 from data_pipeline.packing.rejects import REJECTS, Rejects
+from data_pipeline.packing.writer import RawWriter
 from data_pipeline.sources.pair import Unusable, make_pair
 from data_pipeline.streaming.readable import split_readable
 from data_pipeline.tokenize.encode import squares_of, to_tensor
