@@ -60,7 +60,7 @@ class _Examined:
 
     pair: Pair
     captions: tuple[str, ...]
-    look: int
+    look: bytes
 
 
 class RawWriter:
