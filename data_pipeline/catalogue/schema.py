@@ -31,8 +31,7 @@ SCHEMA = pa.schema(
         pa.field("height", pa.uint32()),
         pa.field("bytes", pa.uint32()),
         pa.field("format", pa.string()),
-        pa.field("caption", pa.string()),
-        pa.field("captions", pa.uint16()),
+        pa.field("captions", pa.list_(pa.field("element", pa.string(), False)), False),
         pa.field("words", pa.uint32()),
         pa.field("language", pa.string()),
         pa.field("image_digest", pa.binary(DIGEST_BYTES)),
@@ -62,7 +61,7 @@ class Row:
     format: str | None = None
     """png, jpg or webp."""
     captions: tuple[str, ...] = ()
-    """Cleaned; the first one is stored, the others are counted."""
+    """Cleaned, as records of the set give them."""
     image_digest: bytes | None = None
     """Of the encoded picture."""
     pair_digest: bytes | None = None
@@ -131,8 +130,7 @@ class CatalogueWriter:
             "place": self.rows,
             "bytes": row.size,
             "source": printable(row.source),
-            "caption": caption,
-            "captions": len(row.captions),
+            "captions": row.captions,
             "words": None if caption is None else len(caption.split()),
             "language": None if caption is None else guess_language(caption),
             "reason": None if row.reason is None else printable(row.reason),

@@ -48,8 +48,7 @@ def test_rows_hold_the_facts_of_pairs_and_rejects() -> None:
         "height": 20,
         "bytes": len(_jpeg()),
         "format": "jpg",
-        "caption": "two dogs",
-        "captions": 2,
+        "captions": ["two dogs", "a dog"],
         "words": 2,
         "language": "en",
         "perceptual_hash": bytes(16),
@@ -64,7 +63,8 @@ def test_rows_hold_the_facts_of_pairs_and_rejects() -> None:
     assert (fourth["key"], fourth["source"]) == ("b\\xff", "b\\xff")
     assert fourth["reason"] == "b\\xff is a link"
     assert [row["place"] for row in table.to_pylist()] == [0, 1, 2, 3]
-    assert all(fourth[name] is None for name in ("width", "caption", "pair_digest", "words"))
+    assert all(fourth[name] is None for name in ("width", "pair_digest", "words", "language"))
+    assert fourth["captions"] == []
 
 
 def test_captions_are_not_joined_ambiguously() -> None:
