@@ -25,8 +25,8 @@ class FilterConfig:
     duplicates: bool = False
     """Leave out exact duplicates: the same image with the same caption."""
     near: int = -1
-    """Leave out near duplicates: pictures whose 64-bit perceptual hash differs from an earlier one
-    in at most this many bits (0 to 3); -1 = keep them."""
+    """Leave out near duplicates: pictures whose perceptual hash (128 bits) differs from that of an
+    earlier, kept one in at most this many bits (0 to 3); -1 = keep them."""
 
     def problems(self) -> list[str]:
         problems = []

@@ -85,42 +85,56 @@ class SetWriter:
             LOG.info("%d pairs have several captions; one is drawn by key at each reading", several)
         filters = self._config.filters
         try:
-            self._put(units, kinds, filters.duplicates or filters.near >= 0)
+            self._put(records, units, kinds, filters.duplicates or filters.near >= 0)
         except RepeatedIdError:
-            self._put(units, kinds, True)  # the later pair of two is left out
+            self._put(records, units, kinds, True)  # the later one of two equal keys is left out
         rejects = {Rejects(self._store, 0.0, task.number).name for task in self._tasks}
         delete_others(self._store, shards, rejects | {WHOLE_SET})
 
-    def _put(self, units: dict[str, list[list[Shard]]], kinds: Counter[str], compare: bool) -> None:
+    def _put(
+        self,
+        records: list[Record],
+        units: dict[str, list[list[Shard]]],
+        kinds: Counter[str],
+        compare: bool,
+    ) -> None:
         """Write the manifests, the one of RESULT last; `compare`: pairs with those of all units."""
         keeps: dict[str, Keep] = dict.fromkeys(SPLITS, keep_all)
         with ExitStack() as stack:
             if compare:
                 verdict = self._verdict(stack)
-                keeps = {name: _keep(verdict, name) for name in SPLITS}
                 kinds = kinds + Counter(verdict.counts)
+                self._refuse(records, kinds, verdict.counts.get("key", 0))
+                keeps = {name: _keep(verdict, name) for name in SPLITS}
                 self._store.put_parts(WHOLE_SET, _reject_lines(verdict))
             for name in SPLITS:
                 facts = {"request": self._request, "split": name}
                 write_split(self._store, f"{name}/", units[name], facts, dict(kinds), keeps[name])
 
-    def _refuse(self, records: list[Record], kinds: Counter[str]) -> None:
-        packed = sum(record["packed"] for record in records)
-        unusable = sum(record["unusable"] for record in records)
+    def _refuse(self, records: list[Record], kinds: Counter[str], repeated: int = 0) -> None:
+        """`repeated`: pairs with a key of another unit."""
+        packed = sum(record["packed"] for record in records) - repeated
+        unusable = sum(record["unusable"] for record in records) + repeated
         if packed + unusable == 0:
             asked = f"; left out: {dict(kinds)}" if kinds else ""
             raise InputError(
                 f"the source {self._request['source']!r} holds no pairs: no images with "
                 f"captions{asked}"
             )
-        first = next((record["first"] for record in records if record["first"]), "")
+        first = next((record["first"] for record in records if record["first"]), "a repeated key")
         refuse_rejects(unusable, packed + unusable, self._config.max_rejects, first)
 
     def _verdict(self, stack: ExitStack) -> Verdict:
         """Which pairs the whole set leaves out."""
         names = [part_name(task.number) for task in self._tasks]
         parts = stack.enter_context(_local(self._store, names))
-        return duplicates(parts, self._config.filters)
+        verdict = duplicates(parts, self._config.filters)
+        if verdict.crowded.skipped:
+            LOG.warning(
+                "%d near pairs were not looked for: too many pictures share a part of their hash",
+                verdict.crowded.skipped,
+            )
+        return verdict
 
 
 @contextmanager
