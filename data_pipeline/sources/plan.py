@@ -260,17 +260,18 @@ class _Names:
         self._folders: set[str] = set()
 
     def prefix(self, number: int, names: Sequence[str]) -> str:
-        """ "" for a source whose names differ from those of the sources before it, else N/."""
-        if any(self._is_taken(name) for name in names):
-            return f"{number}/"
-        return ""
+        """What a source's names get in front: nothing if no source before it has one of them."""
+        prefix = ""
+        while any(self._is_taken(prefix + name) for name in names):
+            prefix = f"~{prefix}" if prefix else f"{number}/"
+        return prefix
 
     def own(self, name: str) -> str:
-        """The name, or NAME~2 if it is taken."""
+        """The name, or ~2/NAME if it is taken."""
         choice, number = name, 1
         while self._is_taken(choice):
             number += 1
-            choice = f"{name}~{number}"
+            choice = f"~{number}/{name}"
         self.add(choice)
         return choice
 
