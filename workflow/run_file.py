@@ -4,7 +4,7 @@ name: shapes
 out: runs/shapes
 store: s3://bucket/shapes
 stages:
-  pack: {source: shapes, flags: {count: 20000}}
+  pack: {source: shapes, workers: 2, flags: {count: 20000}}
   bpe: {}
   dvae: {flags: {loop.steps: 1800}}
   tokenize: {workers: 4}
@@ -51,7 +51,7 @@ AFTER: dict[str, tuple[str, ...]] = {
     "score": ("prior", "clip"),
     "evaluate": ("prior", "clip"),
 }
-ARRAYS = ("tokenize", "score")
+ARRAYS = ("pack", "tokenize", "score")
 """Stages that any number of workers can share."""
 SETTINGS: dict[str, Any] = {
     "pack": PackConfig,
@@ -157,10 +157,11 @@ class RunFile:
             problems += spec.resources.problems(name)
             if spec.resources.workers > 1 and name not in ARRAYS:
                 problems.append(
-                    f"stages.{name}: workers are for {' and '.join(ARRAYS)}; use nodes and mesh"
+                    f"stages.{name}: workers are for {', '.join(ARRAYS[:-1])} and {ARRAYS[-1]}; "
+                    "use nodes and mesh"
                 )
-            if spec.resources.nodes > 1 and name in ("pack", "bpe", "evaluate", *ARRAYS):
-                problems.append(f"stages.{name}: nodes are for training; {ARRAYS[0]} has workers")
+            if spec.resources.nodes > 1 and name in ("bpe", "evaluate", *ARRAYS):
+                problems.append(f"stages.{name}: nodes are for training; data jobs have workers")
             if spec.source and name not in ("pack", "score"):
                 problems.append(f"stages.{name}: a source is for pack and score")
             fixed = {"out", "dvae", "bpe", "prior", "clip", "worker", "again", "help"}

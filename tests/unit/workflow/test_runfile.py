@@ -115,7 +115,7 @@ def test_finished_jobs_are_not_sent_again(tmp_path: Path) -> None:
             "steps=7 does not divide",
         ),
         ({}, {"pack": {}}, "give a source"),
-        ({}, {"dvae": {"workers": 2}}, "workers are for tokenize and score"),
+        ({}, {"dvae": {"workers": 2}}, "workers are for pack, tokenize and score"),
         ({"name": ""}, {}, "name: missing"),
         ({"slurm": {"launcher": "ssh"}}, {}, "must be torchrun or srun"),
         ({"retires": 3}, {}, "did you mean 'retries'"),
