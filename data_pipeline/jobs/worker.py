@@ -195,7 +195,9 @@ class Job(Generic[AnyTask]):
         return True
 
     def _ledger(self, prefix: str) -> Ledger:
-        return self._ledgers.setdefault(prefix, Ledger(self.store, prefix))
+        if prefix not in self._ledgers:
+            self._ledgers[prefix] = Ledger(self.store, prefix, self._member.number)
+        return self._ledgers[prefix]
 
     def _prefixes(self) -> list[str]:
         return sorted({task.prefix for task in self.tasks})
