@@ -23,11 +23,11 @@ LEFT_OUT = pa.schema(
         pa.field("key", pa.string(), False),
         pa.field("reject", pa.string(), False),
         pa.field("reason", pa.string(), False),
-        pa.field("first_unit", pa.uint32(), False),
-        pa.field("first_place", pa.uint32(), False),
+        pa.field("first_unit", pa.uint32()),
+        pa.field("first_place", pa.uint32()),
     ]
 )
-"""Rows that the whole set leaves out, with the earlier row that each is like."""
+"""Rows that the whole set leaves out, with the earlier row that each is like, if there is one."""
 
 
 @dataclass(kw_only=True)
