@@ -134,8 +134,9 @@ class _Copies:
         Raises: CorruptError if the stored file is missing or has another digest.
         """
         folder, _, name = part.place.rpartition("/")
-        store = self._stores.setdefault(folder, open_store(folder)) if folder else self._stores[""]
-        name = name or part.name
+        if folder not in self._stores:
+            self._stores[folder] = open_store(folder)
+        store, name = self._stores[folder], name or part.name
         if isinstance(store, FolderStore):
             path = store.root / name
             if not path.is_file() or not _has_digest(path, part):
