@@ -9,7 +9,7 @@ import numpy as np
 from core.keys import key_int
 from core.storage.store import FolderStore, Store
 from data_pipeline.catalogue.duplicates import duplicates
-from data_pipeline.catalogue.parts import FACT, Part, part_of, put_catalogue
+from data_pipeline.catalogue.parts import FACT, part_of, put_catalogue
 from data_pipeline.catalogue.schema import CatalogueWriter, reject_row, row_of
 from data_pipeline.config import FilterConfig
 from data_pipeline.formats.manifest import SPLITS, Manifest, Shard
@@ -117,7 +117,9 @@ def _shard(store: Store, split: str, unit: int, rows: Sequence[Made]) -> Shard:
     return describe(store, f"{split}/", name, tar, ranges, ids)
 
 
-def small_set(tmp_path: Path, name: str = "set") -> tuple[FolderStore, list[Made]]:
+def small_set(
+    tmp_path: Path, name: str = "set", filters: FilterConfig = BOTH
+) -> tuple[FolderStore, list[Made]]:
     """80 pairs in three units, with duplicates, near ones and rejects."""
     rows = made(80)
     rows.insert(3, Made(key="x", caption="", picture=0, split=None, reject=_LINK))
@@ -125,7 +127,7 @@ def small_set(tmp_path: Path, name: str = "set") -> tuple[FolderStore, list[Made
     store = FolderStore(tmp_path / name)
     work = tmp_path / f"{name}-work"
     work.mkdir()
-    catalogued_set(store, work, [rows[:30], rows[30:60], rows[60:]])
+    catalogued_set(store, work, [rows[:30], rows[30:60], rows[60:]], filters)
     return store, rows
 
 

@@ -95,7 +95,7 @@ class Database:
         self._refuse_others(f"SELECT * FROM pairs WHERE {where}")
         sql = f"SELECT unit, place FROM pairs WHERE kept AND ({where}\n)"
         with _wrong_sql(where):
-            batches: Any = self._connection.execute(sql).to_arrow_reader(_BATCH)
+            batches: Any = self._connection.sql(sql).to_arrow_reader(_BATCH)
             for batch in batches:
                 yield batch["unit"].to_numpy(), batch["place"].to_numpy()
 

@@ -90,7 +90,11 @@ def test_each_block_yields_what_the_whole_archive_does(tars: list[Path], tmp_pat
                     if shard.place == str(path):
                         blocks.append((start, split, source.read(block)))
                 number += shard.blocks
-        read = [(r.key, r.image) for _, _, records in sorted(blocks, key=lambda b: b[0]) for r in records]
+        read = [
+            (r.key, r.image)
+            for _, _, records in sorted(blocks, key=lambda b: b[0])
+            for r in records
+        ]
         assert read == [(p.key, p.image) for p in whole if p.image != b"no picture"]
         assert len(whole) < 10 or {split for _, split, _ in blocks} == set(SPLITS)
 
@@ -122,7 +126,9 @@ def test_a_changed_archive_is_found(tmp_path: Path, byte: bool) -> None:
         match = rf"{path}: the block at offset \d+ has crc32 .* its index says .* pack the archives"
     else:
         path.write_bytes(data + bytes(512))
-        match = rf"{path} has changed since it was packed: it has {len(data) + 512} bytes.* {len(data)}"
+        match = (
+            rf"{path} has changed since it was packed: it has {len(data) + 512} bytes.* {len(data)}"
+        )
     with pytest.raises(CorruptError, match=match):
         source.read(0)
     path.unlink()
@@ -176,8 +182,16 @@ def test_archives_that_cannot_be_read_in_place_are_rejects(kind: str) -> None:
     (item,) = [item for item, _ in unit]
     assert isinstance(item, Unusable) and item.kind == "archive"
     assert ("compressed" if kind == "gzip" else "global PAX header") in item.reason
-    assert unit.write(FolderStore(Path("/nonexistent")), 0, etag="", ids=np.zeros(0, np.uint64),
-                      kept=np.zeros(0, np.bool_)) == {}
+    assert (
+        unit.write(
+            FolderStore(Path("/nonexistent")),
+            0,
+            etag="",
+            ids=np.zeros(0, np.uint64),
+            kept=np.zeros(0, np.bool_),
+        )
+        == {}
+    )
 
 
 def test_a_truncated_archive_keeps_its_whole_pairs(tmp_path: Path) -> None:
