@@ -46,7 +46,7 @@ def made(count: int) -> list[Made]:
     """Pairs in both splits: each tenth repeats the pair before it, or only its picture."""
     rows = []
     for number in range(count):
-        split = "validation" if number % 5 == 4 else "train"
+        split = "validation" if number % 7 == 6 else "train"
         caption = f"a picture of the number {number} on the wall"
         rows.append(Made(key=f"k{number:03d}", caption=caption, picture=number, split=split))
         if number % 10 == 9:

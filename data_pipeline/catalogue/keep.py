@@ -57,6 +57,8 @@ def keep(
         return views
     verdict = _judged(catalogue, database, where, filters)
     masks = {name: _mask(verdict, name, base[name], store) for name in SPLITS}
+    if empty := [name for name, mask in masks.items() if not mask.any()]:
+        raise InputError(f"no pair of {empty[0]} is left; give a condition that leaves out fewer")
     parts = [replace(part, place=place_of(store, part)) for part in catalogue.parts]
     digest = put_catalogue(dest, parts, chain(_left_out(catalogue), verdict.left_out()))
     return {

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from bench.support.counted import CountedStore
+from cluster.object_server import ObjectServer
 from core.errors import CorruptError, InputError
-from core.storage.store import FolderStore
+from core.storage.store import FolderStore, open_store
 from data_pipeline.catalogue.keep import keep
 from data_pipeline.catalogue.parts import open_catalogue
 from data_pipeline.catalogue.query import Database, open_database
 from data_pipeline.config import CatalogueConfig, FilterConfig
 from data_pipeline.formats.manifest import Manifest
-from tests.catalogued import Made, small_set
+from tests.catalogued import Made, catalogued_set, small_set
 from tests.in_place import records_of
 
 CONFIG = CatalogueConfig(memory_gigabytes=0.5)
@@ -86,7 +88,7 @@ def test_rows_of_the_set_are_answered(
 def test_other_statements_and_files_are_refused(
     sql: str, database: Database, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match="failed|not one SELECT"):
+    with pytest.raises(InputError, match=r"failed|not one SELECT"):
         list(database.ask(sql.format(folder=tmp_path))[1])
     assert not [path for path in tmp_path.iterdir() if path.suffix in (".csv", ".db")]
     assert list(database.ask("SELECT count(*) FROM pairs")[1]) == [(82,)], "it still answers"
@@ -176,12 +178,38 @@ def test_near_duplicates_are_judged_among_the_chosen_pairs(tmp_path: Path) -> No
 def test_a_wrong_condition_is_refused(
     where: str, made: tuple[FolderStore, list[Made]], database: Database, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match="failed|not one SELECT"):
+    with pytest.raises(InputError, match=r"failed|not one SELECT"):
         _kept(made, database, tmp_path / "view", where)
-    with pytest.raises(InputError, match="no pair is left"):
-        _kept(made, database, tmp_path / "none", "false")
+    with pytest.raises(InputError, match="no pair of validation is left"):
+        _kept(made, database, tmp_path / "view", "split = 'train'")
+    assert not (tmp_path / "view").exists()
     with pytest.raises(InputError, match="choose an empty DEST"):
         _kept(made, database, tmp_path / "set-work", "true")
+
+
+@pytest.mark.seconds
+def test_a_catalogue_in_a_store_is_copied_once_and_checked(
+    s3: ObjectServer, tmp_path: Path
+) -> None:
+    _, rows = small_set(tmp_path)
+    cache, work = tmp_path / "cache", tmp_path / "work"
+    work.mkdir()
+    with s3.credentials():
+        store = CountedStore(open_store("s3://tapir-tests/catalogued"))
+        catalogued_set(store, work, [rows[:40], rows[40:]])
+        for expected in (5, 2):  # the manifest, the list, two units, what the set leaves out
+            store.requests.clear()
+            catalogue = open_catalogue(store, cache)
+            assert store.requests["GET"] == expected
+        damaged = catalogue.paths[1]
+        damaged.write_bytes(b"x" + damaged.read_bytes()[1:])
+        with open_database(open_catalogue(store, cache), CONFIG) as database:
+            assert list(database.ask("SELECT count(*) FROM pairs WHERE kept")[1]) == [(72,)]
+            dest = open_store("s3://tapir-tests/catalogued-view")
+            keep(store, dest, catalogue, database, "width <= 26", FilterConfig())
+        narrow = {row.key for row in rows if row.picture % 5 <= 2} - REPEATED - UNUSABLE
+        assert {record.key for record in records_of(dest)} == narrow
+        assert open_catalogue(dest, cache).paths == catalogue.paths
 
 
 def test_changed_files_are_reported(made: tuple[FolderStore, list[Made]], tmp_path: Path) -> None:
