@@ -19,7 +19,7 @@ from core.keys import key_fraction
 from core.storage.store import Store
 from data_pipeline.formats.index import BlockIndex, dump_shard_index
 from data_pipeline.formats.manifest import SPLITS, Shard
-from data_pipeline.formats.masks import Kept
+from data_pipeline.formats.views.masks import Kept
 from data_pipeline.sources.files import MOST_BYTES
 from data_pipeline.sources.pair import Pair, Unusable, unusable
 from data_pipeline.sources.tar_groups import Run
