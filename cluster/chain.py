@@ -78,7 +78,7 @@ class Job:
     checkpoints: str = ""
     """Place of its checkpoints: a newer one is progress."""
     shards: str = ""
-    """Place of a data job's output: more finished files are progress."""
+    """Place of a data job's output: more finished files, or a worker's own tasks, are progress."""
     resources: Resources = field(default_factory=Resources)
 
     @property
@@ -146,6 +146,7 @@ class Chain:
             f"--stall-hours={self.stall_hours:g}",
             *([f"--checkpoints={job.checkpoints}"] if job.checkpoints else []),
             *([f"--shards={job.shards}"] if job.shards else []),
+            *([f"--worker={name.removeprefix(job.name)[1:]}"] if job.array else []),
             *flags,
             *(["--saves"] if job.trains else []),
             "--",

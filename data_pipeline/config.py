@@ -90,6 +90,23 @@ class PackConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CatalogueConfig:
+    """How a catalogue is read."""
+
+    memory_gigabytes: float = 4.0
+    """Memory of a query; what needs more is written to TMPDIR."""
+    threads: int = 2
+    """Threads of a query."""
+    cache: Path = Path(".cache/catalogue")
+    """Folder of the files of a catalogue that is in an object store; they are fetched once."""
+
+    def problems(self) -> list[str]:
+        if self.memory_gigabytes < 0.1 or self.threads < 1:
+            return ["memory_gigabytes must be at least 0.1 and threads at least 1"]
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
 class OrderConfig:
     """Order of the records: determined by the seed, and the same for every number of ranks."""
 

@@ -18,23 +18,28 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from core.errors import InputError
 from data_pipeline.catalogue.near import EDGE, Crowded, Words, bands_of, keep_first, near_edges
 from data_pipeline.catalogue.partition import Partitions
-from data_pipeline.catalogue.verdict import DUPLICATE, KEPT, KEY, NEAR, REJECTED, Verdict, read_part
+from data_pipeline.catalogue.verdict import (
+    DUPLICATE,
+    KEPT,
+    KEY,
+    NEAR,
+    REJECTED,
+    Verdict,
+    is_kept_by_unit,
+    read_part,
+)
 from data_pipeline.config import FilterConfig
 from data_pipeline.formats.fetch import fetched
 from data_pipeline.images.decode import BANDS, FLAT_LOOKS
 
-_MOST_ROWS = 2**32 - 1
 _ID = np.dtype([("key", "<u8", (1,)), ("row", "<u4")])
 _DIGEST = np.dtype([("key", "<u8", (2,)), ("row", "<u4")])
 _ODD = np.uint64(0xC2B2AE3D27D4EB4F)
-_COLUMNS = ["unit", "id", "pair_digest", "perceptual_hash", "split", "reject"]
+_COLUMNS = ["id", "pair_digest", "perceptual_hash", "split", "reject"]
 _FLAT = np.frombuffer(b"".join(FLAT_LOOKS), "<u8").reshape(-1, 2)
 
 
@@ -43,24 +48,24 @@ def duplicates(
 ) -> Verdict:
     """Decide which rows of a set are left out; `config` says whether exact and near ones are.
 
-    `parts` are the units' parquet files in order, on a local disk. `work` is a folder for up to 60
-    bytes a row of temporary files (TMPDIR).
-    Raises: InputError for more than 2**32 - 1 rows; OSError if the disk is full.
+    `parts` are the units' parquet files in order, on a local disk.
+    Raises: as `drop_duplicates`; InputError for more than 2**32 - 1 rows.
     """
-    starts = np.cumsum([0, *(pq.read_metadata(part).num_rows for part in parts)])
-    rows = int(starts[-1])
-    if rows > _MOST_ROWS:
-        raise InputError(f"{rows} pairs are more than {_MOST_ROWS}; make several sets of them")
-    verdict = Verdict(
-        parts=parts,
-        units=np.zeros(len(parts), np.uint32),
-        starts=starts,
-        kinds=np.zeros(rows, np.uint8),
-        firsts=np.zeros(rows, np.uint32),
-    )
+    verdict = Verdict.all_kept(parts)
+    drop_duplicates(verdict, config, work, threads)
+    return verdict
+
+
+def drop_duplicates(
+    verdict: Verdict, config: FilterConfig, work: Path | None = None, threads: int = 2
+) -> None:
+    """`duplicates` among the rows that a verdict keeps so far.
+
+    `work` is a folder for up to 60 bytes a row of temporary files (TMPDIR).
+    Raises: OSError if the disk is full.
+    """
     with TemporaryDirectory(prefix="tapir-duplicates-", dir=work) as folder:
         _Search(verdict, config, Path(folder), threads).run()
-    return verdict
 
 
 class _Search:
@@ -88,13 +93,9 @@ class _Search:
         parts = self._verdict.parts
         tables = fetched(lambda part: read_part(part, _COLUMNS), parts, self._threads)
         for number, table in enumerate(tables):
-            if not len(table):
-                continue
-            start = self._verdict.starts[number]
-            self._verdict.units[number] = table["unit"][0].as_py()
-            taken = pc.and_(pc.is_valid(table["split"]), pc.is_null(table["reject"])).to_numpy()
-            self._kinds[start : start + len(taken)][~taken] = REJECTED
-            places = np.flatnonzero(taken)
+            start, kinds = self._verdict.starts[number], self._verdict.of_part(number)
+            kinds[~is_kept_by_unit(table)] = REJECTED
+            places = np.flatnonzero(kinds == KEPT)
             rows = (places + start).astype(np.uint32)
             _add(ids, words_of(table["id"], 1)[places], rows)
             if self._config.duplicates:

@@ -42,8 +42,12 @@ SCHEMA = pa.schema(
         pa.field("reason", pa.string()),
     ]
 )
-_REPEATED = ["format", "language", "split", "reject"]
-"""Columns with few values."""
+PARQUET: dict[str, Any] = {
+    "compression": "zstd",
+    "use_dictionary": ["format", "language", "split", "reject"],
+    "store_schema": False,
+}
+"""Settings of every parquet file of a catalogue; few values are in a dictionary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,17 +151,9 @@ class CatalogueWriter:
 def to_parquet(table: pa.Table) -> bytes:
     """Serialise a table; equal tables give equal bytes with one version of pyarrow."""
     buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer, **PARQUET)
+    with pq.ParquetWriter(buffer, table.schema, **PARQUET) as writer:
+        writer.write_table(table)
     return bytes(buffer.getvalue())
-
-
-PARQUET: dict[str, Any] = {
-    "compression": "zstd",
-    "use_dictionary": _REPEATED,
-    "store_schema": False,
-    "row_group_size": 2**20,
-}
-"""Settings of every parquet file of a catalogue."""
 
 
 def part_name(unit: int) -> str:
