@@ -12,20 +12,22 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from core.errors import AbsentError, CorruptError, InputError
 from core.log import LOG
 from core.storage.store import FolderStore, Store
 from data_pipeline.catalogue.duplicates import duplicates
+from data_pipeline.catalogue.parts import FACT, Part, put_catalogue
 from data_pipeline.catalogue.schema import part_name
 from data_pipeline.catalogue.verdict import Verdict, read_part
 from data_pipeline.config import PackConfig
 from data_pipeline.formats.fetch import fetched
 from data_pipeline.formats.ids import RepeatedIdError
 from data_pipeline.formats.manifest import NAME, SPLITS, Shard
-from data_pipeline.formats.masks import Kept
 from data_pipeline.formats.raw_set import Keep, keep_all, write_split
+from data_pipeline.formats.views.masks import Kept
 from data_pipeline.jobs.ledger import Record, finished_tasks
 from data_pipeline.packing.judge import refuse_rejects
 from data_pipeline.packing.place import UNITS, delete_others, refuse_empty
@@ -100,6 +102,7 @@ class SetWriter:
     ) -> None:
         """Write the manifests, the one of RESULT last; `compare`: pairs with those of all units."""
         keeps: dict[str, Keep] = dict.fromkeys(SPLITS, keep_all)
+        left_out: Iterator[pa.Table] = iter(())
         with ExitStack() as stack:
             if compare:
                 verdict = self._verdict(stack)
@@ -107,8 +110,11 @@ class SetWriter:
                 self._refuse(records, kinds, verdict.counts.get("key", 0))
                 keeps = {name: _keep(verdict, name) for name in SPLITS}
                 self._store.put_parts(WHOLE_SET, _reject_lines(verdict))
+                left_out = verdict.left_out()
+            parts = [Part(**record["catalogue"]) for record in records]
+            catalogue = put_catalogue(self._store, parts, left_out)
             for name in SPLITS:
-                facts = {"request": self._request, "split": name}
+                facts = {"request": self._request, "split": name, FACT: catalogue}
                 write_split(self._store, f"{name}/", units[name], facts, dict(kinds), keeps[name])
 
     def _refuse(self, records: list[Record], kinds: Counter[str], repeated: int = 0) -> None:

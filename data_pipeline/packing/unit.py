@@ -10,16 +10,16 @@ In place, a plain tar has no shards: its indexes name the ranges of its blocks.
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
 from core.errors import InputError
-from core.files.atomic import sha256
 from core.keys import key_int
 from core.log import LOG
 from core.storage.entry import Entry
 from core.storage.store import Store
+from data_pipeline.catalogue.parts import part_of
 from data_pipeline.catalogue.schema import CatalogueWriter, part_name
 from data_pipeline.config import PackConfig
 from data_pipeline.formats.in_place import InPlaceUnit, split_of_block
@@ -199,7 +199,7 @@ class _Output:
         rejects = self._rejects
         return {
             "shards": {name: [shard_json(s) for s in rows] for name, rows in shards.items()},
-            "catalogue": sha256(part),
+            "catalogue": asdict(part_of(self._number, self._catalogue.rows, part)),
             "pairs": self.packed + rejects.unusable,
             "packed": self.packed,
             "several": self._several,
