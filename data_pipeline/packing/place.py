@@ -57,10 +57,10 @@ def given_back(store: Store, alone: bool = True) -> Iterator[None]:
         raise
 
 
-def refuse_refused(store: Store) -> None:
+def refuse_refused(store: Store, note: str = REFUSED) -> None:
     """Raise InputError if another worker has ended the job."""
-    if store.exists(REFUSED):
-        reason = read_json(store, REFUSED).get("reason", "")
+    if store.exists(note):
+        reason = read_json(store, note).get("reason", "")
         raise InputError(
             f"another worker has ended this job: {reason}; mend that, or write it all again with "
             "--again"

@@ -70,15 +70,6 @@ class UnitPacker:
                     break
         return {**output.close(tar), "bytes": task.bytes, "in_place": tar is not None}
 
-    def outputs(self, task: UnitTask) -> list[str]:
-        """Names of the objects that a unit may have written."""
-        shards = [
-            name
-            for split in SPLITS
-            for name in self._store.names(f"{split}/shard-{task.number:06d}")
-        ]
-        return [*shards, part_name(task.number), Rejects(self._store, 0.0, task.number).name]
-
     def _copied(self, units: Sequence[Unit]) -> Iterator[Placed]:
         for unit in units:
             source = self._sources[unit.source]
