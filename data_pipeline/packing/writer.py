@@ -10,8 +10,7 @@ from core.keys import key_int
 from core.storage.store import Store
 from data_pipeline.config import PackConfig
 from data_pipeline.formats.manifest import Shard
-from data_pipeline.formats.shards import describe
-from data_pipeline.packing.tar_buffer import TarBuffer
+from data_pipeline.formats.shards import TarBuffer, describe
 from data_pipeline.sources.pair import Pair
 
 
