@@ -38,7 +38,7 @@ class Resources:
     minutes: int = 0
     """Time limit of one run; before it the job saves and is requeued. 0 = the default."""
     workers: int = 1
-    """Processes of a token job: an array."""
+    """Processes of a data job (pack, tokenize, score): an array."""
     parallelism: int = 0
     """Workers that may run at the same time; 0 = all."""
 

@@ -4,7 +4,7 @@ name: shapes
 out: runs/shapes
 store: s3://bucket/shapes
 stages:
-  pack: {source: shapes, flags: {count: 20000}}
+  pack: {source: shapes, workers: 2, flags: {count: 20000}}
   bpe: {}
   dvae: {flags: {loop.steps: 1800}}
   tokenize: {workers: 4}
@@ -53,7 +53,7 @@ AFTER: dict[str, tuple[str, ...]] = {
     "score": ("prior", "clip", "overlap"),
     "evaluate": ("prior", "clip"),
 }
-ARRAYS = ("bpe", "tokenize", "overlap", "score")
+ARRAYS = ("pack", "bpe", "tokenize", "overlap", "score")
 """Stages that any number of workers can share."""
 SETTINGS: dict[str, Any] = {
     "pack": PackConfig,
@@ -165,8 +165,8 @@ class RunFile:
                 problems.append(
                     f"stages.{name}: workers are for {', '.join(ARRAYS)}; use nodes and mesh"
                 )
-            if spec.resources.nodes > 1 and name in ("pack", "evaluate", *ARRAYS):
-                problems.append(f"stages.{name}: nodes are for training; tokenize has workers")
+            if spec.resources.nodes > 1 and name in ("evaluate", *ARRAYS):
+                problems.append(f"stages.{name}: nodes are for training; data jobs have workers")
             if spec.source and name not in ("pack", "overlap", "score"):
                 problems.append(f"stages.{name}: a source is for pack, overlap and score")
             fixed = {"out", "dvae", "bpe", "prior", "clip", "worker", "again", "help"}

@@ -34,8 +34,7 @@ from data_pipeline.images.decode import decode_rgb
 from data_pipeline.jobs.leases import SECONDS
 from data_pipeline.jobs.ledger import Record, finished_tasks
 from data_pipeline.jobs.worker import Job, Progress, Task, Work
-from data_pipeline.packing.pack import (
-    RawWriter,
+from data_pipeline.packing.place import (
     claim,
     close_set,
     finished,
@@ -43,6 +42,7 @@ from data_pipeline.packing.pack import (
     refuse_empty,
 )
 from data_pipeline.packing.rejects import REJECTS, Rejects
+from data_pipeline.packing.writer import RawWriter
 from data_pipeline.sources.pair import Unusable, make_pair
 from generation.config import OverlapConfig
 from generation.evaluation.likeness import EvaluationVectors

@@ -16,8 +16,9 @@ from data_pipeline.evaluation_sets import open_evaluation
 from data_pipeline.formats.manifest import SPLITS
 from data_pipeline.formats.raw import RawRecord, RawSource
 from data_pipeline.images.crops import encode_png
-from data_pipeline.packing.pack import RawWriter, close_set
+from data_pipeline.packing.place import close_set
 from data_pipeline.packing.rejects import Rejects
+from data_pipeline.packing.writer import RawWriter
 from data_pipeline.sources.pair import make_pair
 from data_pipeline.sources.shapes import draw_scene, render
 from data_pipeline.streaming.stream import stored_records

@@ -135,7 +135,7 @@ def test_finished_jobs_are_not_sent_again(tmp_path: Path) -> None:
         ),
         ({}, {"pack": {}}, "give a source"),
         ({}, {"overlap": {}}, "stages.overlap: give a source, the evaluation set"),
-        ({}, {"dvae": {"workers": 2}}, "workers are for bpe, tokenize, overlap, score"),
+        ({}, {"dvae": {"workers": 2}}, "workers are for pack, bpe, tokenize, overlap, score"),
         ({"name": ""}, {}, "name: missing"),
         ({"slurm": {"launcher": "ssh"}}, {}, "must be torchrun or srun"),
         ({"retires": 3}, {}, "did you mean 'retries'"),
