@@ -24,8 +24,8 @@ from data_pipeline.config import PackConfig
 from data_pipeline.formats.fetch import fetched
 from data_pipeline.formats.ids import RepeatedIdError
 from data_pipeline.formats.manifest import NAME, SPLITS, Shard
-from data_pipeline.formats.masks import Kept
 from data_pipeline.formats.raw_set import Keep, keep_all, write_split
+from data_pipeline.formats.views.masks import Kept
 from data_pipeline.jobs.ledger import Record, finished_tasks
 from data_pipeline.packing.judge import refuse_rejects
 from data_pipeline.packing.place import UNITS, delete_others, refuse_empty
