@@ -87,6 +87,11 @@ def run_job(settings: JobSettings, command: Sequence[str]) -> int:
         raise InputError("give the job a --name: its files are called by it")
     if settings.retries < 0 or not 0 < settings.stall_hours < math.inf:
         raise ConfigError("--retries must not be negative, and --stall-hours must be positive")
+    if (settings.again == "slurm" or settings.nodes) and "SLURM_JOB_ID" not in os.environ:
+        raise InputError(
+            "--again slurm and --nodes are for a job of Slurm, and this is none: SLURM_JOB_ID is "
+            "not set; start it by sbatch or `tapir submit --to slurm`, or leave them out"
+        )
     worker = _worker()
     name, marker = (text.replace(WORKER, worker) for text in (settings.name, settings.marker))
     is_first = worker == "0" or WORKER in settings.marker

@@ -13,6 +13,7 @@ from typing import Any
 from bench.support.rows import Row, bench_row
 from bench.support.sizes import cache, sized
 from bench.support.synthetic import write_tokens
+from core.errors import ConfigError
 from core.storage.store import FolderStore
 from parallel.config import MeshConfig
 from planning.start_up.light_ranks import LightRun, run_light_ranks
@@ -34,6 +35,8 @@ _ADDS = 3
 
 def run(ranks: int = 0) -> list[Row]:
     """Three rows for each world; `ranks` is that of a larger world, outside of the fit."""
+    if ranks == 1 or ranks < 0:
+        raise ConfigError("--ranks is a world of at least 2 ranks")
     place = cache("start-up") / "data"
     for split in ("train", "validation"):
         write_tokens(FolderStore(place), shards=2, count=16, block=8, grid=4, text=4, split=split)

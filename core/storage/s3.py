@@ -28,6 +28,7 @@ from core.storage.s3_retry import PATIENCE, Retries
 
 _PART = 16 * 2**20
 _TRANSFER = TransferConfig(multipart_threshold=_PART, multipart_chunksize=_PART, max_concurrency=4)
+_TRANSFER.max_in_memory_upload_chunks = 4  # of a stream; s3transfer's default is 10
 
 
 class S3Store:

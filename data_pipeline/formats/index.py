@@ -22,8 +22,8 @@ from core.errors import AbsentError, CorruptError
 from core.files.atomic import sha256
 from core.storage.store import Store
 from data_pipeline.formats.manifest import INDEX, Manifest, Shard
-from data_pipeline.formats.masks import Kept, bits_of
-from data_pipeline.formats.places import CHANGED, Places
+from data_pipeline.formats.views.masks import Kept, bits_of
+from data_pipeline.formats.views.places import CHANGED, Places
 from data_pipeline.streaming.cache import BlockCache
 
 Ranges = Sequence[tuple[int, int, int]]
@@ -224,9 +224,14 @@ class BlockReader:
             f"{CHANGED if shard.place else AGAIN}"
         )
 
+    @property
+    def index(self) -> BlockIndex:
+        """The index of the first variant; raw sets have one."""
+        return self._variants[0]
+
     def kept(self, block: int) -> Kept | None:
         """For each pair that a block holds, whether it is a record; None if all are."""
-        return self._variants[0].kept(block)
+        return self.index.kept(block)
 
     def shard_of(self, block: int, variant: int = 0) -> Shard:
         """The shard that holds a block."""

@@ -52,6 +52,16 @@ class Shard:
         return self.name.removesuffix(".tar") + ".index.safetensors"
 
     @property
+    def shown(self) -> str:
+        """Its name, or where it is, for messages."""
+        return self.place or self.name
+
+    @property
+    def is_whole(self) -> bool:
+        """True if the tar is beside the manifest and all of its pairs are records."""
+        return not (self.place or self.pairs)
+
+    @property
     def content(self) -> str:
         """What identifies its records in the fingerprint of the data set."""
         return " ".join(filter(None, (self.sha256, self.archive, self.captions)))

@@ -15,9 +15,9 @@ from data_pipeline.config import FilterConfig
 from data_pipeline.formats.index import BlockReader
 from data_pipeline.formats.lookup import find_pair
 from data_pipeline.formats.manifest import RAW
-from data_pipeline.formats.places import place_of
 from data_pipeline.formats.shards import list_members
 from data_pipeline.formats.split import SplitSource
+from data_pipeline.formats.views.places import place_of
 from data_pipeline.images.crops import EXTENSIONS
 from data_pipeline.packing.filters import caption_reject
 from data_pipeline.sources.pair import Pair
@@ -145,20 +145,13 @@ def read_records(blocks: BlockReader, block: int) -> RawRecords:
     count = int(blocks.records[block]) if kept is None else len(kept)
     if len(stored) != count:
         raise CorruptError(
-            f"a block of {shard.place or shard.name} holds {len(stored)} pairs, its index says "
+            f"a block of {shard.shown} holds {len(stored)} pairs, its index says "
             f"{count}: another version wrote it; pack it again"
         )
     if kept is not None:
         stored = [stored[place] for place in np.flatnonzero(kept)]
     filters = _caption_filters(shard.captions)
     return RawRecords([r if isinstance(r, RawRecord) else _cleaned(r, filters) for r in stored])
-
-
-def shard_records(blocks: BlockReader, number: int) -> Iterator[RawRecord]:
-    """The records of a shard, in order; holds one block in memory."""
-    first, end = blocks.blocks_of(number)
-    for block in range(first, end):
-        yield from read_records(blocks, block)
 
 
 def _cleaned(pair: Pair, filters: FilterConfig) -> RawRecord:

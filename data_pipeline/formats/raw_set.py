@@ -20,9 +20,9 @@ from data_pipeline.formats.ids import NAME as IDS
 from data_pipeline.formats.ids import IdSorter, rows_of_table
 from data_pipeline.formats.index import BlockIndex, empty_index, index_parts, read_shard_index
 from data_pipeline.formats.manifest import INDEX, RAW, Manifest, Shard, write_manifest
-from data_pipeline.formats.masks import Kept, MaskWriter, Ranks, bits_of, counts, narrowed
-from data_pipeline.formats.places import place_of
 from data_pipeline.formats.split import OpenSplit, open_split
+from data_pipeline.formats.views.masks import Kept, MaskWriter, Ranks, bits_of, counts, narrowed
+from data_pipeline.formats.views.places import place_of
 
 Keep = Callable[[int], Kept | None]
 """Which records of a unit or shard stay, by its number: one bit each, in order; None = all."""
@@ -160,18 +160,19 @@ class _SplitWriter:
     ) -> None:
         """Add the shards of a finished split; `entry` makes their entries."""
         manifest, index = split.manifest, split.index[0]
-        chosen = [keep(number) for number in range(len(manifest.shards))]
-        ranks = _ranks(chosen, manifest.shards)
+        chosen = _chosen(keep, manifest.shards)
+        ranks = None if chosen is None else Ranks(chosen)
         for rows in rows_of_table(store, prefix, manifest.samples, manifest.lookup):
             ids, records = rows["id"], rows["record"].astype(np.int64)
             if ranks is not None:
                 left = ranks.kept[records]
                 ids, records = ids[left], ranks.of(records[left])
             self._ids.add(self._records, ids, records)
-        first = 0
-        for shard, part in zip(manifest.shards, chosen, strict=True):
+        first = record = 0
+        for shard in manifest.shards:
+            part = None if chosen is None else chosen[record : record + shard.samples]
             self._add(entry(shard), index.part(first, first + shard.blocks), part)
-            first += shard.blocks
+            first, record = first + shard.blocks, record + shard.samples
 
     def _add(self, shard: Shard, index: BlockIndex, chosen: Kept | None) -> None:
         """Add a shard's blocks that have a chosen record, and its entry if there is one."""
@@ -221,11 +222,12 @@ class _SplitWriter:
         return manifest
 
 
-def _ranks(chosen: Sequence[Kept | None], shards: Sequence[Shard]) -> Ranks | None:
-    """The new numbers of a set's records; None if all of them stay."""
-    if all(part is None for part in chosen):
-        return None
-    rows = zip(chosen, shards, strict=True)
-    return Ranks(
-        np.concatenate([np.ones(s.samples, np.bool_) if c is None else c for c, s in rows])
-    )
+def _chosen(keep: Keep, shards: Sequence[Shard]) -> Kept | None:
+    """Which records of a set stay; None if all do."""
+    chosen, first, is_all = np.ones(sum(shard.samples for shard in shards), np.bool_), 0, True
+    for number, shard in enumerate(shards):
+        part = keep(number)
+        if part is not None:
+            chosen[first : first + shard.samples], is_all = part, False
+        first += shard.samples
+    return None if is_all else chosen

@@ -26,14 +26,13 @@ from data_pipeline.config import TokenizeConfig
 from data_pipeline.formats.index import read_shard_index
 from data_pipeline.formats.manifest import (
     NAME,
-    RAW,
     SPLITS,
     TOKENS,
     Shard,
     read_json,
-    read_manifest,
+    shard_json,
 )
-from data_pipeline.formats.raw import parse_pairs
+from data_pipeline.formats.raw_shards import RawShards
 from data_pipeline.formats.shards import build_tar, describe, list_members
 from data_pipeline.formats.tokens import TokenRecord, TokenRecords, decode_block, encode_block
 from data_pipeline.jobs.finish import Finisher
@@ -50,17 +49,16 @@ REJECTS = "_rejects/"
 class ShardTask(Task):
     """One input shard; its name is the hash of the shard's content, the models and the settings."""
 
-    sha256: str
+    number: int
+    """Of the shard in its split."""
 
     @staticmethod
-    def of(split: str, shard: Shard, facts: dict[str, Any]) -> "ShardTask":
+    def of(split: str, number: int, source: RawShards, facts: dict[str, Any]) -> "ShardTask":
         """The task of a raw shard; `facts` are those of models and settings."""
-        name = sha256(canonical_json({"input": shard.sha256, **facts}))
-        prefix = f"{split}/"
+        shard, prefix = source.manifest.shards[number], f"{split}/"
+        name = sha256(canonical_json({"input": source.digest(number), **facts}))
         shown = prefix + shard.name
-        return ShardTask(
-            prefix=prefix, name=name, shown=shown, size=shard.samples, sha256=shard.sha256
-        )
+        return ShardTask(prefix=prefix, name=name, shown=shown, size=shard.samples, number=number)
 
     @property
     def split(self) -> str:
@@ -78,18 +76,20 @@ class Worker:
         config: TokenizeConfig,
         member: JobWorker,
     ) -> None:
-        self._raw, self._tokens, self._encoders, self._config = raw, tokens, encoders, config
+        self._tokens, self._encoders, self._config = tokens, encoders, config
         check(encoders.problems())
         self._rejected: Counter[str] = Counter()
         """Pairs rejected by this worker, by split."""
         self._tasks: list[ShardTask] = []
+        self._sources = {split: RawShards(raw, split) for split in SPLITS}
         self._pairs: dict[str, int] = {}
         self._fingerprints: dict[str, str] = {}
         facts = {**encoders.facts(config), "v": TOKENS}
-        for split in SPLITS:
-            source = read_manifest(raw, f"{split}/", RAW)
-            self._pairs[split], self._fingerprints[split] = source.samples, source.fingerprint
-            self._tasks += [ShardTask.of(split, shard, facts) for shard in source.shards]
+        for split, source in self._sources.items():
+            manifest = source.manifest
+            self._pairs[split], self._fingerprints[split] = manifest.samples, manifest.fingerprint
+            numbers = range(len(manifest.shards))
+            self._tasks += [ShardTask.of(split, number, source, facts) for number in numbers]
         self._job = Job(tokens, self._tasks, member, config.lease_seconds)
 
     def run(self, again: bool = False) -> int:
@@ -116,19 +116,14 @@ class Worker:
         return self._job.finisher(prefix, prefix + NAME, writer.write)
 
     def _make(self, task: ShardTask, progress: Progress) -> Record:
-        data = self._raw.get(task.shown)
-        if sha256(data) != task.sha256:
-            raise CorruptError(
-                f"{self._raw.url}/{task.shown} differs from its manifest (sha256 {sha256(data)}, "
-                f"expected {task.sha256}); restore it or run its `tapir pack` with --again"
-            )
-        encoded = encode_pairs(parse_pairs(data), self._encoders, self._config, progress)
+        records = self._sources[task.split].records(task.number)
+        encoded = encode_pairs(records, self._encoders, self._config, progress)
         shards = [self._put(task, i, rows) for i, rows in enumerate(encoded.variants)]
         body = "".join(json.dumps(row) + "\n" for row in encoded.rejects).encode()
         if encoded.rejects:
             self._tokens.put(f"{task.prefix}{REJECTS}{task.name}.jsonl", body)
         return {
-            "shards": [to_json(shard) for shard in shards],
+            "shards": [shard_json(shard) for shard in shards],
             "rejects": encoded.kinds,
             "rejects_sha256": sha256(body),
             "first_reject": encoded.rejects[0]["reason"] if encoded.rejects else "",

@@ -69,7 +69,7 @@ class History:
             if block not in blocks:
                 blocks[block] = self._source.read(block, variant)
             pair = blocks[block][record]
-            shard = self._source.blocks.shard_of(block, variant).name
+            shard = self._source.blocks.shard_of(block, variant).shown
             rows.append(
                 ReadPair(
                     slot=slot,

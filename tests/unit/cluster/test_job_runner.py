@@ -157,6 +157,15 @@ def test_limits_that_cannot_be_are_refused(tmp_path: Path, settings: dict[str, A
         job(tmp_path, "", **settings)
 
 
+@pytest.mark.parametrize("settings", [{"again": "slurm"}, {"nodes": 2}])
+def test_what_needs_slurm_is_refused_outside_of_it(
+    tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(InputError, match="SLURM_JOB_ID is not set"):
+        run_job(JobSettings(name="x", out=tmp_path, **settings), ["true"])
+
+
 def test_a_reason_of_an_earlier_start_decides_nothing(tmp_path: Path) -> None:
     script = "from core.errors import *; from core.files.reason import leave_reason\n"
     assert job(tmp_path, script + "leave_reason(TrainingError('x'))\nraise SystemExit(1)") == 70

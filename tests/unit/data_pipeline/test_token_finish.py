@@ -205,8 +205,9 @@ def test_only_one_worker_ends_a_split(job: FolderStore, monkeypatch: pytest.Monk
     assert begun.wait(60)
     threads += [threading.Thread(target=_finisher(two, 1, 1.0).finish)]
     threads[1].start()
-    while two.requests["HEAD"] < 3:  # it looks for the manifest, again and again
-        time.sleep(0.01)
+    until = time.monotonic() + 60
+    while two.requests["HEAD"] < 3 and time.monotonic() < until:
+        time.sleep(0.01)  # it looks for the manifest, again and again
     goes_on.set()
     for thread in threads:
         thread.join(60)

@@ -2,7 +2,9 @@
 
 import json
 import socket
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -144,12 +146,11 @@ def test_the_proxy_counts_a_clients_requests() -> None:
     ]
     expected = {"validate": 1, "ping": 1}
     with StoreProxy(server.port) as proxy:
-        while True:
-            try:
+        for _ in range(1000):  # until it listens
+            with suppress(ConnectionRefusedError):
                 socket.create_connection((HOST, proxy.port)).close()
                 break
-            except ConnectionRefusedError:
-                continue
+            time.sleep(0.01)
         store = TCPStore(HOST, proxy.port, None, False, seconds, wait_for_workers=False)
         for call, counts in calls:
             call(store)
