@@ -47,7 +47,7 @@ VERBS = {
         "an exported folder -> finished models, with the same digests",
     ),
     "profile": ("cli.profile:profile", "where the time of a run's steps goes"),
-    "watch": ("cli.watch:watch", "runs live in this terminal: loss, speed, time, memory"),
+    "watch": ("cli.profile:watch", "runs live in this terminal: loss, speed, time, memory"),
     "diverge": ("cli.inspect:diverge", "the first tensor in which two runs differ"),
     "replay": ("cli.inspect:replay", "run a rejected step again, on one process"),
     "seen": ("cli.inspect:seen", "the training steps at which a pair is read"),

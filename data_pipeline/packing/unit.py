@@ -30,7 +30,7 @@ from data_pipeline.jobs.worker import Progress, Task
 from data_pipeline.packing.examine import Examined, Placed, examined
 from data_pipeline.packing.plan_file import read_rows
 from data_pipeline.packing.rejects import Rejects
-from data_pipeline.packing.writer import RawWriter, of_unit
+from data_pipeline.packing.writer import RawWriter
 from data_pipeline.sources.pair import Unusable
 from data_pipeline.sources.plan import Source
 from data_pipeline.sources.tars import HEAD, is_compressed
@@ -131,7 +131,7 @@ class _Output:
 
     def __init__(self, store: Store, number: int, config: PackConfig) -> None:
         self._store, self._number, self._config = store, number, config
-        self._writers = {name: RawWriter(store, name, config, of_unit(number)) for name in SPLITS}
+        self._writers = {name: RawWriter(store, name, config, number) for name in SPLITS}
         self._rejects = Rejects(store, config.max_rejects, number)
         self._catalogue = CatalogueWriter(number)
         self._keys: set[int] = set()

@@ -122,7 +122,9 @@ class _Rejoined:
 
 @contextmanager
 def _opened(stream: Readable, plain: bool) -> Iterator[tarfile.TarFile]:
-    head = stream.read(HEAD)
+    head = b""
+    while len(head) < HEAD and (part := stream.read(HEAD - len(head))):
+        head += part
     whole: Any = _Rejoined(head, stream)
     opener = _opener(head)
     if opener is not None:  # tarfile's own stop at the first part

@@ -102,7 +102,7 @@ def test_a_query_needs_no_network(made: tuple[FolderStore, list[Made]], tmp_path
     code = "import tapir; tapir.main()"
     query = ["data", made[0].url, "--sql", "SELECT count(*) FROM pairs WHERE kept"]
     command = ["unshare", "-rn", sys.executable, "-c", code, *query]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3])
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[4])
     assert run.stdout.splitlines() == ["count_star()", "72"], run.stderr
 
 
