@@ -25,8 +25,8 @@ class FilterConfig:
     duplicates: bool = False
     """Leave out exact duplicates: the same image with the same caption."""
     near: int = -1
-    """Leave out near duplicates: pictures whose 64-bit perceptual hash differs from an earlier one
-    in at most this many bits (0 to 3); -1 = keep them."""
+    """Leave out near duplicates: pictures whose perceptual hash (128 bits) differs from that of an
+    earlier, kept one in at most this many bits (0 to 3); -1 = keep them."""
 
     def problems(self) -> list[str]:
         problems = []
@@ -58,10 +58,15 @@ class PackConfig:
     block: int = 64
     """Pairs per block, the unit that training reads in one request."""
     max_rejects: float = 0.0
-    """Maximum fraction of unusable pairs; they are left out and counted, and above it `pack` stops.
-    Pairs that a filter rejects do not count."""
+    """Maximum fraction of unusable pairs of the whole set; they are left out and counted, and above
+    it all workers stop. Pairs that a filter rejects do not count."""
+    in_place: bool = False
+    """Copy no plain tar: read it once, write an index and a catalogue, and let training read ranges
+    of it. Compressed tars, tables and folders are copied."""
     threads: int = 2
     """Threads that decode and check pictures; the shards are the same for any number."""
+    lease_seconds: float = 60.0
+    """A unit whose worker does not renew its lease for this long is taken over by another one."""
     filters: FilterConfig = field(default_factory=FilterConfig)
     """Filters."""
     cache: Path = Path(".cache")
@@ -75,9 +80,30 @@ class PackConfig:
             problems.append("shard_pairs, shard_megabytes, block and threads must be at least 1")
         if not 0 <= self.max_rejects < 1:
             problems.append(f"max_rejects={self.max_rejects} is a fraction; it must be in [0, 1)")
+        if not self.lease_seconds > 0:
+            problems.append("lease_seconds must be positive")
+        if self.in_place and self.count:
+            problems.append("count is for copies; with in_place choose fewer archives by a pattern")
         if self.count < 0 or not 16 <= self.pixels <= 1024:
             problems.append("count must not be negative, and pixels be 16 to 1024")
         return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class CatalogueConfig:
+    """How a catalogue is read."""
+
+    memory_gigabytes: float = 4.0
+    """Memory of a query; what needs more is written to TMPDIR."""
+    threads: int = 2
+    """Threads of a query."""
+    cache: Path = Path(".cache/catalogue")
+    """Folder of the files of a catalogue that is in an object store; they are fetched once."""
+
+    def problems(self) -> list[str]:
+        if self.memory_gigabytes < 0.1 or self.threads < 1:
+            return ["memory_gigabytes must be at least 0.1 and threads at least 1"]
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)

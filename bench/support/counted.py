@@ -4,6 +4,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+from core.storage.entry import Entry
 from core.storage.s3 import _PART as PART
 from core.storage.store import Store
 
@@ -18,6 +19,7 @@ class CountedStore:
         """`names`: count the reads of each object, too."""
         self.store, self.url, self._names = store, store.url, names
         self.requests: Counter[str] = Counter()
+        self.bytes_read = 0
         self.names_read: Counter[str] = Counter()
         self._lock = threading.Lock()
 
@@ -30,7 +32,10 @@ class CountedStore:
         if self._names:
             with self._lock:
                 self.names_read[name] += 1
-        return self.store.get(name, start, length)
+        data = self.store.get(name, start, length)
+        with self._lock:
+            self.bytes_read += len(data)
+        return data
 
     def put(self, name: str, data: bytes, if_absent: bool = False) -> bool:
         self._count("PUT")
@@ -53,6 +58,11 @@ class CountedStore:
         self._count("LIST", max(1, -(-len(names) // PAGE)))
         return names
 
+    def entries(self, prefix: str = "") -> list[Entry]:
+        entries = self.store.entries(prefix)
+        self._count("LIST", max(1, -(-len(entries) // PAGE)))
+        return entries
+
     def exists(self, name: str) -> bool:
         self._count("HEAD")
         return self.store.exists(name)
@@ -64,3 +74,7 @@ class CountedStore:
     def etag(self, name: str) -> str:
         self._count("HEAD")
         return self.store.etag(name)
+
+    def head(self, name: str) -> tuple[int, str]:
+        self._count("HEAD")
+        return self.store.head(name)

@@ -18,6 +18,7 @@ from core.config import S3, place_problems
 from core.errors import AbsentError, ConfigError, StoreError, StoreInputError, if_full
 from core.files.atomic import TEMPORARY, write_atomic, write_parts
 from core.files.file_systems import LOCK, rename_if_absent
+from core.storage.entry import Entry
 from core.storage.s3 import S3Store
 
 _WRONG_FOLDER = (
@@ -50,6 +51,9 @@ class Store(Protocol):
     def names(self, prefix: str = "") -> list[str]:
         """All names that begin with the prefix, sorted."""
 
+    def entries(self, prefix: str = "") -> list[Entry]:
+        """All objects whose names begin with the prefix, in the order of their names."""
+
     def exists(self, name: str) -> bool:
         """True if the object exists."""
 
@@ -58,6 +62,9 @@ class Store(Protocol):
 
     def etag(self, name: str) -> str:
         """The ETag of an object."""
+
+    def head(self, name: str) -> tuple[int, str]:
+        """(size, ETag) of an object in one request, without reading it; a folder has no ETags."""
 
 
 class FolderStore:
@@ -114,6 +121,10 @@ class FolderStore:
         )
         return sorted(name for name in names if name.startswith(prefix))
 
+    def entries(self, prefix: str = "") -> list[Entry]:
+        stats = ((name, self._path(name).stat()) for name in self.names(prefix))
+        return [Entry(name, stat.st_size, str(stat.st_mtime_ns)) for name, stat in stats]
+
     def exists(self, name: str) -> bool:
         return self._path(name).is_file()
 
@@ -126,6 +137,14 @@ class FolderStore:
 
     def etag(self, name: str) -> str:
         return hashlib.md5(self.get(name), usedforsecurity=False).hexdigest()
+
+    def head(self, name: str) -> tuple[int, str]:
+        try:
+            return self._path(name).stat().st_size, ""
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise AbsentError(f"there is no {name} in {self.root}") from error
+        except OSError as error:
+            raise StoreError(f"cannot read {self._path(name)}: {error}") from error
 
     def _path(self, name: str) -> Path:
         path = Path(os.path.normpath(self.root / name))

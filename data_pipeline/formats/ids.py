@@ -32,6 +32,10 @@ _IN_MEMORY = 2**24
 """Bytes that are kept in memory instead of in a temporary file."""
 
 
+class RepeatedIdError(InputError):
+    """Two records of a set have one id."""
+
+
 def row_type(records: int) -> np.dtype[Any]:
     """The type of a row in a set of this many records."""
     return np.dtype([("id", "<u8"), ("record", "<u4" if records <= 2**32 else "<u8")])
@@ -129,7 +133,7 @@ class IdSorter:
             rows = self._partition(partition)
             same = np.flatnonzero(rows["id"][1:] == rows["id"][:-1])
             if len(same):
-                raise InputError(
+                raise RepeatedIdError(
                     f"{self._where} holds two pairs of the id {rows['id'][same[0]]}; give every "
                     "pair its own key"
                 )
@@ -162,12 +166,12 @@ class IdSorter:
         )
 
 
-def find_in_table(store: Store, prefix: str, records: int, bits: int, target: int) -> int | None:
-    """The record of an id, counted in manifest order, or None.
+def find_in_table(store: Store, name: str, records: int, bits: int, target: int) -> int | None:
+    """The record of an id in the table `name`, counted in manifest order, or None.
 
     Raises: CorruptError if the table does not fit the manifest.
     """
-    name, row = prefix + NAME, row_type(records)
+    row = row_type(records)
     slot = min(target >> (_ID_BITS - bits), 2**bits - 1)
     slots = store.get(name, records * row.itemsize + 8 * slot, 16)
     first, last = np.frombuffer(slots, "<u8").tolist() if len(slots) == 16 else (1, 0)
@@ -186,6 +190,28 @@ def find_in_table(store: Store, prefix: str, records: int, bits: int, target: in
     if record >= records:
         raise _damaged(store, name)
     return record
+
+
+def rows_of_table(
+    store: Store, name: str, records: int, lookup: dict[str, Any]
+) -> Iterator[NDArray[Any]]:
+    """The rows of the table `name`, sorted by id, in parts.
+
+    Raises: InputError if the set has none; CorruptError, at the end, if a byte changed.
+    """
+    row, digest = row_type(records), hashlib.sha256()
+    if not lookup:
+        raise InputError(
+            f"{store.url}/{name} is missing: an older version made this set; run the command that "
+            "made it, with --again"
+        )
+    for first in range(0, records, _RUN):
+        data = store.get(name, first * row.itemsize, min(_RUN, records - first) * row.itemsize)
+        digest.update(data)
+        yield np.frombuffer(data[: len(data) // row.itemsize * row.itemsize], row)
+    digest.update(store.get(name, records * row.itemsize))
+    if digest.hexdigest() != lookup["sha256"]:
+        raise _damaged(store, name)
 
 
 def _damaged(store: Store, name: str) -> CorruptError:

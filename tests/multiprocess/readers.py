@@ -10,7 +10,8 @@ from core.files.atomic import write_atomic
 from core.storage.store import FolderStore
 from data_pipeline.config import OrderConfig
 from data_pipeline.formats.tokens import TokenSource
-from data_pipeline.streaming.stream import Stream, StreamState
+from data_pipeline.streaming.state import StreamState
+from data_pipeline.streaming.stream import Stream
 from parallel.world import join_world, leave_world
 from tests.harness import run_world
 

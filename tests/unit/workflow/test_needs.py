@@ -19,10 +19,10 @@ from core.storage.store import FolderStore
 from core.workers import JobWorker
 from data_pipeline.config import OrderConfig, PackConfig, TokenizeConfig
 from data_pipeline.formats.manifest import SPLITS
+from data_pipeline.jobs.ledger import DONE
 from data_pipeline.packing.pack import pack
 from data_pipeline.text.bpe import train_bpe
 from data_pipeline.tokenize.encode import Encoders
-from data_pipeline.tokenize.ledger import DONE
 from data_pipeline.tokenize.worker import Worker
 from generation.ranking import open_ranker
 from generation.text_to_image import open_studio
@@ -341,7 +341,7 @@ def _worker(folder: Path, dvae: DVAEConfig, entries: int = 300) -> Worker:
 
 def test_a_token_job_stops_as_soon_as_too_much_is_left_out(tmp_path: Path) -> None:
     small = DVAEConfig(pixels=32, width=4, codebook=16, code_width=8)
-    with pytest.raises(InputError, match=r"10 of \d+ pairs .*/train are unusable.*16x16 pixels"):
+    with pytest.raises(InputError, match=r"\d+ of \d+ pairs .*/train are unusable.*16x16 pixels"):
         _worker(tmp_path, small).run()
     store = FolderStore(tmp_path / "tokens")
     assert len([name for split in SPLITS for name in store.names(f"{split}/{DONE}")]) == 1
