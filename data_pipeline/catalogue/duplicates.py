@@ -6,7 +6,7 @@ The rows of all units are numbered in order, and the first of equal ones is kept
 - duplicate: picture and captions equal those of an earlier row;
 - near-duplicate: the perceptual hash differs in at most `near` bits from that of an earlier row
   that is kept. Of a chain A, B, C in which only neighbours are near, B is dropped for A, and C is
-  kept, since B is not. Flat pictures and ramps (FLAT_LOOKS) are near nothing.
+  kept, since B is not. Hashes of nearly flat pictures and ramps (FLAT_BITS) are near nothing.
 
 Rows that their unit leaves out take no part, and a row is compared only if it was kept so far.
 Memory: 5 bytes a row, 9 a near pair, and a few partitions of 2 million rows.
@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_pipeline.catalogue.near import EDGE, Crowded, Words, bands_of, keep_first, near_edges
+from data_pipeline.catalogue.near import EDGE, Crowded, Words, bands_of, is_flat, keep_first, near_edges
 from data_pipeline.catalogue.partition import Partitions
 from data_pipeline.catalogue.verdict import (
     DUPLICATE,
@@ -34,13 +34,12 @@ from data_pipeline.catalogue.verdict import (
 )
 from data_pipeline.config import FilterConfig
 from data_pipeline.formats.fetch import fetched
-from data_pipeline.images.decode import BANDS, FLAT_LOOKS
+from data_pipeline.images.decode import BANDS
 
 _ID = np.dtype([("key", "<u8", (1,)), ("row", "<u4")])
 _DIGEST = np.dtype([("key", "<u8", (2,)), ("row", "<u4")])
 _ODD = np.uint64(0xC2B2AE3D27D4EB4F)
 _COLUMNS = ["id", "pair_digest", "perceptual_hash", "split", "reject"]
-_FLAT = np.frombuffer(b"".join(FLAT_LOOKS), "<u8").reshape(-1, 2)
 
 
 def duplicates(
@@ -102,8 +101,8 @@ class _Search:
                 _add(pairs, words_of(table["pair_digest"], 2)[places], rows)
             if self._config.near >= 0:
                 keys = words_of(table["perceptual_hash"], 2)[places]
-                flat = (keys[:, None] == _FLAT).all(-1).any(-1)
-                _add(looks, keys[~flat], rows[~flat])
+                tells = ~is_flat(keys)
+                _add(looks, keys[tells], rows[tells])
         for partitions in (ids, pairs, looks):
             partitions.flush()
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.images.decode import BAND_BITS, BANDS
+from data_pipeline.images.decode import BAND_BITS, BANDS, FLAT_BITS, FLAT_LOOKS
 
 Words = NDArray[np.uint64]
 Indices = NDArray[np.int64]
@@ -53,6 +53,15 @@ def bands_of(looks: Words, band: int) -> Words:
     """One band of each hash. Shapes: (n, 2) -> (n,); values below 2**BAND_BITS."""
     word = looks[:, band * BAND_BITS // 64]
     return (word >> np.uint64(band * BAND_BITS % 64)) & np.uint64(2**BAND_BITS - 1)
+
+
+def is_flat(looks: Words) -> NDArray[np.bool_]:
+    """Hashes of nearly flat pictures. Shapes: (n, 2) -> (n,)."""
+    flat = np.zeros(len(looks), np.bool_)
+    for first, second in np.frombuffer(b"".join(FLAT_LOOKS), "<u8").reshape(-1, 2):
+        bits = np.bitwise_count(looks[:, 0] ^ first) + np.bitwise_count(looks[:, 1] ^ second)
+        flat |= bits <= FLAT_BITS
+    return flat
 
 
 def near_edges(

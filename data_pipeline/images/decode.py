@@ -148,7 +148,10 @@ def _bit_order() -> NDArray[np.intp]:
 _BIT_ORDER = _bit_order()
 _NONE, _ALL = np.zeros((8, 8), bool), np.ones((8, 8), bool)
 FLAT_LOOKS = tuple(sorted(_packed(a, d) for a in (_NONE, _ALL) for d in (_NONE, _ALL)))
-"""Hashes of flat pictures and of ramps of brightness, which all look alike."""
+"""Hashes of flat pictures and of ramps of brightness."""
+FLAT_BITS = 8
+"""A hash that differs from one of FLAT_LOOKS in at most this many bits says too little to tell two
+pictures apart: skies, gradients and blurred walls (decision 030 has the measurement)."""
 
 
 def _opened(data: bytes, where: str) -> ImageFile:

@@ -32,7 +32,7 @@ def _rows(count: int, seed: int = 0) -> list[Row]:
             flips = 0 if kind == 1 else int(draw.integers(6))
             look = _flipped(other.perceptual_hash or look, flips, draw)
         if kind == 9 and draw.random() < 0.1:
-            look = FLAT_LOOKS[draw.integers(4)]
+            look = _flipped(FLAT_LOOKS[draw.integers(4)], int(draw.integers(12)), draw)
         rejected = kind == 8 and draw.random() < 0.2
         rows.append(
             Row(
@@ -70,6 +70,11 @@ def _parts(rows: list[Row], folder: Path, each: int) -> list[Path]:
     return paths
 
 
+def _is_flat(look: bytes) -> bool:
+    number = int.from_bytes(look, "big")
+    return any((number ^ int.from_bytes(flat, "big")).bit_count() <= 8 for flat in FLAT_LOOKS)
+
+
 def _by_definition(rows: list[Row], config: FilterConfig) -> list[tuple[int, int]]:
     """(kind, first row) of each row, one row after another, compared with all before it."""
     keys: dict[str, int] = {}
@@ -86,7 +91,7 @@ def _by_definition(rows: list[Row], config: FilterConfig) -> list[tuple[int, int
             kind, first = KEY, keys[row.key]
         elif config.duplicates and pairs.setdefault(row.pair_digest, number) != number:
             kind, first = DUPLICATE, pairs[row.pair_digest]
-        elif config.near >= 0 and row.perceptual_hash not in FLAT_LOOKS:
+        elif config.near >= 0 and not _is_flat(row.perceptual_hash or b""):
             look = np.frombuffer(row.perceptual_hash or b"", "<u8")
             bits = np.bitwise_count(low[: len(kept)] ^ look[0])
             bits += np.bitwise_count(high[: len(kept)] ^ look[1])
