@@ -20,7 +20,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_pipeline.catalogue.near import EDGE, Crowded, Words, bands_of, is_flat, keep_first, near_edges
+from data_pipeline.catalogue.near import (
+    EDGE,
+    Crowded,
+    Words,
+    bands_of,
+    is_flat,
+    keep_first,
+    near_edges,
+)
 from data_pipeline.catalogue.partition import Partitions
 from data_pipeline.catalogue.verdict import (
     DUPLICATE,
