@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.catalogue import near, partition
 from data_pipeline.catalogue.duplicates import duplicates
-from data_pipeline.catalogue.near import BANDS, EDGE, bands_of, keep_first, near_edges
+from data_pipeline.catalogue.near import BANDS, bands_of, edges_of, ends_of, keep_first, near_edges
 from data_pipeline.catalogue.schema import CatalogueWriter, Row
 from data_pipeline.catalogue.verdict import CONDITION, DUPLICATE, KEPT, KEY, NEAR, REJECTED, Verdict
 from data_pipeline.config import FilterConfig
@@ -147,6 +147,13 @@ def _words(looks: list[int]) -> NDArray[np.uint64]:
     return np.frombuffer(data, "<u8").reshape(-1, 2)
 
 
+def _as_set(edges: NDArray[np.uint64]) -> set[tuple[int, ...]]:
+    """(earlier, later, bits) of each edge; none is twice."""
+    rows = list(zip(*(part.tolist() for part in ends_of(edges)), strict=True))
+    assert len(set(rows)) == len(rows)
+    return set(rows)
+
+
 def _all_edges(looks: NDArray[np.uint64], band: int, most: int) -> set[tuple[int, ...]]:
     bits = np.bitwise_count(looks[:, None] ^ looks[None]).sum(2)
     same = bands_of(looks, band)[:, None] == bands_of(looks, band)[None]
@@ -167,7 +174,7 @@ def test_a_crowded_band_value_is_cut_further_without_a_loss(band: int) -> None:
     looks = list(dict.fromkeys(looks + [1 << bit & ~own for bit in range(128)]))
     words = _words(looks)
     edges, crowded = near_edges(words, np.arange(len(words), dtype=np.uint32), band, 3)
-    assert set(map(tuple, edges.tolist())) == _all_edges(words, band, 3)
+    assert _as_set(edges) == _all_edges(words, band, 3)
     assert len(edges) and not crowded.skipped
 
 
@@ -179,7 +186,7 @@ def test_the_cap_compares_each_hash_with_the_next_ones_and_counts_the_rest(
     words = _words([value << 120 for value in range(64)])
     edges, crowded = near_edges(words, np.arange(64, dtype=np.uint32), 0, 3)
     capped = {edge for edge in _all_edges(words, 0, 3) if edge[1] - edge[0] <= 10}
-    assert set(map(tuple, edges.tolist())) == capped
+    assert _as_set(edges) == capped
     assert (crowded.values, crowded.hashes) == (3, 3 * 64)
     assert crowded.skipped == 3 * sum(range(64 - 10))
 
@@ -187,8 +194,14 @@ def test_the_cap_compares_each_hash_with_the_next_ones_and_counts_the_rest(
 def test_rows_are_dropped_in_order() -> None:
     """1-2-3-4 is a chain; 5 is near 2, which is dropped, and 6 near 3 and 1, which are kept."""
     rows = [(1, 2, 1), (2, 3, 2), (3, 4, 3), (2, 5, 1), (3, 6, 1), (1, 6, 2), (5, 9, 1)]
-    edges = np.array(rows[::-1] + rows, EDGE)
-    assert keep_first(edges).tolist() == [(1, 2, 1), (3, 4, 3), (1, 6, 2), (5, 9, 1)]
+    edges = np.sort(edges_of(*np.array(rows).T))
+    assert _as_set(keep_first(edges, 10)) == {(1, 2, 1), (3, 4, 3), (1, 6, 2), (5, 9, 1)}
+
+
+def test_edges_hold_the_largest_rows() -> None:
+    rows = np.array([2**31 - 1, 0, 5]), np.array([2**31 - 2, 2**31 - 1, 4]), np.array([3, 1, 0])
+    expected = {(2**31 - 2, 2**31 - 1, 3), (0, 2**31 - 1, 1), (4, 5, 0)}
+    assert _as_set(edges_of(*rows)) == expected
 
 
 def test_rows_that_are_left_out_name_the_first_one(tmp_path: Path) -> None:
