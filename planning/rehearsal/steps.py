@@ -27,6 +27,8 @@ import training.trainer
 from core.config import check
 from core.errors import AbsentError
 from core.heartbeat import Heart
+from core.mixture import data_sets
+from data_pipeline.streaming.mixed_source import MixedSource, Part
 from data_pipeline.streaming.stream import StreamState
 from parallel.engines.protocol import Batch, Engine, Losses, StepResult
 from parallel.engines.registry import build_engine
@@ -98,7 +100,7 @@ def _changes(recorder: Recorder | None) -> list[Change]:
 
     return [
         (training.trainer, "build_engine", engine_of),
-        (training.trainer, "Stream", _EmptyStream),
+        (training.trainer, "open_stream", _EmptyStream),
         (training.trainer, "RunFolder", _NoFolder),
         (training.trainer, "open_store", lambda _: _MemoryStore()),
         (training.export.save, "CheckpointReader", _NoCheckpoint),
@@ -152,10 +154,20 @@ class _Samples:
         return [object() for _ in range(self.sizes[block])]
 
 
+def _held_out(settings: Any) -> Any:
+    """Enough held-out samples, of each data set of a mixture."""
+    samples, sets = _Samples(settings.loop.validation_samples), data_sets(settings.data)
+    if len(sets) == 1:
+        return samples
+    return MixedSource(
+        [Part(name=s.place, place=s.place, share=s.share, source=samples) for s in sets]
+    )
+
+
 class _PriorWithoutData(PriorTask):
     def __init__(self, settings: Any, mesh: Mesh) -> None:
         self._settings = settings
-        self.held_out: Any = _Samples(settings.loop.validation_samples)
+        self.held_out = _held_out(settings)
         self.train: Any = _Samples(0)
         self._set_model(settings.model, settings.loop.seed, mesh.shared)
 
@@ -176,7 +188,7 @@ class _DVAEWithoutData(DVAETask):
     unreadable, note_used = 0, nothing
 
     def __init__(self, settings: Any, mesh: Mesh) -> None:
-        self.held_out: Any = _Samples(settings.loop.validation_samples)
+        self.held_out = _held_out(settings)
         self.train: Any = _Samples(0)
         self._set_model(settings.model, settings.loop.seed)
 
@@ -196,7 +208,7 @@ class _ClipWithoutData(ClipTask):
     unreadable, note_used = 0, nothing
 
     def __init__(self, settings: Any, mesh: Mesh) -> None:
-        self.held_out: Any = _Samples(settings.loop.validation_samples)
+        self.held_out = _held_out(settings)
         self.train: Any = _Samples(0)
         self._set_model(settings.model, settings.loop.seed, mesh.world)
 

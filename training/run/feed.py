@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from data_pipeline.streaming.ahead import depth_of, prepared_ahead
-from data_pipeline.streaming.stream import Stream, StreamState
+from data_pipeline.streaming.mixture import MixtureStream, Position
+from data_pipeline.streaming.stream import Stream
 from parallel.engines.protocol import Batch
 from training.config import StageConfig
 from training.tasks.task import Task, hand_over, pinned, split_records
@@ -22,7 +23,7 @@ class StepData:
     micro: list[Batch]
     """Micro-batches on the device; empty ones where a stage needs no data."""
     records: Sequence[Any]
-    state: StreamState
+    state: Position
     """The position after these records."""
 
 
@@ -34,16 +35,20 @@ class Feed:
     """
 
     def __init__(
-        self, task: Task[Any], stream: Stream, settings: StageConfig, device: torch.device
+        self,
+        task: Task[Any],
+        stream: Stream | MixtureStream,
+        settings: StageConfig,
+        device: torch.device,
     ) -> None:
         self._task, self._stream, self._device = task, stream, device
         self._micro = settings.engine.gradient_accumulation_steps
         self._workers = settings.loader.workers
-        self.state = stream.state
+        self.state: Position = stream.state
         """The position after the last step's records."""
         self._open: list[Generator[Any, None, None]] = []
 
-    def resume(self, state: StreamState) -> None:
+    def resume(self, state: Position) -> None:
         """Continue after the batch of this state.
 
         Raises: ConfigError if the data or the order differ.

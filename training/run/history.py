@@ -6,11 +6,13 @@ from typing import Any
 
 from checkpoint.reader import CheckpointReader, finished_steps
 from core.errors import InputError
+from core.mixture import data_sets
 from core.storage.store import open_store
 from data_pipeline.formats.lookup import find_pair
 from data_pipeline.formats.raw import RawSource
 from data_pipeline.formats.tokens import TokenSource
-from data_pipeline.streaming.order import LaneOrder
+from data_pipeline.streaming.mixed_source import open_source, parts_of
+from data_pipeline.streaming.reads import reads_of
 from training.run.config import config_of
 from training.stages import STAGES, settings_from_json
 
@@ -29,6 +31,8 @@ class ReadPair:
     shard: str
     block: int
     record: int
+    data: str = ""
+    """The data set of a mixture."""
 
 
 class History:
@@ -42,15 +46,15 @@ class History:
         self.settings: Any = settings_from_json(
             config["stage"], {k: v for k, v in config.items() if k != "stage"}
         )
-        self._store = open_store(self.settings.data)
-        kind = TokenSource if config["stage"] == "prior" else RawSource
-        self._source: Any = kind(self._store, _SPLIT)
+        self._kind: Any = TokenSource if config["stage"] == "prior" else RawSource
+        source = open_source(self._kind, self.settings.data, _SPLIT)
+        self._parts = parts_of(source)
         loop = self.settings.loop
-        self._order = LaneOrder(
-            self._source.sizes, loop.seed, loop.global_batch_size, self.settings.order
-        )
+        self._reads = reads_of(source, loop.seed, loop.global_batch_size, self.settings.order)
         home = self.settings.checkpoint.to or str(run / "checkpoints")
-        self._passed = sorted(_passed_over(home))
+        passed = _passed_over(home)
+        self._passed = sorted(self._reads.number(epoch, step) for epoch, step in passed)
+        """Numbers of the skipped batches."""
         self.steps: int = loop.steps
 
     def batch(self, step: int) -> list[ReadPair]:
@@ -60,24 +64,27 @@ class History:
         """
         if not 1 <= step <= self.steps:
             raise InputError(f"step {step} is not one of this run's 1 to {self.steps}")
-        epoch, inside = self._position(step - 1)
-        places = self._order.places(epoch, inside, range(self._order.lanes))
-        blocks: dict[int, Any] = {}
-        variant = epoch % self._source.variants
+        number = step - 1
+        for skipped in self._passed:
+            number += skipped <= number
+        blocks: dict[tuple[int, int, int], Any] = {}
         rows = []
-        for slot, (block, record) in enumerate(places.tolist()):
-            if block not in blocks:
-                blocks[block] = self._source.read(block, variant)
-            pair = blocks[block][record]
-            shard = self._source.blocks.shard_of(block, variant).name
+        for slot, (which, epoch, block, record) in enumerate(self._reads.slots(number)):
+            part = self._parts[which]
+            variant = epoch % part.source.variants
+            read = which, block, variant
+            if read not in blocks:
+                blocks[read] = part.source.read(block, variant)
+            pair = blocks[read][record]
             rows.append(
                 ReadPair(
                     slot=slot,
                     id=pair.id,
                     key=getattr(pair, "key", ""),
-                    shard=shard,
+                    shard=part.source.blocks.shard_of(block, variant).name,
                     block=block,
                     record=record,
+                    data=part.place,
                 )
             )
         return rows
@@ -87,42 +94,41 @@ class History:
 
         Raises: InputError if the train split does not have it.
         """
-        block, record = self._find(text)
-        steps, before, epoch = [], 0, 0
-        while before < self.steps:
-            passed = [inside for e, inside in self._passed if e == epoch]
-            place = self._order.locate(epoch, block, record)
-            if place is not None and place[0] not in passed:
-                step = before + place[0] - sum(inside < place[0] for inside in passed) + 1
-                if step <= self.steps:
-                    steps.append(step)
-            before += self._order.steps(epoch) - len(passed)
-            epoch += 1
-        return steps
+        end, steps = self.steps + len(self._passed), []
+        for which, block, record in self._find(text):
+            numbers = self._reads.batches(which, block, record, end)
+            steps += [
+                number - sum(skipped < number for skipped in self._passed) + 1
+                for number in numbers
+                if number not in self._passed
+            ]
+        return sorted(step for step in steps if step <= self.steps)
 
-    def _find(self, text: str) -> tuple[int, int]:
-        try:
-            return find_pair(self._store, _SPLIT, self._source.blocks, text)
-        except InputError:
-            held_out = type(self._source)(self._store, "validation")
-            find_pair(self._store, "validation", held_out.blocks, text)
+    def _find(self, text: str) -> list[tuple[int, int, int]]:
+        """(data set, block, record) of a pair; several sets of a mixture may have it."""
+        found, errors = [], []
+        for which, part in enumerate(self._parts):
+            store = open_store(data_sets(self.settings.data)[which].place)
+            try:
+                found.append((which, *find_pair(store, _SPLIT, part.source.blocks, text)))
+            except InputError as error:
+                errors.append((store, error))
+        if not found:
+            self._refuse_unknown(text, errors)
+        return found
+
+    def _refuse_unknown(self, text: str, errors: list[tuple[Any, InputError]]) -> None:
+        """Raises: InputError, which tells whether it is a held-out pair."""
+        for store, error in errors:
+            held_out = self._kind(store, "validation")
+            try:
+                find_pair(store, "validation", held_out.blocks, text)
+            except InputError:
+                continue
             raise InputError(
                 f"{text} is a pair of the validation split: no step reads it"
-            ) from None
-
-    def _position(self, index: int) -> tuple[int, int]:
-        """(epoch, step in the epoch) of the batch number `index`, without skipped batches."""
-        epoch, before = 0, 0
-        while True:
-            steps = self._order.steps(epoch)
-            passed = [inside for e, inside in self._passed if e == epoch]
-            if index < before + steps - len(passed):
-                inside = index - before
-                for skipped in passed:
-                    inside += skipped <= inside
-                return epoch, inside
-            before += steps - len(passed)
-            epoch += 1
+            ) from error
+        raise errors[0][1]
 
 
 def _passed_over(checkpoints: str) -> list[tuple[int, int]]:

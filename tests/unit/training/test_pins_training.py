@@ -291,9 +291,9 @@ def test_an_average_by_hand() -> None:
 
 
 def _token(number: int, text: list[int], image: list[int]) -> TokenRecord:
-    fields_ = {f.name: None for f in fields(TokenRecord)}
-    given = {"id": number, "text": np.array(text, np.uint16), "image": np.array(image, np.uint16)}
-    return TokenRecord(**{**fields_, **given})  # type: ignore[arg-type]
+    return TokenRecord(
+        id=number, text=np.array(text, np.uint16), image=np.array(image, np.uint16)
+    )
 
 
 def _prior_task(drop: float) -> PriorTask:

@@ -1,0 +1,233 @@
+"""Batches of several data sets, each with its exact share, its own order and its own epochs.
+
+    set 0's Stream, one record a lane and step  --\
+    set 1's Stream                              ----> lanes, by shares.py -> batch of this rank
+    set 2's Stream                              --/
+
+Ranks own the same lanes of every set, so a global batch is the same for every world size that
+divides the lanes, and each block is read by one rank. A set's stream is ahead of its slowest lane
+by the few records in which its lanes differ; a position is that of the slowest lane, and a resumed
+run reads those records again.
+"""
+
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.errors import ConfigError
+from core.keys import key_int
+from core.mixture import share_text
+from data_pipeline.config import LoaderConfig, OrderConfig
+from data_pipeline.streaming.mixed_source import MixedSource, mixed_fingerprint, parts_of
+from data_pipeline.streaming.shares import VERSION, Shares
+from data_pipeline.streaming.stream import Stream, StreamState
+
+_Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureState:
+    """The position of a mixture; the same on all ranks, and valid for every world size."""
+
+    shares: tuple[str, ...]
+    seed: int
+    batch: int
+    version: int
+    step: int
+    """Completed steps."""
+    sets: tuple[StreamState, ...]
+    """The position of each set's slowest lane."""
+    passed: tuple[tuple[int, int], ...] = ()
+    """(0, step) of batches to skip."""
+    epoch: int = 0
+    """A mixture has no epochs, its sets have."""
+
+    @property
+    def fingerprint(self) -> str:
+        """That of all sets."""
+        return mixed_fingerprint([each.fingerprint for each in self.sets])
+
+    @property
+    def lanes(self) -> int:
+        return self.sets[0].lanes
+
+    @property
+    def window(self) -> int:
+        return self.sets[0].window
+
+    def passing(self, batches: Iterable[tuple[int, int]]) -> "MixtureState":
+        """The same position, with these batches to skip."""
+        return replace(self, passed=tuple(batches))
+
+    def problems(self, other: "Position") -> list[str]:
+        """Reasons why a run with this state cannot resume from `other`."""
+        fixed = ("fingerprint", "shares", "seed", "batch", "lanes", "window", "version")
+        now, before = ({name: getattr(s, name, "") for name in fixed} for s in (self, other))
+        return [
+            f"the mixture's {name} was {before[name] or 'that of one data set'}, now it is "
+            f"{now[name]}; give the same data and order settings, or start a new run folder"
+            for name in fixed
+            if now[name] != before[name]
+        ]
+
+
+Position = StreamState | MixtureState
+"""The position of a stream or of a mixture."""
+
+
+def position_of(body: dict[str, Any]) -> Position:
+    """A position from a checkpoint's JSON."""
+    if "sets" not in body:
+        return StreamState(**body)
+    sets = tuple(StreamState(**each) for each in body["sets"])
+    return MixtureState(**{**body, "sets": sets, "shares": tuple(body["shares"])})
+
+
+class MixtureStream:
+    """The batches of one data-parallel rank."""
+
+    def __init__(
+        self,
+        source: MixedSource,
+        *,
+        seed: int,
+        batch: int,
+        order: OrderConfig,
+        loader: LoaderConfig = LoaderConfig(),  # noqa: B008 - frozen
+        rank: int = 0,
+        ranks: int = 1,
+        reads: bool = True,
+    ) -> None:
+        """`batch` is the global batch size; the other arguments are those of `Stream`."""
+        problems = order.problems(batch, ranks)
+        if problems:
+            raise ConfigError.from_problems(problems)
+        self._source, self._reads = source, reads
+        shares = [part.share for part in source.parts]
+        self.shares = Shares(shares, seed, batch, order.lanes)
+        self._streams = [
+            Stream(
+                part.source,
+                seed=set_seed(seed, number),
+                batch=order.lanes,
+                order=order,
+                loader=_of_set(loader, self.shares.per_lane * float(part.share)),
+                rank=rank,
+                ranks=ranks,
+                reads=reads,
+            )
+            for number, part in enumerate(source.parts)
+        ]
+        lanes = order.lanes // ranks
+        self._lanes = slice(rank * lanes, (rank + 1) * lanes)
+        self.state = MixtureState(
+            shares=tuple(map(share_text, shares)),
+            seed=seed,
+            batch=batch,
+            version=VERSION,
+            step=0,
+            sets=tuple(stream.state for stream in self._streams),
+        )
+
+    def resume(self, state: Position) -> None:
+        """Continue after the batch of this state.
+
+        Raises: ConfigError if the data, the shares or the order differ.
+        """
+        problems = self.state.problems(state)
+        if problems or isinstance(state, StreamState):
+            raise ConfigError.from_problems(problems)
+        for stream, position in zip(self._streams, state.sets, strict=True):
+            stream.resume(position)
+        passed = tuple((epoch, step) for epoch, step in state.passed)
+        self.state = replace(state, passed=passed, sets=tuple(s.state for s in self._streams))
+
+    def __iter__(self) -> Generator[tuple[Any, MixtureState], None, None]:
+        state = self.state
+        drawn = self.shares.drawn(state.step)
+        with ExitStack() as stack:
+            readers = [
+                _Reader(stream, int(least), stack)
+                for stream, least in zip(self._streams, drawn.min(0), strict=True)
+            ]
+            for step in count(state.step):
+                after = drawn + self.shares.counts(step)
+                records = self._batch(readers, drawn[self._lanes], after[self._lanes])
+                sets = zip(readers, after.min(0).tolist(), strict=True)
+                positions = tuple(reader.forget(least) for reader, least in sets)
+                drawn = after
+                if (0, step) not in state.passed:
+                    self.state = replace(state, step=step + 1, sets=positions)
+                    yield records, self.state
+
+    def _batch(self, readers: list["_Reader"], drawn: _Counts, after: _Counts) -> Any:
+        """This rank's records of a step; `drawn` and `after` it: of its lanes, (lanes, sets)."""
+        first = np.arange(len(drawn)) * self.shares.per_lane
+        starts = first[:, None] + np.cumsum(after - drawn, axis=1) - (after - drawn)
+        pieces: list[tuple[Any, _Counts, _Counts]] = []
+        for number, reader in enumerate(readers):
+            before, end = drawn[:, number], after[:, number]
+            for place in range(int(before.min()), int(end.max())):
+                records = reader.records(place)
+                lanes = np.flatnonzero((before <= place) & (place < end))
+                if self._reads and len(lanes):
+                    rows = starts[lanes, number] + place - before[lanes]
+                    pieces.append((records, lanes, rows))
+        return type(pieces[0][0]).gather(pieces) if pieces else self._source.empty()
+
+
+class _Reader:
+    """A set's stream, and its records that not all lanes have drawn yet."""
+
+    def __init__(self, stream: Stream, first: int, stack: ExitStack) -> None:
+        """`first`: the record of each lane at which the stream begins."""
+        self._batches = iter(stream)
+        stack.callback(self._batches.close)
+        self._first, self._state = first, stream.state
+        self._held: deque[tuple[Any, StreamState]] = deque()
+
+    def records(self, place: int) -> Any:
+        """Record number `place` of each lane."""
+        while self._first + len(self._held) <= place:
+            self._held.append(next(self._batches))
+        return self._held[place - self._first][0]
+
+    def forget(self, before: int) -> StreamState:
+        """Drop the records before this number; returns the position after them."""
+        self.records(before - 1) if before > self._first else None
+        while self._first < before:
+            _, self._state = self._held.popleft()
+            self._first += 1
+        return self._state
+
+
+def set_seed(seed: int, number: int) -> int:
+    """The seed of a set's order, so that sets of equal sizes are read in different orders."""
+    return key_int(seed, number, "mixture/set")
+
+
+def _of_set(loader: LoaderConfig, records: float) -> LoaderConfig:
+    """The settings for a set of which a lane draws so many records a step."""
+    return replace(loader, prefetch=max(1, round(loader.prefetch * records)))
+
+
+def open_stream(source: Any, **settings: Any) -> Stream | MixtureStream:
+    """The stream of a data set or of a mixture; the settings are those of `Stream`."""
+    if isinstance(source, MixedSource):
+        return MixtureStream(source, **settings)
+    return Stream(source, **settings)
+
+
+def epochs_of(position: Position, source: Any) -> dict[str, int]:
+    """The epoch for a row of metrics; of a mixture the least, and that of each data set."""
+    if isinstance(position, StreamState):
+        return {"epoch": position.epoch}
+    epochs = [each.epoch for each in position.sets]
+    names = [f"epoch/{part.name}" for part in parts_of(source)]
+    return {"epoch": min(epochs), **dict(zip(names, epochs, strict=True))}
