@@ -49,9 +49,11 @@ def mixture_problems(text: str, setting: str) -> list[str]:
     if min(shares) == 0:
         unused = [each.place for each in sets if each.share == 0]
         problems.append(f"{setting}: the share of {', '.join(unused)} is 0; leave it out")
-    elif (total := sum(shares)) != 1:
+    elif (total := sum(shares, Fraction(0))) != 1:
         right = ",".join(f"{each.place}:{share_text(each.share / total)}" for each in sets)
-        problems.append(f"{setting}: the shares' sum is {share_text(total)} and must be 1; write {right}")
+        problems.append(
+            f"{setting}: the shares' sum is {share_text(total)} and must be 1; write {right}"
+        )
     if math.lcm(*(share.denominator for share in shares)) > _MOST_PARTS:
         problems.append(f"{setting}: the shares have too many digits; write at most 6")
     return problems
@@ -96,6 +98,6 @@ def _fraction(text: str) -> Fraction | None:
 
 def _example(sets: Sequence[DataSet], rest: str) -> str:
     """The setting with a share for the last part, of what the others leave."""
-    left = 1 - sum(each.share for each in sets)
+    left = 1 - sum((each.share for each in sets), Fraction(0))
     text = ",".join(f"{each.place}:{share_text(each.share)}" for each in sets)
     return f"{text},{rest}:{share_text(left) if left > 0 else 'SHARE'}"

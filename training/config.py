@@ -94,7 +94,7 @@ class StageConfig:
     """Settings that all training stages share."""
 
     data: str = "data/raw"
-    """The data set: s3://bucket/prefix or a folder; several by shares of each batch: A:0.7,B:0.3."""
+    """The pairs: s3://bucket/prefix or a folder; several by shares of each batch: A:0.7,B:0.3."""
     out: Path = Path("runs/stage")
     """Run folder: config, metrics, TensorBoard, checkpoints; the same folder resumes."""
     loop: LoopConfig = field(default_factory=LoopConfig)

@@ -35,9 +35,7 @@ class DataSizes:
     """False for a set of a mixture, which need not fill a batch."""
 
 
-def sizes_of(
-    place: str, train: Manifest, held_out: Manifest, alone: bool = True
-) -> DataSizes:
+def sizes_of(place: str, train: Manifest, held_out: Manifest, alone: bool = True) -> DataSizes:
     """The sizes of an existing data set."""
     blocks = sum(shard.blocks for shard in train.shards) // train.variants
     return DataSizes(
@@ -102,7 +100,7 @@ def mixture_problems(
         for name in _OF_TOKENS
         if name in expected and own.get(name) != expected[name]
     ]
-    places = {fingerprint: place for place, fingerprint in reversed(fingerprints.items())}
+    places = {fingerprint: place for place, fingerprint in reversed([*fingerprints.items()])}
     return problems + [
         f"{place} is a copy of {places[fingerprint]}; give it once, with both shares' sum"
         for place, fingerprint in fingerprints.items()

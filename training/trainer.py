@@ -13,14 +13,7 @@ from core.heartbeat import Heart
 from core.log import LOG, Meter, progress
 from core.stop import stop_asked
 from core.storage.store import open_store
-from data_pipeline.streaming.mixture import (
-    MixtureStream,
-    Position,
-    epochs_of,
-    open_stream,
-    position_of,
-)
-from data_pipeline.streaming.stream import Stream
+from data_pipeline.streaming.mixture import Batches, Position, epochs_of, open_stream, position_of
 from models.counts import step_flops
 from parallel.engines.protocol import Batch, Engine, EngineSettings, StepResult
 from parallel.engines.registry import build_engine
@@ -317,7 +310,7 @@ class Run:
         self.world.barrier()
 
 
-def _stream(task: Task[Any], settings: StageConfig, mesh: Mesh) -> Stream | MixtureStream:
+def _stream(task: Task[Any], settings: StageConfig, mesh: Mesh) -> Batches:
     """The stream of this replica's training data."""
     return open_stream(
         task.train,

@@ -76,7 +76,7 @@ class Validation:
         held_out, reads = self._task.held_out, self._mesh.needs_data
         asked, lanes = self._settings.loop.validation_samples, self._settings.order.lanes
         counts = held_out_counts(held_out, asked, lanes)
-        records = [
+        records: list[Sequence[Any]] = [
             first_records(part.source, count) if reads else [None] * count
             for part, count in zip(parts_of(held_out), counts, strict=True)
         ]

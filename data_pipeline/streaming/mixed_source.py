@@ -85,7 +85,7 @@ def parts_of(source: Any) -> tuple[Part, ...]:
 
 def mixed_fingerprint(fingerprints: Sequence[str]) -> str:
     """The digest of several data sets in this order."""
-    return sha256(canonical_json(list(fingerprints)))
+    return sha256(canonical_json({"sets": list(fingerprints)}))
 
 
 def open_source(

@@ -11,11 +11,11 @@ run reads those records again.
 """
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,9 +83,10 @@ Position = StreamState | MixtureState
 
 def position_of(body: dict[str, Any]) -> Position:
     """A position from a checkpoint's JSON."""
+    body = {**body, "passed": tuple((epoch, step) for epoch, step in body.get("passed", ()))}
     if "sets" not in body:
         return StreamState(**body)
-    sets = tuple(StreamState(**each) for each in body["sets"])
+    sets = tuple(position_of(each) for each in body["sets"])
     return MixtureState(**{**body, "sets": sets, "shares": tuple(body["shares"])})
 
 
@@ -145,8 +146,7 @@ class MixtureStream:
             raise ConfigError.from_problems(problems)
         for stream, position in zip(self._streams, state.sets, strict=True):
             stream.resume(position)
-        passed = tuple((epoch, step) for epoch, step in state.passed)
-        self.state = replace(state, passed=passed, sets=tuple(s.state for s in self._streams))
+        self.state = replace(state, sets=tuple(stream.state for stream in self._streams))
 
     def __iter__(self) -> Generator[tuple[Any, MixtureState], None, None]:
         state = self.state
@@ -217,7 +217,22 @@ def _of_set(loader: LoaderConfig, records: float) -> LoaderConfig:
     return replace(loader, prefetch=max(1, round(loader.prefetch * records)))
 
 
-def open_stream(source: Any, **settings: Any) -> Stream | MixtureStream:
+class Batches(Protocol):
+    """What training reads: a Stream or a MixtureStream."""
+
+    state: Any
+    """The position after the last batch."""
+
+    def resume(self, state: Any) -> None:
+        """Continue after the batch of this position.
+
+        Raises: ConfigError if the data or the order differ.
+        """
+
+    def __iter__(self) -> Generator[tuple[Any, Any], None, None]: ...
+
+
+def open_stream(source: Any, **settings: Any) -> Batches:
     """The stream of a data set or of a mixture; the settings are those of `Stream`."""
     if isinstance(source, MixedSource):
         return MixtureStream(source, **settings)

@@ -51,14 +51,16 @@ class Shares:
         """
         turned = step * self._stride % self._modulus
         phase = (np.asarray(self._starts) + turned) % self._modulus
+        below: NDArray[np.int64]
         below = (np.asarray(self._bounds) - phase[:, None] + self._modulus - 1) // self._modulus
-        return np.diff(below, axis=1)
+        return below[:, 1:] - below[:, :-1]
 
     def drawn(self, step: int) -> NDArray[np.int64]:
         """The records of each set that each lane has drawn before a step, (lanes, sets)."""
         sets = range(len(self._bounds))
         rows = [[self._below(bound, lane, step) for bound in sets] for lane in range(self.lanes)]
-        return np.diff(np.array(rows, np.int64), axis=1)
+        below = np.array(rows, np.int64)
+        return below[:, 1:] - below[:, :-1]
 
     def drawn_of(self, which: int, lane: int, step: int) -> int:
         """The records of one set that one lane has drawn before a step."""

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from data_pipeline.streaming.ahead import depth_of, prepared_ahead
-from data_pipeline.streaming.mixture import MixtureStream, Position
-from data_pipeline.streaming.stream import Stream
+from data_pipeline.streaming.mixture import Batches, Position
 from parallel.engines.protocol import Batch
 from training.config import StageConfig
 from training.tasks.task import Task, hand_over, pinned, split_records
@@ -37,7 +36,7 @@ class Feed:
     def __init__(
         self,
         task: Task[Any],
-        stream: Stream | MixtureStream,
+        stream: Batches,
         settings: StageConfig,
         device: torch.device,
     ) -> None:

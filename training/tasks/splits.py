@@ -1,8 +1,8 @@
 """The data sets of a training: rank 0 reads their manifests and indexes for all ranks."""
 
 import json
-from itertools import chain
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import core.errors
 from core.errors import TapirError
@@ -14,7 +14,7 @@ from parallel.mesh import Mesh
 
 Splits = Mapping[str, Sequence[OpenSplit]]
 """Open splits of each data set, by name; without them each is read where it is used."""
-UNREAD: Splits = {name: () for name in SPLITS}
+UNREAD: Splits = dict.fromkeys(SPLITS, ())
 _READ, _FAILED = b"+", b"-"
 """First byte of what rank 0 hands on."""
 
@@ -32,8 +32,7 @@ def open_splits(data: str, kind: str, mesh: Mesh) -> Splits:
         return {name: [_opened(world.hand_on(b"", ranks)) for _ in places] for name in SPLITS}
     try:
         splits = {
-            name: [open_split(open_store(place), name, kind) for place in places]
-            for name in SPLITS
+            name: [open_split(open_store(place), name, kind) for place in places] for name in SPLITS
         }
     except TapirError as error:
         failure = _FAILED + json.dumps([type(error).__name__, str(error)]).encode()

@@ -41,7 +41,10 @@ def chain_problems(run: RunFile, settings: dict[str, Any]) -> list[str]:
             continue
         block = settings["tokenize"].block if name == "prior" else pack.block
         sizes = planned_sizes(source, pack, block)
-        if sizes is not None:
+        sets = [each.place for each in data_sets(settings[name].data)]
+        own = run.tokens if name == "prior" else run.raw
+        if sizes is not None and (own in sets or len(sets) == 1):
+            sizes = replace(sizes, alone=len(sets) == 1)
             problems += [f"stages.{name}: {text}" for text in size_problems(settings[name], sizes)]
     return problems
 
@@ -82,7 +85,12 @@ def packed_problems(run: RunFile, settings: dict[str, Any]) -> list[str]:
                     seen[place, kind] = _splits(place, kind)
                 splits = seen[place, kind]
                 texts += _unfit(settings[name], place, splits, len(sets) == 1)
-                if name == "prior" and splits is None and place == run.tokens and "tokenize" in settings:
+                if (
+                    name == "prior"
+                    and splits is None
+                    and place == run.tokens
+                    and "tokenize" in settings
+                ):
                     texts += _unfit_before_tokens(run, settings, len(sets) == 1)
             texts += _unlike({place: seen[place, kind] for place in sets})
             problems += [f"stages.{name}: {text}" for text in texts]

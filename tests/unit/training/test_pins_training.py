@@ -291,9 +291,7 @@ def test_an_average_by_hand() -> None:
 
 
 def _token(number: int, text: list[int], image: list[int]) -> TokenRecord:
-    return TokenRecord(
-        id=number, text=np.array(text, np.uint16), image=np.array(image, np.uint16)
-    )
+    return TokenRecord(id=number, text=np.array(text, np.uint16), image=np.array(image, np.uint16))
 
 
 def _prior_task(drop: float) -> PriorTask:
