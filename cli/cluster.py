@@ -23,7 +23,7 @@ from core.errors import ConfigError, InputError
 from core.flags import FLAT, PositionalPath, PositionalText, parse, print_json
 from core.log import LOG
 from core.storage.store import open_store
-from data_pipeline.tokenize.status import describe_status, job_status
+from data_pipeline.jobs.status import describe_status, job_status
 from workflow.chain.inputs import missing_inputs, unfinished_inputs
 from workflow.chain.requirements import packed_problems
 from workflow.chain.stages import chain_of, missing_variables, settings_of_stages
@@ -145,12 +145,13 @@ def cancel(arguments: list[str]) -> None:
 def status(arguments: list[str]) -> None:
     """`tapir status PLACE`."""
 
-    def run(place: PositionalText, json: bool = False) -> None:
-        """Show the progress of a submitted run, or of a token job over all its workers.
+    def run(place: PositionalText, json: bool = False, cost_per_hour: float = 0.0) -> None:
+        """Show the progress of a submitted run, or of a data job over all its workers.
 
         Args:
-            place: the `out` of a run file; or where `tapir tokenize` writes (s3:// or a folder)
+            place: the `out` of a run file; or where a job of workers writes (s3:// or a folder)
             json: print a JSON object on the last line
+            cost_per_hour: of one worker, in any currency: adds what the rest of a data job costs
         """
         if (Path(place) / CHAIN).exists():
             states = states_of(read_submitted(Path(place)))
@@ -159,9 +160,9 @@ def status(arguments: list[str]) -> None:
                 print_json(states)
             return
         rows = job_status(open_store(place))
-        LOG.info("%s", describe_status(rows))
+        LOG.info("%s", describe_status(rows, cost_per_hour))
         if json:
-            print_json({row.split: row for row in rows})
+            print_json({row.part: row for row in rows})
 
     parse(run, arguments, "status")
 

@@ -18,6 +18,7 @@ class CountedStore:
         """`names`: count the reads of each object, too."""
         self.store, self.url, self._names = store, store.url, names
         self.requests: Counter[str] = Counter()
+        self.bytes_read = 0
         self.names_read: Counter[str] = Counter()
         self._lock = threading.Lock()
 
@@ -30,7 +31,10 @@ class CountedStore:
         if self._names:
             with self._lock:
                 self.names_read[name] += 1
-        return self.store.get(name, start, length)
+        data = self.store.get(name, start, length)
+        with self._lock:
+            self.bytes_read += len(data)
+        return data
 
     def put(self, name: str, data: bytes, if_absent: bool = False) -> bool:
         self._count("PUT")
@@ -64,3 +68,7 @@ class CountedStore:
     def etag(self, name: str) -> str:
         self._count("HEAD")
         return self.store.etag(name)
+
+    def head(self, name: str) -> tuple[int, str]:
+        self._count("HEAD")
+        return self.store.head(name)

@@ -15,9 +15,11 @@ from bench.token_finish.job import PREFIX, facts, task_of
 from core.storage.store import FolderStore, open_store
 from core.workers import JobWorker
 from data_pipeline.config import TokenizeConfig
-from data_pipeline.formats.manifest import RAW, read_manifest
-from data_pipeline.tokenize.finish import Finisher
-from data_pipeline.tokenize.leases import Leases
+from data_pipeline.formats.manifest import NAME
+from data_pipeline.formats.raw_shards import RawShards
+from data_pipeline.jobs.finish import Finisher
+from data_pipeline.jobs.leases import Leases
+from data_pipeline.tokenize.finish import ManifestWriter
 from data_pipeline.tokenize.worker import ShardTask
 
 
@@ -33,15 +35,15 @@ def main(raw: str, tokens: str) -> dict[str, Any]:
     imported = _peak()
     store = CountedStore(open_store(tokens), names=False)
     config = TokenizeConfig()
-    source = read_manifest(open_store(raw), PREFIX, RAW)
-    given, pairs = facts(source), source.samples
+    source = RawShards(open_store(raw), PREFIX.rstrip("/"))
+    given, pairs = facts(source.manifest), source.manifest.samples
     tasks = [  # as a worker holds them
-        replace(ShardTask.of("train", shard, given), name=task_of(number))
-        for number, shard in enumerate(source.shards)
+        replace(ShardTask.of("train", number, source, given), name=task_of(number))
+        for number in range(len(source.manifest.shards))
     ]
-    del source
     leases = Leases(store, PREFIX, config.lease_seconds, JobWorker(number=0, count=1))
-    finisher = Finisher(store, pairs, [task.name for task in tasks], given, config, leases)
+    writer = ManifestWriter(store, pairs, [task.name for task in tasks], given, config)
+    finisher = Finisher(store, PREFIX, leases, PREFIX + NAME, writer.write)
     read, began = _peak(), time.perf_counter()
     finisher.finish()
     seconds, peak = time.perf_counter() - began, _peak()

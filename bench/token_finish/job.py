@@ -23,8 +23,8 @@ from data_pipeline.formats.index import BlockIndex, dump_shard_index, index_of
 from data_pipeline.formats.manifest import INDEX, NAME, RAW, Manifest, Shard, write_manifest
 from data_pipeline.formats.shards import build_tar, list_members
 from data_pipeline.formats.tokens import TokenRecords, encode_block
+from data_pipeline.jobs.ledger import DONE, LEDGER, ROWS
 from data_pipeline.tokenize.figures import FIRST_BLOCKS
-from data_pipeline.tokenize.ledger import DONE, LEDGER, ROWS
 
 RECORDS, BLOCK, GRID, TEXT = sized(2000, 40), sized(125, 20), sized(32, 4), 16
 PREFIX = "train/"

@@ -138,12 +138,16 @@ class S3Store:
             )
 
     def etag(self, name: str) -> str:
+        _, etag = self.head(name)
+        if not etag:
+            raise StoreError(f"{self.url}/{name}: the store's answer has no ETag")
+        return etag
+
+    def head(self, name: str) -> tuple[int, str]:
         head = self._head(name)
         if head is None:
             raise AbsentError(f"there is no {name} in {self.url}")
-        if not head.get("ETag"):
-            raise StoreError(f"{self.url}/{name}: the store's answer has no ETag")
-        return str(head["ETag"]).strip('"')
+        return int(head.get("ContentLength", 0)), str(head.get("ETag", "")).strip('"')
 
     def make_bucket(self) -> None:
         """Create the bucket if there is none; for stores that Tapir itself started."""

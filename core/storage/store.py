@@ -59,6 +59,9 @@ class Store(Protocol):
     def etag(self, name: str) -> str:
         """The ETag of an object."""
 
+    def head(self, name: str) -> tuple[int, str]:
+        """(size, ETag) of an object in one request, without reading it; a folder has no ETags."""
+
 
 class FolderStore:
     """A folder of the file system."""
@@ -126,6 +129,14 @@ class FolderStore:
 
     def etag(self, name: str) -> str:
         return hashlib.md5(self.get(name), usedforsecurity=False).hexdigest()
+
+    def head(self, name: str) -> tuple[int, str]:
+        try:
+            return self._path(name).stat().st_size, ""
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise AbsentError(f"there is no {name} in {self.root}") from error
+        except OSError as error:
+            raise StoreError(f"cannot read {self._path(name)}: {error}") from error
 
     def _path(self, name: str) -> Path:
         path = Path(os.path.normpath(self.root / name))

@@ -188,6 +188,28 @@ def find_in_table(store: Store, prefix: str, records: int, bits: int, target: in
     return record
 
 
+def rows_of_table(
+    store: Store, prefix: str, records: int, lookup: dict[str, Any]
+) -> Iterator[NDArray[Any]]:
+    """The rows of a set's table, sorted by id, in parts.
+
+    Raises: InputError if the set has none; CorruptError, at the end, if a byte changed.
+    """
+    name, row, digest = prefix + NAME, row_type(records), hashlib.sha256()
+    if not lookup:
+        raise InputError(
+            f"{store.url}/{prefix} was made by an older version and has no {NAME}; run the command "
+            "that made it, with --again"
+        )
+    for first in range(0, records, _RUN):
+        data = store.get(name, first * row.itemsize, min(_RUN, records - first) * row.itemsize)
+        digest.update(data)
+        yield np.frombuffer(data[: len(data) // row.itemsize * row.itemsize], row)
+    digest.update(store.get(name, records * row.itemsize))
+    if digest.hexdigest() != lookup["sha256"]:
+        raise _damaged(store, name)
+
+
 def _damaged(store: Store, name: str) -> CorruptError:
     return CorruptError(
         f"{store.url}/{name} does not fit its manifest; mend it by the command that made it, "

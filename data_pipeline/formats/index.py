@@ -2,12 +2,14 @@
 
 A block is a run of records in a shard that one ranged GET reads. The arrays are stored as
 safetensors: one file beside each shard, and one for the whole data set. A reader loads only the
-latter at its start (20 bytes per block and variant).
+latter at its start (20 bytes per block and variant; with a mask 4 bytes a block and a bit a pair
+more). Only the latter tells which pairs are kept: a shard's index is as its worker wrote it.
 """
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,12 +22,15 @@ from core.errors import AbsentError, CorruptError
 from core.files.atomic import sha256
 from core.storage.store import Store
 from data_pipeline.formats.manifest import INDEX, Manifest, Shard
+from data_pipeline.formats.views.masks import Kept, bits_of
+from data_pipeline.formats.views.places import CHANGED, Places
 from data_pipeline.streaming.cache import BlockCache
 
 Ranges = Sequence[tuple[int, int, int]]
 """(start, bytes, records) of blocks."""
 _FIELDS = {"start": np.uint64, "bytes": np.uint32, "records": np.uint32, "crc32": np.uint32}
 _FETCHES = 3
+AGAIN = "restore the shard, or make it again by the command that made it, with --again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +41,41 @@ class BlockIndex:
     bytes: NDArray[np.uint32]
     records: NDArray[np.uint32]
     crc32: NDArray[np.uint32]
+    pairs: NDArray[np.uint32] | None = None
+    """Pairs that the bytes of each block hold, if some are left out; else all are records."""
+    mask: NDArray[np.uint8] | None = None
+    """A bit for each of these pairs (masks.py): 1 = it is a record."""
 
     def __len__(self) -> int:
         return len(self.start)
+
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays that are stored."""
+        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: array for name, array in arrays.items() if array is not None}
+
+    @cached_property
+    def _first_pair(self) -> NDArray[np.int64]:
+        """For each block, the number of pairs before it."""
+        pairs = self.records if self.pairs is None else self.pairs
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(pairs, dtype=np.int64)])
+
+    def kept(self, block: int) -> Kept | None:
+        """For each pair of a block, whether it is a record; None if all are."""
+        if self.mask is None:
+            return None
+        first, end = self._first_pair[block : block + 2].tolist()
+        return bits_of(self.mask, first, end - first)
+
+    def part(self, first: int, end: int) -> "BlockIndex":
+        """The index of some consecutive blocks, with a mask of their own."""
+        arrays = {name: getattr(self, name)[first:end] for name in _FIELDS}
+        if self.pairs is None or self.mask is None:
+            return BlockIndex(**arrays)
+        low, high = int(self._first_pair[first]), int(self._first_pair[end])
+        mask = np.packbits(bits_of(self.mask, low, high - low), bitorder="little")
+        return BlockIndex(**arrays, pairs=self.pairs[first:end], mask=mask)
 
 
 def index_of(tar: bytes, ranges: Ranges) -> BlockIndex:
@@ -55,23 +92,24 @@ def dump_shard_index(index: BlockIndex, ids: NDArray[np.uint64]) -> bytes:
     """Serialise a shard's index with the sorted ids of its records and their positions."""
     order = np.argsort(ids, kind="stable")
     rows: dict[str, NDArray[Any]] = {"ids": ids[order], "places": order.astype(np.uint32)}
-    return tensors.save({**vars(index), **rows})
+    return tensors.save({**index.arrays, **rows})
 
 
 def index_parts(index: BlockIndex) -> Iterator[bytes | memoryview]:
     """The index of a data set as safetensors, without a copy of its arrays."""
-    order = sorted(_FIELDS, key=lambda name: (-np.dtype(_FIELDS[name]).itemsize, name))
+    arrays = index.arrays
+    order = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
     header: dict[str, Any] = {}
     end = 0
     for name in order:
-        begin, end = end, end + getattr(index, name).nbytes
-        kind = f"U{8 * np.dtype(_FIELDS[name]).itemsize}"
-        header[name] = {"dtype": kind, "shape": [len(index)], "data_offsets": [begin, end]}
+        begin, end = end, end + arrays[name].nbytes
+        kind, shape = f"U{8 * arrays[name].itemsize}", [len(arrays[name])]
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in order:
-        yield memoryview(getattr(index, name).view(np.uint8))
+        yield arrays[name].view(np.uint8).data
 
 
 def empty_index(blocks: int) -> BlockIndex:
@@ -100,7 +138,7 @@ def read_shard_index(store: Store, prefix: str, shard: Shard) -> dict[str, NDArr
 
 
 def read_index(store: Store, prefix: str, manifest: Manifest) -> list[BlockIndex]:
-    """The index of a data set, one for each variant.
+    """The index of a data set, one for each variant; raw sets have one, and a mask at most.
 
     Raises: CorruptError, naming the file.
     """
@@ -108,6 +146,8 @@ def read_index(store: Store, prefix: str, manifest: Manifest) -> list[BlockIndex
     blocks = sum(shard.blocks for shard in manifest.shards)
     if {name: len(arrays.get(name, ())) for name in _FIELDS} != dict.fromkeys(_FIELDS, blocks):
         raise CorruptError(f"{store.url}/{prefix}{INDEX} does not hold the manifest's blocks")
+    if "mask" in arrays:
+        return [BlockIndex(**arrays)]
     each = blocks // manifest.variants
     return [
         BlockIndex(**{name: arrays[name][v * each : (v + 1) * each] for name in _FIELDS})
@@ -140,7 +180,7 @@ class BlockReader:
         index: Sequence[BlockIndex] = (),
     ) -> None:
         """`index` is that of the data set, if it has been read already."""
-        self._store, self._prefix, self._cache = store, prefix, cache
+        self._places, self._cache = Places(store, prefix), cache
         self.manifest = manifest
         self._variants = list(index) or read_index(store, prefix, manifest)
         each = len(manifest.shards) // manifest.variants
@@ -155,22 +195,23 @@ class BlockReader:
 
         Raises: CorruptError, naming the shard, the offset and both digests.
         """
-        index = self._variants[variant]
-        name = self._prefix + self.shard_of(block, variant).name
+        index, shard = self._variants[variant], self.shard_of(block, variant)
+        store, name = self._places.of(shard)
         start, size = int(index.start[block]), int(index.bytes[block])
         expected = int(index.crc32[block])
-        key = f"{self._store.url}/{name}:{start}:{size}:{expected:08x}"
+        key = f"{store.url}/{name}:{start}:{size}:{expected:08x}"
         if self._cache:
             kept = self._cache.get(key)
             if kept is not None and crc32(kept) == expected:
                 return kept
+        self._places.check(shard)
         data = b""
         for _ in range(_FETCHES):
             try:
-                data = self._store.get(name, start, size)
+                data = store.get(name, start, size)
             except AbsentError as error:
                 raise CorruptError(
-                    f"{self._store.url}/{name}: the block at offset {start} (crc32 {expected:08x}) "
+                    f"{store.url}/{name}: the block at offset {start} (crc32 {expected:08x}) "
                     f"cannot be read: {error}; restore the shard"
                 ) from error
             if crc32(data) == expected:
@@ -178,14 +219,28 @@ class BlockReader:
                     self._cache.put(key, data)
                 return data
         raise CorruptError(
-            f"{self._store.url}/{name}: the block at offset {start} has crc32 "
-            f"{crc32(data):08x} over {len(data)} bytes, its index says {expected:08x} over "
-            f"{size}; restore the shard, or make it again by the command that made it, with --again"
+            f"{store.url}/{name}: the block at offset {start} has crc32 {crc32(data):08x} over "
+            f"{len(data)} bytes, its index says {expected:08x} over {size}; "
+            f"{CHANGED if shard.place else AGAIN}"
         )
+
+    @property
+    def index(self) -> BlockIndex:
+        """The index of the first variant; raw sets have one."""
+        return self._variants[0]
+
+    def kept(self, block: int) -> Kept | None:
+        """For each pair that a block holds, whether it is a record; None if all are."""
+        return self.index.kept(block)
 
     def shard_of(self, block: int, variant: int = 0) -> Shard:
         """The shard that holds a block."""
         return self._shards[variant][int(np.searchsorted(self._ends, block, "right"))]
+
+    def blocks_of(self, shard: int) -> tuple[int, int]:
+        """The blocks of a shard: (first, end)."""
+        end = int(self._ends[shard])
+        return end - self._shards[0][shard].blocks, end
 
     def block_of_record(self, record: int) -> tuple[int, int]:
         """Convert a record's number in manifest order to (block, position in the block)."""
@@ -195,7 +250,7 @@ class BlockReader:
 
     def block_of(self, shard: int, record: int) -> tuple[int, int]:
         """Convert a record's position in a shard to (block, position in the block)."""
-        first = int(self._ends[shard]) - self._shards[0][shard].blocks
-        ends = np.cumsum(self.records[first : int(self._ends[shard])])
+        first, end = self.blocks_of(shard)
+        ends = np.cumsum(self.records[first:end])
         block = int(np.searchsorted(ends, record, "right"))
         return first + block, record - int(ends[block - 1] if block else 0)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 from core.config import to_json
@@ -14,8 +14,10 @@ from core.storage.store import Store
 
 NAME, INDEX = "manifest.json", "index.safetensors"
 SPLITS = ("train", "validation")
-RAW = "tapir-raw-2"
+RAW = "tapir-raw-3"
 TOKENS = "tapir-tokens-2"
+_READABLE = {RAW: (RAW, "tapir-raw-2"), TOKENS: (TOKENS,)}
+"""Formats of each kind that are read; a raw set of format 2 has no masks and no places."""
 _DERIVED = ("numerics", "figures", "lookup")
 """Fields outside the fingerprint, left out of the file while they are empty."""
 _TOGETHER = 1000
@@ -25,7 +27,7 @@ _DIGEST_LINE = re.compile(rb'\n( "digest": "([0-9a-f]{64})",\n)')
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
-    """One tar of a data set, with the index beside it."""
+    """One tar of a data set, with the index beside it or, read in place, beside the manifest."""
 
     name: str
     samples: int
@@ -35,13 +37,44 @@ class Shard:
     sha256: str
     etag: str
     index_sha256: str
+    """Of the index beside it; empty in views, which have none."""
+    pairs: int = 0
+    """Pairs that its blocks hold, if the mask leaves some out; 0 = all of them are records."""
+    place: str = ""
+    """Path or URL of the tar, if it is not beside the manifest."""
+    archive: str = ""
+    """What the keys begin with, if it is a tar of another program; such tars are read in place."""
+    captions: str = ""
+    """Caption filters of a tar of another program (FilterConfig as JSON); empty = none."""
 
     @property
     def index_name(self) -> str:
         return self.name.removesuffix(".tar") + ".index.safetensors"
 
+    @property
+    def shown(self) -> str:
+        """Its name, or where it is, for messages."""
+        return self.place or self.name
+
+    @property
+    def is_whole(self) -> bool:
+        """True if the tar is beside the manifest and all of its pairs are records."""
+        return not (self.place or self.pairs)
+
+    @property
+    def content(self) -> str:
+        """What identifies its records in the fingerprint of the data set."""
+        return " ".join(filter(None, (self.sha256, self.archive, self.captions)))
+
 
 _SHARD_KEYS = {row.name for row in fields(Shard)}
+_REQUIRED = {row.name for row in fields(Shard) if row.default is MISSING}
+
+
+def shard_json(shard: Shard) -> dict[str, Any]:
+    """A shard's entry in manifests and records of workers, without empty optional fields."""
+    body: dict[str, Any] = to_json(shard)
+    return {name: value for name, value in body.items() if value or name in _REQUIRED}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +108,7 @@ class Manifest:
         body = self.body()
         for name in _DERIVED:
             body.pop(name, None)
-        return sha256(canonical_json({**body, "shards": [s.sha256 for s in self.shards]}))
+        return sha256(canonical_json({**body, "shards": [s.content for s in self.shards]}))
 
     def body(self) -> dict[str, Any]:
         """The fields of the file but for the shards, without derived ones that are empty."""
@@ -118,7 +151,7 @@ def _json_parts(body: dict[str, Any], shards: list[Shard]) -> Iterator[bytes]:
     before, _, after = canonical_json({**body, "shards": [0]}).partition(mark + b"  0")
     yield before + mark
     for first in range(0, len(shards), _TOGETHER):
-        part = [canonical_json(to_json(shard)) for shard in shards[first : first + _TOGETHER]]
+        part = [canonical_json(shard_json(shard)) for shard in shards[first : first + _TOGETHER]]
         rows = b",\n".join(b"  " + row[:-1].replace(b"\n", b"\n  ") for row in part)
         yield rows + (b",\n" if first + _TOGETHER < len(shards) else b"")
     yield after
@@ -135,7 +168,7 @@ def read_manifest(store: Store, prefix: str, kind: str) -> Manifest:
         raise InputError(f"there is no data set at {where}; make it with `tapir {verb}`")
     body = _unseal(store.get(prefix + NAME), where)
     fingerprint = body.pop("fingerprint")
-    if body.get("format") != kind:
+    if body.get("format") not in _READABLE[kind]:
         raise InputError(
             f"{where} has the format {body.get('format')!r}; this needs {kind!r}: make it with "
             f"`tapir {verb}` of this version, in an empty place"
@@ -164,4 +197,4 @@ def _unseal(data: bytes, where: str) -> dict[str, Any]:
 
 
 def _as_shard(row: dict[str, Any]) -> Any:
-    return Shard(**row) if row.keys() == _SHARD_KEYS else row
+    return Shard(**row) if _REQUIRED <= row.keys() <= _SHARD_KEYS else row

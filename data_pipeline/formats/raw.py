@@ -3,17 +3,28 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, overload
 
+import numpy as np
 from numpy.typing import NDArray
 
+from core.errors import CorruptError
 from core.keys import KeyPart, key_int
+from data_pipeline.config import FilterConfig
+from data_pipeline.formats.index import BlockReader
 from data_pipeline.formats.lookup import find_pair
 from data_pipeline.formats.manifest import RAW
 from data_pipeline.formats.shards import list_members
 from data_pipeline.formats.split import SplitSource
+from data_pipeline.formats.views.places import place_of
 from data_pipeline.images.crops import EXTENSIONS
+from data_pipeline.packing.filters import caption_reject
+from data_pipeline.sources.pair import Pair
+from data_pipeline.sources.tars import run_pairs
+from data_pipeline.text.captions import clean_captions
 
+_OF_CAPTIONS = ("boilerplate", "english", "min_words")
 Rows = slice | NDArray[Any]
 
 
@@ -108,7 +119,7 @@ class RawSource(SplitSource):
 
         Raises: CorruptError, naming the shard, the offset and both digests.
         """
-        return parse_pairs(self.blocks.read(block, variant))
+        return read_records(self.blocks, block)
 
     def buffer(self, sizes: NDArray[Any], free: RawBuffer | None = None) -> RawBuffer:
         """A buffer for blocks of these sizes; `free` is not needed."""
@@ -121,8 +132,55 @@ class RawSource(SplitSource):
     def member(self, key: str, name: str) -> str:
         """Where a pair's member is stored, for messages: SHARD, member NAME."""
         block, _ = find_pair(self._store, self._split, self.blocks, key)
-        shard = self.blocks.shard_of(block).name
-        return f"{self._store.url}/{self._split}/{shard}, member {name},"
+        place = place_of(self._store, f"{self._split}/", self.blocks.shard_of(block))
+        return f"{place}, member {name},"
+
+
+def read_records(blocks: BlockReader, block: int) -> RawRecords:
+    """Fetch a block's records; pairs that the mask leaves out are parsed and dropped.
+
+    Raises: CorruptError, naming the shard, the offset and both digests.
+    """
+    shard, kept, data = blocks.shard_of(block), blocks.kept(block), blocks.read(block)
+    stored: list[RawRecord | Pair]
+    stored = [
+        *(run_pairs(data, shard.place, shard.archive) if shard.archive else parse_pairs(data))
+    ]
+    count = int(blocks.records[block]) if kept is None else len(kept)
+    if len(stored) != count:
+        raise CorruptError(
+            f"a block of {shard.shown} holds {len(stored)} pairs, its index says "
+            f"{count}: another version wrote it; pack it again"
+        )
+    if kept is not None:
+        stored = [stored[place] for place in np.flatnonzero(kept)]
+    filters = _caption_filters(shard.captions)
+    return RawRecords([r if isinstance(r, RawRecord) else _cleaned(r, filters) for r in stored])
+
+
+def _cleaned(pair: Pair, filters: FilterConfig) -> RawRecord:
+    """A pair of another program's tar as `pack` would have stored it."""
+    captions = clean_captions(pair.caption, pair.where)
+    kept = [caption for caption in captions if caption_reject(caption, filters) is None]
+    first, *others = kept or captions
+    return RawRecord(
+        key=pair.key,
+        image=pair.image,
+        extension=pair.extension,
+        caption=first,
+        others=tuple(others),
+    )
+
+
+def caption_rules(filters: FilterConfig) -> str:
+    """The caption filters as `Shard.captions` stores them; empty if there are none."""
+    given = {name: getattr(filters, name) for name in _OF_CAPTIONS if getattr(filters, name)}
+    return json.dumps(given, sort_keys=True) if given else ""
+
+
+@lru_cache
+def _caption_filters(rules: str) -> FilterConfig:
+    return FilterConfig(**json.loads(rules or "{}"))
 
 
 def parse_pairs(tar: bytes) -> RawRecords:

@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from operator import attrgetter
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,7 +65,7 @@ def dump_split(split: OpenSplit) -> bytes:
     header = json.dumps({"manifest": body, "fingerprint": split.fingerprint}).encode()
     arrays = {"sizes": split.sizes}
     for i, index in enumerate(split.index):
-        arrays |= {f"{i}.{name}": array for name, array in vars(index).items()}
+        arrays |= {f"{i}.{name}": array for name, array in index.arrays.items()}
     return len(header).to_bytes(_HEAD, "little") + header + bytes(tensors.save(arrays))
 
 
@@ -75,11 +76,11 @@ def load_split(data: bytes) -> OpenSplit:
     body, sizes = header["manifest"], arrays.pop("sizes")
     rows = body.pop("shards")
     shards = [Shard(**dict(zip(_SHARD, row, strict=True))) for row in rows]
-    names = [field.name for field in fields(BlockIndex)]
-    index = tuple(
-        BlockIndex(**{name: arrays[f"{i}.{name}"] for name in names})
-        for i in range(len(arrays) // len(names))
-    )
+    variants: dict[str, dict[str, NDArray[Any]]] = {}
+    for key, array in arrays.items():
+        number, _, name = key.partition(".")
+        variants.setdefault(number, {})[name] = array
+    index = tuple(BlockIndex(**variants[str(i)]) for i in range(len(variants)))
     manifest = Manifest(shards=shards, **body)
     return OpenSplit(manifest=manifest, fingerprint=header["fingerprint"], sizes=sizes, index=index)
 

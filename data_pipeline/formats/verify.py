@@ -20,17 +20,22 @@ _PART = 8 * 2**20
 def verify_split(store: Store, split: str, sample: float = 1.0, seed: int = 0) -> int:
     """Check a split's manifest, its indexes, and its shards or a fraction `sample` of their blocks.
 
+    Of shards at another place, all blocks are checked: the rest of such a tar is not read.
     Returns the number of shards, or of sampled blocks, that were read.
     Raises: CorruptError naming the first damaged file.
     """
     prefix = f"{split}/"
     body = store.get(prefix + NAME)
-    manifest = read_manifest(store, prefix, RAW if RAW.encode() in body else TOKENS)
+    manifest = read_manifest(store, prefix, TOKENS if TOKENS.encode() in body else RAW)
     blocks = BlockReader(store, prefix, manifest)
-    _all(lambda shard: read_shard_index(store, prefix, shard), manifest.shards)
+    indexed = [shard for shard in manifest.shards if shard.index_sha256]
+    _all(lambda shard: read_shard_index(store, prefix, shard), indexed)
     check_lookup(store, prefix, manifest)
     if sample >= 1.0:
-        _all(lambda shard: _check_shard(store, prefix, shard), manifest.shards)
+        own = [shard for shard in manifest.shards if not shard.place]
+        _all(lambda shard: _check_shard(store, prefix, shard), own)
+        elsewhere = [i for i, shard in enumerate(manifest.shards) if shard.place]
+        _all(blocks.read, (block for i in elsewhere for block in range(*blocks.blocks_of(i))))
         return len(manifest.shards)
     chosen = [
         (block, variant)

@@ -37,7 +37,8 @@ from data_pipeline.formats.manifest import (
     read_json,
     read_manifest,
 )
-from data_pipeline.formats.shards import build_tar, describe, list_members, put_manifest
+from data_pipeline.formats.raw_set import write_split
+from data_pipeline.formats.shards import build_tar, describe, list_members
 from data_pipeline.images.decode import inspect
 from data_pipeline.packing.filters import Duplicates, Reject, caption_reject, image_reject
 from data_pipeline.packing.rejects import REJECTS, Keys, Rejects
@@ -193,7 +194,7 @@ def close_set(
 ) -> dict[str, Manifest]:
     """Write both splits' manifests, and delete shards of an earlier, unfinished attempt."""
     manifests = {
-        name: put_manifest(store, f"{name}/", RAW, rows, facts[name], dict(rejects.kinds))
+        name: write_split(store, f"{name}/", [rows], facts[name], dict(rejects.kinds))
         for name, rows in shards.items()
     }
     kept = {f"{name}/{shard.name}" for name, rows in shards.items() for shard in rows}

@@ -1,20 +1,20 @@
 """Pairs from WebDataset tars: adjacent KEY.jpg|png|webp and KEY.txt, or KEY.json with `caption`.
 
-WebDataset's keys end at the first dot of a name, but users' names may contain dots
-(`clip v1.5 0001.jpg`). Members with equal names up to the first dot form a group. Each picture with
-a caption of the same name up to the last dot is a pair; other members of its group (`KEY.mask.png`,
-`KEY.cls.txt`) are further fields of the sample. Every member is in a pair or a reject.
+Every member is in a pair or a reject; tar_groups.py says which members are a pair. Archives are
+read from any stream; sets in place read ranges of them again (`run_pairs`).
 """
 
 import bz2
 import gzip
+import io
 import lzma
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any, Protocol
 
+from core.errors import CorruptError, TapirError
 from data_pipeline.images.crops import EXTENSIONS
 from data_pipeline.sources.files import MOST_BYTES, MOST_CAPTION_BYTES
 from data_pipeline.sources.names import (
@@ -26,59 +26,117 @@ from data_pipeline.sources.names import (
     is_picture,
     why_not_read,
 )
-from data_pipeline.sources.pair import (
-    IGNORED,
-    METADATA,
-    Pair,
-    Unusable,
-    captions_of,
-    key_of,
-    make_pair,
-    unusable,
-)
+from data_pipeline.sources.pair import METADATA, Pair, Unusable, unusable
+from data_pipeline.sources.tar_groups import Group, Item, Run
 
+_HEAD = 6
+"""Bytes that tell how an archive is compressed."""
+_PART = 2**17
+"""Bytes of a read."""
 _ENDED = "has_ended"
+_HARMLESS = {"comment"}
+"""Global PAX headers that change no member."""
 _PACKED: dict[bytes, Callable[..., Any]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ\0": lzma.open,
 }
-_NEIGHBOURS = (
-    "members of a pair must be neighbours in the archive (a picture and a .txt of one name): make "
-    "it with tar --sort=name"
-)
+
+
+class Readable(Protocol):
+    """A binary stream; it need not be seekable."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Read at most `size` bytes; none at the end."""
 
 
 def tar_pairs(paths: list[Path], root: Path) -> Iterator[Pair | Unusable]:
     """Yield the pairs of tars; a file may be several concatenated tars.
 
-    Links, paths that leave the archive, members over the size limit and broken archives are
-    rejects. A key begins with the archive's path relative to `root`.
+    A key begins with the archive's path relative to `root`.
     """
     for path in paths:
         name = path.relative_to(root).with_suffix("").as_posix()
         try:
-            with _opened(path) as tar:
-                yield from _members(tar, path, name)
-                if not getattr(tar, _ENDED, False):
-                    raise tarfile.ReadError(f"no end mark at {tar.offset}")
-        except MemoryError:
-            raise
-        except Exception as error:  # tarfile raises nearly anything for damaged archives
-            reason = f"is not a whole tar archive: {error}; what comes after that is lost"
-            yield unusable(path.as_posix(), reason, "archive")
+            with open(path, "rb") as stream:
+                yield from archive_pairs(stream, path.as_posix(), name)
+        except OSError as error:
+            yield _broken(path.as_posix(), error)
+
+
+def archive_pairs(stream: Readable, where: str, archive: str) -> Iterator[Pair | Unusable]:
+    """Yield the pairs of a tar, plain or compressed; their keys begin with `archive`.
+
+    Links, paths that leave the archive, members over the size limit and broken archives are
+    rejects.
+    """
+    return (item for item in archive_items(stream, where, archive) if not isinstance(item, Run))
+
+
+def archive_items(
+    stream: Readable, where: str, archive: str, in_place: bool = False
+) -> Iterator[Item]:
+    """Yield the pairs, rejects and runs of a tar.
+
+    `in_place`: an archive whose runs cannot be read by themselves is a reject.
+    """
+    try:
+        with _opened(stream, in_place) as tar:
+            yield from _members(tar, where, archive, in_place)
+            if not getattr(tar, _ENDED, False):
+                raise tarfile.ReadError(f"no end mark at {tar.offset}")
+    except (MemoryError, TapirError):
+        raise
+    except Exception as error:  # tarfile raises nearly anything for damaged archives
+        yield _broken(where, error)
+
+
+def run_pairs(data: bytes, where: str, archive: str) -> list[Pair]:
+    """The pairs of some consecutive runs of a plain tar.
+
+    Raises: CorruptError if the bytes are no members of a tar.
+    """
+    padded = data + bytes(-len(data) % tarfile.BLOCKSIZE)
+    try:
+        with tarfile.open(
+            fileobj=io.BytesIO(padded), mode="r:", tarinfo=_Header, ignore_zeros=True
+        ) as tar:
+            return [item for item in _members(tar, where, archive) if isinstance(item, Pair)]
+    except (tarfile.TarError, ValueError) as error:
+        raise CorruptError(f"a part of {where} is not a part of a tar: {error}") from error
+
+
+def _broken(where: str, error: Exception) -> Unusable:
+    reason = f"is not a whole tar archive: {error}; what comes after that is lost"
+    return unusable(where, reason, "archive")
+
+
+class _Rejoined:
+    """A stream with the bytes that were read from its start."""
+
+    def __init__(self, head: bytes, rest: Readable) -> None:
+        self._head, self._rest = head, rest
+
+    def read(self, size: int = -1) -> bytes:
+        if not self._head:
+            return self._rest.read(size)
+        part = self._head if size < 0 else self._head[:size]
+        self._head = self._head[len(part) :]
+        return part if size >= 0 else part + self._rest.read()
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tarfile.TarFile]:
-    with open(path, "rb") as raw:
-        head = raw.read(6)
-    kinds = (opener for magic, opener in _PACKED.items() if head.startswith(magic))
-    opener: Callable[..., IO[bytes]] = next(kinds, open)  # tarfile's own stop at the first part
-    with (
-        opener(path, "rb") as file,
-        tarfile.open(fileobj=file, mode="r|", tarinfo=_Header, ignore_zeros=True) as tar,
-    ):
+def _opened(stream: Readable, plain: bool) -> Iterator[tarfile.TarFile]:
+    head = stream.read(_HEAD)
+    whole: Any = _Rejoined(head, stream)
+    opener = next((o for magic, o in _PACKED.items() if head.startswith(magic)), None)
+    if opener is not None:  # tarfile's own stop at the first part
+        if plain:
+            raise tarfile.ReadError("it is compressed, and cannot be read in place")
+        whole = opener(whole, "rb")
+    with tarfile.open(
+        fileobj=whole, mode="r|", tarinfo=_Header, ignore_zeros=True, bufsize=_PART
+    ) as tar:
         yield tar
 
 
@@ -100,23 +158,30 @@ class _Header(tarfile.TarInfo):
         return header
 
 
-def _members(tar: tarfile.TarFile, path: Path, archive: str) -> Iterator[Pair | Unusable]:
-    group = _Group(path, archive, "")
+def _members(
+    tar: tarfile.TarFile, where: str, archive: str, in_place: bool = False
+) -> Iterator[Item]:
+    group = Group(where, archive, "")
     try:
-        for member in tar:
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined]  # else memory grows
             name = PurePosixPath(member.name)
-            where, extension = f"{path}:{member.name}", extension_of(name.name)
-            reject = _refused(member, name, where)
+            at, extension = f"{where}:{member.name}", extension_of(name.name)
+            reject = _refused(member, name, at)
+            if in_place and tar.pax_headers.keys() - _HARMLESS:
+                raise tarfile.ReadError("a global PAX header changes its members: pack it copied")
             if reject is not None:
                 yield reject
             elif member.isfile() and (is_picture(name.name) or extension in (CAPTION, NOTE)):
                 stem = name.with_suffix("").as_posix()
                 if not group.has(stem):
                     yield from group.end()
-                    group = _Group(path, archive, stem)
-                yield from group.add(stem, extension, *_content(tar, member, where, extension))
+                    group = Group(where, archive, stem)
+                end = tar.offset
+                content = _content(tar, member, at, extension)
+                yield from group.add(stem, extension, *content, Run(member.offset, end))
     except Exception:
-        yield from (item for item in group.end() if isinstance(item, Pair))
+        yield from (item for item in group.end() if not isinstance(item, Unusable))
         raise
     yield from group.end()
 
@@ -148,97 +213,3 @@ def _content(
         return None, unusable(where, f"has {member.size} bytes; the limit is {MOST_BYTES}")
     size = -1 if extension in EXTENSIONS else MOST_CAPTION_BYTES
     return tar.extractfile(member).read(size), None  # type: ignore[union-attr]
-
-
-class _Sample:
-    """Members of one name, by extension; None for a member that is already rejected."""
-
-    def __init__(self, stem: str) -> None:
-        self.stem = stem
-        self.parts: dict[str, bytes | None] = {}
-
-    @property
-    def pictures(self) -> list[str]:
-        """Extensions of its supported pictures."""
-        return [e for e, data in self.parts.items() if e in EXTENSIONS and data is not None]
-
-    @property
-    def caption(self) -> bytes | None:
-        return captions_of(self.parts.get(CAPTION), self.parts.get(NOTE))
-
-
-class _Group:
-    """Adjacent members with equal names up to the first dot.
-
-    `_open` is a stack of incomplete samples: each name extends the one before, as `7.mask` extends
-    `7`.
-    """
-
-    def __init__(self, path: Path, archive: str, stem: str) -> None:
-        self._path, self._archive, self._key = path, archive, _first_part(stem)
-        self._open: list[_Sample] = []
-        self._pairs: set[str] = set()
-        self._left: list[tuple[str, str, bool]] = []
-        """(name, extension, has a .json) of members without a pair."""
-
-    def has(self, stem: str) -> bool:
-        """True if a name belongs to this group."""
-        return self._key == _first_part(stem)
-
-    def add(
-        self, stem: str, extension: str, data: bytes | None, reject: Unusable | None
-    ) -> Iterator[Pair | Unusable]:
-        """Add a member; yields the pairs and rejects that are complete."""
-        while self._open and not f"{stem}.".startswith(f"{self._open[-1].stem}."):
-            yield from self._close(self._open.pop())
-        if not self._open or self._open[-1].stem != stem:
-            self._open.append(_Sample(stem))
-        if extension in self._open[-1].parts:  # the same name again
-            yield from self._close(self._open.pop())
-            self._open.append(_Sample(stem))
-        self._open[-1].parts[extension] = data
-        if reject is not None:
-            yield reject
-
-    def end(self) -> Iterator[Pair | Unusable]:
-        """Yield the remaining pairs and rejects."""
-        while self._open:
-            yield from self._close(self._open.pop())
-        for stem, extension, noted in self._left:
-            where = f"{self._path}:{stem}.{extension}"
-            if extension == NOTE or self._is_field(stem):
-                yield unusable(where, "is a further field, or a note without a pair", IGNORED)
-            elif extension == CAPTION:
-                yield unusable(where, f"is a caption without a picture; {_NEIGHBOURS}", "image")
-            elif noted:
-                yield unusable(where, "has no caption: no .txt, and its .json has none", "caption")
-            else:
-                yield unusable(where, f"has no caption; {_NEIGHBOURS}", "caption")
-
-    def _is_field(self, stem: str) -> bool:
-        """True if the name, cut at one of its dots, is the name of a pair of this group."""
-        dots = (i for i, letter in enumerate(stem) if letter == ".")
-        return any(stem[:i] in self._pairs for i in dots)
-
-    def _close(self, sample: _Sample) -> Iterator[Pair | Unusable]:
-        """Yield a sample as a pair, or record its members as without a pair."""
-        pictures, caption = sample.pictures, sample.caption
-        where = f"{self._path}:{sample.stem}"
-        if pictures and caption is not None:
-            self._pairs.add(sample.stem)
-            key = key_of(f"{self._archive}/{sample.stem}")
-            data = sample.parts[pictures[0]] or b""
-            yield make_pair(key, data, pictures[0], caption, where)
-            for extension in pictures[1:]:
-                yield unusable(
-                    f"{where}.{extension}", "is a second picture of one caption", "image"
-                )
-        elif None not in sample.parts.values():  # else its picture is a reject already
-            noted = NOTE in sample.parts
-            self._left += [(sample.stem, extension, noted) for extension in sample.parts]
-
-
-def _first_part(stem: str) -> str:
-    """WebDataset's key: the path up to the first dot of the name."""
-    folder, slash, name = stem.rpartition("/")
-    return folder + slash + name.partition(".")[0]

@@ -1,9 +1,10 @@
 """Raw pairs -> token records; threads decode pictures while the dVAE encodes."""
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer
 from core.errors import InputError
 from core.keys import keyed_rng
 from data_pipeline.config import TokenizeConfig
-from data_pipeline.formats.raw import RawRecord, RawRecords
+from data_pipeline.formats.raw import RawRecord
 from data_pipeline.formats.tokens import TokenRecord
 from data_pipeline.images.crops import prior_crop, square
 from data_pipeline.images.decode import decode_rgb
@@ -84,7 +85,10 @@ class Encoded:
 
 
 def encode_pairs(
-    records: RawRecords, encoders: Encoders, config: TokenizeConfig, progress: dict[str, Any]
+    records: Iterable[RawRecord],
+    encoders: Encoders,
+    config: TokenizeConfig,
+    progress: dict[str, Any],
 ) -> Encoded:
     """Encode a shard's pairs; `progress["pairs"]` counts them."""
     variants: list[list[TokenRecord]] = [[] for _ in range(config.variants)]
@@ -131,14 +135,14 @@ def _crops(record: RawRecord, pixels: int, variants: int) -> NDArray[np.uint8] |
 
 
 def _cropped(
-    records: RawRecords, pixels: int, config: TokenizeConfig
+    records: Iterable[RawRecord], pixels: int, config: TokenizeConfig
 ) -> Iterator[list[tuple[RawRecord, NDArray[np.uint8] | InputError]]]:
     """Batches of records with their crops; the next two batches are prefetched."""
     together = max(1, config.batch // config.variants)
-    parts = [records[i : i + together] for i in range(0, len(records), together)]
+    rest = iter(records)
     waiting: deque[list[tuple[RawRecord, Future[Any]]]] = deque()
     with ThreadPoolExecutor(config.readers, "decode") as pool:
-        for part in parts:
+        while part := list(islice(rest, together)):
             rows = [(r, pool.submit(_crops, r, pixels, config.variants)) for r in part]
             waiting.append(rows)
             if len(waiting) > 2:

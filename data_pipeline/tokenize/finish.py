@@ -1,14 +1,10 @@
-"""The end of a token job: one worker at a time writes a split's manifest.
+"""The end of a token job: a split's manifest, from the records of its shards in their order.
 
-The worker that finds all shards of a split done claims the lease `manifest`; the others wait for
-the manifest, and take over if the holder dies. The manifest depends on the shards' records alone,
-in the order of the raw shards, so that every finisher writes the same bytes. Requests: the listing,
-a read of each part of the ledgers, one of each shard's index, and, for the entropy, of the first
-FIRST_BLOCKS blocks with their markers and indexes.
+Requests: the listing, a read of each part of the ledgers, one of each shard's index, and, for the
+entropy, of the first FIRST_BLOCKS blocks with their markers and indexes.
 """
 
 import json
-import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,14 +16,11 @@ from core.storage.store import Store
 from data_pipeline.config import TokenizeConfig
 from data_pipeline.formats.fetch import fetched
 from data_pipeline.formats.index import BlockReader, joined, read_shard_index
-from data_pipeline.formats.manifest import NAME, TOKENS, Manifest, Shard, read_json
+from data_pipeline.formats.manifest import TOKENS, Manifest, Shard, read_json
 from data_pipeline.formats.shards import put_manifest
 from data_pipeline.formats.tokens import decode_block
+from data_pipeline.jobs.ledger import DONE, Record, finished_tasks
 from data_pipeline.tokenize.figures import ENTROPY, FIRST_BLOCKS, per_position_entropy
-from data_pipeline.tokenize.leases import Leases
-from data_pipeline.tokenize.ledger import DONE, Record, finished_shards, sweep_ledgers
-
-_TASK = "manifest"
 
 
 @dataclass
@@ -59,8 +52,8 @@ class _Outputs:
         return shards if len(shards) == sum(map(len, self.shards)) else None
 
 
-class Finisher:
-    """The end of one split's token job, as one worker sees it."""
+class ManifestWriter:
+    """Writes the manifest of one split when all of its shards are done."""
 
     def __init__(
         self,
@@ -69,7 +62,6 @@ class Finisher:
         tasks: list[str],
         facts: dict[str, Any],
         config: TokenizeConfig,
-        leases: Leases,
         ledgers: bool = True,
     ) -> None:
         """`pairs` and `tasks`: of the raw split, in order; `facts`: those of the manifest.
@@ -78,36 +70,13 @@ class Finisher:
         shard anew may write its old record once more.
         """
         self._tokens, self._pairs, self._tasks, self._facts = tokens, pairs, tasks, facts
-        self._config, self._leases, self._prefix = config, leases, f"{facts['split']}/"
-        self._ledgers = ledgers
+        self._config, self._prefix, self._ledgers = config, f"{facts['split']}/", ledgers
 
-    def finished(self) -> bool:
-        """True if the manifest exists."""
-        return self._tokens.exists(self._prefix + NAME)
+    def write(self) -> bool:
+        """Write the index, ids.bin and the manifest; False if a shard is not done.
 
-    def finish(self, again: bool = False) -> bool:
-        """Write the manifest, or wait for the worker that does; False if a shard is not done.
-
-        `again` writes it in any case.
         Raises: InputError if pairs are missing, double or too many of them cannot be used.
         """
-        while again or not self.finished():
-            lease = self._leases.claim(_TASK)
-            if lease is None:
-                time.sleep(min(1.0, self._config.lease_seconds / 8))
-                continue
-            with self._leases.held(lease, {"shard": "the manifest"}):
-                if (again or not self.finished()) and not self._write():
-                    return False
-            again = False
-        return True
-
-    def sweep(self) -> None:
-        """Delete the ledgers and leases of a finished split."""
-        sweep_ledgers(self._tokens, self._prefix)
-        self._leases.sweep()
-
-    def _write(self) -> bool:
         try:
             figures = self._figures()
             outputs = self._outputs()
@@ -152,7 +121,7 @@ class Finisher:
         shards: list[list[Shard | None]]
         shards = [[None] * len(self._tasks) for _ in range(self._config.variants)]
         outputs = _Outputs(shards)
-        for task, record in finished_shards(self._tokens, self._prefix, self._ledgers):
+        for task, record in finished_tasks(self._tokens, self._prefix, self._ledgers):
             if task in numbers:
                 outputs.add(numbers[task], record)
         return outputs

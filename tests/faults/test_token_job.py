@@ -18,7 +18,7 @@ from core.files.atomic import sha256
 from core.keys import keyed_rng
 from core.storage.s3 import S3Store
 from data_pipeline.images.crops import encode_png
-from data_pipeline.tokenize.leases import read_leases
+from data_pipeline.jobs.leases import read_leases
 from tests.faults.conftest import Record
 from tests.harness import ENVIRONMENT, PATIENCE, TAPIR, tapir
 

@@ -81,7 +81,7 @@ class History:
                     slot=slot,
                     id=pair.id,
                     key=getattr(pair, "key", ""),
-                    shard=part.source.blocks.shard_of(block, variant).name,
+                    shard=part.source.blocks.shard_of(block, variant).shown,
                     block=block,
                     record=record,
                     data=part.place,

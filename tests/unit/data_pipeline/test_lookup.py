@@ -18,11 +18,11 @@ from data_pipeline.formats.lookup import find_pair
 from data_pipeline.formats.raw import RawSource
 from data_pipeline.formats.tokens import TokenSource
 from data_pipeline.formats.verify import verify_split
+from data_pipeline.jobs.leases import Leases
 from data_pipeline.streaming.cache import BlockCache
 from data_pipeline.streaming.stream import Stream, first_records
 from data_pipeline.text.bpe import encode, load_tokenizer
 from data_pipeline.text.dropout import DropoutEncoder
-from data_pipeline.tokenize.leases import Leases
 from models.prior import PAD
 from parallel.tensor.ops import TensorParallel
 from tests.harness import tapir
@@ -100,7 +100,7 @@ def test_status_counts_a_job(tokens: Path, tmp_path: Path) -> None:
     status = json.loads(tapir("status", str(tokens), "--json").splitlines()[0])
     for split in ("train", "validation"):
         row = status[split]
-        assert row["finished"] and row["shards"] == row["shards_done"]
+        assert row["finished"] and row["tasks"] == row["tasks_done"]
         assert row["pairs"] == row["pairs_done"] and row["workers"] == []
     assert "no token job" in tapir("status", str(tmp_path), code=2)
 

@@ -22,16 +22,17 @@ from core.workers import JobWorker
 from data_pipeline.config import PackConfig, TokenizeConfig
 from data_pipeline.formats.ids import NAME as IDS
 from data_pipeline.formats.manifest import TOKENS, Manifest, read_manifest
+from data_pipeline.jobs import ledger as ledgers
+from data_pipeline.jobs.finish import Finisher
+from data_pipeline.jobs.leases import Leases
+from data_pipeline.jobs.ledger import DONE, LEDGER, Ledger
+from data_pipeline.jobs.status import REQUEST, job_status
 from data_pipeline.packing.pack import pack
 from data_pipeline.text.bpe import train_bpe
 from data_pipeline.tokenize import finish as finishing
-from data_pipeline.tokenize import ledger as ledgers
 from data_pipeline.tokenize.encode import Encoders
 from data_pipeline.tokenize.figures import ENTROPY, per_position_entropy
-from data_pipeline.tokenize.finish import Finisher
-from data_pipeline.tokenize.leases import Leases
-from data_pipeline.tokenize.ledger import DONE, LEDGER, Ledger
-from data_pipeline.tokenize.status import REQUEST, job_status
+from data_pipeline.tokenize.finish import ManifestWriter
 from data_pipeline.tokenize.worker import Worker
 from models.code_encoder import CodeReader
 from models.config import DVAEConfig
@@ -92,7 +93,8 @@ def _finisher(store: Store, worker: int = 0, seconds: float = 60.0, **changes: A
     config = replace(TokenizeConfig(lease_seconds=seconds), **changes)
     leases = Leases(store, "train/", seconds, JobWorker(number=worker, count=2))
     tasks = [_task(number) for number in range(SHARDS)]
-    return Finisher(store, pairs, tasks, facts, config, leases, listed)
+    writer = ManifestWriter(store, pairs, tasks, facts, config, listed)
+    return Finisher(store, "train/", leases, "train/manifest.json", writer.write)
 
 
 def _bytes(store: Store) -> dict[str, bytes]:
@@ -253,7 +255,7 @@ def test_again_trusts_no_ledger(job: FolderStore) -> None:
 def test_status_reads_ledgers_then_the_manifest(job: FolderStore) -> None:
     counted = CountedStore(job)
     before = job_status(counted)[0]
-    assert (before.shards_done, before.pairs_done, before.finished) == (100, 1201, False)
+    assert (before.tasks_done, before.pairs_done, before.finished) == (100, 1201, False)
     assert before.devices == {"cpu": 50, "H200": 50} and before.rejects == {"small": 1}
     assert counted.requests["GET"] == 1 + 3 + 5
     _finisher(job).finish()

@@ -22,7 +22,7 @@ from core.files.atomic import canonical_json, seal
 from core.log import LOG
 from core.storage.store import FolderStore
 from data_pipeline.formats.manifest import TOKENS, read_manifest
-from data_pipeline.tokenize.status import describe_status, job_status
+from data_pipeline.jobs.status import describe_status, job_status
 from parallel.config import EngineConfig
 from parallel.device import CPU
 from parallel.precision import (

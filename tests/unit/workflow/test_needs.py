@@ -19,10 +19,10 @@ from core.storage.store import FolderStore
 from core.workers import JobWorker
 from data_pipeline.config import OrderConfig, PackConfig, TokenizeConfig
 from data_pipeline.formats.manifest import SPLITS
+from data_pipeline.jobs.ledger import DONE
 from data_pipeline.packing.pack import pack
 from data_pipeline.text.bpe import train_bpe
 from data_pipeline.tokenize.encode import Encoders
-from data_pipeline.tokenize.ledger import DONE
 from data_pipeline.tokenize.worker import Worker
 from generation.ranking import open_ranker
 from generation.text_to_image import open_studio

@@ -1,9 +1,9 @@
-"""Which shards of a split are done: a marker each, and ledgers that tell many in one read.
+"""Which tasks of a job are done: a marker each, and ledgers that tell many in one read.
 
-    <split>/_done/<task>.json                the record of a shard; put if absent: the first counts
-    <split>/_ledger/<worker>.<part>.json     the records of up to ROWS shards of one worker
+    <prefix>_done/<task>.json                the record of a task; put if absent: the first counts
+    <prefix>_ledger/<worker>.<part>.json     the records of up to ROWS tasks of one worker
 
-A worker rewrites the newest part of its ledger after each shard. A shard is done if its marker
+A worker rewrites the newest part of its ledger after each task. A task is done if its marker
 exists; one without a line in a ledger (its worker was killed in between, or had an older version)
 is read from its marker. A listing and a read of each part therefore tell everything.
 """
@@ -19,21 +19,21 @@ from core.storage.store import Store
 from data_pipeline.formats.fetch import fetched
 from data_pipeline.formats.manifest import read_json
 
-DONE, LEDGER, REJECTS = "_done/", "_ledger/", "_rejects/"
+DONE, LEDGER = "_done/", "_ledger/"
 ROWS = 64
 Record = dict[str, Any]
-"""A finished shard: its manifest entries, rejects and numerics."""
+"""What is known of a finished task, as JSON. `tapir status` shows `pairs` and `rejects` by kind."""
 
 
 class Ledger:
-    """The shards of one split that this worker has finished."""
+    """The tasks of one folder that this worker has finished."""
 
     def __init__(self, store: Store, prefix: str) -> None:
         self._store, self._prefix, self._name = store, prefix, uuid.uuid4().hex[:16]
         self._part, self._rows = 0, dict[str, Record]()
 
     def commit(self, task: str, record: Record) -> None:
-        """Mark a shard as done, unless another worker has; then its record counts."""
+        """Mark a task as done, unless another worker has; then its record counts."""
         marker = f"{self._prefix}{DONE}{task}.json"
         if not self._store.put(marker, canonical_json(record), if_absent=True):
             return
@@ -50,10 +50,8 @@ def done_tasks(store: Store, prefix: str) -> set[str]:
     return {name[start:].removesuffix(".json") for name in store.names(prefix + DONE)}
 
 
-def finished_shards(
-    store: Store, prefix: str, ledgers: bool = True
-) -> Iterator[tuple[str, Record]]:
-    """(task, record) of each finished shard, in no order; without `ledgers` from the markers alone.
+def finished_tasks(store: Store, prefix: str, ledgers: bool = True) -> Iterator[tuple[str, Record]]:
+    """(task, record) of each finished task, in no order; without `ledgers` from the markers alone.
 
     Raises: CorruptError for a damaged marker; AbsentError for one deleted meanwhile.
     """

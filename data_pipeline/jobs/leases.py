@@ -1,6 +1,6 @@
 """Task leases, so that another worker takes over the tasks of a dead one.
 
-    <split>/_leases/<task>.<generation>.json      put if absent: the first writer holds it
+    <prefix>_leases/<task>.<generation>.json      put if absent: the first writer holds it
 
 The holder renews its lease with an increasing beat. A worker that sees the same beat for `seconds`
 of its own clock, or a holder that is a dead process of this machine, takes the next generation. Two
@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,34 @@ from core.workers import JobWorker
 FOLDER = "_leases/"
 
 
-class Leases:
-    """The leases of one split, as one worker sees them."""
+@dataclass
+class Pace:
+    """What a worker has done since it began; every lease publishes it."""
 
-    def __init__(self, store: Store, prefix: str, seconds: float, member: JobWorker) -> None:
+    pairs: int = 0
+    """Pairs of its finished tasks."""
+    began: float = field(default_factory=time.monotonic)
+
+
+class Leases:
+    """The leases of one folder of a job, as one worker sees them."""
+
+    def __init__(
+        self,
+        store: Store,
+        prefix: str,
+        seconds: float,
+        member: JobWorker,
+        pace: Pace | None = None,
+    ) -> None:
         self._store, self._prefix, self._seconds = store, prefix + FOLDER, seconds
-        self._member = member
+        self._member, self._pace = member, pace or Pace()
         self._seen: dict[str, tuple[bytes, float]] = {}
+
+    @property
+    def pause(self) -> float:
+        """Seconds between two looks at work that another worker holds."""
+        return min(1.0, self._seconds / 8)
 
     def claim(self, task: str) -> str | None:
         """Claim a task; returns the lease's name, or None while another worker holds it."""
@@ -91,14 +113,17 @@ class Leases:
         return time.monotonic() - since > self._seconds
 
     def _content(self, beat: int, progress: dict[str, Any]) -> bytes:
-        body = {"worker": self._member.text, "beat": beat, "progress": progress}
+        pairs = self._pace.pairs + progress.get("pairs", 0)
+        worked = {"pairs": pairs, "seconds": time.monotonic() - self._pace.began}
+        body = {"worker": self._member.text, "beat": beat, "progress": progress, "worked": worked}
         return canonical_json({**body, "holder": {**_ME, "pid": os.getpid(), "is": _TOKEN}})
 
 
 def read_leases(store: Store, prefix: str) -> list[dict[str, Any]]:
-    """The current leases; for `tapir status`."""
+    """The newest lease of each task; for `tapir status`."""
     leases = []
-    for name in store.names(prefix + FOLDER):
+    newest = {name.rsplit(".", 2)[0]: name for name in store.names(prefix + FOLDER)}
+    for name in newest.values():
         try:
             content = store.get(name)
             leases.append({"task": name, "dead": holder_is_dead(content), **json.loads(content)})

@@ -1,0 +1,310 @@
+"""Masks, views and joins of raw sets: which records stay, without a copy or another cut."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import numpy as tensors
+
+from bench.support.counted import CountedStore
+from core.errors import CorruptError, InputError
+from core.keys import key_fraction
+from core.storage.store import FolderStore, Store, open_store
+from data_pipeline.config import OrderConfig, PackConfig
+from data_pipeline.formats.ids import NAME as IDS
+from data_pipeline.formats.index import index_parts
+from data_pipeline.formats.lookup import find_pair
+from data_pipeline.formats.manifest import INDEX, NAME, RAW, SPLITS, read_manifest
+from data_pipeline.formats.raw import RawRecord, RawSource
+from data_pipeline.formats.raw_set import Base, write_split, write_view
+from data_pipeline.formats.raw_shards import RawShards
+from data_pipeline.formats.split import dump_split, load_split, open_split
+from data_pipeline.formats.verify import verify_split
+from data_pipeline.formats.views import places
+from data_pipeline.formats.views.masks import Kept, MaskWriter, Ranks, bits_of
+from data_pipeline.packing.pack import pack
+from data_pipeline.streaming.cache import BlockCache
+from data_pipeline.streaming.stream import Stream
+from tests.in_place import img2dataset, in_place_set, in_place_unit, records_of, written
+
+FILES = {f"{split}/{name}" for split in SPLITS for name in (NAME, INDEX, IDS)}
+
+
+@pytest.fixture(scope="module")
+def src(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Six archives of 30 pairs."""
+    folder = tmp_path_factory.mktemp("src")
+    return [written(folder, f"{i:05d}.tar", img2dataset(1000 * i, 30)) for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def placed(src: list[Path], tmp_path_factory: pytest.TempPathFactory) -> FolderStore:
+    """The set of them in place."""
+    store = FolderStore(tmp_path_factory.mktemp("placed"))
+    in_place_set(store, src)
+    return store
+
+
+@pytest.fixture(scope="module")
+def copied(src: list[Path], tmp_path_factory: pytest.TempPathFactory) -> FolderStore:
+    """A copied set of them."""
+    store = FolderStore(tmp_path_factory.mktemp("copied"))
+    pack(str(src[0].parent), store, PackConfig(block=4, validation=0.25, shard_pairs=50))
+    return store
+
+
+def _every(some: Callable[[str], bool], store: Store, split: str) -> Callable[[int], Kept]:
+    """Keeps, of each shard, the records whose key is chosen."""
+    source = RawSource(store, split)
+
+    @cache
+    def keep(number: int) -> Kept:
+        blocks = range(*source.blocks.blocks_of(number))
+        return np.asarray([some(r.key) for b in blocks for r in source.read(b)], np.bool_)
+
+    return keep
+
+
+def _most(key: str) -> bool:
+    return key_fraction(0, key) < 0.7 and not key.startswith("00003")
+
+
+def _view(base: Store, dest: Store, some: Callable[[str], bool] = _most) -> None:
+    for split in SPLITS:
+        keep = _every(some, base, split)
+        write_view(dest, f"{split}/", [Base(store=base, split=split, keep=keep)], {}, {})
+
+
+def _stored(store: Store, split: str) -> list[RawRecord]:
+    source = RawSource(store, split)
+    return [record for block in range(len(source.sizes)) for record in source.read(block)]
+
+
+@pytest.mark.parametrize("kind", ["placed", "copied"])
+def test_a_view_has_exactly_the_chosen_records_in_their_order(
+    kind: str, placed: FolderStore, copied: FolderStore, tmp_path: Path
+) -> None:
+    base, view = {"placed": placed, "copied": copied}[kind], FolderStore(tmp_path / "v")
+    _view(base, view)
+    assert set(view.names()) == FILES
+    for split in SPLITS:
+        chosen = [record for record in _stored(base, split) if _most(record.key)]
+        assert _stored(view, split) == chosen and len(chosen) > 10
+        manifest = read_manifest(view, f"{split}/", RAW)
+        assert manifest.samples == sum(shard.samples for shard in manifest.shards) == len(chosen)
+        assert manifest.facts == {"bases": [read_manifest(base, f"{split}/", RAW).fingerprint]}
+        source = RawSource(view, split)
+        assert sum(source.sizes) == len(chosen) and min(source.sizes) > 0
+        whole = RawSource(base, split).blocks.index
+        assert set(source.blocks.index.crc32.tolist()) <= set(whole.crc32.tolist())
+        for record in chosen[::7]:
+            block, place = find_pair(view, split, source.blocks, record.key)
+            assert source.read(block)[place] == record
+        for record in _stored(base, split):
+            if not _most(record.key):
+                with pytest.raises(InputError, match="no pair of the key or id"):
+                    find_pair(view, split, source.blocks, record.key)
+        assert verify_split(view, split) == len(manifest.shards)
+        assert verify_split(view, split, 0.3) > 0
+    assert not any(s.name == "shard-000003.tar" for s in manifest.shards) or kind == "copied"
+
+
+def test_a_view_of_a_view_and_a_handed_on_split(placed: FolderStore, tmp_path: Path) -> None:
+    first, second = FolderStore(tmp_path / "a"), FolderStore(tmp_path / "b")
+    _view(placed, first)
+    _view(first, second, lambda key: key_fraction(1, key) < 0.5)
+    kept = [r for r in _stored(placed, "train") if _most(r.key) and key_fraction(1, r.key) < 0.5]
+    assert _stored(second, "train") == kept and kept
+    opened = load_split(dump_split(open_split(second, "train", RAW)))
+    source = RawSource(second, "train", opened=opened)
+    assert [r for b in range(len(source.sizes)) for r in source.read(b)] == kept
+    order = OrderConfig(lanes=2, shuffle_buffer=2)
+    batches = iter(Stream(source, seed=3, batch=4, order=order))
+    read = [next(batches)[0] for _ in range(len(kept) // 4)]
+    batches.close()  # type: ignore[attr-defined]
+    assert {record.key for batch in read for record in batch} <= {record.key for record in kept}
+
+
+def test_left_out_records_of_units_equal_those_of_a_view(
+    src: list[Path], placed: FolderStore, tmp_path: Path
+) -> None:
+    """What `pack` leaves out at its end, and what a view leaves out later."""
+    masked, view = FolderStore(tmp_path / "m"), FolderStore(tmp_path / "v")
+    _view(placed, view)
+    whole = {split: read_manifest(placed, f"{split}/", RAW).shards for split in SPLITS}
+
+    def keep_of(split: str) -> Callable[[int], Kept | None]:
+        by_shard = _every(_most, placed, split)
+        names = [shard.name for shard in whole[split]]
+
+        def keep(unit: int) -> Kept | None:
+            name = f"shard-{unit:06d}.tar"
+            return by_shard(names.index(name)) if name in names else None
+
+        return keep
+
+    in_place_set(masked, src, keep_of)
+    for split in SPLITS:
+        assert _stored(masked, split) == _stored(view, split)
+        for name in (INDEX, IDS):
+            assert masked.get(f"{split}/{name}") == view.get(f"{split}/{name}")
+        for number, shard in enumerate(read_manifest(masked, f"{split}/", RAW).shards):
+            kept = list(RawShards(masked, split).records(number))
+            assert len(kept) == shard.samples and not shard.is_whole
+            assert RawShards(masked, split).digest(number) == RawShards(view, split).digest(number)
+            assert RawShards(masked, split).digest(number) != RawShards(placed, split).digest(
+                [s.name for s in whole[split]].index(shard.name)
+            )
+
+
+def test_shards_are_read_as_tasks_whole_or_by_their_blocks(
+    placed: FolderStore, copied: FolderStore, tmp_path: Path
+) -> None:
+    view = FolderStore(tmp_path)
+    _view(copied, view)
+    for store in (placed, copied, view):
+        shards = RawShards(store, "train")
+        numbers = range(len(shards.manifest.shards))
+        assert [r for n in numbers for r in shards.records(n)] == _stored(store, "train")
+        assert len({shards.digest(number) for number in numbers}) == len(numbers)
+
+
+def test_a_version_adds_units_to_an_earlier_one(src: list[Path], tmp_path: Path) -> None:
+    both, grown = FolderStore(tmp_path / "both"), FolderStore(tmp_path / "grown")
+    drop_first = lambda split: lambda unit: _without_first(both, split, unit)  # noqa: E731
+    in_place_set(both, src[:2], drop_first)
+    unit = in_place_unit(both, 2, src[2])
+    for split in SPLITS:
+        earlier = open_split(both, split, RAW)
+        before = _stored(both, split)
+        write_split(both, f"{split}/", [[unit[split]]], {}, {}, earlier=earlier)
+        in_place_set(grown, src[2:3])
+        assert _stored(both, split) == before + _stored(grown, split)
+        assert verify_split(both, split) == len(earlier.manifest.shards) + 1
+
+
+def _without_first(store: FolderStore, split: str, unit: int) -> Kept:
+    name = f"{split}/shard-{unit:06d}.index.safetensors"
+    kept = np.ones(len(tensors.load(store.get(name))["ids"]), np.bool_)
+    kept[0] = False
+    return kept
+
+
+def test_a_join_has_the_records_of_both_and_refuses_a_double_id(
+    src: list[Path], copied: FolderStore, tmp_path: Path
+) -> None:
+    few, other = FolderStore(tmp_path / "few"), FolderStore(tmp_path / "other")
+    in_place_set(few, src[:1])
+    archive = written(tmp_path / "src2", "elsewhere.tar", img2dataset(0, 20))
+    in_place_set(other, [archive], validation=0.5)
+    dest = FolderStore(tmp_path / "dest")
+    for split in SPLITS:
+        bases = [Base(store=store, split=split) for store in (copied, other)]
+        manifest = write_view(dest, f"{split}/", bases, {"a": 1}, {"image": 2})
+        assert _stored(dest, split) == _stored(copied, split) + _stored(other, split)
+        assert len({shard.name for shard in manifest.shards}) == len(manifest.shards)
+        assert manifest.rejects == {"image": 2} and manifest.facts["a"] == 1
+        assert verify_split(dest, split) == len(manifest.shards)
+    twice = [Base(store=store, split="train") for store in (copied, few)]
+    with pytest.raises(InputError, match="two pairs of the id"):
+        write_view(FolderStore(tmp_path / "twice"), "train/", twice, {}, {})
+    assert not FolderStore(tmp_path / "twice").exists(f"train/{NAME}")
+
+
+def test_a_view_needs_sound_bases_and_something_to_keep(
+    placed: FolderStore, tmp_path: Path
+) -> None:
+    dest, base = FolderStore(tmp_path / "d"), FolderStore(tmp_path / "b")
+    for name in placed.names():
+        base.put(name, placed.get(name))
+    nothing = Base(store=base, split="train", keep=_every(lambda key: False, base, "train"))
+    with pytest.raises(InputError, match="no pair is left for"):
+        write_view(dest, "train/", [nothing], {}, {})
+    table = bytearray(base.get(f"train/{IDS}"))
+    table[8] ^= 1
+    base.put(f"train/{IDS}", bytes(table))
+    with pytest.raises(CorruptError, match=r"ids\.bin does not fit"):
+        write_view(dest, "train/", [Base(store=base, split="train")], {}, {})
+
+
+def test_an_epoch_in_place_takes_few_more_requests_and_bytes(
+    src: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once whole; once with a fifth left out by a mask, against a copy without it."""
+    stores: list[CountedStore] = []
+
+    def counted(url: str) -> Store:
+        stores.append(CountedStore(open_store(url)))
+        return stores[-1]
+
+    monkeypatch.setattr(places, "open_store", counted)
+    copy, placed, masked = (FolderStore(tmp_path / name) for name in ("c", "p", "m"))
+    pack(str(src[0].parent), copy, PackConfig(block=8, validation=0.1, shard_pairs=60))
+    in_place_set(placed, src, block=8, validation=0.1)
+    _view(placed, masked, lambda key: key_fraction(2, key) < 0.8)
+    figures = {}
+    for name, store in (("copy", copy), ("placed", placed), ("masked", masked)):
+        stores.clear()
+        source = RawSource(CountedStore(store), "train")
+        own = source._store
+        assert isinstance(own, CountedStore)
+        before = own.requests["GET"], own.bytes_read
+        records = sum(len(source.read(block)) for block in range(len(source.sizes)))
+        gets = own.requests["GET"] - before[0] + sum(s.requests["GET"] for s in stores)
+        read = own.bytes_read - before[1] + sum(s.bytes_read for s in stores)
+        figures[name] = gets / records, read / records
+        heads = sum(s.requests["HEAD"] for s in stores)
+        assert heads == (0 if name == "copy" else len(src)) and len(stores) <= 1
+    (gets, read), (gets_placed, read_placed) = figures["copy"], figures["placed"]
+    assert gets_placed <= 1.2 * gets and read_placed <= 1.1 * read
+    assert figures["masked"][0] <= 1.5 * gets and figures["masked"][1] <= 1.5 * read
+
+
+def test_a_view_shares_cached_blocks_with_its_base(placed: FolderStore, tmp_path: Path) -> None:
+    cache, view = BlockCache(tmp_path / "cache", 10**8), FolderStore(tmp_path / "v")
+    _view(placed, view)
+    for store in (placed, view):
+        source = RawSource(store, "train", cache)
+        for block in range(len(source.sizes)):
+            source.read(block)
+    count = len(list((tmp_path / "cache").glob("*.block")))
+    assert count == len(RawSource(placed, "train").sizes)
+
+
+def test_masks_and_ranks_count_as_lists_do() -> None:
+    rng = np.random.default_rng(0)
+    parts = [rng.random(n) < 0.8 for n in (0, 3, 8, 1000, 13, 1)]
+    writer, whole = MaskWriter(), np.concatenate(parts)
+    for part in parts:
+        writer.add(part)
+    packed = writer.packed()
+    assert packed.tolist() == np.packbits(whole, bitorder="little").tolist()
+    assert writer.dropped == np.count_nonzero(~whole)
+    for first, count in ((0, 0), (3, 5), (7, 9), (8, 8), (500, 300), (len(whole) - 1, 1)):
+        assert bits_of(packed, first, count).tolist() == whole[first : first + count].tolist()
+    ranks = Ranks(whole)
+    kept = np.flatnonzero(whole)
+    assert ranks.of(kept).tolist() == list(range(len(kept))) and ranks.total == len(kept)
+
+
+def test_sets_of_format_2_are_read_and_viewed(tmp_path: Path) -> None:
+    old = FolderStore(Path(__file__).parents[2] / "golden" / "before" / "raw")
+    manifest = read_manifest(old, "train/", RAW)
+    assert manifest.format == "tapir-raw-2" and all(shard.is_whole for shard in manifest.shards)
+    assert len(records_of(old)) == sum(read_manifest(old, f"{s}/", RAW).samples for s in SPLITS)
+    if manifest.lookup:
+        _view(old, FolderStore(tmp_path), lambda key: key_fraction(key) < 0.5)
+        kept = [r for r in _stored(old, "train") if key_fraction(r.key) < 0.5]
+        assert _stored(FolderStore(tmp_path), "train") == kept
+    else:
+        with pytest.raises(InputError, match=r"has no ids\.bin"):
+            _view(old, FolderStore(tmp_path))
+
+
+def test_an_unmasked_index_has_the_arrays_of_before(copied: FolderStore) -> None:
+    index = RawSource(copied, "train").blocks.index
+    assert list(index.arrays) == ["start", "bytes", "records", "crc32"]
+    assert b"".join(index_parts(index)) == copied.get(f"train/{INDEX}")
+    assert b"place" not in copied.get(f"train/{NAME}")
