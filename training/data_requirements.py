@@ -94,8 +94,8 @@ def mixture_problems(
     first = next(iter(facts), "")
     expected, others = facts.get(first, {}), list(facts.items())[1:]
     problems = [
-        f"{place} has {name}={own.get(name)}, and {first} has {expected[name]}; the sets of a "
-        "mixture must be tokenized with the same dVAE and tokenizer"
+        f"{place} has {name}={own.get(name)!r}, and {first} has {name}={expected[name]!r}; sets of "
+        "a mixture must be tokenized with the same dVAE and tokenizer"
         for place, own in others
         for name in _OF_TOKENS
         if name in expected and own.get(name) != expected[name]

@@ -78,7 +78,7 @@ def test_each_set_of_a_mixture_is_read_by_rank_0_alone(tmp_path: Path) -> None:
     _tokens(tmp_path / "c", "c", grid=3)
     for result in _run(f"{place[:-5]}:0.25,{tmp_path}/c:0.5", tmp_path / "no", pipeline=3, data=1):
         assert result[0] == "ConfigError"
-        assert f"{tmp_path}/c has grid=3, and {tmp_path}/a has 2" in result[1]
+        assert f"{tmp_path}/c has grid=3, and {tmp_path}/a has grid=2" in result[1]
 
 
 def test_an_error_of_rank_0_is_raised_on_every_rank(tmp_path: Path) -> None:
