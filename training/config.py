@@ -8,7 +8,7 @@ from typing import Literal
 from checkpoint.config import CheckpointConfig
 from cluster.config import SupervisorConfig
 from core.config import folder_problems, place_problems
-from core.mixture import mixture_problems
+from core.storage.mixture import mixture_problems
 from data_pipeline.config import LoaderConfig, OrderConfig
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, ModelSizes, OptimConfig

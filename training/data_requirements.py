@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.config import check
-from core.mixture import data_sets
+from core.storage.mixture import data_sets
 from data_pipeline.formats.manifest import Manifest
 from data_pipeline.streaming.mixed_source import parts_of
 from training.config import StageConfig

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from core.mixture import mixture_problems
+from core.storage.mixture import mixture_problems
 
 
 @dataclass(frozen=True, kw_only=True)

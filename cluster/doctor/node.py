@@ -4,7 +4,7 @@ from cluster.doctor import folders, gpus, limits, machine, programs
 from cluster.doctor.config import DoctorConfig
 from cluster.doctor.finding import Check, Finding, placed, run_checks
 from core.config import S3
-from core.mixture import data_sets
+from core.storage.mixture import data_sets
 
 LIMIT = 30.0
 """Seconds after which a check counts as hanging."""

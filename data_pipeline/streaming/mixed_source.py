@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from core.errors import InputError
 from core.files.atomic import canonical_json, sha256
-from core.mixture import data_sets, names_of
+from core.storage.mixture import data_sets, names_of
 from core.storage.store import open_store
 from data_pipeline.formats.split import OpenSplit, SplitSource
 from data_pipeline.streaming.cache import BlockCache

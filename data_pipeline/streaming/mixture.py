@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from core.errors import ConfigError
 from core.keys import key_int
-from core.mixture import share_text
+from core.storage.mixture import share_text
 from data_pipeline.config import LoaderConfig, OrderConfig
 from data_pipeline.streaming.mixed_source import MixedSource, mixed_fingerprint, parts_of
 from data_pipeline.streaming.shares import VERSION, Shares

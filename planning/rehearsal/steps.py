@@ -27,7 +27,7 @@ import training.trainer
 from core.config import check
 from core.errors import AbsentError
 from core.heartbeat import Heart
-from core.mixture import data_sets
+from core.storage.mixture import data_sets
 from data_pipeline.streaming.mixed_source import MixedSource, Part
 from data_pipeline.streaming.stream import StreamState
 from parallel.engines.protocol import Batch, Engine, Losses, StepResult

@@ -6,7 +6,7 @@ from typing import Any
 
 from checkpoint.reader import CheckpointReader, finished_steps
 from core.errors import InputError
-from core.mixture import data_sets
+from core.storage.mixture import data_sets
 from core.storage.store import open_store
 from data_pipeline.formats.lookup import find_pair
 from data_pipeline.formats.raw import RawSource
@@ -106,16 +106,16 @@ class History:
 
     def _find(self, text: str) -> list[tuple[int, int, int]]:
         """(data set, block, record) of a pair; several sets of a mixture may have it."""
-        found, errors = [], []
+        places, errors = [], []
         for which, part in enumerate(self._parts):
             store = open_store(data_sets(self.settings.data)[which].place)
             try:
-                found.append((which, *find_pair(store, _SPLIT, part.source.blocks, text)))
+                places.append((which, *find_pair(store, _SPLIT, part.source.blocks, text)))
             except InputError as error:
                 errors.append((store, error))
-        if not found:
+        if not places:
             self._refuse_unknown(text, errors)
-        return found
+        return places
 
     def _refuse_unknown(self, text: str, errors: list[tuple[Any, InputError]]) -> None:
         """Raises: InputError, which tells whether it is a held-out pair."""

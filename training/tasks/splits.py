@@ -6,7 +6,7 @@ from itertools import chain
 
 import core.errors
 from core.errors import TapirError
-from core.mixture import data_sets
+from core.storage.mixture import data_sets
 from core.storage.store import open_store
 from data_pipeline.formats.manifest import SPLITS
 from data_pipeline.formats.split import OpenSplit, dump_split, load_split, open_split

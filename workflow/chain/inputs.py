@@ -6,7 +6,7 @@ from cluster.chain import Scheduler
 from core.config import S3
 from core.errors import StoreError
 from core.log import LOG
-from core.mixture import data_sets
+from core.storage.mixture import data_sets
 from core.storage.store import open_store
 from data_pipeline.formats.manifest import NAME, SPLITS
 from data_pipeline.text.bpe import FILE as TOKENIZER

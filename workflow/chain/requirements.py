@@ -5,7 +5,7 @@ from typing import Any
 
 from core.errors import StoreError
 from core.log import LOG
-from core.mixture import data_sets
+from core.storage.mixture import data_sets
 from core.storage.store import open_store
 from data_pipeline.config import SHAPES_COUNT, PackConfig
 from data_pipeline.formats.manifest import NAME, RAW, SPLITS, TOKENS, Manifest, read_manifest

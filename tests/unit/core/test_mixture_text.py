@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from core.mixture import data_sets, mixture_problems, names_of, share_text
+from core.storage.mixture import data_sets, mixture_problems, names_of, share_text
 
 
 @pytest.mark.parametrize(
