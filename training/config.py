@@ -8,7 +8,7 @@ from typing import Literal
 from checkpoint.config import CheckpointConfig
 from cluster.config import SupervisorConfig
 from core.config import folder_problems, place_problems
-from core.storage.mixture import mixture_problems
+from core.storage.mixture import data_sets, mixture_problems
 from data_pipeline.config import LoaderConfig, OrderConfig
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, ModelSizes, OptimConfig
@@ -95,6 +95,9 @@ class StageConfig:
 
     data: str = "data/raw"
     """The pairs: s3://bucket/prefix or a folder; several by shares of each batch: A:0.7,B:0.3."""
+    grow: bool = False
+    """Look for a newer version of the data set (`tapir pack --append`) after each epoch, and read
+    it from then on; else a run reads the version that it began with."""
     out: Path = Path("runs/stage")
     """Run folder: config, metrics, TensorBoard, checkpoints; the same folder resumes."""
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -148,6 +151,11 @@ class StageConfig:
         problems += self.checkpoint.problems() + self.guard.problems() + self.supervisor.problems()
         problems += self.profile.problems() + self.loader.problems() + self.model_problems()
         problems += mixture_problems(self.data, "data") + folder_problems(self.out, "out")
+        if self.grow and len(data_sets(self.data)) > 1:
+            problems.append(
+                "grow reads one data set, and data is a mixture: leave --grow out, and each set is "
+                "read in the version that the run began with"
+            )
         return problems + self._validation_problems()
 
     def _validation_problems(self) -> list[str]:

@@ -13,7 +13,8 @@ from core.heartbeat import Heart
 from core.log import LOG, Meter, progress
 from core.stop import stop_asked
 from core.storage.store import open_store
-from data_pipeline.streaming.mixture import Batches, Position, epochs_of, open_stream, position_of
+from data_pipeline.streaming.mixture import Batches, epochs_of, open_stream
+from data_pipeline.streaming.state import Position, position_of
 from models.counts import step_flops
 from parallel.engines.protocol import Batch, Engine, EngineSettings, StepResult
 from parallel.engines.registry import build_engine
@@ -33,6 +34,7 @@ from training.run.feed import Feed
 from training.run.folder import RunFolder
 from training.run.log import RunLog, StepCost
 from training.run.resume import refuse_other_config, refuse_other_shapes, tell_other_numerics
+from training.run.versions import DataVersions
 from training.schedules import Plateau, learning_rate
 from training.tasks.task import Task
 from training.validation import Validation
@@ -61,8 +63,9 @@ class Run:
         self.config = {"stage": stage, **to_json(settings), "model": to_json(task.model_config)}
         self.folder = RunFolder(settings.out, self.config, writes=world.rank == 0)
         self.recovery = Recovery(settings.guard, mesh, settings.out)
-        self.stream = _stream(task, settings, mesh)  # before the engine: it rejects too little data
-        self.feed = Feed(task, self.stream, settings, world.device)
+        stream = _stream(task, settings, mesh)  # before the engine: it rejects too little data
+        self._versions = DataVersions(task, settings.data, mesh)
+        self.feed = Feed(task, stream, settings, world.device, self._versions)
         self.engine: Engine = build_engine(task.program, self._engine_settings(), mesh)
         self.average = Average(self.engine, settings.optim, world.device)
         self.plateau = Plateau()
@@ -90,6 +93,7 @@ class Run:
         Raises: Preempted after a checkpoint, if the process received a stop request.
         """
         self._resume()
+        self._note_version()
         self.folder.begin(self.step)
         self.profile.open(self.step)
         self.alarms.disk(self.checkpoints.store, self.step)
@@ -103,7 +107,7 @@ class Run:
                 left = loop.end - self.step
                 if loop.validate_every and self.step % loop.validate_every == 0 < left:
                     self.validate()
-                if left and (result.stopping or self.step % self.settings.checkpoint.every == 0):
+                if left and (result.stopping or self._is_save_due()):
                     self.save()
                 if left and result.stopping:
                     self.checkpoints.saver.wait()
@@ -153,6 +157,7 @@ class Run:
     def report(self, result: StepResult, cost: StepCost, meter: Meter) -> None:
         """Log a step, and check the alarms."""
         self._note_failure()
+        self._note_version()
         self.alarms.pace(self.step, cost.seconds)
         self.log.step(self.step, epochs_of(self.feed.state, self.task.train), result, cost, meter)
 
@@ -216,6 +221,11 @@ class Run:
         self.folder.close()
         self.engine.close()
 
+    def _is_save_due(self) -> bool:
+        """True each checkpoint.every steps, and when a version of the data was taken up: a resumed
+        run must not choose another one."""
+        return self.step % self.settings.checkpoint.every == 0 or self.feed.state.begins_version
+
     def _engine_settings(self) -> EngineSettings:
         settings = self.settings
         return EngineSettings(
@@ -230,6 +240,10 @@ class Run:
     def _note_failure(self) -> None:
         if error := self.checkpoints.failure():
             self.log.note("save_error", error)
+
+    def _note_version(self) -> None:
+        if self.feed.state.begins_version:
+            self.log.note("data_version", self._versions.number)
 
     def _slices(self) -> Iterator[StateSlice]:
         yield from self.engine.error_slices()
@@ -246,6 +260,7 @@ class Run:
             "stage": self.stage,
             "step": self.step,
             "position": position,
+            "versions": state.all_versions,
             "checkpoint": self.checkpoints.whole,
             "config": self.config,
         }
@@ -321,4 +336,5 @@ def _stream(task: Task[Any], settings: StageConfig, mesh: Mesh) -> Batches:
         rank=mesh.data.rank,
         ranks=mesh.data.size,
         reads=mesh.needs_data,
+        pauses=settings.grow,
     )

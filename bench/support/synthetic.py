@@ -31,9 +31,13 @@ def write_tokens(
     grid: int = 32,
     text: int = 256,
     split: str = "train",
+    parent: Manifest | None = None,
     seed: str = "",
 ) -> Manifest:
-    """Write a split of `shards` x `count` records; other seeds have other ones."""
+    """Write a split of `shards` x `count` records; other seeds have other ones.
+
+    `parent`: its version with fewer shards.
+    """
     described = []
     for shard in range(shards):
         records = records_of(shard, count, grid * grid, text, *([seed] if seed else []))
@@ -44,7 +48,7 @@ def write_tokens(
     facts: dict[str, int | str]
     facts = {"grid": grid, "text_vocabulary": VOCABULARY, "image_vocabulary": VOCABULARY}
     facts |= {"dvae": "none", "tokenizer": "none"}
-    return put_manifest(store, f"{split}/", TOKENS, described, facts, {})
+    return put_manifest(store, f"{split}/", TOKENS, described, facts, {}, parent=parent)
 
 
 def _blocks(records: TokenRecords, block: int) -> Iterator[dict[str, object]]:

@@ -162,12 +162,12 @@ class IdSorter:
         )
 
 
-def find_in_table(store: Store, prefix: str, records: int, bits: int, target: int) -> int | None:
-    """The record of an id, counted in manifest order, or None.
+def find_in_table(store: Store, name: str, records: int, bits: int, target: int) -> int | None:
+    """The record of an id in the table `name`, counted in manifest order, or None.
 
     Raises: CorruptError if the table does not fit the manifest.
     """
-    name, row = prefix + NAME, row_type(records)
+    row = row_type(records)
     slot = min(target >> (_ID_BITS - bits), 2**bits - 1)
     slots = store.get(name, records * row.itemsize + 8 * slot, 16)
     first, last = np.frombuffer(slots, "<u8").tolist() if len(slots) == 16 else (1, 0)
@@ -189,17 +189,17 @@ def find_in_table(store: Store, prefix: str, records: int, bits: int, target: in
 
 
 def rows_of_table(
-    store: Store, prefix: str, records: int, lookup: dict[str, Any]
+    store: Store, name: str, records: int, lookup: dict[str, Any]
 ) -> Iterator[NDArray[Any]]:
-    """The rows of a set's table, sorted by id, in parts.
+    """The rows of the table `name`, sorted by id, in parts.
 
     Raises: InputError if the set has none; CorruptError, at the end, if a byte changed.
     """
-    name, row, digest = prefix + NAME, row_type(records), hashlib.sha256()
+    row, digest = row_type(records), hashlib.sha256()
     if not lookup:
         raise InputError(
-            f"{store.url}/{prefix} was made by an older version and has no {NAME}; run the command "
-            "that made it, with --again"
+            f"{store.url}/{name} is missing: an older version made this set; run the command that "
+            "made it, with --again"
         )
     for first in range(0, records, _RUN):
         data = store.get(name, first * row.itemsize, min(_RUN, records - first) * row.itemsize)

@@ -142,10 +142,11 @@ def read_index(store: Store, prefix: str, manifest: Manifest) -> list[BlockIndex
 
     Raises: CorruptError, naming the file.
     """
-    arrays = _read(store, prefix + INDEX, manifest.index_sha256)
+    name = prefix + manifest.file(INDEX)
+    arrays = _read(store, name, manifest.index_sha256)
     blocks = sum(shard.blocks for shard in manifest.shards)
     if {name: len(arrays.get(name, ())) for name in _FIELDS} != dict.fromkeys(_FIELDS, blocks):
-        raise CorruptError(f"{store.url}/{prefix}{INDEX} does not hold the manifest's blocks")
+        raise CorruptError(f"{store.url}/{name} does not hold the manifest's blocks")
     if "mask" in arrays:
         return [BlockIndex(**arrays)]
     each = blocks // manifest.variants

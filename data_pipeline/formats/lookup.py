@@ -9,6 +9,7 @@ import numpy as np
 from core.errors import InputError
 from core.keys import key_int
 from core.storage.store import Store
+from data_pipeline.formats.ids import NAME as IDS
 from data_pipeline.formats.ids import find_in_table
 from data_pipeline.formats.index import BlockReader
 from data_pipeline.formats.manifest import Shard
@@ -43,7 +44,8 @@ def find_record(
     manifest = blocks.manifest
     if manifest.lookup:
         bits = int(manifest.lookup["bits"])
-        record = find_in_table(store, f"{split}/", manifest.samples, bits, target)
+        name = f"{split}/{manifest.file(IDS)}"
+        record = find_in_table(store, name, manifest.samples, bits, target)
         return None if record is None else blocks.block_of_record(record)
     shards = manifest.shards[: len(manifest.shards) // manifest.variants]
     with ThreadPoolExecutor(_READERS, "lookup") as pool:

@@ -14,6 +14,10 @@ from core.storage.store import Store
 
 NAME, INDEX = "manifest.json", "index.safetensors"
 SPLITS = ("train", "validation")
+NEWEST = 0
+"""In place of a version's number."""
+EARLIER = "earlier"
+"""The fact that lists the fingerprints of earlier versions; the first version has none."""
 RAW = "tapir-raw-3"
 TOKENS = "tapir-tokens-2"
 _READABLE = {RAW: (RAW, "tapir-raw-2"), TOKENS: (TOKENS,)}
@@ -103,6 +107,20 @@ class Manifest:
     """sha256 and bits of ids.bin (ids.py); older data sets have none."""
 
     @property
+    def earlier(self) -> list[str]:
+        """Fingerprints of the earlier versions of a growing data set, in order."""
+        return list(self.facts.get(EARLIER, ()))
+
+    @property
+    def version(self) -> int:
+        """Number of this version, from 1 on."""
+        return 1 + len(self.earlier)
+
+    def file(self, name: str) -> str:
+        """The name of its index or ids: `name`; of later versions index-000002.safetensors etc."""
+        return name if self.version == 1 else versioned(name, self.version)
+
+    @property
     def fingerprint(self) -> str:
         """Digest of everything that a reader sees; equal data sets have equal fingerprints."""
         body = self.body()
@@ -114,6 +132,17 @@ class Manifest:
         """The fields of the file but for the shards, without derived ones that are empty."""
         body: dict[str, Any] = to_json(replace(self, shards=[]))
         return {n: value for n, value in body.items() if value or n not in _DERIVED}
+
+
+def versioned(name: str, version: int) -> str:
+    """`manifest.json` -> `manifest-000001.json`."""
+    stem, _, ending = name.partition(".")
+    return f"{stem}-{version:06d}.{ending}"
+
+
+def manifest_name(version: int) -> str:
+    """The object that is written last for a version."""
+    return NAME if version == 1 else versioned(NAME, version)
 
 
 def read_json(store: Store, name: str) -> dict[str, Any]:
@@ -133,13 +162,23 @@ def read_json(store: Store, name: str) -> dict[str, Any]:
 
 
 def write_manifest(store: Store, prefix: str, manifest: Manifest) -> None:
-    """Write the manifest, sealed with its own digest; call it after all other files are written."""
+    """Write the manifest, sealed with its own digest; call it after all other files are written.
+
+    manifest.json is the newest version; if there are several, each is also manifest-000001.json
+    and so on.
+    """
+    first = prefix + versioned(NAME, 1)
+    if manifest.version == 2 and not store.exists(first):
+        store.put(first, store.get(prefix + NAME))
     body = {**manifest.body(), "fingerprint": manifest.fingerprint}
     digest = hashlib.sha256()
     for part in _json_parts(body, manifest.shards):
         digest.update(part)
     sealed = {**body, "digest": digest.hexdigest()}
     store.put_parts(prefix + NAME, _json_parts(sealed, manifest.shards))
+    if manifest.version > 1:
+        name = prefix + versioned(NAME, manifest.version)
+        store.put_parts(name, _json_parts(sealed, manifest.shards))
 
 
 def _json_parts(body: dict[str, Any], shards: list[Shard]) -> Iterator[bytes]:
@@ -157,16 +196,57 @@ def _json_parts(body: dict[str, Any], shards: list[Shard]) -> Iterator[bytes]:
     yield after
 
 
-def read_manifest(store: Store, prefix: str, kind: str) -> Manifest:
-    """Read and check the manifest of a data set of this format.
+def read_manifest(store: Store, prefix: str, kind: str, version: int = NEWEST) -> Manifest:
+    """Read and check the manifest of a data set of this format; `version`: one before the newest.
 
     Raises: InputError if there is none or it is of another kind; CorruptError if it is damaged.
     """
-    where = f"{store.url}/{prefix}{NAME}"
+    manifest = _read(store, prefix + NAME, kind)
+    if version in (NEWEST, manifest.version):
+        return manifest
+    if version > manifest.version:
+        raise InputError(
+            f"{store.url}/{prefix} has no version {version}; the newest is {manifest.version}"
+        )
+    return _read(store, prefix + versioned(NAME, version), kind)
+
+
+def newest_manifests(store: Store, kind: str) -> dict[str, Manifest]:
+    """The manifests of the newest version that both splits have, by split.
+
+    Raises: as `read_manifest`.
+    """
+    newest = {split: read_manifest(store, f"{split}/", kind) for split in SPLITS}
+    version = min(manifest.version for manifest in newest.values())
+    return {
+        split: manifest
+        if manifest.version == version
+        else read_manifest(store, f"{split}/", kind, version)
+        for split, manifest in newest.items()
+    }
+
+
+def version_of(store: Store, newest: Manifest, fingerprint: str) -> int:
+    """The number of the version that has this fingerprint.
+
+    Raises: InputError if it is not a version of this data set.
+    """
+    versions = [*newest.earlier, newest.fingerprint]
+    if fingerprint not in versions:
+        raise InputError(
+            f"the data set at {store.url} is another one: it has no version {fingerprint[:12]}, "
+            f"which this run reads (it has {', '.join(name[:12] for name in versions[-5:])}); give "
+            "the place that has it as --data, or start a new run folder"
+        )
+    return versions.index(fingerprint) + 1
+
+
+def _read(store: Store, name: str, kind: str) -> Manifest:
+    where = f"{store.url}/{name}"
     verb = "pack" if kind == RAW else "tokenize"
-    if not store.exists(prefix + NAME):
+    if not store.exists(name):
         raise InputError(f"there is no data set at {where}; make it with `tapir {verb}`")
-    body = _unseal(store.get(prefix + NAME), where)
+    body = _unseal(store.get(name), where)
     fingerprint = body.pop("fingerprint")
     if body.get("format") not in _READABLE[kind]:
         raise InputError(

@@ -19,7 +19,7 @@ from data_pipeline.formats.fetch import fetched
 from data_pipeline.formats.ids import NAME as IDS
 from data_pipeline.formats.ids import IdSorter, rows_of_table
 from data_pipeline.formats.index import BlockIndex, empty_index, index_parts, read_shard_index
-from data_pipeline.formats.manifest import INDEX, RAW, Manifest, Shard, write_manifest
+from data_pipeline.formats.manifest import EARLIER, INDEX, RAW, Manifest, Shard, write_manifest
 from data_pipeline.formats.split import OpenSplit, open_split
 from data_pipeline.formats.views.masks import Kept, MaskWriter, Ranks, bits_of, counts, narrowed
 from data_pipeline.formats.views.places import place_of
@@ -55,7 +55,7 @@ def write_split(
 
     `units`: the shards of each unit, as their workers described them; `keep`: by the number of the
     unit, over the records of its shards, asked twice; `earlier`: the version of this split that the
-    units follow. Memory: 24 bytes a block and a bit a pair.
+    units follow: the next version is written. Memory: 24 bytes a block and a bit a pair.
     Raises: InputError if nothing is left, or an id occurs twice; CorruptError for a damaged index.
     """
     total, blocks = _total(units, keep), sum(shard.blocks for unit in units for shard in unit)
@@ -67,6 +67,7 @@ def write_split(
         writer = _SplitWriter(blocks, ids)
         if earlier:
             writer.add_set(store, prefix, earlier, keep_all, lambda shard: shard)
+            facts = {**facts, EARLIER: [*earlier.manifest.earlier, earlier.fingerprint]}
         writer.add_units(store, prefix, units, keep)
         return writer.finish(store, prefix, facts, rejects)
 
@@ -162,7 +163,8 @@ class _SplitWriter:
         manifest, index = split.manifest, split.index[0]
         chosen = [keep(number) for number in range(len(manifest.shards))]
         ranks = _ranks(chosen, manifest.shards)
-        for rows in rows_of_table(store, prefix, manifest.samples, manifest.lookup):
+        table = prefix + manifest.file(IDS)
+        for rows in rows_of_table(store, table, manifest.samples, manifest.lookup):
             ids, records = rows["id"], rows["record"].astype(np.int64)
             if ranks is not None:
                 left = ranks.kept[records]
@@ -207,7 +209,6 @@ class _SplitWriter:
         index, digest = BlockIndex(**arrays), hashlib.sha256()
         for part in index_parts(index):
             digest.update(part)
-        store.put_parts(prefix + INDEX, index_parts(index))
         manifest = Manifest(
             format=RAW,
             shards=self._shards,
@@ -215,8 +216,10 @@ class _SplitWriter:
             facts=facts,
             rejects=rejects,
             index_sha256=digest.hexdigest(),
-            lookup={"sha256": self._ids.write(store, prefix + IDS), "bits": self._ids.bits},
         )
+        store.put_parts(prefix + manifest.file(INDEX), index_parts(index))
+        table = self._ids.write(store, prefix + manifest.file(IDS))
+        manifest = replace(manifest, lookup={"sha256": table, "bits": self._ids.bits})
         write_manifest(store, prefix, manifest)
         return manifest
 

@@ -8,7 +8,7 @@ from core.files.atomic import canonical_json, sha256
 from core.storage.store import Store
 from data_pipeline.formats.fetch import fetched
 from data_pipeline.formats.index import BlockReader
-from data_pipeline.formats.manifest import RAW, read_manifest
+from data_pipeline.formats.manifest import RAW, Manifest, read_manifest
 from data_pipeline.formats.raw import RawRecord, parse_pairs, read_records
 
 _THREADS = 2
@@ -17,10 +17,13 @@ _THREADS = 2
 class RawShards:
     """One split; its block index is read only if a shard is masked or at another place."""
 
-    def __init__(self, store: Store, split: str) -> None:
-        """Raises: InputError if there is no raw data set."""
+    def __init__(self, store: Store, split: str, manifest: Manifest | None = None) -> None:
+        """`manifest`: that of a version before the newest.
+
+        Raises: InputError if there is no raw data set.
+        """
         self._store, self._prefix = store, f"{split}/"
-        self.manifest = read_manifest(store, self._prefix, RAW)
+        self.manifest = manifest or read_manifest(store, self._prefix, RAW)
 
     @cached_property
     def _blocks(self) -> BlockReader:

@@ -4,7 +4,7 @@ import hashlib
 import io
 import tarfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from data_pipeline.formats.index import (
     index_parts,
     read_shard_index,
 )
-from data_pipeline.formats.manifest import INDEX, Manifest, Shard, write_manifest
+from data_pipeline.formats.manifest import EARLIER, INDEX, Manifest, Shard, write_manifest
 
 webdataset.utils.enforce_security = True
 
@@ -98,38 +98,40 @@ def put_manifest(
     variants: int = 1,
     numerics: Sequence[dict[str, Any]] = (),
     figures: Mapping[str, float] | None = None,
+    parent: Manifest | None = None,
 ) -> Manifest:
     """Write index.safetensors, ids.bin and the manifest, as the last files of a data set.
 
+    `parent`: the version before of a growing data set, which begins with the same shards.
     Each shard's index is read once, and its ids are dropped when they are in a temporary file.
     Raises: InputError if an id occurs twice; CorruptError for a damaged index.
     """
-    samples = sum(shard.samples for shard in shards[: len(shards) // variants])
-    with IdSorter(samples, f"{store.url}/{prefix}".rstrip("/")) as ids:
-        index_sha256 = _write_index(store, prefix, shards, variants, ids)
-        lookup = {"sha256": ids.write(store, prefix + IDS), "bits": ids.bits}
+    if parent is not None:
+        facts = {**facts, EARLIER: [*parent.earlier, parent.fingerprint]}
     manifest = Manifest(
         format=kind,
         shards=list(shards),
-        samples=samples,
+        samples=sum(shard.samples for shard in shards[: len(shards) // variants]),
         facts=facts,
         rejects=rejects,
-        index_sha256=index_sha256,
+        index_sha256="",
         variants=variants,
         numerics=list(numerics),
         figures=dict(figures or {}),
-        lookup=lookup,
     )
+    with IdSorter(manifest.samples, f"{store.url}/{prefix}".rstrip("/")) as ids:
+        index_sha256 = _write_index(store, prefix, manifest, ids)
+        lookup = {"sha256": ids.write(store, prefix + manifest.file(IDS)), "bits": ids.bits}
+    manifest = replace(manifest, index_sha256=index_sha256, lookup=lookup)
     write_manifest(store, prefix, manifest)
     return manifest
 
 
-def _write_index(
-    store: Store, prefix: str, shards: Sequence[Shard], variants: int, ids: IdSorter
-) -> str:
+def _write_index(store: Store, prefix: str, manifest: Manifest, ids: IdSorter) -> str:
     """Concatenate the shards' indexes, and collect the first variant's ids; returns the sha256."""
+    shards = manifest.shards
     index = empty_index(sum(shard.blocks for shard in shards))
-    once, blocks, records = len(shards) // variants, 0, 0
+    once, blocks, records = len(shards) // manifest.variants, 0, 0
     read = fetched(lambda shard: read_shard_index(store, prefix, shard), shards)
     for number, (shard, arrays) in enumerate(zip(shards, read, strict=True)):
         if len(arrays["start"]) != shard.blocks or len(arrays["ids"]) != shard.samples:
@@ -144,5 +146,5 @@ def _write_index(
     digest = hashlib.sha256()
     for part in index_parts(index):
         digest.update(part)
-    store.put_parts(prefix + INDEX, index_parts(index))
+    store.put_parts(prefix + manifest.file(INDEX), index_parts(index))
     return digest.hexdigest()

@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from operator import attrgetter
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,14 @@ from safetensors import numpy as tensors
 from core.config import to_json
 from core.storage.store import Store
 from data_pipeline.formats.index import BlockIndex, BlockReader, read_index
-from data_pipeline.formats.manifest import Manifest, Shard, read_manifest
+from data_pipeline.formats.manifest import (
+    NEWEST,
+    Manifest,
+    Shard,
+    newest_manifests,
+    read_manifest,
+    version_of,
+)
 from data_pipeline.streaming.cache import BlockCache
 
 _HEAD = 8
@@ -43,12 +50,53 @@ class OpenSplit:
         return replace(self, manifest=replace(self.manifest, shards=[]), index=())
 
 
-def open_split(store: Store, split: str, kind: str) -> OpenSplit:
-    """Read a split's manifest and index: three requests.
+def open_split(store: Store, split: str, kind: str, version: int = NEWEST) -> OpenSplit:
+    """Read a split's manifest and index: three requests, and a further one of an older version.
 
     Raises: InputError if there is none or it is of another kind; CorruptError if it is damaged.
     """
-    manifest = read_manifest(store, f"{split}/", kind)
+    return _open(store, split, read_manifest(store, f"{split}/", kind, version))
+
+
+def newest_splits(store: Store, kind: str) -> dict[str, OpenSplit]:
+    """The splits of the newest version that both have.
+
+    Raises: as `open_split`.
+    """
+    manifests = newest_manifests(store, kind)
+    return {split: _open(store, split, manifest) for split, manifest in manifests.items()}
+
+
+def splits_at(store: Store, kind: str, train: str, held_out: str = "") -> dict[str, OpenSplit]:
+    """The train split of one fingerprint, and the validation split of the version of another.
+
+    Both are fingerprints of train splits.
+    Raises: InputError if the data set has no such version; as `open_split`.
+    """
+    newest = read_manifest(store, "train/", kind)
+    version = version_of(store, newest, train)
+    if version != newest.version:
+        splits = {"train": open_split(store, "train", kind, version)}
+    else:
+        splits = {"train": _open(store, "train", newest)}
+    if held_out:
+        version = version_of(store, newest, held_out)
+        splits["validation"] = open_split(store, "validation", kind, version)
+    return splits
+
+
+def newer_split(store: Store, kind: str, fingerprint: str) -> dict[str, OpenSplit]:
+    """The train split of the newest version; empty if it has this fingerprint.
+
+    Raises: InputError if it is not a later version of that one; as `open_split`.
+    """
+    newest = read_manifest(store, "train/", kind)
+    if newest.version == version_of(store, newest, fingerprint):
+        return {}
+    return {"train": _open(store, "train", newest)}
+
+
+def _open(store: Store, split: str, manifest: Manifest) -> OpenSplit:
     index = read_index(store, f"{split}/", manifest)
     return OpenSplit(
         manifest=manifest,
@@ -106,6 +154,10 @@ class SplitSource:
         if self.has_index:
             _ = self.blocks
 
+    def at(self, opened: OpenSplit) -> Self:
+        """The same split in another version of the data set."""
+        return type(self)(self._store, self._split, self._cache, opened)
+
     @property
     def has_index(self) -> bool:
         """False on ranks that read no records."""
@@ -116,6 +168,6 @@ class SplitSource:
         """Reads blocks; a rank without the index reads it when it is first asked for a block."""
         opened = self._opened
         if not self.has_index:
-            opened = open_split(self._store, self._split, self.kind)
+            opened = open_split(self._store, self._split, self.kind, self.manifest.version)
         prefix = f"{self._split}/"
         return BlockReader(self._store, prefix, opened.manifest, self._cache, opened.index)

@@ -10,7 +10,7 @@ from core.keys import key_fraction
 from core.storage.store import Store
 from data_pipeline.formats.ids import NAME as IDS
 from data_pipeline.formats.ids import row_type
-from data_pipeline.formats.index import BlockReader, read_shard_index
+from data_pipeline.formats.index import BlockReader, read_index, read_shard_index
 from data_pipeline.formats.manifest import NAME, RAW, TOKENS, Manifest, Shard, read_manifest
 
 _THREADS = 16
@@ -20,17 +20,23 @@ _PART = 8 * 2**20
 def verify_split(store: Store, split: str, sample: float = 1.0, seed: int = 0) -> int:
     """Check a split's manifest, its indexes, and its shards or a fraction `sample` of their blocks.
 
-    Of shards at another place, all blocks are checked: the rest of such a tar is not read.
+    Of shards at another place, all blocks are checked: the rest of such a tar is not read. Earlier
+    versions list some of the same shards; their other files are checked too.
     Returns the number of shards, or of sampled blocks, that were read.
     Raises: CorruptError naming the first damaged file.
     """
     prefix = f"{split}/"
     body = store.get(prefix + NAME)
-    manifest = read_manifest(store, prefix, TOKENS if TOKENS.encode() in body else RAW)
+    kind = TOKENS if TOKENS.encode() in body else RAW
+    manifest = read_manifest(store, prefix, kind)
     blocks = BlockReader(store, prefix, manifest)
     indexed = [shard for shard in manifest.shards if shard.index_sha256]
     _all(lambda shard: read_shard_index(store, prefix, shard), indexed)
     check_lookup(store, prefix, manifest)
+    for version in range(1, manifest.version):
+        earlier = read_manifest(store, prefix, kind, version)
+        read_index(store, prefix, earlier)
+        check_lookup(store, prefix, earlier)
     if sample >= 1.0:
         own = [shard for shard in manifest.shards if not shard.place]
         _all(lambda shard: _check_shard(store, prefix, shard), own)
@@ -65,7 +71,7 @@ def check_lookup(store: Store, prefix: str, manifest: Manifest) -> None:
     if manifest.lookup:
         row = row_type(manifest.samples).itemsize
         size = manifest.samples * row + 8 * (2 ** manifest.lookup["bits"] + 1)
-        _check_digest(store, prefix + IDS, size, manifest.lookup["sha256"])
+        _check_digest(store, prefix + manifest.file(IDS), size, manifest.lookup["sha256"])
 
 
 def _check_shard(store: Store, prefix: str, shard: Shard) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 from core.errors import InputError
 from core.storage.store import Store
-from data_pipeline.formats.manifest import NAME, SPLITS, TOKENS, read_json, read_manifest
+from data_pipeline.formats.manifest import SPLITS, TOKENS, manifest_name, read_json, read_manifest
 from data_pipeline.jobs.leases import read_leases
 from data_pipeline.jobs.ledger import Record, finished_tasks
+from data_pipeline.jobs.request import newest_version, request_name
 
-REQUEST, JOB = "request.json", "job.json"
+JOB = "job.json"
 _HOUR = 3600.0
 
 
@@ -78,12 +79,13 @@ def _parts(store: Store) -> list[tuple[JobPart, bool]]:
     if store.exists(JOB):
         parts = read_json(store, JOB)["parts"]
         return [(JobPart(name=name, **part), False) for name, part in sorted(parts.items())]
-    if not store.exists(REQUEST):
+    version = newest_version(store)
+    if not version:
         raise InputError(
             f"there is no token job at {store.url}, nor another job of workers; start it, e.g. "
             "with `tapir tokenize`"
         )
-    counts = read_json(store, REQUEST).get("input")
+    counts = read_json(store, request_name(version)).get("input")
     if not isinstance(counts, dict):
         raise InputError(f"{store.url} is not the place of a job of workers; give its output")
     return [
@@ -93,7 +95,7 @@ def _parts(store: Store) -> list[tuple[JobPart, bool]]:
                 prefix=f"{split}/",
                 tasks=counts[split]["shards"],
                 pairs=counts[split]["pairs"],
-                result=f"{split}/{NAME}",
+                result=f"{split}/{manifest_name(version)}",
             ),
             True,
         )

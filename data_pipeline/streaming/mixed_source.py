@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import islice
 from typing import Any
@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import InputError
-from core.files.atomic import canonical_json, sha256
 from core.storage.mixture import data_sets, names_of
 from core.storage.store import open_store
 from data_pipeline.formats.split import OpenSplit, SplitSource
 from data_pipeline.streaming.cache import BlockCache
+from data_pipeline.streaming.state import mixed_fingerprint
 from data_pipeline.streaming.stream import stored_records
 
 
@@ -39,40 +39,46 @@ class MixedSource:
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = tuple(parts)
-        sources = [part.source for part in parts]
-        self.fingerprint = mixed_fingerprint([source.fingerprint for source in sources])
-        self.sizes: NDArray[Any] = np.concatenate([source.sizes for source in sources])
-        self._ends = np.cumsum([len(source.sizes) for source in sources])
+        self.sources = [part.source for part in parts]
+        self.fingerprints = [source.fingerprint for source in self.sources]
+        self.fingerprint = mixed_fingerprint(self.fingerprints)
+        self.sizes: NDArray[Any] = np.concatenate([source.sizes for source in self.sources])
+        self._ends = np.cumsum([len(source.sizes) for source in self.sources])
 
     def read(self, block: int, variant: int = 0) -> Any:
         """Fetch a block of one of the parts."""
         number = int(np.searchsorted(self._ends, block, "right"))
-        source = self.parts[number].source
+        source = self.sources[number]
         return source.read(block - int(self._ends[number]) + len(source.sizes), variant)
 
     def buffer(self, sizes: NDArray[Any], free: Any = None) -> Any:
         """A buffer for blocks of these sizes."""
-        return self.parts[0].source.buffer(sizes, free)
+        return self.sources[0].buffer(sizes, free)
 
     def empty(self) -> Any:
         """No records."""
-        return self.parts[0].source.empty()
+        return self.sources[0].empty()
+
+    @property
+    def kind(self) -> str:
+        """Format of the sets."""
+        return str(self.sources[0].kind)
 
     @property
     def has_index(self) -> bool:
         """False on ranks that read no records."""
-        return bool(self.parts[0].source.has_index)
+        return bool(self.sources[0].has_index)
 
     @property
     def manifest(self) -> Any:
         """That of the first part: sets of a mixture agree in what their records are."""
-        return self.parts[0].source.manifest
+        return self.sources[0].manifest
 
     def member(self, key: str, name: str) -> str:
         """Where a pair's member is stored, for messages."""
-        for part in self.parts:
+        for source in self.sources:
             with suppress(InputError):
-                return str(part.source.member(key, name))
+                return str(source.member(key, name))
         return name
 
 
@@ -83,9 +89,12 @@ def parts_of(source: Any) -> tuple[Part, ...]:
     return (Part(name="", place="", share=Fraction(1), source=source),)
 
 
-def mixed_fingerprint(fingerprints: Sequence[str]) -> str:
-    """The digest of several data sets in this order."""
-    return sha256(canonical_json({"sets": list(fingerprints)}))
+def at_versions(source: Any, opened: Sequence[OpenSplit]) -> Any:
+    """The same data sets in other versions; `opened`: the split of each."""
+    if not isinstance(source, MixedSource):
+        return source.at(opened[0])
+    parts = zip(source.parts, opened, strict=True)
+    return MixedSource([replace(part, source=part.source.at(split)) for part, split in parts])
 
 
 def open_source(

@@ -11,9 +11,9 @@ run reads those records again.
 """
 
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 from typing import Any, Protocol
 
@@ -24,70 +24,12 @@ from core.errors import ConfigError
 from core.keys import key_int
 from core.storage.mixture import share_text
 from data_pipeline.config import LoaderConfig, OrderConfig
-from data_pipeline.streaming.mixed_source import MixedSource, mixed_fingerprint, parts_of
+from data_pipeline.streaming.mixed_source import MixedSource, parts_of
 from data_pipeline.streaming.shares import VERSION, Shares
-from data_pipeline.streaming.stream import Stream, StreamState
+from data_pipeline.streaming.state import MixtureState, Position, StreamState
+from data_pipeline.streaming.stream import Stream
 
 _Counts = NDArray[np.int64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class MixtureState:
-    """The position of a mixture; the same on all ranks, and valid for every world size."""
-
-    shares: tuple[str, ...]
-    seed: int
-    batch: int
-    version: int
-    step: int
-    """Completed steps."""
-    sets: tuple[StreamState, ...]
-    """The position of each set's slowest lane."""
-    passed: tuple[tuple[int, int], ...] = ()
-    """(0, step) of batches to skip."""
-    epoch: int = 0
-    """A mixture has no epochs, its sets have."""
-
-    @property
-    def fingerprint(self) -> str:
-        """That of all sets."""
-        return mixed_fingerprint([each.fingerprint for each in self.sets])
-
-    @property
-    def lanes(self) -> int:
-        return self.sets[0].lanes
-
-    @property
-    def window(self) -> int:
-        return self.sets[0].window
-
-    def passing(self, batches: Iterable[tuple[int, int]]) -> "MixtureState":
-        """The same position, with these batches to skip."""
-        return replace(self, passed=tuple(batches))
-
-    def problems(self, other: "Position") -> list[str]:
-        """Reasons why a run with this state cannot resume from `other`."""
-        fixed = ("fingerprint", "shares", "seed", "batch", "lanes", "window", "version")
-        now, before = ({name: getattr(s, name, "") for name in fixed} for s in (self, other))
-        return [
-            f"the mixture's {name} was {before[name] or 'that of one data set'}, now it is "
-            f"{now[name]}; give the same data and order settings, or start a new run folder"
-            for name in fixed
-            if now[name] != before[name]
-        ]
-
-
-Position = StreamState | MixtureState
-"""The position of a stream or of a mixture."""
-
-
-def position_of(body: dict[str, Any]) -> Position:
-    """A position from a checkpoint's JSON."""
-    body = {**body, "passed": tuple((epoch, step) for epoch, step in body.get("passed", ()))}
-    if "sets" not in body:
-        return StreamState(**body)
-    sets = tuple(position_of(each) for each in body["sets"])
-    return MixtureState(**{**body, "sets": sets, "shares": tuple(body["shares"])})
 
 
 class MixtureStream:
@@ -136,17 +78,22 @@ class MixtureStream:
             sets=tuple(stream.state for stream in self._streams),
         )
 
-    def resume(self, state: Position) -> None:
-        """Continue after the batch of this state.
+    def resume(self, state: Position, source: MixedSource | None = None) -> None:
+        """Continue after the batch of this state; `source`: other versions of the data sets.
 
         Raises: ConfigError if the data, the shares or the order differ.
         """
-        problems = self.state.problems(state)
+        own = self.state if source is None else self.state.of(source.fingerprints)
+        problems = own.problems(state)
         if problems or isinstance(state, StreamState):
             raise ConfigError.from_problems(problems)
-        for stream, position in zip(self._streams, state.sets, strict=True):
-            stream.resume(position)
+        sources = [None] * len(self._streams) if source is None else source.sources
+        for stream, position, version in zip(self._streams, state.sets, sources, strict=True):
+            stream.resume(position, version)
         self.state = replace(state, sets=tuple(stream.state for stream in self._streams))
+
+    def next_epoch(self, source: Any = None) -> None:
+        """A mixture has no epochs: an iteration does not end."""
 
     def __iter__(self) -> Generator[tuple[Any, MixtureState], None, None]:
         state = self.state
@@ -223,20 +170,23 @@ class Batches(Protocol):
     state: Any
     """The position after the last batch."""
 
-    def resume(self, state: Any) -> None:
-        """Continue after the batch of this position.
+    def resume(self, state: Any, source: Any = None) -> None:
+        """Continue after the batch of this position; `source`: another version of the data.
 
         Raises: ConfigError if the data or the order differ.
         """
 
+    def next_epoch(self, source: Any = None) -> None:
+        """Go on from a pause to the next epoch; `source`: another version of the data."""
+
     def __iter__(self) -> Generator[tuple[Any, Any], None, None]: ...
 
 
-def open_stream(source: Any, **settings: Any) -> Batches:
+def open_stream(source: Any, *, pauses: bool = False, **settings: Any) -> Batches:
     """The stream of a data set or of a mixture; the settings are those of `Stream`."""
     if isinstance(source, MixedSource):
         return MixtureStream(source, **settings)
-    return Stream(source, **settings)
+    return Stream(source, pauses=pauses, **settings)
 
 
 def epochs_of(position: Position, source: Any) -> dict[str, int]:

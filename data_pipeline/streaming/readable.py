@@ -34,7 +34,7 @@ class ReadablePairs:
         self._unreadable: set[str] = set()
         """Pairs that did not decode, also of batches that are made ahead and not used yet."""
         self._passed: set[str] = set()
-        self._instead: dict[int, tuple[RawRecord, Rgb]] = {}
+        self._instead: dict[str, tuple[RawRecord, Rgb]] = {}
 
     @property
     def passed_over(self) -> int:
@@ -74,9 +74,9 @@ class ReadablePairs:
 
     def _other(self, record: RawRecord, source: RawSource, error: InputError) -> Any:
         with self._lock:
-            if id(source) not in self._instead:
-                self._instead[id(source)] = _first_readable(source)
-            other = self._instead[id(source)]
+            if source.fingerprint not in self._instead:
+                self._instead[source.fingerprint] = _first_readable(source)
+            other = self._instead[source.fingerprint]
             if record.key not in self._unreadable and len(self._unreadable) < _NAMED:
                 LOG.warning("%s; %s is read in its place: pack again", error, other[0].key)
             self._unreadable.add(record.key)

@@ -1,23 +1,25 @@
 """What a batch reads, and which batches read a record: from the order alone.
 
-Batches are numbered from 0 on, with those that a run skips.
+Batches are numbered from 0 on, with those that a run skips. A set may have another order, and a
+record another place, from some epoch on: in a newer version of the set.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.config import OrderConfig
-from data_pipeline.streaming.mixed_source import MixedSource
-from data_pipeline.streaming.mixture import set_seed
 from data_pipeline.streaming.order import LaneOrder
 from data_pipeline.streaming.shares import Shares
 
 Slot = tuple[int, int, int, int]
 """(data set, its epoch, block, record in the block)."""
+OrderAt = Callable[[int], LaneOrder]
+"""The order of a data set in an epoch."""
+PlaceAt = Callable[[int], tuple[int, int] | None]
+"""(block, record in the block) of a record in an epoch; None if the set does not have it then."""
 
 
 class Reads(Protocol):
@@ -29,43 +31,37 @@ class Reads(Protocol):
     def slots(self, number: int) -> list[Slot]:
         """The records of a batch, in slot order."""
 
-    def batches(self, which: int, block: int, record: int, end: int) -> Iterator[int]:
+    def batches(self, which: int, place_at: PlaceAt, end: int) -> Iterator[int]:
         """The batches before number `end` that read a record of a data set, ascending."""
 
 
 class OneSet:
     """The reads of one data set."""
 
-    def __init__(self, source: Any, seed: int, batch: int, order: OrderConfig) -> None:
-        self._order = LaneOrder(source.sizes, seed, batch, order)
+    def __init__(self, order_at: OrderAt) -> None:
+        self._order_at = order_at
 
     def number(self, epoch: int, step: int) -> int:
-        return sum(map(self._order.steps, range(epoch))) + step
+        return sum(self._order_at(before).steps(before) for before in range(epoch)) + step
 
     def slots(self, number: int) -> list[Slot]:
-        epoch, step = epoch_of(self._order.steps, number)
-        places = self._order.places(epoch, step, range(self._order.lanes))
-        return [(0, epoch, block, record) for block, record in places.tolist()]
+        epoch, step = epoch_of(self._order_at, number)
+        order = self._order_at(epoch)
+        places = order.places(epoch, step, range(order.lanes)).tolist()
+        return [(0, epoch, block, record) for block, record in places]
 
-    def batches(self, which: int, block: int, record: int, end: int) -> Iterator[int]:
-        before, epoch = 0, 0
-        while before < end:
-            place = self._order.locate(epoch, block, record)
-            if place is not None and before + place[0] < end:
-                yield before + place[0]
-            before += self._order.steps(epoch)
-            epoch += 1
+    def batches(self, which: int, place_at: PlaceAt, end: int) -> Iterator[int]:
+        for before, step, _ in _places(self._order_at, place_at, end):
+            if before + step < end:
+                yield before + step
 
 
 class Mixture:
     """The reads of a mixture."""
 
-    def __init__(self, source: MixedSource, seed: int, batch: int, order: OrderConfig) -> None:
-        self._shares = Shares([part.share for part in source.parts], seed, batch, order.lanes)
-        self._orders = [
-            LaneOrder(part.source.sizes, set_seed(seed, which), order.lanes, order)
-            for which, part in enumerate(source.parts)
-        ]
+    def __init__(self, shares: Shares, orders: Sequence[OrderAt]) -> None:
+        """`orders`: of each set, with one record of each lane a step."""
+        self._shares, self._orders = shares, orders
 
     def number(self, epoch: int, step: int) -> int:
         return step
@@ -79,40 +75,41 @@ class Mixture:
             for i in range(count)
         ]
 
-    def batches(self, which: int, block: int, record: int, end: int) -> Iterator[int]:
-        order, before, epoch = self._orders[which], 0, 0
+    def batches(self, which: int, place_at: PlaceAt, end: int) -> Iterator[int]:
         drawn = int(self._shares.drawn(end)[:, which].max())
-        while before < drawn:
-            place = order.locate(epoch, block, record)
-            if place is not None:
-                step, lane = place  # a lane has one record of each step of its set
-                number = self._shares.step_of(which, lane, before + step)
-                if number < end:
-                    yield number
-            before += order.steps(epoch)
-            epoch += 1
+        for before, step, lane in _places(self._orders[which], place_at, drawn):
+            number = self._shares.step_of(which, lane, before + step)
+            if number < end:
+                yield number
 
     def _slot(self, which: int, lane: int, draw: int) -> Slot:
-        epoch, step = epoch_of(self._orders[which].steps, draw)
-        block, record = self._places(which, epoch, step)[lane].tolist()
+        epoch, step = epoch_of(self._orders[which], draw)
+        block, record = self._step(which, epoch, step)[lane].tolist()
         return which, epoch, block, record
 
     @lru_cache(maxsize=64)  # noqa: B019 - lives as long as the command
-    def _places(self, which: int, epoch: int, step: int) -> NDArray[np.int64]:
-        order = self._orders[which]
+    def _step(self, which: int, epoch: int, step: int) -> NDArray[np.int64]:
+        """(block, record) of each lane at a step of a set."""
+        order = self._orders[which](epoch)
         return order.places(epoch, step, range(order.lanes))
 
 
-def epoch_of(steps: Callable[[int], int], number: int) -> tuple[int, int]:
-    """(epoch, step in it) of a step counted over all epochs."""
+def epoch_of(order_at: OrderAt, number: int) -> tuple[int, int]:
+    """(epoch, step in it) of a set's step counted over all epochs."""
     epoch = 0
-    while number >= (each := steps(epoch)):
-        number, epoch = number - each, epoch + 1
+    while number >= (steps := order_at(epoch).steps(epoch)):
+        number, epoch = number - steps, epoch + 1
     return epoch, number
 
 
-def reads_of(source: Any, seed: int, batch: int, order: OrderConfig) -> Reads:
-    """The reads of a data set or a mixture."""
-    kind: Any = Mixture if isinstance(source, MixedSource) else OneSet
-    reads: Reads = kind(source, seed, batch, order)
-    return reads
+def _places(order_at: OrderAt, place_at: PlaceAt, end: int) -> Iterator[tuple[int, int, int]]:
+    """(steps before the epoch, step in it, slot) of a record in each epoch that reads it, up to
+    step `end` of the set."""
+    before, epoch = 0, 0
+    while before < end:
+        order, place = order_at(epoch), place_at(epoch)
+        step_slot = None if place is None else order.locate(epoch, *place)
+        if step_slot is not None:
+            yield before, *step_slot
+        before += order.steps(epoch)
+        epoch += 1

@@ -5,13 +5,14 @@
 
 Every iterator yields `(batch, state)`; the state is the position AFTER the batch, so that a run
 resumed from it reads the next batch. A rank holds one or two windows of each of its lanes.
+A stream of a growing data set pauses after each epoch, when it may go over to a newer version.
 """
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -21,6 +22,7 @@ from core.errors import ConfigError
 from core.keys import KeyPart
 from data_pipeline.config import LoaderConfig, OrderConfig
 from data_pipeline.streaming.order import VERSION, LaneOrder, Window
+from data_pipeline.streaming.state import StreamState
 
 _CHUNK = 32
 """Records of a lane that are gathered together."""
@@ -76,37 +78,6 @@ class BlockSource(Protocol[R]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamState:
-    """The position of a stream; the same on all ranks, and valid for every world size."""
-
-    fingerprint: str
-    seed: int
-    batch: int
-    lanes: int
-    window: int
-    version: int
-    epoch: int
-    step: int
-    """Completed steps of this epoch."""
-    passed: tuple[tuple[int, int], ...] = ()
-    """(epoch, step) of batches to skip."""
-
-    def passing(self, batches: Iterable[tuple[int, int]]) -> "StreamState":
-        """The same position, with these batches to skip."""
-        return replace(self, passed=tuple(batches))
-
-    def problems(self, other: "StreamState") -> list[str]:
-        """Reasons why a run with this state cannot resume from `other`."""
-        fixed = ("fingerprint", "seed", "batch", "lanes", "window", "version")
-        return [
-            f"the data's {name} was {getattr(other, name)}, now it is {getattr(self, name)}; "
-            "give the same data and order settings, or start a new run folder"
-            for name in fixed
-            if getattr(self, name) != getattr(other, name)
-        ]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Chunk:
     """Consecutive steps of an epoch that are gathered together."""
 
@@ -143,16 +114,18 @@ class Stream:
         rank: int = 0,
         ranks: int = 1,
         reads: bool = True,
+        pauses: bool = False,
     ) -> None:
         """`batch` is the global batch size; this rank reads its lanes' share of it.
 
         Without `reads` the stream advances but yields empty batches: the middle stages of a
-        pipeline need no data.
+        pipeline need no data. If it `pauses`, an iteration ends with its epoch.
         """
         problems = order.problems(batch, ranks)
         if problems:
             raise ConfigError.from_problems(problems)
-        self._source, self._reads, self._loader = source, reads, loader
+        self._reads, self._loader, self._pauses = reads, loader, pauses
+        self._source, self._config = source, order
         self.order = LaneOrder(source.sizes, seed, batch, order)
         share = order.lanes // ranks
         self._lanes = range(rank * share, (rank + 1) * share)
@@ -167,15 +140,31 @@ class Stream:
             step=0,
         )
 
-    def resume(self, state: StreamState) -> None:
-        """Continue after the batch of this state.
+    def resume(self, state: StreamState, source: BlockSource[Records] | None = None) -> None:
+        """Continue after the batch of this state; `source`: another version of the data.
 
         Raises: ConfigError if the data or the order differ.
         """
-        problems = self.state.problems(state)
+        own = self.state if source is None else replace(self.state, fingerprint=source.fingerprint)
+        problems = own.problems(state)
         if problems:
             raise ConfigError.from_problems(problems)
-        self.state = replace(state, passed=tuple((e, s) for e, s in state.passed))
+        if source is not None:
+            self._read(source)
+        passed = tuple((epoch, step) for epoch, step in state.passed)
+        versions = tuple((epoch, name) for epoch, name in state.versions)
+        self.state = replace(state, passed=passed, versions=versions)
+
+    def next_epoch(self, source: BlockSource[Records] | None = None) -> None:
+        """Go on from a pause to the next epoch; `source`: another version of the data."""
+        if source is not None:
+            self._read(source)
+        self.state = self.state.in_version(self.state.epoch + 1, self._source.fingerprint)
+
+    def _read(self, source: BlockSource[Records]) -> None:
+        self._source = source
+        state = self.state
+        self.order = LaneOrder(source.sizes, state.seed, state.batch, self._config)
 
     def __iter__(self) -> Generator[tuple[Any, StreamState], None, None]:
         lanes = self._lanes if self._reads else range(0)
@@ -196,12 +185,18 @@ class Stream:
         state, ahead = self.state, 0
         most = max(1, min(_CHUNK // self.order.per_lane, self._loader.prefetch))
         chunks = chunks_of(self.order, state.epoch, state.step, most)
+        if self._pauses:
+            chunks = takewhile(lambda chunk: chunk.epoch == state.epoch, chunks)
         while True:
             while ahead < self._loader.prefetch or not waiting:
-                chunk = next(chunks)
+                chunk = next(chunks, None)
+                if chunk is None:
+                    break
                 needed = windows.plan(chunk)
                 waiting.append((chunk, joiner.submit(windows.join, chunk, needed)))
                 ahead += chunk.count
+            if not waiting:
+                return
             chunk, future = waiting.popleft()
             ahead -= chunk.count
             records = future.result()

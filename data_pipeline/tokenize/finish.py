@@ -63,14 +63,18 @@ class ManifestWriter:
         facts: dict[str, Any],
         config: TokenizeConfig,
         ledgers: bool = True,
+        parent: Manifest | None = None,
     ) -> None:
         """`pairs` and `tasks`: of the raw split, in order; `facts`: those of the manifest.
+
+        `parent`: the version before of a set that has grown.
 
         Without `ledgers` the markers alone are read: a worker that runs on while --again makes a
         shard anew may write its old record once more.
         """
         self._tokens, self._pairs, self._tasks, self._facts = tokens, pairs, tasks, facts
         self._config, self._prefix, self._ledgers = config, f"{facts['split']}/", ledgers
+        self._parent = parent
 
     def write(self) -> bool:
         """Write the index, ids.bin and the manifest; False if a shard is not done.
@@ -107,7 +111,7 @@ class ManifestWriter:
         del outputs
         put_manifest(
             *(self._tokens, self._prefix, TOKENS, shards, self._facts, dict(rejects)),
-            *(self._config.variants, numerics, figures),
+            *(self._config.variants, numerics, figures, self._parent),
         )
         LOG.info("%s is finished: %d shards", where, len(self._tasks))
         return True

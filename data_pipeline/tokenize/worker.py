@@ -18,29 +18,22 @@ import numpy as np
 import torch
 
 from core.config import check, to_json
-from core.errors import CorruptError, InputError
+from core.errors import CorruptError
 from core.files.atomic import canonical_json, sha256
 from core.storage.store import Store
 from core.workers import JobWorker
 from data_pipeline.config import TokenizeConfig
 from data_pipeline.formats.index import read_shard_index
-from data_pipeline.formats.manifest import (
-    NAME,
-    SPLITS,
-    TOKENS,
-    Shard,
-    read_json,
-    shard_json,
-)
+from data_pipeline.formats.manifest import SPLITS, TOKENS, Shard, shard_json
 from data_pipeline.formats.raw_shards import RawShards
 from data_pipeline.formats.shards import build_tar, describe, list_members
 from data_pipeline.formats.tokens import TokenRecord, TokenRecords, decode_block, encode_block
 from data_pipeline.jobs.finish import Finisher
 from data_pipeline.jobs.ledger import Record
-from data_pipeline.jobs.status import REQUEST
 from data_pipeline.jobs.worker import Job, Progress, Task, Work
 from data_pipeline.tokenize.encode import Encoders, encode_pairs
 from data_pipeline.tokenize.finish import ManifestWriter, refuse_rejects
+from data_pipeline.tokenize.goal import Goal, claim_goal
 
 REJECTS = "_rejects/"
 
@@ -76,21 +69,13 @@ class Worker:
         config: TokenizeConfig,
         member: JobWorker,
     ) -> None:
-        self._tokens, self._encoders, self._config = tokens, encoders, config
+        self._raw, self._tokens, self._encoders, self._config = raw, tokens, encoders, config
+        self._member = member
         check(encoders.problems())
         self._rejected: Counter[str] = Counter()
         """Pairs rejected by this worker, by split."""
-        self._tasks: list[ShardTask] = []
-        self._sources = {split: RawShards(raw, split) for split in SPLITS}
-        self._pairs: dict[str, int] = {}
-        self._fingerprints: dict[str, str] = {}
-        facts = {**encoders.facts(config), "v": TOKENS}
-        for split, source in self._sources.items():
-            manifest = source.manifest
-            self._pairs[split], self._fingerprints[split] = manifest.samples, manifest.fingerprint
-            numbers = range(len(manifest.shards))
-            self._tasks += [ShardTask.of(split, number, source, facts) for number in numbers]
-        self._job = Job(tokens, self._tasks, member, config.lease_seconds)
+        self._goal: Goal
+        self._sources: dict[str, RawShards]
 
     def run(self, again: bool = False) -> int:
         """Encode unfinished shards, then write the manifests; returns the shards encoded here.
@@ -101,19 +86,41 @@ class Worker:
         cannot be used.
         """
         torch.set_num_threads(self._config.threads)
-        self._claim_place(again)
-        finishers = [self._finisher(split, not again) for split in SPLITS]
-        if again:
-            self._job.repair(self._check, self._outputs, finishers)
-        return self._job.run(Work(make=self._make, judge=self._judge), finishers, again)
+        made = 0
+        while True:
+            facts = self._encoders.facts(self._config)
+            self._goal = claim_goal(self._raw, self._tokens, facts, again)
+            made += self._run(again)
+            if self._goal.is_newest:
+                return made
 
-    def _finisher(self, split: str, ledgers: bool) -> Finisher:
-        prefix, raw = f"{split}/", self._fingerprints[split]
-        facts = {**self._encoders.facts(self._config), "raw": raw, "split": split}
-        tasks = [task.name for task in self._tasks if task.prefix == prefix]
-        pairs = self._pairs[split]
-        writer = ManifestWriter(self._tokens, pairs, tasks, facts, self._config, ledgers)
-        return self._job.finisher(prefix, prefix + NAME, writer.write)
+    def _run(self, again: bool) -> int:
+        """Finish one version of the token set."""
+        facts = {**self._encoders.facts(self._config), "v": TOKENS}
+        self._sources = {
+            split: RawShards(self._raw, split, manifest)
+            for split, manifest in self._goal.raw.items()
+        }
+        tasks = [
+            ShardTask.of(split, number, source, facts)
+            for split, source in self._sources.items()
+            for number in range(len(source.manifest.shards))
+        ]
+        job = Job(self._tokens, tasks, self._member, self._config.lease_seconds)
+        finishers = [self._finisher(job, split, not again) for split in SPLITS]
+        if again:
+            job.repair(self._check, self._outputs, finishers)
+        return job.run(Work(make=self._make, judge=self._judge), finishers, again)
+
+    def _finisher(self, job: Job[ShardTask], split: str, ledgers: bool) -> Finisher:
+        prefix, raw = f"{split}/", self._goal.raw[split]
+        facts = {**self._encoders.facts(self._config), "raw": raw.fingerprint, "split": split}
+        tasks = [task.name for task in job.tasks if task.prefix == prefix]
+        parent = self._goal.parent(self._tokens, split)
+        writer = ManifestWriter(
+            self._tokens, raw.samples, tasks, facts, self._config, ledgers, parent
+        )
+        return job.finisher(prefix, self._goal.result(split), writer.write)
 
     def _make(self, task: ShardTask, progress: Progress) -> Record:
         records = self._sources[task.split].records(task.number)
@@ -136,7 +143,8 @@ class Worker:
             split = task.split
             self._rejected[split] += count
             where, first = f"{self._tokens.url}/{split}", record["first_reject"]
-            refuse_rejects(where, self._rejected[split], self._pairs[split], self._config, first)
+            pairs = self._goal.raw[split].samples
+            refuse_rejects(where, self._rejected[split], pairs, self._config, first)
 
     def _put(self, task: ShardTask, variant: int, records: list[TokenRecord]) -> Shard:
         size = self._config.block
@@ -163,31 +171,6 @@ class Worker:
             if sha256(self._tokens.get(task.prefix + shard.name)) != shard.sha256:
                 where = f"{self._tokens.url}/{task.prefix}{shard.name}"
                 raise CorruptError(f"{where} has another sha256")
-
-    def _claim_place(self, again: bool) -> None:
-        """Claim TOKENS for these pairs and models; the first job wins."""
-        shards = Counter(task.split for task in self._tasks)
-        counts = {split: {"shards": shards[split], "pairs": self._pairs[split]} for split in SPLITS}
-        request = canonical_json(
-            {**self._encoders.facts(self._config), "raw": self._fingerprints, "input": counts}
-        )
-        if (
-            self._tokens.put(REQUEST, request, if_absent=True)
-            or self._tokens.get(REQUEST) == request
-        ):
-            return
-        try:
-            read_json(self._tokens, REQUEST)
-        except CorruptError:
-            if not again:
-                raise
-            self._tokens.put(REQUEST, request)
-            return
-        raise InputError(
-            f"{self._tokens.url} holds tokens of other pairs, or of another dVAE, tokenizer, block "
-            "size, precision (in 16 bits: device) or number of variants; choose an empty place for "
-            "the tokens"
-        )
 
 
 def ranges_of(tar: bytes) -> tuple[list[tuple[int, int, int]], np.ndarray]:

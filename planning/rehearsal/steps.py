@@ -23,13 +23,14 @@ import checkpoint.writer
 import data_pipeline.streaming.ahead
 import training.ema
 import training.export.save
+import training.run.versions
 import training.trainer
 from core.config import check
 from core.errors import AbsentError
 from core.heartbeat import Heart
 from core.storage.mixture import data_sets
 from data_pipeline.streaming.mixed_source import MixedSource, Part
-from data_pipeline.streaming.stream import StreamState
+from data_pipeline.streaming.state import StreamState
 from parallel.engines.protocol import Batch, Engine, Losses, StepResult
 from parallel.engines.registry import build_engine
 from parallel.ledger import Ledger
@@ -43,6 +44,7 @@ from training.export.save import Writers
 from training.tasks.clip import ClipTask
 from training.tasks.dvae import DVAETask
 from training.tasks.prior import PriorTask
+from training.tasks.splits import UNREAD, Splits
 from training.tasks.task import Pictures
 from training.trainer import Run
 
@@ -101,6 +103,7 @@ def _changes(recorder: Recorder | None) -> list[Change]:
     return [
         (training.trainer, "build_engine", engine_of),
         (training.trainer, "open_stream", _EmptyStream),
+        (training.run.versions, "open_newer", _nothing_newer),
         (training.trainer, "RunFolder", _NoFolder),
         (training.trainer, "open_store", lambda _: _MemoryStore()),
         (training.export.save, "CheckpointReader", _NoCheckpoint),
@@ -145,7 +148,7 @@ def _repeat_evaluations(engine: Any, recorder: Recorder) -> None:
 class _Samples:
     """A data set of samples without content."""
 
-    fingerprint, variants = "", 1
+    fingerprint, kind, variants = "", "", 1
 
     def __init__(self, count: int) -> None:
         self.sizes = np.array([count])
@@ -233,7 +236,10 @@ def _pixels(count: int, side: int) -> torch.Tensor:
 
 
 class _EmptyStream:
-    """Batches without content, by the rules of `data_pipeline.streaming.stream.Stream`."""
+    """Batches without content, by the rules of `data_pipeline.streaming.stream.Stream`.
+
+    If it pauses, each epoch has one step, so that ranks ask for a newer version before each.
+    """
 
     def __init__(
         self,
@@ -246,8 +252,9 @@ class _EmptyStream:
         rank: int,
         ranks: int,
         reads: bool,
+        pauses: bool,
     ) -> None:
-        self._records = [None] * (batch // ranks if reads else 0)
+        self._records, self._pauses = [None] * (batch // ranks if reads else 0), pauses
         self.state = StreamState(
             fingerprint=source.fingerprint,
             seed=seed,
@@ -263,6 +270,17 @@ class _EmptyStream:
         while True:
             self.state = replace(self.state, step=self.state.step + 1)
             yield self._records, self.state
+            if self._pauses:
+                return
+
+    def next_epoch(self, _: Any) -> None:
+        self.state = replace(self.state, epoch=self.state.epoch + 1, step=0)
+
+
+def _nothing_newer(_: str, __: str, mesh: Mesh, ___: str) -> Splits:
+    """The collective of `open_newer` when the data set has not grown."""
+    mesh.world.of_rank_0(0.0)
+    return UNREAD
 
 
 def _together(writers: Writers, work: Callable[[], Any]) -> list[Any]:

@@ -11,7 +11,8 @@ from core.files.atomic import write_atomic
 from data_pipeline.config import OrderConfig
 from data_pipeline.formats.tokens import TokenSource
 from data_pipeline.streaming.mixed_source import open_source
-from data_pipeline.streaming.mixture import open_stream, position_of
+from data_pipeline.streaming.mixture import open_stream
+from data_pipeline.streaming.state import position_of
 from parallel.world import join_world, leave_world
 from tests.harness import run_world
 

@@ -65,18 +65,14 @@ def replay(capsule: Path) -> Replay:
 
 
 def _replay(run: Run, body: dict[str, Any]) -> Replay:
-    batches = iter(run.stream)
-    try:
-        while True:
-            records, _ = next(batches)
-            if run.step + 1 < body["step"]:
-                run.one_step(run.feed.micro_batches(records, run.step))
-                continue
-            losses = _losses_of(run, records)
-            result = run.one_step(run.feed.micro_batches(records, run.step))
-            break
-    finally:
-        batches.close()  # type: ignore[attr-defined]
+    steps = run.feed.steps(run.step)
+    data = next(steps)
+    while run.step + 1 < body["step"]:
+        run.one_step(data.micro)
+        data = next(steps)
+    records = data.records
+    losses = _losses_of(run, records)
+    result = run.one_step(data.micro)
     rows = [[record_id(record), record_digest(record)] for record in records]
     worst = sorted(zip((name for name, _ in rows), losses, strict=True), key=lambda row: -row[1])
     return Replay(
@@ -123,6 +119,8 @@ def _run_of(body: dict[str, Any], out: str) -> Iterator[Run]:
         try:
             if body["checkpoint"] is not None:
                 run.resume_from(_checkpoint(home, body["checkpoint"]))
+            if "versions" in body:  # a version may have been taken up since the checkpoint
+                run.feed.resume(run.feed.state.reading(body["versions"]))
             yield run
         finally:
             run.close()

@@ -12,7 +12,7 @@ from typing import Any
 from core.errors import CorruptError, TapirError, TrainingError
 from core.files.atomic import seal, sha256, unseal, write_atomic
 from core.log import LOG
-from data_pipeline.streaming.mixture import Position
+from data_pipeline.streaming.state import Position
 from parallel.engines.protocol import Engine, StepResult
 from parallel.mesh import Mesh
 from parallel.replicas import different

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from data_pipeline.streaming.ahead import depth_of, prepared_ahead
-from data_pipeline.streaming.mixture import Batches, Position
+from data_pipeline.streaming.mixture import Batches
+from data_pipeline.streaming.state import Position
 from parallel.engines.protocol import Batch
 from training.config import StageConfig
+from training.run.versions import DataVersions
 from training.tasks.task import Task, hand_over, pinned, split_records
 
 
@@ -39,8 +41,11 @@ class Feed:
         stream: Batches,
         settings: StageConfig,
         device: torch.device,
+        versions: DataVersions | None = None,
     ) -> None:
+        """`versions` of the data set; None for one that cannot change."""
         self._task, self._stream, self._device = task, stream, device
+        self._versions = versions
         self._micro = settings.engine.gradient_accumulation_steps
         self._workers = settings.loader.workers
         self.state: Position = stream.state
@@ -48,19 +53,30 @@ class Feed:
         self._open: list[Generator[Any, None, None]] = []
 
     def resume(self, state: Position) -> None:
-        """Continue after the batch of this state.
+        """Continue after the batch of this state; collective over all ranks.
 
-        Raises: ConfigError if the data or the order differ.
+        Raises: ConfigError if the data or the order differ; InputError if the data set does not
+        have the state's version any more.
         """
         self.close()
-        self._stream.resume(state)
+        self._stream.resume(state, self._versions.of(state) if self._versions else None)
         self.state = self._stream.state
 
     def steps(self, step: int) -> Iterator[StepData]:
         """The data of step `step` and of all after it, endlessly; `resume` or `close` ends it.
 
+        The first step of an epoch is collective if the stream pauses.
         Raises: what reading and decoding raise, in the step that needs the data.
         """
+        while True:
+            for data in self._steps_without_pause(step):
+                step += 1
+                yield data
+            self.close()
+            self._stream.next_epoch(self._versions.newer(self.state) if self._versions else None)
+            self.state = self._stream.state
+
+    def _steps_without_pause(self, step: int) -> Iterator[StepData]:
         self.close()
         batches = iter(self._stream)
         made = prepared_ahead(
@@ -74,10 +90,6 @@ class Feed:
             self.state = state
             self._task.note_used(records)
             yield StepData(micro=self._on_device(micro), records=records, state=state)
-
-    def micro_batches(self, records: Sequence[Any], step: int) -> list[Batch]:
-        """The micro-batches of one step, made now."""
-        return self._on_device([job() for job in self._jobs(records, step)])
 
     def close(self) -> None:
         """End the threads."""

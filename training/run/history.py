@@ -8,15 +8,14 @@ from checkpoint.reader import CheckpointReader, finished_steps
 from core.errors import InputError
 from core.storage.mixture import data_sets
 from core.storage.store import open_store
-from data_pipeline.formats.lookup import find_pair
 from data_pipeline.formats.raw import RawSource
 from data_pipeline.formats.tokens import TokenSource
-from data_pipeline.streaming.mixed_source import open_source, parts_of
-from data_pipeline.streaming.reads import reads_of
+from data_pipeline.streaming.mixture import set_seed
+from data_pipeline.streaming.reads import Mixture, OneSet, PlaceAt, Reads
+from data_pipeline.streaming.shares import Shares
 from training.run.config import config_of
+from training.run.read_sets import ReadSet, Versions
 from training.stages import STAGES, settings_from_json
-
-_SPLIT = "train"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,16 +45,13 @@ class History:
         self.settings: Any = settings_from_json(
             config["stage"], {k: v for k, v in config.items() if k != "stage"}
         )
-        self._kind: Any = TokenSource if config["stage"] == "prior" else RawSource
-        source = open_source(self._kind, self.settings.data, _SPLIT)
-        self._parts = parts_of(source)
-        loop = self.settings.loop
-        self._reads = reads_of(source, loop.seed, loop.global_batch_size, self.settings.order)
-        home = self.settings.checkpoint.to or str(run / "checkpoints")
-        passed = _passed_over(home)
-        self._passed = sorted(self._reads.number(epoch, step) for epoch, step in passed)
-        """Numbers of the skipped batches."""
-        self.steps: int = loop.steps
+        stream = _newest_stream(self.settings.checkpoint.to or str(run / "checkpoints"))
+        kind = TokenSource if config["stage"] == "prior" else RawSource
+        self._sets = self._read_sets(kind, stream)
+        self._reads = self._order()
+        self.passed = [(epoch, step) for epoch, step in stream.get("passed", ())]
+        """(epoch, step) of the batches that rewinds skipped."""
+        self.steps: int = self.settings.loop.steps
 
     def batch(self, step: int) -> list[ReadPair]:
         """The pairs of a training step, counted from 1 as in metrics.jsonl.
@@ -65,26 +61,25 @@ class History:
         if not 1 <= step <= self.steps:
             raise InputError(f"step {step} is not one of this run's 1 to {self.steps}")
         number = step - 1
-        for skipped in self._passed:
+        for skipped in self._skipped():
             number += skipped <= number
         blocks: dict[tuple[int, int, int], Any] = {}
         rows = []
         for slot, (which, epoch, block, record) in enumerate(self._reads.slots(number)):
-            part = self._parts[which]
-            variant = epoch % part.source.variants
-            read = which, block, variant
-            if read not in blocks:
-                blocks[read] = part.source.read(block, variant)
-            pair = blocks[read][record]
+            source = self._sets[which].source_at(epoch)
+            variant = epoch % source.variants
+            if (which, epoch, block) not in blocks:
+                blocks[which, epoch, block] = source.read(block, variant)
+            pair = blocks[which, epoch, block][record]
             rows.append(
                 ReadPair(
                     slot=slot,
                     id=pair.id,
                     key=getattr(pair, "key", ""),
-                    shard=part.source.blocks.shard_of(block, variant).shown,
+                    shard=source.blocks.shard_of(block, variant).shown,
                     block=block,
                     record=record,
-                    data=part.place,
+                    data=self._sets[which].place if len(self._sets) > 1 else "",
                 )
             )
         return rows
@@ -92,50 +87,67 @@ class History:
     def seen(self, text: str) -> list[int]:
         """The training steps up to loop.steps that read a pair, given by its id or key.
 
-        Raises: InputError if the train split does not have it.
+        Raises: InputError if no version of a train split has it.
         """
-        end, steps = self.steps + len(self._passed), []
-        for which, block, record in self._find(text):
-            numbers = self._reads.batches(which, block, record, end)
-            steps += [
-                number - sum(skipped < number for skipped in self._passed) + 1
-                for number in numbers
-                if number not in self._passed
-            ]
-        return sorted(step for step in steps if step <= self.steps)
+        skipped, steps = self._skipped(), []
+        for which, place_at in self._find(text):
+            for number in self._reads.batches(which, place_at, self.steps + len(skipped)):
+                step = number - sum(other < number for other in skipped) + 1
+                if number not in skipped and step <= self.steps:
+                    steps.append(step)
+        return sorted(steps)
 
-    def _find(self, text: str) -> list[tuple[int, int, int]]:
-        """(data set, block, record) of a pair; several sets of a mixture may have it."""
-        places, errors = [], []
-        for which, part in enumerate(self._parts):
-            store = open_store(data_sets(self.settings.data)[which].place)
+    def _skipped(self) -> list[int]:
+        """Numbers of the skipped batches."""
+        return sorted(self._reads.number(epoch, step) for epoch, step in self.passed)
+
+    def _find(self, text: str) -> list[tuple[int, PlaceAt]]:
+        """The places of a pair in each data set that has it: several of a mixture may."""
+        places, missing = [], None
+        for which, each in enumerate(self._sets):
             try:
-                places.append((which, *find_pair(store, _SPLIT, part.source.blocks, text)))
+                places.append((which, each.find(text)))
             except InputError as error:
-                errors.append((store, error))
-        if not places:
-            self._refuse_unknown(text, errors)
-        return places
+                missing = error
+        if missing is None or places:
+            return places
+        if any(each.holds_out(text) for each in self._sets):
+            message = f"{text} is a pair of the validation split: no step reads it"
+            raise InputError(message) from missing
+        raise missing
 
-    def _refuse_unknown(self, text: str, errors: list[tuple[Any, InputError]]) -> None:
-        """Raises: InputError, which tells whether it is a held-out pair."""
-        for store, error in errors:
-            held_out = self._kind(store, "validation")
-            try:
-                find_pair(store, "validation", held_out.blocks, text)
-            except InputError:
-                continue
-            raise InputError(
-                f"{text} is a pair of the validation split: no step reads it"
-            ) from error
-        raise errors[0][1]
+    def _read_sets(self, kind: Any, stream: dict[str, Any]) -> list[ReadSet]:
+        sets, loop, order = data_sets(self.settings.data), self.settings.loop, self.settings.order
+        positions = stream.get("sets", [stream]) if stream else [{}] * len(sets)
+        if len(sets) == 1:
+            versions = _versions(positions[0])
+            batch = loop.global_batch_size
+            return [ReadSet(kind, sets[0].place, versions, loop.seed, batch, order)]
+        return [
+            ReadSet(
+                kind, each.place, _versions(position), set_seed(loop.seed, i), order.lanes, order
+            )
+            for i, (each, position) in enumerate(zip(sets, positions, strict=True))
+        ]
+
+    def _order(self) -> Reads:
+        loop, lanes = self.settings.loop, self.settings.order.lanes
+        if len(self._sets) == 1:
+            return OneSet(self._sets[0].order_at)
+        parts = [each.share for each in data_sets(self.settings.data)]
+        shares = Shares(parts, loop.seed, loop.global_batch_size, lanes)
+        return Mixture(shares, [each.order_at for each in self._sets])
 
 
-def _passed_over(checkpoints: str) -> list[tuple[int, int]]:
-    """(epoch, step) of the batches that rewinds skipped, from the newest checkpoint."""
+def _versions(position: dict[str, Any]) -> Versions:
+    return position.get("versions") or [(0, position.get("fingerprint", ""))]
+
+
+def _newest_stream(checkpoints: str) -> dict[str, Any]:
+    """The data position of the newest checkpoint; empty if there is none."""
     store = open_store(checkpoints)
     steps = finished_steps(store)
     if not steps:
-        return []
-    stream = CheckpointReader(store, f"step-{steps[-1]}").facts["stream"]
-    return [(int(epoch), int(step)) for epoch, step in stream.get("passed", ())]
+        return {}
+    stream: dict[str, Any] = CheckpointReader(store, f"step-{steps[-1]}").facts["stream"]
+    return stream

@@ -12,6 +12,7 @@ from training.stages import config_with_new_names
 _MAY_CHANGE = (
     "out",
     "data",
+    "grow",
     "mesh",
     "engine",
     "compress",

@@ -22,7 +22,7 @@ from core.keys import key_int, keyed_rng
 from core.storage.store import FolderStore
 from data_pipeline.formats import ids as table
 from data_pipeline.formats.fetch import fetched
-from data_pipeline.formats.ids import IdSorter, find_in_table, row_type
+from data_pipeline.formats.ids import NAME, IdSorter, find_in_table, row_type
 from data_pipeline.formats.index import BlockIndex, index_parts
 from data_pipeline.formats.lookup import find_pair
 from data_pipeline.formats.manifest import TOKENS, Manifest, Shard, read_manifest, write_manifest
@@ -68,8 +68,8 @@ def test_a_table_by_hand(tmp_path: Path) -> None:
         digest = ids.write(store, "t/ids.bin")
     expected = struct.pack("<QIQIQI", 5, 2, 9, 1, 2**62, 0) + struct.pack("<QQ", 0, 3)
     assert store.get("t/ids.bin") == expected and digest == sha256(expected) and ids.bits == 0
-    assert [find_in_table(store, "t/", 3, 0, i) for i in (5, 9, 2**62)] == [2, 1, 0]
-    assert find_in_table(store, "t/", 3, 0, 6) is None
+    assert [find_in_table(store, f"t/{NAME}", 3, 0, i) for i in (5, 9, 2**62)] == [2, 1, 0]
+    assert find_in_table(store, f"t/{NAME}", 3, 0, 6) is None
     assert (row_type(2**32).itemsize, row_type(2**32 + 1).itemsize) == (12, 16)
 
 
@@ -100,7 +100,9 @@ def test_a_pair_is_looked_up_in_two_reads_at_any_number_of_shards(stored: Folder
         assert source.read(block)[record].id == key_int(shard, place)
         assert set(store.names_read) == {"train/ids.bin"} and store.requests.total() <= 4
     store = CountedStore(stored)
-    number = find_in_table(store, "train/", 1200, source.manifest.lookup["bits"], key_int(7, 15))
+    number = find_in_table(
+        store, f"train/{NAME}", 1200, source.manifest.lookup["bits"], key_int(7, 15)
+    )
     assert number == 7 * EACH + 15 and store.requests == {"GET": 2}
     for text in ("12345", "nobody", str(2**63 - 1)):
         with pytest.raises(InputError, match="no pair of the key or id"):

@@ -16,7 +16,8 @@ from core.errors import ConfigError
 from data_pipeline.config import LoaderConfig, OrderConfig
 from data_pipeline.formats.tokens import TokenBuffer, TokenRecord, TokenRecords
 from data_pipeline.streaming.order import LaneOrder
-from data_pipeline.streaming.stream import Stream, StreamState
+from data_pipeline.streaming.state import StreamState
+from data_pipeline.streaming.stream import Stream
 
 
 def flat(parts: Iterable[list[int]]) -> list[int]:

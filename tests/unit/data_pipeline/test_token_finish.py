@@ -26,7 +26,8 @@ from data_pipeline.jobs import ledger as ledgers
 from data_pipeline.jobs.finish import Finisher
 from data_pipeline.jobs.leases import Leases
 from data_pipeline.jobs.ledger import DONE, LEDGER, Ledger
-from data_pipeline.jobs.status import REQUEST, job_status
+from data_pipeline.jobs.request import REQUEST
+from data_pipeline.jobs.status import job_status
 from data_pipeline.packing.pack import pack
 from data_pipeline.text.bpe import train_bpe
 from data_pipeline.tokenize import finish as finishing

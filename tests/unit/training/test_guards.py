@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data_pipeline.formats.tokens import TokenRecord
-from data_pipeline.streaming.stream import StreamState
+from data_pipeline.streaming.state import StreamState
 from parallel.control import FIELDS, Vote, decide
 from parallel.device import CPU
 from parallel.engines.protocol import StepResult

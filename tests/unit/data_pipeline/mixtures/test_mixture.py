@@ -5,6 +5,7 @@ import json
 import math
 from collections import Counter
 from fractions import Fraction
+from functools import partial
 from itertools import accumulate, count
 from typing import Any
 
@@ -23,16 +24,15 @@ from data_pipeline.streaming.mixed_source import (
     held_out_counts,
 )
 from data_pipeline.streaming.mixture import (
-    MixtureState,
     MixtureStream,
     epochs_of,
     open_stream,
-    position_of,
     set_seed,
 )
 from data_pipeline.streaming.order import LaneOrder
 from data_pipeline.streaming.reads import Mixture
 from data_pipeline.streaming.shares import Shares
+from data_pipeline.streaming.state import MixtureState, position_of
 from data_pipeline.streaming.stream import Stream
 
 ORDER = OrderConfig(lanes=4, shuffle_buffer=2)
@@ -277,7 +277,11 @@ def test_what_is_read_when_follows_from_the_order_alone() -> None:
     source = mixed(THREE, [[3, 5, 4] * 5, [4] * 6, [2, 9] * 5])
     steps = 50
     read = [ids for ids, _ in taken(opened(source, 8), steps)]
-    reads = Mixture(source, 3, 8, ORDER)
+    orders = [
+        LaneOrder(part.source.sizes, set_seed(3, i), ORDER.lanes, ORDER)
+        for i, part in enumerate(source.parts)
+    ]
+    reads = Mixture(Shares(THREE, 3, 8, ORDER.lanes), [partial(_same, order) for order in orders])
     starts = [part.source._starts for part in source.parts]
     for number in (0, 1, 37, 49):
         slots = reads.slots(number)
@@ -287,8 +291,13 @@ def test_what_is_read_when_follows_from_the_order_alone() -> None:
     for which, block, record in [(0, 4, 2), (0, 0, 0), (1, 5, 3), (1, 0, 0)]:
         number = int(starts[which][block]) + record
         expected = [step for step, ids in enumerate(read) if number in ids]
-        assert list(reads.batches(which, block, record, steps)) == expected
-        assert list(reads.batches(which, block, record, expected[-1])) == expected[:-1]
+        place_at = partial(_same, (block, record))
+        assert list(reads.batches(which, place_at, steps)) == expected
+        assert list(reads.batches(which, place_at, expected[-1])) == expected[:-1]
+
+
+def _same(value: Any, epoch: int) -> Any:
+    return value
 
 
 def test_each_set_reads_its_variants_by_its_own_epochs() -> None:
