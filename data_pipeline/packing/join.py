@@ -1,7 +1,7 @@
 """`tapir data join`: one raw set over the shards of several, which stay where they are."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from core.errors import InputError
 from core.log import LOG
 from core.storage.store import Store
+from data_pipeline.formats.ids import NAME as IDS
 from data_pipeline.formats.ids import rows_of_table
-from data_pipeline.formats.manifest import NAME, RAW, SPLITS, Manifest, read_manifest
+from data_pipeline.formats.manifest import INDEX, NAME, RAW, SPLITS, Manifest, read_manifest
 from data_pipeline.formats.raw_set import Base, write_view
 
 _MIX = "sets that share pairs can be mixed instead: --data A:0.5,B:0.5"
@@ -55,9 +56,7 @@ def _finished(stores: Sequence[Store], dest: Store, facts: dict[str, Any]) -> di
     if dest.url in urls or len(set(urls)) < len(urls):
         raise InputError("the sets and DEST must all be different; name each set once")
     if not dest.exists(f"{SPLITS[-1]}/{NAME}"):
-        files = {
-            f"{split}/{name}" for split in SPLITS for name in (NAME, "index.safetensors", "ids.bin")
-        }
+        files = {f"{split}/{name}" for split in SPLITS for name in (NAME, INDEX, IDS)}
         others = [name for name in dest.names() if name not in files]
         if others:
             raise InputError(f"{dest.url} holds other files ({others[0]}); choose an empty DEST")
@@ -77,11 +76,11 @@ def _refuse_held_out_in_train(stores: Sequence[Store], bases: dict[str, list[Man
     parts = [
         rows["id"]
         for store, manifest in zip(stores, bases[validation], strict=True)
-        for rows in rows_of_table(store, f"{validation}/", manifest.samples, manifest.lookup)
+        for rows in _rows(store, validation, manifest)
     ]
     held_out: NDArray[np.uint64] = np.sort(np.concatenate(parts))
     for store, manifest in zip(stores, bases[train], strict=True):
-        for rows in rows_of_table(store, f"{train}/", manifest.samples, manifest.lookup):
+        for rows in _rows(store, train, manifest):
             places = np.minimum(np.searchsorted(held_out, rows["id"]), len(held_out) - 1)
             both = rows["id"][held_out[places] == rows["id"]]
             if len(both):
@@ -89,3 +88,9 @@ def _refuse_held_out_in_train(stores: Sequence[Store], bases: dict[str, list[Man
                     f"the pair of the id {both[0]} is in {store.url}/{train} and in another set's "
                     f"{validation} split; {_MIX}"
                 )
+
+
+def _rows(store: Store, split: str, manifest: Manifest) -> Iterator[NDArray[Any]]:
+    """The rows of a split's ids, in parts."""
+    table = f"{split}/{manifest.file(IDS)}"
+    return rows_of_table(store, table, manifest.samples, manifest.lookup)

@@ -1,6 +1,8 @@
 """Stages on mixtures: batches, validations, baselines and requirements."""
 
 import dataclasses
+import json
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,15 +17,20 @@ from core.storage.store import FolderStore
 from data_pipeline.config import OrderConfig, PackConfig
 from data_pipeline.formats.manifest import SPLITS
 from data_pipeline.packing.pack import pack
+from data_pipeline.streaming.state import position_of
 from data_pipeline.streaming.stream import first_records
 from data_pipeline.tokenize.figures import per_position_entropy
-from parallel.mesh import Mesh
+from parallel.device import CPU
+from parallel.mesh import Mesh, own_mesh
 from parallel.tensor.ops import TensorParallel
 from training.config import PriorTrain
 from training.data_requirements import mixture_problems
 from training.presets import dvae_tiny, prior_tiny
+from training.run.feed import Feed
+from training.run.versions import DataVersions
 from training.tasks.dvae import DVAETask
 from training.tasks.prior import PriorTask
+from training.trainer import _stream
 from training.validation import Validation
 
 
@@ -127,3 +134,44 @@ def test_a_dvae_trains_on_pictures_of_all_sets(tmp_path: Path) -> None:
     where = mixed.train.member(key, f"{key}.png")
     assert where == alone[1].train.member(key, f"{key}.png")
     assert len({t.facts()["raw"] for t in (mixed, *alone)}) == 3
+
+
+def test_a_mixture_keeps_the_versions_that_it_began_with(tmp_path: Path) -> None:
+    """Set a grows while the run is stopped; a resumed run reads as if it had not."""
+    made = {}
+    for name in ("a", "b"):
+        for split in SPLITS:
+            store = FolderStore(tmp_path / name)
+            made[name, split] = write_tokens(store, 2, 32, 4, 2, 3, split, seed=name)
+    places = "{0}/a:0.75,{0}/b:0.25"
+    feed = _feed(_prior(tmp_path, places))
+    unbroken = [_ids(data) for data in islice(feed.steps(0), 12)]
+    feed.close()
+    feed = _feed(_prior(tmp_path, places))
+    first = [_ids(data) for data in islice(feed.steps(0), 5)]
+    state = json.loads(json.dumps(dataclasses.asdict(feed.state)))
+    feed.close()
+    for split in reversed(SPLITS):
+        parent = made["a", split]
+        write_tokens(FolderStore(tmp_path / "a"), 3, 32, 4, 2, 3, split, parent, seed="a")
+    task = _prior(tmp_path, places)
+    assert task.train.sources[0].manifest.version == 2
+    feed = _feed(task)
+    feed.resume(position_of(state))
+    assert task.train.sources[0].manifest.version == 1
+    assert [part.source.manifest.version for part in task.held_out.parts] == [1, 1]
+    assert first + [_ids(data) for data in islice(feed.steps(5), 7)] == unbroken
+    feed.close()
+    problems = dataclasses.replace(task._settings, grow=True).problems()
+    assert any("grow reads one data set" in text for text in problems)
+
+
+def _feed(task: PriorTask) -> Feed:
+    settings, mesh = task._settings, own_mesh()
+    versions = DataVersions(task, settings.data, mesh)
+    return Feed(task, _stream(task, settings, mesh), settings, CPU, versions)
+
+
+def _ids(data: Any) -> list[int]:
+    ids: list[int] = data.records.ids.tolist()
+    return ids
