@@ -19,6 +19,7 @@ spinning for milliseconds, which stalls decoding when other processes use the co
 VERBS = {
     "demo": ("cli.sample:demo", "all stages on this machine; ends with report.html"),
     "pack": ("cli.data:pack", "raw pairs -> shards in a store, split by key"),
+    "data": ("cli.catalogue:data", "what a packed set holds: a page, SQL, keep-lists"),
     "train": ("cli.train:train", "train dvae | bpe | prior | clip PRESET"),
     "tokenize": ("cli.tokenize:tokenize", "raw shards -> token shards; --worker i/n"),
     "plan": ("cli.plan:plan", "does it fit, how fast, on which mesh, for how many days"),
@@ -46,7 +47,7 @@ VERBS = {
         "an exported folder -> finished models, with the same digests",
     ),
     "profile": ("cli.profile:profile", "where the time of a run's steps goes"),
-    "watch": ("cli.watch:watch", "runs live in this terminal: loss, speed, time, memory"),
+    "watch": ("cli.profile:watch", "runs live in this terminal: loss, speed, time, memory"),
     "diverge": ("cli.inspect:diverge", "the first tensor in which two runs differ"),
     "replay": ("cli.inspect:replay", "run a rejected step again, on one process"),
     "seen": ("cli.inspect:seen", "the training steps at which a pair is read"),

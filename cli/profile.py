@@ -1,6 +1,9 @@
-"""The verb profile."""
+"""The verbs profile and watch."""
 
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from core.config import check
 from core.errors import InputError
@@ -11,6 +14,7 @@ from training.profiling.report import profile_of
 from training.profiling.ring import FOLDER
 from training.profiling.tables import page, show
 from training.profiling.trace import request_trace, traces
+from workflow.watch import watch_runs
 
 
 def profile(arguments: list[str]) -> None:
@@ -102,3 +106,23 @@ def _show_traces(run: Path, as_json: bool) -> None:
     )
     if as_json:
         print_json({"traces": paths})
+
+
+def watch(arguments: list[str]) -> None:
+    """`tapir watch RUN [RUN...]`."""
+
+    def run(
+        runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
+        once: bool = False,
+        interval: float = 1.0,
+    ) -> None:
+        """Watch runs in this terminal until all have ended, or Ctrl-C.
+
+        Args:
+            runs: run folders of dVAEs, priors or CLIPs
+            once: print one frame and exit, as when standard output is not a terminal
+            interval: seconds between two updates, up to 3600
+        """
+        watch_runs(runs, once, interval)
+
+    parse(run, arguments, "watch")

@@ -25,8 +25,8 @@ class FilterConfig:
     duplicates: bool = False
     """Leave out exact duplicates: the same image with the same caption."""
     near: int = -1
-    """Leave out near duplicates: pictures whose 64-bit perceptual hash differs from an earlier one
-    in at most this many bits (0 to 3); -1 = keep them."""
+    """Leave out near duplicates: pictures whose perceptual hash (128 bits) differs from that of an
+    earlier, kept one in at most this many bits (0 to 3); -1 = keep them."""
 
     def problems(self) -> list[str]:
         problems = []
@@ -78,6 +78,23 @@ class PackConfig:
         if self.count < 0 or not 16 <= self.pixels <= 1024:
             problems.append("count must not be negative, and pixels be 16 to 1024")
         return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class CatalogueConfig:
+    """How a catalogue is read."""
+
+    memory_gigabytes: float = 4.0
+    """Memory of a query; what needs more is written to TMPDIR."""
+    threads: int = 2
+    """Threads of a query."""
+    cache: Path = Path(".cache/catalogue")
+    """Folder of the files of a catalogue that is in an object store; they are fetched once."""
+
+    def problems(self) -> list[str]:
+        if self.memory_gigabytes < 0.1 or self.threads < 1:
+            return ["memory_gigabytes must be at least 0.1 and threads at least 1"]
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,19 +3,24 @@
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
+from bench.support.counted import CountedStore
 from core.errors import InputError
 from core.keys import key_int
-from core.storage.store import FolderStore, Store
+from core.storage.store import Store
 from data_pipeline.config import FilterConfig
 from data_pipeline.formats.in_place import InPlaceUnit, split_of_block
 from data_pipeline.formats.manifest import SPLITS, Manifest, Shard
 from data_pipeline.formats.raw import RawRecord, RawSource, caption_rules
 from data_pipeline.formats.raw_set import Keep, keep_all, write_split
+from data_pipeline.formats.views.masks import Kept
 from data_pipeline.images.crops import encode_png
 from data_pipeline.images.decode import inspect
 from data_pipeline.packing.filters import caption_reject
@@ -95,10 +100,14 @@ def in_place_set(
     dest: Store,
     tars: Sequence[Path],
     keep: Callable[[str], Keep] = lambda split: keep_all,
-    **options: object,
+    where: Mapping[Path, tuple[str, str]] = MappingProxyType({}),
+    **options: Any,
 ) -> dict[str, Manifest]:
-    """Both splits of a set in place."""
-    units = [in_place_unit(dest, i, path, **options) for i, path in enumerate(tars)]  # type: ignore[arg-type]
+    """Both splits of a set in place; `where`: (URL, ETag) of tars that are in a store."""
+    units = []
+    for number, path in enumerate(tars):
+        place, etag = where.get(path, ("", ""))
+        units.append(in_place_unit(dest, number, path, place=place, etag=etag, **options))
     return {
         split: write_split(
             *(dest, f"{split}/", [[u[split]] if split in u else [] for u in units]),
@@ -122,6 +131,28 @@ def written(folder: Path, name: str, members: Members) -> Path:
     return path
 
 
-def opened(path: Path) -> FolderStore:
-    """A store of a folder."""
-    return FolderStore(path)
+def kept_by(store: Store, split: str, some: Callable[[str], bool]) -> Keep:
+    """Keeps, of each shard, the records whose key is chosen."""
+    source = RawSource(store, split)
+
+    @cache
+    def keep(number: int) -> Kept:
+        blocks = range(*source.blocks.blocks_of(number))
+        return np.asarray([some(r.key) for b in blocks for r in source.read(b)], np.bool_)
+
+    return keep
+
+
+def epoch(store: Store, opened: list[CountedStore]) -> tuple[float, float]:
+    """(GETs, bytes) a record of reading each block of the train split once.
+
+    `opened`: the stores of other places, which opening them appends.
+    """
+    opened.clear()
+    own = CountedStore(store)
+    source = RawSource(own, "train")
+    before, read_before = own.requests["GET"], own.bytes_read
+    records = sum(len(source.read(block)) for block in range(len(source.sizes)))
+    gets = own.requests["GET"] - before + sum(s.requests["GET"] for s in opened)
+    read = own.bytes_read - read_before + sum(s.bytes_read for s in opened)
+    return gets / records, read / records

@@ -154,6 +154,7 @@ class InPlaceUnit:
     ) -> dict[str, Shard]:
         """Write an index for each split that has records; returns the shards by split.
 
+        It lists all blocks of the split, also those without a kept pair.
         `ids`, `kept`: of all pairs, in order; `captions`: the caption filters (Shard.captions).
         """
         ends = np.cumsum([0, *(block.pairs for block in self._blocks)])
@@ -176,20 +177,20 @@ class InPlaceUnit:
                 for i, block in enumerate(self._blocks)
                 if block.split == split
             ]
-            some = [(block, pairs) for block, pairs in rows if kept[pairs].any()]
-            if some:
-                index = _index_of([block for block, _ in some], [kept[pairs] for _, pairs in some])
-                chosen = np.concatenate([ids[pairs][kept[pairs]] for _, pairs in some])
-                total = sum(block.pairs for block, _ in rows)
-                data = dump_shard_index(index, chosen)
-                store.put(f"{split}/{entry.index_name}", data)
-                shards[split] = replace(
-                    entry,
-                    samples=len(chosen),
-                    blocks=len(index),
-                    index_sha256=sha256(data),
-                    pairs=total if total != len(chosen) else 0,
-                )
+            if not any(kept[pairs].any() for _, pairs in rows):
+                continue
+            index = _index_of([block for block, _ in rows], [kept[pairs] for _, pairs in rows])
+            chosen = np.concatenate([ids[pairs][kept[pairs]] for _, pairs in rows])
+            total = sum(block.pairs for block, _ in rows)
+            data = dump_shard_index(index, chosen)
+            store.put(f"{split}/{entry.index_name}", data)
+            shards[split] = replace(
+                entry,
+                samples=len(chosen),
+                blocks=len(index),
+                index_sha256=sha256(data),
+                pairs=total if total != len(chosen) else 0,
+            )
         return shards
 
 

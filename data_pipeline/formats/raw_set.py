@@ -161,8 +161,8 @@ class _SplitWriter:
     ) -> None:
         """Add the shards of a finished split; `entry` makes their entries."""
         manifest, index = split.manifest, split.index[0]
-        chosen = [keep(number) for number in range(len(manifest.shards))]
-        ranks = _ranks(chosen, manifest.shards)
+        chosen = _chosen(keep, manifest.shards)
+        ranks = None if chosen is None else Ranks(chosen)
         table = prefix + manifest.file(IDS)
         for rows in rows_of_table(store, table, manifest.samples, manifest.lookup):
             ids, records = rows["id"], rows["record"].astype(np.int64)
@@ -170,10 +170,11 @@ class _SplitWriter:
                 left = ranks.kept[records]
                 ids, records = ids[left], ranks.of(records[left])
             self._ids.add(self._records, ids, records)
-        first = 0
-        for shard, part in zip(manifest.shards, chosen, strict=True):
+        first = record = 0
+        for shard in manifest.shards:
+            part = None if chosen is None else chosen[record : record + shard.samples]
             self._add(entry(shard), index.part(first, first + shard.blocks), part)
-            first += shard.blocks
+            first, record = first + shard.blocks, record + shard.samples
 
     def _add(self, shard: Shard, index: BlockIndex, chosen: Kept | None) -> None:
         """Add a shard's blocks that have a chosen record, and its entry if there is one."""
@@ -224,11 +225,12 @@ class _SplitWriter:
         return manifest
 
 
-def _ranks(chosen: Sequence[Kept | None], shards: Sequence[Shard]) -> Ranks | None:
-    """The new numbers of a set's records; None if all of them stay."""
-    if all(part is None for part in chosen):
-        return None
-    rows = zip(chosen, shards, strict=True)
-    return Ranks(
-        np.concatenate([np.ones(s.samples, np.bool_) if c is None else c for c, s in rows])
-    )
+def _chosen(keep: Keep, shards: Sequence[Shard]) -> Kept | None:
+    """Which records of a set stay; None if all do."""
+    chosen, first, is_all = np.ones(sum(shard.samples for shard in shards), np.bool_), 0, True
+    for number, shard in enumerate(shards):
+        part = keep(number)
+        if part is not None:
+            chosen[first : first + shard.samples], is_all = part, False
+        first += shard.samples
+    return None if is_all else chosen

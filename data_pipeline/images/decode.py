@@ -32,6 +32,9 @@ _TOGETHER = 1_000_000
 """Pixels that are converted together."""
 _WHITE = 255
 _NARROW, _AREA = 72, cv2.INTER_AREA
+BANDS, BAND_BITS = 4, 32
+"""A perceptual hash is BANDS words of BAND_BITS bits."""
+LOOK_BITS = BANDS * BAND_BITS
 _ORIENTATION = 0x0112
 _OF_RGB_16 = "RGB;16B", "RGB;16L"
 """Pillow's raw modes that read the high bytes, and the low bytes, of 16-bit samples."""
@@ -50,8 +53,8 @@ class Inspected:
 
     width: int
     height: int
-    look: int
-    """64-bit perceptual hash (difference hash)."""
+    look: bytes
+    """Perceptual hash of LOOK_BITS bits (`perceptual_hash`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,12 +115,40 @@ def _glance(picture: _Decoded) -> Inspected:
         )
         for _, part in picture.parts
     ]
-    grey = _upright(np.concatenate(narrow), picture.orientation)
-    few = np.asarray(cv2.resize(grey, (9, 8), interpolation=_AREA), np.int16)
-    look = int.from_bytes(np.packbits(few[:, 1:] > few[:, :-1]).tobytes(), "big")
+    look = perceptual_hash(_upright(np.concatenate(narrow), picture.orientation))
     sides = (picture.width, picture.height)
     width, height = sides[::-1] if _is_transposed(picture.orientation) else sides
     return Inspected(width=width, height=height, look=look)
+
+
+def perceptual_hash(grey: NDArray[np.uint8]) -> bytes:
+    """Difference hash: is a pixel of the reduced picture brighter than its neighbour?
+
+    64 bits compare neighbours in the rows of 9x8 pixels, 64 those in the columns of 8x9. Each band
+    has 16 bits of either kind, spread over the whole picture (`_bit_order`).
+
+    Shapes: (height, width) uint8 -> 16 bytes; band b is bytes 4b to 4b + 3.
+    """
+    wide = np.asarray(cv2.resize(grey, (9, 8), interpolation=_AREA), np.int16)
+    high = np.asarray(cv2.resize(grey, (8, 9), interpolation=_AREA), np.int16)
+    return _packed(wide[:, 1:] > wide[:, :-1], high[1:] > high[:-1])
+
+
+def _packed(across: NDArray[np.bool_], down: NDArray[np.bool_]) -> bytes:
+    return np.packbits(np.stack([across, down]).reshape(-1)[_BIT_ORDER]).tobytes()
+
+
+def _bit_order() -> NDArray[np.intp]:
+    """Sort bits by band: (row + column) % BANDS across, and two bands further down."""
+    row, column = np.indices((8, 8))
+    bands = np.stack([row + column, row + column + 2]) % BANDS
+    return np.argsort(bands.reshape(-1), kind="stable")
+
+
+_BIT_ORDER = _bit_order()
+_NONE, _ALL = np.zeros((8, 8), bool), np.ones((8, 8), bool)
+FLAT_LOOKS = tuple(sorted(_packed(a, d) for a in (_NONE, _ALL) for d in (_NONE, _ALL)))
+"""Hashes of flat pictures and of ramps of brightness, which all look alike."""
 
 
 def _opened(data: bytes, where: str) -> ImageFile:

@@ -10,24 +10,20 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from data_pipeline.config import FilterConfig
-from data_pipeline.images.decode import Inspected
+from data_pipeline.images.decode import (
+    BAND_BITS,
+    BANDS,
+    FLAT_LOOKS,
+    LOOK_BITS,
+    Inspected,
+)
+from data_pipeline.text.language import is_english
 
 _BOILERPLATE = re.compile(
     r"photographed (on|in|at) .*\d|\bstock (photo|image|picture|vector|footage)|image may contain"
     r"|\bclick (here|to)\b|all rights reserved|©|\.(jpe?g|png|gif|webp)$"
     r"|^(img|dsc|dscn|image|photo|picture|screenshot|untitled)[ _-]*\d*$"
 )
-_ENGLISH = (
-    "a an the of in on at to for from with and or is are was be by as it its this that these his "
-    "her their my your near under over above below between behind into up down out off about left "
-    "right two three four"
-)
-_LONG = 6
-"""Captions with at least this many words must contain one of _ENGLISH."""
-_LATIN = 0.9
-BANDS = 4
-MOST_NEAR = BANDS - 1
-"""Two hashes that differ in at most this many bits agree in at least one band."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,15 +48,6 @@ def caption_reject(caption: str, config: FilterConfig) -> Reject | None:
     return None
 
 
-def is_english(caption: str) -> bool:
-    """Heuristic: letters are a-z, and a long caption has one of the commonest English words."""
-    letters = [c for c in caption if c.isalpha()]
-    latin = sum(c.isascii() for c in letters)
-    words = re.findall(r"[a-z]+", caption)
-    grammar = len(words) < _LONG or not set(_ENGLISH.split()).isdisjoint(words)
-    return bool(letters) and latin >= _LATIN * len(letters) and grammar
-
-
 def image_reject(image: Inspected, config: FilterConfig) -> Reject | None:
     """Apply the size filters to a picture."""
     short, long = sorted((image.width, image.height))
@@ -83,23 +70,24 @@ class Duplicates:
         self._seen: dict[bytes, str] = {}
         self._bands: dict[tuple[int, int], list[tuple[int, str]]] = defaultdict(list)
 
-    def reject(self, key: str, image: bytes, caption: str, look: int) -> Reject | None:
+    def reject(self, key: str, image: bytes, caption: str, look: bytes) -> Reject | None:
         """Reject a duplicate, else record the pair; `look` is its perceptual hash."""
         if self._config.duplicates:
             digest = hashlib.blake2b(image + b"\0" + caption.encode(), digest_size=16).digest()
             if digest in self._seen:
                 return Reject(kind="duplicate", reason=f"the same pair as {self._seen[digest]}")
             self._seen[digest] = key
-        if self._config.near < 0 or look in (0, 2**64 - 1):  # flat pictures all look alike
+        if self._config.near < 0 or look in FLAT_LOOKS:
             return None
-        bands = [(i, look >> (16 * i) & 0xFFFF) for i in range(BANDS)]
+        number = int.from_bytes(look, "little")
+        bands = [(i, number >> (BAND_BITS * i) & (2**BAND_BITS - 1)) for i in range(BANDS)]
         for band in bands:
             for other, name in self._bands[band]:
-                distance = (look ^ other).bit_count()
+                distance = (number ^ other).bit_count()
                 if distance <= self._config.near:
                     return Reject(
-                        kind="near-duplicate", reason=f"{distance} of 64 bits from {name}"
+                        kind="near-duplicate", reason=f"{distance} of {LOOK_BITS} bits from {name}"
                     )
         for band in bands:
-            self._bands[band].append((look, key))
+            self._bands[band].append((number, key))
         return None

@@ -61,7 +61,7 @@ class _Examined:
 
     pair: Pair
     captions: tuple[str, ...]
-    look: int
+    look: bytes
 
 
 class RawWriter:

@@ -127,7 +127,9 @@ class _Rejoined:
 
 @contextmanager
 def _opened(stream: Readable, plain: bool) -> Iterator[tarfile.TarFile]:
-    head = stream.read(_HEAD)
+    head = b""
+    while len(head) < _HEAD and (part := stream.read(_HEAD - len(head))):
+        head += part
     whole: Any = _Rejoined(head, stream)
     opener = next((o for magic, o in _PACKED.items() if head.startswith(magic)), None)
     if opener is not None:  # tarfile's own stop at the first part

@@ -67,8 +67,9 @@ class Ranks:
         padded = np.zeros(-(-len(kept) // self._TOGETHER) * self._TOGETHER, np.bool_)
         padded[: len(kept)] = kept
         rows = padded.reshape(-1, self._TOGETHER)
-        inside = np.cumsum(rows, axis=1, dtype=np.uint16) - rows
-        self.kept, self._inside = padded, inside.astype(np.uint8).reshape(-1)
+        inside = np.cumsum(rows, axis=1, dtype=np.uint8)
+        inside -= rows  # at most 255; a row of 256 ones wraps around, and back
+        self.kept, self._inside = padded, inside.reshape(-1)
         sums = np.cumsum(np.count_nonzero(rows, axis=1), dtype=np.int64)
         self._before = np.concatenate([np.zeros(1, np.int64), sums])
 

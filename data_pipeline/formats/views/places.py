@@ -47,7 +47,9 @@ class Places:
         try:
             size, etag = store.head(name)
         except AbsentError as error:
-            raise CorruptError(f"{shard.place} is gone ({error}); {CHANGED}") from error
+            raise CorruptError(
+                f"{shard.place}, a tar of this data set, is gone ({error}); {CHANGED}"
+            ) from error
         expected = shard.etag if etag else ""
         if (size, etag if expected else "") != (shard.bytes, expected):
             raise CorruptError(

@@ -7,6 +7,7 @@ import re
 import tarfile
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from core.errors import CorruptError
 from core.keys import key_int
 from core.storage.store import FolderStore
 from data_pipeline.config import FilterConfig, PackConfig
+from data_pipeline.evaluation_sets import packed_set
 from data_pipeline.formats.in_place import InPlaceUnit
 from data_pipeline.formats.manifest import SPLITS
 from data_pipeline.formats.raw import RawSource
@@ -77,6 +79,12 @@ def test_a_set_in_place_has_the_records_of_a_copy(tars: list[Path], tmp_path: Pa
     assert records == records_of(copied) and len(records) > 100
     assert {len(r.captions) for r in records} == {1, 2}
     assert not [name for name in placed.names() if name.endswith(".tar")]
+    sets = [packed_set(store, SPLITS) for store in (copied, placed)]
+    captions = [[(c.text, sorted(c.pictures)) for c in given.captions] for given in sets]
+    assert captions[0] == captions[1]
+    assert [sets[1].read(key) for key in sets[1].pictures] == [
+        next(r.image for r in records if r.key == key) for key in sets[1].pictures
+    ]
 
 
 def test_each_block_yields_what_the_whole_archive_does(tars: list[Path], tmp_path: Path) -> None:
@@ -137,7 +145,9 @@ def test_a_changed_archive_is_refused(tmp_path: Path, byte: bool) -> None:
     with pytest.raises(CorruptError, match=match):
         source.read(0)
     path.unlink()
-    with pytest.raises(CorruptError, match=r"00000\.tar is gone .*; restore it"):
+    with pytest.raises(
+        CorruptError, match=r"00000\.tar, a tar of this data set, is gone .*; restore it"
+    ):
         RawSource(placed, "train").read(0)
 
 
@@ -197,6 +207,29 @@ def test_archives_that_cannot_be_read_in_place_are_rejects(kind: str) -> None:
         )
         == {}
     )
+
+
+class _Slow(io.RawIOBase):
+    """A stream that gives a few bytes at a time, and cannot seek."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = io.BytesIO(data)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        part = self._data.read(min(len(buffer), 7))
+        buffer[: len(part)] = part
+        return len(part)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_any_stream_is_read(compressed: bool) -> None:
+    data = tar_bytes(img2dataset(0, 3))
+    expected = list(archive_pairs(io.BytesIO(data), "w", "a"))
+    stored = gzip.compress(data) if compressed else data
+    assert list(archive_pairs(_Slow(stored), "w", "a")) == expected and len(expected) == 3
 
 
 def test_a_truncated_archive_keeps_its_whole_pairs(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from core.errors import ConfigError, InputError
 from core.keys import keyed_rng
 from data_pipeline.config import OrderConfig
 from data_pipeline.images import crops as images
-from data_pipeline.images.decode import decode_rgb, inspect
+from data_pipeline.images.decode import FLAT_LOOKS, decode_rgb, inspect
 from data_pipeline.streaming.order import LaneOrder
 from data_pipeline.text.dropout import DropoutEncoder, _joined
 
@@ -176,19 +176,28 @@ def _encoded(image: Image.Image, kind: str = "PNG") -> bytes:
 
 
 def test_a_look_says_which_neighbours_are_brighter() -> None:
-    """9 columns of brightness 0 1 0 1 ...: 10101010 in each of 8 rows; a falling ramp gives 0."""
+    """Columns of brightness 0 1 0 1 ...: the even columns of 8x8 comparisons across are set.
+
+    Band 0 has (row + column) % 4 = 0: columns 0 and 4, then 3 and 7, 2 and 6, 1 and 5: 11001100.
+    """
     stripes = np.repeat(np.tile(np.array([0, 200] * 4 + [0], np.uint8), (8, 1)), 8, 0)
     image = Image.fromarray(np.repeat(stripes, 8, 1))
     assert image.size == (72, 64)
     look = inspect(_encoded(image), "x")
-    assert look.look == 0xAAAAAAAAAAAAAAAA and (look.width, look.height) == (72, 64)
-    fall = Image.fromarray(np.tile(np.linspace(255, 0, 72).astype(np.uint8), (64, 1)))
-    assert inspect(_encoded(fall), "x").look == 0
-    flat = Image.new("RGB", (40, 30), "white")
-    assert inspect(_encoded(flat), "x").look == 0
+    assert look.look.hex() == "cccc000033330000" * 2 and (look.width, look.height) == (72, 64)
+    down = inspect(_encoded(image.transpose(Image.Transpose.TRANSPOSE)), "x")
+    assert down.look.hex() == "0000cccc" * 4 and (down.width, down.height) == (64, 72)
     first = np.zeros((64, 72), np.uint8)
     first[:8, 64:] = 255
-    assert inspect(_encoded(Image.fromarray(first)), "x").look == 1 << 56
+    assert inspect(_encoded(Image.fromarray(first)), "x").look.hex() == "00" * 12 + "40000000"
+
+
+def test_flat_pictures_and_ramps_have_the_four_flat_looks() -> None:
+    ramp = np.tile(np.linspace(0, 255, 72).astype(np.uint8), (64, 1))
+    pictures = [np.zeros_like(ramp), ramp[:, ::-1], ramp, ramp.T]
+    looks = [inspect(_encoded(Image.fromarray(one)), "x").look.hex() for one in pictures]
+    assert looks == ["00" * 16, "00" * 16, "ffff0000" * 4, "0000ffff" * 4]
+    assert {bytes.fromhex(look) for look in looks} | {b"\xff" * 16} == set(FLAT_LOOKS)
 
 
 def test_colours_of_pixels_by_hand() -> None:

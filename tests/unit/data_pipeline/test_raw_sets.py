@@ -1,7 +1,7 @@
 """Masks, views and joins of raw sets: which records stay, without a copy or another cut."""
 
+import tracemalloc
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +10,14 @@ from safetensors import numpy as tensors
 
 from bench.support.counted import CountedStore
 from core.errors import CorruptError, InputError
+from core.files.atomic import sha256
 from core.keys import key_fraction
 from core.storage.store import FolderStore, Store, open_store
 from data_pipeline.config import OrderConfig, PackConfig
 from data_pipeline.formats.ids import NAME as IDS
-from data_pipeline.formats.index import index_parts
+from data_pipeline.formats.index import BlockIndex, dump_shard_index, index_parts
 from data_pipeline.formats.lookup import find_pair
-from data_pipeline.formats.manifest import INDEX, NAME, RAW, SPLITS, read_manifest
+from data_pipeline.formats.manifest import INDEX, NAME, RAW, SPLITS, Shard, read_manifest
 from data_pipeline.formats.raw import RawRecord, RawSource
 from data_pipeline.formats.raw_set import Base, write_split, write_view
 from data_pipeline.formats.raw_shards import RawShards
@@ -27,7 +28,15 @@ from data_pipeline.formats.views.masks import Kept, MaskWriter, Ranks, bits_of
 from data_pipeline.packing.pack import pack
 from data_pipeline.streaming.cache import BlockCache
 from data_pipeline.streaming.stream import Stream
-from tests.in_place import img2dataset, in_place_set, in_place_unit, records_of, written
+from tests.in_place import (
+    epoch,
+    img2dataset,
+    in_place_set,
+    in_place_unit,
+    kept_by,
+    records_of,
+    written,
+)
 
 FILES = {f"{split}/{name}" for split in SPLITS for name in (NAME, INDEX, IDS)}
 
@@ -55,25 +64,13 @@ def copied(src: list[Path], tmp_path_factory: pytest.TempPathFactory) -> FolderS
     return store
 
 
-def _every(some: Callable[[str], bool], store: Store, split: str) -> Callable[[int], Kept]:
-    """Keeps, of each shard, the records whose key is chosen."""
-    source = RawSource(store, split)
-
-    @cache
-    def keep(number: int) -> Kept:
-        blocks = range(*source.blocks.blocks_of(number))
-        return np.asarray([some(r.key) for b in blocks for r in source.read(b)], np.bool_)
-
-    return keep
-
-
 def _most(key: str) -> bool:
     return key_fraction(0, key) < 0.7 and not key.startswith("00003")
 
 
 def _view(base: Store, dest: Store, some: Callable[[str], bool] = _most) -> None:
     for split in SPLITS:
-        keep = _every(some, base, split)
+        keep = kept_by(base, split, some)
         write_view(dest, f"{split}/", [Base(store=base, split=split, keep=keep)], {}, {})
 
 
@@ -136,7 +133,7 @@ def test_left_out_records_of_units_equal_those_of_a_view(
     whole = {split: read_manifest(placed, f"{split}/", RAW).shards for split in SPLITS}
 
     def keep_of(split: str) -> Callable[[int], Kept | None]:
-        by_shard = _every(_most, placed, split)
+        by_shard = kept_by(placed, split, _most)
         names = [shard.name for shard in whole[split]]
 
         def keep(unit: int) -> Kept | None:
@@ -219,7 +216,7 @@ def test_a_view_needs_sound_bases_and_something_to_keep(
     dest, base = FolderStore(tmp_path / "d"), FolderStore(tmp_path / "b")
     for name in placed.names():
         base.put(name, placed.get(name))
-    nothing = Base(store=base, split="train", keep=_every(lambda key: False, base, "train"))
+    nothing = Base(store=base, split="train", keep=kept_by(base, "train", lambda key: False))
     with pytest.raises(InputError, match="no pair is left for"):
         write_view(dest, "train/", [nothing], {}, {})
     table = bytearray(base.get(f"train/{IDS}"))
@@ -244,22 +241,10 @@ def test_an_epoch_in_place_takes_few_more_requests_and_bytes(
     pack(str(src[0].parent), copy, PackConfig(block=8, validation=0.1, shard_pairs=60))
     in_place_set(placed, src, block=8, validation=0.1)
     _view(placed, masked, lambda key: key_fraction(2, key) < 0.8)
-    figures = {}
-    for name, store in (("copy", copy), ("placed", placed), ("masked", masked)):
-        stores.clear()
-        source = RawSource(CountedStore(store), "train")
-        own = source._store
-        assert isinstance(own, CountedStore)
-        before = own.requests["GET"], own.bytes_read
-        records = sum(len(source.read(block)) for block in range(len(source.sizes)))
-        gets = own.requests["GET"] - before[0] + sum(s.requests["GET"] for s in stores)
-        read = own.bytes_read - before[1] + sum(s.bytes_read for s in stores)
-        figures[name] = gets / records, read / records
-        heads = sum(s.requests["HEAD"] for s in stores)
-        assert heads == (0 if name == "copy" else len(src)) and len(stores) <= 1
-    (gets, read), (gets_placed, read_placed) = figures["copy"], figures["placed"]
-    assert gets_placed <= 1.2 * gets and read_placed <= 1.1 * read
-    assert figures["masked"][0] <= 1.5 * gets and figures["masked"][1] <= 1.5 * read
+    (gets, read), *others = (epoch(store, stores) for store in (copy, placed, masked))
+    assert others[0][0] <= 1.2 * gets and others[0][1] <= 1.1 * read
+    assert others[1][0] <= 1.5 * gets and others[1][1] <= 1.5 * read
+    assert len(stores) == 1 and stores[0].requests["HEAD"] == len(src)
 
 
 def test_a_view_shares_cached_blocks_with_its_base(placed: FolderStore, tmp_path: Path) -> None:
@@ -308,3 +293,51 @@ def test_an_unmasked_index_has_the_arrays_of_before(copied: FolderStore) -> None
     assert list(index.arrays) == ["start", "bytes", "records", "crc32"]
     assert b"".join(index_parts(index)) == copied.get(f"train/{INDEX}")
     assert b"place" not in copied.get(f"train/{NAME}")
+
+
+@pytest.mark.seconds
+def test_a_million_records_take_a_few_bytes_each(tmp_path: Path) -> None:
+    """A Python object a record would take at least 50 MB."""
+    store, view, each = FolderStore(tmp_path / "s"), FolderStore(tmp_path / "v"), 10_000
+    shards = [_synthetic(store, number, each) for number in range(100)]
+    kept = np.random.default_rng(0).random(each) < 0.8
+    tracemalloc.start()
+    units = [[shard] for shard in shards]
+    write_split(store, "train/", units, {}, {}, lambda unit: np.roll(kept, unit))
+    base = Base(
+        store=store, split="train", keep=lambda _: np.arange(np.count_nonzero(kept)) % 5 > 0
+    )
+    manifest = write_view(view, "train/", [base], {}, {})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
+    index = open_split(view, "train", RAW).index[0]
+    assert index.mask is not None and index.pairs is not None
+    assert index.mask.nbytes == -(-int(index.pairs.sum()) // 8)
+    assert sum(array.itemsize for name, array in index.arrays.items() if name != "mask") == 24
+    assert manifest.samples == int(index.records.sum()) == 100 * (kept.sum() - -(-kept.sum() // 5))
+
+
+def _synthetic(store: FolderStore, number: int, records: int) -> Shard:
+    """The index of an archive that does not exist."""
+    sizes = np.full(records // 50, 50, np.uint32)
+    ids = np.arange(number * records + 1, (number + 1) * records + 1, dtype=np.uint64)
+    ids = (ids * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(1)
+    starts = (np.cumsum(sizes) * 10).astype(np.uint64)
+    index = BlockIndex(start=starts, bytes=sizes, records=sizes, crc32=sizes)
+    data, place = dump_shard_index(index, ids), f"/none/{number}.tar"
+    shard = Shard(
+        name=f"shard-{number:06d}.tar",
+        samples=records,
+        blocks=len(index),
+        bytes=1,
+        sha256=sha256(place.encode()),
+        etag="",
+        index_sha256=sha256(data),
+        place=place,
+        archive=str(number),
+    )
+    path = store.root / "train" / shard.index_name  # without a sync of each file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return shard

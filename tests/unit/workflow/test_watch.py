@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cli.watch import watch
+from cli.profile import watch
 from core.errors import InputError
 from core.files.atomic import write_atomic
 from core.heartbeat import FOLDER, Heart
