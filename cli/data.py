@@ -6,9 +6,10 @@ import tyro
 
 from core.errors import InputError
 from core.files.out_folder import refuse_others_folder
-from core.flags import FLAT, PositionalText, parse, print_json
+from core.flags import FLAT, PositionalTexts, parse, print_json
 from core.log import LOG
 from core.storage.store import open_store
+from core.workers import job_worker_of
 from data_pipeline.config import PackConfig
 from data_pipeline.packing import pack as packing
 from data_pipeline.packing.join import join as join_sets
@@ -16,28 +17,34 @@ from data_pipeline.packing.rejects import REJECTS
 
 
 def pack(arguments: list[str]) -> None:
-    """`tapir pack SRC DEST`."""
+    """`tapir pack SRC ... DEST`."""
 
     def run(
-        source: PositionalText,
-        dest: PositionalText,
+        places: PositionalTexts,
         config: Annotated[PackConfig, FLAT] = PackConfig(),  # noqa: B008
+        worker: str = "",
         again: bool = False,
         json: bool = False,
     ) -> None:
         """Write raw image-caption pairs as WebDataset shards, split into train and validation.
 
         Args:
-            source: shapes, emoji, a folder of images with .txt or .json captions, a WebDataset
-                tar, a .parquet table of captions and pictures or local paths, or a folder of tars
-                or tables
-            dest: s3://bucket/prefix or a folder
+            places: one or several SRC, and DEST, which is s3://bucket/prefix or a folder. A SRC is
+                shapes, emoji, a folder of images with .txt or .json captions, a WebDataset tar, a
+                .parquet table of captions and pictures or their paths, a folder of tars or tables,
+                an s3://bucket/prefix of the same, or a pattern such as 's3://b/{0000..0099}.tar'
             config: settings
-            again: write a finished data set again, which repairs damaged shards
+            worker: which of n workers this one is, i/n; by default it is read from a Slurm array, a
+                Kubernetes indexed job with TAPIR_WORKERS, or mpirun; otherwise 0/1
+            again: verify a finished data set's shards, and write damaged ones again
             json: print a JSON object on the last line
         """
+        if len(places) < 2:
+            raise InputError("pack needs at least one SRC and a DEST, e.g. tapir pack shapes DEST")
+        *sources, dest = places
         refuse_others_folder(dest, "a data set")
-        manifests = packing.pack(source, open_store(dest), config, again)
+        member = job_worker_of(worker)
+        manifests = packing.pack(sources, open_store(dest), config, again, member)
         for split, manifest in manifests.items():
             LOG.info("%s: %d pairs in %d shards", split, manifest.samples, len(manifest.shards))
         rejects = manifests["train"].rejects

@@ -58,17 +58,16 @@ def score(arguments: list[str]) -> None:
             inception: Inception's weights as safetensors; without them, a proxy is computed from
                 CLIP's features, which is not comparable with published figures
             overlap: overlap.json of `tapir overlap RAW DATA`; adds a score without those pictures
-            worker: this process's part of the blocks, i/n with i from 0; by default set by
-                a Slurm array, a Kubernetes indexed job, MPI or torchrun
+            worker: this process's part of the job, i/n with i from 0; by default set by a Slurm
+                array, a Kubernetes indexed job, MPI or torchrun
             config: settings
         """
-        from generation.evaluation.score_job import score_models  # noqa: PLC0415
+        from generation.evaluation.open_score import score_models  # noqa: PLC0415
         from generation.evaluation.score_rows import table  # noqa: PLC0415
 
         scores = score_models(models, data, inception, overlap, config, out, worker)
-        if scores is not None:
-            LOG.info("%s", table(scores))
-        print_json(scores or {"finished": False})
+        LOG.info("%s", table(scores))
+        print_json(scores)
 
     parse(run, arguments, "score")
 
@@ -82,6 +81,7 @@ def overlap(arguments: list[str]) -> None:
         dest: str = "",
         clip: Path = Path("runs/clip"),
         out: Path = Path("runs/overlap"),
+        worker: str = "",
         config: Annotated[OverlapConfig, FLAT] = OverlapConfig(),  # noqa: B008
     ) -> None:
         """Find pairs whose picture is also in an evaluation set; with --dest, write the others.
@@ -92,11 +92,13 @@ def overlap(arguments: list[str]) -> None:
             dest: s3://bucket/prefix or a folder for the pairs below the threshold; without it, only
                 examples by likeness are written, which help to choose the threshold
             clip: run folder of a finished CLIP
-            out: folder for overlap.json and the examples
+            out: folder for overlap.json and the examples; workers share it
+            worker: this process's part of the job, i/n with i from 0; by default set by a Slurm
+                array, a Kubernetes indexed job, MPI or torchrun
             config: settings
         """
         from generation.evaluation.overlap import find_overlap  # noqa: PLC0415
 
-        print_json(find_overlap(raw, evaluation, dest, clip, out, config))
+        print_json(find_overlap(raw, evaluation, dest, clip, out, config, worker))
 
     parse(run, arguments, "overlap")

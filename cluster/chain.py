@@ -38,7 +38,7 @@ class Resources:
     minutes: int = 0
     """Time limit of one run; before it the job saves and is requeued. 0 = the default."""
     workers: int = 1
-    """Processes of a token job: an array."""
+    """Processes of a data job (pack, tokenize, score): an array."""
     parallelism: int = 0
     """Workers that may run at the same time; 0 = all."""
 
@@ -78,7 +78,7 @@ class Job:
     checkpoints: str = ""
     """Place of its checkpoints: a newer one is progress."""
     shards: str = ""
-    """Place of a data job's output: more finished files are progress."""
+    """Place of a data job's output: more finished files, or a worker's own tasks, are progress."""
     resources: Resources = field(default_factory=Resources)
 
     @property
@@ -146,6 +146,7 @@ class Chain:
             f"--stall-hours={self.stall_hours:g}",
             *([f"--checkpoints={job.checkpoints}"] if job.checkpoints else []),
             *([f"--shards={job.shards}"] if job.shards else []),
+            *([f"--worker={name.removeprefix(job.name)[1:]}"] if job.array else []),
             *flags,
             *(["--saves"] if job.trains else []),
             "--",

@@ -66,6 +66,8 @@ class JobSettings:
     """Folder or s3://bucket/prefix of its checkpoints: a newer one is progress."""
     shards: str = ""
     """Folder or s3://bucket/prefix that a data job fills: more finished files are progress."""
+    worker: str = ""
+    """Number of a worker of the data job: tasks that it has finished itself are its progress."""
     saves: bool = False
     """On a stop request the command saves by itself; other commands are ended at once."""
     grace: float = 600.0
@@ -95,7 +97,8 @@ def run_job(settings: JobSettings, command: Sequence[str]) -> int:
     worker = _worker()
     name, marker = (text.replace(WORKER, worker) for text in (settings.name, settings.marker))
     is_first = worker == "0" or WORKER in settings.marker
-    settings = replace(settings, name=name, marker=marker)
+    number = settings.worker.replace(WORKER, worker)
+    settings = replace(settings, name=name, marker=marker, worker=number)
     place = settings.markers or str(settings.out / "markers")
     with _Asked() as asked:
         for name in settings.after:
@@ -120,7 +123,7 @@ def _run(settings: JobSettings, command: Sequence[str], place: str, asked: "_Ask
     starts = Starts(
         open_store(settings.markers or str(files)),
         record,
-        Progress(checkpoints=settings.checkpoints, shards=settings.shards),
+        Progress(checkpoints=settings.checkpoints, shards=settings.shards, worker=settings.worker),
         settings.retries,
         settings.stall_hours,
     )

@@ -9,6 +9,7 @@ import json
 import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -21,7 +22,8 @@ from core.storage.store import Store, open_store
 STARTS = ".starts"
 """Suffix of the record, after the job's name."""
 _CHECKPOINT = re.compile(r"step-(\d+)/manifest\.json")
-_SHARDS = (".tar", ".safetensors")
+_SHARDS, _DONE = (".tar", ".safetensors"), "_done/"
+_LEDGER = re.compile(r"(?:^|/)_ledger/(\d+)-[^/]*\.json$")
 _HOUR = 3600.0
 
 
@@ -51,6 +53,8 @@ class Progress:
     """Place of a training's checkpoints: the step of the newest whole one counts."""
     shards: str = ""
     """Place of a data job's output: the number of finished files counts."""
+    worker: str = ""
+    """Number of one of the data job's workers: the tasks in its own ledgers count."""
 
     def read(self) -> int:
         """The progress now; 0 if there is none, or if the store does not answer."""
@@ -60,7 +64,10 @@ class Progress:
                 steps = (_CHECKPOINT.fullmatch(name) for name in names)
                 return max((int(step[1]) for step in steps if step), default=0)
             if self.shards:
-                return sum(name.endswith(_SHARDS) for name in open_store(self.shards).names())
+                store = open_store(self.shards)
+                if self.worker:
+                    return _rows_of_worker(store, self.worker)
+                return sum(name.endswith(_SHARDS) or _DONE in name for name in store.names())
         except TapirError as error:
             LOG.warning("the job's progress cannot be read: %s", error)
         return 0
@@ -69,7 +76,18 @@ class Progress:
         """Where the job is at some progress, as the end of a sentence; empty without a place."""
         if self.checkpoints:
             return f" after the checkpoint of step {amount}" if amount else " before a checkpoint"
-        return f" after {amount} finished files" if self.shards else ""
+        what = "tasks of its own" if self.worker else "finished files"
+        return f" after {amount} {what}" if self.shards else ""
+
+
+def _rows_of_worker(store: Store, worker: str) -> int:
+    """Tasks in the ledgers of all starts of a worker (data_pipeline/jobs/ledger.py)."""
+    rows = 0
+    for name in store.names():
+        if (match := _LEDGER.search(name)) and match[1] == worker:
+            with suppress(AbsentError, ValueError, KeyError, TypeError):
+                rows += len(json.loads(store.get(name))["rows"])
+    return rows
 
 
 def failed_starts(starts: Sequence[Start], now: int) -> list[Start]:

@@ -17,6 +17,7 @@ T = TypeVar("T")
 FLAT: Any = tyro.conf.OmitArgPrefixes
 """Annotation of a config: its flags have no prefix."""
 PositionalText = Annotated[str, tyro.conf.Positional]
+PositionalTexts = Annotated[tuple[str, ...], tyro.conf.Positional]
 PositionalPath = Annotated[Path, tyro.conf.Positional]
 
 

@@ -58,10 +58,15 @@ class PackConfig:
     block: int = 64
     """Pairs per block, the unit that training reads in one request."""
     max_rejects: float = 0.0
-    """Maximum fraction of unusable pairs; they are left out and counted, and above it `pack` stops.
-    Pairs that a filter rejects do not count."""
+    """Maximum fraction of unusable pairs of the whole set; they are left out and counted, and above
+    it all workers stop. Pairs that a filter rejects do not count."""
+    in_place: bool = False
+    """Copy no plain tar: read it once, write an index and a catalogue, and let training read ranges
+    of it. Compressed tars, tables and folders are copied."""
     threads: int = 2
     """Threads that decode and check pictures; the shards are the same for any number."""
+    lease_seconds: float = 60.0
+    """A unit whose worker does not renew its lease for this long is taken over by another one."""
     filters: FilterConfig = field(default_factory=FilterConfig)
     """Filters."""
     cache: Path = Path(".cache")
@@ -75,6 +80,10 @@ class PackConfig:
             problems.append("shard_pairs, shard_megabytes, block and threads must be at least 1")
         if not 0 <= self.max_rejects < 1:
             problems.append(f"max_rejects={self.max_rejects} is a fraction; it must be in [0, 1)")
+        if not self.lease_seconds > 0:
+            problems.append("lease_seconds must be positive")
+        if self.in_place and self.count:
+            problems.append("count is for copies; with in_place choose fewer archives by a pattern")
         if self.count < 0 or not 16 <= self.pixels <= 1024:
             problems.append("count must not be negative, and pixels be 16 to 1024")
         return problems

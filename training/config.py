@@ -303,6 +303,11 @@ class BPETrain:
     half the tokens per caption, and a prior learns object positions earlier."""
     max_captions: int = 1_000_000
     """Maximum captions to read."""
+    task_captions: int = 50_000
+    """Pairs, at least, whose captions a worker counts at a time."""
+    worker: str = ""
+    """This process's part of the counting, i/n with i from 0; by default set by a Slurm array, a
+    Kubernetes indexed job, MPI or torchrun. All workers need the same --out."""
 
     def problems(self) -> list[str]:
         problems = [] if self.texts is not None else place_problems(self.data, "data")
@@ -311,8 +316,8 @@ class BPETrain:
             problems.append(
                 f"vocabulary={self.vocabulary} must be 257 to 65536 (256 of them are bytes)"
             )
-        if self.max_captions < 1:
-            problems.append("max_captions must be at least 1")
+        if min(self.max_captions, self.task_captions) < 1:
+            problems.append("max_captions and task_captions must be at least 1")
         return problems
 
 

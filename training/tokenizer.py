@@ -1,7 +1,8 @@
 """Trains the tokenizer, the only stage without the training loop."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import chain, islice
+from pathlib import Path
 
 from tokenizers import Tokenizer
 
@@ -9,35 +10,41 @@ from core.config import check
 from core.errors import ConfigError, CorruptError, InputError
 from core.files.atomic import held
 from core.files.out_folder import refuse_others_folder
-from core.launch_environment import ranks_given
 from core.log import LOG
 from core.storage.store import open_store
+from core.workers import job_worker_of
 from data_pipeline.formats.raw import RawSource
-from data_pipeline.streaming.stream import stored_records
 from data_pipeline.text.bpe import load_tokenizer, save_tokenizer, train_bpe
 from data_pipeline.text.captions import clean_caption, is_visible
 from training.config import BPETrain
+from training.word_counts import CountJob
 
 
 def train_tokenizer(settings: BPETrain) -> None:
-    """Learn merges from captions and write tokenizer.json.
+    """Learn merges from captions and write tokenizer.json; one of any number of workers.
 
     Raises: InputError if there is no caption, or if the folder has another tokenizer.
     """
     check(settings.problems())
-    if (ranks_given() or 1) > 1:
-        raise ConfigError("train bpe is one process; start it without mpirun or torchrun")
     refuse_others_folder(settings.out, "train bpe")
-    captions = islice(_captions(settings), settings.max_captions)
+    member = job_worker_of(settings.worker)
+    if settings.texts is None:
+        source = RawSource(open_store(settings.data), "train")
+        _keep(CountJob(source, settings, member).run(), settings)
+        return
+    if member.count > 1:
+        raise ConfigError("one process reads --texts; start it without other workers")
+    captions = islice(_lines(settings.texts), settings.max_captions)
     first = next(captions, None)
     if first is None:
-        raise InputError(f"{settings.texts or settings.data} holds no caption; give a larger one")
+        raise InputError(f"{settings.texts} holds no caption; give a larger one")
     with held(settings.out, "train bpe"):
-        _learn(settings, chain([first], captions))
+        learned = train_bpe(chain([first], captions), settings.vocabulary, settings.spaces)
+        _keep(learned, settings)
 
 
-def _learn(settings: BPETrain, captions: Iterable[str]) -> None:
-    tokenizer = train_bpe(captions, settings.vocabulary, settings.spaces)
+def _keep(tokenizer: Tokenizer, settings: BPETrain) -> None:
+    """Write tokenizer.json, unless the folder has another tokenizer."""
     entries = tokenizer.get_vocab_size()
     if entries < settings.vocabulary:
         LOG.warning(
@@ -61,12 +68,9 @@ def _keep_others(tokenizer: Tokenizer, settings: BPETrain) -> None:
         )
 
 
-def _captions(settings: BPETrain) -> Iterator[str]:
-    if settings.texts is None:
-        source = RawSource(open_store(settings.data), "train")
-        yield from (text for record in stored_records(source) for text in record.captions)
-        return
-    with open(settings.texts, "rb") as file:
+def _lines(path: Path) -> Iterator[str]:
+    """The captions of a file with one on each line."""
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if is_visible(line.decode("utf-8", "replace")):
-                yield clean_caption(line, f"{settings.texts}, line {number}")
+                yield clean_caption(line, f"{path}, line {number}")

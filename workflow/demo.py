@@ -161,6 +161,7 @@ def demo_run(config: DemoConfig, resharded: bool = False) -> RunFile:
                 resources=Resources(workers=TOKEN_WORKERS if name == "tokenize" else 1),
             )
             for name in STAGES
+            if name != "overlap"
         },
     )
 

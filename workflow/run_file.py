@@ -4,12 +4,13 @@ name: shapes
 out: runs/shapes
 store: s3://bucket/shapes
 stages:
-  pack: {source: shapes, flags: {count: 20000}}
+  pack: {source: shapes, workers: 2, flags: {count: 20000}}
   bpe: {}
   dvae: {flags: {loop.steps: 1800}}
   tokenize: {workers: 4}
   prior: {preset: tiny, nodes: 2, flags: {mesh.data: 4}}
   clip: {}
+  overlap: {source: coco:/data/coco, workers: 8}
   score: {source: coco:/data/coco, workers: 8}
   evaluate: {flags: {prompts: 512}}
 slurm: {partition: main}
@@ -34,12 +35,12 @@ from core.errors import InputError, did_you_mean
 from core.known_flags import KnownFlags, known_flags
 from core.renamed import new_names, renamed, tell_renamed, translated
 from data_pipeline.config import PackConfig, TokenizeConfig
-from generation.config import EvaluateConfig, ScoreConfig
+from generation.config import EvaluateConfig, OverlapConfig, ScoreConfig
 from training.config import BPETrain, ClipTrain, DVAETrain, PriorTrain
 from training.presets import PRESETS
 from workflow.run_flags import Value
 
-STAGES = ("pack", "bpe", "dvae", "tokenize", "prior", "clip", "score", "evaluate")
+STAGES = ("pack", "bpe", "dvae", "tokenize", "prior", "clip", "overlap", "score", "evaluate")
 """In a valid order of execution."""
 AFTER: dict[str, tuple[str, ...]] = {
     "pack": (),
@@ -48,10 +49,11 @@ AFTER: dict[str, tuple[str, ...]] = {
     "tokenize": ("bpe", "dvae"),
     "prior": ("tokenize",),
     "clip": ("bpe",),
-    "score": ("prior", "clip"),
+    "overlap": ("clip",),
+    "score": ("prior", "clip", "overlap"),
     "evaluate": ("prior", "clip"),
 }
-ARRAYS = ("tokenize", "score")
+ARRAYS = ("pack", "bpe", "tokenize", "overlap", "score")
 """Stages that any number of workers can share."""
 SETTINGS: dict[str, Any] = {
     "pack": PackConfig,
@@ -60,6 +62,7 @@ SETTINGS: dict[str, Any] = {
     "tokenize": TokenizeConfig,
     "prior": PriorTrain,
     "clip": ClipTrain,
+    "overlap": OverlapConfig,
     "score": ScoreConfig,
     "evaluate": EvaluateConfig,
 }
@@ -68,8 +71,11 @@ FOLDERS = {"tokenize": "tokens", "score": "scores", "evaluate": "samples"}
 """Folders of stages whose name differs from the stage's."""
 _NEEDS = {each.name for each in fields(Resources)}
 """A stage's keys that are resources."""
-FILES = {"inception": Path, "overlap": Path}
-"""Flags of `score` beside its settings."""
+FILES: dict[str, dict[str, Any]] = {
+    "score": {"inception": Path, "overlap": Path},
+    "overlap": {"dest": str},
+}
+"""Flags of stages beside their settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +85,7 @@ class StageSpec:
     preset: str = "tiny"
     """Preset of a training stage."""
     source: str = ""
-    """Source of `pack` or `score`."""
+    """Source of `pack`, `overlap` or `score`."""
     flags: dict[str, Value | list[Value]] = field(default_factory=dict)
     """Changes, as the command's flags without dashes: loop.steps: 100; a list = several values."""
     resources: Resources = field(default_factory=Resources)
@@ -157,12 +163,12 @@ class RunFile:
             problems += spec.resources.problems(name)
             if spec.resources.workers > 1 and name not in ARRAYS:
                 problems.append(
-                    f"stages.{name}: workers are for {' and '.join(ARRAYS)}; use nodes and mesh"
+                    f"stages.{name}: workers are for {', '.join(ARRAYS)}; use nodes and mesh"
                 )
-            if spec.resources.nodes > 1 and name in ("pack", "bpe", "evaluate", *ARRAYS):
-                problems.append(f"stages.{name}: nodes are for training; {ARRAYS[0]} has workers")
-            if spec.source and name not in ("pack", "score"):
-                problems.append(f"stages.{name}: a source is for pack and score")
+            if spec.resources.nodes > 1 and name in ("evaluate", *ARRAYS):
+                problems.append(f"stages.{name}: nodes are for training; data jobs have workers")
+            if spec.source and name not in ("pack", "overlap", "score"):
+                problems.append(f"stages.{name}: a source is for pack, overlap and score")
             fixed = {"out", "dvae", "bpe", "prior", "clip", "worker", "again", "help"}
             for flag in sorted(fixed & set(spec.flags)):
                 problems.append(f"stages.{name}.flags: {flag} is the run's to set; leave it out")
@@ -173,6 +179,8 @@ class RunFile:
                 )
         if "pack" in self.stages and not self.stages["pack"].source:
             problems.append("stages.pack: give a source, e.g. source: shapes")
+        if "overlap" in self.stages and not self.stages["overlap"].source:
+            problems.append("stages.overlap: give a source, the evaluation set: source: coco:DIR")
         return problems
 
 
@@ -273,7 +281,7 @@ def _parts(body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def flags_of(stage: str) -> KnownFlags:
     """The flags that a stage may change."""
     known = known_flags(SETTINGS[stage], flat=stage not in PRESETS)
-    return replace(known, types={**known.types, **(FILES if stage == "score" else {})})
+    return replace(known, types={**known.types, **FILES.get(stage, {})})
 
 
 def _unknown(where: str, body: dict[str, Any], known: Sequence[str]) -> list[str]:

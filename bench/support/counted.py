@@ -4,6 +4,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+from core.storage.entry import Entry
 from core.storage.s3 import _PART as PART
 from core.storage.store import Store
 
@@ -56,6 +57,11 @@ class CountedStore:
         names = self.store.names(prefix)
         self._count("LIST", max(1, -(-len(names) // PAGE)))
         return names
+
+    def entries(self, prefix: str = "") -> list[Entry]:
+        entries = self.store.entries(prefix)
+        self._count("LIST", max(1, -(-len(entries) // PAGE)))
+        return entries
 
     def exists(self, name: str) -> bool:
         self._count("HEAD")

@@ -13,6 +13,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import ClientError
 
 from core.errors import AbsentError, StoreError, StoreInputError
+from core.storage.entry import Entry
 from core.storage.s3_answers import (
     BUCKET_IS_OURS,
     code_of,
@@ -111,19 +112,23 @@ class S3Store:
             self._retries.later.upload_fileobj(body, self.bucket, self._key(name), Config=_TRANSFER)
 
     def names(self, prefix: str = "") -> list[str]:
+        return [entry.name for entry in self.entries(prefix)]
+
+    def entries(self, prefix: str = "") -> list[Entry]:
         start = self._key(prefix)
         cut = len(self.prefix) + 1 if self.prefix else 0
 
-        def ask(client: Any) -> list[str]:
-            keys, page = [], {}
+        def ask(client: Any) -> list[Entry]:
+            rows, page = [], {}
             for page in client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.bucket, Prefix=start
             ):
-                keys += [item["Key"] for item in page.get("Contents", [])]
+                rows += [_entry(item) for item in page.get("Contents", [])]
             if page.get("IsTruncated") and not page.get("NextContinuationToken"):
                 raise StoreError(f"{self.url} lists a part of its objects, and not how to go on")
-            kept = (key[cut:] for key in keys if key.startswith(start))
-            return sorted(key for key in kept if key and not key.endswith("/"))  # of consoles
+            kept = (row for row in rows if row.name.startswith(start))
+            cuts = (row._replace(name=row.name[cut:]) for row in kept)
+            return sorted(row for row in cuts if row.name and not row.name.endswith("/"))
 
         return self._retries.ask(prefix, ask)
 
@@ -183,3 +188,7 @@ class S3Store:
 
     def _key(self, name: str) -> str:
         return f"{self.prefix}/{name}" if self.prefix else name
+
+
+def _entry(item: Any) -> Entry:
+    return Entry(item["Key"], int(item.get("Size", 0)), item.get("ETag", "").strip('"'))

@@ -18,6 +18,7 @@ from core.config import S3, place_problems
 from core.errors import AbsentError, ConfigError, StoreError, StoreInputError, if_full
 from core.files.atomic import TEMPORARY, write_atomic, write_parts
 from core.files.file_systems import LOCK, rename_if_absent
+from core.storage.entry import Entry
 from core.storage.s3 import S3Store
 
 _WRONG_FOLDER = (
@@ -49,6 +50,9 @@ class Store(Protocol):
 
     def names(self, prefix: str = "") -> list[str]:
         """All names that begin with the prefix, sorted."""
+
+    def entries(self, prefix: str = "") -> list[Entry]:
+        """All objects whose names begin with the prefix, in the order of their names."""
 
     def exists(self, name: str) -> bool:
         """True if the object exists."""
@@ -116,6 +120,10 @@ class FolderStore:
             if not path.name.startswith((TEMPORARY, LOCK))
         )
         return sorted(name for name in names if name.startswith(prefix))
+
+    def entries(self, prefix: str = "") -> list[Entry]:
+        stats = ((name, self._path(name).stat()) for name in self.names(prefix))
+        return [Entry(name, stat.st_size, str(stat.st_mtime_ns)) for name, stat in stats]
 
     def exists(self, name: str) -> bool:
         return self._path(name).is_file()

@@ -32,6 +32,10 @@ _IN_MEMORY = 2**24
 """Bytes that are kept in memory instead of in a temporary file."""
 
 
+class RepeatedIdError(InputError):
+    """Two records of a set have one id."""
+
+
 def row_type(records: int) -> np.dtype[Any]:
     """The type of a row in a set of this many records."""
     return np.dtype([("id", "<u8"), ("record", "<u4" if records <= 2**32 else "<u8")])
@@ -129,7 +133,7 @@ class IdSorter:
             rows = self._partition(partition)
             same = np.flatnonzero(rows["id"][1:] == rows["id"][:-1])
             if len(same):
-                raise InputError(
+                raise RepeatedIdError(
                     f"{self._where} holds two pairs of the id {rows['id'][same[0]]}; give every "
                     "pair its own key"
                 )

@@ -27,6 +27,8 @@ from core.storage.store import Store
 from core.workers import JobWorker
 
 FOLDER = "_leases/"
+SECONDS = 60.0
+"""A lease that is not renewed for as long is taken over, where no setting says otherwise."""
 
 
 @dataclass

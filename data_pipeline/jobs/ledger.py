@@ -28,8 +28,9 @@ Record = dict[str, Any]
 class Ledger:
     """The tasks of one folder that this worker has finished."""
 
-    def __init__(self, store: Store, prefix: str) -> None:
-        self._store, self._prefix, self._name = store, prefix, uuid.uuid4().hex[:16]
+    def __init__(self, store: Store, prefix: str, worker: int = 0) -> None:
+        """`worker`: its number, by which `tapir job` tells its progress from the others'."""
+        self._store, self._prefix, self._name = store, prefix, f"{worker}-{uuid.uuid4().hex[:16]}"
         self._part, self._rows = 0, dict[str, Record]()
 
     def commit(self, task: str, record: Record) -> None:

@@ -98,7 +98,7 @@ class Job(Generic[AnyTask]):
         return Finisher(self.store, prefix, self.leases(prefix), result, write)
 
     def announce(self, kind: str, finishers: Sequence[Finisher]) -> None:
-        """Write job.json for `tapir status`, unless it exists."""
+        """Write job.json for `tapir status`."""
         parts = {
             finisher.prefix or "all": {
                 "prefix": finisher.prefix,
@@ -108,7 +108,7 @@ class Job(Generic[AnyTask]):
             }
             for finisher in finishers
         }
-        self.store.put(JOB, canonical_json({"job": kind, "parts": parts}), if_absent=True)
+        self.store.put(JOB, canonical_json({"job": kind, "parts": parts}))
 
     def run(self, work: Work[AnyTask], finishers: Sequence[Finisher], again: bool = False) -> int:
         """Make unfinished tasks, then the results; returns how many were made here.
@@ -195,7 +195,9 @@ class Job(Generic[AnyTask]):
         return True
 
     def _ledger(self, prefix: str) -> Ledger:
-        return self._ledgers.setdefault(prefix, Ledger(self.store, prefix))
+        if prefix not in self._ledgers:
+            self._ledgers[prefix] = Ledger(self.store, prefix, self._member.number)
+        return self._ledgers[prefix]
 
     def _prefixes(self) -> list[str]:
         return sorted({task.prefix for task in self.tasks})

@@ -4,17 +4,11 @@ Source: arXiv 2102.12092, section 3.1 and appendix C: captions that are too shor
 boilerplate, and images of an aspect ratio outside of [1/2, 2] are left out.
 """
 
-import hashlib
 import re
-from collections import defaultdict
 from dataclasses import dataclass
 
 from data_pipeline.config import FilterConfig
 from data_pipeline.images.decode import (
-    BAND_BITS,
-    BANDS,
-    FLAT_LOOKS,
-    LOOK_BITS,
     Inspected,
 )
 from data_pipeline.text.language import is_english
@@ -60,34 +54,3 @@ def image_reject(image: Inspected, config: FilterConfig) -> Reject | None:
             kind="aspect", reason=f"{image.width}x{image.height}, aspect={config.aspect:g}"
         )
     return None
-
-
-class Duplicates:
-    """Pairs seen so far, by digest and by perceptual hash; about 0.5 kB of memory per pair."""
-
-    def __init__(self, config: FilterConfig) -> None:
-        self._config = config
-        self._seen: dict[bytes, str] = {}
-        self._bands: dict[tuple[int, int], list[tuple[int, str]]] = defaultdict(list)
-
-    def reject(self, key: str, image: bytes, caption: str, look: bytes) -> Reject | None:
-        """Reject a duplicate, else record the pair; `look` is its perceptual hash."""
-        if self._config.duplicates:
-            digest = hashlib.blake2b(image + b"\0" + caption.encode(), digest_size=16).digest()
-            if digest in self._seen:
-                return Reject(kind="duplicate", reason=f"the same pair as {self._seen[digest]}")
-            self._seen[digest] = key
-        if self._config.near < 0 or look in FLAT_LOOKS:
-            return None
-        number = int.from_bytes(look, "little")
-        bands = [(i, number >> (BAND_BITS * i) & (2**BAND_BITS - 1)) for i in range(BANDS)]
-        for band in bands:
-            for other, name in self._bands[band]:
-                distance = (number ^ other).bit_count()
-                if distance <= self._config.near:
-                    return Reject(
-                        kind="near-duplicate", reason=f"{distance} of {LOOK_BITS} bits from {name}"
-                    )
-        for band in bands:
-            self._bands[band].append((number, key))
-        return None

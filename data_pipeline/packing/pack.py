@@ -1,318 +1,167 @@
-"""`tapir pack SRC DEST`: raw pairs -> WebDataset shards, split by key.
+"""`tapir pack SRC ... DEST`: raw pairs -> WebDataset shards, by any number of workers.
 
 <split>/shard-000000.tar     KEY.jpg|png|webp, KEY.json, KEY.txt: any WebDataset reader reads it
 <split>/*.index.safetensors  block index of a shard, and of the data set
 <split>/ids.bin              the record of each id (formats/ids.py)
 <split>/manifest.json        written last
-rejects/000000.jsonl         rejected pairs: key, kind, reason
+rejects/*.jsonl              rejected pairs: key, kind, reason
+catalogue/*.parquet          a row for each pair and reject
+units/                       the plan, and what is done (jobs/worker.py)
+
+The sources are listed once and cut into units (sources/plan.py). A unit is a task of the job: it
+yields the same bytes whoever makes it (unit.py). The last worker writes the manifests (finish.py).
 """
 
-import json
-import re
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from core.config import check, to_json
 from core.errors import CorruptError, InputError
-from core.files.atomic import canonical_json
-from core.keys import key_fraction, key_int
+from core.files.atomic import canonical_json, sha256
 from core.log import LOG, progress
 from core.storage.store import FolderStore, Store
-from data_pipeline.config import SHAPES_COUNT, FilterConfig, PackConfig
-from data_pipeline.formats.ids import NAME as IDS
-from data_pipeline.formats.manifest import (
-    INDEX,
-    NAME,
-    RAW,
-    SPLITS,
-    Manifest,
-    Shard,
-    read_json,
-    read_manifest,
-)
-from data_pipeline.formats.raw_set import write_split
-from data_pipeline.formats.shards import build_tar, describe, list_members
-from data_pipeline.images.decode import inspect
-from data_pipeline.packing.filters import Duplicates, Reject, caption_reject, image_reject
-from data_pipeline.packing.rejects import REJECTS, Keys, Rejects
-from data_pipeline.sources.catalogue import open_source, source_content
-from data_pipeline.sources.pair import Pair, Unusable, printable
-from data_pipeline.text.captions import clean_captions
+from core.workers import JobWorker
+from data_pipeline.catalogue.schema import part_name
+from data_pipeline.config import PackConfig
+from data_pipeline.formats.index import read_shard_index
+from data_pipeline.formats.manifest import Manifest, Shard
+from data_pipeline.jobs.ledger import Record
+from data_pipeline.jobs.worker import Job, Progress, Work
+from data_pipeline.packing.finish import RESULT, SetWriter
+from data_pipeline.packing.judge import Judge
+from data_pipeline.packing.place import UNITS, claim, finished, given_back, refuse_refused, taken
+from data_pipeline.packing.plan_file import shared_plan
+from data_pipeline.packing.unit import UnitPacker, UnitTask
+from data_pipeline.sources.pair import printable
+from data_pipeline.sources.plan import Source, open_sources
+from data_pipeline.sources.units import Unit
 
-REQUEST = "request.json"
-_PARTS = re.compile(
-    rf"({'|'.join(SPLITS)})/shard-\d{{6}}\.(tar|index\.safetensors)|{REJECTS}\d{{6}}\.jsonl"
-)
-_OURS = re.compile(rf"{_PARTS.pattern}|({'|'.join(SPLITS)})/({INDEX}|{IDS})|{REQUEST}")
-_NOT_ASKED = ("cache", "threads")
+_NOT_ASKED = ("cache", "threads", "lease_seconds")
 """Settings that do not affect the output."""
+ALONE = JobWorker(number=0, count=1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Examined:
-    """A usable pair."""
+def pack(
+    sources: str | Sequence[str],
+    store: Store,
+    config: PackConfig,
+    again: bool = False,
+    member: JobWorker = ALONE,
+) -> dict[str, Manifest]:
+    """Write the pairs of one or several SRC to the store, as one worker of the job.
 
-    pair: Pair
-    captions: tuple[str, ...]
-    look: bytes
-
-
-class RawWriter:
-    """Collects the pairs of one split and writes a shard when it is full."""
-
-    def __init__(self, store: Store, name: str, config: PackConfig) -> None:
-        self._store, self._prefix, self._config = store, f"{name}/", config
-        self._waiting: list[dict[str, Any]] = []
-        self._size = 0
-        self.shards: list[Shard] = []
-        self.several = 0
-        """Pairs with several captions."""
-
-    def add(self, pair: Pair, *captions: str) -> None:
-        """Add a pair with its cleaned captions; the .json lists them if there are several."""
-        facts: dict[str, Any] = {"key": pair.key, "split_key": pair.split_key}
-        if len(captions) > 1:
-            facts["captions"] = captions
-            self.several += 1
-        self._waiting.append(
-            {
-                "__key__": pair.key,
-                "json": json.dumps(facts, sort_keys=True).encode(),
-                pair.extension: pair.image,
-                "txt": captions[0].encode(),
-            }
-        )
-        self._size += len(pair.image) + sum(len(text.encode()) for text in captions)
-        full = self._size >= self._config.shard_megabytes * 2**20
-        if full or len(self._waiting) >= self._config.shard_pairs:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write the collected pairs as a shard."""
-        if not self._waiting:
-            return
-        tar = build_tar(self._waiting)
-        ids = np.array([key_int(sample["__key__"]) for sample in self._waiting], np.uint64)
-        ranges = pair_ranges(tar, self._config.block)
-        name = f"shard-{len(self.shards):06d}.tar"
-        self._store.put(self._prefix + name, tar)
-        self.shards.append(describe(self._store, self._prefix, name, tar, ranges, ids))
-        self._waiting, self._size = [], 0
-
-
-def pair_ranges(tar: bytes, block: int) -> list[tuple[int, int, int]]:
-    """Cut a raw shard into runs of `block` pairs: (start, bytes, pairs)."""
-    pairs: list[tuple[int, int]] = []
-    key = ""
-    for member in list_members(tar):
-        name = member.name.partition(".")[0]
-        begin = pairs.pop()[0] if name == key and pairs else member.header
-        pairs.append((begin, member.end))
-        key = name
-    runs = [pairs[i : i + block] for i in range(0, len(pairs), block)]
-    return [(run[0][0], run[-1][1] - run[0][0], len(run)) for run in runs]
-
-
-def pack(source: str, store: Store, config: PackConfig, again: bool = False) -> dict[str, Manifest]:
-    """Write SRC's pairs to the store; finished work with the same settings is kept.
-
-    `again` writes everything again, which repairs damaged shards: equal SRC, equal bytes.
+    Finished work with the same settings is kept. `again` verifies this worker's units and writes
+    damaged ones again: equal SRC, equal bytes.
     Raises: InputError for unusable pairs beyond max_rejects, or if DEST holds other data.
     """
     check(config.problems())
-    _refuse_inside(source, store)
-    request = {
-        "source": printable(source),
-        "content": source_content(source),
-        "config": {k: v for k, v in to_json(config).items() if k not in _NOT_ASKED},
-    }
+    texts = [sources] if isinstance(sources, str) else list(sources)
+    opened = open_sources(texts)
+    for source in opened:
+        _refuse_inside(source, store)
+    request = _request(opened, config)
     claim(store, request, again)
     manifests = finished(store)
     if manifests and manifests["train"].facts.get("request") != request:
-        raise _taken(store, manifests["train"].facts.get("request", {}))
+        raise taken(store, manifests["train"].facts.get("request", {}))
     if manifests and not again:
         LOG.info("%s already holds this data set", store.url)
         return manifests
-    with given_back(store):
-        return _write(source, store, config, request)
+    with given_back(store, alone=member.count == 1):
+        _Pack(store, opened, request, config, member).run(again)
+    return finished(store)
 
 
-@contextmanager
-def given_back(store: Store) -> Iterator[None]:
-    """Delete a claimed, unfinished data set on an InputError, so that DEST can be used again."""
-    try:
-        yield
-    except InputError:
-        if not finished(store):
-            for name in filter(_OURS.fullmatch, store.names()):
-                store.delete(name)
-        raise
-
-
-def _refuse_inside(source: str, store: Store) -> None:
-    root = Path(source).resolve()
-    if isinstance(store, FolderStore) and root.is_dir():
-        where = store.root.resolve()
-        if where.is_relative_to(root):
-            raise InputError(f"DEST {where} is inside SRC {root}; give a place outside of it")
-
-
-def _write(
-    source: str, store: Store, config: PackConfig, request: dict[str, Any]
-) -> dict[str, Manifest]:
-    splits = {name: RawWriter(store, name, config) for name in SPLITS}
-    rejects = Rejects(store, config.max_rejects)
-    packed = _fill(source, config, splits, rejects)
-    seen = packed + rejects.unusable
-    if seen == 0:
-        asked = f"; left out: {dict(rejects.kinds)}" if rejects.kinds else ""
-        raise InputError(f"the source {source!r} holds no pairs: no images with captions{asked}")
-    if rejects.unusable > config.max_rejects * seen:
-        raise InputError(
-            f"{rejects.unusable} of {seen} pairs are unusable, more than max_rejects="
-            f"{config.max_rejects}; the first: {rejects.first}"
-        )
-    shards = {name: split.shards for name, split in splits.items()}
-    refuse_empty(shards, f"pass another --validation (now {config.validation}) or give more pairs")
-    rejects.flush()
-    several = sum(split.several for split in splits.values())
-    if several:
-        LOG.info("%d pairs have several captions; one is drawn by key at each reading", several)
-    facts = {name: {"request": request, "split": name} for name in SPLITS}
-    return close_set(store, shards, facts, rejects)
-
-
-def close_set(
-    store: Store, shards: dict[str, list[Shard]], facts: dict[str, dict[str, Any]], rejects: Rejects
-) -> dict[str, Manifest]:
-    """Write both splits' manifests, and delete shards of an earlier, unfinished attempt."""
-    manifests = {
-        name: write_split(store, f"{name}/", [rows], facts[name], dict(rejects.kinds))
-        for name, rows in shards.items()
+def _request(sources: Sequence[Source], config: PackConfig) -> dict[str, Any]:
+    """What the data set is made of."""
+    settings = {k: v for k, v in to_json(config).items() if k not in _NOT_ASKED}
+    if not config.in_place:
+        del settings["in_place"]  # older sets have no such setting
+    contents = [source.content for source in sources]
+    return {
+        "source": ", ".join(printable(source.text) for source in sources),
+        "content": contents[0] if len(contents) == 1 else sha256("\n".join(contents).encode()),
+        "config": settings,
     }
-    kept = {f"{name}/{shard.name}" for name, rows in shards.items() for shard in rows}
-    kept |= {f"{name}/{shard.index_name}" for name, rows in shards.items() for shard in rows}
-    kept |= {rejects.part(number) for number in range(rejects.parts)}
-    for name in filter(_PARTS.fullmatch, store.names()):
-        if name not in kept:
-            store.delete(name)
-    return manifests
 
 
-def _fill(source: str, config: PackConfig, splits: dict[str, RawWriter], rejects: Rejects) -> int:
-    packed = 0
-    keys, duplicates = Keys(), Duplicates(config.filters)
-    with progress("pack", config.count or (SHAPES_COUNT if source == "shapes" else 0)) as meter:
-        for item in _examined(open_source(source, config), config):
-            if isinstance(item, tuple):
-                rejects.add(*item)
-                continue
-            pair = item.pair
-            if not keys.add(pair.key):
-                reason = f"the key {pair.key!r} ({pair.where}) occurs twice; give it another name"
-                rejects.add(Unusable(key=pair.key, kind="key", reason=reason))
-                continue
-            text = "\n".join(item.captions)
-            double = duplicates.reject(pair.key, pair.image, text, item.look)
-            if double:
-                rejects.add(Unusable(key=pair.key, **vars(double)), True)
-                continue
-            held_out = key_fraction(config.seed, pair.split_key, "split") < config.validation
-            splits["validation" if held_out else "train"].add(pair, *item.captions)
-            packed += 1
-            meter.update(packed)
-            if packed == config.count:
-                break
-    for split in splits.values():
-        split.flush()
-    return packed
+def _refuse_inside(source: Source, store: Store) -> None:
+    """Refuse a DEST in which a source would list what is packed."""
+    root = Path(source.text).resolve()
+    inside = f"{store.url}/".startswith(f"{source.text.rstrip('/')}/")
+    where = store.url
+    if isinstance(store, FolderStore) and root.is_dir():
+        where = str(store.root.resolve())
+        inside = store.root.resolve().is_relative_to(root)
+    if inside:
+        raise InputError(f"DEST {where} is inside SRC {root}; give a place outside of it")
 
 
-def _examined(
-    items: Iterator[Pair | Unusable], config: PackConfig
-) -> Iterator[_Examined | tuple[Unusable, bool]]:
-    """Examine items in threads, in source order: yields a pair, or (reject, from a filter)."""
-    with ThreadPoolExecutor(config.threads, "examine") as pool:
-        waiting: deque[Future[_Examined | tuple[Unusable, bool]]] = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(_examine, item, config.filters))
-                if len(waiting) > 4 * config.threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+class _Pack:
+    """The job, as one worker sees it."""
+
+    def __init__(
+        self,
+        store: Store,
+        sources: Sequence[Source],
+        request: dict[str, Any],
+        config: PackConfig,
+        member: JobWorker,
+    ) -> None:
+        self._store, self._request, self._config = store, request, config
+        self._alone = member.count == 1
+        units = shared_plan(store, sources, config)
+        limited = bool(config.count) and any(unit.kind != "shapes" for unit in units)
+        groups = [tuple(units)] if limited else [(unit,) for unit in units]
+        digest = sha256(canonical_json(request))
+        self._tasks = [_task(number, group, digest) for number, group in enumerate(groups)]
+        self._packer = UnitPacker(store, sources, config)
+        self._job = Job(store, self._tasks, member, config.lease_seconds)
+        self._packed = 0
+
+    def run(self, again: bool) -> None:
+        """Make units and the set; `again` repairs damaged units."""
+        writer = SetWriter(self._store, self._tasks, self._request, self._config, not again)
+        ends = [self._job.finisher(UNITS, RESULT, writer.write)]
+        self._job.announce("pack", ends)
+        if again:
+            self._job.repair(self._check, self._packer.outputs, ends)
+        judge = Judge(self._store, self._tasks, self._config.max_rejects, self._alone)
+        total = sum(task.size for task in self._job.own if all(t.size for t in self._tasks))
+        with progress("pack", total) as self._meter:
+            self._job.run(Work(make=self._make, judge=judge.judge), ends, again)
+
+    def _make(self, task: UnitTask, moved: Progress) -> Record:
+        if not self._alone:
+            refuse_refused(self._store)
+        record = self._packer.make(task, moved)
+        self._packed += record["packed"]
+        self._meter.update(self._packed)
+        return record
+
+    def _check(self, task: UnitTask, record: Record) -> None:
+        """Raise CorruptError or AbsentError if an output differs from the unit's record."""
+        expected = {part_name(task.number): record["catalogue"]["sha256"]}
+        for split, rows in record["shards"].items():
+            for shard in (Shard(**row) for row in rows):
+                read_shard_index(self._store, f"{split}/", shard)
+                if not shard.place:
+                    expected[f"{split}/{shard.name}"] = shard.sha256
+        for name, digest in expected.items():
+            if sha256(self._store.get(name)) != digest:
+                raise CorruptError(f"{self._store.url}/{name} has another sha256")
 
 
-def _examine(item: Pair | Unusable, filters: FilterConfig) -> _Examined | tuple[Unusable, bool]:
-    if isinstance(item, Unusable):
-        return item, False
-    kind = "caption"
-    try:
-        captions = clean_captions(item.caption, item.where)
-        kind = "image"
-        image = inspect(item.image, item.where)
-    except InputError as error:
-        return Unusable(key=item.key, kind=kind, reason=str(error)), False
-    refused = [caption_reject(caption, filters) for caption in captions]
-    kept = tuple(c for c, reject in zip(captions, refused, strict=True) if reject is None)
-    reject: Reject | None = image_reject(image, filters) if kept else refused[0]
-    if reject:
-        return Unusable(key=item.key, **vars(reject)), True
-    return _Examined(pair=item, captions=kept, look=image.look)
-
-
-def refuse_empty(shards: dict[str, list[Shard]], advice: str) -> None:
-    """Raise InputError if a split has no pair."""
-    for name, rows in shards.items():
-        if not rows:
-            raise InputError(f"no pair fell into the {name} split; {advice}")
-
-
-def claim(store: Store, request: dict[str, Any], again: bool = False) -> None:
-    """Claim DEST for this request, before any work; the same request may claim it again.
-
-    Raises: InputError if DEST is taken by another request; StoreError if it cannot be written.
-    """
-    content = canonical_json(request)
-    if not store.exists(REQUEST):
-        others = [name for split in SPLITS for name in store.names(f"{split}/")]
-        if others:
-            raise InputError(f"{store.url} holds other files ({others[0]}); choose an empty DEST")
-        if store.put(REQUEST, content, if_absent=True):
-            return
-    if store.get(REQUEST) == content:
-        return
-    try:
-        other = read_json(store, REQUEST)
-    except CorruptError:
-        if not again:
-            raise
-        store.put(REQUEST, content)
-        return
-    raise _taken(store, other)
-
-
-def _taken(store: Store, other: dict[str, Any]) -> InputError:
-    return InputError(
-        f"{store.url} is taken by another data set ({other.get('source', 'tokens')!r}, or other "
-        "settings or content); choose an empty DEST"
+def _task(number: int, units: tuple[Unit, ...], request: str) -> UnitTask:
+    body = [to_json(unit) for unit in units]
+    sizes = [unit.count if unit.kind == "shapes" else 0 for unit in units]
+    return UnitTask(
+        prefix=UNITS,
+        name=sha256(canonical_json({"request": request, "number": number, "units": body})),
+        shown=f"unit {number}: {units[0].shown}",
+        size=sum(sizes) if all(sizes) else 0,
+        number=number,
+        units=units,
+        bytes=sum(unit.size for unit in units),
     )
-
-
-def finished(store: Store) -> dict[str, Manifest]:
-    """The manifests of a raw data set; empty unless it is finished."""
-    manifests = {}
-    for name in SPLITS:
-        if not store.exists(f"{name}/{NAME}"):
-            return {}
-        manifests[name] = read_manifest(store, f"{name}/", RAW)
-    return manifests

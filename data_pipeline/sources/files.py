@@ -1,24 +1,21 @@
-"""Pairs from a folder of pictures with .txt or .json captions."""
+"""Pairs of pictures with .txt or .json captions, each a file of its own."""
 
-import os
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import PurePosixPath
+from typing import NamedTuple
 
 from data_pipeline.images.crops import EXTENSIONS
 from data_pipeline.sources.names import (
     CAPTION,
-    IS_METADATA,
     NOTE,
     extension_of,
-    is_metadata,
     is_picture,
     is_tar,
     why_not_read,
 )
 from data_pipeline.sources.pair import (
     IGNORED,
-    METADATA,
     Pair,
     Unusable,
     captions_of,
@@ -26,6 +23,7 @@ from data_pipeline.sources.pair import (
     make_pair,
     unusable,
 )
+from data_pipeline.sources.places import Files, Folder
 from data_pipeline.text.captions import MOST_BYTES as CAPTION_BYTES
 from data_pipeline.text.captions import MOST_CAPTIONS
 
@@ -35,57 +33,52 @@ MOST_CAPTION_BYTES = MOST_CAPTIONS * CAPTION_BYTES + 4
 """Bytes that are read of a caption file."""
 
 
-def folder_pairs(root: Path) -> Iterator[Pair | Unusable]:
-    """Yield pictures with their captions, in name order; every file yields a pair or a reject.
+class FilePair(NamedTuple):
+    """A picture and its caption files, before they are read."""
+
+    picture: str
+    caption: str
+    """Name of the .txt; "" if there is none."""
+    note: str
+    """Name of the .json; "" if there is none."""
+
+
+def folder_rows(files: Files, walked: list[Folder]) -> Iterator[FilePair | Unusable]:
+    """Pictures with their caption files, in name order; every file is in a pair or a reject.
 
     NAME.png|jpg|jpeg|webp has its captions in NAME.txt, one per line, or as the `caption` of
     NAME.json; extensions may be upper case.
     """
-    for folder, folders, names in walk(root):
+    for folder, folders, names in walked:
         if isinstance(folder, Unusable):
             yield folder
             continue
-        for name in sorted(folders):
-            if Path(folder, name).is_symlink():
-                yield unusable(Path(folder, name).as_posix(), "is a symbolic link; copy the files")
+        above = f"{folder}/" if folder else ""
+        for name in folders:
+            if files.is_link(above + name):
+                yield unusable(files.where(above + name), "is a symbolic link; copy the files")
         notes: dict[str, dict[str, str]] = defaultdict(dict)
-        pictures = {Path(name).stem for name in names if is_picture(name)}
-        for name in sorted(names):
+        pictures = {_stem(name) for name in names if is_picture(name)}
+        for name in names:
             if (extension := extension_of(name)) in (CAPTION, NOTE):
-                notes[Path(name).stem].setdefault(extension, name)
-        for name in sorted(names):
+                notes[_stem(name)].setdefault(extension, name)
+        for name in names:
+            beside = notes[_stem(name)]
             if extension_of(name) in EXTENSIONS:
-                yield _file(root, folder / name, notes[Path(name).stem])
-            elif Path(name).stem not in pictures or name not in notes[Path(name).stem].values():
-                yield _other(folder / name)
+                texts = (above + beside[e] if e in beside else "" for e in (CAPTION, NOTE))
+                yield _row(files, FilePair(above + name, *texts))
+            elif _stem(name) not in pictures or name not in beside.values():
+                yield _other(files, above + name)
 
 
-def walk(root: Path) -> Iterator[tuple[Path | Unusable, list[str], list[str]]]:
-    """`os.walk` in name order, without links and metadata; unreadable folders yield a reject."""
-    failed: list[OSError] = []
-    for folder, folders, names in os.walk(root, onerror=failed.append, followlinks=False):
-        for entries in (folders, names):
-            for name in sorted(entries):
-                if is_metadata(Path(name)):
-                    entries.remove(name)
-                    yield unusable(Path(folder, name).as_posix(), IS_METADATA, METADATA), [], []
-        folders.sort()
-        yield Path(folder), folders, names
-        while failed:
-            error = failed.pop()
-            yield unusable(str(error.filename), f"cannot be read: {error.strerror}"), [], []
-    for error in failed:
-        yield unusable(str(error.filename), f"cannot be read: {error.strerror}"), [], []
-
-
-def loose_files(root: Path) -> Iterator[Unusable]:
+def loose_rows(files: Files, walked: list[Folder]) -> Iterator[Unusable]:
     """Rejects for the files among tars that are not tars; only pictures count as unusable."""
-    for folder, _, names in walk(root):
+    for folder, _, names in walked:
         if isinstance(folder, Unusable):
             yield folder
             continue
-        for name in sorted(names):
-            where = (folder / name).as_posix()
+        for name in names:
+            where = files.where(f"{folder}/{name}" if folder else name)
             if is_picture(name):
                 yield unusable(where, "is among tars; pack it from a folder of its own")
             elif not is_tar(name):
@@ -93,40 +86,54 @@ def loose_files(root: Path) -> Iterator[Unusable]:
                 yield unusable(where, reason if kind != IGNORED else "is not a tar", kind)
 
 
-def _other(path: Path) -> Unusable:
-    """The reject of a file that belongs to no pair."""
-    if path.is_symlink():
-        return unusable(path.as_posix(), "is neither a picture nor a .txt caption")
-    if extension_of(path.name) == CAPTION:
-        return unusable(path.as_posix(), "is a caption without a picture", IGNORED)
-    kind, reason = why_not_read(path.name)
-    return unusable(path.as_posix(), reason, kind)
-
-
-def _file(root: Path, path: Path, notes: dict[str, str]) -> Pair | Unusable:
-    where, text = path.as_posix(), f"{path.stem}.{CAPTION}"
-    name = path.relative_to(root).with_suffix("").as_posix()
-    beside = {extension: path.parent / name for extension, name in notes.items()}
-    if path.is_symlink() or any(note.is_symlink() for note in beside.values()):
-        return unusable(where, "or its caption is a symbolic link; copy the file itself")
+def file_pair(files: Files, row: FilePair | Unusable, archive: str = "") -> Pair | Unusable:
+    """Read a picture and its captions; its key begins with `archive`, if that is given."""
+    if isinstance(row, Unusable):
+        return row
+    where = files.where(row.picture)
     try:
-        name.encode()
-    except UnicodeEncodeError:
-        return unusable(where, "has a name that is not UTF-8; rename it")
-    if not path.is_file():
-        return unusable(where, "is not a plain file")
-    try:
-        contents = {extension: _start(note) for extension, note in beside.items() if note.is_file()}
-        caption = captions_of(contents.get(CAPTION), contents.get(NOTE))
+        caption = captions_of(_start(files, row.caption), _start(files, row.note))
         if caption is None:
+            text = f"{_stem(PurePosixPath(row.picture).name)}.{CAPTION}"
             return unusable(where, f"has no caption; write it to {text} beside it", "caption")
-        if path.stat().st_size > MOST_BYTES:
-            return unusable(where, f"has {path.stat().st_size} bytes; the limit is {MOST_BYTES}")
-        return make_pair(key_of(name), path.read_bytes(), path.suffix, caption, where)
+        picture = files.read(row.picture, MOST_BYTES + 1)
     except OSError as error:
         return unusable(where, f"or its caption cannot be read: {error.strerror}")
+    if len(picture) > MOST_BYTES:
+        return unusable(where, f"is larger than the limit of {MOST_BYTES} bytes")
+    path = PurePosixPath(row.picture)
+    name = f"{archive}/{path.with_suffix('')}" if archive else path.with_suffix("").as_posix()
+    return make_pair(key_of(name), picture, path.suffix, caption, where)
 
 
-def _start(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(MOST_CAPTION_BYTES)
+def _row(files: Files, row: FilePair) -> FilePair | Unusable:
+    """The row, or why it is refused unread."""
+    where = files.where(row.picture)
+    if any(files.is_link(name) for name in row if name):
+        return unusable(where, "or its caption is a symbolic link; copy the file itself")
+    try:
+        "".join(row).encode()
+    except UnicodeEncodeError:
+        return unusable(where, "has a name that is not UTF-8; rename it")
+    if not files.is_file(row.picture):
+        return unusable(where, "is not a plain file")
+    return row
+
+
+def _other(files: Files, name: str) -> Unusable:
+    """The reject of a file that belongs to no pair."""
+    where = files.where(name)
+    if files.is_link(name):
+        return unusable(where, "is neither a picture nor a .txt caption")
+    if extension_of(name) == CAPTION:
+        return unusable(where, "is a caption without a picture", IGNORED)
+    kind, reason = why_not_read(PurePosixPath(name).name)
+    return unusable(where, reason, kind)
+
+
+def _stem(name: str) -> str:
+    return PurePosixPath(name).stem
+
+
+def _start(files: Files, name: str) -> bytes | None:
+    return files.read(name, MOST_CAPTION_BYTES) if name and files.is_file(name) else None

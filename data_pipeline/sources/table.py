@@ -1,15 +1,19 @@
-"""Pairs from a parquet table: each row has a caption, and a picture or its local path."""
+"""Pairs from a parquet table: each row has a caption, and a picture or its path beside it."""
 
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
-from typing import Any
+from pathlib import PurePosixPath
+from posixpath import normpath
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
+from core.errors import TapirError
+from data_pipeline.formats.fetch import fetched
 from data_pipeline.images.crops import EXTENSIONS
 from data_pipeline.sources.files import MOST_BYTES
 from data_pipeline.sources.names import extension_of
 from data_pipeline.sources.pair import Pair, Unusable, key_of, make_pair, unusable
+from data_pipeline.sources.places import Files, LocalFiles
 from data_pipeline.text.captions import joined
 
 PICTURES = ("jpg", "png", "webp", "image")
@@ -18,37 +22,90 @@ PLACES = ("path", "file", "image_path", "url")
 CAPTIONS = ("caption", "captions", "text")
 _BYTES_TOGETHER = 32
 _ROWS = 1024
+_BUFFER = 2**20
+"""Bytes of a column that are read together, where a row group would not fit into memory."""
 
 
 class _RowError(Exception):
     """Why a row is not a pair."""
 
 
-def table_pairs(paths: list[Path]) -> Iterator[Pair | Unusable]:
-    """Yield the rows of tables: `caption` (a text, or a list of texts), and a column of pictures
-    (`jpg`, `png`, `webp`, `image`) or of paths (`path`, `file`, `image_path`, `url`).
+class TablePart(NamedTuple):
+    """Row groups of a table that are read together."""
 
-    A path is relative to the table's folder and must stay in it; a URL must be file://. A row that
-    is not a pair yields a reject, and so does an unreadable table.
-    """
+    name: str
+    archive: str
+    """With which keys begin."""
+    first: int = 0
+    """Row group."""
+    groups: int = 0
+    """Row groups; 0 = all of the table's."""
+    row: int = 0
+    """The table's number of the first row."""
+
+
+def row_groups(files: Files, name: str) -> list[tuple[int, int]]:
+    """(rows, bytes) of each row group; empty for an unreadable table."""
     import pyarrow  # noqa: PLC0415 - 100 MB that other sources do without
     from pyarrow import parquet  # noqa: PLC0415
 
-    for path in paths:
-        number = 0
-        try:
-            table = parquet.ParquetFile(path)
-            picture, caption = _columns(table.schema_arrow, pyarrow.types)
-            together = _BYTES_TOGETHER if picture.lower() in PICTURES else _ROWS
-            for batch in table.iter_batches(together, columns=[picture, caption]):
-                for row in _rows(batch):
-                    yield _row(path, number, row.get(picture), row.get(caption))
-                    number += 1
-        except _RowError as error:
-            yield unusable(path.as_posix(), str(error), "table")
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
-            reason = f"is not a readable parquet table from row {number} on: {error}"
-            yield unusable(path.as_posix(), reason, "table")
+    try:
+        with files.open(name) as file:
+            about = parquet.ParquetFile(file).metadata
+            groups = (about.row_group(i) for i in range(about.num_row_groups))
+            return [(group.num_rows, group.total_byte_size) for group in groups]
+    except (pyarrow.ArrowException, OSError, ValueError):
+        return []
+
+
+def table_pairs(files: Files, part: TablePart) -> Iterator[Pair | Unusable]:
+    """Yield the rows of a table: `caption` (a text, or a list of texts), and a column of pictures
+    (`jpg`, `png`, `webp`, `image`) or of paths (`path`, `file`, `image_path`, `url`).
+
+    A path is relative to the table's folder and must stay in it; a URL must be file://, or begin
+    with the store of the table. A row that is not a pair yields a reject, and so does an unreadable
+    table.
+    """
+    import pyarrow  # noqa: PLC0415
+
+    number = part.row
+    try:
+        for picture, rows in _batches(files, part):
+            pairs: Iterator[Pair | Unusable]
+            if picture:
+                pairs = (_row(files, part, number + i, *row) for i, row in enumerate(rows))
+            else:
+                numbered = enumerate(rows, number)
+                pairs = fetched(lambda row: _row(files, part, row[0], *row[1]), numbered)
+            for pair in pairs:
+                yield pair
+                number += 1
+    except _RowError as error:
+        yield unusable(files.where(part.name), str(error), "table")
+    except TapirError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        reason = f"is not a readable parquet table from row {number} on: {error}"
+        yield unusable(files.where(part.name), reason, "table")
+
+
+def _batches(files: Files, part: TablePart) -> Iterator[tuple[bool, list[tuple[Any, Any]]]]:
+    """(True for a column of pictures, [(picture or path, caption)]), some rows at a time."""
+    import pyarrow  # noqa: PLC0415
+    from pyarrow import parquet  # noqa: PLC0415
+
+    with files.open(part.name) as file:
+        table = parquet.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False)
+        picture, caption = _columns(table.schema_arrow, pyarrow.types)
+        holds = picture.lower() in PICTURES
+        last = part.first + part.groups if part.groups else table.num_row_groups
+        for batch in table.iter_batches(
+            _BYTES_TOGETHER if holds else _ROWS,
+            row_groups=list(range(part.first, last)),
+            columns=[picture, caption],
+            use_threads=False,
+        ):
+            yield holds, [(row.get(picture), row.get(caption)) for row in _rows(batch)]
 
 
 def _columns(schema: Any, types: Any) -> tuple[str, str]:
@@ -83,8 +140,10 @@ def _rows(batch: Any) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _row(table: Path, number: int, picture: object, caption: object) -> Pair | Unusable:
-    key, where = key_of(f"{table.stem}/{number:09d}"), f"{table}:{number}"
+def _row(
+    files: Files, part: TablePart, number: int, picture: object, caption: object
+) -> Pair | Unusable:
+    key, where = key_of(f"{part.archive}/{number:09d}"), f"{files.where(part.name)}:{number}"
     try:
         text = _caption(caption)
         if isinstance(picture, dict):
@@ -93,12 +152,17 @@ def _row(table: Path, number: int, picture: object, caption: object) -> Pair | U
             return make_pair(key, picture, _type_of(picture), text, where)
         if not isinstance(picture, str):
             raise _RowError("has no picture, or no path of one")
-        path = _place(table.parent.resolve(), picture)
-        return make_pair(key, path.read_bytes(), path.suffix, text, f"{where} ({path})")
+        name = _place(files, PurePosixPath(part.name).parent.as_posix(), picture)
+        data = files.read(name, MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise _RowError(f"{picture[:200]!r} is larger than {MOST_BYTES} bytes")
+        suffix, where = PurePosixPath(name).suffix, f"{where} ({files.where(name)})"
+        return make_pair(key, data, suffix, text, where)
     except _RowError as error:
         return Unusable(key=key, kind="row", reason=f"{where} {error}")
-    except OSError as error:
-        reason = f"{where} {picture!r:.200} cannot be read: {error.strerror}"
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        reason = f"{where} {picture!r:.200} cannot be read: {why}"
         return Unusable(key=key, kind="row", reason=reason)
 
 
@@ -119,21 +183,31 @@ def _type_of(picture: bytes) -> str:
     return "webp" if picture[:4] == b"RIFF" else "jpg"
 
 
-def _place(root: Path, place: str) -> Path:
-    """The checked path of a row's picture."""
+def _place(files: Files, folder: str, place: str) -> str:
+    """The checked name of a row's picture.
+
+    Raises: ValueError for a malformed URL, a name that is too long, a NUL; OSError.
+    """
     shown = f"{place[:200]!r}"
-    try:
+    if isinstance(files, LocalFiles):
         url = urlsplit(place) if "://" in place or place.startswith("file:") else None
         if url is not None and url.scheme != "file":
             raise _RowError(f"{shown} is not on this machine; fetch it first (img2dataset)")
+        root = (files.root / folder).resolve()
         path = (root / (unquote(url.path) if url else place)).resolve()
-        size = path.stat().st_size if path.is_file() else -1
-    except (OSError, ValueError) as error:  # a malformed URL, a name that is too long, a NUL
-        raise _RowError(f"{shown} is not a path: {error}") from error
-    if not path.is_relative_to(root):
+        inside, is_file = path.is_relative_to(root), path.is_file()
+        name = path.as_posix()
+    else:
+        rest = place.removeprefix(f"{files.url}/")
+        if "://" in rest:
+            raise _RowError(f"{shown} is not in the table's store; fetch it first (img2dataset)")
+        name = normpath(f"{folder}/{place}" if rest == place else rest)
+        outside = place.startswith("/") or name.startswith("../")
+        inside, is_file = not outside and (folder == "." or name.startswith(f"{folder}/")), True
+    if not inside:
         raise _RowError(f"{shown} leaves the table's folder; put the pictures there")
-    if not 0 <= size <= MOST_BYTES:
-        raise _RowError(f"{shown} is not a file, or larger than {MOST_BYTES} bytes")
-    if extension_of(path.name) not in EXTENSIONS:
+    if not is_file:
+        raise _RowError(f"{shown} is not a file")
+    if extension_of(PurePosixPath(name).name) not in EXTENSIONS:
         raise _RowError(f"{shown} is not a PNG, JPEG or WebP")
-    return path
+    return name

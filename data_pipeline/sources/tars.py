@@ -11,7 +11,7 @@ import lzma
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, Protocol
 
 from core.errors import CorruptError, TapirError
@@ -29,7 +29,7 @@ from data_pipeline.sources.names import (
 from data_pipeline.sources.pair import METADATA, Pair, Unusable, unusable
 from data_pipeline.sources.tar_groups import Group, Item, Run
 
-_HEAD = 6
+HEAD = 6
 """Bytes that tell how an archive is compressed."""
 _PART = 2**17
 """Bytes of a read."""
@@ -48,20 +48,6 @@ class Readable(Protocol):
 
     def read(self, size: int = -1, /) -> bytes:
         """Read at most `size` bytes; none at the end."""
-
-
-def tar_pairs(paths: list[Path], root: Path) -> Iterator[Pair | Unusable]:
-    """Yield the pairs of tars; a file may be several concatenated tars.
-
-    A key begins with the archive's path relative to `root`.
-    """
-    for path in paths:
-        name = path.relative_to(root).with_suffix("").as_posix()
-        try:
-            with open(path, "rb") as stream:
-                yield from archive_pairs(stream, path.as_posix(), name)
-        except OSError as error:
-            yield _broken(path.as_posix(), error)
 
 
 def archive_pairs(stream: Readable, where: str, archive: str) -> Iterator[Pair | Unusable]:
@@ -111,6 +97,15 @@ def _broken(where: str, error: Exception) -> Unusable:
     return unusable(where, reason, "archive")
 
 
+def is_compressed(head: bytes) -> bool:
+    """True for an archive that begins with these HEAD bytes, and is compressed."""
+    return _opener(head) is not None
+
+
+def _opener(head: bytes) -> Callable[..., Any] | None:
+    return next((o for magic, o in _PACKED.items() if head.startswith(magic)), None)
+
+
 class _Rejoined:
     """A stream with the bytes that were read from its start."""
 
@@ -128,10 +123,10 @@ class _Rejoined:
 @contextmanager
 def _opened(stream: Readable, plain: bool) -> Iterator[tarfile.TarFile]:
     head = b""
-    while len(head) < _HEAD and (part := stream.read(_HEAD - len(head))):
+    while len(head) < HEAD and (part := stream.read(HEAD - len(head))):
         head += part
     whole: Any = _Rejoined(head, stream)
-    opener = next((o for magic, o in _PACKED.items() if head.startswith(magic)), None)
+    opener = _opener(head)
     if opener is not None:  # tarfile's own stop at the first part
         if plain:
             raise tarfile.ReadError("it is compressed, and cannot be read in place")

@@ -6,7 +6,9 @@ a space merges with the letters after it (GPT-2), which halves the tokens of a c
 Source: the paper's author, openai/DALL-E issue 22.
 """
 
-from collections.abc import Iterable
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +22,13 @@ FILE = "tokenizer.json"
 Spaces = Literal["alone", "joined"]
 _PIECES: dict[Spaces, str] = {"alone": "[a-z]+|[^a-z]", "joined": " ?[a-z]+|[^a-z]"}
 """Pre-tokenization pattern: merges never cross its matches."""
+_WORDS: dict[Spaces, str] = {
+    "alone": "[a-z]{2,}|[^\x00-\x7f]",
+    "joined": " [a-z]+|[a-z]{2,}|[^\x00-\x7f]",
+}
+"""The matches of more than one byte."""
+_LINE = 1000
+"""Words in a line that the library reads."""
 
 
 def train_bpe(captions: Iterable[str], vocabulary: int, spaces: Spaces = "alone") -> Tokenizer:
@@ -27,20 +36,56 @@ def train_bpe(captions: Iterable[str], vocabulary: int, spaces: Spaces = "alone"
 
     Raises: InputError if the vocabulary is not larger than the 256 bytes, or above 65536.
     """
+    return learn_merges(count_words(captions, spaces), vocabulary, spaces)
+
+
+def count_words(captions: Iterable[str], spaces: Spaces = "alone") -> Counter[str]:
+    """How often each piece occurs; without pieces of one byte, in which nothing merges."""
+    counts, words = Counter[str](), re.compile(_WORDS[spaces])
+    for caption in captions:
+        counts.update(words.findall(caption))
+    return counts
+
+
+def learn_merges(counts: Mapping[str, int], vocabulary: int, spaces: Spaces = "alone") -> Tokenizer:
+    """Learn merges from the counts of `count_words`.
+
+    Raises: InputError if the vocabulary is not larger than the 256 bytes, or above 65536.
+    """
     if not 256 < vocabulary <= 65536:
         raise InputError(f"vocabulary={vocabulary} must be 257 to 65536 (256 of them are bytes)")
     tokenizer = Tokenizer(models.BPE())
-    runs = pre_tokenizers.Split(Regex(_PIECES[spaces]), behavior="isolated")
-    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([runs, bytes_])
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.CharDelimiterSplit(" ")
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(captions, trainer)
+    tokenizer.train_from_iterator(_lines(counts), trainer)
+    runs = pre_tokenizers.Split(Regex(_PIECES[spaces]), behavior="isolated")
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([runs, bytes_])
+    tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def _lines(counts: Mapping[str, int]) -> Iterator[str]:
+    """Each word as often as it was counted, as symbols of its bytes, in lines of many words.
+
+    The library counts words itself; a space is no symbol of a byte, so that it can divide them.
+    """
+    symbols = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    line, free = list[str](), _LINE
+    for word, count in sorted(counts.items()):
+        ((text, _),) = symbols.pre_tokenize_str(word)
+        while count:
+            taken = min(count, free)
+            line += [text] * taken
+            count, free = count - taken, free - taken
+            if not free:
+                yield " ".join(line)
+                line, free = [], _LINE
+    yield " ".join(line)
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

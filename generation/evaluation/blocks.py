@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from core.errors import CorruptError
-from core.files.atomic import sha256, write_atomic
+from core.files.atomic import sha256
+from core.storage.store import FolderStore
 
 Array = NDArray[np.float32]
 BlockTask = tuple[str, int]
@@ -41,16 +42,21 @@ class Blocks:
         """Range of a block's pictures among those of its kind."""
         return slice(block * self.size, (block + 1) * self.size)
 
+    def name(self, task: BlockTask) -> str:
+        """What a block is called."""
+        return f"{task[0]}-{task[1]:06d}"
+
     def exists(self, task: BlockTask) -> bool:
         """True if a block has been written."""
         return self._path(task).exists()
 
     def write(self, task: BlockTask, arrays: dict[str, Array]) -> None:
-        """Write the arrays of a block, whole or not at all."""
+        """Write the arrays of a block, whole or not at all; the first worker's count."""
         plain = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         digests = {name: sha256(array.tobytes()) for name, array in plain.items()}
         # one entry: the order of several is not the same in every process
-        write_atomic(self._path(task), save(plain, {_DIGESTS: json.dumps(digests)}))
+        body = save(plain, {_DIGESTS: json.dumps(digests)})
+        FolderStore(self.folder).put(self._path(task).name, body, if_absent=True)
 
     def read(self, kind: str, name: str) -> Iterator[tuple[slice, Array]]:
         """One array of all blocks of a kind, in order, with the range of pictures of each block.
@@ -71,7 +77,7 @@ class Blocks:
         return values
 
     def _path(self, task: BlockTask) -> Path:
-        return self.folder / f"{task[0]}-{task[1]:06d}.safetensors"
+        return self.folder / f"{self.name(task)}.safetensors"
 
 
 def _names(path: Path) -> list[str]:

@@ -4,43 +4,46 @@
     OUT/pictures/000012.tar                    a block's best pictures as PNG, with their captions
     OUT/features-HASH/drawn-000012.safetensors their features and logits at every radius
     OUT/features-HASH/real-000003.safetensors  features of a block of real pictures
-    OUT/scores.json
+    OUT/features-HASH/scores-REQUEST.json      the scores, also with another overlap
+    OUT/features-HASH/_done/, OUT/job.json     those of every job (data_pipeline/jobs/worker.py)
+    OUT/scores.json                            the scores that were asked for last
 
 HASH covers the network and the radii: if they change, the pictures already drawn are scored again.
-Files are written atomically and depend on their block alone; sums are taken in the order of the
-blocks. So workers may be killed and restarted, also in another number: on CPUs of one kind the
-scores are bitwise equal.
+Files depend on their block alone, and sums are taken in the order of the blocks. So workers may be
+killed and restarted, also in another number: on CPUs of one kind the scores are bitwise equal.
 """
 
 import functools
+import json
 import tarfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from core.config import check, to_json
+from core.config import to_json
 from core.errors import CorruptError, InputError
-from core.files.atomic import canonical_json, sha256, write_atomic
-from core.files.out_folder import refuse_others_folder
-from core.log import LOG, progress
+from core.files.atomic import canonical_json, sha256
+from core.log import LOG
 from core.storage.store import FolderStore
-from core.workers import JobWorker, job_worker_of
-from data_pipeline.evaluation_sets import EvaluationSet, open_evaluation
+from core.workers import JobWorker
+from data_pipeline.evaluation_sets import EvaluationSet
 from data_pipeline.formats.manifest import read_json
 from data_pipeline.formats.raw import parse_pairs
 from data_pipeline.formats.shards import build_tar
 from data_pipeline.images.crops import encode_png, square
 from data_pipeline.images.decode import decode_rgb
-from data_pipeline.text.bpe import load_tokenizer
-from generation.config import ModelPaths, ScoreConfig
+from data_pipeline.jobs.leases import SECONDS
+from data_pipeline.jobs.ledger import Record
+from data_pipeline.jobs.worker import Job, Progress, Task, Work
+from generation.config import ScoreConfig
 from generation.evaluation.blocks import Blocks, BlockTask
-from generation.evaluation.feature_extractors import ClipProxy, Inception, Network, blurred
+from generation.evaluation.feature_extractors import Network, blurred
 from generation.evaluation.fid import SPLITS
-from generation.evaluation.overlap import Overlap, read_overlap
+from generation.evaluation.overlap_report import Overlap
 from generation.evaluation.score_rows import (
     DRAWN,
     READABLE,
@@ -50,12 +53,8 @@ from generation.evaluation.score_rows import (
     logits,
     score_row,
 )
-from generation.ranking import TapirRanker, open_ranker
-from generation.text_to_image import Candidates, Studio, open_studio
-from parallel.device import CPU
-from parallel.mesh import own_mesh
-from parallel.precision import Numerics, set_numerics
-from training.export.weights import open_model
+from generation.text_to_image import Candidates, Studio
+from parallel.precision import Numerics
 
 REQUEST, SCORES, PICTURES = "request.json", "scores.json", "pictures"
 ALL, WITHOUT = "all", "without overlap"
@@ -63,75 +62,15 @@ FEW = 100 * SPLITS
 """Captions below which an IS says little."""
 
 
-def score_models(
-    models: ModelPaths,
-    data: str,
-    inception: Path | None,
-    overlap: Path | None,
-    config: ScoreConfig,
-    out: Path,
-    worker: str,
-) -> dict[str, Any] | None:
-    """Do one worker's share of the score job; return the scores if all blocks are done.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreTask(Task):
+    """One block of pictures."""
 
-    Raises: ConfigError with every problem of the settings; InputError if OUT is another's folder.
-    """
-    check(config.problems())
-    refuse_others_folder(out, "score")
-    member = job_worker_of(worker)
-    mesh = own_mesh(member.number)
-    job = open_job(data, models, inception, overlap, config, out, mesh.world.device)
-    opened = functools.partial(open_studio, models, config.precision, mesh, batch=config.batch)
-    return job.run(opened, member)
-
-
-def digests(models: ModelPaths) -> dict[str, str]:
-    """Digests of the models by role."""
-    dvae = open_model(models.dvae, "dvae")
-    pixels = int(dvae.config["pixels"])
-    return {
-        "prior": open_model(models.prior, "prior", models.step).digest,
-        "dvae": dvae.digest,
-        "clip": open_ranker(models.clip, models.bpe, pixels=pixels).digest,
-        "tokenizer": load_tokenizer(models.bpe)[1],
-    }
-
-
-def open_job(
-    data: str,
-    models: ModelPaths,
-    inception: Path | None,
-    overlap: Path | None,
-    config: ScoreConfig,
-    out: Path,
-    device: torch.device = CPU,
-) -> "ScoreJob":
-    """Open the data and the models and check them before anything is drawn.
-
-    `device` is the network's. Raises: InputError if something is missing or does not fit.
-    """
-    numerics = set_numerics(device, deterministic=False)  # as `open_studio` does
-    model_digests = digests(models)
-    pixels = int(open_model(models.dvae, "dvae").config["pixels"])
-    evaluation = open_evaluation(data)
-    network: Network
-    if inception is not None:
-        network = Inception(inception, device)
-    else:
-        captions = [caption.text for caption in evaluation.choose(config.captions, config.seed)]
-        ranker = open_ranker(models.clip, models.bpe, device)
-        if not isinstance(ranker, TapirRanker):
-            raise InputError(
-                f"the proxy for Inception is a CLIP that Tapir trained, {models.clip} is none; "
-                "give --inception, or such a CLIP"
-            )
-        network = ClipProxy(ranker.clip, ranker.digest, ranker.tokenizer, captions)
-    left_out = read_overlap(overlap, evaluation) if overlap is not None else None
-    return ScoreJob(evaluation, model_digests, pixels, network, config, out, numerics, left_out)
+    block: BlockTask
 
 
 class ScoreJob:
-    """The blocks of a score, and which of them are done."""
+    """The blocks of a score, as one worker sees them."""
 
     def __init__(
         self,
@@ -150,34 +89,52 @@ class ScoreJob:
         self._captions = evaluation.choose(config.captions, config.seed)
         self._pictures = evaluation.pictures_of(self._captions)
         facts = {"network": network.name, "radii": to_json(config.radii)}
+        self._prefix = f"features-{sha256(canonical_json(facts))[:12]}/"
+        self._store = FolderStore(out)
         self._blocks = Blocks(
-            folder=out / f"features-{sha256(canonical_json(facts))[:12]}",
+            folder=out / self._prefix,
             size=config.block,
             rows={DRAWN: len(self._captions), REAL: len(self._pictures)},
         )
         self._masks = self._sets(np.ones(len(self._pictures), bool))
 
-    def run(self, studio: Callable[[], Studio], member: JobWorker) -> dict[str, Any] | None:
-        """Do this worker's blocks; return the scores if all blocks are done.
+    def run(self, studio: Callable[[], Studio], member: JobWorker) -> dict[str, Any]:
+        """Do blocks until all are done, by any worker; return the scores.
 
         Raises: InputError if OUT holds blocks of another request.
         """
         self._claim()
-        open_once = functools.cache(functools.partial(self._opened, studio))
-        tasks = self._blocks.tasks
-        mine = tasks[member.number :: member.count]
-        with progress("score", len(mine)) as meter:
-            for done, task in enumerate(mine, 1):
-                if not self._blocks.exists(task):
-                    self._do(task, open_once)
-                meter.update(done)
-        left = sum(not self._blocks.exists(task) for task in tasks)
-        if left:
-            LOG.info("%d of %d blocks are left to the other workers", left, len(tasks))
-            return None
-        scores = self._scores()
-        write_atomic(self._out / SCORES, canonical_json(scores))
-        return scores
+        opened = functools.cache(functools.partial(self._opened, studio))
+        tasks = [self._task(block) for block in self._blocks.tasks]
+        job = Job(self._store, tasks, member, SECONDS)
+        result = f"{self._prefix}scores-{self._overlap.digest if self._overlap else 'all'}.json"
+        finisher = job.finisher(self._prefix, result, lambda: self._write(result, tasks))
+        job.announce("score", [finisher])
+        job.run(Work(make=lambda task, progress: self._make(task, progress, opened)), [finisher])
+        scores = self._store.get(result)
+        self._store.put(SCORES, scores)
+        body: dict[str, Any] = json.loads(scores)
+        return body
+
+    def _task(self, block: BlockTask) -> ScoreTask:
+        name, part = self._blocks.name(block), self._blocks.part(block[1])
+        size = len(range(self._blocks.rows[block[0]])[part])
+        return ScoreTask(prefix=self._prefix, name=name, shown=name, size=size, block=block)
+
+    def _make(self, task: ScoreTask, progress: Progress, studio: Callable[[], Studio]) -> Record:
+        if not self._blocks.exists(task.block):
+            self._do(task.block, studio)
+        progress["pairs"] = task.size
+        return {"pairs": task.size}
+
+    def _write(self, result: str, tasks: list[ScoreTask]) -> bool:
+        """Write the scores; blocks that somebody has deleted are made again first."""
+        lost = [task for task in tasks if not self._blocks.exists(task.block)]
+        for task in lost:
+            self._store.delete(task.marker)
+        if not lost:
+            self._store.put(result, canonical_json(self._scores()))
+        return not lost
 
     def _opened(self, studio: Callable[[], Studio]) -> Studio:
         opened = studio()
@@ -195,11 +152,10 @@ class ScoreJob:
             "pixels": self._pixels,
             "captions": len(self._captions),
         }
-        store = FolderStore(self._out)
-        if store.put(REQUEST, canonical_json(request), if_absent=True):
+        if self._store.put(REQUEST, canonical_json(request), if_absent=True):
             return
         try:
-            stored = read_json(store, REQUEST)
+            stored = read_json(self._store, REQUEST)
         except CorruptError as error:
             raise InputError(
                 f"{self._out / REQUEST} is damaged; if the settings are still the same, "
@@ -265,20 +221,20 @@ class ScoreJob:
 
     def _drawn(self, block: int, studio: Callable[[], Studio]) -> NDArray[np.uint8]:
         """A block's pictures from its tar; draw and write the tar first if it does not exist."""
-        path = self._out / PICTURES / f"{block:06d}.tar"
-        part = self._blocks.part(block)
+        name, part = f"{PICTURES}/{block:06d}.tar", self._blocks.part(block)
         captions = self._captions[part]
-        if not path.exists():
+        if not self._store.exists(name):
             best = studio().draw([caption.text for caption in captions], self._config.draws)
-            write_atomic(path, _tar(best, part.start))
+            self._store.put(name, _tar(best, part.start), if_absent=True)
         try:
-            records = parse_pairs(path.read_bytes())
+            records = parse_pairs(self._store.get(name))
             if len(records) != len(captions):
                 raise InputError(f"it has {len(records)} pictures, not {len(captions)}")
             return np.stack([decode_rgb(r.image, r.key) for r in records])
         except (InputError, tarfile.TarError, ValueError, KeyError) as error:
             raise CorruptError(
-                f"{path} is damaged ({error}); delete it, and the same command makes it again"
+                f"{self._out / name} is damaged ({error}); delete it, and the same command makes "
+                "it again"
             ) from error
 
     def _scores(self) -> dict[str, Any]:

@@ -21,10 +21,11 @@ READ: dict[str, tuple[str, ...]] = {
     "tokenize": (_RAW, _DVAE, _BPE),
     "prior": (_TOKENS, _BPE),
     "clip": (_RAW, _BPE),
+    "overlap": (_RAW, _CLIP),
     "score": _DRAWN,
     "evaluate": (_RAW, *_DRAWN),
 }
-"""Inputs of each stage; `pack` and `score` also have a source."""
+"""Inputs of each stage; `pack`, `overlap` and `score` also have a source."""
 MADE_BY = {
     _RAW: "pack",
     _TOKENS: "tokenize",

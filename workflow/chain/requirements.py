@@ -56,8 +56,8 @@ def planned_sizes(source: str, pack: PackConfig, block: int) -> DataSizes | None
         return None
     held_out = round(count * pack.validation)
     train = count - held_out
-    shards, rest = divmod(train, pack.shard_pairs)
-    blocks = shards * -(-pack.shard_pairs // block) + -(-rest // block)
+    units, rest = divmod(count, pack.shard_pairs)  # each has a shard of either split
+    blocks = units * _blocks(pack.shard_pairs, pack, block) + _blocks(rest, pack, block)
     return DataSizes(
         place=f"pack's {count} pairs",
         train=train,
@@ -65,6 +65,11 @@ def planned_sizes(source: str, pack: PackConfig, block: int) -> DataSizes | None
         held_out=held_out,
         about="about ",
     )
+
+
+def _blocks(pairs: int, pack: PackConfig, block: int) -> int:
+    """Expected blocks of the train split of a unit."""
+    return -(-round(pairs * (1 - pack.validation)) // block)
 
 
 def packed_problems(run: RunFile, settings: dict[str, Any]) -> list[str]:

@@ -69,7 +69,7 @@ def _settings(run: RunFile, name: str) -> tuple[Any, list[str]]:
     def parse(arguments: list[str]) -> Any:
         return parse_over(default, [*places, *arguments], verb, flat=name not in PRESETS)
 
-    flags = {key: value for key, value in spec.flags.items() if key not in FILES}
+    flags = {key: value for key, value in spec.flags.items() if key not in FILES.get(name, {})}
     return parsed(where, known, flags, parse)
 
 
@@ -83,6 +83,7 @@ def _job(run: RunFile, name: str, settings: Any) -> Job:
     make: dict[str, Callable[[RunFile, str, StageSpec], list[str]]] = {
         "pack": _pack,
         "tokenize": _tokenize,
+        "overlap": _overlap,
         "score": _draw,
         "evaluate": _draw,
     }
@@ -114,8 +115,8 @@ def _checkpoints(settings: Any) -> str:
 
 def _output(run: RunFile, name: str) -> str:
     """Place of the files that a data job keeps when it is started again."""
-    places = {"pack": run.raw, "tokenize": run.tokens, "score": str(run.folder("score"))}
-    return places.get(name, "")
+    places = {"pack": run.raw, "tokenize": run.tokens}
+    return places.get(name, str(run.folder(name)) if name in ARRAYS else "")
 
 
 def _ranks(name: str, settings: Any) -> int:
@@ -159,9 +160,18 @@ def _places(run: RunFile, name: str) -> list[str]:
     return [f"--data={data}", f"--out={run.folder(name)}", *bpe]
 
 
+def _overlap(run: RunFile, name: str, spec: StageSpec) -> list[str]:
+    places = [f"--clip={run.folder('clip')}", f"--out={run.folder(name)}"]
+    return [name, run.raw, spec.source, *places, *arguments_of(spec.flags)]
+
+
 def _draw(run: RunFile, name: str, spec: StageSpec) -> list[str]:
     """Command of `score` and `evaluate`: the data, the output folder, and the models."""
     models = [f"--{model}={run.folder(model)}" for model in ("prior", "dvae", "clip", "bpe")]
+    other = run.stages.get("overlap")
+    both = name == "score" and other is not None and other.source == spec.source
+    if both and "overlap" not in spec.flags:  # of the same evaluation set
+        models.append(f"--overlap={run.folder('overlap') / 'overlap.json'}")
     return [
         name,
         spec.source or run.raw,

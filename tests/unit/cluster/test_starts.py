@@ -189,7 +189,14 @@ def test_a_data_job_counts_its_finished_files(tmp_path: Path) -> None:
     for name in [*names, "train/_leases/a", "train/_done/a.json"]:
         store.put(name, b"")
     progress = Progress(shards=str(tmp_path))
-    assert progress.read() == 2 and progress.describe(2) == " after 2 finished files"
+    assert progress.read() == 3 and progress.describe(3) == " after 3 finished files"
+    for name, rows in (("0-aa.000000", 64), ("0-bb.000000", 3), ("10-cc.000000", 5)):
+        content = json.dumps({"rows": {str(i): {} for i in range(rows)}})
+        store.put(f"train/_ledger/{name}.json", content.encode())
+    store.put("train/_ledger/0-dd.000000.json", b"damaged")
+    counts = [Progress(shards=str(tmp_path), worker=number).read() for number in ("0", "1", "10")]
+    assert counts == [67, 0, 5] and progress.read() == 3
+    assert Progress(shards="x", worker="1").describe(4) == " after 4 tasks of its own"
     assert Progress().describe(0) == ""
     assert Progress().read() == 0 == Progress(shards=str(tmp_path / "none")).read()
 

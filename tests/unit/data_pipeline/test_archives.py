@@ -22,9 +22,9 @@ from core.storage.store import FolderStore
 from data_pipeline.config import PackConfig
 from data_pipeline.images.crops import encode_png
 from data_pipeline.packing.pack import pack
-from data_pipeline.packing.rejects import Keys
-from data_pipeline.sources.catalogue import open_source
 from data_pipeline.sources.pair import Pair, Unusable, key_of
+from data_pipeline.sources.plan import open_sources, plan_units
+from data_pipeline.sources.units import unit_pairs
 from tests.faults.corpus import picture
 
 APPLE_DOUBLE = b"\0\5\26\7" + b"\0" * 200
@@ -58,8 +58,21 @@ def _folder(path: Path, members: Members) -> Path:
     return path
 
 
+def packed_items(*texts: str) -> list[Pair | Unusable]:
+    """What the units of some sources yield, in order."""
+    sources = open_sources(texts)
+    plan = plan_units(sources, PackConfig())
+    return [
+        item
+        for unit in plan.units
+        for item in unit_pairs(
+            unit, sources[unit.source].files, plan.listings.get(unit.name, []), PackConfig()
+        )
+    ]
+
+
 def _read(source: Path) -> tuple[list[Pair], list[Unusable]]:
-    items = list(open_source(str(source), PackConfig()))
+    items = packed_items(str(source))
     pairs = [item for item in items if isinstance(item, Pair)]
     return pairs, [item for item in items if isinstance(item, Unusable)]
 
@@ -247,14 +260,6 @@ def test_names_that_are_no_utf8_have_keys_of_their_own(tmp_path: Path) -> None:
     pairs, rejects = _read(_tar(tmp_path / "a.tar", members, tarfile.GNU_FORMAT))
     assert len({pair.key for pair in pairs}) == 2 and not rejects
     assert all(pair.key.isascii() for pair in pairs)
-
-
-def test_keys_are_known_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_pipeline.packing.rejects._NEW_KEYS", 7)
-    keys = Keys()
-    assert all(keys.add(f"key {i}") for i in range(500))
-    assert not any(keys.add(f"key {i}") for i in range(500)) and keys.add("another")
-    assert len(keys._old) < 9
 
 
 def test_one_row_of_a_table_is_one_reject(tmp_path: Path) -> None:

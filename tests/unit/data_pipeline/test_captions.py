@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from core.errors import InputError
 from core.log import LOG
 from core.storage.store import FolderStore
+from core.workers import JobWorker
 from data_pipeline.config import FilterConfig, OrderConfig, PackConfig
 from data_pipeline.evaluation_sets import open_evaluation, packed_set
 from data_pipeline.formats.manifest import SPLITS
@@ -32,7 +33,7 @@ from data_pipeline.text.captions import (
     lowered,
 )
 from generation.config import OverlapConfig
-from generation.evaluation.overlap import remove_overlap
+from generation.evaluation.overlap import OverlapJob
 from generation.text_to_image import open_studio
 from models.clip import Clip
 from models.config import ClipConfig
@@ -188,7 +189,8 @@ def test_packing_again_keeps_them(several: FolderStore, tmp_path: Path) -> None:
     assert {r.caption: r.captions for r in _records(out)} == kept
     theirs = open_evaluation(f"coco:{write_coco(tmp_path / 'coco', 4)}")
     dest, config = FolderStore(tmp_path / "dest"), OverlapConfig(threshold=1.0)
-    remove_overlap(several, theirs, dest, Clip(ClipConfig(), 0).eval(), "hash", config)
+    clip, alone = Clip(ClipConfig(), 0).eval(), JobWorker(number=0, count=1)
+    OverlapJob(several, theirs, clip, "hash", config, tmp_path / "report", alone).run(dest)
     assert [r.captions for r in _records(dest)] == [r.captions for r in _records(several)]
 
 

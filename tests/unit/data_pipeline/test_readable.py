@@ -16,15 +16,16 @@ from data_pipeline.evaluation_sets import open_evaluation
 from data_pipeline.formats.manifest import SPLITS
 from data_pipeline.formats.raw import RawRecord, RawSource
 from data_pipeline.images.crops import encode_png
-from data_pipeline.packing.pack import RawWriter, close_set
+from data_pipeline.packing.place import close_set
 from data_pipeline.packing.rejects import Rejects
+from data_pipeline.packing.writer import RawWriter
 from data_pipeline.sources.pair import make_pair
 from data_pipeline.sources.shapes import draw_scene, render
 from data_pipeline.streaming.stream import stored_records
 from generation.config import EvaluateConfig, OverlapConfig, ScoreConfig
 from generation.evaluation.evaluate import evaluate
-from generation.evaluation.overlap import remove_overlap, write_likeness
-from generation.evaluation.score_job import open_job
+from generation.evaluation.open_score import open_job
+from generation.evaluation.overlap import OverlapJob
 from generation.text_to_image import open_studio
 from models.clip import Clip
 from models.config import ClipConfig
@@ -146,13 +147,15 @@ def test_overlap_leaves_them_out_and_compares_with_the_others(
     sorted((coco / "val2014").iterdir())[2].write_bytes(b"<html>")
     theirs = open_evaluation(f"coco:{coco}")
     config = OverlapConfig(threshold=1.0, batch=4)
-    overlap = remove_overlap(packed, theirs, dest, clip, "hash", config)
-    assert overlap.unreadable == 3 and overlap.pairs == 37
-    assert overlap.evaluation["unreadable"] == 1 and overlap.evaluation["pictures"] == 8
+    alone = JobWorker(number=0, count=1)
+    job = OverlapJob(packed, theirs, clip, "hash", config, tmp_path / "report", alone)
+    overlap = job.run(dest)
+    assert overlap["unreadable"] == 3 and overlap["pairs"] == 37
+    evaluation = overlap["evaluation"]
+    assert evaluation["unreadable"] == 1 and evaluation["pictures"] == 8
     rows = [json.loads(line) for line in dest.get("rejects/000000.jsonl").splitlines()]
     left_out = sorted(row["key"] for row in rows if row["kind"] == "image")
     assert left_out == ["train-000", "train-005", "validation-003"]
-    assert write_likeness(overlap, tmp_path)["unreadable"] == 3
 
 
 @pytest.mark.seconds

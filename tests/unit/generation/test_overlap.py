@@ -5,6 +5,7 @@ from pathlib import Path
 
 from core.keys import keyed_rng
 from core.storage.store import FolderStore
+from core.workers import JobWorker
 from data_pipeline.config import PackConfig
 from data_pipeline.evaluation_sets import open_evaluation, packed_set
 from data_pipeline.formats.manifest import SPLITS
@@ -13,12 +14,14 @@ from data_pipeline.images.crops import encode_png
 from data_pipeline.packing.pack import pack
 from data_pipeline.streaming.stream import first_records
 from generation.config import OverlapConfig
-from generation.evaluation.overlap import read_overlap, remove_overlap, write_likeness
+from generation.evaluation.overlap import OverlapJob
+from generation.evaluation.overlap_report import read_overlap
 from models.clip import Clip
 from models.config import ClipConfig
 from tests.unit.layouts import write_coco
 
 SHARED = (3, 4, 11)
+ALONE = JobWorker(number=0, count=1)
 
 
 def _picture(number: int, noise: int = 0) -> bytes:
@@ -44,14 +47,14 @@ def test_overlapping_pairs_are_shown_and_removed(tmp_path: Path) -> None:
     clip = Clip(ClipConfig(), 0).eval()
     dest = FolderStore(tmp_path / "dest")
     config = OverlapConfig(threshold=0.999, batch=5)
-    result = remove_overlap(raw, packed_set(theirs, SPLITS), dest, clip, "hash", config)
+    given, out = packed_set(theirs, SPLITS), tmp_path / "report"
+    body = OverlapJob(raw, given, clip, "hash", config, out, ALONE).run(dest)
     sources = [RawSource(dest, split) for split in ("train", "validation")]
     keys = {r.key for s in sources for block in range(len(s.sizes)) for r in s.read(block)}
     assert keys == {f"p{i:03d}" for i in range(24) if i not in SHARED}
     rows = [json.loads(line) for line in dest.get("rejects/000000.jsonl").splitlines()]
     assert [row["key"] for row in rows if row["kind"] == "overlap"]
     assert sorted(row["key"] for row in rows) == [f"p{i:03d}" for i in SHARED]
-    body = write_likeness(result, tmp_path / "report")
     assert body["pairs"] == 24 and sum(row["pairs"] for row in body["rows"][-2:]) >= len(SHARED)
     assert list((tmp_path / "report").glob("overlap-*.png"))
     assert sources[0].manifest.facts["overlap"]["clip"] == "hash"
@@ -60,11 +63,13 @@ def test_overlapping_pairs_are_shown_and_removed(tmp_path: Path) -> None:
 def test_without_a_place_nothing_is_written(tmp_path: Path) -> None:
     raw = _set(tmp_path / "raw", list(range(24)))
     clip = Clip(ClipConfig(), 0).eval()
-    result = remove_overlap(raw, packed_set(raw, SPLITS), None, clip, "hash", OverlapConfig())
-    assert result.counts[-2:].sum() == result.pairs == 24
+    given = packed_set(raw, SPLITS)
+    job = OverlapJob(raw, given, clip, "hash", OverlapConfig(), tmp_path / "report", ALONE)
+    body = job.run()
+    assert sum(row["pairs"] for row in body["rows"][-2:]) == body["pairs"] == 24
     assert not (tmp_path / "dest").exists()
     trained = {r.key for r in first_records(RawSource(raw, "train"), 24)}
-    assert 0 < len(trained) < 24 and set(result.evaluation["ids"]) == trained
+    assert 0 < len(trained) < 24 and set(body["evaluation"]["ids"]) == trained
 
 
 def test_the_pictures_of_coco_that_were_trained_on_are_named(tmp_path: Path) -> None:
@@ -76,9 +81,9 @@ def test_the_pictures_of_coco_that_were_trained_on_are_named(tmp_path: Path) -> 
         (coco / "val2014" / name).write_bytes(_picture(int(key[1:]), 1))
     theirs = open_evaluation(f"coco:{coco}")
     clip = Clip(ClipConfig(), 0).eval()
-    result = remove_overlap(raw, theirs, None, clip, "hash", OverlapConfig(threshold=0.999))
-    body = write_likeness(result, tmp_path / "report")
-    assert body["evaluation"]["overlapping"] == 3 and "ids" not in body["evaluation"]
+    config, out = OverlapConfig(threshold=0.999), tmp_path / "report"
+    body = OverlapJob(raw, theirs, clip, "hash", config, out, ALONE).run()
+    assert body["evaluation"]["overlapping"] == 3
     overlap = read_overlap(tmp_path / "report" / "overlap.json", theirs)
     assert overlap.pictures == set(names[2:5])
     assert overlap.share == 3 / 8 and overlap.threshold == 0.999

@@ -29,7 +29,8 @@ from data_pipeline.evaluation_sets import open_evaluation
 from data_pipeline.formats.raw import parse_pairs
 from generation.config import ModelPaths, ScoreConfig
 from generation.evaluation.feature_extractors import ClipProxy, Inception, blurred
-from generation.evaluation.score_job import ScoreJob, open_job
+from generation.evaluation.open_score import open_job
+from generation.evaluation.score_job import ScoreJob
 from generation.text_to_image import open_studio
 from generation.third_party import foreign_module
 from parallel.device import CPU
@@ -55,7 +56,7 @@ class Place:
         given = {"inception": None, "overlap": None, **also}
         return open_job(self.data, self.models, config=config, out=out, **given)
 
-    def run(self, out: Path, member: JobWorker = ALONE, **also: Any) -> dict[str, Any] | None:
+    def run(self, out: Path, member: JobWorker = ALONE, **also: Any) -> dict[str, Any]:
         return self.job(out, **also).run(lambda: open_studio(self.models), member)
 
 
@@ -147,11 +148,9 @@ def test_workers_and_kills_change_no_bit(
         assert process.exitcode == -signal.SIGKILL
         assert not (out / "scores.json").exists()
     assert len(list((out / "pictures").iterdir())) == 2
-    for number in (1, 0, 2):
+    for number in (1, 0, 2):  # the first one does all, also the part of the others
         done = apart.submit(place.run, out, JobWorker(number=number, count=3)).result()
-        assert (done is not None) == (number == 2)
-    assert _digests(out) == _digests(unbroken)
-    assert apart.submit(place.run, out).result() is not None
+        assert done == json.loads((out / "scores.json").read_text())
     assert _digests(out) == _digests(unbroken)
 
 
@@ -186,14 +185,25 @@ def test_other_radii_take_the_pictures_that_are_there(place: Place, tmp_path: Pa
     assert scores["rows"][0]["fid"] == first["rows"][0]["fid"]
 
 
+def _forget_scores(out: Path) -> None:
+    for path in out.glob("features-*/scores-*.json"):
+        path.unlink()
+
+
 def test_damaged_blocks_are_named(place: Place, tmp_path: Path) -> None:
     place.run(tmp_path)
     path = next(tmp_path.glob("features-*/drawn-000001.safetensors"))
     whole = path.read_bytes()
     for damaged in (whole[:-5], whole[:-1] + bytes([whole[-1] ^ 1])):
         path.write_bytes(damaged)
+        _forget_scores(tmp_path)
         with pytest.raises(CorruptError, match=r"drawn-000001\.safetensors is damaged; delete"):
             place.run(tmp_path)
+    path.unlink()  # it is made again
+    expected = (tmp_path / "scores.json").read_bytes()
+    place.run(tmp_path)
+    assert path.read_bytes() == whole and (tmp_path / "scores.json").read_bytes() == expected
+    _forget_scores(tmp_path)
     path.unlink()
     tar = tmp_path / "pictures" / "000001.tar"
     tar.write_bytes(tar.read_bytes()[:700])
@@ -298,9 +308,11 @@ def test_the_command_from_end_to_end(place: Place, tmp_path: Path) -> None:
     data = f"cub:{write_cub(tmp_path / 'cub')}"
     out = tmp_path / "out"
     first = tapir("score", data, f"--out={out}", *flags, "--worker=0/2")
-    assert json.loads(first.splitlines()[0]) == {"finished": False}
-    text = tapir("score", data, f"--out={out}", *flags)
-    assert json.loads(text.splitlines()[0]) == json.loads((out / "scores.json").read_text())
+    text = tapir("score", data, f"--out={out}", *flags, "--worker=1/2")
+    for each in (first, text):
+        assert json.loads(each.splitlines()[0]) == json.loads((out / "scores.json").read_text())
+    status = tapir("status", str(out))
+    assert "tasks" in status and "; finished" in status
     assert "proxy" in text and "radius" in text
     assert "with other seed" in tapir("score", data, f"--out={out}", *flags, "--seed=5", code=2)
 

@@ -11,7 +11,7 @@ from torch import nn
 from core.workers import JobWorker
 from data_pipeline.evaluation_sets import open_evaluation
 from generation.config import DrawSettings, ScoreConfig
-from generation.evaluation.score_job import open_job
+from generation.evaluation.open_score import open_job
 from generation.sampling.decoder import Decoder, LocalPrior
 from generation.sampling.sampler import Prompt
 from generation.text_to_image import open_studio

@@ -16,8 +16,9 @@ from core.storage.store import FolderStore
 from data_pipeline.config import OrderConfig, PackConfig
 from data_pipeline.formats.manifest import SPLITS
 from data_pipeline.images.crops import prior_crop, square
-from data_pipeline.packing.pack import RawWriter, close_set
+from data_pipeline.packing.place import close_set
 from data_pipeline.packing.rejects import Rejects
+from data_pipeline.packing.writer import RawWriter
 from data_pipeline.sources.pair import make_pair
 from data_pipeline.streaming import order
 from data_pipeline.streaming.stream import first_records

@@ -360,7 +360,7 @@ def _worker(folder: Path, dvae: DVAEConfig, entries: int = 300) -> Worker:
 
 def test_a_token_job_stops_as_soon_as_too_much_is_left_out(tmp_path: Path) -> None:
     small = DVAEConfig(pixels=32, width=4, codebook=16, code_width=8)
-    with pytest.raises(InputError, match=r"10 of \d+ pairs .*/train are unusable.*16x16 pixels"):
+    with pytest.raises(InputError, match=r"\d+ of \d+ pairs .*/train are unusable.*16x16 pixels"):
         _worker(tmp_path, small).run()
     store = FolderStore(tmp_path / "tokens")
     assert len([name for split in SPLITS for name in store.names(f"{split}/{DONE}")]) == 1

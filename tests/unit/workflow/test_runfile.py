@@ -68,6 +68,25 @@ def test_a_run_becomes_a_chain_of_commands(tmp_path: Path) -> None:
     assert jobs["tokenize"].markers() == [f"tokenize-{i}.json" for i in range(4)]
 
 
+def test_counting_and_overlap_are_arrays_and_score_takes_the_overlap(tmp_path: Path) -> None:
+    coco = {"source": "coco:/data/coco", "workers": 3}
+    stages = {"bpe": {"workers": 4}, "overlap": {**coco, "flags": {"threshold": 0.9}}}
+    chain = chain_of(read_runfile(write(tmp_path, **stages)), "slurm")
+    jobs = {job.name: job for job in chain.jobs}
+    assert jobs["bpe"].array and jobs["overlap"].array and jobs["overlap"].after == ("clip",)
+    assert jobs["bpe"].shards == "/runs/shapes/bpe"
+    assert jobs["overlap"].text == (
+        "tapir overlap /runs/shapes/data/raw coco:/data/coco --clip=/runs/shapes/clip "
+        "--out=/runs/shapes/overlap --threshold=0.9"
+    )
+    assert jobs["score"].after == ("prior", "clip", "overlap")
+    assert "--overlap=/runs/shapes/overlap/overlap.json" in jobs["score"].command
+    stages["overlap"]["source"] = "cub:/data/cub"  # of another set: the score does not read it
+    chain = chain_of(read_runfile(write(tmp_path, **stages)), "slurm")
+    score = next(job for job in chain.jobs if job.name == "score")
+    assert not any("--overlap=" in word for word in score.command)
+
+
 def test_a_stage_that_is_left_out_is_not_waited_for(tmp_path: Path) -> None:
     path = write(tmp_path)
     body = yaml.safe_load(path.read_text())
@@ -115,7 +134,8 @@ def test_finished_jobs_are_not_sent_again(tmp_path: Path) -> None:
             "steps=7 does not divide",
         ),
         ({}, {"pack": {}}, "give a source"),
-        ({}, {"dvae": {"workers": 2}}, "workers are for tokenize and score"),
+        ({}, {"overlap": {}}, "stages.overlap: give a source, the evaluation set"),
+        ({}, {"dvae": {"workers": 2}}, "workers are for pack, bpe, tokenize, overlap, score"),
         ({"name": ""}, {}, "name: missing"),
         ({"slurm": {"launcher": "ssh"}}, {}, "must be torchrun or srun"),
         ({"retires": 3}, {}, "did you mean 'retries'"),
@@ -346,6 +366,7 @@ def test_jobs_know_where_their_progress_shows(tmp_path: Path) -> None:
     }
     assert {name: job.shards for name, job in jobs.items() if job.shards} == {
         "pack": "s3://bucket/shapes/raw",
+        "bpe": "/runs/shapes/bpe",
         "tokenize": "s3://bucket/shapes/tokens",
         "score": "/runs/shapes/scores",
     }

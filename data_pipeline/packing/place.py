@@ -1,0 +1,151 @@
+"""The place of a raw data set: claimed before any work, given back if there is nothing to write."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from core.errors import CorruptError, InputError
+from core.files.atomic import canonical_json
+from core.storage.store import Store
+from data_pipeline.catalogue.schema import CATALOGUE
+from data_pipeline.formats.ids import NAME as IDS
+from data_pipeline.formats.manifest import (
+    INDEX,
+    NAME,
+    RAW,
+    SPLITS,
+    Manifest,
+    Shard,
+    read_json,
+    read_manifest,
+)
+from data_pipeline.formats.raw_set import write_split
+from data_pipeline.jobs.status import JOB
+from data_pipeline.packing.rejects import REJECTS, Rejects
+
+REQUEST = "request.json"
+UNITS = "units/"
+REFUSED = f"{UNITS}refused.json"
+"""Why a worker has ended the job: too many rejects, or an empty split."""
+_PARTS = re.compile(
+    rf"({'|'.join(SPLITS)})/shard-\d{{6,}}(-\d{{3,}})?\.(tar|index\.safetensors)"
+    rf"|{REJECTS}(\d{{6,}}|set)\.jsonl"
+)
+_OURS = re.compile(
+    rf"{_PARTS.pattern}|({'|'.join(SPLITS)})/({INDEX}|{IDS}|{NAME})|{REQUEST}|{JOB}"
+    rf"|({UNITS}|{CATALOGUE}).*"
+)
+
+
+@contextmanager
+def given_back(store: Store, alone: bool = True) -> Iterator[None]:
+    """On an InputError give a claimed, unfinished place back, so that it can be used again.
+
+    `alone`: there are no other workers, and everything is deleted. Otherwise a note tells them, and
+    the next request for the place deletes what they wrote (`claim`).
+    """
+    try:
+        yield
+    except InputError as error:
+        if not finished(store):
+            if alone:
+                _clear(store)
+            else:
+                note = canonical_json({"reason": str(error)})
+                store.put(REFUSED, note, if_absent=True)
+        raise
+
+
+def refuse_refused(store: Store) -> None:
+    """Raise InputError if another worker has ended the job."""
+    if store.exists(REFUSED):
+        reason = read_json(store, REFUSED).get("reason", "")
+        raise InputError(
+            f"another worker has ended this job: {reason}; mend that, or write it all again with "
+            "--again"
+        )
+
+
+def claim(store: Store, request: dict[str, Any], again: bool = False) -> None:
+    """Claim DEST for this request, before any work; the same request may claim it again.
+
+    Raises: InputError if DEST is taken by another request; StoreError if it cannot be written.
+    """
+    content = canonical_json(request)
+    refused = store.exists(REFUSED)
+    if refused and (again or store.get(REQUEST) != content):
+        _clear(store)
+    elif refused:
+        refuse_refused(store)
+    if not store.exists(REQUEST):
+        others = [name for split in SPLITS for name in store.names(f"{split}/")]
+        if others:
+            raise InputError(f"{store.url} holds other files ({others[0]}); choose an empty DEST")
+        if store.put(REQUEST, content, if_absent=True):
+            return
+    if store.get(REQUEST) == content:
+        return
+    try:
+        other = read_json(store, REQUEST)
+    except CorruptError:
+        if not again:
+            raise
+        store.put(REQUEST, content)
+        return
+    raise taken(store, other)
+
+
+def taken(store: Store, other: dict[str, Any]) -> InputError:
+    """The error for a place that holds another request's data set."""
+    return InputError(
+        f"{store.url} is taken by another data set ({other.get('source', 'tokens')!r}, or other "
+        "settings or content); choose an empty DEST"
+    )
+
+
+def finished(store: Store) -> dict[str, Manifest]:
+    """The manifests of a raw data set; empty unless it is finished."""
+    manifests = {}
+    for name in SPLITS:
+        if not store.exists(f"{name}/{NAME}"):
+            return {}
+        manifests[name] = read_manifest(store, f"{name}/", RAW)
+    return manifests
+
+
+def refuse_empty(shards: dict[str, list[Shard]], advice: str) -> None:
+    """Raise InputError if a split has no pair."""
+    for name, rows in shards.items():
+        if not rows:
+            raise InputError(f"no pair fell into the {name} split; {advice}")
+
+
+def close_set(
+    store: Store, shards: dict[str, list[Shard]], facts: dict[str, dict[str, Any]], rejects: Rejects
+) -> dict[str, Manifest]:
+    """Write the manifests of a set that one process has made."""
+    manifests = {
+        name: write_split(store, f"{name}/", [rows], facts[name], dict(rejects.kinds))
+        for name, rows in shards.items()
+    }
+    delete_others(store, shards, {rejects.name})
+    return manifests
+
+
+def delete_others(store: Store, shards: dict[str, list[Shard]], rejects: set[str]) -> None:
+    """Delete shards and rejects of an earlier, unfinished attempt."""
+    kept = {f"{name}/{shard.name}" for name, rows in shards.items() for shard in rows} | rejects
+    kept |= {f"{name}/{shard.index_name}" for name, rows in shards.items() for shard in rows}
+    for folder in (*(f"{name}/" for name in SPLITS), REJECTS):
+        for name in filter(_PARTS.fullmatch, store.names(folder)):
+            if name not in kept:
+                store.delete(name)
+
+
+def _clear(store: Store) -> None:
+    for name in filter(_OURS.fullmatch, store.names()):
+        if name not in (REQUEST, REFUSED):
+            store.delete(name)
+    store.delete(REQUEST)
+    store.delete(REFUSED)
