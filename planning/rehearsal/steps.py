@@ -8,12 +8,12 @@ weights.
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+
+import numpy as np
+import torch
 
 import checkpoint.saver
 import checkpoint.writer
@@ -25,19 +25,24 @@ import training.trainer
 from core.config import check
 from core.errors import AbsentError
 from core.heartbeat import Heart
+from core.storage.mixture import data_sets
+from data_pipeline.streaming.mixed_source import MixedSource, Part
 from data_pipeline.streaming.state import StreamState
 from parallel.engines.protocol import Batch, Engine, Losses, StepResult
 from parallel.engines.registry import build_engine
 from parallel.ledger import Ledger
 from parallel.mesh import Mesh
-from planning.rehearsal.patches import Change, nothing, replaced
+from planning.rehearsal.patches import AtOnce, Change, no_progress, nothing, replaced
 from planning.rehearsal.recorder import Recorder
-from planning.rehearsal.tasks import TASKS
 from training.config import ProfileConfig
 from training.data_requirements import DataSizes, size_problems
 from training.export.files import WEIGHTS, WeightsFile
 from training.export.save import Writers
+from training.tasks.clip import ClipTask
+from training.tasks.dvae import DVAETask
+from training.tasks.prior import PriorTask
 from training.tasks.splits import UNREAD, Splits
+from training.tasks.task import Pictures
 from training.trainer import Run
 
 _NOWHERE = Path(os.devnull) / "rehearsal"
@@ -55,7 +60,7 @@ def play(stage: str, settings: Any, steps: int, mesh: Mesh, recorder: Recorder |
     check(size_problems(settings, _sizes(settings)))
     heart = Heart(mesh.world.rank)
     with replaced(_changes(recorder)):
-        task = TASKS[stage](settings, mesh)
+        task = _TASKS[stage](settings, mesh)
         run = Run(stage, task, settings, mesh, Ledger(mesh, heart), heart)
         run.train()
         run.close()
@@ -104,10 +109,10 @@ def _changes(recorder: Recorder | None) -> list[Change]:
         (training.export.save, "_write", lambda *_: WeightsFile(file=WEIGHTS, bytes=0, sha256="")),
         (training.export.save, "_unseen", lambda *_: False),
         (training.export.save, "write_description", nothing),
-        (training.trainer, "progress", _no_progress),
-        (training.ema, "ThreadPoolExecutor", _AtOnce),
-        (data_pipeline.streaming.ahead, "ThreadPoolExecutor", _AtOnce),
-        (checkpoint.saver, "ThreadPoolExecutor", _AtOnce),
+        (training.trainer, "progress", no_progress),
+        (training.ema, "ThreadPoolExecutor", AtOnce),
+        (data_pipeline.streaming.ahead, "ThreadPoolExecutor", AtOnce),
+        (checkpoint.saver, "ThreadPoolExecutor", AtOnce),
         (checkpoint.writer, "_write_slices", lambda *_: {}),
     ]
 
@@ -135,6 +140,96 @@ def _repeat_evaluations(engine: Any, recorder: Recorder) -> None:
         return losses
 
     engine.step, engine.evaluate = stepped, evaluated
+
+
+class _Samples:
+    """A data set of samples without content."""
+
+    fingerprint, kind, variants = "", "", 1
+
+    def __init__(self, count: int) -> None:
+        self.sizes = np.array([count])
+
+    def read(self, block: int, _: int = 0) -> list[Any]:
+        return [object() for _ in range(self.sizes[block])]
+
+
+def _held_out(settings: Any) -> Any:
+    """Enough held-out samples, of each data set of a mixture."""
+    samples, sets = _Samples(settings.loop.validation_samples), data_sets(settings.data)
+    if len(sets) == 1:
+        return samples
+    return MixedSource(
+        [Part(name=s.place, place=s.place, share=s.share, source=samples) for s in sets]
+    )
+
+
+class _PriorWithoutData(PriorTask):
+    def __init__(self, settings: Any, mesh: Mesh) -> None:
+        self._settings = settings
+        self.held_out = _held_out(settings)
+        self.train: Any = _Samples(0)
+        self._set_model(settings.model, settings.loop.seed, mesh.shared)
+
+    def batch(self, records: Sequence[Any], step: int, training: bool = True) -> Batch:
+        count, model = len(records), self.model_config
+        text = torch.zeros(count, model.text_length, dtype=torch.int64, device="cpu")
+        image = torch.zeros(count, model.image_length, dtype=torch.int64, device="cpu")
+        return {"text": text, "image": image}
+
+    def facts(self) -> dict[str, Any]:
+        return {}
+
+    def _entropy(self) -> float:
+        return 0.0
+
+
+class _DVAEWithoutData(DVAETask):
+    unreadable, note_used = 0, nothing
+
+    def __init__(self, settings: Any, mesh: Mesh) -> None:
+        self.held_out = _held_out(settings)
+        self.train: Any = _Samples(0)
+        self._set_model(settings.model, settings.loop.seed)
+
+    def batch(self, records: Sequence[Any], step: int, training: bool = True) -> Batch:
+        return {
+            "pixels": _pixels(len(records), self.model_config.pixels),
+            "keys": torch.zeros(len(records), dtype=torch.int64, device="cpu"),
+            "tau": torch.tensor(1.0, device="cpu"),
+            "beta": torch.tensor(1.0, device="cpu"),
+        }
+
+    def figures(self, *_: Any) -> tuple[dict[str, float], Pictures]:
+        return {}, {}  # computed from values, without communication
+
+
+class _ClipWithoutData(ClipTask):
+    unreadable, note_used = 0, nothing
+
+    def __init__(self, settings: Any, mesh: Mesh) -> None:
+        self.held_out = _held_out(settings)
+        self.train: Any = _Samples(0)
+        self._set_model(settings.model, settings.loop.seed, mesh.world)
+
+    def batch(self, records: Sequence[Any], step: int, training: bool = True) -> Batch:
+        count, model = len(records), self.model_config
+        text = torch.zeros(count, model.text_length, dtype=torch.int64, device="cpu")
+        return {"pixels": _pixels(count, model.pixels), "text": text}
+
+    def facts(self) -> dict[str, Any]:
+        return {}
+
+
+_TASKS: dict[str, Callable[[Any, Mesh], Any]] = {
+    "prior": _PriorWithoutData,
+    "dvae": _DVAEWithoutData,
+    "clip": _ClipWithoutData,
+}
+
+
+def _pixels(count: int, side: int) -> torch.Tensor:
+    return torch.zeros(count, 3, side, side, device="cpu")
 
 
 class _EmptyStream:
@@ -231,25 +326,3 @@ class _NoFolder:
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.begin = self.log = self.show = self.close = nothing
-
-
-class _AtOnce:
-    """An executor that works in the caller's thread, whose tensors are shadows."""
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def submit(self, work: Callable[..., Any], *arguments: Any) -> "Future[Any]":
-        done: Future[Any] = Future()
-        try:
-            done.set_result(work(*arguments))
-        except Exception as error:  # raised by result(), as from a thread
-            done.set_exception(error)
-        return done
-
-    def shutdown(self, **_: Any) -> None:
-        """Nothing is in work."""
-
-
-def _no_progress(*_: Any) -> AbstractContextManager[Any]:
-    return nullcontext(SimpleNamespace(update=nothing))

@@ -104,7 +104,7 @@ def test_a_cosine_rate_reaches_the_engine() -> None:
 
 def test_a_run_steps_to_its_end_and_goes_back_where_it_must() -> None:
     run = _run(97, 0, OPTIM)
-    state = SimpleNamespace(epoch=2, step=5)
+    state = SimpleNamespace(epoch=2, step=5, all_versions=())
     told: list[Any] = []
     back = iter([False, True, False, False])
 
