@@ -325,6 +325,13 @@ def test_validation_reads_each_sets_share_in_whole_lanes() -> None:
     assert [r.id for r in first_of_each(source.parts[1].source, 3)] == [10**6 + i for i in range(3)]
 
 
+def test_a_mixture_read_by_blocks_has_those_of_all_sets() -> None:
+    source = mixed(THREE, [[3, 2], [4], [1, 1, 5]])
+    ids = [record.id for block in range(len(source.sizes)) for record in source.read(block)]
+    assert ids == [10**6 * i + n for i, count in enumerate((5, 4, 7)) for n in range(count)]
+    assert source.sizes.tolist() == [3, 2, 4, 1, 1, 5]
+
+
 def test_positions_survive_json() -> None:
     state = opened(mixed(THREE, [[3] * 9, [4] * 5, [2] * 8]), 8).state
     assert position_of(json.loads(json.dumps(dataclasses.asdict(state)))) == state
