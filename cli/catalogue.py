@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+from cli.data import join
 from core.config import check
 from core.files.atomic import refuse_folder
 from core.files.out_folder import refuse_others_folder
@@ -19,6 +20,14 @@ from data_pipeline.config import CatalogueConfig, FilterConfig
 
 
 def data(arguments: list[str]) -> None:
+    """`tapir data SET`, `tapir data join`."""
+    if arguments[:1] == ["join"]:
+        join(arguments[1:])
+    else:
+        _data(arguments)
+
+
+def _data(arguments: list[str]) -> None:
     """`tapir data SET`."""
 
     def run(
@@ -35,6 +44,7 @@ def data(arguments: list[str]) -> None:
         """Count the pairs of a raw set and write a page about it; answer SQL; write keep-lists.
 
         All of it is read from the set's catalogue; only the page reads a few blocks of pictures.
+        `tapir data join A B --dest C` makes one set of several.
 
         Args:
             data: the data set that `tapir pack` wrote

@@ -50,8 +50,9 @@ def batch(arguments: list[str]) -> None:
         rows = History(run).batch(step)
         for row in rows:
             LOG.info(
-                "%5d  %d %s  %s block %d record %d",
+                "%5d  %d %s  %s block %d record %d%s",
                 *(row.slot, row.id, row.key, row.shard, row.block, row.record),
+                f" of {row.data}" if row.data else "",
             )
         if json:
             print_json({"pairs": rows})

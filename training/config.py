@@ -8,6 +8,7 @@ from typing import Literal
 from checkpoint.config import CheckpointConfig
 from cluster.config import SupervisorConfig
 from core.config import folder_problems, place_problems
+from core.storage.mixture import data_sets, mixture_problems
 from data_pipeline.config import LoaderConfig, OrderConfig
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, ModelSizes, OptimConfig
@@ -93,7 +94,7 @@ class StageConfig:
     """Settings that all training stages share."""
 
     data: str = "data/raw"
-    """The data set: s3://bucket/prefix or a folder."""
+    """The pairs: s3://bucket/prefix or a folder; several by shares of each batch: A:0.7,B:0.3."""
     grow: bool = False
     """Look for a newer version of the data set (`tapir pack --append`) after each epoch, and read
     it from then on; else a run reads the version that it began with."""
@@ -149,7 +150,12 @@ class StageConfig:
         problems = self.loop.problems() + self.optim.problems() + self.compress.problems()
         problems += self.checkpoint.problems() + self.guard.problems() + self.supervisor.problems()
         problems += self.profile.problems() + self.loader.problems() + self.model_problems()
-        problems += place_problems(self.data, "data") + folder_problems(self.out, "out")
+        problems += mixture_problems(self.data, "data") + folder_problems(self.out, "out")
+        if self.grow and len(data_sets(self.data)) > 1:
+            problems.append(
+                "grow reads one data set, and data is a mixture: leave --grow out, and each set is "
+                "read in the version that the run began with"
+            )
         return problems + self._validation_problems()
 
     def _validation_problems(self) -> list[str]:
@@ -240,7 +246,7 @@ class PriorTrain(StageConfig):
     """Train the transformer on the tokens of the token job."""
 
     data: str = "data/tokens"
-    """The tokens: s3://bucket/prefix or a folder."""
+    """The tokens: s3://bucket/prefix or a folder; several by shares of each batch: A:0.7,B:0.3."""
     out: Path = Path("runs/prior")
     """Run folder: config, metrics, TensorBoard, checkpoints; the same folder resumes."""
     model: PriorConfig = field(default_factory=PriorConfig)

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.config import check
+from core.storage.mixture import data_sets
 from data_pipeline.formats.manifest import Manifest
-from data_pipeline.formats.split import SplitSource
+from data_pipeline.streaming.mixed_source import parts_of
 from training.config import StageConfig
 
 MADE_FROM_DATA = ("text_vocabulary", "image_vocabulary", "grid")
 """Model sizes that the data determine; 0 in the settings = taken from the data."""
+_OF_TOKENS = ("dvae", "tokenizer", *MADE_FROM_DATA)
+"""Facts in which the token sets of a mixture must agree."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +31,20 @@ class DataSizes:
     """Pairs of the validation split."""
     about: str = ""
     """`about ` if the data set is not packed yet, for messages."""
+    alone: bool = True
+    """False for a set of a mixture, which need not fill a batch."""
 
 
-def sizes_of(place: str, train: Manifest, held_out: Manifest) -> DataSizes:
+def sizes_of(place: str, train: Manifest, held_out: Manifest, alone: bool = True) -> DataSizes:
     """The sizes of an existing data set."""
     blocks = sum(shard.blocks for shard in train.shards) // train.variants
-    return DataSizes(place=place, train=train.samples, blocks=blocks, held_out=held_out.samples)
+    return DataSizes(
+        place=place,
+        train=train.samples,
+        blocks=blocks,
+        held_out=held_out.samples,
+        alone=alone,
+    )
 
 
 def size_problems(settings: StageConfig, sizes: DataSizes) -> list[str]:
@@ -45,7 +56,7 @@ def size_problems(settings: StageConfig, sizes: DataSizes) -> list[str]:
             f"validation needs one for each of order.lanes={lanes} at least; pack more pairs or a "
             "larger --validation, or lower order.lanes"
         )
-    if sizes.train < batch:
+    if sizes.alone and sizes.train < batch:
         problems.append(
             f"the train split of {sizes.place} has {sizes.about}{sizes.train} pairs, which fill no "
             f"batch of loop.global_batch_size={batch}; pack more pairs, or lower it"
@@ -76,13 +87,44 @@ def model_size_problems(model: Any, facts: Mapping[str, Any], place: str) -> lis
     ]
 
 
-def refuse_unfit(settings: Any, train: SplitSource, held_out: SplitSource) -> None:
-    """Raise ConfigError if a stage cannot train and validate on its data; needs no model."""
-    sizes = DataSizes(
-        place=settings.data,
-        train=train.manifest.samples,
-        blocks=len(train.sizes),
-        held_out=held_out.manifest.samples,
-    )
-    facts = train.manifest.facts
-    check(size_problems(settings, sizes) + model_size_problems(settings.model, facts, sizes.place))
+def mixture_problems(
+    facts: Mapping[str, Mapping[str, Any]], fingerprints: Mapping[str, str]
+) -> list[str]:
+    """Reasons why data sets cannot be mixed; `facts` and `fingerprints`: of each, by place."""
+    first = next(iter(facts), "")
+    expected, others = facts.get(first, {}), list(facts.items())[1:]
+    problems = [
+        f"{place} has {name}={own.get(name)!r}, and {first} has {name}={expected[name]!r}; sets of "
+        "a mixture must be tokenized with the same dVAE and tokenizer"
+        for place, own in others
+        for name in _OF_TOKENS
+        if name in expected and own.get(name) != expected[name]
+    ]
+    places = {fingerprint: place for place, fingerprint in reversed([*fingerprints.items()])}
+    return problems + [
+        f"{place} is a copy of {places[fingerprint]}; give it once, with both shares' sum"
+        for place, fingerprint in fingerprints.items()
+        if places[fingerprint] != place
+    ]
+
+
+def refuse_unfit(settings: Any, train: Any, held_out: Any) -> None:
+    """Raise ConfigError if a stage cannot train and validate on its data; needs no model.
+
+    `train` and `held_out` are the sources of its splits: SplitSource or MixedSource.
+    """
+    sets, problems = data_sets(settings.data), []
+    trains, others = ([part.source for part in parts_of(each)] for each in (train, held_out))
+    for each, source, other in zip(sets, trains, others, strict=True):
+        sizes = DataSizes(
+            place=each.place,
+            train=source.manifest.samples,
+            blocks=len(source.sizes),
+            held_out=other.manifest.samples,
+            alone=len(sets) == 1,
+        )
+        problems += size_problems(settings, sizes)
+        problems += model_size_problems(settings.model, source.manifest.facts, each.place)
+    facts = {s.place: source.manifest.facts for s, source in zip(sets, trains, strict=True)}
+    prints = {s.place: source.fingerprint for s, source in zip(sets, trains, strict=True)}
+    check(problems + mixture_problems(facts, prints))

@@ -13,8 +13,8 @@ from core.heartbeat import Heart
 from core.log import LOG, Meter, progress
 from core.stop import stop_asked
 from core.storage.store import open_store
-from data_pipeline.streaming.state import StreamState
-from data_pipeline.streaming.stream import Stream
+from data_pipeline.streaming.mixture import Batches, epochs_of, open_stream
+from data_pipeline.streaming.state import Position, position_of
 from models.counts import step_flops
 from parallel.engines.protocol import Batch, Engine, EngineSettings, StepResult
 from parallel.engines.registry import build_engine
@@ -164,7 +164,7 @@ class Run:
         self._note_failure()
         self._note_version()
         self.alarms.pace(self.step, cost.seconds)
-        self.log.step(self.step, self.feed.state.epoch, result, cost, meter)
+        self.log.step(self.step, epochs_of(self.feed.state, self.task.train), result, cost, meter)
 
     @timed(VALIDATION)
     def validate(self) -> dict[str, float]:
@@ -214,7 +214,7 @@ class Run:
         refuse_other_shapes(reader, self.engine)
         self.engine.load_slices(reader)
         self.average.load(reader)
-        self.feed.resume(StreamState(**reader.facts["stream"]))
+        self.feed.resume(position_of(reader.facts["stream"]))
         self.recovery.guard.load(reader.facts.get("guard", {}))
         self.plateau.load(reader.facts.get("plateau", {}))
         self.step = self._resumed_at = int(reader.facts["step"])
@@ -259,7 +259,7 @@ class Run:
         """The validation loss at this step, if it was validated."""
         return self._scored[1] if self._scored and self._scored[0] == self.step else None
 
-    def _facts_of_step(self, state: StreamState) -> dict[str, Any]:
+    def _facts_of_step(self, state: Position) -> dict[str, Any]:
         position = {"epoch": state.epoch, "step": state.step - 1}
         return {
             "stage": self.stage,
@@ -331,9 +331,9 @@ class Run:
         self.world.barrier()
 
 
-def _stream(task: Task[Any], settings: StageConfig, mesh: Mesh) -> Stream:
+def _stream(task: Task[Any], settings: StageConfig, mesh: Mesh) -> Batches:
     """The stream of this replica's training data."""
-    return Stream(
+    return open_stream(
         task.train,
         seed=settings.loop.seed,
         batch=settings.loop.global_batch_size,

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 
 from core.heartbeat import Heart
 from data_pipeline.streaming.ahead import depth_of, prepared_ahead
+from data_pipeline.streaming.mixed_source import held_out_counts, parts_of
 from data_pipeline.streaming.stream import first_records
 from parallel.engines.protocol import Batch, Engine
 from parallel.mesh import Mesh
@@ -33,35 +35,54 @@ class Validation:
         self._task, self._engine, self._settings = task, engine, settings
         self._mesh, self._heart, self._step = mesh, heart, 0
         self._unreadable = 0.0
-        self._records: Sequence[Any] = ()
-        """The held-out records that the first validation read, if they are at most KEPT bytes."""
+        self._records: list[Sequence[Any]] = []
+        """The held-out records of each data set, if those that the first validation read are at
+        most KEPT bytes."""
 
     def run(self, step: int) -> tuple[dict[str, float], Pictures]:
-        """(losses and the task's figures, pictures) of a validation."""
+        """(losses and the task's figures, pictures) of a validation.
+
+        Of a mixture, `loss` is the mean over all records, and `loss/NAME` that of one data set.
+        """
         self._step = step
-        records = self._held_out()
-        mine = records[self._mesh.data.rank :: self._mesh.data.size]
-        row = self._means(mine)
-        figures, pictures = self._task.figures(self._means, mine, records)
+        held_out = self._held_out()
+        rank, size = self._mesh.data.rank, self._mesh.data.size
+        rows = [self._means(records[rank::size]) for records in held_out]
+        row = rows[0] if len(rows) == 1 else self._together(rows, list(map(len, held_out)))
+        records = list(chain.from_iterable(held_out))
+        figures, pictures = self._task.figures(self._means, records[rank::size], records)
         if self._unreadable:
             figures["pairs_unreadable"] = self._unreadable
         return {**row, **figures}, pictures
 
-    def _held_out(self) -> Sequence[Any]:
-        """The held-out records, rounded down to a multiple of order.lanes.
+    def _together(self, rows: list[dict[str, float]], counts: list[int]) -> dict[str, float]:
+        """The means over all records of a mixture, and those of each data set."""
+        row = {
+            name: sum(n * each[name] for n, each in zip(counts, rows, strict=True)) / sum(counts)
+            for name in rows[0]
+        }
+        for part, each in zip(parts_of(self._task.held_out), rows, strict=True):
+            row |= {f"{name}/{part.name}": value for name, value in each.items()}
+        return row
+
+    def _held_out(self) -> list[Sequence[Any]]:
+        """The held-out records of each data set, multiples of order.lanes.
 
         There is at least one per lane: training.data_requirements checks it before the first step.
         A rank that needs no data reads none: its records are None.
         """
-        records = self._records
-        if not records:
-            held_out, lanes = self._task.held_out, self._settings.order.lanes
-            count = min(self._settings.loop.validation_samples, int(sum(held_out.sizes)))
-            count -= count % lanes
-            reads = self._mesh.needs_data
-            records = first_records(held_out, count) if reads else [None] * count
-            if sum(memoryview(getattr(each, "image", b"")).nbytes for each in records) <= KEPT:
-                self._records = records
+        if self._records:
+            return self._records
+        held_out, reads = self._task.held_out, self._mesh.needs_data
+        asked, lanes = self._settings.loop.validation_samples, self._settings.order.lanes
+        counts = held_out_counts(held_out, asked, lanes)
+        records: list[Sequence[Any]] = [
+            first_records(part.source, count) if reads else [None] * count
+            for part, count in zip(parts_of(held_out), counts, strict=True)
+        ]
+        images = (getattr(each, "image", b"") for each in chain.from_iterable(records))
+        if sum(memoryview(image).nbytes for image in images) <= KEPT:
+            self._records = records
         return records
 
     def _means(self, records: Sequence[Any], change: Change | None = None) -> dict[str, float]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from core.keys import key_int, keyed_rng
+from core.keys import KeyPart, key_int, keyed_rng
 from core.storage.store import Store
 from data_pipeline.formats.manifest import TOKENS, Manifest
 from data_pipeline.formats.shards import build_tar, describe, put_manifest
@@ -14,11 +14,11 @@ from data_pipeline.tokenize.worker import ranges_of
 VOCABULARY = 8192
 
 
-def records_of(shard: int, count: int, image: int, text: int) -> TokenRecords:
-    """The records of a shard: `image` codes and `text` ids each, of key (shard, place)."""
-    rng = keyed_rng(shard, "synthetic")
+def records_of(shard: int, count: int, image: int, text: int, *seed: KeyPart) -> TokenRecords:
+    """The records of a shard: `image` codes and `text` ids each, of key (*seed, shard, place)."""
+    rng = keyed_rng(*seed, shard, "synthetic")
     codes = rng.integers(0, VOCABULARY, (count, image), np.uint16)
-    ids = np.array([key_int(shard, place) for place in range(count)], np.uint64)
+    ids = np.array([key_int(*seed, shard, place) for place in range(count)], np.uint64)
     flat = rng.integers(0, VOCABULARY, count * text, np.uint16)
     return TokenRecords(ids, codes, flat, np.arange(count + 1) * text)
 
@@ -32,11 +32,15 @@ def write_tokens(
     text: int = 256,
     split: str = "train",
     parent: Manifest | None = None,
+    seed: str = "",
 ) -> Manifest:
-    """Write a split of `shards` x `count` records; `parent`: its version with fewer shards."""
+    """Write a split of `shards` x `count` records; other seeds have other ones.
+
+    `parent`: its version with fewer shards.
+    """
     described = []
     for shard in range(shards):
-        records = records_of(shard, count, grid * grid, text)
+        records = records_of(shard, count, grid * grid, text, *([seed] if seed else []))
         tar = build_tar(list(_blocks(records, block)))
         name = f"shard-{shard:06d}.tar"
         store.put(f"{split}/{name}", tar)

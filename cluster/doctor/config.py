@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from core.storage.mixture import mixture_problems
+
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
@@ -13,7 +15,8 @@ class DoctorConfig:
     out: Path = Path("runs")
     """Run folder; all ranks must see the same one. Probe files in it are removed."""
     data: str = ""
-    """s3://bucket/prefix or a folder whose access rights and speed are tested; empty = none."""
+    """s3://bucket/prefix or a folder whose access rights and speed are tested, or a mixture of
+    some, A:0.7,B:0.3; empty = none."""
     rights: Literal["read", "write"] = "write"
     """Rights needed on --data: read only, or also writes, deletes and conditional puts."""
     node: bool = False
@@ -40,12 +43,8 @@ class DoctorConfig:
     """Seconds of matmuls in the burn-in."""
 
     def problems(self) -> list[str]:
-        problems = []
-        bucket = self.data.removeprefix("s3://").partition("/")[0]
-        if "://" in self.data and not (self.data.startswith("s3://") and bucket):
-            problems.append(
-                f"--data {self.data} is not a store; give s3://bucket/prefix or a folder"
-            )
+        problems: list[str] = []
+        problems += mixture_problems(self.data, "--data")
         needs = (self.memory, self.disk, self.shared_memory)
         if not all(0 <= each < math.inf for each in needs):
             problems.append("--memory, --disk and --shared-memory are GB and must not be negative")

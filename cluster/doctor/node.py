@@ -3,6 +3,8 @@
 from cluster.doctor import folders, gpus, limits, machine, programs
 from cluster.doctor.config import DoctorConfig
 from cluster.doctor.finding import Check, Finding, placed, run_checks
+from core.config import S3
+from core.storage.mixture import data_sets
 
 LIMIT = 30.0
 """Seconds after which a check counts as hanging."""
@@ -27,7 +29,7 @@ def node_findings(config: DoctorConfig, rank: int | None) -> list[Finding]:
     }
     if config.data:
         checks["store"] = lambda: _store_findings(config, size)
-    if config.data.startswith("s3://"):
+    if any(each.place.startswith(S3) for each in data_sets(config.data)):
         checks["clock"] = _store_clock_findings
     if config.scheduler != "none":
         checks["scheduler"] = lambda: programs.scheduler_findings(config.scheduler)
@@ -37,7 +39,11 @@ def node_findings(config: DoctorConfig, rank: int | None) -> list[Finding]:
 def _store_findings(config: DoctorConfig, size: int) -> list[Finding]:
     from cluster.doctor import stores  # noqa: PLC0415 - boto3: a second, and its import may fail
 
-    return stores.store_findings(config.data, config.rights, size)
+    return [
+        row
+        for each in data_sets(config.data)
+        for row in stores.store_findings(each.place, config.rights, size)
+    ]
 
 
 def _store_clock_findings() -> list[Finding]:

@@ -78,6 +78,10 @@ class RawRecords(Sequence[RawRecord]):
     def __iter__(self) -> Iterator[RawRecord]:
         return iter(self._records)
 
+    def drawn(self, *key: KeyPart) -> "RawRecords":
+        """The same records: who reads captions draws them, by step."""
+        return self
+
     @staticmethod
     def gather(pieces: "Sequence[tuple[RawRecords, NDArray[Any], Rows]]") -> "RawRecords":
         """For each piece (records, places, rows), copy records[places] to rows of the result."""

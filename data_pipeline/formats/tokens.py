@@ -1,4 +1,15 @@
-"""Token records: image codes and text ids of pairs, stored as blocks in tar shards."""
+"""Token records: image codes and text ids of pairs, stored as blocks in tar shards.
+
+    magic    TPRB, version 1 or 2
+    sizes    records n, codes of an image, u32
+    ids      n u64
+    firsts   n + 1 u32, version 2 alone: record i has the texts firsts[i] ... firsts[i + 1] - 1
+    ends     texts + 1 u32: text t has the ids ends[t] ... ends[t + 1] - 1
+    image    codes, u16
+    text     ids, u16
+
+A block has version 1 if each of its records has one text, version 2 if some have several.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,11 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import CorruptError
+from core.keys import KeyPart, key_int
 from data_pipeline.formats.manifest import TOKENS
 from data_pipeline.formats.split import SplitSource
 
 Rows = slice | NDArray[Any]
-_MAGIC = b"TPRB\x01\x00\x00\x00"
+_MAGIC = {False: b"TPRB\x01\x00\x00\x00", True: b"TPRB\x02\x00\x00\x00"}
+"""First bytes of a block, by whether a record has several texts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,13 +37,22 @@ class TokenRecord:
     image: NDArray[np.uint16]
     """Codes in raster order, (grid * grid,)."""
     text: NDArray[np.uint16]
-    """Text ids, not truncated."""
+    """Ids of the first text, not truncated."""
+    others: tuple[NDArray[np.uint16], ...] = ()
+    """Ids of further texts of the picture."""
+
+    @property
+    def texts(self) -> tuple[NDArray[np.uint16], ...]:
+        """All texts."""
+        return (self.text, *self.others)
 
 
 class TokenRecords(Sequence[TokenRecord]):
     """A batch of records as arrays, so that gathering takes a few copies at any size.
 
     ids (n,), image (n, grid * grid), text (total,): record i has text[ends[i] : ends[i + 1]].
+    Stored records may have several texts: record i has those from firsts[i] to firsts[i + 1]. They
+    are read one by one, or drawn before they are gathered.
     """
 
     def __init__(
@@ -39,8 +61,11 @@ class TokenRecords(Sequence[TokenRecord]):
         image: NDArray[np.uint16],
         text: NDArray[np.uint16],
         ends: NDArray[np.int64],
+        firsts: NDArray[np.int64] | None = None,
     ) -> None:
         self.ids, self.image, self.text, self.ends = ids, image, text, ends
+        self.firsts = firsts
+        """First text of each record, (n + 1,); None if each has one."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -55,15 +80,20 @@ class TokenRecords(Sequence[TokenRecord]):
             if step != 1:
                 return self.take(np.arange(first, last, step))
             last = max(first, last)
+            rows = slice(first, last + 1)
             return TokenRecords(
                 self.ids[first:last],
                 self.image[first:last],
                 self.text,
-                self.ends[first : last + 1],
+                self.ends[rows] if self.firsts is None else self.ends,
+                None if self.firsts is None else self.firsts[rows],
             )
         i = range(len(self))[place]
-        text = self.text[self.ends[i] : self.ends[i + 1]]
-        return TokenRecord(id=int(self.ids[i]), image=self.image[i], text=text)
+        first, last = (i, i + 1) if self.firsts is None else self.firsts[i : i + 2].tolist()
+        text, *others = (self.text[self.ends[t] : self.ends[t + 1]] for t in range(first, last))
+        return TokenRecord(
+            id=int(self.ids[i]), image=self.image[i], text=text, others=tuple(others)
+        )
 
     def __iter__(self) -> Iterator[TokenRecord]:
         return (self[i] for i in range(len(self)))
@@ -71,6 +101,16 @@ class TokenRecords(Sequence[TokenRecord]):
     def take(self, places: NDArray[Any]) -> "TokenRecords":
         """The records at these places, in that order."""
         return TokenRecords.gather([(self, places, slice(0, len(places)))])
+
+    def drawn(self, *key: KeyPart) -> "TokenRecords":
+        """The records with one text each, sampled by key and id; equal keys give the same ones."""
+        if self.firsts is None:
+            return self
+        texts = [
+            record.texts[key_int(*key, record.id, "caption") % len(record.texts)] for record in self
+        ]
+        ends = np.cumsum([0, *map(len, texts)])
+        return TokenRecords(self.ids, self.image, np.concatenate(texts), ends)
 
     @staticmethod
     def gather(pieces: "Sequence[tuple[TokenRecords, NDArray[Any], Rows]]") -> "TokenRecords":
@@ -103,11 +143,15 @@ class TokenRecords(Sequence[TokenRecord]):
 
         Raises: ValueError if there are none.
         """
+        texts = [text for record in records for text in record.texts]
         return TokenRecords(
             np.array([record.id for record in records], np.uint64),
             np.stack([record.image for record in records]).astype(np.uint16),
-            np.concatenate([record.text for record in records]).astype(np.uint16),
-            np.cumsum([0, *(len(record.text) for record in records)]),
+            np.concatenate(texts).astype(np.uint16),
+            np.cumsum([0, *map(len, texts)]),
+            np.cumsum([0, *(len(record.texts) for record in records)])
+            if len(texts) > len(records)
+            else None,
         )
 
 
@@ -141,15 +185,20 @@ class TokenBuffer:
 
 
 def encode_block(records: TokenRecords) -> bytes:
-    """Serialise records: magic, n, image length, ids, offsets, image codes, text ids."""
+    """Serialise records, as at the head of this file."""
+    ends, firsts = records.ends, records.firsts
+    several = firsts is not None and int(firsts[-1] - firsts[0]) > len(records)
+    if firsts is not None:
+        ends = ends[firsts[0] : firsts[-1] + 1]
     parts = [
         np.array(records.image.shape, "<u4"),
         records.ids.astype("<u8"),
-        (records.ends - records.ends[0]).astype("<u4"),
+        *([(firsts - firsts[0]).astype("<u4")] if firsts is not None and several else []),
+        (ends - ends[0]).astype("<u4"),
         records.image.astype("<u2"),
-        records.text[records.ends[0] : records.ends[-1]].astype("<u2"),
+        records.text[ends[0] : ends[-1]].astype("<u2"),
     ]
-    return _MAGIC + b"".join(part.tobytes() for part in parts)
+    return _MAGIC[several] + b"".join(part.tobytes() for part in parts)
 
 
 def decode_block(data: bytes) -> TokenRecords:
@@ -157,16 +206,24 @@ def decode_block(data: bytes) -> TokenRecords:
 
     Raises: CorruptError if the magic is missing.
     """
-    if data[: len(_MAGIC)] != _MAGIC:
+    several = data[: len(_MAGIC[True])] == _MAGIC[True]
+    at = len(_MAGIC[several])
+    if data[:at] != _MAGIC[several]:
         raise CorruptError("these bytes are not a block of token records")
-    count, length = (int(x) for x in np.frombuffer(data, "<u4", 2, len(_MAGIC)))
-    at = len(_MAGIC) + 8
-    ids = np.frombuffer(data, "<u8", count, at)
-    ends = np.frombuffer(data, "<u4", count + 1, at + 8 * count).astype(np.int64)
-    at += 8 * count + 4 * (count + 1)
-    image = np.frombuffer(data, "<u2", count * length, at).reshape(count, length)
-    text = np.frombuffer(data, "<u2", int(ends[-1]), at + 2 * count * length)
-    return TokenRecords(ids, image, text, ends)
+
+    def numbers(kind: str, count: int) -> NDArray[Any]:
+        nonlocal at
+        array = np.frombuffer(data, kind, count, at)
+        at += array.nbytes
+        return array
+
+    count, length = numbers("<u4", 2).tolist()
+    ids = numbers("<u8", count)
+    firsts = numbers("<u4", count + 1).astype(np.int64) if several else None
+    texts = count if firsts is None else int(firsts[-1])
+    ends = numbers("<u4", texts + 1).astype(np.int64)
+    image = numbers("<u2", count * length).reshape(count, length)
+    return TokenRecords(ids, image, numbers("<u2", int(ends[-1])), ends, firsts)
 
 
 class TokenSource(SplitSource):

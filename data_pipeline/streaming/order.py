@@ -51,7 +51,7 @@ class LaneOrder:
         """`sizes` are the record counts of the blocks, `batch` is the global batch size."""
         kind = np.int32 if int(np.sum(sizes)) < 2**31 else np.int64
         self._sizes: NDArray[Any] = np.asarray(sizes, kind)
-        self._seed, self._config = seed, config
+        self.seed, self._config = seed, config
         self.batch, self.lanes = batch, config.lanes
         self.per_lane = batch // config.lanes
         if self.steps(0) < 1:
@@ -90,7 +90,7 @@ class LaneOrder:
     def shuffle(self, window: Window) -> NDArray[Any]:
         """The permutation of a window's records, numbered in block order."""
         name = f"{window.lane}:{window.number}"
-        rng = keyed_rng(self._seed, window.epoch, name, "order/window")
+        rng = keyed_rng(self.seed, window.epoch, name, "order/window")
         return rng.permutation(window.end - window.start)
 
     def places(self, epoch: int, step: int, lanes: range) -> NDArray[np.int64]:
@@ -129,7 +129,7 @@ class LaneOrder:
         """Blocks of each lane, padded with -1, and the cumulative record counts."""
         count = len(self._sizes)
         dealt = np.full(-(-count // self.lanes) * self.lanes, -1, np.int32)
-        dealt[:count] = keyed_rng(self._seed, epoch, "order/blocks").permutation(count)
+        dealt[:count] = keyed_rng(self.seed, epoch, "order/blocks").permutation(count)
         dealt = np.ascontiguousarray(dealt.reshape(-1, self.lanes).T)
         ends = np.append(self._sizes, self._sizes.dtype.type(0))[dealt]
         return dealt, np.cumsum(ends, axis=1, out=ends)

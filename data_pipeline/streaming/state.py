@@ -1,7 +1,10 @@
 """The position of a stream, which a checkpoint stores; valid for every number of ranks."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+
+from core.files.atomic import canonical_json, sha256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,16 @@ class StreamState:
         return self.versions or ((0, self.fingerprint),)
 
     @property
+    def fingerprints(self) -> list[str]:
+        """That of the version, as of a mixture."""
+        return [self.fingerprint]
+
+    @property
+    def firsts(self) -> list[str]:
+        """That of the version that the run began with."""
+        return [self.all_versions[0][1]]
+
+    @property
     def begins_version(self) -> bool:
         """True after the first batch of a version that was taken up."""
         return self.step == 1 and self.epoch in [epoch for epoch, _ in self.versions[1:]]
@@ -53,7 +66,7 @@ class StreamState:
         """The same position, with these batches to skip."""
         return replace(self, passed=tuple(batches))
 
-    def problems(self, other: "StreamState") -> list[str]:
+    def problems(self, other: "Position") -> list[str]:
         """Reasons why a run with this state cannot resume from `other`."""
         fixed = ("fingerprint", "seed", "batch", "lanes", "window", "version")
         return [
@@ -62,3 +75,97 @@ class StreamState:
             for name in fixed
             if getattr(self, name) != getattr(other, name)
         ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureState:
+    """The position of a mixture; the same on all ranks, and valid for every world size."""
+
+    shares: tuple[str, ...]
+    seed: int
+    batch: int
+    version: int
+    step: int
+    """Completed steps."""
+    sets: tuple[StreamState, ...]
+    """The position of each set's slowest lane."""
+    passed: tuple[tuple[int, int], ...] = ()
+    """(0, step) of batches to skip."""
+    epoch: int = 0
+    """A mixture has no epochs, its sets have."""
+
+    @property
+    def fingerprint(self) -> str:
+        """That of all sets."""
+        return mixed_fingerprint(self.fingerprints)
+
+    @property
+    def fingerprints(self) -> list[str]:
+        """Those of the sets' versions."""
+        return [each.fingerprint for each in self.sets]
+
+    @property
+    def firsts(self) -> list[str]:
+        """Those of the versions that the run began with."""
+        return self.fingerprints
+
+    @property
+    def all_versions(self) -> tuple[tuple[int, str], ...]:
+        """None that the run took up: a mixture keeps the versions of its sets."""
+        return ()
+
+    @property
+    def begins_version(self) -> bool:
+        """False, as above."""
+        return False
+
+    def reading(self, versions: Iterable[tuple[int, str]]) -> "MixtureState":
+        """The same position, as above."""
+        return self
+
+    @property
+    def lanes(self) -> int:
+        return self.sets[0].lanes
+
+    @property
+    def window(self) -> int:
+        return self.sets[0].window
+
+    def of(self, fingerprints: Sequence[str]) -> "MixtureState":
+        """The same position in these versions of the sets."""
+        sets = zip(self.sets, fingerprints, strict=True)
+        return replace(self, sets=tuple(replace(s, fingerprint=name) for s, name in sets))
+
+    def passing(self, batches: Iterable[tuple[int, int]]) -> "MixtureState":
+        """The same position, with these batches to skip."""
+        return replace(self, passed=tuple(batches))
+
+    def problems(self, other: "Position") -> list[str]:
+        """Reasons why a run with this state cannot resume from `other`."""
+        fixed = ("fingerprint", "shares", "seed", "batch", "lanes", "window", "version")
+        now, before = ({name: getattr(s, name, "") for name in fixed} for s in (self, other))
+        return [
+            f"the mixture's {name} was {before[name] or 'that of one data set'}, now it is "
+            f"{now[name]}; give the same data and order settings, or start a new run folder"
+            for name in fixed
+            if now[name] != before[name]
+        ]
+
+
+Position = StreamState | MixtureState
+"""The position of a stream or of a mixture."""
+
+
+def position_of(body: dict[str, Any]) -> Position:
+    """A position from a checkpoint's JSON."""
+    for name in {"passed", "versions"} & body.keys():
+        body = {**body, name: tuple(map(tuple, body[name]))}
+    if "sets" not in body:
+        return StreamState(**body)
+    sets = tuple(position_of(each) for each in body["sets"])
+    return MixtureState(**{**body, "sets": sets, "shares": tuple(body["shares"])})
+
+
+def mixed_fingerprint(fingerprints: Sequence[str]) -> str:
+    """The digest of several data sets in this order."""
+    return sha256(canonical_json({"sets": list(fingerprints)}))

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import ConfigError
+from core.keys import KeyPart
 from data_pipeline.config import LoaderConfig, OrderConfig
 from data_pipeline.streaming.order import VERSION, LaneOrder, Window
 from data_pipeline.streaming.state import StreamState
@@ -35,6 +36,9 @@ class Records(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, place: Any) -> Any: ...
+
+    def drawn(self, *key: KeyPart) -> Any:
+        """The records with one text each, sampled by key and id if the stored ones have several."""
 
     @staticmethod
     def gather(pieces: Sequence[tuple[Any, NDArray[Any], slice | NDArray[Any]]]) -> Any:
@@ -278,7 +282,8 @@ class Windows:
         self._buffers[window.key] = buffer
 
         def fill(place: int, block: int) -> None:
-            buffer.put(place, self._source.read(block, variant))
+            records = self._source.read(block, variant)
+            buffer.put(place, records.drawn(self._order.seed, window.epoch))
 
         blocks = enumerate(window.blocks.tolist())
         return [self._pool.submit(fill, place, block) for place, block in blocks]

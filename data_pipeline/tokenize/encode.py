@@ -106,10 +106,14 @@ def encode_pairs(
             crops = np.concatenate([cropped for _, cropped in usable])
             codes = codes_of(crops, encoders.codes).reshape(len(usable), config.variants, -1)
             for (record, _), rows in zip(usable, codes, strict=True):
+                text, *others = (
+                    np.asarray(encode(encoders.tokenizer, caption), np.uint16)
+                    for caption in record.captions
+                )
                 for number, image in enumerate(rows):
-                    caption = record.drawn_caption(number)
-                    text = np.asarray(encode(encoders.tokenizer, caption), np.uint16)
-                    variants[number].append(TokenRecord(id=record.id, image=image, text=text))
+                    variants[number].append(
+                        TokenRecord(id=record.id, image=image, text=text, others=tuple(others))
+                    )
         progress["pairs"] = progress.get("pairs", 0) + len(batch)
     return Encoded(variants=variants, rejects=rejects)
 

@@ -34,7 +34,8 @@ from planning.life.config import LEASES, MARKS, ROWS, STAGE, done, due, lease_of
 from planning.life.counts import END, FIRST, SAVE, Counts, connections
 from planning.life.engine import LightEngine
 from planning.rehearsal.patches import Change, replaced
-from planning.rehearsal.steps import AtOnce, EmptyStream, PriorWithoutData
+from planning.rehearsal.patches import AtOnce
+from planning.rehearsal.steps import EmptyStream, PriorWithoutData
 from planning.start_up.light_ranks import cpu_seconds
 from planning.start_up.store_proxy import HOST
 from training.config import PriorTrain
@@ -108,7 +109,7 @@ def _changes(counts: Counts, place: Path, store_port: int, events: Sequence[int]
     first = os.environ["RANK"] == "0"
     return [
         (training.trainer, "build_engine", engine_of),
-        (training.trainer, "Stream", EmptyStream),
+        (training.trainer, "open_stream", EmptyStream),
         (training.trainer, "open_store", counts.store),
         (data_pipeline.streaming.ahead, "ThreadPoolExecutor", AtOnce),
         (parallel.rendezvous, "TCPStore", _StoreApart(store_port)),

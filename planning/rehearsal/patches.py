@@ -1,7 +1,9 @@
 """Patch modules and classes for the time of a rehearsal."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 Change = tuple[Any, str, Any]
@@ -28,3 +30,25 @@ def replaced(changes: Iterable[Change]) -> Iterator[None]:
 
 def nothing(*_: Any, **__: Any) -> None:
     """Do nothing, with any arguments."""
+
+
+class AtOnce:
+    """An executor that works in the caller's thread, whose tensors are shadows."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def submit(self, work: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+        done: Future[Any] = Future()
+        try:
+            done.set_result(work(*arguments))
+        except Exception as error:  # raised by result(), as from a thread
+            done.set_exception(error)
+        return done
+
+    def shutdown(self, **_: Any) -> None:
+        """Nothing is in work."""
+
+
+def no_progress(*_: Any) -> AbstractContextManager[Any]:
+    return nullcontext(SimpleNamespace(update=nothing))

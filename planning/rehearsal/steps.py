@@ -8,11 +8,8 @@ weights.
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,12 +25,14 @@ import training.trainer
 from core.config import check
 from core.errors import AbsentError
 from core.heartbeat import Heart
+from core.storage.mixture import data_sets
+from data_pipeline.streaming.mixed_source import MixedSource, Part
 from data_pipeline.streaming.state import StreamState
 from parallel.engines.protocol import Batch, Engine, Losses, StepResult
 from parallel.engines.registry import build_engine
 from parallel.ledger import Ledger
 from parallel.mesh import Mesh
-from planning.rehearsal.patches import Change, nothing, replaced
+from planning.rehearsal.patches import AtOnce, Change, no_progress, nothing, replaced
 from planning.rehearsal.recorder import Recorder
 from training.config import ProfileConfig
 from training.data_requirements import DataSizes, size_problems
@@ -100,7 +99,7 @@ def _changes(recorder: Recorder | None) -> list[Change]:
 
     return [
         (training.trainer, "build_engine", engine_of),
-        (training.trainer, "Stream", EmptyStream),
+        (training.trainer, "open_stream", EmptyStream),
         (training.run.versions, "open_newer", _nothing_newer),
         (training.trainer, "RunFolder", _NoFolder),
         (training.trainer, "open_store", lambda _: _MemoryStore()),
@@ -110,7 +109,7 @@ def _changes(recorder: Recorder | None) -> list[Change]:
         (training.export.save, "_write", lambda *_: WeightsFile(file=WEIGHTS, bytes=0, sha256="")),
         (training.export.save, "_unseen", lambda *_: False),
         (training.export.save, "write_description", nothing),
-        (training.trainer, "progress", _no_progress),
+        (training.trainer, "progress", no_progress),
         (training.ema, "ThreadPoolExecutor", AtOnce),
         (data_pipeline.streaming.ahead, "ThreadPoolExecutor", AtOnce),
         (checkpoint.saver, "ThreadPoolExecutor", AtOnce),
@@ -155,12 +154,22 @@ class _Samples:
         return [object() for _ in range(self.sizes[block])]
 
 
+def _held_out(settings: Any) -> Any:
+    """Enough held-out samples, of each data set of a mixture."""
+    samples, sets = _Samples(settings.loop.validation_samples), data_sets(settings.data)
+    if len(sets) == 1:
+        return samples
+    return MixedSource(
+        [Part(name=s.place, place=s.place, share=s.share, source=samples) for s in sets]
+    )
+
+
 class PriorWithoutData(PriorTask):
     """A prior's task on samples without content."""
 
     def __init__(self, settings: Any, mesh: Mesh) -> None:
         self._settings = settings
-        self.held_out: Any = _Samples(settings.loop.validation_samples)
+        self.held_out = _held_out(settings)
         self.train: Any = _Samples(0)
         self._set_model(settings.model, settings.loop.seed, mesh.shared)
 
@@ -181,7 +190,7 @@ class _DVAEWithoutData(DVAETask):
     unreadable, note_used = 0, nothing
 
     def __init__(self, settings: Any, mesh: Mesh) -> None:
-        self.held_out: Any = _Samples(settings.loop.validation_samples)
+        self.held_out = _held_out(settings)
         self.train: Any = _Samples(0)
         self._set_model(settings.model, settings.loop.seed)
 
@@ -201,7 +210,7 @@ class _ClipWithoutData(ClipTask):
     unreadable, note_used = 0, nothing
 
     def __init__(self, settings: Any, mesh: Mesh) -> None:
-        self.held_out: Any = _Samples(settings.loop.validation_samples)
+        self.held_out = _held_out(settings)
         self.train: Any = _Samples(0)
         self._set_model(settings.model, settings.loop.seed, mesh.world)
 
@@ -256,7 +265,7 @@ class EmptyStream:
             step=0,
         )
 
-    def resume(self, state: StreamState) -> None:
+    def resume(self, state: StreamState, _: Any = None) -> None:
         """Continue after the batch of this state."""
         self.state = state
 
@@ -324,25 +333,3 @@ class _NoFolder:
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.begin = self.log = self.show = self.close = nothing
-
-
-class AtOnce:
-    """An executor that works in the caller's thread, whose tensors are shadows."""
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def submit(self, work: Callable[..., Any], *arguments: Any) -> "Future[Any]":
-        done: Future[Any] = Future()
-        try:
-            done.set_result(work(*arguments))
-        except Exception as error:  # raised by result(), as from a thread
-            done.set_exception(error)
-        return done
-
-    def shutdown(self, **_: Any) -> None:
-        """Nothing is in work."""
-
-
-def _no_progress(*_: Any) -> AbstractContextManager[Any]:
-    return nullcontext(SimpleNamespace(update=nothing))

@@ -42,14 +42,14 @@ def test_texts_reach_rank_0_in_a_logarithm_of_messages(ranks: int, tmp_path: Pat
     assert max(counts) == counts[0] == 2 * math.ceil(math.log2(ranks))
 
 
-def _tokens(place: Path) -> FolderStore:
+def _tokens(place: Path, seed: str = "", grid: int = 2) -> FolderStore:
     store = FolderStore(place)
     for split in ("train", "validation"):
-        write_tokens(store, shards=2, count=24, block=8, grid=2, text=4, split=split)
+        write_tokens(store, 2, count=24, block=8, grid=grid, text=4, split=split, seed=seed)
     return store
 
 
-def _run(place: Path, out: Path, pipeline: int, data: int) -> list[Any]:
+def _run(place: Path | str, out: Path, pipeline: int, data: int) -> list[Any]:
     out.mkdir()
     payload = {"out": str(out), "place": str(place), "pipeline": pipeline, "data": data}
     return run_world(f"{RANKS}:open_and_read", payload, pipeline * data)
@@ -79,6 +79,23 @@ def test_rank_0_alone_reads_manifests_and_indexes(tmp_path: Path) -> None:
         assert row["facts"] == facts
         assert row["shards"] == ([shard.sha256 for shard in manifest.shards] if reader else [])
         assert row["first"] == source.read(0).ids.tolist()
+
+
+def test_each_set_of_a_mixture_is_read_by_rank_0_alone(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        _tokens(tmp_path / name, name)
+    place = f"{tmp_path}/a:0.25,{tmp_path}/b:0.75"
+    results = _run(place, tmp_path / "out", pipeline=3, data=1)
+    sources = [TokenSource(FolderStore(tmp_path / name), "train") for name in ("a", "b")]
+    for rank, row in enumerate(results):
+        assert set(row["start"].values()) == ({2} if rank == 0 else set())
+        assert row["facts"][1] == [*sources[0].sizes.tolist(), *sources[1].sizes.tolist()]
+        assert row["needs"] == row["index"] == (rank != 1)
+        assert row["first"] == sources[0].read(0).ids.tolist()
+    _tokens(tmp_path / "c", "c", grid=3)
+    for result in _run(f"{place[:-5]}:0.25,{tmp_path}/c:0.5", tmp_path / "no", pipeline=3, data=1):
+        assert result[0] == "ConfigError"
+        assert f"{tmp_path}/c has grid=3, and {tmp_path}/a has grid=2" in result[1]
 
 
 def test_an_error_of_rank_0_is_raised_on_every_rank(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from core.errors import CorruptError, TapirError, TrainingError
 from core.files.atomic import seal, sha256, unseal, write_atomic
 from core.log import LOG
-from data_pipeline.streaming.state import StreamState
+from data_pipeline.streaming.state import Position
 from parallel.engines.protocol import Engine, StepResult
 from parallel.mesh import Mesh
 from parallel.replicas import different, digest, group_name
@@ -38,7 +38,7 @@ class Recovery:
         self._last: tuple[StepResult, Sequence[Any], dict[str, Any]] | None = None
 
     def must_rewind(
-        self, result: StepResult, records: Sequence[Any], state: StreamState, facts: dict[str, Any]
+        self, result: StepResult, records: Sequence[Any], state: Position, facts: dict[str, Any]
     ) -> bool:
         """Record a skipped update; True at the guard.rewind_after-th in a row.
 
@@ -54,7 +54,7 @@ class Recovery:
         self._write_capsule(result.skipped)
         return len(self._bad) == self._config.rewind_after
 
-    def rewound(self, state: StreamState, step: int, reached: int) -> StreamState:
+    def rewound(self, state: Position, step: int, reached: int) -> Position:
         """The checkpoint's position `state`, set to skip the data of the bad updates.
 
         `step` is the checkpoint's step, `reached` the step before the rewind.

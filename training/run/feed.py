@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from data_pipeline.streaming.ahead import depth_of, prepared_ahead
-from data_pipeline.streaming.state import StreamState
-from data_pipeline.streaming.stream import Stream
+from data_pipeline.streaming.mixture import Batches
+from data_pipeline.streaming.state import Position
 from parallel.engines.protocol import Batch
 from training.config import StageConfig
 from training.run.versions import DataVersions
@@ -24,7 +24,7 @@ class StepData:
     micro: list[Batch]
     """Micro-batches on the device; empty ones where a stage needs no data."""
     records: Sequence[Any]
-    state: StreamState
+    state: Position
     """The position after these records."""
 
 
@@ -38,7 +38,7 @@ class Feed:
     def __init__(
         self,
         task: Task[Any],
-        stream: Stream,
+        stream: Batches,
         settings: StageConfig,
         device: torch.device,
         versions: DataVersions | None = None,
@@ -48,11 +48,11 @@ class Feed:
         self._versions = versions
         self._micro = settings.engine.gradient_accumulation_steps
         self._workers = settings.loader.workers
-        self.state = stream.state
+        self.state: Position = stream.state
         """The position after the last step's records."""
         self._open: list[Generator[Any, None, None]] = []
 
-    def resume(self, state: StreamState) -> None:
+    def resume(self, state: Position) -> None:
         """Continue after the batch of this state; collective over all ranks.
 
         Raises: ConfigError if the data or the order differ; InputError if the data set does not

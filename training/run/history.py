@@ -1,22 +1,21 @@
 """Maps steps of a run to the pairs it reads, and pairs to steps, from the data order alone."""
 
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from checkpoint.reader import CheckpointReader, finished_steps
 from core.errors import InputError
+from core.storage.mixture import data_sets
 from core.storage.store import open_store
-from data_pipeline.formats.lookup import find_pair
 from data_pipeline.formats.raw import RawSource
-from data_pipeline.formats.split import splits_at
 from data_pipeline.formats.tokens import TokenSource
-from data_pipeline.streaming.order import LaneOrder
+from data_pipeline.streaming.mixture import set_seed
+from data_pipeline.streaming.reads import Mixture, OneSet, PlaceAt, Reads
+from data_pipeline.streaming.shares import Shares
 from training.run.config import config_of
+from training.run.read_sets import ReadSet, Versions
 from training.stages import STAGES, settings_from_json
-
-_SPLIT = "train"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +30,8 @@ class ReadPair:
     shard: str
     block: int
     record: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Version:
-    """A version of the data set, and its order."""
-
-    source: Any
-    order: LaneOrder
+    data: str = ""
+    """The data set of a mixture."""
 
 
 class History:
@@ -52,14 +45,12 @@ class History:
         self.settings: Any = settings_from_json(
             config["stage"], {k: v for k, v in config.items() if k != "stage"}
         )
-        self._store = open_store(self.settings.data)
-        self._kind: Any = TokenSource if config["stage"] == "prior" else RawSource
         stream = _newest_stream(self.settings.checkpoint.to or str(run / "checkpoints"))
-        self._passed = sorted((epoch, step) for epoch, step in stream.get("passed", ()))
+        kind = TokenSource if config["stage"] == "prior" else RawSource
+        self._sets = self._read_sets(kind, stream)
+        self._reads = self._order()
+        self.passed = [(epoch, step) for epoch, step in stream.get("passed", ())]
         """(epoch, step) of the batches that rewinds skipped."""
-        self._versions: list[tuple[int, str]]
-        self._versions = stream.get("versions") or [(0, stream.get("fingerprint", ""))]
-        """(first epoch, fingerprint) of the versions of the data; "" = the newest."""
         self.steps: int = self.settings.loop.steps
 
     def batch(self, step: int) -> list[ReadPair]:
@@ -69,26 +60,26 @@ class History:
         """
         if not 1 <= step <= self.steps:
             raise InputError(f"step {step} is not one of this run's 1 to {self.steps}")
-        epoch, inside = self._position(step - 1)
-        version = self._version(self._name_at(epoch))
-        source, order = version.source, version.order
-        places = order.places(epoch, inside, range(order.lanes))
-        blocks: dict[int, Any] = {}
-        variant = epoch % source.variants
+        number = step - 1
+        for skipped in self._skipped():
+            number += skipped <= number
+        blocks: dict[tuple[int, int, int], Any] = {}
         rows = []
-        for slot, (block, record) in enumerate(places.tolist()):
-            if block not in blocks:
-                blocks[block] = source.read(block, variant)
-            pair = blocks[block][record]
-            shard = source.blocks.shard_of(block, variant).shown
+        for slot, (which, epoch, block, record) in enumerate(self._reads.slots(number)):
+            source = self._sets[which].source_at(epoch)
+            variant = epoch % source.variants
+            if (which, epoch, block) not in blocks:
+                blocks[which, epoch, block] = source.read(block, variant)
+            pair = blocks[which, epoch, block][record]
             rows.append(
                 ReadPair(
                     slot=slot,
                     id=pair.id,
                     key=getattr(pair, "key", ""),
-                    shard=shard,
+                    shard=source.blocks.shard_of(block, variant).shown,
                     block=block,
                     record=record,
+                    data=self._sets[which].place if len(self._sets) > 1 else "",
                 )
             )
         return rows
@@ -96,66 +87,60 @@ class History:
     def seen(self, text: str) -> list[int]:
         """The training steps up to loop.steps that read a pair, given by its id or key.
 
-        Raises: InputError if no version of the train split has it.
+        Raises: InputError if no version of a train split has it.
         """
-        places = self._find(text)
-        steps, before, epoch = [], 0, 0
-        while before < self.steps:
-            name = self._name_at(epoch)
-            order, passed = self._version(name).order, self._passed_in(epoch)
-            place = order.locate(epoch, *places[name]) if name in places else None
-            if place is not None and place[0] not in passed:
-                step = before + place[0] - sum(inside < place[0] for inside in passed) + 1
-                if step <= self.steps:
+        skipped, steps = self._skipped(), []
+        for which, place_at in self._find(text):
+            for number in self._reads.batches(which, place_at, self.steps + len(skipped)):
+                step = number - sum(other < number for other in skipped) + 1
+                if number not in skipped and step <= self.steps:
                     steps.append(step)
-            before += order.steps(epoch) - len(passed)
-            epoch += 1
-        return steps
+        return sorted(steps)
 
-    def _find(self, text: str) -> dict[str, tuple[int, int]]:
-        """(block, record) of a pair in each version that has it."""
-        places, missing = {}, None
-        for _, name in self._versions:
-            blocks = self._version(name).source.blocks
+    def _skipped(self) -> list[int]:
+        """Numbers of the skipped batches."""
+        return sorted(self._reads.number(epoch, step) for epoch, step in self.passed)
+
+    def _find(self, text: str) -> list[tuple[int, PlaceAt]]:
+        """The places of a pair in each data set that has it: several of a mixture may."""
+        places, missing = [], None
+        for which, each in enumerate(self._sets):
             try:
-                places[name] = find_pair(self._store, _SPLIT, blocks, text)
+                places.append((which, each.find(text)))
             except InputError as error:
                 missing = error
-        if missing is not None and not places:
-            held_out = self._kind(self._store, "validation")
-            find_pair(self._store, "validation", held_out.blocks, text)
-            raise InputError(
-                f"{text} is a pair of the validation split: no step reads it"
-            ) from missing
-        return places
+        if missing is None or places:
+            return places
+        if any(each.holds_out(text) for each in self._sets):
+            message = f"{text} is a pair of the validation split: no step reads it"
+            raise InputError(message) from missing
+        raise missing
 
-    def _position(self, index: int) -> tuple[int, int]:
-        """(epoch, step in the epoch) of the batch number `index`, without skipped batches."""
-        epoch, before = 0, 0
-        while True:
-            steps = self._version(self._name_at(epoch)).order.steps(epoch)
-            passed = self._passed_in(epoch)
-            if index < before + steps - len(passed):
-                inside = index - before
-                for skipped in passed:
-                    inside += skipped <= inside
-                return epoch, inside
-            before += steps - len(passed)
-            epoch += 1
+    def _read_sets(self, kind: Any, stream: dict[str, Any]) -> list[ReadSet]:
+        sets, loop, order = data_sets(self.settings.data), self.settings.loop, self.settings.order
+        positions = stream.get("sets", [stream]) if stream else [{}] * len(sets)
+        if len(sets) == 1:
+            versions = _versions(positions[0])
+            batch = loop.global_batch_size
+            return [ReadSet(kind, sets[0].place, versions, loop.seed, batch, order)]
+        return [
+            ReadSet(
+                kind, each.place, _versions(position), set_seed(loop.seed, i), order.lanes, order
+            )
+            for i, (each, position) in enumerate(zip(sets, positions, strict=True))
+        ]
 
-    def _name_at(self, epoch: int) -> str:
-        return [name for first, name in self._versions if first <= epoch][-1]
+    def _order(self) -> Reads:
+        loop, lanes = self.settings.loop, self.settings.order.lanes
+        if len(self._sets) == 1:
+            return OneSet(self._sets[0].order_at)
+        parts = [each.share for each in data_sets(self.settings.data)]
+        shares = Shares(parts, loop.seed, loop.global_batch_size, lanes)
+        return Mixture(shares, [each.order_at for each in self._sets])
 
-    def _passed_in(self, epoch: int) -> list[int]:
-        return [inside for e, inside in self._passed if e == epoch]
 
-    @cache  # noqa: B019 - a history lives as long as its command
-    def _version(self, fingerprint: str) -> _Version:
-        kind, loop = self._kind, self.settings.loop
-        opened = splits_at(self._store, kind.kind, fingerprint)[_SPLIT] if fingerprint else None
-        source = kind(self._store, _SPLIT, opened=opened)
-        batch, config = loop.global_batch_size, self.settings.order
-        return _Version(source=source, order=LaneOrder(source.sizes, loop.seed, batch, config))
+def _versions(position: dict[str, Any]) -> Versions:
+    return position.get("versions") or [(0, position.get("fingerprint", ""))]
 
 
 def _newest_stream(checkpoints: str) -> dict[str, Any]:

@@ -39,7 +39,9 @@ class RunLog:
         """Add a figure to the next training row."""
         self._notes[name] = value
 
-    def step(self, step: int, epoch: int, result: StepResult, cost: StepCost, meter: Meter) -> None:
+    def step(
+        self, step: int, epochs: dict[str, int], result: StepResult, cost: StepCost, meter: Meter
+    ) -> None:
         """Log a step to the terminal, and every loop.log_every steps to metrics.jsonl."""
         loop, seconds, traffic = self._loop, cost.seconds, cost.traffic
         self._waits.add(cost.waited, seconds)
@@ -48,7 +50,7 @@ class RunLog:
         if step % loop.log_every == 0 or step == loop.steps:
             row = {
                 "step": step,
-                "epoch": epoch,
+                **epochs,
                 **result.losses,
                 "grad_norm": result.grad_norm,
                 **({"skipped": result.skipped} if result.skipped else {}),

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.autograd import Function
 
 from core.config import check
-from core.storage.store import open_store
 from data_pipeline.formats.manifest import RAW
 from data_pipeline.formats.raw import RawRecord, RawSource
 from data_pipeline.images.crops import square
 from data_pipeline.streaming.cache import open_cache
+from data_pipeline.streaming.mixed_source import open_source
 from data_pipeline.streaming.readable import ReadablePairs
 from data_pipeline.text.bpe import encode, load_tokenizer
 from data_pipeline.tokenize.encode import to_tensor
@@ -33,9 +33,9 @@ class ClipTask:
     """Contrastive training on pictures and captions."""
 
     def __init__(self, settings: ClipTrain, world: World, splits: Splits = UNREAD) -> None:
-        store = open_store(settings.data)
-        self.train = RawSource(store, "train", open_cache(settings.loader), splits.get("train"))
-        self.held_out = RawSource(store, "validation", opened=splits.get("validation"))
+        data, cache = settings.data, open_cache(settings.loader)
+        self.train = open_source(RawSource, data, "train", splits["train"], cache)
+        self.held_out = open_source(RawSource, data, "validation", splits["validation"])
         refuse_unfit(settings, self.train, self.held_out)
         self._settings, self._readable = settings, ReadablePairs()
         self._tokenizer, self._tokenizer_hash = load_tokenizer(settings.bpe)

@@ -9,15 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from core.keys import key_int, keyed_rng
-from core.storage.store import open_store
 from data_pipeline.formats.manifest import RAW
 from data_pipeline.formats.raw import RawRecord, RawSource
 from data_pipeline.images.crops import dvae_crop, square
 from data_pipeline.images.decode import Rgb
 from data_pipeline.streaming.ahead import depth_of, prepared_ahead
 from data_pipeline.streaming.cache import open_cache
+from data_pipeline.streaming.mixed_source import first_of_each, open_source
 from data_pipeline.streaming.readable import Crop, ReadablePairs
-from data_pipeline.streaming.stream import first_records
 from data_pipeline.tokenize.encode import to_tensor
 from models.config import DVAEConfig
 from models.dvae import DVAE, negative_bound
@@ -52,14 +51,14 @@ class DVAETask:
     """Training of the dVAE on pictures."""
 
     def __init__(self, settings: DVAETrain, splits: Splits = UNREAD) -> None:
-        store = open_store(settings.data)
-        self.train = RawSource(store, "train", open_cache(settings.loader), splits.get("train"))
-        self.held_out = RawSource(store, "validation", opened=splits.get("validation"))
+        data, cache = settings.data, open_cache(settings.loader)
+        self.train = open_source(RawSource, data, "train", splits["train"], cache)
+        self.held_out = open_source(RawSource, data, "validation", splits["validation"])
         refuse_unfit(settings, self.train, self.held_out)
         self._settings, self._readable = settings, ReadablePairs()
         self._set_model(settings.model, settings.loop.seed)
         if settings.model.init == "calibrated":
-            first = first_records(self.train, CALIBRATED)
+            first = first_of_each(self.train, CALIBRATED)
             self.dvae.calibrate(self._squares(first, self.train))
 
     def _set_model(self, config: DVAEConfig, seed: int) -> None:

@@ -9,10 +9,10 @@ import torch
 
 from core.errors import InputError
 from core.keys import key_fraction, key_int
-from core.storage.store import open_store
 from data_pipeline.formats.manifest import TOKENS
 from data_pipeline.formats.tokens import TokenRecord, TokenRecords, TokenSource
 from data_pipeline.streaming.cache import open_cache
+from data_pipeline.streaming.mixed_source import open_source, parts_of
 from data_pipeline.text.bpe import load_tokenizer
 from data_pipeline.text.dropout import DropoutEncoder
 from data_pipeline.tokenize.figures import ENTROPY, per_position_entropy
@@ -48,9 +48,9 @@ class PriorTask:
         world: World = ALONE,
     ) -> None:
         self._world = world
-        store = open_store(settings.data)
-        self.train = TokenSource(store, "train", open_cache(settings.loader), splits.get("train"))
-        self.held_out = TokenSource(store, "validation", opened=splits.get("validation"))
+        data, cache = settings.data, open_cache(settings.loader)
+        self.train = open_source(TokenSource, data, "train", splits["train"], cache)
+        self.held_out = open_source(TokenSource, data, "validation", splits["validation"])
         refuse_unfit(settings, self.train, self.held_out)
         facts = self.train.manifest.facts
         self._settings, self._facts = settings, facts
@@ -83,7 +83,7 @@ class PriorTask:
 
     def text_lengths(self, records: Sequence[TokenRecord]) -> list[int]:
         """Tokens of each caption, before dropout."""
-        return [len(record.text) for record in records]
+        return [len(text) for record in records for text in record.texts]
 
     def _maybe_empty(self, record: TokenRecord, step: int) -> TokenRecord:
         """Caption dropout: the record, or the same picture with an empty caption, by key."""
@@ -131,14 +131,19 @@ class PriorTask:
         }, {}
 
     def _entropy(self) -> float:
+        """The mean over the data sets by share: the entropy if each record's set is known."""
+        parts = parts_of(self.train)
+        return sum(float(part.share) * self._entropy_of(part.source) for part in parts)
+
+    def _entropy_of(self, source: TokenSource) -> float:
         """The manifest's figure; of token sets without one, computed once a run by rank 0."""
-        figures = self.train.manifest.figures
+        figures = source.manifest.figures
         if ENTROPY not in figures:
             entropy = 0.0
             if self._world.rank == 0:
-                model, blocks = self.model_config, len(self.train.sizes)
+                model, blocks = self.model_config, len(source.sizes)
                 entropy = per_position_entropy(
-                    self.train.read, blocks, model.image_length, model.image_vocabulary
+                    source.read, blocks, model.image_length, model.image_vocabulary
                 )
             figures[ENTROPY] = self._world.of_rank_0(entropy)
         return figures[ENTROPY]

@@ -6,6 +6,7 @@ from cluster.chain import Scheduler
 from core.config import S3
 from core.errors import StoreError
 from core.log import LOG
+from core.storage.mixture import data_sets
 from core.storage.store import open_store
 from data_pipeline.formats.manifest import NAME, SPLITS
 from data_pipeline.text.bpe import FILE as TOKENIZER
@@ -47,9 +48,9 @@ def missing_inputs(run: RunFile, settings: dict[str, Any], to: Scheduler) -> lis
     by_input: dict[tuple[str, str], list[str]] = {}
     for stage in run.stages:
         for what in _reads(run, stage, settings[stage]):
-            own, place = _own(run, what), _place(run, what, settings[stage])
-            if place != own or MADE_BY[what] not in run.stages:
-                by_input.setdefault((what, place), []).append(stage)
+            for place in _places(run, what, settings[stage]):
+                if place != _own(run, what) or MADE_BY[what] not in run.stages:
+                    by_input.setdefault((what, place), []).append(stage)
     return [
         f"stages: {' and '.join(readers)} {_VERB[len(readers) == 1]} {what} from {place}: there is "
         f"nothing, and no stage of the file makes it; add {MADE_BY[what]}, or give the out and "
@@ -93,10 +94,13 @@ def _own(run: RunFile, what: str) -> str:
     return data.get(what) or str(run.folder(MADE_BY[what]))
 
 
-def _place(run: RunFile, what: str, settings: Any) -> str:
-    """The place from which a stage reads an input; flags of a training stage may change it."""
+def _places(run: RunFile, what: str, settings: Any) -> list[str]:
+    """The places from which a stage reads an input: flags of a training stage may change it, and
+    name the sets of a mixture."""
     given = getattr(settings, "data" if what in (_RAW, _TOKENS) else "bpe", None)
-    return str(given) if given and what in (_RAW, _TOKENS, _BPE) else _own(run, what)
+    if not given or what not in (_RAW, _TOKENS, _BPE):
+        return [_own(run, what)]
+    return [str(given)] if what == _BPE else [each.place for each in data_sets(given)]
 
 
 def _is_absent(what: str, place: str, to: Scheduler) -> bool:

@@ -5,11 +5,18 @@ from typing import Any
 
 from core.errors import StoreError
 from core.log import LOG
+from core.storage.mixture import data_sets
 from core.storage.store import open_store
 from data_pipeline.config import SHAPES_COUNT, PackConfig
 from data_pipeline.formats.manifest import NAME, RAW, SPLITS, TOKENS, Manifest, read_manifest
 from data_pipeline.sources.emoji import PIXELS as EMOJI_PIXELS
-from training.data_requirements import DataSizes, model_size_problems, size_problems, sizes_of
+from training.data_requirements import (
+    DataSizes,
+    mixture_problems,
+    model_size_problems,
+    size_problems,
+    sizes_of,
+)
 from workflow.run_file import RunFile
 
 _OF_RAW = ("dvae", "clip")
@@ -34,7 +41,10 @@ def chain_problems(run: RunFile, settings: dict[str, Any]) -> list[str]:
             continue
         block = settings["tokenize"].block if name == "prior" else pack.block
         sizes = planned_sizes(source, pack, block)
-        if sizes is not None:
+        sets = [each.place for each in data_sets(settings[name].data)]
+        own = run.tokens if name == "prior" else run.raw
+        if sizes is not None and (own in sets or len(sets) == 1):
+            sizes = replace(sizes, alone=len(sets) == 1)
             problems += [f"stages.{name}: {text}" for text in size_problems(settings[name], sizes)]
     return problems
 
@@ -73,12 +83,21 @@ def packed_problems(run: RunFile, settings: dict[str, Any]) -> list[str]:
         for name in (*_OF_RAW, "prior"):
             if name not in settings:
                 continue
-            place = (settings[name].data, TOKENS if name == "prior" else RAW)
-            if place not in seen:
-                seen[place] = _splits(*place)
-            texts = _unfit(settings[name], place[0], seen[place])
-            if name == "prior" and seen[place] is None and "tokenize" in settings:
-                texts = _unfit_before_tokens(run, settings)
+            kind, texts = TOKENS if name == "prior" else RAW, []
+            sets = [each.place for each in data_sets(settings[name].data)]
+            for place in sets:
+                if (place, kind) not in seen:
+                    seen[place, kind] = _splits(place, kind)
+                splits = seen[place, kind]
+                texts += _unfit(settings[name], place, splits, len(sets) == 1)
+                if (
+                    name == "prior"
+                    and splits is None
+                    and place == run.tokens
+                    and "tokenize" in settings
+                ):
+                    texts += _unfit_before_tokens(run, settings, len(sets) == 1)
+            texts += _unlike({place: seen[place, kind] for place in sets})
             problems += [f"stages.{name}: {text}" for text in texts]
     except (StoreError, OSError) as error:
         LOG.info("what is packed is not looked at: %s", error)
@@ -94,20 +113,30 @@ def _splits(place: str, kind: str) -> Splits | None:
     return train, held_out
 
 
-def _unfit(stage: Any, place: str, splits: Splits | None) -> list[str]:
+def _unfit(stage: Any, place: str, splits: Splits | None, alone: bool) -> list[str]:
     if splits is None:
         return []
-    problems = size_problems(stage, sizes_of(place, *splits))
+    problems = size_problems(stage, sizes_of(place, *splits, alone))
     return problems + model_size_problems(stage.model, splits[0].facts, place)
 
 
-def _unfit_before_tokens(run: RunFile, settings: dict[str, Any]) -> list[str]:
+def _unlike(sets: dict[str, Splits | None]) -> list[str]:
+    """Problems of the existing sets of a mixture with one another."""
+    trains = {place: splits[0] for place, splits in sets.items() if splits is not None}
+    return mixture_problems(
+        {place: train.facts for place, train in trains.items()},
+        {place: train.fingerprint for place, train in trains.items()},
+    )
+
+
+def _unfit_before_tokens(run: RunFile, settings: dict[str, Any], alone: bool) -> list[str]:
     """Problems of a prior with tokens that are not made yet, from the number of existing pairs."""
     raw, block = _splits(run.raw, RAW), settings["tokenize"].block
     if raw is None:
         return []
     blocks = sum(-(-shard.samples // block) for shard in raw[0].shards)
-    return size_problems(settings["prior"], replace(sizes_of(run.raw, *raw), blocks=blocks))
+    sizes = replace(sizes_of(run.raw, *raw, alone), blocks=blocks)
+    return size_problems(settings["prior"], sizes)
 
 
 def _picture_problems(source: str, pack: PackConfig, settings: dict[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from cluster.doctor.finding import Finding, bad, ok, placed, run_checks, warning
 from cluster.doctor.gpus import counter_rows, xid_rows
 from cluster.doctor.machine import package_findings, requirements
 from cluster.doctor.meeting import Lost, Rendezvous, meet, rendezvous_of
+from cluster.doctor.node import _store_findings
 from cluster.doctor.outliers import Burned, burn_rows
 from cluster.doctor.report import as_json, exit_code, merged
 from cluster.doctor.stores import _try_rights, store_findings
@@ -229,12 +230,21 @@ def test_rights_of_folders_and_of_stores_that_overwrite(tmp_path: Path) -> None:
     assert row.status == "bad" and "If-None-Match" in row.observed
 
 
+def test_each_store_of_a_mixture_is_checked(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    data = f"{tmp_path}/a:0.5,{tmp_path}/b:0.5"
+    rows = _store_findings(DoctorConfig(data=data, rights="read"), 1000)
+    assert [(row.check, row.status) for row in rows] == [("store rights", "ok"), ("store", "bad")]
+    assert f"{tmp_path}/b" in rows[1].observed
+    assert "must be 1; write a:0.5,b:0.5" in DoctorConfig(data="a:1,b:1").problems()[0]
+
+
 def test_wrong_flags_are_all_named() -> None:
     config = DoctorConfig(data="ftp://x", memory=-1, files=-1, wait=0, node=True, ranks=2)
     assert len(config.problems()) == 5
     assert DoctorConfig(data="s3://bucket/raw").problems() == []
     text = tapir("doctor", "--data=s3:///raw", code=2)
-    assert "give s3://bucket/prefix" in text
+    assert "write s3://bucket/prefix" in text
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     text = tapir("doctor", "--ranks=2", code=2, WORLD_SIZE="2", RANK="0", **meet)
     assert "leave out --ranks" in text

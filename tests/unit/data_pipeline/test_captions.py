@@ -23,7 +23,7 @@ from data_pipeline.formats.raw import RawRecord, RawSource
 from data_pipeline.formats.tokens import TokenSource
 from data_pipeline.images.crops import encode_png
 from data_pipeline.packing.pack import pack
-from data_pipeline.streaming.stream import stored_records
+from data_pipeline.streaming.stream import Stream, stored_records
 from data_pipeline.text.bpe import encode, load_tokenizer
 from data_pipeline.text.captions import (
     LONGEST,
@@ -227,7 +227,7 @@ def test_one_is_drawn_by_key_and_each_as_often() -> None:
 
 
 @pytest.mark.seconds
-def test_clip_and_tokens_read_a_drawn_one_and_the_tokenizer_all(
+def test_clip_reads_a_drawn_one_and_tokens_and_the_tokenizer_have_all(
     several: FolderStore, dvae: Path, tmp_path: Path
 ) -> None:
     bpe = tmp_path / "bpe"
@@ -253,8 +253,17 @@ def test_clip_and_tokens_read_a_drawn_one_and_the_tokenizer_all(
     for variant in range(3):
         rows = [row for block in range(len(source.sizes)) for row in source.read(block, variant)]
         for record, row in zip(records, rows, strict=True):
-            expected = encode(tokenizer, record.drawn_caption(variant))
-            assert row.text.tolist() == expected
+            expected = [encode(tokenizer, caption) for caption in record.captions]
+            assert [text.tolist() for text in row.texts] == expected
+    order = OrderConfig(lanes=2, shuffle_buffer=2)
+    stream = iter(Stream(source, seed=9, batch=4, order=order))
+    by_id = {record.id: record for record in records}
+    for _ in range(12):
+        drawn, state = next(stream)
+        for row in drawn:
+            caption = by_id[row.id].drawn_caption(9, state.epoch)
+            assert row.text.tolist() == encode(tokenizer, caption)
+    stream.close()
 
 
 def test_the_share_of_captions_that_are_cut_is_logged_once(

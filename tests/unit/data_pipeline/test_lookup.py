@@ -89,7 +89,7 @@ def test_batches_passed_over_move_the_later_steps(raw: Path, tmp_path: Path) -> 
     read = [[record.key for record in next(batches)[0]] for _ in range(30)]
     batches.close()  # type: ignore[attr-defined]
     history = History(tmp_path)
-    history._passed = passed
+    history.passed = passed
     for step in (1, 4, 5, 9, 13, 14, 30):
         assert [pair.key for pair in history.batch(step)] == read[step - 1]
     for key in read[20][:5]:

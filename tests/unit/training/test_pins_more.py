@@ -132,8 +132,8 @@ def test_dropout_wants_the_tokenizer_of_the_tokens(
 
 def test_lengths_of_captions_are_their_tokens() -> None:
     task = object.__new__(PriorTask)
-    records = [SimpleNamespace(text=np.zeros(n)) for n in (0, 3)]
-    assert task.text_lengths(cast(Any, records)) == [0, 3]
+    records = [SimpleNamespace(texts=[np.zeros(n) for n in lengths]) for lengths in ((0,), (3, 1))]
+    assert task.text_lengths(cast(Any, records)) == [0, 3, 1]
 
 
 def test_defaults_of_masks_and_divergences() -> None:

@@ -104,7 +104,7 @@ def test_a_cosine_rate_reaches_the_engine() -> None:
 
 def test_a_run_steps_to_its_end_and_goes_back_where_it_must() -> None:
     run = _run(97, 0, OPTIM)
-    state = SimpleNamespace(epoch=2, step=5)
+    state = SimpleNamespace(epoch=2, step=5, all_versions=())
     told: list[Any] = []
     back = iter([False, True, False, False])
 
@@ -291,9 +291,7 @@ def test_an_average_by_hand() -> None:
 
 
 def _token(number: int, text: list[int], image: list[int]) -> TokenRecord:
-    fields_ = {f.name: None for f in fields(TokenRecord)}
-    given = {"id": number, "text": np.array(text, np.uint16), "image": np.array(image, np.uint16)}
-    return TokenRecord(**{**fields_, **given})  # type: ignore[arg-type]
+    return TokenRecord(id=number, text=np.array(text, np.uint16), image=np.array(image, np.uint16))
 
 
 def _prior_task(drop: float) -> PriorTask:

@@ -86,6 +86,7 @@ WIDE = {"order": OrderConfig(lanes=128), "loop": LoopConfig(global_batch_size=12
         (DVAETrain(tau_fraction=0.0), "tau_fraction and beta_fraction must be above 0"),
         (DVAETrain(beta=-1.0), "beta must not be negative"),
         (PriorTrain(data="gs://bucket/x"), "data='gs://bucket/x' is not a store"),
+        (ClipTrain(data="a:0.7,b:0.4"), "data: the shares' sum is 1.1 and must be 1; write a:7/11"),
         (PriorTrain(checkpoint=CheckpointConfig(to="s3:///x")), "checkpoint.to='s3:///x' names no"),
         (BPETrain(data="http://x"), "data='http://x' is not a store"),
         (PriorTrain(out=Path("s3://bucket/x")), "out='s3:/bucket/x' must be a folder"),
@@ -246,6 +247,24 @@ def test_submit_names_a_packed_split_that_is_too_small(
     capsys.readouterr()
     submit([str(run_file(packed, prior={"flags": wide})), "--dry-run"])
     assert "train prior" in capsys.readouterr().out
+
+
+def test_submit_reads_each_set_of_a_mixture(
+    packed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mixture of the run's own pairs with those of another folder."""
+    small = {"order.lanes": 2, "loop.global_batch_size": 512}
+    data = {"data": f"{packed}/raw:0.75,{packed}/more:0.25", "mesh.data": 1}
+    file = run_file(packed, dvae={"flags": {**small, **data}})
+    with pytest.raises(ConfigError, match=r"dvae needs pairs from .*/more: there is nothing"):
+        submit([str(file)])
+    few = PackConfig(count=24, validation=0.2, shard_pairs=4, block=4)
+    pack("shapes", FolderStore(packed / "more"), few)
+    submit([str(file), "--dry-run"])  # 512 pairs a batch: the sets need not fill one alone
+    assert f"{packed}/more:0.25" in capsys.readouterr().out
+    wide = {"order.lanes": 16, "loop.global_batch_size": 16}
+    with pytest.raises(ConfigError, match=r"stages.dvae: the validation split of .*/more has"):
+        submit([str(run_file(packed, dvae={"flags": {**wide, **data}})), "--dry-run"])
 
 
 @pytest.mark.parametrize(

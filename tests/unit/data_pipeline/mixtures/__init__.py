@@ -1,0 +1,1 @@
+"""Mixtures of data sets, joins, and several texts a record."""
