@@ -33,8 +33,7 @@ from parallel.world import World, join_world, leave_world
 from planning.life.config import LEASES, MARKS, ROWS, STAGE, done, due, lease_of
 from planning.life.counts import END, FIRST, SAVE, Counts, connections
 from planning.life.engine import LightEngine
-from planning.rehearsal.patches import Change, replaced
-from planning.rehearsal.patches import AtOnce
+from planning.rehearsal.patches import AtOnce, Change, replaced
 from planning.rehearsal.steps import EmptyStream, PriorWithoutData
 from planning.start_up.light_ranks import cpu_seconds
 from planning.start_up.store_proxy import HOST
