@@ -98,7 +98,7 @@ def _changes(recorder: Recorder | None) -> list[Change]:
 
     return [
         (training.trainer, "build_engine", engine_of),
-        (training.trainer, "Stream", _EmptyStream),
+        (training.trainer, "Stream", EmptyStream),
         (training.trainer, "RunFolder", _NoFolder),
         (training.trainer, "open_store", lambda _: _MemoryStore()),
         (training.export.save, "CheckpointReader", _NoCheckpoint),
@@ -108,9 +108,9 @@ def _changes(recorder: Recorder | None) -> list[Change]:
         (training.export.save, "_unseen", lambda *_: False),
         (training.export.save, "write_description", nothing),
         (training.trainer, "progress", _no_progress),
-        (training.ema, "ThreadPoolExecutor", _AtOnce),
-        (data_pipeline.streaming.ahead, "ThreadPoolExecutor", _AtOnce),
-        (checkpoint.saver, "ThreadPoolExecutor", _AtOnce),
+        (training.ema, "ThreadPoolExecutor", AtOnce),
+        (data_pipeline.streaming.ahead, "ThreadPoolExecutor", AtOnce),
+        (checkpoint.saver, "ThreadPoolExecutor", AtOnce),
         (checkpoint.writer, "_write_slices", lambda *_: {}),
     ]
 
@@ -152,7 +152,9 @@ class _Samples:
         return [object() for _ in range(self.sizes[block])]
 
 
-class _PriorWithoutData(PriorTask):
+class PriorWithoutData(PriorTask):
+    """A prior's task on samples without content."""
+
     def __init__(self, settings: Any, mesh: Mesh) -> None:
         self._settings = settings
         self.held_out: Any = _Samples(settings.loop.validation_samples)
@@ -210,7 +212,7 @@ class _ClipWithoutData(ClipTask):
 
 
 _TASKS: dict[str, Callable[[Any, Mesh], Any]] = {
-    "prior": _PriorWithoutData,
+    "prior": PriorWithoutData,
     "dvae": _DVAEWithoutData,
     "clip": _ClipWithoutData,
 }
@@ -220,7 +222,7 @@ def _pixels(count: int, side: int) -> torch.Tensor:
     return torch.zeros(count, 3, side, side, device="cpu")
 
 
-class _EmptyStream:
+class EmptyStream:
     """Batches without content, by the rules of `data_pipeline.streaming.stream.Stream`."""
 
     def __init__(
@@ -247,6 +249,10 @@ class _EmptyStream:
             step=0,
         )
 
+    def resume(self, state: StreamState) -> None:
+        """Continue after the batch of this state."""
+        self.state = state
+
     def __iter__(self) -> Iterator[tuple[list[None], StreamState]]:
         while True:
             self.state = replace(self.state, step=self.state.step + 1)
@@ -256,6 +262,7 @@ class _EmptyStream:
 def _together(writers: Writers, work: Callable[[], Any]) -> list[Any]:
     """A rehearsed rank hears only itself: what rank 0 says is one file."""
     result = work()
+    writers.gather("")
     writers.gather("")
     return [{WEIGHTS: []} if result is None else result]
 
@@ -301,7 +308,7 @@ class _NoFolder:
         self.begin = self.log = self.show = self.close = nothing
 
 
-class _AtOnce:
+class AtOnce:
     """An executor that works in the caller's thread, whose tensors are shadows."""
 
     def __init__(self, *_: Any) -> None:
