@@ -49,7 +49,8 @@ def _append(raw: Store, folder: Path, first: int, count: int) -> dict[str, int]:
 
 
 @cache
-def _encoders() -> Encoders:
+def encoders() -> Encoders:
+    """A tiny dVAE of 16 pixels, and a tokenizer."""
     return Encoders(
         codes=CodeReader(DVAE(DVAEConfig(pixels=16, width=4, codebook=16, code_width=8)), "fp32"),
         dvae_hash="d",
@@ -61,7 +62,7 @@ def _encoders() -> Encoders:
 
 def _worker(raw: Store, tokens: Store, **changes: int) -> Worker:
     config, member = TokenizeConfig(block=4, **changes), JobWorker(number=0, count=1)
-    return Worker(raw, tokens, _encoders(), config, member)
+    return Worker(raw, tokens, encoders(), config, member)
 
 
 def _files(store: FolderStore) -> dict[str, bytes]:
