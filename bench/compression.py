@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.support.rows import bench_row
 from bench.support.sizes import cache, sized
-from bench.tokens import DATA, make_tokens, run_tapir
+from bench.support.tokens import DATA, make_tokens, run_tapir
 from training.run.folder import read_metrics
 
 SEEDS = sized((0, 1, 2), (0,))

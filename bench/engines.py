@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.support.rows import bench_row
 from bench.support.sizes import sized
-from bench.tokens import make_tokens, run_tapir
+from bench.support.tokens import make_tokens, run_tapir
 
 ROUNDS = sized(3, 1)
 STEPS = sized(25, 2)

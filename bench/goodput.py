@@ -24,7 +24,7 @@ import torch
 from bench.support.children import child_environment, module_command
 from bench.support.rows import bench_row
 from bench.support.sizes import cache, sized
-from bench.tokens import DATA, make_tokens
+from bench.support.tokens import DATA, make_tokens
 from checkpoint.format import StateSlice
 from checkpoint.reader import open_checkpoint
 from checkpoint.saver import Saver

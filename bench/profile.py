@@ -19,7 +19,7 @@ from typing import Any
 
 from bench.support.rows import bench_row
 from bench.support.sizes import sized
-from bench.tokens import make_tokens
+from bench.support.tokens import make_tokens
 from checkpoint.config import CheckpointConfig
 from cluster.launcher import launch
 from core.config import from_json, to_json

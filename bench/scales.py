@@ -12,7 +12,7 @@ import torch
 
 from bench.support.rows import bench_row
 from bench.support.sizes import cache, sized
-from bench.tokens import DATA, make_tokens
+from bench.support.tokens import DATA, make_tokens
 from core.storage.store import open_store
 from data_pipeline.formats.tokens import TokenSource
 from models.config import PriorConfig

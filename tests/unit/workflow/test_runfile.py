@@ -303,6 +303,9 @@ def test_the_examples_are_whole(tmp_path: Path) -> None:
     text = tapir("submit", str(ROOT / "examples" / "paper.py"), "--to=slurm", "--dry-run")
     assert "#SBATCH --nodes=128" in text and "--nproc-per-node=8" in text
     assert "#SBATCH --array=0-255%128" in text and "--signal=B:USR1@600" in text
+    for to, workers in (("slurm", "#SBATCH --array=0-63"), ("kubernetes", "completions: 64")):
+        laion = tapir("submit", str(ROOT / "examples" / "laion.yaml"), f"--to={to}", "--dry-run")
+        assert workers in laion and "--in-place" in laion
     shapes = tapir("submit", str(ROOT / "examples" / "shapes.yaml"), "--to=slurm", "--dry-run")
     script = tmp_path / "submit.sh"
     script.write_text(shapes)
