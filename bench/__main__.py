@@ -14,6 +14,7 @@ from bench.support.sizes import TINY
 
 _RUNS = re.compile(r"^def run\(|^from bench\.\S+ import run$", re.MULTILINE)
 _OWN = {
+    "dedup": ("rows",),
     "gpu": ("device", "out", "only", "budget"),
     "pictures": ("step_ms",),
     "start_up": ("ranks",),
@@ -49,6 +50,8 @@ def main() -> None:
     gpu.add_argument("--out", help="folder of the rows ($OUT, else runs/gpu)")
     gpu.add_argument("--only", help="names of sections, with commas between them")
     gpu.add_argument("--budget", type=float, help="seconds of all sections together (420)")
+    dedup = parser.add_argument_group("of dedup alone")
+    dedup.add_argument("--rows", type=int, help="rows of the catalogue (250000000)")
     finish = parser.add_argument_group("of token_finish alone")
     finish.add_argument("--shards", type=int, help="shards of the job (125000)")
     finish.add_argument("--s3", action="store_true", default=None, help="in a SeaweedFS (2000)")

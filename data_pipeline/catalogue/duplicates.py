@@ -6,10 +6,10 @@ The rows of all units are numbered in order, and the first of equal ones is kept
 - duplicate: picture and captions equal those of an earlier row;
 - near-duplicate: the perceptual hash differs in at most `near` bits from that of an earlier row
   that is kept. Of a chain A, B, C in which only neighbours are near, B is dropped for A, and C is
-  kept, since B is not. Flat pictures and ramps (FLAT_LOOKS) are near nothing.
+  kept, since B is not. Hashes of nearly flat pictures and ramps (FLAT_BITS) are near nothing.
 
 Rows that their unit leaves out take no part, and a row is compared only if it was kept so far.
-Memory: 5 bytes a row, 9 a near pair, and a few partitions of 2 million rows.
+Memory: 6 bytes a row, 16 a near pair, and a few partitions of 2 million rows.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_pipeline.catalogue.near import EDGE, Crowded, Words, bands_of, keep_first, near_edges
+from data_pipeline.catalogue.near import (
+    Crowded,
+    Edges,
+    Words,
+    bands_of,
+    ends_of,
+    is_flat,
+    keep_first,
+    near_edges,
+)
 from data_pipeline.catalogue.partition import Partitions
 from data_pipeline.catalogue.verdict import (
     DUPLICATE,
@@ -34,13 +43,12 @@ from data_pipeline.catalogue.verdict import (
 )
 from data_pipeline.config import FilterConfig
 from data_pipeline.formats.fetch import fetched
-from data_pipeline.images.decode import BANDS, FLAT_LOOKS
+from data_pipeline.images.decode import BANDS
 
 _ID = np.dtype([("key", "<u8", (1,)), ("row", "<u4")])
 _DIGEST = np.dtype([("key", "<u8", (2,)), ("row", "<u4")])
 _ODD = np.uint64(0xC2B2AE3D27D4EB4F)
 _COLUMNS = ["id", "pair_digest", "perceptual_hash", "split", "reject"]
-_FLAT = np.frombuffer(b"".join(FLAT_LOOKS), "<u8").reshape(-1, 2)
 
 
 def duplicates(
@@ -49,7 +57,7 @@ def duplicates(
     """Decide which rows of a set are left out; `config` says whether exact and near ones are.
 
     `parts` are the units' parquet files in order, on a local disk.
-    Raises: as `drop_duplicates`; InputError for more than 2**32 - 1 rows.
+    Raises: as `drop_duplicates`; InputError for more than 2**31 rows.
     """
     verdict = Verdict.all_kept(parts)
     drop_duplicates(verdict, config, work, threads)
@@ -102,8 +110,8 @@ class _Search:
                 _add(pairs, words_of(table["pair_digest"], 2)[places], rows)
             if self._config.near >= 0:
                 keys = words_of(table["perceptual_hash"], 2)[places]
-                flat = (keys[:, None] == _FLAT).all(-1).any(-1)
-                _add(looks, keys[~flat], rows[~flat])
+                tells = ~is_flat(keys)
+                _add(looks, keys[tells], rows[tells])
         for partitions in (ids, pairs, looks):
             partitions.flush()
 
@@ -123,25 +131,24 @@ class _Search:
 
     def _drop_near(self, looks: Partitions) -> None:
         """Drop rows near an earlier, kept one; `looks` has the first row of each hash."""
-        edges = [np.empty(0, EDGE)]
+        edges = np.empty(0, np.uint64)
         for band in range(BANDS if self._config.near > 0 else 0):
             with Partitions(self._work, "band", _DIGEST, len(self._kinds)) as partitions:
                 for rows in looks.parts():
                     partitions.add(bands_of(rows["key"], band), rows)
                 partitions.flush()
-                edges += self._edges(partitions, band)
-        chosen = keep_first(np.concatenate(edges))
+                edges = np.unique(np.concatenate([edges, *self._edges(partitions, band)]))
+        earlier, later, bits = ends_of(keep_first(edges, len(self._kinds)))
         same = np.flatnonzero(self._kinds == NEAR)
-        self._kinds[chosen["later"]] = NEAR + chosen["bits"]
-        self._firsts[chosen["later"]] = chosen["earlier"]
+        self._kinds[later], self._firsts[later] = NEAR + bits, earlier
         moved = same[self._kinds[self._firsts[same]] >= NEAR]  # their first is near another row
         first = self._firsts[moved]
         self._kinds[moved], self._firsts[moved] = self._kinds[first], self._firsts[first]
 
-    def _edges(self, partitions: Partitions, band: int) -> list[NDArray[np.void]]:
+    def _edges(self, partitions: Partitions, band: int) -> list[Edges]:
         """The near pairs of each partition of a band."""
 
-        def compare(number: int) -> tuple[NDArray[np.void], Crowded]:
+        def compare(number: int) -> tuple[Edges, Crowded]:
             rows = partitions.part(number)
             return near_edges(rows["key"], rows["row"], band, self._config.near)
 

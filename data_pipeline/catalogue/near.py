@@ -10,11 +10,12 @@ further apart are counted in `Crowded` and not compared in this band.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.images.decode import BAND_BITS, BANDS
+from data_pipeline.images.decode import BAND_BITS, BANDS, FLAT_BITS, FLAT_LOOKS
 
 Words = NDArray[np.uint64]
 Indices = NDArray[np.int64]
@@ -24,8 +25,10 @@ RUN = 32
 """Hashes with an equal band that are compared without cutting them further."""
 CROWD = 1000
 """Hashes that one is compared with, at most, among those that agree in 56 bits."""
-EDGE = np.dtype([("earlier", "<u4"), ("later", "<u4"), ("bits", "u1")])
-"""Two rows whose hashes differ in so many bits."""
+Edges = NDArray[np.uint64]
+"""Two rows whose hashes differ in 0 to 3 bits: later << 33 | earlier << 2 | bits (`edges_of`)."""
+MOST_ROWS = 2**31
+_LATER, _EARLIER, _BITS = np.uint64(33), np.uint64(2), np.uint64(MOST_NEAR)
 _PART_BYTES, _PARTS = 3, 4
 _PART_BITS = np.uint64(8 * _PART_BYTES)
 _TOGETHER = 2**20
@@ -55,13 +58,22 @@ def bands_of(looks: Words, band: int) -> Words:
     return (word >> np.uint64(band * BAND_BITS % 64)) & np.uint64(2**BAND_BITS - 1)
 
 
+def is_flat(looks: Words) -> NDArray[np.bool_]:
+    """Hashes of nearly flat pictures. Shapes: (n, 2) -> (n,)."""
+    flat = np.zeros(len(looks), np.bool_)
+    for first, second in np.frombuffer(b"".join(FLAT_LOOKS), "<u8").reshape(-1, 2):
+        bits = np.bitwise_count(looks[:, 0] ^ first) + np.bitwise_count(looks[:, 1] ^ second)
+        flat |= bits <= FLAT_BITS
+    return flat
+
+
 def near_edges(
     looks: Words, rows: NDArray[np.uint32], band: int, most: int
-) -> tuple[NDArray[np.void], Crowded]:
+) -> tuple[Edges, Crowded]:
     """Rows of hashes that agree in a band and differ in at most `most` bits.
 
-    Shapes: looks (n, 2), all different; rows (n,). Returns EDGE rows; a pair that agrees in several
-    bands is in the result of each.
+    Shapes: looks (n, 2), all different; rows (n,). Returns sorted edges; a pair that agrees in
+    several bands is in the result of each.
     """
     values = bands_of(looks, band)
     members = np.argsort(values)
@@ -74,7 +86,7 @@ def near_edges(
     crowded = Crowded()
     for part in _other_parts(looks[members], band):
         edges += _cut_further(looks, rows, members, values << _PART_BITS | part, most, crowded)
-    return np.concatenate([np.empty(0, EDGE), *edges]), crowded
+    return np.unique(np.concatenate([np.empty(0, np.uint64), *edges])), crowded
 
 
 def _cut_further(
@@ -84,7 +96,7 @@ def _cut_further(
     values: Words,
     most: int,
     crowded: Crowded,
-) -> Iterator[NDArray[np.void]]:
+) -> Iterator[Edges]:
     """Edges of hashes that agree in 56 bits, the `values`; counts those that the cap leaves out."""
     order = np.argsort(values)
     members, values = members[order], values[order]
@@ -109,7 +121,7 @@ def _compared(
     values: Words,
     most: int,
     ahead: int,
-) -> Iterator[NDArray[np.void]]:
+) -> Iterator[Edges]:
     """Compare each member with the next `ahead` of its run of equal values."""
     _, ends = _runs(values)
     first, second, numbers = looks[members, 0], looks[members, 1], rows[members]
@@ -122,11 +134,7 @@ def _compared(
         bits = np.bitwise_count(first[live] ^ first[other])
         bits += np.bitwise_count(second[live] ^ second[other])
         near = bits <= most
-        left, right = numbers[live[near]], numbers[other[near]]
-        edges = np.empty(len(left), EDGE)
-        edges["earlier"], edges["later"] = np.minimum(left, right), np.maximum(left, right)
-        edges["bits"] = bits[near]
-        yield edges
+        yield edges_of(numbers[live[near]], numbers[other[near]], bits[near])
 
 
 def _runs(values: Words) -> tuple[Indices, Indices]:
@@ -147,21 +155,35 @@ def _other_parts(looks: Words, band: int) -> Iterator[Words]:
         yield low | middle << np.uint64(8) | high << np.uint64(16)
 
 
-def keep_first(edges: NDArray[np.void]) -> NDArray[np.void]:
+def edges_of(one: NDArray[Any], other: NDArray[Any], bits: NDArray[Any]) -> Edges:
+    """Edges between rows, in either order; they sort by the later row, then by the earlier one."""
+    later, earlier = np.maximum(one, other), np.minimum(one, other)
+    edges: Edges = later.astype(np.uint64) << _LATER | earlier.astype(np.uint64) << _EARLIER
+    return edges | bits.astype(np.uint64)
+
+
+def ends_of(edges: Edges) -> tuple[Indices, Indices, NDArray[np.uint8]]:
+    """(earlier rows, later rows, bits)."""
+    earlier = edges >> _EARLIER & np.uint64(MOST_ROWS - 1)
+    bits = (edges & _BITS).astype(np.uint8)
+    return earlier.astype(np.int64), (edges >> _LATER).astype(np.int64), bits
+
+
+def keep_first(edges: Edges, rows: int) -> Edges:
     """Decide in the order of rows: a row with an earlier, kept row near it is dropped.
 
-    Shapes: EDGE rows -> one of them for each dropped row, to the earliest kept row near it.
+    Shapes: sorted edges between `rows` rows -> one of them for each dropped row, to the earliest
+    kept row near it.
     """
-    edges = edges[np.lexsort((edges["earlier"], edges["later"]))]
-    nodes = np.unique(np.concatenate([edges["earlier"], edges["later"]]))
-    dropped = bytearray(len(nodes))
-    chosen: list[int] = []
+    dropped = bytearray(rows)
+    chosen: list[Edges] = []
     for begin in range(0, len(edges), _TOGETHER):
         part = edges[begin : begin + _TOGETHER]
-        earlier = np.searchsorted(nodes, part["earlier"]).tolist()
-        later = np.searchsorted(nodes, part["later"]).tolist()
-        for number, (one, other) in enumerate(zip(earlier, later, strict=True), begin):
+        places: list[int] = []
+        earlier, later, _ = ends_of(part)
+        for place, (one, other) in enumerate(zip(earlier.tolist(), later.tolist(), strict=True)):
             if not dropped[one] and not dropped[other]:
                 dropped[other] = 1
-                chosen.append(number)
-    return edges[chosen]
+                places.append(place)
+        chosen.append(part[places])
+    return np.concatenate([np.empty(0, np.uint64), *chosen])

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from core.errors import InputError
-from data_pipeline.catalogue.near import Crowded
+from data_pipeline.catalogue.near import MOST_ROWS, Crowded
 from data_pipeline.catalogue.schema import SCHEMA
 from data_pipeline.formats.fetch import fetched
 from data_pipeline.images.decode import LOOK_BITS
@@ -25,7 +25,6 @@ KINDS = {
     CONDITION: "condition",
     NEAR: "near-duplicate",
 }
-MOST_ROWS = 2**32 - 1
 LEFT_OUT = pa.schema(
     [
         pa.field("unit", pa.uint32(), False),

@@ -125,7 +125,7 @@ def perceptual_hash(grey: NDArray[np.uint8]) -> bytes:
     """Difference hash: is a pixel of the reduced picture brighter than its neighbour?
 
     64 bits compare neighbours in the rows of 9x8 pixels, 64 those in the columns of 8x9. Each band
-    has 16 bits of either kind, spread over the whole picture (`_bit_order`).
+    has 16 bits of either kind, spread over the whole picture (`bit_order`).
 
     Shapes: (height, width) uint8 -> 16 bytes; band b is bytes 4b to 4b + 3.
     """
@@ -138,17 +138,20 @@ def _packed(across: NDArray[np.bool_], down: NDArray[np.bool_]) -> bytes:
     return np.packbits(np.stack([across, down]).reshape(-1)[_BIT_ORDER]).tobytes()
 
 
-def _bit_order() -> NDArray[np.intp]:
+def bit_order() -> NDArray[np.intp]:
     """Sort bits by band: (row + column) % BANDS across, and two bands further down."""
     row, column = np.indices((8, 8))
     bands = np.stack([row + column, row + column + 2]) % BANDS
     return np.argsort(bands.reshape(-1), kind="stable")
 
 
-_BIT_ORDER = _bit_order()
+_BIT_ORDER = bit_order()
 _NONE, _ALL = np.zeros((8, 8), bool), np.ones((8, 8), bool)
 FLAT_LOOKS = tuple(sorted(_packed(a, d) for a in (_NONE, _ALL) for d in (_NONE, _ALL)))
-"""Hashes of flat pictures and of ramps of brightness, which all look alike."""
+"""Hashes of flat pictures and of ramps of brightness."""
+FLAT_BITS = 8
+"""A hash that differs from one of FLAT_LOOKS in at most this many bits says too little to tell two
+pictures apart: skies, gradients and blurred walls (decision 030 has the measurement)."""
 
 
 def _opened(data: bytes, where: str) -> ImageFile:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.catalogue import near, partition
 from data_pipeline.catalogue.duplicates import duplicates
-from data_pipeline.catalogue.near import BANDS, EDGE, bands_of, keep_first, near_edges
+from data_pipeline.catalogue.near import BANDS, bands_of, edges_of, ends_of, keep_first, near_edges
 from data_pipeline.catalogue.schema import CatalogueWriter, Row
 from data_pipeline.catalogue.verdict import CONDITION, DUPLICATE, KEPT, KEY, NEAR, REJECTED, Verdict
 from data_pipeline.config import FilterConfig
@@ -32,7 +32,7 @@ def _rows(count: int, seed: int = 0) -> list[Row]:
             flips = 0 if kind == 1 else int(draw.integers(6))
             look = _flipped(other.perceptual_hash or look, flips, draw)
         if kind == 9 and draw.random() < 0.1:
-            look = FLAT_LOOKS[draw.integers(4)]
+            look = _flipped(FLAT_LOOKS[draw.integers(4)], int(draw.integers(12)), draw)
         rejected = kind == 8 and draw.random() < 0.2
         rows.append(
             Row(
@@ -70,6 +70,11 @@ def _parts(rows: list[Row], folder: Path, each: int) -> list[Path]:
     return paths
 
 
+def _is_flat(look: bytes) -> bool:
+    number = int.from_bytes(look, "big")
+    return any((number ^ int.from_bytes(flat, "big")).bit_count() <= 8 for flat in FLAT_LOOKS)
+
+
 def _by_definition(rows: list[Row], config: FilterConfig) -> list[tuple[int, int]]:
     """(kind, first row) of each row, one row after another, compared with all before it."""
     keys: dict[str, int] = {}
@@ -86,7 +91,7 @@ def _by_definition(rows: list[Row], config: FilterConfig) -> list[tuple[int, int
             kind, first = KEY, keys[row.key]
         elif config.duplicates and pairs.setdefault(row.pair_digest, number) != number:
             kind, first = DUPLICATE, pairs[row.pair_digest]
-        elif config.near >= 0 and row.perceptual_hash not in FLAT_LOOKS:
+        elif config.near >= 0 and not _is_flat(row.perceptual_hash or b""):
             look = np.frombuffer(row.perceptual_hash or b"", "<u8")
             bits = np.bitwise_count(low[: len(kept)] ^ look[0])
             bits += np.bitwise_count(high[: len(kept)] ^ look[1])
@@ -142,6 +147,13 @@ def _words(looks: list[int]) -> NDArray[np.uint64]:
     return np.frombuffer(data, "<u8").reshape(-1, 2)
 
 
+def _as_set(edges: NDArray[np.uint64]) -> set[tuple[int, ...]]:
+    """(earlier, later, bits) of each edge; none is twice."""
+    rows = list(zip(*(part.tolist() for part in ends_of(edges)), strict=True))
+    assert len(set(rows)) == len(rows)
+    return set(rows)
+
+
 def _all_edges(looks: NDArray[np.uint64], band: int, most: int) -> set[tuple[int, ...]]:
     bits = np.bitwise_count(looks[:, None] ^ looks[None]).sum(2)
     same = bands_of(looks, band)[:, None] == bands_of(looks, band)[None]
@@ -162,7 +174,7 @@ def test_a_crowded_band_value_is_cut_further_without_a_loss(band: int) -> None:
     looks = list(dict.fromkeys(looks + [1 << bit & ~own for bit in range(128)]))
     words = _words(looks)
     edges, crowded = near_edges(words, np.arange(len(words), dtype=np.uint32), band, 3)
-    assert set(map(tuple, edges.tolist())) == _all_edges(words, band, 3)
+    assert _as_set(edges) == _all_edges(words, band, 3)
     assert len(edges) and not crowded.skipped
 
 
@@ -174,7 +186,7 @@ def test_the_cap_compares_each_hash_with_the_next_ones_and_counts_the_rest(
     words = _words([value << 120 for value in range(64)])
     edges, crowded = near_edges(words, np.arange(64, dtype=np.uint32), 0, 3)
     capped = {edge for edge in _all_edges(words, 0, 3) if edge[1] - edge[0] <= 10}
-    assert set(map(tuple, edges.tolist())) == capped
+    assert _as_set(edges) == capped
     assert (crowded.values, crowded.hashes) == (3, 3 * 64)
     assert crowded.skipped == 3 * sum(range(64 - 10))
 
@@ -182,8 +194,14 @@ def test_the_cap_compares_each_hash_with_the_next_ones_and_counts_the_rest(
 def test_rows_are_dropped_in_order() -> None:
     """1-2-3-4 is a chain; 5 is near 2, which is dropped, and 6 near 3 and 1, which are kept."""
     rows = [(1, 2, 1), (2, 3, 2), (3, 4, 3), (2, 5, 1), (3, 6, 1), (1, 6, 2), (5, 9, 1)]
-    edges = np.array(rows[::-1] + rows, EDGE)
-    assert keep_first(edges).tolist() == [(1, 2, 1), (3, 4, 3), (1, 6, 2), (5, 9, 1)]
+    edges = np.sort(edges_of(*np.array(rows).T))
+    assert _as_set(keep_first(edges, 10)) == {(1, 2, 1), (3, 4, 3), (1, 6, 2), (5, 9, 1)}
+
+
+def test_edges_hold_the_largest_rows() -> None:
+    rows = np.array([2**31 - 1, 0, 5]), np.array([2**31 - 2, 2**31 - 1, 4]), np.array([3, 1, 0])
+    expected = {(2**31 - 2, 2**31 - 1, 3), (0, 2**31 - 1, 1), (4, 5, 0)}
+    assert _as_set(edges_of(*rows)) == expected
 
 
 def test_rows_that_are_left_out_name_the_first_one(tmp_path: Path) -> None:
