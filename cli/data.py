@@ -23,6 +23,7 @@ def pack(arguments: list[str]) -> None:
         places: PositionalTexts,
         config: Annotated[PackConfig, FLAT] = PackConfig(),  # noqa: B008
         worker: str = "",
+        append: bool = False,
         again: bool = False,
         json: bool = False,
     ) -> None:
@@ -36,6 +37,8 @@ def pack(arguments: list[str]) -> None:
             config: settings
             worker: which of n workers this one is, i/n; by default it is read from a Slurm array, a
                 Kubernetes indexed job with TAPIR_WORKERS, or mpirun; otherwise 0/1
+            append: add what SRC holds and a finished DEST does not, as its next version, with the
+                settings that it was packed with
             again: verify a finished data set's shards, and write damaged ones again
             json: print a JSON object on the last line
         """
@@ -44,7 +47,7 @@ def pack(arguments: list[str]) -> None:
         *sources, dest = places
         refuse_others_folder(dest, "a data set")
         member = job_worker_of(worker)
-        manifests = packing.pack(sources, open_store(dest), config, again, member)
+        manifests = packing.pack(sources, open_store(dest), config, again, member, append)
         for split, manifest in manifests.items():
             LOG.info("%s: %d pairs in %d shards", split, manifest.samples, len(manifest.shards))
         rejects = manifests["train"].rejects

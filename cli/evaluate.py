@@ -89,8 +89,9 @@ def overlap(arguments: list[str]) -> None:
         Args:
             raw: the data set that `tapir pack` wrote
             evaluation: the evaluation set: coco:DIR, cub:DIR or where `tapir pack` wrote
-            dest: s3://bucket/prefix or a folder for the pairs below the threshold; without it, only
-                examples by likeness are written, which help to choose the threshold
+            dest: s3://bucket/prefix or a folder for a view of RAW with the pairs below the
+                threshold; without it, only examples by likeness are written, which help to choose
+                the threshold
             clip: run folder of a finished CLIP
             out: folder for overlap.json and the examples; workers share it
             worker: this process's part of the job, i/n with i from 0; by default set by a Slurm

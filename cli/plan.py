@@ -1,13 +1,16 @@
 """The verb plan."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 from core.config import check
 from core.errors import EXIT_FAILED
 from core.flags import FLAT, PositionalText, parse, print_json
+from core.log import LOG
 from planning.config import ClusterFlags, PlanFlags
+from planning.data_jobs import DataFlags, data_json, describe_data, pairs_of
 from planning.plan import make_plan, write_calibration
 from planning.report import plan_json, published_json, show, show_published
 
@@ -28,8 +31,12 @@ def plan(arguments: list[str]) -> None:
         picture: Path | None = None,
         json: bool = False,
         cluster: Annotated[ClusterFlags, FLAT] = _USUAL,
+        data: str = "",
+        jobs: Annotated[DataFlags, FLAT] = DataFlags(),  # noqa: B008 - frozen
     ) -> None:
         """Predict whether a model fits on a cluster, its fastest layout, and the training time.
+
+        With --data: the hours, requests, bytes and dollars of packing and tokenizing.
 
         Needs no GPU: one rank's real layers are built on the meta device and counted. Days and
         cost cover all of the preset's steps. Exit codes: 0 it fits, 1 nothing fits, 2 wrong input.
@@ -47,6 +54,8 @@ def plan(arguments: list[str]) -> None:
             picture: write memory and a step's timeline to FILE.svg, FILE.png or FILE.pdf
             json: print a JSON object on the last line
             cluster: overrides of the default cluster of these GPUs
+            data: plan the jobs that pack and tokenize so many pairs, e.g. 250M; takes no preset
+            jobs: sizes and rates of these jobs
         """
         flags = PlanFlags(
             preset=preset,
@@ -60,7 +69,10 @@ def plan(arguments: list[str]) -> None:
             json=json,
             cluster=cluster,
         )
-        _run(flags)
+        if data:
+            _plan_jobs(flags, data, jobs)
+        else:
+            _run(flags)
 
     parse(run, arguments, "plan")
 
@@ -77,6 +89,15 @@ def _run(flags: PlanFlags) -> None:
         return
     if flags.json:
         print_json(result)
+
+
+def _plan_jobs(flags: PlanFlags, data: str, jobs: DataFlags) -> None:
+    others = replace(flags, json=False)
+    check([] if others == PlanFlags() else ["--data plans data jobs; leave the model's flags out"])
+    pairs = pairs_of(data)
+    LOG.info("%s", describe_data(pairs, jobs))
+    if flags.json:
+        print_json(data_json(pairs, jobs))
 
 
 def _plan(flags: PlanFlags) -> None:

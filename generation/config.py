@@ -7,7 +7,6 @@ from typing import Literal
 
 import tyro
 
-from data_pipeline.config import PackConfig
 from parallel.config import MeshConfig
 
 _LEAST_TEMPERATURE, _MOST_GUIDANCE = 0.001, 100
@@ -44,24 +43,11 @@ class OverlapConfig:
     """Minimum cosine of CLIP embeddings at which a picture counts as one of the evaluation set."""
     batch: int = 64
     """Pictures embedded together."""
-    shard_pairs: int = 2000
-    """Maximum pairs per written shard."""
-    shard_megabytes: int = 256
-    """Maximum size of a written shard."""
-    block: int = 64
-    """Pairs that training reads with one request."""
-
-    @property
-    def shards(self) -> PackConfig:
-        """How the shards are cut."""
-        pairs, megabytes = self.shard_pairs, self.shard_megabytes
-        return PackConfig(shard_pairs=pairs, shard_megabytes=megabytes, block=self.block)
 
     def problems(self) -> list[str]:
-        problems = self.shards.problems()
         if not 0 < self.threshold <= 1 or self.batch < 1:
-            problems.append("threshold must be in (0, 1], and batch at least 1")
-        return problems
+            return ["threshold must be in (0, 1], and batch at least 1"]
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from core.files.out_folder import refuse_others_folder
 from core.log import LOG
 from core.storage.store import open_store
 from core.workers import job_worker_of
-from data_pipeline.formats.raw import RawSource
+from data_pipeline.stored_captions import StoredCaptions
 from data_pipeline.text.bpe import load_tokenizer, save_tokenizer, train_bpe
 from data_pipeline.text.captions import clean_caption, is_visible
 from training.config import BPETrain
@@ -29,7 +29,7 @@ def train_tokenizer(settings: BPETrain) -> None:
     refuse_others_folder(settings.out, "train bpe")
     member = job_worker_of(settings.worker)
     if settings.texts is None:
-        source = RawSource(open_store(settings.data), "train")
+        source = StoredCaptions(open_store(settings.data), "train")
         _keep(CountJob(source, settings, member).run(), settings)
         return
     if member.count > 1:

@@ -20,11 +20,11 @@ from core.errors import AbsentError, CorruptError
 from core.files.atomic import canonical_json, seal, sha256, unseal
 from core.storage.store import FolderStore
 from core.workers import JobWorker
-from data_pipeline.formats.raw import RawSource
+from data_pipeline.formats.raw_shards import RawShards
 from data_pipeline.jobs.leases import SECONDS
 from data_pipeline.jobs.ledger import Record, done_tasks
 from data_pipeline.jobs.worker import Job, Progress, Task, Work
-from data_pipeline.stored_captions import shard_captions
+from data_pipeline.stored_captions import StoredCaptions
 from data_pipeline.text.bpe import count_words, learn_merges
 from training.config import BPETrain
 
@@ -44,10 +44,10 @@ class CountTask(Task):
 class CountJob:
     """The counting of one data set's captions, as one worker sees it."""
 
-    def __init__(self, source: RawSource, settings: BPETrain, member: JobWorker) -> None:
+    def __init__(self, source: StoredCaptions, settings: BPETrain, member: JobWorker) -> None:
         self._source, self._settings = source, settings
         self._store = FolderStore(settings.out)
-        self.tasks = tasks_of(source, settings)
+        self.tasks = tasks_of(source.shards, settings)
         self._job = Job(self._store, self.tasks, member, SECONDS)
 
     def run(self) -> Tokenizer:
@@ -76,7 +76,7 @@ class CountJob:
 
     def _captions(self, task: CountTask) -> Iterator[str]:
         for shard in range(task.first, task.end):
-            yield from shard_captions(self._source, shard)
+            yield from self._source.of(shard)
 
     def _learn(self, result: str) -> bool:
         """Sum the counts of the first `max_captions` captions, and learn merges from them."""
@@ -108,7 +108,7 @@ class CountJob:
             ) from error
 
 
-def tasks_of(source: RawSource, settings: BPETrain) -> list[CountTask]:
+def tasks_of(source: RawShards, settings: BPETrain) -> list[CountTask]:
     """Consecutive shards with at least `task_captions` pairs each, as far as captions are read."""
     tasks, shards, first, size, read = list[CountTask](), source.manifest.shards, 0, 0, 0
     for number, shard in enumerate(shards, 1):
@@ -116,7 +116,7 @@ def tasks_of(source: RawSource, settings: BPETrain) -> list[CountTask]:
         whole = size >= settings.task_captions or read + size >= settings.max_captions
         if not whole and number < len(shards):
             continue
-        content = [shard.sha256 for shard in shards[first:number]]
+        content = [source.digest(shard) for shard in range(first, number)]
         name = sha256(canonical_json({"captions": content, "spaces": settings.spaces}))
         shown = f"train/{shards[first].name} and {number - first - 1} more"
         tasks.append(

@@ -98,6 +98,19 @@ def open_catalogue(store: Store, cache: Path) -> Catalogue:
             f"{store.url} has no catalogue: an older version packed it, or it joins several sets; "
             "pack its source again, or name one of the sets"
         )
+    body = read_list(store, digest)
+    copies = _Copies(store, cache)
+    parts = [Part(**row) for row in body["parts"]]
+    left_out = copies.path(Part(**body["left_out"])) if "left_out" in body else None
+    paths = list(fetched(copies.path, parts, _THREADS))
+    return Catalogue(parts=parts, paths=paths, left_out=left_out)
+
+
+def read_list(store: Store, digest: str) -> dict[str, Any]:
+    """The list of a catalogue's parts; `digest`: the FACT of the manifest.
+
+    Raises: CorruptError if it is missing or has another digest.
+    """
     name = _list_name(digest)
     try:
         data = store.get(name)
@@ -105,12 +118,8 @@ def open_catalogue(store: Store, cache: Path) -> Catalogue:
         data = b""
     if sha256(data) != digest:
         raise _damaged(f"{store.url}/{name}")
-    body = json.loads(data)
-    copies = _Copies(store, cache)
-    parts = [Part(**row) for row in body["parts"]]
-    left_out = copies.path(Part(**body["left_out"])) if "left_out" in body else None
-    paths = list(fetched(copies.path, parts, _THREADS))
-    return Catalogue(parts=parts, paths=paths, left_out=left_out)
+    body: dict[str, Any] = json.loads(data)
+    return body
 
 
 def place_of(store: Store, part: Part) -> str:

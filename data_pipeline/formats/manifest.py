@@ -165,7 +165,7 @@ def write_manifest(store: Store, prefix: str, manifest: Manifest) -> None:
     """Write the manifest, sealed with its own digest; call it after all other files are written.
 
     manifest.json is the newest version; if there are several, each is also manifest-000001.json
-    and so on.
+    and so on, which is written last.
     """
     first = prefix + versioned(NAME, 1)
     if manifest.version == 2 and not store.exists(first):
@@ -175,10 +175,12 @@ def write_manifest(store: Store, prefix: str, manifest: Manifest) -> None:
     for part in _json_parts(body, manifest.shards):
         digest.update(part)
     sealed = {**body, "digest": digest.hexdigest()}
-    store.put_parts(prefix + NAME, _json_parts(sealed, manifest.shards))
-    if manifest.version > 1:
-        name = prefix + versioned(NAME, manifest.version)
-        store.put_parts(name, _json_parts(sealed, manifest.shards))
+    has_later = store.exists(prefix + versioned(NAME, manifest.version + 1))
+    names = [] if has_later else [NAME]
+    if has_later or manifest.version > 1:
+        names.append(versioned(NAME, manifest.version))
+    for name in names:
+        store.put_parts(prefix + name, _json_parts(sealed, manifest.shards))
 
 
 def _json_parts(body: dict[str, Any], shards: list[Shard]) -> Iterator[bytes]:

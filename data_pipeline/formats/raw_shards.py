@@ -26,7 +26,7 @@ class RawShards:
         self.manifest = manifest or read_manifest(store, self._prefix, RAW)
 
     @cached_property
-    def _blocks(self) -> BlockReader:
+    def blocks(self) -> BlockReader:
         return BlockReader(self._store, self._prefix, self.manifest)
 
     def digest(self, number: int) -> str:
@@ -34,7 +34,7 @@ class RawShards:
         shard = self.manifest.shards[number]
         if shard.is_whole:
             return shard.sha256
-        index = self._blocks.index.part(*self._blocks.blocks_of(number))
+        index = self.blocks.index.part(*self.blocks.blocks_of(number))
         arrays = {name: sha256(array.tobytes()) for name, array in index.arrays.items()}
         return sha256(canonical_json({"content": shard.content, **arrays}))
 
@@ -56,6 +56,6 @@ class RawShards:
         return parse_pairs(data)
 
     def _records_of_blocks(self, number: int) -> Iterator[RawRecord]:
-        read = partial(read_records, self._blocks)
-        for records in fetched(read, range(*self._blocks.blocks_of(number)), _THREADS):
+        read = partial(read_records, self.blocks)
+        for records in fetched(read, range(*self.blocks.blocks_of(number)), _THREADS):
             yield from records

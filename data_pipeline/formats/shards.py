@@ -1,4 +1,7 @@
-"""Tar shards, written by the webdataset library, and the manifests of data sets."""
+"""Tar shards, byte for byte as the webdataset library writes them, and token manifests.
+
+The library itself is not imported: it imports torch, and takes a tenth of a millisecond a pair.
+"""
 
 import hashlib
 import io
@@ -8,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import webdataset
 from numpy.typing import NDArray
 
 from core.errors import CorruptError
@@ -28,8 +30,6 @@ from data_pipeline.formats.index import (
 )
 from data_pipeline.formats.manifest import EARLIER, INDEX, Manifest, Shard, write_manifest
 
-webdataset.utils.enforce_security = True
-
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
@@ -46,14 +46,63 @@ class Member:
         return self.start + -(-self.length // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
+_NAME, _SIZE = slice(0, 100), slice(124, 136)
+_CHECKSUM = slice(148, 156)
+
+
+def _info(name: str, size: int) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = size, 0o444
+    info.uname = info.gname = "tapir"
+    return info
+
+
+_HEADER = _info("", 0).tobuf(tarfile.USTAR_FORMAT)
+
+
+class TarBuffer:
+    """A tar in memory; equal members, equal bytes."""
+
+    def __init__(self) -> None:
+        self._buffer = io.BytesIO()
+        self.size = 0
+        """Offset of the next member's header."""
+
+    def add(self, name: str, data: bytes) -> None:
+        """Append a member."""
+        header = _header(name, len(data))
+        padding = -len(data) % tarfile.BLOCKSIZE
+        self._buffer.write(header)
+        self._buffer.write(data)
+        self._buffer.write(bytes(padding))
+        self.size += len(header) + len(data) + padding
+
+    def finish(self) -> bytes:
+        """The whole tar, with its end mark."""
+        end = self.size + 2 * tarfile.BLOCKSIZE
+        self._buffer.write(bytes(end - self.size + -end % tarfile.RECORDSIZE))
+        return self._buffer.getvalue()
+
+
+def _header(name: str, size: int) -> bytes:
+    """TarInfo.tobuf for short names without its tenth of a millisecond."""
+    if not name.isascii() or len(name) > 100 or size >= 8**11:
+        return _info(name, size).tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+    header = bytearray(_HEADER)
+    header[_NAME] = name.encode().ljust(100, b"\0")
+    header[_SIZE] = b"%011o\0" % size
+    header[_CHECKSUM] = b" " * 8
+    header[_CHECKSUM] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
 def build_tar(samples: list[dict[str, Any]]) -> bytes:
     """Write samples ({"__key__": ..., extension: bytes}) as a tar; equal samples, equal bytes."""
-    buffer = io.BytesIO()
-    writer = webdataset.TarWriter(buffer, encoder=False, mtime=0, user="tapir", group="tapir")
+    tar = TarBuffer()
     for sample in samples:
-        writer.write(sample)
-    writer.close()
-    return buffer.getvalue()
+        for extension in sorted(sample.keys() - {"__key__"}):
+            tar.add(f"{sample['__key__']}.{extension}", sample[extension])
+    return tar.finish()
 
 
 def list_members(tar: bytes) -> list[Member]:

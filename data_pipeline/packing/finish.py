@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,17 +26,16 @@ from data_pipeline.catalogue.verdict import Verdict, read_part
 from data_pipeline.config import PackConfig
 from data_pipeline.formats.fetch import fetched
 from data_pipeline.formats.ids import RepeatedIdError
-from data_pipeline.formats.manifest import NAME, SPLITS, Shard
+from data_pipeline.formats.manifest import RAW, SPLITS, Shard
 from data_pipeline.formats.raw_set import Keep, keep_all, write_split
+from data_pipeline.formats.split import open_split
 from data_pipeline.formats.views.masks import Kept
 from data_pipeline.jobs.ledger import Record, finished_tasks
+from data_pipeline.jobs.request import newest_version
 from data_pipeline.packing.judge import refuse_rejects
 from data_pipeline.packing.place import UNITS, delete_others, refuse_empty
 from data_pipeline.packing.rejects import WHOLE_SET, Rejects
 from data_pipeline.packing.unit import UnitTask
-
-RESULT = f"{SPLITS[-1]}/{NAME}"
-"""The object that is written last."""
 
 
 class SetWriter:
@@ -47,11 +47,22 @@ class SetWriter:
         tasks: Sequence[UnitTask],
         request: dict[str, Any],
         config: PackConfig,
+        version: int = 1,
+        first: int = 0,
         ledgers: bool = True,
     ) -> None:
-        """Without `ledgers` the markers alone are read (jobs/ledger.py)."""
+        """`tasks`: of all versions up to this one; `first`: number of its first unit.
+
+        Without `ledgers` the markers alone are read (jobs/ledger.py).
+        """
         self._store, self._tasks, self._request = store, tasks, request
+        self._version, self._first = version, first
         self._config, self._ledgers = config, ledgers
+
+    @cached_property
+    def _is_newest(self) -> bool:
+        """False if --again mends an earlier version."""
+        return newest_version(self._store) <= self._version
 
     def write(self) -> bool:
         """Write both splits; False if a unit is not done.
@@ -91,7 +102,8 @@ class SetWriter:
         except RepeatedIdError:
             self._put(records, units, kinds, True)  # the later one of two equal keys is left out
         rejects = {Rejects(self._store, 0.0, task.number).name for task in self._tasks}
-        delete_others(self._store, shards, rejects | {WHOLE_SET})
+        if self._is_newest:
+            delete_others(self._store, shards, rejects | {WHOLE_SET})
 
     def _put(
         self,
@@ -100,7 +112,7 @@ class SetWriter:
         kinds: Counter[str],
         compare: bool,
     ) -> None:
-        """Write the manifests, the one of RESULT last; `compare`: pairs with those of all units."""
+        """Write the manifests, validation's last; `compare`: pairs with those of all units."""
         keeps: dict[str, Keep] = dict.fromkeys(SPLITS, keep_all)
         left_out: Iterator[pa.Table] = iter(())
         with ExitStack() as stack:
@@ -109,13 +121,32 @@ class SetWriter:
                 kinds = kinds + Counter(verdict.counts)
                 self._refuse(records, kinds, verdict.counts.get("key", 0))
                 keeps = {name: _keep(verdict, name) for name in SPLITS}
-                self._store.put_parts(WHOLE_SET, _reject_lines(verdict))
+                if self._is_newest:
+                    self._store.put_parts(WHOLE_SET, _reject_lines(verdict))
                 left_out = verdict.left_out()
             parts = [Part(**record["catalogue"]) for record in records]
             catalogue = put_catalogue(self._store, parts, left_out)
             for name in SPLITS:
                 facts = {"request": self._request, "split": name, FACT: catalogue}
-                write_split(self._store, f"{name}/", units[name], facts, dict(kinds), keeps[name])
+                self._write_split(name, units[name], facts, dict(kinds), keeps[name])
+
+    def _write_split(
+        self,
+        name: str,
+        units: list[list[Shard]],
+        facts: dict[str, Any],
+        kinds: dict[str, int],
+        keep: Keep,
+    ) -> None:
+        """Write a split; that of a later version begins with the blocks of the one before."""
+        prefix = f"{name}/"
+        if self._version == 1:
+            write_split(self._store, prefix, units, facts, kinds, keep)
+            return
+        earlier = open_split(self._store, name, RAW, self._version - 1)
+        first = self._first
+        later = lambda number: keep(first + number)  # noqa: E731
+        write_split(self._store, prefix, units[first:], facts, kinds, later, earlier)
 
     def _refuse(self, records: list[Record], kinds: Counter[str], repeated: int = 0) -> None:
         """`repeated`: pairs with a key of another unit."""

@@ -7,6 +7,7 @@
 rejects/*.jsonl              rejected pairs: key, kind, reason
 catalogue/*.parquet          a row for each pair and reject
 units/                       the plan, and what is done (jobs/worker.py)
+*-000002.*                   of the next version (versions.py)
 
 The sources are listed once and cut into units (sources/plan.py). A unit is a task of the job: it
 yields the same bytes whoever makes it (unit.py). The last worker writes the manifests (finish.py).
@@ -18,7 +19,7 @@ from typing import Any
 
 from core.config import check, to_json
 from core.errors import CorruptError, InputError
-from core.files.atomic import canonical_json, sha256
+from core.files.atomic import sha256
 from core.log import LOG, progress
 from core.storage.store import FolderStore, Store
 from core.workers import JobWorker
@@ -28,14 +29,21 @@ from data_pipeline.formats.index import read_shard_index
 from data_pipeline.formats.manifest import Manifest, Shard
 from data_pipeline.jobs.ledger import Record
 from data_pipeline.jobs.worker import Job, Progress, Work
-from data_pipeline.packing.finish import RESULT, SetWriter
+from data_pipeline.packing.finish import SetWriter
 from data_pipeline.packing.judge import Judge
-from data_pipeline.packing.place import UNITS, claim, finished, given_back, refuse_refused, taken
+from data_pipeline.packing.place import UNITS, claim, refuse_refused, taken
 from data_pipeline.packing.plan_file import shared_plan
 from data_pipeline.packing.unit import UnitPacker, UnitTask
+from data_pipeline.packing.versions import (
+    claim_next,
+    finished_version,
+    outputs_of,
+    place_given_back,
+    result_of,
+    tasks_of,
+)
 from data_pipeline.sources.pair import printable
 from data_pipeline.sources.plan import Source, open_sources
-from data_pipeline.sources.units import Unit
 
 _NOT_ASKED = ("cache", "threads", "lease_seconds")
 """Settings that do not affect the output."""
@@ -48,11 +56,12 @@ def pack(
     config: PackConfig,
     again: bool = False,
     member: JobWorker = ALONE,
+    append: bool = False,
 ) -> dict[str, Manifest]:
     """Write the pairs of one or several SRC to the store, as one worker of the job.
 
     Finished work with the same settings is kept. `again` verifies this worker's units and writes
-    damaged ones again: equal SRC, equal bytes.
+    damaged ones again: equal SRC, equal bytes. `append` writes the next version of the set.
     Raises: InputError for unusable pairs beyond max_rejects, or if DEST holds other data.
     """
     check(config.problems())
@@ -61,16 +70,30 @@ def pack(
     for source in opened:
         _refuse_inside(source, store)
     request = _request(opened, config)
-    claim(store, request, again)
-    manifests = finished(store)
+    version = 1
+    if append:
+        _refuse_generated(opened)
+        version = claim_next(store, request, again)
+    else:
+        claim(store, request, again)
+    manifests = finished_version(store, version)
     if manifests and manifests["train"].facts.get("request") != request:
         raise taken(store, manifests["train"].facts.get("request", {}))
     if manifests and not again:
         LOG.info("%s already holds this data set", store.url)
         return manifests
-    with given_back(store, alone=member.count == 1):
-        _Pack(store, opened, request, config, member).run(again)
-    return finished(store)
+    with place_given_back(store, version, alone=member.count == 1):
+        _Pack(store, opened, request, config, member, version).run(again)
+    return finished_version(store, version)
+
+
+def _refuse_generated(sources: Sequence[Source]) -> None:
+    for source in sources:
+        if source.files is None:
+            raise InputError(
+                f"--append adds archives, tables and folders, and {source.text} is drawn; pack it "
+                "anew with a larger --count"
+            )
 
 
 def _request(sources: Sequence[Source], config: PackConfig) -> dict[str, Any]:
@@ -108,25 +131,29 @@ class _Pack:
         request: dict[str, Any],
         config: PackConfig,
         member: JobWorker,
+        version: int,
     ) -> None:
         self._store, self._request, self._config = store, request, config
-        self._alone = member.count == 1
-        units = shared_plan(store, sources, config)
-        limited = bool(config.count) and any(unit.kind != "shapes" for unit in units)
-        groups = [tuple(units)] if limited else [(unit,) for unit in units]
-        digest = sha256(canonical_json(request))
-        self._tasks = [_task(number, group, digest) for number, group in enumerate(groups)]
+        self._alone, self._version = member.count == 1, version
+        shared_plan(store, sources, config, version)
+        self._tasks = tasks_of(store, version)
         self._packer = UnitPacker(store, sources, config)
         self._job = Job(store, self._tasks, member, config.lease_seconds)
         self._packed = 0
 
     def run(self, again: bool) -> None:
         """Make units and the set; `again` repairs damaged units."""
-        writer = SetWriter(self._store, self._tasks, self._request, self._config, not again)
-        ends = [self._job.finisher(UNITS, RESULT, writer.write)]
+        earlier = [t for v in range(1, self._version) for t in tasks_of(self._store, v)]
+        writer = SetWriter(
+            *(self._store, [*earlier, *self._tasks], self._request, self._config),
+            *(self._version, len(earlier), not again),
+        )
+        result = result_of(self._store, self._version)
+        ends = [self._job.finisher(UNITS, result, writer.write)]
         self._job.announce("pack", ends)
         if again:
-            self._job.repair(self._check, self._packer.outputs, ends)
+            outputs = lambda task: outputs_of(self._store, task.number)  # noqa: E731
+            self._job.repair(self._check, outputs, ends)
         judge = Judge(self._store, self._tasks, self._config.max_rejects, self._alone)
         total = sum(task.size for task in self._job.own if all(t.size for t in self._tasks))
         with progress("pack", total) as self._meter:
@@ -151,17 +178,3 @@ class _Pack:
         for name, digest in expected.items():
             if sha256(self._store.get(name)) != digest:
                 raise CorruptError(f"{self._store.url}/{name} has another sha256")
-
-
-def _task(number: int, units: tuple[Unit, ...], request: str) -> UnitTask:
-    body = [to_json(unit) for unit in units]
-    sizes = [unit.count if unit.kind == "shapes" else 0 for unit in units]
-    return UnitTask(
-        prefix=UNITS,
-        name=sha256(canonical_json({"request": request, "number": number, "units": body})),
-        shown=f"unit {number}: {units[0].shown}",
-        size=sum(sizes) if all(sizes) else 0,
-        number=number,
-        units=units,
-        bytes=sum(unit.size for unit in units),
-    )

@@ -20,9 +20,8 @@ from data_pipeline.formats.manifest import (
     read_json,
     read_manifest,
 )
-from data_pipeline.formats.raw_set import write_split
 from data_pipeline.jobs.status import JOB
-from data_pipeline.packing.rejects import REJECTS, Rejects
+from data_pipeline.packing.rejects import REJECTS
 
 REQUEST = "request.json"
 UNITS = "units/"
@@ -57,10 +56,10 @@ def given_back(store: Store, alone: bool = True) -> Iterator[None]:
         raise
 
 
-def refuse_refused(store: Store) -> None:
+def refuse_refused(store: Store, note: str = REFUSED) -> None:
     """Raise InputError if another worker has ended the job."""
-    if store.exists(REFUSED):
-        reason = read_json(store, REFUSED).get("reason", "")
+    if store.exists(note):
+        reason = read_json(store, note).get("reason", "")
         raise InputError(
             f"another worker has ended this job: {reason}; mend that, or write it all again with "
             "--again"
@@ -119,18 +118,6 @@ def refuse_empty(shards: dict[str, list[Shard]], advice: str) -> None:
     for name, rows in shards.items():
         if not rows:
             raise InputError(f"no pair fell into the {name} split; {advice}")
-
-
-def close_set(
-    store: Store, shards: dict[str, list[Shard]], facts: dict[str, dict[str, Any]], rejects: Rejects
-) -> dict[str, Manifest]:
-    """Write the manifests of a set that one process has made."""
-    manifests = {
-        name: write_split(store, f"{name}/", [rows], facts[name], dict(rejects.kinds))
-        for name, rows in shards.items()
-    }
-    delete_others(store, shards, {rejects.name})
-    return manifests
 
 
 def delete_others(store: Store, shards: dict[str, list[Shard]], rejects: set[str]) -> None:

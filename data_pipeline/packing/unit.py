@@ -30,7 +30,7 @@ from data_pipeline.jobs.worker import Progress, Task
 from data_pipeline.packing.examine import Examined, Placed, examined
 from data_pipeline.packing.plan_file import read_rows
 from data_pipeline.packing.rejects import Rejects
-from data_pipeline.packing.writer import RawWriter, of_unit
+from data_pipeline.packing.writer import RawWriter
 from data_pipeline.sources.pair import Unusable
 from data_pipeline.sources.plan import Source
 from data_pipeline.sources.tars import HEAD, is_compressed
@@ -69,15 +69,6 @@ class UnitPacker:
                 if 0 < self._config.count == output.packed:
                     break
         return {**output.close(tar), "bytes": task.bytes, "in_place": tar is not None}
-
-    def outputs(self, task: UnitTask) -> list[str]:
-        """Names of the objects that a unit may have written."""
-        shards = [
-            name
-            for split in SPLITS
-            for name in self._store.names(f"{split}/shard-{task.number:06d}")
-        ]
-        return [*shards, part_name(task.number), Rejects(self._store, 0.0, task.number).name]
 
     def _copied(self, units: Sequence[Unit]) -> Iterator[Placed]:
         for unit in units:
@@ -140,7 +131,7 @@ class _Output:
 
     def __init__(self, store: Store, number: int, config: PackConfig) -> None:
         self._store, self._number, self._config = store, number, config
-        self._writers = {name: RawWriter(store, name, config, of_unit(number)) for name in SPLITS}
+        self._writers = {name: RawWriter(store, name, config, number) for name in SPLITS}
         self._rejects = Rejects(store, config.max_rejects, number)
         self._catalogue = CatalogueWriter(number)
         self._keys: set[int] = set()

@@ -1,7 +1,6 @@
 """Writes the pairs of one split as shards, each built in memory and put when it is full."""
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,36 +9,18 @@ from core.keys import key_int
 from core.storage.store import Store
 from data_pipeline.config import PackConfig
 from data_pipeline.formats.manifest import Shard
-from data_pipeline.formats.shards import describe
-from data_pipeline.packing.tar_buffer import TarBuffer
+from data_pipeline.formats.shards import TarBuffer, describe
 from data_pipeline.sources.pair import Pair
 
 
-def in_order(number: int) -> str:
-    """Names of the shards of a set that one process writes."""
-    return f"shard-{number:06d}.tar"
-
-
-def of_unit(unit: int) -> Callable[[int], str]:
-    """Names of the shards of one unit of a pack job."""
-    return lambda part: f"shard-{unit:06d}{f'-{part:03d}' if part else ''}.tar"
-
-
 class RawWriter:
-    """Collects the pairs of one split and writes a shard when it is full.
+    """Collects the pairs of one split of a unit and writes a shard when it is full.
 
     Memory: one shard. Equal pairs give equal bytes, so that a shard may be written twice.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        split: str,
-        config: PackConfig,
-        name: Callable[[int], str] = in_order,
-    ) -> None:
-        """`name`: of a shard, by its number here."""
-        self._store, self._prefix, self._config, self._name = store, f"{split}/", config, name
+    def __init__(self, store: Store, split: str, config: PackConfig, unit: int = 0) -> None:
+        self._store, self._prefix, self._config, self._unit = store, f"{split}/", config, unit
         self.shards: list[Shard] = []
         self.several = 0
         """Pairs with several captions."""
@@ -80,7 +61,8 @@ class RawWriter:
         ]
         ranges = [(first[0], last[-1] - first[0], len(first)) for first, last in runs]
         ids = np.array([key_int(key) for key in self._keys], np.uint64)
-        name, tar = self._name(len(self.shards)), self._tar.finish()
+        part = f"-{len(self.shards):03d}" if self.shards else ""
+        name, tar = f"shard-{self._unit:06d}{part}.tar", self._tar.finish()
         self._begin()
         self._store.put(self._prefix + name, tar)
         self.shards.append(describe(self._store, self._prefix, name, tar, ranges, ids))

@@ -15,6 +15,7 @@ from core.storage.store import open_store
 from data_pipeline.config import SHAPES_COUNT, PackConfig
 from data_pipeline.sources.files import FilePair, folder_rows, loose_rows
 from data_pipeline.sources.names import CAPTION, extension_of, is_picture, is_tar
+from data_pipeline.sources.pair import printable
 from data_pipeline.sources.patterns import Pattern, is_pattern
 from data_pipeline.sources.places import (
     Everything,
@@ -57,6 +58,20 @@ class Plan:
     """Name -> the slice of a listing that a unit reads."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """What the earlier versions of a set were made of."""
+
+    sources: int = 0
+    """Number of their SRC."""
+    archives: frozenset[tuple[str, str, str]] = frozenset()
+    """(SRC, name, tag) of their archives and tables."""
+    files: frozenset[tuple[str, str]] = frozenset()
+    """(SRC, name) of their other files."""
+    names: frozenset[str] = frozenset()
+    """With which their keys begin."""
+
+
 def open_sources(texts: Sequence[str]) -> list[Source]:
     """Open `shapes`, `emoji`, folders, tars, tables and patterns, here or in a store.
 
@@ -65,19 +80,28 @@ def open_sources(texts: Sequence[str]) -> list[Source]:
     return [_open(text) for text in texts]
 
 
-def plan_units(sources: Sequence[Source], config: PackConfig) -> Plan:
-    """List the sources and cut them into units.
+def plan_units(
+    sources: Sequence[Source],
+    config: PackConfig,
+    earlier: Packed = Packed(),
+) -> Plan:
+    """List the sources and cut what `earlier` does not have into units.
 
     Raises: InputError if a source is nothing that can be packed.
     """
     plan, names = Plan(), _Names()
+    for name in earlier.names:
+        names.add(name)
+    several = len(sources) + earlier.sources > 1
     for number, source in enumerate(sources):
         if source.files is None:
             plan.units += _generated(source.text, number, config)
             continue
-        units, rows = _units(source, number, source.files)
-        stems = [stem for row in rows if (stem := _stem(row))] if len(sources) > 1 else []
-        prefix = names.prefix(number, [*(unit.archive for unit in units), *stems])
+        text, (units, rows) = printable(source.text), _units(source, number, source.files)
+        units = [unit for unit in units if (text, unit.name, unit.tag) not in earlier.archives]
+        rows = [row for row in rows if (text, name_of(row)) not in earlier.files]
+        stems = [stem for row in rows if (stem := stem_of(row))] if several else []
+        prefix = names.prefix(earlier.sources + number, [*(unit.archive for unit in units), *stems])
         for (_, archive), parts in groupby(units, lambda unit: (unit.name, unit.archive)):
             own = names.own(prefix + archive)
             plan.units += [replace(unit, archive=own) for unit in parts]
@@ -235,7 +259,7 @@ def _table(files: Files, number: int, row: Entry) -> list[Unit]:
 
 def _slices(rows: list[FileRow], most: int) -> Iterator[list[FileRow]]:
     """Cut rows into slices of about `most`; pictures of one stem stay together."""
-    stems = [_stem(row) for row in rows]
+    stems = [stem_of(row) for row in rows]
     last = {stem: i for i, stem in enumerate(stems)}
     first, open_until = 0, -1
     for i, stem in enumerate(stems):
@@ -245,7 +269,12 @@ def _slices(rows: list[FileRow], most: int) -> Iterator[list[FileRow]]:
             first = i + 1
 
 
-def _stem(row: FileRow) -> str:
+def name_of(row: FileRow) -> str:
+    """The file of a row."""
+    return row.picture if isinstance(row, FilePair) else row.key
+
+
+def stem_of(row: FileRow) -> str:
     """A pair's name, of which its key is made; "" of a reject."""
     if not isinstance(row, FilePair):
         return ""

@@ -5,10 +5,10 @@
     OUT/overlap.json, *.png                     the report that was asked for last
 
 A picture's likeness to the evaluation set is the largest cosine of its CLIP embedding with those
-of the set. Examples by likeness help to choose the threshold; pairs below it are written as a new
-data set: another threshold embeds nothing again. overlap.json also names the evaluation pictures
-whose likeness to a training pair reaches the threshold: `tapir score --overlap` leaves them out of
-a second score.
+of the set. Examples by likeness help to choose the threshold; pairs below it become a view of RAW,
+a data set that copies nothing: another threshold embeds nothing again. overlap.json also names the
+evaluation pictures whose likeness to a training pair reaches the threshold: `tapir score --overlap`
+leaves them out of a second score.
 Source: arXiv 2102.12092, section 3.2: 21% of MS-COCO's validation images are in YFCC100M.
 """
 
@@ -21,29 +21,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.config import check, to_json
+from core.errors import InputError
 from core.files.atomic import canonical_json, sha256
 from core.files.out_folder import refuse_others_folder
 from core.log import LOG
 from core.storage.store import FolderStore, Store, open_store
 from core.workers import JobWorker, job_worker_of
+from data_pipeline.catalogue.parts import FACT as CATALOGUE
 from data_pipeline.evaluation_sets import EvaluationSet, open_evaluation
 from data_pipeline.formats.manifest import NAME, SPLITS
-from data_pipeline.formats.raw import RawRecord, RawSource
+from data_pipeline.formats.raw import RawSource
+from data_pipeline.formats.raw_set import Base, write_view
+from data_pipeline.formats.raw_shards import RawShards
+from data_pipeline.formats.views.masks import Kept
 from data_pipeline.images.crops import square
 from data_pipeline.images.decode import decode_rgb
 from data_pipeline.jobs.leases import SECONDS
 from data_pipeline.jobs.ledger import Record, finished_tasks
 from data_pipeline.jobs.worker import Job, Progress, Task, Work
-from data_pipeline.packing.place import (
-    claim,
-    close_set,
-    finished,
-    given_back,
-    refuse_empty,
-)
+from data_pipeline.packing.place import claim, finished, given_back
 from data_pipeline.packing.rejects import REJECTS, Rejects
-from data_pipeline.packing.writer import RawWriter
-from data_pipeline.sources.pair import Unusable, make_pair
+from data_pipeline.sources.pair import Unusable
 from generation.config import OverlapConfig
 from generation.evaluation.likeness import EvaluationVectors
 from generation.evaluation.overlap_report import FLOOR, REPORT, report_of, write_report
@@ -68,7 +66,7 @@ class LikenessTask(Task):
 def find_overlap(
     raw: str, evaluation: str, dest: str, clip: Path, out: Path, config: OverlapConfig, worker: str
 ) -> dict[str, Any]:
-    """Compare a data set with an evaluation set by a run's CLIP; write the other pairs to `dest`.
+    """Compare a data set with an evaluation set by a run's CLIP; write a view of the other pairs.
 
     Returns the content of overlap.json without the ids.
     Raises: ConfigError with every problem of the settings; InputError if OUT is another's folder.
@@ -101,7 +99,7 @@ class OverlapJob:
     ) -> None:
         """Pictures are embedded on the device of `clip`."""
         set_numerics(clip.log_scale.device, deterministic=False)
-        self._sources = {split: RawSource(raw, split) for split in SPLITS}
+        self._raw, self._sources = raw, {split: RawSource(raw, split) for split in SPLITS}
         self._evaluation, self._pixels, self._config = evaluation, clip.config.pixels, config
         self._vectors = EvaluationVectors(evaluation, clip, config.batch)
         self._floor = min(FLOOR, config.threshold)
@@ -113,7 +111,7 @@ class OverlapJob:
             "floor": self._floor,
         }
         self._tasks = [
-            task for split in SPLITS for task in _tasks(split, self._sources[split], facts)
+            task for split in SPLITS for task in _tasks(split, RawShards(raw, split), facts)
         ]
         self._request = {
             "source": "overlap",
@@ -126,7 +124,7 @@ class OverlapJob:
     def run(self, dest: Store | None = None) -> dict[str, Any]:
         """Compare until all shards are compared, by any worker; returns overlap.json's content.
 
-        With a DEST, one worker writes the pairs below the threshold there.
+        With a DEST, one worker writes a view of RAW there, of the pairs below the threshold.
         Raises: InputError if DEST holds other data, or a split has no pair left.
         """
         if dest is not None:
@@ -179,7 +177,7 @@ class OverlapJob:
         return np.stack([ours, self._vectors.picture(self._evaluation.pictures[row[3]])])
 
     def _write(self, dest: Store) -> None:
-        """Write the pairs below the threshold as a data set, or wait for the worker that does."""
+        """Write the view, or wait for the worker that does."""
         if finished(dest):
             LOG.info("%s already holds this data set", dest.url)
             return
@@ -190,22 +188,26 @@ class OverlapJob:
         finisher.sweep()
 
     def _write_kept(self, dest: Store) -> bool:
-        records = self._records()
-        rejects, shards = Rejects(dest, 1.0), {}
-        for split, source in self._sources.items():
-            writer = RawWriter(dest, split, self._config.shards)
-            for task, record in zip(self._tasks, records, strict=True):
-                if task.split == split:
-                    self._copy(source, task, self._left_out(record), writer, rejects)
-            writer.flush()
-            shards[split] = writer.shards
-        refuse_empty(shards, "raise the threshold")
+        """Write views of RAW without the pairs that DEST does not get: no picture is copied."""
+        rejects, masks = Rejects(dest, 1.0), dict[str, list[Kept | None]]()
+        for split in SPLITS:
+            masks[split] = []
+        for task, record in zip(self._tasks, self._records(), strict=True):
+            left_out = self._left_out(record)
+            for place in sorted(left_out):
+                rejects.add(left_out[place], True)
+            kept = np.ones(task.size, np.bool_)
+            kept[list(left_out)] = False
+            masks[task.split].append(kept if left_out else None)
+        for split, rows in masks.items():
+            if not any(kept is None or kept.any() for kept in rows):
+                raise InputError(f"no pair of the {split} split is left; raise the threshold")
         rejects.flush()
-        facts = {
-            split: {**source.manifest.facts, "overlap": self._request}
-            for split, source in self._sources.items()
-        }
-        close_set(dest, shards, facts, rejects)
+        for split, source in self._sources.items():
+            facts = {k: v for k, v in source.manifest.facts.items() if k != CATALOGUE}
+            base = Base(store=self._raw, split=split, keep=masks[split].__getitem__)
+            facts |= {"overlap": self._request}
+            write_view(dest, f"{split}/", [base], facts, dict(rejects.kinds))
         LOG.info("%s; each with its reason in %s/%s", dict(rejects.kinds), dest.url, REJECTS)
         return True
 
@@ -222,28 +224,12 @@ class OverlapJob:
                 left_out[place] = Unusable(key=key, kind="overlap", reason=reason)
         return left_out
 
-    def _copy(
-        self,
-        source: RawSource,
-        task: LikenessTask,
-        left_out: dict[int, Unusable],
-        writer: RawWriter,
-        rejects: Rejects,
-    ) -> None:
-        place = 0
-        for block in range(task.first, task.first + task.blocks):
-            for record in source.read(block):
-                if place in left_out:
-                    rejects.add(left_out[place], True)
-                else:
-                    writer.add(_pair(record), *record.captions)
-                place += 1
 
-
-def _tasks(split: str, source: RawSource, facts: dict[str, Any]) -> list[LikenessTask]:
+def _tasks(split: str, source: RawShards, facts: dict[str, Any]) -> list[LikenessTask]:
     tasks, first = [], 0
-    for shard in source.manifest.shards:
-        name = sha256(canonical_json({"split": split, "shard": shard.sha256, **facts}))
+    for number, shard in enumerate(source.manifest.shards):
+        content = {"split": split, "shard": source.digest(number)}
+        name = sha256(canonical_json({**content, **facts}))
         tasks.append(
             LikenessTask(
                 prefix=LIKENESS,
@@ -257,8 +243,3 @@ def _tasks(split: str, source: RawSource, facts: dict[str, Any]) -> list[Likenes
         )
         first += shard.blocks
     return tasks
-
-
-def _pair(record: RawRecord) -> Any:
-    suffix = f".{record.extension}"
-    return make_pair(record.key, record.image, suffix, record.caption.encode(), record.key)

@@ -1,11 +1,13 @@
 """Pack as a job of workers: the plan, equal bytes for any workers, kills, refusals, several SRC."""
 
+import io
 import json
 import random
 import threading
 from pathlib import Path
 
 import pytest
+import webdataset
 
 from core.errors import InputError
 from core.files.atomic import sha256
@@ -15,9 +17,8 @@ from core.workers import JobWorker
 from data_pipeline.config import FilterConfig, PackConfig
 from data_pipeline.formats.manifest import SPLITS
 from data_pipeline.formats.raw import RawSource
-from data_pipeline.formats.shards import build_tar
+from data_pipeline.formats.shards import TarBuffer
 from data_pipeline.packing.pack import pack
-from data_pipeline.packing.tar_buffer import TarBuffer
 from data_pipeline.sources import plan as planning
 from data_pipeline.sources.files import FilePair
 from data_pipeline.sources.patterns import Pattern
@@ -212,7 +213,12 @@ def test_a_shard_has_the_bytes_that_webdataset_writes() -> None:
     for sample in samples:
         for extension in ("jpg", "json", "txt"):
             tar.add(f"{sample['__key__']}.{extension}", bytes(sample[extension]))
-    assert tar.finish() == build_tar(samples)
+    buffer = io.BytesIO()
+    writer = webdataset.TarWriter(buffer, encoder=False, mtime=0, user="tapir", group="tapir")
+    for sample in samples:
+        writer.write(sample)
+    writer.close()
+    assert tar.finish() == buffer.getvalue()
 
 
 def test_a_stored_object_reads_like_a_file(tmp_path: Path) -> None:

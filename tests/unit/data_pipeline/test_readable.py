@@ -15,9 +15,8 @@ from data_pipeline.config import OrderConfig, PackConfig
 from data_pipeline.evaluation_sets import open_evaluation
 from data_pipeline.formats.manifest import SPLITS
 from data_pipeline.formats.raw import RawRecord, RawSource
+from data_pipeline.formats.raw_set import write_split
 from data_pipeline.images.crops import encode_png
-from data_pipeline.packing.place import close_set
-from data_pipeline.packing.rejects import Rejects
 from data_pipeline.packing.writer import RawWriter
 from data_pipeline.sources.pair import make_pair
 from data_pipeline.sources.shapes import draw_scene, render
@@ -45,7 +44,6 @@ BROKEN = {"train": (0, 5), "validation": (3,)}
 def packed(tmp_path_factory: pytest.TempPathFactory) -> FolderStore:
     """A data set as written by a version with weaker checks of pictures."""
     store = FolderStore(tmp_path_factory.mktemp("packed"))
-    shards = {}
     for split, count in (("train", 32), ("validation", 8)):
         writer = RawWriter(store, split, PackConfig(block=4))
         for i in range(count):
@@ -55,9 +53,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> FolderStore:
             key = f"{split}-{i:03d}"
             writer.add(make_pair(key, data, ".png", scene.caption.encode(), key), scene.caption)
         writer.flush()
-        shards[split] = writer.shards
-    rejects = Rejects(store, 0.0)
-    close_set(store, shards, {name: {"request": {"source": "x"}} for name in shards}, rejects)
+        write_split(store, f"{split}/", [writer.shards], {"request": {"source": "x"}}, {})
     return store
 
 
@@ -116,15 +112,12 @@ def test_a_run_counts_them_and_ends_well(packed: FolderStore, tmp_path: Path) ->
 
 def test_nothing_readable_is_an_error(packed: FolderStore, tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
-    shards = {}
     for split in SPLITS:
         writer = RawWriter(store, split, PackConfig(block=2))
         for i in range(8):
             writer.add(make_pair(f"{split}{i}", b"broken", ".png", b"x", ""), "x")
         writer.flush()
-        shards[split] = writer.shards
-    facts = {name: {"request": {"source": "x"}} for name in shards}
-    close_set(store, shards, facts, Rejects(store, 0.0))
+        write_split(store, f"{split}/", [writer.shards], {"request": {"source": "x"}}, {})
     with pytest.raises(InputError, match="no picture of a split can be decoded"):
         DVAETask(_settings(dvae_tiny(), store))
 

@@ -2,7 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from core.errors import InputError
 from core.keys import keyed_rng
 from core.storage.store import FolderStore
 from core.workers import JobWorker
@@ -87,6 +91,33 @@ def test_the_pictures_of_coco_that_were_trained_on_are_named(tmp_path: Path) -> 
     overlap = read_overlap(tmp_path / "report" / "overlap.json", theirs)
     assert overlap.pictures == set(names[2:5])
     assert overlap.share == 3 / 8 and overlap.threshold == 0.999
+
+
+def test_another_threshold_embeds_nothing_again_and_copies_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = _set(tmp_path / "raw", list(range(24)))
+    given = packed_set(_set(tmp_path / "eval", [*SHARED, *range(100, 110)], noise=1), SPLITS)
+    clip = Clip(ClipConfig(), 0).eval()
+
+    def run(threshold: float) -> dict[str, Any]:
+        config = OverlapConfig(threshold=threshold)
+        dest = FolderStore(tmp_path / f"dest-{threshold}")
+        body = OverlapJob(raw, given, clip, "hash", config, tmp_path / "report", ALONE).run(dest)
+        assert not any(name.endswith(".tar") for name in dest.names())
+        stored = json.loads((tmp_path / "report" / "overlap.json").read_text())
+        assert stored == body and body["evaluation"]["threshold"] == threshold
+        return body
+
+    first = run(0.999)
+    monkeypatch.setattr(Clip, "embed_image", None)
+    most = run(1.0)
+    assert most["rows"] == first["rows"] and most["evaluation"]["overlapping"] == 0
+    assert first["evaluation"]["overlapping"] > 0 and run(0.999) == first
+    monkeypatch.undo()  # the records name pairs from 0.9 on only
+    with pytest.raises(InputError, match=r"no pair of the train split is left; raise the thresh"):
+        run(0.01)
+    assert not FolderStore(tmp_path / "dest-0.01").names()
 
 
 def test_a_wrong_threshold_is_refused() -> None:

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from core.storage.store import FolderStore
 from data_pipeline.config import OrderConfig, PackConfig
 from data_pipeline.formats.manifest import SPLITS
+from data_pipeline.formats.raw_set import write_split
 from data_pipeline.images.crops import prior_crop, square
-from data_pipeline.packing.place import close_set
-from data_pipeline.packing.rejects import Rejects
 from data_pipeline.packing.writer import RawWriter
 from data_pipeline.sources.pair import make_pair
 from data_pipeline.streaming import order
@@ -245,15 +244,14 @@ def test_validation_pictures_are_looked_at_in_parts(
 @pytest.mark.parametrize("start", ["calibrated", "paper"])
 def test_a_dvae_is_calibrated_where_its_start_says_so(start: Any, tmp_path: Path) -> None:
     """On the first pictures of the train split; otherwise it keeps its drawn weights."""
-    store, shards = FolderStore(tmp_path), {}
+    store = FolderStore(tmp_path)
     for split in SPLITS:
         writer = RawWriter(store, split, PackConfig(block=2))
         for i in range(4):
             name = f"{split}{i}"
             writer.add(make_pair(name, _picture(i, 8).image, ".png", b"x", name), "x")
         writer.flush()
-        shards[split] = writer.shards
-    close_set(store, shards, {name: {} for name in shards}, Rejects(store, 0.0))
+        write_split(store, f"{split}/", [writer.shards], {}, {})
     config = DVAEConfig(pixels=8, width=4, groups=2, codebook=5, init=start)
     task = DVAETask(
         DVAETrain(

@@ -15,9 +15,13 @@ from core.storage.store import FolderStore
 from core.workers import JobWorker
 from data_pipeline.config import PackConfig
 from data_pipeline.formats.raw import RawSource
+from data_pipeline.formats.raw_shards import RawShards
 from data_pipeline.packing.pack import pack
+from data_pipeline.stored_captions import StoredCaptions
 from data_pipeline.streaming.stream import stored_records
 from data_pipeline.text.bpe import FILE, Spaces, count_words, train_bpe
+from tests.catalogued import small_set
+from tests.in_place import img2dataset, in_place_set, kept_by, written
 from training.config import BPETrain
 from training.tokenizer import train_tokenizer
 from training.word_counts import CountJob, tasks_of
@@ -77,7 +81,7 @@ def test_workers_learn_what_one_process_reads(
     settings = BPETrain(
         data=str(pairs.root), out=tmp_path, vocabulary=300, max_captions=most, task_captions=10
     )
-    source = RawSource(pairs, "train")
+    source = StoredCaptions(pairs, "train")
     learned: list[str] = []
 
     def work(number: int) -> None:
@@ -91,7 +95,7 @@ def test_workers_learn_what_one_process_reads(
         thread.join()
     expected = _by_the_library(_captions(pairs)[:most], 300, "alone").to_str()
     assert learned == [expected] * 3
-    sizes = [task.size for task in tasks_of(source, settings)]
+    sizes = [task.size for task in tasks_of(source.shards, settings)]
     assert min(sizes[:-1], default=10) >= 10 and (len(sizes) > 2) == (most > 28)
 
 
@@ -102,7 +106,7 @@ def test_a_larger_vocabulary_counts_nothing_again(pairs: FolderStore, tmp_path: 
     assert first == _by_the_library(_captions(pairs), 300, "alone").to_str(pretty=True).encode()
     counted = CountedStore(pairs)
     larger = BPETrain(data=str(pairs.root), out=tmp_path, vocabulary=310, task_captions=10)
-    job = CountJob(RawSource(counted, "train"), larger, JobWorker(number=0, count=1))
+    job = CountJob(StoredCaptions(counted, "train"), larger, JobWorker(number=0, count=1))
     assert job.run().get_vocab_size() == 310
     assert not any(name.endswith(".tar") for name in counted.names_read)
     with pytest.raises(InputError, match="holds another tokenizer, of 300 entries"):
@@ -111,6 +115,45 @@ def test_a_larger_vocabulary_counts_nothing_again(pairs: FolderStore, tmp_path: 
     (tmp_path / FILE).write_text("damaged")
     train_tokenizer(settings)  # from its result, without another count
     assert (tmp_path / FILE).read_bytes() == first
+
+
+def test_a_catalogue_gives_the_captions_without_a_picture(tmp_path: Path) -> None:
+    """Of a set with duplicates and rejects: some blocks lack pairs, and one is left out."""
+    store, _ = small_set(tmp_path)
+    for split in ("train", "validation"):
+        counted = CountedStore(store)
+        captions = StoredCaptions(counted, split)
+        numbers = range(len(captions.shards.manifest.shards))
+        texts = [list(captions.of(number)) for number in numbers]
+        assert not any(name.endswith(".tar") for name in counted.names_read)
+        stored = RawShards(store, split)
+        assert texts == [[t for r in stored.records(n) for t in r.captions] for n in numbers]
+        assert captions.shards.manifest.rejects and any(
+            shard.pairs for shard in captions.shards.manifest.shards
+        )
+    part = store.names("catalogue/000001")[0]
+    store.put(part, store.get(part)[:-1])
+    with pytest.raises(CorruptError, match=r"catalogue/000001\.parquet is missing or differs"):
+        list(StoredCaptions(store, "train").of(1))
+
+
+def test_ids_of_a_set_in_place_are_those_of_its_records(tmp_path: Path) -> None:
+    """Its workers left pairs out by a mask of their own, and the set leaves out more."""
+    members = img2dataset(0, 40)
+    bad = [(name, b"bad" if name.endswith("3.png") else data) for name, data in members]
+    tars = [written(tmp_path, "a.tar", bad), written(tmp_path, "b.tar", img2dataset(40, 20))]
+    whole, left = FolderStore(tmp_path / "whole"), FolderStore(tmp_path / "left")
+    in_place_set(whole, tars)
+    some = lambda key: int(key[-2:]) // 4 % 3 > 0 and key[-1] != "7"  # noqa: E731
+    in_place_set(left, tars, lambda split: kept_by(whole, split, some))
+    for store in (whole, left):
+        captions = StoredCaptions(store, "train")
+        shards = captions.shards
+        for number in range(len(shards.manifest.shards)):
+            expected = [record.id for record in shards.records(number)]
+            assert captions._ids(number).tolist() == expected and expected
+            assert list(captions.of(number)) == [r.caption for r in shards.records(number)]
+    assert shards.manifest.samples < 35
 
 
 def test_damaged_counts_are_named(pairs: FolderStore, tmp_path: Path) -> None:

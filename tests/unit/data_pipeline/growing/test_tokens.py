@@ -13,9 +13,7 @@ from core.storage.store import FolderStore, Store
 from core.workers import JobWorker
 from data_pipeline.config import PackConfig, TokenizeConfig
 from data_pipeline.formats.ids import NAME as IDS
-from data_pipeline.formats.manifest import INDEX, RAW, SPLITS, TOKENS, Shard, read_manifest
-from data_pipeline.formats.raw_set import write_split
-from data_pipeline.formats.split import open_split
+from data_pipeline.formats.manifest import INDEX, RAW, SPLITS, TOKENS, read_manifest
 from data_pipeline.formats.tokens import TokenSource
 from data_pipeline.jobs.ledger import DONE
 from data_pipeline.jobs.status import job_status
@@ -45,24 +43,14 @@ def _pictures(folder: Path, first: int, count: int) -> str:
 
 def _append(raw: Store, folder: Path, first: int, count: int) -> dict[str, int]:
     """Append pairs to a raw set as its next version; returns the new shards of each split."""
-    other, new = FolderStore(folder / "packed"), {}
-    pack(_pictures(folder / "pictures", first, count), other, CONFIG)
-    for split in SPLITS:
-        earlier, units = open_split(raw, split, RAW), list[list[Shard]]()
-        for number, shard in enumerate(open_split(other, split, RAW).manifest.shards):
-            name = f"shard-{100 * first + number:06d}.tar"
-            moved = Shard(**{**{n: getattr(shard, n) for n in Shard.__slots__}, "name": name})
-            for old, to in ((shard.name, name), (shard.index_name, moved.index_name)):
-                raw.put(f"{split}/{to}", other.get(f"{split}/{old}"))
-            units.append([moved])
-        facts = {k: v for k, v in earlier.manifest.facts.items() if k != "earlier"}
-        write_split(raw, f"{split}/", units, facts, {}, earlier=earlier)
-        new[split] = len(units)
-    return new
+    before = {split: len(read_manifest(raw, f"{split}/", RAW).shards) for split in SPLITS}
+    made = pack(_pictures(folder, first, count), raw, CONFIG, append=True)
+    return {split: len(manifest.shards) - before[split] for split, manifest in made.items()}
 
 
 @cache
-def _encoders() -> Encoders:
+def encoders() -> Encoders:
+    """A tiny dVAE of 16 pixels, and a tokenizer."""
     return Encoders(
         codes=CodeReader(DVAE(DVAEConfig(pixels=16, width=4, codebook=16, code_width=8)), "fp32"),
         dvae_hash="d",
@@ -74,7 +62,7 @@ def _encoders() -> Encoders:
 
 def _worker(raw: Store, tokens: Store, **changes: int) -> Worker:
     config, member = TokenizeConfig(block=4, **changes), JobWorker(number=0, count=1)
-    return Worker(raw, tokens, _encoders(), config, member)
+    return Worker(raw, tokens, encoders(), config, member)
 
 
 def _files(store: FolderStore) -> dict[str, bytes]:
