@@ -159,9 +159,14 @@ def test_left_out_records_of_units_equal_those_of_a_view(
 def test_shards_are_read_as_tasks_whole_or_by_their_blocks(
     placed: FolderStore, copied: FolderStore, tmp_path: Path
 ) -> None:
-    view = FolderStore(tmp_path)
+    view, masked = FolderStore(tmp_path / "v"), FolderStore(tmp_path / "m")
     _view(copied, view)
-    for store in (placed, copied, view):
+    for name in copied.names():
+        masked.put(name, copied.get(name))
+    units = [[shard] for shard in read_manifest(masked, "train/", RAW).shards]
+    write_split(masked, "train/", units, {}, {}, kept_by(copied, "train", _most))
+    assert _stored(masked, "train") == _stored(view, "train")
+    for store in (placed, copied, view, masked):
         shards = RawShards(store, "train")
         numbers = range(len(shards.manifest.shards))
         assert [r for n in numbers for r in shards.records(n)] == _stored(store, "train")
