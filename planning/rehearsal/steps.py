@@ -99,7 +99,7 @@ def _changes(recorder: Recorder | None) -> list[Change]:
 
     return [
         (training.trainer, "build_engine", engine_of),
-        (training.trainer, "open_stream", _EmptyStream),
+        (training.trainer, "open_stream", EmptyStream),
         (training.run.versions, "open_newer", _nothing_newer),
         (training.trainer, "RunFolder", _NoFolder),
         (training.trainer, "open_store", lambda _: _MemoryStore()),
@@ -164,7 +164,9 @@ def _held_out(settings: Any) -> Any:
     )
 
 
-class _PriorWithoutData(PriorTask):
+class PriorWithoutData(PriorTask):
+    """A prior's task on samples without content."""
+
     def __init__(self, settings: Any, mesh: Mesh) -> None:
         self._settings = settings
         self.held_out = _held_out(settings)
@@ -222,7 +224,7 @@ class _ClipWithoutData(ClipTask):
 
 
 _TASKS: dict[str, Callable[[Any, Mesh], Any]] = {
-    "prior": _PriorWithoutData,
+    "prior": PriorWithoutData,
     "dvae": _DVAEWithoutData,
     "clip": _ClipWithoutData,
 }
@@ -232,7 +234,7 @@ def _pixels(count: int, side: int) -> torch.Tensor:
     return torch.zeros(count, 3, side, side, device="cpu")
 
 
-class _EmptyStream:
+class EmptyStream:
     """Batches without content, by the rules of `data_pipeline.streaming.stream.Stream`.
 
     If it pauses, each epoch has one step, so that ranks ask for a newer version before each.
@@ -263,6 +265,10 @@ class _EmptyStream:
             step=0,
         )
 
+    def resume(self, state: StreamState) -> None:
+        """Continue after the batch of this state."""
+        self.state = state
+
     def __iter__(self) -> Iterator[tuple[list[None], StreamState]]:
         while True:
             self.state = replace(self.state, step=self.state.step + 1)
@@ -283,6 +289,7 @@ def _nothing_newer(_: str, __: str, mesh: Mesh, ___: str) -> Splits:
 def _together(writers: Writers, work: Callable[[], Any]) -> list[Any]:
     """A rehearsed rank hears only itself: what rank 0 says is one file."""
     result = work()
+    writers.gather("")
     writers.gather("")
     return [{WEIGHTS: []} if result is None else result]
 
