@@ -289,7 +289,7 @@ def test_sets_of_format_2_are_read_and_viewed(tmp_path: Path) -> None:
         kept = [r for r in _stored(old, "train") if key_fraction(r.key) < 0.5]
         assert _stored(FolderStore(tmp_path), "train") == kept
     else:
-        with pytest.raises(InputError, match=r"has no ids\.bin"):
+        with pytest.raises(InputError, match=r"ids\.bin is missing"):
             _view(old, FolderStore(tmp_path))
 
 
