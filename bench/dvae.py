@@ -18,8 +18,8 @@ import torch
 from bench.support.leaves import dead_leaves, write_leaves
 from bench.support.rows import bench_row
 from bench.support.sizes import cache, sized
-from bench.support.workers import TurnWorker
 from bench.support.tokens import run_tapir
+from bench.support.workers import TurnWorker
 from core.memory import keep_freed_memory
 from data_pipeline.tokenize.encode import to_tensor
 from models.code_encoder import CodeReader, Precision
