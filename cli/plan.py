@@ -10,71 +10,68 @@ from core.errors import EXIT_FAILED
 from core.flags import FLAT, PositionalText, parse, print_json
 from core.log import LOG
 from planning.config import ClusterFlags, PlanFlags
-from planning.data_jobs import DataFlags, data_json, describe_data, pairs_of
+from planning.data_jobs import DataFlags, data_json, describe_data
 from planning.plan import make_plan, write_calibration
 from planning.report import plan_json, published_json, show, show_published
 
-_USUAL = ClusterFlags()
+_USUAL, _JOBS = ClusterFlags(), DataFlags()
 
 
 def plan(arguments: list[str]) -> None:
     """`tapir plan PRESET --world N --gpu NAME`."""
 
-    def run(
-        preset: PositionalText = "",
-        world: int = 0,
-        gpu: str = "h100",
-        batch: int = 0,
-        calibration: Path | None = None,
-        calibrate: Path | None = None,
-        published: bool = False,
-        picture: Path | None = None,
-        json: bool = False,
-        cluster: Annotated[ClusterFlags, FLAT] = _USUAL,
-        data: str = "",
-        jobs: Annotated[DataFlags, FLAT] = DataFlags(),  # noqa: B008 - frozen
-    ) -> None:
-        """Predict whether a model fits on a cluster, its fastest layout, and the training time.
+    parse(_given, arguments, "plan")
 
-        With --data: the hours, requests, bytes and dollars of packing and tokenizing.
 
-        Needs no GPU: one rank's real layers are built on the meta device and counted. Days and
-        cost cover all of the preset's steps. Exit codes: 0 it fits, 1 nothing fits, 2 wrong input.
+def _given(
+    preset: PositionalText = "",
+    world: int = 0,
+    gpu: str = "h100",
+    batch: int = 0,
+    calibration: Path | None = None,
+    calibrate: Path | None = None,
+    published: bool = False,
+    picture: Path | None = None,
+    json: bool = False,
+    cluster: Annotated[ClusterFlags, FLAT] = _USUAL,
+    jobs: Annotated[DataFlags, FLAT] = _JOBS,
+) -> None:
+    """Predict whether a model fits on a cluster, its fastest layout, and the training time.
 
-        Args:
-            preset: preset of a prior: tiny, small, paper_2_8b, paper_5_6b, paper_12b; or
-                paper_dvae
-            world: ranks; by default those of the preset's mesh
-            gpu: v100-16gb, v100-32gb, a100-40gb, a100-80gb, h100, or cpu for this machine
-            batch: samples a step; by default the preset's
-            calibration: a file that --calibrate wrote, in place of the constants of --gpu cpu
-            calibrate: measure this machine, which must be idle (some minutes), and write this
-                file; takes no preset
-            published: show the model's predictions for published runs; takes no preset
-            picture: write memory and a step's timeline to FILE.svg, FILE.png or FILE.pdf
-            json: print a JSON object on the last line
-            cluster: overrides of the default cluster of these GPUs
-            data: plan the jobs that pack and tokenize so many pairs, e.g. 250M; takes no preset
-            jobs: sizes and rates of these jobs
-        """
-        flags = PlanFlags(
-            preset=preset,
-            world=world,
-            gpu=gpu,
-            batch=batch,
-            calibration=calibration,
-            calibrate=calibrate,
-            published=published,
-            picture=picture,
-            json=json,
-            cluster=cluster,
-        )
-        if data:
-            _plan_jobs(flags, data, jobs)
-        else:
-            _run(flags)
+    Needs no GPU: one rank's real layers are built on the meta device and counted. Days and
+    cost cover all of the preset's steps. Exit codes: 0 it fits, 1 nothing fits, 2 wrong input.
 
-    parse(run, arguments, "plan")
+    Args:
+        preset: preset of a prior: tiny, small, paper_2_8b, paper_5_6b, paper_12b; or
+            paper_dvae
+        world: ranks; by default those of the preset's mesh
+        gpu: v100-16gb, v100-32gb, a100-40gb, a100-80gb, h100, or cpu for this machine
+        batch: samples a step; by default the preset's
+        calibration: a file that --calibrate wrote, in place of the constants of --gpu cpu
+        calibrate: measure this machine, which must be idle (some minutes), and write this
+            file; takes no preset
+        published: show the model's predictions for published runs; takes no preset
+        picture: write memory and a step's timeline to FILE.svg, FILE.png or FILE.pdf
+        json: print a JSON object on the last line
+        cluster: overrides of the default cluster of these GPUs
+        jobs: --data plans pack and tokenize instead: hours, requests, bytes, dollars
+    """
+    flags = PlanFlags(
+        preset=preset,
+        world=world,
+        gpu=gpu,
+        batch=batch,
+        calibration=calibration,
+        calibrate=calibrate,
+        published=published,
+        picture=picture,
+        json=json,
+        cluster=cluster,
+    )
+    if jobs.data:
+        _plan_jobs(flags, jobs)
+    else:
+        _run(flags)
 
 
 def _run(flags: PlanFlags) -> None:
@@ -91,13 +88,12 @@ def _run(flags: PlanFlags) -> None:
         print_json(result)
 
 
-def _plan_jobs(flags: PlanFlags, data: str, jobs: DataFlags) -> None:
+def _plan_jobs(flags: PlanFlags, jobs: DataFlags) -> None:
     others = replace(flags, json=False)
     check([] if others == PlanFlags() else ["--data plans data jobs; leave the model's flags out"])
-    pairs = pairs_of(data)
-    LOG.info("%s", describe_data(pairs, jobs))
+    LOG.info("%s", describe_data(jobs))
     if flags.json:
-        print_json(data_json(pairs, jobs))
+        print_json(data_json(jobs))
 
 
 def _plan(flags: PlanFlags) -> None:

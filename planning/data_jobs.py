@@ -38,6 +38,8 @@ _HOUR = 3600.0
 class DataFlags:
     """Sizes and rates of the data jobs, for --data."""
 
+    data: str = ""
+    """Pairs to pack and tokenize, e.g. 250M; takes no preset."""
     workers: int = 1
     """Workers of each job."""
     in_place: bool = False
@@ -59,7 +61,7 @@ class DataFlags:
         return [
             f"--{name.replace('_', '-')} {value} must be a positive finite number"
             for name, value in vars(self).items()
-            if name != "in_place" and not 0 < value < math.inf
+            if name not in ("data", "in_place") and not 0 < value < math.inf
         ]
 
 
@@ -184,14 +186,16 @@ def _puts(size: float) -> int:
     return 1 if size < _UPLOAD else 2 + math.ceil(size / _UPLOAD)
 
 
-def data_json(pairs: int, flags: DataFlags) -> dict[str, Any]:
+def data_json(flags: DataFlags) -> dict[str, Any]:
     """The whole plan."""
+    pairs = pairs_of(flags.data)
     jobs = {job.name: dict(vars(job)) for job in plan_data(pairs, flags)}
     return {"pairs": pairs, "flags": dict(vars(flags)), "jobs": jobs}
 
 
-def describe_data(pairs: int, flags: DataFlags) -> str:
+def describe_data(flags: DataFlags) -> str:
     """Format a plan for the terminal."""
+    pairs = pairs_of(flags.data)
     lines = [f"{pairs:,} pairs, {flags.workers} workers{' in place' * flags.in_place}"]
     for job in plan_data(pairs, flags):
         asked = ", ".join(f"{count:,} {kind}" for kind, count in job.requests.items())
