@@ -11,6 +11,7 @@ from typing import Any
 from core.config import check
 from core.errors import TapirError
 from core.launch_environment import free_port
+from core.log import LOG
 from planning.life.config import LifePlan
 from planning.life.counts import COUNTED, SAVE
 from planning.life.job import Job
@@ -69,7 +70,9 @@ def live(plan: LifePlan) -> Life:
         "CPU seconds of gloo's idle loops": spread(row["loops"] for row in cpu),
         "polls of the rendezvous store": spread(polls),
     }
-    return Life(plan=plan, seconds=job.seconds(), counts=counts, with_time=with_time)
+    life = Life(plan=plan, seconds=job.seconds(), counts=counts, with_time=with_time)
+    LOG.info("%d ranks lived through their run in %.0f s", plan.world, life.seconds["all"])
+    return life
 
 
 def spread(values: Iterable[float]) -> Spread:
