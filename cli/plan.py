@@ -8,14 +8,15 @@ from core.config import check
 from core.errors import EXIT_FAILED
 from core.flags import FLAT, PositionalText, parse, print_json
 from planning.config import ClusterFlags, PlanFlags
+from planning.data import DataFlags, data_text, pairs_of, plan_data
 from planning.plan import make_plan, write_calibration
 from planning.report import plan_json, published_json, show, show_published
 
-_USUAL = ClusterFlags()
+_USUAL, _JOB = ClusterFlags(), DataFlags()
 
 
 def plan(arguments: list[str]) -> None:
-    """`tapir plan PRESET --world N --gpu NAME`."""
+    """`tapir plan PRESET --world N --gpu NAME`, or `tapir plan --data PAIRS`."""
 
     def run(
         preset: PositionalText = "",
@@ -26,8 +27,10 @@ def plan(arguments: list[str]) -> None:
         calibrate: Path | None = None,
         published: bool = False,
         picture: Path | None = None,
+        data: str = "",
         json: bool = False,
         cluster: Annotated[ClusterFlags, FLAT] = _USUAL,
+        job: Annotated[DataFlags, FLAT] = _JOB,
     ) -> None:
         """Predict whether a model fits on a cluster, its fastest layout, and the training time.
 
@@ -45,7 +48,9 @@ def plan(arguments: list[str]) -> None:
                 file; takes no preset
             published: show the model's predictions for published runs; takes no preset
             picture: write memory and a step's timeline to FILE.svg, FILE.png or FILE.pdf
+            data: plan a pack job of this many pairs, e.g. 250M; takes no preset
             json: print a JSON object on the last line
+            job: the workers of --data
             cluster: overrides of the default cluster of these GPUs
         """
         flags = PlanFlags(
@@ -57,8 +62,10 @@ def plan(arguments: list[str]) -> None:
             calibrate=calibrate,
             published=published,
             picture=picture,
+            data=data,
             json=json,
             cluster=cluster,
+            job=job,
         )
         _run(flags)
 
@@ -67,7 +74,10 @@ def plan(arguments: list[str]) -> None:
 
 def _run(flags: PlanFlags) -> None:
     check(flags.problems())
-    if flags.calibrate is not None:
+    if flags.data:
+        result = plan_data(pairs_of(flags.data), flags.job)
+        print(data_text(result, flags.job))
+    elif flags.calibrate is not None:
         result = write_calibration(flags.calibrate)
     elif flags.published:
         result = published_json()

@@ -8,6 +8,7 @@ from typing import Any
 
 from core.errors import InputError, did_you_mean
 from models.config import ClipConfig, PriorConfig
+from planning.data import DataFlags, pairs_of
 from planning.estimate.hardware import KNOWN, SHORT, Hardware
 from training.config import StageConfig
 from training.presets import PRESETS
@@ -63,10 +64,14 @@ class PlanFlags:
     published: bool = False
     picture: Path | None = None
     json: bool = False
+    data: str = ""
     cluster: ClusterFlags = field(default_factory=ClusterFlags)
+    job: DataFlags = field(default_factory=DataFlags)
 
     def problems(self) -> list[str]:
         """Every problem at once."""
+        if self.data:
+            return self.job.problems() + self._unused()
         if self.calibrate is not None or self.published:
             return self._unused()
         problems = self.cluster.problems() + self._sizes()
@@ -81,11 +86,15 @@ class PlanFlags:
         return problems
 
     def _unused(self) -> list[str]:
-        """Problems of flags that --calibrate and --published do not use."""
+        """Problems of flags that --data, --calibrate and --published do not use."""
         modes = {"calibrate": self.calibrate is not None, "published": self.published}
-        if all(modes.values()):
-            return ["--calibrate and --published are two commands; give one of them"]
-        mode = next(name for name, asked in modes.items() if asked)
+        modes["data"] = bool(self.data)
+        asked = [name for name, is_asked in modes.items() if is_asked]
+        if len(asked) > 1:
+            return [f"--{' and --'.join(asked)} are commands of their own; give one of them"]
+        if self.data and not pairs_of(self.data):
+            return [f"--data {self.data} must be a number of pairs, such as 250M"]
+        mode = asked[0]
         default = PlanFlags()
         given = [
             name
