@@ -8,6 +8,7 @@ A slice is a flat, row-major range [start, stop) of the global tensor: tensor pa
 rows, ZeRO cuts flat ranges. It is stored in the type that it has in memory.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +24,20 @@ KINDS = ("master", "exp_avg", "exp_avg_sq", "step")
 error buffer of replica R, or `error`, the mean of all, and `basis`, a warm-started Q; fp16 adds
 `scale`, EMA adds `ema`.
 """
+
+
+_RANK_FILE = re.compile(r"rank-(\d+)\.safetensors")
+
+
+def rank_file(rank: int) -> str:
+    """The file of a rank's slices, in the folder of its checkpoint."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def number_of(name: str) -> int:
+    """The rank of a file; -1 for another file."""
+    match = _RANK_FILE.fullmatch(name.rpartition("/")[2])
+    return int(match[1]) if match else -1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ class Saver:
 
     def __init__(self, store: Store, rank: int, gather: Gather, background: bool) -> None:
         """`gather` must not share a process group with training: the thread calls it."""
-        self._store, self._rank, self._gather = store, rank, gather
+        self._store, self._rank, self.gather = store, rank, gather
         self._pool = ThreadPoolExecutor(1, "save") if background else None
         self._pending: Future[None] | None = None
         self._buffers: dict[tuple[str, str, int], Tensor] = {}
@@ -74,7 +74,7 @@ class Saver:
     def _write(
         self, name: str, slices: Iterable[StateSlice], facts: Json, then: Callable[[], None]
     ) -> None:
-        write_checkpoint(self._store, name, slices, facts, self._rank, self._gather)
+        write_checkpoint(self._store, name, slices, facts, self._rank, self.gather)
         then()
 
     def _copy(self, part: StateSlice) -> StateSlice:

@@ -8,13 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint.format import MANIFEST, MEAN_ERROR, MEANS_VERSION, VERSION, StateSlice
+from checkpoint.format import (
+    MANIFEST,
+    MEAN_ERROR,
+    MEANS_VERSION,
+    VERSION,
+    StateSlice,
+    rank_file,
+)
 from core.errors import StoreError
 from core.files.atomic import Json, seal
 from core.storage.store import Store
 
 Gather = Callable[[str], list[str]]
-"""All-gathers one string of every rank."""
+"""Collects one string of every rank; collective. All on rank 0, on the others rank 0's alone."""
 _NAMES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -50,8 +57,7 @@ def write_checkpoint(
             store.put(f"{name}/{MANIFEST}", seal(manifest))
         except StoreError as error:
             errors = [str(error)]
-    outcome = next((text for text in gather("; ".join(errors)) if text), "")
-    if outcome:
+    if outcome := gather("; ".join(errors))[0]:
         raise StoreError(f"the checkpoint {store.url}/{name} was not written: {outcome}")
 
 
@@ -60,7 +66,7 @@ def _write_slices(store: Store, name: str, slices: list[StateSlice], rank: int) 
     if not slices:
         return {}
     header, rows = _layout(slices)
-    file = f"rank-{rank:05d}.safetensors"
+    file = rank_file(rank)
     digest = hashlib.sha256()
 
     def parts() -> Iterator[bytes | memoryview]:

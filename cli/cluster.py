@@ -1,5 +1,6 @@
 """The verbs of submitted runs: submit, status, logs, cancel, resume and job."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from cluster.job_runner import JobSettings, run_job
 from cluster.kubernetes import submission
 from cluster.slurm import submit as slurm
 from core.config import check
-from core.errors import ConfigError, InputError
+from core.errors import ConfigError, InputError, TapirError
 from core.flags import FLAT, PositionalPath, PositionalText, parse, print_json
 from core.log import LOG
 from core.storage.store import open_store
@@ -137,7 +138,9 @@ def cancel(arguments: list[str]) -> None:
             slurm.cancel(list(submitted.ids.values()))
         else:
             submission.cancel(submitted.chain, kubernetes_of(submitted))
-        LOG.info("cancelled; `tapir resume %s` goes on from the last checkpoint", out)
+        LOG.info(
+            "cancelled; `tapir resume %s` goes on from the last checkpoint", shlex.quote(str(out))
+        )
 
     parse(run, arguments, "cancel")
 
@@ -211,7 +214,11 @@ def job(arguments: list[str]) -> None:
         Args:
             settings: settings of the job
         """
-        code = run_job(settings, arguments[cut + 1 :])
+        try:
+            code = run_job(settings, arguments[cut + 1 :])
+        except TapirError as error:
+            error.give_up()  # a scheduler would start it again without an end
+            raise
         if code:
             sys.exit(code)
 

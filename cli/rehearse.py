@@ -2,18 +2,23 @@
 
 import os
 import sys
+from collections.abc import Sequence
 
-from core.config import to_json
+from core.config import check, to_json
 from core.errors import EXIT_FAILED, EXIT_WRONG_INPUT, InputError
 from core.flags import print_json
 from core.log import LOG
 from planning.config import MOST_RANKS
+from planning.life.config import WORLDS, LifePlan
+from planning.life.curves import facts, table, too_fast
+from planning.life.life import live
 from planning.rehearsal.rehearse import Rehearsal
 from planning.rehearse_presets import ALL, rehearse_presets
 
 DEVICES = ("cuda", "cpu")
 HELP = """usage: tapir rehearse PRESET|all [--world N] [--stage STAGE] [--device cuda|cpu]
                       [--jobs N] [--json] [flags]
+       tapir rehearse --life [--world N,N,...] [--checkpoints N] [--losses N] [--json]
 
 Prove that the collectives of all ranks match in order, group, type, size and device, so that a
 deadlock shows before a cluster is paid for. One rank of each role runs the real loop and engine
@@ -32,8 +37,17 @@ a run. Then the calls of all ranks are matched. No GPU is needed or used.
   --json       print a JSON object on the last line
   flags        flags of the preset: tapir train STAGE PRESET --help
 
-Exit codes: 0 all match, 1 a mismatch, 2 wrong input.
+With --life, the life of a run on this machine: the real launcher, supervisor, heartbeats, loop,
+checkpoints, leases and metrics, with hundreds of ranks that have no model and no data. It starts,
+writes checkpoints, loses ranks (SIGKILL), is preempted, started again, and ends. A table shows what
+a rank asks of others in worlds of several sizes, and whether that grows faster than the logarithm.
+
+  --world      sizes of the worlds (default: 8,32,128,256; minutes each on two cores)
+  --checkpoints, --losses   how many (default: 20 and 5)
+
+Exit codes: 0 all match, 1 a mismatch, or costs that grow too fast, 2 wrong input.
 """
+_LIFE = "--life"
 
 
 def rehearse_verb(arguments: list[str]) -> None:
@@ -42,6 +56,9 @@ def rehearse_verb(arguments: list[str]) -> None:
         print(HELP)
         if not arguments:
             raise InputError("name a preset, e.g. tapir rehearse paper_12b --world 1024")
+        return
+    if _LIFE in arguments:
+        _rehearse_life([argument for argument in arguments if argument != _LIFE])
         return
     preset, *rest = arguments
     own, flags = _own_flags(rest)
@@ -59,11 +76,35 @@ def rehearse_verb(arguments: list[str]) -> None:
         sys.exit(EXIT_WRONG_INPUT if made.matches else EXIT_FAILED)
 
 
+def _rehearse_life(arguments: list[str]) -> None:
+    own, others = _own_flags(arguments, ("--world", "--checkpoints", "--losses"))
+    if others:
+        raise InputError(f"{others[0]} does not go with {_LIFE}: see tapir rehearse --help")
+    sizes = own.get("--world", ",".join(map(str, WORLDS))).split(",")
+    worlds = sorted({_number({"--world": size}, "--world", 0) for size in sizes})
+    defaults = LifePlan(world=worlds[0])
+    checkpoints = _number(own, "--checkpoints", defaults.checkpoints)
+    losses = _number(own, "--losses", defaults.losses)
+    plans = [LifePlan(world=n, checkpoints=checkpoints, losses=losses) for n in worlds]
+    check([problem for plan in plans for problem in plan.problems()])
+    lives = [live(plan) for plan in plans]
+    print("\n".join(table(lives)))
+    problems = too_fast(lives)
+    for problem in problems:
+        LOG.error("grows faster than the logarithm of the world: %s", problem)
+    if "--json" in own:
+        print_json(facts(lives))
+    if problems:
+        sys.exit(EXIT_FAILED)
+
+
 def _show(done: Rehearsal) -> None:
     print("\n".join(done.lines()), flush=True)
 
 
-def _own_flags(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+def _own_flags(
+    arguments: list[str], named: Sequence[str] = ("--world", "--stage", "--device", "--jobs")
+) -> tuple[dict[str, str], list[str]]:
     """Split into this verb's flags and the preset's."""
     own: dict[str, str] = {}
     rest = list(arguments)
@@ -72,7 +113,7 @@ def _own_flags(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
         name, separator, value = rest.pop(0).partition("=")
         if name == "--json":
             own[name] = ""
-        elif name in ("--world", "--stage", "--device", "--jobs"):
+        elif name in named:
             if not separator:
                 if not rest:
                     raise InputError(f"{name} needs a value")

@@ -5,6 +5,7 @@ Slurm, Kubernetes and the local runner all start jobs through it.
 
 import math
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -28,6 +29,7 @@ from core.errors import (
     EXIT_WRONG_INPUT,
     ConfigError,
     InputError,
+    of_files,
 )
 from core.files.reason import REASON_FILE, read_reason
 from core.log import LOG
@@ -170,7 +172,8 @@ def _record_name(settings: JobSettings) -> str:
 
 
 def _give_up(settings: JobSettings, why: str) -> int:
-    again = f"tapir resume {settings.out}" if (settings.out / CHAIN).exists() else "start it again"
+    again = f"tapir resume {shlex.quote(str(settings.out))}"
+    again = again if (settings.out / CHAIN).exists() else "start it again"
     LOG.error("job %s gives up: %s. Mend the cause, then: %s", settings.name, why, again)
     return EXIT_GAVE_UP
 
@@ -196,7 +199,11 @@ def _run_once(
     request.unlink(missing_ok=True)
     environment = {**os.environ, STOP_FILE: str(request.resolve())}
     environment[REASON_FILE] = str(left.resolve())
-    process = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent)
+    try:
+        process = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent)
+    except OSError as error:
+        problem = of_files(error)
+        return problem.exit_code, str(problem)
     since: float | None = None
     try:
         while process.poll() is None:

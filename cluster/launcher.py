@@ -178,9 +178,11 @@ def _wait(
     watch: Watch,
 ) -> None:
     waiting = {process.sentinel: rank for rank, process in enumerate(processes)}
-    saved = False
+    saved, looked = False, -_LOOK
     while waiting:
-        watch.look()
+        if time.monotonic() - looked >= _LOOK:  # not once for each rank that ends
+            watch.look()
+            looked = time.monotonic()
         if stop.asked:
             late = time.monotonic() - stop.since - config.grace_seconds
             if late > 0:

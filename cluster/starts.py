@@ -14,7 +14,14 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from core.config import from_json, to_json
-from core.errors import EXIT_PREEMPTED, AbsentError, ConfigError, TapirError
+from core.errors import (
+    EXIT_GAVE_UP,
+    EXIT_PREEMPTED,
+    EXIT_WRONG_INPUT,
+    AbsentError,
+    ConfigError,
+    TapirError,
+)
 from core.files.atomic import canonical_json
 from core.log import LOG
 from core.storage.store import Store, open_store
@@ -144,11 +151,16 @@ class Starts:
         return ""
 
     def end(self, code: int, reason: str = "") -> str:
-        """Record the end of this start; returns why there should be no other, or an empty text."""
+        """Record the end of this start; returns why there should be no other, or an empty text.
+
+        After wrong input, or an error that no other start mends, the next start counts anew:
+        somebody has mended the cause.
+        """
         seconds = time.monotonic() - self._began
         self._starts[-1] = replace(self._starts[-1], code=code, seconds=seconds, reason=reason)
-        self._write()
-        return "" if code == EXIT_PREEMPTED else self._why(self._now())
+        final = code in (EXIT_WRONG_INPUT, EXIT_GAVE_UP)
+        self._write(gave_up=final)
+        return "" if final or code == EXIT_PREEMPTED else self._why(self._now())
 
     def clear(self) -> None:
         """Delete the record: the job has succeeded."""

@@ -14,10 +14,10 @@ run = {
     "stages": {
         "pack": {
             "source": "/shared/pairs",
-            "cpus": 32,
-            "minutes": 14 * 24 * 60,  # 250M pairs at 351 a second with 2 threads: 8 days
+            "workers": 64,
+            "cpus": 4,
             "flags": {
-                "threads": 32,
+                "threads": 4,
                 "validation": 0.001,
                 "max_rejects": 0.05,
                 "min_words": 3,

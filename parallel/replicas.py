@@ -1,7 +1,8 @@
 """Tensors of several replicas: averaged in one all-reduce, and compared, bit by bit."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import sha256
 
 import torch
 import torch.distributed as dist
@@ -34,19 +35,26 @@ def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def different(tensors: Sequence[Tensor], group: Group) -> list[int]:
-    """Global ranks of the group whose tensors differ from the majority's; the same on all ranks.
+def digest(tensors: Sequence[Tensor]) -> str:
+    """A digest of the fingerprints of some tensors."""
+    return sha256(repr(fingerprint(tensors).tolist()).encode()).hexdigest()
+
+
+def different(rows: Sequence[Mapping[str, str]]) -> list[int]:
+    """The ranks whose replica differs from the majority's; `rows` of all ranks: group -> digest.
 
     Two replicas that differ are both named: there is no majority.
     """
-    if group.handle is None or group.size == 1:
-        return []
-    mine = fingerprint(tensors)
-    fingerprints = [torch.empty_like(mine) for _ in range(group.size)]
-    dist.all_gather(fingerprints, mine, group=group.handle)
-    rows = [tuple(row.tolist()) for row in fingerprints]
-    (usual, count), *_ = Counter(rows).most_common(1)
+    wrong: set[int] = set()
+    for name in {name for row in rows for name in row}:
+        digests = {rank: row[name] for rank, row in enumerate(rows) if name in row}
+        (usual, count), *_ = Counter(digests.values()).most_common(1)
+        majority = usual if 2 * count > len(digests) else ""
+        wrong |= {rank for rank, each in digests.items() if each != majority}
+    return sorted(wrong)
+
+
+def group_name(group: Group) -> str:
+    """A name of this rank's group, which no other group of the grid has."""
     ranks = dist.get_process_group_ranks(group.handle)
-    if 2 * count <= group.size and len(set(rows)) > 1:
-        return list(ranks)
-    return [rank for rank, row in zip(ranks, rows, strict=True) if row != usual]
+    return f"{ranks[0]} to {ranks[-1]}, {len(ranks)} ranks"

@@ -3,7 +3,7 @@
 import os
 import socket
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -20,10 +20,89 @@ from parallel.device import CPU, backends, rank_device, refuse_shared_gpus
 from parallel.rendezvous import heard, met_store
 
 TIMEOUT = timedelta(minutes=10)
+_FIRST = 512
+"""Bytes of a tree's first message between two ranks, which begins with the length of all; a second
+one has the rest."""
+_HEAD = 8
 _MPI_FIX = (
     "unset them (PMI_*, OMPI_*) if nobody started ranks by mpirun; else install mpi4py and the "
     "MPI that mpirun is of (pip install mpi4py mpich), or start the ranks by torchrun"
 )
+
+
+class Tree:
+    """One rank's place in a binomial tree of messages; its ranks call the same methods in order.
+
+    The parent of rank r is r without its lowest set bit. So half of the ranks exchange one message,
+    none more than log2(n), and neighbours are 1, 2, 4, ... ranks apart, as in gloo's barrier: a
+    tree opens no connections that a barrier does not open, too.
+    """
+
+    def __init__(self, rank: int, ranks: Sequence[int], group: "dist.ProcessGroup | None") -> None:
+        """`ranks` are global ranks, the root first; `rank`, the caller, is one of them."""
+        self._ranks, self._group = ranks, group
+        self._mine, self._reach = ranks.index(rank), 1
+        while self._reach < len(ranks) and not self._mine & self._reach:
+            self._reach *= 2
+
+    def spread(self, data: bytes) -> bytes:
+        """The root's bytes, on every rank."""
+        if self._mine:
+            data = self._receive(self._parent)
+        for child in reversed(self._children):
+            self._send(data, child)
+        return data
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """The bytes of all ranks in their order, on the root; empty on the others."""
+        parts = [_framed(data), *(self._receive(child) for child in self._children)]
+        if self._mine:
+            self._send(b"".join(parts), self._parent)
+            return []
+        return list(_unframed(b"".join(parts)))
+
+    @property
+    def _parent(self) -> int:
+        return self._ranks[self._mine - self._reach]
+
+    @property
+    def _children(self) -> list[int]:
+        """The ranks below this one; each stands for itself and those up to the next."""
+        steps = (2**i for i in range(self._reach.bit_length() - 1))
+        return [self._ranks[self._mine + s] for s in steps if self._mine + s < len(self._ranks)]
+
+    def _send(self, data: bytes, rank: int) -> None:
+        data = _framed(data)
+        for part in (data[:_FIRST].ljust(_FIRST, b"\0"), data[_FIRST:]):
+            if part:
+                host = torch.frombuffer(bytearray(part), dtype=torch.uint8)
+                dist.send(host, rank, group=self._group)
+
+    def _receive(self, rank: int) -> bytes:
+        first = self._bytes_from(rank, _FIRST)
+        length = _length(first, 0)
+        rest = length + _HEAD - _FIRST
+        return first[_HEAD : _HEAD + length] + (self._bytes_from(rank, rest) if rest > 0 else b"")
+
+    def _bytes_from(self, rank: int, count: int) -> bytes:
+        host = torch.empty(count, dtype=torch.uint8, device="cpu")
+        dist.recv(host, rank, group=self._group)
+        return host.numpy().tobytes()
+
+
+def _framed(data: bytes) -> bytes:
+    return np.int64(len(data)).tobytes() + data
+
+
+def _length(data: bytes, at: int) -> int:
+    return int(np.frombuffer(data, np.int64, 1, at)[0])
+
+
+def _unframed(data: bytes) -> Iterator[bytes]:
+    at = 0
+    while at < len(data):
+        start, at = at + _HEAD, at + _HEAD + _length(data, at)
+        yield data[start:at]
 
 
 @dataclass(frozen=True)
@@ -62,7 +141,11 @@ class World:
             dist.barrier(group=self.group)
 
     def gather_text(self, text: str) -> list[str]:
-        """Collect one string of every rank, on every rank."""
+        """Collect one string of every rank over a tree; collective.
+
+        Returns all of them on rank 0, and rank 0's alone on the others: what follows from all of
+        them, rank 0 tells in a second call.
+        """
         return self._gather(text, self.group)
 
     def gather_aside(self, text: str) -> list[str]:
@@ -77,36 +160,14 @@ class World:
         """
         if self.group is None or self.rank not in ranks:
             return data
-        mine, reach = list(ranks).index(self.rank), 1
-        while reach < len(ranks) and not mine & reach:
-            reach *= 2
-        if mine:
-            data = self._receive(ranks[mine - reach])
-        while (reach := reach // 2) > 0:
-            if mine + reach < len(ranks):
-                self._send(data, ranks[mine + reach])
-        return data
-
-    def _send(self, data: bytes, rank: int) -> None:
-        for part in (np.int64(len(data)).tobytes(), data):
-            if part:
-                host = torch.frombuffer(bytearray(part), dtype=torch.uint8)
-                dist.send(host, rank, group=self.group)
-
-    def _receive(self, rank: int) -> bytes:
-        size = torch.zeros(1, dtype=torch.int64, device="cpu")
-        dist.recv(size.view(torch.uint8), rank, group=self.group)
-        data = torch.empty(int(size), dtype=torch.uint8, device="cpu")
-        if len(data):
-            dist.recv(data, rank, group=self.group)
-        return data.numpy().tobytes()
+        return Tree(self.rank, ranks, self.group).spread(data)
 
     def _gather(self, text: str, group: "dist.ProcessGroup | None") -> list[str]:
         if group is None:
             return [text]
-        texts: list[str] = [""] * self.size
-        dist.all_gather_object(texts, text, group=group)
-        return texts
+        tree, data = Tree(self.rank, range(self.size), group), text.encode(errors="surrogatepass")
+        texts, first = tree.gather(data), tree.spread(data)
+        return [each.decode(errors="surrogatepass") for each in texts or [first]]
 
 
 ALONE = World()

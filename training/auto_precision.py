@@ -46,11 +46,11 @@ def settle_precision(settings: S, world: World) -> S:
     engine_numerics(world.device, engine)
     rates = _rates(settings, world.device)
     begun = _begun_with(settings) if world.rank == 0 else {}
-    answers = [json.loads(text) for text in world.gather_text(json.dumps([begun, rates]))]
-    ranks = [rates for _, rates in answers]
+    ranks = [json.loads(text) for text in world.gather_text(json.dumps(rates))]
     slowest, here = _slowest(ranks), fastest(ranks)
+    begun, here = json.loads(world.gather_text(json.dumps([begun, here]))[0])
     for name in names:
-        kept = answers[0][0].get(name, "")
+        kept = begun.get(name, "")
         if world.rank == 0:
             _tell(name, kept, here[name], slowest if world.device.type == "cpu" else {})
         engine = replace(engine, **{**vars(engine), name: kept or here[name]})

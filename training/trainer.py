@@ -33,7 +33,12 @@ from training.run.checkpoints import Checkpoints
 from training.run.feed import Feed
 from training.run.folder import RunFolder
 from training.run.log import RunLog, StepCost
-from training.run.resume import refuse_other_config, refuse_other_shapes, tell_other_numerics
+from training.run.resume import (
+    refuse_other_config,
+    refuse_other_shapes,
+    tell_dropped_errors,
+    tell_other_numerics,
+)
 from training.run.versions import DataVersions
 from training.schedules import Plateau, learning_rate
 from training.tasks.task import Task
@@ -274,6 +279,7 @@ class Run:
         LOG.info("resumed from %s", reader.url)
         if self.world.rank == 0:
             tell_other_numerics(reader, self.numerics)
+            tell_dropped_errors(reader, self.settings.compress.on)
 
     def _rewind(self) -> None:
         """Go back to the newest checkpoint, and skip the data of the skipped updates."""
@@ -307,7 +313,7 @@ class Run:
     def _finish(self) -> None:
         """Validate, save and write the finished model, unless it exists already."""
         whole = self.world.rank == 0 and model_is_whole(self.settings.out, self.stage)
-        if any(self.world.gather_text("yes" if whole else "")) and self._resumed_at == self.step:
+        if self.world.gather_text("yes" if whole else "")[0] and self._resumed_at == self.step:
             return
         row = self.validate()
         if self._resumed_at != self.step:

@@ -190,7 +190,7 @@ def read_runfile(path: Path) -> RunFile:
     Raises: InputError for a file that is neither; ConfigError for unknown or impossible settings.
     """
     try:
-        body = _python(path) if path.suffix == ".py" else yaml.safe_load(path.read_text())
+        body = _python(path) if path.suffix == ".py" else yaml.load(path.read_text(), _UniqueKeys)
     except FileNotFoundError as error:
         raise InputError(f"there is no run file {path}") from error
     except (yaml.YAMLError, UnicodeDecodeError, SyntaxError) as error:
@@ -213,6 +213,20 @@ def read_runfile(path: Path) -> RunFile:
     run = RunFile(**{**vars(run), "stages": specs})
     check(run.problems())
     return run
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML takes the last."""
+
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names = set[str]()
+        for key, _ in node.value:
+            if str(key.value) in names:
+                problem = f"{key.value!r} is given twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            names.add(str(key.value))
+        return node
 
 
 def _with_new_names(body: dict[str, Any], path: Path) -> dict[str, Any]:

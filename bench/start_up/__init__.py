@@ -18,6 +18,7 @@ from core.storage.store import FolderStore
 from parallel.config import MeshConfig
 from planning.start_up.light_ranks import LightRun, run_light_ranks
 from planning.start_up.model import (
+    MEASURED,
     Constants,
     Measured,
     fitted,
@@ -34,7 +35,8 @@ _ADDS = 3
 
 
 def run(ranks: int = 0) -> list[Row]:
-    """Three rows for each world; `ranks` is that of a larger world, outside of the fit."""
+    """Three rows for each world, and one a fitted constant; `ranks` is that of a larger world,
+    outside of the fit."""
     if ranks == 1 or ranks < 0:
         raise ConfigError("--ranks is a world of at least 2 ranks")
     place = cache("start-up") / "data"
@@ -44,7 +46,14 @@ def run(ranks: int = 0) -> list[Row]:
     constants = fitted([row for row, _ in rows])
     if ranks:
         rows.append(_measured(ranks, str(place)))
-    return [row for measured, run in rows for row in _rows(measured, run, constants)]
+    fits = [_fit(name, constants) for name in ("rank", "rank_each", "store", "request")]
+    return [row for measured, run in rows for row in _rows(measured, run, constants)] + fits
+
+
+def _fit(name: str, constants: Constants) -> Row:
+    """A constant that follows from these worlds, over the one of the model."""
+    value, known = getattr(constants, name), getattr(MEASURED, name)
+    return bench_row(f"fitted: {name}", value, "s", f"in the model {known:.4g}", [value / known])
 
 
 def _measured(world: int, place: str) -> tuple[Measured, LightRun]:

@@ -59,7 +59,7 @@ def _container(chain: Chain, job: Job, config: KubernetesConfig) -> dict[str, An
     return {
         "name": "tapir",
         "image": config.image,
-        "command": _command(chain, job, config),
+        "command": [_literal(word) for word in _command(chain, job, config)],
         "workingDir": str(chain.out.parent),
         "env": variables(
             TAPIR_WORKERS=str(job.resources.workers if job.array else 1),
@@ -70,6 +70,11 @@ def _container(chain: Chain, job: Job, config: KubernetesConfig) -> dict[str, An
         "volumeMounts": [claim_mount(config), {"name": "shm", "mountPath": "/dev/shm"}],
         "resources": {"limits": limits, "requests": limits},
     }
+
+
+def _literal(word: str) -> str:
+    """A word of a command as Kubernetes hands it on: it replaces $(NAME), and $$ by $."""
+    return re.sub(r"\$(?=[$(])", "$$", word)
 
 
 def _limits(job: Job, config: KubernetesConfig) -> dict[str, str]:

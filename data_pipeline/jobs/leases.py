@@ -128,9 +128,11 @@ def read_leases(store: Store, prefix: str) -> list[dict[str, Any]]:
     for name in newest.values():
         try:
             content = store.get(name)
-            leases.append({"task": name, "dead": holder_is_dead(content), **json.loads(content)})
+            body = json.loads(content)
         except (StoreError, ValueError):
             continue  # released a moment ago
+        if isinstance(body, dict) and isinstance(body.get("progress"), dict):
+            leases.append({"task": name, "dead": holder_is_dead(content), **body})
     return leases
 
 
@@ -147,10 +149,12 @@ def holder_is_dead(content: bytes) -> bool:
     """True if a lease's holder was a process of this machine that no longer exists."""
     try:
         holder = json.loads(content)["holder"]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return False
-    mine = all(holder.get(name) == value for name, value in _ME.items())
-    return mine and not Path(f"/proc/{holder['pid']}").exists()
+    mine = isinstance(holder, dict) and all(
+        holder.get(name) == value for name, value in _ME.items()
+    )
+    return mine and not Path(f"/proc/{holder.get('pid')}").exists()
 
 
 _ME = _this_machine()

@@ -78,7 +78,7 @@ def sweep_ledgers(store: Store, prefix: str) -> None:
 def _rows(store: Store, name: str) -> dict[str, Record]:
     """The records of a part; none if it is damaged or gone: the markers have them."""
     try:
-        rows: dict[str, Record] = unseal(store.get(name), name)["rows"]
-        return rows
+        rows = unseal(store.get(name), name)["rows"]
+        return rows if isinstance(rows, dict) else {}
     except (AbsentError, CorruptError, KeyError, json.JSONDecodeError):
         return {}

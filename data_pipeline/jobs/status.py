@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from core.errors import InputError
+from core.errors import CorruptError, InputError
 from core.storage.store import Store
 from data_pipeline.formats.manifest import SPLITS, TOKENS, manifest_name, read_json, read_manifest
 from data_pipeline.jobs.leases import read_leases
@@ -121,12 +121,18 @@ def _status(store: Store, part: JobPart, tokens: bool) -> PartStatus:
         )
     rejects, devices = Counter[str](), Counter[str]()
     done = pairs = 0
-    for _, record in finished_tasks(store, part.prefix):
-        done += 1
-        pairs += pairs_of(record)
-        rejects.update(record.get("rejects", {}))
-        if "numerics" in record:
-            devices[record["numerics"]["device"]] += 1
+    try:
+        for _, record in finished_tasks(store, part.prefix):
+            done += 1
+            pairs += pairs_of(record)
+            rejects.update(record.get("rejects", {}))
+            if "numerics" in record:
+                devices[record["numerics"]["device"]] += 1
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise CorruptError(
+            f"a record of {store.url}/{part.prefix} is damaged ({error}); run the command that "
+            "made it with --again"
+        ) from error
     running = sum(lease["progress"].get("pairs", 0) for lease in leases)
     estimate = round(pairs * part.tasks / done) if done else 0
     whole = part.pairs or max(estimate, pairs + running)
@@ -162,10 +168,19 @@ def _of_manifest(store: Store, part: JobPart) -> tuple[dict[str, int], dict[str,
 
 def _pace(lease: dict[str, Any]) -> float:
     """Pairs per second of a worker since it began; 0 for a dead one or an older version's."""
-    worked = lease.get("worked", {})
-    if lease["dead"] or not worked.get("seconds"):
-        return 0.0
-    return float(worked["pairs"] / worked["seconds"])
+    worked = _worked(lease)
+    return 0.0 if lease["dead"] or not worked else worked["pairs"] / worked["seconds"]
+
+
+def _worked(lease: dict[str, Any]) -> dict[str, float]:
+    """Pairs and seconds of a worker; empty if its lease has none."""
+    worked = lease.get("worked")
+    if not isinstance(worked, dict):
+        return {}
+    numbers = [worked.get(name) for name in ("pairs", "seconds")]
+    if not all(isinstance(number, int | float) and number >= 0 for number in numbers):
+        return {}
+    return worked if worked["seconds"] else {}
 
 
 def describe_status(rows: list[PartStatus], cost_per_hour: float = 0.0) -> str:
@@ -196,7 +211,7 @@ def _pace_text(row: PartStatus, cost_per_hour: float) -> str:
 
 
 def _worker_text(lease: dict[str, Any]) -> str:
-    done, worked = lease["progress"], lease.get("worked", {})
+    done, worked = lease["progress"], _worked(lease)
     pairs = f", {done.get('pairs', 0)} of {done['of']}" if done.get("of") else ""
     whole = f"; {worked['pairs']} pairs since it began" if worked else ""
     return (

@@ -17,7 +17,7 @@ from planning.rehearsal.arithmetic import without_arithmetic
 from planning.rehearsal.fake_cuda import CPU, GPU, claimed_gpu
 from planning.rehearsal.fake_tensors import Broker, Shadows
 from planning.rehearsal.patches import nothing, replaced
-from planning.rehearsal.recorder import Recorder, backends_of, groups_noted, places
+from planning.rehearsal.recorder import Recorder, backends_of, groups_noted, places, texts_noted
 from planning.rehearsal.sequence import NeverSent, Sequence
 from planning.rehearsal.steps import play
 from training.config import StageConfig
@@ -96,7 +96,11 @@ def claimed_world(task: RankTask, recorder: Recorder) -> Iterator[None]:
     ]
     recorder.sequence.device = device.type
     try:
-        with replaced(changes), groups_noted(recorder, claim):
+        with (
+            replaced(changes),
+            groups_noted(recorder, claim),
+            texts_noted(recorder, rehearsed=True),
+        ):
             yield
     finally:
         if dist.is_initialized():

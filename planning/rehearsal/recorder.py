@@ -16,9 +16,11 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import BackendConfig
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from parallel.world import World
+from planning.rehearsal.patches import replaced
 from planning.rehearsal.sequence import CREATE, OBJECTS, CollectiveCall, Sequence
 
 NAMESPACE = "c10d"
@@ -64,7 +66,7 @@ class Recorder:
         self.close_groups()
         name = function._schema.name.split("::")[1]
         named = dict(zip(_argument_names(function), arguments, strict=False))
-        name_of_group, group = self._ranks(named["process_group"])
+        name_of_group, group = self._members(dist.ProcessGroup.unbox(named["process_group"]))
         peer = next((int(named[key]) for key in _PEERS if key in named), -1)
         root = group[peer] if peer >= 0 else -1
         kind = _KINDS.get(name, name.strip("_"))
@@ -84,6 +86,22 @@ class Recorder:
         )
         self.sequence.operations.append(operation)
         return operation
+
+    def note_texts(self, group: "dist.ProcessGroup") -> None:
+        """Add a gather of texts, whichever messages carry them."""
+        self.close_groups()
+        name, ranks = self._members(group)
+        self.sequence.operations.append(
+            CollectiveCall(
+                kind="gather_text",
+                group=ranks,
+                bytes=0,
+                dtype=OBJECTS,
+                device="cpu",
+                backend=self._backend(name, "cpu", "gather_text"),
+                places=places(),
+            )
+        )
 
     def note_group(self, ranks: tuple[int, ...]) -> None:
         """Record a group that all ranks create."""
@@ -117,8 +135,7 @@ class Recorder:
         """Record a range of operations once more."""
         self.sequence.operations += self.sequence.operations[first:last]
 
-    def _ranks(self, boxed: Any) -> tuple[str, tuple[int, ...]]:
-        group = dist.ProcessGroup.unbox(boxed)
+    def _members(self, group: "dist.ProcessGroup") -> tuple[str, tuple[int, ...]]:
         name = group.group_name
         if name not in self._groups:
             self._groups[name] = tuple(dist.get_process_group_ranks(group))
@@ -188,6 +205,23 @@ def groups_noted(
         recorder.close_groups()
         for module in modules:
             module.new_group = original  # type: ignore[attr-defined]
+
+
+@contextmanager
+def texts_noted(recorder: Recorder, rehearsed: bool) -> Iterator[None]:
+    """Record a gather of texts as one operation; a rehearsed rank hears only itself."""
+    gather = World._gather
+
+    def gathered(world: World, text: str, group: "dist.ProcessGroup | None") -> list[str]:
+        if group is not None:
+            recorder.note_texts(group)
+        if rehearsed:
+            return [text] * (world.size if world.rank == 0 else 1)
+        with _disable_current_modes():
+            return gather(world, text, group)
+
+    with replaced([(World, "_gather", gathered)]):
+        yield
 
 
 def places(frame: FrameType | None = None) -> tuple[str, ...]:

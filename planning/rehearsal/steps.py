@@ -100,7 +100,7 @@ def _changes(recorder: Recorder | None) -> list[Change]:
 
     return [
         (training.trainer, "build_engine", engine_of),
-        (training.trainer, "Stream", _EmptyStream),
+        (training.trainer, "Stream", EmptyStream),
         (training.run.versions, "open_newer", _nothing_newer),
         (training.trainer, "RunFolder", _NoFolder),
         (training.trainer, "open_store", lambda _: _MemoryStore()),
@@ -111,9 +111,9 @@ def _changes(recorder: Recorder | None) -> list[Change]:
         (training.export.save, "_unseen", lambda *_: False),
         (training.export.save, "write_description", nothing),
         (training.trainer, "progress", _no_progress),
-        (training.ema, "ThreadPoolExecutor", _AtOnce),
-        (data_pipeline.streaming.ahead, "ThreadPoolExecutor", _AtOnce),
-        (checkpoint.saver, "ThreadPoolExecutor", _AtOnce),
+        (training.ema, "ThreadPoolExecutor", AtOnce),
+        (data_pipeline.streaming.ahead, "ThreadPoolExecutor", AtOnce),
+        (checkpoint.saver, "ThreadPoolExecutor", AtOnce),
         (checkpoint.writer, "_write_slices", lambda *_: {}),
     ]
 
@@ -155,7 +155,9 @@ class _Samples:
         return [object() for _ in range(self.sizes[block])]
 
 
-class _PriorWithoutData(PriorTask):
+class PriorWithoutData(PriorTask):
+    """A prior's task on samples without content."""
+
     def __init__(self, settings: Any, mesh: Mesh) -> None:
         self._settings = settings
         self.held_out: Any = _Samples(settings.loop.validation_samples)
@@ -213,7 +215,7 @@ class _ClipWithoutData(ClipTask):
 
 
 _TASKS: dict[str, Callable[[Any, Mesh], Any]] = {
-    "prior": _PriorWithoutData,
+    "prior": PriorWithoutData,
     "dvae": _DVAEWithoutData,
     "clip": _ClipWithoutData,
 }
@@ -223,7 +225,7 @@ def _pixels(count: int, side: int) -> torch.Tensor:
     return torch.zeros(count, 3, side, side, device="cpu")
 
 
-class _EmptyStream:
+class EmptyStream:
     """Batches without content, by the rules of `data_pipeline.streaming.stream.Stream`.
 
     If it pauses, each epoch has one step, so that ranks ask for a newer version before each.
@@ -254,6 +256,10 @@ class _EmptyStream:
             step=0,
         )
 
+    def resume(self, state: StreamState) -> None:
+        """Continue after the batch of this state."""
+        self.state = state
+
     def __iter__(self) -> Iterator[tuple[list[None], StreamState]]:
         while True:
             self.state = replace(self.state, step=self.state.step + 1)
@@ -274,6 +280,7 @@ def _nothing_newer(_: str, __: str, mesh: Mesh, ___: str) -> Splits:
 def _together(writers: Writers, work: Callable[[], Any]) -> list[Any]:
     """A rehearsed rank hears only itself: what rank 0 says is one file."""
     result = work()
+    writers.gather("")
     writers.gather("")
     return [{WEIGHTS: []} if result is None else result]
 
@@ -319,7 +326,7 @@ class _NoFolder:
         self.begin = self.log = self.show = self.close = nothing
 
 
-class _AtOnce:
+class AtOnce:
     """An executor that works in the caller's thread, whose tensors are shadows."""
 
     def __init__(self, *_: Any) -> None:

@@ -110,7 +110,7 @@ def groups(mesh: MeshConfig) -> int:
 def store_requests(world: int, made: int) -> int:
     """Requests of one rank: to meet, to publish its address in each group, to read its peers'.
 
-    A gather of texts goes around a ring; a barrier reaches 1, 2, 4, ... ranks both ways.
+    A barrier reaches 1, 2, 4, ... ranks both ways; a gather of texts some of these.
     """
     peers = 1 if world == 2 else 2 * math.ceil(math.log2(world)) - 1
     return _FIXED + made + _PAIR * min(peers, world - 1)

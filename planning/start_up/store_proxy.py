@@ -6,7 +6,6 @@ import struct
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -78,15 +77,19 @@ class _Link:
 
     client: socket.socket
     store: socket.socket
+    counts: Counter[str]
     requests: Requests = field(default_factory=Requests)
 
 
 class StoreProxy:
-    """Context manager of a port of this machine that leads to the store at another one."""
+    """Context manager of a port of this machine that leads to the store at another one.
+
+    The store may end and begin anew, as rank 0 does; clients that come between wait.
+    """
 
     def __init__(self, store_port: int) -> None:
-        self.counts: Counter[str] = Counter()
-        """Requests by name; valid after the context."""
+        self.stores: list[list[Counter[str]]] = []
+        """Requests by name, of each client of each store in turn; valid after the context."""
         self.failure = ""
         """What could not be read; empty if all could."""
         self.store_port, self._ending = store_port, threading.Event()
@@ -94,6 +97,11 @@ class StoreProxy:
         self._listener.bind((HOST, 0))
         self.port = int(self._listener.getsockname()[1])
         self._thread = threading.Thread(target=self._serve, name="store proxy", daemon=True)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Requests by name, of all clients."""
+        return sum((counts for store in self.stores for counts in store), Counter[str]())
 
     def __enter__(self) -> "StoreProxy":
         self._thread.start()
@@ -109,41 +117,63 @@ class StoreProxy:
         self._thread.join()
 
     def _serve(self) -> None:
-        while not self._ending.wait(_PAUSE):  # nobody connects before the store is there
-            with suppress(OSError):
-                socket.create_connection((HOST, self.store_port)).close()
-                break
         with selectors.DefaultSelector() as selector, self._listener:
-            self._listener.listen(4096)
-            selector.register(self._listener, selectors.EVENT_READ)
-            while not self._ending.is_set():
-                for key, _ in selector.select(_PAUSE):
-                    self._handle(selector, key)
-            for key in list(selector.get_map().values()):
-                key.fileobj.close()  # type: ignore[union-attr]
+            while not self._ending.wait(_PAUSE):  # nobody connects before the store is there
+                if self._answers():
+                    self._listener.listen(4096)
+                    self._serve_store(selector)
 
-    def _handle(self, selector: selectors.BaseSelector, key: selectors.SelectorKey) -> None:
-        if key.data is None:
-            client, _ = self._listener.accept()
-            with suppress(OSError):
-                link = _Link(client, socket.create_connection((HOST, self.store_port)))
-                for end in (link.client, link.store):
-                    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    selector.register(end, selectors.EVENT_READ, link)
-                return
-            client.close()
-            return
-        link = key.data
-        if link.client.fileno() < 0:
-            return  # the other end closed it in this round
+    def _answers(self) -> bool:
         try:
-            self._relay(link, key.fileobj is link.client)
+            socket.create_connection((HOST, self.store_port)).close()
+        except OSError:
+            return False
+        return True
+
+    def _serve_store(self, selector: selectors.BaseSelector) -> None:
+        """Relay until the store has ended."""
+        self.stores.append([])
+        selector.register(self._listener, selectors.EVENT_READ)
+        up = True
+        while up and not self._ending.is_set():
+            for key, _ in selector.select(_PAUSE):
+                up = self._handle(selector, key) and up
+        selector.unregister(self._listener)
+        for key in list(selector.get_map().values()):
+            selector.unregister(key.fileobj)
+            key.fileobj.close()  # type: ignore[union-attr]
+
+    def _handle(self, selector: selectors.BaseSelector, key: selectors.SelectorKey) -> bool:
+        """Serve one socket; False if the store has ended."""
+        link = key.data
+        if link is None:
+            return self._accept(selector)
+        if link.client.fileno() < 0:
+            return True  # the other end closed it in this round
+        from_client = key.fileobj is link.client
+        try:
+            self._relay(link, from_client)
         except (OSError, Unknown) as error:
             if isinstance(error, Unknown):
                 self.failure = str(error)
             for end in (link.client, link.store):
                 selector.unregister(end)
                 end.close()
+            return from_client or self._answers()
+        return True
+
+    def _accept(self, selector: selectors.BaseSelector) -> bool:
+        client, _ = self._listener.accept()
+        try:
+            link = _Link(client, socket.create_connection((HOST, self.store_port)), Counter())
+        except OSError:
+            client.close()
+            return False
+        self.stores[-1].append(link.counts)
+        for end in (link.client, link.store):
+            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            selector.register(end, selectors.EVENT_READ, link)
+        return True
 
     def _relay(self, link: _Link, from_client: bool) -> None:
         source, target = (link.client, link.store) if from_client else (link.store, link.client)
@@ -151,5 +181,5 @@ class StoreProxy:
         if not data:
             raise ConnectionError("closed")
         if from_client:
-            self.counts.update(link.requests.feed(data))
+            link.counts.update(link.requests.feed(data))
         target.sendall(data)

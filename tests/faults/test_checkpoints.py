@@ -5,6 +5,8 @@ import os
 import pickle
 import random
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,10 +18,13 @@ from checkpoint.reader import CheckpointReader, finished_steps, open_checkpoint
 from checkpoint.writer import write_checkpoint
 from cluster.object_server import ObjectServer
 from core.errors import CheckpointError, CorruptError, StoreError, StoreInputError
+from core.files.atomic import TEMPORARY
+from core.log import LOG
 from core.storage.s3 import S3Store
 from core.storage.store import FolderStore
 from tests.faults.conftest import Record
 from training.run.checkpoints import Checkpoints, Saved, kept_steps
+from training.run.resume import tell_dropped_errors
 
 FLIPS = 1000
 
@@ -138,6 +143,37 @@ def _checkpoints(root: Path, **settings: object) -> Checkpoints:
     return Checkpoints(FolderStore(root), config, 0, 1, (alone, alone))
 
 
+@pytest.mark.parametrize("kind", ["error", "error@1", "ema"])
+def test_a_resume_without_compression_tells_what_it_drops(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LOG, "propagate", True)
+    store, zeros = FolderStore(tmp_path), torch.zeros(12)
+    slices = [
+        StateSlice(name="w", kind=each, shape=(3, 4), start=0, data=zeros)
+        for each in ("master", kind)
+    ]
+    write_checkpoint(store, "step-1", slices, {}, 0, alone)
+    for compresses in (True, False):
+        caplog.clear()
+        tell_dropped_errors(CheckpointReader(store, "step-1"), compresses)
+        assert ("what they hold back is dropped" in caplog.text) == (
+            kind != "ema" and not compresses
+        )
+
+
+def test_a_start_deletes_what_killed_writers_left(tmp_path: Path) -> None:
+    """Also in a folder outside of the run, and beside a whole checkpoint."""
+    _save(tmp_path, 10)
+    for step in (10, 20):
+        left = tmp_path / f"step-{step}" / f"{TEMPORARY}01234567-rank-00000.safetensors"
+        left.parent.mkdir(exist_ok=True)
+        left.write_bytes(b"half of it")
+    newest = _checkpoints(tmp_path).newest()
+    assert newest is not None and newest.name == "step-10"
+    assert not list(tmp_path.rglob(f"{TEMPORARY}*"))
+
+
 def test_an_older_checkpoint_replaces_a_damaged_one(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         _save(tmp_path, step)
@@ -215,6 +251,48 @@ def test_the_policy_deletes_and_protects(tmp_path: Path) -> None:
         run.saver.wait()
     assert finished_steps(run.store) == [2, 4]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-2", "step-4"]
+
+
+def test_each_rank_deletes_its_own_files(tmp_path: Path) -> None:
+    """Old checkpoints, of as many ranks or of more, and unfinished ones, whose manifest is gone."""
+    _save(tmp_path, step=1, ranks=5)
+    texts, barrier = [""] * 4, threading.Barrier(4)
+
+    def rank(number: int) -> list[str]:
+        def gather(text: str) -> list[str]:
+            texts[number] = text
+            barrier.wait()
+            every = list(texts) if number == 0 else texts[:1]
+            barrier.wait()
+            return every
+
+        store, deleted = FolderStore(tmp_path), list[str]()
+        delete = store.delete
+        store.delete = lambda name: (deleted.append(name), delete(name))[1]  # type: ignore[method-assign]
+        config = CheckpointConfig(keep=1, async_save=False)
+        run = Checkpoints(store, config, number, 4, (gather, gather))
+        for step in (2, 3):
+            run.save(step, _slices(1.0)[number : number + 1], {"step": step})
+            assert not run.failure()
+        if number == 0:
+            (tmp_path / "step-2").mkdir()
+            for name in ("rank-00003.safetensors", "rank-00004.safetensors"):
+                (tmp_path / "step-2" / name).touch()
+        assert run.newest() is not None
+        return [name for name in deleted if name.startswith("step-")]
+
+    with ThreadPoolExecutor(4) as pool:
+        first, *others = pool.map(rank, range(4))
+    gone = [[f"step-{step}/rank-{i:05d}.safetensors" for step in (1, 2)] for i in range(5)]
+    assert [names for names in first if "manifest" not in names] == [
+        gone[0][0],
+        gone[4][0],
+        gone[0][1],
+        gone[0][1],
+        gone[4][1],
+    ]
+    assert others == [gone[1] + gone[1][1:], gone[2] + gone[2][1:], gone[3] + gone[3][1:]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-3"]
 
 
 @pytest.mark.world

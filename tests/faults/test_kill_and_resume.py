@@ -18,6 +18,8 @@ FLAGS = [
     "--checkpoint.every=7",
     "--loop.validate-every=20",
     "--loop.validation-samples=32",
+    "--engine.precision=fp32",
+    "--engine.matmul-precision=highest",  # auto chooses by times
 ]
 
 

@@ -67,8 +67,9 @@ def test_workers_that_are_killed_twice_each_make_the_set_of_one(
     kills, rng = dict.fromkeys(workers, 0), random.Random(how)
     try:
         with s3.credentials():
+            store = S3Store(BUCKET, f"{how}-many")
             while left := [number for number, count in kills.items() if count < KILLS]:
-                number = _holder(f"{how}-many", left)
+                number = _holder(store, left)
                 time.sleep(rng.uniform(0, 0.3))
                 os.kill(workers[number].pid, signal.SIGKILL)
                 assert workers[number].wait(PATIENCE) == -signal.SIGKILL, _logs(tmp_path)
@@ -83,18 +84,18 @@ def test_workers_that_are_killed_twice_each_make_the_set_of_one(
     with s3.credentials():
         expected = _objects(f"{how}-one")
         assert _objects(f"{how}-many") == expected
-        sources = [RawSource(S3Store(BUCKET, f"{how}-many"), split) for split in SPLITS]
+        sources = [RawSource(store, split) for split in SPLITS]
         keys = {r.key for s in sources for b in range(len(s.sizes)) for r in s.read(b)}
     assert len(keys) == TARS * PAIRS
     assert any(name.endswith(".tar") for name in expected) == (how == "copied")
     fault.outcome(f"{sum(kills.values())} kills, every object equal to one undisturbed worker's")
 
 
-def _holder(place: str, numbers: list[int]) -> int:
+def _holder(store: Store, numbers: list[int]) -> int:
     """Wait until one of these workers holds a lease; returns its number."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
-        for lease in read_leases(S3Store(BUCKET, place), "units/"):
+        for lease in read_leases(store, "units/"):
             if (number := int(lease["worker"].split("/")[0])) in numbers and not lease["dead"]:
                 return number
         time.sleep(0.02)

@@ -32,6 +32,8 @@ FLAGS = [
     "--model.dim=96",
     "--supervisor.max-restarts=1000",
     "--supervisor.backoff-seconds=0.1",
+    "--engine.precision=fp32",
+    "--engine.matmul-precision=highest",  # auto chooses by times
 ]
 LONGEST = 5.0 if LONG else 2.0
 """Most seconds between the start of all ranks and the next kill."""

@@ -49,6 +49,7 @@ def make(tokens: Path, tmp_path: Path) -> Make:
         )
         small = {
             "model": {"dim": 48, "layers": 2},
+            "engine": {"precision": "fp32", "matmul_precision": "highest"},  # auto chooses by times
             "loop": {
                 "steps": 24,
                 "global_batch_size": 32,

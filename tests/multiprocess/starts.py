@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from core.errors import TapirError
 from core.storage.store import FolderStore
@@ -46,6 +47,29 @@ def hand_on(payload: str) -> None:
         rows.append([data in (b"own", expected) for data, expected in pairs])
         rows.append([data == b"own" for data in handed])
     _report(payload, rows)
+    leave_world(world)
+
+
+def gather(payload: str) -> None:
+    """Gather texts, short and long ones; report them and the messages that this rank exchanged."""
+    messages = Counter[str]()
+
+    def counted(name: str) -> None:
+        function = getattr(dist, name)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            messages[name] += 1
+            return function(*arguments, **named)
+
+        setattr(dist, name, call)
+
+    world = join_world()
+    counted("send"), counted("recv")
+    short = world.gather_text(f"\udcff, rank {world.rank}")
+    once = dict(messages)
+    long = [world.gather_text(f"{world.rank}" * length) for length in (0, 503, 504, 505, 3000)]
+    aside = world.gather_aside(str(world.rank))
+    _report(payload, {"short": short, "messages": once, "aside": aside, "long": long})
     leave_world(world)
 
 

@@ -14,7 +14,7 @@ from models.config import ClipConfig, DVAEConfig, PriorConfig
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, OptimConfig
 from planning.rehearsal.pool import Pool
 from planning.rehearsal.rank import RankTask, run_rank, train
-from planning.rehearsal.recorder import Listening, Recorder, groups_noted
+from planning.rehearsal.recorder import Listening, Recorder, groups_noted, texts_noted
 from planning.rehearsal.sequence import CREATE, OBJECTS, Sequence
 from training.config import ClipTrain, DVAETrain, LoopConfig, PriorTrain
 
@@ -108,7 +108,8 @@ def run_real(task: RankTask, _: Any) -> Sequence:
         GLOO_SOCKET_IFNAME="lo",
     )
     recorder = Recorder(task.rank)
-    with groups_noted(recorder, lambda named: None), Listening(recorder):
+    noted = groups_noted(recorder, lambda named: None)
+    with noted, texts_noted(recorder, rehearsed=False), Listening(recorder):
         train(task)
         recorder.close_groups()
         sequence = replace(recorder.sequence, operations=list(recorder.sequence.operations))

@@ -1,5 +1,7 @@
 """The start of a world: who reads the data set, how many sockets ranks open, who is missed."""
 
+import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,21 @@ def test_bytes_reach_the_ranks_of_a_list_and_no_others(tmp_path: Path) -> None:
         outside = [rank not in ranks for ranks in (range(6), [0, 2, 3, 5], [0])]
         assert [all(row) for row in rows[1::2]] == outside, rank
         assert [any(row) for row in rows[1::2]] == outside, rank
+
+
+@pytest.mark.parametrize("ranks", [2, 7, 8])
+def test_texts_reach_rank_0_in_a_logarithm_of_messages(ranks: int, tmp_path: Path) -> None:
+    """Up the tree and down again: a leaf sends and receives once, rank 0 for each of its levels."""
+    results = run_world(f"{RANKS}:gather", {"out": str(tmp_path)}, ranks)
+    for rank, row in enumerate(results):
+        all_of = range(ranks) if rank == 0 else [0]
+        assert row["short"] == [f"\udcff, rank {each}" for each in all_of]
+        assert row["aside"] == [str(each) for each in all_of]
+        for texts, length in zip(row["long"], (0, 503, 504, 505, 3000), strict=True):
+            assert texts == [str(each) * length for each in all_of]
+    counts = [row["messages"]["send"] + row["messages"]["recv"] for row in results]
+    assert statistics.median_low(counts) == 2
+    assert max(counts) == counts[0] == 2 * math.ceil(math.log2(ranks))
 
 
 def _tokens(place: Path) -> FolderStore:

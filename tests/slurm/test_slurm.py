@@ -13,7 +13,12 @@ from tests.harness import json_of, rows_of, tapir
 from tests.hostile import foreign_code, hostile_folder
 from tests.slurm.cluster import Slurm, private_slurm
 
-_SHORT = {"loop.global_batch_size": 32, "loop.validation_samples": 32}
+_SHORT = {
+    "loop.global_batch_size": 32,
+    "loop.validation_samples": 32,
+    "engine.precision": "fp32",
+    "engine.matmul_precision": "highest",  # auto chooses by times
+}
 _PATIENCE = 600
 
 
@@ -173,17 +178,19 @@ def test_nothing_waits_for_a_failed_stage(slurm: Slurm, tmp_path: Path) -> None:
 
 
 @pytest.mark.big
-def test_cancel_removes_every_process(slurm: Slurm, tokens: Path, tmp_path: Path) -> None:
+def test_cancel_removes_every_process(slurm: Slurm, tmp_path: Path) -> None:
     out = tmp_path / "cancelled"
-    stages = {"prior": prior(tokens, 5000), "evaluate": {}}
+    stages = {"pack": pack(), "bpe": {}, "dvae": {"nodes": 2, "cpus": 2}, "tokenize": {}}
+    stages["dvae"]["flags"] = {**_SHORT, "loop.steps": 5000, "loop.log_every": 1, "mesh.data": 2}
     tapir("submit", str(write(out, stages)), **slurm.environment)
-    wait_for(lambda: len(rows_of(out / "prior")) > 3)
+    wait_for(lambda: len(rows_of(out / "dvae")) > 3)
     assert len(slurm.processes()) > 4
     tapir("cancel", str(out), **slurm.environment)
     wait_for(lambda: not slurm.processes(), 30)  # any left could queue the job again
     wait_for(lambda: not slurm.queue())
-    assert all(text.startswith("ended: CANCELLED") for text in states(slurm, out).values())
-    assert len(rows_of(out / "prior")) < 5000
+    by_stage = states(slurm, out)
+    assert all(by_stage[name].startswith("ended: CANCELLED") for name in ("dvae", "tokenize"))
+    assert len(rows_of(out / "dvae")) < 5000
 
 
 @pytest.mark.big

@@ -46,6 +46,7 @@ def run_file(out: Path, data: Path, steps: int = STEPS) -> Path:
         "loop.steps": steps,
         "checkpoint.every": 10,
         "mesh.data": 2,
+        "engine.precision": "fp32",
         "engine.matmul_precision": "highest",  # auto chooses by times
     }
     stage = {"nodes": 2, "spares": 1, "cpus": 2, "flags": flags}

@@ -1,6 +1,7 @@
 """The files of a model's weights: one, or several with Hugging Face's index."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -104,6 +105,22 @@ def verify_weights(folder: Path, files: Iterable[tuple[str, str]]) -> None:
             raise CorruptError(
                 f"{path} is damaged or missing; the same `tapir train` makes it again"
             )
+
+
+def verify_index(folder: Path, files: Iterable[str]) -> None:
+    """Check that Hugging Face's index of several files names the tensors of each.
+
+    Raises: CorruptError if it is missing or does not.
+    """
+    path = folder / SHARDS
+    opened = {file: safe_open(str(folder / file), "pt") for file in files}
+    where = {name: file for file, tensors in opened.items() for name in tensors.keys()}  # noqa: SIM118
+    try:
+        named = json.loads(path.read_bytes())["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError):
+        named = None
+    if named != where:
+        raise CorruptError(f"{path} is damaged or missing; the same `tapir train` makes it again")
 
 
 def open_weights(folder: Path, files: Iterable[str]) -> tuple[Shapes, Read]:

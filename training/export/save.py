@@ -35,7 +35,8 @@ class Writers:
     gather: Gather
 
     def together(self, work: Callable[[], Any]) -> list[Any]:
-        """Do this rank's part of some work; returns the results of all ranks, as JSON.
+        """Do this rank's part of some work; returns the results as JSON: on rank 0 of all ranks, on
+        the others rank 0's alone.
 
         Raises: StoreError, on every rank, naming each that failed and why.
         """
@@ -47,8 +48,9 @@ class Writers:
         except TapirError as error:
             mine["error"] = f"rank {self.rank}: {error}"
         answers = [json.loads(text) for text in self.gather(json.dumps(mine))]
-        if errors := [answer["error"] for answer in answers if "error" in answer]:
-            raise StoreError(f"the finished model was not written: {'; '.join(errors)}")
+        errors = [answer["error"] for answer in answers if "error" in answer]
+        if outcome := self.gather("; ".join(errors))[0]:
+            raise StoreError(f"the finished model was not written: {outcome}")
         return [answer["result"] for answer in answers]
 
 

@@ -31,6 +31,7 @@ from training.export.files import (
     WEIGHTS,
     WeightsFile,
     open_weights,
+    verify_index,
     verify_weights,
     write_weights,
 )
@@ -124,7 +125,10 @@ def describe(folder: Path, stage: str) -> Json:
     Raises: InputError if there is none; CorruptError if a byte changed.
     """
     body = read_description(folder, stage)
-    verify_weights(folder, _files(body))
+    files = _files(body)
+    verify_weights(folder, files)
+    if len(files) > 1:
+        verify_index(folder, [name for name, _ in files])
     return body
 
 

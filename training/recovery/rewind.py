@@ -15,7 +15,7 @@ from core.log import LOG
 from data_pipeline.streaming.state import StreamState
 from parallel.engines.protocol import Engine, StepResult
 from parallel.mesh import Mesh
-from parallel.replicas import different
+from parallel.replicas import different, digest, group_name
 from training.recovery.config import GuardConfig
 from training.recovery.guards import Guard
 
@@ -85,11 +85,13 @@ class Recovery:
 
         Raises: TapirError on every rank, naming the ranks that differ from the others.
         """
-        wrong: set[int] = set()
+        world, mine = self._mesh.world, dict[str, str]()
         for tensors, group in engine.replicas():
-            wrong |= set(different(tensors, group))
-        reports = self._mesh.world.gather_text(json.dumps(sorted(wrong)))
-        ranks = sorted({rank for text in reports for rank in json.loads(text)})
+            if group.size > 1:
+                name = group_name(group)
+                mine[name] = mine.get(name, "") + digest(tensors)
+        rows = [json.loads(text) for text in world.gather_text(json.dumps(mine))]
+        ranks = json.loads(world.gather_text(json.dumps(different(rows)))[0])
         if not ranks:
             return
         what = f"the weights of rank {', '.join(map(str, ranks))} differ from their replicas'"

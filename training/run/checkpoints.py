@@ -1,17 +1,20 @@
 """The checkpoints of a run: saving, retention, and finding the newest undamaged one."""
 
+import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from checkpoint.config import CheckpointConfig
+from checkpoint.format import MANIFEST, number_of, rank_file
 from checkpoint.reader import CheckpointReader, finished_steps
 from checkpoint.saver import Saver
 from checkpoint.writer import Gather
-from core.errors import CheckpointError, CorruptError
-from core.files.atomic import Json
+from core.errors import CheckpointError, CorruptError, StoreError
+from core.files.atomic import Json, remove_leftovers
 from core.log import LOG
-from core.storage.store import Store
+from core.storage.store import FolderStore, Store
 
 _PROBE = "writable"
 
@@ -76,7 +79,7 @@ class Checkpoints:
         if self._rank == 0:
             self.store.put(_PROBE, b"")
             self.store.delete(_PROBE)
-            self._sweep(set(listed))
+        self._delete(lambda: self._unfinished(set(listed)), self._gather)
         text = self._gather(" ".join(map(str, listed)))[0]
         damaged = []
         for step in reversed([int(word) for word in text.split()]):
@@ -86,7 +89,8 @@ class Checkpoints:
                 reader.verify(self._rank, self._ranks)
             except CorruptError as error:
                 mine = str(error)
-            errors = sorted({error for error in self._gather(mine) if error})
+            told = json.dumps(sorted({error for error in self._gather(mine) if error}))
+            errors = json.loads(self._gather(told)[0])
             if not errors:
                 assert reader is not None
                 self._note(step, reader.facts)
@@ -117,34 +121,53 @@ class Checkpoints:
             LOG.error("%s; training goes on, older checkpoints are whole", error)
         return str(error or "")
 
-    def delete(self, step: int) -> None:
-        """Delete a checkpoint: its manifest first, so that a partial one is never read."""
-        names = self.store.names(f"step-{step}/")
-        for name in sorted(names, key=lambda name: not name.endswith("manifest.json")):
-            self.store.delete(name)
-
     def _note(self, step: int, facts: Json) -> None:
         loss = facts.get("validation_loss")
         self._known[step] = Saved(step=step, time=float(facts.get("time", 0)), loss=loss)
 
     def _written(self, step: int) -> None:
         self.whole = step
-        self._prune()
+        self._delete(self._outdated, self.saver.gather)
 
-    def _prune(self) -> None:
-        """Delete checkpoints that the policy does not keep."""
-        if self._rank:
-            return
+    def _outdated(self) -> set[int]:
+        """Steps that the policy does not keep."""
         finished = finished_steps(self.store)
         for step in finished:
             if step not in self._known:
                 self._remember(step)
         kept = kept_steps([self._known[step] for step in finished], self._config) | self.protected
-        for step in set(finished) - kept:
-            self.delete(step)
+        return set(finished) - kept
 
-    def _sweep(self, finished: set[int]) -> None:
-        """Delete unfinished checkpoints, unless there are no finished ones."""
+    def _delete(self, steps: Callable[[], set[int]], gather: Gather) -> None:
+        """Delete the steps that rank 0 finds; collective: each rank deletes its share of the files.
+
+        Manifests go first, so that a partial checkpoint is never read.
+        """
+        counts: list[tuple[int, int]] = []
+        failure: StoreError | None = None
+        try:
+            counts = [self._forget(step) for step in sorted(steps())] if self._rank == 0 else []
+        except StoreError as error:  # the others wait for what to delete
+            failure = error
+        for step, count in json.loads(gather(json.dumps(counts))[0]):
+            for number in range(self._rank, count, self._ranks):
+                self.store.delete(f"step-{step}/{rank_file(number)}")
+        if failure is not None:
+            raise failure
+
+    def _forget(self, step: int) -> tuple[int, int]:
+        """Delete a step's manifest; returns the step, and up to which number ranks have a file."""
+        names = self.store.names(f"step-{step}/")
+        self.store.delete(f"step-{step}/{MANIFEST}")
+        return step, max((number_of(name) + 1 for name in names), default=0)
+
+    def _unfinished(self, finished: set[int]) -> set[int]:
+        """Steps of unfinished checkpoints; none if there are no finished ones.
+
+        Deletes temporary files of writers that were killed: no name of the store shows them.
+        """
+        if isinstance(self.store, FolderStore):
+            remove_leftovers(self.store.root)
         unfinished = self._all_steps() - finished
         if unfinished and not finished:
             LOG.warning(
@@ -153,9 +176,8 @@ class Checkpoints:
                 self.store.url,
                 ", ".join(map(str, sorted(unfinished))),
             )
-            return
-        for step in unfinished:
-            self.delete(step)
+            return set()
+        return unfinished
 
     def _all_steps(self) -> set[int]:
         numbers = {name.split("/")[0][5:] for name in self.store.names("step-")}

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from checkpoint.format import MEAN_ERROR
 from checkpoint.reader import CheckpointReader
 from core.errors import ConfigError
 from core.log import LOG
@@ -66,6 +67,18 @@ def tell_other_numerics(reader: CheckpointReader, numerics: Numerics) -> None:
             "%s was computed otherwise (%s): from here on losses equal those of an unbroken run up "
             "to rounding, not bit for bit",
             *(reader.url, "; ".join(changes)),
+        )
+
+
+def tell_dropped_errors(reader: CheckpointReader, compresses: bool) -> None:
+    """Warn if the checkpoint holds error buffers of compression and this run compresses nothing."""
+    kinds = {kind for name in reader.shapes() for kind in reader.kinds(name)}
+    if not compresses and any(kind.partition("@")[0] == MEAN_ERROR for kind in kinds):
+        LOG.warning(
+            "%s holds error buffers of compressed gradients, and this run compresses none: what "
+            "they hold back is dropped; to keep it, resume with its compress.rank on several "
+            "replicas",
+            reader.url,
         )
 
 

@@ -1,5 +1,6 @@
 """Submit a chain of jobs to its scheduler, or print what would be submitted."""
 
+import shlex
 from pathlib import Path
 
 from cluster import local
@@ -39,7 +40,9 @@ def send(submitted: Submitted) -> Submitted:
         ids = submission.submit(chain, kubernetes_of(submitted))
     sent = Submitted(**{**vars(submitted), "ids": ids})
     write_submitted(sent)
-    LOG.info("sent %d jobs to %s: tapir status %s", len(ids), submitted.to, chain.out)
+    LOG.info(
+        "sent %d jobs to %s: tapir status %s", len(ids), submitted.to, shlex.quote(str(chain.out))
+    )
     return sent
 
 
@@ -52,7 +55,8 @@ def _refuse_running(out: Path) -> None:
     states = states_of(before)
     if not is_over(before, states):
         raise InputError(
-            f"{out} is running already:\n{table(states)}\nwait for it, or `tapir cancel {out}`"
+            f"{out} is running already:\n{table(states)}\nwait for it, or `tapir cancel "
+            f"{shlex.quote(str(out))}`"
         )
 
 

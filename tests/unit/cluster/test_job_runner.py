@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import cli.cluster
 from cluster.chain import read_marker
 from cluster.job_runner import JobSettings, run_job
 from core.errors import (
@@ -73,6 +74,30 @@ def test_a_stop_is_no_failure(tmp_path: Path) -> None:
 def test_wrong_input_ends_a_job_without_another_start(tmp_path: Path) -> None:
     assert job(tmp_path, "raise SystemExit(2)", again="here") == 2
     assert len(record(tmp_path)["starts"]) == 1
+
+
+@pytest.mark.parametrize("code", [2, 70])
+def test_after_a_final_error_the_failures_count_anew(tmp_path: Path, code: int) -> None:
+    """Somebody has mended the cause: it is none of the forgiven failures of the next starts."""
+    codes = [code, code, code, 1, 1, 1, 1, 1]
+    ended = [job(tmp_path, f"raise SystemExit({each})") for each in codes]
+    assert ended == [code, code, code, 1, 1, 1, 70, 1]
+
+
+def test_a_command_that_cannot_start_has_an_end_on_record(tmp_path: Path) -> None:
+    settings = JobSettings(name="stage", out=tmp_path, again="no")
+    assert run_job(settings, [str(tmp_path / "absent")]) == 2
+    (start,) = record(tmp_path)["starts"]
+    assert start["code"] == 2 and "absent: No such file or directory" in start["reason"]
+
+
+def test_a_damaged_marker_ends_a_job_for_good(tmp_path: Path) -> None:
+    """With exit code 1 Kubernetes would start it again without an end."""
+    (tmp_path / "markers").mkdir()
+    (tmp_path / "markers" / "x.json").write_text("{}")
+    with pytest.raises(CorruptError, match="delete it to run the stage again") as error:
+        cli.cluster.job(["--name=x", f"--out={tmp_path}", "--marker=x.json", "--", "true"])
+    assert error.value.exit_code == 70
 
 
 def test_a_job_starts_again_here_until_it_gives_up(tmp_path: Path) -> None:

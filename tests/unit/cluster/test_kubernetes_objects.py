@@ -1,5 +1,6 @@
 """Objects of a chain on Kubernetes: valid by their schemas, and what they say about failures."""
 
+import re
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -211,6 +212,25 @@ def test_pods_check_their_node_and_meet_at_the_first_one() -> None:
         assert container["envFrom"] == [
             {"secretRef": {"name": "s3"}}, {"configMapRef": {"name": "endpoint"}}
         ]  # fmt: skip
+
+
+def as_kubernetes_starts(word: str) -> str:
+    """A word of a container's command: $$ becomes $, $(NAME) the value of a variable."""
+    values = {"HOME": "/root"}
+    return re.sub(
+        r"\$(?:(\$)|\((\w*)\))",
+        lambda match: match[1] or values.get(match[2], match[0]),
+        word,
+    )
+
+
+def test_dollars_reach_the_command() -> None:
+    source = "/data/$(HOME) $$HOME $$(HOME) $ $$$ ${HOME} $"
+    pack = replace(PACK, command=("pack", source, "/runs/s/raw"))
+    chain = replace(CHAIN, jobs=(pack,))
+    pod = stage_objects(chain, pack, JOB)[-1]["spec"]["template"]["spec"]
+    words = [as_kubernetes_starts(word) for word in pod["containers"][0]["command"]]
+    assert words[-3:] == list(pack.command)
 
 
 def test_each_stage_waits_in_its_own_queue() -> None:

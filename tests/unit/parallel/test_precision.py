@@ -23,7 +23,7 @@ from core.log import LOG
 from core.storage.store import FolderStore
 from data_pipeline.formats.manifest import TOKENS, read_manifest
 from data_pipeline.jobs.status import describe_status, job_status
-from parallel.config import EngineConfig
+from parallel.config import CompressConfig, EngineConfig
 from parallel.device import CPU
 from parallel.precision import (
     WORKSPACE,
@@ -182,6 +182,7 @@ def test_one_rank_logs_changed_numerics(
         config=reader.facts["config"],
         numerics=set_numerics(CPU),
         resume_from=lambda _: None,
+        settings=SimpleNamespace(compress=CompressConfig()),
         world=World(rank=rank, size=2),
     )
     loop.Run._resume(run)  # type: ignore[arg-type]

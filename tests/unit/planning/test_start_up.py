@@ -159,6 +159,35 @@ def test_the_proxy_counts_a_clients_requests() -> None:
     assert proxy.counts == expected and not proxy.failure
 
 
+def test_clients_of_a_store_that_begins_anew_wait_and_are_counted_apart() -> None:
+    """As those of rank 0 at a restart: they may come before the store is there."""
+    seconds, port = timedelta(seconds=60), free_port()
+    with StoreProxy(port) as proxy:
+        for round_ in range(2):
+            server = TCPStore(HOST, port, None, True, seconds, wait_for_workers=False)
+            while True:
+                try:
+                    socket.create_connection((HOST, proxy.port)).close()
+                    break
+                except ConnectionRefusedError:
+                    continue
+            stores = [
+                TCPStore(HOST, proxy.port, None, False, seconds, wait_for_workers=False)
+                for _ in range(2)
+            ]
+            for number, store in enumerate(stores, round_ + 1):
+                for _ in range(number):
+                    store.add("n", 1)
+            del server
+            with pytest.raises(RuntimeError):
+                while True:
+                    stores[0].add("n", 0)
+            del stores, store
+    adds = [[client["add"] for client in clients if client] for clients in proxy.stores]
+    assert [[row[1] for row in adds]] == [[2, 3]] and not proxy.failure
+    assert proxy.counts["ping"] == 4
+
+
 @pytest.mark.world
 @pytest.mark.parametrize(
     ("mesh", "made", "more"),

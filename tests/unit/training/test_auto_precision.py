@@ -61,7 +61,10 @@ class Ranks(World):
     """A world in which only this rank exists; the other ranks' texts are given."""
 
     def gather_text(self, text: str) -> list[str]:
-        return [text, json.dumps([{}, SLOW])] if self.rank == 0 else [json.dumps([{}, SLOW]), text]
+        if "fp32" in json.loads(text):  # this rank's rates
+            return [text, json.dumps(SLOW)] if self.rank == 0 else [json.dumps(SLOW)]
+        chosen = {"precision": "fp32", "matmul_precision": "highest"}
+        return [text, text] if self.rank == 0 else [json.dumps([{}, chosen])]
 
 
 def test_every_rank_resolves_auto_to_the_same_precision(

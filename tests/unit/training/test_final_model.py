@@ -248,6 +248,20 @@ def test_a_file_that_rank_0_does_not_see_is_written_by_it(
     assert equal(run, 1.0) and model_is_whole(run, "prior")
 
 
+@pytest.mark.parametrize("index", [None, "{}", "[]", "no JSON", '{"weight_map": {}}'])
+def test_a_lost_or_damaged_index_is_made_again(tmp_path: Path, index: str | None) -> None:
+    """Others read the files by the index, and a model without it is none for them."""
+    at = checkpoint(tmp_path, 2)
+    assert not any(saved_by(4, tmp_path, at)) and model_is_whole(tmp_path, "prior")
+    whole, path = (tmp_path / SHARDS).read_bytes(), tmp_path / SHARDS
+    path.unlink() if index is None else path.write_text(index)
+    with pytest.raises(CorruptError, match=r"index\.json is damaged or missing"):
+        describe(tmp_path, "prior")
+    assert not model_is_whole(tmp_path, "prior")
+    saved_by(4, tmp_path, at)
+    assert path.read_bytes() == whole and model_is_whole(tmp_path, "prior")
+
+
 @pytest.mark.world
 def test_a_kill_leaves_the_old_model_or_the_new_one(tmp_path: Path) -> None:
     """SIGKILL before each change of the folder: the old description's model, or the checkpoint.

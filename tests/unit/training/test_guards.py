@@ -14,7 +14,7 @@ from data_pipeline.streaming.state import StreamState
 from parallel.control import FIELDS, Vote, decide
 from parallel.device import CPU
 from parallel.engines.protocol import StepResult
-from parallel.mesh import Group, Mesh
+from parallel.mesh import Mesh
 from parallel.replicas import different, fingerprint
 from training.config import GuardConfig
 from training.recovery.guards import Guard
@@ -85,7 +85,14 @@ def test_every_flipped_bit_changes_the_fingerprint(dtype: torch.dtype) -> None:
         bits.view(-1)[9] ^= 1 << place
         assert not fingerprint([weight, weight]).equal(before)
         bits.view(-1)[9] ^= 1 << place
-    assert different([weight], Group()) == []
+
+
+def test_replicas_that_differ_from_the_majority_of_their_group_are_named() -> None:
+    alike = [{"data": "a", "tensor": "x"}, {"data": "a", "tensor": "y"}]
+    assert different([{}, {}]) == [] == different([*alike[:1] * 3, {"data": "a"}])
+    assert different([{"data": "a"}, {"data": "b"}, {"data": "a"}]) == [1]
+    assert different([{"data": "a"}, {"data": "b"}]) == [0, 1], "there is no majority of two"
+    assert different([*alike, {"other": "b"}, {"other": "c"}, {"other": "c"}]) == [0, 1, 2]
 
 
 def test_capsules_are_few_and_name_the_checkpoints_to_keep(tmp_path: Path) -> None:

@@ -288,10 +288,24 @@ def test_wrong_files_and_flags_end_with_2(tmp_path: Path) -> None:
     assert not (tmp_path / "o").exists()
 
 
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    """YAML takes the last one; a key that only overrides a merged one is fine."""
+    path = tmp_path / "run.yaml"
+    path.write_text("name: a\nout: o\nstages:\n  bpe: {}\n  dvae: {}\n  bpe: {}\n")
+    with pytest.raises(InputError, match=r"'bpe' is given twice\n.*line 6"):
+        read_runfile(path)
+    path.write_text("name: a\nout: o\nstages:\n  bpe: &b {cpus: 2}\n  dvae: {<<: *b, cpus: 3}\n")
+    stages = read_runfile(path).stages
+    assert (stages["bpe"].resources.cpus, stages["dvae"].resources.cpus) == (2, 3)
+
+
 def test_the_examples_are_whole(tmp_path: Path) -> None:
     text = tapir("submit", str(ROOT / "examples" / "paper.py"), "--to=slurm", "--dry-run")
     assert "#SBATCH --nodes=128" in text and "--nproc-per-node=8" in text
     assert "#SBATCH --array=0-255%128" in text and "--signal=B:USR1@600" in text
+    for to, workers in (("slurm", "#SBATCH --array=0-63"), ("kubernetes", "completions: 64")):
+        laion = tapir("submit", str(ROOT / "examples" / "laion.yaml"), f"--to={to}", "--dry-run")
+        assert workers in laion and "--in-place" in laion
     shapes = tapir("submit", str(ROOT / "examples" / "shapes.yaml"), "--to=slurm", "--dry-run")
     script = tmp_path / "submit.sh"
     script.write_text(shapes)

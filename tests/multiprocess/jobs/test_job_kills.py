@@ -21,7 +21,7 @@ WORKERS = 4
 
 
 def _start(arguments: list[str], number: int, log: Path) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-P", "-m", "tests.multiprocess.slowly", "0.2", *arguments]
+    command = [sys.executable, "-P", "-m", "tests.multiprocess.jobs.slowly", "0.2", *arguments]
     with open(log, "ab") as output:
         return subprocess.Popen(
             [*command, f"--worker={number}/{WORKERS}"],

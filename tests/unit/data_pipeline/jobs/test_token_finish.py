@@ -24,7 +24,7 @@ from data_pipeline.formats.ids import NAME as IDS
 from data_pipeline.formats.manifest import TOKENS, Manifest, read_manifest
 from data_pipeline.jobs import ledger as ledgers
 from data_pipeline.jobs.finish import Finisher
-from data_pipeline.jobs.leases import Leases
+from data_pipeline.jobs.leases import FOLDER, Leases, holder_is_dead
 from data_pipeline.jobs.ledger import DONE, LEDGER, Ledger
 from data_pipeline.jobs.request import REQUEST
 from data_pipeline.jobs.status import job_status
@@ -264,6 +264,20 @@ def test_status_reads_ledgers_then_the_manifest(job: FolderStore) -> None:
     after = job_status(counted)[0]
     assert replace(after, finished=False) == before and after.finished
     assert counted.requests["GET"] == 2
+
+
+def test_status_tells_of_damaged_records_and_passes_over_the_rest(job: FolderStore) -> None:
+    whole = job_status(job)[0]
+    for content in (b"[1]", b"{}", b"no JSON", b'{"holder": 3}', b'{"progress": 3}'):
+        job.put(f"train/{FOLDER}{_task(40)}.000000.json", content)
+        assert job_status(job)[0] == whole, "a lease"
+        assert not holder_is_dead(content)
+    job.put(f"train/{LEDGER}other.000000.json", seal({"rows": [1]}))
+    assert job_status(job)[0] == whole, "a part of a ledger"
+    for content in (b"{}", b'{"shards": []}', b'{"shards": [{"name": "x"}]}', b'{"shards": 3}'):
+        job.put(f"train/{DONE}{_task(97)}.json", content)
+        with pytest.raises(CorruptError, match=r"a record of .*/train/ is damaged .*--again"):
+            job_status(job)
 
 
 def _worker(folder: Path, shard_pairs: int) -> tuple[Worker, CountedStore]:

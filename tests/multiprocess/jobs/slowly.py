@@ -1,6 +1,6 @@
 """A verb of the command line that pauses before it marks each task as done, so that tests can kill.
 
-python -m tests.multiprocess.slowly SECONDS VERB ARGUMENTS
+python -m tests.multiprocess.jobs.slowly SECONDS VERB ARGUMENTS
 """
 
 import sys
