@@ -14,8 +14,8 @@ EXAMPLE = str(ROOT / "examples" / "laion.yaml")
 def test_the_script_for_slurm_is_whole(tmp_path: Path) -> None:
     text = tapir("submit", EXAMPLE, "--to=slurm", "--dry-run")
     arrays = re.findall(r"#SBATCH --array=(\S+)", text)
-    assert arrays == ["0-63", "0-15", "0-255%64"] and "#SBATCH --nodes=8" in text
-    assert "tapir pack s3://pairs/img2dataset s3://pairs/laion/raw --in-place" in text
+    assert arrays == ["0-63", "0-15", "0-255%128"] and "#SBATCH --nodes=8" in text
+    assert "tapir pack s3://laion/img2dataset s3://pairs/laion/raw --in-place" in text
     assert "--min-side=256 --duplicates --near=3" in text
     assert "tapir tokenize s3://pairs/laion/raw s3://pairs/laion/tokens" in text
     script = tmp_path / "submit.sh"
