@@ -386,7 +386,7 @@ def test_jobs_know_where_their_progress_shows(tmp_path: Path) -> None:
     assert "--checkpoints=/runs/shapes/prior/checkpoints" in words
     assert "--shards=s3://bucket/shapes/raw" in chain.wrapped(jobs["pack"], "pack", ["true"])
     assert not any(
-        "checkpoints" in w or "shards" in w for w in chain.wrapped(jobs["bpe"], "bpe", [])
+        "checkpoints" in w or "shards" in w for w in chain.wrapped(jobs["report"], "report", [])
     )
 
 
