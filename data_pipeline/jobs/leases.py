@@ -27,6 +27,7 @@ from core.storage.store import Store
 from core.workers import JobWorker
 
 FOLDER = "_leases/"
+_PARTS = ("progress", "holder")
 SECONDS = 60.0
 """A lease that is not renewed for as long is taken over, where no setting says otherwise."""
 
@@ -131,7 +132,7 @@ def read_leases(store: Store, prefix: str) -> list[dict[str, Any]]:
             body = json.loads(content)
         except (StoreError, ValueError):
             continue  # released a moment ago
-        if isinstance(body, dict) and isinstance(body.get("progress"), dict):
+        if isinstance(body, dict) and all(isinstance(body.get(n), dict) for n in _PARTS):
             leases.append({"task": name, "dead": holder_is_dead(content), **body})
     return leases
 
