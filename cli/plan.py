@@ -53,21 +53,7 @@ def plan(arguments: list[str]) -> None:
             job: the workers of --data
             cluster: overrides of the default cluster of these GPUs
         """
-        flags = PlanFlags(
-            preset=preset,
-            world=world,
-            gpu=gpu,
-            batch=batch,
-            calibration=calibration,
-            calibrate=calibrate,
-            published=published,
-            picture=picture,
-            data=data,
-            json=json,
-            cluster=cluster,
-            job=job,
-        )
-        _run(flags)
+        _run(PlanFlags(**locals()))
 
     parse(run, arguments, "plan")
 
