@@ -256,7 +256,7 @@ class EmptyStream:
             step=0,
         )
 
-    def resume(self, state: StreamState) -> None:
+    def resume(self, state: StreamState, _: Any = None) -> None:
         """Continue after the batch of this state."""
         self.state = state
 
