@@ -148,7 +148,7 @@ def test_checkpoints_models_and_tokens_tell_how_they_were_computed(chain: Chain)
     assert open_model(chain.folder / "prior", "prior").facts["numerics"] == here
     assert open_model(chain.folder / "prior", "prior", 2).facts["numerics"] == here
     tokens = FolderStore(chain.folder / "tokens")
-    for split, shards in (("train", 4), ("validation", 1)):
+    for split, shards in (("train", 4), ("validation", 4)):
         manifest = read_manifest(tokens, f"{split}/", TOKENS)
         assert manifest.numerics == [{**here, "shards": shards}]
     assert f"{shards} by {here['device']}" in describe_status(job_status(tokens))
@@ -215,7 +215,7 @@ def test_what_older_versions_wrote_tells_nothing_and_is_read(chain: Chain, tmp_p
 def test_fp32_codes_of_all_devices_may_mix_and_16_bits_may_not(chain: Chain) -> None:
     elsewhere = replace(chain, device=META)
     assert elsewhere.tokenize() == 0
-    assert chain.tokenize("bf16", "half") == 5
+    assert chain.tokenize("bf16", "half") == 8
     assert chain.tokenize("bf16", "half") == 0
     with pytest.raises(InputError, match="in 16 bits: device"):
         elsewhere.tokenize("bf16", "half")
@@ -224,7 +224,7 @@ def test_fp32_codes_of_all_devices_may_mix_and_16_bits_may_not(chain: Chain) -> 
 @pytest.mark.seconds
 def test_tokens_are_made_where_the_worker_is(chain: Chain) -> None:
     """The second device has the CPU's kernels, so its shards are the CPU's byte for byte."""
-    assert replace(chain, device=SECOND).tokenize(place="second") == 5
+    assert replace(chain, device=SECOND).tokenize(place="second") == 8
     ours, cpus = (
         read_manifest(FolderStore(chain.folder / place), "train/", TOKENS)
         for place in ("second", "tokens")
