@@ -17,7 +17,7 @@ from core.config import to_json
 from core.errors import EXIT_PREEMPTED, TapirError
 from core.log import LOG
 from core.storage.store import FolderStore
-from data_pipeline.tokenize import leases
+from data_pipeline.jobs import leases
 from planning.life.config import (
     LEASES,
     MARKS,

@@ -14,7 +14,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.tokenize.leases import Leases
 from torch._C._distributed_c10d import TCPStore
 
 import data_pipeline.streaming.ahead
@@ -25,6 +24,7 @@ from core.heartbeat import Heart
 from core.launch_environment import RENDEZVOUS
 from core.stop import heed_stop_signals, stop_asked
 from core.workers import JobWorker
+from data_pipeline.jobs.leases import Leases
 from parallel.diagnostics.flight_recorder import record_flight
 from parallel.engines.protocol import EngineSettings, Program
 from parallel.ledger import recorded
