@@ -18,7 +18,7 @@ _USUAL, _JOBS = ClusterFlags(), DataFlags()
 
 
 def plan(arguments: list[str]) -> None:
-    """`tapir plan PRESET --world N --gpu NAME`."""
+    """`tapir plan PRESET --world N --gpu NAME`, or `tapir plan --data PAIRS`."""
 
     parse(_given, arguments, "plan")
 

@@ -66,7 +66,7 @@ class _Memory:
 
 def packed(source: str, dest: str, worker: str, threads: int) -> Callable[[], int]:
     """Pack as one worker of the job."""
-    config = PackConfig(validation=0.05, threads=threads)
+    config = PackConfig(validation=0.2, threads=threads)
 
     def work() -> int:
         manifests = pack(source, open_store(dest), config, member=job_worker_of(worker))

@@ -40,7 +40,7 @@ def kinds() -> list[Kind]:
     return [
         Kind(name="30 kB", width=400, height=300, bytes=30_000, count=sized(300, 4)),
         Kind(name="300 kB", width=1280, height=960, bytes=300_000, count=sized(50, 2)),
-        Kind(name="12 megapixels", width=4000, height=3000, bytes=0, count=sized(6, 1)),
+        Kind(name="12 megapixels", width=4000, height=3000, bytes=0, count=sized(6, 2)),
     ]
 
 

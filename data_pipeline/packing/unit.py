@@ -118,7 +118,7 @@ def refuse_changed(source: Source, unit: Unit) -> Entry:
     if source.files is None or unit.kind not in ("tar", "table"):
         return Entry(unit.name, unit.size, unit.tag)
     entry = source.files.entry(unit.name)
-    if entry is not None and entry.tag != unit.tag:
+    if entry is not None and entry.tag and unit.tag and entry.tag != unit.tag:
         raise InputError(
             f"{source.files.where(unit.name)} has changed since this job listed its sources; pack "
             "into an empty DEST when nothing writes to them"

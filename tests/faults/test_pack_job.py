@@ -57,7 +57,15 @@ def test_workers_that_are_killed_twice_each_make_the_set_of_one(
     tapir("pack", source, one, *flags, **s3.environment)
 
     def start(number: int) -> "subprocess.Popen[bytes]":
-        command = [sys.executable, "-P", "-m", "tests.multiprocess.slowly", "0.3", "pack", source]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "tests.multiprocess.jobs.slowly",
+            "0.3",
+            "pack",
+            source,
+        ]
         command += [many, *flags, f"--worker={number}/{WORKERS}"]
         with open(tmp_path / f"log{number}", "ab") as log:
             here = {**ENVIRONMENT, **s3.environment}
