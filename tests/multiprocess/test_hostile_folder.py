@@ -84,6 +84,7 @@ def test_every_verb_works(
         (["verify", prior], 0),
         (["replay", f"{prior}/capsules/none"], 2),
         (["overlap", data, "cub:/none"], 2),
+        (["data", data, "--sql=SELECT count(*) FROM pairs"], 0),
         (["plan", "tiny", "--world=2"], 0),
         (["rehearse", "tiny"], 0),
         (["doctor", "--node", f"--out={out}", "--disk=0"], 0),

@@ -194,8 +194,8 @@ def test_without_its_error_buffers_a_run_is_another(
     _from_half(averaged, tmp_path)
     train_with("errors", _averaging(tokens, tmp_path, layout), at=SAVED + 1, factor=0)
     after, expected = rows_of(tmp_path), rows_of(averaged)[SAVED:]
-    assert largest_difference(expected, after, "loss") > 100 * BOUND
-    assert largest_difference(expected, after, "grad_norm") > 100 * BOUND
+    worst = {name: largest_difference(expected, after, name) for name in ("loss", "grad_norm")}
+    assert worst["grad_norm"] > 100 * BOUND and worst["loss"] > 10 * BOUND, worst
 
 
 @pytest.mark.slow
