@@ -27,7 +27,7 @@ from planning.start_up.model import (
     store_seconds,
 )
 
-WORLDS = sized((2, 4, 8, 16, 32, 64), (2, 4))
+WORLDS, PASSES = sized((2, 4, 8, 16, 32, 64), (2, 4)), sized(5, 1)
 _WAITING = ("check", "compare_set")
 """Requests of ranks that wait for others, or that only one rank makes."""
 _ADDS = 3
@@ -46,7 +46,7 @@ def run(ranks: int = 0) -> list[Row]:
     constants = fitted([row for row, _ in rows])
     if ranks:
         rows.append(_measured(ranks, str(place)))
-    fits = [_fit(name, constants) for name in ("rank", "rank_each", "store", "request")]
+    fits = [_fit(name, constants) for name in ("rank", "rank_level", "store", "request")]
     return [row for measured, run in rows for row in _rows(measured, run, constants)] + fits
 
 
@@ -56,16 +56,18 @@ def _fit(name: str, constants: Constants) -> Row:
     return bench_row(f"fitted: {name}", value, "s", f"in the model {known:.4g}", [value / known])
 
 
-def _measured(world: int, place: str) -> tuple[Measured, LightRun]:
-    run = run_light_ranks(MeshConfig(data=world), place=place)
-    each = sum(run.requests.values()) / (world - 1)
+def _measured(world: int, place: str, passes: int = PASSES) -> tuple[Measured, LightRun]:
+    """The medians of some passes, and the last pass."""
+    runs = [run_light_ranks(MeshConfig(data=world), place=place) for _ in range(passes)]
+    ranks = [statistics.median(row["seconds"]["rank"] for row in run.rows) for run in runs]
+    requests = [sum(run.requests.values()) / (world - 1) * world for run in runs]
     measured = Measured(
         world=world,
-        rank=statistics.median(row["seconds"]["rank"] for row in run.rows),
-        store=run.rows[0]["seconds"]["store"],
-        requests=round(each * world),
+        rank=statistics.median(ranks),
+        store=statistics.median(run.rows[0]["seconds"]["store"] for run in runs),
+        requests=round(statistics.median(requests)),
     )
-    return measured, run
+    return measured, runs[-1]
 
 
 def _rows(measured: Measured, run: LightRun, constants: Constants) -> list[dict[str, Any]]:
@@ -78,7 +80,7 @@ def _rows(measured: Measured, run: LightRun, constants: Constants) -> list[dict[
         (
             "CPU of the store",
             "s",
-            store_seconds(world, measured.requests, constants),
+            store_seconds(measured.requests, constants),
             measured.store,
         ),
         ("requests of a rank", "requests", store_requests(world, 2), requests),

@@ -1,7 +1,7 @@
 """CPU seconds and requests between the start of a job and the building of its engine.
 
 Not in it: building the engine, DeepSpeed's and NCCL's own groups, reading a checkpoint, and waits
-for other ranks and for name resolution. `python -m bench start_up` fits `rank`, `rank_each`,
+for other ranks and for name resolution. `python -m bench start_up` fits `rank`, `rank_level`,
 `store` and `request`; the other constants were measured once (docs/LOG.md).
 """
 
@@ -29,21 +29,21 @@ axis; those in and between nodes."""
 
 @dataclass(frozen=True, kw_only=True)
 class Constants:
-    """CPU seconds, measured on two shared cores of an AMD EPYC beside other work."""
+    """CPU seconds, measured on two cores of an AMD EPYC."""
 
     imports: float = 4.4
     """torch, the training loop, DeepSpeed and megatron-core, in a new process."""
-    rank: float = 0.0230
+    rank: float = 0.0182
     """A rank that meets the others, with two groups of all ranks and a gather of texts."""
-    rank_each: float = 0.000227
-    """The same, for each rank of the world."""
+    rank_level: float = 0.00065
+    """The same, for each level of the tree of ranks."""
     group: float = 0.00062
     """A further group that this rank is in."""
     group_each: float = 0.00031
     """All groups of the mesh, for each rank of the world: every rank names those of the others."""
-    store: float = 0.00065
-    """The store's thread on rank 0, for each rank that connects."""
-    request: float = 1.29e-5
+    store: float = 0.0010
+    """The store's thread on rank 0, for itself."""
+    request: float = 1.49e-5
     """The store's thread, for each request."""
     check: float = 3.1e-5
     """Rank 0 reads and checks the manifest, for each shard."""
@@ -89,7 +89,7 @@ def start_costs(
         "imports": constants.imports,
         "meeting": rank_seconds(world, constants) if world > 1 else 0.0,
         "groups": constants.group * further + constants.group_each * world if further else 0.0,
-        "store": store_seconds(world, each * world, constants) if world > 1 else 0.0,
+        "store": store_seconds(each * world, constants) if world > 1 else 0.0,
         "manifest": shards * (constants.check + (world > 1) * (constants.dump + constants.load)),
     }
     return StartCosts(
@@ -118,12 +118,12 @@ def store_requests(world: int, made: int) -> int:
 
 def rank_seconds(world: int, constants: Constants = MEASURED) -> float:
     """CPU seconds of a rank that meets the others."""
-    return constants.rank + constants.rank_each * world
+    return constants.rank + constants.rank_level * math.log2(world)
 
 
-def store_seconds(world: int, requests: int, constants: Constants = MEASURED) -> float:
-    """CPU seconds of the store's thread on rank 0."""
-    return constants.store * world + constants.request * requests
+def store_seconds(requests: int, constants: Constants = MEASURED) -> float:
+    """CPU seconds of the store's thread on rank 0 for the requests of all ranks."""
+    return constants.store + constants.request * requests
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,9 +146,9 @@ def fitted(rows: Sequence[Measured], constants: Constants = MEASURED) -> Constan
     """
     if len(rows) < 2:
         raise ValueError("a fit needs worlds of two sizes")
-    rank, rank_each = _least([(1.0, r.world) for r in rows], [r.rank for r in rows])
-    store, request = _least([(r.world, r.requests) for r in rows], [r.store for r in rows])
-    return replace(constants, rank=rank, rank_each=rank_each, store=store, request=request)
+    rank, level = _least([(1.0, math.log2(r.world)) for r in rows], [r.rank for r in rows])
+    store, request = _least([(1.0, r.requests) for r in rows], [r.store for r in rows])
+    return replace(constants, rank=rank, rank_level=level, store=store, request=request)
 
 
 def _least(features: list[tuple[float, float]], values: list[float]) -> tuple[float, float]:
