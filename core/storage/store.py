@@ -130,7 +130,12 @@ class FolderStore:
 
     def delete(self, name: str) -> None:
         path = self._path(name)
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except _WRONG_FOLDER as error:
+            raise StoreInputError(f"{self.root} cannot be written to: {error.strerror}") from error
+        except OSError as error:
+            raise StoreError(f"cannot delete {path}: {error}") from error
         if path.parent != self.root:
             with suppress(OSError):  # not empty, or already gone
                 path.parent.rmdir()

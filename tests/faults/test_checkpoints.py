@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from checkpoint.config import CheckpointConfig
 from checkpoint.format import StateSlice
 from checkpoint.reader import CheckpointReader, finished_steps, open_checkpoint
-from checkpoint.writer import write_checkpoint
+from checkpoint.writer import Gather, write_checkpoint
 from cluster.object_server import ObjectServer
 from core.errors import CheckpointError, CorruptError, StoreError, StoreInputError
 from core.files.atomic import TEMPORARY
@@ -23,6 +24,7 @@ from core.log import LOG
 from core.storage.s3 import S3Store
 from core.storage.store import FolderStore
 from tests.faults.conftest import Record
+from tests.harness import PATIENCE
 from training.run.checkpoints import Checkpoints, Saved, kept_steps
 from training.run.resume import tell_dropped_errors
 
@@ -253,19 +255,56 @@ def test_the_policy_deletes_and_protects(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-2", "step-4"]
 
 
+def _gathers(ranks: int) -> list[Gather]:
+    """`gather_text` of some threads, which are the ranks."""
+    texts, barrier = [""] * ranks, threading.Barrier(ranks)
+
+    def gather(number: int, text: str) -> list[str]:
+        texts[number] = text
+        barrier.wait(PATIENCE)
+        every = list(texts) if number == 0 else texts[:1]
+        barrier.wait(PATIENCE)
+        return every
+
+    return [partial(gather, number) for number in range(ranks)]
+
+
+@pytest.mark.parametrize(
+    ("rank", "method", "seen"),
+    [(1, "delete", ["", "", ""]), (0, "names", ["planted", "planted", "planted"])],
+)
+def test_ranks_agree_on_a_retention_that_fails(
+    rank: int, method: str, seen: list[str], tmp_path: Path
+) -> None:
+    """Otherwise one rank alone repeats the last save, and waits for the others for ever."""
+    gathers = _gathers(3)
+
+    def fails(*_: object) -> None:
+        raise StoreError("planted")
+
+    def run(number: int) -> str:
+        store, gather = FolderStore(tmp_path), gathers[number]
+        checkpoints = Checkpoints(
+            store, CheckpointConfig(keep=1, async_save=False), number, 3, (gather, gather)
+        )
+        for step in (1, 2):
+            if step == 2 and number == rank:
+                setattr(store, method, fails)
+            checkpoints.save(step, _slices(1.0)[number : number + 1], {"step": step})
+        return checkpoints.failure()
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(run, range(3))) == seen
+    assert CheckpointReader(FolderStore(tmp_path), "step-2").facts["step"] == 2
+
+
 def test_each_rank_deletes_its_own_files(tmp_path: Path) -> None:
     """Old checkpoints, of as many ranks or of more, and unfinished ones, whose manifest is gone."""
     _save(tmp_path, step=1, ranks=5)
-    texts, barrier = [""] * 4, threading.Barrier(4)
+    gathers = _gathers(4)
 
     def rank(number: int) -> list[str]:
-        def gather(text: str) -> list[str]:
-            texts[number] = text
-            barrier.wait()
-            every = list(texts) if number == 0 else texts[:1]
-            barrier.wait()
-            return every
-
+        gather = gathers[number]
         store, deleted = FolderStore(tmp_path), list[str]()
         delete = store.delete
         store.delete = lambda name: (deleted.append(name), delete(name))[1]  # type: ignore[method-assign]

@@ -141,7 +141,9 @@ class Checkpoints:
     def _delete(self, steps: Callable[[], set[int]], gather: Gather) -> None:
         """Delete the steps that rank 0 finds; collective: each rank deletes its share of the files.
 
-        Manifests go first, so that a partial checkpoint is never read.
+        Manifests go first, so that a partial checkpoint is never read. A file that cannot be
+        deleted is logged and left to the next start.
+        Raises: StoreError, on every rank, if rank 0 cannot find or delete manifests.
         """
         counts: list[tuple[int, int]] = []
         failure: StoreError | None = None
@@ -149,11 +151,19 @@ class Checkpoints:
             counts = [self._forget(step) for step in sorted(steps())] if self._rank == 0 else []
         except StoreError as error:  # the others wait for what to delete
             failure = error
-        for step, count in json.loads(gather(json.dumps(counts))[0]):
+        told = gather(json.dumps({"counts": counts, "error": str(failure or "")}))[0]
+        answer = json.loads(told)
+        for step, count in answer["counts"]:
             for number in range(self._rank, count, self._ranks):
-                self.store.delete(f"step-{step}/{rank_file(number)}")
-        if failure is not None:
-            raise failure
+                self._delete_file(f"step-{step}/{rank_file(number)}")
+        if answer["error"]:
+            raise failure or StoreError(answer["error"])
+
+    def _delete_file(self, name: str) -> None:
+        try:
+            self.store.delete(name)
+        except StoreError as error:  # of this rank alone: it must not leave the others' collectives
+            LOG.warning("%s; the next start of the run deletes it", error)
 
     def _forget(self, step: int) -> tuple[int, int]:
         """Delete a step's manifest; returns the step, and up to which number ranks have a file."""
