@@ -15,7 +15,7 @@ from pathlib import Path
 from cluster.processes import start, stop
 from core.errors import ConfigError, StoreError, TapirError
 from core.files.temporary import left_folders, private_folder
-from core.launch_environment import free_port
+from core.launch_environment import free_ports
 from core.storage.s3 import S3Store
 
 READY_SECONDS = 60
@@ -67,7 +67,7 @@ def object_server(folder: Path, bucket: str) -> Iterator[ObjectServer]:
         identity = private / _IDENTITIES
         identity.touch(mode=0o600)
         identity.write_text(json.dumps(_identities(access, secret)))
-        ports = [free_port(beside=_GRPC_OFFSET) for _ in range(4)]
+        ports = free_ports(4, beside=_GRPC_OFFSET)
         (private / _PORTS).write_text(json.dumps(ports))
         endpoint = f"http://127.0.0.1:{ports[3]}"
         command = _command(weed, folder.resolve(), private, ports)

@@ -274,3 +274,13 @@ def free_port(address: str = "127.0.0.1", beside: int = 0) -> int:
             if not left:
                 raise
     raise AssertionError("the last attempt returns or raises")
+
+
+def free_ports(count: int, beside: int = 0) -> list[int]:
+    """Several of `free_port`, no two of them equal: none is taken yet when the next is chosen."""
+    ports: list[int] = []
+    while len(ports) < count:
+        port = free_port(beside=beside)
+        if port not in ports:
+            ports.append(port)
+    return ports

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from core.launch_environment import free_port
+from core.launch_environment import free_ports
 
 _CONFIG = """\
 ClusterName={name}
@@ -164,7 +164,7 @@ def _start_munge(folder: Path) -> None:
 
 def _write_config(slurm: Slurm, nodes: int, settings: str) -> None:
     host = socket.gethostname().split(".")[0]
-    ports = [free_port() for _ in range(nodes + 1)]
+    ports = free_ports(nodes + 1)
     text = _CONFIG.format(name=slurm.name, host=host, root=slurm.root, port=ports[0])
     text += settings
     for number, port in enumerate(ports[1:], 1):
