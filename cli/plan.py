@@ -71,6 +71,7 @@ def _given(
     if jobs.data:
         _plan_jobs(flags, jobs)
     else:
+        check(jobs.unused())
         _run(flags)
 
 

@@ -64,6 +64,13 @@ class DataFlags:
             if name not in ("data", "in_place") and not 0 < value < math.inf
         ]
 
+    def unused(self) -> list[str]:
+        """Problems of flags that are given without --data."""
+        default = DataFlags()
+        changed = [name for name, value in vars(self).items() if value != getattr(default, name)]
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+        return [f"{flags}: for data jobs; add --data N, or leave it out"] if flags else []
+
 
 @dataclass(frozen=True, kw_only=True)
 class JobPlan:

@@ -91,6 +91,8 @@ def test_numbers_are_read_and_wrong_ones_refused(capsys: pytest.CaptureFixture[s
             pairs_of(text)
     with pytest.raises(ConfigError, match=r"--workers 0 must be .*\n- --pack-rate nan must be"):
         plan_data(10, DataFlags(workers=0, pack_rate=float("nan")))
+    with pytest.raises(ConfigError, match="--workers, --in-place: for data jobs; add --data N"):
+        plan(["tiny", "--world", "4", "--workers", "64", "--in-place"])
     plan(["--data", "250M", "--workers", "64", "--in-place", "--json"])
     body = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert body["pairs"] == 250_000_000 and body["flags"]["workers"] == 64
