@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from core.storage.store import FolderStore
+from core.storage.store import FolderStore, Store
 from parallel.ledger import OPERATIONS, PAIRS
 from planning.rehearsal.patches import Change
 
@@ -19,7 +19,7 @@ CALLS, MESSAGES, REQUESTS = "collective calls", "messages", "checkpoint store re
 COUNTED = (CALLS, MESSAGES, REQUESTS)
 FIRST, SAVE, END = "first step", "save", "end"
 _ESTABLISHED = "01"
-_REQUESTS = ("get", "put", "put_parts", "names", "exists", "delete", "etag")
+_REQUESTS = [name for name, method in vars(Store).items() if name[0] != "_" and callable(method)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,9 +54,10 @@ def table(lives: Sequence[Life]) -> list[str]:
 
 
 def facts(lives: Sequence[Life]) -> dict[str, Any]:
-    """The table for --json."""
+    """The table for --json; one world says nothing about growth."""
     problems = too_fast(lives)
-    return {"grows_with_log": not problems, "rule": RULE, "problems": problems} | {
+    grows = not problems if len(lives) > 1 else None
+    return {"grows_with_log": grows, "rule": RULE, "problems": problems} | {
         "worlds": [to_json(life) for life in lives]
     }
 

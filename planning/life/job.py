@@ -89,7 +89,8 @@ class Job:
     def check(self) -> None:
         """Raise TapirError if anything is missing, double or wrong after the end."""
         plan, problems = self.plan, []
-        steps = [row["step"] for row in read_metrics(self.run) if row.get("split") is None]
+        rows = [row for row in read_metrics(self.run) if row.get("split") is None]
+        steps = [row["step"] for row in rows]
         if steps != list(range(1, plan.steps + 1)):
             problems.append(f"metrics.jsonl has the steps {steps}")
         restarts = self._log.read_text().count(_RESTARTS)
@@ -97,7 +98,8 @@ class Job:
             problems.append(f"the supervisor restarted {restarts} times after {plan.losses} losses")
         saves = {mark["step"] for mark in self._marks if mark["what"] == SAVE}
         if unsaved := sorted(set(range(plan.every, plan.steps + 1, plan.every)) - saves):
-            problems.append(f"no checkpoints were written after the steps {unsaved}")
+            problems.append(f"no checkpoints were begun after the steps {unsaved}")
+        problems += [row["save_error"] for row in rows if "save_error" in row]
         model = open_model(self.run, STAGE)
         for rank in range(plan.world):
             if set(model.read(block_name(rank)).tolist()) != {weight_after(rank, plan.steps)}:

@@ -73,6 +73,8 @@ def test_counts_may_grow_with_the_logarithm_and_no_faster() -> None:
     assert median == "messages (median rank): 4 at 8 ranks, 10.1 at 64, above 10"
     assert worst.startswith("messages (worst rank): 10 at 8 ranks")
     assert facts([_life(8, 4, 10), _life(64, 10.1, 25)])["grows_with_log"] is False
+    assert facts([_life(8, 4, 10), _life(64, 10, 25)])["grows_with_log"] is True
+    assert facts([_life(8, 4, 10)])["grows_with_log"] is None, "one world has no curve"
     assert too_fast([_life(8, 0, 1), _life(64, 1, 1)]) != [], "nothing cannot grow"
 
 
@@ -88,9 +90,10 @@ def test_requests_of_a_folder_are_counted(tmp_path: Path) -> None:
     store = counts.store(str(tmp_path))
     store.put("a/b", b"c")
     assert store.get("a/b") == b"c" and store.names() == ["a/b"]
+    assert store.head("a/b") == (1, "") and [e.name for e in store.entries()] == ["a/b"]
     store.delete("a/b")
     mark = counts.mark(SAVE, 3)
-    assert mark["counts"] == {**dict.fromkeys(COUNTED, 0), REQUESTS: 4}
+    assert mark["counts"] == {**dict.fromkeys(COUNTED, 0), REQUESTS: 6}
     assert (mark["what"], mark["step"]) == (SAVE, 3) and counts.marks == [mark]
 
 
