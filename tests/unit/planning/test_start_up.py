@@ -31,7 +31,7 @@ PAPER = MeshConfig(tensor=8, pipeline=8, data=16)
 
 
 def test_requests_of_a_rank_grow_with_the_logarithm_of_the_world() -> None:
-    """7 to meet, one a group, three for each peer: 1, 3, 5, ... of a ring and a barrier."""
+    """7 to meet, one a group, three for each peer: 1, 3, 5, ... of a barrier."""
     worlds = (2, 3, 4, 8, 64, 1024)
     assert [store_requests(world, 2) for world in worlds] == [12, 15, 18, 24, 42, 66]
     assert [groups(mesh) for mesh in (MeshConfig(data=8), PAPER)] == [2, 18]
