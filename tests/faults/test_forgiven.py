@@ -102,34 +102,38 @@ def _until(condition: Callable[[], Any]) -> None:
         time.sleep(0.01)
 
 
-def _survives(job: Job, failures: int, steps: int) -> None:
-    """Kill a job again and again, each time after a new checkpoint; it must end with 0."""
+def _kill_after_checkpoints(job: Job, failures: int) -> None:
+    """Kill a job again and again, each time after a new checkpoint, and wait for its end."""
     for number in range(failures):
         before = job.newest()
         _until(lambda: job.newest() > before)  # noqa: B023
         job.kill(node=number % 2 == 1)
-    assert job.process.wait(PATIENCE) == 0, job.text()
+    job.process.wait(PATIENCE)
+
+
+def _kill_at_rows(job: Job, node: bool) -> None:
+    """Kill a job four times after a new row, without a checkpoint, and wait for its end."""
+    for _ in range(4):
+        rows = len(rows_of(job.run))
+        _until(lambda: len(rows_of(job.run)) > rows)  # noqa: B023
+        job.kill(node)
+    job.process.wait(PATIENCE)
+
+
+def _assert_forgiven(job: Job, failures: int, steps: int) -> None:
+    """The job ended well, in one start more than it was killed, and its record is gone."""
+    assert job.process.returncode == 0, job.text()
     marker = unseal((job.folder / "markers" / "prior.json").read_bytes(), "prior.json")
     assert marker["starts"] == failures + 1
     assert job.newest() == steps and not (job.folder / "jobs" / "prior.starts").exists()
 
 
-def _gives_up(job: Job, node: bool) -> None:
-    """Kill a job four times at a step without a checkpoint in between; it must end with 70."""
-    for _ in range(4):
-        rows = len(rows_of(job.run))
-        _until(lambda: len(rows_of(job.run)) > rows)  # noqa: B023
-        job.kill(node)
-    assert job.process.wait(PATIENCE) == 70, job.text()
-    assert "job prior gives up: 4 failures before a checkpoint since 20" in job.text()
-    reason = "a lost node" if node else "last error: the command was killed (SIGKILL)"
-    assert reason in job.text() and "(retries, now 3" in job.text()
-
-
 @pytest.mark.world
 def test_failures_with_progress_between_them_are_forgiven(tmp_path: Path, fault: Record) -> None:
     fault(32, f"{FEW} SIGKILLs of a job, half of them with `tapir job`, progress between them")
-    _survives(Job(tmp_path, work(tmp_path / "run", 120, 2)), FEW, 120)
+    job = Job(tmp_path, work(tmp_path / "run", 120, 2))
+    _kill_after_checkpoints(job, FEW)
+    _assert_forgiven(job, FEW, 120)
     fault.outcome("all forgiven, exit code 0")
 
 
@@ -137,7 +141,12 @@ def test_failures_with_progress_between_them_are_forgiven(tmp_path: Path, fault:
 @pytest.mark.parametrize("node", [False, True])
 def test_failures_at_one_step_are_the_end(tmp_path: Path, fault: Record, node: bool) -> None:
     fault(33, f"4 SIGKILLs at one step ({'a lost node' if node else 'the command'})")
-    _gives_up(Job(tmp_path, work(tmp_path / "run", 10_000, 5000)), node)
+    job = Job(tmp_path, work(tmp_path / "run", 10_000, 5000))
+    _kill_at_rows(job, node)
+    assert job.process.returncode == 70, job.text()
+    assert "job prior gives up: 4 failures before a checkpoint since 20" in job.text()
+    reason = "a lost node" if node else "last error: the command was killed (SIGKILL)"
+    assert reason in job.text() and "(retries, now 3" in job.text()
     fault.outcome("given up with the reason, exit code 70")
 
 
@@ -147,7 +156,9 @@ def test_a_training_survives_many_failures(
 ) -> None:
     fault(32, f"{FAILURES} SIGKILLs of a training, half of them with `tapir job`")
     steps = 20 * FAILURES
-    _survives(Job(tmp_path, training(tmp_path / "run", steps, 2)), FAILURES, steps)
+    job = Job(tmp_path, training(tmp_path / "run", steps, 2))
+    _kill_after_checkpoints(job, FAILURES)
+    _assert_forgiven(job, FAILURES, steps)
     assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(1, steps + 1))
     fault.outcome("all forgiven, every step logged once, exit code 0")
 
