@@ -180,13 +180,13 @@ def test_each_rank_reads_its_own_tensors_alone(
 
 def test_files_are_spread_over_the_ranks() -> None:
     """189 files over 1,024 ranks: at most two for the 8 ranks of a node."""
-    files = [str(i) for i in range(194)]
+    files = [str(i) for i in range(189)]
     owners = [
         rank
         for rank in range(1024)
         for _ in save._share(files, Writers(rank=rank, size=1024, gather=lambda text: [text]))
     ]
-    assert len(owners) == len(set(owners)) == 194
+    assert len(owners) == len(set(owners)) == 189
     nodes = [owner // 8 for owner in owners]
     assert max(nodes.count(node) for node in nodes) == 2
 
