@@ -29,7 +29,7 @@ axis; those in and between nodes."""
 
 @dataclass(frozen=True, kw_only=True)
 class Constants:
-    """CPU seconds on two cores of an AMD EPYC: the fitted ones idle, the others beside other work."""
+    """CPU seconds of AMD EPYC cores: the fitted ones idle, the others beside other work."""
 
     imports: float = 4.4
     """torch, the training loop, DeepSpeed and megatron-core, in a new process."""
