@@ -180,6 +180,11 @@ def test_patterns_select_names_and_what_is_below(pattern: str, selected: str) ->
     assert all(made.enters(name.rpartition("/")[0]) for name in chosen)
 
 
+def test_a_malformed_range_is_no_pattern() -> None:
+    with pytest.raises(InputError, match=r"is not a pattern: bad character range"):
+        Pattern("data/[z-a].tar")
+
+
 def test_pictures_of_one_name_are_in_one_slice(tmp_path: Path) -> None:
     names = [f"{i:02d}" for i in range(30)]
     rows = [FilePair(f"{name}.{e}", "", "") for name in names for e in ("jpg", "mask.png", "png")]
