@@ -146,7 +146,10 @@ def test_status_of_a_version_counts_the_units_of_those_before(tmp_path: Path) ->
     source, store = _archives(tmp_path / "tars", range(2)), FolderStore(tmp_path / "set")
     pack(str(source), store, CONFIG)
     more = _archives(tmp_path / "more", range(7, 10))
-    pack(str(more), store, CONFIG, append=True)
+    made = pack(str(more), store, CONFIG, append=True)
+    (row,) = job_status(store)
+    assert row.finished and row.rejects == made["train"].rejects
+    assert row.pairs == row.pairs_done == sum(manifest.samples for manifest in made.values()) > 0
     store.delete("validation/manifest-000002.json")
     (row,) = job_status(store)
     assert (row.tasks_done, row.tasks, row.finished) == (5, 5, False)
