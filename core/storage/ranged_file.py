@@ -67,7 +67,7 @@ class RangedFile(io.RawIOBase):
         future = self._asked(number)
         if number == self._last + 1 and (number + 1) * self._part < self._size:
             self._asked(number + 1)
-        self._last = number if number != self._last else self._last
+        self._last = number
         while len(self._kept) > _KEPT:
             self._kept.popitem(last=False)
         data = future.result()

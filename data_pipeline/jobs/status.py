@@ -10,7 +10,15 @@ from typing import Any
 
 from core.errors import CorruptError, InputError
 from core.storage.store import Store
-from data_pipeline.formats.manifest import SPLITS, TOKENS, manifest_name, read_json, read_manifest
+from data_pipeline.formats.manifest import (
+    RAW,
+    SPLITS,
+    TOKENS,
+    manifest_name,
+    newest_manifests,
+    read_json,
+    read_manifest,
+)
 from data_pipeline.jobs.leases import read_leases
 from data_pipeline.jobs.ledger import Record, finished_tasks
 from data_pipeline.jobs.request import newest_version, request_name
@@ -71,14 +79,15 @@ def job_status(store: Store) -> list[PartStatus]:
 
     Raises: InputError if there is none.
     """
-    return [_status(store, part, tokens) for part, tokens in _parts(store)]
+    return [_status(store, part, kind) for part, kind in _parts(store)]
 
 
-def _parts(store: Store) -> list[tuple[JobPart, bool]]:
-    """The parts of a job, and if they are those of a token job."""
+def _parts(store: Store) -> list[tuple[JobPart, str]]:
+    """The parts of a job, and the format of its manifests; "" if it writes none."""
     if store.exists(JOB):
-        parts = read_json(store, JOB)["parts"]
-        return [(JobPart(name=name, **part), False) for name, part in sorted(parts.items())]
+        body = read_json(store, JOB)
+        parts, kind = body["parts"], RAW if body.get("job") == "pack" else ""
+        return [(JobPart(name=name, **part), kind) for name, part in sorted(parts.items())]
     version = newest_version(store)
     if not version:
         raise InputError(
@@ -97,22 +106,22 @@ def _parts(store: Store) -> list[tuple[JobPart, bool]]:
                 pairs=counts[split]["pairs"],
                 result=f"{split}/{manifest_name(version)}",
             ),
-            True,
+            TOKENS,
         )
         for split in SPLITS
     ]
 
 
-def _status(store: Store, part: JobPart, tokens: bool) -> PartStatus:
+def _status(store: Store, part: JobPart, kind: str) -> PartStatus:
     leases = read_leases(store, part.prefix)
     if store.exists(part.result):
-        rejects, devices = _of_manifest(store, part) if tokens else ({}, {})
+        count, rejects, devices = _of_manifests(store, part, kind)
         return PartStatus(
             part=part.name,
             tasks=part.tasks,
             tasks_done=part.tasks,
-            pairs=part.pairs,
-            pairs_done=part.pairs,
+            pairs=count,
+            pairs_done=count,
             rejects=rejects,
             finished=True,
             devices=devices,
@@ -157,13 +166,21 @@ def pairs_of(record: Record) -> int:
     return int(record["shards"][0]["samples"] + sum(record["rejects"].values()))
 
 
-def _of_manifest(store: Store, part: JobPart) -> tuple[dict[str, int], dict[str, int]]:
-    """Rejects and devices of a finished token split."""
+def _of_manifests(
+    store: Store, part: JobPart, kind: str
+) -> tuple[int, dict[str, int], dict[str, int]]:
+    """Pairs, rejects and devices of a finished token split or raw set."""
+    if kind == RAW:
+        manifests = newest_manifests(store, RAW)
+        pairs = sum(manifest.samples for manifest in manifests.values())
+        return pairs, manifests["train"].rejects, {}
+    if kind != TOKENS:
+        return part.pairs, {}, {}
     manifest = read_manifest(store, part.prefix, TOKENS)
     devices: Counter[str] = Counter()
     for row in manifest.numerics:
         devices[row["device"]] += row["shards"]
-    return manifest.rejects, dict(devices)
+    return part.pairs, manifest.rejects, dict(devices)
 
 
 def _pace(lease: dict[str, Any]) -> float:

@@ -97,14 +97,14 @@ class Job(Generic[AnyTask]):
         """The end of a folder's tasks: `write` writes the object `result` last."""
         return Finisher(self.store, prefix, self.leases(prefix), result, write)
 
-    def announce(self, kind: str, finishers: Sequence[Finisher]) -> None:
-        """Write job.json for `tapir status`."""
+    def announce(self, kind: str, finishers: Sequence[Finisher], earlier: int = 0) -> None:
+        """Write job.json for `tapir status`; `earlier`: tasks of each folder's earlier versions."""
         parts = {
             finisher.prefix or "all": {
                 "prefix": finisher.prefix,
                 "result": finisher.result,
-                "tasks": sum(task.prefix == finisher.prefix for task in self.tasks),
-                "pairs": self._known_pairs(finisher.prefix),
+                "tasks": earlier + sum(task.prefix == finisher.prefix for task in self.tasks),
+                "pairs": 0 if earlier else self._known_pairs(finisher.prefix),
             }
             for finisher in finishers
         }

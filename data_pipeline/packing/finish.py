@@ -65,15 +65,22 @@ class SetWriter:
         return newest_version(self._store) <= self._version
 
     def write(self) -> bool:
-        """Write both splits; False if a unit is not done.
+        """Write both splits; False if a unit of this version is not done.
 
-        Raises: InputError if there are no pairs, too many unusable ones, or a split is empty.
+        Raises: InputError if there are no pairs, too many unusable ones, or a split is empty;
+        CorruptError if a unit of an earlier version has no marker: no worker of this job makes it.
         """
         try:
             records = dict(finished_tasks(self._store, UNITS, self._ledgers))
         except AbsentError:
             return False
-        if any(task.name not in records for task in self._tasks):
+        missing = [task for task in self._tasks if task.name not in records]
+        if any(task.number < self._first for task in missing):
+            raise CorruptError(
+                f"{self._store.url}/{missing[0].marker} is missing; run the `tapir pack` of that "
+                "version with --again"
+            )
+        if missing:
             return False
         try:
             self._write([records[task.name] for task in self._tasks])

@@ -28,12 +28,14 @@ class Judge:
     """Counts the unusable pairs of all workers, and ends the job as soon as they are too many.
 
     They are too many if they exceed the fraction of the pairs that the whole set is expected to
-    have: those read so far, by their bytes, for all bytes of the plan.
+    have: those read so far, by their bytes, for all bytes of the plan. If units of several kinds
+    have sizes in bytes and in files, only the end of the job judges.
     """
 
     def __init__(self, store: Store, tasks: Sequence[UnitTask], most: float, alone: bool) -> None:
         self._store, self._most, self._alone = store, most, alone
         self._sizes = {task.name: task.bytes for task in tasks}
+        self._comparable = len({unit.kind for task in tasks for unit in task.units}) == 1
         self._counted: dict[str, Record] = {}
         self._looked = time.monotonic()
 
@@ -42,11 +44,12 @@ class Judge:
         self._counted[task.name] = _counts(record)
         if not self._alone and time.monotonic() - self._looked > _SECONDS:
             done = finished_tasks(self._store, UNITS)
-            self._counted.update((name, _counts(record)) for name, record in done)
+            own = ((name, _counts(record)) for name, record in done if name in self._sizes)
+            self._counted.update(own)
             self._looked = time.monotonic()
         rows = self._counted.values()
         unusable, seen = (sum(row[name] for row in rows) for name in ("unusable", "pairs"))
-        if seen < LEAST:
+        if seen < LEAST or not self._comparable:
             return
         read = sum(self._sizes.get(name, 0) for name in self._counted)
         expected = seen * sum(self._sizes.values()) / max(read, 1)

@@ -150,7 +150,7 @@ class _Pack:
         )
         result = result_of(self._store, self._version)
         ends = [self._job.finisher(UNITS, result, writer.write)]
-        self._job.announce("pack", ends)
+        self._job.announce("pack", ends, len(earlier))
         if again:
             outputs = lambda task: outputs_of(self._store, task.number)  # noqa: E731
             self._job.repair(self._check, outputs, ends)

@@ -17,6 +17,7 @@ from data_pipeline.formats.manifest import (
     SPLITS,
     Manifest,
     Shard,
+    manifest_name,
     read_json,
     read_manifest,
 )
@@ -47,7 +48,7 @@ def given_back(store: Store, alone: bool = True) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        if not finished(store):
+        if not was_finished(store):
             if alone:
                 _clear(store)
             else:
@@ -73,7 +74,9 @@ def claim(store: Store, request: dict[str, Any], again: bool = False) -> None:
     """
     content = canonical_json(request)
     refused = store.exists(REFUSED)
-    if refused and (again or store.get(REQUEST) != content):
+    if refused and was_finished(store):  # by the other workers, after the refusal of one
+        store.delete(REFUSED)
+    elif refused and (again or store.get(REQUEST) != content):
         _clear(store)
     elif refused:
         refuse_refused(store)
@@ -111,6 +114,11 @@ def finished(store: Store) -> dict[str, Manifest]:
             return {}
         manifests[name] = read_manifest(store, f"{name}/", RAW)
     return manifests
+
+
+def was_finished(store: Store, version: int = 1) -> bool:
+    """True for a version with a manifest: --again deletes that of one split before it mends."""
+    return any(store.exists(f"{name}/{manifest_name(version)}") for name in SPLITS)
 
 
 def refuse_empty(shards: dict[str, list[Shard]], advice: str) -> None:

@@ -27,7 +27,14 @@ from data_pipeline.formats.manifest import (
 )
 from data_pipeline.jobs.ledger import sweep_ledgers
 from data_pipeline.jobs.request import claimed, newest_version, request_name
-from data_pipeline.packing.place import REFUSED, UNITS, given_back, refuse_refused, taken
+from data_pipeline.packing.place import (
+    REFUSED,
+    UNITS,
+    given_back,
+    refuse_refused,
+    taken,
+    was_finished,
+)
 from data_pipeline.packing.plan_file import plan_name, read_plan
 from data_pipeline.packing.rejects import Rejects
 from data_pipeline.packing.unit import UnitTask
@@ -100,7 +107,7 @@ def place_given_back(store: Store, version: int, alone: bool) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        if not finished_version(store, version):
+        if not was_finished(store, version):
             if alone:
                 _clear(store, version)
             else:

@@ -22,8 +22,6 @@ class RawWriter:
     def __init__(self, store: Store, split: str, config: PackConfig, unit: int = 0) -> None:
         self._store, self._prefix, self._config, self._unit = store, f"{split}/", config, unit
         self.shards: list[Shard] = []
-        self.several = 0
-        """Pairs with several captions."""
         self._begin()
 
     def _begin(self) -> None:
@@ -36,7 +34,6 @@ class RawWriter:
         facts: dict[str, Any] = {"key": pair.key, "split_key": pair.split_key}
         if len(captions) > 1:
             facts["captions"] = captions
-            self.several += 1
         members = {
             "json": json.dumps(facts, sort_keys=True).encode(),
             pair.extension: pair.image,

@@ -78,10 +78,14 @@ def loose_rows(files: Files, walked: list[Folder]) -> Iterator[Unusable]:
             yield folder
             continue
         for name in names:
-            where = files.where(f"{folder}/{name}" if folder else name)
+            path = f"{folder}/{name}" if folder else name
+            where = files.where(path)
             if is_picture(name):
                 yield unusable(where, "is among tars; pack it from a folder of its own")
-            elif not is_tar(name):
+            elif is_tar(name):
+                if not files.is_file(path):
+                    yield unusable(where, "is not a plain file", "archive")
+            else:
                 kind, reason = why_not_read(name)
                 yield unusable(where, reason if kind != IGNORED else "is not a tar", kind)
 

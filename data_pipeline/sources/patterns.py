@@ -24,7 +24,7 @@ class Pattern:
     """
 
     def __init__(self, source: str) -> None:
-        """Raises: InputError for braces that do not close, or a pattern in the bucket's name."""
+        """Raises: InputError for malformed braces or ranges, or a pattern in the bucket's name."""
         scheme = S3 if source.startswith(S3) else ""
         try:
             whole = list(braceexpand(source.removeprefix(scheme)))
@@ -46,7 +46,10 @@ class Pattern:
         self._literal = set(self.literals)
         self._above = {folder for name in self.literals for folder in _folders(name)}
         globs = [name for name in names if _GLOB.search(name)]
-        self._globs = [re.compile(_expression(glob)) for glob in globs]
+        try:
+            self._globs = [re.compile(_expression(glob)) for glob in globs]
+        except re.error as error:
+            raise InputError(f"{source!r} is not a pattern: {error}") from error
         self._parts = [glob.split("/") for glob in globs]
 
     def selects(self, name: str) -> bool:

@@ -194,8 +194,11 @@ class StoredFiles:
 
 
 def entry_of(path: Path, name: str) -> Entry:
-    """Size and time of a local file."""
-    stat = path.stat()
+    """Size and time of a local file; of a link to nothing, its own."""
+    try:
+        stat = path.stat()
+    except OSError:
+        stat = path.lstat()
     return Entry(name, stat.st_size, str(stat.st_mtime_ns))
 
 

@@ -156,11 +156,10 @@ def _matched(text: str) -> Source:
 def _stored(text: str) -> Source:
     """An object, or the objects below a prefix."""
     above, _, name = text.rstrip("/").rpartition("/")
-    if above != S3.rstrip("/"):
-        parent = open_store(above)
-        rows = [row for row in parent.entries(name) if row.name == name]
-        if rows:
-            return _single(text, StoredFiles(parent), rows[0], _digest(rows))
+    if above.startswith(S3):  # else the text is a bucket
+        parent = StoredFiles(open_store(above))
+        if entry := parent.entry(name):
+            return _single(text, parent, entry, _digest([entry]))
     files = StoredFiles(open_store(text))
     rows = files.rows(Everything())
     if not rows:

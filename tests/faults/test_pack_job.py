@@ -234,3 +234,23 @@ def test_an_archive_is_read_on_where_a_body_was_cut(
     shard = "train/shard-000000.tar"
     assert len(cut) == 7 and one.get(shard) == two.get(shard)
     fault.outcome("resumed by range, the same shards")
+
+
+@pytest.mark.seconds
+def test_a_whole_bucket_and_one_object_are_sources(s3: ObjectServer, tmp_path: Path) -> None:
+    with s3.credentials():
+        bucket = S3Store("pack-whole", "")
+        bucket.make_bucket()
+        bucket.put("below/a.tar", tar_bytes(img2dataset(0, 20)))
+        keys = []
+        for number, source in enumerate(
+            (bucket.url, f"{bucket.url}/below", f"{bucket.url}/below/a.tar")
+        ):
+            out = FolderStore(tmp_path / str(number))
+            pack(source, out, PackConfig(validation=0.3))
+            keys.append([pair[0] for pair in _end(out, source)[0][:20]])
+    assert [{key.rpartition("__")[0] for key in row} for row in keys] == [
+        {"below__a"},
+        {"a"},
+        {"a"},
+    ]

@@ -5,6 +5,7 @@ import json
 import random
 import threading
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import webdataset
@@ -18,11 +19,14 @@ from data_pipeline.config import FilterConfig, PackConfig
 from data_pipeline.formats.manifest import SPLITS
 from data_pipeline.formats.raw import RawSource
 from data_pipeline.formats.shards import TarBuffer
+from data_pipeline.packing.judge import Judge
 from data_pipeline.packing.pack import pack
+from data_pipeline.packing.unit import UnitTask
 from data_pipeline.sources import plan as planning
 from data_pipeline.sources.files import FilePair
 from data_pipeline.sources.patterns import Pattern
 from data_pipeline.sources.plan import open_sources, plan_units
+from data_pipeline.sources.units import Unit
 from tests.in_place import img2dataset, noise, tar_bytes, written
 
 SMALL = PackConfig(validation=0.3, shard_pairs=7, block=4, max_rejects=0.5, lease_seconds=1)
@@ -145,6 +149,24 @@ def test_too_many_unusable_pairs_of_the_whole_set_end_the_job_early(
     assert store.names() == []
 
 
+@pytest.mark.parametrize("kind", ["tar", "files"])
+def test_sizes_in_bytes_and_in_files_are_not_added(
+    kind: Literal["tar", "files"], tmp_path: Path
+) -> None:
+    sizes: list[tuple[Literal["tar", "files"], int]] = [("tar", 10**9), (kind, 10**6)]
+    tasks = [
+        UnitTask(name=str(i), shown="", number=i, units=(Unit(kind=k),), bytes=size)
+        for i, (k, size) in enumerate(sizes)
+    ]
+    judge = Judge(FolderStore(tmp_path), tasks, most=0.01, alone=True)
+    counts = {"unusable": 200, "pairs": 10_000, "first": "x"}
+    if kind == "files":  # a million pairs to come: 200 are not too many
+        judge.judge(tasks[0], counts)
+        return
+    with pytest.raises(InputError, match="200 of 10000 pairs are unusable"):
+        judge.judge(tasks[0], counts)
+
+
 def test_several_sources_and_patterns_keep_their_keys_apart(tmp_path: Path) -> None:
     for folder in "ab":
         for i in range(2):
@@ -178,6 +200,11 @@ def test_patterns_select_names_and_what_is_below(pattern: str, selected: str) ->
     assert made.root == "data" and " ".join(filter(made.selects, names)) == selected
     chosen = [name for name in names if made.selects(name) and "/" in name]
     assert all(made.enters(name.rpartition("/")[0]) for name in chosen)
+
+
+def test_a_malformed_range_is_no_pattern() -> None:
+    with pytest.raises(InputError, match=r"is not a pattern: bad character range"):
+        Pattern("data/[z-a].tar")
 
 
 def test_pictures_of_one_name_are_in_one_slice(tmp_path: Path) -> None:

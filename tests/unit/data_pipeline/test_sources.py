@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from pyarrow import parquet
 
 from core.errors import InputError
 from core.storage.store import FolderStore
+from core.workers import JobWorker
 from data_pipeline.config import FilterConfig, PackConfig
 from data_pipeline.formats.manifest import Manifest
 from data_pipeline.formats.raw import RawRecord, RawSource
@@ -239,6 +241,54 @@ def test_capitals_are_pictures_too_and_count_counts_pairs(tmp_path: Path) -> Non
         str(source), FolderStore(tmp_path / "out"), PackConfig(validation=0.4, count=10)
     )
     assert _total(manifests) == 10 and set(manifests["train"].rejects) == {"ignored"}
+
+
+def test_links_to_nothing_are_rejects(tmp_path: Path) -> None:
+    pictures, tars = tmp_path / "pictures", tmp_path / "tars"
+    for folder in (pictures, tars):
+        folder.mkdir()
+    for i in range(12):
+        (pictures / f"{i:02d}.png").write_bytes(_picture(i))
+        (pictures / f"{i:02d}.txt").write_text(f"number {i}")
+    (pictures / "gone.png").symlink_to(tmp_path / "nothing")
+    _tar(tars / "a.tar", [f"{i}.{e}" for i in range(12) for e in ("png", "txt")])
+    (tars / "gone.tar").symlink_to(tmp_path / "nothing")
+    for number, source in enumerate((pictures, pictures / "*", tars, tars / "*.tar")):
+        with pytest.raises(InputError, match=r"gone\.(png|tar) "):
+            pack(str(source), FolderStore(tmp_path / f"strict-{number}"), HALF)
+        config = PackConfig(validation=0.4, max_rejects=0.5)
+        manifests = pack(str(source), FolderStore(tmp_path / f"out-{number}"), config)
+        assert _total(manifests) == 12 and sum(manifests["train"].rejects.values()) == 1
+
+
+def test_a_failed_mend_deletes_nothing_of_a_finished_set(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    for i in range(30):
+        (source / f"{i:02d}.png").write_bytes(_picture(i))
+        (source / f"{i:02d}.txt").write_text(f"number {i}")
+    config, out = PackConfig(validation=0.4, shard_pairs=10), FolderStore(tmp_path / "out")
+    pack(str(source), out, config)
+    before = {name: out.get(name) for name in out.names()}
+    damaged = next(name for name in before if name.startswith("train/shard-000001"))
+    (tmp_path / "out" / damaged).write_bytes(b"damaged")
+    picture = source / "12.png"
+    whole, stat = picture.read_bytes(), picture.stat()
+    for data in (bytes(len(whole)), whole):  # damaged, too, then mended, with the size and time
+        picture.write_bytes(data)
+        os.utime(picture, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        for member in (JobWorker(number=0, count=1), JobWorker(number=0, count=2)):
+            if data == whole:
+                pack(str(source), out, config, again=True, member=member)
+                continue
+            with pytest.raises(InputError, match=r"12\.png"):
+                pack(str(source), out, config, again=True, member=member)
+            left = set(out.names())
+            assert {n for n in before if "shard-00000" in n} - left <= {
+                n for n in before if "shard-000001" in n
+            }
+            assert "request.json" in left and "train/manifest.json" in left
+    assert {name: out.get(name) for name in out.names()} == before
 
 
 def test_a_refused_pack_leaves_the_place_as_it_was(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from core.errors import InputError
+from core.errors import CorruptError, InputError
 from core.storage.store import FolderStore, Store
 from core.workers import JobWorker
 from data_pipeline.config import FilterConfig, PackConfig
@@ -16,7 +16,9 @@ from data_pipeline.formats.manifest import RAW, SPLITS, read_manifest
 from data_pipeline.formats.raw import RawRecord, RawSource
 from data_pipeline.formats.split import splits_at
 from data_pipeline.formats.verify import verify_split
+from data_pipeline.jobs.status import job_status
 from data_pipeline.packing.pack import pack
+from data_pipeline.packing.versions import tasks_of
 from tests.harness import json_of, tapir
 from tests.in_place import img2dataset, noise, written
 
@@ -128,6 +130,33 @@ def test_a_damaged_shard_of_an_earlier_version_is_mended(tmp_path: Path) -> None
     with pytest.raises(InputError, match=r"SRC holds nothing that .* does not have already"):
         pack(str(source), store, CONFIG, append=True)
     assert _files(store) == before
+
+
+def test_a_missing_marker_of_an_earlier_version_is_an_error(tmp_path: Path) -> None:
+    source, store = _archives(tmp_path / "tars", range(2)), FolderStore(tmp_path / "set")
+    pack(str(source), store, CONFIG)
+    marker = store.names("units/_done/")[0]
+    store.delete(marker)
+    more = _archives(tmp_path / "more", range(7, 8))
+    with pytest.raises(CorruptError, match=f"{marker} is missing; run the `tapir pack` of that"):
+        pack(str(more), store, CONFIG, append=True)
+
+
+def test_status_of_a_version_counts_the_units_of_those_before(tmp_path: Path) -> None:
+    source, store = _archives(tmp_path / "tars", range(2)), FolderStore(tmp_path / "set")
+    pack(str(source), store, CONFIG)
+    more = _archives(tmp_path / "more", range(7, 10))
+    made = pack(str(more), store, CONFIG, append=True)
+    (row,) = job_status(store)
+    assert row.finished and row.rejects == made["train"].rejects
+    assert row.pairs == row.pairs_done == sum(manifest.samples for manifest in made.values()) > 0
+    store.delete("validation/manifest-000002.json")
+    (row,) = job_status(store)
+    assert (row.tasks_done, row.tasks, row.finished) == (5, 5, False)
+    store.delete(tasks_of(store, 2)[0].marker)
+    (row,) = job_status(store)
+    assert (row.tasks_done, row.tasks) == (4, 5)
+    assert row.pairs == round(row.pairs_done / 4 * 5)
 
 
 def test_what_cannot_be_appended_is_refused(tmp_path: Path) -> None:
