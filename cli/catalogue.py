@@ -1,5 +1,6 @@
 """The verb data."""
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -106,6 +107,8 @@ def _as_json(cell: Any) -> Any:
         return {str(name): _as_json(item) for name, item in cell.items()}
     if isinstance(cell, bytes):
         return cell.hex()
+    if isinstance(cell, float) and not math.isfinite(cell):
+        return str(cell)  # JSON has no such numbers
     return cell if isinstance(cell, str | int | float | bool | None) else str(cell)
 
 

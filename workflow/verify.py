@@ -7,6 +7,7 @@ from checkpoint.reader import finished_steps, open_checkpoint
 from core.errors import InputError
 from core.log import LOG
 from core.storage.store import open_store
+from data_pipeline.catalogue.parts import verify_catalogue
 from data_pipeline.formats.manifest import NAME, SPLITS
 from data_pipeline.formats.verify import verify_split
 from training.export.weights import DESCRIPTION, describe
@@ -25,6 +26,8 @@ def verify_path(path: str, sample: float = 1.0) -> list[str]:
             verified.append(f"{path}/{split}: {count} {what}")
         elif any(name.endswith(".tar") for name in store.names(f"{split}/")):
             LOG.warning("%s/%s has shards and no %s: it is not checked", path, split, NAME)
+    if sample >= 1 and (files := verify_catalogue(store)):
+        verified.append(f"{path}/catalogue: {files} files")
     name = path.rstrip("/").rpartition("/")[2]
     if name.startswith("step-") and store.exists(MANIFEST):
         verified.append(open_checkpoint(path).url)

@@ -30,7 +30,7 @@ _MAKERS = 2
 
 
 def run(rows: int = 0) -> list[dict[str, Any]]:
-    """Rows; ratio > 1 is better than the target, which is in proportion for fewer rows."""
+    """Rows; ratio > 1 is better than the target; those of time and disk scale with the rows."""
     rows = (rows or sized(FULL, 40_000)) // chunk_rows() * chunk_rows()
     folder, work = cache("dedup") / "parts", cache("dedup") / "work"
     folder.mkdir(parents=True, exist_ok=True)

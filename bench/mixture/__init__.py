@@ -72,7 +72,9 @@ def _shares() -> list[dict[str, Any]]:
     seconds = _seconds(lambda: [order.counts(step) for step in range(WALK)]) / WALK
     resume = _seconds(lambda: order.drawn(WALK))
     return [
-        bench_row("shares of a step, 1024 lanes", 1e6 * seconds, "us", "1 ms", [1e-3 / seconds]),
+        bench_row(
+            f"shares of a step, {LANES} lanes", 1e6 * seconds, "us", "1 ms", [1e-3 / seconds]
+        ),
         bench_row("shares at a resume", 1e3 * resume, "ms", "1 s", [1 / resume]),
         bench_row("records by which lanes differ", apart, "records", "8", [8 / max(apart, 1)]),
     ]

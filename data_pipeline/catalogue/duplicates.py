@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from core.log import LOG
 from data_pipeline.catalogue.near import (
     Crowded,
     Edges,
@@ -74,6 +75,12 @@ def drop_duplicates(
     """
     with TemporaryDirectory(prefix="tapir-duplicates-", dir=work) as folder:
         _Search(verdict, config, Path(folder), threads).run()
+    if verdict.crowded.skipped:
+        LOG.warning(
+            "%d comparisons for near duplicates were not made: too many pictures share a part of "
+            "their hash",
+            verdict.crowded.skipped,
+        )
 
 
 class _Search:

@@ -5,10 +5,9 @@ of a partition, at any number of rows.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +16,7 @@ Words = NDArray[np.uint64]
 PARTITION_ROWS = 2**21
 """Rows of a partition, on average."""
 _MOST_BITS = 10
-"""Of the number of partitions: each is an open file."""
+"""Of the number of partitions; each is a file, open only while rows are appended."""
 _TOGETHER = 2**20
 """Rows that are partitioned together."""
 _ODD = np.uint64(0x9E3779B97F4A7C15)
@@ -34,18 +33,15 @@ class Partitions:
         self._kind = kind
         self._pending: list[tuple[Words, NDArray[Any]]] = []
         self._waiting = 0
-        self._files: list[IO[bytes]] = []
-        self._closing = ExitStack()
 
     def __enter__(self) -> "Partitions":
-        opened = [open(path, "wb") for path in self._paths]  # noqa: SIM115
-        self._files = [self._closing.enter_context(file) for file in opened]
+        for path in self._paths:
+            path.write_bytes(b"")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        self._closing.close()
         for path in self._paths:
             path.unlink(missing_ok=True)
 
@@ -73,10 +69,10 @@ class Partitions:
         order = np.argsort(numbers, kind="stable")
         ends = np.cumsum(np.bincount(numbers, minlength=len(self))).tolist()
         rows = rows[order]
-        for file, begin, end in zip(self._files, [0, *ends], ends, strict=False):
+        for path, begin, end in zip(self._paths, [0, *ends], ends, strict=False):
             if end > begin:
-                rows[begin:end].tofile(file)
-            file.flush()
+                with open(path, "ab") as file:
+                    file.write(rows[begin:end].tobytes())
 
     def parts(self) -> Iterator[NDArray[Any]]:
         """The rows of each partition."""

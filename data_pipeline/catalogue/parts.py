@@ -9,7 +9,8 @@ catalogue/parts-<digest>.json             names, counts and digests of both; the
 import hashlib
 import json
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -24,7 +25,7 @@ from core.storage.store import FolderStore, Store, open_store
 from data_pipeline.catalogue.schema import CATALOGUE, PARQUET, part_name
 from data_pipeline.catalogue.verdict import LEFT_OUT
 from data_pipeline.formats.fetch import fetched
-from data_pipeline.formats.manifest import RAW, read_manifest
+from data_pipeline.formats.manifest import NAME, RAW, TOKENS, read_manifest
 
 FACT = "catalogue"
 """The fact of a manifest that names the digest of the list of parts."""
@@ -62,7 +63,7 @@ def part_of(unit: int, rows: int, data: bytes) -> Part:
 def put_catalogue(store: Store, parts: Sequence[Part], left_out: Iterable[pa.Table] = ()) -> str:
     """Write what the whole set leaves out, and the list of parts; returns the manifests' FACT.
 
-    `left_out`: tables of LEFT_OUT in the order of the parts (`Verdict.left_out`), in a stream.
+    `left_out`: tables of LEFT_OUT (`Verdict.left_out`), in a stream.
     """
     body: dict[str, Any] = {"parts": [asdict(part) for part in parts]}
     with TemporaryFile(prefix="tapir-left-out-") as file:
@@ -106,6 +107,28 @@ def open_catalogue(store: Store, cache: Path) -> Catalogue:
     return Catalogue(parts=parts, paths=paths, left_out=left_out)
 
 
+def verify_catalogue(store: Store) -> int:
+    """Compare the catalogue's files with their digests; returns their number, 0 without one.
+
+    Raises: CorruptError, naming the first damaged file.
+    """
+    name = f"train/{NAME}"
+    if not store.exists(name) or TOKENS.encode() in store.get(name):
+        return 0
+    digest = read_manifest(store, "train/", RAW).facts.get(FACT)
+    if not isinstance(digest, str):
+        return 0
+    body = read_list(store, digest)
+    files = _Copies(store, Path())
+    parts = [Part(**row) for row in (*body["parts"], body.get("left_out")) if row]
+
+    def check(part: Part) -> None:
+        for _ in _checked(*files.of(part), part):
+            pass
+
+    return sum(1 for _ in fetched(check, parts, _THREADS))
+
+
 def read_list(store: Store, digest: str) -> dict[str, Any]:
     """The list of a catalogue's parts; `digest`: the FACT of the manifest.
 
@@ -142,10 +165,7 @@ class _Copies:
 
         Raises: CorruptError if the stored file is missing or has another digest.
         """
-        folder, _, name = part.place.rpartition("/")
-        if folder not in self._stores:
-            self._stores[folder] = open_store(folder)
-        store, name = self._stores[folder], name or part.name
+        store, name = self.of(part)
         if isinstance(store, FolderStore):
             path = store.root / name
             if not path.is_file() or not _has_digest(path, part):
@@ -153,22 +173,39 @@ class _Copies:
             return path
         path = self._cache / f"{part.sha256}.parquet"
         if not path.is_file() or not _has_digest(path, part):
-            try:
-                data = store.get(name)
-            except AbsentError:
-                data = b""
-            if sha256(data) != part.sha256:
-                raise _damaged(f"{store.url}/{name}")
-            _write(path, data)
+            _write(path, _checked(store, name, part))
         return path
 
+    def of(self, part: Part) -> tuple[Store, str]:
+        """The store of a part, and its name there."""
+        folder, _, name = part.place.rpartition("/")
+        if folder not in self._stores:
+            self._stores[folder] = open_store(folder)
+        return self._stores[folder], name or part.name
 
-def _write(path: Path, data: bytes) -> None:
+
+def _checked(store: Store, name: str, part: Part) -> Iterator[bytes]:
+    """The bytes of a part, some at a time: what a set leaves out may be larger than memory.
+
+    Raises: CorruptError, at the end, if it is missing or has another digest.
+    """
+    digest = hashlib.sha256()
+    with suppress(AbsentError):
+        for start in range(0, part.bytes, _TOGETHER):
+            data = store.get(name, start, _TOGETHER)
+            digest.update(data)
+            yield data
+    if digest.hexdigest() != part.sha256:
+        raise _damaged(f"{store.url}/{name}")
+
+
+def _write(path: Path, data: Iterable[bytes]) -> None:
     """Write a file of the cache, without fsync: a damaged one is fetched again."""
     temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
+        with open(temporary, "wb") as file:
+            file.writelines(data)
         temporary.replace(path)
     except OSError as error:
         raise InputError(f"the cache {path.parent} cannot be written: {error}") from error

@@ -79,7 +79,7 @@ class RawRecords(Sequence[RawRecord]):
         return iter(self._records)
 
     def drawn(self, *key: KeyPart) -> "RawRecords":
-        """The same records: who reads captions draws them, by step."""
+        """The same records, with all captions: the task samples one at each step."""
         return self
 
     @staticmethod

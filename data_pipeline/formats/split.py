@@ -86,11 +86,11 @@ def splits_at(store: Store, kind: str, train: str, held_out: str = "") -> dict[s
 
 
 def newer_split(store: Store, kind: str, fingerprint: str) -> dict[str, OpenSplit]:
-    """The train split of the newest version; empty if it has this fingerprint.
+    """The train split of the newest version that both have; empty if it has this fingerprint.
 
     Raises: InputError if it is not a later version of that one; as `open_split`.
     """
-    newest = read_manifest(store, "train/", kind)
+    newest = newest_manifests(store, kind)["train"]
     if newest.version == version_of(store, newest, fingerprint):
         return {}
     return {"train": _open(store, "train", newest)}

@@ -114,7 +114,12 @@ class TokenRecords(Sequence[TokenRecord]):
 
     @staticmethod
     def gather(pieces: "Sequence[tuple[TokenRecords, NDArray[Any], Rows]]") -> "TokenRecords":
-        """For each piece (records, places, rows), copy records[places] to rows of the result."""
+        """For each piece (records, places, rows), copy records[places] to rows of the result.
+
+        Raises: ValueError if a piece has several texts a record.
+        """
+        if any(records.firsts is not None for records, _, _ in pieces):
+            raise ValueError("records of several texts are gathered after one text is drawn")
         count = sum(len(places) for _, places, _ in pieces)
         ids = np.empty(count, np.uint64)
         image = np.empty((count, pieces[0][0].image.shape[1]), np.uint16)

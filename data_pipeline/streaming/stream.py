@@ -5,7 +5,7 @@
 
 Every iterator yields `(batch, state)`; the state is the position AFTER the batch, so that a run
 resumed from it reads the next batch. A rank holds one or two windows of each of its lanes.
-A stream of a growing data set pauses after each epoch, when it may go over to a newer version.
+A stream of a growing data set pauses after each epoch, when it may switch to a newer version.
 """
 
 from collections import deque

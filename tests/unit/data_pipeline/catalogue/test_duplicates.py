@@ -1,5 +1,6 @@
 """Duplicates of a whole set, against the definition in plain Python."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,23 @@ def test_every_setting_equals_the_definition_in_many_partitions(
         verdict = duplicates(_parts(rows, tmp_path, 400), config, tmp_path, threads)
         assert _result(verdict) == _by_definition(rows, config)
     assert {path.suffix for path in tmp_path.iterdir()} == {".parquet"}, "temporary files are left"
+
+
+def test_partitions_keep_no_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A billion rows have three times 512 partitions: more files than a process may open."""
+    monkeypatch.setattr(partition, "PARTITION_ROWS", 8)
+    kind, draw = np.dtype([("key", "<u8"), ("row", "<u4")]), np.random.default_rng(0)
+    rows = np.zeros(1000, kind)
+    rows["key"], rows["row"] = draw.integers(0, 2**63, 1000), np.arange(1000)
+    before = os.listdir("/proc/self/fd")
+    with partition.Partitions(tmp_path, "x", kind, len(rows)) as partitions:
+        for part in np.split(rows, 4):
+            partitions.add(part["key"], part)
+            partitions.flush()
+        assert len(partitions) == 128 and os.listdir("/proc/self/fd") == before
+        stored = np.concatenate(list(partitions.parts()))
+        assert all((np.diff(part["row"].astype(int)) > 0).all() for part in partitions.parts())
+    assert (np.sort(stored, order="row") == rows).all() and not list(tmp_path.iterdir())
 
 
 def _words(looks: list[int]) -> NDArray[np.uint64]:

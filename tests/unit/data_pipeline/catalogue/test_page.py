@@ -110,6 +110,9 @@ def test_the_verb_answers_and_writes_views(
         "columns": ["split", "n", "x"],
         "rows": [["train", 62, None], ["validation", 10, None]],
     }
+    data([store.url, "--sql", "SELECT 'nan'::DOUBLE, -'inf'::DOUBLE, 1.5::DOUBLE", "--json"])
+    answer = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert answer["rows"] == [["nan", "-inf", 1.5]]
     view = tmp_path / "view"
     data([store.url, "--keep", "width <= 26", "--dest", str(view), "--json"])
     counts = json.loads(capsys.readouterr().out)

@@ -20,6 +20,7 @@ from data_pipeline.config import CatalogueConfig, FilterConfig
 from data_pipeline.formats.manifest import Manifest
 from tests.catalogued import Made, catalogued_set, small_set
 from tests.in_place import records_of
+from workflow.verify import verify_path
 
 CONFIG = CatalogueConfig(memory_gigabytes=0.5)
 REPEATED = {f"k{number:03d}" for number in range(9, 80, 10)}
@@ -201,6 +202,7 @@ def test_a_catalogue_in_a_store_is_copied_once_and_checked(
             store.requests.clear()
             catalogue = open_catalogue(store, cache)
             assert store.requests["GET"] == expected
+        assert verify_path("s3://tapir-tests/catalogued")[-1].endswith("catalogue: 3 files")
         damaged = catalogue.paths[1]
         damaged.write_bytes(b"x" + damaged.read_bytes()[1:])
         with open_database(open_catalogue(store, cache), CONFIG) as database:
@@ -219,5 +221,9 @@ def test_changed_files_are_reported(made: tuple[FolderStore, list[Made]], tmp_pa
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         with pytest.raises(CorruptError, match=path.name):
             open_catalogue(store, tmp_path / "cache")
+        with pytest.raises(CorruptError, match=path.name):
+            verify_path(store.url)
         path.write_bytes(data)
     open_catalogue(store, tmp_path / "cache")
+    assert verify_path(store.url)[-1] == f"{store.url}/catalogue: 4 files"
+    assert len(verify_path(store.url, 0.5)) == 2, "a sample is of the blocks"

@@ -184,6 +184,7 @@ def test_a_version_counts_when_both_splits_have_it(ahead: str, tmp_path: Path) -
     opened = newest_splits(store, TOKENS)
     assert {split: each.fingerprint for split, each in opened.items()} == expected
     assert {each.manifest.version for each in opened.values()} == {2}
+    assert newer_split(store, TOKENS, second.fingerprint) == {}
     both = splits_at(store, TOKENS, second.fingerprint, first.fingerprint)
     assert (both["train"].manifest.version, both["validation"].manifest.version) == (2, 1)
 
@@ -195,7 +196,8 @@ def test_a_newer_version_must_continue_the_one_of_the_run(tmp_path: Path) -> Non
     newer = newer_split(store, TOKENS, first.fingerprint)
     assert newer["train"].fingerprint == second.fingerprint
     other = FolderStore(tmp_path / "b")
-    write_tokens(other, 4, 48, 8, 4, 5)
+    for split in SPLITS:
+        write_tokens(other, 4, 48, 8, 4, 5, split)
     for ask in (newer_split, splits_at):
         with pytest.raises(InputError, match=r"is another one.*as --data, or start a new run"):
             ask(other, TOKENS, first.fingerprint)

@@ -61,6 +61,9 @@ def test_parts_of_blocks_keep_their_texts() -> None:
     stacked = decode_block(GOLDEN_SEVERAL)
     assert _rows(stacked[1:3]) == _rows(stacked)[1:]
     assert _rows(decode_block(encode_block(stacked[1:3]))) == _rows(stacked)[1:]
+    with pytest.raises(ValueError, match="after one text is drawn"):
+        stacked[::2]
+    assert [r.id for r in stacked.drawn(0)[::2]] == [3, 5]
     single = encode_block(stacked[1:2])
     assert single[4] == 1 and _rows(decode_block(single)) == _rows(stacked)[1:2]
 
