@@ -105,6 +105,8 @@ bench: $(DEV_STAMP) system
 	$(BIN)/python -m bench loader --json
 	$(BIN)/python -m bench stream --json
 	$(BIN)/python -m bench token_finish --json
+	$(BIN)/python -m bench mixture --json
+	$(BIN)/python -m bench pack --json
 	$(BIN)/python -m bench dedup --json
 	$(BIN)/python -m bench pictures --json
 	$(BIN)/python -m bench start_up --json

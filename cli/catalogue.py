@@ -81,9 +81,9 @@ def _data(arguments: list[str]) -> None:
 def _problems(sql: str, keep: str, dest: str, filters: FilterConfig) -> list[str]:
     problems = []
     if sql and keep:
-        problems.append("--sql and --keep are two questions; ask one at a time")
+        problems.append("--sql and --keep cannot be combined; give one of them")
     if bool(keep) != bool(dest):
-        problems.append("--keep and --dest belong together: a condition, and where its set goes")
+        problems.append("--keep needs --dest, the place of its set, and --dest needs --keep")
     if not keep and (filters.duplicates or filters.near >= 0):
         problems.append('--duplicates and --near belong to --keep; all pairs: --keep "true"')
     return problems

@@ -35,8 +35,8 @@ def pack(arguments: list[str]) -> None:
                 .parquet table of captions and pictures or their paths, a folder of tars or tables,
                 an s3://bucket/prefix of the same, or a pattern such as 's3://b/{0000..0099}.tar'
             config: settings
-            worker: which of n workers this one is, i/n; by default it is read from a Slurm array, a
-                Kubernetes indexed job with TAPIR_WORKERS, or mpirun; otherwise 0/1
+            worker: this process's part of the job, i/n with i from 0; by default set by a Slurm
+                array, a Kubernetes indexed job, MPI or torchrun
             append: add what SRC holds and a finished DEST does not, as its next version, with the
                 settings that it was packed with
             again: verify a finished data set's shards, and write damaged ones again
@@ -79,7 +79,7 @@ def join(arguments: list[str]) -> None:
             json: print a JSON object on the last line
         """
         if len(sets) < 2 or not dest:
-            raise InputError("give two sets or more, and where theirs goes: A B --dest C")
+            raise InputError("data join needs two sets or more and --dest: tapir data join A B --dest C")
         refuse_others_folder(dest, "a data set")
         joined = join_sets([open_store(place) for place in sets], open_store(dest))
         for split, manifest in joined.items():

@@ -49,7 +49,8 @@ class DataFlags:
     archive_pairs: int = 10_000
     """Pairs of an archive; img2dataset's default."""
     pack_rate: float = 351.0
-    """Pairs a second of a pack worker: measured with 2 threads on 2 cores, JPEGs of 27 kB."""
+    """Pairs a second of a pack worker: once measured of an older version without a catalogue, with
+    2 threads on 2 cores and JPEGs of 27 kB; `python -m bench pack` measures this machine's."""
     pack_cost: float = 0.1
     """Dollars a pack worker and hour: 2 cores."""
     token_rate: float = 1000.0

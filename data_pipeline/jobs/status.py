@@ -223,7 +223,7 @@ def _pace_text(row: PartStatus, cost_per_hour: float) -> str:
     text = f"{row.pairs_per_second:.4g} pairs/s of {count} worker{'s' * (count != 1)}"
     if hours is None:
         return text
-    cost = f", {hours * count * cost_per_hour:.2f} to pay for them" if cost_per_hour else ""
+    cost = f", which cost {hours * count * cost_per_hour:.2f}" if cost_per_hour else ""
     return f"{text}: {hours:.1f} hours left{cost}"
 
 

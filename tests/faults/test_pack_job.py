@@ -32,7 +32,7 @@ from tests.in_place import img2dataset, noise, tar_bytes, written
 
 BUCKET = "tapir-tests"
 TARS, PAIRS = (int(n) for n in os.environ.get("TAPIR_PACK_TARS", "12x40").split("x"))
-"""Archives and pairs in each; 40x500 is the size that the issue asks for."""
+"""Archives and pairs in each, e.g. 40x500."""
 WORKERS, KILLS = 4, 2
 
 

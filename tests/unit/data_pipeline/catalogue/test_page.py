@@ -125,9 +125,9 @@ def test_the_verb_answers_and_writes_views(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--sql", "SELECT 1", "--keep", "true", "--dest", "x"], "two questions"),
-        (["--keep", "true"], "belong together"),
-        (["--dest", "x"], "belong together"),
+        (["--sql", "SELECT 1", "--keep", "true", "--dest", "x"], "cannot be combined"),
+        (["--keep", "true"], "--keep needs --dest"),
+        (["--dest", "x"], "--keep needs --dest"),
         (["--near", "2"], "belong to --keep"),
         (["--keep", "true", "--dest", "x", "--near", "4"], "must be 0 to 3"),
         (["--memory-gigabytes", "0"], "at least 0.1"),

@@ -140,7 +140,7 @@ def test_status_adds_the_workers_pace_and_tells_what_is_left(tmp_path: Path) -> 
     assert row.hours_left == pytest.approx((136 - 38) / 3 / 3600)
     text = describe_status([row], cost_per_hour=180.0)
     cost = (136 - 38) / 3 / 3600 * 2 * 180
-    assert f"3 pairs/s of 2 workers: 0.0 hours left, {cost:.2f} to pay" in text
+    assert f"3 pairs/s of 2 workers: 0.0 hours left, which cost {cost:.2f}" in text
     assert "shard" not in text.splitlines()[0] and "30 pairs since it began" in text
     toy.store.put("result.json", b"{}")
     (row,) = job_status(toy.store)
