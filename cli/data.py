@@ -79,7 +79,7 @@ def join(arguments: list[str]) -> None:
             json: print a JSON object on the last line
         """
         if len(sets) < 2 or not dest:
-            raise InputError("data join needs two sets or more and --dest: tapir data join A B --dest C")
+            raise InputError("give two sets or more and --dest: tapir data join A B --dest C")
         refuse_others_folder(dest, "a data set")
         joined = join_sets([open_store(place) for place in sets], open_store(dest))
         for split, manifest in joined.items():
