@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def packed(source: str, dest: str, worker: str, threads: int) -> Callable[[], in
 
 
 def bare(source: str, dest: str, worker: str, threads: int) -> Callable[[], int]:
-    """Decode, hash and digest the same pairs from memory, in one thread."""
+    """Decode, hash and digest the same pairs from memory, in one thread as pack's."""
     sources = open_sources([source])
     plan = plan_units(sources, PackConfig())
     items = [
@@ -86,13 +87,17 @@ def bare(source: str, dest: str, worker: str, threads: int) -> Callable[[], int]
         if isinstance(item, Pair)
     ]
 
-    def work() -> int:
+    def look() -> int:
         for pair in items:
             captions = clean_captions(pair.caption, pair.where)
             row_of(pair, captions, inspect(pair.image, pair.where), "train")
             hashlib.sha256(pair.image).digest()
             crc32(pair.image)
         return len(items)
+
+    def work() -> int:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(look).result()
 
     return work
 

@@ -29,7 +29,13 @@ from core.storage.store import FolderStore, open_store
 EFFICIENCY, SCALING, MEGABYTES = 0.9, 1.85, 600.0
 """Targets."""
 BUCKET = "bench-pack"
-ROUNDS = 5
+ROUNDS = 3
+_SETTINGS = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": "1000000000",
+    "MALLOC_TRIM_THRESHOLD_": "1000000000",
+}
+"""Else glibc gives the pages of each picture back, more often in one process than in another."""
 Result = dict[str, Any]
 
 
@@ -132,7 +138,7 @@ def _together(jobs: list[list[str]], environment: dict[str, str] | None = None) 
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=child_environment({**os.environ, **(environment or {}), "OMP_NUM_THREADS": "1"}),
+            env=child_environment({**os.environ, **_SETTINGS, **(environment or {})}),
         )
         for job in jobs
     ]

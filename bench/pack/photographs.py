@@ -20,6 +20,7 @@ from core.keys import keyed_rng
 PACKAGE = "scikit-learn==1.7.2"
 """Its wheel holds two photographs; matplotlib has another one."""
 TARS = 10
+"""Archives of different pictures; a kind may have them several times, under other keys."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,30 +34,36 @@ class Kind:
     """About; a JPEG's quality is chosen for it. 0 = quality 90."""
     count: int
     """Pictures of an archive."""
+    times: int = 1
+    """How often each archive occurs, so that a worker lives for some seconds."""
+
+    @property
+    def archives(self) -> int:
+        return TARS * self.times
 
 
 def kinds() -> list[Kind]:
     """Those that are measured."""
     return [
-        Kind(name="30 kB", width=400, height=300, bytes=30_000, count=sized(300, 4)),
-        Kind(name="300 kB", width=1280, height=960, bytes=300_000, count=sized(50, 2)),
+        Kind(name="30 kB", width=400, height=300, bytes=30_000, count=sized(300, 4), times=4),
+        Kind(name="300 kB", width=1280, height=960, bytes=300_000, count=sized(50, 2), times=2),
         Kind(name="12 megapixels", width=4000, height=3000, bytes=0, count=sized(6, 2)),
     ]
 
 
 def archives(kind: Kind) -> Path:
-    """A folder of TARS archives as img2dataset writes them; made once."""
+    """A folder of archives as img2dataset writes them; made once."""
     folder = cache("pack") / kind.name.replace(" ", "-")
-    if (folder / f"{TARS - 1:05d}.tar").exists():
+    if (folder / f"{kind.archives - 1:05d}.tar").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    photographs = _photographs()
-    for archive in range(TARS):
+    pictures = _pictures(kind)
+    for archive in range(kind.archives):
         staged = folder / f".{archive:05d}"
         with tarfile.open(staged, "w", format=tarfile.USTAR_FORMAT) as tar:
             for i in range(archive * kind.count, (archive + 1) * kind.count):
                 parts = {
-                    "jpg": _picture(photographs[i % len(photographs)], kind, i),
+                    "jpg": pictures[i % len(pictures)],
                     "json": f'{{"key": "{i:09d}", "status": "success"}}'.encode(),
                     "txt": f"a photograph of number {i}, cut by its key".encode(),
                 }
@@ -66,6 +73,12 @@ def archives(kind: Kind) -> Path:
                     tar.addfile(member, io.BytesIO(data))
         staged.rename(folder / f"{archive:05d}.tar")
     return folder
+
+
+def _pictures(kind: Kind) -> list[bytes]:
+    photographs = _photographs()
+    numbers = range(TARS * kind.count)
+    return [_picture(photographs[i % len(photographs)], kind, i) for i in numbers]
 
 
 def _picture(photograph: NDArray[np.uint8], kind: Kind, number: int) -> bytes:

@@ -71,10 +71,6 @@ class CountedStore:
         self._count("DELETE")
         self.store.delete(name)
 
-    def etag(self, name: str) -> str:
-        self._count("HEAD")
-        return self.store.etag(name)
-
     def head(self, name: str) -> tuple[int, str]:
         self._count("HEAD")
         return self.store.head(name)

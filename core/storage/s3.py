@@ -142,12 +142,6 @@ class S3Store:
                 name, lambda client: client.delete_object(Bucket=self.bucket, Key=key)
             )
 
-    def etag(self, name: str) -> str:
-        _, etag = self.head(name)
-        if not etag:
-            raise StoreError(f"{self.url}/{name}: the store's answer has no ETag")
-        return etag
-
     def head(self, name: str) -> tuple[int, str]:
         head = self._head(name)
         if head is None:

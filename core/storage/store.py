@@ -5,7 +5,6 @@ environment, as boto3 does; credentials are never written to a file.
 """
 
 import errno
-import hashlib
 import os
 import shutil
 import uuid
@@ -59,9 +58,6 @@ class Store(Protocol):
 
     def delete(self, name: str) -> None:
         """Remove an object, if there is one."""
-
-    def etag(self, name: str) -> str:
-        """The ETag of an object."""
 
     def head(self, name: str) -> tuple[int, str]:
         """(size, ETag) of an object in one request, without reading it; a folder has no ETags."""
@@ -139,9 +135,6 @@ class FolderStore:
         if path.parent != self.root:
             with suppress(OSError):  # not empty, or already gone
                 path.parent.rmdir()
-
-    def etag(self, name: str) -> str:
-        return hashlib.md5(self.get(name), usedforsecurity=False).hexdigest()
 
     def head(self, name: str) -> tuple[int, str]:
         try:

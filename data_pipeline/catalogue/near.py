@@ -23,7 +23,7 @@ MOST_NEAR = BANDS - 1
 """Two hashes that differ in at most this many bits agree in at least one band."""
 RUN = 32
 """Hashes with an equal band that are compared without cutting them further."""
-CROWD = 1000
+CROWD = 4096
 """Hashes that one is compared with, at most, among those that agree in 56 bits."""
 Edges = NDArray[np.uint64]
 """Two rows whose hashes differ in 0 to 3 bits: later << 33 | earlier << 2 | bits (`edges_of`)."""

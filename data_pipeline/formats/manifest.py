@@ -40,6 +40,7 @@ class Shard:
     bytes: int
     sha256: str
     etag: str
+    """Of an object store that gives one; a folder has none."""
     index_sha256: str
     """Of the index beside it; empty in views, which have none."""
     pairs: int = 0

@@ -134,7 +134,7 @@ def describe(
         blocks=len(ranges),
         bytes=len(tar),
         sha256=sha256(tar),
-        etag=store.etag(prefix + name),
+        etag=store.head(prefix + name)[1],
         index_sha256=sha256(index),
     )
     store.put(prefix + shard.index_name, index)

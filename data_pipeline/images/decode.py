@@ -23,6 +23,8 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from core.errors import InputError
 
+cv2.setNumThreads(0)  # pictures are spread over threads and processes; its own pool only spins
+
 MOST_PIXELS = 24_000_000
 """24 megapixels, a camera's; decoding holds four bytes per pixel."""
 _LARGE = 4_000_000

@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -22,6 +23,7 @@ from parallel.mesh import Mesh
 from parallel.world import World
 from training.presets import clip_tiny, dvae_tiny
 from training.run.feed import Feed, StepData
+from training.run.versions import DataVersions
 from training.tasks import dvae as dvae_module
 from training.tasks.clip import ClipTask
 from training.tasks.dvae import DVAETask
@@ -127,6 +129,27 @@ def test_batches_that_are_passed_over_do_not_count_as_steps(settings: Any) -> No
     micro = [task.batch(half, FIRST + 1) for half in (records[2][:8], records[2][8:])]
     _assert_same(next(steps), micro, feed.state)
     feed.close()
+
+
+def test_steps_are_counted_on_over_the_pause_after_an_epoch(settings: Any) -> None:
+    """Augmentation is drawn by step; a pause asks once for a newer version of the data."""
+    settings = dataclasses.replace(settings, grow=True)
+    task, asked = _task(settings), list[int]()
+
+    class Asked(DataVersions):
+        def newer(self, state: Any) -> Any:
+            asked.append(state.epoch)
+            return super().newer(state)
+
+    versions = Asked(task, settings.data, Mesh())
+    feed = Feed(task, _stream(task, settings, Mesh()), settings, CPU, versions)
+    for step, data in zip(count(FIRST), feed.steps(FIRST), strict=False):
+        halves = data.records[:8], data.records[8:]
+        _assert_same(data, [task.batch(half, step) for half in halves], feed.state)
+        if data.state.epoch == 2:
+            break
+    feed.close()
+    assert asked == [0, 1]
 
 
 def _stream_records(settings: Any, task: Any, count: int) -> Iterator[Any]:
