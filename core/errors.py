@@ -145,7 +145,7 @@ def of_files(error: OSError) -> TapirError:
     """Turn an OSError into an InputError for a wrong path, else into a TapirError."""
     where = f" {error.filename}" if error.filename else ""
     reason = (error.strerror or str(error)) + if_full(error)
-    if isinstance(error, _WRONG_PATHS):
+    if isinstance(error, _WRONG_PATHS) or error.errno == errno.EROFS:
         return InputError(f"cannot use the path{where}: {reason}; give another one")
     return TapirError(f"cannot read or write{where}: {reason}; what was finished before is whole")
 

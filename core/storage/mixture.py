@@ -10,6 +10,8 @@ from core.config import place_problems
 
 _NUMBER = r"\d+/\d+|\d+\.?\d*|\.\d+"
 _PART = re.compile(rf"\s*(.+?):({_NUMBER})\s*(?:,|$)")
+_NO_NUMBER = re.compile(r":[-+]?[\d.]+(e[-+]?\d+)?%?$")
+"""What was meant as a share, and is none: -0.3, 30%, 3e-1."""
 _MOST_PARTS = 10**9
 """Largest common denominator of the shares: exact arithmetic in 64 bits."""
 
@@ -51,8 +53,11 @@ def mixture_problems(text: str, setting: str) -> list[str]:
         problems.append(f"{setting}: the share of {', '.join(unused)} is 0; leave it out")
     elif (total := sum(shares, Fraction(0))) != 1:
         right = ",".join(f"{each.place}:{share_text(each.share / total)}" for each in sets)
+        odd = next((repr(place) for place in places if "," in place), "")
+        one = f"; {odd} was read as one place, since its parts have no numbers as shares"
         problems.append(
             f"{setting}: the shares' sum is {share_text(total)} and must be 1; write {right}"
+            f"{one if odd else ''}"
         )
     if math.lcm(*(share.denominator for share in shares)) > _MOST_PARTS:
         problems.append(f"{setting}: the shares have too many digits; write at most 6")
@@ -98,6 +103,7 @@ def _fraction(text: str) -> Fraction | None:
 
 def _example(sets: Sequence[DataSet], rest: str) -> str:
     """The setting with a share for the last part, of what the others leave."""
+    place = _NO_NUMBER.sub("", rest)
     left = 1 - sum((each.share for each in sets), Fraction(0))
     text = ",".join(f"{each.place}:{share_text(each.share)}" for each in sets)
-    return f"{text},{rest}:{share_text(left) if left > 0 else 'SHARE'}"
+    return f"{text},{place}:{share_text(left) if left > 0 else 'SHARE'}"

@@ -19,8 +19,8 @@ def refuse_rejects(unusable: int, seen: int, most: float, first: str) -> None:
     """Raise InputError if more than the fraction `most` of the pairs is unusable."""
     if unusable > most * seen:
         raise InputError(
-            f"{unusable} of {seen} pairs are unusable, more than max_rejects={most}; the first: "
-            f"{first}"
+            f"{unusable} of {seen} pairs are unusable, more than max_rejects={most}; mend them, or "
+            f"allow more with --max-rejects; the first: {first}"
         )
 
 

@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from core.config import check, to_json
+from core.config import S3, check, to_json
 from core.errors import CorruptError, InputError
 from core.files.atomic import sha256
 from core.log import LOG, progress
-from core.storage.store import FolderStore, Store
+from core.storage.store import Store
 from core.workers import JobWorker
 from data_pipeline.catalogue.schema import part_name
 from data_pipeline.config import PackConfig
@@ -31,7 +31,7 @@ from data_pipeline.jobs.ledger import Record
 from data_pipeline.jobs.worker import Job, Progress, Work
 from data_pipeline.packing.finish import SetWriter
 from data_pipeline.packing.judge import Judge
-from data_pipeline.packing.place import UNITS, claim, refuse_refused, taken
+from data_pipeline.packing.place import UNITS, claim, refuse_pattern, refuse_refused, taken
 from data_pipeline.packing.plan_file import shared_plan
 from data_pipeline.packing.unit import UnitPacker, UnitTask
 from data_pipeline.packing.versions import (
@@ -47,6 +47,11 @@ from data_pipeline.sources.plan import Source, open_sources
 
 _NOT_ASKED = ("cache", "threads", "lease_seconds")
 """Settings that do not affect the output."""
+_WRITTEN = (
+    *("request.json", "train/shard-000000.tar", "train/shard-000000.index.safetensors"),
+    *("train/manifest.json", "units/plan.json", "catalogue/000000.parquet"),
+)
+"""Names of what is packed, of each kind."""
 ALONE = JobWorker(number=0, count=1)
 
 
@@ -65,6 +70,7 @@ def pack(
     Raises: InputError for unusable pairs beyond max_rejects, or if DEST holds other data.
     """
     check(config.problems())
+    refuse_pattern(store)
     texts = [sources] if isinstance(sources, str) else list(sources)
     opened = open_sources(texts)
     for source in opened:
@@ -111,14 +117,21 @@ def _request(sources: Sequence[Source], config: PackConfig) -> dict[str, Any]:
 
 def _refuse_inside(source: Source, store: Store) -> None:
     """Refuse a DEST in which a source would list what is packed."""
-    root = Path(source.text).resolve()
-    inside = f"{store.url}/".startswith(f"{source.text.rstrip('/')}/")
-    where = store.url
-    if isinstance(store, FolderStore) and root.is_dir():
-        where = str(store.root.resolve())
-        inside = store.root.resolve().is_relative_to(root)
-    if inside:
-        raise InputError(f"DEST {where} is inside SRC {root}; give a place outside of it")
+    if source.files is None or source.single is not None:
+        return
+    root, dest = (_absolute(url) for url in (source.files.url, store.url))
+    if not f"{dest}/".startswith(f"{root}/"):
+        return
+    below = dest.removeprefix(root).strip("/")
+    names = (f"{below}/{name}".strip("/") for name in _WRITTEN)
+    if any(map(source.select.selects, names)):
+        raise InputError(
+            f"DEST {store.url} is inside SRC {source.text}; give a place outside of it"
+        )
+
+
+def _absolute(url: str) -> str:
+    return url.rstrip("/") if url.startswith(S3) else Path(url).resolve().as_posix().rstrip("/")
 
 
 class _Pack:

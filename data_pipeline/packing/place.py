@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from core.config import S3
 from core.errors import CorruptError, InputError
 from core.files.atomic import canonical_json
-from core.storage.store import Store
+from core.storage.store import FolderStore, Store, open_store
 from data_pipeline.catalogue.schema import CATALOGUE
 from data_pipeline.formats.ids import NAME as IDS
 from data_pipeline.formats.manifest import (
@@ -23,6 +24,7 @@ from data_pipeline.formats.manifest import (
 )
 from data_pipeline.jobs.status import JOB
 from data_pipeline.packing.rejects import REJECTS
+from data_pipeline.sources.patterns import is_pattern
 
 REQUEST = "request.json"
 UNITS = "units/"
@@ -81,6 +83,7 @@ def claim(store: Store, request: dict[str, Any], again: bool = False) -> None:
     elif refused:
         refuse_refused(store)
     if not store.exists(REQUEST):
+        _refuse_object(store)
         others = [name for split in SPLITS for name in store.names(f"{split}/")]
         if others:
             raise InputError(f"{store.url} holds other files ({others[0]}); choose an empty DEST")
@@ -96,6 +99,22 @@ def claim(store: Store, request: dict[str, Any], again: bool = False) -> None:
         store.put(REQUEST, content)
         return
     raise taken(store, other)
+
+
+def refuse_pattern(store: Store) -> None:
+    """Raise InputError if DEST looks like a pattern of sources: then DEST was left out."""
+    if is_pattern(store.url) and not (isinstance(store, FolderStore) and store.root.exists()):
+        raise InputError(
+            f"DEST {store.url} is a pattern, and must be one folder or s3://bucket/prefix; it is "
+            "the last place: tapir pack SRC ... DEST"
+        )
+
+
+def _refuse_object(store: Store) -> None:
+    """Raise InputError if an object of a bucket stands where a prefix is needed."""
+    above, _, name = store.url.rpartition("/")
+    if above.startswith(S3) and open_store(above).exists(name):
+        raise InputError(f"{store.url} is an object, and DEST must be a prefix; give another")
 
 
 def taken(store: Store, other: dict[str, Any]) -> InputError:

@@ -16,8 +16,9 @@ from core.storage.store import Store
 from data_pipeline.config import PackConfig
 from data_pipeline.formats.manifest import versioned
 from data_pipeline.sources.files import FilePair
+from data_pipeline.sources.listed import Packed, place_of
 from data_pipeline.sources.pair import Unusable, printable
-from data_pipeline.sources.plan import Packed, Source, name_of, plan_units, stem_of
+from data_pipeline.sources.plan import Source, plan_units, stem_of
 from data_pipeline.sources.units import FileRow, Unit
 
 PLAN = "units/plan.json"
@@ -81,11 +82,14 @@ def _packed(store: Store, versions: int) -> Packed:
             text = texts[unit.source]
             if unit.kind == "files":
                 rows = read_rows(store, unit.name)
-                files |= {(text, name_of(row)) for row in rows}
+                files |= {
+                    printable(place_of(text, row.picture)) if isinstance(row, FilePair) else row.key
+                    for row in rows
+                }
                 above = f"{unit.archive}/" if unit.archive else ""
                 names |= {above + stem for row in rows if (stem := stem_of(row))}
             elif unit.archive:
-                archives.add((text, unit.name, unit.tag))
+                archives.add((printable(place_of(text, unit.name)), unit.tag))
                 names.add(unit.archive)
     return Packed(
         sources=count,

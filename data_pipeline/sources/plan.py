@@ -7,15 +7,16 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from core.config import S3
+from core.config import S3, check, place_problems
 from core.errors import InputError
 from core.files.atomic import sha256
 from core.storage.entry import Entry
 from core.storage.store import open_store
 from data_pipeline.config import SHAPES_COUNT, PackConfig
 from data_pipeline.sources.files import FilePair, folder_rows, loose_rows
+from data_pipeline.sources.listed import NOTHING, Listed, Packed
 from data_pipeline.sources.names import CAPTION, extension_of, is_picture, is_tar
-from data_pipeline.sources.pair import printable
+from data_pipeline.sources.pair import IGNORED, METADATA, Unusable, printable
 from data_pipeline.sources.patterns import Pattern, is_pattern
 from data_pipeline.sources.places import (
     Everything,
@@ -58,20 +59,6 @@ class Plan:
     """Name -> the slice of a listing that a unit reads."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Packed:
-    """What the earlier versions of a set were made of."""
-
-    sources: int = 0
-    """Number of their SRC."""
-    archives: frozenset[tuple[str, str, str]] = frozenset()
-    """(SRC, name, tag) of their archives and tables."""
-    files: frozenset[tuple[str, str]] = frozenset()
-    """(SRC, name) of their other files."""
-    names: frozenset[str] = frozenset()
-    """With which their keys begin."""
-
-
 def open_sources(texts: Sequence[str]) -> list[Source]:
     """Open `shapes`, `emoji`, folders, tars, tables and patterns, here or in a store.
 
@@ -83,23 +70,24 @@ def open_sources(texts: Sequence[str]) -> list[Source]:
 def plan_units(
     sources: Sequence[Source],
     config: PackConfig,
-    earlier: Packed = Packed(),
+    earlier: Packed = NOTHING,
 ) -> Plan:
     """List the sources and cut what `earlier` does not have into units.
 
-    Raises: InputError if a source is nothing that can be packed.
+    Raises: InputError if a source is nothing that can be packed, or a file is in two of them.
     """
     plan, names = Plan(), _Names()
     for name in earlier.names:
         names.add(name)
     several = len(sources) + earlier.sources > 1
+    listed = Listed(earlier, several)
     for number, source in enumerate(sources):
         if source.files is None:
             plan.units += _generated(source.text, number, config)
             continue
-        text, (units, rows) = printable(source.text), _units(source, number, source.files)
-        units = [unit for unit in units if (text, unit.name, unit.tag) not in earlier.archives]
-        rows = [row for row in rows if (text, name_of(row)) not in earlier.files]
+        found = _units(source, number, source.files)
+        _refuse_empty(source.text, *found)
+        units, rows = listed.new(printable(source.text), source.files, *found)
         stems = [stem for row in rows if (stem := stem_of(row))] if several else []
         prefix = names.prefix(earlier.sources + number, [*(unit.archive for unit in units), *stems])
         for (_, archive), parts in groupby(units, lambda unit: (unit.name, unit.archive)):
@@ -126,6 +114,7 @@ def _open(text: str) -> Source:
         return _single(text, LocalFiles(path.parent), entry_of(path, path.name), _content(path))
     if is_pattern(text):
         return _matched(text)
+    check(place_problems(text))
     if not stored:
         raise _no_source(text)
     return _stored(text)
@@ -149,7 +138,10 @@ def _matched(text: str) -> Source:
     rows = files.rows(pattern)
     missing = pattern.missing([row.name for row in rows])
     if missing or not rows:
-        raise InputError(f"no file matches {files.where(missing) if missing else text!r}")
+        raise InputError(
+            f"no file matches {files.where(missing) if missing else text!r}; every name of a brace "
+            "must exist, and a * stays within a folder"
+        )
     return Source(text=text, files=files, select=pattern, content=_digest(rows))
 
 
@@ -220,6 +212,18 @@ def _units(source: Source, number: int, files: Files) -> tuple[list[Unit], list[
     return [], list(folder_rows(files, walked))
 
 
+def _refuse_empty(text: str, units: list[Unit], rows: list[FileRow]) -> None:
+    """Refuse a source of which nothing would be packed or be a reject that counts."""
+    rejects = [row for row in rows if isinstance(row, Unusable)]
+    if units or any(row.kind not in (IGNORED, METADATA) for row in rejects):
+        return
+    if len(rejects) == len(rows):
+        first = f"; its files are passed over: {rejects[0].reason}" if rejects else ""
+        raise InputError(
+            f"the source {text!r} holds no pairs: no tars, tables or images with captions{first}"
+        )
+
+
 def _unit(kind: Literal["tar", "table"], number: int, row: Entry) -> Unit:
     archive = PurePosixPath(row.name).with_suffix("").as_posix()
     return Unit(
@@ -266,11 +270,6 @@ def _slices(rows: list[FileRow], most: int) -> Iterator[list[FileRow]]:
         if i + 1 == len(rows) or (i + 1 - first >= most and open_until <= i):
             yield rows[first : i + 1]
             first = i + 1
-
-
-def name_of(row: FileRow) -> str:
-    """The file of a row."""
-    return row.picture if isinstance(row, FilePair) else row.key
 
 
 def stem_of(row: FileRow) -> str:

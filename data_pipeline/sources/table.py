@@ -160,6 +160,8 @@ def _row(
         return make_pair(key, data, suffix, text, where)
     except _RowError as error:
         return Unusable(key=key, kind="row", reason=f"{where} {error}")
+    except FileNotFoundError:
+        return Unusable(key=key, kind="row", reason=f"{where} {picture!r:.200} is not a file")
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         reason = f"{where} {picture!r:.200} cannot be read: {why}"

@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -18,6 +19,7 @@ from pyarrow import parquet
 
 from bench.support.proxy import faulty_proxy
 from cluster.object_server import ObjectServer
+from core.errors import InputError
 from core.files.atomic import sha256
 from core.storage.s3 import S3Store
 from core.storage.store import FolderStore, Store
@@ -126,6 +128,17 @@ def _odd_tars(root: Path) -> None:
     long = [("é" * 70 + name, data) for name, data in rows]
     (root / "pax.tar").write_bytes(tar_bytes(long, tarfile.PAX_FORMAT))
     (root / "cut.tar").write_bytes(tar_bytes(rows)[:-6000])
+    one = noise(60)
+    written(root, "case.tar", [*rows, ("x.PNG", one), ("x.png", noise(61)), ("x.txt", b"which")])
+    latin = [(os.fsdecode(b"\xe9.") + end, part) for end, part in (("png", one), ("txt", b"e"))]
+    (root / "latin1.tar").write_bytes(tar_bytes([*rows, *latin], tarfile.GNU_FORMAT))
+    written(root, "other.tar", [*rows, ("g.gif", b"GIF89a"), ("g.txt", b"another type")])
+    notes = [None, ["one", "two"], 5, "", {"en": "x"}, float("nan"), "of a note"]
+    bodies = [json.dumps({"caption": note}).encode() for note in notes]
+    bodies += [b'["caption"]', b"\xef\xbb\xbf" + bodies[-1]]
+    noted = [((f"j{i}.png", one), (f"j{i}.json", body)) for i, body in enumerate(bodies)]
+    noted += [(("e.png", one), ("e.json", bodies[6])), (("e.txt", b""),)]
+    written(root, "notes.tar", [member for group in noted for member in group])
     (root / "empty.tar").write_bytes(b"")
     (root / "sub").mkdir()
     (root / "sub" / "zipped.tar.gz").write_bytes(gzip.compress(tar_bytes(rows), mtime=0))
@@ -185,7 +198,14 @@ def test_a_bucket_ends_in_the_same_pairs_and_rejects_as_a_folder(
         pack(bucket.url, S3Store(BUCKET, f"odd-{name}-out"), config)
         ends = [_end(FolderStore(tmp_path / "local"), str(root))]
         ends.append(_end(S3Store(BUCKET, f"odd-{name}-out"), bucket.url))
+        config = replace(config, in_place=True)
+        pack(str(root), FolderStore(tmp_path / "in-place"), config)
+        pack(bucket.url, S3Store(BUCKET, f"odd-{name}-in-place"), config)
+        ends.append(_end(FolderStore(tmp_path / "in-place"), str(root)))
+        ends.append(_end(S3Store(BUCKET, f"odd-{name}-in-place"), bucket.url))
     assert ends[0] == ends[1] and len(ends[0][0]) > 15 and ends[0][1]
+    copied, local, stored = (sorted(row for row in end[0] if row[2]) for end in ends[1:])
+    assert copied == local == stored and ends[1][1] == ends[2][1] == ends[3][1]
     fault.outcome(f"{len(ends[0][0])} pairs and {len(ends[0][1])} rejects, as from a folder")
 
 
@@ -204,6 +224,26 @@ def _end(store: Store, source: str) -> tuple[list[tuple[str, ...]], list[tuple[s
     rows = [json.loads(line.replace(source, "SRC")) for line in lines]
     rejects = [(row["key"], row["kind"]) for row in rows]
     return [*pairs, *((name, digest, "") for name, digest in shards)], rejects
+
+
+@pytest.mark.seconds
+def test_a_destination_in_a_bucket_is_a_prefix_that_no_source_lists(s3: ObjectServer) -> None:
+    with s3.credentials():
+        bucket = S3Store(BUCKET, "dest")
+        for i in range(2):
+            bucket.put(f"{i}.tar", tar_bytes(img2dataset(10 * i, 10)))
+        before = bucket.names()
+        for sources, dest, message in (
+            (["0.tar"], "1.tar", "is an object, and DEST must be a prefix"),
+            (["*"], "out", r"DEST .* is inside SRC s3://tapir-tests/dest/\*"),
+            ([""], "out/deep", "is inside SRC"),
+            (["0.tar"], "{2..3}.tar", "is a pattern"),
+            (["0.tar", "?.tar"], "out", "0.tar is in two SRC"),
+        ):
+            with pytest.raises(InputError, match=message):
+                places = [f"{bucket.url}/{name}" for name in sources]
+                pack(places, S3Store(BUCKET, f"dest/{dest}"), PackConfig(validation=0.3))
+        assert bucket.names() == before
 
 
 @pytest.mark.seconds

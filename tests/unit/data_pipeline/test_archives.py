@@ -23,7 +23,9 @@ from data_pipeline.config import PackConfig
 from data_pipeline.images.crops import encode_png
 from data_pipeline.packing.pack import pack
 from data_pipeline.sources.pair import Pair, Unusable, key_of
+from data_pipeline.sources.places import LocalFiles, StoredFiles
 from data_pipeline.sources.plan import open_sources, plan_units
+from data_pipeline.sources.table import TablePart, table_pairs
 from data_pipeline.sources.units import unit_pairs
 from tests.faults.corpus import picture
 
@@ -287,6 +289,15 @@ def test_one_row_of_a_table_is_one_reject(tmp_path: Path) -> None:
     assert [r.kind for r in rejects] == ["row"] * len(bad)
     assert [r.key for r in rejects] == [f"t__{i + len(good):09d}" for i in range(len(bad))]
     assert "is not on this machine; fetch it first" in rejects[2].reason
+
+
+def test_a_row_without_its_file_has_one_reason_in_a_folder_and_in_a_store(tmp_path: Path) -> None:
+    rows = {"path": ["none.png", "C:\\x.png", "sub/none.jpg"], "caption": ["words"] * 3}
+    parquet.write_table(pyarrow.table(rows), tmp_path / "t.parquet")
+    part = TablePart("t.parquet", "t")
+    local = list(table_pairs(LocalFiles(tmp_path), part))
+    assert local == list(table_pairs(StoredFiles(FolderStore(tmp_path)), part))
+    assert [row.reason.endswith("is not a file") for row in local] == [True] * 3  # type: ignore[union-attr]
 
 
 def test_a_caption_that_is_no_text_is_one_reject(tmp_path: Path) -> None:

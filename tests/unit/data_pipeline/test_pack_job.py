@@ -184,6 +184,48 @@ def test_several_sources_and_patterns_keep_their_keys_apart(tmp_path: Path) -> N
         pack(str(tmp_path / "b" / "{0..2}.tar"), FolderStore(tmp_path / "none"), SMALL)
 
 
+def test_a_source_is_packed_once_and_holds_something(tmp_path: Path) -> None:
+    a, b = (written(tmp_path / name, "0.tar", img2dataset(0, 9)).parent for name in "ab")
+    (b / "1.tar").symlink_to(a / "0.tar")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "read.me").write_text("no picture")
+    (tmp_path / "empty").mkdir()
+    for name, message in (
+        (f"{tmp_path}/?/0.tar", "a/0.tar is in two SRC"),
+        (f"{tmp_path}/notes", "holds no pairs: .*; its files are passed over: .*read.me"),
+        (f"{tmp_path}/empty", "holds no pairs"),
+    ):
+        with pytest.raises(InputError, match=message):
+            pack([str(a), name], FolderStore(tmp_path / "out"), SMALL)
+    pack([str(a), str(b / "0.tar")], FolderStore(tmp_path / "out"), SMALL)
+    assert len(_keys(tmp_path / "out")) == 18
+
+
+@pytest.mark.parametrize(
+    ("pattern", "dest", "is_inside"),
+    [
+        *(("*", "out", True), ("*.tar", "out", False), ("**/*.tar", "out", True)),
+        *(("{0..1}.tar", "out", False), ("{0.tar,out}", "out/deep", True), ("?", "../out", False)),
+    ],
+)
+def test_a_destination_that_a_pattern_would_list_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, dest: str, is_inside: bool
+) -> None:
+    for i in range(2):
+        written(tmp_path / "in", f"{i}.tar", img2dataset(10 * i, 10))
+    written(tmp_path / "in" / "out", "2.tar", img2dataset(50, 10))
+    written(tmp_path / "in" / "x", "3.tar", img2dataset(60, 10))
+    monkeypatch.chdir(tmp_path / "in")
+    if is_inside:
+        with pytest.raises(InputError, match=r"DEST .* is inside SRC"):
+            pack(pattern, FolderStore(Path(dest)), SMALL)
+        return
+    pack(pattern, FolderStore(Path(dest)), SMALL)
+    before = _objects(Path(dest))
+    pack(pattern, FolderStore(Path(dest)), SMALL)
+    assert _objects(Path(dest)) == before
+
+
 @pytest.mark.parametrize(
     ("pattern", "selected"),
     [

@@ -192,6 +192,8 @@ def test_the_error_of_a_full_disk_tells_what_to_do(
     error = of_files(OSError(number, os.strerror(number), "/data/shard"))
     assert error.exit_code == 1 and "/data/shard" in str(error) and "free space" in str(error)
     assert "free space" not in str(of_files(OSError(errno.EIO, "input/output error", "x")))
+    read_only = of_files(OSError(errno.EROFS, os.strerror(errno.EROFS), "/data/page.html"))
+    assert read_only.exit_code == 2 and "/data/page.html" in str(read_only)
 
     def full(*_: object) -> None:
         raise OSError(number, os.strerror(number))

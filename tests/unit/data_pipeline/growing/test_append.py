@@ -185,6 +185,30 @@ def test_what_cannot_be_appended_is_refused(tmp_path: Path) -> None:
     assert pack(str(more), apart, strict, append=True)["train"].version == 2
 
 
+def test_only_what_is_new_is_appended_however_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, store = _archives(tmp_path / "tars", range(2)), FolderStore(tmp_path / "set")
+    config = replace(CONFIG, filters=FilterConfig())
+    pack(str(source), store, config)
+    _archives(source, range(2, 3))
+    monkeypatch.chdir(tmp_path)
+    pack(f"{source}/*", store, config, append=True)
+    for name in ("tars", f"{source}/{{00000..00002}}.tar"):
+        with pytest.raises(InputError, match="SRC holds nothing that"):
+            pack(name, store, config, append=True)
+    pack(f"{source}/00001.tar", FolderStore(tmp_path / "one"), config)
+    made = pack("tars/0000[12].tar", FolderStore(tmp_path / "one"), config, append=True)
+    assert sum(manifest.samples for manifest in made.values()) == 32
+    keys = [r.key for split in SPLITS for r in _records(store, split)]
+    assert len(keys) == len(set(keys)) == 3 * 16
+    before = _files(store)
+    _archives(source, range(1, 2))
+    with pytest.raises(InputError, match=r"00001.tar has changed since it was packed"):
+        pack(f"{source}/*", store, config, append=True)
+    assert _files(store) == before
+
+
 def test_equal_names_in_another_source_are_other_pairs(tmp_path: Path) -> None:
     first = written(tmp_path / "a", "00000.tar", img2dataset(0, 15)).parent
     second = written(tmp_path / "b", "00000.tar", img2dataset(500, 15)).parent
