@@ -85,9 +85,9 @@ def plan_units(
         if source.files is None:
             plan.units += _generated(source.text, number, config)
             continue
-        found = _units(source, number, source.files)
-        _refuse_empty(source.text, *found)
-        units, rows = listed.new(printable(source.text), source.files, *found)
+        in_source = _units(source, number, source.files)
+        _refuse_empty(source.text, *in_source)
+        units, rows = listed.new(printable(source.text), source.files, *in_source)
         stems = [stem for row in rows if (stem := stem_of(row))] if several else []
         prefix = names.prefix(earlier.sources + number, [*(unit.archive for unit in units), *stems])
         for (_, archive), parts in groupby(units, lambda unit: (unit.name, unit.archive)):
