@@ -1,7 +1,8 @@
 """What a pack job costs beside its work: decoding, perceptual hashes and digests of photographs.
 
 CPU a pair       of one worker from folder to folder, over the same work on pairs in memory
-workers          pairs/s of two workers over one, in a folder and, beside it, in SeaweedFS
+workers          pairs/s of two workers over one, in a folder and, beside it, in SeaweedFS; what
+                 the machine gives: two processes of the work alone over one
 memory           highest resident set of a worker, and its last third over its second
 webdataset       CPU a pair of the webdataset library, which copies pictures without a look
 
@@ -60,8 +61,10 @@ def run() -> list[dict[str, Any]]:
 
 def _round(source: Path, out: str) -> dict[Any, list[Result]]:
     """Each measurement once, one after another."""
+    bare = ["bare", str(source), out, "0/1", "1"]
     results: dict[Any, list[Result]] = {
-        "bare": _together([["bare", str(source), out, "0/1", "1"]]),
+        "bare": _together([bare]),
+        "two bare": _together([bare, bare]),
         "webdataset": _together([["webdataset", str(source), f"{out}/webdataset", "0/1", "1"]]),
     }
     for workers in (1, 2):
@@ -89,6 +92,16 @@ def _rows(name: str, rounds: list[dict[Any, list[Result]]]) -> list[dict[str, An
             [o / c for o, c in zip(one, copied, strict=True)],
         ),
         _scaling(name, rounds),
+        bench_row(
+            f"pairs/s of 2 processes of the work alone, {name}",
+            middle([sum(_rate(row) for row in results["two bare"]) for results in rounds]),
+            "pairs/s",
+            "1 process",
+            [
+                sum(_rate(row) for row in results["two bare"]) / _rate(results["bare"][0])
+                for results in rounds
+            ],
+        ),
         bench_row(
             f"memory of a worker, {name}", max(peaks), "MB", "600", [MEGABYTES / p for p in peaks]
         ),
@@ -119,8 +132,12 @@ def _each(row: Result) -> float:
 
 
 def _speed(rows: list[Result]) -> float:
-    """Pairs a second until the last worker ends; each counts the pairs of the whole set."""
-    return float(rows[0]["pairs"]) / max(float(row["seconds"]) for row in rows)
+    """Pairs a second until the set is finished; each worker counts the pairs of the whole set."""
+    return max(_rate(row) for row in rows)
+
+
+def _rate(row: Result) -> float:
+    return float(row["pairs"]) / float(row["seconds"])
 
 
 def _pack(
