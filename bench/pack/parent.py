@@ -173,6 +173,7 @@ def _together(jobs: list[list[str]], environment: dict[str, str] | None = None) 
 
 @contextmanager
 def _seaweed() -> Iterator[dict[str, str]]:
+    shutil.rmtree(cache("pack") / "weed", ignore_errors=True)
     with object_server(cache("pack") / "weed", BUCKET) as server, server.credentials():
         yield server.environment
 

@@ -19,8 +19,7 @@ from core.keys import keyed_rng
 
 PACKAGE = "scikit-learn==1.7.2"
 """Its wheel holds two photographs; matplotlib has another one."""
-TARS = 10
-"""Archives of different pictures; a kind may have them several times, under other keys."""
+TARS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,33 +31,50 @@ class Kind:
     height: int
     bytes: int
     """About; a JPEG's quality is chosen for it. 0 = quality 90."""
+    pictures: int
+    """Different ones; a picture may occur under several keys."""
     count: int
-    """Pictures of an archive."""
-    times: int = 1
-    """How often each archive occurs, so that a worker lives for some seconds."""
-
-    @property
-    def archives(self) -> int:
-        return TARS * self.times
+    """Pairs of an archive."""
 
 
 def kinds() -> list[Kind]:
     """Those that are measured."""
     return [
-        Kind(name="30 kB", width=400, height=300, bytes=30_000, count=sized(300, 4), times=4),
-        Kind(name="300 kB", width=1280, height=960, bytes=300_000, count=sized(50, 2), times=2),
-        Kind(name="12 megapixels", width=4000, height=3000, bytes=0, count=sized(6, 2)),
+        Kind(
+            name="30 kB",
+            width=400,
+            height=300,
+            bytes=30_000,
+            pictures=sized(3000, 30),
+            count=sized(1500, 4),
+        ),
+        Kind(
+            name="300 kB",
+            width=1280,
+            height=960,
+            bytes=300_000,
+            pictures=sized(500, 10),
+            count=sized(160, 2),
+        ),
+        Kind(
+            name="12 megapixels",
+            width=4000,
+            height=3000,
+            bytes=0,
+            pictures=sized(60, 6),
+            count=sized(8, 2),
+        ),
     ]
 
 
 def archives(kind: Kind) -> Path:
     """A folder of archives as img2dataset writes them; made once."""
     folder = cache("pack") / kind.name.replace(" ", "-")
-    if (folder / f"{kind.archives - 1:05d}.tar").exists():
+    if (folder / f"{TARS - 1:05d}.tar").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     pictures = _pictures(kind)
-    for archive in range(kind.archives):
+    for archive in range(TARS):
         staged = folder / f".{archive:05d}"
         with tarfile.open(staged, "w", format=tarfile.USTAR_FORMAT) as tar:
             for i in range(archive * kind.count, (archive + 1) * kind.count):
@@ -77,8 +93,7 @@ def archives(kind: Kind) -> Path:
 
 def _pictures(kind: Kind) -> list[bytes]:
     photographs = _photographs()
-    numbers = range(TARS * kind.count)
-    return [_picture(photographs[i % len(photographs)], kind, i) for i in numbers]
+    return [_picture(photographs[i % len(photographs)], kind, i) for i in range(kind.pictures)]
 
 
 def _picture(photograph: NDArray[np.uint8], kind: Kind, number: int) -> bytes:

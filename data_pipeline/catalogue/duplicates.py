@@ -141,7 +141,8 @@ class _Search:
         edges = np.empty(0, np.uint64)
         for band in range(BANDS if self._config.near > 0 else 0):
             with Partitions(self._work, "band", _DIGEST, len(self._kinds)) as partitions:
-                for rows in looks.parts():
+                parts = fetched(looks.part, range(len(looks)), self._threads)
+                for rows in parts:
                     partitions.add(bands_of(rows["key"], band), rows)
                 partitions.flush()
                 edges = np.unique(np.concatenate([edges, *self._edges(partitions, band)]))

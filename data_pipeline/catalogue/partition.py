@@ -4,7 +4,6 @@ A pass over the set writes partitions, and each partition is then handled in mem
 of a partition, at any number of rows.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -73,11 +72,6 @@ class Partitions:
             if end > begin:
                 with open(path, "ab") as file:
                     file.write(rows[begin:end].tobytes())
-
-    def parts(self) -> Iterator[NDArray[Any]]:
-        """The rows of each partition."""
-        for number in range(len(self)):
-            yield self.part(number)
 
     def part(self, number: int) -> NDArray[Any]:
         """The rows of one partition, once all are added and flushed."""

@@ -16,6 +16,8 @@ from data_pipeline.catalogue.schema import SCHEMA
 from data_pipeline.formats.fetch import fetched
 from data_pipeline.images.decode import LOOK_BITS
 
+_THREADS = 2
+"""That read parts."""
 KEPT, REJECTED, KEY, DUPLICATE, CONDITION, NEAR = range(6)
 """What becomes of a row: it is kept, was left out before (by its unit, or by the set of which this
 one is a view), or is left out now; NEAR + n: near an earlier one by n bits."""
@@ -107,10 +109,8 @@ class Verdict:
         dropped = np.flatnonzero(self.kinds >= KEY)
         firsts = np.unique(self.firsts[dropped])
         keys = self._keys(firsts)
-        for part in range(len(self.parts)):
-            places = np.flatnonzero(self.of_part(part) >= KEY)
-            if len(places):
-                yield self._table(part, places, firsts, keys)
+        some = [part for part in range(len(self.parts)) if (self.of_part(part) >= KEY).any()]
+        yield from fetched(lambda part: self._table(part, firsts, keys), some, _THREADS)
 
     def of_part(self, part: int) -> NDArray[np.uint8]:
         """The kinds of a part's rows."""
@@ -118,21 +118,19 @@ class Verdict:
 
     def _keys(self, rows: NDArray[np.uint32]) -> pa.Array:
         """The keys of sorted rows, in one array: `take` copies the chunks of several each time."""
-        keys = []
-        for part, (begin, end) in enumerate(zip(self.starts[:-1], self.starts[1:], strict=True)):
-            low, high = np.searchsorted(rows, [begin, end])
-            if high > low:
-                column = read_part(self.parts[part], ["key"])["key"]
-                keys += column.take(pa.array(rows[low:high] - begin)).chunks
+        bounds = np.searchsorted(rows, self.starts)
+
+        def keys_of(part: int) -> list[pa.Array]:
+            column = read_part(self.parts[part], ["key"])["key"]
+            places = rows[bounds[part] : bounds[part + 1]] - self.starts[part]
+            return list(column.take(pa.array(places)).chunks)
+
+        some = np.flatnonzero(np.diff(bounds)).tolist()
+        keys = [chunk for chunks in fetched(keys_of, some, _THREADS) for chunk in chunks]
         return pa.chunked_array(keys, pa.string()).cast(pa.large_string()).combine_chunks()
 
-    def _table(
-        self,
-        part: int,
-        places: NDArray[np.int64],
-        firsts: NDArray[np.uint32],
-        keys: pa.Array,
-    ) -> pa.Table:
+    def _table(self, part: int, firsts: NDArray[np.uint32], keys: pa.Array) -> pa.Table:
+        places = np.flatnonzero(self.of_part(part) >= KEY)
         table = read_part(self.parts[part], ["unit", "key", "source"]).take(pa.array(places))
         rows = places + self.starts[part]
         kinds, first = self.kinds[rows], self.firsts[rows]
