@@ -15,6 +15,7 @@ from models.third_party import foreign_module
 from models.tokenizers.config import VQConfig
 from models.tokenizers.protocol import TokenizerNetwork
 
+_MODULE = "diffusers.models.autoencoders.vq_model"
 ROWS_TOGETHER = 1024
 """Positions whose distances to all codes are computed together, to bound memory."""
 
@@ -119,7 +120,7 @@ def vq_model(body: dict[str, Any]) -> Any:
 
     Raises: ConfigError if diffusers is missing, or does not know an argument.
     """
-    module: Any = foreign_module("diffusers.models.autoencoders.vq_model")
+    module: Any = foreign_module(_MODULE, "pip install tapir[tokenizers], or diffusers alone")
     try:
         return module.VQModel(**body)
     except (TypeError, ValueError, KeyError) as error:
