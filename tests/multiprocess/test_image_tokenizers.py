@@ -14,11 +14,14 @@ from data_pipeline.formats.raw import RawSource
 from data_pipeline.formats.tokens import TokenSource
 from data_pipeline.streaming.stream import first_records
 from data_pipeline.tokenize.encode import pictures_of
-from tests.harness import PATH, ROOT, cold_tapir, tapir
+from tests.harness import DEVELOPERS, PATH, ROOT, cold_tapir, installed, tapir
 from tests.unit.models.tokenizers.test_equality import vq_folder
 from training.export.tokenizers import open_tokenizer
 
-pytestmark = pytest.mark.seconds
+pytestmark = [
+    pytest.mark.seconds,
+    pytest.mark.skipif(not installed("diffusers"), reason=DEVELOPERS),
+]
 PRIOR = ["--loop.steps=3", "--loop.global-batch-size=16", "--mesh.data=1", "--model.dim=48"]
 PRIOR += ["--model.layers=1", "--loop.validation-samples=16", "--order.lanes=2"]
 CLIP = ["--loop.steps=3", "--loop.global-batch-size=16", "--mesh.data=1", "--model.dim=32"]
@@ -39,7 +42,7 @@ def vq(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_pairs_to_pictures_with_vq_f8(vq: Path, raw: Path, bpe: Path, tmp_path: Path) -> None:
     place = {name: str(tmp_path / name) for name in ("tokens", "prior", "clip", "out", "hub")}
     tapir("tokenize", str(raw), place["tokens"], f"--dvae={vq}", f"--bpe={bpe}", "--block=8")
-    facts = read_manifest(FolderStore(place["tokens"]), "train/", TOKENS).facts
+    facts = read_manifest(FolderStore(tmp_path / "tokens"), "train/", TOKENS).facts
     ours = open_tokenizer(vq).facts
     assert facts["dvae"] == ours.digest and (facts["grid"], facts["image_vocabulary"]) == (4, 64)
     assert "columns" not in facts

@@ -13,11 +13,14 @@ from models.third_party import foreign_module
 from models.tokenizers.config import ReadOptions
 from models.tokenizers.protocol import NetworkTokenizer
 from tests.golden.record_llamagen import FILE, LEVELS, PIXELS, STRIDE
-from tests.harness import DEVELOPERS
+from tests.harness import DEVELOPERS, installed
 from tests.support.tokenizer_weights import keyed_pictures, keyed_weights
 from training.export.tokenizers import import_tokenizer, open_tokenizer
 
-pytestmark = pytest.mark.seconds
+pytestmark = [
+    pytest.mark.seconds,
+    pytest.mark.skipif(not installed("diffusers"), reason=DEVELOPERS),
+]
 OPTIONS = ReadOptions(pixels=PIXELS, crop="random")
 VQGANS = {
     "f16-1024": ((1, 1, 2, 2, 4), 1024),
