@@ -1,7 +1,7 @@
 """What is known of an image tokenizer without its weights; imports no torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from models.config import DVAEConfig
@@ -151,17 +151,17 @@ class TokenizerConfig:
 class VQConfig:
     """A VQ autoencoder with the convolutional body of diffusers' VQModel."""
 
-    pixels: int = 256
+    pixels: int
     """Side of the square pictures, in pixels."""
-    head: Head = "nearest"
+    head: Head
     """From encoder states to codes. nearest: smallest Euclidean distance to a code's vector.
     cosine: the same between vectors of length 1, which the decoder reads too. gumbel: the largest
     logit of a 1x1 convolution, without noise."""
-    unit_range: bool = False
+    unit_range: bool
     """The network reads and draws pictures in [0, 1]; else in [-1, 1]."""
-    crop: Crop = "random"
+    crop: Crop
     """How pictures are cropped to squares."""
-    body: dict[str, Any] = field(default_factory=dict)
+    body: dict[str, Any]
     """Arguments of diffusers' VQModel."""
 
     @property
@@ -172,7 +172,8 @@ class VQConfig:
     @property
     def step(self) -> int:
         """Pixels of a token's side."""
-        return 1 << (len(self.body.get("block_out_channels", (64,))) - 1)
+        levels = self.body.get("block_out_channels") or [None]
+        return 1 << (len(levels) - 1)
 
     @property
     def rows(self) -> int:

@@ -72,6 +72,7 @@ def read_diffusers(path: Path, options: ReadOptions) -> Read:
     config = VQConfig(
         pixels=options.pixels,
         crop=options.crop,
+        head="nearest",
         unit_range=bool(body.get("lookup_from_codebook", False)),
         body=body,
     )

@@ -49,7 +49,7 @@ class NetworkTokenizer:
     """
 
     def __init__(
-        self, network: TokenizerNetwork, facts: TokenizerFacts, precision: Precision = "fp32"
+        self, network: TokenizerNetwork, facts: TokenizerFacts, precision: Precision
     ) -> None:
         self._network, self._half = network.eval().requires_grad_(False), precision == "bf16"
         self._facts = facts

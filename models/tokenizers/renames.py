@@ -123,9 +123,10 @@ def _config_of(tensors: Mapping[str, Tensor], options: ReadOptions, head: Head) 
         "num_vq_embeddings": codes,
         "vq_embed_dim": width,
         "norm_num_groups": GROUPS,
-        "mid_block_add_attention": any("mid_block.attentions" in name for name in tensors),
     }
-    return VQConfig(pixels=options.pixels, crop=options.crop, head=head, body=body)
+    return VQConfig(
+        pixels=options.pixels, crop=options.crop, head=head, unit_range=False, body=body
+    )
 
 
 def _renamed(tensors: Mapping[str, Tensor], rules: _Rules) -> dict[str, Tensor]:

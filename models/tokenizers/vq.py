@@ -61,10 +61,10 @@ class CosineCodebook(Codebook):
     """Codes by the angle: states and vectors have length 1."""
 
     def vectors(self) -> Tensor:
-        return F.normalize(self.embedding.weight, dim=-1)
+        return F.normalize(self.embedding.weight)
 
     def compared(self, states_nd: Tensor) -> Tensor:
-        return F.normalize(states_nd, dim=-1)
+        return F.normalize(states_nd)
 
 
 class GumbelCodebook(CodeHead):

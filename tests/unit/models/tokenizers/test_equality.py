@@ -169,6 +169,7 @@ def test_bf16_finds_codes_of_16_bit_states_in_fp32(tmp_path: Path) -> None:
     distances = torch.cdist(states.float().permute(0, 2, 3, 1).flatten(1, 2), _table(network))
     codes = half.codes(pictures)
     assert codes.equal(distances.argmin(2))
+    assert not any(parameter.requires_grad for parameter in network.parameters())
     whole = open_tokenizer(tmp_path / "run").codes(pictures)
     assert 0.9 < (whole == codes).float().mean() < 1
 

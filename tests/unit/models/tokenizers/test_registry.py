@@ -1,6 +1,7 @@
 """Kinds of image tokenizers, plug-ins by entry points, and what is known without weights."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,18 +101,23 @@ def test_facts_that_records_cannot_hold_are_problems(changes: dict[str, int], te
     (problem,) = TokenizerFacts(**{**FACTS, **changes}).problems()  # type: ignore[arg-type]
     assert text in problem
     edge = {"codebook": 65536} if changes.get("codebook", 0) > 9 else {"codebook": 2}
+    edge |= dict.fromkeys(("pixels", "rows", "columns"), 1)
     assert TokenizerFacts(**{**FACTS, **edge}).problems() == []  # type: ignore[arg-type]
 
 
 def test_sizes_of_a_vq_tokenizer_follow_from_its_body() -> None:
     body = {"block_out_channels": [32] * 5, "num_vq_embeddings": 1024}
-    config = VQConfig(pixels=48, body=body)
+
+    def of(pixels: int, body: dict[str, Any]) -> VQConfig:
+        return VQConfig(pixels=pixels, head="nearest", unit_range=False, crop="random", body=body)
+
+    config = of(48, body)
     assert (config.step, config.rows, config.columns, config.codebook) == (16, 3, 3, 1024)
-    assert config.problems() == [] and VQConfig(body={}).codebook == 256
-    assert VQConfig(body={}).step == 1
-    (problem,) = VQConfig(pixels=40, body=body).problems()
+    assert config.problems() == of(1, {}).problems() == []
+    assert (of(8, {}).codebook, of(8, {}).step) == (256, 1)
+    (problem,) = of(40, body).problems()
     assert "multiple of 16" in problem and "--pixels 32" in problem
-    (problem,) = VQConfig(pixels=0, body=body).problems()
+    (problem,) = of(0, body).problems()
     assert "--pixels 16" in problem
 
 
@@ -122,4 +128,5 @@ def test_a_dvae_is_the_tokenizer_that_it_was() -> None:
     codes = ours.codes(pictures)
     assert codes.equal(dvae.tokens(pictures)) and codes.dtype == torch.int64
     assert ours.pictures(codes).equal(dvae.picture(codes))
-    assert ours.device == torch.device("cpu") and not ours.pictures(codes).requires_grad
+    assert ours.device == torch.device("cpu")
+    assert not any(parameter.requires_grad for parameter in dvae.parameters())
