@@ -37,13 +37,11 @@ def weights_file(path: Path) -> Path:
 
     Raises: InputError if there is none, or more than one.
     """
-    if path.is_file():
-        return path
-    inside = sorted(path.iterdir()) if path.is_dir() else []
+    inside = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
     named = [p for p in inside if p.suffix in (SAFETENSORS, *PICKLES)]
     if not named:
         endings = ", ".join((SAFETENSORS, *PICKLES))
-        raise InputError(f"there is no file of weights in {path} ({endings}); copy it there")
+        raise InputError(f"{path} is or holds no file of weights ({endings}); give one")
     if len(named) > 1:
         names = ", ".join(p.name for p in named)
         raise InputError(f"{path} has several files of weights ({names}); give one of them")
@@ -72,7 +70,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def _unpickled(path: Path) -> Any:
     with torch.serialization.safe_globals(_stand_ins(path)):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _stand_ins(path: Path) -> list[Any]:

@@ -22,11 +22,15 @@ Read = tuple[VQConfig, dict[str, Tensor]]
 
 
 def has(path: Path, name: str) -> bool:
-    """True if a file of weights holds a tensor of this name."""
+    """True if a file of weights, or the only one in a folder, holds a tensor of this name.
+
+    Raises: InputError if it cannot be read.
+    """
     try:
-        return name in read_weights(weights_file(path))
+        file = weights_file(path)
     except InputError:
         return False
+    return name in read_weights(file)
 
 
 def is_diffusers(path: Path) -> bool:

@@ -31,7 +31,7 @@ class TokenizerKind:
     build: Callable[[Any], TokenizerNetwork]
     """The network of a config, with any weights."""
     matches: Callable[[Path], bool]
-    """True if a file or folder of another project is of this kind; must not raise."""
+    """True if a file or folder of another project is of this kind; raises only InputError."""
     read: Callable[[Path, ReadOptions], tuple[TokenizerSizes, Mapping[str, Tensor]]]
     """Config and fp32 weights, by parameter name, of another project's file or folder."""
 
@@ -72,8 +72,10 @@ def kind_of(name: str) -> TokenizerKind:
 def recognised(path: Path) -> str:
     """Name of the first kind that a file or folder is of.
 
-    Raises: InputError if it is of none.
+    Raises: InputError if there is none, it cannot be read, or it is of no kind.
     """
+    if not path.exists():
+        raise InputError(f"there is no {path}; give the file or folder of an image tokenizer")
     for name in known_kinds():
         if kind_of(name).matches(path):
             return name

@@ -65,7 +65,7 @@ def test_pairs_to_pictures_with_vq_f8(vq: Path, raw: Path, bpe: Path, tmp_path: 
     )
     models = [f"--prior={place['prior']}", f"--dvae={vq}", f"--bpe={bpe}"]
     ranked = [*models, f"--clip={place['clip']}"]
-    few = ["--prompts=4", "--max-candidates=4", "--max-candidates-prompts=2"]
+    few = ["--prompts=4", "--candidates=4", "--max-candidates=0"]
     tapir("evaluate", str(raw), f"--out={place['out']}", *ranked, *few)
     figures = json.loads((tmp_path / "out" / "accuracy.json").read_bytes())
     assert (tmp_path / "out" / "reconstructions.png").is_file() and figures

@@ -68,8 +68,11 @@ def test_averaged_weights_come_before_the_others(tmp_path: Path) -> None:
 
 
 def test_files_that_hold_no_weights_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no file of weights"):
+    with pytest.raises(InputError, match="holds no file of weights"):
         weights_file(tmp_path)
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(InputError, match="holds no file of weights"):
+        weights_file(tmp_path / "a.json")
     torch.save({"step": 3}, tmp_path / "a.pt")
     with pytest.raises(InputError, match="holds no tensors"):
         read_weights(weights_file(tmp_path))

@@ -71,11 +71,16 @@ def test_plug_ins_are_listed_loaded_and_refused_by_name(
 def test_files_of_no_kind_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"knows \(diffusers, taming, llamagen\)"):
         recognised(tmp_path)
+    with pytest.raises(InputError, match=r"there is no .*absent; give the file or folder"):
+        recognised(tmp_path / "absent")
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     with pytest.raises(InputError, match="holds none of the tokenizers"):
         recognised(tmp_path)
     with pytest.raises(InputError, match="is missing or not of diffusers"):
         kind_of("diffusers").read(tmp_path, None)  # type: ignore[arg-type]
+    (tmp_path / "last.ckpt").write_bytes(b"1234567")
+    with pytest.raises(InputError, match="is no whole file of weights"):
+        recognised(tmp_path)
 
 
 def test_facts_of_a_manifest_name_columns_and_crops_only_where_they_are_not_the_usual() -> None:
