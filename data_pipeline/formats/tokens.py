@@ -11,7 +11,7 @@
 A block has version 1 if each of its records has one text, version 2 if some have several.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -22,7 +22,6 @@ from core.errors import CorruptError
 from core.keys import KeyPart, key_int
 from data_pipeline.formats.manifest import TOKENS
 from data_pipeline.formats.split import SplitSource
-from models.tokenizers.config import grid_tokens
 
 Rows = slice | NDArray[Any]
 _MAGIC = {False: b"TPRB\x01\x00\x00\x00", True: b"TPRB\x02\x00\x00\x00"}
@@ -232,6 +231,11 @@ def decode_block(data: bytes) -> TokenRecords:
     return TokenRecords(ids, image, numbers("<u2", int(ends[-1])), ends, firsts)
 
 
+def codes_of(facts: Mapping[str, Any]) -> int:
+    """Codes of an image by its facts: `grid` rows, and `columns` if it is not square."""
+    return int(facts["grid"]) * int(facts.get("columns", facts["grid"]))
+
+
 class TokenSource(SplitSource):
     """The token records of one split."""
 
@@ -240,7 +244,7 @@ class TokenSource(SplitSource):
     @property
     def _width(self) -> int:
         """Codes of an image."""
-        return grid_tokens(self.manifest.facts)
+        return codes_of(self.manifest.facts)
 
     def read(self, block: int, variant: int = 0) -> TokenRecords:
         """Fetch one block.

@@ -1,6 +1,5 @@
 """What is known of an image tokenizer without its weights; imports no torch."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -126,12 +125,6 @@ class ReadOptions:
     """Side of the square pictures."""
     crop: Crop
     """How pictures are cropped to squares."""
-
-
-def grid_tokens(facts: Mapping[str, Any]) -> int:
-    """Image tokens per picture by the facts of a token manifest."""
-    rows = int(facts["grid"])
-    return rows * int(facts.get("columns", rows))
 
 
 @dataclass(frozen=True, kw_only=True)

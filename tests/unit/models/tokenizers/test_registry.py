@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from core.errors import ConfigError, InputError
+from data_pipeline.formats.tokens import codes_of
 from models.config import DVAEConfig
 from models.dvae import DVAE
-from models.tokenizers.config import TokenizerConfig, TokenizerFacts, VQConfig, grid_tokens
+from models.tokenizers.config import TokenizerConfig, TokenizerFacts, VQConfig
 from models.tokenizers.protocol import DVAETokenizer
 from models.tokenizers.registry import build_tokenizer, kind_of, known_kinds, recognised, sizes_of
 from tests.support.tokenizer_weights import keyed_pictures
@@ -86,10 +87,10 @@ def test_files_of_no_kind_are_refused(tmp_path: Path) -> None:
 def test_facts_of_a_manifest_name_columns_and_crops_only_where_they_are_not_the_usual() -> None:
     usual = TokenizerFacts(**FACTS)  # type: ignore[arg-type]
     assert usual.manifest() == {"dvae": "d", "grid": 4, "image_vocabulary": 16}
-    assert usual.tokens == grid_tokens(usual.manifest()) == 16 and usual.problems() == []
+    assert usual.tokens == codes_of(usual.manifest()) == 16 and usual.problems() == []
     other = TokenizerFacts(**{**FACTS, "columns": 6, "crop": "center"})  # type: ignore[arg-type]
     assert other.manifest() == {**usual.manifest(), "columns": 6, "crop": "center"}
-    assert other.tokens == grid_tokens(other.manifest()) == 24
+    assert other.tokens == codes_of(other.manifest()) == 24
 
 
 @pytest.mark.parametrize(
