@@ -37,10 +37,6 @@ _ATTENTION = {
 """Layers of an attention block by those of diffusers; the last four are of its older versions."""
 _ATTENDS = re.compile(r"(.*attentions\.\d+\.)(\w+)\.(weight|bias)$")
 _Rules = tuple[tuple[re.Pattern[str], str], ...]
-_SHARED: _Rules = (
-    (re.compile(r"\.nin_shortcut\."), ".conv_shortcut."),
-    (re.compile(r"\.norm_out\."), ".conv_norm_out."),
-)
 _TAMING: _Rules = (
     (re.compile(r"encoder\.down\.(\d+)\."), r"encoder.down_blocks.\1."),
     (re.compile(r"decoder\.up\.(\d+)\."), r"decoder.up_blocks.\1."),
@@ -61,7 +57,8 @@ _BOTH: _Rules = (
     (re.compile(r"\.attn\."), ".attentions."),
     (re.compile(r"\.downsample\."), ".downsamplers.0."),
     (re.compile(r"\.upsample\."), ".upsamplers.0."),
-    *_SHARED,
+    (re.compile(r"\.nin_shortcut\."), ".conv_shortcut."),
+    (re.compile(r"\.norm_out\."), ".conv_norm_out."),
 )
 _MATRIX = re.compile(r"attentions\.\d+\.to_\w+(\.0)?\.weight$")
 _UP = re.compile(r"decoder\.up_blocks\.(\d+)")

@@ -93,7 +93,7 @@ def import_tokenizer(path: Path, out: Path, name: str, options: ReadOptions) -> 
         raise InputError(f"{out} holds a finished model already; give another folder")
     name = name or recognised(path)
     sizes, tensors = kind_of(name).read(path, options)
-    check(sizes.problems())
+    check(sizes.problems() or TokenizerFacts.of(name, sizes, "").problems())
     config = TokenizerConfig(kind=name, sizes=to_json(sizes))
     shapes = {key: tuple(value.shape) for key, value in tensors.items()}
     if wrong := misfits(TOKENIZER, config, shapes):
