@@ -79,8 +79,8 @@ def _stand_ins(path: Path) -> list[Any]:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     except ValueError as error:
         raise InputError(
-            f"{path} is in the format of torch before 1.6, which is not read; load and save it "
-            "with a newer torch, or as safetensors"
+            f"{path} is damaged, or in the format of torch before 1.6, which is not read; save it "
+            "by a newer torch, or as safetensors"
         ) from error
     foreign = [n for n in names if not n.startswith(INERT) and n not in _INERT_NAMES]
     if foreign:
