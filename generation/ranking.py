@@ -16,7 +16,7 @@ from torch import Tensor
 
 from core.errors import ConfigError, InputError
 from data_pipeline.text.bpe import encode, load_tokenizer
-from generation.third_party import foreign_module
+from models.third_party import foreign_module
 from models.clip import Clip
 from parallel.device import CPU
 from training.export.weights import build_model, open_model

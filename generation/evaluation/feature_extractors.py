@@ -17,7 +17,7 @@ from core.errors import InputError
 from core.files.atomic import sha256
 from data_pipeline.text.bpe import encode
 from data_pipeline.tokenize.encode import to_tensor
-from generation.third_party import foreign_module
+from models.third_party import foreign_module
 from models.clip import MOST_SCALE, Clip
 from parallel.device import CPU
 from training.tasks.task import pad_text

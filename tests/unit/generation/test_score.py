@@ -32,7 +32,7 @@ from generation.evaluation.feature_extractors import ClipProxy, Inception, blurr
 from generation.evaluation.open_score import open_job
 from generation.evaluation.score_job import ScoreJob
 from generation.text_to_image import open_studio
-from generation.third_party import foreign_module
+from models.third_party import foreign_module
 from parallel.device import CPU
 from tests.harness import tapir
 from tests.second_device import SECOND
