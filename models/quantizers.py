@@ -80,14 +80,12 @@ class Gumbel(Quantizer):
         return F.one_hot(codes, self._codebook).permute(0, 3, 1, 2).float()
 
 
-class Codebook(nn.Module):
+class Codebook(nn.Embedding):
     """The vectors of VQ's codes, (K, C)."""
 
-    def __init__(self, codebook: int, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(codebook, channels))
-
-    def forward(self, vectors: Tensor | None, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(  # type: ignore[override]
+        self, vectors: Tensor | None, codes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Codes and their vectors: of the given codes, else the nearest of (n, C) vectors.
 
         One call does both, because ZeRO-3 holds the weight only during a call.
