@@ -4,6 +4,8 @@ Source: arXiv 1611.07004 (PatchGAN), 2012.09841 (hinge loss beside a VQGAN). Fea
 over each picture alone: statistics of a batch would differ between meshes.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,7 +40,7 @@ class Discriminator(nn.Module):
         widths = [3, *(width * min(2**i, 8) for i in range(layers + 1))]
         self.convs = nn.ModuleList(
             PatchConv(inward, outward, KERNEL, stride=2 if i < layers else 1)
-            for i, (inward, outward) in enumerate(zip(widths, widths[1:], strict=False))
+            for i, (inward, outward) in enumerate(pairwise(widths))
         )
         self.output = PatchConv(widths[-1], 1, KERNEL)
         init_normal(self, seed, {"weight": FIRST_SCALE}, "discriminator.")

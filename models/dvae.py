@@ -103,9 +103,10 @@ class DVAE(nn.Module):
     def calibrate(self, image: Tensor, seed: int = 0) -> None:
         """Fit the two output layers' scales to a first batch, so that training starts balanced.
 
-        Encoder outputs get mean 0 and standard deviation 1 over the batch; the decoder starts at each
-        channel's median and mean absolute deviation. Without this a flat background selects one
-        code everywhere, and the codebook collapses (docs/LOG.md).
+        Encoder outputs get mean 0 and standard deviation 1 over the batch; the decoder starts at
+        each channel's median and mean absolute deviation. Without this a flat background selects
+        one code everywhere, and the codebook collapses (docs/LOG.md). VQ's codebook starts from
+        the outputs; `seed` is of its draws.
         Shapes: (B, 3, S, S) in [0, 1].
         """
         logits, (weight, bias) = self.logits(image), _last(self.encoder)

@@ -1,7 +1,7 @@
 """LPIPS: distance of two pictures in the features of VGG16, with weights from local files.
 
 Source: arXiv 1801.03924, version 0.1 of its authors' code (`lpips`), which scales features to unit
-length; without its linear weights every channel counts equally.
+length; without its linear weights the distance is that of its option lpips=False.
 """
 
 from pathlib import Path
@@ -67,11 +67,11 @@ class Perceptual(nn.Module):
                 at += 2  # a ReLU has a number, too
             at += 1
         weights = read_tensors(linear) if linear else {}
-        for stage, widths in enumerate(STAGES):
+        for stage in range(len(STAGES)):
             if linear:
                 self._take(f"linear{stage}", weights, f"lin{stage}.model.1.weight", linear)
             else:
-                getattr(self, f"linear{stage}").fill_(1 / widths[-1])
+                getattr(self, f"linear{stage}").fill_(1.0)
         return self
 
     def _empty(self, name: str, *shape: int) -> None:

@@ -1,8 +1,8 @@
 """How a dVAE turns encoder outputs into codes: Gumbel-softmax, nearest vector (VQ), or FSQ.
 
-Each quantizer maps (B, C, h, w) encoder outputs to decoder inputs of the same shape. Its weights are
-trained by gradients like all others, so that every engine saves, resumes and reduces them; moving
-averages of codebooks would need buffers of their own.
+Each quantizer maps (B, C, h, w) encoder outputs to decoder inputs of the same shape. Its weights
+are trained by gradients like all others, so that every engine saves, resumes and reduces them;
+moving averages of codebooks would need buffers of their own.
 """
 
 from dataclasses import dataclass
@@ -112,7 +112,9 @@ class NearestVector(Quantizer):
         self.codebook = Codebook(codebook, channels)
 
     def forward(self, outputs: Tensor, tau: Tensor, keys: Tensor) -> Quantized:
-        from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to  # imports for 1 s
+        from vector_quantize_pytorch.vector_quantize_pytorch import (  # noqa: PLC0415 - a second
+            rotate_to,
+        )
 
         x = outputs.permute(0, 2, 3, 1)
         flat = x.flatten(0, 2)
@@ -156,7 +158,7 @@ class FiniteScalar(Quantizer):
     """
 
     def __init__(self, levels: tuple[int, ...]) -> None:
-        from vector_quantize_pytorch import FSQ  # imports for 1 s
+        from vector_quantize_pytorch import FSQ  # noqa: PLC0415 - takes a second
 
         super().__init__()
         with torch.device("cpu"):  # it reads its constants, also while shapes alone are built
