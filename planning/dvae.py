@@ -102,6 +102,7 @@ def _weigh(settings: DVAETrain, world: int, hardware: Hardware) -> Candidate:
     one = _micro_batch_of(settings, loads.micro)
     sizes = {**dict.fromkeys(CATEGORIES, 0), **model_bytes(loads), "activations": one.saved}
     sizes["temporary"] += 2 * one.largest  # a gradient and its operand's
+    sizes["temporary"] += sum(part.buffers for part in loads.layers)
     bytes_: Bytes = {name: sizes[name] for name in CATEGORIES}
     bytes_ |= nccl_bytes(cast(Any, settings), hardware)
     start, usable = None, hardware.usable
