@@ -236,6 +236,9 @@ class DVAETrain(StageConfig):
     """A perceptual loss."""
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     """A patch discriminator."""
+    rfid: Path | None = None
+    """Inception's weights (safetensors), for the reconstruction FID at validations; default: no
+    FID."""
 
     def model_problems(self) -> list[str]:
         problems = self.model.problems() + self._prior_only_problems()

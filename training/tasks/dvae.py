@@ -20,6 +20,8 @@ from data_pipeline.streaming.readable import Crop, ReadablePairs
 from data_pipeline.tokenize.encode import to_tensor
 from models.config import DVAEConfig
 from models.dvae import DVAE
+from models.fid import frechet_distance_of_few
+from models.inception import Inception
 from parallel.engines.protocol import Batch
 from parallel.mesh import Mesh
 from training.config import DVAETrain
@@ -144,8 +146,18 @@ class DVAETask:
             "codebook_usage": used / min(self.model_config.codebook, codes.numel()),
             "psnr": -10 * float(np.log10(max(mse, 1e-10))),
         }
+        if self._settings.rfid is not None:
+            network = Inception(self._settings.rfid, pixels.device)
+            both = [network(_bytes(part))[0] for part in (pixels, again)]
+            figures["rfid"] = frechet_distance_of_few(*both)
         pictures = {"reconstructions": _rows(pixels[:SHOWN].cpu(), again[:SHOWN].cpu())}
         return figures, {**pictures, "codebook": codes.flatten().cpu().numpy()}
+
+
+def _bytes(pictures: Tensor) -> np.ndarray:
+    """(n, 3, S, S) in [0, 1] -> (n, S, S, 3) uint8."""
+    whole = (pictures * 255).round().clamp(0, 255).byte()
+    return np.asarray(whole.permute(0, 2, 3, 1).cpu().numpy())
 
 
 def _rows(originals: Tensor, again: Tensor) -> np.ndarray:
