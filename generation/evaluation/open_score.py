@@ -22,6 +22,7 @@ from models.inception import Inception
 from parallel.device import CPU
 from parallel.mesh import own_mesh
 from parallel.precision import set_numerics
+from training.export.tokenizers import facts_of, open_weights_of
 from training.export.weights import open_model
 
 
@@ -49,12 +50,11 @@ def score_models(
 
 def digests(models: ModelPaths) -> dict[str, str]:
     """Digests of the models by role."""
-    dvae = open_model(models.dvae, "dvae")
-    pixels = int(dvae.config["pixels"])
+    images = facts_of(open_weights_of(models.dvae))
     return {
         "prior": open_model(models.prior, "prior", models.step).digest,
-        "dvae": dvae.digest,
-        "clip": open_ranker(models.clip, models.bpe, pixels=pixels).digest,
+        "dvae": images.digest,
+        "clip": open_ranker(models.clip, models.bpe, pixels=images.pixels).digest,
         "tokenizer": load_tokenizer(models.bpe)[1],
     }
 
@@ -74,7 +74,7 @@ def open_job(
     """
     numerics = set_numerics(device, deterministic=False)  # as `open_studio` does
     model_digests = digests(models)
-    pixels = int(open_model(models.dvae, "dvae").config["pixels"])
+    pixels = facts_of(open_weights_of(models.dvae)).pixels
     evaluation = open_evaluation(data)
     network: Network
     if inception is not None:

@@ -24,6 +24,8 @@ from models.clip import Clip
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from models.dvae import DVAE
 from models.prior import build_prior
+from models.tokenizers.config import TokenizerConfig
+from models.tokenizers.registry import build_tokenizer
 from parallel.placement import placement_of
 from training.ema import EMA
 from training.export.files import (
@@ -39,6 +41,8 @@ from training.run.config import config_of
 from training.stages import config_with_new_names
 
 DESCRIPTION, CONFIG = "model.json", "config.json"
+TOKENIZER = "image_tokenizer"
+"""Stage of an imported image tokenizer, which takes the place of a dVAE."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,7 @@ KINDS = {
     "dvae": Kind(config=DVAEConfig, build=DVAE, prefix="dvae.dvae."),
     "prior": Kind(config=PriorConfig, build=build_prior, prefix=""),
     "clip": Kind(config=ClipConfig, build=Clip, prefix="clip."),
+    TOKENIZER: Kind(config=TokenizerConfig, build=build_tokenizer, prefix=""),
 }
 
 

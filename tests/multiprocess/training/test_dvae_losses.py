@@ -31,11 +31,11 @@ FIGURES = (*("loss", "log_likelihood", "commitment", "perceptual", "discriminato
 
 
 def assert_equal(single: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
-    """A mean score has either sign, and is small against the scores: its difference is absolute."""
+    """Relative differences; that of a mean score, which may be near zero, to the hinge's margin."""
     for figure in FIGURES:
         assert largest_difference(single, other, figure) < 1e-5, figure
     scores = zip(single, other, strict=True)
-    assert max(abs(a["adversarial"] - b["adversarial"]) for a, b in scores) < 1e-6
+    assert max(abs(a["adversarial"] - b["adversarial"]) for a, b in scores) < 1e-5
 
 
 @pytest.fixture(scope="module")
