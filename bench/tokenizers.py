@@ -162,7 +162,7 @@ def _minutes(run: Path) -> float:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "split" not in row and "seconds" in row]
     each = statistics.median(row["seconds"] for row in steps)
-    return each * max(row["step"] for row in steps) / 60
+    return float(each * max(row["step"] for row in steps) / 60)
 
 
 def _inception(path: Path) -> Extract:
