@@ -13,11 +13,12 @@ from core.workers import job_worker_of
 from data_pipeline.evaluation_sets import open_evaluation
 from data_pipeline.text.bpe import load_tokenizer
 from generation.config import ModelPaths, ScoreConfig
-from generation.evaluation.feature_extractors import ClipProxy, Inception, Network
+from generation.evaluation.feature_extractors import ClipProxy, Network
 from generation.evaluation.overlap_report import read_overlap
 from generation.evaluation.score_job import ScoreJob
 from generation.ranking import TapirRanker, open_ranker
 from generation.text_to_image import open_studio
+from models.inception import Inception
 from parallel.device import CPU
 from parallel.mesh import own_mesh
 from parallel.precision import set_numerics

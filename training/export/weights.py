@@ -246,6 +246,12 @@ def misfits(stage: str, config: Any, shapes: Shapes) -> list[str]:
     return sorted(n for n in {*expected, *shapes} if expected.get(n) != shapes.get(n))
 
 
+def network_shapes(stage: str, shapes: Shapes) -> Shapes:
+    """The tensors of a checkpoint that belong to the network; a discriminator's do not."""
+    prefix = KINDS[stage].prefix
+    return {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+
 def _files(body: Json) -> list[tuple[str, str]]:
     """(name, sha256) of the files of a described model."""
     if "files" in body:
@@ -288,7 +294,7 @@ def _unfinished(folder: Path, stage: str, step: int | None) -> Weights:
         where=reader.url,
         config=config["model"],
         facts={**facts_with_new_names(facts["task"]), **told, "step": facts["step"]},
-        shapes=reader.shapes(),
+        shapes=network_shapes(stage, reader.shapes()),
         read=partial(averaged_weight, reader),
         run=config,
     )
