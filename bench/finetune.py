@@ -24,7 +24,7 @@ from data_pipeline.sources.units import shapes_pairs
 from training.run.folder import read_metrics
 
 APPLE, SHAPES = "apple", "shapes"
-TARGETS = ("google", "twitter", "facebook")
+TARGETS = sized(("google", "twitter", "facebook"), ("google",))
 Curve = list[dict[str, Any]]
 LOSSES = ("loss", "image_loss")
 SEEDS = sized((0, 1, 2), (0,))
@@ -106,7 +106,7 @@ def _make_tokens() -> None:
         captions = sorted({path.read_text() for path in FOLDER.glob("pictures-*/*.txt")})
         write_atomic(texts, "".join(f"{text}\n" for text in [*captions, *_scenes()]).encode())
     run_tapir("train", "bpe", "tiny", f"--texts={texts}", f"--out={FOLDER}/bpe")
-    mixture = ",".join(f"{FOLDER}/raw-{name}:{1 / len(sets)}" for name in sets)
+    mixture = ",".join(f"{FOLDER}/raw-{name}:1/{len(sets)}" for name in sets)
     run_tapir(
         *("train", "dvae", "tiny", f"--data={mixture}", f"--out={FOLDER}/dvae"),
         *(f"--loop.steps={DVAE_STEPS}", f"--loop.validation-samples={sized(512, 32)}"),
