@@ -12,8 +12,9 @@ from core.storage.mixture import data_sets, mixture_problems
 from data_pipeline.config import LoaderConfig, OrderConfig
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, ModelSizes, OptimConfig
+from training.profiling.config import ProfileConfig
 from training.recovery.config import GuardConfig
-from training.resume_with import resume_with_problems
+from training.run.resume_with import resume_with_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,42 +52,6 @@ class LoopConfig:
             problems.append(f"loop.stop_at={self.stop_at} must be 0 (all steps) to {self.steps}")
         if self.validate_every < 0:
             problems.append("loop.validate_every must not be negative; 0 = only at the end")
-        return problems
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProfileConfig:
-    """The always-on profile, and traces of some steps."""
-
-    always: bool = True
-    """Record the time of every step by category on every rank; `tapir profile` shows it."""
-    steps: str = ""
-    """Steps to trace with torch.profiler, first:last inclusive, e.g. 20:25; default: none."""
-    ranks: str = "0"
-    """Ranks to trace, e.g. 0,3; `all` for every rank."""
-    peak_tflops: float = 0.0
-    """Peak TFLOP/s of one device, for MFU; 0 = measured by matmuls at the start."""
-    plan: Path | None = None
-    """Output of `tapir plan --json` for this mesh; warns if the median step takes twice as long. On
-    CPUs plan with --calibration."""
-
-    def problems(self) -> list[str]:
-        problems = []
-        try:
-            first, last = parse_steps(self.steps or "1:1")
-            if not 1 <= first <= last:
-                problems.append(
-                    f"profile.steps={self.steps} must be a range of steps from 1 on; try 20:25"
-                )
-        except ValueError:
-            problems.append(f"profile.steps={self.steps} must be first:last, e.g. 20:25")
-        try:
-            if any(rank < 0 for rank in parse_ranks(self.ranks)):
-                problems.append(f"profile.ranks={self.ranks} must not be negative; try 0,3 or all")
-        except ValueError:
-            problems.append(f"profile.ranks={self.ranks} must be numbers, e.g. 0,3, or all")
-        if not 0 <= self.peak_tflops < math.inf:
-            problems.append("profile.peak_tflops must not be negative; 0 = measure it")
         return problems
 
 
@@ -329,14 +294,3 @@ class BPETrain:
         if min(self.max_captions, self.task_captions) < 1:
             problems.append("max_captions and task_captions must be at least 1")
         return problems
-
-
-def parse_steps(text: str) -> tuple[int, int]:
-    """`20:25` -> (20, 25). Raises: ValueError."""
-    first, last = map(int, text.split(":"))
-    return first, last
-
-
-def parse_ranks(text: str) -> list[int]:
-    """`0,3` -> [0, 3], `all` -> []. Raises: ValueError."""
-    return [] if text == "all" else [int(word) for word in text.split(",")]

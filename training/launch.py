@@ -15,7 +15,7 @@ from core.launch_environment import ranks_given
 from core.stop import heed_stop_signals
 from parallel.engines.registry import modules_of
 from training.config import StageConfig
-from training.resume_with import resume_with_problems, with_changes
+from training.run.resume_with import resume_with_problems, with_changes
 from training.stages import to_payload
 
 RANKS_A_CORE = 16

@@ -26,7 +26,7 @@ from training.config import StageConfig
 from training.ema import Average
 from training.export.save import FinishedModel, Writers, save_model
 from training.export.weights import model_is_whole
-from training.initial_weights import DrawnWeights, load_initial
+from training.initial.weights import DrawnWeights, load_initial
 from training.profiling.categories import CHECKPOINT, COMPUTE, DATA_WAIT, VALIDATION
 from training.profiling.profile import Profile, timed
 from training.recovery.rewind import Recovery, checkpoints_of_capsules

@@ -34,10 +34,10 @@ from parallel.ledger import Ledger
 from parallel.mesh import Mesh
 from planning.rehearsal.patches import AtOnce, Change, no_progress, nothing, replaced
 from planning.rehearsal.recorder import Recorder
-from training.config import ProfileConfig
 from training.data_requirements import DataSizes, size_problems
 from training.export.files import WEIGHTS, WeightsFile
 from training.export.save import Writers
+from training.profiling.config import ProfileConfig
 from training.tasks.clip import ClipTask
 from training.tasks.dvae import DVAETask
 from training.tasks.prior import PriorTask
@@ -334,4 +334,4 @@ class _NoFolder:
     """A run folder that writes nothing."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        self.begin = self.log = self.show = self.close = nothing
+        self.begin = self.log = self.show = self.note_history = self.close = nothing

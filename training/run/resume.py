@@ -10,7 +10,7 @@ from core.log import LOG
 from parallel.engines.protocol import Engine
 from parallel.precision import Numerics
 from training.config import StageConfig
-from training.resume_with import changes_of
+from training.run.resume_with import changes_of
 from training.stages import STAGES, config_with_new_names
 
 _MAY_CHANGE = (

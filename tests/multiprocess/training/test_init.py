@@ -19,10 +19,10 @@ from parallel.mesh import own_mesh
 from parallel.world import ALONE
 from tests.harness import rows_of, tapir
 from tests.multiprocess.training.checks import largest_difference
-from training.carry_over import extend_rows
 from training.config import ClipTrain, DVAETrain
 from training.export.weights import load_prior, read_model
-from training.initial_weights import DrawnWeights, InitialReader, load_initial
+from training.initial.carry_over import extend_rows
+from training.initial.weights import DrawnWeights, InitialReader, load_initial
 from training.presets import PRESETS
 from training.run.config import config_of
 from training.schedules import learning_rate

@@ -10,7 +10,7 @@ from torch import Tensor
 from checkpoint.tensors import TensorFiles
 from core.errors import CorruptError
 from core.storage.store import FolderStore
-from training.carry_over import (
+from training.initial.carry_over import (
     Vocabularies,
     carry,
     extend_rows,

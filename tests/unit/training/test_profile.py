@@ -24,7 +24,6 @@ from parallel.ledger import recorded
 from parallel.mesh import Group, Mesh
 from parallel.world import World
 from tests.harness import tapir
-from training.config import ProfileConfig
 from training.presets import dvae_tiny, prior_tiny
 from training.profiling.accounts import Accounts
 from training.profiling.advice import accumulate_to_halve, warnings_for
@@ -41,6 +40,7 @@ from training.profiling.categories import (
     VALIDATION,
 )
 from training.profiling.clock import HostClock, Operation, Owner, Stretch, Timeline
+from training.profiling.config import ProfileConfig
 from training.profiling.figures import over_peers, slowest, time_of
 from training.profiling.flops import model_flops
 from training.profiling.heat import as_svg, as_text, heat_of

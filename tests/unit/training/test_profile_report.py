@@ -13,7 +13,7 @@ from core.errors import EXIT_WRONG_INPUT, ConfigError, InputError, TapirError
 from data_pipeline.config import OrderConfig
 from models.counts import prior_parameters
 from parallel.config import MeshConfig
-from training.config import PriorTrain, ProfileConfig
+from training.config import PriorTrain
 from training.presets import prior_tiny
 from training.profiling.categories import (
     BUBBLE,
@@ -25,6 +25,7 @@ from training.profiling.categories import (
     PIPELINE,
 )
 from training.profiling.clock import HostClock, Timeline
+from training.profiling.config import ProfileConfig
 from training.profiling.plan import read_plan
 from training.profiling.report import Report, read_profile, report_of, rows_of_steps
 from training.profiling.ring import HEADER, Ring

@@ -7,7 +7,7 @@ import pytest
 
 from models.config import PriorConfig
 from training.config import PriorTrain
-from training.resume_with import changes_of, resume_with_problems, with_changes
+from training.run.resume_with import changes_of, resume_with_problems, with_changes
 
 
 def test_changes_are_parsed_and_applied() -> None:

@@ -21,9 +21,9 @@ from data_pipeline.text.bpe import load_tokenizer
 from parallel.engines.protocol import Layer, Program
 from parallel.placement import Placement, placement_of
 from parallel.world import World
-from training.carry_over import Carried, Pieces, Vocabularies, carry, table
+from training.initial.carry_over import Carried, Pieces, Vocabularies, carry, table
+from training.initial.source import WeightsSource, open_source
 from training.tasks.task import Task
-from training.weights_source import WeightsSource, open_source
 
 INIT = "init"
 """The event of a run's history that names the weights it started from."""
