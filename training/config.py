@@ -12,7 +12,7 @@ from core.storage.mixture import data_sets, mixture_problems
 from data_pipeline.config import LoaderConfig, OrderConfig
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, ModelSizes, OptimConfig
-from training.profiling.config import ProfileConfig
+from training.profiling.categories import ProfileConfig
 from training.recovery.config import GuardConfig
 from training.run.resume_with import resume_with_problems
 

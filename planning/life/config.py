@@ -10,7 +10,7 @@ from data_pipeline.config import OrderConfig
 from models.config import PriorConfig
 from parallel.config import EngineConfig, MeshConfig, OptimConfig
 from training.config import LoopConfig, PriorTrain
-from training.profiling.config import ProfileConfig
+from training.profiling.categories import ProfileConfig
 
 WORLDS = (8, 32, 128, 256)
 LEAST, MOST = 2, 1024

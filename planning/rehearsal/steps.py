@@ -37,7 +37,7 @@ from planning.rehearsal.recorder import Recorder
 from training.data_requirements import DataSizes, size_problems
 from training.export.files import WEIGHTS, WeightsFile
 from training.export.save import Writers
-from training.profiling.config import ProfileConfig
+from training.profiling.categories import ProfileConfig
 from training.tasks.clip import ClipTask
 from training.tasks.dvae import DVAETask
 from training.tasks.prior import PriorTask

@@ -21,9 +21,8 @@ from torch.optim.optimizer import (
 from parallel.ledger import Ledger, untimed
 from parallel.mesh import Mesh
 from training.profiling.accounts import Accounts
-from training.profiling.categories import CATEGORIES, OPTIMIZER
+from training.profiling.categories import CATEGORIES, OPTIMIZER, ProfileConfig
 from training.profiling.clock import CudaClock, HostClock, Operation, Stretch, Timeline
-from training.profiling.config import ProfileConfig
 from training.profiling.figures import (
     cores_of,
     measure_peak,

@@ -18,7 +18,7 @@ from parallel.device import CPU
 from parallel.mesh import Mesh
 from training.config import DVAETrain, GuardConfig, LoopConfig, PriorTrain
 from training.presets import dvae_tiny, prior_tiny
-from training.profiling.config import ProfileConfig
+from training.profiling.categories import ProfileConfig
 from training.profiling.figures import cores_of, peaks_of, speed_of
 from training.run import alarms
 from training.run import folder as run_folder

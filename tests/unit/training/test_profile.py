@@ -38,9 +38,9 @@ from training.profiling.categories import (
     PIPELINE,
     TENSOR,
     VALIDATION,
+    ProfileConfig,
 )
 from training.profiling.clock import HostClock, Operation, Owner, Stretch, Timeline
-from training.profiling.config import ProfileConfig
 from training.profiling.figures import over_peers, slowest, time_of
 from training.profiling.flops import model_flops
 from training.profiling.heat import as_svg, as_text, heat_of

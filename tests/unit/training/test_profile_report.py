@@ -23,9 +23,9 @@ from training.profiling.categories import (
     OPTIMIZER,
     OTHER,
     PIPELINE,
+    ProfileConfig,
 )
 from training.profiling.clock import HostClock, Timeline
-from training.profiling.config import ProfileConfig
 from training.profiling.plan import read_plan
 from training.profiling.report import Report, read_profile, report_of, rows_of_steps
 from training.profiling.ring import HEADER, Ring
