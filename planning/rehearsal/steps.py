@@ -34,10 +34,10 @@ from parallel.ledger import Ledger
 from parallel.mesh import Mesh
 from planning.rehearsal.patches import AtOnce, Change, no_progress, nothing, replaced
 from planning.rehearsal.recorder import Recorder
-from training.config import ProfileConfig
 from training.data_requirements import DataSizes, size_problems
 from training.export.files import WEIGHTS, WeightsFile
 from training.export.save import Writers
+from training.profiling.categories import ProfileConfig
 from training.tasks.clip import ClipTask
 from training.tasks.dvae import DVAETask
 from training.tasks.dvae_program import ExtraLosses
@@ -76,6 +76,8 @@ def _shortened(settings: Any, steps: int) -> Any:
         settings,
         engine=engine,
         out=_NOWHERE,
+        init="",  # reading weights needs no collectives of tensors
+        resume_with="",
         loop=replace(settings.loop, steps=steps + 1, validate_every=steps),
         checkpoint=replace(settings.checkpoint, every=steps, to=""),
         profile=ProfileConfig(always=False),
@@ -334,4 +336,4 @@ class _NoFolder:
     """A run folder that writes nothing."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        self.begin = self.log = self.show = self.close = nothing
+        self.begin = self.log = self.show = self.note_history = self.close = nothing

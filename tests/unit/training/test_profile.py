@@ -24,7 +24,6 @@ from parallel.ledger import recorded
 from parallel.mesh import Group, Mesh
 from parallel.world import World
 from tests.harness import tapir
-from training.config import ProfileConfig
 from training.presets import dvae_tiny, prior_tiny
 from training.profiling.accounts import Accounts
 from training.profiling.advice import accumulate_to_halve, warnings_for
@@ -39,6 +38,7 @@ from training.profiling.categories import (
     PIPELINE,
     TENSOR,
     VALIDATION,
+    ProfileConfig,
 )
 from training.profiling.clock import HostClock, Operation, Owner, Stretch, Timeline
 from training.profiling.figures import over_peers, slowest, time_of
