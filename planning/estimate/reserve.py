@@ -72,6 +72,7 @@ def communicators(settings: PriorTrain) -> list[tuple[int, bool]]:
         groups += [(mesh.tensor * mesh.pipeline, True), (mesh.tensor, True)]
         groups += [(mesh.pipeline, False)] * 2 + [(mesh.data, True)] * 2
         groups += [(mesh.tensor, False)] if mesh.pipeline > 1 else []
+        groups += [(2, True)] if settings.model.tied and mesh.pipeline > 1 else []
     elif mesh.nodes > 1:
         groups += [(mesh.local, False), (mesh.nodes, True)]
     elif mesh.tensor > 1:
