@@ -147,14 +147,11 @@ class PriorConfig:
             problems.append(f"model.columns={self.columns} is negative; 0 is a square grid")
         if self.positions == "rotary" and self.dim % (4 * self.heads):
             fit = [h for h in range(1, self.dim + 1) if self.dim % (4 * h) == 0]
+            near = min(fit, key=lambda h: abs(h - self.heads), default=0)
             problems.append(
-                f"model.positions=rotary turns groups of 4 channels, and dim={self.dim} has not a "
-                f"multiple of 4 in each of {self.heads} heads; "
-                + (
-                    f"try heads {min(fit, key=lambda h: abs(h - self.heads))}"
-                    if fit
-                    else "try dim 64"
-                )
+                f"model.positions=rotary needs a multiple of 4 channels a head; dim={self.dim} over "
+                f"{self.heads} heads has {self.dim / self.heads:g}; "
+                + (f"try heads {near}" if near else "try dim 64")
             )
         return problems
 

@@ -72,8 +72,9 @@ class Shards:
         module = self._shapes[layer.name] if drawn else move(layer.build(), device)
         for name, parameter in list(module.named_parameters()):
             part = placement_of(parameter)
-            if part.tied_to:
-                continue  # the stage replaces it by its owner
+            if part.tied_to:  # the stage replaces it by its owner
+                place(_hollow(module, name, device), part)
+                continue
             start, count = self._spans[f"{layer.name}.{name}"]
             shard = self._buffer[start : start + count]
             if layer.draw is not None:
