@@ -149,8 +149,8 @@ class PriorConfig:
             fit = [h for h in range(1, self.dim + 1) if self.dim % (4 * h) == 0]
             near = min(fit, key=lambda h: abs(h - self.heads), default=0)
             problems.append(
-                f"model.positions=rotary needs a multiple of 4 channels a head; dim={self.dim} over "
-                f"{self.heads} heads has {self.dim / self.heads:g}; "
+                "model.positions=rotary needs a multiple of 4 channels a head; model.dim="
+                f"{self.dim} over {self.heads} heads has {self.dim / self.heads:g}; "
                 + (f"try heads {near}" if near else "try dim 64")
             )
         return problems

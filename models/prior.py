@@ -157,8 +157,7 @@ class PriorBlock(Recomputed):
             q, k = self.q_norm(q), self.k_norm(k)
         if self._turned is not None:
             turns = rotary_table_on(q.device, *self._turned)
-            cosines, sines = (part[:, None] for part in turns)
-            q, k = (rotate(each, (cosines, sines)) for each in (q, k))
+            q, k = rotate(q, turns), rotate(k, turns)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def _join(self, attended: Tensor) -> Tensor:

@@ -15,15 +15,15 @@ BASE = 10_000.0
 _HERE = "cpu"
 """Tables are built on the CPU even if the model is on the meta device."""
 Turns = tuple[Tensor, Tensor]
-"""Cosines and sines, (positions, channels of a head / 2)."""
+"""Cosines and sines, (positions, 1, channels of a head / 2): equal for all heads."""
 
 
 @lru_cache(maxsize=16)
 def rotary_table(text: int, rows: int, columns: int, head: int) -> Turns:
     """Turns of all positions, on the CPU.
 
-    Shapes: `head` is the channels of a head, a multiple of 4 -> (text + rows * columns, head / 2)
-    each; the first half of the pairs turns by the row, the second by the column.
+    Shapes: `head` is the channels of a head, a multiple of 4; the first half of its pairs turns by
+    the row, the second by the column.
     """
     words = torch.arange(text, device=_HERE)
     across, down = torch.arange(columns, device=_HERE), torch.arange(rows, device=_HERE)
@@ -31,7 +31,7 @@ def rotary_table(text: int, rows: int, columns: int, head: int) -> Turns:
     by_column = torch.cat([words, text + across.repeat(rows)])
     pairs = head // 4
     rates = BASE ** (-torch.arange(pairs, dtype=torch.float64, device=_HERE) / pairs)
-    angles = torch.cat([by_row[:, None] * rates, by_column[:, None] * rates], 1)
+    angles = torch.cat([by_row[:, None] * rates, by_column[:, None] * rates], 1)[:, None]
     return angles.cos().float(), angles.sin().float()
 
 
@@ -45,7 +45,7 @@ def rotary_table_on(device: torch.device, text: int, rows: int, columns: int, he
 def rotate(x: Tensor, turns: Turns) -> Tensor:
     """Turn pairs of channels, i and i + D / 2, in fp32.
 
-    Shapes: x (..., D), turns that broadcast to (..., D / 2) -> x's shape and type.
+    Shapes: x (..., positions, heads, D) -> the same, in x's type.
     """
     cosines, sines = turns
     first, second = x.chunk(2, -1)

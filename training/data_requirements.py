@@ -96,8 +96,8 @@ def mixture_problems(
     first = next(iter(facts), "")
     expected, others = facts.get(first, {}), list(facts.items())[1:]
     problems = [
-        f"{place} has {name}={own.get(name)!r}, and {first} has {name}={expected.get(name)!r}; sets of "
-        "a mixture must be tokenized with the same dVAE and tokenizer"
+        f"{place} has {name}={own.get(name)!r}, and {first} has {name}={expected.get(name)!r}; "
+        "sets of a mixture must be tokenized with the same dVAE and tokenizer"
         for place, own in others
         for name in _OF_TOKENS
         if (name in expected or name == "columns") and own.get(name) != expected.get(name)

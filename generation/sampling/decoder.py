@@ -105,7 +105,7 @@ class _DecoderBlock:
     ) -> Tensor:
         """Run one image position of every candidate; x is (rows, dim).
 
-        `turns` are the position's, (1, D / 2) each, if queries and keys are rotated.
+        `turns` are the position's, (1, 1, D / 2) each, if queries and keys are rotated.
         """
         rows, captions, width = len(x), len(cache.text_keys), self._width
         heads = cache.text_keys.shape[1]
@@ -144,11 +144,11 @@ class _DecoderBlock:
         q, k, v = self._qkv(self._normalized(x, 0)).view(shape).unbind(2)
         turns = self._turns
         if turns is not None:
-            turns = turns[0][: x.shape[1], None], turns[1][: x.shape[1], None]
+            turns = turns[0][: x.shape[1]], turns[1][: x.shape[1]]
         return tuple(each.transpose(1, 2) for each in (*self._positioned(q, k, turns), v))
 
     def _positioned(self, q: Tensor, k: Tensor, turns: Turns | None) -> tuple[Tensor, Tensor]:
-        """Normalise and rotate queries and keys, (..., heads, D), where the model does."""
+        """Normalise and rotate queries and keys, (..., heads, D), if the model does."""
         of_queries, of_keys = self._head_norms
         if of_queries is not None and of_keys is not None:
             q, k = of_queries(q), of_keys(k)
@@ -331,7 +331,7 @@ class Decoder:
         return x
 
     def _turns_at(self, at: Tensor) -> Turns | None:
-        """The turns of an image position, (1, D / 2) each; `at` is (1,)."""
+        """The turns of an image position, (1, 1, D / 2) each; `at` is (1,)."""
         if self._turns is None:
             return None
         place = at + self.config.text_length

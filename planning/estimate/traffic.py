@@ -219,12 +219,14 @@ def _third_stage(loads: Loads, tally: Tally) -> None:
     whole = {name: shards * shard_numel(h, shards) for name, h in held.items()}
     small = [name for name, h in held.items() if h.numel < PERSISTENT]
     tally.add("machine", "all_gather_into_tensor", FLOAT * sum(whole[n] for n in small), len(small))
-    large = [h.numel for part in loads.layers for h in part.parameters.values()]
-    large = [numel for numel in large if numel >= PERSISTENT]
+    uses = [h for part in loads.layers for h in part.parameters.values() if h.numel >= PERSISTENT]
+    large = [h.numel for h in uses if not h.placement.tied_to]
     passes = 2 if sum(large) > LIVE else 1  # a small model stays gathered for backward
+    if passes == 2:
+        large = [h.numel for h in uses]
     if large:
         count = FLOAT * sum(shards * -(-numel // shards) for numel in large)
-        calls = 1 + _prefetches(large[1:])
+        calls = _prefetches(large)
         tally.add(
             "machine", "all_gather_into_tensor", count * passes * times, calls * passes * times
         )

@@ -290,6 +290,7 @@ def test_process_groups_of_every_rank(
     case: Case, measured: dict[str, list[dict[str, Any]]]
 ) -> None:
     """Groups that communicate: NCCL allocates buffers for each."""
-    sizes = sorted(ranks for ranks, _ in communicators(planned(case, 0).settings))
     for rank, real in enumerate(measured[case.name]):
+        plan = planned(case, rank)
+        sizes = sorted(ranks for ranks, _ in communicators(plan.settings, plan.at.stage))
         assert sizes == real["groups"], f"rank {rank}"

@@ -57,8 +57,9 @@ def test_text_turns_in_one_dimension_and_the_image_in_two() -> None:
     cosines, sines = rotary_table(2, 2, 3, 8)
     places = [(0, 0), (1, 1), (2, 2), (2, 3), (2, 4), (3, 2), (3, 3), (3, 4)]
     rows = [[r, r / 100, c, c / 100] for r, c in places]
-    torch.testing.assert_close(cosines, torch.tensor([[math.cos(x) for x in row] for row in rows]))
-    torch.testing.assert_close(sines, torch.tensor([[math.sin(x) for x in row] for row in rows]))
+    angles = torch.tensor(rows)[:, None]
+    torch.testing.assert_close(cosines, angles.cos())
+    torch.testing.assert_close(sines, angles.sin())
     there = rotary_table_on(torch.device("cpu"), 2, 2, 3, 8)
     assert there[0].equal(cosines) and there[1].equal(sines)
 
@@ -76,7 +77,8 @@ def test_attention_sees_distances_alone() -> None:
     cosines, sines = rotary_table(0, 3, 4, 8)
     draws = torch.Generator().manual_seed(2)
     q, k = (
-        rotate(torch.randn(8, generator=draws).expand(12, 8), (cosines, sines)) for _ in range(2)
+        rotate(torch.randn(8, generator=draws).expand(12, 1, 8), (cosines, sines))[:, 0]
+        for _ in range(2)
     )
     logits = (q @ k.T).view(3, 4, 3, 4)
     assert torch.allclose(logits[1, 1, 0, 3], logits[2, 0, 1, 2], atol=1e-5)
