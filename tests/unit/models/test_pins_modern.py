@@ -66,7 +66,7 @@ def test_text_turns_in_one_dimension_and_the_image_in_two() -> None:
 
 def test_turning_is_multiplication_by_complex_numbers() -> None:
     turns = rotary_table(2, 2, 3, 8)
-    x = torch.randn(5, 8, 8, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(5, 8, 2, 8, generator=torch.Generator().manual_seed(1))
     turned = torch.complex(*x.chunk(2, -1)) * torch.complex(*turns)
     torch.testing.assert_close(rotate(x, turns), torch.cat([turned.real, turned.imag], -1))
     assert rotate(x.bfloat16(), turns).dtype == torch.bfloat16
