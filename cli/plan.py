@@ -35,7 +35,7 @@ def _given(
     json: bool = False,
     cluster: Annotated[ClusterFlags, FLAT] = _USUAL,
     jobs: Annotated[DataFlags, FLAT] = _JOBS,
-    model: ModelFlags = _MODEL,
+    model: Annotated[ModelFlags, FLAT] = _MODEL,
 ) -> None:
     """Predict whether a model fits on a cluster, its fastest layout, and the training time.
 

@@ -125,7 +125,7 @@ class PlanFlags:
         if self.preset not in known:
             problems.append(_no_preset(self.preset))
         elif self.model != ModelFlags() and self.preset not in PRESETS["prior"]:
-            problems.append(f"{self.preset} is no prior: leave --model.* out")
+            problems.append(f"{self.preset} is no prior: leave its options out")
         elif self.batch > 0:
             problems += _undealt(known[self.preset](), self.batch)
         return problems
