@@ -4,11 +4,12 @@ from typing import Any
 
 from checkpoint.format import MEAN_ERROR
 from checkpoint.reader import CheckpointReader
+from core.config import to_json
 from core.errors import ConfigError
 from core.log import LOG
 from parallel.engines.protocol import Engine
 from parallel.precision import Numerics
-from training.stages import config_with_new_names
+from training.stages import STAGES, config_with_new_names
 
 _MAY_CHANGE = (
     "out",
@@ -31,7 +32,7 @@ _LOOP_MAY_CHANGE = ("stop_at", "log_every", "validate_every", "validation_sample
 def refuse_other_config(reader: CheckpointReader, config: dict[str, Any]) -> None:
     """Raise ConfigError with a table of the settings that changed and must not."""
     stored = config_with_new_names(reader.facts["config"], reader.url)
-    before, now = _fixed(stored), _fixed(config)
+    before, now = _fixed(_with_defaults(stored)), _fixed(config)
     rows = [
         (name, str(before.get(name)), str(now.get(name)))
         for name in sorted({*before, *now})
@@ -45,6 +46,18 @@ def refuse_other_config(reader: CheckpointReader, config: dict[str, Any]) -> Non
             f"{reader.url} was written with other settings; give the same ones, or another "
             "--out:\n" + "\n".join(table)
         )
+
+
+def _with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored config with the defaults of settings that its version of Tapir did not have."""
+    entry = STAGES.get(str(stored.get("stage")))
+    return _merged(to_json(entry.settings()), stored) if entry else stored
+
+
+def _merged(defaults: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = {**defaults, **over}
+    nested = [name for name, value in defaults.items() if isinstance(value, dict) and name in over]
+    return {**both, **{name: _merged(defaults[name], over[name]) for name in nested}}
 
 
 def refuse_other_shapes(reader: CheckpointReader, engine: Engine) -> None:
