@@ -9,12 +9,12 @@ from core.config import check
 from core.errors import EXIT_FAILED
 from core.flags import FLAT, PositionalText, parse, print_json
 from core.log import LOG
-from planning.config import ClusterFlags, PlanFlags
+from planning.config import ClusterFlags, ModelFlags, PlanFlags
 from planning.data_jobs import DataFlags, data_json, describe_data
 from planning.plan import make_plan, write_calibration
 from planning.report import plan_json, published_json, show, show_published
 
-_USUAL, _JOBS = ClusterFlags(), DataFlags()
+_USUAL, _JOBS, _MODEL = ClusterFlags(), DataFlags(), ModelFlags()
 
 
 def plan(arguments: list[str]) -> None:
@@ -35,6 +35,7 @@ def _given(
     json: bool = False,
     cluster: Annotated[ClusterFlags, FLAT] = _USUAL,
     jobs: Annotated[DataFlags, FLAT] = _JOBS,
+    model: Annotated[ModelFlags, FLAT] = _MODEL,
 ) -> None:
     """Predict whether a model fits on a cluster, its fastest layout, and the training time.
 
@@ -54,6 +55,7 @@ def _given(
         picture: write memory and a step's timeline to FILE.svg, FILE.png or FILE.pdf
         json: print a JSON object on the last line
         cluster: overrides of the default cluster of these GPUs
+        model: options of the prior, as of `tapir train prior`
         jobs: --data plans pack and tokenize instead: hours, requests, bytes, dollars
     """
     flags = PlanFlags(
@@ -67,6 +69,7 @@ def _given(
         picture=picture,
         json=json,
         cluster=cluster,
+        model=model,
     )
     if jobs.data:
         _plan_jobs(flags, jobs)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from core.errors import InputError, did_you_mean
 from models.config import ClipConfig, PriorConfig
@@ -15,6 +15,7 @@ from training.presets import PRESETS
 MOST_RANKS = 1_000_000
 MOST_BATCH = 1_000_000_000
 PICTURES = (".svg", ".png", ".pdf")
+_SIZES = ("preset", "world", "gpu", "batch", "model")
 _UNITS = {"network": 1e9 / 8, "link": 1e9, "memory": 1e9, "host_memory": 1e9}
 """Bytes of the units in which the flags are given."""
 
@@ -51,6 +52,26 @@ class ClusterFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """Options of a prior, in place of the preset's, as of `tapir train prior`."""
+
+    norm: Literal["layer", "rms"] | None = None
+    """Norm of the residual stream."""
+    qk_norm: bool | None = None
+    """Divide each head's queries and keys by their root mean square."""
+    positions: Literal["learned", "rotary"] | None = None
+    """Learned positions of the inputs, or rotated queries and keys."""
+    mlp: Literal["gelu", "gated"] | None = None
+    """Two matrices, or three."""
+    tied: bool | None = None
+    """Use the token embeddings as output matrices too."""
+
+    def applied(self, model: PriorConfig) -> PriorConfig:
+        """The model with these options in place of its own."""
+        return replace(model, **{k: v for k, v in vars(self).items() if v is not None})
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanFlags:
     """All flags of `tapir plan`."""
 
@@ -64,6 +85,7 @@ class PlanFlags:
     picture: Path | None = None
     json: bool = False
     cluster: ClusterFlags = field(default_factory=ClusterFlags)
+    model: ModelFlags = field(default_factory=ModelFlags)
 
     def problems(self) -> list[str]:
         """Every problem at once."""
@@ -89,7 +111,7 @@ class PlanFlags:
         default = PlanFlags()
         given = [
             name
-            for name in ("preset", "world", "gpu", "batch", "calibration", "picture", "cluster")
+            for name in (*_SIZES, "calibration", "picture", "cluster")
             if getattr(self, name) != getattr(default, name)
         ]
         return [f"--{mode} has no use for {', '.join(given)}; leave it out"] if given else []
@@ -102,6 +124,8 @@ class PlanFlags:
             problems.append(f"--batch {self.batch} must be 1 to {MOST_BATCH:,}; 0 = the preset's")
         if self.preset not in known:
             problems.append(_no_preset(self.preset))
+        elif self.model != ModelFlags() and self.preset not in PRESETS["prior"]:
+            problems.append(f"{self.preset} is no prior: leave its options out")
         elif self.batch > 0:
             problems += _undealt(known[self.preset](), self.batch)
         return problems

@@ -19,6 +19,7 @@ from torch.autograd import Function
 
 from models.config import PriorConfig
 from models.prior import PriorBlock, PriorEmbedding, PriorHead, prior_layers, prior_loss
+from models.rotary import rotary_table
 from parallel.placement import Placement, placement_of
 from parallel.tensor.ops import TensorParallel
 
@@ -123,7 +124,10 @@ def _modules(config: PriorConfig, rank: int, size: int) -> dict[str, nn.Module]:
 
 def named(parts: Sequence[RankLayer]) -> dict[str, Held]:
     """Global parameter name -> parameter, sorted by name as engines do."""
-    parameters = {f"{part.name}.{name}": h for part in parts for name, h in part.parameters.items()}
+    parameters: dict[str, Held] = {}
+    for part in parts:
+        for name, h in part.parameters.items():  # of a tied one, the first is no copy
+            parameters.setdefault(h.placement.tied_to or f"{part.name}.{name}", h)
     return dict(sorted(parameters.items()))
 
 
@@ -153,6 +157,9 @@ def _kept(config: PriorConfig, size: int, precision: str, samples: int) -> dict[
         }
         weights = [p for m in modules.values() for p in m.parameters()]
         outside = [*weights, *batch.values()]
+        if config.positions == "rotary":
+            head = config.dim // config.heads
+            outside += rotary_table(config.text_length, config.grid, config.grid_columns, head)
         half = precision != "fp32"
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             with noted(totals, "embedding", outside):

@@ -61,6 +61,7 @@ class PriorTask:
                 "text_vocabulary": facts["text_vocabulary"],
                 "image_vocabulary": facts["image_vocabulary"],
                 "grid": facts["grid"],
+                "columns": facts.get("columns", 0),
             }
         )
         self._set_model(config, settings.loop.seed, tensor)
@@ -105,7 +106,8 @@ class PriorTask:
         return DropoutEncoder(tokenizer, rate)
 
     def facts(self) -> dict[str, Any]:
-        known = {key: self._facts[key] for key in ("dvae", "tokenizer", "grid")}
+        names = ("dvae", "tokenizer", "grid", "columns")
+        known = {key: self._facts[key] for key in names if key in self._facts}
         return {**known, "caption_dropout": self._settings.caption_dropout}
 
     def figures(

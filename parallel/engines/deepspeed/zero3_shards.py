@@ -72,6 +72,9 @@ class Shards:
         module = self._shapes[layer.name] if drawn else move(layer.build(), device)
         for name, parameter in list(module.named_parameters()):
             part = placement_of(parameter)
+            if part.tied_to:  # the stage replaces it by its owner
+                place(_hollow(module, name, device), part)
+                continue
             start, count = self._spans[f"{layer.name}.{name}"]
             shard = self._buffer[start : start + count]
             if layer.draw is not None:
@@ -112,7 +115,8 @@ class Shards:
 
 def _spans(modules: nn.Module, optim: OptimConfig, size: int) -> dict[str, tuple[int, int]]:
     """Parameter name -> (first element, count) of its shard in the buffer, without gaps."""
-    names = dict(sorted(modules.named_parameters()))
+    owned = ((n, p) for n, p in modules.named_parameters() if not placement_of(p).tied_to)
+    names = dict(sorted(owned))
     name_of = {id(parameter): name for name, parameter in names.items()}
     spans, end = {}, 0
     for flat in parameter_groups(names, optim):
