@@ -5,7 +5,7 @@ judges, which is a proxy: it has seen the training set alone, and it also ranks 
 Source: arXiv 2104.08718, section 3 (without references).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from core.files.atomic import Json
 from core.log import progress
 from data_pipeline.evaluation_sets import open_evaluation
-from generation.evaluation.accuracy import CHUNK, counts_up_to, derangement
+from generation.evaluation.accuracy import CHUNK, derangement
 from generation.evaluation.suites.config import ClipscoreConfig
 from generation.evaluation.suites.protocol import Inputs, Measured
 from generation.ranking import OpenClipRanker, Ranker, open_ranker
@@ -96,14 +96,12 @@ def prepare(
     return ClipscoreSuite(prompts, judge, settings)
 
 
-def _figures(by_draw: NDArray[Any], best: NDArray[Any], chance: Sequence[Any]) -> Json:
+def _figures(by_draw: NDArray[Any], best: NDArray[Any], chance: NDArray[Any]) -> Json:
     """Means over captions: of all candidates, of the ranked best, and of shuffled captions."""
-    counts = [count for count in counts_up_to(by_draw.shape[1]) if count > 1]
     return {
         "prompts": len(best),
         "single": float(by_draw.mean()),
         "best": float(best.mean()),
         "best_std": float(best.std()),
-        "chance": float(np.mean(chance)),
-        "most_of": {str(n): float(by_draw[:, :n].max(1).mean()) for n in counts},
+        "chance": float(chance.mean()),
     }

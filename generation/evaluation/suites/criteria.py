@@ -49,9 +49,7 @@ def placed(scene: Scene, seen: Sequence[Seen]) -> bool:
     """
     alike = {pair: _common(scene, pair) for pair in permutations(seen, 2)}
     most = max(alike.values(), default=0)
-    return any(
-        common == most and related(*pair, scene.relation) for pair, common in alike.items()
-    )
+    return any(common == most and related(*pair, scene.relation) for pair, common in alike.items())
 
 
 CRITERIA = {

@@ -12,6 +12,7 @@ from generation.evaluation.open_score import open_job
 from generation.evaluation.score_job import ScoreJob
 from generation.evaluation.suites.config import FidConfig
 from generation.evaluation.suites.protocol import Inputs, Measured
+from generation.evaluation.suites.registry import suite_of
 from generation.text_to_image import Studio
 
 
@@ -44,11 +45,6 @@ def prepare_cub(inputs: Inputs, settings: FidConfig, prompts: list[Json] | None)
 def prepare_pairs(inputs: Inputs, settings: FidConfig, prompts: list[Json] | None) -> FidSuite:
     """Open a packed set. Raises: InputError if it is another one, or no longer has the prompts."""
     return _prepare("pairs", "", inputs, settings, prompts)
-
-
-def suite_of(data: str) -> str:
-    """The suite that `tapir score DATA` means."""
-    return next((name.rstrip(":") for name in (COCO, CUB) if data.startswith(name)), "pairs")
 
 
 def _prepare(

@@ -76,7 +76,8 @@ def run_suite(
         functools.partial(open_studio, models, settings.precision, mesh, batch=settings.batch)
     )
     measured = prepared.measure(opened)
-    body |= {"results": measured.results, "headline": measured.headline}
+    headline = [{"name": name, "value": value} for name, value in measured.headline.items()]
+    body |= {"results": measured.results, "headline": headline}
     body = json.loads(canonical_json(body))
     write_atomic(out / FILE, canonical_json(body))
     if recorded is not None:
