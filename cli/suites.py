@@ -60,11 +60,6 @@ def evaluate_suite(given: str, arguments: list[str]) -> None:
     parse(run, arguments, f"evaluate --suite {given}")
 
 
-def suites_help() -> str:
-    """A line for each suite."""
-    return "\n".join(f"  {name:<14} {suite.text}" for name, suite in SUITES.items())
-
-
 def _recorded(given: str) -> Recorded:
     if "/" not in given and not given.endswith(".json") and not Path(given).exists():
         suite_called(given)
