@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from cli.evaluate import evaluate, score
-from cli.suites import suite_flag
+from cli.evaluate import evaluate, score, suite_flag
 from core.errors import ConfigError, CorruptError, InputError, TapirError
 from data_pipeline.evaluation_sets import open_evaluation
 from data_pipeline.images.crops import square
