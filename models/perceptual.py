@@ -5,6 +5,7 @@ length; without its linear weights the distance is that of its option lpips=Fals
 """
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -109,6 +110,7 @@ def _unit(x: Tensor) -> Tensor:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, or of torch.save without other objects.
 
+    Both published files are in the format of torch before 1.6, in which no object can be replaced.
     Raises: InputError if there is no file, or it is neither.
     """
     if not path.is_file():
@@ -119,7 +121,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         pass
     try:
         tensors: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle's errors have no common class
+    except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
         raise InputError(
             f"{path} is neither a safetensors file nor tensors that torch.load reads with "
             f"weights_only: {type(error).__name__}; {_HOW}"

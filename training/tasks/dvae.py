@@ -61,7 +61,8 @@ class DVAETask:
         self.model_config, self.units = config, config.tokens
         self.dvae = DVAE(config, seed)
         self.program = dvae_program(self.dvae, config, extra)
-        layer: Any = self.program.layers[0].build()
+        layer = self.program.layers[0].build()
+        assert isinstance(layer, DVAELayer), "the only layer"
         return layer
 
     def batch(self, records: Sequence[RawRecord], step: int, training: bool = True) -> Batch:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -32,6 +32,8 @@ from generation.evaluation.feature_extractors import ClipProxy, blurred
 from generation.evaluation.open_score import open_job
 from generation.evaluation.score_job import ScoreJob
 from generation.text_to_image import open_studio
+from models.dvae import DVAE
+from models.fid import Moments, frechet_distance
 from models.inception import Inception
 from models.third_party import foreign_module
 from parallel.device import CPU
@@ -39,6 +41,7 @@ from tests.harness import tapir
 from tests.second_device import SECOND
 from tests.unit.finished import write_models
 from tests.unit.layouts import write_coco, write_cub
+from tests.unit.training.test_pins_training import _dvae_task, _picture
 
 pytestmark = pytest.mark.seconds
 
@@ -278,6 +281,26 @@ def test_inception_is_torch_fidelitys_with_the_given_weights(inception: Path) ->
     weights = network._network.fc.weight.numpy()
     np.testing.assert_allclose(logits, features @ weights.T, rtol=1e-3, atol=1e-4)
     assert sha256(inception.read_bytes()) in network.name and "proxy" not in network.label
+
+
+@torch.no_grad()
+def test_a_dvae_reports_the_fid_of_its_reconstructions(inception: Path) -> None:
+    """Of its pictures in 8 bits, against the distance by whole covariances."""
+    task = _dvae_task(rfid=inception)
+    records = [_picture(i, 10) for i in range(3)]
+    pixels, size = task._squares(records, task.held_out), task.model_config
+    task.dvae = DVAE(size)
+    task.dvae.tokens = lambda image: torch.zeros(len(image), size.tokens, dtype=torch.int64)  # type: ignore[method-assign]
+    again = (pixels * 0.5).clamp(0, 1)
+    features = []
+    for shown in (pixels, again):
+        task.dvae.picture = lambda codes, shown=shown: shown  # type: ignore[method-assign, misc]
+        rows = (shown * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        features.append(Moments.of(Inception(inception)(rows)[0]))
+        figures, _ = task.figures(cast(Any, None), records, records)
+        expected = frechet_distance(features[0], features[-1])
+        assert figures["rfid"] == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert expected > 0.001
 
 
 def test_wrong_inception_weights_are_explained(inception: Path, tmp_path: Path) -> None:

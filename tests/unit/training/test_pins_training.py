@@ -45,6 +45,7 @@ from training.run.feed import StepData
 from training.schedules import Plateau, cosine, learning_rate
 from training.tasks.clip import _GatherRows, clip_program
 from training.tasks.dvae import DVAETask, _rows
+from training.tasks.dvae_config import DiscriminatorConfig
 from training.tasks.dvae_program import dvae_program
 from training.tasks.prior import PriorTask, token_batch
 from training.tasks.task import pad_text, perplexity, split_records
@@ -412,6 +413,18 @@ def test_temperature_and_beta_of_a_step(step: int, tau: float | None, beta: floa
         assert float(batch["tau"]) == pytest.approx(tau)
     assert float(batch["beta"]) == pytest.approx(beta, abs=1e-6)
     assert batch["keys"].tolist() == [key_int(11, step, f"p{i}", "gumbel") for i in (1, 2)]
+
+
+def test_losses_of_a_step_beside_the_likelihood() -> None:
+    """The dVAE sees its discriminator from a quarter of 1000 steps on; VQ's weight is constant."""
+    assert "adversarial" not in _dvae_task().batch([_picture(1)], 250)
+    task = _dvae_task(discriminator=DiscriminatorConfig(weight=0.5), commitment=0.75)
+    begun = [float(task.batch([_picture(1)], step)["adversarial"]) for step in (0, 249, 250, 999)]
+    assert begun == [0.0, 0.0, 1.0, 1.0]
+    assert float(task.batch([_picture(1)], 200)["beta"]) == pytest.approx(6.6)
+    vq = replace(task._settings.model, quantizer="vq")
+    task._settings = replace(task._settings, model=vq)
+    assert [float(task.batch([_picture(1)], step)["beta"]) for step in (0, 500)] == [0.75, 0.75]
 
 
 def test_pictures_of_a_step_are_crops_by_key_and_squares_in_validation() -> None:
