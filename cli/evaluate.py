@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
+from cli.suites import evaluate_suite, suite_flag
 from core.flags import FLAT, PositionalText, parse, print_json
 from core.log import LOG
 from generation.config import (
@@ -11,13 +12,20 @@ from generation.config import (
     OverlapConfig,
     ScoreConfig,
 )
+from generation.evaluation.suites.config import FidConfig
+from generation.evaluation.suites.registry import suite_of
 
 
 def evaluate(arguments: list[str]) -> None:
-    """`tapir evaluate DATA`."""
+    """`tapir evaluate DATA`, or one suite."""
+    given, others = suite_flag(arguments)
+    if given is not None:
+        evaluate_suite(given, others)
+        return
 
     def run(
         data: PositionalText,
+        suite: str = "",
         out: Path = Path("runs/samples"),
         models: Annotated[ModelPaths, FLAT] = ModelPaths(),  # noqa: B008
         config: Annotated[EvaluateConfig, FLAT] = EvaluateConfig(),  # noqa: B008
@@ -26,6 +34,9 @@ def evaluate(arguments: list[str]) -> None:
 
         Args:
             data: the data set that `tapir pack` wrote
+            suite: measure one suite instead, with flags of its own (`--suite NAME --help`): shapes,
+                geneval-style, clipscore, coco, cub, pairs, best-of-n; or the path of a suite.json,
+                whose figures are measured again
             out: folder for the pictures and figures
             models: run folders of the models
             config: settings
@@ -49,7 +60,9 @@ def score(arguments: list[str]) -> None:
         worker: str = "",
         config: Annotated[ScoreConfig, FLAT] = ScoreConfig(),  # noqa: B008
     ) -> None:
-        """Compute FID and IS of pictures drawn for an evaluation set; resumes by itself.
+        """FID and IS of pictures drawn for an evaluation set; resumes by itself.
+
+        The same as `tapir evaluate DATA --suite coco`, `cub` or, for a packed set, `pairs`.
 
         Args:
             data: coco:DIR or cub:DIR, their public layouts; or where `tapir pack` wrote
@@ -62,10 +75,11 @@ def score(arguments: list[str]) -> None:
                 array, a Kubernetes indexed job, MPI or torchrun
             config: settings
         """
-        from generation.evaluation.open_score import score_models  # noqa: PLC0415
         from generation.evaluation.score_rows import table  # noqa: PLC0415
+        from generation.evaluation.suites.run import run_suite  # noqa: PLC0415
 
-        scores = score_models(models, data, inception, overlap, config, out, worker)
+        settings = FidConfig(**{**vars(config), "inception": inception, "overlap": overlap})
+        scores = run_suite(suite_of(data), data, models, settings, out, worker)["results"]
         LOG.info("%s", table(scores))
         print_json(scores)
 

@@ -16,11 +16,17 @@ _MARKS = {
     "candidates.json": "evaluate",
     "overlap.json": "overlap",
     "chain.json": "submit",
+    "suite.json": "evaluate --suite",
     "demo.json": "demo",
     "seconds.json": "demo",
 }
 """Files that identify the command that wrote a folder."""
-_DRAWN = {"evaluate": "samples", "score": "scores", "overlap": "overlap"}
+_DRAWN = {
+    "evaluate": "samples",
+    "evaluate --suite": "suites",
+    "score": "scores",
+    "overlap": "overlap",
+}
 """Commands that write many files beside one another, and the usual name of their folder."""
 _SOURCES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".tar", ".parquet")
 """Endings of a data set's files, which no training run writes."""

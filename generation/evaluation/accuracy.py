@@ -63,7 +63,7 @@ def caption_accuracy(
         parse_caption(caption)
     if not captions:
         raise InputError("there are no held-out captions to measure accuracy on")
-    shuffled = [captions[i] for i in _derangement(len(captions), seed)]
+    shuffled = [captions[i] for i in derangement(len(captions), seed)]
     figures: Figures = {"prompts": len(captions)}
     for count, (share, of) in _best_of(captions, drawn).items():
         figures[f"best_of_{count}"] = share
@@ -160,7 +160,7 @@ def _share(captions: Sequence[str], pictures: Sequence[Any] | NDArray[Any]) -> f
     return float(np.mean([matches(caption, picture) for caption, picture in pairs]))
 
 
-def _derangement(count: int, seed: int) -> NDArray[Any]:
+def derangement(count: int, seed: int) -> NDArray[Any]:
     """A keyed permutation without fixed points."""
     order = keyed_rng(seed, count, "accuracy/shuffle").permutation(count)
     wrong = np.empty(count, np.int64)

@@ -64,7 +64,9 @@ class BestOfNConfig(SampleConfig):
     def problems(self) -> list[str]:
         problems = super().problems()
         if self.captions < 2:
-            problems.append(f"captions={self.captions} must be at least 2: a FID needs two pictures")
+            problems.append(
+                f"captions={self.captions} must be at least 2: a FID needs two pictures"
+            )
         if self.repeats < 1:
             problems.append(f"repeats={self.repeats} must be at least 1")
         return problems

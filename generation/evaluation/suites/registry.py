@@ -7,6 +7,7 @@ that returns a `Prepared` (protocol.py), and a row here.
 from dataclasses import dataclass
 
 from core.errors import InputError, did_you_mean
+from data_pipeline.evaluation_sets import COCO, CUB
 from generation.config import SampleConfig
 from generation.evaluation.suites.config import (
     BestOfNConfig,
@@ -104,3 +105,8 @@ def suite_called(name: str) -> Suite:
             "suite.json)"
         )
     return SUITES[name]
+
+
+def suite_of(data: str) -> str:
+    """The suite that `tapir score DATA` means."""
+    return next((name.rstrip(":") for name in (COCO, CUB) if data.startswith(name)), "pairs")

@@ -304,11 +304,11 @@ def test_the_first_few_captions_get_more_draws() -> None:
 def test_a_derangement_has_no_fixed_point() -> None:
     for seed in range(20):
         for count in (2, 3, 7):
-            order = accuracy._derangement(count, seed)
+            order = accuracy.derangement(count, seed)
             assert sorted(order) == list(range(count))
             assert all(order[i] != i for i in range(count))
-    assert accuracy._derangement(50, 1).tolist() != accuracy._derangement(50, 2).tolist()
-    cycle, at = accuracy._derangement(9, 5), 0
+    assert accuracy.derangement(50, 1).tolist() != accuracy._derangement(50, 2).tolist()
+    cycle, at = accuracy.derangement(9, 5), 0
     for _ in range(9):
         at = int(cycle[at])
     assert at == 0, "one cycle of all"
