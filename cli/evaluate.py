@@ -35,8 +35,8 @@ def evaluate(arguments: list[str]) -> None:
         Args:
             data: the data set that `tapir pack` wrote
             suite: measure one suite instead, with flags of its own (`--suite NAME --help`): shapes,
-                geneval-style, clipscore, coco, cub, pairs, best-of-n; or the path of a suite.json,
-                whose figures are measured again
+                geneval-style, clipscore, coco, cub, pairs, best-of-n, panels; or the path of a
+                suite.json, whose figures are measured again
             out: folder for the pictures and figures
             models: run folders of the models
             config: settings

@@ -41,7 +41,7 @@ def evaluate_suite(given: str, arguments: list[str]) -> None:
 
         Args:
             data: coco:DIR or cub:DIR, their public layouts, or where `tapir pack` wrote; not needed
-                by geneval-style, nor to repeat shapes and clipscore from a suite.json
+                by geneval-style, nor to repeat shapes, clipscore and panels from a suite.json
             out: folder for suite.json
             models: run folders of the models
             worker: this process's part of coco, cub or pairs, i/n with i from 0; by default set by

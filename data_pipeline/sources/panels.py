@@ -8,7 +8,7 @@ a token of a dVAE that reduces the picture to 16 x 16.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import cv2
@@ -80,6 +80,13 @@ def _flipped(panel: Panel) -> Panel:
     return replace(panel, form=_TURNED.get(panel.form, panel.form), row=CELLS - 1 - panel.row)
 
 
+_UPPER: dict[str, tuple[Any, ...]] = {
+    "form": FORMS,
+    "colour": FILLS,
+    "row": ROWS,
+    "column": COLUMNS,
+}
+"""Attributes of an upper panel and their values."""
 OPERATIONS: dict[str, Callable[[Panel], Panel]] = {
     "same": lambda panel: panel,
     "red": lambda panel: replace(panel, colour="red"),
@@ -114,6 +121,25 @@ def draw_panels(seed: int, index: int) -> tuple[str, Panel]:
         column=int(rng.choice(COLUMNS)),
     )
     return operation, top
+
+
+def panel_json(panel: Panel) -> dict[str, Any]:
+    """An upper panel as JSON."""
+    return {name: getattr(panel, name) for name in _UPPER}
+
+
+def panel_of(body: Any) -> Panel:
+    """The upper panel of a JSON mapping.
+
+    Raises: InputError if it is none.
+    """
+    known = isinstance(body, dict) and set(body) == set(_UPPER)
+    if not known or any(body[name] not in values for name, values in _UPPER.items()):
+        raise InputError(
+            f"{body!r} is no upper panel: it needs "
+            + ", ".join(f"{name} (of {', '.join(map(str, v))})" for name, v in _UPPER.items())
+        )
+    return Panel(**body)
 
 
 def operation_of(caption: str) -> str:
@@ -162,7 +188,7 @@ def _colour(name: str) -> NDArray[np.float32]:
     return np.array(COLOURS[name], np.float32)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _tile(form: str, style: str, unit: int) -> tuple[Coverage, Coverage]:
     """Fraction of each pixel that a figure's fill and its lines cover, (TILE * unit,) * 2 each."""
     whole = _mask(form, STAMP_EXTENT if style == "stamp" else EXTENT[style], unit)

@@ -170,8 +170,8 @@ def _stored(text: str) -> Source:
 
 def _no_source(text: str) -> InputError:
     return InputError(
-        f"there is no source {text!r}; give shapes, panels, emoji, a folder of images with .txt captions, "
-        "a tar, a .parquet table, a folder of tars or tables, a pattern of them, or "
+        f"there is no source {text!r}; give shapes, panels, emoji, a folder of images with .txt "
+        "captions, a tar, a .parquet table, a folder of tars or tables, a pattern of them, or "
         "s3://bucket/prefix"
     )
 

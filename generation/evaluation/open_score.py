@@ -17,14 +17,15 @@ from parallel.precision import set_numerics
 from training.export.weights import open_model
 
 
-def digests(models: ModelPaths) -> dict[str, str]:
-    """Digests of the models by role."""
+def digests(models: ModelPaths, ranks: bool = True) -> dict[str, str]:
+    """Digests of the models by role; without a CLIP if nothing `ranks`."""
     dvae = open_model(models.dvae, "dvae")
     pixels = int(dvae.config["pixels"])
+    clip = {"clip": open_ranker(models.clip, models.bpe, pixels=pixels).digest} if ranks else {}
     return {
         "prior": open_model(models.prior, "prior", models.step).digest,
         "dvae": dvae.digest,
-        "clip": open_ranker(models.clip, models.bpe, pixels=pixels).digest,
+        **clip,
         "tokenizer": load_tokenizer(models.bpe)[1],
     }
 

@@ -176,9 +176,7 @@ class _Lane:
             self._codes[:] = rows.repeat_interleave(self._each, 0)
             self._kept = prompt.kept.tolist()
         self._first, self._end = _span(prompt, length)
-        self._lane = self._start(
-            self._text, self._codes[:: self._each, : self._first], self._each
-        )
+        self._lane = self._start(self._text, self._codes[:: self._each, : self._first], self._each)
         self._shared: tuple[Shared, int] | None = None
 
     def advance(self, position: int) -> None:

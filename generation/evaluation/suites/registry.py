@@ -14,6 +14,7 @@ from generation.evaluation.suites.config import (
     ClipscoreConfig,
     FidConfig,
     GenevalConfig,
+    PanelsConfig,
     ShapesConfig,
 )
 
@@ -34,6 +35,8 @@ class Suite:
     """What DATA is; empty if it reads none."""
     repeats_without_data: bool = True
     """True if its prompts are all that it takes from DATA, so that its file is enough to repeat."""
+    ranks: bool = True
+    """False if its candidates are not ranked, so that no CLIP is opened."""
     workers: bool = False
     """True if several workers (--worker i/n) share it."""
     lower_is_better: bool = False
@@ -92,6 +95,13 @@ SUITES = {
         data="coco:DIR, cub:DIR or a packed set",
         repeats_without_data=False,
         lower_is_better=True,
+    ),
+    "panels": Suite(
+        text="figure 14: the upper panel below, changed; exact by operation, and a control",
+        settings=PanelsConfig,
+        prepare=f"{_ROOM}.panels:prepare",
+        data="a packed set of panels",
+        ranks=False,
     ),
 }
 
