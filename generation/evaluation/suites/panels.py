@@ -42,15 +42,19 @@ from data_pipeline.text.bpe import encode
 from generation.config import PromptConfig
 from generation.evaluation.accuracy import derangement, wilson_low
 from generation.evaluation.suites.config import PanelsConfig
-from generation.evaluation.suites.protocol import Inputs, Measured
+from generation.evaluation.suites.protocol import GALLERY, Inputs, Measured
 from generation.sampling.prompts import kept_tokens
 from generation.sampling.sampler import Prompt
 from generation.text_to_image import Studio, picture_grid, to_bytes
 from training.tasks.task import pad_text
 
-GALLERY, SHOWN, SCALE = "gallery.json", 12, 2
-"""Index of the pictures for the report, the prompts of each operation that it shows, and their
-enlargement."""
+SHOWN, SCALE = 12, 2
+"""Prompts of each operation whose pictures are written, and their enlargement."""
+TITLE = "Image-to-image translation"
+TEXT = (
+    "Each column is a held-out prompt: the true picture; the drawn one, whose upper half was given; "
+    "and the one drawn with the upper half of another prompt."
+)
 Readings = list[list[Panel | None]]
 """The lower panel of each candidate of a prompt."""
 ATTRIBUTES = ("form", "colour", "row", "column", "style")
@@ -157,8 +161,9 @@ class PanelsSuite:
             name = f"{operation}.png"
             grid = picture_grid([true[shown], drawn[shown, 0], swapped[shown, 0]], SCALE)
             write_atomic(self._out / name, encode_png(grid))
-            rows.append({"operation": operation, "caption": CAPTIONS[operation], "file": name})
-        write_atomic(self._out / GALLERY, canonical_json({"rows": rows}))
+            rows.append({"caption": CAPTIONS[operation], "file": name})
+        body = {"title": TITLE, "text": TEXT, "rows": rows}
+        write_atomic(self._out / GALLERY, canonical_json(body))
 
 
 def prepare(inputs: Inputs, settings: PanelsConfig, prompts: list[Json] | None) -> PanelsSuite:

@@ -75,7 +75,10 @@ def test_two_batch_sizes_write_the_same_bytes(tmp_path: Path) -> None:
     names = [f"{name}.png" for name in OPERATIONS]
     assert sorted(files[0]) == sorted(["suite.json", "gallery.json", *names])
     rows, gallery = body["results"]["rows"], json.loads(files[0]["gallery.json"])["rows"]
-    assert [row["operation"] for row in rows] == [row["operation"] for row in gallery]
+    assert [row["operation"] for row in rows] == list(OPERATIONS)
+    assert [(row["file"], row["caption"]) for row in gallery] == list(
+        zip(names, CAPTIONS.values(), strict=True)
+    )
     assert [row["prompts"] for row in rows] == [4] * 6
     assert all(row["exact"] == 0 for row in rows), "an untrained prior"
     assert len({json.dumps(row["top"]) for row in body["prompts"][:4]}) == 4
