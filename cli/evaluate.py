@@ -1,5 +1,6 @@
 """The verbs evaluate, score and overlap."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -75,11 +76,13 @@ def score(arguments: list[str]) -> None:
                 array, a Kubernetes indexed job, MPI or torchrun
             config: settings
         """
+        from generation.evaluation.score_job import SCORES  # noqa: PLC0415
         from generation.evaluation.score_rows import table  # noqa: PLC0415
         from generation.evaluation.suites.run import run_suite  # noqa: PLC0415
 
         settings = FidConfig(**{**vars(config), "inception": inception, "overlap": overlap})
-        scores = run_suite(suite_of(data), data, models, settings, out, worker)["results"]
+        run_suite(suite_of(data), data, models, settings, out, worker)
+        scores = json.loads((out / SCORES).read_bytes())
         LOG.info("%s", table(scores))
         print_json(scores)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 from core.flags import FLAT, PositionalText, parse, print_json
 from core.log import LOG
 from generation.config import ModelPaths, SampleConfig
-from generation.evaluation.suites.record import FILE, Recorded, read_recorded, with_prompts
+from generation.evaluation.suites.record import FILE, Recorded, read_recorded
 from generation.evaluation.suites.registry import SUITES, suite_called
 
 SUITE = "--suite"
@@ -50,8 +50,7 @@ def evaluate_suite(given: str, arguments: list[str]) -> None:
         """
         from generation.evaluation.suites.run import run_suite  # noqa: PLC0415 - keeps --help fast
 
-        again = with_prompts(recorded, config) if recorded else None
-        body = run_suite(name, data, models, config, out, worker, again)
+        body = run_suite(name, data, models, config, out, worker, recorded)
         figures = ", ".join(f"{row['name']} {row['value']:.4g}" for row in body["headline"])
         LOG.info("%s: %s", out / FILE, figures)
         shown = ("suite", "models", "facts", "headline", "results")

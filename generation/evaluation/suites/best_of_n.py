@@ -106,7 +106,6 @@ class BestOfNSuite:
         results = {
             "label": self._network.label,
             "network": self._network.name,
-            "data": self._evaluation.name,
             "captions": len(self._captions),
             "pictures": len(self._pictures),
             "candidates": scores.shape[1],

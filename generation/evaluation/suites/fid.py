@@ -29,7 +29,8 @@ class FidSuite:
         label = "" if self.facts["network"].startswith("inception") else "proxy "
         blur = f" at blur {first['radius']:g}" if first["radius"] else ""
         headline = {f"{label}FID{blur}": first["fid"], f"{label}IS{blur}": first["is"]}
-        return Measured(results=scores, headline=headline)
+        results = {name: value for name, value in scores.items() if name != "data"}  # has a path
+        return Measured(results=results, headline=headline)
 
 
 def prepare_coco(inputs: Inputs, settings: FidConfig, prompts: list[Json] | None) -> FidSuite:

@@ -6,7 +6,7 @@ A file of `suite`, and if wanted `settings` and `prompts`, may be written by han
 
 import importlib.metadata
 import json
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -35,7 +35,6 @@ class Recorded:
     settings: SampleConfig
     prompts: list[Json] | None = None
     """None: the suite chooses them."""
-    differs: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -105,10 +104,15 @@ def other_software(earlier: Json, now: Json) -> list[str]:
     ]
 
 
-def with_prompts(recorded: Recorded, settings: SampleConfig) -> Recorded:
-    """The recorded prompts if the settings that choose them are unchanged."""
-    same = settings_json(settings) == settings_json(recorded.settings)
-    return recorded if same else replace(recorded, prompts=None)
+def prompt_problems(recorded: Recorded, settings: SampleConfig) -> list[str]:
+    """Problems of settings that ask for another number of prompts than a file has."""
+    count = suite_called(recorded.name).count
+    if recorded.prompts is None or not count:
+        return []
+    if getattr(settings, count) == getattr(recorded.settings, count):
+        return []
+    flag = f"--{count.replace('_', '-')}"
+    return [f"{recorded.path} has its own prompts; leave {flag} out, or give the suite's name"]
 
 
 def _version(name: str) -> str:

@@ -33,6 +33,8 @@ class Suite:
     """`module:function` that opens its data and chooses its prompts."""
     data: str = ""
     """What DATA is; empty if it reads none."""
+    count: str = ""
+    """The setting that says how many prompts are chosen; a file has its own prompts."""
     repeats_without_data: bool = True
     """True if its prompts are all that it takes from DATA, so that its file is enough to repeat."""
     ranks: bool = True
@@ -49,16 +51,19 @@ SUITES = {
         settings=ShapesConfig,
         prepare=f"{_ROOM}.shapes:prepare",
         data="a packed set of shapes",
+        count="prompts",
     ),
     "geneval-style": Suite(
         text="shapes by task as in GenEval: one object, two, counting, colours, size, position",
         settings=GenevalConfig,
         prepare=f"{_ROOM}.geneval:prepare",
+        count="per_task",
     ),
     "clipscore": Suite(
         text="CLIPScore of any captions, by a local open_clip checkpoint (--judge)",
         settings=ClipscoreConfig,
         prepare=f"{_ROOM}.clipscore:prepare",
+        count="captions",
         data="coco:DIR, cub:DIR or a packed set",
     ),
     "coco": Suite(
@@ -66,6 +71,7 @@ SUITES = {
         settings=FidConfig,
         prepare=f"{_ROOM}.fid:prepare_coco",
         data="coco:DIR",
+        count="captions",
         repeats_without_data=False,
         workers=True,
         lower_is_better=True,
@@ -75,6 +81,7 @@ SUITES = {
         settings=FidConfig,
         prepare=f"{_ROOM}.fid:prepare_cub",
         data="cub:DIR",
+        count="captions",
         repeats_without_data=False,
         workers=True,
         lower_is_better=True,
@@ -84,6 +91,7 @@ SUITES = {
         settings=FidConfig,
         prepare=f"{_ROOM}.fid:prepare_pairs",
         data="a packed set",
+        count="captions",
         repeats_without_data=False,
         workers=True,
         lower_is_better=True,
@@ -93,6 +101,7 @@ SUITES = {
         settings=BestOfNConfig,
         prepare=f"{_ROOM}.best_of_n:prepare",
         data="coco:DIR, cub:DIR or a packed set",
+        count="captions",
         repeats_without_data=False,
         lower_is_better=True,
     ),

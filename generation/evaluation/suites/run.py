@@ -23,6 +23,7 @@ from generation.evaluation.suites.record import (
     Recorded,
     differences,
     other_software,
+    prompt_problems,
     settings_json,
     versions,
 )
@@ -48,7 +49,8 @@ def run_suite(
     do not fit, or if OUT is another's folder; TapirError if the figures of a file are not repeated.
     """
     suite = suite_called(name)
-    check(settings.problems() + _data_problems(name, suite, data, recorded))
+    asked = prompt_problems(recorded, settings) if recorded else []
+    check(settings.problems() + asked + _data_problems(name, suite, data, recorded))
     refuse_others_folder(out, "score" if suite.workers else "evaluate --suite")
     member = job_worker_of(worker)
     if member.count > 1 and not suite.workers:
