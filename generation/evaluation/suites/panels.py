@@ -42,7 +42,8 @@ from data_pipeline.text.bpe import encode
 from generation.config import PromptConfig
 from generation.evaluation.accuracy import derangement, wilson_low
 from generation.evaluation.suites.config import PanelsConfig
-from generation.evaluation.suites.protocol import GALLERY, Inputs, Measured
+from generation.evaluation.suites.protocol import Inputs, Measured
+from generation.evaluation.suites.record import GALLERY
 from generation.sampling.prompts import kept_tokens
 from generation.sampling.sampler import Prompt
 from generation.text_to_image import Studio, picture_grid, to_bytes
@@ -52,8 +53,8 @@ SHOWN, SCALE = 12, 2
 """Prompts of each operation whose pictures are written, and their enlargement."""
 TITLE = "Image-to-image translation"
 TEXT = (
-    "Each column is a held-out prompt: the true picture; the drawn one, whose upper half was given; "
-    "and the one drawn with the upper half of another prompt."
+    "Each column is a held-out prompt: the true picture; the drawn one, whose upper half was "
+    "given; and the one drawn with the upper half of another prompt."
 )
 Readings = list[list[Panel | None]]
 """The lower panel of each candidate of a prompt."""

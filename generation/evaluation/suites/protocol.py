@@ -13,11 +13,6 @@ from generation.config import ModelPaths
 from generation.text_to_image import Studio
 
 
-GALLERY = "gallery.json"
-"""Index of the pictures that a suite writes beside suite.json, if it does: title, text, and rows of
-caption and file."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
     """What the user gave besides the settings."""

@@ -110,6 +110,7 @@ SUITES = {
         settings=PanelsConfig,
         prepare=f"{_ROOM}.panels:prepare",
         data="a packed set of panels",
+        count="per_operation",
         ranks=False,
     ),
 }
