@@ -200,7 +200,7 @@ def _tile(form: str, style: str, unit: int) -> tuple[Coverage, Coverage]:
         line = frame - _eroded(frame, unit)
     side = (TILE * unit,) * 2
     fill, lines = (
-        np.asarray(cv2.resize(mask.astype(np.float32), side, interpolation=AREA))
+        np.asarray(cv2.resize(mask.astype(np.float32), side, interpolation=AREA), np.float32)
         for mask in (whole * (1 - line), line)
     )
     return fill, lines

@@ -45,7 +45,7 @@ from generation.evaluation.suites.config import PanelsConfig
 from generation.evaluation.suites.protocol import Inputs, Measured
 from generation.evaluation.suites.record import GALLERY
 from generation.sampling.prompts import kept_tokens
-from generation.sampling.sampler import Prompt
+from generation.sampling.sampler import Keys, Prompt
 from generation.text_to_image import Studio, picture_grid, to_bytes
 from training.tasks.task import pad_text
 
@@ -94,8 +94,11 @@ class PanelsSuite:
         rows = [
             judged(
                 operation,
-                *([each[i] for i in places] for each in (self._tops, swapped_tops)),
-                *([each[i] for i in places] for each in (below, below_swapped, above)),
+                tops=[self._tops[i] for i in places],
+                others=[swapped_tops[i] for i in places],
+                below=[below[i] for i in places],
+                swapped=[below_swapped[i] for i in places],
+                again=[above[i] for i in places],
             )
             for operation, places in self._places.items()
         ]
@@ -124,7 +127,7 @@ class PanelsSuite:
         blank = np.stack([blank_below(render_pair("same", top, _height(studio))) for top in tops])
         kept = kept_tokens(PromptConfig(keep_rows=config.grid // 2), config.grid)
         prompt = Prompt(codes=studio.encode(_pixels(blank)), kept=kept)
-        keys = [
+        keys: Keys = [
             [(self._settings.seed, caption, number * each + i) for i in range(each)]
             for caption, number in zip(captions, self._numbers(), strict=True)
         ]

@@ -33,7 +33,7 @@ def test_shares_by_hand() -> None:
         [right[2], right[0]],
     ]
     swapped: list[list[Panel | None]] = [[right[1], right[0]], [right[2], None], [right[0], None]]
-    again: list[list[Panel | None]] = [[each] for each in right[:2]] + [[None]]
+    again: list[list[Panel | None]] = [[right[0]], [right[1]], [None]]
     figures = judged("flipped", TOPS, OTHERS, below, swapped, again)
     expected = {
         "exact": 3 / 6,
