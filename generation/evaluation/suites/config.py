@@ -78,6 +78,8 @@ class PanelsConfig(SampleConfig):
 
     candidates: int = 1
     """Pictures of each prompt; all of them are judged, none is chosen by rank."""
+    temperature: float = 0.5
+    """Divides the logits; 0 = the most likely code. Low, since each prompt has one right answer."""
     per_operation: int = 40
     """Prompts of each operation, with different upper panels, chosen by --seed."""
 
