@@ -39,14 +39,13 @@ from data_pipeline.sources.panels import (
 from data_pipeline.sources.read_panels import read_pair
 from data_pipeline.streaming.stream import stored_records
 from data_pipeline.text.bpe import encode
-from generation.config import PromptConfig
 from generation.evaluation.accuracy import derangement, wilson_low
 from generation.evaluation.suites.config import PanelsConfig
 from generation.evaluation.suites.protocol import Inputs, Measured
 from generation.evaluation.suites.record import GALLERY
-from generation.sampling.prompts import kept_tokens
 from generation.sampling.sampler import Keys, Prompt
 from generation.text_to_image import Studio, picture_grid, to_bytes
+from parallel.device import CPU
 from training.tasks.task import pad_text
 
 SHOWN, SCALE = 12, 2
@@ -123,16 +122,17 @@ class PanelsSuite:
         """
         config, each = studio.sampler.config, self._settings.candidates
         captions = [row["caption"] for row in self.prompts]
-        text = pad_text([encode(studio.tokenizer, each) for each in captions], config.text_length)
+        ids = [encode(studio.tokenizer, caption) for caption in captions]
+        text = pad_text(ids, config.text_length)
         blank = np.stack([blank_below(render_pair("same", top, _height(studio))) for top in tops])
-        kept = kept_tokens(PromptConfig(keep_rows=config.grid // 2), config.grid)
+        length = config.image_length
+        kept = torch.arange(length, device=CPU) < length // 2
         prompt = Prompt(codes=studio.encode(_pixels(blank)), kept=kept)
         keys: Keys = [
             [(self._settings.seed, caption, number * each + i) for i in range(each)]
             for caption, number in zip(captions, self._numbers(), strict=True)
         ]
-        side = studio.dvae.config.pixels
-        pictures = np.zeros((len(tops), each, side, side, 3), np.uint8)
+        pictures = np.zeros((len(tops), each, *blank.shape[1:]), np.uint8)
         with progress(name, len(tops)) as meter:
             for drawn in studio.sampler.draw(text, keys, self._settings.draws, prompt):
                 decoded = to_bytes(studio.decode(drawn.codes.flatten(0, 1)))
