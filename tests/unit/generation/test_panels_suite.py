@@ -1,4 +1,4 @@
-"""The suite panels: its shares by hand, and the same file on any batch size."""
+"""The suite panels: its shares by hand, its prompts, and the files that it writes."""
 
 import json
 from dataclasses import replace
@@ -62,24 +62,20 @@ def test_swapped_prompts_differ_and_each_has_its_own_key() -> None:
         PanelsSuite(rows[2:], PanelsConfig(), Path())
 
 
-def test_two_batch_sizes_write_the_same_bytes(tmp_path: Path) -> None:
+def test_pictures_and_figures_of_each_operation_without_a_clip(tmp_path: Path) -> None:
     data, models = str(tmp_path / "raw"), write_models(tmp_path / "models", [*CAPTIONS.values()])
     pack(["panels"], open_store(data), PackConfig(count=400, pixels=16, validation=0.3))
-    files = []
-    for batch in (3, 64):
-        out = tmp_path / str(batch)
-        config = PanelsConfig(per_operation=4, candidates=2, batch=batch)
-        body = run_suite("panels", data, replace(models, clip=tmp_path / "no-clip"), config, out)
-        files.append({path.name: path.read_bytes() for path in out.iterdir()})
-    assert files[0] == files[1]
+    config, out = PanelsConfig(per_operation=4, candidates=2), tmp_path / "out"
+    body = run_suite("panels", data, replace(models, clip=tmp_path / "no-clip"), config, out)
     names = [f"{name}.png" for name in OPERATIONS]
-    assert sorted(files[0]) == sorted(["suite.json", "gallery.json", *names])
-    rows, gallery = body["results"]["rows"], json.loads(files[0]["gallery.json"])["rows"]
-    assert [row["operation"] for row in rows] == list(OPERATIONS)
+    files = sorted(path.name for path in out.iterdir())
+    assert files == sorted(["suite.json", "gallery.json", *names])
+    gallery = json.loads((out / "gallery.json").read_bytes())["rows"]
     assert [(row["file"], row["caption"]) for row in gallery] == list(
         zip(names, CAPTIONS.values(), strict=True)
     )
-    assert [row["prompts"] for row in rows] == [4] * 6
+    rows = body["results"]["rows"]
+    assert [(row["operation"], row["prompts"]) for row in rows] == [(x, 4) for x in OPERATIONS]
     assert all(row["exact"] == 0 for row in rows), "an untrained prior"
     assert len({json.dumps(row["top"]) for row in body["prompts"][:4]}) == 4
 
