@@ -58,8 +58,9 @@ def test_swapped_prompts_differ_and_each_has_its_own_key() -> None:
     assert sorted(others[:3]) == [0, 1, 2] and sorted(others[3:]) == [3, 4, 5]
     assert all(i != other for i, other in enumerate(others))
     assert suite._numbers() == [0, 1, 2, 0, 1, 2]
-    with pytest.raises(InputError, match="same: fewer than two prompts"):
-        PanelsSuite(rows[2:], PanelsConfig(), Path())
+    for wrong in (rows[2:], [rows[0], *rows]):
+        with pytest.raises(InputError, match="same: the prompts must be two or more"):
+            PanelsSuite(wrong, PanelsConfig(), Path())
 
 
 def test_pictures_and_figures_of_each_operation_without_a_clip(tmp_path: Path) -> None:
