@@ -1,6 +1,7 @@
 """Sizes of the three networks; imports no torch, so that `--help` stays fast."""
 
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 
@@ -20,10 +21,17 @@ class DVAEConfig:
     """A block's hidden channels are its width divided by this (the paper: 4)."""
     gain: float = 1.0
     """Weight of a block's residual path; 0 = the paper's 1 / blocks^2."""
+    quantizer: Literal["gumbel", "vq", "fsq"] = "gumbel"
+    """How encoder outputs become codes. gumbel: relaxed draws of K logits (the paper). vq: the
+    nearest of K learned vectors. fsq: each of a few channels is rounded to one of its levels."""
     codebook: int = 512
     """Number of codes (K)."""
+    vector: int = 8
+    """vq: channels of a code's vector."""
+    levels: tuple[int, ...] = (8, 8, 8)
+    """fsq: levels of each channel; their product is the codebook."""
     code_width: int = 32
-    """Channels of a code's vector, the decoder's first layer."""
+    """Channels of the decoder's first layer, which maps codes to vectors."""
     min_log_scale: float = -1.5
     """Floor of the likelihood's log scale; flat backgrounds would drive it to -inf and dominate the
     loss (the paper's photos need none: -20)."""
@@ -32,6 +40,11 @@ class DVAEConfig:
     layers fitted to a first batch. paper: every convolution from N(0, 1 / fan-in)."""
     epsilon: float = 0.1
     """Pixels are mapped into (epsilon, 1 - epsilon) before the logit-Laplace likelihood."""
+
+    @property
+    def code_channels(self) -> int:
+        """Channels of the encoder's outputs and of the decoder's inputs."""
+        return {"gumbel": self.codebook, "vq": self.vector, "fsq": len(self.levels)}[self.quantizer]
 
     @property
     def grid(self) -> int:
@@ -61,7 +74,22 @@ class DVAEConfig:
             problems.append(f"model.codebook={self.codebook} must be 2 to 65536 (uint16 tokens)")
         if not 0 < self.epsilon < 0.5:
             problems.append(f"model.epsilon={self.epsilon} must be in (0, 0.5); the paper has 0.1")
-        return problems
+        return problems + self._quantizer_problems()
+
+    def _quantizer_problems(self) -> list[str]:
+        if self.quantizer == "vq" and self.vector < 1:
+            return [f"model.vector={self.vector} must be at least 1; try 8"]
+        if self.quantizer != "fsq":
+            return []
+        levels, product = " ".join(map(str, self.levels)), prod(self.levels)
+        if not self.levels or min(self.levels) < 3:
+            return [f"model.levels={levels} must each be at least 3; try 8 8 8, of 512 codes"]
+        if product != self.codebook:
+            return [
+                f"model.levels={levels} make {product} codes, not model.codebook={self.codebook}; "
+                f"try --model.codebook {product}, or other levels"
+            ]
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)

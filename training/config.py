@@ -13,6 +13,7 @@ from data_pipeline.config import LoaderConfig, OrderConfig
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, ModelSizes, OptimConfig
 from training.recovery.config import GuardConfig
+from training.tasks.dvae_config import DiscriminatorConfig, PerceptualConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,15 +230,27 @@ class DVAETrain(StageConfig):
     """Final weight of the KL term, reached by a cosine (the paper: 6.6)."""
     beta_fraction: float = 0.3
     """Fraction of the run over which beta is annealed."""
+    commitment: float = 0.25
+    """vq: weight of the squared difference between encoder outputs and their codes' vectors."""
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    """A perceptual loss."""
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    """A patch discriminator."""
+    rfid: Path | None = None
+    """Inception's weights (safetensors), for the reconstruction FID at validations; default: no
+    FID."""
 
     def model_problems(self) -> list[str]:
         problems = self.model.problems() + self._prior_only_problems()
+        problems += self.perceptual.problems() + self.discriminator.problems(self.model.pixels)
         if not 0 < self.tau_last <= self.tau_first < math.inf:
             problems.append("tau_last must be positive and not above tau_first")
         if not (0 < self.tau_fraction <= 1 and 0 < self.beta_fraction <= 1):
             problems.append("tau_fraction and beta_fraction must be above 0 and at most 1")
         if not (0 <= self.beta_first < math.inf and 0 <= self.beta < math.inf):
             problems.append("beta_first and beta must not be negative")
+        if not 0 <= self.commitment < math.inf:
+            problems.append(f"commitment={self.commitment} must not be negative; try 0.25")
         return problems
 
 

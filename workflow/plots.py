@@ -106,7 +106,7 @@ def _svg(figure: Any) -> str:
     most of the file."""
     buffer = io.StringIO()
     figure.tight_layout()
-    style = {"svg.fonttype": "none", "svg.hashsalt": "tapir", "font.family": "sans-serif"}
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "tapir", "font.family": "sans-serif"}
     with matplotlib.rc_context(style):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     pyplot.close(figure)

@@ -11,6 +11,7 @@ from data_pipeline.catalogue.parts import verify_catalogue
 from data_pipeline.formats.manifest import NAME, SPLITS
 from data_pipeline.formats.verify import verify_split
 from training.export.weights import DESCRIPTION, describe
+from training.export.weights import KINDS as MODELS
 
 
 def verify_path(path: str, sample: float = 1.0) -> list[str]:
@@ -37,7 +38,7 @@ def verify_path(path: str, sample: float = 1.0) -> list[str]:
     if "://" in path:
         return verified
     if (folder / DESCRIPTION).exists():
-        for stage in ("dvae", "prior", "clip"):
+        for stage in MODELS:
             try:
                 describe(folder, stage)
                 verified.append(f"{folder}/{DESCRIPTION}")

@@ -22,6 +22,7 @@ from core.errors import CorruptError
 from core.keys import KeyPart, key_int
 from data_pipeline.formats.manifest import TOKENS
 from data_pipeline.formats.split import SplitSource
+from models.tokenizers.config import grid_tokens
 
 Rows = slice | NDArray[Any]
 _MAGIC = {False: b"TPRB\x01\x00\x00\x00", True: b"TPRB\x02\x00\x00\x00"}
@@ -239,7 +240,7 @@ class TokenSource(SplitSource):
     @property
     def _width(self) -> int:
         """Codes of an image."""
-        return int(self.manifest.facts["grid"]) ** 2
+        return grid_tokens(self.manifest.facts)
 
     def read(self, block: int, variant: int = 0) -> TokenRecords:
         """Fetch one block.

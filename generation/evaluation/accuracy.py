@@ -72,7 +72,7 @@ def caption_accuracy(
             figures[f"best_of_{count}_prompts"] = of
     best = [row.pictures[0] for row in drawn]
     figures["chance"] = _share(shuffled, best)
-    pixels = pictures_of(list(records), studio.dvae.config.pixels)
+    pixels = pictures_of(list(records), studio.images.facts.pixels)
     again = studio.decode(studio.encode(pixels))
     figures["reconstruction"] = _share(captions, to_bytes(again))
     figures["checker_on_truth"] = _share(captions, to_bytes(pixels))

@@ -70,7 +70,7 @@ def evaluate(studio: Studio, data: str, out: Path, config: EvaluateConfig) -> Fi
 
 
 def _reconstructions(studio: Studio, records: list[RawRecord], out: Path) -> None:
-    pixels = pictures_of(records, studio.dvae.config.pixels)
+    pixels = pictures_of(records, studio.images.facts.pixels)
     again = studio.decode(studio.encode(pixels))
     grid = picture_grid([to_bytes(pixels), to_bytes(again)], SCALE)
     write_atomic(out / "reconstructions.png", encode_png(grid))
@@ -84,7 +84,7 @@ def _image_prompts(
     upper = PromptConfig(keep_rows=grid // 2)
     rows = []
     for record in records:
-        pixels = pictures_of([record], studio.dvae.config.pixels)
+        pixels = pictures_of([record], studio.images.facts.pixels)
         prompt = prompt_of(studio.encode(pixels)[0], upper, grid)
         drawn = studio.draw([record.caption], few, prompt)[0]
         rows.append(np.concatenate([to_bytes(pixels), drawn.pictures]))

@@ -8,23 +8,26 @@ from core.errors import InputError
 from data_pipeline.evaluation_sets import open_evaluation
 from data_pipeline.text.bpe import load_tokenizer
 from generation.config import ModelPaths, ScoreConfig
-from generation.evaluation.feature_extractors import ClipProxy, Inception, Network
+from generation.evaluation.feature_extractors import ClipProxy, Network
 from generation.evaluation.overlap_report import read_overlap
 from generation.evaluation.score_job import ScoreJob
 from generation.ranking import TapirRanker, open_ranker
+from models.inception import Inception
 from parallel.device import CPU
 from parallel.precision import set_numerics
+from training.export.tokenizers import facts_of, open_weights_of
 from training.export.weights import open_model
 
 
 def digests(models: ModelPaths, ranks: bool = True) -> dict[str, str]:
     """Digests of the models by role; without a CLIP if nothing `ranks`."""
-    dvae = open_model(models.dvae, "dvae")
-    pixels = int(dvae.config["pixels"])
-    clip = {"clip": open_ranker(models.clip, models.bpe, pixels=pixels).digest} if ranks else {}
+    images = facts_of(open_weights_of(models.dvae))
+    clip = {}
+    if ranks:
+        clip["clip"] = open_ranker(models.clip, models.bpe, pixels=images.pixels).digest
     return {
         "prior": open_model(models.prior, "prior", models.step).digest,
-        "dvae": dvae.digest,
+        "dvae": images.digest,
         **clip,
         "tokenizer": load_tokenizer(models.bpe)[1],
     }
@@ -45,7 +48,7 @@ def open_job(
     """
     numerics = set_numerics(device, deterministic=False)  # as `open_studio` does
     model_digests = digests(models)
-    pixels = int(open_model(models.dvae, "dvae").config["pixels"])
+    pixels = facts_of(open_weights_of(models.dvae)).pixels
     evaluation = open_evaluation(data)
     captions = [caption.text for caption in evaluation.choose(config.captions, config.seed)]
     network = open_network(inception, models, captions, device)

@@ -42,7 +42,6 @@ from data_pipeline.jobs.worker import Job, Progress, Task, Work
 from generation.config import ScoreConfig
 from generation.evaluation.blocks import Blocks, BlockTask
 from generation.evaluation.feature_extractors import Network, blurred
-from generation.evaluation.fid import SPLITS
 from generation.evaluation.overlap_report import Overlap
 from generation.evaluation.score_rows import (
     DRAWN,
@@ -54,6 +53,7 @@ from generation.evaluation.score_rows import (
     score_row,
 )
 from generation.text_to_image import Candidates, Studio
+from models.fid import SPLITS
 from parallel.precision import Numerics
 
 REQUEST, SCORES, PICTURES = "request.json", "scores.json", "pictures"

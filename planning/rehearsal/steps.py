@@ -40,6 +40,7 @@ from training.export.files import WEIGHTS, WeightsFile
 from training.export.save import Writers
 from training.tasks.clip import ClipTask
 from training.tasks.dvae import DVAETask
+from training.tasks.dvae_program import ExtraLosses
 from training.tasks.prior import PriorTask
 from training.tasks.splits import UNREAD, Splits
 from training.tasks.task import Pictures
@@ -192,7 +193,7 @@ class _DVAEWithoutData(DVAETask):
     def __init__(self, settings: Any, mesh: Mesh) -> None:
         self.held_out = _held_out(settings)
         self.train: Any = _Samples(0)
-        self._set_model(settings.model, settings.loop.seed)
+        self._set_model(settings.model, settings.loop.seed, ExtraLosses.of(settings))
 
     def batch(self, records: Sequence[Any], step: int, training: bool = True) -> Batch:
         return {
@@ -200,6 +201,7 @@ class _DVAEWithoutData(DVAETask):
             "keys": torch.zeros(len(records), dtype=torch.int64, device="cpu"),
             "tau": torch.tensor(1.0, device="cpu"),
             "beta": torch.tensor(1.0, device="cpu"),
+            "adversarial": torch.tensor(1.0, device="cpu"),
         }
 
     def figures(self, *_: Any) -> tuple[dict[str, float], Pictures]:

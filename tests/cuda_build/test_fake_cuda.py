@@ -35,7 +35,7 @@ from parallel.placement import Placement, place
 from parallel.scales import Scales
 from parallel.world import World
 from training.tasks.clip import clip_program
-from training.tasks.dvae import dvae_program
+from training.tasks.dvae_program import dvae_program
 
 _aten = torch.ops.aten
 Module = TypeVar("Module")

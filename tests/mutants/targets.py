@@ -36,7 +36,6 @@ _FILES = (
     "generation/sampling/sampler.py",
     "generation/sampling/decoder.py",
     "generation/evaluation/accuracy.py",
-    "generation/evaluation/fid.py",
 )
 _ONLY = {
     "parallel/replicas.py": {"flat_average", "copy_parts"},

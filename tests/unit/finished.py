@@ -12,12 +12,12 @@ from core.config import to_json
 from data_pipeline.text.bpe import load_tokenizer, save_tokenizer, train_bpe
 from generation.config import ModelPaths
 from generation.ranking import CONFIG, WEIGHTS
-from generation.third_party import foreign_module
 from models.clip import Clip
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from models.dvae import DVAE
 from models.initialization import generator
 from models.prior import build_prior
+from models.third_party import foreign_module
 from training.export.weights import write_model
 
 PIXELS = 16

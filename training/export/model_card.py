@@ -7,7 +7,7 @@ from core.files.atomic import Json
 from training.export.weights import Weights
 
 _WHAT = {
-    "dvae": "discrete VAE: pictures <-> a grid of codes",
+    "dvae": "image tokenizer: pictures <-> a grid of codes",
     "prior": "autoregressive transformer over text and image tokens",
     "clip": "contrastive model that ranks candidates",
     "tokenizer": "byte-pair encoding of captions",

@@ -24,6 +24,8 @@ from models.clip import Clip
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from models.dvae import DVAE
 from models.prior import build_prior
+from models.tokenizers.config import TokenizerConfig
+from models.tokenizers.registry import build_tokenizer
 from parallel.placement import placement_of
 from training.ema import EMA
 from training.export.files import (
@@ -39,6 +41,8 @@ from training.run.config import config_of
 from training.stages import config_with_new_names
 
 DESCRIPTION, CONFIG = "model.json", "config.json"
+TOKENIZER = "image_tokenizer"
+"""Stage of an imported image tokenizer, which takes the place of a dVAE."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,7 @@ KINDS = {
     "dvae": Kind(config=DVAEConfig, build=DVAE, prefix="dvae.dvae."),
     "prior": Kind(config=PriorConfig, build=build_prior, prefix=""),
     "clip": Kind(config=ClipConfig, build=Clip, prefix="clip."),
+    TOKENIZER: Kind(config=TokenizerConfig, build=build_tokenizer, prefix=""),
 }
 
 
@@ -241,6 +246,12 @@ def misfits(stage: str, config: Any, shapes: Shapes) -> list[str]:
     return sorted(n for n in {*expected, *shapes} if expected.get(n) != shapes.get(n))
 
 
+def network_shapes(stage: str, shapes: Shapes) -> Shapes:
+    """The tensors of a checkpoint that belong to the network; a discriminator's do not."""
+    prefix = KINDS[stage].prefix
+    return {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+
 def _files(body: Json) -> list[tuple[str, str]]:
     """(name, sha256) of the files of a described model."""
     if "files" in body:
@@ -283,7 +294,7 @@ def _unfinished(folder: Path, stage: str, step: int | None) -> Weights:
         where=reader.url,
         config=config["model"],
         facts={**facts_with_new_names(facts["task"]), **told, "step": facts["step"]},
-        shapes=reader.shapes(),
+        shapes=network_shapes(stage, reader.shapes()),
         read=partial(averaged_weight, reader),
         run=config,
     )

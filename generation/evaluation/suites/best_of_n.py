@@ -26,13 +26,13 @@ from data_pipeline.sources.shapes import matches, parse_caption
 from generation.evaluation.accuracy import best_of_shares, counts_up_to
 from generation.evaluation.blocks import Blocks
 from generation.evaluation.feature_extractors import Network
-from generation.evaluation.fid import ClassSums, frechet_distance_of_few
 from generation.evaluation.open_score import digests, open_network
 from generation.evaluation.suites.config import BestOfNConfig
 from generation.evaluation.suites.protocol import Inputs, Measured
 from generation.evaluation.suites.record import settings_json
 from generation.text_to_image import Studio
-from training.export.weights import open_model
+from models.fid import ClassSums, frechet_distance_of_few
+from training.export.tokenizers import facts_of, open_weights_of
 
 DRAWN, REAL = "drawn", "real"
 _FEATURES, _LOGITS, _SCORES, _RIGHT = "features", "logits", "scores", "right"
@@ -49,7 +49,7 @@ class BestOfNSuite:
         chosen = evaluation.choose(settings.captions, settings.seed)
         self._captions = [caption.text for caption in chosen]
         self._pictures = evaluation.pictures_of(chosen)
-        self._pixels = int(open_model(inputs.models.dvae, "dvae").config["pixels"])
+        self._pixels = facts_of(open_weights_of(inputs.models.dvae)).pixels
         self._checked = all(map(_is_of_shapes, self._captions))
         self.prompts: list[Json] = [{"caption": text} for text in self._captions]
         self.facts: Json = {"data": evaluation.fingerprint, "network": network.name}

@@ -33,8 +33,8 @@ def shows(scene: Scene, seen: Sequence[Seen], attributes: Sequence[str]) -> bool
 
     Further objects do no harm; counting notices them.
     """
-    wanted, there = _values(things_of(scene), attributes), _values(_things(seen), attributes)
-    return Counter(wanted) <= Counter(there)
+    caption, picture = things_of(scene), [each.thing for each in seen]
+    return Counter(_values(caption, attributes)) <= Counter(_values(picture, attributes))
 
 
 def counted(scene: Scene, seen: Sequence[Seen]) -> bool:
@@ -66,10 +66,6 @@ CRITERIA = {
 """Sub-scores by name; exact = all attributes, the count and the position."""
 
 
-def _things(seen: Sequence[Seen]) -> list[Thing]:
-    return [each.thing for each in seen]
-
-
 def _values(things: Iterable[Thing], attributes: Sequence[str]) -> list[Hashable]:
     return [tuple(getattr(thing, name) for name in attributes) for thing in things]
 
@@ -77,7 +73,7 @@ def _values(things: Iterable[Thing], attributes: Sequence[str]) -> list[Hashable
 def _common(scene: Scene, pair: Sequence[Seen]) -> int:
     """Attributes that two objects share with the caption's two things, 0 to 6."""
     return sum(
-        getattr(thing, name) == getattr(other, name)
-        for thing, other in zip(things_of(scene), _things(pair), strict=True)
+        getattr(thing, name) == getattr(seen.thing, name)
+        for thing, seen in zip(things_of(scene), pair, strict=True)
         for name in ATTRIBUTES
     )

@@ -251,7 +251,7 @@ def _height(studio: Studio) -> int:
 
     Raises: InputError if the dVAE's pictures cannot be cut into two panels.
     """
-    side, grid = studio.dvae.config.pixels, studio.sampler.config.grid
+    side, grid = studio.images.facts.pixels, studio.sampler.config.grid
     if side % (2 * CELLS) or grid % 2:
         raise InputError(
             f"the dVAE has {side} pixels and {grid}x{grid} codes; two panels need a multiple of "

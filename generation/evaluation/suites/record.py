@@ -23,7 +23,7 @@ caption and file."""
 KEYS = "candidate c of a caption is drawn by the key (settings.seed, caption, c)"
 _LIBRARIES = (
     *("tapir", "torch", "numpy", "opencv-python-headless", "tokenizers", "safetensors"),
-    *("open_clip_torch", "torch-fidelity"),
+    *("open_clip_torch", "torch-fidelity", "vector-quantize-pytorch", "diffusers"),
 )
 _ASKED = ("suite", "models", "facts", "settings", "prompts")
 """What decides the figures, on the same machine and libraries."""

@@ -18,7 +18,7 @@ from generation.evaluation.suites.config import (
     ShapesConfig,
 )
 
-_ROOM = "generation.evaluation.suites"
+_PACKAGE = "generation.evaluation.suites"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,27 +49,27 @@ SUITES = {
     "shapes": Suite(
         text="held-out captions of shapes: exact, count, colour, size, shape, position, best of N",
         settings=ShapesConfig,
-        prepare=f"{_ROOM}.shapes:prepare",
+        prepare=f"{_PACKAGE}.shapes:prepare",
         data="a packed set of shapes",
         count="prompts",
     ),
     "geneval-style": Suite(
         text="shapes by task as in GenEval: one object, two, counting, colours, size, position",
         settings=GenevalConfig,
-        prepare=f"{_ROOM}.geneval:prepare",
+        prepare=f"{_PACKAGE}.geneval:prepare",
         count="per_task",
     ),
     "clipscore": Suite(
         text="CLIPScore of any captions, by a local open_clip checkpoint (--judge)",
         settings=ClipscoreConfig,
-        prepare=f"{_ROOM}.clipscore:prepare",
+        prepare=f"{_PACKAGE}.clipscore:prepare",
         count="captions",
         data="coco:DIR, cub:DIR or a packed set",
     ),
     "coco": Suite(
         text="FID and IS on MS-COCO, by blur; a job of workers",
         settings=FidConfig,
-        prepare=f"{_ROOM}.fid:prepare_coco",
+        prepare=f"{_PACKAGE}.fid:prepare_coco",
         data="coco:DIR",
         count="captions",
         repeats_without_data=False,
@@ -79,7 +79,7 @@ SUITES = {
     "cub": Suite(
         text="FID and IS on CUB, by blur; a job of workers",
         settings=FidConfig,
-        prepare=f"{_ROOM}.fid:prepare_cub",
+        prepare=f"{_PACKAGE}.fid:prepare_cub",
         data="cub:DIR",
         count="captions",
         repeats_without_data=False,
@@ -89,7 +89,7 @@ SUITES = {
     "pairs": Suite(
         text="FID and IS on the validation split of a packed set; a job of workers",
         settings=FidConfig,
-        prepare=f"{_ROOM}.fid:prepare_pairs",
+        prepare=f"{_PACKAGE}.fid:prepare_pairs",
         data="a packed set",
         count="captions",
         repeats_without_data=False,
@@ -99,7 +99,7 @@ SUITES = {
     "best-of-n": Suite(
         text="figures 6 and 9c: accuracy (of shapes), FID and IS against N = 1 to 512 candidates",
         settings=BestOfNConfig,
-        prepare=f"{_ROOM}.best_of_n:prepare",
+        prepare=f"{_PACKAGE}.best_of_n:prepare",
         data="coco:DIR, cub:DIR or a packed set",
         count="captions",
         repeats_without_data=False,

@@ -12,10 +12,10 @@ from core.errors import CorruptError, InputError, TapirError
 from core.files.atomic import Json, canonical_json, write_atomic
 from core.files.out_folder import refuse_others_folder
 from core.log import LOG
-from core.workers import job_worker_of
+from core.workers import JobWorker, job_worker_of
 from generation.config import ModelPaths, SampleConfig
 from generation.evaluation.open_score import digests
-from generation.evaluation.suites.protocol import Inputs, Prepared
+from generation.evaluation.suites.protocol import Inputs, Measured, Prepared
 from generation.evaluation.suites.record import (
     FILE,
     FORMAT,
@@ -52,9 +52,7 @@ def run_suite(
     asked = prompt_problems(recorded, settings) if recorded else []
     check(settings.problems() + asked + _data_problems(name, suite, data, recorded))
     refuse_others_folder(out, "score" if suite.workers else "evaluate --suite")
-    member = job_worker_of(worker)
-    if member.count > 1 and not suite.workers:
-        raise InputError(f"suite {name} is not shared by workers; start one, without --worker")
+    member = _member(name, suite, worker)
     mesh = own_mesh(member.number)
     device = mesh.world.device
     numerics = set_numerics(device, deterministic=False)  # as `open_studio` does
@@ -83,13 +81,26 @@ def run_suite(
         )
     )
     measured = prepared.measure(opened)
+    return _finished(body, measured, out / FILE, recorded)
+
+
+def _member(name: str, suite: Suite, worker: str) -> JobWorker:
+    """This process among the workers. Raises: InputError for several, if the suite has none."""
+    member = job_worker_of(worker)
+    if member.count > 1 and not suite.workers:
+        raise InputError(f"suite {name} is not shared by workers; start one, without --worker")
+    return member
+
+
+def _finished(body: Json, measured: Measured, path: Path, recorded: Recorded | None) -> Json:
+    """Write the file with its figures, and compare them with those of a file to repeat."""
     headline = [{"name": name, "value": value} for name, value in measured.headline.items()]
-    body |= {"results": measured.results, "headline": headline}
-    body = json.loads(canonical_json(body))
-    write_atomic(out / FILE, canonical_json(body))
+    whole = canonical_json({**body, "results": measured.results, "headline": headline})
+    write_atomic(path, whole)
+    written: Json = json.loads(whole)
     if recorded is not None:
-        _compare(recorded, body, out / FILE)
-    return body
+        _compare(recorded, written, path)
+    return written
 
 
 def _data_problems(name: str, suite: Suite, data: str, recorded: Recorded | None) -> list[str]:

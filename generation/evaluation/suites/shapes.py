@@ -1,7 +1,7 @@
 """The suite shapes: held-out captions, judged whole and by attribute, for best of N.
 
 Chance is the figure of the best pictures against shuffled captions; the upper bound is the figure
-of the dVAE's reconstructions of pictures that the generator renders for the captions.
+of the image tokenizer's reconstructions of pictures that the generator renders for the captions.
 """
 
 from collections.abc import Callable, Sequence
@@ -77,8 +77,8 @@ class ShapesSuite:
         }
 
     def _reconstructed(self, studio: Studio) -> Judged:
-        """Objects of the dVAE's reconstruction of a rendered picture of each caption."""
-        side, seed = studio.dvae.config.pixels, self._settings.seed
+        """Objects of the reconstruction of a rendered picture of each caption."""
+        side, seed = studio.images.facts.pixels, self._settings.seed
         true = np.stack([render(scene, side, seed, i) for i, scene in enumerate(self._scenes)])
         pixels = torch.from_numpy(true).permute(0, 3, 1, 2).float() / 255
         return [read_picture(each) for each in to_bytes(studio.decode(studio.encode(pixels)))]

@@ -14,11 +14,11 @@ from data_pipeline.formats.raw import RawRecord
 from generation.config import DrawSettings, EvaluateConfig
 from generation.evaluation import accuracy
 from generation.evaluation.accuracy import best_of_shares, counts_up_to, wilson_low
-from generation.evaluation.fid import ClassSums, Moments, frechet_distance, inception_score, part_of
 from generation.sampling.decoder import Decoder, LocalPrior
 from generation.sampling.draw import choose, guided
 from generation.sampling.sampler import Prompt, Sampler, _span, _split
 from models.config import PriorConfig
+from models.fid import ClassSums, Moments, frechet_distance, inception_score, part_of
 from parallel.tensor.ops import TensorParallel
 from tests.unit.models.test_models import CONFIG, prior_batch, prior_logits, trained_like
 

@@ -17,8 +17,8 @@ from core.errors import InputError
 from core.files.atomic import sha256
 from generation.ranking import CONFIG, WEIGHTS, OpenClipRanker, open_ranker
 from generation.text_to_image import to_bytes
-from generation.third_party import foreign_module
 from models.initialization import generator
+from models.third_party import foreign_module
 from tests.unit.finished import SIZES, VIEW, write_open_clip
 
 CAPTIONS = ["a small red circle", "two blue squares, side by side"]

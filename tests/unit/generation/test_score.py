@@ -28,11 +28,12 @@ from core.workers import JobWorker
 from data_pipeline.evaluation_sets import open_evaluation
 from data_pipeline.formats.raw import parse_pairs
 from generation.config import ModelPaths, ScoreConfig
-from generation.evaluation.feature_extractors import ClipProxy, Inception, blurred
+from generation.evaluation.feature_extractors import ClipProxy, blurred
 from generation.evaluation.open_score import open_job
 from generation.evaluation.score_job import ScoreJob
 from generation.text_to_image import open_studio
-from generation.third_party import foreign_module
+from models.inception import Inception
+from models.third_party import foreign_module
 from parallel.device import CPU
 from tests.harness import tapir
 from tests.second_device import SECOND

@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from cli.evaluate import evaluate, score
-from cli.suites import suite_flag
+from cli.evaluate import evaluate, score, suite_flag
 from core.errors import ConfigError, CorruptError, InputError, TapirError
 from core.storage.store import open_store
 from data_pipeline.config import PackConfig
@@ -21,12 +20,12 @@ from data_pipeline.images.crops import square
 from data_pipeline.images.decode import decode_rgb
 from data_pipeline.packing.pack import pack
 from generation.config import DrawSettings, ModelPaths
-from generation.evaluation.fid import Moments, frechet_distance
 from generation.evaluation.open_score import open_network
 from generation.evaluation.suites.record import FILE
 from generation.evaluation.suites.registry import SUITES
 from generation.ranking import WEIGHTS, open_ranker
 from generation.text_to_image import Studio, open_studio
+from models.fid import Moments, frechet_distance
 from parallel.device import CPU
 from tests.unit.finished import write_models, write_open_clip
 from tests.unit.layouts import write_coco, write_cub

@@ -242,7 +242,7 @@ def test_defaults_of_the_networks() -> None:
     assert of(DVAEConfig) == {
         "pixels": 32, "width": 32, "groups": 3, "blocks": 1, "bottleneck": 2, "gain": 1.0,
         "codebook": 512, "code_width": 32, "min_log_scale": -1.5, "init": "calibrated",
-        "epsilon": 0.1,
+        "epsilon": 0.1, "quantizer": "gumbel", "vector": 8, "levels": (8, 8, 8),
     }  # fmt: skip
     assert of(ClipConfig) == {
         "pixels": 32, "patch": 4, "dim": 128, "heads": 4, "layers": 3, "text_length": 24,

@@ -44,7 +44,8 @@ from training.ema import Average
 from training.run.feed import StepData
 from training.schedules import Plateau, cosine, learning_rate
 from training.tasks.clip import _GatherRows, clip_program
-from training.tasks.dvae import DVAETask, _rows, dvae_program
+from training.tasks.dvae import DVAETask, _rows
+from training.tasks.dvae_program import dvae_program
 from training.tasks.prior import PriorTask, token_batch
 from training.tasks.task import pad_text, perplexity, split_records
 from training.trainer import Run
@@ -464,8 +465,10 @@ def test_figures_of_a_dvae_by_hand() -> None:
     )
     assert rows.tolist() == [[[0] * 3, [0] * 3], [[128] * 3, [255] * 3]]
     program = dvae_program(task.dvae, task.model_config)
-    terms = SimpleNamespace(log_likelihood=torch.tensor(-2.0), kl=torch.tensor(4.0))
-    losses = program.loss(terms, {"beta": torch.tensor(3.0)})  # 3 * 16 / 4 = 12 values a token
+    terms = SimpleNamespace(log_likelihood=torch.tensor(-2.0), penalty=torch.tensor(4.0))
+    losses = program.loss(
+        (terms, {}), {"beta": torch.tensor(3.0)}
+    )  # 3 * 16 / 4 = 12 values a token
     assert float(losses["loss"]) == 3.0 and program.losses == ("loss", "log_likelihood", "kl")
 
 

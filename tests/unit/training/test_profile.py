@@ -245,7 +245,7 @@ def test_flops_are_those_of_the_real_models() -> None:
         terms, _ = DVAE(config)(
             torch.rand(1, 3, config.pixels, config.pixels), torch.tensor(1.0), torch.tensor([1])
         )
-        (terms.kl + terms.log_likelihood).backward()
+        (terms.penalty + terms.log_likelihood).backward()
     assert model_flops(config) == counter.get_total_flops()
     prior = PriorConfig(text_vocabulary=300, image_vocabulary=64, grid=8)
     assert model_flops(prior) == prior_flops(prior)

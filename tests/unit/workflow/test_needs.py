@@ -26,9 +26,9 @@ from data_pipeline.tokenize.encode import Encoders
 from data_pipeline.tokenize.worker import Worker
 from generation.ranking import open_ranker
 from generation.text_to_image import open_studio
-from models.code_encoder import CodeReader
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from models.dvae import DVAE
+from models.tokenizers.protocol import DVAETokenizer
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, OptimConfig
 from parallel.device import CPU
 from parallel.precision import set_numerics
@@ -356,8 +356,7 @@ def _worker(folder: Path, dvae: DVAEConfig, entries: int = 300) -> Worker:
     if entries > 300:
         tokenizer.add_tokens([f"<{i}>" for i in range(entries)])
     encoders = Encoders(
-        codes=CodeReader(DVAE(dvae), "fp32"),
-        dvae_hash="d",
+        images=DVAETokenizer(DVAE(dvae), "d"),
         tokenizer=tokenizer,
         tokenizer_hash="t",
         numerics=set_numerics(CPU),
