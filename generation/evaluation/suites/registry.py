@@ -108,7 +108,7 @@ SUITES = {
     "panels": Suite(
         text="figure 14: the upper panel below, changed; exact by operation, and a control",
         settings=PanelsConfig,
-        prepare=f"{_ROOM}.panels:prepare",
+        prepare=f"{_PACKAGE}.panels:prepare",
         data="a packed set of panels",
         count="per_operation",
         ranks=False,
