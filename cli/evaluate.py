@@ -39,8 +39,8 @@ def evaluate(arguments: list[str]) -> None:
         Args:
             data: the data set that `tapir pack` wrote
             suite: measure one suite instead, with flags of its own (`--suite NAME --help`): shapes,
-                geneval-style, clipscore, coco, cub, pairs, best-of-n; or the path of a suite.json,
-                whose figures are measured again
+                geneval-style, clipscore, coco, cub, pairs, best-of-n, panels; or the path of a
+                suite.json, whose figures are measured again
             out: folder for the pictures and figures
             models: run folders of the models
             config: settings
@@ -81,7 +81,7 @@ def evaluate_suite(given: str, arguments: list[str]) -> None:
 
         Args:
             data: coco:DIR or cub:DIR, their public layouts, or where `tapir pack` wrote; not needed
-                by geneval-style, nor to repeat shapes and clipscore from a suite.json
+                by geneval-style, nor to repeat shapes, clipscore and panels from a suite.json
             out: folder for suite.json
             models: run folders of the models
             worker: this process's part of coco, cub or pairs, i/n with i from 0; by default set by

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from core.errors import CorruptError
 from core.files.atomic import Json, canonical_json, sha256, write_atomic
 from core.log import LOG
-from generation.evaluation.suites.record import FILE
+from generation.evaluation.suites.record import FILE, GALLERY
 from generation.evaluation.suites.registry import SUITES
 from workflow.plots import candidate_curves
 
@@ -57,9 +58,35 @@ def write_leaderboard(folder: Path, tables: list[Table]) -> Path:
             path = (Path(name) / CURVE).as_posix()
             write_atomic(folder / path, svg.encode())
             parts.append(f"\n![{name}]({path})\n")
+    for gallery in galleries(folder, tables):
+        parts.append(f"\n## {gallery['title']}: {gallery['folder']}\n\n{gallery['text']}\n")
+        parts += [f"\n{row['caption']}\n\n![]({row['path']})\n" for row in gallery["rows"]]
     target = folder / LEADERBOARD
     write_atomic(target, "".join(parts).encode())
     return target
+
+
+def galleries(folder: Path, tables: list[Table]) -> list[Json]:
+    """The pictures that the suites of the tables wrote: folder, title, text, rows (caption, path).
+
+    Paths are relative to `folder`. Raises: CorruptError for a damaged index.
+    """
+    shown = []
+    for name in [row[0] for table in tables for row in table.rows]:
+        path = folder / name / GALLERY
+        if not path.is_file():
+            continue
+        try:
+            body = json.loads(path.read_bytes())
+            rows = [
+                {"caption": str(row["caption"]), "path": (Path(name) / row["file"]).as_posix()}
+                for row in body["rows"]
+            ]
+            shown.append({"folder": name, "title": body["title"], "text": body["text"]})
+            shown[-1]["rows"] = rows
+        except (ValueError, TypeError, KeyError) as error:
+            raise CorruptError(f"{path} is damaged: {error!r}; delete it") from error
+    return shown
 
 
 def _read(path: Path) -> Json | None:

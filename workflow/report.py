@@ -11,7 +11,7 @@ import jinja2
 
 from core.errors import InputError
 from core.files.atomic import Json, write_atomic
-from workflow.leaderboard import suite_tables, write_leaderboard
+from workflow.leaderboard import galleries, suite_tables, write_leaderboard
 from workflow.plots import accuracy_curves, best_of_counts, loss_curves, score_curves
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -49,6 +49,7 @@ def write_report(folder: Path) -> Path:
         accuracy_plot=accuracy_curves(accuracy) if accuracy else "",
         scores=scores,
         suites=tables,
+        galleries=[_embedded(folder, each) for each in galleries(folder, tables)],
         scores_plot=score_curves(scores["rows"]) if scores else "",
     )
     target = folder / "report.html"
@@ -58,6 +59,12 @@ def write_report(folder: Path) -> Path:
 
 def _embed(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def _embedded(folder: Path, gallery: Json) -> Json:
+    """A suite's gallery with its pictures in place of their paths."""
+    rows = [{**row, "image": _embed(folder / row["path"])} for row in gallery["rows"]]
+    return {**gallery, "rows": rows}
 
 
 def _gallery_row(row: Json, path: Path) -> dict[str, Any]:

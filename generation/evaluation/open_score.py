@@ -19,13 +19,16 @@ from training.export.tokenizers import facts_of, open_weights_of
 from training.export.weights import open_model
 
 
-def digests(models: ModelPaths) -> dict[str, str]:
-    """Digests of the models by role."""
+def digests(models: ModelPaths, ranks: bool = True) -> dict[str, str]:
+    """Digests of the models by role; without a CLIP if nothing `ranks`."""
     images = facts_of(open_weights_of(models.dvae))
+    clip = {}
+    if ranks:
+        clip["clip"] = open_ranker(models.clip, models.bpe, pixels=images.pixels).digest
     return {
         "prior": open_model(models.prior, "prior", models.step).digest,
         "dvae": images.digest,
-        "clip": open_ranker(models.clip, models.bpe, pixels=images.pixels).digest,
+        **clip,
         "tokenizer": load_tokenizer(models.bpe)[1],
     }
 

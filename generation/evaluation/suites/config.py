@@ -73,6 +73,22 @@ class BestOfNConfig(SampleConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PanelsConfig(SampleConfig):
+    """Settings of the suite panels."""
+
+    candidates: int = 1
+    """Pictures of each prompt; all of them are judged, none is chosen by rank."""
+    temperature: float = 0.5
+    """Divides the logits; 0 = the most likely code. Low, since each prompt has one right answer."""
+    per_operation: int = 40
+    """Prompts of each operation, with different upper panels, chosen by --seed."""
+
+    def problems(self) -> list[str]:
+        few = [f"per_operation={self.per_operation} must be at least 2"] * (self.per_operation < 2)
+        return super().problems() + few
+
+
+@dataclass(frozen=True, kw_only=True)
 class FidConfig(ScoreConfig):
     """Settings of the suites coco, cub and pairs."""
 

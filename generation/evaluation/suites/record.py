@@ -17,6 +17,9 @@ from generation.config import SampleConfig
 from generation.evaluation.suites.registry import SUITES, suite_called
 
 FILE, FORMAT = "suite.json", 1
+GALLERY = "gallery.json"
+"""Index of the pictures that a suite writes beside suite.json, if it does: title, text, and rows of
+caption and file."""
 KEYS = "candidate c of a caption is drawn by the key (settings.seed, caption, c)"
 _LIBRARIES = (
     *("tapir", "torch", "numpy", "opencv-python-headless", "tokenizers", "safetensors"),

@@ -14,6 +14,7 @@ from generation.evaluation.suites.config import (
     ClipscoreConfig,
     FidConfig,
     GenevalConfig,
+    PanelsConfig,
     ShapesConfig,
 )
 
@@ -36,6 +37,8 @@ class Suite:
     """The setting that says how many prompts are chosen; a file has its own prompts."""
     repeats_without_data: bool = True
     """True if its prompts are all that it takes from DATA, so that its file is enough to repeat."""
+    ranks: bool = True
+    """False if its candidates are not ranked, so that no CLIP is opened."""
     workers: bool = False
     """True if several workers (--worker i/n) share it."""
     lower_is_better: bool = False
@@ -101,6 +104,14 @@ SUITES = {
         count="captions",
         repeats_without_data=False,
         lower_is_better=True,
+    ),
+    "panels": Suite(
+        text="figure 14: the upper panel below, changed; exact by operation, and a control",
+        settings=PanelsConfig,
+        prepare=f"{_PACKAGE}.panels:prepare",
+        data="a packed set of panels",
+        count="per_operation",
+        ranks=False,
     ),
 }
 

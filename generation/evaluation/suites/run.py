@@ -63,7 +63,7 @@ def run_suite(
         "format": FORMAT,
         "suite": name,
         "keys": KEYS,
-        "models": digests(models),
+        "models": digests(models, suite.ranks),
         "facts": prepared.facts,
         "settings": settings_json(settings),
         "prompts": prepared.prompts,
@@ -73,7 +73,12 @@ def run_suite(
     if not suite.workers:  # such a job checks its folder itself
         _claim(out / FILE, body)
     opened: Callable[[], Any] = functools.cache(
-        functools.partial(open_studio, models, settings.precision, mesh, batch=settings.batch)
+        functools.partial(
+            open_studio,
+            *(models, settings.precision, mesh),
+            rerank=suite.ranks,
+            batch=settings.batch,
+        )
     )
     measured = prepared.measure(opened)
     return _finished(body, measured, out / FILE, recorded)

@@ -13,9 +13,12 @@ from safetensors.numpy import load_file, save_file
 
 from cli.evaluate import evaluate, score, suite_flag
 from core.errors import ConfigError, CorruptError, InputError, TapirError
+from core.storage.store import open_store
+from data_pipeline.config import PackConfig
 from data_pipeline.evaluation_sets import open_evaluation
 from data_pipeline.images.crops import square
 from data_pipeline.images.decode import decode_rgb
+from data_pipeline.packing.pack import pack
 from generation.config import DrawSettings, ModelPaths
 from generation.evaluation.open_score import open_network
 from generation.evaluation.suites.record import FILE
@@ -37,6 +40,7 @@ FLAGS = {
     "cub": ["--candidates", "2", "--radii", "0"],
     "pairs": ["--captions", "9", "--candidates", "2", "--radii", "0"],
     "best-of-n": ["--captions", "5", "--candidates", "8", "--repeats", "3"],
+    "panels": ["--per-operation", "2", "--candidates", "2"],
 }
 
 
@@ -55,6 +59,7 @@ class Place:
 
     def data(self, suite: str) -> list[str]:
         sets = {"coco": f"coco:{self.folder / 'coco'}", "cub": f"cub:{self.folder / 'cub'}"}
+        sets |= {"panels": str(self.folder / "panels")}
         return [sets.get(suite, str(self.raw))] if SUITES[suite].data else []
 
     def run(self, suite: str, out: Path, *flags: str) -> bytes:
@@ -72,6 +77,8 @@ def place(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("suites")
     write_coco(folder / "coco", 8)
     write_cub(folder / "cub")
+    config = PackConfig(count=200, pixels=16, validation=0.3)
+    pack(["panels"], open_store(str(folder / "panels")), config)
     captions = [caption.text for caption in open_evaluation(str(raw)).captions]
     return Place(folder=folder, models=write_models(folder, captions), raw=raw)
 
@@ -90,7 +97,8 @@ def test_other_batch_sizes_write_the_same_bytes(suite: str, place: Place, tmp_pa
     assert place.run(suite, tmp_path / "two", "--batch", "3") == first
     body = json.loads(first)
     assert body["suite"] == suite and body["results"] and body["headline"]
-    assert set(body["models"]) == {"prior", "dvae", "clip", "tokenizer"}
+    ranked = {"clip"} if SUITES[suite].ranks else set()
+    assert set(body["models"]) == {"prior", "dvae", "tokenizer"} | ranked
     assert body["versions"]["torch"] == torch.__version__ and "batch" not in body["settings"]
     assert body["settings"]["seed"] == 0 and all(row["caption"] for row in body["prompts"])
     assert str(place.folder) not in first.decode() and str(tmp_path) not in first.decode()

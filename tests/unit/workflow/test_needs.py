@@ -194,6 +194,14 @@ SMALL: dict[str, Any] = {"preset": "small", "flags": {"model.pixels": 32}}
             {"pack": SHAPES, "dvae": {"flags": {"model.pixels": 64}}, "tokenize": {}},
             "set its flag pixels to 64",
         ),
+        (
+            {
+                "pack": {"source": "panels"},
+                "dvae": {"flags": {"model.pixels": 128}},
+                "tokenize": {},
+            },
+            "panels has 64 pixels a side, .* set its flag pixels to 64",
+        ),
         ({"dvae": {"flags": {"model.pixels": 64}}, "clip": {}}, "model.pixels=32 cannot rank"),
         (
             {"dvae": {}, "tokenize": {}, "prior": {"flags": {"model.grid": 16}}},

@@ -343,6 +343,8 @@ def test_the_examples_are_whole(tmp_path: Path) -> None:
     for to, workers in (("slurm", "#SBATCH --array=0-63"), ("kubernetes", "completions: 64")):
         laion = tapir("submit", str(ROOT / "examples" / "laion.yaml"), f"--to={to}", "--dry-run")
         assert workers in laion and "--in-place" in laion
+    panels = tapir("submit", str(ROOT / "examples" / "panels.yaml"), "--dry-run")
+    assert "--suite=panels" in panels and "--model.pixels" in panels
     shapes = tapir("submit", str(ROOT / "examples" / "shapes.yaml"), "--to=slurm", "--dry-run")
     script = tmp_path / "submit.sh"
     script.write_text(shapes)
