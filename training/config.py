@@ -14,8 +14,8 @@ from models.config import ClipConfig, DVAEConfig, PriorConfig
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, ModelSizes, OptimConfig
 from training.profiling.categories import ProfileConfig
 from training.recovery.config import GuardConfig
-from training.tasks.dvae_config import DiscriminatorConfig, PerceptualConfig
 from training.run.resume_with import resume_with_problems
+from training.tasks.dvae_config import DiscriminatorConfig, PerceptualConfig
 
 
 @dataclass(frozen=True, kw_only=True)
