@@ -1,5 +1,6 @@
 """Sizes of the three networks; imports no torch, so that `--help` stays fast."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -112,6 +113,30 @@ class PriorConfig:
             )
         if not 0 <= self.text_weight <= 1:
             problems.append(f"model.text_weight={self.text_weight} must be in [0, 1]")
+        return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters of a prior's matrices, trained in place of its weights."""
+
+    rank: int = 0
+    """Rank of the adapters of the attention and MLP matrices; 0 = none: train the weights. Needs
+    --init, the model to adapt."""
+    alpha: float = 0.0
+    """Adapters are multiplied by alpha / rank; 0 = by 1."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of the product of an adapter's two matrices."""
+        return self.alpha / self.rank if self.alpha else 1.0
+
+    def problems(self) -> list[str]:
+        problems = []
+        if self.rank < 0:
+            problems.append(f"lora.rank={self.rank} must not be negative; 0 = no adapters")
+        if not 0 <= self.alpha < math.inf:
+            problems.append(f"lora.alpha={self.alpha} must not be negative; 0 = the rank")
         return problems
 
 

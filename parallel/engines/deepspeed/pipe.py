@@ -55,7 +55,8 @@ class DeepSpeedPipeEngine(DeepSpeedEngine):
         names = self._module.global_names()
         scales = scales_of(program, self._module.scales(), settings.engine)
         super().__init__(program, names, mesh, 1, scales, settings.judge)
-        elements = sum(p.numel() for p in names.values()) if settings.compress.on else None
+        compress, held = settings.compress.on, self._trained.values()
+        elements = sum(p.numel() for p in held) if compress else None
         config = zero_config(
             settings.optim, 1, settings.engine.gradient_accumulation_steps, elements
         )
