@@ -40,9 +40,7 @@ def _adapted(layer: Layer, lora: LoraConfig, seed: int) -> Layer:
     draw = partial(_draw, layer, seed)
 
     def build() -> nn.Module:
-        module = layer.build().requires_grad_(False)
-        for part in _linears(module):
-            part.adapt(lora.rank, lora.scale)
+        module = attach(layer.build(), lora)
         for name, parameter in module.named_parameters():
             if is_adapter(name) and not parameter.is_meta:
                 flat = parameter.detach().view(-1)
@@ -50,6 +48,14 @@ def _adapted(layer: Layer, lora: LoraConfig, seed: int) -> Layer:
         return module
 
     return replace(layer, build=build, draw=draw if layer.draw else None)
+
+
+def attach(module: nn.Module, lora: LoraConfig) -> nn.Module:
+    """Freeze a layer, and add adapters of zeros to its linears, which are trained."""
+    module.requires_grad_(False)
+    for part in _linears(module):
+        part.adapt(lora.rank, lora.scale)
+    return module
 
 
 def _linears(module: nn.Module) -> list[ColumnLinear | RowLinear]:

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from core.config import expression_problems
 from core.errors import InputError, did_you_mean
-from models.config import ClipConfig, PriorConfig
+from models.config import ClipConfig, LoraConfig, PriorConfig
+from parallel.config import CompressConfig
 from planning.estimate.hardware import KNOWN, SHORT, Hardware
 from training.config import StageConfig
 from training.presets import PRESETS
@@ -63,6 +65,8 @@ class PlanFlags:
     published: bool = False
     picture: Path | None = None
     json: bool = False
+    freeze: str = ""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     cluster: ClusterFlags = field(default_factory=ClusterFlags)
 
     def problems(self) -> list[str]:
@@ -89,13 +93,17 @@ class PlanFlags:
         default = PlanFlags()
         given = [
             name
-            for name in ("preset", "world", "gpu", "batch", "calibration", "picture", "cluster")
+            for name in _MODEL
             if getattr(self, name) != getattr(default, name)
         ]
         return [f"--{mode} has no use for {', '.join(given)}; leave it out"] if given else []
 
     def _sizes(self) -> list[str]:
-        known, problems = plannable(), []
+        known, problems = plannable(), expression_problems(self.freeze, "freeze")
+        problems += self.lora.problems()
+        if self.preset in PRESETS["dvae"] and self.preset not in PRESETS["prior"]:
+            if self.freeze or self.lora.rank:
+                problems.append("--freeze and --lora.rank: a dVAE is planned whole; leave them out")
         if not 0 <= self.world <= MOST_RANKS:
             problems.append(f"--world {self.world} must be 1 to {MOST_RANKS:,}; 0 = the preset's")
         if not 0 <= self.batch <= MOST_BATCH:
@@ -105,6 +113,11 @@ class PlanFlags:
         elif self.batch > 0:
             problems += _undealt(known[self.preset](), self.batch)
         return problems
+
+
+_MODEL = ("preset", "world", "gpu", "batch", "calibration", "picture")
+_MODEL += ("freeze", "lora", "cluster")
+"""Flags that describe what is planned."""
 
 
 def plannable() -> dict[str, Callable[[], StageConfig]]:
@@ -143,8 +156,12 @@ def filled(preset: str, settings: StageConfig) -> Any:
     return replace(settings, model=model)  # type: ignore[call-arg]
 
 
-def settings_of(preset: str, batch: int = 0) -> Any:
+def settings_of(
+    preset: str, batch: int = 0, freeze: str = "", lora: LoraConfig | None = None
+) -> Any:
     """A preset of a prior, with the vocabularies and grid of its data, or of a dVAE.
+
+    Adapters take the preset's place of compression, and are planned for any base.
 
     Raises: InputError for an unknown preset.
     """
@@ -153,4 +170,11 @@ def settings_of(preset: str, batch: int = 0) -> Any:
         raise InputError(_no_preset(preset))
     settings = filled(preset, known[preset]())
     loop = replace(settings.loop, global_batch_size=batch or settings.loop.global_batch_size)
-    return replace(settings, loop=loop)
+    settings = replace(settings, loop=loop, freeze=freeze)
+    if lora is None or lora.rank == 0:
+        return settings
+    return replace(settings, lora=lora, init=_ANY_BASE, compress=CompressConfig())
+
+
+_ANY_BASE = "base"
+"""A plan reads no weights."""

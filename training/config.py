@@ -7,10 +7,10 @@ from typing import Literal
 
 from checkpoint.config import CheckpointConfig
 from cluster.config import SupervisorConfig
-from core.config import folder_problems, place_problems
+from core.config import expression_problems, folder_problems, place_problems
 from core.storage.mixture import data_sets, mixture_problems
 from data_pipeline.config import LoaderConfig, OrderConfig
-from models.config import ClipConfig, DVAEConfig, PriorConfig
+from models.config import ClipConfig, DVAEConfig, LoraConfig, PriorConfig
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, ModelSizes, OptimConfig
 from training.recovery.config import GuardConfig
 
@@ -104,6 +104,8 @@ class StageConfig:
     """Length and intervals."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """AdamW."""
+    freeze: str = ""
+    """Regular expression: parameters in whose global name it is found are not trained."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Arrangement of the ranks."""
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -151,6 +153,7 @@ class StageConfig:
         problems += self.checkpoint.problems() + self.guard.problems() + self.supervisor.problems()
         problems += self.profile.problems() + self.loader.problems() + self.model_problems()
         problems += mixture_problems(self.data, "data") + folder_problems(self.out, "out")
+        problems += expression_problems(self.freeze, "freeze")
         if self.grow and len(data_sets(self.data)) > 1:
             problems.append(
                 "grow reads one data set, and data is a mixture: leave --grow out, and each set is "
@@ -251,6 +254,8 @@ class PriorTrain(StageConfig):
     """Run folder: config, metrics, TensorBoard, checkpoints; the same folder resumes."""
     model: PriorConfig = field(default_factory=PriorConfig)
     """The network."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters, trained in place of the network."""
     bpe_dropout: float = 0.0
     """Probability of dropping a BPE merge, drawn again at every reading (the paper: 0.1)."""
     bpe: Path = Path("runs/bpe")
@@ -263,11 +268,27 @@ class PriorTrain(StageConfig):
         return ModelSizes(heads=self.model.heads, layers=self.model.layers, cuttable=True)
 
     def model_problems(self) -> list[str]:
-        problems = self.model.problems() + self.guard.without_codes()
+        problems = self.model.problems() + self.guard.without_codes() + self._lora_problems()
         if not 0 <= self.bpe_dropout < 1:
             problems.append(f"bpe_dropout={self.bpe_dropout} must be in [0, 1); the paper's is 0.1")
         if not 0 <= self.caption_dropout < 1:
             problems.append(f"caption_dropout={self.caption_dropout} must be in [0, 1); try 0.1")
+        return problems
+
+    def _lora_problems(self) -> list[str]:
+        problems = self.lora.problems()
+        if self.lora.rank >= self.model.dim:
+            problems.append(
+                f"lora.rank={self.lora.rank} is not low: it must be below model.dim="
+                f"{self.model.dim}; try 8"
+            )
+        if self.lora.rank > 0 and not self.init:
+            problems.append("lora.rank adapts a trained prior: give its run as --init")
+        if self.lora.rank > 0 and self.compress.on:
+            problems.append(
+                "compress.rank: adapters are smaller than their factors would be, and are sent "
+                "whole; set --compress.rank 0"
+            )
         return problems
 
 

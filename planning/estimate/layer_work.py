@@ -60,7 +60,12 @@ def forward_work(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
 
 
 def backward_work(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
-    """Kernels of a layer's backward pass: two gradients per matmul, elementwise work twice."""
+    """Kernels of a layer's backward pass: two gradients per matmul, elementwise work twice.
+
+    Frozen weights have none: their share of the elements is left out.
+    """
+    matrices = [h for h in part.parameters.values() if h.matrix]
+    trained = sum(h.numel for h in matrices if h.trained) / sum(h.numel for h in matrices)
     half = loads.settings.engine.precision != "fp32"
     narrow = loads.settings.engine.precision == "bf16"
     kernels: list[Kernels] = []
@@ -73,8 +78,9 @@ def backward_work(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
         else:
             same = Kernels(batch=k.batch, half=narrow if part.name == "head" else k.half)
             kernels.append(replace(same, rows=k.rows, columns=k.inner, inner=k.columns))
-            kernels.append(replace(same, rows=k.inner, columns=k.columns, inner=k.rows))
-    numel = sum(h.numel for h in part.parameters.values())
+            own = replace(same, rows=k.inner, columns=k.columns, inner=k.rows)
+            kernels.append(replace(own, times=trained))
+    numel = sum(h.numel for h in part.parameters.values() if h.trained)
     kernels.append(Kernels(moved=float((CAST_BACK if half else 12) * numel)))
     return tuple(kernels)
 
