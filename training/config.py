@@ -13,6 +13,7 @@ from data_pipeline.config import LoaderConfig, OrderConfig
 from models.config import ClipConfig, DVAEConfig, LoraConfig, PriorConfig
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, ModelSizes, OptimConfig
 from training.recovery.config import GuardConfig
+from training.resume_with import resume_with_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,14 @@ class StageConfig:
     it from then on; else a run reads the version that it began with."""
     out: Path = Path("runs/stage")
     """Run folder: config, metrics, TensorBoard, checkpoints; the same folder resumes."""
+    init: str = ""
+    """Start from the weights of a run, finished model or checkpoint: a folder or s3://; by name,
+    also with another vocabulary, grid or text length. A run with a checkpoint does not read it."""
+    init_bpe: Path | None = None
+    """Folder of the tokenizer.json of init's weights, if it is another one than --bpe's."""
+    resume_with: str = ""
+    """Settings to change on purpose when a run resumes, e.g. optim.lr=1e-4,loop.steps=2000; they
+    are written into the run's history.json."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     """Length and intervals."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -154,6 +163,7 @@ class StageConfig:
         problems += self.profile.problems() + self.loader.problems() + self.model_problems()
         problems += mixture_problems(self.data, "data") + folder_problems(self.out, "out")
         problems += expression_problems(self.freeze, "freeze")
+        problems += place_problems(self.init, "init") + resume_with_problems(self)
         if self.grow and len(data_sets(self.data)) > 1:
             problems.append(
                 "grow reads one data set, and data is a mixture: leave --grow out, and each set is "

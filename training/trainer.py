@@ -8,7 +8,8 @@ from typing import Any
 from checkpoint.format import StateSlice
 from checkpoint.reader import CheckpointReader
 from core.config import to_json
-from core.errors import Preempted, StoreError, TrainingError
+from core.errors import Preempted
+from core.files.atomic import Json
 from core.heartbeat import Heart
 from core.log import LOG, Meter, progress
 from core.stop import stop_asked
@@ -25,27 +26,20 @@ from training.config import StageConfig
 from training.ema import Average
 from training.export.save import FinishedModel, Writers, save_model
 from training.export.weights import model_is_whole
+from training.initial_weights import DrawnWeights, load_initial
 from training.profiling.categories import CHECKPOINT, COMPUTE, DATA_WAIT, VALIDATION
 from training.profiling.profile import Profile, timed
 from training.recovery.rewind import Recovery, checkpoints_of_capsules
 from training.run.alarms import Alarms
-from training.run.checkpoints import Checkpoints
+from training.run.checkpoints import Checkpoints, save_surely
 from training.run.feed import Feed
 from training.run.folder import RunFolder
 from training.run.log import RunLog, StepCost
-from training.run.resume import (
-    refuse_other_config,
-    refuse_other_shapes,
-    tell_dropped_errors,
-    tell_other_numerics,
-)
+from training.run.resume import accept_config, refuse_changes, refuse_other_shapes, tell_differences
 from training.run.versions import DataVersions
 from training.schedules import Plateau, learning_rate
 from training.tasks.task import Task
 from training.validation import Validation
-
-_PAUSES = (5.0, 30.0)
-"""Seconds before each retry of the last save."""
 
 
 class Run:
@@ -71,6 +65,7 @@ class Run:
         stream = _stream(task, settings, mesh)  # before the engine: it rejects too little data
         self._versions = DataVersions(task, settings.data, mesh)
         self.feed = Feed(task, stream, settings, world.device, self._versions)
+        self._drawn = DrawnWeights(task.program) if settings.init else None
         self.engine: Engine = build_engine(task.program, self._engine_settings(), mesh)
         self.average = Average(self.engine, settings.optim, world.device)
         self.plateau = Plateau()
@@ -88,6 +83,8 @@ class Run:
         self.alarms = Alarms(settings, mesh, self.engine.shapes().values())
         self.log = RunLog(settings, task.units, self.folder, self.profile)
         self.step = 0
+        self._history: list[Json] = []
+        """What happened to the run: weights it started from, settings changed on purpose."""
         self._resumed_at: int | None = None
         self._scored: tuple[int, float] | None = None
         """(step, loss) of the last validation."""
@@ -196,6 +193,7 @@ class Run:
             "config": self.config,
             "task": self.task.facts(),
             "numerics": to_json(self.numerics),
+            "history": self._history,
         }
         self.checkpoints.saver.settle()
         self._note_failure()
@@ -273,13 +271,26 @@ class Run:
     def _resume(self) -> None:
         reader = self.checkpoints.newest()
         if reader is None:
+            self.start()
             return
-        refuse_other_config(reader, self.config)
+        changes = accept_config(reader, self.config)
         self.resume_from(reader)
+        self._history = [*reader.facts.get("history", []), *changes]
         LOG.info("resumed from %s", reader.url)
         if self.world.rank == 0:
-            tell_other_numerics(reader, self.numerics)
-            tell_dropped_errors(reader, self.settings.compress.on)
+            tell_differences(reader, changes, self.numerics, self.settings.compress.on)
+        self.folder.note_history(self._history)
+
+    def start(self) -> None:
+        """Load the weights of settings.init at step 0, if it is set; collective."""
+        refuse_changes(self.settings)
+        if self._drawn is not None:
+            run = (self.stage, self.task, self.settings, self.world)
+            reader, event = load_initial(self._drawn, *run)
+            self.engine.load_slices(reader)
+            self.average.load(reader)
+            self._history = [event]
+        self.folder.note_history(self._history)
 
     def _rewind(self) -> None:
         """Go back to the newest checkpoint, and skip the data of the skipped updates."""
@@ -298,17 +309,7 @@ class Run:
 
         Raises: TrainingError if all attempts fail.
         """
-        for pause in (*_PAUSES, None):
-            self.save()
-            try:
-                self.checkpoints.saver.wait()
-                return
-            except StoreError as error:
-                if pause is None:
-                    raise TrainingError(f"{error}; the last save could not be written") from error
-                if self.world.rank == 0:
-                    LOG.error("%s; trying again in %.0f s", error, pause)
-                time.sleep(pause)
+        save_surely(self.save, self.checkpoints.saver.wait, tells=self.world.rank == 0)
 
     def _finish(self) -> None:
         """Validate, save and write the finished model, unless it exists already."""
@@ -319,7 +320,7 @@ class Run:
         if self._resumed_at != self.step:
             self._save_surely()
         facts = {**self.task.facts(), "step": self.step, "validation": row}
-        facts["numerics"] = to_json(self.numerics)
+        facts |= {"numerics": to_json(self.numerics), "history": self._history}
         sizes = to_json(self.task.model_config)
         save_model(
             self.settings.out,

@@ -75,6 +75,8 @@ def _shortened(settings: Any, steps: int) -> Any:
         settings,
         engine=engine,
         out=_NOWHERE,
+        init="",  # reading weights needs no collectives of tensors
+        resume_with="",
         loop=replace(settings.loop, steps=steps + 1, validate_every=steps),
         checkpoint=replace(settings.checkpoint, every=steps, to=""),
         profile=ProfileConfig(always=False),
