@@ -7,7 +7,6 @@ Source: arXiv 2106.09685, section 4.1: A is Gaussian, B zero, so that training s
 from dataclasses import replace
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from models.config import LoraConfig
@@ -77,11 +76,11 @@ def _draw(layer: Layer, seed: int, name: str, part: Placement, start: int, out: 
         inner(name, part, start, out)
 
 
-def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """A weight with its adapter.
+def factors(rows: int, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """An adapter's matrices in the order whose product is added to a weight of `rows` rows.
 
-    Shapes: of a column linear (outputs, inputs), (rank, inputs), (outputs, rank); of a row linear
-    (inputs, outputs), (inputs, rank), (rank, outputs). The rank is below both.
+    Shapes: of a column linear, stored (outputs, inputs): a (rank, inputs), b (outputs, rank); of a
+    row linear, stored (inputs, outputs): a (inputs, rank), b (rank, outputs). The rank is below
+    both -> (rows, rank), (rank, columns).
     """
-    left, right = (b, a) if len(b) == len(weight) else (a, b)
-    return torch.addmm(weight, left, right, alpha=scale)
+    return (b, a) if len(b) == rows else (a, b)

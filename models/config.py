@@ -131,12 +131,23 @@ class LoraConfig:
         """Factor of the product of an adapter's two matrices."""
         return self.alpha / self.rank if self.alpha else 1.0
 
-    def problems(self) -> list[str]:
+    def problems(self, dim: int, base: str, compresses: bool) -> list[str]:
+        """Problems for a prior of this width, with this `init`, which compresses or not."""
         problems = []
-        if self.rank < 0:
-            problems.append(f"lora.rank={self.rank} must not be negative; 0 = no adapters")
+        if not 0 <= self.rank < dim:
+            problems.append(
+                f"lora.rank={self.rank} must be 0 (no adapters) or a low rank, below model.dim="
+                f"{dim}; try 8"
+            )
         if not 0 <= self.alpha < math.inf:
             problems.append(f"lora.alpha={self.alpha} must not be negative; 0 = the rank")
+        if self.rank > 0 and not base:
+            problems.append("lora.rank adapts a trained prior: give its run as --init")
+        if self.rank > 0 and compresses:
+            problems.append(
+                "compress.rank: adapters are smaller than their factors would be, and are sent "
+                "whole; set --compress.rank 0"
+            )
         return problems
 
 

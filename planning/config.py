@@ -91,19 +91,15 @@ class PlanFlags:
             return ["--calibrate and --published are two commands; give one of them"]
         mode = next(name for name, asked in modes.items() if asked)
         default = PlanFlags()
-        given = [
-            name
-            for name in _MODEL
-            if getattr(self, name) != getattr(default, name)
-        ]
+        given = [name for name in _MODEL if getattr(self, name) != getattr(default, name)]
         return [f"--{mode} has no use for {', '.join(given)}; leave it out"] if given else []
 
     def _sizes(self) -> list[str]:
         known, problems = plannable(), expression_problems(self.freeze, "freeze")
-        problems += self.lora.problems()
-        if self.preset in PRESETS["dvae"] and self.preset not in PRESETS["prior"]:
-            if self.freeze or self.lora.rank:
-                problems.append("--freeze and --lora.rank: a dVAE is planned whole; leave them out")
+        if self.lora.rank < 0:
+            problems.append(f"--lora.rank {self.lora.rank} must not be negative; 0 = no adapters")
+        if (self.freeze or self.lora.rank) and self.preset not in PRESETS["prior"]:
+            problems.append("--freeze and --lora.rank are of a prior; leave them out")
         if not 0 <= self.world <= MOST_RANKS:
             problems.append(f"--world {self.world} must be 1 to {MOST_RANKS:,}; 0 = the preset's")
         if not 0 <= self.batch <= MOST_BATCH:
@@ -115,8 +111,17 @@ class PlanFlags:
         return problems
 
 
-_MODEL = ("preset", "world", "gpu", "batch", "calibration", "picture")
-_MODEL += ("freeze", "lora", "cluster")
+_MODEL = (
+    "preset",
+    "world",
+    "gpu",
+    "batch",
+    "calibration",
+    "picture",
+    "freeze",
+    "lora",
+    "cluster",
+)
 """Flags that describe what is planned."""
 
 

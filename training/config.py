@@ -103,7 +103,8 @@ class StageConfig:
     """Run folder: config, metrics, TensorBoard, checkpoints; the same folder resumes."""
     init: str = ""
     """Start from the weights of a run, finished model or checkpoint: a folder or s3://; by name,
-    also with another vocabulary, grid or text length. A run with a checkpoint does not read it."""
+    also with another vocabulary, grid or text length. A run with a checkpoint does not read it,
+    unless it trains adapters."""
     init_bpe: Path | None = None
     """Folder of the tokenizer.json of init's weights, if it is another one than --bpe's."""
     resume_with: str = ""
@@ -278,28 +279,12 @@ class PriorTrain(StageConfig):
         return ModelSizes(heads=self.model.heads, layers=self.model.layers, cuttable=True)
 
     def model_problems(self) -> list[str]:
-        problems = self.model.problems() + self.guard.without_codes() + self._lora_problems()
+        problems = self.model.problems() + self.guard.without_codes()
         if not 0 <= self.bpe_dropout < 1:
             problems.append(f"bpe_dropout={self.bpe_dropout} must be in [0, 1); the paper's is 0.1")
         if not 0 <= self.caption_dropout < 1:
             problems.append(f"caption_dropout={self.caption_dropout} must be in [0, 1); try 0.1")
-        return problems
-
-    def _lora_problems(self) -> list[str]:
-        problems = self.lora.problems()
-        if self.lora.rank >= self.model.dim:
-            problems.append(
-                f"lora.rank={self.lora.rank} is not low: it must be below model.dim="
-                f"{self.model.dim}; try 8"
-            )
-        if self.lora.rank > 0 and not self.init:
-            problems.append("lora.rank adapts a trained prior: give its run as --init")
-        if self.lora.rank > 0 and self.compress.on:
-            problems.append(
-                "compress.rank: adapters are smaller than their factors would be, and are sent "
-                "whole; set --compress.rank 0"
-            )
-        return problems
+        return problems + self.lora.problems(self.model.dim, self.init, self.compress.on)
 
 
 @dataclass(frozen=True, kw_only=True)

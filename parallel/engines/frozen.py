@@ -8,15 +8,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from math import prod
 
 import torch
 from torch import nn
 
 from core.errors import ConfigError
+from core.log import LOG
 from parallel.balance import stage_layers
 from parallel.engines.protocol import Layer, Program
-
-_SHOWN = 5
+from parallel.placement import placement_of
 
 
 def freeze(program: Program, pattern: str) -> Program:
@@ -27,9 +28,7 @@ def freeze(program: Program, pattern: str) -> Program:
     if not pattern:
         return program
     expression = re.compile(pattern)
-    layers = [
-        replace(layer, build=partial(_frozen, layer, expression)) for layer in program.layers
-    ]
+    layers = [replace(layer, build=partial(_frozen, layer, expression)) for layer in program.layers]
     return replace(program, layers=layers)
 
 
@@ -47,11 +46,13 @@ def trained(names: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
 
 
 def check_frozen(program: Program, pattern: str, stages: int) -> None:
-    """Check that something is frozen, and that each of `stages` has something left to train.
+    """Check that the expression freezes something, and that all of `stages` have a parameter left.
 
-    Builds the layers without values, on every rank alike.
+    Builds the layers without values, on every rank alike, and logs how much is trained.
     Raises: ConfigError.
     """
+    if not pattern and program.saves_frozen:
+        return
     with torch.device("meta"):
         built = [dict(layer.build().named_parameters()) for layer in program.layers]
     names = [f"{x.name}.{n}" for x, held in zip(program.layers, built, strict=True) for n in held]
@@ -63,6 +64,8 @@ def check_frozen(program: Program, pattern: str, stages: int) -> None:
     trains = [bool(trained(held)) for held in built]
     if problem := stage_problem(trains, [layer.cost for layer in program.layers], stages):
         raise ConfigError(problem)
+    sizes = [prod(placement_of(p).shape) for held in built for p in trained(held).values()]
+    LOG.info("%s parameters are trained, in %d tensors", f"{sum(sizes):,}", len(sizes))
 
 
 def stage_problem(trains: Sequence[bool], costs: Sequence[int], stages: int) -> str:

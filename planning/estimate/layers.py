@@ -8,7 +8,7 @@ import copy
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -110,7 +110,7 @@ class Held:
 class Training:
     """Which parameters of a prior are trained."""
 
-    lora: LoraConfig = LoraConfig()
+    lora: LoraConfig = field(default_factory=LoraConfig)
     freeze: str = ""
     """As in StageConfig."""
 
@@ -174,7 +174,7 @@ def named(parts: Sequence[RankLayer]) -> dict[str, Held]:
 class Marks:
     """What autograd needs no gradients of, in a layer."""
 
-    lora: LoraConfig = LoraConfig()
+    lora: LoraConfig = field(default_factory=LoraConfig)
     frozen: frozenset[str] = frozenset()
     """Names of its frozen parameters."""
     input_too: bool = False
