@@ -29,8 +29,8 @@ Change = Callable[[Tensor], Tensor]
 Pieces = Sequence[Sequence[int]]
 """For each token: the stored token with its string, or the stored tokens that spell it."""
 
-_WORDS = re.compile(r"(embedding|head)\.text\.(weight|bias)|clip\.words\.weight")
-_CODES = re.compile(r"(embedding|head)\.image\.(weight|bias)")
+_WORDS = re.compile(r"embedding\.text\.table\.weight|head\.text\.(weight|bias)|clip\.words\.weight")
+_CODES = re.compile(r"embedding\.image\.table\.weight|head\.image\.(weight|bias)")
 _GRID = re.compile(r"embedding\.(row|column)\.weight")
 _TEXT = re.compile(r"embedding\.(text_position|pad)\.weight|clip\.word_place\.weight")
 _PATCHES = re.compile(r"clip\.place\.weight")

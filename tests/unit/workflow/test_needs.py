@@ -278,6 +278,10 @@ def test_submit_reads_each_set_of_a_mixture(
         ({"dvae": {}, "clip": {}}, r"dvae and clip need pairs from .*/raw: .* add pack"),
         ({"evaluate": {}}, r"evaluate needs a dVAE from .*/out/dvae: .* add dvae"),
         ({"score": {"source": "coco:/x"}}, r"score needs a prior from .*/out/prior"),
+        (
+            {"pack": {"source": "shapes"}, "dvae": {"flags": {"init": "nowhere"}}},
+            "stages.dvae.flags.init='nowhere' holds no weights",
+        ),
     ],
 )
 def test_inputs_that_nobody_makes_are_refused_before_anything_is_sent(
