@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,24 +65,42 @@ def _settings(run: Path) -> PriorTrain:
     return from_json(PriorTrain, {k: v for k, v in config_of(run).items() if k != "stage"})
 
 
+@cache
+def _trained(name: str, **changes: Any) -> list[dict[str, Any]]:
+    return train(_case(name, **changes))
+
+
+LORA, FREEZE = {"lora": LoraConfig(rank=3, alpha=9)}, {"freeze": FROZEN}
+
+
 @pytest.mark.world
-@pytest.mark.parametrize("name", ["TP2xPP2xDP2 pipe", "TP2xDP2 ZeRO-3"])
-@pytest.mark.parametrize("changes", [{"lora": LoraConfig(rank=3, alpha=9)}, {"freeze": FROZEN}])
+@pytest.mark.parametrize(
+    ("name", "changes"), [("TP2xPP2xDP2 pipe", LORA), ("TP2xDP2 ZeRO-3", FREEZE)]
+)
 def test_a_mesh_trains_as_one_process_does(name: str, changes: dict[str, Any]) -> None:
-    single, other = train(_case("one", **changes)), train(_case(name, **changes))
+    single, other = _trained("one", **changes), _trained(name, **changes)
     assert difference(single, other) < BOUND["fp32"]
-    assert difference(train(_case("one")), single, ("loss",)) > 1e-4, "all was trained"
+    assert difference(_trained("one"), single, ("loss",)) > 1e-4, "all was trained"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("changes", [{"lora": LoraConfig(rank=3, alpha=9)}, {"freeze": FROZEN}])
+@pytest.mark.parametrize("changes", [LORA, FREEZE], ids=["adapters", "frozen"])
 def test_every_mesh_trains_as_one_process_does(case: Case, changes: dict[str, Any]) -> None:
     """With four stages of five blocks, the last one is the head alone, which has no adapters."""
     if case.mesh.pipeline == 4 and "lora" in changes:
         pytest.skip("refused: a stage without adapters")
-    single, other = train(_case("one", **changes)), train(_case(case.name, **changes))
+    single, other = _trained("one", **changes), _trained(case.name, **changes)
     assert difference(single, other) < BOUND["fp32"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["TP2xPP2 pipe", "DP2 ZeRO-3"])
+def test_gradient_scales_of_adapters_move_together(name: str) -> None:
+    """In fp16, frozen parameters have no hooks."""
+    single, other = (train(_case(each, **LORA).precise("fp16")) for each in ("one", name))
+    assert difference(single, other) < 2e-3
+    assert [row["scale_log2_min"] for row in single] == [row["scale_log2_min"] for row in other]
 
 
 @pytest.mark.world
@@ -120,7 +139,7 @@ def test_a_run_in_two_parts_on_two_meshes_is_the_unbroken_one(
     assert all(torch.equal(exact[0][name], exact[1][name]) for name in exact[0])
 
 
-@pytest.mark.world
+@pytest.mark.slow
 def test_other_bases_are_refused(base: Path, adapted: Path, tokens: Path, tmp_path: Path) -> None:
     other, run = tmp_path / "other", tmp_path / "run"
     shutil.copytree(base, other)
@@ -151,10 +170,11 @@ def test_moved_models_are_merged_and_changed_ones_refused(adapted: Path, tmp_pat
     assert place.is_absolute() and body["facts"]["adapters"]["base"]["beside"] == "../prior"
 
 
-@pytest.mark.world
+@pytest.mark.slow
 def test_frozen_weights_stay_and_are_saved(base: Path, tokens: Path, tmp_path: Path) -> None:
     """The checkpoint has no moments of them, and is read by another mesh."""
     flags = [f"--init={base}", f"--freeze={FROZEN}", "--loop.steps=4", "--optim.ema=0.5"]
+    flags += ["--optim.ema-every=1"]
     _train(tokens, tmp_path, *flags, *PIPE, "--loop.stop-at=2")
     store = FolderStore(tmp_path / "checkpoints")
     reader = CheckpointReader(store, "step-2")
