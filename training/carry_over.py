@@ -137,19 +137,26 @@ def _is_square(count: int) -> bool:
 
 
 def table(carried: Mapping[str, Carried], stored: Shapes) -> list[str]:
-    """Lines for people: how many tensors were taken, and each that was resized, new or left."""
+    """Lines for people: each tensor that was resized, new or left; layers of one fate in one."""
     rows = [
         (each.name, _text(each.stored), _text(each.shape), f"{each.how}: {each.rule}")
         for each in carried.values()
-        if each.how != "taken"
     ]
     left = sorted(set(stored) - set(carried))
     rows += [(name, _text(stored[name]), "-", "left: this model has none") for name in left]
-    if not rows:
+    layers: dict[str, list[tuple[str, str, str, str]]] = {}
+    for row in rows:
+        layers.setdefault(row[0].partition(".")[0], []).append(row)
+    shown = [("tensor", "stored", "here", "how")]
+    for layer, inside in layers.items():
+        fates = {row[3] for row in inside}
+        if len(fates) == 1 < len(inside):
+            inside = [(f"{layer}.*", f"{len(inside)} tensors", "", fates.pop())]
+        shown += [row for row in inside if not row[3].startswith("taken")]
+    if len(shown) == 1:
         return []
-    rows.insert(0, ("tensor", "stored", "here", "how"))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return ["  ".join([*map(str.ljust, row[:3], widths), row[3]]) for row in rows]
+    widths = [max(len(row[i]) for row in shown) for i in range(3)]
+    return ["  ".join([*map(str.ljust, row[:3], widths), row[3]]) for row in shown]
 
 
 def _text(shape: tuple[int, ...] | None) -> str:

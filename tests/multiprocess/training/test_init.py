@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cluster.object_server import ObjectServer
+from core.errors import EXIT_GAVE_UP
 from core.storage.store import open_store
 from data_pipeline.text.bpe import load_tokenizer
 from models.prior import build_prior
@@ -172,17 +173,19 @@ def test_picture_stages_start_from_weights(
 
 @pytest.mark.seconds
 def test_weights_in_a_bucket_are_those_of_the_folder(base: Path, s3: ObjectServer) -> None:
-    bucket = open_store("s3://tapir-tests/init")
-    for path in (p for p in base.rglob("*") if p.is_file() and "tensorboard" not in p.parts):
-        bucket.put(str(path.relative_to(base)), path.read_bytes())
     _, weights = read_model(base, "prior")
-    for place in ("", "/checkpoints/step-3"):
-        settings = replace(settings_for(base), init=f"s3://tapir-tests/init{place}")
-        reader, event = opened("prior", settings)
-        assert event["from"] == f"s3://tapir-tests/init{place}"
-        assert event["taken"] == len(weights)
-        for name, weight in weights.items():
-            assert torch.equal(reader.tensor(name, "master"), weight)
+    files = [path for path in base.rglob("*") if path.is_file() and "tensorboard" not in path.parts]
+    with s3.credentials():
+        bucket = open_store("s3://tapir-tests/init")
+        for path in files:
+            bucket.put(str(path.relative_to(base)), path.read_bytes())
+        for place in ("", "/checkpoints/step-3"):
+            settings = replace(settings_for(base), init=f"s3://tapir-tests/init{place}")
+            reader, event = opened("prior", settings)
+            assert event["from"] == f"s3://tapir-tests/init{place}"
+            assert event["taken"] == len(weights)
+            for name, weight in weights.items():
+                assert torch.equal(reader.tensor(name, "master"), weight)
 
 
 @pytest.mark.seconds
@@ -200,14 +203,14 @@ def test_unusable_weights_are_refused_before_the_first_step(
     assert "names no bucket" in refused("--init=s3://")
     wide = refused(f"--init={base}", "--model.dim=64")
     assert "no matrix of this model's shapes" in wide and "another width" in wide
-    told = refused(f"--data={other / 'tokens'}", f"--bpe={other / 'bpe'}", f"--init={base}")
-    assert "give the folder of its tokenizer.json as --init-bpe" not in told or "sha256" in told
+    told = refused(*of_others(other, base), f"--init-bpe={other / 'bpe'}")
+    assert f"is not in {other / 'bpe'}; give the folder" in told and "as --init-bpe" in told
     assert "has no checkpoint to resume from" in refused("--resume-with=optim.lr=1e-4")
     copy = shutil.copytree(base, tmp_path / "copy")
     data = bytearray((copy / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (copy / "model.safetensors").write_bytes(data)
-    assert "model.safetensors is damaged" in refused(f"--init={copy}", code=1)
+    assert "model.safetensors is damaged" in refused(f"--init={copy}", code=EXIT_GAVE_UP)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

@@ -112,6 +112,12 @@ def test_the_table_names_what_was_resized_new_and_left() -> None:
     ]
     assert lines[3].startswith("old.bias") and lines[3].endswith("left: this model has none")
     assert table(carry({"a": (2,)}, {"a": (2,)}, SAME), {"a": (2,)}) == []
+    layer = {"b.x": (2,), "b.y": (3, 3), "c.x": (2,), "c.y": (2,)}
+    lines = table(carry(layer, {"c.x": (2,)}, SAME), {"c.x": (2,)})
+    assert [" ".join(line.split()) for line in lines[1:]] == [
+        "b.* 2 tensors new: not stored",
+        "c.y - 2 new: not stored",
+    ]
 
 
 def test_ranges_of_a_safetensors_file_equal_the_library_s(tmp_path: Path) -> None:
