@@ -334,4 +334,4 @@ class _NoFolder:
     """A run folder that writes nothing."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        self.begin = self.log = self.show = self.close = nothing
+        self.begin = self.log = self.show = self.note_history = self.close = nothing
