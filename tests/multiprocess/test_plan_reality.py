@@ -70,7 +70,6 @@ CASES = [
     _case("ZeRO-2", MeshConfig(data=2), "deepspeed_zero", zero_stage=2, moments="bf16"),
     _case("ZeRO-3, wide", MeshConfig(data=2), "deepspeed_zero", WIDE, zero_stage=3),
     _case("plain, adapters", MeshConfig(data=2), "reference", lora=3),
-    _case("ZeRO-2, adapters", MeshConfig(data=2), "deepspeed_zero", WIDE, lora=2, zero_stage=2),
     _case("ZeRO-3, adapters", MeshConfig(data=2), "deepspeed_zero", WIDE, lora=2, zero_stage=3),
     _case(
         "ZeRO-3, frozen",
@@ -94,7 +93,6 @@ CASES = [
         zero_stage=3,
     ),
     _case("TP2 x PP2, adapters", MeshConfig(tensor=2, pipeline=2), "deepspeed_pipe", lora=3),
-    _case("TP2 x DP2, adapters", MeshConfig(tensor=2, data=2), "deepspeed_zero", WIDE, lora=2),
     _case(
         "paper, adapters",
         MeshConfig(data=4, nodes=2),

@@ -128,6 +128,8 @@ def test_a_run_in_two_parts_on_two_meshes_is_the_unbroken_one(
     command = [tokens, tmp_path / "a", *ADAPTERS, f"--init={base}"]
     _train(*command, *ONE_PROCESS, "--loop.stop-at=2")  # type: ignore[arg-type]
     shutil.copytree(tmp_path / "a", tmp_path / "b")
+    unfinished = open_model(tmp_path / "b", "prior")
+    assert unfinished.facts["step"] == 2 and "merged_adapters" in unfinished.facts
     _train(*command, *PIPE)  # type: ignore[arg-type]
     again = [tokens, tmp_path / "b", *ADAPTERS, f"--init={base}", *ONE_PROCESS]
     _train(*again)  # type: ignore[arg-type]

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from core.config import to_json
 from core.errors import CorruptError, InputError
+from generation.sampling.load_prior import load_local_prior
 from models.adapters import adapted, is_adapter
 from models.config import LoraConfig, PriorConfig
 from models.prior import build_prior, prior_program
 from parallel.engines.protocol import EngineConfig, Whole
+from parallel.mesh import own_mesh
 from training.export.weights import load_prior, open_model, read_model, write_model
 from training.weights_source import ADAPTERS, MERGED, adapter_facts, open_source
 
@@ -78,6 +80,14 @@ def test_merged_weights_compute_what_base_and_adapters_do(
     assert facts[MERGED]["base"] == open_source(str(base), "prior").digest
     assert ADAPTERS not in facts and facts["step"] == 3
     assert read_model(folder, "prior")[1].keys() == build_prior(CONFIG).state_dict().keys()
+
+
+def test_a_sampler_draws_from_the_merged_weights(models: tuple[Path, Path, Whole]) -> None:
+    _, folder, _ = models
+    part, facts = load_local_prior(folder, None, own_mesh())
+    weight = part.layers["block001"].get_parameter("up.weight")
+    assert torch.equal(weight, open_model(folder, "prior").read("block001.up.weight"))
+    assert facts["tokenizer"] == "t"
 
 
 def test_a_range_of_a_merged_tensor_is_that_of_the_whole(models: tuple[Path, Path, Whole]) -> None:
