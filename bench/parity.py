@@ -147,7 +147,7 @@ def batch_of(step: int, config: PriorConfig) -> Batch:
     draws = torch.Generator().manual_seed(key_int(SEED, step, "parity"))
     text = torch.randint(0, config.text_vocabulary, (BATCH, config.text_length), generator=draws)
     text[: BATCH // 2, -2:] = -1
-    image = torch.randint(0, config.image_vocabulary, (BATCH, config.grid**2), generator=draws)
+    image = torch.randint(0, config.image_vocabulary, (BATCH, config.image_length), generator=draws)
     return {"text": text, "image": image}
 
 

@@ -12,12 +12,12 @@ from core.errors import EXIT_FAILED
 from core.flags import FLAT, PositionalText, parse, print_json
 from core.log import LOG
 from models.config import LoraConfig
-from planning.config import ClusterFlags, PlanFlags
+from planning.config import ClusterFlags, ModelFlags, PlanFlags
 from planning.data_jobs import DataFlags, data_json, describe_data
 from planning.plan import make_plan, write_calibration
 from planning.report import plan_json, published_json, show, show_published
 
-_USUAL, _JOBS = ClusterFlags(), DataFlags()
+_USUAL, _JOBS, _MODEL = ClusterFlags(), DataFlags(), ModelFlags()
 
 
 def plan(arguments: list[str]) -> None:
@@ -40,6 +40,7 @@ def _given(
     lora_rank: Annotated[int, tyro.conf.arg(name="lora.rank")] = 0,
     cluster: Annotated[ClusterFlags, FLAT] = _USUAL,
     jobs: Annotated[DataFlags, FLAT] = _JOBS,
+    model: ModelFlags = _MODEL,
 ) -> None:
     """Predict whether a model fits on a cluster, its fastest layout, and the training time.
 
@@ -61,6 +62,7 @@ def _given(
         freeze: as `tapir train --freeze`: parameters of a prior that are not trained
         lora_rank: as `tapir train prior --lora.rank`: rank of a prior's adapters
         cluster: overrides of the default cluster of these GPUs
+        model: options of the prior, as of `tapir train prior`
         jobs: --data plans pack and tokenize instead: hours, requests, bytes, dollars
     """
     flags = PlanFlags(
@@ -76,6 +78,7 @@ def _given(
         freeze=freeze,
         lora=LoraConfig(rank=lora_rank),
         cluster=cluster,
+        model=model,
     )
     if jobs.data:
         _plan_jobs(flags, jobs)

@@ -86,11 +86,42 @@ class PriorConfig:
     image_vocabulary: int = 0
     """Codes of the dVAE; 0 = taken from the token manifest."""
     grid: int = 0
-    """Side of the token grid; 0 = taken from the token manifest."""
+    """Rows of the token grid; 0 = taken from the token manifest."""
+    columns: int = 0
+    """Columns of the token grid; 0 = as many as rows, or taken from the token manifest."""
+    norm: Literal["layer", "rms"] = "layer"
+    """Norm of the residual stream. layer: mean and variance, with a bias (the paper). rms: root
+    mean square alone, without a bias."""
+    qk_norm: bool = False
+    """Divide each head's queries and keys by their root mean square, with a learned gain per
+    channel: attention logits stay bounded at high learning rates (the paper: none)."""
+    positions: Literal["learned", "rotary"] = "learned"
+    """learned: an embedding per text position, row and column is added to the inputs (the paper).
+    rotary: queries and keys are rotated, half of the pairs of channels by row, half by column."""
+    mlp: Literal["gelu", "gated"] = "gelu"
+    """gelu: two matrices, 4 dim wide (the paper). gated: silu(gate) * up, three matrices 8/3 dim
+    wide, about as many parameters."""
+    tied: bool = False
+    """Use the token embeddings as output matrices too (the paper does not state it)."""
+
+    @property
+    def grid_columns(self) -> int:
+        """Columns of the token grid."""
+        return self.columns or self.grid
 
     @property
     def image_length(self) -> int:
-        return self.grid**2
+        return self.grid * self.grid_columns
+
+    @property
+    def mask(self) -> tuple[int, int, int, int]:
+        """Sizes of the masks after their kind: text, rows, window, columns."""
+        return self.text_length, self.grid, self.conv_kernel, self.columns
+
+    @property
+    def hidden(self) -> int:
+        """Channels inside the MLP; those of the gated one are a multiple of 64."""
+        return 4 * self.dim if self.mlp == "gelu" else 64 * -(-self.dim // 24)
 
     @property
     def length(self) -> int:
@@ -113,6 +144,16 @@ class PriorConfig:
             )
         if not 0 <= self.text_weight <= 1:
             problems.append(f"model.text_weight={self.text_weight} must be in [0, 1]")
+        if self.columns < 0:
+            problems.append(f"model.columns={self.columns} is negative; 0 is a square grid")
+        if self.positions == "rotary" and self.dim % (4 * self.heads):
+            fit = [h for h in range(1, self.dim + 1) if self.dim % (4 * h) == 0]
+            near = min(fit, key=lambda h: abs(h - self.heads), default=0)
+            problems.append(
+                "model.positions=rotary needs a multiple of 4 channels a head; model.dim="
+                f"{self.dim} over {self.heads} heads has {self.dim / self.heads:g}; "
+                + (f"try heads {near}" if near else "try dim 64")
+            )
         return problems
 
 

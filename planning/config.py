@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from core.config import expression_problems
 from core.errors import InputError, did_you_mean
@@ -17,6 +17,7 @@ from training.presets import PRESETS
 MOST_RANKS = 1_000_000
 MOST_BATCH = 1_000_000_000
 PICTURES = (".svg", ".png", ".pdf")
+_SIZES = ("preset", "world", "gpu", "batch", "model", "freeze", "lora")
 _UNITS = {"network": 1e9 / 8, "link": 1e9, "memory": 1e9, "host_memory": 1e9}
 """Bytes of the units in which the flags are given."""
 
@@ -53,6 +54,26 @@ class ClusterFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """Options of a prior, in place of the preset's, as of `tapir train prior`."""
+
+    norm: Literal["layer", "rms"] | None = None
+    """Norm of the residual stream."""
+    qk_norm: bool | None = None
+    """Divide each head's queries and keys by their root mean square."""
+    positions: Literal["learned", "rotary"] | None = None
+    """Learned positions of the inputs, or rotated queries and keys."""
+    mlp: Literal["gelu", "gated"] | None = None
+    """Two matrices, or three."""
+    tied: bool | None = None
+    """Use the token embeddings as output matrices too."""
+
+    def applied(self, model: PriorConfig) -> PriorConfig:
+        """The model with these options in place of its own."""
+        return replace(model, **{k: v for k, v in vars(self).items() if v is not None})
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanFlags:
     """All flags of `tapir plan`."""
 
@@ -68,6 +89,7 @@ class PlanFlags:
     freeze: str = ""
     lora: LoraConfig = field(default_factory=LoraConfig)
     cluster: ClusterFlags = field(default_factory=ClusterFlags)
+    model: ModelFlags = field(default_factory=ModelFlags)
 
     def problems(self) -> list[str]:
         """Every problem at once."""
@@ -91,7 +113,11 @@ class PlanFlags:
             return ["--calibrate and --published are two commands; give one of them"]
         mode = next(name for name, asked in modes.items() if asked)
         default = PlanFlags()
-        given = [name for name in _MODEL if getattr(self, name) != getattr(default, name)]
+        given = [
+            name
+            for name in (*_SIZES, "calibration", "picture", "cluster")
+            if getattr(self, name) != getattr(default, name)
+        ]
         return [f"--{mode} has no use for {', '.join(given)}; leave it out"] if given else []
 
     def _sizes(self) -> list[str]:
@@ -106,23 +132,11 @@ class PlanFlags:
             problems.append(f"--batch {self.batch} must be 1 to {MOST_BATCH:,}; 0 = the preset's")
         if self.preset not in known:
             problems.append(_no_preset(self.preset))
+        elif self.model != ModelFlags() and self.preset not in PRESETS["prior"]:
+            problems.append(f"{self.preset} is no prior: leave --model.* out")
         elif self.batch > 0:
             problems += _undealt(known[self.preset](), self.batch)
         return problems
-
-
-_MODEL = (
-    "preset",
-    "world",
-    "gpu",
-    "batch",
-    "calibration",
-    "picture",
-    "freeze",
-    "lora",
-    "cluster",
-)
-"""Flags that describe what is planned."""
 
 
 def plannable() -> dict[str, Callable[[], StageConfig]]:

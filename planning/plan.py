@@ -1,6 +1,6 @@
 """`tapir plan`: a preset's fastest layouts on a cluster, and calibration of this machine."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -38,6 +38,8 @@ def make_plan(flags: PlanFlags) -> Plan:
     if flags.picture is not None:
         _refuse_unwritable(flags.picture)
     settings = settings_of(flags.preset, flags.batch, flags.freeze, flags.lora)
+    if not isinstance(settings, DVAETrain):
+        settings = replace(settings, model=flags.model.applied(settings.model))
     check(settings.fixed_problems())
     world = flags.world or settings.mesh.world
     if isinstance(settings, DVAETrain):

@@ -29,9 +29,9 @@ class Prompt:
     """A picture's codes, some of which are kept."""
 
     codes: Tensor
-    """(grid * grid,) int64."""
+    """(image_length,) int64."""
     kept: Tensor
-    """(grid * grid,) bool."""
+    """(image_length,) bool."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Drawn:
     captions: slice
     candidates: slice
     codes: Tensor
-    """(captions, candidates, grid * grid) int64."""
+    """(captions, candidates, image_length) int64."""
 
 
 class Sampler:
@@ -109,7 +109,7 @@ class Sampler:
     def _codes(
         self, text: Tensor, keys: Keys, settings: DrawSettings, prompt: Prompt | None
     ) -> Tensor | None:
-        """Codes of a batch, (captions, candidates, grid * grid); None if memory ran out."""
+        """Codes of a batch, (captions, candidates, image_length); None if memory ran out."""
         try:
             lanes = [
                 _Lane(self.decoder, text, part, settings, prompt)
@@ -186,7 +186,7 @@ class _Lane:
         self._shared = self._decoder.neighbours.share(drawn), position
 
     def finish(self) -> Tensor:
-        """(captions, each, grid * grid)."""
+        """(captions, each, image_length)."""
         self._store_codes()
         return self._codes.view(self._captions, self._each, -1)
 

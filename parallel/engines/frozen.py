@@ -35,7 +35,7 @@ def freeze(program: Program, pattern: str) -> Program:
 def _frozen(layer: Layer, expression: re.Pattern[str]) -> nn.Module:
     module = layer.build()
     for name, parameter in module.named_parameters():
-        if expression.search(f"{layer.name}.{name}"):
+        if expression.search(placement_of(parameter).tied_to or f"{layer.name}.{name}"):
             parameter.requires_grad_(False)
     return module
 

@@ -21,7 +21,7 @@ from parallel.adamw import AdamW, AdamW16
 from parallel.config import CompressConfig, EngineConfig, OptimConfig
 from parallel.control import Judge, accept_all
 from parallel.mesh import Group, Mesh
-from parallel.placement import Placement, move, placement_of
+from parallel.placement import Placement, global_names, move, placement_of, tie
 from parallel.scales import Scale, Scales
 
 Batch = dict[str, Tensor]
@@ -60,6 +60,8 @@ class Program:
     """Names of the losses; ranks that compute none need them too."""
     compressed: tuple[str, ...] = ()
     """Endings of the names of matrices whose gradients may be compressed."""
+    tied: tuple[str, ...] = ()
+    """Global names of the parameters of the first layer that the last one uses too."""
     saves_frozen: bool = True
     """Checkpoints hold the weights of frozen parameters, too; else they come from elsewhere."""
 
@@ -105,6 +107,7 @@ class Stage(nn.Module):
         self.layers = nn.ModuleDict()
         for layer in layers:
             self.layers[layer.name] = move(layer.build(), device)
+        tie(self.layers)  # type: ignore[arg-type]
         self._precision = engine.precision
         for module in self.layers.values():
             if isinstance(module, Recomputed):
@@ -132,7 +135,7 @@ class Stage(nn.Module):
 
     def global_names(self) -> dict[str, nn.Parameter]:
         """Global parameter name -> parameter, sorted by name: the same order on all ranks."""
-        return dict(sorted(self.layers.named_parameters()))
+        return global_names(self.layers)
 
 
 def scales_of(program: Program, here: dict[str, Scale], engine: EngineConfig) -> Scales:

@@ -15,6 +15,8 @@ from torch.autograd import Function
 from parallel.placement import Placement, place, placement_of, rows_of
 from parallel.tensor.ops import TensorParallel
 
+EPS = 1e-5
+"""Added to mean squares in norms."""
 MASKED = -1e30
 """Logit of a padding row of the vocabulary."""
 
@@ -127,8 +129,10 @@ class VocabularyEmbedding(nn.Module):
 class VocabularyHead(ColumnLinear):
     """States -> this rank's part of the logits; padding rows can never be drawn."""
 
-    def __init__(self, width: int, entries: int, tensor: TensorParallel) -> None:
+    def __init__(self, width: int, entries: int, tensor: TensorParallel, tied_to: str = "") -> None:
+        """`tied_to`: global name of the embedding whose table is the weight."""
         super().__init__(width, entries, tensor)
+        place(self.weight, replace(placement_of(self.weight), tied_to=tied_to))
         _, self._rows, padded = rows_of(entries, 1, tensor.rank, tensor.size)
         self._padding = padded - self._rows
 
@@ -143,6 +147,25 @@ class VocabularyHead(ColumnLinear):
         if not self._padding:
             return logits
         return F.pad(logits[..., : self._rows], (0, self._padding), value=MASKED)
+
+
+class HeadNorm(nn.Module):
+    """Each head divided by its root mean square, times a gain per channel, cut with the heads.
+
+    Shapes: (..., heads of this rank, head) -> the same, in the input's type.
+    """
+
+    def __init__(self, width: int, tensor: TensorParallel, head: int) -> None:
+        super().__init__()
+        first, rows, padded = rows_of(width, head, tensor.rank, tensor.size)
+        self._head = head
+        self.weight = _zeros(padded)
+        split = tensor.size > 1
+        place(self.weight, Placement(shape=(width,), first=first, rows=rows, split=split))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = F.rms_norm(x.to(self.weight.dtype), (self._head,), eps=EPS)
+        return (wide * self.weight.view(-1, self._head)).to(x.dtype)
 
 
 def _zeros(*shape: int) -> nn.Parameter:

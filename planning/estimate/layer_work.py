@@ -31,7 +31,7 @@ QR_SHARE = 0.05
 @lru_cache(maxsize=64)
 def pairs(config: PriorConfig, kind: Kind, tiled: bool) -> int:
     """Query-key pairs that a layer computes: the mask's, or those of all tiles that it touches."""
-    mask = full_mask(kind, config.text_length, config.grid, config.conv_kernel)
+    mask = full_mask(kind, *config.mask)
     if not tiled:
         return int(mask.sum())
     if kind == "column":  # images are transposed first: each column is one stretch
@@ -45,8 +45,8 @@ def pairs(config: PriorConfig, kind: Kind, tiled: bool) -> int:
 
 
 def _transposed(config: PriorConfig) -> list[int]:
-    text, grid = config.text_length, config.grid
-    image = [text + row * grid + column for column in range(grid) for row in range(grid)]
+    text, rows, columns = config.text_length, config.grid, config.grid_columns
+    image = [text + row * columns + column for column in range(columns) for row in range(rows)]
     return [*range(text), *image]
 
 
@@ -100,6 +100,9 @@ def _block(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
     layer = int(part.name.removeprefix("block")) + 1
     met = pairs(config, layer_kind(layer, config.layers), hardware.units > 1)
     matrices = sum(h.numel for h in held.values() if h.matrix)
+    gated = config.mlp == "gated"
+    # queries and keys are read and written again by each
+    turned = 2 * (config.qk_norm + (config.positions == "rotary"))
     joined = (22 if split else 12) * rows * dim  # cast, bias, residual
     return (
         Kernels(moved=float(CAST * matrices if half else 0), times=1),
@@ -113,12 +116,13 @@ def _block(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
             moved=4.0 * size * rows * inner,
         ),
         Kernels(rows=rows, columns=dim, inner=inner, half=half),
-        Kernels(rows=rows, columns=wide, inner=dim, half=half),
+        Kernels(rows=rows, columns=wide, inner=dim, half=half, times=2 if gated else 1),
         Kernels(rows=rows, columns=dim, inner=wide, half=half),
         Kernels(moved=8.0 * rows * dim, times=2),  # norms
         Kernels(moved=(4.0 + size) * rows * dim, times=4 if half else 0),  # states to 16 bits
         Kernels(moved=2.0 * size * rows * inner),  # heads together
-        Kernels(moved=2.0 * size * rows * wide),  # GELU
+        Kernels(moved=(3.0 if gated else 2.0) * size * rows * wide),  # GELU, or silu(gate) * up
+        Kernels(moved=2.0 * size * rows * inner, times=turned),
         Kernels(moved=float(joined), times=2),
         *_adapters(loads, part, half),
     )

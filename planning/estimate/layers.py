@@ -20,6 +20,7 @@ from torch.autograd import Function
 from models.adapters import attach
 from models.config import LoraConfig, PriorConfig
 from models.prior import PriorBlock, PriorEmbedding, PriorHead, prior_layers, prior_loss
+from models.rotary import rotary_table
 from parallel.placement import Placement, placement_of
 from parallel.tensor.ops import TensorParallel
 from training.config import PriorTrain
@@ -145,7 +146,8 @@ def rank_layers(
 
 
 def _is_trained(parameter: nn.Parameter, name: str, training: Training) -> bool:
-    frozen = training.freeze and re.search(training.freeze, name)
+    known = placement_of(parameter).tied_to or name
+    frozen = training.freeze and re.search(training.freeze, known)
     return parameter.requires_grad and not frozen
 
 
@@ -166,7 +168,10 @@ def _modules(config: PriorConfig, rank: int, size: int, lora: LoraConfig) -> dic
 
 def named(parts: Sequence[RankLayer]) -> dict[str, Held]:
     """Global parameter name -> parameter, sorted by name as engines do."""
-    parameters = {f"{part.name}.{name}": h for part in parts for name, h in part.parameters.items()}
+    parameters: dict[str, Held] = {}
+    for part in parts:
+        for name, h in part.parameters.items():  # of a tied one, the first is no copy
+            parameters.setdefault(h.placement.tied_to or f"{part.name}.{name}", h)
     return dict(sorted(parameters.items()))
 
 
@@ -216,6 +221,9 @@ def _kept(
         }
         weights = [p for m in modules.values() for p in m.parameters()]
         outside = [*weights, *batch.values()]
+        if config.positions == "rotary":
+            head = config.dim // config.heads
+            outside += rotary_table(config.text_length, config.grid, config.grid_columns, head)
         half = precision != "fp32"
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             with noted(totals, "embedding", outside):

@@ -203,8 +203,9 @@ def _transient(loads: Loads, keeps: Mapping[str, Keeps]) -> int:
     settings, micro = loads.settings, loads.micro
     config, mesh = settings.model, settings.mesh
     state = 4 * micro * config.length * config.dim
-    wide = 4 * config.dim * micro * config.length // mesh.tensor
-    branch = 3 * state + 2 * 4 * wide  # gradients of a branch's input, output and hidden states
+    wide = config.hidden * micro * config.length // mesh.tensor
+    inner = 2 if config.mlp == "gelu" else 3
+    branch = 3 * state + inner * 4 * wide  # gradients of a branch's input, output, hidden states
     logits = 0
     if any(part.name == "head" for part in loads.layers):
         logits = 2 * keeps["head"]["loss"][0] * micro

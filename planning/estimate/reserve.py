@@ -60,8 +60,8 @@ class StartUp:
         )
 
 
-def communicators(settings: PriorTrain) -> list[tuple[int, bool]]:
-    """(size, whether it all-reduces) of each process group that this rank communicates over.
+def communicators(settings: PriorTrain, stage: int = 0) -> list[tuple[int, bool]]:
+    """(size, whether it all-reduces) of each process group that a stage's rank communicates over.
 
     DeepSpeed and megatron-core create some of their own over the same ranks as the mesh's groups.
     """
@@ -72,6 +72,8 @@ def communicators(settings: PriorTrain) -> list[tuple[int, bool]]:
         groups += [(mesh.tensor * mesh.pipeline, True), (mesh.tensor, True)]
         groups += [(mesh.pipeline, False)] * 2 + [(mesh.data, True)] * 2
         groups += [(mesh.tensor, False)] if mesh.pipeline > 1 else []
+        ends = settings.model.tied and mesh.pipeline > 1 and stage in (0, mesh.pipeline - 1)
+        groups += [(2, True)] if ends else []
     elif mesh.nodes > 1:
         groups += [(mesh.local, False), (mesh.nodes, True)]
     elif mesh.tensor > 1:

@@ -15,7 +15,7 @@ from planning.estimate.layer_work import backward_work, compression_work, forwar
 from planning.estimate.layers import RankLayer
 from planning.estimate.memory import Loads, loads_of
 from planning.estimate.pipeline_schedule import Played, Span, crowded, play
-from planning.estimate.traffic import step_traffic
+from planning.estimate.traffic import step_traffic, tied_elements
 from planning.estimate.zero_layout import (
     factored,
     groups_of,
@@ -210,6 +210,8 @@ def ending_seconds(loads: Loads, hardware: Hardware) -> dict[str, float]:
     update = seconds(update_work(mine), hardware)
     sent = 4.0 * _sent(loads, mine if stage == 3 else total)
     gradients = rounds * all_reduce(sent, data, hardware)
+    if tied := tied_elements(loads):
+        gradients += all_reduce(4.0 * sum(tied), group_span(mesh, "ends"), hardware)
     compress = rounds * seconds(compression_work(loads, hardware), hardware)
     results = 4 * all_reduce(64.0, group_span(mesh, "world"), hardware) if mesh.world > 1 else 0.0
     return {

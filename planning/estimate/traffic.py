@@ -6,7 +6,7 @@ ZeRO-3, gathers once more. Bytes are those of the larger side of an operation.
 
 from collections.abc import Iterator, Mapping
 
-from models.prior import BRANCHES, LOSSES
+from models.prior import BRANCHES, LOSSES, TABLES
 from parallel.config import MeshConfig
 from parallel.control import FIELDS
 from parallel.ledger import Counts
@@ -66,6 +66,8 @@ def _groups(mesh: MeshConfig, at: RankCoordinates) -> Iterator[tuple[str, tuple[
     yield "data", data
     if mesh.data < mesh.world:
         yield "tensor", tuple(rank_at(mesh, at._replace(shard=t)) for t in range(mesh.tensor))
+        if mesh.pipeline > 1 and at.stage in (0, mesh.pipeline - 1):
+            yield "ends", tuple(rank_at(mesh, at._replace(stage=s)) for s in (0, mesh.pipeline - 1))
         yield "pipeline", tuple(rank_at(mesh, at._replace(stage=s)) for s in range(mesh.pipeline))
 
 
@@ -163,6 +165,8 @@ def _gradients(loads: Loads, tally: Tally) -> None:
     if stage == 3:
         _third_stage(loads, tally)
         return
+    if tied := tied_elements(loads):
+        tally.add("ends", "all_reduce", FLOAT * sum(tied), len(tied))
     if settings.compress.on:
         rounds = times if stage == 2 else 1
         _factors(loads, tally, "data", {n: h.numel for n, h in held.items() if h.trained}, rounds)
@@ -181,6 +185,14 @@ def _gradients(loads: Loads, tally: Tally) -> None:
         for group in groups_of(held):
             count = FLOAT * padded(group, settings.mesh.data)
             tally.add("data", "all_gather_into_tensor", count)
+
+
+def tied_elements(loads: Loads) -> list[int]:
+    """Sizes of the gradients that the first and the last stage add up."""
+    if not loads.settings.model.tied or loads.settings.mesh.pipeline == 1:
+        return []
+    held = loads.held
+    return [held[name].numel for name in TABLES if name in held and held[name].trained]
 
 
 def _buckets(sizes: list[int]) -> int:
@@ -231,12 +243,14 @@ def _third_stage(loads: Loads, tally: Tally) -> None:
     whole = {name: shards * shard_numel(h, shards) for name, h in held.items()}
     small = [name for name, h in held.items() if h.numel < PERSISTENT]
     tally.add("machine", "all_gather_into_tensor", FLOAT * sum(whole[n] for n in small), len(small))
-    large = [h.numel for part in loads.layers for h in part.parameters.values()]
-    large = [numel for numel in large if numel >= PERSISTENT]
+    uses = [h for part in loads.layers for h in part.parameters.values() if h.numel >= PERSISTENT]
+    large = [h.numel for h in uses if not h.placement.tied_to]
     passes = 2 if sum(large) > LIVE else 1  # a small model stays gathered for backward
+    if passes == 2:
+        large = [h.numel for h in uses]
     if large:
         count = FLOAT * sum(shards * -(-numel // shards) for numel in large)
-        calls = 1 + _prefetches(large[1:])
+        calls = _prefetches(large)
         tally.add(
             "machine", "all_gather_into_tensor", count * passes * times, calls * passes * times
         )

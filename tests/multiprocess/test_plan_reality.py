@@ -36,6 +36,15 @@ WIDE = PriorConfig(
     dim=192, heads=3, layers=3, text_length=8, text_vocabulary=900, image_vocabulary=200, grid=4
 )
 """Over 2^20 elements, so that there are several buckets, and matrices that ZeRO-3 cuts."""
+MODERN: dict[str, Any] = {
+    "norm": "rms",
+    "qk_norm": True,
+    "positions": "rotary",
+    "mlp": "gated",
+    "tied": True,
+    "columns": 5,
+}
+"""Every option that differs from the paper."""
 
 
 def _case(
@@ -79,27 +88,32 @@ CASES = [
         freeze="embedding|block000|up.weight",
         zero_stage=3,
     ),
+    _case(
+        "ZeRO-3, modern",
+        MeshConfig(data=2),
+        "deepspeed_zero",
+        replace(WIDE, **MODERN),
+        zero_stage=3,
+    ),
     _case("PP2", MeshConfig(pipeline=2), "deepspeed_pipe", precision="bf16"),
     _case("TP4, padded heads", MeshConfig(tensor=4), "deepspeed_pipe"),
     _case("TP2 x PP2", MeshConfig(tensor=2, pipeline=2), "deepspeed_pipe", precision="bf16"),
+    _case(
+        "TP2 x PP2, modern",
+        MeshConfig(tensor=2, pipeline=2),
+        "deepspeed_pipe",
+        replace(WIDE, **MODERN),
+        precision="bf16",
+    ),
+    _case("PP4, tied", MeshConfig(pipeline=4), "deepspeed_pipe", replace(WIDE, tied=True)),
     _case("PP2 x DP2, compressed", MeshConfig(pipeline=2, data=2), "deepspeed_pipe", rank=8),
     _case("TP2 x DP2", MeshConfig(tensor=2, data=2), "deepspeed_zero", WIDE, precision="bf16"),
     _case(
-        "paper",
-        MeshConfig(data=4, nodes=2),
-        "deepspeed_zero",
-        WIDE,
-        rank=16,
-        zero_stage=3,
-    ),
-    _case("TP2 x PP2, adapters", MeshConfig(tensor=2, pipeline=2), "deepspeed_pipe", lora=3),
-    _case(
-        "paper, adapters",
-        MeshConfig(data=4, nodes=2),
-        "deepspeed_zero",
-        WIDE,
-        lora=2,
-        zero_stage=3,
+        "TP2 x PP2, modern, adapters",
+        MeshConfig(tensor=2, pipeline=2),
+        "deepspeed_pipe",
+        replace(SMALL, **MODERN),
+        lora=3,
     ),
     _case(
         "PP2 x DP2, compressed, frozen",
@@ -114,8 +128,26 @@ CASES = [
         "deepspeed_zero",
         freeze="embedding|block000|attention_norm|head.text",
     ),
+    _case(
+        "paper",
+        MeshConfig(data=4, nodes=2),
+        "deepspeed_zero",
+        WIDE,
+        rank=16,
+        zero_stage=3,
+    ),
+    _case(
+        "paper, adapters",
+        MeshConfig(data=4, nodes=2),
+        "deepspeed_zero",
+        WIDE,
+        lora=2,
+        zero_stage=3,
+    ),
+    _case("PP2, modern", MeshConfig(pipeline=2), "deepspeed_pipe", replace(SMALL, **MODERN)),
 ]
-"""Pipelines come last: DeepSpeed keeps the groups of an earlier mesh."""
+"""Those of ZeRO-3 come last among 4 ranks: DeepSpeed then replaces torch's linear function by one
+that saves no weights in 16 bits."""
 TRAFFIC_ONLY = _case(
     "recompute", MeshConfig(tensor=2, pipeline=2), "deepspeed_pipe", recompute=True
 )
@@ -308,6 +340,7 @@ def test_process_groups_of_every_rank(
     case: Case, measured: dict[str, list[dict[str, Any]]]
 ) -> None:
     """Groups that communicate: NCCL allocates buffers for each."""
-    sizes = sorted(ranks for ranks, _ in communicators(planned(case, 0).settings))
     for rank, real in enumerate(measured[case.name]):
+        plan = planned(case, rank)
+        sizes = sorted(ranks for ranks, _ in communicators(plan.settings, plan.at.stage))
         assert sizes == real["groups"], f"rank {rank}"

@@ -212,7 +212,8 @@ def fill(network: nn.Module, weights: Weights) -> None:
     Raises: CorruptError if some are missing or do not fit.
     """
     prefix = KINDS[weights.stage].prefix
-    parameters = {f"{prefix}{name}": p for name, p in network.named_parameters()}
+    named = network.named_parameters()
+    parameters = {placement_of(p).tied_to or f"{prefix}{name}": p for name, p in named}
     wrong = sorted(
         n for n, p in parameters.items() if weights.shapes.get(n) != placement_of(p).shape
     )

@@ -41,5 +41,9 @@ OWN = (COMPUTE, DATA_WAIT, OPTIMIZER, OTHER)
 """A rank's own work; a rank that is slow here delays the others."""
 UNDIVIDED = (DATA_WAIT, CHECKPOINT, VALIDATION)
 """Categories that include all nested work, also collectives."""
-OF_GROUP = {"tensor": TENSOR, "pipeline": PIPELINE, "data": DATA, "machine": DATA, "between": DATA}
+OF_GROUP = {
+    **dict.fromkeys(("pipeline", "ends"), PIPELINE),
+    **dict.fromkeys(("data", "machine", "between"), DATA),
+    "tensor": TENSOR,
+}
 """Ledger group -> category of its operations; other groups are OTHER."""

@@ -62,6 +62,7 @@ class PriorTask:
                 "text_vocabulary": facts["text_vocabulary"],
                 "image_vocabulary": facts["image_vocabulary"],
                 "grid": facts["grid"],
+                "columns": facts.get("columns", 0),
             }
         )
         self._set_model(config, settings.loop.seed, tensor)
@@ -107,7 +108,8 @@ class PriorTask:
         return DropoutEncoder(tokenizer, rate)
 
     def facts(self) -> dict[str, Any]:
-        known = {key: self._facts[key] for key in ("dvae", "tokenizer", "grid")}
+        names = ("dvae", "tokenizer", "grid", "columns")
+        known = {key: self._facts[key] for key in names if key in self._facts}
         return {**known, "caption_dropout": self._settings.caption_dropout}
 
     def figures(

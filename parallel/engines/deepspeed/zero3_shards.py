@@ -72,6 +72,9 @@ class Shards:
         module = self._shapes[layer.name] if drawn else move(layer.build(), device)
         for name, parameter in list(module.named_parameters()):
             part = placement_of(parameter)
+            if part.tied_to:  # the stage replaces it by its owner
+                place(_hollow(module, name, device), part)
+                continue
             start, count = self._spans[f"{layer.name}.{name}"]
             shard = self._buffer[start : start + count]
             if layer.draw is not None:
@@ -117,7 +120,8 @@ def _spans(
 
     The shards of frozen parameters follow those of the others, whose elements are counted, too.
     """
-    names = dict(sorted(modules.named_parameters()))
+    owned = ((n, p) for n, p in modules.named_parameters() if not placement_of(p).tied_to)
+    names = dict(sorted(owned))
     name_of = {id(parameter): name for name, parameter in names.items()}
     groups = [flat["params"] for flat in parameter_groups(names, optim)]
     spans, end, trains = {}, 0, 0

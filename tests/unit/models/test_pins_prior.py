@@ -238,6 +238,8 @@ def test_defaults_of_the_networks() -> None:
     assert of(PriorConfig) == {
         "dim": 192, "heads": 3, "layers": 6, "text_length": 24, "text_weight": 1 / 8,
         "conv_kernel": 11, "text_vocabulary": 0, "image_vocabulary": 0, "grid": 0,
+        "columns": 0, "norm": "layer", "qk_norm": False, "positions": "learned", "mlp": "gelu",
+        "tied": False,
     }  # fmt: skip
     assert of(DVAEConfig) == {
         "pixels": 32, "width": 32, "groups": 3, "blocks": 1, "bottleneck": 2, "gain": 1.0,
