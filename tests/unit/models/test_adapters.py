@@ -8,7 +8,8 @@ import torch
 from models.adapters import A, B, adapted, factors
 from models.config import LoraConfig, PriorConfig
 from models.prior import prior_layers, prior_program
-from parallel.engines.protocol import EngineConfig, Layer, Whole
+from parallel.config import EngineConfig
+from parallel.engines.protocol import Layer, Whole
 from parallel.placement import Placement, placement_of
 from parallel.tensor.layers import ColumnLinear, RowLinear
 from parallel.tensor.ops import TensorParallel

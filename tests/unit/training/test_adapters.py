@@ -14,7 +14,8 @@ from generation.sampling.load_prior import load_local_prior
 from models.adapters import adapted, is_adapter
 from models.config import LoraConfig, PriorConfig
 from models.prior import build_prior, prior_program
-from parallel.engines.protocol import EngineConfig, Whole
+from parallel.config import EngineConfig
+from parallel.engines.protocol import Whole
 from parallel.mesh import own_mesh
 from training.export.weights import load_prior, open_model, read_model, write_model
 from training.weights_source import ADAPTERS, MERGED, adapter_facts, open_source
