@@ -146,6 +146,15 @@ def place_problems(place: str, setting: str = "") -> list[str]:
     return []
 
 
+def expression_problems(pattern: str, setting: str) -> list[str]:
+    """Refuse what is not a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return [f"{setting}={pattern!r} is not a regular expression: {error}"]
+    return []
+
+
 def folder_problems(folder: Path, setting: str) -> list[str]:
     """Refuse a URL where a folder is needed; as a path it would be a folder called `s3:`."""
     if re.match(r"\w+:/", str(folder)):

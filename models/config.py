@@ -1,5 +1,6 @@
 """Sizes of the three networks; imports no torch, so that `--help` stays fast."""
 
+import math
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -180,6 +181,41 @@ class PriorConfig:
                 "model.positions=rotary needs a multiple of 4 channels a head; model.dim="
                 f"{self.dim} over {self.heads} heads has {self.dim / self.heads:g}; "
                 + (f"try heads {near}" if near else "try dim 64")
+            )
+        return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters of a prior's matrices, trained in place of its weights."""
+
+    rank: int = 0
+    """Rank of the adapters of the attention and MLP matrices; 0 = none: train the weights. Needs
+    --init, the model to adapt."""
+    alpha: float = 0.0
+    """Adapters are multiplied by alpha / rank; 0 = by 1."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of the product of an adapter's two matrices."""
+        return self.alpha / self.rank if self.alpha else 1.0
+
+    def problems(self, dim: int, base: str, compresses: bool) -> list[str]:
+        """Problems for a prior of this width, with this `init`, which compresses or not."""
+        problems = []
+        if not 0 <= self.rank < dim:
+            problems.append(
+                f"lora.rank={self.rank} must be 0 (no adapters) or a low rank, below model.dim="
+                f"{dim}; try 8"
+            )
+        if not 0 <= self.alpha < math.inf:
+            problems.append(f"lora.alpha={self.alpha} must not be negative; 0 = the rank")
+        if self.rank > 0 and not base:
+            problems.append("lora.rank adapts a trained prior: give its run as --init")
+        if self.rank > 0 and compresses:
+            problems.append(
+                "compress.rank: adapters are smaller than their factors would be, and are sent "
+                "whole; set --compress.rank 0"
             )
         return problems
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from core.config import expression_problems
 from core.errors import InputError, did_you_mean
-from models.config import ClipConfig, PriorConfig
+from models.config import ClipConfig, LoraConfig, PriorConfig
+from parallel.config import CompressConfig
 from planning.estimate.hardware import KNOWN, SHORT, Hardware
 from training.config import StageConfig
 from training.presets import PRESETS
@@ -15,7 +17,7 @@ from training.presets import PRESETS
 MOST_RANKS = 1_000_000
 MOST_BATCH = 1_000_000_000
 PICTURES = (".svg", ".png", ".pdf")
-_SIZES = ("preset", "world", "gpu", "batch", "model")
+_SIZES = ("preset", "world", "gpu", "batch", "model", "freeze", "lora")
 _UNITS = {"network": 1e9 / 8, "link": 1e9, "memory": 1e9, "host_memory": 1e9}
 """Bytes of the units in which the flags are given."""
 
@@ -84,6 +86,8 @@ class PlanFlags:
     published: bool = False
     picture: Path | None = None
     json: bool = False
+    freeze: str = ""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     cluster: ClusterFlags = field(default_factory=ClusterFlags)
     model: ModelFlags = field(default_factory=ModelFlags)
 
@@ -117,7 +121,11 @@ class PlanFlags:
         return [f"--{mode} has no use for {', '.join(given)}; leave it out"] if given else []
 
     def _sizes(self) -> list[str]:
-        known, problems = plannable(), []
+        known, problems = plannable(), expression_problems(self.freeze, "freeze")
+        if self.lora.rank < 0:
+            problems.append(f"--lora.rank {self.lora.rank} must not be negative; 0 = no adapters")
+        if (self.freeze or self.lora.rank) and self.preset not in PRESETS["prior"]:
+            problems.append("--freeze and --lora.rank are of a prior; leave them out")
         if not 0 <= self.world <= MOST_RANKS:
             problems.append(f"--world {self.world} must be 1 to {MOST_RANKS:,}; 0 = the preset's")
         if not 0 <= self.batch <= MOST_BATCH:
@@ -167,8 +175,12 @@ def filled(preset: str, settings: StageConfig) -> Any:
     return replace(settings, model=model)  # type: ignore[call-arg]
 
 
-def settings_of(preset: str, batch: int = 0) -> Any:
+def settings_of(
+    preset: str, batch: int = 0, freeze: str = "", lora: LoraConfig | None = None
+) -> Any:
     """A preset of a prior, with the vocabularies and grid of its data, or of a dVAE.
+
+    Adapters take the preset's place of compression, and are planned for any base.
 
     Raises: InputError for an unknown preset.
     """
@@ -177,4 +189,11 @@ def settings_of(preset: str, batch: int = 0) -> Any:
         raise InputError(_no_preset(preset))
     settings = filled(preset, known[preset]())
     loop = replace(settings.loop, global_batch_size=batch or settings.loop.global_batch_size)
-    return replace(settings, loop=loop)
+    settings = replace(settings, loop=loop, freeze=freeze)
+    if lora is None or lora.rank == 0:
+        return settings
+    return replace(settings, lora=lora, init=_ANY_BASE, compress=CompressConfig())
+
+
+_ANY_BASE = "base"
+"""A plan reads no weights."""

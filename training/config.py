@@ -7,10 +7,10 @@ from typing import Literal
 
 from checkpoint.config import CheckpointConfig
 from cluster.config import SupervisorConfig
-from core.config import folder_problems, place_problems
+from core.config import expression_problems, folder_problems, place_problems
 from core.storage.mixture import data_sets, mixture_problems
 from data_pipeline.config import LoaderConfig, OrderConfig
-from models.config import ClipConfig, DVAEConfig, PriorConfig
+from models.config import ClipConfig, DVAEConfig, LoraConfig, PriorConfig
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, ModelSizes, OptimConfig
 from training.profiling.categories import ProfileConfig
 from training.recovery.config import GuardConfig
@@ -69,7 +69,8 @@ class StageConfig:
     """Run folder: config, metrics, TensorBoard, checkpoints; the same folder resumes."""
     init: str = ""
     """Start from the weights of a run, finished model or checkpoint: a folder or s3://; by name,
-    also with another vocabulary, grid or text length. A run with a checkpoint does not read it."""
+    also with another vocabulary, grid or text length. A run with a checkpoint does not read it,
+    unless it trains adapters."""
     init_bpe: Path | None = None
     """Folder of the tokenizer.json of init's weights, if it is another one than --bpe's."""
     resume_with: str = ""
@@ -79,6 +80,8 @@ class StageConfig:
     """Length and intervals."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """AdamW."""
+    freeze: str = ""
+    """Regular expression: parameters in whose global name it is found are not trained."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Arrangement of the ranks."""
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -126,6 +129,7 @@ class StageConfig:
         problems += self.checkpoint.problems() + self.guard.problems() + self.supervisor.problems()
         problems += self.profile.problems() + self.loader.problems() + self.model_problems()
         problems += mixture_problems(self.data, "data") + folder_problems(self.out, "out")
+        problems += expression_problems(self.freeze, "freeze")
         problems += place_problems(self.init, "init") + resume_with_problems(self)
         if self.grow and len(data_sets(self.data)) > 1:
             problems.append(
@@ -239,6 +243,8 @@ class PriorTrain(StageConfig):
     """Run folder: config, metrics, TensorBoard, checkpoints; the same folder resumes."""
     model: PriorConfig = field(default_factory=PriorConfig)
     """The network."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters, trained in place of the network."""
     bpe_dropout: float = 0.0
     """Probability of dropping a BPE merge, drawn again at every reading (the paper: 0.1)."""
     bpe: Path = Path("runs/bpe")
@@ -256,7 +262,7 @@ class PriorTrain(StageConfig):
             problems.append(f"bpe_dropout={self.bpe_dropout} must be in [0, 1); the paper's is 0.1")
         if not 0 <= self.caption_dropout < 1:
             problems.append(f"caption_dropout={self.caption_dropout} must be in [0, 1); try 0.1")
-        return problems
+        return problems + self.lora.problems(self.model.dim, self.init, self.compress.on)
 
 
 @dataclass(frozen=True, kw_only=True)

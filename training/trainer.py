@@ -17,6 +17,7 @@ from core.storage.store import open_store
 from data_pipeline.streaming.mixture import Batches, epochs_of, open_stream
 from data_pipeline.streaming.state import Position, position_of
 from models.counts import step_flops
+from parallel.engines.frozen import check_frozen, freeze
 from parallel.engines.protocol import Batch, Engine, EngineSettings, StepResult
 from parallel.engines.registry import build_engine
 from parallel.ledger import Ledger
@@ -26,7 +27,7 @@ from training.config import StageConfig
 from training.ema import Average
 from training.export.save import FinishedModel, Writers, save_model
 from training.export.weights import model_is_whole
-from training.initial.weights import DrawnWeights, load_initial
+from training.initial.start import Start
 from training.profiling.categories import CHECKPOINT, COMPUTE, DATA_WAIT, VALIDATION
 from training.profiling.profile import Profile, timed
 from training.recovery.rewind import Recovery, checkpoints_of_capsules
@@ -65,8 +66,10 @@ class Run:
         stream = _stream(task, settings, mesh)  # before the engine: it rejects too little data
         self._versions = DataVersions(task, settings.data, mesh)
         self.feed = Feed(task, stream, settings, world.device, self._versions)
-        self._drawn = DrawnWeights(task.program) if settings.init else None
-        self.engine: Engine = build_engine(task.program, self._engine_settings(), mesh)
+        self._start = Start(stage, task, settings, world)
+        program = freeze(task.program, settings.freeze)
+        check_frozen(program, settings.freeze, mesh.pipeline.size)
+        self.engine: Engine = build_engine(program, self._engine_settings(), mesh)
         self.average = Average(self.engine, settings.optim, world.device)
         self.plateau = Plateau()
         self.checkpoints = Checkpoints(
@@ -191,7 +194,7 @@ class Run:
             "plateau": self.plateau.state(),
             "validation_loss": self._loss_now(),
             "config": self.config,
-            "task": self.task.facts(),
+            "task": {**self.task.facts(), **self._start.facts},
             "numerics": to_json(self.numerics),
             "history": self._history,
         }
@@ -210,6 +213,7 @@ class Run:
         """
         self._heart.beat("load")
         refuse_other_shapes(reader, self.engine)
+        self._start.load_base(self.engine, reader)
         self.engine.load_slices(reader)
         self.average.load(reader)
         self.feed.resume(position_of(reader.facts["stream"]))
@@ -284,12 +288,7 @@ class Run:
     def start(self) -> None:
         """Load the weights of settings.init at step 0, if it is set; collective."""
         refuse_changes(self.settings)
-        if self._drawn is not None:
-            run = (self.stage, self.task, self.settings, self.world)
-            reader, event = load_initial(self._drawn, *run)
-            self.engine.load_slices(reader)
-            self.average.load(reader)
-            self._history = [event]
+        self._history = self._start.load(self.engine, self.average)
         self.folder.note_history(self._history)
 
     def _rewind(self) -> None:
@@ -319,7 +318,7 @@ class Run:
         row = self.validate()
         if self._resumed_at != self.step:
             self._save_surely()
-        facts = {**self.task.facts(), "step": self.step, "validation": row}
+        facts = {**self.task.facts(), **self._start.facts, "step": self.step, "validation": row}
         facts |= {"numerics": to_json(self.numerics), "history": self._history}
         sizes = to_json(self.task.model_config)
         save_model(

@@ -62,6 +62,8 @@ class Program:
     """Endings of the names of matrices whose gradients may be compressed."""
     tied: tuple[str, ...] = ()
     """Global names of the parameters of the first layer that the last one uses too."""
+    saves_frozen: bool = True
+    """Checkpoints hold the weights of frozen parameters, too; else they come from elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +199,12 @@ class Engine(Protocol):
     def load_slices(self, reader: Reader) -> None:
         """Take this rank's part of the state from a checkpoint of any mesh; collective."""
 
+    def load_frozen(self, reader: Reader) -> None:
+        """Take this rank's part of the frozen weights from a model of any mesh; collective."""
+
+    def frozen(self) -> frozenset[str]:
+        """Names of the parameters of this rank that are not trained."""
+
     def replicas(self) -> list[tuple[list[Tensor], Group]]:
         """Tensors that are equal on all ranks of a group between two steps."""
 
@@ -204,7 +212,7 @@ class Engine(Protocol):
         """The layers that this rank runs, in order, by name."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Global shapes of the parameters that this rank holds a part of."""
+        """Global shapes of the parameters that this rank holds a part of, and saves."""
 
     def memory(self) -> dict[str, int]:
         """Bytes of parameters, gradients and optimiser state on this rank."""
@@ -217,12 +225,12 @@ Builder = Callable[[Program, EngineSettings, Mesh], Engine]
 
 
 def parameter_groups(names: dict[str, nn.Parameter], optim: OptimConfig) -> list[dict[str, Any]]:
-    """Two optimiser groups: matrices decay, gains and biases do not.
+    """Two optimiser groups of what is trained: matrices decay, gains and biases do not.
 
     Parameters are sorted by name: the same order on all ranks. Matrices are recognised by their
     placement, because ZeRO-3's parameters are flat.
     """
-    ordered = [names[name] for name in sorted(names)]
+    ordered = [names[name] for name in sorted(names) if names[name].requires_grad]
     matrices = [p for p in ordered if len(placement_of(p).shape) > 1]
     others = [p for p in ordered if len(placement_of(p).shape) <= 1]
     groups = [

@@ -38,15 +38,35 @@ class ColumnLinear(nn.Module):
     ) -> None:
         super().__init__()
         first, rows, padded = rows_of(outputs, unit, tensor.rank, tensor.size)
+        self._tensor = tensor
         self.weight = _zeros(padded, inputs)
         self.bias = _zeros(padded) if bias else None
         split = tensor.size > 1
         place(self.weight, Placement(shape=(outputs, inputs), first=first, rows=rows, split=split))
         if self.bias is not None:
             place(self.bias, Placement(shape=(outputs,), first=first, rows=rows, split=split))
+        self.register_parameter("lora_a", None)
+        self.register_parameter("lora_b", None)
+
+    def adapt(self, rank: int, scale: float) -> None:
+        """Add a low-rank adapter, scale * B A, which starts as zeros.
+
+        Shapes: lora_a is A (rank, inputs), whole on every tensor rank; lora_b is B (outputs, rank),
+        cut like the weight. Source: LoRA, arXiv 2106.09685.
+        """
+        whole = placement_of(self.weight)
+        (outputs, inputs), padded = whole.shape, len(self.weight)
+        self.lora_a, self.lora_b = _zeros(rank, inputs), _zeros(padded, rank)
+        place(self.lora_b, replace(whole, shape=(outputs, rank)))
+        self._scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        out = F.linear(x, self.weight, self.bias)
+        if self.lora_a is None:
+            return out
+        # each rank's gradient of A comes from its own channels: `enter` sums them
+        low = F.linear(x, self._tensor.enter(self.lora_a))
+        return out + F.linear(self._scale * low, self.lora_b)
 
 
 class RowLinear(nn.Module):
@@ -66,9 +86,26 @@ class RowLinear(nn.Module):
             shape=(inputs, outputs), first=first, rows=rows, split=tensor.size > 1
         )
         place(self.weight, placement)
+        self.register_parameter("lora_a", None)
+        self.register_parameter("lora_b", None)
+
+    def adapt(self, rank: int, scale: float) -> None:
+        """Add a low-rank adapter, scale * A B, which starts as zeros.
+
+        Shapes: lora_a is A (inputs, rank), cut like the weight; lora_b is B (rank, outputs), whole
+        on every tensor rank. Source: LoRA, arXiv 2106.09685.
+        """
+        whole = placement_of(self.weight)
+        (inputs, outputs), padded = whole.shape, len(self.weight)
+        self.lora_a, self.lora_b = _zeros(padded, rank), _zeros(rank, outputs)
+        place(self.lora_a, replace(whole, shape=(inputs, rank)))
+        self._scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
         partial = torch.matmul(x, self.weight)
+        if self.lora_a is not None:
+            low = self._scale * torch.matmul(x, self.lora_a)
+            partial = partial + torch.matmul(low, self._tensor.enter(self.lora_b))
         if self._tensor.size > 1:
             partial = self._tensor.leave(partial.float())
         return partial + self.bias

@@ -7,6 +7,7 @@ makes small micro-batches slow.
 from dataclasses import replace
 from functools import lru_cache
 
+from models.adapters import A, B, is_adapter
 from models.config import PriorConfig
 from models.masks import Kind, full_mask, layer_kind
 from planning.estimate.hardware import Hardware
@@ -60,7 +61,13 @@ def forward_work(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
 
 
 def backward_work(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
-    """Kernels of a layer's backward pass: two gradients per matmul, elementwise work twice."""
+    """Kernels of a layer's backward pass: two gradients per matmul, elementwise work twice.
+
+    Frozen weights have none: their share of the elements is left out.
+    """
+    matrices = [h for n, h in part.parameters.items() if h.matrix and not is_adapter(n)]
+    trained = sum(h.numel for h in matrices if h.trained) / sum(h.numel for h in matrices)
+    rank = loads.settings.lora.rank
     half = loads.settings.engine.precision != "fp32"
     narrow = loads.settings.engine.precision == "bf16"
     kernels: list[Kernels] = []
@@ -73,8 +80,10 @@ def backward_work(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
         else:
             same = Kernels(batch=k.batch, half=narrow if part.name == "head" else k.half)
             kernels.append(replace(same, rows=k.rows, columns=k.inner, inner=k.columns))
-            kernels.append(replace(same, rows=k.inner, columns=k.columns, inner=k.rows))
-    numel = sum(h.numel for h in part.parameters.values())
+            own = replace(same, rows=k.inner, columns=k.columns, inner=k.rows)
+            low = rank > 0 and rank in (k.columns, k.inner)
+            kernels.append(replace(own, times=1.0 if low else trained))
+    numel = sum(h.numel for h in part.parameters.values() if h.trained)
     kernels.append(Kernels(moved=float((CAST_BACK if half else 12) * numel)))
     return tuple(kernels)
 
@@ -115,7 +124,21 @@ def _block(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
         Kernels(moved=(3.0 if gated else 2.0) * size * rows * wide),  # GELU, or silu(gate) * up
         Kernels(moved=2.0 * size * rows * inner, times=turned),
         Kernels(moved=float(joined), times=2),
+        *_adapters(loads, part, half),
     )
+
+
+def _adapters(loads: Loads, part: RankLayer, half: bool) -> Work:
+    """Two narrow matmuls of each adapter of a block, and their sum with the linear's output."""
+    rows, rank = loads.micro * loads.settings.model.length, loads.settings.lora.rank
+    sizes = {name: h.numel for name, h in part.parameters.items() if is_adapter(name)}
+    kernels: list[Kernels] = []
+    for name in (name for name in sizes if name.endswith(A)):
+        inputs, outputs = sizes[name] // rank, sizes[name.removesuffix(A) + B] // rank
+        kernels.append(Kernels(rows=rows, columns=rank, inner=inputs, half=half))
+        kernels.append(Kernels(rows=rows, columns=outputs, inner=rank, half=half))
+        kernels.append(Kernels(moved=(6.0 if half else 12.0) * rows * outputs))
+    return tuple(kernels)
 
 
 def _head(loads: Loads, part: RankLayer) -> Work:

@@ -37,14 +37,19 @@ from core.files.atomic import (
 )
 from core.log import LOG
 from data_pipeline.text.bpe import FILE, load_tokenizer
-from training.export.files import SHARDS, WEIGHTS, shard_names, write_index
+from training.export.files import (
+    CONFIG,
+    SHARDS,
+    WEIGHTS,
+    facts_with_new_names,
+    shard_names,
+    write_index,
+)
 from training.export.model_card import model_card
 from training.export.tokenizers import open_weights_of
 from training.export.weights import (
-    CONFIG,
     KINDS,
     Weights,
-    facts_with_new_names,
     misfits,
     open_model,
     write_model,

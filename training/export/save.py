@@ -16,6 +16,7 @@ from core.files.atomic import Json
 from core.log import LOG
 from core.storage.store import Store
 from training.export.files import (
+    DESCRIPTION,
     SHARDS,
     WEIGHTS,
     WeightsFile,
@@ -23,12 +24,7 @@ from training.export.files import (
     write_index,
     write_weights,
 )
-from training.export.weights import (
-    DESCRIPTION,
-    averaged_weight,
-    network_shapes,
-    write_description,
-)
+from training.export.weights import averaged_weight, network_shapes, write_description
 
 
 @dataclass(frozen=True, kw_only=True)

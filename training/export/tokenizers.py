@@ -20,8 +20,8 @@ from models.tokenizers.protocol import (
 )
 from models.tokenizers.registry import kind_of, recognised, sizes_of
 from parallel.device import CPU
+from training.export.files import DESCRIPTION
 from training.export.weights import (
-    DESCRIPTION,
     TOKENIZER,
     Weights,
     build_model,

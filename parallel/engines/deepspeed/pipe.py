@@ -56,7 +56,8 @@ class DeepSpeedPipeEngine(DeepSpeedEngine):
         names = self._module.global_names()
         scales = scales_of(program, self._module.scales(), settings.engine)
         super().__init__(program, names, mesh, 1, scales, settings.judge)
-        elements = sum(p.numel() for p in names.values()) if settings.compress.on else None
+        compress, held = settings.compress.on, self._trained.values()
+        elements = sum(p.numel() for p in held) if compress else None
         config = zero_config(
             settings.optim, 1, settings.engine.gradient_accumulation_steps, elements
         )
@@ -171,7 +172,8 @@ class _Stages(PipelineModule):  # type: ignore[misc]
 
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
         """Weights whose gradients DeepSpeed adds up over the first and the last stage."""
-        return [(parameter, self._ends.handle) for parameter in self.on_both_ends()]
+        shared = [parameter for parameter in self.on_both_ends() if parameter.requires_grad]
+        return [(parameter, self._ends.handle) for parameter in shared]
 
     def scales(self) -> dict[str, Scale]:
         """The gradient scales of this stage's branches."""

@@ -262,6 +262,10 @@ class _Slices:
         for kind in ("exp_avg", "master"):
             data = self.data if kind == "master" else torch.full((3,), 9.0)
             yield StateSlice(name="w", kind=kind, shape=(2, 3), start=3, data=data)
+        yield StateSlice(name="still", kind="master", shape=(2,), start=0, data=torch.ones(2))
+
+    def frozen(self) -> frozenset[str]:
+        return frozenset({"still"})
 
     def kinds(self, name: str) -> list[str]:
         return self.kinds_stored
