@@ -65,21 +65,8 @@ def _given(
         model: options of the prior, as of `tapir train prior`
         jobs: --data plans pack and tokenize instead: hours, requests, bytes, dollars
     """
-    flags = PlanFlags(
-        preset=preset,
-        world=world,
-        gpu=gpu,
-        batch=batch,
-        calibration=calibration,
-        calibrate=calibrate,
-        published=published,
-        picture=picture,
-        json=json,
-        freeze=freeze,
-        lora=LoraConfig(rank=lora_rank),
-        cluster=cluster,
-        model=model,
-    )
+    given = {name: value for name, value in locals().items() if name not in ("jobs", "lora_rank")}
+    flags = PlanFlags(**given, lora=LoraConfig(rank=lora_rank))
     if jobs.data:
         _plan_jobs(flags, jobs)
     else:

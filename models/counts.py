@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from models.attention.masks import Kind, image_mask, layer_kind
 from models.config import PriorConfig
-from models.masks import Kind, image_mask, layer_kind
 
 
 @dataclass(frozen=True, kw_only=True)

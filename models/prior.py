@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import band_of, banded_attention
+from models.attention.banded import band_of, banded_attention
+from models.attention.flexible import flexible_attention
+from models.attention.masks import layer_kind
+from models.attention.rotary import rotary_table, rotary_table_on, rotate
 from models.config import PriorConfig
 from models.counts import block_matrices
-from models.flex_attention import flexible_attention
 from models.initialization import draw_normal, init_normal
-from models.masks import layer_kind
-from models.rotary import rotary_table, rotary_table_on, rotate
 from parallel.engines.protocol import Layer, Program, Recomputed
 from parallel.placement import tie
 from parallel.scales import Branch

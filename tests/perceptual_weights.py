@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from models.critics.perceptual import STAGES
 from models.initialization import generator
-from models.perceptual import STAGES
 
 
 def drawn_vgg() -> dict[str, Tensor]:

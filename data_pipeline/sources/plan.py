@@ -13,11 +13,11 @@ from core.files.atomic import sha256
 from core.storage.entry import Entry
 from core.storage.store import open_store
 from data_pipeline.config import DRAWN, DRAWN_COUNT, PackConfig
+from data_pipeline.sources.drawn.panels import CELLS
 from data_pipeline.sources.files import FilePair, folder_rows, loose_rows
 from data_pipeline.sources.listed import NOTHING, Listed, Packed
 from data_pipeline.sources.names import CAPTION, extension_of, is_picture, is_tar
 from data_pipeline.sources.pair import IGNORED, METADATA, Unusable, printable
-from data_pipeline.sources.panels import CELLS
 from data_pipeline.sources.patterns import Pattern, is_pattern
 from data_pipeline.sources.places import (
     Everything,

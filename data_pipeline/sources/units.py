@@ -7,12 +7,12 @@ from typing import Literal
 from data_pipeline.config import PackConfig
 from data_pipeline.formats.fetch import fetched
 from data_pipeline.images.crops import encode_png
+from data_pipeline.sources.drawn.panels import CAPTIONS, draw_panels, render_pair
+from data_pipeline.sources.drawn.shapes import draw_scene, render
 from data_pipeline.sources.emoji import emoji_pairs
 from data_pipeline.sources.files import FilePair, file_pair
 from data_pipeline.sources.pair import Pair, Unusable, unusable
-from data_pipeline.sources.panels import CAPTIONS, draw_panels, render_pair
 from data_pipeline.sources.places import Files
-from data_pipeline.sources.shapes import draw_scene, render
 from data_pipeline.sources.table import TablePart, table_pairs
 from data_pipeline.sources.tars import archive_pairs
 

@@ -17,7 +17,7 @@ from core.errors import InputError
 from core.keys import keyed_rng
 from core.log import progress
 from data_pipeline.formats.raw import RawRecord
-from data_pipeline.sources.shapes import matches, parse_caption
+from data_pipeline.sources.drawn.shapes import matches, parse_caption
 from data_pipeline.tokenize.encode import pictures_of
 from generation.config import DrawSettings
 from generation.text_to_image import Candidates, Studio, to_bytes

@@ -1,4 +1,4 @@
-"""Feature extractors of FID and IS: models/inception.py, or CLIP as a proxy."""
+"""Feature extractors of FID and IS: models/critics/inception.py, or CLIP as a proxy."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -13,7 +13,7 @@ from torch import Tensor
 from data_pipeline.text.bpe import encode
 from data_pipeline.tokenize.encode import to_tensor
 from models.clip import MOST_SCALE, Clip
-from models.inception import Features
+from models.critics.inception import Features
 from training.tasks.task import pad_text
 
 MOST_CLASSES = 1000

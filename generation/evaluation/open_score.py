@@ -12,7 +12,7 @@ from generation.evaluation.feature_extractors import ClipProxy, Network
 from generation.evaluation.overlap_report import read_overlap
 from generation.evaluation.score_job import ScoreJob
 from generation.ranking import TapirRanker, open_ranker
-from models.inception import Inception
+from models.critics.inception import Inception
 from parallel.device import CPU
 from parallel.precision import set_numerics
 from training.export.tokenizers import facts_of, open_weights_of

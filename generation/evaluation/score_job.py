@@ -53,7 +53,7 @@ from generation.evaluation.score_rows import (
     score_row,
 )
 from generation.text_to_image import Candidates, Studio
-from models.fid import SPLITS
+from models.critics.fid import SPLITS
 from parallel.precision import Numerics
 
 REQUEST, SCORES, PICTURES = "request.json", "scores.json", "pictures"

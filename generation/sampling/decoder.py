@@ -26,10 +26,10 @@ from generation.sampling.kv_cache import (
 )
 from generation.sampling.packed_linear import PackedLinear
 from generation.sampling.pipeline import Neighbours
+from models.attention.masks import Kind, full_mask, layer_kind
+from models.attention.rotary import Turns, rotary_table_on, rotate
 from models.config import PriorConfig
-from models.masks import Kind, full_mask, layer_kind
 from models.prior import PriorBlock, PriorEmbedding, PriorHead
-from models.rotary import Turns, rotary_table_on, rotate
 from parallel.tensor.ops import TensorParallel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

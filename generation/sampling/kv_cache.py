@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models.attention.masks import Kind, image_mask
 from models.config import PriorConfig
-from models.masks import Kind, image_mask
 
 _HERE = torch.device("cpu")
 _META = torch.device("meta")

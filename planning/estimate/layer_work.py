@@ -8,8 +8,8 @@ from dataclasses import replace
 from functools import lru_cache
 
 from models.adapters import A, B, is_adapter
+from models.attention.masks import Kind, full_mask, layer_kind
 from models.config import PriorConfig
-from models.masks import Kind, full_mask, layer_kind
 from planning.estimate.hardware import Hardware
 from planning.estimate.kernels import Kernels, Work
 from planning.estimate.layers import RankLayer

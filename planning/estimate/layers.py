@@ -18,9 +18,9 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import Function
 
 from models.adapters import attach
+from models.attention.rotary import rotary_table
 from models.config import LoraConfig, PriorConfig
 from models.prior import PriorBlock, PriorEmbedding, PriorHead, prior_layers, prior_loss
-from models.rotary import rotary_table
 from parallel.placement import Placement, placement_of
 from parallel.tensor.ops import TensorParallel
 from training.config import PriorTrain

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from models.attention.masks import layer_kind
 from models.counts import prior_flops
-from models.masks import layer_kind
 from parallel.ledger import Counts
 from parallel.mesh import RankCoordinates
 from planning.decode import Decoding

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import models.dvae
 import models.initialization
 import models.prior
-from models.attention import band_of
+from models.attention.banded import band_of
 from models.clip import Clip
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from models.dvae import DVAE

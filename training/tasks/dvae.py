@@ -19,9 +19,9 @@ from data_pipeline.streaming.mixed_source import first_of_each, open_source
 from data_pipeline.streaming.readable import Crop, ReadablePairs
 from data_pipeline.tokenize.encode import to_tensor
 from models.config import DVAEConfig
+from models.critics.fid import frechet_distance_of_few
+from models.critics.inception import Inception
 from models.dvae import DVAE
-from models.fid import frechet_distance_of_few
-from models.inception import Inception
 from parallel.engines.protocol import Batch
 from parallel.mesh import Mesh
 from training.config import DVAETrain

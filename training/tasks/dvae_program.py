@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from models.config import DVAEConfig
-from models.discriminator import Discriminator, hinge_loss
+from models.critics.discriminator import Discriminator, hinge_loss
+from models.critics.perceptual import Perceptual
 from models.dvae import DVAE, DVAETerms, negative_bound
 from models.logit_laplace import unsqueeze_pixels
-from models.perceptual import Perceptual
 from parallel.engines.protocol import Batch, Layer, Losses, Program
 from training.config import DVAETrain
 from training.tasks.dvae_config import DiscriminatorConfig, PerceptualConfig

@@ -22,7 +22,7 @@ from core.log import progress
 from data_pipeline.evaluation_sets import EvaluationSet, open_evaluation
 from data_pipeline.images.crops import square
 from data_pipeline.images.decode import decode_rgb
-from data_pipeline.sources.shapes import matches, parse_caption
+from data_pipeline.sources.drawn.shapes import matches, parse_caption
 from generation.evaluation.accuracy import best_of_shares, counts_up_to
 from generation.evaluation.blocks import Blocks
 from generation.evaluation.feature_extractors import Network
@@ -31,7 +31,7 @@ from generation.evaluation.suites.config import BestOfNConfig
 from generation.evaluation.suites.protocol import Inputs, Measured
 from generation.evaluation.suites.record import settings_json
 from generation.text_to_image import Studio
-from models.fid import ClassSums, frechet_distance_of_few
+from models.critics.fid import ClassSums, frechet_distance_of_few
 from training.export.tokenizers import facts_of, open_weights_of
 
 DRAWN, REAL = "drawn", "real"

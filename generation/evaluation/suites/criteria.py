@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
-from data_pipeline.sources.shapes import Scene, Seen, Thing, fits, related
+from data_pipeline.sources.drawn.shapes import Scene, Seen, Thing, fits, related
 
 ATTRIBUTES = ("size", "colour", "shape")
 

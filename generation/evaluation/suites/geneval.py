@@ -15,7 +15,7 @@ import numpy as np
 from core.errors import InputError
 from core.files.atomic import Json
 from core.keys import key_int
-from data_pipeline.sources.shapes import (
+from data_pipeline.sources.drawn.shapes import (
     COLOURS,
     EXTENT,
     RELATIONS,

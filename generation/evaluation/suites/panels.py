@@ -25,7 +25,7 @@ from core.storage.store import open_store
 from data_pipeline.formats.raw import RawSource
 from data_pipeline.images.crops import encode_png
 from data_pipeline.images.decode import decode_rgb
-from data_pipeline.sources.panels import (
+from data_pipeline.sources.drawn.panels import (
     CAPTIONS,
     CELLS,
     OPERATIONS,
@@ -36,7 +36,7 @@ from data_pipeline.sources.panels import (
     panel_of,
     render_pair,
 )
-from data_pipeline.sources.read_panels import read_pair
+from data_pipeline.sources.drawn.read_panels import read_pair
 from data_pipeline.streaming.stream import stored_records
 from data_pipeline.text.bpe import encode
 from generation.evaluation.accuracy import derangement, wilson_low

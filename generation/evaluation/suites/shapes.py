@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from core.files.atomic import Json
 from data_pipeline.evaluation_sets import open_evaluation
-from data_pipeline.sources.shapes import Scene, Seen, parse_caption, read_picture, render
+from data_pipeline.sources.drawn.shapes import Scene, Seen, parse_caption, read_picture, render
 from generation.evaluation.accuracy import best_of_shares, derangement, draw_all, wilson_low
 from generation.evaluation.suites.config import ShapesConfig
 from generation.evaluation.suites.criteria import CRITERIA, Criterion

@@ -2,7 +2,7 @@
 
 import math
 
-from bench.finetune import _fraction, _row
+from bench.finetune.parent import _fraction, _row
 
 
 def curve(*losses: float) -> list[dict[str, float]]:

@@ -14,7 +14,7 @@ from data_pipeline.config import PackConfig
 from data_pipeline.formats.raw import RawSource
 from data_pipeline.images.decode import decode_rgb
 from data_pipeline.packing.pack import pack
-from data_pipeline.sources.panels import (
+from data_pipeline.sources.drawn.panels import (
     CAPTIONS,
     COLUMNS,
     EXTENT,
@@ -31,7 +31,7 @@ from data_pipeline.sources.panels import (
     render_pair,
     render_panel,
 )
-from data_pipeline.sources.read_panels import follows, read_pair, read_panel
+from data_pipeline.sources.drawn.read_panels import follows, read_pair, read_panel
 from data_pipeline.streaming.stream import stored_records
 
 TOP = Panel(form="triangle", colour="blue", row=3, column=6)

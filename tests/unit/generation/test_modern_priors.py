@@ -14,8 +14,8 @@ from generation.sampling.decoder import Decoder, LocalPrior
 from generation.sampling.kv_cache import reads_of
 from generation.sampling.prompts import kept_tokens, prompt_of
 from generation.sampling.sampler import Sampler
+from models.attention.masks import Kind, image_mask
 from models.config import PriorConfig
-from models.masks import Kind, image_mask
 from tests.unit.models.test_models import CONFIG, prior_logits, trained_like
 from tests.unit.models.test_pins_modern import ALL, OPTIONS
 from training.data_requirements import model_size_problems

@@ -11,7 +11,7 @@ from core.files.atomic import Json
 from core.storage.store import open_store
 from data_pipeline.config import PackConfig
 from data_pipeline.packing.pack import pack
-from data_pipeline.sources.panels import CAPTIONS, OPERATIONS, Panel
+from data_pipeline.sources.drawn.panels import CAPTIONS, OPERATIONS, Panel
 from generation.evaluation.suites.config import PanelsConfig
 from generation.evaluation.suites.panels import PanelsSuite, judged
 from generation.evaluation.suites.run import run_suite

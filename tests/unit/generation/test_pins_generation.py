@@ -18,7 +18,7 @@ from generation.sampling.decoder import Decoder, LocalPrior
 from generation.sampling.draw import choose, guided
 from generation.sampling.sampler import Prompt, Sampler, _span, _split
 from models.config import PriorConfig
-from models.fid import ClassSums, Moments, frechet_distance, inception_score, part_of
+from models.critics.fid import ClassSums, Moments, frechet_distance, inception_score, part_of
 from parallel.tensor.ops import TensorParallel
 from tests.unit.models.test_models import CONFIG, prior_batch, prior_logits, trained_like
 

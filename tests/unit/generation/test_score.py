@@ -32,9 +32,9 @@ from generation.evaluation.feature_extractors import ClipProxy, blurred
 from generation.evaluation.open_score import open_job
 from generation.evaluation.score_job import ScoreJob
 from generation.text_to_image import open_studio
+from models.critics.fid import frechet_distance_of_few
+from models.critics.inception import Inception
 from models.dvae import DVAE
-from models.fid import frechet_distance_of_few
-from models.inception import Inception
 from models.third_party import foreign_module
 from parallel.device import CPU
 from tests.harness import tapir

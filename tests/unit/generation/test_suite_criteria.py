@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from core.keys import keyed_rng
-from data_pipeline.sources.shapes import Seen, Thing, matches, parse_caption, read_picture, render
+from data_pipeline.sources.drawn.shapes import (
+    Seen,
+    Thing,
+    matches,
+    parse_caption,
+    read_picture,
+    render,
+)
 from generation.evaluation.accuracy import derangement
 from generation.evaluation.suites.best_of_n import best_places
 from generation.evaluation.suites.clipscore import clip_scores
@@ -14,7 +21,7 @@ from generation.evaluation.suites.config import ShapesConfig
 from generation.evaluation.suites.criteria import CRITERIA
 from generation.evaluation.suites.geneval import TASKS, chosen
 from generation.evaluation.suites.shapes import ShapesSuite
-from models.fid import Moments, frechet_distance, frechet_distance_of_few
+from models.critics.fid import Moments, frechet_distance, frechet_distance_of_few
 
 ONE = "a small red circle"
 TWO = "a small red circle left of a large blue square"

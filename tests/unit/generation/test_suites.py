@@ -25,7 +25,7 @@ from generation.evaluation.suites.record import FILE
 from generation.evaluation.suites.registry import SUITES
 from generation.ranking import WEIGHTS, open_ranker
 from generation.text_to_image import Studio, open_studio
-from models.fid import Moments, frechet_distance
+from models.critics.fid import Moments, frechet_distance
 from parallel.device import CPU
 from tests.unit.finished import write_models, write_open_clip
 from tests.unit.layouts import write_coco, write_cub

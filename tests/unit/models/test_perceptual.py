@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from core.errors import InputError
-from models.discriminator import Discriminator, hinge_loss
+from models.critics.discriminator import Discriminator, hinge_loss
+from models.critics.perceptual import Perceptual, read_tensors
 from models.initialization import generator
-from models.perceptual import Perceptual, read_tensors
 from tests.perceptual_weights import drawn_linear, drawn_pictures, drawn_vgg, write_weights
 
 LPIPS = [0.763145692, 0.744215258]

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import flex_attention as flex
-from models.attention import band_of, banded_attention
+from models.attention import flexible as flex
+from models.attention.banded import band_of, banded_attention
+from models.attention.flexible import mask_mod, transposed
+from models.attention.masks import Kind, full_mask, image_mask
+from models.attention.rotary import rotary_table, rotary_table_on, rotate
 from models.config import PriorConfig
 from models.counts import attended_pairs, prior_flops, prior_parameters
-from models.flex_attention import mask_mod, transposed
-from models.masks import Kind, full_mask, image_mask
 from models.prior import (
     TABLES,
     PriorBlock,
@@ -25,7 +26,6 @@ from models.prior import (
     prior_layers,
     prior_program,
 )
-from models.rotary import rotary_table, rotary_table_on, rotate
 from parallel.placement import global_names, placement_of, tie
 from parallel.tensor.layers import HeadNorm
 from parallel.tensor.ops import TensorParallel

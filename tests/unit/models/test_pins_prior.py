@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.attention import band_of
+from models.attention.banded import band_of
+from models.attention.flexible import mask_mod
+from models.attention.masks import full_mask, image_mask
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from models.counts import attended_pairs, prior_flops, prior_parameters
-from models.flex_attention import mask_mod
-from models.masks import full_mask, image_mask
 from models.prior import (
     PAD,
     PriorBlock,
@@ -326,7 +326,7 @@ def _assert_told(problems: list[str], message: str) -> None:
 
 
 def test_a_column_layer_is_transposed_and_back() -> None:
-    from models.flex_attention import transposed
+    from models.attention.flexible import transposed
 
     x = torch.arange(7.0).view(1, 1, 7, 1)
     turned: Tensor = transposed(x, 3, 2)

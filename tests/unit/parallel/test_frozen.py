@@ -28,7 +28,7 @@ BATCH = {
 }
 
 
-def test_an_expression_is_found_anywhere_in_a_global_name() -> None:
+def test_an_expression_matches_anywhere_in_a_global_name() -> None:
     program = freeze(prior_program(CONFIG, 0), r"^block000\.|head\.text")
     names = Whole(program, EngineConfig(), torch.device("cpu")).stage.global_names()
     frozen = names.keys() - trained(names).keys()

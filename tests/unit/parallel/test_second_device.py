@@ -24,7 +24,7 @@ from checkpoint.writer import write_checkpoint
 from core.config import to_json
 from core.heartbeat import Heart
 from core.storage.store import FolderStore
-from models.masks import full_mask
+from models.attention.masks import full_mask
 from parallel.compress.advisor import measure_compute
 from parallel.compress.powersgd import MatrixShard, PowerSGD
 from parallel.config import CompressConfig, EngineConfig, OptimConfig

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models.config import DVAEConfig
-from models.discriminator import hinge_loss
+from models.critics.discriminator import hinge_loss
 from models.dvae import DVAE, negative_bound
 from models.initialization import generator
 from models.logit_laplace import unsqueeze_pixels

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from core.errors import InputError
 from core.keys import keyed_rng
-from data_pipeline.sources.shapes import AREA, BACKGROUND, COLOURS, SUPERSAMPLE, Image
+from data_pipeline.sources.drawn.shapes import AREA, BACKGROUND, COLOURS, SUPERSAMPLE, Image
 
 CELLS = 8
 """Height of a panel in cells; it is twice as wide."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import InputError
-from data_pipeline.sources.panels import (
+from data_pipeline.sources.drawn.panels import (
     CELLS,
     COLUMNS,
     EXTENT,
@@ -22,7 +22,7 @@ from data_pipeline.sources.panels import (
     Panel,
     render_panel,
 )
-from data_pipeline.sources.shapes import BACKGROUND, COLOURS, Image
+from data_pipeline.sources.drawn.shapes import BACKGROUND, COLOURS, Image
 
 MOST_WRONG = 0.15
 """Pixels of another colour than the closest figure's, as a fraction of the figure, above which a

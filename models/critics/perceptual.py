@@ -85,9 +85,7 @@ class Perceptual(nn.Module):
         mine.copy_(tensors[theirs].view(mine.shape))
 
     def _scaled(self, image: Tensor) -> Tensor:
-        shift: Tensor = self.shift
-        scale: Tensor = self.scale
-        return (2 * image - 1 - shift) / scale
+        return (2 * image - 1 - self.get_buffer("shift")) / self.get_buffer("scale")
 
     def _stage(self, x: Tensor, stage: int) -> Tensor:
         if stage:

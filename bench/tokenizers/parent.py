@@ -30,9 +30,9 @@ from data_pipeline.streaming.mixed_source import open_source
 from data_pipeline.streaming.stream import first_records
 from data_pipeline.tokenize.encode import to_tensor
 from models.config import DVAEConfig
+from models.critics.fid import frechet_distance_of_few
+from models.critics.inception import Inception
 from models.dvae import DVAE
-from models.fid import frechet_distance_of_few
-from models.inception import Inception
 from models.tokenizers.protocol import ImageTokenizer
 from training.export.tokenizers import open_tokenizer
 from training.tasks.task import perplexity
@@ -78,8 +78,8 @@ def run(folders: str = "", data: str = "", inception: str = "") -> list[Row]:
     label = "rFID" if inception else "proxy rFID"
     if folders:
         source = data or _packed("shapes")
-        found = {folder: [measure(Path(folder), source, extract)] for folder in folders.split(",")}
-        return list(_rows("", found, label))
+        given = {folder: [measure(Path(folder), source, extract)] for folder in folders.split(",")}
+        return list(_rows("", given, label))
     rows: list[Row] = []
     for name in SETS:
         raw = data or _packed(name)
@@ -122,12 +122,12 @@ def _round_trip(tokenizer: ImageTokenizer, pixels: Tensor) -> tuple[Tensor, Tens
     return torch.cat(codes), torch.cat(again), time.process_time() - began
 
 
-def _rows(prefix: str, found: dict[str, list[Figures]], label: str) -> Iterator[Row]:
+def _rows(prefix: str, measured: dict[str, list[Figures]], label: str) -> Iterator[Row]:
     """Each figure beside that of the first tokenizer."""
-    first = next(iter(found))
-    for figure in found[first][0]:
-        base = [row[figure] for row in found[first]]
-        for name, seeds in found.items():
+    first = next(iter(measured))
+    for figure in measured[first][0]:
+        base = [row[figure] for row in measured[first]]
+        for name, seeds in measured.items():
             values = [row[figure] for row in seeds]
             pairs = [(a, b) for a, b in zip(values, base, strict=True)]
             ratios = [b / a if figure in LOWER else a / b for a, b in pairs]

@@ -112,7 +112,7 @@ def test_adapters_that_were_frozen_are_those_of_the_base(tmp_path: Path) -> None
     assert torch.equal(weight, open_model(base, "prior").read("block001.up.weight"))
 
 
-def test_models_that_moved_together_are_found(models: tuple[Path, Path, Whole]) -> None:
+def test_models_that_moved_together_are_opened(models: tuple[Path, Path, Whole]) -> None:
     base, folder, _ = models
     before = open_model(folder, "prior").digest
     home = folder.parent / "moved"
@@ -124,7 +124,7 @@ def test_models_that_moved_together_are_found(models: tuple[Path, Path, Whole]) 
     assert open_model(home / "adapters", "prior").digest == before
 
 
-def test_another_base_is_refused_and_a_damaged_one_found(models: tuple[Path, Path, Whole]) -> None:
+def test_another_base_and_a_damaged_one_are_refused(models: tuple[Path, Path, Whole]) -> None:
     base, folder, _ = models
     file = base / "model.safetensors"
     good = file.read_bytes()

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from models.masks import Kind, full_mask, image_mask
+from models.attention.masks import Kind, full_mask, image_mask
 from parallel.precision import small_matmuls
 
 CACHED = 64 * 1024
