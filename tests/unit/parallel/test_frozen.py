@@ -63,7 +63,7 @@ def test_one_process_changes_and_counts_what_is_trained_alone() -> None:
 def test_what_cannot_be_trained_is_refused(caplog: pytest.LogCaptureFixture) -> None:
     program = prior_program(CONFIG, 0)
     with pytest.raises(ConfigError, match="found in no parameter's name; there are embedding"):
-        check_frozen(freeze(program, "blok"), "blok", 1)
+        check_frozen(freeze(program, "blk"), "blk", 1)
     with pytest.raises(ConfigError, match="no parameter to train"):
         check_frozen(freeze(program, "."), ".", 1)
     with pytest.raises(ConfigError, match="stage 0 of 4 of the pipeline has no parameter to train"):
