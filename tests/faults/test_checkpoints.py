@@ -313,6 +313,7 @@ def test_each_rank_deletes_its_own_files(tmp_path: Path) -> None:
         for step in (2, 3):
             run.save(step, _slices(1.0)[number : number + 1], {"step": step})
             assert not run.failure()
+        gather("")  # until all have deleted
         if number == 0:
             (tmp_path / "step-2").mkdir()
             for name in ("rank-00003.safetensors", "rank-00004.safetensors"):

@@ -72,7 +72,7 @@ def test_workers_share_the_time_and_nothing_else() -> None:
     for alone, shared in zip(one, many, strict=True):
         assert shared == replace(alone, hours=shared.hours)
         assert shared.hours == pytest.approx(alone.hours / 50)
-    assert one[0].hours == pytest.approx(10**7 / 351 / 3600)
+    assert one[0].hours == pytest.approx(10**7 / 600 / 3600)
     assert one[0].written_bytes == 10**7 * (30_000 + 90)
     placed = plan_data(10**7, DataFlags(in_place=True))[0]
     assert placed.written_bytes == 10**7 * 90
