@@ -92,7 +92,8 @@ def _fits(hint: Any, item: Any) -> bool:
     if hint is types.NoneType:
         return item is None
     if typing.get_origin(hint) is tuple:
-        return isinstance(item, list | tuple) and all(isinstance(each, str) for each in item)
+        part = typing.get_args(hint)[0]
+        return isinstance(item, list | tuple) and all(_fits(part, each) for each in item)
     if hint is Path:
         return isinstance(item, str | Path)
     if hint is float:

@@ -3,11 +3,13 @@
 This project measured none of these constants: each names its source.
 """
 
+import re
 from dataclasses import dataclass
 from math import prod
 
 from core.memory import size_text
 from models.initialization import ROWS_A_KEY
+from models.prior import TABLES
 from planning.estimate.hardware import GB, Hardware
 from planning.estimate.memory import Bytes, Loads
 from planning.estimate.zero_layout import groups_of, shard_numel, stage_of_zero
@@ -72,7 +74,7 @@ def communicators(settings: PriorTrain, stage: int = 0) -> list[tuple[int, bool]
         groups += [(mesh.tensor * mesh.pipeline, True), (mesh.tensor, True)]
         groups += [(mesh.pipeline, False)] * 2 + [(mesh.data, True)] * 2
         groups += [(mesh.tensor, False)] if mesh.pipeline > 1 else []
-        ends = settings.model.tied and mesh.pipeline > 1 and stage in (0, mesh.pipeline - 1)
+        ends = _shares_tables(settings) and stage in (0, mesh.pipeline - 1)
         groups += [(2, True)] if ends else []
     elif mesh.nodes > 1:
         groups += [(mesh.local, False), (mesh.nodes, True)]
@@ -81,6 +83,13 @@ def communicators(settings: PriorTrain, stage: int = 0) -> list[tuple[int, bool]
     elif cloned:
         groups += [(mesh.data, True)]
     return [row for row in groups if row[0] > 1]
+
+
+def _shares_tables(settings: PriorTrain) -> bool:
+    """True if the first and the last stage add up gradients of tied embeddings."""
+    if not settings.model.tied or settings.mesh.pipeline == 1 or settings.lora.rank:
+        return False
+    return not all(settings.freeze and re.search(settings.freeze, name) for name in TABLES)
 
 
 def nccl_bytes(settings: PriorTrain, hardware: Hardware) -> Bytes:

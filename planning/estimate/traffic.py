@@ -6,6 +6,7 @@ ZeRO-3, gathers once more. Bytes are those of the larger side of an operation.
 
 from collections.abc import Iterator, Mapping
 
+from models.config import PriorConfig
 from models.prior import BRANCHES, LOSSES, TABLES
 from parallel.config import MeshConfig
 from parallel.control import FIELDS
@@ -189,7 +190,8 @@ def _gradients(loads: Loads, tally: Tally) -> None:
 
 def tied_elements(loads: Loads) -> list[int]:
     """Sizes of the gradients that the first and the last stage add up."""
-    if not loads.settings.model.tied or loads.settings.mesh.pipeline == 1:
+    model = loads.settings.model
+    if not isinstance(model, PriorConfig) or not model.tied or loads.settings.mesh.pipeline == 1:
         return []
     held = loads.held
     return [held[name].numel for name in TABLES if name in held and held[name].trained]

@@ -186,7 +186,7 @@ class _Studio:
 
     def __init__(self) -> None:
         self.drawn: list[tuple[int, DrawSettings]] = []
-        self.dvae = SimpleNamespace(config=SimpleNamespace(pixels=4))
+        self.images = SimpleNamespace(facts=SimpleNamespace(pixels=4))
 
     def draw(self, captions: list[str], settings: DrawSettings) -> list[Any]:
         self.drawn.append((len(captions), settings))
@@ -307,7 +307,7 @@ def test_a_derangement_has_no_fixed_point() -> None:
             order = accuracy.derangement(count, seed)
             assert sorted(order) == list(range(count))
             assert all(order[i] != i for i in range(count))
-    assert accuracy.derangement(50, 1).tolist() != accuracy._derangement(50, 2).tolist()
+    assert accuracy.derangement(50, 1).tolist() != accuracy.derangement(50, 2).tolist()
     cycle, at = accuracy.derangement(9, 5), 0
     for _ in range(9):
         at = int(cycle[at])

@@ -49,8 +49,8 @@ from training.trainer import Run
 pytestmark = pytest.mark.seconds
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, kind: Any, text: int, grid: int, conv: int) -> Tensor:
-    mask = full_mask(kind, text, grid, conv).to(q.device)
+def _dense(q: Tensor, k: Tensor, v: Tensor, *shape: Any) -> Tensor:
+    mask = full_mask(*shape).to(q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
