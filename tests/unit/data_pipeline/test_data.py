@@ -81,7 +81,7 @@ def test_a_folder_packs_and_the_same_command_again_changes_nothing(tmp_path: Pat
 def test_bad_folders_are_refused_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     out = str(tmp_path / "out")
-    assert "holds no pairs: no tars, tables or images" in tapir("pack", str(tmp_path / "empty"), out, code=2)
+    assert "holds no pairs: no tars" in tapir("pack", str(tmp_path / "empty"), out, code=2)
     bad = _folder(tmp_path / "bad", {"a": b"fine", "b": b"caf\xe9"})
     text = tapir("pack", str(bad), out, code=2)
     assert "b.png is not UTF-8 (byte 3)" in text
