@@ -50,11 +50,10 @@ def report(arguments: list[str]) -> None:
     """`tapir report DIR`."""
 
     def run(folder: PositionalText = "runs/demo") -> None:
-        """Write report.html of a finished demo or submitted run, and leaderboard.md of its suites.
+        """Write report.html of a finished demo or submitted run.
 
         Args:
-            folder: the --out of `tapir demo`, the `out` of a run file, or a folder in which
-                `tapir evaluate --suite` wrote
+            folder: the --out of `tapir demo`, or the `out` of a run file
         """
         from workflow.report import write_report  # noqa: PLC0415
         from workflow.summary import summarise_chain  # noqa: PLC0415

@@ -98,8 +98,7 @@ class Branch(nn.Module):
             return rounded.float() / scale.value
 
         for parameter in parameters:
-            if parameter.requires_grad:
-                parameter.register_hook(unscale)
+            parameter.register_hook(unscale)
 
 
 class Scales:

@@ -10,9 +10,7 @@ from core.storage.store import open_store
 from data_pipeline.catalogue.parts import verify_catalogue
 from data_pipeline.formats.manifest import NAME, SPLITS
 from data_pipeline.formats.verify import verify_split
-from training.export.files import DESCRIPTION
-from training.export.weights import KINDS as MODELS
-from training.export.weights import describe
+from training.export.weights import DESCRIPTION, describe
 
 
 def verify_path(path: str, sample: float = 1.0) -> list[str]:
@@ -39,7 +37,7 @@ def verify_path(path: str, sample: float = 1.0) -> list[str]:
     if "://" in path:
         return verified
     if (folder / DESCRIPTION).exists():
-        for stage in MODELS:
+        for stage in ("dvae", "prior", "clip"):
             try:
                 describe(folder, stage)
                 verified.append(f"{folder}/{DESCRIPTION}")
