@@ -6,8 +6,8 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import matplotlib
@@ -22,13 +22,12 @@ PACKAGE = "scikit-learn==1.7.2"
 TARS = 8
 
 
-@dataclass(frozen=True, kw_only=True)
-class Kind:
+class Kind(NamedTuple):
     """A size of picture."""
 
     name: str
-    width: int
-    height: int
+    sides: tuple[int, int]
+    """Width and height."""
     bytes: int
     """About; a JPEG's quality is chosen for it. 0 = quality 90."""
     pictures: int
@@ -40,30 +39,9 @@ class Kind:
 def kinds() -> list[Kind]:
     """Those that are measured."""
     return [
-        Kind(
-            name="30 kB",
-            width=400,
-            height=300,
-            bytes=30_000,
-            pictures=sized(3000, 30),
-            count=sized(1500, 4),
-        ),
-        Kind(
-            name="300 kB",
-            width=1280,
-            height=960,
-            bytes=300_000,
-            pictures=sized(500, 10),
-            count=sized(160, 2),
-        ),
-        Kind(
-            name="12 megapixels",
-            width=4000,
-            height=3000,
-            bytes=0,
-            pictures=sized(60, 6),
-            count=sized(8, 2),
-        ),
+        Kind("30 kB", (400, 300), 30_000, sized(3000, 30), sized(1500, 4)),
+        Kind("300 kB", (1280, 960), 300_000, sized(500, 10), sized(160, 2)),
+        Kind("12 megapixels", (4000, 3000), 0, sized(60, 6), sized(8, 2)),
     ]
 
 
@@ -104,8 +82,8 @@ def _picture(photograph: NDArray[np.uint8], kind: Kind, number: int) -> bytes:
     high, wide = int(height * share), int(width * share)
     top, left = (int(rng.integers(0, most + 1)) for most in (height - high, width - wide))
     part = photograph[top : top + high, left : left + wide]
-    large = cv2.resize(part, (kind.width, kind.height), interpolation=cv2.INTER_CUBIC)
-    grain = rng.integers(-6, 7, (kind.height, kind.width, 1), np.int16)
+    large = cv2.resize(part, kind.sides, interpolation=cv2.INTER_CUBIC)
+    grain = rng.integers(-6, 7, (*kind.sides[::-1], 1), np.int16)
     pixels = np.clip(large.astype(np.int16) + grain, 0, 255).astype(np.uint8)
     low, best = 20, 96
     if not kind.bytes:

@@ -199,6 +199,15 @@ def _json_parts(body: dict[str, Any], shards: list[Shard]) -> Iterator[bytes]:
     yield after
 
 
+def kind_of(store: Store, prefix: str) -> str:
+    """RAW or TOKENS: the kind of a split's data set; RAW if its format is neither's.
+
+    Raises: CorruptError if the manifest is damaged.
+    """
+    name = _unseal(store.get(prefix + NAME), f"{store.url}/{prefix}{NAME}").get("format")
+    return next((kind for kind, names in _READABLE.items() if name in names), RAW)
+
+
 def read_manifest(store: Store, prefix: str, kind: str, version: int = NEWEST) -> Manifest:
     """Read and check the manifest of a data set of this format; `version`: one before the newest.
 

@@ -11,7 +11,7 @@ from core.storage.store import Store
 from data_pipeline.formats.ids import NAME as IDS
 from data_pipeline.formats.ids import row_type
 from data_pipeline.formats.index import BlockReader, read_index, read_shard_index
-from data_pipeline.formats.manifest import NAME, RAW, TOKENS, Manifest, Shard, read_manifest
+from data_pipeline.formats.manifest import Manifest, Shard, kind_of, read_manifest
 
 _THREADS = 16
 _PART = 8 * 2**20
@@ -26,8 +26,7 @@ def verify_split(store: Store, split: str, sample: float = 1.0, seed: int = 0) -
     Raises: CorruptError naming the first damaged file.
     """
     prefix = f"{split}/"
-    body = store.get(prefix + NAME)
-    kind = TOKENS if TOKENS.encode() in body else RAW
+    kind = kind_of(store, prefix)
     manifest = read_manifest(store, prefix, kind)
     blocks = BlockReader(store, prefix, manifest)
     indexed = [shard for shard in manifest.shards if shard.index_sha256]

@@ -18,7 +18,7 @@ from core.storage.store import FolderStore
 from data_pipeline.config import FilterConfig, PackConfig
 from data_pipeline.evaluation_sets import packed_set
 from data_pipeline.formats.in_place import InPlaceUnit
-from data_pipeline.formats.manifest import SPLITS
+from data_pipeline.formats.manifest import NAME, SPLITS, TOKENS
 from data_pipeline.formats.raw import RawSource
 from data_pipeline.formats.raw_set import write_split
 from data_pipeline.packing.pack import pack
@@ -34,6 +34,7 @@ from tests.in_place import (
     tar_bytes,
     written,
 )
+from workflow.verify import verify_path
 
 
 def _webdataset(first: int, count: int) -> list[tuple[str, bytes]]:
@@ -251,3 +252,17 @@ def test_a_truncated_archive_keeps_its_whole_pairs(tmp_path: Path) -> None:
             assert int(index.start[-1]) + int(index.bytes[-1]) <= cut
         assert bool(whole) == bool(shards)
     assert kept[:2] == [9, 8] and 0 < kept[2] < 8 and kept[3] == 0
+
+
+def test_a_set_is_verified_as_its_format_says_whatever_its_places_are_called(
+    tmp_path: Path,
+) -> None:
+    written(tmp_path / TOKENS, "a.tar", img2dataset(0, 40))
+    store = FolderStore(tmp_path / "out")
+    pack(str(tmp_path / TOKENS), store, PackConfig(in_place=True, validation=0.3, block=4))
+    assert TOKENS in store.get(f"train/{NAME}").decode()
+    assert [line.rpartition("/")[2] for line in verify_path(store.url)] == [
+        "train: 1 shards",
+        "validation: 1 shards",
+        "catalogue: 1 files",
+    ]

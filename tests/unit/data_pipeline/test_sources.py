@@ -30,6 +30,14 @@ def _picture(seed: int, size: tuple[int, int] = (40, 40)) -> bytes:
     return encode_png(noise.astype(np.uint8))
 
 
+def _numbered(folder: Path, count: int, extension: str = "png") -> None:
+    """Make a folder of pairs."""
+    folder.mkdir()
+    for i in range(count):
+        (folder / f"{i:02d}.{extension}").write_bytes(_picture(i))
+        (folder / f"{i:02d}.txt").write_text(f"number {i}")
+
+
 def _pairs(out: Path) -> dict[str, RawRecord]:
     sources = [RawSource(FolderStore(out), split) for split in ("train", "validation")]
     return {r.key: r for s in sources for block in range(len(s.sizes)) for r in s.read(block)}
@@ -232,10 +240,8 @@ def test_nothing_in_a_folder_of_tars_is_passed_over_in_silence(tmp_path: Path) -
 
 def test_capitals_are_pictures_too_and_count_counts_pairs(tmp_path: Path) -> None:
     source = tmp_path / "in"
-    source.mkdir()
+    _numbered(source, 12, "JPEG")
     for i in range(12):
-        (source / f"{i:02d}.JPEG").write_bytes(_picture(i))
-        (source / f"{i:02d}.txt").write_text(f"number {i}")
         (source / f"{i:02d}.note").write_text("x")
     manifests = pack(
         str(source), FolderStore(tmp_path / "out"), PackConfig(validation=0.4, count=10)
@@ -245,11 +251,8 @@ def test_capitals_are_pictures_too_and_count_counts_pairs(tmp_path: Path) -> Non
 
 def test_links_to_nothing_are_rejects(tmp_path: Path) -> None:
     pictures, tars = tmp_path / "pictures", tmp_path / "tars"
-    for folder in (pictures, tars):
-        folder.mkdir()
-    for i in range(12):
-        (pictures / f"{i:02d}.png").write_bytes(_picture(i))
-        (pictures / f"{i:02d}.txt").write_text(f"number {i}")
+    _numbered(pictures, 12)
+    tars.mkdir()
     (pictures / "gone.png").symlink_to(tmp_path / "nothing")
     _tar(tars / "a.tar", [f"{i}.{e}" for i in range(12) for e in ("png", "txt")])
     (tars / "gone.tar").symlink_to(tmp_path / "nothing")
@@ -263,10 +266,7 @@ def test_links_to_nothing_are_rejects(tmp_path: Path) -> None:
 
 def test_a_failed_mend_deletes_nothing_of_a_finished_set(tmp_path: Path) -> None:
     source = tmp_path / "in"
-    source.mkdir()
-    for i in range(30):
-        (source / f"{i:02d}.png").write_bytes(_picture(i))
-        (source / f"{i:02d}.txt").write_text(f"number {i}")
+    _numbered(source, 30)
     config, out = PackConfig(validation=0.4, shard_pairs=10), FolderStore(tmp_path / "out")
     pack(str(source), out, config)
     before = {name: out.get(name) for name in out.names()}
@@ -293,10 +293,7 @@ def test_a_failed_mend_deletes_nothing_of_a_finished_set(tmp_path: Path) -> None
 
 def test_a_refused_pack_leaves_the_place_as_it_was(tmp_path: Path) -> None:
     source = tmp_path / "in"
-    source.mkdir()
-    for i in range(12):
-        (source / f"{i:02d}.png").write_bytes(_picture(i))
-        (source / f"{i:02d}.txt").write_text(f"number {i}")
+    _numbered(source, 12)
     (source / "zz.png").write_bytes(b"broken")
     (source / "zz.txt").write_text("broken")
     out = FolderStore(tmp_path / "out")
