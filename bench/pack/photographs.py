@@ -32,8 +32,8 @@ class Kind(NamedTuple):
     """About; a JPEG's quality is chosen for it. 0 = quality 90."""
     pictures: int
     """Different ones; a picture may occur under several keys."""
-    count: int
-    """Pairs of an archive."""
+    pairs: int
+    """Of an archive."""
 
 
 def kinds() -> list[Kind]:
@@ -55,7 +55,7 @@ def archives(kind: Kind) -> Path:
     for archive in range(TARS):
         staged = folder / f".{archive:05d}"
         with tarfile.open(staged, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for i in range(archive * kind.count, (archive + 1) * kind.count):
+            for i in range(archive * kind.pairs, (archive + 1) * kind.pairs):
                 parts = {
                     "jpg": pictures[i % len(pictures)],
                     "json": f'{{"key": "{i:09d}", "status": "success"}}'.encode(),
