@@ -26,6 +26,7 @@ from data_pipeline.catalogue.near import (
     Edges,
     Words,
     bands_of,
+    distinct,
     ends_of,
     is_flat,
     keep_first,
@@ -145,7 +146,7 @@ class _Search:
                 for rows in parts:
                     partitions.add(bands_of(rows["key"], band), rows)
                 partitions.flush()
-                edges = np.unique(np.concatenate([edges, *self._edges(partitions, band)]))
+                edges = distinct(np.concatenate([edges, *self._edges(partitions, band)]))
         earlier, later, bits = ends_of(keep_first(edges, len(self._kinds)))
         same = np.flatnonzero(self._kinds == NEAR)
         self._kinds[later], self._firsts[later] = NEAR + bits, earlier
@@ -177,7 +178,7 @@ def _repeated(
 ) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
     """Rows whose key an earlier row has, and the first row of each one's key."""
     heads = np.sort(keys[:, 0])
-    several = np.unique(heads[1:][heads[1:] == heads[:-1]])
+    several = distinct(heads[1:][heads[1:] == heads[:-1]])
     if not len(several):
         return np.empty(0, np.uint32), np.empty(0, np.uint32)
     places = np.searchsorted(several, keys[:, 0])

@@ -86,7 +86,7 @@ def near_edges(
     crowded = Crowded()
     for part in _other_parts(looks[members], band):
         edges += _cut_further(looks, rows, members, values << _PART_BITS | part, most, crowded)
-    return np.unique(np.concatenate([np.empty(0, np.uint64), *edges])), crowded
+    return distinct(np.concatenate([np.empty(0, np.uint64), *edges])), crowded
 
 
 def _cut_further(
@@ -153,6 +153,14 @@ def _other_parts(looks: Words, band: int) -> Iterator[Words]:
     for part in range(_PARTS):
         low, middle, high = rest[:, part * _PART_BYTES : (part + 1) * _PART_BYTES].T
         yield low | middle << np.uint64(8) | high << np.uint64(16)
+
+
+def distinct(values: NDArray[Any]) -> NDArray[Any]:
+    """Sorted values, each once: `np.unique` hashes, which is slower (docs/LOG.md)."""
+    values = np.sort(values, kind="stable")
+    is_first = np.append(np.ones(min(len(values), 1), np.bool_), values[1:] != values[:-1])
+    once: NDArray[Any] = values[is_first]
+    return once
 
 
 def edges_of(one: NDArray[Any], other: NDArray[Any], bits: NDArray[Any]) -> Edges:

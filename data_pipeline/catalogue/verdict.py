@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from core.errors import InputError
-from data_pipeline.catalogue.near import MOST_ROWS, Crowded
+from data_pipeline.catalogue.near import MOST_ROWS, Crowded, distinct
 from data_pipeline.catalogue.schema import SCHEMA
 from data_pipeline.formats.fetch import fetched
 from data_pipeline.images.decode import LOOK_BITS
@@ -107,7 +107,7 @@ class Verdict:
     def left_out(self) -> Iterator[pa.Table]:
         """The rows that the set leaves out, a LEFT_OUT table for each part that has some."""
         dropped = np.flatnonzero(self.kinds >= KEY)
-        firsts = np.unique(self.firsts[dropped])
+        firsts = distinct(self.firsts[dropped])
         keys = self._keys(firsts)
         some = [part for part in range(len(self.parts)) if (self.of_part(part) >= KEY).any()]
         yield from fetched(lambda part: self._table(part, firsts, keys), some, _THREADS)

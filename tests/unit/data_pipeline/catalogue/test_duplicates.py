@@ -10,7 +10,15 @@ from numpy.typing import NDArray
 
 from data_pipeline.catalogue import near, partition
 from data_pipeline.catalogue.duplicates import duplicates
-from data_pipeline.catalogue.near import BANDS, bands_of, edges_of, ends_of, keep_first, near_edges
+from data_pipeline.catalogue.near import (
+    BANDS,
+    bands_of,
+    distinct,
+    edges_of,
+    ends_of,
+    keep_first,
+    near_edges,
+)
 from data_pipeline.catalogue.schema import CatalogueWriter, Row
 from data_pipeline.catalogue.verdict import CONDITION, DUPLICATE, KEPT, KEY, NEAR, REJECTED, Verdict
 from data_pipeline.config import FilterConfig
@@ -141,6 +149,12 @@ def test_every_setting_equals_the_definition_in_many_partitions(
         verdict = duplicates(_parts(rows, tmp_path, 400), config, tmp_path, threads)
         assert _result(verdict) == _by_definition(rows, config)
     assert {path.suffix for path in tmp_path.iterdir()} == {".parquet"}, "temporary files are left"
+
+
+@pytest.mark.parametrize("values", [[], [3], [5, 1, 5, 1, 2], [2**64 - 1, 0, 0]])
+def test_distinct_values_are_those_of_numpy(values: list[int]) -> None:
+    array = np.array(values, np.uint64)
+    assert distinct(array).tolist() == np.unique(array).tolist()
 
 
 def test_partitions_keep_no_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
