@@ -24,7 +24,7 @@ VERBS = {
     "tokenize": ("cli.tokenize:tokenize", "raw shards -> token shards; --worker i/n"),
     "plan": ("cli.plan:plan", "does it fit, how fast, on which mesh, for how many days"),
     "sample": ("cli.sample:sample", "captions -> candidates, reranked, as a PNG grid"),
-    "evaluate": ("cli.evaluate:evaluate", "caption accuracy for best-of-N on shapes"),
+    "evaluate": ("cli.evaluate:evaluate", "caption accuracy for best-of-N, or one suite (--suite)"),
     "score": ("cli.evaluate:score", "FID and IS on MS-COCO, CUB or a packed set"),
     "submit": ("cli.cluster:submit", "send a run file: local, Slurm or Kubernetes"),
     "status": ("cli.cluster:status", "progress of a submitted run or a job of workers"),
@@ -37,7 +37,7 @@ VERBS = {
         "cli.rehearse:rehearse_verb",
         "prove that all ranks' collectives match, before a cluster is paid for",
     ),
-    "report": ("cli.sample:report", "write a demo folder's report.html again"),
+    "report": ("cli.sample:report", "report.html of a demo or run, leaderboard.md of suites"),
     "export": (
         "cli.export:export",
         "models -> one folder of safetensors for the hub, or OpenAI's layout",

@@ -19,6 +19,7 @@ _OWN = {
     "pictures": ("step_ms",),
     "start_up": ("ranks",),
     "token_finish": ("shards", "s3"),
+    "tokenizers": ("folders", "data", "inception"),
 }
 """Benchmark -> the flags that it alone has."""
 
@@ -59,6 +60,10 @@ def main() -> None:
     pictures.add_argument("--step-ms", type=float, help="length of a step (50)")
     start_up = parser.add_argument_group("of start_up alone")
     start_up.add_argument("--ranks", type=int, help="a larger world to predict, e.g. 256 (none)")
+    tokenizers = parser.add_argument_group("of tokenizers alone")
+    tokenizers.add_argument("--folders", help="finished tokenizers, with commas (trains three)")
+    tokenizers.add_argument("--data", help="a packed set (shapes and emoji, packed here)")
+    tokenizers.add_argument("--inception", help="Inception's weights (a proxy's features)")
     chosen = parser.parse_args()
     flags: dict[str, Any] = {}
     for bench, own in _OWN.items():

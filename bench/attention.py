@@ -18,8 +18,8 @@ from torch import Tensor
 
 from bench.support.rows import bench_row
 from bench.support.sizes import sized
-from models.attention import band_of, banded_attention
-from models.masks import Kind, full_mask
+from models.attention.banded import band_of, banded_attention
+from models.attention.masks import Kind, full_mask
 
 BATCH, HEADS, WIDTH, KERNEL = 2, 8, 64, 11
 TEXT, GRID = sized((256, 32), (64, 16))

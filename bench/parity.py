@@ -19,10 +19,12 @@ from bench.support.sizes import sized
 from cluster.launcher import launch
 from core.config import from_json
 from core.keys import key_int
-from models.config import PriorConfig
+from models.adapters import adapted
+from models.config import LoraConfig, PriorConfig
 from models.prior import prior_program
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, OptimConfig
-from parallel.engines.protocol import Batch, Engine, EngineSettings, Losses
+from parallel.engines.frozen import freeze
+from parallel.engines.protocol import Batch, Engine, EngineSettings, Losses, Program
 from parallel.engines.registry import ENGINES, MEGATRON, build_engine
 from parallel.ledger import Ledger, recorded
 from parallel.mesh import Mesh, build_mesh
@@ -50,6 +52,8 @@ class Case:
     moments: Literal["fp32", "bf16"] = "fp32"
     steps: int = STEPS
     model: PriorConfig = MODEL
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    freeze: str = ""
     broken_step: int = -1
     """Step at which the last rank's loss is not a number; -1 = none."""
 
@@ -143,8 +147,14 @@ def batch_of(step: int, config: PriorConfig) -> Batch:
     draws = torch.Generator().manual_seed(key_int(SEED, step, "parity"))
     text = torch.randint(0, config.text_vocabulary, (BATCH, config.text_length), generator=draws)
     text[: BATCH // 2, -2:] = -1
-    image = torch.randint(0, config.image_vocabulary, (BATCH, config.grid**2), generator=draws)
+    image = torch.randint(0, config.image_vocabulary, (BATCH, config.image_length), generator=draws)
     return {"text": text, "image": image}
+
+
+def program_of(case: Case, mesh: Mesh) -> Program:
+    """A case's prior, with its adapters and frozen parameters."""
+    program = adapted(prior_program(case.model, SEED, mesh.shared), case.lora, SEED)
+    return freeze(program, case.freeze)
 
 
 def train_rank(payload: str) -> None:
@@ -159,7 +169,7 @@ def train_rank(payload: str) -> None:
     settings = EngineSettings(optim=optim, engine=case.engine, compress=case.compress, seed=SEED)
     breaks = [False]
 
-    program = prior_program(case.model, SEED, mesh.shared)
+    program = program_of(case, mesh)
 
     def loss(logits: Any, batch: Batch) -> Losses:
         figures = program.loss(logits, batch)

@@ -23,9 +23,9 @@ from bench.support.sizes import sized
 from generation.config import DrawSettings
 from generation.sampling.decoder import DTYPES, Decoder, LocalPrior
 from generation.sampling.sampler import Keys, Sampler
+from models.attention.masks import full_mask, layer_kind
 from models.code_encoder import Precision
 from models.config import PriorConfig
-from models.masks import full_mask, layer_kind
 from models.prior import PriorBlock, PriorEmbedding, PriorHead, build_prior
 
 CONFIG = PriorConfig(

@@ -23,9 +23,9 @@ from bench.support.rows import bench_row
 from bench.support.sizes import sized
 from bench.support.workers import TurnWorker
 from core.memory import keep_freed_memory
+from models.attention.masks import full_mask, layer_kind
 from models.config import PriorConfig
 from models.counts import prior_flops
-from models.masks import full_mask, layer_kind
 from models.prior import PriorBlock, PriorEmbedding, PriorHead, prior_program
 from parallel.config import CompressConfig, EngineConfig, OptimConfig
 from parallel.device import CPU

@@ -62,19 +62,16 @@ class CheckpointReader:
             path = f"{self.url}/{file['file']}"
             if "/" in file["file"]:
                 raise CorruptError(f"{path} is outside of its checkpoint")
-            digest, count = hashlib.sha256(), 0
             try:
-                while part := self._store.get(f"{self.name}/{file['file']}", count, _CHUNK):
-                    digest.update(part)
-                    count += len(part)
+                count, digest = digest_of(self._store, f"{self.name}/{file['file']}")
             except AbsentError as error:
                 raise CorruptError(
                     f"{path} is missing; an older checkpoint may be whole"
                 ) from error
-            if count != file["bytes"] or digest.hexdigest() != file["sha256"]:
+            if count != file["bytes"] or digest != file["sha256"]:
                 raise CorruptError(
-                    f"{path} is damaged: {count} bytes with sha256 {digest.hexdigest()}, its "
-                    f"manifest says {file['bytes']} with {file['sha256']}"
+                    f"{path} is damaged: {count} bytes with sha256 {digest}, its manifest says "
+                    f"{file['bytes']} with {file['sha256']}"
                 )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -131,6 +128,15 @@ class CheckpointReader:
         if len(data) != count:
             raise CorruptError(f"{self.url}/{row['file']} ends before the slice of {row['name']!r}")
         return torch.frombuffer(bytearray(data), dtype=dtype).float()
+
+
+def digest_of(store: Store, name: str) -> tuple[int, str]:
+    """(bytes, sha256) of an object, read in chunks. Raises: AbsentError if there is none."""
+    digest, count = hashlib.sha256(), 0
+    while part := store.get(name, count, _CHUNK):
+        digest.update(part)
+        count += len(part)
+    return count, digest.hexdigest()
 
 
 def open_checkpoint(url: str) -> CheckpointReader:

@@ -31,9 +31,10 @@ def pack(arguments: list[str]) -> None:
 
         Args:
             places: one or several SRC, and DEST, which is s3://bucket/prefix or a folder. A SRC is
-                shapes, emoji, a folder of images with .txt or .json captions, a WebDataset tar, a
-                .parquet table of captions and pictures or their paths, a folder of tars or tables,
-                an s3://bucket/prefix of the same, or a pattern such as 's3://b/{0000..0099}.tar'
+                shapes, panels, emoji, a folder of images with .txt or .json captions, a WebDataset
+                tar, a .parquet table of captions and pictures or their paths, a folder of tars or
+                tables, an s3://bucket/prefix of the same, or a pattern such as
+                's3://b/{0000..0099}.tar'
             config: settings
             worker: this process's part of the job, i/n with i from 0; by default set by a Slurm
                 array, a Kubernetes indexed job, MPI or torchrun

@@ -8,9 +8,13 @@ import tyro
 from core.errors import InputError
 from core.flags import PositionalPath, parse
 from core.log import LOG
+from models.tokenizers.config import ReadOptions
 from training.export.huggingface import INDEX, export_parts, find_parts, import_parts
-from training.export.openai_dvae import export_dvae, import_dvae
+from training.export.openai_dvae import PARTS, export_dvae, import_dvae
+from training.export.tokenizers import import_tokenizer
 from training.export.weights import model_is_whole
+
+HUB, OPENAI = "huggingface", "openai-dvae"
 
 
 def export(arguments: list[str]) -> None:
@@ -62,28 +66,46 @@ def import_(arguments: list[str]) -> None:
     def run(
         folder: PositionalPath,
         out: PositionalPath,
-        layout: Annotated[
-            Literal["auto", "huggingface", "openai-dvae"], tyro.conf.arg(name="from")
-        ] = "auto",
+        layout: Annotated[str, tyro.conf.arg(name="from")] = "auto",
         pixels: int = 256,
+        crop: Literal["random", "center"] = "random",
     ) -> None:
-        """Turn exported models into finished run folders, with the same digests.
+        """Turn exported models, or an image tokenizer of another project, into run folders.
+
+        Image tokenizers: a dVAE of OpenAI's dall_e package as encoder.safetensors and
+        decoder.safetensors; taming: a VQGAN of taming-transformers, with or without Gumbel head;
+        llamagen: a VQ model of LlamaGen; diffusers: the folder of a VQModel; or a kind of an
+        installed plug-in (docs/how-to/image-tokenizer.md). Weights are safetensors, or pickles that
+        torch reads with weights_only. All but OpenAI's need `pip install tapir[tokenizers]`.
 
         Args:
-            folder: what `tapir export` wrote; or a dVAE of OpenAI's dall_e package as
-                encoder.safetensors and decoder.safetensors (no pickles)
-            out: new folder for the run folders prior, dvae, clip and bpe; for OpenAI's layout, the
-                run folder for `tapir tokenize --dvae`
-            layout: the layout; auto looks at the files
-            pixels: for OpenAI's layout: side of the square pictures to encode
+            folder: what `tapir export` wrote, or the folder or file of an image tokenizer
+            out: new folder for the run folders prior, dvae, clip and bpe; for an image tokenizer,
+                the run folder for `tapir tokenize --dvae`
+            layout: huggingface, openai-dvae, taming, llamagen, diffusers or a plug-in's kind; auto
+                looks at the files
+            pixels: of an image tokenizer: side of the square pictures to encode
+            crop: of an image tokenizer but OpenAI's: random = the prior's crops, keyed by picture
+                and variant; center = the central square
         """
-        hub = (folder / INDEX).is_file() if layout == "auto" else layout == "huggingface"
-        if hub:
+        if layout == "auto":
+            layout = _layout(folder)
+        if layout == HUB:
             LOG.info("%s: %s", out, ", ".join(import_parts(folder, out)))
-            return
-        if model_is_whole(out, "dvae"):
-            raise InputError(f"{out} holds a finished dVAE already; give another folder")
-        config = import_dvae(folder, out, pixels)
-        LOG.info("%d codes on a grid of %d: %s", config.codebook, config.grid, out)
+        elif layout == OPENAI:
+            if model_is_whole(out, "dvae"):
+                raise InputError(f"{out} holds a finished dVAE already; give another folder")
+            config = import_dvae(folder, out, pixels)
+            LOG.info("%d codes on a grid of %d: %s", config.codebook, config.grid, out)
+        else:
+            import_tokenizer(folder, out, layout, ReadOptions(pixels=pixels, crop=crop))
 
     parse(run, arguments, "import")
+
+
+def _layout(folder: Path) -> str:
+    """The layout by the files of a folder; empty: a kind of image tokenizer."""
+    if (folder / INDEX).is_file():
+        return HUB
+    is_openai = any((folder / f"{part}.safetensors").is_file() for part in PARTS)
+    return OPENAI if is_openai else ""

@@ -5,16 +5,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+import tyro
+
 from core.config import check
 from core.errors import EXIT_FAILED
 from core.flags import FLAT, PositionalText, parse, print_json
 from core.log import LOG
-from planning.config import ClusterFlags, PlanFlags
+from models.config import LoraConfig
+from planning.config import ClusterFlags, ModelFlags, PlanFlags
 from planning.data_jobs import DataFlags, data_json, describe_data
 from planning.plan import make_plan, write_calibration
 from planning.report import plan_json, published_json, show, show_published
 
-_USUAL, _JOBS = ClusterFlags(), DataFlags()
+_USUAL, _JOBS, _MODEL = ClusterFlags(), DataFlags(), ModelFlags()
 
 
 def plan(arguments: list[str]) -> None:
@@ -33,8 +36,11 @@ def _given(
     published: bool = False,
     picture: Path | None = None,
     json: bool = False,
+    freeze: str = "",
+    lora_rank: Annotated[int, tyro.conf.arg(name="lora.rank")] = 0,
     cluster: Annotated[ClusterFlags, FLAT] = _USUAL,
     jobs: Annotated[DataFlags, FLAT] = _JOBS,
+    model: Annotated[ModelFlags, FLAT] = _MODEL,
 ) -> None:
     """Predict whether a model fits on a cluster, its fastest layout, and the training time.
 
@@ -53,21 +59,14 @@ def _given(
         published: show the model's predictions for published runs; takes no preset
         picture: write memory and a step's timeline to FILE.svg, FILE.png or FILE.pdf
         json: print a JSON object on the last line
+        freeze: as `tapir train --freeze`: parameters of a prior that are not trained
+        lora_rank: as `tapir train prior --lora.rank`: rank of a prior's adapters
         cluster: overrides of the default cluster of these GPUs
+        model: options of the prior, as of `tapir train prior`
         jobs: --data plans pack and tokenize instead: hours, requests, bytes, dollars
     """
-    flags = PlanFlags(
-        preset=preset,
-        world=world,
-        gpu=gpu,
-        batch=batch,
-        calibration=calibration,
-        calibrate=calibrate,
-        published=published,
-        picture=picture,
-        json=json,
-        cluster=cluster,
-    )
+    given = {name: value for name, value in locals().items() if name not in ("jobs", "lora_rank")}
+    flags = PlanFlags(**given, lora=LoraConfig(rank=lora_rank))
     if jobs.data:
         _plan_jobs(flags, jobs)
     else:
@@ -99,8 +98,8 @@ def _plan_jobs(flags: PlanFlags, jobs: DataFlags) -> None:
 
 def _plan(flags: PlanFlags) -> None:
     made = make_plan(flags)
-    show(made.result, made.parameters, made.hardware)
+    show(made.result, made.parameters, made.trained, made.hardware)
     if flags.json:
-        print_json(plan_json(made.result, made.parameters, made.hardware))
+        print_json(plan_json(made.result, made.parameters, made.trained, made.hardware))
     if not made.result.timed:
         sys.exit(EXIT_FAILED)

@@ -50,10 +50,11 @@ def report(arguments: list[str]) -> None:
     """`tapir report DIR`."""
 
     def run(folder: PositionalText = "runs/demo") -> None:
-        """Write report.html of a finished demo or submitted run.
+        """Write report.html of a finished demo or submitted run, and leaderboard.md of its suites.
 
         Args:
-            folder: the --out of `tapir demo`, or the `out` of a run file
+            folder: the --out of `tapir demo`, the `out` of a run file, or a folder in which
+                `tapir evaluate --suite` wrote
         """
         from workflow.report import write_report  # noqa: PLC0415
         from workflow.summary import summarise_chain  # noqa: PLC0415

@@ -20,12 +20,12 @@ def tokenize(arguments: list[str]) -> None:
         again: bool = False,
         config: Annotated[TokenizeConfig, FLAT] = TokenizeConfig(),  # noqa: B008
     ) -> None:
-        """Turn raw shards into token shards: dVAE codes and text ids; restartable.
+        """Turn raw shards into token shards: image codes and text ids; restartable.
 
         Args:
             raw: the data set that `tapir pack` wrote
             tokens: s3://bucket/prefix or a folder for the tokens
-            dvae: run folder of a finished dVAE
+            dvae: run folder of a finished dVAE, or of an image tokenizer that `tapir import` made
             bpe: folder of tokenizer.json
             worker: this process's part of the job, i/n with i from 0; by default set by a Slurm
                 array, a Kubernetes indexed job, MPI or torchrun

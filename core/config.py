@@ -92,7 +92,8 @@ def _fits(hint: Any, item: Any) -> bool:
     if hint is types.NoneType:
         return item is None
     if typing.get_origin(hint) is tuple:
-        return isinstance(item, list | tuple) and all(isinstance(each, str) for each in item)
+        part = typing.get_args(hint)[0]
+        return isinstance(item, list | tuple) and all(_fits(part, each) for each in item)
     if hint is Path:
         return isinstance(item, str | Path)
     if hint is float:
@@ -143,6 +144,15 @@ def place_problems(place: str, setting: str = "") -> list[str]:
         return [f"{named} names no bucket; write s3://bucket/prefix"]
     if not place.startswith(S3) and ("://" in place or place.startswith("pipe:")):
         return [f"{named} is not a store that Tapir reads; give s3://bucket/prefix or a folder"]
+    return []
+
+
+def expression_problems(pattern: str, setting: str) -> list[str]:
+    """Refuse what is not a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return [f"{setting}={pattern!r} is not a regular expression: {error}"]
     return []
 
 

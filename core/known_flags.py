@@ -85,10 +85,10 @@ def _flags(kind: Any, prefix: str, flat: bool) -> Iterator[tuple[str, Any, str]]
 
 
 def _without_none(hint: Any) -> Any:
-    """X of `X | None`."""
+    """X of `X | None`; all of `bool | None`, whose flag takes a value."""
     if get_origin(hint) in (Union, types.UnionType):
         rest = [each for each in get_args(hint) if each is not type(None)]
-        return rest[0] if len(rest) == 1 else hint
+        return rest[0] if len(rest) == 1 and rest[0] is not bool else hint
     return hint
 
 

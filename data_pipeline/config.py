@@ -4,8 +4,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-SHAPES_COUNT = 10_000
-"""Pairs that `shapes` draws if no count is given."""
+DRAWN = {"shapes": 1, "panels": 2}
+"""Sources that draw as many pairs as asked, and the side of their pictures as a multiple of
+`pixels`."""
+DRAWN_COUNT = 10_000
+"""Pairs that they draw if no count is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +47,10 @@ class PackConfig:
     """Write raw pairs as WebDataset shards, split into train and validation."""
 
     count: int = 0
-    """Number of pairs to take; 0 = all (shapes: 10000)."""
+    """Number of pairs to take; 0 = all (shapes and panels: 10000)."""
     pixels: int = 32
-    """Side of the pictures that `shapes` draws; other sources keep their own size."""
+    """Side of the pictures that `shapes` draws, and half of those that `panels` draws: the height
+    of a panel. Other sources keep their own size."""
     seed: int = 0
     """Seed of the generator and of the split."""
     validation: float = 0.05

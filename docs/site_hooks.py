@@ -13,6 +13,7 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
+from generation.evaluation.suites.registry import SUITES
 from tapir import VERBS
 from training.presets import PRESETS
 
@@ -83,6 +84,12 @@ def verbs_page() -> str:
                 f"### tapir train {stage} {preset}\n\n{_block(_help(run, [stage, preset]))}"
                 for stage, presets in PRESETS.items()
                 for preset in presets
+            ]
+        if verb == "evaluate":
+            parts += [
+                f"### tapir evaluate --suite {name}\n\n{suite.text}\n\n"
+                f"{_block(_help(run, ['--suite', name]))}"
+                for name, suite in SUITES.items()
             ]
     return "\n".join(parts)
 

@@ -159,7 +159,7 @@ class ModelPaths:
     step: int | None = None
     """Take the prior's checkpoint of this step."""
     dvae: Path = Path("runs/dvae")
-    """Run folder of the dVAE that the prior was trained on."""
+    """Run folder of the dVAE, or of another image tokenizer, that the prior was trained on."""
     clip: Path = Path("runs/clip")
     """Run folder of a CLIP, or a folder with an open_clip checkpoint (open_clip_config.json and
     open_clip_model.safetensors)."""

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from core.errors import ConfigError, InputError
 from data_pipeline.text.bpe import encode, load_tokenizer
-from generation.third_party import foreign_module
 from models.clip import Clip
+from models.third_party import foreign_module
 from parallel.device import CPU
 from training.export.weights import build_model, open_model
 from training.tasks.task import pad_text

@@ -129,7 +129,8 @@ def _sample(run: SampleRun, mesh: Mesh) -> None:
     prompt = None
     if run.keep.image is not None:
         codes = studio.codes_of_file(run.keep.image)
-        prompt = prompt_of(codes, run.keep, studio.sampler.config.grid)
+        model = studio.sampler.config
+        prompt = prompt_of(codes, run.keep, model.grid, model.columns)
     if mesh.world.rank > 0:
         for _ in studio.codes(captions, draws, prompt):
             pass

@@ -1,4 +1,4 @@
-"""From captions to ranked pictures: sampler, dVAE and CLIP together."""
+"""From captions to ranked pictures: sampler, image tokenizer and CLIP together."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ from generation.ranking import Ranker, TapirRanker, in_parts, open_ranker, pictu
 from generation.sampling.decoder import Decoder
 from generation.sampling.load_prior import load_local_prior
 from generation.sampling.sampler import Drawn, Keys, Prompt, Sampler
-from models.dvae import DVAE
+from models.tokenizers.protocol import ImageTokenizer
 from parallel.mesh import Mesh
 from parallel.precision import set_numerics
-from training.export.weights import load_dvae
+from training.export.tokenizers import open_tokenizer
 from training.tasks.task import pad_text
 
 Done = Callable[[slice, slice, NDArray[np.uint8]], None]
@@ -50,10 +50,10 @@ class Candidates:
 
 @dataclass(frozen=True, kw_only=True)
 class Studio:
-    """Prior, dVAE, ranker and tokenizer that were trained together."""
+    """Prior, image tokenizer, ranker and BPE that were trained together."""
 
     sampler: Sampler
-    dvae: DVAE
+    images: ImageTokenizer
     ranker: Ranker | None
     """None: candidates stay in the order in which they were drawn."""
     tokenizer: Tokenizer
@@ -77,7 +77,7 @@ class Studio:
                 "the prior was trained without --caption-dropout: it does not know the empty "
                 "caption, and --guidance may do harm"
             )
-        arrays = _picture_buffer(len(captions), count, self.dvae.config.pixels)
+        arrays = _picture_buffer(len(captions), count, self.images.facts.pixels)
         scores = np.zeros((len(captions), count), np.float32)
         for drawn in self.codes(captions, settings, prompt):
             where = drawn.captions, drawn.candidates
@@ -125,16 +125,16 @@ class Studio:
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Decode codes to pictures, (B, 3, S, S) in [0, 1]."""
-        return self._through(self.dvae.picture, codes)
+        return self._through(self.images.pictures, codes)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Encode pictures to codes, (B, 3, S, S) in [0, 1] -> (B, grid * grid)."""
-        return self._through(self.dvae.tokens, pixels)
+        """Encode pictures to codes, (B, 3, S, S) in [0, 1] -> (B, rows * columns)."""
+        return self._through(self.images.codes, pixels)
 
     def _through(self, network: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-        device = next(self.dvae.parameters()).device
-        size = pictures_together(self.dvae.config.pixels)
+        device = self.images.device
+        size = pictures_together(self.images.facts.pixels)
         return in_parts(lambda part: network(part.to(device)).cpu(), rows, size)
 
     def score(self, captions: list[str], pixels: Tensor, count: int) -> NDArray[Any]:
@@ -147,10 +147,10 @@ class Studio:
         return self.ranker.scores(captions, pixels, count)
 
     def codes_of_file(self, path: Path) -> Tensor:
-        """The codes of an image file, (grid * grid,)."""
+        """The codes of an image file, (rows * columns,)."""
         if not path.is_file():
             raise InputError(f"there is no image {path}")
-        image = square(decode_rgb(path.read_bytes(), str(path)), self.dvae.config.pixels)
+        image = square(decode_rgb(path.read_bytes(), str(path)), self.images.facts.pixels)
         pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
         return self.encode(pixels)[0]
 
@@ -213,20 +213,23 @@ def open_studio(
     device = mesh.world.device
     set_numerics(device, deterministic=False)  # else Inductor sorts KV-cache writes: slow
     part, facts = load_local_prior(models.prior, models.step, mesh)
-    dvae, dvae_hash = load_dvae(models.dvae)
+    images = open_tokenizer(models.dvae, device)
     tokenizer, tokenizer_hash = load_tokenizer(models.bpe)
     wrong = [
         f"the prior in {models.prior} was trained on another dVAE than {models.dvae}"
-        * (facts["dvae"] != dvae_hash),
+        * (facts["dvae"] != images.facts.digest),
+        f"the prior in {models.prior} draws {part.config.image_length} tokens, and the pictures of "
+        f"{models.dvae} have {images.facts.tokens}; import it with the pixels that the tokens had"
+        * (part.config.image_length != images.facts.tokens),
         f"the prior in {models.prior} was trained with another tokenizer than {models.bpe}"
         * (facts["tokenizer"] != tokenizer_hash),
     ]
     if any(wrong):
         raise InputError("; ".join(text for text in wrong if text))
-    side = dvae.config.pixels
+    side = images.facts.pixels
     return Studio(
         sampler=Sampler(Decoder(part, precision, one_row), batch=batch),
-        dvae=dvae.to(device),
+        images=images,
         ranker=open_ranker(models.clip, models.bpe, device, side) if rerank else None,
         tokenizer=tokenizer,
         caption_dropout=float(facts.get("caption_dropout", 0.0)),

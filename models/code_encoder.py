@@ -30,6 +30,7 @@ class CodeReader:
         body, output = encoder[:-1], encoder[-1]
         assert isinstance(body, nn.Sequential) and isinstance(output, nn.Conv2d)
         self._body, self._output = body, output
+        self._quantizer = copy.deepcopy(dvae.quantizer).eval().requires_grad_(False)
         for block in self._body:
             if isinstance(block, ResidualBlock):
                 for parameter in block.convs[-1].parameters():
@@ -51,16 +52,15 @@ class CodeReader:
         """The most likely codes, without noise: (B, 3, S, S) in [0, 1] -> (B, grid * grid)."""
         x = squeeze_pixels(image, self.config.epsilon)
         x = x.contiguous(memory_format=torch.channels_last)
-        if not self._half:
-            logits: Tensor = self._output(self._states(x))
-            return logits.argmax(1).flatten(1)
+        if not self._half or self.config.quantizer != "gumbel":
+            return self._quantizer.codes(self._output(self._states(x))).flatten(1)
         states = self._states(x).permute(0, 2, 3, 1).flatten(0, 2)
         assert self._output.bias is not None
         bias = self._output.bias.to(torch.bfloat16)
         rough = torch.addmm(bias, states.to(torch.bfloat16), self._weight16.T)
         count = min(CANDIDATES, rough.shape[1])
         best = rough.topk(count, 1).indices
-        logits = torch.einsum("pd,pkd->pk", states, self._weight[best])
+        logits: Tensor = torch.einsum("pd,pkd->pk", states, self._weight[best])
         logits += self._output.bias[best]
         chosen = best.gather(1, logits.argmax(1, keepdim=True))
         return chosen.view(len(image), -1)

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from models.attention.masks import Kind, image_mask, layer_kind
 from models.config import PriorConfig
-from models.masks import Kind, image_mask, layer_kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class PriorParameters:
     embeddings: int
     """Text and image tokens, text padding, text positions, rows and columns, start tokens."""
     unembeddings: int
-    """Two untied matrices, one per vocabulary."""
+    """Two matrices, one per vocabulary; 0 if they are the embeddings."""
     gains_and_biases: int
 
     @property
@@ -30,14 +30,25 @@ def prior_parameters(config: PriorConfig) -> PriorParameters:
     """Count the parameters of a prior, without tensor-parallel padding."""
     dim, layers = config.dim, config.layers
     vocabularies = config.text_vocabulary + config.image_vocabulary
-    places = 2 * config.text_length + 2 * config.grid
-    starts = 2  # of text and of the image
+    pads, starts = config.text_length, 2  # of text and of the image
+    places = config.text_length + config.grid + config.grid_columns
+    if config.positions == "rotary":
+        places = 0
+    norm = dim if config.norm == "rms" else 2 * dim
+    biases = 4 * dim + (config.hidden if config.mlp == "gelu" else 0)  # q, v, out, down, up
+    heads = 2 * dim if config.qk_norm else 0
     return PriorParameters(
-        matrices=12 * dim * dim * layers,
-        embeddings=(vocabularies + places + starts) * dim,
-        unembeddings=vocabularies * dim,
-        gains_and_biases=layers * (4 + 8) * dim + 2 * dim + vocabularies,
+        matrices=block_matrices(config) * layers,
+        embeddings=(vocabularies + pads + places + starts) * dim,
+        unembeddings=0 if config.tied else vocabularies * dim,
+        gains_and_biases=layers * (2 * norm + biases + heads) + norm + vocabularies,
     )
+
+
+def block_matrices(config: PriorConfig) -> int:
+    """Parameters of a block's matrices, and multiplications per position."""
+    matrices = 2 if config.mlp == "gelu" else 3
+    return 4 * config.dim**2 + matrices * config.dim * config.hidden
 
 
 def attended_pairs(config: PriorConfig) -> int:
@@ -45,12 +56,13 @@ def attended_pairs(config: PriorConfig) -> int:
     text, image = config.text_length, config.image_length
     around = text * (text + 1) // 2 + image * text
     kinds = [layer_kind(layer, config.layers) for layer in range(1, config.layers + 1)]
-    return sum(around + _pairs(kind, config.grid, config.conv_kernel) for kind in kinds)
+    shape = config.grid, config.conv_kernel, config.columns
+    return sum(around + _pairs(kind, *shape) for kind in kinds)
 
 
 @lru_cache(maxsize=16)
-def _pairs(kind: Kind, grid: int, conv_kernel: int) -> int:
-    return int(image_mask(kind, grid, conv_kernel).sum())
+def _pairs(kind: Kind, grid: int, conv_kernel: int, columns: int) -> int:
+    return int(image_mask(kind, grid, conv_kernel, columns).sum())
 
 
 def prior_flops(config: PriorConfig) -> int:
@@ -59,7 +71,7 @@ def prior_flops(config: PriorConfig) -> int:
     Attention counts only unmasked pairs; the head counts text positions over the text vocabulary,
     image positions over the codes. Backward counts twice; recomputation does not count.
     """
-    matrices = 2 * 12 * config.dim**2 * config.layers * config.length
+    matrices = 2 * block_matrices(config) * config.layers * config.length
     attention = 4 * config.dim * attended_pairs(config)
     entries = config.text_length * config.text_vocabulary
     entries += config.image_length * config.image_vocabulary

@@ -13,14 +13,8 @@ from torch import Tensor, nn
 
 from models.config import DVAEConfig
 from models.initialization import init_fan_in
-from models.keyed_noise import gumbel_noise
-from models.logit_laplace import (
-    gumbel_codes,
-    kl_to_uniform,
-    logit_laplace_log_prob,
-    squeeze_pixels,
-    unsqueeze_pixels,
-)
+from models.logit_laplace import logit_laplace_log_prob, squeeze_pixels, unsqueeze_pixels
+from models.quantizers import build_quantizer
 
 CHANNELS = 3
 FIRST_DECODER_SCALE = 0.3
@@ -30,12 +24,14 @@ _conv = partial(nn.Conv2d, padding="same")
 
 @dataclass(frozen=True, kw_only=True)
 class DVAETerms:
-    """The two terms of the bound, as means."""
+    """The terms of the loss, as means, and the reconstruction."""
 
     log_likelihood: Tensor
     """Nats per pixel value."""
-    kl: Tensor
-    """Nats per token position."""
+    penalty: Tensor
+    """Of `models.quantizers.Quantized`."""
+    location: Tensor
+    """The likelihood's, (B, 3, S, S); `unsqueeze_pixels` turns it into pixels."""
 
 
 class ResidualBlock(nn.Module):
@@ -73,48 +69,51 @@ class DVAE(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = build_encoder(config)
+        self.quantizer = build_quantizer(config)
         self.decoder = build_decoder(config)
-        init_fan_in(self, seed, one_hot="decoder.input" if config.init == "calibrated" else "")
+        one_hot = config.quantizer == "gumbel" and config.init == "calibrated"
+        init_fan_in(self, seed, one_hot="decoder.input" if one_hot else "")
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def logits(self, image: Tensor) -> Tensor:
-        """Code logits: (B, 3, S, S) -> (B, K, grid, grid)."""
+        """Encoder outputs, K logits of a Gumbel dVAE: (B, 3, S, S) -> (B, C, grid, grid)."""
         squeezed = squeeze_pixels(image, self.config.epsilon)
         states = self.encoder[:-1](squeezed.contiguous(memory_format=torch.channels_last))
         with torch.autocast(image.device.type, enabled=False):
             out: Tensor = self.encoder[-1](_wide(states))
         return out
 
-    def decode(self, codes_bkhw: Tensor) -> tuple[Tensor, Tensor]:
-        """Location and log scale of the pixels: (B, K, grid, grid) -> twice (B, 3, S, S)."""
-        with torch.autocast(codes_bkhw.device.type, enabled=False):
-            states = self.decoder[0](_wide(codes_bkhw))
+    def decode(self, codes_bchw: Tensor) -> tuple[Tensor, Tensor]:
+        """Location and log scale of the pixels: (B, C, grid, grid) -> twice (B, 3, S, S)."""
+        with torch.autocast(codes_bchw.device.type, enabled=False):
+            states = self.decoder[0](_wide(codes_bchw))
         mu, log_scale = _wide(self.decoder[1:](states)).chunk(2, dim=1)
         return mu, log_scale.clamp_min(self.config.min_log_scale)
 
     def tokens(self, image: Tensor) -> Tensor:
         """The most likely codes, without noise: (B, 3, S, S) -> (B, grid * grid) int64."""
-        return self.logits(image).argmax(1).flatten(1)
+        return self.quantizer.codes(self.logits(image)).flatten(1)
 
     def picture(self, tokens: Tensor) -> Tensor:
         """Pictures in [0, 1] from codes: (B, grid * grid) -> (B, 3, S, S)."""
         grid = tokens.view(-1, self.config.grid, self.config.grid)
-        codes = F.one_hot(grid, self.config.codebook).permute(0, 3, 1, 2).float()
-        return unsqueeze_pixels(self.decode(codes)[0], self.config.epsilon)
+        return unsqueeze_pixels(self.decode(self.quantizer.inputs(grid))[0], self.config.epsilon)
 
     @torch.no_grad()
-    def calibrate(self, image: Tensor) -> None:
+    def calibrate(self, image: Tensor, seed: int = 0) -> None:
         """Fit the two output layers' scales to a first batch, so that training starts balanced.
 
-        Code logits get mean 0 and standard deviation 1 over the batch; the decoder starts at each
-        channel's median and mean absolute deviation. Without this a flat background selects one
-        code everywhere, and the codebook collapses (docs/LOG.md).
+        Encoder outputs get mean 0 and standard deviation 1 over the batch; the decoder starts at
+        each channel's median and mean absolute deviation. Without this a flat background selects
+        one code everywhere, and the codebook collapses (docs/LOG.md). VQ's codebook starts from
+        the outputs; `seed` is of its draws.
         Shapes: (B, 3, S, S) in [0, 1].
         """
         logits, (weight, bias) = self.logits(image), _last(self.encoder)
         scale = 1 / logits.std((0, 2, 3)).clamp_min(1e-6)
         bias.sub_(logits.mean((0, 2, 3))).mul_(scale)
         weight.mul_(scale[:, None, None, None])
+        self.quantizer.calibrate(self.logits(image), seed)
         pixels = torch.logit(squeeze_pixels(image, self.config.epsilon)).transpose(0, 1).flatten(1)
         median = pixels.median(1).values
         spread = (pixels - median[:, None]).abs().mean(1).clamp_min(1e-3)
@@ -123,16 +122,21 @@ class DVAE(nn.Module):
         bias.copy_(torch.cat([median, spread.log()]))
 
     def forward(self, image: Tensor, tau: Tensor, keys: Tensor) -> tuple[DVAETerms, Tensor]:
-        """The bound's terms and the code logits, for one relaxed draw.
+        """The loss's terms and the encoder outputs, for one relaxed draw.
 
         Shapes: `keys` is (B,) int64, one noise key per picture.
         """
         logits = self.logits(image)
-        noise = gumbel_noise(keys, tuple(logits.shape[1:]))
-        mu, log_scale = self.decode(gumbel_codes(logits, tau, noise))
+        with torch.autocast(image.device.type, enabled=False):
+            quantized = self.quantizer(logits, tau, keys)
+        mu, log_scale = self.decode(quantized.inputs)
         squeezed = squeeze_pixels(image, self.config.epsilon)
         log_prob = logit_laplace_log_prob(squeezed, mu, log_scale)
-        terms = DVAETerms(log_likelihood=log_prob.mean(), kl=kl_to_uniform(logits).mean())
+        terms = DVAETerms(
+            log_likelihood=log_prob.mean(),
+            penalty=quantized.penalty,
+            location=mu,
+        )
         return terms, logits
 
 
@@ -151,14 +155,16 @@ def _wide(x: Tensor) -> Tensor:
 def negative_bound(terms: DVAETerms, beta: Tensor | float, config: DVAEConfig) -> Tensor:
     """The loss: -(sum of log likelihoods - beta * sum of KLs) / number of pixel values.
 
+    The codes of other quantizers are certain, with a constant KL; `beta` weighs VQ's commitment.
     Units: nats a pixel value.
     """
     values_a_token = CHANNELS * config.pixels**2 / config.tokens
-    return -(terms.log_likelihood - beta * terms.kl / values_a_token)
+    share = beta / values_a_token if config.quantizer == "gumbel" else beta
+    return -(terms.log_likelihood - share * terms.penalty)
 
 
 def build_encoder(config: DVAEConfig) -> nn.Sequential:
-    """Pixels -> code logits, with torch's own initial weights."""
+    """Pixels -> the quantizer's inputs, with torch's own initial weights."""
     layers: list[tuple[str, nn.Module]] = [("input", _conv(CHANNELS, config.width, 7))]
     width = config.width
     for group in range(config.groups):
@@ -170,13 +176,15 @@ def build_encoder(config: DVAEConfig) -> nn.Sequential:
             width = outward
         if group < config.groups - 1:
             layers.append((f"g{group}pool", nn.MaxPool2d(2)))
-    layers += [("relu", nn.ReLU()), ("output", _conv(width, config.codebook, 1))]
+    layers += [("relu", nn.ReLU()), ("output", _conv(width, config.code_channels, 1))]
     return nn.Sequential(OrderedDict(layers))
 
 
 def build_decoder(config: DVAEConfig) -> nn.Sequential:
     """Relaxed codes -> location and log scale of each pixel value."""
-    layers: list[tuple[str, nn.Module]] = [("input", _conv(config.codebook, config.code_width, 1))]
+    layers: list[tuple[str, nn.Module]] = [
+        ("input", _conv(config.code_channels, config.code_width, 1))
+    ]
     width = config.code_width
     for group in range(config.groups):
         outward = config.width << (config.groups - 1 - group)

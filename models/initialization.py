@@ -54,7 +54,8 @@ def draw_normal(
         scale = next((value for end, value in std.items() if name.endswith(end)), None)
         if scale is None:
             raise KeyError(f"{name} has no initial scale")
-        for at, values in _runs(part, seed, prefix + name, start, out.numel()):
+        key = part.tied_to or prefix + name  # a copy starts as its owner
+        for at, values in _runs(part, seed, key, start, out.numel()):
             out[at : at + values.numel()].copy_(values.mul_(scale))
     elif _BIAS.search(name):
         out.zero_()

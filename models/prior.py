@@ -1,11 +1,11 @@
 """The autoregressive transformer over text and image tokens, as layers that a pipeline can cut.
 
-The stream has text_length + grid^2 inputs: start-of-text, the text without its last token,
+The stream has text_length + grid * columns inputs: start-of-text, the text without its last token,
 start-of-image, the image without its last token. Position i predicts token i. Padding has a learned
 embedding per text position and is attended to, but is not a target of the text loss.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,19 +13,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import band_of, banded_attention
+from models.attention.banded import band_of, banded_attention
+from models.attention.flexible import flexible_attention
+from models.attention.masks import layer_kind
+from models.attention.rotary import rotary_table, rotary_table_on, rotate
 from models.config import PriorConfig
-from models.flex_attention import flexible_attention
+from models.counts import block_matrices
 from models.initialization import draw_normal, init_normal
-from models.masks import layer_kind
 from parallel.engines.protocol import Layer, Program, Recomputed
+from parallel.placement import tie
 from parallel.scales import Branch
-from parallel.tensor.layers import ColumnLinear, RowLinear, VocabularyEmbedding, VocabularyHead
+from parallel.tensor.layers import (
+    EPS,
+    ColumnLinear,
+    HeadNorm,
+    RowLinear,
+    VocabularyEmbedding,
+    VocabularyHead,
+)
 from parallel.tensor.ops import TensorParallel
 
 PAD = -1
 """Marks text positions after the caption."""
 
+TABLES = ("embedding.text.table.weight", "embedding.image.table.weight")
+"""Global names of the token embeddings, which tied output matrices are copies of."""
 BRANCHES = ("attention", "mlp")
 """Resblocks of a layer, each with its own gradient scale."""
 
@@ -39,10 +51,13 @@ class PriorEmbedding(nn.Module):
         self.config = config
         self.text = VocabularyEmbedding(config.text_vocabulary, dim, tensor)
         self.pad = nn.Embedding(config.text_length, dim)
-        self.text_position = nn.Embedding(config.text_length, dim)
         self.image = VocabularyEmbedding(config.image_vocabulary, dim, tensor)
-        self.row = nn.Embedding(config.grid, dim)
-        self.column = nn.Embedding(config.grid, dim)
+        self.learned = config.positions == "learned"
+        """Positions are added to the inputs; else queries and keys are rotated."""
+        if self.learned:
+            self.text_position = nn.Embedding(config.text_length, dim)
+            self.row = nn.Embedding(config.grid, dim)
+            self.column = nn.Embedding(config.grid_columns, dim)
         self.start = nn.Embedding(2, dim)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
@@ -56,7 +71,7 @@ class PriorEmbedding(nn.Module):
         tokens = torch.where((text == PAD)[..., None], pads, words)
         start = self.start.weight[0].expand(len(text), 1, -1)
         shifted = torch.cat([start, tokens[:, :-1]], dim=1)
-        return shifted + self.text_position.weight
+        return shifted + self.text_position.weight if self.learned else shifted
 
     def embed_image(self, image: Tensor) -> Tensor:
         """Inputs of the first image positions: start-of-image, then the codes shifted by one.
@@ -66,13 +81,12 @@ class PriorEmbedding(nn.Module):
         count = image.shape[1]
         start = self.start.weight[1].expand(len(image), 1, -1)
         shifted = torch.cat([start, self.image(image[:, : count - 1])], dim=1)
-        return shifted + self.positions()[:count]
+        return shifted + self.positions()[:count] if self.learned else shifted
 
     def positions(self) -> Tensor:
-        """Row + column embeddings in raster order, (grid * grid, dim)."""
-        grid = self.config.grid
+        """Row + column embeddings in raster order, (grid * columns, dim)."""
         both = self.row.weight[:, None] + self.column.weight[None]
-        return both.reshape(grid * grid, -1)
+        return both.flatten(0, 1)
 
 
 class PriorBlock(Recomputed):
@@ -86,19 +100,26 @@ class PriorBlock(Recomputed):
         super().__init__()
         dim, head = config.dim, config.dim // config.heads
         self._head, self._tensor = head, tensor
-        self.attention_norm = nn.LayerNorm(dim)
+        self.attention_norm = norm_of(config)
         self.q = ColumnLinear(dim, dim, tensor, head)
         self.k = ColumnLinear(dim, dim, tensor, head, bias=False)
         self.v = ColumnLinear(dim, dim, tensor, head)
+        self.q_norm = HeadNorm(dim, tensor, head) if config.qk_norm else None
+        self.k_norm = HeadNorm(dim, tensor, head) if config.qk_norm else None
         self.out = RowLinear(dim, dim, tensor, head)
         self.attention_branch = Branch()
-        self.mlp_norm = nn.LayerNorm(dim)
-        self.up = ColumnLinear(dim, 4 * dim, tensor)
-        self.down = RowLinear(4 * dim, dim, tensor)
+        self.mlp_norm = norm_of(config)
+        gated = config.mlp == "gated"
+        self.gate = ColumnLinear(dim, config.hidden, tensor, bias=False) if gated else None
+        self.up = ColumnLinear(dim, config.hidden, tensor, bias=not gated)
+        self.down = RowLinear(config.hidden, dim, tensor)
         self.mlp_branch = Branch()
-        kind = layer_kind(layer, config.layers)
-        shape = (kind, config.text_length, config.grid, config.conv_kernel)
+        shape = (layer_kind(layer, config.layers), *config.mask)
         self._shape, self._band = shape, band_of(*shape)
+        self._turned: tuple[int, int, int, int] | None = None
+        if config.positions == "rotary":
+            self._turned = (config.text_length, config.grid, config.grid_columns, head)
+            rotary_table(*self._turned)  # here, so that it holds values in a rehearsal too
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run_branch(self._transform, self.run_branch(self._look_back, x))
@@ -114,11 +135,13 @@ class PriorBlock(Recomputed):
 
     def branches(self) -> dict[str, tuple[Branch, list[nn.Parameter]]]:
         """The two resblocks' branches and parameters, for gradient scales."""
-        attention = (self.attention_norm, self.q, self.k, self.v, self.out)
-        mlp = (self.mlp_norm, self.up, self.down)
+        attention = (
+            *(self.attention_norm, self.q, self.k, self.v, self.q_norm, self.k_norm, self.out),
+        )
+        mlp = (self.mlp_norm, self.gate, self.up, self.down)
         return {
-            "attention": (self.attention_branch, [p for m in attention for p in m.parameters()]),
-            "mlp": (self.mlp_branch, [p for m in mlp for p in m.parameters()]),
+            "attention": (self.attention_branch, _parameters(attention)),
+            "mlp": (self.mlp_branch, _parameters(mlp)),
         }
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -129,17 +152,35 @@ class PriorBlock(Recomputed):
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         shape = (*x.shape[:2], -1, self._head)
         x = self._tensor.enter(self.attention_norm(x))
-        q, k, v = (project(x).view(shape).transpose(1, 2) for project in (self.q, self.k, self.v))
-        return q, k, v
+        q, k, v = (project(x).view(shape) for project in (self.q, self.k, self.v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self._turned is not None:
+            turns = rotary_table_on(q.device, *self._turned)
+            q, k = rotate(q, turns), rotate(k, turns)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def _join(self, attended: Tensor) -> Tensor:
         out: Tensor = self.out(attended.transpose(1, 2).flatten(2))
         return out
 
     def _mlp(self, x: Tensor) -> Tensor:
-        wide = self.up(self._tensor.enter(self.mlp_norm(x)))
-        out: Tensor = self.down(F.gelu(wide, approximate="tanh"))
+        x = self._tensor.enter(self.mlp_norm(x))
+        if self.gate is None:
+            wide = F.gelu(self.up(x), approximate="tanh")
+        else:
+            wide = F.silu(self.gate(x)) * self.up(x)
+        out: Tensor = self.down(wide)
         return out
+
+
+def norm_of(config: PriorConfig) -> nn.Module:
+    """A norm of the residual stream."""
+    return nn.RMSNorm(config.dim, eps=EPS) if config.norm == "rms" else nn.LayerNorm(config.dim)
+
+
+def _parameters(modules: Iterable[nn.Module | None]) -> list[nn.Parameter]:
+    return [p for module in modules if module is not None for p in module.parameters()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,9 +202,10 @@ class PriorHead(nn.Module):
         super().__init__()
         self.text_length = config.text_length
         self._tensor = tensor
-        self.norm = nn.LayerNorm(config.dim)
-        self.text = VocabularyHead(config.dim, config.text_vocabulary, tensor)
-        self.image = VocabularyHead(config.dim, config.image_vocabulary, tensor)
+        self.norm = norm_of(config)
+        text, image = TABLES if config.tied else ("", "")
+        self.text = VocabularyHead(config.dim, config.text_vocabulary, tensor, text)
+        self.image = VocabularyHead(config.dim, config.image_vocabulary, tensor, image)
 
     def forward(self, x: Tensor) -> PriorLogits:
         """Logits in fp32, whatever the precision of the blocks (the paper, appendix D).
@@ -206,7 +248,7 @@ def prior_layers(
         return Layer(name=name, build=build, draw=draw, cost=cost, branches=branches)
 
     dim, length = config.dim, max(config.length, 1)
-    block_cost = 12 * dim * dim + dim * length
+    block_cost = block_matrices(config) + dim * length
     entries = config.text_length * config.text_vocabulary
     entries += config.image_length * config.image_vocabulary
     layers = [layer("embedding", lambda: PriorEmbedding(config, group), dim)]
@@ -219,7 +261,9 @@ def prior_layers(
 
 def build_prior(config: PriorConfig, seed: int = 0) -> nn.ModuleDict:
     """All layers of a prior on one process."""
-    return nn.ModuleDict({layer.name: layer.build() for layer in prior_layers(config, seed)})
+    layers = nn.ModuleDict({layer.name: layer.build() for layer in prior_layers(config, seed)})
+    tie(layers)  # type: ignore[arg-type]
+    return layers
 
 
 def prior_program(config: PriorConfig, seed: int, tensor: TensorParallel | None = None) -> Program:
@@ -229,10 +273,11 @@ def prior_program(config: PriorConfig, seed: int, tensor: TensorParallel | None 
         loss=partial(prior_loss, text_weight=config.text_weight),
         losses=LOSSES,
         compressed=COMPRESSED,
+        tied=TABLES if config.tied else (),
     )
 
 
-COMPRESSED = tuple(f"{name}.weight" for name in ("q", "k", "v", "out", "up", "down"))
+COMPRESSED = tuple(f"{name}.weight" for name in ("q", "k", "v", "out", "gate", "up", "down"))
 """Endings of the matrices whose gradients PowerSGD compresses (appendix E)."""
 
 

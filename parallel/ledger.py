@@ -74,6 +74,7 @@ class Ledger:
             "between": mesh.between.handle,
             "data": mesh.data.handle,
             "tensor": mesh.tensor.handle,
+            "ends": mesh.ends.handle,
             "pipeline": mesh.pipeline.handle,
         }
         for label, handle in named.items():

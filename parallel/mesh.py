@@ -43,6 +43,8 @@ class Mesh:
     """Ranks that share each matmul."""
     pipeline: Group = Group()
     """The stages of one replica."""
+    ends: Group = Group()
+    """The first and the last stage of one replica, which share tied weights."""
     machine: Group = Group()
     """The data-parallel ranks of one node: ZeRO-3 shards over them."""
     between: Group = Group()
@@ -118,6 +120,7 @@ def build_mesh(config: MeshConfig, world: World) -> Mesh:
 
         built = megatron.megatron_groups(config.tensor, config.pipeline)
         groups = {axis: _checked(config, axis, built[axis], world.rank) for axis in AXES}
+        groups["ends"] = _ends(built.get("ends"), groups["pipeline"])
         shared = megatron.MegatronTensorParallel() if config.tensor > 1 else shared
     machine, between = groups["data"], Group()
     if config.nodes > 1:
@@ -136,6 +139,13 @@ def _checked(config: MeshConfig, axis: str, handle: "dist.ProcessGroup", rank: i
             "the installed megatron-core arranges ranks differently from the tested 0.16"
         )
     return Group(handle, expected.index(rank), len(expected))
+
+
+def _ends(handle: "dist.ProcessGroup | None", stages: Group) -> Group:
+    """The group of the first and the last stage, for those two."""
+    if handle is None or stages.size == 1:
+        return Group()
+    return Group(handle, int(stages.rank > 0), 2)
 
 
 def _subgroup(rows: "np.ndarray", rank: int) -> Group:

@@ -5,6 +5,7 @@ Tensor parallelism cuts every matrix along axis 0 (matrices whose input is cut a
 divide. Padding is zero, stays zero, and is never saved.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -25,6 +26,8 @@ class Placement:
     """Real rows; a parameter may have padding rows after them."""
     split: bool
     """True if each tensor rank has rows of its own, False if all hold the same."""
+    tied_to: str = ""
+    """Global name of the parameter that this one is a copy of; empty = it is none."""
 
     @property
     def numel(self) -> int:
@@ -96,6 +99,22 @@ def move(module: nn.Module, device: torch.device) -> nn.Module:
         if (placement := noted[name]) is not None:
             place(parameter, placement)
     return module
+
+
+def tie(layers: Mapping[str, nn.Module]) -> None:
+    """Replace copies by the parameters that they are tied to, where these are on this rank."""
+    for layer in layers.values():
+        for name, parameter in list(layer.named_parameters()):
+            owner, _, inner = placement_of(parameter).tied_to.partition(".")
+            if owner in layers:
+                module, _, last = name.rpartition(".")
+                setattr(layer.get_submodule(module), last, layers[owner].get_parameter(inner))
+
+
+def global_names(layers: nn.Module) -> dict[str, nn.Parameter]:
+    """Global name -> parameter of named layers, sorted; copies have their owner's name."""
+    named = {placement_of(p).tied_to or name: p for name, p in layers.named_parameters()}
+    return {name: named[name] for name in sorted(named)}
 
 
 def rows_of(rows: int, unit: int, rank: int, size: int) -> tuple[int, int, int]:

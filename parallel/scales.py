@@ -98,7 +98,8 @@ class Branch(nn.Module):
             return rounded.float() / scale.value
 
         for parameter in parameters:
-            parameter.register_hook(unscale)
+            if parameter.requires_grad:
+                parameter.register_hook(unscale)
 
 
 class Scales:

@@ -6,7 +6,7 @@ from math import prod
 from checkpoint.config import averages_errors
 from models.prior import BRANCHES
 from parallel.mesh import RankCoordinates
-from planning.estimate.layers import named, rank_layers
+from planning.estimate.layers import named, rank_layers, training_of
 from planning.estimate.zero_layout import Factored, factored, stage_of_zero
 from training.config import PriorTrain
 
@@ -25,10 +25,13 @@ _STEP, _SCALE = 4, 8
 def checkpoint_bytes(settings: PriorTrain) -> dict[str, int]:
     """Bytes of the tensors of a checkpoint, by PARTS; without the headers and the manifest.
 
-    Each element is stored once, without padding; error buffers once, or once a replica.
+    Each element is stored once, without padding; error buffers once, or once a replica. A run of
+    adapters stores them alone.
     """
-    shapes = [held.placement.shape for held in named(rank_layers(settings.model, 0, 1)).values()]
+    held = named(rank_layers(settings.model, 0, 1, training_of(settings))).values()
+    shapes = [h.placement.shape for h in held if h.trained]
     elements = sum(prod(shape) for shape in shapes)
+    frozen = 0 if settings.lora.rank else sum(h.numel for h in held if not h.trained)
     moment = 2 if settings.optim.moments == "bf16" else 4
     factors = list(_factored_everywhere(settings))
     errors = sum(each.rows * each.columns for each in factors)
@@ -41,7 +44,7 @@ def checkpoint_bytes(settings: PriorTrain) -> dict[str, int]:
     if settings.engine.precision == "fp16":
         rest += _SCALE * settings.model.layers * len(BRANCHES)
     return {
-        "masters": 4 * elements,
+        "masters": 4 * (elements + frozen),
         "moments": 2 * moment * elements,
         "average": 4 * elements if settings.optim.ema else 0,
         "errors": 4 * errors,
@@ -59,6 +62,6 @@ def _factored_everywhere(settings: PriorTrain) -> Iterator[Factored]:
     mesh = settings.mesh
     parts = mesh.local if stage_of_zero(settings) == 3 else 1
     for shard in range(mesh.tensor):
-        held = named(rank_layers(settings.model, shard, mesh.tensor))
+        held = named(rank_layers(settings.model, shard, mesh.tensor, training_of(settings)))
         for replica in range(parts):
             yield from factored(settings, held, RankCoordinates(replica=replica, shard=shard))

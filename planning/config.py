@@ -4,10 +4,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from core.config import expression_problems
 from core.errors import InputError, did_you_mean
-from models.config import ClipConfig, PriorConfig
+from models.config import ClipConfig, LoraConfig, PriorConfig
+from parallel.config import CompressConfig
 from planning.estimate.hardware import KNOWN, SHORT, Hardware
 from training.config import StageConfig
 from training.presets import PRESETS
@@ -15,6 +17,7 @@ from training.presets import PRESETS
 MOST_RANKS = 1_000_000
 MOST_BATCH = 1_000_000_000
 PICTURES = (".svg", ".png", ".pdf")
+_SIZES = ("preset", "world", "gpu", "batch", "model", "freeze", "lora")
 _UNITS = {"network": 1e9 / 8, "link": 1e9, "memory": 1e9, "host_memory": 1e9}
 """Bytes of the units in which the flags are given."""
 
@@ -51,6 +54,26 @@ class ClusterFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """Options of a prior, in place of the preset's, as of `tapir train prior`."""
+
+    norm: Literal["layer", "rms"] | None = None
+    """Norm of the residual stream."""
+    qk_norm: bool | None = None
+    """Divide each head's queries and keys by their root mean square."""
+    positions: Literal["learned", "rotary"] | None = None
+    """Learned positions of the inputs, or rotated queries and keys."""
+    mlp: Literal["gelu", "gated"] | None = None
+    """Two matrices, or three."""
+    tied: bool | None = None
+    """Use the token embeddings as output matrices too."""
+
+    def applied(self, model: PriorConfig) -> PriorConfig:
+        """The model with these options in place of its own."""
+        return replace(model, **{k: v for k, v in vars(self).items() if v is not None})
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanFlags:
     """All flags of `tapir plan`."""
 
@@ -63,7 +86,10 @@ class PlanFlags:
     published: bool = False
     picture: Path | None = None
     json: bool = False
+    freeze: str = ""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     cluster: ClusterFlags = field(default_factory=ClusterFlags)
+    model: ModelFlags = field(default_factory=ModelFlags)
 
     def problems(self) -> list[str]:
         """Every problem at once."""
@@ -89,19 +115,25 @@ class PlanFlags:
         default = PlanFlags()
         given = [
             name
-            for name in ("preset", "world", "gpu", "batch", "calibration", "picture", "cluster")
+            for name in (*_SIZES, "calibration", "picture", "cluster")
             if getattr(self, name) != getattr(default, name)
         ]
         return [f"--{mode} has no use for {', '.join(given)}; leave it out"] if given else []
 
     def _sizes(self) -> list[str]:
-        known, problems = plannable(), []
+        known, problems = plannable(), expression_problems(self.freeze, "freeze")
+        if self.lora.rank < 0:
+            problems.append(f"--lora.rank {self.lora.rank} must not be negative; 0 = no adapters")
+        if (self.freeze or self.lora.rank) and self.preset not in PRESETS["prior"]:
+            problems.append("--freeze and --lora.rank are of a prior; leave them out")
         if not 0 <= self.world <= MOST_RANKS:
             problems.append(f"--world {self.world} must be 1 to {MOST_RANKS:,}; 0 = the preset's")
         if not 0 <= self.batch <= MOST_BATCH:
             problems.append(f"--batch {self.batch} must be 1 to {MOST_BATCH:,}; 0 = the preset's")
         if self.preset not in known:
             problems.append(_no_preset(self.preset))
+        elif self.model != ModelFlags() and self.preset not in PRESETS["prior"]:
+            problems.append(f"{self.preset} is no prior: leave its options out")
         elif self.batch > 0:
             problems += _undealt(known[self.preset](), self.batch)
         return problems
@@ -143,8 +175,12 @@ def filled(preset: str, settings: StageConfig) -> Any:
     return replace(settings, model=model)  # type: ignore[call-arg]
 
 
-def settings_of(preset: str, batch: int = 0) -> Any:
+def settings_of(
+    preset: str, batch: int = 0, freeze: str = "", lora: LoraConfig | None = None
+) -> Any:
     """A preset of a prior, with the vocabularies and grid of its data, or of a dVAE.
+
+    Adapters take the preset's place of compression, and are planned for any base.
 
     Raises: InputError for an unknown preset.
     """
@@ -153,4 +189,11 @@ def settings_of(preset: str, batch: int = 0) -> Any:
         raise InputError(_no_preset(preset))
     settings = filled(preset, known[preset]())
     loop = replace(settings.loop, global_batch_size=batch or settings.loop.global_batch_size)
-    return replace(settings, loop=loop)
+    settings = replace(settings, loop=loop, freeze=freeze)
+    if lora is None or lora.rank == 0:
+        return settings
+    return replace(settings, lora=lora, init=_ANY_BASE, compress=CompressConfig())
+
+
+_ANY_BASE = "base"
+"""A plan reads no weights."""

@@ -127,4 +127,4 @@ def sample_bytes(settings: StageConfig) -> int:
         return _FLOAT * 3 * model.pixels**2 + _INTEGER
     if isinstance(model, ClipConfig):
         return _FLOAT * 3 * model.pixels**2 + _INTEGER * model.text_length
-    return int(_INTEGER * (model.text_length + model.grid**2))
+    return int(_INTEGER * (model.length))

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 import models.keyed_noise
 from core.memory import size_text
 from models.config import DVAEConfig
-from models.dvae import CHANNELS, DVAE, negative_bound
+from models.dvae import CHANNELS, DVAE
 from models.keyed_noise import philox_bits
 from parallel.config import EngineConfig, MeshConfig
 from parallel.mesh import RankCoordinates
@@ -34,6 +34,7 @@ from planning.estimate.search import Candidate, SearchResult, Timed, precision_o
 from planning.estimate.step_time import HOURS, Estimate, ending_seconds
 from planning.rehearsal.patches import replaced
 from training.config import DVAETrain
+from training.tasks.dvae_program import DVAELayer, ExtraLosses, dvae_program
 
 _aten = torch.ops.aten
 
@@ -83,8 +84,8 @@ def _variants(layout: DVAETrain) -> Iterator[DVAETrain]:
 
 
 def _loads(settings: DVAETrain) -> Loads:
-    parameters = _parameters(settings.model)
-    layer = RankLayer(name="dvae", cost=1, parameters=parameters, buffers=0)
+    parameters, buffers = _held(settings.model, ExtraLosses.of(settings))
+    layer = RankLayer(name="dvae", cost=1, parameters=parameters, buffers=buffers)
     return Loads(
         settings=cast(Any, settings),
         at=RankCoordinates(),
@@ -98,9 +99,10 @@ def _weigh(settings: DVAETrain, world: int, hardware: Hardware) -> Candidate:
     if problems:
         return Candidate(settings=cast(Any, settings), bytes_={}, why="; ".join(problems))
     loads = _loads(settings)
-    one = micro_batch(settings.model, loads.micro, settings.engine.precision)
+    one = _micro_batch_of(settings, loads.micro)
     sizes = {**dict.fromkeys(CATEGORIES, 0), **model_bytes(loads), "activations": one.saved}
     sizes["temporary"] += 2 * one.largest  # a gradient and its operand's
+    sizes["temporary"] += sum(part.buffers for part in loads.layers)
     bytes_: Bytes = {name: sizes[name] for name in CATEGORIES}
     bytes_ |= nccl_bytes(cast(Any, settings), hardware)
     start, usable = None, hardware.usable
@@ -123,7 +125,7 @@ def _estimate(candidate: Candidate, hardware: Hardware) -> Estimate:
     settings: DVAETrain = cast(Any, candidate.settings)
     loads, mesh, loop = _loads(settings), settings.mesh, settings.loop
     times = settings.engine.gradient_accumulation_steps
-    one = micro_batch(settings.model, loads.micro, settings.engine.precision)
+    one = _micro_batch_of(settings, loads.micro)
     crowd = hardware.crowd(mesh.world)
     compute = crowd * times * seconds(one.work, hardware)
     end = {name: crowd * value for name, value in ending_seconds(loads, hardware).items()}
@@ -151,35 +153,45 @@ def _estimate(candidate: Candidate, hardware: Hardware) -> Estimate:
 
 
 def dvae_parameters(config: DVAEConfig) -> int:
-    """Parameters of the whole model."""
-    return sum(held.numel for held in _parameters(config).values())
+    """Parameters of the whole model, without a discriminator's."""
+    return sum(held.numel for held in _held(config, ExtraLosses())[0].values())
 
 
 @lru_cache(maxsize=8)
-def _parameters(config: DVAEConfig) -> dict[str, Held]:
+def _held(config: DVAEConfig, extra: ExtraLosses) -> tuple[dict[str, Held], int]:
+    """What a rank trains, and the bytes of its other tensors."""
     with torch.device("meta"):
-        dvae = DVAE(config)
-    return {name: Held(placement_of(p), p.numel()) for name, p in dvae.named_parameters()}
+        layer = DVAELayer(DVAE(config), extra)
+    parameters = {n: Held(placement_of(p), p.numel()) for n, p in layer.named_parameters()}
+    return parameters, sum(map(_bytes, layer.buffers()))
+
+
+def _micro_batch_of(settings: DVAETrain, samples: int) -> MicroBatch:
+    extra = ExtraLosses.of(settings)
+    return micro_batch(settings.model, samples, settings.engine.precision, extra)
 
 
 @lru_cache(maxsize=64)
-def micro_batch(config: DVAEConfig, samples: int, precision: str) -> MicroBatch:
+def micro_batch(
+    config: DVAEConfig, samples: int, precision: str, extra: ExtraLosses | None = None
+) -> MicroBatch:
     """The operations of a forward and a backward pass, in the precision of the run."""
     with torch.device("meta"):
-        dvae = DVAE(config)
+        program = dvae_program(DVAE(config), config, extra)
+    layer = program.layers[0].build()
     saved: dict[str, int] = {}
     on_gpu = (models.keyed_noise, "draw_bits", _drawn_on_a_gpu)
     with FakeTensorMode(allow_non_fake_inputs=True), _Tally() as tally, replaced([on_gpu]):
-        dvae.to_empty(device="cpu")
+        layer.to_empty(device="cpu")
         tally.work.clear()
         pixels = torch.empty(samples, CHANNELS, config.pixels, config.pixels, device="cpu")
         keys = torch.zeros(samples, dtype=torch.int64, device="cpu")
-        tau = torch.tensor(1.0, device="cpu")  # a constant: its value is read
+        one = torch.tensor(1.0, device="cpu")  # a constant: its value is read
+        batch = {"pixels": pixels, "keys": keys, "tau": one, "beta": one, "adversarial": one}
         half = precision != "fp32"
-        outside = [*dvae.parameters(), pixels, keys, tau]
+        outside = [*layer.parameters(), *layer.buffers(), pixels, keys, one]
         with noted(saved, "all", outside), torch.autocast("cpu", torch.bfloat16, enabled=half):
-            terms, _ = dvae(pixels, tau, keys)
-            loss = negative_bound(terms, 6.6, config)
+            loss = program.loss(layer(batch), batch)["loss"]
         loss.backward()
     return MicroBatch(work=tuple(tally.work), saved=saved["all"], largest=tally.largest)
 

@@ -1,6 +1,6 @@
 """`tapir plan`: a preset's fastest layouts on a cluster, and calibration of this machine."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -10,7 +10,7 @@ from core.log import LOG
 from planning.config import PlanFlags, settings_of
 from planning.dvae import dvae_parameters, search_dvae
 from planning.estimate.hardware import Hardware, hardware_of
-from planning.estimate.layers import count_parameters
+from planning.estimate.layers import count_parameters, count_trained
 from planning.estimate.search import SearchResult, search
 from training.config import DVAETrain
 
@@ -21,7 +21,9 @@ class Plan:
 
     result: SearchResult
     parameters: int
-    """Parameters of the whole model."""
+    """Parameters of the whole model, without adapters."""
+    trained: int
+    """Parameters that are trained; of adapters, they are what a run saves."""
     hardware: Hardware
 
 
@@ -35,19 +37,23 @@ def make_plan(flags: PlanFlags) -> Plan:
     check(hardware.problems())
     if flags.picture is not None:
         _refuse_unwritable(flags.picture)
-    settings = settings_of(flags.preset, flags.batch)
+    settings = settings_of(flags.preset, flags.batch, flags.freeze, flags.lora)
+    if not isinstance(settings, DVAETrain):
+        settings = replace(settings, model=flags.model.applied(settings.model))
     check(settings.fixed_problems())
     world = flags.world or settings.mesh.world
     if isinstance(settings, DVAETrain):
         result, parameters = search_dvae(settings, world, hardware), dvae_parameters(settings.model)
+        trained = parameters
     else:
         result, parameters = search(settings, world, hardware), count_parameters(settings.model)
+        trained = count_trained(settings)
     if flags.picture is not None:
         from planning.picture import draw  # noqa: PLC0415 - matplotlib takes a second
 
         draw(result, hardware, flags.picture)
         LOG.info("wrote %s", flags.picture)
-    return Plan(result=result, parameters=parameters, hardware=hardware)
+    return Plan(result=result, parameters=parameters, trained=trained, hardware=hardware)
 
 
 def write_calibration(path: Path) -> dict[str, float]:

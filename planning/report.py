@@ -23,12 +23,16 @@ WIDTH = 142
 """Columns that the tables need, also if output is not a terminal."""
 
 
-def plan_json(result: SearchResult, parameters: int, hardware: Hardware) -> dict[str, Any]:
+def plan_json(
+    result: SearchResult, parameters: int, trained: int, hardware: Hardware
+) -> dict[str, Any]:
     """The whole plan."""
     rows = [timed_json(row) for row in result.timed]
     return {
         "fits": bool(rows),
         "parameters": parameters,
+        "trained_parameters": trained,
+        "trained_bytes": 4 * trained,
         "gpu": hardware.name,
         "usable_bytes": int(hardware.usable),
         "context_bytes": int(hardware.context),
@@ -112,6 +116,9 @@ def flags_of(candidate: Candidate) -> list[str]:
         f"--engine.precision={engine.precision}",
     ]
     flags += ["--engine.recompute" if engine.recompute else "--engine.no-recompute"]
+    flags += [f"--freeze={settings.freeze}"] if settings.freeze else []
+    if isinstance(settings, PriorTrain) and settings.lora.rank:
+        flags += [f"--lora.rank={settings.lora.rank}", f"--lora.alpha={settings.lora.alpha:g}"]
     return [*flags, f"--compress.rank={settings.compress.rank}"]
 
 
@@ -143,9 +150,15 @@ def rejected_json(row: Candidate, parameters: int) -> dict[str, Any]:
     }
 
 
-def show(result: SearchResult, parameters: int, hardware: Hardware) -> None:
+def show(result: SearchResult, parameters: int, trained: int, hardware: Hardware) -> None:
     """Print the plan as tables."""
     console = _console()
+    if trained < parameters:
+        share = trained / parameters
+        console.print(
+            f"trained: {trained:,} of {parameters:,} parameters ({share:.2%}), "
+            f"{size_text(4 * trained)} of weights"
+        )
     if result.timed:
         console.print(_fitting(result, parameters, hardware), _spent(result.timed[0]))
         if parts := checkpoint_json(result.timed[0].candidate):

@@ -16,7 +16,6 @@ from data_pipeline.packing.pack import pack
 from data_pipeline.text.bpe import load_tokenizer
 from data_pipeline.tokenize.encode import Encoders
 from data_pipeline.tokenize.worker import Worker
-from models.code_encoder import CodeReader
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from parallel.config import EngineConfig
 from parallel.ledger import recorded
@@ -32,7 +31,7 @@ from training.config import (
     PriorTrain,
     StageConfig,
 )
-from training.export.weights import load_dvae
+from training.export.tokenizers import open_tokenizer
 from training.run.folder import read_metrics
 from training.stages import make_task
 from training.tokenizer import train_tokenizer
@@ -100,12 +99,10 @@ class Chain:
     def tokenize(self, precision: Literal["fp32", "bf16"] = "fp32", place: str = "tokens") -> int:
         """Run the token job on the device; returns how many shards it made."""
         config = TokenizeConfig(block=4, precision=precision)
-        dvae, digest = load_dvae(self.folder / "dvae")
         tokenizer, tokenizer_digest = load_tokenizer(self.folder / "bpe")
         encoders = Encoders(
             numerics=set_numerics(self.device),
-            codes=CodeReader(dvae.to(self.device), config.precision),
-            dvae_hash=digest,
+            images=open_tokenizer(self.folder / "dvae", self.device, config.precision),
             tokenizer=tokenizer,
             tokenizer_hash=tokenizer_digest,
         )

@@ -20,7 +20,11 @@ from training.launch import PRELOAD
 
 ROOT = Path(__file__).parents[1]
 DEVELOPERS = "needs what `make test` installs: requirements-dev.txt"
-EVERYTHING = [*PRELOAD, *(m for name in ENGINES for m in modules_of(name, True)), "bench.parity"]
+EVERYTHING = [
+    *PRELOAD,
+    *(m for name in ENGINES for m in modules_of(name, True)),
+    *("bench.parity", "vector_quantize_pytorch"),
+]
 """What ranks of any test import, but for the test's own modules."""
 TAPIR = [sys.executable, "-P", "-m", "tapir"]
 PATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -7,12 +7,15 @@ from typing import Literal
 
 from checkpoint.config import CheckpointConfig
 from cluster.config import SupervisorConfig
-from core.config import folder_problems, place_problems
+from core.config import expression_problems, folder_problems, place_problems
 from core.storage.mixture import data_sets, mixture_problems
 from data_pipeline.config import LoaderConfig, OrderConfig
-from models.config import ClipConfig, DVAEConfig, PriorConfig
+from models.config import ClipConfig, DVAEConfig, LoraConfig, PriorConfig
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, ModelSizes, OptimConfig
+from training.profiling.categories import ProfileConfig
 from training.recovery.config import GuardConfig
+from training.run.resume_with import resume_with_problems
+from training.tasks.dvae_config import DiscriminatorConfig, PerceptualConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,42 +57,6 @@ class LoopConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProfileConfig:
-    """The always-on profile, and traces of some steps."""
-
-    always: bool = True
-    """Record the time of every step by category on every rank; `tapir profile` shows it."""
-    steps: str = ""
-    """Steps to trace with torch.profiler, first:last inclusive, e.g. 20:25; default: none."""
-    ranks: str = "0"
-    """Ranks to trace, e.g. 0,3; `all` for every rank."""
-    peak_tflops: float = 0.0
-    """Peak TFLOP/s of one device, for MFU; 0 = measured by matmuls at the start."""
-    plan: Path | None = None
-    """Output of `tapir plan --json` for this mesh; warns if the median step takes twice as long. On
-    CPUs plan with --calibration."""
-
-    def problems(self) -> list[str]:
-        problems = []
-        try:
-            first, last = parse_steps(self.steps or "1:1")
-            if not 1 <= first <= last:
-                problems.append(
-                    f"profile.steps={self.steps} must be a range of steps from 1 on; try 20:25"
-                )
-        except ValueError:
-            problems.append(f"profile.steps={self.steps} must be first:last, e.g. 20:25")
-        try:
-            if any(rank < 0 for rank in parse_ranks(self.ranks)):
-                problems.append(f"profile.ranks={self.ranks} must not be negative; try 0,3 or all")
-        except ValueError:
-            problems.append(f"profile.ranks={self.ranks} must be numbers, e.g. 0,3, or all")
-        if not 0 <= self.peak_tflops < math.inf:
-            problems.append("profile.peak_tflops must not be negative; 0 = measure it")
-        return problems
-
-
-@dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """Settings that all training stages share."""
 
@@ -100,10 +67,21 @@ class StageConfig:
     it from then on; else a run reads the version that it began with."""
     out: Path = Path("runs/stage")
     """Run folder: config, metrics, TensorBoard, checkpoints; the same folder resumes."""
+    init: str = ""
+    """Start from the weights of a run, finished model or checkpoint: a folder or s3://; by name,
+    also with another vocabulary, grid or text length. A run with a checkpoint does not read it,
+    unless it trains adapters."""
+    init_bpe: Path | None = None
+    """Folder of the tokenizer.json of init's weights, if it is another one than --bpe's."""
+    resume_with: str = ""
+    """Settings to change on purpose when a run resumes, e.g. optim.lr=1e-4,loop.steps=2000; they
+    are written into the run's history.json."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     """Length and intervals."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """AdamW."""
+    freeze: str = ""
+    """Regular expression: parameters in whose global name it is found are not trained."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Arrangement of the ranks."""
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -151,6 +129,8 @@ class StageConfig:
         problems += self.checkpoint.problems() + self.guard.problems() + self.supervisor.problems()
         problems += self.profile.problems() + self.loader.problems() + self.model_problems()
         problems += mixture_problems(self.data, "data") + folder_problems(self.out, "out")
+        problems += expression_problems(self.freeze, "freeze")
+        problems += place_problems(self.init, "init") + resume_with_problems(self)
         if self.grow and len(data_sets(self.data)) > 1:
             problems.append(
                 "grow reads one data set, and data is a mixture: leave --grow out, and each set is "
@@ -229,15 +209,27 @@ class DVAETrain(StageConfig):
     """Final weight of the KL term, reached by a cosine (the paper: 6.6)."""
     beta_fraction: float = 0.3
     """Fraction of the run over which beta is annealed."""
+    commitment: float = 0.25
+    """vq: weight of the squared difference between encoder outputs and their codes' vectors."""
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    """A perceptual loss."""
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    """A patch discriminator."""
+    rfid: Path | None = None
+    """Inception's weights (safetensors), for the reconstruction FID at validations; default: no
+    FID."""
 
     def model_problems(self) -> list[str]:
         problems = self.model.problems() + self._prior_only_problems()
+        problems += self.perceptual.problems() + self.discriminator.problems(self.model.pixels)
         if not 0 < self.tau_last <= self.tau_first < math.inf:
             problems.append("tau_last must be positive and not above tau_first")
         if not (0 < self.tau_fraction <= 1 and 0 < self.beta_fraction <= 1):
             problems.append("tau_fraction and beta_fraction must be above 0 and at most 1")
         if not (0 <= self.beta_first < math.inf and 0 <= self.beta < math.inf):
             problems.append("beta_first and beta must not be negative")
+        if not 0 <= self.commitment < math.inf:
+            problems.append(f"commitment={self.commitment} must not be negative; try 0.25")
         return problems
 
 
@@ -251,6 +243,8 @@ class PriorTrain(StageConfig):
     """Run folder: config, metrics, TensorBoard, checkpoints; the same folder resumes."""
     model: PriorConfig = field(default_factory=PriorConfig)
     """The network."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters, trained in place of the network."""
     bpe_dropout: float = 0.0
     """Probability of dropping a BPE merge, drawn again at every reading (the paper: 0.1)."""
     bpe: Path = Path("runs/bpe")
@@ -268,7 +262,7 @@ class PriorTrain(StageConfig):
             problems.append(f"bpe_dropout={self.bpe_dropout} must be in [0, 1); the paper's is 0.1")
         if not 0 <= self.caption_dropout < 1:
             problems.append(f"caption_dropout={self.caption_dropout} must be in [0, 1); try 0.1")
-        return problems
+        return problems + self.lora.problems(self.model.dim, self.init, self.compress.on)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,14 +313,3 @@ class BPETrain:
         if min(self.max_captions, self.task_captions) < 1:
             problems.append("max_captions and task_captions must be at least 1")
         return problems
-
-
-def parse_steps(text: str) -> tuple[int, int]:
-    """`20:25` -> (20, 25). Raises: ValueError."""
-    first, last = map(int, text.split(":"))
-    return first, last
-
-
-def parse_ranks(text: str) -> list[int]:
-    """`0,3` -> [0, 3], `all` -> []. Raises: ValueError."""
-    return [] if text == "all" else [int(word) for word in text.split(",")]

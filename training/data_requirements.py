@@ -11,7 +11,7 @@ from data_pipeline.formats.manifest import Manifest
 from data_pipeline.streaming.mixed_source import parts_of
 from training.config import StageConfig
 
-MADE_FROM_DATA = ("text_vocabulary", "image_vocabulary", "grid")
+MADE_FROM_DATA = ("text_vocabulary", "image_vocabulary", "grid", "columns")
 """Model sizes that the data determine; 0 in the settings = taken from the data."""
 _OF_TOKENS = ("dvae", "tokenizer", *MADE_FROM_DATA)
 """Facts in which the token sets of a mixture must agree."""
@@ -80,6 +80,8 @@ def _few_blocks(settings: StageConfig, sizes: DataSizes) -> str:
 
 def model_size_problems(model: Any, facts: Mapping[str, Any], place: str) -> list[str]:
     """Model sizes that differ from the data's; `facts` are those of its manifest."""
+    if "grid" in facts:  # which names the columns only of grids that are not square
+        facts = {"columns": facts["grid"], **facts}
     return [
         f"model.{name}={asked} is not that of {place}, {facts[name]}; leave it out"
         for name in MADE_FROM_DATA
@@ -94,11 +96,11 @@ def mixture_problems(
     first = next(iter(facts), "")
     expected, others = facts.get(first, {}), list(facts.items())[1:]
     problems = [
-        f"{place} has {name}={own.get(name)!r}, and {first} has {name}={expected[name]!r}; sets of "
-        "a mixture must be tokenized with the same dVAE and tokenizer"
+        f"{place} has {name}={own.get(name)!r}, and {first} has {name}={expected.get(name)!r}; "
+        "sets of a mixture must be tokenized with the same dVAE and tokenizer"
         for place, own in others
         for name in _OF_TOKENS
-        if name in expected and own.get(name) != expected[name]
+        if (name in expected or name == "columns") and own.get(name) != expected.get(name)
     ]
     places = {fingerprint: place for place, fingerprint in reversed([*fingerprints.items()])}
     return problems + [

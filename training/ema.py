@@ -86,6 +86,7 @@ class Average:
             self._mean[key] = reader.flat(part.name, kind, part.start, part.stop)
 
     def _masters(self) -> Iterator[tuple[tuple[str, int], StateSlice]]:
+        frozen = self._engine.frozen()  # the average of what never changes is itself
         for part in self._engine.state_slices():
-            if part.kind == "master":
+            if part.kind == "master" and part.name not in frozen:
                 yield (part.name, part.start), part

@@ -8,7 +8,8 @@ from typing import Any
 from checkpoint.format import StateSlice
 from checkpoint.reader import CheckpointReader
 from core.config import to_json
-from core.errors import Preempted, StoreError, TrainingError
+from core.errors import Preempted
+from core.files.atomic import Json
 from core.heartbeat import Heart
 from core.log import LOG, Meter, progress
 from core.stop import stop_asked
@@ -16,6 +17,7 @@ from core.storage.store import open_store
 from data_pipeline.streaming.mixture import Batches, epochs_of, open_stream
 from data_pipeline.streaming.state import Position, position_of
 from models.counts import step_flops
+from parallel.engines.frozen import check_frozen, freeze
 from parallel.engines.protocol import Batch, Engine, EngineSettings, StepResult
 from parallel.engines.registry import build_engine
 from parallel.ledger import Ledger
@@ -25,27 +27,20 @@ from training.config import StageConfig
 from training.ema import Average
 from training.export.save import FinishedModel, Writers, save_model
 from training.export.weights import model_is_whole
+from training.initial.start import Start
 from training.profiling.categories import CHECKPOINT, COMPUTE, DATA_WAIT, VALIDATION
 from training.profiling.profile import Profile, timed
 from training.recovery.rewind import Recovery, checkpoints_of_capsules
 from training.run.alarms import Alarms
-from training.run.checkpoints import Checkpoints
+from training.run.checkpoints import Checkpoints, save_surely
 from training.run.feed import Feed
 from training.run.folder import RunFolder
 from training.run.log import RunLog, StepCost
-from training.run.resume import (
-    refuse_other_config,
-    refuse_other_shapes,
-    tell_dropped_errors,
-    tell_other_numerics,
-)
+from training.run.resume import accept_config, refuse_changes, refuse_other_shapes, tell_differences
 from training.run.versions import DataVersions
 from training.schedules import Plateau, learning_rate
 from training.tasks.task import Task
 from training.validation import Validation
-
-_PAUSES = (5.0, 30.0)
-"""Seconds before each retry of the last save."""
 
 
 class Run:
@@ -71,7 +66,10 @@ class Run:
         stream = _stream(task, settings, mesh)  # before the engine: it rejects too little data
         self._versions = DataVersions(task, settings.data, mesh)
         self.feed = Feed(task, stream, settings, world.device, self._versions)
-        self.engine: Engine = build_engine(task.program, self._engine_settings(), mesh)
+        self._start = Start(stage, task, settings, world)
+        program = freeze(task.program, settings.freeze)
+        check_frozen(program, settings.freeze, mesh.pipeline.size)
+        self.engine: Engine = build_engine(program, self._engine_settings(), mesh)
         self.average = Average(self.engine, settings.optim, world.device)
         self.plateau = Plateau()
         self.checkpoints = Checkpoints(
@@ -88,6 +86,8 @@ class Run:
         self.alarms = Alarms(settings, mesh, self.engine.shapes().values())
         self.log = RunLog(settings, task.units, self.folder, self.profile)
         self.step = 0
+        self._history: list[Json] = []
+        """What happened to the run: weights it started from, settings changed on purpose."""
         self._resumed_at: int | None = None
         self._scored: tuple[int, float] | None = None
         """(step, loss) of the last validation."""
@@ -194,8 +194,9 @@ class Run:
             "plateau": self.plateau.state(),
             "validation_loss": self._loss_now(),
             "config": self.config,
-            "task": self.task.facts(),
+            "task": {**self.task.facts(), **self._start.facts},
             "numerics": to_json(self.numerics),
+            "history": self._history,
         }
         self.checkpoints.saver.settle()
         self._note_failure()
@@ -212,6 +213,7 @@ class Run:
         """
         self._heart.beat("load")
         refuse_other_shapes(reader, self.engine)
+        self._start.load_base(self.engine, reader)
         self.engine.load_slices(reader)
         self.average.load(reader)
         self.feed.resume(position_of(reader.facts["stream"]))
@@ -273,13 +275,21 @@ class Run:
     def _resume(self) -> None:
         reader = self.checkpoints.newest()
         if reader is None:
+            self.start()
             return
-        refuse_other_config(reader, self.config)
+        changes = accept_config(reader, self.config)
         self.resume_from(reader)
+        self._history = [*reader.facts.get("history", []), *changes]
         LOG.info("resumed from %s", reader.url)
         if self.world.rank == 0:
-            tell_other_numerics(reader, self.numerics)
-            tell_dropped_errors(reader, self.settings.compress.on)
+            tell_differences(reader, changes, self.numerics, self.settings.compress.on)
+        self.folder.note_history(self._history)
+
+    def start(self) -> None:
+        """Load the weights of settings.init at step 0, if it is set; collective."""
+        refuse_changes(self.settings)
+        self._history = self._start.load(self.engine, self.average)
+        self.folder.note_history(self._history)
 
     def _rewind(self) -> None:
         """Go back to the newest checkpoint, and skip the data of the skipped updates."""
@@ -298,17 +308,7 @@ class Run:
 
         Raises: TrainingError if all attempts fail.
         """
-        for pause in (*_PAUSES, None):
-            self.save()
-            try:
-                self.checkpoints.saver.wait()
-                return
-            except StoreError as error:
-                if pause is None:
-                    raise TrainingError(f"{error}; the last save could not be written") from error
-                if self.world.rank == 0:
-                    LOG.error("%s; trying again in %.0f s", error, pause)
-                time.sleep(pause)
+        save_surely(self.save, self.checkpoints.saver.wait, tells=self.world.rank == 0)
 
     def _finish(self) -> None:
         """Validate, save and write the finished model, unless it exists already."""
@@ -318,8 +318,8 @@ class Run:
         row = self.validate()
         if self._resumed_at != self.step:
             self._save_surely()
-        facts = {**self.task.facts(), "step": self.step, "validation": row}
-        facts["numerics"] = to_json(self.numerics)
+        facts = {**self.task.facts(), **self._start.facts, "step": self.step, "validation": row}
+        facts |= {"numerics": to_json(self.numerics), "history": self._history}
         sizes = to_json(self.task.model_config)
         save_model(
             self.settings.out,

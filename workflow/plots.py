@@ -83,11 +83,31 @@ def score_curves(rows: list[Json]) -> str:
     return _svg(figure)
 
 
+def candidate_curves(results: Json) -> str:
+    """FID, IS and on shapes accuracy against the number of candidates N (figures 9c and 6)."""
+    rows = results["rows"]
+    counts = [row["n"] for row in rows]
+    proxy = "proxy " if results["label"].startswith("proxy") else ""
+    names = {"fid": f"{proxy}FID", "is": f"{proxy}IS", "accuracy": "exact captions"}
+    names = {name: text for name, text in names.items() if name in rows[0]}
+    figure, axes = pyplot.subplots(1, len(names), figsize=(5 * len(names), 3))
+    for axis, (name, text) in zip(axes, names.items(), strict=True):
+        values, spreads = ([row.get(key, 0.0) for row in rows] for key in (name, f"{name}_std"))
+        axis.errorbar(counts, values, spreads, fmt="o-", capsize=2)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(counts, [str(count) for count in counts])
+        axis.set_xlabel("candidates N, the best by CLIP is kept")
+        axis.set_ylabel(text)
+    return _svg(figure)
+
+
 def _svg(figure: Any) -> str:
-    """A figure as SVG, with labels as text: as outlines they would be most of the file."""
+    """A figure as SVG, the same bytes each time, with labels as text: as outlines they would be
+    most of the file."""
     buffer = io.StringIO()
     figure.tight_layout()
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif"}):
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "tapir", "font.family": "sans-serif"}
+    with matplotlib.rc_context(style):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     pyplot.close(figure)
     text = buffer.getvalue()

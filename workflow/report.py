@@ -1,4 +1,4 @@
-"""report.html: one page that shows the results of a demo folder."""
+"""report.html: one page that shows the results of a demo folder; leaderboard.md of its suites."""
 
 import base64
 import json
@@ -11,6 +11,7 @@ import jinja2
 
 from core.errors import InputError
 from core.files.atomic import Json, write_atomic
+from workflow.leaderboard import galleries, suite_tables, write_leaderboard
 from workflow.plots import accuracy_curves, best_of_counts, loss_curves, score_curves
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -18,12 +19,20 @@ _LEAST_SIDE, _MOST_SIDE = 64, 128
 
 
 def write_report(folder: Path) -> Path:
-    """Write report.html of a demo folder; returns its path.
+    """Write report.html of a demo folder, and leaderboard.md of its suites; returns its path.
 
-    Raises: InputError if the folder holds no finished demo.
+    In a folder that holds suites alone, only leaderboard.md is written.
+    Raises: InputError if the folder holds neither a finished demo nor a suite.
     """
+    tables = suite_tables(folder)
+    board = write_leaderboard(folder, tables) if tables else None
     if not (folder / "summary.json").exists():
-        raise InputError(f"{folder} has no summary.json; run `tapir demo --out {folder}` first")
+        if board is not None:
+            return board
+        raise InputError(
+            f"{folder} has no summary.json and no suite.json; run `tapir demo --out {folder}` or "
+            "`tapir evaluate --suite NAME` first"
+        )
     summary = json.loads((folder / "summary.json").read_text())
     samples = folder / "samples"
     rows = json.loads((samples / "candidates.json").read_text())["rows"]
@@ -39,6 +48,8 @@ def write_report(folder: Path) -> Path:
         best_of=best_of_counts(accuracy) if accuracy else {},
         accuracy_plot=accuracy_curves(accuracy) if accuracy else "",
         scores=scores,
+        suites=tables,
+        galleries=[_embedded(folder, each) for each in galleries(folder, tables)],
         scores_plot=score_curves(scores["rows"]) if scores else "",
     )
     target = folder / "report.html"
@@ -48,6 +59,12 @@ def write_report(folder: Path) -> Path:
 
 def _embed(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def _embedded(folder: Path, gallery: Json) -> Json:
+    """A suite's gallery with its pictures in place of their paths."""
+    rows = [{**row, "image": _embed(folder / row["path"])} for row in gallery["rows"]]
+    return {**gallery, "rows": rows}
 
 
 def _gallery_row(row: Json, path: Path) -> dict[str, Any]:

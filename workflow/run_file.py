@@ -74,8 +74,9 @@ _NEEDS = {each.name for each in fields(Resources)}
 FILES: dict[str, dict[str, Any]] = {
     "score": {"inception": Path, "overlap": Path},
     "overlap": {"dest": str},
+    "evaluate": {"suites": tuple[str, ...]},
 }
-"""Flags of stages beside their settings."""
+"""Flags of stages beside their settings; each of evaluate's suites is a job of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""One worker of the token job: a run's dVAE and tokenizer turn raw shards into token shards."""
+"""One worker of the token job: image tokenizer and BPE turn raw shards into token shards."""
 
 from pathlib import Path
 
@@ -12,10 +12,9 @@ from data_pipeline.config import TokenizeConfig
 from data_pipeline.text.bpe import load_tokenizer
 from data_pipeline.tokenize.encode import Encoders
 from data_pipeline.tokenize.worker import Worker
-from models.code_encoder import CodeReader
 from parallel.device import worker_device
 from parallel.precision import set_numerics
-from training.export.weights import describe, load_dvae
+from training.export.tokenizers import describe_tokenizer, open_tokenizer
 
 
 def tokenize_shards(
@@ -30,15 +29,13 @@ def tokenize_shards(
     refuse_others_folder(tokens, "a data set")
     member = job_worker_of(worker)
     tokenizer, tokenizer_hash = load_tokenizer(bpe)
-    describe(dvae, "dvae")  # tokens of a dVAE that still trains would fit no prior
-    model, model_hash = load_dvae(dvae)
+    describe_tokenizer(dvae)  # tokens of a dVAE that still trains would fit no prior
     device = worker_device(member.number)
     if device.type == "cpu":
         keep_freed_memory()
     encoders = Encoders(
         numerics=set_numerics(device, precision=config.precision),
-        codes=CodeReader(model.to(device), config.precision),
-        dvae_hash=model_hash,
+        images=open_tokenizer(dvae, device, config.precision),
         tokenizer=tokenizer,
         tokenizer_hash=tokenizer_hash,
     )

@@ -10,7 +10,9 @@ from core.storage.store import open_store
 from data_pipeline.catalogue.parts import verify_catalogue
 from data_pipeline.formats.manifest import NAME, SPLITS
 from data_pipeline.formats.verify import verify_split
-from training.export.weights import DESCRIPTION, describe
+from training.export.files import DESCRIPTION
+from training.export.weights import KINDS as MODELS
+from training.export.weights import describe
 
 
 def verify_path(path: str, sample: float = 1.0) -> list[str]:
@@ -37,7 +39,7 @@ def verify_path(path: str, sample: float = 1.0) -> list[str]:
     if "://" in path:
         return verified
     if (folder / DESCRIPTION).exists():
-        for stage in ("dvae", "prior", "clip"):
+        for stage in MODELS:
             try:
                 describe(folder, stage)
                 verified.append(f"{folder}/{DESCRIPTION}")

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.gpu.report import GpuReport, Target, at_least, rates, relative, seconds
-from models.attention import band_of, banded_attention
-from models.flex_attention import flexible_attention
-from models.masks import Kind, full_mask
+from models.attention.banded import band_of, banded_attention
+from models.attention.flexible import flexible_attention
+from models.attention.masks import Kind, full_mask
 
 KINDS: tuple[Kind, ...] = ("row", "column", "conv")
 CLOSE = {torch.bfloat16: 1e-2, torch.float32: 2e-6}

@@ -19,6 +19,7 @@ from data_pipeline.tokenize.encode import Encoders, encode_pairs
 from models.code_encoder import CodeReader
 from models.config import DVAEConfig
 from models.dvae import DVAE
+from models.tokenizers.protocol import DVAETokenizer
 from parallel.device import CPU
 from parallel.precision import set_numerics
 from training.presets import dvae_paper
@@ -42,7 +43,7 @@ def pictures(report: GpuReport) -> None:
     set_numerics(device)
     many, batch = (8, 4) if tiny else (512, 64)
     for precision, least in CLOSE.items():
-        reader = CodeReader(model, precision)  # type: ignore[arg-type]
+        reader = DVAETokenizer(model, "", precision)  # type: ignore[arg-type]
         equal = float((reader.codes(some.to(device)).cpu() == exact).float().mean())
         report.row(f"{precision}: codes equal to the CPU's", equal, "", Target(least=least))
         x = smooth(batch, model.config.pixels).to(device)
@@ -64,9 +65,11 @@ def smooth(count: int, pixels: int) -> Tensor:
     return F.avg_pool2d(torch.rand(count, 3, pixels, pixels, generator=draws), 5, 1, 2)
 
 
-def _from_files(reader: CodeReader, count: int, device: torch.device) -> tuple[float, list[float]]:
+def _from_files(
+    reader: DVAETokenizer, count: int, device: torch.device
+) -> tuple[float, list[float]]:
     """Decoding, cropping, encoding and packing, with a thread a core."""
-    side, records = reader.config.pixels, []
+    side, records = reader.facts.pixels, []
     for i, picture in enumerate(smooth(16, side + side // 8)):
         file = io.BytesIO()
         pixels = (picture.permute(1, 2, 0) * 255).byte().numpy()
@@ -85,9 +88,7 @@ def _from_files(reader: CodeReader, count: int, device: torch.device) -> tuple[f
     )
     words = Tokenizer(WordLevel({"a": 0}, "a"))
     numerics = set_numerics(device)
-    encoders = Encoders(
-        numerics=numerics, codes=reader, dvae_hash="", tokenizer=words, tokenizer_hash=""
-    )
+    encoders = Encoders(numerics=numerics, images=reader, tokenizer=words, tokenizer_hash="")
     config = TokenizeConfig(precision="bf16", readers=max(1, (os.cpu_count() or 2) - 1))
     spent = wall_seconds(lambda: encode_pairs(pairs, encoders, config, {}), device, 3)
     return rates(count, spent[1:])

@@ -1,4 +1,4 @@
-"""A small token data set of shapes for benchmarks."""
+"""Small token data sets for benchmarks."""
 
 import os
 import subprocess
@@ -11,8 +11,8 @@ DATA = sized((6000, 600), (400, 2))
 """Pairs, and steps of their dVAE."""
 
 
-def make_tokens(folder: Path, count: int, dvae_steps: int) -> str:
-    """Pack shapes, train a dVAE and a tokenizer, and tokenize; finished parts are kept.
+def make_tokens(folder: Path, count: int, dvae_steps: int, source: str = "shapes") -> str:
+    """Pack shapes or emoji, train a dVAE and a tokenizer, and tokenize; finished parts are kept.
 
     TAPIR_BENCH_TOKENS names tokens that are there already.
     """
@@ -20,7 +20,7 @@ def make_tokens(folder: Path, count: int, dvae_steps: int) -> str:
         return given
     raw, tokens, dvae, bpe = (str(folder / name) for name in ("raw", "tokens", "dvae", "bpe"))
     small = sized([], ["--block=8"])
-    run_tapir("pack", "shapes", raw, f"--count={count}", "--validation=0.1", *small)
+    run_tapir("pack", source, raw, f"--count={count}", "--validation=0.1", *small)
     run_tapir("train", "bpe", "tiny", f"--data={raw}", f"--out={bpe}")
     run_tapir(
         "train", "dvae", "tiny", f"--data={raw}", f"--out={dvae}", f"--loop.steps={dvae_steps}"

@@ -16,16 +16,24 @@ _MARKS = {
     "candidates.json": "evaluate",
     "overlap.json": "overlap",
     "chain.json": "submit",
+    "suite.json": "evaluate --suite",
     "demo.json": "demo",
     "seconds.json": "demo",
 }
 """Files that identify the command that wrote a folder."""
-_DRAWN = {"evaluate": "samples", "score": "scores", "overlap": "overlap"}
+_DRAWN = {
+    "evaluate": "samples",
+    "evaluate --suite": "suites",
+    "score": "scores",
+    "overlap": "overlap",
+}
 """Commands that write many files beside one another, and the usual name of their folder."""
 _SOURCES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".tar", ".parquet")
 """Endings of a data set's files, which no training run writes."""
 _STAGES = ("model.json", "config.json")
 """Files of a training run that name its stage."""
+_IMPORTED = "image_tokenizer"
+"""Stage of what `tapir import` makes of another project's image tokenizer."""
 
 
 def refuse_others_folder(place: Path | str, mine: str) -> None:
@@ -82,5 +90,6 @@ def owner_of(folder: Path) -> str:
     """The command that wrote a folder, or `a data set`; empty if unknown."""
     for name in _STAGES:
         with suppress(OSError, ValueError, TypeError, KeyError):
-            return f"train {json.loads((folder / name).read_bytes())['stage']}"
+            stage = json.loads((folder / name).read_bytes())["stage"]
+            return "import" if stage == _IMPORTED else f"train {stage}"
     return next((owner for name, owner in _MARKS.items() if (folder / name).is_file()), "")

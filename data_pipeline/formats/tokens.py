@@ -11,7 +11,7 @@
 A block has version 1 if each of its records has one text, version 2 if some have several.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -231,6 +231,11 @@ def decode_block(data: bytes) -> TokenRecords:
     return TokenRecords(ids, image, numbers("<u2", int(ends[-1])), ends, firsts)
 
 
+def codes_of(facts: Mapping[str, Any]) -> int:
+    """Codes of an image by its facts: `grid` rows, and `columns` if it is not square."""
+    return int(facts["grid"]) * int(facts.get("columns", facts["grid"]))
+
+
 class TokenSource(SplitSource):
     """The token records of one split."""
 
@@ -239,7 +244,7 @@ class TokenSource(SplitSource):
     @property
     def _width(self) -> int:
         """Codes of an image."""
-        return int(self.manifest.facts["grid"]) ** 2
+        return codes_of(self.manifest.facts)
 
     def read(self, block: int, variant: int = 0) -> TokenRecords:
         """Fetch one block.

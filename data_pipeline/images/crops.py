@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from models.tokenizers.config import Crop
+
 EXTENSIONS = ("png", "jpg", "jpeg", "jpe", "jfif", "webp")
 
 
@@ -37,6 +39,13 @@ def prior_crop(image: NDArray[Any], pixels: int, rng: np.random.Generator) -> ND
     target = int(rng.integers(pixels, min(side, 9 * pixels // 8) + 1))
     top, left = (int(place) for place in rng.integers(0, target - pixels + 1, 2))
     return np.ascontiguousarray(_cut(_resized(middle, target), top, left, pixels))
+
+
+def tokenizer_crop(
+    image: NDArray[Any], pixels: int, crop: Crop, rng: np.random.Generator
+) -> NDArray[np.uint8]:
+    """The crop that an image tokenizer wants, (height, width, 3) -> (pixels, pixels, 3)."""
+    return square(image, pixels) if crop == "center" else prior_crop(image, pixels, rng)
 
 
 def dvae_crop(image: NDArray[Any], pixels: int, rng: np.random.Generator) -> NDArray[np.uint8]:

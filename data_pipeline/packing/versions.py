@@ -15,6 +15,7 @@ from core.errors import AbsentError, InputError
 from core.files.atomic import canonical_json, sha256
 from core.storage.store import Store
 from data_pipeline.catalogue.schema import part_name
+from data_pipeline.config import DRAWN
 from data_pipeline.formats.manifest import (
     NAME,
     RAW,
@@ -157,14 +158,14 @@ def _groups(store: Store, version: int) -> list[tuple[Unit, ...]]:
             f"{store.url} was packed by an older version and cannot grow; pack all of it anew"
         ) from error
     limited = bool(read_json(store, request_name(version))["config"]["count"])
-    if limited and any(unit.kind != "shapes" for unit in units):
+    if limited and any(unit.kind not in DRAWN for unit in units):
         return [tuple(units)]
     return [(unit,) for unit in units]
 
 
 def _task(number: int, units: Sequence[Unit], request: str) -> UnitTask:
     body = [to_json(unit) for unit in units]
-    sizes = [unit.count if unit.kind == "shapes" else 0 for unit in units]
+    sizes = [unit.count if unit.kind in DRAWN else 0 for unit in units]
     return UnitTask(
         prefix=UNITS,
         name=sha256(canonical_json({"request": request, "number": number, "units": body})),

@@ -13,19 +13,19 @@ from core.errors import InputError
 from core.files.atomic import write_atomic
 from data_pipeline.sources.pair import Pair
 
-PACKAGE = "emoji-datasource-google@16.0.0"
+GOOGLE, _VERSION = "google", "16.0.0"
 PIXELS = 64
 """Side of its pictures."""
-_IMAGES = f"package/img/google/{PIXELS}/"
-_MEMBERS = re.compile(rf"package/(emoji\.json|img/google/{PIXELS}/[0-9a-z-]+\.png)")
+_MEMBERS = re.compile(rf"package/(emoji\.json|img/[a-z]+/{PIXELS}/[0-9a-z-]+\.png)")
 
 
-def emoji_pairs(cache: Path) -> Iterator[Pair]:
-    """Yield each emoji of Google's set with its name; skin tones are part of the caption.
+def emoji_pairs(cache: Path, vendor: str = GOOGLE) -> Iterator[Pair]:
+    """Yield each emoji of a vendor's set with its name; skin tones are part of the caption.
 
+    Only Google's set may be passed on (Apache 2.0); others are for experiments on this machine.
     Raises: InputError if npm is missing or cannot fetch the package.
     """
-    archive = _fetch(cache)
+    archive = _fetch(cache, vendor)
     with tarfile.open(archive) as tar:
         files = {
             member.name: tar.extractfile(member).read()  # type: ignore[union-attr]
@@ -36,10 +36,10 @@ def emoji_pairs(cache: Path) -> Iterator[Pair]:
     tones = {entry["unified"]: entry["name"].lower() for entry in entries}
     for entry in sorted(entries, key=lambda entry: entry["unified"]):
         name = entry["name"] or entry["short_name"].replace("_", " ")
-        yield from _pair(files, entry, name.lower(), name.lower())
+        yield from _pair(files, vendor, entry, name.lower(), name.lower())
         for tone, variant in sorted(entry.get("skin_variations", {}).items()):
             words = " and ".join(_tone(tones[part]) for part in tone.split("-"))
-            yield from _pair(files, variant, f"{name.lower()}, {words}", name.lower())
+            yield from _pair(files, vendor, variant, f"{name.lower()}, {words}", name.lower())
 
 
 def _tone(name: str) -> str:
@@ -48,21 +48,28 @@ def _tone(name: str) -> str:
     return f"{words[name.rsplit('type-', 1)[1]]} skin tone"
 
 
-def _pair(files: dict[str, bytes], entry: Any, caption: str, base: str) -> Iterator[Pair]:
-    image = files.get(_IMAGES + entry["image"])
-    if image is not None and entry.get("has_img_google", True):
+def _pair(
+    files: dict[str, bytes], vendor: str, entry: Any, caption: str, base: str
+) -> Iterator[Pair]:
+    image = files.get(f"package/img/{vendor}/{PIXELS}/{entry['image']}")
+    if image is not None and entry.get(f"has_img_{vendor}", True):
         yield Pair(
             key=entry["unified"].lower(),
             image=image,
             extension="png",
             caption=caption.encode(),
             split_key=base,
-            where=f"{PACKAGE}/{entry['image']}",
+            where=f"{_package(vendor)}/{entry['image']}",
         )
 
 
-def _fetch(cache: Path) -> Path:
-    target = cache / (PACKAGE.replace("@", "-") + ".tgz")
+def _package(vendor: str) -> str:
+    return f"emoji-datasource-{vendor}@{_VERSION}"
+
+
+def _fetch(cache: Path, vendor: str) -> Path:
+    package = _package(vendor)
+    target = cache / (package.replace("@", "-") + ".tgz")
     if target.exists():
         return target
     if shutil.which("npm") is None:
@@ -72,11 +79,11 @@ def _fetch(cache: Path) -> Path:
     staging.mkdir(parents=True)
     try:
         done = subprocess.run(
-            ["npm", "pack", PACKAGE, "--silent"], cwd=staging, capture_output=True, text=True
+            ["npm", "pack", package, "--silent"], cwd=staging, capture_output=True, text=True
         )
         packed = list(staging.glob("*.tgz"))
         if done.returncode or not packed:
-            raise InputError(f"npm could not fetch {PACKAGE}: {done.stderr.strip()[-500:]}")
+            raise InputError(f"npm could not fetch {package}: {done.stderr.strip()[-500:]}")
         write_atomic(target, packed[0].read_bytes())
     finally:
         shutil.rmtree(staging, ignore_errors=True)

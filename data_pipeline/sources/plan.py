@@ -12,7 +12,8 @@ from core.errors import InputError
 from core.files.atomic import sha256
 from core.storage.entry import Entry
 from core.storage.store import open_store
-from data_pipeline.config import SHAPES_COUNT, PackConfig
+from data_pipeline.config import DRAWN, DRAWN_COUNT, PackConfig
+from data_pipeline.sources.drawn.panels import CELLS
 from data_pipeline.sources.files import FilePair, folder_rows, loose_rows
 from data_pipeline.sources.listed import NOTHING, Listed, Packed
 from data_pipeline.sources.names import CAPTION, extension_of, is_picture, is_tar
@@ -30,7 +31,7 @@ from data_pipeline.sources.places import (
 from data_pipeline.sources.table import row_groups
 from data_pipeline.sources.units import FileRow, Unit
 
-GENERATED = ("shapes", "emoji")
+GENERATED = (*DRAWN, "emoji")
 _TABLE = ".parquet"
 TABLE_BYTES = 2**30
 """A larger table is cut into units of about this size, at its row groups."""
@@ -60,7 +61,7 @@ class Plan:
 
 
 def open_sources(texts: Sequence[str]) -> list[Source]:
-    """Open `shapes`, `emoji`, folders, tars, tables and patterns, here or in a store.
+    """Open `shapes`, `panels`, `emoji`, folders, tars, tables and patterns, here or in a store.
 
     Raises: InputError if there is no such source.
     """
@@ -161,8 +162,8 @@ def _stored(text: str) -> Source:
 
 def _no_source(text: str) -> InputError:
     return InputError(
-        f"there is no source {text!r}; give shapes, emoji, a folder of images with .txt captions, "
-        "a tar, a .parquet table, a folder of tars or tables, a pattern of them, or "
+        f"there is no source {text!r}; give shapes, panels, emoji, a folder of images with .txt "
+        "captions, a tar, a .parquet table, a folder of tars or tables, a pattern of them, or "
         "s3://bucket/prefix"
     )
 
@@ -184,9 +185,16 @@ def _content(path: Path) -> str:
 def _generated(text: str, number: int, config: PackConfig) -> list[Unit]:
     if text == "emoji":
         return [Unit(kind="emoji", source=number)]
-    count, size = config.count or SHAPES_COUNT, config.shard_pairs
+    if text == "panels" and config.pixels % CELLS:
+        near = max(2, round(config.pixels / CELLS)) * CELLS
+        raise InputError(
+            f"pixels={config.pixels}: a panel is {CELLS} cells high, so give --pixels a multiple "
+            f"of {CELLS}; try {near}"
+        )
+    kind: Literal["shapes", "panels"] = "panels" if text == "panels" else "shapes"
+    count, size = config.count or DRAWN_COUNT, config.shard_pairs
     return [
-        Unit(kind="shapes", source=number, first=i, count=min(size, count - i), size=size)
+        Unit(kind=kind, source=number, first=i, count=min(size, count - i), size=size)
         for i in range(0, count, size)
     ]
 

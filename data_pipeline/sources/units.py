@@ -7,11 +7,12 @@ from typing import Literal
 from data_pipeline.config import PackConfig
 from data_pipeline.formats.fetch import fetched
 from data_pipeline.images.crops import encode_png
+from data_pipeline.sources.drawn.panels import CAPTIONS, draw_panels, render_pair
+from data_pipeline.sources.drawn.shapes import draw_scene, render
 from data_pipeline.sources.emoji import emoji_pairs
 from data_pipeline.sources.files import FilePair, file_pair
 from data_pipeline.sources.pair import Pair, Unusable, unusable
 from data_pipeline.sources.places import Files
-from data_pipeline.sources.shapes import draw_scene, render
 from data_pipeline.sources.table import TablePart, table_pairs
 from data_pipeline.sources.tars import archive_pairs
 
@@ -22,7 +23,7 @@ FileRow = FilePair | Unusable
 class Unit:
     """What one task reads."""
 
-    kind: Literal["tar", "table", "files", "shapes", "emoji"]
+    kind: Literal["tar", "table", "files", "shapes", "panels", "emoji"]
     source: int = 0
     """Number of the SRC."""
     name: str = ""
@@ -30,13 +31,13 @@ class Unit:
     archive: str = ""
     """With which keys begin."""
     first: int = 0
-    """First picture of shapes, or row group of a table."""
+    """First generated picture, or row group of a table."""
     count: int = 0
-    """Pictures of shapes or row groups; 0 = all of the table's."""
+    """Generated pictures or row groups; 0 = all of the table's."""
     row: int = 0
     """The table's number of the first row."""
     size: int = 0
-    """Bytes to read, to judge progress; of `files` and shapes, their number."""
+    """Bytes to read, to judge progress; of `files` and generated pictures, their number."""
     tag: str = ""
     """The ETag or time of the archive when it was listed."""
 
@@ -55,6 +56,8 @@ def unit_pairs(
     """
     if unit.kind == "shapes":
         yield from shapes_pairs(unit.first, unit.count, config.pixels, config.seed)
+    elif unit.kind == "panels":
+        yield from panels_pairs(unit.first, unit.count, config.pixels, config.seed)
     elif unit.kind == "emoji":
         yield from emoji_pairs(config.cache)
     elif files is not None and unit.kind == "tar":
@@ -88,4 +91,18 @@ def shapes_pairs(first: int, count: int, pixels: int, seed: int) -> Iterator[Pai
             caption=scene.caption.encode(),
             split_key=scene.caption,
             where=f"shapes #{index}",
+        )
+
+
+def panels_pairs(first: int, count: int, pixels: int, seed: int) -> Iterator[Pair]:
+    """Yield pictures of the panels generator; equal upper panels share a split."""
+    for index in range(first, first + count):
+        operation, top = draw_panels(seed, index)
+        yield Pair(
+            key=f"panels-{index:09d}",
+            image=encode_png(render_pair(operation, top, pixels)),
+            extension="png",
+            caption=CAPTIONS[operation].encode(),
+            split_key=str(top),
+            where=f"panels #{index}",
         )

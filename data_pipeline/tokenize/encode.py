@@ -1,4 +1,4 @@
-"""Raw pairs -> token records; threads decode pictures while the dVAE encodes."""
+"""Raw pairs -> token records; threads decode pictures while the image tokenizer encodes."""
 
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,10 +17,11 @@ from core.keys import keyed_rng
 from data_pipeline.config import TokenizeConfig
 from data_pipeline.formats.raw import RawRecord
 from data_pipeline.formats.tokens import TokenRecord
-from data_pipeline.images.crops import prior_crop, square
+from data_pipeline.images.crops import square, tokenizer_crop
 from data_pipeline.images.decode import decode_rgb
 from data_pipeline.text.bpe import encode
-from models.code_encoder import CodeReader
+from models.tokenizers.config import TokenizerFacts
+from models.tokenizers.protocol import ImageTokenizer
 from parallel.precision import Numerics
 
 TOKENS_TOGETHER = 8192
@@ -33,19 +34,23 @@ MOST_ENTRIES = 65_536
 class Encoders:
     """The frozen models of a token job."""
 
-    codes: CodeReader
-    dvae_hash: str
+    images: ImageTokenizer
     tokenizer: Tokenizer
     tokenizer_hash: str
     numerics: Numerics
 
-    def problems(self) -> list[str]:
-        """Reasons why the uint16 fields of records cannot hold these models' output."""
-        problems, entries = self.codes.config.problems(), self.tokenizer.get_vocab_size()
+    def problems(self, config: TokenizeConfig) -> list[str]:
+        """Reasons why records cannot hold these models' output, or these settings not apply."""
+        problems, entries = self.images.facts.problems(), self.tokenizer.get_vocab_size()
         if entries > MOST_ENTRIES:
             problems.append(
                 f"the tokenizer has {entries} entries, and records hold {MOST_ENTRIES} (uint16); "
                 "train one with a smaller --vocabulary"
+            )
+        if config.variants > 1 and self.images.facts.crop == "center":
+            problems.append(
+                f"variants={config.variants} would all be the same: this image tokenizer wants the "
+                "central square; leave it out, or import it with --crop random"
             )
         return problems
 
@@ -54,14 +59,12 @@ class Encoders:
 
         fp32 codes are equal on all devices; 16-bit codes depend on the device.
         """
-        device = self.codes.device.type
+        device = self.images.device.type
         of_device = {"device": device} if config.precision != "fp32" and device != "cpu" else {}
         return {
-            "dvae": self.dvae_hash,
+            **self.images.facts.manifest(),
             "tokenizer": self.tokenizer_hash,
             "precision": config.precision,
-            "grid": self.codes.config.grid,
-            "image_vocabulary": self.codes.config.codebook,
             "text_vocabulary": self.tokenizer.get_vocab_size(),
             "variants": config.variants,
             "block": config.block,
@@ -93,8 +96,7 @@ def encode_pairs(
     """Encode a shard's pairs; `progress["pairs"]` counts them."""
     variants: list[list[TokenRecord]] = [[] for _ in range(config.variants)]
     rejects: list[dict[str, str]] = []
-    pixels = encoders.codes.config.pixels
-    for batch in _cropped(records, pixels, config):
+    for batch in _cropped(records, encoders.images.facts, config):
         usable = []
         for record, cropped in batch:
             if isinstance(cropped, InputError):
@@ -104,7 +106,7 @@ def encode_pairs(
                 usable.append((record, cropped))
         if usable:
             crops = np.concatenate([cropped for _, cropped in usable])
-            codes = codes_of(crops, encoders.codes).reshape(len(usable), config.variants, -1)
+            codes = codes_of(crops, encoders.images).reshape(len(usable), config.variants, -1)
             for (record, _), rows in zip(usable, codes, strict=True):
                 text, *others = (
                     np.asarray(encode(encoders.tokenizer, caption), np.uint16)
@@ -119,23 +121,25 @@ def encode_pairs(
 
 
 class _SmallError(InputError):
-    """A picture below the dVAE's size."""
+    """A picture below the tokenizer's size."""
 
 
-def _crops(record: RawRecord, pixels: int, variants: int) -> NDArray[np.uint8] | InputError:
+def _crops(
+    record: RawRecord, facts: TokenizerFacts, variants: int
+) -> NDArray[np.uint8] | InputError:
     """Keyed crops of a picture, (variants, pixels, pixels, 3), or the error."""
     try:
         image = decode_rgb(record.image, record.key)
     except InputError as error:
         return error
-    if min(image.shape[:2]) < pixels:
+    if min(image.shape[:2]) < facts.pixels:
         return _SmallError(f"{record.key} has {image.shape[1]}x{image.shape[0]} pixels")
     rngs = [keyed_rng(record.id, variant, "crop") for variant in range(variants)]
-    return np.stack([prior_crop(image, pixels, rng) for rng in rngs])
+    return np.stack([tokenizer_crop(image, facts.pixels, facts.crop, rng) for rng in rngs])
 
 
 def _cropped(
-    records: Iterable[RawRecord], pixels: int, config: TokenizeConfig
+    records: Iterable[RawRecord], facts: TokenizerFacts, config: TokenizeConfig
 ) -> Iterator[list[tuple[RawRecord, NDArray[np.uint8] | InputError]]]:
     """Batches of records with their crops; the next two batches are prefetched."""
     together = max(1, config.batch // config.variants)
@@ -143,7 +147,7 @@ def _cropped(
     waiting: deque[list[tuple[RawRecord, Future[Any]]]] = deque()
     with ThreadPoolExecutor(config.readers, "decode") as pool:
         while part := list(islice(rest, together)):
-            rows = [(r, pool.submit(_crops, r, pixels, config.variants)) for r in part]
+            rows = [(r, pool.submit(_crops, r, facts, config.variants)) for r in part]
             waiting.append(rows)
             if len(waiting) > 2:
                 yield [(record, future.result()) for record, future in waiting.popleft()]
@@ -151,10 +155,10 @@ def _cropped(
             yield [(record, future.result()) for record, future in waiting.popleft()]
 
 
-def codes_of(pictures: NDArray[np.uint8], reader: CodeReader) -> NDArray[np.uint16]:
-    """dVAE codes of square pictures: (n, S, S, 3) -> (n, grid * grid)."""
-    together = max(1, TOKENS_TOGETHER // reader.config.tokens)
-    tokens = [reader.codes(part.to(reader.device)) for part in to_tensor(pictures).split(together)]
+def codes_of(pictures: NDArray[np.uint8], images: ImageTokenizer) -> NDArray[np.uint16]:
+    """Codes of square pictures: (n, S, S, 3) -> (n, rows * columns)."""
+    together = max(1, TOKENS_TOGETHER // images.facts.tokens)
+    tokens = [images.codes(part.to(images.device)) for part in to_tensor(pictures).split(together)]
     return torch.cat(tokens).cpu().numpy().astype(np.uint16)
 
 

@@ -71,7 +71,7 @@ class Worker:
     ) -> None:
         self._raw, self._tokens, self._encoders, self._config = raw, tokens, encoders, config
         self._member = member
-        check(encoders.problems())
+        check(encoders.problems(config))
         self._rejected: Counter[str] = Counter()
         """Pairs rejected by this worker, by split."""
         self._goal: Goal

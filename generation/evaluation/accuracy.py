@@ -17,7 +17,7 @@ from core.errors import InputError
 from core.keys import keyed_rng
 from core.log import progress
 from data_pipeline.formats.raw import RawRecord
-from data_pipeline.sources.shapes import matches, parse_caption
+from data_pipeline.sources.drawn.shapes import matches, parse_caption
 from data_pipeline.tokenize.encode import pictures_of
 from generation.config import DrawSettings
 from generation.text_to_image import Candidates, Studio, to_bytes
@@ -63,7 +63,7 @@ def caption_accuracy(
         parse_caption(caption)
     if not captions:
         raise InputError("there are no held-out captions to measure accuracy on")
-    shuffled = [captions[i] for i in _derangement(len(captions), seed)]
+    shuffled = [captions[i] for i in derangement(len(captions), seed)]
     figures: Figures = {"prompts": len(captions)}
     for count, (share, of) in _best_of(captions, drawn).items():
         figures[f"best_of_{count}"] = share
@@ -72,7 +72,7 @@ def caption_accuracy(
             figures[f"best_of_{count}_prompts"] = of
     best = [row.pictures[0] for row in drawn]
     figures["chance"] = _share(shuffled, best)
-    pixels = pictures_of(list(records), studio.dvae.config.pixels)
+    pixels = pictures_of(list(records), studio.images.facts.pixels)
     again = studio.decode(studio.encode(pixels))
     figures["reconstruction"] = _share(captions, to_bytes(again))
     figures["checker_on_truth"] = _share(captions, to_bytes(pixels))
@@ -160,7 +160,7 @@ def _share(captions: Sequence[str], pictures: Sequence[Any] | NDArray[Any]) -> f
     return float(np.mean([matches(caption, picture) for caption, picture in pairs]))
 
 
-def _derangement(count: int, seed: int) -> NDArray[Any]:
+def derangement(count: int, seed: int) -> NDArray[Any]:
     """A keyed permutation without fixed points."""
     order = keyed_rng(seed, count, "accuracy/shuffle").permutation(count)
     wrong = np.empty(count, np.int64)

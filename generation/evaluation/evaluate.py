@@ -70,7 +70,7 @@ def evaluate(studio: Studio, data: str, out: Path, config: EvaluateConfig) -> Fi
 
 
 def _reconstructions(studio: Studio, records: list[RawRecord], out: Path) -> None:
-    pixels = pictures_of(records, studio.dvae.config.pixels)
+    pixels = pictures_of(records, studio.images.facts.pixels)
     again = studio.decode(studio.encode(pixels))
     grid = picture_grid([to_bytes(pixels), to_bytes(again)], SCALE)
     write_atomic(out / "reconstructions.png", encode_png(grid))
@@ -80,12 +80,12 @@ def _image_prompts(
     studio: Studio, records: list[RawRecord], out: Path, settings: DrawSettings
 ) -> None:
     """A row a record: the picture, then candidates that keep the upper half of its tokens."""
-    few, grid = replace(settings, candidates=4), studio.sampler.config.grid
-    upper = PromptConfig(keep_rows=grid // 2)
+    few, model = replace(settings, candidates=4), studio.sampler.config
+    upper = PromptConfig(keep_rows=model.grid // 2)
     rows = []
     for record in records:
-        pixels = pictures_of([record], studio.dvae.config.pixels)
-        prompt = prompt_of(studio.encode(pixels)[0], upper, grid)
+        pixels = pictures_of([record], studio.images.facts.pixels)
+        prompt = prompt_of(studio.encode(pixels)[0], upper, model.grid, model.columns)
         drawn = studio.draw([record.caption], few, prompt)[0]
         rows.append(np.concatenate([to_bytes(pixels), drawn.pictures]))
     write_atomic(out / "image-prompts.png", encode_png(picture_grid(rows, SCALE)))

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from core.config import to_json
 from core.errors import CorruptError, InputError
-from core.files.atomic import canonical_json, sha256
+from core.files.atomic import Json, canonical_json, sha256
 from core.log import LOG
 from core.storage.store import FolderStore
 from core.workers import JobWorker
@@ -42,7 +42,6 @@ from data_pipeline.jobs.worker import Job, Progress, Task, Work
 from generation.config import ScoreConfig
 from generation.evaluation.blocks import Blocks, BlockTask
 from generation.evaluation.feature_extractors import Network, blurred
-from generation.evaluation.fid import SPLITS
 from generation.evaluation.overlap_report import Overlap
 from generation.evaluation.score_rows import (
     DRAWN,
@@ -54,6 +53,7 @@ from generation.evaluation.score_rows import (
     score_row,
 )
 from generation.text_to_image import Candidates, Studio
+from models.critics.fid import SPLITS
 from parallel.precision import Numerics
 
 REQUEST, SCORES, PICTURES = "request.json", "scores.json", "pictures"
@@ -97,6 +97,17 @@ class ScoreJob:
             rows={DRAWN: len(self._captions), REAL: len(self._pictures)},
         )
         self._masks = self._sets(np.ones(len(self._pictures), bool))
+
+    @property
+    def prompts(self) -> list[Json]:
+        """The captions, each with the pictures that it is compared with."""
+        return [{"caption": c.text, "pictures": list(c.pictures)} for c in self._captions]
+
+    @property
+    def facts(self) -> Json:
+        """What decides the scores besides captions, models and settings."""
+        facts: Json = {"data": self._evaluation.fingerprint, "network": self._network.name}
+        return facts | ({"overlap": self._overlap.digest} if self._overlap else {})
 
     def run(self, studio: Callable[[], Studio], member: JobWorker) -> dict[str, Any]:
         """Do blocks until all are done, by any worker; return the scores.

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from generation.evaluation.blocks import Blocks
-from generation.evaluation.fid import ClassSums, Moments, frechet_distance, inception_score, part_of
+from models.critics.fid import ClassSums, Moments, frechet_distance, inception_score, part_of
 
 DRAWN, REAL = "drawn", "real"
 Masks = dict[str, NDArray[np.bool_]]

@@ -26,8 +26,9 @@ from generation.sampling.kv_cache import (
 )
 from generation.sampling.packed_linear import PackedLinear
 from generation.sampling.pipeline import Neighbours
+from models.attention.masks import Kind, full_mask, layer_kind
+from models.attention.rotary import Turns, rotary_table_on, rotate
 from models.config import PriorConfig
-from models.masks import Kind, full_mask, layer_kind
 from models.prior import PriorBlock, PriorEmbedding, PriorHead
 from parallel.tensor.ops import TensorParallel
 
@@ -65,13 +66,18 @@ class _DecoderBlock:
         bias = torch.cat([q.bias, torch.zeros_like(q.bias), v.bias])
         packed = partial(PackedLinear, dtype=dtype, one_row=one_row)
         self._qkv = packed(weight, bias)
-        self._up = packed(block.up.weight, block.up.bias, gelu=True)
+        self._head_norms = block.q_norm, block.k_norm
+        self._gated = block.gate is not None
+        if block.gate is None:
+            self._up = packed(block.up.weight, block.up.bias, gelu=True)
+        else:
+            self._up = packed(torch.cat([block.gate.weight, block.up.weight]), None)
         alone = part.tensor.size == 1
         ends = block.out, block.down
         self._out, self._down = (packed(end.weight.T, end.bias if alone else None) for end in ends)
         self._reduced_biases = [None if alone else end.bias.detach() for end in ends]
-        shape = (self.kind, config.text_length, config.grid, config.conv_kernel)
-        self._mask = full_mask(*shape).to(weight.device)
+        self._turns = turns_of(config, weight.device)
+        self._mask = full_mask(self.kind, *config.mask).to(weight.device)
         self.heads = len(q.weight) // self._width
 
     @property
@@ -94,11 +100,17 @@ class _DecoderBlock:
         one._up, one._down = self._up.in_order(), self._down.in_order()
         return one._whole(x)[0]
 
-    def next(self, x: Tensor, cache: LayerCache, place: CachePosition) -> Tensor:
-        """Run one image position of every candidate; x is (rows, dim)."""
+    def next(
+        self, x: Tensor, cache: LayerCache, place: CachePosition, turns: Turns | None
+    ) -> Tensor:
+        """Run one image position of every candidate; x is (rows, dim).
+
+        `turns` are the position's, (1, 1, D / 2) each, if queries and keys are rotated.
+        """
         rows, captions, width = len(x), len(cache.text_keys), self._width
         heads = cache.text_keys.shape[1]
         q, k, v = self._qkv(self._normalized(x, 0)).view(rows, 3, heads, width).unbind(1)
+        q, k = self._positioned(q, k, turns)
         for store, new in ((cache.keys, k), (cache.values, v)):
             store.index_copy_(1, place.slot, new.reshape(rows * heads, 1, width))
         keys, values = (store.index_select(1, place.reads) for store in (cache.keys, cache.values))
@@ -129,12 +141,27 @@ class _DecoderBlock:
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
         shape = (*x.shape[:2], 3, -1, self._width)
-        return self._qkv(self._normalized(x, 0)).view(shape).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self._qkv(self._normalized(x, 0)).view(shape).unbind(2)
+        turns = self._turns
+        if turns is not None:
+            turns = turns[0][: x.shape[1]], turns[1][: x.shape[1]]
+        return tuple(each.transpose(1, 2) for each in (*self._positioned(q, k, turns), v))
+
+    def _positioned(self, q: Tensor, k: Tensor, turns: Turns | None) -> tuple[Tensor, Tensor]:
+        """Normalise and rotate queries and keys, (..., heads, D), if the model does."""
+        of_queries, of_keys = self._head_norms
+        if of_queries is not None and of_keys is not None:
+            q, k = of_queries(q), of_keys(k)
+        return (q, k) if turns is None else (rotate(q, turns), rotate(k, turns))
 
     def _after(self, x: Tensor, attended: Tensor) -> Tensor:
         """What follows attention: its output matrix, and the MLP resblock."""
         x = x + self._reduced(self._out(attended), 0)
-        return x + self._reduced(self._down(self._up(self._normalized(x, 1))), 1)
+        wide = self._up(self._normalized(x, 1))
+        if self._gated:
+            gate, wide = wide.chunk(2, -1)
+            wide = F.silu(gate) * wide
+        return x + self._reduced(self._down(wide), 1)
 
     def _normalized(self, x: Tensor, which: int) -> Tensor:
         return self._norms[which](x).to(self._dtype)  # type: ignore[no-any-return]
@@ -142,6 +169,14 @@ class _DecoderBlock:
     def _reduced(self, partial: Tensor, which: int) -> Tensor:
         bias = self._reduced_biases[which]
         return partial if bias is None else self._tensor.leave(partial.float()) + bias
+
+
+def turns_of(config: PriorConfig, device: torch.device) -> Turns | None:
+    """Turns of all positions; None if positions are learned."""
+    if config.positions == "learned":
+        return None
+    shape = config.text_length, config.grid, config.grid_columns, config.dim // config.heads
+    return rotary_table_on(device, *shape)
 
 
 class Decoder:
@@ -178,10 +213,10 @@ class Decoder:
             dtype=torch.float32 if one_row else dtype,
         )
         self._reads = {
-            kind: reads_of(kind, config.grid, config.conv_kernel).to(self.device)
-            for kind in self.caches.kinds
+            kind: reads_of(kind, *config.mask[1:]).to(self.device) for kind in self.caches.kinds
         }
         self._positions = torch.arange(config.image_length, device=self.device)
+        self._turns = turns_of(config, self.device)
         self._compiled: Any = None
         if self.device.type == "cuda":
             self.compile("reduce-overhead")
@@ -204,7 +239,7 @@ class Decoder:
     def start(self, text: Tensor, given: Tensor, each: int) -> Lane:
         """Prefill captions and given codes, for `each` candidates of every caption.
 
-        Shapes: text (captions, text_length) int64; given (captions, n) int64, n < grid * grid.
+        Shapes: text (captions, text_length) int64; given (captions, n) int64, n < image_length.
         """
         lane = self.caches.lane(len(text), each, self.device)
         x = self._entrance(text, given)
@@ -261,16 +296,19 @@ class Decoder:
         embedding = self._embedding
         assert embedding is not None
         start = embedding.start.weight[1].expand(len(before), -1)
-        token = embedding.image(before) if position else start
-        row, column = divmod(position, self.config.grid)
+        token: Tensor = embedding.image(before) if position else start
+        if not embedding.learned:
+            return token
+        row, column = divmod(position, self.config.grid_columns)
         place: Tensor = embedding.row.weight[row] + embedding.column.weight[column]
         return token + place
 
     def _step(self, x: Tensor, lane: Lane, position: int) -> Tensor:
+        at = self._positions[position : position + 1]
         if self._compiled is None:
             places = {kind: reads.cache_position(position) for kind, reads in self._reads.items()}
-            return self._through(x, lane.blocks, places)
-        states: Tensor = self._compiled(x, lane.blocks, self._positions[position : position + 1])
+            return self._through(x, lane.blocks, places, self._turns_at(at))
+        states: Tensor = self._compiled(x, lane.blocks, at)
         return states
 
     def _run(self, x: Tensor, caches: Sequence[LayerCache], at: Tensor) -> Tensor:
@@ -279,11 +317,22 @@ class Decoder:
         As a CUDA graph needs, only x and `at` change their address between steps of a lane.
         """
         places = {kind: reads.cache_position_at(at) for kind, reads in self._reads.items()}
-        return self._through(x, caches, places)
+        return self._through(x, caches, places, self._turns_at(at))
 
     def _through(
-        self, x: Tensor, caches: Sequence[LayerCache], places: Mapping[Kind, CachePosition]
+        self,
+        x: Tensor,
+        caches: Sequence[LayerCache],
+        places: Mapping[Kind, CachePosition],
+        turns: Turns | None,
     ) -> Tensor:
         for block, cache in zip(self._blocks, caches, strict=True):
-            x = block.next(x, cache, places[block.kind])
+            x = block.next(x, cache, places[block.kind], turns)
         return x
+
+    def _turns_at(self, at: Tensor) -> Turns | None:
+        """The turns of an image position, (1, 1, D / 2) each; `at` is (1,)."""
+        if self._turns is None:
+            return None
+        place = at + self.config.text_length
+        return self._turns[0].index_select(0, place), self._turns[1].index_select(0, place)

@@ -1,7 +1,7 @@
 """KV caches: the candidates of a caption share the text's part, each has an image part of its own.
 
 A layer's sparse mask lets an image position read only some earlier ones; a row layer reads the last
-grid + 1. So the image part has as few slots as the mask allows: a slot is reused once no later
+columns + 1. So the image part has as few slots as the mask allows: a slot is reused once no later
 position reads it. At the paper's sizes a row layer has 33 slots, a column layer 993, the
 convolution 166.
 """
@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models.attention.masks import Kind, image_mask
 from models.config import PriorConfig
-from models.masks import Kind, image_mask
 
 _HERE = torch.device("cpu")
 _META = torch.device("meta")
@@ -39,15 +39,15 @@ class Reads:
     slots: int
     """Fewest slots that hold every position until its last read."""
     slot: Tensor
-    """(grid * grid,) int64."""
+    """(image_length,) int64."""
     until: Tensor
-    """(grid * grid,) int64: the last position that reads each."""
+    """(image_length,) int64: the last position that reads each."""
     index: Tensor
-    """(grid * grid, widest) int64: the slots that each reads, in the order of their positions."""
+    """(image_length, widest) int64: the slots that each reads, in the order of their positions."""
     counts: list[int]
     """Valid entries of each row of `index`."""
     bias: Tensor
-    """(grid * grid, widest): 0 where `index` is valid, minus infinity elsewhere."""
+    """(image_length, widest): 0 where `index` is valid, minus infinity elsewhere."""
 
     def to(self, device: torch.device) -> "Reads":
         """The tables on a device, so that no step copies them there."""
@@ -76,9 +76,9 @@ class Reads:
 
 
 @lru_cache(maxsize=16)
-def reads_of(kind: Kind, grid: int, conv_kernel: int) -> Reads:
+def reads_of(kind: Kind, grid: int, conv_kernel: int, columns: int = 0) -> Reads:
     """Assign slots to the positions of a mask."""
-    mask = image_mask(kind, grid, conv_kernel)
+    mask = image_mask(kind, grid, conv_kernel, columns)
     until = [int(column.nonzero()[-1]) for column in mask.T]
     slots = _slots(until)
     slot = torch.tensor(slots, device=_HERE)
@@ -189,7 +189,7 @@ class CacheShape:
             return torch.zeros(*shape, width, dtype=self.dtype, device=device)
 
         for kind in self.kinds:
-            slots = reads_of(kind, config.grid, config.conv_kernel).slots
+            slots = reads_of(kind, *config.mask[1:]).slots
             text, image = (captions, heads, config.text_length), (lane.rows * heads, slots)
             block = LayerCache(
                 text_keys=new(*text), text_values=new(*text), keys=new(*image), values=new(*image)

@@ -13,6 +13,7 @@ from models.config import PriorConfig
 from models.prior import prior_layers
 from parallel.balance import stage_layers
 from parallel.mesh import Mesh
+from parallel.placement import tie
 from training.export.weights import fill, open_model
 
 
@@ -41,6 +42,7 @@ def load_local_prior(
     check(cut_problems(config, mesh.tensor.size, stages))
     mine = stage_layers(layers, mesh.pipeline.rank, stages)
     built = nn.ModuleDict({layer.name: layer.build() for layer in mine})
+    tie(built)  # type: ignore[arg-type]
     fill(built, saved)
     neighbours = Pipeline(mesh.pipeline) if stages > 1 else Neighbours()
     part = LocalPrior(

@@ -24,56 +24,67 @@ _RECTANGLE = re.compile(r"(\d*):(\d*),(\d*):(\d*)")
 _KEPT_BELOW = 128
 
 
-def kept_tokens(config: PromptConfig, grid: int) -> Tensor:
-    """Mask of the tokens that a prompt keeps, (grid * grid,) bool.
+def kept_tokens(config: PromptConfig, grid: int, columns: int = 0) -> Tensor:
+    """Mask of the tokens that a prompt keeps, (grid * columns,) bool; 0 columns: as many as rows.
 
     Raises: ConfigError if a part is outside the grid, or nothing is kept, or nothing drawn;
     InputError if the mask is not a picture.
     """
-    kept = torch.zeros(grid, grid, dtype=torch.bool, device="cpu")
+    shape = grid, columns or grid
+    kept = torch.zeros(shape, dtype=torch.bool, device="cpu")
     if config.keep_rows > grid:
         raise ConfigError(f"--keep-rows {config.keep_rows}: the grid has {grid} rows of tokens")
     kept[: config.keep_rows] = True
     if config.mask is not None:
-        kept |= ~_redrawn(config, grid)
+        kept |= ~_redrawn(config, shape)
     elif config.redraw and not (config.keep or config.keep_rows):
         kept[:] = True
     for text in config.keep:
-        kept[_rectangle(text, grid)] = True
+        kept[_rectangle(text, shape)] = True
     for text in config.redraw:
-        kept[_rectangle(text, grid)] = False
+        kept[_rectangle(text, shape)] = False
     if not kept.any() or kept.all():
         raise ConfigError(
-            f"the image prompt keeps {'all' if kept.any() else 'none'} of the {grid}x{grid} tokens:"
-            " say what is kept by --keep-rows or --keep, or what is redrawn by --redraw or "
+            f"the image prompt keeps {'all' if kept.any() else 'none'} of the {_text(shape)} "
+            "tokens: say what is kept by --keep-rows or --keep, or what is redrawn by --redraw or "
             "--mask"
         )
     return kept.flatten()
 
 
-def prompt_of(codes: Tensor, config: PromptConfig, grid: int) -> Prompt:
-    """Make a prompt of a picture's codes, (grid * grid,)."""
-    return Prompt(codes=codes, kept=kept_tokens(config, grid))
+def prompt_of(codes: Tensor, config: PromptConfig, grid: int, columns: int = 0) -> Prompt:
+    """Make a prompt of a picture's codes, (grid * columns,)."""
+    return Prompt(codes=codes, kept=kept_tokens(config, grid, columns))
 
 
-def _rectangle(text: str, grid: int) -> tuple[slice, slice]:
+def _text(shape: tuple[int, int]) -> str:
+    return f"{shape[0]}x{shape[1]}"
+
+
+def _rectangle(text: str, shape: tuple[int, int]) -> tuple[slice, slice]:
+    rows, columns = shape
     match = _RECTANGLE.fullmatch(text.replace(" ", ""))
     if match is None:
         raise ConfigError(
             f"{text!r} is not a rectangle of tokens; write ROWS,COLUMNS, each as first:end, e.g. "
-            f"0:{grid // 2},: for the upper half"
+            f"0:{rows // 2},: for the upper half"
         )
     top, bottom, left, right = (
         int(word) if word else default
-        for word, default in zip(match.groups(), (0, grid, 0, grid), strict=True)
+        for word, default in zip(match.groups(), (0, rows, 0, columns), strict=True)
     )
-    if not (top < bottom <= grid and left < right <= grid):
-        raise ConfigError(f"{text!r} is not within the {grid}x{grid} tokens, or is empty")
+    if not (top < bottom <= rows and left < right <= columns):
+        raise ConfigError(f"{text!r} is not within the {_text(shape)} tokens, or is empty")
     return slice(top, bottom), slice(left, right)
 
 
-def _redrawn(config: PromptConfig, grid: int) -> Tensor:
+def _redrawn(config: PromptConfig, shape: tuple[int, int]) -> Tensor:
     """Tokens under any bright pixel of a mask, (grid, grid) bool."""
+    grid, columns = shape
+    if columns != grid:
+        raise ConfigError(
+            f"--mask needs a square grid, and this one has {_text(shape)} tokens: use --redraw"
+        )
     mask, image = _opened(config.mask), _opened(config.image)
     shapes = [x.shape[1] / x.shape[0] for x in (mask, image)]
     if abs(shapes[0] / shapes[1] - 1) > 0.02:

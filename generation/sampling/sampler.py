@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -26,12 +26,16 @@ _UNSURE = -1
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A picture's codes, some of which are kept."""
+    """A picture's codes, or those of a picture for each caption; some of them are kept."""
 
     codes: Tensor
-    """(grid * grid,) int64."""
+    """(image_length,) or (captions, image_length) int64."""
     kept: Tensor
-    """(grid * grid,) bool."""
+    """(image_length,) bool."""
+
+    def part(self, captions: slice) -> "Prompt":
+        """The prompt of some of the captions."""
+        return self if self.codes.dim() == 1 else replace(self, codes=self.codes[captions])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +45,7 @@ class Drawn:
     captions: slice
     candidates: slice
     codes: Tensor
-    """(captions, candidates, grid * grid) int64."""
+    """(captions, candidates, image_length) int64."""
 
 
 class Sampler:
@@ -67,11 +71,14 @@ class Sampler:
 
         A batch is made smaller if its caches do not fit into free memory.
         Shapes: text (captions, text_length) int64, padded with PAD.
-        Raises: ConfigError if the caches of one candidate do not fit.
+        Raises: ConfigError if the caches of one candidate do not fit, or the prompt is of other
+        captions.
         """
         count = len(keys[0]) if keys else 0
         if len(keys) != len(text) or any(len(row) != count for row in keys):
             raise ConfigError(f"{len(text)} captions need as many lists of equally many keys")
+        if prompt is not None and prompt.codes.dim() > 1 and len(prompt.codes) != len(text):
+            raise ConfigError(f"{len(text)} captions need as many prompts, not {len(prompt.codes)}")
         if not count:
             return
         most = self._fitting(len(text), count, settings, prompt)
@@ -82,7 +89,8 @@ class Sampler:
                 waiting.extendleft(reversed(batch.halves()))
                 continue
             mine = [row[batch.candidates] for row in keys[batch.captions]]
-            codes = self._codes(text[batch.captions], mine, settings, prompt)
+            given = None if prompt is None else prompt.part(batch.captions)
+            codes = self._codes(text[batch.captions], mine, settings, given)
             if codes is None:
                 halves = without_memory(batch, self.decoder.device, self.decoder.alone)
                 waiting.extendleft(reversed(halves))
@@ -109,7 +117,7 @@ class Sampler:
     def _codes(
         self, text: Tensor, keys: Keys, settings: DrawSettings, prompt: Prompt | None
     ) -> Tensor | None:
-        """Codes of a batch, (captions, candidates, grid * grid); None if memory ran out."""
+        """Codes of a batch, (captions, candidates, image_length); None if memory ran out."""
         try:
             lanes = [
                 _Lane(self.decoder, text, part, settings, prompt)
@@ -164,10 +172,11 @@ class _Lane:
         self._codes = torch.zeros(len(self._keys), length, dtype=torch.int64, device=device)
         self._kept = [False] * length
         if prompt is not None:
-            self._codes[:] = (prompt.codes.cpu() * prompt.kept.cpu()).to(device)
+            rows = (prompt.codes.cpu() * prompt.kept.cpu()).to(device).expand(len(text), -1)
+            self._codes[:] = rows.repeat_interleave(self._each, 0)
             self._kept = prompt.kept.tolist()
         self._first, self._end = _span(prompt, length)
-        self._lane = self._start(self._text, self._codes[:1, : self._first], self._each)
+        self._lane = self._start(self._text, self._codes[:: self._each, : self._first], self._each)
         self._shared: tuple[Shared, int] | None = None
 
     def advance(self, position: int) -> None:
@@ -186,13 +195,13 @@ class _Lane:
         self._shared = self._decoder.neighbours.share(drawn), position
 
     def finish(self) -> Tensor:
-        """(captions, each, grid * grid)."""
+        """(captions, each, image_length)."""
         self._store_codes()
         return self._codes.view(self._captions, self._each, -1)
 
     def _start(self, text: Tensor, given: Tensor, each: int) -> Lane:
         text = self._with_empty(text)
-        return self._decoder.start(text, given.expand(len(text), -1), each)
+        return self._decoder.start(text, given.repeat(len(text) // len(given), 1), each)
 
     def _with_empty(self, text: Tensor) -> Tensor:
         """With guidance, append as many empty captions."""

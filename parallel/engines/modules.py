@@ -84,8 +84,11 @@ def load_scales(scales: Scales, reader: Reader) -> None:
 
 
 def counts_once(placement: Placement, mesh: Mesh) -> bool:
-    """True if this tensor rank counts and saves a parameter; rank 0 does for replicated ones."""
-    return placement.split or mesh.tensor.rank == 0
+    """True if this rank counts and saves a parameter: not a copy of one on another stage.
+
+    Of replicated ones, tensor rank 0 does.
+    """
+    return not placement.tied_to and (placement.split or mesh.tensor.rank == 0)
 
 
 def placements(names: Mapping[str, nn.Parameter]) -> dict[str, Placement]:

@@ -21,7 +21,7 @@ from parallel.adamw import AdamW, AdamW16
 from parallel.config import CompressConfig, EngineConfig, OptimConfig
 from parallel.control import Judge, accept_all
 from parallel.mesh import Group, Mesh
-from parallel.placement import Placement, move, placement_of
+from parallel.placement import Placement, global_names, move, placement_of, tie
 from parallel.scales import Scale, Scales
 
 Batch = dict[str, Tensor]
@@ -60,6 +60,10 @@ class Program:
     """Names of the losses; ranks that compute none need them too."""
     compressed: tuple[str, ...] = ()
     """Endings of the names of matrices whose gradients may be compressed."""
+    tied: tuple[str, ...] = ()
+    """Global names of the parameters of the first layer that the last one uses too."""
+    saves_frozen: bool = True
+    """Checkpoints hold the weights of frozen parameters, too; else they come from elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +107,7 @@ class Stage(nn.Module):
         self.layers = nn.ModuleDict()
         for layer in layers:
             self.layers[layer.name] = move(layer.build(), device)
+        tie(self.layers)  # type: ignore[arg-type]
         self._precision = engine.precision
         for module in self.layers.values():
             if isinstance(module, Recomputed):
@@ -130,7 +135,7 @@ class Stage(nn.Module):
 
     def global_names(self) -> dict[str, nn.Parameter]:
         """Global parameter name -> parameter, sorted by name: the same order on all ranks."""
-        return dict(sorted(self.layers.named_parameters()))
+        return global_names(self.layers)
 
 
 def scales_of(program: Program, here: dict[str, Scale], engine: EngineConfig) -> Scales:
@@ -194,6 +199,12 @@ class Engine(Protocol):
     def load_slices(self, reader: Reader) -> None:
         """Take this rank's part of the state from a checkpoint of any mesh; collective."""
 
+    def load_frozen(self, reader: Reader) -> None:
+        """Take this rank's part of the frozen weights from a model of any mesh; collective."""
+
+    def frozen(self) -> frozenset[str]:
+        """Names of the parameters of this rank that are not trained."""
+
     def replicas(self) -> list[tuple[list[Tensor], Group]]:
         """Tensors that are equal on all ranks of a group between two steps."""
 
@@ -201,7 +212,7 @@ class Engine(Protocol):
         """The layers that this rank runs, in order, by name."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Global shapes of the parameters that this rank holds a part of."""
+        """Global shapes of the parameters that this rank holds a part of, and saves."""
 
     def memory(self) -> dict[str, int]:
         """Bytes of parameters, gradients and optimiser state on this rank."""
@@ -214,12 +225,12 @@ Builder = Callable[[Program, EngineSettings, Mesh], Engine]
 
 
 def parameter_groups(names: dict[str, nn.Parameter], optim: OptimConfig) -> list[dict[str, Any]]:
-    """Two optimiser groups: matrices decay, gains and biases do not.
+    """Two optimiser groups of what is trained: matrices decay, gains and biases do not.
 
     Parameters are sorted by name: the same order on all ranks. Matrices are recognised by their
     placement, because ZeRO-3's parameters are flat.
     """
-    ordered = [names[name] for name in sorted(names)]
+    ordered = [names[name] for name in sorted(names) if names[name].requires_grad]
     matrices = [p for p in ordered if len(placement_of(p).shape) > 1]
     others = [p for p in ordered if len(placement_of(p).shape) <= 1]
     groups = [

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from checkpoint.format import KINDS, Reader, StateSlice
 from parallel.control import Vote
+from parallel.engines.frozen import trained
 from parallel.engines.modules import (
     build_compressor,
     decide_update,
@@ -44,14 +45,15 @@ class ReferenceEngine:
         self._whole = Whole(program, settings.engine, device)
         self._losses = program.losses
         self._names = self._whole.stage.global_names()
+        self._trained = trained(self._names)
+        self._saved = self._names if program.saves_frozen else self._trained
         self._places = placements(self._names)
         self._optimizer = build_adamw(self._names, settings.optim)
         self._scales = scales_of(program, self._whole.stage.scales, settings.engine)
         self._clip_norm, self._mesh = settings.optim.clip_norm, mesh
         self._judge = settings.judge
-        self._compressor = build_compressor(
-            program, self._places, settings, mesh.data, Group(), device
-        )
+        held = placements(self._trained)
+        self._compressor = build_compressor(program, held, settings, mesh.data, Group(), device)
 
     def step(
         self, micro_batches: Sequence[Batch], lr: float, wants_stop: bool = False
@@ -83,8 +85,8 @@ class ReferenceEngine:
         yield from scale_slices(self._scales, self._mesh)
         if self._mesh.world.rank > 0:
             return
-        for name, parameter in self._names.items():
-            tensors = {"master": parameter, **self._optimizer.state[parameter]}
+        for name, parameter in self._saved.items():
+            tensors = {"master": parameter, **self._optimizer.state.get(parameter, {})}
             for kind in KINDS:
                 if kind == "step" and kind in tensors:
                     data = tensors[kind].reshape(1)
@@ -100,8 +102,10 @@ class ReferenceEngine:
 
     @torch.no_grad()
     def load_slices(self, reader: Reader) -> None:
-        for name, parameter in self._names.items():
+        for name, parameter in self._saved.items():
             parameter.copy_(reader.tensor(name, "master"))
+            if name not in self._trained:
+                continue
             state = self._optimizer.first_state(parameter)
             for kind, tensor in state.items():
                 tensor.copy_(reader.tensor(name, kind))
@@ -110,6 +114,14 @@ class ReferenceEngine:
         if self._compressor is not None:
             self._compressor.load(reader)
 
+    @torch.no_grad()
+    def load_frozen(self, reader: Reader) -> None:
+        for name in self.frozen():
+            self._names[name].copy_(reader.tensor(name, "master"))
+
+    def frozen(self) -> frozenset[str]:
+        return frozenset(self._names.keys() - self._trained.keys())
+
     def replicas(self) -> list[tuple[list[Tensor], Group]]:
         return [(list(self._names.values()), self._mesh.data)]
 
@@ -117,11 +129,14 @@ class ReferenceEngine:
         return dict(self._whole.stage.layers.items())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: place.shape for name, place in self._places.items()}
+        return {name: self._places[name].shape for name in self._saved}
 
     def memory(self) -> dict[str, int]:
-        bytes_ = sum(p.numel() * p.element_size() for p in self._names.values())
-        return {"parameters": bytes_, "gradients": bytes_, "optimizer": 2 * bytes_}
+        whole, bytes_ = (
+            sum(p.numel() * p.element_size() for p in held.values())
+            for held in (self._names, self._trained)
+        )
+        return {"parameters": whole, "gradients": bytes_, "optimizer": 2 * bytes_}
 
     def close(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)

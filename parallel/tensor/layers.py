@@ -4,6 +4,7 @@ On one rank each layer is the whole layer, so one model definition serves every 
 created on torch's default device: the host, from which engines move them layer by layer, or meta.
 """
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -11,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from parallel.placement import Placement, place, rows_of
+from parallel.placement import Placement, place, placement_of, rows_of
 from parallel.tensor.ops import TensorParallel
 
+EPS = 1e-5
+"""Added to mean squares in norms."""
 MASKED = -1e30
 """Logit of a padding row of the vocabulary."""
 
@@ -35,15 +38,35 @@ class ColumnLinear(nn.Module):
     ) -> None:
         super().__init__()
         first, rows, padded = rows_of(outputs, unit, tensor.rank, tensor.size)
+        self._tensor = tensor
         self.weight = _zeros(padded, inputs)
         self.bias = _zeros(padded) if bias else None
         split = tensor.size > 1
         place(self.weight, Placement(shape=(outputs, inputs), first=first, rows=rows, split=split))
         if self.bias is not None:
             place(self.bias, Placement(shape=(outputs,), first=first, rows=rows, split=split))
+        self.register_parameter("lora_a", None)
+        self.register_parameter("lora_b", None)
+
+    def adapt(self, rank: int, scale: float) -> None:
+        """Add a low-rank adapter, scale * B A, which starts as zeros.
+
+        Shapes: lora_a is A (rank, inputs), whole on every tensor rank; lora_b is B (outputs, rank),
+        cut like the weight. Source: LoRA, arXiv 2106.09685.
+        """
+        whole = placement_of(self.weight)
+        (outputs, inputs), padded = whole.shape, len(self.weight)
+        self.lora_a, self.lora_b = _zeros(rank, inputs), _zeros(padded, rank)
+        place(self.lora_b, replace(whole, shape=(outputs, rank)))
+        self._scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        out = F.linear(x, self.weight, self.bias)
+        if self.lora_a is None:
+            return out
+        # each rank's gradient of A comes from its own channels: `enter` sums them
+        low = F.linear(x, self._tensor.enter(self.lora_a))
+        return out + F.linear(self._scale * low, self.lora_b)
 
 
 class RowLinear(nn.Module):
@@ -63,9 +86,26 @@ class RowLinear(nn.Module):
             shape=(inputs, outputs), first=first, rows=rows, split=tensor.size > 1
         )
         place(self.weight, placement)
+        self.register_parameter("lora_a", None)
+        self.register_parameter("lora_b", None)
+
+    def adapt(self, rank: int, scale: float) -> None:
+        """Add a low-rank adapter, scale * A B, which starts as zeros.
+
+        Shapes: lora_a is A (inputs, rank), cut like the weight; lora_b is B (rank, outputs), whole
+        on every tensor rank. Source: LoRA, arXiv 2106.09685.
+        """
+        whole = placement_of(self.weight)
+        (inputs, outputs), padded = whole.shape, len(self.weight)
+        self.lora_a, self.lora_b = _zeros(padded, rank), _zeros(rank, outputs)
+        place(self.lora_a, replace(whole, shape=(inputs, rank)))
+        self._scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
         partial = torch.matmul(x, self.weight)
+        if self.lora_a is not None:
+            low = self._scale * torch.matmul(x, self.lora_a)
+            partial = partial + torch.matmul(low, self._tensor.enter(self.lora_b))
         if self._tensor.size > 1:
             partial = self._tensor.leave(partial.float())
         return partial + self.bias
@@ -89,8 +129,10 @@ class VocabularyEmbedding(nn.Module):
 class VocabularyHead(ColumnLinear):
     """States -> this rank's part of the logits; padding rows can never be drawn."""
 
-    def __init__(self, width: int, entries: int, tensor: TensorParallel) -> None:
+    def __init__(self, width: int, entries: int, tensor: TensorParallel, tied_to: str = "") -> None:
+        """`tied_to`: global name of the embedding whose table is the weight."""
         super().__init__(width, entries, tensor)
+        place(self.weight, replace(placement_of(self.weight), tied_to=tied_to))
         _, self._rows, padded = rows_of(entries, 1, tensor.rank, tensor.size)
         self._padding = padded - self._rows
 
@@ -105,6 +147,25 @@ class VocabularyHead(ColumnLinear):
         if not self._padding:
             return logits
         return F.pad(logits[..., : self._rows], (0, self._padding), value=MASKED)
+
+
+class HeadNorm(nn.Module):
+    """Each head divided by its root mean square, times a gain per channel, cut with the heads.
+
+    Shapes: (..., heads of this rank, head) -> the same, in the input's type.
+    """
+
+    def __init__(self, width: int, tensor: TensorParallel, head: int) -> None:
+        super().__init__()
+        first, rows, padded = rows_of(width, head, tensor.rank, tensor.size)
+        self._head = head
+        self.weight = _zeros(padded)
+        split = tensor.size > 1
+        place(self.weight, Placement(shape=(width,), first=first, rows=rows, split=split))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = F.rms_norm(x.to(self.weight.dtype), (self._head,), eps=EPS)
+        return (wide * self.weight.view(-1, self._head)).to(x.dtype)
 
 
 def _zeros(*shape: int) -> nn.Parameter:

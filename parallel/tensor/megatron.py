@@ -18,14 +18,19 @@ from parallel.tensor.ops import TensorParallel
 
 
 def megatron_groups(tensor: int, pipeline: int) -> dict[str, "dist.ProcessGroup"]:
-    """Build megatron-core's groups over the joined world, by the names of the mesh's axes."""
+    """Build megatron-core's groups over the joined world, by the names of the mesh's axes.
+
+    `ends`, the first and the last stage, is absent on the stages between them.
+    """
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(tensor, pipeline, create_gloo_process_groups=False)
-    return {
+    groups = {
         "tensor": parallel_state.get_tensor_model_parallel_group(),
         "pipeline": parallel_state.get_pipeline_model_parallel_group(),
         "data": parallel_state.get_data_parallel_group(),
     }
+    ends = parallel_state.get_embedding_group(check_initialized=False)
+    return groups if ends is None else {**groups, "ends": ends}
 
 
 class MegatronTensorParallel(TensorParallel):

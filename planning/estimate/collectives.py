@@ -14,6 +14,7 @@ def group_span(mesh: MeshConfig, group: str) -> tuple[int, int]:
         "between": (mesh.nodes, mesh.local * mesh.tensor),
         "data": (mesh.data, mesh.tensor),
         "pipeline": (mesh.pipeline, mesh.data * mesh.tensor),
+        "ends": (min(2, mesh.pipeline), (mesh.pipeline - 1) * mesh.data * mesh.tensor),
         "world": (mesh.world, 1),
     }[group]
 

@@ -7,8 +7,9 @@ makes small micro-batches slow.
 from dataclasses import replace
 from functools import lru_cache
 
+from models.adapters import A, B, is_adapter
+from models.attention.masks import Kind, full_mask, layer_kind
 from models.config import PriorConfig
-from models.masks import Kind, full_mask, layer_kind
 from planning.estimate.hardware import Hardware
 from planning.estimate.kernels import Kernels, Work
 from planning.estimate.layers import RankLayer
@@ -30,7 +31,7 @@ QR_SHARE = 0.05
 @lru_cache(maxsize=64)
 def pairs(config: PriorConfig, kind: Kind, tiled: bool) -> int:
     """Query-key pairs that a layer computes: the mask's, or those of all tiles that it touches."""
-    mask = full_mask(kind, config.text_length, config.grid, config.conv_kernel)
+    mask = full_mask(kind, *config.mask)
     if not tiled:
         return int(mask.sum())
     if kind == "column":  # images are transposed first: each column is one stretch
@@ -44,8 +45,8 @@ def pairs(config: PriorConfig, kind: Kind, tiled: bool) -> int:
 
 
 def _transposed(config: PriorConfig) -> list[int]:
-    text, grid = config.text_length, config.grid
-    image = [text + row * grid + column for column in range(grid) for row in range(grid)]
+    text, rows, columns = config.text_length, config.grid, config.grid_columns
+    image = [text + row * columns + column for column in range(columns) for row in range(rows)]
     return [*range(text), *image]
 
 
@@ -60,7 +61,13 @@ def forward_work(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
 
 
 def backward_work(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
-    """Kernels of a layer's backward pass: two gradients per matmul, elementwise work twice."""
+    """Kernels of a layer's backward pass: two gradients per matmul, elementwise work twice.
+
+    Frozen weights have none: their share of the elements is left out.
+    """
+    matrices = [h for n, h in part.parameters.items() if h.matrix and not is_adapter(n)]
+    trained = sum(h.numel for h in matrices if h.trained) / sum(h.numel for h in matrices)
+    rank = loads.settings.lora.rank
     half = loads.settings.engine.precision != "fp32"
     narrow = loads.settings.engine.precision == "bf16"
     kernels: list[Kernels] = []
@@ -73,8 +80,10 @@ def backward_work(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
         else:
             same = Kernels(batch=k.batch, half=narrow if part.name == "head" else k.half)
             kernels.append(replace(same, rows=k.rows, columns=k.inner, inner=k.columns))
-            kernels.append(replace(same, rows=k.inner, columns=k.columns, inner=k.rows))
-    numel = sum(h.numel for h in part.parameters.values())
+            own = replace(same, rows=k.inner, columns=k.columns, inner=k.rows)
+            low = rank > 0 and rank in (k.columns, k.inner)
+            kernels.append(replace(own, times=1.0 if low else trained))
+    numel = sum(h.numel for h in part.parameters.values() if h.trained)
     kernels.append(Kernels(moved=float((CAST_BACK if half else 12) * numel)))
     return tuple(kernels)
 
@@ -91,6 +100,9 @@ def _block(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
     layer = int(part.name.removeprefix("block")) + 1
     met = pairs(config, layer_kind(layer, config.layers), hardware.units > 1)
     matrices = sum(h.numel for h in held.values() if h.matrix)
+    gated = config.mlp == "gated"
+    # queries and keys are read and written again by each
+    turned = 2 * (config.qk_norm + (config.positions == "rotary"))
     joined = (22 if split else 12) * rows * dim  # cast, bias, residual
     return (
         Kernels(moved=float(CAST * matrices if half else 0), times=1),
@@ -104,14 +116,29 @@ def _block(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
             moved=4.0 * size * rows * inner,
         ),
         Kernels(rows=rows, columns=dim, inner=inner, half=half),
-        Kernels(rows=rows, columns=wide, inner=dim, half=half),
+        Kernels(rows=rows, columns=wide, inner=dim, half=half, times=2 if gated else 1),
         Kernels(rows=rows, columns=dim, inner=wide, half=half),
         Kernels(moved=8.0 * rows * dim, times=2),  # norms
         Kernels(moved=(4.0 + size) * rows * dim, times=4 if half else 0),  # states to 16 bits
         Kernels(moved=2.0 * size * rows * inner),  # heads together
-        Kernels(moved=2.0 * size * rows * wide),  # GELU
+        Kernels(moved=(3.0 if gated else 2.0) * size * rows * wide),  # GELU, or silu(gate) * up
+        Kernels(moved=2.0 * size * rows * inner, times=turned),
         Kernels(moved=float(joined), times=2),
+        *_adapters(loads, part, half),
     )
+
+
+def _adapters(loads: Loads, part: RankLayer, half: bool) -> Work:
+    """Two narrow matmuls of each adapter of a block, and their sum with the linear's output."""
+    rows, rank = loads.micro * loads.settings.model.length, loads.settings.lora.rank
+    sizes = {name: h.numel for name, h in part.parameters.items() if is_adapter(name)}
+    kernels: list[Kernels] = []
+    for name in (name for name in sizes if name.endswith(A)):
+        inputs, outputs = sizes[name] // rank, sizes[name.removesuffix(A) + B] // rank
+        kernels.append(Kernels(rows=rows, columns=rank, inner=inputs, half=half))
+        kernels.append(Kernels(rows=rows, columns=outputs, inner=rank, half=half))
+        kernels.append(Kernels(moved=(6.0 if half else 12.0) * rows * outputs))
+    return tuple(kernels)
 
 
 def _head(loads: Loads, part: RankLayer) -> Work:

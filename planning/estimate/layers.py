@@ -8,7 +8,7 @@ import copy
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd import Function
 
-from models.config import PriorConfig
+from models.adapters import attach
+from models.attention.rotary import rotary_table
+from models.config import LoraConfig, PriorConfig
 from models.prior import PriorBlock, PriorEmbedding, PriorHead, prior_layers, prior_loss
 from parallel.placement import Placement, placement_of
 from parallel.tensor.ops import TensorParallel
+from training.config import PriorTrain
 
 Keeps = dict[str, tuple[int, int]]
 """Part of a layer -> (bytes saved per sample, bytes saved whatever the batch)."""
@@ -82,6 +85,11 @@ class RankLayer:
     buffers: int
     """Bytes of masks."""
 
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Names of its frozen parameters."""
+        return frozenset(name for name, held in self.parameters.items() if not held.trained)
+
 
 @dataclass(frozen=True)
 class Held:
@@ -90,6 +98,8 @@ class Held:
     placement: Placement
     numel: int
     """With padding rows."""
+    trained: bool = True
+    """False if it is frozen."""
 
     @property
     def matrix(self) -> bool:
@@ -97,55 +107,113 @@ class Held:
         return len(self.placement.shape) > 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Which parameters of a prior are trained."""
+
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    freeze: str = ""
+    """As in StageConfig."""
+
+
+ALL = Training()
+
+
+def training_of(settings: PriorTrain) -> Training:
+    """What a run trains."""
+    return Training(lora=settings.lora, freeze=settings.freeze)
+
+
 @lru_cache(maxsize=64)
-def rank_layers(config: PriorConfig, rank: int, size: int) -> tuple[RankLayer, ...]:
-    """All layers of a prior on one tensor rank; blocks differ only in their masks' values."""
-    built = _modules(config, rank, size)
+def rank_layers(
+    config: PriorConfig, rank: int, size: int, training: Training = ALL
+) -> tuple[RankLayer, ...]:
+    """All layers of a prior on one tensor rank.
+
+    Blocks differ only in their masks' values, and in what is frozen.
+    """
+    built = _modules(config, rank, size, training.lora)
     layers = []
     for layer in prior_layers(config, 0, FakeTensorParallel(rank, size)):
         module = built[re.sub(r"\d", "", layer.name)]
-        held = {n: Held(placement_of(p), p.numel()) for n, p in module.named_parameters()}
+        held = {
+            n: Held(placement_of(p), p.numel(), _is_trained(p, f"{layer.name}.{n}", training))
+            for n, p in module.named_parameters()
+        }
         buffers = sum(b.numel() * b.element_size() for b in module.buffers())
         layers.append(RankLayer(name=layer.name, cost=layer.cost, parameters=held, buffers=buffers))
     return tuple(layers)
 
 
+def _is_trained(parameter: nn.Parameter, name: str, training: Training) -> bool:
+    known = placement_of(parameter).tied_to or name
+    frozen = training.freeze and re.search(training.freeze, known)
+    return parameter.requires_grad and not frozen
+
+
 @lru_cache(maxsize=16)
-def _modules(config: PriorConfig, rank: int, size: int) -> dict[str, nn.Module]:
+def _modules(config: PriorConfig, rank: int, size: int, lora: LoraConfig) -> dict[str, nn.Module]:
     shard = FakeTensorParallel(rank, size)
     with torch.device("meta"):
-        return {
+        modules: dict[str, nn.Module] = {
             "embedding": PriorEmbedding(config, shard),
             "block": _ShapeBlock(config, 1, shard),
             "head": PriorHead(config, shard),
         }
+        if lora.rank:
+            for module in modules.values():
+                attach(module, lora)
+    return modules
 
 
 def named(parts: Sequence[RankLayer]) -> dict[str, Held]:
     """Global parameter name -> parameter, sorted by name as engines do."""
-    parameters = {f"{part.name}.{name}": h for part in parts for name, h in part.parameters.items()}
+    parameters: dict[str, Held] = {}
+    for part in parts:
+        for name, h in part.parameters.items():  # of a tied one, the first is no copy
+            parameters.setdefault(h.placement.tied_to or f"{part.name}.{name}", h)
     return dict(sorted(parameters.items()))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Marks:
+    """What autograd needs no gradients of, in a layer."""
+
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    frozen: frozenset[str] = frozenset()
+    """Names of its frozen parameters."""
+    input_too: bool = False
+    """Nothing before the layer is trained, so that its input has no gradient either."""
+
+
+NOTHING = Marks()
+
+
 @lru_cache(maxsize=64)
-def keeps_of(config: PriorConfig, size: int, precision: str) -> Keeps:
+def keeps_of(config: PriorConfig, size: int, precision: str, marks: Marks = NOTHING) -> Keeps:
     """Bytes that autograd saves of `embedding`, `block`, its two branches, `head` and `loss`.
 
-    fp16 counts as bf16 in blocks, since both are 16 bits; under fp16 the head saves fp32.
+    fp16 counts as bf16 in blocks, since both are 16 bits; under fp16 the head saves fp32. `marks`
+    of one kind of layer are right for that kind alone.
     """
-    one, two = (_kept(config, size, precision, samples) for samples in (1, 2))
+    one, two = (_kept(config, size, precision, samples, marks) for samples in (1, 2))
     return {name: (two[name] - one[name], 2 * one[name] - two[name]) for name in one}
 
 
-def _kept(config: PriorConfig, size: int, precision: str, samples: int) -> dict[str, int]:
+def _kept(
+    config: PriorConfig, size: int, precision: str, samples: int, marks: Marks
+) -> dict[str, int]:
     totals: dict[str, int] = {}
-    modules = copy.deepcopy(_modules(config, 0, size))
+    modules = copy.deepcopy(_modules(config, 0, size, marks.lora))
+    for module in modules.values():
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name not in marks.frozen)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in modules.values():
             module.to_empty(device="cpu")
         block = modules["block"]
         assert isinstance(block, PriorBlock)
-        x = torch.empty(samples, config.length, config.dim, requires_grad=True)
+        x = torch.empty(samples, config.length, config.dim, requires_grad=not marks.input_too)
         text = torch.zeros(samples, config.text_length, dtype=torch.int64)
         batch = {
             "text": text,
@@ -153,6 +221,9 @@ def _kept(config: PriorConfig, size: int, precision: str, samples: int) -> dict[
         }
         weights = [p for m in modules.values() for p in m.parameters()]
         outside = [*weights, *batch.values()]
+        if config.positions == "rotary":
+            head = config.dim // config.heads
+            outside += rotary_table(config.text_length, config.grid, config.grid_columns, head)
         half = precision != "fp32"
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             with noted(totals, "embedding", outside):
@@ -192,3 +263,9 @@ def noted(totals: dict[str, int], name: str, outside: Sequence[Tensor]) -> Itera
 def count_parameters(config: PriorConfig) -> int:
     """Parameters of the whole model, from its layers."""
     return sum(held.numel for held in named(rank_layers(config, 0, 1)).values())
+
+
+def count_trained(settings: PriorTrain) -> int:
+    """Parameters that a run trains; of adapters, they are what it saves."""
+    held = named(rank_layers(settings.model, 0, 1, training_of(settings))).values()
+    return sum(h.numel for h in held if h.trained)

@@ -1,13 +1,24 @@
 """Bytes of one rank by category, as the engines allocate them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 from models.config import PriorConfig
+from models.prior import BRANCHES
 from parallel.balance import stage_layers
 from parallel.mesh import RankCoordinates
-from planning.estimate.layers import Held, Keeps, RankLayer, keeps_of, named, rank_layers
+from planning.estimate.layers import (
+    Held,
+    Keeps,
+    Marks,
+    RankLayer,
+    Training,
+    keeps_of,
+    named,
+    rank_layers,
+    training_of,
+)
 from planning.estimate.zero_layout import (
     BUCKET,
     LIVE,
@@ -66,22 +77,27 @@ class Loads:
 def loads_of(settings: PriorTrain, at: RankCoordinates) -> Loads:
     """The layers and parameters of the rank at some coordinates."""
     mesh = settings.mesh
-    layers, held = _held(settings.model, mesh.tensor, mesh.pipeline, at.shard, at.stage)
+    training = training_of(settings)
+    layers, held = _held(settings.model, mesh.tensor, mesh.pipeline, at.shard, at.stage, training)
     return Loads(settings=settings, at=at, layers=layers, held=held)
 
 
 @lru_cache(maxsize=512)
 def _held(
-    config: PriorConfig, tensor: int, pipeline: int, shard: int, stage: int
+    config: PriorConfig, tensor: int, pipeline: int, shard: int, stage: int, training: Training
 ) -> tuple[tuple[RankLayer, ...], dict[str, Held]]:
-    layers = tuple(stage_layers(rank_layers(config, shard, tensor), stage, pipeline))
+    layers = tuple(stage_layers(rank_layers(config, shard, tensor, training), stage, pipeline))
     return layers, named(layers)
 
 
 def rank_bytes(loads: Loads) -> Bytes:
     """Peak bytes of every category in a step."""
     settings = loads.settings
-    keeps = keeps_of(settings.model, settings.mesh.tensor, settings.engine.precision)
+    tensor, precision = settings.mesh.tensor, settings.engine.precision
+    keeps = {
+        part.name: keeps_of(settings.model, tensor, precision, marks)
+        for part, marks in marks_of(loads)
+    }
     sizes = model_bytes(loads)
     sizes["activations"] = activation_bytes(loads, keeps)
     sizes["temporary"] += sum(part.buffers for part in loads.layers) + _transient(loads, keeps)
@@ -89,23 +105,36 @@ def rank_bytes(loads: Loads) -> Bytes:
     return {name: sizes[name] for name in CATEGORIES}
 
 
+def marks_of(loads: Loads) -> Iterator[tuple[RankLayer, Marks]]:
+    """Each layer of a rank, with what has no gradients in it.
+
+    A later stage's inputs have gradients, which it sends back.
+    """
+    lora, none_before = loads.settings.lora, loads.at.stage == 0
+    for part in loads.layers:
+        alone = none_before and part.name != "embedding"  # whose input is numbers
+        yield part, Marks(lora=lora, frozen=part.frozen, input_too=alone)
+        none_before = none_before and len(part.frozen) == len(part.parameters)
+
+
 def model_bytes(loads: Loads) -> Bytes:
     """Weights, gradients, masters and moments, buckets and their copies."""
     settings, held = loads.settings, loads.held
     mesh, stage = settings.mesh, stage_of_zero(settings)
     moment = 2 if settings.optim.moments == "bf16" else 4
-    total = sum(h.numel for h in held.values())
+    total = sum(h.numel for h in held.values() if h.trained)
+    frozen = sum(h.numel for h in held.values() if not h.trained)
     if stage == 0:
         flat = mesh.data > 1 and not settings.compress.on
         return {
-            "parameters": 4 * total,
+            "parameters": 4 * (total + frozen),
             "gradients": 4 * total,
             "optimizer": 2 * moment * total,
             "buckets": 0,
             "temporary": 4 * total if flat else 0,
         }
     if stage == 3:
-        return _third_stage(loads, total, moment)
+        return _third_stage(loads, total + frozen, moment)
     groups = groups_of(held)
     whole = sum(padded(group, mesh.data) for group in groups)
     mine = whole // mesh.data
@@ -116,7 +145,7 @@ def model_bytes(loads: Loads) -> Bytes:
     )  # new gradients beside the accumulated ones
     copied = partial if stage == 1 or again else 0
     return {
-        "parameters": 4 * whole,
+        "parameters": 4 * (whole + frozen),
         "gradients": 4 * (total if stage == 1 else partial),
         "optimizer": (4 + 2 * moment) * mine,
         "buckets": 4 * bucket,
@@ -126,6 +155,7 @@ def model_bytes(loads: Loads) -> Bytes:
 
 def _third_stage(loads: Loads, total: int, moment: int) -> Bytes:
     shards = loads.settings.mesh.local
+    trained = sum(shard_numel(h, shards) for h in loads.held.values() if h.trained)
     mine = sum(shard_numel(h, shards) for h in loads.held.values())
     kept = sum(shards * shard_numel(h, shards) for h in loads.held.values() if h.numel < PERSISTENT)
     largest = max(
@@ -134,45 +164,51 @@ def _third_stage(loads: Loads, total: int, moment: int) -> Bytes:
     )
     gathered = min(total - kept, LIVE + largest)
     plain = loads.settings.mesh.nodes > 1 and not loads.settings.compress.on
-    flat = 4 * mine if plain else 0  # one flat gradient between nodes
+    flat = 4 * trained if plain else 0  # one flat gradient between nodes
     return {
         "parameters": 4 * (mine + kept),  # the shards are the masters as well
-        "gradients": 4 * mine,
-        "optimizer": 2 * moment * mine,
+        "gradients": 4 * trained,
+        "optimizer": 2 * moment * trained,
         "buckets": 4 * BUCKET,
         "temporary": 4 * gathered + flat,
     }
 
 
-def activation_bytes(loads: Loads, keeps: Keeps) -> int:
-    """Peak bytes that autograd saves; with recompute, two inputs per block and one branch."""
+def activation_bytes(loads: Loads, keeps: Mapping[str, Keeps]) -> int:
+    """Peak bytes that autograd saves; with recompute, two inputs per block and one branch.
+
+    `keeps`: by layer.
+    """
     settings, micro = loads.settings, loads.micro
     config = settings.model
     state = 4 * micro * config.length * config.dim
 
-    def kept(name: str) -> int:
-        each, once = keeps[name]
+    def kept(layer: str, name: str) -> int:
+        each, once = keeps[layer][name]
         return each * micro + once
 
-    blocks = sum(part.name.startswith("block") for part in loads.layers)
+    blocks = [part.name for part in loads.layers if part.name.startswith("block")]
     ends = [part.name for part in loads.layers if not part.name.startswith("block")]
-    outer = sum(kept(name) for name in ends) + (kept("loss") if "head" in ends else 0)
+    outer = sum(kept(name, name) for name in ends)
+    outer += kept("head", "loss") if "head" in ends else 0
     if not settings.engine.recompute:
-        return loads.in_flight * (blocks * kept("block") + outer)
-    again = max(kept("attention"), kept("mlp")) - state if blocks else 0
-    return loads.in_flight * (2 * blocks * state + outer) + again
+        return loads.in_flight * (sum(kept(name, "block") for name in blocks) + outer)
+    branches = [kept(name, branch) for name in blocks for branch in BRANCHES]
+    again = max(branches) - state if blocks else 0
+    return loads.in_flight * (2 * len(blocks) * state + outer) + again
 
 
-def _transient(loads: Loads, keeps: Keeps) -> int:
+def _transient(loads: Loads, keeps: Mapping[str, Keeps]) -> int:
     """Bytes of hidden states and their gradients in flight between layers, stages and ranks."""
     settings, micro = loads.settings, loads.micro
     config, mesh = settings.model, settings.mesh
     state = 4 * micro * config.length * config.dim
-    wide = 4 * config.dim * micro * config.length // mesh.tensor
-    branch = 3 * state + 2 * 4 * wide  # gradients of a branch's input, output and hidden states
+    wide = config.hidden * micro * config.length // mesh.tensor
+    inner = 2 if config.mlp == "gelu" else 3
+    branch = 3 * state + inner * 4 * wide  # gradients of a branch's input, output, hidden states
     logits = 0
     if any(part.name == "head" for part in loads.layers):
-        logits = 2 * keeps["loss"][0] * micro
+        logits = 2 * keeps["head"]["loss"][0] * micro
     between = 0
     if mesh.pipeline > 1:
         between = (2 + loads.in_flight) * state // mesh.tensor

@@ -3,11 +3,13 @@
 This project measured none of these constants: each names its source.
 """
 
+import re
 from dataclasses import dataclass
 from math import prod
 
 from core.memory import size_text
 from models.initialization import ROWS_A_KEY
+from models.prior import TABLES
 from planning.estimate.hardware import GB, Hardware
 from planning.estimate.memory import Bytes, Loads
 from planning.estimate.zero_layout import groups_of, shard_numel, stage_of_zero
@@ -60,8 +62,8 @@ class StartUp:
         )
 
 
-def communicators(settings: PriorTrain) -> list[tuple[int, bool]]:
-    """(size, whether it all-reduces) of each process group that this rank communicates over.
+def communicators(settings: PriorTrain, stage: int = 0) -> list[tuple[int, bool]]:
+    """(size, whether it all-reduces) of each process group that a stage's rank communicates over.
 
     DeepSpeed and megatron-core create some of their own over the same ranks as the mesh's groups.
     """
@@ -72,6 +74,8 @@ def communicators(settings: PriorTrain) -> list[tuple[int, bool]]:
         groups += [(mesh.tensor * mesh.pipeline, True), (mesh.tensor, True)]
         groups += [(mesh.pipeline, False)] * 2 + [(mesh.data, True)] * 2
         groups += [(mesh.tensor, False)] if mesh.pipeline > 1 else []
+        ends = _shares_tables(settings) and stage in (0, mesh.pipeline - 1)
+        groups += [(2, True)] if ends else []
     elif mesh.nodes > 1:
         groups += [(mesh.local, False), (mesh.nodes, True)]
     elif mesh.tensor > 1:
@@ -79,6 +83,13 @@ def communicators(settings: PriorTrain) -> list[tuple[int, bool]]:
     elif cloned:
         groups += [(mesh.data, True)]
     return [row for row in groups if row[0] > 1]
+
+
+def _shares_tables(settings: PriorTrain) -> bool:
+    """True if the first and the last stage add up gradients of tied embeddings."""
+    if not settings.model.tied or settings.mesh.pipeline == 1 or settings.lora.rank:
+        return False
+    return not all(settings.freeze and re.search(settings.freeze, name) for name in TABLES)
 
 
 def nccl_bytes(settings: PriorTrain, hardware: Hardware) -> Bytes:

@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from core.memory import size_text
 from parallel.compress.advisor import PAPER_SHARE
 from parallel.config import LEAST_GAIN, CompressConfig, EngineConfig, MeshConfig
+from parallel.engines.frozen import stage_problem
 from parallel.mesh import RankCoordinates
 from planning.decode import buffer_bytes
 from planning.estimate.hardware import Hardware
+from planning.estimate.layers import rank_layers, training_of
 from planning.estimate.memory import Bytes, Loads, loads_of, published_schemes, rank_bytes
 from planning.estimate.reserve import StartUp, nccl_bytes, start_up
 from planning.estimate.step_time import Estimate, estimate, rough_seconds
@@ -143,7 +145,10 @@ def variants_of(layout: PriorTrain) -> Iterator[PriorTrain]:
 
 
 def _sends_gradients(layout: PriorTrain) -> bool:
+    """True if compression could save traffic."""
     third = stage_of_zero(layout) == 3
+    if layout.lora.rank:
+        return False  # adapters are sent whole
     return layout.mesh.nodes > 1 if third else layout.mesh.data > 1
 
 
@@ -183,7 +188,14 @@ def _problems(settings: PriorTrain, world: int) -> list[str]:
             f"{micro_batches:,} micro-batches a step are more than the {MOST_MICRO:,} that a plan "
             "looks at; give a smaller --batch"
         ]
-    return settings.problems(world)
+    problems = settings.problems(world)
+    mesh = settings.mesh
+    if not problems and (settings.freeze or settings.lora.rank):
+        layers = rank_layers(settings.model, 0, 1, training_of(settings))
+        trains = [len(part.frozen) < len(part.parameters) for part in layers]
+        problem = stage_problem(trains, [part.cost for part in layers], mesh.pipeline)
+        problems += [problem] if problem else []
+    return problems
 
 
 def fullest(settings: PriorTrain) -> Bytes:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from models.attention.masks import layer_kind
 from models.counts import prior_flops
-from models.masks import layer_kind
 from parallel.ledger import Counts
 from parallel.mesh import RankCoordinates
 from planning.decode import Decoding
@@ -15,7 +15,7 @@ from planning.estimate.layer_work import backward_work, compression_work, forwar
 from planning.estimate.layers import RankLayer
 from planning.estimate.memory import Loads, loads_of
 from planning.estimate.pipeline_schedule import Played, Span, crowded, play
-from planning.estimate.traffic import step_traffic
+from planning.estimate.traffic import step_traffic, tied_elements
 from planning.estimate.zero_layout import (
     factored,
     groups_of,
@@ -139,10 +139,11 @@ def _stage(loads: Loads, hardware: Hardware) -> _StageSeconds:
 
 
 def _alike(loads: Loads, part: RankLayer) -> str:
-    """Key of layers that take equally long: blocks with the same kind of mask."""
+    """Key of layers that take equally long: blocks with the same mask, and the same ones frozen."""
     if not part.name.startswith("block"):
         return part.name
-    return layer_kind(int(part.name.removeprefix("block")) + 1, loads.settings.model.layers)
+    kind = layer_kind(int(part.name.removeprefix("block")) + 1, loads.settings.model.layers)
+    return " ".join([kind, *sorted(part.frozen)])
 
 
 def _layer(loads: Loads, part: RankLayer, hardware: Hardware) -> tuple[float, float, float]:
@@ -196,7 +197,7 @@ def ending_seconds(loads: Loads, hardware: Hardware) -> dict[str, float]:
     settings, held = loads.settings, loads.held
     mesh, stage = settings.mesh, stage_of_zero(settings)
     data = group_span(mesh, "data")
-    total = sum(h.numel for h in held.values())
+    total = sum(h.numel for h in held.values() if h.trained)
     mine, weights, rounds = total, 0.0, 1
     if stage in (1, 2):
         whole = sum(padded(group, mesh.data) for group in groups_of(held))
@@ -204,11 +205,13 @@ def ending_seconds(loads: Loads, hardware: Hardware) -> dict[str, float]:
         weights = gather(4.0 * whole, data, hardware)
         rounds = settings.engine.gradient_accumulation_steps if stage == 2 else 1
     elif stage == 3:
-        mine = sum(shard_numel(h, mesh.local) for h in held.values())
+        mine = sum(shard_numel(h, mesh.local) for h in held.values() if h.trained)
         data = group_span(mesh, "between")
     update = seconds(update_work(mine), hardware)
     sent = 4.0 * _sent(loads, mine if stage == 3 else total)
     gradients = rounds * all_reduce(sent, data, hardware)
+    if tied := tied_elements(loads):
+        gradients += all_reduce(4.0 * sum(tied), group_span(mesh, "ends"), hardware)
     compress = rounds * seconds(compression_work(loads, hardware), hardware)
     results = 4 * all_reduce(64.0, group_span(mesh, "world"), hardware) if mesh.world > 1 else 0.0
     return {

@@ -6,13 +6,14 @@ ZeRO-3, gathers once more. Bytes are those of the larger side of an operation.
 
 from collections.abc import Iterator, Mapping
 
-from models.prior import BRANCHES, LOSSES
+from models.config import PriorConfig
+from models.prior import BRANCHES, LOSSES, TABLES
 from parallel.config import MeshConfig
 from parallel.control import FIELDS
 from parallel.ledger import Counts
 from parallel.mesh import RankCoordinates, rank_at
-from planning.estimate.layers import Held
-from planning.estimate.memory import Loads
+from planning.estimate.layers import Held, Marks, RankLayer
+from planning.estimate.memory import Loads, marks_of
 from planning.estimate.zero_layout import (
     BUCKET,
     LIVE,
@@ -66,6 +67,8 @@ def _groups(mesh: MeshConfig, at: RankCoordinates) -> Iterator[tuple[str, tuple[
     yield "data", data
     if mesh.data < mesh.world:
         yield "tensor", tuple(rank_at(mesh, at._replace(shard=t)) for t in range(mesh.tensor))
+        if mesh.pipeline > 1 and at.stage in (0, mesh.pipeline - 1):
+            yield "ends", tuple(rank_at(mesh, at._replace(stage=s)) for s in (0, mesh.pipeline - 1))
         yield "pipeline", tuple(rank_at(mesh, at._replace(stage=s)) for s in range(mesh.pipeline))
 
 
@@ -93,9 +96,12 @@ def _layers(loads: Loads, tally: Tally) -> None:
         return
     micro, times = loads.micro, settings.engine.gradient_accumulation_steps
     state = FLOAT * micro * config.length * config.dim
-    for part in loads.layers:
-        if part.name.startswith("block"):  # two branches, one sum forward and one backward
-            tally.add("tensor", "all_reduce", 4 * state * times, 4 * times)
+    for part, marks in marks_of(loads):
+        if part.name.startswith("block"):  # a sum of each branch forward, and of its gradients
+            sums = len(BRANCHES) + branches_with_gradients(part, marks)
+            tally.add("tensor", "all_reduce", sums * state * times, sums * times)
+            whole = [h.numel for h in part.parameters.values() if _is_whole_adapter(h)]
+            tally.add("tensor", "all_reduce", FLOAT * sum(whole) * times, len(whole) * times)
         elif part.name == "embedding":  # all words, and all codes but the last
             positions = config.text_length + config.image_length - 1
             count = FLOAT * micro * positions * config.dim
@@ -104,6 +110,26 @@ def _layers(loads: Loads, tally: Tally) -> None:
             tally.add("tensor", "all_reduce", state * times, times)
             each = 3 * FLOAT * micro * config.length
             tally.add("tensor", "all_reduce", each * times, 6 * times)
+
+
+def branches_with_gradients(part: RankLayer, marks: Marks) -> int:
+    """Branches of a block whose input has a gradient, which tensor ranks add up."""
+    if not marks.input_too:
+        return len(BRANCHES)
+    trained = part.parameters.keys() - part.frozen
+    attention = any(name.startswith("attention_norm") for name in trained)
+    before_mlp = any(not name.startswith(_MLP) for name in trained)
+    mlp = before_mlp or any(name.startswith("mlp_norm") for name in trained)
+    return attention + mlp
+
+
+_MLP = ("mlp_norm.", "up.", "down.", "gate.")
+"""Names of the parameters of the MLP branch begin with one of these."""
+
+
+def _is_whole_adapter(h: Held) -> bool:
+    """True for the matrix of an adapter that tensor ranks hold whole, and add up gradients of."""
+    return h.trained and h.matrix and not h.placement.split
 
 
 def _stages(loads: Loads, tally: Tally) -> None:
@@ -140,24 +166,35 @@ def _gradients(loads: Loads, tally: Tally) -> None:
     if stage == 3:
         _third_stage(loads, tally)
         return
+    if tied := tied_elements(loads):
+        tally.add("ends", "all_reduce", FLOAT * sum(tied), len(tied))
     if settings.compress.on:
         rounds = times if stage == 2 else 1
-        _factors(loads, tally, "data", {n: h.numel for n, h in held.items()}, rounds)
+        _factors(loads, tally, "data", {n: h.numel for n, h in held.items() if h.trained}, rounds)
     elif stage == 0:
-        total = sum(h.numel for h in held.values())
+        total = sum(h.numel for h in held.values() if h.trained)
         if settings.mesh.data > 1:
             tally.add("data", "all_reduce", FLOAT * total)
     else:
         groups = groups_of(held)
         order = [h.numel for group in groups for h in group]
         if stage == 2:
-            order = [h.numel for h in held.values()]
+            order = [h.numel for h in held.values() if h.trained]
         rounds = times if stage == 2 else 1
         tally.add("data", "all_reduce", FLOAT * sum(order) * rounds, _buckets(order) * rounds)
     if stage and settings.mesh.data > 1:
         for group in groups_of(held):
             count = FLOAT * padded(group, settings.mesh.data)
             tally.add("data", "all_gather_into_tensor", count)
+
+
+def tied_elements(loads: Loads) -> list[int]:
+    """Sizes of the gradients that the first and the last stage add up."""
+    model = loads.settings.model
+    if not isinstance(model, PriorConfig) or not model.tied or loads.settings.mesh.pipeline == 1:
+        return []
+    held = loads.held
+    return [held[name].numel for name in TABLES if name in held and held[name].trained]
 
 
 def _buckets(sizes: list[int]) -> int:
@@ -208,21 +245,24 @@ def _third_stage(loads: Loads, tally: Tally) -> None:
     whole = {name: shards * shard_numel(h, shards) for name, h in held.items()}
     small = [name for name, h in held.items() if h.numel < PERSISTENT]
     tally.add("machine", "all_gather_into_tensor", FLOAT * sum(whole[n] for n in small), len(small))
-    large = [h.numel for part in loads.layers for h in part.parameters.values()]
-    large = [numel for numel in large if numel >= PERSISTENT]
+    uses = [h for part in loads.layers for h in part.parameters.values() if h.numel >= PERSISTENT]
+    large = [h.numel for h in uses if not h.placement.tied_to]
     passes = 2 if sum(large) > LIVE else 1  # a small model stays gathered for backward
+    if passes == 2:
+        large = [h.numel for h in uses]
     if large:
         count = FLOAT * sum(shards * -(-numel // shards) for numel in large)
-        calls = 1 + _prefetches(large[1:])
+        calls = _prefetches(large)
         tally.add(
             "machine", "all_gather_into_tensor", count * passes * times, calls * passes * times
         )
-    order = [h.numel for h in reversed(list(held.values()))]
-    count = FLOAT * sum(whole.values()) * times
+    order = [h.numel for h in reversed(list(held.values())) if h.trained]
+    trained = [name for name, h in held.items() if h.trained]
+    count = FLOAT * sum(whole[name] for name in trained) * times
     tally.add("machine", "reduce_scatter_tensor", count, _buckets(order) * times)
     if mesh.nodes == 1:
         return
-    mine = {name: shard_numel(h, shards) for name, h in held.items()}
+    mine = {name: shard_numel(held[name], shards) for name in trained}
     if settings.compress.on:
         _factors(loads, tally, "between", mine, 1)
     else:

@@ -32,9 +32,9 @@ def stage_of_zero(settings: PriorTrain) -> int:
 
 
 def groups_of(held: Mapping[str, Held]) -> list[list[Held]]:
-    """The optimiser's groups: matrices, then gains and biases."""
-    matrices = [h for h in held.values() if h.matrix]
-    others = [h for h in held.values() if not h.matrix]
+    """The optimiser's groups of what is trained: matrices, then gains and biases."""
+    matrices = [h for h in held.values() if h.trained and h.matrix]
+    others = [h for h in held.values() if h.trained and not h.matrix]
     return [group for group in (matrices, others) if group]
 
 
@@ -91,7 +91,7 @@ def factored(
     parts = mesh.local if third else mesh.tensor
     each = shard_rank(total_rank(settings), parts)
     for name, h in held.items():
-        if not name.endswith(COMPRESSED):
+        if not (h.trained and name.endswith(COMPRESSED)):
             continue
         placement = h.placement
         if third:

@@ -9,7 +9,8 @@ from core.keys import key_int
 from data_pipeline.config import OrderConfig
 from models.config import PriorConfig
 from parallel.config import EngineConfig, MeshConfig, OptimConfig
-from training.config import LoopConfig, PriorTrain, ProfileConfig
+from training.config import LoopConfig, PriorTrain
+from training.profiling.categories import ProfileConfig
 
 WORLDS = (8, 32, 128, 256)
 LEAST, MOST = 2, 1024

@@ -82,6 +82,13 @@ class LightEngine:
         self._weight.copy_(reader.flat(name, "master", 0, WIDTH))
         self._done.copy_(reader.flat(name, "exp_avg", 0, WIDTH))
 
+    def load_frozen(self, reader: Reader) -> None:
+        """Nothing is frozen."""
+
+    def frozen(self) -> frozenset[str]:
+        """Nothing is frozen."""
+        return frozenset()
+
     def replicas(self) -> list[tuple[list[Tensor], Group]]:
         """The count, on all ranks."""
         return [([self._done], self.mesh.data)]

@@ -34,12 +34,13 @@ from parallel.ledger import Ledger
 from parallel.mesh import Mesh
 from planning.rehearsal.patches import AtOnce, Change, no_progress, nothing, replaced
 from planning.rehearsal.recorder import Recorder
-from training.config import ProfileConfig
 from training.data_requirements import DataSizes, size_problems
 from training.export.files import WEIGHTS, WeightsFile
 from training.export.save import Writers
+from training.profiling.categories import ProfileConfig
 from training.tasks.clip import ClipTask
 from training.tasks.dvae import DVAETask
+from training.tasks.dvae_program import ExtraLosses
 from training.tasks.prior import PriorTask
 from training.tasks.splits import UNREAD, Splits
 from training.tasks.task import Pictures
@@ -75,6 +76,8 @@ def _shortened(settings: Any, steps: int) -> Any:
         settings,
         engine=engine,
         out=_NOWHERE,
+        init="",  # reading weights needs no collectives of tensors
+        resume_with="",
         loop=replace(settings.loop, steps=steps + 1, validate_every=steps),
         checkpoint=replace(settings.checkpoint, every=steps, to=""),
         profile=ProfileConfig(always=False),
@@ -192,7 +195,7 @@ class _DVAEWithoutData(DVAETask):
     def __init__(self, settings: Any, mesh: Mesh) -> None:
         self.held_out = _held_out(settings)
         self.train: Any = _Samples(0)
-        self._set_model(settings.model, settings.loop.seed)
+        self._set_model(settings.model, settings.loop.seed, ExtraLosses.of(settings))
 
     def batch(self, records: Sequence[Any], step: int, training: bool = True) -> Batch:
         return {
@@ -200,6 +203,7 @@ class _DVAEWithoutData(DVAETask):
             "keys": torch.zeros(len(records), dtype=torch.int64, device="cpu"),
             "tau": torch.tensor(1.0, device="cpu"),
             "beta": torch.tensor(1.0, device="cpu"),
+            "adversarial": torch.tensor(1.0, device="cpu"),
         }
 
     def figures(self, *_: Any) -> tuple[dict[str, float], Pictures]:
@@ -332,4 +336,4 @@ class _NoFolder:
     """A run folder that writes nothing."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        self.begin = self.log = self.show = self.close = nothing
+        self.begin = self.log = self.show = self.note_history = self.close = nothing

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import models.dvae
 import models.initialization
 import models.prior
-from models.attention import band_of
+from models.attention.banded import band_of
 from models.clip import Clip
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from models.dvae import DVAE
@@ -35,7 +35,7 @@ from parallel.placement import Placement, place
 from parallel.scales import Scales
 from parallel.world import World
 from training.tasks.clip import clip_program
-from training.tasks.dvae import dvae_program
+from training.tasks.dvae_program import dvae_program
 
 _aten = torch.ops.aten
 Module = TypeVar("Module")

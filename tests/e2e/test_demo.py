@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data_pipeline.sources.shapes import draw_scene, render
+from data_pipeline.sources.drawn.shapes import draw_scene, render
 from data_pipeline.text.bpe import encode, load_tokenizer
 from data_pipeline.tokenize.encode import to_tensor
 from tests.harness import cold_tapir, processes_with, rows_of, tapir

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 
+from models.attention.masks import full_mask, image_mask, layer_kind
 from models.config import DVAEConfig, PriorConfig
 from models.counts import attended_pairs, prior_parameters
 from models.dvae import DVAE, build_decoder, build_encoder, negative_bound
@@ -17,7 +18,6 @@ from models.logit_laplace import (
     squeeze_pixels,
     unsqueeze_pixels,
 )
-from models.masks import full_mask, image_mask, layer_kind
 from models.prior import PriorBlock, PriorEmbedding, PriorHead
 from parallel.tensor.ops import TensorParallel
 from training.config import PriorTrain

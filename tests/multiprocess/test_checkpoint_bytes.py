@@ -26,7 +26,7 @@ from parallel.mesh import Mesh, build_mesh
 from parallel.world import join_world, leave_world
 from planning.checkpoint_size import PARTS, checkpoint_bytes
 from planning.config import settings_of
-from tests.multiprocess.test_plan_reality import SMALL, WIDE
+from tests.multiprocess.test_plan_reality import MODERN, SMALL, WIDE
 from training.config import LoopConfig, PriorTrain
 from training.ema import Average
 
@@ -69,6 +69,9 @@ CASES = {
     "TP4, padded heads": _case(MeshConfig(tensor=4), "deepspeed_pipe"),
     "PP2 x DP2, fp16, own": _case(
         MeshConfig(pipeline=2, data=2), "deepspeed_pipe 1 fp16", rank=8, warm_start=True
+    ),
+    "PP2 x DP2, tied": _case(
+        MeshConfig(pipeline=2, data=2), "deepspeed_pipe", model=replace(SMALL, **MODERN)
     ),
     "TP2 x DP2, mean": _case(
         MeshConfig(tensor=2, data=2), "deepspeed_zero 1", "mean", rank=8, warm_start=True

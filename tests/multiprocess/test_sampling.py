@@ -25,6 +25,9 @@ from training.export.weights import write_model
 
 MASKS = [(3, 3), (4, 11), (6, 5)]
 """(layers, kernel): each with rows, columns and a convolution."""
+MODERN = replace(
+    CONFIG, norm="rms", qk_norm=True, positions="rotary", mlp="gated", tied=True, layers=5
+)
 GUIDED = DrawSettings(guidance=2.0, top_p=0.9)
 
 
@@ -85,8 +88,8 @@ def decode(payload: str) -> None:
 def test_a_sharded_prior_decodes_the_logits_of_one_process(tmp_path: Path) -> None:
     """3 heads are padded for 2 tensor ranks; one has little memory, and all split alike."""
     tensor = pipeline = 2
-    configs = [replace(CONFIG, layers=n, conv_kernel=kernel) for n, kernel in MASKS]
-    folders = [tmp_path / f"prior-{i}" for i in range(len(MASKS))]
+    configs = [replace(CONFIG, layers=n, conv_kernel=kernel) for n, kernel in MASKS] + [MODERN]
+    folders = [tmp_path / f"prior-{i}" for i in range(len(configs))]
     priors = [write_prior(*pair) for pair in zip(folders, configs, strict=True)]
     mesh = {"tensor": tensor, "pipeline": pipeline}
     body = {"priors": [str(folder) for folder in folders], "out": str(tmp_path), **mesh}

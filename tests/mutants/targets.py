@@ -16,6 +16,10 @@ PACKAGES = (
 
 _FILES = (
     "models/*.py",
+    "models/tokenizers/config.py",
+    "models/tokenizers/protocol.py",
+    "models/tokenizers/renames.py",
+    "models/tokenizers/vq.py",
     "parallel/compress/*.py",
     "parallel/adamw.py",
     "parallel/replicas.py",
@@ -36,15 +40,14 @@ _FILES = (
     "generation/sampling/sampler.py",
     "generation/sampling/decoder.py",
     "generation/evaluation/accuracy.py",
-    "generation/evaluation/fid.py",
 )
 _ONLY = {
     "parallel/replicas.py": {"flat_average", "copy_parts"},
     "training/trainer.py": {"steps", "one_step", "_loss_now"},
 }
 """Of these files only some functions: the rest is about folders, logs and processes."""
-_NOT = ("__init__.py", "splits.py")
-"""splits.py hands a data set's manifests from rank to rank."""
+_NOT = ("__init__.py", "splits.py", "third_party.py")
+"""splits.py hands a data set's manifests from rank to rank; third_party.py imports."""
 
 
 @dataclass(frozen=True, kw_only=True)

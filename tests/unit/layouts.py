@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from data_pipeline.images.crops import encode_png
-from data_pipeline.sources.shapes import draw_scene, render
+from data_pipeline.sources.drawn.shapes import draw_scene, render
 
 
 def picture(number: int, pixels: int = 40) -> bytes:

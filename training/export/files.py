@@ -1,4 +1,4 @@
-"""The files of a model's weights: one, or several with Hugging Face's index."""
+"""The files of a model: description, and weights in one or several with Hugging Face's index."""
 
 import hashlib
 import json
@@ -11,8 +11,11 @@ from safetensors import safe_open
 
 from checkpoint.tensors import Read, Shapes, file_parts
 from core.errors import CorruptError
-from core.files.atomic import canonical_json, write_atomic, write_parts
+from core.files.atomic import Json, canonical_json, write_atomic, write_parts
+from core.renamed import FACTS, ROW, renamed
 
+DESCRIPTION, CONFIG = "model.json", "config.json"
+"""A finished model's sizes, facts and digests; the settings of its run."""
 WEIGHTS = "model.safetensors"
 SHARDS = f"{WEIGHTS}.index.json"
 UNEVEN = 1.5
@@ -27,6 +30,14 @@ class WeightsFile:
     """Its name in the model's folder."""
     bytes: int
     sha256: str
+
+
+def facts_with_new_names(facts: Json) -> Json:
+    """A model's facts, with renamed fields under their new names."""
+    now = renamed(FACTS, facts)
+    if isinstance(now.get("validation"), dict):
+        now["validation"] = renamed(ROW, now["validation"])
+    return now
 
 
 def shard_names(count: int) -> list[str]:

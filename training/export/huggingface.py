@@ -2,7 +2,8 @@
 
     model_index.json         its parts with their digests; sealed with its own digest
     README.md                the model card
-    prior/config.json        sizes, facts, digest; likewise for dvae/ and clip/
+    prior/config.json        sizes, facts, digest; likewise for dvae/ (or another image tokenizer)
+                             and clip/
     prior/model.safetensors  fp32 weights by parameter name; large models in several files, listed
                              in model.safetensors.index.json
     tokenizer/tokenizer.json
@@ -36,21 +37,30 @@ from core.files.atomic import (
 )
 from core.log import LOG
 from data_pipeline.text.bpe import FILE, load_tokenizer
-from training.export.files import SHARDS, WEIGHTS, shard_names, write_index
-from training.export.model_card import model_card
-from training.export.weights import (
+from training.export.files import (
     CONFIG,
+    SHARDS,
+    WEIGHTS,
+    facts_with_new_names,
+    shard_names,
+    write_index,
+)
+from training.export.model_card import model_card
+from training.export.tokenizers import open_weights_of
+from training.export.weights import (
     KINDS,
     Weights,
-    facts_with_new_names,
     misfits,
     open_model,
     write_model,
 )
+from training.export.weights import TOKENIZER as STAGE
 
 INDEX = "model_index.json"
 TOKENIZER, BPE = "tokenizer", "bpe"
 VERSION = 1
+ROLES = ("dvae", "prior", "clip")
+"""Parts that are models; an imported image tokenizer has the role of the dVAE."""
 TIES = {"dvae": (), "prior": ("dvae", "tokenizer"), "clip": ("tokenizer",)}
 """Facts with the digests of the parts that a model was trained with."""
 
@@ -70,8 +80,12 @@ def find_parts(folder: Path, given: Mapping[str, Path | None]) -> Parts:
     `given` has the folders of runs that are elsewhere.
     Raises: InputError if there are none, or two were not trained with one another.
     """
-    places = {name: given.get(name) or _place(folder, name) for name in (*KINDS, BPE)}
-    models = {name: open_model(place, name) for name in KINDS if (place := places[name])}
+    places = {name: given.get(name) or _place(folder, name) for name in (*ROLES, BPE)}
+    models = {
+        name: open_weights_of(place) if name == "dvae" else open_model(place, name)
+        for name in ROLES
+        if (place := places[name])
+    }
     if not models:
         raise InputError(
             f"{folder} holds no run: give the folder of a run (--out of `tapir train`), or the one "
@@ -87,7 +101,7 @@ def find_parts(folder: Path, given: Mapping[str, Path | None]) -> Parts:
                     f"the {stage} of {model.where} was trained with another {name}; give the one "
                     f"that it was trained with as --{BPE if name == 'tokenizer' else name}"
                 )
-    left_out = [name for name in (*KINDS, BPE) if not places[name]]
+    left_out = [name for name in (*ROLES, BPE) if not places[name]]
     if left_out:
         LOG.info("left out, for they are not in %s: %s", folder, ", ".join(left_out))
     return Parts(models=models, tokenizer=bpe)
@@ -103,7 +117,8 @@ def _place(folder: Path, name: str) -> Path | None:
                 stage = json.loads(path.read_bytes()).get("stage")
             except (ValueError, AttributeError) as error:
                 raise InputError(f"{path} is damaged: {error}") from error
-            return folder if stage == name else None
+            is_it = stage == name or (stage == STAGE and name == "dvae")
+            return folder if is_it else None
     return folder / name if (folder / name).is_dir() else None
 
 
@@ -187,7 +202,7 @@ def import_parts(folder: Path, out: Path) -> list[str]:
         for name, digest in digests.items():
             if name == TOKENIZER:
                 _import_tokenizer(folder / TOKENIZER, made / BPE, digest)
-            elif name in KINDS:
+            elif name in ROLES:
                 _import_part(name, folder / name, made / name, digest)
             else:
                 raise InputError(f"{folder / INDEX} names a part {name!r} that Tapir does not know")
@@ -204,12 +219,14 @@ def _import_tokenizer(folder: Path, out: Path, digest: str) -> None:
     write_atomic(out / FILE, (folder / FILE).read_bytes())
 
 
-def _import_part(stage: str, folder: Path, out: Path, digest: str) -> None:
+def _import_part(role: str, folder: Path, out: Path, digest: str) -> None:
     body = _unsealed(folder / CONFIG, {"sizes": dict, "facts": dict})
+    is_foreign = role == "dvae" and body.get("model_type") == f"tapir-{STAGE}"
+    stage = STAGE if is_foreign else role
     kind = KINDS[stage]
     if body.get("model_type") != f"tapir-{stage}" or body.get("sha256") != digest:
         raise InputError(f"{folder / CONFIG} is not of the {stage} that {INDEX} names")
-    if missing := [fact for fact in TIES[stage] if fact not in body["facts"]]:
+    if missing := [fact for fact in TIES[role] if fact not in body["facts"]]:
         raise InputError(f"{folder / CONFIG} does not name the {missing[0]} of its {stage}")
     sizes = with_new_names(kind.config, body["sizes"], str(folder / CONFIG))
     check(wrong_types(kind.config, sizes, str(folder / CONFIG)))

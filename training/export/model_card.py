@@ -7,7 +7,7 @@ from core.files.atomic import Json
 from training.export.weights import Weights
 
 _WHAT = {
-    "dvae": "discrete VAE: pictures <-> a grid of codes",
+    "dvae": "image tokenizer: pictures <-> a grid of codes",
     "prior": "autoregressive transformer over text and image tokens",
     "clip": "contrastive model that ranks candidates",
     "tokenizer": "byte-pair encoding of captions",
@@ -54,6 +54,7 @@ def _training(models: Mapping[str, Weights]) -> str:
     rows = {
         "data": lambda m: m.run.get("data"),
         "fingerprint of the data": lambda m: m.facts.get("raw"),
+        "initial weights": lambda m: _initial(m.facts.get("history")),
         "optimiser steps": lambda m: m.facts.get("step"),
         "batch": lambda m: m.run.get("loop", {}).get("global_batch_size"),
         "seed": lambda m: m.run.get("loop", {}).get("seed"),
@@ -68,6 +69,14 @@ def _training(models: Mapping[str, Weights]) -> str:
     }
     cells = [[name, *(_text(of(m)) for m in models.values())] for name, of in rows.items()]
     return _table(["", *models], cells)
+
+
+def _initial(history: list[Json] | None) -> str | None:
+    """What the run's history says of its initial weights; older runs have none."""
+    if history is None:
+        return None
+    started = [event for event in history if event["event"] == "init"]
+    return f"{started[0]['from']} (`{started[0]['digest']}`)" if started else "drawn"
 
 
 def _losses(row: Json) -> str:

@@ -73,7 +73,10 @@ def import_dvae(folder: Path, out: Path, pixels: int) -> DVAEConfig:
 
 
 def _foreign_sizes(config: DVAEConfig) -> list[str]:
-    required = {"groups": GROUPS, "bottleneck": BOTTLENECK, "gain": 0.0, "epsilon": 0.1}
+    required = {
+        **{"quantizer": "gumbel", "groups": GROUPS, "bottleneck": BOTTLENECK},
+        **{"gain": 0.0, "epsilon": 0.1},
+    }
     return [
         f"model.{name} must be {value}, not {getattr(config, name)}"
         for name, value in required.items()

@@ -16,6 +16,7 @@ from core.files.atomic import Json
 from core.log import LOG
 from core.storage.store import Store
 from training.export.files import (
+    DESCRIPTION,
     SHARDS,
     WEIGHTS,
     WeightsFile,
@@ -23,7 +24,7 @@ from training.export.files import (
     write_index,
     write_weights,
 )
-from training.export.weights import DESCRIPTION, averaged_weight, write_description
+from training.export.weights import averaged_weight, network_shapes, write_description
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +82,11 @@ def save_model(
     """
     first = writers.rank == 0
 
+    def shapes() -> Shapes:
+        return network_shapes(model.stage, CheckpointReader(*checkpoint).shapes())
+
     def begin() -> dict[str, list[str]] | None:
-        return _begin(folder, CheckpointReader(*checkpoint).shapes(), most_bytes, writers.size)
+        return _begin(folder, shapes(), most_bytes, writers.size)
 
     files = writers.together(lambda: begin() if first else None)[0]
 
@@ -105,7 +109,7 @@ def save_model(
                 )
                 write([file])
         if len(files) > 1:
-            write_index(folder, files, CheckpointReader(*checkpoint).shapes())
+            write_index(folder, files, shapes())
         order = [written[file] for file in files]
         write_description(folder, model.stage, model.config, model.facts, order)
 

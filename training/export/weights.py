@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -15,30 +15,36 @@ from checkpoint.format import Reader
 from checkpoint.reader import CheckpointReader, finished_steps
 from checkpoint.tensors import Read, Shapes, file_parts
 from core.config import from_json, with_new_names
-from core.errors import CorruptError, InputError
+from core.errors import CorruptError, InputError, joined
 from core.files.atomic import Json, seal, unseal, write_atomic
 from core.log import LOG
-from core.renamed import FACTS, ROW, renamed
 from core.storage.store import Store, open_store
 from models.clip import Clip
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from models.dvae import DVAE
 from models.prior import build_prior
+from models.tokenizers.config import TokenizerConfig
+from models.tokenizers.registry import build_tokenizer
 from parallel.placement import placement_of
 from training.ema import EMA
 from training.export.files import (
+    CONFIG,
+    DESCRIPTION,
     SHARDS,
     WEIGHTS,
     WeightsFile,
+    facts_with_new_names,
     open_weights,
     verify_index,
     verify_weights,
     write_weights,
 )
+from training.initial.source import ADAPTERS, merge
 from training.run.config import config_of
 from training.stages import config_with_new_names
 
-DESCRIPTION, CONFIG = "model.json", "config.json"
+TOKENIZER = "image_tokenizer"
+"""Stage of an imported image tokenizer, which takes the place of a dVAE."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +61,7 @@ KINDS = {
     "dvae": Kind(config=DVAEConfig, build=DVAE, prefix="dvae.dvae."),
     "prior": Kind(config=PriorConfig, build=build_prior, prefix=""),
     "clip": Kind(config=ClipConfig, build=Clip, prefix="clip."),
+    TOKENIZER: Kind(config=TokenizerConfig, build=build_tokenizer, prefix=""),
 }
 
 
@@ -112,11 +119,13 @@ def write_description(
 def open_model(folder: Path, stage: str, step: int | None = None) -> Weights:
     """Open the finished model of a run folder, else its newest whole checkpoint; or that of `step`.
 
+    Adapters are merged into their base.
+
     Raises: InputError if there is none; CorruptError if a byte changed.
     """
     if step is None and (folder / DESCRIPTION).is_file():
-        return _finished(folder, stage)
-    return _unfinished(folder, stage, step)
+        return _whole(_finished(folder, stage), folder)
+    return _whole(_unfinished(folder, stage, step), folder)
 
 
 def describe(folder: Path, stage: str) -> Json:
@@ -134,7 +143,7 @@ def describe(folder: Path, stage: str) -> Json:
 
 def read_model(folder: Path, stage: str) -> tuple[Json, dict[str, Tensor]]:
     """Read a finished model: description and all weights."""
-    weights = _finished(folder, stage)
+    weights = _whole(_finished(folder, stage), folder)
     body = {
         "stage": stage,
         "config": weights.config,
@@ -159,14 +168,6 @@ def read_description(folder: Path, stage: str) -> dict[str, Any]:
         raise InputError(f"{folder} holds a {body['stage']}, not a {stage}")
     config = with_new_names(KINDS[stage].config, body["config"], str(path))
     return {**body, "config": config, "facts": facts_with_new_names(body["facts"])}
-
-
-def facts_with_new_names(facts: Json) -> Json:
-    """A model's facts, with renamed fields under their new names."""
-    now = renamed(FACTS, facts)
-    if isinstance(now.get("validation"), dict):
-        now["validation"] = renamed(ROW, now["validation"])
-    return now
 
 
 def model_is_whole(folder: Path, stage: str) -> bool:
@@ -217,7 +218,8 @@ def fill(network: nn.Module, weights: Weights) -> None:
     Raises: CorruptError if some are missing or do not fit.
     """
     prefix = KINDS[weights.stage].prefix
-    parameters = {f"{prefix}{name}": p for name, p in network.named_parameters()}
+    named = network.named_parameters()
+    parameters = {placement_of(p).tied_to or f"{prefix}{name}": p for name, p in named}
     wrong = sorted(
         n for n, p in parameters.items() if weights.shapes.get(n) != placement_of(p).shape
     )
@@ -239,6 +241,12 @@ def misfits(stage: str, config: Any, shapes: Shapes) -> list[str]:
     prefix = KINDS[stage].prefix
     expected = {f"{prefix}{name}": tuple(p.shape) for name, p in network.named_parameters()}
     return sorted(n for n in {*expected, *shapes} if expected.get(n) != shapes.get(n))
+
+
+def network_shapes(stage: str, shapes: Shapes) -> Shapes:
+    """The tensors of a checkpoint that belong to the network; a discriminator's do not."""
+    prefix = KINDS[stage].prefix
+    return {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
 
 
 def _files(body: Json) -> list[tuple[str, str]]:
@@ -264,6 +272,20 @@ def _finished(folder: Path, stage: str) -> Weights:
     )
 
 
+def _whole(weights: Weights, folder: Path) -> Weights:
+    """Adapters merged into their base; any other model as it is.
+
+    Raises: InputError if the base is gone or another one; CorruptError if a byte of it changed.
+    """
+    if ADAPTERS not in weights.facts:
+        return weights
+    merged = merge(weights.stage, weights.facts, (weights.shapes, weights.read), str(folder))
+    if problems := merged.base.verify(0, 1):
+        raise CorruptError(joined(problems))
+    facts, shapes = merged.facts, merged.base.shapes
+    return replace(weights, facts=facts, shapes=shapes, read=merged.tensor, stated="")
+
+
 def _unfinished(folder: Path, stage: str, step: int | None) -> Weights:
     """Raises: InputError if there is no checkpoint, or it is of another stage."""
     reader = _whole_checkpoint(folder, stage, step)
@@ -283,7 +305,7 @@ def _unfinished(folder: Path, stage: str, step: int | None) -> Weights:
         where=reader.url,
         config=config["model"],
         facts={**facts_with_new_names(facts["task"]), **told, "step": facts["step"]},
-        shapes=reader.shapes(),
+        shapes=network_shapes(stage, reader.shapes()),
         read=partial(averaged_weight, reader),
         run=config,
     )

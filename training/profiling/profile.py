@@ -20,9 +20,8 @@ from torch.optim.optimizer import (
 
 from parallel.ledger import Ledger, untimed
 from parallel.mesh import Mesh
-from training.config import ProfileConfig
 from training.profiling.accounts import Accounts
-from training.profiling.categories import CATEGORIES, OPTIMIZER
+from training.profiling.categories import CATEGORIES, OPTIMIZER, ProfileConfig
 from training.profiling.clock import CudaClock, HostClock, Operation, Stretch, Timeline
 from training.profiling.figures import (
     cores_of,

@@ -18,7 +18,7 @@ from core.errors import InputError
 from core.files.atomic import TEMPORARY, write_atomic
 from core.log import LOG
 from parallel.device import CPU
-from training.config import ProfileConfig, parse_ranks, parse_steps
+from training.profiling.categories import ProfileConfig, parse_ranks, parse_steps
 from training.profiling.clock import Timeline
 from training.profiling.ring import FOLDER
 from training.run.config import settings_of_run

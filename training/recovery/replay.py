@@ -106,6 +106,7 @@ def _run_of(body: dict[str, Any], out: str) -> Iterator[Run]:
     )
     settings = dataclasses.replace(
         settings,
+        resume_with="",  # its changes are in the settings
         out=Path(out),
         mesh=MeshConfig(),
         engine=engine,
@@ -119,6 +120,8 @@ def _run_of(body: dict[str, Any], out: str) -> Iterator[Run]:
         try:
             if body["checkpoint"] is not None:
                 run.resume_from(_checkpoint(home, body["checkpoint"]))
+            else:
+                run.start()
             if "versions" in body:  # a version may have been taken up since the checkpoint
                 run.feed.resume(run.feed.state.reading(body["versions"]))
             yield run

@@ -11,12 +11,14 @@ from checkpoint.format import MANIFEST, number_of, rank_file
 from checkpoint.reader import CheckpointReader, finished_steps
 from checkpoint.saver import Saver
 from checkpoint.writer import Gather
-from core.errors import CheckpointError, CorruptError, StoreError
+from core.errors import CheckpointError, CorruptError, StoreError, TrainingError
 from core.files.atomic import Json, remove_leftovers
 from core.log import LOG
 from core.storage.store import FolderStore, Store
 
 _PROBE = "writable"
+_PAUSES = (5.0, 30.0)
+"""Seconds before each retry of a run's last save."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,3 +200,21 @@ class Checkpoints:
             self._note(step, CheckpointReader(self.store, f"step-{step}").facts)
         except (CorruptError, CheckpointError):
             self._note(step, {})
+
+
+def save_surely(save: Callable[[], None], wait: Callable[[], None], tells: bool) -> None:
+    """Save and wait, with retries in case disk space becomes free; `tells`: log each failure.
+
+    Raises: TrainingError if all attempts fail.
+    """
+    for pause in (*_PAUSES, None):
+        save()
+        try:
+            wait()
+            return
+        except StoreError as error:
+            if pause is None:
+                raise TrainingError(f"{error}; the last save could not be written") from error
+            if tells:
+                LOG.error("%s; trying again in %.0f s", error, pause)
+            time.sleep(pause)

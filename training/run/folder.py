@@ -18,6 +18,7 @@ from core.heartbeat import FOLDER, Beat, read_beats
 from core.log import LOG
 from training.run.metrics import rows_of
 
+HISTORY = "history.json"
 _MOST_BINS = 1024
 
 
@@ -53,6 +54,11 @@ class RunFolder:
         text = "".join(f"    {line}\n" for line in self._config.decode().splitlines())
         self._board.add_text("config", text, step)
         write_live(self.root)
+
+    def note_history(self, events: list[Json]) -> None:
+        """Write what happened to the run besides training: history.json, if there is something."""
+        if self._writes and events:
+            write_atomic(self.root / HISTORY, canonical_json({"events": events}))
 
     def log(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl and to TensorBoard."""

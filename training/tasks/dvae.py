@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.keys import key_int, keyed_rng
 from data_pipeline.formats.manifest import RAW
@@ -19,12 +19,15 @@ from data_pipeline.streaming.mixed_source import first_of_each, open_source
 from data_pipeline.streaming.readable import Crop, ReadablePairs
 from data_pipeline.tokenize.encode import to_tensor
 from models.config import DVAEConfig
-from models.dvae import DVAE, negative_bound
-from parallel.engines.protocol import Batch, Layer, Losses, Program
+from models.critics.fid import frechet_distance_of_few
+from models.critics.inception import Inception
+from models.dvae import DVAE
+from parallel.engines.protocol import Batch
 from parallel.mesh import Mesh
 from training.config import DVAETrain
 from training.data_requirements import refuse_unfit
 from training.schedules import cosine
+from training.tasks.dvae_program import DVAELayer, ExtraLosses, dvae_program
 from training.tasks.splits import UNREAD, Splits, open_splits
 from training.tasks.task import Means, Pictures, perplexity
 
@@ -37,16 +40,6 @@ TOGETHER = 4096
 """Maximum tokens per batch of a validation's figures."""
 
 
-class DVAELayer(nn.Module):
-    def __init__(self, dvae: DVAE) -> None:
-        super().__init__()
-        self.dvae = dvae
-
-    def forward(self, batch: Batch) -> Any:
-        terms, _ = self.dvae(batch["pixels"], batch["tau"], batch["keys"])
-        return terms
-
-
 class DVAETask:
     """Training of the dVAE on pictures."""
 
@@ -56,16 +49,21 @@ class DVAETask:
         self.held_out = open_source(RawSource, data, "validation", splits["validation"])
         refuse_unfit(settings, self.train, self.held_out)
         self._settings, self._readable = settings, ReadablePairs()
-        self._set_model(settings.model, settings.loop.seed)
+        layer = self._set_model(settings.model, settings.loop.seed, ExtraLosses.of(settings))
+        if layer.perceptual is not None and settings.perceptual.vgg is not None:
+            layer.perceptual.fill(settings.perceptual.vgg, settings.perceptual.linear)
         if settings.model.init == "calibrated":
             first = first_of_each(self.train, CALIBRATED)
-            self.dvae.calibrate(self._squares(first, self.train))
+            self.dvae.calibrate(self._squares(first, self.train), settings.loop.seed)
 
-    def _set_model(self, config: DVAEConfig, seed: int) -> None:
-        """Set the model and its program; rehearsals call it with other sizes."""
+    def _set_model(self, config: DVAEConfig, seed: int, extra: ExtraLosses) -> DVAELayer:
+        """Set the model and its program; rehearsals call it without reading any file."""
         self.model_config, self.units = config, config.tokens
         self.dvae = DVAE(config, seed)
-        self.program = dvae_program(self.dvae, config)
+        self.program = dvae_program(self.dvae, config, extra)
+        layer = self.program.layers[0].build()
+        assert isinstance(layer, DVAELayer), "the only layer"
+        return layer
 
     def batch(self, records: Sequence[RawRecord], step: int, training: bool = True) -> Batch:
         settings, seed = self._settings, self._settings.loop.seed
@@ -73,7 +71,9 @@ class DVAETask:
         done = step / settings.loop.steps
         tau = cosine(settings.tau_first, settings.tau_last, done / settings.tau_fraction)
         beta = cosine(settings.beta_first, settings.beta, done / settings.beta_fraction)
-        return {
+        if settings.model.quantizer != "gumbel":
+            beta = settings.commitment
+        batch = {
             "pixels": self._views(records, step)
             if training
             else self._squares(records, self.held_out),
@@ -81,6 +81,10 @@ class DVAETask:
             "tau": torch.tensor(tau, device="cpu"),
             "beta": torch.tensor(beta, device="cpu"),
         }
+        if settings.discriminator.weight:
+            begun = float(done >= settings.discriminator.start)
+            batch["adversarial"] = torch.tensor(begun, device="cpu")
+        return batch
 
     @property
     def unreadable(self) -> int:
@@ -143,23 +147,18 @@ class DVAETask:
             "codebook_usage": used / min(self.model_config.codebook, codes.numel()),
             "psnr": -10 * float(np.log10(max(mse, 1e-10))),
         }
+        if self._settings.rfid is not None:
+            network = Inception(self._settings.rfid, pixels.device)
+            both = [network(_bytes(part))[0] for part in (pixels, again)]
+            figures["rfid"] = frechet_distance_of_few(*both)
         pictures = {"reconstructions": _rows(pixels[:SHOWN].cpu(), again[:SHOWN].cpu())}
         return figures, {**pictures, "codebook": codes.flatten().cpu().numpy()}
 
 
-def dvae_program(dvae: DVAE, config: DVAEConfig) -> Program:
-    """A dVAE as one layer, with its loss."""
-    layer = DVAELayer(dvae)
-
-    def loss(terms: Any, batch: Batch) -> Losses:
-        bound = negative_bound(terms, batch["beta"], config)
-        return {"loss": bound, "log_likelihood": terms.log_likelihood, "kl": terms.kl}
-
-    return Program(
-        layers=[Layer(name="dvae", build=lambda: layer)],
-        loss=loss,
-        losses=("loss", "log_likelihood", "kl"),
-    )
+def _bytes(pictures: Tensor) -> np.ndarray:
+    """(n, 3, S, S) in [0, 1] -> (n, S, S, 3) uint8."""
+    whole = (pictures * 255).round().clamp(0, 255).byte()
+    return np.asarray(whole.permute(0, 2, 3, 1).cpu().numpy())
 
 
 def _rows(originals: Tensor, again: Tensor) -> np.ndarray:

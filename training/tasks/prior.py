@@ -16,6 +16,7 @@ from data_pipeline.streaming.mixed_source import open_source, parts_of
 from data_pipeline.text.bpe import load_tokenizer
 from data_pipeline.text.dropout import DropoutEncoder
 from data_pipeline.tokenize.figures import ENTROPY, per_position_entropy
+from models.adapters import adapted
 from models.config import PriorConfig
 from models.prior import prior_program
 from parallel.engines.protocol import Batch
@@ -61,6 +62,7 @@ class PriorTask:
                 "text_vocabulary": facts["text_vocabulary"],
                 "image_vocabulary": facts["image_vocabulary"],
                 "grid": facts["grid"],
+                "columns": facts.get("columns", 0),
             }
         )
         self._set_model(config, settings.loop.seed, tensor)
@@ -68,7 +70,8 @@ class PriorTask:
     def _set_model(self, config: PriorConfig, seed: int, tensor: TensorParallel) -> None:
         """Set the model's program; rehearsals call it with other sizes."""
         self.model_config, self.units = config, config.length
-        self.program = prior_program(config, seed, tensor)
+        program = prior_program(config, seed, tensor)
+        self.program = adapted(program, self._settings.lora, seed)
 
     def batch(self, records: Sequence[TokenRecord], step: int, training: bool = True) -> Batch:
         if self._dropout and training:
@@ -105,7 +108,8 @@ class PriorTask:
         return DropoutEncoder(tokenizer, rate)
 
     def facts(self) -> dict[str, Any]:
-        known = {key: self._facts[key] for key in ("dvae", "tokenizer", "grid")}
+        names = ("dvae", "tokenizer", "grid", "columns")
+        known = {key: self._facts[key] for key in names if key in self._facts}
         return {**known, "caption_dropout": self._settings.caption_dropout}
 
     def figures(

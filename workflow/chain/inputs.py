@@ -36,6 +36,8 @@ MADE_BY = {
 }
 """The stage that makes each input."""
 _MODEL = "model.json"
+_WEIGHTS, _HELD_BY = "weights", (_MODEL, "config.json", "manifest.json")
+"""Weights to start from, and the files of a finished model, a run and a checkpoint."""
 _VERB = {True: "needs", False: "need"}
 
 
@@ -57,6 +59,18 @@ def missing_inputs(run: RunFile, settings: dict[str, Any], to: Scheduler) -> lis
         "store of the run that did"
         for (what, place), readers in by_input.items()
         if _is_absent(what, place, to)
+    ] + _missing_weights(run, settings, to)
+
+
+def _missing_weights(run: RunFile, settings: dict[str, Any], to: Scheduler) -> list[str]:
+    """Problems of places of `init` that hold no weights and are no stage's output."""
+    made = {str(run.folder(name)) for name in run.stages}
+    given = {name: getattr(settings[name], "init", "") for name in run.stages}
+    return [
+        f"stages.{name}.flags.init={place!r} holds no weights; give the out of a run, a finished "
+        "model or a checkpoint"
+        for name, place in given.items()
+        if place and place not in made and _is_absent(_WEIGHTS, place, to)
     ]
 
 
@@ -112,6 +126,8 @@ def _is_absent(what: str, place: str, to: Scheduler) -> bool:
         files = [TOKENIZER if what == _BPE else _MODEL]
     try:
         store = open_store(place)
+        if what == _WEIGHTS:
+            return not any(map(store.exists, _HELD_BY)) and not store.names("step-")
         return not all(store.exists(name) for name in files)
     except (StoreError, OSError) as error:
         LOG.info("%s is not looked at: %s", place, error)

@@ -7,7 +7,7 @@ from core.errors import StoreError
 from core.log import LOG
 from core.storage.mixture import data_sets
 from core.storage.store import open_store
-from data_pipeline.config import SHAPES_COUNT, PackConfig
+from data_pipeline.config import DRAWN, DRAWN_COUNT, PackConfig
 from data_pipeline.formats.manifest import NAME, RAW, SPLITS, TOKENS, Manifest, read_manifest
 from data_pipeline.sources.emoji import PIXELS as EMOJI_PIXELS
 from training.data_requirements import (
@@ -51,7 +51,7 @@ def chain_problems(run: RunFile, settings: dict[str, Any]) -> list[str]:
 
 def planned_sizes(source: str, pack: PackConfig, block: int) -> DataSizes | None:
     """Expected sizes of what `pack` writes; None if they depend on the source."""
-    count = pack.count or (SHAPES_COUNT if source == "shapes" else 0)
+    count = pack.count or (DRAWN_COUNT if source in DRAWN else 0)
     if not count:
         return None
     held_out = round(count * pack.validation)
@@ -142,7 +142,7 @@ def _unfit_before_tokens(run: RunFile, settings: dict[str, Any], alone: bool) ->
 def _picture_problems(source: str, pack: PackConfig, settings: dict[str, Any]) -> list[str]:
     """Problems of packed pictures smaller than the dVAE's, which the token job leaves out."""
     pixels, most = settings["dvae"].model.pixels, settings["tokenize"].max_rejects
-    known = {"shapes": pack.pixels, "emoji": EMOJI_PIXELS}
+    known = {name: times * pack.pixels for name, times in DRAWN.items()} | {"emoji": EMOJI_PIXELS}
     if max(known.get(source, 0), pack.filters.min_side) >= pixels:
         return []
     refused = (
@@ -150,7 +150,9 @@ def _picture_problems(source: str, pack: PackConfig, settings: dict[str, Any]) -
         f"refuses more than max_rejects={most} of that)"
     )
     if source in known:
-        mend = f"set its flag pixels to {pixels}" if source == "shapes" else "choose a smaller dVAE"
+        mend = "choose a smaller dVAE"
+        if source in DRAWN:
+            mend = f"set its flag pixels to {-(-pixels // DRAWN[source])}"
         return [f"stages.pack: {source} has {known[source]} pixels a side, {refused}; {mend}"]
     return [
         f"stages.pack: min_side={pack.filters.min_side} lets smaller pictures in, {refused}; set "

@@ -11,6 +11,7 @@ from core.config import check
 from core.flags import parse_over
 from training.presets import PRESETS
 from workflow.chain.requirements import chain_problems
+from workflow.chain.suites import SUITES_FLAG, suite_jobs, suite_problems
 from workflow.run_file import AFTER, ARRAYS, FILES, SETTINGS, RunFile, StageSpec, flags_of
 from workflow.run_flags import arguments_of, flag_problems, parsed
 
@@ -28,12 +29,14 @@ def chain_of(run: RunFile, to: Scheduler) -> Chain:
     for name, stage in settings.items():
         problems += [f"stages.{name}: {text}" for text in stage.problems()]
         problems += _rank_problems(run, name, _ranks(name, stage))
-    check(problems + chain_problems(run, settings))
+    check(problems + chain_problems(run, settings) + suite_problems(run))
     jobs = [_job(run, name, stage) for name, stage in settings.items()]
     if "evaluate" in run.stages:
         report = ("report", str(run.out))
         before = tuple(name for name in ("score", "evaluate") if name in run.stages)
-        jobs.append(Job(name="report", command=report, after=before))
+        suites = suite_jobs(run, next(job.after for job in jobs if job.name == "evaluate"))
+        names = tuple(job.name for job in suites)
+        jobs += [*suites, Job(name="report", command=report, after=before + names)]
     return Chain(
         name=run.name,
         out=run.out.absolute(),
@@ -177,5 +180,5 @@ def _draw(run: RunFile, name: str, spec: StageSpec) -> list[str]:
         spec.source or run.raw,
         f"--out={run.folder(name)}",
         *models,
-        *arguments_of(spec.flags),
+        *arguments_of({key: value for key, value in spec.flags.items() if key != SUITES_FLAG}),
     ]

@@ -23,6 +23,7 @@ from parallel.engines.deepspeed.hooks import (
     hook_zero12,
     publish_masters,
 )
+from parallel.engines.frozen import trained
 from parallel.engines.modules import (
     Compressor,
     build_compressor,
@@ -72,6 +73,8 @@ class DeepSpeedEngine:
     ) -> None:
         """`copies`: number of nodes that hold the same partitions."""
         self._names, self._places, self._mesh = names, placements(names), mesh
+        self._trained = trained(names)
+        self._saved = names if program.saves_frozen else self._trained
         self._copies, self._scales, self._judge = copies, scales, judge
         self._losses_named = program.losses
         self._compressor: Compressor | None = None
@@ -112,9 +115,12 @@ class DeepSpeedEngine:
         yield from scale_slices(self._scales, self._mesh)
         if self._mesh.between.rank > 0:
             return
-        for name, parameter in self._names.items():
+        for name, parameter in self._saved.items():
             place = self._places[name]
             if not counts_once(place, self._mesh):
+                continue
+            if name not in self._trained:
+                yield from self._frozen_slices(name)
                 continue
             for part in fragments(self._optimizer, parameter):
                 tensors = {"master": part.master, **part.state}
@@ -137,7 +143,7 @@ class DeepSpeedEngine:
     def load_slices(self, reader: Reader) -> None:
         """Load masters and moments from a checkpoint of any mesh, and update all ranks' weights."""
         ensure_adam_state(self._optimizer)
-        for name, parameter in self._names.items():
+        for name, parameter in self._trained.items():
             place = self._places[name]
             for part in fragments(self._optimizer, parameter):
                 count = part.master.numel()
@@ -146,9 +152,39 @@ class DeepSpeedEngine:
                     part.state[kind].copy_(place.read(reader, name, kind, part.start, count))
                 part.state["step"].copy_(reader.tensor(name, "step"))
         publish_masters(self._optimizer)
+        if self._saved is not self._trained:
+            self.load_frozen(reader)
         load_scales(self._scales, reader)
         if self._compressor is not None:
             self._compressor.load(reader)
+
+    @torch.no_grad()
+    def load_frozen(self, reader: Reader) -> None:
+        """Take this rank's part of the frozen weights from a model of any mesh; collective."""
+        for name in sorted(self.frozen()):
+            weights, start = self._frozen_part(name)
+            flat = self._places[name].read(reader, name, "master", start, weights.numel())
+            weights.copy_(flat.view_as(weights))
+        publish_masters(self._optimizer)  # ZeRO-3 keeps small parameters whole as well
+
+    def frozen(self) -> frozenset[str]:
+        """Names of the parameters of this rank that are not trained."""
+        return frozenset(self._names.keys() - self._trained.keys())
+
+    def _frozen_part(self, name: str) -> tuple[Tensor, int]:
+        """This rank's part of a frozen parameter, and its first element in the flat local one."""
+        parameter: Any = self._names[name]
+        if not hasattr(parameter, "ds_tensor"):
+            return parameter.detach(), 0
+        return parameter.ds_tensor, parameter.ds_tensor.numel() * self._mesh.machine.rank
+
+    def _frozen_slices(self, name: str) -> Iterator[StateSlice]:
+        """The slice of a frozen parameter that this rank saves: its shard, or one of the copies."""
+        weights, start = self._frozen_part(name)
+        if hasattr(self._names[name], "ds_tensor") or self._mesh.data.rank == 0:
+            part = self._places[name].slice(name, "master", start, weights)
+            if part is not None:
+                yield part
 
     def replicas(self) -> list[tuple[list[Tensor], Group]]:
         """Tensors that are equal on all ranks of a group: weights, or shards between nodes."""
@@ -163,8 +199,8 @@ class DeepSpeedEngine:
         return [(tensors, group) for tensors, group in groups if tensors]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Global shapes of the parameters that this rank holds a part of."""
-        return {name: place.shape for name, place in self._places.items()}
+        """Global shapes of the parameters that this rank holds a part of, and saves."""
+        return {name: self._places[name].shape for name in self._saved}
 
     def _shard(self, parameter: Any) -> Tensor:
         """A ZeRO-3 shard without its uninitialised padding."""
@@ -189,9 +225,9 @@ class DeepSpeedEngine:
 
     def _attach_zero12(self, program: Program, settings: EngineSettings) -> None:
         """Hook the norm, and compression over the replicas, into ZeRO-1 or ZeRO-2."""
-        mesh = self._mesh
+        mesh, held = self._mesh, placements(self._trained)
         self._compressor = build_compressor(
-            program, self._places, settings, mesh.data, mesh.tensor, mesh.world.device
+            program, held, settings, mesh.data, mesh.tensor, mesh.world.device
         )
         hook_zero12(self._optimizer, self._names, self._norm)
         if self._compressor is not None:

@@ -246,13 +246,14 @@ def held_bytes(optimizer: Any, names: Mapping[str, nn.Parameter]) -> dict[str, i
     parameters: list[Any] = list(names.values())
     partitions = _partitions(optimizer)
     moment = (optimizer.optimizer.moments or torch.float32).itemsize
-    gradients = sum(p.numel() for p in parameters)
+    gradients = sum(p.numel() for p in parameters if p.requires_grad)
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         weights = [p.ds_tensor for p in parameters]
         weights += [p.data for p in parameters if p.ds_persist]
         gradients = optimizer.grad_partitions_flat_buffer.numel()
     else:
-        weights = optimizer.bit16_groups_flat
+        frozen = [p for p in parameters if not p.requires_grad]
+        weights = [*optimizer.bit16_groups_flat, *frozen]
         if optimizer.partition_gradients:
             gradients = sum(p.numel() for group in optimizer.params_in_partition for p in group)
             gradients += sum(int(padding) for padding in optimizer.groups_padding)

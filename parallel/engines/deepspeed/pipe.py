@@ -30,7 +30,8 @@ from parallel.engines.protocol import (
     build_adamw,
     scales_of,
 )
-from parallel.mesh import AXES, Mesh
+from parallel.mesh import AXES, Group, Mesh
+from parallel.placement import global_names, tie
 from parallel.scales import Scale
 
 _NAMES = {"pipeline": "pipe", "data": "data", "tensor": "model"}
@@ -55,7 +56,8 @@ class DeepSpeedPipeEngine(DeepSpeedEngine):
         names = self._module.global_names()
         scales = scales_of(program, self._module.scales(), settings.engine)
         super().__init__(program, names, mesh, 1, scales, settings.judge)
-        elements = sum(p.numel() for p in names.values()) if settings.compress.on else None
+        compress, held = settings.compress.on, self._trained.values()
+        elements = sum(p.numel() for p in held) if compress else None
         config = zero_config(
             settings.optim, 1, settings.engine.gradient_accumulation_steps, elements
         )
@@ -84,9 +86,11 @@ class DeepSpeedPipeEngine(DeepSpeedEngine):
         return {name: torch.tensor(value, device="cpu") for name, value in means.items()}
 
     def layers(self) -> dict[str, nn.Module]:
-        return {
-            name: layer for stage in self._module.stages() for name, layer in stage.layers.items()
-        }
+        return self._module.by_name()
+
+    def replicas(self) -> list[tuple[list[Tensor], Group]]:
+        shared: list[Tensor] = [*self._module.on_both_ends()]
+        return super().replicas() + ([(shared, self._mesh.ends)] if shared else [])
 
     def _feed(self, batches: Sequence[Batch]) -> Iterator[tuple[Fields, Fields]]:
         """Batches as (inputs, labels): the first stage reads the former, the last the latter."""
@@ -143,6 +147,9 @@ class _Stages(PipelineModule):  # type: ignore[misc]
             for i, layer in enumerate(program.layers)
         ]
         super().__init__(layers=recipes, topology=topology, loss_fn=loss)
+        tie(self.by_name())
+        self._tied = program.tied if self.num_stages > 1 else ()
+        self._ends = mesh.ends
 
     def _partition_layers(self, method: str = "cost") -> None:
         """Cut by cost instead of by parameter count, which underestimates the head."""
@@ -152,10 +159,21 @@ class _Stages(PipelineModule):  # type: ignore[misc]
 
     def global_names(self) -> dict[str, nn.Parameter]:
         """Global parameter name -> parameter of this stage, sorted by name."""
-        names: dict[str, nn.Parameter] = {}
-        for stage in self.stages():
-            names.update(stage.global_names())
-        return dict(sorted(names.items()))
+        return global_names(nn.ModuleDict(self.by_name()))
+
+    def by_name(self) -> dict[str, nn.Module]:
+        """This stage's layers by name, in order."""
+        return {name: m for stage in self.stages() for name, m in stage.layers.items()}
+
+    def on_both_ends(self) -> list[nn.Parameter]:
+        """Parameters of this stage that the first and the last one share, in the order of both."""
+        names = self.global_names()
+        return [names[name] for name in self._tied if name in names]
+
+    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
+        """Weights whose gradients DeepSpeed adds up over the first and the last stage."""
+        shared = [parameter for parameter in self.on_both_ends() if parameter.requires_grad]
+        return [(parameter, self._ends.handle) for parameter in shared]
 
     def scales(self) -> dict[str, Scale]:
         """The gradient scales of this stage's branches."""

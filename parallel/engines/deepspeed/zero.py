@@ -51,7 +51,7 @@ class DeepSpeedZeroEngine(DeepSpeedEngine):
         scales = scales_of(program, self._whole.stage.scales, settings.engine)
         super().__init__(program, names, mesh, mesh.between.size, scales, settings.judge)
         compress = settings.compress.on
-        elements = sum(p.numel() for p in names.values()) if compress else None
+        elements = sum(p.numel() for p in self._trained.values()) if compress else None
         engine = settings.engine
         config = zero_config(
             settings.optim, self._stage, engine.gradient_accumulation_steps, elements
@@ -62,7 +62,8 @@ class DeepSpeedZeroEngine(DeepSpeedEngine):
         with own.adopted() if own else nullcontext():
             self._engine = initialize(self._whole, optimizer, config, mesh.world.device, mpu)
         if self._stage == 3:
-            compressible = {n: p for n, p in self._places.items() if n.endswith(program.compressed)}
+            places = {n: self._places[n] for n in self._trained}
+            compressible = {n: p for n, p in places.items() if n.endswith(program.compressed)}
             shards = {n: self._shard_of(n, p) for n, p in compressible.items()} if compress else {}
             held = {n: p for n, p in shards.items() if p is not None}
             self._compressor = build_compressor(

@@ -36,7 +36,7 @@ class Shards:
         self._group = group
         with torch.device("meta"):  # prebuilt modules keep their device
             self._shapes = nn.ModuleDict({layer.name: layer.build() for layer in layers})
-        self._spans = _spans(self._shapes, optim, group.size)
+        self._spans, self._trained = _spans(self._shapes, optim, group.size)
         total = sum(count for _, count in self._spans.values())
         self._buffer = torch.empty(total, device=device)
         self._zero = deepspeed.zero.Init(
@@ -72,6 +72,9 @@ class Shards:
         module = self._shapes[layer.name] if drawn else move(layer.build(), device)
         for name, parameter in list(module.named_parameters()):
             part = placement_of(parameter)
+            if part.tied_to:  # the stage replaces it by its owner
+                place(_hollow(module, name, device), part)
+                continue
             start, count = self._spans[f"{layer.name}.{name}"]
             shard = self._buffer[start : start + count]
             if layer.draw is not None:
@@ -104,23 +107,31 @@ class Shards:
         parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
 
     def _flat(self, shards: list[Tensor]) -> Tensor:
-        starts = [start for start, _ in self._spans.values()]
+        starts = [start for start, _ in self._spans.values() if start < self._trained]
         offsets = [shard.storage_offset() for shard in shards]
         assert offsets == starts, "DeepSpeed's flat groups have another order than parameter_groups"
-        return self._buffer
+        return self._buffer[: self._trained]
 
 
-def _spans(modules: nn.Module, optim: OptimConfig, size: int) -> dict[str, tuple[int, int]]:
-    """Parameter name -> (first element, count) of its shard in the buffer, without gaps."""
-    names = dict(sorted(modules.named_parameters()))
+def _spans(
+    modules: nn.Module, optim: OptimConfig, size: int
+) -> tuple[dict[str, tuple[int, int]], int]:
+    """Parameter name -> (first element, count) of its shard in the buffer, without gaps.
+
+    The shards of frozen parameters follow those of the others, whose elements are counted, too.
+    """
+    owned = ((n, p) for n, p in modules.named_parameters() if not placement_of(p).tied_to)
+    names = dict(sorted(owned))
     name_of = {id(parameter): name for name, parameter in names.items()}
-    spans, end = {}, 0
-    for flat in parameter_groups(names, optim):
-        for parameter in flat["params"]:
+    groups = [flat["params"] for flat in parameter_groups(names, optim)]
+    spans, end, trains = {}, 0, 0
+    for group in (*groups, [p for p in names.values() if not p.requires_grad]):
+        for parameter in group:
             count = -(-parameter.numel() // size)
             spans[name_of[id(parameter)]] = end, count
             end += count
-    return spans
+            trains += count if parameter.requires_grad else 0
+    return spans, trains
 
 
 def _hollow(module: nn.Module, name: str, device: torch.device) -> nn.Parameter:

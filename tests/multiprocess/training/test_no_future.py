@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.autograd.functional import jacobian
 
+from models.attention.masks import full_mask, layer_kind
 from models.config import PriorConfig
 from models.initialization import init_normal
-from models.masks import full_mask, layer_kind
 from models.prior import PriorBlock
 from parallel.config import MeshConfig
 from parallel.mesh import build_mesh

@@ -17,7 +17,7 @@ from core.config import to_json
 from core.files.atomic import write_atomic
 from data_pipeline.formats.shards import build_tar
 from data_pipeline.images.crops import encode_png
-from data_pipeline.sources.shapes import draw_scene, render
+from data_pipeline.sources.drawn.shapes import draw_scene, render
 from tests.harness import ROOT, rows_of, tapir
 from training.presets import PRESETS
 from workflow.chain.stages import chain_of

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.attention import BITS, KINDS, differences, rounding
-from models.attention import band_of, banded_attention
-from models.masks import Kind, full_mask
+from models.attention.banded import band_of, banded_attention
+from models.attention.masks import Kind, full_mask
 
 TEXT, GRID, KERNEL = 24, 8, 11
 

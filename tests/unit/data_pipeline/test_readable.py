@@ -18,8 +18,8 @@ from data_pipeline.formats.raw import RawRecord, RawSource
 from data_pipeline.formats.raw_set import write_split
 from data_pipeline.images.crops import encode_png
 from data_pipeline.packing.writer import RawWriter
+from data_pipeline.sources.drawn.shapes import draw_scene, render
 from data_pipeline.sources.pair import make_pair
-from data_pipeline.sources.shapes import draw_scene, render
 from data_pipeline.streaming.stream import stored_records
 from generation.config import EvaluateConfig, OverlapConfig, ScoreConfig
 from generation.evaluation.evaluate import evaluate

@@ -6,7 +6,7 @@ import pytest
 from numpy.typing import NDArray
 
 from core.errors import InputError
-from data_pipeline.sources.shapes import (
+from data_pipeline.sources.drawn.shapes import (
     BACKGROUND,
     COLOURS,
     EXTENT,

@@ -15,8 +15,8 @@ from generation.sampling.batches import Batch, Need, batches
 from generation.sampling.decoder import Decoder, LocalPrior
 from generation.sampling.kv_cache import CacheShape, Lane, reads_of
 from generation.sampling.sampler import Keys, Prompt, Sampler
+from models.attention.masks import Kind, image_mask, layer_kind
 from models.config import PriorConfig
-from models.masks import Kind, image_mask, layer_kind
 from tests.unit.models.test_models import CONFIG, prior_batch, trained_like
 
 KINDS: tuple[Kind, ...] = ("row", "column", "conv")

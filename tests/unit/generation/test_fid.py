@@ -10,12 +10,12 @@ import torch
 
 from core.errors import InputError
 from core.keys import keyed_rng
-from data_pipeline.sources.shapes import draw_scene, render
+from data_pipeline.sources.drawn.shapes import draw_scene, render
 from data_pipeline.tokenize.encode import to_tensor
-from generation.evaluation.fid import ClassSums, Moments, frechet_distance, inception_score, part_of
-from generation.third_party import foreign_module
 from models.clip import Clip
 from models.config import ClipConfig
+from models.critics.fid import ClassSums, Moments, frechet_distance, inception_score, part_of
+from models.third_party import foreign_module
 
 
 def _features(rows: int, width: int, seed: int, rank: int = 0) -> Any:

@@ -116,7 +116,7 @@ def test_chance_judges_the_best_ranked_picture(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(accuracy, "pictures_of", lambda records, pixels: ["a", "b"])
     monkeypatch.setattr(accuracy, "to_bytes", lambda pixels: pixels)
     studio = SimpleNamespace(
-        dvae=SimpleNamespace(config=SimpleNamespace(pixels=4)), encode=list, decode=list
+        images=SimpleNamespace(facts=SimpleNamespace(pixels=4)), encode=list, decode=list
     )
     rows = [
         SimpleNamespace(pictures=["b", "a"], drawn=[0, 1], scores=[0.9, 0.1]),

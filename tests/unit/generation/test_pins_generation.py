@@ -14,11 +14,11 @@ from data_pipeline.formats.raw import RawRecord
 from generation.config import DrawSettings, EvaluateConfig
 from generation.evaluation import accuracy
 from generation.evaluation.accuracy import best_of_shares, counts_up_to, wilson_low
-from generation.evaluation.fid import ClassSums, Moments, frechet_distance, inception_score, part_of
 from generation.sampling.decoder import Decoder, LocalPrior
 from generation.sampling.draw import choose, guided
 from generation.sampling.sampler import Prompt, Sampler, _span, _split
 from models.config import PriorConfig
+from models.critics.fid import ClassSums, Moments, frechet_distance, inception_score, part_of
 from parallel.tensor.ops import TensorParallel
 from tests.unit.models.test_models import CONFIG, prior_batch, prior_logits, trained_like
 
@@ -186,7 +186,7 @@ class _Studio:
 
     def __init__(self) -> None:
         self.drawn: list[tuple[int, DrawSettings]] = []
-        self.dvae = SimpleNamespace(config=SimpleNamespace(pixels=4))
+        self.images = SimpleNamespace(facts=SimpleNamespace(pixels=4))
 
     def draw(self, captions: list[str], settings: DrawSettings) -> list[Any]:
         self.drawn.append((len(captions), settings))
@@ -304,11 +304,11 @@ def test_the_first_few_captions_get_more_draws() -> None:
 def test_a_derangement_has_no_fixed_point() -> None:
     for seed in range(20):
         for count in (2, 3, 7):
-            order = accuracy._derangement(count, seed)
+            order = accuracy.derangement(count, seed)
             assert sorted(order) == list(range(count))
             assert all(order[i] != i for i in range(count))
-    assert accuracy._derangement(50, 1).tolist() != accuracy._derangement(50, 2).tolist()
-    cycle, at = accuracy._derangement(9, 5), 0
+    assert accuracy.derangement(50, 1).tolist() != accuracy.derangement(50, 2).tolist()
+    cycle, at = accuracy.derangement(9, 5), 0
     for _ in range(9):
         at = int(cycle[at])
     assert at == 0, "one cycle of all"

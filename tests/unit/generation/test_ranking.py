@@ -17,22 +17,11 @@ from core.errors import InputError
 from core.files.atomic import sha256
 from generation.ranking import CONFIG, WEIGHTS, OpenClipRanker, open_ranker
 from generation.text_to_image import to_bytes
-from generation.third_party import foreign_module
 from models.initialization import generator
+from models.third_party import foreign_module
+from tests.unit.finished import SIZES, VIEW, write_open_clip
 
 CAPTIONS = ["a small red circle", "two blue squares, side by side"]
-SIZES = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 48, "layers": 2, "width": 32, "patch_size": 16, "head_width": 16},
-    "text_cfg": {
-        "context_length": 12,
-        "vocab_size": 49408,
-        "width": 32,
-        "heads": 2,
-        "layers": 2,
-    },
-}
-VIEW = {"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.3, 0.2]}
 
 
 def _pixels(count: int) -> torch.Tensor:
@@ -43,16 +32,8 @@ def _pixels(count: int) -> torch.Tensor:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A tiny open_clip checkpoint with keyed weights, as the hub lays it out."""
-    open_clip = foreign_module("open_clip")
-    model = open_clip.model.CLIP(**SIZES)
-    weights = {
-        name: value if value.dim() == 0 else torch.randn(value.shape, generator=generator(name)) / 4
-        for name, value in model.state_dict().items()
-    }
-    _write(tmp_path, {"model_cfg": SIZES, "preprocess_cfg": VIEW})
-    save_file(weights, tmp_path / WEIGHTS)
-    return tmp_path
+    """A tiny open_clip checkpoint."""
+    return write_open_clip(tmp_path)
 
 
 def _write(folder: Path, config: Any) -> None:

@@ -77,8 +77,8 @@ def test_all_models_are_on_the_device_of_the_rank(run: SampleRun) -> None:
     studio = open_studio(run.models, mesh=Mesh(world=World(device=meta)))
     ranker = studio.ranker
     assert isinstance(ranker, TapirRanker) and studio.sampler.decoder.device == meta
-    parameters = [*studio.dvae.parameters(), *ranker.clip.parameters()]
-    assert {parameter.device for parameter in parameters} == {meta}
+    assert studio.images.device == meta
+    assert {parameter.device for parameter in ranker.clip.parameters()} == {meta}
 
 
 def test_image_prompts_keep_their_tokens(run: SampleRun, tmp_path: Path) -> None:

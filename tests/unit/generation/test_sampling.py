@@ -195,6 +195,27 @@ def test_what_a_prompt_keeps_is_kept_exactly(decoder: Decoder, keep: Sequence[st
     assert again.equal(drawn)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_prompt_for_each_caption_equals_one_caption_at_a_time(
+    decoder: Decoder, guidance: float
+) -> None:
+    batch, keys = prior_batch(), keys_of(3, 5)
+    kept, settings = torch.arange(LENGTH) < LENGTH // 2, DrawSettings(guidance=guidance)
+    codes = batch["image"]
+    assert len(codes[:, kept].unique(dim=0)) == 3
+    alone = [
+        draw(decoder, batch["text"][i : i + 1], keys[i : i + 1], settings, prompt)
+        for i in range(3)
+        for prompt in [Prompt(codes=codes[i], kept=kept)]
+    ]
+    for size in (2, 7, 128):
+        prompt = Prompt(codes=codes, kept=kept)
+        together = draw(decoder, batch["text"], keys, settings, prompt, batch=size)
+        assert together.equal(torch.cat(alone))
+    with pytest.raises(ConfigError, match="3 captions need as many prompts, not 2"):
+        draw(decoder, batch["text"], keys, settings, Prompt(codes=codes[:2], kept=kept))
+
+
 def test_kept_tokens_follow_from_rows_rectangles_and_masks(tmp_path: Path) -> None:
     image = tmp_path / "image.png"
     image.write_bytes(encode_png(np.zeros((32, 32, 3), np.uint8)))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -28,16 +28,20 @@ from core.workers import JobWorker
 from data_pipeline.evaluation_sets import open_evaluation
 from data_pipeline.formats.raw import parse_pairs
 from generation.config import ModelPaths, ScoreConfig
-from generation.evaluation.feature_extractors import ClipProxy, Inception, blurred
+from generation.evaluation.feature_extractors import ClipProxy, blurred
 from generation.evaluation.open_score import open_job
 from generation.evaluation.score_job import ScoreJob
 from generation.text_to_image import open_studio
-from generation.third_party import foreign_module
+from models.critics.fid import frechet_distance_of_few
+from models.critics.inception import Inception
+from models.dvae import DVAE
+from models.third_party import foreign_module
 from parallel.device import CPU
 from tests.harness import tapir
 from tests.second_device import SECOND
 from tests.unit.finished import write_models
 from tests.unit.layouts import write_coco, write_cub
+from tests.unit.training.test_pins_training import _dvae_task, _picture
 
 pytestmark = pytest.mark.seconds
 
@@ -277,6 +281,25 @@ def test_inception_is_torch_fidelitys_with_the_given_weights(inception: Path) ->
     weights = network._network.fc.weight.numpy()
     np.testing.assert_allclose(logits, features @ weights.T, rtol=1e-3, atol=1e-4)
     assert sha256(inception.read_bytes()) in network.name and "proxy" not in network.label
+
+
+@torch.no_grad()
+def test_a_dvae_reports_the_fid_of_its_reconstructions(inception: Path) -> None:
+    """Of its pictures in 8 bits: the distance of their features, least to themselves."""
+    task = _dvae_task(rfid=inception)
+    records = [_picture(i, 10) for i in range(3)]
+    pixels, size = task._squares(records, task.held_out), task.model_config
+    task.dvae = DVAE(size)
+    task.dvae.tokens = lambda image: torch.zeros(len(image), size.tokens, dtype=torch.int64)  # type: ignore[method-assign]
+    features, distances = [], []
+    for shown in (pixels, (pixels * 0.5).clamp(0, 1)):
+        task.dvae.picture = lambda codes, shown=shown: shown  # type: ignore[method-assign, misc]
+        rows = (shown * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        features.append(Inception(inception)(rows)[0])
+        figures, _ = task.figures(cast(Any, None), records, records)
+        distances.append(figures["rfid"])
+        assert figures["rfid"] == frechet_distance_of_few(features[0], features[-1])
+    assert distances[1] > abs(distances[0])
 
 
 def test_wrong_inception_weights_are_explained(inception: Path, tmp_path: Path) -> None:

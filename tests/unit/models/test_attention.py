@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_mask
 
-from models import flex_attention as flex
-from models.attention import SHORT, Band, band_of, banded_attention
-from models.flex_attention import block_mask, mask_mod, transposed
-from models.masks import Kind, full_mask
+from models.attention import flexible as flex
+from models.attention.banded import SHORT, Band, band_of, banded_attention
+from models.attention.flexible import block_mask, mask_mod, transposed
+from models.attention.masks import Kind, full_mask
 
 SIZES = [(5, 4, 3), (24, 8, 11), (64, 16, 11)]
 """(text, grid, conv kernel)."""

@@ -30,6 +30,14 @@ from parallel.placement import Placement
 DRAWS = torch.Generator().manual_seed(0)
 
 
+def _terms(log_likelihood: float, penalty: float) -> DVAETerms:
+    return DVAETerms(
+        log_likelihood=torch.tensor(log_likelihood),
+        penalty=torch.tensor(penalty),
+        location=torch.zeros(()),
+    )
+
+
 def test_the_likelihood_is_that_of_torchs_transformed_laplace() -> None:
     x = torch.rand(4, 5, generator=DRAWS).clamp(0.01, 0.99).double()
     mu, log_scale = torch.randn(2, 4, 5, generator=DRAWS).double()
@@ -51,7 +59,7 @@ def test_a_kl_of_a_position_is_spread_over_its_pixel_values(
     pixels: int, groups: int, loss: float
 ) -> None:
     """3 * 32^2 / 8^2 = 48 values a token; the paper's 3 * 256^2 / 32^2 = 192: 2 + 0.5 * 3 / 48."""
-    terms = DVAETerms(log_likelihood=torch.tensor(-2.0), kl=torch.tensor(3.0))
+    terms = _terms(-2.0, 3.0)
     config = DVAEConfig(pixels=pixels, groups=groups)
     assert float(negative_bound(terms, 0.5, config)) == loss
 
@@ -92,7 +100,7 @@ def test_the_bound_of_a_picture_is_made_of_its_parts() -> None:
     torch.testing.assert_close(terms.log_likelihood, law.log_prob(states).mean())
     uniform = Categorical(logits=torch.zeros(2, 4, 4, 6))
     exact = kl_divergence(Categorical(logits=logits.permute(0, 2, 3, 1)), uniform).mean()
-    torch.testing.assert_close(terms.kl, exact)
+    torch.testing.assert_close(terms.penalty, exact)
     assert dvae.tokens(image).equal(logits.argmax(1).flatten(1))
     one_hot = torch.zeros(2, 6, 4, 4).scatter_(1, dvae.tokens(image).view(2, 1, 4, 4), 1.0)
     again = ((dvae.decoder(one_hot)[:, :3].sigmoid() - 0.1) / 0.8).clamp(0, 1)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.attention import band_of
+from models.attention.banded import band_of
+from models.attention.flexible import mask_mod
+from models.attention.masks import full_mask, image_mask
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from models.counts import attended_pairs, prior_flops, prior_parameters
-from models.flex_attention import mask_mod
-from models.masks import full_mask, image_mask
 from models.prior import (
     PAD,
     PriorBlock,
@@ -238,11 +238,13 @@ def test_defaults_of_the_networks() -> None:
     assert of(PriorConfig) == {
         "dim": 192, "heads": 3, "layers": 6, "text_length": 24, "text_weight": 1 / 8,
         "conv_kernel": 11, "text_vocabulary": 0, "image_vocabulary": 0, "grid": 0,
+        "columns": 0, "norm": "layer", "qk_norm": False, "positions": "learned", "mlp": "gelu",
+        "tied": False,
     }  # fmt: skip
     assert of(DVAEConfig) == {
         "pixels": 32, "width": 32, "groups": 3, "blocks": 1, "bottleneck": 2, "gain": 1.0,
         "codebook": 512, "code_width": 32, "min_log_scale": -1.5, "init": "calibrated",
-        "epsilon": 0.1,
+        "epsilon": 0.1, "quantizer": "gumbel", "vector": 8, "levels": (8, 8, 8),
     }  # fmt: skip
     assert of(ClipConfig) == {
         "pixels": 32, "patch": 4, "dim": 128, "heads": 4, "layers": 3, "text_length": 24,
@@ -324,7 +326,7 @@ def _assert_told(problems: list[str], message: str) -> None:
 
 
 def test_a_column_layer_is_transposed_and_back() -> None:
-    from models.flex_attention import transposed
+    from models.attention.flexible import transposed
 
     x = torch.arange(7.0).view(1, 1, 7, 1)
     turned: Tensor = transposed(x, 3, 2)

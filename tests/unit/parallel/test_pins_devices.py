@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from generation.config import DrawSettings
 from generation.sampling.decoder import Decoder, LocalPrior
 from generation.sampling.sampler import Sampler
-from models import flex_attention as flex
 from models import keyed_noise as noise
+from models.attention import flexible as flex
+from models.attention.flexible import block_mask
 from models.clip import caption_keys, contrastive_loss
 from models.code_encoder import CodeReader
 from models.config import DVAEConfig
 from models.dvae import DVAE
-from models.flex_attention import block_mask
 from parallel.adamw import AdamW, AdamW16
 from parallel.compress.powersgd import MatrixShard, PowerSGD
 from parallel.device import CPU

@@ -175,13 +175,14 @@ def test_one_rank_logs_changed_numerics(
 ) -> None:
     """All ranks resume; only one logs it."""
     told: list[object] = []
-    monkeypatch.setattr(loop, "tell_other_numerics", lambda *given: told.append(given))
+    monkeypatch.setattr(loop, "tell_differences", lambda *given: told.append(given))
     reader = open_checkpoint(f"{chain.folder}/prior/checkpoints/step-2")
     run = SimpleNamespace(
         checkpoints=SimpleNamespace(newest=lambda: reader),
         config=reader.facts["config"],
         numerics=set_numerics(CPU),
         resume_from=lambda _: None,
+        folder=SimpleNamespace(note_history=lambda _: None),
         settings=SimpleNamespace(compress=CompressConfig()),
         world=World(rank=rank, size=2),
     )

@@ -24,7 +24,7 @@ from checkpoint.writer import write_checkpoint
 from core.config import to_json
 from core.heartbeat import Heart
 from core.storage.store import FolderStore
-from models.masks import full_mask
+from models.attention.masks import full_mask
 from parallel.compress.advisor import measure_compute
 from parallel.compress.powersgd import MatrixShard, PowerSGD
 from parallel.config import CompressConfig, EngineConfig, OptimConfig
@@ -49,8 +49,8 @@ from training.trainer import Run
 pytestmark = pytest.mark.seconds
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, kind: Any, text: int, grid: int, conv: int) -> Tensor:
-    mask = full_mask(kind, text, grid, conv).to(q.device)
+def _dense(q: Tensor, k: Tensor, v: Tensor, *shape: Any) -> Tensor:
+    mask = full_mask(*shape).to(q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 

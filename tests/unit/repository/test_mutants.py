@@ -61,18 +61,18 @@ def test_there_are_at_least_two_thousand_and_all_of_them_compile() -> None:
 
 
 def test_a_diff_is_applied_to_copies(tmp_path: Path) -> None:
-    before = Path("models/masks.py").read_bytes()
+    before = Path("models/attention/masks.py").read_bytes()
     assert b"causal = offset >= 0" in before
     line = before.decode().split("\n").index("    causal = offset >= 0") + 1
     diff = (
-        "--- a/models/masks.py\n+++ b/models/masks.py\n"
+        "--- a/models/attention/masks.py\n+++ b/models/attention/masks.py\n"
         f"@@ -{line} +{line} @@\n-    causal = offset >= 0\n+    causal = offset > 0\n"
     )
     (changed,) = patched(diff.encode())
-    assert changed.path == "models/masks.py"
+    assert changed.path == "models/attention/masks.py"
     assert changed.source == before.replace(b"offset >= 0", b"offset > 0", 1)
     assert changed.lines == (line,)
-    assert Path("models/masks.py").read_bytes() == before
+    assert Path("models/attention/masks.py").read_bytes() == before
     with pytest.raises(SystemExit, match="does not apply"):
         patched(diff.replace(">= 0", ">= 7").encode())
     with pytest.raises(SystemExit, match="not a file of this tree"):

@@ -16,8 +16,9 @@ from core.storage.store import FolderStore, free_space
 from parallel.config import OptimConfig
 from parallel.device import CPU
 from parallel.mesh import Mesh
-from training.config import DVAETrain, GuardConfig, LoopConfig, PriorTrain, ProfileConfig
+from training.config import DVAETrain, GuardConfig, LoopConfig, PriorTrain
 from training.presets import dvae_tiny, prior_tiny
+from training.profiling.categories import ProfileConfig
 from training.profiling.figures import cores_of, peaks_of, speed_of
 from training.run import alarms
 from training.run import folder as run_folder

@@ -31,6 +31,7 @@ from planning.estimate.layers import named, rank_layers
 from tests.unit.finished import write_models
 from training.export import save
 from training.export.files import (
+    DESCRIPTION,
     SHARDS,
     WEIGHTS,
     cut_evenly,
@@ -41,7 +42,6 @@ from training.export.files import (
 from training.export.huggingface import export_parts, find_parts, import_parts
 from training.export.save import FinishedModel, Writers, save_model
 from training.export.weights import (
-    DESCRIPTION,
     describe,
     load_dvae,
     model_is_whole,

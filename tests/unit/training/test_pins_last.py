@@ -140,7 +140,7 @@ def test_the_heads_backward_is_in_16_bits_only_under_bf16() -> None:
     assert seen == [False, False, True, True, False, False]
     program = prior_program(CONFIG, 0)
     assert program.losses == ("loss", "text_loss", "image_loss")
-    ends = ("q", "k", "v", "out", "up", "down")
+    ends = ("q", "k", "v", "out", "gate", "up", "down")
     assert program.compressed == tuple(f"{name}.weight" for name in ends)
 
 

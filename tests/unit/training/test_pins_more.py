@@ -18,18 +18,18 @@ from generation.config import DrawSettings
 from generation.sampling.decoder import Decoder, LocalPrior
 from generation.sampling.kv_cache import Lane
 from generation.sampling.sampler import Prompt, Sampler, _Lane
-from models import attention
 from models import code_encoder as codes
 from models import initialization as draws
 from models import keyed_noise as noise
+from models.attention import banded as attention
+from models.attention.flexible import BLOCK, block_mask
+from models.attention.masks import full_mask, image_mask
 from models.clip import Clip
 from models.code_encoder import CodeReader
 from models.config import ClipConfig, DVAEConfig
 from models.dvae import DVAE
-from models.flex_attention import BLOCK, block_mask
 from models.initialization import generator, init_fan_in, init_normal
 from models.logit_laplace import kl_to_uniform
-from models.masks import full_mask, image_mask
 from models.prior import build_prior
 from parallel.adamw import AdamW
 from parallel.compress import advisor

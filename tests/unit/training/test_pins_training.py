@@ -44,7 +44,9 @@ from training.ema import Average
 from training.run.feed import StepData
 from training.schedules import Plateau, cosine, learning_rate
 from training.tasks.clip import _GatherRows, clip_program
-from training.tasks.dvae import DVAETask, _rows, dvae_program
+from training.tasks.dvae import DVAETask, _rows
+from training.tasks.dvae_config import DiscriminatorConfig
+from training.tasks.dvae_program import dvae_program
 from training.tasks.prior import PriorTask, token_batch
 from training.tasks.task import pad_text, perplexity, split_records
 from training.trainer import Run
@@ -260,6 +262,10 @@ class _Slices:
         for kind in ("exp_avg", "master"):
             data = self.data if kind == "master" else torch.full((3,), 9.0)
             yield StateSlice(name="w", kind=kind, shape=(2, 3), start=3, data=data)
+        yield StateSlice(name="still", kind="master", shape=(2,), start=0, data=torch.ones(2))
+
+    def frozen(self) -> frozenset[str]:
+        return frozenset({"still"})
 
     def kinds(self, name: str) -> list[str]:
         return self.kinds_stored
@@ -413,6 +419,18 @@ def test_temperature_and_beta_of_a_step(step: int, tau: float | None, beta: floa
     assert batch["keys"].tolist() == [key_int(11, step, f"p{i}", "gumbel") for i in (1, 2)]
 
 
+def test_losses_of_a_step_beside_the_likelihood() -> None:
+    """The dVAE sees its discriminator from a quarter of 1000 steps on; VQ's weight is constant."""
+    assert "adversarial" not in _dvae_task().batch([_picture(1)], 250)
+    task = _dvae_task(discriminator=DiscriminatorConfig(weight=0.5), commitment=0.75)
+    begun = [float(task.batch([_picture(1)], step)["adversarial"]) for step in (0, 249, 250, 999)]
+    assert begun == [0.0, 0.0, 1.0, 1.0]
+    assert float(task.batch([_picture(1)], 200)["beta"]) == pytest.approx(6.6)
+    vq = replace(task._settings.model, quantizer="vq")
+    task._settings = replace(task._settings, model=vq)
+    assert [float(task.batch([_picture(1)], step)["beta"]) for step in (0, 500)] == [0.75, 0.75]
+
+
 def test_pictures_of_a_step_are_crops_by_key_and_squares_in_validation() -> None:
     from data_pipeline.images.decode import decode_rgb
 
@@ -464,8 +482,10 @@ def test_figures_of_a_dvae_by_hand() -> None:
     )
     assert rows.tolist() == [[[0] * 3, [0] * 3], [[128] * 3, [255] * 3]]
     program = dvae_program(task.dvae, task.model_config)
-    terms = SimpleNamespace(log_likelihood=torch.tensor(-2.0), kl=torch.tensor(4.0))
-    losses = program.loss(terms, {"beta": torch.tensor(3.0)})  # 3 * 16 / 4 = 12 values a token
+    terms = SimpleNamespace(log_likelihood=torch.tensor(-2.0), penalty=torch.tensor(4.0))
+    losses = program.loss(
+        (terms, {}), {"beta": torch.tensor(3.0)}
+    )  # 3 * 16 / 4 = 12 values a token
     assert float(losses["loss"]) == 3.0 and program.losses == ("loss", "log_likelihood", "kl")
 
 

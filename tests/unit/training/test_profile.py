@@ -24,7 +24,6 @@ from parallel.ledger import recorded
 from parallel.mesh import Group, Mesh
 from parallel.world import World
 from tests.harness import tapir
-from training.config import ProfileConfig
 from training.presets import dvae_tiny, prior_tiny
 from training.profiling.accounts import Accounts
 from training.profiling.advice import accumulate_to_halve, warnings_for
@@ -39,6 +38,7 @@ from training.profiling.categories import (
     PIPELINE,
     TENSOR,
     VALIDATION,
+    ProfileConfig,
 )
 from training.profiling.clock import HostClock, Operation, Owner, Stretch, Timeline
 from training.profiling.figures import over_peers, slowest, time_of
@@ -245,7 +245,7 @@ def test_flops_are_those_of_the_real_models() -> None:
         terms, _ = DVAE(config)(
             torch.rand(1, 3, config.pixels, config.pixels), torch.tensor(1.0), torch.tensor([1])
         )
-        (terms.kl + terms.log_likelihood).backward()
+        (terms.penalty + terms.log_likelihood).backward()
     assert model_flops(config) == counter.get_total_flops()
     prior = PriorConfig(text_vocabulary=300, image_vocabulary=64, grid=8)
     assert model_flops(prior) == prior_flops(prior)

@@ -13,7 +13,7 @@ from core.errors import EXIT_WRONG_INPUT, ConfigError, InputError, TapirError
 from data_pipeline.config import OrderConfig
 from models.counts import prior_parameters
 from parallel.config import MeshConfig
-from training.config import PriorTrain, ProfileConfig
+from training.config import PriorTrain
 from training.presets import prior_tiny
 from training.profiling.categories import (
     BUBBLE,
@@ -23,6 +23,7 @@ from training.profiling.categories import (
     OPTIMIZER,
     OTHER,
     PIPELINE,
+    ProfileConfig,
 )
 from training.profiling.clock import HostClock, Timeline
 from training.profiling.plan import read_plan

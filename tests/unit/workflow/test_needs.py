@@ -26,9 +26,9 @@ from data_pipeline.tokenize.encode import Encoders
 from data_pipeline.tokenize.worker import Worker
 from generation.ranking import open_ranker
 from generation.text_to_image import open_studio
-from models.code_encoder import CodeReader
 from models.config import ClipConfig, DVAEConfig, PriorConfig
 from models.dvae import DVAE
+from models.tokenizers.protocol import DVAETokenizer
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, OptimConfig
 from parallel.device import CPU
 from parallel.precision import set_numerics
@@ -194,6 +194,14 @@ SMALL: dict[str, Any] = {"preset": "small", "flags": {"model.pixels": 32}}
             {"pack": SHAPES, "dvae": {"flags": {"model.pixels": 64}}, "tokenize": {}},
             "set its flag pixels to 64",
         ),
+        (
+            {
+                "pack": {"source": "panels"},
+                "dvae": {"flags": {"model.pixels": 128}},
+                "tokenize": {},
+            },
+            "panels has 64 pixels a side, .* set its flag pixels to 64",
+        ),
         ({"dvae": {"flags": {"model.pixels": 64}}, "clip": {}}, "model.pixels=32 cannot rank"),
         (
             {"dvae": {}, "tokenize": {}, "prior": {"flags": {"model.grid": 16}}},
@@ -278,6 +286,10 @@ def test_submit_reads_each_set_of_a_mixture(
         ({"dvae": {}, "clip": {}}, r"dvae and clip need pairs from .*/raw: .* add pack"),
         ({"evaluate": {}}, r"evaluate needs a dVAE from .*/out/dvae: .* add dvae"),
         ({"score": {"source": "coco:/x"}}, r"score needs a prior from .*/out/prior"),
+        (
+            {"pack": {"source": "shapes"}, "dvae": {"flags": {"init": "nowhere"}}},
+            "stages.dvae.flags.init='nowhere' holds no weights",
+        ),
     ],
 )
 def test_inputs_that_nobody_makes_are_refused_before_anything_is_sent(
@@ -348,8 +360,7 @@ def _worker(folder: Path, dvae: DVAEConfig, entries: int = 300) -> Worker:
     if entries > 300:
         tokenizer.add_tokens([f"<{i}>" for i in range(entries)])
     encoders = Encoders(
-        codes=CodeReader(DVAE(dvae), "fp32"),
-        dvae_hash="d",
+        images=DVAETokenizer(DVAE(dvae), "d"),
         tokenizer=tokenizer,
         tokenizer_hash="t",
         numerics=set_numerics(CPU),

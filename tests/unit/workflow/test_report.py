@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
+from core.errors import CorruptError
 from core.keys import keyed_rng
 from data_pipeline.images.crops import encode_png
 from generation.text_to_image import picture_grid
@@ -199,6 +200,30 @@ def test_sections_appear_with_their_data(tmp_path: Path) -> None:
     assert '<td class="n">202</td><td class="n">2</td><td class="n">33.25</td>' in html
     assert html.count("without overlap</td>") == 3
     assert "guidance scale" not in _page(demo_folder(tmp_path / "unguided", **ACCURACY))
+
+
+def test_pictures_of_a_suite_are_shown(tmp_path: Path) -> None:
+    folder = demo_folder(tmp_path / "run")
+    suite = folder / "suites" / "panels"
+    suite.mkdir(parents=True)
+    figures = {"headline": [{"name": "exact", "value": 0.875}], "results": {}}
+    asked = {"suite": "panels", "facts": {}, "prompts": [{"caption": "x"}], "settings": {}}
+    body = {**asked, **figures, "models": {"prior": "0" * 64}}
+    (suite / "suite.json").write_text(json.dumps(body))
+    assert "<h2>Translation</h2>" not in write_report(folder).read_text()
+    rows = [{"caption": "the <same>", "file": "same.png"}]
+    gallery = {"title": "Translation", "text": "Each column is a prompt.", "rows": rows}
+    (suite / "gallery.json").write_text(json.dumps(gallery))
+    picture = encode_png(np.zeros((4, 4, 3), np.uint8))
+    (suite / "same.png").write_bytes(picture)
+    html = write_report(folder).read_text()
+    assert "<h2>Translation</h2>" in html and "the &lt;same&gt;" in html and "0.875" in html
+    assert base64.b64encode(picture).decode() in html
+    board = (folder / "leaderboard.md").read_text()
+    assert "## Translation: suites/panels" in board and "![](suites/panels/same.png)" in board
+    (suite / "gallery.json").write_text("{}")
+    with pytest.raises(CorruptError, match=r"gallery.json is damaged"):
+        write_report(folder)
 
 
 def test_best_of_takes_every_count_in_order() -> None:

@@ -1,6 +1,7 @@
 """Run files: their meaning and their errors."""
 
 import json
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +86,42 @@ def test_counting_and_overlap_are_arrays_and_score_takes_the_overlap(tmp_path: P
     chain = chain_of(read_runfile(write(tmp_path, **stages)), "slurm")
     score = next(job for job in chain.jobs if job.name == "score")
     assert not any("--overlap=" in word for word in score.command)
+
+
+def test_each_suite_is_a_job_beside_evaluate(tmp_path: Path) -> None:
+    given = tmp_path / "warm.json"
+    given.write_text(json.dumps({"suite": "shapes", "settings": {"temperature": 0.5}}))
+    suites = ["geneval-style", str(given)]
+    path = write(tmp_path, evaluate={"cpus": 2, "flags": {"suites": suites, "prompts": 9}})
+    jobs = {job.name: job for job in chain_of(read_runfile(path), "slurm").jobs}
+    assert list(jobs)[-4:] == ["evaluate", "suite-geneval-style", "suite-warm", "report"]
+    assert jobs["report"].after == ("score", "evaluate", "suite-geneval-style", "suite-warm")
+    models = " ".join(f"--{m}=/runs/shapes/{m}" for m in ("prior", "dvae", "clip", "bpe"))
+    assert jobs["suite-geneval-style"].text == (
+        "tapir evaluate --suite=geneval-style --out=/runs/shapes/suites/geneval-style " + models
+    )
+    assert jobs["suite-warm"].text == (
+        f"tapir evaluate /runs/shapes/data/raw --suite={given} --out=/runs/shapes/suites/warm "
+        + models
+    )
+    warm, evaluate = jobs["suite-warm"], jobs["evaluate"]
+    assert warm.after == evaluate.after == ("prior", "clip") and warm.resources.cpus == 2
+    assert "--prompts=9" in evaluate.command and "suite" not in evaluate.text
+
+
+@pytest.mark.parametrize(
+    ("suites", "reason"),
+    [
+        ("shape", "flags.suites: there is no suite 'shape'; did you mean 'shapes'"),
+        (["shapes", "coco"], "coco reads coco:DIR; give it as the stage score"),
+        (["shapes", "shapes"], "each name once"),
+        ("nowhere.json", "there is no nowhere.json"),
+    ],
+)
+def test_wrong_suites_are_refused(suites: Any, reason: str, tmp_path: Path) -> None:
+    path = write(tmp_path, evaluate={"flags": {"suites": suites}})
+    with pytest.raises(ConfigError, match=re.escape(reason)):
+        chain_of(read_runfile(path), "slurm")
 
 
 def test_a_stage_that_is_left_out_is_not_waited_for(tmp_path: Path) -> None:
@@ -306,6 +343,8 @@ def test_the_examples_are_whole(tmp_path: Path) -> None:
     for to, workers in (("slurm", "#SBATCH --array=0-63"), ("kubernetes", "completions: 64")):
         laion = tapir("submit", str(ROOT / "examples" / "laion.yaml"), f"--to={to}", "--dry-run")
         assert workers in laion and "--in-place" in laion
+    panels = tapir("submit", str(ROOT / "examples" / "panels.yaml"), "--dry-run")
+    assert "--suite=panels" in panels and "--model.pixels" in panels
     shapes = tapir("submit", str(ROOT / "examples" / "shapes.yaml"), "--to=slurm", "--dry-run")
     script = tmp_path / "submit.sh"
     script.write_text(shapes)

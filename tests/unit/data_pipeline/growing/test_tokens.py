@@ -21,9 +21,9 @@ from data_pipeline.packing.pack import pack
 from data_pipeline.text.bpe import train_bpe
 from data_pipeline.tokenize.encode import Encoders
 from data_pipeline.tokenize.worker import Worker
-from models.code_encoder import CodeReader
 from models.config import DVAEConfig
 from models.dvae import DVAE
+from models.tokenizers.protocol import DVAETokenizer
 from parallel.device import CPU
 from parallel.precision import set_numerics
 
@@ -52,8 +52,7 @@ def _append(raw: Store, folder: Path, first: int, count: int) -> dict[str, int]:
 def encoders() -> Encoders:
     """A tiny dVAE of 16 pixels, and a tokenizer."""
     return Encoders(
-        codes=CodeReader(DVAE(DVAEConfig(pixels=16, width=4, codebook=16, code_width=8)), "fp32"),
-        dvae_hash="d",
+        images=DVAETokenizer(DVAE(DVAEConfig(pixels=16, width=4, codebook=16, code_width=8)), "d"),
         tokenizer=train_bpe(["a red circle"], 300),
         tokenizer_hash="t",
         numerics=set_numerics(CPU),

@@ -35,9 +35,9 @@ from data_pipeline.tokenize.encode import Encoders
 from data_pipeline.tokenize.figures import ENTROPY, per_position_entropy
 from data_pipeline.tokenize.finish import ManifestWriter
 from data_pipeline.tokenize.worker import Worker
-from models.code_encoder import CodeReader
 from models.config import DVAEConfig
 from models.dvae import DVAE
+from models.tokenizers.protocol import DVAETokenizer
 from parallel.device import CPU
 from parallel.precision import set_numerics
 
@@ -284,8 +284,7 @@ def _worker(folder: Path, shard_pairs: int) -> tuple[Worker, CountedStore]:
     raw = FolderStore(folder / "raw")
     pack("shapes", raw, PackConfig(count=60, validation=0.3, shard_pairs=shard_pairs, pixels=16))
     encoders = Encoders(
-        codes=CodeReader(DVAE(DVAEConfig(pixels=16, width=4, codebook=16, code_width=8)), "fp32"),
-        dvae_hash="d",
+        images=DVAETokenizer(DVAE(DVAEConfig(pixels=16, width=4, codebook=16, code_width=8)), "d"),
         tokenizer=train_bpe(["a red circle"], 300),
         tokenizer_hash="t",
         numerics=set_numerics(CPU),

@@ -1,6 +1,7 @@
 """FID and IS from sums over blocks, so that any worker may compute any block."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ SPLITS = 10
 """Parts over which the IS is averaged, as in its authors' code."""
 
 Array = NDArray[np.float64]
+_TOO_FEW = "a FID needs at least two drawn and two real pictures; give more captions"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +58,34 @@ def frechet_distance(first: Moments, second: Moments) -> float:
     Source: arXiv 1706.08500, equation 6.
     """
     if min(first.count, second.count) < 2:
-        raise InputError("a FID needs at least two drawn and two real pictures; give more captions")
+        raise InputError(_TOO_FEW)
     one, two = first.covariance, second.covariance
     values, vectors = np.linalg.eigh(one)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     common = np.sqrt(np.linalg.eigvalsh(root @ two @ root).clip(0)).sum()
     apart = first.mean - second.mean
     return float(apart @ apart + np.trace(one) + np.trace(two) - 2 * common)
+
+
+def frechet_distance_of_few(first: NDArray[Any], second: NDArray[Any]) -> float:
+    """The same of few vectors with many features, (n, D) and (m, D), without a (D, D) matrix.
+
+    With centred vectors A and B, divided by the roots of n - 1 and m - 1, the covariances are
+    A^T A and B^T B, and the trace of their product's root is the sum of A B^T's singular values.
+    Raises: InputError for fewer than two vectors.
+    """
+    if min(len(first), len(second)) < 2:
+        raise InputError(_TOO_FEW)
+    one, two = _centred(first), _centred(second)
+    common = np.linalg.svd(one @ two.T, compute_uv=False).sum()
+    apart = first.astype(np.float64).mean(0) - second.astype(np.float64).mean(0)
+    return float(apart @ apart + (one**2).sum() + (two**2).sum() - 2 * common)
+
+
+def _centred(features: NDArray[Any]) -> Array:
+    """(n, D) rows whose outer products sum to the unbiased covariance."""
+    wide = features.astype(np.float64)
+    return np.asarray((wide - wide.mean(0)) / np.sqrt(len(wide) - 1))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,9 @@ objects of a picture by colour, size and the ideal outline with the highest over
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 import cv2
@@ -154,15 +156,18 @@ def read_picture(image: Image) -> list[Seen]:
 
 def matches(caption: str, image: Image) -> bool:
     """True if the picture shows ALL attributes of the caption, and nothing else."""
-    scene = parse_caption(caption)
-    seen = read_picture(image)
+    return fits(parse_caption(caption), read_picture(image))
+
+
+def fits(scene: Scene, seen: Sequence[Seen]) -> bool:
+    """True if the objects of a picture are those of a scene, with all attributes, and no others."""
     if scene.second is None:
         return len(seen) == 1 and seen[0].thing == scene.first
     if len(seen) != 2:
         return False
     return any(
-        (a.thing, b.thing) == (scene.first, scene.second) and _related(a, b, scene.relation)
-        for a, b in (seen, seen[::-1])
+        (a.thing, b.thing) == (scene.first, scene.second) and related(a, b, scene.relation)
+        for a, b in permutations(seen)
     )
 
 
@@ -246,7 +251,8 @@ def _overlap(a: NDArray[Any], b: NDArray[Any]) -> float:
     return float(np.minimum(a, b).sum() / np.maximum(a, b).sum())
 
 
-def _related(a: Seen, b: Seen, relation: str | None) -> bool:
+def related(a: Seen, b: Seen, relation: str | None) -> bool:
+    """True if the first object is in this relation to the second, along the longer axis."""
     dx, dy = b.x - a.x, b.y - a.y
     signed = {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[relation or ""]
     return signed > 0 and signed == max(abs(dx), abs(dy))

@@ -13,58 +13,70 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from models.masks import Kind
+from models.attention.masks import Kind, window
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 BLOCK = 128
 
 
-def mask_mod(kind: Kind, text: int, grid: int, conv_kernel: int) -> MaskMod:
+def mask_mod(kind: Kind, text: int, grid: int, conv_kernel: int, columns: int = 0) -> MaskMod:
     """`masks.full_mask` as a FlexAttention mask_mod; column masks use the transposed image."""
-    half = min(conv_kernel // 2, grid // 2)
+    width = columns or grid
+    up, aside = window(grid, conv_kernel, width)
 
     def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         offset = query - key
         if kind == "row":
-            near = offset <= grid
+            near = offset <= width
         elif kind == "column":
             near = (query - text) // grid == (key - text) // grid
         else:  # rows above, and columns to both sides, with wrap-around
-            rows = (offset + half) // grid
-            columns = offset - rows * grid
-            near = (rows <= half) & (columns <= half)
-            # where 2 * half = grid; not in place: Inductor refuses to write to `near`
-            near = near | ((rows - 1 <= half) & (columns + grid <= half))
+            rows = (offset + aside) // width
+            left = offset - rows * width
+            near = (rows <= up) & (left <= aside)
+            # where 2 * aside = width; not in place: Inductor refuses to write to `near`
+            near = near | ((rows - 1 <= up) & (left + width <= aside))
         return (offset >= 0) & ((key < text) | ((query >= text) & near))
 
     return allowed
 
 
 @lru_cache(maxsize=16)
-def block_mask(kind: Kind, text: int, grid: int, conv_kernel: int, device: str) -> BlockMask:
+def block_mask(
+    kind: Kind, text: int, grid: int, conv_kernel: int, device: str, columns: int = 0
+) -> BlockMask:
     """The 128 x 128 blocks that contain unmasked pairs."""
-    length = text + grid * grid
-    allowed = mask_mod(kind, text, grid, conv_kernel)
+    length = text + grid * (columns or grid)
+    allowed = mask_mod(kind, text, grid, conv_kernel, columns)
     return create_block_mask(allowed, None, None, length, length, device=device, BLOCK_SIZE=BLOCK)
 
 
 def flexible_attention(
-    q: Tensor, k: Tensor, v: Tensor, kind: Kind, text: int, grid: int, conv_kernel: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kind: Kind,
+    text: int,
+    grid: int,
+    conv_kernel: int,
+    columns: int = 0,
 ) -> Tensor:
     """Attention of the whole stream by FlexAttention's compiled kernel.
 
-    Shapes: (B, heads, text + grid * grid, D) each -> the same.
+    Shapes: (B, heads, text + grid * columns, D) each -> the same.
     """
-    mask = block_mask(kind, text, grid, conv_kernel, str(q.device))
-    if kind == "column":
-        q, k, v = (transposed(x, text, grid) for x in (q, k, v))
-    out: Tensor = _compiled()(q, k, v, block_mask=mask)
-    return transposed(out, text, grid) if kind == "column" else out
+    mask = block_mask(kind, text, grid, conv_kernel, str(q.device), columns)
+    if kind != "column":
+        out: Tensor = _compiled()(q, k, v, block_mask=mask)
+        return out
+    width = columns or grid
+    q, k, v = (transposed(x, text, grid, width) for x in (q, k, v))
+    return transposed(_compiled()(q, k, v, block_mask=mask), text, width, grid)
 
 
-def transposed(x: Tensor, text: int, grid: int) -> Tensor:
-    """Swap rows and columns of the image positions; its own inverse."""
-    image = x[:, :, text:].unflatten(2, (grid, grid)).transpose(2, 3).flatten(2, 3)
+def transposed(x: Tensor, text: int, grid: int, columns: int = 0) -> Tensor:
+    """Swap rows and columns of the image positions; its inverse has them swapped."""
+    image = x[:, :, text:].unflatten(2, (grid, columns or grid)).transpose(2, 3).flatten(2, 3)
     return torch.cat([x[:, :, :text], image], dim=2)
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from models.masks import Kind, full_mask, image_mask
+from models.attention.masks import Kind, full_mask, image_mask
 from parallel.precision import small_matmuls
 
 CACHED = 64 * 1024
@@ -34,15 +34,17 @@ _HERE = "cpu"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Band:
-    """The image-to-image mask, in tiles of `grid` queries."""
+    """The image-to-image mask, in tiles of the queries of a row, or of a column."""
 
     kind: Kind
     text: int
     grid: int
+    """Rows of the image."""
+    columns: int
     halo: int
     """Number of keys before a tile's first query that the tile attends to."""
     bias: Tensor
-    """(grid, grid, halo + grid): 0 where a tile's query may attend, minus infinity elsewhere."""
+    """(tiles, queries, halo + queries): 0 where a tile's query may attend, else minus infinity."""
     dense: Tensor | None
     """The same for a whole short stream, (length, length); None = use tiles."""
 
@@ -52,7 +54,7 @@ class Band:
         return max(1, CACHED // self.bias.numel())
 
     def biases(self, heads: int, dtype: torch.dtype) -> Tensor:
-        """The bias of some heads' tiles, (heads * grid, grid, halo + grid)."""
+        """The bias of some heads' tiles, (heads * tiles, queries, halo + queries)."""
         return _repeated(self, heads).to(dtype)
 
 
@@ -62,27 +64,35 @@ def _repeated(band: Band, heads: int) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def band_of(kind: Kind, text: int, grid: int, conv_kernel: int) -> Band:
-    """The band of an image mask, cut into tiles."""
-    mask = image_mask(kind, grid, conv_kernel)
+def band_of(kind: Kind, text: int, grid: int, conv_kernel: int, columns: int = 0) -> Band:
+    """The band of an image mask, cut into tiles; 0 columns: as many as rows (`grid`)."""
+    mask, width = image_mask(kind, grid, conv_kernel, columns), columns or grid
     if kind == "column":  # equal for all columns: earlier rows of the same column
         halo, tiles = (
             0,
-            torch.ones(grid, grid, dtype=torch.bool, device=_HERE).tril().expand(grid, -1, -1),
+            torch.ones(grid, grid, dtype=torch.bool, device=_HERE).tril().expand(width, -1, -1),
         )
     else:
-        places = torch.arange(grid * grid, device=_HERE)
+        places = torch.arange(grid * width, device=_HERE)
         halo = int((places[:, None] - places[None])[mask].amax())
         padded = torch.cat([mask.new_zeros(len(mask), halo), mask], 1)
         tiles = torch.stack(
             [
-                padded[i * grid : (i + 1) * grid, i * grid : (i + 1) * grid + halo]
+                padded[i * width : (i + 1) * width, i * width : (i + 1) * width + halo]
                 for i in range(grid)
             ]
         )
-    short = text + grid * grid <= SHORT
-    dense = _bias(full_mask(kind, text, grid, conv_kernel)) if short else None
-    return Band(kind=kind, text=text, grid=grid, halo=halo, bias=_bias(tiles), dense=dense)
+    short = text + grid * width <= SHORT
+    dense = _bias(full_mask(kind, text, grid, conv_kernel, columns)) if short else None
+    return Band(
+        kind=kind,
+        text=text,
+        grid=grid,
+        columns=width,
+        halo=halo,
+        bias=_bias(tiles),
+        dense=dense,
+    )
 
 
 def _bias(mask: Tensor) -> Tensor:
@@ -93,7 +103,7 @@ def _bias(mask: Tensor) -> Tensor:
 def banded_attention(q: Tensor, k: Tensor, v: Tensor, band: Band) -> Tensor:
     """Attention of the whole stream on a CPU; 16-bit inputs accumulate in fp32.
 
-    Shapes: (B, heads, text + grid * grid, D) each -> the same.
+    Shapes: (B, heads, text + grid * columns, D) each -> the same.
     """
     with torch.autocast("cpu", enabled=False):
         out: Tensor = (_Banded if band.dense is None else _Masked).apply(q, k, v, band)
@@ -198,7 +208,7 @@ def _chunks(x: Tensor, band: Band) -> list[tuple[int, slice]]:
 def _band_forward(
     q: Tensor, k: Tensor, v: Tensor, text_out: Tensor, sums: Tensor, band: Band
 ) -> Tensor:
-    """Some heads' image outputs, (heads, grid * grid, D); `sums` becomes the common log-sum-exp."""
+    """Some heads' image outputs, (heads, image, D); `sums` becomes the common log-sum-exp."""
     queries = _tiles(q, band)
     keys, values = _stretches(k, band), _stretches(v, band)
     width = band.bias.shape[2]
@@ -238,42 +248,43 @@ def _band_backward(
 
 
 def _tiles(x: Tensor, band: Band) -> Tensor:
-    """(heads, grid * grid, D) -> (heads * grid, grid, D) in fp32: tiles of a row, or a column."""
-    tiles: Tensor = _wide(x).unflatten(1, (band.grid, band.grid))
+    """(heads, image, D) -> (heads * tiles, queries, D) in fp32: tiles of a row, or a column."""
+    tiles: Tensor = _wide(x).unflatten(1, (band.grid, band.columns))
     return (tiles.transpose(1, 2) if band.kind == "column" else tiles).flatten(0, 1)
 
 
 def _untile(tiles: Tensor, band: Band, into: Tensor) -> Tensor:
-    """Inverse of `_tiles`, written into (heads, grid * grid, D)."""
-    shaped = into.unflatten(1, (band.grid, band.grid))
-    by_head = tiles.unflatten(0, (-1, band.grid))
+    """Inverse of `_tiles`, written into (heads, image, D)."""
+    shaped = into.unflatten(1, (band.grid, band.columns))
+    by_head = tiles.unflatten(0, (-1, len(band.bias)))
     (shaped.transpose(1, 2) if band.kind == "column" else shaped).copy_(by_head)
     return into
 
 
 def _stretches(x: Tensor, band: Band) -> Tensor:
-    """(heads, grid * grid, D) -> (heads * grid, halo + grid, D): each tile's keys.
+    """(heads, image, D) -> (heads * tiles, halo + queries, D): each tile's keys.
 
     A single head is not copied.
     """
     if band.halo == 0:
         return _tiles(x, band)
-    grid, (heads, length, width) = band.grid, x.shape
+    columns, (heads, length, width) = band.columns, x.shape
     padded = F.pad(_wide(x), (0, 0, band.halo, 0))
-    strides = ((band.halo + length) * width, grid * width, width, 1)
-    return padded.as_strided((heads, grid, band.halo + grid, width), strides).flatten(0, 1)
+    strides = ((band.halo + length) * width, columns * width, width, 1)
+    sizes = (heads, band.grid, band.halo + columns, width)
+    return padded.as_strided(sizes, strides).flatten(0, 1)
 
 
 def _fold(parts: Tensor, band: Band) -> Tensor:
-    """Sum tiles' gradients of the same key: adjoint of `_stretches`, (heads, grid * grid, D)."""
-    grid, halo = band.grid, band.halo
-    tiles = parts.unflatten(0, (-1, grid))
+    """Sum tiles' gradients of the same key: adjoint of `_stretches`, (heads, image, D)."""
+    shape, columns, halo = (band.grid, band.columns), band.columns, band.halo
+    tiles, image = parts.unflatten(0, (-1, len(band.bias))), band.grid * band.columns
     heads, width = len(tiles), parts.shape[2]
     if halo == 0:
-        return _untile(parts, band, parts.new_empty(heads, grid * grid, width))
-    total = parts.new_zeros(heads, halo + grid + grid * grid, width)
-    for start in range(0, halo + grid, grid):
-        piece = tiles[:, :, start : start + grid]
-        target = total[:, start : start + grid * grid].unflatten(1, (grid, grid))
+        return _untile(parts, band, parts.new_empty(heads, image, width))
+    total = parts.new_zeros(heads, halo + columns + image, width)
+    for start in range(0, halo + columns, columns):
+        piece = tiles[:, :, start : start + columns]
+        target = total[:, start : start + image].unflatten(1, shape)
         target[:, :, : piece.shape[2]] += piece
-    return total[:, halo : halo + grid * grid]
+    return total[:, halo : halo + image]

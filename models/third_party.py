@@ -1,4 +1,4 @@
-"""Networks of other packages (open_clip, torch-fidelity), which need torchvision's transforms."""
+"""Networks of other packages (open_clip, torch-fidelity, diffusers), which import torchvision."""
 
 import importlib
 import importlib.util
@@ -13,12 +13,12 @@ _NMS = "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _declared: list[torch.library.Library] = []
 
 
-def foreign_module(name: str) -> ModuleType:
+def foreign_module(name: str, mend: str = "install what requirements.txt names") -> ModuleType:
     """Import a module that imports torchvision, whose compiled part may not fit this torch.
 
     Package registries hold torchvision for CUDA alone. With a CPU torch its compiled operators
     cannot be loaded, and its import fails because two of them are undeclared: they are declared
-    here, and never called.
+    here, and never called. `mend` is the fix in the message.
     Raises: ConfigError if the module is not installed.
     """
     if not _declared and torch.version.cuda is None:
@@ -26,9 +26,7 @@ def foreign_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ConfigError(
-            f"{name} cannot be imported ({error}); install what requirements.txt names"
-        ) from error
+        raise ConfigError(f"{name} cannot be imported ({error}); {mend}") from error
 
 
 def _declare_operators() -> None:

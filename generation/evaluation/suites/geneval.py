@@ -1,0 +1,168 @@
+"""The suite geneval-style: single samples of shapes, by task, as GenEval does with photographs.
+
+Its tasks, its four unranked pictures of a prompt and its mean over tasks are GenEval's; prompts are
+captions of the shapes generator, and the checker stands for its object detector. The task `size` is
+not in GenEval. Figures are not comparable with published ones.
+Source: arXiv 2310.11513, section 3.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from core.errors import InputError
+from core.files.atomic import Json
+from core.keys import key_int
+from data_pipeline.sources.drawn.shapes import (
+    COLOURS,
+    EXTENT,
+    RELATIONS,
+    SHAPES,
+    Scene,
+    Seen,
+    Thing,
+    parse_caption,
+)
+from generation.evaluation.accuracy import derangement, draw_all
+from generation.evaluation.suites.config import GenevalConfig
+from generation.evaluation.suites.criteria import counted, placed, shows
+from generation.evaluation.suites.protocol import Inputs, Measured
+from generation.evaluation.suites.shapes import Judged, objects_by_draw
+from generation.text_to_image import Studio
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One of GenEval's tasks."""
+
+    suits: Callable[[Scene], bool]
+    """True for captions of the task."""
+    holds: Callable[[Scene, Sequence[Seen]], bool]
+    """True if a picture solves it."""
+
+
+def _other(scene: Scene, attribute: str) -> bool:
+    """True if the caption has two things that differ in an attribute."""
+    second = scene.second
+    return second is not None and getattr(scene.first, attribute) != getattr(second, attribute)
+
+
+TASKS = {
+    "single object": Task(
+        suits=lambda scene: scene.second is None,
+        holds=lambda scene, seen: shows(scene, seen, ("shape",)),
+    ),
+    "two objects": Task(
+        suits=lambda scene: _other(scene, "shape"),
+        holds=lambda scene, seen: shows(scene, seen, ("shape",)),
+    ),
+    "counting": Task(suits=lambda scene: True, holds=counted),
+    "colours": Task(
+        suits=lambda scene: scene.second is None,
+        holds=lambda scene, seen: shows(scene, seen, ("colour", "shape")),
+    ),
+    "size": Task(
+        suits=lambda scene: scene.second is None,
+        holds=lambda scene, seen: shows(scene, seen, ("size", "shape")),
+    ),
+    "position": Task(
+        suits=lambda scene: _other(scene, "shape"),
+        holds=lambda scene, seen: shows(scene, seen, ("shape",)) and placed(scene, seen),
+    ),
+    "colour attribution": Task(
+        suits=lambda scene: _other(scene, "colour"),
+        holds=lambda scene, seen: shows(scene, seen, ("colour", "shape")),
+    ),
+}
+
+
+class GenevalSuite:
+    """Prompts by task."""
+
+    def __init__(self, prompts: list[Json], settings: GenevalConfig) -> None:
+        self.prompts, self._settings = prompts, settings
+        self.facts: Json = {}
+
+    def measure(self, studio: Callable[[], Studio]) -> Measured:
+        opened, captions = studio(), list(dict.fromkeys(row["caption"] for row in self.prompts))
+        opened.tell_cut(captions)
+        drawn = draw_all(opened, captions, self._settings.draws, "sample")
+        objects = {row.caption: objects_by_draw(row) for row in drawn}
+        rows = [self._row(name, task, objects) for name, task in TASKS.items()]
+        rows = [row for row in rows if row["prompts"]]
+        overall = float(np.mean([row["correct"] for row in rows]))
+        results = {"candidates": self._settings.candidates, "overall": overall, "rows": rows}
+        figures = {row["task"]: float(row["correct"]) for row in rows}
+        return Measured(results=results, headline={"overall": overall, **figures})
+
+    def _row(self, name: str, task: Task, objects: dict[str, Judged]) -> Json:
+        """The fraction of all pictures of a task's prompts that solve it, and of shuffled ones."""
+        captions = [row["caption"] for row in self.prompts if row["task"] == name]
+        if len(captions) < 2:
+            return {"task": name, "prompts": 0}
+        order = derangement(len(captions), self._settings.seed)
+        shuffled = [captions[i] for i in order]
+        return {
+            "task": name,
+            "prompts": len(captions),
+            "pictures": len(captions) * self._settings.candidates,
+            "correct": _correct(task, captions, captions, objects),
+            "chance": _correct(task, shuffled, captions, objects),
+        }
+
+
+def prepare(inputs: Inputs, settings: GenevalConfig, prompts: list[Json] | None) -> GenevalSuite:
+    """Choose captions of each task by key, or take those of a file.
+
+    Raises: InputError if a prompt has no task of this suite or no caption of the generator.
+    """
+    if prompts is None:
+        prompts = [
+            {"task": name, "caption": caption}
+            for name, task in TASKS.items()
+            for caption in chosen(task, name, settings.per_task, settings.seed)
+        ]
+    for row in prompts:
+        parse_caption(row["caption"])
+        if row.get("task") not in TASKS:
+            raise InputError(
+                f"prompt {row['caption']!r} has the task {row.get('task')!r}; geneval-style has "
+                f"{', '.join(TASKS)}"
+            )
+    return GenevalSuite(prompts, settings)
+
+
+def chosen(task: Task, name: str, count: int, seed: int) -> list[str]:
+    """Captions of a task, chosen by key, in key order."""
+    captions = [scene.caption for scene in _scenes() if task.suits(scene)]
+    return sorted(captions, key=lambda caption: key_int(seed, caption, f"geneval/{name}"))[:count]
+
+
+def _scenes() -> Iterator[Scene]:
+    """Every scene of the shapes generator."""
+    things = [
+        Thing(size=size, colour=colour, shape=shape)
+        for size, colour, shape in product(EXTENT, COLOURS, SHAPES)
+    ]
+    for first in things:
+        yield Scene(first=first)
+        for relation, second in product(RELATIONS, things):
+            yield Scene(first=first, relation=relation, second=second)
+
+
+def _correct(
+    task: Task, captions: Sequence[str], drawn_for: Sequence[str], objects: dict[str, Judged]
+) -> float:
+    """The fraction of the pictures drawn for some captions that solve the task for these."""
+    pairs = zip(captions, drawn_for, strict=True)
+    return float(
+        np.mean(
+            [
+                task.holds(parse_caption(caption), seen)
+                for caption, other in pairs
+                for seen in objects[other]
+            ]
+        )
+    )

@@ -1,0 +1,156 @@
+"""`tapir evaluate --suite`: one suite from its prompts to suite.json."""
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cluster.launcher import call_target
+from core.config import check, to_json
+from core.errors import CorruptError, InputError, TapirError
+from core.files.atomic import Json, canonical_json, write_atomic
+from core.files.out_folder import refuse_others_folder
+from core.log import LOG
+from core.workers import JobWorker, job_worker_of
+from generation.config import ModelPaths, SampleConfig
+from generation.evaluation.open_score import digests
+from generation.evaluation.suites.protocol import Inputs, Measured, Prepared
+from generation.evaluation.suites.record import (
+    FILE,
+    FORMAT,
+    KEYS,
+    Recorded,
+    differences,
+    other_software,
+    prompt_problems,
+    settings_json,
+    versions,
+)
+from generation.evaluation.suites.registry import Suite, suite_called
+from generation.text_to_image import open_studio
+from parallel.mesh import own_mesh
+from parallel.precision import set_numerics
+
+
+def run_suite(
+    name: str,
+    data: str,
+    models: ModelPaths,
+    settings: SampleConfig,
+    out: Path,
+    worker: str = "",
+    recorded: Recorded | None = None,
+) -> Json:
+    """Measure a suite and write OUT/suite.json; returns its content.
+
+    `recorded`: a file to repeat, whose prompts are used, and with whose figures these are compared.
+    Raises: ConfigError with every problem of the settings; InputError for data that are missing or
+    do not fit, or if OUT is another's folder; TapirError if the figures of a file are not repeated.
+    """
+    suite = suite_called(name)
+    asked = prompt_problems(recorded, settings) if recorded else []
+    check(settings.problems() + asked + _data_problems(name, suite, data, recorded))
+    refuse_others_folder(out, "score" if suite.workers else "evaluate --suite")
+    member = _member(name, suite, worker)
+    mesh = own_mesh(member.number)
+    device = mesh.world.device
+    numerics = set_numerics(device, deterministic=False)  # as `open_studio` does
+    inputs = Inputs(data=data, models=models, out=out, device=device, member=member)
+    prompts = recorded.prompts if recorded else None
+    prepared: Prepared = call_target(suite.prepare, inputs, settings, prompts)
+    body: Json = {
+        "format": FORMAT,
+        "suite": name,
+        "keys": KEYS,
+        "models": digests(models, suite.ranks),
+        "facts": prepared.facts,
+        "settings": settings_json(settings),
+        "prompts": prepared.prompts,
+        "versions": versions(),
+        "numerics": to_json(numerics),
+    }
+    if not suite.workers:  # such a job checks its folder itself
+        _claim(out / FILE, body)
+    opened: Callable[[], Any] = functools.cache(
+        functools.partial(
+            open_studio,
+            *(models, settings.precision, mesh),
+            rerank=suite.ranks,
+            batch=settings.batch,
+        )
+    )
+    measured = prepared.measure(opened)
+    return _finished(body, measured, out / FILE, recorded)
+
+
+def _member(name: str, suite: Suite, worker: str) -> JobWorker:
+    """This process among the workers. Raises: InputError for several, if the suite has none."""
+    member = job_worker_of(worker)
+    if member.count > 1 and not suite.workers:
+        raise InputError(f"suite {name} is not shared by workers; start one, without --worker")
+    return member
+
+
+def _finished(body: Json, measured: Measured, path: Path, recorded: Recorded | None) -> Json:
+    """Write the file with its figures, and compare them with those of a file to repeat."""
+    headline = [{"name": name, "value": value} for name, value in measured.headline.items()]
+    whole = canonical_json({**body, "results": measured.results, "headline": headline})
+    write_atomic(path, whole)
+    written: Json = json.loads(whole)
+    if recorded is not None:
+        _compare(recorded, written, path)
+    return written
+
+
+def _data_problems(name: str, suite: Suite, data: str, recorded: Recorded | None) -> list[str]:
+    chosen = recorded is not None and recorded.prompts is not None
+    if not suite.data:
+        return [f"suite {name} reads no data set; leave {data} out"] if data else []
+    if data or (chosen and suite.repeats_without_data):
+        return []
+    return [f"suite {name} needs DATA: tapir evaluate DATA --suite {name}, DATA is {suite.data}"]
+
+
+def _claim(path: Path, body: Json) -> None:
+    """Check that OUT holds nothing, or the same evaluation, which is written again.
+
+    Raises: InputError if it holds another one.
+    """
+    if not path.exists():
+        return
+    try:
+        names = differences(json.loads(path.read_bytes()), body)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CorruptError(f"{path} is damaged: {error}; delete it") from error
+    if names:
+        raise InputError(
+            f"{path} has other {', '.join(names[:5])}: it is another evaluation; give another --out"
+        )
+
+
+def _compare(recorded: Recorded, now: Json, path: Path) -> None:
+    """Log whether the figures of a file are repeated.
+
+    Raises: TapirError if they should be, and are not.
+    """
+    earlier = recorded.body
+    if "results" not in earlier:
+        return
+    if names := differences(earlier, now):
+        LOG.info(
+            "%s and %s are not the same evaluation: other %s",
+            *(path, recorded.path, ", ".join(names)),
+        )
+    elif earlier["results"] == now["results"]:
+        LOG.info("%s repeats the figures of %s", path, recorded.path)
+    elif names := other_software(earlier, now):
+        LOG.warning(
+            "%s has other figures than %s, with other %s; install those versions to repeat them",
+            *(path, recorded.path, ", ".join(names)),
+        )
+    else:
+        raise TapirError(
+            f"{path} does not repeat the figures of {recorded.path}, with the same models, "
+            "prompts, settings and versions; compare the two files, and report this"
+        )

@@ -1,0 +1,157 @@
+"""Sub-scores of shapes, prompts by task, and best-of-N groups, by values worked out by hand."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from core.keys import keyed_rng
+from data_pipeline.sources.drawn.shapes import (
+    Seen,
+    Thing,
+    matches,
+    parse_caption,
+    read_picture,
+    render,
+)
+from generation.evaluation.accuracy import derangement
+from generation.evaluation.suites.best_of_n import best_places
+from generation.evaluation.suites.clipscore import clip_scores
+from generation.evaluation.suites.config import ShapesConfig
+from generation.evaluation.suites.criteria import CRITERIA
+from generation.evaluation.suites.geneval import TASKS, chosen
+from generation.evaluation.suites.shapes import ShapesSuite
+from models.critics.fid import Moments, frechet_distance, frechet_distance_of_few
+
+ONE = "a small red circle"
+TWO = "a small red circle left of a large blue square"
+
+
+def _seen(*objects: tuple[str, float, float]) -> list[Seen]:
+    rows = [(text.split(), x, y) for text, x, y in objects]
+    return [
+        Seen(thing=Thing(size=size, colour=colour, shape=shape), x=x, y=y)
+        for (size, colour, shape), x, y in rows
+    ]
+
+
+RED, BLUE = ("small red circle", 4, 8), ("large blue square", 12, 8)
+PICTURES = [
+    (ONE, [RED], "exact counting colour size shape"),
+    (ONE, [RED, BLUE], "colour size shape"),
+    (ONE, [], ""),
+    (ONE, [("large red circle", 4, 8)], "counting colour shape"),
+    (ONE, [("small red square", 4, 8)], "counting colour size"),
+    (TWO, [RED, BLUE], "exact counting colour size shape two objects position"),
+    (TWO, [BLUE, RED], "exact counting colour size shape two objects position"),
+    (TWO, [("small red circle", 12, 8), ("large blue square", 4, 8)],
+     "counting colour size shape two objects"),
+    (TWO, [("small blue circle", 4, 8), ("large red square", 12, 8)],
+     "counting colour size shape position"),
+    (TWO, [("large blue circle", 4, 8), ("small red square", 12, 8)],
+     "counting colour size shape"),
+    (TWO, [RED, RED], "counting"),
+    (TWO, [RED], ""),
+    (TWO, [RED, BLUE, BLUE], "colour size shape two objects position"),
+    (TWO, [RED, ("large blue square", 6, 15)], "counting colour size shape two objects"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("caption", "objects", "expected"), PICTURES)
+def test_each_sub_score_sees_its_attribute_alone(caption: str, objects: Any, expected: str) -> None:
+    scene, seen = parse_caption(caption), _seen(*objects)
+    applicable = {name for name, each in CRITERIA.items() if each.applies(scene)}
+    assert applicable == set(CRITERIA) - ({"two objects", "position"} if caption == ONE else set())
+    holds = [name for name in CRITERIA if name in applicable and CRITERIA[name].holds(scene, seen)]
+    assert " ".join(holds) == expected
+
+
+def test_rendered_pictures_fulfil_all_sub_scores() -> None:
+    for i, caption in enumerate([ONE, TWO, "a large red square above a large red square"]):
+        scene = parse_caption(caption)
+        picture = render(scene, 32, 0, i)
+        assert matches(caption, picture)
+        seen = read_picture(picture)
+        assert all(each.holds(scene, seen) for each in CRITERIA.values() if each.applies(scene))
+
+
+def test_prompts_of_a_task_are_distinct_captions_that_suit_it() -> None:
+    for name, task in TASKS.items():
+        captions = chosen(task, name, 36, 0)
+        assert len(set(captions)) == 36 == len(captions)
+        assert all(task.suits(parse_caption(caption)) for caption in captions)
+        assert captions == chosen(task, name, 36, 0) and captions[:5] == chosen(task, name, 5, 0)
+    singles = {name: set(chosen(TASKS[name], name, 99, 0)) for name in ("colours", "size")}
+    assert len(singles["colours"]) == 36 and singles["colours"] == singles["size"]
+    assert chosen(TASKS["colours"], "colours", 36, 0) != chosen(TASKS["colours"], "colours", 36, 1)
+    pairs = [parse_caption(c) for c in chosen(TASKS["colour attribution"], "colours", 6000, 0)]
+    assert len(pairs) == 4 * 36 * 30
+    assert all(p.second is not None and p.first.colour != p.second.colour for p in pairs)
+
+
+TASK_PICTURES = [
+    ("single object", ONE, [("large blue circle", 1, 1)], True),
+    ("single object", ONE, [BLUE], False),
+    ("two objects", TWO, [("large red square", 1, 1), ("small red circle", 2, 2)], True),
+    ("two objects", TWO, [RED], False),
+    ("counting", TWO, [RED, RED], True),
+    ("counting", TWO, [RED, RED, RED], False),
+    ("colours", ONE, [("large red circle", 1, 1)], True),
+    ("colours", ONE, [("small red square", 1, 1), ("small blue circle", 1, 1)], False),
+    ("size", ONE, [("small blue circle", 1, 1)], True),
+    ("size", ONE, [("large red circle", 1, 1), ("small red square", 1, 1)], False),
+    ("position", TWO, [("large red circle", 1, 1), ("large red square", 9, 1)], True),
+    ("position", TWO, [("large red circle", 9, 1), ("large red square", 1, 1)], False),
+    ("position", TWO, [RED, ("large blue triangle", 12, 8)], False),
+    ("colour attribution", TWO, [("large red circle", 1, 1), ("small blue square", 9, 1)], True),
+    ("colour attribution", TWO, [("small blue circle", 1, 1), ("large red square", 9, 1)], False),
+]
+
+
+@pytest.mark.parametrize(("task", "caption", "objects", "expected"), TASK_PICTURES)
+def test_a_task_judges_what_it_is_named_for(
+    task: str, caption: str, objects: Any, expected: bool
+) -> None:
+    assert TASKS[task].holds(parse_caption(caption), _seen(*objects)) == expected
+
+
+def test_a_sub_score_has_best_of_n_chance_and_upper_bound() -> None:
+    captions = [ONE, "a large blue square", "a small green triangle"]
+    suite = ShapesSuite([{"caption": c} for c in captions], {}, ShapesConfig(candidates=2))
+    true = [read_picture(render(parse_caption(c), 32, 0, i)) for i, c in enumerate(captions)]
+    objects = [[true[0], []], [[], true[1]], [[], []]]
+    scores = np.array([[0.1, 0.9], [0.1, 0.9], [0.9, 0.1]], np.float32)
+    best = [[], true[1], []]
+    row = suite._row("exact", CRITERIA["exact"], objects, scores, best, true)  # type: ignore[arg-type]
+    assert row["best_of"] == {"1": pytest.approx(2 / 6), "2": pytest.approx(1 / 3)}
+    assert row["upper_bound"] == 1.0 and row["chance"] == 0.0 and row["prompts"] == 3
+    row = suite._row("size", CRITERIA["size"], objects, scores, [true[0]] * 3, true)  # type: ignore[arg-type]
+    shuffled = [captions[i] for i in derangement(3, 0)]
+    assert row["chance"] == pytest.approx(np.mean(["small" in caption for caption in shuffled]))
+    assert suite._row("position", CRITERIA["position"], objects, scores, best, true) == {  # type: ignore[arg-type]
+        "score": "position",
+        "prompts": 0,
+    }
+
+
+@pytest.mark.parametrize(("rows", "width"), [(64, 24), (20, 64), (2, 16)])
+def test_a_fid_of_few_vectors_equals_that_of_moments(rows: int, width: int) -> None:
+    rng = keyed_rng(rows, "few")
+    one = (rng.normal(size=(rows, width)) / 3 + rng.normal(size=width)).astype(np.float32)
+    two = (rng.normal(size=(rows + 5, width)) + rng.normal(size=width)).astype(np.float32)
+    expected = frechet_distance(Moments.of(one), Moments.of(two))
+    assert frechet_distance_of_few(one, two) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance_of_few(one, one) == pytest.approx(0, abs=1e-6)
+
+
+def test_groups_of_n_are_disjoint_and_their_best_is_taken() -> None:
+    scores = np.array([[3, 1, 2, 2, 5, 0, 9], [0, 1, 2, 3, 4, 5, 6]], np.float32)
+    assert [p.tolist() for p in best_places(scores, 1, 3)] == [[0, 0], [1, 1], [2, 2]]
+    assert [p.tolist() for p in best_places(scores, 2, 9)] == [[0, 1], [2, 3], [4, 5]]
+    assert [p.tolist() for p in best_places(scores, 4, 9)] == [[0, 3]]
+    assert [p.tolist() for p in best_places(scores, 7, 9)] == [[6, 6]]
+
+
+def test_clipscore_is_the_scaled_cosine_that_is_not_negative() -> None:
+    cosines = np.array([-0.5, 0.0, 0.25], np.float32)
+    assert clip_scores(cosines).tolist() == [0.0, 0.0, 0.625]

@@ -1,0 +1,291 @@
+"""`tapir evaluate --suite`: one file, the same bytes on any batch size; wrong input is refused."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from cli.evaluate import evaluate, score, suite_flag
+from core.errors import ConfigError, CorruptError, InputError, TapirError
+from core.storage.store import open_store
+from data_pipeline.config import PackConfig
+from data_pipeline.evaluation_sets import open_evaluation
+from data_pipeline.images.crops import square
+from data_pipeline.images.decode import decode_rgb
+from data_pipeline.packing.pack import pack
+from generation.config import DrawSettings, ModelPaths
+from generation.evaluation.open_score import open_network
+from generation.evaluation.suites.record import FILE
+from generation.evaluation.suites.registry import SUITES
+from generation.ranking import WEIGHTS, open_ranker
+from generation.text_to_image import Studio, open_studio
+from models.critics.fid import Moments, frechet_distance
+from parallel.device import CPU
+from tests.unit.finished import write_models, write_open_clip
+from tests.unit.layouts import write_coco, write_cub
+
+pytestmark = pytest.mark.seconds
+
+FLAGS = {
+    "shapes": ["--prompts", "9", "--candidates", "4"],
+    "geneval-style": ["--per-task", "3", "--candidates", "2"],
+    "clipscore": ["--captions", "7", "--candidates", "3"],
+    "coco": ["--captions", "9", "--candidates", "2", "--block", "4", "--radii", "0", "2"],
+    "cub": ["--candidates", "2", "--radii", "0"],
+    "pairs": ["--captions", "9", "--candidates", "2", "--radii", "0"],
+    "best-of-n": ["--captions", "5", "--candidates", "8", "--repeats", "3"],
+    "panels": ["--per-operation", "2", "--candidates", "2"],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Models, and the data of each suite."""
+
+    folder: Path
+    models: ModelPaths
+    raw: Path
+
+    @property
+    def flags(self) -> list[str]:
+        names = ("prior", "dvae", "clip", "bpe")
+        return [f"--{name}={getattr(self.models, name)}" for name in names]
+
+    def data(self, suite: str) -> list[str]:
+        sets = {"coco": f"coco:{self.folder / 'coco'}", "cub": f"cub:{self.folder / 'cub'}"}
+        sets |= {"panels": str(self.folder / "panels")}
+        return [sets.get(suite, str(self.raw))] if SUITES[suite].data else []
+
+    def run(self, suite: str, out: Path, *flags: str) -> bytes:
+        arguments = [*self.data(suite), "--suite", suite, f"--out={out}", *self.flags]
+        evaluate([*arguments, *FLAGS[suite], *flags])
+        return (out / FILE).read_bytes()
+
+    def again(self, given: Path, out: Path, *flags: str) -> dict[str, Any]:
+        evaluate([f"--suite={given}", f"--out={out}", *self.flags, *flags])
+        return dict(json.loads((out / FILE).read_bytes()))
+
+
+@pytest.fixture(scope="module")
+def place(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = tmp_path_factory.mktemp("suites")
+    write_coco(folder / "coco", 8)
+    write_cub(folder / "cub")
+    config = PackConfig(count=200, pixels=16, validation=0.3)
+    pack(["panels"], open_store(str(folder / "panels")), config)
+    captions = [caption.text for caption in open_evaluation(str(raw)).captions]
+    return Place(folder=folder, models=write_models(folder, captions), raw=raw)
+
+
+@pytest.fixture(scope="module")
+def shapes(place: Place) -> Path:
+    """suite.json of the suite shapes."""
+    out = place.folder / "shapes"
+    place.run("shapes", out)
+    return out / FILE
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_other_batch_sizes_write_the_same_bytes(suite: str, place: Place, tmp_path: Path) -> None:
+    first = place.run(suite, tmp_path / "one")
+    assert place.run(suite, tmp_path / "two", "--batch", "3") == first
+    body = json.loads(first)
+    assert body["suite"] == suite and body["results"] and body["headline"]
+    ranked = {"clip"} if SUITES[suite].ranks else set()
+    assert set(body["models"]) == {"prior", "dvae", "tokenizer"} | ranked
+    assert body["versions"]["torch"] == torch.__version__ and "batch" not in body["settings"]
+    assert body["settings"]["seed"] == 0 and all(row["caption"] for row in body["prompts"])
+    assert str(place.folder) not in first.decode() and str(tmp_path) not in first.decode()
+
+
+def test_score_is_an_alias(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = place.run("coco", tmp_path / "suite")
+    score([*place.data("coco"), f"--out={tmp_path / 'score'}", *place.flags, *FLAGS["coco"]])
+    assert (tmp_path / "score" / FILE).read_bytes() == first
+    scores = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert scores == json.loads((tmp_path / "score" / "scores.json").read_bytes())
+    results = json.loads(first)["results"]
+    assert {**results, "data": "MS-COCO val2014"} == scores
+
+
+def test_a_file_is_repeated_without_its_data(
+    place: Place, shapes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    place.again(shapes, tmp_path / "again", "--batch=2")
+    assert (tmp_path / "again" / FILE).read_bytes() == shapes.read_bytes()
+    assert "repeats the figures of" in caplog.text
+    warm = place.again(shapes, tmp_path / "warm", "--temperature=0.5")
+    assert warm["settings"]["temperature"] == 0.5
+    assert "not the same evaluation: other settings.temperature" in caplog.text
+    assert warm["prompts"] == json.loads(shapes.read_bytes())["prompts"]
+
+
+def test_figures_that_are_not_repeated_are_an_error(
+    place: Place, shapes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = json.loads(shapes.read_bytes())
+    body["results"]["rows"][1]["chance"] += 0.5
+    changed = tmp_path / "changed.json"
+    changed.write_text(json.dumps(body))
+    with pytest.raises(TapirError, match="does not repeat the figures"):
+        place.again(changed, tmp_path / "one")
+    body["versions"]["torch"] = "1.0"
+    changed.write_text(json.dumps(body))
+    place.again(changed, tmp_path / "two")
+    assert "with other versions.torch" in caplog.text
+
+
+def test_a_file_may_be_written_by_hand(place: Place, tmp_path: Path) -> None:
+    given = tmp_path / "mine.json"
+    captions = ["a small red circle", "a large blue square"]
+    rows = [{"caption": caption} for caption in captions]
+    weights = write_open_clip(tmp_path / "judge") / WEIGHTS
+    turned = load_file(weights)
+    turned["visual.proj"] *= -1  # or all cosines are negative, which score 0
+    save_file(turned, weights)
+    settings = {"candidates": 2, "judge": str(tmp_path / "judge")}
+    given.write_text(json.dumps({"suite": "clipscore", "prompts": rows, "settings": settings}))
+    body = place.again(given, tmp_path / "out")
+    judge = open_ranker(tmp_path / "judge", Path("/nowhere"))
+    assert body["facts"]["judge_digest"] == judge.digest and body["prompts"] == rows
+    studio = open_studio(place.models)
+    from_hand = []
+    for caption in captions:
+        pixels = torch.cat([studio.decode(codes) for codes in _codes(studio, caption, 2)])
+        whole = (pixels * 255).round() / 255
+        cosines = judge.scores([f"A photo depicts {caption}"], whole, 2)[0]
+        from_hand.append(2.5 * np.maximum(cosines, 0))
+    assert body["results"]["single"] == pytest.approx(float(np.mean(from_hand)), abs=1e-6)
+    assert body["results"]["label"] == "CLIPScore" and body["results"]["single"] > 0
+
+
+def _codes(studio: Studio, caption: str, count: int) -> list[torch.Tensor]:
+
+    drawn = studio.codes([caption], DrawSettings(candidates=count))
+    return [each.codes.flatten(0, 1) for each in drawn]
+
+
+def test_best_of_n_goes_on_after_its_blocks(place: Place, tmp_path: Path) -> None:
+    first = place.run("best-of-n", tmp_path)
+    (blocks,) = tmp_path.glob("blocks-*")
+    before = {path: path.stat().st_mtime_ns for path in blocks.iterdir()}
+    assert len(before) == 6
+    lost = blocks / "drawn-000003.safetensors"
+    lost.unlink()
+    (tmp_path / FILE).unlink()
+    assert place.run("best-of-n", tmp_path) == first
+    changed = {path for path, at in before.items() if path.stat().st_mtime_ns != at}
+    assert changed == {lost}
+
+
+def test_best_of_n_is_the_fid_of_the_best_pictures(place: Place, tmp_path: Path) -> None:
+    body = json.loads(place.run("best-of-n", tmp_path))
+    rows = {row["n"]: row for row in body["results"]["rows"]}
+    assert list(rows) == [1, 2, 4, 8] and [row["groups"] for row in rows.values()] == [3, 3, 2, 1]
+    evaluation = open_evaluation(str(place.raw))
+    chosen = evaluation.choose(5, 0)
+    studio, captions = open_studio(place.models), [caption.text for caption in chosen]
+    network = open_network(None, place.models, captions, CPU)
+
+    drawn = studio.draw(captions, DrawSettings(candidates=8))
+    best, _ = network(np.stack([row.pictures[0] for row in drawn]))
+    names = evaluation.pictures_of(chosen)
+    images = [decode_rgb(evaluation.read(name), name) for name in names]
+    real, _ = network(np.stack([square(image, 16) for image in images]))
+    expected = frechet_distance(Moments.of(best), Moments.of(real))
+    assert rows[8]["fid"] == pytest.approx(expected, rel=1e-5) and rows[8]["fid_std"] == 0
+    assert rows[8]["accuracy"] == 0 and body["results"]["label"].startswith("proxy")
+    (blocks,) = tmp_path.glob("blocks-*")
+    scores = load_file(blocks / "drawn-000000.safetensors")["scores"]
+    assert scores[drawn[0].drawn].tolist() == drawn[0].scores.tolist()
+
+
+REFUSED: list[tuple[list[str], type[TapirError], str]] = [
+    (["--suite", "shape"], InputError, "did you mean 'shapes'"),
+    (["--suite", "shapes"], ConfigError, "suite shapes needs DATA"),
+    (["RAW", "--suite", "geneval-style"], ConfigError, "reads no data set; leave"),
+    (["RAW", "--suite", "coco"], InputError, "give --suite pairs"),
+    (["RAW", "--suite", "shapes", "--worker=0/2"], InputError, "not shared by workers"),
+    (["--suite", "FILE", "--prompts=3"], ConfigError, "has its own prompts; leave --prompts out"),
+    (["--suite", "nowhere.json"], InputError, r"there is no nowhere\.json"),
+    (["RAW", "--suite", "best-of-n", "--captions=1"], ConfigError, "a FID needs two pictures"),
+    (["COCO", "--suite", "shapes", "--prompts=3"], InputError, "not a caption of the shapes"),
+    (["--suite", "shapes", "--prompt=3"], InputError, "did you mean '--prompts'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "kind", "reason"), REFUSED)
+def test_wrong_input_is_refused(
+    arguments: list[str],
+    kind: type[TapirError],
+    reason: str,
+    place: Place,
+    shapes: Path,
+    tmp_path: Path,
+) -> None:
+    names = {"RAW": str(place.raw), "FILE": str(shapes), "COCO": place.data("coco")[0]}
+    given = [names.get(argument, argument) for argument in arguments]
+    with pytest.raises(kind, match=reason):
+        evaluate([*given, f"--out={tmp_path / 'out'}", *place.flags])
+    assert not (tmp_path / "out" / FILE).exists()
+
+
+def test_folders_of_others_are_refused(place: Place, shapes: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"has other settings\.temperature"):
+        place.run("shapes", shapes.parent, "--temperature=0.5")
+    with pytest.raises(InputError, match="holds what `tapir evaluate --suite` wrote"):
+        evaluate([str(place.raw), f"--out={shapes.parent}", *place.flags])
+    (tmp_path / FILE).write_text("{")
+    with pytest.raises(CorruptError, match="is damaged"):
+        place.run("shapes", tmp_path)
+
+
+FILES: list[tuple[Callable[[dict[str, Any]], Any], type[TapirError], str]] = [
+    (lambda body: body["suite"], InputError, r"is not a suite\.json"),
+    (lambda body: {**body, "suite": "shape"}, InputError, "did you mean 'shapes'"),
+    (lambda body: {**body, "format": 2}, InputError, "is of another format"),
+    (lambda body: {**body, "prompts": [{"caption": 3}]}, InputError, "without a caption"),
+    (lambda body: {**body, "prompts": [{"text": "a"}]}, InputError, r"is not a suite\.json"),
+    (lambda body: {**body, "settings": {"seed": "x"}}, ConfigError, "seed='x' must be a whole"),
+    (lambda body: {**body, "settings": {"sed": 1}}, ConfigError, "unknown 'sed'"),
+]
+
+
+@pytest.mark.parametrize(("change", "kind", "reason"), FILES)
+def test_files_that_are_none_are_refused(
+    change: Callable[[dict[str, Any]], Any],
+    kind: type[TapirError],
+    reason: str,
+    place: Place,
+    shapes: Path,
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "given.json"
+    path.write_text(json.dumps(change(json.loads(shapes.read_bytes()))))
+    with pytest.raises(kind, match=reason):
+        place.again(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "suite", "rest"),
+    [
+        (["raw", "--suite", "coco", "--seed=1"], "coco", ["raw", "--seed=1"]),
+        (["--suite=a/b.json", "raw"], "a/b.json", ["raw"]),
+        (["raw", "--help"], None, ["raw", "--help"]),
+        (["raw", "--", "--suite", "coco"], None, ["raw", "--", "--suite", "coco"]),
+        (["raw", "--suite"], None, ["raw", "--suite"]),
+    ],
+)
+def test_the_flag_is_taken_from_the_command_line(
+    arguments: list[str], suite: str | None, rest: list[str]
+) -> None:
+    assert suite_flag(arguments) == (suite, rest)

@@ -1,0 +1,130 @@
+"""Plans of runs that train a part of a prior: adapters, or what an expression leaves."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from checkpoint.config import CheckpointConfig
+from models.config import LoraConfig
+from parallel.config import CompressConfig, EngineConfig, MeshConfig
+from parallel.mesh import RankCoordinates
+from planning.checkpoint_size import checkpoint_bytes
+from planning.config import PlanFlags, settings_of
+from planning.estimate.hardware import hardware_of
+from planning.estimate.layer_work import backward_work, forward_work
+from planning.estimate.layers import Held, Marks, count_parameters, count_trained
+from planning.estimate.memory import loads_of, marks_of, rank_bytes
+from planning.estimate.search import variants_of, weigh
+from planning.estimate.traffic import branches_with_gradients
+from tests.harness import tapir
+
+PAPER = settings_of("paper_12b")
+LORA = settings_of("paper_12b", lora=LoraConfig(rank=8))
+TINY = replace(settings_of("tiny"), mesh=MeshConfig(), engine=EngineConfig())
+
+
+def test_adapters_of_the_12b_prior_are_under_half_a_percent() -> None:
+    """Four matrices of 3968 x 3968 and two of 3968 x 15872 in each of 64 blocks, at rank 8."""
+    adapters = 64 * 8 * (4 * (3968 + 3968) + 2 * (3968 + 15872))
+    assert count_trained(LORA) == adapters == 36_569_088
+    assert adapters / count_parameters(LORA.model) < 0.005
+    assert count_trained(PAPER) == count_parameters(PAPER.model) == 12_292_587_008
+    assert checkpoint_bytes(LORA)["masters"] == 4 * adapters
+    assert checkpoint_bytes(LORA)["moments"] == 8 * adapters
+
+
+def test_frozen_weights_have_no_moments_and_are_stored() -> None:
+    frozen = settings_of("tiny", freeze=r"^embedding|^block00[0-2]\.")
+    plain, parts = checkpoint_bytes(settings_of("tiny")), checkpoint_bytes(frozen)
+    assert parts["masters"] == plain["masters"]
+    assert parts["moments"] == 8 * count_trained(frozen) < plain["moments"]
+    one = replace(TINY, freeze=frozen.freeze)
+    whole, part = (rank_bytes(loads_of(s, RankCoordinates())) for s in (TINY, one))
+    assert part["parameters"] == whole["parameters"]
+    assert part["gradients"] == 4 * count_trained(one) < whole["gradients"]
+    assert part["optimizer"] == 2 * part["gradients"]
+    assert part["activations"] < 0.6 * whole["activations"], "three blocks of four save nothing"
+
+
+def test_a_plan_of_adapters_is_of_no_base_and_without_compression() -> None:
+    assert LORA.init and not LORA.compress.on and LORA.problems() == []
+    assert all(not layout.compress.on for layout in variants_of(LORA))
+    plain = replace(PAPER, compress=CompressConfig())
+    assert any(layout.compress.on for layout in variants_of(plain))
+
+
+def test_a_stage_without_adapters_is_no_layout() -> None:
+    """Tiny's four blocks, embedding and head on six ranks: each has one."""
+    tiny = replace(settings_of("tiny", lora=LoraConfig(rank=2)), checkpoint=CheckpointConfig())
+    model = replace(tiny.model, layers=6)
+    mesh, engine = MeshConfig(pipeline=6), EngineConfig(name="deepspeed_pipe")
+    six = replace(tiny, model=model, mesh=mesh, engine=engine)
+    whole = replace(six, lora=LoraConfig(), freeze="head|block005")
+    hardware = hardware_of("cpu", None)
+    assert "stage 5 of 6" in weigh(whole, 6, hardware).why
+    assert weigh(six, 6, hardware).why == ""
+
+
+def test_inputs_have_gradients_after_the_first_trained_parameter() -> None:
+    frozen = replace(TINY, freeze=r"embedding|block000|block001\.(attention_norm|[qkvou])")
+    loads = loads_of(frozen, RankCoordinates())
+    marks = {part.name: (part, each) for part, each in marks_of(loads)}
+    inputs = {name: each.input_too for name, (_, each) in marks.items()}
+    assert [name for name, none in inputs.items() if none] == ["block000", "block001"]
+    counts = {n: branches_with_gradients(*marks[n]) for n in inputs if n.startswith("block")}
+    assert list(counts.values()) == [0, 1, 2, 2]
+    part = marks["block000"][0]
+    one = replace(part, parameters={"q.lora_a": _held()} | part.parameters)
+    assert branches_with_gradients(one, Marks(input_too=True)) == 1
+    norm = replace(part, parameters={"attention_norm.weight": _held()})
+    assert branches_with_gradients(norm, Marks(input_too=True)) == 2
+    down = replace(part, parameters={"down.weight": _held()})
+    assert branches_with_gradients(down, Marks(input_too=True)) == 0
+
+
+def _held() -> Held:
+    loads = loads_of(TINY, RankCoordinates())
+    return next(iter(loads.held.values()))
+
+
+def test_frozen_weights_have_no_matmul_of_their_gradient() -> None:
+    hardware = hardware_of("h100", None)
+    flops = {}
+    for name, settings in {
+        "whole": TINY,
+        "frozen": replace(TINY, freeze="."),
+        "lora": replace(TINY, lora=LoraConfig(rank=2), init="base"),
+    }.items():
+        loads = loads_of(settings, RankCoordinates())
+        part = loads.layers[1]
+        there, back = forward_work(loads, part, hardware), backward_work(loads, part, hardware)
+        flops[name] = sum(k.flops for k in there), sum(k.flops for k in back)
+        attention = 2.5 * sum(k.flops for k in there if k.rows and k.moved)
+    dim, rows = TINY.model.dim, loads_of(TINY, RankCoordinates()).micro * TINY.model.length
+    low = 2 * 2 * (8 + 10) * dim * rows
+    of_states = flops["frozen"][1] - attention
+    assert flops["whole"][1] - flops["frozen"][1] == of_states > 0
+    assert flops["lora"][0] - flops["whole"][0] == low
+    assert flops["lora"][1] - flops["frozen"][1] == 2 * low
+
+
+def test_the_command_line_says_what_is_trained() -> None:
+    text = tapir("plan", "tiny", "--world=1", "--gpu=cpu", "--lora.rank=4", "--json")
+    body = json.loads(text.splitlines()[-1])
+    assert body["trained_bytes"] == 4 * body["trained_parameters"]
+    assert body["trained_parameters"] == 4 * 4 * 18 * 192 < body["parameters"]
+    assert "--lora.rank=4" in body["best"]["flags"] and "trained: 55,296 of" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (PlanFlags(preset="tiny", freeze="a("), "not a regular expression"),
+        (PlanFlags(preset="paper_dvae", lora=LoraConfig(rank=2)), "are of a prior"),
+        (PlanFlags(preset="tiny", lora=LoraConfig(rank=-2)), "must not be negative"),
+        (PlanFlags(published=True, freeze="a"), "no use for freeze"),
+    ],
+)
+def test_wrong_flags_are_named(flags: PlanFlags, text: str) -> None:
+    assert any(text in problem for problem in flags.problems())

@@ -1,0 +1,49 @@
+"""Settings that a resumed run changes on purpose."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from models.config import PriorConfig
+from training.config import PriorTrain
+from training.run.resume_with import changes_of, resume_with_problems, with_changes
+
+
+def test_changes_are_parsed_and_applied() -> None:
+    text = "optim.lr=1e-4,loop.steps=2000,engine.precision=bf16,bpe=runs/b,"
+    text += "checkpoint.async-save=false"
+    settings = replace(PriorTrain(), resume_with=text)
+    assert resume_with_problems(settings) == [] and settings.problems(1) == []
+    made = with_changes(settings)
+    assert (made.optim.lr, made.loop.steps, made.engine.precision) == (1e-4, 2000, "bf16")
+    assert made.bpe == Path("runs/b") and made.checkpoint.async_save is False
+    assert made.model == PriorTrain().model and made.loop.seed == 0
+    assert with_changes(made) == made, "a restarted command changes the same settings again"
+    assert changes_of("") == {} and with_changes(PriorTrain()) == PriorTrain()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim.lr", "'optim.lr' is not SETTING=VALUE"),
+        ("=3", "'=3' is not SETTING=VALUE"),
+        ("optim.lrr=1", "there is no setting 'optim.lrr'; did you mean"),
+        ("optim=1", "there is no setting 'optim'"),
+        ("loop.steps=2e3", "resume_with.loop.steps=2000.0 must be a whole number"),
+        ("engine.precision=fp8", "engine.precision='fp8' must be"),
+        ("model.dim=64", "model.dim cannot change: the checkpoint's tensors"),
+        ("loop.seed=1", "loop.seed cannot change: the data order"),
+        ("order.lanes=1", "order.lanes cannot change: the data order"),
+        ("loop.global_batch_size=8", "loop.global_batch_size cannot change: the position"),
+        ("out=runs/x", "out cannot change: give it as --out"),
+        ("resume_with=a=1", "resume_with cannot change"),
+    ],
+)
+def test_every_wrong_change_is_named(text: str, message: str) -> None:
+    settings = PriorTrain(resume_with=text, model=PriorConfig())
+    (problem,) = resume_with_problems(settings)
+    assert message in problem
+    assert problem in settings.fixed_problems()
+    both = replace(settings, resume_with=f"model.heads=2,{text}" if text[0] != "=" else text)
+    assert message in "\n".join(resume_with_problems(both))

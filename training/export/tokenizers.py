@@ -1,0 +1,116 @@
+"""Opens and imports image tokenizers: a trained dVAE, or an imported one, both as run folders."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.config import check, from_json, to_json
+from core.errors import InputError
+from core.log import LOG
+from models.config import DVAEConfig
+from models.tokenizers.config import ReadOptions, TokenizerConfig, TokenizerFacts
+from models.tokenizers.protocol import (
+    DVAETokenizer,
+    ImageTokenizer,
+    NetworkTokenizer,
+    Precision,
+)
+from models.tokenizers.registry import kind_of, recognised, sizes_of
+from parallel.device import CPU
+from training.export.files import DESCRIPTION
+from training.export.weights import (
+    TOKENIZER,
+    Weights,
+    build_model,
+    describe,
+    misfits,
+    open_model,
+    write_model,
+)
+
+DVAE_STAGE = "dvae"
+
+
+def stage_of(folder: Path) -> str:
+    """The stage by which the tokenizer of a folder was made: a dVAE's training, or an import."""
+    try:
+        stage = json.loads((folder / DESCRIPTION).read_bytes())["stage"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return DVAE_STAGE  # a run that still trains, or nothing: that reader tells
+    return TOKENIZER if stage == TOKENIZER else DVAE_STAGE
+
+
+def open_weights_of(folder: Path, step: int | None = None) -> Weights:
+    """The weights of a folder's tokenizer. Raises: as `open_model`."""
+    return open_model(folder, stage_of(folder), step)
+
+
+def describe_tokenizer(folder: Path) -> None:
+    """Verify the weights of a finished tokenizer. Raises: as `describe`."""
+    describe(folder, stage_of(folder))
+
+
+def facts_of(weights: Weights) -> TokenizerFacts:
+    """The facts of a tokenizer, without building its network."""
+    if weights.stage == TOKENIZER:
+        config = from_json(TokenizerConfig, weights.config)
+        return TokenizerFacts.of(config.kind, sizes_of(config), weights.digest)
+    return TokenizerFacts.of_dvae(from_json(DVAEConfig, weights.config), weights.digest)
+
+
+def open_tokenizer(
+    folder: Path,
+    device: torch.device = CPU,
+    precision: Precision = "fp32",
+    step: int | None = None,
+) -> ImageTokenizer:
+    """Load the tokenizer of a folder onto a device.
+
+    `precision` is the encoder's; pictures are always decoded in fp32.
+    Raises: InputError if there is none; CorruptError if a byte changed; ConfigError if the plug-in
+    or package that it needs is missing.
+    """
+    weights = open_weights_of(folder, step)
+    facts = facts_of(weights)
+    check(facts.problems())
+    network: Any = build_model(weights).to(device)
+    if weights.stage == TOKENIZER:
+        return NetworkTokenizer(network, facts, precision)
+    return DVAETokenizer(network, weights.digest, precision)
+
+
+def import_tokenizer(path: Path, out: Path, name: str, options: ReadOptions) -> TokenizerFacts:
+    """Convert another project's tokenizer to a finished model in the folder `out`.
+
+    `name` is its kind; empty: recognised by its files.
+    Raises: InputError if the files are not of that kind or hold values like NaN; ConfigError if
+    the sizes do not fit.
+    """
+    if (out / DESCRIPTION).exists():
+        raise InputError(f"{out} holds a finished model already; give another folder")
+    name = name or recognised(path)
+    sizes, tensors = kind_of(name).read(path, options)
+    check(sizes.problems() or TokenizerFacts.of(name, sizes, "").problems())
+    config = TokenizerConfig(kind=name, sizes=to_json(sizes))
+    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+    if wrong := misfits(TOKENIZER, config, shapes):
+        raise InputError(
+            f"{path} is not a whole {name} tokenizer: {len(wrong)} tensors do not fit, such as "
+            f"{wrong[0]}, which is {shapes.get(wrong[0], 'missing')}; copy it again"
+        )
+    broken = [key for key, value in tensors.items() if not value.isfinite().all()]
+    if broken:
+        raise InputError(f"{path}: {broken[0]} holds values like NaN; the tokenizer is of no use")
+    facts: dict[str, object] = {"imported": name}
+    read = _contiguous(tensors)
+    digest = write_model(out, TOKENIZER, vars(config), facts, shapes, read.__getitem__)
+    made = TokenizerFacts.of(name, sizes, digest)
+    LOG.info("%s: %d codes on %d x %d tokens", out, made.codebook, made.rows, made.columns)
+    return made
+
+
+def _contiguous(tensors: Any) -> dict[str, Tensor]:
+    return {key: value.float().contiguous() for key, value in tensors.items()}

@@ -1,0 +1,94 @@
+"""How a run gets its first weights: as drawn, from another run, or as adapters of another run.
+
+The base of adapters is loaded again whenever the run resumes, and has to stay the same.
+"""
+
+from typing import Any
+
+from checkpoint.reader import CheckpointReader
+from core.errors import ConfigError
+from core.files.atomic import Json
+from core.log import LOG
+from models.adapters import is_adapter
+from parallel.engines.protocol import Engine
+from parallel.world import World
+from training.ema import Average
+from training.initial.source import ADAPTERS, adapter_facts
+from training.initial.weights import DrawnWeights, InitialReader, load_initial
+from training.tasks.task import Task
+
+_SHOWN = 3
+
+
+class Start:
+    """The weights that a run starts from; made before the engine."""
+
+    def __init__(self, stage: str, task: Task[Any], settings: Any, world: World) -> None:
+        self._drawn = DrawnWeights(task.program) if settings.init else None
+        self._run = (stage, task, settings, world)
+        self._settings, self._adapts = settings, not task.program.saves_frozen
+        self.facts: Json = {}
+        """What is stored with adapters; empty for other runs."""
+
+    def load(self, engine: Engine, average: Average) -> list[Json]:
+        """Load the weights of settings.init at step 0, if it is set; collective.
+
+        Returns the event for the run's history.
+        """
+        if self._drawn is None:
+            return []
+        reader, event = self._open(self._drawn, engine)
+        engine.load_slices(reader)
+        average.load(reader)
+        return [event]
+
+    def load_base(self, engine: Engine, checkpoint: CheckpointReader) -> None:
+        """Load the base of adapters, before those of a checkpoint; collective.
+
+        Raises: ConfigError if they are those of another base.
+        """
+        if self._drawn is not None and self._adapts:
+            if not self.facts:
+                self._open(self._drawn, engine)
+            _refuse_other_base(checkpoint, self.facts)
+
+    def _open(self, drawn: DrawnWeights, engine: Engine) -> tuple[InitialReader, Json]:
+        reader, event = load_initial(drawn, *self._run)
+        if self._adapts:
+            self.facts = _facts(self._settings, event)
+            engine.load_frozen(reader)
+        return reader, event
+
+
+def _facts(settings: Any, event: Json) -> Json:
+    """The facts of a run's adapters, from the event that `load_initial` returns.
+
+    Raises: ConfigError if the base is not this model: its file must be its weights.
+    """
+    drawn = [name for name in event["new"] if not is_adapter(name)]
+    wrong = [*event["resized"], *drawn, *event["left"]]
+    if wrong:
+        raise ConfigError(
+            f"init={settings.init!r} is not a base for adapters: {len(wrong)} of its tensors do "
+            f"not fit as they are, such as {', '.join(wrong[:_SHOWN])}; adapters need a prior of "
+            "the same sizes, dVAE and tokenizer; train one with --init and without --lora.rank "
+            "first, e.g. with --freeze block"
+        )
+    if "/step-" in event["from"]:
+        LOG.warning(
+            "the adapters' base is %s, a checkpoint of an unfinished run: without it they are of "
+            "no use, so keep it from being deleted",
+            event["from"],
+        )
+    return {ADAPTERS: adapter_facts(settings.lora, event["from"], event["digest"], settings.out)}
+
+
+def _refuse_other_base(reader: CheckpointReader, mine: Json) -> None:
+    """Raise ConfigError if a checkpoint's adapters were trained on another base than `mine`."""
+    before, now = reader.facts["task"][ADAPTERS]["base"], mine[ADAPTERS]["base"]
+    if before["digest"] != now["digest"]:
+        raise ConfigError(
+            f"{reader.url} holds adapters of the model that was at {before['place']} (sha256 "
+            f"{before['digest']}), and {now['place']} has sha256 {now['digest']}; put that model "
+            "back, or give its place by --resume-with init=PLACE"
+        )

@@ -1,0 +1,89 @@
+"""Settings that a resumed run changes on purpose: `--resume-with optim.lr=1e-4,loop.steps=2000`.
+
+Imports no torch.
+"""
+
+import json
+from typing import Any, TypeVar
+
+from core.config import from_json, to_json, wrong_types
+from core.errors import did_you_mean
+
+T = TypeVar("T")
+_WHY = {
+    "model": "the checkpoint's tensors have these shapes; start a new run with --init",
+    "order": "the data order follows from it; start a new run with --init",
+    "loop.seed": "the data order follows from it; start a new run with --init",
+    "loop.global_batch_size": "the position in the data counts batches; start a new run with "
+    "--init",
+    "out": "give it as --out",
+    "resume_with": "it is the flag itself",
+}
+"""Settings, and groups of settings, that no run can change -> why, and what to do instead."""
+
+
+def changes_of(text: str) -> dict[str, Any]:
+    """`a.b=1,c=x` -> {"a.b": 1, "c": "x"}; values as JSON, else as text.
+
+    Raises: ValueError naming the part that is not SETTING=VALUE.
+    """
+    changes: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.partition("=")
+        if not equals or not name.strip():
+            raise ValueError(part)
+        try:
+            changes[name.strip().replace("-", "_")] = json.loads(value)
+        except ValueError:
+            changes[name.strip().replace("-", "_")] = value
+    return changes
+
+
+def resume_with_problems(settings: Any) -> list[str]:
+    """Problems of `settings.resume_with`: its form, its names and its types."""
+    try:
+        changes = changes_of(settings.resume_with)
+    except ValueError as error:
+        return [
+            f"resume_with: {str(error)!r} is not SETTING=VALUE; write e.g. "
+            "optim.lr=1e-4,loop.steps=2000"
+        ]
+    known, problems = _leaves(to_json(settings)), list[str]()
+    for name, value in changes.items():
+        if reason := _WHY.get(name) or _WHY.get(name.partition(".")[0]):
+            problems.append(f"resume_with: {name} cannot change: {reason}")
+        elif name not in known:
+            problems.append(f"resume_with: there is no setting {name!r}{did_you_mean(name, known)}")
+        else:
+            body: dict[str, Any] = {}
+            _set(body, name, value)
+            problems += wrong_types(type(settings), body, "resume_with")
+    return problems
+
+
+def with_changes(settings: T) -> T:
+    """The settings with the changes of their `resume_with`.
+
+    Raises: ValueError, KeyError or ConfigError if `resume_with_problems` has problems.
+    """
+    body = to_json(settings)
+    for name, value in changes_of(body["resume_with"]).items():
+        _set(body, name, value)
+    return from_json(type(settings), body)
+
+
+def _set(body: dict[str, Any], name: str, value: Any) -> None:
+    """Set a value by its dotted name."""
+    *groups, last = name.split(".")
+    for group in groups:
+        body = body.setdefault(group, {})
+    body[last] = value
+
+
+def _leaves(body: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every setting by its dotted name."""
+    leaves: dict[str, Any] = {}
+    for name, value in body.items():
+        nested = isinstance(value, dict)
+        leaves |= _leaves(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return leaves

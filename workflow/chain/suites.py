@@ -1,0 +1,85 @@
+"""The suites of a run: jobs of `tapir evaluate --suite` beside the stage evaluate."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.chain import Job
+from core.errors import TapirError
+from generation.evaluation.suites.record import read_recorded
+from generation.evaluation.suites.registry import SUITES, suite_called, suite_of
+from workflow.run_file import RunFile
+
+SUITES_FLAG, FOLDER = "suites", "suites"
+_MODELS = ("prior", "dvae", "clip", "bpe")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedSuite:
+    """One suite of a run file."""
+
+    given: str
+    """Name of a suite, or path of a suite.json."""
+    name: str
+    """Part of its job's name, and its folder."""
+    reads_data: bool
+
+
+def suite_jobs(run: RunFile, after: tuple[str, ...]) -> list[Job]:
+    """The jobs of all suites, which can run once the jobs `after` are done."""
+    models = [f"--{model}={run.folder(model)}" for model in _MODELS]
+    jobs = []
+    for suite in map(_planned, _given(run)):
+        data = [run.raw] if suite.reads_data else []
+        out = run.out / FOLDER / suite.name
+        command = ["evaluate", *data, f"--suite={suite.given}", f"--out={out}", *models]
+        jobs.append(
+            Job(
+                name=f"suite-{suite.name}",
+                command=tuple(command),
+                after=after,
+                resources=run.stages["evaluate"].resources,
+            )
+        )
+    return jobs
+
+
+def suite_problems(run: RunFile) -> list[str]:
+    """Problems of the suites of a run file."""
+    where, names, problems = f"stages.evaluate.flags.{SUITES_FLAG}", set[str](), []
+    for given in _given(run):
+        try:
+            suite, known = _planned(given), _suite(given)
+        except TapirError as error:
+            problems.append(f"{where}: {error}")
+            continue
+        if SUITES[known].data and suite_of(f"{known}:") == known:
+            problems.append(
+                f"{where}: {known} reads {known}:DIR; give it as the stage score, with a source"
+            )
+        if not re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", suite.name) or suite.name in names:
+            problems.append(
+                f"{where}: {given} has the name {suite.name!r}, which must be lower-case letters, "
+                "digits and -, each name once; rename the file"
+            )
+        names.add(suite.name)
+    return problems
+
+
+def _given(run: RunFile) -> list[str]:
+    spec = run.stages.get("evaluate")
+    given = spec.flags.get(SUITES_FLAG, []) if spec is not None else []
+    return [str(each) for each in (given if isinstance(given, list) else [given])]
+
+
+def _suite(given: str) -> str:
+    """Name of the suite. Raises: TapirError for an unknown one, or a file that is none."""
+    if given in SUITES or not given.endswith(".json"):
+        suite_called(given)
+        return given
+    return read_recorded(Path(given)).name
+
+
+def _planned(given: str) -> PlannedSuite:
+    name = Path(given).stem if given.endswith(".json") else given
+    return PlannedSuite(given=given, name=name, reads_data=bool(SUITES[_suite(given)].data))
