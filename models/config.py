@@ -175,7 +175,7 @@ class PriorConfig:
         if self.columns < 0:
             problems.append(f"model.columns={self.columns} is negative; 0 is a square grid")
         if self.positions == "rotary" and self.dim % (4 * self.heads):
-            fit = [h for h in range(1, self.dim + 1) if self.dim % (4 * h) == 0]
+            fit = [h for h in range(1, self.dim) if self.dim % (4 * h) == 0]
             near = min(fit, key=lambda h: abs(h - self.heads), default=0)
             problems.append(
                 "model.positions=rotary needs a multiple of 4 channels a head; model.dim="

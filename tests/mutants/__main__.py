@@ -36,7 +36,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make mutants", description=__doc__)
     parser.add_argument("--sample", type=int, default=0, help="mutants to try; 0 = all")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
-    parser.add_argument("--only", default="", help="of files whose path begins so")
+    parser.add_argument("--only", nargs="*", default=[""], help="of files whose path begins so")
     parser.add_argument("--patch", type=Path, help="a diff to try instead")
     parser.add_argument("--width", type=int, default=min(os.cpu_count() or 1, 8))
     asked = parser.parse_args()
@@ -49,7 +49,7 @@ def main() -> int:
     preload(chosen.modules, PACKAGES)
     if asked.patch:
         return _try_patch(asked.patch, chosen)
-    everything = [m for m in all_mutants() if m.path.startswith(asked.only)]
+    everything = [m for m in all_mutants() if m.path.startswith(tuple(asked.only))]
     if asked.sample:
         everything = random.Random(asked.seed).sample(
             everything, min(asked.sample, len(everything))

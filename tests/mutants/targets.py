@@ -16,6 +16,8 @@ PACKAGES = (
 
 _FILES = (
     "models/*.py",
+    "models/attention/*.py",
+    "models/critics/*.py",
     "models/tokenizers/config.py",
     "models/tokenizers/protocol.py",
     "models/tokenizers/renames.py",
@@ -35,11 +37,17 @@ _FILES = (
     "training/run/feed.py",
     "training/trainer.py",
     "training/ema.py",
+    "training/initial/carry_over.py",
     "training/tasks/*.py",
     "generation/sampling/draw.py",
     "generation/sampling/sampler.py",
     "generation/sampling/decoder.py",
     "generation/evaluation/accuracy.py",
+    "generation/evaluation/suites/best_of_n.py",
+    "generation/evaluation/suites/criteria.py",
+    "generation/evaluation/suites/fid.py",
+    "generation/evaluation/suites/geneval.py",
+    "generation/evaluation/suites/panels.py",
 )
 _ONLY = {
     "parallel/replicas.py": {"flat_average", "copy_parts"},

@@ -115,15 +115,14 @@ def rows_by_pieces(stored: Tensor, pieces: Pieces) -> Tensor:
 def interpolate_rows(stored: Tensor, rows: int) -> Tensor:
     """Linear interpolation along axis 0 between the centres of cells: (n, dim) -> (rows, dim)."""
     flat = stored.T[None]
-    return F.interpolate(flat, size=rows, mode="linear", align_corners=False)[0].T.contiguous()
+    return F.interpolate(flat, size=rows, mode="linear")[0].T.contiguous()
 
 
 def interpolate_grid(stored: Tensor, count: int) -> Tensor:
     """Bilinear interpolation of a square grid in raster order: (n * n, dim) -> (count, dim)."""
     before, after = isqrt(len(stored)), isqrt(count)
     grid = stored.view(before, before, -1).permute(2, 0, 1)[None]
-    sizes = (after, after)
-    grid = F.interpolate(grid, size=sizes, mode="bilinear", align_corners=False)
+    grid = F.interpolate(grid, size=(after, after), mode="bilinear")
     return grid[0].permute(1, 2, 0).reshape(count, -1)
 
 
@@ -155,8 +154,8 @@ def table(carried: Mapping[str, Carried], stored: Shapes) -> list[str]:
         shown += [row for row in inside if not row[3].startswith("taken")]
     if len(shown) == 1:
         return []
-    widths = [max(len(row[i]) for row in shown) for i in range(3)]
-    return ["  ".join([*map(str.ljust, row[:3], widths), row[3]]) for row in shown]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in shown]
 
 
 def _text(shape: tuple[int, ...] | None) -> str:
