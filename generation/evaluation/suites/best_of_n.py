@@ -95,7 +95,7 @@ class BestOfNSuite:
 
     def _measured(self) -> Measured:
         features, logits, scores = map(self._all, (_FEATURES, _LOGITS, _SCORES))
-        _, real = next(self._blocks.read(REAL, _FEATURES))
+        ((_, real),) = self._blocks.read(REAL, _FEATURES)
         rows = [
             _row(count, best_places(scores, count, self._settings.repeats), features, logits, real)
             for count in counts_up_to(scores.shape[1])

@@ -146,7 +146,7 @@ class PanelsSuite:
 
     def _numbers(self) -> list[int]:
         """Place of each prompt among those of its operation: the number of its candidate."""
-        numbers = [0] * len(self.prompts)
+        numbers = list(range(len(self.prompts)))
         for places in self._places.values():
             for number, place in enumerate(places):
                 numbers[place] = number

@@ -115,6 +115,16 @@ def _check_parts(layer: Layer, names: dict[str, torch.nn.Parameter]) -> None:
         assert torch.equal(out, names[name].detach().flatten()[70:160]), name
 
 
+def test_layers_that_draw_no_parts_are_adapted_too() -> None:
+    """ZeRO-3 alone asks for parts: a layer without `draw` is built, and has none afterwards."""
+    plain = prior_layers(CONFIG, 4)[1]
+    program = replace(prior_program(CONFIG, 4), layers=[plain, replace(plain, draw=None)])
+    drawn, built = adapted(program, LORA, 4).layers
+    assert drawn.draw is not None and built.draw is None
+    first, second = (dict(layer.build().named_parameters()) for layer in (drawn, built))
+    assert all(first[name].equal(second[name]) for name in first) and first.keys() == second.keys()
+
+
 def test_problems_name_their_fix() -> None:
     assert LORA.problems(48, "runs/prior", False) == []
     assert LoraConfig().problems(48, "", True) == []
@@ -124,3 +134,6 @@ def test_problems_name_their_fix() -> None:
     texts = LORA.problems(48, "", True)
     assert "--init" in texts[0] and "--compress.rank 0" in texts[1]
     assert LORA.scale == 2.0 and LoraConfig(rank=3).scale == 1.0
+    assert "lora.alpha=inf" in LoraConfig(alpha=float("inf")).problems(48, "", False)[0]
+    one = LoraConfig(rank=1)
+    assert len(one.problems(48, "", True)) == 2 and not one.problems(2, "runs/prior", False)

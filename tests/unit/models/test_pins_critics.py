@@ -102,7 +102,7 @@ def test_the_distance_of_two_sets_by_hand() -> None:
 
 
 class _Small(nn.Module):
-    """In place of torch-fidelity's network: features are sums of channels, logits their negatives."""
+    """For torch-fidelity's network: features are sums of channels, logits their negatives."""
 
     def __init__(self, name: str, outputs: list[str]) -> None:
         super().__init__()

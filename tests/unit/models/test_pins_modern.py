@@ -64,6 +64,18 @@ def test_text_turns_in_one_dimension_and_the_image_in_two() -> None:
     assert there[0].equal(cosines) and there[1].equal(sines)
 
 
+def test_turns_of_a_long_text_are_exact_and_on_the_cpu() -> None:
+    """Against double precision; fp32 angles of position 29,999 would be 1e-3 off."""
+    rotary_table.cache_clear()
+    with torch.device("meta"):
+        turns = rotary_table(30_000, 1, 2, 24)
+    for place in (0, 1, 777, 29_999):
+        angles = [place * 10_000 ** (-i / 6) for i in range(6)] * 2
+        for made, exact in zip(turns, (math.cos, math.sin), strict=True):
+            assert made[place, 0].tolist() == pytest.approx(list(map(exact, angles)), abs=1e-7)
+    assert turns[0].shape == turns[1].shape == (30_002, 1, 12)
+
+
 def test_turning_is_multiplication_by_complex_numbers() -> None:
     turns = rotary_table(2, 2, 3, 8)
     x = torch.randn(5, 8, 2, 8, generator=torch.Generator().manual_seed(1))
@@ -323,6 +335,8 @@ def test_a_tied_head_on_a_stage_of_its_own_starts_as_the_embedding() -> None:
 
 def test_the_defaults_are_the_paper_and_say_so() -> None:
     assert TINY.mask == (3, 2, 11, 0) and TINY.grid_columns == 2
+    assert (TINY.norm, TINY.mlp, TINY.positions) == ("layer", "gelu", "learned")
+    assert not TINY.qk_norm and not TINY.tied
     assert replace(TINY, columns=3).mask == (3, 2, 11, 3)
     assert replace(TINY, columns=3).image_length == 6
 
@@ -334,6 +348,10 @@ def test_the_defaults_are_the_paper_and_say_so() -> None:
         ({"columns": -1}, "model.columns=-1 is negative"),
         ({"positions": "rotary", "dim": 12, "heads": 2}, "2 heads has 6; try heads 1"),
         ({"positions": "rotary", "dim": 12, "heads": 3}, ""),
+        ({"positions": "rotary", "dim": 12, "heads": 4}, "4 heads has 3; try heads 3"),
+        ({"positions": "rotary", "dim": 48, "heads": 8}, "try heads 6"),
+        ({"positions": "rotary", "dim": 40, "heads": 20}, "try heads 10"),
+        ({"positions": "learned", "dim": 12, "heads": 4}, ""),
         ({"positions": "rotary", "dim": 6, "heads": 2}, "try dim 64"),
     ],
 )
