@@ -144,7 +144,7 @@ class NearestVector(Quantizer):
         rows, draws = outputs.permute(0, 2, 3, 1).flatten(0, 2), generator(seed, "codebook")
         weight = self.codebook.weight
         distance = torch.full((len(rows),), torch.inf, device=rows.device)
-        odds = torch.ones(len(rows), dtype=torch.float64, device="cpu")
+        odds = torch.ones(len(rows), device="cpu")
         for code in range(len(weight)):
             weight[code] = rows[int(torch.multinomial(odds, 1, generator=draws))]
             distance = distance.minimum((rows - weight[code]).square().sum(1))

@@ -72,7 +72,7 @@ def _built(tensors: dict[str, Tensor], path: Path) -> nn.Module:
             )
             return network
     except RuntimeError as error:
-        first = str(error).splitlines()[1:2] or [str(error)]
+        first = str(error).splitlines()[1:] or [str(error)]
         raise InputError(
             f"{path} holds other weights than this Inception's ({first[0].strip()[:100]}); {_HOW}"
         ) from error

@@ -56,10 +56,10 @@ class DiscriminatorConfig:
         if min(self.width, self.layers) < 1:
             problems.append("discriminator.width and layers must be at least 1")
         elif self.weight and (pixels >> self.layers) < _LEAST:
-            most = max((pixels // _LEAST).bit_length() - 1, 0)
+            most = (pixels // _LEAST).bit_length() - 1
             problems.append(
                 f"discriminator.layers={self.layers} leave fewer than {_LEAST} x {_LEAST} of "
-                f"{pixels} pixels; try {most}"
+                f"{pixels} pixels; try " + (f"{most}" if most > 0 else "--discriminator.weight 0")
             )
         return problems
 

@@ -131,6 +131,7 @@ def test_a_dvae_of_each_quantizer(quantizer: Any) -> None:
 def test_a_codebook_of_vq_is_saved_as_one_matrix() -> None:
     names = {n: tuple(p.shape) for n, p in DVAE(_config("vq")).named_parameters()}
     assert names["quantizer.codebook.weight"] == (30, 3)
+    assert DVAEConfig(quantizer="vq").code_channels == 8
     assert names["encoder.output.weight"] == (3, 16, 1, 1)
     assert names["decoder.input.weight"] == (8, 3, 1, 1)
     assert isinstance(build_quantizer(_config("gumbel")), Gumbel)

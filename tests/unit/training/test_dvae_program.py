@@ -1,5 +1,6 @@
 """Optional losses of the dVAE: one backward pass gives each network its own gradients."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,16 @@ def test_one_backward_pass_is_two(adversarial: float, tmp_path: Path) -> None:
     assert program.losses == ("loss", *names) and losses.keys() == set(program.losses)
 
 
+@pytest.mark.parametrize("alone", ["perceptual", "discriminator"])
+def test_each_optional_loss_works_alone(alone: str, tmp_path: Path) -> None:
+    extra = ExtraLosses(**{alone: getattr(EXTRA, alone)})
+    program, layer = _program(extra, tmp_path)
+    names = ["perceptual"] if alone == "perceptual" else ["adversarial", "discriminator"]
+    _, more = layer(_batch())
+    assert list(more) == names and program.losses[3:] == tuple(names)
+    assert set(program.loss(layer(_batch()), _batch())) == set(program.losses)
+
+
 @pytest.mark.parametrize(
     ("quantizer", "names"),
     [("gumbel", ("log_likelihood", "kl")), ("fsq", ("log_likelihood",))],
@@ -111,7 +122,8 @@ def test_the_discriminator_depends_on_the_seed() -> None:
     settings = DVAETrain(discriminator=RIVAL, perceptual=PerceptualConfig(weight=1.0))
     assert ExtraLosses.of(settings).discriminator == RIVAL
     assert ExtraLosses.of(settings).perceptual.weight == 1.0
-    assert ExtraLosses.of(settings).seed == settings.loop.seed
+    seeded = replace(settings, loop=replace(settings.loop, seed=7))
+    assert ExtraLosses.of(seeded).seed == 7 and ExtraLosses().seed == 0
 
 
 @pytest.mark.parametrize(
@@ -130,12 +142,33 @@ def test_the_discriminator_depends_on_the_seed() -> None:
         ({"discriminator": DiscriminatorConfig(weight=1.0, layers=4)}, "of 32 pixels; try 3"),
         ({"discriminator": DiscriminatorConfig(weight=1.0, layers=3)}, ""),
         ({"discriminator": DiscriminatorConfig(layers=4)}, ""),
+        ({"discriminator": DiscriminatorConfig(weight=math.inf)}, "discriminator.weight=inf"),
+        ({"discriminator": DiscriminatorConfig(width=1, layers=1, start=0.0)}, ""),
+        ({"perceptual": PerceptualConfig(weight=math.inf, vgg=Path("x"))}, "weight=inf"),
+        ({"perceptual": PerceptualConfig(weight=0.5, vgg=Path("x"), linear=Path("y"))}, ""),
         ({"perceptual": PerceptualConfig(weight=1.0, vgg=Path("x"))}, ""),
     ],
 )
 def test_problems_of_optional_losses(losses: dict[str, Any], problem: str) -> None:
     problems = DVAETrain(**losses).model_problems()
     assert len(problems) == bool(problem) and problem in "".join(problems)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "layers", "advice"),
+    [(24, 3, ""), (23, 3, "try 2"), (6, 1, ""), (6, 2, "try 1"), (4, 1, "weight 0"),
+     (2, 1, "weight 0")],
+)  # fmt: skip
+def test_convolutions_leave_three_pixels_a_side(pixels: int, layers: int, advice: str) -> None:
+    problems = DiscriminatorConfig(weight=1.0, layers=layers).problems(pixels)
+    assert len(problems) == bool(advice) and "".join(problems).endswith(advice)
+
+
+def test_a_score_of_the_default_discriminator_sees_70_pixels() -> None:
+    chosen, seen = DiscriminatorConfig(), 1
+    for stride in (1, 1, *[2] * chosen.layers):
+        seen = (seen - 1) * stride + 4
+    assert (seen, chosen.width, chosen.start, chosen.weight) == (70, 64, 0.25, 0)
 
 
 @pytest.mark.seconds
