@@ -116,6 +116,9 @@ def test_a_dvae_of_each_quantizer(quantizer: Any) -> None:
     model.calibrate(image, 1)
     outputs = model.logits(image)
     assert outputs.std((0, 2, 3)).tolist() == pytest.approx([1.0] * outputs.shape[1], rel=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):  # codes and the penalty are of 32 bits
+        penalty = model(image, ONE, torch.arange(4))[0].penalty
+    assert penalty.dtype == torch.float32
     codes = model.tokens(image)
     assert codes.shape == (4, 64) and codes.dtype == torch.int64 and int(codes.max()) < 30
     assert codes.equal(model.quantizer.codes(outputs).flatten(1)) and len(codes.unique()) > 9

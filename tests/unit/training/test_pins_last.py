@@ -27,6 +27,7 @@ from models import keyed_noise as noise
 from models.clip import Clip
 from models.code_encoder import CodeReader
 from models.config import ClipConfig, DVAEConfig
+from models.critics.perceptual import Perceptual
 from models.dvae import DVAE
 from models.initialization import init_fan_in, init_normal
 from models.prior import PriorHead, prior_program
@@ -54,6 +55,7 @@ from training.ema import Average
 from training.tasks import dvae as dvae_task
 from training.tasks import prior as tasks
 from training.tasks.dvae import DVAETask
+from training.tasks.dvae_config import PerceptualConfig
 
 
 def test_symbols_that_are_no_letters_are_never_cut() -> None:
@@ -238,12 +240,25 @@ def test_validation_pictures_are_looked_at_in_parts(
     assert calls == parts
     grey = torch.full((1, 3, 1, 1), 0.75)
     assert dvae_task._rows(grey, grey).tolist() == [[[191] * 3], [[191] * 3]]
+    values = torch.tensor([[0.0, 0.75, 2.0], [-1.0, 0.5, 1.0]]).view(1, 3, 1, 2)
+    assert dvae_task._bytes(values).tolist() == [[[[0, 255, 128], [191, 0, 255]]]]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("start", ["calibrated", "paper"])
-def test_a_dvae_is_calibrated_where_its_start_says_so(start: Any, tmp_path: Path) -> None:
-    """On the first pictures of the train split; otherwise it keeps its drawn weights."""
+@pytest.mark.parametrize(
+    ("start", "quantizer", "vgg"),
+    [("calibrated", "gumbel", None), ("paper", "gumbel", None), ("calibrated", "vq", Path("vgg"))],
+)
+def test_a_dvae_is_calibrated_where_its_start_says_so(
+    start: Any, quantizer: Any, vgg: Path | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the first pictures of the train split; otherwise it keeps its drawn weights.
+
+    Without a file of VGG16, nothing fills its weights, as in a plan.
+    """
+    filled: list[Any] = []
+    monkeypatch.setattr(Perceptual, "fill", lambda self, *files: filled.append(files))
+    perceptual = PerceptualConfig(weight=float(start == "calibrated"), vgg=vgg, linear=vgg)
     store = FolderStore(tmp_path)
     for split in SPLITS:
         writer = RawWriter(store, split, PackConfig(block=2))
@@ -252,17 +267,20 @@ def test_a_dvae_is_calibrated_where_its_start_says_so(start: Any, tmp_path: Path
             writer.add(make_pair(name, _picture(i, 8).image, ".png", b"x", name), "x")
         writer.flush()
         write_split(store, f"{split}/", [writer.shards], {}, {})
-    config = DVAEConfig(pixels=8, width=4, groups=2, codebook=5, init=start)
+    config = DVAEConfig(
+        pixels=8, width=4, groups=2, codebook=5, vector=5, init=start, quantizer=quantizer
+    )
     task = DVAETask(
         DVAETrain(
             data=str(tmp_path), model=config, loop=LoopConfig(global_batch_size=2, seed=3),
-            order=OrderConfig(lanes=1, shuffle_buffer=1),
+            order=OrderConfig(lanes=1, shuffle_buffer=1), perceptual=perceptual,
         )
     )  # fmt: skip
+    assert filled == ([] if vgg is None else [(vgg, vgg)])
     expected = DVAE(config, 3)
     first = task._squares(first_records(task.train, 4), task.train)
     if start == "calibrated":
-        expected.calibrate(first)
+        expected.calibrate(first, 3)
         deviations = task.dvae.logits(first).std((0, 2, 3))
         assert deviations.tolist() == pytest.approx([1.0] * 5, rel=1e-4)
     state = task.dvae.state_dict()
