@@ -30,7 +30,7 @@ class CodeReader:
         body, output = encoder[:-1], encoder[-1]
         assert isinstance(body, nn.Sequential) and isinstance(output, nn.Conv2d)
         self._body, self._output = body, output
-        self._quantizer = copy.deepcopy(dvae.quantizer).eval().requires_grad_(False)
+        self._quantizer = copy.deepcopy(dvae.quantizer).eval()
         for block in self._body:
             if isinstance(block, ResidualBlock):
                 for parameter in block.convs[-1].parameters():

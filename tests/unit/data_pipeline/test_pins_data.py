@@ -141,6 +141,15 @@ def test_the_crop_of_the_papers_second_listing(
     assert view.shape == (28, 28, 3) and _corner(view) == corner
 
 
+def test_a_tokenizer_gets_the_crop_that_it_wants() -> None:
+    """The central one draws nothing: it starts at half of the 48 pixels of excess."""
+    rng = _Fixed(8, 32, np.array([0, 0]))
+    view = images.tokenizer_crop(_ramp(32, 80), 32, "center", rng)  # type: ignore[arg-type]
+    assert rng.asked == [] and _corner(view) == (0, 24)
+    view = images.tokenizer_crop(_ramp(32, 40), 32, "random", rng)  # type: ignore[arg-type]
+    assert len(rng.asked) == 3 and _corner(view) == (0, 8)
+
+
 def test_a_large_picture_is_scaled_to_at_most_nine_eighths() -> None:
     rng = _Fixed(8, 18, np.array([2, 0]))
     view = images.prior_crop(_ramp(64, 80), 16, rng)  # type: ignore[arg-type]

@@ -69,6 +69,7 @@ def test_an_adapter_is_cut_as_its_weight(kind: type[ColumnLinear | RowLinear]) -
 def test_the_six_matrices_alone_are_adapted_and_the_rest_is_frozen() -> None:
     program = adapted(prior_program(CONFIG, 0), LORA, 0)
     assert not program.saves_frozen and program.compressed == ()
+    assert prior_program(CONFIG, 0).saves_frozen
     whole = Whole(program, EngineConfig(), CPU)
     names = whole.stage.global_names()
     trained = {name for name, p in names.items() if p.requires_grad}

@@ -11,11 +11,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from core.errors import InputError
+from models.config import DVAEConfig
 from models.critics import inception
 from models.critics.discriminator import Discriminator
 from models.critics.fid import frechet_distance_of_few
 from models.critics.inception import Inception
 from models.critics.perceptual import Perceptual, _unit, read_tensors
+from models.dvae import DVAE
 from models.initialization import generator
 from models.quantizers import NearestVector
 from parallel.device import CPU
@@ -81,6 +83,19 @@ def test_a_codebook_starts_by_k_means_plus_plus(default: torch.device) -> None:
         codes.append(rows[row])
         odds = [min(float((x - code).square().sum()) for code in codes) for x in rows]
     assert quantizer.codebook.weight.equal(torch.stack(codes))
+
+
+@torch.no_grad()
+def test_a_dvae_is_calibrated_by_seed_0_if_none_is_given() -> None:
+    config = DVAEConfig(
+        pixels=8, width=4, groups=1, quantizer="vq", codebook=6, vector=3, code_width=4
+    )
+    image, starts = torch.rand(3, 3, 8, 8, generator=generator(0, "image")), []
+    for seed in ((), (0,), (1,)):
+        model = DVAE(config, 2)
+        model.calibrate(image, *seed)
+        starts.append(model.quantizer.get_parameter("codebook.weight").clone())
+    assert starts[0].equal(starts[1]) and not starts[0].equal(starts[2])
 
 
 def test_the_nearest_code_is_taken_of_codes_of_any_length() -> None:

@@ -26,7 +26,7 @@ from models.attention.flexible import BLOCK, block_mask
 from models.attention.masks import full_mask, image_mask
 from models.clip import Clip
 from models.code_encoder import CodeReader
-from models.config import ClipConfig, DVAEConfig
+from models.config import ClipConfig, DVAEConfig, PriorConfig
 from models.dvae import DVAE
 from models.initialization import generator, init_fan_in, init_normal
 from models.logit_laplace import kl_to_uniform
@@ -42,6 +42,7 @@ from parallel.engines.protocol import EngineSettings
 from parallel.mesh import Group
 from parallel.placement import Placement
 from parallel.scales import Branch, Scale
+from parallel.tensor.ops import TensorParallel
 from tests.unit.models.test_models import CONFIG, prior_batch, trained_like
 from training.config import ClipTrain, LoopConfig, PriorTrain
 from training.tasks import prior as tasks
@@ -127,7 +128,25 @@ def test_dropout_wants_the_tokenizer_of_the_tokens(
             task._open_dropout()
     else:
         assert task._open_dropout() == (("tokenizer", 0.1) if rate else None)
-    assert task.facts() == {"tokenizer": "same", "dvae": "d", "grid": 4, "caption_dropout": 0.0}
+    facts = {"tokenizer": "same", "dvae": "d", "grid": 4, "caption_dropout": 0.0}
+    assert task.facts() == facts
+    task._facts["columns"] = 6
+    assert task.facts() == {**facts, "columns": 6}
+
+
+@pytest.mark.parametrize(("columns", "codes"), [(None, 4), (3, 6)])
+def test_a_set_without_columns_has_a_square_grid(
+    columns: int | None, codes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = {"text_vocabulary": 5, "image_vocabulary": 4, "grid": 2}
+    facts |= {"columns": columns} if columns else {}
+    source = SimpleNamespace(manifest=SimpleNamespace(facts=facts), has_index=False)
+    monkeypatch.setattr(tasks, "open_source", lambda *_: source)
+    monkeypatch.setattr(tasks, "refuse_unfit", lambda *_: None)
+    small = PriorConfig(dim=8, heads=1, layers=1, text_length=3)
+    config = PriorTask(PriorTrain(model=small), TensorParallel()).model_config
+    assert config.image_length == codes and config.grid_columns == (columns or 2)
+    assert (config.text_vocabulary, config.image_vocabulary, config.grid) == (5, 4, 2)
 
 
 def test_lengths_of_captions_are_their_tokens() -> None:
