@@ -21,7 +21,7 @@ KERNEL, PADDING = 4, 1
 class PatchConv(nn.Conv2d):
     """A convolution whose weights can be held constant for one call."""
 
-    def forward(self, x: Tensor, fixed: bool) -> Tensor:
+    def forward(self, x: Tensor, fixed: bool) -> Tensor:  # type: ignore[override]
         """(B, C, h, w); `fixed`: gradients reach the input alone."""
         assert self.bias is not None, "every layer has one"
         weight, bias = self.weight, self.bias
