@@ -167,6 +167,16 @@ def _dense(block: Any, config: PriorConfig, x: Tensor) -> Tensor:
     return x + (gate * gate.sigmoid() * up) @ block.down.weight + block.down.bias
 
 
+@pytest.mark.parametrize("options", [{}, ALL])
+def test_each_parameter_of_a_block_has_the_scale_of_its_branch(options: dict[str, Any]) -> None:
+    block = PriorBlock(replace(TINY, **options), 1, ALONE)
+    owners = {id(p): name for name, (_, own) in block.branches().items() for p in own}
+    found = {name: owners.pop(id(p)) for name, p in block.named_parameters()}
+    mlp = {"mlp_norm", "gate", "up", "down"}
+    assert found and not owners
+    assert all((branch == "mlp") == (name.split(".")[0] in mlp) for name, branch in found.items())
+
+
 def test_a_gated_mlp_is_about_as_large_as_the_other() -> None:
     """8/3 of 192 is 512; of 64, 171, rounded up to 192; of 3968, 10,581 to 10,624."""
     widths = {dim: PriorConfig(dim=dim, mlp="gated").hidden for dim in (192, 64, 3968)}
