@@ -131,6 +131,23 @@ def test_a_dvae_of_each_quantizer(quantizer: Any) -> None:
         torch.testing.assert_close(model.picture(codes), again, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("quantizer", "init", "fan_in"),
+    [("gumbel", "calibrated", 1), ("gumbel", "paper", 64), ("vq", "calibrated", 16),
+     ("vq", "paper", 16), ("fsq", "calibrated", 3), ("fsq", "paper", 3)],
+)  # fmt: skip
+def test_a_decoder_starts_by_its_inputs_that_are_not_zero(
+    quantizer: Any, init: Any, fan_in: int
+) -> None:
+    """One of a one-hot code, unless the start is the paper's; all of a vector."""
+    config = DVAEConfig(
+        pixels=4, width=4, groups=1, code_width=256, codebook=64, vector=16, levels=(4, 4, 4),
+        quantizer=quantizer, init=init,
+    )  # fmt: skip
+    drawn = DVAE(config, 1).get_parameter("decoder.input.weight").detach()
+    assert float(drawn.square().mean()) * fan_in == pytest.approx(1, abs=0.15)
+
+
 def test_a_codebook_of_vq_is_saved_as_one_matrix() -> None:
     names = {n: tuple(p.shape) for n, p in DVAE(_config("vq")).named_parameters()}
     assert names["quantizer.codebook.weight"] == (30, 3)
