@@ -3,21 +3,26 @@
 The tiny prior is trained on one process with each option alone and with all of them, from SEEDS
 seeds, for the CPU time of STEPS steps of the paper. Steps of all options are timed in turns first.
 The learning rate decays over as many steps as fit. The figure is the loss on the validation split.
+What was timed and trained is kept in .cache, so that an interrupted benchmark goes on.
 """
 
+import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import count, islice
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from bench.support.rows import bench_row
 from bench.support.sizes import cache, sized
 from bench.support.tokens import make_tokens
+from core.files.atomic import canonical_json, write_atomic
 from core.keys import keyed_rng
 from core.storage.store import open_store
 from data_pipeline.formats.tokens import TokenRecord, TokenSource
@@ -31,6 +36,7 @@ from training.presets import prior_tiny
 from training.schedules import learning_rate
 from training.tasks.prior import token_batch
 
+T = TypeVar("T")
 STEPS, SEEDS, ROUNDS = sized((240, 3, 10), (3, 2, 1))
 SETS: dict[str, tuple[int, int]] = {
     "shapes": sized((12_000, 600), (400, 2)),
@@ -57,16 +63,23 @@ def run() -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     rows = []
     for source, (pairs, steps) in SETS.items():
-        tokens = make_tokens(cache(f"prior-options-{source}"), pairs, steps, source)
+        folder = cache(f"prior-options-{source}")
+        tokens = make_tokens(folder, pairs, steps, source)
         train, held_out = (TokenSource(open_store(tokens), split) for split in _SPLITS)
         config = _config(train)
         records, held = _records(train), _records(held_out)
         configs = {name: replace(config, **options) for name, options in OPTIONS.items()}
-        seconds = _seconds(configs, records)
+        seconds = _kept(folder / "seconds.json", partial(_seconds, configs, records))
         paper: list[float] = []
         for name, model in configs.items():
             steps = round(STEPS * seconds["paper"] / seconds[name])
-            losses = [_trained(model, records, held, seed, steps) for seed in range(SEEDS)]
+            losses = [
+                _kept(
+                    folder / f"{name}-{steps}-{seed}.json",
+                    partial(_trained, model, records, held, seed, steps),
+                )
+                for seed in range(SEEDS)
+            ]
             paper = paper or losses
             value = statistics.mean(losses)
             print(f"{source}, {name}: {value:.4f} after {steps} steps", file=sys.stderr)
@@ -80,6 +93,14 @@ def run() -> list[dict[str, Any]]:
                 )
             )
     return rows
+
+
+def _kept(path: Path, make: Callable[[], T]) -> T:
+    """What a file holds, made first if it is missing."""
+    if not path.exists():
+        write_atomic(path, canonical_json(make()))
+    kept: T = json.loads(path.read_text())
+    return kept
 
 
 _SPLITS = ("train", "validation")
