@@ -159,13 +159,14 @@ def run_file(folder: Path, **stages: Any) -> Path:
     """A run file with some stages and data in the folder."""
     body = {"name": "run", "out": str(folder / "out"), "store": str(folder), "stages": stages}
     path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(body))
+    path.write_text(yaml.safe_dump(body).replace("OUT", str(folder / "out")))
     return path
 
 
 PAPER = {"preset": "paper_12b", "flags": {"loop.validation_samples": 512}}
 SHAPES = {"source": "shapes", "flags": {"count": 600}}
 HALF = {"source": "shapes", "flags": {"count": 900, "validation": 0.4}}
+PAIRS: dict[str, Any] = {"pack": {"source": "shapes"}}
 SMALL: dict[str, Any] = {"preset": "small", "flags": {"model.pixels": 32}}
 
 
@@ -289,6 +290,27 @@ def test_submit_reads_each_set_of_a_mixture(
         (
             {"pack": {"source": "shapes"}, "dvae": {"flags": {"init": "nowhere"}}},
             "stages.dvae.flags.init='nowhere' holds no weights",
+        ),
+        ({**PAIRS, "dvae": {"flags": {"init": "OUT/dvae"}}}, "dvae' holds no weights"),
+        (
+            {**PAIRS, "dvae": {"flags": {"init_bpe": "nowhere"}}},
+            "stages.dvae.flags.init_bpe='nowhere' holds no tokenizer.json",
+        ),
+        *(
+            ({**PAIRS, "dvae": {"flags": flags}}, rf"stages.dvae.flags.{name}='no.pth': there is")
+            for name, flags in {
+                "perceptual.vgg": {"perceptual.weight": 1, "perceptual.vgg": "no.pth"},
+                "perceptual.linear": {
+                    "perceptual.weight": 1,
+                    "perceptual.vgg": __file__,
+                    "perceptual.linear": "no.pth",
+                },
+                "rfid": {"rfid": "no.pth"},
+            }.items()
+        ),
+        (
+            {"score": {"source": "coco:/x", "flags": {"inception": "no.pth"}}},
+            "stages.score.flags.inception='no.pth': there is no such file of weights",
         ),
     ],
 )
