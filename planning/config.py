@@ -67,6 +67,8 @@ class ModelFlags:
     """Two matrices, or three."""
     tied: bool | None = None
     """Use the token embeddings as output matrices too."""
+    columns: int | None = None
+    """Columns of the token grid, if they are not as many as its rows."""
 
     def applied(self, model: PriorConfig) -> PriorConfig:
         """The model with these options in place of its own."""
