@@ -367,6 +367,16 @@ def test_a_run_on_too_small_a_split_ends_before_its_model_is_built(
         ClipTask(other_clip, World())
 
 
+@pytest.mark.parametrize("text", ["", "no safetensors"])
+def test_weights_for_validations_are_looked_at_first(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "inception.safetensors"
+    if text:
+        path.write_text(text)
+    message = "is not a safetensors file" if text else "there are no Inception weights at"
+    with pytest.raises(InputError, match=message):
+        DVAETask(DVAETrain(rfid=path))
+
+
 @pytest.mark.world
 def test_ranks_that_would_fail_at_validation_do_not_start(tokens: Path, tmp_path: Path) -> None:
     wide = ["--order.lanes=128", "--loop.global-batch-size=128", f"--out={tmp_path / 'run'}"]
