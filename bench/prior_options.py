@@ -32,7 +32,7 @@ from training.presets import prior_tiny
 from training.schedules import learning_rate
 from training.tasks.prior import token_batch
 
-SECONDS, SEEDS, TIMED = sized((150.0, 3, 12), (0.2, 2, 2))
+SECONDS, SEEDS, TIMED = sized((100.0, 3, 12), (0.2, 2, 2))
 SETS: dict[str, tuple[int, int]] = {
     "shapes": sized((12_000, 600), (400, 2)),
     "emoji": sized((3_000, 600), (300, 2)),
