@@ -10,7 +10,9 @@ from cli.cluster import submit
 from core.flags import parse_over
 from core.known_flags import flag_text, known_flags
 from models.config import PriorConfig
-from planning.config import ModelFlags
+from planning.config import DVAEFlags, ModelFlags, PlanFlags
+from planning.dvae import dvae_parameters
+from planning.plan import planned_settings
 from planning.rehearse_presets import laid_out
 from tests.harness import ROOT
 from tests.unit.workflow.test_needs import run_file
@@ -97,3 +99,31 @@ def test_plan_has_every_option_of_a_prior() -> None:
     }
     made = ModelFlags(**given).applied(PriorConfig())
     assert {name: getattr(made, name) for name in options} == given
+
+
+def test_plan_has_every_option_of_a_dvae() -> None:
+    """Those of its network, and its optional losses."""
+    new = new_flags("dvae")
+    options = {name.removeprefix("model.") for name in new if name.startswith("model.")}
+    losses = {name for name in new if name.endswith(".weight")}
+    assert set(known_flags(DVAEFlags, flat=True).types) == options | losses
+    plain = planned_settings(PlanFlags(preset="paper_dvae"))
+    fsq = DVAEFlags(
+        quantizer="fsq", levels=(8, 8, 16), perceptual_weight=1.0, discriminator_weight=0.1
+    )
+    chosen = planned_settings(PlanFlags(preset="paper_dvae", dvae=fsq))
+    assert (chosen.model.quantizer, chosen.model.levels) == ("fsq", (8, 8, 16))
+    assert chosen.model.codebook == 1024 and dvae_parameters(chosen.model) < 0.9 * dvae_parameters(
+        plain.model
+    )
+    assert (chosen.perceptual.weight, chosen.discriminator.weight) == (1.0, 0.1)
+    wide = planned_settings(
+        PlanFlags(preset="paper_dvae", dvae=DVAEFlags(quantizer="vq", vector=16))
+    )
+    assert wide.model.vector == 16 and wide.model.codebook == plain.model.codebook
+    for preset, flags in (
+        ("paper_12b", {"dvae": fsq}),
+        ("paper_dvae", {"model": ModelFlags(tied=True)}),
+    ):
+        (problem,) = PlanFlags(preset=preset, **flags).problems()  # type: ignore[arg-type]
+        assert problem.endswith("leave its options out")
