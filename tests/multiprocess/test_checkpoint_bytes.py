@@ -111,7 +111,7 @@ def _engine(settings: PriorTrain, mesh: Mesh, start: str, seed: int = SEED) -> E
         seed=SEED,
         errors=settings.checkpoint.errors,
     )
-    engine = build_engine(prior_program(settings.model, seed, mesh.shared), chosen, mesh)
+    engine: Engine = build_engine(prior_program(settings.model, seed, mesh.shared), chosen, mesh)
     if start:
         engine.load_slices(open_checkpoint(start))
     return engine

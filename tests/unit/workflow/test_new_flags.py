@@ -94,7 +94,7 @@ def test_plan_has_every_option_of_a_prior() -> None:
     }
     planned = known_flags(ModelFlags, flat=True).types
     assert planned == {n: kind | None if kind is bool else kind for n, kind in options.items()}
-    given = {
+    given: dict[str, Any] = {
         name: 7 if name == "columns" else _other(kind, False) for name, kind in options.items()
     }
     made = ModelFlags(**given).applied(PriorConfig())
