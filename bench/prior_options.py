@@ -22,7 +22,7 @@ import torch
 from bench.support.rows import bench_row
 from bench.support.sizes import cache, sized
 from bench.support.tokens import make_tokens
-from core.files.atomic import canonical_json, write_atomic
+from core.files.atomic import write_atomic
 from core.keys import keyed_rng
 from core.storage.store import open_store
 from data_pipeline.formats.tokens import TokenRecord, TokenSource
@@ -98,7 +98,7 @@ def run() -> list[dict[str, Any]]:
 def _kept(path: Path, make: Callable[[], T]) -> T:
     """What a file holds, made first if it is missing."""
     if not path.exists():
-        write_atomic(path, canonical_json(make()))
+        write_atomic(path, json.dumps(make()).encode())
     kept: T = json.loads(path.read_text())
     return kept
 
