@@ -4,8 +4,8 @@ import json
 import re
 import shutil
 import subprocess
-import tempfile
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
