@@ -1,24 +1,28 @@
 """The loss that each option of the prior reaches in equal time, on shapes and on emoji.
 
-The tiny prior is trained on one process for SECONDS of its CPU time with each option alone and with
-all of them, from SEEDS seeds. A few steps are timed first, so that the learning rate decays over as
-many steps as fit. The figure is the loss on the validation split; of emoji, with as few pictures as
-there are, also the steps tell how fast an option is.
+The tiny prior is trained on one process with each option alone and with all of them, from SEEDS
+seeds, for the CPU time of STEPS steps of the paper. Steps of all options are timed in turns first.
+The learning rate decays over as many steps as fit. The figure is the loss on the validation split.
+What was timed and trained is kept in .cache, so that an interrupted benchmark goes on.
 """
 
+import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import count, islice
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from bench.support.rows import bench_row
 from bench.support.sizes import cache, sized
 from bench.support.tokens import make_tokens
+from core.files.atomic import write_atomic
 from core.keys import keyed_rng
 from core.storage.store import open_store
 from data_pipeline.formats.tokens import TokenRecord, TokenSource
@@ -32,7 +36,8 @@ from training.presets import prior_tiny
 from training.schedules import learning_rate
 from training.tasks.prior import token_batch
 
-SECONDS, SEEDS, TIMED = sized((150.0, 3, 12), (0.2, 2, 2))
+T = TypeVar("T")
+STEPS, SEEDS, ROUNDS = sized((240, 3, 10), (3, 2, 1))
 SETS: dict[str, tuple[int, int]] = {
     "shapes": sized((12_000, 600), (400, 2)),
     "emoji": sized((3_000, 600), (300, 2)),
@@ -58,20 +63,29 @@ def run() -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     rows = []
     for source, (pairs, steps) in SETS.items():
-        tokens = make_tokens(cache(f"prior-options-{source}"), pairs, steps, source)
+        folder = cache(f"prior-options-{source}")
+        tokens = make_tokens(folder, pairs, steps, source)
         train, held_out = (TokenSource(open_store(tokens), split) for split in _SPLITS)
         config = _config(train)
         records, held = _records(train), _records(held_out)
+        configs = {name: replace(config, **options) for name, options in OPTIONS.items()}
+        seconds = _kept(folder / "seconds.json", partial(_seconds, configs, records))
         paper: list[float] = []
-        for name, options in OPTIONS.items():
-            trained = [_trained(replace(config, **options), records, held, s) for s in range(SEEDS)]
-            losses, steps_done = zip(*trained, strict=True)
-            paper = paper or list(losses)
-            value, done = statistics.mean(losses), statistics.mean(steps_done)
-            print(f"{source}, {name}: {value:.4f} after {done:.0f} steps", file=sys.stderr)
+        for name, model in configs.items():
+            steps = round(STEPS * seconds["paper"] / seconds[name])
+            losses = [
+                _kept(
+                    folder / f"{name}-{steps}-{seed}.json",
+                    partial(_trained, model, records, held, seed, steps),
+                )
+                for seed in range(SEEDS)
+            ]
+            paper = paper or losses
+            value = statistics.mean(losses)
+            print(f"{source}, {name}: {value:.4f} after {steps} steps", file=sys.stderr)
             rows.append(
                 bench_row(
-                    f"{source}: {name}, {done:.0f} steps in {SECONDS:g} s",
+                    f"{source}: {name}, {steps} steps in the time of {STEPS}",
                     value,
                     "validation loss, nats per token",
                     f"the paper's {statistics.mean(paper):.4f}",
@@ -79,6 +93,14 @@ def run() -> list[dict[str, Any]]:
                 )
             )
     return rows
+
+
+def _kept(path: Path, make: Callable[[], T]) -> T:
+    """What a file holds, made first if it is missing."""
+    if not path.exists():
+        write_atomic(path, json.dumps(make()).encode())
+    kept: T = json.loads(path.read_text())
+    return kept
 
 
 _SPLITS = ("train", "validation")
@@ -106,26 +128,46 @@ def _endless(records: list[TokenRecord], seed: int) -> Iterator[TokenRecord]:
             yield records[i]
 
 
-def _trained(
-    config: PriorConfig, records: list[TokenRecord], held_out: list[TokenRecord], seed: int
-) -> tuple[float, int]:
-    """Train for SECONDS; returns the loss on `held_out`, and the number of steps."""
+def _engine(config: PriorConfig, seed: int) -> ReferenceEngine:
     settings = EngineSettings(
         optim=TINY.optim, engine=EngineConfig(), compress=CompressConfig(), seed=seed
     )
-    engine = ReferenceEngine(prior_program(config, seed), settings, Mesh())
+    return ReferenceEngine(prior_program(config, seed), settings, Mesh())
+
+
+def _seconds(configs: dict[str, PriorConfig], records: list[TokenRecord]) -> dict[str, float]:
+    """CPU seconds of a step of each, in turns; medians over ROUNDS, after one that is not timed."""
+    engines = {name: _engine(config, 0) for name, config in configs.items()}
+    times: dict[str, list[float]] = {name: [] for name in configs}
+    for number in range(ROUNDS + 1):
+        for name, engine in engines.items():
+            batch = token_batch(records[:BATCH], configs[name].text_length)
+            began = time.process_time()
+            engine.step([batch], learning_rate(TINY.optim, number, 10**9))
+            times[name].append(time.process_time() - began)
+    for engine in engines.values():
+        engine.close()
+    return {name: statistics.median(each[1:]) for name, each in times.items()}
+
+
+def _trained(
+    config: PriorConfig,
+    records: list[TokenRecord],
+    held_out: list[TokenRecord],
+    seed: int,
+    steps: int,
+) -> float:
+    """Train for some steps; returns the loss on `held_out`."""
+    engine = _engine(config, seed)
     samples = _endless(records, seed)
-    began, steps, step = time.process_time(), TIMED, 0
-    while step < steps:
+    for step in range(steps):
         chosen = list(islice(samples, BATCH))
-        rate = learning_rate(TINY.optim, step, steps if step >= TIMED else 10**9)
-        engine.step([token_batch(chosen, config.text_length)], rate)
-        step += 1
-        if step == TIMED:
-            steps = max(TIMED, int(SECONDS * TIMED / (time.process_time() - began)))
+        engine.step(
+            [token_batch(chosen, config.text_length)], learning_rate(TINY.optim, step, steps)
+        )
     losses = [
         float(engine.evaluate(token_batch(held_out[i : i + BATCH], config.text_length))["loss"])
         for i in range(0, len(held_out) - BATCH + 1, BATCH)
     ]
     engine.close()
-    return statistics.mean(losses), steps
+    return statistics.mean(losses)

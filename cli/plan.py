@@ -12,12 +12,12 @@ from core.errors import EXIT_FAILED
 from core.flags import FLAT, PositionalText, parse, print_json
 from core.log import LOG
 from models.config import LoraConfig
-from planning.config import ClusterFlags, ModelFlags, PlanFlags
+from planning.config import ClusterFlags, DVAEFlags, ModelFlags, PlanFlags
 from planning.data_jobs import DataFlags, data_json, describe_data
 from planning.plan import make_plan, write_calibration
 from planning.report import plan_json, published_json, show, show_published
 
-_USUAL, _JOBS, _MODEL = ClusterFlags(), DataFlags(), ModelFlags()
+_USUAL, _JOBS, _MODEL, _DVAE = ClusterFlags(), DataFlags(), ModelFlags(), DVAEFlags()
 
 
 def plan(arguments: list[str]) -> None:
@@ -41,6 +41,7 @@ def _given(
     cluster: Annotated[ClusterFlags, FLAT] = _USUAL,
     jobs: Annotated[DataFlags, FLAT] = _JOBS,
     model: Annotated[ModelFlags, FLAT] = _MODEL,
+    dvae: Annotated[DVAEFlags, FLAT] = _DVAE,
 ) -> None:
     """Predict whether a model fits on a cluster, its fastest layout, and the training time.
 
@@ -63,6 +64,7 @@ def _given(
         lora_rank: as `tapir train prior --lora.rank`: rank of a prior's adapters
         cluster: overrides of the default cluster of these GPUs
         model: options of the prior, as of `tapir train prior`
+        dvae: options of the dVAE, as of `tapir train dvae`
         jobs: --data plans pack and tokenize instead: hours, requests, bytes, dollars
     """
     given = {name: value for name, value in locals().items() if name not in ("jobs", "lora_rank")}

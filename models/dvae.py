@@ -103,14 +103,14 @@ class DVAE(nn.Module):
     def calibrate(self, image: Tensor, seed: int = 0) -> None:
         """Fit the two output layers' scales to a first batch, so that training starts balanced.
 
-        Encoder outputs get mean 0 and standard deviation 1 over the batch; the decoder starts at
+        Encoder outputs get mean 0 and the quantizer's spread over the batch; the decoder starts at
         each channel's median and mean absolute deviation. Without this a flat background selects
         one code everywhere, and the codebook collapses (docs/LOG.md). VQ's codebook starts from
         the outputs; `seed` is of its draws.
         Shapes: (B, 3, S, S) in [0, 1].
         """
         logits, (weight, bias) = self.logits(image), _last(self.encoder)
-        scale = 1 / logits.std((0, 2, 3)).clamp_min(1e-6)
+        scale = self.quantizer.spread / logits.std((0, 2, 3)).clamp_min(1e-6)
         bias.sub_(logits.mean((0, 2, 3))).mul_(scale)
         weight.mul_(scale[:, None, None, None])
         self.quantizer.calibrate(self.logits(image), seed)

@@ -35,6 +35,8 @@ class Quantizer(nn.Module):
 
     penalty = ""
     """Name of the penalty in metrics; empty if it has none."""
+    spread = 1.0
+    """Standard deviation of encoder outputs to begin with."""
 
     def forward(self, outputs: Tensor, tau: Tensor, keys: Tensor) -> Quantized:
         """Decoder inputs that gradients pass through, for one draw.
@@ -154,8 +156,13 @@ class NearestVector(Quantizer):
 class FiniteScalar(Quantizer):
     """FSQ: each channel is bounded and rounded to one of a few levels; it learns no codebook.
 
+    Bounds are those of outputs / `spread`. AdamW moves an output by up to the learning rate times
+    its inputs a step, and what is beyond the bounds has no gradient to come back: at a spread of 1
+    whole channels stayed there (docs/LOG.md).
     Source: arXiv 2309.15505; the layer of vector-quantize-pytorch.
     """
+
+    spread = 32.0
 
     def __init__(self, levels: tuple[int, ...]) -> None:
         from vector_quantize_pytorch import FSQ  # noqa: PLC0415 - takes a second
@@ -165,10 +172,10 @@ class FiniteScalar(Quantizer):
             self.layer: Any = FSQ(list(levels))
 
     def forward(self, outputs: Tensor, tau: Tensor, keys: Tensor) -> Quantized:
-        return Quantized(inputs=self.layer(outputs)[0], penalty=outputs.new_zeros(()))
+        return Quantized(inputs=self.layer(outputs / self.spread)[0], penalty=outputs.new_zeros(()))
 
     def codes(self, outputs: Tensor) -> Tensor:
-        codes: Tensor = self.layer(outputs)[1]
+        codes: Tensor = self.layer(outputs / self.spread)[1]
         return codes.long()
 
     def inputs(self, codes: Tensor) -> Tensor:

@@ -4,20 +4,23 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from core.config import expression_problems
 from core.errors import InputError, did_you_mean
 from models.config import ClipConfig, LoraConfig, PriorConfig
 from parallel.config import CompressConfig
 from planning.estimate.hardware import KNOWN, SHORT, Hardware
-from training.config import StageConfig
+from training.config import DVAETrain, StageConfig
 from training.presets import PRESETS
+from training.tasks.dvae_config import PerceptualConfig
 
 MOST_RANKS = 1_000_000
 MOST_BATCH = 1_000_000_000
 PICTURES = (".svg", ".png", ".pdf")
-_SIZES = ("preset", "world", "gpu", "batch", "model", "freeze", "lora")
+_SIZES = ("preset", "world", "gpu", "batch", "model", "dvae", "freeze", "lora")
 _UNITS = {"network": 1e9 / 8, "link": 1e9, "memory": 1e9, "host_memory": 1e9}
 """Bytes of the units in which the flags are given."""
 
@@ -67,10 +70,46 @@ class ModelFlags:
     """Two matrices, or three."""
     tied: bool | None = None
     """Use the token embeddings as output matrices too."""
+    columns: int | None = None
+    """Columns of the token grid, if they are not as many as its rows."""
 
     def applied(self, model: PriorConfig) -> PriorConfig:
         """The model with these options in place of its own."""
         return replace(model, **{k: v for k, v in vars(self).items() if v is not None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DVAEFlags:
+    """Options of a dVAE, in place of the preset's, as of `tapir train dvae`."""
+
+    quantizer: Literal["gumbel", "vq", "fsq"] | None = None
+    """How encoder outputs become codes."""
+    vector: int | None = None
+    """vq: channels of a code's vector."""
+    levels: tuple[int, ...] | None = None
+    """fsq: levels of each channel; their product is the codebook."""
+    perceptual_weight: Annotated[float, tyro.conf.arg(name="perceptual.weight")] = 0.0
+    """Above 0: with a perceptual loss."""
+    discriminator_weight: Annotated[float, tyro.conf.arg(name="discriminator.weight")] = 0.0
+    """Above 0: with a patch discriminator."""
+
+    def applied(self, settings: DVAETrain) -> DVAETrain:
+        """The settings with these options in place of their own."""
+        sizes = {"quantizer": self.quantizer, "vector": self.vector, "levels": self.levels}
+        given = {name: value for name, value in sizes.items() if value is not None}
+        if self.levels is not None:
+            given["codebook"] = math.prod(self.levels)
+        vgg = _ANY_WEIGHTS if self.perceptual_weight else None
+        return replace(
+            settings,
+            model=replace(settings.model, **given),  # type: ignore[arg-type]
+            perceptual=PerceptualConfig(weight=self.perceptual_weight, vgg=vgg),
+            discriminator=replace(settings.discriminator, weight=self.discriminator_weight),
+        )
+
+
+_ANY_WEIGHTS = Path("vgg16")
+"""A plan reads no weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +129,7 @@ class PlanFlags:
     lora: LoraConfig = field(default_factory=LoraConfig)
     cluster: ClusterFlags = field(default_factory=ClusterFlags)
     model: ModelFlags = field(default_factory=ModelFlags)
+    dvae: DVAEFlags = field(default_factory=DVAEFlags)
 
     def problems(self) -> list[str]:
         """Every problem at once."""
@@ -134,6 +174,8 @@ class PlanFlags:
             problems.append(_no_preset(self.preset))
         elif self.model != ModelFlags() and self.preset not in PRESETS["prior"]:
             problems.append(f"{self.preset} is no prior: leave its options out")
+        elif self.dvae != DVAEFlags() and self.preset in PRESETS["prior"]:
+            problems.append(f"{self.preset} is no dVAE: leave its options out")
         elif self.batch > 0:
             problems += _undealt(known[self.preset](), self.batch)
         return problems

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 from core.config import check
 from core.files.atomic import canonical_json, refuse_folder, write_atomic
@@ -37,10 +38,7 @@ def make_plan(flags: PlanFlags) -> Plan:
     check(hardware.problems())
     if flags.picture is not None:
         _refuse_unwritable(flags.picture)
-    settings = settings_of(flags.preset, flags.batch, flags.freeze, flags.lora)
-    if not isinstance(settings, DVAETrain):
-        settings = replace(settings, model=flags.model.applied(settings.model))
-    check(settings.fixed_problems())
+    settings = planned_settings(flags)
     world = flags.world or settings.mesh.world
     if isinstance(settings, DVAETrain):
         result, parameters = search_dvae(settings, world, hardware), dvae_parameters(settings.model)
@@ -54,6 +52,17 @@ def make_plan(flags: PlanFlags) -> Plan:
         draw(result, hardware, flags.picture)
         LOG.info("wrote %s", flags.picture)
     return Plan(result=result, parameters=parameters, trained=trained, hardware=hardware)
+
+
+def planned_settings(flags: PlanFlags) -> Any:
+    """The preset's settings with the flags' options. Raises: ConfigError with every problem."""
+    settings = settings_of(flags.preset, flags.batch, flags.freeze, flags.lora)
+    if isinstance(settings, DVAETrain):
+        settings = flags.dvae.applied(settings)
+    else:
+        settings = replace(settings, model=flags.model.applied(settings.model))
+    check(settings.fixed_problems())
+    return settings
 
 
 def write_calibration(path: Path) -> dict[str, float]:

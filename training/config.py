@@ -219,6 +219,15 @@ class DVAETrain(StageConfig):
     """Inception's weights (safetensors), for the reconstruction FID at validations; default: no
     FID."""
 
+    def weights_files(self) -> dict[str, Path]:
+        """Files of other networks' weights that the run reads, by flag."""
+        files = {
+            "perceptual.vgg": self.perceptual.vgg,
+            "perceptual.linear": self.perceptual.linear,
+            "rfid": self.rfid,
+        }
+        return {name: path for name, path in files.items() if path is not None}
+
     def model_problems(self) -> list[str]:
         problems = self.model.problems() + self._prior_only_problems()
         problems += self.perceptual.problems() + self.discriminator.problems(self.model.pixels)

@@ -3,14 +3,14 @@
 One dVAE and one tokenizer for all sets. A prior learns Apple's emoji, and one the generated shapes;
 then, for Google's, Twitter's and Facebook's emoji, a fresh prior trains STEPS steps, and others
 start from those two. Value: the first validation with at most the fresh run's lowest held-out loss,
-as a fraction of the steps of that loss; infinite if there is none. Splits go by code point, so that
-no picture of a held-out emoji was seen in another vendor's style.
+as a fraction of the steps of that loss; if there is none, as if it came one validation after the
+last. Splits go by code point, so that no picture of a held-out emoji was seen in another vendor's
+style.
 
 The pictures come through npm onto this machine; none is stored in the repository or an example.
 Finished runs are not repeated.
 """
 
-import math
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from data_pipeline.sources.emoji import emoji_pairs
 from data_pipeline.sources.units import shapes_pairs
 from training.run.folder import read_metrics
 
-APPLE, SHAPES = "apple", "shapes"
+APPLE, SHAPES = sized("apple", "google"), "shapes"
 TARGETS = sized(("google", "twitter", "facebook"), ("google",))
 Curve = list[dict[str, Any]]
 LOSSES = ("loss", "image_loss")
@@ -69,7 +69,7 @@ def _fraction(loss: str, fresh: Curve, started: Curve) -> float:
     """Steps until `started` has the lowest loss of `fresh`, over the steps of `fresh` to it."""
     lowest = min(fresh, key=lambda row: float(row[loss]))
     reached = [row["step"] for row in started if row[loss] <= lowest[loss]]
-    return float(reached[0] / lowest["step"]) if reached else math.inf
+    return float([*reached, STEPS + EVERY][0] / lowest["step"])
 
 
 def _curve(target: str, seed: int, start: str = "") -> Curve:
@@ -94,7 +94,7 @@ def _train(name: str, out: str, seed: int, *flags: str) -> Curve:
 
 def _make_tokens() -> None:
     """Pack all sets, train one dVAE and one tokenizer on all, and tokenize; parts are kept."""
-    sets = (APPLE, *TARGETS, SHAPES)
+    sets = tuple(dict.fromkeys((APPLE, *TARGETS, SHAPES)))
     block = f"--block={sized(16, 4)}"
     pack = ["--validation=0.15", block]
     for name in sets:

@@ -50,10 +50,11 @@ QUANTIZERS = {
 }
 FLAGS = [
     f"--model.codebook={CODES}",
-    f"--loop.steps={sized(1800, 2)}",
+    f"--loop.steps={sized(1200, 2)}",
     f"--loop.global-batch-size={sized(32, 16)}",
     f"--loop.validation-samples={sized(512, 16)}",
     "--mesh.data=1",
+    "--engine.precision=fp32",
 ]
 UNITS = {
     "PSNR": "dB",

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,17 +75,12 @@ def _fetch(cache: Path, vendor: str) -> Path:
         return target
     if shutil.which("npm") is None:
         raise InputError("the emoji pictures come through npm; install it with: apt install npm")
-    staging = cache / ".tmp-npm"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
+    with tempfile.TemporaryDirectory() as staging:
         done = subprocess.run(
             ["npm", "pack", package, "--silent"], cwd=staging, capture_output=True, text=True
         )
-        packed = list(staging.glob("*.tgz"))
+        packed = list(Path(staging).glob("*.tgz"))
         if done.returncode or not packed:
             raise InputError(f"npm could not fetch {package}: {done.stderr.strip()[-500:]}")
         write_atomic(target, packed[0].read_bytes())
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return target

@@ -79,12 +79,10 @@ def _rectangle(text: str, shape: tuple[int, int]) -> tuple[slice, slice]:
 
 
 def _redrawn(config: PromptConfig, shape: tuple[int, int]) -> Tensor:
-    """Tokens under any bright pixel of a mask, (grid, grid) bool."""
-    grid, columns = shape
-    if columns != grid:
-        raise ConfigError(
-            f"--mask needs a square grid, and this one has {_text(shape)} tokens: use --redraw"
-        )
+    """Tokens under any bright pixel of a mask, (rows, columns) bool.
+
+    The mask is scaled to whole pixels a token in either direction.
+    """
     mask, image = _opened(config.mask), _opened(config.image)
     shapes = [x.shape[1] / x.shape[0] for x in (mask, image)]
     if abs(shapes[0] / shapes[1] - 1) > 0.02:
@@ -93,9 +91,11 @@ def _redrawn(config: PromptConfig, shape: tuple[int, int]) -> Tensor:
             f"{image.shape[1]}x{image.shape[0]}: both are cut to their middle squares, so make the "
             "mask of the picture's shape"
         )
-    side = grid * max(1, round(min(mask.shape[:2]) / grid))
-    grey = cv2.cvtColor(square(mask, side), cv2.COLOR_RGB2GRAY)
-    cells = grey.reshape(grid, side // grid, grid, side // grid)
+    middle, (rows, columns) = square(mask, min(mask.shape[:2])), shape
+    height, width = (count * max(1, round(len(middle) / count)) for count in shape)
+    scaled = cv2.resize(middle, (width, height), interpolation=cv2.INTER_AREA)
+    grey = cv2.cvtColor(scaled, cv2.COLOR_RGB2GRAY)
+    cells = grey.reshape(rows, height // rows, columns, width // columns)
     return torch.from_numpy(np.asarray(cells.max((1, 3)) >= _KEPT_BELOW))
 
 

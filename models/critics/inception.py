@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor, nn
 
@@ -48,16 +48,23 @@ class Inception:
         return features, logits
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], str]:
+def refuse_other_files(path: Path) -> None:
+    """Raise InputError unless there is a safetensors file at a path; reads its header alone."""
     if not path.is_file():
         raise InputError(f"there are no Inception weights at {path}; {_HOW}")
-    data = path.read_bytes()
     try:
-        return load(data), sha256(data)
+        with safe_open(path, "pt"):
+            pass
     except SafetensorError as error:
         raise InputError(
             f"{path} is not a safetensors file, and no pickle is loaded; {_HOW}"
         ) from error
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], str]:
+    refuse_other_files(path)
+    data = path.read_bytes()
+    return load(data), sha256(data)
 
 
 def _built(tensors: dict[str, Tensor], path: Path) -> nn.Module:

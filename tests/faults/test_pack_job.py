@@ -3,12 +3,7 @@
 import gzip
 import json
 import os
-import random
-import signal
-import subprocess
-import sys
 import tarfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,14 +21,14 @@ from core.storage.store import FolderStore, Store
 from data_pipeline.config import PackConfig
 from data_pipeline.formats.manifest import SPLITS
 from data_pipeline.formats.raw import RawSource
-from data_pipeline.jobs.leases import read_leases
 from data_pipeline.packing.pack import pack
 from tests.faults.conftest import Record
-from tests.harness import ENVIRONMENT, PATIENCE, tapir
+from tests.harness import tapir
 from tests.in_place import img2dataset, noise, tar_bytes, written
+from tests.multiprocess.jobs.kills import Workers
 
 BUCKET = "tapir-tests"
-TARS, PAIRS = (int(n) for n in os.environ.get("TAPIR_PACK_TARS", "12x40").split("x"))
+TARS, PAIRS = (int(n) for n in os.environ.get("TAPIR_PACK_TARS", "20x40").split("x"))
 """Archives and pairs in each, e.g. 40x500."""
 WORKERS, KILLS = 4, 2
 
@@ -58,39 +53,14 @@ def test_workers_that_are_killed_twice_each_make_the_set_of_one(
     flags += ["--in-place"] if how == "in-place" else ["--shard-pairs=150"]
     tapir("pack", source, one, *flags, **s3.environment)
 
-    def start(number: int) -> "subprocess.Popen[bytes]":
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "tests.multiprocess.jobs.slowly",
-            "0.3",
-            "pack",
-            source,
-        ]
-        command += [many, *flags, f"--worker={number}/{WORKERS}"]
-        with open(tmp_path / f"log{number}", "ab") as log:
-            here = {**ENVIRONMENT, **s3.environment}
-            return subprocess.Popen(command, stdout=log, stderr=log, env=here)
-
-    workers = {number: start(number) for number in range(WORKERS)}
-    kills, rng = dict.fromkeys(workers, 0), random.Random(how)
-    try:
+    with Workers(["pack", source, many, *flags], WORKERS, tmp_path, s3.environment) as workers:
+        for number in range(WORKERS):
+            workers.start(number)
         with s3.credentials():
             store = S3Store(BUCKET, f"{how}-many")
-            while left := [number for number, count in kills.items() if count < KILLS]:
-                number = _holder(store, left)
-                time.sleep(rng.uniform(0, 0.3))
-                os.kill(workers[number].pid, signal.SIGKILL)
-                assert workers[number].wait(PATIENCE) == -signal.SIGKILL, _logs(tmp_path)
-                kills[number] += 1
-                workers[number] = start(number)
-        codes = [worker.wait(PATIENCE) for worker in workers.values()]
-    finally:
-        for worker in workers.values():
-            worker.kill()
-            worker.wait()
-    assert codes == [0] * WORKERS, _logs(tmp_path)
+            for _ in range(KILLS):
+                workers.kill(range(WORKERS), store, ["units/"], again=True)
+        workers.finish()
     with s3.credentials():
         expected = _objects(f"{how}-one")
         assert _objects(f"{how}-many") == expected
@@ -98,22 +68,7 @@ def test_workers_that_are_killed_twice_each_make_the_set_of_one(
         keys = {r.key for s in sources for b in range(len(s.sizes)) for r in s.read(b)}
     assert len(keys) == TARS * PAIRS
     assert any(name.endswith(".tar") for name in expected) == (how == "copied")
-    fault.outcome(f"{sum(kills.values())} kills, every object equal to one undisturbed worker's")
-
-
-def _holder(store: Store, numbers: list[int]) -> int:
-    """Wait until one of these workers holds a lease; returns its number."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        for lease in read_leases(store, "units/"):
-            if (number := int(lease["worker"].split("/")[0])) in numbers and not lease["dead"]:
-                return number
-        time.sleep(0.02)
-    raise AssertionError(f"none of the workers {numbers} took a unit")
-
-
-def _logs(folder: Path) -> str:
-    return "\n".join(path.read_text()[-2000:] for path in folder.glob("log*"))
+    fault.outcome(f"{KILLS * WORKERS} kills, every object equal to one undisturbed worker's")
 
 
 def _odd_tars(root: Path) -> None:

@@ -3,9 +3,6 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,9 +15,9 @@ from core.files.atomic import sha256
 from core.keys import keyed_rng
 from core.storage.s3 import S3Store
 from data_pipeline.images.crops import encode_png
-from data_pipeline.jobs.leases import read_leases
 from tests.faults.conftest import Record
-from tests.harness import ENVIRONMENT, PATIENCE, TAPIR, tapir
+from tests.harness import tapir
+from tests.multiprocess.jobs.kills import Workers
 
 OUTAGE = float(os.environ.get("TAPIR_OUTAGE", "4"))
 """Seconds in which the store refuses every request; 20 in `make faults`."""
@@ -68,22 +65,15 @@ def test_killed_doubled_and_cut_off_workers_lose_and_double_nothing(
 
     many = f"s3://{BUCKET}/job-many"
     with faulty_proxy(s3.endpoint, plan) as address:
-        here = {**ENVIRONMENT, **s3.environment, "AWS_ENDPOINT_URL": address}
-        workers = [
-            _start(["tokenize", raw, many, *flags, f"--worker={i}/4"], here, tmp_path / f"log{n}")
-            for n, i in enumerate((0, 1, 2, 3, 2, 3))
-        ]
-        with s3.credentials():
-            victims = {0, 1}
-            while victims:
-                victim = _holder_of_a_lease(victims)
-                time.sleep(float(keyed_rng(victim, "kill").uniform(0, 0.2)))
-                os.kill(workers[victim].pid, signal.SIGKILL)
-                victims.remove(victim)
+        job = ["tokenize", raw, many, *flags]
+        here = {**s3.environment, "AWS_ENDPOINT_URL": address}
+        with Workers(job, 4, tmp_path, here) as workers, s3.credentials():
+            for number in (0, 1, 2, 3, 2, 3):
+                workers.start(number)
+            store = S3Store(BUCKET, "job-many")
+            workers.kill((0, 1), store, ["train/", "validation/"], again=False)
             down["until"] = time.monotonic() + OUTAGE
-        codes = [worker.wait(PATIENCE) for worker in workers]
-    logs = "\n".join((tmp_path / f"log{n}").read_text()[-1500:] for n in range(6))
-    assert codes == [-9, -9, 0, 0, 0, 0], logs
+            workers.finish()
     assert down["refused"] > 0
     with s3.credentials():
         actual, expected = _objects("job-many"), _objects("job-one")
@@ -97,24 +87,3 @@ def test_killed_doubled_and_cut_off_workers_lose_and_double_nothing(
     assert any("_rejects/" in name for name in actual) and not any("_leases/" in n for n in actual)
     shutil.rmtree(tmp_path / "in")
     fault.outcome("every object equal to those of one undisturbed worker, rejects too")
-
-
-def _start(
-    arguments: list[str], environment: dict[str, str], log: Path
-) -> "subprocess.Popen[bytes]":
-    with open(log, "wb") as output:
-        command = [sys.executable, *TAPIR[1:], *arguments]
-        return subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-
-
-def _holder_of_a_lease(numbers: set[int]) -> int:
-    """Wait until one of these workers holds a lease; returns its number."""
-    store, deadline = S3Store(BUCKET, "job-many"), time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        for split in ("train", "validation"):
-            for lease in read_leases(store, f"{split}/"):
-                number = int(lease["worker"].split("/")[0])
-                if number in numbers:
-                    return number
-        time.sleep(0.02)
-    raise AssertionError(f"none of the workers {numbers} took a shard")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.parity import SEED
+from bench.parity import BOUND, SEED
 from checkpoint.config import CheckpointConfig, ErrorBuffers
 from checkpoint.reader import open_checkpoint
 from checkpoint.writer import write_checkpoint
@@ -19,10 +19,10 @@ from core.storage.store import FolderStore
 from models.config import PriorConfig
 from models.prior import prior_program
 from parallel.config import CompressConfig, EngineConfig, MeshConfig, OptimConfig
-from parallel.engines.protocol import EngineSettings
+from parallel.engines.protocol import Engine, EngineSettings
 from parallel.engines.registry import build_engine, modules_of
 from parallel.ledger import Ledger, recorded
-from parallel.mesh import Mesh, build_mesh
+from parallel.mesh import Mesh, build_mesh, own_mesh
 from parallel.world import join_world, leave_world
 from planning.checkpoint_size import PARTS, checkpoint_bytes
 from planning.config import settings_of
@@ -70,7 +70,7 @@ CASES = {
     "PP2 x DP2, fp16, own": _case(
         MeshConfig(pipeline=2, data=2), "deepspeed_pipe 1 fp16", rank=8, warm_start=True
     ),
-    "PP2 x DP2, tied": _case(
+    "PP2 x DP2, tied": _case(  # starts from a checkpoint of one process
         MeshConfig(pipeline=2, data=2), "deepspeed_pipe", model=replace(SMALL, **MODERN)
     ),
     "TP2 x DP2, mean": _case(
@@ -81,6 +81,11 @@ CASES = {
     ),
 }
 """DP4 comes first: DeepSpeed keeps the groups of an earlier mesh with tensor ranks."""
+TIED = "PP2 x DP2, tied"
+ALONE = replace(CASES[TIED], mesh=MeshConfig(), engine=EngineConfig(gradient_accumulation_steps=2))
+"""The same run on one process."""
+OTHER_SEED = SEED + 1
+"""Of the weights that the tied cases start from."""
 
 
 def write_ranks(payload: str) -> None:
@@ -92,11 +97,13 @@ def write_ranks(payload: str) -> None:
             settings = from_json(PriorTrain, row)
             mesh = build_mesh(settings.mesh, world)
             Ledger.__init__(ledger, mesh, Heart(world.rank))
-            _write(settings, mesh, Path(body["out"], str(number)))
+            start = body["start"] if settings.model.tied else ""
+            _write(settings, mesh, Path(body["out"], str(number)), start)
     leave_world(world)
 
 
-def _write(settings: PriorTrain, mesh: Mesh, out: Path) -> None:
+def _engine(settings: PriorTrain, mesh: Mesh, start: str, seed: int = SEED) -> Engine:
+    """An engine; with the state of a checkpoint, if `start` is given."""
     chosen = EngineSettings(
         optim=settings.optim,
         engine=settings.engine,
@@ -104,7 +111,14 @@ def _write(settings: PriorTrain, mesh: Mesh, out: Path) -> None:
         seed=SEED,
         errors=settings.checkpoint.errors,
     )
-    engine = build_engine(prior_program(settings.model, SEED, mesh.shared), chosen, mesh)
+    engine: Engine = build_engine(prior_program(settings.model, seed, mesh.shared), chosen, mesh)
+    if start:
+        engine.load_slices(open_checkpoint(start))
+    return engine
+
+
+def _write(settings: PriorTrain, mesh: Mesh, out: Path, start: str = "", seed: int = SEED) -> None:
+    engine = _engine(settings, mesh, start, seed)
     average = Average(engine, settings.optim, mesh.world.device)
     config, each = settings.model, BATCH // mesh.data.size // 2
     text = torch.zeros(each, config.text_length, dtype=torch.int64)
@@ -116,14 +130,21 @@ def _write(settings: PriorTrain, mesh: Mesh, out: Path) -> None:
     engine.close()
 
 
+START = "start"
+"""A checkpoint that one process wrote, of other weights than SEED's."""
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Case -> its checkpoint; one world for all cases of a size."""
-    folders = {}
+    start = tmp_path_factory.mktemp("start")
+    _write(ALONE, own_mesh(), start, seed=OTHER_SEED)
+    folders = {START: start / "step-1"}
     for ranks in (2, 4):
         out = tmp_path_factory.mktemp(f"world{ranks}")
         cases = {name: case for name, case in CASES.items() if case.mesh.world == ranks}
-        payload = {"out": str(out), "cases": [to_json(case) for case in cases.values()]}
+        rows = [to_json(case) for case in cases.values()]
+        payload = {"out": str(out), "cases": rows, "start": str(folders[START])}
         modules = {m for case in cases.values() for m in modules_of(case.engine.name, True)}
         preload = ["torch", "torch.distributed", *sorted(modules)]
         launch(f"{__name__}:write_ranks", json.dumps(payload), ranks, preload)
@@ -157,6 +178,25 @@ def test_the_mean_is_spread_over_the_replicas(name: str, written: dict[str, Path
     assert all(reader.kinds(n).count("error") <= 1 for n in reader.shapes())
     for matrix in (n for n in reader.shapes() if "error" in reader.kinds(n)):
         assert reader.tensor(matrix, "error").shape == reader.shape(matrix, "master")
+
+
+@pytest.mark.world
+def test_tied_heads_are_loaded_on_another_mesh(written: dict[str, Path], tmp_path: Path) -> None:
+    """One process -> PP2 x DP2, where both stages hold the table -> one process."""
+    _write(ALONE, own_mesh(), tmp_path, str(written[START]))
+    one, pipe = (open_checkpoint(str(p)) for p in (tmp_path / "step-1", written[TIED]))
+    assert one.shapes() == pipe.shapes() and not any("head.weight" in n for n in one.shapes())
+    for kind in ("master", "exp_avg", "exp_avg_sq"):
+        mine, theirs = (
+            torch.cat([reader.tensor(name, kind).flatten() for name in one.shapes()])
+            for reader in (one, pipe)
+        )
+        assert (mine - theirs).norm() < BOUND["fp32"] * mine.norm(), kind
+    again = _engine(ALONE, own_mesh(), str(written[TIED]))
+    for piece in again.state_slices():
+        stored = pipe.flat(piece.name, piece.kind, piece.start, piece.stop)
+        assert stored.equal(piece.data.flatten().float()), (piece.name, piece.kind)
+    again.close()
 
 
 def test_the_12b_preset_takes_at_most_250_gb() -> None:

@@ -20,7 +20,7 @@ from data_pipeline.streaming.readable import Crop, ReadablePairs
 from data_pipeline.tokenize.encode import to_tensor
 from models.config import DVAEConfig
 from models.critics.fid import frechet_distance_of_few
-from models.critics.inception import Inception
+from models.critics.inception import Inception, refuse_other_files
 from models.dvae import DVAE
 from parallel.engines.protocol import Batch
 from parallel.mesh import Mesh
@@ -44,6 +44,8 @@ class DVAETask:
     """Training of the dVAE on pictures."""
 
     def __init__(self, settings: DVAETrain, splits: Splits = UNREAD) -> None:
+        if settings.rfid is not None:
+            refuse_other_files(settings.rfid)  # else the first validation would end the run
         data, cache = settings.data, open_cache(settings.loader)
         self.train = open_source(RawSource, data, "train", splits["train"], cache)
         self.held_out = open_source(RawSource, data, "validation", splits["validation"])

@@ -1,5 +1,6 @@
 """Inputs of a run's stages, and which of them are missing."""
 
+from pathlib import Path
 from typing import Any
 
 from cluster.chain import Scheduler
@@ -10,6 +11,7 @@ from core.storage.mixture import data_sets
 from core.storage.store import open_store
 from data_pipeline.formats.manifest import NAME, SPLITS
 from data_pipeline.text.bpe import FILE as TOKENIZER
+from training.config import DVAETrain
 from workflow.run_file import RunFile
 
 _RAW, _TOKENS = "pairs", "tokens"
@@ -38,6 +40,8 @@ MADE_BY = {
 _MODEL = "model.json"
 _WEIGHTS, _HELD_BY = "weights", (_MODEL, "config.json", "manifest.json")
 """Weights to start from, and the files of a finished model, a run and a checkpoint."""
+_FILE, _INCEPTION = "a file", "inception"
+"""A file of weights, and the flag of `score` that names one."""
 _VERB = {True: "needs", False: "need"}
 
 
@@ -59,19 +63,29 @@ def missing_inputs(run: RunFile, settings: dict[str, Any], to: Scheduler) -> lis
         "store of the run that did"
         for (what, place), readers in by_input.items()
         if _is_absent(what, place, to)
-    ] + _missing_weights(run, settings, to)
+    ] + [text for name in run.stages for text in _missing_files(run, name, settings[name], to)]
 
 
-def _missing_weights(run: RunFile, settings: dict[str, Any], to: Scheduler) -> list[str]:
-    """Problems of places of `init` that hold no weights and are no stage's output."""
-    made = {str(run.folder(name)) for name in run.stages}
-    given = {name: getattr(settings[name], "init", "") for name in run.stages}
-    return [
-        f"stages.{name}.flags.init={place!r} holds no weights; give the out of a run, a finished "
-        "model or a checkpoint"
-        for name, place in given.items()
-        if place and place not in made and _is_absent(_WEIGHTS, place, to)
-    ]
+def _missing_files(run: RunFile, stage: str, settings: Any, to: Scheduler) -> list[str]:
+    """Problems of places and files that a stage's flags name and that no stage makes."""
+    where, problems = f"stages.{stage}.flags", list[str]()
+    place = getattr(settings, "init", "")
+    if place and _is_absent(_WEIGHTS, place, to):
+        problems.append(
+            f"{where}.init={place!r} holds no weights; give the out of a run, a finished model or "
+            "a checkpoint"
+        )
+    folder = getattr(settings, "init_bpe", None)
+    own = folder is not None and str(folder) == _own(run, _BPE) and MADE_BY[_BPE] in run.stages
+    if folder is not None and not own and _is_absent(_BPE, str(folder), to):
+        problems.append(f"{where}.init_bpe={str(folder)!r} holds no {TOKENIZER}")
+    files = settings.weights_files() if isinstance(settings, DVAETrain) else {}
+    if given := run.stages[stage].flags.get(_INCEPTION):
+        files[_INCEPTION] = Path(str(given))
+    for name, path in files.items():
+        if _is_absent(_FILE, str(path), to):
+            problems.append(f"{where}.{name}={str(path)!r}: there is no such file of weights")
+    return problems
 
 
 def unfinished_inputs(run: RunFile, settings: dict[str, Any]) -> list[str]:
@@ -125,6 +139,8 @@ def _is_absent(what: str, place: str, to: Scheduler) -> bool:
     if what not in (_RAW, _TOKENS):
         files = [TOKENIZER if what == _BPE else _MODEL]
     try:
+        if what == _FILE:
+            return not Path(place).is_file()
         store = open_store(place)
         if what == _WEIGHTS:
             return not any(map(store.exists, _HELD_BY)) and not store.names("step-")

@@ -9,7 +9,9 @@ from typing import Any
 from cluster.chain import Chain, Job, Scheduler
 from core.config import check
 from core.flags import parse_over
+from training.config import StageConfig
 from training.presets import PRESETS
+from training.run.resume_with import resume_with_problems, with_changes
 from workflow.chain.requirements import chain_problems
 from workflow.chain.suites import SUITES_FLAG, suite_jobs, suite_problems
 from workflow.run_file import AFTER, ARRAYS, FILES, SETTINGS, RunFile, StageSpec, flags_of
@@ -73,7 +75,12 @@ def _settings(run: RunFile, name: str) -> tuple[Any, list[str]]:
         return parse_over(default, [*places, *arguments], verb, flat=name not in PRESETS)
 
     flags = {key: value for key, value in spec.flags.items() if key not in FILES.get(name, {})}
-    return parsed(where, known, flags, parse)
+    settings, problems = parsed(where, known, flags, parse)
+    if not isinstance(settings, StageConfig):
+        return settings, problems
+    if problems := resume_with_problems(settings):
+        return None, [f"stages.{name}: {text}" for text in problems]
+    return with_changes(settings), []
 
 
 def missing_variables(chain: Chain) -> list[str]:

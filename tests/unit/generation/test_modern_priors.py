@@ -1,14 +1,17 @@
 """Cached decoding of priors with other options than the paper's equals the whole stream."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from core.errors import ConfigError
 from data_pipeline.formats.tokens import codes_of
+from data_pipeline.images.crops import encode_png
 from generation.config import DrawSettings, PromptConfig
 from generation.sampling.decoder import Decoder, LocalPrior
 from generation.sampling.kv_cache import reads_of
@@ -94,8 +97,38 @@ def test_prompts_of_a_wide_grid() -> None:
         kept_tokens(PromptConfig(keep=("0:3,:",)), 2, 3)
     with pytest.raises(ConfigError, match="keeps none of the 2x3 tokens"):
         kept_tokens(PromptConfig(), 2, 3)
-    with pytest.raises(ConfigError, match="--mask needs a square grid"):
-        kept_tokens(PromptConfig(mask="m.png"), 2, 3)  # type: ignore[arg-type]
+
+
+MASK = """
+......
+......
+......
+....#.
+#.....
+......
+"""
+"""The bright parts of a mask, each a square of `scale` pixels."""
+MASKED = {
+    (2, 3): ["###", ".#."],
+    (3, 2): ["##", "#.", ".#"],
+    (6, 1): list("###..#"),
+    (5, 2): ["##", "##", "#.", "..", ".#"],
+}
+"""Rows and columns of tokens -> those that are kept."""
+
+
+@pytest.mark.parametrize(("grid", "kept"), MASKED.items())
+@pytest.mark.parametrize("scale", [7, 50])
+def test_a_mask_of_a_grid_that_is_not_square(
+    tmp_path: Path, grid: tuple[int, int], kept: list[str], scale: int
+) -> None:
+    bright = np.array([[x == "#" for x in row] for row in MASK.split()], np.uint8)
+    pixels = np.kron(bright, np.full((scale, scale), 255, np.uint8))
+    wide = np.pad(pixels, ((0, 0), (2 * scale, 2 * scale)), constant_values=255)  # cut off
+    path = tmp_path / "mask.png"
+    path.write_bytes(encode_png(np.stack([wide] * 3, 2)))
+    made = kept_tokens(PromptConfig(image=path, mask=path), *grid).view(grid)
+    assert ["".join(".#"[int(x)] for x in row) for row in made] == kept
 
 
 def test_columns_are_those_of_the_data() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import tapir
+from core.config import from_json
 from core.errors import ConfigError, InputError, no_memory, of_memory
 from core.memory import host_memory
 from data_pipeline.images.crops import encode_png
@@ -21,9 +22,14 @@ from generation.ranking import TapirRanker
 from generation.sample import sample
 from generation.sampling.prompts import prompt_of
 from generation.text_to_image import open_studio
+from models.adapters import adapted, is_adapter
+from models.config import LoraConfig, PriorConfig
+from models.prior import prior_program
 from parallel.mesh import Mesh
 from parallel.world import World
 from tests.unit.finished import PIXELS, write_models
+from training.export.weights import write_model
+from training.initial.source import ADAPTERS, adapter_facts, open_source
 
 CAPTIONS = ("a small red circle", "two blue squares")
 
@@ -180,3 +186,44 @@ def test_memory_that_runs_out_anywhere_ends_in_a_sentence(
     lines = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2 and len(lines) == 1
     assert lines[0].startswith("tapir: memory ran out: ") and "fewer candidates" in lines[0]
+
+
+def _command(monkeypatch: pytest.MonkeyPatch, models: ModelPaths, out: Path) -> bytes:
+    """The picture that `tapir sample` writes."""
+    places = [f"--{name}={getattr(models, name)}" for name in ("prior", "dvae", "clip", "bpe")]
+    flags = [f"--out={out}", "--candidates=4", "--no-rerank", *places]
+    monkeypatch.setattr("sys.argv", ["tapir", "sample", CAPTIONS[0], *flags])
+    tapir.main()
+    return out.read_bytes()
+
+
+def test_adapters_that_moved_with_their_base_are_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their picture is that of a prior with the merged weights, and not the base's."""
+    home, lora = tmp_path / "home", LoraConfig(rank=2, alpha=6.0)
+    base = open_source(str(write_models(home, list(CAPTIONS)).prior), "prior")
+    config, draws = from_json(PriorConfig, base.config), torch.Generator().manual_seed(0)
+    tensors = {
+        f"{layer.name}.{name}": torch.randn(parameter.shape, generator=draws)
+        for layer in adapted(prior_program(config, 0), lora, 0).layers
+        for name, parameter in layer.build().named_parameters()
+        if is_adapter(name)
+    }
+    folder, shapes = home / "adapters", {name: tuple(x.shape) for name, x in tensors.items()}
+    noted = {ADAPTERS: adapter_facts(lora, base.url, base.digest, folder)}
+    facts = {**base.facts, **noted}
+    write_model(folder, "prior", base.config, facts, shapes, tensors.__getitem__)
+    both = open_source(str(folder), "prior")
+    write_model(home / "merged", "prior", both.config, both.facts, both.shapes, both.tensor)
+    moved = home.rename(tmp_path / "moved")
+    models = ModelPaths(**{name: moved / name for name in ("prior", "dvae", "clip", "bpe")})
+    pictures = [
+        _command(monkeypatch, replace(models, prior=moved / name), tmp_path / f"{name}.png")
+        for name in ("adapters", "merged", "prior")
+    ]
+    assert pictures[0] == pictures[1] != pictures[2]
+    write_models(moved, list(CAPTIONS), seed=1)
+    with pytest.raises(SystemExit) as ended:
+        _command(monkeypatch, replace(models, prior=moved / "adapters"), tmp_path / "no.png")
+    assert ended.value.code == 2 and "holds another one now" in capsys.readouterr().err

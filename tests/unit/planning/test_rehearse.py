@@ -3,7 +3,8 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -11,7 +12,7 @@ import core.log
 from cli.rehearse import rehearse_verb
 from core.errors import EXIT_WRONG_INPUT, ConfigError, TapirError
 from data_pipeline.config import OrderConfig
-from models.config import PriorConfig
+from models.config import DVAEConfig, LoraConfig, PriorConfig
 from parallel.config import EngineConfig, MeshConfig, OptimConfig
 from parallel.device import CPU
 from planning.config import filled
@@ -22,8 +23,9 @@ from planning.rehearsal.rank import RankTask, run_rank
 from planning.rehearsal.rehearse import rehearse, roles_of, scaled
 from planning.rehearsal.sequence import CollectiveCall, Grid, Sequence
 from planning.rehearse_presets import laid_out
-from training.config import LoopConfig, PriorTrain
+from training.config import DVAETrain, LoopConfig, PriorTrain
 from training.presets import PRESETS
+from training.tasks.dvae_config import DiscriminatorConfig, PerceptualConfig
 
 MODEL = PriorConfig(
     dim=48, heads=6, layers=2, text_length=6, text_vocabulary=50, image_vocabulary=30, grid=4
@@ -226,6 +228,44 @@ def test_what_matches_passes(settings: PriorTrain, pool: Pool) -> None:
     result = rehearse("as it is", "prior", settings, pool)
     assert result.matches, result.mismatch and result.mismatch.report()
     assert result.operations > 150 and set(result.backends) == {"gloo", "nccl"}
+
+
+OPTIONS: dict[str, Any] = {
+    "norm": "rms",
+    "qk_norm": True,
+    "positions": "rotary",
+    "mlp": "gated",
+    "columns": 5,
+}
+CHOSEN = {
+    "options, tied": replace(PIPE, model=replace(MODEL, **OPTIONS, tied=True)),
+    "options, adapters": replace(
+        TENSOR, model=replace(MODEL, **OPTIONS), lora=LoraConfig(rank=2), init="base"
+    ),
+    "frozen": replace(TENSOR, freeze="embedding|block000"),
+    **{
+        f"dvae, {quantizer}, all losses": DVAETrain(
+            model=DVAEConfig(pixels=32, width=4, code_width=8, quantizer=quantizer),
+            perceptual=PerceptualConfig(weight=1.0, vgg=Path("vgg16.pth")),
+            discriminator=DiscriminatorConfig(weight=0.1, width=8, layers=2),
+            mesh=MeshConfig(data=2),
+            engine=EngineConfig(name="deepspeed_zero"),
+            loop=LoopConfig(global_batch_size=16, validation_samples=64),
+        )
+        for quantizer in get_args(get_type_hints(DVAEConfig)["quantizer"])[1:]
+    },
+}
+"""Settings that differ from the paper's network, on 2 or 4 ranks."""
+
+
+@pytest.mark.world
+@pytest.mark.parametrize("name", CHOSEN)
+def test_what_is_chosen_beside_the_paper_matches(name: str, pool: Pool) -> None:
+    settings = CHOSEN[name]
+    assert settings.problems() == []
+    result = rehearse(name, "dvae" if "dvae" in name else "prior", settings, pool)
+    assert result.matches, result.mismatch and result.mismatch.report()
+    assert result.operations > 40 and set(result.backends) == {"gloo", "nccl"}
 
 
 @pytest.mark.slow

@@ -159,13 +159,14 @@ def run_file(folder: Path, **stages: Any) -> Path:
     """A run file with some stages and data in the folder."""
     body = {"name": "run", "out": str(folder / "out"), "store": str(folder), "stages": stages}
     path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(body))
+    path.write_text(yaml.safe_dump(body).replace("OUT", str(folder / "out")))
     return path
 
 
 PAPER = {"preset": "paper_12b", "flags": {"loop.validation_samples": 512}}
 SHAPES = {"source": "shapes", "flags": {"count": 600}}
 HALF = {"source": "shapes", "flags": {"count": 900, "validation": 0.4}}
+PAIRS: dict[str, Any] = {"pack": {"source": "shapes"}}
 SMALL: dict[str, Any] = {"preset": "small", "flags": {"model.pixels": 32}}
 
 
@@ -290,6 +291,27 @@ def test_submit_reads_each_set_of_a_mixture(
             {"pack": {"source": "shapes"}, "dvae": {"flags": {"init": "nowhere"}}},
             "stages.dvae.flags.init='nowhere' holds no weights",
         ),
+        ({**PAIRS, "dvae": {"flags": {"init": "OUT/dvae"}}}, "dvae' holds no weights"),
+        (
+            {**PAIRS, "dvae": {"flags": {"init_bpe": "nowhere"}}},
+            "stages.dvae.flags.init_bpe='nowhere' holds no tokenizer.json",
+        ),
+        *(
+            ({**PAIRS, "dvae": {"flags": flags}}, rf"stages.dvae.flags.{name}='no.pth': there is")
+            for name, flags in {
+                "perceptual.vgg": {"perceptual.weight": 1, "perceptual.vgg": "no.pth"},
+                "perceptual.linear": {
+                    "perceptual.weight": 1,
+                    "perceptual.vgg": __file__,
+                    "perceptual.linear": "no.pth",
+                },
+                "rfid": {"rfid": "no.pth"},
+            }.items()
+        ),
+        (
+            {"score": {"source": "coco:/x", "flags": {"inception": "no.pth"}}},
+            "stages.score.flags.inception='no.pth': there is no such file of weights",
+        ),
     ],
 )
 def test_inputs_that_nobody_makes_are_refused_before_anything_is_sent(
@@ -343,6 +365,16 @@ def test_a_run_on_too_small_a_split_ends_before_its_model_is_built(
     other_clip = ClipTrain(data=str(raw), bpe=bpe, model=ClipConfig(text_vocabulary=9))
     with pytest.raises(ConfigError, match=r"text_vocabulary=9 is not that of the tokenizer"):
         ClipTask(other_clip, World())
+
+
+@pytest.mark.parametrize("text", ["", "no safetensors"])
+def test_weights_for_validations_are_looked_at_first(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "inception.safetensors"
+    if text:
+        path.write_text(text)
+    message = "is not a safetensors file" if text else "there are no Inception weights at"
+    with pytest.raises(InputError, match=message):
+        DVAETask(DVAETrain(rfid=path))
 
 
 @pytest.mark.world

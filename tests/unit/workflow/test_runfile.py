@@ -313,6 +313,40 @@ def test_a_stage_that_stops_early_is_told(tmp_path: Path) -> None:
     assert unfinished_inputs(alone, settings_of_stages(alone)) == []
 
 
+@pytest.mark.parametrize(
+    ("stop_at", "change", "notice"),
+    [
+        (6, "loop.steps=12", ["stages.dvae.flags.loop.stop_at=6 is below loop.steps=12: a dVAE"]),
+        (3, "loop.stop_at=0", []),
+    ],
+)
+def test_settings_that_a_resume_changes_count(
+    tmp_path: Path, stop_at: int, change: str, notice: list[str]
+) -> None:
+    flags = {"loop.steps": 6, "loop.stop_at": stop_at, "mesh.data": 1}
+    dvae = {"flags": {**flags, "resume_with": f"{change},mesh.data=2"}}
+    run = read_runfile(write(tmp_path, dvae=dvae, prior={}))
+    notices = unfinished_inputs(run, settings_of_stages(run))
+    assert [text[: len(start)] for text, start in zip(notices, notice, strict=True)] == notice
+    jobs = {job.name: job for job in chain_of(run, "local").jobs}
+    assert jobs["dvae"].ranks == 2 and f"--resume-with={change},mesh.data=2" in jobs["dvae"].command
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("optim.lrr=1", "stages.dvae: resume_with: there is no setting 'optim.lrr'; did you mean"),
+        ("loop.stop_at=9", "stages.dvae: loop.stop_at=9 must be 0 .* to 6"),
+    ],
+)
+def test_wrong_changes_of_a_resume_are_refused(tmp_path: Path, change: str, message: str) -> None:
+    run = read_runfile(
+        write(tmp_path, dvae={"flags": {"loop.steps": 6, "resume_with": change}}, prior={})
+    )
+    with pytest.raises(ConfigError, match=message):
+        chain_of(run, "local")
+
+
 def test_wrong_files_and_flags_end_with_2(tmp_path: Path) -> None:
     assert "no run file" in tapir("submit", str(tmp_path / "no.yaml"), code=2)
     (tmp_path / "list.yaml").write_text("[1")
