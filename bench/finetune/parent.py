@@ -28,7 +28,7 @@ TARGETS = sized(("google", "twitter", "facebook"), ("google",))
 Curve = list[dict[str, Any]]
 LOSSES = ("loss", "image_loss")
 SEEDS = sized((0, 1, 2), (0,))
-STEPS = sized(600, 4)
+STEPS = sized(400, 4)
 EVERY = sized(20, 2)
 """Steps between validations, and so the resolution of the value."""
 DVAE_STEPS = sized(1500, 2)
