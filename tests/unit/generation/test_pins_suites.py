@@ -116,14 +116,14 @@ def test_a_model_that_obeys_is_exact_with_its_first_candidate_of_two(tmp_path: P
     half = dict.fromkeys(half, 0.5)
     figures = {**half, "swapped": 0.0, "chance": 0.0, "upper_bound": 1.0}
     assert measured.results["candidates"] == 2
-    rows = {row["operation"]: row for row in measured.results["rows"]}
-    assert list(rows) == ["red", "flipped"]
+    by_operation = {row["operation"]: row for row in measured.results["rows"]}
+    assert list(by_operation) == ["red", "flipped"]
     for name, prompts in (("red", 2), ("flipped", 3)):
         expected = {**figures, "operation": name, "prompts": prompts}
-        expected["exact_low95"] = rows[name]["exact_low95"]
+        expected["exact_low95"] = by_operation[name]["exact_low95"]
         if name == "red":
             expected |= {"colour": 0.5, "swapped_follows": 0.5}
-        assert rows[name] == expected
+        assert by_operation[name] == expected
     assert measured.headline == {
         "exact": 0.5, "swapped": 0.0, "chance": 0.0, "exact, red": 0.5, "exact, flipped": 0.5
     }  # fmt: skip
