@@ -171,10 +171,10 @@ def _dense(block: Any, config: PriorConfig, x: Tensor) -> Tensor:
 def test_each_parameter_of_a_block_has_the_scale_of_its_branch(options: dict[str, Any]) -> None:
     block = PriorBlock(replace(TINY, **options), 1, ALONE)
     owners = {id(p): name for name, (_, own) in block.branches().items() for p in own}
-    branches = {name: owners.pop(id(p)) for name, p in block.named_parameters()}
+    parts = {name: owners.pop(id(p)) for name, p in block.named_parameters()}
     mlp = {"mlp_norm", "gate", "up", "down"}
-    assert branches and not owners
-    assert all((branch == "mlp") == (name.split(".")[0] in mlp) for name, branch in branches.items())
+    assert parts and not owners
+    assert all((branch == "mlp") == (name.split(".")[0] in mlp) for name, branch in parts.items())
 
 
 def test_a_gated_mlp_is_about_as_large_as_the_other() -> None:
