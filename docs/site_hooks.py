@@ -50,10 +50,13 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Fill the page of the verbs, and rank history low in searches."""
+    """Fill the page of the verbs; in searches it ranks high, and history low."""
     if page.file.src_uri.startswith(HISTORY):
         page.meta["search"] = {"boost": 0.2}
-    return verbs_page() if page.file.src_uri == VERBS_PAGE else markdown
+    if page.file.src_uri != VERBS_PAGE:
+        return markdown
+    page.meta["search"] = {"boost": 2}
+    return verbs_page()
 
 
 def links_inside(text: str) -> str:
