@@ -85,7 +85,7 @@ def claim(store: Store, request: dict[str, Any], again: bool = False) -> None:
     if not store.exists(REQUEST):
         _refuse_object(store)
         others = [name for split in SPLITS for name in store.names(f"{split}/")]
-        if others:
+        if others and not store.exists(REQUEST):  # else a worker claimed it and has begun
             raise InputError(f"{store.url} holds other files ({others[0]}); choose an empty DEST")
         if store.put(REQUEST, content, if_absent=True):
             return

@@ -86,5 +86,9 @@ class Workers:
                     number = int(lease["worker"].split("/")[0])
                     if number in numbers and not lease["dead"]:
                         return number
+            ended = [
+                n for n, process in self._running if n in numbers and process.poll() is not None
+            ]
+            assert not ended, f"workers {ended} ended by themselves: {self.logs()}"
             time.sleep(0.02)
         raise AssertionError(f"none of the workers {numbers} took a task: {self.logs()}")

@@ -21,6 +21,7 @@ from data_pipeline.formats.raw import RawSource
 from data_pipeline.formats.shards import TarBuffer
 from data_pipeline.packing.judge import Judge
 from data_pipeline.packing.pack import pack
+from data_pipeline.packing.place import REQUEST, claim
 from data_pipeline.packing.unit import UnitTask
 from data_pipeline.sources import plan as planning
 from data_pipeline.sources.files import FilePair
@@ -314,3 +315,24 @@ def test_a_stored_object_reads_like_a_file(tmp_path: Path) -> None:
             assert data[start : start + size].startswith(part)
             assert part or size == 0 or start >= len(data)
         assert file.seek(-5, 2) == 9_995 and file.read() == data[-5:]
+
+
+REQUESTED = {"source": "a"}
+
+
+class _Raced(FolderStore):
+    """A place that another worker claims and writes to, right after it was seen to be free."""
+
+    def exists(self, name: str) -> bool:
+        there = super().exists(name)
+        if name == REQUEST and not there:
+            other = FolderStore(self.root)
+            claim(other, REQUESTED)
+            other.put("train/shard-000000.tar", b"")
+        return there
+
+
+def test_a_place_that_others_claim_meanwhile_is_not_taken_for_a_foreign_one(tmp_path: Path) -> None:
+    claim(_Raced(tmp_path / "same"), REQUESTED)
+    with pytest.raises(InputError, match="is taken by another data set"):
+        claim(_Raced(tmp_path / "other"), {"source": "b"})
