@@ -25,7 +25,7 @@ from parallel.mesh import Mesh
 from parallel.precision import engine_numerics
 from training.config import StageConfig
 from training.ema import Average
-from training.export.save import FinishedModel, Writers, save_model
+from training.export.save import FinishedModel, Writers, remove_other_model, save_model
 from training.export.weights import model_is_whole
 from training.initial.start import Start
 from training.profiling.categories import CHECKPOINT, COMPUTE, DATA_WAIT, VALIDATION
@@ -283,6 +283,8 @@ class Run:
         LOG.info("resumed from %s", reader.url)
         if self.world.rank == 0:
             tell_differences(reader, changes, self.numerics, self.settings.compress.on)
+            if self.step < self.settings.loop.end:
+                remove_other_model(self.settings.out, self.stage, self.settings.loop.steps)
         self.folder.note_history(self._history)
 
     def start(self) -> None:
@@ -311,8 +313,8 @@ class Run:
         save_surely(self.save, self.checkpoints.saver.wait, tells=self.world.rank == 0)
 
     def _finish(self) -> None:
-        """Validate, save and write the finished model, unless it exists already."""
-        whole = self.world.rank == 0 and model_is_whole(self.settings.out, self.stage)
+        """Validate, save and write the finished model, unless that of this step exists already."""
+        whole = self.world.rank == 0 and model_is_whole(self.settings.out, self.stage, self.step)
         if self.world.gather_text("yes" if whole else "")[0] and self._resumed_at == self.step:
             return
         row = self.validate()

@@ -11,7 +11,7 @@ from typing import Any
 from checkpoint.reader import CheckpointReader
 from checkpoint.tensors import Shapes
 from checkpoint.writer import Gather
-from core.errors import StoreError, TapirError, if_full
+from core.errors import CorruptError, InputError, StoreError, TapirError, if_full
 from core.files.atomic import Json
 from core.log import LOG
 from core.storage.store import Store
@@ -24,7 +24,12 @@ from training.export.files import (
     write_index,
     write_weights,
 )
-from training.export.weights import averaged_weight, network_shapes, write_description
+from training.export.weights import (
+    averaged_weight,
+    network_shapes,
+    read_description,
+    write_description,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,11 +132,29 @@ def _begin(folder: Path, shapes: Shapes, most_bytes: float, ranks: int) -> dict[
 
     An older file with the name of a new one would pass for what another node has written.
     """
+    _remove(folder)
+    large = 4 * sum(prod(shape) for shape in shapes.values()) > most_bytes
+    return cut_evenly(shapes, ranks if large else 1)
+
+
+def remove_other_model(folder: Path, stage: str, step: int) -> None:
+    """Remove a finished model of another step than `step`, at which a run that goes on will end.
+
+    Readers find the run's newest checkpoint instead. A damaged model stays until the run's end.
+    """
+    try:
+        before = read_description(folder, stage)["facts"].get("step")
+    except (CorruptError, InputError):
+        return
+    if before != step:
+        LOG.info("the run goes on to step %d: removing its finished model of step %s", step, before)
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
     (folder / DESCRIPTION).unlink(missing_ok=True)
     for path in (folder / WEIGHTS, folder / SHARDS, *folder.glob("model-*-of-*.safetensors")):
         path.unlink(missing_ok=True)
-    large = 4 * sum(prod(shape) for shape in shapes.values()) > most_bytes
-    return cut_evenly(shapes, ranks if large else 1)
 
 
 def _write(

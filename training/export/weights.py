@@ -170,13 +170,13 @@ def read_description(folder: Path, stage: str) -> dict[str, Any]:
     return {**body, "config": config, "facts": facts_with_new_names(body["facts"])}
 
 
-def model_is_whole(folder: Path, stage: str) -> bool:
-    """True if a finished model exists and is undamaged."""
+def model_is_whole(folder: Path, stage: str, step: int | None = None) -> bool:
+    """True if a finished model (of `step`, if given) exists and is undamaged."""
     try:
-        describe(folder, stage)
+        facts = describe(folder, stage)["facts"]
     except (CorruptError, InputError):
         return False
-    return True
+    return step in (None, facts.get("step"))
 
 
 def load_dvae(folder: Path, step: int | None = None) -> tuple[DVAE, str]:

@@ -20,8 +20,9 @@ from parallel.world import ALONE
 from tests.harness import rows_of, tapir
 from tests.multiprocess.training.checks import largest_difference
 from training.config import ClipTrain, DVAETrain
-from training.export.weights import load_prior, read_model
+from training.export.weights import load_prior, open_model, read_model
 from training.initial.carry_over import extend_rows
+from training.initial.source import open_source
 from training.initial.weights import DrawnWeights, InitialReader, load_initial
 from training.presets import PRESETS
 from training.run.config import config_of
@@ -248,3 +249,22 @@ def test_a_run_resumes_with_changes_and_keeps_its_history(
     assert facts["history"] == events
     assert "has all 6 steps already" in tapir(*changed), "a restarted command changes no more"
     assert json.loads((run / "history.json").read_text())["events"] == events
+
+
+@pytest.mark.seconds
+def test_an_extended_run_has_no_model_until_it_ends(base: Path, tokens: Path, bpe: Path) -> None:
+    """Also if it ends at a checkpoint that is there already."""
+    run = shutil.copytree(base, base.parent / "extended")
+    flags = ["--model.layers=2", "--model.text-length=16", f"--bpe={bpe}", *SMALL, *ONE]
+    command = ["train", "prior", "tiny", f"--data={tokens}", f"--out={run}", *flags]
+    extended = [*command, "--loop.steps=3", "--resume-with=loop.steps=5"]
+    assert "removing its finished model of step 3" in tapir(*extended, "--loop.stop-at=4")
+    assert open_source(str(run), "prior").url.endswith("step-4")
+    assert open_model(run, "prior").facts["step"] == 4
+    shorter = [*command, "--loop.steps=5", "--resume-with=loop.steps=4"]
+    assert "has all 4 steps already" in tapir(*shorter)
+    facts = read_model(run, "prior")[0]["facts"]
+    assert facts["step"] == 4 and [row["now"] for row in facts["history"]] == [5, 4]
+    written = (run / "model.json").stat().st_mtime_ns
+    tapir(*shorter)
+    assert (run / "model.json").stat().st_mtime_ns == written, "it is written once"
