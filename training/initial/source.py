@@ -131,7 +131,7 @@ def merge(stage: str, facts: Json, adapters: tuple[Shapes, Read], url: str) -> M
     Raises: InputError if the base is not where it was, or is another model now.
     """
     noted, (shapes, read) = facts[ADAPTERS], adapters
-    base, scale = _base(stage, noted["base"], url), float(noted["scale"])
+    base, scale = base_of(stage, noted["base"], url), float(noted["scale"])
 
     def flat(name: str, start: int, stop: int) -> Tensor:
         values, stem = base.flat(name, start, stop), name.removesuffix(".weight")
@@ -148,10 +148,18 @@ def merge(stage: str, facts: Json, adapters: tuple[Shapes, Read], url: str) -> M
     return Merged(base=base, flat=flat, facts={**others, MERGED: merged})
 
 
-def _base(stage: str, noted: Json, url: str) -> WeightsSource:
-    """The model that adapters were trained on: where it was, or as far from them as then."""
-    places = [noted["place"]]
-    if "beside" in noted and not url.startswith(S3):
+def base_of(
+    stage: str, noted: Json, url: str, init: str = "", moved: bool = False
+) -> WeightsSource:
+    """The model that the adapters at `url` were trained on: at `init`, where it was, or as far from
+    them as then; if it was `moved`, at `init` alone.
+
+    Raises: InputError if it is at none of them, or another model is.
+    """
+    places = [init, noted["place"]] if init else [noted["place"]]
+    if moved:
+        places = [init]
+    elif "beside" in noted and not url.startswith(S3):
         outs = [Path(url), *list(Path(url).parents)[1:2]]  # of OUT/checkpoints/step-N
         places += [str(out / noted["beside"]) for out in outs]
     others = []
@@ -164,10 +172,11 @@ def _base(stage: str, noted: Json, url: str) -> WeightsSource:
             return source
         others.append(place)
     changed = f"; {', '.join(others)} holds another one now" if others else ""
+    remedy = ", or give its place by --resume-with init=PLACE" if init else ""
     raise InputError(
         f"{url} holds adapters of the {stage} that was at {noted['place']} (sha256 "
         f"{noted['digest']}), which is not there{changed}; put it back, there or in the same place "
-        "relative to the adapters' run"
+        f"relative to the adapters' run{remedy}"
     )
 
 

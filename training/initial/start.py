@@ -3,6 +3,8 @@
 The base of adapters is loaded again whenever the run resumes, and has to stay the same.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from checkpoint.reader import CheckpointReader
@@ -13,7 +15,7 @@ from models.adapters import is_adapter
 from parallel.engines.protocol import Engine
 from parallel.world import World
 from training.ema import Average
-from training.initial.source import ADAPTERS, adapter_facts
+from training.initial.source import ADAPTERS, WeightsSource, adapter_facts, base_of
 from training.initial.weights import DrawnWeights, InitialReader, load_initial
 from training.tasks.task import Task
 
@@ -45,15 +47,19 @@ class Start:
     def load_base(self, engine: Engine, checkpoint: CheckpointReader) -> None:
         """Load the base of adapters, before those of a checkpoint; collective.
 
-        Raises: ConfigError if they are those of another base.
+        The run may have started from a checkpoint that is not the newest of `init` any more.
+        Raises: InputError if the base is gone, or another one.
         """
-        if self._drawn is not None and self._adapts:
-            if not self.facts:
-                self._open(self._drawn, engine)
-            _refuse_other_base(checkpoint, self.facts)
+        if self._drawn is not None and self._adapts and not self.facts:
+            noted = checkpoint.facts["task"][ADAPTERS]["base"]
+            moved = checkpoint.facts["config"]["init"] != self._settings.init
+            base = partial(base_of, noted=noted, url=checkpoint.url, moved=moved)
+            self._open(self._drawn, engine, base)
 
-    def _open(self, drawn: DrawnWeights, engine: Engine) -> tuple[InitialReader, Json]:
-        reader, event = load_initial(drawn, *self._run)
+    def _open(
+        self, drawn: DrawnWeights, engine: Engine, base: Callable[..., WeightsSource] | None = None
+    ) -> tuple[InitialReader, Json]:
+        reader, event = load_initial(drawn, *self._run, base)
         if self._adapts:
             self.facts = _facts(self._settings, event)
             engine.load_frozen(reader)
@@ -81,14 +87,3 @@ def _facts(settings: Any, event: Json) -> Json:
             event["from"],
         )
     return {ADAPTERS: adapter_facts(settings.lora, event["from"], event["digest"], settings.out)}
-
-
-def _refuse_other_base(reader: CheckpointReader, mine: Json) -> None:
-    """Raise ConfigError if a checkpoint's adapters were trained on another base than `mine`."""
-    before, now = reader.facts["task"][ADAPTERS]["base"], mine[ADAPTERS]["base"]
-    if before["digest"] != now["digest"]:
-        raise ConfigError(
-            f"{reader.url} holds adapters of the model that was at {before['place']} (sha256 "
-            f"{before['digest']}), and {now['place']} has sha256 {now['digest']}; put that model "
-            "back, or give its place by --resume-with init=PLACE"
-        )

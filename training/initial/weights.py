@@ -5,7 +5,8 @@ loads its own part of them as it resumes. Moments begin at zero, and learning ra
 """
 
 import json
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -111,15 +112,23 @@ class InitialReader:
 
 
 def load_initial(
-    drawn: DrawnWeights, stage: str, task: Task[Any], settings: Any, world: World
+    drawn: DrawnWeights,
+    stage: str,
+    task: Task[Any],
+    settings: Any,
+    world: World,
+    base: Callable[..., WeightsSource] | None = None,
 ) -> tuple[InitialReader, Json]:
-    """Open the weights at settings.init for this run; collective.
+    """Open the weights at settings.init for this run, or those that `base` finds; collective.
 
     Returns what the engine loads, and the event for the run's history.
     Raises: InputError if there are none, they are of another stage, or nothing of them fits;
     CorruptError if a byte changed.
     """
-    source = _open(settings.init, stage, world)
+    if base is None:
+        source = _open(partial(open_source, settings.init, stage), stage, world)
+    else:
+        source = _open(partial(base, stage, init=settings.init), stage, world)
     vocabularies = Vocabularies(
         pieces=_pieces(task.facts(), settings, source),
         same_codes=task.facts().get("dvae") == source.facts.get("dvae"),
@@ -145,12 +154,12 @@ _SHOWN = 20
 """Lines of the table in an error."""
 
 
-def _open(place: str, stage: str, world: World) -> WeightsSource:
+def _open(find: Callable[[], WeightsSource], stage: str, world: World) -> WeightsSource:
     """Open the weights that rank 0 sees, and verify them by all ranks; raises alike on all."""
     told: Json = {}
     if world.rank == 0:
         try:
-            told["url"] = open_source(place, stage).url
+            told["url"] = find().url
         except TapirError as error:
             told["error"] = str(error)
     told = json.loads(world.gather_text(json.dumps(told))[0])

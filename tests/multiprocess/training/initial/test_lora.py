@@ -150,11 +150,30 @@ def test_other_bases_are_refused(base: Path, adapted: Path, tokens: Path, tmp_pa
     moved = f"--resume-with=init={base}"
     _train(tokens, run, *flags, f"--init={other}", moved, "--loop.stop-at=2")
     text = _train(tokens, run, *flags, f"--init={adapted}", f"{moved[:14]}init={adapted}", code=2)
-    assert "holds adapters of the model that was at" in text and "put that model back" in text
+    assert "holds adapters of the prior that was at" in text
+    assert "put it back" in text and "or give its place by --resume-with init=PLACE" in text
     text = _train(tokens, tmp_path / "c", *flags, f"--init={base}", "--model.layers=3", code=2)
     assert "is not a base for adapters" in text and "block002" in text
     text = _train(tokens, tmp_path / "d", *flags, code=2)
     assert "give its run as --init" in text
+
+
+@pytest.mark.world
+def test_adapters_go_on_with_the_checkpoint_they_started_from(
+    base: Path, tokens: Path, tmp_path: Path
+) -> None:
+    """The same command, while their base trains on."""
+    growing, run = shutil.copytree(base, tmp_path / "growing"), tmp_path / "run"
+    (growing / "model.json").unlink()
+    command = [*ADAPTERS, *ONE_PROCESS, f"--init={growing}"]
+    _train(tokens, run, *command, "--loop.stop-at=2")
+    _train(tokens, growing, *ONE_PROCESS, "--loop.steps=3", "--resume-with=loop.steps=4")
+    _train(tokens, run, *command)
+    noted = json.loads((run / "model.json").read_text())["facts"]["adapters"]["base"]
+    assert noted["place"] == str(growing / "checkpoints" / "step-3")
+    (growing / "checkpoints" / "step-3" / "manifest.json").unlink()
+    text = _train(tokens, run, *command, "--resume-with=loop.steps=5", code=2)
+    assert "which is not there" in text and f"{growing} holds another one now" in text
 
 
 @pytest.mark.world
