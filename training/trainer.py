@@ -36,7 +36,12 @@ from training.run.checkpoints import Checkpoints, save_surely
 from training.run.feed import Feed
 from training.run.folder import RunFolder
 from training.run.log import RunLog, StepCost
-from training.run.resume import accept_config, refuse_changes, refuse_other_shapes, tell_differences
+from training.run.resume import (
+    accept_config,
+    refuse_changes,
+    refuse_misfits,
+    tell_differences,
+)
 from training.run.versions import DataVersions
 from training.schedules import Plateau, learning_rate
 from training.tasks.task import Task
@@ -212,7 +217,7 @@ class Run:
         Raises: ConfigError if it holds another model or other data.
         """
         self._heart.beat("load")
-        refuse_other_shapes(reader, self.engine)
+        refuse_misfits(reader, self.engine.shapes(), self.engine.frozen())
         self._start.load_base(self.engine, reader)
         self.engine.load_slices(reader)
         self.average.load(reader)

@@ -1,13 +1,14 @@
 """Checks of a resumed run against its checkpoint."""
 
+from collections.abc import Set
 from typing import Any
 
 from checkpoint.format import MEAN_ERROR
 from checkpoint.reader import CheckpointReader
+from checkpoint.tensors import Shapes
 from core.config import to_json
 from core.errors import ConfigError
 from core.log import LOG
-from parallel.engines.protocol import Engine
 from parallel.precision import Numerics
 from training.config import StageConfig
 from training.run.resume_with import changes_of
@@ -27,10 +28,31 @@ _MAY_CHANGE = (
     "profile",
     "supervisor",
     "resume_with",
+    "init_bpe",
+    "rfid",
 )
 """Settings that a resumed run may change."""
 CHANGED = "resume-with"
 """The event of a run's history that names a setting changed on purpose."""
+_GUMBEL, _DISCRIMINATOR = ("model.quantizer", "gumbel"), "discriminator.weight"
+_ONLY_WITH: dict[str, tuple[str, Any]] = {
+    **dict.fromkeys(("tau_first", "tau_last", "tau_fraction"), _GUMBEL),
+    **dict.fromkeys(("beta_first", "beta", "beta_fraction"), _GUMBEL),
+    "commitment": ("model.quantizer", "vq"),
+    "model.vector": ("model.quantizer", "vq"),
+    "model.levels": ("model.quantizer", "fsq"),
+}
+"""Settings that have an effect only while another one has this value."""
+_ONLY_ABOVE_0 = {
+    "discriminator.start": _DISCRIMINATOR,
+    "discriminator.width": _DISCRIMINATOR,
+    "discriminator.layers": _DISCRIMINATOR,
+    "lora.alpha": "lora.rank",
+    "optim.ema_every": "optim.ema",
+    "optim.patience": "optim.halvings",
+    "optim.plateau_threshold": "optim.halvings",
+}
+"""Settings that have an effect only while another one is above 0."""
 _LOOP_MAY_CHANGE = ("stop_at", "log_every", "validate_every", "validation_samples")
 
 
@@ -43,7 +65,8 @@ def accept_config(reader: CheckpointReader, config: dict[str, Any]) -> list[dict
     stored = config_with_new_names(reader.facts["config"], reader.url)
     before, now = _fixed(_with_defaults(stored)), _fixed(config)
     purpose = changes_of(config["resume_with"])
-    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    compared = {*before, *now} - ((_unused(before) | _unused(now)) - purpose.keys())
+    changed = [name for name in sorted(compared) if before.get(name) != now.get(name)]
     rows = [(n, str(before.get(n)), str(now.get(n))) for n in changed if n not in purpose]
     if rows:
         rows.insert(0, ("setting", "in the checkpoint", "now"))
@@ -52,6 +75,11 @@ def accept_config(reader: CheckpointReader, config: dict[str, Any]) -> list[dict
         raise ConfigError(
             f"{reader.url} was written with other settings; give the same ones, another --out, or "
             "change them on purpose with --resume-with SETTING=VALUE,...:\n" + "\n".join(table)
+        )
+    if now.get(_DISCRIMINATOR) and not before.get(_DISCRIMINATOR):
+        raise ConfigError(
+            f"resume_with: {_DISCRIMINATOR}={now[_DISCRIMINATOR]} adds a discriminator, whose "
+            f"tensors {reader.url} does not hold; start a new run with --init {reader.url}"
         )
     step = int(reader.facts["step"])
     return [
@@ -78,12 +106,41 @@ def _merged(defaults: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return {**both, **{name: _merged(defaults[name], over[name]) for name in nested}}
 
 
-def refuse_other_shapes(reader: CheckpointReader, engine: Engine) -> None:
-    """Raise ConfigError if the checkpoint lacks a tensor of the engine in its shape."""
-    stored, mine = reader.shapes(), engine.shapes()
-    wrong = sorted(set(mine.items()) - set(stored.items()))[:3]
+def refuse_misfits(reader: CheckpointReader, shapes: Shapes, frozen: Set[str]) -> None:
+    """Check that a checkpoint holds the tensors of an engine, with moments of those it trains.
+
+    Raises: ConfigError naming some that it lacks.
+    """
+    stored = reader.shapes()
+    wrong = [
+        f"{name} is {_size(stored.get(name))} there and {_size(shape)} here"
+        for name, shape in sorted(shapes.items())
+        if stored.get(name) != shape
+    ]
     if wrong:
-        raise ConfigError(f"{reader.url} holds other tensors than this model: {wrong} ...")
+        raise ConfigError(
+            f"{reader.url} holds other tensors than this model ({_some(wrong)}); give the settings "
+            f"and the data that it was written with, or start a new run with --init {reader.url}"
+        )
+    still = [name for name in sorted(shapes.keys() - frozen) if "step" not in reader.kinds(name)]
+    if still:
+        before = reader.facts["config"].get("freeze", "")
+        raise ConfigError(
+            f"{reader.url} has no moments of {len(still)} tensors that its run froze "
+            f"({_some(still)}), so that they stay frozen when it resumes; give freeze={before!r}, "
+            f"or start a new run with --init {reader.url}"
+        )
+
+
+def _size(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else " x ".join(map(str, shape)) or "1"
+
+
+def _some(texts: list[str]) -> str:
+    return ", ".join(texts[:_SHOWN]) + (f", ... {len(texts)} in all" * (len(texts) > _SHOWN))
+
+
+_SHOWN = 3
 
 
 def refuse_changes(settings: StageConfig) -> None:
@@ -133,6 +190,12 @@ def tell_dropped_errors(reader: CheckpointReader, compresses: bool) -> None:
             "replicas",
             reader.url,
         )
+
+
+def _unused(fixed: dict[str, Any]) -> set[str]:
+    """Those of the settings that another one leaves without effect."""
+    unused = {name for name, (other, value) in _ONLY_WITH.items() if fixed.get(other) != value}
+    return unused | {name for name, other in _ONLY_ABOVE_0.items() if not fixed.get(other)}
 
 
 def _fixed(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

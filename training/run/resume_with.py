@@ -4,52 +4,69 @@ Imports no torch.
 """
 
 import json
+import re
 from typing import Any, TypeVar
 
 from core.config import from_json, to_json, wrong_types
 from core.errors import did_you_mean
 
 T = TypeVar("T")
+_SHAPES = "the checkpoint's tensors have these shapes; start a new run with --init"
 _WHY = {
-    "model": "the checkpoint's tensors have these shapes; start a new run with --init",
+    "model": _SHAPES,
     "order": "the data order follows from it; start a new run with --init",
     "loop.seed": "the data order follows from it; start a new run with --init",
     "loop.global_batch_size": "the position in the data counts batches; start a new run with "
     "--init",
+    "lora.rank": _SHAPES,
+    "discriminator.width": _SHAPES,
+    "discriminator.layers": _SHAPES,
     "out": "give it as --out",
     "resume_with": "it is the flag itself",
 }
 """Settings, and groups of settings, that no run can change -> why, and what to do instead."""
 
 
+_NEXT = re.compile(r",+(?=[^,=]*=)")
+"""What separates two settings: values of their own may hold commas, but no = after one."""
+
+
 def changes_of(text: str) -> dict[str, Any]:
-    """`a.b=1,c=x` -> {"a.b": 1, "c": "x"}; values as JSON, else as text.
+    """`a.b=1,c=x` -> {"a.b": 1, "c": "x"}; values as JSON, else as text; the last of a name counts.
 
     Raises: ValueError naming the part that is not SETTING=VALUE.
     """
-    changes: dict[str, Any] = {}
-    for part in filter(None, text.split(",")):
+    return dict(_changes(text))
+
+
+def _changes(text: str) -> list[tuple[str, Any]]:
+    changes: list[tuple[str, Any]] = []
+    for part in filter(None, _NEXT.split(text.strip(","))):
         name, equals, value = part.partition("=")
-        if not equals or not name.strip():
+        name = name.strip().replace("-", "_")
+        if not equals or not name:
             raise ValueError(part)
         try:
-            changes[name.strip().replace("-", "_")] = json.loads(value)
+            changes.append((name, json.loads(value)))
         except ValueError:
-            changes[name.strip().replace("-", "_")] = value
+            changes.append((name, value))
     return changes
 
 
 def resume_with_problems(settings: Any) -> list[str]:
     """Problems of `settings.resume_with`: its form, its names and its types."""
     try:
-        changes = changes_of(settings.resume_with)
+        given = _changes(settings.resume_with)
     except ValueError as error:
         return [
             f"resume_with: {str(error)!r} is not SETTING=VALUE; write e.g. "
             "optim.lr=1e-4,loop.steps=2000"
         ]
+    names, changes = [name for name, _ in given], dict(given)
     known, problems = _leaves(to_json(settings)), list[str]()
     for name, value in changes.items():
+        if names.count(name) > 1:
+            problems.append(f"resume_with: {name} is given {names.count(name)} times; give it once")
         if reason := _WHY.get(name) or _WHY.get(name.partition(".")[0]):
             problems.append(f"resume_with: {name} cannot change: {reason}")
         elif name not in known:

@@ -23,6 +23,15 @@ def test_changes_are_parsed_and_applied() -> None:
     assert changes_of("") == {} and with_changes(PriorTrain()) == PriorTrain()
 
 
+def test_values_may_hold_commas() -> None:
+    text = "data=s3://a/b:0.7,c,d:3/10,freeze=^block00{1,2}|a,loop.log-every=2,"
+    changes = {"data": "s3://a/b:0.7,c,d:3/10", "freeze": "^block00{1,2}|a", "loop.log_every": 2}
+    assert changes_of(text) == changes
+    made = with_changes(PriorTrain(resume_with=text))
+    assert made.data == changes["data"] and made.freeze == changes["freeze"]
+    assert changes_of(",optim.lr=1,,grow=true,") == {"optim.lr": 1, "grow": True}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -38,6 +47,8 @@ def test_changes_are_parsed_and_applied() -> None:
         ("loop.global_batch_size=8", "loop.global_batch_size cannot change: the position"),
         ("out=runs/x", "out cannot change: give it as --out"),
         ("resume_with=a=1", "resume_with cannot change"),
+        ("lora.rank=4", "lora.rank cannot change: the checkpoint's tensors"),
+        ("optim.lr=1e-4,loop.steps=3,optim.lr=1", "optim.lr is given 2 times; give it once"),
     ],
 )
 def test_every_wrong_change_is_named(text: str, message: str) -> None:
@@ -45,5 +56,5 @@ def test_every_wrong_change_is_named(text: str, message: str) -> None:
     (problem,) = resume_with_problems(settings)
     assert message in problem
     assert problem in settings.fixed_problems()
-    both = replace(settings, resume_with=f"model.heads=2,{text}" if text[0] != "=" else text)
+    both = replace(settings, resume_with=f"{text},model.heads=2" if text[0] != "=" else text)
     assert message in "\n".join(resume_with_problems(both))
