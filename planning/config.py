@@ -62,20 +62,21 @@ class ModelFlags:
 
     norm: Literal["layer", "rms"] | None = None
     """Norm of the residual stream."""
-    qk_norm: bool | None = None
+    qk_norm: bool = False
     """Divide each head's queries and keys by their root mean square."""
     positions: Literal["learned", "rotary"] | None = None
     """Learned positions of the inputs, or rotated queries and keys."""
     mlp: Literal["gelu", "gated"] | None = None
     """Two matrices, or three."""
-    tied: bool | None = None
+    tied: bool = False
     """Use the token embeddings as output matrices too."""
     columns: int | None = None
     """Columns of the token grid, if they are not as many as its rows."""
 
     def applied(self, model: PriorConfig) -> PriorConfig:
         """The model with these options in place of its own."""
-        return replace(model, **{k: v for k, v in vars(self).items() if v is not None})
+        given = {k: v for k, v in vars(self).items() if v is not None and v is not False}
+        return replace(model, **given)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,17 @@ from typing import Any
 from core.config import check
 from core.files.atomic import canonical_json, refuse_folder, write_atomic
 from core.log import LOG
+from parallel.engines.frozen import absent_problem
 from planning.config import PlanFlags, settings_of
 from planning.dvae import dvae_parameters, search_dvae
 from planning.estimate.hardware import Hardware, hardware_of
-from planning.estimate.layers import count_parameters, count_trained
+from planning.estimate.layers import (
+    count_parameters,
+    count_trained,
+    named,
+    rank_layers,
+    training_of,
+)
 from planning.estimate.search import SearchResult, search
 from training.config import DVAETrain
 
@@ -62,6 +69,9 @@ def planned_settings(flags: PlanFlags) -> Any:
     else:
         settings = replace(settings, model=flags.model.applied(settings.model))
     check(settings.fixed_problems())
+    if settings.freeze:
+        names = named(rank_layers(settings.model, 0, 1, training_of(settings)))
+        check(list(filter(None, [absent_problem(list(names), settings.freeze)])))
     return settings
 
 

@@ -56,16 +56,23 @@ def check_frozen(program: Program, pattern: str, stages: int) -> None:
     with torch.device("meta"):
         built = [dict(layer.build().named_parameters()) for layer in program.layers]
     names = [f"{x.name}.{n}" for x, held in zip(program.layers, built, strict=True) for n in held]
-    if pattern and not any(re.search(pattern, name) for name in names):
-        raise ConfigError(
-            f"freeze={pattern!r} is found in no parameter's name; there are {', '.join(names[:5])} "
-            f"... {names[-1]}; try e.g. --freeze embedding, or --freeze '^block00[0-3]'"
-        )
+    if problem := absent_problem(names, pattern):
+        raise ConfigError(problem)
     trains = [bool(trained(held)) for held in built]
     if problem := stage_problem(trains, [layer.cost for layer in program.layers], stages):
         raise ConfigError(problem)
     sizes = [prod(placement_of(p).shape) for held in built for p in trained(held).values()]
     LOG.info("%s parameters are trained, in %d tensors", f"{sum(sizes):,}", len(sizes))
+
+
+def absent_problem(names: Sequence[str], pattern: str) -> str:
+    """Why an expression freezes nothing: it is found in no parameter's name; else empty."""
+    if not pattern or any(re.search(pattern, name) for name in names):
+        return ""
+    return (
+        f"freeze={pattern!r} is found in no parameter's name; there are {', '.join(names[:5])} "
+        f"... {names[-1]}; try e.g. --freeze embedding, or --freeze '^block00[0-3]'"
+    )
 
 
 def stage_problem(trains: Sequence[bool], costs: Sequence[int], stages: int) -> str:

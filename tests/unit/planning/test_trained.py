@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from checkpoint.config import CheckpointConfig
+from core.errors import ConfigError
 from models.config import LoraConfig
 from parallel.config import CompressConfig, EngineConfig, MeshConfig
 from parallel.mesh import RankCoordinates
@@ -17,6 +18,7 @@ from planning.estimate.layers import Held, Marks, count_parameters, count_traine
 from planning.estimate.memory import loads_of, marks_of, rank_bytes
 from planning.estimate.search import variants_of, weigh
 from planning.estimate.traffic import branches_with_gradients
+from planning.plan import planned_settings
 from tests.harness import tapir
 
 PAPER = settings_of("paper_12b")
@@ -117,6 +119,13 @@ def test_the_command_line_says_what_is_trained() -> None:
     assert "--lora.rank=4" in body["best"]["flags"] and "trained: 55,296 of" in text
 
 
+def test_switches_need_no_value() -> None:
+    text = tapir("plan", "tiny", "--world=1", "--gpu=cpu", "--tied", "--qk-norm", "--json")
+    model = replace(TINY.model, tied=True, qk_norm=True)
+    assert json.loads(text.splitlines()[-1])["parameters"] == count_parameters(model)
+    assert count_parameters(model) < count_parameters(TINY.model)
+
+
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
@@ -128,3 +137,13 @@ def test_the_command_line_says_what_is_trained() -> None:
 )
 def test_wrong_flags_are_named(flags: PlanFlags, text: str) -> None:
     assert any(text in problem for problem in flags.problems())
+
+
+def test_an_expression_that_freezes_nothing_is_refused() -> None:
+    """Names of adapters count, as in training."""
+    with pytest.raises(ConfigError, match=r"freeze='zzz' is found in no parameter's name"):
+        planned_settings(PlanFlags(preset="tiny", freeze="zzz"))
+    with pytest.raises(ConfigError, match="found in no parameter's name"):
+        planned_settings(PlanFlags(preset="tiny", freeze="lora_a"))
+    adapted = PlanFlags(preset="tiny", freeze="block000.*lora_a", lora=LoraConfig(rank=2))
+    assert planned_settings(adapted).freeze == "block000.*lora_a"
