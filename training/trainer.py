@@ -36,12 +36,7 @@ from training.run.checkpoints import Checkpoints, save_surely
 from training.run.feed import Feed
 from training.run.folder import RunFolder
 from training.run.log import RunLog, StepCost
-from training.run.resume import (
-    accept_config,
-    refuse_changes,
-    refuse_misfits,
-    tell_differences,
-)
+from training.run.resume import accept_config, refuse_changes, refuse_misfits, tell_differences
 from training.run.versions import DataVersions
 from training.schedules import Plateau, learning_rate
 from training.tasks.task import Task

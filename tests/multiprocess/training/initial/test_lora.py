@@ -207,3 +207,6 @@ def test_frozen_weights_stay_and_are_saved(base: Path, tokens: Path, tmp_path: P
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert {"embedding.text.table.weight", "block001.mlp_norm.weight"} <= same
     assert "block000.k.weight" not in same and "block001.q.weight" not in same
+    thawed = "--resume-with=freeze=,loop.steps=5"
+    text = _train(tokens, tmp_path, *flags, *ONE_PROCESS, thawed, code=2)
+    assert "that its run froze (block000." in text and f"give freeze={FROZEN!r}" in text
