@@ -45,6 +45,8 @@ class Suite:
     """Problems of prompts, its own or those of a file."""
     data: str = ""
     """What DATA is; empty if it reads none."""
+    source: str = ""
+    """Source that `tapir pack` must have packed into DATA; empty = any."""
     count: str = ""
     """The setting that says how many prompts are chosen; a file has its own prompts."""
     repeats_without_data: bool = True
@@ -64,6 +66,7 @@ SUITES = {
         prepare=f"{_PACKAGE}.shapes:prepare",
         problems=shapes_problems,
         data="a packed set of shapes",
+        source="shapes",
         count="prompts",
     ),
     "geneval-style": Suite(
@@ -130,6 +133,7 @@ SUITES = {
         prepare=f"{_PACKAGE}.panels:prepare",
         problems=panel_problems,
         data="a packed set of panels",
+        source="panels",
         count="per_operation",
         ranks=False,
     ),
