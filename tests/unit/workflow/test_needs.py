@@ -444,3 +444,31 @@ def test_sizes_of_a_tokenizer_that_is_there_already_are_compared(tmp_path: Path,
     assert f"model.pixels=40 cannot rank {dvae}'s pictures of 16" in str(caught.value)
     run = read_runfile(file)
     assert "holds a dvae, not a prior" in str(missing_inputs(run, settings_of_stages(run), "local"))
+
+
+def test_problems_of_flags_values_and_settings_are_in_one_message(tmp_path: Path) -> None:
+    file = run_file(
+        tmp_path,
+        prior={"flags": {"mlpp": "x", "lora.rank": "four", "model.tied": 3}},
+        dvae={"flags": {"loop.steps": -1, "resume_with": "loop.stepz=3"}},
+    )
+    with pytest.raises(ConfigError) as caught:
+        settings_of_stages(read_runfile(file))
+    for text in (
+        "stages.prior.flags.mlpp: unknown",
+        "stages.prior.flags.model.tied=3 must be true or false",
+        "stages.prior.flags.lora.rank='four' must be a whole number",
+        "stages.dvae: resume_with: there is no setting 'loop.stepz'",
+        "stages.dvae: loop.steps",
+    ):
+        assert text in str(caught.value)
+
+
+def test_a_problem_of_resume_with_hides_no_other(tmp_path: Path) -> None:
+    wrong = ["--resume-with=loop.stepz=3", "--loop.validation-samples=4"]
+    with pytest.raises(ConfigError) as trained:
+        train(["prior", "tiny", f"--out={tmp_path / 'out'}", *wrong])
+    _, refused = laid_out([("prior", "tiny")], wrong, 2)
+    for message in (str(trained.value), refused["prior tiny"]):
+        assert "validation_samples=4 is less than" in message
+        assert "there is no setting 'loop.stepz'" in message
