@@ -53,7 +53,7 @@ def chain_of(run: RunFile, to: Scheduler) -> Chain:
 
 def settings_of_stages(run: RunFile) -> dict[str, Any]:
     """The settings of each stage's command. Raises: ConfigError with every wrong flag."""
-    settings, problems = {}, []
+    settings, problems = dict[str, Any](), list[str]()
     for name in run.stages:
         stage, texts = _settings(run, name)
         settings[name], problems = stage, problems + texts
