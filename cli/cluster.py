@@ -55,7 +55,8 @@ def submit(arguments: list[str]) -> None:
         Args:
             file: YAML, or Python that sets `run`; docs/reference/run-file.md shows one
             to: local, slurm or kubernetes; by default as in the file
-            dry_run: print what would be sent, as a shell script or as YAML, and send nothing
+            dry_run: print what would be sent, as a shell script or as YAML, and send nothing; what
+                stages left out should have made and is missing is told, and not refused
             wait: show the jobs' states until all have ended; exit code 1 if one failed
             json: print a JSON object on the last line
         """

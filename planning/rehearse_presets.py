@@ -4,14 +4,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from core.config import check
 from core.errors import ConfigError, InputError, did_you_mean
 from core.flags import parse_over
 from planning.config import filled
 from planning.rehearsal.pool import Pool
 from planning.rehearsal.rehearse import Rehearsal, checked, rehearse, scaled
 from training.presets import PRESETS
-from training.run.resume_with import resume_with_problems, with_changes
+from training.run.resume_with import with_changes
 
 STAGES = ("prior", "dvae", "clip")
 """Stages that have a mesh; a preset's name is looked up in this order."""
@@ -95,7 +94,6 @@ def _settings(stage: str, name: str, flags: list[str], world: int) -> Any:
     settings = PRESETS[stage][name]()
     if flags:
         settings = parse_over(settings, flags, f"rehearse {name}", others=OWN_FLAGS)
-        check(resume_with_problems(settings))
         settings = with_changes(settings)
     settings = filled(name, settings)
     return checked(scaled(settings, world or settings.mesh.world))

@@ -15,7 +15,7 @@ from core.launch_environment import ranks_given
 from core.stop import heed_stop_signals
 from parallel.engines.registry import modules_of
 from training.config import StageConfig
-from training.run.resume_with import resume_with_problems, with_changes
+from training.run.resume_with import with_changes
 from training.stages import to_payload
 
 RANKS_A_CORE = 16
@@ -40,7 +40,6 @@ def train_stage(stage: str, settings: StageConfig) -> None:
 
 def _train(stage: str, settings: StageConfig) -> None:
     started = ranks_given()
-    check(resume_with_problems(settings))
     settings = with_changes(settings)
     check(settings.problems(started))
     refuse_others_folder(settings.out, f"train {stage}")

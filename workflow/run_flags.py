@@ -12,20 +12,20 @@ Value = str | int | float | bool
 Flags = Mapping[str, Value | list[Value]]
 
 
-def flag_problems(where: str, known: KnownFlags, flags: Flags, verb: str) -> list[str]:
-    """One problem for each unknown flag, each boolean that is none, and each list for one value."""
-    problems = []
+def flag_problems(where: str, known: KnownFlags, flags: Flags, verb: str) -> dict[str, str]:
+    """Problems by flag: unknown ones, booleans that are none, and lists for one value."""
+    problems = {}
     for name, value in flags.items():
         hint = known.types.get(name)
         if hint is None:
             if value is True and known.negated(name):
                 continue
             text = known.hint(name, _in_file) or f"; `tapir {verb} --help` lists the flags"
-            problems.append(f"{where}.{name}: unknown{text}")
+            problems[name] = f"{where}.{name}: unknown{text}"
         elif (hint is bool) != isinstance(value, bool) or (
             isinstance(value, list) and not _takes_list(hint)
         ):
-            problems.append(_wrong_value(where, known, name, value))
+            problems[name] = _wrong_value(where, known, name, value)
     return problems
 
 

@@ -89,7 +89,7 @@ def dry_run(chain: Chain, config: SlurmConfig) -> str:
     if any(job.array for job in chain.jobs):
         note = f"# arrays are split for MaxArraySize={MAX_ARRAY_SIZE}, Slurm's default; without"
         parts.append(f"{note} --dry-run, for this Slurm's")
-    ids = {job.name: f"${job.name}" for job in chain.jobs}
+    ids = {job.name: f"${_variable(job)}" for job in chain.jobs}
     for job in chain.jobs:
         known = {name: ids[name] for name in job.after if name in ids}
         variables: list[str] = []
@@ -99,11 +99,17 @@ def dry_run(chain: Chain, config: SlurmConfig) -> str:
             )
             before = f"${variables[-1]}" if variables and job.resources.parallelism else ""
             command = sbatch_command(chain, job, known, part, before)
-            variables.append(f"{job.name}_{part.first}" if part and part.first else job.name)
+            number = f"_{part.first}" if part and part.first else ""
+            variables.append(f"{_variable(job)}{number}")
             parts.append(f"{variables[-1]}=$({' '.join(map(_shell_word, command))})")
         if len(variables) > 1:
-            parts.append(f"{job.name}={':'.join(f'${each}' for each in variables)}")
+            parts.append(f"{_variable(job)}={':'.join(f'${each}' for each in variables)}")
     return "\n".join(parts) + "\n"
+
+
+def _variable(job: Job) -> str:
+    """The shell variable of a job's id; jobs' names have hyphens, and no underscores."""
+    return job.name.replace("-", "_")
 
 
 def _here_document(path: Path, text: str) -> str:

@@ -61,6 +61,11 @@ def facts_of(weights: Weights) -> TokenizerFacts:
     return TokenizerFacts.of_dvae(from_json(DVAEConfig, weights.config), weights.digest)
 
 
+def facts_in(folder: Path) -> TokenizerFacts:
+    """The facts of a folder's tokenizer, without building its network. Raises: as `open_model`."""
+    return facts_of(open_weights_of(folder))
+
+
 def open_tokenizer(
     folder: Path,
     device: torch.device = CPU,

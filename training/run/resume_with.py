@@ -81,8 +81,11 @@ def resume_with_problems(settings: Any) -> list[str]:
 def with_changes(settings: T) -> T:
     """The settings with the changes of their `resume_with`.
 
-    Raises: ValueError, KeyError or ConfigError if `resume_with_problems` has problems.
+    They are not changed if `resume_with_problems` has problems, which `settings.problems()` names
+    beside all others.
     """
+    if resume_with_problems(settings):
+        return settings
     body = to_json(settings)
     for name, value in changes_of(body["resume_with"]).items():
         _set(body, name, value)

@@ -1,5 +1,6 @@
 """Inputs of a run's stages, and which of them are missing."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ def _missing_files(run: RunFile, stage: str, settings: Any, to: Scheduler) -> li
             f"{where}.init={place!r} holds no weights; give the out of a run, a finished model or "
             "a checkpoint"
         )
+    elif place and to != "kubernetes" and (other := _stage_in(place)) not in ("", stage):
+        problems.append(f"{where}.init={place!r} holds a {other}, not a {stage}")
     folder = getattr(settings, "init_bpe", None)
     own = folder is not None and str(folder) == _own(run, _BPE) and MADE_BY[_BPE] in run.stages
     if folder is not None and not own and _is_absent(_BPE, str(folder), to):
@@ -129,6 +132,16 @@ def _places(run: RunFile, what: str, settings: Any) -> list[str]:
     if not given or what not in (_RAW, _TOKENS, _BPE):
         return [_own(run, what)]
     return [str(given)] if what == _BPE else [each.place for each in data_sets(given)]
+
+
+def _stage_in(place: str) -> str:
+    """The stage of a run or finished model in a folder; empty if it does not tell."""
+    for name in (_MODEL, "config.json"):
+        try:
+            return str(json.loads((Path(place) / name).read_bytes())["stage"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return ""
 
 
 def _is_absent(what: str, place: str, to: Scheduler) -> bool:

@@ -3,13 +3,15 @@
 from dataclasses import replace
 from typing import Any
 
-from core.errors import StoreError
+from cluster.launcher import call_target
+from core.errors import StoreError, TapirError
 from core.log import LOG
 from core.storage.mixture import data_sets
 from core.storage.store import open_store
 from data_pipeline.config import DRAWN, DRAWN_COUNT, PackConfig
 from data_pipeline.formats.manifest import NAME, RAW, SPLITS, TOKENS, Manifest, read_manifest
 from data_pipeline.sources.emoji import PIXELS as EMOJI_PIXELS
+from models.tokenizers.config import TokenizerFacts
 from training.data_requirements import (
     DataSizes,
     mixture_problems,
@@ -21,6 +23,8 @@ from workflow.run_file import RunFile
 
 _OF_RAW = ("dvae", "clip")
 """Stages that are trained on raw pairs."""
+_MODEL, _FACTS = "model.json", "training.export.tokenizers:facts_in"
+"""The file of a finished model, and what reads a tokenizer's sizes; it imports torch."""
 Splits = tuple[Manifest, Manifest]
 """The manifests of train and validation."""
 
@@ -30,7 +34,7 @@ def chain_problems(run: RunFile, settings: dict[str, Any]) -> list[str]:
 
     `settings`: settings of each stage.
     """
-    problems = _model_problems(settings)
+    problems = _model_problems(run, settings)
     if "pack" not in settings:
         return problems
     source, pack = run.stages["pack"].source, settings["pack"]
@@ -160,17 +164,28 @@ def _picture_problems(source: str, pack: PackConfig, settings: dict[str, Any]) -
     ]
 
 
-def _model_problems(settings: dict[str, Any]) -> list[str]:
-    """Problems of sizes that two models must share."""
+def _model_problems(run: RunFile, settings: dict[str, Any]) -> list[str]:
+    """Problems of sizes that the image tokenizer and another model must share."""
     problems = []
     dvae, clip, prior = (settings.get(name) for name in ("dvae", "clip", "prior"))
-    if dvae and prior and "tokenize" in settings:
+    if dvae:
+        place, pixels = "the dVAE", dvae.model.pixels
         facts = {"image_vocabulary": dvae.model.codebook, "grid": dvae.model.grid}
-        texts = model_size_problems(prior.model, facts, "the dVAE")
+    elif (clip or prior) and (run.folder("dvae") / _MODEL).is_file():
+        place = str(run.folder("dvae"))
+        try:
+            made: TokenizerFacts = call_target(_FACTS, run.folder("dvae"))
+        except TapirError as error:
+            return [f"stages: {error}"]
+        pixels, facts = made.pixels, made.manifest()
+    else:
+        return []
+    if prior and "tokenize" in settings:
+        texts = model_size_problems(prior.model, facts, place)
         problems += [f"stages.prior: {text}" for text in texts]
-    if dvae and clip and dvae.model.pixels != clip.model.pixels:
+    if clip and pixels != clip.model.pixels:
         problems.append(
-            f"stages.clip: model.pixels={clip.model.pixels} cannot rank the dVAE's pictures of "
-            f"{dvae.model.pixels}; set its flag model.pixels to {dvae.model.pixels}"
+            f"stages.clip: model.pixels={clip.model.pixels} cannot rank {place}'s pictures of "
+            f"{pixels}; set its flag model.pixels to {pixels}"
         )
     return problems

@@ -11,7 +11,7 @@ from core.config import check
 from core.flags import parse_over
 from training.config import StageConfig
 from training.presets import PRESETS
-from training.run.resume_with import resume_with_problems, with_changes
+from training.run.resume_with import with_changes
 from workflow.chain.requirements import chain_problems
 from workflow.chain.suites import SUITES_FLAG, suite_jobs, suite_problems
 from workflow.run_file import AFTER, ARRAYS, FILES, SETTINGS, RunFile, StageSpec, flags_of
@@ -53,10 +53,13 @@ def chain_of(run: RunFile, to: Scheduler) -> Chain:
 
 def settings_of_stages(run: RunFile) -> dict[str, Any]:
     """The settings of each stage's command. Raises: ConfigError with every wrong flag."""
-    settings, problems = {}, []
+    settings, problems = dict[str, Any](), list[str]()
     for name in run.stages:
-        settings[name], texts = _settings(run, name)
-        problems += texts
+        stage, texts = _settings(run, name)
+        settings[name], problems = stage, problems + texts
+    if problems:  # of stages without any, those of their settings are named too
+        known = {name: stage for name, stage in settings.items() if stage is not None}
+        problems += [f"stages.{n}: {text}" for n, each in known.items() for text in each.problems()]
     check(problems)
     return settings
 
@@ -68,19 +71,17 @@ def _settings(run: RunFile, name: str) -> tuple[Any, list[str]]:
     if name in PRESETS:
         default, places = PRESETS[name][spec.preset](), _places(run, name)
         verb = f"train {name} {spec.preset}"
-    if problems := flag_problems(where, known, spec.flags, verb):
-        return None, problems
+    wrong = flag_problems(where, known, spec.flags, verb)
 
     def parse(arguments: list[str]) -> Any:
         return parse_over(default, [*places, *arguments], verb, flat=name not in PRESETS)
 
-    flags = {key: value for key, value in spec.flags.items() if key not in FILES.get(name, {})}
+    left_out = wrong.keys() | FILES.get(name, {}).keys()
+    flags = {key: value for key, value in spec.flags.items() if key not in left_out}
     settings, problems = parsed(where, known, flags, parse)
-    if not isinstance(settings, StageConfig):
-        return settings, problems
-    if problems := resume_with_problems(settings):
-        return None, [f"stages.{name}: {text}" for text in problems]
-    return with_changes(settings), []
+    if problems := [*wrong.values(), *problems]:
+        return None, problems
+    return with_changes(settings) if isinstance(settings, StageConfig) else settings, []
 
 
 def missing_variables(chain: Chain) -> list[str]:

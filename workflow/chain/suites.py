@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cluster.chain import Job
 from core.errors import TapirError
+from data_pipeline.sources.plan import GENERATED
 from generation.evaluation.suites.record import read_recorded
 from generation.evaluation.suites.registry import SUITES, suite_called, suite_of
 from workflow.run_file import RunFile
@@ -57,6 +58,8 @@ def suite_problems(run: RunFile) -> list[str]:
             problems.append(
                 f"{where}: {known} reads {known}:DIR; give it as the stage score, with a source"
             )
+        if given == known and (text := _unfit_source(run, known)):
+            problems.append(f"{where}: {text}")
         if not re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", suite.name) or suite.name in names:
             problems.append(
                 f"{where}: {given} has the name {suite.name!r}, which must be lower-case letters, "
@@ -64,6 +67,14 @@ def suite_problems(run: RunFile) -> list[str]:
             )
         names.add(suite.name)
     return problems
+
+
+def _unfit_source(run: RunFile, name: str) -> str:
+    """A suite's problem with the generator whose pictures the run packs; empty if it has none."""
+    needed, pack = SUITES[name].source, run.stages.get("pack")
+    if not needed or pack is None or pack.source not in {*GENERATED} - {needed}:
+        return ""
+    return f"{name} reads {SUITES[name].data}, and pack's source is {pack.source}; leave it out"
 
 
 def _given(run: RunFile) -> list[str]:

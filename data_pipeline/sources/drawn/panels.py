@@ -134,12 +134,17 @@ def panel_of(body: Any) -> Panel:
     Raises: InputError if it is none.
     """
     known = isinstance(body, dict) and set(body) == set(_UPPER)
-    if not known or any(body[name] not in values for name, values in _UPPER.items()):
+    if not known or any(not _is_one_of(body[name], values) for name, values in _UPPER.items()):
         raise InputError(
             f"{body!r} is no upper panel: it needs "
             + ", ".join(f"{name} (of {', '.join(map(str, v))})" for name, v in _UPPER.items())
         )
     return Panel(**body)
+
+
+def _is_one_of(value: Any, values: tuple[Any, ...]) -> bool:
+    """True for one of some values, of the same type: 3.0 is no row."""
+    return any(type(value) is type(each) and value == each for each in values)
 
 
 def operation_of(caption: str) -> str:

@@ -14,8 +14,7 @@ class ShapesConfig(SampleConfig):
     """Held-out captions, chosen by --seed; 0 = all."""
 
     def problems(self) -> list[str]:
-        few = [f"prompts={self.prompts} must not be negative; 0 = all"] * (self.prompts < 0)
-        return super().problems() + few
+        return super().problems() + _few("prompts", self.prompts, "all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +42,7 @@ class ClipscoreConfig(SampleConfig):
     does: a proxy, which is not comparable with published figures."""
 
     def problems(self) -> list[str]:
-        few = [f"captions={self.captions} must not be negative"] * (self.captions < 0)
-        return super().problems() + few
+        return super().problems() + _few("captions", self.captions, "the usual number of the set")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,3 +95,10 @@ class FidConfig(ScoreConfig):
     which is not comparable with published figures."""
     overlap: Path | None = None
     """overlap.json of `tapir overlap RAW DATA`; adds a score without those pictures."""
+
+
+def _few(name: str, count: int, none: str) -> list[str]:
+    """A problem of a number of captions that cannot be shuffled."""
+    few = count < 0 or count == 1
+    text = f"{name}={count} must be at least 2, which can be shuffled for `chance`; 0 = {none}"
+    return [text] * few

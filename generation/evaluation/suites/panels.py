@@ -73,12 +73,6 @@ class PanelsSuite:
             if name in asked
         }
         """Prompts of each operation."""
-        few = [name for name, places in self._places.items() if not self._can_swap(places)]
-        if few or not prompts:
-            raise InputError(
-                f"{', '.join(few) or 'every operation'}: the prompts must be two or more, with "
-                "different upper panels, so that they can be swapped; pack more panels"
-            )
 
     def measure(self, studio: Callable[[], Studio]) -> Measured:
         opened = studio()
@@ -104,9 +98,6 @@ class PanelsSuite:
         self._write_gallery(true, drawn, swapped)
         results = {"candidates": self._settings.candidates, "rows": rows}
         return Measured(results=results, headline=_headline(rows))
-
-    def _can_swap(self, places: list[int]) -> bool:
-        return len({self._tops[i] for i in places}) == len(places) > 1
 
     def _swapped(self) -> list[int]:
         """For each prompt another one of the same operation, whose upper panel differs."""

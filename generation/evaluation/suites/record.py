@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from core.config import from_json, to_json, wrong_types
-from core.errors import ConfigError, InputError
+from core.config import check, from_json, to_json, wrong_types
+from core.errors import InputError, did_you_mean
 from core.files.atomic import Json
 from generation.config import SampleConfig
 from generation.evaluation.suites.registry import SUITES, suite_called
@@ -27,6 +27,16 @@ _LIBRARIES = (
 )
 _ASKED = ("suite", "models", "facts", "settings", "prompts")
 """What decides the figures, on the same machine and libraries."""
+_SOFTWARE = ("versions", "numerics")
+
+
+_KEYS: dict[str, type] = {
+    **{"suite": str, "settings": dict, "prompts": list, "format": int, "keys": str},
+    **{"models": dict, "facts": dict, "versions": dict, "numerics": dict},
+    **{"results": dict, "headline": list},
+}
+"""Keys of a suite.json and their JSON types."""
+_TYPES = {str: "a text", dict: "a mapping", list: "a list", int: "a whole number"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,30 +55,53 @@ class Recorded:
 
 
 def read_recorded(path: Path) -> Recorded:
-    """Read a suite.json, also one written by hand.
+    """Read a suite.json, also one written by hand, and check all of it.
 
-    Raises: InputError if it is none; ConfigError with every wrong setting.
+    Raises: InputError if it is none; ConfigError with every wrong key, setting and prompt.
     """
     try:
         body = json.loads(path.read_bytes())
-        name, prompts = body["suite"], body.get("prompts")
-        given = body.get("settings", {})
-        captions = [row["caption"] for row in prompts or ()]
     except FileNotFoundError as error:
         raise InputError(
             f"there is no {path}; give a suite ({', '.join(SUITES)}) or the path of a suite.json"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is not a suite.json: {error!r} in it") from error
-    if body.get("format", FORMAT) != FORMAT or not all(isinstance(c, str) for c in captions):
+    except ValueError as error:
+        raise InputError(f"{path} is not a suite.json: {error}") from error
+    if not isinstance(body, dict):
+        raise InputError(f"{path} is not a suite.json: {body!r:.80} is no mapping")
+    if body.get("format", FORMAT) != FORMAT:
         raise InputError(
-            f"{path} is of another format ({body.get('format')}) than {FORMAT}, or has prompts "
-            "without a caption; write it again by `tapir evaluate --suite NAME`"
+            f"{path} is of another format ({body['format']!r}) than {FORMAT}; write it again by "
+            "`tapir evaluate --suite NAME`"
         )
-    kind = suite_called(name).settings
-    if problems := wrong_types(kind, given, f"{path}: settings"):
-        raise ConfigError.from_problems(problems)
-    return Recorded(path=path, body=body, settings=from_json(kind, given), prompts=prompts)
+    check([f"{path}: {text}" for text in _problems(body)])
+    kind = suite_called(body["suite"]).settings
+    settings = from_json(kind, body.get("settings", {}))
+    return Recorded(path=path, body=body, settings=settings, prompts=body.get("prompts"))
+
+
+def _problems(body: Json) -> list[str]:
+    """Every problem of a suite.json: its keys, their types, its settings and its prompts."""
+    problems = []
+    for name, value in body.items():
+        if name not in _KEYS:
+            hint = did_you_mean(name, _KEYS) or f" (known: {', '.join(_KEYS)})"
+            problems.append(f"unknown {name!r}{hint}")
+        elif not isinstance(value, _KEYS[name]):
+            problems.append(f"{name}={value!r:.80} must be {_TYPES[_KEYS[name]]}")
+    asked, given, prompts = (body.get(key) for key in ("suite", "settings", "prompts"))
+    if not isinstance(asked, str):
+        missing = f"suite: missing; it is one of {', '.join(SUITES)}"
+        return problems + [missing] * ("suite" not in body)
+    try:
+        suite = suite_called(asked)
+    except InputError as error:
+        return [*problems, str(error)]
+    if isinstance(given, dict):
+        wrong = wrong_types(suite.settings, given, "settings")
+        made = [] if wrong else from_json(suite.settings, given).problems()
+        problems += wrong + [f"settings: {text}" for text in made]
+    return problems + (suite.problems(prompts) if isinstance(prompts, list) else [])
 
 
 def settings_json(settings: SampleConfig) -> Json:
@@ -97,11 +130,23 @@ def differences(earlier: Json, now: Json) -> list[str]:
     return names
 
 
+def unrecorded(earlier: Json, now: Json) -> list[str]:
+    """Names of what decides the figures and the earlier file lacks."""
+    names = [part for part in (*_ASKED, *_SOFTWARE) if part not in earlier]
+    return names + [
+        f"{part}.{key}"
+        for part in (*_ASKED, *_SOFTWARE)
+        if isinstance(now[part], dict) and part in earlier
+        for key in sorted(now[part])
+        if key not in earlier[part]
+    ]
+
+
 def other_software(earlier: Json, now: Json) -> list[str]:
     """Names of libraries and numerics that differ."""
     return [
         f"{part}.{key}"
-        for part in ("versions", "numerics")
+        for part in _SOFTWARE
         for key, value in sorted(earlier.get(part, {}).items())
         if value != now[part].get(key)
     ]

@@ -1,12 +1,14 @@
 """The registry of suites; each is imported on demand. Imports no torch itself.
 
 A new suite needs a settings class, a module with a function `prepare(inputs, settings, prompts)`
-that returns a `Prepared` (protocol.py), and a row here.
+that returns a `Prepared` (protocol.py), one that checks prompts (prompts.py), and a row here.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from core.errors import InputError, did_you_mean
+from core.files.atomic import Json
 from data_pipeline.evaluation_sets import COCO, CUB
 from generation.config import SampleConfig
 from generation.evaluation.suites.config import (
@@ -16,6 +18,14 @@ from generation.evaluation.suites.config import (
     GenevalConfig,
     PanelsConfig,
     ShapesConfig,
+)
+from generation.evaluation.suites.prompts import (
+    caption_problems,
+    judged_problems,
+    panel_problems,
+    pictured_problems,
+    shapes_problems,
+    task_problems,
 )
 
 _PACKAGE = "generation.evaluation.suites"
@@ -31,8 +41,12 @@ class Suite:
     """Its settings, whose fields are flags of `tapir evaluate --suite NAME`."""
     prepare: str
     """`module:function` that opens its data and chooses its prompts."""
+    problems: Callable[[list[Json]], list[str]]
+    """Problems of prompts, its own or those of a file."""
     data: str = ""
     """What DATA is; empty if it reads none."""
+    source: str = ""
+    """Source that `tapir pack` must have packed into DATA; empty = any."""
     count: str = ""
     """The setting that says how many prompts are chosen; a file has its own prompts."""
     repeats_without_data: bool = True
@@ -50,19 +64,23 @@ SUITES = {
         text="held-out captions of shapes: exact, count, colour, size, shape, position, best of N",
         settings=ShapesConfig,
         prepare=f"{_PACKAGE}.shapes:prepare",
+        problems=shapes_problems,
         data="a packed set of shapes",
+        source="shapes",
         count="prompts",
     ),
     "geneval-style": Suite(
         text="shapes by task as in GenEval: one object, two, counting, colours, size, position",
         settings=GenevalConfig,
         prepare=f"{_PACKAGE}.geneval:prepare",
+        problems=task_problems,
         count="per_task",
     ),
     "clipscore": Suite(
         text="CLIPScore of any captions, by a local open_clip checkpoint (--judge)",
         settings=ClipscoreConfig,
         prepare=f"{_PACKAGE}.clipscore:prepare",
+        problems=judged_problems,
         count="captions",
         data="coco:DIR, cub:DIR or a packed set",
     ),
@@ -70,6 +88,7 @@ SUITES = {
         text="FID and IS on MS-COCO, by blur; a job of workers",
         settings=FidConfig,
         prepare=f"{_PACKAGE}.fid:prepare_coco",
+        problems=pictured_problems,
         data="coco:DIR",
         count="captions",
         repeats_without_data=False,
@@ -80,6 +99,7 @@ SUITES = {
         text="FID and IS on CUB, by blur; a job of workers",
         settings=FidConfig,
         prepare=f"{_PACKAGE}.fid:prepare_cub",
+        problems=pictured_problems,
         data="cub:DIR",
         count="captions",
         repeats_without_data=False,
@@ -90,6 +110,7 @@ SUITES = {
         text="FID and IS on the validation split of a packed set; a job of workers",
         settings=FidConfig,
         prepare=f"{_PACKAGE}.fid:prepare_pairs",
+        problems=pictured_problems,
         data="a packed set",
         count="captions",
         repeats_without_data=False,
@@ -100,6 +121,7 @@ SUITES = {
         text="figures 6 and 9c: accuracy (of shapes), FID and IS against N = 1 to 512 candidates",
         settings=BestOfNConfig,
         prepare=f"{_PACKAGE}.best_of_n:prepare",
+        problems=caption_problems,
         data="coco:DIR, cub:DIR or a packed set",
         count="captions",
         repeats_without_data=False,
@@ -109,7 +131,9 @@ SUITES = {
         text="figure 14: the upper panel below, changed; exact by operation, and a control",
         settings=PanelsConfig,
         prepare=f"{_PACKAGE}.panels:prepare",
+        problems=panel_problems,
         data="a packed set of panels",
+        source="panels",
         count="per_operation",
         ranks=False,
     ),

@@ -25,6 +25,7 @@ from generation.evaluation.suites.record import (
     other_software,
     prompt_problems,
     settings_json,
+    unrecorded,
     versions,
 )
 from generation.evaluation.suites.registry import Suite, suite_called
@@ -59,6 +60,7 @@ def run_suite(
     inputs = Inputs(data=data, models=models, out=out, device=device, member=member)
     prompts = recorded.prompts if recorded else None
     prepared: Prepared = call_target(suite.prepare, inputs, settings, prompts)
+    check(suite.problems(prepared.prompts))
     body: Json = {
         "format": FORMAT,
         "suite": name,
@@ -147,6 +149,11 @@ def _compare(recorded: Recorded, now: Json, path: Path) -> None:
     elif names := other_software(earlier, now):
         LOG.warning(
             "%s has other figures than %s, with other %s; install those versions to repeat them",
+            *(path, recorded.path, ", ".join(names)),
+        )
+    elif names := unrecorded(earlier, now):
+        LOG.warning(
+            "%s has other figures than %s, which does not say its %s: it may be another evaluation",
             *(path, recorded.path, ", ".join(names)),
         )
     else:

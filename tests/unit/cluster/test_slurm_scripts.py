@@ -189,6 +189,19 @@ def test_a_printed_path_is_no_command(tmp_path: Path) -> None:
     assert not (tmp_path / "no").exists()
 
 
+def test_the_printed_script_sends_jobs_with_hyphens_in_their_names(tmp_path: Path) -> None:
+    array = Job(name="suite-b-c", command=("t",), array=True, resources=Resources(workers=1500))
+    last = Job(name="report", command=("report",), after=("suite-panels", "suite-b-c"))
+    chain = chain_of(Job(name="suite-panels", command=("t",)), array, last, out=str(tmp_path))
+    (tmp_path / "sbatch").write_text('#!/bin/bash\necho "$@" >> sent\nwc -l < sent\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    script = dry_run(chain, SlurmConfig())
+    seen = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    subprocess.run(["bash", "-c", script], check=True, cwd=tmp_path, env=seen)
+    sent = (tmp_path / "sent").read_text().splitlines()
+    assert len(sent) == 4 and "--dependency=afterok:1:2:3 " in sent[-1]
+
+
 def test_folders_and_options_that_slurm_cannot_take_are_refused() -> None:
     assert folder_problems(Path('/a/it\'s "x" # 50%')) == []
     assert "backslashes" in folder_problems(Path("/a\\b"))[0]

@@ -144,6 +144,21 @@ def test_figures_that_are_not_repeated_are_an_error(
     assert "with other versions.torch" in caplog.text
 
 
+def test_a_file_that_does_not_say_what_it_measured_is_not_repeated(
+    place: Place, shapes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = json.loads(shapes.read_bytes())
+    settings = body.pop("settings")
+    given = tmp_path / "given.json"
+    given.write_text(json.dumps(body))
+    place.again(given, tmp_path / "one", "--candidates=3")
+    assert "does not say its settings: it may be another evaluation" in caplog.text
+    body["settings"] = {n: value for n, value in settings.items() if n != "candidates"}
+    given.write_text(json.dumps(body))
+    place.again(given, tmp_path / "two", "--candidates=3")
+    assert "does not say its settings.candidates" in caplog.text
+
+
 def test_a_file_may_be_written_by_hand(place: Place, tmp_path: Path) -> None:
     given = tmp_path / "mine.json"
     captions = ["a small red circle", "a large blue square"]
@@ -218,6 +233,8 @@ REFUSED: list[tuple[list[str], type[TapirError], str]] = [
     (["--suite", "FILE", "--prompts=3"], ConfigError, "has its own prompts; leave --prompts out"),
     (["--suite", "nowhere.json"], InputError, r"there is no nowhere\.json"),
     (["RAW", "--suite", "best-of-n", "--captions=1"], ConfigError, "a FID needs two pictures"),
+    (["RAW", "--suite", "shapes", "--prompts=1"], ConfigError, "prompts=1 must be at least 2"),
+    (["RAW", "--suite", "clipscore", "--captions=1"], ConfigError, "captions=1 must be at least 2"),
     (["COCO", "--suite", "shapes", "--prompts=3"], InputError, "not a caption of the shapes"),
     (["--suite", "shapes", "--prompt=3"], InputError, "did you mean '--prompts'"),
 ]
@@ -251,10 +268,10 @@ def test_folders_of_others_are_refused(place: Place, shapes: Path, tmp_path: Pat
 
 FILES: list[tuple[Callable[[dict[str, Any]], Any], type[TapirError], str]] = [
     (lambda body: body["suite"], InputError, r"is not a suite\.json"),
-    (lambda body: {**body, "suite": "shape"}, InputError, "did you mean 'shapes'"),
+    (lambda body: {**body, "suite": "shape"}, ConfigError, "did you mean 'shapes'"),
     (lambda body: {**body, "format": 2}, InputError, "is of another format"),
-    (lambda body: {**body, "prompts": [{"caption": 3}]}, InputError, "without a caption"),
-    (lambda body: {**body, "prompts": [{"text": "a"}]}, InputError, r"is not a suite\.json"),
+    (lambda body: {**body, "prompts": [{"caption": 3}]}, ConfigError, "3 must be a text"),
+    (lambda body: {**body, "prompts": [{"text": "a"}]}, ConfigError, "caption is missing"),
     (lambda body: {**body, "settings": {"seed": "x"}}, ConfigError, "seed='x' must be a whole"),
     (lambda body: {**body, "settings": {"sed": 1}}, ConfigError, "unknown 'sed'"),
 ]

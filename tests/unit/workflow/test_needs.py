@@ -51,7 +51,7 @@ from training.tasks.clip import ClipTask
 from training.tasks.dvae import DVAETask
 from training.tasks.prior import PriorTask
 from workflow.chain.inputs import missing_inputs
-from workflow.chain.stages import settings_of_stages
+from workflow.chain.stages import chain_of, settings_of_stages
 from workflow.run_file import read_runfile
 
 PLANTED = "loop.validation_samples=512 is less than order.lanes=1024"
@@ -426,3 +426,49 @@ def test_settings_of_a_lane_a_sample_survive_json() -> None:
     settings = PRESETS["prior"]["paper_12b"]()
     assert from_json(PriorTrain, to_json(settings)) == settings
     assert settings.loop.validation_samples == settings.order.lanes == 1024
+
+
+def test_sizes_of_a_tokenizer_that_is_there_already_are_compared(tmp_path: Path, raw: Path) -> None:
+    models = write_models(tmp_path / "out", ["a small red circle"])
+    file = run_file(
+        tmp_path,
+        tokenize={},
+        prior={"flags": {"model.grid": 9, "init": str(models.dvae)}},
+        clip={"flags": {"model.pixels": 40}},
+    )
+    with pytest.raises(ConfigError) as caught:
+        chain_of(read_runfile(file), "local")
+    dvae = tmp_path / "out" / "dvae"
+    assert models.dvae == dvae
+    assert f"stages.prior: model.grid=9 is not that of {dvae}" in str(caught.value)
+    assert f"model.pixels=40 cannot rank {dvae}'s pictures of 16" in str(caught.value)
+    run = read_runfile(file)
+    assert "holds a dvae, not a prior" in str(missing_inputs(run, settings_of_stages(run), "local"))
+
+
+def test_problems_of_flags_values_and_settings_are_in_one_message(tmp_path: Path) -> None:
+    file = run_file(
+        tmp_path,
+        prior={"flags": {"mlpp": "x", "lora.rank": "four", "model.tied": 3}},
+        dvae={"flags": {"loop.steps": -1, "resume_with": "loop.stepz=3"}},
+    )
+    with pytest.raises(ConfigError) as caught:
+        settings_of_stages(read_runfile(file))
+    for text in (
+        "stages.prior.flags.mlpp: unknown",
+        "stages.prior.flags.model.tied=3 must be true or false",
+        "stages.prior.flags.lora.rank='four' must be a whole number",
+        "stages.dvae: resume_with: there is no setting 'loop.stepz'",
+        "stages.dvae: loop.steps",
+    ):
+        assert text in str(caught.value)
+
+
+def test_a_problem_of_resume_with_hides_no_other(tmp_path: Path) -> None:
+    wrong = ["--resume-with=loop.stepz=3", "--loop.validation-samples=4"]
+    with pytest.raises(ConfigError) as trained:
+        train(["prior", "tiny", f"--out={tmp_path / 'out'}", *wrong])
+    _, refused = laid_out([("prior", "tiny")], wrong, 2)
+    for message in (str(trained.value), refused["prior tiny"]):
+        assert "validation_samples=4 is less than" in message
+        assert "there is no setting 'loop.stepz'" in message

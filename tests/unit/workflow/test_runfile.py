@@ -115,6 +115,7 @@ def test_each_suite_is_a_job_beside_evaluate(tmp_path: Path) -> None:
         ("shape", "flags.suites: there is no suite 'shape'; did you mean 'shapes'"),
         (["shapes", "coco"], "coco reads coco:DIR; give it as the stage score"),
         (["shapes", "shapes"], "each name once"),
+        ("panels", "panels reads a packed set of panels, and pack's source is shapes; leave it"),
         ("nowhere.json", "there is no nowhere.json"),
     ],
 )
