@@ -66,6 +66,10 @@ def test_a_chain_is_cancelled_and_goes_on(tmp_path: Path) -> None:
     assert "have ended well before" in tapir("submit", str(path))
 
 
+def _jobs(out: Path) -> list[int]:
+    return processes_with(f"--out={out} --marker=dvae.json")
+
+
 @pytest.mark.slow
 def test_a_job_that_is_killed_between_checkpoints_starts_again(tmp_path: Path) -> None:
     """More often than `retries`: each start made a newer checkpoint, and left no end."""
@@ -77,12 +81,17 @@ def test_a_job_that_is_killed_between_checkpoints_starts_again(tmp_path: Path) -
         paths = (out / "dvae" / "checkpoints").glob("step-*/manifest.json")
         return max((int(path.parent.name[5:]) for path in paths), default=0)
 
+    killed: set[int] = set()
     for _ in range(5):
-        before, until = newest(), time.monotonic() + PATIENCE
+        until = time.monotonic() + PATIENCE
+        while not (new := {*_jobs(out)} - killed) and time.monotonic() < until:
+            time.sleep(0.02)
+        before = newest()  # ranks of the last job may have saved on
         while newest() == before and time.monotonic() < until:
             time.sleep(0.02)
-        (job,) = processes_with(f"--out={out} --marker=dvae.json")
+        (job,) = new
         os.kill(job, signal.SIGKILL)
+        killed.add(job)
     until = time.monotonic() + 3 * PATIENCE
     while states(out)["dvae"] == "running" and time.monotonic() < until:
         time.sleep(0.2)
