@@ -20,7 +20,7 @@ from models.tokenizers.protocol import (
 )
 from models.tokenizers.registry import kind_of, recognised, sizes_of
 from parallel.device import CPU
-from training.export.files import DESCRIPTION
+from training.export.files import DESCRIPTION, refuse_import_into
 from training.export.weights import (
     TOKENIZER,
     Weights,
@@ -86,11 +86,10 @@ def import_tokenizer(path: Path, out: Path, name: str, options: ReadOptions) -> 
     """Convert another project's tokenizer to a finished model in the folder `out`.
 
     `name` is its kind; empty: recognised by its files.
-    Raises: InputError if the files are not of that kind or hold values like NaN; ConfigError if
-    the sizes do not fit.
+    Raises: InputError if the files are not of that kind or hold values like NaN, or `out` is not
+    new; ConfigError if the sizes do not fit.
     """
-    if (out / DESCRIPTION).exists():
-        raise InputError(f"{out} holds a finished model already; give another folder")
+    refuse_import_into(out, path)
     name = name or recognised(path)
     sizes, tensors = kind_of(name).read(path, options)
     check(sizes.problems() or TokenizerFacts.of(name, sizes, "").problems())
