@@ -38,8 +38,7 @@ def weights_file(path: Path) -> Path:
 
     Raises: InputError if there is none, or more than one.
     """
-    inside = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
-    named = [p for p in inside if p.suffix in (SAFETENSORS, *PICKLES)]
+    named = weights_files(path)
     if not named:
         endings = ", ".join((SAFETENSORS, *PICKLES))
         raise InputError(f"{path} is or holds no file of weights ({endings}); give one")
@@ -47,6 +46,12 @@ def weights_file(path: Path) -> Path:
         names = ", ".join(p.name for p in named)
         raise InputError(f"{path} has several files of weights ({names}); give one of them")
     return named[0]
+
+
+def weights_files(path: Path) -> list[Path]:
+    """The files of weights that are `path`, or in the folder `path`."""
+    inside = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    return [p for p in inside if p.suffix in (SAFETENSORS, *PICKLES)]
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

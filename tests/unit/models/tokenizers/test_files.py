@@ -113,7 +113,6 @@ def test_records_without_crcs_are_read(tmp_path: Path) -> None:
     ("value", "text"),
     [
         (torch.eye(3).to_sparse(), "x is a tensor of torch.sparse_coo; save the weights as dense"),
-        (torch.eye(3).to_sparse_csr(), "x is a tensor of torch.sparse_csr"),
         (torch.ones(2, dtype=torch.complex64), "x is a tensor of torch.complex64"),
         (torch.ones(2, device="meta"), "x is a tensor of torch.float32, without values"),
     ],
