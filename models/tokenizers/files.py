@@ -116,8 +116,8 @@ def _stand_ins(path: Path) -> list[Any]:
     foreign = [n for n in names if not n.startswith(INERT) and n not in _INERT_NAMES]
     if foreign:
         raise InputError(
-            f"{path} refers to {', '.join(sorted(foreign)[:3])}, which loading it would run; save "
-            "its state_dict alone, or as safetensors"
+            f"{path} refers to {', '.join(sorted(foreign)[:3])}: code that would run when it is "
+            "loaded; save its state_dict alone, or as safetensors"
         )
     return [(type(name.rpartition(".")[2], (Inert,), {}), name) for name in names]
 

@@ -41,6 +41,11 @@ def facts_with_new_names(facts: Json) -> Json:
     return now
 
 
+def with_article(stage: str) -> str:
+    """A stage's model in a sentence."""
+    return f"an {stage.replace('_', ' ')}" if stage[0] in "aeiou" else f"a {stage}"
+
+
 def refuse_import_into(out: Path, source: Path) -> None:
     """Check that a foreign model may become a run folder at `out`.
 

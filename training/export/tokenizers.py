@@ -22,12 +22,12 @@ from models.tokenizers.protocol import (
 from models.tokenizers.registry import kind_of, recognised, sizes_of
 from parallel.device import CPU
 from training.export.files import DESCRIPTION, refuse_import_into
+from training.export.misfits import misfits
 from training.export.weights import (
     TOKENIZER,
     Weights,
     build_model,
     describe,
-    misfits,
     open_model,
     write_model,
 )
