@@ -22,7 +22,8 @@ SIZES: dict[str, Any] = {
 
 
 def dvae(**changes: Any) -> dict[str, Any]:
-    return to_json(DVAEConfig(**changes))
+    sizes: dict[str, Any] = to_json(DVAEConfig(**changes))
+    return sizes
 
 
 def test_settings_that_no_shape_shows_are_compared() -> None:
