@@ -150,7 +150,7 @@ def test_adapters_of_a_tied_prior(tokens: Path, tmp_path: Path) -> None:
     assert open_model(run, "prior").shapes == open_model(base, "prior").shapes
     flags = [*ONE_PROCESS, "--model.tied", "--loop.steps=1", f"--init={run}"]
     _train(tokens, whole, *flags)
-    event = json.loads((whole / "history.json").read_bytes())[0]
+    event = json.loads((whole / "history.json").read_bytes())["events"][0]
     assert event["new"] == event["left"] == event["resized"] == []
 
 
