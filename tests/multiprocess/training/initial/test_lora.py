@@ -152,6 +152,10 @@ def test_adapters_of_a_tied_prior(tokens: Path, tmp_path: Path) -> None:
     _train(tokens, whole, *flags)
     event = json.loads((whole / "history.json").read_bytes())["events"][0]
     assert event["new"] == event["left"] == event["resized"] == []
+    flags = [*PIPE, "--model.tied", "--loop.steps=1", f"--init={run}"]
+    _train(tokens, tmp_path / "stages", *flags)
+    one, stages = (rows_of(tmp_path / each, "train") for each in ("whole", "stages"))
+    assert largest_difference(one, stages, "loss") < 1e-5
 
 
 @pytest.mark.slow
