@@ -101,7 +101,7 @@ def evaluate_suite(given: str, arguments: list[str]) -> None:
 
 
 def _recorded(given: str) -> Recorded:
-    if "/" not in given and not given.endswith(".json") and not Path(given).exists():
+    if "/" not in given and not given.endswith(".json") and not Path(given).is_file():
         suite_called(given)
     return read_recorded(Path(given))
 

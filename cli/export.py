@@ -12,7 +12,6 @@ from models.tokenizers.config import ReadOptions
 from training.export.huggingface import INDEX, export_parts, find_parts, import_parts
 from training.export.openai_dvae import PARTS, export_dvae, import_dvae
 from training.export.tokenizers import import_tokenizer
-from training.export.weights import model_is_whole
 
 HUB, OPENAI = "huggingface", "openai-dvae"
 
@@ -93,8 +92,6 @@ def import_(arguments: list[str]) -> None:
         if layout == HUB:
             LOG.info("%s: %s", out, ", ".join(import_parts(folder, out)))
         elif layout == OPENAI:
-            if model_is_whole(out, "dvae"):
-                raise InputError(f"{out} holds a finished dVAE already; give another folder")
             config = import_dvae(folder, out, pixels)
             LOG.info("%d codes on a grid of %d: %s", config.codebook, config.grid, out)
         else:

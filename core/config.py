@@ -109,7 +109,10 @@ def describe_type(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         numbers = {float: "numbers", int: "whole numbers"}
         return f"a list of {numbers.get(typing.get_args(hint)[0], 'texts')}"
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(map(describe_type, typing.get_args(hint)))
     names = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
+    names[types.NoneType] = "null"
     return names.get(hint, "a mapping" if typing.get_origin(hint) is dict else "a text")
 
 

@@ -29,7 +29,7 @@ _DRAWN = {
 }
 """Commands that write many files beside one another, and the usual name of their folder."""
 _SOURCES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".tar", ".parquet")
-"""Endings of a data set's files, which no training run writes."""
+"""Endings of a data set's files, which no training run or import writes."""
 _STAGES = ("model.json", "config.json")
 """Files of a training run that name its stage."""
 _IMPORTED = "image_tokenizer"
@@ -40,7 +40,7 @@ def refuse_others_folder(place: Path | str, mine: str) -> None:
     """Check that a folder is new or of the same command; bucket prefixes are not checked.
 
     Raises: InputError if it is a file, holds a data set, the output of another command or, for a
-    training run, pictures or archives, or, for pictures and figures, run folders.
+    training run or an import, pictures or archives, or, for pictures and figures, run folders.
     """
     if str(place).startswith(S3):
         return
@@ -56,10 +56,12 @@ def refuse_others_folder(place: Path | str, mine: str) -> None:
             f"be mixed with them; give a folder of its own, e.g. {place}/{_DRAWN[mine]}"
         )
 
-    if not owner and mine.startswith("train ") and (first := _source_in(Path(place))):
+    is_run = mine == "import" or mine.startswith("train ")
+    if is_run and not owner and (first := _source_in(Path(place))):
+        example = "runs/vqgan" if mine == "import" else f"--out runs/{mine.removeprefix('train ')}"
         raise InputError(
             f"{place} holds {first}, so it is a folder of pictures or archives and no run folder; "
-            f"give a folder of its own, e.g. --out runs/{mine.removeprefix('train ')}"
+            f"give a folder of its own, e.g. {example}"
         )
 
 

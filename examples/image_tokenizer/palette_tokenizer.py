@@ -11,6 +11,7 @@ and colours of 0 to 255.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import lcm
 from pathlib import Path
 
 import torch
@@ -50,12 +51,14 @@ class PaletteConfig:
 
     def problems(self) -> list[str]:
         """All problems of the sizes, each with its fix."""
-        return [
-            f"a patch has {side} pixels a side, which do not divide {self.pixels}; give --pixels "
-            f"{max(side, self.pixels // side * side)}"
-            for side in sorted({self.height, self.width})
-            if self.pixels % side
-        ]
+        patches = f"patches of {self.height} x {self.width} pixels"
+        if min(self.height, self.width) < 1:
+            return [f"{patches} hold nothing; both sides must be at least 1"]
+        step = lcm(self.height, self.width)
+        if self.pixels > 0 and self.pixels % step == 0:
+            return []
+        fitting = max(step, self.pixels // step * step)
+        return [f"{patches} do not tile pictures of {self.pixels}; give --pixels {fitting}"]
 
 
 class Palette(TokenizerNetwork):

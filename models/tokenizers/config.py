@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from core.config import wrong_types
 from models.config import DVAEConfig
 
 CODEBOOK = 65_536
@@ -11,6 +12,7 @@ Crop = Literal["random", "center"]
 """random: the prior's keyed crops (arXiv 2102.12092, listing 2); center: the central square."""
 Head = Literal["nearest", "cosine", "gumbel"]
 DOWN, DOWN_WITH_ATTENTION = "DownEncoderBlock2D", "AttnDownEncoderBlock2D"
+PICTURE_CHANNELS = 3
 UP, UP_WITH_ATTENTION = "UpDecoderBlock2D", "AttnUpDecoderBlock2D"
 
 
@@ -141,6 +143,74 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VQBody:
+    """Arguments of diffusers' VQModel, by its names, that Tapir checks; defaults are its own."""
+
+    in_channels: int = 3
+    """Channels of a picture, which are red, green and blue."""
+    out_channels: int = 3
+    """Channels of a drawn picture, the same three."""
+    down_block_types: tuple[str, ...] = (DOWN,)
+    """Blocks of the encoder, one a level."""
+    up_block_types: tuple[str, ...] = (UP,)
+    """Blocks of the decoder, one a level."""
+    block_out_channels: tuple[int, ...] = (64,)
+    """Channels of each level."""
+    layers_per_block: int = 1
+    """Residual blocks of a level."""
+    act_fn: str = "silu"
+    """Activation function."""
+    latent_channels: int = 3
+    """Channels between the body and the 1x1 convolutions at the codebook."""
+    num_vq_embeddings: int = 256
+    """Codes."""
+    norm_num_groups: int = 32
+    """Groups of every group norm."""
+    vq_embed_dim: int | None = None
+    """Width of a code's vector; None: the latent channels."""
+    norm_type: Literal["group", "spatial"] = "group"
+    """spatial: the decoder's norms read the codes too (MoVQ)."""
+    mid_block_add_attention: bool = True
+    """The middle blocks attend."""
+    lookup_from_codebook: bool = False
+    """Pictures are in [0, 1]."""
+
+    @classmethod
+    def problems_of(cls, body: dict[str, Any]) -> list[str]:
+        """All problems of a network's arguments; those that only diffusers knows are left to it."""
+        known = {name: value for name, value in body.items() if name in cls.__dataclass_fields__}
+        return wrong_types(cls, known, "") or cls(**known).problems()
+
+    def problems(self) -> list[str]:
+        counts = {
+            name: getattr(self, name)
+            for name in ("layers_per_block", "latent_channels", "norm_num_groups", "vq_embed_dim")
+        }
+        problems = [
+            f"{name}={value} must be at least 1"
+            for name, value in counts.items()
+            if value is not None and value < 1
+        ]
+        for name in ("in_channels", "out_channels"):
+            if getattr(self, name) != PICTURE_CHANNELS:
+                problems.append(f"{name}={getattr(self, name)} must be 3: pictures are RGB")
+        channels = list(self.block_out_channels)
+        if wrong := [each for each in channels if each < 1 or each % max(self.norm_num_groups, 1)]:
+            problems.append(
+                f"block_out_channels={channels} has {wrong[0]}, not a multiple of the "
+                f"{self.norm_num_groups} norm_num_groups"
+            )
+        levels = [len(channels), len(self.down_block_types), len(self.up_block_types)]
+        if len(set(levels)) > 1 or not channels:
+            problems.append(
+                "block_out_channels, down_block_types and up_block_types have "
+                f"{levels[0]}, {levels[1]} and {levels[2]} levels; all three need the same, at "
+                "least 1"
+            )
+        return problems
+
+
+@dataclass(frozen=True, kw_only=True)
 class VQConfig:
     """A VQ autoencoder with the convolutional body of diffusers' VQModel."""
 
@@ -179,6 +249,8 @@ class VQConfig:
         return self.rows
 
     def problems(self) -> list[str]:
+        if wrong := VQBody.problems_of(self.body):
+            return [f"the tokenizer's body: {each}; give the files of a VQModel" for each in wrong]
         if self.pixels < 1 or self.pixels % self.step:
             nearest = max(self.step, round(self.pixels / self.step) * self.step)
             return [

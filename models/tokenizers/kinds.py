@@ -8,11 +8,13 @@ from torch import Tensor
 
 from core.errors import InputError
 from models.tokenizers.config import Head, ReadOptions, VQConfig
-from models.tokenizers.files import read_weights, weights_file
+from models.tokenizers.files import read_weights, weights_file, weights_files
 from models.tokenizers.renames import config_of, of_diffusers, of_llamagen, of_taming
 
 TAMING, LLAMAGEN = "encoder.down.0.block.0.conv1.weight", "encoder.conv_blocks.0.res.0.conv1.weight"
 """A tensor by which a layout is recognised."""
+DIFFUSERS = "encoder.down_blocks.0.resnets.0.conv1.weight"
+"""The same of diffusers' layout, whose sizes are in a config.json."""
 GUMBEL = "quantize.embed.weight"
 """A tensor that VQGANs with a Gumbel head alone have."""
 CONFIG = "config.json"
@@ -24,21 +26,33 @@ Read = tuple[VQConfig, dict[str, Tensor]]
 def has(path: Path, name: str) -> bool:
     """True if a file of weights, or the only one in a folder, holds a tensor of this name.
 
-    Raises: InputError if it cannot be read.
+    Raises: InputError if it cannot be read, or there are several.
     """
-    try:
-        file = weights_file(path)
-    except InputError:
-        return False
-    return name in read_weights(file)
+    return bool(weights_files(path)) and name in read_weights(weights_file(path))
 
 
 def is_diffusers(path: Path) -> bool:
-    """True if the folder's config.json is of diffusers' VQModel."""
-    try:
-        return bool(json.loads((path / CONFIG).read_bytes())["_class_name"] == MODEL)
-    except (OSError, ValueError, KeyError, TypeError):
+    """True if the folder's config.json is of diffusers' VQModel.
+
+    Raises: InputError if it is damaged, or missing beside the weights of one.
+    """
+    if (path / CONFIG).is_file():
+        return _config(path).get("_class_name") == MODEL
+    if not has(path, DIFFUSERS):
         return False
+    raise InputError(
+        f"{path} holds weights of diffusers' {MODEL} without its {CONFIG}, which names the sizes; "
+        "give the folder that holds both"
+    )
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """What a folder's config.json holds; empty if it is no JSON object."""
+    try:
+        body = json.loads((path / CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path / CONFIG} is no whole JSON ({error}); copy it again") from error
+    return body if isinstance(body, dict) else {}
 
 
 def read_taming(path: Path, options: ReadOptions) -> Read:
@@ -66,11 +80,11 @@ def read_diffusers(path: Path, options: ReadOptions) -> Read:
     Pictures are in [0, 1] for configs with lookup_from_codebook (aMUSEd), else in [-1, 1].
     Raises: InputError if it is none.
     """
-    if not is_diffusers(path):
+    body = _config(path) if (path / CONFIG).is_file() else {}
+    if body.get("_class_name") != MODEL:
         raise InputError(
             f"{path / CONFIG} is missing or not of diffusers' {MODEL}; give its folder"
         )
-    body: dict[str, Any] = json.loads((path / CONFIG).read_bytes())
     body = {name: value for name, value in body.items() if not name.startswith("_")}
     tensors = of_diffusers(read_weights(weights_file(path)))
     config = VQConfig(

@@ -31,7 +31,8 @@ class TokenizerKind:
     build: Callable[[Any], TokenizerNetwork]
     """The network of a config, with any weights."""
     matches: Callable[[Path], bool]
-    """True if a file or folder of another project is of this kind; raises only InputError."""
+    """True if a file or folder of another project is of this kind; raises only InputError, which
+    the user sees if no other kind matches."""
     read: Callable[[Path, ReadOptions], tuple[TokenizerSizes, Mapping[str, Tensor]]]
     """Config and fp32 weights, by parameter name, of another project's file or folder."""
 
@@ -76,9 +77,15 @@ def recognised(path: Path) -> str:
     """
     if not path.exists():
         raise InputError(f"there is no {path}; give the file or folder of an image tokenizer")
+    reasons = []
     for name in known_kinds():
-        if kind_of(name).matches(path):
-            return name
+        try:
+            if kind_of(name).matches(path):
+                return name
+        except InputError as error:
+            reasons.append(error)
+    if reasons:
+        raise reasons[0]
     raise InputError(
         f"{path} holds none of the tokenizers that Tapir knows ({', '.join(known_kinds())}); name "
         "its kind by --from, or install the package that reads it"

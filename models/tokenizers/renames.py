@@ -5,6 +5,7 @@ Sizes are read from the shapes, so that no YAML is needed.
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 from torch import Tensor
 
@@ -92,31 +93,22 @@ def config_of(
 ) -> VQConfig:
     """Read the sizes from the shapes of renamed weights.
 
-    Raises: InputError if a tensor that tells them is missing.
+    Raises: InputError if a tensor that tells them is missing or has other dimensions.
     """
-    try:
-        return _config_of(tensors, options, head)
-    except KeyError as error:
-        raise InputError(
-            f"{where} holds no VQ tokenizer: {error.args[0]} is missing; give a whole checkpoint"
-        ) from error
-
-
-def _config_of(tensors: Mapping[str, Tensor], options: ReadOptions, head: Head) -> VQConfig:
-    levels = range(_count(tensors, "encoder.down_blocks."))
-    shape = {name: tuple(value.shape) for name, value in tensors.items()}
+    shape = partial(_shape, tensors, where)
+    levels = range(_count(tensors, "encoder.down_blocks.") or 1)
     downs = [f"encoder.down_blocks.{i}." for i in levels]
     ups = [f"decoder.up_blocks.{i}." for i in levels]
     table = "quantize.embed.weight" if head == "gumbel" else "quantize.embedding.weight"
-    codes, width = shape[table]
+    codes, width = shape(table, 2)
     body = {
         "down_block_types": [
             DOWN_WITH_ATTENTION if _attends(tensors, down) else DOWN for down in downs
         ],
         "up_block_types": [UP_WITH_ATTENTION if _attends(tensors, up) else UP for up in ups],
-        "block_out_channels": [shape[f"{down}resnets.0.conv1.weight"][0] for down in downs],
+        "block_out_channels": [shape(f"{down}resnets.0.conv1.weight", 4)[0] for down in downs],
         "layers_per_block": _count(tensors, "encoder.down_blocks.0.resnets."),
-        "latent_channels": shape["post_quant_conv.weight"][0],
+        "latent_channels": shape("post_quant_conv.weight", 4)[0],
         "num_vq_embeddings": codes,
         "vq_embed_dim": width,
         "norm_num_groups": GROUPS,
@@ -124,6 +116,23 @@ def _config_of(tensors: Mapping[str, Tensor], options: ReadOptions, head: Head) 
     return VQConfig(
         pixels=options.pixels, crop=options.crop, head=head, unit_range=False, body=body
     )
+
+
+def _shape(
+    tensors: Mapping[str, Tensor], where: str, name: str, dimensions: int
+) -> tuple[int, ...]:
+    if name not in tensors:
+        raise InputError(
+            f"{where} holds no VQ tokenizer: {name} is missing; give a whole checkpoint, or name "
+            "its kind by --from"
+        )
+    shape = tuple(tensors[name].shape)
+    if len(shape) != dimensions:
+        raise InputError(
+            f"{where} holds no VQ tokenizer: {name} has the shape {shape}, not {dimensions} "
+            "dimensions; give a whole checkpoint, or name its kind by --from"
+        )
+    return shape
 
 
 def _renamed(tensors: Mapping[str, Tensor], rules: _Rules) -> dict[str, Tensor]:

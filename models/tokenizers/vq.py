@@ -123,7 +123,7 @@ def vq_model(body: dict[str, Any]) -> Any:
     module: Any = foreign_module(_MODULE, "pip install tapir[tokenizers], or diffusers alone")
     try:
         return module.VQModel(**body)
-    except (TypeError, ValueError, KeyError) as error:
+    except Exception as error:  # diffusers checks few of its arguments
         raise ConfigError(
-            f"diffusers makes no VQModel of {body}: {error}; give the config.json of one"
+            f"diffusers makes no VQModel of {body}: {error}; give the files of one"
         ) from error

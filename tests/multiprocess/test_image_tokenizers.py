@@ -87,6 +87,8 @@ def test_the_example_package_installs_and_works(
     arguments = ["import", str(palette), str(tmp_path / "run"), "--pixels=32"]
     assert "Tapir knows (diffusers, taming, llamagen)" in tapir(*arguments, code=2)
     inside = {"PYTHONPATH": f"{site}:{PATH}"}
+    wide = [*arguments[:3], "--pixels=28"]
+    assert "give --pixels 24" in cold_tapir(*wide, code=2, **inside)
     cold_tapir(*arguments, "--crop=center", **inside)
     made = [str(tmp_path / "tokens"), f"--dvae={tmp_path / 'run'}", f"--bpe={bpe}", "--block=8"]
     assert "would all be the same" in cold_tapir(

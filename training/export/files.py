@@ -10,8 +10,9 @@ from pathlib import Path
 from safetensors import safe_open
 
 from checkpoint.tensors import Read, Shapes, file_parts
-from core.errors import CorruptError
+from core.errors import CorruptError, InputError
 from core.files.atomic import Json, canonical_json, write_atomic, write_parts
+from core.files.out_folder import refuse_others_folder
 from core.renamed import FACTS, ROW, renamed
 
 DESCRIPTION, CONFIG = "model.json", "config.json"
@@ -38,6 +39,24 @@ def facts_with_new_names(facts: Json) -> Json:
     if isinstance(now.get("validation"), dict):
         now["validation"] = renamed(ROW, now["validation"])
     return now
+
+
+def with_article(stage: str) -> str:
+    """A stage's model in a sentence."""
+    return f"an {stage.replace('_', ' ')}" if stage[0] in "aeiou" else f"a {stage}"
+
+
+def refuse_import_into(out: Path, source: Path) -> None:
+    """Check that a foreign model may become a run folder at `out`.
+
+    Raises: InputError if another command writes there, it holds a finished model, or the foreign
+    model's own files.
+    """
+    if (out / DESCRIPTION).exists():
+        raise InputError(f"{out} holds a finished model already; give another folder")
+    refuse_others_folder(out, "import")
+    if out.resolve() == (source if source.is_dir() else source.parent).resolve():
+        raise InputError(f"{out} holds the files to import; give a new folder, e.g. runs/vqgan")
 
 
 def shard_names(count: int) -> list[str]:

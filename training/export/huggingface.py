@@ -45,12 +45,12 @@ from training.export.files import (
     shard_names,
     write_index,
 )
+from training.export.misfits import misfits
 from training.export.model_card import model_card
 from training.export.tokenizers import open_weights_of
 from training.export.weights import (
     KINDS,
     Weights,
-    misfits,
     open_model,
     write_model,
 )

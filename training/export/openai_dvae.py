@@ -17,6 +17,7 @@ from core.errors import ConfigError, InputError
 from core.files.atomic import write_atomic
 from models.config import DVAEConfig
 from models.dvae import build_decoder, build_encoder
+from training.export.files import refuse_import_into
 from training.export.weights import read_model, write_model
 
 PARTS = ("encoder", "decoder")
@@ -56,8 +57,10 @@ def export_dvae(run: Path, out: Path) -> list[Path]:
 def import_dvae(folder: Path, out: Path, pixels: int) -> DVAEConfig:
     """Convert a folder of the package's layout to a finished dVAE; returns its sizes.
 
-    Raises: InputError if the folder is of another kind; ConfigError if `pixels` does not fit.
+    Raises: InputError if the folder is of another kind, or `out` is not new; ConfigError if
+    `pixels` does not fit.
     """
+    refuse_import_into(out, folder)
     tensors = {
         f"{_PREFIX}{part}.{_ours(name, folder)}": value.float()
         for part in PARTS

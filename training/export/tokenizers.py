@@ -1,6 +1,7 @@
 """Opens and imports image tokenizers: a trained dVAE, or an imported one, both as run folders."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,10 @@ import torch
 from torch import Tensor
 
 from core.config import check, from_json, to_json
-from core.errors import InputError
+from core.errors import InputError, TapirError
 from core.log import LOG
 from models.config import DVAEConfig
-from models.tokenizers.config import ReadOptions, TokenizerConfig, TokenizerFacts
+from models.tokenizers.config import ReadOptions, TokenizerConfig, TokenizerFacts, TokenizerSizes
 from models.tokenizers.protocol import (
     DVAETokenizer,
     ImageTokenizer,
@@ -20,13 +21,13 @@ from models.tokenizers.protocol import (
 )
 from models.tokenizers.registry import kind_of, recognised, sizes_of
 from parallel.device import CPU
-from training.export.files import DESCRIPTION
+from training.export.files import DESCRIPTION, refuse_import_into
+from training.export.misfits import misfits
 from training.export.weights import (
     TOKENIZER,
     Weights,
     build_model,
     describe,
-    misfits,
     open_model,
     write_model,
 )
@@ -91,21 +92,22 @@ def import_tokenizer(path: Path, out: Path, name: str, options: ReadOptions) -> 
     """Convert another project's tokenizer to a finished model in the folder `out`.
 
     `name` is its kind; empty: recognised by its files.
-    Raises: InputError if the files are not of that kind or hold values like NaN; ConfigError if
-    the sizes do not fit.
+    Raises: InputError if the files are not of that kind or hold values like NaN, or `out` is not
+    new; ConfigError if the sizes do not fit.
     """
-    if (out / DESCRIPTION).exists():
-        raise InputError(f"{out} holds a finished model already; give another folder")
+    refuse_import_into(out, path)
     name = name or recognised(path)
-    sizes, tensors = kind_of(name).read(path, options)
-    check(sizes.problems() or TokenizerFacts.of(name, sizes, "").problems())
+    try:
+        sizes, tensors = _read(path, name, options)
+    except TapirError:
+        raise
+    except Exception as error:  # a plug-in's reader, or what no check foresees in a foreign file
+        raise InputError(
+            f"{path} cannot be read as a {name} tokenizer ({type(error).__name__}: {error}); give "
+            "the whole files of one, or name another kind by --from"
+        ) from error
     config = TokenizerConfig(kind=name, sizes=to_json(sizes))
     shapes = {key: tuple(value.shape) for key, value in tensors.items()}
-    if wrong := misfits(TOKENIZER, config, shapes):
-        raise InputError(
-            f"{path} is not a whole {name} tokenizer: {len(wrong)} tensors do not fit, such as "
-            f"{wrong[0]}, which is {shapes.get(wrong[0], 'missing')}; copy it again"
-        )
     broken = [key for key, value in tensors.items() if not value.isfinite().all()]
     if broken:
         raise InputError(f"{path}: {broken[0]} holds values like NaN; the tokenizer is of no use")
@@ -115,6 +117,21 @@ def import_tokenizer(path: Path, out: Path, name: str, options: ReadOptions) -> 
     made = TokenizerFacts.of(name, sizes, digest)
     LOG.info("%s: %d codes on %d x %d tokens", out, made.codebook, made.rows, made.columns)
     return made
+
+
+def _read(
+    path: Path, name: str, options: ReadOptions
+) -> tuple[TokenizerSizes, Mapping[str, Tensor]]:
+    """The sizes of a foreign tokenizer, and weights of the shapes that its network needs."""
+    sizes, tensors = kind_of(name).read(path, options)
+    check(sizes.problems() or TokenizerFacts.of(name, sizes, "").problems())
+    config = TokenizerConfig(kind=name, sizes=to_json(sizes))
+    if wrong := misfits(TOKENIZER, config, {k: tuple(v.shape) for k, v in tensors.items()}):
+        raise InputError(
+            f"{path} is not one whole {name} tokenizer: {len(wrong)} tensors do not fit its sizes, "
+            f"such as {wrong[0]}; give all weights of one model, with the sizes of the same"
+        )
+    return sizes, tensors
 
 
 def _contiguous(tensors: Any) -> dict[str, Tensor]:

@@ -37,6 +37,7 @@ from training.export.files import (
     open_weights,
     verify_index,
     verify_weights,
+    with_article,
     write_weights,
 )
 from training.initial.source import ADAPTERS, merge
@@ -165,7 +166,7 @@ def read_description(folder: Path, stage: str) -> dict[str, Any]:
         raise InputError(f"there is no finished {stage} in {folder}; run `tapir train {stage}`")
     body = unseal(path.read_bytes(), str(path))
     if body["stage"] != stage:
-        raise InputError(f"{folder} holds a {body['stage']}, not a {stage}")
+        raise InputError(f"{folder} holds {with_article(body['stage'])}, not a {stage}")
     config = with_new_names(KINDS[stage].config, body["config"], str(path))
     return {**body, "config": config, "facts": facts_with_new_names(body["facts"])}
 
@@ -234,15 +235,6 @@ def fill(network: nn.Module, weights: Weights) -> None:
             parameter.copy_(value)
 
 
-def misfits(stage: str, config: Any, shapes: Shapes) -> list[str]:
-    """Names whose shapes differ from a network of these sizes, including missing and extra ones."""
-    with torch.device("meta"):
-        network = KINDS[stage].build(config)
-    prefix = KINDS[stage].prefix
-    expected = {f"{prefix}{name}": tuple(p.shape) for name, p in network.named_parameters()}
-    return sorted(n for n in {*expected, *shapes} if expected.get(n) != shapes.get(n))
-
-
 def network_shapes(stage: str, shapes: Shapes) -> Shapes:
     """The tensors of a checkpoint that belong to the network; a discriminator's do not."""
     prefix = KINDS[stage].prefix
@@ -291,7 +283,7 @@ def _unfinished(folder: Path, stage: str, step: int | None) -> Weights:
     reader = _whole_checkpoint(folder, stage, step)
     facts = reader.facts
     if facts["stage"] != stage:
-        raise InputError(f"{folder} holds a {facts['stage']}, not a {stage}")
+        raise InputError(f"{folder} holds {with_article(facts['stage'])}, not a {stage}")
     if "task" not in facts:
         raise InputError(
             f"{reader.url} does not tell what it was trained on: an older Tapir wrote it; train "

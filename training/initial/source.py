@@ -22,7 +22,13 @@ from core.storage.store import Store, open_store
 from models.adapters import A, B, factors
 from models.config import LoraConfig
 from training.ema import EMA
-from training.export.files import CONFIG, DESCRIPTION, WEIGHTS, facts_with_new_names
+from training.export.files import (
+    CONFIG,
+    DESCRIPTION,
+    WEIGHTS,
+    facts_with_new_names,
+    with_article,
+)
 from training.stages import STAGES, config_with_new_names
 
 _STEP, _CHECKPOINTS, _EXPORT = "step-", "checkpoints", "model_index.json"
@@ -64,6 +70,8 @@ def open_source(place: str, stage: str) -> WeightsSource:
     Raises: InputError if there is none, or it is of another stage; CorruptError if it is damaged.
     """
     place = place.rstrip("/")
+    if not place.startswith(S3) and Path(place).is_file():
+        raise InputError(f"init={place!r} is a file; give its folder, {Path(place).parent}")
     store = open_store(place)
     root, _, name = place.rpartition("/")
     if name.startswith(_STEP) and store.exists(MANIFEST):
@@ -73,7 +81,7 @@ def open_source(place: str, stage: str) -> WeightsSource:
     else:
         source = _newest(store, stage)
     if source.stage != stage:
-        raise InputError(f"init={place!r} holds a {source.stage}, not a {stage}")
+        raise InputError(f"init={place!r} holds {with_article(source.stage)}, not a {stage}")
     if ADAPTERS not in source.facts:
         return source
     merged = merge(stage, source.facts, (source.shapes, source.tensor), source.url)

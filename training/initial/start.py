@@ -80,6 +80,13 @@ def _facts(settings: Any, event: Json) -> Json:
             "the same sizes, dVAE and tokenizer; train one with --init and without --lora.rank "
             "first, e.g. with --freeze block"
         )
+    if differs := event.get("differs"):
+        name, (there, here) = next(iter(differs.items()))
+        raise ConfigError(
+            f"init={settings.init!r} is not a base for adapters: model.{name} is {there} there and "
+            f"{here} here, so that its weights compute something else; give --model."
+            f"{name.replace('_', '-')} {there}"
+        )
     if "/step-" in event["from"]:
         LOG.warning(
             "the adapters' base is %s, a checkpoint of an unfinished run: without it they are of "

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from checkpoint.format import KINDS
+from core.config import to_json
 from core.errors import CorruptError, InputError, TapirError, joined
 from core.files.atomic import Json
 from core.log import LOG
 from data_pipeline.text.bpe import load_tokenizer
+from models.adapters import is_adapter
 from parallel.engines.protocol import Layer, Program
 from parallel.placement import Placement, placement_of
 from parallel.world import World
@@ -41,7 +43,7 @@ class DrawnWeights:
         self._made: dict[str, Tensor] = {}
         """Weights of layers that draw no parts: copies, flat."""
         self.shapes: dict[str, tuple[int, ...]] = {}
-        """Global shapes of all layers, also those of other ranks."""
+        """Global shapes of all layers, also those of other ranks; without tied copies."""
         for layer in program.layers:
             self._add(layer)
 
@@ -50,6 +52,8 @@ class DrawnWeights:
             module = layer.build()
         for name, parameter in module.named_parameters():
             place = placement_of(parameter)
+            if place.tied_to:  # its owner's weights are stored and loaded
+                continue
             self.shapes[f"{layer.name}.{name}"] = place.shape
             if layer.draw is None:
                 flat = parameter.detach().to("cpu", copy=True).reshape(-1)
@@ -142,10 +146,13 @@ def load_initial(
             f"({source.config} there); give the same model.* flags, or leave --init out\n"
             + "\n".join(table(carried, source.shapes)[:_SHOWN])
         )
-    _tell(source, carried, names, task)
+    differs = unseen(to_json(task.model_config), source.config)
+    _tell(source, carried, names, differs)
     taken = len(names.pop("taken"))
     event = {"event": INIT, "step": 0, "from": source.url, "digest": source.digest}
     facts = {"steps_there": source.facts.get("step"), "taken": taken}
+    if differs:
+        facts["differs"] = differs
     return InitialReader(source, carried, drawn), {**event, **facts, **names}
 
 
@@ -212,24 +219,39 @@ def _tokenizer(digest: str, folders: list[Path], whose: str, flag: str) -> Any:
 
 
 def _tell(
-    source: WeightsSource, carried: dict[str, Carried], names: dict[str, list[str]], task: Task[Any]
+    source: WeightsSource, carried: dict[str, Carried], names: dict[str, list[str]], differs: Json
 ) -> None:
     """Log what was taken, resized, drawn and left, and settings that change what weights mean."""
     counts = ", ".join(f"{len(each)} {how}" for how, each in names.items())
-    lines = table(carried, source.shapes)
+    bases = {name: each for name, each in carried.items() if not is_adapter(name)}
+    lines = table(bases, source.shapes)
     LOG.info("init from %s (sha256 %s): %s", source.url, source.digest, counts)
     for line in lines:
         LOG.info("  %s", line)
-    here = vars(task.model_config)
-    for name in _INVISIBLE:
-        if name in here and source.config.get(name, here[name]) != here[name]:
-            LOG.warning(
-                "init: model.%s is %s here and %s there, which no shape shows: the weights compute "
-                "something else; give --model.%s %s to go on from them",
-                *(name, here[name], source.config[name], name.replace("_", "-")),
-                source.config[name],
-            )
+    for name, (there, here) in differs.items():
+        LOG.warning(
+            "init: model.%s is %s here and %s there, which no shape shows: the weights compute "
+            "something else; give --model.%s %s to go on from them",
+            *(name, _flag_value(here), _flag_value(there), name.replace("_", "-")),
+            _flag_value(there),
+        )
 
 
-_INVISIBLE = ("heads", "conv_kernel", "gain")
-"""Sizes of the model that change what the same weights compute."""
+def unseen(here: Json, there: Json) -> Json:
+    """Settings of a model that no shape shows and that differ: name -> [there, here]."""
+    names = [*_INVISIBLE]
+    if here.get("quantizer") == there.get("quantizer") == "fsq":
+        names.append("levels")
+    return {
+        name: [there[name], here[name]]
+        for name in names
+        if name in here and there.get(name, here[name]) != here[name]
+    }
+
+
+def _flag_value(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+_INVISIBLE = ("heads", "conv_kernel", "gain", "quantizer", "epsilon")
+"""Settings of the model that change what the same weights compute; `levels` is one of FSQ alone."""

@@ -8,6 +8,7 @@ import pytest
 
 from cli.data import pack
 from cli.evaluate import evaluate, overlap, score
+from cli.export import import_
 from cli.sample import demo
 from cli.tokenize import tokenize
 from core.errors import InputError
@@ -49,11 +50,17 @@ def test_every_command_refuses_the_folder_of_another(owner: str, tmp_path: Path)
         "evaluate": [lambda: evaluate(["none", f"--out={path}"])],
         "overlap": [lambda: overlap(["raw", "none", f"--out={path}"])],
         "demo": [lambda: demo(["--size=mini", f"--out={path}"])],
+        "import": [
+            lambda: import_([str(tmp_path), str(path)]),
+            lambda: import_([str(tmp_path), str(path), "--from=openai-dvae"]),
+        ],
     }
     named = "holds a data set" if owner == "a data set" else f"holds what `tapir {owner}` wrote"
     for mine, commands in writes.items():
         for command in commands if mine != owner else ():
-            with pytest.raises(InputError, match=named) as raised:
+            is_finished = mine == "import" and FILES[owner] == "model.json"
+            text = "holds a finished model already" if is_finished else named
+            with pytest.raises(InputError, match=text) as raised:
                 command()
             assert raised.value.exit_code == 2
     refuse_others_folder(path, owner)
@@ -127,3 +134,23 @@ def test_a_training_run_takes_no_file_and_no_folder_of_pictures(tmp_path: Path) 
     refuse_others_folder(photos, "evaluate")
     (photos / "config.json").write_text('{"stage": "dvae"}')
     refuse_others_folder(photos, "train dvae")
+
+
+def test_an_import_takes_no_file_no_pictures_and_not_the_folder_that_it_reads(
+    tmp_path: Path,
+) -> None:
+    source = tmp_path / "vq"
+    source.mkdir()
+    (source / "model.safetensors").write_bytes(b"foreign")
+    for given in (source, source / "model.safetensors"):
+        with pytest.raises(InputError, match="vq holds the files to import; give a new folder"):
+            import_([str(given), str(source), "--from=llamagen"])
+    with pytest.raises(InputError, match=r"is a file, and .* must be a folder"):
+        import_([str(source), str(source / "model.safetensors")])
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "b.jpg").touch()
+    with pytest.raises(InputError, match=r"photos holds b.jpg, .* e.g. runs/vqgan"):
+        import_([str(source), str(photos)])
+    assert [each.name for each in photos.iterdir()] == ["b.jpg"]
+    assert (source / "model.safetensors").read_bytes() == b"foreign"

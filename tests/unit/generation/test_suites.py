@@ -226,6 +226,7 @@ def test_best_of_n_is_the_fid_of_the_best_pictures(place: Place, tmp_path: Path)
 
 REFUSED: list[tuple[list[str], type[TapirError], str]] = [
     (["--suite", "shape"], InputError, "did you mean 'shapes'"),
+    (["--suite="], InputError, "there is no suite ''"),
     (["--suite", "shapes"], ConfigError, "suite shapes needs DATA"),
     (["RAW", "--suite", "geneval-style"], ConfigError, "reads no data set; leave"),
     (["RAW", "--suite", "coco"], InputError, "give --suite pairs"),

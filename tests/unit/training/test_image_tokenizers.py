@@ -1,5 +1,6 @@
 """Importing image tokenizers: files that are not whole, and models of other pixels."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from core.errors import ConfigError, InputError
+from cli.export import import_
+from core.errors import ConfigError, InputError, TapirError
 from generation.text_to_image import open_studio
 from models.tokenizers.config import ReadOptions
 from tests.harness import DEVELOPERS, installed
@@ -50,7 +52,9 @@ def test_files_that_are_not_one_tokenizer_are_refused(tmp_path: Path) -> None:
     name = "encoder.conv_in.bias"
     cases: list[tuple[dict[str, Any], str]] = [
         ({key: value for key, value in whole.items() if key != name}, f"{name}, which is missing"),
-        ({**whole, name: torch.zeros(7)}, rf"{name}, which is \(7,\)"),
+        ({**whole, name: torch.zeros(7)}, rf"{name}, which is \(7,\) and should be \(32,\)"),
+        ({**whole, name: torch.zeros(())}, rf"{name}, which is \(\) and should be"),
+        ({**whole, "encoder.x": torch.zeros(2)}, "encoder.x, which the network has not; give all"),
         ({**whole, name: torch.full_like(whole[name], torch.nan)}, f"{name} holds values like NaN"),
     ]
     for tensors, reason in cases:
@@ -64,6 +68,67 @@ def test_files_that_are_not_one_tokenizer_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"quantize.embedding.weight is missing"):
         import_tokenizer(tmp_path / "last.ckpt", tmp_path / "run", "", OPTIONS)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_config_of_another_model_is_told_from_damage(tmp_path: Path) -> None:
+    vq_folder(tmp_path / "vq")
+    config = tmp_path / "vq" / "config.json"
+    whole = json.loads(config.read_bytes())
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"vq_embed_dim": 8}, r"4 tensors do not fit its sizes, .* with the sizes of the same"),
+        ({"num_vq_embeddings": 128}, r"which is \(64, 4\) and should be \(128, 4\); give all"),
+        ({"num_vq_embeddings": "many"}, "num_vq_embeddings='many' must be a whole number"),
+        ({"block_out_channels": []}, "have 0, 3 and 3 levels"),
+        ({"down_block_types": ["No"] * 3}, "diffusers makes no VQModel of"),
+        ({"act_fn": 3}, "act_fn=3 must be a text"),
+        ({"act_fn": "no"}, "diffusers makes no VQModel of"),
+        ({"layers": 3}, "diffusers makes no VQModel of"),
+    ]
+    for changes, text in cases:
+        config.write_text(json.dumps({**whole, **changes}))
+        with pytest.raises(TapirError, match=text) as raised:
+            import_tokenizer(tmp_path / "vq", tmp_path / "run", "", OPTIONS)
+        assert raised.value.exit_code == 2 and "copy it again" not in str(raised.value)
+    del whole["block_out_channels"]
+    config.write_text(json.dumps(whole))
+    with pytest.raises(ConfigError, match="have 1, 3 and 3 levels"):
+        import_tokenizer(tmp_path / "vq", tmp_path / "run", "", OPTIONS)
+    assert not (tmp_path / "run").exists()
+
+
+CONV, TABLE = "encoder.down.0.block.0.conv1.weight", "quantize.embedding.weight"
+
+
+@pytest.mark.parametrize("kind", ["", "taming", "llamagen", "diffusers", "openai-dvae"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {CONV: torch.ones(())},
+        {CONV: torch.ones(0, 3, 3, 3)},
+        {TABLE: torch.ones(2, 16, 4)},
+        {TABLE: torch.ones(16)},
+        {CONV: None},
+        {"encoder.down.x.block.0.conv1.weight": torch.ones(3)},
+        {"encoder.down.9.block.0.conv1.weight": torch.ones(32, 3, 3, 3)},
+        {"decoder.up.9.block.0.conv1.weight": torch.ones(1)},
+        {f"decoder.up.{'9' * 5000}.block.0.conv1.weight": torch.ones(1)},
+        {"post_quant_conv.weight": torch.ones(4)},
+    ],
+)
+def test_whatever_a_file_holds_an_import_answers_with_a_sentence(
+    kind: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    few = {
+        **{CONV: torch.ones(32, 32, 3, 3), TABLE: torch.ones(16, 4)},
+        "post_quant_conv.weight": torch.ones(4, 4, 1, 1),
+    }
+    body = {name: value for name, value in {**few, **changes}.items() if value is not None}
+    torch.save(body, tmp_path / "last.ckpt")
+    arguments = [str(tmp_path / "last.ckpt"), str(tmp_path / "run"), "--pixels=16"]
+    with pytest.raises(TapirError) as raised:
+        import_([*arguments, *([f"--from={kind}"] if kind else [])])
+    assert raised.value.exit_code == 2 and not (tmp_path / "run").exists()
 
 
 def test_a_prior_of_other_pixels_is_refused(tmp_path: Path) -> None:

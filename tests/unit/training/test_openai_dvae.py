@@ -55,7 +55,7 @@ def test_what_was_exported_comes_back(exported: tuple[Path, Path], tmp_path: Pat
         for a, b in zip(before.state_dict().values(), after.state_dict().values(), strict=True)
     )
     text = tapir("import", str(out), str(tmp_path / "back"), code=2)
-    assert "holds a finished dVAE already" in text
+    assert "holds a finished model already" in text
     assert "not a multiple of 8" in tapir(
         "import", str(out), str(tmp_path / "x"), "--pixels=33", code=2
     )

@@ -148,6 +148,23 @@ def test_a_run_in_two_parts_on_two_meshes_is_the_unbroken_one(
 
 
 @pytest.mark.slow
+def test_adapters_of_a_tied_prior(tokens: Path, tmp_path: Path) -> None:
+    base, run, whole = tmp_path / "base", tmp_path / "run", tmp_path / "whole"
+    _train(tokens, base, *ONE_PROCESS, "--model.tied", "--loop.steps=1")
+    log = _train(tokens, run, *ADAPTERS, *ONE_PROCESS, "--model.tied", f"--init={base}")
+    assert "lora_a" not in log, "a line for each adapter"
+    assert open_model(run, "prior").shapes == open_model(base, "prior").shapes
+    flags = [*ONE_PROCESS, "--model.tied", "--loop.steps=1", f"--init={run}"]
+    _train(tokens, whole, *flags)
+    event = json.loads((whole / "history.json").read_bytes())["events"][0]
+    assert event["new"] == event["left"] == event["resized"] == []
+    flags = [*PIPE, "--model.tied", "--loop.steps=1", f"--init={run}"]
+    _train(tokens, tmp_path / "stages", *flags)
+    one, stages = (rows_of(tmp_path / each, "train") for each in ("whole", "stages"))
+    assert largest_difference(one, stages, "loss") < 1e-5
+
+
+@pytest.mark.slow
 def test_other_bases_are_refused(base: Path, adapted: Path, tokens: Path, tmp_path: Path) -> None:
     other, run = tmp_path / "other", tmp_path / "run"
     shutil.copytree(base, other)
@@ -160,6 +177,8 @@ def test_other_bases_are_refused(base: Path, adapted: Path, tokens: Path, tmp_pa
     assert "put it back" in text and "or give its place by --resume-with init=PLACE" in text
     text = _train(tokens, tmp_path / "c", *flags, f"--init={base}", "--model.layers=3", code=2)
     assert "is not a base for adapters" in text and "block002" in text
+    text = _train(tokens, tmp_path / "h", *flags, f"--init={base}", "--model.heads=4", code=2)
+    assert "model.heads is 2 there and 4 here" in text and "give --model.heads 2" in text
     text = _train(tokens, tmp_path / "d", *flags, code=2)
     assert "give its run as --init" in text
 

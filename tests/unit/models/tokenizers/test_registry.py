@@ -84,6 +84,22 @@ def test_files_of_no_kind_are_refused(tmp_path: Path) -> None:
         recognised(tmp_path)
 
 
+def test_a_search_without_a_kind_tells_what_hinders_it(tmp_path: Path) -> None:
+    for text in ('{"_class_name": "VQM', "[" * 100_000, "\x00"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(InputError, match=r"config.json is no whole JSON \(.*; copy it again"):
+            recognised(tmp_path)
+    (tmp_path / "config.json").unlink()
+    torch.save({"encoder.down_blocks.0.resnets.0.conv1.weight": torch.ones(1)}, tmp_path / "a.pt")
+    for place in (tmp_path, tmp_path / "a.pt"):
+        with pytest.raises(InputError, match="weights of diffusers' VQModel without its config"):
+            recognised(place)
+    torch.save({"encoder.down.0.block.0.conv1.weight": torch.ones(1)}, tmp_path / "b.pt")
+    with pytest.raises(InputError, match=r"several files of weights \(a.pt, b.pt\); give one"):
+        recognised(tmp_path)
+    assert recognised(tmp_path / "b.pt") == "taming"
+
+
 def test_facts_of_a_manifest_name_columns_and_crops_only_where_they_are_not_the_usual() -> None:
     usual = TokenizerFacts(**FACTS)  # type: ignore[arg-type]
     assert usual.manifest() == {"dvae": "d", "grid": 4, "image_vocabulary": 16}
@@ -112,7 +128,10 @@ def test_facts_that_records_cannot_hold_are_problems(changes: dict[str, int], te
 
 
 def test_sizes_of_a_vq_tokenizer_follow_from_its_body() -> None:
-    body = {"block_out_channels": [32] * 5, "num_vq_embeddings": 1024}
+    body = {
+        **{"block_out_channels": [32] * 5, "num_vq_embeddings": 1024},
+        **{"down_block_types": ["D"] * 5, "up_block_types": ["U"] * 5, "vq_embed_dim": None},
+    }
 
     def of(pixels: int, body: dict[str, Any]) -> VQConfig:
         return VQConfig(pixels=pixels, head="nearest", unit_range=False, crop="random", body=body)
@@ -125,6 +144,40 @@ def test_sizes_of_a_vq_tokenizer_follow_from_its_body() -> None:
     assert "multiple of 16" in problem and "--pixels 32" in problem
     (problem,) = of(0, body).problems()
     assert "--pixels 16" in problem
+
+
+@pytest.mark.parametrize(
+    ("changes", "texts"),
+    [
+        ({"num_vq_embeddings": "many"}, ["num_vq_embeddings='many' must be a whole number"]),
+        ({"num_vq_embeddings": None}, ["num_vq_embeddings=None must be a whole number"]),
+        ({"vq_embed_dim": "4"}, ["vq_embed_dim='4' must be a whole number or null"]),
+        ({"vq_embed_dim": 0, "latent_channels": -1}, ["latent_channels=-1", "vq_embed_dim=0 must"]),
+        ({"layers_per_block": 0}, ["layers_per_block=0 must be at least 1"]),
+        ({"block_out_channels": 3}, ["block_out_channels=3 must be a list of whole numbers"]),
+        ({"block_out_channels": []}, ["have 0, 2 and 2 levels"]),
+        ({"down_block_types": ["D"]}, ["have 2, 1 and 2 levels"]),
+        ({"up_block_types": ["U"] * 3}, ["have 2, 2 and 3 levels"]),
+        ({"block_out_channels": [32, 40]}, ["has 40, not a multiple of the 32"]),
+        ({"block_out_channels": [0, 32]}, ["has 0, not a multiple"]),
+        ({"norm_num_groups": 0}, ["norm_num_groups=0 must be at least 1"]),
+        ({"in_channels": 1, "out_channels": 4}, ["in_channels=1 must be 3", "out_channels=4"]),
+        ({"norm_type": "layer"}, ["norm_type='layer' must be group or spatial"]),
+    ],
+)
+def test_each_wrong_argument_of_a_body_is_a_problem(
+    changes: dict[str, Any], texts: list[str]
+) -> None:
+    right = {
+        **{"block_out_channels": [32, 64], "down_block_types": ["D"] * 2},
+        **{"up_block_types": ["U"] * 2, "sample_size": "only diffusers knows"},
+    }
+    sizes: dict[str, Any] = {"pixels": 16, "head": "nearest", "unit_range": False, "crop": "random"}
+    assert VQConfig(**sizes, body=right).problems() == []
+    problems = VQConfig(**sizes, body={**right, **changes}).problems()
+    assert len(problems) == len(texts)
+    for problem, text in zip(problems, texts, strict=True):
+        assert text in problem and problem.endswith("give the files of a VQModel")
 
 
 def test_a_dvae_is_the_tokenizer_that_it_was() -> None:
