@@ -35,7 +35,7 @@ def names() -> list[str]:
     )
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench")
     parser.add_argument("name", choices=names(), help="which benchmark")
     parser.add_argument(
@@ -64,6 +64,11 @@ def main() -> None:
     tokenizers.add_argument("--folders", help="finished tokenizers, with commas (trains three)")
     tokenizers.add_argument("--data", help="a packed set (shapes and emoji, packed here)")
     tokenizers.add_argument("--inception", help="Inception's weights (a proxy's features)")
+    return parser
+
+
+def main() -> None:
+    parser = _parser()
     chosen = parser.parse_args()
     flags: dict[str, Any] = {}
     for bench, own in _OWN.items():

@@ -48,7 +48,6 @@ _FILES = (
     "generation/evaluation/suites/fid.py",
     "generation/evaluation/suites/geneval.py",
     "generation/evaluation/suites/panels.py",
-    "generation/evaluation/suites/tasks.py",
 )
 _ONLY = {
     "parallel/replicas.py": {"flat_average", "copy_parts"},

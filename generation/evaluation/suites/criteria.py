@@ -1,4 +1,7 @@
-"""What a picture of shapes has of its caption: whole, and attribute by attribute."""
+"""What a picture of shapes has of its caption, by attribute and by GenEval's tasks.
+
+Imports no torch.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -77,3 +80,48 @@ def _common(scene: Scene, pair: Sequence[Seen]) -> int:
         for thing, seen in zip(things_of(scene), pair, strict=True)
         for name in ATTRIBUTES
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One of the tasks of the suite geneval-style. Source: arXiv 2310.11513, section 3."""
+
+    suits: Callable[[Scene], bool]
+    """True for captions of the task."""
+    holds: Callable[[Scene, Sequence[Seen]], bool]
+    """True if a picture solves it."""
+
+
+def _other(scene: Scene, attribute: str) -> bool:
+    """True if the caption has two things that differ in an attribute."""
+    second = scene.second
+    return second is not None and getattr(scene.first, attribute) != getattr(second, attribute)
+
+
+TASKS = {
+    "single object": Task(
+        suits=lambda scene: scene.second is None,
+        holds=lambda scene, seen: shows(scene, seen, ("shape",)),
+    ),
+    "two objects": Task(
+        suits=lambda scene: _other(scene, "shape"),
+        holds=lambda scene, seen: shows(scene, seen, ("shape",)),
+    ),
+    "counting": Task(suits=lambda scene: True, holds=counted),
+    "colours": Task(
+        suits=lambda scene: scene.second is None,
+        holds=lambda scene, seen: shows(scene, seen, ("colour", "shape")),
+    ),
+    "size": Task(
+        suits=lambda scene: scene.second is None,
+        holds=lambda scene, seen: shows(scene, seen, ("size", "shape")),
+    ),
+    "position": Task(
+        suits=lambda scene: _other(scene, "shape"),
+        holds=lambda scene, seen: shows(scene, seen, ("shape",)) and placed(scene, seen),
+    ),
+    "colour attribution": Task(
+        suits=lambda scene: _other(scene, "colour"),
+        holds=lambda scene, seen: shows(scene, seen, ("colour", "shape")),
+    ),
+}

@@ -24,9 +24,9 @@ from data_pipeline.sources.drawn.shapes import (
 )
 from generation.evaluation.accuracy import derangement, draw_all
 from generation.evaluation.suites.config import GenevalConfig
+from generation.evaluation.suites.criteria import TASKS, Task
 from generation.evaluation.suites.protocol import Inputs, Measured
 from generation.evaluation.suites.shapes import Judged, objects_by_draw
-from generation.evaluation.suites.tasks import TASKS, Task
 from generation.text_to_image import Studio
 
 

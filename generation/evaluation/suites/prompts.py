@@ -7,7 +7,7 @@ from core.errors import InputError, did_you_mean
 from core.files.atomic import Json
 from data_pipeline.sources.drawn.panels import Panel, operation_of, panel_of
 from data_pipeline.sources.drawn.shapes import parse_caption
-from generation.evaluation.suites.tasks import TASKS
+from generation.evaluation.suites.criteria import TASKS
 
 SHOWN = 20
 """Problems of single prompts that a message lists."""

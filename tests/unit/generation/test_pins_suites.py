@@ -32,11 +32,10 @@ from generation.evaluation.suites.config import (
     GenevalConfig,
     PanelsConfig,
 )
-from generation.evaluation.suites.criteria import CRITERIA, placed
+from generation.evaluation.suites.criteria import CRITERIA, TASKS, placed
 from generation.evaluation.suites.geneval import GenevalSuite, chosen
 from generation.evaluation.suites.panels import PanelsSuite
 from generation.evaluation.suites.prompts import panel_problems
-from generation.evaluation.suites.tasks import TASKS
 from generation.text_to_image import Candidates, picture_grid, to_bytes
 from parallel.device import CPU
 

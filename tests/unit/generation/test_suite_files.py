@@ -46,13 +46,13 @@ def test_all_problems_are_in_one_message(tmp_path: Path) -> None:
         read(
             tmp_path,
             suite="geneval-style",
-            promts=[RED],
+            promptz=[RED],
             facts=[],
             settings={"sed": 1, "candidates": "two"},
             prompts=[{"caption": "a fox", "task": "size"}, {**RED, "task": ["size"]}, RED, 3],
         )
     for text in (
-        "mine.json: unknown 'promts'; did you mean 'prompts'?",
+        "mine.json: unknown 'promptz'; did you mean 'prompts'?",
         "facts=[] must be a mapping",
         "settings: unknown 'sed'; did you mean 'seed'?",
         "settings.candidates='two' must be a whole number",
