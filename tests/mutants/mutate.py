@@ -179,7 +179,9 @@ class _Walk:
             test = node.test
             if not isinstance(test, ast.Compare | ast.BoolOp | ast.UnaryOp):
                 text = self._source[self._begin(test) : self._end(test)].decode()
-                yield self._begin(test), self._end(test), f"(not {text})", "comparison"
+                named = isinstance(test, ast.NamedExpr)
+                turned = f"(not ({text}))" if named else f"(not {text})"
+                yield self._begin(test), self._end(test), turned, "comparison"
 
     def _between(
         self, left: ast.expr, right: ast.expr, old: str, new: str, kind: str
