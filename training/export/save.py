@@ -1,6 +1,5 @@
 """Write the finished model of a run from its last checkpoint, by all ranks if it is large."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -11,10 +10,11 @@ from typing import Any
 from checkpoint.reader import CheckpointReader
 from checkpoint.tensors import Shapes
 from checkpoint.writer import Gather
-from core.errors import CorruptError, InputError, StoreError, TapirError, if_full
+from core.errors import CorruptError, InputError, StoreError, TapirError
 from core.files.atomic import Json
 from core.log import LOG
 from core.storage.store import Store
+from parallel.together import together
 from training.export.files import (
     DESCRIPTION,
     SHARDS,
@@ -46,18 +46,10 @@ class Writers:
 
         Raises: StoreError, on every rank, naming each that failed and why.
         """
-        mine: Json = {}
         try:
-            mine["result"] = work()
-        except OSError as error:
-            mine["error"] = f"rank {self.rank}: {error}{if_full(error)}"
+            return together(self.gather, work)
         except TapirError as error:
-            mine["error"] = f"rank {self.rank}: {error}"
-        answers = [json.loads(text) for text in self.gather(json.dumps(mine))]
-        errors = [answer["error"] for answer in answers if "error" in answer]
-        if outcome := self.gather("; ".join(errors))[0]:
-            raise StoreError(f"the finished model was not written: {outcome}")
-        return [answer["result"] for answer in answers]
+            raise StoreError(f"the finished model was not written: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
