@@ -100,6 +100,8 @@ class DVAEFlags:
         given = {name: value for name, value in sizes.items() if value is not None}
         if self.levels is not None:
             given["codebook"] = math.prod(self.levels)
+        if self.quantizer in ("vq", "fsq"):
+            given["init"] = "calibrated"  # the paper's weights suit gumbel alone
         vgg = _ANY_WEIGHTS if self.perceptual_weight else None
         return replace(
             settings,
