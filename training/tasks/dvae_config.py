@@ -29,7 +29,7 @@ class PerceptualConfig:
             )
         if self.weight and pixels < _HALVED:
             problems.append(
-                f"perceptual.weight: VGG16 halves pictures four times, so that model.pixels={pixels} "
+                f"perceptual.weight: VGG16 halves pictures four times, and model.pixels={pixels} "
                 f"leave none; give at least {_HALVED}, or --perceptual.weight 0"
             )
         for name in ("vgg", "linear"):
