@@ -98,7 +98,7 @@ def save_model(
 
     def describe() -> None:
         for file in files:
-            if _unseen(folder / file, written[file]):
+            if _is_absent(folder / file, written[file]):
                 LOG.warning(
                     "%s is not seen on rank 0's node: is --out on a file system of all nodes? rank "
                     "0 writes it, too",
@@ -157,5 +157,5 @@ def _write(
     return write_weights(folder / file, inside, read, {"format": "pt"} if len(files) > 1 else None)
 
 
-def _unseen(path: Path, written: WeightsFile) -> bool:
+def _is_absent(path: Path, written: WeightsFile) -> bool:
     return not path.is_file() or path.stat().st_size != written.bytes
