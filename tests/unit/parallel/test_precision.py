@@ -183,8 +183,9 @@ def test_one_rank_logs_changed_numerics(
         numerics=set_numerics(CPU),
         resume_from=lambda _: None,
         folder=SimpleNamespace(note_history=lambda _: None),
-        settings=SimpleNamespace(compress=CompressConfig()),
+        settings=SimpleNamespace(compress=CompressConfig(), loop=SimpleNamespace(end=2)),
         world=World(rank=rank, size=2),
+        step=2,
     )
     loop.Run._resume(run)  # type: ignore[arg-type]
     assert len(told) == (rank == 0)
