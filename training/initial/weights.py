@@ -146,7 +146,7 @@ def load_initial(
             f"({source.config} there); give the same model.* flags, or leave --init out\n"
             + "\n".join(table(carried, source.shapes)[:_SHOWN])
         )
-    differs = unseen(to_json(task.model_config), source.config)
+    differs = differences_beside_shapes(to_json(task.model_config), source.config)
     _tell(source, carried, names, differs)
     taken = len(names.pop("taken"))
     event = {"event": INIT, "step": 0, "from": source.url, "digest": source.digest}
@@ -235,22 +235,36 @@ def _tell(
     for name, (there, here) in differs.items():
         LOG.warning(
             "init: model.%s is %s here and %s there, which no shape shows: the weights compute "
-            "something else; give --model.%s %s to go on from them",
-            *(name, _flag_value(here), _flag_value(there), name.replace("_", "-")),
-            _flag_value(there),
+            "something else; %s to go on from them",
+            *(name, _flag_value(here), _flag_value(there), remedy(name, there)),
         )
 
 
-def unseen(here: Json, there: Json) -> Json:
+def differences_beside_shapes(here: Json, there: Json) -> Json:
     """Settings of a model that no shape shows and that differ: name -> [there, here]."""
     names = [*_INVISIBLE]
     if here.get("quantizer") == there.get("quantizer") == "fsq":
         names.append("levels")
+    if here.get("positions") == there.get("positions") == "rotary":
+        names += _ROTATED_BY
+        here, there = _with_columns(here), _with_columns(there)
     return {
         name: [there[name], here[name]]
         for name in names
         if name in here and there.get(name, here[name]) != here[name]
     }
+
+
+def remedy(name: str, there: Any) -> str:
+    """How a setting of the model becomes the one of the weights."""
+    if name in _ROTATED_BY:
+        return f"give tokens of a grid with {'rows' if name == 'grid' else name}={there}"
+    return f"give --model.{name.replace('_', '-')} {_flag_value(there)}"
+
+
+def _with_columns(config: Json) -> Json:
+    """Sizes of a prior with the columns of a square grid, which 0 stands for."""
+    return {**config, "columns": config.get("columns") or config.get("grid")}
 
 
 def _flag_value(value: Any) -> str:
@@ -259,3 +273,5 @@ def _flag_value(value: Any) -> str:
 
 _INVISIBLE = ("heads", "conv_kernel", "gain", "quantizer", "epsilon")
 """Settings of the model that change what the same weights compute; `levels` is one of FSQ alone."""
+_ROTATED_BY = ("grid", "columns")
+"""Sizes of the prior that rotary positions follow from; of learned ones, shapes show them."""
