@@ -130,8 +130,8 @@ class ClassSums:
     def score(self) -> float:
         """exp of the mean KL divergence of p from the mean p."""
         mean = self.chances / self.count
-        seen = mean[mean > 0]
-        return float(np.exp(self.negentropy / self.count - (seen * np.log(seen)).sum()))
+        positive = mean[mean > 0]
+        return float(np.exp(self.negentropy / self.count - (positive * np.log(positive)).sum()))
 
 
 def inception_score(parts: list[ClassSums]) -> tuple[float, float]:
