@@ -188,7 +188,7 @@ class DVAETask:
 
 def _features(network: Inception, pictures: Tensor, beat: Beat) -> np.ndarray:
     """(n, D) features of (n, 3, S, S) in [0, 1], in 8 bits; with a beat for every few."""
-    rows = []
+    rows: list[np.ndarray] = []
     for part in pictures.split(EXTRACTED):
         beat("rfid")
         rows.append(network(to_bytes(part))[0])
@@ -199,7 +199,7 @@ def _rows(originals: Tensor, again: Tensor) -> np.ndarray:
     """Originals above their reconstructions, (2 * S, n * S, 3) uint8."""
     both = torch.stack([originals, again])
     grid = both.permute(2, 0, 3, 1, 4).flatten(1, 2).flatten(2, 3)
-    return to_bytes(grid[None])[0]
+    return np.asarray(to_bytes(grid[None])[0])
 
 
 def build(settings: DVAETrain, mesh: Mesh) -> DVAETask:
