@@ -16,6 +16,7 @@ from torch import Tensor
 
 from core.errors import ConfigError, InputError
 from data_pipeline.text.bpe import encode, load_tokenizer
+from data_pipeline.tokenize.encode import to_bytes
 from models.clip import Clip
 from models.third_party import foreign_module
 from parallel.device import CPU
@@ -108,7 +109,7 @@ class OpenClipRanker:
         config = self.model.visual.preprocess_cfg
         size, mode = config["size"], config["interpolation"]
         shape = (size, size) if isinstance(size, int) else tuple(size)
-        whole = (pixels * 255).round().clamp(0, 255).byte().cpu()
+        whole = torch.from_numpy(to_bytes(pixels)).permute(0, 3, 1, 2).contiguous()
         resized = F.interpolate(whole, shape, mode=mode, antialias=True) / 255
         mean, deviation = (torch.tensor(config[key], device=CPU) for key in ("mean", "std"))
         return (resized - mean.view(3, 1, 1)) / deviation.view(3, 1, 1)

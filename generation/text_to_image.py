@@ -20,6 +20,7 @@ from core.memory import host_memory
 from data_pipeline.images.crops import encode_png, square
 from data_pipeline.images.decode import decode_rgb
 from data_pipeline.text.bpe import encode, load_tokenizer
+from data_pipeline.tokenize.encode import to_bytes
 from generation.config import BATCH, DrawSettings, ModelPaths
 from generation.ranking import Ranker, TapirRanker, in_parts, open_ranker, pictures_together
 from generation.sampling.decoder import Decoder
@@ -234,11 +235,6 @@ def open_studio(
         tokenizer=tokenizer,
         caption_dropout=float(facts.get("caption_dropout", 0.0)),
     )
-
-
-def to_bytes(pixels: Tensor) -> NDArray[np.uint8]:
-    """(B, 3, S, S) in [0, 1] -> (B, S, S, 3) uint8."""
-    return np.asarray((pixels.permute(0, 2, 3, 1) * 255).round().clamp(0, 255).byte().numpy())
 
 
 def picture_grid(rows: list[NDArray[np.uint8]], scale: int = 1, gap: int = 2) -> NDArray[np.uint8]:

@@ -176,11 +176,11 @@ class PriorConfig:
             problems.append(f"model.columns={self.columns} is negative; 0 is a square grid")
         if self.positions == "rotary" and self.dim % (4 * self.heads):
             fit = [h for h in range(1, self.dim) if self.dim % (4 * h) == 0]
-            near = min(fit, key=lambda h: abs(h - self.heads), default=0)
+            nearest = min(fit, key=lambda h: abs(h - self.heads), default=0)
             problems.append(
                 "model.positions=rotary needs a multiple of 4 channels a head; model.dim="
                 f"{self.dim} over {self.heads} heads has {self.dim / self.heads:g}; "
-                + (f"try heads {near}" if near else "try dim 64")
+                + (f"try heads {nearest}" if nearest else "try dim 64")
             )
         return problems
 

@@ -66,11 +66,11 @@ class PriorEmbedding(nn.Module):
 
     def embed_text(self, text: Tensor) -> Tensor:
         """Inputs of the text positions: start-of-text, then the text shifted by one."""
-        words = self.text(text.clamp_min(0))
-        pads = self.pad.weight[None].expand_as(words)
-        tokens = torch.where((text == PAD)[..., None], pads, words)
+        tokens = self.text(text.clamp_min(0))
+        pads = self.pad.weight[None].expand_as(tokens)
+        inputs = torch.where((text == PAD)[..., None], pads, tokens)
         start = self.start.weight[0].expand(len(text), 1, -1)
-        shifted = torch.cat([start, tokens[:, :-1]], dim=1)
+        shifted = torch.cat([start, inputs[:, :-1]], dim=1)
         return shifted + self.text_position.weight if self.learned else shifted
 
     def embed_image(self, image: Tensor) -> Tensor:

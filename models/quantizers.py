@@ -18,6 +18,9 @@ from models.initialization import generator
 from models.keyed_noise import gumbel_noise
 from models.logit_laplace import gumbel_codes, kl_to_uniform
 
+POSITIONS_TOGETHER = 1024
+"""Positions whose distances to all codes are computed together."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
@@ -82,6 +85,16 @@ class Gumbel(Quantizer):
         return F.one_hot(codes, self._codebook).permute(0, 3, 1, 2).float()
 
 
+def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """The codes of smallest Euclidean distance, some positions at a time to bound memory.
+
+    Shapes: (n, D) and (K, D) -> (n,) int64.
+    """
+    squares = codebook.square().sum(1)
+    parts = vectors.split(POSITIONS_TOGETHER)
+    return torch.cat([torch.addmm(squares, p, codebook.T, alpha=-2).argmin(1) for p in parts])
+
+
 class Codebook(nn.Embedding):
     """The vectors of VQ's codes, (K, C)."""
 
@@ -94,9 +107,7 @@ class Codebook(nn.Embedding):
         """
         if codes is None:
             assert vectors is not None, "either vectors or codes"
-            weight = self.weight.detach()
-            squares = weight.square().sum(1)
-            codes = torch.addmm(squares, vectors.detach(), weight.T, alpha=-2).argmin(1)
+            codes = nearest_codes(vectors.detach(), self.weight.detach())
         return codes, F.embedding(codes, self.weight)
 
 

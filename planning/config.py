@@ -97,9 +97,11 @@ class DVAEFlags:
     def applied(self, settings: DVAETrain) -> DVAETrain:
         """The settings with these options in place of their own."""
         sizes = {"quantizer": self.quantizer, "vector": self.vector, "levels": self.levels}
-        given = {name: value for name, value in sizes.items() if value is not None}
+        given: dict[str, Any] = {n: value for n, value in sizes.items() if value is not None}
         if self.levels is not None:
             given["codebook"] = math.prod(self.levels)
+        if self.quantizer in ("vq", "fsq"):
+            given["init"] = "calibrated"  # the paper's weights suit gumbel alone
         vgg = _ANY_WEIGHTS if self.perceptual_weight else None
         return replace(
             settings,

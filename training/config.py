@@ -230,7 +230,8 @@ class DVAETrain(StageConfig):
 
     def model_problems(self) -> list[str]:
         problems = self.model.problems() + self._prior_only_problems()
-        problems += self.perceptual.problems() + self.discriminator.problems(self.model.pixels)
+        problems += self.perceptual.problems(self.model.pixels)
+        problems += self.discriminator.problems(self.model.pixels) + self._init_problems()
         if not 0 < self.tau_last <= self.tau_first < math.inf:
             problems.append("tau_last must be positive and not above tau_first")
         if not (0 < self.tau_fraction <= 1 and 0 < self.beta_fraction <= 1):
@@ -240,6 +241,16 @@ class DVAETrain(StageConfig):
         if not 0 <= self.commitment < math.inf:
             problems.append(f"commitment={self.commitment} must not be negative; try 0.25")
         return problems
+
+    def _init_problems(self) -> list[str]:
+        """Of runs alone: a finished model of such a run can still be read."""
+        if self.model.quantizer == "gumbel" or self.model.init == "calibrated":
+            return []
+        return [
+            f"model.quantizer={self.model.quantizer} needs --model.init calibrated: only this fits "
+            f"encoder outputs to the codes, and model.init={self.model.init} leaves most of them "
+            "unused"
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

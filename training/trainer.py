@@ -86,7 +86,7 @@ class Run:
         self.alarms = Alarms(settings, mesh, self.engine.shapes().values())
         self.log = RunLog(settings, task.units, self.folder, self.profile)
         self.step = 0
-        self._history: list[Json] = []
+        self.history: list[Json] = []
         """What happened to the run: weights it started from, settings changed on purpose."""
         self._resumed_at: int | None = None
         self._scored: tuple[int, float] | None = None
@@ -196,7 +196,7 @@ class Run:
             "config": self.config,
             "task": {**self.task.facts(), **self._start.facts},
             "numerics": to_json(self.numerics),
-            "history": self._history,
+            "history": self.history,
         }
         self.checkpoints.saver.settle()
         self._note_failure()
@@ -270,6 +270,7 @@ class Run:
             "versions": state.all_versions,
             "checkpoint": self.checkpoints.whole,
             "config": self.config,
+            "history": self.history,
         }
 
     def _resume(self) -> None:
@@ -279,19 +280,19 @@ class Run:
             return
         changes = accept_config(reader, self.config)
         self.resume_from(reader)
-        self._history = [*reader.facts.get("history", []), *changes]
+        self.history = [*reader.facts.get("history", []), *changes]
         LOG.info("resumed from %s", reader.url)
         if self.world.rank == 0:
             tell_differences(reader, changes, self.numerics, self.settings.compress.on)
             if self.step < self.settings.loop.end:
                 remove_other_model(self.settings.out, self.stage, self.settings.loop.steps)
-        self.folder.note_history(self._history)
+        self.folder.note_history(self.history)
 
     def start(self) -> None:
         """Load the weights of settings.init at step 0, if it is set; collective."""
         refuse_changes(self.settings)
-        self._history = self._start.load(self.engine, self.average)
-        self.folder.note_history(self._history)
+        self.history = self._start.load(self.engine, self.average)
+        self.folder.note_history(self.history)
 
     def _rewind(self) -> None:
         """Go back to the newest checkpoint, and skip the data of the skipped updates."""
@@ -321,7 +322,7 @@ class Run:
         if self._resumed_at != self.step:
             self._save_surely()
         facts = {**self.task.facts(), **self._start.facts, "step": self.step, "validation": row}
-        facts |= {"numerics": to_json(self.numerics), "history": self._history}
+        facts |= {"numerics": to_json(self.numerics), "history": self.history}
         sizes = to_json(self.task.model_config)
         save_model(
             self.settings.out,

@@ -50,7 +50,9 @@ class Validation:
         rows = [self._means(records[rank::size]) for records in held_out]
         row = rows[0] if len(rows) == 1 else self._together(rows, list(map(len, held_out)))
         records = list(chain.from_iterable(held_out))
-        figures, pictures = self._task.figures(self._means, records[rank::size], records)
+        figures, pictures = self._task.figures(
+            self._means, records[rank::size], records, self._heart.beat
+        )
         if self._unreadable:
             figures["pairs_unreadable"] = self._unreadable
         return {**row, **figures}, pictures

@@ -15,7 +15,7 @@ from torch import Tensor
 from bench.gpu.report import GpuReport, Target, at_least, rates, seconds, wall_seconds
 from data_pipeline.config import TokenizeConfig
 from data_pipeline.formats.raw import RawRecord, RawRecords
-from data_pipeline.tokenize.encode import Encoders, encode_pairs
+from data_pipeline.tokenize.encode import Encoders, encode_pairs, to_bytes
 from models.code_encoder import CodeReader
 from models.config import DVAEConfig
 from models.dvae import DVAE
@@ -70,10 +70,9 @@ def _from_files(
 ) -> tuple[float, list[float]]:
     """Decoding, cropping, encoding and packing, with a thread a core."""
     side, records = reader.facts.pixels, []
-    for i, picture in enumerate(smooth(16, side + side // 8)):
+    for i, picture in enumerate(to_bytes(smooth(16, side + side // 8))):
         file = io.BytesIO()
-        pixels = (picture.permute(1, 2, 0) * 255).byte().numpy()
-        Image.fromarray(np.ascontiguousarray(pixels)).save(file, "jpeg", quality=95)
+        Image.fromarray(np.ascontiguousarray(picture)).save(file, "jpeg", quality=95)
         records.append((f"{i}", file.getvalue()))
     pairs = RawRecords(
         [

@@ -28,9 +28,9 @@ from data_pipeline.images.crops import square
 from data_pipeline.images.decode import decode_rgb
 from data_pipeline.streaming.mixed_source import open_source
 from data_pipeline.streaming.stream import first_records
-from data_pipeline.tokenize.encode import to_tensor
+from data_pipeline.tokenize.encode import to_bytes, to_tensor
 from models.config import DVAEConfig
-from models.critics.fid import frechet_distance_of_few
+from models.critics.fid import frechet_distance_of_sets
 from models.critics.inception import Inception
 from models.dvae import DVAE
 from models.tokenizers.protocol import ImageTokenizer
@@ -104,11 +104,11 @@ def measure(folder: Path, raw: str, extract: Extract) -> Figures:
     pictures = np.stack([square(decode_rgb(r.image, r.key), side) for r in records])
     codes, again, seconds = _round_trip(tokenizer, to_tensor(pictures))
     error = float(((again - to_tensor(pictures)) ** 2).mean())
-    drawn = (again * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    drawn = to_bytes(again)
     return {
         "PSNR": -10 * float(np.log10(max(error, 1e-10))),
         "SSIM": ssim(pictures, drawn),
-        "rFID": frechet_distance_of_few(extract(pictures), extract(drawn)),
+        "rFID": frechet_distance_of_sets(extract(pictures), extract(drawn)),
         "codes used": float(len(codes.unique())),
         "perplexity": perplexity(codes),
         "pictures/s": len(records) / seconds,

@@ -13,6 +13,7 @@ from typing import Any
 
 from cluster.doctor.finding import MB, Finding, bad, clock_finding, ok, warning
 from cluster.doctor.folders import existing
+from core.config import S3
 from core.errors import StoreError, TapirError
 from core.storage.s3 import S3Store
 from core.storage.store import FolderStore, Store
@@ -70,8 +71,8 @@ _NO_ANSWER = "check AWS_ENDPOINT_URL; compare this machine's clock by chronyc tr
 def _open(url: str, rights: str) -> Store:
     """Open a store that fails at once instead of waiting out an outage."""
     try:
-        if url.startswith("s3://"):
-            bucket, _, prefix = url.removeprefix("s3://").partition("/")
+        if url.startswith(S3):
+            bucket, _, prefix = url.removeprefix(S3).partition("/")
             return S3Store(bucket, prefix, attempts=2, patience=0)
         if rights == "read" and not Path(url).is_dir():
             text = f"there is no folder {url} on this machine"
@@ -150,7 +151,7 @@ def _why(url: str, error: StoreError) -> str:
     Raises: _Unreachable if all other requests would fail, too.
     """
     response: Any = getattr(error.__cause__, "response", None)
-    if response is None and url.startswith("s3://"):
+    if response is None and url.startswith(S3):
         fix = "export AWS_ENDPOINT_URL=<its address>; is the server up, and reachable from here?"
         if "no credentials" in str(error):
             fix = "export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"

@@ -12,6 +12,7 @@ from typing import Any
 from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import ClientError
 
+from core.config import S3
 from core.errors import AbsentError, StoreError, StoreInputError
 from core.storage.entry import Entry
 from core.storage.s3_answers import (
@@ -44,7 +45,7 @@ class S3Store:
         at once.
         """
         self.bucket, self.prefix = bucket, prefix.strip("/")
-        self.url = f"s3://{bucket}/{self.prefix}".rstrip("/")
+        self.url = f"{S3}{bucket}/{self.prefix}".rstrip("/")
         self._bucket_seen = False
         check_environment()
         self._retries = Retries(self.url, attempts, patience)

@@ -12,6 +12,7 @@ from botocore.exceptions import (
     SSLError,
 )
 
+from core.config import S3
 from core.errors import AbsentError, StoreError, StoreInputError
 from core.storage.s3_answers import (
     EXPIRED,
@@ -123,7 +124,7 @@ def no_conditional_put(url: str, error: StoreError) -> StoreInputError:
 
 
 def no_bucket(url: str) -> str:
-    bucket = url.removeprefix("s3://").partition("/")[0]
+    bucket = url.removeprefix(S3).partition("/")[0]
     return f"there is no bucket {bucket!r} at this endpoint; create it or fix the URL"
 
 

@@ -175,6 +175,12 @@ def squares_of(pictures: Sequence[NDArray[np.uint8]], pixels: int) -> torch.Tens
     return to_tensor(np.stack([square(picture, pixels) for picture in pictures]))
 
 
+def to_bytes(pictures: torch.Tensor) -> NDArray[np.uint8]:
+    """(n, 3, S, S) in [0, 1], clipped to it -> (n, S, S, 3) uint8, on the host."""
+    whole = (pictures * 255).round().clamp(0, 255).byte()
+    return np.asarray(whole.permute(0, 2, 3, 1).cpu().numpy())
+
+
 def to_tensor(pictures: NDArray[np.uint8]) -> torch.Tensor:
     """(n, S, S, 3) uint8 -> (n, 3, S, S) float32 in [0, 1]."""
     scaled = np.divide(pictures, np.float32(255), dtype=np.float32)  # without torch's threads

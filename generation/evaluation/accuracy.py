@@ -18,9 +18,9 @@ from core.keys import keyed_rng
 from core.log import progress
 from data_pipeline.formats.raw import RawRecord
 from data_pipeline.sources.drawn.shapes import matches, parse_caption
-from data_pipeline.tokenize.encode import pictures_of
+from data_pipeline.tokenize.encode import pictures_of, to_bytes
 from generation.config import DrawSettings
-from generation.text_to_image import Candidates, Studio, to_bytes
+from generation.text_to_image import Candidates, Studio
 
 CHUNK = 32
 """Captions drawn between two progress updates."""

@@ -14,11 +14,11 @@ from data_pipeline.formats.raw import RawRecord, RawSource
 from data_pipeline.images.crops import encode_png
 from data_pipeline.streaming.readable import readable
 from data_pipeline.streaming.stream import first_records
-from data_pipeline.tokenize.encode import pictures_of
+from data_pipeline.tokenize.encode import pictures_of, to_bytes
 from generation.config import DrawSettings, EvaluateConfig, ModelPaths, PromptConfig
 from generation.evaluation.accuracy import Figures, caption_accuracy, draw_for, guidance_accuracy
 from generation.sampling.prompts import prompt_of
-from generation.text_to_image import Studio, open_studio, picture_grid, to_bytes
+from generation.text_to_image import Studio, open_studio, picture_grid
 from parallel.mesh import own_mesh
 
 SHOWN_PROMPTS = 48

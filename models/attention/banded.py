@@ -153,11 +153,13 @@ class _Banded(Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, among, sums = ctx.saved_tensors
         band, text, (grad,) = ctx.band, ctx.band.text, gradients
-        words = k[:, :, :text], v[:, :, :text]
+        text_kv = k[:, :, :text], v[:, :, :text]
         first = _flash_backward(
-            grad[:, :, :text], q[:, :, :text], *words, out[:, :, :text], among, causal=True
+            grad[:, :, :text], q[:, :, :text], *text_kv, out[:, :, :text], among, causal=True
         )
-        second = _flash_backward(grad[:, :, text:], q[:, :, text:], *words, out[:, :, text:], sums)
+        second = _flash_backward(
+            grad[:, :, text:], q[:, :, text:], *text_kv, out[:, :, text:], sums
+        )
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
         dq[:, :, :text], dq[:, :, text:] = first[0], second[0]
         torch.add(first[1], second[1], out=dk[:, :, :text])

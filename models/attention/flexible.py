@@ -27,16 +27,16 @@ def mask_mod(kind: Kind, text: int, grid: int, conv_kernel: int, columns: int = 
     def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         offset = query - key
         if kind == "row":
-            near = offset <= width
+            visible = offset <= width
         elif kind == "column":
-            near = (query - text) // grid == (key - text) // grid
+            visible = (query - text) // grid == (key - text) // grid
         else:  # rows above, and columns to both sides, with wrap-around
             rows = (offset + aside) // width
             left = offset - rows * width
-            near = (rows <= up) & (left <= aside)
-            # where 2 * aside = width; not in place: Inductor refuses to write to `near`
-            near = near | ((rows - 1 <= up) & (left + width <= aside))
-        return (offset >= 0) & ((key < text) | ((query >= text) & near))
+            visible = (rows <= up) & (left <= aside)
+            # where 2 * aside = width; not in place: Inductor refuses to write to `visible`
+            visible = visible | ((rows - 1 <= up) & (left + width <= aside))
+        return (offset >= 0) & ((key < text) | ((query >= text) & visible))
 
     return allowed
 

@@ -25,10 +25,10 @@ def rotary_table(text: int, rows: int, columns: int, head: int) -> Turns:
     Shapes: `head` is the channels of a head, a multiple of 4; the first half of its pairs turns by
     the row, the second by the column.
     """
-    words = torch.arange(text, device=_HERE)
+    text_positions = torch.arange(text, device=_HERE)
     across, down = torch.arange(columns, device=_HERE), torch.arange(rows, device=_HERE)
-    by_row = torch.cat([words, text + down.repeat_interleave(columns)])
-    by_column = torch.cat([words, text + across.repeat(rows)])
+    by_row = torch.cat([text_positions, text + down.repeat_interleave(columns)])
+    by_column = torch.cat([text_positions, text + across.repeat(rows)])
     pairs = head // 4
     rates = BASE ** (-torch.arange(pairs, dtype=torch.float64, device=_HERE) / pairs)
     angles = torch.cat([by_row[:, None] * rates, by_column[:, None] * rates], 1)[:, None]

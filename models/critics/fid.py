@@ -82,6 +82,16 @@ def frechet_distance_of_few(first: NDArray[Any], second: NDArray[Any]) -> float:
     return float(apart @ apart + (one**2).sum() + (two**2).sum() - 2 * common)
 
 
+def frechet_distance_of_sets(first: NDArray[Any], second: NDArray[Any]) -> float:
+    """The same by the smaller matrix: by (n, m) or, of more vectors than features, by (D, D).
+
+    Raises: InputError for fewer than two vectors.
+    """
+    if min(len(first), len(second)) <= first.shape[1]:
+        return frechet_distance_of_few(first, second)
+    return frechet_distance(Moments.of(first), Moments.of(second))
+
+
 def _centred(features: NDArray[Any]) -> Array:
     """(n, D) rows whose outer products sum to the unbiased covariance."""
     wide = features.astype(np.float64)
@@ -120,8 +130,8 @@ class ClassSums:
     def score(self) -> float:
         """exp of the mean KL divergence of p from the mean p."""
         mean = self.chances / self.count
-        seen = mean[mean > 0]
-        return float(np.exp(self.negentropy / self.count - (seen * np.log(seen)).sum()))
+        positive = mean[mean > 0]
+        return float(np.exp(self.negentropy / self.count - (positive * np.log(positive)).sum()))
 
 
 def inception_score(parts: list[ClassSums]) -> tuple[float, float]:

@@ -102,7 +102,8 @@ class Perceptual(nn.Module):
 def _unit(x: Tensor) -> Tensor:
     """Features of unit length over the channels, in at least 32 bits."""
     x = x if x.dtype == torch.float64 else x.float()
-    return x / (x.square().sum(1, keepdim=True).sqrt() + SMALL)
+    squares = x.square().sum(1, keepdim=True)
+    return x / (squares.clamp_min(SMALL**2).sqrt() + SMALL)  # the root's slope at 0 is infinite
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

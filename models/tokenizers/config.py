@@ -138,9 +138,6 @@ class TokenizerConfig:
     sizes: dict[str, Any]
     """Fields of the kind's config."""
 
-    def problems(self) -> list[str]:
-        return []
-
 
 @dataclass(frozen=True, kw_only=True)
 class VQBody:

@@ -12,10 +12,16 @@ from typing import Any
 
 from torch import Tensor
 
-from core.config import from_json
+from core.config import from_json, wrong_types
 from core.errors import ConfigError, InputError, did_you_mean
 from models.tokenizers import kinds
-from models.tokenizers.config import ReadOptions, TokenizerConfig, TokenizerSizes, VQConfig
+from models.tokenizers.config import (
+    ReadOptions,
+    TokenizerConfig,
+    TokenizerFacts,
+    TokenizerSizes,
+    VQConfig,
+)
 from models.tokenizers.protocol import TokenizerNetwork
 from models.tokenizers.vq import VQNetwork
 
@@ -96,6 +102,14 @@ def sizes_of(config: TokenizerConfig) -> TokenizerSizes:
     """The sizes of an imported tokenizer. Raises: ConfigError for fields that its kind lacks."""
     sizes: TokenizerSizes = from_json(kind_of(config.kind).config, config.sizes)
     return sizes
+
+
+def size_problems(config: TokenizerConfig) -> list[str]:
+    """All problems of an imported tokenizer's sizes. Raises: ConfigError for an unknown kind."""
+    if wrong := wrong_types(kind_of(config.kind).config, config.sizes, "sizes"):
+        return wrong
+    sizes = sizes_of(config)
+    return sizes.problems() or TokenizerFacts.of(config.kind, sizes, "").problems()
 
 
 def build_tokenizer(config: TokenizerConfig) -> TokenizerNetwork:

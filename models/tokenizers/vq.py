@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.errors import ConfigError
+from models.quantizers import nearest_codes
 from models.third_party import foreign_module
 from models.tokenizers.config import VQConfig
 from models.tokenizers.protocol import TokenizerNetwork
 
 _MODULE = "diffusers.models.autoencoders.vq_model"
-ROWS_TOGETHER = 1024
-"""Positions whose distances to all codes are computed together, to bound memory."""
 
 
 class CodeHead(nn.Module):
@@ -43,14 +42,8 @@ class Codebook(CodeHead):
         return self.embedding.weight
 
     def codes(self, states: Tensor) -> Tensor:
-        vectors = self.vectors()
-        squares = vectors.square().sum(1)
         flat = self.compared(states.permute(0, 2, 3, 1).flatten(0, 2))
-        nearest = [
-            torch.addmm(squares, part, vectors.T, alpha=-2).argmin(1)
-            for part in flat.split(ROWS_TOGETHER)
-        ]
-        return torch.cat(nearest).view(len(states), *states.shape[2:])
+        return nearest_codes(flat, self.vectors()).view(len(states), *states.shape[2:])
 
     def compared(self, states_nd: Tensor) -> Tensor:
         """States as they are compared with the vectors, (n, D)."""

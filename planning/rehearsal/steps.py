@@ -110,7 +110,7 @@ def _changes(recorder: Recorder | None) -> list[Change]:
         (training.export.save.Writers, "together", _together),
         (training.export.save, "_begin", lambda *_: {WEIGHTS: []}),
         (training.export.save, "_write", lambda *_: WeightsFile(file=WEIGHTS, bytes=0, sha256="")),
-        (training.export.save, "_unseen", lambda *_: False),
+        (training.export.save, "_is_absent", lambda *_: False),
         (training.export.save, "write_description", nothing),
         (training.trainer, "progress", no_progress),
         (training.ema, "ThreadPoolExecutor", AtOnce),
@@ -196,6 +196,7 @@ class _DVAEWithoutData(DVAETask):
         self.held_out = _held_out(settings)
         self.train: Any = _Samples(0)
         self._set_model(settings.model, settings.loop.seed, ExtraLosses.of(settings))
+        self._world, self._reports_fid = mesh.world, settings.rfid is not None
 
     def batch(self, records: Sequence[Any], step: int, training: bool = True) -> Batch:
         return {
@@ -207,7 +208,9 @@ class _DVAEWithoutData(DVAETask):
         }
 
     def figures(self, *_: Any) -> tuple[dict[str, float], Pictures]:
-        return {}, {}  # computed from values, without communication
+        if self._reports_fid:
+            self._world.of_rank_0(0.0)
+        return {}, {}  # the others are computed from values, without communication
 
 
 class _ClipWithoutData(ClipTask):

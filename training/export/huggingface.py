@@ -37,6 +37,7 @@ from core.files.atomic import (
 )
 from core.log import LOG
 from data_pipeline.text.bpe import FILE, load_tokenizer
+from models.tokenizers.registry import size_problems
 from training.export.files import (
     CONFIG,
     SHARDS,
@@ -231,7 +232,7 @@ def _import_part(role: str, folder: Path, out: Path, digest: str) -> None:
     sizes = with_new_names(kind.config, body["sizes"], str(folder / CONFIG))
     check(wrong_types(kind.config, sizes, str(folder / CONFIG)))
     config: Any = from_json(kind.config, sizes)
-    check(config.problems())
+    check(size_problems(config) if is_foreign else config.problems())
     shapes, read = _weights(folder)
     named = {f"{kind.prefix}{name}": shape for name, shape in shapes.items()}
     if wrong := misfits(stage, config, named):

@@ -1,6 +1,5 @@
 """Write the finished model of a run from its last checkpoint, by all ranks if it is large."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -11,10 +10,11 @@ from typing import Any
 from checkpoint.reader import CheckpointReader
 from checkpoint.tensors import Shapes
 from checkpoint.writer import Gather
-from core.errors import CorruptError, InputError, StoreError, TapirError, if_full
+from core.errors import CorruptError, InputError, StoreError, TapirError
 from core.files.atomic import Json
 from core.log import LOG
 from core.storage.store import Store
+from parallel.together import together
 from training.export.files import (
     DESCRIPTION,
     SHARDS,
@@ -46,18 +46,10 @@ class Writers:
 
         Raises: StoreError, on every rank, naming each that failed and why.
         """
-        mine: Json = {}
         try:
-            mine["result"] = work()
-        except OSError as error:
-            mine["error"] = f"rank {self.rank}: {error}{if_full(error)}"
+            return together(self.gather, work)
         except TapirError as error:
-            mine["error"] = f"rank {self.rank}: {error}"
-        answers = [json.loads(text) for text in self.gather(json.dumps(mine))]
-        errors = [answer["error"] for answer in answers if "error" in answer]
-        if outcome := self.gather("; ".join(errors))[0]:
-            raise StoreError(f"the finished model was not written: {outcome}")
-        return [answer["result"] for answer in answers]
+            raise StoreError(f"the finished model was not written: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +98,7 @@ def save_model(
 
     def describe() -> None:
         for file in files:
-            if _unseen(folder / file, written[file]):
+            if _is_absent(folder / file, written[file]):
                 LOG.warning(
                     "%s is not seen on rank 0's node: is --out on a file system of all nodes? rank "
                     "0 writes it, too",
@@ -165,5 +157,5 @@ def _write(
     return write_weights(folder / file, inside, read, {"format": "pt"} if len(files) > 1 else None)
 
 
-def _unseen(path: Path, written: WeightsFile) -> bool:
+def _is_absent(path: Path, written: WeightsFile) -> bool:
     return not path.is_file() or path.stat().st_size != written.bytes

@@ -19,7 +19,7 @@ from models.tokenizers.protocol import (
     NetworkTokenizer,
     Precision,
 )
-from models.tokenizers.registry import kind_of, recognised, sizes_of
+from models.tokenizers.registry import kind_of, recognised, size_problems, sizes_of
 from parallel.device import CPU
 from training.export.files import DESCRIPTION, refuse_import_into
 from training.export.misfits import misfits
@@ -124,8 +124,8 @@ def _read(
 ) -> tuple[TokenizerSizes, Mapping[str, Tensor]]:
     """The sizes of a foreign tokenizer, and weights of the shapes that its network needs."""
     sizes, tensors = kind_of(name).read(path, options)
-    check(sizes.problems() or TokenizerFacts.of(name, sizes, "").problems())
     config = TokenizerConfig(kind=name, sizes=to_json(sizes))
+    check(size_problems(config))
     if wrong := misfits(TOKENIZER, config, {k: tuple(v.shape) for k, v in tensors.items()}):
         raise InputError(
             f"{path} is not one whole {name} tokenizer: {len(wrong)} tensors do not fit its sizes, "

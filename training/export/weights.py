@@ -291,7 +291,7 @@ def _unfinished(folder: Path, stage: str, step: int | None) -> Weights:
         )
     LOG.info("%s of %s: the weights of %s", stage, folder, reader.url)
     config = config_with_new_names(facts["config"], reader.url)
-    told = {name: facts[name] for name in ("numerics",) if name in facts}
+    told: Json = {name: facts[name] for name in ("numerics", "history") if name in facts}
     return Weights(
         stage=stage,
         where=reader.url,

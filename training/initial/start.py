@@ -3,6 +3,7 @@
 The base of adapters is loaded again whenever the run resumes, and has to stay the same.
 """
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,10 +17,12 @@ from parallel.engines.protocol import Engine
 from parallel.world import World
 from training.ema import Average
 from training.initial.source import ADAPTERS, WeightsSource, adapter_facts, base_of
-from training.initial.weights import DrawnWeights, InitialReader, load_initial
+from training.initial.weights import DrawnWeights, InitialReader, load_initial, remedy
 from training.tasks.task import Task
 
 _SHOWN = 3
+_CHECKPOINT = re.compile(r"/step-\d+$")
+"""The place of a checkpoint, and not of a run in a folder named like one."""
 
 
 class Start:
@@ -84,10 +87,9 @@ def _facts(settings: Any, event: Json) -> Json:
         name, (there, here) = next(iter(differs.items()))
         raise ConfigError(
             f"init={settings.init!r} is not a base for adapters: model.{name} is {there} there and "
-            f"{here} here, so that its weights compute something else; give --model."
-            f"{name.replace('_', '-')} {there}"
+            f"{here} here, so that its weights compute something else; {remedy(name, there)}"
         )
-    if "/step-" in event["from"]:
+    if _CHECKPOINT.search(event["from"]):
         LOG.warning(
             "the adapters' base is %s, a checkpoint of an unfinished run: without it they are of "
             "no use, so keep it from being deleted",

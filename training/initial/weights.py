@@ -4,7 +4,6 @@ The stored weights look like a checkpoint of this run at step 0, so that every e
 loads its own part of them as it resumes. Moments begin at zero, and learning rates at step 1.
 """
 
-import json
 from collections.abc import Callable
 from functools import lru_cache, partial
 from math import prod
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from checkpoint.format import KINDS
-from core.config import to_json
+from core.config import S3, to_json
 from core.errors import CorruptError, InputError, TapirError, joined
 from core.files.atomic import Json
 from core.log import LOG
@@ -23,6 +22,7 @@ from data_pipeline.text.bpe import load_tokenizer
 from models.adapters import is_adapter
 from parallel.engines.protocol import Layer, Program
 from parallel.placement import Placement, placement_of
+from parallel.together import by_all, together
 from parallel.world import World
 from training.initial.carry_over import Carried, Pieces, Vocabularies, carry, table
 from training.initial.source import WeightsSource, open_source
@@ -134,7 +134,7 @@ def load_initial(
     else:
         source = _open(partial(base, stage, init=settings.init), stage, world)
     vocabularies = Vocabularies(
-        pieces=_pieces(task.facts(), settings, source),
+        pieces=by_all(world.gather_text, lambda: _pieces(task.facts(), settings, source)),
         same_codes=task.facts().get("dvae") == source.facts.get("dvae"),
     )
     carried = carry(drawn.shapes, source.shapes, vocabularies)
@@ -146,7 +146,7 @@ def load_initial(
             f"({source.config} there); give the same model.* flags, or leave --init out\n"
             + "\n".join(table(carried, source.shapes)[:_SHOWN])
         )
-    differs = unseen(to_json(task.model_config), source.config)
+    differs = differences_beside_shapes(to_json(task.model_config), source.config)
     _tell(source, carried, names, differs)
     taken = len(names.pop("taken"))
     event = {"event": INIT, "step": 0, "from": source.url, "digest": source.digest}
@@ -163,21 +163,25 @@ _SHOWN = 20
 
 def _open(find: Callable[[], WeightsSource], stage: str, world: World) -> WeightsSource:
     """Open the weights that rank 0 sees, and verify them by all ranks; raises alike on all."""
-    told: Json = {}
-    if world.rank == 0:
-        try:
-            told["url"] = find().url
-        except TapirError as error:
-            told["error"] = str(error)
-    told = json.loads(world.gather_text(json.dumps(told))[0])
-    if "error" in told:
-        raise InputError(told["error"])
-    source = open_source(told["url"], stage)  # a run that still trains may save another meanwhile
-    shares = world.gather_text(json.dumps(source.verify(world.rank, world.size)))
-    damaged = sorted({problem for share in shares for problem in json.loads(share)})
-    if problems := json.loads(world.gather_text(json.dumps(damaged))[0]):
-        raise CorruptError(joined(problems))
-    return source
+
+    def first() -> list[str]:
+        source = find()
+        return [source.url, source.digest]
+
+    def opened() -> WeightsSource:
+        source = open_source(url, stage)  # `find` may see another: a run that still trains saves
+        if source.digest != digest:
+            raise InputError(
+                f"init: {url} holds other weights here (sha256 {source.digest}) than on rank 0 "
+                f"(sha256 {digest}); give a place that all nodes share, or copy the same there"
+            )
+        if damaged := source.verify(world.rank, world.size):
+            raise CorruptError(joined(damaged))
+        return source
+
+    gather = world.gather_text
+    url, digest = together(gather, lambda: first() if world.rank == 0 else None)[0]
+    return by_all(gather, opened)
 
 
 def _pieces(facts: Json, settings: Any, source: WeightsSource) -> Pieces | None:
@@ -190,7 +194,7 @@ def _pieces(facts: Json, settings: Any, source: WeightsSource) -> Pieces | None:
         return None
     new = _tokenizer(str(mine), [settings.bpe], "that of the data", "--bpe")
     places = [Path(str(source.run["bpe"]))] if source.run.get("bpe") else []
-    if not source.url.startswith("s3://"):
+    if not source.url.startswith(S3):
         places += [parent / "bpe" for parent in list(Path(source.url).parents)[:3]]
     given = [settings.init_bpe] if settings.init_bpe else places
     old = _tokenizer(str(theirs), given, f"that of {source.url}", "--init-bpe")
@@ -231,22 +235,36 @@ def _tell(
     for name, (there, here) in differs.items():
         LOG.warning(
             "init: model.%s is %s here and %s there, which no shape shows: the weights compute "
-            "something else; give --model.%s %s to go on from them",
-            *(name, _flag_value(here), _flag_value(there), name.replace("_", "-")),
-            _flag_value(there),
+            "something else; %s to go on from them",
+            *(name, _flag_value(here), _flag_value(there), remedy(name, there)),
         )
 
 
-def unseen(here: Json, there: Json) -> Json:
+def differences_beside_shapes(here: Json, there: Json) -> Json:
     """Settings of a model that no shape shows and that differ: name -> [there, here]."""
     names = [*_INVISIBLE]
     if here.get("quantizer") == there.get("quantizer") == "fsq":
         names.append("levels")
+    if here.get("positions") == there.get("positions") == "rotary":
+        names += _ROTATED_BY
+        here, there = _with_columns(here), _with_columns(there)
     return {
         name: [there[name], here[name]]
         for name in names
         if name in here and there.get(name, here[name]) != here[name]
     }
+
+
+def remedy(name: str, there: Any) -> str:
+    """How a setting of the model becomes the one of the weights."""
+    if name in _ROTATED_BY:
+        return f"give tokens of a grid with {'rows' if name == 'grid' else name}={there}"
+    return f"give --model.{name.replace('_', '-')} {_flag_value(there)}"
+
+
+def _with_columns(config: Json) -> Json:
+    """Sizes of a prior with the columns of a square grid, which 0 stands for."""
+    return {**config, "columns": config.get("columns") or config.get("grid")}
 
 
 def _flag_value(value: Any) -> str:
@@ -255,3 +273,5 @@ def _flag_value(value: Any) -> str:
 
 _INVISIBLE = ("heads", "conv_kernel", "gain", "quantizer", "epsilon")
 """Settings of the model that change what the same weights compute; `levels` is one of FSQ alone."""
+_ROTATED_BY = ("grid", "columns")
+"""Sizes of the prior that rotary positions follow from; of learned ones, shapes show them."""

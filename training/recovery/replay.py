@@ -14,12 +14,13 @@ from typing import Any
 
 from checkpoint.reader import CheckpointReader, finished_steps, open_checkpoint
 from core.errors import CorruptError, InputError
-from core.files.atomic import unseal
+from core.files.atomic import Json, unseal
 from core.heartbeat import Heart
 from core.storage.store import open_store
 from parallel.config import CompressConfig, MeshConfig
 from parallel.ledger import recorded
 from parallel.mesh import own_mesh
+from training.initial.weights import INIT
 from training.recovery.rewind import record_digest, record_id
 from training.stages import make_task, settings_from_json
 from training.tasks.task import hand_over
@@ -122,11 +123,27 @@ def _run_of(body: dict[str, Any], out: str) -> Iterator[Run]:
                 run.resume_from(_checkpoint(home, body["checkpoint"]))
             else:
                 run.start()
+                _refuse_other_init(run, body)
             if "versions" in body:  # a version may have been taken up since the checkpoint
                 run.feed.resume(run.feed.state.reading(body["versions"]))
             yield run
         finally:
             run.close()
+
+
+def _refuse_other_init(run: Run, body: dict[str, Any]) -> None:
+    """Check that the weights at `init` are those that the run started from."""
+    (now, then) = (_init_digest(history) for history in (run.history, body.get("history", [])))
+    if then not in ("", now):
+        raise InputError(
+            f"the capsule's run started from other weights (sha256 {then}) than init="
+            f"{run.settings.init!r} holds now (sha256 {now}); put them back there"
+        )
+
+
+def _init_digest(history: list[Json]) -> str:
+    """Digest of the weights that a run started from; empty if it drew them, or is older."""
+    return next((str(event["digest"]) for event in history if event["event"] == INIT), "")
 
 
 def _checkpoint(home: str, step: int) -> CheckpointReader:

@@ -56,9 +56,14 @@ class RunFolder:
         write_live(self.root)
 
     def note_history(self, events: list[Json]) -> None:
-        """Write what happened to the run besides training: history.json, if there is something."""
+        """Write what happened to the run besides training: history.json, if there is something.
+
+        One that another run left in this folder is removed.
+        """
         if self._writes and events:
             write_atomic(self.root / HISTORY, canonical_json({"events": events}))
+        elif self._writes:
+            (self.root / HISTORY).unlink(missing_ok=True)
 
     def log(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl and to TensorBoard."""

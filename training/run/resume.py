@@ -11,7 +11,7 @@ from core.errors import ConfigError
 from core.log import LOG
 from parallel.precision import Numerics
 from training.config import StageConfig
-from training.run.resume_with import changes_of
+from training.run.resume_with import changes_of, leaves
 from training.stages import STAGES, config_with_new_names
 
 _MAY_CHANGE = (
@@ -30,8 +30,14 @@ _MAY_CHANGE = (
     "resume_with",
     "init_bpe",
     "rfid",
+    "perceptual.vgg",
+    "perceptual.linear",
+    "loop.stop_at",
+    "loop.log_every",
+    "loop.validate_every",
+    "loop.validation_samples",
 )
-"""Settings that a resumed run may change."""
+"""Settings, and groups of settings, that a resumed run may change; files may have moved."""
 CHANGED = "resume-with"
 """The event of a run's history that names a setting changed on purpose."""
 _GUMBEL, _DISCRIMINATOR = ("model.quantizer", "gumbel"), "discriminator.weight"
@@ -53,7 +59,6 @@ _ONLY_ABOVE_0 = {
     "optim.plateau_threshold": "optim.halvings",
 }
 """Settings that have an effect only while another one is above 0."""
-_LOOP_MAY_CHANGE = ("stop_at", "log_every", "validate_every", "validation_samples")
 
 
 def accept_config(reader: CheckpointReader, config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -63,7 +68,8 @@ def accept_config(reader: CheckpointReader, config: dict[str, Any]) -> list[dict
     Raises: ConfigError with a table of the settings that changed and must not.
     """
     stored = config_with_new_names(reader.facts["config"], reader.url)
-    before, now = _fixed(_with_defaults(stored)), _fixed(config)
+    all_before, all_now = leaves(_with_defaults(stored)), leaves(config)
+    before, now = _fixed(all_before), _fixed(all_now)
     purpose = changes_of(config["resume_with"])
     compared = {*before, *now} - ((_unused(before) | _unused(now)) - purpose.keys())
     changed = [name for name in sorted(compared) if before.get(name) != now.get(name)]
@@ -87,10 +93,11 @@ def accept_config(reader: CheckpointReader, config: dict[str, Any]) -> list[dict
             "event": CHANGED,
             "step": step,
             "setting": name,
-            "before": before.get(name),
-            "now": now.get(name),
+            "before": all_before.get(name),
+            "now": all_now.get(name),
         }
-        for name in changed
+        for name in sorted({*changed, *purpose})
+        if all_before.get(name) != all_now.get(name)
     ]
 
 
@@ -198,14 +205,10 @@ def _unused(fixed: dict[str, Any]) -> set[str]:
     return unused | {name for name, other in _ONLY_ABOVE_0.items() if not fixed.get(other)}
 
 
-def _fixed(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The settings that a resumed run must not change, by dotted name."""
-    fixed: dict[str, Any] = {}
-    for name, value in config.items():
-        if (not prefix and name in _MAY_CHANGE) or (prefix == "loop." and name in _LOOP_MAY_CHANGE):
-            continue
-        if isinstance(value, dict):
-            fixed.update(_fixed(value, f"{prefix}{name}."))
-        else:
-            fixed[prefix + name] = value
-    return fixed
+def _fixed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of the settings, by dotted name, that a resumed run must not change."""
+    return {
+        name: value
+        for name, value in settings.items()
+        if name not in _MAY_CHANGE and name.partition(".")[0] not in _MAY_CHANGE
+    }

@@ -12,8 +12,17 @@ from core.errors import did_you_mean
 
 T = TypeVar("T")
 _SHAPES = "the checkpoint's tensors have these shapes; start a new run with --init"
+_COMPUTES = "the weights were trained to compute with it; start a new run with --init"
+_LOSS = "losses before and after would not compare; start a new run with --init"
 _WHY = {
     "model": _SHAPES,
+    **dict.fromkeys(
+        (f"model.{name}" for name in ("heads", "conv_kernel", "gain", "quantizer", "epsilon")),
+        _COMPUTES,
+    ),
+    "model.text_weight": _LOSS,
+    "model.min_log_scale": _LOSS,
+    "model.init": "it acts on the weights before step 1 alone; start a new run",
     "order": "the data order follows from it; start a new run with --init",
     "loop.seed": "the data order follows from it; start a new run with --init",
     "loop.global_batch_size": "the position in the data counts batches; start a new run with "
@@ -34,36 +43,37 @@ _NEXT = re.compile(r",+(?=[^,=]*=)")
 def changes_of(text: str) -> dict[str, Any]:
     """`a.b=1,c=x` -> {"a.b": 1, "c": "x"}; values as JSON, else as text; the last of a name counts.
 
-    Raises: ValueError naming the part that is not SETTING=VALUE.
+    Parts that are not SETTING=VALUE are left out: `resume_with_problems` names them.
     """
-    return dict(_changes(text))
+    return dict(_changes(text)[0])
 
 
-def _changes(text: str) -> list[tuple[str, Any]]:
+def _changes(text: str) -> tuple[list[tuple[str, Any]], list[str]]:
+    """Names with their values, and the parts that are not SETTING=VALUE."""
     changes: list[tuple[str, Any]] = []
+    malformed = []
     for part in filter(None, _NEXT.split(text.strip(","))):
         name, equals, value = part.partition("=")
         name = name.strip().replace("-", "_")
         if not equals or not name:
-            raise ValueError(part)
+            malformed.append(part)
+            continue
         try:
             changes.append((name, json.loads(value)))
         except ValueError:
             changes.append((name, value))
-    return changes
+    return changes, malformed
 
 
 def resume_with_problems(settings: Any) -> list[str]:
     """Problems of `settings.resume_with`: its form, its names and its types."""
-    try:
-        given = _changes(settings.resume_with)
-    except ValueError as error:
-        return [
-            f"resume_with: {str(error)!r} is not SETTING=VALUE; write e.g. "
-            "optim.lr=1e-4,loop.steps=2000"
-        ]
+    given, malformed = _changes(settings.resume_with)
     names, changes = [name for name, _ in given], dict(given)
-    known, problems = _leaves(to_json(settings)), list[str]()
+    known = leaves(to_json(settings))
+    problems = [
+        f"resume_with: {part!r} is not SETTING=VALUE; write e.g. optim.lr=1e-4,loop.steps=2000"
+        for part in malformed
+    ]
     for name, value in changes.items():
         if names.count(name) > 1:
             problems.append(f"resume_with: {name} is given {names.count(name)} times; give it once")
@@ -100,10 +110,10 @@ def _set(body: dict[str, Any], name: str, value: Any) -> None:
     body[last] = value
 
 
-def _leaves(body: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def leaves(body: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Every setting by its dotted name."""
-    leaves: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for name, value in body.items():
         nested = isinstance(value, dict)
-        leaves |= _leaves(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
-    return leaves
+        settings |= leaves(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return settings

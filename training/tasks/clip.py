@@ -26,7 +26,7 @@ from parallel.world import World
 from training.config import ClipTrain
 from training.data_requirements import model_size_problems, refuse_unfit
 from training.tasks.splits import UNREAD, Splits, open_splits
-from training.tasks.task import Means, Pictures, pad_text
+from training.tasks.task import Beat, Means, Pictures, no_beat, pad_text
 
 
 class ClipTask:
@@ -76,7 +76,11 @@ class ClipTask:
         return {"tokenizer": self._tokenizer_hash, "raw": self.train.fingerprint}
 
     def figures(
-        self, means: Means, mine: Sequence[RawRecord], records: Sequence[RawRecord]
+        self,
+        means: Means,
+        mine: Sequence[RawRecord],
+        records: Sequence[RawRecord],
+        beat: Beat = no_beat,
     ) -> tuple[dict[str, float], Pictures]:
         return {}, {}
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,19 +18,21 @@ from data_pipeline.streaming.ahead import depth_of, prepared_ahead
 from data_pipeline.streaming.cache import open_cache
 from data_pipeline.streaming.mixed_source import first_of_each, open_source
 from data_pipeline.streaming.readable import Crop, ReadablePairs
-from data_pipeline.tokenize.encode import to_tensor
+from data_pipeline.tokenize.encode import to_bytes, to_tensor
 from models.config import DVAEConfig
-from models.critics.fid import frechet_distance_of_few
-from models.critics.inception import Inception, refuse_other_files
+from models.critics.fid import frechet_distance_of_sets
+from models.critics.inception import Inception
 from models.dvae import DVAE
 from parallel.engines.protocol import Batch
 from parallel.mesh import Mesh
+from parallel.together import by_all
+from parallel.world import ALONE, World
 from training.config import DVAETrain
 from training.data_requirements import refuse_unfit
 from training.schedules import cosine
 from training.tasks.dvae_program import DVAELayer, ExtraLosses, dvae_program
 from training.tasks.splits import UNREAD, Splits, open_splits
-from training.tasks.task import Means, Pictures, perplexity
+from training.tasks.task import Beat, Means, Pictures, no_beat, perplexity
 
 SHOWN = 8
 CALIBRATED = 256
@@ -38,14 +41,22 @@ DECODED = 16
 """Pictures of a validation that a worker decodes together."""
 TOGETHER = 4096
 """Maximum tokens per batch of a validation's figures."""
+EXTRACTED = 32
+"""Pictures of a validation between two signs of life of its FID."""
 
 
 class DVAETask:
     """Training of the dVAE on pictures."""
 
-    def __init__(self, settings: DVAETrain, splits: Splits = UNREAD) -> None:
+    _inception: Inception | None = None
+    """On rank 0, if validations report the reconstruction FID."""
+    _world: World = ALONE
+
+    def __init__(self, settings: DVAETrain, splits: Splits = UNREAD, world: World = ALONE) -> None:
+        """Collective. Raises: InputError, e.g. for files that validations could not use."""
+        self._world = world
         if settings.rfid is not None:
-            refuse_other_files(settings.rfid)  # else the first validation would end the run
+            self._set_inception(settings.rfid)
         data, cache = settings.data, open_cache(settings.loader)
         self.train = open_source(RawSource, data, "train", splits["train"], cache)
         self.held_out = open_source(RawSource, data, "validation", splits["validation"])
@@ -66,6 +77,13 @@ class DVAETask:
         layer = self.program.layers[0].build()
         assert isinstance(layer, DVAELayer), "the only layer"
         return layer
+
+    def _set_inception(self, path: Path) -> None:
+        """Read the whole network: wrong weights would end the run at its first validation."""
+        world = self._world
+        self._inception = by_all(
+            world.gather_text, lambda: None if world.rank else Inception(path, world.device)
+        )
 
     def batch(self, records: Sequence[RawRecord], step: int, training: bool = True) -> Batch:
         settings, seed = self._settings, self._settings.loop.seed
@@ -134,7 +152,11 @@ class DVAETask:
 
     @torch.no_grad()
     def figures(
-        self, means: Means, mine: Sequence[RawRecord], records: Sequence[RawRecord]
+        self,
+        means: Means,
+        mine: Sequence[RawRecord],
+        records: Sequence[RawRecord],
+        beat: Beat = no_beat,
     ) -> tuple[dict[str, float], Pictures]:
         pixels = self._held_out_squares(records).to(next(self.dvae.parameters()).device)
         together = max(1, TOGETHER // self.model_config.tokens)
@@ -150,26 +172,36 @@ class DVAETask:
             "psnr": -10 * float(np.log10(max(mse, 1e-10))),
         }
         if self._settings.rfid is not None:
-            network = Inception(self._settings.rfid, pixels.device)
-            both = [network(_bytes(part))[0] for part in (pixels, again)]
-            figures["rfid"] = frechet_distance_of_few(*both)
+            figures["rfid"] = self._rfid(pixels, again, beat)
         pictures = {"reconstructions": _rows(pixels[:SHOWN].cpu(), again[:SHOWN].cpu())}
         return figures, {**pictures, "codebook": codes.flatten().cpu().numpy()}
 
+    def _rfid(self, pixels: Tensor, again: Tensor, beat: Beat) -> float:
+        """The FID of reconstructions, which are the same on all ranks: rank 0 computes it."""
+        distance = 0.0
+        if self._inception is not None:
+            distance = frechet_distance_of_sets(
+                _features(self._inception, pixels, beat), _features(self._inception, again, beat)
+            )
+        return self._world.of_rank_0(distance)
 
-def _bytes(pictures: Tensor) -> np.ndarray:
-    """(n, 3, S, S) in [0, 1] -> (n, S, S, 3) uint8."""
-    whole = (pictures * 255).round().clamp(0, 255).byte()
-    return np.asarray(whole.permute(0, 2, 3, 1).cpu().numpy())
+
+def _features(network: Inception, pictures: Tensor, beat: Beat) -> np.ndarray:
+    """(n, D) features of (n, 3, S, S) in [0, 1], in 8 bits; with a beat for every few."""
+    rows: list[np.ndarray] = []
+    for part in pictures.split(EXTRACTED):
+        beat("rfid")
+        rows.append(network(to_bytes(part))[0])
+    return np.asarray(np.concatenate(rows))
 
 
 def _rows(originals: Tensor, again: Tensor) -> np.ndarray:
     """Originals above their reconstructions, (2 * S, n * S, 3) uint8."""
     both = torch.stack([originals, again])
-    grid = both.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
-    return np.asarray((grid * 255).round().clamp(0, 255).byte().numpy())
+    grid = both.permute(2, 0, 3, 1, 4).flatten(1, 2).flatten(2, 3)
+    return np.asarray(to_bytes(grid[None])[0])
 
 
 def build(settings: DVAETrain, mesh: Mesh) -> DVAETask:
     """The task of `tapir train dvae`."""
-    return DVAETask(settings, open_splits(settings.data, RAW, mesh))
+    return DVAETask(settings, open_splits(settings.data, RAW, mesh), mesh.world)

@@ -17,7 +17,8 @@ class PerceptualConfig:
     """Linear weights of lpips 0.1 for VGG16 (vgg.pth), which make it LPIPS; default: every channel
     counts equally."""
 
-    def problems(self) -> list[str]:
+    def problems(self, pixels: int) -> list[str]:
+        """Problems for pictures of this side."""
         problems = []
         if not 0 <= self.weight < math.inf:
             problems.append(f"perceptual.weight={self.weight} must not be negative; 0 = none")
@@ -25,6 +26,11 @@ class PerceptualConfig:
             problems.append(
                 "perceptual.weight needs the weights of VGG16; give --perceptual.vgg FILE, or "
                 "--perceptual.weight 0"
+            )
+        if self.weight and pixels < _HALVED:
+            problems.append(
+                f"perceptual.weight: VGG16 halves pictures four times, and model.pixels={pixels} "
+                f"leave none; give at least {_HALVED}, or --perceptual.weight 0"
             )
         for name in ("vgg", "linear"):
             if not self.weight and getattr(self, name) is not None:
@@ -39,7 +45,8 @@ class DiscriminatorConfig:
     weight: float = 0.0
     """Weight of the dVAE's adversarial loss; 0 = no discriminator (try 0.1)."""
     start: float = 0.25
-    """Fraction of the run before both adversarial losses begin."""
+    """Fraction of the run before the dVAE's adversarial loss begins; the discriminator learns from
+    the first step."""
     width: int = 64
     """Channels of its first convolution."""
     layers: int = 3
@@ -64,5 +71,7 @@ class DiscriminatorConfig:
         return problems
 
 
+_HALVED = 16
+"""Pixels a side of which VGG16's four max-pools leave one."""
 _LEAST = 3
 """Pixels a side that its two convolutions of stride 1 need."""

@@ -90,8 +90,8 @@ def dvae_program(dvae: DVAE, config: DVAEConfig, extra: ExtraLosses | None = Non
             losses[penalty] = terms.penalty
         if "discriminator" in more:
             weight = extra.discriminator.weight * batch["adversarial"]
-            unseen = more["discriminator"] + weight * more["adversarial"]
-            total = total + (unseen - unseen.detach())
+            adversarial = more["discriminator"] + weight * more["adversarial"]
+            total = total + (adversarial - adversarial.detach())
         return {"loss": total, **losses, **more}
 
     names = ["loss", "log_likelihood", *([penalty] if penalty else [])]

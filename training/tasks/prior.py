@@ -26,7 +26,7 @@ from parallel.world import ALONE, World
 from training.config import PriorTrain
 from training.data_requirements import refuse_unfit
 from training.tasks.splits import UNREAD, Splits, open_splits
-from training.tasks.task import Means, Pictures, pad_text
+from training.tasks.task import Beat, Means, Pictures, no_beat, pad_text
 
 
 def token_batch(records: Sequence[TokenRecord], text_length: int) -> Batch:
@@ -113,7 +113,11 @@ class PriorTask:
         return {**known, "caption_dropout": self._settings.caption_dropout}
 
     def figures(
-        self, means: Means, mine: Sequence[TokenRecord], records: Sequence[TokenRecord]
+        self,
+        means: Means,
+        mine: Sequence[TokenRecord],
+        records: Sequence[TokenRecord],
+        beat: Beat = no_beat,
     ) -> tuple[dict[str, float], Pictures]:
         """Two baselines that the loss of a prior on held-out images must beat.
 

@@ -22,6 +22,13 @@ Pictures = dict[str, Any]
 Means = Callable[..., dict[str, float]]
 """(records, optional change of a batch) -> mean losses over all replicas."""
 
+Beat = Callable[[str], None]
+"""Gives a sign of life: `Heart.beat`."""
+
+
+def no_beat(doing: str) -> None:
+    """A beat without a supervisor."""
+
 
 class Task(Protocol, Generic[Record]):
     """A stage, as the training loop sees it."""
@@ -51,11 +58,12 @@ class Task(Protocol, Generic[Record]):
         """Facts to store with the model, e.g. the digests of its dVAE and tokenizer."""
 
     def figures(
-        self, means: Means, mine: Sequence[Record], records: Sequence[Record]
+        self, means: Means, mine: Sequence[Record], records: Sequence[Record], beat: Beat = no_beat
     ) -> tuple[dict[str, float], Pictures]:
         """Extra validation figures and pictures; collective over all ranks.
 
-        `means` evaluates this replica's share `mine` of the held-out `records`.
+        `means` evaluates this replica's share `mine` of the held-out `records`; figures that take
+        long call `beat`.
         """
 
 

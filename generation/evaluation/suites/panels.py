@@ -39,12 +39,13 @@ from data_pipeline.sources.drawn.panels import (
 from data_pipeline.sources.drawn.read_panels import read_pair
 from data_pipeline.streaming.stream import stored_records
 from data_pipeline.text.bpe import encode
+from data_pipeline.tokenize.encode import to_bytes
 from generation.evaluation.accuracy import derangement, wilson_low
 from generation.evaluation.suites.config import PanelsConfig
 from generation.evaluation.suites.protocol import Inputs, Measured
 from generation.evaluation.suites.record import GALLERY
 from generation.sampling.sampler import Keys, Prompt
-from generation.text_to_image import Studio, picture_grid, to_bytes
+from generation.text_to_image import Studio, picture_grid
 from parallel.device import CPU
 from training.tasks.task import pad_text
 

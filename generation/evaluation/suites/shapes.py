@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from core.files.atomic import Json
 from data_pipeline.evaluation_sets import open_evaluation
 from data_pipeline.sources.drawn.shapes import Scene, Seen, parse_caption, read_picture, render
+from data_pipeline.tokenize.encode import to_bytes
 from generation.evaluation.accuracy import best_of_shares, derangement, draw_all, wilson_low
 from generation.evaluation.suites.config import ShapesConfig
 from generation.evaluation.suites.criteria import CRITERIA, Criterion
 from generation.evaluation.suites.protocol import Inputs, Measured
-from generation.text_to_image import Candidates, Studio, to_bytes
+from generation.text_to_image import Candidates, Studio
 
 Judged = list[list[Seen]]
 """Objects of each candidate of a caption, in the order of drawing."""

@@ -24,6 +24,7 @@ from data_pipeline.sources.drawn.read_panels import read_pair
 from data_pipeline.sources.drawn.shapes import parse_caption, render
 from data_pipeline.streaming.stream import stored_records
 from data_pipeline.text.bpe import encode, train_bpe
+from data_pipeline.tokenize.encode import to_bytes
 from generation.evaluation.suites import best_of_n, fid, geneval, panels
 from generation.evaluation.suites.best_of_n import BestOfNSuite, best_places
 from generation.evaluation.suites.config import (
@@ -36,7 +37,7 @@ from generation.evaluation.suites.criteria import CRITERIA, TASKS, placed
 from generation.evaluation.suites.geneval import GenevalSuite, chosen
 from generation.evaluation.suites.panels import PanelsSuite
 from generation.evaluation.suites.prompts import panel_problems
-from generation.text_to_image import Candidates, picture_grid, to_bytes
+from generation.text_to_image import Candidates, picture_grid
 from parallel.device import CPU
 
 SIDE, LENGTH = 32, 16

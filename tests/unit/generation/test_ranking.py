@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from core.errors import InputError
 from core.files.atomic import sha256
+from data_pipeline.tokenize.encode import to_bytes
 from generation.ranking import CONFIG, WEIGHTS, OpenClipRanker, open_ranker
-from generation.text_to_image import to_bytes
 from models.initialization import generator
 from models.third_party import foreign_module
 from tests.unit.finished import SIZES, VIEW, write_open_clip

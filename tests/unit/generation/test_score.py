@@ -42,6 +42,7 @@ from tests.second_device import SECOND
 from tests.unit.finished import write_models
 from tests.unit.layouts import write_coco, write_cub
 from tests.unit.training.test_pins_training import _dvae_task, _picture
+from training.tasks import dvae as task_of_dvae
 
 pytestmark = pytest.mark.seconds
 
@@ -284,9 +285,14 @@ def test_inception_is_torch_fidelitys_with_the_given_weights(inception: Path) ->
 
 
 @torch.no_grad()
-def test_a_dvae_reports_the_fid_of_its_reconstructions(inception: Path) -> None:
+def test_a_dvae_reports_the_fid_of_its_reconstructions(
+    inception: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of its pictures in 8 bits: the distance of their features, least to themselves."""
-    task = _dvae_task(rfid=inception)
+    task, beats = _dvae_task(rfid=inception), list[str]()
+    task._set_inception(inception)
+    monkeypatch.setattr(task_of_dvae, "EXTRACTED", 2)
+    monkeypatch.setattr(task_of_dvae, "Inception", None)  # it is not built again
     records = [_picture(i, 10) for i in range(3)]
     pixels, size = task._squares(records, task.held_out), task.model_config
     task.dvae = DVAE(size)
@@ -296,10 +302,11 @@ def test_a_dvae_reports_the_fid_of_its_reconstructions(inception: Path) -> None:
         task.dvae.picture = lambda codes, shown=shown: shown  # type: ignore[method-assign, misc]
         rows = (shown * 255).round().byte().permute(0, 2, 3, 1).numpy()
         features.append(Inception(inception)(rows)[0])
-        figures, _ = task.figures(cast(Any, None), records, records)
+        figures, _ = task.figures(cast(Any, None), records, records, beats.append)
         distances.append(figures["rfid"])
         assert figures["rfid"] == frechet_distance_of_few(features[0], features[-1])
     assert distances[1] > abs(distances[0])
+    assert beats == ["rfid"] * 8, "3 pictures twice, 2 at a time, at each validation"
 
 
 def test_wrong_inception_weights_are_explained(inception: Path, tmp_path: Path) -> None:

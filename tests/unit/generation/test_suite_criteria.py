@@ -21,7 +21,12 @@ from generation.evaluation.suites.config import ShapesConfig
 from generation.evaluation.suites.criteria import CRITERIA
 from generation.evaluation.suites.geneval import TASKS, chosen
 from generation.evaluation.suites.shapes import ShapesSuite
-from models.critics.fid import Moments, frechet_distance, frechet_distance_of_few
+from models.critics.fid import (
+    Moments,
+    frechet_distance,
+    frechet_distance_of_few,
+    frechet_distance_of_sets,
+)
 
 ONE = "a small red circle"
 TWO = "a small red circle left of a large blue square"
@@ -142,6 +147,11 @@ def test_a_fid_of_few_vectors_equals_that_of_moments(rows: int, width: int) -> N
     expected = frechet_distance(Moments.of(one), Moments.of(two))
     assert frechet_distance_of_few(one, two) == pytest.approx(expected, rel=1e-6)
     assert frechet_distance_of_few(one, one) == pytest.approx(0, abs=1e-6)
+    by_moments = rows > width
+    chosen = expected if by_moments else frechet_distance_of_few(one, two)
+    assert frechet_distance_of_sets(one, two) == chosen
+    same = np.concatenate([one, two])[:width]
+    assert frechet_distance_of_sets(same, two) == frechet_distance_of_few(same, two)
 
 
 def test_groups_of_n_are_disjoint_and_their_best_is_taken() -> None:

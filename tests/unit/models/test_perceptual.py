@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from core.errors import InputError
 from models.critics.discriminator import Discriminator, hinge_loss
-from models.critics.perceptual import Perceptual, read_tensors
+from models.critics.perceptual import Perceptual, _unit, read_tensors
 from models.initialization import generator
 from tests.perceptual_weights import drawn_linear, drawn_pictures, drawn_vgg, write_weights
 
@@ -39,6 +39,16 @@ def test_gradients_reach_pictures_in_16_bits(tmp_path: Path) -> None:
     assert distances.tolist() == pytest.approx(LPIPS, rel=0.05)
     distances.sum().backward()
     assert first.grad is not None and float(first.grad.abs().max()) > 0
+
+
+def test_features_that_are_all_zero_have_finite_gradients() -> None:
+    zeros = torch.zeros(1, 4, 2, 2, requires_grad=True)
+    unit = _unit(zeros)
+    assert not unit.any()
+    unit.sum().backward()
+    assert zeros.grad is not None and bool(zeros.grad.isfinite().all())
+    one = torch.tensor([[[[3.0]], [[4.0]]]], dtype=torch.float64)
+    assert _unit(one).flatten().tolist() == [3 / (5 + 1e-10), 4 / (5 + 1e-10)]
 
 
 def test_files_of_other_weights_are_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from models.critics.inception import Inception
 from models.critics.perceptual import Perceptual, _unit, read_tensors
 from models.dvae import DVAE
 from models.initialization import generator
-from models.quantizers import NearestVector
+from models.quantizers import POSITIONS_TOGETHER, NearestVector, nearest_codes
 from parallel.device import CPU
 
 META = torch.device("meta")
@@ -103,6 +103,15 @@ def test_the_nearest_code_is_taken_of_codes_of_any_length() -> None:
     quantizer = NearestVector(3, 2)
     quantizer.codebook.weight.data = torch.tensor([[9.0, 0.0], [1.0, 0.0], [3.5, 0.0]])
     assert quantizer.codes(torch.tensor([2.0, 0.0]).view(1, 2, 1, 1)).item() == 1
+
+
+def test_codes_are_found_a_part_of_the_positions_at_a_time() -> None:
+    """Also in a last part that is not full; the dense definition is argmin |x - c|^2."""
+    draws = generator(0, "codes")
+    vectors = torch.randn(2 * POSITIONS_TOGETHER + 7, 5, generator=draws)
+    codebook = 2 * torch.randn(40, 5, generator=draws)
+    dense = (vectors[:, None] - codebook[None]).square().sum(2).argmin(1)
+    assert nearest_codes(vectors, codebook).equal(dense)
 
 
 def test_the_distance_of_two_sets_by_hand() -> None:

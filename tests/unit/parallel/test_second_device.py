@@ -155,6 +155,7 @@ def test_a_step_is_replayed(homes: dict[str, dict[str, Any]], tmp_path: Path) ->
                 cast(Any, run.engine)._judge = lambda norm, loss: "planted"
             if run.step == 3:
                 assert result.skipped == "planted"
+    assert json.loads((tmp_path / "capsules/step-3.json").read_bytes())["history"] == []
     replayed = replay.replay(tmp_path / "capsules" / "step-3.json")
     assert replayed.same_records and not replayed.skipped and len(replayed.worst) == 5
     assert replayed.loss == pytest.approx(replayed.loss_then, rel=1e-6)

@@ -147,6 +147,10 @@ def test_the_discriminator_depends_on_the_seed() -> None:
         ({"perceptual": PerceptualConfig(weight=math.inf, vgg=Path("x"))}, "weight=inf"),
         ({"perceptual": PerceptualConfig(weight=0.5, vgg=Path("x"), linear=Path("y"))}, ""),
         ({"perceptual": PerceptualConfig(weight=1.0, vgg=Path("x"))}, ""),
+        ({"model": DVAEConfig(quantizer="vq", init="paper")}, "needs --model.init calibrated"),
+        ({"model": DVAEConfig(quantizer="fsq", init="paper")}, "needs --model.init calibrated"),
+        ({"model": DVAEConfig(quantizer="vq")}, ""),
+        ({"model": DVAEConfig(init="paper")}, ""),
     ],
 )
 def test_problems_of_optional_losses(losses: dict[str, Any], problem: str) -> None:
@@ -162,6 +166,12 @@ def test_problems_of_optional_losses(losses: dict[str, Any], problem: str) -> No
 def test_convolutions_leave_three_pixels_a_side(pixels: int, layers: int, advice: str) -> None:
     problems = DiscriminatorConfig(weight=1.0, layers=layers).problems(pixels)
     assert len(problems) == bool(advice) and "".join(problems).endswith(advice)
+
+
+@pytest.mark.parametrize(("pixels", "weight", "refused"), [(15, 1.0, 1), (16, 1.0, 0), (8, 0.0, 0)])
+def test_max_pools_of_vgg_leave_a_pixel(pixels: int, weight: float, refused: int) -> None:
+    problems = PerceptualConfig(weight=weight, vgg=Path("x") if weight else None).problems(pixels)
+    assert len(problems) == refused and f"model.pixels={pixels}" * refused in "".join(problems)
 
 
 def test_a_score_of_the_default_discriminator_sees_70_pixels() -> None:

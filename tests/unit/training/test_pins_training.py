@@ -120,7 +120,7 @@ def test_a_run_steps_to_its_end_and_goes_back_where_it_must() -> None:
         due=lambda step: step == 100,
         compare_replicas=lambda engine, step: compared.append(step),
     )
-    run.stage, run.config = "prior", {}
+    run.stage, run.config, run.history = "prior", {}, []
     run.checkpoints = SimpleNamespace(whole="step-1")
     averaged: list[int] = []
     run.average = SimpleNamespace(update=averaged.append)

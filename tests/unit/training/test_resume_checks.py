@@ -15,9 +15,10 @@ from core.errors import ConfigError
 from core.storage.store import FolderStore
 from models.config import DVAEConfig, LoraConfig
 from parallel.config import OptimConfig
-from training.config import DVAETrain, PriorTrain
+from training.config import DVAETrain, LoopConfig, PriorTrain
 from training.run.resume import accept_config, refuse_misfits
-from training.tasks.dvae_config import DiscriminatorConfig
+from training.run.resume_with import with_changes
+from training.tasks.dvae_config import DiscriminatorConfig, PerceptualConfig
 
 
 def _config(stage: str, settings: Any) -> dict[str, Any]:
@@ -49,6 +50,13 @@ def _checkpoint(folder: Path, config: dict[str, Any]) -> CheckpointReader:
             DVAETrain(model=DVAEConfig(quantizer="vq")),
             {"model": DVAEConfig(quantizer="vq", levels=(3,)), "tau_last": 0.5, "beta": 1.0},
         ),
+        (
+            "dvae",
+            DVAETrain(perceptual=PerceptualConfig(weight=1.0, vgg=Path("a/v"), linear=Path("a/l"))),
+            {"perceptual": PerceptualConfig(weight=1.0, vgg=Path("b/v"), linear=Path("b/l"))},
+        ),
+        ("prior", PriorTrain(), {"loop": LoopConfig(stop_at=3, log_every=1, validate_every=5)}),
+        ("prior", PriorTrain(), {"loop": LoopConfig(validation_samples=64)}),
         ("dvae", DVAETrain(), {"rfid": Path("i.safetensors"), "init_bpe": Path("b")}),
         ("prior", PriorTrain(), {"lora": LoraConfig(alpha=3.0), "optim": OptimConfig(patience=9)}),
         ("prior", PriorTrain(), {"optim": OptimConfig(ema_every=1)}),
@@ -92,6 +100,17 @@ def test_an_average_begins_on_purpose(tmp_path: Path) -> None:
         optim = OptimConfig(ema=0.5, ema_every=3)
         now = PriorTrain(optim=optim, resume_with=purpose)
         assert len(accept_config(reader, _config("prior", now))) == noted
+
+
+def test_settings_that_may_change_are_noted_if_they_change_on_purpose(tmp_path: Path) -> None:
+    reader = _checkpoint(tmp_path, _config("prior", PriorTrain()))
+    purpose = "data=b,checkpoint.keep=7,loop.log_every=10"
+    now = with_changes(PriorTrain(resume_with=purpose))
+    rows = [
+        (e["setting"], e["before"], e["now"]) for e in accept_config(reader, _config("prior", now))
+    ]
+    keep = PriorTrain().checkpoint.keep
+    assert rows == [("checkpoint.keep", keep, 7), ("data", "data/tokens", "b")], "not what is equal"
 
 
 def test_a_discriminator_is_not_added_on_purpose(tmp_path: Path) -> None:

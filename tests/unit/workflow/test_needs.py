@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save
 
 from checkpoint.config import CheckpointConfig
 from cli.cluster import submit
@@ -367,12 +369,21 @@ def test_a_run_on_too_small_a_split_ends_before_its_model_is_built(
         ClipTask(other_clip, World())
 
 
-@pytest.mark.parametrize("text", ["", "no safetensors"])
-def test_weights_for_validations_are_looked_at_first(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "there are no Inception weights at"),
+        (b"no safetensors", "is not a safetensors file"),
+        (save({"features.0.weight": torch.zeros(3)}), "holds other weights than this Inception's"),
+    ],
+    ids=["none", "pickle", "other"],
+)
+def test_weights_for_validations_are_looked_at_first(
+    tmp_path: Path, data: bytes, message: str
+) -> None:
     path = tmp_path / "inception.safetensors"
-    if text:
-        path.write_text(text)
-    message = "is not a safetensors file" if text else "there are no Inception weights at"
+    if data:
+        path.write_bytes(data)
     with pytest.raises(InputError, match=message):
         DVAETask(DVAETrain(rfid=path))
 

@@ -120,6 +120,7 @@ def test_plan_has_every_option_of_a_dvae() -> None:
         PlanFlags(preset="paper_dvae", dvae=DVAEFlags(quantizer="vq", vector=16))
     )
     assert wide.model.vector == 16 and wide.model.codebook == plain.model.codebook
+    assert wide.model_problems() == [], "the preset's model.init suits gumbel alone"
     for preset, flags in (
         ("paper_12b", {"dvae": fsq}),
         ("paper_dvae", {"model": ModelFlags(tied=True)}),

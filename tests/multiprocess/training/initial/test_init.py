@@ -12,6 +12,7 @@ import torch
 
 from cluster.object_server import ObjectServer
 from core.errors import EXIT_GAVE_UP
+from core.files.atomic import seal
 from core.storage.store import open_store
 from data_pipeline.text.bpe import load_tokenizer
 from models.prior import build_prior
@@ -249,6 +250,24 @@ def test_a_run_resumes_with_changes_and_keeps_its_history(
     assert facts["history"] == events
     assert "has all 6 steps already" in tapir(*changed), "a restarted command changes no more"
     assert json.loads((run / "history.json").read_text())["events"] == events
+    shutil.rmtree(run / "checkpoints")
+    anew = [*command, "--loop.stop-at=1"]
+    tapir(*anew)
+    assert not (run / "history.json").exists(), "it was another run's"
+
+
+@pytest.mark.seconds
+def test_a_replay_does_not_start_from_other_weights(base: Path, tmp_path: Path) -> None:
+    """A capsule before the first checkpoint names the weights that its run started from."""
+    digest = read_model(base, "prior")[0]["sha256"]
+    config = {**config_of(base), "init": str(base), "stage": "prior"}
+    body: dict[str, Any] = {"stage": "prior", "step": 1, "position": {}, "records": []}
+    body |= {"config": config, "checkpoint": None, "reason": "planted", "losses": {}}
+    for then, code in ((digest, 0), ("0" * 64, 2)):
+        history = [{"event": "init", "step": 0, "digest": then}]
+        (tmp_path / "c.json").write_bytes(seal({**body, "grad_norm": 0.0, "history": history}))
+        text = tapir("replay", str(tmp_path / "c.json"), code=code)
+        assert ("started from other weights (sha256 0000" in text) == bool(code)
 
 
 @pytest.mark.seconds
@@ -260,7 +279,8 @@ def test_an_extended_run_has_no_model_until_it_ends(base: Path, tokens: Path, bp
     extended = [*command, "--loop.steps=3", "--resume-with=loop.steps=5"]
     assert "removing its finished model of step 3" in tapir(*extended, "--loop.stop-at=4")
     assert open_source(str(run), "prior").url.endswith("step-4")
-    assert open_model(run, "prior").facts["step"] == 4
+    unfinished = open_model(run, "prior").facts
+    assert unfinished["step"] == 4 and [row["now"] for row in unfinished["history"]] == [5]
     shorter = [*command, "--loop.steps=5", "--resume-with=loop.steps=4"]
     assert "has all 4 steps already" in tapir(*shorter)
     facts = read_model(run, "prior")[0]["facts"]

@@ -12,7 +12,14 @@ from models.config import DVAEConfig
 from models.dvae import DVAE
 from models.tokenizers.config import TokenizerConfig, TokenizerFacts, VQConfig
 from models.tokenizers.protocol import DVAETokenizer
-from models.tokenizers.registry import build_tokenizer, kind_of, known_kinds, recognised, sizes_of
+from models.tokenizers.registry import (
+    build_tokenizer,
+    kind_of,
+    known_kinds,
+    recognised,
+    size_problems,
+    sizes_of,
+)
 from tests.support.tokenizer_weights import keyed_pictures
 
 FACTS = {"kind": "dvae", "pixels": 16, "rows": 4, "columns": 4, "codebook": 16, "digest": "d"}
@@ -67,6 +74,21 @@ def test_plug_ins_are_listed_loaded_and_refused_by_name(
         kind_of("whol")
     with pytest.raises(ConfigError, match="Sizes has no field 'pixel'"):
         sizes_of(TokenizerConfig(kind="whole", sizes={"pixel": 3}))
+    assert "unknown 'pixel'" in size_problems(TokenizerConfig(kind="whole", sizes={"pixel": 3}))[0]
+
+
+def test_all_problems_of_an_imported_tokenizers_sizes_are_named() -> None:
+    sizes: dict[str, Any] = {"pixels": 8, "head": "nearest", "unit_range": False, "crop": "random"}
+    sizes["body"] = {"num_vq_embeddings": 16, "block_out_channels": [32]}
+
+    def problems(**changes: Any) -> list[str]:
+        return size_problems(TokenizerConfig(kind="taming", sizes={**sizes, **changes}))
+
+    assert problems() == []
+    assert "must be" in problems(pixels="8")[0]
+    assert "is not a multiple of 1" in problems(pixels=0)[0]
+    few = {**sizes["body"], "num_vq_embeddings": 1}
+    assert "has 1 codes" in problems(body=few)[0]
 
 
 def test_files_of_no_kind_are_refused(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from models.config import PriorConfig
-from training.config import PriorTrain
+from training.config import DVAETrain, PriorTrain
 from training.run.resume_with import changes_of, resume_with_problems, with_changes
 
 
@@ -45,6 +45,8 @@ def test_values_may_hold_commas() -> None:
         ("loop.seed=1", "loop.seed cannot change: the data order"),
         ("order.lanes=1", "order.lanes cannot change: the data order"),
         ("loop.global_batch_size=8", "loop.global_batch_size cannot change: the position"),
+        ("model.text_weight=0.5", "model.text_weight cannot change: losses before and after"),
+        ("model.conv_kernel=5", "model.conv_kernel cannot change: the weights were trained to"),
         ("out=runs/x", "out cannot change: give it as --out"),
         ("resume_with=a=1", "resume_with cannot change"),
         ("lora.rank=4", "lora.rank cannot change: the checkpoint's tensors"),
@@ -56,5 +58,17 @@ def test_every_wrong_change_is_named(text: str, message: str) -> None:
     (problem,) = resume_with_problems(settings)
     assert message in problem
     assert problem in settings.fixed_problems()
-    both = replace(settings, resume_with=f"{text},model.heads=2" if text[0] != "=" else text)
-    assert message in "\n".join(resume_with_problems(both))
+    both = resume_with_problems(replace(settings, resume_with=f"{text},model.heads=2"))
+    assert len(both) == 2 and message in "\n".join(both)
+    assert "model.heads cannot change: the weights were trained" in "\n".join(both)
+
+
+def test_why_a_dvae_keeps_its_settings() -> None:
+    for name, why in (
+        ("model.min_log_scale=-9", "losses before and after"),
+        ("model.init=paper", "it acts on the weights before step 1 alone"),
+        ("model.gain=0.5", "the weights were trained to compute with it"),
+        ("model.width=8", "the checkpoint's tensors have these shapes"),
+    ):
+        (problem,) = resume_with_problems(DVAETrain(resume_with=name))
+        assert f"cannot change: {why}" in problem
