@@ -75,6 +75,7 @@ SUITES = {
         prepare=f"{_PACKAGE}.geneval:prepare",
         problems=task_problems,
         count="per_task",
+        ranks=False,
     ),
     "clipscore": Suite(
         text="CLIPScore of any captions, by a local open_clip checkpoint (--judge)",

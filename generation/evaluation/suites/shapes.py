@@ -27,8 +27,8 @@ Judged = list[list[Seen]]
 class ShapesSuite:
     """Held-out captions of the shapes generator."""
 
-    def __init__(self, prompts: list[Json], facts: Json, settings: ShapesConfig) -> None:
-        self.prompts, self.facts, self._settings = prompts, facts, settings
+    def __init__(self, prompts: list[Json], settings: ShapesConfig) -> None:
+        self.prompts, self.facts, self._settings = prompts, Json(), settings
         self._scenes = [parse_caption(row["caption"]) for row in prompts]
 
     def measure(self, studio: Callable[[], Studio]) -> Measured:
@@ -89,12 +89,11 @@ def prepare(inputs: Inputs, settings: ShapesConfig, prompts: list[Json] | None) 
 
     Raises: InputError if a caption is not one of the shapes generator.
     """
-    facts: Json = {}
     if prompts is None:
         chosen = open_evaluation(inputs.data)
         captions = chosen.choose(settings.prompts, settings.seed)
         prompts = [{"caption": caption.text} for caption in captions]
-    return ShapesSuite(prompts, facts, settings)
+    return ShapesSuite(prompts, settings)
 
 
 def objects_by_draw(row: Candidates) -> Judged:

@@ -71,7 +71,7 @@ def test_pictures_and_figures_of_each_operation_without_a_clip(tmp_path: Path) -
     body = run_suite("panels", data, replace(models, clip=tmp_path / "no-clip"), config, out)
     names = [f"{name}.png" for name in OPERATIONS]
     files = sorted(path.name for path in out.iterdir())
-    assert files == sorted(["suite.json", "gallery.json", *names])
+    assert files == sorted(["suite.json", "suite-request.json", "gallery.json", *names])
     gallery = json.loads((out / "gallery.json").read_bytes())["rows"]
     assert [(row["file"], row["caption"]) for row in gallery] == list(
         zip(names, CAPTIONS.values(), strict=True)

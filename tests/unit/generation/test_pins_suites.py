@@ -255,7 +255,7 @@ def test_no_two_objects_have_no_position() -> None:
 class Values:
     """A network: a picture's first value is its feature; its tens modulo 3 are its class."""
 
-    name, label = "values", "proxy FID and IS"
+    name, label, proxy = "values", "proxy FID and IS", True
 
     def __init__(self) -> None:
         self.calls = 0
@@ -278,9 +278,7 @@ def _flat(value: int) -> NDArray[np.uint8]:
 def _of_set(monkeypatch: pytest.MonkeyPatch, captions: list[str]) -> Any:
     """A set of two real pictures, of values 0 and 20."""
     texts = [SimpleNamespace(text=caption) for caption in captions]
-    monkeypatch.setattr(best_of_n, "open_weights_of", lambda path: path)
-    monkeypatch.setattr(best_of_n, "facts_of", lambda path: SimpleNamespace(pixels=4))
-    monkeypatch.setattr(best_of_n, "digests", lambda models: {"prior": "digest"})
+    monkeypatch.setattr(best_of_n, "facts_in", lambda path: SimpleNamespace(pixels=4))
     return SimpleNamespace(
         choose=lambda count, seed: texts[:count], pictures_of=lambda chosen: ["0", "20"],
         read=lambda name: encode_png(_flat(int(name))), name="set", fingerprint="print",
@@ -288,7 +286,8 @@ def _of_set(monkeypatch: pytest.MonkeyPatch, captions: list[str]) -> Any:
 
 
 def _inputs(out: Path) -> Any:
-    return SimpleNamespace(models=SimpleNamespace(dvae=None), out=out, data="here", device=CPU)
+    models, digests = SimpleNamespace(dvae=None), {"prior": "digest"}
+    return SimpleNamespace(models=models, digests=digests, out=out, data="here", device=CPU)
 
 
 def _ranked(captions: list[str], draws: Any) -> list[Candidates]:
@@ -318,15 +317,17 @@ def test_fid_and_is_of_the_best_of_n_by_hand(
     evaluation, network = _of_set(monkeypatch, list(VALUES)), Values()
     settings = BestOfNConfig(candidates=4, captions=2)
     suite = BestOfNSuite(_inputs(tmp_path), settings, evaluation, network)
-    measured = suite.measure(lambda: cast(Any, SimpleNamespace(draw=_ranked)))
+    told: list[list[str]] = []
+    measured = suite.measure(lambda: cast(Any, SimpleNamespace(draw=_ranked, tell_cut=told.append)))
+    assert told == [["first", "second"]]
     assert updates == [1, 2] and network.calls == 3
     fids = {1: [600, 1100, 1800, 2700], 2: [675, 2475], 4: [900]}
     scores = {1: [2.0, 2.0, 2.0, 2.0], 2: [1.0, 2.0], 4: [2.0]}
     rows = [
-        {"n": n, "groups": len(fids[n]), "fid": np.mean(fids[n]), "fid_std": np.std(fids[n]),
-         "is": np.mean(scores[n]), "is_std": np.std(scores[n])}
+        {"n": n, "groups": len(fids[n]), "fid": np.mean(fids[n]), "is": np.mean(scores[n])}
+        | ({"fid_std": np.std(fids[n]), "is_std": np.std(scores[n])} if n < 4 else {})
         for n in fids
-    ]  # fmt: skip
+    ]
     assert [{k: pytest.approx(v) for k, v in row.items()} for row in rows] == measured.results.pop(
         "rows"
     )
@@ -339,6 +340,10 @@ def test_fid_and_is_of_the_best_of_n_by_hand(
     )
     again = BestOfNSuite(_inputs(tmp_path), settings, evaluation, network)
     assert again.measure(_no_studio).headline == measured.headline and network.calls == 3
+    fewer = BestOfNConfig(candidates=4, captions=2, repeats=1)
+    averaged = BestOfNSuite(_inputs(tmp_path), fewer, evaluation, network).measure(_no_studio)
+    assert [row["fid"] for row in averaged.results["rows"]] == pytest.approx([600, 675, 900])
+    assert network.calls == 3 and "fid_std" not in averaged.results["rows"][0]
     other = BestOfNConfig(candidates=4, captions=2, seed=1)
     assert BestOfNSuite(_inputs(tmp_path), other, evaluation, network)._blocks != suite._blocks
 
@@ -350,7 +355,7 @@ def _no_studio() -> Any:
 def test_accuracy_of_the_best_of_n_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the first caption, the better of two is right; of the second, neither."""
     evaluation, network = _of_set(monkeypatch, [RED, BLUE]), Values()
-    monkeypatch.setattr(network, "label", "FID and IS", raising=False)
+    monkeypatch.setattr(network, "proxy", False, raising=False)
     shown = np.stack([_shown(RED), _shown(RED)[::-1]])
 
     def draw(captions: list[str], draws: Any) -> list[Candidates]:
@@ -363,7 +368,7 @@ def test_accuracy_of_the_best_of_n_by_hand(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(best_of_n, "matches", lambda caption, picture: (picture == shown[0]).all())
     settings = BestOfNConfig(candidates=2, captions=2)
     suite = BestOfNSuite(_inputs(tmp_path), settings, evaluation, network)
-    measured = suite.measure(lambda: cast(Any, SimpleNamespace(draw=draw)))
+    measured = suite.measure(lambda: cast(Any, SimpleNamespace(draw=draw, tell_cut=list)))
     assert [row["accuracy"] for row in measured.results["rows"]] == [0.25, 0.5]
     assert measured.headline["accuracy, best of 2"] == 0.5
     assert set(measured.headline) == {f"{x}, best of 2" for x in ("accuracy", "FID", "IS")}
@@ -392,20 +397,20 @@ def test_groups_start_anew_after_each_n() -> None:
 
 
 @pytest.mark.parametrize(
-    ("network", "radius", "names"),
+    ("proxy", "radius", "names"),
     [
-        ("inception 12ab", 0.0, ["FID", "IS"]),
-        ("clip 12ab", 0.0, ["proxy FID", "proxy IS"]),
-        ("inception 12ab", 2.0, ["FID at blur 2", "IS at blur 2"]),
+        (False, 0.0, ["FID", "IS"]),
+        (True, 0.0, ["proxy FID", "proxy IS"]),
+        (False, 2.0, ["FID at blur 2", "IS at blur 2"]),
     ],
 )
 def test_the_headline_of_a_score_is_its_least_blur(
-    network: str, radius: float, names: list[str]
+    proxy: bool, radius: float, names: list[str]
 ) -> None:
     rows = [{"radius": radius, "fid": 30.0, "is": 4.0}, {"radius": 8.0, "fid": 20.0, "is": 3.0}]
     scores, calls = {"rows": rows, "data": "a/path", "captions": 9}, []
     job: Any = SimpleNamespace(
-        prompts=[], facts={"network": network}, run=lambda *given: calls.append(given) or scores
+        prompts=[], facts={}, proxy=proxy, run=lambda *given: calls.append(given) or scores
     )
     measured = fid.FidSuite(job, cast(Any, "member")).measure(_no_studio)
     assert measured.results == {"rows": rows, "captions": 9} and calls == [(_no_studio, "member")]
@@ -420,7 +425,7 @@ def test_a_score_reads_the_set_of_its_suite(
         fid, "open_job", lambda *given: SimpleNamespace(prompts=rows, facts={}, given=given)
     )
     inputs: Any = SimpleNamespace(
-        data="coco:somewhere", models=None, out=tmp_path, device=CPU, member=None
+        data="coco:somewhere", models=None, digests={}, out=tmp_path, device=CPU, member=None
     )
     for prompts in (None, rows):
         assert fid.prepare_coco(inputs, FidConfig(), prompts).prompts == rows

@@ -117,7 +117,7 @@ def test_a_task_judges_what_it_is_named_for(
 
 def test_a_sub_score_has_best_of_n_chance_and_upper_bound() -> None:
     captions = [ONE, "a large blue square", "a small green triangle"]
-    suite = ShapesSuite([{"caption": c} for c in captions], {}, ShapesConfig(candidates=2))
+    suite = ShapesSuite([{"caption": c} for c in captions], ShapesConfig(candidates=2))
     true = [read_picture(render(parse_caption(c), 32, 0, i)) for i, c in enumerate(captions)]
     objects = [[true[0], []], [[], true[1]], [[], []]]
     scores = np.array([[0.1, 0.9], [0.1, 0.9], [0.9, 0.1]], np.float32)
