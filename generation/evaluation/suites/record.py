@@ -22,12 +22,11 @@ REQUEST = "suite-request.json"
 GALLERY = "gallery.json"
 """Index of the pictures that a suite writes beside suite.json, if it does: title, text, and rows of
 caption and file."""
-KEYS = "candidate c of a caption is drawn by the key (settings.seed, caption, c)"
 _LIBRARIES = (
     *("tapir", "torch", "numpy", "opencv-python-headless", "tokenizers", "safetensors"),
     *("open_clip_torch", "torch-fidelity", "vector-quantize-pytorch", "diffusers"),
 )
-ASKED = ("suite", "models", "facts", "settings", "prompts")
+ASKED = ("suite", "keys", "models", "facts", "settings", "prompts")
 """What decides the figures, on the same machine and libraries."""
 _SOFTWARE = ("versions", "numerics")
 

@@ -28,6 +28,7 @@ from generation.evaluation.suites.prompts import (
     task_problems,
 )
 
+KEYS = "candidate c of a caption is drawn by the key (settings.seed, caption, c)"
 _PACKAGE = "generation.evaluation.suites"
 
 
@@ -51,6 +52,8 @@ class Suite:
     """The setting that says how many prompts are chosen; a file has its own prompts."""
     repeats_without_data: bool = True
     """True if its prompts are all that it takes from DATA, so that its file is enough to repeat."""
+    keys: str = KEYS
+    """The rule of the random keys, for people who draw the same pictures elsewhere."""
     ranks: bool = True
     """False if its candidates are not ranked, so that no CLIP is opened."""
     workers: bool = False
@@ -136,6 +139,10 @@ SUITES = {
         data="a packed set of panels",
         source="panels",
         count="per_operation",
+        keys=(
+            "candidate c of a prompt is drawn by the key (settings.seed, caption, top as 'COLOUR "
+            "FORM at ROW,COLUMN', c), also with another upper panel"
+        ),
         ranks=False,
     ),
 }

@@ -21,7 +21,6 @@ from generation.evaluation.suites.record import (
     ASKED,
     FILE,
     FORMAT,
-    KEYS,
     REQUEST,
     Recorded,
     differences,
@@ -86,7 +85,7 @@ def run_suite(
     body: Json = {
         "format": FORMAT,
         "suite": name,
-        "keys": KEYS,
+        "keys": suite.keys,
         "models": inputs.digests,
         "facts": prepared.facts,
         "settings": settings_json(settings),

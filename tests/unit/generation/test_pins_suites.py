@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from core.errors import InputError
+from core.errors import ConfigError, InputError
 from core.storage.store import open_store
 from data_pipeline.config import PackConfig
 from data_pipeline.formats.raw import RawSource
@@ -24,6 +24,8 @@ from data_pipeline.sources.drawn.read_panels import read_pair
 from data_pipeline.sources.drawn.shapes import parse_caption, render
 from data_pipeline.streaming.stream import stored_records
 from data_pipeline.text.bpe import encode, train_bpe
+from generation import text_to_image
+from generation.evaluation.accuracy import wilson_low
 from generation.evaluation.suites import best_of_n, fid, geneval, panels
 from generation.evaluation.suites.best_of_n import BestOfNSuite, best_places
 from generation.evaluation.suites.config import (
@@ -36,7 +38,7 @@ from generation.evaluation.suites.criteria import CRITERIA, TASKS, placed
 from generation.evaluation.suites.geneval import GenevalSuite, chosen
 from generation.evaluation.suites.panels import PanelsSuite
 from generation.evaluation.suites.prompts import panel_problems
-from generation.text_to_image import Candidates, picture_grid, to_bytes
+from generation.text_to_image import Candidates, Studio, picture_grid, to_bytes
 from parallel.device import CPU
 
 SIDE, LENGTH = 32, 16
@@ -55,12 +57,16 @@ class Oracle:
     """
 
     def __init__(self) -> None:
-        self.config = SimpleNamespace(text_length=60, image_length=LENGTH, grid=4)
-        self.images = SimpleNamespace(facts=SimpleNamespace(pixels=SIDE))
+        self.config = SimpleNamespace(text_length=60, image_length=LENGTH)
+        self.images = SimpleNamespace(facts=SimpleNamespace(pixels=SIDE, rows=4, columns=4))
+        self.caption_dropout = 0.0
         self.tokenizer, self.sampler = train_bpe(list(CAPTIONS.values()), 280), self
         self.pictures: list[NDArray[np.uint8]] = []
         self.keys: list[Any] = []
         self.told: list[str] = []
+
+    codes: Any = Studio.codes
+    tell_guidance: Any = Studio.tell_guidance
 
     def tell_cut(self, captions: list[str]) -> None:
         self.told = captions
@@ -101,17 +107,22 @@ def _panel_rows(name: str, tops: Sequence[Panel]) -> list[dict[str, Any]]:
     return [{"caption": CAPTIONS[name], "key": "k", "top": upper} for upper in uppers]
 
 
-def test_a_model_that_obeys_is_exact_with_its_first_candidate_of_two(tmp_path: Path) -> None:
+def test_a_model_that_obeys_is_exact_with_its_first_candidate_of_two(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Also under another default device. Drawn of another top, the picture follows that one."""
     rows = _panel_rows("flipped", TOPS) + _panel_rows("red", TOPS[:2])
     rows = [rows[i] for i in (3, 0, 1, 4, 2)]
     oracle: Any = Oracle()
-    suite = PanelsSuite(rows, PanelsConfig(candidates=2, seed=5), tmp_path)
+    suite = PanelsSuite(rows, PanelsConfig(candidates=2, seed=5, guidance=2.0), tmp_path)
     with torch.device("meta"):
         measured = suite.measure(lambda: oracle)
     assert oracle.told == list(CAPTIONS.values())
-    keys = [[(5, row["caption"], 2 * number + i) for i in (0, 1)]
-            for row, number in zip(rows, (0, 0, 1, 1, 2), strict=True)]  # fmt: skip
+    assert "trained without --caption-dropout" in caplog.text
+    tops = [str([*TOPS, *TOPS[:2]][i]) for i in (3, 0, 1, 4, 2)]
+    assert tops[2] == "green T at 4,9"
+    keys = [[(5, row["caption"], top, i) for i in (0, 1)]
+            for row, top in zip(rows, tops, strict=True)]  # fmt: skip
     assert oracle.keys == [keys, keys]
     half = dict.fromkeys(("exact", "swapped_follows", "form", "colour", "row", "column", "style"))
     half = dict.fromkeys(half, 0.5)
@@ -121,7 +132,7 @@ def test_a_model_that_obeys_is_exact_with_its_first_candidate_of_two(tmp_path: P
     assert list(by_operation) == ["red", "flipped"]
     for name, prompts in (("red", 2), ("flipped", 3)):
         expected = {**figures, "operation": name, "prompts": prompts}
-        expected["exact_low95"] = by_operation[name]["exact_low95"]
+        expected["exact_low95"] = wilson_low(0.5, prompts)
         if name == "red":
             expected |= {"colour": 0.5, "swapped_follows": 0.5}
         assert by_operation[name] == expected
@@ -152,15 +163,14 @@ def test_a_panel_is_half_a_picture(side: int, rows: int, height: int) -> None:
 
 @pytest.mark.parametrize(("side", "rows"), [(24, 8), (32, 7), (40, 3)])
 def test_pictures_that_have_no_two_panels_are_refused(side: int, rows: int) -> None:
-    with pytest.raises(InputError, match="two panels need a multiple of 16 pixels"):
+    reason = f"{side} pixels and {rows}x5 codes; two panels need a multiple of 16 pixels"
+    with pytest.raises(InputError, match=reason):
         panels._height(_sized(side, rows))
 
 
 def _sized(side: int, rows: int) -> Any:
-    facts, config = SimpleNamespace(pixels=side), SimpleNamespace(grid=rows)
-    return SimpleNamespace(
-        images=SimpleNamespace(facts=facts), sampler=SimpleNamespace(config=config)
-    )
+    facts = SimpleNamespace(pixels=side, rows=rows, columns=5)
+    return SimpleNamespace(images=SimpleNamespace(facts=facts))
 
 
 def test_two_prompts_can_be_swapped_and_one_cannot() -> None:
@@ -168,6 +178,28 @@ def test_two_prompts_can_be_swapped_and_one_cannot() -> None:
     for few in ([], _panel_rows("same", TOPS[:1]), _panel_rows("same", [*TOPS, TOPS[0]])):
         (problem,) = panel_problems(few)
         assert "must be two or more" in problem
+
+
+def test_pictures_of_a_buffer_that_does_not_fit_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_to_image, "host_memory", lambda: (4 * SIDE**2 * 3, 0))
+    oracle: Any = Oracle()
+    suite = PanelsSuite(_panel_rows("red", TOPS), PanelsConfig(candidates=2), tmp_path)
+    with pytest.raises(ConfigError, match="2 candidates of 3 captions are"):
+        suite.measure(lambda: oracle)
+
+
+def test_a_set_without_an_operation_is_refused(tmp_path: Path) -> None:
+    data = str(tmp_path / "raw")
+    pack(["panels"], open_store(data), PackConfig(count=6, pixels=16, validation=0.5))
+    records = list(stored_records(RawSource(open_store(data), "validation")))
+    names = [name for name, caption in CAPTIONS.items()
+             if sum(record.caption == caption for record in records) < 2]  # fmt: skip
+    assert len(names) > 4
+    inputs = cast(Any, SimpleNamespace(data=data, out=tmp_path))
+    with pytest.raises(InputError, match=f"2 different upper panels for {', '.join(names)}; pack"):
+        panels.prepare(inputs, PanelsConfig(), None)
 
 
 def test_held_out_panels_are_chosen_by_key(tmp_path: Path) -> None:

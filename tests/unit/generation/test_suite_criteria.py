@@ -132,6 +132,10 @@ def test_a_sub_score_has_best_of_n_chance_and_upper_bound() -> None:
         "score": "position",
         "prompts": 0,
     }
+    pair = f"{ONE} left of {captions[1]}"
+    suite = ShapesSuite([{"caption": c} for c in (ONE, pair)], ShapesConfig(candidates=2))
+    row = suite._row("position", CRITERIA["position"], objects, scores, best, true)  # type: ignore[arg-type]
+    assert row["prompts"] == 1 and row["best_of"] == {"1": 0, "2": 0} and "chance" not in row
 
 
 @pytest.mark.parametrize(("rows", "width"), [(64, 24), (20, 64), (2, 16)])

@@ -28,9 +28,12 @@ def read(folder: Path, **body: Any) -> Any:
 @pytest.mark.parametrize(
     ("suite", "prompts"),
     [
-        ("shapes", [RED, BLUE, RED]),
+        ("shapes", [RED, BLUE]),
         ("clipscore", [RED, {"caption": "a fox"}]),
-        ("geneval-style", [{**RED, "task": "size"}, {**BLUE, "task": "size"}]),
+        (
+            "geneval-style",
+            [{**each, "task": task} for each in (RED, BLUE) for task in ("size", "colours")],
+        ),
         ("panels", [{**PANELS[0], "key": "k"}, PANELS[1]]),
         ("coco", [{**RED, "pictures": ["a.jpg"]}]),
         ("best-of-n", [RED, BLUE]),
@@ -72,6 +75,15 @@ def test_all_problems_are_in_one_message(tmp_path: Path) -> None:
         ({"prompts": [RED, BLUE]}, "suite: missing; it is one of shapes"),
         ({"suite": "shapes", "prompts": []}, "at least 2 different captions, and has 0"),
         ({"suite": "shapes", "prompts": [RED, RED]}, "at least 2 different captions, and has 1"),
+        (
+            {"suite": "shapes", "prompts": [RED, BLUE, RED]},
+            "the suite has 'a small red circle' 2 times: .* could stand for itself; give it once",
+        ),
+        (
+            {"suite": "geneval-style", "prompts": [{**x, "task": "size"} for x in (RED, BLUE) * 3]},
+            "the task 'size' has 'a small red circle' 3 times",
+        ),
+        ({"suite": "clipscore", "prompts": [RED, RED, BLUE]}, "red circle' 2 times"),
         ({"suite": "shapes", "settings": {"prompts": 1}}, "settings: prompts=1 must be at least"),
         ({"suite": "shapes", "settings": {"candidates": 0}}, "candidates and batch must be"),
         ({"suite": "shapes", "prompts": [RED, {**BLUE, "top": 3}]}, r"\[1\]: unknown 'top'"),

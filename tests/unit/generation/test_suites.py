@@ -29,6 +29,7 @@ from generation.ranking import WEIGHTS, open_ranker
 from generation.text_to_image import Studio, open_studio
 from models.critics.fid import Moments, frechet_distance
 from parallel.device import CPU
+from tests.unit import finished
 from tests.unit.finished import write_models, write_open_clip
 from tests.unit.layouts import write_coco, write_cub
 
@@ -239,6 +240,25 @@ def test_a_file_may_be_written_by_hand(place: Place, tmp_path: Path) -> None:
         from_hand.append(2.5 * np.maximum(cosines, 0))
     assert body["results"]["single"] == pytest.approx(float(np.mean(from_hand)), abs=1e-6)
     assert body["results"]["label"] == "CLIPScore" and body["results"]["single"] > 0
+
+
+def test_clipscore_is_named_after_the_role_of_its_judge(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captions = [caption.text for caption in open_evaluation(str(place.raw)).captions]
+    judges = {
+        "proxy CLIPScore (CLIP of the run)": place.models.clip,
+        "proxy CLIPScore (CLIP by Tapir)": write_models(tmp_path / "a", captions, seed=1).clip,
+        "CLIPScore": write_open_clip(tmp_path / "judge"),
+    }
+    for at, (label, judge) in enumerate(judges.items()):
+        body = json.loads(place.run("clipscore", tmp_path / str(at), f"--judge={judge}"))
+        assert body["facts"]["label"] == label
+        assert f"{label}, best of 3" in {figure["name"] for figure in body["headline"]}
+    monkeypatch.setattr(finished, "PIXELS", 32)
+    large = write_models(tmp_path / "b", captions).clip
+    with pytest.raises(InputError, match="trained on pictures of 32 pixels, the dVAE's have 16"):
+        place.run("clipscore", tmp_path / "none", f"--judge={large}")
 
 
 def _codes(studio: Studio, caption: str, count: int) -> list[torch.Tensor]:
