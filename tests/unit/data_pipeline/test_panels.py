@@ -127,7 +127,8 @@ def test_captions_name_the_operation_and_nothing_of_the_figure() -> None:
 
 def test_an_upper_panel_as_json() -> None:
     assert panel_of(panel_json(TOP)) == TOP
-    for wrong in ({}, {**panel_json(TOP), "form": "star"}, {**panel_json(TOP), "style": "x"}, 3):
+    odd = [{"form": "star"}, {"form": ["T"]}, {"style": "x"}, {"row": float(TOP.row)}]
+    for wrong in ({}, 3, *({**panel_json(TOP), **each} for each in odd)):
         with pytest.raises(InputError, match="is no upper panel"):
             panel_of(wrong)
 
