@@ -90,6 +90,7 @@ def test_all_problems_are_in_one_message(tmp_path: Path) -> None:
         ({"suite": "shapes", "prompts": {"caption": "a"}}, "prompts=.* must be a list"),
         ({"suite": "clipscore", "prompts": [RED]}, "at least 2 different captions, and has 1"),
         ({"suite": "clipscore", "prompts": [RED, {"caption": None}]}, "None must be a text"),
+        ({"suite": "clipscore", "prompts": [RED, {"text": "a"}]}, "caption is missing"),
         ({"suite": "geneval-style", "prompts": []}, "at least 2 different captions, and has 0"),
         (
             {"suite": "geneval-style", "prompts": [{**RED, "task": "size"}]},
@@ -103,10 +104,6 @@ def test_all_problems_are_in_one_message(tmp_path: Path) -> None:
         ({"suite": "panels", "prompts": PANELS[:1]}, "red: the prompts must be two or more"),
         ({"suite": "panels", "prompts": PANELS[:1] * 2}, "with different upper panels"),
         ({"suite": "panels", "prompts": [PANELS[0], RED]}, r"prompts\[1\]: top is missing"),
-        (
-            {"suite": "panels", "prompts": [{**PANELS[0], "top": {**UPPER, "row": 3.0}}]},
-            "is no upper panel: it needs form",
-        ),
         (
             {"suite": "panels", "prompts": [{**PANELS[0], "top": {**UPPER, "form": ["T"]}}]},
             "is no upper panel: it needs form",

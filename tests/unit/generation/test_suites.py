@@ -1,6 +1,7 @@
 """`tapir evaluate --suite`: one file, the same bytes on any batch size; wrong input is refused."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,13 @@ class Place:
         evaluate([*arguments, *FLAGS[suite], *flags])
         return (out / FILE).read_bytes()
 
+    def measured(self, suite: str) -> Path:
+        """The folder of a suite, which its first reader measures."""
+        out = self.folder / "measured" / suite
+        if not (out / FILE).exists():
+            self.run(suite, out)
+        return out
+
     def again(self, given: Path, out: Path, *flags: str) -> dict[str, Any]:
         evaluate([f"--suite={given}", f"--out={out}", *self.flags, *flags])
         return dict(json.loads((out / FILE).read_bytes()))
@@ -89,15 +97,13 @@ def place(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
 @pytest.fixture(scope="module")
 def shapes(place: Place) -> Path:
     """suite.json of the suite shapes."""
-    out = place.folder / "shapes"
-    place.run("shapes", out)
-    return out / FILE
+    return place.measured("shapes") / FILE
 
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_other_batch_sizes_write_the_same_bytes(suite: str, place: Place, tmp_path: Path) -> None:
-    first = place.run(suite, tmp_path / "one")
-    assert place.run(suite, tmp_path / "two", "--batch", "3") == first
+    first = (place.measured(suite) / FILE).read_bytes()
+    assert place.run(suite, tmp_path, "--batch", "3") == first
     body = json.loads(first)
     assert body["suite"] == suite and body["results"] and body["headline"]
     ranked = {"clip"} if SUITES[suite].ranks else set()
@@ -115,7 +121,7 @@ def test_a_suite_that_ranks_nothing_needs_no_clip(suite: str, place: Place, tmp_
 def test_score_is_an_alias(
     place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = place.run("coco", tmp_path / "suite")
+    first = (place.measured("coco") / FILE).read_bytes()
     score([*place.data("coco"), f"--out={tmp_path / 'score'}", *place.flags, *FLAGS["coco"]])
     assert (tmp_path / "score" / FILE).read_bytes() == first
     scores = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -262,26 +268,27 @@ def test_clipscore_is_named_after_the_role_of_its_judge(
 
 
 def _codes(studio: Studio, caption: str, count: int) -> list[torch.Tensor]:
-
     drawn = studio.codes([caption], DrawSettings(candidates=count))
     return [each.codes.flatten(0, 1) for each in drawn]
 
 
 def test_best_of_n_goes_on_after_its_blocks(place: Place, tmp_path: Path) -> None:
-    first = place.run("best-of-n", tmp_path)
-    (blocks,) = tmp_path.glob("blocks-*")
+    out = shutil.copytree(place.measured("best-of-n"), tmp_path / "out")
+    first = (out / FILE).read_bytes()
+    (blocks,) = out.glob("blocks-*")
     before = {path: path.stat().st_mtime_ns for path in blocks.iterdir()}
     assert len(before) == 6
     lost = blocks / "drawn-000003.safetensors"
     lost.unlink()
-    (tmp_path / FILE).unlink()
-    assert place.run("best-of-n", tmp_path) == first
+    (out / FILE).unlink()
+    assert place.run("best-of-n", out) == first
     changed = {path for path, at in before.items() if path.stat().st_mtime_ns != at}
     assert changed == {lost}
 
 
-def test_best_of_n_is_the_fid_of_the_best_pictures(place: Place, tmp_path: Path) -> None:
-    body = json.loads(place.run("best-of-n", tmp_path))
+def test_best_of_n_is_the_fid_of_the_best_pictures(place: Place) -> None:
+    out = place.measured("best-of-n")
+    body = json.loads((out / FILE).read_bytes())
     rows = {row["n"]: row for row in body["results"]["rows"]}
     assert list(rows) == [1, 2, 4, 8] and [row["groups"] for row in rows.values()] == [3, 3, 2, 1]
     evaluation = open_evaluation(str(place.raw))
@@ -297,7 +304,7 @@ def test_best_of_n_is_the_fid_of_the_best_pictures(place: Place, tmp_path: Path)
     expected = frechet_distance(Moments.of(best), Moments.of(real))
     assert rows[8]["fid"] == pytest.approx(expected, rel=1e-5) and "fid_std" not in rows[8]
     assert rows[8]["accuracy"] == 0 and body["results"]["label"].startswith("proxy")
-    (blocks,) = tmp_path.glob("blocks-*")
+    (blocks,) = out.glob("blocks-*")
     scores = load_file(blocks / "drawn-000000.safetensors")["scores"]
     assert scores[drawn[0].drawn].tolist() == drawn[0].scores.tolist()
 
@@ -368,13 +375,8 @@ def test_two_evaluations_do_not_share_a_folder(
 
 
 FILES: list[tuple[Callable[[dict[str, Any]], Any], type[TapirError], str]] = [
-    (lambda body: body["suite"], InputError, r"is not a suite\.json"),
     (lambda body: {**body, "suite": "shape"}, ConfigError, "did you mean 'shapes'"),
     (lambda body: {**body, "format": 2}, InputError, "is of another format"),
-    (lambda body: {**body, "prompts": [{"caption": 3}]}, ConfigError, "3 must be a text"),
-    (lambda body: {**body, "prompts": [{"text": "a"}]}, ConfigError, "caption is missing"),
-    (lambda body: {**body, "settings": {"seed": "x"}}, ConfigError, "seed='x' must be a whole"),
-    (lambda body: {**body, "settings": {"sed": 1}}, ConfigError, "unknown 'sed'"),
 ]
 
 
