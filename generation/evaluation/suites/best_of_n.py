@@ -7,8 +7,8 @@ that all are of equally many, and averaged. On shapes, accuracy is the mean over
     OUT/blocks-HASH/drawn-000012.safetensors   features, logits, scores, checks of a caption's draws
     OUT/blocks-HASH/real-000000.safetensors    features of the real pictures
 
-HASH covers what decides them, so that a run that was killed goes on, and no other one mixes in;
---repeats, of which the averages alone are, is not in it.
+HASH covers what decides them, so that a run that was killed goes on, and no other one mixes in.
+--repeats only decides how they are averaged, and is not in it.
 """
 
 import functools
@@ -32,6 +32,7 @@ from generation.evaluation.open_score import open_network
 from generation.evaluation.suites.config import BestOfNConfig
 from generation.evaluation.suites.protocol import Inputs, Measured
 from generation.evaluation.suites.record import settings_json
+from generation.evaluation.suites.registry import suite_called
 from generation.text_to_image import Studio
 from models.critics.fid import ClassSums, frechet_distance_of_few
 from training.export.tokenizers import facts_in
@@ -55,7 +56,8 @@ class BestOfNSuite:
         self._checked = all(map(_is_of_shapes, self._captions))
         self.prompts: list[Json] = [{"caption": text} for text in self._captions]
         self.facts: Json = {"data": evaluation.fingerprint, "network": network.name}
-        kept = {n: value for n, value in settings_json(settings).items() if n != "repeats"}
+        averages = suite_called("best-of-n").averages
+        kept = {n: value for n, value in settings_json(settings).items() if n not in averages}
         asked = {**self.facts, "settings": kept, "models": inputs.digests}
         self._blocks = Blocks(
             folder=inputs.out / f"blocks-{sha256(canonical_json(asked))[:12]}",

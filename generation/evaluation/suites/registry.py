@@ -58,6 +58,9 @@ class Suite:
     """False if its candidates are not ranked, so that no CLIP is opened."""
     workers: bool = False
     """True if several workers (--worker i/n) share it."""
+    averages: tuple[str, ...] = ()
+    """Settings that only decide how finished draws are averaged; OUT may be measured again with
+    others."""
     lower_is_better: bool = False
     """The order of its first figure in the leaderboard."""
 
@@ -129,6 +132,7 @@ SUITES = {
         data="coco:DIR, cub:DIR or a packed set",
         count="captions",
         repeats_without_data=False,
+        averages=("repeats",),
         lower_is_better=True,
     ),
     "panels": Suite(

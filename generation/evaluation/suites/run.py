@@ -96,7 +96,7 @@ def run_suite(
     if recorded is not None:
         _tell_differences(recorded, body, settings)
     if not suite.workers:  # such a job checks its folder itself
-        _claim(out, body)
+        _claim(out, body, suite)
     opened: Callable[[], Any] = functools.cache(
         functools.partial(
             open_studio,
@@ -168,7 +168,7 @@ def _wrong_judge(name: str, recorded: Recorded, body: Json, settings: SampleConf
     return f"{recorded.path} has the {key} {earlier}, now it is {now}: {fix}"
 
 
-def _claim(out: Path, body: Json) -> None:
+def _claim(out: Path, body: Json, suite: Suite) -> None:
     """Store the request in OUT, or check that OUT holds the same one, which is measured again.
 
     Raises: InputError if it holds another one.
@@ -176,14 +176,14 @@ def _claim(out: Path, body: Json) -> None:
     asked = {name: body[name] for name in ("format", *ASKED)}
     FolderStore(out).put(REQUEST, canonical_json(asked), if_absent=True)
     for name in (REQUEST, FILE):
-        _refuse_another(out / name, body)
+        _refuse_another(out / name, body, {f"settings.{each}" for each in suite.averages})
 
 
-def _refuse_another(path: Path, body: Json) -> None:
+def _refuse_another(path: Path, body: Json, free: set[str]) -> None:
     if not path.exists():
         return
     try:
-        names = differences(json.loads(path.read_bytes()), body)
+        names = [n for n in differences(json.loads(path.read_bytes()), body) if n not in free]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CorruptError(f"{path} is damaged: {error}; delete it") from error
     if names:

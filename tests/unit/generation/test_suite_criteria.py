@@ -1,9 +1,12 @@
 """Sub-scores of shapes, prompts by task, and best-of-N groups, by values worked out by hand."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from numpy.typing import NDArray
 
 from core.keys import keyed_rng
 from data_pipeline.sources.drawn.shapes import (
@@ -16,11 +19,12 @@ from data_pipeline.sources.drawn.shapes import (
 )
 from generation.evaluation.accuracy import derangement
 from generation.evaluation.suites.best_of_n import best_places
-from generation.evaluation.suites.clipscore import clip_scores
-from generation.evaluation.suites.config import ShapesConfig
+from generation.evaluation.suites.clipscore import ClipscoreSuite, clip_scores
+from generation.evaluation.suites.config import ClipscoreConfig, ShapesConfig
 from generation.evaluation.suites.criteria import CRITERIA
 from generation.evaluation.suites.geneval import TASKS, chosen
 from generation.evaluation.suites.shapes import ShapesSuite
+from generation.text_to_image import Candidates
 from models.critics.fid import Moments, frechet_distance, frechet_distance_of_few
 
 ONE = "a small red circle"
@@ -167,3 +171,57 @@ def test_groups_of_n_are_disjoint_and_their_best_is_taken() -> None:
 def test_clipscore_is_the_scaled_cosine_that_is_not_negative() -> None:
     cosines = np.array([-0.5, 0.0, 0.25], np.float32)
     assert clip_scores(cosines).tolist() == [0.0, 0.0, 0.625]
+
+
+class Brightness:
+    """A judge whose cosine is a picture's mean; negative for the caption `dark`."""
+
+    name, digest = "brightness", "12ab"
+
+    def scores(self, captions: list[str], pixels: torch.Tensor, count: int) -> NDArray[Any]:
+        assert pixels.shape == (count, 3, 8, 6)
+        (sign,) = [-1.0 if caption == "dark" else 1.0 for caption in captions]
+        return sign * pixels[:, 0].mean((1, 2)).numpy()[None]
+
+
+def test_figures_of_clipscore_by_hand() -> None:
+    """Candidates in rank order have the levels 0.2 and 0; of the other caption 1 and 0.4."""
+    levels = {"dark": (51, 0), "bright": (255, 102)}
+    told: list[list[str]] = []
+
+    def draw(captions: list[str], draws: Any) -> list[Candidates]:
+        return [
+            Candidates(
+                caption=caption,
+                pictures=np.stack([np.full((8, 6, 3), each, np.uint8) for each in levels[caption]]),
+                scores=np.array([0.5, 0.25], np.float32),
+                drawn=np.array([1, 0]),
+            )
+            for caption in captions
+        ]
+
+    studio: Any = SimpleNamespace(draw=draw, tell_cut=told.append)
+    judge, settings = Brightness(), ClipscoreConfig(candidates=2)
+    prompts = [{"caption": "dark"}, {"caption": "bright"}]
+    suite = ClipscoreSuite(prompts, judge, settings, "34cd")  # type: ignore[arg-type]
+    measured = suite.measure(lambda: studio)
+    # 2.5 times: dark 0, 0; bright 1, 0.4; dark's best as bright 0.2, bright's as dark 0
+    assert measured.results == {
+        "label": "proxy CLIPScore (CLIP by Tapir)",
+        "judge": "brightness",
+        "judge_digest": "12ab",
+        "prefix": "",
+        "weight": 2.5,
+        "prompts": 2,
+        "single": pytest.approx(2.5 * 1.4 / 4),
+        "best": pytest.approx(2.5 / 2),
+        "best_std": pytest.approx(2.5 / 2),
+        "chance": pytest.approx(2.5 * 0.2 / 2),
+    }
+    assert measured.headline == {
+        "proxy CLIPScore (CLIP by Tapir), best of 2": pytest.approx(1.25),
+        "single": pytest.approx(0.875),
+    }
+    assert told == [["dark", "bright"]]
+    same = ClipscoreSuite(prompts, judge, settings, "12ab")  # type: ignore[arg-type]
+    assert same.facts["label"] == "proxy CLIPScore (CLIP of the run)"

@@ -284,6 +284,10 @@ def test_best_of_n_goes_on_after_its_blocks(place: Place, tmp_path: Path) -> Non
     assert place.run("best-of-n", out) == first
     changed = {path for path, at in before.items() if path.stat().st_mtime_ns != at}
     assert changed == {lost}
+    before = {path: path.stat().st_mtime_ns for path in blocks.iterdir()}
+    rows = json.loads(place.run("best-of-n", out, "--repeats=1"))["results"]["rows"]
+    assert [row["groups"] for row in rows] == [1, 1, 1, 1]
+    assert before == {path: path.stat().st_mtime_ns for path in out.glob("blocks-*/*")}
 
 
 def test_best_of_n_is_the_fid_of_the_best_pictures(place: Place) -> None:
