@@ -32,6 +32,7 @@ from data_pipeline.sources.drawn.panels import (
     render_panel,
 )
 from data_pipeline.sources.drawn.read_panels import follows, read_pair, read_panel
+from data_pipeline.sources.drawn.shapes import COLOURS
 from data_pipeline.streaming.stream import stored_records
 
 TOP = Panel(form="triangle", colour="blue", row=3, column=6)
@@ -103,8 +104,12 @@ def test_what_is_no_figure_or_not_alone_is_not_read() -> None:
         assert read_panel(wrong) != TOP
     for empty in (noise, np.full_like(image, 240)):
         assert read_panel(empty) is None
-    with pytest.raises(InputError, match="has no two panels"):
-        read_pair(image)
+    black = image.copy()
+    black[(image != image[0, 0]).any(-1)] = COLOURS["black"]  # no colour that fills figures
+    assert read_panel(black) is None
+    for odd in (image, np.full((40, 40, 3), 240, np.uint8)):
+        with pytest.raises(InputError, match="has no two panels"):
+            read_pair(odd)
 
 
 def test_draws_are_keyed_and_cover_everything() -> None:

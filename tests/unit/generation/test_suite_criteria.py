@@ -149,6 +149,49 @@ def test_a_sub_score_has_best_of_n_chance_and_upper_bound() -> None:
     assert row["prompts"] == 1 and row["best_of"] == {"1": 0, "2": 0} and "chance" not in row
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_figures_of_shapes_by_hand(count: int) -> None:
+    """The best-ranked of the first caption is right; all others show the other caption."""
+    captions = [ONE, "a large blue square"]
+    small, large = (render(parse_caption(c), 32, 0, i) for i, c in enumerate(captions))
+    pictures = {ONE: np.stack([small, large]), captions[1]: np.stack([small, small])}
+    drawn = np.array([1, 0][-count:])
+
+    def draw(asked: list[str], draws: Any) -> list[Candidates]:
+        ranks = np.array([0.5, 0.25], np.float32)[:count]
+        shown = {caption: pictures[caption][:count] for caption in asked}
+        return [Candidates(caption=c, pictures=shown[c], scores=ranks, drawn=drawn) for c in asked]
+
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        shown = (255 * pixels).permute(0, 2, 3, 1).numpy()
+        np.testing.assert_allclose(shown, np.stack([small, large]), atol=1e-3)
+        return pixels
+
+    studio: Any = SimpleNamespace(
+        draw=draw,
+        tell_cut=list,
+        encode=encode,
+        decode=lambda codes: codes,
+        images=SimpleNamespace(facts=SimpleNamespace(pixels=32)),
+    )
+    suite = ShapesSuite([{"caption": c} for c in captions], ShapesConfig(candidates=count))
+    measured = suite.measure(lambda: studio)
+    assert measured.results["prompts"] == 2 and measured.results["candidates"] == count
+    single = {1: 0.5, 2: 0.25}[count]
+    shares = dict(zip(("1", "2"), (single, 0.5), strict=True)) if count == 2 else {"1": single}
+    by_name = {row["score"]: row for row in measured.results["rows"]}
+    for name in ("exact", "colour", "size", "shape"):
+        row = by_name[name]
+        low = row.pop("single_low95")
+        assert low == pytest.approx({1: 0.094529, 2: 0.0266765}[count], abs=5e-7)
+        figures = {"best_of": shares, "upper_bound": 1.0, "chance": 0.5}
+        assert row == {"score": name, "prompts": 2, **figures}
+    assert by_name["two objects"] == {"score": "two objects", "prompts": 0}
+    expected = {f"{name}, best of {count}": 0.5 for name in ("exact", "colour", "size", "shape")}
+    expected |= {f"counting, best of {count}": 1.0}
+    assert measured.headline == expected | ({"exact, single": single} if count == 2 else {})
+
+
 @pytest.mark.parametrize(("rows", "width"), [(64, 24), (20, 64), (2, 16)])
 def test_a_fid_of_few_vectors_equals_that_of_moments(rows: int, width: int) -> None:
     rng = keyed_rng(rows, "few")
