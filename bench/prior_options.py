@@ -3,10 +3,12 @@
 The tiny prior is trained on one process with each option alone and with all of them, from SEEDS
 seeds, for the CPU time of STEPS steps of the paper. Steps of all options are timed in turns first.
 The learning rate decays over as many steps as fit. The figure is the loss on the validation split.
-What was timed and trained is kept in .cache, so that an interrupted benchmark goes on.
+What was timed and trained is kept in .cache under the tokens' fingerprint, so that an interrupted
+benchmark goes on. Tokens that TAPIR_BENCH_TOKENS names replace both sets.
 """
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -21,7 +23,7 @@ import torch
 
 from bench.support.rows import bench_row
 from bench.support.sizes import cache, sized
-from bench.support.tokens import make_tokens
+from bench.support.tokens import GIVEN, make_tokens
 from core.files.atomic import write_atomic
 from core.keys import keyed_rng
 from core.storage.store import open_store
@@ -62,10 +64,9 @@ def run() -> list[dict[str, Any]]:
     """A row per set and option; ratio = the paper's validation loss over the option's."""
     torch.set_num_threads(1)
     rows = []
-    for source, (pairs, steps) in SETS.items():
-        folder = cache(f"prior-options-{source}")
-        tokens = make_tokens(folder, pairs, steps, source)
+    for source, tokens in _tokens():
         train, held_out = (TokenSource(open_store(tokens), split) for split in _SPLITS)
+        folder = cache(f"prior-options-{train.fingerprint[:12]}")
         config = _config(train)
         records, held = _records(train), _records(held_out)
         configs = {name: replace(config, **options) for name, options in OPTIONS.items()}
@@ -93,6 +94,15 @@ def run() -> list[dict[str, Any]]:
                 )
             )
     return rows
+
+
+def _tokens() -> Iterator[tuple[str, str]]:
+    """Name and place of each token set."""
+    if given := os.environ.get(GIVEN):
+        yield given, given
+        return
+    for source, (pairs, steps) in SETS.items():
+        yield source, make_tokens(cache(f"prior-options-{source}"), pairs, steps, source)
 
 
 def _kept(path: Path, make: Callable[[], T]) -> T:

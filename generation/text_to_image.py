@@ -1,6 +1,6 @@
 """From captions to ranked pictures: sampler, image tokenizer and CLIP together."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from core.config import check
 from core.errors import ConfigError, InputError
 from core.files.atomic import write_atomic
+from core.keys import KeyPart
 from core.log import LOG, Meter
 from core.memory import host_memory
 from data_pipeline.images.crops import encode_png, square
@@ -73,12 +74,8 @@ class Studio:
         `done` is called with pictures as they are finished, before ranking.
         """
         count = settings.candidates
-        if settings.guidance != 1 and not self.caption_dropout:
-            LOG.warning(
-                "the prior was trained without --caption-dropout: it does not know the empty "
-                "caption, and --guidance may do harm"
-            )
-        arrays = _picture_buffer(len(captions), count, self.images.facts.pixels)
+        self.tell_guidance(settings)
+        arrays = picture_buffer(len(captions), count, self.images.facts.pixels)
         scores = np.zeros((len(captions), count), np.float32)
         for drawn in self.codes(captions, settings, prompt):
             where = drawn.captions, drawn.candidates
@@ -98,14 +95,33 @@ class Studio:
         return ranked
 
     def codes(
-        self, captions: list[str], settings: DrawSettings, prompt: Prompt | None = None
+        self,
+        captions: list[str],
+        settings: DrawSettings,
+        prompt: Prompt | None = None,
+        parts: Sequence[KeyPart] | None = None,
     ) -> Iterator[Drawn]:
-        """Draw `settings.candidates` candidates of each caption, keyed by seed, caption, number."""
+        """Draw `settings.candidates` candidates of each caption, keyed by seed, caption, number.
+
+        `parts`: of each caption one more part of its keys, before the number.
+        """
         check(settings.problems())
         count, length = settings.candidates, self.sampler.config.text_length
         text = pad_text([encode(self.tokenizer, caption) for caption in captions], length)
-        keys: Keys = [[(settings.seed, caption, i) for i in range(count)] for caption in captions]
+        more = [()] * len(captions) if parts is None else [(part,) for part in parts]
+        keys: Keys = [
+            [(settings.seed, caption, *own, i) for i in range(count)]
+            for caption, own in zip(captions, more, strict=True)
+        ]
         return self.sampler.draw(text, keys, settings, prompt)
+
+    def tell_guidance(self, settings: DrawSettings) -> None:
+        """Warn of guidance by a prior that does not know the empty caption."""
+        if settings.guidance != 1 and not self.caption_dropout:
+            LOG.warning(
+                "the prior was trained without --caption-dropout: it does not know the empty "
+                "caption, and --guidance may do harm"
+            )
 
     def tell_cut(self, captions: list[str]) -> None:
         """Warn of captions that are longer than the models' text length."""
@@ -171,7 +187,7 @@ class Arrivals:
                 write_atomic(self._folder / picture_name(i, j), encode_png(picture))
 
 
-def _picture_buffer(captions: int, count: int, side: int) -> NDArray[np.uint8]:
+def picture_buffer(captions: int, count: int, side: int) -> NDArray[np.uint8]:
     """Allocate the buffer of all pictures, (captions, count, S, S, 3).
 
     Raises: ConfigError if it does not fit: touching its pages later would get the process killed.

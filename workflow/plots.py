@@ -2,6 +2,7 @@
 
 import io
 import itertools
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def candidate_curves(results: Json) -> str:
     names = {name: text for name, text in names.items() if name in rows[0]}
     figure, axes = pyplot.subplots(1, len(names), figsize=(5 * len(names), 3))
     for axis, (name, text) in zip(axes, names.items(), strict=True):
-        values, spreads = ([row.get(key, 0.0) for row in rows] for key in (name, f"{name}_std"))
+        values, spreads = ([row.get(key, nan) for row in rows] for key in (name, f"{name}_std"))
         axis.errorbar(counts, values, spreads, fmt="o-", capsize=2)
         axis.set_xscale("log", base=2)
         axis.set_xticks(counts, [str(count) for count in counts])

@@ -9,6 +9,8 @@ from bench.support.sizes import sized
 
 DATA = sized((6000, 600), (400, 2))
 """Pairs, and steps of their dVAE."""
+GIVEN = "TAPIR_BENCH_TOKENS"
+"""Environment variable with the place of tokens that are there already."""
 
 
 def make_tokens(folder: Path, count: int, dvae_steps: int, source: str = "shapes") -> str:
@@ -16,7 +18,7 @@ def make_tokens(folder: Path, count: int, dvae_steps: int, source: str = "shapes
 
     TAPIR_BENCH_TOKENS names tokens that are there already.
     """
-    if given := os.environ.get("TAPIR_BENCH_TOKENS"):
+    if given := os.environ.get(GIVEN):
         return given
     raw, tokens, dvae, bpe = (str(folder / name) for name in ("raw", "tokens", "dvae", "bpe"))
     small = sized([], ["--block=8"])

@@ -1,9 +1,9 @@
 """Image tokenizers side by side: PSNR, SSIM, rFID, codes used, pictures/s, and minutes of training.
 
-By default the tiny dVAE with each quantizer is trained here on shapes and on emoji, with three
-seeds; runs are kept in .cache, so that an interrupted benchmark goes on. `--folders A,B` compares
-finished tokenizers of any kind instead (`tapir import` brings others'), on `--data`, whose pictures
-are cropped to each one's size.
+By default the tiny dVAE with each quantizer is trained here on shapes and on emoji, or on `--data`
+alone, with three seeds; runs are kept in .cache under the set's fingerprint, so that an interrupted
+benchmark goes on. `--folders A,B` compares finished tokenizers of any kind instead (`tapir import`
+brings others'), on `--data`, whose pictures are cropped to each one's size.
 `--inception` gives the weights of the FID's network; without it, the proxy's features are those of
 an untrained encoder.
 """
@@ -84,9 +84,8 @@ def run(folders: str = "", data: str = "", inception: str = "") -> list[Row]:
         given = {folder: [measure(Path(folder), source, extract)] for folder in folders.split(",")}
         return list(_rows("", given, label))
     rows: list[Row] = []
-    for name in SETS:
-        raw = data or _packed(name)
-        trained = {kind: [_trained(name, raw, kind, seed) for seed in SEEDS] for kind in QUANTIZERS}
+    for name, raw in [(data, data)] if data else ((name, _packed(name)) for name in SETS):
+        trained = {kind: [_trained(raw, kind, seed) for seed in SEEDS] for kind in QUANTIZERS}
         figures = {
             kind: [measure(run, raw, extract) | {"minutes": _minutes(run)} for run in runs]
             for kind, runs in trained.items()
@@ -153,8 +152,14 @@ def _packed(name: str) -> str:
     return str(raw)
 
 
-def _trained(name: str, raw: str, kind: str, seed: int) -> Path:
-    out = FOLDER / f"{name}-{kind}-{seed}"
+def run_folder(raw: str, kind: str, seed: int) -> Path:
+    """Folder of a run, named by its set's fingerprint: a set of another place may be the same."""
+    fingerprint = open_source(RawSource, raw, "train").fingerprint
+    return FOLDER / f"{fingerprint[:12]}-{kind}-{seed}"
+
+
+def _trained(raw: str, kind: str, seed: int) -> Path:
+    out = run_folder(raw, kind, seed)
     flags = [*FLAGS, *QUANTIZERS[kind], f"--loop.seed={seed}", f"--data={raw}", f"--out={out}"]
     run_tapir("train", "dvae", "tiny", *flags)
     return out

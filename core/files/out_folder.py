@@ -16,6 +16,7 @@ _MARKS = {
     "candidates.json": "evaluate",
     "overlap.json": "overlap",
     "chain.json": "submit",
+    "suite-request.json": "evaluate --suite",
     "suite.json": "evaluate --suite",
     "demo.json": "demo",
     "seconds.json": "demo",

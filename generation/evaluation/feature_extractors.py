@@ -26,6 +26,8 @@ class Network(Protocol):
 
     label: str
     """Name of its scores in reports."""
+    proxy: bool
+    """True if its scores are not comparable with published ones."""
     name: str
     """The network and its weights."""
 
@@ -40,6 +42,7 @@ class ClipProxy:
     """
 
     label = "proxy FID and IS (CLIP features), not comparable with published figures"
+    proxy = True
 
     def __init__(self, clip: Clip, digest: str, tokenizer: Tokenizer, captions: Sequence[str]):
         self._clip, self._device = clip, clip.log_scale.device

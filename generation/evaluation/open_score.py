@@ -15,13 +15,13 @@ from generation.ranking import TapirRanker, open_ranker
 from models.critics.inception import Inception
 from parallel.device import CPU
 from parallel.precision import set_numerics
-from training.export.tokenizers import facts_of, open_weights_of
+from training.export.tokenizers import facts_in
 from training.export.weights import open_model
 
 
 def digests(models: ModelPaths, ranks: bool = True) -> dict[str, str]:
     """Digests of the models by role; without a CLIP if nothing `ranks`."""
-    images = facts_of(open_weights_of(models.dvae))
+    images = facts_in(models.dvae)
     clip = {}
     if ranks:
         clip["clip"] = open_ranker(models.clip, models.bpe, pixels=images.pixels).digest
@@ -41,14 +41,16 @@ def open_job(
     config: ScoreConfig,
     out: Path,
     device: torch.device = CPU,
+    model_digests: dict[str, str] | None = None,
 ) -> ScoreJob:
     """Open the data and the models and check them before anything is drawn.
 
-    `device` is the network's. Raises: InputError if something is missing or does not fit.
+    `device` is the network's; `model_digests` are taken here if they are not known.
+    Raises: InputError if something is missing or does not fit.
     """
     numerics = set_numerics(device, deterministic=False)  # as `open_studio` does
-    model_digests = digests(models)
-    pixels = facts_of(open_weights_of(models.dvae)).pixels
+    model_digests = model_digests or digests(models)
+    pixels = facts_in(models.dvae).pixels
     evaluation = open_evaluation(data)
     captions = [caption.text for caption in evaluation.choose(config.captions, config.seed)]
     network = open_network(inception, models, captions, device)

@@ -104,6 +104,11 @@ class ScoreJob:
         return [{"caption": c.text, "pictures": list(c.pictures)} for c in self._captions]
 
     @property
+    def proxy(self) -> bool:
+        """True if the network is a proxy."""
+        return self._network.proxy
+
+    @property
     def facts(self) -> Json:
         """What decides the scores besides captions, models and settings."""
         facts: Json = {"data": self._evaluation.fingerprint, "network": self._network.name}

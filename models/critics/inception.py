@@ -33,6 +33,7 @@ class Inception:
     """The Inception network of published FIDs; it resizes to 299 pixels itself."""
 
     label = "FID and IS (Inception features)"
+    proxy = False
 
     def __init__(self, path: Path, device: torch.device = CPU) -> None:
         tensors, digest = _read(path)

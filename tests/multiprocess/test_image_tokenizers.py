@@ -12,6 +12,7 @@ from core.storage.store import FolderStore
 from data_pipeline.formats.manifest import TOKENS, read_manifest
 from data_pipeline.formats.raw import RawSource
 from data_pipeline.formats.tokens import TokenSource
+from data_pipeline.images.decode import decode_rgb
 from data_pipeline.streaming.stream import first_records
 from data_pipeline.tokenize.encode import pictures_of
 from tests.harness import DEVELOPERS, PATH, ROOT, cold_tapir, installed, tapir
@@ -65,6 +66,10 @@ def test_pairs_to_pictures_with_vq_f8(vq: Path, raw: Path, bpe: Path, tmp_path: 
     )
     models = [f"--prior={place['prior']}", f"--dvae={vq}", f"--bpe={bpe}"]
     ranked = [*models, f"--clip={place['clip']}"]
+    png = tmp_path / "drawn.png"
+    tapir("sample", "a red fox", f"--out={png}", *ranked, "--candidates=2", "--show=2")
+    grid = decode_rgb(png.read_bytes(), str(png))
+    assert grid.shape == (34 * 4, 2 * 34 * 4, 3)  # two pictures with gaps of 2, enlarged 4 times
     few = ["--prompts=4", "--candidates=4", "--max-candidates=0"]
     tapir("evaluate", str(raw), f"--out={place['out']}", *ranked, *few)
     figures = json.loads((tmp_path / "out" / "accuracy.json").read_bytes())

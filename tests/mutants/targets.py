@@ -38,22 +38,32 @@ _FILES = (
     "training/trainer.py",
     "training/ema.py",
     "training/initial/carry_over.py",
+    "training/initial/source.py",
     "training/tasks/*.py",
     "generation/sampling/draw.py",
     "generation/sampling/sampler.py",
     "generation/sampling/decoder.py",
     "generation/evaluation/accuracy.py",
     "generation/evaluation/suites/best_of_n.py",
+    "generation/evaluation/suites/clipscore.py",
     "generation/evaluation/suites/criteria.py",
     "generation/evaluation/suites/fid.py",
     "generation/evaluation/suites/geneval.py",
     "generation/evaluation/suites/panels.py",
+    "generation/evaluation/suites/shapes.py",
 )
 _ONLY = {
+    "generation/evaluation/suites/clipscore.py": {
+        "measure", "_scores", "_score", "label_of", "clip_scores", "_figures"
+    },
+    "generation/evaluation/suites/shapes.py": {
+        "measure", "_row", "_reconstructed", "objects_by_draw", "_share", "_headline"
+    },
     "parallel/replicas.py": {"flat_average", "copy_parts"},
+    "training/initial/source.py": {"merge"},
     "training/trainer.py": {"steps", "one_step", "_loss_now"},
-}
-"""Of these files only some functions: the rest is about folders, logs and processes."""
+}  # fmt: skip
+"""Of these files only some functions: the rest is about folders, files, logs and processes."""
 _NOT = ("__init__.py", "splits.py", "third_party.py")
 """splits.py hands a data set's manifests from rank to rank; third_party.py imports."""
 

@@ -8,8 +8,10 @@ that all are of equally many, and averaged. On shapes, accuracy is the mean over
     OUT/blocks-HASH/real-000000.safetensors    features of the real pictures
 
 HASH covers what decides them, so that a run that was killed goes on, and no other one mixes in.
+--repeats only decides how they are averaged, and is not in it.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,13 +28,14 @@ from data_pipeline.sources.drawn.shapes import matches, parse_caption
 from generation.evaluation.accuracy import best_of_shares, counts_up_to
 from generation.evaluation.blocks import Blocks
 from generation.evaluation.feature_extractors import Network
-from generation.evaluation.open_score import digests, open_network
+from generation.evaluation.open_score import open_network
 from generation.evaluation.suites.config import BestOfNConfig
 from generation.evaluation.suites.protocol import Inputs, Measured
 from generation.evaluation.suites.record import settings_json
+from generation.evaluation.suites.registry import suite_called
 from generation.text_to_image import Studio
 from models.critics.fid import ClassSums, frechet_distance_of_few
-from training.export.tokenizers import facts_of, open_weights_of
+from training.export.tokenizers import facts_in
 
 DRAWN, REAL = "drawn", "real"
 _FEATURES, _LOGITS, _SCORES, _RIGHT = "features", "logits", "scores", "right"
@@ -49,12 +52,13 @@ class BestOfNSuite:
         chosen = evaluation.choose(settings.captions, settings.seed)
         self._captions = [caption.text for caption in chosen]
         self._pictures = evaluation.pictures_of(chosen)
-        self._pixels = facts_of(open_weights_of(inputs.models.dvae)).pixels
+        self._pixels = facts_in(inputs.models.dvae).pixels
         self._checked = all(map(_is_of_shapes, self._captions))
         self.prompts: list[Json] = [{"caption": text} for text in self._captions]
         self.facts: Json = {"data": evaluation.fingerprint, "network": network.name}
-        asked = {**self.facts, "settings": settings_json(settings)}
-        asked |= {"models": digests(inputs.models)}
+        averages = suite_called("best-of-n").averages
+        kept = {n: value for n, value in settings_json(settings).items() if n not in averages}
+        asked = {**self.facts, "settings": kept, "models": inputs.digests}
         self._blocks = Blocks(
             folder=inputs.out / f"blocks-{sha256(canonical_json(asked))[:12]}",
             size=1,
@@ -63,12 +67,18 @@ class BestOfNSuite:
 
     def measure(self, studio: Callable[[], Studio]) -> Measured:
         self._make_real()
+        opened = functools.cache(functools.partial(self._opened, studio))
         with progress("sample and rank", len(self._captions)) as meter:
             for i, caption in enumerate(self._captions):
                 if not self._blocks.exists((DRAWN, i)):
-                    self._make_drawn(studio(), i, caption)
+                    self._make_drawn(opened(), i, caption)
                 meter.update(i + 1)
         return self._measured()
+
+    def _opened(self, studio: Callable[[], Studio]) -> Studio:
+        opened = studio()
+        opened.tell_cut(self._captions)
+        return opened
 
     def _make_real(self) -> None:
         if self._blocks.exists((REAL, 0)):
@@ -111,7 +121,7 @@ class BestOfNSuite:
             "candidates": scores.shape[1],
             "rows": rows,
         }
-        return Measured(results=results, headline=_headline(self._network.label, rows))
+        return Measured(results=results, headline=_headline(self._network.proxy, rows))
 
 
 def prepare(inputs: Inputs, settings: BestOfNConfig, prompts: list[Json] | None) -> BestOfNSuite:
@@ -140,25 +150,23 @@ def best_places(scores: Array, count: int, repeats: int) -> Iterator[Array]:
 
 
 def _row(n: int, groups: Iterator[Array], features: Array, logits: Array, real: Array) -> Json:
-    """FID and IS of the best of N, means and standard deviations over the groups."""
+    """FID and IS of the best of N, means over the groups, and of two or more their deviations."""
     fids, scores = [], []
     for places in groups:
         captions = np.arange(len(places))
         fids.append(frechet_distance_of_few(features[captions, places], real))
         scores.append(ClassSums.of(logits[captions, places]).score)
-    return {
-        "n": n,
-        "groups": len(fids),
-        "fid": float(np.mean(fids)),
-        "fid_std": float(np.std(fids)),
-        "is": float(np.mean(scores)),
-        "is_std": float(np.std(scores)),
-    }
+    row: Json = {"n": n, "groups": len(fids)}
+    for name, values in (("fid", fids), ("is", scores)):
+        row[name] = float(np.mean(values))
+        if len(values) > 1:
+            row[f"{name}_std"] = float(np.std(values))
+    return row
 
 
-def _headline(label: str, rows: list[Json]) -> dict[str, float]:
-    last, proxy = rows[-1], "proxy " * label.startswith("proxy")
-    figures = {f"{proxy}FID": last["fid"], f"{proxy}IS": last["is"]}
+def _headline(proxy: bool, rows: list[Json]) -> dict[str, float]:
+    last, label = rows[-1], "proxy " * proxy
+    figures = {f"{label}FID": last["fid"], f"{label}IS": last["is"]}
     figures |= {"accuracy": last["accuracy"]} if "accuracy" in last else {}
     return {f"{name}, best of {last['n']}": value for name, value in figures.items()}
 

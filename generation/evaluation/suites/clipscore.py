@@ -1,7 +1,7 @@
 """The suite clipscore: 2.5 times the cosine of CLIP between a caption and its picture, if positive.
 
-The judge is an open_clip checkpoint in a local folder (--judge). Without one the CLIP of the run
-judges, which is a proxy: it has seen the training set alone, and it also ranks the candidates.
+The judge is an open_clip checkpoint in a local folder (--judge). Without one the CLIP that ranks
+the candidates judges them too: a proxy. So is a CLIP by Tapir, which has seen one training set.
 Source: arXiv 2104.08718, section 3 (without references).
 """
 
@@ -21,6 +21,7 @@ from generation.evaluation.suites.protocol import Inputs, Measured
 from generation.ranking import OpenClipRanker, Ranker, open_ranker
 from generation.text_to_image import Candidates, Studio
 from parallel.device import CPU
+from training.export.tokenizers import facts_in
 
 WEIGHT = 2.5
 """w of the paper, which stretches the score to about [0, 1]."""
@@ -31,15 +32,16 @@ PREFIX = "A photo depicts "
 class ClipscoreSuite:
     """Captions of any set, judged by a CLIP."""
 
-    def __init__(self, prompts: list[Json], judge: Ranker, settings: ClipscoreConfig) -> None:
+    def __init__(
+        self, prompts: list[Json], judge: Ranker, settings: ClipscoreConfig, clip: str
+    ) -> None:
+        """`clip`: digest of the CLIP that ranks the candidates."""
         self.prompts, self._judge, self._settings = prompts, judge, settings
-        self._foreign = isinstance(judge, OpenClipRanker)
-        label = "CLIPScore" if self._foreign else "proxy CLIPScore (CLIP of the run)"
         self.facts: Json = {
-            "label": label,
+            "label": label_of(judge, clip),
             "judge": judge.name,
             "judge_digest": judge.digest,
-            "prefix": PREFIX if self._foreign else "",
+            "prefix": PREFIX if isinstance(judge, OpenClipRanker) else "",
             "weight": WEIGHT,
         }
 
@@ -76,6 +78,13 @@ class ClipscoreSuite:
         return clip_scores(self._judge.scores([text], pixels, len(pictures))[0])
 
 
+def label_of(judge: Ranker, clip: str) -> str:
+    """The score's name by the judge's role; `clip`: digest of the CLIP that ranks."""
+    if judge.digest == clip:
+        return "proxy CLIPScore (CLIP of the run)"
+    return "CLIPScore" if isinstance(judge, OpenClipRanker) else "proxy CLIPScore (CLIP by Tapir)"
+
+
 def clip_scores(cosines: NDArray[Any]) -> NDArray[Any]:
     """CLIPScore of cosines, in float64."""
     return np.asarray(WEIGHT * np.maximum(cosines.astype(np.float64), 0.0))
@@ -89,11 +98,12 @@ def prepare(
     Raises: InputError if the set or the checkpoint is missing or does not fit.
     """
     place = settings.judge or inputs.models.clip
-    judge = open_ranker(place, inputs.models.bpe, inputs.device)
+    side = facts_in(inputs.models.dvae).pixels
+    judge = open_ranker(place, inputs.models.bpe, inputs.device, side)
     if prompts is None:
         captions = open_evaluation(inputs.data).choose(settings.captions, settings.seed)
         prompts = [{"caption": caption.text} for caption in captions]
-    return ClipscoreSuite(prompts, judge, settings)
+    return ClipscoreSuite(prompts, judge, settings, inputs.digests["clip"])
 
 
 def _figures(by_draw: NDArray[Any], best: NDArray[Any], chance: NDArray[Any]) -> Json:

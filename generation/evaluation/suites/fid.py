@@ -26,7 +26,7 @@ class FidSuite:
     def measure(self, studio: Callable[[], Studio]) -> Measured:
         scores = self._job.run(studio, self._member)
         first = scores["rows"][0]
-        label = "" if self.facts["network"].startswith("inception") else "proxy "
+        label = "proxy " * self._job.proxy
         blur = f" at blur {first['radius']:g}" if first["radius"] else ""
         headline = {f"{label}FID{blur}": first["fid"], f"{label}IS{blur}": first["is"]}
         results = {name: value for name, value in scores.items() if name != "data"}  # has a path
@@ -65,6 +65,7 @@ def _prepare(
         plain,
         inputs.out,
         inputs.device,
+        inputs.digests,
     )
     if prompts not in (None, job.prompts):
         raise InputError(

@@ -38,19 +38,19 @@ from data_pipeline.sources.drawn.panels import (
 )
 from data_pipeline.sources.drawn.read_panels import read_pair
 from data_pipeline.streaming.stream import stored_records
-from data_pipeline.text.bpe import encode
 from data_pipeline.tokenize.encode import to_bytes
 from generation.evaluation.accuracy import derangement, wilson_low
 from generation.evaluation.suites.config import PanelsConfig
 from generation.evaluation.suites.protocol import Inputs, Measured
 from generation.evaluation.suites.record import GALLERY
-from generation.sampling.sampler import Keys, Prompt
-from generation.text_to_image import Studio, picture_grid
+from generation.sampling.sampler import Prompt
+from generation.text_to_image import Studio, picture_buffer, picture_grid
 from parallel.device import CPU
-from training.tasks.task import pad_text
 
 SHOWN, SCALE = 12, 2
 """Prompts of each operation whose pictures are written, and their enlargement."""
+FEWEST = 2
+"""Prompts of an operation that can be swapped."""
 TITLE = "Image-to-image translation"
 TEXT = (
     "Each column is a held-out prompt: the true picture; the drawn one, whose upper half was "
@@ -78,6 +78,7 @@ class PanelsSuite:
     def measure(self, studio: Callable[[], Studio]) -> Measured:
         opened = studio()
         opened.tell_cut(list(CAPTIONS.values()))
+        opened.tell_guidance(self._settings.draws)
         others = self._swapped()
         swapped_tops = [self._tops[i] for i in others]
         drawn = self._draw(opened, self._tops, "sample")
@@ -117,32 +118,19 @@ class PanelsSuite:
         """
         config, each = studio.sampler.config, self._settings.candidates
         captions = [row["caption"] for row in self.prompts]
-        ids = [encode(studio.tokenizer, caption) for caption in captions]
-        text = pad_text(ids, config.text_length)
+        own = [str(top) for top in self._tops]
         blank = np.stack([blank_below(render_pair("same", top, _height(studio))) for top in tops])
         length = config.image_length
         kept = torch.arange(length, device=CPU) < length // 2
         prompt = Prompt(codes=studio.encode(_pixels(blank)), kept=kept)
-        keys: Keys = [
-            [(self._settings.seed, caption, number * each + i) for i in range(each)]
-            for caption, number in zip(captions, self._numbers(), strict=True)
-        ]
-        pictures = np.zeros((len(tops), each, *blank.shape[1:]), np.uint8)
+        pictures = picture_buffer(len(tops), each, blank.shape[1])
         with progress(name, len(tops)) as meter:
-            for drawn in studio.sampler.draw(text, keys, self._settings.draws, prompt):
+            for drawn in studio.codes(captions, self._settings.draws, prompt, own):
                 decoded = to_bytes(studio.decode(drawn.codes.flatten(0, 1)))
                 part = pictures[drawn.captions, drawn.candidates]
                 part[:] = decoded.reshape(part.shape)
                 meter.update(drawn.captions.stop)
         return pictures
-
-    def _numbers(self) -> list[int]:
-        """Place of each prompt among those of its operation: the number of its candidate."""
-        numbers = list(range(len(self.prompts)))
-        for places in self._places.values():
-            for number, place in enumerate(places):
-                numbers[place] = number
-        return numbers
 
     def _expected_pictures(self, studio: Studio) -> NDArray[np.uint8]:
         """The true pictures, (prompts, S, S, 3)."""
@@ -168,7 +156,7 @@ class PanelsSuite:
 def prepare(inputs: Inputs, settings: PanelsConfig, prompts: list[Json] | None) -> PanelsSuite:
     """Choose held-out pictures of a packed set of panels by key, or take the prompts of a file.
 
-    Raises: InputError if a pair is not one of the panels generator.
+    Raises: InputError if a pair is not one of the panels generator, or an operation has too few.
     """
     if prompts is None:
         prompts = _chosen(inputs.data, settings)
@@ -188,6 +176,11 @@ def _chosen(data: str, settings: PanelsConfig) -> list[Json]:
                 raise InputError(f"{data}: pair {record.key} has no figure in its upper panel")
             row = {"caption": record.caption, "key": record.key, "top": panel_json(top)}
             rows.setdefault(top, row)
+    if few := [name for name, rows in chosen.items() if len(rows) < FEWEST]:
+        raise InputError(
+            f"the validation split of {data} has fewer than {FEWEST} different upper panels for "
+            f"{', '.join(few)}; pack more pairs, or give --validation a larger fraction"
+        )
     return [row for rows in chosen.values() for row in rows.values()]
 
 
@@ -209,7 +202,7 @@ def judged(
         "operation": operation,
         "prompts": len(tops),
         "exact": exact,
-        "exact_low95": wilson_low(exact, sum(map(len, below))),
+        "exact_low95": wilson_low(exact, len(tops)),  # a prompt's candidates are alike
         "swapped": _share(operation, swapped, tops),
         "swapped_follows": _share(operation, swapped, others),
         "chance": _share(operation, below, others),
@@ -243,11 +236,12 @@ def _height(studio: Studio) -> int:
 
     Raises: InputError if the dVAE's pictures cannot be cut into two panels.
     """
-    side, grid = studio.images.facts.pixels, studio.sampler.config.grid
-    if side % (2 * CELLS) or grid % 2:
+    facts = studio.images.facts
+    side = facts.pixels
+    if side % (2 * CELLS) or facts.rows % 2:
         raise InputError(
-            f"the dVAE has {side} pixels and {grid}x{grid} codes; two panels need a multiple of "
-            f"{2 * CELLS} pixels and an even number of rows"
+            f"the dVAE has {side} pixels and {facts.rows}x{facts.columns} codes; two panels need a "
+            f"multiple of {2 * CELLS} pixels and an even number of rows"
         )
     return side // 2
 

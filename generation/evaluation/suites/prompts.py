@@ -1,5 +1,6 @@
 """Prompts of a suite, checked before a model is opened; imports no torch."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -91,12 +92,19 @@ def _row_problems(prompts: list[Json], needed: Fields, optional: Fields | None =
 
 
 def _few(what: str, prompts: list[Json]) -> list[str]:
-    """A problem if no prompt can be exchanged for another one."""
-    count = len({row["caption"] for row in prompts})
-    return [
-        f"prompts: {what} needs at least 2 different captions, and has {count}: `chance` is the "
-        "figure of shuffled captions; give another prompt"
-    ] * (count < 2)
+    """A problem if not every prompt can be exchanged for another one."""
+    counts = Counter(row["caption"] for row in prompts)
+    if len(counts) < 2:
+        return [
+            f"prompts: {what} needs at least 2 different captions, and has {len(counts)}: `chance` "
+            "is the figure of shuffled captions; give another prompt"
+        ]
+    return _shortened(
+        f"prompts: {what} has {caption!r} {count} times: `chance` is the figure of shuffled "
+        "captions, and this one could stand for itself; give it once"
+        for caption, count in counts.items()
+        if count > 1
+    )
 
 
 def _shortened(problems: Iterable[str]) -> list[str]:

@@ -20,6 +20,8 @@ class Inputs:
     data: str
     """DATA; empty if none was given."""
     models: ModelPaths
+    digests: dict[str, str]
+    """Digests of the models by role."""
     out: Path
     """The suite's folder; a suite may keep files there to go on from."""
     device: torch.device

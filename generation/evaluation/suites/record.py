@@ -17,15 +17,16 @@ from generation.config import SampleConfig
 from generation.evaluation.suites.registry import SUITES, suite_called
 
 FILE, FORMAT = "suite.json", 1
+REQUEST = "suite-request.json"
+"""What was asked of a suite, beside suite.json, written before anything is drawn."""
 GALLERY = "gallery.json"
 """Index of the pictures that a suite writes beside suite.json, if it does: title, text, and rows of
 caption and file."""
-KEYS = "candidate c of a caption is drawn by the key (settings.seed, caption, c)"
 _LIBRARIES = (
     *("tapir", "torch", "numpy", "opencv-python-headless", "tokenizers", "safetensors"),
     *("open_clip_torch", "torch-fidelity", "vector-quantize-pytorch", "diffusers"),
 )
-_ASKED = ("suite", "models", "facts", "settings", "prompts")
+ASKED = ("suite", "keys", "models", "facts", "settings", "prompts")
 """What decides the figures, on the same machine and libraries."""
 _SOFTWARE = ("versions", "numerics")
 
@@ -121,7 +122,7 @@ def versions() -> dict[str, str]:
 def differences(earlier: Json, now: Json) -> list[str]:
     """Names of what decides the figures and differs; names that the earlier file lacks are left."""
     names = []
-    for part in (each for each in _ASKED if each in earlier):
+    for part in (each for each in ASKED if each in earlier):
         old, new = earlier[part], now[part]
         if isinstance(old, dict) and part != "prompts":
             names += [f"{part}.{key}" for key in sorted(old) if old[key] != new.get(key)]
@@ -132,10 +133,10 @@ def differences(earlier: Json, now: Json) -> list[str]:
 
 def unrecorded(earlier: Json, now: Json) -> list[str]:
     """Names of what decides the figures and the earlier file lacks."""
-    names = [part for part in (*_ASKED, *_SOFTWARE) if part not in earlier]
+    names = [part for part in (*ASKED, *_SOFTWARE) if part not in earlier]
     return names + [
         f"{part}.{key}"
-        for part in (*_ASKED, *_SOFTWARE)
+        for part in (*ASKED, *_SOFTWARE)
         if isinstance(now[part], dict) and part in earlier
         for key in sorted(now[part])
         if key not in earlier[part]

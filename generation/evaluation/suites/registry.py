@@ -28,6 +28,7 @@ from generation.evaluation.suites.prompts import (
     task_problems,
 )
 
+KEYS = "candidate c of a caption is drawn by the key (settings.seed, caption, c)"
 _PACKAGE = "generation.evaluation.suites"
 
 
@@ -51,10 +52,15 @@ class Suite:
     """The setting that says how many prompts are chosen; a file has its own prompts."""
     repeats_without_data: bool = True
     """True if its prompts are all that it takes from DATA, so that its file is enough to repeat."""
+    keys: str = KEYS
+    """The rule of the random keys, for people who draw the same pictures elsewhere."""
     ranks: bool = True
     """False if its candidates are not ranked, so that no CLIP is opened."""
     workers: bool = False
     """True if several workers (--worker i/n) share it."""
+    averages: tuple[str, ...] = ()
+    """Settings that only decide how finished draws are averaged; OUT may be measured again with
+    others."""
     lower_is_better: bool = False
     """The order of its first figure in the leaderboard."""
 
@@ -75,6 +81,7 @@ SUITES = {
         prepare=f"{_PACKAGE}.geneval:prepare",
         problems=task_problems,
         count="per_task",
+        ranks=False,
     ),
     "clipscore": Suite(
         text="CLIPScore of any captions, by a local open_clip checkpoint (--judge)",
@@ -125,6 +132,7 @@ SUITES = {
         data="coco:DIR, cub:DIR or a packed set",
         count="captions",
         repeats_without_data=False,
+        averages=("repeats",),
         lower_is_better=True,
     ),
     "panels": Suite(
@@ -135,6 +143,10 @@ SUITES = {
         data="a packed set of panels",
         source="panels",
         count="per_operation",
+        keys=(
+            "candidate c of a prompt is drawn by the key (settings.seed, caption, top as 'COLOUR "
+            "FORM at ROW,COLUMN', c), also with another upper panel"
+        ),
         ranks=False,
     ),
 }

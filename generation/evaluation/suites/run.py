@@ -12,14 +12,16 @@ from core.errors import CorruptError, InputError, TapirError
 from core.files.atomic import Json, canonical_json, write_atomic
 from core.files.out_folder import refuse_others_folder
 from core.log import LOG
+from core.storage.store import FolderStore
 from core.workers import JobWorker, job_worker_of
 from generation.config import ModelPaths, SampleConfig
 from generation.evaluation.open_score import digests
 from generation.evaluation.suites.protocol import Inputs, Measured, Prepared
 from generation.evaluation.suites.record import (
+    ASKED,
     FILE,
     FORMAT,
-    KEYS,
+    REQUEST,
     Recorded,
     differences,
     other_software,
@@ -32,6 +34,13 @@ from generation.evaluation.suites.registry import Suite, suite_called
 from generation.text_to_image import open_studio
 from parallel.mesh import own_mesh
 from parallel.precision import set_numerics
+
+_JUDGE_FLAGS = {
+    "facts.network": "--inception",
+    "facts.overlap": "--overlap",
+    "facts.judge_digest": "--judge",
+}
+"""Facts that a file given by its path decides."""
 
 
 def run_suite(
@@ -50,6 +59,11 @@ def run_suite(
     do not fit, or if OUT is another's folder; TapirError if the figures of a file are not repeated.
     """
     suite = suite_called(name)
+    if recorded is not None and (out / FILE).resolve() == recorded.path.resolve():
+        raise InputError(
+            f"{recorded.path} would be replaced by the figures that are compared with it; give "
+            "another --out"
+        )
     asked = prompt_problems(recorded, settings) if recorded else []
     check(settings.problems() + asked + _data_problems(name, suite, data, recorded))
     refuse_others_folder(out, "score" if suite.workers else "evaluate --suite")
@@ -57,23 +71,32 @@ def run_suite(
     mesh = own_mesh(member.number)
     device = mesh.world.device
     numerics = set_numerics(device, deterministic=False)  # as `open_studio` does
-    inputs = Inputs(data=data, models=models, out=out, device=device, member=member)
+    inputs = Inputs(
+        data=data,
+        models=models,
+        digests=digests(models, suite.ranks),
+        out=out,
+        device=device,
+        member=member,
+    )
     prompts = recorded.prompts if recorded else None
     prepared: Prepared = call_target(suite.prepare, inputs, settings, prompts)
     check(suite.problems(prepared.prompts))
     body: Json = {
         "format": FORMAT,
         "suite": name,
-        "keys": KEYS,
-        "models": digests(models, suite.ranks),
+        "keys": suite.keys,
+        "models": inputs.digests,
         "facts": prepared.facts,
         "settings": settings_json(settings),
         "prompts": prepared.prompts,
         "versions": versions(),
         "numerics": to_json(numerics),
     }
+    if recorded is not None:
+        _tell_differences(recorded, body, settings)
     if not suite.workers:  # such a job checks its folder itself
-        _claim(out / FILE, body)
+        _claim(out, body, suite)
     opened: Callable[[], Any] = functools.cache(
         functools.partial(
             open_studio,
@@ -114,15 +137,53 @@ def _data_problems(name: str, suite: Suite, data: str, recorded: Recorded | None
     return [f"suite {name} needs DATA: tapir evaluate DATA --suite {name}, DATA is {suite.data}"]
 
 
-def _claim(path: Path, body: Json) -> None:
-    """Check that OUT holds nothing, or the same evaluation, which is written again.
+def _tell_differences(recorded: Recorded, body: Json, settings: SampleConfig) -> None:
+    """Warn, before anything is drawn, of what differs from a file with figures.
+
+    Raises: InputError if the judge differs and is given by a path, which no file holds.
+    """
+    if "results" not in recorded.body:
+        return
+    names = differences(recorded.body, body)
+    if wrong := [text for name in names if (text := _wrong_judge(name, recorded, body, settings))]:
+        raise InputError("; ".join(wrong))
+    if names:
+        LOG.warning(
+            "this is not the evaluation of %s: it has other %s", recorded.path, ", ".join(names)
+        )
+
+
+def _wrong_judge(name: str, recorded: Recorded, body: Json, settings: SampleConfig) -> str:
+    """A judge that differs, and its flag; empty if it is the CLIP among the models."""
+    flag = _JUDGE_FLAGS.get(name, "")
+    if not flag:
+        return ""
+    given = getattr(settings, flag.removeprefix("--")) is not None
+    key, clip = name.removeprefix("facts."), recorded.body.get("models", {}).get("clip")
+    earlier, now = recorded.body["facts"][key], body["facts"].get(key, "none")
+    ranked = bool(clip) and str(clip) in str(earlier)
+    if ranked and not given:
+        return ""
+    fix = f"leave {flag} out" if ranked else f"give {flag} as then"
+    return f"{recorded.path} has the {key} {earlier}, now it is {now}: {fix}"
+
+
+def _claim(out: Path, body: Json, suite: Suite) -> None:
+    """Store the request in OUT, or check that OUT holds the same one, which is measured again.
 
     Raises: InputError if it holds another one.
     """
+    asked = {name: body[name] for name in ("format", *ASKED)}
+    FolderStore(out).put(REQUEST, canonical_json(asked), if_absent=True)
+    for name in (REQUEST, FILE):
+        _refuse_another(out / name, body, {f"settings.{each}" for each in suite.averages})
+
+
+def _refuse_another(path: Path, body: Json, free: set[str]) -> None:
     if not path.exists():
         return
     try:
-        names = differences(json.loads(path.read_bytes()), body)
+        names = [n for n in differences(json.loads(path.read_bytes()), body) if n not in free]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CorruptError(f"{path} is damaged: {error}; delete it") from error
     if names:
@@ -139,12 +200,9 @@ def _compare(recorded: Recorded, now: Json, path: Path) -> None:
     earlier = recorded.body
     if "results" not in earlier:
         return
-    if names := differences(earlier, now):
-        LOG.info(
-            "%s and %s are not the same evaluation: other %s",
-            *(path, recorded.path, ", ".join(names)),
-        )
-    elif earlier["results"] == now["results"]:
+    if differences(earlier, now):
+        return
+    if earlier["results"] == now["results"]:
         LOG.info("%s repeats the figures of %s", path, recorded.path)
     elif names := other_software(earlier, now):
         LOG.warning(

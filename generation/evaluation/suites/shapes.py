@@ -28,8 +28,8 @@ Judged = list[list[Seen]]
 class ShapesSuite:
     """Held-out captions of the shapes generator."""
 
-    def __init__(self, prompts: list[Json], facts: Json, settings: ShapesConfig) -> None:
-        self.prompts, self.facts, self._settings = prompts, facts, settings
+    def __init__(self, prompts: list[Json], settings: ShapesConfig) -> None:
+        self.prompts, self.facts, self._settings = prompts, Json(), settings
         self._scenes = [parse_caption(row["caption"]) for row in prompts]
 
     def measure(self, studio: Callable[[], Studio]) -> Measured:
@@ -44,7 +44,6 @@ class ShapesSuite:
             self._row(name, criterion, objects, scores, best, again)
             for name, criterion in CRITERIA.items()
         ]
-        rows = [row for row in rows if row["prompts"]]
         count = self._settings.candidates
         results = {"prompts": len(captions), "candidates": count, "rows": rows}
         return Measured(results=results, headline=_headline(rows))
@@ -60,22 +59,24 @@ class ShapesSuite:
     ) -> Json:
         """One sub-score, over the captions that say something of it."""
         places = [i for i, scene in enumerate(self._scenes) if criterion.applies(scene)]
-        if len(places) < 2:
+        if not places:
             return {"score": name, "prompts": 0}
         scenes = [self._scenes[i] for i in places]
         right = np.array(
             [[criterion.holds(self._scenes[i], seen) for seen in objects[i]] for i in places]
         )
-        shuffled = [scenes[i] for i in derangement(len(scenes), self._settings.seed)]
         shares = best_of_shares(right, scores[places])
-        return {
+        row = {
             "score": name,
             "prompts": len(places),
             "best_of": {str(count): share for count, share in shares.items()},
             "single_low95": wilson_low(shares[1], len(places)),
-            "chance": _share(criterion, shuffled, [best[i] for i in places]),
             "upper_bound": _share(criterion, scenes, [again[i] for i in places]),
         }
+        if len(places) > 1:  # a single caption has none to be exchanged for
+            shuffled = [scenes[i] for i in derangement(len(scenes), self._settings.seed)]
+            row["chance"] = _share(criterion, shuffled, [best[i] for i in places])
+        return row
 
     def _reconstructed(self, studio: Studio) -> Judged:
         """Objects of the reconstruction of a rendered picture of each caption."""
@@ -90,12 +91,11 @@ def prepare(inputs: Inputs, settings: ShapesConfig, prompts: list[Json] | None) 
 
     Raises: InputError if a caption is not one of the shapes generator.
     """
-    facts: Json = {}
     if prompts is None:
         chosen = open_evaluation(inputs.data)
         captions = chosen.choose(settings.prompts, settings.seed)
         prompts = [{"caption": caption.text} for caption in captions]
-    return ShapesSuite(prompts, facts, settings)
+    return ShapesSuite(prompts, settings)
 
 
 def objects_by_draw(row: Candidates) -> Judged:
@@ -110,7 +110,7 @@ def _share(criterion: Criterion, scenes: Sequence[Scene], seen: Judged) -> float
 
 def _headline(rows: list[Json]) -> dict[str, float]:
     """The best of all candidates for each sub-score, and single samples for the whole caption."""
-    last = {row["score"]: list(row["best_of"].items())[-1] for row in rows}
+    last = {row["score"]: list(row["best_of"].items())[-1] for row in rows if row["prompts"]}
     count, share = last.pop("exact")
     figures = {f"exact, best of {count}": share}
     figures |= {"exact, single": rows[0]["best_of"]["1"]} if count != "1" else {}

@@ -16,6 +16,7 @@ from generation.evaluation.suites.config import PanelsConfig
 from generation.evaluation.suites.panels import PanelsSuite, judged
 from generation.evaluation.suites.prompts import panel_problems
 from generation.evaluation.suites.run import run_suite
+from generation.text_to_image import open_studio
 from tests.unit.finished import write_models
 
 TOPS = [
@@ -52,13 +53,12 @@ def test_shares_by_hand() -> None:
     assert 0 < figures["exact_low95"] < 0.5 and figures["prompts"] == 3
 
 
-def test_swapped_prompts_differ_and_each_has_its_own_key() -> None:
+def test_swapped_prompts_differ() -> None:
     rows = [_row(caption, top) for caption in list(CAPTIONS.values())[:2] for top in TOPS]
     suite = PanelsSuite(rows, PanelsConfig(), Path())
     others = suite._swapped()
     assert sorted(others[:3]) == [0, 1, 2] and sorted(others[3:]) == [3, 4, 5]
     assert all(i != other for i, other in enumerate(others))
-    assert suite._numbers() == [0, 1, 2, 0, 1, 2]
     for wrong in (rows[2:], [rows[0], *rows]):
         (problem,) = panel_problems(wrong)
         assert problem.startswith("prompts: same: the prompts must be two or more")
@@ -71,7 +71,7 @@ def test_pictures_and_figures_of_each_operation_without_a_clip(tmp_path: Path) -
     body = run_suite("panels", data, replace(models, clip=tmp_path / "no-clip"), config, out)
     names = [f"{name}.png" for name in OPERATIONS]
     files = sorted(path.name for path in out.iterdir())
-    assert files == sorted(["suite.json", "gallery.json", *names])
+    assert files == sorted(["suite.json", "suite-request.json", "gallery.json", *names])
     gallery = json.loads((out / "gallery.json").read_bytes())["rows"]
     assert [(row["file"], row["caption"]) for row in gallery] == list(
         zip(names, CAPTIONS.values(), strict=True)
@@ -80,6 +80,19 @@ def test_pictures_and_figures_of_each_operation_without_a_clip(tmp_path: Path) -
     assert [(row["operation"], row["prompts"]) for row in rows] == [(x, 4) for x in OPERATIONS]
     assert all(row["exact"] == 0 for row in rows), "an untrained prior"
     assert len({json.dumps(row["top"]) for row in body["prompts"][:4]}) == 4
+
+
+def test_a_prompt_draws_the_same_pictures_beside_others(tmp_path: Path) -> None:
+    """Whatever the other prompts and the number of candidates, as the file's rule of keys says."""
+    models = write_models(tmp_path / "models", [*CAPTIONS.values()])
+    rows = [_row(CAPTIONS["red"], top) for top in TOPS]
+    studio = open_studio(models, rerank=False)
+    few, many = (
+        PanelsSuite(prompts, PanelsConfig(candidates=candidates, temperature=2.0), tmp_path)
+        for prompts, candidates in ((rows[1:], 1), (rows, 3))
+    )
+    drawn = few._draw(studio, few._tops, "few"), many._draw(studio, many._tops, "many")
+    assert (drawn[0] == drawn[1][1:, :1]).all()
 
 
 def test_pairs_of_another_source_are_refused(tmp_path: Path) -> None:

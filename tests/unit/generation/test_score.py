@@ -102,7 +102,7 @@ def _die_at(place: Place, out: Path, call: int) -> None:
     network, calls = job._network, [0]
 
     class Deadly:
-        label, name = network.label, network.name
+        label, name, proxy = network.label, network.name, network.proxy
 
         def __call__(self, pictures: Any) -> Any:
             calls[0] += 1

@@ -1,9 +1,12 @@
 """Sub-scores of shapes, prompts by task, and best-of-N groups, by values worked out by hand."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from numpy.typing import NDArray
 
 from core.keys import keyed_rng
 from data_pipeline.sources.drawn.shapes import (
@@ -16,11 +19,12 @@ from data_pipeline.sources.drawn.shapes import (
 )
 from generation.evaluation.accuracy import derangement
 from generation.evaluation.suites.best_of_n import best_places
-from generation.evaluation.suites.clipscore import clip_scores
-from generation.evaluation.suites.config import ShapesConfig
+from generation.evaluation.suites.clipscore import ClipscoreSuite, clip_scores
+from generation.evaluation.suites.config import ClipscoreConfig, ShapesConfig
 from generation.evaluation.suites.criteria import CRITERIA
 from generation.evaluation.suites.geneval import TASKS, chosen
 from generation.evaluation.suites.shapes import ShapesSuite
+from generation.text_to_image import Candidates
 from models.critics.fid import (
     Moments,
     frechet_distance,
@@ -84,8 +88,15 @@ def test_prompts_of_a_task_are_distinct_captions_that_suit_it() -> None:
     for name, task in TASKS.items():
         captions = chosen(task, name, 36, 0)
         assert len(set(captions)) == 36 == len(captions)
-        assert all(task.suits(parse_caption(caption)) for caption in captions)
         assert captions == chosen(task, name, 36, 0) and captions[:5] == chosen(task, name, 5, 0)
+        scenes = [parse_caption(caption) for caption in captions]
+        pairs = [(scene.first, scene.second) for scene in scenes if scene.second is not None]
+        if name in ("single object", "colours", "size"):
+            assert not pairs
+        elif name in ("two objects", "position"):
+            assert len(pairs) == 36 and all(a.shape != b.shape for a, b in pairs)
+        elif name == "colour attribution":
+            assert len(pairs) == 36 and all(a.colour != b.colour for a, b in pairs)
     singles = {name: set(chosen(TASKS[name], name, 99, 0)) for name in ("colours", "size")}
     assert len(singles["colours"]) == 36 and singles["colours"] == singles["size"]
     assert chosen(TASKS["colours"], "colours", 36, 0) != chosen(TASKS["colours"], "colours", 36, 1)
@@ -122,7 +133,7 @@ def test_a_task_judges_what_it_is_named_for(
 
 def test_a_sub_score_has_best_of_n_chance_and_upper_bound() -> None:
     captions = [ONE, "a large blue square", "a small green triangle"]
-    suite = ShapesSuite([{"caption": c} for c in captions], {}, ShapesConfig(candidates=2))
+    suite = ShapesSuite([{"caption": c} for c in captions], ShapesConfig(candidates=2))
     true = [read_picture(render(parse_caption(c), 32, 0, i)) for i, c in enumerate(captions)]
     objects = [[true[0], []], [[], true[1]], [[], []]]
     scores = np.array([[0.1, 0.9], [0.1, 0.9], [0.9, 0.1]], np.float32)
@@ -137,6 +148,53 @@ def test_a_sub_score_has_best_of_n_chance_and_upper_bound() -> None:
         "score": "position",
         "prompts": 0,
     }
+    pair = f"{ONE} left of {captions[1]}"
+    suite = ShapesSuite([{"caption": c} for c in (ONE, pair)], ShapesConfig(candidates=2))
+    row = suite._row("position", CRITERIA["position"], objects, scores, best, true)  # type: ignore[arg-type]
+    assert row["prompts"] == 1 and row["best_of"] == {"1": 0, "2": 0} and "chance" not in row
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_figures_of_shapes_by_hand(count: int) -> None:
+    """The best-ranked of the first caption is right; all others show the other caption."""
+    captions = [ONE, "a large blue square"]
+    small, large = (render(parse_caption(c), 32, 0, i) for i, c in enumerate(captions))
+    pictures = {ONE: np.stack([small, large]), captions[1]: np.stack([small, small])}
+    drawn = np.array([1, 0][-count:])
+
+    def draw(asked: list[str], draws: Any) -> list[Candidates]:
+        ranks = np.array([0.5, 0.25], np.float32)[:count]
+        shown = {caption: pictures[caption][:count] for caption in asked}
+        return [Candidates(caption=c, pictures=shown[c], scores=ranks, drawn=drawn) for c in asked]
+
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        shown = (255 * pixels).permute(0, 2, 3, 1).numpy()
+        np.testing.assert_allclose(shown, np.stack([small, large]), atol=1e-3)
+        return pixels
+
+    studio: Any = SimpleNamespace(
+        draw=draw,
+        tell_cut=list,
+        encode=encode,
+        decode=lambda codes: codes,
+        images=SimpleNamespace(facts=SimpleNamespace(pixels=32)),
+    )
+    suite = ShapesSuite([{"caption": c} for c in captions], ShapesConfig(candidates=count))
+    measured = suite.measure(lambda: studio)
+    assert measured.results["prompts"] == 2 and measured.results["candidates"] == count
+    single = {1: 0.5, 2: 0.25}[count]
+    shares = dict(zip(("1", "2"), (single, 0.5), strict=True)) if count == 2 else {"1": single}
+    by_name = {row["score"]: row for row in measured.results["rows"]}
+    for name in ("exact", "colour", "size", "shape"):
+        row = by_name[name]
+        low = row.pop("single_low95")
+        assert low == pytest.approx({1: 0.094529, 2: 0.0266765}[count], abs=5e-7)
+        figures = {"best_of": shares, "upper_bound": 1.0, "chance": 0.5}
+        assert row == {"score": name, "prompts": 2, **figures}
+    assert by_name["two objects"] == {"score": "two objects", "prompts": 0}
+    expected = {f"{name}, best of {count}": 0.5 for name in ("exact", "colour", "size", "shape")}
+    expected |= {f"counting, best of {count}": 1.0}
+    assert measured.headline == expected | ({"exact, single": single} if count == 2 else {})
 
 
 @pytest.mark.parametrize(("rows", "width"), [(64, 24), (20, 64), (2, 16)])
@@ -158,6 +216,7 @@ def test_groups_of_n_are_disjoint_and_their_best_is_taken() -> None:
     scores = np.array([[3, 1, 2, 2, 5, 0, 9], [0, 1, 2, 3, 4, 5, 6]], np.float32)
     assert [p.tolist() for p in best_places(scores, 1, 3)] == [[0, 0], [1, 1], [2, 2]]
     assert [p.tolist() for p in best_places(scores, 2, 9)] == [[0, 1], [2, 3], [4, 5]]
+    assert [p.tolist() for p in best_places(scores, 3, 9)] == [[0, 2], [4, 5]]
     assert [p.tolist() for p in best_places(scores, 4, 9)] == [[0, 3]]
     assert [p.tolist() for p in best_places(scores, 7, 9)] == [[6, 6]]
 
@@ -165,3 +224,57 @@ def test_groups_of_n_are_disjoint_and_their_best_is_taken() -> None:
 def test_clipscore_is_the_scaled_cosine_that_is_not_negative() -> None:
     cosines = np.array([-0.5, 0.0, 0.25], np.float32)
     assert clip_scores(cosines).tolist() == [0.0, 0.0, 0.625]
+
+
+class Brightness:
+    """A judge whose cosine is a picture's mean; negative for the caption `dark`."""
+
+    name, digest = "brightness", "12ab"
+
+    def scores(self, captions: list[str], pixels: torch.Tensor, count: int) -> NDArray[Any]:
+        assert pixels.shape == (count, 3, 8, 6)
+        (sign,) = [-1.0 if caption == "dark" else 1.0 for caption in captions]
+        return sign * pixels[:, 0].mean((1, 2)).numpy()[None]
+
+
+def test_figures_of_clipscore_by_hand() -> None:
+    """Candidates in rank order have the levels 0.2 and 0; of the other caption 1 and 0.4."""
+    levels = {"dark": (51, 0), "bright": (255, 102)}
+    told: list[list[str]] = []
+
+    def draw(captions: list[str], draws: Any) -> list[Candidates]:
+        return [
+            Candidates(
+                caption=caption,
+                pictures=np.stack([np.full((8, 6, 3), each, np.uint8) for each in levels[caption]]),
+                scores=np.array([0.5, 0.25], np.float32),
+                drawn=np.array([1, 0]),
+            )
+            for caption in captions
+        ]
+
+    studio: Any = SimpleNamespace(draw=draw, tell_cut=told.append)
+    judge, settings = Brightness(), ClipscoreConfig(candidates=2)
+    prompts = [{"caption": "dark"}, {"caption": "bright"}]
+    suite = ClipscoreSuite(prompts, judge, settings, "34cd")  # type: ignore[arg-type]
+    measured = suite.measure(lambda: studio)
+    # 2.5 times: dark 0, 0; bright 1, 0.4; dark's best as bright 0.2, bright's as dark 0
+    assert measured.results == {
+        "label": "proxy CLIPScore (CLIP by Tapir)",
+        "judge": "brightness",
+        "judge_digest": "12ab",
+        "prefix": "",
+        "weight": 2.5,
+        "prompts": 2,
+        "single": pytest.approx(2.5 * 1.4 / 4),
+        "best": pytest.approx(2.5 / 2),
+        "best_std": pytest.approx(2.5 / 2),
+        "chance": pytest.approx(2.5 * 0.2 / 2),
+    }
+    assert measured.headline == {
+        "proxy CLIPScore (CLIP by Tapir), best of 2": pytest.approx(1.25),
+        "single": pytest.approx(0.875),
+    }
+    assert told == [["dark", "bright"]]
+    same = ClipscoreSuite(prompts, judge, settings, "12ab")  # type: ignore[arg-type]
+    assert same.facts["label"] == "proxy CLIPScore (CLIP of the run)"

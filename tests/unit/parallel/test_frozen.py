@@ -90,10 +90,9 @@ def test_expressions_are_checked() -> None:
 
 def test_a_trained_copy_is_compressed_alone() -> None:
     """Frozen matrices are no candidates of compression."""
-    optim = replace(SETTINGS.optim, lr=0.1)
     engine = ReferenceEngine(
         freeze(prior_program(CONFIG, 0), "up|down|q"),
-        replace(SETTINGS, optim=optim, compress=CompressConfig(rank=2)),
+        replace(SETTINGS, compress=CompressConfig(rank=2)),
         Mesh(),
     )
     assert engine._compressor is not None

@@ -97,38 +97,66 @@ def test_a_config_of_another_model_is_told_from_damage(tmp_path: Path) -> None:
 
 
 CONV, TABLE = "encoder.down.0.block.0.conv1.weight", "quantize.embedding.weight"
-
-
-@pytest.mark.parametrize("kind", ["", "taming", "llamagen", "diffusers", "openai-dvae"])
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {CONV: torch.ones(())},
-        {CONV: torch.ones(0, 3, 3, 3)},
-        {TABLE: torch.ones(2, 16, 4)},
-        {TABLE: torch.ones(16)},
-        {CONV: None},
+ODD: list[tuple[dict[str, Any], str]] = [
+    ({}, "90 tensors do not fit its sizes, such as decoder.conv_in.bias, which is missing"),
+    ({CONV: torch.ones(())}, r"resnets.0.conv1.weight has the shape \(\), not 4 dimensions"),
+    ({CONV: torch.ones(0, 3, 3, 3)}, r"block_out_channels=\[0\] has 0, not a multiple"),
+    ({TABLE: torch.ones(2, 16, 4)}, r"has the shape \(2, 16, 4\), not 2 dimensions"),
+    ({TABLE: torch.ones(16)}, r"has the shape \(16,\), not 2 dimensions"),
+    ({CONV: None}, "resnets.0.conv1.weight is missing|none of the tokenizers that Tapir knows"),
+    (
         {"encoder.down.x.block.0.conv1.weight": torch.ones(3)},
-        {"encoder.down.9.block.0.conv1.weight": torch.ones(32, 3, 3, 3)},
-        {"decoder.up.9.block.0.conv1.weight": torch.ones(1)},
-        {f"decoder.up.{'9' * 5000}.block.0.conv1.weight": torch.ones(1)},
-        {"post_quant_conv.weight": torch.ones(4)},
+        "91 tensors do not fit|blocks.1.* is missing",
+    ),
+    ({"encoder.down.9.block.0.conv1.weight": torch.ones(32, 3, 3, 3)}, "blocks.1.* is missing"),
+    ({"decoder.up.9.block.0.conv1.weight": torch.ones(1)}, "91 tensors do not fit"),
+    ({"post_quant_conv.weight": torch.ones(4)}, r"shape \(4,\), not 4 dimensions"),
+]
+LLAMAGEN = {
+    "encoder.down.": "encoder.conv_blocks.",
+    "decoder.up.": "decoder.conv_blocks.",
+    ".block.": ".res.",
+}
+"""Its names by those of taming."""
+OTHERS = [("diffusers", "config.json is missing"), ("openai-dvae", "there is neither")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        *((kind, *odd) for kind in ("", "taming", "llamagen") for odd in ODD),
+        *((kind, {}, reason) for kind, reason in OTHERS),
     ],
 )
 def test_whatever_a_file_holds_an_import_answers_with_a_sentence(
-    kind: str, changes: dict[str, Any], tmp_path: Path
+    kind: str, changes: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
+    with pytest.raises(TapirError, match=reason) as raised:
+        _import_of(kind, changes, tmp_path)
+    assert raised.value.exit_code == 2 and not (tmp_path / "run").exists()
+    assert "cannot be read as" not in str(raised.value), "an error that no check foresees"
+
+
+def test_an_error_that_no_check_foresees_is_a_sentence(tmp_path: Path) -> None:
+    changes = {f"decoder.up.{'9' * 5000}.block.0.conv1.weight": torch.ones(1)}
+    with pytest.raises(InputError, match=r"cannot be read as a taming tokenizer \(ValueError"):
+        _import_of("taming", changes, tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def _import_of(kind: str, changes: dict[str, Any], folder: Path) -> None:
+    """Import a file with three tensors of a tokenizer, changed, under the names of its kind."""
     few = {
         **{CONV: torch.ones(32, 32, 3, 3), TABLE: torch.ones(16, 4)},
         "post_quant_conv.weight": torch.ones(4, 4, 1, 1),
     }
     body = {name: value for name, value in {**few, **changes}.items() if value is not None}
-    torch.save(body, tmp_path / "last.ckpt")
-    arguments = [str(tmp_path / "last.ckpt"), str(tmp_path / "run"), "--pixels=16"]
-    with pytest.raises(TapirError) as raised:
-        import_([*arguments, *([f"--from={kind}"] if kind else [])])
-    assert raised.value.exit_code == 2 and not (tmp_path / "run").exists()
+    if kind == "llamagen":
+        for old, new in LLAMAGEN.items():
+            body = {name.replace(old, new): value for name, value in body.items()}
+    torch.save(body, folder / "last.ckpt")
+    arguments = [str(folder / "last.ckpt"), str(folder / "run"), "--pixels=16"]
+    import_([*arguments, *([f"--from={kind}"] if kind else [])])
 
 
 def test_a_prior_of_other_pixels_is_refused(tmp_path: Path) -> None:

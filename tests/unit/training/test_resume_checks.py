@@ -87,10 +87,13 @@ def test_what_changes_the_run_is_refused(
     reader = _checkpoint(tmp_path, _config("dvae", DVAETrain(model=before)))
     with pytest.raises(ConfigError, match=setting):
         accept_config(reader, _config("dvae", DVAETrain(model=now)))
-    optim = _checkpoint(tmp_path / "b", _config("prior", PriorTrain(optim=OptimConfig(ema=0.5))))
+
+
+def test_another_step_of_the_average_is_refused(tmp_path: Path) -> None:
+    before = PriorTrain(optim=OptimConfig(ema=0.5))
+    now = PriorTrain(optim=OptimConfig(ema=0.5, ema_every=3))
     with pytest.raises(ConfigError, match="ema_every"):
-        changed = PriorTrain(optim=OptimConfig(ema=0.5, ema_every=3))
-        accept_config(optim, _config("prior", changed))
+        accept_config(_checkpoint(tmp_path, _config("prior", before)), _config("prior", now))
 
 
 def test_an_average_begins_on_purpose(tmp_path: Path) -> None:

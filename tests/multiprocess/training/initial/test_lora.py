@@ -1,6 +1,7 @@
 """Adapters and frozen parameters on every engine and mesh, from training to a merged model."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from functools import cache
@@ -172,7 +173,8 @@ def test_other_bases_are_refused(base: Path, adapted: Path, tokens: Path, tmp_pa
     _train(tokens, run, *flags, f"--init={other}", "--loop.stop-at=1")
     moved = f"--resume-with=init={base}"
     _train(tokens, run, *flags, f"--init={other}", moved, "--loop.stop-at=2")
-    text = _train(tokens, run, *flags, f"--init={adapted}", f"{moved[:14]}init={adapted}", code=2)
+    moved = f"--resume-with=init={adapted}"
+    text = _train(tokens, run, *flags, f"--init={adapted}", moved, code=2)
     assert "holds adapters of the prior that was at" in text
     assert "put it back" in text and "or give its place by --resume-with init=PLACE" in text
     text = _train(tokens, tmp_path / "c", *flags, f"--init={base}", "--model.layers=3", code=2)
@@ -202,18 +204,13 @@ def test_adapters_go_on_with_the_checkpoint_they_started_from(
 
 
 @pytest.mark.world
-def test_moved_models_are_merged_and_changed_ones_refused(adapted: Path, tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    shutil.copytree(adapted.parent, home)
-    whole, there = open_model(adapted, "prior"), open_model(home / "adapters", "prior")
-    assert "merged_adapters" in whole.facts and whole.digest == there.digest
+def test_adapters_are_exported_as_one_model(adapted: Path, tmp_path: Path) -> None:
+    whole = open_model(adapted, "prior")
+    assert "merged_adapters" in whole.facts
     out = tmp_path / "export"
     tapir("export", str(adapted), str(out))
     tapir("import", str(out), str(tmp_path / "back"))
     assert open_model(tmp_path / "back" / "prior", "prior").digest == whole.digest
-    body = json.loads((home / "adapters" / "model.json").read_text())
-    place = Path(body["facts"]["adapters"]["base"]["place"])
-    assert place.is_absolute() and body["facts"]["adapters"]["base"]["beside"] == "../prior"
 
 
 @pytest.mark.slow
@@ -230,8 +227,7 @@ def test_frozen_weights_stay_and_are_saved(base: Path, tokens: Path, tmp_path: P
     _train(tokens, tmp_path, *flags, *ONE_PROCESS)
     before, after = load_file(base / _FILE), load_file(tmp_path / _FILE)
     same = {name for name in before if torch.equal(before[name], after[name])}
-    assert {"embedding.text.table.weight", "block001.mlp_norm.weight"} <= same
-    assert "block000.k.weight" not in same and "block001.q.weight" not in same
+    assert same == {name for name in before if re.search(FROZEN, name)}
     thawed = "--resume-with=freeze=,loop.steps=5"
     text = _train(tokens, tmp_path, *flags, *ONE_PROCESS, thawed, code=2)
     assert "that its run froze (block000." in text and f"give freeze={FROZEN!r}" in text

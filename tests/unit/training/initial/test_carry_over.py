@@ -1,4 +1,4 @@
-"""The rules by which weights are carried over from one model to another."""
+"""The rules by which weights are carried over from one model to another, by hand."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from checkpoint.tensors import TensorFiles
 from core.errors import CorruptError
 from core.storage.store import FolderStore
+from parallel.device import CPU
 from training.initial.carry_over import (
     Vocabularies,
     carry,
@@ -21,6 +22,10 @@ from training.initial.carry_over import (
 )
 
 SAME = Vocabularies()
+OTHERS = Vocabularies(pieces=[[1], [0], [0, 3]], same_codes=False)
+BY_PIECES = "2 rows by token string, 1 means of the rows of their pieces"
+NUMBER: tuple[int, ...] = ()
+"""The shape of a tensor without dimensions."""
 
 
 def column(*values: float) -> Tensor:
@@ -43,13 +48,15 @@ def test_rows_of_a_grid_are_interpolated_between_the_centres_of_cells() -> None:
     assert torch.equal(interpolate_rows(column(3, 1, 7), 3), column(3, 1, 7))
 
 
-def test_patches_are_interpolated_in_two_dimensions() -> None:
-    line = torch.tensor([0.0, 4.0])
-    stored = torch.stack([(10 * line[:, None] + line[None]).flatten()], dim=1)
-    wide = torch.tensor([0.0, 1.0, 3.0, 4.0])
-    expected = (10 * wide[:, None] + wide[None]).flatten()
-    assert torch.allclose(interpolate_grid(stored, 16)[:, 0], expected)
-    assert torch.equal(interpolate_grid(stored, 4), stored)
+def test_each_channel_is_interpolated_alone() -> None:
+    """Cells of width 1 at 0.5 and 1.5; of half of it at 0.25 to 1.75, constant past the centres."""
+    stored = torch.tensor([[0.0, 8.0], [4.0, 0.0]])
+    wide = [[0.0, 8.0], [1.0, 6.0], [3.0, 2.0], [4.0, 0.0]]
+    assert interpolate_rows(stored, 4).tolist() == wide
+    grid = torch.tensor([[0.0, 8.0], [4.0, 8.0], [0.0, 0.0], [4.0, 0.0]])
+    across, down = [0.0, 1.0, 3.0, 4.0], [8.0, 6.0, 2.0, 0.0]
+    assert interpolate_grid(grid, 16).tolist() == [[x, y] for y in down for x in across]
+    assert torch.equal(interpolate_grid(grid, 4), grid)
 
 
 def test_longer_texts_repeat_the_last_position() -> None:
@@ -57,34 +64,43 @@ def test_longer_texts_repeat_the_last_position() -> None:
     assert extend_rows(column(1, 2, 3), 5).T.tolist() == [[1, 2, 3, 3, 3]]
 
 
+def test_rows_are_made_where_the_stored_ones_are() -> None:
+    stored = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
+    with torch.device("meta"):
+        means, longer = rows_by_pieces(stored, [[1], [0, 1]]), extend_rows(stored, 3)
+    assert means.device == longer.device == CPU
+    assert means.tolist() == [[3.0, 6.0], [2.0, 4.0]]
+    assert longer.tolist() == [[1.0, 2.0], [3.0, 6.0], [3.0, 6.0]]
+
+
 @pytest.mark.parametrize(
-    ("name", "stored", "shape", "by", "how"),
+    ("name", "stored", "shape", "by", "how", "rule"),
     [
-        ("block000.q.weight", (4, 4), (4, 4), SAME, "taken"),
-        ("block000.q.weight", (4, 4), (8, 4), SAME, "new"),
-        ("block000.q.weight", None, (4, 4), SAME, "new"),
-        ("embedding.text.table.weight", (9, 4), (9, 4), SAME, "taken"),
-        (
-            "embedding.text.table.weight",
-            (9, 4),
-            (2, 4),
-            Vocabularies(pieces=[[1], [0, 3]]),
-            "resized",
-        ),
-        ("embedding.text.table.weight", (9, 3), (2, 4), Vocabularies(pieces=[[1], [0, 3]]), "new"),
-        ("head.text.bias", (9,), (2,), Vocabularies(pieces=[[1], [0, 3]]), "resized"),
-        ("clip.words.weight", (9, 4), (2, 4), Vocabularies(pieces=[[1], [0, 3]]), "resized"),
-        ("embedding.image.table.weight", (9, 4), (9, 4), SAME, "taken"),
-        ("embedding.image.table.weight", (9, 4), (9, 4), Vocabularies(same_codes=False), "new"),
-        ("head.image.bias", (9,), (9,), Vocabularies(same_codes=False), "new"),
-        ("embedding.row.weight", (8, 4), (16, 4), SAME, "resized"),
-        ("embedding.column.weight", (8, 4), (4, 4), SAME, "resized"),
-        ("embedding.text_position.weight", (8, 4), (16, 4), SAME, "resized"),
-        ("embedding.pad.weight", (8, 4), (4, 4), SAME, "resized"),
-        ("clip.word_place.weight", (8, 4), (4, 4), SAME, "resized"),
-        ("clip.place.weight", (16, 4), (64, 4), SAME, "resized"),
-        ("clip.place.weight", (16, 4), (8, 4), SAME, "new"),
-        ("clip.patch.weight", (4, 3, 4, 4), (4, 3, 8, 8), SAME, "new"),
+        ("block000.q.weight", (4, 4), (4, 4), SAME, "taken", "same shape"),
+        ("block000.q.weight", (9, 4), (9, 4), OTHERS, "taken", "same shape"),
+        ("block000.q.weight", (4, 4), (8, 4), SAME, "new", "another shape"),
+        ("block000.q.weight", (16, 4), (9, 4), SAME, "new", "another shape"),
+        ("block000.q.weight", None, (4, 4), SAME, "new", "not stored"),
+        ("embedding.text.table.weight", (9, 4), (9, 4), SAME, "taken", "same shape"),
+        ("embedding.text.table.weight", (9, 4), (3, 4), OTHERS, "resized", BY_PIECES),
+        ("embedding.text.table.weight", (9, 3), (3, 4), OTHERS, "new", "another width"),
+        ("head.text.bias", (9,), (3,), OTHERS, "resized", BY_PIECES),
+        ("clip.words.weight", (9, 4), (3, 4), OTHERS, "resized", BY_PIECES),
+        ("embedding.image.table.weight", (9, 4), (9, 4), SAME, "taken", "same shape"),
+        ("embedding.image.table.weight", (9, 4), (9, 4), OTHERS, "new", "codes of another dVAE"),
+        ("head.image.bias", (9,), (9,), OTHERS, "new", "codes of another dVAE"),
+        ("embedding.row.weight", (8, 4), (16, 4), SAME, "resized", "interpolated linearly"),
+        ("embedding.column.weight", (8, 4), (4, 4), SAME, "resized", "interpolated linearly"),
+        ("embedding.row.weight", (9, 4), (9,), SAME, "new", "another width"),
+        ("embedding.row.weight", (9, 4), (9, 5), SAME, "new", "another width"),
+        ("embedding.text_position.weight", (8, 4), (16, 4), SAME, "resized", "first positions"),
+        ("embedding.pad.weight", (8, 4), (4, 4), SAME, "resized", "first positions"),
+        ("clip.word_place.weight", (8, 4), (4, 4), SAME, "resized", "first positions"),
+        ("clip.place.weight", (16, 4), (64, 4), SAME, "resized", "interpolated in 2-D"),
+        ("clip.place.weight", (1, 5), (9, 5), SAME, "resized", "interpolated in 2-D"),
+        ("clip.place.weight", (16, 4), (8, 4), SAME, "new", "another shape"),
+        ("clip.place.weight", (8, 4), (16, 4), SAME, "new", "another shape"),
+        ("clip.patch.weight", (4, 3, 4, 4), (4, 3, 8, 8), SAME, "new", "another width"),
     ],
 )
 def test_each_tensor_has_its_rule(
@@ -93,31 +109,31 @@ def test_each_tensor_has_its_rule(
     shape: tuple[int, ...],
     by: Vocabularies,
     how: str,
+    rule: str,
 ) -> None:
     carried = carry({name: shape}, {} if stored is None else {name: stored}, by)[name]
-    assert carried.how == how
+    assert (carried.how, carried.rule) == (how, rule)
+    assert (carried.name, carried.stored, carried.shape) == (name, stored, shape)
     assert (carried.change is not None) == (how == "resized")
     if carried.change is not None:
-        assert stored is not None and carried.change(torch.ones(stored)).shape == shape
+        assert stored is not None
+        assert carried.change(torch.ones(stored)).equal(torch.ones(shape))
 
 
 def test_the_table_names_what_was_resized_new_and_left() -> None:
-    stored = {"a.weight": (2, 2), "embedding.row.weight": (8, 4), "old.bias": (3,)}
-    expected = {"a.weight": (2, 2), "embedding.row.weight": (16, 4), "lora.weight": (2, 2)}
-    lines = table(carry(expected, stored, SAME), stored)
-    assert [" ".join(line.split()) for line in lines[:3]] == [
-        "tensor stored here how",
-        "embedding.row.weight 8 x 4 16 x 4 resized: interpolated linearly",
-        "lora.weight - 2 x 2 new: not stored",
+    """Its columns are aligned."""
+    stored = {"embedding.row.weight": (8, 4), "c.x": (2,), "step": NUMBER}
+    expected = {"embedding.row.weight": (16, 4), "a": NUMBER, "b.x": (3,), "b.y": (3,)}
+    expected |= {"b.z": (1, 2), "c.x": (2,), "c.y": (2,)}
+    assert table(carry(expected, stored, SAME), stored) == [
+        "tensor                stored     here    how",
+        "embedding.row.weight  8 x 4      16 x 4  resized: interpolated linearly",
+        "a                     -          1       new: not stored",
+        "b.*                   3 tensors          new: not stored",
+        "c.y                   -          2       new: not stored",
+        "step                  1          -       left: this model has none",
     ]
-    assert lines[3].startswith("old.bias") and lines[3].endswith("left: this model has none")
     assert table(carry({"a": (2,)}, {"a": (2,)}, SAME), {"a": (2,)}) == []
-    layer = {"b.x": (2,), "b.y": (3, 3), "c.x": (2,), "c.y": (2,)}
-    lines = table(carry(layer, {"c.x": (2,)}, SAME), {"c.x": (2,)})
-    assert [" ".join(line.split()) for line in lines[1:]] == [
-        "b.* 2 tensors new: not stored",
-        "c.y - 2 new: not stored",
-    ]
 
 
 def test_ranges_of_a_safetensors_file_equal_the_library_s(tmp_path: Path) -> None:
