@@ -36,6 +36,7 @@ WIDE = PriorConfig(
     dim=192, heads=3, layers=3, text_length=8, text_vocabulary=900, image_vocabulary=200, grid=4
 )
 """Over 2^20 elements, so that there are several buckets, and matrices that ZeRO-3 cuts."""
+TIED = replace(SMALL, tied=True)
 MODERN: dict[str, Any] = {
     "norm": "rms",
     "qk_norm": True,
@@ -106,6 +107,7 @@ CASES = [
         precision="bf16",
     ),
     _case("PP4, tied", MeshConfig(pipeline=4), "deepspeed_pipe", replace(WIDE, tied=True)),
+    _case("PP2 x DP2, tied", MeshConfig(pipeline=2, data=2), "deepspeed_pipe", TIED),
     _case("PP2 x DP2, compressed", MeshConfig(pipeline=2, data=2), "deepspeed_pipe", rank=8),
     _case("TP2 x DP2", MeshConfig(tensor=2, data=2), "deepspeed_zero", WIDE, precision="bf16"),
     _case(
