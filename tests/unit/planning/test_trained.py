@@ -7,11 +7,12 @@ import pytest
 
 from checkpoint.config import CheckpointConfig
 from core.errors import ConfigError
-from models.config import LoraConfig
+from models.config import DVAEConfig, LoraConfig
 from parallel.config import CompressConfig, EngineConfig, MeshConfig
 from parallel.mesh import RankCoordinates
 from planning.checkpoint_size import checkpoint_bytes
 from planning.config import PlanFlags, settings_of
+from planning.dvae import dvae_parameters, dvae_trained, search_dvae
 from planning.estimate.hardware import hardware_of
 from planning.estimate.layer_work import backward_work, forward_work
 from planning.estimate.layers import Held, Marks, count_parameters, count_trained
@@ -20,6 +21,7 @@ from planning.estimate.search import variants_of, weigh
 from planning.estimate.traffic import branches_with_gradients
 from planning.plan import planned_settings
 from tests.harness import tapir
+from training.config import DVAETrain, LoopConfig
 
 PAPER = settings_of("paper_12b")
 LORA = settings_of("paper_12b", lora=LoraConfig(rank=8))
@@ -130,7 +132,7 @@ def test_switches_need_no_value() -> None:
     ("flags", "text"),
     [
         (PlanFlags(preset="tiny", freeze="a("), "not a regular expression"),
-        (PlanFlags(preset="paper_dvae", lora=LoraConfig(rank=2)), "are of a prior"),
+        (PlanFlags(preset="paper_dvae", lora=LoraConfig(rank=2)), "is of a prior"),
         (PlanFlags(preset="tiny", lora=LoraConfig(rank=-2)), "must not be negative"),
         (PlanFlags(published=True, freeze="a"), "no use for freeze"),
     ],
@@ -145,5 +147,25 @@ def test_an_expression_that_freezes_nothing_is_refused() -> None:
         planned_settings(PlanFlags(preset="tiny", freeze="zzz"))
     with pytest.raises(ConfigError, match="found in no parameter's name"):
         planned_settings(PlanFlags(preset="tiny", freeze="lora_a"))
+    with pytest.raises(ConfigError, match="found in no parameter's name; there are dvae"):
+        planned_settings(PlanFlags(preset="paper_dvae", freeze="zzz"))
+    with pytest.raises(ConfigError, match="leaves no parameter to train"):
+        planned_settings(PlanFlags(preset="paper_dvae", freeze="."))
     adapted = PlanFlags(preset="tiny", freeze="block000.*lora_a", lora=LoraConfig(rank=2))
     assert planned_settings(adapted).freeze == "block000.*lora_a"
+
+
+def test_a_frozen_encoder_of_a_dvae_has_no_gradients_and_is_run_forward_alone() -> None:
+    plain = DVAETrain(
+        model=DVAEConfig(pixels=32, width=4, code_width=8),
+        loop=LoopConfig(global_batch_size=16),
+        mesh=MeshConfig(),
+        engine=EngineConfig(),
+    )
+    frozen = replace(plain, freeze=r"^dvae\.dvae\.encoder")
+    whole, part = (search_dvae(s, 1, hardware_of("h100")).timed[0] for s in (plain, frozen))
+    assert dvae_trained(plain) == dvae_parameters(plain.model) > dvae_trained(frozen) > 0
+    assert part.candidate.bytes_["parameters"] == whole.candidate.bytes_["parameters"]
+    assert part.candidate.bytes_["gradients"] == 4 * dvae_trained(frozen)
+    assert part.candidate.bytes_["activations"] < whole.candidate.bytes_["activations"]
+    assert part.estimate.parts["compute"] < whole.estimate.parts["compute"]
