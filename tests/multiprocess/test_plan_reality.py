@@ -251,8 +251,18 @@ def _measure(case: Case, world: World, ledger: Ledger) -> dict[str, Any]:
     sizes = sorted(n for n in map(dist.get_world_size, carrying) if n > 1)
     sizes_in_bytes = {**_model_bytes(engine, weights, seen), "activations": kept.peak}
     says = engine.memory()
+    counts = traffic.counts
+    with ledger.counted() as traffic:
+        if not engine.frozen():
+            engine.load_frozen(None)
     engine.close()
-    return {"bytes": sizes_in_bytes, "comm": traffic.counts, "says": says, "groups": sizes}
+    return {
+        "bytes": sizes_in_bytes,
+        "comm": counts,
+        "frozen": traffic.counts,
+        "says": says,
+        "groups": sizes,
+    }
 
 
 def _micro_batches(case: Case, step: int, replica: int) -> list[dict[str, Tensor]]:
@@ -334,6 +344,7 @@ def test_traffic_of_every_rank(case: Case, measured: dict[str, list[dict[str, An
     """Calls and bytes of every collective, by group and operation, equal the ledger's."""
     for rank, real in enumerate(measured[case.name]):
         assert step_traffic(planned(case, rank)) == real["comm"], f"rank {rank}"
+        assert not real["frozen"], "loading the frozen weights of a run without any sends bytes"
 
 
 @pytest.mark.world

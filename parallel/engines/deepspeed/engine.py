@@ -161,7 +161,9 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def load_frozen(self, reader: Reader) -> None:
         """Take this rank's part of the frozen weights from a model of any mesh; collective."""
-        for name in sorted(self.frozen()):
+        if not (frozen := sorted(self.frozen())):
+            return
+        for name in frozen:
             weights, start = self._frozen_part(name)
             flat = self._places[name].read(reader, name, "master", start, weights.numel())
             weights.copy_(flat.view_as(weights))
