@@ -113,6 +113,35 @@ def test_frozen_weights_have_no_matmul_of_their_gradient() -> None:
     assert flops["lora"][1] - flops["frozen"][1] == 2 * low
 
 
+@pytest.mark.parametrize("mlp", ["gelu", "gated"])
+def test_every_matmul_has_two_gradients(mlp: str) -> None:
+    """Those that run several times too: queries, keys and values, and the gated MLP's two."""
+    settings = replace(TINY, model=replace(TINY.model, mlp=mlp))
+    loads, hardware = loads_of(settings, RankCoordinates()), hardware_of("h100")
+    part = loads.layers[1]
+    weights = sum(h.numel for h in part.parameters.values() if h.matrix)
+    there, back = (work(loads, part, hardware) for work in (forward_work, backward_work))
+    states = 2 * loads.micro * settings.model.length * weights
+    assert sum(k.flops for k in there if not k.moved) == states
+    assert sum(k.flops for k in back if not k.moved) == 2 * states
+
+
+def test_adapters_as_wide_as_the_model_are_still_told_from_its_matrices() -> None:
+    lora = LoraConfig(rank=TINY.model.dim)
+    loads = loads_of(replace(TINY, lora=lora, init="base"), RankCoordinates())
+    part, hardware = loads.layers[1], hardware_of("h100")
+    there, back = (work(loads, part, hardware) for work in (forward_work, backward_work))
+    own, low = (
+        2 * loads.micro * TINY.model.length * sum(h.numel for h in held)
+        for held in (
+            [h for h in part.parameters.values() if h.matrix and not h.trained],
+            [h for h in part.parameters.values() if h.trained],
+        )
+    )
+    assert sum(k.flops for k in there if not k.moved) == own + low
+    assert sum(k.flops for k in back if not k.moved) == own + 2 * low
+
+
 def test_the_command_line_says_what_is_trained() -> None:
     text = tapir("plan", "tiny", "--world=1", "--gpu=cpu", "--lora.rank=4", "--json")
     body = json.loads(text.splitlines()[-1])
