@@ -167,7 +167,7 @@ def dvae_trained(settings: DVAETrain) -> int:
 
 def dvae_names(settings: DVAETrain) -> dict[str, Held]:
     """Global parameter name -> parameter, those of a discriminator too."""
-    return _loads(settings).held
+    return dict(_loads(settings).held)
 
 
 @lru_cache(maxsize=8)

@@ -167,8 +167,8 @@ def _gradients(loads: Loads, tally: Tally) -> None:
         _third_stage(loads, tally)
         return
     if tied := tied_elements(loads):
-        for group in (name for name in ("data", "ends") if tally.size(name) > 1):
-            tally.add(group, "all_reduce", FLOAT * sum(tied), len(tied))
+        for name in (name for name in ("data", "ends") if tally.size(name) > 1):
+            tally.add(name, "all_reduce", FLOAT * sum(tied), len(tied))
     if settings.compress.on:
         rounds = times if stage == 2 else 1
         _factors(loads, tally, "data", {n: h.numel for n, h in held.items() if h.trained}, rounds)

@@ -7,21 +7,24 @@ import pytest
 
 from checkpoint.config import CheckpointConfig
 from core.errors import ConfigError
+from core.flags import parse_over
 from models.config import DVAEConfig, LoraConfig
 from parallel.config import CompressConfig, EngineConfig, MeshConfig
 from parallel.mesh import RankCoordinates
 from planning.checkpoint_size import checkpoint_bytes
-from planning.config import PlanFlags, settings_of
+from planning.config import DVAEFlags, ModelFlags, PlanFlags, settings_of
 from planning.dvae import dvae_parameters, dvae_trained, search_dvae
 from planning.estimate.hardware import hardware_of
 from planning.estimate.layer_work import backward_work, forward_work
 from planning.estimate.layers import Held, Marks, count_parameters, count_trained
 from planning.estimate.memory import loads_of, marks_of, rank_bytes
-from planning.estimate.search import variants_of, weigh
+from planning.estimate.search import Candidate, variants_of, weigh
 from planning.estimate.traffic import branches_with_gradients
 from planning.plan import planned_settings
+from planning.report import flags_of
 from tests.harness import tapir
 from training.config import DVAETrain, LoopConfig
+from training.presets import PRESETS
 
 PAPER = settings_of("paper_12b")
 LORA = settings_of("paper_12b", lora=LoraConfig(rank=8))
@@ -148,6 +151,46 @@ def test_the_command_line_says_what_is_trained() -> None:
     assert body["trained_bytes"] == 4 * body["trained_parameters"]
     assert body["trained_parameters"] == 4 * 4 * 18 * 192 < body["parameters"]
     assert "--lora.rank=4" in body["best"]["flags"] and "trained: 55,296 of" in text
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags"),
+    [
+        ("prior", PlanFlags(preset="tiny", batch=128, freeze="embedding")),
+        ("prior", PlanFlags(preset="tiny", model=ModelFlags(norm="rms", tied=True, columns=7))),
+        ("dvae", PlanFlags(preset="paper_dvae", dvae=DVAEFlags(codebook=64, levels=(8, 8)))),
+        (
+            "dvae",
+            PlanFlags(
+                preset="paper_dvae",
+                dvae=DVAEFlags(
+                    quantizer="fsq", codebook=64, levels=(8, 8), discriminator_weight=0.5
+                ),
+            ),
+        ),
+        ("dvae", PlanFlags(preset="paper_dvae", dvae=DVAEFlags(quantizer="vq", vector=16))),
+    ],
+)
+def test_flags_of_a_plan_give_its_settings_on_any_preset(stage: str, flags: PlanFlags) -> None:
+    settings = planned_settings(flags)
+    arguments = flags_of(Candidate(settings=settings, bytes_={}, why=""))
+    names = ["norm", "qk_norm", "positions", "mlp", "tied", "columns"]
+    if stage == "dvae":
+        kind = settings.model.quantizer
+        names = ["quantizer", "codebook", *{"vq": ["vector"], "fsq": ["levels"]}.get(kind, [])]
+    for preset in PRESETS[stage].values():
+        trained = parse_over(preset(), arguments, "train")
+        assert trained.engine == replace(
+            settings.engine,
+            matmul_precision=trained.engine.matmul_precision,
+            deterministic=trained.engine.deterministic,
+        )
+        assert trained.mesh == settings.mesh and trained.freeze == settings.freeze
+        assert trained.loop.global_batch_size == settings.loop.global_batch_size
+        assert all(getattr(trained.model, n) == getattr(settings.model, n) for n in names)
+        if stage == "dvae":
+            assert trained.discriminator.weight == settings.discriminator.weight
+            assert trained.perceptual.weight == settings.perceptual.weight
 
 
 def test_switches_need_no_value() -> None:
