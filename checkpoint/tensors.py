@@ -56,8 +56,10 @@ class TensorFiles:
             try:
                 self._rows |= {name: (file, *row) for name, row in self._header(file)}
             except (ValueError, KeyError, TypeError) as error:
+                reason = f"its header lacks {error}" if isinstance(error, KeyError) else error
                 raise CorruptError(
-                    f"{store.url}/{file} is not a whole safetensors file ({error}); copy it again"
+                    f"{store.url}/{file} is not a whole safetensors file: {reason}; copy or write "
+                    "it again"
                 ) from error
         self.shapes: Shapes = {name: tuple(row["shape"]) for name, (*_, row) in self._rows.items()}
 
@@ -72,7 +74,10 @@ class TensorFiles:
         count = (stop - start) * dtype.itemsize
         held = self._store.get(file, first, count)
         if len(held) != count:
-            raise CorruptError(f"{self._store.url}/{file} ends before {name!r}; copy it again")
+            raise CorruptError(
+                f"{self._store.url}/{file} ends inside {name!r}: {len(held)} of {count} bytes from "
+                f"byte {first}; copy or write it again"
+            )
         if not held:  # no elements: torch refuses an empty buffer
             return torch.empty(0, device="cpu")
         return torch.frombuffer(bytearray(held), dtype=dtype).float()
@@ -81,11 +86,22 @@ class TensorFiles:
         """(name, (first byte of the file's data, row of the header)) of each tensor."""
         size = int.from_bytes(self._store.get(file, 0, 8), "little")
         if not 0 < size <= _LONGEST_HEADER:
-            raise ValueError(f"a header of {size} bytes")
+            raise ValueError(
+                f"its first 8 bytes tell of a header of {size:,} bytes, not of 1 to "
+                f"{_LONGEST_HEADER:,}"
+            )
         rows = json.loads(self._store.get(file, 8, size))
+        if not isinstance(rows, dict):
+            raise ValueError("its header is not a mapping of names to rows")
         rows.pop("__metadata__", None)
-        for row in rows.values():
+        for name, row in rows.items():
             first, last = row["data_offsets"]
-            if last - first != DTYPES[row["dtype"]].itemsize * math.prod(row["shape"]):
-                raise ValueError("offsets that do not fit its shapes")
+            if row["dtype"] not in DTYPES:
+                raise ValueError(f"{name!r} has dtype {row['dtype']}, of {', '.join(DTYPES)}")
+            size_of_row = DTYPES[row["dtype"]].itemsize * math.prod(row["shape"])
+            if last - first != size_of_row:
+                raise ValueError(
+                    f"{name!r} has {last - first:,} bytes, and its shape {row['shape']} needs "
+                    f"{size_of_row:,}"
+                )
         return [(name, (8 + size, row)) for name, row in rows.items()]

@@ -60,7 +60,7 @@ def _given(
         published: show the model's predictions for published runs; takes no preset
         picture: write memory and a step's timeline to FILE.svg, FILE.png or FILE.pdf
         json: print a JSON object on the last line
-        freeze: as `tapir train --freeze`: parameters of a prior that are not trained
+        freeze: as `tapir train --freeze`: parameters that are not trained
         lora_rank: as `tapir train prior --lora.rank`: rank of a prior's adapters
         cluster: overrides of the default cluster of these GPUs
         model: options of the prior, as of `tapir train prior`

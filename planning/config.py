@@ -85,30 +85,34 @@ class DVAEFlags:
 
     quantizer: Literal["gumbel", "vq", "fsq"] | None = None
     """How encoder outputs become codes."""
+    codebook: int | None = None
+    """Number of codes."""
     vector: int | None = None
     """vq: channels of a code's vector."""
     levels: tuple[int, ...] | None = None
     """fsq: levels of each channel; their product is the codebook."""
-    perceptual_weight: Annotated[float, tyro.conf.arg(name="perceptual.weight")] = 0.0
+    perceptual_weight: Annotated[float | None, tyro.conf.arg(name="perceptual.weight")] = None
     """Above 0: with a perceptual loss."""
-    discriminator_weight: Annotated[float, tyro.conf.arg(name="discriminator.weight")] = 0.0
+    discriminator_weight: Annotated[float | None, tyro.conf.arg(name="discriminator.weight")] = None
     """Above 0: with a patch discriminator."""
 
     def applied(self, settings: DVAETrain) -> DVAETrain:
         """The settings with these options in place of their own."""
-        sizes = {"quantizer": self.quantizer, "vector": self.vector, "levels": self.levels}
-        given: dict[str, Any] = {n: value for n, value in sizes.items() if value is not None}
-        if self.levels is not None:
-            given["codebook"] = math.prod(self.levels)
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        losses = {
+            name: given.pop(f"{name}_weight", None) for name in ("perceptual", "discriminator")
+        }
         if self.quantizer in ("vq", "fsq"):
             given["init"] = "calibrated"  # the paper's weights suit gumbel alone
-        vgg = _ANY_WEIGHTS if self.perceptual_weight else None
-        return replace(
-            settings,
-            model=replace(settings.model, **given),  # type: ignore[arg-type]
-            perceptual=PerceptualConfig(weight=self.perceptual_weight, vgg=vgg),
-            discriminator=replace(settings.discriminator, weight=self.discriminator_weight),
-        )
+        settings = replace(settings, model=replace(settings.model, **given))
+        if losses["perceptual"] is not None:
+            weight = losses["perceptual"]
+            perceptual = PerceptualConfig(weight=weight, vgg=_ANY_WEIGHTS if weight else None)
+            settings = replace(settings, perceptual=perceptual)
+        if losses["discriminator"] is not None:
+            discriminator = replace(settings.discriminator, weight=losses["discriminator"])
+            settings = replace(settings, discriminator=discriminator)
+        return settings
 
 
 _ANY_WEIGHTS = Path("vgg16")
@@ -167,8 +171,8 @@ class PlanFlags:
         known, problems = plannable(), expression_problems(self.freeze, "freeze")
         if self.lora.rank < 0:
             problems.append(f"--lora.rank {self.lora.rank} must not be negative; 0 = no adapters")
-        if (self.freeze or self.lora.rank) and self.preset not in PRESETS["prior"]:
-            problems.append("--freeze and --lora.rank are of a prior; leave them out")
+        if self.lora.rank and self.preset not in PRESETS["prior"]:
+            problems.append("--lora.rank is of a prior; leave it out")
         if not 0 <= self.world <= MOST_RANKS:
             problems.append(f"--world {self.world} must be 1 to {MOST_RANKS:,}; 0 = the preset's")
         if not 0 <= self.batch <= MOST_BATCH:

@@ -21,6 +21,8 @@ from models.config import DVAEConfig
 from models.dvae import CHANNELS, DVAE
 from models.keyed_noise import philox_bits
 from parallel.config import EngineConfig, MeshConfig
+from parallel.engines.frozen import freeze
+from parallel.engines.protocol import Program
 from parallel.mesh import RankCoordinates
 from parallel.placement import placement_of
 from planning.decode import buffer_bytes, decoding
@@ -34,7 +36,7 @@ from planning.estimate.search import Candidate, SearchResult, Timed, precision_o
 from planning.estimate.step_time import HOURS, Estimate, ending_seconds
 from planning.rehearsal.patches import replaced
 from training.config import DVAETrain
-from training.tasks.dvae_program import DVAELayer, ExtraLosses, dvae_program
+from training.tasks.dvae_program import ExtraLosses, dvae_program
 
 _aten = torch.ops.aten
 
@@ -84,7 +86,7 @@ def _variants(layout: DVAETrain) -> Iterator[DVAETrain]:
 
 
 def _loads(settings: DVAETrain) -> Loads:
-    parameters, buffers = _held(settings.model, ExtraLosses.of(settings))
+    parameters, buffers = _held(settings.model, ExtraLosses.of(settings), settings.freeze)
     layer = RankLayer(name="dvae", cost=1, parameters=parameters, buffers=buffers)
     return Loads(
         settings=cast(Any, settings),
@@ -154,30 +156,51 @@ def _estimate(candidate: Candidate, hardware: Hardware) -> Estimate:
 
 def dvae_parameters(config: DVAEConfig) -> int:
     """Parameters of the whole model, without a discriminator's."""
-    return sum(held.numel for held in _held(config, ExtraLosses())[0].values())
+    return sum(held.numel for held in _held(config, ExtraLosses(), "")[0].values())
+
+
+def dvae_trained(settings: DVAETrain) -> int:
+    """Parameters of the model that a run trains, without a discriminator's."""
+    held = _held(settings.model, ExtraLosses(), settings.freeze)[0].values()
+    return sum(each.numel for each in held if each.trained)
+
+
+def dvae_names(settings: DVAETrain) -> dict[str, Held]:
+    """Global parameter name -> parameter, those of a discriminator too."""
+    return dict(_loads(settings).held)
 
 
 @lru_cache(maxsize=8)
-def _held(config: DVAEConfig, extra: ExtraLosses) -> tuple[dict[str, Held], int]:
-    """What a rank trains, and the bytes of its other tensors."""
-    with torch.device("meta"):
-        layer = DVAELayer(DVAE(config), extra)
-    parameters = {n: Held(placement_of(p), p.numel()) for n, p in layer.named_parameters()}
+def _held(config: DVAEConfig, extra: ExtraLosses, frozen: str) -> tuple[dict[str, Held], int]:
+    """A rank's parameters, and the bytes of its other tensors; `frozen` as StageConfig.freeze."""
+    layer = _program(config, extra, frozen).layers[0].build()
+    parameters = {
+        n: Held(placement_of(p), p.numel(), p.requires_grad) for n, p in layer.named_parameters()
+    }
     return parameters, sum(map(_bytes, layer.buffers()))
+
+
+def _program(config: DVAEConfig, extra: ExtraLosses | None, frozen: str) -> Program:
+    """A dVAE's program without values."""
+    with torch.device("meta"):
+        return freeze(dvae_program(DVAE(config), config, extra), frozen)
 
 
 def _micro_batch_of(settings: DVAETrain, samples: int) -> MicroBatch:
     extra = ExtraLosses.of(settings)
-    return micro_batch(settings.model, samples, settings.engine.precision, extra)
+    return micro_batch(settings.model, samples, settings.engine.precision, extra, settings.freeze)
 
 
 @lru_cache(maxsize=64)
 def micro_batch(
-    config: DVAEConfig, samples: int, precision: str, extra: ExtraLosses | None = None
+    config: DVAEConfig,
+    samples: int,
+    precision: str,
+    extra: ExtraLosses | None = None,
+    frozen: str = "",
 ) -> MicroBatch:
     """The operations of a forward and a backward pass, in the precision of the run."""
-    with torch.device("meta"):
-        program = dvae_program(DVAE(config), config, extra)
+    program = _program(config, extra, frozen)
     layer = program.layers[0].build()
     saved: dict[str, int] = {}
     on_gpu = (models.keyed_noise, "draw_bits", _drawn_on_a_gpu)
@@ -223,9 +246,9 @@ class _Tally(TorchDispatchMode):
             self.work.append(_convolution(results[0], given[1], given[0], moved))
         elif function is _aten.convolution_backward.default:
             gradient, x, weight = given[:3]
-            both = arguments[-1][0]  # the first layer's input needs no gradient
-            one = _convolution(gradient, weight, x, moved / (2 if both else 1))
-            self.work += [one] * (2 if both else 1)
+            times = sum(arguments[-1][:2])  # pixels and frozen weights need no gradient
+            one = _convolution(gradient, weight, x, moved / max(times, 1))
+            self.work += [one] * times or [Kernels(moved=moved)]
         else:
             self.work.append(Kernels(moved=moved))
         return out

@@ -10,9 +10,10 @@ from core.files.atomic import canonical_json, refuse_folder, write_atomic
 from core.log import LOG
 from parallel.engines.frozen import absent_problem
 from planning.config import PlanFlags, settings_of
-from planning.dvae import dvae_parameters, search_dvae
+from planning.dvae import dvae_names, dvae_parameters, dvae_trained, search_dvae
 from planning.estimate.hardware import Hardware, hardware_of
 from planning.estimate.layers import (
+    Held,
     count_parameters,
     count_trained,
     named,
@@ -49,7 +50,7 @@ def make_plan(flags: PlanFlags) -> Plan:
     world = flags.world or settings.mesh.world
     if isinstance(settings, DVAETrain):
         result, parameters = search_dvae(settings, world, hardware), dvae_parameters(settings.model)
-        trained = parameters
+        trained = dvae_trained(settings)
     else:
         result, parameters = search(settings, world, hardware), count_parameters(settings.model)
         trained = count_trained(settings)
@@ -70,9 +71,18 @@ def planned_settings(flags: PlanFlags) -> Any:
         settings = replace(settings, model=flags.model.applied(settings.model))
     check(settings.fixed_problems())
     if settings.freeze:
-        names = named(rank_layers(settings.model, 0, 1, training_of(settings)))
+        names = _held(settings)
         check(list(filter(None, [absent_problem(list(names), settings.freeze)])))
+        if not any(held.trained for held in names.values()):
+            check(["freeze leaves no parameter to train; narrow the expression"])
     return settings
+
+
+def _held(settings: Any) -> dict[str, Held]:
+    """Global parameter name -> parameter of the whole model."""
+    if isinstance(settings, DVAETrain):
+        return dvae_names(settings)
+    return named(rank_layers(settings.model, 0, 1, training_of(settings)))
 
 
 def write_calibration(path: Path) -> dict[str, float]:

@@ -1,13 +1,17 @@
 """A plan as JSON and as tables on the terminal."""
 
+from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from core.known_flags import flag_text
 from core.memory import memory_unit, size_text
 from planning.checkpoint_size import checkpoint_bytes
+from planning.config import ModelFlags
 from planning.estimate.hardware import Hardware
 from planning.estimate.memory import CATEGORIES
 from planning.estimate.published import RUNS, predict
@@ -15,7 +19,7 @@ from planning.estimate.reserve import NCCL, PROCESS
 from planning.estimate.search import Candidate, SearchResult, Timed, beside, layout_name
 from planning.estimate.zero_layout import stage_of_zero
 from planning.start_up.model import SHARDS, start_costs
-from training.config import PriorTrain
+from training.config import DVAETrain, PriorTrain
 
 SHOWN = 8
 """Rows of a table on the terminal; --json has all."""
@@ -116,10 +120,35 @@ def flags_of(candidate: Candidate) -> list[str]:
         f"--engine.precision={engine.precision}",
     ]
     flags += ["--engine.recompute" if engine.recompute else "--engine.no-recompute"]
+    flags += [f"--loop.global-batch-size={settings.loop.global_batch_size}", *_options(settings)]
     flags += [f"--freeze={settings.freeze}"] if settings.freeze else []
     if isinstance(settings, PriorTrain) and settings.lora.rank:
         flags += [f"--lora.rank={settings.lora.rank}", f"--lora.alpha={settings.lora.alpha:g}"]
     return [*flags, f"--compress.rank={settings.compress.rank}"]
+
+
+def _options(settings: PriorTrain | DVAETrain) -> list[str]:
+    """The model's options that `plan` has too, as flags that give them on any preset."""
+    if isinstance(settings, DVAETrain):
+        flags = [f"--perceptual.weight={settings.perceptual.weight:g}"]
+        flags += [f"--discriminator.weight={settings.discriminator.weight:g}"]
+        names_by = {"gumbel": (), "vq": ("init", "vector"), "fsq": ("init", "levels")}
+        names = names_by[settings.model.quantizer]
+        return [*flags, *_given(settings.model, ("quantizer", "codebook", *names))]
+    return _given(settings.model, [each.name for each in fields(ModelFlags)])
+
+
+def _given(model: Any, names: Iterable[str]) -> list[str]:
+    flags = []
+    for name in names:
+        value, flag = getattr(model, name), f"model.{name}"
+        if isinstance(value, bool):
+            flags.append(flag_text(flag, negated=not value))
+        elif isinstance(value, tuple):
+            flags += [flag_text(flag), *map(str, value)]
+        else:
+            flags.append(f"{flag_text(flag)}={value}")
+    return flags
 
 
 def timed_json(row: Timed) -> dict[str, Any]:

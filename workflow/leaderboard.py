@@ -18,6 +18,14 @@ from workflow.plots import candidate_curves
 LEADERBOARD, CURVE = "leaderboard.md", "curve.svg"
 _DEPTHS = ("", "*/", "*/*/", "*/*/*/")
 """Where a suite's folder may be; data sets are not searched to their ends."""
+_READ: dict[str, type] = {
+    **{"suite": str, "facts": dict, "prompts": list, "settings": dict, "models": dict},
+    **{"headline": list, "results": dict},
+}
+"""Keys of a suite.json that the tables read, and their types."""
+_FACT = 24
+"""Characters of a fact in a heading: some are digests."""
+_MEND = "delete it, and measure again by `tapir evaluate --suite NAME`"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +40,10 @@ class Table:
 
 
 def suite_tables(folder: Path) -> list[Table]:
-    """The tables of all suite.json below a folder, best rows first."""
+    """The tables of all suite.json below a folder, best rows first.
+
+    Raises: CorruptError for a damaged one.
+    """
     groups: dict[str, list[tuple[str, Json]]] = {}
     for path in sorted({p for depth in _DEPTHS for p in folder.glob(f"{depth}{FILE}")}):
         body = _read(path)
@@ -40,8 +51,20 @@ def suite_tables(folder: Path) -> list[Table]:
             asked = {key: body[key] for key in ("suite", "facts", "prompts")}
             name = path.parent.relative_to(folder).as_posix()
             groups.setdefault(sha256(canonical_json(asked)), []).append((name, body))
-    tables = [_table(rows) for rows in groups.values()]
+    firsts = [rows[0][1] for rows in groups.values()]
+    tables = [
+        _table(f"{_heading(rows[0][1], firsts)} ({digest[:8]})", folder, rows)
+        for digest, rows in groups.items()
+    ]
     return sorted(tables, key=lambda table: table.title)
+
+
+def _heading(body: Json, firsts: list[Json]) -> str:
+    """A table's suite, number of prompts, and facts in which tables of the suite differ."""
+    same = [each["facts"] for each in firsts if each["suite"] == body["suite"]]
+    facts = [(name, body["facts"].get(name)) for name in sorted(_differing(same))]
+    texts = [f", {name} {_shown(value)[:_FACT]}" for name, value in facts if value is not None]
+    return f"{body['suite']}: {len(body['prompts'])} prompts{''.join(texts)}"
 
 
 def write_leaderboard(folder: Path, tables: list[Table]) -> Path:
@@ -69,7 +92,7 @@ def write_leaderboard(folder: Path, tables: list[Table]) -> Path:
 def galleries(folder: Path, tables: list[Table]) -> list[Json]:
     """The pictures that the suites of the tables wrote: folder, title, text, rows (caption, path).
 
-    Paths are relative to `folder`. Raises: CorruptError for a damaged index.
+    Paths are relative to `folder`. Raises: CorruptError for a damaged index or a missing picture.
     """
     shown = []
     for name in [row[0] for table in tables for row in table.rows]:
@@ -85,24 +108,54 @@ def galleries(folder: Path, tables: list[Table]) -> list[Json]:
             shown.append({"folder": name, "title": body["title"], "text": body["text"]})
             shown[-1]["rows"] = rows
         except (ValueError, TypeError, KeyError) as error:
-            raise CorruptError(f"{path} is damaged: {error!r}; delete it") from error
+            raise CorruptError(f"{path} is damaged: {error!r}; {_MEND}") from error
+        for row in rows:
+            if not (folder / row["path"]).is_file():
+                raise CorruptError(f"{path} names {row['path']}, which is missing; {_MEND}")
     return shown
 
 
 def _read(path: Path) -> Json | None:
-    """A suite.json with figures; None for one that was written by hand, or is damaged."""
+    """A suite.json with figures; None for one without: written by hand, or not measured yet.
+
+    Raises: CorruptError if it is damaged.
+    """
     try:
         body: Json = json.loads(path.read_bytes())
-        asked = ("suite", "facts", "prompts", "settings", "models", "headline", "results")
-        if all(key in body for key in asked):
-            return body
-    except (ValueError, TypeError):
-        pass
-    LOG.warning("%s holds no figures of a suite, and is left out", path)
-    return None
+    except ValueError as error:
+        raise CorruptError(f"{path} is damaged: {error}; {_MEND}") from error
+    if isinstance(body, dict) and not {"headline", "results"} & body.keys():
+        LOG.warning("%s holds no figures of a suite, and is left out", path)
+        return None
+    if wrong := _wrong_keys(body):
+        raise CorruptError(f"{path} is damaged: {', '.join(wrong)} missing or wrong; {_MEND}")
+    return body
 
 
-def _table(rows: list[tuple[str, Json]]) -> Table:
+def _wrong_keys(body: Any) -> list[str]:
+    """Keys of a suite.json that the tables read, and that are missing or of another type."""
+    if not isinstance(body, dict):
+        return list(_READ)
+    wrong = [name for name, kind in _READ.items() if not isinstance(body.get(name), kind)]
+    if "headline" in wrong:
+        return wrong
+    whole = body["headline"] and all(
+        isinstance(each, dict)
+        and isinstance(each.get("name"), str)
+        and isinstance(each.get("value"), int | float)
+        for each in body["headline"]
+    )
+    return wrong if whole else [*wrong, "headline"]
+
+
+def _curve(path: Path, results: Json) -> str:
+    try:
+        return candidate_curves(results)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise CorruptError(f"{path} is damaged: results: {error!r}; {_MEND}") from error
+
+
+def _table(title: str, folder: Path, rows: list[tuple[str, Json]]) -> Table:
     """A table of measurements with the same prompts, ordered by the first figure."""
     suite = rows[0][1]["suite"]
     known = SUITES.get(suite)
@@ -122,14 +175,12 @@ def _table(rows: list[tuple[str, Json]]) -> Table:
                 *(str(body["models"].get(model, ""))[:8] for model in models),
             ]
         )
-    first = rows[0][1]
-    digest = sha256(canonical_json({"prompts": first["prompts"]}))[:8]
     return Table(
-        title=f"{suite}: {len(first['prompts'])} prompts ({digest})",
+        title=title,
         columns=["folder", *figures, *settings, *models],
         rows=cells,
         curves={
-            name: candidate_curves(body["results"])
+            name: _curve(folder / name / FILE, body["results"])
             for name, body in rows
             if body["suite"] == "best-of-n"
         },

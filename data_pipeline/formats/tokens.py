@@ -231,7 +231,7 @@ def decode_block(data: bytes) -> TokenRecords:
     return TokenRecords(ids, image, numbers("<u2", int(ends[-1])), ends, firsts)
 
 
-def codes_of(facts: Mapping[str, Any]) -> int:
+def codes_per_image(facts: Mapping[str, Any]) -> int:
     """Codes of an image by its facts: `grid` rows, and `columns` if it is not square."""
     return int(facts["grid"]) * int(facts.get("columns", facts["grid"]))
 
@@ -244,7 +244,7 @@ class TokenSource(SplitSource):
     @property
     def _width(self) -> int:
         """Codes of an image."""
-        return codes_of(self.manifest.facts)
+        return codes_per_image(self.manifest.facts)
 
     def read(self, block: int, variant: int = 0) -> TokenRecords:
         """Fetch one block.

@@ -18,7 +18,7 @@ from data_pipeline.formats.fetch import fetched
 from data_pipeline.formats.index import BlockReader, joined, read_shard_index
 from data_pipeline.formats.manifest import TOKENS, Manifest, Shard, read_json
 from data_pipeline.formats.shards import put_manifest
-from data_pipeline.formats.tokens import codes_of, decode_block
+from data_pipeline.formats.tokens import codes_per_image, decode_block
 from data_pipeline.jobs.ledger import DONE, Record, finished_tasks
 from data_pipeline.tokenize.figures import ENTROPY, FIRST_BLOCKS, per_position_entropy
 
@@ -148,7 +148,7 @@ class ManifestWriter:
             format=TOKENS, shards=shards, samples=0, facts={}, rejects={}, index_sha256=""
         )
         blocks = BlockReader(self._tokens, self._prefix, part, index=[joined(indexes)])
-        sizes = codes_of(self._facts), int(self._facts["image_vocabulary"])
+        sizes = codes_per_image(self._facts), int(self._facts["image_vocabulary"])
         read = lambda block: decode_block(blocks.read(block))  # noqa: E731
         return {ENTROPY: per_position_entropy(read, count, *sizes)}
 

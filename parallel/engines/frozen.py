@@ -55,13 +55,16 @@ def check_frozen(program: Program, pattern: str, stages: int) -> None:
         return
     with torch.device("meta"):
         built = [dict(layer.build().named_parameters()) for layer in program.layers]
-    names = [f"{x.name}.{n}" for x, held in zip(program.layers, built, strict=True) for n in held]
-    if problem := absent_problem(names, pattern):
+    known: dict[str, nn.Parameter] = {}
+    for layer, held in zip(program.layers, built, strict=True):
+        for name, parameter in held.items():  # copies have their owner's name
+            known.setdefault(placement_of(parameter).tied_to or f"{layer.name}.{name}", parameter)
+    if problem := absent_problem(list(known), pattern):
         raise ConfigError(problem)
     trains = [bool(trained(held)) for held in built]
     if problem := stage_problem(trains, [layer.cost for layer in program.layers], stages):
         raise ConfigError(problem)
-    sizes = [prod(placement_of(p).shape) for held in built for p in trained(held).values()]
+    sizes = [prod(placement_of(p).shape) for p in trained(known).values()]
     LOG.info("%s parameters are trained, in %d tensors", f"{sum(sizes):,}", len(sizes))
 
 

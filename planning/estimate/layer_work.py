@@ -12,7 +12,7 @@ from models.attention.masks import Kind, full_mask, layer_kind
 from models.config import PriorConfig
 from planning.estimate.hardware import Hardware
 from planning.estimate.kernels import Kernels, Work
-from planning.estimate.layers import RankLayer
+from planning.estimate.layers import Held, RankLayer
 from planning.estimate.memory import Loads
 from planning.estimate.zero_layout import factored
 
@@ -52,6 +52,11 @@ def _transposed(config: PriorConfig) -> list[int]:
 
 def forward_work(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
     """Kernels of a layer's forward pass over one micro-batch."""
+    return _layer(loads, part, hardware) + _adapters(loads, part)
+
+
+def _layer(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
+    """The forward pass without adapters."""
     if part.name == "embedding":
         rows = loads.micro * loads.settings.model.length
         return (Kernels(moved=16.0 * rows * loads.settings.model.dim),)
@@ -65,26 +70,34 @@ def backward_work(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
 
     Frozen weights have none: their share of the elements is left out.
     """
-    matrices = [h for n, h in part.parameters.items() if h.matrix and not is_adapter(n)]
-    trained = sum(h.numel for h in matrices if h.trained) / sum(h.numel for h in matrices)
-    rank = loads.settings.lora.rank
-    half = loads.settings.engine.precision != "fp32"
-    narrow = loads.settings.engine.precision == "bf16"
+    matrices = {name: h for name, h in part.parameters.items() if h.matrix}
+    own = [h for name, h in matrices.items() if not is_adapter(name)]
+    added = [h for name, h in matrices.items() if is_adapter(name)]
+    layer, precision = _layer(loads, part, hardware), loads.settings.engine.precision
+    if part.name == "head":  # its logits are fp32, their gradients only with fp16
+        layer = tuple(replace(k, half=precision == "bf16") for k in layer)
+    kernels = _gradients(layer, _trained(own)) + _gradients(_adapters(loads, part), _trained(added))
+    numel = sum(h.numel for h in part.parameters.values() if h.trained)
+    return (*kernels, Kernels(moved=float((CAST_BACK if precision != "fp32" else 12) * numel)))
+
+
+def _trained(matrices: list[Held]) -> float:
+    """Fraction of the elements that is trained."""
+    return sum(h.numel for h in matrices if h.trained) / max(sum(h.numel for h in matrices), 1)
+
+
+def _gradients(forward: Work, trained: float) -> Work:
+    """Kernels of the backward pass of others; `trained`: fraction of the weights with gradients."""
     kernels: list[Kernels] = []
-    for k in forward_work(loads, part, hardware):
+    for k in forward:
         if not k.rows:
             kernels.append(Kernels(moved=k.moved, times=2 * k.times))
         elif k.moved:  # attention: five matmuls for two
             again = {**vars(k), "times": 2.5 * k.times, "moved": 2 * k.moved}
             kernels.append(Kernels(**again))
         else:
-            same = Kernels(batch=k.batch, half=narrow if part.name == "head" else k.half)
-            kernels.append(replace(same, rows=k.rows, columns=k.inner, inner=k.columns))
-            own = replace(same, rows=k.inner, columns=k.columns, inner=k.rows)
-            low = rank > 0 and rank in (k.columns, k.inner)
-            kernels.append(replace(own, times=1.0 if low else trained))
-    numel = sum(h.numel for h in part.parameters.values() if h.trained)
-    kernels.append(Kernels(moved=float((CAST_BACK if half else 12) * numel)))
+            kernels.append(replace(k, columns=k.inner, inner=k.columns))
+            kernels.append(replace(k, rows=k.inner, inner=k.rows, times=k.times * trained))
     return tuple(kernels)
 
 
@@ -124,12 +137,12 @@ def _block(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
         Kernels(moved=(3.0 if gated else 2.0) * size * rows * wide),  # GELU, or silu(gate) * up
         Kernels(moved=2.0 * size * rows * inner, times=turned),
         Kernels(moved=float(joined), times=2),
-        *_adapters(loads, part, half),
     )
 
 
-def _adapters(loads: Loads, part: RankLayer, half: bool) -> Work:
+def _adapters(loads: Loads, part: RankLayer) -> Work:
     """Two narrow matmuls of each adapter of a block, and their sum with the linear's output."""
+    half = loads.settings.engine.precision != "fp32"
     rows, rank = loads.micro * loads.settings.model.length, loads.settings.lora.rank
     sizes = {name: h.numel for name, h in part.parameters.items() if is_adapter(name)}
     kernels: list[Kernels] = []

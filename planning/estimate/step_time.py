@@ -211,7 +211,8 @@ def ending_seconds(loads: Loads, hardware: Hardware) -> dict[str, float]:
     sent = 4.0 * _sent(loads, mine if stage == 3 else total)
     gradients = rounds * all_reduce(sent, data, hardware)
     if tied := tied_elements(loads):
-        gradients += all_reduce(4.0 * sum(tied), group_span(mesh, "ends"), hardware)
+        for span in (data, group_span(mesh, "ends")):
+            gradients += all_reduce(4.0 * sum(tied), span, hardware)
     compress = rounds * seconds(compression_work(loads, hardware), hardware)
     results = 4 * all_reduce(64.0, group_span(mesh, "world"), hardware) if mesh.world > 1 else 0.0
     return {

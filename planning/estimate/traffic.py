@@ -167,7 +167,8 @@ def _gradients(loads: Loads, tally: Tally) -> None:
         _third_stage(loads, tally)
         return
     if tied := tied_elements(loads):
-        tally.add("ends", "all_reduce", FLOAT * sum(tied), len(tied))
+        for name in (name for name in ("data", "ends") if tally.size(name) > 1):
+            tally.add(name, "all_reduce", FLOAT * sum(tied), len(tied))
     if settings.compress.on:
         rounds = times if stage == 2 else 1
         _factors(loads, tally, "data", {n: h.numel for n, h in held.items() if h.trained}, rounds)
@@ -189,7 +190,7 @@ def _gradients(loads: Loads, tally: Tally) -> None:
 
 
 def tied_elements(loads: Loads) -> list[int]:
-    """Sizes of the gradients that the first and the last stage add up."""
+    """Sizes of the gradients that the replicas and both ends add up before the average."""
     model = loads.settings.model
     if not isinstance(model, PriorConfig) or not model.tied or loads.settings.mesh.pipeline == 1:
         return []

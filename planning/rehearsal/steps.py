@@ -76,7 +76,7 @@ def _shortened(settings: Any, steps: int) -> Any:
         settings,
         engine=engine,
         out=_NOWHERE,
-        init="",  # reading weights needs no collectives of tensors
+        init="",  # no weights are read; the collectives of loading them are not rehearsed
         resume_with="",
         loop=replace(settings.loop, steps=steps + 1, validate_every=steps),
         checkpoint=replace(settings.checkpoint, every=steps, to=""),

@@ -36,6 +36,7 @@ WIDE = PriorConfig(
     dim=192, heads=3, layers=3, text_length=8, text_vocabulary=900, image_vocabulary=200, grid=4
 )
 """Over 2^20 elements, so that there are several buckets, and matrices that ZeRO-3 cuts."""
+TIED = replace(SMALL, tied=True)
 MODERN: dict[str, Any] = {
     "norm": "rms",
     "qk_norm": True,
@@ -106,6 +107,7 @@ CASES = [
         precision="bf16",
     ),
     _case("PP4, tied", MeshConfig(pipeline=4), "deepspeed_pipe", replace(WIDE, tied=True)),
+    _case("PP2 x DP2, tied", MeshConfig(pipeline=2, data=2), "deepspeed_pipe", TIED),
     _case("PP2 x DP2, compressed", MeshConfig(pipeline=2, data=2), "deepspeed_pipe", rank=8),
     _case("TP2 x DP2", MeshConfig(tensor=2, data=2), "deepspeed_zero", WIDE, precision="bf16"),
     _case(
@@ -249,8 +251,18 @@ def _measure(case: Case, world: World, ledger: Ledger) -> dict[str, Any]:
     sizes = sorted(n for n in map(dist.get_world_size, carrying) if n > 1)
     sizes_in_bytes = {**_model_bytes(engine, weights, seen), "activations": kept.peak}
     says = engine.memory()
+    counts = traffic.counts
+    with ledger.counted() as traffic:
+        if not engine.frozen():
+            engine.load_frozen(None)
     engine.close()
-    return {"bytes": sizes_in_bytes, "comm": traffic.counts, "says": says, "groups": sizes}
+    return {
+        "bytes": sizes_in_bytes,
+        "comm": counts,
+        "frozen": traffic.counts,
+        "says": says,
+        "groups": sizes,
+    }
 
 
 def _micro_batches(case: Case, step: int, replica: int) -> list[dict[str, Tensor]]:
@@ -332,6 +344,7 @@ def test_traffic_of_every_rank(case: Case, measured: dict[str, list[dict[str, An
     """Calls and bytes of every collective, by group and operation, equal the ledger's."""
     for rank, real in enumerate(measured[case.name]):
         assert step_traffic(planned(case, rank)) == real["comm"], f"rank {rank}"
+        assert not real["frozen"], "loading the frozen weights of a run without any sends bytes"
 
 
 @pytest.mark.world

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from cluster.launcher import call_target
+from cluster.chain import Scheduler
 from core.errors import StoreError, TapirError
 from core.log import LOG
 from core.storage.mixture import data_sets
@@ -11,7 +11,6 @@ from core.storage.store import open_store
 from data_pipeline.config import DRAWN, DRAWN_COUNT, PackConfig
 from data_pipeline.formats.manifest import NAME, RAW, SPLITS, TOKENS, Manifest, read_manifest
 from data_pipeline.sources.emoji import PIXELS as EMOJI_PIXELS
-from models.tokenizers.config import TokenizerFacts
 from training.data_requirements import (
     DataSizes,
     mixture_problems,
@@ -23,18 +22,19 @@ from workflow.run_file import RunFile
 
 _OF_RAW = ("dvae", "clip")
 """Stages that are trained on raw pairs."""
-_MODEL, _FACTS = "model.json", "training.export.tokenizers:facts_in"
-"""The file of a finished model, and what reads a tokenizer's sizes; it imports torch."""
+_MODEL = "model.json"
+"""The file of a finished model."""
 Splits = tuple[Manifest, Manifest]
 """The manifests of train and validation."""
 
 
-def chain_problems(run: RunFile, settings: dict[str, Any]) -> list[str]:
+def chain_problems(run: RunFile, settings: dict[str, Any], to: Scheduler) -> list[str]:
     """Problems that a stage would have with an earlier one's output, as far as the file tells.
 
-    `settings`: settings of each stage.
+    `settings`: settings of each stage. For Kubernetes, a dVAE that no stage makes is not read,
+    since this machine need not see its volumes.
     """
-    problems = _model_problems(run, settings)
+    problems = _model_problems(run, settings, to)
     if "pack" not in settings:
         return problems
     source, pack = run.stages["pack"].source, settings["pack"]
@@ -164,17 +164,19 @@ def _picture_problems(source: str, pack: PackConfig, settings: dict[str, Any]) -
     ]
 
 
-def _model_problems(run: RunFile, settings: dict[str, Any]) -> list[str]:
+def _model_problems(run: RunFile, settings: dict[str, Any], to: Scheduler) -> list[str]:
     """Problems of sizes that the image tokenizer and another model must share."""
     problems = []
     dvae, clip, prior = (settings.get(name) for name in ("dvae", "clip", "prior"))
     if dvae:
         place, pixels = "the dVAE", dvae.model.pixels
         facts = {"image_vocabulary": dvae.model.codebook, "grid": dvae.model.grid}
-    elif (clip or prior) and (run.folder("dvae") / _MODEL).is_file():
+    elif (clip or prior) and to != "kubernetes" and (run.folder("dvae") / _MODEL).is_file():
+        from training.export.tokenizers import facts_in  # noqa: PLC0415 - imports torch
+
         place = str(run.folder("dvae"))
         try:
-            made: TokenizerFacts = call_target(_FACTS, run.folder("dvae"))
+            made = facts_in(run.folder("dvae"))
         except TapirError as error:
             return [f"stages: {error}"]
         pixels, facts = made.pixels, made.manifest()

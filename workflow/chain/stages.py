@@ -31,7 +31,7 @@ def chain_of(run: RunFile, to: Scheduler) -> Chain:
     for name, stage in settings.items():
         problems += [f"stages.{name}: {text}" for text in stage.problems()]
         problems += _rank_problems(run, name, _ranks(name, stage))
-    check(problems + chain_problems(run, settings) + suite_problems(run))
+    check(problems + chain_problems(run, settings, to) + suite_problems(run))
     jobs = [_job(run, name, stage) for name, stage in settings.items()]
     if "evaluate" in run.stages:
         report = ("report", str(run.out))

@@ -23,7 +23,10 @@ class PlannedSuite:
     """Name of a suite, or path of a suite.json."""
     name: str
     """Part of its job's name, and its folder."""
-    reads_data: bool
+    suite: str
+    """Name of the suite."""
+    chooses: bool
+    """True if it chooses its prompts from the data; a suite.json may have its own."""
 
 
 def suite_jobs(run: RunFile, after: tuple[str, ...]) -> list[Job]:
@@ -31,7 +34,7 @@ def suite_jobs(run: RunFile, after: tuple[str, ...]) -> list[Job]:
     models = [f"--{model}={run.folder(model)}" for model in _MODELS]
     jobs = []
     for suite in map(_planned, _given(run)):
-        data = [run.raw] if suite.reads_data else []
+        data = [run.raw] if SUITES[suite.suite].data else []
         out = run.out / FOLDER / suite.name
         command = ["evaluate", *data, f"--suite={suite.given}", f"--out={out}", *models]
         jobs.append(
@@ -50,15 +53,16 @@ def suite_problems(run: RunFile) -> list[str]:
     where, names, problems = f"stages.evaluate.flags.{SUITES_FLAG}", set[str](), []
     for given in _given(run):
         try:
-            suite, known = _planned(given), _suite(given)
+            suite = _planned(given)
         except TapirError as error:
             problems.append(f"{where}: {error}")
             continue
+        known = suite.suite
         if SUITES[known].data and suite_of(f"{known}:") == known:
             problems.append(
                 f"{where}: {known} reads {known}:DIR; give it as the stage score, with a source"
             )
-        if given == known and (text := _unfit_source(run, known)):
+        if suite.chooses and (text := _unfit_source(run, known)):
             problems.append(f"{where}: {text}")
         if not re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", suite.name) or suite.name in names:
             problems.append(
@@ -83,14 +87,11 @@ def _given(run: RunFile) -> list[str]:
     return [str(each) for each in (given if isinstance(given, list) else [given])]
 
 
-def _suite(given: str) -> str:
-    """Name of the suite. Raises: TapirError for an unknown one, or a file that is none."""
+def _planned(given: str) -> PlannedSuite:
+    """A suite as it is given. Raises: TapirError for an unknown one, or a file that is none."""
     if given in SUITES or not given.endswith(".json"):
         suite_called(given)
-        return given
-    return read_recorded(Path(given)).name
-
-
-def _planned(given: str) -> PlannedSuite:
-    name = Path(given).stem if given.endswith(".json") else given
-    return PlannedSuite(given=given, name=name, reads_data=bool(SUITES[_suite(given)].data))
+        return PlannedSuite(given=given, name=given, suite=given, chooses=True)
+    recorded = read_recorded(Path(given))
+    chooses = recorded.prompts is None
+    return PlannedSuite(given=given, name=Path(given).stem, suite=recorded.name, chooses=chooses)

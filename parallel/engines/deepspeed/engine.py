@@ -19,6 +19,7 @@ from parallel.engines.deepspeed.hooks import (
     compress_zero12,
     ensure_adam_state,
     fragments,
+    gather_small,
     held_bytes,
     hook_zero12,
     publish_masters,
@@ -151,9 +152,9 @@ class DeepSpeedEngine:
                 for kind in MOMENTS:
                     part.state[kind].copy_(place.read(reader, name, kind, part.start, count))
                 part.state["step"].copy_(reader.tensor(name, "step"))
-        publish_masters(self._optimizer)
         if self._saved is not self._trained:
-            self.load_frozen(reader)
+            self._read_frozen(reader)
+        publish_masters(self._optimizer)
         load_scales(self._scales, reader)
         if self._compressor is not None:
             self._compressor.load(reader)
@@ -161,15 +162,20 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def load_frozen(self, reader: Reader) -> None:
         """Take this rank's part of the frozen weights from a model of any mesh; collective."""
-        for name in sorted(self.frozen()):
-            weights, start = self._frozen_part(name)
-            flat = self._places[name].read(reader, name, "master", start, weights.numel())
-            weights.copy_(flat.view_as(weights))
-        publish_masters(self._optimizer)  # ZeRO-3 keeps small parameters whole as well
+        if self.frozen():
+            self._read_frozen(reader)
+            gather_small(self._optimizer)
 
     def frozen(self) -> frozenset[str]:
         """Names of the parameters of this rank that are not trained."""
         return frozenset(self._names.keys() - self._trained.keys())
+
+    def _read_frozen(self, reader: Reader) -> None:
+        """Read this rank's part of the frozen weights; the other ranks do not see it yet."""
+        for name in sorted(self.frozen()):
+            weights, start = self._frozen_part(name)
+            flat = self._places[name].read(reader, name, "master", start, weights.numel())
+            weights.copy_(flat.view_as(weights))
 
     def _frozen_part(self, name: str) -> tuple[Tensor, int]:
         """This rank's part of a frozen parameter, and its first element in the flat local one."""

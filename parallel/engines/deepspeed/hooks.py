@@ -229,12 +229,16 @@ def publish_masters(optimizer: Any) -> None:
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        persistent = optimizer.persistent_parameters
-        if persistent:
-            persistent[0].partition(persistent)
-            persistent[0].all_gather(persistent)
+        gather_small(optimizer)
     else:
         optimizer.update_lp_params()
+
+
+def gather_small(optimizer: Any) -> None:
+    """Gather the small parameters that ZeRO-3 keeps whole, from their shards; else nothing."""
+    if persistent := getattr(optimizer, "persistent_parameters", None):
+        persistent[0].partition(persistent)
+        persistent[0].all_gather(persistent)
 
 
 def held_bytes(optimizer: Any, names: Mapping[str, nn.Parameter]) -> dict[str, int]:

@@ -149,7 +149,7 @@ class _Stages(PipelineModule):  # type: ignore[misc]
         super().__init__(layers=recipes, topology=topology, loss_fn=loss)
         tie(self.by_name())
         self._tied = program.tied if self.num_stages > 1 else ()
-        self._ends = mesh.ends
+        self._data, self._ends = mesh.data, mesh.ends
 
     def _partition_layers(self, method: str = "cost") -> None:
         """Cut by cost instead of by parameter count, which underestimates the head."""
@@ -171,9 +171,26 @@ class _Stages(PipelineModule):  # type: ignore[misc]
         return [names[name] for name in self._tied if name in names]
 
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
-        """Weights whose gradients DeepSpeed adds up over the first and the last stage."""
-        shared = [parameter for parameter in self.on_both_ends() if parameter.requires_grad]
-        return [(parameter, self._ends.handle) for parameter in shared]
+        """Add up the gradients of tied weights; DeepSpeed calls it before it averages gradients.
+
+        Returns none, since nothing is left for DeepSpeed to add up.
+        """
+        for parameter in self.on_both_ends():
+            if parameter.grad is not None:
+                self._add_up(parameter.grad)
+        return []
+
+    def _add_up(self, gradient: Tensor) -> None:
+        """Sum a gradient over the replicas and both ends, and leave it to the first replica.
+
+        DeepSpeed averages it in other buckets on either end, where sums of several terms round
+        differently; a sum of one term and zeros does not, so that the copies stay bitwise equal.
+        """
+        for group in (self._data, self._ends):
+            if group.size > 1:
+                torch.distributed.all_reduce(gradient, group=group.handle)
+        if self._data.rank > 0:
+            gradient.zero_()
 
     def scales(self) -> dict[str, Scale]:
         """The gradient scales of this stage's branches."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from core.errors import ConfigError
-from data_pipeline.formats.tokens import codes_of
+from data_pipeline.formats.tokens import codes_per_image
 from data_pipeline.images.crops import encode_png
 from generation.config import DrawSettings, PromptConfig
 from generation.sampling.decoder import Decoder, LocalPrior
@@ -133,7 +133,7 @@ def test_a_mask_of_a_grid_that_is_not_square(
 
 def test_columns_are_those_of_the_data() -> None:
     """A manifest names the columns only of a grid that is not square."""
-    assert codes_of({"grid": 4}) == 16 and codes_of({"grid": 4, "columns": 6}) == 24
+    assert codes_per_image({"grid": 4}) == 16 and codes_per_image({"grid": 4, "columns": 6}) == 24
     wide, square = {"grid": 4, "columns": 6}, {"grid": 4}
     for model in (PriorConfig(), PriorConfig(grid=4, columns=6)):
         assert not model_size_problems(model, wide, "tokens")

@@ -15,6 +15,7 @@ from parallel.engines.frozen import check_frozen, freeze, stage_problem, trained
 from parallel.engines.protocol import EngineSettings, Whole, parameter_groups
 from parallel.engines.reference import ReferenceEngine
 from parallel.mesh import Mesh
+from parallel.placement import placement_of
 
 CONFIG = PriorConfig(
     dim=8, heads=2, layers=2, text_length=4, text_vocabulary=20, image_vocabulary=10, grid=2
@@ -75,6 +76,20 @@ def test_what_cannot_be_trained_is_refused(caplog: pytest.LogCaptureFixture) -> 
     assert [f"{sizes:,} parameters are trained, in 24 tensors" in t for t in caplog.messages] == [
         True
     ]
+
+
+def test_copies_have_the_name_of_what_they_are_tied_to(caplog: pytest.LogCaptureFixture) -> None:
+    """An expression on a copy's own name would freeze nothing; a table counts once."""
+    program = prior_program(replace(CONFIG, tied=True), 0)
+    with pytest.raises(ConfigError, match="found in no parameter's name"):
+        pattern = r"^head\.(text|image)\.weight"
+        check_frozen(freeze(program, pattern), pattern, 1)
+    names = Whole(program, EngineConfig(), torch.device("cpu")).stage.global_names()
+    left = [p for n, p in names.items() if not n.startswith("block000.")]
+    with caplog.at_level("INFO", "tapir"):
+        check_frozen(freeze(program, "^block000"), "^block000", 1)
+    sizes = sum(placement_of(p).numel for p in left)
+    assert f"{sizes:,} parameters are trained, in {len(left)} tensors" in caplog.messages[-1]
 
 
 def test_stages_are_cut_by_cost() -> None:

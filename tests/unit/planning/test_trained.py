@@ -7,19 +7,24 @@ import pytest
 
 from checkpoint.config import CheckpointConfig
 from core.errors import ConfigError
-from models.config import LoraConfig
+from core.flags import parse_over
+from models.config import DVAEConfig, LoraConfig
 from parallel.config import CompressConfig, EngineConfig, MeshConfig
 from parallel.mesh import RankCoordinates
 from planning.checkpoint_size import checkpoint_bytes
-from planning.config import PlanFlags, settings_of
+from planning.config import DVAEFlags, ModelFlags, PlanFlags, settings_of
+from planning.dvae import dvae_parameters, dvae_trained, search_dvae
 from planning.estimate.hardware import hardware_of
 from planning.estimate.layer_work import backward_work, forward_work
 from planning.estimate.layers import Held, Marks, count_parameters, count_trained
 from planning.estimate.memory import loads_of, marks_of, rank_bytes
-from planning.estimate.search import variants_of, weigh
+from planning.estimate.search import Candidate, variants_of, weigh
 from planning.estimate.traffic import branches_with_gradients
 from planning.plan import planned_settings
+from planning.report import flags_of
 from tests.harness import tapir
+from training.config import DVAETrain, LoopConfig
+from training.presets import PRESETS
 
 PAPER = settings_of("paper_12b")
 LORA = settings_of("paper_12b", lora=LoraConfig(rank=8))
@@ -111,12 +116,81 @@ def test_frozen_weights_have_no_matmul_of_their_gradient() -> None:
     assert flops["lora"][1] - flops["frozen"][1] == 2 * low
 
 
+@pytest.mark.parametrize("mlp", ["gelu", "gated"])
+def test_every_matmul_has_two_gradients(mlp: str) -> None:
+    """Those that run several times too: queries, keys and values, and the gated MLP's two."""
+    settings = replace(TINY, model=replace(TINY.model, mlp=mlp))
+    loads, hardware = loads_of(settings, RankCoordinates()), hardware_of("h100")
+    part = loads.layers[1]
+    weights = sum(h.numel for h in part.parameters.values() if h.matrix)
+    there, back = (work(loads, part, hardware) for work in (forward_work, backward_work))
+    states = 2 * loads.micro * settings.model.length * weights
+    assert sum(k.flops for k in there if not k.moved) == states
+    assert sum(k.flops for k in back if not k.moved) == 2 * states
+
+
+def test_adapters_as_wide_as_the_model_are_still_told_from_its_matrices() -> None:
+    lora = LoraConfig(rank=TINY.model.dim)
+    loads = loads_of(replace(TINY, lora=lora, init="base"), RankCoordinates())
+    part, hardware = loads.layers[1], hardware_of("h100")
+    there, back = (work(loads, part, hardware) for work in (forward_work, backward_work))
+    own, low = (
+        2 * loads.micro * TINY.model.length * sum(h.numel for h in held)
+        for held in (
+            [h for h in part.parameters.values() if h.matrix and not h.trained],
+            [h for h in part.parameters.values() if h.trained],
+        )
+    )
+    assert sum(k.flops for k in there if not k.moved) == own + low
+    assert sum(k.flops for k in back if not k.moved) == own + 2 * low
+
+
 def test_the_command_line_says_what_is_trained() -> None:
     text = tapir("plan", "tiny", "--world=1", "--gpu=cpu", "--lora.rank=4", "--json")
     body = json.loads(text.splitlines()[-1])
     assert body["trained_bytes"] == 4 * body["trained_parameters"]
     assert body["trained_parameters"] == 4 * 4 * 18 * 192 < body["parameters"]
     assert "--lora.rank=4" in body["best"]["flags"] and "trained: 55,296 of" in text
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags"),
+    [
+        ("prior", PlanFlags(preset="tiny", batch=128, freeze="embedding")),
+        ("prior", PlanFlags(preset="tiny", model=ModelFlags(norm="rms", tied=True, columns=7))),
+        ("dvae", PlanFlags(preset="paper_dvae", dvae=DVAEFlags(codebook=64, levels=(8, 8)))),
+        (
+            "dvae",
+            PlanFlags(
+                preset="paper_dvae",
+                dvae=DVAEFlags(
+                    quantizer="fsq", codebook=64, levels=(8, 8), discriminator_weight=0.5
+                ),
+            ),
+        ),
+        ("dvae", PlanFlags(preset="paper_dvae", dvae=DVAEFlags(quantizer="vq", vector=16))),
+    ],
+)
+def test_flags_of_a_plan_give_its_settings_on_any_preset(stage: str, flags: PlanFlags) -> None:
+    settings = planned_settings(flags)
+    arguments = flags_of(Candidate(settings=settings, bytes_={}, why=""))
+    names = ["norm", "qk_norm", "positions", "mlp", "tied", "columns"]
+    if stage == "dvae":
+        kind = settings.model.quantizer
+        names = ["quantizer", "codebook", *{"vq": ["vector"], "fsq": ["levels"]}.get(kind, [])]
+    for preset in PRESETS[stage].values():
+        trained = parse_over(preset(), arguments, "train")
+        assert trained.engine == replace(
+            settings.engine,
+            matmul_precision=trained.engine.matmul_precision,
+            deterministic=trained.engine.deterministic,
+        )
+        assert trained.mesh == settings.mesh and trained.freeze == settings.freeze
+        assert trained.loop.global_batch_size == settings.loop.global_batch_size
+        assert all(getattr(trained.model, n) == getattr(settings.model, n) for n in names)
+        if stage == "dvae":
+            assert trained.discriminator.weight == settings.discriminator.weight
+            assert trained.perceptual.weight == settings.perceptual.weight
 
 
 def test_switches_need_no_value() -> None:
@@ -130,7 +204,7 @@ def test_switches_need_no_value() -> None:
     ("flags", "text"),
     [
         (PlanFlags(preset="tiny", freeze="a("), "not a regular expression"),
-        (PlanFlags(preset="paper_dvae", lora=LoraConfig(rank=2)), "are of a prior"),
+        (PlanFlags(preset="paper_dvae", lora=LoraConfig(rank=2)), "is of a prior"),
         (PlanFlags(preset="tiny", lora=LoraConfig(rank=-2)), "must not be negative"),
         (PlanFlags(published=True, freeze="a"), "no use for freeze"),
     ],
@@ -145,5 +219,25 @@ def test_an_expression_that_freezes_nothing_is_refused() -> None:
         planned_settings(PlanFlags(preset="tiny", freeze="zzz"))
     with pytest.raises(ConfigError, match="found in no parameter's name"):
         planned_settings(PlanFlags(preset="tiny", freeze="lora_a"))
+    with pytest.raises(ConfigError, match="found in no parameter's name; there are dvae"):
+        planned_settings(PlanFlags(preset="paper_dvae", freeze="zzz"))
+    with pytest.raises(ConfigError, match="leaves no parameter to train"):
+        planned_settings(PlanFlags(preset="paper_dvae", freeze="."))
     adapted = PlanFlags(preset="tiny", freeze="block000.*lora_a", lora=LoraConfig(rank=2))
     assert planned_settings(adapted).freeze == "block000.*lora_a"
+
+
+def test_a_frozen_encoder_of_a_dvae_has_no_gradients_and_is_run_forward_alone() -> None:
+    plain = DVAETrain(
+        model=DVAEConfig(pixels=32, width=4, code_width=8),
+        loop=LoopConfig(global_batch_size=16),
+        mesh=MeshConfig(),
+        engine=EngineConfig(),
+    )
+    frozen = replace(plain, freeze=r"^dvae\.dvae\.encoder")
+    whole, part = (search_dvae(s, 1, hardware_of("h100")).timed[0] for s in (plain, frozen))
+    assert dvae_trained(plain) == dvae_parameters(plain.model) > dvae_trained(frozen) > 0
+    assert part.candidate.bytes_["parameters"] == whole.candidate.bytes_["parameters"]
+    assert part.candidate.bytes_["gradients"] == 4 * dvae_trained(frozen)
+    assert part.candidate.bytes_["activations"] < whole.candidate.bytes_["activations"]
+    assert part.estimate.parts["compute"] < whole.estimate.parts["compute"]

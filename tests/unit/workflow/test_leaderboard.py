@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from core.errors import InputError
+from core.errors import CorruptError, InputError
 from tests.unit.workflow.test_report import demo_folder
 from workflow.report import write_report
 
@@ -48,9 +48,11 @@ def test_rows_of_the_same_prompts_are_in_one_table_best_first(tmp_path: Path) ->
     target = write_report(tmp_path)
     assert target == tmp_path / "leaderboard.md"
     tables = [part.split("\n\n") for part in target.read_text().split("\n## ")[1:]]
+    assert len({title for title, _ in tables}) == len(tables), "a heading names one table"
     bodies = [(title.split(" (")[0], rows.strip().split("\n")) for title, rows in tables]
     assert [title for title, _ in bodies] == [
-        *["coco: 2 prompts"] * 2,
+        "coco: 2 prompts",
+        "coco: 2 prompts, network another",
         "shapes: 2 prompts",
         "shapes: 3 prompts",
     ]
@@ -89,11 +91,44 @@ def test_files_without_figures_are_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _suite(tmp_path / "a", "shapes", {"exact": 0.5})
-    for name, text in (("b", "{"), ("c", json.dumps({"suite": "shapes"})), ("d", "[]")):
+    for name, body in (("b", {}), ("c", {"suite": "shapes"}), ("d", {"suite": "x", "facts": {}})):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "suite.json").write_text(text)
+        (tmp_path / name / "suite.json").write_text(json.dumps(body))
     board = write_report(tmp_path).read_text()
     assert "| a | 0.5 |" in board and board.count("\n| ") == 3
     assert caplog.text.count("holds no figures of a suite") == 3
     with pytest.raises(InputError, match=r"no summary\.json and no suite\.json"):
         write_report(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (None, "Expecting"),
+        ([], "suite, facts"),
+        ({"results": []}, "results missing or wrong"),
+        ({"headline": {}}, "headline missing or wrong"),
+        ({"headline": []}, "headline missing or wrong"),
+        ({"headline": [{"name": "exact"}]}, "headline missing or wrong"),
+        ({"prompts": 3, "facts": None}, "facts, prompts missing or wrong"),
+        ({"suite": "best-of-n"}, "results: KeyError"),
+    ],
+)
+def test_a_damaged_file_is_named_with_what_is_wrong(change: Any, text: str, tmp_path: Path) -> None:
+    _suite(tmp_path / "a", "shapes", {"exact": 0.5})
+    path = tmp_path / "a" / "suite.json"
+    body = json.loads(path.read_text()) | change if isinstance(change, dict) else change
+    path.write_text("{" if change is None else json.dumps(body))
+    with pytest.raises(CorruptError) as caught:
+        write_report(tmp_path)
+    message = str(caught.value)
+    assert str(path) in message and text in message and "tapir evaluate --suite" in message
+
+
+def test_a_gallery_without_its_picture_is_named(tmp_path: Path) -> None:
+    _suite(tmp_path / "a", "shapes", {"exact": 0.5})
+    rows = [{"caption": "a cat", "file": "0.png"}]
+    index = {"title": "t", "text": "", "rows": rows}
+    (tmp_path / "a" / "gallery.json").write_text(json.dumps(index))
+    with pytest.raises(CorruptError, match=r"gallery\.json names a/0\.png, which is missing"):
+        write_report(tmp_path)

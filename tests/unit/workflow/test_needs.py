@@ -454,6 +454,7 @@ def test_sizes_of_a_tokenizer_that_is_there_already_are_compared(tmp_path: Path,
     assert f"stages.prior: model.grid=9 is not that of {dvae}" in str(caught.value)
     assert f"model.pixels=40 cannot rank {dvae}'s pictures of 16" in str(caught.value)
     run = read_runfile(file)
+    assert chain_of(run, "kubernetes").jobs, "its volumes may hold another dVAE"
     assert "holds a dvae, not a prior" in str(missing_inputs(run, settings_of_stages(run), "local"))
 
 

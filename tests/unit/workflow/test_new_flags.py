@@ -1,12 +1,14 @@
 """Flags that runs of earlier versions lack are read by submit, rehearse and plan as by train."""
 
 import json
+from dataclasses import replace
 from functools import reduce
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
 from cli.cluster import submit
+from core.errors import ConfigError
 from core.flags import parse_over
 from core.known_flags import flag_text, known_flags
 from models.config import PriorConfig
@@ -105,10 +107,14 @@ def test_plan_has_every_option_of_a_dvae() -> None:
     new = new_flags("dvae")
     options = {name.removeprefix("model.") for name in new if name.startswith("model.")}
     losses = {name for name in new if name.endswith(".weight")}
-    assert set(known_flags(DVAEFlags, flat=True).types) == options | losses
+    assert set(known_flags(DVAEFlags, flat=True).types) == options | losses | {"codebook"}
     plain = planned_settings(PlanFlags(preset="paper_dvae"))
     fsq = DVAEFlags(
-        quantizer="fsq", levels=(8, 8, 16), perceptual_weight=1.0, discriminator_weight=0.1
+        quantizer="fsq",
+        codebook=1024,
+        levels=(8, 8, 16),
+        perceptual_weight=1.0,
+        discriminator_weight=0.1,
     )
     chosen = planned_settings(PlanFlags(preset="paper_dvae", dvae=fsq))
     assert (chosen.model.quantizer, chosen.model.levels) == ("fsq", (8, 8, 16))
@@ -121,9 +127,20 @@ def test_plan_has_every_option_of_a_dvae() -> None:
     )
     assert wide.model.vector == 16 and wide.model.codebook == plain.model.codebook
     assert wide.model_problems() == [], "the preset's model.init suits gumbel alone"
+    with pytest.raises(ConfigError, match=r"try --model\.codebook 1024"):  # as train refuses it
+        planned_settings(PlanFlags(preset="paper_dvae", dvae=replace(fsq, codebook=None)))
     for preset, flags in (
         ("paper_12b", {"dvae": fsq}),
         ("paper_dvae", {"model": ModelFlags(tied=True)}),
     ):
         (problem,) = PlanFlags(preset=preset, **flags).problems()  # type: ignore[arg-type]
         assert problem.endswith("leave its options out")
+
+
+def test_options_that_are_not_given_stay_the_presets() -> None:
+    plain = planned_settings(PlanFlags(preset="paper_dvae"))
+    chosen = replace(plain, discriminator=replace(plain.discriminator, weight=0.1))
+    assert DVAEFlags().applied(chosen) == chosen
+    assert DVAEFlags(discriminator_weight=0.0).applied(chosen) == plain
+    levels = DVAEFlags(levels=(8, 8, 8)).applied(plain).model
+    assert levels.codebook == plain.model.codebook, "a Gumbel's codes are not its levels"

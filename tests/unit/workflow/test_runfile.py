@@ -125,6 +125,19 @@ def test_wrong_suites_are_refused(suites: Any, reason: str, tmp_path: Path) -> N
         chain_of(read_runfile(path), "slurm")
 
 
+def test_a_file_without_prompts_reads_the_set_of_its_suite(tmp_path: Path) -> None:
+    """One with prompts repeats them whatever the run packs."""
+    given = tmp_path / "quick.json"
+    given.write_text(json.dumps({"suite": "shapes"}))
+    stages = {"pack": {"source": "panels"}, "evaluate": {"flags": {"suites": [str(given)]}}}
+    with pytest.raises(ConfigError, match="shapes reads a packed set of shapes, and pack's source"):
+        chain_of(read_runfile(write(tmp_path, **stages)), "local")
+    prompts = [{"caption": f"a small {colour} circle"} for colour in ("red", "blue")]
+    given.write_text(json.dumps({"suite": "shapes", "prompts": prompts}))
+    jobs = chain_of(read_runfile(write(tmp_path, **stages)), "local").jobs
+    assert "suite-quick" in [job.name for job in jobs]
+
+
 def test_a_stage_that_is_left_out_is_not_waited_for(tmp_path: Path) -> None:
     path = write(tmp_path)
     body = yaml.safe_load(path.read_text())

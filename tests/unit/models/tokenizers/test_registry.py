@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from core.errors import ConfigError, InputError
-from data_pipeline.formats.tokens import codes_of
+from data_pipeline.formats.tokens import codes_per_image
 from models.config import DVAEConfig
 from models.dvae import DVAE
 from models.tokenizers.config import TokenizerConfig, TokenizerFacts, VQConfig
@@ -125,10 +125,10 @@ def test_a_search_without_a_kind_tells_what_hinders_it(tmp_path: Path) -> None:
 def test_facts_of_a_manifest_name_columns_and_crops_only_where_they_are_not_the_usual() -> None:
     usual = TokenizerFacts(**FACTS)  # type: ignore[arg-type]
     assert usual.manifest() == {"dvae": "d", "grid": 4, "image_vocabulary": 16}
-    assert usual.tokens == codes_of(usual.manifest()) == 16 and usual.problems() == []
+    assert usual.tokens == codes_per_image(usual.manifest()) == 16 and usual.problems() == []
     other = TokenizerFacts(**{**FACTS, "columns": 6, "crop": "center"})  # type: ignore[arg-type]
     assert other.manifest() == {**usual.manifest(), "columns": 6, "crop": "center"}
-    assert other.tokens == codes_of(other.manifest()) == 24
+    assert other.tokens == codes_per_image(other.manifest()) == 24
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """The rules by which weights are carried over from one model to another, by hand."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -152,5 +154,26 @@ def test_a_cut_safetensors_file_is_refused(tmp_path: Path, cut: int) -> None:
     save_file({"a": torch.randn(5, 3)}, tmp_path / "m.safetensors")
     whole = (tmp_path / "m.safetensors").read_bytes()
     (tmp_path / "m.safetensors").write_bytes(whole[:cut])
-    with pytest.raises(CorruptError, match="copy it again"):
+    with pytest.raises(CorruptError, match=r"/m\.safetensors .*; copy or write it again"):
         TensorFiles(FolderStore(tmp_path), ["m.safetensors"]).flat("a", 0, 15)
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        ([], "its header is not a mapping"),
+        ({"a": {"dtype": "F32", "shape": [2]}}, "its header lacks 'data_offsets'"),
+        ({"a": {"dtype": "I8", "shape": [8], "data_offsets": [0, 8]}}, "'a' has dtype I8, of F32"),
+        (
+            {"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}},
+            r"'a' has 8 bytes, and its shape \[3\] needs 12",
+        ),
+    ],
+)
+def test_a_wrong_header_of_a_safetensors_file_is_told(
+    header: Any, reason: str, tmp_path: Path
+) -> None:
+    text = json.dumps(header).encode()
+    (tmp_path / "m.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(CorruptError, match=rf"/m\.safetensors is not .*: {reason}.*; copy"):
+        TensorFiles(FolderStore(tmp_path), ["m.safetensors"])
