@@ -9,12 +9,12 @@ from typing import Any
 
 from checkpoint.reader import CheckpointReader
 from checkpoint.tensors import Shapes
+from checkpoint.together import together
 from checkpoint.writer import Gather
 from core.errors import CorruptError, InputError, StoreError, TapirError
 from core.files.atomic import Json
 from core.log import LOG
 from core.storage.store import Store
-from parallel.together import together
 from training.export.files import (
     DESCRIPTION,
     SHARDS,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from checkpoint.format import KINDS
+from checkpoint.together import by_all, together
 from core.config import S3, to_json
 from core.errors import CorruptError, InputError, TapirError, joined
 from core.files.atomic import Json
@@ -22,7 +23,6 @@ from data_pipeline.text.bpe import load_tokenizer
 from models.adapters import is_adapter
 from parallel.engines.protocol import Layer, Program
 from parallel.placement import Placement, placement_of
-from parallel.together import by_all, together
 from parallel.world import World
 from training.initial.carry_over import Carried, Pieces, Vocabularies, carry, table
 from training.initial.source import WeightsSource, open_source

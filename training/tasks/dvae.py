@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from checkpoint.together import by_all
 from core.keys import key_int, keyed_rng
 from data_pipeline.formats.manifest import RAW
 from data_pipeline.formats.raw import RawRecord, RawSource
@@ -25,7 +26,6 @@ from models.critics.inception import Inception
 from models.dvae import DVAE
 from parallel.engines.protocol import Batch
 from parallel.mesh import Mesh
-from parallel.together import by_all
 from parallel.world import ALONE, World
 from training.config import DVAETrain
 from training.data_requirements import refuse_unfit

@@ -59,13 +59,7 @@ def run_suite(
     do not fit, or if OUT is another's folder; TapirError if the figures of a file are not repeated.
     """
     suite = suite_called(name)
-    if recorded is not None and (out / FILE).resolve() == recorded.path.resolve():
-        raise InputError(
-            f"{recorded.path} would be replaced by the figures that are compared with it; give "
-            "another --out"
-        )
-    asked = prompt_problems(recorded, settings) if recorded else []
-    check(settings.problems() + asked + _data_problems(name, suite, data, recorded))
+    _check(name, suite, data, settings, out, recorded)
     refuse_others_folder(out, "score" if suite.workers else "evaluate --suite")
     member = _member(name, suite, worker)
     mesh = own_mesh(member.number)
@@ -82,17 +76,7 @@ def run_suite(
     prompts = recorded.prompts if recorded else None
     prepared: Prepared = call_target(suite.prepare, inputs, settings, prompts)
     check(suite.problems(prepared.prompts))
-    body: Json = {
-        "format": FORMAT,
-        "suite": name,
-        "keys": suite.keys,
-        "models": inputs.digests,
-        "facts": prepared.facts,
-        "settings": settings_json(settings),
-        "prompts": prepared.prompts,
-        "versions": versions(),
-        "numerics": to_json(numerics),
-    }
+    body = _request(name, suite, inputs, prepared, settings, to_json(numerics))
     if recorded is not None:
         _tell_differences(recorded, body, settings)
     if not suite.workers:  # such a job checks its folder itself
@@ -107,6 +91,45 @@ def run_suite(
     )
     measured = prepared.measure(opened)
     return _finished(body, measured, out / FILE, recorded)
+
+
+def _check(
+    name: str,
+    suite: Suite,
+    data: str,
+    settings: SampleConfig,
+    out: Path,
+    recorded: Recorded | None,
+) -> None:
+    if recorded is not None and (out / FILE).resolve() == recorded.path.resolve():
+        raise InputError(
+            f"{recorded.path} would be replaced by the figures that are compared with it; give "
+            "another --out"
+        )
+    of_prompts = prompt_problems(recorded, settings) if recorded else []
+    check(settings.problems() + of_prompts + _data_problems(name, suite, data, recorded))
+
+
+def _request(
+    name: str,
+    suite: Suite,
+    inputs: Inputs,
+    prepared: Prepared,
+    settings: SampleConfig,
+    numerics: Json,
+) -> Json:
+    """All of suite.json but its figures."""
+    return {
+        "format": FORMAT,
+        "suite": name,
+        "keys": suite.keys,
+        "models": inputs.digests,
+        "facts": prepared.facts,
+        "settings": settings_json(settings),
+        "prompts": prepared.prompts,
+        "versions": versions(),
+        "numerics": numerics,
+    }
 
 
 def _member(name: str, suite: Suite, worker: str) -> JobWorker:

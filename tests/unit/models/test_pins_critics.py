@@ -105,7 +105,7 @@ def test_the_nearest_code_is_taken_of_codes_of_any_length() -> None:
     assert quantizer.codes(torch.tensor([2.0, 0.0]).view(1, 2, 1, 1)).item() == 1
 
 
-def test_codes_are_found_a_part_of_the_positions_at_a_time() -> None:
+def test_nearest_codes_are_the_dense_definition() -> None:
     """Also in a last part that is not full; the dense definition is argmin |x - c|^2."""
     draws = generator(0, "codes")
     vectors = torch.randn(2 * POSITIONS_TOGETHER + 7, 5, generator=draws)

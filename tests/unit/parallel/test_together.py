@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from checkpoint.together import by_all, together
 from core.errors import AbsentError, CorruptError, InputError, StoreInputError, TapirError
-from parallel.together import by_all, together
 
 RANKS = 3
 
