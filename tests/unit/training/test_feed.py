@@ -242,7 +242,7 @@ def test_a_validation_s_batches_are_made_ahead_and_the_same(settings: Any) -> No
     loop = dataclasses.replace(settings.loop, validation_samples=70)
     settings = dataclasses.replace(settings, loop=loop)
     task, engine, used = _task(settings), _Engine(), []
-    task.figures = lambda means, mine, records: ({}, {})
+    task.figures = lambda means, mine, records, beat: ({}, {})
     note = task.note_used
     task.note_used = lambda records: (used.extend(records), note(records))
     heart = cast(Any, SimpleNamespace(beat=lambda *_: None))

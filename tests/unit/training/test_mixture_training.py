@@ -66,7 +66,7 @@ class _Engine:
 
 def test_a_validation_reports_each_set_and_all_together(token_sets: Path) -> None:
     task = _prior(token_sets)
-    task.figures = lambda means, mine, records: ({"read": float(len(records))}, {})  # type: ignore[method-assign, assignment, misc]
+    task.figures = lambda means, mine, records, beat: ({"read": float(len(records))}, {})  # type: ignore[method-assign, assignment, misc]
     heart = cast(Any, SimpleNamespace(beat=lambda *_: None))
     engine = cast(Any, _Engine())
     row, _ = Validation(task, engine, task._settings, Mesh(), heart).run(1)

@@ -22,6 +22,7 @@ from data_pipeline.sources.pair import make_pair
 from data_pipeline.streaming import order
 from data_pipeline.streaming.stream import first_records
 from data_pipeline.text.dropout import DropoutEncoder
+from data_pipeline.tokenize.encode import to_bytes
 from generation.sampling import draw as choose
 from models import keyed_noise as noise
 from models.clip import Clip
@@ -241,7 +242,7 @@ def test_validation_pictures_are_looked_at_in_parts(
     grey = torch.full((1, 3, 1, 1), 0.75)
     assert dvae_task._rows(grey, grey).tolist() == [[[191] * 3], [[191] * 3]]
     values = torch.tensor([[0.0, 0.75, 2.0], [-1.0, 0.5, 1.0]]).view(1, 3, 1, 2)
-    assert dvae_task._bytes(values).tolist() == [[[[0, 255, 128], [191, 0, 255]]]]
+    assert to_bytes(values).tolist() == [[[[0, 255, 128], [191, 0, 255]]]]
 
 
 @torch.no_grad()
