@@ -129,7 +129,7 @@ def refuse_misfits(reader: CheckpointReader, shapes: Shapes, frozen: Set[str]) -
             f"{reader.url} holds other tensors than this model ({_some(wrong)}); give the settings "
             f"and the data that it was written with, or start a new run with --init {reader.url}"
         )
-    still = [name for name in sorted(shapes.keys() - frozen) if "step" not in reader.kinds(name)]
+    still = [name for name in sorted(shapes.keys() - frozen) if "exp_avg" not in reader.kinds(name)]
     if still:
         before = reader.facts["config"].get("freeze", "")
         raise ConfigError(
