@@ -14,6 +14,7 @@ from generation.config import DrawSettings
 from generation.sampling import draw as choosing
 from generation.sampling.decoder import Decoder, LocalPrior
 from generation.sampling.kv_cache import CacheShape, Lane, reads_of
+from generation.sampling.pipeline import Neighbours
 from generation.sampling.running import Candidate, RunningBatch
 from generation.sampling.sampler import Prompt, Sampler
 from models.attention.masks import Kind, image_mask
@@ -33,7 +34,7 @@ SETTINGS = [
 ]
 
 
-def candidates(config: PriorConfig, count: int = 14) -> list[Candidate]:
+def candidates(config: PriorConfig, count: int = 10) -> list[Candidate]:
     """Candidates of 4 captions, with all kinds of settings and prompts."""
     draws, length = torch.Generator().manual_seed(3), config.image_length
     text = torch.randint(0, 30, (4, config.text_length), generator=draws)
@@ -105,25 +106,28 @@ def decoder(layers: nn.ModuleDict) -> Decoder:
     return Decoder(LocalPrior(layers=layers, config=CONFIG))
 
 
-@pytest.mark.parametrize("close", [choosing.CLOSE, 0.3], ids=["as is", "most draws recomputed"])
 @pytest.mark.parametrize(
-    "options", [{}, {"layers": 6, "conv_kernel": 3}, {**ALL, "grid": 5, "columns": 2}]
+    "options,rows,close",
+    [
+        ({}, 2, choosing.CLOSE),
+        ({"layers": 3, "conv_kernel": 3}, 5, 0.3),
+        ({**ALL, "grid": 5, "columns": 2}, 5, choosing.CLOSE),
+    ],
+    ids=["few rows", "most draws recomputed", "all options"],
 )
 def test_a_key_has_its_picture_whatever_joins_and_leaves(
-    options: dict[str, Any], close: float, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], rows: int, close: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choosing, "CLOSE", close)
     config = replace(CONFIG, **options)
     decoder, of = decoder_of(config), candidates(config)
-    expected = alone(decoder, of)
-    for rows, seed in ((2, 1), (5, 2)):
-        assert story(RunningBatch(decoder, rows), of, seed) == expected
+    assert story(RunningBatch(decoder, rows), of, rows) == alone(decoder, of)
 
 
 def test_the_step_of_gpus_has_one_shape_and_draws_the_same(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    of, sizes = candidates(CONFIG), set[int]()
+    of, sizes = candidates(CONFIG, 6), set[int]()
     expected, run = alone(decoder, of), decoder._run
 
     def sized(x: Tensor, *rest: Any) -> Tensor:
@@ -138,14 +142,16 @@ def test_the_step_of_gpus_has_one_shape_and_draws_the_same(
 @pytest.mark.parametrize("one_row", [False, True])
 def test_one_row_is_the_sampler_s(layers: nn.ModuleDict, precision: str, one_row: bool) -> None:
     decoder = Decoder(LocalPrior(layers=layers, config=CONFIG), precision, one_row)
-    of = [each for each in candidates(CONFIG) if each.settings.guidance == 1]
+    of = [each for each in candidates(CONFIG, 5) if each.settings.guidance == 1]
     assert story(RunningBatch(decoder, 1), of) == alone(decoder, of)
 
 
 def test_bf16_draws_beside_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without draws from canonical logits, as `Sampler`."""
     monkeypatch.setattr(Decoder, "canonical_logits", None)
-    drawn = torch.tensor(story(RunningBatch(decoder_of(precision="bf16"), 6), candidates(CONFIG)))
+    drawn = torch.tensor(
+        story(RunningBatch(decoder_of(precision="bf16"), 6), candidates(CONFIG, 6))
+    )
     assert int(drawn.min()) >= 0 and int(drawn.max()) < 20
 
 
@@ -157,7 +163,7 @@ def test_all_caches_are_allocated_at_the_start(
     assert caches.bytes == 5 * decoder.caches.of_one().bytes
     before = [x.data_ptr() for block in caches.blocks for x in vars(block).values()]
     monkeypatch.setattr(CacheShape, "lane", None)
-    story(batch, candidates(CONFIG))
+    story(batch, candidates(CONFIG, 6))
     assert before == [x.data_ptr() for block in caches.blocks for x in vars(block).values()]
 
 
@@ -219,6 +225,30 @@ def test_rows_are_free_until_they_are_taken(decoder: Decoder) -> None:
     assert [each.row for each in batch.step()] == [plain] and batch.free == 2
     with pytest.raises(ConfigError, match="row 0 has no candidate"):
         batch.leave(0)
+
+
+class Stages(Neighbours):
+    """Two stages, of which this process is both."""
+
+    size = 2
+
+
+def test_lanes_take_turns(layers: nn.ModuleDict) -> None:
+    """Of 5 rows, the first 2 are a lane. The second lane's codes come a step late."""
+    decoder = Decoder(LocalPrior(layers=layers, config=CONFIG, neighbours=Stages()))
+    of = candidates(CONFIG, 7)
+    assert story(RunningBatch(decoder, 5), of, 4) == alone(decoder, of)
+    batch, first = RunningBatch(decoder, 5), of[0]
+    assert [batch.join(first) for _ in range(3)] == [2, 0, 3]
+    assert [batch.fits(GUIDED), batch.join(first), batch.fits(GUIDED)] == [False, 1, False]
+    assert [(each.row, each.position) for each in batch.step()] == [(0, 0), (1, 0)]
+    batch.leave(2)  # its code is on its way
+    assert batch.free == 2 and batch.fits(GUIDED) and batch.join(first) == 2
+    seen = [(each.row, each.position) for each in batch.step()]
+    assert seen == [(3, 0), (0, 1), (1, 1)]
+    assert [(each.row, each.position) for each in batch.step()][:2] == [(3, 1), (2, 0)]
+    for rows, lanes in ((1, 1), (2, 1), (3, 1), (4, 2), (9, 2)):
+        assert len(RunningBatch(decoder, rows)._lanes) == lanes
 
 
 def test_a_candidate_that_cannot_be_drawn_is_refused(decoder: Decoder) -> None:
