@@ -92,6 +92,14 @@ def story(batch: RunningBatch, of: Sequence[Candidate], seed: int = 0) -> list[l
     return [done[i] for i in range(len(of))]
 
 
+def together(batch: RunningBatch, of: Sequence[Candidate]) -> list[list[int]]:
+    """The codes of candidates that all have rows at once."""
+    rows, done = [batch.join(each) for each in of], dict[int, list[int]]()
+    while len(done) < len(of):
+        done |= {each.row: each.codes.tolist() for each in batch.step() if each.finished}
+    return [done[row] for row in rows]
+
+
 def decoder_of(config: PriorConfig = CONFIG, precision: str = "fp32") -> Decoder:
     return Decoder(LocalPrior(layers=trained_like(config), config=config), precision)
 
@@ -194,18 +202,16 @@ def test_a_text_that_is_in_the_caches_is_copied(
         prefill(lane, text, given)
 
     monkeypatch.setattr(decoder, "prefill", noted)
-    batch, first = RunningBatch(decoder, 5), candidates(CONFIG)[0]
-    of = [
-        replace(first, key=(1, i), settings=GUIDED if i % 2 else first.settings) for i in range(5)
-    ]
-    expected = alone(decoder, of)
-    prefilled.clear()
-    assert story(batch, of, 1) == expected and prefilled == [(1, 0), (1, 0)]
+    batch, first = RunningBatch(decoder, 7), candidates(CONFIG)[0]
+    both = first.settings, GUIDED
+    of = [replace(first, key=(1, i), settings=both[i % 2]) for i in range(5)]
     prompt = Prompt(codes=torch.arange(16), kept=torch.arange(16) < 3)
-    given = [replace(first, prompt=prompt)]
-    expected = alone(decoder, given)
-    prefilled.clear()
-    assert story(batch, given) == expected and prefilled == [(1, 3)]
+    for some, expected in ((of, [(1, 0), (1, 0)]), ([replace(first, prompt=prompt)], [(1, 3)])):
+        codes = alone(decoder, some)
+        for again in (False, True):
+            prefilled.clear()
+            assert together(batch, some) == codes
+            assert prefilled == ([] if again and len(some) > 1 else expected)
 
 
 def test_rows_are_free_until_they_are_taken(decoder: Decoder) -> None:
@@ -274,7 +280,7 @@ def test_a_candidate_that_cannot_be_drawn_is_refused(decoder: Decoder) -> None:
 @pytest.mark.parametrize("kind,dense", [("row", True), ("column", False), ("conv", False)])
 def test_each_row_reads_the_slots_of_its_position(kind: Kind, dense: bool) -> None:
     """Keys are the position's number; all rows walk through the picture, each ahead of the last."""
-    grid, heads, rows = 8, 2, 3
+    grid, heads, rows = 12, 2, 3
     mask, reads = image_mask(kind, grid, 3), reads_of(kind, grid, 3)
     store = torch.full((rows * heads, reads.slots, 1), -1.0)
     places = [0] * rows
