@@ -52,7 +52,7 @@ def test_candidates_are_those_of_the_cpu(settings: dict[str, Any], batch: int) -
 
 
 def test_a_running_batch_draws_those_of_the_cpu() -> None:
-    of, drawn = candidates(CONFIG, 6), []
+    of, drawn = candidates(CONFIG, 3), []
     for device in (CPU, SECOND):
         part = LocalPrior(layers=trained_like().to(device), config=CONFIG)
         drawn.append(story(RunningBatch(Decoder(part), 4, lambda device: 10**9), of))
