@@ -260,7 +260,7 @@ def test_lanes_take_turns(layers: nn.ModuleDict) -> None:
 def test_a_candidate_that_cannot_be_drawn_is_refused(decoder: Decoder) -> None:
     batch, good = RunningBatch(decoder, 2), candidates(CONFIG)[0]
     codes, some = torch.arange(16), torch.arange(16) < 3
-    wrong = {
+    wrong: dict[str, dict[str, Any]] = {
         "6 tokens, padded with -1": {"text": good.text[:5]},
         "tokens must be -1 to 29": {"text": good.text + 30},
         "temperature=-1": {"settings": DrawSettings(temperature=-1.0)},
