@@ -100,6 +100,7 @@ bench: $(DEV_STAMP) system
 	$(BIN)/python -m bench dvae --json
 	$(BIN)/python -m bench bpe --json
 	$(BIN)/python -m bench sampling --json
+	$(BIN)/python -m bench serving --json
 	$(BIN)/python -m bench profile --json
 	$(BIN)/python -m bench plan --json
 	$(BIN)/python -m bench loader --json

@@ -13,6 +13,7 @@ from data_pipeline.evaluation_sets import open_evaluation
 from generation.config import DrawSettings, ScoreConfig
 from generation.evaluation.open_score import open_job
 from generation.sampling.decoder import Decoder, LocalPrior
+from generation.sampling.running import RunningBatch
 from generation.sampling.sampler import Prompt
 from generation.text_to_image import open_studio
 from models.prior import PAD
@@ -21,6 +22,7 @@ from parallel.mesh import Mesh
 from parallel.world import World
 from tests.second_device import SECOND
 from tests.unit.finished import write_models
+from tests.unit.generation.test_running import candidates, story
 from tests.unit.generation.test_sampling import draw, keys_of
 from tests.unit.layouts import write_coco
 from tests.unit.models.test_models import CONFIG, trained_like
@@ -47,6 +49,14 @@ def test_candidates_are_those_of_the_cpu(settings: dict[str, Any], batch: int) -
         assert decoder.device == device
         results.append(draw(decoder, text, keys_of(2, 3), DrawSettings(**settings), prompt, batch))
     assert torch.equal(*results)
+
+
+def test_a_running_batch_draws_those_of_the_cpu() -> None:
+    of, drawn = candidates(CONFIG, 3), []
+    for device in (CPU, SECOND):
+        part = LocalPrior(layers=trained_like().to(device), config=CONFIG)
+        drawn.append(story(RunningBatch(Decoder(part), 4, lambda device: 10**9), of))
+    assert drawn[0] == drawn[1]
 
 
 def test_scores_are_those_of_the_cpu(tmp_path: Path) -> None:

@@ -31,6 +31,15 @@ def test_the_integers_of_other_devices_give_the_same_bits() -> None:
         assert bits.tolist() == [_numpy(key, position, 24) for key in KEYS]
 
 
+def test_each_key_has_a_position_of_its_own() -> None:
+    positions = [3, 0, 2**40, 1, 3, 7, 1023]
+    expected = [_numpy(key, at, 16) for key, at in zip(KEYS, positions, strict=True)]
+    keys, at = torch.tensor(KEYS), torch.tensor(positions)
+    assert draw_bits(keys, 16, at).tolist() == philox_bits(keys, 2, at).tolist() == expected
+    each = [gumbel_noise(keys[i : i + 1], (3, 2), p) for i, p in enumerate(positions)]
+    assert gumbel_noise(keys, (3, 2), at).equal(torch.cat(each))
+
+
 def test_a_known_answer_of_the_authors() -> None:
     """Random123's kat_vectors, philox4x64, 10 rounds, counter and key 0. NumPy begins at counter 1,
     so the test wraps the counter around.

@@ -206,7 +206,7 @@ def test_files_that_pages_name_exist(page: Path) -> None:
 
 def test_the_python_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "docs" / "reference" / "python.md").read_text()
-    snippet = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+    snippet, _, together = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     write_models(tmp_path / "runs" / "demo", ["a small red circle above a large blue square"])
     names: dict[str, object] = {}
@@ -214,6 +214,8 @@ def test_the_python_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert names["best"].pictures.shape[0] == 8  # type: ignore[attr-defined]
     assert names["again"].shape == (16,)  # type: ignore[attr-defined]
     assert Path("best.png").stat().st_size > 0
+    exec(compile(together, "python.md", "exec"), names)
+    assert len(names["pictures"]) == 6  # type: ignore[arg-type]
 
 
 @pytest.mark.world

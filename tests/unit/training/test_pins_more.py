@@ -17,7 +17,7 @@ from data_pipeline.streaming.readable import ReadablePairs
 from generation.config import DrawSettings
 from generation.sampling.decoder import Decoder, LocalPrior
 from generation.sampling.kv_cache import Lane
-from generation.sampling.sampler import Prompt, Sampler, _Lane
+from generation.sampling.sampler import Prompt, Sampler, _Lane, with_empty
 from models import code_encoder as codes
 from models import initialization as draws
 from models import keyed_noise as noise
@@ -313,7 +313,7 @@ def test_a_lane_starts_from_what_is_given() -> None:
     assert (lane._first, lane._end, lane._captions, lane._each) == (3, 13, 3, 2)
     assert isinstance(lane._lane, Lane) and (lane._lane.captions, lane._lane.each) == (6, 2)
     assert lane._codes.tolist() == [(prompt.codes * kept).tolist()] * 6
-    empty = lane._with_empty(batch["text"])
+    empty = with_empty(batch["text"], DrawSettings(guidance=2.0))
     assert empty[:3].equal(batch["text"]) and (empty[3:] == -1).all()
 
 
