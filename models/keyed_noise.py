@@ -21,45 +21,48 @@ _A_BLOCK = 8
 """32-bit draws of a block."""
 
 
-def gumbel_noise(keys: Tensor, shape: tuple[int, ...], position: int = 0) -> Tensor:
+def gumbel_noise(keys: Tensor, shape: tuple[int, ...], position: int | Tensor = 0) -> Tensor:
     """Standard Gumbel noise for some samples, drawn on their keys' device.
 
     -log(-log(u)) with u = (bits + 1/2) / 2^32, in float64 and rounded at the end, so that devices
     agree except for the last bit of rare values.
-    Shapes: (B,) int64, not negative -> (B, *shape) float32.
+    Shapes: keys (B,) int64, not negative; a position of all, or (B,) int64 -> (B, *shape) float32.
     """
     bits = draw_bits(keys, prod(shape), position)
     uniform = bits.double().add_(0.5).mul_(2.0**-32)
     return uniform.log_().neg_().log_().neg_().float().view(len(keys), *shape)
 
 
-def draw_bits(keys: Tensor, count: int, position: int = 0) -> Tensor:
+def draw_bits(keys: Tensor, count: int, position: int | Tensor = 0) -> Tensor:
     """The first 32-bit draws of each key at a position.
 
-    Shapes: (B,) int64, not negative -> (B, count) int64 in [0, 2^32).
+    Shapes: keys (B,) int64, not negative; a position of all, or (B,) int64 -> (B, count) int64 in
+    [0, 2^32).
     """
     if keys.device.type == "cpu":
         return _by_numpy(keys, count, position)
     return philox_bits(keys, -(-count // _A_BLOCK), position)[:, :count]
 
 
-def _by_numpy(keys: Tensor, count: int, position: int) -> Tensor:
+def _by_numpy(keys: Tensor, count: int, position: int | Tensor) -> Tensor:
     words = -(-count // 2)
     draws = np.empty((len(keys), words), "<u8")
-    philox = np.random.Philox(key=0, counter=[0, position, 0, 0])
+    positions = [position] * len(keys) if isinstance(position, int) else position.tolist()
+    philox = np.random.Philox(key=0)
     state = philox.state  # setting it is ten times faster than creating a generator
-    for row, key in zip(draws, keys.tolist(), strict=True):
-        state["state"]["key"][0] = key
+    for row, key, place in zip(draws, keys.tolist(), positions, strict=True):
+        state["state"]["key"][0], state["state"]["counter"][1] = key, place
         philox.state = state
         row[:] = philox.random_raw(words)
     return torch.from_numpy(draws.view("<u4")[:, :count].astype(np.int64))
 
 
-def philox_bits(keys: Tensor, blocks: int, position: int) -> Tensor:
+def philox_bits(keys: Tensor, blocks: int, position: int | Tensor) -> Tensor:
     """The same draws in torch integers, on any device: (B,) -> (B, 8 * blocks)."""
     first = torch.arange(1, blocks + 1, device=keys.device)
     zero = torch.zeros_like(first)
-    counter = [first, torch.full_like(first, position), zero, zero]
+    places = torch.full_like(first, position) if isinstance(position, int) else position[:, None]
+    counter = [first, places, zero, zero]
     pair = [keys[:, None], torch.zeros_like(keys)[:, None]]
     for number in range(ROUNDS):
         if number:

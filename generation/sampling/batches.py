@@ -117,6 +117,26 @@ def fitting(
     return agreed
 
 
+def check_rows(
+    caches: CacheShape, rows: int, free: int, device: torch.device, least: Callable[[int], int]
+) -> None:
+    """Check that a running batch fits into free memory on all ranks.
+
+    Beside its caches it takes the hidden states of one candidate, with guidance, from its text to
+    its last code, for prefill and for draws from canonical logits.
+    Raises: ConfigError with the number of rows that fit.
+    """
+    config, one = caches.config, max(1, caches.of_one().bytes)
+    states = 2 * (config.text_length + config.image_length) * config.dim * _START
+    most = least(max(0, int(free * (1 - _KEPT)) - states) // one)
+    if most < rows:
+        raise ConfigError(
+            f"{rows} rows take {(rows * one + states) / _GB:.2f} GB beside the weights, and "
+            f"{free / _GB:.2f} GB are free on {device}; {most} fit on every rank: start with as "
+            f"many, or {_OTHERWISE}"
+        )
+
+
 def without_memory(batch: Batch, device: torch.device, alone: bool) -> list[Batch]:
     """Halve a batch that ran out of device memory, with a warning.
 

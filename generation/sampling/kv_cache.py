@@ -19,10 +19,12 @@ from models.config import PriorConfig
 
 _HERE = torch.device("cpu")
 _META = torch.device("meta")
+_DENSE = 2
+"""All slots of a row are read in place if they are at most this many times those that it needs."""
 
 
 class CachePosition(NamedTuple):
-    """The slot of one image position, and the slots that it reads."""
+    """One image position of all rows: its slot, and the slots that it reads."""
 
     slot: Tensor
     """(1,) int64."""
@@ -30,6 +32,36 @@ class CachePosition(NamedTuple):
     """(w,) int64: slots."""
     bias: Tensor | None
     """(w,): 0, or minus infinity for padding; None: all slots are read."""
+
+    def write(self, store: Tensor, new: Tensor) -> None:
+        """Store the position's keys or values: (rows * heads, slots, D), (rows * heads, 1, D)."""
+        store.index_copy_(1, self.slot, new)
+
+    def read(self, store: Tensor) -> Tensor:
+        """(rows * heads, w, D)."""
+        return store.index_select(1, self.reads)
+
+
+class RowPositions(NamedTuple):
+    """`CachePosition` with an image position of each row's own."""
+
+    slot: Tensor
+    """(rows * heads,) int64: in the flat store."""
+    reads: Tensor | None
+    """(rows * heads * w,) int64: slots in the flat store; None: all slots of the row."""
+    bias: Tensor
+    """(rows, 1, w): 0, or minus infinity for slots that a row does not read."""
+
+    def write(self, store: Tensor, new: Tensor) -> None:
+        """As `CachePosition.write`."""
+        store.view(-1, store.shape[2]).index_copy_(0, self.slot, new.flatten(0, 1))
+
+    def read(self, store: Tensor) -> Tensor:
+        """As `CachePosition.read`."""
+        if self.reads is None:
+            return store
+        flat = store.view(-1, store.shape[2])
+        return flat.index_select(0, self.reads).view(len(store), -1, store.shape[2])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,6 +80,9 @@ class Reads:
     """Valid entries of each row of `index`."""
     bias: Tensor
     """(image_length, widest): 0 where `index` is valid, minus infinity elsewhere."""
+    slot_bias: Tensor | None
+    """(image_length, slots): 0 for slots that a position reads, minus infinity for others. None if
+    most positions read few of them."""
 
     def to(self, device: torch.device) -> "Reads":
         """The tables on a device, so that no step copies them there."""
@@ -58,6 +93,7 @@ class Reads:
             index=self.index.to(device),
             counts=self.counts,
             bias=self.bias.to(device),
+            slot_bias=None if self.slot_bias is None else self.slot_bias.to(device),
         )
 
     def cache_position(self, position: int) -> CachePosition:
@@ -69,6 +105,19 @@ class Reads:
         """`cache_position` with one shape for all positions; `at` is (1,), on the device."""
         index, bias = (table.index_select(0, at)[0] for table in (self.index, self.bias))
         return CachePosition(self.slot.index_select(0, at), index, bias)
+
+    def row_positions(self, at: Tensor, heads: int) -> RowPositions:
+        """The slots of rows at different positions, with one shape for all positions.
+
+        Slots are gathered, unless a position reads so many of them that a copy costs more.
+        Shapes: at (rows,) int64, on the device.
+        """
+        first = torch.arange(len(at) * heads, device=at.device) * self.slots
+        slot = first + self.slot.index_select(0, at).repeat_interleave(heads)
+        if self.slot_bias is not None:
+            return RowPositions(slot, None, self.slot_bias.index_select(0, at)[:, None])
+        index, bias = (table.index_select(0, at)[:, None] for table in (self.index, self.bias))
+        return RowPositions(slot, (first.view(-1, heads, 1) + index).flatten(), bias)
 
     def read_from(self, position: int) -> Tensor:
         """The earlier positions that this one or a later one reads, (n,) int64."""
@@ -85,9 +134,11 @@ def reads_of(kind: Kind, grid: int, conv_kernel: int, columns: int = 0) -> Reads
     counts = mask.sum(1).tolist()
     index = torch.zeros(len(mask), max(counts), dtype=torch.int64, device=_HERE)
     bias = torch.full(index.shape, -torch.inf, device=_HERE)
+    slot_bias = torch.full((len(mask), max(slots) + 1), -torch.inf, device=_HERE)
     for i, (row, count) in enumerate(zip(mask, counts, strict=True)):
         index[i, :count] = slot[row]
         bias[i, :count] = 0
+        slot_bias[i, slot[row]] = 0
     return Reads(
         slots=max(slots) + 1,
         slot=slot,
@@ -95,6 +146,7 @@ def reads_of(kind: Kind, grid: int, conv_kernel: int, columns: int = 0) -> Reads
         index=index,
         counts=counts,
         bias=bias,
+        slot_bias=slot_bias if max(slots) + 1 <= _DENSE * max(counts) else None,
     )
 
 
@@ -125,6 +177,20 @@ class LayerCache:
     """(captions * each * heads, slots, D)."""
     values: Tensor
 
+    def part(self, rows: slice) -> "LayerCache":
+        """The same memory of some captions, each with its only candidate."""
+        captions, heads = self.text_keys.shape[:2]
+        keys, values = (
+            store.view(captions, heads, *store.shape[1:])[rows].flatten(0, 1)
+            for store in (self.keys, self.values)
+        )
+        return LayerCache(
+            text_keys=self.text_keys[rows],
+            text_values=self.text_values[rows],
+            keys=keys,
+            values=values,
+        )
+
     def fill(self, keys: Tensor, values: Tensor, reads: Reads) -> None:
         """Store the text's keys and values, and those of given image tokens that are read later.
 
@@ -151,6 +217,17 @@ class Lane:
     def rows(self) -> int:
         """Candidates in all."""
         return self.captions * self.each
+
+    def part(self, first: int, end: int) -> "Lane":
+        """The same memory of some captions, each with its only candidate."""
+        blocks = [block.part(slice(first, end)) for block in self.blocks]
+        return Lane(captions=end - first, each=1, blocks=blocks)
+
+    def copy_text(self, source: int, target: int) -> None:
+        """Copy a caption's keys and values of the text to another caption's."""
+        for block in self.blocks:
+            for store in (block.text_keys, block.text_values):
+                store[target].copy_(store[source])
 
     @property
     def text_bytes(self) -> int:

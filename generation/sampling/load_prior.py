@@ -8,7 +8,7 @@ from torch import nn
 
 from core.config import check, from_json
 from generation.sampling.decoder import LocalPrior
-from generation.sampling.pipeline import Neighbours, Pipeline, least_of
+from generation.sampling.pipeline import Leader, Neighbours, Pipeline, WorldLeader, least_of
 from models.config import PriorConfig
 from models.prior import prior_layers
 from parallel.balance import stage_layers
@@ -51,5 +51,6 @@ def load_local_prior(
         tensor=mesh.shared,
         neighbours=neighbours,
         least=partial(least_of, mesh.world),
+        lead=WorldLeader(mesh.world) if mesh.world.size > 1 else Leader(),
     )
     return part, saved.facts

@@ -75,3 +75,33 @@ class Pipeline(Neighbours):
     def share(self, codes: Tensor) -> Shared:
         last = self._ranks[-1]
         return Shared(codes, dist.broadcast(codes, last, group=self._group, async_op=True))
+
+
+class Leader:
+    """Rank 0 of a world of one rank: itself."""
+
+    rank = 0
+    """This rank."""
+
+    def tell(self, words: list[int]) -> list[int]:
+        """Broadcast rank 0's numbers; other ranks' argument is ignored."""
+        return words
+
+
+class WorldLeader(Leader):
+    """Rank 0 of several; all ranks call `tell` together."""
+
+    def __init__(self, world: World) -> None:
+        self._world, self.rank = world, world.rank
+
+    def tell(self, words: list[int]) -> list[int]:
+        world = self._world
+        size = torch.tensor(len(words), device=world.device)
+        dist.broadcast(size, 0, group=world.group)
+        if not int(size):
+            return []
+        body = torch.tensor(words, device=world.device) if world.rank == 0 else None
+        if body is None:
+            body = torch.empty(int(size), dtype=torch.int64, device=world.device)
+        dist.broadcast(body, 0, group=world.group)
+        return body.tolist()  # type: ignore[no-any-return]

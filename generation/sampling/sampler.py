@@ -21,7 +21,8 @@ from models.prior import PAD
 
 Keys = list[list[tuple[KeyPart, ...]]]
 """Random key of each candidate, by caption."""
-_UNSURE = -1
+UNSURE = -1
+"""In place of a code that rounding could have changed; `redraw` draws it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,7 @@ class Sampler:
             caches=decoder.caches,
             captions=captions,
             candidates=count,
-            given=_span(prompt, self.config.image_length)[0],
+            given=span(prompt, self.config.image_length)[0],
             streams=1 if settings.guidance == 1 else 2,
             lanes=decoder.neighbours.size,
         )
@@ -144,12 +145,55 @@ def _decode(lanes: "list[_Lane]", length: int) -> list[Tensor]:
     return [lane.finish() for lane in lanes]
 
 
-def _span(prompt: Prompt | None, length: int) -> tuple[int, int]:
+def span(prompt: Prompt | None, length: int) -> tuple[int, int]:
     """The first position that is drawn, and one after the last."""
     if prompt is None:
         return 0, length
     drawn = (~prompt.kept).nonzero().flatten().tolist()
     return drawn[0], drawn[-1] + 1
+
+
+def with_empty(text: Tensor, settings: DrawSettings) -> Tensor:
+    """With guidance, append as many empty captions."""
+    return text if settings.guidance == 1 else torch.cat([text, torch.full_like(text, PAD)])
+
+
+def draw_codes(
+    decoder: Decoder,
+    logits: Tensor,
+    keys: Tensor,
+    position: int | Tensor,
+    settings: DrawSettings,
+    canonical: bool = False,
+) -> Tensor:
+    """Draw a code of each row at a position; in fp32, UNSURE if rounding could have changed it.
+
+    `canonical`: the logits are those of `Decoder.canonical_logits`.
+    Shapes: logits (B, codes), keys (B,) int64; a position of all rows, or (B,) int64 -> (B,).
+    """
+    noise = None
+    if settings.temperature != 0:
+        noise = gumbel_noise(keys, (decoder.config.image_vocabulary,), position)
+    choice = choose(logits, noise, settings, canonical)
+    if canonical or not decoder.exact:
+        return choice.codes
+    return choice.codes.where(choice.sure, UNSURE)
+
+
+def redraw(
+    decoder: Decoder, text: Tensor, image: Tensor, key: Tensor, settings: DrawSettings
+) -> Tensor:
+    """Draw one candidate's code from canonical logits, which do not depend on its batch.
+
+    Shapes: text (text_length,), image (n,) the codes up to the one that is drawn, key (1,) -> ().
+    """
+    captions = with_empty(text[None], settings)
+    logits = decoder.canonical_logits(captions, image.expand(len(captions), -1))
+    drawn = torch.full((1,), UNSURE, device=decoder.device)
+    if logits is not None:
+        logits = logits if settings.guidance == 1 else guided(logits, settings.guidance)
+        drawn = draw_codes(decoder, logits, key, len(image) - 1, settings, canonical=True)
+    return decoder.neighbours.share(drawn).wait()[0]
 
 
 class _Lane:
@@ -175,7 +219,7 @@ class _Lane:
             rows = (prompt.codes.cpu() * prompt.kept.cpu()).to(device).expand(len(text), -1)
             self._codes[:] = rows.repeat_interleave(self._each, 0)
             self._kept = prompt.kept.tolist()
-        self._first, self._end = _span(prompt, length)
+        self._first, self._end = span(prompt, length)
         self._lane = self._start(self._text, self._codes[:: self._each, : self._first], self._each)
         self._shared: tuple[Shared, int] | None = None
 
@@ -187,11 +231,9 @@ class _Lane:
         logits = self._next(self._lane, position, self._codes)
         if self._kept[position]:
             return
-        drawn = torch.full((len(self._keys),), _UNSURE, device=self._decoder.device)
+        drawn = torch.full((len(self._keys),), UNSURE, device=self._decoder.device)
         if logits is not None:
-            choice = choose(logits, self._noise(self._keys, position), self._settings)
-            exact = self._decoder.exact
-            drawn = choice.codes.where(choice.sure, _UNSURE) if exact else choice.codes
+            drawn = draw_codes(self._decoder, logits, self._keys, position, self._settings)
         self._shared = self._decoder.neighbours.share(drawn), position
 
     def finish(self) -> Tensor:
@@ -200,13 +242,8 @@ class _Lane:
         return self._codes.view(self._captions, self._each, -1)
 
     def _start(self, text: Tensor, given: Tensor, each: int) -> Lane:
-        text = self._with_empty(text)
+        text = with_empty(text, self._settings)
         return self._decoder.start(text, given.repeat(len(text) // len(given), 1), each)
-
-    def _with_empty(self, text: Tensor) -> Tensor:
-        """With guidance, append as many empty captions."""
-        plain = self._settings.guidance == 1
-        return text if plain else torch.cat([text, torch.full_like(text, PAD)])
 
     def _next(self, lane: Lane, position: int, codes: Tensor) -> Tensor | None:
         before = codes[:, max(position - 1, 0)]
@@ -215,11 +252,6 @@ class _Lane:
         logits = self._decoder.next(lane, position, before.repeat(2))
         return None if logits is None else guided(logits, self._settings.guidance)
 
-    def _noise(self, keys: Tensor, position: int) -> Tensor | None:
-        if self._settings.temperature == 0:
-            return None
-        return gumbel_noise(keys, (self._decoder.config.image_vocabulary,), position)
-
     def _store_codes(self) -> None:
         """Store the last position's codes; redraw those that rounding could change."""
         if self._shared is None:
@@ -227,18 +259,7 @@ class _Lane:
         (shared, position), self._shared = self._shared, None
         codes = shared.wait()
         self._codes[:, position] = codes
-        for row in (codes == _UNSURE).nonzero().flatten().tolist():
-            self._codes[row, position] = self._by_itself(row, position)
-
-    def _by_itself(self, row: int, position: int) -> Tensor:
-        """Draw one candidate's code from canonical logits, which do not depend on its batch."""
-        caption, guidance = row // self._each, self._settings.guidance
-        text = self._with_empty(self._text[caption : caption + 1])
-        image = self._codes[row : row + 1, : position + 1].expand(len(text), -1)
-        logits = self._decoder.canonical_logits(text, image)
-        drawn = torch.full((1,), _UNSURE, device=self._decoder.device)
-        if logits is not None:
-            logits = logits if guidance == 1 else guided(logits, guidance)
-            noise = self._noise(self._keys[row : row + 1], position)
-            drawn = choose(logits, noise, self._settings, canonical=True).codes
-        return self._decoder.neighbours.share(drawn).wait()[0]
+        for row in (codes == UNSURE).nonzero().flatten().tolist():
+            text, image = self._text[row // self._each], self._codes[row, : position + 1]
+            key = self._keys[row : row + 1]
+            self._codes[row, position] = redraw(self._decoder, text, image, key, self._settings)

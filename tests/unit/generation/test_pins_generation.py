@@ -16,7 +16,7 @@ from generation.evaluation import accuracy
 from generation.evaluation.accuracy import best_of_shares, counts_up_to, wilson_low
 from generation.sampling.decoder import Decoder, LocalPrior
 from generation.sampling.draw import choose, guided
-from generation.sampling.sampler import Prompt, Sampler, _span, _split
+from generation.sampling.sampler import Prompt, Sampler, _split, span
 from models.config import PriorConfig
 from models.critics.fid import ClassSums, Moments, frechet_distance, inception_score, part_of
 from parallel.tensor.ops import TensorParallel
@@ -148,8 +148,8 @@ def test_candidates_are_dealt_to_lanes_and_spans_are_drawn() -> None:
     assert parts[1][1] == [("b", 2), ("b", 3), ("b", 4)]
     assert [len(part[0]) for part in _split(cast(Any, [keys[0][:2]]), 4)] == [1, 1]
     kept = torch.tensor([True, True, False, True, False, True])
-    assert _span(Prompt(codes=torch.zeros(6), kept=kept), 6) == (2, 5)
-    assert _span(None, 6) == (0, 6)
+    assert span(Prompt(codes=torch.zeros(6), kept=kept), 6) == (2, 5)
+    assert span(None, 6) == (0, 6)
 
 
 def test_captions_without_equally_many_keys_are_refused(small: Any) -> None:

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from generation.config import DrawSettings
-from generation.sampling.decoder import Decoder, LocalPrior, _DecoderBlock
+from generation.sampling.decoder import Decoder, LocalPrior
+from generation.sampling.decoder_block import DecoderBlock
 from generation.sampling.draw import CLOSE, choose
 from generation.sampling.kv_cache import Lane
 from generation.sampling.sampler import Sampler
@@ -70,7 +71,7 @@ def test_two_shards_of_a_block_decode_as_the_whole(tmp_path: Path) -> None:
     x = torch.randn(2, 9, CONFIG.dim, generator=torch.Generator().manual_seed(3))
 
     def through(part: LocalPrior, mine: PriorBlock) -> list[Any]:
-        packed = _DecoderBlock(mine, 1, part, torch.float32, one_row=False)
+        packed = DecoderBlock(mine, 1, part.config, part.tensor, dtype=torch.float32, one_row=False)
         return [packed._whole(x)[0].tolist(), packed.canonical(x).tolist(), packed.heads]
 
     def rank(number: int) -> list[Any]:
