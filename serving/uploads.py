@@ -20,6 +20,10 @@ from serving.ranks.messages import ModelFacts
 from serving.requests import bad_request
 
 
+_SKEW = 0.02
+"""By which the shapes of a picture and its mask may differ."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImagePrompt:
     """An uploaded picture as a model reads it."""
@@ -57,10 +61,11 @@ def _image_prompt(
             _check_size(name, data, megapixels)
     picture = decode_rgb(image, "image")
     clear = _transparency("image" if mask is None else "mask", image if mask is None else mask)
-    if clear.shape != picture.shape[:2]:
+    shapes = [x.shape[1] / x.shape[0] for x in (clear, picture)]
+    if abs(shapes[0] / shapes[1] - 1) > _SKEW:
         raise bad_request(
             f"mask: it has {clear.shape[1]}x{clear.shape[0]} pixels, the image "
-            f"{picture.shape[1]}x{picture.shape[0]}; make them equal"
+            f"{picture.shape[1]}x{picture.shape[0]}; make them equal in shape"
         )
     redrawn = redrawn_tokens(np.repeat(clear[:, :, None], 3, 2), (facts.rows, facts.columns))
     if redrawn.all() or not redrawn.any():
