@@ -19,7 +19,6 @@ from serving.ranks.group import JobError
 from serving.ranks.messages import ModelFacts
 from serving.requests import bad_request
 
-
 _SKEW = 0.02
 """By which the shapes of a picture and its mask may differ."""
 

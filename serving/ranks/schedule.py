@@ -4,9 +4,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from generation.sampling.running import Candidate, Progress, RunningBatch
-
 from generation.config import DrawSettings
+from generation.sampling.running import Candidate, Progress, RunningBatch
 from generation.sampling.sampler import Prompt
 from serving.ranks.messages import Draw
 

@@ -8,13 +8,13 @@ from dataclasses import asdict
 
 import numpy as np
 import torch
-from generation.sampling.running import Candidate, RunningBatch
 
 from core.config import from_json
 from core.heartbeat import Heart
 from core.stop import heed_stop_signals
 from data_pipeline.text.bpe import encode
 from generation.config import DrawSettings
+from generation.sampling.running import Candidate, RunningBatch
 from generation.sampling.sampler import Prompt
 from generation.text_to_image import Studio, open_studio
 from parallel.mesh import Mesh, build_mesh, own_mesh

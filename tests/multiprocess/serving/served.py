@@ -1,8 +1,12 @@
 """A running `tapir serve`, and what tests ask of it."""
 
+import contextlib
 import io
+import os
 import re
+import select
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from generation.config import ModelPaths
-from tests.harness import PATIENCE, start_tapir, tapir
+from tests.harness import ENVIRONMENT, PATIENCE, TAPIR, tapir
 from tests.unit.finished import write_models
 
 CAPTIONS = ["a small red circle", "two blue squares"]
@@ -47,6 +51,7 @@ class Served:
         until = time.monotonic() + PATIENCE
         while self.metric(name) != value:
             assert time.monotonic() < until, (name, value, self.metric(name))
+            select.select([], [], [], 0.1)
 
     def until_ready(self) -> None:
         """Wait until all models are ready."""
@@ -54,7 +59,7 @@ class Served:
         with self.client() as client:
             while client.get("/healthz").status_code != 200:
                 assert self.process.poll() is None and time.monotonic() < until, self.told()
-                self.log.stat()
+                select.select([], [], [], 0.1)
 
     def told(self) -> str:
         return self.log.read_text()[-4000:]
@@ -75,15 +80,25 @@ def served(folder: Path, *flags: str) -> Iterator[Served]:
     models = write_models(folder / "models", CAPTIONS, dropout=0.1)
     log = folder / "log"
     (folder / "token").write_text(TOKEN)
-    process = start_tapir("serve", f"tiny={folder / 'models'}", "--port=0", *flags, log=log)
-    until = time.monotonic() + PATIENCE
-    while not (told := _ADDRESS.search(log.read_text())):
-        assert process.poll() is None and time.monotonic() < until, log.read_text()
-    server = Served(address=told[1], models=models, process=process, log=log)
-    server.until_ready()
-    yield server
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(PATIENCE) == 0, server.told()
+    command = [*TAPIR, "serve", f"tiny={folder / 'models'}", "--port=0", *flags]
+    with open(log, "ab") as output:  # start_tapir's processes end with each test
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=ENVIRONMENT, start_new_session=True
+        )
+    try:
+        until = time.monotonic() + PATIENCE
+        while not (told := _ADDRESS.search(log.read_text())):
+            assert process.poll() is None and time.monotonic() < until, log.read_text()
+            select.select([], [], [], 0.1)
+        server = Served(address=told[1], models=models, process=process, log=log)
+        server.until_ready()
+        yield server
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0, server.told()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def png(pixels: Any, mode: str | None = None) -> bytes:

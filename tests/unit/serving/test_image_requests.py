@@ -1,6 +1,7 @@
 """Fields of the images API, and uploaded pictures and masks."""
 
 import asyncio
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from generation.sampling.prompts import kept_tokens
 from serving.config import Limits
 from serving.pictures import Pictures, enlarged
 from serving.ranks.group import JobError
-from serving.ranks.messages import ModelFacts
+from serving.ranks.messages import Draw, ModelFacts
 from serving.requests import checked, make_draw, parse_request, side_of
 from serving.uploads import Uploads
 from tests.multiprocess.serving.served import mask_png, png
@@ -23,31 +24,33 @@ FACTS = ModelFacts(
 )
 
 
-def draw_of(**fields: object) -> object:
+def draw_of(**fields: object) -> Draw:
     request = checked(parse_request({"prompt": "A  Red\ncat", **fields}), Limits(), FACTS)
     return make_draw(request, 7, FACTS)
 
 
 def test_captions_are_cleaned_as_tapir_sample_does() -> None:
     draw = draw_of(seed=3, n=2)
-    assert (draw.caption, draw.seed, draw.candidates, draw.job) == ("a red cat", 3, 2, 7)  # type: ignore[attr-defined]
+    assert (draw.caption, draw.seed, draw.candidates, draw.job) == ("a red cat", 3, 2, 7)
 
 
 def test_without_a_key_each_request_has_another() -> None:
-    seeds = {draw_of().seed for _ in range(8)}  # type: ignore[attr-defined]
+    seeds = {draw_of().seed for _ in range(8)}
     assert len(seeds) > 1
 
 
 def test_text_of_forms_is_read_as_numbers() -> None:
     draw = draw_of(n="3", temperature="0.5", seed="4", stream="true", partial_images="1")
-    assert (draw.candidates, draw.temperature, draw.seed) == (3, 0.5, 4)  # type: ignore[attr-defined]
-    assert draw.partials == (2,)  # type: ignore[attr-defined]
+    assert (draw.candidates, draw.temperature, draw.seed) == (3, 0.5, 4)
+    assert draw.partials == (2,)
 
 
-@pytest.mark.parametrize(("asked", "partials"), [(0, ()), (1, (2,)), (3, (1, 2, 3)), (9, (1, 2, 3))])
+@pytest.mark.parametrize(
+    ("asked", "partials"), [(0, ()), (1, (2,)), (3, (1, 2, 3)), (9, (1, 2, 3))]
+)
 def test_partial_images_are_spread_over_the_rows(asked: int, partials: tuple[int, ...]) -> None:
-    assert draw_of(stream=True, partial_images=asked).partials == partials  # type: ignore[attr-defined]
-    assert draw_of(partial_images=asked).partials == ()  # type: ignore[attr-defined]
+    assert draw_of(stream=True, partial_images=asked).partials == partials
+    assert draw_of(partial_images=asked).partials == ()
 
 
 def test_all_problems_are_named_at_once() -> None:
@@ -89,7 +92,7 @@ def test_only_the_newest_pictures_are_kept() -> None:
     assert len(set(names)) == 3 and all(len(name) == 24 for name in names)
 
 
-def test_a_transparent_mask_redraws_what_a_bright_one_does(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_transparent_mask_redraws_what_a_bright_one_does(tmp_path: Path) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     mask = mask_png(16, slice(4, 8), slice(8, 16))
     prompt = asyncio.run(Uploads(1).prompt(encode_png(picture), mask, FACTS))
