@@ -36,13 +36,14 @@ def make_app(config: ServeConfig, groups: Mapping[str, RankGroup], token: str | 
     _add_pages(app)
     _add_state(app, service)
     _add_errors(app)
-    return Guard(
-        _Counted(app, service.metrics),
+    guard = Guard(
+        app,
         access=Access(host=config.host, hosts=config.hosts, token=token),
         most_bytes=int(config.limits.upload_mb * 1e6),
         seconds=config.limits.upload_seconds,
         is_open=lambda path: path in _OPEN or path.startswith(_PICTURES),
     )
+    return _Counted(guard, service.metrics)
 
 
 def _add_pages(app: FastAPI) -> None:
@@ -88,7 +89,7 @@ def _add_errors(app: FastAPI) -> None:
 
 
 class _Counted:
-    """ASGI middleware: counts answers by the route's path as it is registered."""
+    """ASGI middleware: counts answers, refusals too, by the route's path as it is registered."""
 
     def __init__(self, app: App, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics

@@ -5,12 +5,13 @@ checked against foreign pages that send requests to it. Imports no torch.
 """
 
 import asyncio
+import contextlib
 import hmac
 import ipaddress
 import json
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from serving.config import is_loopback
@@ -136,55 +137,66 @@ class Guard:
             return
         respond = _with_headers(send)
         refusal = self._access.refusal(scope["headers"], not self._is_open(scope["path"]))
-        refusal = refusal or self._too_large(scope["headers"])
+        refusal = refusal or await self._too_large(scope["headers"], receive)
         if refusal is not None:
             await send_refusal(respond, refusal)
             return
-        started = False
+        started, body = False, _Body(receive, self._most_bytes, self._seconds)
 
         async def tell(message: Message) -> None:
             nonlocal started
-            started = True
-            await respond(message)
+            if body.refusal is None or started:  # else the application answers its own failure
+                started = True
+                await respond(message)
 
-        try:
-            await self._app(scope, self._limited(receive), tell)
-        except _BodyRefusedError as error:
-            if not started:
-                await send_refusal(respond, error.refusal)
+        with contextlib.suppress(_BodyRefusedError):
+            await self._app(scope, body.receive, tell)
+        if body.refusal is not None and not started:
+            await send_refusal(respond, body.refusal)
 
-    def _too_large(self, headers: Headers) -> Refusal | None:
+    async def _too_large(self, headers: Headers, receive: Receive) -> Refusal | None:
+        """Refuse a stated length; a body that is not much larger is read, so that its sender, who
+        may not look at an answer before, gets it."""
         lengths = [value for name, value in headers if name.lower() == b"content-length"]
-        many = any(not x.isdigit() or int(x[:20]) > self._most_bytes for x in lengths)
-        return self._refuse_size() if many else None
+        if not any(not x.isdigit() or int(x[:20]) > self._most_bytes for x in lengths):
+            return None
+        body = _Body(receive, 2 * self._most_bytes, self._seconds)
+        with contextlib.suppress(_BodyRefusedError):
+            while lengths[0].isdigit() and not body.whole:
+                if (await body.receive())["type"] == "http.disconnect":
+                    break
+        return _size_refusal(self._most_bytes)
 
-    def _refuse_size(self) -> Refusal:
-        most = f"{self._most_bytes / 1e6:g} MB"
-        return Refusal(status=413, message=f"a request may have {most} at most", code="too_large")
 
-    def _limited(self, receive: Receive) -> Receive:
-        """Count the bytes of a body, and end one that does not arrive."""
-        loop = asyncio.get_running_loop()
-        until, received, whole = loop.time() + self._seconds, 0, False
+class _Body:
+    """Counts the bytes of a body, and ends one that is too large or does not arrive."""
 
-        async def limited() -> Message:
-            nonlocal received, whole
-            if whole:
-                return await receive()
-            try:
-                async with asyncio.timeout_at(until):
-                    message = await receive()
-            except TimeoutError:
-                slow = f"the request did not arrive within {self._seconds:g} s"
-                refusal = Refusal(status=408, message=slow, code="too_slow")
-                raise _BodyRefusedError(refusal) from None
-            received += len(message.get("body", b""))
-            whole = not message.get("more_body", False)
-            if received > self._most_bytes:
-                raise _BodyRefusedError(self._refuse_size())
-            return message
+    def __init__(self, receive: Receive, most_bytes: int, seconds: float) -> None:
+        self.refusal: Refusal | None = None
+        self.whole = False
+        self._receive, self._most_bytes, self._seconds = receive, most_bytes, seconds
+        self._until = asyncio.get_running_loop().time() + seconds
+        self._received = 0
 
-        return limited
+    async def receive(self) -> Message:
+        """The next message. Raises: _BodyRefusedError."""
+        if self.whole:
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._until):
+                message = await self._receive()
+        except TimeoutError:
+            slow = f"the request did not arrive within {self._seconds:g} s"
+            self._refuse(Refusal(status=408, message=slow, code="too_slow"))
+        self._received += len(message.get("body", b""))
+        self.whole = not message.get("more_body", False)
+        if self._received > self._most_bytes:
+            self._refuse(_size_refusal(self._most_bytes))
+        return message
+
+    def _refuse(self, refusal: Refusal) -> NoReturn:
+        self.refusal = refusal
+        raise _BodyRefusedError
 
 
 async def send_refusal(send: Send, refusal: Refusal) -> None:
@@ -213,9 +225,10 @@ async def send_refusal(send: Send, refusal: Refusal) -> None:
 class _BodyRefusedError(Exception):
     """Ends the application's reading of a body."""
 
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal.message)
-        self.refusal = refusal
+
+def _size_refusal(most_bytes: int) -> Refusal:
+    message = f"a request may have {most_bytes / 1e6:g} MB at most"
+    return Refusal(status=413, message=message, code="too_large")
 
 
 def _with_headers(send: Send) -> Send:

@@ -15,7 +15,7 @@ from serving.app import make_app
 from serving.config import ServeConfig, token_of
 from serving.ranks.group import RankGroup
 
-_BACKLOG = 1024
+_BACKLOG, _LOOK = 1024, 0.1
 _GRACE = 20
 """Seconds for running requests after a stop was asked for."""
 _CONNECTIONS = 1024
@@ -67,20 +67,16 @@ async def _serve(config: ServeConfig, token: str | None, listener: socket.socket
 
 
 async def _watch(groups: list[RankGroup], server: "_Server") -> None:
-    """Log states, and end the server once no model can be served."""
+    """Log states, and end the server if a model cannot be started at all."""
     states = {group.name: group.state for group in groups}
-    while True:
-        waits = [asyncio.ensure_future(group.changed()) for group in groups]
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for wait in waits:
-            wait.cancel()
+    while not server.should_exit:
         for group in groups:
             if group.state != states[group.name]:
                 states[group.name] = group.state
                 LOG.info("%s: %s", group.name, group.state)
-        if all(group.state == "failed" for group in groups):
-            server.should_exit = True
-            return
+            if group.state == "failed" and group.facts is None:
+                server.should_exit = True
+        await asyncio.sleep(_LOOK)
 
 
 class _Server(uvicorn.Server):

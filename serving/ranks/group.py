@@ -27,8 +27,8 @@ from serving.ranks.messages import Draw, Frame, ModelFacts, RankSettings, packed
 State = Literal["starting", "ready", "restarting", "failed", "stopped"]
 TARGET = "serving.ranks.worker:rank_main"
 _PRELOAD = ["torch", "torch.distributed", "serving.ranks.worker"]
-_SUPERVISION = SupervisorConfig(hang_seconds=120.0, grace_seconds=10.0)
-"""Rank 0 gives a sign of life at each step, and every 10 s without work."""
+_SUPERVISION = SupervisorConfig(hang_seconds=600.0, grace_seconds=10.0)
+"""Rank 0 gives a sign of life at each step, and every 10 s without work; none while it loads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class RankGroup:
         self._jobs: dict[int, Job] = {}
         self._last = 0
         self._writer: asyncio.StreamWriter | None = None
-        self._stop, self._changed = StopRequest(), asyncio.Event()
+        self._stop, self._was_ready = StopRequest(), False
         self._folder = Path()
         self._thread: threading.Thread | None = None
         self._server: asyncio.Server | None = None
@@ -114,10 +114,6 @@ class RankGroup:
         arguments = (payload, loop.call_soon_threadsafe)
         self._thread = threading.Thread(target=self._run, args=arguments, name=name, daemon=True)
         self._thread.start()
-
-    async def changed(self) -> None:
-        """Wait until the state changes."""
-        await self._changed.wait()
 
     async def stop(self) -> None:
         """End the ranks; unfinished requests fail."""
@@ -187,8 +183,6 @@ class RankGroup:
             self.restarts = restarts + 1
             self._stop.sleep(pause)
 
-    _was_ready = False
-
     async def _speak(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection of rank 0, from its start to its end."""
         self._writer = writer
@@ -233,8 +227,6 @@ class RankGroup:
     def _enter(self, state: State) -> None:
         if self.state != "stopped":
             self.state = state
-            self._changed.set()
-            self._changed = asyncio.Event()
 
     def _fail_jobs(self, message: str) -> None:
         jobs, self._jobs = list(self._jobs.values()), {}

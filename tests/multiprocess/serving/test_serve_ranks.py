@@ -41,7 +41,9 @@ def test_four_ranks_draw_what_one_process_draws(
     server: Served, client: httpx.Client, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     plain = server.sampled(tmp_path_factory.mktemp("a"), CAPTIONS[0], 3, "--seed=5")
-    guided = server.sampled(tmp_path_factory.mktemp("b"), CAPTIONS[1], 1, "--seed=6", "--guidance=2")
+    guided = server.sampled(
+        tmp_path_factory.mktemp("b"), CAPTIONS[1], 1, "--seed=6", "--guidance=2"
+    )
     answers: dict[int, httpx.Response] = {}
 
     def ask(i: int) -> None:

@@ -99,6 +99,16 @@ def test_loopback_is_this_machine_alone(host: str, expected: int) -> None:
     assert is_loopback(host) == bool(expected)
 
 
+async def _fail(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer 500 whatever happens, as a framework does."""
+    try:
+        await _echo(scope, receive, send)
+    except Exception:
+        await send({"type": "http.response.start", "status": 500, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+        raise
+
+
 async def _echo(scope: Scope, receive: Receive, send: Send) -> None:
     """Answer with the length of the body."""
     length, more = 0, True
@@ -114,7 +124,7 @@ def answer(
 ) -> tuple[int, bytes, dict[bytes, bytes]]:
     """Status, body and headers of a guarded application's answer."""
     guard = Guard(
-        _echo,
+        _fail,
         access=Access(host="127.0.0.1", token=TOKEN),
         most_bytes=10,
         seconds=0.01 if not ends else 60,
