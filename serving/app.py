@@ -1,6 +1,6 @@
 """The routes of `tapir serve`: page, images API, pictures, health and metrics, all guarded."""
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -48,11 +48,14 @@ def make_app(config: ServeConfig, groups: Mapping[str, RankGroup], token: str | 
 
 def _add_pages(app: FastAPI) -> None:
     for path, (name, kind) in _FILES.items():
+        app.add_route(path, _page(PAGE / name, kind), methods=["GET"], include_in_schema=False)
 
-        def answer(name: str = name, kind: str = kind) -> FileResponse:
-            return FileResponse(PAGE / name, media_type=kind, headers={"cache-control": "no-cache"})
 
-        app.add_api_route(path, answer, methods=["GET"], include_in_schema=False)
+def _page(path: Path, kind: str) -> Callable[[Request], Awaitable[Response]]:
+    async def answer(_request: Request) -> Response:
+        return FileResponse(path, media_type=kind, headers={"cache-control": "no-cache"})
+
+    return answer
 
 
 def _add_state(app: FastAPI, service: Service) -> None:

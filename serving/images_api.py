@@ -15,7 +15,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.formparsers import MultiPartParser
 
 from serving.events import EventStream, error_event, event
 from serving.pictures import enlarged
@@ -175,8 +175,6 @@ async def _form(request: Request, service: Service) -> tuple[dict[str, Any], dic
                     files[name.removesuffix("[]")] = await value.read()
                 else:
                     raise bad_request(f"{name[:80]}: send one file as image and one as mask")
-    except MultiPartException as error:
-        raise bad_request(f"the form cannot be read: {error.message}") from None
     except (ValueError, KeyError, UnicodeError) as error:
         raise bad_request("the form cannot be read") from error
     return fields, files

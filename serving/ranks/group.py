@@ -74,9 +74,9 @@ class RankGroup:
     """The ranks of one model; all methods belong to the event loop's thread."""
 
     def __init__(self, config: ServeConfig, name: str, models: ModelPaths, number: int = 0) -> None:
-        self.name, self.state, self.facts = name, "starting", None
-        self.state: State
-        self.facts: ModelFacts | None
+        self.name = name
+        self.state: State = "starting"
+        self.facts: ModelFacts | None = None
         self.error: TapirError | None = None
         """Why the state is `failed`."""
         self.restarts, self.busy_rows, self.waiting = 0, 0, 0
@@ -85,7 +85,7 @@ class RankGroup:
         self._last = 0
         self._writer: asyncio.StreamWriter | None = None
         self._stop, self._was_ready = StopRequest(), False
-        self._folder = Path()
+        self._folder: Path | None = None
         self._thread: threading.Thread | None = None
         self._server: asyncio.Server | None = None
 
@@ -126,7 +126,8 @@ class RankGroup:
             await asyncio.to_thread(self._thread.join)
         if self._server is not None:
             self._server.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def submit(self, draw: Callable[[int], Draw], pixels: bytes = b"") -> Job:
         """Send a request to the ranks; `draw` makes it from its number.
@@ -156,7 +157,7 @@ class RankGroup:
             "restarting": "is being started again after a rank died",
             "stopped": "is shutting down",
         }.get(self.state, f"cannot be started: {self.error}")
-        return JobError(503, f"the model {self.name} {why}", "serverunavailable")
+        return JobError(503, f"the model {self.name} {why}", "server_unavailable")
 
     def _run(self, payload: str, tell: Callable[..., object]) -> None:
         """The thread: start the ranks, and again when they have failed."""
@@ -231,4 +232,4 @@ class RankGroup:
     def _fail_jobs(self, message: str) -> None:
         jobs, self._jobs = list(self._jobs.values()), {}
         for job in jobs:
-            job.put(JobError(503, message, "serverunavailable"))
+            job.put(JobError(503, message, "server_unavailable"))

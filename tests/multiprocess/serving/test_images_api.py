@@ -175,6 +175,14 @@ def test_foreign_hosts_and_origins_are_refused(
     assert client.get("/", headers=headers).status_code == status
 
 
+def test_a_query_chooses_no_file(client: httpx.Client) -> None:
+    page = client.get("/").text
+    assert "<title>Tapir" in page
+    for query in ("name=../config.py", "name=/etc/passwd", "path=page.js", "kind=text/plain"):
+        answer = client.get(f"/?{query}")
+        assert answer.text == page and answer.headers["content-type"].startswith("text/html")
+
+
 def test_a_large_upload_is_read_and_a_larger_one_refused(client: httpx.Client) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (1850, 1850, 3), dtype=np.uint8)
     large = encode_png(noise)
