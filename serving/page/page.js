@@ -121,6 +121,7 @@ function arrive(cards, asked, shown) {
   card.replaceChildren(finished ? finishedFigure(entry) : figure(entry, "being drawn"));
   if (!finished) return;
   card.dataset.score = shown.score ?? 0;
+  card.dataset.codes = shown.codes.join(" ");
   history.add(entry);
   showHistory();
   const done = [...cards.values()].filter((each) => each.getAttribute("aria-busy") === "false");
