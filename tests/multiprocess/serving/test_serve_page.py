@@ -81,7 +81,7 @@ def test_rows_appear_and_pictures_are_ranked(page: Any, tmp_path: Path) -> None:
     )
     page.get_by_label("Caption").fill(CAPTIONS[0])
     page.get_by_label("Number of pictures").fill("3")
-    page.get_by_label("Key").fill("11")
+    page.get_by_role("spinbutton", name="Key").fill("11")
     page.get_by_role("button", name="Draw", exact=True).click()
     playwright.expect(page.locator("#progress")).to_contain_text("best first", timeout=SECONDS)
     rows = page.evaluate("window.rows")
@@ -105,6 +105,8 @@ def test_a_mask_painted_by_mouse_keeps_the_other_codes(page: Any) -> None:
     draw = page.get_by_role("button", name="Draw", exact=True)
     codes_after(page, draw.click)
     page.locator("#pictures").get_by_role("button").click()
+    playwright.expect(page.locator("#mask")).to_be_focused(timeout=SECONDS)
+    page.locator("#mask").scroll_into_view_if_needed()
     box = page.locator("#mask").bounding_box()
     cell = box["width"] / 4
     page.mouse.move(box["x"] + cell * 1.5, box["y"] + cell * 2.5)
@@ -114,7 +116,7 @@ def test_a_mask_painted_by_mouse_keeps_the_other_codes(page: Any) -> None:
     playwright.expect(page.locator("#mask-state")).to_contain_text("2 of 16")
     edits = []
     for key in ("1", "2", "3"):
-        page.get_by_label("Key").fill(key)
+        page.get_by_role("spinbutton", name="Key").fill(key)
         edits.append(codes_after(page, draw.click))
     redrawn = {2 * 4 + 1, 2 * 4 + 2}
     kept = [[code for i, code in enumerate(each) if i not in redrawn] for each in edits]
