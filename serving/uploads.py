@@ -83,12 +83,13 @@ def _check_size(name: str, data: bytes, megapixels: float) -> None:
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as opened:
             width, height = opened.size
+    except Image.DecompressionBombError:  # beyond Pillow's own limit of 179 million
+        width = height = 2**16
     except Exception as error:  # Pillow raises nearly anything for damaged files
         raise bad_request(f"{name}: it is no readable PNG, JPEG or WebP") from error
     if width * height > megapixels * 1e6:
-        raise JobError(
-            413, f"{name}: {width}x{height} pixels, at most {megapixels:g} million", "too_large"
-        )
+        message = f"{name}: it has more than {megapixels:g} million pixels; make it smaller"
+        raise JobError(413, message, "too_large")
 
 
 def _transparency(name: str, data: bytes) -> NDArray[np.uint8]:
