@@ -19,7 +19,7 @@ DOCS_STAMP := $(VENV)/.installed-docs
 
 # program or file:package
 SYSTEM := npm:npm ip:iproute2 /usr/share/wordnet/data.noun:wordnet-base \
-	/usr/sbin/slurmctld:slurm-wlm /usr/sbin/munged:munge cc:gcc
+	chromium:chromium /usr/sbin/slurmctld:slurm-wlm /usr/sbin/munged:munge cc:gcc
 
 .PHONY: install system demo docs test test-slow test-fast check faults soak matrix mutants slurm \
 	bench gpu wheels py312 clean
@@ -101,6 +101,7 @@ bench: $(DEV_STAMP) system
 	$(BIN)/python -m bench bpe --json
 	$(BIN)/python -m bench sampling --json
 	$(BIN)/python -m bench serving --json
+	$(BIN)/python -m bench serve_load --json
 	$(BIN)/python -m bench profile --json
 	$(BIN)/python -m bench plan --json
 	$(BIN)/python -m bench loader --json

@@ -10,7 +10,7 @@ from typing import Any
 HOME = Path(__file__).resolve().parent
 PACKAGES = (
     *("core", "cluster", "checkpoint", "parallel", "models"),
-    *("data_pipeline", "training", "planning", "generation", "workflow", "cli"),
+    *("data_pipeline", "training", "planning", "generation", "serving", "workflow", "cli"),
 )
 """Our packages in HOME; a user's own files may have the same names."""
 SPINS = "10000"
@@ -24,6 +24,7 @@ VERBS = {
     "tokenize": ("cli.tokenize:tokenize", "raw shards -> token shards; --worker i/n"),
     "plan": ("cli.plan:plan", "does it fit, how fast, on which mesh, for how many days"),
     "sample": ("cli.sample:sample", "captions -> candidates, reranked, as a PNG grid"),
+    "serve": ("cli.serve:serve", "a page to draw with, and the images API that tools know"),
     "evaluate": ("cli.evaluate:evaluate", "caption accuracy for best-of-N, or one suite (--suite)"),
     "score": ("cli.evaluate:score", "FID and IS on MS-COCO, CUB or a packed set"),
     "submit": ("cli.cluster:submit", "send a run file: local, Slurm or Kubernetes"),

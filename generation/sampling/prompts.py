@@ -8,20 +8,18 @@ ones are drawn without it, so that seams may show there.
 import re
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from core.errors import ConfigError, InputError
-from data_pipeline.images.crops import square
 from data_pipeline.images.decode import decode_rgb
 from generation.config import PromptConfig
+from generation.sampling.mask_tokens import redrawn_tokens
 from generation.sampling.sampler import Prompt
 
 _RECTANGLE = re.compile(r"(\d*):(\d*),(\d*):(\d*)")
-_KEPT_BELOW = 128
 
 
 def kept_tokens(config: PromptConfig, grid: int, columns: int = 0) -> Tensor:
@@ -79,10 +77,7 @@ def _rectangle(text: str, shape: tuple[int, int]) -> tuple[slice, slice]:
 
 
 def _redrawn(config: PromptConfig, shape: tuple[int, int]) -> Tensor:
-    """Tokens under any bright pixel of a mask, (rows, columns) bool.
-
-    The mask is scaled to whole pixels a token in either direction.
-    """
+    """Tokens under any bright pixel of a mask, (rows, columns) bool."""
     mask, image = _opened(config.mask), _opened(config.image)
     shapes = [x.shape[1] / x.shape[0] for x in (mask, image)]
     if abs(shapes[0] / shapes[1] - 1) > 0.02:
@@ -91,12 +86,7 @@ def _redrawn(config: PromptConfig, shape: tuple[int, int]) -> Tensor:
             f"{image.shape[1]}x{image.shape[0]}: both are cut to their middle squares, so make the "
             "mask of the picture's shape"
         )
-    middle, (rows, columns) = square(mask, min(mask.shape[:2])), shape
-    height, width = (count * max(1, round(len(middle) / count)) for count in shape)
-    scaled = cv2.resize(middle, (width, height), interpolation=cv2.INTER_AREA)
-    grey = cv2.cvtColor(scaled, cv2.COLOR_RGB2GRAY)
-    cells = grey.reshape(rows, height // rows, columns, width // columns)
-    return torch.from_numpy(np.asarray(cells.max((1, 3)) >= _KEPT_BELOW))
+    return torch.from_numpy(redrawn_tokens(mask, shape))
 
 
 def _opened(path: Path | None) -> NDArray[np.uint8]:

@@ -36,8 +36,13 @@ VIEW = {"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.3, 0.2]}
 """Of a network of open_clip: sizes and preprocessing."""
 
 
-def write_models(folder: Path, captions: list[str], seed: int = 0) -> ModelPaths:
-    """Writes a dVAE, a prior, a CLIP and a tokenizer that match."""
+def write_models(
+    folder: Path, captions: list[str], seed: int = 0, dropout: float = 0.0
+) -> ModelPaths:
+    """Writes a dVAE, a prior, a CLIP and a tokenizer that match.
+
+    `dropout`: above 0 the prior counts as trained for guidance.
+    """
     models = ModelPaths(**{name: folder / name for name in ("prior", "dvae", "clip", "bpe")})
     save_tokenizer(train_bpe(captions, 280), models.bpe)
     tokenizer, digest = load_tokenizer(models.bpe)
@@ -55,7 +60,8 @@ def write_models(folder: Path, captions: list[str], seed: int = 0) -> ModelPaths
         image_vocabulary=16,
         grid=4,
     )
-    _write(models.prior, "prior", to_json(prior), facts, build_prior(prior, seed).state_dict())
+    learned = {**facts, "caption_dropout": dropout} if dropout else facts
+    _write(models.prior, "prior", to_json(prior), learned, build_prior(prior, seed).state_dict())
     ranker = ClipConfig(
         pixels=PIXELS, dim=16, heads=2, layers=2, text_length=8, text_vocabulary=vocabulary
     )

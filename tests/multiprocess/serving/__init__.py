@@ -1,0 +1,1 @@
+"""`tapir serve` as a process, called as its users call it."""
