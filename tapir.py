@@ -10,7 +10,7 @@ from typing import Any
 HOME = Path(__file__).resolve().parent
 PACKAGES = (
     *("core", "cluster", "checkpoint", "parallel", "models"),
-    *("data_pipeline", "training", "planning", "generation", "workflow", "cli"),
+    *("data_pipeline", "training", "planning", "generation", "serving", "workflow", "cli"),
 )
 """Our packages in HOME; a user's own files may have the same names."""
 SPINS = "10000"

@@ -14,7 +14,8 @@ from tests.harness import ENVIRONMENT
 
 PACKAGES = (
     *("core", "cluster", "checkpoint", "parallel", "models"),
-    *("data_pipeline", "training", "planning", "generation", "workflow", "cli", "bench"),
+    *("data_pipeline", "training", "planning", "generation", "serving", "workflow"),
+    *("cli", "bench"),
 )
 _IMPORT = """
 import importlib, sys

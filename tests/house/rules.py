@@ -1,8 +1,8 @@
 """Every limit of the house checks."""
 
 PRODUCT = (
-    *("cli", "workflow", "generation", "planning", "training", "data_pipeline", "models"),
-    *("parallel", "checkpoint", "core", "cluster", "tapir"),
+    *("cli", "workflow", "serving", "generation", "planning", "training", "data_pipeline"),
+    *("models", "parallel", "checkpoint", "core", "cluster", "tapir"),
 )
 """Top-level packages and modules that are installed."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PACKAGES = (
     "core", "cluster", "checkpoint", "parallel", "models", "data_pipeline", "training",
-    "planning", "generation", "workflow", "cli", "bench", "tapir",
+    "planning", "generation", "serving", "workflow", "cli", "bench", "tapir",
 )  # fmt: skip
 """What a child imports anew, so that a mutant is seen by all who import it."""
 

@@ -43,7 +43,7 @@ from training.profiling.figures import measure_peak
 META = torch.device("meta")
 PACKAGES = (
     *("core", "parallel", "models", "data_pipeline", "training", "planning", "generation"),
-    *("workflow", "cli"),
+    *("serving", "workflow", "cli"),
 )
 FLAGS = re.compile(
     r"allow_tf32|fp32_precision|set_float32_matmul|use_deterministic_algorithms|cudnn\.\w+ ="

@@ -26,7 +26,7 @@ def _bare(source: str) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "folder", ["checkpoint", "generation", "models", "parallel", "training", "workflow"]
+    "folder", ["checkpoint", "generation", "models", "parallel", "serving", "training", "workflow"]
 )
 def test_tensor_factories_name_their_device(folder: str) -> None:
     files = sorted((ROOT / folder).rglob("*.py"))

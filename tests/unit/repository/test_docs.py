@@ -15,8 +15,8 @@ from tests.harness import ROOT
 from tests.unit.finished import write_models
 
 FLOORS = (
-    *("cli", "workflow", "generation", "planning", "training", "data_pipeline"),
-    *("models", "parallel", "checkpoint", "core"),
+    *("cli", "workflow", "serving", "generation", "planning", "training"),
+    *("data_pipeline", "models", "parallel", "checkpoint", "core"),
 )
 ROOT_PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "AGENTS.md", "llms.txt")
 PAGES = [*(ROOT / name for name in ROOT_PAGES), *sorted((ROOT / "docs").rglob("*.md"))]

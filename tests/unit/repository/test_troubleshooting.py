@@ -13,7 +13,7 @@ PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
 QUOTES = re.findall(r"^\| `([^`]+)` \|", PAGE, re.MULTILINE)
 PACKAGES = (
     *("core", "cluster", "checkpoint", "parallel", "data_pipeline", "training", "generation"),
-    *("workflow", "cli"),
+    *("serving", "workflow", "cli"),
 )
 PLACEHOLDER = re.compile(r"%[-+.0-9,]*[a-z]")
 
