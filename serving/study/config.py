@@ -37,3 +37,21 @@ class StudyConfig:
         if not 0 <= self.catch_least <= 1:
             problems.append(f"catch_least={self.catch_least} must be a share, 0 to 1")
         return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyServer:
+    """Where `tapir study serve` listens."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 = all. The links are the access: send them as secrets, over
+    https (a proxy) outside your own network."""
+    port: int = 8001
+    """Port to listen on; 0 = a free one."""
+    hosts: tuple[str, ...] = ()
+    """Names of this server that raters use beside addresses and localhost, e.g. of a proxy."""
+
+    def problems(self) -> list[str]:
+        if not 0 <= self.port < 2**16:
+            return [f"port={self.port} must be 0 to 65535; 0 is a free one"]
+        return []

@@ -72,6 +72,10 @@ class Study:
         """Captions that a rater compares, at most."""
         return min(self.per_rater or len(self.captions), len(self.captions))
 
+    def catches_of(self, captions: int) -> int:
+        """Catch trials among so many captions."""
+        return -(-captions // self.catch_every) if self.catch_every else 0
+
     def due_catch(self, rater: int, captions: int, catches: int) -> int | None:
         """The catch trial that comes next for a rater who has had so many of both; None if none.
 

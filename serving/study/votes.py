@@ -147,7 +147,7 @@ class Votes:
         return [number for (number,) in rows]
 
     def next_trial(self, rater: int) -> int | None:
-        """The trial that a rater sees now: the open one again, else a new one; None if none is left.
+        """The trial that a rater sees now: the open one again, else a new one; None at the end.
 
         A new caption is the first in the rater's order that others do not fill.
         """
