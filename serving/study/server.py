@@ -1,42 +1,49 @@
 """`tapir study serve`: the server's process, and `tapir study links`."""
 
-import socket
 from pathlib import Path
 
 import uvicorn
 
 from core.config import check
 from core.log import LOG
+from serving.listening import StoppableServer, address_of, listening
 from serving.security import Access
 from serving.study.app import study_app
 from serving.study.config import StudyServer
 from serving.study.study import read_study
 from serving.study.votes import Votes
 
+_CONNECTIONS = 512
+"""Open connections; further ones are answered 503, after which the page tries again."""
+
 
 def serve_study(folder: Path, config: StudyServer) -> None:
     """Serve until SIGINT or SIGTERM.
 
-    Raises: InputError if there is no study; OSError if the address cannot be used.
+    Raises: ConfigError for an address that cannot be taken; InputError if there is no study.
     """
     check(config.problems())
     study = read_study(folder)
     votes = Votes(folder, study)
-    app = study_app(folder, study, votes, Access(host=config.host, hosts=config.hosts))
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    with socket.create_server((config.host, config.port), family=family) as listening:
-        host, port = listening.getsockname()[:2]
-        place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        LOG.info("study: http://%s, %d raters have links", place, len(votes.raters()))
-        if not votes.raters():
-            LOG.warning("no links yet: tapir study links %s --raters %d", folder, study.votes)
-        server = uvicorn.Config(
-            app, log_config=None, access_log=False, lifespan="off", server_header=False
-        )
-        try:
-            uvicorn.Server(server).run(sockets=[listening])
-        finally:
-            votes.close()
+    server = uvicorn.Config(
+        study_app(folder, study, votes, Access(host=config.host, hosts=config.hosts)),
+        log_config=None,
+        access_log=False,  # addresses of raters, and their links
+        lifespan="off",
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=_CONNECTIONS,
+    )
+    try:
+        with listening(config.host, config.port) as listener:
+            raters, place = len(votes.raters()), address_of(config.host, listener)
+            LOG.info("study: %s, %d raters have links", place, raters)
+            if not raters:
+                LOG.warning("no links yet: tapir study links %s --raters %d", folder, study.votes)
+            StoppableServer(server).run(sockets=[listener])
+    finally:
+        votes.close()
+    LOG.info("stopped; the same command goes on")
 
 
 def make_links(folder: Path, raters: int, replace: int, url: str) -> dict[int, str]:

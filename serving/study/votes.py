@@ -210,7 +210,8 @@ class Votes:
             try:
                 yield self._database
             except BaseException:
-                self._database.execute("ROLLBACK")
+                if self._database.in_transaction:  # SQLite itself ends some, e.g. on a full disk
+                    self._database.execute("ROLLBACK")
                 raise
             self._database.execute("COMMIT")
 

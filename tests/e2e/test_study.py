@@ -161,6 +161,8 @@ def test_answers_that_do_not_count_are_refused(tmp_path: Path) -> None:
     body = "realism=left&match=left"
     for origin in ("http://evil.example", "null"):
         assert first.request("POST", f"{first.path}/1", body, Origin=origin)[0] == 403
+    assert server.stop() == 0, "SIGTERM ends it cleanly"
+    server.start()
     renewed = json_of("study", "links", str(study), "--replace=2")
     assert second.request("GET", second.path)[0] == 404, "the old link ends"
     assert Rater(server, renewed["2"]).trial() == other

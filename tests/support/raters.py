@@ -64,6 +64,12 @@ class Server:
         self._process.kill()
         self._process.wait()
 
+    def stop(self) -> int:
+        """SIGTERM; returns the exit code."""
+        assert self._process is not None
+        self._process.terminate()
+        return self._process.wait(PATIENCE)
+
     def _text(self) -> str:
         return self._log.read_text() if self._log.exists() else ""
 
