@@ -76,9 +76,12 @@ def _readable(page: Page) -> None:
         assert picture.evaluate("image => image.naturalWidth") == 12
     for question, answers in ((REALISM, ["Left", "Right"]), (MATCH, ["Left", "Right", "Neither"])):
         group = page.get_by_role("group", name=question)
-        assert [row.strip() for row in group.get_by_role("radio").evaluate_all(
-            "rows => rows.map(row => row.labels[0].textContent)"
-        )] == answers
+        assert [
+            row.strip()
+            for row in group.get_by_role("radio").evaluate_all(
+                "rows => rows.map(row => row.labels[0].textContent)"
+            )
+        ] == answers
     assert page.evaluate("document.documentElement.lang") == "en"
     names = [RED, BLUE, "/a/", "/b/"]
     assert not any(str(name) in page.content() for name in names)

@@ -56,6 +56,7 @@ class Server:
         while not (match := ADDRESS.search(self._text()[begun:])):
             assert self._process.poll() is None, self._text()
             assert time.monotonic() < until, self._text()
+            time.sleep(0.02)
         self.port = int(match[2])
 
     def kill(self) -> None:
