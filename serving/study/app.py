@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Form, HTTPException
+from fastapi import Path as InPath
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
 from serving.security import Access, App, Guard
@@ -17,6 +18,7 @@ from serving.study.study import Study, picture_file
 from serving.study.votes import DoubleVoteError, NotShownError, Votes
 
 Seat = Literal["left", "right"]
+Trial = Annotated[int, InPath(ge=0, lt=2**31)]
 MOST_BYTES, SECONDS = 4096, 30.0
 """Size of an answer, and time in which it must arrive."""
 _SEATS = [{"value": "left", "text": "Left"}, {"value": "right", "text": "Right"}]
@@ -82,7 +84,7 @@ class _Pages:
             questions=[{"name": name, **QUESTIONS[name]} for name in QUESTIONS],
         )
 
-    def picture(self, token: str, trial: int, seat: Seat) -> Response:
+    def picture(self, token: str, trial: Trial, seat: Seat) -> Response:
         """One of the two pictures, if they were shown to this rater."""
         rater = self._votes.rater_of(token)
         if rater is None or not self._votes.was_shown(rater, trial):
@@ -96,7 +98,7 @@ class _Pages:
     def answer(
         self,
         token: str,
-        trial: int,
+        trial: Trial,
         realism: Annotated[str, Form()] = "",
         match: Annotated[str, Form()] = "",
     ) -> Response:

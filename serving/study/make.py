@@ -120,11 +120,9 @@ def _write(folder: Path, study: Study, pictures: Mapping[Set, list[Rgb]]) -> Non
             write_atomic(picture_file(folder, trial, side), encode_png(picture))
     count = len(study.captions)
     for i in range(len(study.catches)):
-        side: Set = "a" if i % 2 else "b"
-        picture = pictures[side][i % count]
+        picture = pictures["a" if i % 2 else "b"][i % count]
         broken = shuffled_pixels(picture, study.seed, i)
-        for name, pixels in (("a", picture), ("b", broken)):
-            path = picture_file(folder, count + i, "a" if name == "a" else "b")
-            write_atomic(path, encode_png(pixels))
+        write_atomic(picture_file(folder, count + i, "a"), encode_png(picture))
+        write_atomic(picture_file(folder, count + i, "b"), encode_png(broken))
     create_votes(folder, study)
     write_atomic(folder / FILE, study.sealed())

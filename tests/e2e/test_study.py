@@ -5,8 +5,11 @@ import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from threading import Condition
+from typing import TypeVar
 
 import pytest
 
@@ -28,6 +31,7 @@ from tests.support.raters import (
 
 pytestmark = pytest.mark.seconds
 COUNT = 20
+T = TypeVar("T")
 Answers = dict[int, tuple[str, str]]
 """Trial -> the answers that the server has confirmed."""
 
@@ -67,20 +71,24 @@ def rate(rater: Rater, colour: tuple[int, int, int], board: Board) -> Answers:
     As the page does, an answer that was not confirmed is sent again.
     """
     confirmed: Answers = {}
+    while (trial := until_answered(board, rater.trial)) is not None:
+        left, right = until_answered(board, partial(rater.look, trial))
+        catch = is_catch(left, right)
+        realism = intact(left, right) if catch else seat_of(colour, left)
+        match = intact(left, right) if catch else seat_of(RED, left)
+        answer = partial(rater.answer, trial, realism, match)
+        assert until_answered(board, answer) in (303, 409), "counted now, or before the kill"
+        confirmed[trial] = realism, match
+        board.confirm()
+    return confirmed
+
+
+def until_answered(board: Board, ask: Callable[[], T]) -> T:
+    """Ask again while the server is down."""
     while True:
         try:
-            trial = rater.trial()
-            if trial is None:
-                return confirmed
-            left, right = rater.look(trial)
-            catch = is_catch(left, right)
-            realism = intact(left, right) if catch else seat_of(colour, left)
-            match = intact(left, right) if catch else seat_of(RED, left)
-            status = rater.answer(trial, realism, match)
-            assert status in (303, 409), status
-            confirmed[trial] = realism, match
-            board.confirm()
-        except OSError:  # refused, reset, or ended in the middle
+            return ask()
+        except (OSError, HTTPException):  # refused, reset, or ended in the middle
             board.wait(lambda: board.up)
 
 
@@ -154,6 +162,7 @@ def test_answers_that_do_not_count_are_refused(tmp_path: Path) -> None:
     assert first.request("GET", f"{first.path}/{other}/left.png")[0] == 404
     assert first.request("GET", f"{first.path}/{trial}/middle.png")[0] == 422
     assert first.request("GET", f"{first.path}/{trial}/..%2f..%2fvotes.db")[0] == 404
+    assert first.request("GET", f"{first.path}/{10**30}/left.png")[0] == 422
     assert first.request("GET", "/r/unknown")[0] == 404
     assert first.request("POST", "/r/unknown/0", "realism=left&match=left")[0] == 404
     assert first.request("POST", f"{first.path}/{trial}", "x" * 5000)[0] == 413
