@@ -52,12 +52,13 @@ def findings(body: Json) -> list[str]:
 def _finding(name: str, part: Json) -> str:
     if not part["captions"]:
         return f"{TITLES[name]}: no caption has enough votes yet."
-    best = max("ab", key=lambda choice: part["majority"][choice]["captions"])
-    row = part["majority"][best]
+    best, other = sorted("ab", key=lambda choice: -part["majority"][choice]["captions"])
+    row, rest = part["majority"][best], part["majority"][other]
     return (
-        f"{TITLES[name]}: {CHOICES[best]}, by majority on {row['captions']} of {part['captions']} "
-        f"captions, {percent(row['share'])} (95% interval {percent(row['low'])} to "
-        f"{percent(row['high'])})."
+        f"{TITLES[name]}: {CHOICES[best]} has the majority on {row['captions']} of "
+        f"{part['captions']} captions, {percent(row['share'])} (95% interval "
+        f"{percent(row['low'])} to {percent(row['high'])}), {CHOICES[other]} on "
+        f"{rest['captions']}."
     )
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from serving.study.report import findings
 from serving.study.results import by_caption, study_results
 from serving.study.statistics import (
     agreeing_pairs,
@@ -179,6 +180,12 @@ def test_figures_by_hand() -> None:
     assert match["agreement"]["agreeing_pairs"] == pytest.approx(5 / 18)
     # unlike ordered pairs 10, 6, 10 over 3: 26/3 of 12 votes; expected (144 - 36 - 9 - 9) / 132
     assert match["agreement"]["alpha"] == pytest.approx(1 - (26 / 36) / (90 / 132))
+    realism, match_line = findings({"questions": body["all_raters"]})
+    assert realism == (
+        "More realistic: A has the majority on 2 of 3 captions, 66.7% (95% interval 20.8% to "
+        "93.9%), B on 1."
+    )
+    assert match_line.startswith("Matches the caption better: A has the majority on 2 of 3")
     # With rater 5: aabna a, aaabb a, abnnb none: realism aabba a, bbbaa b, aaaab a
     everybody = body["all_raters"]
     assert {name: row["captions"] for name, row in everybody["match"]["majority"].items()} == {
