@@ -13,7 +13,7 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-from cli.study import PARTS as STUDY_PARTS
+from cli.serving.study import PARTS as STUDY_PARTS
 from generation.evaluation.suites.registry import SUITES
 from tapir import VERBS
 from training.presets import PRESETS

@@ -185,14 +185,14 @@ def test_what_raters_get_names_no_set(tmp_path: Path) -> None:
     rater = Rater(server, links["1"])
     trial = rater.trial()
     _, page = rater.request("GET", rater.path)
-    for name in (str(tmp_path), "/a", "/b", "-a.png", "red", "blue"):
+    for name in (str(tmp_path), "/a/", "/b/", "-a.png", "-b.png"):
         assert name not in page.decode(), name
     sizes = []
     for seat in ("left", "right"):
         _, data = rater.request("GET", f"{rater.path}/{trial}/{seat}.png")
         assert data[:8] == b"\x89PNG\r\n\x1a\n" and b"tEXt" not in data
-        sizes.append(data[12:16])
-    assert sizes[0] == sizes[1]
+        sizes.append(data[16:24])
+    assert sizes[0] == sizes[1] == bytes([0, 0, 0, 12, 0, 0, 0, 12]), "width and height"
     token = rater.path.removeprefix("/r/")
     stored = b"".join(path.read_bytes() for path in study.glob("*") if path.is_file())
     assert token.encode() not in stored + (tmp_path / "log").read_bytes()

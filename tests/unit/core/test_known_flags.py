@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cli.study import PARTS
+from cli.serving.study import PARTS
 from cluster.launcher import call_target
 from core.errors import ConfigError, InputError, joined
 from core.flags import parse, parse_over
@@ -64,7 +64,7 @@ def test_every_flag_of_a_verb_is_known(verb: str, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("part", sorted(PARTS))
 def test_every_flag_of_a_part_of_study_is_known(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    function = parser_of(f"cli.study:{part}", monkeypatch)
+    function = parser_of(f"cli.serving.study:{part}", monkeypatch)
     assert spelled(known_flags(function, flat=True)) == shown(lambda a: parse(function, a, part))
 
 
