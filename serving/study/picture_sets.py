@@ -24,7 +24,6 @@ MOST = 10_000
 """Pictures of a set that are read, at most."""
 _TOGETHER = 256
 """Candidates that are drawn before the best ones are kept and the others dropped."""
-_PARTS = ("prior", "dvae", "bpe", "clip")
 
 
 def is_run(place: str) -> bool:
@@ -36,14 +35,14 @@ def is_run(place: str) -> bool:
 
 def models_of(place: str) -> ModelPaths:
     """The run folders of a run."""
-    folder = Path(place) if (Path(place) / "prior").is_dir() else Path(place).absolute().parent
-    paths = {name: folder / name for name in _PARTS}
-    if folder != Path(place):
-        paths["prior"] = Path(place)
-    missing = [str(paths[name]) for name in _PARTS[:3] if not paths[name].is_dir()]
+    prior, folder = Path(place, "prior"), Path(place)
+    if not prior.is_dir():
+        prior, folder = Path(place), Path(place).absolute().parent
+    models = ModelPaths(prior=prior, dvae=folder / "dvae", clip=folder / "clip", bpe=folder / "bpe")
+    missing = [str(each) for each in (models.dvae, models.bpe) if not each.is_dir()]
     if missing:
         raise InputError(f"the run {place} needs {' and '.join(missing)} to draw; copy them there")
-    return ModelPaths(**paths)
+    return models
 
 
 def read_set(place: str, most: int = MOST) -> dict[str, Encoded]:
