@@ -27,6 +27,10 @@ VERBS = {
     "serve": ("cli.serve:serve", "a page to draw with, and the images API that tools know"),
     "evaluate": ("cli.evaluate:evaluate", "caption accuracy for best-of-N, or one suite (--suite)"),
     "score": ("cli.evaluate:score", "FID and IS on MS-COCO, CUB or a packed set"),
+    "study": (
+        "cli.serving.study:study",
+        "people compare two sets of pictures, blind: links, votes, results",
+    ),
     "submit": ("cli.cluster:submit", "send a run file: local, Slurm or Kubernetes"),
     "status": ("cli.cluster:status", "progress of a submitted run or a job of workers"),
     "logs": ("cli.cluster:logs", "the output of a submitted run's jobs; -f follows"),

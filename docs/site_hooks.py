@@ -13,6 +13,7 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
+from cli.serving.study import PARTS as STUDY_PARTS
 from generation.evaluation.suites.registry import SUITES
 from tapir import VERBS
 from training.presets import PRESETS
@@ -87,6 +88,10 @@ def verbs_page() -> str:
                 f"### tapir train {stage} {preset}\n\n{_block(_help(run, [stage, preset]))}"
                 for stage, presets in PRESETS.items()
                 for preset in presets
+            ]
+        if verb == "study":
+            parts += [
+                f"### tapir study {name}\n\n{_block(_help(run, [name]))}" for name in STUDY_PARTS
             ]
         if verb == "evaluate":
             parts += [

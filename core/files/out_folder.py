@@ -18,6 +18,7 @@ _MARKS = {
     "chain.json": "submit",
     "suite-request.json": "evaluate --suite",
     "suite.json": "evaluate --suite",
+    "study.json": "study make",
     "demo.json": "demo",
     "seconds.json": "demo",
 }

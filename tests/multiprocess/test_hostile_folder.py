@@ -85,6 +85,8 @@ def test_every_verb_works(
         (["replay", f"{prior}/capsules/none"], 2),
         (["overlap", data, "cub:/none"], 2),
         (["data", data, "--sql=SELECT count(*) FROM pairs"], 0),
+        (["study", "make", data, data, f"--out={tmp_path / 'study'}", "--count=2"], 0),
+        (["study", "results", str(tmp_path / "study")], 0),
         (["plan", "tiny", "--world=2"], 0),
         (["rehearse", "tiny"], 0),
         (["doctor", "--node", f"--out={out}", "--disk=0"], 0),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cli.serving.study import PARTS
 from cluster.launcher import call_target
 from core.errors import ConfigError, InputError, joined
 from core.flags import parse, parse_over
@@ -15,17 +16,17 @@ from core.known_flags import KnownFlags, flag_text, known_flags
 from tapir import VERBS
 from training.presets import PRESETS
 
-NO_PARSER = {"train", "rehearse"}
-"""They parse their presets' flags; their own are few."""
+NO_PARSER = {"train", "rehearse", "study"}
+"""They parse their presets' flags, and their own are few; study has parts, which are tested."""
 
 
 class _Seen(Exception):
     """Carries the arguments of `parse`."""
 
 
-def parser_of(verb: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """The function whose parameters are a verb's flags."""
-    module = VERBS[verb][0].partition(":")[0]
+def parser_of(target: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """The function whose parameters are the flags of a verb's `module:function`."""
+    module = target.partition(":")[0]
 
     def caught(function: Callable[..., Any], *_: Any) -> None:
         raise _Seen(function)
@@ -33,7 +34,7 @@ def parser_of(verb: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     with monkeypatch.context() as patched:
         patched.setattr(f"{module}.parse", caught)
         with pytest.raises(_Seen) as seen:
-            call_target(VERBS[verb][0], [])
+            call_target(target, [])
     function: Callable[..., Any] = seen.value.args[0]
     return function
 
@@ -57,8 +58,14 @@ def spelled(known: KnownFlags) -> set[str]:
 
 @pytest.mark.parametrize("verb", sorted(set(VERBS) - NO_PARSER))
 def test_every_flag_of_a_verb_is_known(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    function = parser_of(verb, monkeypatch)
+    function = parser_of(VERBS[verb][0], monkeypatch)
     assert spelled(known_flags(function, flat=True)) == shown(lambda a: parse(function, a, verb))
+
+
+@pytest.mark.parametrize("part", sorted(PARTS))
+def test_every_flag_of_a_part_of_study_is_known(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    function = parser_of(f"cli.serving.study:{part}", monkeypatch)
+    assert spelled(known_flags(function, flat=True)) == shown(lambda a: parse(function, a, part))
 
 
 def presets() -> Iterator[Any]:

@@ -1,0 +1,4 @@
+"""The verbs that answer HTTP.
+
+Start: study.py. Imports: serving and core.
+"""
