@@ -19,7 +19,7 @@ DOCS_STAMP := $(VENV)/.installed-docs
 
 # program or file:package
 SYSTEM := npm:npm ip:iproute2 /usr/share/wordnet/data.noun:wordnet-base \
-	/usr/sbin/slurmctld:slurm-wlm /usr/sbin/munged:munge cc:gcc
+	chromium:chromium /usr/sbin/slurmctld:slurm-wlm /usr/sbin/munged:munge cc:gcc
 
 .PHONY: install system demo docs test test-slow test-fast check faults soak matrix mutants slurm \
 	bench gpu wheels py312 clean
@@ -35,7 +35,7 @@ $(STAMP): requirements.txt $(CONSTRAINTS) pyproject.toml
 
 $(DEV_STAMP): $(STAMP) requirements-dev.txt
 	$(BIN)/pip install --quiet -r requirements-dev.txt -c $(CONSTRAINTS)
-	$(BIN)/pip install --quiet --no-deps DALL-E taming-transformers-rom1504 -c $(CONSTRAINTS)
+	$(BIN)/pip install --quiet --no-deps DALL-E taming-transformers-rom1504 trackio -c $(CONSTRAINTS)
 	touch $@
 
 # System packages: installed when we may (root with apt), else named; tests that need them then skip.

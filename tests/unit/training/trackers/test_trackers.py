@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,7 +17,12 @@ from training.run.trackers.config import missing_libraries, track_problems
 from training.run.trackers.protocol import bin_edges, scalars_of
 
 ROWS: list[dict[str, Any]] = [
-    {"step": 1, "loss": 0.1 + 0.2, "comm": {"data": {"all_reduce": {"bytes": 7}}}, "precision": "fp32"},
+    {
+        "step": 1,
+        "loss": 0.1 + 0.2,
+        "comm": {"data": {"all_reduce": {"bytes": 7}}},
+        "precision": "fp32",
+    },
     {"step": 2, "split": "validation", "loss": 2.0},
     {"step": 2, "loss": 1.0, "time": {"compute": 1 / 3}, "time_max": {"compute": [0.5, 0]}},
 ]
@@ -31,7 +36,7 @@ SCALARS = [
 class Recorder:
     """A tracker that keeps what it gets."""
 
-    opened: list["Recorder"] = []
+    opened: ClassVar[list["Recorder"]] = []
 
     def __init__(self, root: Path, settings: Any, step: int) -> None:
         self.begun, self.rows, self.shown, self.closed = step, list[Any](), list[Any](), False
@@ -145,7 +150,9 @@ def test_a_package_adds_a_tracker_by_an_entry_point(
 ) -> None:
     about = tmp_path / "third_party_tracker-1.dist-info"
     about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: third-party-tracker\nVersion: 1\n")
+    (about / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: third-party-tracker\nVersion: 1\n"
+    )
     (about / "entry_points.txt").write_text(
         "[tapir.trackers]\nmine = tests.unit.training.trackers.test_trackers:Recorder\n"
     )
