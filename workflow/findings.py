@@ -13,6 +13,8 @@ _CLEAR = 0.01
 _FEW_WORDS = 3
 """Captions with a word, at least, for a sentence about it."""
 _MOST_WORDS = 3
+_SMALL = frozenset(("a", "an", "and", "at", "in", "is", "it", "of", "on", "the", "to", "with"))
+"""Words that say nothing about a picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,35 +31,35 @@ def findings_of(summary: Json, rows: Sequence[Json], scores: Json | None) -> lis
     `rows` are those of candidates.json: captions, best first their candidates' scores and, where
     pictures can be checked, whether each is `exact`.
     """
-    found = [*_prior(summary["prior"]), *_pictures(summary), *_ranking(summary)]
-    found += [*_words(rows), *_scores(scores)]
-    return sorted(found, key=lambda each: ("learned", "fails", "note").index(each.kind))
+    findings = [*_prior(summary["prior"]), *_pictures(summary), *_ranking(summary)]
+    findings += [*_words(rows), *_scores(scores)]
+    return sorted(findings, key=lambda each: ("learned", "fails", "note").index(each.kind))
 
 
 def _prior(prior: Mapping[str, Any]) -> list[Finding]:
     """Is the loss below what a prior has that ignores captions, or the codes before?"""
-    loss, found = prior["validation_loss"], []
+    loss, findings = prior["validation_loss"], list[Finding]()
     shuffled, alone = prior.get("shuffled_caption_loss"), prior.get("per_position_entropy")
     if shuffled is not None:
         figures = f"(held-out loss {loss:.3g} nats a code, and {shuffled:.3g} with another caption)"
         if shuffled - loss > _CLEAR * shuffled:
             text = f"The prior reads captions: the right one makes a picture likelier {figures}."
-            found.append(Finding(kind="learned", text=text))
+            findings.append(Finding(kind="learned", text=text))
         else:
             text = (
                 f"The prior does not read captions yet: another caption costs it nothing {figures}."
                 " Train it longer, or on more pairs."
             )
-            found.append(Finding(kind="fails", text=text))
+            findings.append(Finding(kind="fails", text=text))
     if alone is not None:
         figures = f"({loss:.3g} nats a code, and {alone:.3g} from each position's counts alone)"
         if alone - loss > _CLEAR * alone:
             text = f"The prior knows which codes go together {figures}."
-            found.append(Finding(kind="learned", text=text))
+            findings.append(Finding(kind="learned", text=text))
         else:
             text = f"The prior has learned no more than how often each code occurs {figures}."
-            found.append(Finding(kind="fails", text=f"{text} Train it longer."))
-    return found
+            findings.append(Finding(kind="fails", text=f"{text} Train it longer."))
+    return findings
 
 
 def _pictures(summary: Json) -> list[Finding]:
@@ -73,25 +75,25 @@ def _pictures(summary: Json) -> list[Finding]:
         f"Of {accuracy['prompts']} held-out captions, {share:.0%} are drawn exactly as they say "
         f"(the best of {best} by CLIP); by chance it would be {chance:.0%}."
     )
-    found = [Finding(kind="learned" if share > chance else "fails", text=text)]
+    findings = [Finding(kind="learned" if share > chance else "fails", text=text)]
     if limit - share > _CLEAR:
         text = (
             f"{limit - share:.0%} of captions fail although the dVAE could show them: the prior or "
             f"the ranking is at fault ({limit:.0%} of true pictures survive the dVAE)."
         )
-        found.append(Finding(kind="fails", text=text))
+        findings.append(Finding(kind="fails", text=text))
     if 1 - limit > _CLEAR:
         text = (
             f"The dVAE loses {1 - limit:.0%} of the true pictures: no prior can draw those. Train "
             "the dVAE longer, or give it more codes."
         )
-        found.append(Finding(kind="fails", text=text))
-    return found
+        findings.append(Finding(kind="fails", text=text))
+    return findings
 
 
 def _ranking(summary: Json) -> list[Finding]:
     """Does ranking by CLIP help, and guidance?"""
-    found, accuracy = [], summary.get("caption_accuracy") or {}
+    findings, accuracy = list[Finding](), summary.get("caption_accuracy") or {}
     counts = best_of_counts(accuracy)
     if len(counts) > 1:
         one, most = counts[min(counts)], max(counts)
@@ -99,29 +101,29 @@ def _ranking(summary: Json) -> list[Finding]:
         shares = f"{counts[most]:.0%} of cases, a single one in {one:.0%}"
         text = f"the best of {most} is exact in {shares}."
         if gain > _CLEAR:
-            found.append(Finding(kind="learned", text=f"Drawing more and ranking helps: {text}"))
+            findings.append(Finding(kind="learned", text=f"Drawing more and ranking helps: {text}"))
         else:
-            found.append(
+            findings.append(
                 Finding(kind="fails", text=f"Ranking more candidates does not help: {text}")
             )
     guided = {float(scale): share for scale, share in accuracy.get("guidance", {}).items()}
     if guided and max(guided.values()) > 0:
         scale = max(guided, key=lambda each: (guided[each], -each))
         text = f"Of the guidance scales, {scale:g} is best: {guided[scale]:.0%} of single samples."
-        found.append(Finding(kind="note", text=text))
+        findings.append(Finding(kind="note", text=text))
     accuracy = summary["clip"]["accuracy"]
     text = (
         f"CLIP picks the right caption of 64 for {accuracy:.0%} of held-out pictures (chance: 2%)."
     )
-    found.append(Finding(kind="learned" if accuracy > 2 / 64 else "fails", text=text))
-    return found
+    findings.append(Finding(kind="learned" if accuracy > 2 / 64 else "fails", text=text))
+    return findings
 
 
 def _words(rows: Sequence[Json]) -> list[Finding]:
     """Words whose captions fail most often, if the pictures were checked."""
     right = defaultdict[str, list[bool]](list)
     for row in rows:
-        for word in set(row["caption"].lower().split()) if row.get("exact") else ():
+        for word in set(row["caption"].lower().split()) - _SMALL if row.get("exact") else ():
             right[word].append(row["exact"][0])
     checked = [row["exact"][0] for row in rows if row.get("exact")]
     if not checked or all(checked):
@@ -141,7 +143,8 @@ def _scores(scores: Json | None) -> list[Finding]:
     if not scores:
         return []
     row = min(scores["rows"], key=lambda each: each["radius"])
-    text = f"{scores['label']}: FID {row['fid']:.4g} (lower is better), IS {row['is']:.4g}."
+    label = scores["label"][:1].upper() + scores["label"][1:]
+    text = f"{label}: FID {row['fid']:.4g} (lower is better), IS {row['is']:.4g}."
     return [Finding(kind="note", text=text)]
 
 

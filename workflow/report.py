@@ -74,7 +74,8 @@ def _plots(folder: Path, summary: Json, scores: Json | None) -> dict[str, str]:
     accuracy = summary.get("caption_accuracy")
     plots = {"losses": _named(loss_curves(folder), "Losses of dVAE, prior and CLIP by step")}
     if accuracy:
-        name = "Share of exact captions by number of candidates and by guidance scale"
+        name = "Share of exact captions by number of candidates"
+        name += " and by guidance scale" if accuracy.get("guidance") else ""
         plots["accuracy"] = _named(accuracy_curves(accuracy), name)
     if scores:
         plots["scores"] = _named(score_curves(scores["rows"]), "FID and IS by blur radius")
@@ -154,7 +155,7 @@ def _tile(row: Json, samples: Path) -> Json:
     return {
         "caption": row["caption"],
         "image": _as_url(buffer.getvalue()),
-        "side": _shown_side(side),
+        "side": side * max(_MOST_SIDE // side, 1) if side < _MOST_SIDE else _MOST_SIDE,
         "of": len(row["scores"]),
         "right": None if exact is None else sum(exact),
     }

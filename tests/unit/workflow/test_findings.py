@@ -23,40 +23,40 @@ def _texts(summary: dict[str, Any], rows: Any = (), scores: Any = None) -> list[
     return [(each.kind, each.text) for each in findings_of(whole, rows, scores)]
 
 
-def _has(kind: str, text: str, found: list[tuple[str, str]]) -> bool:
-    return any(kind == k and text in t for k, t in found)
+def _has(kind: str, text: str, findings: list[tuple[str, str]]) -> bool:
+    return any(kind == k and text in t for k, t in findings)
 
 
 def test_a_prior_is_judged_by_its_bounds() -> None:
-    found = _texts({})
+    findings = _texts({})
     assert _has(
-        "learned", "reads captions: the right one makes a picture likelier (held-out", found
+        "learned", "reads captions: the right one makes a picture likelier (held-out", findings
     )
-    assert _has("learned", "(2 nats a code, and 3 from each position's counts alone)", found)
+    assert _has("learned", "(2 nats a code, and 3 from each position's counts alone)", findings)
     blind = {**PRIOR, "shuffled_caption_loss": 2.001, "per_position_entropy": 2.0}
-    found = _texts({"prior": blind})
-    assert _has("fails", "does not read captions yet", found)
-    assert _has("fails", "no more than how often each code occurs", found)
+    findings = _texts({"prior": blind})
+    assert _has("fails", "does not read captions yet", findings)
+    assert _has("fails", "no more than how often each code occurs", findings)
 
 
 def test_accuracy_is_divided_into_what_prior_and_dvae_lose() -> None:
     accuracy = {**ACCURACY, "reconstruction": 0.9, "guidance": {"1": 0.5, "3": 0.75, "4": 0.75}}
-    found = _texts({"caption_accuracy": accuracy})
-    assert _has("learned", "Of 3 held-out captions, 82% are drawn exactly as they say", found)
-    assert _has("learned", "by chance it would be 12%", found)
-    assert _has("fails", "8% of captions fail although the dVAE could show them", found)
-    assert _has("fails", "The dVAE loses 10% of the true pictures", found)
-    assert _has("learned", "the best of 64 is exact in 82% of cases, a single one in 50%", found)
-    assert _has("note", "Of the guidance scales, 3 is best: 75%", found)
+    findings = _texts({"caption_accuracy": accuracy})
+    assert _has("learned", "Of 3 held-out captions, 82% are drawn exactly as they say", findings)
+    assert _has("learned", "by chance it would be 12%", findings)
+    assert _has("fails", "8% of captions fail although the dVAE could show them", findings)
+    assert _has("fails", "The dVAE loses 10% of the true pictures", findings)
+    assert _has("learned", "the best of 64 is exact in 82% of cases, a single one in 50%", findings)
+    assert _has("note", "Of the guidance scales, 3 is best: 75%", findings)
     partial = {**ACCURACY, "best_of_64_prompts": 1, "best_of_32_prompts": 1}
     text = "58% are drawn exactly as they say (the best of 16 by"
     assert _has("learned", text, _texts({"caption_accuracy": partial}))
     nothing = {"prompts": 8, "best_of_1": 0.0, "best_of_2": 0.0, "chance": 0.0, "reconstruction": 1}
-    found = _texts({"caption_accuracy": nothing, "clip": {"accuracy": 1 / 64}})
-    assert _has("fails", "0% are drawn exactly", found)
-    assert _has("fails", "Ranking more candidates does not help", found)
-    assert _has("fails", "CLIP picks the right caption of 64 for 2%", found)
-    kinds = [kind for kind, _ in found]
+    findings = _texts({"caption_accuracy": nothing, "clip": {"accuracy": 1 / 64}})
+    assert _has("fails", "0% are drawn exactly", findings)
+    assert _has("fails", "Ranking more candidates does not help", findings)
+    assert _has("fails", "CLIP picks the right caption of 64 for 2%", findings)
+    kinds = [kind for kind, _ in findings]
     assert kinds == sorted(kinds, key=["learned", "fails", "note"].index)
 
 
@@ -66,8 +66,8 @@ def test_words_that_fail_are_named_with_their_counts() -> None:
         for colour in ("red", "blue", "green")
     ]
     rows += [{"caption": "a red dot", "exact": [True, True], "scores": [0.5, 0.1]}] * 3
-    found = _texts({}, rows)
-    assert _has("fails", "fail most often: “dots” (2 of 3), “two” (2 of 3).", found)
+    findings = _texts({}, rows)
+    assert _has("fails", "fail most often: “dots” (2 of 3), “two” (2 of 3).", findings)
     assert not any("most often" in text for _, text in _texts({}, rows[3:]))
     assert not any("most often" in t for _, t in _texts({}, [{"caption": "x", "scores": [1.0]}]))
     assert _has("note", "FID 31.25 (lower is better), IS 4.5", _texts({}, [], SCORES))
