@@ -18,8 +18,9 @@ def names_of(track: str) -> list[str]:
 
 def track_problems(track: str) -> list[str]:
     """Unknown trackers, and those that are named twice."""
-    names, problems = names_of(track), []
-    known = [*LIBRARIES, *(each.name for each in entry_points(group=GROUP))]
+    names, known, problems = names_of(track), list(LIBRARIES), list[str]()
+    if not LIBRARIES.keys() >= set(names):  # reading all packages' entry points takes a while
+        known += [each.name for each in entry_points(group=GROUP)]
     for name in dict.fromkeys(names):
         if name not in known:
             hint = did_you_mean(name, known) or f"; known are {', '.join(known)}"

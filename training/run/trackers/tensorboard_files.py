@@ -18,9 +18,8 @@ class TensorBoard:
     """A tracker: `tensorboard --logdir RUN`."""
 
     def __init__(self, root: Path, config: Json, step: int) -> None:
-        self._board = SummaryWriter(
-            str(root / "tensorboard"), purge_step=step + 1 if step else None
-        )
+        place = str(root / "tensorboard")
+        self._board = SummaryWriter(place, purge_step=step + 1 if step else None)
         lines = canonical_json(config).decode().splitlines()
         self._board.add_text("config", "".join(f"    {line}\n" for line in lines), step)
 
