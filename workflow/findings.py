@@ -151,9 +151,15 @@ def _scores(scores: Json | None) -> list[Finding]:
 def worst_rows(rows: Sequence[Json], most: int) -> list[Json]:
     """Captions whose best-ranked picture is wrong, else those that CLIP likes least; worst first.
 
-    A wrong one is worse if fewer of its candidates are right, and then if CLIP was surer of it.
+    A wrong one is worse if fewer of its candidates are right, and then if CLIP was surer of it. A
+    caption that occurs several times is shown once.
     """
     if any(row.get("exact") for row in rows):
         wrong = [row for row in rows if row.get("exact") and not row["exact"][0]]
-        return sorted(wrong, key=lambda row: (sum(row["exact"]), -row["scores"][0]))[:most]
-    return sorted(rows, key=lambda row: row["scores"][0])[:most]
+        worst = sorted(wrong, key=lambda row: (sum(row["exact"]), -row["scores"][0]))
+    else:
+        worst = sorted(rows, key=lambda row: row["scores"][0])
+    firsts: dict[str, Json] = {}
+    for row in worst:
+        firsts.setdefault(row["caption"], row)
+    return list(firsts.values())[:most]

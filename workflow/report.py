@@ -155,7 +155,7 @@ def _tile(row: Json, samples: Path) -> Json:
     return {
         "caption": row["caption"],
         "image": _as_url(buffer.getvalue()),
-        "side": side * max(_MOST_SIDE // side, 1) if side < _MOST_SIDE else _MOST_SIDE,
+        "side": side * round(_MOST_SIDE / side) if side < _MOST_SIDE else _MOST_SIDE,
         "of": len(row["scores"]),
         "right": None if exact is None else sum(exact),
     }

@@ -1,14 +1,12 @@
 """Every run file in examples/ is checked whole, and its commands are printed."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.harness import ROOT, tapir
 
-EXAMPLES = sorted(
-    path
-    for kind in ("*.yaml", "*.py")
-    for path in (ROOT / "examples").glob(kind)
-)
+EXAMPLES = sorted(path for kind in ("*.yaml", "*.py") for path in (ROOT / "examples").glob(kind))
 STAGES = {
     "coco": ["pack", "bpe", "dvae", "tokenize", "overlap", "prior", "clip", "score"],
     "finetune": ["pack", "tokenize", "prior"],
@@ -24,7 +22,7 @@ FLAGS = {"finetune": "--track=tensorboard,wandb", "folder": "--near=3", "paper":
 
 @pytest.mark.seconds
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.stem))
-def test_a_run_file_is_sound(path) -> None:  # type: ignore[no-untyped-def]
+def test_a_run_file_is_sound(path: Path) -> None:
     text = tapir("submit", str(path), "--to=slurm", "--dry-run")
     for stage in STAGES[path.stem]:
         train = "train " if stage in ("bpe", "dvae", "prior", "clip") else ""

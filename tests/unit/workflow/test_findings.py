@@ -81,7 +81,7 @@ def test_worst_captions_come_first() -> None:
     rows += [row("c", 0.4, False, False)]
     assert [each["caption"] for each in worst_rows(rows, 9)] == ["c", "b", "a"]
     assert [each["caption"] for each in worst_rows(rows, 1)] == ["c"]
-    unchecked = [row("x", 0.3), row("y", 0.1), row("z", 0.2)]
+    unchecked = [row("x", 0.3), row("y", 0.1), row("z", 0.2), row("y", 0.15), row("z", 0.4)]
     assert [each["caption"] for each in worst_rows(unchecked, 2)] == ["y", "z"]
 
 

@@ -36,7 +36,7 @@ class WandB:
         import wandb  # noqa: PLC0415 - an optional library
 
         self._wandb = wandb
-        given = {
+        given: dict[str, tuple[str, Any]] = {
             "project": ("WANDB_PROJECT", "tapir"),
             "name": ("WANDB_NAME", root.absolute().name),
             "group": ("WANDB_RUN_GROUP", root.absolute().parent.name),
